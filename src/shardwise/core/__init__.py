@@ -1,0 +1,1 @@
+"""The nouns that every verb shares: frozen, without I/O, standard library only."""

@@ -1,0 +1,74 @@
+"""Collectives as data: which one, who asked and why, and what one rank sends by the named algorithm.
+
+Notation: n ranks; `full` is the whole tensor that the collective is about (the input of a reduce-scatter, the output of an
+all-gather, the tensor of an all-reduce, one rank's input of an all-to-all). `wire bytes` is what one rank sends.
+
+    all-reduce      ring      2 (n-1)/n x full      Patarasuk & Yuan 2009
+    all-gather      ring        (n-1)/n x full      Chan et al. 2007
+    reduce-scatter  ring        (n-1)/n x full      Chan et al. 2007
+    all-to-all      pairwise    (n-1)/n x full      each rank keeps its own n-th; with uneven splits, what it sends to others
+    broadcast       pipeline          1 x full      the root sends once down the ring; counted for every rank
+
+What this file does not know: time. Backends may send more than the formula (gloo's reduce-scatter sends twice as much).
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import assert_never
+
+from shardwise.core.placement import Placement
+
+
+class CollectiveKind(StrEnum):
+    ALL_REDUCE = "all_reduce"
+    ALL_GATHER = "all_gather"
+    REDUCE_SCATTER = "reduce_scatter"
+    ALL_TO_ALL = "all_to_all"
+    BROADCAST = "broadcast"
+
+
+def wire_bytes(kind: CollectiveKind, full_bytes: int, axis_size: int) -> float:
+    """Bytes that each of `axis_size` ranks sends for a tensor of `full_bytes`, by the formula in the table above."""
+    if axis_size == 1:
+        return 0.0
+    share = (axis_size - 1) / axis_size
+    match kind:
+        case CollectiveKind.ALL_REDUCE:
+            return 2 * share * full_bytes
+        case CollectiveKind.ALL_GATHER | CollectiveKind.REDUCE_SCATTER | CollectiveKind.ALL_TO_ALL:
+            return share * full_bytes
+        case CollectiveKind.BROADCAST:
+            return float(full_bytes)
+        case _:
+            assert_never(kind)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Who asked for a collective and why: module, rule, and the change of placement that it carries out."""
+
+    module: str
+    rule: str
+    before: Placement
+    after: Placement
+
+    def __str__(self) -> str:
+        return f"{self.module} ({self.rule}): {self.before} -> {self.after}"
+
+
+@dataclass(frozen=True, slots=True)
+class CollectiveCall:
+    """One collective as one rank issued it.
+
+    payload_bytes: the `full` tensor of the table above as this rank sees it. wire_bytes: what this rank sends; for an
+    all-to-all with uneven splits the bytes that really go to others.
+    """
+
+    kind: CollectiveKind
+    axis: str
+    axis_size: int
+    dtype: str
+    payload_bytes: int
+    wire_bytes: float
+    phase: str
+    data_decides: bool = False

@@ -1,0 +1,49 @@
+"""The errors a user can meet, as one tree. Each says what, where, actual against allowed, and what to do.
+
+    ShardwiseError
+    ├── InputError            the user's input is wrong; exit code 2
+    │   ├── MeshError         a mesh that can't be built or used
+    │   ├── ModelError        an unknown model, or one that a verb can't take
+    │   ├── PlanError         a plan that doesn't parse, match or fit the model
+    │   ├── TextError         text or a tokenizer that can't be used
+    │   └── OptionError       an option, or a combination, that isn't offered
+    └── RunError              a rank died, timed out, or the run could not go on; exit code 3
+
+The low level states the mismatch; the public boundary adds the context once.
+"""
+
+
+class ShardwiseError(Exception):
+    """Base of every error that Shardwise raises on purpose."""
+
+    exit_code = 3
+
+
+class InputError(ShardwiseError):
+    """The user's input is wrong."""
+
+    exit_code = 2
+
+
+class MeshError(InputError):
+    """A mesh that can't be built or used."""
+
+
+class ModelError(InputError):
+    """An unknown model, or one that a verb can't take."""
+
+
+class PlanError(InputError):
+    """A plan that doesn't parse, match or fit the model."""
+
+
+class TextError(InputError):
+    """Text or a tokenizer that can't be used."""
+
+
+class OptionError(InputError):
+    """An option, or a combination of options, that isn't offered."""
+
+
+class RunError(ShardwiseError):
+    """A rank died, timed out, or the run could not go on."""

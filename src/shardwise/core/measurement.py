@@ -1,0 +1,177 @@
+"""Measurement: what a run of plans on real ranks showed. All times in seconds, all sizes in bytes.
+
+A number that was not measured is None and its absence is said; it is never 0.
+"""
+
+from dataclasses import dataclass
+
+from shardwise.core.collective import CollectiveKind
+from shardwise.core.finding import Agreement
+
+
+@dataclass(frozen=True, slots=True)
+class StepSettings:
+    """The training step that every plan runs: the same data, loss, clipping and optimizer (AdamW).
+
+    batch: sequences per optimizer step over all ranks; accumulation: micro-batches that it is cut into.
+    """
+
+    batch: int
+    seq: int
+    dtype: str = "float32"
+    accumulation: int = 1
+    recompute: str = "none"
+    compiled: bool = False
+    learning_rate: float = 3e-4
+    max_norm: float = 1.0
+    seed: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.seq
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """One rank's memory; the largest over the ranks where they differ.
+
+    parameter, gradient, optimizer: exact, from the tensors. active, reserved: peak over a step, from torch.cuda.memory_stats (None
+    on a CPU). resident: peak growth of the process's resident set from before the model was built to the end of a step (None on CUDA).
+    """
+
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    active_bytes: int | None = None
+    reserved_bytes: int | None = None
+    resident_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CollectiveUse:
+    """All collectives of one kind, axis and phase in one step: mean over the ranks, and the largest rank's wire bytes."""
+
+    kind: CollectiveKind
+    axis: str
+    phase: str
+    count: int
+    payload_bytes: float
+    wire_bytes: float
+    wire_bytes_largest_rank: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleTimes:
+    """One module alone, forward and backward, a pair of times per round; a round's time is its slowest rank's."""
+
+    module: str
+    forward_s: tuple[float, ...]
+    backward_s: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One plan's run. `label` is the plan's name, with a mark where the same plan runs a second time to show the noise.
+
+    step_s: one time per round, the slowest rank's. rank_step_s: the same per rank. losses, grad_norms: one per step from the first
+    (warm-up included), equal on all ranks. sent_bytes: what the ranks' sockets sent in one step, mean over ranks (gloo on Linux only).
+    """
+
+    label: str
+    plan_name: str
+    plan_toml: str
+    engine: str
+    step_s: tuple[float, ...]
+    rank_step_s: tuple[tuple[float, ...], ...]
+    losses: tuple[float, ...]
+    grad_norms: tuple[float, ...]
+    memory: MemoryUse
+    collectives: tuple[CollectiveUse, ...]
+    sent_bytes: float | None
+    module_times: ModuleTimes | None
+    agreement: Agreement | None
+
+    @property
+    def wire_bytes(self) -> float:
+        """What one rank sends in a step, by formula; mean over the ranks."""
+        return sum(use.wire_bytes for use in self.collectives)
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """Median of paired ratios and its distribution-free confidence interval (order statistics of the pairs)."""
+
+    median: float
+    low: float
+    high: float
+    confidence: float
+    pairs: int
+
+    @property
+    def holds_one(self) -> bool:
+        return self.low <= 1.0 <= self.high
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """One plan against the first: its time over the first plan's, and its throughput. Summary of a Measurement."""
+
+    label: str
+    step_s: float
+    tokens_per_s: float
+    ratio: Ratio | None
+    module_forward_s: float | None
+    module_backward_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """Where a run took place: what a reader needs to judge its numbers or repeat it."""
+
+    command: str
+    started: str
+    machine: str
+    device: str
+    backend: str
+    world_size: int
+    threads_per_rank: int
+    cores: int
+    memory_bytes: int | None
+    versions: tuple[tuple[str, str], ...]
+    variables: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TextSummary:
+    """Where the token ids came from. `distinct_ids`: how many of the model's vocabulary occur in the stream."""
+
+    source: str
+    tokenizer: str
+    tokens: int
+    distinct_ids: int
+    vocab_size: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The answer of `shardwise compare`: every plan's measurement, standing and the verdict in words.
+
+    noise: the ratio of the first plan's second run to its first (A/A): what no difference looks like here.
+    module: the one module that was measured, or None for whole steps.
+    """
+
+    model: str
+    parameters: int
+    mesh: str
+    settings: StepSettings
+    module: str | None
+    rounds: int
+    environment: Environment
+    text: TextSummary
+    measurements: tuple[Measurement, ...]
+    standings: tuple[Standing, ...]
+    noise: Ratio | None
+    verdict: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    schema_version: int = 1

@@ -1,0 +1,275 @@
+"""Plan: a named set of rules (pattern of module names -> style), as data. TOML text in and out; no files are opened here.
+
+Patterns are dotted module names; `*` stands for one level, `**` for any number of levels. Where two rules match a module, the
+later one holds. What a style does to tensors is in parallel/; this file knows only which arguments a style takes.
+"""
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import lru_cache
+from typing import Self, TypeVar
+
+from shardwise.core.errors import PlanError
+from shardwise.core.placement import Placement, format_placement, parse_placement
+
+
+E = TypeVar("E", bound=StrEnum)
+
+
+class Engine(StrEnum):
+    """Who carries a plan out."""
+
+    NATIVE = "native"
+    DTENSOR = "dtensor"
+
+
+class StyleName(StrEnum):
+    """What a rule does to a module. Embedding: rowwise, colwise, routed, replicated. Linear: colwise, rowwise, replicate.
+    Norm: sequence_parallel, replicate. Any module: gather_input."""
+
+    ROWWISE = "rowwise"
+    COLWISE = "colwise"
+    ROUTED = "routed"
+    REPLICATED = "replicated"
+    SEQUENCE_PARALLEL = "sequence_parallel"
+    GATHER_INPUT = "gather_input"
+    REPLICATE = "replicate"
+
+
+class Ownership(StrEnum):
+    """Which rank owns which row of a routed table: contiguous chunks, or dealt round-robin (against the hot rank)."""
+
+    CONTIGUOUS = "contiguous"
+    INTERLEAVED = "interleaved"
+
+
+class ReduceScatter(StrEnum):
+    """How the native engine carries out a reduce-scatter.
+
+    backend: the process group's own. pairwise: an all-to-all and a local sum, which sends (n-1)/n of the tensor (gloo's own sends
+    as much as an all-reduce). auto: pairwise on gloo, backend elsewhere.
+    """
+
+    AUTO = "auto"
+    BACKEND = "backend"
+    PAIRWISE = "pairwise"
+
+
+_ARGUMENTS: dict[StyleName, frozenset[str]] = {
+    StyleName.ROWWISE: frozenset({"input", "output"}),
+    StyleName.COLWISE: frozenset({"input", "output"}),
+    StyleName.ROUTED: frozenset({"ownership"}),
+    StyleName.REPLICATED: frozenset({"output"}),
+    StyleName.SEQUENCE_PARALLEL: frozenset(),
+    StyleName.GATHER_INPUT: frozenset({"from"}),
+    StyleName.REPLICATE: frozenset(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """A style and its arguments; None means the style's own default for the kind of module it meets (see docs/plans.md)."""
+
+    name: StyleName
+    input: Placement | None = None
+    output: Placement | None = None
+    ownership: Ownership = Ownership.CONTIGUOUS
+
+    def __post_init__(self) -> None:
+        allowed = _ARGUMENTS[self.name]
+        input_key = "from" if self.name is StyleName.GATHER_INPUT else "input"
+        given = {
+            key
+            for key, is_given in (
+                (input_key, self.input is not None),
+                ("output", self.output is not None),
+                ("ownership", self.ownership is not Ownership.CONTIGUOUS),
+            )
+            if is_given
+        }
+        for key in sorted(given - allowed):
+            raise PlanError(_no_such_argument(self.name, key))
+
+    @classmethod
+    def from_value(cls, value: object) -> Self:
+        """A style as a plan file has it: a name, or a table with `style` and arguments. Raises PlanError."""
+        if isinstance(value, str):
+            return cls(_style_name(value))
+        if not isinstance(value, Mapping):
+            raise PlanError(f'a style is a name or a table such as {{ style = "rowwise" }}, not {value!r:.80}.')
+        arguments = dict(value)
+        name = _style_name(arguments.pop("style", None))
+        for key in arguments:
+            if key not in _ARGUMENTS[name]:
+                raise PlanError(_no_such_argument(name, str(key)))
+        return cls(
+            name,
+            input=_placement(arguments, "from" if name is StyleName.GATHER_INPUT else "input"),
+            output=_placement(arguments, "output"),
+            ownership=_choice(Ownership, arguments.get("ownership", Ownership.CONTIGUOUS), "ownership"),
+        )
+
+    def to_value(self) -> str | dict[str, str]:
+        """The inverse of from_value."""
+        arguments: dict[str, str] = {}
+        if self.input is not None:
+            arguments["from" if self.name is StyleName.GATHER_INPUT else "input"] = format_placement(self.input)
+        if self.output is not None:
+            arguments["output"] = format_placement(self.output)
+        if self.ownership is not Ownership.CONTIGUOUS:
+            arguments["ownership"] = str(self.ownership)
+        return {"style": str(self.name), **arguments} if arguments else str(self.name)
+
+    def __str__(self) -> str:
+        value = self.to_value()
+        if isinstance(value, str):
+            return value
+        return f"{self.name}({', '.join(f'{k}={v}' for k, v in value.items() if k != 'style')})"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """All modules whose name matches `pattern` get `style`."""
+
+    pattern: str
+    style: Style
+
+    def __post_init__(self) -> None:
+        if not self.pattern or not all(self.pattern.split(".")):
+            raise PlanError(f'"{self.pattern}" is no pattern. Write a dotted module name; * is one level, ** any number.')
+
+    def matches(self, module: str) -> bool:
+        return _compile(self.pattern).fullmatch(module + ".") is not None
+
+    def __str__(self) -> str:
+        return f'"{self.pattern}" ({self.style.name})'
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A named set of rules and the engine that carries them out. Equal by value; hashable."""
+
+    name: str
+    rules: tuple[Rule, ...]
+    engine: Engine = Engine.NATIVE
+    reduce_scatter: ReduceScatter = ReduceScatter.AUTO
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise PlanError("a plan needs a name.")
+        if not self.rules:
+            raise PlanError(f'plan "{self.name}" has no rules. Write at least one: "MODULE.PATTERN" = "STYLE".')
+
+    @classmethod
+    def from_toml(cls, text: str, source: str = "plan") -> Self:
+        """Reads a plan file's text. Raises PlanError, which names `source` and the line or rule."""
+        try:
+            table = tomllib.loads(text)
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
+            raise PlanError(f"{source}: not valid TOML: {error}.") from None
+        known = {"name", "engine", "reduce_scatter", "rules"}
+        for key in table:
+            if key not in known:
+                raise PlanError(f'{source}: unknown key "{key}". Allowed: {", ".join(sorted(known))}.')
+        rules = table.get("rules")
+        if not isinstance(rules, dict):
+            raise PlanError(f'{source}: no [rules] table. Write [rules] and then "MODULE.PATTERN" = "STYLE" lines.')
+        name = table.get("name", source)
+        if not isinstance(name, str):
+            raise PlanError(f"{source}: name is {name!r:.40}. Write it in quotes.")
+        parsed = []
+        for pattern, value in rules.items():
+            try:
+                parsed.append(Rule(pattern, Style.from_value(value)))
+            except PlanError as error:
+                raise PlanError(f'{source}: rule "{pattern}": {error}') from None
+        try:
+            return cls(
+                name,
+                tuple(parsed),
+                _choice(Engine, table.get("engine", Engine.NATIVE), "engine"),
+                _choice(ReduceScatter, table.get("reduce_scatter", ReduceScatter.AUTO), "reduce_scatter"),
+            )
+        except PlanError as error:
+            raise PlanError(f"{source}: {error}") from None
+
+    def to_toml(self) -> str:
+        """The plan as a file's text: from_toml(to_toml()) is the same plan."""
+        lines = [f"name = {_quote(self.name)}", f'engine = "{self.engine}"']
+        if self.reduce_scatter is not ReduceScatter.AUTO:
+            lines.append(f'reduce_scatter = "{self.reduce_scatter}"')
+        lines.append("[rules]")
+        for rule in self.rules:
+            value = rule.style.to_value()
+            if isinstance(value, dict):
+                shown = "{ " + ", ".join(f"{k} = {_quote(v)}" for k, v in value.items()) + " }"
+            else:
+                shown = _quote(value)
+            lines.append(f"{_quote(rule.pattern)} = {shown}")
+        return "\n".join(lines) + "\n"
+
+    def rule_for(self, module: str) -> Rule | None:
+        """The rule that holds for a module: the last that matches."""
+        return next((rule for rule in reversed(self.rules) if rule.matches(module)), None)
+
+
+def suggest_pattern(pattern: str, modules: Iterable[str]) -> str | None:
+    """The module pattern nearest to a mistyped one, layer numbers as `*`; None if nothing is near."""
+    candidates = sorted({re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in modules if name})
+    near = difflib.get_close_matches(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", pattern), candidates, n=1, cutoff=0.5)
+    return near[0] if near else None
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """` Did you mean "x"?` for the nearest known name, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f' Did you mean "{near[0]}"?' if near else ""
+
+
+@lru_cache(maxsize=1024)
+def _compile(pattern: str) -> re.Pattern[str]:
+    """A pattern for names that end in a dot, so that every level carries its own."""
+    levels: list[str] = []
+    for level in pattern.split("."):
+        part = r"(?:[^.]+\.)*" if level == "**" else re.sub(r"(?:\\\*)+", "[^.]*", re.escape(level)) + r"\."
+        if level != "**" or not levels or levels[-1] != part:  # adjacent ** say nothing new and would backtrack
+            levels.append(part)
+    return re.compile("".join(levels))
+
+
+def _style_name(value: object) -> StyleName:
+    return _choice(StyleName, value, "style")
+
+
+def _choice(kind: type[E], value: object, what: str) -> E:
+    try:
+        return kind(str(value)) if value is not None else kind("")
+    except ValueError:
+        allowed = [str(member) for member in kind]
+        shown = f'"{value}"' if value is not None else "missing"
+        hint = suggest(str(value), allowed)
+        raise PlanError(f"{what} is {shown}.{hint} Allowed: {', '.join(allowed)}.") from None
+
+
+def _placement(arguments: Mapping[str, object], key: str) -> Placement | None:
+    value = arguments.get(key)
+    if value is None:
+        return None
+    try:
+        return parse_placement(str(value))
+    except ValueError as error:
+        raise PlanError(f"{key}: {error}") from None
+
+
+def _no_such_argument(name: StyleName, key: str) -> str:
+    allowed = ", ".join(sorted(_ARGUMENTS[name])) or "none"
+    return f'style {name} takes no argument "{key}". Allowed: {allowed}.'
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text, ensure_ascii=True)

@@ -1,0 +1,7 @@
+"""Starts and watches ranks on this machine, or joins torchrun's; ends them cleanly. Knows nothing of what the ranks do."""
+
+from shardwise.launch.context import RankContext
+from shardwise.launch.ranks import Interrupted, run_ranks
+from shardwise.launch.torchrun import is_main, joined
+
+__all__ = ["Interrupted", "RankContext", "is_main", "joined", "run_ranks"]

@@ -1,0 +1,102 @@
+"""One rank: `python -m shardwise.launch.rank package.module:function`, started by ranks.py, which waits for its mail."""
+
+import ctypes
+import faulthandler
+import os
+import signal
+import sys
+import traceback
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from shardwise.launch.assignment import START_S, Assignment
+
+if TYPE_CHECKING:
+    from shardwise.launch.mail import Outbox
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# On a hang the parent's own timeout should come first, since it can name what every rank was at.
+_GROUP_TIMEOUT_MARGIN_S = 2.0
+
+
+def main(entry: str) -> int:
+    assignment = Assignment.from_environment(os.environ)
+    _die_with(assignment.parent_pid)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.enable()
+
+    from torch import distributed
+
+    from shardwise.launch.mail import Kind, Outbox, take
+    from shardwise.launch.store import connect
+
+    store = connect(assignment.store_port, timeout_s=START_S)
+    outbox = Outbox(store, assignment.rank)
+    try:
+        result = _work(entry, assignment, outbox, take(store, "payload"))
+        outbox.send(Kind.RESULT, result)
+        outbox.flush()
+        distributed.destroy_process_group()
+    except BaseException as error:
+        _report(error, outbox)
+        # Taking down a broken process group can hang, so don't.
+        os._exit(1)
+    return 0
+
+
+def _work(entry: str, assignment: Assignment, outbox: "Outbox", payload: bytes) -> bytes:
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    from shardwise.launch.context import RankContext, backend_of
+    from shardwise.launch.entry import device_of, join_group, load
+    from shardwise.launch.mail import Kind
+    from shardwise.launch.store import connect
+
+    function = load(entry)
+    device = device_of(assignment.device_type, assignment.rank)
+    join_group(
+        PrefixStore("group", connect(assignment.store_port, timeout_s=START_S)),
+        device,
+        rank=assignment.rank,
+        world_size=assignment.world_size,
+        timeout_s=assignment.timeout_s + _GROUP_TIMEOUT_MARGIN_S,
+    )
+    outbox.send(Kind.READY, b"")
+    context = RankContext(
+        rank=assignment.rank,
+        world_size=assignment.world_size,
+        local_rank=assignment.rank,
+        device=device,
+        backend=backend_of(assignment.device_type),
+        under_torchrun=False,
+        send=outbox.send,
+    )
+    return function(context, payload)
+
+
+def _report(error: BaseException, outbox: "Outbox") -> None:
+    """To the parent first: the log may be on a full disk."""
+    import msgspec
+
+    from shardwise.core.errors import ShardwiseError
+    from shardwise.launch.cause import Failure
+    from shardwise.launch.mail import Kind
+
+    with suppress(RuntimeError):
+        outbox.send(Kind.FAILURE, msgspec.json.encode(Failure.of(error)))
+        outbox.flush()
+    if not isinstance(error, ShardwiseError):
+        with suppress(OSError):
+            traceback.print_exception(error)
+
+
+def _die_with(parent_pid: int) -> None:
+    """Has the kernel kill this rank when its parent dies, however that happens; ends it now if that is past. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

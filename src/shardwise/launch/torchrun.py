@@ -1,0 +1,143 @@
+"""Ranks that torchrun started, on one host or many: this process is one of them. torchrun owns signals and ends; this room adds the exchange of results."""
+
+import functools
+import itertools
+import os
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from shardwise.core.errors import MeshError, RunError, ShardwiseError
+from shardwise.launch.assignment import START_S
+from shardwise.launch.cause import BadEnd, Failure, error_for
+from shardwise.launch.context import RankContext, backend_of
+from shardwise.launch.entry import device_of, join_group, load
+from shardwise.launch.mail import Inbox, Kind, Outbox
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+_POLL_S = 0.05
+# Every run of this process gets a part of the store for itself: one run's keys would mislead the next.
+_run_numbers = itertools.count()
+
+
+def joined() -> bool:
+    """Whether torchrun (or whatever sets the same environment) started this process as one rank of several."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def is_main() -> bool:
+    """Whether this is the process that prints and writes: the only one, or torchrun's rank 0."""
+    return not joined() or int(os.environ["RANK"]) == 0
+
+
+def run(
+    entry: str,
+    payload: bytes,
+    *,
+    world_size: int,
+    device_type: str,
+    timeout_s: float,
+    on_event: Callable[[bytes], None],
+    threads_per_rank: int,
+) -> list[bytes]:
+    """run_ranks for one of torchrun's ranks: every rank's result on rank 0, nothing elsewhere. Events of the others reach rank 0 once it is done itself."""
+    started = int(os.environ["WORLD_SIZE"])
+    if world_size != started:
+        raise MeshError(
+            f"mesh: {world_size} ranks asked for, but torchrun started {started}. "
+            f"Use a mesh of {started} ranks, or start {world_size} with torchrun (--nproc-per-node, --nnodes)."
+        )
+    rank = int(os.environ["RANK"])
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    _check_device(device_type, local_rank)
+
+    import torch
+    from torch import distributed
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    torch.set_num_threads(threads_per_rank)
+    store = PrefixStore(f"shardwise/{next(_run_numbers)}", _rendezvous())
+    outbox = Outbox(store, rank)
+    notes: list[str] = []
+
+    def send(kind: Kind, body: bytes) -> None:
+        match kind:
+            case Kind.NOTE:
+                notes[:] = [body.decode()]
+            case Kind.EVENT if rank == 0:
+                on_event(body)
+            case _:
+                outbox.send(kind, body)
+
+    device = device_of(device_type, local_rank)
+    owns_group = not distributed.is_initialized()
+    try:
+        if owns_group:
+            join_group(PrefixStore("group", store), device, rank=rank, world_size=world_size, timeout_s=timeout_s)
+        context = RankContext(
+            rank=rank,
+            world_size=world_size,
+            local_rank=local_rank,
+            device=device,
+            backend=backend_of(device_type),
+            under_torchrun=True,
+            send=send,
+        )
+        result = load(entry)(context, payload)
+    except ShardwiseError:
+        raise
+    except Exception as error:
+        traceback.print_exception(error)
+        end = BadEnd(rank, time.time(), failure=Failure.of(error), exit_code=None)
+        raise error_for(end, world_size=1, note=notes[0] if notes else None, log=None) from error
+    outbox.send(Kind.RESULT, result)
+    results = _gather(Inbox(store), world_size, timeout_s, on_event) if rank == 0 else []
+    # Rank 0 may host the store, so nobody leaves before all results are in.
+    distributed.barrier()
+    if owns_group:
+        distributed.destroy_process_group()
+    return results
+
+
+def _gather(inbox: Inbox, world_size: int, timeout_s: float, on_event: Callable[[bytes], None]) -> list[bytes]:
+    results: dict[int, bytes] = {}
+    deadline_s = time.monotonic() + timeout_s
+    while len(results) < world_size:
+        for mail in inbox.collect():
+            if mail.kind is Kind.RESULT:
+                results[mail.rank] = mail.body
+            else:
+                on_event(mail.body)
+        missing = sorted(set(range(world_size)) - results.keys())
+        if missing and time.monotonic() > deadline_s:
+            raise RunError(
+                f"no result came from rank {', '.join(map(str, missing))} within {timeout_s:g} s of rank 0's. See torchrun's output."
+            )
+        time.sleep(_POLL_S)
+    return [results[rank] for rank in range(world_size)]
+
+
+@functools.cache
+def _rendezvous() -> "Store":
+    """torchrun's store. Cached: without an agent, rank 0 hosts it, and it ends with the last reference."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store: Store
+    store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=START_S)))
+    return store
+
+
+def _check_device(device_type: str, local_rank: int) -> None:
+    if device_type != "cuda":
+        return
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise MeshError(
+            f"mesh: local rank {local_rank} has no GPU of its own; this machine has {gpus}. Start at most {gpus} ranks a machine, or use the CPU."
+        )

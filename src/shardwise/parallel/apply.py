@@ -1,0 +1,59 @@
+"""The way in from Python: `parallelize(model, plan, mesh)` on a user's own module, and the loss that goes with its logits."""
+
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardwise.core.errors import MeshError, PlanError
+from shardwise.core.plan import Engine, Plan
+from shardwise.parallel.builtin import builtin_plan
+from shardwise.parallel.dtensor import apply_dtensor
+from shardwise.parallel.loss import Loss, PlainLoss
+from shardwise.parallel.native import apply_native
+from shardwise.parallel.ownership import RowOwnership
+
+_ATTRIBUTE = "_shardwise"
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What parallelize() did to a model. row_order: parameters whose rows are interleaved."""
+
+    plan: Plan | None
+    loss: Loss
+    row_order: dict[str, RowOwnership] = field(default_factory=dict)
+
+
+def parallelize(model: nn.Module, plan: Plan | str, mesh: DeviceMesh) -> nn.Module:
+    """Shards `model` in place over the "tp" axis of `mesh`, and returns it.
+
+    plan: a Plan, or the name of a built-in one. mesh: a DeviceMesh with an axis named "tp". Every rank must hold the same weights (or
+    all of them meta). Parameters become DTensors, so FSDP2 (`fully_shard`, applied afterwards over another axis), optimizers and
+    torch.distributed.checkpoint compose. Sharded logits want `loss_of(model)`.
+
+    Raises PlanError, before anything is changed, where the plan doesn't fit the model; MeshError where the mesh has no "tp" axis.
+    """
+    if isinstance(plan, str):
+        plan = builtin_plan(plan)
+    if "tp" not in (mesh.mesh_dim_names or ()):
+        raise MeshError(f'parallelize: the mesh has axes {mesh.mesh_dim_names}. Name one of them "tp".')
+    if hasattr(model, _ATTRIBUTE):
+        raise PlanError(f'plan "{plan.name}": the model is sharded already. Build a fresh one for another plan.')
+    match plan.engine:
+        case Engine.NATIVE:
+            loss, row_order = apply_native(model, plan, mesh)
+        case Engine.DTENSOR:
+            loss, row_order = apply_dtensor(model, plan, mesh), {}
+    setattr(model, _ATTRIBUTE, Applied(plan, loss, row_order))
+    return model
+
+
+def applied_to(model: nn.Module) -> Applied:
+    """What parallelize() did to the model; for a model that isn't sharded, the plain loss."""
+    return getattr(model, _ATTRIBUTE, Applied(None, PlainLoss()))
+
+
+def loss_of(model: nn.Module) -> Loss:
+    """Cross-entropy for the model's logits, whether they are whole or this rank's part of the vocabulary: see loss.Loss."""
+    return applied_to(model).loss

@@ -1,0 +1,288 @@
+"""Differentiable collectives on plain local tensors: each says what it does to a placement, and is told what its gradient is.
+
+`grad_placement` has no default: the backward of an all-gather is a reduce-scatter if the consumer's gradient is Partial (each rank
+computed a part), and a slice if it is Replicate (each rank computed the whole); nothing in the tensor tells which.
+
+    function         before -> after         grad_placement   backward
+    all_gather       Shard(d) -> Replicate   Partial          reduce_scatter
+                                             Replicate        own slice
+    reduce_scatter   Partial -> Shard(d)     Shard(d)         all_gather
+    all_reduce       Partial -> Replicate    Replicate        nothing
+    fan_out          Replicate -> Replicate  Partial          all_reduce
+    split            Replicate -> Shard(d)   Shard(d)         all_gather
+    all_to_all       Shard(i) -> Shard(j)    Shard(j)         all_to_all back
+    exchange_blocks  blocks to their ranks   Shard(0)         exchange_blocks back
+    exchange_rows    rows to their askers    Shard(0)         exchange_rows back
+
+All ranks of the axis must call in the same order. Sizes: a sharded dim is cut as torch.chunk cuts it; where chunks differ, all_gather
+and split pad on the wire. With an active profiler each collective is a range named `shardwise.KIND|ORIGIN`.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardwise.core.collective import CollectiveKind, Origin
+from shardwise.core.placement import Partial, Placement, Replicate, Shard
+from shardwise.parallel.axis import Axis
+
+# the old names warn since 2.13
+_all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def chunk_sizes(size: int, parts: int) -> list[int]:
+    """Sizes of `parts` chunks of `size` as torch.chunk and DTensor cut: all ceil(size/parts) but the last ones, which may be empty."""
+    full = -(-size // parts)
+    return [max(0, min(full, size - full * part)) for part in range(parts)]
+
+
+def all_gather(x: Tensor, dim: int, axis: Axis, *, full_size: int, grad_placement: Placement, origin: Origin) -> Tensor:
+    """Shard(dim) -> Replicate; `full_size` is the whole size of `dim`."""
+    _expect(grad_placement, (Partial(), Replicate()), "all_gather")
+    return _AllGather.apply(x, dim % x.dim(), axis, full_size, grad_placement, origin)  # type: ignore[no-any-return]
+
+
+def reduce_scatter(x: Tensor, dim: int, axis: Axis, *, grad_placement: Placement, origin: Origin) -> Tensor:
+    """Partial -> Shard(dim); the size of `dim` must be a multiple of the axis."""
+    _expect(grad_placement, (Shard(dim),), "reduce_scatter")
+    return _ReduceScatter.apply(x, dim % x.dim(), axis, origin)  # type: ignore[no-any-return]
+
+
+def all_reduce(x: Tensor, axis: Axis, *, grad_placement: Placement, origin: Origin) -> Tensor:
+    """Partial -> Replicate."""
+    _expect(grad_placement, (Replicate(),), "all_reduce")
+    return _AllReduce.apply(x, axis, origin)  # type: ignore[no-any-return]
+
+
+def fan_out(x: Tensor, axis: Axis, *, grad_placement: Placement, origin: Origin) -> Tensor:
+    """Replicate -> Replicate: does nothing forward; sums the parts of the gradient backward."""
+    _expect(grad_placement, (Partial(),), "fan_out")
+    return _FanOut.apply(x, axis, origin)  # type: ignore[no-any-return]
+
+
+def split(x: Tensor, dim: int, axis: Axis, *, grad_placement: Placement, origin: Origin) -> Tensor:
+    """Replicate -> Shard(dim), a view of the own chunk; the gradient is gathered whole."""
+    _expect(grad_placement, (Shard(dim),), "split")
+    return _Split.apply(x, dim % x.dim(), axis, origin)  # type: ignore[no-any-return]
+
+
+def all_to_all(
+    x: Tensor, split_dim: int, concat_dim: int, axis: Axis, *, full_size: int, grad_placement: Placement, origin: Origin
+) -> Tensor:
+    """Shard(concat_dim) -> Shard(split_dim): cuts split_dim (any size), joins concat_dim, whose whole size is `full_size`."""
+    _expect(grad_placement, (Shard(split_dim),), "all_to_all")
+    return _AllToAll.apply(x, split_dim % x.dim(), concat_dim % x.dim(), full_size, axis, origin)  # type: ignore[no-any-return]
+
+
+def exchange_blocks(blocks: Tensor, axis: Axis, *, grad_placement: Placement, origin: Origin) -> Tensor:
+    """[n, ...], block d for rank d -> [n, ...], block s from rank s: an all-to-all of contiguous memory that moves no element locally."""
+    _expect(grad_placement, (Shard(0),), "exchange_blocks")
+    return _ExchangeBlocks.apply(blocks, axis, origin)  # type: ignore[no-any-return]
+
+
+def exchange_rows(
+    rows: Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], axis: Axis, *, grad_placement: Placement, origin: Origin
+) -> Tensor:
+    """[sum(send_splits), H], sorted by destination -> [sum(receive_splits), H], sorted by source."""
+    _expect(grad_placement, (Shard(0),), "exchange_rows")
+    return _ExchangeRows.apply(rows, tuple(send_splits), tuple(receive_splits), axis, origin)  # type: ignore[no-any-return]
+
+
+def gather_now(x: Tensor, dim: int, axis: Axis, full_size: int, origin: Origin) -> Tensor:
+    """All-gather without a gradient."""
+    if axis.size == 1:
+        return x
+    sizes = chunk_sizes(full_size, axis.size)
+    if x.shape[dim] != sizes[axis.rank]:
+        raise AssertionError(f"{origin}: dim {dim} has {x.shape[dim]}, its shard of {full_size} has {sizes[axis.rank]}")
+    largest = sizes[0]
+    if x.shape[dim] != largest:
+        x = torch.cat((x, x.new_zeros(*x.shape[:dim], largest - x.shape[dim], *x.shape[dim + 1 :])), dim)
+    parts = x.new_empty(axis.size, *x.shape)
+    with _labelled(CollectiveKind.ALL_GATHER, origin):
+        _all_gather_into(parts.view(-1), x.contiguous().view(-1), group=axis.group)
+    full = parts.movedim(0, dim).flatten(dim, dim + 1)
+    return full if largest * axis.size == full_size else full.narrow(dim, 0, full_size)
+
+
+def scatter_sum_now(x: Tensor, dim: int, axis: Axis, origin: Origin) -> Tensor:
+    """Reduce-scatter without a gradient."""
+    if axis.size == 1:
+        return x
+    if x.shape[dim] % axis.size:
+        raise AssertionError(f"{origin}: dim {dim} has {x.shape[dim]}, no multiple of {axis.size}")
+    blocks = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
+    if axis.pairwise_reduce_scatter:
+        received = swap_blocks_now(blocks, axis, origin)
+        return torch.add(received[0], received[1]) if axis.size == 2 else received.sum(0)
+    out = torch.empty_like(blocks[0])
+    with _labelled(CollectiveKind.REDUCE_SCATTER, origin):
+        _reduce_scatter_into(out.view(-1), blocks.view(-1), group=axis.group)
+    return out
+
+
+def sum_now(x: Tensor, axis: Axis, origin: Origin) -> Tensor:
+    """All-reduce in place, without a gradient."""
+    if axis.size > 1:
+        with _labelled(CollectiveKind.ALL_REDUCE, origin):
+            dist.all_reduce(x, group=axis.group)
+    return x
+
+
+def swap_blocks_now(blocks: Tensor, axis: Axis, origin: Origin) -> Tensor:
+    """exchange_blocks without a gradient."""
+    if axis.size == 1:
+        return blocks
+    received = torch.empty_like(blocks, memory_format=torch.contiguous_format)
+    with _labelled(CollectiveKind.ALL_TO_ALL, origin):
+        dist.all_to_all_single(received.view(-1), blocks.contiguous().view(-1), group=axis.group)
+    return received
+
+
+def swap_rows_now(rows: Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], axis: Axis, origin: Origin) -> Tensor:
+    """exchange_rows without a gradient."""
+    received = rows.new_empty(sum(receive_splits), *rows.shape[1:])
+    if axis.size == 1:
+        return received.copy_(rows)
+    with _labelled(CollectiveKind.ALL_TO_ALL, origin):
+        dist.all_to_all_single(received, rows.contiguous(), list(receive_splits), list(send_splits), group=axis.group)
+    return received
+
+
+def _swap_dims(x: Tensor, split_dim: int, concat_dim: int, concat_size: int, axis: Axis, origin: Origin) -> Tensor:
+    """Shard(concat_dim) -> Shard(split_dim); `concat_size` is the whole size of concat_dim."""
+    if axis.size == 1:
+        return x
+    parts = x.split(chunk_sizes(x.shape[split_dim], axis.size), split_dim)
+    sends = [part.numel() for part in parts]
+    flat = torch.cat([part.reshape(-1) for part in parts])
+    own = chunk_sizes(x.shape[split_dim], axis.size)[axis.rank]
+    shapes = []
+    for size in chunk_sizes(concat_size, axis.size):
+        shape = list(x.shape)
+        shape[split_dim], shape[concat_dim] = own, size
+        shapes.append(shape)
+    receives = [torch.Size(shape).numel() for shape in shapes]
+    received = swap_rows_now(flat, sends, receives, axis, origin)
+    return torch.cat([part.view(shape) for part, shape in zip(received.split(receives), shapes, strict=True)], concat_dim)
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, axis: Axis, full_size: int, grad_placement: Placement, origin: Origin) -> Tensor:
+        ctx.saved = (dim, axis, grad_placement, origin)
+        return gather_now(x, dim, axis, full_size, origin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        dim, axis, grad_placement, origin = ctx.saved
+        if grad_placement == Partial():
+            out = scatter_sum_now(grad, dim, axis, origin)
+        else:
+            out = _own_chunk(grad, dim, axis)
+        return out, None, None, None, None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, axis: Axis, origin: Origin) -> Tensor:
+        ctx.saved = (dim, axis, x.shape[dim], origin)
+        return scatter_sum_now(x, dim, axis, origin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        dim, axis, full_size, origin = ctx.saved
+        return gather_now(grad, dim, axis, full_size, origin), None, None, None
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, origin: Origin) -> Tensor:
+        return sum_now(x.clone(memory_format=torch.contiguous_format), axis, origin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return grad, None, None
+
+
+class _FanOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, origin: Origin) -> Tensor:
+        ctx.saved = (axis, origin)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        axis, origin = ctx.saved
+        return sum_now(grad.clone(memory_format=torch.contiguous_format), axis, origin), None, None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, axis: Axis, origin: Origin) -> Tensor:
+        ctx.saved = (dim, axis, x.shape[dim], origin)
+        return _own_chunk(x, dim, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        dim, axis, full_size, origin = ctx.saved
+        return gather_now(grad, dim, axis, full_size, origin), None, None, None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, split_dim: int, concat_dim: int, full_size: int, axis: Axis, origin: Origin) -> Tensor:
+        ctx.saved = (split_dim, concat_dim, x.shape[split_dim], axis, origin)
+        return _swap_dims(x, split_dim, concat_dim, full_size, axis, origin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        split_dim, concat_dim, split_size, axis, origin = ctx.saved
+        return _swap_dims(grad, concat_dim, split_dim, split_size, axis, origin), None, None, None, None, None
+
+
+class _ExchangeBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, blocks: Tensor, axis: Axis, origin: Origin) -> Tensor:
+        ctx.saved = (axis, origin)
+        return swap_blocks_now(blocks, axis, origin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        axis, origin = ctx.saved
+        return swap_blocks_now(grad, axis, origin), None, None
+
+
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, send_splits: tuple[int, ...], receive_splits: tuple[int, ...], axis: Axis, origin: Origin
+    ) -> Tensor:
+        ctx.saved = (send_splits, receive_splits, axis, origin)
+        return swap_rows_now(rows, send_splits, receive_splits, axis, origin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        send_splits, receive_splits, axis, origin = ctx.saved
+        return swap_rows_now(grad, receive_splits, send_splits, axis, origin), None, None, None, None
+
+
+def _own_chunk(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    sizes = chunk_sizes(x.shape[dim], axis.size)
+    return x.narrow(dim, sum(sizes[: axis.rank]), sizes[axis.rank])
+
+
+def _expect(given: Placement, allowed: Sequence[Placement], what: str) -> None:
+    if given not in allowed:
+        raise ValueError(f"{what}: grad_placement is {given}. Allowed: {', '.join(map(str, allowed))}.")
+
+
+def _labelled(kind: CollectiveKind, origin: Origin) -> AbstractContextManager[object]:
+    if torch.autograd.profiler._is_profiler_enabled:
+        return torch.profiler.record_function(f"shardwise.{kind}|{origin}")
+    return nullcontext()

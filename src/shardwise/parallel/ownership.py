@@ -1,0 +1,117 @@
+"""Which rank owns which row of a table, and where it keeps it; and the route that rows take to the ranks that need them.
+
+Pure functions of host-side ids: no collectives, no devices. t ranks, V rows.
+
+contiguous: rank r owns the r-th chunk, as torch.chunk cuts V. interleaved: rows are dealt round-robin, id % t where t divides V, with
+the same number of rows per rank as contiguous has (a rank that is full is passed over), so that a DTensor's shard sizes hold.
+
+The route (for sequence parallelism: rank d needs the d-th part of every sequence) sends each distinct row once to each rank that needs
+it. Formula of what rank r sends: H x sum over d != r of |distinct ids of part d that r owns|.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from shardwise.core.plan import Ownership
+from shardwise.parallel.collectives import chunk_sizes
+
+
+@dataclass(frozen=True, slots=True)
+class RowOwnership:
+    """Owner and local row of every id of a table of `vocab_size` rows over `axis_size` ranks."""
+
+    vocab_size: int
+    axis_size: int
+    kind: Ownership = Ownership.CONTIGUOUS
+
+    def rows_of(self, rank: int) -> int:
+        return chunk_sizes(self.vocab_size, self.axis_size)[rank]
+
+    @property
+    def _is_simple_deal(self) -> bool:
+        return self.vocab_size % self.axis_size == 0
+
+    def owner(self, ids: Tensor) -> Tensor:
+        """Rank that owns each id; same shape."""
+        if self.kind is Ownership.CONTIGUOUS:
+            return ids // -(-self.vocab_size // self.axis_size)
+        if self._is_simple_deal:
+            return ids % self.axis_size
+        return _deal(self.vocab_size, self.axis_size)[0].to(ids.device)[ids]
+
+    def local(self, ids: Tensor) -> Tensor:
+        """Row of each id at its owner; same shape."""
+        if self.kind is Ownership.CONTIGUOUS:
+            return ids % -(-self.vocab_size // self.axis_size)
+        if self._is_simple_deal:
+            return ids // self.axis_size
+        return _deal(self.vocab_size, self.axis_size)[1].to(ids.device)[ids]
+
+    def ids_of(self, rank: int) -> Tensor:
+        """The ids that a rank owns, in the order of its rows: ascending."""
+        ids = torch.arange(self.vocab_size)
+        return ids[self.owner(ids) == rank]
+
+
+@lru_cache(maxsize=8)
+def _deal(vocab_size: int, axis_size: int) -> tuple[Tensor, Tensor]:
+    """(owner, local row) of every id, dealt round-robin to ranks that aren't full."""
+    sizes = torch.tensor(chunk_sizes(vocab_size, axis_size))
+    rows, ranks = torch.meshgrid(torch.arange(int(sizes.max())), torch.arange(axis_size), indexing="ij")
+    free = rows < sizes
+    return ranks[free], rows[free]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What one rank sends and receives for one batch of ids.
+
+    send_rows: local rows to send, sorted by destination; send_splits[d]: how many go to rank d. receive_splits[s]: how many come from
+    rank s. expand: for every token of the own part, flattened, its row among the received ones.
+    """
+
+    send_rows: Tensor
+    send_splits: tuple[int, ...]
+    receive_splits: tuple[int, ...]
+    expand: Tensor
+
+    def rows_sent_to_others(self, rank: int) -> int:
+        return sum(self.send_splits) - self.send_splits[rank]
+
+
+def route(ids_BS: Tensor, ownership: RowOwnership, rank: int) -> Route:
+    """The route of one rank for real ids on the host; the sequence must be a multiple of the axis."""
+    n_ranks = ownership.axis_size
+    parts = ids_BS.unflatten(1, (n_ranks, -1)).movedim(1, 0).reshape(n_ranks, -1)
+    send_rows, send_splits = [], []
+    for destination in range(n_ranks):
+        if destination == rank:
+            distinct, expand, receive_splits = _receive(parts[rank], ownership)
+        else:
+            distinct = _distinct(parts[destination], ownership.vocab_size)
+        own = distinct[ownership.owner(distinct) == rank]
+        send_rows.append(ownership.local(own))
+        send_splits.append(len(own))
+    return Route(torch.cat(send_rows), tuple(send_splits), receive_splits, expand)
+
+
+def _distinct(ids: Tensor, vocab_size: int) -> Tensor:
+    """Sorted distinct ids, by a mark per row of the table: linear, where torch.unique sorts."""
+    seen = torch.zeros(vocab_size, dtype=torch.bool)
+    seen[ids] = True
+    return seen.nonzero().view(-1)
+
+
+def _receive(ids: Tensor, ownership: RowOwnership) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """(distinct ids, index of each token among the received rows, rows received per source)."""
+    distinct = _distinct(ids, ownership.vocab_size)
+    owners = ownership.owner(distinct)
+    counts = torch.bincount(owners, minlength=ownership.axis_size)
+    arrival = torch.empty_like(distinct)
+    arrival[torch.argsort(owners, stable=True)] = torch.arange(len(distinct))
+    position = torch.empty(ownership.vocab_size, dtype=torch.int64)
+    position[distinct] = arrival
+    return distinct, position[ids], tuple(counts.tolist())

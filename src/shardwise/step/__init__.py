@@ -1,0 +1,1 @@
+"""ONE training step: loss, backward, gradient reduction, clipping, optimizer. What is measured is what is verified."""

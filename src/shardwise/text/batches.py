@@ -1,0 +1,66 @@
+"""The text room's last stage: batches of a token stream, a pure function of the step, the same on every rank.
+
+Shapes: B sequences in the batch, S tokens in a sequence. The stream is cut into windows of S ids, each with the id that follows it:
+window w is ids[wS : wS + S], its labels are ids[wS + 1 : wS + S + 1]. Step n takes windows nB to nB + B - 1 and starts over after the
+last whole window, so no sequence is short and no label crosses from the stream's end to its start.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from shardwise.core.errors import OptionError, TextError
+from shardwise.text.stream import TokenStream
+
+IGNORED_LABEL = -100
+"""A label that counts for nothing in the loss: the default ignore_index of torch.nn.functional.cross_entropy."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Ids and the labels that follow them, torch.int64 on the CPU, both [B, S]."""
+
+    ids_BS: torch.Tensor  # noqa: N815
+    labels_BS: torch.Tensor  # noqa: N815
+
+    def slice(self, index: int, count: int) -> "Batch":
+        """Part `index` of `count` equal parts along B: a data-parallel rank's share, or one micro-batch. Views, not copies."""
+        batch = self.ids_BS.shape[0]
+        assert count >= 1, count
+        assert 0 <= index < count, (index, count)
+        if batch % count:
+            raise OptionError(
+                f"a batch of {batch} sequences can't be cut into {count} equal parts. Use a batch that is a multiple of {count}, "
+                f"such as {-(-batch // count) * count}."
+            )
+        part = slice(index * (batch // count), (index + 1) * (batch // count))
+        return Batch(self.ids_BS[part], self.labels_BS[part])
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """A stream seen as batches of `batch` sequences of `seq` tokens."""
+
+    stream: TokenStream
+    batch: int
+    seq: int
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.seq < 1:
+            raise OptionError(f"batch={self.batch}, seq={self.seq} is no batch. Use 1 or more for both.")
+        tokens = self.stream.summary.tokens
+        if tokens < self.seq + 1:
+            raise TextError(
+                f"{self.stream.summary.source} has {tokens} tokens, and a sequence of {self.seq} needs {self.seq + 1}. "
+                f"Give more text, or use seq <= {tokens - 1}."
+            )
+
+    def at(self, step: int) -> Batch:
+        """The whole batch of one step, counted from 0."""
+        assert step >= 0, step
+        windows = (self.stream.summary.tokens - 1) // self.seq
+        window_B = (step * self.batch + np.arange(self.batch)) % windows
+        ids_BT = self.stream.ids[window_B[:, None] * self.seq + np.arange(self.seq + 1)].astype(np.int64)
+        both_BT = torch.from_numpy(ids_BT)
+        return Batch(both_BT[:, :-1].contiguous(), both_BT[:, 1:].contiguous())

@@ -1,0 +1,180 @@
+"""The text room's third stage: a stream of token ids with its summary, cached between runs.
+
+A stream's bytes are one line of JSON (core's TextSummary) and then the ids as little-endian int32. That is the cache's file format and
+what rank 0 sends to the other ranks; it holds no pickle, and reading it checks everything that the summary claims. The cache only saves
+time: a file that is damaged is made anew, a directory that can't be written is done without.
+"""
+
+import hashlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from shardwise.core.errors import OptionError, TextError
+from shardwise.core.measurement import TextSummary
+from shardwise.text import corpus
+from shardwise.text import tokenizer as bpe
+
+RANDOM_TOKENS = 1 << 20
+_LARGEST_VOCAB = 2**31 - 1
+# counts changes to the built-in text and to how text is cut into pieces: they change the ids, and old cache files must not be found
+_RECIPE = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStream:
+    """Token ids in order, 1-D int32 and read-only, with a summary that is known to be true of them. Equal by summary: it has the digest."""
+
+    ids: NDArray[np.int32] = field(compare=False, repr=False)
+    summary: TextSummary
+
+    def __post_init__(self) -> None:
+        if self.ids.dtype != np.int32 or self.ids.ndim != 1:
+            raise TextError(f"token ids are {self.ids.ndim}-D {self.ids.dtype}. Give a 1-D int32 array.")
+        if not self.ids.size:
+            raise TextError(f"{self.summary.source} gives no tokens with tokenizer {self.summary.tokenizer}. Give more text.")
+        vocab_size = self.summary.vocab_size
+        smallest, largest = int(self.ids.min()), int(self.ids.max())
+        if smallest < 0 or largest >= vocab_size:
+            raise TextError(f"token ids run from {smallest} to {largest}. vocab_size={vocab_size} allows 0 to {vocab_size - 1}.")
+        facts = (self.ids.size, _distinct(self.ids), _digest(self.ids))
+        if facts != (self.summary.tokens, self.summary.distinct_ids, self.summary.digest):
+            raise TextError("token ids don't match their summary: another count or digest. Make the stream anew.")
+        frozen = self.ids.view()
+        frozen.flags.writeable = False
+        object.__setattr__(self, "ids", frozen)
+
+    @classmethod
+    def of(cls, ids: NDArray[np.int32], *, vocab_size: int, source: str, tokenizer: str) -> "TokenStream":
+        """The stream of these ids, summed up here."""
+        return cls(ids, TextSummary(source, tokenizer, ids.size, _distinct(ids), vocab_size, _digest(ids)))
+
+    def to_bytes(self) -> bytes:
+        return msgspec.json.encode(self.summary) + b"\n" + self.ids.astype("<i4", copy=False).tobytes()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> "TokenStream":
+        """The stream that `to_bytes` wrote; TextError for anything else."""
+        # JSON escapes newlines, so the first one ends the summary
+        summary, _, ids = content.partition(b"\n")
+        try:
+            return cls(np.frombuffer(ids, dtype="<i4").astype(np.int32, copy=False), msgspec.json.decode(summary, type=TextSummary))
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise TextError(f"bytes are no token stream: {error}. Make the stream anew.") from None
+
+
+def load_tokens(
+    *,
+    vocab_size: int,
+    files: Sequence[Path] = (),
+    tokenizer: Path | None = None,
+    random_ids: bool = False,
+    seed: int = 0,
+    cache: Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> TokenStream:
+    """Ids below vocab_size of the text in files, or of the built-in corpus; or uniform random ids (only they use the seed).
+
+    tokenizer: a tokenizer.json; without one, byte-level BPE is trained on the text. cache: the directory of the cache, or None for the
+    user's own. progress is called with a line for each stage that takes time. TextError or OptionError for what can't be used.
+    """
+    if not 1 <= vocab_size <= _LARGEST_VOCAB:
+        raise OptionError(f"vocab_size is {vocab_size}. Use 1 to {_LARGEST_VOCAB}.")
+    if random_ids:
+        if files or tokenizer is not None:
+            raise OptionError("random ids come without text. Leave out the text files and the tokenizer, or the random ids.")
+        return _random_stream(vocab_size, seed)
+    say = progress or _silent
+    given = corpus.load_text(files) if files else None
+    source = given.source if given else corpus.STDLIB_SOURCE
+    definition = None if tokenizer is None else bpe.read_file(tokenizer)
+    name = f"byte-level BPE trained on this text (tokenizers {bpe.TOKENIZERS_VERSION})" if tokenizer is None else corpus.shown(tokenizer)
+
+    # sys.version stands for the built-in text, so that a cached run reads no source
+    key = _key(source, given.text if given else sys.version, str(vocab_size), name, bpe.TOKENIZERS_VERSION, definition or b"")
+    directory = cache or _user_cache()
+    entry = None if directory is None else directory / f"{key}.tokens"
+    found = None if entry is None else _cached(entry)
+    if found is not None and (found.summary.source, found.summary.tokenizer, found.summary.vocab_size) == (source, name, vocab_size):
+        return found
+
+    if given is None:
+        say(f"reading the {source}")
+        given = corpus.load_text()
+    size = f"{len(given.text) / 1e6:.1f} million characters"
+    if definition is None:
+        say(f"training a tokenizer of {vocab_size} ids on {size}")
+        made = bpe.train(given.text, vocab_size)
+    else:
+        made = bpe.parse(definition, name)
+    say(f"encoding {size}")
+    ids = bpe.encode(made, given.text, vocab_size=vocab_size, name=name)
+    stream = TokenStream.of(ids, vocab_size=vocab_size, source=source, tokenizer=name)
+    if entry is not None:
+        try:
+            _store(entry, stream.to_bytes())
+        except OSError as error:
+            say(f"the tokens can't be cached ({error.strerror}), so the next run makes them again")
+    return stream
+
+
+def _random_stream(vocab_size: int, seed: int) -> TokenStream:
+    if seed < 0:
+        raise OptionError(f"the seed of random ids is {seed}. Use 0 or more.")
+    ids = np.random.default_rng(seed).integers(0, vocab_size, RANDOM_TOKENS, dtype=np.int32)
+    return TokenStream.of(ids, vocab_size=vocab_size, source=f"uniform random ids, seed {seed}", tokenizer="none")
+
+
+def _silent(line: str) -> None:
+    """Says nothing."""
+
+
+def _distinct(ids: NDArray[np.int32]) -> int:
+    return int(np.unique(ids).size)
+
+
+def _digest(ids: NDArray[np.int32]) -> str:
+    """blake2b, 16 bytes in hex, of the ids as little-endian int32."""
+    return hashlib.blake2b(ids.astype("<i4", copy=False).tobytes(), digest_size=16).hexdigest()
+
+
+def _key(*parts: str | bytes) -> str:
+    """One digest of all parts; each is hashed by itself first, so that no two lists of parts run together."""
+    whole = hashlib.blake2b(str(_RECIPE).encode(), digest_size=16)
+    for part in parts:
+        whole.update(hashlib.blake2b(part.encode("utf-8") if isinstance(part, str) else part).digest())
+    return whole.hexdigest()
+
+
+def _user_cache() -> Path | None:
+    """$XDG_CACHE_HOME/shardwise or ~/.cache/shardwise; None for a user without a home."""
+    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if configured.is_absolute():
+        return configured / "shardwise"
+    try:
+        return Path.home() / ".cache" / "shardwise"
+    except RuntimeError:
+        return None
+
+
+def _cached(entry: Path) -> TokenStream | None:
+    try:
+        return TokenStream.from_bytes(entry.read_bytes())
+    except (OSError, TextError):
+        return None
+
+
+def _store(entry: Path, content: bytes) -> None:
+    """Writes the whole file or none: beside its place first, then moved there."""
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=entry.parent, ignore_cleanup_errors=True) as folder:
+        unfinished = Path(folder, entry.name)
+        unfinished.write_bytes(content)
+        os.replace(unfinished, entry)

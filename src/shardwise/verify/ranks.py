@@ -1,0 +1,64 @@
+"""What must be equal on all ranks: ids, initial weights, replicated parameters. Compared by digest; all ranks must call.
+
+Digest of a tensor with bits b_i read as integers: sum over i of b_i x m_i mod 2^64, with m_i = 2 i + 1 times a fixed odd constant. It is
+order-sensitive, exact on every device, and no secret: it finds ranks that drifted apart, not forgeries.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from shardwise.core.finding import Finding, FindingKind
+
+_ODD = -7046029254386353131  # 2^64 / golden ratio, as a signed number (Knuth, TAOCP 3, 6.4)
+_CHUNK = 1 << 24
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def digest(tensor: Tensor) -> int:
+    """64-bit digest of a plain tensor's shape-less bits."""
+    flat = tensor.detach().contiguous().view(-1)
+    bits = flat.view(_INTEGERS[flat.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start in range(0, bits.numel(), _CHUNK):
+        part = bits[start : start + _CHUNK].to(torch.int64)
+        places = torch.arange(start, start + part.numel(), device=flat.device)
+        total += (part * ((2 * places + 1) * _ODD)).sum()
+    return int(total.item())
+
+
+def replicated_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Local tensors of the parameters that every rank of the tp axis holds whole."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor):
+            found[name] = parameter
+        elif isinstance(parameter.placements[-1], Replicate):  # the tp axis is the last
+            found[name] = parameter.to_local()
+    return found
+
+
+def disagreements(what: str, tensors: Iterable[tuple[str, Tensor]], group: dist.ProcessGroup) -> tuple[Finding, ...]:
+    """A finding for each named tensor that isn't bit-equal on all ranks of the group."""
+    named = list(tensors)
+    return disagreeing_digests(what, [(name, digest(tensor)) for name, tensor in named], group)
+
+
+def disagreeing_digests(what: str, digests: Iterable[tuple[str, int]], group: dist.ProcessGroup) -> tuple[Finding, ...]:
+    """The same for digests taken before."""
+    named = list(digests)
+    if not named or dist.get_world_size(group) == 1:
+        return ()
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    lowest = torch.tensor([value for _, value in named], dtype=torch.int64, device=device)
+    highest = lowest.clone()
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    return tuple(
+        Finding(FindingKind.RANKS_DISAGREE, name, f"{what} are not equal on all tp ranks")
+        for (name, _), differs in zip(named, (lowest != highest).tolist(), strict=True)
+        if differs
+    )
