@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders
 
 from shardwise.core.errors import OptionError, TextError
 from shardwise.text import tokenizer as bpe
-from shardwise.text.batches import IGNORED_LABEL, Batch, Batches
+from shardwise.text.batches import Batch, Batches
 from shardwise.text.corpus import STDLIB_SOURCE, documentation_of, load_text
 from shardwise.text.stream import RANDOM_TOKENS, TokenStream, load_tokens
 
@@ -488,9 +488,3 @@ def test_a_batch_can_be_changed_without_changing_the_stream() -> None:
     batches = Batches(stream_of([1, 2, 3, 4, 5]), batch=1, seq=2)
     batches.at(0).ids_BS.zero_()
     assert batches.at(0).ids_BS.tolist() == [[1, 2]]
-
-
-def test_the_ignored_label_is_the_one_that_cross_entropy_ignores() -> None:
-    logits = torch.randn(2, 5)
-    labels = torch.tensor([3, IGNORED_LABEL])
-    assert torch.equal(torch.nn.functional.cross_entropy(logits, labels), torch.nn.functional.cross_entropy(logits[:1], labels[:1]))

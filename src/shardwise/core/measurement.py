@@ -71,13 +71,14 @@ class ModuleTimes:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One plan's run. `label` is the plan's name, with a mark where the same plan runs a second time to show the noise.
+    """One plan's run. `label` is the plan's name; `repeats` is the label that it repeats, for the run that shows the noise (A/A).
 
     step_s: one time per round, the slowest rank's. rank_step_s: the same per rank. losses, grad_norms: one per step from the first
     (warm-up included), equal on all ranks. sent_bytes: what the ranks' sockets sent in one step, mean over ranks (gloo on Linux only).
     """
 
     label: str
+    repeats: str | None
     plan_name: str
     plan_toml: str
     engine: str
@@ -87,6 +88,7 @@ class Measurement:
     grad_norms: tuple[float, ...]
     memory: MemoryUse
     collectives: tuple[CollectiveUse, ...]
+    wire_bytes_largest_rank: float
     sent_bytes: float | None
     module_times: ModuleTimes | None
     agreement: Agreement | None
@@ -118,7 +120,7 @@ class Standing:
 
     label: str
     step_s: float
-    tokens_per_s: float
+    tokens_per_s: float | None
     ratio: Ratio | None
     module_forward_s: float | None
     module_backward_s: float | None
@@ -158,7 +160,8 @@ class Comparison:
     """The answer of `shardwise compare`: every plan's measurement, standing and the verdict in words.
 
     noise: the ratio of the first plan's second run to its first (A/A): what no difference looks like here.
-    module: the one module that was measured, or None for whole steps.
+    module: the one module that was measured (step_s is then its forward and backward), or None for whole steps.
+    warmup: steps before the first round; losses and gradient norms hold them too.
     """
 
     model: str
@@ -167,6 +170,7 @@ class Comparison:
     settings: StepSettings
     module: str | None
     rounds: int
+    warmup: int
     environment: Environment
     text: TextSummary
     measurements: tuple[Measurement, ...]

@@ -1,8 +1,8 @@
 """Starts ranks on this machine, watches them, and leaves none behind. Knows nothing of what they do.
 
-The ranks are sessions of their own, so a Ctrl-C reaches this process alone. Its handlers only take a signal down; the watching loop acts on it,
-so no exception can come between the start of a rank and the note that it was started. PyTorch's elastic start_processes does the same work, but it
-raises from its handlers and loses the ranks that it had begun, and its poll waits 30 s for a stopped rank; hence plain subprocess here.
+The ranks are sessions of their own, so a Ctrl-C reaches this process alone. Its handlers only take a signal down and the watching loop acts
+on it, so no rank is started without being known. PyTorch's elastic start_processes does the same work, but it raises from its handlers,
+loses the ranks that it had begun, and waits 30 s for a stopped rank; hence plain subprocess here.
 """
 
 import os
@@ -55,12 +55,13 @@ def run_ranks(
 ) -> list[bytes]:
     """What entry ("package.module:function", called with a RankContext and payload) returned on each rank, in order.
 
-    Starts the ranks on this machine; under torchrun, where every rank calls this, it runs entry in this process, and the list is empty but on rank 0.
-    on_event gets each reported event, in order; what it raises stops the ranks and is raised here. When no rank reports or notes anything for timeout_s,
-    the run is over. Each rank writes into log_dir/rank-N.log; without a log_dir the logs are kept only where an error names one.
+    Starts the ranks on this machine. Under torchrun every rank calls this: it runs entry in this process, and only rank 0 gets the results,
+    others []. on_event gets each reported event, in order; what it raises stops the ranks and is raised here. When no rank reports or notes
+    anything for timeout_s, the run is over. Each rank writes into log_dir/rank-N.log; without a log_dir, logs are kept only where an error
+    names one.
 
-    Raises MeshError for more ranks than GPUs or than torchrun started; the ShardwiseError that a rank raised; RunError for a rank that died, failed or
-    stalled; Interrupted for SIGTERM and SIGHUP, KeyboardInterrupt for Ctrl-C. No rank outlives the call.
+    Raises MeshError for more ranks than GPUs or than torchrun started; the ShardwiseError that a rank raised; RunError for a rank that
+    died, failed or stalled; Interrupted for SIGTERM and SIGHUP, KeyboardInterrupt for Ctrl-C. No rank outlives the call.
     """
     backend_of(device_type)
     handle = on_event or _ignore
@@ -213,7 +214,7 @@ class _Ranks:
 
 
 def _environment(assignment: Assignment, threads_per_rank: int) -> dict[str, str]:
-    """This process's environment and import path, so that an entry found here is found there; what the user has set wins, but for the threads."""
+    """This process's environment and import path, so that an entry found here is found there. The user's values win, except threads."""
     defaults = {"TOKENIZERS_PARALLELISM": "false"}
     if sys.platform == "linux":
         # Without huge pages the time of a fresh big tensor is that of its page faults; the same for every plan.
@@ -235,7 +236,8 @@ def _check_devices(device_type: str, world_size: int) -> None:
     if gpus < world_size:
         less = f"a mesh of at most {gpus} ranks, " if gpus else ""
         raise MeshError(
-            f"mesh: {world_size} ranks on cuda need {world_size} GPUs; this machine has {gpus}. Use {less}the CPU, or more machines through torchrun."
+            f"mesh: {world_size} ranks on cuda need {world_size} GPUs; this machine has {gpus}. "
+            f"Use {less}the CPU, or more machines through torchrun."
         )
 
 
@@ -271,7 +273,7 @@ def _logs(log_dir: Path | None, world_size: int) -> Iterator[list[Path]]:
 
 @contextmanager
 def _signals_taken_down() -> Iterator[list[signal.Signals]]:
-    """The signals that ask this process to end, as they arrive. One that is ignored stays ignored (nohup); outside the main thread none is taken."""
+    """The signals that ask this process to end, as they arrive. One that is ignored stays so (nohup); off the main thread none is taken."""
     arrived: list[signal.Signals] = []
 
     def take_down(number: int, frame: FrameType | None) -> None:

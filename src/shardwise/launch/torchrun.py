@@ -1,4 +1,4 @@
-"""Ranks that torchrun started, on one host or many: this process is one of them. torchrun owns signals and ends; this room adds the exchange of results."""
+"""Ranks that torchrun started, on one host or many; this process is one. torchrun owns signals and ends; here results are exchanged."""
 
 import functools
 import itertools
@@ -44,7 +44,7 @@ def run(
     on_event: Callable[[bytes], None],
     threads_per_rank: int,
 ) -> list[bytes]:
-    """run_ranks for one of torchrun's ranks: every rank's result on rank 0, nothing elsewhere. Events of the others reach rank 0 once it is done itself."""
+    """run_ranks for one of torchrun's ranks: all results on rank 0, [] elsewhere. Other ranks' events reach rank 0 once it is done."""
     started = int(os.environ["WORLD_SIZE"])
     if world_size != started:
         raise MeshError(
@@ -139,5 +139,6 @@ def _check_device(device_type: str, local_rank: int) -> None:
     gpus = torch.cuda.device_count()
     if local_rank >= gpus:
         raise MeshError(
-            f"mesh: local rank {local_rank} has no GPU of its own; this machine has {gpus}. Start at most {gpus} ranks a machine, or use the CPU."
+            f"mesh: local rank {local_rank} has no GPU of its own; this machine has {gpus}. "
+            f"Start at most {gpus} ranks a machine, or use the CPU."
         )

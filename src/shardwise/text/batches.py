@@ -13,9 +13,6 @@ import torch
 from shardwise.core.errors import OptionError, TextError
 from shardwise.text.stream import TokenStream
 
-IGNORED_LABEL = -100
-"""A label that counts for nothing in the loss: the default ignore_index of torch.nn.functional.cross_entropy."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:

@@ -1,0 +1,1 @@
+"""Plans on real ranks: rounds, clocks, memory, bytes, statistics -> Measurement."""

@@ -1,0 +1,215 @@
+"""Subject: one plan's model on this rank, ready to be stepped, timed and weighed; and one module of it, timed alone."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from shardwise.core.errors import OptionError
+from shardwise.core.measurement import MemoryUse, StepSettings
+from shardwise.core.plan import Plan
+from shardwise.measure.memory import PeakMemory, kept_bytes
+from shardwise.measure.record import Traffic, traffic
+from shardwise.measure.sockets import sent_bytes
+from shardwise.models.specs import ModelSpec
+from shardwise.parallel.recorder import CollectiveRecorder
+from shardwise.step.build import build_model
+from shardwise.step.train import Phase, StepResult, TrainStep
+
+MicroBatches = Sequence[tuple[Tensor, Tensor]]
+
+
+def clock(device: torch.device, work: Callable[[], object]) -> float:
+    """Seconds that `work` takes on this rank, all ranks starting together. On CUDA: by events on the current stream."""
+    if device.type == "cuda":
+        dist.barrier()
+        torch.cuda.synchronize(device)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+    dist.barrier()
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+class Subject:
+    """Builds the model, and on its first step also learns its memory, its collectives and the bytes its sockets sent."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        plan: Plan,
+        mesh: DeviceMesh,
+        settings: StepSettings,
+        device: torch.device,
+        *,
+        on_parameter: Callable[[str, Tensor], None] | None = None,
+    ) -> None:
+        self.plan = plan
+        self.device = device
+        self.step_s: list[float] = []
+        self.losses: list[float] = []
+        self.gradient_norms: list[float] = []
+        self.module_forward_s: list[float] = []
+        self.module_backward_s: list[float] = []
+        self.memory: MemoryUse | None = None
+        self.traffic: tuple[Traffic, ...] = ()
+        self.sent_bytes: int | None = None
+        self._peak = PeakMemory(device)
+        self._parked: list[tuple[Tensor, Tensor]] | None = None
+        self.model = build_model(
+            spec,
+            plan,
+            mesh,
+            dtype=getattr(torch, settings.dtype),
+            device=device,
+            seed=settings.seed,
+            recompute=settings.recompute == "full",
+            compiled=settings.compiled,
+            on_parameter=on_parameter,
+        )
+        groups = {mesh.get_group(name).group_name: name for name in mesh.mesh_dim_names or ()}
+        self._recorder = CollectiveRecorder(groups)
+        self._step = TrainStep(
+            self.model,
+            mesh=mesh,
+            learning_rate=settings.learning_rate,
+            max_norm=settings.max_norm,
+            on_phase=self._note_phase,
+        )
+
+    def _note_phase(self, phase: Phase) -> None:
+        self._recorder.phase = str(phase)
+
+    def first_step(self, micro_batches: MicroBatches, *, record: bool = True) -> None:
+        """A step that isn't timed. record: count its collectives (not offered below torch.compile, which would see the recorder)."""
+        self._peak.reset_peak()
+        before = sent_bytes()
+        if record:
+            with self._recorder:
+                result = self._step(micro_batches)
+        else:
+            result = self._step(micro_batches)
+        after = sent_bytes()
+        self.memory = self._peak.use(kept_bytes(self.model, self._step.optimizer))
+        self.traffic = traffic(self._recorder.calls)
+        self.sent_bytes = after - before if before is not None and after is not None else None
+        self._keep(result)
+
+    def warm_up(self, micro_batches: MicroBatches) -> None:
+        """One step that isn't timed."""
+        self._keep(self._step(micro_batches))
+
+    def timed_step(self, micro_batches: MicroBatches) -> float:
+        """One step by the clock; returns this rank's seconds and keeps them."""
+        results: list[StepResult] = []
+        seconds = clock(self.device, lambda: results.append(self._step(micro_batches)))
+        self._keep(results[0])
+        self.step_s.append(seconds)
+        return seconds
+
+    def _keep(self, result: StepResult) -> None:
+        self.losses.append(float(result.loss.item()))
+        self.gradient_norms.append(float(result.gradient_norm.item()))
+
+    def timed_module(self, alone: "ModuleAlone", *, keep: bool = True) -> float:
+        """One forward and backward of a module alone; seconds of both together."""
+        forward_s, backward_s = alone.run(self.device)
+        if keep:
+            self.module_forward_s.append(forward_s)
+            self.module_backward_s.append(backward_s)
+        return forward_s + backward_s
+
+    def park(self) -> None:
+        """Moves everything this subject keeps to host memory, for where not all plans fit on the device at once."""
+        if self._parked is not None:
+            return
+        self._step.optimizer.zero_grad(set_to_none=True)
+        self._parked = []
+        for tensor in self._kept_tensors():
+            self._parked.append((tensor, tensor.detach().to("cpu", copy=True)))
+            tensor.untyped_storage().resize_(0)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def unpark(self) -> None:
+        """Brings it back, to the same tensors."""
+        for tensor, host in self._parked or ():
+            tensor.untyped_storage().resize_(host.numel() * host.element_size())
+            tensor.copy_(host)
+        self._parked = None
+
+    def _kept_tensors(self) -> list[Tensor]:
+        kept: list[Tensor] = [parameter.detach() for parameter in self.model.parameters()]
+        kept += [value for state in self._step.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in kept]
+        return [tensor for tensor in local if tensor.device.type == self.device.type and tensor.numel()]
+
+
+class ModuleAlone:
+    """One module of a sharded model, with the inputs that it gets in a real step and a random gradient for its output.
+
+    Its collectives are in its time, the waiting for other modules' isn't: ranks start each half together.
+    """
+
+    def __init__(self, model: nn.Module, name: str, micro_batch: tuple[Tensor, Tensor]) -> None:
+        try:
+            self._module = model.get_submodule(name)
+        except AttributeError:
+            raise OptionError(f'--module: the model has no module "{name}".') from None
+        self.name = name
+        self._args: tuple[Any, ...] = ()
+        self._kwargs: dict[str, Any] = {}
+        self._grad: Tensor | None = None
+        before = self._module.register_forward_pre_hook(self._take_inputs, prepend=True, with_kwargs=True)
+        after = self._module.register_forward_hook(self._take_output)
+        try:
+            with torch.no_grad():
+                model(micro_batch[0])
+        finally:
+            before.remove()
+            after.remove()
+        if self._grad is None:
+            raise OptionError(f"--module {name}: takes no part in the forward, or gives no single tensor. Choose another module.")
+
+    def _take_inputs(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._args = tuple(_leaf(value) for value in args)
+        self._kwargs = {key: _leaf(value) for key, value in kwargs.items()}
+
+    def _take_output(self, _: nn.Module, __: tuple[Any, ...], output: object) -> None:
+        if isinstance(output, Tensor):
+            generator = torch.Generator(output.device).manual_seed(0)
+            local = output.to_local() if isinstance(output, DTensor) else output
+            grad = torch.empty(local.shape, dtype=local.dtype, device=local.device).normal_(generator=generator)
+            if isinstance(output, DTensor):
+                grad = DTensor.from_local(
+                    grad, output.device_mesh, output.placements, run_check=False, shape=output.shape, stride=output.stride()
+                )
+            self._grad = grad
+
+    def run(self, device: torch.device) -> tuple[float, float]:
+        """(forward, backward) seconds of this rank."""
+        self._module.zero_grad(set_to_none=True)
+        outputs: list[Tensor] = []
+        forward_s = clock(device, lambda: outputs.append(self._module(*self._args, **self._kwargs)))
+        backward_s = clock(device, lambda: outputs[0].backward(self._grad))
+        self._module.zero_grad(set_to_none=True)
+        for value in (*self._args, *self._kwargs.values()):
+            if isinstance(value, Tensor):
+                value.grad = None
+        return forward_s, backward_s
+
+
+def _leaf(value: object) -> object:
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().requires_grad_(value.is_floating_point())

@@ -1,0 +1,55 @@
+"""From a spec and a plan to a model on this rank, filled and ready for a TrainStep; no rank ever holds more than one whole parameter."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from shardwise.core.mesh import Mesh
+from shardwise.core.plan import Plan
+from shardwise.models.init import initial_parameter
+from shardwise.models.specs import ModelSpec
+from shardwise.parallel.apply import applied_to, parallelize
+from shardwise.parallel.parameters import fill
+from shardwise.step.train import recompute_layers, shard_with_fsdp
+
+
+def device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
+    """The process group's ranks in the shape of `mesh`."""
+    return init_device_mesh(device_type, tuple(size for _, size in mesh.axes), mesh_dim_names=tuple(name for name, _ in mesh.axes))
+
+
+def build_model(
+    spec: ModelSpec,
+    plan: Plan | None,
+    mesh: DeviceMesh | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    recompute: bool = False,
+    compiled: bool = False,
+    on_parameter: Callable[[str, Tensor], None] | None = None,
+) -> nn.Module:
+    """The model under `plan` (None: unsharded), with the initial weights of `seed`. on_parameter: shown each whole initial parameter."""
+    model = spec.build("meta", dtype)
+    if plan is not None:
+        assert mesh is not None
+        parallelize(model, plan, mesh)
+
+    def whole(name: str, shape: torch.Size) -> Tensor:
+        tensor = initial_parameter(name, shape, seed=seed, dtype=dtype, device=device)
+        if on_parameter is not None:
+            on_parameter(name, tensor)
+        return tensor
+
+    fill(model, whole, applied_to(model).row_order)
+    if compiled:
+        for layer in model.layers:
+            layer.compile()
+    if recompute:
+        recompute_layers(model)
+    if plan is not None and mesh is not None and "fsdp" in (mesh.mesh_dim_names or ()):
+        shard_with_fsdp(model, mesh["fsdp"])
+    return model

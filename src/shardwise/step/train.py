@@ -1,0 +1,139 @@
+"""The training step: gradients of one global batch (in micro-batches), reduced, clipped, one AdamW step.
+
+Loss: mean over the valid labels of the global batch; each data-parallel rank and each micro-batch adds its summand, so uneven valid
+tokens weigh as they do on one process. Axes: `fsdp` reduces inside the backward (sums); `dp` all-reduces flattened gradients after it.
+
+The two engines differ in clipping only: native gradients go through clip_gradients (one all-reduce); DTensor's through
+torch.nn.utils.clip_grad_norm_ and full_tensor(), as torchtitan did in 2025.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from shardwise.core.plan import Engine
+from shardwise.parallel.apply import applied_to
+from shardwise.parallel.loss import count_valid
+from shardwise.step.clipping import clip_gradients
+
+
+class Phase(StrEnum):
+    """What a step is doing; the backward is told from the forward by autograd itself."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    REDUCE = "reduce"
+    CLIP = "clip"
+    OPTIMIZER = "optimizer"
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Scalar tensors, equal on all ranks: the global batch's mean loss, and the gradient norm before clipping."""
+
+    loss: Tensor
+    gradient_norm: Tensor
+
+
+def recompute_layers(model: nn.Module) -> None:
+    """Full activation checkpointing: every module in `model.layers` keeps its input only and runs again in the backward."""
+    for layer in model.layers:  # type: ignore[union-attr]
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def shard_with_fsdp(model: nn.Module, mesh: DeviceMesh) -> None:
+    """FSDP2 over a 1-D mesh, a unit per layer, summing gradients (the step's loss is normalised over the global batch already)."""
+    for layer in model.layers:  # type: ignore[union-attr]
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+
+
+class TrainStep:
+    """One optimizer step of a model, called with the micro-batches of this rank's part of the global batch.
+
+    mesh: the device mesh with the model's axes, or None for one process. on_phase: told each phase as it begins.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        mesh: DeviceMesh | None,
+        learning_rate: float = 3e-4,
+        max_norm: float = 1.0,
+        on_phase: Callable[[Phase], None] | None = None,
+    ) -> None:
+        applied = applied_to(model)
+        self.model = model
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True)
+        self._loss = applied.loss
+        self._is_dtensor = applied.plan is not None and applied.plan.engine is Engine.DTENSOR
+        self._max_norm = max_norm
+        self._on_phase = on_phase or (lambda _: None)
+        axes = mesh.mesh_dim_names or () if mesh is not None else ()
+        self._data_groups = [mesh.get_group(name) for name in axes if name != "tp" and mesh is not None and mesh[name].size() > 1]
+        self._dp_group = mesh.get_group("dp") if mesh is not None and "dp" in axes and mesh["dp"].size() > 1 else None
+
+    def gradients(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Leaves the global batch's gradients in `.grad` (of this rank's shards) and returns the global mean loss, a scalar tensor."""
+        device = next(self.model.parameters()).device
+        labels = [labels_BS.to(device, non_blocking=True) for _, labels_BS in micro_batches]
+        valid = torch.stack([count_valid(labels_BS) for labels_BS in labels]).sum()
+        for group in self._data_groups:
+            dist.all_reduce(valid, group=group)
+        total = torch.zeros((), device=device)
+        for (ids_BS, _), labels_BS in zip(micro_batches, labels, strict=True):
+            self._on_phase(Phase.FORWARD)
+            loss = self._loss(self.model(ids_BS), labels_BS, valid)
+            self._on_phase(Phase.BACKWARD)
+            with self._loss.backward_context():
+                loss.backward()
+            total = total + loss.detach()
+        self._on_phase(Phase.REDUCE)
+        if self._dp_group is not None:
+            _sum_gradients(self.model, self._dp_group)
+        for group in self._data_groups:
+            dist.all_reduce(total, group=group)
+        return total
+
+    def __call__(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> StepResult:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.gradients(micro_batches)
+        self._on_phase(Phase.CLIP)
+        norm = self._clip()
+        self._on_phase(Phase.OPTIMIZER)
+        self.optimizer.step()
+        return StepResult(loss, norm)
+
+    def _clip(self) -> Tensor:
+        if not self._is_dtensor:
+            return clip_gradients(self.model.parameters(), self._max_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._max_norm, foreach=True)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _sum_gradients(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """All-reduces the local gradients over whole replicas of the model, one flattened all-reduce per dtype."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            grad = parameter.grad
+            local = grad.to_local() if isinstance(grad, DTensor) else grad
+            by_dtype.setdefault(local.dtype, []).append(local)
+    for parts in by_dtype.values():
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        dist.all_reduce(flat, group=group)
+        for part, summed in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+            part.copy_(summed.view_as(part))
