@@ -17,7 +17,6 @@ from typing import Self, TypeVar
 from shardwise.core.errors import PlanError
 from shardwise.core.placement import Placement, format_placement, parse_placement
 
-
 E = TypeVar("E", bound=StrEnum)
 
 
@@ -206,10 +205,7 @@ class Plan:
         lines.append("[rules]")
         for rule in self.rules:
             value = rule.style.to_value()
-            if isinstance(value, dict):
-                shown = "{ " + ", ".join(f"{k} = {_quote(v)}" for k, v in value.items()) + " }"
-            else:
-                shown = _quote(value)
+            shown = "{ " + ", ".join(f"{k} = {_quote(v)}" for k, v in value.items()) + " }" if isinstance(value, dict) else _quote(value)
             lines.append(f"{_quote(rule.pattern)} = {shown}")
         return "\n".join(lines) + "\n"
 

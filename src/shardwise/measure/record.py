@@ -55,12 +55,16 @@ class RankRecord:
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
-    """All that one rank returns: a record per plan in order, and findings that ended the run before it measured."""
+    """All that one rank returns: a record per plan in order, and findings that ended the run before it measured.
+
+    variables: what the rank's environment says of threads, allocator and network.
+    """
 
     records: tuple[RankRecord, ...]
     findings: tuple[Finding, ...] = ()
     agreements: tuple[Agreement, ...] = ()
     notes: tuple[str, ...] = ()
+    variables: tuple[tuple[str, str], ...] = ()
 
 
 def merge(reports: Sequence[RankReport]) -> tuple[Measurement, ...]:

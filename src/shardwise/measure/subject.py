@@ -129,6 +129,10 @@ class Subject:
             self.module_backward_s.append(backward_s)
         return forward_s + backward_s
 
+    @property
+    def is_parked(self) -> bool:
+        return self._parked is not None
+
     def park(self) -> None:
         """Moves everything this subject keeps to host memory, for where not all plans fit on the device at once."""
         if self._parked is not None:

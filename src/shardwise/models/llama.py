@@ -105,9 +105,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.hidden, config.hidden, bias=False)
 
     def forward(self, hidden_BSH: Tensor, rope_2SD: Tensor) -> Tensor:
-        q_BSND, k_BSND, v_BSND = (
-            projection(hidden_BSH).unflatten(-1, (-1, self.head_dim)) for projection in (self.wq, self.wk, self.wv)
-        )
+        q_BSND, k_BSND, v_BSND = (projection(hidden_BSH).unflatten(-1, (-1, self.head_dim)) for projection in (self.wq, self.wk, self.wv))
         out_BNSD = F.scaled_dot_product_attention(
             rotate(q_BSND, rope_2SD).transpose(1, 2),
             rotate(k_BSND, rope_2SD).transpose(1, 2),

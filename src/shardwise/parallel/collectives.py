@@ -179,12 +179,9 @@ class _AllGather(torch.autograd.Function):
         return gather_now(x, dim, axis, full_size, origin)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         dim, axis, grad_placement, origin = ctx.saved
-        if grad_placement == Partial():
-            out = scatter_sum_now(grad, dim, axis, origin)
-        else:
-            out = _own_chunk(grad, dim, axis)
+        out = scatter_sum_now(grad, dim, axis, origin) if grad_placement == Partial() else _own_chunk(grad, dim, axis)
         return out, None, None, None, None, None
 
 
@@ -195,7 +192,7 @@ class _ReduceScatter(torch.autograd.Function):
         return scatter_sum_now(x, dim, axis, origin)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         dim, axis, full_size, origin = ctx.saved
         return gather_now(grad, dim, axis, full_size, origin), None, None, None
 
@@ -206,7 +203,7 @@ class _AllReduce(torch.autograd.Function):
         return sum_now(x.clone(memory_format=torch.contiguous_format), axis, origin)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return grad, None, None
 
 
@@ -217,7 +214,7 @@ class _FanOut(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         axis, origin = ctx.saved
         return sum_now(grad.clone(memory_format=torch.contiguous_format), axis, origin), None, None
 
@@ -229,7 +226,7 @@ class _Split(torch.autograd.Function):
         return _own_chunk(x, dim, axis)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         dim, axis, full_size, origin = ctx.saved
         return gather_now(grad, dim, axis, full_size, origin), None, None, None
 
@@ -241,7 +238,7 @@ class _AllToAll(torch.autograd.Function):
         return _swap_dims(x, split_dim, concat_dim, full_size, axis, origin)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         split_dim, concat_dim, split_size, axis, origin = ctx.saved
         return _swap_dims(grad, concat_dim, split_dim, split_size, axis, origin), None, None, None, None, None
 
@@ -253,7 +250,7 @@ class _ExchangeBlocks(torch.autograd.Function):
         return swap_blocks_now(blocks, axis, origin)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         axis, origin = ctx.saved
         return swap_blocks_now(grad, axis, origin), None, None
 
@@ -267,7 +264,7 @@ class _ExchangeRows(torch.autograd.Function):
         return swap_rows_now(rows, send_splits, receive_splits, axis, origin)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         send_splits, receive_splits, axis, origin = ctx.saved
         return swap_rows_now(grad, receive_splits, send_splits, axis, origin), None, None, None, None
 

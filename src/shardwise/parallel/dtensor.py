@@ -34,7 +34,7 @@ class _Replicated(ParallelStyle):
         def to_local(_: nn.Module, output: DTensor, __: DeviceMesh) -> Tensor:
             return output.to_local()
 
-        return distribute_module(module, device_mesh, None, to_dtensor, to_local)
+        return distribute_module(module, device_mesh, None, to_dtensor, to_local)  # type: ignore[arg-type]  # its hooks may return values
 
 
 def apply_dtensor(model: nn.Module, plan: Plan, mesh: DeviceMesh) -> Loss:

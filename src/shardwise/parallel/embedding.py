@@ -77,13 +77,9 @@ class EmbeddingShard:
         axis = self.site.axis
         if not self.sequence_parallel:
             own_BSH = self._look_up_own(weight, ids_BS)
-            return collectives.all_reduce(
-                own_BSH, axis, grad_placement=Replicate(), origin=self.site.origin(Partial(), Replicate())
-            )
+            return collectives.all_reduce(own_BSH, axis, grad_placement=Replicate(), origin=self.site.origin(Partial(), Replicate()))
         own_TBLH = self._look_up_own(weight, _by_destination(ids_BS, axis.size))
-        own_1BLH = collectives.reduce_scatter(
-            own_TBLH, 0, axis, grad_placement=Shard(0), origin=self.site.origin(Partial(), Shard(1))
-        )
+        own_1BLH = collectives.reduce_scatter(own_TBLH, 0, axis, grad_placement=Shard(0), origin=self.site.origin(Partial(), Shard(1)))
         return own_1BLH.view(ids_BS.shape[0], -1, weight.shape[1])
 
     def _colwise(self, ids_BS: Tensor, weight: Tensor) -> Tensor:
@@ -167,7 +163,7 @@ class _LookUpOwn(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         (grad_rows,) = ctx.saved_tensors
         # tokens without a row go to one more row, which the op leaves out as its padding
         spare = ctx.n_rows

@@ -94,8 +94,12 @@ class DTensorLoss:
         if valid is None:
             valid = count_valid(labels_BS)
         with loss_parallel():
-            loss = F.cross_entropy(logits.flatten(0, 1).float() if logits.dtype != torch.float64 else logits.flatten(0, 1),
-                                   labels_BS.flatten(), ignore_index=IGNORED, reduction="sum")
+            loss = F.cross_entropy(
+                logits.flatten(0, 1).float() if logits.dtype != torch.float64 else logits.flatten(0, 1),
+                labels_BS.flatten(),
+                ignore_index=IGNORED,
+                reduction="sum",
+            )
         return (loss.to_local() if isinstance(loss, DTensor) else loss) / valid
 
     @contextmanager
@@ -125,9 +129,7 @@ class _VocabParallelSum(torch.autograd.Function):
             target_N = logits_NV.new_zeros(n_tokens, dtype=dtype)
         axis = site.axis
         stats_2N = torch.stack((local_lse_N, target_N))
-        stats_T2N = collectives.gather_now(
-            stats_2N.unsqueeze(0), 0, axis, axis.size, site.origin(Shard(-1), Replicate())
-        )
+        stats_T2N = collectives.gather_now(stats_2N.unsqueeze(0), 0, axis, axis.size, site.origin(Shard(-1), Replicate()))
         lse_N = torch.logsumexp(stats_T2N[:, 0], dim=0)
         losses_N = torch.where(valid_N, lse_N - stats_T2N[:, 1].sum(0), 0)
         ctx.save_for_backward(probabilities_NV, (local_lse_N - lse_N).exp() * valid_N, mine_N, picked_N)
@@ -135,7 +137,7 @@ class _VocabParallelSum(torch.autograd.Function):
         return losses_N.sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         probabilities_NV, scale_N, mine_N, picked_N = ctx.saved_tensors
         # the probabilities are this function's own and are used once: their memory becomes the gradient's
         grad_NV = probabilities_NV.mul_((scale_N * grad).unsqueeze(1))

@@ -89,7 +89,7 @@ def _apply_embedding(assignment: Assignment, work: _Work) -> None:
     )
     _replace(module, "weight", shard.weight_placement(), shard.grad_placement(), work, shard)
     _order_rows(assignment, shard, work)
-    module.forward = lambda ids: shard(ids, local_weight(module.weight, shard.grad_placement()))  # type: ignore[method-assign]
+    module.forward = lambda ids: shard(ids, local_weight(module.weight, shard.grad_placement()))  # type: ignore[method-assign, assignment]
 
 
 def _order_rows(assignment: Assignment, shard: EmbeddingShard, work: _Work) -> None:
@@ -106,7 +106,7 @@ def _apply_linear(assignment: Assignment, work: _Work) -> None:
     tie = work.sharded.get(id(module.weight), (None, None))[1]
     if style.name is StyleName.REPLICATE:
         _replace_replicated(module, Replicate(), work)
-        module.forward = lambda x: F.linear(x, local_weight(module.weight, Replicate()), _bias(module, Replicate()))  # type: ignore[method-assign]
+        module.forward = lambda x: F.linear(x, local_weight(module.weight, Replicate()), _bias(module, Replicate()))  # type: ignore[method-assign, assignment]
         return
     if style.name is StyleName.ROWWISE:
         rowwise = RowwiseLinear(site, style.input or Shard(-1), style.output or Replicate())
@@ -115,7 +115,7 @@ def _apply_linear(assignment: Assignment, work: _Work) -> None:
         if module.bias is not None:
             _replace(module, "bias", Replicate(), bias_grad, work)
         take_whole_tensors(module)
-        module.forward = lambda x: rowwise(x, local_weight(module.weight, Shard(1)), _bias(module, bias_grad))  # type: ignore[method-assign]
+        module.forward = lambda x: rowwise(x, local_weight(module.weight, Shard(1)), _bias(module, bias_grad))  # type: ignore[method-assign, assignment]
         return
     default = None if below_gather_input(assignment.name, work.plan) else Replicate()
     colwise = ColwiseLinear(site, style.input or default, style.output or Shard(-1), module.out_features)
@@ -124,15 +124,17 @@ def _apply_linear(assignment: Assignment, work: _Work) -> None:
         _replace(module, "bias", Shard(0), Shard(0), work)
     if tie is None:
         take_whole_tensors(module)
-        module.forward = lambda x: colwise(x, local_weight(module.weight, Shard(0)), _bias(module, Shard(0)))  # type: ignore[method-assign]
+        module.forward = lambda x: colwise(x, local_weight(module.weight, Shard(0)), _bias(module, Shard(0)))  # type: ignore[method-assign, assignment]
     else:
         _order_rows(assignment, tie, work)
         to_rows = _tied_rows(tie, site, (module.out_features, module.in_features))
-        module.forward = lambda x: colwise(  # type: ignore[method-assign]
+        module.forward = lambda x: colwise(  # type: ignore[method-assign, assignment]
             x, to_rows(local_weight(module.weight, tie.grad_placement())), _bias(module, Shard(0))
         )
     if colwise.output == Shard(-1) and assignment.module is last_linear(work.model):
-        ownership = tie.ownership if tie is not None and tie.weight_placement() == Shard(0) else RowOwnership(module.out_features, work.axis.size)
+        ownership = (
+            tie.ownership if tie is not None and tie.weight_placement() == Shard(0) else RowOwnership(module.out_features, work.axis.size)
+        )
         work.loss = VocabParallelLoss(site, ownership)
 
 
@@ -151,9 +153,7 @@ def _tied_rows(tie: EmbeddingShard, site: Site, shape: tuple[int, int]) -> Tenso
             sizes = collectives.chunk_sizes(n_rows, axis.size)
             return lambda weight: weight.narrow(0, sum(sizes[: axis.rank]), sizes[axis.rank])
         case _:
-            return lambda weight: collectives.split(
-                weight, 0, axis, grad_placement=Shard(0), origin=site.origin(Replicate(), Shard(0))
-            )
+            return lambda weight: collectives.split(weight, 0, axis, grad_placement=Shard(0), origin=site.origin(Replicate(), Shard(0)))
 
 
 def _apply_norm(assignment: Assignment, work: _Work) -> None:
@@ -162,9 +162,9 @@ def _apply_norm(assignment: Assignment, work: _Work) -> None:
     _replace_replicated(module, grad, work)
     match module:
         case nn.RMSNorm():
-            module.forward = lambda x: F.rms_norm(x, module.normalized_shape, _weight(module, grad), module.eps)  # type: ignore[method-assign]
+            module.forward = lambda x: F.rms_norm(x, module.normalized_shape, _weight(module, grad), module.eps)  # type: ignore[method-assign, assignment]
         case nn.LayerNorm():
-            module.forward = lambda x: F.layer_norm(  # type: ignore[method-assign]
+            module.forward = lambda x: F.layer_norm(  # type: ignore[method-assign, assignment]
                 x, module.normalized_shape, _weight(module, grad), _bias(module, grad), module.eps
             )
 

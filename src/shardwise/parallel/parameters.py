@@ -79,9 +79,7 @@ def fill(model: nn.Module, whole_of: Callable[[str, torch.Size], Tensor], row_or
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if id(parameter) not in replaced:
             whole = whole_of(name, parameter.shape)
-            replaced[id(parameter)] = nn.Parameter(
-                _part_for(parameter, whole, row_order.get(name)), requires_grad=parameter.requires_grad
-            )
+            replaced[id(parameter)] = nn.Parameter(_part_for(parameter, whole, row_order.get(name)), requires_grad=parameter.requires_grad)
             del whole
         module_name, _, own_name = name.rpartition(".")
         setattr(model.get_submodule(module_name), own_name, replaced[id(parameter)])

@@ -93,7 +93,7 @@ def _group_of(args: tuple[Any, ...]) -> Any:
                 return group
         if isinstance(argument, str):
             try:
-                return torch.distributed.distributed_c10d._resolve_process_group(argument)
+                return torch.distributed.distributed_c10d._resolve_process_group(argument)  # type: ignore[attr-defined, arg-type]
             except (ValueError, RuntimeError):
                 continue
     return None

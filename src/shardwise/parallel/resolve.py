@@ -45,9 +45,8 @@ def resolve(model: nn.Module, plan: Plan, *, tp: int, seq: int | None = None, fs
     try:
         for rule in plan.rules:
             _check_matches(rule, modules)
-        assignments = tuple(
-            Assignment(name, module, rule) for name, module in modules.items() if (rule := plan.rule_for(name)) is not None
-        )
+        rules = ((name, module, plan.rule_for(name)) for name, module in modules.items())
+        assignments = tuple(Assignment(name, module, rule) for name, module, rule in rules if rule is not None)
         for assignment in assignments:
             _check_style(assignment, plan.engine)
             _check_sizes(assignment, modules, tp, seq, fsdp)
@@ -109,9 +108,7 @@ def _check_style(assignment: Assignment, engine: Engine) -> None:
             f"Shardable: {', '.join(kind.__name__ for kind in STYLES_OF)}."
         )
     if style not in allowed:
-        raise PlanError(
-            f"rule {rule} matched {assignment.name}, a {type(module).__name__}. Its styles: {', '.join(sorted(allowed))}."
-        )
+        raise PlanError(f"rule {rule} matched {assignment.name}, a {type(module).__name__}. Its styles: {', '.join(sorted(allowed))}.")
     _check_arguments(rule, module)
 
 
@@ -142,7 +139,9 @@ def _check_sizes(assignment: Assignment, modules: dict[str, nn.Module], tp: int,
         )
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
-            raise PlanError(f"rule {rule}: {name} uses max_norm, sparse or scale_grad_by_freq, which no style carries out. Switch them off.")
+            raise PlanError(
+                f"rule {rule}: {name} uses max_norm, sparse or scale_grad_by_freq, which no style carries out. Switch them off."
+            )
         if style is StyleName.COLWISE and module.embedding_dim % tp:
             raise PlanError(
                 f"rule {rule} splits hidden {module.embedding_dim} of {name} over tp={tp}. Use tp in {_divisors(module.embedding_dim)}."
@@ -192,7 +191,7 @@ def _check_no_empty_shard(rule: Rule, name: str, size: int, what: str, tp: int, 
 def _check_ties(model: nn.Module, assignments: tuple[Assignment, ...], engine: Engine) -> None:
     ties = tied_parameters(model)
     by_name = {assignment.name: assignment for assignment in assignments}
-    for group in {group for group in ties.values()}:
+    for group in set(ties.values()):
         owners = [by_name[name.rpartition(".")[0]] for name in group if name.rpartition(".")[0] in by_name]
         if not owners:
             continue

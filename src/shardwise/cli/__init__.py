@@ -1,0 +1,1 @@
+"""Commands: the only place that parses arguments, prints and exits. One file per command."""

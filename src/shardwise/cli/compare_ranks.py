@@ -1,0 +1,295 @@
+"""What one rank of `shardwise compare` does: checks every plan, builds them all, times them in rounds, brings a report home."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardwise.cli.environment import VARIABLES
+from shardwise.core.finding import Agreement, Finding
+from shardwise.core.measurement import StepSettings
+from shardwise.core.mesh import Mesh
+from shardwise.core.plan import Plan
+from shardwise.launch import RankContext
+from shardwise.measure.record import RankRecord, RankReport
+from shardwise.measure.rounds import run_rounds
+from shardwise.measure.subject import MicroBatches, ModuleAlone, Subject
+from shardwise.models.specs import ModelSpec, get_spec
+from shardwise.step.build import build_model, device_mesh
+from shardwise.step.train import TrainStep
+from shardwise.text.batches import Batches
+from shardwise.text.stream import TokenStream
+from shardwise.verify.agreement import Reference, agreement, reference
+from shardwise.verify.ranks import digest, disagreeing_digests, disagreements, replicated_parameters
+
+CHECK_TOKENS = 128
+"""Tokens per sequence of the check: enough for every kind of position, few enough for float64 on a laptop."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompareJob:
+    """All that a rank needs to know, as JSON. plans: TOML texts. repeat_first: run the first plan a second time, for the noise floor.
+
+    module: timed alone beside the steps, or, with module_only, instead of them. check_layers: depth of the checked model; 0: no check.
+    """
+
+    model: str
+    mesh: str
+    plans: tuple[str, ...]
+    labels: tuple[str, ...]
+    settings: StepSettings
+    rounds: int
+    warmup: int
+    module: str | None
+    module_only: bool
+    check_layers: int
+    repeat_first: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """An event for the command's progress bar and the run folder: `done` of `total` units of work."""
+
+    done: int
+    total: int
+    text: str
+    label: str | None = None
+    round: int | None = None
+    rank0_s: float | None = None
+
+
+def pack(job: CompareJob, stream: TokenStream | None) -> bytes:
+    """The payload of run(): the job's JSON on one line, then the token stream (rank 0's counts)."""
+    return msgspec.json.encode(job) + b"\n" + (stream.to_bytes() if stream is not None else b"")
+
+
+def run(context: RankContext, payload: bytes) -> bytes:
+    """Entry of every rank: returns a RankReport as JSON."""
+    head, _, body = payload.partition(b"\n")
+    job = msgspec.json.decode(head, type=CompareJob)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    return msgspec.json.encode(_Run(context, job, _broadcast(body, context)).report())
+
+
+class _Run:
+    def __init__(self, context: RankContext, job: CompareJob, stream: TokenStream) -> None:
+        self.context = context
+        self.job = job
+        self.spec = get_spec(job.model)
+        self.shape = Mesh.parse(job.mesh)
+        self.mesh = device_mesh(self.shape, context.device.type)
+        self.batches = Batches(stream, job.settings.batch, job.settings.seq)
+        self.plans = [Plan.from_toml(text) for text in job.plans]
+        self.labels = list(job.labels)
+        self.repeats: list[str | None] = [None] * len(self.plans)
+        if job.repeat_first:
+            self.plans.append(self.plans[0])
+            self.labels.append(f"{self.labels[0]} (again)")
+            self.repeats.append(self.labels[0])
+        self.check_units = len(job.plans) if job.check_layers else 0
+        self.total = self.check_units + len(self.plans) * (1 + job.warmup + job.rounds)
+        self.done = 0
+
+    def report(self) -> RankReport:
+        tp_group = self.mesh.get_group("tp")
+        ids = torch.from_numpy(self.batches.stream.ids.copy())
+        findings = disagreements("token ids", [("ids", ids)], tp_group)
+        agreements = self._check() if self.job.check_layers and not findings else ()
+        if findings or not all(found.agrees for found in agreements):
+            return RankReport((), findings, agreements)
+        subjects, initial = self._build()
+        findings = disagreeing_digests("initial weights", initial, tp_group) + self._replicated(subjects, "replicated parameters at the start")
+        if not findings:
+            self._measure(subjects)
+            findings = self._replicated(subjects, "replicated parameters at the end")
+        by_plan = dict(zip(self.job.labels, agreements, strict=False))
+        records = [] if findings else [self._record(index, subject, by_plan) for index, subject in enumerate(subjects)]
+        return RankReport(tuple(records), findings, agreements, tuple(self._notes()), rank_variables())
+
+    def _check(self) -> tuple[Agreement, ...]:
+        """Every plan's loss and gradients against the unsharded model's, in float64, over the step's own micro-batches."""
+        job, spec = self.job, self.spec.with_layers(self.job.check_layers)
+        batch = self.shape.data_parallel * job.settings.accumulation
+        batches = Batches(self.batches.stream, batch, check_sequence(job.settings.seq, self.shape.tp))
+        whole = batches.at(0)
+        device = self.context.device
+        expected = self._reference(spec, whole.ids_BS, whole.labels_BS)
+        found = []
+        for label, plan in zip(job.labels, self.plans, strict=False):
+            self._note(f'check of "{label}" against the unsharded model')
+            model = build_model(
+                spec,
+                plan,
+                self.mesh,
+                dtype=torch.float64,
+                device=device,
+                seed=job.settings.seed,
+                recompute=job.settings.recompute == "full",
+            )
+            step = TrainStep(model, mesh=self.mesh)
+            parts = self._micro_batches(batches, 0)
+            found.append(
+                agreement(model, whole.ids_BS, whole.labels_BS, expected, layers=job.check_layers, run=lambda s=step, p=parts: s.gradients(p))
+            )
+            self._advance(f"checked {label}", label)
+        return tuple(found)
+
+    def _reference(self, spec: ModelSpec, ids_BS: torch.Tensor, labels_BS: torch.Tensor) -> Reference:
+        self._note("unsharded reference")
+        device = self.context.device
+        model = build_model(spec, None, None, dtype=torch.float64, device=device, seed=self.job.settings.seed)
+        return reference(model, ids_BS.to(device), labels_BS.to(device))
+
+    def _build(self) -> tuple[list[Subject], list[tuple[str, int]]]:
+        """All subjects, each after its first step; and digests of the whole initial parameters."""
+        subjects = []
+        initial: list[tuple[str, int]] = []
+        for label, plan in zip(self.labels, self.plans, strict=True):
+            self._note(f'first step of "{label}"')
+            subject = Subject(
+                self.spec,
+                plan,
+                self.mesh,
+                self.job.settings,
+                self.context.device,
+                on_parameter=lambda name, whole: initial.append((name, digest(whole))),
+            )
+            subject.first_step(self._micro_batches(self.batches, 0), record=not self.job.settings.compiled)
+            subjects.append(subject)
+            if self._parked(subject):
+                subject.park()
+            self._advance(f"built {label}", label)
+        return subjects, initial
+
+    def _parked(self, subject: Subject) -> bool:
+        """Whether the plans must take turns on the device: all of them with one's working memory would not fit."""
+        if self.context.device.type != "cuda" or subject.memory is None or subject.memory.active_bytes is None:
+            return False
+        kept = subject.memory.parameter_bytes + subject.memory.gradient_bytes + subject.memory.optimizer_bytes
+        total = torch.cuda.get_device_properties(self.context.device).total_memory
+        fits = kept * (len(self.plans) - 1) + subject.memory.active_bytes <= 0.85 * total
+        verdicts = torch.tensor(int(not fits), device=self.context.device)
+        dist.all_reduce(verdicts, op=dist.ReduceOp.MAX)
+        return bool(verdicts.item())
+
+    def _measure(self, subjects: Sequence[Subject]) -> None:
+        job = self.job
+        parked = any(subject.is_parked for subject in subjects)
+        alone: list[ModuleAlone | None] = [None] * len(subjects)
+        for index, (label, subject) in enumerate(zip(self.labels, subjects, strict=True)):
+            if parked:
+                subject.unpark()
+            for step in range(1, 1 + job.warmup):
+                self._note(f'warm-up of "{label}"')
+                subject.warm_up(self._micro_batches(self.batches, step))
+                self._advance(f"warmed up {label}", label)
+            if job.module is not None:
+                alone[index] = ModuleAlone(subject.model, job.module, self._micro_batches(self.batches, 0)[0])
+                subject.timed_module(alone[index], keep=False)
+            if parked:
+                subject.park()
+        run_rounds(
+            subjects,
+            job.rounds,
+            lambda step: self._micro_batches(self.batches, step),
+            first_step=1 + job.warmup,
+            alone=alone,
+            module_only=job.module_only,
+            parked=parked,
+            on_timed=self._on_timed,
+        )
+        if parked:
+            for subject in subjects:
+                subject.unpark()
+
+    def _on_timed(self, round_: int, index: int, seconds: float) -> None:
+        label = self.labels[index]
+        self._note(f"round {round_ + 1} of {self.job.rounds}, after {label}")
+        self._advance(f"round {round_ + 1} of {self.job.rounds}", label, round_, seconds)
+
+    def _micro_batches(self, batches: Batches, step: int) -> MicroBatches:
+        """This rank's part of a step's global batch, cut into micro-batches; on the host, where routes are computed."""
+        place = _data_place(self.mesh)
+        part = batches.at(step).slice(place, self.shape.data_parallel)
+        count = self.job.settings.accumulation
+        cut = [part.slice(index, count) for index in range(count)]
+        return [(micro.ids_BS, micro.labels_BS) for micro in cut]
+
+    def _replicated(self, subjects: Sequence[Subject], what: str) -> tuple[Finding, ...]:
+        found: tuple[Finding, ...] = ()
+        for label, subject in zip(self.labels, subjects, strict=True):
+            if not subject.is_parked:
+                group = self.mesh.get_group("tp")
+                found += disagreements(f"{label}: {what}", replicated_parameters(subject.model).items(), group)
+        return found
+
+    def _record(self, index: int, subject: Subject, agreements: dict[str, Agreement]) -> RankRecord:
+        assert subject.memory is not None
+        return RankRecord(
+            label=self.labels[index],
+            repeats=self.repeats[index],
+            plan_name=subject.plan.name,
+            plan_toml=subject.plan.to_toml(),
+            engine=str(subject.plan.engine),
+            step_s=tuple(subject.step_s),
+            losses=tuple(subject.losses),
+            gradient_norms=tuple(subject.gradient_norms),
+            memory=subject.memory,
+            traffic=subject.traffic,
+            sent_bytes=subject.sent_bytes,
+            module=self.job.module,
+            module_forward_s=tuple(subject.module_forward_s),
+            module_backward_s=tuple(subject.module_backward_s),
+            agreement=agreements.get(self.repeats[index] or self.labels[index]),
+        )
+
+    def _notes(self) -> list[str]:
+        found = []
+        if self.job.check_layers and self.job.check_layers < self.spec.config.n_layers:
+            found.append(
+                f"The check against the unsharded model ran on {self.job.check_layers} of {self.spec.config.n_layers} layers at full width: "
+                "the whole model unsharded would not fit here."
+            )
+        return found
+
+    def _note(self, text: str) -> None:
+        self.context.note(text)
+
+    def _advance(self, text: str, label: str, round_: int | None = None, seconds: float | None = None) -> None:
+        self.done += 1
+        if self.context.rank == 0:
+            self.context.report(msgspec.json.encode(Progress(self.done, self.total, text, label, round_, seconds)))
+
+
+def rank_variables() -> tuple[tuple[str, str], ...]:
+    """Environment variables of this rank that bear on its times."""
+    return tuple((name, os.environ[name]) for name in VARIABLES if name in os.environ)
+
+
+def check_sequence(seq: int, tp: int) -> int:
+    """Tokens per sequence of the check: a multiple of tp, as sequence parallelism needs."""
+    return min(seq, max(tp, CHECK_TOKENS // tp * tp))
+
+
+def _data_place(mesh: DeviceMesh) -> int:
+    """Which part of the global batch this rank sees."""
+    place = 0
+    for name in mesh.mesh_dim_names or ():
+        if name != "tp":
+            place = place * mesh[name].size() + mesh.get_local_rank(name)
+    return place
+
+
+def _broadcast(body: bytes, context: RankContext) -> TokenStream:
+    """Rank 0's token stream on every rank."""
+    size = torch.tensor(len(body), dtype=torch.int64, device=context.device)
+    dist.broadcast(size, 0)
+    content = torch.empty(int(size.item()), dtype=torch.uint8, device=context.device)
+    if context.rank == 0:
+        content.copy_(torch.frombuffer(bytearray(body), dtype=torch.uint8))
+    dist.broadcast(content, 0)
+    return TokenStream.from_bytes(content.cpu().numpy().tobytes())

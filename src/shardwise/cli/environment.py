@@ -1,0 +1,63 @@
+"""The machine and the versions, as a report needs them."""
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+from shardwise import __version__
+from shardwise.core.measurement import Environment
+
+VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "THP_MEM_ALLOC_ENABLE", "GLOO_SOCKET_IFNAME", "NCCL_P2P_DISABLE", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that programs can still have; None where the system doesn't tell. Source: proc(5), /proc/meminfo."""
+    return _meminfo("MemAvailable")
+
+
+def describe(command: str, started: str, *, device_type: str, backend: str, world_size: int, threads: int) -> Environment:
+    """This machine, for a run of `world_size` ranks."""
+    import torch
+
+    versions = [("shardwise", __version__), ("python", platform.python_version()), ("torch", str(torch.__version__))]
+    versions += [(name, metadata.version(name)) for name in ("numpy", "tokenizers")]
+    device = "CPU"
+    if device_type == "cuda":
+        device = torch.cuda.get_device_name(0)
+        versions.append(("cuda", str(torch.version.cuda)))
+        versions.append(("nccl", ".".join(map(str, torch.cuda.nccl.version()))))
+    return Environment(
+        command=command,
+        started=started,
+        machine=f"{_processor()}, {platform.system()} {platform.release()}",
+        device=device,
+        backend=backend,
+        world_size=world_size,
+        threads_per_rank=threads,
+        cores=cores(),
+        memory_bytes=_meminfo("MemTotal"),
+        versions=tuple(versions),
+        variables=(),
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _meminfo(field: str) -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)

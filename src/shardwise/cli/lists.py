@@ -1,0 +1,54 @@
+"""`shardwise models` and `shardwise plans`: what the names stand for."""
+
+import sys
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from shardwise.parallel.builtin import ABOUT, builtin_plan
+
+
+def models(json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False) -> None:
+    """List the models: shapes and exact parameter counts."""
+    from shardwise.models.specs import SPECS
+
+    if json:
+        rows = [{"name": s.name, "parameters": s.config.n_parameters, "config": s.config, "about": s.about} for s in SPECS.values()]
+        _print_json({"schema_version": 1, "models": rows})
+        return
+    table = Table("model", "parameters", "layers", "hidden", "heads", "KV heads", "vocabulary", "about", box=None)
+    for spec in SPECS.values():
+        c = spec.config
+        table.add_row(
+            spec.name, f"{c.n_parameters:,}", str(c.n_layers), str(c.hidden), str(c.n_heads), str(c.n_kv_heads), f"{c.vocab_size:,}", spec.about
+        )
+    Console().print(table)
+
+
+def plans(
+    name: Annotated[str | None, typer.Argument(help="Print this plan as a TOML file, to start your own from.")] = None,
+    sequence_parallel: Annotated[
+        bool, typer.Option("--sequence-parallel/--no-sequence-parallel", help="Activations cut along the sequence between blocks.")
+    ] = True,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """List the built-in plans, or print one as TOML.
+
+    [dim]shardwise plans rowwise > mine.toml[/]
+    """
+    if name is not None:
+        typer.echo(builtin_plan(name, sequence_parallel=sequence_parallel).to_toml(), nl=False)
+    elif json:
+        _print_json({"schema_version": 1, "plans": [{"name": plan, "about": about} for plan, about in ABOUT.items()]})
+    else:
+        table = Table("plan", "about", box=None)
+        for plan, about in ABOUT.items():
+            table.add_row(plan, about)
+        Console().print(table)
+
+
+def _print_json(value: object) -> None:
+    sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")

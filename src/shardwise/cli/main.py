@@ -1,0 +1,75 @@
+"""The command `shardwise`: puts the commands together, and turns errors into one line and an exit code.
+
+0 fine; 1 the answer is "no"; 2 the user's input is wrong; 3 a rank died or the run could not go on; 130 Ctrl-C.
+"""
+
+import os
+import signal
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from shardwise import __version__
+from shardwise.cli import compare, lists
+from shardwise.core.errors import InputError, ShardwiseError
+
+app = typer.Typer(
+    name="shardwise",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="How to shard a PyTorch model over devices, and the proof.",
+    epilog="Start with: shardwise compare rowwise colwise routed",
+)
+app.command("compare")(compare.compare)
+app.command("models")(lists.models)
+app.command("plans")(lists.plans)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"shardwise {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    pass
+
+
+def run(args: list[str] | None = None) -> NoReturn:
+    """The installed command."""
+    sys.exit(_run(args))
+
+
+def _run(args: list[str] | None) -> int:
+    command = typer.main.get_command(app)
+    try:
+        return int(command.main(args, prog_name="shardwise", standalone_mode=False) or 0)
+    except ShardwiseError as error:
+        if not isinstance(error, InputError) or _speaks():
+            _say(str(error))
+        return error.exit_code
+    except typer.TyperException as error:
+        message = error.format_message()
+        if not message:  # no arguments at all: the help has been shown
+            return error.exit_code
+        if _speaks():
+            _say(f"{message.rstrip('.')}. Try: shardwise --help." if "\n" not in message else message.replace("\n", " "))
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        _say("stopped by Ctrl-C; no rank was left behind.")
+        return 128 + signal.SIGINT
+
+
+def _speaks() -> bool:
+    """Whether this process tells the user: of torchrun's ranks one does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(message: str) -> None:
+    typer.echo(f"shardwise: {message}", err=True)

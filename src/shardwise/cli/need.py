@@ -1,0 +1,65 @@
+"""What a run needs before it starts: whether a machine can hold it."""
+
+import torch
+from torch import nn
+
+from shardwise.core.errors import OptionError
+from shardwise.core.mesh import Mesh
+from shardwise.core.plan import Engine, Plan, StyleName
+from shardwise.parallel.collectives import chunk_sizes
+from shardwise.parallel.resolve import resolve
+
+# a rank's own footprint beside tensors: the interpreter with torch loaded, measured as VmRSS after import on Linux
+_PROCESS_BYTES = 300 * 2**20
+
+
+def state_bytes(model: nn.Module, plan: Plan, mesh: Mesh, dtype: torch.dtype) -> int:
+    """Parameters, gradients and AdamW's two moments of the largest rank, exact up to uneven shards of FSDP; activations come on top."""
+    sharded: dict[str, float] = {}
+    for assignment in resolve(model, plan, tp=mesh.tp, fsdp=mesh.size("fsdp")):
+        for name, parameter in assignment.module.named_parameters(recurse=False):
+            whole = parameter.numel()
+            dim = _sharded_dim(assignment.module, assignment.rule.style.name)
+            share = chunk_sizes(parameter.shape[dim], mesh.tp)[0] / parameter.shape[dim] if dim is not None and dim < parameter.dim() else 1.0
+            sharded[f"{assignment.name}.{name}"] = whole * share
+    parameters = sum(sharded.get(name, parameter.numel()) for name, parameter in model.named_parameters()) / mesh.size("fsdp")
+    total = 4 * parameters
+    if plan.engine is Engine.DTENSOR and mesh.size("fsdp") == 1:
+        # its rowwise embedding leaves a gradient of the whole table on every rank
+        for assignment in resolve(model, plan, tp=mesh.tp):
+            if isinstance(assignment.module, nn.Embedding) and assignment.rule.style.name is StyleName.ROWWISE:
+                total += assignment.module.weight.numel() * (1 - 1 / mesh.tp)
+    return int(total * dtype.itemsize)
+
+
+def refuse_too_large(
+    model: nn.Module, label: str, plans: list[Plan], mesh: Mesh, dtype: torch.dtype, *, device_type: str, copies: int, available: int | None
+) -> None:
+    """Raises OptionError where the state alone can't fit. copies: models that are on the device at once."""
+    worst = max(plans, key=lambda plan: state_bytes(model, plan, mesh, dtype))
+    state = state_bytes(model, worst, mesh, dtype)
+    what = f'{label} under "{worst.name}" on {mesh} needs at least {_gib(state)} per rank'
+    parts = "(parameters, gradients and AdamW state in " + str(dtype).removeprefix("torch.") + "; activations come on top)"
+    if device_type == "cuda":
+        gpu = torch.cuda.get_device_properties(0).total_memory
+        if state > gpu:
+            raise OptionError(f"{what} {parts}; a GPU here has {_gib(gpu)}. Use a larger tp or an fsdp axis.")
+        return
+    needed = mesh.world_size * (copies * state + _PROCESS_BYTES)
+    if available is not None and needed > available:
+        raise OptionError(
+            f"{what} {parts}, {_gib(needed)} for {mesh.world_size} ranks with {copies} plans held at once; this machine has "
+            f"{_gib(available)} available and no GPU in use. Use a smaller model, fewer plans, or a machine that holds it."
+        )
+
+
+def _sharded_dim(module: nn.Module, style: StyleName) -> int | None:
+    if isinstance(module, nn.Embedding):
+        return {StyleName.ROWWISE: 0, StyleName.ROUTED: 0, StyleName.COLWISE: 1}.get(style)
+    if isinstance(module, nn.Linear):
+        return {StyleName.COLWISE: 0, StyleName.ROWWISE: 1}.get(style)
+    return None
+
+
+def _gib(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.1f} GiB"

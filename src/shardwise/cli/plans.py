@@ -1,0 +1,32 @@
+"""Plans as a command names them: built-in names, or paths of TOML files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from shardwise.core.errors import PlanError
+from shardwise.core.plan import Plan
+from shardwise.parallel.builtin import builtin_plan
+
+
+def load_plans(names: Sequence[str], *, sequence_parallel: bool) -> list[tuple[str, Plan]]:
+    """(label, plan) for each name; labels are told apart where two plans share one."""
+    found: list[tuple[str, Plan]] = []
+    for name in names:
+        plan = _load(name, sequence_parallel)
+        label, count = plan.name, 2
+        while label in {known for known, _ in found}:
+            label, count = f"{plan.name} #{count}", count + 1
+        found.append((label, plan))
+    return found
+
+
+def _load(name: str, sequence_parallel: bool) -> Plan:
+    if not name.endswith(".toml"):
+        return builtin_plan(name, sequence_parallel=sequence_parallel)
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise PlanError(f"plan file {name}: {error.strerror}. Give the path of a TOML file, or a built-in plan's name.") from None
+    except UnicodeDecodeError:
+        raise PlanError(f"plan file {name}: not UTF-8 text.") from None
+    return Plan.from_toml(text, source=name)

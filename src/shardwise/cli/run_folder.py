@@ -1,0 +1,60 @@
+"""The run folder: settings first, events as they come, results at the end. A disk that is full or read-only ends the run at once."""
+
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from shardwise.core.errors import OptionError, RunError
+
+
+class RunFolder:
+    """A new folder for one run. Raises OptionError where it can't be made or holds a run, RunError when writing fails later on."""
+
+    def __init__(self, out: Path | None, command: str, started: datetime) -> None:
+        self.path = out if out is not None else _fresh(Path("runs") / f"{command}-{started:%Y%m%d-%H%M%S}")
+        if out is not None and (out / "settings.json").exists():
+            raise OptionError(f"--out {out}: holds a run already. Choose another folder, or remove it.")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._events = (self.path / "events.jsonl").open("ab", buffering=0)
+        except OSError as error:
+            raise OptionError(f"--out {self.path}: {error.strerror}. Choose a folder that can be written.") from None
+
+    def write(self, name: str, content: bytes | str) -> Path:
+        path = self.path / name
+        try:
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+        except OSError as error:
+            raise self._lost(path, error) from None
+        return path
+
+    def append_event(self, event: bytes) -> None:
+        """One line of events.jsonl, on disk at once."""
+        try:
+            self._events.write(event + b"\n")
+        except OSError as error:
+            raise self._lost(self.path / "events.jsonl", error) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._events.close()
+
+    def _lost(self, path: Path, error: OSError) -> RunError:
+        return RunError(f"can't write {path}: {error.strerror}. All ranks were stopped. Free space there, or choose another folder with --out.")
+
+
+def _fresh(path: Path) -> Path:
+    """The path, or with -2, -3, ... where another run has just taken it."""
+    candidate, count = path, 2
+    while True:
+        try:
+            candidate.mkdir(parents=True)
+        except FileExistsError:
+            candidate, count = path.with_name(f"{path.name}-{count}"), count + 1
+        except OSError as error:
+            raise OptionError(f"--out {candidate}: {error.strerror}. Choose a folder that can be written with --out.") from None
+        else:
+            return candidate
