@@ -29,7 +29,8 @@ def example(plans: tuple[str, ...] = ("rowwise", "colwise", "routed"), *, noise:
     """Whole steps of `plans` on 2 gloo ranks, the first one also as its own A/A pair. The numbers are invented."""
     labels = [*plans, f"{plans[0]} (again)"] if noise else list(plans)
     measurements = tuple(
-        _measurement(label, plans[0] if index == len(plans) else label, index % len(plans)) for index, label in enumerate(labels)
+        _measurement(label, plans[0] if index == len(plans) else label, index % len(plans), plans[0] if index == len(plans) else None)
+        for index, label in enumerate(labels)
     )
     standings = tuple(
         Standing(
@@ -49,6 +50,7 @@ def example(plans: tuple[str, ...] = ("rowwise", "colwise", "routed"), *, noise:
         settings=StepSettings(batch=4, seq=2048),
         module=None,
         rounds=21,
+        warmup=3,
         environment=Environment(
             command=f"shardwise compare {' '.join(plans)} --model llama3-debug --mesh tp=2 --batch 4 --seq 2048",
             started="2026-01-31T12:00:00+00:00",
@@ -123,7 +125,7 @@ def wrong_agreement(label: str) -> Agreement:
     return Agreement(label, "float64", 2, 21, math.nan, "layers.0.attention_norm.weight", 0.5, 1e-9, (finding,))
 
 
-def _measurement(label: str, plan_name: str, position: int) -> Measurement:
+def _measurement(label: str, plan_name: str, position: int, repeats: str | None) -> Measurement:
     numbers = random.Random(label)
     middle_s = 0.183 * (1.0 - 0.06 * position)
     step_s = tuple(middle_s * numbers.uniform(0.96, 1.06) for _ in range(21))
@@ -134,6 +136,7 @@ def _measurement(label: str, plan_name: str, position: int) -> Measurement:
     sent_bytes = (16.0, 8.0, 4.0)[min(position, 2)] * MIB
     return Measurement(
         label=label,
+        repeats=repeats,
         plan_name=plan_name,
         plan_toml=f'name = "plan {position}"\nengine = "native"\n[rules]\n"tok_embeddings" = "rowwise"\n"output" = {{ style = "colwise" }}\n',
         engine="native",
@@ -154,6 +157,7 @@ def _measurement(label: str, plan_name: str, position: int) -> Measurement:
             CollectiveUse(CollectiveKind.REDUCE_SCATTER, "tp", "backward", 4, 128.0 * MIB, 64.0 * MIB, 64.0 * MIB),
             CollectiveUse(CollectiveKind.ALL_REDUCE, "tp", "step", 2, 70_000.0, 70_000.0, 70_000.0),
         ),
+        wire_bytes_largest_rank=(2.4 if position == 2 else 2) * sent_bytes + 128 * MIB + 70_000,
         sent_bytes=2 * sent_bytes + 260 * MIB,
         module_times=ModuleTimes(
             "tok_embeddings",

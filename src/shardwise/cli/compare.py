@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
@@ -33,39 +33,69 @@ _MODEL, _STEP, _RUN, _OUTPUT = "Model and mesh", "Training step", "Measuring", "
 def compare(
     context: typer.Context,
     plans: Annotated[
-        list[str] | None, typer.Argument(help="Built-in plans or .toml files; the first is what the others are held against.", show_default=" ".join(DEFAULT_PLANS))
+        list[str] | None,
+        typer.Argument(
+            help="Built-in plans or .toml files; the first is what the others are held against.", show_default=" ".join(DEFAULT_PLANS)
+        ),
     ] = None,
     config: Annotated[
         str | None,
-        typer.Option(help="The same options as TOML, or the name of a shipped config (llama3_8b_tp8).", callback=read_config, is_eager=True),
+        typer.Option(
+            help="The same options as TOML, or the name of a shipped config (llama3_8b_tp8).", callback=read_config, is_eager=True
+        ),
     ] = None,
     model: Annotated[str, typer.Option(help="A model of `shardwise models`.", rich_help_panel=_MODEL)] = "llama3-debug",
-    mesh: Annotated[str, typer.Option(help="Axes of ranks: tp, with dp or fsdp before it, such as fsdp=2,tp=2.", rich_help_panel=_MODEL)] = "tp=2",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes GPUs where there are enough.", rich_help_panel=_MODEL)] = "auto",
+    mesh: Annotated[
+        str, typer.Option(help="Axes of ranks: tp, with dp or fsdp before it, such as fsdp=2,tp=2.", rich_help_panel=_MODEL)
+    ] = "tp=2",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu or cuda; auto takes GPUs where there are enough.", rich_help_panel=_MODEL)
+    ] = "auto",
     sequence_parallel: Annotated[
         bool,
-        typer.Option("--sequence-parallel/--no-sequence-parallel", help="Activations cut along the sequence between blocks.", rich_help_panel=_MODEL),
+        typer.Option(
+            "--sequence-parallel/--no-sequence-parallel", help="Activations cut along the sequence between blocks.", rich_help_panel=_MODEL
+        ),
     ] = True,
     batch: Annotated[int, typer.Option(help="Sequences per optimizer step over all ranks.", min=1, rich_help_panel=_STEP)] = 4,
     seq: Annotated[int, typer.Option(help="Tokens per sequence.", min=1, rich_help_panel=_STEP)] = 512,
-    dtype: Annotated[str, typer.Option(help=f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.", rich_help_panel=_STEP)] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help=f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.", rich_help_panel=_STEP)
+    ] = "float32",
     accumulation: Annotated[int, typer.Option(help="Micro-batches that a step's batch is cut into.", min=1, rich_help_panel=_STEP)] = 1,
     recompute: Annotated[str, typer.Option(help="Activation checkpointing: none, or full (every layer).", rich_help_panel=_STEP)] = "none",
     compile_layers: Annotated[bool, typer.Option("--compile", help="torch.compile every layer.", rich_help_panel=_STEP)] = False,
     learning_rate: Annotated[float, typer.Option(help="AdamW's.", rich_help_panel=_STEP)] = 3e-4,
     max_norm: Annotated[float, typer.Option(help="Gradients are clipped to this global norm.", rich_help_panel=_STEP)] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the initial weights and of random ids.", rich_help_panel=_STEP)] = 0,
-    text: Annotated[list[Path] | None, typer.Option(help="Your text files or folders; by default Python's own documentation.", rich_help_panel=_STEP)] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Your tokenizer.json; by default one is trained on the text.", rich_help_panel=_STEP)] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Your text files or folders; by default Python's own documentation.", rich_help_panel=_STEP)
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Your tokenizer.json; by default one is trained on the text.", rich_help_panel=_STEP)
+    ] = None,
     random_ids: Annotated[bool, typer.Option("--random-ids", help="Uniform random ids instead of text.", rich_help_panel=_STEP)] = False,
     rounds: Annotated[int, typer.Option(help="Timed steps of every plan, interleaved.", min=1, rich_help_panel=_RUN)] = 10,
-    warmup: Annotated[int, typer.Option(help="Steps of every plan before the clock starts, after a first one.", min=0, rich_help_panel=_RUN)] = 1,
-    module: Annotated[str | None, typer.Option(help="Measure this module alone, forward and backward, such as tok_embeddings.", rich_help_panel=_RUN)] = None,
-    check: Annotated[bool, typer.Option("--check/--no-check", help="First compare loss and every gradient with the unsharded model.", rich_help_panel=_RUN)] = True,
-    repeat: Annotated[bool, typer.Option("--repeat/--no-repeat", help="Run the first plan twice, to show the noise.", rich_help_panel=_RUN)] = True,
-    timeout: Annotated[float, typer.Option(help="Seconds without any sign of life after which the run is given up.", min=1.0, rich_help_panel=_RUN)] = 600.0,
+    warmup: Annotated[
+        int, typer.Option(help="Steps of every plan before the clock starts, after a first one.", min=0, rich_help_panel=_RUN)
+    ] = 1,
+    module: Annotated[
+        str | None, typer.Option(help="Measure this module alone, forward and backward, such as tok_embeddings.", rich_help_panel=_RUN)
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check/--no-check", help="First compare loss and every gradient with the unsharded model.", rich_help_panel=_RUN),
+    ] = True,
+    repeat: Annotated[
+        bool, typer.Option("--repeat/--no-repeat", help="Run the first plan twice, to show the noise.", rich_help_panel=_RUN)
+    ] = True,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds without any sign of life after which the run is given up.", min=1.0, rich_help_panel=_RUN)
+    ] = 600.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.", rich_help_panel=_OUTPUT)] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for HTML and data.", show_default="runs/compare-TIME", rich_help_panel=_OUTPUT)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for HTML and data.", show_default="runs/compare-TIME", rich_help_panel=_OUTPUT)
+    ] = None,
 ) -> int:
     """Run sharding plans on real ranks and say which is better, and by how much.
 
@@ -339,7 +369,9 @@ def _check_module(spec: "ModelSpec", module: str, mesh: Mesh) -> None:
         shown = names[:3] + [name for name in names[3:] if "." not in name]
         raise OptionError(f'--module: {spec.name} has no module "{module}".{suggest(module, names)} It has {", ".join(shown)}, ...')
     if mesh.size("fsdp") > 1:
-        raise OptionError(f"--module {module}: FSDP gathers a module's parameters for a whole layer, so one can't be timed alone. Use tp or dp.")
+        raise OptionError(
+            f"--module {module}: FSDP gathers a module's parameters for a whole layer, so one can't be timed alone. Use tp or dp."
+        )
 
 
 def _check_fit(spec: "ModelSpec", plans: list[Plan], mesh: Mesh, settings: StepSettings, device_type: str, repeat: bool) -> None:
@@ -410,5 +442,3 @@ def _text_notes(stream: "TokenStream") -> list[str]:
             "is never looked up, which concentrates rowwise and contiguous routed look-ups on the first ranks."
         ]
     return []
-
-

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 import torch
@@ -102,7 +103,9 @@ class _Run:
         if findings or not all(found.agrees for found in agreements):
             return RankReport((), findings, agreements)
         subjects, initial = self._build()
-        findings = disagreeing_digests("initial weights", initial, tp_group) + self._replicated(subjects, "replicated parameters at the start")
+        findings = disagreeing_digests("initial weights", initial, tp_group) + self._replicated(
+            subjects, "replicated parameters at the start"
+        )
         if not findings:
             self._measure(subjects)
             findings = self._replicated(subjects, "replicated parameters at the end")
@@ -132,9 +135,8 @@ class _Run:
             )
             step = TrainStep(model, mesh=self.mesh)
             parts = self._micro_batches(batches, 0)
-            found.append(
-                agreement(model, whole.ids_BS, whole.labels_BS, expected, layers=job.check_layers, run=lambda s=step, p=parts: s.gradients(p))
-            )
+            run = partial(step.gradients, parts)
+            found.append(agreement(model, whole.ids_BS, whole.labels_BS, expected, layers=job.check_layers, run=run))
             self._advance(f"checked {label}", label)
         return tuple(found)
 
@@ -188,8 +190,9 @@ class _Run:
                 subject.warm_up(self._micro_batches(self.batches, step))
                 self._advance(f"warmed up {label}", label)
             if job.module is not None:
-                alone[index] = ModuleAlone(subject.model, job.module, self._micro_batches(self.batches, 0)[0])
-                subject.timed_module(alone[index], keep=False)
+                module = ModuleAlone(subject.model, job.module, self._micro_batches(self.batches, 0)[0])
+                subject.timed_module(module, keep=False)
+                alone[index] = module
             if parked:
                 subject.park()
         run_rounds(

@@ -8,7 +8,14 @@ from pathlib import Path
 from shardwise import __version__
 from shardwise.core.measurement import Environment
 
-VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "THP_MEM_ALLOC_ENABLE", "GLOO_SOCKET_IFNAME", "NCCL_P2P_DISABLE", "PYTORCH_CUDA_ALLOC_CONF")
+VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "THP_MEM_ALLOC_ENABLE",
+    "GLOO_SOCKET_IFNAME",
+    "NCCL_P2P_DISABLE",
+    "PYTORCH_CUDA_ALLOC_CONF",
+)
 
 
 def cores() -> int:

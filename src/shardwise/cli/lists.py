@@ -19,12 +19,10 @@ def models(json: Annotated[bool, typer.Option("--json", help="One JSON document 
         rows = [{"name": s.name, "parameters": s.config.n_parameters, "config": s.config, "about": s.about} for s in SPECS.values()]
         _print_json({"schema_version": 1, "models": rows})
         return
-    table = Table("model", "parameters", "layers", "hidden", "heads", "KV heads", "vocabulary", "about", box=None)
+    table = Table("model", "parameters", "layers", "hidden", "heads/KV", "vocabulary", box=None)
     for spec in SPECS.values():
         c = spec.config
-        table.add_row(
-            spec.name, f"{c.n_parameters:,}", str(c.n_layers), str(c.hidden), str(c.n_heads), str(c.n_kv_heads), f"{c.vocab_size:,}", spec.about
-        )
+        table.add_row(spec.name, f"{c.n_parameters:,}", str(c.n_layers), str(c.hidden), f"{c.n_heads}/{c.n_kv_heads}", f"{c.vocab_size:,}")
     Console().print(table)
 
 

@@ -20,7 +20,9 @@ def state_bytes(model: nn.Module, plan: Plan, mesh: Mesh, dtype: torch.dtype) ->
         for name, parameter in assignment.module.named_parameters(recurse=False):
             whole = parameter.numel()
             dim = _sharded_dim(assignment.module, assignment.rule.style.name)
-            share = chunk_sizes(parameter.shape[dim], mesh.tp)[0] / parameter.shape[dim] if dim is not None and dim < parameter.dim() else 1.0
+            share = (
+                chunk_sizes(parameter.shape[dim], mesh.tp)[0] / parameter.shape[dim] if dim is not None and dim < parameter.dim() else 1.0
+            )
             sharded[f"{assignment.name}.{name}"] = whole * share
     parameters = sum(sharded.get(name, parameter.numel()) for name, parameter in model.named_parameters()) / mesh.size("fsdp")
     total = 4 * parameters

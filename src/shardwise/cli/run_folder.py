@@ -43,7 +43,9 @@ class RunFolder:
         self._events.close()
 
     def _lost(self, path: Path, error: OSError) -> RunError:
-        return RunError(f"can't write {path}: {error.strerror}. All ranks were stopped. Free space there, or choose another folder with --out.")
+        return RunError(
+            f"can't write {path}: {error.strerror}. All ranks were stopped. Free space there, or choose another folder with --out."
+        )
 
 
 def _fresh(path: Path) -> Path:

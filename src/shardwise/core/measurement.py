@@ -68,6 +68,10 @@ class ModuleTimes:
     forward_s: tuple[float, ...]
     backward_s: tuple[float, ...]
 
+    @property
+    def total_s(self) -> tuple[float, ...]:
+        return tuple(f + b for f, b in zip(self.forward_s, self.backward_s, strict=True))
+
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
@@ -116,7 +120,10 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """One plan against the first: its time over the first plan's, and its throughput. Summary of a Measurement."""
+    """One plan against the first: its time over the first plan's, and its throughput. Summary of a Measurement.
+
+    module_ratio: the same ratio for the module timed alone, forward and backward together.
+    """
 
     label: str
     step_s: float
@@ -124,6 +131,7 @@ class Standing:
     ratio: Ratio | None
     module_forward_s: float | None
     module_backward_s: float | None
+    module_ratio: Ratio | None = None
 
 
 @dataclass(frozen=True, slots=True)

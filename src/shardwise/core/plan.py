@@ -163,6 +163,10 @@ class Plan:
             raise PlanError("a plan needs a name.")
         if not self.rules:
             raise PlanError(f'plan "{self.name}" has no rules. Write at least one: "MODULE.PATTERN" = "STYLE".')
+        patterns = [rule.pattern for rule in self.rules]
+        for pattern in patterns:
+            if patterns.count(pattern) > 1:
+                raise PlanError(f'plan "{self.name}" has two rules "{pattern}". Keep one.')
 
     @classmethod
     def from_toml(cls, text: str, source: str = "plan") -> Self:
@@ -268,4 +272,5 @@ def _no_such_argument(name: StyleName, key: str) -> str:
 
 
 def _quote(text: str) -> str:
-    return json.dumps(text, ensure_ascii=True)
+    """A TOML basic string: JSON's, but for surrogate pairs, which TOML hasn't, and DEL, which it wants escaped."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

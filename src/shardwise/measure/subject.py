@@ -77,7 +77,7 @@ class Subject:
             compiled=settings.compiled,
             on_parameter=on_parameter,
         )
-        groups = {mesh.get_group(name).group_name: name for name in mesh.mesh_dim_names or ()}
+        groups = {str(mesh.get_group(name).group_name): name for name in mesh.mesh_dim_names or ()}
         self._recorder = CollectiveRecorder(groups)
         self._step = TrainStep(
             self.model,

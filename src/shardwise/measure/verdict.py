@@ -19,9 +19,16 @@ def standings(measurements: Sequence[Measurement], tokens: int | None) -> tuple[
             ratio=None if m is first else paired_ratio(m.step_s, first.step_s),
             module_forward_s=median(m.module_times.forward_s) if m.module_times else None,
             module_backward_s=median(m.module_times.backward_s) if m.module_times else None,
+            module_ratio=None if m is first else _module_ratio(m, first),
         )
         for m in measurements
     )
+
+
+def _module_ratio(m: Measurement, first: Measurement) -> Ratio | None:
+    if m.module_times is None or first.module_times is None:
+        return None
+    return paired_ratio(m.module_times.total_s, first.module_times.total_s)
 
 
 def noise_of(measurements: Sequence[Measurement], found: Sequence[Standing]) -> Ratio | None:
@@ -33,7 +40,7 @@ def verdict(measurements: Sequence[Measurement], found: Sequence[Standing], *, w
     """One sentence per plan against the first, the noise floor, and on gloo why the ranking need not hold elsewhere."""
     noise = noise_of(measurements, found)
     first = found[0].label
-    lines = []
+    lines = _module_lines(measurements, found)
     for measurement, standing in zip(measurements, found, strict=True):
         if standing.ratio is not None and measurement.repeats is None:
             lines.append(_against(standing.label, first, standing.ratio, noise, what))
@@ -42,7 +49,9 @@ def verdict(measurements: Sequence[Measurement], found: Sequence[Standing], *, w
         if noise.holds_one:
             lines.append(f"Noise floor: {shown}.")
         else:
-            lines.append(f"Noise floor: {shown}. It leaves out 1, so this machine was not quiet: differences of this size mean nothing here.")
+            lines.append(
+                f"Noise floor: {shown}. It leaves out 1, so this machine was not quiet: differences of this size mean nothing here."
+            )
     if backend == "gloo":
         lines.append(
             "Measured on gloo over loopback: the ranking need not hold on NCCL. There the wire is faster by far, look-ups and copies run on "
@@ -50,6 +59,17 @@ def verdict(measurements: Sequence[Measurement], found: Sequence[Standing], *, w
             "twice as much)."
         )
     return tuple(lines)
+
+
+def _module_lines(measurements: Sequence[Measurement], found: Sequence[Standing]) -> list[str]:
+    """The module timed alone beside whole steps: where the plans differ most, and least hidden by the rest."""
+    module = next((m.module_times.module for m in measurements if m.module_times is not None), None)
+    noise = next((s.module_ratio for m, s in zip(measurements, found, strict=True) if m.repeats is not None), None)
+    return [
+        f"{module} alone: " + _against(s.label, found[0].label, s.module_ratio, noise, "forward and backward")
+        for m, s in zip(measurements, found, strict=True)
+        if s.module_ratio is not None and m.repeats is None
+    ]
 
 
 def notes(measurements: Sequence[Measurement]) -> tuple[str, ...]:
@@ -66,10 +86,12 @@ def notes(measurements: Sequence[Measurement]) -> tuple[str, ...]:
             lines.append(
                 f"{m.label}: the rank that sends most sends {m.wire_bytes_largest_rank / mean:.2f} times the mean; the slowest rank sets the time."
             )
-        if m.repeats is None and _pairwise_reduce_scatter(m):
-            lines.append(
-                f"{m.label}: its reduce-scatters are carried out as an all-to-all and a local sum (gloo's own would send twice as much)."
-            )
+    pairwise = [m.label for m in measurements if m.repeats is None and _pairwise_reduce_scatter(m)]
+    if pairwise:
+        lines.append(
+            f"{', '.join(pairwise)}: reduce-scatters are carried out as an all-to-all and a local sum, (n-1)/n on the wire; gloo's own, "
+            "which PyTorch's styles use, sends twice that at 2 ranks."
+        )
     return tuple(lines)
 
 

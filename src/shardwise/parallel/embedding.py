@@ -142,7 +142,7 @@ class EmbeddingShard:
 
 def _by_destination(ids_BS: Tensor, n_ranks: int) -> Tensor:
     """[B, S] -> [T, B, S/T]: block d is what rank d keeps."""
-    return ids_BS.unflatten(1, (n_ranks, -1)).movedim(1, 0).contiguous()
+    return ids_BS.unflatten(1, (n_ranks, -1)).movedim(1, 0).contiguous()  # type: ignore[no-any-return]
 
 
 class _LookUpOwn(torch.autograd.Function):

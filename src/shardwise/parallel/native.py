@@ -162,7 +162,7 @@ def _apply_norm(assignment: Assignment, work: _Work) -> None:
     _replace_replicated(module, grad, work)
     match module:
         case nn.RMSNorm():
-            module.forward = lambda x: F.rms_norm(x, module.normalized_shape, _weight(module, grad), module.eps)  # type: ignore[method-assign, assignment]
+            module.forward = lambda x: F.rms_norm(x, module.normalized_shape, _weight(module, grad), module.eps)  # type: ignore[method-assign]
         case nn.LayerNorm():
             module.forward = lambda x: F.layer_norm(  # type: ignore[method-assign, assignment]
                 x, module.normalized_shape, _weight(module, grad), _bias(module, grad), module.eps

@@ -147,9 +147,10 @@ def take_whole_tensors(module: nn.Module) -> None:
     def before_load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             value = state.get(f"{prefix}{name}")
-            if isinstance(parameter, DTensor) and isinstance(value, Tensor) and not isinstance(value, DTensor):
-                if value.shape == parameter.shape:  # a wrong shape gets load_state_dict's own message
-                    state[f"{prefix}{name}"] = part_of_dtensor(value, parameter)
+            if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
+                continue
+            if value.shape == parameter.shape:  # a wrong shape gets load_state_dict's own message
+                state[f"{prefix}{name}"] = part_of_dtensor(value, parameter)
 
     module.register_load_state_dict_pre_hook(before_load)
 

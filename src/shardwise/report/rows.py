@@ -44,12 +44,12 @@ class Row:
 
 
 def comparison_rows(comparison: Comparison) -> tuple[Row, ...]:
-    """One Row per measurement. A later run of the very plan that came first (name, TOML and engine) is its A/A repeat."""
+    """One Row per measurement."""
     standings = {standing.label: standing for standing in comparison.standings}
     rows: list[Row] = []
     color = 0
     for index, measurement in enumerate(comparison.measurements):
-        is_repeat = index > 0 and _identity(measurement) == _identity(comparison.measurements[0])
+        is_repeat = measurement.repeats is not None
         standing = standings.get(measurement.label)
         ratio = standing.ratio if standing else None
         if is_repeat and ratio is None:
@@ -78,7 +78,3 @@ def not_measured(comparison: Comparison) -> tuple[str, ...]:
         ("losses", not any(run.losses for run in runs)),
     )
     return tuple(name for name, is_absent in absent if is_absent)
-
-
-def _identity(measurement: Measurement) -> tuple[str, str, str]:
-    return measurement.plan_name, measurement.plan_toml, measurement.engine

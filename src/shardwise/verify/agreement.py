@@ -3,6 +3,7 @@
 Every rank computes the unsharded reference whole, so the comparison moves three numbers per parameter. For a parameter with sharded
 gradient s and unsharded gradient u, over all ranks' parts: relative error ||s - u|| / ||u||, ratio <s, u> / <u, u>.
 A gradient that is Partial (PyTorch's own sequence parallelism leaves norm gradients so) is summed first: that is what it stands for.
+The native engine promises gradients placed as their parameters are, so a Partial one of its is taken as it is, and found.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shardwise.core.finding import Agreement, Finding, FindingKind
+from shardwise.core.plan import Engine
 from shardwise.parallel.apply import applied_to, loss_of
 from shardwise.parallel.parameters import part_of_dtensor
 
@@ -96,7 +98,9 @@ def agreement(
 def _sums(model: nn.Module, whole: Reference) -> Tensor:
     """[parameters, 3]: ||s - u||^2, ||u||^2, <s, u> over all ranks' parts; the first is negative where a rank has no gradient."""
     rows = []
-    row_order = applied_to(model).row_order
+    applied = applied_to(model)
+    row_order = applied.row_order
+    may_be_partial = applied.plan is None or applied.plan.engine is Engine.DTENSOR
     device = next(model.parameters()).device
     for name, parameter in model.named_parameters():
         expected = whole.gradients.get(name)
@@ -106,7 +110,11 @@ def _sums(model: nn.Module, whole: Reference) -> Tensor:
             continue
         grad: Tensor = parameter.grad
         if isinstance(grad, DTensor) and any(p.is_partial() for p in grad.placements):
-            grad = grad.full_tensor()
+            if may_be_partial:
+                grad = grad.full_tensor()
+            else:
+                assert isinstance(parameter, DTensor)
+                grad = DTensor.from_local(grad.to_local(), parameter.device_mesh, parameter.placements, run_check=False)
         if isinstance(grad, DTensor):
             part = part_of_dtensor(expected, grad, row_order.get(name)).to_local()
             grad = grad.to_local()

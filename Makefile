@@ -1,0 +1,51 @@
+# Everyday commands. Each sets up .venv by itself; it needs Python 3.11 or newer and nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help compare test check bench docs format clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo '  ARGS="..." is passed on: make compare ARGS="rowwise colwise --seq 1024"'
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "shardwise needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12 ..."; exit 2; }
+	@echo "setting up $(VENV) (once; torch is large)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+compare: $(READY) ## run the sharding plans on real ranks and say which is better (about three minutes)
+	$(BIN)/shardwise compare $(ARGS)
+
+test: $(READY) ## all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY) ## ruff, mypy --strict, import-linter, unit tests: under a minute
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m benchmarks.tables --check
+	$(BIN)/python -m pytest tests/unit -q $(ARGS)
+
+bench: $(READY) ## the benchmarks; writes benchmarks/results and the tables in the docs (a quiet machine, about 20 minutes)
+	$(BIN)/python -m benchmarks.embedding
+	$(BIN)/python -m benchmarks.embedding --tp 4
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.tables
+
+docs: $(READY) ## write the generated parts of the docs anew
+	$(BIN)/python -m benchmarks.tables
+
+format: $(READY) ## format and sort imports
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove what the other commands made
+	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

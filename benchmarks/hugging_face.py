@@ -1,0 +1,106 @@
+"""Hugging Face transformers' own tensor parallelism as a side: the same shape, weights, batch, clipping and optimizer; its own model and loss.
+
+Its plan ("auto") cuts the projections, the embedding (by vocabulary) and the head, whose logits it gathers; it has no sequence
+parallelism. `from_pretrained` builds the device mesh itself, over the process group that is joined already. Norm weights stay plain
+tensors there, and a fused optimizer takes no mixture, so they are a parameter group of their own.
+"""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from shardwise.models.init import initial_parameter
+from shardwise.models.llama import Llama, LlamaConfig
+from shardwise.step.clipping import clip_gradients
+from shardwise.step.train import StepResult
+
+# our modules' names -> transformers'; what isn't named here is called the same
+_NAMES = {
+    "tok_embeddings": "model.embed_tokens",
+    "layers": "model.layers",
+    "norm": "model.norm",
+    "output": "lm_head",
+    "attention_norm": "input_layernorm",
+    "attention": "self_attn",
+    "ffn_norm": "post_attention_layernorm",
+    "feed_forward": "mlp",
+    "wq": "q_proj",
+    "wk": "k_proj",
+    "wv": "v_proj",
+    "wo": "o_proj",
+    "w1": "gate_proj",
+    "w3": "up_proj",
+    "w2": "down_proj",
+}
+
+
+def save_checkpoint(config: LlamaConfig, seed: int, folder: Path) -> None:
+    """The model of `config` with the initial weights of `seed`, as transformers saves it (safetensors)."""
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        names = {name: parameter.shape for name, parameter in Llama(config).named_parameters()}
+    model = LlamaForCausalLM(_config(config))
+    state = {_name(name): initial_parameter(name, shape, seed=seed, dtype=torch.float32, device=torch.device("cpu")) for name, shape in names.items()}
+    model.load_state_dict(state)
+    model.save_pretrained(folder)
+
+
+class TransformersStep:
+    """One optimizer step, called as a TrainStep is."""
+
+    def __init__(self, folder: Path, tp: int, *, learning_rate: float, max_norm: float) -> None:
+        from transformers import LlamaForCausalLM
+        from transformers.distributed import DistributedConfig
+
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.model = LlamaForCausalLM.from_pretrained(
+                folder,
+                distributed_config=DistributedConfig(tp_size=tp, tp_plan="auto"),
+                attn_implementation="sdpa",
+                dtype=torch.float32,
+                local_files_only=True,
+            )
+        self.model.train()
+        parameters = list(self.model.parameters())
+        groups = [[p for p in parameters if isinstance(p, DTensor)], [p for p in parameters if not isinstance(p, DTensor)]]
+        self.optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=learning_rate, fused=True)
+        self._parameters: list[nn.Parameter] = parameters
+        self._max_norm = max_norm
+
+    def __call__(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> StepResult:
+        ((ids_BS, labels_BS),) = micro_batches
+        self.optimizer.zero_grad(set_to_none=True)
+        # `labels` asks for the loss; `shift_labels` are those that it takes
+        loss = self.model(ids_BS, labels=labels_BS, shift_labels=labels_BS, use_cache=False).loss
+        loss.backward()
+        norm = clip_gradients(self._parameters, self._max_norm)
+        self.optimizer.step()
+        return StepResult(loss.detach(), norm)
+
+
+def _config(config: LlamaConfig) -> object:
+    from transformers import LlamaConfig as TransformersConfig
+
+    return TransformersConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden,
+        intermediate_size=config.ffn_hidden,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_kv_heads,
+        rms_norm_eps=config.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=config.tied,
+    )
+
+
+def _name(name: str) -> str:
+    return ".".join(_NAMES.get(part, part) for part in name.split("."))
