@@ -352,9 +352,7 @@ def measure(settings: Settings) -> Result:
     return Result(
         what=f"embedding-tp{settings.tp}",
         settings={**msgspec.to_builtins(settings), "dtype": "float32", "tokens": settings.batch * settings.seq},
-        environment=results.describe_machine(
-            results.command_line("benchmarks.embedding"), settings.tp, 1, reports[0].variables, started
-        ),
+        environment=results.describe_machine(results.command_line("benchmarks.embedding"), settings.tp, 1, reports[0].variables, started),
         load_average=(load_before, results.load_average()),
         text=stream.summary,
         checks=(

@@ -1,14 +1,13 @@
 """Hugging Face transformers' own tensor parallelism as a side: the same shape, weights, batch, clipping and optimizer; its own model and loss.
 
 Its plan ("auto") cuts the projections, the embedding (by vocabulary) and the head, whose logits it gathers; it has no sequence
-parallelism. `from_pretrained` builds the device mesh itself, over the process group that is joined already. Norm weights stay plain
-tensors there, and a fused optimizer takes no mixture, so they are a parameter group of their own.
+parallelism. The model is sharded by the two calls with which `from_pretrained(distributed_config=...)` does it (5.23); from_pretrained
+itself also asks for accelerate, and would only add the loading. transformers builds the device mesh itself, over the process group
+that is joined already. Norm weights stay plain tensors there, and a fused optimizer takes no mixture, so they are a group of their own.
 """
 
-import logging
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,40 +38,16 @@ _NAMES = {
 }
 
 
-def save_checkpoint(config: LlamaConfig, seed: int, folder: Path) -> None:
-    """The model of `config` with the initial weights of `seed`, as transformers saves it (safetensors)."""
-    from transformers import LlamaForCausalLM
-
-    with torch.device("meta"):
-        names = {name: parameter.shape for name, parameter in Llama(config).named_parameters()}
-    model = LlamaForCausalLM(_config(config))
-    state = {_name(name): initial_parameter(name, shape, seed=seed, dtype=torch.float32, device=torch.device("cpu")) for name, shape in names.items()}
-    model.load_state_dict(state)
-    model.save_pretrained(folder)
-
-
 class TransformersStep:
     """One optimizer step, called as a TrainStep is."""
 
-    def __init__(self, folder: Path, tp: int, *, learning_rate: float, max_norm: float) -> None:
-        from transformers import LlamaForCausalLM
-        from transformers.distributed import DistributedConfig
-
-        logging.getLogger("transformers").setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.model = LlamaForCausalLM.from_pretrained(
-                folder,
-                distributed_config=DistributedConfig(tp_size=tp, tp_plan="auto"),
-                attn_implementation="sdpa",
-                dtype=torch.float32,
-                local_files_only=True,
-            )
-        self.model.train()
-        parameters = list(self.model.parameters())
-        groups = [[p for p in parameters if isinstance(p, DTensor)], [p for p in parameters if not isinstance(p, DTensor)]]
-        self.optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=learning_rate, fused=True)
-        self._parameters: list[nn.Parameter] = parameters
+    def __init__(self, config: LlamaConfig, tp: int, *, seed: int, learning_rate: float, max_norm: float) -> None:
+        self.model = _sharded_model(config, tp, seed)
+        self._parameters: list[nn.Parameter] = list(self.model.parameters())
+        sharded = [parameter for parameter in self._parameters if isinstance(parameter, DTensor)]
+        plain = [parameter for parameter in self._parameters if not isinstance(parameter, DTensor)]
+        groups: list[dict[str, Any]] = [{"params": sharded}, {"params": plain}]
+        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
         self._max_norm = max_norm
 
     def __call__(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> StepResult:
@@ -86,20 +61,39 @@ class TransformersStep:
         return StepResult(loss.detach(), norm)
 
 
-def _config(config: LlamaConfig) -> object:
+def _sharded_model(config: LlamaConfig, tp: int, seed: int) -> nn.Module:
+    """The model of `config` with the initial weights of `seed`, sharded by transformers."""
+    from transformers import LlamaForCausalLM
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in Llama(config).named_parameters()}
+    model = LlamaForCausalLM(_config(config))
+    cpu = torch.device("cpu")
+    model.load_state_dict(
+        {_name(name): initial_parameter(name, shape, seed=seed, dtype=torch.float32, device=cpu) for name, shape in shapes.items()}
+    )
+    distribution, _, mesh_manager = LlamaForCausalLM.prepare_distribute_model(DistributedConfig(tp_size=tp, tp_plan="auto"))
+    sharded: nn.Module = LlamaForCausalLM.maybe_distribute_model(model, distribution, mesh_manager)
+    return sharded.train()
+
+
+def _config(config: LlamaConfig) -> Any:
     from transformers import LlamaConfig as TransformersConfig
 
-    return TransformersConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden,
-        intermediate_size=config.ffn_hidden,
-        num_hidden_layers=config.n_layers,
-        num_attention_heads=config.n_heads,
-        num_key_value_heads=config.n_kv_heads,
-        rms_norm_eps=config.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        tie_word_embeddings=config.tied,
-    )
+    given: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden,
+        "intermediate_size": config.ffn_hidden,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "tie_word_embeddings": config.tied,
+        "attn_implementation": "sdpa",
+    }
+    return TransformersConfig(**given)
 
 
 def _name(name: str) -> str:

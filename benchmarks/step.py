@@ -12,11 +12,9 @@ Before anything is timed the first step's losses of all sides are compared.
 """
 
 import argparse
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import msgspec
 import torch
@@ -25,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as TorchShard
 
 from benchmarks import results
-from benchmarks.hugging_face import TransformersStep, save_checkpoint
+from benchmarks.hugging_face import TransformersStep
 from benchmarks.results import Bar, BarKind, Comparison, Result, Side, compare
 from benchmarks.rounds import interleave
 from shardwise.core.errors import RunError
@@ -72,7 +70,7 @@ NOTES = (
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Sizes of one run; the defaults are those that the bars are stated for. checkpoint: transformers' folder; sides: which run."""
+    """Sizes of one run; the defaults are those that the bars are stated for. sides: which run."""
 
     model: str = "llama3-debug"
     tp: int = 2
@@ -81,7 +79,6 @@ class Settings:
     rounds: int = 15
     warm_ups: int = 2
     seed: int = 0
-    checkpoint: str = ""
     sides: tuple[str, ...] = tuple(name for name in ABOUT if name != SINGLE)
 
 
@@ -115,7 +112,7 @@ class OurLoss:
 
 
 class Step:
-    """A side: one training step per round."""
+    """A side: one training step per round. The first step, on batch 0, isn't a round."""
 
     def __init__(self, name: str, step: Callable[[Sequence[tuple[Tensor, Tensor]]], StepResult], batches: Batches) -> None:
         self.name = name
@@ -124,8 +121,14 @@ class Step:
         self._batches = batches
         self._micro_batches: list[tuple[Tensor, Tensor]] = []
 
+    def first_step(self) -> float:
+        """Its loss."""
+        self.prepare(-1)
+        self.run()
+        return self.losses[0]
+
     def prepare(self, round_: int) -> None:
-        batch = self._batches.at(round_)
+        batch = self._batches.at(round_ + 1)
         self._micro_batches = [(batch.ids_BS, batch.labels_BS)]
 
     def run(self) -> None:
@@ -140,16 +143,137 @@ def worker(context: RankContext, payload: bytes) -> bytes:
     for name in settings.sides:
         context.note(f"build: {name}")
         sides.append(Step(name, _step(name, settings), batches))
+    first_losses = {}
     for side in sides:
         context.note(f"first step: {side.name}")
-        side.prepare(0)
-        side.run()
-    _check_losses([(side.name, side.losses[0]) for side in sides])
-    # rounds begin with the batch after the first
-    for side in sides:
-        side.prepare = _shifted(side.prepare)  # type: ignore[method-assign]
+        first_losses[side.name] = side.first_step()
+    _check_losses(first_losses)
     times = interleave(sides, settings.rounds, settings.warm_ups, context.note)
-    report = RankReport(
-        tuple(RankSide(side.name, tuple(times[side.name]), tuple(side.losses)) for side in sides), results.rank_variables()
-    )
+    report = RankReport(tuple(RankSide(side.name, tuple(times[side.name]), tuple(side.losses)) for side in sides), results.rank_variables())
     return msgspec.json.encode(report)
+
+
+def _step(name: str, settings: Settings) -> Callable[[Sequence[tuple[Tensor, Tensor]]], StepResult]:
+    """What one side does in a step, on this rank."""
+    spec = get_spec(settings.model)
+    if name == TRANSFORMERS:
+        return TransformersStep(spec.config, settings.tp, seed=settings.seed, learning_rate=LEARNING_RATE, max_norm=MAX_NORM)
+    mesh = None if name == SINGLE else device_mesh(Mesh((("tp", settings.tp),)), "cpu")
+    plan = None if name == SINGLE else builtin_plan(name.removesuffix(OUR_LOSS))
+    model = build_model(spec, plan, mesh, dtype=torch.float32, device=torch.device("cpu"), seed=settings.seed)
+    if mesh is not None and name.endswith(OUR_LOSS):
+        site = Site("output", "benchmark", Axis.of(mesh, "tp"))
+        loss: Loss = OurLoss(VocabParallelLoss(site, RowOwnership(spec.vocab_size, settings.tp)))
+        # the one way to give a sharded model another loss: TrainStep asks the model for it
+        model._shardwise = replace(applied_to(model), loss=loss)  # type: ignore[assignment]
+    return TrainStep(model, mesh=mesh, learning_rate=LEARNING_RATE, max_norm=MAX_NORM)
+
+
+def _check_losses(losses: dict[str, float]) -> float:
+    """The spread of the first losses; RunError where it is too large."""
+    spread = max(losses.values()) - min(losses.values())
+    if not spread <= LOSS_TOLERANCE:
+        shown = ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items())
+        raise RunError(f"the first step's losses differ by {spread:.1e}, where {LOSS_TOLERANCE:.0e} is allowed: {shown}.")
+    return spread
+
+
+def _comparisons(sides: tuple[Side, ...]) -> tuple[Comparison, ...]:
+    """Speedups in tokens per second. Bars are stated for rowwise against the same plan on DTensor, and against transformers."""
+    names = {side.name for side in sides}
+    stated = [
+        ("rowwise", "rowwise@dtensor", Bar(BarKind.SPEEDUP_AT_LEAST, 1.25)),
+        ("rowwise", f"rowwise@dtensor{OUR_LOSS}", None),
+        ("colwise", "colwise@dtensor", None),
+        ("colwise", f"colwise@dtensor{OUR_LOSS}", None),
+        ("routed", "rowwise@dtensor", None),
+        ("routed", "colwise@dtensor", None),
+        ("rowwise", TRANSFORMERS, Bar(BarKind.SPEEDUP_AT_LEAST, 1.3)),
+        ("colwise", TRANSFORMERS, None),
+        ("routed", TRANSFORMERS, None),
+        ("routed", "rowwise", None),
+        ("routed", "colwise", None),
+    ]
+    return tuple(compare(sides, ours, other, bar) for ours, other, bar in stated if {ours, other} <= names)
+
+
+def measure(settings: Settings) -> Result:
+    """Half of the single process's rounds, all rounds of the ranks, the other half."""
+    started, load_before = results.now(), results.load_average()
+    spec = get_spec(settings.model)
+    stream = load_tokens(vocab_size=spec.vocab_size, progress=print)
+    single = replace(settings, tp=1, sides=(SINGLE,), rounds=-(-settings.rounds // 2))
+    before = _launch(single, stream, threads=2)
+    reports = _launch(settings, stream, threads=1)
+    after = _launch(single, stream, threads=2)
+    sides = [_join([report.sides[index] for report in reports], settings) for index in range(len(settings.sides))]
+    halves = [_join([half.sides[0]], settings) for half in (*before, *after)]
+    sides.append(replace(halves[0], rank_times_s=(halves[0].rank_times_s[0] + halves[1].rank_times_s[0],)))
+    spread = _check_losses({side.name: side.losses[0] for side in sides})
+    return Result(
+        what=f"step-tp{settings.tp}",
+        settings={
+            "model": settings.model,
+            "parameters": spec.config.n_parameters,
+            "tp": settings.tp,
+            "batch": settings.batch,
+            "seq": settings.seq,
+            "tokens": settings.batch * settings.seq,
+            "dtype": "float32",
+            "rounds": settings.rounds,
+            "warm_ups": settings.warm_ups + 1,
+            "seed": settings.seed,
+            "learning_rate": LEARNING_RATE,
+            "max_norm": MAX_NORM,
+        },
+        environment=results.describe_machine(results.command_line("benchmarks.step"), settings.tp, 1, reports[0].variables, started),
+        load_average=(load_before, results.load_average()),
+        text=stream.summary,
+        checks=(f"The first step's losses of all sides agreed to {spread:.0e} (allowed: {LOSS_TOLERANCE:.0e}).",),
+        sides=tuple(sides),
+        comparisons=_comparisons(tuple(sides)),
+        notes=NOTES,
+    )
+
+
+def _launch(settings: Settings, stream: TokenStream, threads: int) -> list[RankReport]:
+    replies = run_ranks(
+        "benchmarks.step:worker",
+        msgspec.json.encode(settings) + b"\n" + stream.to_bytes(),
+        world_size=settings.tp,
+        device_type="cpu",
+        timeout_s=TIMEOUT_S,
+        threads_per_rank=threads,
+    )
+    return [msgspec.json.decode(reply, type=RankReport) for reply in replies]
+
+
+def _unpack(payload: bytes) -> tuple[Settings, TokenStream]:
+    settings, _, stream = payload.partition(b"\n")
+    return msgspec.json.decode(settings, type=Settings), TokenStream.from_bytes(stream)
+
+
+def _join(ranks: list[RankSide], settings: Settings) -> Side:
+    """All ranks' views of one side."""
+    name = ranks[0].name
+    side = Side(name, ABOUT[name], tuple(rank.times_s for rank in ranks), losses=ranks[0].losses)
+    return replace(side, facts={"tokens_per_s": settings.batch * settings.seq / side.median_s})
+
+
+def main() -> None:
+    defaults = Settings()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default=defaults.model)
+    for name in ("tp", "batch", "seq", "rounds"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name))
+    parser.add_argument("--dry", action="store_true", help="print, and write no results file")
+    arguments = vars(parser.parse_args())
+    is_dry = arguments.pop("dry")
+    result = measure(Settings(**arguments))
+    results.show(result)
+    if not is_dry:
+        print(result.write())
+
+
+if __name__ == "__main__":
+    main()

@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 examples/train_your_model.py                    tensor parallel over 2 ranks
     torchrun --nproc-per-node 4 examples/train_your_model.py --fsdp 2           FSDP2 over 2, tensor parallel over 2
 
-All three print the same losses: sharding changes where the work is done, not what is learned. With --checkpoint DIR a run goes on where
-the last one stopped, on any number of ranks.
+All three print the same losses: sharding changes where the work is done, not what is learned. A run that was saved with --save DIR goes
+on with --resume DIR, on any number of ranks.
 
 Shapes: B batch, S sequence, H hidden, N heads, D head dim, V vocabulary.
 """
@@ -15,6 +15,7 @@ import os
 import warnings
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,7 +60,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = hidden // heads  # under this name parallelize() finds it, and refuses a tp that would cut a head in two
         self.query = nn.Linear(hidden, hidden)
-        self.key = nn.Linear(hidden, hidden)
+        self.key = nn.Linear(hidden, hidden, bias=False)  # a bias would add the same to all scores of a query, and softmax drops that
         self.value = nn.Linear(hidden, hidden)
         self.mix = nn.Linear(hidden, hidden)
 
@@ -68,8 +69,7 @@ class Attention(nn.Module):
             projection(x_BSH).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for projection in (self.query, self.key, self.value)
         )
         out_BNSD = F.scaled_dot_product_attention(q_BNSD, k_BNSD, v_BNSD, is_causal=True)
-        mixed_BSH: Tensor = self.mix(out_BNSD.transpose(1, 2).flatten(2))
-        return mixed_BSH
+        return self.mix(out_BNSD.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -79,8 +79,7 @@ class Mlp(nn.Module):
         self.down = nn.Linear(4 * hidden, hidden)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
-        y_BSH: Tensor = self.down(F.gelu(self.up(x_BSH)))
-        return y_BSH
+        return self.down(F.gelu(self.up(x_BSH)))
 
 
 class Block(nn.Module):
@@ -112,8 +111,7 @@ class Writer(nn.Module):
         x_BSH = self.words(ids_BS) + self.places(places_1S)
         for block in self.blocks:
             x_BSH = block(x_BSH)
-        logits_BSV: Tensor = self.head(self.norm(x_BSH))
-        return logits_BSV
+        return self.head(self.norm(x_BSH))
 
 
 def shard(model: Writer, plan: shardwise.Plan, mesh: DeviceMesh) -> None:
@@ -135,7 +133,7 @@ def batch_of(text: bytes, step: int, batch: int, seq: int) -> tuple[Tensor, Tens
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Takes model and optimizer from a checkpoint, whatever ranks wrote it; returns the steps it has behind it."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state, "steps": torch.tensor(0)}
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, "steps": torch.tensor(0)}
     dcp.load(state, checkpoint_id=path)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return int(state["steps"])
@@ -158,7 +156,7 @@ def train(options: argparse.Namespace, mesh: DeviceMesh | None, device: torch.de
 
     text = "\n".join(topics[name] for name in sorted(topics)).encode()  # Python's own documentation, which needs no download
     n_parts, part = (mesh["fsdp"].size(), mesh["fsdp"].get_local_rank()) if mesh is not None else (1, 0)
-    first = load(options.checkpoint, model, optimizer) if options.checkpoint and options.checkpoint.exists() else 0
+    first = load(options.resume, model, optimizer) if options.resume else 0
     for step in range(first, first + options.steps):
         # Ranks of one tp group see the same ids, and groups beside each other on the fsdp axis see their own part of the batch.
         ids_BS, labels_BS = (whole.chunk(n_parts)[part].to(device) for whole in batch_of(text, step, options.batch, options.seq))
@@ -178,8 +176,8 @@ def train(options: argparse.Namespace, mesh: DeviceMesh | None, device: torch.de
             norm = norm.full_tensor()  # on all ranks: it is a collective
         if mesh is None or mesh.get_rank() == 0:
             print(f"step {step:2}   loss {loss.item() / n_parts:.4f}   gradient norm {norm.item():.4f}", flush=True)
-    if options.checkpoint:
-        save(options.checkpoint, model, optimizer, first + options.steps)
+    if options.save:
+        save(options.save, model, optimizer, first + options.steps)
 
 
 def main() -> None:
@@ -189,7 +187,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps (default: 6)")
     parser.add_argument("--batch", type=int, default=8, help="sequences per step over all ranks (default: 8)")
     parser.add_argument("--seq", type=int, default=64, help="bytes per sequence (default: 64)")
-    parser.add_argument("--checkpoint", type=Path, help="directory to go on from, if it exists, and to write at the end")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="write a checkpoint of model and optimizer at the end")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on from a checkpoint, whatever ranks wrote it")
     options = parser.parse_args()
 
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")

@@ -67,7 +67,7 @@ def compare(
     compile_layers: Annotated[bool, typer.Option("--compile", help="torch.compile every layer.", rich_help_panel=_STEP)] = False,
     learning_rate: Annotated[float, typer.Option(help="AdamW's.", rich_help_panel=_STEP)] = 3e-4,
     max_norm: Annotated[float, typer.Option(help="Gradients are clipped to this global norm.", rich_help_panel=_STEP)] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the initial weights and of random ids.", rich_help_panel=_STEP)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the initial weights and of random ids.", min=0, rich_help_panel=_STEP)] = 0,
     text: Annotated[
         list[Path] | None, typer.Option(help="Your text files or folders; by default Python's own documentation.", rich_help_panel=_STEP)
     ] = None,
@@ -173,6 +173,8 @@ class _Request:
         _check_choice("--recompute", settings.recompute, ("none", "full"))
         _check_choice("--device", device, ("auto", "cpu", "cuda"))
         labelled = load_plans(plans, sequence_parallel=sequence_parallel)
+        _check_positive("--learning-rate", settings.learning_rate)
+        _check_positive("--max-norm", settings.max_norm)
         _check_batch(settings, mesh)
         _check_compile(settings, [plan for _, plan in labelled])
         device_type = _device_type(device, mesh)
@@ -316,7 +318,7 @@ class _Run:
             sys.stdout.buffer.flush()
         elif findings:
             for finding in findings:
-                self.console.print(_sentence(*finding), markup=False, highlight=False)
+                self.console.print(_sentence(*finding), markup=False, highlight=False, soft_wrap=True)
         else:
             render_comparison(comparison, self.console)
         folder.write("comparison.json", document)
@@ -344,6 +346,11 @@ def _sentence(plan: str, finding: Finding, agreement: Agreement | None) -> str:
 def _check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise OptionError(f'{option} is "{value}".{suggest(value, allowed)} Allowed: {", ".join(allowed)}.')
+
+
+def _check_positive(option: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise OptionError(f"{option} is {value}. Use a number above 0.")
 
 
 def _check_batch(settings: StepSettings, mesh: Mesh) -> None:

@@ -14,6 +14,8 @@ from shardwise import __version__
 from shardwise.cli import compare, lists
 from shardwise.core.errors import InputError, ShardwiseError
 
+_CTRL_C = 128 + signal.SIGINT
+
 app = typer.Typer(
     name="shardwise",
     no_args_is_help=True,
@@ -49,7 +51,7 @@ def run(args: list[str] | None = None) -> NoReturn:
 def _run(args: list[str] | None) -> int:
     command = typer.main.get_command(app)
     try:
-        return int(command.main(args, prog_name="shardwise", standalone_mode=False) or 0)
+        code = int(command.main(args, prog_name="shardwise", standalone_mode=False) or 0)
     except ShardwiseError as error:
         if not isinstance(error, InputError) or _speaks():
             _say(str(error))
@@ -59,11 +61,12 @@ def _run(args: list[str] | None) -> int:
         if not message:  # no arguments at all: the help has been shown
             return error.exit_code
         if _speaks():
-            _say(f"{message.rstrip('.')}. Try: shardwise --help." if "\n" not in message else message.replace("\n", " "))
+            end = "" if message.endswith((".", "?")) else "."
+            _say(f"{' '.join(message.split())}{end} Try: shardwise --help.")
         return error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
+    if code == _CTRL_C:  # typer has caught it
         _say("stopped by Ctrl-C; no rank was left behind.")
-        return 128 + signal.SIGINT
+    return code
 
 
 def _speaks() -> bool:

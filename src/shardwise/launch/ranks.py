@@ -182,7 +182,7 @@ class _Ranks:
             cause,
             world_size=len(self._processes),
             note=mail.body.decode() if mail else None,
-            log=str(log) if log.stat().st_size else None,
+            log=str(log) if log.is_file() and log.stat().st_size else None,
         )
 
     def _silence(self, rank: int) -> Silence:

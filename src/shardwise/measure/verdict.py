@@ -5,7 +5,7 @@ from statistics import median
 
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.measurement import Measurement, Ratio, Standing
-from shardwise.measure.statistics import paired_ratio
+from shardwise.measure.statistics import CONFIDENCE, paired_ratio
 
 
 def standings(measurements: Sequence[Measurement], tokens: int | None) -> tuple[Standing, ...]:
@@ -46,7 +46,7 @@ def verdict(measurements: Sequence[Measurement], found: Sequence[Standing], *, w
             lines.append(_against(standing.label, first, standing.ratio, noise, what))
     if noise is not None:
         shown = f"{first} against itself: {_interval(noise)}"
-        if noise.holds_one:
+        if noise.holds_one or noise.confidence < CONFIDENCE:
             lines.append(f"Noise floor: {shown}.")
         else:
             lines.append(
@@ -101,6 +101,8 @@ def _pairwise_reduce_scatter(m: Measurement) -> bool:
 
 
 def _against(label: str, first: str, ratio: Ratio, noise: Ratio | None, what: str) -> str:
+    if ratio.confidence < CONFIDENCE:
+        return f"{label} against {first}: {_interval(ratio)} of its time per {what}. Too few rounds to tell a difference; use --rounds 6 or more."
     if ratio.holds_one:
         return f"No difference seen between {label} and {first}: {_interval(ratio)} of its time per {what}."
     word = "faster" if ratio.median < 1 else "slower"

@@ -1,9 +1,11 @@
 """The way in from Python: `parallelize(model, plan, mesh)` on a user's own module, and the loss that goes with its logits."""
 
+import math
 from dataclasses import dataclass, field
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from shardwise.core.errors import MeshError, PlanError
 from shardwise.core.plan import Engine, Plan
@@ -28,9 +30,10 @@ class Applied:
 def parallelize(model: nn.Module, plan: Plan | str, mesh: DeviceMesh) -> nn.Module:
     """Shards `model` in place over the "tp" axis of `mesh`, and returns it.
 
-    plan: a Plan, or the name of a built-in one. mesh: a DeviceMesh with an axis named "tp". Every rank must hold the same weights (or
-    all of them meta). Parameters become DTensors, so FSDP2 (`fully_shard`, applied afterwards over another axis), optimizers and
-    torch.distributed.checkpoint compose. Sharded logits want `loss_of(model)`.
+    plan: a Plan, or the name of a built-in one. mesh: a DeviceMesh with an axis named "tp"; give the whole mesh, not its tp part, for then
+    what can't be combined with its other axes is refused here ("dp" holds whole replicas, any other may shard parameters further). Every
+    rank must hold the same weights (or all of them meta). Parameters become DTensors, so FSDP2 (`fully_shard`, applied afterwards over
+    another axis), optimizers (made afterwards) and torch.distributed.checkpoint compose. Sharded logits want `loss_of(model)`.
 
     Raises PlanError, before anything is changed, where the plan doesn't fit the model; MeshError where the mesh has no "tp" axis.
     """
@@ -40,13 +43,22 @@ def parallelize(model: nn.Module, plan: Plan | str, mesh: DeviceMesh) -> nn.Modu
         raise MeshError(f'parallelize: the mesh has axes {mesh.mesh_dim_names}. Name one of them "tp".')
     if hasattr(model, _ATTRIBUTE):
         raise PlanError(f'plan "{plan.name}": the model is sharded already. Build a fresh one for another plan.')
+    sharded = next((name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)), None)
+    if sharded is not None:
+        raise PlanError(f'plan "{plan.name}": {sharded} is a DTensor already. Call parallelize() before fully_shard().')
+    fsdp = _ranks_sharding_further(mesh)
     match plan.engine:
         case Engine.NATIVE:
-            loss, row_order = apply_native(model, plan, mesh)
+            loss, row_order = apply_native(model, plan, mesh, fsdp=fsdp)
         case Engine.DTENSOR:
-            loss, row_order = apply_dtensor(model, plan, mesh), {}
+            loss, row_order = apply_dtensor(model, plan, mesh, fsdp=fsdp), {}
     setattr(model, _ATTRIBUTE, Applied(plan, loss, row_order))
     return model
+
+
+def _ranks_sharding_further(mesh: DeviceMesh) -> int:
+    names = mesh.mesh_dim_names or ()
+    return math.prod(size for name, size in zip(names, mesh.shape, strict=True) if name not in ("dp", "tp"))
 
 
 def applied_to(model: nn.Module) -> Applied:

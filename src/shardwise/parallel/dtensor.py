@@ -37,10 +37,10 @@ class _Replicated(ParallelStyle):
         return distribute_module(module, device_mesh, None, to_dtensor, to_local)  # type: ignore[arg-type]  # its hooks may return values
 
 
-def apply_dtensor(model: nn.Module, plan: Plan, mesh: DeviceMesh) -> Loss:
-    """Parallelizes `model` in place with torch.distributed.tensor.parallel. Returns the loss for its logits."""
+def apply_dtensor(model: nn.Module, plan: Plan, mesh: DeviceMesh, *, fsdp: int) -> Loss:
+    """Parallelizes `model` in place with torch.distributed.tensor.parallel. Returns the loss for its logits. fsdp: see resolve()."""
     tp_mesh = mesh["tp"] if mesh.ndim > 1 else mesh
-    assignments = resolve(model, plan, tp=tp_mesh.size())
+    assignments = resolve(model, plan, tp=tp_mesh.size(), fsdp=fsdp)
     head = last_linear(model)
     loss: Loss = PlainLoss()
     styles: dict[str, ParallelStyle] = {}

@@ -21,10 +21,11 @@ from shardwise.parallel.parameters import (
     PartialGradients,
     keep_rows_in_order,
     local_weight,
+    refuse_untied,
     shard_parameter,
     take_whole_tensors,
 )
-from shardwise.parallel.resolve import Assignment, below_gather_input, last_linear, resolve
+from shardwise.parallel.resolve import Assignment, below_gather_input, last_linear, resolve, tied_parameters
 
 TensorFunction = Callable[[Tensor], Tensor]
 
@@ -42,10 +43,10 @@ class _Work:
     loss: Loss = field(default_factory=PlainLoss)
 
 
-def apply_native(model: nn.Module, plan: Plan, mesh: DeviceMesh) -> tuple[Loss, dict[str, RowOwnership]]:
-    """Shards `model` in place. Returns the loss for its logits and the parameters whose rows are interleaved."""
+def apply_native(model: nn.Module, plan: Plan, mesh: DeviceMesh, *, fsdp: int) -> tuple[Loss, dict[str, RowOwnership]]:
+    """Shards `model` in place. Returns the loss for its logits and the parameters whose rows are interleaved. fsdp: see resolve()."""
     axis = Axis.of(mesh, "tp", plan.reduce_scatter)
-    assignments = resolve(model, plan, tp=axis.size)
+    assignments = resolve(model, plan, tp=axis.size, fsdp=fsdp)
     work = _Work(model, plan, axis)
     # an embedding decides how a weight that it shares with the head is cut
     for assignment in sorted(assignments, key=lambda a: not isinstance(a.module, nn.Embedding)):
@@ -60,6 +61,7 @@ def apply_native(model: nn.Module, plan: Plan, mesh: DeviceMesh) -> tuple[Loss, 
                 _apply_gather_input(assignment, work)
     origin = Origin("replicated parameters", "end of backward", Partial(), Replicate())
     PartialGradients(model, work.partial, axis, origin)
+    refuse_untied(model, set(tied_parameters(model).values()))
     return work.loss, work.row_order
 
 
@@ -117,8 +119,8 @@ def _apply_linear(assignment: Assignment, work: _Work) -> None:
         take_whole_tensors(module)
         module.forward = lambda x: rowwise(x, local_weight(module.weight, Shard(1)), _bias(module, bias_grad))  # type: ignore[method-assign, assignment]
         return
-    default = None if below_gather_input(assignment.name, work.plan) else Replicate()
-    colwise = ColwiseLinear(site, style.input or default, style.output or Shard(-1), module.out_features)
+    before = None if below_gather_input(assignment.name, work.plan) else style.input or Replicate()
+    colwise = ColwiseLinear(site, before, style.output or Shard(-1), module.out_features)
     _replace(module, "weight", Shard(0), Shard(0), work)
     if module.bias is not None:
         _replace(module, "bias", Shard(0), Shard(0), work)

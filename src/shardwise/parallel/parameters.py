@@ -6,7 +6,7 @@ ids (an all-to-all of rows; all ranks must call it), load_state_dict() takes tha
 An optimizer's state follows the rows as they are kept: resume it with the same plan and tp size.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from torch.distributed.tensor import Placement as TorchPlacement
 from torch.distributed.tensor import Replicate as TorchReplicate
 from torch.distributed.tensor import Shard as TorchShard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils.hooks import RemovableHandle
 
 from shardwise.core.collective import Origin
+from shardwise.core.errors import ModelError, PlanError
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.core.plan import Ownership
 from shardwise.parallel.axis import Axis
@@ -97,14 +99,11 @@ def part_of_dtensor(whole: Tensor, like: DTensor, ownership: RowOwnership | None
         whole = whole.index_select(0, torch.cat([ownership.ids_of(rank) for rank in range(ownership.axis_size)]).to(whole.device))
     shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
     part = whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
-    return DTensor.from_local(
-        part.clone(memory_format=torch.contiguous_format),
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
+    return _as_part_like(part.clone(memory_format=torch.contiguous_format), like)
+
+
+def _as_part_like(local: Tensor, like: DTensor) -> DTensor:
+    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def keep_rows_in_order(module: nn.Module, ownership: RowOwnership, axis: Axis, origin: Origin) -> None:
@@ -118,24 +117,35 @@ def keep_rows_in_order(module: nn.Module, ownership: RowOwnership, axis: Axis, o
     order = torch.argsort(owners, stable=True)
     to_owner = torch.bincount(owners, minlength=axis.size).tolist()
 
+    def check_mesh(kept: DTensor) -> None:
+        if kept.device_mesh.size() > axis.size:
+            raise PlanError(
+                f"{origin.module}: rule {origin.rule} interleaves its rows, and FSDP has cut them again over a mesh of "
+                f'{kept.device_mesh.shape}, so no checkpoint can tell their order. Use ownership = "contiguous".'
+            )
+
     def in_order_of_ids(kept: DTensor) -> DTensor:
+        check_mesh(kept)
         received = swap_rows_now(kept.to_local(), to_chunk, to_owner, axis, origin)
         natural = torch.empty_like(received)
         natural[order.to(received.device)] = received
         return as_dtensor(natural, kept.shape, Shard(0), axis)
 
-    def as_kept(natural: Tensor) -> DTensor:
+    def as_kept(natural: Tensor, kept: DTensor) -> DTensor:
+        check_mesh(kept)
         if not isinstance(natural, DTensor):
-            return as_dtensor(natural.index_select(0, own_ids.to(natural.device)), natural.shape, Shard(0), axis)
+            return _as_part_like(natural.index_select(0, own_ids.to(natural.device)), kept)
         sorted_rows = natural.to_local()[order.to(natural.device)]
-        return as_dtensor(swap_rows_now(sorted_rows, to_owner, to_chunk, axis, origin), natural.shape, Shard(0), axis)
+        return _as_part_like(swap_rows_now(sorted_rows, to_owner, to_chunk, axis, origin), kept)
 
     def after_state_dict(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
         state[f"{prefix}weight"] = in_order_of_ids(state[f"{prefix}weight"].detach())
 
-    def before_load(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
-        if f"{prefix}weight" in state:
-            state[f"{prefix}weight"] = as_kept(state[f"{prefix}weight"].detach())
+    def before_load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        kept, natural = module.weight, state.get(f"{prefix}weight")
+        assert isinstance(kept, DTensor)
+        if natural is not None and natural.shape == kept.shape:  # a wrong shape gets load_state_dict's own message
+            state[f"{prefix}weight"] = as_kept(natural.detach(), kept)
 
     module.register_state_dict_post_hook(after_state_dict)
     module.register_load_state_dict_pre_hook(before_load)
@@ -155,6 +165,26 @@ def take_whole_tensors(module: nn.Module) -> None:
     module.register_load_state_dict_pre_hook(before_load)
 
 
+def refuse_untied(model: nn.Module, ties: Collection[tuple[str, ...]]) -> None:
+    """Ends a forward with a ModelError once parameters that are one now have become several, which would train apart unnoticed."""
+    places = [[(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names] for names in ties]
+
+    def before_forward(*_: Any) -> None:
+        for names, tied in zip(ties, places, strict=True):
+            if len({id(getattr(module, name)) for module, name in tied}) > 1:
+                raise ModelError(
+                    f"{' and '.join(names)} were one parameter when the model was sharded, and are several now, as "
+                    f"load_state_dict(assign=True) leaves them. Tie them again: model.{names[1]} = model.{names[0]}."
+                )
+
+    if places:
+        model.register_forward_pre_hook(before_forward)
+
+
+# Module.to() swaps what is in a parameter, hooks and attributes alike, and keeps the object: an attribute tells when the hook is gone
+_WATCHED = "_shardwise_watched"
+
+
 class PartialGradients:
     """Sums, at the end of every backward, the gradients of replicated parameters of which each rank computed a part.
 
@@ -164,60 +194,72 @@ class PartialGradients:
 
     def __init__(self, model: nn.Module, parameters: Iterable[tuple[nn.Module, str]], axis: Axis, origin: Origin) -> None:
         self._model = model
-        self._places = tuple(parameters)
+        self._hooks: dict[tuple[nn.Module, str], RemovableHandle | None] = dict.fromkeys(parameters)
         self._axis = axis
         self._origin = origin
-        self._watched: set[int] = set()
-        self._earlier: dict[int, DTensor | None] = {}
-        self._arrived: list[nn.Parameter] = []
-        self._backward = -1
+        # by graph task, since a reentrant checkpoint runs a backward inside a backward: parameters, and what they had accumulated before
+        self._backwards: dict[int, list[tuple[nn.Parameter, DTensor | None]]] = {}
         self.watch()
         model.register_forward_pre_hook(lambda *_: self.watch())
 
     def watch(self) -> None:
-        """Hooks the parameters as they are now: they may have been replaced since (filled, moved off meta, wrapped by FSDP2)."""
-        new = [p for module, name in self._places if id(p := getattr(module, name)) not in self._watched]
+        """Hooks the parameters as they are now: they may have been replaced since (filled, moved off meta, wrapped by FSDP2) or unfrozen."""
+        places = [(place, getattr(*place)) for place in self._hooks]
+        new = [(place, p) for place, p in places if not hasattr(p, _WATCHED) and p.requires_grad and not p.is_meta]
         if not new:
             return
-        self._watched.update(map(id, new))
-        if _managed_by_fsdp(self._model) or self._axis.size == 1:
-            return
-        for parameter in new:
-            if parameter.requires_grad and not parameter.is_meta:
-                parameter.register_hook(lambda _, parameter=parameter: self._before_accumulation(parameter))
-                parameter.register_post_accumulate_grad_hook(self._after_accumulation)
+        managed = _managed_by_fsdp(self._model)
+        for place, parameter in new:
+            setattr(parameter, _WATCHED, True)
+            if place[0] not in managed:
+                self._hook(place, parameter)
+
+    def _hook(self, place: tuple[nn.Module, str], parameter: nn.Parameter) -> None:
+        former = self._hooks[place]
+        if former is not None:
+            former.remove()
+        if parameter._backward_hooks is not None:
+            # Module.to() leaves the dict of hooks behind without its tensor, which then calls none; set again, it is the new tensor's
+            parameter._backward_hooks = parameter._backward_hooks
+        self._hooks[place] = parameter.register_hook(lambda _: self._before_accumulation(parameter))
 
     def _before_accumulation(self, parameter: nn.Parameter) -> None:
         task = torch._C._current_graph_task_id()
-        if task != self._backward:  # a new backward; a former one may have ended by an exception
-            self._backward = task
-            self._earlier.clear()
-            self._arrived.clear()
-            torch.autograd.Variable._execution_engine.queue_callback(self._reduce)
-        # a sum must not mix what is reduced already with a part that isn't
-        self._earlier[id(parameter)] = parameter.grad  # type: ignore[assignment]
-        parameter.grad = None
+        if task not in self._backwards:
+            self._backwards[task] = []
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._reduce(task))
+        earlier = parameter.grad
+        assert earlier is None or isinstance(earlier, DTensor)
+        if earlier is not None and not _is_partial(earlier):
+            # a sum must not mix what is reduced already with a part that isn't
+            parameter.grad = None
+        else:
+            earlier = None
+        self._backwards[task].append((parameter, earlier))
 
-    def _after_accumulation(self, parameter: Tensor) -> None:
-        self._arrived.append(parameter)  # type: ignore[arg-type]
-
-    def _reduce(self) -> None:
+    def _reduce(self, task: int) -> None:
+        entries = self._backwards.pop(task)
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
-        for parameter in self._arrived:
-            by_dtype.setdefault(parameter.dtype, []).append(parameter)
+        for parameter, _ in entries:
+            if isinstance(parameter.grad, DTensor) and _is_partial(parameter.grad):
+                by_dtype.setdefault(parameter.dtype, []).append(parameter)
         for parameters in by_dtype.values():
             parts = [parameter.grad.to_local() for parameter in parameters]  # type: ignore[union-attr]
             flat = parts[0].view(-1) if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
             sum_now(flat, self._axis, self._origin)
             for parameter, summed in zip(parameters, flat.split([part.numel() for part in parts]), strict=True):
-                grad = as_dtensor(summed.view(parameter.shape), parameter.shape, Replicate(), self._axis)
-                earlier = self._earlier.get(id(parameter))
-                parameter.grad = grad if earlier is None else earlier + grad
-        self._earlier.clear()
-        self._arrived.clear()
+                parameter.grad = as_dtensor(summed.view(parameter.shape), parameter.shape, Replicate(), self._axis)
+        for parameter, earlier in entries:
+            if earlier is not None:  # torch.autograd.grad comes by here too, and accumulates nothing
+                parameter.grad = earlier if parameter.grad is None else earlier + parameter.grad
 
 
-def _managed_by_fsdp(model: nn.Module) -> bool:
+def _is_partial(gradient: DTensor) -> bool:
+    return any(placement.is_partial() for placement in gradient.placements)
+
+
+def _managed_by_fsdp(model: nn.Module) -> set[nn.Module]:
+    """All modules whose parameters FSDP2 sums: those inside its units."""
     from torch.distributed.fsdp import FSDPModule
 
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    return {inner for module in model.modules() if isinstance(module, FSDPModule) for inner in module.modules()}

@@ -10,7 +10,7 @@ from torch import nn
 
 from shardwise.core.errors import PlanError
 from shardwise.core.placement import Replicate, Shard
-from shardwise.core.plan import Engine, Plan, Rule, StyleName, suggest_pattern
+from shardwise.core.plan import Engine, Ownership, Plan, Rule, StyleName, suggest_pattern
 from shardwise.parallel.collectives import chunk_sizes
 
 LINEAR = frozenset({StyleName.COLWISE, StyleName.ROWWISE, StyleName.REPLICATE})
@@ -39,7 +39,7 @@ class Assignment:
 def resolve(model: nn.Module, plan: Plan, *, tp: int, seq: int | None = None, fsdp: int = 1) -> tuple[Assignment, ...]:
     """The rule of every module that has one, in the model's order. Raises PlanError for a plan that the model can't carry.
 
-    seq: the length that will be used, where it is known; fsdp: the size of a data-parallel axis that shards parameters further.
+    seq: the length that will be used, where it is known; fsdp: the ranks on axes that shard parameters further.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     try:
@@ -54,6 +54,9 @@ def resolve(model: nn.Module, plan: Plan, *, tp: int, seq: int | None = None, fs
                 _check_dtensor_sizes(assignment, last_linear(model), tp)
         _check_ties(model, assignments, plan.engine)
         if plan.engine is Engine.NATIVE:
+            for assignment in assignments:
+                if below_gather_input(assignment.name, plan):
+                    _check_below_gather_input(assignment)
             _check_coverage(modules, {a.name for a in assignments})
     except PlanError as error:
         raise PlanError(f'plan "{plan.name}": {error}') from None
@@ -148,6 +151,11 @@ def _check_sizes(assignment: Assignment, modules: dict[str, nn.Module], tp: int,
             )
         if style in (StyleName.ROWWISE, StyleName.ROUTED):
             _check_no_empty_shard(rule, name, module.num_embeddings, "rows", tp, fsdp)
+        if rule.style.ownership is Ownership.INTERLEAVED and fsdp > 1:
+            raise PlanError(
+                f"rule {rule} interleaves the rows of {name}, and no checkpoint could tell their order once FSDP cuts them again. "
+                'Use ownership = "contiguous", or no fsdp axis.'
+            )
     if isinstance(module, nn.Linear) and style in (StyleName.COLWISE, StyleName.ROWWISE):
         width = module.out_features if style is StyleName.COLWISE else module.in_features
         parent_name, _, own_name = name.rpartition(".")
@@ -180,6 +188,23 @@ def last_linear(model: nn.Module) -> nn.Module | None:
     return next((module for module in reversed(list(model.modules())) if isinstance(module, nn.Linear)), None)
 
 
+def _check_below_gather_input(assignment: Assignment) -> None:
+    """There every rank has the whole input and computes a part of its gradient; what assumes otherwise would train wrong without a word."""
+    rule, module, name = assignment.rule, assignment.module, assignment.name
+    match module, rule.style.name:
+        case nn.Linear(), StyleName.COLWISE if rule.style.input == Shard(1):
+            raise PlanError(f"rule {rule}: input is shard(1), but a gather_input above {name} has made it whole. Leave input out.")
+        case nn.Linear(), StyleName.ROWWISE if rule.style.input == Replicate():
+            advice = "Leave input out, and make the layer before it colwise."
+        case nn.Linear(), StyleName.REPLICATE:
+            advice = "Allowed there: colwise, rowwise."
+        case ((nn.RMSNorm() | nn.LayerNorm()), StyleName.REPLICATE):
+            advice = "Use sequence_parallel, which sums the parts."
+        case _:
+            return
+    raise PlanError(f"rule {rule}: {name} is below a gather_input, where each rank's gradient is a part of the sum. {advice}")
+
+
 def _check_no_empty_shard(rule: Rule, name: str, size: int, what: str, tp: int, fsdp: int) -> None:
     if fsdp > 1 and 0 in chunk_sizes(size, tp):
         raise PlanError(
@@ -203,6 +228,12 @@ def _check_ties(model: nn.Module, assignments: tuple[Assignment, ...], engine: E
             raise PlanError(f"{' and '.join(group)} are tied. Only an embedding tied to one linear head can be sharded.")
         if head.rule.style.name is not StyleName.COLWISE:
             raise PlanError(f"rule {head.rule}: {head.name} is tied to the embedding. Allowed for a tied head: colwise.")
+        is_interleaved = any(owner.rule.style.ownership is Ownership.INTERLEAVED for owner in owners)
+        if is_interleaved and head.rule.style.output == Replicate():
+            raise PlanError(
+                f"rule {head.rule}: {head.name} is tied to an interleaved table, so its whole logits would be out of order. "
+                'Use output = "shard(-1)", or ownership = "contiguous".'
+            )
 
 
 def _check_coverage(modules: dict[str, nn.Module], covered: set[str]) -> None:

@@ -58,6 +58,7 @@ def shard_with_fsdp(model: nn.Module, mesh: DeviceMesh) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # else the factor goes to the backend, and gloo knows none
 
 
 class TrainStep:

@@ -1,0 +1,256 @@
+"""parallelize() in a user's own loop: one process, tensor parallel, FSDP2 above it; checkpoints, optimizers, the meta device; refusals."""
+
+import json
+import warnings
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from shardwise.core.errors import PlanError
+from shardwise.launch import run_ranks
+from shardwise.parallel.resolve import resolve
+from tests.distributed.user_loop_workers import CHECKPOINTS, EMBEDDINGS, UNDER_FSDP, Weights, plan, writer
+
+# rounding stays below 1e-12; a gradient that is summed, averaged or clipped wrongly starts at 1e-3
+TOLERANCE = 1e-10
+
+Outcomes = list[dict[str, object]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints that one process wrote of unsharded models."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for weights in CHECKPOINTS:
+        with one_process():
+            dcp.save(writer(weights).state_dict(), checkpoint_id=folder / f"whole-{weights}", no_dist=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> Outcomes:
+    return launch("on_two_ranks", folder, 2)
+
+
+@pytest.fixture(scope="module")
+def four(folder: Path) -> Outcomes:
+    return launch("on_four_ranks", folder, 4)
+
+
+def launch(worker: str, folder: Path, world_size: int) -> Outcomes:
+    entry = f"tests.distributed.user_loop_workers:{worker}"
+    results = run_ranks(entry, str(folder).encode(), world_size=world_size, device_type="cpu", timeout_s=60)
+    return [json.loads(result) for result in results]
+
+
+def one_process() -> AbstractContextManager[object]:
+    """torch.distributed.checkpoint warns that there is no process group, which is meant."""
+    return warnings.catch_warnings(action="ignore")
+
+
+def assert_agrees(outcomes: Outcomes, case: str, tolerance: float = TOLERANCE) -> None:
+    for rank, outcome in enumerate(outcomes):
+        differences = outcome[case]
+        assert isinstance(differences, dict)
+        assert max(differences.values()) <= tolerance, (rank, differences)
+
+
+@pytest.mark.parametrize("embedding", EMBEDDINGS)
+@pytest.mark.parametrize("tied", ["", " tied"])
+def test_a_users_loop_on_tp_trains_as_one_process_does(two: Outcomes, embedding: str, tied: str) -> None:
+    assert_agrees(two, f"loop {embedding}{tied}")
+
+
+@pytest.mark.parametrize("kind", ["fused", "foreach", "one by one"])
+def test_every_kind_of_adamw_takes_the_parameters(two: Outcomes, kind: str) -> None:
+    assert_agrees(two, f"loop {kind}")
+
+
+@pytest.mark.parametrize("case", ["rowwise", "replicated", "counted"])
+def test_gradients_accumulate_over_backwards(two: Outcomes, case: str) -> None:
+    assert_agrees(two, f"accumulate {case}")
+
+
+@pytest.mark.parametrize("embedding", UNDER_FSDP)
+@pytest.mark.parametrize("weights", [str(CHECKPOINTS[0]), str(CHECKPOINTS[2])])
+def test_fsdp_may_average_parts_that_have_as_many_labels(four: Outcomes, embedding: str, weights: str) -> None:
+    assert_agrees(four, f"averaged {embedding} {weights}")
+
+
+@pytest.mark.parametrize("embedding", UNDER_FSDP)
+@pytest.mark.parametrize("weights", [str(CHECKPOINTS[1]), str(CHECKPOINTS[2])])
+def test_fsdp_sums_parts_that_are_divided_by_the_whole_batchs_labels(four: Outcomes, embedding: str, weights: str) -> None:
+    assert_agrees(four, f"summed {embedding} {weights}")
+
+
+@pytest.mark.parametrize("case", ["accumulated", "held back", "held back, replicated"])
+def test_gradients_accumulate_under_fsdp(four: Outcomes, case: str) -> None:
+    assert_agrees(four, f"averaged, {case}")
+
+
+@pytest.mark.parametrize("embedding", UNDER_FSDP)
+@pytest.mark.parametrize("mesh", ["fsdp=2,tp=2", "dp=2,tp=2"])
+def test_the_training_step_agrees_with_one_process(four: Outcomes, embedding: str, mesh: str) -> None:
+    assert_agrees(four, f"step {embedding} {mesh}")
+
+
+def test_the_training_step_takes_interleaved_rows_in_whole_replicas(four: Outcomes) -> None:
+    assert_agrees(four, "step routed-interleaved dp=2,tp=2")
+
+
+def reads_back(folder: Path, weights: Weights) -> bool:
+    """Whether a checkpoint that ranks wrote gives one process, bit for bit, what one process had written."""
+    model, want = writer(Weights(weights.vocabulary, weights.tied, seed=2)), writer(weights).state_dict()
+    state = model.state_dict()
+    with one_process():
+        dcp.load(state, checkpoint_id=folder, no_dist=True)
+    model.load_state_dict(state)
+    return state.keys() == want.keys() and all(torch.equal(model.state_dict()[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("embedding", EMBEDDINGS)
+@pytest.mark.parametrize("weights", CHECKPOINTS, ids=str)
+def test_a_checkpoint_of_one_process_loads_at_tp_and_comes_back_bit_for_bit(
+    two: Outcomes, four: Outcomes, folder: Path, embedding: str, weights: Weights
+) -> None:
+    assert all(outcome[f"checkpoint {embedding} {weights}"] for outcome in two + four)
+    assert reads_back(folder / f"tp2-{embedding}-{weights}", weights)
+    assert reads_back(folder / f"tp4-{embedding}-{weights}", weights)
+
+
+@pytest.mark.parametrize("embedding", UNDER_FSDP)
+@pytest.mark.parametrize("weights", CHECKPOINTS, ids=str)
+def test_a_checkpoint_of_one_process_loads_under_fsdp_and_comes_back_bit_for_bit(
+    four: Outcomes, folder: Path, embedding: str, weights: Weights
+) -> None:
+    assert all(outcome[f"checkpoint fsdp {embedding} {weights}"] for outcome in four)
+    assert reads_back(folder / f"fsdp2-tp2-{embedding}-{weights}", weights)
+
+
+@pytest.mark.parametrize("embedding", EMBEDDINGS)
+@pytest.mark.parametrize("weights", CHECKPOINTS, ids=str)
+def test_load_state_dict_takes_plain_whole_tensors(two: Outcomes, four: Outcomes, embedding: str, weights: Weights) -> None:
+    under_fsdp = four if embedding in UNDER_FSDP else []
+    assert all(outcome[f"whole tensors {embedding} {weights}"] for outcome in two + under_fsdp)
+
+
+@pytest.mark.parametrize("embedding", EMBEDDINGS)
+@pytest.mark.parametrize("weights", CHECKPOINTS[1:], ids=str)
+def test_load_state_dict_may_assign_whole_tensors(two: Outcomes, embedding: str, weights: Weights) -> None:
+    assert all(outcome[f"assigned {embedding} {weights}"] for outcome in two)
+
+
+@pytest.mark.parametrize("embedding", ["rowwise", "routed-interleaved"])
+def test_training_resumed_with_its_optimizer_goes_on_bit_for_bit(two: Outcomes, embedding: str) -> None:
+    assert_agrees(two, f"resumed {embedding}", tolerance=0.0)
+
+
+def test_training_under_fsdp_resumed_with_its_optimizer_goes_on_bit_for_bit(four: Outcomes) -> None:
+    assert_agrees(four, "resumed", tolerance=0.0)
+
+
+@pytest.mark.parametrize("embedding", EMBEDDINGS)
+@pytest.mark.parametrize("weights", CHECKPOINTS[1:], ids=str)
+def test_a_model_built_on_meta_trains_once_it_is_loaded(two: Outcomes, embedding: str, weights: Weights) -> None:
+    assert_agrees(two, f"meta {embedding} {weights}")
+
+
+@pytest.mark.parametrize("embedding", ["rowwise", "replicated"])
+def test_a_model_built_on_meta_trains_under_fsdp_once_it_is_loaded(four: Outcomes, embedding: str) -> None:
+    assert_agrees(four, f"meta {embedding} {CHECKPOINTS[2]}")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "to another dtype and back",
+        "a frozen forward",
+        "load_state_dict(assign=True)",
+        "torch.autograd.grad",
+        "reentrant checkpoints",
+        "checkpoints",
+    ],
+)
+def test_replicated_gradients_are_summed_after(two: Outcomes, change: str) -> None:
+    assert_agrees(two, f"after {change}")
+
+
+def test_parameters_beside_fsdp_units_are_summed_too(two: Outcomes) -> None:
+    assert all(isinstance(worst := outcome["gradients beside FSDP units"], float) and worst <= TOLERANCE for outcome in two)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("twice", 'PlanError: plan "writer": the model is sharded already. Build a fresh one for another plan.'),
+        ("after fully_shard", 'PlanError: plan "writer": words.weight is a DTensor already. Call parallelize() before fully_shard().'),
+        ("no tp axis", "MeshError: parallelize: the mesh has axes ('fsdp',). Name one of them \"tp\"."),
+        (
+            "untied",
+            "ModelError: words.weight and head.weight were one parameter when the model was sharded, and are several now, as "
+            "load_state_dict(assign=True) leaves them. Tie them again: model.head.weight = model.words.weight.",
+        ),
+    ],
+)
+def test_on_tp_it_is_refused(two: Outcomes, case: str, message: str) -> None:
+    assert [outcome[f"refused: {case}"] for outcome in two] == [message] * 2
+
+
+@pytest.mark.parametrize("case", ["wrong size", "wrong size, interleaved"])
+def test_tensors_of_a_wrong_size_get_pytorchs_own_message(two: Outcomes, case: str) -> None:
+    for outcome in two:
+        text = str(outcome[f"refused: {case}"])
+        assert text.startswith("RuntimeError: Error(s) in loading state_dict for Writer:")
+        assert "size mismatch for words.weight: copying a param with shape torch.Size([256, 16])" in text
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (
+            "interleaved",
+            'PlanError: plan "writer": rule "words" (routed) interleaves the rows of words, and no checkpoint could tell their order once '
+            'FSDP cuts them again. Use ownership = "contiguous", or no fsdp axis.',
+        ),
+        (
+            "empty shard",
+            'PlanError: plan "writer": rule "words" (rowwise) leaves a rank without rows of words (1 over tp=2), which FSDP can\'t shard '
+            "further. Use tp of at most 1, or no fsdp axis.",
+        ),
+        (
+            "interleaved state",
+            'PlanError: words: rule "words" (routed) interleaves its rows, and FSDP has cut them again over a mesh of (2, 2), so no '
+            'checkpoint can tell their order. Use ownership = "contiguous".',
+        ),
+        (
+            "interleaved load",
+            'PlanError: words: rule "words" (routed) interleaves its rows, and FSDP has cut them again over a mesh of (2, 2), so no '
+            'checkpoint can tell their order. Use ownership = "contiguous".',
+        ),
+    ],
+)
+def test_with_an_fsdp_axis_it_is_refused(four: Outcomes, case: str, message: str) -> None:
+    assert [outcome[f"refused: {case}"] for outcome in four] == [message] * 4
+
+
+def test_a_refused_model_is_as_it_was(four: Outcomes) -> None:
+    assert all(outcome["untouched after a refusal"] == "True" for outcome in four)
+
+
+def test_an_empty_shard_is_refused_with_an_fsdp_axis_and_taken_without() -> None:
+    with torch.device("meta"):
+        model = writer(Weights(5, False))
+    assert resolve(model, plan("rowwise"), tp=4)
+    with pytest.raises(PlanError, match=r"rows of words \(5 over tp=4\)"):
+        resolve(model, plan("rowwise"), tp=4, fsdp=2)
+
+
+def test_interleaved_rows_are_refused_with_an_fsdp_axis_and_taken_without() -> None:
+    with torch.device("meta"):
+        model = writer(Weights(256, False))
+    assert resolve(model, plan("routed-interleaved"), tp=4)
+    with pytest.raises(PlanError, match="interleaves the rows of words"):
+        resolve(model, plan("routed-interleaved"), tp=4, fsdp=2)

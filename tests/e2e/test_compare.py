@@ -1,0 +1,316 @@
+"""`shardwise compare` as a user meets it: what it prints, writes and returns, and how it ends when something goes wrong."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import psutil
+import pytest
+
+from shardwise.core.measurement import Comparison
+from shardwise.report.json import comparison_from_json
+from tests.e2e.command import GRACE_S, SMALL, gone, ranks_of, shardwise, start, wait_for_rounds
+from tests.e2e.test_report_html import WHOLE_STEP_CHARTS, Elements, browser, visit
+
+__all__ = ["browser"]  # the fixture
+
+LONG = ("rowwise", "colwise", "--seq", "64", "--batch", "2", "--rounds", "5000", "--no-check")
+WRONG_PLAN = """\
+name = "norms-not-reduced"
+[rules]
+"tok_embeddings" = "rowwise"
+"layers.*.attention_norm" = "replicate"
+"layers.*.attention" = { style = "gather_input", from = "shard(1)" }
+"layers.*.attention.wq" = "colwise"
+"layers.*.attention.wk" = "colwise"
+"layers.*.attention.wv" = "colwise"
+"layers.*.attention.wo" = { style = "rowwise", output = "shard(1)" }
+"layers.*.ffn_norm" = "sequence_parallel"
+"layers.*.feed_forward" = { style = "gather_input", from = "shard(1)" }
+"layers.*.feed_forward.w1" = "colwise"
+"layers.*.feed_forward.w3" = "colwise"
+"layers.*.feed_forward.w2" = { style = "rowwise", output = "shard(1)" }
+"norm" = "sequence_parallel"
+"output" = { style = "colwise", input = "shard(1)", output = "shard(-1)" }
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison, str]:
+    """One whole run of four plans: its folder, what --json gave, and stderr."""
+    out = tmp_path_factory.mktemp("run") / "compare"
+    ended = shardwise("compare", "rowwise", "colwise", "routed", "rowwise@dtensor", *SMALL, "--json", "--out", str(out))
+    assert ended.returncode == 0, ended.stderr
+    return out, comparison_from_json(ended.stdout.encode()), ended.stderr
+
+
+def test_json_is_one_document_with_every_plan_and_the_noise(run: tuple[Path, Comparison, str]) -> None:
+    out, comparison, _ = run
+    assert comparison.schema_version == 1
+    labels = [measurement.label for measurement in comparison.measurements]
+    assert labels == ["rowwise", "colwise", "routed", "rowwise@dtensor", "rowwise (again)"]
+    assert comparison.measurements[-1].repeats == "rowwise"
+    assert comparison.noise is not None
+    assert comparison_from_json((out / "comparison.json").read_bytes()) == comparison
+
+
+def test_every_plan_was_checked_against_the_unsharded_model(run: tuple[Path, Comparison, str]) -> None:
+    for measurement in run[1].measurements:
+        assert measurement.agreement is not None
+        assert measurement.agreement.agrees
+        assert measurement.agreement.layers == 6
+        assert measurement.agreement.parameters_compared == 57
+        assert measurement.agreement.worst_gradient_error < 1e-10
+
+
+def test_all_plans_train_the_same_model(run: tuple[Path, Comparison, str]) -> None:
+    curves = [measurement.losses for measurement in run[1].measurements]
+    assert all(len(curve) == 3 for curve in curves)
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=1e-5)
+    assert all(later != earlier for earlier, later in pairwise(curves[0]))
+
+
+def test_memory_is_exact_and_shows_the_full_vocabulary_gradient_of_dtensor(run: tuple[Path, Comparison, str]) -> None:
+    by_label = {measurement.label: measurement.memory for measurement in run[1].measurements}
+    vocab, hidden, layers, ffn, kv = 32_000, 384, 6, 1024, 128
+    sharded = 2 * vocab * hidden + layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * ffn)
+    expected = 4 * (sharded // 2 + hidden * (2 * layers + 1))
+    for label in ("rowwise", "colwise", "routed"):
+        assert by_label[label].parameter_bytes == by_label[label].gradient_bytes == expected
+    table = 4 * vocab * hidden
+    assert by_label["rowwise@dtensor"].gradient_bytes == expected + table // 2
+    assert by_label["rowwise"].optimizer_bytes - 2 * expected < 4096  # AdamW's two moments, and a step count per parameter
+
+
+def test_gloo_sends_what_the_formula_says_where_the_plan_avoids_its_reduce_scatter(run: tuple[Path, Comparison, str]) -> None:
+    by_label = {measurement.label: measurement for measurement in run[1].measurements}
+    for label in ("rowwise", "colwise", "routed"):
+        sent = by_label[label].sent_bytes
+        if sent is None:
+            pytest.skip("this system doesn't tell what a socket sent")
+        assert sent == pytest.approx(by_label[label].wire_bytes, rel=0.05)
+    dtensor = by_label["rowwise@dtensor"]
+    assert dtensor.sent_bytes is not None
+    assert dtensor.sent_bytes > 1.3 * dtensor.wire_bytes
+
+
+def test_the_verdict_names_each_plan_and_warns_that_gloo_is_not_nccl(run: tuple[Path, Comparison, str]) -> None:
+    text = "\n".join(run[1].verdict)
+    for label in ("colwise", "routed", "rowwise@dtensor", "Noise floor"):
+        assert label in text
+    assert "need not hold on NCCL" in text
+
+
+def test_the_written_report_draws_in_a_browser_and_asks_the_network_for_nothing(
+    run: tuple[Path, Comparison, str], browser: str, tmp_path: Path
+) -> None:
+    seen = visit(browser, (run[0] / "report.html").read_text(encoding="utf-8"), tmp_path)
+    drawings = Elements(seen.dom).drawings
+    assert set(drawings) == WHOLE_STEP_CHARTS
+    assert all(drawings.values())
+    assert [address for address in seen.requests if not address.startswith(("file:", "data:", "blob:"))] == []
+
+
+def test_a_plan_that_trains_another_model_is_an_answer_of_no(tmp_path: Path) -> None:
+    (tmp_path / "wrong.toml").write_text(WRONG_PLAN)
+    ended = shardwise("compare", "rowwise", "wrong.toml", *SMALL, "--out", "run", cwd=tmp_path)
+    assert ended.returncode == 1, ended.stderr
+    assert (
+        "norms-not-reduced: layers.0.attention_norm.weight: its gradient is 1/2 of the unsharded one: parts were not summed" in ended.stdout
+    )
+    assert "Nothing was timed." in ended.stdout
+    assert "ffn_norm" not in ended.stdout
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("rowwise", "colwise", "--mesh", "fsdp=2,tp=2", "--batch", "4"),
+        ("rowwise", "routed", "rowwise@dtensor", "--mesh", "dp=2,tp=2", "--batch", "4", "--accumulation", "2"),
+        ("rowwise", "colwise", "rowwise@dtensor", "--no-sequence-parallel", "--recompute", "full"),
+        ("routed-interleaved", "replicated", "--dtype", "bfloat16", "--random-ids"),
+        ("rowwise", "colwise@dtensor", "--module", "layers.1.feed_forward"),
+    ],
+    ids=["fsdp", "dp-accumulation", "no-sp-recompute", "bfloat16-random", "module"],
+)
+def test_the_options_of_a_step_work_together_and_every_plan_agrees(options: tuple[str, ...], tmp_path: Path) -> None:
+    ended = shardwise("compare", *SMALL, *options, "--json", "--no-repeat", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    comparison = comparison_from_json(ended.stdout.encode())
+    assert all(m.agreement is not None and m.agreement.agrees for m in comparison.measurements)
+    assert all(len(m.step_s) == 2 for m in comparison.measurements)
+    if "--module" in options:
+        assert comparison.module == "layers.1.feed_forward"
+        assert all(m.module_times is not None and max(m.step_s) <= max(m.module_times.total_s) for m in comparison.measurements)
+
+
+def test_a_config_file_gives_the_options_and_the_command_line_wins(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('plans = ["colwise"]\nmesh = "tp=1"\nseq = 16\nbatch = 1\nrounds = 1\nwarmup = 0\nrepeat = false\n')
+    ended = shardwise("compare", "--config", "mine.toml", "--rounds", "2", "--json", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    comparison = comparison_from_json(ended.stdout.encode())
+    assert (comparison.mesh, comparison.settings.seq, comparison.rounds) == ("tp=1", 16, 2)
+    assert [m.label for m in comparison.measurements] == ["colwise"]
+
+
+def test_torchrun_ranks_are_used_as_they_are_and_one_of_them_speaks(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "shardwise"]
+    ended = subprocess.run(
+        [*command, "compare", "rowwise", "colwise", *SMALL, "--json", "--out", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert len(comparison_from_json(ended.stdout.encode()).measurements) == 3
+
+
+REFUSED = [
+    (("rowise",), 'unknown plan "rowise". Did you mean "rowwise"? Known: rowwise, colwise, routed, routed-interleaved, replicated, '
+     "rowwise@dtensor, colwise@dtensor; or the path of a .toml file."),
+    (("--model", "lama3-8b"), 'unknown model "lama3-8b". Did you mean "llama3-8b"? Known: llama3-debug, llama3-8b, llama3-70b, llama3.1-405b.'),
+    (("--bacth", "3"), "No such option: --bacth (Possible options: --batch). Try: shardwise --help."),
+    (("--mesh", "tp2"), 'mesh: can\'t read "tp2" in "tp2". Write NAME=SIZE, such as dp=2,tp=4.'),
+    (("--mesh", "tp=2,pp=2"), 'mesh: unknown axis "pp". Allowed axes: dp, fsdp, tp.'),
+    (("rowwise", "--seq", "33"), 'plan "rowwise": rule "tok_embeddings" (rowwise) cuts the sequence, and 33 is no multiple of tp=2. '
+     "Use a sequence that is a multiple of 2, or a plan without sequence parallelism."),
+    (("rowwise", "--mesh", "tp=8"), 'plan "rowwise": rule "layers.*.attention.wq" (colwise) splits 12 heads of layers.0.attention over tp=8. '
+     "Use tp in {1, 2, 3, 4, 6, 12}."),
+    (("rowwise", "--mesh", "tp=3", "--seq", "48"), 'plan "rowwise": rule "layers.*.attention.wk" (colwise) splits 4 KV heads of '
+     "layers.0.attention over tp=3. Use tp in {1, 2, 4}."),
+    (("routed", "--no-sequence-parallel"), 'plan "routed" isn\'t offered without sequence parallelism: without it every rank needs every row. '
+     "Use rowwise, colwise or replicated."),
+    (("--dtype", "float16"), '--dtype is "float16". Did you mean "bfloat16"? Allowed: float32, bfloat16, float64.'),
+    (("--recompute", "some"), '--recompute is "some". Did you mean "none"? Allowed: none, full.'),
+    (("--batch", "3", "--mesh", "dp=2,tp=1"), "--batch 3 can't be cut into 2 data-parallel parts of 1 micro-batches. Use a multiple of 2."),
+    (("--batch", "x"), "Invalid value for '--batch': Input should be a valid integer, unable to parse string as an integer. "
+     "Try: shardwise --help."),
+    (("--module", "tok_embedding"), '--module: llama3-debug has no module "tok_embedding". Did you mean "tok_embeddings"? '
+     "It has tok_embeddings, layers, layers.0, norm, output, ..."),
+    (("--compile",), "--compile isn't offered yet: the styles' collectives would have to be known to the compiler, and a step that compiles "
+     "around them isn't the step that was checked. Leave it out."),
+    (("--config", "no.toml"), "--config no.toml: No such file or directory. Give a TOML file, or one of those shipped: llama3_8b_tp8."),
+    (("no-plan.toml",), "plan file no-plan.toml: No such file or directory. Give the path of a TOML file, or a built-in plan's name."),
+    (("broken.toml",), "broken.toml: not valid TOML: Expected '=' after a key in a key/value pair (at line 1, column 6)."),
+    (("typo.toml",), 'plan "typo": rule "layers.*.atention.wq" (colwise) matched nothing; did you mean "layers.*.attention.wq"?'),
+    (("--config", "bad.toml"), '--config bad.toml: unknown key "batsh". Did you mean "batch"? Allowed: accumulation, as_json, batch, check, '
+     "compile_layers, device, dtype, learning_rate, max_norm, mesh, model, module, out, plans, random_ids, recompute, repeat, rounds, seed, "
+     "seq, sequence_parallel, text, timeout, tokenizer, warmup."),
+    (("--learning-rate", "-1"), "--learning-rate is -1.0. Use a number above 0."),
+    (("--text", "nowhere.txt"), 'text file "nowhere.txt" doesn\'t exist. Give UTF-8 text files, or directories of them.'),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "broken.toml").write_text("name shardwise\n")
+    (folder / "typo.toml").write_text('name = "typo"\n[rules]\n"layers.*.atention.wq" = "colwise"\n')
+    (folder / "bad.toml").write_text("batsh = 3\n")
+    return folder
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=[" ".join(options) for options, _ in REFUSED])
+def test_a_mistake_gets_one_clear_line_and_exit_code_2(options: tuple[str, ...], message: str, bad_files: Path) -> None:
+    ended = shardwise("compare", *options, cwd=bad_files)
+    lines = [line for line in ended.stderr.splitlines() if not line.startswith("shardwise: reading text")]
+    assert lines == [f"shardwise: {message}"]
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+
+
+def test_a_machine_that_cannot_hold_the_thread_s_case_is_told_how_much_it_takes(tmp_path: Path) -> None:
+    if psutil.virtual_memory().available > 900 * 2**30:
+        pytest.skip("this machine can hold it")
+    ended = shardwise("compare", "--config", "llama3_8b_tp8", cwd=tmp_path)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(
+        'shardwise: llama3-8b under "rowwise@dtensor" on tp=8 needs at least 16.7 GiB per rank (parameters, gradients and AdamW state in '
+        "float32; activations come on top)"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_rank_is_named_and_nothing_is_left_behind(tmp_path: Path) -> None:
+    parent = start("compare", *LONG, "--out", "run", cwd=tmp_path)
+    wait_for_rounds(tmp_path / "run", parent)
+    ranks = ranks_of(parent)
+    assert len(ranks) == 2
+    ranks[1].kill()
+    _, stderr = parent.communicate(timeout=GRACE_S)
+    assert parent.returncode == 3
+    assert stderr.splitlines()[-1].startswith("shardwise: rank 1 was killed by SIGKILL (signal 9) during")
+    assert gone(ranks)
+
+
+def test_ctrl_c_ends_all_ranks(tmp_path: Path) -> None:
+    parent = start("compare", *LONG, "--out", "run", cwd=tmp_path)
+    wait_for_rounds(tmp_path / "run", parent)
+    ranks = ranks_of(parent)
+    parent.send_signal(signal.SIGINT)
+    _, stderr = parent.communicate(timeout=GRACE_S)
+    assert parent.returncode == 130
+    assert stderr.splitlines()[-1] == "shardwise: stopped by Ctrl-C; no rank was left behind."
+    assert len(ranks) == 2
+    assert gone(ranks)
+
+
+def test_a_full_disk_for_the_run_folder_ends_the_run_at_once(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("THE FULL DISK WAS NOT TESTED: this system has no /dev/full")
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "events.jsonl").symlink_to("/dev/full")
+    began_s = time.monotonic()
+    parent = start("compare", *LONG, "--out", "run", cwd=tmp_path)
+    ranks: list[psutil.Process] = []
+    while parent.poll() is None and time.monotonic() - began_s < 120:
+        ranks = ranks_of(parent) or ranks
+        time.sleep(0.05)
+    _, stderr = parent.communicate(timeout=GRACE_S)
+    assert parent.returncode == 3
+    assert stderr.splitlines()[-1] == (
+        "shardwise: can't write run/events.jsonl: No space left on device. All ranks were stopped. "
+        "Free space there, or choose another folder with --out."
+    )
+    assert gone(ranks)
+
+
+def test_two_compares_at_once_leave_each_other_alone(tmp_path: Path) -> None:
+    both = [start("compare", "rowwise", "colwise", *SMALL, "--json", cwd=tmp_path) for _ in range(2)]
+    documents = [parent.communicate(timeout=240)[0] for parent in both]
+    assert [parent.returncode for parent in both] == [0, 0]
+    for document in documents:
+        assert len(json.loads(document)["measurements"]) == 3
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(run: tuple[Path, Comparison, str]) -> None:
+    before = (run[0] / "comparison.json").read_bytes()
+    ended = shardwise("compare", "rowwise", *SMALL, "--out", str(run[0]))
+    assert ended.returncode == 2
+    assert f"--out {run[0]}: holds a run already. Choose another folder, or remove it." in ended.stderr
+    assert (run[0] / "comparison.json").read_bytes() == before
+
+
+def test_help_shows_examples_and_every_option_has_words() -> None:
+    ended = shardwise("compare", "--help")
+    assert ended.returncode == 0
+    assert "shardwise compare rowwise colwise --mesh tp=4" in ended.stdout
+    assert shutil.which("shardwise") is not None or Path(sys.executable).with_name("shardwise").exists()
+
+
+def test_a_printed_plan_is_a_plan_file(tmp_path: Path) -> None:
+    printed = shardwise("plans", "colwise")
+    (tmp_path / "mine.toml").write_text(printed.stdout)
+    ended = shardwise("compare", "mine.toml", "--seq", "33", cwd=tmp_path)
+    assert 'plan "colwise": rule "tok_embeddings" (colwise) cuts the sequence' in ended.stderr

@@ -1,0 +1,79 @@
+"""The example as a user runs it: as one process and under torchrun; what it prints, and going on from its checkpoints on other ranks."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_your_model.py"
+LINE = re.compile(r"step +(\d+)   loss (\d+\.\d{4})   gradient norm (\d+\.\d{4})")
+# printed to 4 places, from float32
+TOLERANCE = 2e-4
+
+Steps = dict[int, tuple[float, float]]
+
+
+def start(*options: str, ranks: int = 0) -> subprocess.CompletedProcess[str]:
+    torchrun = [] if not ranks else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run(
+        [sys.executable, *torchrun, str(EXAMPLE), *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def run(*options: str, ranks: int = 0) -> Steps:
+    """Loss and gradient norm of each step that it printed, by number."""
+    ended = start(*options, ranks=ranks)
+    assert ended.returncode == 0, ended.stderr
+    matches = [LINE.fullmatch(line) for line in ended.stdout.splitlines()]
+    return {int(match[1]): (float(match[2]), float(match[3])) for match in matches if match is not None}
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Steps:
+    return run()
+
+
+def assert_same(got: Steps, want: Steps) -> None:
+    assert got.keys() == want.keys()
+    for step in want:
+        assert got[step] == pytest.approx(want[step], abs=TOLERANCE), step
+
+
+def test_one_process_learns(one_process: Steps) -> None:
+    losses = [loss for loss, _ in one_process.values()]
+    assert list(one_process) == list(range(6))
+    assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize("embedding", ["rowwise", "routed"])
+def test_two_ranks_print_what_one_process_prints(one_process: Steps, embedding: str) -> None:
+    assert_same(run("--embedding", embedding, ranks=2), one_process)
+
+
+def test_fsdp_over_two_times_two_ranks_prints_what_one_process_prints(one_process: Steps) -> None:
+    assert_same(run("--fsdp", "2", ranks=4), one_process)
+
+
+def test_a_run_goes_on_from_a_checkpoint_on_any_number_of_ranks(one_process: Steps, tmp_path: Path) -> None:
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    steps = run("--steps", "2", "--save", first)
+    steps |= run("--steps", "2", "--resume", first, "--save", second, "--fsdp", "2", ranks=4)
+    steps |= run("--steps", "2", "--resume", second, "--embedding", "colwise", ranks=2)
+    assert_same(steps, one_process)
+
+
+def test_fsdp_that_does_not_divide_the_ranks_is_one_line() -> None:
+    ended = start("--fsdp", "2")
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].endswith(
+        "error: --fsdp needs ranks: torchrun --nproc-per-node N examples/train_your_model.py --fsdp M"
+    )
+    assert "Traceback" not in ended.stderr

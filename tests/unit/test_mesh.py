@@ -1,0 +1,71 @@
+"""Meshes: axes, sizes, and what is refused."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardwise.core.errors import MeshError
+from shardwise.core.mesh import AXES, Mesh
+
+SIZES = st.integers(min_value=1, max_value=4096)
+MESHES = st.dictionaries(st.sampled_from(AXES), SIZES, min_size=1).map(
+    lambda sizes: Mesh(tuple((name, sizes[name]) for name in AXES if name in sizes))
+)
+
+
+def test_a_mesh_has_its_axes_outermost_first() -> None:
+    mesh = Mesh.parse("dp=2,fsdp=3,tp=4")
+    assert mesh.axes == (("dp", 2), ("fsdp", 3), ("tp", 4))
+    assert mesh.world_size == 24
+    assert mesh.tp == 4
+    assert mesh.data_parallel == 6
+    assert str(mesh) == "dp=2,fsdp=3,tp=4"
+
+
+def test_a_mesh_without_a_tp_axis_has_one_of_size_1() -> None:
+    mesh = Mesh.parse("dp=8")
+    assert mesh.axes == (("dp", 8), ("tp", 1))
+    assert mesh.tp == 1
+    assert mesh == Mesh.parse("dp=8,tp=1")
+
+
+def test_an_axis_that_is_not_named_has_size_1() -> None:
+    assert Mesh.parse("tp=2").size("dp") == 1
+    assert Mesh.parse("tp=2").data_parallel == 1
+
+
+def test_spaces_around_names_and_sizes_are_fine() -> None:
+    assert Mesh.parse(" dp = 2 , tp = 4 ") == Mesh.parse("dp=2,tp=4")
+
+
+@given(MESHES)
+def test_a_mesh_reads_its_own_text(mesh: Mesh) -> None:
+    assert Mesh.parse(str(mesh)) == mesh
+    assert hash(Mesh.parse(str(mesh))) == hash(mesh)
+
+
+@given(MESHES)
+def test_data_parallel_times_tp_is_all_ranks(mesh: Mesh) -> None:
+    assert mesh.data_parallel * mesh.tp == mesh.world_size
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", 'mesh: can\'t read "" in "". Write NAME=SIZE, such as dp=2,tp=4.'),
+        ("tp", 'mesh: can\'t read "tp" in "tp". Write NAME=SIZE, such as dp=2,tp=4.'),
+        ("dp=2,,tp=4", 'mesh: can\'t read "" in "dp=2,,tp=4". Write NAME=SIZE, such as dp=2,tp=4.'),
+        ("tp=two", 'mesh: can\'t read "tp=two" in "tp=two". Write NAME=SIZE, such as dp=2,tp=4.'),
+        ("tp=-2", 'mesh: can\'t read "tp=-2" in "tp=-2". Write NAME=SIZE, such as dp=2,tp=4.'),
+        ("tp=2.0", 'mesh: can\'t read "tp=2.0" in "tp=2.0". Write NAME=SIZE, such as dp=2,tp=4.'),
+        ("tp=0", "mesh: axis tp=0 is not a size. Use a whole number of at least 1."),
+        ("pp=2", 'mesh: unknown axis "pp". Allowed axes: dp, fsdp, tp.'),
+        ("tp=2,tp=4", "mesh: an axis is named twice in tp=2,tp=4. Name each axis once."),
+        ("tp=2,dp=4", "mesh: axes of tp=2,dp=4 are out of order. Write them in the order dp, fsdp, tp."),
+    ],
+)
+def test_a_wrong_mesh_is_one_line(text: str, message: str) -> None:
+    with pytest.raises(MeshError) as caught:
+        Mesh.parse(text)
+    assert str(caught.value) == message
+    assert caught.value.exit_code == 2
