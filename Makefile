@@ -32,6 +32,7 @@ check: $(READY) ## ruff, mypy --strict, import-linter, unit tests: under a minut
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m benchmarks.tables --check
+	$(BIN)/python docs/build.py --check
 	$(BIN)/python -m pytest tests/unit -q $(ARGS)
 
 bench: $(READY) ## the benchmarks; writes benchmarks/results and the tables in the docs (a quiet machine, about 20 minutes)
@@ -42,6 +43,7 @@ bench: $(READY) ## the benchmarks; writes benchmarks/results and the tables in t
 
 docs: $(READY) ## write the generated parts of the docs anew
 	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python docs/build.py
 
 format: $(READY) ## format and sort imports
 	$(BIN)/ruff check --fix .

@@ -68,7 +68,7 @@ def sides_table(result: Result) -> str:
     """Every side's median and range; what is known of its gradient or its throughput."""
     is_step = any("tokens_per_s" in side.facts for side in result.sides)
     head = ["side", "what", "median ms", "range ms"]
-    head += ["tokens/s"] if is_step else ["sends MB", "table gradient per rank"]
+    head += ["tokens/s"] if is_step else ["sends MB, by formula", "table gradient per rank"]
     rows = []
     for side in result.sides:
         facts = side.facts

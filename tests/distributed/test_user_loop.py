@@ -149,7 +149,14 @@ def test_training_resumed_with_its_optimizer_goes_on_bit_for_bit(two: Outcomes, 
 
 
 def test_training_under_fsdp_resumed_with_its_optimizer_goes_on_bit_for_bit(four: Outcomes) -> None:
-    assert_agrees(four, "resumed", tolerance=0.0)
+    assert_agrees(four, "resumed rowwise", tolerance=0.0)
+
+
+@pytest.mark.parametrize("embedding", UNDER_FSDP)
+def test_ranks_go_on_with_the_optimizer_of_one_process(two: Outcomes, four: Outcomes, embedding: str) -> None:
+    assert_agrees(two, f"resumed from one process {embedding}")
+    if embedding in ("rowwise", "colwise"):
+        assert_agrees(four, f"resumed from one process {embedding}")
 
 
 @pytest.mark.parametrize("embedding", EMBEDDINGS)

@@ -240,17 +240,25 @@ def said(act: Callable[[], object]) -> str:
     return "nothing"
 
 
-def resumed(folder: Path, embedding: str, mesh: DeviceMesh) -> Differences:
-    """Two steps, a checkpoint of model and optimizer, two more steps in a fresh model; against four steps in one go on the same ranks."""
+def resumed(folder: Path, embedding: str, mesh: DeviceMesh, *, from_one_process: bool) -> Differences:
+    """Two steps, a checkpoint of model and optimizer, two more steps in a fresh model; against four steps in one go. The first two, and those
+    in one go, are one process's, or these ranks' own."""
     weights, loop = CHECKPOINTS[1], Loop(steps=4)
-    straight = train(sharded(weights, embedding, mesh), loop, mesh)
+    path = folder / f"resumed-{embedding}-{mesh.size()}-{from_one_process}"
+    on = None if from_one_process else mesh
 
-    model = sharded(weights, embedding, mesh)
+    def fresh() -> Writer:
+        return writer(weights) if on is None else sharded(weights, embedding, on)
+
+    straight = train(fresh(), loop, on)
+    model = fresh()
     optimizer = optimizer_of(model, loop)
-    first = train(model, replace(loop, steps=2), mesh, optimizer)
+    first = train(model, replace(loop, steps=2), on, optimizer)
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    path = folder / f"resumed-{embedding}-{mesh.size()}"
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
+    if on is not None or dist.get_rank() == 0:
+        with warnings.catch_warnings(action="ignore"):  # that no process group takes part is meant
+            dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path, no_dist=on is None)
+    dist.barrier()
 
     model = sharded(replace(weights, seed=2), embedding, mesh)
     optimizer = optimizer_of(model, loop)
@@ -412,7 +420,8 @@ def on_two_ranks(context: RankContext, payload: bytes) -> bytes:
         **{f"checkpoint {e} {w}": partial(through_checkpoint, folder, w, e, mesh, f"tp2-{e}-{w}") for e in EMBEDDINGS for w in CHECKPOINTS},
         **{f"whole tensors {e} {w}": partial(from_whole_tensors, w, e, mesh) for e in EMBEDDINGS for w in CHECKPOINTS},
         **{f"assigned {e} {w}": partial(from_whole_tensors, w, e, mesh, assign=True) for e in EMBEDDINGS for w in CHECKPOINTS[1:]},
-        **{f"resumed {e}": partial(resumed, folder, e, mesh) for e in ("rowwise", "routed-interleaved")},
+        **{f"resumed {e}": partial(resumed, folder, e, mesh, from_one_process=False) for e in ("rowwise", "routed-interleaved")},
+        **{f"resumed from one process {e}": partial(resumed, folder, e, mesh, from_one_process=True) for e in UNDER_FSDP},
         **{f"meta {e} {w}": partial(from_meta, folder, w, e, mesh) for e in EMBEDDINGS for w in CHECKPOINTS[1:]},
         "after to another dtype and back": lambda: after(there_and_back, mesh),
         "after a frozen forward": lambda: after(frozen_for_a_forward, mesh),
@@ -449,7 +458,8 @@ def on_four_ranks(context: RankContext, payload: bytes) -> bytes:
             for w in CHECKPOINTS
         },
         **{f"whole tensors {e} {w}": partial(from_whole_tensors, w, e, mesh) for e in UNDER_FSDP for w in CHECKPOINTS},
-        "resumed": lambda: resumed(folder, "rowwise", mesh),
+        "resumed rowwise": lambda: resumed(folder, "rowwise", mesh, from_one_process=False),
+        **{f"resumed from one process {e}": partial(resumed, folder, e, mesh, from_one_process=True) for e in ("rowwise", "colwise")},
         **{f"meta {e} {tied}": partial(from_meta, folder, tied, e, mesh) for e in ("rowwise", "replicated")},
     }
     return _run(context, cases, refused_on_four_ranks(mesh))

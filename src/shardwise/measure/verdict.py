@@ -40,10 +40,11 @@ def verdict(measurements: Sequence[Measurement], found: Sequence[Standing], *, w
     """One sentence per plan against the first, the noise floor, and on gloo why the ranking need not hold elsewhere."""
     noise = noise_of(measurements, found)
     first = found[0].label
-    lines = _module_lines(measurements, found)
+    lines = []
     for measurement, standing in zip(measurements, found, strict=True):
         if standing.ratio is not None and measurement.repeats is None:
             lines.append(_against(standing.label, first, standing.ratio, noise, what))
+    lines += _module_lines(measurements, found)
     if noise is not None:
         shown = f"{first} against itself: {_interval(noise)}"
         if noise.holds_one or noise.confidence < CONFIDENCE:

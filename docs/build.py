@@ -1,0 +1,116 @@
+"""Writes the generated parts of the docs: cli.md from the command itself, and the README's example from docs/example/comparison.json.
+
+    python docs/build.py             writes them
+    python docs/build.py --check     writes nothing; exit code 1 where a document differs
+    python docs/build.py --picture   also takes the picture of the example's report (needs Chromium)
+"""
+
+import argparse
+import io
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from shardwise.cli.main import app
+from shardwise.report.html import comparison_html
+from shardwise.report.json import comparison_from_json
+from shardwise.report.terminal import comparison_tables
+
+DOCS = Path(__file__).parent
+README = DOCS.parent / "README.md"
+EXAMPLE = DOCS / "example" / "comparison.json"
+WIDTH = 100
+_OUTPUT = re.compile(r"(<!-- begin:compare-output -->\n).*?(<!-- end:compare-output -->)", re.DOTALL)
+
+
+def cli_reference() -> str:
+    """Every command with every option, as the commands themselves tell."""
+    lines = ["# Commands", "", "Made from the code by `python docs/build.py`.", ""]
+    group: Any = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        help_text, _, examples = (command.help or "").partition("[dim]")
+        lines += [f"## shardwise {name}", "", help_text.strip(), ""]
+        if examples:
+            shown = re.sub(r"\[/?dim\]|\[/\]", "", examples)
+            lines += ["```", *[line.strip() for line in shown.splitlines() if line.strip()], "```", ""]
+        lines += ["| option | meaning | default |", "|---|---|---|"]
+        lines += [_row(parameter) for parameter in command.params if parameter.name != "help"]
+        lines.append("")
+    lines += [
+        "Exit codes: 0 fine; 1 the answer is no (a plan doesn't agree with the unsharded model); 2 the input is wrong; 3 a rank died or the run "
+        "could not go on; 130 Ctrl-C.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _row(parameter: Any) -> str:
+    is_argument = parameter.param_type_name == "argument"
+    names = f"`{parameter.name.upper()}`" if is_argument else ", ".join(f"`{option}`" for option in (*parameter.opts, *parameter.secondary_opts))
+    default = parameter.show_default if isinstance(parameter.show_default, str) else parameter.default
+    shown = "" if default is None or default is False else str(default).lower() if default is True else str(default)
+    return f"| {names} | {(parameter.help or '').replace('|', '/')} | {shown} |"
+
+
+def example_output() -> str:
+    """What `shardwise compare` printed for the example, without colour; the table of collectives is left to the report."""
+    comparison = comparison_from_json(EXAMPLE.read_bytes(), str(EXAMPLE))
+    console = Console(file=io.StringIO(), width=WIDTH, color_system=None, force_terminal=False)
+    for table in comparison_tables(comparison, WIDTH):
+        with console.capture() as captured:
+            console.print(table)
+        text = captured.get()
+        if not text.lstrip().startswith("Collectives"):
+            console.print(text, end="", markup=False, highlight=False)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    return "```\n" + "\n".join(line.rstrip() for line in printed.splitlines()).strip() + "\n```\n"
+
+
+def take_picture(target: Path) -> None:
+    """A picture of the example's report, its first screen."""
+    browser = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+    if browser is None:
+        raise SystemExit("docs/build.py: no Chromium found. Install it, or leave --picture out.")
+    comparison = comparison_from_json(EXAMPLE.read_bytes(), str(EXAMPLE))
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "report.html"
+        page.write_text(comparison_html(comparison), encoding="utf-8")
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--disable-background-networking"]
+        subprocess.run(
+            [browser, *options, f"--user-data-dir={folder}/profile", "--window-size=1200,1750", "--virtual-time-budget=8000",
+             f"--screenshot={target}", page.as_uri()],
+            check=True, capture_output=True, timeout=120,
+        )  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--picture", action="store_true")
+    arguments = parser.parse_args()
+    readme = README.read_text(encoding="utf-8")
+    wanted = {
+        DOCS / "cli.md": cli_reference(),
+        README: _OUTPUT.sub(lambda match: match[1] + example_output() + match[2], readme),
+    }
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if arguments.check:
+        for path in stale:
+            print(f"docs/build.py: {path.relative_to(DOCS.parent)} differs from what the code says. Run: make docs", file=sys.stderr)
+        return 1 if stale else 0
+    for path in stale:
+        path.write_text(wanted[path], encoding="utf-8")
+    if arguments.picture:
+        take_picture(DOCS / "example" / "report.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
