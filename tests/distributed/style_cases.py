@@ -153,6 +153,14 @@ def mlp_plans() -> dict[str, Plan]:
             replace(ROWWISE, input=Replicate()),
             replace(COLWISE, output=Replicate()),
         ),
+        _mlp_plan(
+            "rowwise takes what replicate gives",
+            whole,
+            REPLICATE,
+            REPLICATE,
+            replace(ROWWISE, input=Replicate()),
+            replace(COLWISE, output=Replicate()),
+        ),
         _mlp_plan("replicate", replace(COLWISE, output=Replicate()), REPLICATE, REPLICATE, REPLICATE, REPLICATE),
         _mlp_plan(
             "head gives replicate",

@@ -52,12 +52,14 @@ def _backward(function: Any, backward: Callable[..., Any]) -> Planting:
     return partial(patch.object, function, "backward", staticmethod(backward))
 
 
-def _rows_shifted(ctx: Any, grad: Tensor) -> Any:
-    right = _ORIGINAL_LOOK_UP_BACKWARD(ctx, grad)
-    return right[0].roll(1, 0), *right[1:]
+def _rows_shifted(function: Any) -> Planting:
+    original = function.backward
 
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        grad_weight, *rest = original(ctx, grad)
+        return grad_weight.roll(1, 0), *rest
 
-_ORIGINAL_LOOK_UP_BACKWARD = embedding._LookUpOwn.backward
+    return _backward(function, backward)
 
 
 def _summed_again(ctx: Any, grad: Tensor) -> Any:
@@ -65,10 +67,6 @@ def _summed_again(ctx: Any, grad: Tensor) -> Any:
 
 
 def _kept(ctx: Any, grad: Tensor) -> Any:
-    return grad, None, None
-
-
-def _blocks_not_sent_back(ctx: Any, grad: Tensor) -> Any:
     return grad, None, None
 
 
@@ -179,6 +177,7 @@ SP = {name: builtin_plan(name) for name in ("rowwise", "colwise", "routed", "rou
 NO_SP = {name: builtin_plan(name, sequence_parallel=False) for name in ("rowwise", "colwise", "replicated")}
 MLP_1 = mlp_plans()["colwise takes shard(1), rowwise gives it"]
 MLP_WHOLE = mlp_plans()["colwise gives replicate, rowwise takes it"]
+MLP_REPLICATE = mlp_plans()["rowwise takes what replicate gives"]
 
 FAULTS = (
     Fault(
@@ -186,7 +185,7 @@ FAULTS = (
         llama(),
         SP["rowwise"],
         TABLE,
-        _backward(embedding._LookUpOwn, _rows_shifted),
+        _rows_shifted(embedding._LookUpOwn),
         only=True,
     ),
     Fault(
@@ -214,11 +213,11 @@ FAULTS = (
         says="2 times the unsharded one",
     ),
     Fault(
-        "colwise embedding: blocks not sent back",
+        "colwise embedding: gradient rows shifted by one",
         llama(),
         SP["colwise"],
         TABLE,
-        _backward(collectives._ExchangeBlocks, _blocks_not_sent_back),
+        _rows_shifted(embedding._LookUpSlices),
         only=True,
     ),
     Fault(
@@ -302,7 +301,7 @@ FAULTS = (
     Fault(
         "rowwise linear that takes replicate: gradient of the input not gathered",
         MlpConfig(),
-        MLP_WHOLE,
+        MLP_REPLICATE,
         frozenset({"blocks.0.ffn.up.weight", "embedding.weight"}),
         _backward(collectives._Split, _own_part_only),
     ),
@@ -381,11 +380,14 @@ def _no_order(module: nn.Module, *_: Any) -> None:
 
 # which part of the answer (see style_workers.run) each of these faults must spoil
 PART_FAULTS: dict[str, tuple[str, Planting]] = {
-    "blocks aren't exchanged": ("laws", partial(patch.object, collectives, "swap_blocks_now", lambda blocks, axis, origin: blocks)),
+    "a reduce-scatter doesn't sum": ("laws", partial(patch.object, collectives, "scatter_sum_now", _own_block_unsummed)),
     "every rank counts replicated gradients": ("clip", partial(patch.object, clipping, "_counts_here", lambda gradient, mesh: True)),
     "ignored labels count": ("steps dp=2", partial(patch.object, train, "count_valid", lambda labels: torch.tensor(labels.numel()))),
     "data-parallel gradients aren't summed": ("steps dp=2", partial(patch.object, train, "_sum_gradients", _nothing)),
-    "nothing is clipped": ("steps tp=2", partial(patch.object, train, "clip_gradients", lambda p, max_norm: torch.tensor(0.0))),
+    "nothing is clipped": (
+        "steps tp=2",
+        partial(patch.object, train, "clip_gradients", lambda gradients, max_norm: torch.zeros((), dtype=torch.float64)),
+    ),
     "interleaved rows are saved as they are kept": ("state_dict", partial(patch.object, native, "keep_rows_in_order", _no_order)),
     "digests don't see": ("ranks", partial(patch.object, ranks, "digest", lambda tensor: int(tensor.sum()))),
 }

@@ -52,7 +52,7 @@ def test_a_sharded_model_equals_the_unsharded_one(world_size: int, case: Case) -
     assert found["parameters_compared"] == sum(1 for _ in case.model().parameters())
 
 
-@pytest.mark.parametrize(("world_size", "expected"), [(1, 132), (2, 149), (3, 132), (4, 137)])
+@pytest.mark.parametrize(("world_size", "expected"), [(1, 134), (2, 151), (3, 134), (4, 139)])
 def test_no_case_is_lost(world_size: int, expected: int) -> None:
     assert len(cases(world_size)) == expected
     assert list(part(world_size, "cases")) == [case.name for case in cases(world_size)]
@@ -84,7 +84,7 @@ def test_each_native_style_has_a_planted_fault() -> None:
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_collectives_undo_and_make_up_one_another(world_size: int) -> None:
     differences = part(world_size, "laws")
-    assert len(differences) == 8
+    assert len(differences) == 7
     assert {law: difference for law, difference in differences.items() if difference > 1e-12} == {}
 
 

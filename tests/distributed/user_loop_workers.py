@@ -63,11 +63,13 @@ CHECKPOINTS = (Weights(EVEN, False), Weights(UNEVEN, False), Weights(UNEVEN, Tru
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """Largest relative differences from the unsharded run, over the steps and over the final parameters."""
+    """Largest relative differences from the unsharded run, over the steps and over the final parameters; and how many gradients were not
+    placed as their parameter was (PyTorch's optimizers would still take them, with a collective each)."""
 
     loss: float
     norm: float
     parameters: float
+    misplaced: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,7 @@ class Trained:
     losses: list[float]
     norms: list[float]
     parameters: dict[str, Tensor]
+    misplaced: int = 0
 
 
 def writer(weights: Weights) -> Writer:
@@ -145,7 +148,7 @@ def train(model: Writer, loop: Loop, mesh: DeviceMesh | None = None, optimizer: 
     for unit in units if loop.count_valid else ():
         unit.set_gradient_divide_factor(1.0)
     loss_function = shardwise.loss_of(model)
-    losses, norms = [], []
+    losses, norms, misplaced = [], [], 0
     for step in range(loop.first, loop.first + loop.steps):
         ids_BS, labels_BS = global_batch(step, model.words.num_embeddings, ignored=loop.count_valid)
         valid = count_valid(labels_BS) if loop.count_valid else None
@@ -158,6 +161,7 @@ def train(model: Writer, loop: Loop, mesh: DeviceMesh | None = None, optimizer: 
             loss = loss if loop.count_valid else loss / loop.micro_batches
             loss.backward()
             total += loss.detach()
+        misplaced += n_misplaced(model)
         if loop.own_clipping:
             norm = clip_gradients(model.parameters(), MAX_NORM)
         else:
@@ -168,7 +172,12 @@ def train(model: Writer, loop: Loop, mesh: DeviceMesh | None = None, optimizer: 
             dist.all_reduce(total, group=group)
         losses.append(total.item() / (1 if loop.count_valid else n_parts))
         norms.append(whole_tensor(norm).item())
-    return Trained(losses, norms, whole_parameters(model))
+    return Trained(losses, norms, whole_parameters(model), misplaced)
+
+
+def n_misplaced(model: nn.Module) -> int:
+    pairs = [(parameter, parameter.grad) for parameter in model.parameters() if isinstance(parameter, DTensor)]
+    return sum(not isinstance(gradient, DTensor) or gradient.placements != parameter.placements for parameter, gradient in pairs)
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
@@ -194,6 +203,7 @@ def differences(got: Trained, want: Trained) -> Differences:
         largest(list(zip(got.losses, want.losses, strict=True))),
         largest(list(zip(got.norms, want.norms, strict=True))),
         max((difference / size).nan_to_num(nan=math.inf).item() for difference, size in norms),
+        got.misplaced,
     )
 
 
@@ -267,7 +277,8 @@ def resumed(folder: Path, embedding: str, mesh: DeviceMesh, *, from_one_process:
     dcp.load(state, checkpoint_id=path)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     rest = train(model, replace(loop, first=2, steps=2), mesh, optimizer)
-    return differences(Trained(first.losses + rest.losses, first.norms + rest.norms, rest.parameters), straight)
+    both = Trained(first.losses + rest.losses, first.norms + rest.norms, rest.parameters, first.misplaced + rest.misplaced)
+    return differences(both, straight)
 
 
 def from_meta(folder: Path, weights: Weights, embedding: str, mesh: DeviceMesh) -> Differences:
@@ -327,8 +338,8 @@ def reloaded_by_assignment(model: Writer) -> None:
     model.load_state_dict(writer(CHECKPOINTS[1]).state_dict(), assign=True)
 
 
-def gradients_beside_fsdp_units() -> float:
-    """Largest relative difference of a gradient where FSDP2 has the blocks, and the rest of the model is tensor parallel alone."""
+def gradients_beside_fsdp_units() -> Differences:
+    """Where FSDP2 has the blocks, and the rest of the model is tensor parallel alone: one backward, its gradients as `parameters`."""
 
     def gradients(model: Writer) -> dict[str, Tensor]:
         ids_BS, labels_BS = global_batch(0, UNEVEN, ignored=False)
@@ -342,7 +353,8 @@ def gradients_beside_fsdp_units() -> float:
         fully_shard(block, mesh=mesh["fsdp"])
     got, want = gradients(model), gradients(writer(CHECKPOINTS[1]))
     assert got.keys() == want.keys()
-    return max(float(torch.dist(got[name], want[name]) / torch.linalg.norm(want[name])) for name in want)
+    worst = max(float(torch.dist(got[name], want[name]) / torch.linalg.norm(want[name])) for name in want)
+    return Differences(0.0, 0.0, worst, n_misplaced(model))
 
 
 def train_step(plan_name: str, mesh_text: str) -> Differences:

@@ -71,4 +71,3 @@ class CollectiveCall:
     payload_bytes: int
     wire_bytes: float
     phase: str
-    data_decides: bool = False

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
+from itertools import accumulate
+from operator import or_
 from typing import Self, TypeVar
 
 from shardwise.core.errors import PlanError
@@ -143,7 +145,14 @@ class Rule:
             raise PlanError(f'"{self.pattern}" is no pattern. Write a dotted module name; * is one level, ** any number.')
 
     def matches(self, module: str) -> bool:
-        return _compile(self.pattern).fullmatch(module + ".") is not None
+        names = module.split(".")
+        reached = [True] + [False] * len(names)  # whether the levels so far take the first i names
+        for level in _levels(self.pattern):
+            if level is None:
+                reached = list(accumulate(reached, or_))
+            else:
+                reached = [False, *(before and level.fullmatch(name) is not None for before, name in zip(reached, names, strict=False))]
+        return reached[-1]
 
     def __str__(self) -> str:
         return f'"{self.pattern}" ({self.style.name})'
@@ -232,14 +241,9 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _compile(pattern: str) -> re.Pattern[str]:
-    """A pattern for names that end in a dot, so that every level carries its own."""
-    levels: list[str] = []
-    for level in pattern.split("."):
-        part = r"(?:[^.]+\.)*" if level == "**" else re.sub(r"(?:\\\*)+", "[^.]*", re.escape(level)) + r"\."
-        if level != "**" or not levels or levels[-1] != part:  # adjacent ** say nothing new and would backtrack
-            levels.append(part)
-    return re.compile("".join(levels))
+def _levels(pattern: str) -> tuple[re.Pattern[str] | None, ...]:
+    """A pattern's levels, None for `**`. One expression for all would backtrack for ever on some."""
+    return tuple(None if level == "**" else re.compile(re.sub(r"(?:\\\*)+", ".*", re.escape(level))) for level in pattern.split("."))
 
 
 def _style_name(value: object) -> StyleName:

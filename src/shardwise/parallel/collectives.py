@@ -11,7 +11,6 @@ computed a part), and a slice if it is Replicate (each rank computed the whole);
     fan_out          Replicate -> Replicate  Partial          all_reduce
     split            Replicate -> Shard(d)   Shard(d)         all_gather
     all_to_all       Shard(i) -> Shard(j)    Shard(j)         all_to_all back
-    exchange_blocks  blocks to their ranks   Shard(0)         exchange_blocks back
     exchange_rows    rows to their askers    Shard(0)         exchange_rows back
 
 All ranks of the axis must call in the same order. Sizes: a sharded dim is cut as torch.chunk cuts it; where chunks differ, all_gather
@@ -79,12 +78,6 @@ def all_to_all(
     return _AllToAll.apply(x, split_dim % x.dim(), concat_dim % x.dim(), full_size, axis, origin)  # type: ignore[no-any-return]
 
 
-def exchange_blocks(blocks: Tensor, axis: Axis, *, grad_placement: Placement, origin: Origin) -> Tensor:
-    """[n, ...], block d for rank d -> [n, ...], block s from rank s: an all-to-all of contiguous memory that moves no element locally."""
-    _expect(grad_placement, (Shard(0),), "exchange_blocks")
-    return _ExchangeBlocks.apply(blocks, axis, origin)  # type: ignore[no-any-return]
-
-
 def exchange_rows(
     rows: Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], axis: Axis, *, grad_placement: Placement, origin: Origin
 ) -> Tensor:
@@ -116,14 +109,23 @@ def scatter_sum_now(x: Tensor, dim: int, axis: Axis, origin: Origin) -> Tensor:
         return x
     if x.shape[dim] % axis.size:
         raise AssertionError(f"{origin}: dim {dim} has {x.shape[dim]}, no multiple of {axis.size}")
-    blocks = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
+    blocks = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0)
     if axis.pairwise_reduce_scatter:
-        received = swap_blocks_now(blocks, axis, origin)
-        return torch.add(received[0], received[1]) if axis.size == 2 else received.sum(0)
+        return _sum_pairwise(blocks, axis, origin)
+    blocks = blocks.contiguous()
     out = torch.empty_like(blocks[0])
     with _labelled(CollectiveKind.REDUCE_SCATTER, origin):
         _reduce_scatter_into(out.view(-1), blocks.view(-1), group=axis.group)
     return out
+
+
+def _sum_pairwise(blocks: Tensor, axis: Axis, origin: Origin) -> Tensor:
+    """Sum over ranks of the block that is this rank's: an all-to-all of the others', and a local sum. The own block isn't moved."""
+    others = [blocks[rank] for rank in range(axis.size) if rank != axis.rank]
+    received = swap_others_now(torch.stack(others) if len(others) > 1 else others[0].unsqueeze(0), axis, origin)
+    if axis.size == 2:
+        return torch.add(blocks[axis.rank], received[0])
+    return received.sum(0).add_(blocks[axis.rank])
 
 
 def sum_now(x: Tensor, axis: Axis, origin: Origin) -> Tensor:
@@ -134,19 +136,17 @@ def sum_now(x: Tensor, axis: Axis, origin: Origin) -> Tensor:
     return x
 
 
-def swap_blocks_now(blocks: Tensor, axis: Axis, origin: Origin) -> Tensor:
-    """exchange_blocks without a gradient."""
-    if axis.size == 1:
-        return blocks
-    received = torch.empty_like(blocks, memory_format=torch.contiguous_format)
-    with _labelled(CollectiveKind.ALL_TO_ALL, origin):
-        dist.all_to_all_single(received.view(-1), blocks.contiguous().view(-1), group=axis.group)
-    return received
+def swap_others_now(blocks: Tensor, axis: Axis, origin: Origin, *, out: Tensor | None = None) -> Tensor:
+    """[n - 1, ...], a block for every other rank in order -> [n - 1, ...], one from every other rank in order; no gradient."""
+    splits = [int(rank != axis.rank) for rank in range(axis.size)]
+    return swap_rows_now(blocks, splits, splits, axis, origin, out=out)
 
 
-def swap_rows_now(rows: Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], axis: Axis, origin: Origin) -> Tensor:
-    """exchange_rows without a gradient."""
-    received = rows.new_empty(sum(receive_splits), *rows.shape[1:])
+def swap_rows_now(
+    rows: Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], axis: Axis, origin: Origin, *, out: Tensor | None = None
+) -> Tensor:
+    """exchange_rows without a gradient. out: contiguous memory to receive into."""
+    received = rows.new_empty(sum(receive_splits), *rows.shape[1:]) if out is None else out
     if axis.size == 1:
         return received.copy_(rows)
     with _labelled(CollectiveKind.ALL_TO_ALL, origin):
@@ -241,18 +241,6 @@ class _AllToAll(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         split_dim, concat_dim, split_size, axis, origin = ctx.saved
         return _swap_dims(grad, concat_dim, split_dim, split_size, axis, origin), None, None, None, None, None
-
-
-class _ExchangeBlocks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, blocks: Tensor, axis: Axis, origin: Origin) -> Tensor:
-        ctx.saved = (axis, origin)
-        return swap_blocks_now(blocks, axis, origin)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        axis, origin = ctx.saved
-        return swap_blocks_now(grad, axis, origin), None, None
 
 
 class _ExchangeRows(torch.autograd.Function):

@@ -95,13 +95,8 @@ class EmbeddingShard:
                 origin=self.site.origin(Shard(2), Replicate()),
             )
         ids_TBL = _by_destination(ids_BS, axis.size).to(weight.device, non_blocking=True)
-        received_TBLh = collectives.exchange_blocks(
-            F.embedding(ids_TBL, weight, self.padding_idx),
-            axis,
-            grad_placement=Shard(0),
-            origin=self.site.origin(Shard(2), Shard(1)),
-        )
-        return received_TBLh.movedim(0, 2).flatten(2)
+        own_NH: Tensor = _LookUpSlices.apply(weight, ids_TBL.flatten(1), self.padding_idx, self.site)
+        return own_NH.view(ids_BS.shape[0], -1, own_NH.shape[1])
 
     def _routed(self, ids_BS: Tensor, weight: Tensor) -> Tensor:
         axis, device = self.site.axis, weight.device
@@ -170,3 +165,39 @@ class _LookUpOwn(torch.autograd.Function):
         indices = grad_rows.masked_fill(grad_rows == NO_ROW, spare).to(grad.device, non_blocking=True)
         grad_weight = torch.ops.aten.embedding_dense_backward(grad, indices, spare + 1, spare, False)
         return grad_weight[:spare], None, None
+
+
+class _LookUpSlices(torch.autograd.Function):
+    """Slices of rows for every rank, whole rows of the own tokens back: ids [T, N] and columns [V, h] -> [N, T x h].
+
+    What a rank needs of its own columns never takes part in the all-to-all: it is looked up into its place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids_TN: Tensor, padding_idx: int | None, site: Site) -> Tensor:
+        axis, width = site.axis, weight.shape[1]
+        others = [rank for rank in range(axis.size) if rank != axis.rank]
+        own_ids, other_ids = ids_TN[axis.rank], ids_TN[others].flatten()
+        ctx.save_for_backward(torch.cat((own_ids, other_ids)))
+        ctx.saved = (weight.shape[0], padding_idx, site, others)
+        out = weight.new_empty(len(own_ids), axis.size, width)
+        out[:, axis.rank] = weight.index_select(0, own_ids)
+        if others:
+            slices = weight.index_select(0, other_ids).view(len(others), -1, width)
+            received = collectives.swap_others_now(slices, axis, site.origin(Shard(2), Shard(1)))
+            for rank, part in zip(others, received, strict=True):
+                out[:, rank] = part
+        return out.flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NH: Tensor) -> Any:
+        (ids,) = ctx.saved_tensors
+        n_rows, padding_idx, site, others = ctx.saved
+        grad_NTh = grad_NH.unflatten(1, (site.axis.size, -1))
+        grad_TNh = grad_NH.new_empty(grad_NTh.movedim(1, 0).shape)  # the own tokens first, as the ids are
+        grad_TNh[0] = grad_NTh[:, site.axis.rank]
+        if others:
+            slices = torch.stack([grad_NTh[:, rank] for rank in others])
+            collectives.swap_others_now(slices, site.axis, site.origin(Shard(1), Shard(2)), out=grad_TNh[1:])
+        no_row = -1 if padding_idx is None else padding_idx
+        return torch.ops.aten.embedding_dense_backward(grad_TNh.flatten(0, 1), ids, n_rows, no_row, False), None, None, None

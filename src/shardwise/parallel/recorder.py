@@ -80,7 +80,6 @@ class CollectiveRecorder(TorchDispatchMode):
                 payload_bytes=full,
                 wire_bytes=float(sends) if sends is not None else wire_bytes(kind, full, size),
                 phase="backward" if torch._C._current_graph_task_id() != -1 else self.phase,
-                data_decides=sends is not None,
             )
         )
 

@@ -1,7 +1,9 @@
 """Compares a sharded model with the unsharded one: the loss and every gradient.
 
 Every rank computes the unsharded reference whole, so the comparison moves three numbers per parameter. For a parameter with sharded
-gradient s and unsharded gradient u, over all ranks' parts: relative error ||s - u|| / ||u||, ratio <s, u> / <u, u>.
+gradient s and unsharded gradient u, over all ranks' parts: relative error ||s - u|| / max(||u||, floor), ratio <s, u> / <u, u>.
+floor = 64 eps G / tolerance, with G the norm of the whole unsharded gradient: a gradient that is zero but for rounding (of a key's bias,
+where softmax takes no notice of it) is then no finding.
 A gradient that is Partial (PyTorch's own sequence parallelism leaves norm gradients so) is summed first: that is what it stands for.
 The native engine promises gradients placed as their parameters are, so a Partial one of its is taken as it is, and found.
 """
@@ -72,11 +74,13 @@ def agreement(
     names = [name for name, _ in model.named_parameters()]
     sums = _sums(model, whole)
     worst_name, worst_error = "", 0.0
+    floor = 64 * torch.finfo(next(model.parameters()).dtype).eps * float(sums[:, 1].sum()) ** 0.5 / tolerance
     for name, (difference, own, product) in zip(names, sums.tolist(), strict=True):
         if name in whole.gradients and difference < 0:
             findings.append(Finding(FindingKind.GRADIENT_MISSING, name, "no gradient arrived on some rank"))
             continue
-        error = (difference / own) ** 0.5 if own else (0.0 if difference == 0 else float("inf"))
+        scale = max(own**0.5, floor)
+        error = difference**0.5 / scale if difference >= 0 and scale else (0.0 if difference == 0 else float("inf"))
         ratio = product / own if own else None
         if not error <= worst_error:
             worst_name, worst_error = name, error
