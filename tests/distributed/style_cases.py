@@ -214,19 +214,19 @@ def _kv_cases(world_size: int) -> Iterator[Case]:
 
 def _ids_cases() -> Iterator[Case]:
     for ids in (Ids.HOT, Ids.FEW):
-        for plan in llama_plans():
+        for plan in (*map(builtin_plan, WITH_SEQUENCE_PARALLEL), builtin_plan("rowwise", sequence_parallel=False)):
             yield Case(f"llama {ids} ids: {plan.name}", llama(), plan, ids=ids)
 
 
 def _reduce_scatter_cases() -> Iterator[Case]:
     for mode in (ReduceScatter.BACKEND, ReduceScatter.PAIRWISE):
-        for name in WITH_SEQUENCE_PARALLEL:
+        for name in ("rowwise", "colwise", "replicated"):
             yield Case(f"llama reduce_scatter={mode}: {name}", llama(), replace(builtin_plan(name), reduce_scatter=mode))
 
 
 def _accumulation_cases() -> Iterator[Case]:
-    for tied in (False, True):
-        for plan in llama_plans():
+    for tied, names in ((False, WITH_SEQUENCE_PARALLEL), (True, ("colwise", "replicated"))):
+        for plan in map(builtin_plan, names):
             yield Case(f"llama backward twice {'tied' if tied else 'untied'}: {plan.name}", llama(tied=tied), plan, backwards=2)
 
 

@@ -3,7 +3,7 @@
 A fault is a patch of Shardwise's own code, or a plan that takes a wrong assumption. Nothing here outlives its `with` block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from shardwise.core.plan import Plan, ReduceScatter, Rule, Style, StyleName
 from shardwise.models.llama import LlamaConfig
 from shardwise.parallel import collectives, embedding, loss, native, parameters
+from shardwise.parallel import ownership as ownership_room
 from shardwise.parallel.builtin import builtin_plan
 from shardwise.parallel.ownership import Route
 from shardwise.step import clipping, train
@@ -90,7 +91,7 @@ def _wrong_row(ids_BS: Tensor, ownership: Any, rank: int) -> Route:
     return replace(right, expand=right.expand.roll(1))
 
 
-_ORIGINAL_ROUTE = embedding.route
+_ORIGINAL_ROUTE = ownership_room.route
 
 
 def _own_part_as_if_contiguous(whole: Tensor, placement: Any, axis: Any, ownership: Any = None) -> Tensor:
@@ -130,7 +131,8 @@ def _own_part_only(ctx: Any, grad: Tensor) -> Any:
 
 
 def _own_block_unsummed(x: Tensor, dim: int, axis: Any, origin: Any) -> Tensor:
-    return x.unflatten(dim, (axis.size, -1)).select(dim, axis.rank).clone()
+    blocks: Tensor = x.unflatten(dim, (axis.size, -1))
+    return blocks.select(dim, axis.rank).clone()
 
 
 def _without_biases(self: Any, model: nn.Module, places: Any, axis: Any, origin: Any) -> None:
@@ -146,7 +148,7 @@ def _nothing(*_: Any) -> None:
 
 def _label_off_by_one(ctx: Any, logits: Tensor, valid: Tensor, columns: Tensor, site: Any) -> Tensor:
     width = logits.shape[1]
-    return _ORIGINAL_LOSS(ctx, logits, valid, torch.where(columns >= 0, (columns + 1) % width, columns), site)  # type: ignore[no-any-return]
+    return _ORIGINAL_LOSS(ctx, logits, valid, torch.where(columns >= 0, (columns + 1) % width, columns), site)
 
 
 _ORIGINAL_LOSS = loss._VocabParallelSum.forward
@@ -374,6 +376,10 @@ FAULTS = (
 )
 
 
+def _unclipped(gradients: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    return torch.zeros((), dtype=torch.float64, device=next(iter(gradients)).device)
+
+
 def _no_order(module: nn.Module, *_: Any) -> None:
     parameters.take_whole_tensors(module)
 
@@ -382,11 +388,14 @@ def _no_order(module: nn.Module, *_: Any) -> None:
 PART_FAULTS: dict[str, tuple[str, Planting]] = {
     "a reduce-scatter doesn't sum": ("laws", partial(patch.object, collectives, "scatter_sum_now", _own_block_unsummed)),
     "every rank counts replicated gradients": ("clip", partial(patch.object, clipping, "_counts_here", lambda gradient, mesh: True)),
-    "ignored labels count": ("steps dp=2", partial(patch.object, train, "count_valid", lambda labels: torch.tensor(labels.numel()))),
+    "ignored labels count": (
+        "steps dp=2",
+        partial(patch.object, train, "count_valid", lambda labels: torch.tensor(labels.numel(), device=labels.device)),
+    ),
     "data-parallel gradients aren't summed": ("steps dp=2", partial(patch.object, train, "_sum_gradients", _nothing)),
     "nothing is clipped": (
         "steps tp=2",
-        partial(patch.object, train, "clip_gradients", lambda gradients, max_norm: torch.zeros((), dtype=torch.float64)),
+        partial(patch.object, train, "clip_gradients", _unclipped),
     ),
     "interleaved rows are saved as they are kept": ("state_dict", partial(patch.object, native, "keep_rows_in_order", _no_order)),
     "digests don't see": ("ranks", partial(patch.object, ranks, "digest", lambda tensor: int(tensor.sum()))),

@@ -180,9 +180,15 @@ def laws(context: RankContext, mesh: DeviceMesh) -> dict[str, float]:
     def times_ranks(x: Tensor) -> Tensor:
         return x + (t - 1) * x
 
+    def cut_and_gathered(dim: int) -> Callable[[Tensor], Tensor]:
+        return lambda x: gathered(cut(x, dim), dim)
+
+    def there_and_back(split_dim: int, concat_dim: int) -> Callable[[Tensor], Tensor]:
+        return lambda x: swapped(swapped(x, split_dim, concat_dim), concat_dim, split_dim)
+
     n_rows = sum(1 + (context.rank + other) % 3 for other in range(t))
     return {
-        "all_gather after split is nothing": max(difference(lambda x, d=d: gathered(cut(x, d), d), lambda x: x, whole) for d in (0, 1, 2)),
+        "all_gather after split is nothing": max(difference(cut_and_gathered(d), torch.clone, whole) for d in (0, 1, 2)),
         "all_gather after reduce_scatter is all_reduce": difference(lambda x: gathered(scattered(x, 0), 0), summed, own),
         "backends differ in nothing": difference(
             lambda x: collectives.reduce_scatter(
@@ -197,8 +203,7 @@ def laws(context: RankContext, mesh: DeviceMesh) -> dict[str, float]:
         ),
         "all_reduce of the same is t times it": difference(lambda x: fanned_out(summed(x)), lambda x: times_ranks(x), whole),
         "all_to_all there and back is nothing": max(
-            difference(lambda x, i=i, j=j: swapped(swapped(x, i, j), j, i), lambda x: x, cut(whole, j).contiguous())
-            for i, j in ((0, 1), (1, 0), (1, 2), (2, 1), (0, 2))
+            difference(there_and_back(i, j), torch.clone, cut(whole, j).contiguous()) for i, j in ((0, 1), (1, 0), (1, 2), (2, 1), (0, 2))
         ),
         "all_to_all is a gather and a split": difference(lambda x: swapped(cut(x, 1), 2, 1), lambda x: cut(x, 2), whole),
         "exchange_rows there and back is nothing": difference(lambda x: sent(sent(x)), lambda x: x[:n_rows].clone(), own),
@@ -274,7 +279,7 @@ def step_errors(context: RankContext, mesh_text: str) -> dict[str, float]:
 def recorded(context: RankContext, mesh: DeviceMesh) -> dict[str, list[tuple[str, str, int, float]]]:
     """Per plan: (kind, phase, count, wire bytes) of one forward and backward, as rank 0 issued them. 2 layers, batch 2, sequence 24."""
     found = {}
-    axes = {mesh.get_group("tp").group_name: "tp"}
+    axes: dict[str, str] = {mesh.get_group("tp").group_name: "tp"}
     for plan in llama_plans():
         base = unsharded(llama(), Ids.RANDOM, context.device)
         model = sharded(llama(), plan, mesh, base.state)

@@ -174,7 +174,7 @@ def test_a_model_built_on_meta_trains_under_fsdp_once_it_is_loaded(four: Outcome
     "change",
     [
         "to another dtype and back",
-        "a frozen forward",
+        "unfreezing",
         "load_state_dict(assign=True)",
         "torch.autograd.grad",
         "reentrant checkpoints",

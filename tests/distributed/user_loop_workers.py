@@ -312,10 +312,13 @@ def there_and_back(model: Writer) -> None:
     model.double()
 
 
-def frozen_for_a_forward(model: Writer) -> None:
-    model.requires_grad_(False)
+def unfrozen(mesh: DeviceMesh) -> Differences:
+    """Sharded and run while no parameter asks for a gradient, then trained."""
+    model = writer(CHECKPOINTS[1]).requires_grad_(False)
+    shardwise.parallelize(model, plan("rowwise"), mesh)
     model(global_batch(0, UNEVEN, ignored=False)[0])
     model.requires_grad_(True)
+    return differences(train(model, Loop(), mesh), train(writer(CHECKPOINTS[1]), Loop()))
 
 
 def recomputed(model: Writer, *, reentrant: bool) -> None:
@@ -347,10 +350,12 @@ def gradients_beside_fsdp_units() -> Differences:
         return {name: whole_tensor(parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None}
 
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("fsdp", "tp"))
-    model = writer(CHECKPOINTS[1])
+    with torch.device("meta"):
+        model = writer(CHECKPOINTS[1])
     shardwise.parallelize(model, plan("rowwise"), mesh)
     for block in model.blocks:
         fully_shard(block, mesh=mesh["fsdp"])
+    model.to_empty(device="cpu").load_state_dict(writer(CHECKPOINTS[1]).state_dict())
     got, want = gradients(model), gradients(writer(CHECKPOINTS[1]))
     assert got.keys() == want.keys()
     worst = max(float(torch.dist(got[name], want[name]) / torch.linalg.norm(want[name])) for name in want)
@@ -436,7 +441,7 @@ def on_two_ranks(context: RankContext, payload: bytes) -> bytes:
         **{f"resumed from one process {e}": partial(resumed, folder, e, mesh, from_one_process=True) for e in UNDER_FSDP},
         **{f"meta {e} {w}": partial(from_meta, folder, w, e, mesh) for e in EMBEDDINGS for w in CHECKPOINTS[1:]},
         "after to another dtype and back": lambda: after(there_and_back, mesh),
-        "after a frozen forward": lambda: after(frozen_for_a_forward, mesh),
+        "after unfreezing": lambda: unfrozen(mesh),
         "after load_state_dict(assign=True)": lambda: after(reloaded_by_assignment, mesh),
         "after torch.autograd.grad": lambda: after(gradients_asked_for, mesh),
         "after reentrant checkpoints": lambda: after(lambda model: recomputed(model, reentrant=True), mesh),

@@ -21,9 +21,7 @@ from shardwise.core.plan import (
     suggest_pattern,
 )
 
-PLACEMENTS: st.SearchStrategy[Placement] = st.one_of(
-    st.integers(-9, 9).map(Shard), st.just(Replicate()), st.just(Partial())
-)
+PLACEMENTS: st.SearchStrategy[Placement] = st.one_of(st.integers(-9, 9).map(Shard), st.just(Replicate()), st.just(Partial()))
 LEVELS = st.text("abc_01*", min_size=1, max_size=4)
 PATTERNS = st.lists(LEVELS, min_size=1, max_size=4).map(".".join)
 MODULES = st.lists(st.text("abc_01", min_size=1, max_size=4), min_size=1, max_size=5).map(".".join)
@@ -274,7 +272,16 @@ def test_a_style_refuses_arguments_that_it_does_not_take(arguments: dict[str, ob
     assert str(caught.value) == message
 
 
-MODULE_NAMES = ["", "tok_embeddings", "layers", "layers.0", "layers.0.attention", "layers.0.attention.wq", "layers.11.attention.wq", "output"]
+MODULE_NAMES = [
+    "",
+    "tok_embeddings",
+    "layers",
+    "layers.0",
+    "layers.0.attention",
+    "layers.0.attention.wq",
+    "layers.11.attention.wq",
+    "output",
+]
 
 
 def test_the_nearest_pattern_has_stars_for_layer_numbers() -> None:

@@ -58,7 +58,7 @@ def compare(
         ),
     ] = True,
     batch: Annotated[int, typer.Option(help="Sequences per optimizer step over all ranks.", min=1, rich_help_panel=_STEP)] = 4,
-    seq: Annotated[int, typer.Option(help="Tokens per sequence.", min=1, rich_help_panel=_STEP)] = 512,
+    seq: Annotated[int, typer.Option(help="Tokens per sequence.", min=1, rich_help_panel=_STEP)] = 256,
     dtype: Annotated[
         str, typer.Option(help=f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.", rich_help_panel=_STEP)
     ] = "float32",
@@ -75,7 +75,7 @@ def compare(
         Path | None, typer.Option(help="Your tokenizer.json; by default one is trained on the text.", rich_help_panel=_STEP)
     ] = None,
     random_ids: Annotated[bool, typer.Option("--random-ids", help="Uniform random ids instead of text.", rich_help_panel=_STEP)] = False,
-    rounds: Annotated[int, typer.Option(help="Timed steps of every plan, interleaved.", min=1, rich_help_panel=_RUN)] = 10,
+    rounds: Annotated[int, typer.Option(help="Timed steps of every plan, interleaved.", min=1, rich_help_panel=_RUN)] = 12,
     warmup: Annotated[
         int, typer.Option(help="Steps of every plan before the clock starts, after a first one.", min=0, rich_help_panel=_RUN)
     ] = 1,

@@ -52,12 +52,12 @@ def resolve(model: nn.Module, plan: Plan, *, tp: int, seq: int | None = None, fs
             _check_sizes(assignment, modules, tp, seq, fsdp)
             if plan.engine is Engine.DTENSOR:
                 _check_dtensor_sizes(assignment, last_linear(model), tp)
-        _check_ties(model, assignments, plan.engine)
         if plan.engine is Engine.NATIVE:
             for assignment in assignments:
                 if below_gather_input(assignment.name, plan):
                     _check_below_gather_input(assignment)
-            _check_coverage(modules, {a.name for a in assignments})
+            _check_coverage({"the model itself": model, **modules}, {a.name for a in assignments})
+        _check_ties(model, assignments, plan.engine)
     except PlanError as error:
         raise PlanError(f'plan "{plan.name}": {error}') from None
     return assignments
@@ -234,12 +234,17 @@ def _check_ties(model: nn.Module, assignments: tuple[Assignment, ...], engine: E
                 f"rule {head.rule}: {head.name} is tied to an interleaved table, so its whole logits would be out of order. "
                 'Use output = "shard(-1)", or ownership = "contiguous".'
             )
+        if is_interleaved and head.module.bias is not None:
+            raise PlanError(
+                f"rule {head.rule}: {head.name} is tied to an interleaved table, and its bias is not dealt out like that. "
+                'Use ownership = "contiguous".'
+            )
 
 
 def _check_coverage(modules: dict[str, nn.Module], covered: set[str]) -> None:
     for name, module in modules.items():
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            raise PlanError(f"{name} is a Dropout({module.p}), whose masks would differ between the ranks. Set its p to 0.")
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            raise PlanError(f"{name} is a {type(module).__name__}({module.p}), whose masks would differ between the ranks. Set its p to 0.")
         holds_parameters = any(True for _ in module.parameters(recurse=False))
         if holds_parameters and type(module) not in STYLES_OF:
             raise PlanError(

@@ -1,0 +1,430 @@
+"""Which plans a model can't carry: every refusal word for word, on meta models, and that a refused model is as it was before."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Replicate as TorchReplicate
+from torch.distributed.tensor import distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from shardwise.core.errors import MeshError, PlanError
+from shardwise.core.placement import Partial, Replicate, Shard
+from shardwise.core.plan import Engine, Ownership, Plan, Rule, Style, StyleName
+from shardwise.models.llama import Llama, LlamaConfig
+from shardwise.models.specs import get_spec
+from shardwise.parallel.apply import applied_to, parallelize
+from shardwise.parallel.builtin import builtin_plan
+from shardwise.parallel.resolve import below_gather_input, resolve, tied_parameters
+
+ROWWISE, COLWISE, ROUTED = Style(StyleName.ROWWISE), Style(StyleName.COLWISE), Style(StyleName.ROUTED)
+REPLICATE, GATHER_INPUT = Style(StyleName.REPLICATE), Style(StyleName.GATHER_INPUT)
+
+
+def llama(*, vocab_size: int = 32, tied: bool = False, n_kv_heads: int = 4) -> Llama:
+    with torch.device("meta"):
+        return Llama(LlamaConfig(vocab_size, 96, 2, 12, n_kv_heads, 160, tied=tied))
+
+
+def changed(name: str, *, engine: Engine = Engine.NATIVE, **styles: Style | None) -> Plan:
+    """A built-in plan with other styles for some patterns (`__` for a dot, `ANY` for a star); None takes a rule away."""
+    new = {pattern.replace("__", ".").replace("ANY", "*"): style for pattern, style in styles.items()}
+    rules = [Rule(r.pattern, new.pop(r.pattern, r.style) or r.style) for r in builtin_plan(name).rules if new.get(r.pattern, r) is not None]
+    return Plan("mine", tuple(rules) + tuple(Rule(pattern, style) for pattern, style in new.items() if style), engine)
+
+
+def refusal(model: nn.Module, plan: Plan, *, tp: int = 2, seq: int | None = None, fsdp: int = 1) -> str:
+    before = snapshot(model)
+    with pytest.raises(PlanError) as caught:
+        resolve(model, plan, tp=tp, seq=seq, fsdp=fsdp)
+    assert snapshot(model) == before
+    return str(caught.value)
+
+
+def snapshot(model: nn.Module) -> list[object]:
+    """Everything that a style would change: parameters, forwards, hooks, attributes."""
+    return [
+        *((name, id(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False)),
+        *((name, "forward" in vars(module), sorted(vars(module))) for name, module in model.named_modules()),
+        *(
+            (name, len(module._forward_pre_hooks), len(module._state_dict_hooks), len(module._load_state_dict_pre_hooks))
+            for name, module in model.named_modules()
+        ),
+    ]
+
+
+def mistyped(pattern: str) -> Plan:
+    return Plan("x", (*builtin_plan("rowwise").rules, Rule(pattern, COLWISE)))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("layers.*.atention.wq", '; did you mean "layers.*.attention.wq"?'),
+        ("layers.7.attention.wq", '; did you mean "layers.*.attention.wq"?'),
+        (
+            "lm_head",
+            ". The model's modules: tok_embeddings, layers, layers.0, layers.0.attention_norm, layers.0.attention, layers.0.attention.wq, ...",
+        ),
+    ],
+)
+def test_a_rule_that_matches_nothing_is_refused(pattern: str, said: str) -> None:
+    message = refusal(llama(), mistyped(pattern))
+    assert message.rstrip(".") == f'plan "x": rule "{pattern}" (colwise) matched nothing{said}'.rstrip(".")
+
+
+GATHER_FROM_2 = Style(StyleName.GATHER_INPUT, input=Shard(2))
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (
+            changed("routed", engine=Engine.DTENSOR),
+            'rule "tok_embeddings" (routed): PyTorch\'s own styles have no "routed". Use engine = "native".',
+        ),
+        (
+            changed("replicated", engine=Engine.DTENSOR),
+            'rule "tok_embeddings" (replicated): PyTorch\'s own styles have no "replicated". Use engine = "native".',
+        ),
+        (
+            changed("rowwise", norm=GATHER_INPUT),
+            'rule "norm" (gather_input) matched norm, a RMSNorm. gather_input is for modules that hold others.',
+        ),
+        (
+            changed("rowwise", layers__ANY__attention=GATHER_FROM_2),
+            'rule "layers.*.attention" (gather_input): from is Shard(2). Allowed: shard(1), replicate.',
+        ),
+        (
+            changed("rowwise", layers__ANY__attention=COLWISE),
+            'rule "layers.*.attention" (colwise) matched layers.0.attention, a Attention, which can\'t be sharded. '
+            "Shardable: Linear, Embedding, RMSNorm, LayerNorm.",
+        ),
+        (
+            changed("rowwise", output=ROUTED),
+            'rule "output" (routed) matched output, a Linear. Its styles: colwise, replicate, rowwise.',
+        ),
+        (
+            changed("rowwise", tok_embeddings=REPLICATE),
+            'rule "tok_embeddings" (replicate) matched tok_embeddings, a Embedding. Its styles: colwise, replicated, routed, rowwise.',
+        ),
+        (
+            changed("rowwise", norm=COLWISE),
+            'rule "norm" (colwise) matched norm, a RMSNorm. Its styles: replicate, sequence_parallel.',
+        ),
+        (
+            changed("rowwise", tok_embeddings=replace(ROWWISE, output=Shard(2))),
+            'rule "tok_embeddings" (rowwise): output is shard(2). Allowed for Embedding: shard(1), replicate.',
+        ),
+        (
+            changed("rowwise", tok_embeddings=replace(ROWWISE, input=Replicate())),
+            'rule "tok_embeddings" (rowwise): input is replicate. Allowed for Embedding: none.',
+        ),
+        (
+            changed("rowwise", output=replace(COLWISE, output=Partial())),
+            'rule "output" (colwise): output is partial. Allowed for Linear: shard(-1), replicate.',
+        ),
+        (
+            changed("rowwise", output=replace(COLWISE, input=Shard(-1))),
+            'rule "output" (colwise): input is shard(-1). Allowed for Linear: replicate, shard(1).',
+        ),
+        (
+            changed("rowwise", layers__ANY__attention__wo=replace(ROWWISE, output=Shard(-1))),
+            'rule "layers.*.attention.wo" (rowwise): output is shard(-1). Allowed for Linear: replicate, shard(1).',
+        ),
+        (
+            changed("rowwise", layers__ANY__attention__wo=replace(ROWWISE, input=Shard(1))),
+            'rule "layers.*.attention.wo" (rowwise): input is shard(1). Allowed for Linear: shard(-1), replicate.',
+        ),
+        (
+            changed("rowwise", norm=None),
+            'no rule covers norm, a RMSNorm. Add one: "norm" = one of replicate, sequence_parallel.',
+        ),
+        (
+            changed("rowwise", output=None),
+            'no rule covers output, a Linear. Add one: "output" = one of colwise, replicate, rowwise.',
+        ),
+        (
+            changed("rowwise", layers__ANY__attention__wq=replace(COLWISE, input=Shard(1))),
+            'rule "layers.*.attention.wq" (colwise): input is shard(1), but a gather_input above layers.0.attention.wq has made it whole. '
+            "Leave input out.",
+        ),
+        (
+            changed("rowwise", layers__ANY__attention__wo=replace(ROWWISE, input=Replicate())),
+            'rule "layers.*.attention.wo" (rowwise): layers.0.attention.wo is below a gather_input, where each rank\'s gradient is a part of '
+            "the sum. Leave input out, and make the layer before it colwise.",
+        ),
+        (
+            changed("rowwise", layers__ANY__attention__wk=REPLICATE),
+            'rule "layers.*.attention.wk" (replicate): layers.0.attention.wk is below a gather_input, where each rank\'s gradient is a part of '
+            "the sum. Allowed there: colwise, rowwise.",
+        ),
+    ],
+)
+def test_a_plan_that_the_model_cannot_carry_is_refused(plan: Plan, message: str) -> None:
+    assert refusal(llama(), plan) == f'plan "mine": {message}'
+
+
+def test_a_replicated_norm_below_a_gather_input_is_refused() -> None:
+    """Forward exact, gradients wrong: what q_norm and k_norm are in many plans."""
+    model = llama()
+    for layer in model.layers:
+        assert isinstance(layer.attention, nn.Module)
+        layer.attention.q_norm = nn.RMSNorm(8, device="meta")
+    plan = changed("rowwise", layers__ANY__attention__q_norm=REPLICATE)
+    assert refusal(model, plan) == (
+        'plan "mine": rule "layers.*.attention.q_norm" (replicate): layers.0.attention.q_norm is below a gather_input, where each rank\'s '
+        "gradient is a part of the sum. Use sequence_parallel, which sums the parts."
+    )
+    resolve(model, changed("rowwise", layers__ANY__attention__q_norm=Style(StyleName.SEQUENCE_PARALLEL)), tp=2)
+
+
+@pytest.mark.parametrize(
+    ("tp", "message"),
+    [
+        (5, 'rule "layers.*.attention.wq" (colwise) splits 12 heads of layers.0.attention over tp=5. Use tp in {1, 2, 3, 4, 6, 12}.'),
+        (3, 'rule "layers.*.attention.wk" (colwise) splits 4 KV heads of layers.0.attention over tp=3. Use tp in {1, 2, 4}.'),
+        (12, 'rule "layers.*.attention.wk" (colwise) splits 4 KV heads of layers.0.attention over tp=12. Use tp in {1, 2, 4}.'),
+    ],
+)
+def test_heads_that_do_not_divide_are_refused(tp: int, message: str) -> None:
+    assert refusal(llama(), builtin_plan("rowwise"), tp=tp) == f'plan "rowwise": {message}'
+
+
+def test_llama_3_8b_fits_no_more_than_8_ranks() -> None:
+    assert refusal(get_spec("llama3-8b").with_layers(1).build(), builtin_plan("colwise"), tp=16) == (
+        'plan "colwise": rule "layers.*.attention.wk" (colwise) splits 8 KV heads of layers.0.attention over tp=16. Use tp in {1, 2, 4, 8}.'
+    )
+
+
+def test_a_hidden_size_that_does_not_divide_is_refused_for_colwise_only() -> None:
+    assert refusal(llama(), builtin_plan("colwise"), tp=7) == (
+        'plan "colwise": rule "tok_embeddings" (colwise) splits hidden 96 of tok_embeddings over tp=7. '
+        "Use tp in {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 96}."
+    )
+    assert "splits 12 heads" in refusal(llama(), builtin_plan("rowwise"), tp=7)
+
+
+@pytest.mark.parametrize("name", ["rowwise", "colwise", "routed", "replicated"])
+def test_a_sequence_that_does_not_divide_is_refused(name: str) -> None:
+    assert refusal(llama(), builtin_plan(name), tp=4, seq=10) == (
+        f'plan "{name}": rule "tok_embeddings" ({name}) cuts the sequence, and 10 is no multiple of tp=4. '
+        "Use a sequence that is a multiple of 4, or a plan without sequence parallelism."
+    )
+
+
+def test_any_sequence_goes_without_sequence_parallelism() -> None:
+    assert len(resolve(llama(), builtin_plan("rowwise", sequence_parallel=False), tp=4, seq=10)) == 25
+
+
+def test_an_empty_shard_is_refused_with_an_fsdp_axis_only() -> None:
+    model = llama(vocab_size=5)
+    resolve(model, builtin_plan("rowwise"), tp=4)
+    assert refusal(model, builtin_plan("rowwise"), tp=4, fsdp=2) == (
+        'plan "rowwise": rule "tok_embeddings" (rowwise) leaves a rank without rows of tok_embeddings (5 over tp=4), '
+        "which FSDP can't shard further. Use tp of at most 5, or no fsdp axis."
+    )
+    assert refusal(model, builtin_plan("colwise"), tp=4, fsdp=2) == (
+        'plan "colwise": rule "output" (colwise) leaves a rank without rows of output (5 over tp=4), '
+        "which FSDP can't shard further. Use tp of at most 5, or no fsdp axis."
+    )
+
+
+def test_an_interleaved_table_with_an_fsdp_axis_is_refused() -> None:
+    assert refusal(llama(), builtin_plan("routed-interleaved"), fsdp=2) == (
+        'plan "routed-interleaved": rule "tok_embeddings" (routed) interleaves the rows of tok_embeddings, and no checkpoint could tell '
+        'their order once FSDP cuts them again. Use ownership = "contiguous", or no fsdp axis.'
+    )
+
+
+@pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"sparse": True}, {"scale_grad_by_freq": True}])
+def test_embedding_options_that_no_style_carries_out_are_refused(option: dict[str, object]) -> None:
+    model = llama()
+    model.tok_embeddings = nn.Embedding(32, 96, device="meta", **option)  # type: ignore[arg-type]
+    assert refusal(model, builtin_plan("rowwise")) == (
+        'plan "rowwise": rule "tok_embeddings" (rowwise): tok_embeddings uses max_norm, sparse or scale_grad_by_freq, '
+        "which no style carries out. Switch them off."
+    )
+
+
+def test_uneven_widths_are_refused_for_the_dtensor_engine() -> None:
+    assert refusal(llama(n_kv_heads=12), builtin_plan("rowwise@dtensor"), tp=3) == (
+        'plan "rowwise@dtensor": rule "layers.*.feed_forward.w1" (colwise) splits 160 of layers.0.feed_forward.w1 over tp=3, '
+        "and PyTorch's own styles need equal parts. Use tp in {1, 2, 4, 5, 8, 10, 16, 20, 32, 40, 80, 160}."
+    )
+    resolve(llama(n_kv_heads=12), builtin_plan("rowwise"), tp=3)
+
+
+def test_an_empty_shard_is_refused_for_the_dtensor_engine() -> None:
+    assert refusal(llama(vocab_size=5), builtin_plan("rowwise@dtensor"), tp=4) == (
+        'plan "rowwise@dtensor": rule "tok_embeddings" (rowwise) leaves a rank without rows of tok_embeddings (5 over tp=4). '
+        "Use tp of at most 5."
+    )
+
+
+def test_tied_weights_are_refused_for_the_dtensor_engine() -> None:
+    assert refusal(llama(tied=True), builtin_plan("rowwise@dtensor")) == (
+        'plan "rowwise@dtensor": tok_embeddings.weight and output.weight are tied, and PyTorch\'s own styles would untie them. '
+        'Use engine = "native".'
+    )
+
+
+def test_a_tied_head_must_be_colwise() -> None:
+    assert refusal(llama(tied=True), changed("rowwise", output=ROWWISE)) == (
+        'plan "mine": rule "output" (rowwise): output is tied to the embedding. Allowed for a tied head: colwise.'
+    )
+
+
+def test_a_tied_head_without_a_rule_is_not_covered() -> None:
+    assert refusal(llama(tied=True), changed("rowwise", output=None)) == (
+        'plan "mine": no rule covers output, a Linear. Add one: "output" = one of colwise, replicate, rowwise.'
+    )
+
+
+def test_other_ties_are_refused() -> None:
+    model = llama()
+    first, second = model.layers
+    first.feed_forward.w1.weight = second.feed_forward.w1.weight  # type: ignore[union-attr]
+    assert refusal(model, builtin_plan("rowwise")) == (
+        'plan "rowwise": layers.0.feed_forward.w1.weight and layers.1.feed_forward.w1.weight are tied. '
+        "Only an embedding tied to one linear head can be sharded."
+    )
+
+
+INTERLEAVED = Style(StyleName.ROUTED, ownership=Ownership.INTERLEAVED)
+
+
+def test_whole_logits_of_a_tied_interleaved_table_are_refused() -> None:
+    plan = changed("rowwise", tok_embeddings=INTERLEAVED, output=Style(StyleName.COLWISE, input=Shard(1), output=Replicate()))
+    assert refusal(llama(tied=True), plan) == (
+        'plan "mine": rule "output" (colwise): output is tied to an interleaved table, so its whole logits would be out of order. '
+        'Use output = "shard(-1)", or ownership = "contiguous".'
+    )
+    resolve(llama(), plan, tp=2)
+
+
+def test_the_bias_of_a_head_tied_to_an_interleaved_table_is_refused() -> None:
+    model = llama(tied=True)
+    model.output.bias = nn.Parameter(torch.empty(32, device="meta"))
+    assert refusal(model, builtin_plan("routed-interleaved")) == (
+        'plan "routed-interleaved": rule "output" (colwise): output is tied to an interleaved table, and its bias is not dealt out like '
+        'that. Use ownership = "contiguous".'
+    )
+    resolve(model, builtin_plan("routed"), tp=2)
+
+
+@pytest.mark.parametrize("kind", [nn.Dropout, nn.Dropout1d, nn.AlphaDropout])
+def test_dropout_is_refused_unless_it_drops_nothing(kind: type[nn.Dropout]) -> None:
+    model = llama()
+    model.layers[0].add_module("drop", kind(0.1))
+    assert refusal(model, builtin_plan("rowwise")) == (
+        f'plan "rowwise": layers.0.drop is a {kind.__name__}(0.1), whose masks would differ between the ranks. Set its p to 0.'
+    )
+    model.layers[0].add_module("drop", kind(0.0))
+    resolve(model, builtin_plan("rowwise"), tp=2)
+
+
+def test_a_module_with_parameters_of_its_own_is_refused_by_name() -> None:
+    model = llama()
+    model.layers[1].register_parameter("gate", nn.Parameter(torch.empty(3, device="meta")))
+    assert refusal(model, builtin_plan("rowwise")) == (
+        'plan "rowwise": layers.1, a Block, holds parameters of its own, and the native engine knows what to do with '
+        "Linear, Embedding, RMSNorm, LayerNorm only. Use PyTorch's own styles for it."
+    )
+
+
+def test_parameters_of_the_model_itself_are_refused() -> None:
+    model = llama()
+    model.register_parameter("positions", nn.Parameter(torch.empty(3, 96, device="meta")))
+    assert refusal(model, builtin_plan("rowwise")) == (
+        'plan "rowwise": the model itself, a Llama, holds parameters of its own, and the native engine knows what to do with '
+        "Linear, Embedding, RMSNorm, LayerNorm only. Use PyTorch's own styles for it."
+    )
+
+
+def test_a_subclass_of_a_shardable_module_is_refused() -> None:
+    class Scaled(nn.Linear):
+        pass
+
+    model = llama()
+    model.output = Scaled(96, 32, bias=False, device="meta")
+    assert refusal(model, builtin_plan("rowwise")) == (
+        'plan "rowwise": rule "output" (colwise) matched output, a Scaled, which can\'t be sharded. '
+        "Shardable: Linear, Embedding, RMSNorm, LayerNorm."
+    )
+
+
+def test_every_module_of_a_fitting_plan_gets_its_rule_in_the_models_order() -> None:
+    assignments = resolve(llama(), builtin_plan("rowwise"), tp=2, seq=24)
+    assert [a.name for a in assignments[:4]] == ["tok_embeddings", "layers.0.attention_norm", "layers.0.attention", "layers.0.attention.wq"]
+    assert [str(a.rule) for a in assignments[-2:]] == ['"norm" (sequence_parallel)', '"output" (colwise)']
+
+
+def test_ties_are_known_by_all_their_names() -> None:
+    names = ("tok_embeddings.weight", "output.weight")
+    assert tied_parameters(llama(tied=True)) == dict.fromkeys(names, names)
+    assert tied_parameters(llama()) == {}
+
+
+def test_below_a_gather_input_is_what_an_enclosing_module_gathers_for() -> None:
+    plan = builtin_plan("rowwise")
+    assert below_gather_input("layers.0.attention.wq", plan)
+    assert not below_gather_input("layers.0.attention", plan)
+    assert not below_gather_input("output", plan)
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[DeviceMesh]:
+    """Rank 0 of 2, without another process: PyTorch's fake process group."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        mistyped("layers.*.atention.wq"),
+        changed("rowwise", norm=None),
+        changed("rowwise", output=ROUTED),
+        changed("rowwise", layers__ANY__attention__wk=REPLICATE),
+        replace(changed("routed"), engine=Engine.DTENSOR),
+    ],
+    ids=lambda plan: plan.rules[-1].pattern,
+)
+def test_a_refused_model_is_as_it_was_before(two_ranks: DeviceMesh, plan: Plan) -> None:
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(PlanError):
+        parallelize(model, plan, two_ranks)
+    assert snapshot(model) == before
+    assert applied_to(model).plan is None
+    parallelize(model, "rowwise", two_ranks)
+    assert snapshot(model) != before
+    assert applied_to(model).plan == builtin_plan("rowwise")
+
+
+def test_a_sharded_model_is_not_sharded_again(two_ranks: DeviceMesh) -> None:
+    model = parallelize(llama(), "rowwise", two_ranks)
+    with pytest.raises(PlanError, match=r'^plan "colwise": the model is sharded already\. Build a fresh one for another plan\.$'):
+        parallelize(model, "colwise", two_ranks)
+
+
+def test_a_model_of_dtensors_is_refused(two_ranks: DeviceMesh) -> None:
+    model = llama()
+    whole = distribute_tensor(torch.ones(96), two_ranks, [TorchReplicate()])
+    model.norm.weight = nn.Parameter(whole)
+    with pytest.raises(
+        PlanError, match=r'^plan "rowwise": norm\.weight is a DTensor already\. Call parallelize\(\) before fully_shard\(\)\.$'
+    ):
+        parallelize(model, "rowwise", two_ranks)
+
+
+def test_a_mesh_without_a_tp_axis_is_refused(two_ranks: DeviceMesh) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    with pytest.raises(MeshError, match=r'^parallelize: the mesh has axes \(\'dp\',\)\. Name one of them "tp"\.$'):
+        parallelize(llama(), "rowwise", mesh)
