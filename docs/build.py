@@ -1,8 +1,8 @@
 """Writes the generated parts of the docs: cli.md from the command itself, and the README's example from docs/example/comparison.json.
 
-    python docs/build.py             writes them
-    python docs/build.py --check     writes nothing; exit code 1 where a document differs
-    python docs/build.py --picture   also takes the picture of the example's report (needs Chromium)
+python docs/build.py             writes them
+python docs/build.py --check     writes nothing; exit code 1 where a document differs
+python docs/build.py --picture   also takes the picture of the example's report (needs Chromium)
 """
 
 import argparse
@@ -53,7 +53,11 @@ def cli_reference() -> str:
 
 def _row(parameter: Any) -> str:
     is_argument = parameter.param_type_name == "argument"
-    names = f"`{parameter.name.upper()}`" if is_argument else ", ".join(f"`{option}`" for option in (*parameter.opts, *parameter.secondary_opts))
+    names = (
+        f"`{parameter.name.upper()}`"
+        if is_argument
+        else ", ".join(f"`{option}`" for option in (*parameter.opts, *parameter.secondary_opts))
+    )
     default = parameter.show_default if isinstance(parameter.show_default, str) else parameter.default
     shown = "" if default is None or default is False else str(default).lower() if default is True else str(default)
     return f"| {names} | {(parameter.help or '').replace('|', '/')} | {shown} |"
