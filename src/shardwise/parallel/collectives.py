@@ -136,17 +136,15 @@ def sum_now(x: Tensor, axis: Axis, origin: Origin) -> Tensor:
     return x
 
 
-def swap_others_now(blocks: Tensor, axis: Axis, origin: Origin, *, out: Tensor | None = None) -> Tensor:
+def swap_others_now(blocks: Tensor, axis: Axis, origin: Origin) -> Tensor:
     """[n - 1, ...], a block for every other rank in order -> [n - 1, ...], one from every other rank in order; no gradient."""
     splits = [int(rank != axis.rank) for rank in range(axis.size)]
-    return swap_rows_now(blocks, splits, splits, axis, origin, out=out)
+    return swap_rows_now(blocks, splits, splits, axis, origin)
 
 
-def swap_rows_now(
-    rows: Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], axis: Axis, origin: Origin, *, out: Tensor | None = None
-) -> Tensor:
-    """exchange_rows without a gradient. out: contiguous memory to receive into."""
-    received = rows.new_empty(sum(receive_splits), *rows.shape[1:]) if out is None else out
+def swap_rows_now(rows: Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], axis: Axis, origin: Origin) -> Tensor:
+    """exchange_rows without a gradient."""
+    received = rows.new_empty(sum(receive_splits), *rows.shape[1:])
     if axis.size == 1:
         return received.copy_(rows)
     with _labelled(CollectiveKind.ALL_TO_ALL, origin):

@@ -178,10 +178,10 @@ class _LookUpSlices(torch.autograd.Function):
         axis, width = site.axis, weight.shape[1]
         others = [rank for rank in range(axis.size) if rank != axis.rank]
         own_ids, other_ids = ids_TN[axis.rank], ids_TN[others].flatten()
-        ctx.save_for_backward(torch.cat((own_ids, other_ids)))
+        ctx.save_for_backward(own_ids, other_ids)
         ctx.saved = (weight.shape[0], padding_idx, site, others)
         out = weight.new_empty(len(own_ids), axis.size, width)
-        out[:, axis.rank] = weight.index_select(0, own_ids)
+        torch.index_select(weight, 0, own_ids, out=out[:, axis.rank])
         if others:
             slices = weight.index_select(0, other_ids).view(len(others), -1, width)
             received = collectives.swap_others_now(slices, axis, site.origin(Shard(2), Shard(1)))
@@ -191,13 +191,22 @@ class _LookUpSlices(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_NH: Tensor) -> Any:
-        (ids,) = ctx.saved_tensors
+        own_ids, other_ids = ctx.saved_tensors
         n_rows, padding_idx, site, others = ctx.saved
         grad_NTh = grad_NH.unflatten(1, (site.axis.size, -1))
-        grad_TNh = grad_NH.new_empty(grad_NTh.movedim(1, 0).shape)  # the own tokens first, as the ids are
-        grad_TNh[0] = grad_NTh[:, site.axis.rank]
+        own_Nh = grad_NTh[:, site.axis.rank]
+        received = own_Nh.new_empty(0, *own_Nh.shape)
         if others:
             slices = torch.stack([grad_NTh[:, rank] for rank in others])
-            collectives.swap_others_now(slices, site.axis, site.origin(Shard(1), Shard(2)), out=grad_TNh[1:])
-        no_row = -1 if padding_idx is None else padding_idx
-        return torch.ops.aten.embedding_dense_backward(grad_TNh.flatten(0, 1), ids, n_rows, no_row, False), None, None, None
+            received = collectives.swap_others_now(slices, site.axis, site.origin(Shard(1), Shard(2)))
+        received_Mh = received.flatten(0, 1)
+        if grad_NH.device.type == "cpu":
+            # added from where it lies: on a CPU fresh memory for both parts side by side would cost more than the adding
+            grad_weight = own_Nh.new_zeros(n_rows, own_Nh.shape[1]).index_add_(0, own_ids, own_Nh).index_add_(0, other_ids, received_Mh)
+            if padding_idx is not None:
+                grad_weight[padding_idx] = 0
+        else:  # index_add_ would add in random order there
+            rows, ids = torch.cat((own_Nh, received_Mh)), torch.cat((own_ids, other_ids))
+            no_row = -1 if padding_idx is None else padding_idx
+            grad_weight = torch.ops.aten.embedding_dense_backward(rows, ids, n_rows, no_row, False)
+        return grad_weight, None, None, None
