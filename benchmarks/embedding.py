@@ -68,7 +68,7 @@ class Settings:
     hidden: int = 1024
     batch: int = 4
     seq: int = 2048
-    rounds: int = 21
+    rounds: int = 41
     warm_ups: int = 3
     seed: int = 0
 

@@ -3,6 +3,7 @@
 import tomllib
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -19,8 +20,9 @@ def read_config(context: typer.Context, value: str | None) -> str | None:
         table = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise OptionError(f"--config {name}: not valid TOML: {error}.") from None
-    known = {str(parameter.name).removeprefix("with_"): str(parameter.name) for parameter in context.command.params}
-    known.pop("config", None)
+    known = {_option_name(parameter): str(parameter.name) for parameter in context.command.params}
+    for no_key in ("config", "help"):
+        known.pop(no_key, None)
     defaults = {}
     for key, given in table.items():
         option = key.replace("-", "_")
@@ -31,6 +33,12 @@ def read_config(context: typer.Context, value: str | None) -> str | None:
         defaults[known[option]] = [str(item) for item in given] if isinstance(given, list) else given
     context.default_map = {**(context.default_map or {}), **defaults}
     return value
+
+
+def _option_name(parameter: Any) -> str:
+    """`--random-ids` -> random_ids; an argument by its name."""
+    option = str(parameter.opts[0])
+    return option.removeprefix("--").replace("-", "_") if option.startswith("--") else str(parameter.name)
 
 
 def shipped_configs() -> list[str]:
