@@ -75,7 +75,7 @@ def compare(
         Path | None, typer.Option(help="Your tokenizer.json; by default one is trained on the text.", rich_help_panel=_STEP)
     ] = None,
     random_ids: Annotated[bool, typer.Option("--random-ids", help="Uniform random ids instead of text.", rich_help_panel=_STEP)] = False,
-    rounds: Annotated[int, typer.Option(help="Timed steps of every plan, interleaved.", min=1, rich_help_panel=_RUN)] = 12,
+    rounds: Annotated[int, typer.Option(help="Timed steps of every plan, interleaved.", min=1, rich_help_panel=_RUN)] = 20,
     warmup: Annotated[
         int, typer.Option(help="Steps of every plan before the clock starts, after a first one.", min=0, rich_help_panel=_RUN)
     ] = 1,

@@ -62,7 +62,7 @@ class CollectiveUse:
 
 @dataclass(frozen=True, slots=True)
 class ModuleTimes:
-    """One module alone, forward and backward, a pair of times per round; a round's time is its slowest rank's."""
+    """One module alone, forward and backward, a pair of times per round: each rank's median of a few runs, then the slowest rank's."""
 
     module: str
     forward_s: tuple[float, ...]

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from shardwise.models.specs import ModelSpec
 from shardwise.parallel.recorder import CollectiveRecorder
 from shardwise.step.build import build_model
 from shardwise.step.train import Phase, StepResult, TrainStep
+
+MODULE_RUNS = 3
 
 MicroBatches = Sequence[tuple[Tensor, Tensor]]
 
@@ -122,8 +125,9 @@ class Subject:
         self.gradient_norms.append(float(result.gradient_norm.item()))
 
     def timed_module(self, alone: "ModuleAlone", *, keep: bool = True) -> float:
-        """One forward and backward of a module alone; seconds of both together."""
-        forward_s, backward_s = alone.run(self.device)
+        """A module alone, forward and backward, the median of a few runs of each (it takes milliseconds); seconds of both together."""
+        runs = [alone.run(self.device) for _ in range(MODULE_RUNS)]
+        forward_s, backward_s = (float(median(times)) for times in zip(*runs, strict=True))
         if keep:
             self.module_forward_s.append(forward_s)
             self.module_backward_s.append(backward_s)
