@@ -3,8 +3,10 @@
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +23,8 @@ from shardwise.core.plan import Plan, suggest
 
 if TYPE_CHECKING:
     from shardwise.cli.compare_ranks import CompareJob
+    from shardwise.cli.progress import ProgressLine
+    from shardwise.cli.run_folder import RunFolder
     from shardwise.measure.record import RankReport
     from shardwise.models.specs import ModelSpec
     from shardwise.text.stream import TokenStream
@@ -214,26 +218,17 @@ class _Run:
         if not self.speaks:
             self._launch(None, lambda _: None)
             return 0
-        with ProgressLine(quiet=False) as progress:
+        with ProgressLine() as progress:
             progress.say("reading text")
             stream = self._tokens(files, tokenizer, random_ids, progress.say)
             with RunFolder(out, "compare", started) as folder:
                 folder.write("settings.json", msgspec.json.format(msgspec.json.encode(self.request.job), indent=2))
                 progress.say(f"starting {self.request.mesh.world_size} ranks")
-
-                def on_event(event: bytes) -> None:
-                    from shardwise.cli.compare_ranks import Progress
-
-                    folder.append_event(event)
-                    step = msgspec.json.decode(event, type=Progress)
-                    progress.advance(step.done, step.total, step.text)
-
-                reports = self._launch(stream, on_event)
-                progress.say("writing the report")
+                reports = self._launch(stream, partial(_on_event, folder, progress))
                 comparison = self._comparison(reports, stream, started)
-                return self._deliver(comparison, reports[0], folder)
+        return self._deliver(comparison, reports[0], folder)
 
-    def _tokens(self, files: list[Path], tokenizer: Path | None, random_ids: bool, say: "object") -> "TokenStream":
+    def _tokens(self, files: list[Path], tokenizer: Path | None, random_ids: bool, say: Callable[[str], None]) -> "TokenStream":
         from shardwise.text.batches import Batches
         from shardwise.text.stream import load_tokens
 
@@ -244,12 +239,12 @@ class _Run:
             tokenizer=tokenizer,
             random_ids=random_ids,
             seed=settings.seed,
-            progress=say,  # type: ignore[arg-type]
+            progress=say,
         )
         Batches(stream, settings.batch, settings.seq)  # too short a text is found here, not on the ranks
         return stream
 
-    def _launch(self, stream: "TokenStream | None", on_event: "object") -> "list[RankReport]":
+    def _launch(self, stream: "TokenStream | None", on_event: Callable[[bytes], None]) -> "list[RankReport]":
         from shardwise.cli.compare_ranks import pack
         from shardwise.launch import run_ranks
         from shardwise.measure.record import RankReport
@@ -260,7 +255,7 @@ class _Run:
             world_size=self.request.mesh.world_size,
             device_type=self.request.device_type,
             timeout_s=self.timeout_s,
-            on_event=on_event,  # type: ignore[arg-type]
+            on_event=on_event,
             threads_per_rank=_threads(self.request),
         )
         return [msgspec.json.decode(result, type=RankReport) for result in results]
@@ -303,14 +298,12 @@ class _Run:
             notes=(*notes(measurements), *reports[0].notes, *_text_notes(stream)),
         )
 
-    def _deliver(self, comparison: Comparison, report: "RankReport", folder: "object") -> int:
+    def _deliver(self, comparison: Comparison, report: "RankReport", folder: "RunFolder") -> int:
         """Terminal or JSON first, then files: a disk that is full by now loses nothing that was measured."""
-        from shardwise.cli.run_folder import RunFolder
         from shardwise.report.html import comparison_html
         from shardwise.report.json import comparison_json
         from shardwise.report.terminal import render_comparison
 
-        assert isinstance(folder, RunFolder)
         document = comparison_json(comparison)
         findings = _findings(report)
         if self.as_json:
@@ -326,6 +319,15 @@ class _Run:
             page = folder.write("report.html", comparison_html(comparison))
             self.console.print(f"\nReport: {page}", markup=False, highlight=False, soft_wrap=True)
         return 1 if findings else 0
+
+
+def _on_event(folder: "RunFolder", progress: "ProgressLine", event: bytes) -> None:
+    """To disk first: nothing that was measured is lost."""
+    from shardwise.cli.compare_ranks import Progress
+
+    folder.append_event(event)
+    step = msgspec.json.decode(event, type=Progress)
+    progress.advance(step.done, step.total, step.text)
 
 
 def _findings(report: "RankReport") -> list[tuple[str, Finding, Agreement | None]]:

@@ -11,11 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class ProgressLine:
     """`total` units of work, unknown until the first event."""
 
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
+    def __init__(self) -> None:
         self._bar: Progress | None = None
         self._last = ""
-        if not quiet and sys.stderr.isatty():
+        if sys.stderr.isatty():
             self._bar = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
@@ -31,7 +30,7 @@ class ProgressLine:
         """A new phase."""
         if self._bar is not None:
             self._bar.update(self._task, description=text)
-        elif not self._quiet and text != self._last:
+        elif text != self._last:
             print(f"shardwise: {text}", file=sys.stderr, flush=True)
             self._last = text
 
