@@ -68,7 +68,9 @@ def compare(
     ] = "float32",
     accumulation: Annotated[int, typer.Option(help="Micro-batches that a step's batch is cut into.", min=1, rich_help_panel=_STEP)] = 1,
     recompute: Annotated[str, typer.Option(help="Activation checkpointing: none, or full (every layer).", rich_help_panel=_STEP)] = "none",
-    compile_layers: Annotated[bool, typer.Option("--compile", help="torch.compile every layer.", rich_help_panel=_STEP)] = False,
+    compile_layers: Annotated[
+        bool, typer.Option("--compile", help="torch.compile every layer: not offered yet, and refused.", rich_help_panel=_STEP)
+    ] = False,
     learning_rate: Annotated[float, typer.Option(help="AdamW's.", rich_help_panel=_STEP)] = 3e-4,
     max_norm: Annotated[float, typer.Option(help="Gradients are clipped to this global norm.", rich_help_panel=_STEP)] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the initial weights and of random ids.", min=0, rich_help_panel=_STEP)] = 0,
