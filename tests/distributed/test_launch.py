@@ -262,12 +262,23 @@ except ShardwiseError as error:
 """
 
 
+def hear_signals() -> None:
+    """A shell's background jobs ignore Ctrl-C, and what they start does too."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def parent() -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     """A process that runs two ranks without end, and the ranks' pids."""
     environment = {**os.environ, "PYTHONPATH": str(WORKERS)}
     with subprocess.Popen(
-        [sys.executable, "-c", PARENT], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", PARENT],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_signals,
     ) as process:
         try:
             assert process.stdout

@@ -1,5 +1,6 @@
 """The installed command as a process, as a user starts it; and its ranks, found by process id."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -19,8 +20,14 @@ def shardwise(*args: str, cwd: Path | None = None, timeout_s: float = 240.0) -> 
 
 
 def start(*args: str, cwd: Path) -> subprocess.Popen[str]:
-    """Starts the command."""
-    return subprocess.Popen([SHARDWISE, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
+    """Starts the command, as from a terminal: with the signals that a test run in the background may ignore."""
+    return subprocess.Popen([SHARDWISE, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, preexec_fn=hear_signals)
+
+
+def hear_signals() -> None:
+    """A shell's background jobs ignore Ctrl-C, and what they start does too."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def ranks_of(parent: subprocess.Popen[str]) -> list[psutil.Process]:

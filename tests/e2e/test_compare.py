@@ -257,7 +257,11 @@ def test_ctrl_c_ends_all_ranks(tmp_path: Path) -> None:
     wait_for_rounds(tmp_path / "run", parent)
     ranks = ranks_of(parent)
     parent.send_signal(signal.SIGINT)
-    _, stderr = parent.communicate(timeout=GRACE_S)
+    try:
+        _, stderr = parent.communicate(timeout=GRACE_S)
+    finally:
+        parent.kill()
+        parent.wait()
     assert parent.returncode == 130
     assert stderr.splitlines()[-1] == "shardwise: stopped by Ctrl-C; no rank was left behind."
     assert len(ranks) == 2
