@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -306,11 +305,10 @@ def test_a_folder_that_holds_a_run_is_not_written_over(run: tuple[Path, Comparis
     assert (run[0] / "comparison.json").read_bytes() == before
 
 
-def test_help_shows_examples_and_every_option_has_words() -> None:
+def test_help_shows_examples() -> None:
     ended = shardwise("compare", "--help")
     assert ended.returncode == 0
     assert "shardwise compare rowwise colwise --mesh tp=4" in ended.stdout
-    assert shutil.which("shardwise") is not None or Path(sys.executable).with_name("shardwise").exists()
 
 
 def test_a_printed_plan_is_a_plan_file(tmp_path: Path) -> None:
