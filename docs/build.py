@@ -3,6 +3,7 @@
 python docs/build.py             writes them
 python docs/build.py --check     writes nothing; exit code 1 where a document differs
 python docs/build.py --picture   also takes the picture of the example's report (needs Chromium)
+python docs/build.py --walkthrough  also runs the embedding styles on toys and takes the pictures of their decisive steps (needs Chromium)
 """
 
 import argparse
@@ -19,14 +20,26 @@ import typer
 from rich.console import Console
 
 from shardwise.cli.main import app
+from shardwise.core.walkthrough import Subject
+from shardwise.explain.walkthrough import explain_walkthrough
 from shardwise.report.html import comparison_html
 from shardwise.report.json import comparison_from_json
 from shardwise.report.terminal import comparison_tables
+from shardwise.report.walkthrough_html import walkthrough_html
+from shardwise.trace.walkthrough import record_walkthrough
 
 DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
 EXAMPLE = DOCS / "example" / "comparison.json"
 WIDTH = 100
+# the pictures' window in pixels: a height that just holds the step
+WALKTHROUGH_WIDTH = 1160
+WALKTHROUGH_HEIGHTS = {
+    Subject.EMBEDDING_ROWWISE: 890,
+    Subject.EMBEDDING_COLWISE: 770,
+    Subject.EMBEDDING_ROUTED: 730,
+    Subject.EMBEDDING_REPLICATED: 1110,
+}
 _OUTPUT = re.compile(r"(<!-- begin:compare-output -->\n).*?(<!-- end:compare-output -->)", re.DOTALL)
 
 
@@ -77,27 +90,39 @@ def example_output() -> str:
     return "```\n" + "\n".join(line.rstrip() for line in printed.splitlines()).strip() + "\n```\n"
 
 
-def take_picture(target: Path) -> None:
-    """A picture of the example's report, its first screen."""
+def take_picture(page: str, target: Path, width: int, height: int, address: str = "") -> None:
+    """A picture of what a window shows of a page, opened at `#address`."""
     browser = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
     if browser is None:
-        raise SystemExit("docs/build.py: no Chromium found. Install it, or leave --picture out.")
-    comparison = comparison_from_json(EXAMPLE.read_bytes(), str(EXAMPLE))
+        raise SystemExit("docs/build.py: no Chromium found. Install it, or leave --picture and --walkthrough out.")
     with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder) / "report.html"
-        page.write_text(comparison_html(comparison), encoding="utf-8")
+        file = Path(folder) / "page.html"
+        file.write_text(page, encoding="utf-8")
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--disable-background-networking"]
         subprocess.run(
-            [browser, *options, f"--user-data-dir={folder}/profile", "--window-size=1200,1750", "--virtual-time-budget=8000",
-             f"--screenshot={target}", page.as_uri()],
+            [browser, *options, "--force-prefers-reduced-motion", f"--user-data-dir={folder}/profile", f"--window-size={width},{height}",
+             "--virtual-time-budget=8000", f"--screenshot={target}", f"{file.as_uri()}#{address}"],
             check=True, capture_output=True, timeout=120,
         )  # fmt: skip
+
+
+def take_walkthrough_pictures() -> None:
+    """The step of each embedding style in which rows travel."""
+    (DOCS / "walkthrough").mkdir(exist_ok=True)
+    walkthroughs = [explain_walkthrough(record_walkthrough(subject)) for subject in WALKTHROUGH_HEIGHTS]
+    page = walkthrough_html(walkthroughs)
+    for explained in walkthroughs:
+        number = next(index for index, step in enumerate(explained.steps, start=1) if step.transfers)
+        name = explained.subject.rpartition("/")[2]
+        height = WALKTHROUGH_HEIGHTS[explained.subject]
+        take_picture(page, DOCS / "walkthrough" / f"{name}.png", WALKTHROUGH_WIDTH, height, f"{explained.subject}/{number}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--picture", action="store_true")
+    parser.add_argument("--walkthrough", action="store_true")
     arguments = parser.parse_args()
     readme = README.read_text(encoding="utf-8")
     wanted = {
@@ -112,7 +137,10 @@ def main() -> int:
     for path in stale:
         path.write_text(wanted[path], encoding="utf-8")
     if arguments.picture:
-        take_picture(DOCS / "example" / "report.png")
+        comparison = comparison_from_json(EXAMPLE.read_bytes(), str(EXAMPLE))
+        take_picture(comparison_html(comparison), DOCS / "example" / "report.png", 1200, 1750)
+    if arguments.walkthrough:
+        take_walkthrough_pictures()
     return 0
 
 

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -194,7 +194,7 @@ def laws(context: RankContext, mesh: DeviceMesh) -> dict[str, float]:
             lambda x: collectives.reduce_scatter(
                 x,
                 0,
-                Axis(axis.name, axis.mesh, axis.group, axis.rank, t, not axis.pairwise_reduce_scatter),
+                replace(axis, size=t, pairwise_reduce_scatter=not axis.pairwise_reduce_scatter),
                 grad_placement=Shard(0),
                 origin=ORIGIN,
             ),

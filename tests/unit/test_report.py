@@ -15,8 +15,9 @@ from rich.console import Console
 from shardwise.core.errors import InputError
 from shardwise.core.measurement import Comparison, Ratio
 from shardwise.report import units
-from shardwise.report.html import comparison_html, script_json, short_name
+from shardwise.report.html import comparison_html, short_name
 from shardwise.report.json import comparison_from_json, comparison_json
+from shardwise.report.page import script_json
 from shardwise.report.rows import comparison_rows, not_measured
 from shardwise.report.terminal import plain, render_comparison
 from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME, cuda_example, example, module_only_example

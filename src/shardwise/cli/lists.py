@@ -13,17 +13,22 @@ from shardwise.parallel.builtin import ABOUT, builtin_plan
 
 def models(json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False) -> None:
     """List the models: shapes and exact parameter counts."""
+    from shardwise.models.source import NAMINGS
     from shardwise.models.specs import SPECS
 
     if json:
         rows = [{"name": s.name, "parameters": s.config.n_parameters, "config": s.config, "about": s.about} for s in SPECS.values()]
-        _print_json({"schema_version": 1, "models": rows})
+        namings = [{"form": form, "about": about} for form, about in NAMINGS]
+        _print_json({"schema_version": 1, "models": rows, "namings": namings})
         return
     table = Table("model", "parameters", "layers", "hidden", "heads/KV", "vocabulary", box=None)
     for spec in SPECS.values():
         c = spec.config
         table.add_row(spec.name, f"{c.n_parameters:,}", str(c.n_layers), str(c.hidden), f"{c.n_heads}/{c.n_kv_heads}", f"{c.vocab_size:,}")
-    Console().print(table)
+    others = Table("for explain, also", "", box=None)
+    for form, about in NAMINGS:
+        others.add_row(form, about)
+    Console().print(table, "", others, sep="\n")
 
 
 def plans(

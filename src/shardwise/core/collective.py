@@ -12,7 +12,7 @@ all-gather, the tensor of an all-reduce, one rank's input of an all-to-all). `wi
 What this file does not know: time. Backends may send more than the formula (gloo's reduce-scatter sends twice as much).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import assert_never
 
@@ -51,6 +51,10 @@ class Origin:
     rule: str
     before: Placement
     after: Placement
+
+    def turned(self, before: Placement, after: Placement) -> "Origin":
+        """The same asker, for what the gradient needs on its way back."""
+        return replace(self, before=before, after=after)
 
     def __str__(self) -> str:
         return f"{self.module} ({self.rule}): {self.before} -> {self.after}"

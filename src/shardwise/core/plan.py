@@ -29,6 +29,15 @@ class Engine(StrEnum):
     DTENSOR = "dtensor"
 
 
+class TheirPlan(StrEnum):
+    """What can stand in a plan's place where the rules aren't ours. unsharded: one rank holds the whole model. hf: a Hugging Face model's
+    own tp_plan, carried out by transformers. own: the model came sharded from the user's factory."""
+
+    UNSHARDED = "unsharded"
+    HF = "hf"
+    OWN = "own"
+
+
 class StyleName(StrEnum):
     """What a rule does to a module. Embedding: rowwise, colwise, routed, replicated. Linear: colwise, rowwise, replicate.
     Norm: sequence_parallel, replicate. Any module: gather_input."""

@@ -14,13 +14,14 @@ from torch.distributed.tensor import DTensor
 from shardwise.core.errors import OptionError
 from shardwise.core.measurement import MemoryUse, StepSettings
 from shardwise.core.plan import Plan
+from shardwise.core.program import Phase
 from shardwise.measure.memory import PeakMemory, kept_bytes
 from shardwise.measure.record import Traffic, traffic
 from shardwise.measure.sockets import sent_bytes
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.recorder import CollectiveRecorder
 from shardwise.step.build import build_model
-from shardwise.step.train import Phase, StepResult, TrainStep
+from shardwise.step.train import StepResult, TrainStep
 
 MODULE_RUNS = 3
 

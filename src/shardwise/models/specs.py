@@ -10,6 +10,7 @@ import torch
 
 from shardwise.core.errors import ModelError
 from shardwise.core.plan import suggest
+from shardwise.models.dtype import default_dtype
 from shardwise.models.llama import Llama, LlamaConfig, RopeScaling
 
 
@@ -25,15 +26,14 @@ class ModelSpec:
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ()
+
     def build(self, device: torch.device | str = "meta", dtype: torch.dtype = torch.float32) -> Llama:
         """The model with unfilled weights; on "meta" it holds none."""
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device(device):
-                return Llama(self.config)
-        finally:
-            torch.set_default_dtype(default)
+        with torch.device(device), default_dtype(dtype):
+            return Llama(self.config)
 
     def with_layers(self, n_layers: int) -> "ModelSpec":
         """The same widths at another depth."""

@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from shardwise.core.errors import MeshError, PlanError
+from shardwise.core.foreign import ForeignPlan
 from shardwise.core.plan import Engine, Plan
 from shardwise.parallel.builtin import builtin_plan
 from shardwise.parallel.dtensor import apply_dtensor
@@ -20,11 +21,12 @@ _ATTRIBUTE = "_shardwise"
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What parallelize() did to a model. row_order: parameters whose rows are interleaved."""
+    """What parallelize() did to a model. row_order: parameters whose rows are interleaved. foreign: another library's plan instead."""
 
     plan: Plan | None
     loss: Loss
     row_order: dict[str, RowOwnership] = field(default_factory=dict)
+    foreign: ForeignPlan | None = None
 
 
 def parallelize(model: nn.Module, plan: Plan | str, mesh: DeviceMesh) -> nn.Module:
@@ -52,8 +54,13 @@ def parallelize(model: nn.Module, plan: Plan | str, mesh: DeviceMesh) -> nn.Modu
             loss, row_order = apply_native(model, plan, mesh, fsdp=fsdp)
         case Engine.DTENSOR:
             loss, row_order = apply_dtensor(model, plan, mesh, fsdp=fsdp), {}
-    setattr(model, _ATTRIBUTE, Applied(plan, loss, row_order))
+    mark_applied(model, Applied(plan, loss, row_order))
     return model
+
+
+def mark_applied(model: nn.Module, applied: Applied) -> None:
+    """Notes on the model what was done to it."""
+    setattr(model, _ATTRIBUTE, applied)
 
 
 def _ranks_sharding_further(mesh: DeviceMesh) -> int:

@@ -1,5 +1,8 @@
 """Axis: one named axis of a device mesh, as the styles use it; and Site: a module's place in the plan."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -11,6 +14,27 @@ from shardwise.core.plan import ReduceScatter
 
 
 @dataclass(frozen=True, slots=True)
+class Target:
+    """The device type and the process group's backend for which styles choose their way."""
+
+    device_type: str
+    backend: str
+
+
+_target: ContextVar[Target | None] = ContextVar("target", default=None)
+
+
+@contextmanager
+def as_if_on(target: Target) -> Iterator[None]:
+    """Models that are sharded inside choose their way for `target`, whatever the mesh is made of: for tracing without that device."""
+    token = _target.set(target)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+@dataclass(frozen=True, slots=True)
 class Axis:
     """`mesh` is 1-D. `pairwise_reduce_scatter`: carry a reduce-scatter out as an all-to-all and a local sum."""
 
@@ -19,6 +43,7 @@ class Axis:
     group: dist.ProcessGroup
     rank: int
     size: int
+    device_type: str
     pairwise_reduce_scatter: bool
 
     @classmethod
@@ -26,15 +51,16 @@ class Axis:
         """The axis `name` of a named mesh (the mesh itself where it has that one axis only)."""
         axis_mesh = mesh[name] if mesh.ndim > 1 else mesh
         group = axis_mesh.get_group()
+        target = _target.get() or Target(axis_mesh.device_type, dist.get_backend(group))
         match reduce_scatter:
             case ReduceScatter.AUTO:
                 # gloo's own reduce-scatter sends as much as its all-reduce, twice what is needed
-                pairwise = dist.get_backend(group) == "gloo"
+                pairwise = target.backend == "gloo"
             case ReduceScatter.BACKEND:
                 pairwise = False
             case ReduceScatter.PAIRWISE:
                 pairwise = True
-        return cls(name, axis_mesh, group, axis_mesh.get_local_rank(), axis_mesh.size(), pairwise)
+        return cls(name, axis_mesh, group, axis_mesh.get_local_rank(), axis_mesh.size(), target.device_type, pairwise)
 
 
 @dataclass(frozen=True, slots=True)

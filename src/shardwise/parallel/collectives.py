@@ -14,11 +14,14 @@ computed a part), and a slice if it is Replicate (each rank computed the whole);
     exchange_rows    rows to their askers    Shard(0)         exchange_rows back
 
 All ranks of the axis must call in the same order. Sizes: a sharded dim is cut as torch.chunk cuts it; where chunks differ, all_gather
-and split pad on the wire. With an active profiler each collective is a range named `shardwise.KIND|ORIGIN`.
+and split pad on the wire. With an active profiler each collective is a range named `shardwise.KIND|ORIGIN`; a tracer below, at the
+dispatcher, asks `issuing()` who wants the collective that it sees.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,6 +35,22 @@ from shardwise.parallel.axis import Axis
 # the old names warn since 2.13
 _all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Issue:
+    """A collective that is being issued: for whom, and whether its splits depend on the data, not on shapes alone."""
+
+    origin: Origin
+    by_data: bool
+
+
+_issuing: ContextVar[Issue | None] = ContextVar("issuing", default=None)
+
+
+def issuing() -> Issue | None:
+    """The native engine's collective that runs now, in this thread; None outside of one."""
+    return _issuing.get()
 
 
 def chunk_sizes(size: int, parts: int) -> list[int]:
@@ -142,12 +161,14 @@ def swap_others_now(blocks: Tensor, axis: Axis, origin: Origin) -> Tensor:
     return swap_rows_now(blocks, splits, splits, axis, origin)
 
 
-def swap_rows_now(rows: Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], axis: Axis, origin: Origin) -> Tensor:
-    """exchange_rows without a gradient."""
+def swap_rows_now(
+    rows: Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], axis: Axis, origin: Origin, *, by_data: bool = False
+) -> Tensor:
+    """exchange_rows without a gradient. by_data: the splits come from the batch, not from shapes."""
     received = rows.new_empty(sum(receive_splits), *rows.shape[1:])
     if axis.size == 1:
         return received.copy_(rows)
-    with _labelled(CollectiveKind.ALL_TO_ALL, origin):
+    with _labelled(CollectiveKind.ALL_TO_ALL, origin, by_data=by_data):
         dist.all_to_all_single(received, rows.contiguous(), list(receive_splits), list(send_splits), group=axis.group)
     return received
 
@@ -179,7 +200,8 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         dim, axis, grad_placement, origin = ctx.saved
-        out = scatter_sum_now(grad, dim, axis, origin) if grad_placement == Partial() else _own_chunk(grad, dim, axis)
+        whole = grad_placement != Partial()
+        out = _own_chunk(grad, dim, axis) if whole else scatter_sum_now(grad, dim, axis, origin.turned(Partial(), origin.before))
         return out, None, None, None, None, None
 
 
@@ -192,7 +214,7 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         dim, axis, full_size, origin = ctx.saved
-        return gather_now(grad, dim, axis, full_size, origin), None, None, None
+        return gather_now(grad, dim, axis, full_size, origin.turned(origin.after, Replicate())), None, None, None
 
 
 class _AllReduce(torch.autograd.Function):
@@ -214,7 +236,8 @@ class _FanOut(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         axis, origin = ctx.saved
-        return sum_now(grad.clone(memory_format=torch.contiguous_format), axis, origin), None, None
+        turned = origin.turned(Partial(), Replicate())
+        return sum_now(grad.clone(memory_format=torch.contiguous_format), axis, turned), None, None
 
 
 class _Split(torch.autograd.Function):
@@ -226,7 +249,7 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         dim, axis, full_size, origin = ctx.saved
-        return gather_now(grad, dim, axis, full_size, origin), None, None, None
+        return gather_now(grad, dim, axis, full_size, origin.turned(origin.after, Replicate())), None, None, None
 
 
 class _AllToAll(torch.autograd.Function):
@@ -238,7 +261,8 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         split_dim, concat_dim, split_size, axis, origin = ctx.saved
-        return _swap_dims(grad, concat_dim, split_dim, split_size, axis, origin), None, None, None, None, None
+        turned = origin.turned(origin.after, origin.before)
+        return _swap_dims(grad, concat_dim, split_dim, split_size, axis, turned), None, None, None, None, None
 
 
 class _ExchangeRows(torch.autograd.Function):
@@ -247,12 +271,13 @@ class _ExchangeRows(torch.autograd.Function):
         ctx: Any, rows: Tensor, send_splits: tuple[int, ...], receive_splits: tuple[int, ...], axis: Axis, origin: Origin
     ) -> Tensor:
         ctx.saved = (send_splits, receive_splits, axis, origin)
-        return swap_rows_now(rows, send_splits, receive_splits, axis, origin)
+        return swap_rows_now(rows, send_splits, receive_splits, axis, origin, by_data=True)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         send_splits, receive_splits, axis, origin = ctx.saved
-        return swap_rows_now(grad, receive_splits, send_splits, axis, origin), None, None, None, None
+        turned = origin.turned(origin.after, origin.before)
+        return swap_rows_now(grad, receive_splits, send_splits, axis, turned, by_data=True), None, None, None, None
 
 
 def _own_chunk(x: Tensor, dim: int, axis: Axis) -> Tensor:
@@ -265,7 +290,14 @@ def _expect(given: Placement, allowed: Sequence[Placement], what: str) -> None:
         raise ValueError(f"{what}: grad_placement is {given}. Allowed: {', '.join(map(str, allowed))}.")
 
 
-def _labelled(kind: CollectiveKind, origin: Origin) -> AbstractContextManager[object]:
-    if torch.autograd.profiler._is_profiler_enabled:
-        return torch.profiler.record_function(f"shardwise.{kind}|{origin}")
-    return nullcontext()
+@contextmanager
+def _labelled(kind: CollectiveKind, origin: Origin, *, by_data: bool = False) -> Iterator[None]:
+    token = _issuing.set(Issue(origin, by_data))
+    try:
+        if torch.autograd.profiler._is_profiler_enabled:
+            with torch.profiler.record_function(f"shardwise.{kind}|{origin}"):
+                yield
+        else:
+            yield
+    finally:
+        _issuing.reset(token)

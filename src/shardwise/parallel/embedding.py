@@ -21,6 +21,7 @@ from shardwise.core.plan import StyleName
 from shardwise.parallel import collectives
 from shardwise.parallel.axis import Site
 from shardwise.parallel.ownership import RowOwnership, route
+from shardwise.parallel.watch import show
 
 NO_ROW = -1
 
@@ -101,6 +102,8 @@ class EmbeddingShard:
     def _routed(self, ids_BS: Tensor, weight: Tensor) -> Tensor:
         axis, device = self.site.axis, weight.device
         plan = route(ids_BS.cpu(), self.ownership, axis.rank)
+        show("send_rows", plan.send_rows)
+        show("expand", plan.expand)
         send_rows = plan.send_rows.to(device, non_blocking=True)
         rows = F.embedding(send_rows, weight, self._padding_row())
         received = collectives.exchange_rows(
@@ -118,11 +121,13 @@ class EmbeddingShard:
         axis = self.site.axis
         if self.sequence_parallel and axis.size > 1:
             ids_BS = ids_BS.chunk(axis.size, 1)[axis.rank]
+        show("own_ids", ids_BS)
         return F.embedding(ids_BS.to(weight.device, non_blocking=True), weight, self.padding_idx)
 
     def _look_up_own(self, weight: Tensor, ids: Tensor) -> Tensor:
         """Rows of the ids that this rank owns, zeros for the others."""
         rows = torch.where(self.ownership.owner(ids) == self.site.axis.rank, self.ownership.local(ids), NO_ROW)
+        show("own_rows", rows)
         padding_row = self._padding_row()
         grad_rows = rows if padding_row is None else rows.masked_fill(rows == padding_row, NO_ROW)
         return _LookUpOwn.apply(weight, rows, grad_rows)  # type: ignore[no-any-return]
@@ -200,7 +205,7 @@ class _LookUpSlices(torch.autograd.Function):
             slices = torch.stack([grad_NTh[:, rank] for rank in others])
             received = collectives.swap_others_now(slices, site.axis, site.origin(Shard(1), Shard(2)))
         received_Mh = received.flatten(0, 1)
-        if grad_NH.device.type == "cpu":
+        if site.axis.device_type == "cpu":
             # added from where it lies: on a CPU fresh memory for both parts side by side would cost more than the adding
             grad_weight = own_Nh.new_zeros(n_rows, own_Nh.shape[1]).index_add_(0, own_ids, own_Nh).index_add_(0, other_ids, received_Mh)
             if padding_idx is not None:

@@ -22,6 +22,7 @@ from shardwise.core.placement import Replicate, Shard
 from shardwise.parallel import collectives
 from shardwise.parallel.axis import Site
 from shardwise.parallel.ownership import RowOwnership
+from shardwise.parallel.watch import show
 
 IGNORED = -100
 
@@ -76,6 +77,7 @@ class VocabParallelLoss:
         ids_N = labels_N.masked_fill(~valid_N, 0)
         mine_N = valid_N & (self.ownership.owner(ids_N) == self.site.axis.rank)
         columns_N = torch.where(mine_N, self.ownership.local(ids_N), -1)
+        show("own_columns", columns_N)
         total: Tensor = _VocabParallelSum.apply(logits.flatten(0, 1), valid_N, columns_N, self.site)
         return total / valid
 
@@ -132,6 +134,8 @@ class _VocabParallelSum(torch.autograd.Function):
         stats_T2N = collectives.gather_now(stats_2N.unsqueeze(0), 0, axis, axis.size, site.origin(Shard(-1), Replicate()))
         lse_N = torch.logsumexp(stats_T2N[:, 0], dim=0)
         losses_N = torch.where(valid_N, lse_N - stats_T2N[:, 1].sum(0), 0)
+        show("lse", lse_N)
+        show("losses", losses_N)
         ctx.save_for_backward(probabilities_NV, (local_lse_N - lse_N).exp() * valid_N, mine_N, picked_N)
         ctx.dtype = logits_NV.dtype
         return losses_N.sum()

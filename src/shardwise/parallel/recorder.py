@@ -33,6 +33,44 @@ _KINDS = {
 }
 
 
+def read_call(name: str, args: tuple[Any, ...], axes: Mapping[str, str], phase: str) -> CollectiveCall | None:
+    """The collective that the dispatcher op `name` (such as "c10d::allreduce_") issues with `args`; None if it is none, or not on `axes`.
+
+    axes: group name -> axis name.
+    """
+    kind = _KINDS.get(name)
+    if kind is None:
+        return None
+    group = _group_of(args)
+    if group is None or group.group_name not in axes:
+        return None
+    tensors = [tensor for argument in args for tensor in _tensors(argument)]
+    size = group.size()
+    sends: int | None = None
+    if kind is CollectiveKind.ALL_TO_ALL:
+        sent = tensors[-1] if name.startswith("c10d::") else tensors[0]
+        full = _bytes(sent)
+        splits = [list(argument) for argument in args if isinstance(argument, (list, tuple)) and argument and _are_ints(argument)]
+        if splits:  # (received, sent) rows per rank; the own part stays
+            rows = splits[-1]
+            sends = full - (full // max(1, sum(rows))) * rows[group.rank()]
+    elif kind is CollectiveKind.BROADCAST:
+        full = _bytes(tensors[0])
+    elif kind is CollectiveKind.ALL_GATHER and not name.startswith("c10d::"):
+        full = _bytes(tensors[0]) * size  # functional: its input is the shard
+    else:  # the largest is the whole tensor: a gather's output, a scatter's input
+        full = max(sum(_bytes(t) for t in _tensors(argument)) for argument in args)
+    return CollectiveCall(
+        kind=kind,
+        axis=axes[group.group_name],
+        axis_size=size,
+        dtype=str(tensors[0].dtype).removeprefix("torch."),
+        payload_bytes=full,
+        wire_bytes=float(sends) if sends is not None else wire_bytes(kind, full, size),
+        phase=phase,
+    )
+
+
 class CollectiveRecorder(TorchDispatchMode):
     """`axes`: group name -> axis name. Collectives on other groups are not this mesh's and are left out. `phase`: set by the caller;
     what autograd runs is booked on "backward" whatever it says."""
@@ -46,42 +84,12 @@ class CollectiveRecorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # seen again as the collectives on local tensors that DTensor makes of it
-        kind = _KINDS.get(func._schema.name)
-        if kind is not None:
-            self._record(kind, func._schema.name, args)
+        if func._schema.name in _KINDS:
+            phase = "backward" if torch._C._current_graph_task_id() != -1 else self.phase
+            call = read_call(func._schema.name, args, self._axes, phase)
+            if call is not None:
+                self.calls.append(call)
         return func(*args, **(kwargs or {}))
-
-    def _record(self, kind: CollectiveKind, name: str, args: tuple[Any, ...]) -> None:
-        group = _group_of(args)
-        if group is None or group.group_name not in self._axes:
-            return
-        tensors = [tensor for argument in args for tensor in _tensors(argument)]
-        size = group.size()
-        sends: int | None = None
-        if kind is CollectiveKind.ALL_TO_ALL:
-            sent = tensors[-1] if name.startswith("c10d::") else tensors[0]
-            full = _bytes(sent)
-            splits = [list(argument) for argument in args if isinstance(argument, (list, tuple)) and argument and _are_ints(argument)]
-            if splits:  # (received, sent) rows per rank; the own part stays
-                rows = splits[-1]
-                sends = full - (full // max(1, sum(rows))) * rows[group.rank()]
-        elif kind is CollectiveKind.BROADCAST:
-            full = _bytes(tensors[0])
-        elif kind is CollectiveKind.ALL_GATHER and not name.startswith("c10d::"):
-            full = _bytes(tensors[0]) * size  # functional: its input is the shard
-        else:  # the largest is the whole tensor: a gather's output, a scatter's input
-            full = max(sum(_bytes(t) for t in _tensors(argument)) for argument in args)
-        self.calls.append(
-            CollectiveCall(
-                kind=kind,
-                axis=self._axes[group.group_name],
-                axis_size=size,
-                dtype=str(tensors[0].dtype).removeprefix("torch."),
-                payload_bytes=full,
-                wire_bytes=float(sends) if sends is not None else wire_bytes(kind, full, size),
-                phase="backward" if torch._C._current_graph_task_id() != -1 else self.phase,
-            )
-        )
 
 
 def _group_of(args: tuple[Any, ...]) -> Any:

@@ -5,18 +5,15 @@ a name that came from a user's file stays text even where escaping should fail. 
 is in templates/comparison.js, their colours are in templates/comparison.css.
 """
 
-import base64
 import dataclasses
-import hashlib
 from dataclasses import dataclass
 
-import jinja2
-import msgspec
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from shardwise.core.measurement import Comparison
 from shardwise.report import units
+from shardwise.report.page import csp_hash, page_environment, script_json, template_source
 from shardwise.report.rows import Row, comparison_rows, measured_module, not_measured
 
 # What fits beside a bar on a phone; the whole name is in the tables and in the hover text.
@@ -80,13 +77,7 @@ class ChartData:
 def comparison_html(comparison: Comparison) -> str:
     """The whole page. About 5 MB, nearly all of it plotly.js."""
     rows = comparison_rows(comparison)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("shardwise.report", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     environment.globals.update(
         bytes=units.format_bytes,
         seconds=units.format_seconds,
@@ -98,7 +89,7 @@ def comparison_html(comparison: Comparison) -> str:
         number=units.format_number,
     )
     plotly_js = get_plotlyjs()
-    charts_js = _source(environment, "comparison.js")
+    charts_js = template_source(environment, "comparison.js")
     template = environment.get_template("comparison.html.j2")
     return template.render(
         comparison=comparison,
@@ -110,20 +101,12 @@ def comparison_html(comparison: Comparison) -> str:
         module=measured_module(comparison),
         has_findings=any(row.measurement.agreement and row.measurement.agreement.findings for row in rows),
         not_measured=not_measured(comparison),
-        css=Markup(_source(environment, "comparison.css")),
+        css=Markup(template_source(environment, "comparison.css")),
         plotly_js=Markup(plotly_js),
         charts_js=Markup(charts_js),
-        script_hashes=Markup(" ".join(_csp_hash(script) for script in (plotly_js, charts_js))),
+        script_hashes=Markup(" ".join(csp_hash(script) for script in (plotly_js, charts_js))),
         data=script_json(_chart_data(comparison, rows)),
     )
-
-
-def script_json(value: object) -> Markup:
-    """`value` as JSON that is inert inside <script type="application/json">: no character in it can end the element or a line."""
-    text = msgspec.json.encode(value).decode()
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)
 
 
 def short_name(name: str) -> str:
@@ -131,16 +114,6 @@ def short_name(name: str) -> str:
     if len(name) <= SHORT_NAME:
         return name
     return f"{name[: SHORT_NAME - 9]}…{name[-8:]}"
-
-
-def _source(environment: jinja2.Environment, name: str) -> str:
-    """A template file's text as it is, not rendered."""
-    assert environment.loader is not None
-    return environment.loader.get_source(environment, name)[0]
-
-
-def _csp_hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def _chart_data(comparison: Comparison, rows: tuple[Row, ...]) -> ChartData:

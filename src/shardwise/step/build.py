@@ -49,7 +49,7 @@ def build_model(
         for layer in model.layers:
             layer.compile()
     if recompute:
-        recompute_layers(model)
+        recompute_layers(model.layers)
     if plan is not None and mesh is not None and "fsdp" in (mesh.mesh_dim_names or ()):
-        shard_with_fsdp(model, mesh["fsdp"])
+        shard_with_fsdp(model, model.layers, mesh["fsdp"])
     return model

@@ -3,13 +3,13 @@
 Loss: mean over the valid labels of the global batch; each data-parallel rank and each micro-batch adds its summand, so uneven valid
 tokens weigh as they do on one process. Axes: `fsdp` reduces inside the backward (sums); `dp` all-reduces flattened gradients after it.
 
-The two engines differ in clipping only: native gradients go through clip_gradients (one all-reduce); DTensor's through
-torch.nn.utils.clip_grad_norm_ and full_tensor(), as torchtitan did in 2025.
+The two engines differ in clipping only: native gradients, and those of a model of which a part is sharded, go through clip_gradients (one
+all-reduce per axis); where PyTorch's own styles have made every parameter a DTensor, torch.nn.utils.clip_grad_norm_ and full_tensor()
+clip, as torchtitan did in 2025.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import partial
 
 import torch
@@ -21,19 +21,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from shardwise.core.plan import Engine
+from shardwise.core.program import Phase
 from shardwise.parallel.apply import applied_to
 from shardwise.parallel.loss import count_valid
 from shardwise.step.clipping import clip_gradients
-
-
-class Phase(StrEnum):
-    """What a step is doing; the backward is told from the forward by autograd itself."""
-
-    FORWARD = "forward"
-    BACKWARD = "backward"
-    REDUCE = "reduce"
-    CLIP = "clip"
-    OPTIMIZER = "optimizer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +35,15 @@ class StepResult:
     gradient_norm: Tensor
 
 
-def recompute_layers(model: nn.Module) -> None:
-    """Full activation checkpointing: every module in `model.layers` keeps its input only and runs again in the backward."""
-    for layer in model.layers:  # type: ignore[union-attr]
+def recompute_layers(layers: Iterable[nn.Module]) -> None:
+    """Full activation checkpointing: each of these modules keeps its input only and runs again in the backward."""
+    for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def shard_with_fsdp(model: nn.Module, mesh: DeviceMesh) -> None:
+def shard_with_fsdp(model: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh) -> None:
     """FSDP2 over a 1-D mesh, a unit per layer, summing gradients (the step's loss is normalised over the global batch already)."""
-    for layer in model.layers:  # type: ignore[union-attr]
+    for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     for module in model.modules():
@@ -78,9 +69,9 @@ class TrainStep:
     ) -> None:
         applied = applied_to(model)
         self.model = model
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True)
+        self.optimizer = torch.optim.AdamW(_groups(model), lr=learning_rate, fused=True)
         self._loss = applied.loss
-        self._is_dtensor = applied.plan is not None and applied.plan.engine is Engine.DTENSOR
+        self._torch_clips = _only_dtensors(model) and (applied.plan is None or applied.plan.engine is Engine.DTENSOR)
         self._max_norm = max_norm
         self._on_phase = on_phase or (lambda _: None)
         axes = mesh.mesh_dim_names or () if mesh is not None else ()
@@ -97,7 +88,10 @@ class TrainStep:
         total = torch.zeros((), device=device)
         for (ids_BS, _), labels_BS in zip(micro_batches, labels, strict=True):
             self._on_phase(Phase.FORWARD)
-            loss = self._loss(self.model(ids_BS), labels_BS, valid)
+            logits = self.model(ids_BS)
+            self._on_phase(Phase.LOSS)
+            loss = self._loss(logits, labels_BS, valid)
+            del logits  # the backward frees what it can as it goes
             self._on_phase(Phase.BACKWARD)
             with self._loss.backward_context():
                 loss.backward()
@@ -119,10 +113,22 @@ class TrainStep:
         return StepResult(loss, norm)
 
     def _clip(self) -> Tensor:
-        if not self._is_dtensor:
+        if not self._torch_clips:
             return clip_gradients(self.model.parameters(), self._max_norm)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._max_norm, foreach=True)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _groups(model: nn.Module) -> list[dict[str, list[nn.Parameter]]]:
+    """Parameter groups: a fused optimizer takes no mixture of DTensors and plain tensors, which other libraries' plans leave."""
+    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for parameter in model.parameters():
+        groups[not isinstance(parameter, DTensor)].append(parameter)
+    return [{"params": group} for group in groups if group]
+
+
+def _only_dtensors(model: nn.Module) -> bool:
+    return all(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def _sum_gradients(model: nn.Module, group: dist.ProcessGroup) -> None:

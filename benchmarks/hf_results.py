@@ -1,0 +1,141 @@
+"""The sweep over Hugging Face types as data, its file, and the tables of docs/hugging-face.md. No torch, no processes."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import msgspec
+
+from benchmarks.results import RESULTS, latest
+
+WHAT = "hf-explain"
+
+
+class Answer(StrEnum):
+    YES = "yes"
+    NO = "no"
+    NO_PLAN = "no plan"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One type. `model`: as a command names the form that was tried. `sharded`: share of its parameters that plan `hf` shards.
+
+    The reasons are a line each, empty where the answer isn't no; `note`: why it isn't simply two layers.
+    """
+
+    model_type: str
+    model: str
+    note: str
+    parameters: int | None
+    explained: Answer
+    reason: str
+    under_its_plan: Answer
+    plan_reason: str
+    sharded: float | None
+    seconds: float
+
+    @property
+    def is_whole(self) -> bool:
+        """Explained unsharded, and under its plan where it has one."""
+        return self.explained is Answer.YES and self.under_its_plan is not Answer.NO
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """A run over types, and what it ran with."""
+
+    command: str
+    started: str
+    dtype: str
+    tp: int
+    batch: int
+    seq: int
+    versions: tuple[tuple[str, str], ...]
+    rows: tuple[Row, ...]
+    what: str = WHAT
+    schema_version: int = 1
+
+    @property
+    def day(self) -> str:
+        return self.started[:10]
+
+    def write(self, folder: Path = RESULTS) -> Path:
+        """The file of this run; one of the same day is replaced."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.day}-{self.what}.json"
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
+        return path
+
+
+def newest_sweep(folder: Path = RESULTS) -> Sweep:
+    """Raises FileNotFoundError where there is none."""
+    return msgspec.json.decode(latest(WHAT, folder).read_bytes(), type=Sweep)
+
+
+def summary(sweep: Sweep) -> str:
+    """Counts in a sentence or two."""
+    rows = sweep.rows
+    explained = sum(row.explained is Answer.YES for row in rows)
+    planned = [row for row in rows if row.explained is Answer.YES and row.under_its_plan is not Answer.NO_PLAN]
+    under_plan = sum(row.under_its_plan is Answer.YES for row in planned)
+    return (
+        f"Of the {len(rows)} causal language model types, {explained} are explained unsharded. {len(planned)} of these have a "
+        f"tensor-parallel plan of their own, and {under_plan} are explained under it too."
+    )
+
+
+def blocks(sweep: Sweep) -> dict[str, str]:
+    """Name of a block of the documents -> its text."""
+    versions = dict(sweep.versions)
+    source = f"\nSource: `benchmarks/results/{sweep.day}-{sweep.what}.json`, made by `{sweep.command}`.\n"
+    about = (
+        f"\nRun: {sweep.dtype}, batch {sweep.batch}, sequence {sweep.seq}, tp {sweep.tp}; torch {versions['torch']}, transformers "
+        f"{versions['transformers']}. Parameters are of the form that was tried.\n"
+    )
+    made = {
+        WHAT: summary(sweep) + "\n\n" + _types_table(sweep.rows) + about + source,
+        f"{WHAT}-misses": _misses_table([row for row in sweep.rows if not row.is_whole]) + source,
+        f"{WHAT}-forms": _forms_table([row for row in sweep.rows if row.note]) + source,
+    }
+    return {f"benchmark-{name}": text for name, text in made.items()}
+
+
+def _types_table(rows: tuple[Row, ...]) -> str:
+    cells = [
+        [
+            row.model_type,
+            "" if row.parameters is None else f"{row.parameters / 1e6:,.0f}",
+            _answer(row.explained),
+            _answer(row.under_its_plan),
+            "" if row.sharded is None else f"{row.sharded:.1%}",
+        ]
+        for row in rows
+    ]
+    return _table(["type", "parameters, M", "explained", "under its plan", "sharded by it"], cells, numbers=(1, 4))
+
+
+def _misses_table(rows: list[Row]) -> str:
+    return _table(["type", "where", "reason"], [[row.model_type, *_miss(row)] for row in rows])
+
+
+def _miss(row: Row) -> tuple[str, str]:
+    return ("unsharded", _cell(row.reason)) if row.explained is Answer.NO else ("under its plan", _cell(row.plan_reason))
+
+
+def _forms_table(rows: list[Row]) -> str:
+    return _table(["tried as", "why"], [[f"`{_cell(row.model)}`", _cell(row.note)] for row in rows])
+
+
+def _answer(answer: Answer) -> str:
+    return f"**{answer}**" if answer is Answer.NO else str(answer)
+
+
+def _cell(text: str) -> str:
+    """Text of others inside a table: no mark-up of its own."""
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+
+
+def _table(head: list[str], rows: list[list[str]], numbers: tuple[int, ...] = ()) -> str:
+    rule = ["---:" if index in numbers else "---" for index in range(len(head))]
+    return "".join("| " + " | ".join(row) + " |\n" for row in (head, rule, *rows))

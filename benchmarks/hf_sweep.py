@@ -1,0 +1,246 @@
+"""Every causal language model type of transformers: is its training step explained, unsharded and under its own tensor-parallel plan?
+
+    python -m benchmarks.hf_sweep                  all types; writes benchmarks/results/DATE-hf-explain.json
+    python -m benchmarks.hf_sweep qwen3 mixtral    these types; prints, writes nothing
+
+Each type is built from its default configuration at two layers, with its widths as they are (nothing is allocated), under the name by which
+anyone can try it again: `hf:TYPE?num_hidden_layers=2`. QUERIES has the exceptions. The same is then done under plan `hf`, as rank 0 of a
+fake process group. Types run in worker processes; one that takes too long is ended and noted.
+"""
+
+import argparse
+import logging
+import multiprocessing
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING
+
+from benchmarks.hf_results import Answer, Row, Sweep, summary
+from benchmarks.results import command_line, now
+from shardwise.core.errors import ShardwiseError
+from shardwise.core.shown import shown, told
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
+
+TP = 2
+BATCH, SEQ = 2, 32
+WORKERS = 2
+TWO_LAYERS = "num_hidden_layers=2"
+_HEAD_ALONE = "its plan shards the head alone, which the default ties to a table that isn't sharded: no step runs under it then"
+_HEAD_DIM = "the default says no head_dim; this is hidden size over heads"
+# What a type is built with where two layers alone don't do, and why.
+QUERIES = {
+    "blt": ("", "its layers are those of four parts"),
+    "deepseek_v2": (
+        f"{TWO_LAYERS},num_experts_per_tok=6,moe_intermediate_size=1408",
+        "the default says no number of experts per token, and a width of 1407, which grouped_mm refuses; these are DeepSeek-V2-Lite's",
+    ),
+    "dots1": (
+        f"{TWO_LAYERS},n_routed_experts=128,n_shared_experts=2,num_experts_per_tok=6",
+        "the default says no numbers of experts; these are dots.llm1's",
+    ),
+    "gpt_neo": ("", "its attention_types name exactly 24 layers"),
+    "hunyuan_v1_dense": (f"{TWO_LAYERS},head_dim=128", _HEAD_DIM),
+    "hunyuan_v1_moe": (f"{TWO_LAYERS},head_dim=128", _HEAD_DIM),
+    "lfm2": (f"{TWO_LAYERS},tie_word_embeddings=false", _HEAD_ALONE),
+    "lfm3": (f"{TWO_LAYERS},tie_word_embeddings=false", _HEAD_ALONE),
+    "longcat_flash": ("num_layers=2", "its depth has a name of its own"),
+    "ministral": (f"{TWO_LAYERS},head_dim=128", _HEAD_DIM),
+    "nemotron": (f"{TWO_LAYERS},num_key_value_heads=48", "the default says no number of KV heads; this is one for each head"),
+    "nemotron_h": (
+        "moe_intermediate_size=7680",
+        "its depth is a list of four kinds of layer; half of its width 7688 is one that grouped_mm refuses",
+    ),
+    "prophetnet": ("num_encoder_layers=2,num_decoder_layers=2", "it has an encoder and a decoder"),
+    "reformer": (f"{TWO_LAYERS},is_decoder=true", "it is a decoder only if asked for"),
+    "zamba": ("num_hidden_layers=8", "two hybrid layers, which share a block; with fewer it can't tie them"),
+    "zamba2": ("", "its layer kinds are a list of 54"),
+}
+
+
+@dataclass(slots=True)
+class _Worker:
+    """A process that examines one type after the other; `job`: the one in hand, and when it must be done."""
+
+    process: multiprocessing.process.BaseProcess
+    connection: Connection
+    job: tuple[str, float] | None = None
+
+
+def model_name(model_type: str) -> str:
+    """How a command names the form of a type that is tried."""
+    query, _ = QUERIES.get(model_type, (TWO_LAYERS, ""))
+    return f"hf:{model_type}?{query}" if query else f"hf:{model_type}"
+
+
+def attempt(model: "nn.Module", mesh: "DeviceMesh | None") -> None:
+    """One training step of a meta model on fake tensors. Raises whatever the model raises."""
+    from benchmarks.fake_step import fake_step
+
+    fake_step(model, mesh, batch=BATCH, seq=SEQ)
+
+
+def examine(model_type: str, dtype_name: str) -> Row:
+    """One type, in this process, which must have joined no process group."""
+    import torch
+
+    from shardwise.models.source import find_model
+
+    dtype = getattr(torch, dtype_name)
+    began = time.perf_counter()
+    parameters = sharded = None
+    explained = under_plan = Answer.NO
+    reason = plan_reason = ""
+    try:
+        source = find_model(model_name(model_type))
+        model = source.build(dtype=dtype)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        has_plan = bool(model.tp_plan)
+        attempt(model, None)
+        explained = Answer.YES
+    except Exception as error:
+        reason = plan_reason = _reason(error)
+    if explained is Answer.YES and not has_plan:
+        under_plan = Answer.NO_PLAN
+    elif explained is Answer.YES:
+        try:
+            sharded = _under_its_plan(source.build(dtype=dtype))
+            under_plan = Answer.YES
+        except Exception as error:
+            plan_reason = _reason(error)
+    _, note = QUERIES.get(model_type, ("", ""))
+    seconds = round(time.perf_counter() - began, 2)
+    return Row(model_type, model_name(model_type), note, parameters, explained, reason, under_plan, plan_reason, sharded, seconds)
+
+
+def _under_its_plan(model: "nn.Module") -> float:
+    """Shards a meta model by plan `hf` and runs a step. Returns the share of its parameters that is sharded."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from shardwise.parallel.hugging_face import parallelize_hugging_face, sharded_share
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=TP)
+    try:
+        mesh = init_device_mesh("cpu", (TP,), mesh_dim_names=("tp",))
+        parallelize_hugging_face(model, mesh)
+        share = sharded_share(model)
+        attempt(model, mesh)
+        return share
+    finally:
+        dist.destroy_process_group()
+
+
+def _reason(error: Exception) -> str:
+    return shown(error, 240) if isinstance(error, ShardwiseError) else told(error, 240)
+
+
+def _serve(connection: Connection, dtype_name: str) -> None:
+    """A worker process: types in, rows out, until the pipe ends."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.ERROR)  # transformers' and the fake tensors' own accounts of what the row says in a line
+    while True:
+        try:
+            connection.send(examine(connection.recv(), dtype_name))
+        except (EOFError, KeyboardInterrupt):
+            return
+
+
+def sweep_types(types: Sequence[str], dtype_name: str, timeout_s: float) -> Iterator[Row]:
+    """Rows as they come. A worker that takes longer than timeout_s for a type, or dies over it, is ended and replaced."""
+    context = multiprocessing.get_context("spawn")
+    waiting = list(reversed(types))
+    workers: list[_Worker] = []
+
+    def started() -> _Worker:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, dtype_name), daemon=True)
+        process.start()
+        theirs.close()
+        return _Worker(process, ours)
+
+    def give(worker: _Worker, spare_s: float) -> None:
+        if waiting:
+            worker.job = (waiting.pop(), time.monotonic() + timeout_s + spare_s)
+            worker.connection.send(worker.job[0])
+
+    try:
+        while waiting or any(worker.job for worker in workers):
+            while waiting and len(workers) < WORKERS:
+                workers.append(started())
+                give(workers[-1], spare_s=60)  # it imports first
+            busy = [worker for worker in workers if worker.job]
+            next_end = min(worker.job[1] for worker in busy if worker.job)
+            ready = wait([worker.connection for worker in busy], timeout=max(0.0, next_end - time.monotonic()))
+            for worker in busy:
+                assert worker.job is not None
+                model_type, deadline = worker.job
+                worker_died = False
+                if worker.connection in ready:
+                    try:
+                        yield worker.connection.recv()
+                        worker.job = None
+                        give(worker, spare_s=0)
+                        continue
+                    except EOFError:
+                        worker_died = True
+                if worker_died or time.monotonic() >= deadline:
+                    worker.process.kill()
+                    worker.process.join()
+                    workers.remove(worker)
+                    what = f"its process ended with code {worker.process.exitcode}" if worker_died else f"no answer within {timeout_s:g} s"
+                    _, note = QUERIES.get(model_type, ("", ""))
+                    yield Row(model_type, model_name(model_type), note, None, Answer.NO, what, Answer.NO, what, None, timeout_s)
+    finally:
+        for worker in workers:
+            worker.process.kill()
+            worker.process.join()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.hf_sweep", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("types", nargs="*", help="these types only; nothing is written then")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--timeout", type=float, default=60, help="seconds for a type, both attempts together")
+    given = parser.parse_args()
+    from shardwise.models.hugging_face import causal_types
+
+    known = causal_types()
+    unknown = [name for name in given.types if name not in known]
+    if unknown:
+        print(f"no causal language model types: {', '.join(unknown)}", file=sys.stderr)
+        return 2
+    types, started = given.types or known, now()
+    rows: list[Row] = []
+    for row in sweep_types(types, given.dtype, given.timeout):
+        rows.append(row)
+        why = row.reason or row.plan_reason
+        print(f"{len(rows):3}/{len(types)} {row.model_type:28} {row.explained:4} {row.under_its_plan:8} {row.seconds:6.1f} s  {why}")
+    packages = ("shardwise", "torch", "transformers")
+    rows.sort(key=lambda row: row.model_type)
+    sweep = Sweep(
+        command_line("benchmarks.hf_sweep"),
+        started.isoformat(timespec="seconds"),
+        given.dtype,
+        TP,
+        BATCH,
+        SEQ,
+        tuple((name, version(name)) for name in packages),
+        tuple(rows),
+    )
+    print(summary(sweep))
+    if not given.types:
+        print(f"wrote {sweep.write()}; now run python -m benchmarks.tables")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""A model that a command can name: a Llama spec, `hf:...` (models/hugging_face.py) or `package.module:factory` (models/factory.py)."""
+
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from shardwise.core.errors import ModelError
+from shardwise.core.plan import suggest
+from shardwise.core.shown import shown
+from shardwise.models.specs import SPECS
+
+HUGGING_FACE = "hf:"
+# how a model is named, and what it then is; lists and help texts show these
+NAMINGS = (
+    ("hf:TYPE", "the default configuration of a Hugging Face model type, such as hf:qwen3"),
+    ("hf:PATH", "a Hugging Face config.json, or the folder that holds it; neither the hub nor weights are read"),
+    ("hf:...?KEY=VALUE,...", "the same with some numbers of the configuration replaced, such as hf:qwen3?num_hidden_layers=2"),
+    ("package.module:factory", "your own: a function that returns an nn.Module, ids [B, S] -> logits [B, S, V]"),
+)
+
+
+class ModelSource(Protocol):
+    """What a command knows of a model before it is built."""
+
+    @property
+    def name(self) -> str:
+        """As the user named it."""
+
+    @property
+    def about(self) -> str:
+        """What it is, in one line."""
+
+    @property
+    def vocab_size(self) -> int | None:
+        """None where only the built model tells: vocab_size_of(model)."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of results must know: dropout that is on, parts that are left out. A sentence each."""
+
+    def build(self, *, dtype: torch.dtype) -> nn.Module:
+        """The model on the meta device: model(ids [B, S]) gives plain logits [B, S, V]. Raises ModelError."""
+
+
+def find_model(text: str) -> ModelSource:
+    """The model of a name. Raises ModelError where there is none; for `package.module:factory` the user's module is imported."""
+    if text in SPECS:
+        return SPECS[text]
+    if text.startswith(HUGGING_FACE):
+        from shardwise.models.hugging_face import find_hugging_face
+
+        return find_hugging_face(text)
+    if ":" in text:
+        from shardwise.models.factory import find_factory
+
+        return find_factory(text)
+    raise ModelError(
+        f'unknown model "{shown(text)}".{suggest(text[:80], SPECS)} Known: {", ".join(SPECS)}; '
+        "or hf:TYPE, hf:PATH of a config.json, or package.module:factory."
+    )
+
+
+def vocab_size_of(model: nn.Module) -> int:
+    """How many ids a built model knows: its own or its config's `vocab_size`, or the rows of its (first) embedding. Raises ModelError."""
+    for holder in (model, getattr(model, "config", None)):
+        size = getattr(holder, "vocab_size", None)
+        if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+            return size
+    own = getattr(model, "get_input_embeddings", lambda: None)()  # transformers' way to tell which it is
+    for module in (own, *model.modules()):
+        if isinstance(module, nn.Embedding):
+            return module.num_embeddings
+    raise ModelError(f"{shown(type(model).__name__)}: no nn.Embedding tells the vocabulary. Give the model an attribute vocab_size.")

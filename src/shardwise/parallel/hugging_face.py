@@ -1,0 +1,140 @@
+"""Plan `hf`: the tensor-parallel plan that a Hugging Face model brings along, carried out by transformers itself. A peer is not mended.
+
+transformers merges config.base_model_tp_plan, the class's _tp_plan and an embedding rule of its own, expands `*` to the layers that
+there are, and shards parameters and replaces forwards in place. That is what from_pretrained(distributed_config=...) does before it
+loads weights, and it ties tied weights again afterwards; so do we. Its styles: transformers/distributed/tensor_parallel.py.
+"""
+
+import re
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from shardwise.core.errors import MeshError, PlanError
+from shardwise.core.foreign import ForeignPlan, ForeignRule
+from shardwise.core.shown import shown, told
+from shardwise.parallel.apply import Applied, mark_applied
+from shardwise.parallel.loss import Loss, PlainLoss
+
+PLAN_NAME = "hf"
+ABOUT = "the Hugging Face model's own tensor-parallel plan, carried out by transformers"
+
+
+def parallelize_hugging_face(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Shards a transformers model (real, meta or fake) in place over the "tp" axis of `mesh`, and returns it; see parallelize().
+
+    applied_to(model).foreign then holds the rules. Raises PlanError, before anything is changed, for a model without a plan of its
+    own; PlanError too where transformers can't carry it out, and the model is then of no use.
+    """
+    rules = hugging_face_rules(model)
+    loss = apply_hugging_face(model, mesh)
+    mark_applied(model, Applied(None, loss, foreign=ForeignPlan(PLAN_NAME, rules)))
+    return model
+
+
+def hugging_face_rules(model: nn.Module) -> tuple[ForeignRule, ...]:
+    """The model's rules and what each is applied to. Raises PlanError for a model without any."""
+    plan = _own_plan(model)
+    modules: dict[str, list[str]] = {pattern: [] for pattern in plan}
+    parameters: dict[str, list[str]] = {pattern: [] for pattern in plan}
+    is_module = {name for name, _ in model.named_modules()}
+    for name in _expanded(model, plan):
+        pattern = _with_stars(name)
+        if name in is_module:
+            modules[pattern].append(name)
+        else:  # a module's rule holds for the parameters that it owns
+            parameters[pattern if pattern in plan else pattern.rpartition(".")[0]].append(name)
+    return tuple(ForeignRule(pattern, style, tuple(modules[pattern]), tuple(parameters[pattern])) for pattern, style in plan.items())
+
+
+def apply_hugging_face(model: nn.Module, mesh: DeviceMesh) -> Loss:
+    """Has transformers shard `model` in place over the "tp" axis. Returns the loss for its logits, which must be whole."""
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    plan = _own_plan(model)
+    if "tp" not in (mesh.mesh_dim_names or ()):
+        raise MeshError(f'plan "{PLAN_NAME}": the mesh has axes {mesh.mesh_dim_names}. Name one of them "tp".')
+    sharded = next((name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)), None)
+    if sharded is not None:
+        raise PlanError(f'plan "{PLAN_NAME}": {sharded} is a DTensor already. Build a fresh model.')
+    expanded = _expanded(model, plan)
+    _refuse_sharded_logits(model, expanded)
+    tp_mesh = mesh["tp"] if mesh.ndim > 1 else mesh
+    tied = _tied(model)
+    _part(model, tied)
+    try:
+        apply_tensor_parallelism(model, tp_mesh, expanded)
+        if tied:
+            model.tie_weights()  # type: ignore[operator]  # a method of transformers' models
+    except Exception as error:
+        raise PlanError(
+            f'plan "{PLAN_NAME}": transformers can\'t shard {type(model).__name__} over tp={tp_mesh.size()}: '
+            f"{told(error)} Use another tp size."
+        ) from error
+    untied = tied - _tied(model)
+    if untied:
+        raise PlanError(
+            f'plan "{PLAN_NAME}": {" and ".join(sorted(min(untied, key=sorted)))} were one parameter, and are several when sharded.'
+        )
+    return PlainLoss()
+
+
+def sharded_share(model: nn.Module) -> float:
+    """Share of the model's parameters that some axis shards, 0 to 1; a parameter under two names counts once."""
+    parameters = list(model.parameters())
+    cut = sum(p.numel() for p in parameters if isinstance(p, DTensor) and not all(q.is_replicate() for q in p.placements))
+    return cut / sum(p.numel() for p in parameters)
+
+
+def _own_plan(model: nn.Module) -> dict[str, str]:
+    plan = getattr(model, "tp_plan", None)
+    if not hasattr(model, "_expand_parallel_plan") or plan is None:
+        raise PlanError(
+            f'plan "{PLAN_NAME}": {shown(type(model).__name__)} is no Hugging Face model. Use it with --model hf:TYPE, or name another plan.'
+        )
+    if not plan:
+        raise PlanError(
+            f'plan "{PLAN_NAME}": transformers has no tensor-parallel plan for {shown(type(model).__name__)}. Explain it without a plan, or '
+            "shard it by one of your own."
+        )
+    return dict(plan)
+
+
+def _expanded(model: Any, plan: dict[str, str]) -> dict[str, str]:
+    """Concrete module or parameter name -> style, in the order in which transformers applies them."""
+    expanded: dict[str, str] = model._expand_parallel_plan(plan)
+    return expanded
+
+
+def _with_stars(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def _refuse_sharded_logits(model: Any, expanded: dict[str, str]) -> None:
+    head = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if head is not None and expanded.get(str(name)) == "colwise":
+        raise PlanError(
+            f'plan "{PLAN_NAME}": its head {name} is colwise, so each rank would hold a part of the logits and none could tell the loss. '
+            "transformers' own plans say colwise_gather_output."
+        )
+
+
+def _part(model: nn.Module, tied: set[frozenset[str]]) -> None:
+    """Gives each of a parameter's places an nn.Parameter of its own on the same memory: transformers shards before it ties."""
+    for names in tied:
+        for name in sorted(names)[1:]:
+            module_name, _, own_name = name.rpartition(".")
+            module = model.get_submodule(module_name)
+            parameter = getattr(module, own_name)
+            setattr(module, own_name, nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad))
+
+
+def _tied(model: nn.Module) -> set[frozenset[str]]:
+    """The names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {frozenset(shared) for shared in names.values() if len(shared) > 1}

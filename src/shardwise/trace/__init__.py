@@ -1,0 +1,1 @@
+"""model + plan + mesh -> Program, on fake tensors and a fake process group: no devices, no real memory."""

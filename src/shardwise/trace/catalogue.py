@@ -1,0 +1,155 @@
+"""What is known of an op by its name: its kind, its FLOPs, the bytes that it reads and writes, and which op another device runs instead.
+
+Names are PyTorch's, without overload: "aten::mm". The one table of what differs between devices is CUDA_NAMES; an op that isn't in KINDS is
+`unknown`: it keeps its name, shapes and bytes, and nobody guesses more.
+
+FLOPs: see core/program.py. Sources: matmul 2 m n k (Golub & Van Loan, Matrix Computations, 1.2.4); attention forward two matmuls and
+backward five (Dao et al. 2022, FlashAttention, section 3 and appendix B, which recomputes the scores), half of them where causal.
+"""
+
+from collections.abc import Sequence
+from math import prod
+
+from shardwise.core.program import OpKind, TensorSpec
+
+_NAMES: dict[OpKind, str] = {
+    OpKind.MATMUL: "mm addmm bmm baddbmm _grouped_mm convolution convolution_backward dot mv addmv",
+    OpKind.ATTENTION: (
+        "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward "
+        "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_backward "
+        "_scaled_dot_product_efficient_attention _scaled_dot_product_efficient_attention_backward"
+    ),
+    OpKind.EMBEDDING: "embedding embedding_dense_backward",
+    OpKind.NORM: (
+        "_fused_rms_norm _fused_rms_norm_backward native_layer_norm native_layer_norm_backward native_group_norm native_group_norm_backward"
+    ),
+    OpKind.SOFTMAX: (
+        "_softmax _log_softmax _softmax_backward_data _log_softmax_backward_data logsumexp nll_loss_forward nll_loss_backward _safe_softmax"
+    ),
+    OpKind.ELEMENTWISE: (
+        "add add_ sub sub_ mul mul_ div div_ neg pow pow_ rsqrt sqrt exp log log1p expm1 sigmoid sigmoid_backward tanh tanh_backward silu "
+        "silu_backward silu_ gelu gelu_backward relu relu_ threshold_backward softplus softplus_backward leaky_relu leaky_relu_backward where "
+        "masked_fill masked_fill_ clamp clamp_ clamp_min clamp_min_ clamp_max abs sign sgn sin cos tan erf floor ceil round reciprocal "
+        "maximum minimum lt gt le ge eq ne isnan isinf bitwise_and bitwise_or bitwise_not bitwise_xor bitwise_and_ bitwise_or_ logical_and "
+        "logical_or logical_not __or__ __and__ __xor__ floor_divide remainder addcmul addcdiv lerp _foreach_mul_ _foreach_add_ _foreach_div_ "
+        "_foreach_clamp_max_ hardtanh elu elu_backward mish square atan2 fmod"
+    ),
+    OpKind.REDUCTION: (
+        "sum mean amax amin max min prod var std any all argmax argmin cumsum cumprod _foreach_norm linalg_vector_norm norm topk sort "
+        "bincount count_nonzero logcumsumexp aminmax mode median unique_consecutive searchsorted cummax"
+    ),
+    OpKind.INDEX: (
+        "index index_put index_put_ index_select index_copy index_copy_ index_add index_add_ gather scatter scatter_ scatter_add scatter_add_ "
+        "nonzero masked_select slice_scatter select_scatter select_backward slice_backward take masked_scatter scatter_reduce "
+        "_unsafe_index _unsafe_index_put"
+    ),
+    OpKind.COPY: (
+        "clone copy_ _to_copy to cat stack repeat tril triu roll flip constant_pad_nd contiguous split_with_sizes_copy "
+        "all_gather_copy_in chunk_cat split_with_sizes_copy_out unfold_backward repeat_interleave tril_ triu_ copy"
+    ),
+    OpKind.FILL: (
+        "zeros zeros_like ones ones_like full full_like fill_ zero_ new_zeros new_ones new_full arange scalar_tensor linspace eye fill "
+        "bernoulli_ normal_ uniform_ rand randn randint rand_like randn_like one_hot"
+    ),
+    OpKind.OPTIMIZER: "_fused_adamw_ _fused_adam_ _fused_sgd_",
+}
+KINDS: dict[str, OpKind] = {f"aten::{name}": kind for kind, names in _NAMES.items() for name in names.split()} | {
+    "fsdp::all_gather_copy_in": OpKind.COPY,
+    "fsdp::split_with_sizes_copy": OpKind.COPY,
+    "fsdp::chunk_cat": OpKind.COPY,
+}
+
+_FLASH_CPU = "aten::_scaled_dot_product_flash_attention_for_cpu"
+_HALF = frozenset({"bfloat16", "float16"})
+
+# What CUDA runs where a CPU runs something else, and PyTorch chooses by the device below where a tracer without one can steer it.
+# RMSNorm, DTensor's all-to-all and the native engine's own choices differ too; they are steered (trace/fakes.py), so they need no entry.
+CUDA_NAMES: dict[str, dict[str, str]] = {
+    _FLASH_CPU: {
+        "half": "aten::_scaled_dot_product_flash_attention",
+        "float32": "aten::_scaled_dot_product_efficient_attention",
+    },
+    f"{_FLASH_CPU}_backward": {
+        "half": "aten::_scaled_dot_product_flash_attention_backward",
+        "float32": "aten::_scaled_dot_product_efficient_attention_backward",
+    },
+}
+# CUDA runs fused kernels of its own for these (native_dropout and others), which a trace on a CPU doesn't see
+CUDA_DIFFERS = frozenset({"aten::bernoulli_"})
+
+
+def kind_of(name: str, device: str) -> OpKind:
+    """The kind of an op as `device` runs it."""
+    if device == "cuda" and name in CUDA_DIFFERS:
+        return OpKind.UNKNOWN
+    return KINDS.get(name, OpKind.UNKNOWN)
+
+
+def name_on(name: str, device: str, inputs: Sequence[TensorSpec]) -> str:
+    """The op that `device` runs where a CPU runs `name`; "unknown in place of NAME" where the catalogue can't tell.
+
+    Source of the attention rules: PyTorch's aten/src/ATen/native/transformers/cuda/sdp_utils.cpp: flash attention takes half precision,
+    the memory-efficient kernel float32 too, but no grouped heads, and neither takes float64.
+    """
+    if device != "cuda" or name not in CUDA_NAMES:
+        return name
+    q, k = _query_and_key(name, inputs)
+    if q.dtype in _HALF:
+        return CUDA_NAMES[name]["half"]
+    if q.dtype == "float32" and q.shape[1] == k.shape[1]:
+        return CUDA_NAMES[name]["float32"]
+    return f"unknown in place of {name}"
+
+
+def flops_of(name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], *, causal: bool) -> int:
+    """FLOPs by the op's CPU name and shapes; 0 for what is bound by memory."""
+    shapes = [spec.shape for spec in inputs]
+    match name.removeprefix("aten::"):
+        case "mm" | "bmm":
+            return 2 * prod(shapes[0]) * shapes[1][-1]
+        case "addmm" | "baddbmm":
+            return 2 * prod(shapes[1]) * shapes[2][-1]
+        case "_grouped_mm":
+            return 2 * prod(shapes[0]) * shapes[1][-1]
+        case "mv" | "dot":
+            return 2 * prod(shapes[0])
+        case "convolution":  # every output element is a dot product over one filter
+            return 2 * prod(outputs[0].shape) * prod(shapes[1][1:])
+        case "convolution_backward":  # gradients of the input and of the weight, each as many as the forward
+            return sum(2 * prod(shapes[0]) * prod(shapes[2][1:]) for output in outputs[:2] if output.shape)
+        case base if base.startswith("_scaled_dot_product"):
+            q, k = _query_and_key(name, inputs)
+            matmuls = 5 if base.endswith("_backward") else 2
+            whole = matmuls * 2 * prod(q.shape) * k.shape[-2]
+            return whole // 2 if causal else whole
+        case _:
+            return 0
+
+
+def traffic_of(
+    name: str, inputs: Sequence[TensorSpec], input_bytes: Sequence[int], output_bytes: Sequence[int], written: Sequence[int]
+) -> tuple[int, int]:
+    """(bytes read, bytes written). input_bytes, output_bytes: of each tensor; written: those of the inputs that are written in place."""
+    read, write = sum(input_bytes), sum(output_bytes) + sum(written)
+    match name.removeprefix("aten::"):
+        case "embedding":  # the rows that it takes, not the table
+            return input_bytes[1] + output_bytes[0], write
+        case "index_select" | "index" | "gather":
+            return sum(input_bytes[1:]) + sum(output_bytes), write
+        case "index_add_" | "scatter_add_":  # reads and writes the rows that it meets
+            return sum(input_bytes[1:]) + input_bytes[-1], input_bytes[-1]
+        case "index_copy_" | "index_put_" | "scatter_":
+            return sum(input_bytes[1:]), input_bytes[-1] if len(input_bytes) > 1 else write
+        case "embedding_dense_backward":  # zeroes the table's gradient, then adds a row per token to it
+            return sum(input_bytes) + input_bytes[0], write + input_bytes[0]
+        case "zero_" | "fill_" | "zeros_like" | "ones_like" | "full_like" | "new_zeros" | "new_ones" | "new_full":
+            return 0, write
+        case "copy_":
+            return sum(input_bytes[1:]), sum(written)
+        case _:
+            return read, write
+
+
+def _query_and_key(name: str, inputs: Sequence[TensorSpec]) -> tuple[TensorSpec, TensorSpec]:
+    first = 1 if name.endswith("_backward") else 0  # its first input is the output's gradient
+    return inputs[first], inputs[first + 1]

@@ -1,0 +1,246 @@
+"""From a step traced with 3 and with 4 equal layers to the step with any number of them, exactly or not at all.
+
+The layers' items stand in runs: forward, in the order of the layers, and backward, the other way round. Between runs, and after the last,
+are gaps: embedding, head, loss, clipping, optimizer. Layer 1 of a run (neither first nor last) is the template: a run with n more layers
+has n more of it. A gap may hold lists that grow with the layers (the optimizer's) and items that are there once per layer (an all-reduce
+per norm weight): what 4 layers have and 3 have not is there n more times, and what has another size grows by the same amount again.
+
+It is exact because a step is deterministic: if layer 2 runs what layer 1 ran, so does every further one. Checked each time: the run of 3
+layers, extended by one, is the run of 4. What doesn't pass raises NotPeriodicError, and the caller traces every layer.
+"""
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
+
+from shardwise.core.collective import CollectiveCall
+from shardwise.core.program import Block, Collective, Item, MemoryChange, Op, Phase, TensorSpec, layer_index, moved, moved_name
+
+SHORT, LONG = 3, 4
+
+
+class NotPeriodicError(Exception):
+    """The layers don't repeat as the method needs; says where."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Items of all layers in one direction: cuts[i] is where the (i+1)-th layer met begins."""
+
+    items: tuple[Item, ...]
+    cuts: tuple[int, ...]
+    backward: bool
+
+
+_Part = _Run | tuple[Item, ...]
+
+
+def extended(short: Sequence[Item], long: Sequence[Item], prefix: str, count: int) -> tuple[Block, ...]:
+    """The blocks of `count` layers (at least LONG) from the items of SHORT and LONG ones. Raises NotPeriodicError."""
+    parts_short, parts_long = _parts(short, prefix, SHORT), _parts(long, prefix, LONG)
+    if len(parts_short) != len(parts_long):
+        raise NotPeriodicError(f"{len(parts_short)} stretches with {SHORT} layers, {len(parts_long)} with {LONG}")
+    more = count - LONG
+    blocks: list[Block] = []
+    for part_short, part_long in zip(parts_short, parts_long, strict=True):
+        match part_short, part_long:
+            case _Run(), _Run():
+                whole = [item for block in _longer_run(part_short, prefix, 1) for item in block]
+                if tuple(whole) != part_long.items:
+                    raise NotPeriodicError(_first_difference(whole, part_long.items))
+                blocks.extend(_longer_run(part_long, prefix, more))
+            case tuple(), tuple():
+                blocks.append(Block(tuple(_longer_gap(part_short, part_long, more, prefix))))
+            case _:
+                raise NotPeriodicError("runs and gaps come in another order")
+    return tuple(block for block in blocks if block.items)
+
+
+def _parts(items: Sequence[Item], prefix: str, count: int) -> list[_Part]:
+    """Gaps and runs in turn, beginning and ending with a gap."""
+    places = [
+        (index, layer, _is_backward(item.phase))
+        for index, item in enumerate(items)
+        if not isinstance(item, MemoryChange) and (layer := layer_index(item.module, prefix)) is not None
+        if item.phase in (Phase.FORWARD, Phase.BACKWARD, Phase.RECOMPUTE)
+    ]
+    parts: list[_Part] = []
+    done = at = 0
+    while at < len(places):
+        backward = places[at][2]
+        order = range(count - 1, -1, -1) if backward else range(count)
+        cuts: list[int] = []
+        end = at
+        for layer in order:
+            if end >= len(places) or places[end][1] != layer or places[end][2] is not backward:
+                raise NotPeriodicError(f"layer {layer} isn't where it was expected")
+            cuts.append(places[end][0])
+            while end < len(places) and places[end][1] == layer and places[end][2] is backward:
+                end += 1
+        stop = places[end - 1][0] + 1
+        parts.append(tuple(items[done : cuts[0]]))
+        parts.append(_Run(tuple(items[cuts[0] : stop]), tuple(cut - cuts[0] for cut in cuts), backward))
+        done, at = stop, end
+    parts.append(tuple(items[done:]))
+    return parts
+
+
+def _is_backward(phase: Phase) -> bool:
+    return phase is not Phase.FORWARD
+
+
+def _longer_run(run: _Run, prefix: str, more: int) -> list[Block]:
+    """The run with `more` layers more, as at most three blocks."""
+    count = len(run.cuts)
+    template = count - 2 if run.backward else 1  # the layer met last but one, or second: layer 1 both times
+    start, stop = run.cuts[template], run.cuts[template + 1]
+    if run.backward:
+        # layers count-1 .. 2 come first, `more` further up; then layer 1 as it would be at 1 + more, down to itself; then layer 0
+        before = tuple(moved(item, prefix, more) for item in run.items[:start])
+        middle = Block(tuple(moved(item, prefix, more) for item in run.items[start:stop]), 1 + more, prefix, -1)
+        return [Block(before), middle, Block(run.items[stop:])]
+    after = tuple(moved(item, prefix, more) for item in run.items[stop:])
+    return [Block(run.items[:start]), Block(run.items[start:stop], 1 + more, prefix, 1), Block(after)]
+
+
+def _key(item: Item, prefix: str) -> tuple[Hashable, ...]:
+    """What an item is, whatever its sizes."""
+    module = _any_layer(item.module, prefix)
+    match item:
+        case Op():
+            return ("op", item.name, item.phase, module)
+        case Collective():
+            return ("collective", item.call.kind, item.call.axis, item.call.phase, module)
+        case MemoryChange():
+            return ("memory", item.n_bytes > 0, item.kind, item.phase, module, item.maker)
+
+
+def _any_layer(name: str, prefix: str) -> str:
+    index = layer_index(name, prefix)
+    return name if index is None else moved_name(name, prefix, -index)
+
+
+def _longer_gap(short: Sequence[Item], long: Sequence[Item], more: int, prefix: str) -> list[Item]:
+    keys_short, keys_long = [_key(item, prefix) for item in short], [_key(item, prefix) for item in long]
+    counts_short, counts_long = Counter(keys_short), Counter(keys_long)
+    once = {key for key, count in counts_long.items() if counts_short[key] == count}
+
+    def tokens(items: Sequence[Item], keys: Sequence[Hashable]) -> list[Hashable]:
+        return [
+            key if key in once else (key, layer_index(item.module, prefix), _sizes(item)) for item, key in zip(items, keys, strict=True)
+        ]
+
+    result: list[Item] = []
+
+    def repeat(start: int, stop: int) -> None:
+        """The items of the layer that SHORT hasn't, and those of the layers above it, in the order in which layers come there."""
+        order = range(more + 1)
+        for by in reversed(order) if _is_descending(long, keys_long, start, stop, prefix) else order:
+            result.extend(moved(item, prefix, by) for item in long[start:stop])
+
+    def grow(a0: int, b0: int, count: int) -> None:
+        pairs = zip(short[a0 : a0 + count], long[b0 : b0 + count], strict=True)
+        result.extend(_longer_item(a, b, more, prefix) for a, b in pairs)
+
+    matcher = SequenceMatcher(None, tokens(short, keys_short), tokens(long, keys_long), autojunk=False)
+    for tag, a0, a1, b0, b1 in matcher.get_opcodes():
+        kept, inserted = a1 - a0, (b1 - b0) - (a1 - a0)
+        match tag:
+            case "equal":
+                grow(a0, b0, kept)
+            case "insert":
+                repeat(b0, b1)
+            case "replace" if inserted >= 0 and keys_short[a0:a1] == keys_long[b1 - kept : b1]:  # grown items behind new ones
+                repeat(b0, b0 + inserted)
+                grow(a0, b0 + inserted, kept)
+            case "replace" if inserted >= 0 and keys_short[a0:a1] == keys_long[b0 : b0 + kept]:
+                grow(a0, b0, kept)
+                repeat(b0 + kept, b1)
+            case _:
+                raise NotPeriodicError(f"{long[b0] if b0 < len(long) else short[a0]} is in one gap and not in the other")
+    return result
+
+
+def _is_descending(items: Sequence[Item], keys: Sequence[Hashable], start: int, stop: int, prefix: str) -> bool:
+    """Whether the layer below the one in items[start:stop] comes after it."""
+    own = layer_index(items[start].module, prefix)
+    following = next((items[index] for index in range(stop, len(items)) if keys[index] == keys[start]), None)
+    return own is not None and following is not None and layer_index(following.module, prefix) == own - 1
+
+
+def _sizes(item: Item) -> Hashable:
+    match item:
+        case Op():
+            return (item.inputs, item.outputs)
+        case Collective():
+            return item.call.payload_bytes
+        case MemoryChange():
+            return item.n_bytes
+
+
+def _longer_item(short: Item, long: Item, more: int, prefix: str) -> Item:
+    """What is there once, whatever the depth: its sizes grow on; what belongs to a layer counted from the last is the last's again."""
+    if short == long or more == 0:
+        return long
+    below, above = layer_index(short.module, prefix), layer_index(long.module, prefix)
+    if below is not None and above is not None:
+        if above - below not in (0, 1):
+            raise NotPeriodicError(f"{short.module} becomes {long.module}")
+        long = moved(long, prefix, more * (above - below))
+    match short, long:
+        case Op(), Op():
+            return replace(
+                long,
+                inputs=_longer_specs(short.inputs, long.inputs, more),
+                outputs=_longer_specs(short.outputs, long.outputs, more),
+                flops=_line(short.flops, long.flops, more),
+                read_bytes=_line(short.read_bytes, long.read_bytes, more),
+                write_bytes=_line(short.write_bytes, long.write_bytes, more),
+            )
+        case Collective(), Collective():
+            return replace(long, call=_longer_call(short.call, long.call, more))
+        case MemoryChange(), MemoryChange():
+            return replace(long, n_bytes=_line(short.n_bytes, long.n_bytes, more))
+        case _:
+            raise NotPeriodicError("items of two kinds")
+
+
+def _longer_call(short: CollectiveCall, long: CollectiveCall, more: int) -> CollectiveCall:
+    return replace(
+        long,
+        payload_bytes=_line(short.payload_bytes, long.payload_bytes, more),
+        wire_bytes=long.wire_bytes + (long.wire_bytes - short.wire_bytes) * more,
+    )
+
+
+def _longer_specs(short: tuple[TensorSpec, ...], long: tuple[TensorSpec, ...], more: int) -> tuple[TensorSpec, ...]:
+    if len(short) == len(long):
+        return tuple(_longer_spec(a, b, more) for a, b in zip(short, long, strict=True))
+    result: list[TensorSpec] = []
+    for tag, a0, _, b0, b1 in SequenceMatcher(None, short, long, autojunk=False).get_opcodes():
+        match tag:
+            case "equal":
+                result.extend(long[b0:b1])
+            case "insert":
+                result.extend(long[b0:b1] * (1 + more))
+            case _:
+                raise NotPeriodicError(f"a list of tensors changes at {a0}")
+    return tuple(result)
+
+
+def _longer_spec(short: TensorSpec, long: TensorSpec, more: int) -> TensorSpec:
+    if short.dtype != long.dtype or len(short.shape) != len(long.shape):
+        raise NotPeriodicError(f"{short} becomes {long}")
+    return TensorSpec(long.dtype, tuple(_line(a, b, more) for a, b in zip(short.shape, long.shape, strict=True)))
+
+
+def _line(short: int, long: int, more: int) -> int:
+    return long + (long - short) * more
+
+
+def _first_difference(found: Sequence[Item], expected: Sequence[Item]) -> str:
+    for index, (a, b) in enumerate(zip(found, expected, strict=False)):
+        if a != b:
+            return f"item {index}: {a} where {LONG} layers have {b}"
+    return f"{len(found)} items where {LONG} layers have {len(expected)}"

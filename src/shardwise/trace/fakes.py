@@ -1,0 +1,79 @@
+"""A world without devices: a fake process group, fake tensors, and the choices that PyTorch would make on another device.
+
+Weights are FakeTensors on "cpu": they have shapes and no memory. Token ids stay real, on the host, because the styles decide by them.
+What comes onto the device (`.to(device)`, or made there) is fake.
+
+Inside `fake_world(...)` of device "cuda", three choices that PyTorch makes by the device below Python are steered: RMSNorm is one fused op,
+DTensor's all-to-all is a real one (on a CPU it gathers everything instead), and the native engine takes NCCL's way. The rest is mapped by
+name in catalogue.py. All of it is undone on the way out.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from shardwise.core.errors import RunError
+from shardwise.core.mesh import Mesh
+from shardwise.parallel.axis import Target, as_if_on
+
+TARGETS = {"cpu": Target("cpu", "gloo"), "cuda": Target("cuda", "nccl")}
+
+
+@contextmanager
+def fake_world(mesh: Mesh, *, rank: int, device: str) -> Iterator[DeviceMesh]:
+    """The device mesh of `mesh` as `rank` sees it, over a fake process group that ends with the context.
+
+    Raises RunError in a process that has joined a process group already.
+    """
+    if dist.is_initialized():
+        raise RunError(
+            "trace: this process has joined a process group already. Trace in a process of its own, before init_process_group()."
+        )
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=mesh.world_size)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(as_if_on(TARGETS[device]))
+            if device == "cuda":
+                stack.enter_context(_fused_rms_norm())
+                stack.enter_context(_real_all_to_all())
+            names = tuple(name for name, _ in mesh.axes)
+            yield init_device_mesh("cpu", tuple(size for _, size in mesh.axes), mesh_dim_names=names)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _fused_rms_norm() -> Iterator[None]:
+    """A CPU takes RMSNorm apart in C++ because it has no kernel for the fused op; with one registered, PyTorch dispatches as on CUDA."""
+
+    def never_runs(*_: object) -> None:
+        raise AssertionError("a fake tensor has no kernel to run")
+
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that a kernel is overridden
+        for name in ("_fused_rms_norm", "_fused_rms_norm_backward"):
+            library.impl(name, never_runs, "CPU")
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+@contextmanager
+def _real_all_to_all() -> Iterator[None]:
+    from torch.distributed.tensor import placement_types
+
+    def shard_dim_alltoall(input: torch.Tensor, gather_dim: int, shard_dim: int, mesh: DeviceMesh, mesh_dim: int) -> torch.Tensor:
+        group = mesh.get_group(mesh_dim)
+        return torch.ops._dtensor.shard_dim_alltoall(input, gather_dim, shard_dim, group.group_name)  # type: ignore[no-any-return]
+
+    with patch.object(placement_types, "shard_dim_alltoall", shard_dim_alltoall):
+        yield

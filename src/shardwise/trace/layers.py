@@ -1,0 +1,65 @@
+"""The repeated layers of a model: which nn.ModuleList holds them, and whether they are equal, so that one can stand for all.
+
+Equal: the same modules of the same types with the same plain attributes, parameters and buffers (names, shapes, dtypes). A layer's own
+number doesn't count. What a forward does with such a number isn't seen here; extend.py compares what really ran.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+_OWN_NUMBER = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "idx"})
+_PLAIN = (int, float, bool, str, type(None))
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """`count` layers named prefix.0, prefix.1, ..."""
+
+    prefix: str
+    count: int
+    are_equal: bool
+
+    def modules(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The layers that `model` has (it may be a shortened one)."""
+        yield from model.get_submodule(self.prefix).children()
+
+    def shorten(self, model: nn.Module, count: int) -> None:
+        """Leaves the first `count` layers."""
+        parent_name, _, own_name = self.prefix.rpartition(".")
+        layers = model.get_submodule(self.prefix)
+        assert isinstance(layers, nn.ModuleList)
+        setattr(model.get_submodule(parent_name), own_name, layers[:count])
+
+
+def find_layers(model: nn.Module) -> Layers | None:
+    """The outermost list of modules that holds the most parameters; None where the model has no such list."""
+    best: tuple[int, str, nn.ModuleList] | None = None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and not (best and name.startswith(f"{best[1]}.")):
+            size = sum(parameter.numel() for parameter in module.parameters())
+            if best is None or size > best[0]:
+                best = (size, name, module)
+    if best is None:
+        return None
+    _, name, found = best
+    first = _signature(found[0])
+    return Layers(name, len(found), all(_signature(layer) == first for layer in found[1:]))
+
+
+def _signature(layer: nn.Module) -> tuple[object, ...]:
+    return tuple(
+        (
+            name,
+            type(module),
+            tuple(
+                (key, value)
+                for key, value in sorted(vars(module).items(), key=lambda item: item[0])
+                if isinstance(value, _PLAIN) and key not in _OWN_NUMBER
+            ),
+            tuple((key, tuple(p.shape), p.dtype) for key, p in module._parameters.items() if p is not None),
+            tuple((key, tuple(b.shape), b.dtype) for key, b in module._buffers.items() if b is not None),
+        )
+        for name, module in layer.named_modules()
+    )

@@ -1,0 +1,148 @@
+"""Ranks as threads of this process, on a process group that keeps a copy of every buffer that went through it.
+
+Nothing is registered with torch.distributed and nothing global is changed: it works beside a real process group and without one. For
+toys: all ranks share one interpreter. What a plan does on a backend of its own (gloo's pairwise reduce-scatter) isn't chosen here.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardwise.core.collective import CollectiveKind, Origin
+from shardwise.core.errors import RunError
+from shardwise.parallel.axis import Target, as_if_on
+from shardwise.parallel.collectives import issuing
+
+T = TypeVar("T")
+
+# a rank that waits this long waits for one that will not come: the work is a few milliseconds
+TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Exchanged:
+    """One collective as one rank issued it: the block for each destination, the block from each source, and what the rank was left with.
+
+    In a gather and an all-reduce the blocks for all destinations are the same one.
+    """
+
+    kind: CollectiveKind
+    origin: Origin
+    sent: tuple[Tensor, ...]
+    received: tuple[Tensor, ...]
+    result: Tensor
+
+
+class _Wire:
+    """Where the ranks of a group meet: what each has laid down for the others."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.barrier = threading.Barrier(size)
+        self.blocks: list[tuple[CollectiveKind, tuple[Tensor, ...]] | None] = [None] * size
+
+
+class _ThreadGroup(dist.ProcessGroup):
+    """One rank's end of the wire, with the methods that torch.distributed calls."""
+
+    def __init__(self, wire: _Wire, rank: int) -> None:
+        super().__init__(rank, wire.size)  # type: ignore[call-arg]
+        self.log: list[Exchanged] = []
+        self._wire = wire
+        self._rank = rank
+
+    def all_to_all_single(self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], opts: Any = None) -> None:  # type: ignore[override]
+        self._exchange(CollectiveKind.ALL_TO_ALL, input.split(input_splits), output, torch.cat)
+
+    def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> None:  # type: ignore[override]
+        self._exchange(CollectiveKind.REDUCE_SCATTER, input.chunk(self._wire.size), output, _sum)
+
+    def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> None:  # type: ignore[override]
+        self._exchange(CollectiveKind.ALL_GATHER, [input] * self._wire.size, output, torch.cat)
+
+    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> None:  # type: ignore[override]
+        self._exchange(CollectiveKind.ALL_REDUCE, [tensors[0]] * self._wire.size, tensors[0], _sum)
+
+    def _exchange(
+        self, kind: CollectiveKind, blocks: Sequence[Tensor], output: Tensor, join: Callable[[tuple[Tensor, ...]], Tensor]
+    ) -> None:
+        issue = issuing()
+        if issue is None:
+            raise AssertionError(f"{kind}: issued by nobody")
+        wire = self._wire
+        with torch.no_grad():
+            sent = tuple(block.detach().clone() for block in blocks)
+            wire.blocks[self._rank] = (kind, sent)
+            wire.barrier.wait(TIMEOUT_S)
+            met = [block for block in wire.blocks if block is not None]
+            if len({found for found, _ in met}) > 1:
+                raise RunError(f"ranks issued different collectives at one time: {', '.join(found for found, _ in met)}.")
+            received = tuple(block[self._rank] for _, block in met)
+            wire.barrier.wait(TIMEOUT_S)
+            output.detach().copy_(join(received).view_as(output))
+        self.log.append(Exchanged(kind, issue.origin, sent, received, output.detach().clone()))
+
+
+class _ThreadMesh(DeviceMesh):
+    """A mesh "tp" of one thread's group. Its identity is itself, so that nothing cached for one rank or run is taken for another's."""
+
+    def __init__(self, group: _ThreadGroup, rank: int, size: int) -> None:
+        super().__init__("cpu", torch.arange(size, device="cpu"), mesh_dim_names=("tp",), _init_backend=False, _rank=rank)
+        self._group = group
+        self._own_rank = rank
+
+    def get_group(self, mesh_dim: int | str | None = None) -> dist.ProcessGroup:
+        return self._group
+
+    def get_local_rank(self, mesh_dim: int | str | None = None) -> int:
+        return self._own_rank
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+def on_threads(size: int, work: Callable[[int, DeviceMesh, list[Exchanged]], T]) -> list[T]:
+    """work(rank, mesh, log of the rank's collectives) on `size` ranks at once -> what each returned.
+
+    Raises what a rank raised (the first that wasn't merely waiting for it), or RunError where ranks wait for each other for ever.
+    """
+    wire = _Wire(size)
+    results: dict[int, T] = {}
+    errors: list[BaseException] = []
+
+    def rank_thread(rank: int) -> None:
+        try:
+            group = _ThreadGroup(wire, rank)
+            with as_if_on(Target("cpu", "threads")):
+                results[rank] = work(rank, _ThreadMesh(group, rank, size), group.log)
+        except BaseException as error:
+            errors.append(error)
+            wire.barrier.abort()
+
+    threads = [threading.Thread(target=rank_thread, args=(rank,), name=f"shardwise rank {rank}", daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(2 * TIMEOUT_S)
+    if errors:
+        raise next((error for error in errors if not isinstance(error, threading.BrokenBarrierError)), _stuck())
+    if len(results) < size:
+        wire.barrier.abort()
+        raise _stuck()
+    return [results[rank] for rank in range(size)]
+
+
+def _stuck() -> RunError:
+    return RunError("ranks waited for each other: they did not issue the same collectives. This is a bug in a style.")
+
+
+def _sum(blocks: tuple[Tensor, ...]) -> Tensor:
+    return torch.stack(blocks).sum(0)
