@@ -134,10 +134,11 @@ def _longer_gap(short: Sequence[Item], long: Sequence[Item], more: int, prefix: 
     result: list[Item] = []
 
     def repeat(start: int, stop: int) -> None:
-        """The items of the layer that SHORT hasn't, and those of the layers above it, in the order in which layers come there."""
-        order = range(more + 1)
-        for by in reversed(order) if _is_descending(long, keys_long, start, stop, prefix) else order:
-            result.extend(moved(item, prefix, by) for item in long[start:stop])
+        """The items that SHORT hasn't, and as many again for each further layer, in the order in which layers come there."""
+        for first, last in _stretches(long, keys_long, start, stop):
+            order = range(more + 1)
+            for by in reversed(order) if _is_descending(long, keys_long, first, last, prefix) else order:
+                result.extend(moved(item, prefix, by) for item in long[first:last])
 
     def grow(a0: int, b0: int, count: int) -> None:
         pairs = zip(short[a0 : a0 + count], long[b0 : b0 + count], strict=True)
@@ -160,6 +161,21 @@ def _longer_gap(short: Sequence[Item], long: Sequence[Item], more: int, prefix: 
             case _:
                 raise NotPeriodicError(f"{long[b0] if b0 < len(long) else short[a0]} is in one gap and not in the other")
     return result
+
+
+def _stretches(items: Sequence[Item], keys: Sequence[Hashable], start: int, stop: int) -> list[tuple[int, int]]:
+    """New items that stand side by side may belong to two stretches that both grow: one goes on with what is before, one begins what follows."""
+
+    def alike(a: int, b: int, count: int) -> bool:
+        if a < 0 or b + count > len(items):
+            return False
+        return all(keys[a + i] == keys[b + i] and _sizes(items[a + i]) == _sizes(items[b + i]) for i in range(count))
+
+    for split in range(stop, start, -1):
+        before, after = split - start, stop - split
+        if alike(start - before, start, before) and alike(split, stop, after):
+            return [(start, split), (split, stop)] if after else [(start, stop)]
+    return [(start, stop)]
 
 
 def _is_descending(items: Sequence[Item], keys: Sequence[Hashable], start: int, stop: int, prefix: str) -> bool:
