@@ -9,6 +9,14 @@ class FindingKind(StrEnum):
     GRADIENT_DIFFERS = "gradient_differs"
     GRADIENT_MISSING = "gradient_missing"
     RANKS_DISAGREE = "ranks_disagree"
+    GRADIENT_NOT_AS_PARAMETER = "gradient_not_as_parameter"
+    PARTIAL_GRADIENT = "partial_gradient"
+    RULE_MATCHES_NOTHING = "rule_matches_nothing"
+    LITTLE_IS_SHARDED = "little_is_sharded"
+    COPIES_FOR_COLLECTIVES = "copies_for_collectives"
+    COLLECTIVES_REPEAT = "collectives_repeat"
+    COLLECTIVES_CANCEL = "collectives_cancel"
+    OPS_UNKNOWN = "ops_unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +24,7 @@ class Finding:
     """`subject`: the parameter (or "loss", "ids") that is wrong. `reason`: one sentence for people.
 
     relative_error: ||sharded - unsharded|| / ||unsharded|| (None where the finding isn't about a size).
-    ratio: least-squares factor between them, <s,u>/<u,u>: 2.0 or 1/tp tells its own story.
+    ratio: least-squares factor between them, <s,u>/<u,u>: 2.0 or 1/tp tells its own story. advice: what to do, a sentence.
     """
 
     kind: FindingKind
@@ -24,6 +32,7 @@ class Finding:
     reason: str
     relative_error: float | None = None
     ratio: float | None = None
+    advice: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
