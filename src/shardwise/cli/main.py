@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from shardwise import __version__
-from shardwise.cli import compare, lists
+from shardwise.cli import compare, explain, lists
 from shardwise.core.errors import InputError, ShardwiseError
 
 _CTRL_C = 128 + signal.SIGINT
@@ -26,6 +26,7 @@ app = typer.Typer(
     epilog="Start with: shardwise compare rowwise colwise routed",
 )
 app.command("compare")(compare.compare)
+app.command("explain")(explain.explain)
 app.command("models")(lists.models)
 app.command("plans")(lists.plans)
 

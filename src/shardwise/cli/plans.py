@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shardwise.core.errors import PlanError
-from shardwise.core.plan import Plan
+from shardwise.core.plan import Plan, TheirPlan
 from shardwise.parallel.builtin import builtin_plan
 
 
@@ -18,6 +18,13 @@ def load_plans(names: Sequence[str], *, sequence_parallel: bool) -> list[tuple[s
             label, count = f"{plan.name} #{count}", count + 1
         found.append((label, plan))
     return found
+
+
+def load_any_plan(name: str, *, sequence_parallel: bool) -> Plan | TheirPlan:
+    """A plan of ours by name or file, or one that isn't ours: unsharded, hf, own."""
+    if name in list(TheirPlan):
+        return TheirPlan(name)
+    return _load(name, sequence_parallel)
 
 
 def _load(name: str, sequence_parallel: bool) -> Plan:

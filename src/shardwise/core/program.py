@@ -11,6 +11,7 @@ step. Its parameters and optimizer state exist before the first item: the step i
 What this file does not know: time, and what an allocator adds (rounding, fragmentation).
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -160,6 +161,11 @@ def moved_name(name: str, prefix: str | None, by: int) -> str:
     assert prefix is not None
     tail = name[len(prefix) + 1 + len(str(index)) :]
     return f"{prefix}.{index + by}{tail}"
+
+
+def any_layer(name: str) -> str:
+    """`layers.7.attention` -> `layers.*.attention`: a name as a plan's pattern has it."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 def layer_index(name: str, prefix: str | None) -> int | None:

@@ -1,0 +1,304 @@
+"""`shardwise explain`: every collective of a plan, why it is there, and what a rank holds, in seconds and without a GPU."""
+
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from shardwise.cli.config import read_config
+from shardwise.core.errors import OptionError
+from shardwise.core.measurement import StepSettings
+from shardwise.core.mesh import Mesh
+from shardwise.core.plan import Plan, TheirPlan, suggest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from shardwise.cli.progress import ProgressLine
+    from shardwise.core.explanation import Explanation
+    from shardwise.core.walkthrough import Subject
+    from shardwise.models.source import ModelSource
+    from shardwise.trace.trace import AnyPlan
+
+DTYPES = ("float32", "bfloat16", "float64")
+DEVICES = ("cuda", "cpu")
+_MODEL, _STEP, _OUTPUT = "Model and mesh", "Training step", "Output"
+
+
+def explain(
+    context: typer.Context,
+    plan: Annotated[
+        str | None,
+        typer.Argument(
+            help="A built-in plan, a .toml file, hf (a Hugging Face model's own), own (sharded by your factory), or unsharded.",
+            show_default="rowwise; hf for an hf: model",
+        ),
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="The same options as TOML, or the name of a shipped config (llama3_8b_tp8).", callback=read_config, is_eager=True
+        ),
+    ] = None,
+    against: Annotated[str | None, typer.Option(help="A second plan, to be put beside the first.")] = None,
+    walk: Annotated[
+        str | None,
+        typer.Option(help="Instead: walk through this module under the plan, with small numbers, step by step. Such as tok_embeddings."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="A model of `shardwise models`, hf:TYPE, hf:PATH or package.module:factory.", rich_help_panel=_MODEL)
+    ] = "llama3-debug",
+    mesh: Annotated[
+        str, typer.Option(help="Axes of ranks: tp, with dp or fsdp before it, such as fsdp=2,tp=8.", rich_help_panel=_MODEL)
+    ] = "tp=8",
+    device: Annotated[
+        str, typer.Option(help="The device type whose ops and collectives are shown: cuda or cpu. None is needed.", rich_help_panel=_MODEL)
+    ] = "cuda",
+    rank: Annotated[int, typer.Option(help="The rank whose step is shown.", min=0, rich_help_panel=_MODEL)] = 0,
+    sequence_parallel: Annotated[
+        bool,
+        typer.Option(
+            "--sequence-parallel/--no-sequence-parallel", help="Activations cut along the sequence between blocks.", rich_help_panel=_MODEL
+        ),
+    ] = True,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            help="Sequences per optimizer step over all ranks.",
+            min=1,
+            show_default="one per data-parallel rank and micro-batch",
+            rich_help_panel=_STEP,
+        ),
+    ] = None,
+    seq: Annotated[int, typer.Option(help="Tokens per sequence.", min=1, rich_help_panel=_STEP)] = 2048,
+    dtype: Annotated[
+        str, typer.Option(help=f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.", rich_help_panel=_STEP)
+    ] = "float32",
+    accumulation: Annotated[int, typer.Option(help="Micro-batches that a step's batch is cut into.", min=1, rich_help_panel=_STEP)] = 1,
+    recompute: Annotated[str, typer.Option(help="Activation checkpointing: none, or full (every layer).", rich_help_panel=_STEP)] = "none",
+    seed: Annotated[int, typer.Option(help="Of the random ids.", min=0, rich_help_panel=_STEP)] = 0,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Text files or folders for the token ids; routed plans take Python's own documentation by default, others random ids.",
+            rich_help_panel=_STEP,
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Your tokenizer.json; by default one is trained on the text.", rich_help_panel=_STEP)
+    ] = None,
+    random_ids: Annotated[bool, typer.Option("--random-ids", help="Uniform random ids instead of text.", rich_help_panel=_STEP)] = False,
+    compress: Annotated[
+        bool,
+        typer.Option("--compress/--no-compress", help="Trace equal layers once; what comes out is the same.", rich_help_panel=_OUTPUT),
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.", rich_help_panel=_OUTPUT)] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the page, the walk-through as a page, and the data.", show_default="none", rich_help_panel=_OUTPUT),
+    ] = None,
+) -> int:
+    """Show every collective of a plan, why it is there, and what a rank holds: in seconds, without a GPU.
+
+    One training step is run on fake tensors: the real module under the real plan, with no memory and no devices. --against puts a second
+    plan beside it. --walk shows a module at work on small numbers, rank by rank.
+
+    [dim]shardwise explain rowwise --model llama3-8b --mesh tp=8 --seq 8192[/]
+    [dim]shardwise explain rowwise@dtensor --against rowwise --model llama3-8b --out page[/]
+    [dim]shardwise explain --model hf:qwen3 --mesh tp=8[/]
+    [dim]shardwise explain own --model mypackage.models:build --mesh tp=4[/]
+    [dim]shardwise explain rowwise --walk tok_embeddings[/]
+    """
+    shape = Mesh.parse(mesh)
+    settings = StepSettings(
+        batch=batch or shape.data_parallel * accumulation,
+        seq=seq,
+        dtype=dtype,
+        accumulation=accumulation,
+        recompute=recompute,
+        seed=seed,
+    )
+    _check_choice("--dtype", dtype, DTYPES)
+    _check_choice("--recompute", recompute, ("none", "full"))
+    _check_choice("--device", device, DEVICES)
+    console = Console(stderr=as_json)
+    chosen = plan or _default_plan(model)
+    if walk is not None:
+        return _walk(chosen, walk, model, sequence_parallel, console, as_json=as_json, out=out)
+    run = _Run(model, shape, settings, device, rank, sequence_parallel, text or [], tokenizer, random_ids, compress)
+    return _explain(run, chosen, against, console, as_json=as_json, out=out)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What all plans of one command share."""
+
+    model: str
+    mesh: Mesh
+    settings: StepSettings
+    device: str
+    rank: int
+    sequence_parallel: bool
+    files: list[Path]
+    tokenizer: Path | None
+    random_ids: bool
+    compress: bool
+
+    def explanation(self, source: "ModelSource", plan: "AnyPlan", progress: "ProgressLine") -> "Explanation":
+        from shardwise.explain.explain import explain
+        from shardwise.trace.trace import trace
+
+        program = trace(
+            source,
+            plan,
+            self.mesh,
+            self.settings,
+            device=self.device,
+            rank=self.rank,
+            ids=self._ids(source, plan, progress),
+            compress=self.compress,
+            progress=progress.say,
+        )
+        progress.say("explaining")
+        return explain(program)
+
+    def _ids(self, source: "ModelSource", plan: "AnyPlan", progress: "ProgressLine") -> "Tensor | None":
+        """Ids of real text where the plan decides by them or the user gave some; None: the tracer draws uniform ones."""
+        if not self.files and (self.random_ids or not _is_routed(plan)):
+            return None
+        import torch
+
+        from shardwise.models.source import vocab_size_of
+        from shardwise.text.batches import Batches
+        from shardwise.text.stream import load_tokens
+
+        stream = load_tokens(
+            vocab_size=source.vocab_size or vocab_size_of(source.build(dtype=torch.float32)),
+            files=self.files,
+            tokenizer=self.tokenizer,
+            random_ids=self.random_ids,
+            seed=self.settings.seed,
+            progress=progress.say,
+        )
+        return Batches(stream, self.settings.batch, self.settings.seq).at(0).ids_BS
+
+
+def _explain(run: _Run, plan: str, against: str | None, console: Console, *, as_json: bool, out: Path | None) -> int:
+    from shardwise.cli.plans import load_any_plan
+    from shardwise.cli.progress import ProgressLine
+    from shardwise.models.source import find_model
+
+    plans = [load_any_plan(name, sequence_parallel=run.sequence_parallel) for name in (plan, against) if name is not None]
+    with ProgressLine() as progress:
+        source = find_model(run.model)
+        found = [run.explanation(source, chosen, progress) for chosen in plans]
+    return _deliver(found, console, as_json=as_json, out=out)
+
+
+def _deliver(found: "list[Explanation]", console: Console, *, as_json: bool, out: Path | None) -> int:
+    from shardwise.explain.contrast import contrast
+    from shardwise.report.explain_json import contrast_json, explanation_json
+    from shardwise.report.explain_terminal import render_contrast, render_explanation
+
+    first, *others = found
+    both = contrast(first, others[0]) if others else None
+    document = contrast_json(both) if both is not None else explanation_json(first)
+    if as_json:
+        sys.stdout.buffer.write(document)
+        sys.stdout.buffer.flush()
+    elif both is not None:
+        render_contrast(both, console)
+    else:
+        render_explanation(first, console)
+    if out is not None:
+        from shardwise.cli.run_folder import RunFolder
+        from shardwise.report.explain_html import contrast_html, explanation_html
+
+        with RunFolder(out, "explain", datetime.now(UTC)) as folder:
+            folder.write("explanation.json", document)
+            folder.write("walkthrough.html", _walkthrough_page())
+            page = contrast_html(both, "walkthrough.html") if both is not None else explanation_html(first, "walkthrough.html")
+            path = folder.write("explain.html", page)
+        console.print(f"\nPage: {path}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _walkthrough_page() -> str:
+    """All walk-throughs, recorded now."""
+    from shardwise.core.walkthrough import Subject
+    from shardwise.explain.walkthrough import explain_walkthrough
+    from shardwise.report.walkthrough_html import walkthrough_html
+    from shardwise.trace.walkthrough import record_walkthrough
+
+    return walkthrough_html([explain_walkthrough(record_walkthrough(subject)) for subject in Subject])
+
+
+def _walk(plan: str, what: str, model: str, sequence_parallel: bool, console: Console, *, as_json: bool, out: Path | None) -> int:
+    import msgspec
+
+    from shardwise.explain.walkthrough import explain_walkthrough
+    from shardwise.report.walkthrough_terminal import render_walkthrough
+    from shardwise.trace.walkthrough import record_walkthrough
+
+    subject, module = _subject(plan, what, model, sequence_parallel)
+    recorded = record_walkthrough(subject, module=module)
+    told = explain_walkthrough(recorded)
+    if as_json:
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode({"schema_version": 1, "walkthrough": recorded}), indent=2) + b"\n")
+    else:
+        render_walkthrough(told, console)
+    if out is not None:
+        from shardwise.cli.run_folder import RunFolder
+
+        with RunFolder(out, "walk", datetime.now(UTC)) as folder:
+            path = folder.write("walkthrough.html", _walkthrough_page())
+        console.print(f"\nPage: {path}#{subject}", markup=False, highlight=False, soft_wrap=True)
+    return 0 if recorded.agrees else 1
+
+
+def _subject(plan: str, what: str, model: str, sequence_parallel: bool) -> "tuple[Subject, str | None]":
+    """The walk-through of a subject's name (embedding/rowwise), or of a module of the model under the plan; "loss" is one too."""
+    from shardwise.core.walkthrough import Subject
+
+    names = [str(subject) for subject in Subject]
+    if what in names:
+        return Subject(what), None
+    if what == "loss":
+        return Subject.LOSS_VOCAB_PARALLEL, None
+    import torch
+
+    from shardwise.cli.plans import load_any_plan
+    from shardwise.models.source import find_model
+
+    chosen = load_any_plan(plan, sequence_parallel=sequence_parallel)
+    modules = dict(find_model(model).build(dtype=torch.float32).named_modules())
+    if what not in modules:
+        raise OptionError(
+            f'--walk: {model} has no module "{what[:80]}".{suggest(what[:80], modules)} Or name one of {", ".join(names)}, loss.'
+        )
+    rule = chosen.rule_for(what) if isinstance(chosen, Plan) else None
+    kind = {"Embedding": "embedding", "Linear": "linear", "RMSNorm": "norm", "LayerNorm": "norm"}.get(type(modules[what]).__name__, "")
+    style = str(rule.style.name) if rule is not None else ""
+    if rule is not None and str(rule.style.ownership) == "interleaved":
+        style += "-interleaved"
+    if f"{kind}/{style}" not in names:
+        shown = f"{type(modules[what]).__name__} under {style or 'no style'}"
+        raise OptionError(f"--walk: {what}, a {shown}, has no walk-through. There are: {', '.join(names)}, loss.")
+    return Subject(f"{kind}/{style}"), what
+
+
+def _is_routed(plan: "AnyPlan") -> bool:
+    return isinstance(plan, Plan) and any(str(rule.style.name) == "routed" for rule in plan.rules)
+
+
+def _default_plan(model: str) -> str:
+    return str(TheirPlan.HF) if model.startswith("hf:") else "rowwise"
+
+
+def _check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise OptionError(f'{option} is "{value}".{suggest(value, allowed)} Allowed: {", ".join(allowed)}.')

@@ -1,0 +1,231 @@
+"""Findings of a Program: what a plan does that its author may not know, each with the numbers that show it and what to do.
+
+What is looked for: gradients that aren't sharded as their parameters; Partial gradients, reduced again by whoever meets them; rules that match
+nothing; little that is sharded; copies made for collectives; collectives that repeat or undo one another; ops that the catalogue doesn't know.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from math import prod
+
+from shardwise.core.collective import CollectiveKind
+from shardwise.core.explanation import CollectiveGroup, HoldingGroup
+from shardwise.core.finding import Finding, FindingKind
+from shardwise.core.placement import Partial, Replicate, Shard
+from shardwise.core.program import Collective, Holding, Item, Op, OpKind, Phase, Program, any_layer
+from shardwise.explain.words import mib, named
+
+# Below this share of sharded parameters a plan is said to shard little: a rank then holds more than half of the model whatever the axis.
+ENOUGH_SHARDED = 0.5
+# Copies for collectives are said where they move at least this share of what goes over the wire.
+WORTH_SAYING = 0.01
+
+
+def sharded_share(holdings: Iterable[Holding]) -> float:
+    """Share of the parameters' elements that are in tensors of which this rank keeps a part only, 0 to 1."""
+    holdings = list(holdings)
+    whole = sum(prod(holding.shape) for holding in holdings)
+    return sum(prod(holding.shape) for holding in holdings if holding.is_sharded) / whole if whole else 0.0
+
+
+def findings_of(
+    program: Program, items: Sequence[Item], collectives: Sequence[CollectiveGroup], holdings: Sequence[HoldingGroup]
+) -> tuple[Finding, ...]:
+    """All findings, in the order of the module docstring."""
+    return (
+        *_gradients(holdings),
+        *_partial_gradients(holdings, items),
+        *_idle_rules(program),
+        *_little_sharded(program),
+        *_repeats(program, items),
+        *_cancels(items),
+        *_copies(collectives),
+        *_unknown(items),
+    )
+
+
+def _gradients(holdings: Sequence[HoldingGroup]) -> Iterator[Finding]:
+    for holding in holdings:
+        if holding.grad_shape is None or holding.grad_placement is None:
+            continue
+        own, kept = prod(holding.local_shape), prod(holding.grad_shape)
+        if own != kept and own:
+            times = kept / own
+            yield Finding(
+                FindingKind.GRADIENT_NOT_AS_PARAMETER,
+                holding.name,
+                f"its gradient is {_list(holding.grad_placement)} {list(holding.grad_shape)}, {_times(times)} its shard {list(holding.local_shape)}: "
+                f"{mib(holding.gradient_bytes)} on every rank where {mib(holding.gradient_bytes / times)} would do"
+                + (f", in each of {holding.count}" if holding.count > 1 else ""),
+                advice=_advice_for_gradient(holding),
+            )
+
+
+def _advice_for_gradient(holding: HoldingGroup) -> str:
+    if "rowwise" in (holding.rule or ""):
+        return "DTensor's embedding backward has no rowwise rule. The native engine keeps the shard's rows only; colwise keeps its columns."
+    return "Look for an op whose backward gathers it."
+
+
+def _partial_gradients(holdings: Sequence[HoldingGroup], items: Sequence[Item]) -> Iterator[Finding]:
+    partial = [holding for holding in holdings if holding.grad_placement is not None and Partial() in holding.grad_placement]
+    if not partial:
+        return
+    count = sum(holding.count for holding in partial)
+    by_phase = Counter(
+        item.phase
+        for item in items
+        if isinstance(item, Collective) and item.phase in (Phase.CLIP, Phase.OPTIMIZER) and item.call.axis == "tp"
+    )
+    where = " and ".join(f"{number} all-reduces in {phase}" for phase, number in by_phase.items())
+    yield Finding(
+        FindingKind.PARTIAL_GRADIENT,
+        ", ".join(holding.name for holding in partial[:3]) + (", ..." if len(partial) > 3 else ""),
+        f"{count} gradients stay Partial after the backward, so whatever uses one reduces it again"
+        + (f": {where}, the norm's own among them" if where else ""),
+        advice="Reduce them once at the end of the backward, as the native engine does in one flattened all-reduce.",
+    )
+
+
+def _idle_rules(program: Program) -> Iterator[Finding]:
+    for rule in program.rules:
+        if not rule.modules:
+            yield Finding(
+                FindingKind.RULE_MATCHES_NOTHING,
+                rule.pattern,
+                f"the rule ({rule.style}) matched no module or parameter",
+                advice="Mend the pattern, or take the rule out.",
+            )
+
+
+def _little_sharded(program: Program) -> Iterator[Finding]:
+    share, tp = sharded_share(program.holdings), dict(program.axes).get("tp", 1)
+    if tp > 1 and share < ENOUGH_SHARDED:
+        whole = max((h for h in program.holdings if not h.is_sharded), key=lambda h: h.parameter_bytes, default=None)
+        largest = f"; the largest that every rank holds whole is {whole.name}, {mib(whole.parameter_bytes)}" if whole else ""
+        yield Finding(
+            FindingKind.LITTLE_IS_SHARDED,
+            program.plan,
+            f"{share:.1%} of the parameters are sharded over tp={tp}{largest}",
+            advice=f"Below {ENOUGH_SHARDED:.0%} a plan saves little memory and work; see which rules match what.",
+        )
+
+
+def _repeats(program: Program, items: Sequence[Item]) -> Iterator[Finding]:
+    """Modules side by side that each gather an input of the same size, one after the other."""
+    runs: Counter[tuple[str, tuple[str, ...], int, float, int]] = Counter()
+    run: list[Collective] = []
+
+    def close() -> None:
+        names = tuple(dict.fromkeys(_last(item.module) for item in run))
+        if len(names) > 1:
+            call = run[0].call
+            runs[any_layer(_parent(run[0].module)), names, call.payload_bytes, call.wire_bytes, call.axis_size] += 1
+        run.clear()
+
+    for item in items:
+        if not isinstance(item, Collective) or item.phase is not Phase.FORWARD:
+            continue
+        is_gather = item.call.kind is CollectiveKind.ALL_GATHER and item.call.axis == "tp" and isinstance(item.before, Shard)
+        if run and not (is_gather and _parent(item.module) == _parent(run[0].module) and item.call == run[0].call):
+            close()
+        if is_gather and item.after == Replicate():
+            run.append(item)
+    close()
+    if not runs:
+        return
+    layers = program.layers[1] if program.layers is not None else 1
+    made = sum(len(names) * count for (_, names, *_), count in runs.items())
+    enough = sum(runs.values())
+    extra = sum((len(names) - 1) * wire * count for (_, names, _, wire, _), count in runs.items())
+    parents = list(dict.fromkeys(parent for parent, *_ in runs))
+    each = "; ".join(f"{', '.join(names)} in {parent}" for parent, names, *_ in runs)
+    per_layer = (
+        f"{made // layers} all-gathers per layer against {enough // layers}"
+        if made % layers == enough % layers == 0
+        else (f"{made} all-gathers against {enough}")
+    )
+    yield Finding(
+        FindingKind.COLLECTIVES_REPEAT,
+        ", ".join(parents),
+        f"each gathers the same input for itself ({each}): {per_layer} in the forward, {mib(extra)} more on the wire per rank and step, and as "
+        "much again in the backward, where each sums its own part of the gradient",
+        advice="Gather once for all: give "
+        + " and ".join(f'"{parent}"' for parent in parents)
+        + " the style gather_input, and leave input out below it.",
+    )
+
+
+def _cancels(items: Sequence[Item]) -> Iterator[Finding]:
+    """A collective that undoes the one before it, with nothing computed between them."""
+    found: Counter[tuple[str, str, str, str]] = Counter()
+    last: Collective | None = None
+    for item in items:
+        match item:
+            case Collective():
+                if (
+                    last is not None
+                    and last.call.axis == item.call.axis
+                    and last.phase is item.phase
+                    and last.before is not None
+                    and (last.before, last.after) == (item.after, item.before)
+                    and last.call.payload_bytes == item.call.payload_bytes
+                ):
+                    found[any_layer(last.module), any_layer(item.module), named(last.call.kind), named(item.call.kind)] += 1
+                last = item
+            case Op(kind=kind) if kind not in (OpKind.COPY, OpKind.FILL):
+                last = None
+            case _:
+                pass
+    for (first, second, gathered, undone), count in found.items():
+        yield Finding(
+            FindingKind.COLLECTIVES_CANCEL,
+            second,
+            f"its {undone} undoes the {gathered} of {first} with nothing computed between them, {count} times a step",
+            advice="Let both agree on the placement between them.",
+        )
+
+
+def _copies(collectives: Sequence[CollectiveGroup]) -> Iterator[Finding]:
+    copied = [group for group in collectives if group.copied_bytes]
+    total = sum(group.count * group.copied_bytes for group in copied)
+    wire = sum(group.total_wire_bytes for group in collectives)
+    if total < WORTH_SAYING * wire or not copied:
+        return
+    worst = max(copied, key=lambda group: group.count * group.copied_bytes)
+    yield Finding(
+        FindingKind.COPIES_FOR_COLLECTIVES,
+        worst.module,
+        f"{mib(total)} a step are copied into or out of collectives' buffers, {total / wire:.2g} times what goes over the wire; most of it for the "
+        f"{named(worst.carries_out)} of {worst.module} ({worst.phase})",
+        advice="A placement that cuts the outermost dim, or a look-up in the order of the destinations, needs none.",
+    )
+
+
+def _unknown(items: Sequence[Item]) -> Iterator[Finding]:
+    names = Counter(item.name for item in items if isinstance(item, Op) and item.kind is OpKind.UNKNOWN)
+    if names:
+        shown = ", ".join(f"{name} ({count})" for name, count in names.most_common(3))
+        yield Finding(
+            FindingKind.OPS_UNKNOWN,
+            "ops",
+            f"{sum(names.values())} ops are unknown on this device, and their FLOPs and kind with them: {shown}"
+            + (", ..." if len(names) > 3 else ""),
+            advice="Their shapes and bytes are exact. Half precision has fused attention on every device.",
+        )
+
+
+def _parent(module: str) -> str:
+    return module.rpartition(".")[0]
+
+
+def _last(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
+def _list(placements: Sequence[object]) -> str:
+    return ", ".join(map(str, placements))
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:g} times"

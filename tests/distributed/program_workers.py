@@ -1,0 +1,135 @@
+"""What the ranks of test_program.py run, and the cases of that test as data."""
+
+from dataclasses import replace
+
+import msgspec
+import torch
+from torch import Tensor
+
+from shardwise.core.errors import PlanError
+from shardwise.core.measurement import StepSettings
+from shardwise.core.mesh import Mesh
+from shardwise.core.plan import Plan
+from shardwise.core.program import Phase
+from shardwise.launch import RankContext
+from shardwise.models.llama import LlamaConfig
+from shardwise.models.specs import ModelSpec
+from shardwise.parallel.builtin import builtin_names, builtin_plan
+from shardwise.step.build import build_model, device_mesh
+from shardwise.step.train import TrainStep
+from tests.distributed.c10d_log import Issued, writing_down
+
+SEQ, BATCH = 24, 4
+# one plan of each engine for the settings that don't touch the embedding
+BOTH_ENGINES = ("routed", "rowwise@dtensor")
+
+
+class Case(msgspec.Struct, frozen=True):
+    """A plan on a mesh. The vocabulary divides by no number of ranks, or by all."""
+
+    plan: str
+    mesh: str
+    sequence_parallel: bool = True
+    recompute: str = "none"
+    accumulation: int = 1
+    dtype: str = "float32"
+    vocab_size: int = 257
+
+    @property
+    def name(self) -> str:
+        differs = {
+            "no sequence parallelism": not self.sequence_parallel,
+            "recompute": self.recompute != "none",
+            f"accumulation={self.accumulation}": self.accumulation != 1,
+            self.dtype: self.dtype != "float32",
+            f"V={self.vocab_size}": self.vocab_size != 257,
+        }
+        return ", ".join((f"{self.plan} on {self.mesh}", *(text for text, holds in differs.items() if holds)))
+
+    @property
+    def world_size(self) -> int:
+        return Mesh.parse(self.mesh).world_size
+
+    @property
+    def settings(self) -> StepSettings:
+        return StepSettings(BATCH, SEQ, dtype=self.dtype, accumulation=self.accumulation, recompute=self.recompute)
+
+    @property
+    def spec(self) -> ModelSpec:
+        n_kv_heads = 12 if self.mesh == "tp=3" else 4
+        return ModelSpec("tiny", LlamaConfig(self.vocab_size, 48, 3, 12, n_kv_heads, 96), "")
+
+    def make_plan(self) -> Plan:
+        return builtin_plan(self.plan, sequence_parallel=self.sequence_parallel)
+
+    def ids(self) -> Tensor:
+        """Of the global batch, [B, S]; skewed, as tokens are, so that routed sends uneven parts."""
+        generator = torch.Generator().manual_seed(11)
+        return (torch.rand(BATCH, SEQ, generator=generator) ** 3 * self.vocab_size).long()
+
+
+def cases(world_size: int) -> list[Case]:
+    """All cases for a number of ranks."""
+    tp = f"tp={world_size}"
+    found = [Case(name, tp) for name in builtin_names()]
+    found += [Case(name, tp, sequence_parallel=False) for name in builtin_names() if _is_offered_whole(name)]
+    found += [Case(name, tp, vocab_size=96) for name in BOTH_ENGINES]
+    if world_size == 2:
+        found += [Case(name, tp, recompute="full") for name in BOTH_ENGINES]
+        found += [Case(name, tp, accumulation=2) for name in ("replicated", *BOTH_ENGINES)]
+        found += [Case(name, tp, dtype="bfloat16") for name in BOTH_ENGINES]
+        found += [Case("rowwise", mesh) for mesh in ("dp=2", "fsdp=2")]
+    if world_size == 4:
+        found += [Case(name, mesh) for mesh in ("dp=2,tp=2", "fsdp=2,tp=2") for name in ("replicated", *BOTH_ENGINES)]
+        found += [Case("routed-interleaved", "dp=2,tp=2")]
+        found += [Case(name, mesh, accumulation=2) for mesh in ("dp=2,tp=2", "fsdp=2,tp=2") for name in BOTH_ENGINES]
+        found += [Case("rowwise", "fsdp=2,tp=2", recompute="full")]
+        found += [Case("rowwise", "dp=2,fsdp=2")]
+    return found
+
+
+def _is_offered_whole(name: str) -> bool:
+    try:
+        builtin_plan(name, sequence_parallel=False)
+    except PlanError:
+        return False
+    return True
+
+
+def collectives(context: RankContext, payload: bytes) -> bytes:
+    """Per case: what this rank issues in its second step. Groups are named by their axis."""
+    found: dict[str, list[Issued]] = {}
+    for case in cases(context.world_size):
+        context.note(case.name)
+        found[case.name] = _issued(case, context)
+    return msgspec.json.encode(found)
+
+
+def _issued(case: Case, context: RankContext) -> list[Issued]:
+    mesh_noun, settings = Mesh.parse(case.mesh), case.settings
+    mesh = device_mesh(mesh_noun, context.device.type)
+    model = build_model(
+        case.spec,
+        case.make_plan(),
+        mesh,
+        dtype=getattr(torch, settings.dtype),
+        device=context.device,
+        seed=0,
+        recompute=settings.recompute == "full",
+    )
+    phases = [Phase.FORWARD]
+    step = TrainStep(model, mesh=mesh, on_phase=phases.append)
+    batch = micro_batches(case.ids(), mesh_noun, settings, context.rank)
+    step(batch)
+    issued: list[Issued] = []
+    phases.append(Phase.FORWARD)
+    with writing_down(issued, lambda: str(phases[-1])):
+        step(batch)
+    axes = {mesh.get_group(name).group_name: name for name in mesh.mesh_dim_names or ()}
+    return [replace(call, group=axes[call.group]) for call in issued]
+
+
+def micro_batches(ids_BS: Tensor, mesh: Mesh, settings: StepSettings, rank: int) -> list[tuple[Tensor, Tensor]]:
+    """A rank's (ids, labels) of a global batch."""
+    own = ids_BS.chunk(mesh.data_parallel)[rank // mesh.tp]
+    return [(part, part.roll(-1, 1)) for part in own.chunk(settings.accumulation)]
