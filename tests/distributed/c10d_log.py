@@ -62,7 +62,7 @@ def writing_down(issued: list[Issued], phase: Callable[[], str]) -> Iterator[Non
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that a kernel is overridden
         for name, (kind, whole) in _KERNELS.items():
-            library.impl(name, _kernel(name, kind, whole, issued, phase), "CPU", with_keyset=True, allow_override=True)
+            library.impl(name, _kernel(name, kind, whole, issued, phase), "AutogradCPU")
     try:
         yield
     finally:
@@ -70,10 +70,10 @@ def writing_down(issued: list[Issued], phase: Callable[[], str]) -> Iterator[Non
 
 
 def _kernel(name: str, kind: str, whole: int, issued: list[Issued], phase: Callable[[], str]) -> Callable[..., Any]:
-    original = torch.library.get_kernel(f"c10d::{name}", "CPU")
-    arguments = getattr(torch.ops.c10d, name).default._schema.arguments
+    op = getattr(torch.ops.c10d, name).default
+    arguments = op._schema.arguments
 
-    def kernel(keyset: Any, *given: Any) -> Any:
+    def kernel(*given: Any) -> Any:
         args = (*given, *(argument.default_value for argument in arguments[len(given) :]))
         group = next(unboxed for arg in args if (unboxed := _group(arg)) is not None)
         tensors = _tensors(args[whole])
@@ -81,7 +81,7 @@ def _kernel(name: str, kind: str, whole: int, issued: list[Issued], phase: Calla
         dtype = str(tensors[0].dtype).removeprefix("torch.")
         size = group.size()
         issued.append(Issued(kind, group.group_name, size, dtype, payload, _sent(name, kind, args, group, payload), phase()))
-        return original.call_boxed(keyset, *args)
+        return op._op_dk(torch._C.DispatchKey.CPU, *args)  # frees the interpreter's lock, which gloo's threads need
 
     return kernel
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import msgspec
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.core.errors import PlanError
 from shardwise.core.measurement import StepSettings
@@ -99,15 +100,17 @@ def _is_offered_whole(name: str) -> bool:
 def collectives(context: RankContext, payload: bytes) -> bytes:
     """Per case: what this rank issues in its second step. Groups are named by their axis."""
     found: dict[str, list[Issued]] = {}
+    meshes: dict[str, DeviceMesh] = {}  # one each: DTensor's caches hand out the groups of any equal mesh that they have met
     for case in cases(context.world_size):
         context.note(case.name)
-        found[case.name] = _issued(case, context)
+        if case.mesh not in meshes:
+            meshes[case.mesh] = device_mesh(Mesh.parse(case.mesh), context.device.type)
+        found[case.name] = _issued(case, context, meshes[case.mesh])
     return msgspec.json.encode(found)
 
 
-def _issued(case: Case, context: RankContext) -> list[Issued]:
-    mesh_noun, settings = Mesh.parse(case.mesh), case.settings
-    mesh = device_mesh(mesh_noun, context.device.type)
+def _issued(case: Case, context: RankContext, mesh: DeviceMesh) -> list[Issued]:
+    settings = case.settings
     model = build_model(
         case.spec,
         case.make_plan(),
@@ -119,7 +122,7 @@ def _issued(case: Case, context: RankContext) -> list[Issued]:
     )
     phases = [Phase.FORWARD]
     step = TrainStep(model, mesh=mesh, on_phase=phases.append)
-    batch = micro_batches(case.ids(), mesh_noun, settings, context.rank)
+    batch = micro_batches(case.ids(), Mesh.parse(case.mesh), settings, context.rank)
     step(batch)
     issued: list[Issued] = []
     phases.append(Phase.FORWARD)

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from shardwise.cli.config import read_config
+from shardwise.cli.options import DTYPES, RECOMPUTE, check_choice
 from shardwise.core.errors import OptionError
 from shardwise.core.finding import Agreement, Finding
 from shardwise.core.measurement import Comparison, StepSettings
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from shardwise.text.stream import TokenStream
 
 DEFAULT_PLANS = ["rowwise", "colwise", "routed", "rowwise@dtensor", "colwise@dtensor"]
-DTYPES = ("float32", "bfloat16", "float64")
 _MODEL, _STEP, _RUN, _OUTPUT = "Model and mesh", "Training step", "Measuring", "Output"
 
 
@@ -175,9 +175,9 @@ class _Request:
         from shardwise.models.specs import get_spec
 
         spec = get_spec(model)
-        _check_choice("--dtype", settings.dtype, DTYPES)
-        _check_choice("--recompute", settings.recompute, ("none", "full"))
-        _check_choice("--device", device, ("auto", "cpu", "cuda"))
+        check_choice("--dtype", settings.dtype, DTYPES)
+        check_choice("--recompute", settings.recompute, RECOMPUTE)
+        check_choice("--device", device, ("auto", "cpu", "cuda"))
         labelled = load_plans(plans, sequence_parallel=sequence_parallel)
         _check_positive("--learning-rate", settings.learning_rate)
         _check_positive("--max-norm", settings.max_norm)
@@ -345,11 +345,6 @@ def _sentence(plan: str, finding: Finding, agreement: Agreement | None) -> str:
         size += f", ratio {finding.ratio:.6g}"
     allowed = f", allowed {agreement.tolerance:.0e})" if size and agreement is not None else (")" if size else "")
     return f"{plan}: {finding.subject}: {finding.reason}{size}{allowed}. Nothing was timed."
-
-
-def _check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise OptionError(f'{option} is "{value}".{suggest(value, allowed)} Allowed: {", ".join(allowed)}.')
 
 
 def _check_positive(option: str, value: float) -> None:

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from shardwise.cli.config import read_config
+from shardwise.cli.options import DTYPES, RECOMPUTE, check_choice
 from shardwise.core.errors import OptionError
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from shardwise.models.source import ModelSource
     from shardwise.trace.trace import AnyPlan
 
-DTYPES = ("float32", "bfloat16", "float64")
 DEVICES = ("cuda", "cpu")
 _MODEL, _STEP, _OUTPUT = "Model and mesh", "Training step", "Output"
 
@@ -122,9 +122,9 @@ def explain(
         recompute=recompute,
         seed=seed,
     )
-    _check_choice("--dtype", dtype, DTYPES)
-    _check_choice("--recompute", recompute, ("none", "full"))
-    _check_choice("--device", device, DEVICES)
+    check_choice("--dtype", dtype, DTYPES)
+    check_choice("--recompute", recompute, RECOMPUTE)
+    check_choice("--device", device, DEVICES)
     console = Console(stderr=as_json)
     chosen = plan or _default_plan(model)
     if walk is not None:
@@ -297,8 +297,3 @@ def _is_routed(plan: "AnyPlan") -> bool:
 
 def _default_plan(model: str) -> str:
     return str(TheirPlan.HF) if model.startswith("hf:") else "rowwise"
-
-
-def _check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise OptionError(f'{option} is "{value}".{suggest(value, allowed)} Allowed: {", ".join(allowed)}.')

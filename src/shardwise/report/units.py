@@ -23,6 +23,7 @@ class Unit:
 
 BYTE_UNITS = (Unit("B", 1.0), Unit("KiB", 2.0**10), Unit("MiB", 2.0**20), Unit("GiB", 2.0**30), Unit("TiB", 2.0**40), Unit("PiB", 2.0**50))
 SECOND_UNITS = (Unit("ns", 1e-9), Unit("µs", 1e-6), Unit("ms", 1e-3), Unit("s", 1.0))
+FLOP_UNITS = tuple(Unit(f"{prefix}FLOP", 1e3**power) for power, prefix in enumerate(("", "k", "M", "G", "T", "P", "E")))
 COUNT_UNITS = (Unit("", 1.0), Unit("k", 1e3), Unit("M", 1e6), Unit("B", 1e9), Unit("T", 1e12))
 
 
@@ -77,6 +78,23 @@ def format_count(value: float | None, absent: str = NOT_MEASURED) -> str:
         return str(value)
     unit = unit_for((value,), COUNT_UNITS)
     return f"{format_number(value / unit.size)} {unit.name}".rstrip()
+
+
+def format_flops(value: float | None, absent: str = NOT_MEASURED) -> str:
+    """`17.6 TFLOP`: operations, not a speed."""
+    if value is None:
+        return absent
+    unit = unit_for((value,), FLOP_UNITS)
+    return f"{format_number(value / unit.size)} {unit.name}" if value else "0"
+
+
+def format_share(share: float) -> str:
+    """`50 %`, `99.997 %`: as many digits as it takes not to call a part all or nothing."""
+    if share in (0.0, 1.0) or not math.isfinite(share):
+        return f"{format_number(share * 100).removesuffix('.')} %"
+    texts = (f"{share * 100:.{digits}f}" for digits in range(1, 12))
+    text = next((text for text in texts if float(text) not in (0.0, 100.0)), f"{share * 100!r}")
+    return f"{text.rstrip('0').rstrip('.') if '.' in text and 'e' not in text else text} %"
 
 
 def format_rate(tokens_per_s: float | None, absent: str = NOT_MEASURED) -> str:

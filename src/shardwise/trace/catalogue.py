@@ -3,7 +3,8 @@
 Names are PyTorch's, without overload: "aten::mm". The one table of what differs between devices is CUDA_NAMES; an op that isn't in KINDS is
 `unknown`: it keeps its name, shapes and bytes, and nobody guesses more.
 
-FLOPs: see core/program.py. Sources: matmul 2 m n k (Golub & Van Loan, Matrix Computations, 1.2.4); attention forward two matmuls and
+FLOPs: see core/program.py. Sources: matmul 2 m n k (Golub & Van Loan, Matrix Computations, 1.2.4); a triangular solve n^2
+per right-hand side (ibid., 3.1); attention forward two matmuls and
 backward five (Dao et al. 2022, FlashAttention, section 3 and appendix B, which recomputes the scores), half of them where causal.
 """
 
@@ -13,7 +14,7 @@ from math import prod
 from shardwise.core.program import OpKind, TensorSpec
 
 _NAMES: dict[OpKind, str] = {
-    OpKind.MATMUL: "mm addmm bmm baddbmm _grouped_mm convolution convolution_backward dot mv addmv",
+    OpKind.MATMUL: "mm addmm bmm baddbmm _grouped_mm convolution convolution_backward dot mv addmv linalg_solve_triangular",
     OpKind.ATTENTION: (
         "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward "
         "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_backward "
@@ -31,8 +32,8 @@ _NAMES: dict[OpKind, str] = {
         "silu_backward silu_ gelu gelu_backward relu relu_ threshold_backward softplus softplus_backward leaky_relu leaky_relu_backward where "
         "masked_fill masked_fill_ clamp clamp_ clamp_min clamp_min_ clamp_max abs sign sgn sin cos tan erf floor ceil round reciprocal "
         "maximum minimum lt gt le ge eq ne isnan isinf bitwise_and bitwise_or bitwise_not bitwise_xor bitwise_and_ bitwise_or_ logical_and "
-        "logical_or logical_not __or__ __and__ __xor__ floor_divide remainder addcmul addcdiv lerp _foreach_mul_ _foreach_add_ _foreach_div_ "
-        "_foreach_clamp_max_ hardtanh elu elu_backward mish square atan2 fmod"
+        "logical_or logical_not logical_and_ __or__ __and__ __xor__ floor_divide remainder addcmul addcdiv lerp _foreach_mul_ _foreach_add_ _foreach_div_ "
+        "_foreach_clamp_max_ rsub polar log_sigmoid_forward log_sigmoid_backward hardtanh elu elu_backward mish square atan2 fmod"
     ),
     OpKind.REDUCTION: (
         "sum mean amax amin max min prod var std any all argmax argmin cumsum cumprod _foreach_norm linalg_vector_norm norm topk sort "
@@ -49,7 +50,7 @@ _NAMES: dict[OpKind, str] = {
     ),
     OpKind.FILL: (
         "zeros zeros_like ones ones_like full full_like fill_ zero_ new_zeros new_ones new_full arange scalar_tensor linspace eye fill "
-        "bernoulli_ normal_ uniform_ rand randn randint rand_like randn_like one_hot"
+        "bernoulli_ normal_ uniform_ exponential_ rand randn randint rand_like randn_like one_hot"
     ),
     OpKind.OPTIMIZER: "_fused_adamw_ _fused_adam_ _fused_sgd_",
 }
@@ -113,6 +114,8 @@ def flops_of(name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSp
             return 2 * prod(shapes[0]) * shapes[1][-1]
         case "mv" | "dot":
             return 2 * prod(shapes[0])
+        case "linalg_solve_triangular":  # n^2 for each right-hand side of a matrix [n, n]
+            return shapes[0][-1] * prod(outputs[0].shape)
         case "convolution":  # every output element is a dot product over one filter
             return 2 * prod(outputs[0].shape) * prod(shapes[1][1:])
         case "convolution_backward":  # gradients of the input and of the weight, each as many as the forward

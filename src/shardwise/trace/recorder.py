@@ -144,6 +144,7 @@ class Recorder(TorchDispatchMode):
         self._paused = 0
         self._on_device = False
         self._change: tuple[Any, Any] | None = None
+        self._failure: tuple[Exception, str] | None = None
         self._names = {id(module): name for name, module in model.named_modules(remove_duplicate=False) if name}
         self._parameters = {id(parameter): name.rpartition(".")[0] for name, parameter in model.named_parameters()}
         self._live: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
@@ -168,6 +169,13 @@ class Recorder(TorchDispatchMode):
         self.phase = phase
         self._place.stack[:] = [LOSS_MODULE] if phase is Phase.LOSS else []
         self._place.mark()
+
+    def failed_in(self, error: Exception) -> str:
+        """The innermost module out of whose call an error came; in the backward the module of the op before it. Empty: none of them."""
+        if self._failure is not None and self._failure[0] is error:
+            return self._failure[1]
+        last = next((event for event in reversed(self.events) if isinstance(event, Op)), None)
+        return last.module if last is not None and self.phase is Phase.BACKWARD else ""
 
     def storage_of(self, tensor: Tensor) -> int | None:
         """Number of a plain tensor's storage, if it was seen."""
@@ -359,6 +367,10 @@ class Recorder(TorchDispatchMode):
             place.mark()
             try:
                 return original(module, *args, **kwargs)
+            except Exception as error:
+                if self._failure is None or self._failure[0] is not error:
+                    self._failure = (error, name)
+                raise
             finally:
                 place.stack.pop()
                 place.mark()

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from shardwise.core.errors import OptionError
+from shardwise.core.errors import ModelError, OptionError, PlanError, ShardwiseError
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.placement import Placement, Replicate
@@ -34,11 +34,13 @@ from shardwise.core.program import (
     layer_index,
     moved_name,
 )
+from shardwise.core.shown import shown, told
 from shardwise.models.source import ModelSource, vocab_size_of
 from shardwise.parallel.apply import Applied, mark_applied, parallelize
 from shardwise.parallel.loss import DTensorLoss
 from shardwise.parallel.ownership import RowOwnership, route
 from shardwise.parallel.parameters import fill
+from shardwise.parallel.resolve import resolve
 from shardwise.step.train import TrainStep, recompute_layers, shard_with_fsdp
 from shardwise.trace.extend import LONG, SHORT, NotPeriodicError, extended
 from shardwise.trace.fakes import TARGETS, fake_world
@@ -70,10 +72,14 @@ def trace(
         raise OptionError(f'device is "{device}". Allowed: {", ".join(TARGETS)}.')
     if not 0 <= rank < mesh.world_size:
         raise OptionError(f"rank {rank} is not on mesh {mesh}. Use 0 to {mesh.world_size - 1}.")
+    if plan is TheirPlan.UNSHARDED and mesh.tp > 1:
+        raise OptionError(f'plan "unsharded" shards nothing, and mesh {mesh} has a tp axis. Use tp=1, or another plan.')
     with fake_world(mesh, rank=rank, device=device) as device_mesh:
         progress(f"building {source.name}")
         job = _Job(source, plan, mesh, settings, device, rank, ids, device_mesh)
         whole = job.build()
+        if isinstance(plan, Plan):
+            resolve(whole, plan, tp=mesh.tp, seq=settings.seq, fsdp=mesh.size("fsdp"))
         job.rules = _rules(plan, whole)
         layers = find_layers(whole)
         if compress and layers is not None and layers.are_equal and layers.count > LONG:
@@ -283,24 +289,55 @@ def _trace_step(job: _Job, model: nn.Module, fake_mode: FakeTensorMode) -> _Trac
     groups = {str(job.device_mesh.get_group(name).group_name): name for name, size in job.mesh.axes if size > 1}
     recorder = Recorder(model, fake_mode, groups, device=job.device, rule_of=job.rule_of)
     ids = job.micro_batches(vocab_size_of(model))
+    model.register_forward_hook(_check_logits(job.source.name))
     with recorder.watching():
         step = TrainStep(model, mesh=job.device_mesh if job.mesh.world_size > 1 else None, on_phase=recorder.enter_phase)
         _start_optimizer(step)
         kinds = _resident_kinds(recorder, model, step)
         batch = list(_batch(job, recorder, ids, fake_mode))
         kinds |= {recorder.saw(tensor, "batch"): MemoryKind.INPUT for pair in batch for tensor in pair}
+        recorder.recording = True
+        try:
+            step(batch)
+        except ShardwiseError:
+            raise
+        except Exception as error:
+            raise _failure(job, recorder, error) from error
+        recorder.recording = False
+        for state in _never_made(step):
+            kinds.pop(recorder.saw(state, "optimizer"))
         resident = dict.fromkeys(kinds.values(), 0)
         for number, kind in kinds.items():
             resident[kind] += recorder.storages[number].n_bytes
-        recorder.recording = True
-        step(batch)
-        recorder.recording = False
         for parameter in model.parameters():
             kept = recorder.storage_of(_local(parameter.grad)) if parameter.grad is not None else None
             if kept is not None:
                 kinds.setdefault(kept, MemoryKind.GRADIENT)
     routes = _Routes(job, model, ids)
     return _Traced(tuple(_items(recorder, kinds, set(kinds) - _made(recorder), routes)), _holdings(model, step, job), resident)
+
+
+def _check_logits(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], object], None]:
+    def check(_: nn.Module, inputs: tuple[Tensor, ...], logits: object) -> None:
+        expected = list(inputs[0].shape)
+        found = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else f"type {shown(type(logits).__name__)}"
+        if not isinstance(logits, Tensor) or logits.ndim != 3 or list(logits.shape[:2]) != expected:
+            raise ModelError(f'model "{name}": for ids {expected} its output is of {found}. Return logits [B, S, V].')
+
+    return check
+
+
+def _failure(job: _Job, recorder: Recorder, error: Exception) -> ModelError | PlanError:
+    """What the model's own code, or that which a plan put into it, raised."""
+    where = recorder.failed_in(error) or "its own code"
+    during = "" if recorder.phase is Phase.FORWARD else f" ({recorder.phase})"
+    raised = f'model "{job.source.name}": {where}{during} raised {told(error)}'
+    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+        return ModelError(f"{raised} The data decides what runs there, and a trace has only shapes.")
+    if job.plan in (TheirPlan.UNSHARDED, TheirPlan.OWN):
+        return ModelError(f"{raised} See whether it runs with weights.")
+    plan = job.plan.name if isinstance(job.plan, Plan) else job.plan
+    return PlanError(f'plan "{plan}": {raised} See whether it is explained under plan "unsharded".')
 
 
 def _batch(job: _Job, recorder: Recorder, ids: list[Tensor], fake_mode: FakeTensorMode) -> Iterator[tuple[Tensor, Tensor]]:
@@ -319,6 +356,13 @@ def _start_optimizer(step: TrainStep) -> None:
             parameter.grad = torch.zeros_like(parameter)
     step.optimizer.step()
     step.optimizer.zero_grad(set_to_none=True)
+
+
+def _never_made(step: TrainStep) -> Iterator[Tensor]:
+    """Takes away the state of parameters that the step gives no gradient: a real optimizer makes none for them."""
+    for parameter in step.model.parameters():
+        if parameter.grad is None:
+            yield from (_local(value) for value in step.optimizer.state.pop(parameter, {}).values() if isinstance(value, Tensor))
 
 
 def _resident_kinds(recorder: Recorder, model: nn.Module, step: TrainStep) -> dict[int, MemoryKind]:
