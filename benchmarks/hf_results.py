@@ -18,8 +18,23 @@ class Answer(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """An explained step of one rank, counted. unknown: (name, count) of the ops that the catalogue doesn't know.
+
+    sharded: share of the model's parameters of which the rank keeps a part only.
+    """
+
+    ops: int
+    flops: int
+    unknown: tuple[tuple[str, int], ...]
+    collectives: int
+    wire_bytes: float
+    sharded: float
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
-    """One type. `model`: as a command names the form that was tried. `sharded`: share of its parameters that plan `hf` shards.
+    """One type. `model`: as a command names the form that was tried. step, plan_step: unsharded and under plan `hf`, where explained.
 
     The reasons are a line each, empty where the answer isn't no; `note`: why it isn't simply two layers.
     """
@@ -30,9 +45,10 @@ class Row:
     parameters: int | None
     explained: Answer
     reason: str
+    step: Step | None
     under_its_plan: Answer
     plan_reason: str
-    sharded: float | None
+    plan_step: Step | None
     seconds: float
 
     @property
@@ -54,7 +70,7 @@ class Sweep:
     versions: tuple[tuple[str, str], ...]
     rows: tuple[Row, ...]
     what: str = WHAT
-    schema_version: int = 1
+    schema_version: int = 2
 
     @property
     def day(self) -> str:
@@ -79,9 +95,12 @@ def summary(sweep: Sweep) -> str:
     explained = sum(row.explained is Answer.YES for row in rows)
     planned = [row for row in rows if row.explained is Answer.YES and row.under_its_plan is not Answer.NO_PLAN]
     under_plan = sum(row.under_its_plan is Answer.YES for row in planned)
+    steps = [step for row in rows for step in (row.step, row.plan_step) if step is not None]
+    ops, unknown = sum(step.ops for step in steps), sum(count for step in steps for _, count in step.unknown)
     return (
         f"Of the {len(rows)} causal language model types, {explained} are explained unsharded. {len(planned)} of these have a "
-        f"tensor-parallel plan of their own, and {under_plan} are explained under it too."
+        f"tensor-parallel plan of their own, and {under_plan} are explained under it too. {sum(row.is_whole for row in rows)} are explained "
+        f"both ways, or have no plan. Of {ops:,} ops in all these steps the catalogue doesn't know {unknown:,}."
     )
 
 
@@ -91,7 +110,8 @@ def blocks(sweep: Sweep) -> dict[str, str]:
     source = f"\nSource: `benchmarks/results/{sweep.day}-{sweep.what}.json`, made by `{sweep.command}`.\n"
     about = (
         f"\nRun: {sweep.dtype}, batch {sweep.batch}, sequence {sweep.seq}, tp {sweep.tp}; torch {versions['torch']}, transformers "
-        f"{versions['transformers']}. Parameters are of the form that was tried.\n"
+        f"{versions['transformers']}. Parameters are of the form that was tried; ops are those of the unsharded step, collectives those of a rank "
+        "under its plan.\n"
     )
     made = {
         WHAT: summary(sweep) + "\n\n" + _types_table(sweep.rows) + about + source,
@@ -108,11 +128,15 @@ def _types_table(rows: tuple[Row, ...]) -> str:
             "" if row.parameters is None else f"{row.parameters / 1e6:,.0f}",
             _answer(row.explained),
             _answer(row.under_its_plan),
-            "" if row.sharded is None else f"{row.sharded:.1%}",
+            "" if row.plan_step is None else f"{row.plan_step.sharded:.1%}",
+            "" if row.plan_step is None else f"{row.plan_step.collectives}",
+            "" if row.step is None else f"{row.step.ops:,}",
+            ", ".join(sorted({name.removeprefix("aten::") for step in (row.step, row.plan_step) if step for name, _ in step.unknown})),
         ]
         for row in rows
     ]
-    return _table(["type", "parameters, M", "explained", "under its plan", "sharded by it"], cells, numbers=(1, 4))
+    head = ["type", "parameters, M", "explained", "under its plan", "sharded by it", "collectives", "ops", "unknown ops"]
+    return _table(head, cells, numbers=(1, 4, 5, 6))
 
 
 def _misses_table(rows: list[Row]) -> str:

@@ -4,8 +4,9 @@
     python -m benchmarks.hf_sweep qwen3 mixtral    these types; prints, writes nothing
 
 Each type is built from its default configuration at two layers, with its widths as they are (nothing is allocated), under the name by which
-anyone can try it again: `hf:TYPE?num_hidden_layers=2`. QUERIES has the exceptions. The same is then done under plan `hf`, as rank 0 of a
-fake process group. Types run in worker processes; one that takes too long is ended and noted.
+anyone can try it again: `hf:TYPE?num_hidden_layers=2`. QUERIES has the exceptions. Its step is traced and explained unsharded, then under plan
+`hf` as rank 0 of TP. A type counts only where what came out is plausible: check() and check_flops(). Types run in worker processes; one that
+takes too long is ended and noted.
 """
 
 import argparse
@@ -14,21 +15,28 @@ import multiprocessing
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import prod
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING
 
-from benchmarks.hf_results import Answer, Row, Sweep, summary
+from benchmarks.hf_results import Answer, Row, Step, Sweep, summary
 from benchmarks.results import command_line, now
 from shardwise.core.errors import ShardwiseError
+from shardwise.core.explanation import Explanation
+from shardwise.core.measurement import StepSettings
+from shardwise.core.mesh import Mesh
+from shardwise.core.plan import TheirPlan
+from shardwise.core.program import OpKind, Phase, Program
 from shardwise.core.shown import shown, told
 
 if TYPE_CHECKING:
-    from torch import nn
-    from torch.distributed.device_mesh import DeviceMesh
+    from shardwise.models.source import ModelSource
 
+DEVICE = "cpu"
 TP = 2
 BATCH, SEQ = 2, 32
 WORKERS = 2
@@ -65,6 +73,13 @@ QUERIES = {
 }
 
 
+_PHASES = (Phase.FORWARD, Phase.LOSS, Phase.BACKWARD, Phase.CLIP, Phase.OPTIMIZER)
+
+
+class ImplausibleError(ShardwiseError):
+    """A program that was made without an error, and can't be right."""
+
+
 @dataclass(slots=True)
 class _Worker:
     """A process that examines one type after the other; `job`: the one in hand, and when it must be done."""
@@ -80,63 +95,82 @@ def model_name(model_type: str) -> str:
     return f"hf:{model_type}?{query}" if query else f"hf:{model_type}"
 
 
-def attempt(model: "nn.Module", mesh: "DeviceMesh | None") -> None:
-    """One training step of a meta model on fake tensors. Raises whatever the model raises."""
-    from benchmarks.fake_step import fake_step
-
-    fake_step(model, mesh, batch=BATCH, seq=SEQ)
-
-
 def examine(model_type: str, dtype_name: str) -> Row:
     """One type, in this process, which must have joined no process group."""
     import torch
 
     from shardwise.models.source import find_model
 
-    dtype = getattr(torch, dtype_name)
+    name = model_name(model_type)
     began = time.perf_counter()
-    parameters = sharded = None
+    parameters = step = plan_step = None
     explained = under_plan = Answer.NO
     reason = plan_reason = ""
     try:
-        source = find_model(model_name(model_type))
-        model = source.build(dtype=dtype)
+        source = find_model(name)
+        model = source.build(dtype=getattr(torch, dtype_name))
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        has_plan = bool(model.tp_plan)
-        attempt(model, None)
+        step = explained_step(source, TheirPlan.UNSHARDED, dtype_name)
         explained = Answer.YES
+        if not model.tp_plan:
+            under_plan = Answer.NO_PLAN
     except Exception as error:
         reason = plan_reason = _reason(error)
-    if explained is Answer.YES and not has_plan:
-        under_plan = Answer.NO_PLAN
-    elif explained is Answer.YES:
+    if step is not None and under_plan is not Answer.NO_PLAN:
         try:
-            sharded = _under_its_plan(source.build(dtype=dtype))
+            plan_step = explained_step(source, TheirPlan.HF, dtype_name)
+            check_flops(step, plan_step)
             under_plan = Answer.YES
         except Exception as error:
             plan_reason = _reason(error)
     _, note = QUERIES.get(model_type, ("", ""))
     seconds = round(time.perf_counter() - began, 2)
-    return Row(model_type, model_name(model_type), note, parameters, explained, reason, under_plan, plan_reason, sharded, seconds)
+    return Row(model_type, name, note, parameters, explained, reason, step, under_plan, plan_reason, plan_step, seconds)
 
 
-def _under_its_plan(model: "nn.Module") -> float:
-    """Shards a meta model by plan `hf` and runs a step. Returns the share of its parameters that is sharded."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+def explained_step(source: "ModelSource", plan: TheirPlan, dtype_name: str) -> Step:
+    """What `shardwise explain` finds, counted. Raises what it raises, and ImplausibleError."""
+    from shardwise.explain.explain import explain
+    from shardwise.trace.trace import trace
 
-    from shardwise.parallel.hugging_face import parallelize_hugging_face, sharded_share
+    mesh = Mesh((("tp", 1 if plan is TheirPlan.UNSHARDED else TP),))
+    program = trace(source, plan, mesh, StepSettings(batch=BATCH, seq=SEQ, dtype=dtype_name), device=DEVICE)
+    explanation = explain(program)
+    check(program, explanation)
+    unknown = Counter(op.name for op in program.ops() if op.kind is OpKind.UNKNOWN)
+    return Step(
+        ops=sum(phase.ops for phase in explanation.phases),
+        flops=sum(phase.flops for phase in explanation.phases),
+        unknown=tuple(sorted(unknown.items())),
+        collectives=sum(group.count for group in explanation.collectives),
+        wire_bytes=explanation.wire_bytes,
+        sharded=explanation.sharded_share,
+    )
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=TP)
-    try:
-        mesh = init_device_mesh("cpu", (TP,), mesh_dim_names=("tp",))
-        parallelize_hugging_face(model, mesh)
-        share = sharded_share(model)
-        attempt(model, mesh)
-        return share
-    finally:
-        dist.destroy_process_group()
+
+def check(program: Program, explanation: Explanation) -> None:
+    """Raises ImplausibleError where a program can't be that of a training step, or its explanation leaves something out."""
+    phases = {totals.phase: totals for totals in explanation.phases}
+    missing = [phase for phase in _PHASES if phase not in phases]
+    if missing:
+        raise ImplausibleError(f"nothing runs in {', '.join(missing)}.")
+    idle = [phase for phase in (Phase.FORWARD, Phase.BACKWARD) if not phases[phase].flops]
+    if idle:
+        raise ImplausibleError(f"no op of {' and '.join(idle)} has FLOPs.")
+    held = sum(prod(holding.shape) for holding in program.holdings)
+    if held != program.parameters:
+        raise ImplausibleError(f"{held} parameters are held of {program.parameters}.")
+    on_tp = {group.phase for group in explanation.collectives if group.axis == "tp"}
+    if explanation.sharded_share and not {Phase.FORWARD, Phase.BACKWARD} <= on_tp:
+        raise ImplausibleError(f"{explanation.sharded_share:.1%} of the parameters are sharded, and forward or backward sends nothing.")
+    if sum(group.count for group in explanation.collectives) != sum(1 for _ in program.collectives()):
+        raise ImplausibleError("the explanation has other collectives than the program.")
+
+
+def check_flops(unsharded: Step, under_plan: Step) -> None:
+    """Raises ImplausibleError where a rank of TP does less than its share of the arithmetic, or more than all of it."""
+    if not unsharded.flops <= TP * under_plan.flops <= TP * unsharded.flops:
+        raise ImplausibleError(f"a rank's share of the FLOPs is {under_plan.flops / unsharded.flops:.3f} at tp={TP}.")
 
 
 def _reason(error: Exception) -> str:
@@ -198,7 +232,7 @@ def sweep_types(types: Sequence[str], dtype_name: str, timeout_s: float) -> Iter
                     workers.remove(worker)
                     what = f"its process ended with code {worker.process.exitcode}" if worker_died else f"no answer within {timeout_s:g} s"
                     _, note = QUERIES.get(model_type, ("", ""))
-                    yield Row(model_type, model_name(model_type), note, None, Answer.NO, what, Answer.NO, what, None, timeout_s)
+                    yield Row(model_type, model_name(model_type), note, None, Answer.NO, what, None, Answer.NO, what, None, timeout_s)
     finally:
         for worker in workers:
             worker.process.kill()

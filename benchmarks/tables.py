@@ -4,8 +4,9 @@
     python -m benchmarks.tables --check   writes nothing; exit code 1 where a document differs from what the files say
 
 Blocks: benchmark-WHAT (a results file's sides, ratios, run) and benchmark-WHAT-ratios (its ratios only), for every WHAT that has a
-file; benchmark-bars (every stated bar, with the misses); benchmark-hf-explain and its parts (benchmarks/hf_results.py). The newest file of each WHAT counts. Ranges are of the rounds; an interval is
-of the median of paired ratios.
+file; benchmark-bars (every stated bar, with the misses); benchmark-hf-explain and its parts (benchmarks/hf_results.py);
+benchmark-explain-speed (benchmarks/explain_results.py). The newest file of each WHAT counts. Ranges are of the rounds; an interval is of
+the median of paired ratios.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import hf_results
+from benchmarks import explain_results, hf_results
 from benchmarks.results import RESULTS, Bar, BarKind, Comparison, Result, Verdict, latest, read_result
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +34,7 @@ def documents() -> list[Path]:
 
 def newest_results(folder: Path = RESULTS) -> list[Result]:
     """The newest file of every benchmark with sides and times, in order of name."""
-    whats = sorted({path.stem[len("2026-01-01-") :] for path in folder.glob("????-??-??-*.json")} - {hf_results.WHAT})
+    whats = sorted({path.stem[len("2026-01-01-") :] for path in folder.glob("????-??-??-*.json")} - {hf_results.WHAT, explain_results.WHAT})
     return [read_result(latest(what, folder)) for what in whats]
 
 
@@ -165,7 +166,9 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a document differs from the results files")
     check = parser.parse_args().check
     try:
-        made = blocks(newest_results()) | hf_results.blocks(hf_results.newest_sweep())
+        made = (
+            blocks(newest_results()) | hf_results.blocks(hf_results.newest_sweep()) | explain_results.blocks(explain_results.newest_run())
+        )
         texts = {path: path.read_text(encoding="utf-8") for path in documents()}
         new = {path: filled(text, made, str(path.relative_to(ROOT))) for path, text in texts.items()}
     except (TableError, FileNotFoundError) as error:

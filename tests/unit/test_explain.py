@@ -71,9 +71,11 @@ def test_equal_layers_are_one_line(name: str) -> None:
 @pytest.mark.parametrize("name", builtin_names())
 def test_every_collective_and_copy_has_a_reason_that_is_a_sentence(name: str) -> None:
     explanation = explanation_of(name)
-    for group in (*explanation.collectives, *explanation.copies):
-        assert group.reason.endswith("."), group
-        assert "nothing says why" not in group.reason, group
+    told = [(group.module, group.reason) for group in explanation.collectives]
+    told += [(group.module, group.reason) for group in explanation.copies]
+    for module, reason in told:
+        assert reason.endswith("."), module
+        assert "nothing says why" not in reason, module
 
 
 def group_of(explanation: Explanation, module: str, phase: Phase) -> CollectiveGroup:

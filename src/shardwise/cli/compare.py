@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from shardwise.cli.config import read_config
-from shardwise.cli.options import DTYPES, RECOMPUTE, check_choice
+from shardwise.cli.options import DTYPES, RECOMPUTE, check_batch, check_choice
 from shardwise.core.errors import OptionError
 from shardwise.core.finding import Agreement, Finding
 from shardwise.core.measurement import Comparison, StepSettings
@@ -181,7 +181,7 @@ class _Request:
         labelled = load_plans(plans, sequence_parallel=sequence_parallel)
         _check_positive("--learning-rate", settings.learning_rate)
         _check_positive("--max-norm", settings.max_norm)
-        _check_batch(settings, mesh)
+        check_batch(settings, mesh)
         _check_compile(settings, [plan for _, plan in labelled])
         device_type = _device_type(device, mesh)
         _check_fit(spec, [plan for _, plan in labelled], mesh, settings, device_type, repeat)
@@ -350,15 +350,6 @@ def _sentence(plan: str, finding: Finding, agreement: Agreement | None) -> str:
 def _check_positive(option: str, value: float) -> None:
     if not 0 < value < float("inf"):
         raise OptionError(f"{option} is {value}. Use a number above 0.")
-
-
-def _check_batch(settings: StepSettings, mesh: Mesh) -> None:
-    parts = mesh.data_parallel * settings.accumulation
-    if settings.batch % parts:
-        raise OptionError(
-            f"--batch {settings.batch} can't be cut into {mesh.data_parallel} data-parallel parts of {settings.accumulation} micro-batches. "
-            f"Use a multiple of {parts}."
-        )
 
 
 def _check_compile(settings: StepSettings, plans: list[Plan]) -> None:

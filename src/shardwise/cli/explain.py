@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from shardwise.cli.config import read_config
-from shardwise.cli.options import DTYPES, RECOMPUTE, check_choice
+from shardwise.cli.options import DTYPES, RECOMPUTE, check_batch, check_choice
 from shardwise.core.errors import OptionError
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
@@ -51,7 +51,7 @@ def explain(
     ] = None,
     model: Annotated[
         str, typer.Option(help="A model of `shardwise models`, hf:TYPE, hf:PATH or package.module:factory.", rich_help_panel=_MODEL)
-    ] = "llama3-debug",
+    ] = "llama3-8b",
     mesh: Annotated[
         str, typer.Option(help="Axes of ranks: tp, with dp or fsdp before it, such as fsdp=2,tp=8.", rich_help_panel=_MODEL)
     ] = "tp=8",
@@ -74,7 +74,7 @@ def explain(
             rich_help_panel=_STEP,
         ),
     ] = None,
-    seq: Annotated[int, typer.Option(help="Tokens per sequence.", min=1, rich_help_panel=_STEP)] = 2048,
+    seq: Annotated[int, typer.Option(help="Tokens per sequence.", min=1, rich_help_panel=_STEP)] = 8192,
     dtype: Annotated[
         str, typer.Option(help=f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.", rich_help_panel=_STEP)
     ] = "float32",
@@ -107,8 +107,8 @@ def explain(
     One training step is run on fake tensors: the real module under the real plan, with no memory and no devices. --against puts a second
     plan beside it. --walk shows a module at work on small numbers, rank by rank.
 
-    [dim]shardwise explain rowwise --model llama3-8b --mesh tp=8 --seq 8192[/]
-    [dim]shardwise explain rowwise@dtensor --against rowwise --model llama3-8b --out page[/]
+    [dim]shardwise explain[/]
+    [dim]shardwise explain rowwise@dtensor --against rowwise --model llama3-70b --mesh tp=8 --out page[/]
     [dim]shardwise explain --model hf:qwen3 --mesh tp=8[/]
     [dim]shardwise explain own --model mypackage.models:build --mesh tp=4[/]
     [dim]shardwise explain rowwise --walk tok_embeddings[/]
@@ -125,6 +125,7 @@ def explain(
     check_choice("--dtype", dtype, DTYPES)
     check_choice("--recompute", recompute, RECOMPUTE)
     check_choice("--device", device, DEVICES)
+    check_batch(settings, shape)
     console = Console(stderr=as_json)
     chosen = plan or _default_plan(model)
     if walk is not None:
@@ -218,13 +219,29 @@ def _deliver(found: "list[Explanation]", console: Console, *, as_json: bool, out
         from shardwise.cli.run_folder import RunFolder
         from shardwise.report.explain_html import contrast_html, explanation_html
 
-        with RunFolder(out, "explain", datetime.now(UTC)) as folder:
+        with RunFolder(out, "explain", datetime.now(UTC), has_events=False) as folder:
+            folder.write("settings.json", _settings_json(found))
             folder.write("explanation.json", document)
             folder.write("walkthrough.html", _walkthrough_page())
             page = contrast_html(both, "walkthrough.html") if both is not None else explanation_html(first, "walkthrough.html")
             path = folder.write("explain.html", page)
         console.print(f"\nPage: {path}", markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def _settings_json(found: "list[Explanation]") -> bytes:
+    """What was asked: the model, the plans, and the step."""
+    import msgspec
+
+    first = found[0]
+    asked = {
+        "model": first.model,
+        "plans": [explanation.plan for explanation in found],
+        "mesh": str(Mesh(first.axes)),
+        "device": first.device,
+        "settings": first.settings,
+    }
+    return msgspec.json.format(msgspec.json.encode(asked), indent=2) + b"\n"
 
 
 def _walkthrough_page() -> str:
@@ -254,7 +271,7 @@ def _walk(plan: str, what: str, model: str, sequence_parallel: bool, console: Co
     if out is not None:
         from shardwise.cli.run_folder import RunFolder
 
-        with RunFolder(out, "walk", datetime.now(UTC)) as folder:
+        with RunFolder(out, "walk", datetime.now(UTC), has_events=False) as folder:
             path = folder.write("walkthrough.html", _walkthrough_page())
         console.print(f"\nPage: {path}#{subject}", markup=False, highlight=False, soft_wrap=True)
     return 0 if recorded.agrees else 1

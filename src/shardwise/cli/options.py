@@ -1,6 +1,8 @@
 """What several commands' options share: allowed values, and how a wrong one is told."""
 
 from shardwise.core.errors import OptionError
+from shardwise.core.measurement import StepSettings
+from shardwise.core.mesh import Mesh
 from shardwise.core.plan import suggest
 
 DTYPES = ("float32", "bfloat16", "float64")
@@ -11,3 +13,13 @@ def check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raises OptionError for a value that isn't offered."""
     if value not in allowed:
         raise OptionError(f'{option} is "{value}".{suggest(value, allowed)} Allowed: {", ".join(allowed)}.')
+
+
+def check_batch(settings: StepSettings, mesh: Mesh) -> None:
+    """Raises OptionError for a batch that can't be cut into equal parts."""
+    parts = mesh.data_parallel * settings.accumulation
+    if settings.batch % parts:
+        raise OptionError(
+            f"--batch {settings.batch} can't be cut into {mesh.data_parallel} data-parallel parts of {settings.accumulation} micro-batches. "
+            f"Use a multiple of {parts}."
+        )

@@ -9,15 +9,18 @@ from shardwise.core.errors import OptionError, RunError
 
 
 class RunFolder:
-    """A new folder for one run. Raises OptionError where it can't be made or holds a run, RunError when writing fails later on."""
+    """A new folder for one run. Raises OptionError where it can't be made or holds a run, RunError when writing fails later on.
 
-    def __init__(self, out: Path | None, command: str, started: datetime) -> None:
+    has_events: whether the run has an events.jsonl, to which append_event() writes.
+    """
+
+    def __init__(self, out: Path | None, command: str, started: datetime, *, has_events: bool = True) -> None:
         self.path = out if out is not None else _fresh(Path("runs") / f"{command}-{started:%Y%m%d-%H%M%S}")
         if out is not None and (out / "settings.json").exists():
             raise OptionError(f"--out {out}: holds a run already. Choose another folder, or remove it.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._events = (self.path / "events.jsonl").open("ab", buffering=0)
+            self._events = (self.path / "events.jsonl").open("ab", buffering=0) if has_events else None
         except OSError as error:
             raise OptionError(f"--out {self.path}: {error.strerror}. Choose a folder that can be written.") from None
 
@@ -31,6 +34,7 @@ class RunFolder:
 
     def append_event(self, event: bytes) -> None:
         """One line of events.jsonl, on disk at once."""
+        assert self._events is not None
         try:
             self._events.write(event + b"\n")
         except OSError as error:
@@ -40,12 +44,12 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
 
     def _lost(self, path: Path, error: OSError) -> RunError:
-        return RunError(
-            f"can't write {path}: {error.strerror}. All ranks were stopped. Free space there, or choose another folder with --out."
-        )
+        stopped = "All ranks were stopped. " if self._events is not None else ""
+        return RunError(f"can't write {path}: {error.strerror}. {stopped}Free space there, or choose another folder with --out.")
 
 
 def _fresh(path: Path) -> Path:

@@ -4,7 +4,7 @@ A program is a row of blocks. A block that stands for several equal layers holds
 step. Its parameters and optimizer state exist before the first item: the step is one after the first.
 
     FLOPs         a matmul of [m, k] and [k, n] counts 2 m k n; attention counts its two (backward: five) matmuls, half where causal;
-                  all else counts 0, being bound by memory
+                  a triangular solve of [n, n] and [n, k] counts n n k; all else counts 0, being bound by memory
     read, write   bytes of the tensors that an op takes and makes, each once; a look-up reads the rows that it takes, not the table
     memory        bytes of storages as tensors hold them; what a kernel needs for itself while it runs is not seen
 

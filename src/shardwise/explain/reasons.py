@@ -142,7 +142,7 @@ def _cut(collective: Collective) -> str:
 
 
 def _subject(name: str) -> str:
-    return f"{name[:1].upper()}{name[1:]}" if name else "The model"
+    return name or "The model"
 
 
 def _last(module: str) -> str:

@@ -150,6 +150,14 @@ def payload_text(group: CollectiveGroup) -> str:
     return f"payload {payload}" if share is None else f"{share} of {payload}"
 
 
+def rule_text(group: CollectiveGroup) -> str | None:
+    """`gather_input` for the rule of the module itself; `rule "layers.*" (fsdp)` for one that holds further out; None for none."""
+    if group.rule is None:
+        return None
+    style = group.rule.removeprefix(f'"{group.module}" (')
+    return f"rule {name(group.rule)}" if style == group.rule else name(style.removesuffix(")"))
+
+
 def by_data_text(group: CollectiveGroup) -> str | None:
     """What the data decide, as a sentence; None where shapes alone decide."""
     found = group.by_data
@@ -298,13 +306,13 @@ def contrast_rows(contrast: Contrast) -> tuple[ContrastRow, ...]:
         counts = [dict(tally(one.collectives).counts).get(kind, 0) for one in both]
         if any(counts):
             rows.append(ContrastRow(f"{collective_name(kind)}s", *map(str, counts)))
-    rows.append(_heading("Sent by the rank in a step"))
+    rows.append(_heading("Sent by the rank"))
     for phase in Phase:
         sent = [tally(group for group in one.collectives if group.phase == phase).wire_bytes for one in both]
         if any(sent):
             rows.append(_bytes_row(phase.value, *sent))
     rows.append(_bytes_row("in all", both[0].wire_bytes, both[1].wire_bytes))
-    rows.append(_heading("Held from step to step"))
+    rows.append(_heading("Held: parameters, gradients, optimizer state"))
     for kind in MemoryKind:
         held = [dict(one.held).get(kind) for one in both]
         if any(value is not None for value in held):
@@ -317,7 +325,7 @@ def contrast_rows(contrast: Contrast) -> tuple[ContrastRow, ...]:
             rows.append(_bytes_row(KIND_PLURALS[kind], *at_peak))
     rows.append(_bytes_row("in all", both[0].peak.n_bytes, both[1].peak.n_bytes))
     rows.append(ContrastRow("when", *(one.peak.phase.value if one.peak.doing else "at rest" for one in both)))
-    rows.append(_heading("Work of the rank in a step"))
+    rows.append(_heading("Work of the rank"))
     flops = [sum(totals.flops for totals in one.phases) for one in both]
     rows.append(ContrastRow("FLOPs", *map(format_flops, flops), ratio=_ratio(*flops)))
     rows.append(_bytes_row("moved by ops", *(sum(totals.moved_bytes for totals in one.phases) for one in both)))
@@ -341,4 +349,5 @@ def _bytes_row(label: str, first: float | None, second: float | None) -> Contras
 def _ratio(first: float | None, second: float | None) -> str | None:
     if not first or second is None or not math.isfinite(first) or not math.isfinite(second):
         return None
-    return "equal" if first == second else f"x {format_ratio(second / first)}"
+    ratio = second / first
+    return "equal" if first == second else "none" if not second else "x < 0.001" if ratio < 0.0005 else f"x {format_ratio(ratio)}"

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.panel import Panel
+from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
@@ -119,8 +120,9 @@ def _headline(explanation: Explanation) -> RenderableType:
     )
     whole = rows.tally(explanation.collectives)
     summary = Text(
-        f"In one step this rank sends {format_bytes(whole.wire_bytes)} in {whole.count} collectives, keeps "
-        f"{format_bytes(rows.held_bytes(explanation))} from step to step and holds {format_bytes(explanation.peak.n_bytes)} at the peak.",
+        f"In one step this rank sends {format_bytes(whole.wire_bytes)} in {whole.count} collectives. It holds "
+        f"{format_bytes(rows.held_bytes(explanation))} of parameters, gradients and optimizer state, and {format_bytes(explanation.peak.n_bytes)} "
+        "in all at the peak.",
         "bold",
     )
     told = Text("Worked out without a device: bytes sent by the algorithms' formulas, memory from the tensors' shapes.", "dim")
@@ -148,18 +150,15 @@ def _collectives(explanation: Explanation, width: int) -> list[RenderableType]:
     found = [row for row in rows.phase_rows(explanation) if row.groups]
     in_layers = [row for row in found if row.phase in rows.LAYER_PHASES]
     others = [row for row in found if row.phase not in rows.LAYER_PHASES]
-    for row in (*in_layers, *others):
-        if row in others and row is others[0] and in_layers:
-            phases = " + ".join(found.phase.value for found in in_layers)
-            parts.append(_line(f"{phases}: {rows.layer_tally(explanation)}", "bold", above=0, below=1))
-        parts.append(_line(f"{row.phase.value}: {row.tally}", "bold cyan", above=0))
-        for group in row.groups:
-            parts += layout.group(group)
-        parts.append(Text(""))
-    phases = " + ".join(row.phase.value for row in others)
-    parts.append(_line(f"{phases}: {rows.edge_tally(explanation)}" if others else f"in all: {rows.layer_tally(explanation)}", "bold"))
-    if others and in_layers:
-        parts.append(_line(f"in all: {rows.tally(explanation.collectives)}", "bold"))
+    for phases, sums in ((in_layers, rows.layer_tally(explanation)), (others, rows.edge_tally(explanation))):
+        for row in phases:
+            parts.append(_line(f"{row.phase.value}: {row.tally}", "bold cyan", above=1))
+            for group in row.groups:
+                parts += layout.group(group)
+        if len(phases) > 1:
+            parts.append(_line(f"{' + '.join(row.phase.value for row in phases)}: {sums}", "bold", above=1))
+    if len(found) > 1 and in_layers and others:
+        parts.append(_line(f"in all: {rows.tally(explanation.collectives)}", "bold", above=1 if len(others) == 1 else 0))
     return parts
 
 
@@ -224,8 +223,9 @@ class _Layout:
         if way and not self._has_room_for_way:
             about.append(f"as {way}")
         about.append(plain(name(group.dtype)))
-        if group.rule is not None:
-            about.append(f"rule {plain(name(group.rule))}")
+        rule = rows.rule_text(group)
+        if rule is not None:
+            about.append(plain(rule))
         parts.append(self._under(" · ".join(about), ""))
         by_data = rows.by_data_text(group)
         if by_data is not None:
@@ -254,7 +254,7 @@ class _Layout:
 
 
 def _holdings(explanation: Explanation, width: int) -> list[RenderableType]:
-    parts: list[RenderableType] = [_section("What the rank keeps from step to step")]
+    parts: list[RenderableType] = [_section("What the rank holds")]
     if not explanation.holdings:
         return [*parts, _line("No parameters.")]
     axes = explanation.axes
@@ -290,11 +290,9 @@ def _holdings(explanation: Explanation, width: int) -> list[RenderableType]:
     )
     parts.append(Padding(table, (0, 0, 0, 1)))
     share = format_share(explanation.sharded_share)
-    parts.append(_line(f"Of {share} of the model's parameters this rank keeps a part only; bytes are of all {_TIMES_SIGN} N together.", "dim"))
+    whole = "" if explanation.sharded_share == 1.0 else ", and the rest whole"
+    parts.append(_line(f"Of {share} of the model's parameters the rank holds a part{whole}. Bytes are those of all parameters of a row.", "dim"))
     return parts
-
-
-_TIMES_SIGN = "x"
 
 
 def _sizes(group: HoldingGroup) -> list[Text]:
@@ -308,7 +306,7 @@ def _memory(explanation: Explanation) -> list[RenderableType]:
     parts.append(_line(f"{format_bytes(peak.n_bytes)} at the peak: {plain(rows.peak_text(explanation))}.", "bold"))
     table = _table()
     table.add_column("kind", no_wrap=True)
-    table.add_column("kept", justify="right", no_wrap=True)
+    table.add_column("held", justify="right", no_wrap=True)
     table.add_column("at the peak", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for row in rows.memory_rows(explanation):
@@ -326,7 +324,7 @@ def _memory(explanation: Explanation) -> list[RenderableType]:
         largest.add_column("made in", overflow="fold", max_width=MODULE_MAX)
         largest.add_column("by", overflow="fold")
         largest.add_column("kind", no_wrap=True)
-        largest.add_column("bytes", justify="right", no_wrap=True)
+        largest.add_column("in all", justify="right", no_wrap=True)
         for holder in peak.holders[:LARGEST]:
             largest.add_row(
                 Text(_times(holder.count)),
@@ -386,18 +384,19 @@ def _copies(explanation: Explanation) -> list[RenderableType]:
     largest, rest = rows.largest_copies(explanation, LARGEST)
     if not largest:
         return [*parts, _line("None: no op of the step only copies.")]
+    grid = Table.grid(padding=(0, GAP, 0, 0), pad_edge=False)
+    grid.add_column(justify="right", no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_column(justify="right", no_wrap=True)
     for group in largest:
-        total = format_bytes(group.total_bytes)
-        title = Text.assemble(
-            (f"{_times(group.count)}  ", "bold"),
+        body = Text.assemble(
             (plain(name(group.module)), "bold"),
-            f"  {plain(name(group.op))} {plain(name(group.dtype))}{rows.shape_text(group.shape)} in {rows.phase_text(group.phase)}, ",
-            (total, "bold"),
-            f" (each {format_bytes(group.n_bytes)})" if group.count > 1 else "",
+            f" · {plain(name(group.op))} {plain(name(group.dtype))}{rows.shape_text(group.shape)} · {group.phase.value}",
         )
-        parts.append(Padding(title, (0, 1, 0, 1)))
         if group.reason:
-            parts.append(Padding(Text(plain(sentence(group.reason)), "dim"), (0, 1, 0, 7)))
+            body.append(f"\n{plain(sentence(group.reason))}", "dim")
+        grid.add_row(Text(_times(group.count)), body, Text(format_bytes(group.total_bytes), "bold"))
+    parts.append(Padding(grid, (0, 1)))
     if rest:
         total = format_bytes(sum(group.total_bytes for group in rest))
         times = sum(group.count for group in rest)
@@ -445,7 +444,7 @@ def _times(count: int) -> str:
 
 
 def _section(title: str) -> RenderableType:
-    return Padding(Text(title, "bold underline"), (1, 1, 0, 1))
+    return Padding(Rule(Text(title, "bold"), align="left", style="dim", characters="─"), (1, 0, 0, 0))
 
 
 def _line(text: str, style: str = "", above: int = 0, below: int = 0) -> RenderableType:
@@ -465,4 +464,4 @@ def _panel(title: str, colour: str, lines: Sequence[RenderableType]) -> Renderab
 
 
 def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    return Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1), pad_edge=False, collapse_padding=True)

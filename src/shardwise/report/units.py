@@ -59,7 +59,8 @@ def format_bytes(value: float | None, absent: str = NOT_MEASURED) -> str:
     if value is None:
         return absent
     unit = unit_for((value,), BYTE_UNITS)
-    return f"{format_number(round(value) if unit.size == 1.0 and math.isfinite(value) else value / unit.size)} {unit.name}"
+    whole = unit.size == 1.0 and math.isfinite(value)
+    return f"{round(value) if whole else format_number(value / unit.size)} {unit.name}"
 
 
 def format_seconds(value: float | None, absent: str = NOT_MEASURED) -> str:

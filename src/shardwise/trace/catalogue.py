@@ -3,9 +3,9 @@
 Names are PyTorch's, without overload: "aten::mm". The one table of what differs between devices is CUDA_NAMES; an op that isn't in KINDS is
 `unknown`: it keeps its name, shapes and bytes, and nobody guesses more.
 
-FLOPs: see core/program.py. Sources: matmul 2 m n k (Golub & Van Loan, Matrix Computations, 1.2.4); a triangular solve n^2
-per right-hand side (ibid., 3.1); attention forward two matmuls and
-backward five (Dao et al. 2022, FlashAttention, section 3 and appendix B, which recomputes the scores), half of them where causal.
+FLOPs: see core/program.py. Sources: matmul 2 m n k (Golub & Van Loan, Matrix Computations, 1.2.4); triangular solve n^2 per right-hand side
+(3.1.2 there); attention forward two matmuls and backward five (Dao et al. 2022, FlashAttention, section 3 and appendix B, which recomputes
+the scores), half of them where causal.
 """
 
 from collections.abc import Sequence
@@ -114,12 +114,14 @@ def flops_of(name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSp
             return 2 * prod(shapes[0]) * shapes[1][-1]
         case "mv" | "dot":
             return 2 * prod(shapes[0])
+        case "addmv":
+            return 2 * prod(shapes[1])
         case "linalg_solve_triangular":  # n^2 for each right-hand side of a matrix [n, n]
             return shapes[0][-1] * prod(outputs[0].shape)
         case "convolution":  # every output element is a dot product over one filter
             return 2 * prod(outputs[0].shape) * prod(shapes[1][1:])
         case "convolution_backward":  # gradients of the input and of the weight, each as many as the forward
-            return sum(2 * prod(shapes[0]) * prod(shapes[2][1:]) for output in outputs[:2] if output.shape)
+            return sum(2 * prod(shapes[0]) * prod(shapes[2][1:]) for output in outputs if len(output.shape) > 1)
         case base if base.startswith("_scaled_dot_product"):
             q, k = _query_and_key(name, inputs)
             matmuls = 5 if base.endswith("_backward") else 2

@@ -36,6 +36,7 @@ def fake_world(mesh: Mesh, *, rank: int, device: str) -> Iterator[DeviceMesh]:
         )
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    _forget_meshes()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=mesh.world_size)
     try:
         with ExitStack() as stack:
@@ -47,6 +48,17 @@ def fake_world(mesh: Mesh, *, rank: int, device: str) -> Iterator[DeviceMesh]:
             yield init_device_mesh("cpu", tuple(size for _, size in mesh.axes), mesh_dim_names=names)
     finally:
         dist.destroy_process_group()
+        _forget_meshes()
+
+
+def _forget_meshes() -> None:
+    """DTensor caches what it works out by mesh, and equal meshes count as one: the shapes and groups of one rank would be another's."""
+    from torch.distributed.tensor import DTensor, _redistribute
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()
+    _redistribute._gen_transform_infos.cache_clear()
+    DTensor._op_dispatcher.sharding_propagator._propagate_tensor_meta_cached.cache_clear()
 
 
 @contextmanager

@@ -1,0 +1,100 @@
+"""How long `shardwise explain` takes and what memory it needs, as data, its file and its table. No torch, no processes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import msgspec
+
+from benchmarks.results import RESULTS, latest
+from shardwise.core.measurement import Environment
+
+WHAT = "explain-speed"
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """One command from start to end, imports included, once per round; max_s and max_bytes are the bars (None: none stated).
+
+    bytes: the largest resident set of the process, of every round.
+    """
+
+    name: str
+    command: str
+    wall_s: tuple[float, ...]
+    bytes: tuple[int, ...]
+    max_s: float | None = None
+    max_bytes: int | None = None
+
+    @property
+    def median_s(self) -> float:
+        return median(self.wall_s)
+
+    @property
+    def verdict(self) -> str:
+        if self.max_s is None:
+            return ""
+        fits = self.max_bytes is None or max(self.bytes) <= self.max_bytes
+        if max(self.wall_s) <= self.max_s and fits:
+            return "met"
+        return "met by the median only" if self.median_s <= self.max_s and fits else "**MISSED**"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """All commands of one run, interleaved."""
+
+    environment: Environment
+    rounds: int
+    load_average: tuple[float, float]
+    timed: tuple[Timed, ...]
+    what: str = WHAT
+    schema_version: int = 1
+
+    def write(self, folder: Path = RESULTS) -> Path:
+        """The file of this run; one of the same day is replaced."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.environment.started[:10]}-{self.what}.json"
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
+        return path
+
+
+def newest_run(folder: Path = RESULTS) -> Run:
+    """Raises FileNotFoundError where there is none."""
+    return msgspec.json.decode(latest(WHAT, folder).read_bytes(), type=Run)
+
+
+def blocks(run: Run) -> dict[str, str]:
+    """Name of a block -> its text."""
+    head = ["command", "median s", "range s", "GiB", "bar", "verdict"]
+    rows = [
+        [
+            f"`{timed.command}`",
+            f"{timed.median_s:.1f}",
+            f"{min(timed.wall_s):.1f} to {max(timed.wall_s):.1f}",
+            f"{max(timed.bytes) / _GIB:.2f}",
+            _bar(timed),
+            timed.verdict,
+        ]
+        for timed in run.timed
+    ]
+    rule = ["---", "---:", "---:", "---:", "---", "---"]
+    table = "".join("| " + " | ".join(row) + " |\n" for row in (head, rule, *rows))
+    before, after = run.load_average
+    where = run.environment
+    about = (
+        f"\nWhole commands, imports included, {run.rounds} interleaved rounds; a verdict is met where the slowest round meets the bar. "
+        f"{where.machine}, {where.cores} cores, load average {before:.1f} before and {after:.1f} after; torch {dict(where.versions)['torch']}.\n"
+        f"\nSource: `benchmarks/results/{where.started[:10]}-{WHAT}.json`, made by `{where.command}`.\n"
+    )
+    return {f"benchmark-{WHAT}": table + about}
+
+
+def _bar(timed: Timed) -> str:
+    parts = []
+    if timed.max_s is not None:
+        parts.append(f"at most {timed.max_s:g} s")
+    if timed.max_bytes is not None:
+        parts.append(f"{timed.max_bytes / _GIB:.1f} GiB")
+    return ", ".join(parts)
