@@ -174,7 +174,7 @@ def check_flops(unsharded: Step, under_plan: Step) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return shown(error, 240) if isinstance(error, ShardwiseError) else told(error, 240)
+    return shown(error, 500) if isinstance(error, ShardwiseError) else told(error, 240)
 
 
 def _serve(connection: Connection, dtype_name: str) -> None:
@@ -243,7 +243,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.hf_sweep", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("types", nargs="*", help="these types only; nothing is written then")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--timeout", type=float, default=60, help="seconds for a type, both attempts together")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for a type, both attempts together")
     given = parser.parse_args()
     from shardwise.models.hugging_face import causal_types
 

@@ -1,4 +1,5 @@
-"""Writes the generated parts of the docs: cli.md from the command itself, and the README's example from docs/example/comparison.json.
+"""Writes the generated parts of the docs: cli.md from the command itself, explain-json.md from the dataclasses that are written, and the
+README's example from docs/example/comparison.json.
 
 python docs/build.py             writes them
 python docs/build.py --check     writes nothing; exit code 1 where a document differs
@@ -7,12 +8,19 @@ python docs/build.py --walkthrough  also runs the embedding styles on toys and t
 """
 
 import argparse
+import dataclasses
+import functools
+import inspect
 import io
+import operator
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import types
+import typing
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +28,11 @@ import typer
 from rich.console import Console
 
 from shardwise.cli.main import app
+from shardwise.core.explanation import Contrast, Explanation
+from shardwise.core.placement import Placement
 from shardwise.core.walkthrough import Subject
 from shardwise.explain.walkthrough import explain_walkthrough
+from shardwise.report.explain_json import worked_out
 from shardwise.report.html import comparison_html
 from shardwise.report.json import comparison_from_json
 from shardwise.report.terminal import comparison_tables
@@ -76,6 +87,60 @@ def _row(parameter: Any) -> str:
     return f"| {names} | {(parameter.help or '').replace('|', '/')} | {shown} |"
 
 
+def explain_json_reference() -> str:
+    """The fields of `shardwise explain --json`, as the dataclasses that are written tell."""
+    lines = [
+        "# The JSON of `shardwise explain`",
+        "",
+        "Made from the code by `python docs/build.py`.",
+        "",
+        "`shardwise explain PLAN --json` prints one Explanation; `--against PLAN` prints one Contrast, which holds both plans' Explanations. Bytes",
+        'are bytes. A placement is the text that a plan file has: `shard(0)`, `replicate` or `partial`. A number that isn\'t finite is `"NaN"`,',
+        '`"Infinity"` or `"-Infinity"`. Fields marked *worked out* follow from the others and are ignored when a document is read back',
+        "(`explanation_from_json` and `contrast_from_json` in `shardwise.report.explain_json`); fields that a reader doesn't know are to be ignored.",
+        "",
+        "```sh",
+        "shardwise explain rowwise --json | jq '.wire_bytes, (.collectives[] | [.phase, .module, .kind, .count, .total_wire_bytes])'",
+        "```",
+        "",
+    ]
+    found: list[type] = [Explanation, Contrast]
+    for kind in found:
+        lines += [f"## {kind.__name__}", "", inspect.cleandoc(kind.__doc__ or ""), "", "| field | JSON |", "|---|---|"]
+        hints = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            lines.append(f"| `{field.name}` | {_json_type(hints[field.name], found)} |")
+        for name in worked_out(kind):
+            shown = _json_type(typing.get_type_hints(getattr(kind, name).fget)["return"], found)
+            lines.append(
+                f"| `{name}` | {shown}, *worked out*{'. ' if getattr(kind, name).__doc__ else ''}{getattr(kind, name).__doc__ or ''} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _json_type(kind: Any, found: list[type]) -> str:
+    """A type as its JSON, in words; dataclasses that are new go into `found`."""
+    choices = set(typing.get_args(kind)) if isinstance(kind, types.UnionType) else {kind}
+    if types.NoneType in choices:
+        rest = functools.reduce(operator.or_, (choice for choice in typing.get_args(kind) if choice is not types.NoneType))
+        return f"{_json_type(rest, found)}, or null"
+    if choices == set(typing.get_args(Placement)):
+        return "placement"
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)
+        if inner[-1] is Ellipsis:
+            return f"array of {_json_type(inner[0], found)}"
+        return f"[{', '.join(_json_type(item, found) for item in inner)}]"
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if kind not in found:
+            found.append(kind)
+        return f"[{kind.__name__}](#{kind.__name__.lower()})"
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        return f"one of ({', '.join(f'`{member.value}`' for member in kind)})"
+    return {int: "integer", float: "number", str: "string", bool: "true or false"}[kind]
+
+
 def example_output() -> str:
     """What `shardwise compare` printed for the example, without colour; the table of collectives is left to the report."""
     comparison = comparison_from_json(EXAMPLE.read_bytes(), str(EXAMPLE))
@@ -127,6 +192,7 @@ def main() -> int:
     readme = README.read_text(encoding="utf-8")
     wanted = {
         DOCS / "cli.md": cli_reference(),
+        DOCS / "explain-json.md": explain_json_reference(),
         README: _OUTPUT.sub(lambda match: match[1] + example_output() + match[2], readme),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]

@@ -19,7 +19,7 @@ from shardwise.core.errors import MeshError, ModelError, PlanError
 from shardwise.core.foreign import ForeignRule
 from shardwise.models.source import find_model, vocab_size_of
 from shardwise.parallel.apply import applied_to, loss_of
-from shardwise.parallel.hugging_face import hugging_face_rules, parallelize_hugging_face, sharded_share
+from shardwise.parallel.hugging_face import hugging_face_rules, parallelize_hugging_face
 from shardwise.parallel.loss import PlainLoss
 
 pytest.importorskip("transformers", reason="transformers isn't installed, so nothing of it is tested: pip install shardwise[hf]")
@@ -334,10 +334,6 @@ def test_plan_hf_shards_what_its_rules_say(mesh: DeviceMesh) -> None:
         wanted = columns if placement == (Shard(-1),) else placement
         assert found[name] in (placement, wanted), name
     assert all(p.is_meta for p in model.parameters())
-    whole = sum(p.numel() for p in model.parameters())
-    kept = sum(p.numel() for p in model.parameters() if not isinstance(p, DTensor))
-    assert sharded_share(model) == 1 - kept / whole
-    assert kept == 2 * (2 * 32 + 2 * model.config.head_dim) + 32
 
 
 def test_the_rules_tell_what_each_matched(mesh: DeviceMesh) -> None:

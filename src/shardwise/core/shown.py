@@ -14,4 +14,4 @@ def told(error: BaseException, limit: int = 160) -> str:
     """An exception as a sentence: its type, and the first line of its message."""
     message = shown(error, limit)
     sentence = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    return sentence if sentence.endswith(".") else f"{sentence}."
+    return sentence if sentence.endswith((".", "!", "?")) else f"{sentence}."

@@ -81,13 +81,6 @@ def apply_hugging_face(model: nn.Module, mesh: DeviceMesh) -> Loss:
     return PlainLoss()
 
 
-def sharded_share(model: nn.Module) -> float:
-    """Share of the model's parameters that some axis shards, 0 to 1; a parameter under two names counts once."""
-    parameters = list(model.parameters())
-    cut = sum(p.numel() for p in parameters if isinstance(p, DTensor) and not all(q.is_replicate() for q in p.placements))
-    return cut / sum(p.numel() for p in parameters)
-
-
 def _own_plan(model: nn.Module) -> dict[str, str]:
     plan = getattr(model, "tp_plan", None)
     if not hasattr(model, "_expand_parallel_plan") or plan is None:

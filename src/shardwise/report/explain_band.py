@@ -125,7 +125,9 @@ def _is_before(group: CollectiveGroup, phase: Phase) -> bool:
     """Whether a module has to wait for it: for its whole input, or in backward for the gradient of its output."""
     if group.carries_out is CollectiveKind.ALL_TO_ALL:
         return phase is Phase.BACKWARD
-    return group.carries_out is CollectiveKind.ALL_GATHER and not (isinstance(group.before, Shard) and group.before.dim < 0)
+    # a dim behind batch and sequence is one of features: what the module itself made, not what it takes in
+    gathers_features = isinstance(group.before, Shard) and group.before.dim not in (0, 1)
+    return group.carries_out is CollectiveKind.ALL_GATHER and not gathers_features
 
 
 def _is_in(module: str, around: str) -> bool:

@@ -5,16 +5,17 @@ is drawn.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.explanation import CollectiveGroup, Contrast, CopyGroup, Explanation, HoldingGroup, PhaseTotals
+from shardwise.core.finding import Finding
 from shardwise.core.placement import Placement
 from shardwise.core.program import MemoryKind, Phase
 from shardwise.core.shown import shown
-from shardwise.report.units import format_bytes, format_count, format_flops, format_ratio
+from shardwise.report.units import format_bytes, format_flops, format_ratio
 
 # The phases whose work grows with the model's layers; the others happen once in a step.
 LAYER_PHASES = (Phase.FORWARD, Phase.BACKWARD, Phase.RECOMPUTE)
@@ -297,45 +298,69 @@ def largest_copies(explanation: Explanation, limit: int) -> tuple[tuple[CopyGrou
     return tuple(ordered[:limit]), tuple(ordered[limit:])
 
 
+def contrast_findings(contrast: Contrast) -> tuple[tuple[str, Finding], ...]:
+    """(plan, finding) of both; one that both have stands once, for "both plans"."""
+    first, second = contrast.first, contrast.second
+    shared = [finding for finding in first.findings if finding in second.findings]
+    own = [(one.plan, finding) for one in (first, second) for finding in one.findings if finding not in shared]
+    return (*own, *(("both plans", finding) for finding in shared))
+
+
 def contrast_rows(contrast: Contrast) -> tuple[ContrastRow, ...]:
     """Two plans in two columns: collectives, bytes, memory, work, findings."""
-    both = (contrast.first, contrast.second)
-    rows = [ContrastRow("engine", name(both[0].engine), name(both[1].engine))]
-    rows.append(_heading("Collectives"))
+    first, second = contrast.first, contrast.second
+    return (
+        ContrastRow("engine", name(first.engine), name(second.engine)),
+        *_collective_rows(first, second),
+        *_memory_contrast(first, second),
+        *_work_rows(first, second),
+        _heading("Findings"),
+        ContrastRow("findings", str(len(first.findings) or "none"), str(len(second.findings) or "none")),
+    )
+
+
+def _collective_rows(first: Explanation, second: Explanation) -> Iterator[ContrastRow]:
+    one, other = dict(tally(first.collectives).counts), dict(tally(second.collectives).counts)
+    yield _heading("Collectives")
     for kind in CollectiveKind:
-        counts = [dict(tally(one.collectives).counts).get(kind, 0) for one in both]
-        if any(counts):
-            rows.append(ContrastRow(f"{collective_name(kind)}s", *map(str, counts)))
-    rows.append(_heading("Sent by the rank"))
+        if kind in one or kind in other:
+            yield ContrastRow(f"{collective_name(kind)}s", str(one.get(kind, 0)), str(other.get(kind, 0)))
+    yield _heading("Sent by the rank")
     for phase in Phase:
-        sent = [tally(group for group in one.collectives if group.phase == phase).wire_bytes for one in both]
-        if any(sent):
-            rows.append(_bytes_row(phase.value, *sent))
-    rows.append(_bytes_row("in all", both[0].wire_bytes, both[1].wire_bytes))
-    rows.append(_heading("Held: parameters, gradients, optimizer state"))
-    for kind in MemoryKind:
-        held = [dict(one.held).get(kind) for one in both]
-        if any(value is not None for value in held):
-            rows.append(_bytes_row(KIND_PLURALS[kind], *held))
-    rows.append(_bytes_row("in all", *map(held_bytes, both)))
-    rows.append(_heading("At the peak"))
-    for kind in MemoryKind:
-        at_peak = [dict(one.peak.by_kind).get(kind, 0) for one in both]
+        mine, theirs = ([group for group in found.collectives if group.phase == phase] for found in (first, second))
+        if mine or theirs:
+            yield _bytes_row(phase.value, tally(mine).wire_bytes, tally(theirs).wire_bytes)
+    yield _bytes_row("in all", first.wire_bytes, second.wire_bytes)
+
+
+def _memory_contrast(first: Explanation, second: Explanation) -> Iterator[ContrastRow]:
+    one, other = {row.kind: row for row in memory_rows(first)}, {row.kind: row for row in memory_rows(second)}
+    kinds = [kind for kind in MemoryKind if kind in one or kind in other]
+    yield _heading("Held: parameters, gradients, optimizer state")
+    for kind in kinds:
+        held = [found[kind].held if kind in found else None for found in (one, other)]
+        if held != [None, None]:
+            yield _bytes_row(KIND_PLURALS[kind], *held)
+    yield _bytes_row("in all", held_bytes(first), held_bytes(second))
+    yield _heading("At the peak")
+    for kind in kinds:
+        at_peak = [found[kind].at_peak if kind in found else 0 for found in (one, other)]
         if any(at_peak):
-            rows.append(_bytes_row(KIND_PLURALS[kind], *at_peak))
-    rows.append(_bytes_row("in all", both[0].peak.n_bytes, both[1].peak.n_bytes))
-    rows.append(ContrastRow("when", *(one.peak.phase.value if one.peak.doing else "at rest" for one in both)))
-    rows.append(_heading("Work of the rank"))
-    flops = [sum(totals.flops for totals in one.phases) for one in both]
-    rows.append(ContrastRow("FLOPs", *map(format_flops, flops), ratio=_ratio(*flops)))
-    rows.append(_bytes_row("moved by ops", *(sum(totals.moved_bytes for totals in one.phases) for one in both)))
-    rows.append(_bytes_row("copied", *(sum(group.total_bytes for group in one.copies) for one in both)))
-    unknown = [sum(totals.unknown_ops for totals in one.phases) for one in both]
+            yield _bytes_row(KIND_PLURALS[kind], *at_peak)
+    yield _bytes_row("in all", first.peak.n_bytes, second.peak.n_bytes)
+    when, other_when = (found.peak.phase.value if found.peak.doing else "at rest" for found in (first, second))
+    yield ContrastRow("when", when, other_when)
+
+
+def _work_rows(first: Explanation, second: Explanation) -> Iterator[ContrastRow]:
+    yield _heading("Work of the rank")
+    flops = [sum(totals.flops for totals in found.phases) for found in (first, second)]
+    yield ContrastRow("FLOPs", format_flops(flops[0]), format_flops(flops[1]), _ratio(*flops))
+    yield _bytes_row("moved by ops", *(sum(totals.moved_bytes for totals in found.phases) for found in (first, second)))
+    yield _bytes_row("copied", *(sum(group.total_bytes for group in found.copies) for found in (first, second)))
+    unknown = [sum(totals.unknown_ops for totals in found.phases) for found in (first, second)]
     if any(unknown):
-        rows.append(ContrastRow("unknown ops", *map(format_count, unknown)))
-    rows.append(_heading("Findings"))
-    rows.append(ContrastRow("findings", *(str(len(one.findings)) if one.findings else "none" for one in both)))
-    return tuple(rows)
+        yield ContrastRow("unknown ops", str(unknown[0]), str(unknown[1]))
 
 
 def _heading(label: str) -> ContrastRow:

@@ -70,9 +70,9 @@ def contrast_renderables(contrast: Contrast, width: int) -> list[RenderableType]
             (0, 1, 1, 1),
         )
     ]
-    findings = [(label, finding) for label, one in zip(labels, (first, second), strict=True) for finding in one.findings]
+    findings = rows.contrast_findings(contrast)
     if findings:
-        parts.append(_findings(findings))
+        parts.append(_findings([(plain(name(label)), finding) for label, finding in findings]))
     parts.append(_contrast_table(contrast, labels))
     for groups, label in ((contrast.only_first, labels[0]), (contrast.only_second, labels[1])):
         parts.append(_section(f"Collectives that only {label} has"))
@@ -132,7 +132,7 @@ def _headline(explanation: Explanation) -> RenderableType:
 def _findings(findings: Sequence[tuple[str, Finding]]) -> RenderableType:
     lines: list[RenderableType] = []
     for label, finding in findings:
-        subject = plain(name(finding.subject, "(no subject)"))
+        subject = plain(name(finding.subject))
         text = Text.assemble((f"{label}: " if label else "", ""), (subject, "bold yellow"), f": {plain(sentence(finding.reason))}")
         if finding.advice:
             text.append(f"\n{plain(sentence(finding.advice))}", "italic")
@@ -261,7 +261,7 @@ def _holdings(explanation: Explanation, width: int) -> list[RenderableType]:
     has_shapes = width >= SHAPE_COLUMNS
     table = _table()
     table.add_column("", justify="right", no_wrap=True)
-    table.add_column("parameter", overflow="fold", min_width=MODULE_MIN, max_width=MODULE_MAX)
+    table.add_column("parameter", overflow="fold", min_width=MODULE_MIN, max_width=MODULE_MAX if has_shapes else width)
     if has_shapes:
         table.add_column("shape, and the rank's part", overflow="fold")
         table.add_column("placement", overflow="fold")
@@ -291,7 +291,9 @@ def _holdings(explanation: Explanation, width: int) -> list[RenderableType]:
     parts.append(Padding(table, (0, 0, 0, 1)))
     share = format_share(explanation.sharded_share)
     whole = "" if explanation.sharded_share == 1.0 else ", and the rest whole"
-    parts.append(_line(f"Of {share} of the model's parameters the rank holds a part{whole}. Bytes are those of all parameters of a row.", "dim"))
+    parts.append(
+        _line(f"Of {share} of the model's parameters the rank holds a part{whole}. Bytes are those of all parameters of a row.", "dim")
+    )
     return parts
 
 

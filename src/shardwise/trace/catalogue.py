@@ -37,7 +37,7 @@ _NAMES: dict[OpKind, str] = {
     ),
     OpKind.REDUCTION: (
         "sum mean amax amin max min prod var std any all argmax argmin cumsum cumprod _foreach_norm linalg_vector_norm norm topk sort "
-        "bincount count_nonzero logcumsumexp aminmax mode median unique_consecutive searchsorted cummax"
+        "bincount histc count_nonzero logcumsumexp aminmax mode median unique_consecutive searchsorted cummax"
     ),
     OpKind.INDEX: (
         "index index_put index_put_ index_select index_copy index_copy_ index_add index_add_ gather scatter scatter_ scatter_add scatter_add_ "

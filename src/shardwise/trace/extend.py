@@ -233,16 +233,33 @@ def _longer_call(short: CollectiveCall, long: CollectiveCall, more: int) -> Coll
 def _longer_specs(short: tuple[TensorSpec, ...], long: tuple[TensorSpec, ...], more: int) -> tuple[TensorSpec, ...]:
     if len(short) == len(long):
         return tuple(_longer_spec(a, b, more) for a, b in zip(short, long, strict=True))
+    added = _added(short, long)
+    if added is None:
+        raise NotPeriodicError(f"lists of {len(short)} and {len(long)} tensors that don't repeat")
     result: list[TensorSpec] = []
-    for tag, a0, _, b0, b1 in SequenceMatcher(None, short, long, autojunk=False).get_opcodes():
-        match tag:
-            case "equal":
-                result.extend(long[b0:b1])
-            case "insert":
-                result.extend(long[b0:b1] * (1 + more))
-            case _:
-                raise NotPeriodicError(f"a list of tensors changes at {a0}")
-    return tuple(result)
+    done = 0
+    for start, stop in added:
+        result += (*long[done:stop], *long[start:stop] * more)
+        done = stop
+    return (*result, *long[done:])
+
+
+def _added(short: tuple[TensorSpec, ...], long: tuple[TensorSpec, ...]) -> list[tuple[int, int]] | None:
+    """Where `long` has what `short` lacks: a fused op's lists stand side by side in both, each with a layer's tensors once per layer. What is
+    added must be what stands SHORT times before it; where it ends, nothing tells but that the rest fits."""
+    open_paths: list[tuple[int, int, list[tuple[int, int]]]] = [(0, 0, [])]
+    while open_paths:
+        at, place, added = open_paths.pop()
+        while at < len(short) and place < len(long) and short[at] == long[place]:
+            at, place = at + 1, place + 1
+        if at == len(short) and place == len(long):
+            return added
+        lacking = (len(long) - place) - (len(short) - at)
+        for size in range(1, min(lacking, place // SHORT) + 1):  # the last, the largest, is tried first
+            block = long[place : place + size]
+            if long[place - size] == block[0] and long[place - SHORT * size : place] == block * SHORT:
+                open_paths.append((at, place + size, [*added, (place, place + size)]))
+    return None
 
 
 def _longer_spec(short: TensorSpec, long: TensorSpec, more: int) -> TensorSpec:

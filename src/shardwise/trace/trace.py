@@ -329,9 +329,10 @@ def _check_logits(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], object]
 
 def _failure(job: _Job, recorder: Recorder, error: Exception) -> ModelError | PlanError:
     """What the model's own code, or that which a plan put into it, raised."""
-    where = recorder.failed_in(error) or "its own code"
-    during = "" if recorder.phase is Phase.FORWARD else f" ({recorder.phase})"
-    raised = f'model "{job.source.name}": {where}{during} raised {told(error)}'
+    where = recorder.failed_in(error)
+    if recorder.phase is not Phase.FORWARD:
+        where = f"the {recorder.phase} after {where}" if where else f"the {recorder.phase}"
+    raised = f'model "{job.source.name}": {where or "its forward"} raised {told(error)}'
     if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
         return ModelError(f"{raised} The data decides what runs there, and a trace has only shapes.")
     if job.plan in (TheirPlan.UNSHARDED, TheirPlan.OWN):

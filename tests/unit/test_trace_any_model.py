@@ -1,0 +1,176 @@
+"""trace() of models that aren't ours: what goes wrong inside them as one line, what they leave without a gradient, and equal layers once."""
+
+from collections.abc import Callable
+from math import prod
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shardwise.core.errors import ModelError, PlanError, ShardwiseError
+from shardwise.core.measurement import StepSettings
+from shardwise.core.mesh import Mesh
+from shardwise.core.plan import Plan, Rule, Style, StyleName, TheirPlan
+from shardwise.core.program import MemoryKind, OpKind, Program, TensorSpec
+from shardwise.models.factory import FactoryModel
+from shardwise.models.source import find_model
+from shardwise.trace.catalogue import flops_of, kind_of
+from shardwise.trace.trace import AnyPlan, trace
+
+BATCH, SEQ, VOCAB, HIDDEN = 2, 4, 11, 6
+COLWISE_EMBEDDING = Plan(
+    "columns",
+    (
+        Rule("embedding", Style(StyleName.COLWISE)),
+        Rule("middle.norm", Style(StyleName.REPLICATE)),
+        Rule("head", Style(StyleName.REPLICATE)),
+    ),
+)
+
+
+class Tiny(nn.Module):
+    """A model whose middle is `inner`, a function of hidden [B, S, H]."""
+
+    def __init__(self, inner: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, HIDDEN)
+        self.middle = Middle(inner)
+        self.head = nn.Linear(HIDDEN, VOCAB, bias=False)
+
+    def forward(self, ids_BS: Tensor) -> object:
+        return self.head(self.middle(self.embedding(ids_BS)))
+
+
+class Middle(nn.Module):
+    def __init__(self, inner: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.norm = nn.LayerNorm(HIDDEN)
+
+    def forward(self, hidden_BSH: Tensor) -> object:
+        return self.inner(self.norm(hidden_BSH))
+
+
+class Backwards(torch.autograd.Function):
+    """Raises in the backward."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> Tensor:
+        raise ValueError("no way\nback")
+
+
+def traced(make: Callable[[], nn.Module], plan: AnyPlan = TheirPlan.UNSHARDED, tp: int = 1) -> Program:
+    return trace(FactoryModel("own:tiny", make, frozenset(), False), plan, Mesh((("tp", tp),)), StepSettings(BATCH, SEQ))
+
+
+def refusal(make: Callable[[], nn.Module], kind: type[ShardwiseError], plan: AnyPlan = TheirPlan.UNSHARDED, tp: int = 1) -> str:
+    with pytest.raises(kind) as caught:
+        traced(make, plan, tp)
+    return str(caught.value)
+
+
+def fails(_: Tensor) -> Tensor:
+    raise KeyError("width")
+
+
+def test_an_error_in_a_model_s_own_code_names_the_innermost_module_in_one_line() -> None:
+    assert (
+        refusal(lambda: Tiny(fails), ModelError) == "model \"own:tiny\": middle raised KeyError: 'width'. See whether it runs with weights."
+    )
+    assert refusal(lambda: Tiny(fails), PlanError, COLWISE_EMBEDDING, 2) == (
+        'plan "columns": model "own:tiny": middle raised KeyError: \'width\'. See whether it is explained under plan "unsharded".'
+    )
+
+
+def test_an_error_in_the_backward_names_the_phase() -> None:
+    message = refusal(lambda: Tiny(Backwards.apply), ModelError)
+    assert message == 'model "own:tiny": the backward after head raised ValueError: no way... See whether it runs with weights.'
+
+
+def test_an_error_that_a_model_catches_itself_is_not_blamed() -> None:
+    class Catching(Middle):
+        def __init__(self) -> None:
+            super().__init__(fails)
+            self.bad = Middle(fails)
+
+        def forward(self, hidden_BSH: Tensor) -> object:
+            try:
+                self.bad(hidden_BSH)
+            except KeyError:
+                return self.inner(hidden_BSH)
+
+    def make() -> nn.Module:
+        model = Tiny(fails)
+        model.middle = Catching()
+        return model
+
+    assert "middle raised KeyError: 'width'." in refusal(make, ModelError)
+
+
+def test_a_model_that_reads_values_off_the_data_is_told_that_a_trace_has_none() -> None:
+    assert refusal(lambda: Tiny(lambda hidden_BSH: hidden_BSH * hidden_BSH.sum().item()), ModelError) == (
+        'model "own:tiny": middle raised DataDependentOutputException: aten._local_scalar_dense.default. The data decides what runs there, '
+        "and a trace has only shapes."
+    )
+
+
+@pytest.mark.parametrize(
+    ("inner", "found"), [(lambda x: x.flatten(0, 1), "shape [8, 11]"), (lambda x: x[:, 1:], "shape [2, 3, 11]"), (None, "type tuple")]
+)
+def test_an_output_that_is_no_logits_is_refused_in_one_line(inner: Callable[[Tensor], Tensor] | None, found: str) -> None:
+    class Pair(Tiny):
+        def forward(self, ids_BS: Tensor) -> object:
+            return (super().forward(ids_BS),)
+
+    assert refusal(lambda: Tiny(inner) if inner else Pair(lambda x: x), ModelError) == (
+        f'model "own:tiny": for ids [2, 4] its output is of {found}. Return logits [B, S, V].'
+    )
+
+
+def test_a_parameter_that_gets_no_gradient_has_no_optimizer_state() -> None:
+    def make() -> nn.Module:
+        model = Tiny(lambda x: x)
+        model.vision = nn.Linear(100, 7)
+        return model
+
+    program = traced(make)
+    by_name = {holding.name: holding for holding in program.holdings}
+    idle = by_name["vision.weight"]
+    assert (idle.grad_shape, idle.gradient_bytes, idle.optimizer_bytes, idle.parameter_bytes) == (None, 0, 0, 2800)
+    # AdamW: two moments of each element, and a step of four bytes for each parameter
+    trained = [holding for holding in program.holdings if holding.grad_shape is not None]
+    expected = sum(2 * 4 * prod(holding.shape) + 4 for holding in trained)
+    assert dict(program.resident)[MemoryKind.OPTIMIZER] == program.held(MemoryKind.OPTIMIZER) == expected
+
+
+@pytest.mark.parametrize(("plan", "tp"), [(TheirPlan.HF, 2), (TheirPlan.UNSHARDED, 1)])
+def test_equal_layers_of_a_hugging_face_model_traced_once_are_the_whole_program(plan: TheirPlan, tp: int) -> None:
+    pytest.importorskip("transformers", reason="transformers isn't installed, so no type is traced: pip install shardwise[hf]")
+    small = "vocab_size=65,hidden_size=32,intermediate_size=48,num_attention_heads=4,num_key_value_heads=2,head_dim=8,num_hidden_layers=6"
+
+    def program(compress: bool) -> Program:
+        settings = StepSettings(BATCH, SEQ, dtype="bfloat16")
+        return trace(find_model(f"hf:qwen3?{small}"), plan, Mesh((("tp", tp),)), settings, device="cuda", compress=compress)
+
+    short, whole = program(True), program(False)
+    assert (short.compressed, whole.compressed) == (True, False)
+    assert list(short.items()) == list(whole.items())
+    assert (short.holdings, short.resident, short.parameters) == (whole.holdings, whole.resident, whole.parameters)
+
+
+def test_a_triangular_solve_counts_its_size_squared_for_each_right_hand_side() -> None:
+    matrix, sides = TensorSpec("float32", (2, 5, 5)), TensorSpec("float32", (2, 5, 3))
+    assert kind_of("aten::linalg_solve_triangular", "cpu") is OpKind.MATMUL
+    assert flops_of("aten::linalg_solve_triangular", (matrix, sides), (sides,), causal=False) == 2 * 5 * 5 * 3
+
+
+def test_a_convolution_s_backward_counts_the_gradients_that_it_makes() -> None:
+    output, inputs, weight, bias = (TensorSpec("float32", shape) for shape in ((2, 4, 9), (2, 3, 9), (4, 3, 1), (4,)))
+    one = 2 * (2 * 4 * 9) * 3
+    name = "aten::convolution_backward"
+    assert flops_of(name, (output, inputs, weight), (inputs, weight, bias), causal=False) == 2 * one
+    assert flops_of(name, (output, inputs, weight), (weight, bias), causal=False) == one
