@@ -33,7 +33,7 @@ def weigh(context: RankContext, payload: bytes) -> bytes:
     mesh = device_mesh(Mesh.parse(MESH), context.device.type)
     ids_BS = msgspec.json.decode(payload, type=list[list[int]])
     found = {}
-    for name in __import__("os").environ.get("PW_PLANS", " ".join(PLANS)).replace(" ",",").split(","):
+    for name in __import__("os").environ.get("PW_PLANS", " ".join(PLANS)).replace(" ", ",").split(","):
         context.note(name)
         found[name] = _weigh(name, mesh, torch.tensor(ids_BS), context)
     return msgspec.json.encode(found)
