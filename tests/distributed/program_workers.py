@@ -128,7 +128,7 @@ def _issued(case: Case, context: RankContext, mesh: DeviceMesh) -> list[Issued]:
     phases.append(Phase.FORWARD)
     with writing_down(issued, lambda: str(phases[-1])):
         step(batch)
-    axes = {mesh.get_group(name).group_name: name for name in mesh.mesh_dim_names or ()}
+    axes = {str(mesh.get_group(name).group_name): name for name in mesh.mesh_dim_names or ()}
     return [replace(call, group=axes[call.group]) for call in issued]
 
 
