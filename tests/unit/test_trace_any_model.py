@@ -1,5 +1,6 @@
 """trace() of models that aren't ours: what goes wrong inside them as one line, what they leave without a gradient, and equal layers once."""
 
+import contextlib
 from collections.abc import Callable
 from math import prod
 
@@ -98,10 +99,9 @@ def test_an_error_that_a_model_catches_itself_is_not_blamed() -> None:
             self.bad = Middle(fails)
 
         def forward(self, hidden_BSH: Tensor) -> object:
-            try:
+            with contextlib.suppress(KeyError):
                 self.bad(hidden_BSH)
-            except KeyError:
-                return self.inner(hidden_BSH)
+            return self.inner(hidden_BSH)
 
     def make() -> nn.Module:
         model = Tiny(fails)
