@@ -40,7 +40,7 @@ class RowOwnership:
             return ids // -(-self.vocab_size // self.axis_size)
         if self._is_simple_deal:
             return ids % self.axis_size
-        return _deal(self.vocab_size, self.axis_size)[0].to(ids.device)[ids]
+        return _beside(_deal(self.vocab_size, self.axis_size)[0], ids)[ids]
 
     def local(self, ids: Tensor) -> Tensor:
         """Row of each id at its owner; same shape."""
@@ -48,12 +48,17 @@ class RowOwnership:
             return ids % -(-self.vocab_size // self.axis_size)
         if self._is_simple_deal:
             return ids // self.axis_size
-        return _deal(self.vocab_size, self.axis_size)[1].to(ids.device)[ids]
+        return _beside(_deal(self.vocab_size, self.axis_size)[1], ids)[ids]
 
     def ids_of(self, rank: int) -> Tensor:
         """The ids that a rank owns, in the order of its rows: ascending."""
         ids = torch.arange(self.vocab_size)
         return ids[self.owner(ids) == rank]
+
+
+def _beside(table: Tensor, ids: Tensor) -> Tensor:
+    """A table where the ids are; on the host it is there already."""
+    return table if table.device == ids.device else table.to(ids.device)
 
 
 @lru_cache(maxsize=8)
