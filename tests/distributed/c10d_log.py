@@ -62,7 +62,7 @@ def writing_down(issued: list[Issued], phase: Callable[[], str]) -> Iterator[Non
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that a kernel is overridden
         for name, (kind, whole) in _KERNELS.items():
-            library.impl(name, _kernel(name, kind, whole, issued, phase), "AutogradCPU")
+            library.impl(name, _kernel(name, kind, whole, issued, phase), "BackendSelect")
     try:
         yield
     finally:

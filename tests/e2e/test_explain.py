@@ -78,7 +78,7 @@ def test_a_hostile_config_harms_nothing(tmp_path: Path) -> None:
                     "num_attention_heads": 4, "num_key_value_heads": 4, "architectures": ["</script><script>alert(2)</script>"]})
     )  # fmt: skip
     out = tmp_path / "out"
-    ended = shardwise("explain", *SMALL, "--model", f"hf:{folder.name}", "--out", str(out), cwd=tmp_path)
+    ended = shardwise("explain", *SMALL, "--model", f"hf:./{folder.name}", "--out", str(out), cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     page = (out / "explain.html").read_text()
     assert "<script>alert" not in page
