@@ -20,7 +20,8 @@ from torch import Tensor
 class Issued:
     """One collective of one rank. payload_bytes: the whole tensor (a gather's output, a scatter's input, one rank's input of an all-to-all).
 
-    sent_bytes: what this rank must send at least, by the algorithms that are optimal in bytes; exact for an all-to-all.
+    sent_bytes: what this rank must send at least, by the algorithms that are optimal in bytes; exact for an all-to-all. group: the ranks in
+    it, or a name for them.
     """
 
     kind: str
@@ -80,7 +81,7 @@ def _kernel(name: str, kind: str, whole: int, issued: list[Issued], phase: Calla
         payload = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         dtype = str(tensors[0].dtype).removeprefix("torch.")
         size = group.size()
-        issued.append(Issued(kind, group.group_name, size, dtype, payload, _sent(name, kind, args, group, payload), phase()))
+        issued.append(Issued(kind, ranks_of(group), size, dtype, payload, _sent(name, kind, args, group, payload), phase()))
         return op._op_dk(torch._C.DispatchKey.CPU, *args)  # frees the interpreter's lock, which gloo's threads need
 
     return kernel
@@ -102,6 +103,11 @@ def _sent(name: str, kind: str, args: tuple[Any, ...], group: dist.ProcessGroup,
             return float(payload)
         case _:
             raise AssertionError(f"a training step has no {name}")
+
+
+def ranks_of(group: dist.ProcessGroup) -> str:
+    """The ranks of a group, as one text. Groups of the same ranks are many: DTensor's caches hand out those of any equal mesh."""
+    return " ".join(map(str, dist.get_process_group_ranks(group)))
 
 
 def _group(argument: Any) -> dist.ProcessGroup | None:

@@ -5,7 +5,6 @@ from dataclasses import replace
 import msgspec
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.core.errors import PlanError
 from shardwise.core.measurement import StepSettings
@@ -18,7 +17,7 @@ from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_names, builtin_plan
 from shardwise.step.build import build_model, device_mesh
 from shardwise.step.train import TrainStep
-from tests.distributed.c10d_log import Issued, writing_down
+from tests.distributed.c10d_log import Issued, ranks_of, writing_down
 
 SEQ, BATCH = 24, 4
 # one plan of each engine for the settings that don't touch the embedding
@@ -100,17 +99,15 @@ def _is_offered_whole(name: str) -> bool:
 def collectives(context: RankContext, payload: bytes) -> bytes:
     """Per case: what this rank issues in its second step. Groups are named by their axis."""
     found: dict[str, list[Issued]] = {}
-    meshes: dict[str, DeviceMesh] = {}  # one each: DTensor's caches hand out the groups of any equal mesh that they have met
     for case in cases(context.world_size):
         context.note(case.name)
-        if case.mesh not in meshes:
-            meshes[case.mesh] = device_mesh(Mesh.parse(case.mesh), context.device.type)
-        found[case.name] = _issued(case, context, meshes[case.mesh])
+        found[case.name] = _issued(case, context)
     return msgspec.json.encode(found)
 
 
-def _issued(case: Case, context: RankContext, mesh: DeviceMesh) -> list[Issued]:
-    settings = case.settings
+def _issued(case: Case, context: RankContext) -> list[Issued]:
+    mesh_noun, settings = Mesh.parse(case.mesh), case.settings
+    mesh = device_mesh(mesh_noun, context.device.type)
     model = build_model(
         case.spec,
         case.make_plan(),
@@ -122,13 +119,13 @@ def _issued(case: Case, context: RankContext, mesh: DeviceMesh) -> list[Issued]:
     )
     phases = [Phase.FORWARD]
     step = TrainStep(model, mesh=mesh, on_phase=phases.append)
-    batch = micro_batches(case.ids(), Mesh.parse(case.mesh), settings, context.rank)
+    batch = micro_batches(case.ids(), mesh_noun, settings, context.rank)
     step(batch)
     issued: list[Issued] = []
     phases.append(Phase.FORWARD)
     with writing_down(issued, lambda: str(phases[-1])):
         step(batch)
-    axes = {str(mesh.get_group(name).group_name): name for name in mesh.mesh_dim_names or ()}
+    axes = {ranks_of(mesh.get_group(name)): name for name in mesh.mesh_dim_names or ()}
     return [replace(call, group=axes[call.group]) for call in issued]
 
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 import msgspec
 import pytest
 
+from shardwise.core.errors import ShardwiseError
 from shardwise.core.mesh import Mesh
 from shardwise.core.program import Collective, Phase, Program
 from shardwise.launch import run_ranks
@@ -20,14 +21,20 @@ ALL_CASES = [case for world_size in (2, 3, 4) for case in cases(world_size)]
 
 
 @lru_cache
-def answers(world_size: int) -> tuple[dict[str, list[Issued]], ...]:
-    """Per rank: what it issued in each case."""
-    results = run_ranks("tests.distributed.program_workers:collectives", b"", world_size=world_size, device_type="cpu", timeout_s=120)
+def answers(world_size: int) -> tuple[dict[str, list[Issued]], ...] | str:
+    """Per rank: what it issued in each case. Or why the launch failed: it isn't tried again for each case."""
+    try:
+        results = run_ranks("tests.distributed.program_workers:collectives", b"", world_size=world_size, device_type="cpu", timeout_s=120)
+    except ShardwiseError as error:
+        return str(error)
     return tuple(msgspec.json.decode(result, type=dict[str, list[Issued]]) for result in results)
 
 
 def issued(case: Case) -> list[list[Issued]]:
-    return [answer[case.name] for answer in answers(case.world_size)]
+    found = answers(case.world_size)
+    if isinstance(found, str):
+        pytest.fail(f"the launch of {case.world_size} ranks failed: {found}")
+    return [answer[case.name] for answer in found]
 
 
 @lru_cache(maxsize=4)

@@ -15,7 +15,7 @@ from shardwise.core.plan import Plan, Rule, Style, StyleName, TheirPlan
 from shardwise.core.program import MemoryKind, OpKind, Program, TensorSpec
 from shardwise.models.factory import FactoryModel
 from shardwise.models.source import find_model
-from shardwise.trace.catalogue import flops_of, kind_of
+from shardwise.trace.catalogue import flops_of, kind_of, name_on
 from shardwise.trace.trace import AnyPlan, trace
 
 BATCH, SEQ, VOCAB, HIDDEN = 2, 4, 11, 6
@@ -160,6 +160,24 @@ def test_equal_layers_of_a_hugging_face_model_traced_once_are_the_whole_program(
     assert (short.compressed, whole.compressed) == (True, False)
     assert list(short.items()) == list(whole.items())
     assert (short.holdings, short.resident, short.parameters) == (whole.holdings, whole.resident, whole.parameters)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_heads", "masked", "expected"),
+    [
+        ("bfloat16", 2, False, "aten::_scaled_dot_product_flash_attention"),
+        ("bfloat16", 8, True, "aten::_scaled_dot_product_efficient_attention"),
+        ("float32", 8, False, "aten::_scaled_dot_product_efficient_attention"),
+        ("bfloat16", 2, True, "unknown in place of aten::_scaled_dot_product_flash_attention_for_cpu"),
+    ],
+)
+def test_cuda_s_attention_depends_on_dtype_mask_and_grouped_heads(dtype: str, kv_heads: int, masked: bool, expected: str) -> None:
+    q, kv, mask = TensorSpec(dtype, (1, 8, 16, 4)), TensorSpec(dtype, (1, kv_heads, 16, 4)), (TensorSpec("bool", (1, 1, 16, 16)),) * masked
+    name = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert name_on(name, "cpu", (q, kv, kv, *mask)) == name
+    assert name_on(name, "cuda", (q, kv, kv, *mask)) == expected
+    backward = name_on(f"{name}_backward", "cuda", (q, q, kv, kv, q, TensorSpec("float32", (1, 8, 16)), *mask))
+    assert backward == f"{expected}_backward"
 
 
 def test_a_triangular_solve_counts_its_size_squared_for_each_right_hand_side() -> None:

@@ -67,16 +67,17 @@ _HALF = frozenset({"bfloat16", "float16"})
 # RMSNorm, DTensor's all-to-all and the native engine's own choices differ too; they are steered (trace/fakes.py), so they need no entry.
 CUDA_NAMES: dict[str, dict[str, str]] = {
     _FLASH_CPU: {
-        "half": "aten::_scaled_dot_product_flash_attention",
-        "float32": "aten::_scaled_dot_product_efficient_attention",
+        "flash": "aten::_scaled_dot_product_flash_attention",
+        "efficient": "aten::_scaled_dot_product_efficient_attention",
     },
     f"{_FLASH_CPU}_backward": {
-        "half": "aten::_scaled_dot_product_flash_attention_backward",
-        "float32": "aten::_scaled_dot_product_efficient_attention_backward",
+        "flash": "aten::_scaled_dot_product_flash_attention_backward",
+        "efficient": "aten::_scaled_dot_product_efficient_attention_backward",
     },
 }
-# CUDA runs fused kernels of its own for these (native_dropout and others), which a trace on a CPU doesn't see
-CUDA_DIFFERS = frozenset({"aten::bernoulli_"})
+# CUDA may run fused kernels of its own in place of these, which a trace on a CPU doesn't see: native_dropout; attention that a CPU takes
+# apart, as it does where keys and values have other widths
+CUDA_DIFFERS = frozenset({"aten::bernoulli_", "aten::_safe_softmax"})
 
 
 def kind_of(name: str, device: str) -> OpKind:
@@ -89,16 +90,17 @@ def kind_of(name: str, device: str) -> OpKind:
 def name_on(name: str, device: str, inputs: Sequence[TensorSpec]) -> str:
     """The op that `device` runs where a CPU runs `name`; "unknown in place of NAME" where the catalogue can't tell.
 
-    Source of the attention rules: PyTorch's aten/src/ATen/native/transformers/cuda/sdp_utils.cpp: flash attention takes half precision,
-    the memory-efficient kernel float32 too, but no grouped heads, and neither takes float64.
+    Source of the attention rules: PyTorch's aten/src/ATen/native/transformers/cuda/sdp_utils.cpp: flash attention takes half precision
+    and no mask, the memory-efficient kernel masks and float32 too, but no grouped heads, and neither takes float64.
     """
     if device != "cuda" or name not in CUDA_NAMES:
         return name
     q, k = _query_and_key(name, inputs)
-    if q.dtype in _HALF:
-        return CUDA_NAMES[name]["half"]
-    if q.dtype == "float32" and q.shape[1] == k.shape[1]:
-        return CUDA_NAMES[name]["float32"]
+    has_mask = len(inputs) > (6 if name.endswith("_backward") else 3)  # it comes last; a backward takes two results and a gradient more
+    if q.dtype in _HALF and not has_mask:
+        return CUDA_NAMES[name]["flash"]
+    if q.dtype in {*_HALF, "float32"} and q.shape[1] == k.shape[1]:
+        return CUDA_NAMES[name]["efficient"]
     return f"unknown in place of {name}"
 
 
