@@ -1,9 +1,18 @@
 """What the ranks of test_program_memory.py run: one real step, weighed by what PyTorch's CPU allocator hands out and takes back."""
 
+import gc
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+from unittest.mock import patch
+
 import msgspec
 import torch
-from torch._C._profiler import _ExperimentalConfig
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwise.core.mesh import Mesh
 from shardwise.launch import RankContext
@@ -16,6 +25,7 @@ from shardwise.step.train import TrainStep
 PLANS = ("rowwise", "colwise", "routed", "replicated", "rowwise@dtensor", "colwise@dtensor")
 MODEL, MESH, BATCH, SEQ = "llama3-debug", "tp=2", 4, 256
 _SECOND_STEP = "the second step"
+_A_MOMENT_S = 0.001
 
 
 class Weighed(msgspec.Struct, frozen=True):
@@ -33,38 +43,76 @@ def weigh(context: RankContext, payload: bytes) -> bytes:
     mesh = device_mesh(Mesh.parse(MESH), context.device.type)
     ids_BS = msgspec.json.decode(payload, type=list[list[int]])
     found = {}
-    for name in __import__("os").environ.get("PW_PLANS", " ".join(PLANS)).replace(" ", ",").split(","):
+    for name in PLANS:
         context.note(name)
+        gc.collect()  # what an earlier plan left in cycles must not be freed while this one is weighed
         found[name] = _weigh(name, mesh, torch.tensor(ids_BS), context)
     return msgspec.json.encode(found)
 
 
-def _weigh(name: str, mesh: torch.distributed.device_mesh.DeviceMesh, ids_BS: torch.Tensor, context: RankContext) -> Weighed:
+def _weigh(name: str, mesh: DeviceMesh, ids_BS: torch.Tensor, context: RankContext) -> Weighed:
     """The profiler tells of every block that the allocator hands out or takes back, inside kernels too. It watches from before the model is
-    built, so the sum of all events up to a moment is what lives then, and nothing needs to be counted by hand."""
-    with profile(
-        activities=[ProfilerActivity.CPU], profile_memory=True, experimental_config=_ExperimentalConfig(profile_all_threads=True)
-    ) as profiler:
+    built, so what was handed out and not taken back is what lives, and nothing is counted by hand.
+
+    It sees the main thread only, and gloo's threads may be the last to let go of a buffer. So each rank gives gloo a moment after every wait,
+    and a block that is handed out again was taken back before, seen or not.
+    """
+    with (
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+        patch.object(dist.Work, "wait", _patient(dist.Work.wait)),
+    ):
         batch = [(ids_BS.clone(), ids_BS.roll(-1, 1))]
         model = build_model(get_spec(MODEL), builtin_plan(name), mesh, dtype=torch.float32, device=context.device, seed=0)
         step = TrainStep(model, mesh=mesh)
         step(batch)
         step.optimizer.zero_grad(set_to_none=True)
-        with record_function(_SECOND_STEP):
+        with record_function(_SECOND_STEP), _PatientWaits():
             step(batch)
         kept = kept_bytes(model, step.optimizer)
     results = profiler.profiler.kineto_results
     assert results is not None
-    events = results.events()
-    whole = next(event for event in events if event.name() == _SECOND_STEP)
-    start, stop = whole.start_ns(), whole.end_ns()
+    events = list(_all(results.experimental_event_tree()))
+    whole = next(event for event in events if event.name == _SECOND_STEP)
+    start, stop = whole.start_time_ns, whole.end_time_ns
+    blocks: dict[int, int] = {}
     live = peak = begin = 0
-    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
-        if event.start_ns() > stop:
+    for event in sorted((event for event in events if event.name == "[memory]"), key=lambda event: event.start_time_ns):
+        if event.start_time_ns > stop:
             break
-        live += event.nbytes()
-        if event.start_ns() < start:
+        block = event.extra_fields
+        live -= blocks.pop(block.ptr, 0)
+        if block.alloc_size > 0:
+            blocks[block.ptr] = block.alloc_size
+            live += block.alloc_size
+        if event.start_time_ns < start:
             begin = peak = live
         else:
             peak = max(peak, live)
     return Weighed(*kept, begin, peak)
+
+
+def _all(events: Iterable[Any]) -> Iterator[Any]:
+    for event in events:
+        yield event
+        yield from _all(event.children)
+
+
+def _patient(wait: Any) -> Any:
+    def waiting(work: Any, *args: Any) -> Any:
+        done = wait(work, *args)
+        time.sleep(_A_MOMENT_S)
+        return done
+
+    return waiting
+
+
+class _PatientWaits(TorchDispatchMode):
+    """The same for functional collectives, whose work is let go of inside their wait: what goes in is held a moment longer."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        out = func(*args, **(kwargs or {}))
+        if func._schema.name == "_c10d_functional::wait_tensor":
+            time.sleep(_A_MOMENT_S)
+        return out
