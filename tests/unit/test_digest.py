@@ -42,6 +42,10 @@ def test_every_dtype_has_a_digest_that_depends_on_the_order(dtype: torch.dtype) 
     assert digest(one) != digest(one.flip(0))
 
 
+def test_values_moved_symmetrically_have_another_digest() -> None:
+    assert digest(torch.tensor([1.0, 0, 0, 0, 0, 1.0])) != digest(torch.tensor([0, 0, 1.0, 1.0, 0, 0]))
+
+
 def test_a_view_has_the_digest_of_its_values() -> None:
     x = torch.arange(12.0).view(3, 4)
     assert digest(x.T) == digest(x.T.contiguous())

@@ -1,6 +1,7 @@
 """What must be equal on all ranks: ids, initial weights, replicated parameters. Compared by digest; all ranks must call.
 
-Digest of a tensor with bits b_i read as integers: sum over i of b_i x m_i mod 2^64, with m_i = 2 i + 1 times a fixed odd constant. It is
+Digest of a tensor with bits b_i read as integers: sum over i of b_i x m_i mod 2^64, with m_i an odd number that depends on i in no simple way
+(multipliers in arithmetic progression would give values at places 0 and 5 the digest of the same values at places 2 and 3). It is
 order-sensitive, exact on every device, and no secret: it finds ranks that drifted apart, not forgeries.
 """
 
@@ -13,7 +14,8 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from shardwise.core.finding import Finding, FindingKind
 
-_ODD = -7046029254386353131  # 2^64 / golden ratio, as a signed number (Knuth, TAOCP 3, 6.4)
+_GOLDEN = -7046029254386353131  # 2^64 / golden ratio, as a signed number (Knuth, TAOCP 3, 6.4)
+_MIX = ((30, -4658895280553007687), (27, -7723592293110705685))  # shift, factor: splitmix64's finaliser (Steele, Lea, Flood 2014)
 _CHUNK = 1 << 24
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -26,8 +28,17 @@ def digest(tensor: Tensor) -> int:
     for start in range(0, bits.numel(), _CHUNK):
         part = bits[start : start + _CHUNK].to(torch.int64)
         places = torch.arange(start, start + part.numel(), device=flat.device)
-        total += (part * ((2 * places + 1) * _ODD)).sum()
+        total += (part * _multipliers(places)).sum()
     return int(total.item())
+
+
+def _multipliers(places: Tensor) -> Tensor:
+    """An odd 64-bit number for each place: splitmix64 without its last shift, lowest bit set."""
+    mixed = (places + 1) * _GOLDEN
+    for shift, factor in _MIX:
+        unsigned = (mixed >> shift) & ((1 << (64 - shift)) - 1)  # torch's shift keeps the sign
+        mixed = (mixed ^ unsigned) * factor
+    return mixed | 1
 
 
 def replicated_parameters(model: nn.Module) -> dict[str, Tensor]:
