@@ -23,6 +23,8 @@ from shardwise.step.build import build_model, device_mesh
 from shardwise.step.train import TrainStep
 
 PLANS = ("rowwise", "colwise", "routed", "replicated", "rowwise@dtensor", "colwise@dtensor")
+RECOMPUTED = ("rowwise", "rowwise@dtensor")
+CASES = tuple((plan, "none") for plan in PLANS) + tuple((plan, "full") for plan in RECOMPUTED)
 MODEL, MESH, BATCH, SEQ = "llama3-debug", "tp=2", 4, 256
 _SECOND_STEP = "the second step"
 _A_MOMENT_S = 0.001
@@ -39,18 +41,18 @@ class Weighed(msgspec.Struct, frozen=True):
 
 
 def weigh(context: RankContext, payload: bytes) -> bytes:
-    """Per plan."""
+    """Per "PLAN RECOMPUTE"."""
     mesh = device_mesh(Mesh.parse(MESH), context.device.type)
     ids_BS = msgspec.json.decode(payload, type=list[list[int]])
     found = {}
-    for name in PLANS:
-        context.note(name)
+    for name, recompute in CASES:
+        context.note(f"{name} {recompute}")
         gc.collect()  # what an earlier plan left in cycles must not be freed while this one is weighed
-        found[name] = _weigh(name, mesh, torch.tensor(ids_BS), context)
+        found[f"{name} {recompute}"] = _weigh(name, recompute == "full", mesh, torch.tensor(ids_BS), context)
     return msgspec.json.encode(found)
 
 
-def _weigh(name: str, mesh: DeviceMesh, ids_BS: torch.Tensor, context: RankContext) -> Weighed:
+def _weigh(name: str, recompute: bool, mesh: DeviceMesh, ids_BS: torch.Tensor, context: RankContext) -> Weighed:
     """The profiler tells of every block that the allocator hands out or takes back, inside kernels too. It watches from before the model is
     built, so what was handed out and not taken back is what lives, and nothing is counted by hand.
 
@@ -62,7 +64,9 @@ def _weigh(name: str, mesh: DeviceMesh, ids_BS: torch.Tensor, context: RankConte
         patch.object(dist.Work, "wait", _patient(dist.Work.wait)),
     ):
         batch = [(ids_BS.clone(), ids_BS.roll(-1, 1))]
-        model = build_model(get_spec(MODEL), builtin_plan(name), mesh, dtype=torch.float32, device=context.device, seed=0)
+        model = build_model(
+            get_spec(MODEL), builtin_plan(name), mesh, dtype=torch.float32, device=context.device, seed=0, recompute=recompute
+        )
         step = TrainStep(model, mesh=mesh)
         step(batch)
         step.optimizer.zero_grad(set_to_none=True)

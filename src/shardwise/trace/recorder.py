@@ -31,6 +31,7 @@ from shardwise.parallel.recorder import read_call
 from shardwise.trace.catalogue import flops_of, kind_of, name_on, traffic_of
 
 LOSS_MODULE = "(loss)"
+_RAISED_IN = "_shardwise_raised_in"
 _NO_SEQUENCE = 2**63
 # neither kernels nor memory: bookkeeping of the dispatcher, the profiler and the functional collectives
 _SILENT = frozenset(
@@ -144,7 +145,6 @@ class Recorder(TorchDispatchMode):
         self._paused = 0
         self._on_device = False
         self._change: tuple[Any, Any] | None = None
-        self._failure: tuple[Exception, str] | None = None
         self._names = {id(module): name for name, module in model.named_modules(remove_duplicate=False) if name}
         self._parameters = {id(parameter): name.rpartition(".")[0] for name, parameter in model.named_parameters()}
         self._live: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
@@ -172,8 +172,9 @@ class Recorder(TorchDispatchMode):
 
     def failed_in(self, error: Exception) -> str:
         """The innermost module out of whose call an error came; in the backward the module of the op before it. Empty: none of them."""
-        if self._failure is not None and self._failure[0] is error:
-            return self._failure[1]
+        raised_in = getattr(error, _RAISED_IN, None)
+        if raised_in is not None:
+            return str(raised_in)
         last = next((event for event in reversed(self.events) if isinstance(event, Op)), None)
         return last.module if last is not None and self.phase is Phase.BACKWARD else ""
 
@@ -368,8 +369,8 @@ class Recorder(TorchDispatchMode):
             try:
                 return original(module, *args, **kwargs)
             except Exception as error:
-                if self._failure is None or self._failure[0] is not error:
-                    self._failure = (error, name)
+                if not hasattr(error, _RAISED_IN):  # on the error itself: held here, it would hold the tensors of its frames
+                    setattr(error, _RAISED_IN, name)
                 raise
             finally:
                 place.stack.pop()
