@@ -1,0 +1,362 @@
+"""trace(): the Program of Llama under the built-in plans: equal layers once, what each device runs, the counts that are known, refusals.
+
+Against real ranks: tests/distributed/test_program.py and test_program_memory.py. Models that aren't ours: test_trace_any_model.py.
+"""
+
+from collections import Counter
+from functools import lru_cache
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from shardwise.core.collective import CollectiveKind
+from shardwise.core.errors import OptionError, PlanError, RunError, ShardwiseError
+from shardwise.core.measurement import StepSettings
+from shardwise.core.mesh import Mesh
+from shardwise.core.plan import TheirPlan
+from shardwise.core.program import Collective, MemoryChange, MemoryKind, Op, OpKind, Phase, Program, memory_peak
+from shardwise.models.factory import FactoryModel
+from shardwise.models.llama import LlamaConfig
+from shardwise.models.specs import ModelSpec, get_spec
+from shardwise.parallel.apply import parallelize
+from shardwise.parallel.builtin import builtin_names, builtin_plan
+from shardwise.step.train import TrainStep
+from shardwise.trace.fakes import fake_world
+from shardwise.trace.trace import AnyPlan, fill_with_fakes, trace
+
+VOCAB, HIDDEN, FFN = 96, 48, 64
+BATCH, SEQ = 4, 16
+STEP = StepSettings(BATCH, SEQ)
+# one plan of each engine for the settings that don't touch the embedding
+BOTH_ENGINES = ("routed", "rowwise@dtensor")
+
+
+def llama(layers: int) -> ModelSpec:
+    return ModelSpec("tiny", LlamaConfig(VOCAB, HIDDEN, layers, 4, 2, FFN), "")
+
+
+def traced(
+    plan: str, layers: int, device: str, mesh: str = "tp=2", settings: StepSettings = STEP, *, sp: bool = True, compress: bool = True
+) -> Program:
+    return trace(llama(layers), builtin_plan(plan, sequence_parallel=sp), Mesh.parse(mesh), settings, device=device, compress=compress)
+
+
+@lru_cache
+def tiny(plan: str, device: str) -> Program:
+    """Three layers on tp=2."""
+    return traced(plan, 3, device)
+
+
+def assert_same(short: Program, whole: Program) -> None:
+    for index, (one, other) in enumerate(zip(short.items(), whole.items(), strict=False)):
+        assert one == other, f"item {index}"
+    assert len(list(short.items())) == len(list(whole.items()))
+    assert (short.holdings, short.resident, short.rules) == (whole.holdings, whole.resident, whole.rules)
+    assert memory_peak(short) == memory_peak(whole)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("layers", [2, 3, 8])
+@pytest.mark.parametrize("plan", builtin_names())
+def test_equal_layers_traced_once_are_the_whole_program(plan: str, layers: int, device: str) -> None:
+    short, whole = traced(plan, layers, device), traced(plan, layers, device, compress=False)
+    assert (short.compressed, whole.compressed) == (layers == 8, False)
+    assert_same(short, whole)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("mesh", "settings", "sp"),
+    [
+        ("tp=2", StepSettings(BATCH, SEQ, recompute="full"), True),
+        ("tp=2", StepSettings(BATCH, SEQ, recompute="full"), False),
+        ("tp=2", StepSettings(BATCH, SEQ, accumulation=2), True),
+        ("tp=2", STEP, False),
+        ("dp=2,tp=2", STEP, True),
+        ("fsdp=2,tp=2", STEP, True),
+        ("fsdp=2,tp=2", StepSettings(BATCH, SEQ, recompute="full", accumulation=2), True),
+    ],
+    ids=["recompute", "recompute whole sequences", "accumulation", "whole sequences", "dp", "fsdp", "fsdp recompute accumulation"],
+)
+@pytest.mark.parametrize("plan", BOTH_ENGINES)
+def test_equal_layers_are_exact_under_every_setting(plan: str, mesh: str, settings: StepSettings, sp: bool, device: str) -> None:
+    if plan == "routed" and not sp:
+        plan = "rowwise"  # routed is for sharded sequences
+    short, whole = (traced(plan, 6, device, mesh, settings, sp=sp, compress=compress) for compress in (True, False))
+    assert short.compressed
+    assert_same(short, whole)
+
+
+def test_a_layer_that_differs_is_traced_with_all_the_others() -> None:
+    def make() -> nn.Module:
+        model = llama(6).build(dtype=torch.float32)
+        model.layers[4].attention.wq.register_forward_hook(lambda _, __, output: output * 2)
+        return model
+
+    messages: list[str] = []
+    source = FactoryModel("own:odd", make, frozenset(), False)
+    program = trace(source, TheirPlan.UNSHARDED, Mesh.parse("tp=1"), STEP, progress=messages.append)
+    # the hook isn't in the layer's attributes, and layers 0 to 3 don't have it
+    assert program.compressed or "tracing 6 layers" in messages
+    doubled = [op for op in program.ops() if op.module == "layers.4.attention.wq" and op.name == "aten::mul"]
+    assert len(doubled) == 2
+
+
+def headline(plan: str) -> Program:
+    return trace(get_spec("llama3-8b"), builtin_plan(plan), Mesh.parse("tp=8"), StepSettings(1, 8192, dtype="bfloat16"), device="cuda")
+
+
+def counts(program: Program, *phases: Phase) -> Counter[tuple[str, str]]:
+    return Counter((str(c.call.kind), str(c.phase)) for c in program.collectives() if c.phase in phases)
+
+
+def test_llama3_8b_rowwise_by_dtensor_on_8_ranks_has_the_published_counts() -> None:
+    program = headline("rowwise@dtensor")
+    assert program.parameters == 8_030_261_248
+    # 32 layers x 2 + the embedding's, or the head's
+    assert counts(program, Phase.FORWARD, Phase.BACKWARD) == {
+        ("reduce_scatter", "forward"): 65,
+        ("all_gather", "forward"): 65,
+        ("reduce_scatter", "backward"): 65,
+        ("all_gather", "backward"): 65,
+    }
+    own = [(c.call.kind, c.phase, str(c.before), str(c.after)) for c in program.collectives() if c.module == "tok_embeddings"]
+    assert own == [
+        (CollectiveKind.REDUCE_SCATTER, Phase.FORWARD, "Partial()", "Shard(1)"),
+        (CollectiveKind.ALL_GATHER, Phase.BACKWARD, "Shard(1)", "Partial()"),
+    ]
+    sent = next(c for c in program.collectives() if c.module == "tok_embeddings").call
+    assert (sent.payload_bytes, sent.wire_bytes) == (8192 * 4096 * 2, 7 / 8 * 8192 * 4096 * 2)
+    # the loss by hand, the clip's norms (a gradient each kind of placement), AdamW's partial gradients: 65 norms
+    assert counts(program, Phase.OPTIMIZER) == {("all_reduce", "optimizer"): 65}
+    table = next(holding for holding in program.holdings if holding.name == "tok_embeddings.weight")
+    assert table.gradient_bytes == 8 * table.parameter_bytes
+
+
+def test_counts_agree_with_pytorch_s_commdebugmode() -> None:
+    """It counts per functional collective over the whole step; run on fakes, as the trace is, but by PyTorch's own counter."""
+    program = tiny("rowwise@dtensor", "cuda")
+    ours = Counter(c.call.kind for c in program.collectives() if c.phase in (Phase.FORWARD, Phase.BACKWARD))
+    theirs: Counter[CollectiveKind] = Counter()
+    with fake_world(Mesh.parse("tp=2"), rank=0, device="cuda") as mesh:
+        model = llama(3).build(dtype=torch.float32)
+        parallelize(model, builtin_plan("rowwise@dtensor"), mesh)
+        fake_mode = torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
+        fill_with_fakes(model, fake_mode)
+        with fake_mode:
+            ids = torch.zeros(BATCH, SEQ, dtype=torch.int64)
+        comm = CommDebugMode()
+        with comm:
+            logits = model(ids)
+        forward = comm.get_comm_counts()
+        gradient = torch.ones_like(logits)
+        with comm:
+            logits.backward(gradient)
+        backward = comm.get_comm_counts()
+    names = {"reduce_scatter_tensor": CollectiveKind.REDUCE_SCATTER, "all_gather_into_tensor": CollectiveKind.ALL_GATHER}
+    for counted in (forward, backward):
+        for operation, count in counted.items():
+            theirs[names.get(operation._qualified_op_name.rpartition("::")[2], CollectiveKind.BROADCAST)] += count
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_each_device_has_its_own_ops(device: str) -> None:
+    names = Counter(op.name for op in tiny("rowwise", device).ops())
+    attention = {
+        "cpu": "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "cuda": "unknown in place of aten::_scaled_dot_product_flash_attention_for_cpu",  # float32 with grouped heads
+    }
+    assert names[attention[device]] == 3
+    assert (names["aten::_fused_rms_norm"], names["aten::rsqrt"]) == {"cpu": (0, 7), "cuda": (7, 0)}[device]
+    # gloo has no reduce-scatter of its own: the native engine's is an exchange of parts
+    kinds = Counter(c.call.kind for c in tiny("rowwise", device).collectives() if c.module == "tok_embeddings")
+    assert (
+        kinds
+        == {
+            "cpu": {CollectiveKind.ALL_TO_ALL: 1, CollectiveKind.ALL_GATHER: 1},
+            "cuda": {CollectiveKind.REDUCE_SCATTER: 1, CollectiveKind.ALL_GATHER: 1},
+        }[device]
+    )
+
+
+@pytest.mark.parametrize(("device", "kind"), [("cpu", CollectiveKind.ALL_GATHER), ("cuda", CollectiveKind.ALL_TO_ALL)])
+def test_dtensor_s_all_to_all_is_one_on_cuda_only(device: str, kind: CollectiveKind) -> None:
+    own = [c.call.kind for c in tiny("colwise@dtensor", device).collectives() if c.module == "tok_embeddings" and c.phase is Phase.FORWARD]
+    assert own[-1] is kind
+
+
+def test_nothing_is_unknown_in_bfloat16_on_cuda() -> None:
+    program = traced("rowwise@dtensor", 2, "cuda", settings=StepSettings(BATCH, SEQ, dtype="bfloat16"))
+    assert [op.name for op in program.ops() if op.kind is OpKind.UNKNOWN] == []
+
+
+def test_world_size_changes_sizes_and_nothing_else() -> None:
+    def kinds(mesh: str) -> list[tuple[object, ...]]:
+        program = trace(llama(2), builtin_plan("rowwise"), Mesh.parse(mesh), StepSettings(64, SEQ), device="cuda")
+        return [
+            (item.name, item.module, item.inputs)
+            if isinstance(item, Op)
+            else (item.call.kind, item.call.axis, item.module, item.call.payload_bytes)
+            for item in program.items()
+            if not isinstance(item, MemoryChange)
+        ]
+
+    few, many = kinds("dp=2,tp=2"), kinds("dp=64,tp=2")
+    assert [item[:2] for item in few] == [item[:2] for item in many]
+    assert few != many
+
+
+def ops_of(program: Program, module: str, phase: Phase, kind: OpKind) -> list[Op]:
+    return [op for op in program.ops() if (op.module, op.phase, op.kind) == (module, phase, kind)]
+
+
+def test_a_linear_s_flops_and_bytes_by_hand() -> None:
+    program = tiny("rowwise", "cpu")
+    (forward,) = ops_of(program, "layers.1.feed_forward.w1", Phase.FORWARD, OpKind.MATMUL)
+    tokens, columns = BATCH * SEQ, FFN // 2
+    assert forward.flops == 2 * tokens * HIDDEN * columns
+    assert forward.read_bytes == 4 * (tokens * HIDDEN + HIDDEN * columns)
+    assert forward.write_bytes == 4 * tokens * columns
+    backward = ops_of(program, "layers.1.feed_forward.w1", Phase.BACKWARD, OpKind.MATMUL)
+    assert [op.flops for op in backward] == [forward.flops] * 2  # the input's and the weight's
+
+
+def test_attention_s_flops_by_hand() -> None:
+    program = tiny("rowwise", "cpu")
+    (forward,) = ops_of(program, "layers.0.attention", Phase.FORWARD, OpKind.ATTENTION)
+    local_heads, head_dim = 2, HIDDEN // 4
+    assert forward.flops == 2 * 2 * BATCH * local_heads * SEQ * SEQ * head_dim // 2  # q k and p v, half of both: causal
+    (backward,) = ops_of(program, "layers.0.attention", Phase.BACKWARD, OpKind.ATTENTION)
+    assert backward.flops == 5 * forward.flops // 2
+
+
+def test_an_embedding_reads_the_rows_that_it_takes() -> None:
+    (forward,) = ops_of(tiny("replicated", "cpu"), "tok_embeddings", Phase.FORWARD, OpKind.EMBEDDING)
+    tokens = forward.outputs[0].shape[0] * forward.outputs[0].shape[1]
+    assert forward.read_bytes == tokens * 8 + tokens * HIDDEN * 4
+    assert forward.write_bytes == tokens * HIDDEN * 4
+
+
+@pytest.mark.parametrize("plan", builtin_names())
+def test_memory_comes_and_goes_and_only_gradients_and_logs_stay(plan: str) -> None:
+    program = tiny(plan, "cuda")
+    left: Counter[MemoryKind] = Counter()
+    for item in program.items():
+        if isinstance(item, MemoryChange):
+            left[item.kind] += item.n_bytes
+    assert left.pop(MemoryKind.GRADIENT) == program.held(MemoryKind.GRADIENT)
+    assert left[MemoryKind.ACTIVATION] == 0
+    assert sum(left.values()) < 1000  # the loss and the norm, as the caller gets them
+
+
+def test_recompute_holds_fewer_activations_and_runs_the_layers_twice() -> None:
+    plain = tiny("rowwise@dtensor", "cuda")
+    again = traced("rowwise@dtensor", 3, "cuda", settings=StepSettings(BATCH, SEQ, recompute="full"))
+    assert memory_peak(again).n_bytes < memory_peak(plain).n_bytes
+    forward = [op for op in again.ops() if op.phase is Phase.FORWARD and op.module.startswith("layers.") and op.kind is OpKind.MATMUL]
+    recomputed = [op for op in again.ops() if op.phase is Phase.RECOMPUTE and op.kind is OpKind.MATMUL]
+    # w2 is each layer's last matmul: the backward needs its inputs, not its output
+    assert Counter(op.module for op in forward) - Counter(op.module for op in recomputed) == {
+        f"layers.{i}.feed_forward.w2": 1 for i in range(3)
+    }
+
+
+@pytest.mark.parametrize(
+    ("mesh", "plan", "options", "kind", "message"),
+    [
+        ("tp=2", "rowwise", {"device": "tpu"}, OptionError, 'device is "tpu". Allowed: cpu, cuda.'),
+        ("tp=2", "rowwise", {"rank": 2}, OptionError, "rank 2 is not on mesh tp=2. Use 0 to 1."),
+        (
+            "tp=2",
+            "unsharded",
+            {},
+            OptionError,
+            'plan "unsharded" shards nothing, and mesh tp=2 has a tp axis. Use tp=1, or another plan.',
+        ),
+        (
+            "dp=3,tp=2",
+            "rowwise",
+            {},
+            OptionError,
+            "--batch 4 can't be cut into 3 data-parallel parts of 1 micro-batches. Use a multiple of 3.",
+        ),
+        (
+            "tp=2",
+            "own",
+            {},
+            OptionError,
+            'plan "own": tiny doesn\'t shard itself. It is for package.module:factory where the factory takes a mesh.',
+        ),
+        ("tp=2", "rowwise", {"ids": torch.zeros(2, 3, dtype=torch.int64)}, OptionError, "ids have shape (2, 3); the batch is 4 x 16."),
+    ],
+)
+def test_refusals(mesh: str, plan: str, options: dict[str, object], kind: type[ShardwiseError], message: str) -> None:
+    chosen: AnyPlan = TheirPlan(plan) if plan in list(TheirPlan) else builtin_plan(plan)
+    with pytest.raises(kind) as caught:
+        trace(llama(2), chosen, Mesh.parse(mesh), STEP, **options)  # type: ignore[arg-type]
+    assert str(caught.value) == message
+
+
+def test_sizes_that_don_t_divide_are_refused_by_the_plan() -> None:
+    with pytest.raises(PlanError, match="16"):
+        traced("rowwise", 2, "cpu", "tp=3")
+
+
+def test_a_process_that_has_a_group_is_refused_and_keeps_it() -> None:
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(RunError, match="has joined a process group already"):
+            tiny.__wrapped__("rowwise", "cpu")
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_trace_leaves_the_process_as_it_was(fails: bool) -> None:
+    x = torch.randn(2, 3)
+    before = nn.functional.rms_norm(x, (3,))
+    calls = nn.Module.__call__
+    if fails:
+        with pytest.raises(ShardwiseError):
+            traced("rowwise", 2, "cuda", "tp=3")
+    else:
+        traced("rowwise", 2, "cuda")
+    assert not dist.is_initialized()
+    assert nn.Module.__call__ is calls
+    assert torch.equal(nn.functional.rms_norm(x, (3,)), before)
+    assert type(torch.zeros(1)) is Tensor
+
+
+class Pair(nn.Module):
+    """Embedding and a pair of linears, sharded by the factory itself with PyTorch's own styles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, HIDDEN)
+        self.up = nn.Linear(HIDDEN, FFN, bias=False)
+        self.down = nn.Linear(FFN, HIDDEN, bias=False)
+        self.head = nn.Linear(HIDDEN, VOCAB, bias=False)
+
+    def forward(self, ids_BS: Tensor) -> object:
+        return self.head(self.down(self.up(self.embedding(ids_BS))))
+
+
+def test_a_factory_that_shards_itself_is_traced_as_it_came() -> None:
+    def make(mesh: DeviceMesh) -> nn.Module:
+        return parallelize_module(Pair(), mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+
+    program = trace(FactoryModel("own:pair", make, frozenset(), True), TheirPlan.OWN, Mesh.parse("tp=2"), STEP, device="cuda")
+    issued = [(c.call.kind, c.module, c.phase) for c in program.collectives() if c.phase in (Phase.FORWARD, Phase.BACKWARD)]
+    assert issued == [
+        (CollectiveKind.ALL_REDUCE, "down", Phase.FORWARD),
+        (CollectiveKind.ALL_REDUCE, "up", Phase.BACKWARD),
+    ]
+    local = {holding.name: holding.local_shape for holding in program.holdings if holding.is_sharded}
+    assert local == {"up.weight": (FFN // 2, HIDDEN), "down.weight": (HIDDEN, FFN // 2)}
