@@ -1,9 +1,12 @@
-"""trace(): the Program of Llama under the built-in plans: equal layers once, what each device runs, the counts that are known, refusals.
+"""trace(): the Program of Llama under the built-in plans: what each device runs, the counts that are known, FLOPs by hand, refusals.
 
-Against real ranks: tests/distributed/test_program.py and test_program_memory.py. Models that aren't ours: test_trace_any_model.py.
+Against real ranks: tests/distributed/test_program.py and test_program_memory.py. Equal layers traced once, and whole programs as text:
+tests/programs. Models that aren't ours: test_trace_any_model.py.
 """
 
+import warnings
 from collections import Counter
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -19,21 +22,18 @@ from shardwise.core.errors import OptionError, PlanError, RunError, ShardwiseErr
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import TheirPlan
-from shardwise.core.program import Collective, MemoryChange, MemoryKind, Op, OpKind, Phase, Program, memory_peak
+from shardwise.core.program import Collective, Item, MemoryChange, MemoryKind, Op, OpKind, Phase, Program, memory_peak
 from shardwise.models.factory import FactoryModel
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec, get_spec
 from shardwise.parallel.apply import parallelize
 from shardwise.parallel.builtin import builtin_names, builtin_plan
-from shardwise.step.train import TrainStep
 from shardwise.trace.fakes import fake_world
 from shardwise.trace.trace import AnyPlan, fill_with_fakes, trace
 
 VOCAB, HIDDEN, FFN = 96, 48, 64
 BATCH, SEQ = 4, 16
 STEP = StepSettings(BATCH, SEQ)
-# one plan of each engine for the settings that don't touch the embedding
-BOTH_ENGINES = ("routed", "rowwise@dtensor")
 
 
 def llama(layers: int) -> ModelSpec:
@@ -50,46 +50,6 @@ def traced(
 def tiny(plan: str, device: str) -> Program:
     """Three layers on tp=2."""
     return traced(plan, 3, device)
-
-
-def assert_same(short: Program, whole: Program) -> None:
-    for index, (one, other) in enumerate(zip(short.items(), whole.items(), strict=False)):
-        assert one == other, f"item {index}"
-    assert len(list(short.items())) == len(list(whole.items()))
-    assert (short.holdings, short.resident, short.rules) == (whole.holdings, whole.resident, whole.rules)
-    assert memory_peak(short) == memory_peak(whole)
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("layers", [2, 3, 8])
-@pytest.mark.parametrize("plan", builtin_names())
-def test_equal_layers_traced_once_are_the_whole_program(plan: str, layers: int, device: str) -> None:
-    short, whole = traced(plan, layers, device), traced(plan, layers, device, compress=False)
-    assert (short.compressed, whole.compressed) == (layers == 8, False)
-    assert_same(short, whole)
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize(
-    ("mesh", "settings", "sp"),
-    [
-        ("tp=2", StepSettings(BATCH, SEQ, recompute="full"), True),
-        ("tp=2", StepSettings(BATCH, SEQ, recompute="full"), False),
-        ("tp=2", StepSettings(BATCH, SEQ, accumulation=2), True),
-        ("tp=2", STEP, False),
-        ("dp=2,tp=2", STEP, True),
-        ("fsdp=2,tp=2", STEP, True),
-        ("fsdp=2,tp=2", StepSettings(BATCH, SEQ, recompute="full", accumulation=2), True),
-    ],
-    ids=["recompute", "recompute whole sequences", "accumulation", "whole sequences", "dp", "fsdp", "fsdp recompute accumulation"],
-)
-@pytest.mark.parametrize("plan", BOTH_ENGINES)
-def test_equal_layers_are_exact_under_every_setting(plan: str, mesh: str, settings: StepSettings, sp: bool, device: str) -> None:
-    if plan == "routed" and not sp:
-        plan = "rowwise"  # routed is for sharded sequences
-    short, whole = (traced(plan, 6, device, mesh, settings, sp=sp, compress=compress) for compress in (True, False))
-    assert short.compressed
-    assert_same(short, whole)
 
 
 def test_a_layer_that_differs_is_traced_with_all_the_others() -> None:
@@ -151,13 +111,15 @@ def test_counts_agree_with_pytorch_s_commdebugmode() -> None:
         with fake_mode:
             ids = torch.zeros(BATCH, SEQ, dtype=torch.int64)
         comm = CommDebugMode()
-        with comm:
-            logits = model(ids)
-        forward = comm.get_comm_counts()
-        gradient = torch.ones_like(logits)
-        with comm:
-            logits.backward(gradient)
-        backward = comm.get_comm_counts()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its hooks fire on modules whose inputs need no gradient
+            with comm:
+                logits = model(ids)
+            forward = comm.get_comm_counts()
+            gradient = torch.ones_like(logits)
+            with comm:
+                logits.backward(gradient)
+            backward = comm.get_comm_counts()
     names = {"reduce_scatter_tensor": CollectiveKind.REDUCE_SCATTER, "all_gather_into_tensor": CollectiveKind.ALL_GATHER}
     for counted in (forward, backward):
         for operation, count in counted.items():
@@ -197,19 +159,18 @@ def test_nothing_is_unknown_in_bfloat16_on_cuda() -> None:
 
 
 def test_world_size_changes_sizes_and_nothing_else() -> None:
-    def kinds(mesh: str) -> list[tuple[object, ...]]:
-        program = trace(llama(2), builtin_plan("rowwise"), Mesh.parse(mesh), StepSettings(64, SEQ), device="cuda")
-        return [
-            (item.name, item.module, item.inputs)
-            if isinstance(item, Op)
-            else (item.call.kind, item.call.axis, item.module, item.call.payload_bytes)
-            for item in program.items()
-            if not isinstance(item, MemoryChange)
-        ]
+    def items(dp: int) -> list[Item]:
+        program = trace(llama(2), builtin_plan("rowwise"), Mesh.parse(f"dp={dp},tp=2"), StepSettings(4 * dp, SEQ), device="cuda")
+        return list(program.items())
 
-    few, many = kinds("dp=2,tp=2"), kinds("dp=64,tp=2")
-    assert [item[:2] for item in few] == [item[:2] for item in many]
-    assert few != many
+    few, many = items(2), items(64)
+    differing = [(one, other) for one, other in zip(few, many, strict=True) if one != other]
+    assert differing
+    for one, other in differing:
+        assert isinstance(one, Collective)
+        assert isinstance(other, Collective)
+        assert (one.call.axis, one.call.axis_size, other.call.axis_size) == ("dp", 2, 64)
+        assert replace(other, call=replace(other.call, axis_size=2, wire_bytes=one.call.wire_bytes)) == one
 
 
 def ops_of(program: Program, module: str, phase: Phase, kind: OpKind) -> list[Op]:
@@ -352,7 +313,7 @@ def test_a_factory_that_shards_itself_is_traced_as_it_came() -> None:
     def make(mesh: DeviceMesh) -> nn.Module:
         return parallelize_module(Pair(), mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
 
-    program = trace(FactoryModel("own:pair", make, frozenset(), True), TheirPlan.OWN, Mesh.parse("tp=2"), STEP, device="cuda")
+    program = trace(FactoryModel("own:pair", make, frozenset({"mesh"}), False), TheirPlan.OWN, Mesh.parse("tp=2"), STEP, device="cuda")
     issued = [(c.call.kind, c.module, c.phase) for c in program.collectives() if c.phase in (Phase.FORWARD, Phase.BACKWARD)]
     assert issued == [
         (CollectiveKind.ALL_REDUCE, "down", Phase.FORWARD),

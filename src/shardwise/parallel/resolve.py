@@ -47,11 +47,12 @@ def resolve(model: nn.Module, plan: Plan, *, tp: int, seq: int | None = None, fs
             _check_matches(rule, modules)
         rules = ((name, module, plan.rule_for(name)) for name, module in modules.items())
         assignments = tuple(Assignment(name, module, rule) for name, module, rule in rules if rule is not None)
+        head = last_linear(model)
         for assignment in assignments:
             _check_style(assignment, plan.engine)
             _check_sizes(assignment, modules, tp, seq, fsdp)
             if plan.engine is Engine.DTENSOR:
-                _check_dtensor_sizes(assignment, last_linear(model), tp)
+                _check_dtensor_sizes(assignment, head, tp)
         if plan.engine is Engine.NATIVE:
             for assignment in assignments:
                 if below_gather_input(assignment.name, plan):

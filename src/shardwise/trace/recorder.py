@@ -5,6 +5,7 @@ autograd node was made (by the node's sequence number), in a recomputed forward 
 a collective (collectives.issuing()); DTensor's redistributions are watched for their placements.
 """
 
+import gc
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
@@ -161,6 +162,7 @@ class Recorder(TorchDispatchMode):
             for owner, name in _propagations():
                 stack.enter_context(patch.object(owner, name, self._unseen(getattr(owner, name))))
             stack.enter_context(_OntoDevice(self))
+            stack.enter_context(_without_collections())
             stack.enter_context(self)
             yield
 
@@ -451,6 +453,18 @@ def _factories() -> frozenset[Any]:
     from torch.utils._device import _device_constructors
 
     return frozenset(_device_constructors())
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """What is freed is freed where the step lets go of it, not where Python happens to look for cycles."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _redistributions() -> list[tuple[Any, str]]:
