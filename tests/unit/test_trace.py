@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.errors import OptionError, PlanError, RunError, ShardwiseError
@@ -55,14 +56,14 @@ def tiny(plan: str, device: str) -> Program:
 def test_a_layer_that_differs_is_traced_with_all_the_others() -> None:
     def make() -> nn.Module:
         model = llama(6).build(dtype=torch.float32)
-        model.layers[4].attention.wq.register_forward_hook(lambda _, __, output: output * 2)
+        model.get_submodule("layers.4.attention.wq").register_forward_hook(lambda _, __, output: output * 2)
         return model
 
     messages: list[str] = []
     source = FactoryModel("own:odd", make, frozenset(), False)
     program = trace(source, TheirPlan.UNSHARDED, Mesh.parse("tp=1"), STEP, progress=messages.append)
-    # the hook isn't in the layer's attributes, and layers 0 to 3 don't have it
-    assert program.compressed or "tracing 6 layers" in messages
+    assert not program.compressed
+    assert "tracing 6 layers" in messages
     doubled = [op for op in program.ops() if op.module == "layers.4.attention.wq" and op.name == "aten::mul"]
     assert len(doubled) == 2
 
@@ -87,8 +88,8 @@ def test_llama3_8b_rowwise_by_dtensor_on_8_ranks_has_the_published_counts() -> N
     }
     own = [(c.call.kind, c.phase, str(c.before), str(c.after)) for c in program.collectives() if c.module == "tok_embeddings"]
     assert own == [
-        (CollectiveKind.REDUCE_SCATTER, Phase.FORWARD, "Partial()", "Shard(1)"),
-        (CollectiveKind.ALL_GATHER, Phase.BACKWARD, "Shard(1)", "Partial()"),
+        (CollectiveKind.REDUCE_SCATTER, Phase.FORWARD, "Partial", "Shard(1)"),
+        (CollectiveKind.ALL_GATHER, Phase.BACKWARD, "Shard(1)", "Replicate"),
     ]
     sent = next(c for c in program.collectives() if c.module == "tok_embeddings").call
     assert (sent.payload_bytes, sent.wire_bytes) == (8192 * 4096 * 2, 7 / 8 * 8192 * 4096 * 2)
@@ -114,16 +115,11 @@ def test_counts_agree_with_pytorch_s_commdebugmode() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its hooks fire on modules whose inputs need no gradient
             with comm:
-                logits = model(ids)
-            forward = comm.get_comm_counts()
-            gradient = torch.ones_like(logits)
-            with comm:
-                logits.backward(gradient)
-            backward = comm.get_comm_counts()
+                model(ids).sum().backward()
+        counted = comm.get_comm_counts()
     names = {"reduce_scatter_tensor": CollectiveKind.REDUCE_SCATTER, "all_gather_into_tensor": CollectiveKind.ALL_GATHER}
-    for counted in (forward, backward):
-        for operation, count in counted.items():
-            theirs[names.get(operation._qualified_op_name.rpartition("::")[2], CollectiveKind.BROADCAST)] += count
+    for operation, count in counted.items():
+        theirs[names.get(operation._qualified_op_name.rpartition("::")[2], CollectiveKind.BROADCAST)] += count
     assert ours == theirs
 
 
@@ -211,7 +207,9 @@ def test_memory_comes_and_goes_and_only_gradients_and_logs_stay(plan: str) -> No
     for item in program.items():
         if isinstance(item, MemoryChange):
             left[item.kind] += item.n_bytes
-    assert left.pop(MemoryKind.GRADIENT) == program.held(MemoryKind.GRADIENT)
+    # rowwise: ids of other ranks add to one row more, which the gradient's storage has and the gradient hasn't
+    one_row = 4 * HIDDEN if plan == "rowwise" else 0
+    assert left.pop(MemoryKind.GRADIENT) == program.held(MemoryKind.GRADIENT) + one_row
     assert left[MemoryKind.ACTIVATION] == 0
     assert sum(left.values()) < 1000  # the loss and the norm, as the caller gets them
 
@@ -270,7 +268,7 @@ def test_sizes_that_don_t_divide_are_refused_by_the_plan() -> None:
 
 
 def test_a_process_that_has_a_group_is_refused_and_keeps_it() -> None:
-    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     try:
         with pytest.raises(RunError, match="has joined a process group already"):
             tiny.__wrapped__("rowwise", "cpu")

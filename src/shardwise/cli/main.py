@@ -16,7 +16,8 @@ from shardwise.cli import compare, explain, lists
 from shardwise.core.errors import InputError, ShardwiseError
 
 _CTRL_C = 128 + signal.SIGINT
-_FEW_COLLECTIONS = 200_000  # new objects between two looks for garbage; with Python's 700, importing PyTorch spends a tenth of its time on it
+# new objects between two looks for garbage; with Python's 700, importing PyTorch spends a tenth of its time on it
+_FEW_COLLECTIONS = 200_000
 
 app = typer.Typer(
     name="shardwise",

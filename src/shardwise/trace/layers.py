@@ -1,7 +1,7 @@
 """The repeated layers of a model: which nn.ModuleList holds them, and whether they are equal, so that one can stand for all.
 
-Equal: the same modules of the same types with the same plain attributes, parameters and buffers (names, shapes, dtypes). A layer's own
-number doesn't count. What a forward does with such a number isn't seen here; extend.py compares what really ran.
+Equal: the same modules of the same types with the same plain attributes, hooks, parameters and buffers (names, shapes, dtypes). A layer's
+own number doesn't count. What a forward does with such a number isn't seen here; extend.py compares what really ran.
 """
 
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 _OWN_NUMBER = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "idx"})
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _PLAIN = (int, float, bool, str, type(None))
 
 
@@ -58,6 +59,7 @@ def _signature(layer: nn.Module) -> tuple[object, ...]:
                 for key, value in sorted(vars(module).items(), key=lambda item: item[0])
                 if isinstance(value, _PLAIN) and key not in _OWN_NUMBER
             ),
+            tuple(len(getattr(module, hooks)) for hooks in _HOOKS),
             tuple((key, tuple(p.shape), p.dtype) for key, p in module._parameters.items() if p is not None),
             tuple((key, tuple(b.shape), b.dtype) for key, b in module._buffers.items() if b is not None),
         )
