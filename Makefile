@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
+ALL_CORES := --numprocesses auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help compare test check bench docs format clean
+.PHONY: help compare test check lint golden bench docs format clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,17 +24,23 @@ $(READY): pyproject.toml constraints.txt
 compare: $(READY) ## run the sharding plans on real ranks and say which is better (about three minutes)
 	$(BIN)/shardwise compare $(ARGS)
 
-test: $(READY) ## all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## all tests; those that start no ranks and no browser first, on all cores
+	$(BIN)/python -m pytest tests/unit tests/golden tests/programs $(ALL_CORES) $(ARGS)
+	$(BIN)/python -m pytest tests/distributed tests/e2e tests/cuda $(ARGS)
 
-check: $(READY) ## ruff, mypy --strict, import-linter, unit tests: under a minute
+check: lint ## lint, the unit tests and the golden files: about two minutes
+	$(BIN)/python -m pytest tests/unit tests/golden -q $(ALL_CORES) $(ARGS)
+
+golden: $(READY) ## accept what small programs are now; read the diff
+	$(BIN)/python -m tests.golden.programs
+
+lint: $(READY) ## ruff, mypy --strict, import-linter, and whether the docs are those that the results files give
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m benchmarks.tables --check
 	$(BIN)/python docs/build.py --check
-	$(BIN)/python -m pytest tests/unit -q $(ARGS)
 
 bench: $(READY) ## the benchmarks; writes benchmarks/results and the tables in the docs (a quiet machine, about 20 minutes)
 	$(BIN)/python -m benchmarks.embedding

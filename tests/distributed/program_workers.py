@@ -57,7 +57,7 @@ class Case(msgspec.Struct, frozen=True):
     @property
     def spec(self) -> ModelSpec:
         n_kv_heads = 12 if self.mesh == "tp=3" else 4
-        return ModelSpec("tiny", LlamaConfig(self.vocab_size, 48, 3, 12, n_kv_heads, 96), "")
+        return ModelSpec("tiny", LlamaConfig(self.vocab_size, 48, 2, 12, n_kv_heads, 96), "")
 
     def make_plan(self) -> Plan:
         return builtin_plan(self.plan, sequence_parallel=self.sequence_parallel)

@@ -31,7 +31,15 @@ def test_two_plans_are_put_side_by_side_with_what_one_has_and_the_other_has_not(
 
 def test_the_folder_holds_the_page_the_walk_through_and_the_data(run: tuple[Path, str]) -> None:
     out, printed = run
-    assert sorted(path.name for path in out.iterdir()) == ["explain.html", "explanation.json", "settings.json", "walkthrough.html"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "against.txt",
+        "explain.html",
+        "explanation.json",
+        "program.txt",
+        "settings.json",
+        "walkthrough.html",
+    ]
+    assert (out / "program.txt").read_text().splitlines()[0].endswith("under rowwise@dtensor (dtensor), mesh tp=2, rank 0, cuda")
     assert json.loads((out / "explanation.json").read_bytes())["schema_version"] == 1
     assert json.loads((out / "settings.json").read_bytes())["plans"] == ["rowwise@dtensor", "rowwise"]
     assert printed.rstrip().endswith(f"Page: {out}/explain.html")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from shardwise.cli.progress import ProgressLine
     from shardwise.core.explanation import Explanation
+    from shardwise.core.program import Program
     from shardwise.core.walkthrough import Subject
     from shardwise.models.source import ModelSource
     from shardwise.trace.trace import AnyPlan
@@ -99,7 +100,11 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.", rich_help_panel=_OUTPUT)] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for the page, the walk-through as a page, and the data.", show_default="none", rich_help_panel=_OUTPUT),
+        typer.Option(
+            help="Folder for the page, the walk-through as a page, the data, and the whole step op by op as text.",
+            show_default="none",
+            rich_help_panel=_OUTPUT,
+        ),
     ] = None,
 ) -> int:
     """Show every collective of a plan, why it is there, and what a rank holds: in seconds, without a GPU.
@@ -149,11 +154,10 @@ class _Run:
     random_ids: bool
     compress: bool
 
-    def explanation(self, source: "ModelSource", plan: "AnyPlan", progress: "ProgressLine") -> "Explanation":
-        from shardwise.explain.explain import explain
+    def program(self, source: "ModelSource", plan: "AnyPlan", progress: "ProgressLine") -> "Program":
         from shardwise.trace.trace import trace
 
-        program = trace(
+        return trace(
             source,
             plan,
             self.mesh,
@@ -164,8 +168,6 @@ class _Run:
             compress=self.compress,
             progress=progress.say,
         )
-        progress.say("explaining")
-        return explain(program)
 
     def _ids(self, source: "ModelSource", plan: "AnyPlan", progress: "ProgressLine") -> "Tensor | None":
         """Ids of real text where the plan decides by them or the user gave some; None: the tracer draws uniform ones."""
@@ -191,16 +193,19 @@ class _Run:
 def _explain(run: _Run, plan: str, against: str | None, console: Console, *, as_json: bool, out: Path | None) -> int:
     from shardwise.cli.plans import load_any_plan
     from shardwise.cli.progress import ProgressLine
+    from shardwise.explain.explain import explain
     from shardwise.models.source import find_model
 
     plans = [load_any_plan(name, sequence_parallel=run.sequence_parallel) for name in (plan, against) if name is not None]
     with ProgressLine() as progress:
         source = find_model(run.model)
-        found = [run.explanation(source, chosen, progress) for chosen in plans]
-    return _deliver(found, console, as_json=as_json, out=out)
+        programs = [run.program(source, chosen, progress) for chosen in plans]
+        progress.say("explaining")
+        found = [explain(program) for program in programs]
+    return _deliver(programs, found, console, as_json=as_json, out=out)
 
 
-def _deliver(found: "list[Explanation]", console: Console, *, as_json: bool, out: Path | None) -> int:
+def _deliver(programs: "list[Program]", found: "list[Explanation]", console: Console, *, as_json: bool, out: Path | None) -> int:
     from shardwise.explain.contrast import contrast
     from shardwise.report.explain_json import contrast_json, explanation_json
     from shardwise.report.explain_terminal import render_contrast, render_explanation
@@ -218,10 +223,13 @@ def _deliver(found: "list[Explanation]", console: Console, *, as_json: bool, out
     if out is not None:
         from shardwise.cli.run_folder import RunFolder
         from shardwise.report.explain_html import contrast_html, explanation_html
+        from shardwise.report.program_text import program_text
 
         with RunFolder(out, "explain", datetime.now(UTC), has_events=False) as folder:
             folder.write("settings.json", _settings_json(found))
             folder.write("explanation.json", document)
+            for name, program in zip(("program.txt", "against.txt"), programs, strict=False):
+                folder.write(name, program_text(program))
             folder.write("walkthrough.html", _walkthrough_page())
             page = contrast_html(both, "walkthrough.html") if both is not None else explanation_html(first, "walkthrough.html")
             path = folder.write("explain.html", page)
