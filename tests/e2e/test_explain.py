@@ -148,3 +148,11 @@ def test_help_shows_examples() -> None:
     ended = shardwise("explain", "--help")
     assert ended.returncode == 0
     assert "shardwise explain rowwise@dtensor --against rowwise" in ended.stdout
+
+
+def test_only_our_own_lines_are_on_the_terminal(tmp_path: Path) -> None:
+    """DTensor would warn of the two all-reduces that clipping takes on two axes."""
+    ended = shardwise("explain", "rowwise@dtensor", *SMALL, "--mesh", "fsdp=2,tp=2", "--batch", "2", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr
+    assert all(line.startswith("shardwise: ") for line in ended.stderr.splitlines())

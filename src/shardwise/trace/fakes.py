@@ -8,6 +8,7 @@ DTensor's all-to-all is a real one (on a CPU it gathers everything instead), and
 name in catalogue.py. All of it is undone on the way out.
 """
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -40,6 +41,7 @@ def fake_world(mesh: Mesh, *, rank: int, device: str) -> Iterator[DeviceMesh]:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=mesh.world_size)
     try:
         with ExitStack() as stack:
+            stack.enter_context(_without_dtensor_s_advice())
             stack.enter_context(as_if_on(TARGETS[device]))
             if device == "cuda":
                 stack.enter_context(_fused_rms_norm())
@@ -59,6 +61,18 @@ def _forget_meshes() -> None:
     _clear_sharding_prop_cache()
     _redistribute._gen_transform_infos.cache_clear()
     DTensor._op_dispatcher.sharding_propagator._propagate_tensor_meta_cached.cache_clear()
+
+
+@contextmanager
+def _without_dtensor_s_advice() -> Iterator[None]:
+    """DTensor logs warnings on how a redistribution could be faster. The program shows what it issues; the log would say it in between."""
+    logger = logging.getLogger("torch.distributed.tensor")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager
