@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.launch import RankContext
 from shardwise.measure.memory import kept_bytes
@@ -22,12 +23,35 @@ from shardwise.parallel.builtin import builtin_plan
 from shardwise.step.build import build_model, device_mesh
 from shardwise.step.train import TrainStep
 
-PLANS = ("rowwise", "colwise", "routed", "replicated", "rowwise@dtensor", "colwise@dtensor")
-RECOMPUTED = ("rowwise", "rowwise@dtensor")
-CASES = tuple((plan, "none") for plan in PLANS) + tuple((plan, "full") for plan in RECOMPUTED)
-MODEL, MESH, BATCH, SEQ = "llama3-debug", "tp=2", 4, 256
+MODEL, MESH = "llama3-debug", "tp=2"
 _SECOND_STEP = "the second step"
 _A_MOMENT_S = 0.001
+
+
+class Case(msgspec.Struct, frozen=True):
+    plan: str
+    recompute: str = "none"
+    batch: int = 4
+    seq: int = 256
+
+    @property
+    def name(self) -> str:
+        return f"{self.plan}, recompute {self.recompute}, {self.batch} x {self.seq}"
+
+    @property
+    def settings(self) -> StepSettings:
+        return StepSettings(self.batch, self.seq, recompute=self.recompute)
+
+    def ids(self) -> torch.Tensor:
+        """Of the batch, [B, S]."""
+        return torch.randint(get_spec(MODEL).vocab_size, (self.batch, self.seq), generator=torch.Generator().manual_seed(3))
+
+
+CASES = (
+    *(Case(plan) for plan in ("rowwise", "colwise", "routed", "replicated", "rowwise@dtensor", "colwise@dtensor")),
+    *(Case(plan, recompute="full") for plan in ("rowwise", "rowwise@dtensor")),
+    Case("rowwise@dtensor", batch=1, seq=2048),  # what DTensor gathers of one sequence isn't copied: it lives on as it came
+)
 
 
 class Weighed(msgspec.Struct, frozen=True):
@@ -41,18 +65,17 @@ class Weighed(msgspec.Struct, frozen=True):
 
 
 def weigh(context: RankContext, payload: bytes) -> bytes:
-    """Per "PLAN RECOMPUTE"."""
+    """Per case, by its name."""
     mesh = device_mesh(Mesh.parse(MESH), context.device.type)
-    ids_BS = msgspec.json.decode(payload, type=list[list[int]])
     found = {}
-    for name, recompute in CASES:
-        context.note(f"{name} {recompute}")
+    for case in CASES:
+        context.note(case.name)
         gc.collect()  # what an earlier plan left in cycles must not be freed while this one is weighed
-        found[f"{name} {recompute}"] = _weigh(name, recompute == "full", mesh, torch.tensor(ids_BS), context)
+        found[case.name] = _weigh(case, mesh, context)
     return msgspec.json.encode(found)
 
 
-def _weigh(name: str, recompute: bool, mesh: DeviceMesh, ids_BS: torch.Tensor, context: RankContext) -> Weighed:
+def _weigh(case: Case, mesh: DeviceMesh, context: RankContext) -> Weighed:
     """The profiler tells of every block that the allocator hands out or takes back, inside kernels too. It watches from before the model is
     built, so what was handed out and not taken back is what lives, and nothing is counted by hand.
 
@@ -63,9 +86,16 @@ def _weigh(name: str, recompute: bool, mesh: DeviceMesh, ids_BS: torch.Tensor, c
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
         patch.object(dist.Work, "wait", _patient(dist.Work.wait)),
     ):
+        ids_BS = case.ids()
         batch = [(ids_BS.clone(), ids_BS.roll(-1, 1))]
         model = build_model(
-            get_spec(MODEL), builtin_plan(name), mesh, dtype=torch.float32, device=context.device, seed=0, recompute=recompute
+            get_spec(MODEL),
+            builtin_plan(case.plan),
+            mesh,
+            dtype=torch.float32,
+            device=context.device,
+            seed=0,
+            recompute=case.recompute == "full",
         )
         step = TrainStep(model, mesh=mesh)
         step(batch)

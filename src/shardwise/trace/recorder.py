@@ -40,8 +40,6 @@ _SILENT = frozenset(
         "prim::device",
         "profiler::_record_function_enter_new",
         "profiler::_record_function_exit",
-        "_c10d_functional::wait_tensor",
-        "_c10d_functional::_wrap_tensor_autograd",
         "aten::promote_types",
     }
 )
@@ -84,6 +82,12 @@ class _Schema:
     writes: tuple[int, ...]
     writes_keywords: tuple[str, ...]
     is_collective: bool
+
+
+@lru_cache(maxsize=1)
+def _waits() -> frozenset[Any]:
+    collectives = torch.ops._c10d_functional
+    return frozenset({collectives.wait_tensor.default, collectives._wrap_tensor_autograd.default})
 
 
 @lru_cache(maxsize=4096)
@@ -195,6 +199,8 @@ class Recorder(TorchDispatchMode):
         for kind in types:
             if issubclass(kind, (DTensor, AsyncCollectiveTensor)):
                 return NotImplemented  # seen again as the ops on local tensors that it makes of it
+        if func in _waits():
+            return args[0]  # the real ones hand on what they got; their fakes make a tensor that nobody has
         kwargs = kwargs or {}
         if self._on_device and not types and not _tensors(args):
             with self._fake_mode:
