@@ -16,7 +16,8 @@ from shardwise.core.plan import Plan, Rule, Style, StyleName
 from shardwise.core.program import Collective, MemoryKind, Phase, Program
 from shardwise.explain.contrast import contrast
 from shardwise.explain.explain import explain
-from shardwise.explain.reasons import reason_of
+from shardwise.explain.reasons import carries_out, reason_of
+from shardwise.explain.words import relation, size
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_names, builtin_plan
@@ -212,3 +213,31 @@ def test_plans_on_two_meshes_can_t_be_contrasted() -> None:
     other = replace(explanation_of("rowwise"), axes=(("tp", 4),))
     with pytest.raises(OptionError, match="two plans are compared on the same axes"):
         contrast(explanation_of("rowwise"), other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stands_for"),
+    [(kind, CollectiveKind.REDUCE_SCATTER if kind is CollectiveKind.ALL_TO_ALL else kind) for kind in CollectiveKind],
+)
+def test_of_all_collectives_that_cut_a_sum_only_an_all_to_all_stands_for_another(kind: CollectiveKind, stands_for: CollectiveKind) -> None:
+    assert carries_out(collective(Partial(), Shard(1), kind)) is stands_for
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (100.0, 100.4, "about the same"),
+        (100.0, 99.6, "about the same"),
+        (100.0, 132.0, "1.32 times as much"),
+        (100.0, 68.6, "68.6 % of that"),
+    ],
+)
+def test_how_much_one_is_of_the_other_is_said_so_that_it_can_t_be_misread(first: float, second: float, expected: str) -> None:
+    assert relation(first, second) == expected
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "expected"), [(2**17, "0.125 MiB"), (64 * 2**20, "64 MiB"), (9000 * 2**20, "9,000 MiB"), (12.34 * 2**30, "12.3 GiB")]
+)
+def test_sizes_in_sentences(n_bytes: float, expected: str) -> None:
+    assert size(n_bytes) == expected

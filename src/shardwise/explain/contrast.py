@@ -5,7 +5,7 @@ from collections.abc import Callable
 from shardwise.core.errors import OptionError
 from shardwise.core.explanation import CollectiveGroup, Contrast, Explanation
 from shardwise.core.program import MemoryKind, Phase
-from shardwise.explain.words import mib, named
+from shardwise.explain.words import named, relation, size
 
 
 def contrast(first: Explanation, second: Explanation) -> Contrast:
@@ -57,8 +57,8 @@ def _compared(
     verb: str, first: Explanation, second: Explanation, of: Callable[[Explanation], float], what: str, *, as_bytes: bool = True
 ) -> str:
     a, b = of(first), of(second)
-    shown = mib if as_bytes else (lambda value: f"{value:,.0f}")
+    shown = size if as_bytes else (lambda value: f"{value:,.0f}")
     if a == b:
         return f"Both {verb.removesuffix('s') if verb != 'copies' else 'copy'} {shown(a)} {what}."
-    ratio = f", {b / a:.3g} times as much" if a and b > a else f", {a / b:.3g} times less" if b and b < a else ""
+    ratio = f", {relation(a, b)}" if a and b else ""
     return f"{first.plan} {verb} {shown(a)} {what}; {second.plan} {shown(b)}{ratio}."

@@ -13,7 +13,7 @@ from shardwise.core.explanation import CollectiveGroup, HoldingGroup
 from shardwise.core.finding import Finding, FindingKind
 from shardwise.core.placement import Partial, Replicate, Shard
 from shardwise.core.program import Collective, Holding, Item, Op, OpKind, Phase, Program, any_layer
-from shardwise.explain.words import mib, named
+from shardwise.explain.words import named, size
 
 # Below this share of sharded parameters a plan is said to shard little: a rank then holds more than half of the model whatever the axis.
 ENOUGH_SHARDED = 0.5
@@ -55,7 +55,7 @@ def _gradients(holdings: Sequence[HoldingGroup]) -> Iterator[Finding]:
                 FindingKind.GRADIENT_NOT_AS_PARAMETER,
                 holding.name,
                 f"its gradient is {_list(holding.grad_placement)} {list(holding.grad_shape)}, {_times(times)} its shard {list(holding.local_shape)}: "
-                f"{mib(holding.gradient_bytes)} on every rank where {mib(holding.gradient_bytes / times)} would do"
+                f"{size(holding.gradient_bytes)} on every rank where {size(holding.gradient_bytes / times)} would do"
                 + (f", in each of {holding.count}" if holding.count > 1 else ""),
                 advice=_advice_for_gradient(holding),
             )
@@ -102,7 +102,7 @@ def _little_sharded(program: Program) -> Iterator[Finding]:
     share, tp = sharded_share(program.holdings), dict(program.axes).get("tp", 1)
     if tp > 1 and share < ENOUGH_SHARDED:
         whole = max((h for h in program.holdings if not h.is_sharded), key=lambda h: h.parameter_bytes, default=None)
-        largest = f"; the largest that every rank holds whole is {whole.name}, {mib(whole.parameter_bytes)}" if whole else ""
+        largest = f"; the largest that every rank holds whole is {whole.name}, {size(whole.parameter_bytes)}" if whole else ""
         yield Finding(
             FindingKind.LITTLE_IS_SHARDED,
             program.plan,
@@ -148,7 +148,7 @@ def _repeats(program: Program, items: Sequence[Item]) -> Iterator[Finding]:
     yield Finding(
         FindingKind.COLLECTIVES_REPEAT,
         ", ".join(parents),
-        f"each gathers the same input for itself ({each}): {per_layer} in the forward, {mib(extra)} more on the wire per rank and step, and as "
+        f"each gathers the same input for itself ({each}): {per_layer} in the forward, {size(extra)} more on the wire per rank and step, and as "
         "much again in the backward, where each sums its own part of the gradient",
         advice="Gather once for all: give "
         + " and ".join(f'"{parent}"' for parent in parents)
@@ -195,9 +195,9 @@ def _copies(collectives: Sequence[CollectiveGroup]) -> Iterator[Finding]:
     worst = max(copied, key=lambda group: group.count * group.copied_bytes)
     yield Finding(
         FindingKind.COPIES_FOR_COLLECTIVES,
-        worst.module,
-        f"{mib(total)} a step are copied into or out of collectives' buffers, {total / wire:.2g} times what goes over the wire; most of it for the "
-        f"{named(worst.carries_out)} of {worst.module} ({worst.phase})",
+        worst.module or "gradients",
+        f"{size(total)} a step are copied into or out of collectives' buffers, {total / wire:.2g} times what goes over the wire; most of it for the "
+        f"{named(worst.carries_out)} of {worst.module or 'all gradients'} ({worst.phase})",
         advice="A placement that cuts the outermost dim, or a look-up in the order of the destinations, needs none.",
     )
 
