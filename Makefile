@@ -7,7 +7,7 @@ ARGS ?=
 ALL_CORES := --numprocesses auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help compare test check lint golden bench docs format clean
+.PHONY: help compare explain test check lint golden bench docs format clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ $(READY): pyproject.toml constraints.txt
 
 compare: $(READY) ## run the sharding plans on real ranks and say which is better (about three minutes)
 	$(BIN)/shardwise compare $(ARGS)
+
+explain: $(READY) ## say what a plan does to a model and why, without a GPU (seconds)
+	$(BIN)/shardwise explain $(ARGS)
 
 test: $(READY) ## all tests; those that start no ranks and no browser first, on all cores
 	$(BIN)/python -m pytest tests/unit tests/golden tests/programs $(ALL_CORES) $(ARGS)

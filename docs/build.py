@@ -1,9 +1,9 @@
 """Writes the generated parts of the docs: cli.md from the command itself, explain-json.md from the dataclasses that are written, and the
-README's example from docs/example/comparison.json.
+README's examples from docs/example/comparison.json and explanation.json (made by the commands that stand above them in the README).
 
 python docs/build.py             writes them
 python docs/build.py --check     writes nothing; exit code 1 where a document differs
-python docs/build.py --picture   also takes the picture of the example's report (needs Chromium)
+python docs/build.py --picture   also takes the pictures of the examples' pages (needs Chromium)
 python docs/build.py --walkthrough  also runs the embedding styles on toys and takes the pictures of their decisive steps (needs Chromium)
 """
 
@@ -25,14 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from shardwise.cli.main import app
 from shardwise.core.explanation import Contrast, Explanation
 from shardwise.core.placement import Placement
 from shardwise.core.walkthrough import Subject
 from shardwise.explain.walkthrough import explain_walkthrough
-from shardwise.report.explain_json import worked_out
+from shardwise.report.explain_html import explanation_html
+from shardwise.report.explain_json import explanation_from_json, worked_out
+from shardwise.report.explain_terminal import explanation_renderables
 from shardwise.report.html import comparison_html
 from shardwise.report.json import comparison_from_json
 from shardwise.report.terminal import comparison_tables
@@ -42,6 +44,7 @@ from shardwise.trace.walkthrough import record_walkthrough
 DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
 EXAMPLE = DOCS / "example" / "comparison.json"
+EXPLAINED = DOCS / "example" / "explanation.json"
 WIDTH = 100
 # the pictures' window in pixels: a height that just holds the step
 WALKTHROUGH_WIDTH = 1160
@@ -51,7 +54,8 @@ WALKTHROUGH_HEIGHTS = {
     Subject.EMBEDDING_ROUTED: 730,
     Subject.EMBEDDING_REPLICATED: 1110,
 }
-_OUTPUT = re.compile(r"(<!-- begin:compare-output -->\n).*?(<!-- end:compare-output -->)", re.DOTALL)
+_COMPARED = re.compile(r"(<!-- begin:compare-output -->\n).*?(<!-- end:compare-output -->)", re.DOTALL)
+_EXPLAINED = re.compile(r"(<!-- begin:explain-output -->\n).*?(<!-- end:explain-output -->)", re.DOTALL)
 
 
 def cli_reference() -> str:
@@ -141,17 +145,28 @@ def _json_type(kind: Any, found: list[type]) -> str:
     return {int: "integer", float: "number", str: "string", bool: "true or false"}[kind]
 
 
-def example_output() -> str:
+def compare_output() -> str:
     """What `shardwise compare` printed for the example, without colour; the table of collectives is left to the report."""
     comparison = comparison_from_json(EXAMPLE.read_bytes(), str(EXAMPLE))
+    parts = [_printed(table) for table in comparison_tables(comparison, WIDTH)]
+    return _fenced("".join(part for part in parts if not part.lstrip().startswith("Collectives")))
+
+
+def explain_output() -> str:
+    """What `shardwise explain` printed for the example, without colour, down to the collectives of the forward."""
+    explanation = explanation_from_json(EXPLAINED.read_bytes(), str(EXPLAINED))
+    printed = "".join(map(_printed, explanation_renderables(explanation, WIDTH)))
+    return _fenced(printed.partition("\n backward: ")[0] + "\n\n ...")
+
+
+def _printed(part: RenderableType) -> str:
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None, force_terminal=False)
-    for table in comparison_tables(comparison, WIDTH):
-        with console.capture() as captured:
-            console.print(table)
-        text = captured.get()
-        if not text.lstrip().startswith("Collectives"):
-            console.print(text, end="", markup=False, highlight=False)
-    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    with console.capture() as captured:
+        console.print(part)
+    return captured.get()
+
+
+def _fenced(printed: str) -> str:
     return "```\n" + "\n".join(line.rstrip() for line in printed.splitlines()).strip() + "\n```\n"
 
 
@@ -189,11 +204,11 @@ def main() -> int:
     parser.add_argument("--picture", action="store_true")
     parser.add_argument("--walkthrough", action="store_true")
     arguments = parser.parse_args()
-    readme = README.read_text(encoding="utf-8")
+    readme = _COMPARED.sub(lambda match: match[1] + compare_output() + match[2], README.read_text(encoding="utf-8"))
     wanted = {
         DOCS / "cli.md": cli_reference(),
         DOCS / "explain-json.md": explain_json_reference(),
-        README: _OUTPUT.sub(lambda match: match[1] + example_output() + match[2], readme),
+        README: _EXPLAINED.sub(lambda match: match[1] + explain_output() + match[2], readme),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if arguments.check:
@@ -205,6 +220,8 @@ def main() -> int:
     if arguments.picture:
         comparison = comparison_from_json(EXAMPLE.read_bytes(), str(EXAMPLE))
         take_picture(comparison_html(comparison), DOCS / "example" / "report.png", 1200, 1750)
+        explanation = explanation_from_json(EXPLAINED.read_bytes(), str(EXPLAINED))
+        take_picture(explanation_html(explanation), DOCS / "example" / "explain.png", 1200, 1500)
     if arguments.walkthrough:
         take_walkthrough_pictures()
     return 0
