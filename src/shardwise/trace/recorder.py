@@ -199,7 +199,7 @@ class Recorder(TorchDispatchMode):
         for kind in types:
             if issubclass(kind, (DTensor, AsyncCollectiveTensor)):
                 return NotImplemented  # seen again as the ops on local tensors that it makes of it
-        if func in _waits():
+        if func in _waits() and isinstance(args[0], FakeTensor):
             return args[0]  # the real ones hand on what they got; their fakes make a tensor that nobody has
         kwargs = kwargs or {}
         if self._on_device and not types and not _tensors(args):
