@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 ALL_CORES := --numprocesses auto --dist worksteal
+FILES_AT_ONCE := --numprocesses auto --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help compare explain test check lint golden bench docs format clean
@@ -27,9 +28,9 @@ compare: $(READY) ## run the sharding plans on real ranks and say which is bette
 explain: $(READY) ## say what a plan does to a model and why, without a GPU (seconds)
 	$(BIN)/shardwise explain $(ARGS)
 
-test: $(READY) ## all tests; those that start no ranks and no browser first, on all cores
+test: $(READY) ## all tests, on all cores; those that start ranks or a browser a file at a time, for they share a launch (15 to 25 minutes on 2 cores)
 	$(BIN)/python -m pytest tests/unit tests/golden tests/programs $(ALL_CORES) $(ARGS)
-	$(BIN)/python -m pytest tests/distributed tests/e2e tests/cuda $(ARGS)
+	$(BIN)/python -m pytest tests/distributed tests/e2e tests/cuda $(FILES_AT_ONCE) $(ARGS)
 
 check: lint ## lint, the unit tests and the golden files: about two minutes
 	$(BIN)/python -m pytest tests/unit tests/golden -q $(ALL_CORES) $(ARGS)
@@ -45,10 +46,11 @@ lint: $(READY) ## ruff, mypy --strict, import-linter, and whether the docs are t
 	$(BIN)/python -m benchmarks.tables --check
 	$(BIN)/python docs/build.py --check
 
-bench: $(READY) ## the benchmarks; writes benchmarks/results and the tables in the docs (a quiet machine, about 20 minutes)
+bench: $(READY) ## the benchmarks; writes benchmarks/results and the tables in the docs (a quiet machine, about 30 minutes)
 	$(BIN)/python -m benchmarks.embedding
 	$(BIN)/python -m benchmarks.embedding --tp 4
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.explain
 	$(BIN)/python -m benchmarks.tables
 
 docs: $(READY) ## write the generated parts of the docs anew

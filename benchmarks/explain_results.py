@@ -26,6 +26,7 @@ class Timed:
     bytes: tuple[int, ...]
     max_s: float | None = None
     max_bytes: int | None = None
+    same_as: str | None = None  # the name of the command whose time it should have, within noise
 
     @property
     def median_s(self) -> float:
@@ -88,7 +89,23 @@ def blocks(run: Run) -> dict[str, str]:
         f"{where.machine}, {where.cores} cores, load average {before:.1f} before and {after:.1f} after; torch {dict(where.versions)['torch']}.\n"
         f"\nSource: `benchmarks/results/{where.started[:10]}-{WHAT}.json`, made by `{where.command}`.\n"
     )
-    return {f"benchmark-{WHAT}": table + about}
+    return {f"benchmark-{WHAT}": table + _pairs(run) + about}
+
+
+def _pairs(run: Run) -> str:
+    """A line for each command that should take another's time: paired by round, with what that other's own rounds differ by."""
+    by_name = {timed.name: timed for timed in run.timed}
+    lines = []
+    for timed in run.timed:
+        if timed.same_as is not None:
+            base = by_name[timed.same_as]
+            ratios = [own / other for own, other in zip(timed.wall_s, base.wall_s, strict=True)]
+            noise = [wall / base.median_s for wall in base.wall_s]
+            lines.append(
+                f"- {timed.name}: {median(ratios):.2f} of the time of {base.name} (rounds {min(ratios):.2f} to {max(ratios):.2f}; the rounds of "
+                f"{base.name} are {min(noise):.2f} to {max(noise):.2f} of their own median)\n"
+            )
+    return "\n" + "".join(lines) if lines else ""
 
 
 def _bar(timed: Timed) -> str:

@@ -4,7 +4,8 @@
     python -m benchmarks.tables --check   writes nothing; exit code 1 where a document differs from what the files say
 
 Blocks: benchmark-WHAT (a results file's sides, ratios, run) and benchmark-WHAT-ratios (its ratios only), for every WHAT that has a
-file; benchmark-bars (every stated bar, with the misses); benchmark-hf-explain and its parts (benchmarks/hf_results.py); The newest file of each WHAT counts. Ranges are of the rounds; an interval is of
+file; benchmark-bars (every stated bar, with the misses); benchmark-hf-explain and its parts (benchmarks/hf_results.py); benchmark-explain-speed
+(benchmarks/explain_results.py). The newest file of each WHAT counts. Ranges are of the rounds; an interval is of
 the median of paired ratios.
 """
 
@@ -166,6 +167,7 @@ def main() -> int:
     check = parser.parse_args().check
     try:
         made = blocks(newest_results()) | hf_results.blocks(hf_results.newest_sweep())
+        made |= explain_results.blocks(explain_results.newest_run())
         texts = {path: path.read_text(encoding="utf-8") for path in documents()}
         new = {path: filled(text, made, str(path.relative_to(ROOT))) for path, text in texts.items()}
     except (TableError, FileNotFoundError) as error:
