@@ -6,6 +6,7 @@
     │   ├── ModelError        an unknown model, or one that a verb can't take
     │   ├── PlanError         a plan that doesn't parse, match or fit the model
     │   ├── TextError         text or a tokenizer that can't be used
+    │   ├── TraceError        a profiler trace that can't be used
     │   └── OptionError       an option, or a combination, that isn't offered
     └── RunError              a rank died, timed out, or the run could not go on; exit code 3
 
@@ -39,6 +40,10 @@ class PlanError(InputError):
 
 class TextError(InputError):
     """Text or a tokenizer that can't be used."""
+
+
+class TraceError(InputError):
+    """A profiler trace, or a set of them, that can't be used."""
 
 
 class OptionError(InputError):

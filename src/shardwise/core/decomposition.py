@@ -1,0 +1,145 @@
+"""Decomposition: a step's window split into parts that add up to it, to the nanosecond.
+
+In order of priority, so that no instant counts twice (intervals are half-open; all streams of a rank's device together):
+
+    compute                kernels that are neither communication nor copies
+    exposed transfer       a collective after its last rank arrived (A), and no compute
+    exposed communication  a collective of which A isn't known (one rank's file, broadcasts, sets that don't match), and no compute
+    exposed waiting        a collective before A, and neither of these
+    exposed copy           copies and fills, and none of these
+    CPU-bound idle         nothing runs, and the work that runs next had not been launched yet
+    other idle             nothing runs, though the work that runs next had been launched; and what no launch is known of
+
+exposed transfer + communication + waiting = |U(comm)| - |U(comm) & U(compute)|, the usual "exposed communication".
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardwise.core.intervals import EMPTY, Intervals, clip, layers, total_ns, union
+from shardwise.core.timeline import NONE, SpanKind, Timeline, Window
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Nanoseconds of a window; they add up to its length."""
+
+    compute_ns: float = 0
+    exposed_transfer_ns: float = 0
+    exposed_communication_ns: float = 0
+    exposed_waiting_ns: float = 0
+    exposed_copy_ns: float = 0
+    cpu_bound_idle_ns: float = 0
+    other_idle_ns: float = 0
+
+    @property
+    def total_ns(self) -> float:
+        return float(sum(getattr(self, part.name) for part in fields(self)))
+
+    @property
+    def exposed_ns(self) -> float:
+        """Exposed communication, whichever way it splits."""
+        return self.exposed_transfer_ns + self.exposed_communication_ns + self.exposed_waiting_ns
+
+    def __add__(self, other: "Parts") -> "Parts":
+        return Parts(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
+
+    def __sub__(self, other: "Parts") -> "Parts":
+        return Parts(*(getattr(self, part.name) - getattr(other, part.name) for part in fields(self)))
+
+    def scaled(self, factor: float) -> "Parts":
+        return Parts(*(getattr(self, part.name) * factor for part in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Decomposition:
+    """A window's parts, and the unions that people ask for besides. communication_ns and compute_ns overlap by overlap_ns."""
+
+    window: Window
+    parts: Parts
+    communication_ns: int
+    overlap_ns: int
+    copy_ns: int
+
+    @property
+    def overlap_share(self) -> float | None:
+        """Of the time in communication, the share that compute hides."""
+        return self.overlap_ns / self.communication_ns if self.communication_ns else None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkSets:
+    """When a rank computes, communicates (before and after the last rank arrived, and where that isn't known) and copies."""
+
+    compute: Intervals
+    transfer: Intervals
+    unsplit: Intervals
+    waiting: Intervals
+    copy: Intervals
+
+
+def work_sets(timeline: Timeline, rank: int) -> WorkSets:
+    """Of one rank, over all its lanes."""
+    spans, found = timeline.spans, timeline.collectives
+    own = timeline.of_rank(rank)
+
+    def of(kind: SpanKind) -> Intervals:
+        chosen = own & (spans.kind == kind)
+        return union(spans.start_ns[chosen], spans.end_ns[chosen])
+
+    arrival_ns = np.full(len(spans), NONE, np.int64)
+    arrival_ns[found.span] = found.arrival_ns
+    collective = own & (spans.kind == SpanKind.COLLECTIVE)
+    known = collective & (arrival_ns != NONE)
+    unknown = collective & (arrival_ns == NONE)
+    cut = np.clip(arrival_ns[known], spans.start_ns[known], spans.end_ns[known])
+    return WorkSets(
+        compute=of(SpanKind.COMPUTE),
+        transfer=union(cut, spans.end_ns[known]),
+        unsplit=union(spans.start_ns[unknown], spans.end_ns[unknown]),
+        waiting=union(spans.start_ns[known], cut),
+        copy=of(SpanKind.COPY),
+    )
+
+
+def decompose(timeline: Timeline) -> tuple[Decomposition, ...]:
+    """Every window of every rank."""
+    return tuple(
+        decomposition
+        for rank in timeline.ranks
+        for decomposition in _of_rank(timeline, rank, work_sets(timeline, rank), timeline.windows_of(rank))
+    )
+
+
+def _of_rank(timeline: Timeline, rank: int, sets: WorkSets, windows: tuple[Window, ...]) -> list[Decomposition]:
+    spans = timeline.spans
+    works = timeline.of_rank(rank) & (spans.kind <= SpanKind.COPY)
+    order = np.argsort(spans.start_ns[works], kind="stable")
+    start_ns, launched_ns = spans.start_ns[works][order], spans.launched_ns[works][order]
+    communication = union(*(np.concatenate([each[:, side] for each in (sets.transfer, sets.unsplit, sets.waiting)]) for side in (0, 1)))
+    found = []
+    for window in windows:
+        lo, hi = window.start_ns, window.end_ns
+        by_priority = (sets.compute, sets.transfer, sets.unsplit, sets.waiting, sets.copy)
+        *busy, idle = layers(by_priority, lo, hi)
+        cpu_bound_ns = _not_yet_launched_ns(idle, start_ns, launched_ns)
+        compute, transfer, unsplit, waiting, copy = map(total_ns, busy)
+        parts = Parts(compute, transfer, unsplit, waiting, copy, cpu_bound_ns, total_ns(idle) - cpu_bound_ns)
+        inside = total_ns(clip(communication, lo, hi))
+        found.append(Decomposition(window, parts, inside, inside - int(parts.exposed_ns), total_ns(clip(sets.copy, lo, hi))))
+    return found
+
+
+def _not_yet_launched_ns(idle: Intervals, start_ns: NDArray[np.int64], launched_ns: NDArray[np.int64]) -> int:
+    """Idle time before the launch of the work that starts next. Work of which no launch is known blames nobody."""
+    following = np.searchsorted(start_ns, idle[:, 1])
+    exists = following < len(start_ns)
+    gaps, following = idle[exists], following[exists]
+    launch = launched_ns[following]
+    blamed = np.where(launch == NONE, gaps[:, 0], np.clip(launch, gaps[:, 0], gaps[:, 1]))
+    return int((blamed - gaps[:, 0]).sum())
+
+
+__all__ = ["EMPTY", "Decomposition", "Parts", "WorkSets", "decompose", "work_sets"]

@@ -1,0 +1,1 @@
+"""Profiler trace files -> Timeline; ranks put together; two runs compared. No torch."""

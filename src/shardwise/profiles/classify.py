@@ -1,0 +1,137 @@
+"""What an event is, by its category and name. Categories decide first: a CPU op can carry a stream.
+
+Sources: Kineto's activity types (libkineto/include/ActivityType.h) and their older spellings; kernel names as NCCL, RCCL, vLLM,
+FlashInfer, DeepEP, NVSHMEM and MSCCL give them.
+"""
+
+import re
+
+from shardwise.core.timeline import SpanKind
+
+_BY_CATEGORY = {
+    "kernel": SpanKind.COMPUTE,
+    "gpu_memcpy": SpanKind.COPY,
+    "memcpy": SpanKind.COPY,
+    "gpu_memset": SpanKind.COPY,
+    "memset": SpanKind.COPY,
+    "mtia_ccp_events": SpanKind.COMPUTE,
+    "xpu_kernel": SpanKind.COMPUTE,
+    "cpu_op": SpanKind.OP,
+    "operator": SpanKind.OP,
+    "user_annotation": SpanKind.RANGE,
+    "cuda_runtime": SpanKind.LAUNCH,
+    "cuda_driver": SpanKind.LAUNCH,
+    "runtime": SpanKind.LAUNCH,
+    "mtia_runtime": SpanKind.LAUNCH,
+    "xpu_runtime": SpanKind.LAUNCH,
+    "privateuse1_runtime": SpanKind.LAUNCH,
+}
+
+_COMMUNICATES = re.compile(
+    r"nccl|rccl|msccl|nvshmem|cross_device_reduce|multimem_|deep_ep::.*(?:dispatch|combine)|all_?reduce_fusion|"
+    r"(?:all_?reduce|all_?gather|reduce_?scatter|all_?to_?all).*kernel|memcpy ptop|one_shot_|two_shot_",
+    re.IGNORECASE,
+)
+# kernels that work on what a collective sends, or that are named after one and send nothing
+_ONLY_NAMED_SO = re.compile(r"triton_(?:poi|red|per)_fused", re.IGNORECASE)
+_COPIES = re.compile(r"^(?:__amd_rocclr_(?:copy|fill)Buffer|MEMORY_COPY_|fillBuffer|Memcpy|Memset)", re.IGNORECASE)
+
+_OPS = (
+    ("reducescatter", "reduce_scatter"),
+    ("allgather", "all_gather"),
+    ("allreduce", "all_reduce"),
+    ("alltoall", "all_to_all"),
+    ("broadcast", "broadcast"),
+    ("barrier", "barrier"),
+    ("sendrecv", "send_recv"),
+    ("send", "send_recv"),
+    ("recv", "send_recv"),
+    ("crossdevicereduce", "all_reduce"),
+    ("oneshot", "all_reduce"),
+    ("twoshot", "all_reduce"),
+    ("ptop", "send_recv"),
+    ("dispatch", "all_to_all"),
+    ("combine", "all_to_all"),
+    ("scatter", "scatter"),
+    ("gather", "gather"),
+    ("reduce", "reduce"),
+)
+UNKNOWN = "unknown collective"
+# all ranks' kernels end when the data has moved: only of these waiting can be told from transfer
+SYMMETRIC = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+
+DTYPE_BYTES = {
+    "double": 8, "long": 8, "long int": 8, "int64": 8, "float64": 8, "complexfloat": 8,
+    "float": 4, "int": 4, "int32": 4, "float32": 4,
+    "half": 2, "bfloat16": 2, "short": 2, "float16": 2, "c10::half": 2, "c10::bfloat16": 2,
+    "byte": 1, "char": 1, "bool": 1, "uint8": 1, "int8": 1, "signed char": 1, "unsigned char": 1,
+    "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1,
+}  # fmt: skip
+
+_ISSUES = ("nccl:", "gloo:", "c10d::", "shardwise.", "_c10d_functional::", "mpi:", "ucc:")
+_WAITS = ("c10d::", "_c10d_functional::", "_c10d_functional_autograd::", "_dtensor::", "gloo:")
+
+
+def kind_of(category: str, name: str) -> SpanKind | None:
+    """None: of no interest here (Python's call stacks, flows, the GPU's copy of ranges, overhead)."""
+    kind = _BY_CATEGORY.get(category)
+    if kind is None:
+        kind = _BY_CATEGORY.get(category.lower())
+    if kind is SpanKind.COMPUTE or kind is SpanKind.COPY:
+        if communicates(name):
+            return SpanKind.COLLECTIVE
+        if kind is SpanKind.COMPUTE and _COPIES.match(name):
+            return SpanKind.COPY
+    elif kind is SpanKind.RANGE and name.startswith("gloo:"):
+        return SpanKind.COLLECTIVE
+    return kind
+
+
+def communicates(name: str) -> bool:
+    """Whether a kernel of this name exchanges data with other devices."""
+    return _COMMUNICATES.search(name) is not None and _ONLY_NAMED_SO.search(name) is None
+
+
+def collective_op(name: str) -> str:
+    """A collective's name as PyTorch, NCCL or a kernel spells it -> "all_reduce", ...; UNKNOWN where it says nothing."""
+    plain = name.replace("(anonymous namespace)", "").partition("(")[0].partition("<")[0]
+    letters = re.sub(r"[^a-z]", "", plain.lower().removeprefix("nccldevkernel_").removeprefix("ncclkernel_"))
+    for part, op in _OPS:
+        if part in letters:
+            return op
+    return UNKNOWN
+
+
+def issues_collective(name: str) -> bool:
+    """Whether a CPU op or range of this name is where a collective was called for."""
+    return name.startswith(_ISSUES)
+
+
+def waits(name: str) -> bool:
+    """Whether a CPU op of this name only issues a collective or waits for one: no work of its own."""
+    return name.startswith(_WAITS)
+
+
+def plain_name(name: str) -> str:
+    """A kernel's name without its return type, its template arguments and its parameters: what two builds have in common."""
+    bare = name.replace("(anonymous namespace)::", "").replace("{anonymous}::", "").removeprefix("void ")
+    if bare.startswith(("Cijk_", "triton_", "ampere_", "sm80_", "sm90_", "sm100_", "nvjet_")):
+        return bare
+    kept, depth = [], 0
+    for character in bare:
+        if character in "<(":
+            depth += 1
+        elif character in ">)":
+            depth = max(0, depth - 1)
+        elif depth == 0:
+            kept.append(character)
+    return "".join(kept).strip() or name
+
+
+def short_name(name: str, most: int = 60) -> str:
+    """plain_name without its namespaces, cut to `most` characters; ranges and ops stay whole but for the cut."""
+    plain = name
+    if "<" in name or name.endswith(")"):
+        plain = plain_name(name)
+        plain = plain.rpartition("::")[2] if plain.count("::") > 1 else plain
+    return plain if len(plain) <= most else f"{plain[: most - 12]}…{plain[-11:]}"

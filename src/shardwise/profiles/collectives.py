@@ -1,0 +1,300 @@
+"""Matches collectives over the ranks of a run, corrects the ranks' clocks by them, and says who came last and why.
+
+Matched by the process group's sequence numbers where the files have them; else, per group and step, by order: the ranks' lists of
+(op, dtype, elements) are aligned, for capture windows differ. A set in which a rank leaves before the last has come is refused.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
+from statistics import median_low
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardwise.core.collective import CollectiveKind, wire_bytes
+from shardwise.core.intervals import clip, total_ns, union
+from shardwise.core.timeline import NONE, SpanKind, Timeline
+from shardwise.core.waiting import Blame, Clock, Member, Refused, SharedCollective, Sharing
+from shardwise.profiles.classify import SYMMETRIC, short_name
+from shardwise.profiles.nesting import own_segments
+
+_MOST_ALIGNED = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    rank: int
+    row: int  # in the rank's Collectives
+    span: int
+    op: str
+    dtype: str
+    elements: int
+    sequence: int
+    step: int | None
+    start_ns: int
+    end_ns: int
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What equal calls have in common. Of an all-to-all each rank may send another amount."""
+        return self.op, self.dtype, NONE if self.op == "all_to_all" else self.elements
+
+
+def share(timelines: Sequence[Timeline]) -> tuple[tuple[Timeline, ...], Sharing]:
+    """(the Timelines on one clock, with the arrivals filled in; what was found). timelines: one per rank, on one origin."""
+    if len(timelines) < 2:
+        count = sum(len(timeline.collectives) for timeline in timelines)
+        why = "one rank's file only: when the others arrived isn't in it, so waiting can't be told from transfer"
+        return tuple(timelines), Sharing((), (), (Refused(count, why),) if count else ())
+    refused: Counter[str] = Counter()
+    matched = _matched(timelines, refused)
+    clocks = _clocks([timeline.ranks[0] for timeline in timelines], matched)
+    offsets = {clock.rank: clock.offset_ns or 0 for clock in clocks}
+    placed = [timeline.shifted(-offsets[timeline.ranks[0]]) for timeline in timelines]
+    by_rank = {timeline.ranks[0]: timeline for timeline in placed}
+    arrivals = {rank: np.full(len(timeline.collectives), NONE, np.int64) for rank, timeline in by_rank.items()}
+    found = []
+    for number, (group, calls) in enumerate(matched):
+        members = tuple(
+            Member(call.rank, call.span, call.start_ns - offsets[call.rank], call.end_ns - offsets[call.rank]) for call in calls
+        )
+        shared = _shared(number, group, calls, members, by_rank)
+        if shared.op not in SYMMETRIC:
+            refused[f"{shared.op}: its ranks end at different times, so waiting can't be told from transfer"] += 1
+        elif not shared.is_possible:
+            refused["a rank leaves before the last one comes: a wrong match, or a clock that drifts"] += 1
+        else:
+            for call in calls:
+                arrivals[call.rank][call.row] = shared.arrival_ns
+            found.append(replace(shared, blame=_blame(shared, by_rank[shared.last_rank])))
+    filled = tuple(
+        replace(timeline, collectives=replace(timeline.collectives, arrival_ns=arrivals[timeline.ranks[0]])) for timeline in placed
+    )
+    return filled, Sharing(tuple(found), clocks, tuple(Refused(count, why) for why, count in refused.most_common()))
+
+
+# --------------------------------------------------------------------------------------------- matching
+
+
+def _matched(timelines: Sequence[Timeline], refused: Counter[str]) -> list[tuple[str, list[_Call]]]:
+    """Sets of calls that are one collective, with the group's name, in order of time on the first rank."""
+    everyone = tuple(timeline.ranks[0] for timeline in timelines)
+    by_group: dict[tuple[str, tuple[int, ...]], dict[int, list[_Call]]] = defaultdict(dict)
+    for timeline in timelines:
+        for group, calls in _calls(timeline, everyone).items():
+            by_group[group][timeline.ranks[0]] = calls
+    matched = []
+    for (name, ranks), calls_by_rank in by_group.items():
+        present = [rank for rank in ranks if rank in calls_by_rank]
+        if len(ranks) == 1:
+            continue
+        absent = [rank for rank in ranks if rank not in everyone]
+        if absent:
+            count = sum(len(calls) for calls in calls_by_rank.values())
+            refused[f"the files of ranks {_listed(absent)} are missing, which are in the same group"] += count
+            continue
+        if len(present) < len(ranks):
+            count = sum(len(calls) for calls in calls_by_rank.values())
+            refused["only some of the group's ranks recorded it"] += count
+            continue
+        matched += [(name, calls) for calls in _sets([calls_by_rank[rank] for rank in ranks], refused)]
+    matched.sort(key=lambda each: min(call.start_ns for call in each[1]))
+    return matched
+
+
+def _calls(timeline: Timeline, everyone: tuple[int, ...]) -> dict[tuple[str, tuple[int, ...]], list[_Call]]:
+    """A rank's collectives by group, in order of time. A group whose ranks the file doesn't say is taken for everyone."""
+    spans, found, rank = timeline.spans, timeline.collectives, timeline.ranks[0]
+    windows = timeline.windows
+    calls: dict[tuple[str, tuple[int, ...]], list[_Call]] = defaultdict(list)
+    for row in np.argsort(spans.start_ns[found.span], kind="stable").tolist():
+        span = int(found.span[row])
+        group = timeline.groups[found.group[row]]
+        start_ns = int(spans.start_ns[span])
+        step = next((window.step for window in windows if window.start_ns <= start_ns < window.end_ns), None)
+        call = _Call(
+            rank=rank,
+            row=row,
+            span=span,
+            op=timeline.names[found.op[row]],
+            dtype=timeline.names[found.dtype[row]],
+            elements=int(found.elements[row]),
+            sequence=int(found.sequence[row]),
+            step=step,
+            start_ns=start_ns,
+            end_ns=int(spans.end_ns[span]),
+        )
+        calls[group.name, group.ranks or everyone].append(call)
+    return calls
+
+
+def _sets(lists: Sequence[list[_Call]], refused: Counter[str]) -> Iterable[list[_Call]]:
+    """One list a rank -> sets with one call of every rank."""
+    if all(call.sequence != NONE for calls in lists for call in calls):
+        by_sequence = [{(call.sequence, call.op): call for call in calls} for calls in lists]
+        common = set(by_sequence[0]).intersection(*by_sequence[1:])
+        lost = sum(len(calls) for calls in lists) - len(common) * len(lists)
+        if lost:
+            refused["not recorded by all ranks of the group"] += lost
+        return [[calls[key] for calls in by_sequence] for key in sorted(common)]
+    steps = [{call.step for call in calls} for calls in lists]
+    if None in set().union(*steps):
+        return _aligned(lists, refused)
+    sets: list[list[_Call]] = []
+    for step in sorted(set().union(*steps), key=str):
+        sets += _aligned([[call for call in calls if call.step == step] for calls in lists], refused)
+    return sets
+
+
+def _aligned(lists: Sequence[list[_Call]], refused: Counter[str]) -> list[list[_Call]]:
+    keys = [[call.key for call in calls] for calls in lists]
+    if all(other == keys[0] for other in keys):
+        return [list(calls) for calls in zip(*lists, strict=True)]
+    if max(map(len, lists)) > _MOST_ALIGNED:
+        refused[f"the ranks recorded different calls, and more than {_MOST_ALIGNED:,}: give fewer steps"] += sum(map(len, lists))
+        return []
+    partners: list[dict[int, int]] = []
+    for other in keys[1:]:
+        blocks = SequenceMatcher(None, keys[0], other, autojunk=False).get_matching_blocks()
+        partners.append({block.a + at: block.b + at for block in blocks for at in range(block.size)})
+    sets = [
+        [call, *(calls[partner[at]] for calls, partner in zip(lists[1:], partners, strict=True))]
+        for at, call in enumerate(lists[0])
+        if all(at in partner for partner in partners)
+    ]
+    lost = sum(map(len, lists)) - len(sets) * len(lists)
+    if lost:
+        refused["not recorded by all ranks of the group"] += lost
+    return sets
+
+
+def _shared(number: int, group: str, calls: Sequence[_Call], members: tuple[Member, ...], by_rank: dict[int, Timeline]) -> SharedCollective:
+    first = calls[0]
+    sizes = [int(by_rank[call.rank].collectives.full_bytes[call.row]) for call in calls]
+    full = max(sizes) if NONE not in sizes else None
+    n = len(members)
+    wire = None
+    if full is not None and first.op in SYMMETRIC:
+        wire = wire_bytes(CollectiveKind(first.op), full, n)
+    return SharedCollective(first.op, group, tuple(call.rank for call in calls), first.step, number, members, full, wire)
+
+
+# --------------------------------------------------------------------------------------------- clocks
+
+
+def _clocks(ranks: Sequence[int], matched: Sequence[tuple[str, list[_Call]]]) -> tuple[Clock, ...]:
+    """Offsets by which the ends of symmetric collectives fall together best: first pair by pair from the lowest rank on, so that a clock
+    that is off by seconds pulls nobody; then against the median of all."""
+    sets = [{call.rank: call.end_ns for call in calls} for _, calls in matched if calls[0].op in SYMMETRIC]
+    offsets = _pairwise(ranks, sets)
+    residuals: dict[int, list[int]] = defaultdict(list)
+    for ends in sets:
+        corrected = {rank: end - offsets[rank] for rank, end in ends.items() if rank in offsets}
+        if len(corrected) > 1:
+            middle = median_low(corrected.values())
+            for rank, end in corrected.items():
+                residuals[rank].append(end - middle)
+    clocks = []
+    for rank in ranks:
+        own = residuals.get(rank)
+        if own is None:
+            clocks.append(Clock(rank, None, None, 0))
+            continue
+        middle = median_low(own)
+        clocks.append(Clock(rank, offsets[rank] + middle, median_low([abs(each - middle) for each in own]), len(own)))
+    reference = next((clock.offset_ns for clock in clocks if clock.offset_ns is not None), 0) or 0
+    return tuple(clock if clock.offset_ns is None else replace(clock, offset_ns=clock.offset_ns - reference) for clock in clocks)
+
+
+def _pairwise(ranks: Sequence[int], sets: Sequence[dict[int, int]]) -> dict[int, int]:
+    offsets: dict[int, int] = {}
+    for root in ranks:
+        if root in offsets:
+            continue
+        offsets[root] = 0
+        frontier = [root]
+        while frontier:
+            known = frontier.pop(0)
+            differences: dict[int, list[int]] = defaultdict(list)
+            for ends in sets:
+                if known in ends:
+                    for rank, end in ends.items():
+                        if rank not in offsets:
+                            differences[rank].append(end - ends[known])
+            for rank, found in sorted(differences.items()):
+                offsets[rank] = offsets[known] + median_low(found)
+                frontier.append(rank)
+    return offsets
+
+
+# --------------------------------------------------------------------------------------------- who was late, and why
+
+
+def _blame(shared: SharedCollective, timeline: Timeline) -> Blame | None:
+    """What the last rank did while the first one waited for it."""
+    begin_ns, end_ns = min(member.start_ns for member in shared.members), shared.arrival_ns
+    if end_ns <= begin_ns:
+        return None
+    own = next(member.span for member in shared.members if member.rank == shared.last_rank)
+    spans = timeline.spans
+    near = (spans.start_ns < end_ns) & (spans.end_ns > begin_ns)
+    near[own] = False
+    works = np.flatnonzero(near & (spans.kind <= SpanKind.COPY))
+    busy = Counter[int]()
+    for span in works.tolist():
+        busy[span] += _within(int(spans.start_ns[span]), int(spans.end_ns[span]), begin_ns, end_ns)
+    device_ns = total_ns(clip(union(spans.start_ns[works], spans.end_ns[works]), begin_ns, end_ns))
+    if 2 * device_ns >= end_ns - begin_ns:
+        doing, ns = _most(timeline, busy)
+        return Blame(short_name(doing), ns, end_ns - begin_ns)
+    return _blame_cpu(timeline, own, near, begin_ns, end_ns)
+
+
+def _blame_cpu(timeline: Timeline, own: int, near: NDArray[np.bool_], begin_ns: int, end_ns: int) -> Blame:
+    """The rank had nothing to do on its device: what the thread that called for the collective was in."""
+    spans = timeline.spans
+    caller = int(spans.parent[own])
+    lane = int(spans.lane[caller]) if caller != NONE else _busiest_thread(timeline)
+    on_thread = np.flatnonzero(near & (spans.lane == lane) & (spans.kind >= SpanKind.OP))
+    inside: Counter[int] = Counter()
+    for span, start_ns, stop_ns in own_segments(spans, on_thread):
+        inside[span] += max(0, _within(start_ns, stop_ns, begin_ns, end_ns))
+    nothing_ns = end_ns - begin_ns - sum(inside.values())
+    ranges = Counter({span: ns for span, ns in inside.items() if _is_no_op(timeline, span)})
+    nothing_ns += sum(ranges.values())
+    ops = Counter({span: ns for span, ns in inside.items() if span not in ranges})
+    doing, ns = _most(timeline, ops) if ops else ("", 0)
+    if ns >= nothing_ns:
+        return Blame(f"its CPU in {short_name(doing)}", ns, end_ns - begin_ns, is_cpu=True)
+    named = Counter({span: ns for span, ns in ranges.items() if not timeline.name(span).startswith("ProfilerStep")})
+    where = f" inside {_most(timeline, named)[0]}" if named else ""
+    return Blame(f"its CPU in no recorded op{where}: Python, a sleep, or not scheduled", nothing_ns, end_ns - begin_ns, is_cpu=True)
+
+
+def _is_no_op(timeline: Timeline, span: int) -> bool:
+    return bool(timeline.spans.kind[span] == SpanKind.RANGE)
+
+
+def _busiest_thread(timeline: Timeline) -> int:
+    """The CPU thread with the most ops, where a collective's caller isn't known."""
+    lanes = timeline.spans.lane[timeline.spans.kind == SpanKind.OP]
+    return int(np.bincount(lanes).argmax()) if len(lanes) else NONE
+
+
+def _within(start_ns: int, stop_ns: int, begin_ns: int, end_ns: int) -> int:
+    return min(stop_ns, end_ns) - max(start_ns, begin_ns)
+
+
+def _most(timeline: Timeline, found: Counter[int]) -> tuple[str, int]:
+    """(name, nanoseconds) of the name that takes the most of it."""
+    sums: Counter[str] = Counter()
+    for span, ns in found.items():
+        sums[timeline.name(span)] += ns
+    return sums.most_common(1)[0]
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8]))
+    return shown if len(ranks) <= 8 else f"{shown} and {len(ranks) - 8} more"
