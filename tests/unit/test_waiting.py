@@ -42,7 +42,7 @@ def split(found: Sharing) -> list[tuple[int, list[int], int]]:
     return [(each.last_rank, [each.waiting_ns(member) for member in each.members], each.transfer_ns) for each in found.collectives]
 
 
-ARRIVALS = [[100, 103, 101], [200, 180, 290], [400, 400, 405.5]]
+ARRIVALS: list[list[float]] = [[100, 103, 101], [200, 180, 290], [400, 400, 405.5]]
 EXPECTED = [(1, [3000, 0, 2000], 10_000), (2, [90_000, 110_000, 0], 10_000), (2, [5500, 5500, 0], 10_000)]
 
 

@@ -46,7 +46,6 @@ class SharedCollective:
     group: str
     ranks: tuple[int, ...]
     step: int | None
-    index: int
     members: tuple[Member, ...]
     full_bytes: int | None
     wire_bytes: float | None

@@ -56,11 +56,11 @@ def share(timelines: Sequence[Timeline]) -> tuple[tuple[Timeline, ...], Sharing]
     by_rank = {timeline.ranks[0]: timeline for timeline in placed}
     arrivals = {rank: np.full(len(timeline.collectives), NONE, np.int64) for rank, timeline in by_rank.items()}
     found = []
-    for number, (group, calls) in enumerate(matched):
+    for group, calls in matched:
         members = tuple(
             Member(call.rank, call.span, call.start_ns - offsets[call.rank], call.end_ns - offsets[call.rank]) for call in calls
         )
-        shared = _shared(number, group, calls, members, by_rank)
+        shared = _shared(group, calls, members, by_rank)
         if shared.op not in SYMMETRIC:
             refused[f"{shared.op}: its ranks end at different times, so waiting can't be told from transfer"] += 1
         elif not shared.is_possible:
@@ -72,6 +72,7 @@ def share(timelines: Sequence[Timeline]) -> tuple[tuple[Timeline, ...], Sharing]
     filled = tuple(
         replace(timeline, collectives=replace(timeline.collectives, arrival_ns=arrivals[timeline.ranks[0]])) for timeline in placed
     )
+    found.sort(key=lambda shared: shared.arrival_ns)
     return filled, Sharing(tuple(found), clocks, tuple(Refused(count, why) for why, count in refused.most_common()))
 
 
@@ -79,7 +80,7 @@ def share(timelines: Sequence[Timeline]) -> tuple[tuple[Timeline, ...], Sharing]
 
 
 def _matched(timelines: Sequence[Timeline], refused: Counter[str]) -> list[tuple[str, list[_Call]]]:
-    """Sets of calls that are one collective, with the group's name, in order of time on the first rank."""
+    """Sets of calls that are one collective, with the group's name."""
     everyone = tuple(timeline.ranks[0] for timeline in timelines)
     by_group: dict[tuple[str, tuple[int, ...]], dict[int, list[_Call]]] = defaultdict(dict)
     for timeline in timelines:
@@ -100,7 +101,6 @@ def _matched(timelines: Sequence[Timeline], refused: Counter[str]) -> list[tuple
             refused["only some of the group's ranks recorded it"] += count
             continue
         matched += [(name, calls) for calls in _sets([calls_by_rank[rank] for rank in ranks], refused)]
-    matched.sort(key=lambda each: min(call.start_ns for call in each[1]))
     return matched
 
 
@@ -170,7 +170,7 @@ def _aligned(lists: Sequence[list[_Call]], refused: Counter[str]) -> list[list[_
     return sets
 
 
-def _shared(number: int, group: str, calls: Sequence[_Call], members: tuple[Member, ...], by_rank: dict[int, Timeline]) -> SharedCollective:
+def _shared(group: str, calls: Sequence[_Call], members: tuple[Member, ...], by_rank: dict[int, Timeline]) -> SharedCollective:
     first = calls[0]
     sizes = [int(by_rank[call.rank].collectives.full_bytes[call.row]) for call in calls]
     full = max(sizes) if NONE not in sizes else None
@@ -178,7 +178,7 @@ def _shared(number: int, group: str, calls: Sequence[_Call], members: tuple[Memb
     wire = None
     if full is not None and first.op in SYMMETRIC:
         wire = wire_bytes(CollectiveKind(first.op), full, n)
-    return SharedCollective(first.op, group, tuple(call.rank for call in calls), first.step, number, members, full, wire)
+    return SharedCollective(first.op, group, tuple(call.rank for call in calls), first.step, members, full, wire)
 
 
 # --------------------------------------------------------------------------------------------- clocks
