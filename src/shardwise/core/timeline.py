@@ -15,7 +15,7 @@ NONE = -1
 
 
 class SpanKind(IntEnum):
-    """What a span is. COMPUTE, COLLECTIVE and COPY are work; OP, LAUNCH and RANGE are what the CPU says of it."""
+    """What a span is. COMPUTE, COLLECTIVE and COPY (the first three) are work; OP, LAUNCH and RANGE are what the CPU says of it."""
 
     COMPUTE = 0
     COLLECTIVE = 1
@@ -23,9 +23,6 @@ class SpanKind(IntEnum):
     OP = 3
     LAUNCH = 4
     RANGE = 5
-
-
-WORK = (SpanKind.COMPUTE, SpanKind.COLLECTIVE, SpanKind.COPY)
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,10 +112,38 @@ def waits(name: str) -> bool:
     return name.startswith(_WAITS)
 
 
+_CLASSES = (
+    ("attention", re.compile(r"scaled_dot_product|flash|fmha|attention|attn", re.IGNORECASE)),
+    ("convolution", re.compile(r"conv(?:olution|2d|_)|miopen|winograd|implicit_gemm", re.IGNORECASE)),
+    ("matmul", re.compile(r"::(?:add)?(?:mm|bmm|matmul|linear|baddbmm|einsum|_scaled_mm)\b|gemm|cutlass|Cijk|nvjet|cublas|matmul", re.IGNORECASE)),
+    ("norm", re.compile(r"norm", re.IGNORECASE)),
+    ("embedding", re.compile(r"embedding|index_select|gather", re.IGNORECASE)),
+    ("optimizer", re.compile(r"_foreach|fused_adam|multi_tensor|optimizer|adam", re.IGNORECASE)),
+    ("softmax and loss", re.compile(r"softmax|nll|cross_entropy|loss", re.IGNORECASE)),
+    ("copy", re.compile(r"::(?:copy_|contiguous|clone|cat|_to_copy|to|fill_|zero_)\b|copy|memcpy|memset|CatArray", re.IGNORECASE)),
+    ("reduction", re.compile(r"::(?:sum|mean|max|min|argmax|cumsum|any|all)\b|reduce_kernel", re.IGNORECASE)),
+)  # fmt: skip
+_ONLY_COPIES = re.compile(r"^aten::(?:copy_|contiguous|clone|cat|_to_copy|to)$")
+
+
+def class_of(op: str, kernel: str) -> str:
+    """What kind of work it is, by the op that called for it, else by its own name: what unlike kernels have in common."""
+    for text in (op, kernel):
+        for name, pattern in _CLASSES:
+            if text and pattern.search(text):
+                return name
+    return "elementwise and other"
+
+
+def only_copies(op: str) -> bool:
+    """Whether an op of this name lays out or moves data and computes nothing."""
+    return _ONLY_COPIES.match(op) is not None
+
+
 def plain_name(name: str) -> str:
     """A kernel's name without its return type, its template arguments and its parameters: what two builds have in common."""
     bare = name.replace("(anonymous namespace)::", "").replace("{anonymous}::", "").removeprefix("void ")
-    if bare.startswith(("Cijk_", "triton_", "ampere_", "sm80_", "sm90_", "sm100_", "nvjet_")):
+    if bare.startswith(("Mem", "Cijk_", "triton_", "ampere_", "sm80_", "sm90_", "sm100_", "nvjet_")):
         return bare
     kept, depth = [], 0
     for character in bare:

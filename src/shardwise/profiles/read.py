@@ -28,6 +28,7 @@ from shardwise.profiles.nesting import own_segments, parents
 _STEP = re.compile(r"ProfilerStep#(\d{1,9})$")
 _RANK_IN_NAME = re.compile(r"(?:rank|worker|device)[-_ ]?(\d{1,6})", re.IGNORECASE)
 _NS_PER_US = 1000
+_BLANK = re.compile(rb"\s+")
 _MOST_TIME_NS = 1 << 62
 # what args that a stranger wrote may raise
 _ODD = (msgspec.DecodeError, msgspec.ValidationError, RecursionError, UnicodeDecodeError, TypeError, OverflowError)
@@ -145,8 +146,7 @@ class _Columns:
 
 
 def _text(raw: Any) -> str:
-    text = bytes(raw)
-    return text[:4096].decode("utf-8", "replace")
+    return _BLANK.sub(b"", bytes(raw)[:4096]).decode("utf-8", "replace")
 
 
 def _nanoseconds(times_us: list[Any]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

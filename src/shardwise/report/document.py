@@ -4,11 +4,14 @@ JSON has no NaN and no infinity, and null already means "not measured", so a num
 "Infinity" or "-Infinity", as in the JSON mapping of Protocol Buffers (protobuf.dev/programming-guides/json).
 """
 
+import dataclasses
 import math
+from enum import Enum
 
 import msgspec
 
 from shardwise.core.errors import InputError
+from shardwise.core.placement import Partial, Replicate, Shard, format_placement
 
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -33,6 +36,33 @@ def read_document(document: bytes, source: str, *, command: str, what: str, vers
         )
     assert isinstance(table, dict)
     return table
+
+
+def table_of(value: object) -> dict[str, object]:
+    """A dataclass as a table: its fields and what it works out from them; placements as the text of plan files."""
+    found = _builtins(value)
+    assert isinstance(found, dict)
+    return found
+
+
+def worked_out(kind: type) -> tuple[str, ...]:
+    """The names of a dataclass's properties: written beside its fields."""
+    return tuple(name for name, member in vars(kind).items() if isinstance(member, property))
+
+
+def _builtins(value: object) -> object:
+    match value:
+        case Shard() | Replicate() | Partial():
+            return format_placement(value)
+        case Enum():
+            return value.value
+        case tuple():
+            return [_builtins(item) for item in value]
+        case _ if dataclasses.is_dataclass(value):
+            names = (*(field.name for field in dataclasses.fields(value)), *worked_out(type(value)))
+            return {name: _builtins(getattr(value, name)) for name in names}
+        case _:
+            return value
 
 
 def _name_non_finite(value: object) -> object:

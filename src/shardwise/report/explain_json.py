@@ -9,14 +9,13 @@ docs/explain-json.md says what each field means.
 import dataclasses
 import types
 import typing
-from enum import Enum
 
 import msgspec
 
 from shardwise.core.errors import InputError
 from shardwise.core.explanation import Contrast, Explanation
-from shardwise.core.placement import Partial, Placement, Replicate, Shard, format_placement, parse_placement
-from shardwise.report.document import NON_FINITE, read_document, write_document
+from shardwise.core.placement import Placement, parse_placement
+from shardwise.report.document import NON_FINITE, read_document, table_of, write_document
 
 SCHEMA_VERSION = 1
 
@@ -25,12 +24,12 @@ _PLACEMENTS = frozenset(typing.get_args(Placement))
 
 def explanation_json(explanation: Explanation) -> bytes:
     """The whole explanation as one JSON document that ends in a newline."""
-    return write_document(_table(explanation))
+    return write_document(table_of(explanation))
 
 
 def contrast_json(contrast: Contrast) -> bytes:
     """The whole contrast, both explanations in it, as one JSON document that ends in a newline."""
-    return write_document(_table(contrast))
+    return write_document(table_of(contrast))
 
 
 def explanation_from_json(document: bytes, source: str = "explanation") -> Explanation:
@@ -47,34 +46,8 @@ def contrast_from_json(document: bytes, source: str = "contrast") -> Contrast:
     return found
 
 
-def worked_out(kind: type) -> tuple[str, ...]:
-    """The names of a dataclass's properties: written beside its fields."""
-    return tuple(name for name, member in vars(kind).items() if isinstance(member, property))
-
-
 class _Mismatch(Exception):  # noqa: N818
     """What is wrong and where: `Expected `int`, got `str` - at `$.rank``."""
-
-
-def _table(value: object) -> dict[str, object]:
-    found = _builtins(value)
-    assert isinstance(found, dict)
-    return found
-
-
-def _builtins(value: object) -> object:
-    match value:
-        case Shard() | Replicate() | Partial():
-            return format_placement(value)
-        case Enum():
-            return value.value
-        case tuple():
-            return [_builtins(item) for item in value]
-        case _ if dataclasses.is_dataclass(value):
-            names = (*(field.name for field in dataclasses.fields(value)), *worked_out(type(value)))
-            return {name: _builtins(getattr(value, name)) for name in names}
-        case _:
-            return value
 
 
 def _read(document: bytes, kind: type, source: str, what: str) -> object:

@@ -1,0 +1,262 @@
+"""The Timelines of a run's ranks -> RunProfile: numbers per step."""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardwise.core.decomposition import Decomposition, Parts, decompose
+from shardwise.core.difference import CollectiveUse, CpuUse, RunProfile, StepOfRank, Use, Work
+from shardwise.core.intervals import clip, total_ns, union
+from shardwise.core.timeline import NONE, Loss, SpanKind, Timeline, Window
+from shardwise.core.waiting import SharedCollective, Sharing
+from shardwise.profiles.classify import class_of, only_copies, plain_name
+from shardwise.profiles.nesting import own_segments
+
+_STEP_MARK = "ProfilerStep#"
+
+
+@dataclass(slots=True)
+class _Sum:
+    count: float = 0
+    ns: float = 0
+
+    def add(self, count: float, ns: float) -> None:
+        self.count += count
+        self.ns += ns
+
+    def per(self, windows: int) -> Use:
+        return Use(self.count / windows, self.ns / windows)
+
+
+@dataclass(slots=True)
+class _Books:
+    """Sums over all windows of all ranks."""
+
+    work: dict[Work, _Sum] = field(default_factory=lambda: defaultdict(_Sum))
+    collectives: dict[str, _Sum] = field(default_factory=lambda: defaultdict(_Sum))
+    lines_ns: int = 0
+    busy_ns: int = 0
+
+
+def profile_run(label: str, timelines: Sequence[Timeline], sharing: Sharing) -> RunProfile:
+    """timelines: one per rank, as collectives.share() gives them."""
+    found = [each for timeline in timelines for each in decompose(timeline)]
+    n = max(1, len(found))
+    books = _Books()
+    for timeline in timelines:
+        _book_work(timeline, books)
+    parts = sum((each.parts for each in found), Parts()).scaled(1 / n)
+    return RunProfile(
+        label=label,
+        facts=timelines[0].facts,
+        ranks=tuple(timeline.ranks[0] for timeline in timelines),
+        steps=tuple(StepOfRank(each.window.rank, each.window.step, each.window.length_ns, each.parts) for each in found),
+        has_device=any(lane.is_device for timeline in timelines for lane in timeline.lanes),
+        parts=parts,
+        communication_ns=sum(each.communication_ns for each in found) / n,
+        overlap_ns=sum(each.overlap_ns for each in found) / n,
+        lines_ns=books.lines_ns / n,
+        busy_ns=books.busy_ns / n,
+        work=tuple(sorted(((work, total.per(n)) for work, total in books.work.items()), key=lambda pair: (-pair[1].ns, pair[0]))),
+        collectives=_collective_uses(books, found, sharing, n),
+        cpu=_cpu_use(timelines),
+        sharing=sharing,
+        losses=_losses(timelines),
+        without_kernel=(
+            sum(timeline.launches_without_kernel[0] for timeline in timelines),
+            sum(timeline.launches_without_kernel[1] for timeline in timelines),
+        ),
+    )
+
+
+def _losses(timelines: Sequence[Timeline]) -> tuple[Loss, ...]:
+    counts: Counter[str] = Counter()
+    for timeline in timelines:
+        for loss in timeline.losses:
+            counts[loss.what] += loss.count
+    return tuple(Loss(count, what) for what, count in counts.most_common())
+
+
+# --------------------------------------------------------------------------------------------- work
+
+
+def _book_work(timeline: Timeline, books: _Books) -> None:
+    spans = timeline.spans
+    works = np.flatnonzero(spans.kind <= SpanKind.COPY)
+    if not len(works):
+        return
+    op = _op_of(timeline)[works]
+    copies = _inside_copies(timeline)
+    combined = np.stack(
+        (
+            spans.kind[works].astype(np.int64),
+            spans.name[works].astype(np.int64),
+            np.where(op == NONE, NONE, spans.name[op]),
+            np.where(op == NONE, NONE, spans.shapes[op]),
+            np.where(op == NONE, False, copies[op]).astype(np.int64),
+            _collective_names(timeline)[works],
+        ),
+        axis=1,
+    )
+    kinds, group = np.unique(combined, axis=0, return_inverse=True)
+    group = group.reshape(-1)
+    known = [_work(timeline, row) for row in kinds.tolist()]
+    start_ns, end_ns = spans.start_ns[works], spans.end_ns[works]
+    busy = union(start_ns, end_ns)
+    for window in timeline.windows:
+        inside = np.maximum(0, np.minimum(end_ns, window.end_ns) - np.maximum(start_ns, window.start_ns))
+        starts = (start_ns >= window.start_ns) & (start_ns < window.end_ns)
+        ns = np.bincount(group, weights=inside, minlength=len(known))
+        counts = np.bincount(group, weights=starts, minlength=len(known))
+        for work, its_ns, count in zip(known, ns.tolist(), counts.tolist(), strict=True):
+            if its_ns or count:
+                books.work[work].add(count, its_ns)
+                if work.kind == SpanKind.COLLECTIVE.name:
+                    books.collectives[work.name].add(count, its_ns)
+        books.lines_ns += int(inside.sum())
+        books.busy_ns += total_ns(clip(busy, window.start_ns, window.end_ns))
+
+
+def _work(timeline: Timeline, row: list[int]) -> Work:
+    kind, name, op, shapes, is_copy, collective = row
+    op_name = "" if op == NONE else timeline.names[op]
+    if collective != NONE:
+        return Work(SpanKind.COLLECTIVE.name, "", "", timeline.names[collective], "communication", False)
+    kernel = plain_name(timeline.names[name])
+    what = SpanKind(kind)
+    moves = bool(is_copy) or (what is SpanKind.COPY and "DtoD" in kernel)
+    return Work(what.name, op_name, "" if shapes == NONE else timeline.names[shapes], kernel, class_of(op_name, kernel), moves)
+
+
+def _collective_names(timeline: Timeline) -> NDArray[np.int64]:
+    found = timeline.collectives
+    names = np.full(len(timeline.spans), NONE, np.int64)
+    names[found.span] = found.op
+    return names
+
+
+def _op_of(timeline: Timeline) -> NDArray[np.int64]:
+    """For each span the innermost CPU op around it, past ranges and launches."""
+    spans = timeline.spans
+    at = spans.parent.astype(np.int64)
+    for _ in range(64):
+        passes = (at != NONE) & (spans.kind[at] != SpanKind.OP)
+        if not passes.any():
+            break
+        at[passes] = spans.parent[at[passes]]
+    return at
+
+
+def _inside_copies(timeline: Timeline) -> NDArray[np.bool_]:
+    """Which CPU spans are, or lie inside, an op that only copies."""
+    spans = timeline.spans
+    named: NDArray[np.bool_] = np.array([only_copies(name) for name in timeline.names], np.bool_)
+    copies: NDArray[np.bool_] = named[spans.name] & (spans.kind == SpanKind.OP)
+    parent = spans.parent
+    has_parent = np.flatnonzero((parent != NONE) & (spans.kind >= SpanKind.OP))
+    for _ in range(64):
+        grown = copies.copy()
+        grown[has_parent] |= copies[parent[has_parent]]
+        if np.array_equal(grown, copies):
+            break
+        copies = grown
+    return copies
+
+
+# --------------------------------------------------------------------------------------------- collectives
+
+
+def _collective_uses(books: _Books, found: list[Decomposition], sharing: Sharing, n: int) -> tuple[CollectiveUse, ...]:
+    """waiting and transfer as far as the sets are known: scaled to all of the op's time only where they cover it."""
+    by_op: dict[str, list[SharedCollective]] = defaultdict(list)
+    windows = [each.window for each in found]
+    for shared in sharing.collectives:
+        by_op[shared.op].append(shared)
+    uses = []
+    for op, total in sorted(books.collectives.items(), key=lambda pair: -pair[1].ns):
+        known = [each for each in by_op.get(op, []) if _is_inside(each, windows)]
+        if not known:
+            uses.append(CollectiveUse(op, total.per(n), None, None, None, None))
+            continue
+        waiting = sum(each.total_waiting_ns for each in known)
+        wire = [each.wire_bytes for each in known]
+        transfer = sum(each.transfer_ns for each in known)
+        known_bytes = sum(each for each in wire if each is not None) if None not in wire else None
+        uses.append(
+            CollectiveUse(
+                op=op,
+                use=total.per(n),
+                waiting_ns=waiting / n,
+                transfer_ns=sum(each.total_ns - each.total_waiting_ns for each in known) / n,
+                bus_bytes_per_s=known_bytes / (transfer / 1e9) if known_bytes is not None and transfer > 0 else None,
+                late=_latest(known),
+            )
+        )
+    return tuple(uses)
+
+
+def _is_inside(shared: SharedCollective, windows: Sequence[Window]) -> bool:
+    member = shared.members[0]
+    return any(window.rank == member.rank and window.start_ns <= member.start_ns < window.end_ns for window in windows)
+
+
+def _latest(shared: Sequence[SharedCollective]) -> tuple[int, float, str] | None:
+    caused: Counter[int] = Counter()
+    for each in shared:
+        caused[each.last_rank] += each.total_waiting_ns
+    total = sum(caused.values())
+    if not total:
+        return None
+    rank, ns = caused.most_common(1)[0]
+    doing: Counter[str] = Counter()
+    for each in shared:
+        if each.last_rank == rank and each.blame is not None:
+            doing[each.blame.doing] += each.total_waiting_ns
+    return rank, ns / total, doing.most_common(1)[0][0] if doing else ""
+
+
+# --------------------------------------------------------------------------------------------- the CPU
+
+
+def _cpu_use(timelines: Sequence[Timeline]) -> CpuUse:
+    ops, launches = _Sum(), _Sum()
+    by_op: dict[str, _Sum] = defaultdict(_Sum)
+    n = 0
+    for timeline in timelines:
+        spans = timeline.spans
+        names = timeline.names
+        chosen = np.flatnonzero(spans.kind == SpanKind.OP)
+        calls = np.flatnonzero(spans.kind == SpanKind.LAUNCH)
+        windows = _cpu_windows(timeline)
+        n += len(windows)
+        for begin_ns, end_ns in windows:
+            within = (spans.start_ns >= begin_ns) & (spans.start_ns < end_ns)
+            counted = chosen[within[chosen]]
+            ops.count += len(counted)
+            for name, count in zip(*np.unique(spans.name[counted], return_counts=True), strict=True):
+                by_op[names[int(name)]].count += int(count)
+            launched = calls[within[calls]]
+            launches.add(len(launched), int((spans.end_ns[launched] - spans.start_ns[launched]).sum()))
+        inside = np.array(windows, np.int64).reshape(-1, 2)
+        for span, start_ns, end_ns in own_segments(spans, chosen):
+            clipped = total_ns(clip(inside, start_ns, end_ns)) if len(inside) else 0
+            if clipped:
+                by_op[names[int(spans.name[span])]].ns += clipped
+                ops.ns += clipped
+    n = max(1, n)
+    lines = sorted(((name, total.per(n)) for name, total in by_op.items()), key=lambda pair: (-pair[1].ns, pair[0]))
+    return CpuUse(ops.per(n), launches.per(n), tuple(lines))
+
+
+def _cpu_windows(timeline: Timeline) -> list[tuple[int, int]]:
+    """The steps' marks on the CPU; without them, from its first op to its last."""
+    spans = timeline.spans
+    marked = np.array([name.startswith(_STEP_MARK) for name in timeline.names], np.bool_)
+    marks = np.flatnonzero((spans.kind == SpanKind.RANGE) & marked[spans.name])
+    if len(marks):
+        return sorted((int(spans.start_ns[mark]), int(spans.end_ns[mark])) for mark in marks)
+    ops = np.flatnonzero((spans.kind == SpanKind.OP) | (spans.kind == SpanKind.LAUNCH))
+    return [(int(spans.start_ns[ops].min()), int(spans.end_ns[ops].max()))] if len(ops) else []
