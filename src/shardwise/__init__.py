@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from shardwise.core.plan import Plan as Plan
+    from shardwise.measure.profile import record_profile as record_profile
     from shardwise.parallel.apply import loss_of as loss_of
     from shardwise.parallel.apply import parallelize as parallelize
     from shardwise.parallel.builtin import builtin_plan as builtin_plan
@@ -15,8 +16,9 @@ _LAZY = {
     "builtin_plan": "shardwise.parallel.builtin",
     "loss_of": "shardwise.parallel.apply",
     "parallelize": "shardwise.parallel.apply",
+    "record_profile": "shardwise.measure.profile",
 }
-__all__ = ["Plan", "builtin_plan", "loss_of", "parallelize"]
+__all__ = ["Plan", "builtin_plan", "loss_of", "parallelize", "record_profile"]
 
 
 def __getattr__(name: str) -> object:

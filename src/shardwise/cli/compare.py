@@ -16,9 +16,10 @@ from rich.console import Console
 
 from shardwise.cli.config import read_config
 from shardwise.cli.options import DTYPES, RECOMPUTE, check_batch, check_choice
+from shardwise.cli.profiled import profiled_plans
 from shardwise.core.errors import OptionError
 from shardwise.core.finding import Agreement, Finding
-from shardwise.core.measurement import Comparison, StepSettings
+from shardwise.core.measurement import Comparison, StepProfile, StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import Plan, suggest
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from shardwise.models.specs import ModelSpec
     from shardwise.text.stream import TokenStream
 
+TRACES = "traces"
 DEFAULT_PLANS = ["rowwise", "colwise", "routed", "rowwise@dtensor", "colwise@dtensor"]
 _MODEL, _STEP, _RUN, _OUTPUT = "Model and mesh", "Training step", "Measuring", "Output"
 
@@ -95,6 +97,13 @@ def compare(
     repeat: Annotated[
         bool, typer.Option("--repeat/--no-repeat", help="Run the first plan twice, to show the noise.", rich_help_panel=_RUN)
     ] = True,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile", help="After the rounds, record some steps of each plan and say where their time went.", rich_help_panel=_RUN
+        ),
+    ] = False,
+    profile_steps: Annotated[int, typer.Option(help="Steps that --profile records of each plan.", min=1, rich_help_panel=_RUN)] = 3,
     timeout: Annotated[
         float, typer.Option(help="Seconds without any sign of life after which the run is given up.", min=1.0, rich_help_panel=_RUN)
     ] = 600.0,
@@ -111,6 +120,7 @@ def compare(
     [dim]shardwise compare[/]
     [dim]shardwise compare rowwise colwise --mesh tp=4 --seq 1024 --rounds 20[/]
     [dim]shardwise compare rowwise colwise routed --module tok_embeddings[/]
+    [dim]shardwise compare rowwise routed --profile[/]
     [dim]shardwise compare rowwise mine.toml --text notes/ --tokenizer tokenizer.json --json[/]
     [dim]torchrun --nproc-per-node 8 -m shardwise compare --config llama3_8b_tp8[/]
     """
@@ -139,6 +149,7 @@ def compare(
         module=module,
         check=check,
         repeat=repeat,
+        profile_steps=profile_steps if profile else 0,
     )
     speaks = is_main()
     console = Console(stderr=as_json, quiet=not speaks)
@@ -169,6 +180,7 @@ class _Request:
         module: str | None,
         check: bool,
         repeat: bool,
+        profile_steps: int,
     ) -> "_Request":
         from shardwise.cli.compare_ranks import CompareJob
         from shardwise.cli.plans import load_plans
@@ -199,6 +211,7 @@ class _Request:
             module_only=module is not None,
             check_layers=_check_layers(spec, mesh, device_type) if check else 0,
             repeat_first=repeat,
+            profile_steps=profile_steps,
         )
         return cls(spec, mesh, device_type, job)
 
@@ -218,7 +231,7 @@ class _Run:
 
         started = datetime.now(UTC)
         if not self.speaks:
-            self._launch(None, lambda _: None)
+            self._launch(None, lambda _: None, None)
             return 0
         with ProgressLine() as progress:
             progress.say("reading text")
@@ -226,9 +239,14 @@ class _Run:
             with RunFolder(out, "compare", started) as folder:
                 folder.write("settings.json", msgspec.json.format(msgspec.json.encode(self.request.job), indent=2))
                 progress.say(f"starting {self.request.mesh.world_size} ranks")
-                reports = self._launch(stream, partial(_on_event, folder, progress))
+                traces = folder.path.resolve() / TRACES if self.request.job.profile_steps else None
+                reports = self._launch(stream, partial(_on_event, folder, progress), traces)
                 comparison = self._comparison(reports, stream, started)
-        return self._deliver(comparison, reports[0], folder)
+                profiles: tuple[StepProfile, ...] = ()
+                pages: dict[str, str] = {}
+                if traces is not None and comparison.measurements:
+                    profiles, pages = profiled_plans(self.request.job.labels, traces, progress.say)
+        return self._deliver(replace(comparison, profiles=profiles), reports[0], folder, pages)
 
     def _tokens(self, files: list[Path], tokenizer: Path | None, random_ids: bool, say: Callable[[str], None]) -> "TokenStream":
         from shardwise.text.batches import Batches
@@ -246,14 +264,14 @@ class _Run:
         Batches(stream, settings.batch, settings.seq)  # too short a text is found here, not on the ranks
         return stream
 
-    def _launch(self, stream: "TokenStream | None", on_event: Callable[[bytes], None]) -> "list[RankReport]":
+    def _launch(self, stream: "TokenStream | None", on_event: Callable[[bytes], None], traces: Path | None) -> "list[RankReport]":
         from shardwise.cli.compare_ranks import pack
         from shardwise.launch import run_ranks
         from shardwise.measure.record import RankReport
 
         results = run_ranks(
             "shardwise.cli.compare_ranks:run",
-            pack(self.request.job, stream),
+            pack(replace(self.request.job, traces=str(traces or "")), stream),
             world_size=self.request.mesh.world_size,
             device_type=self.request.device_type,
             timeout_s=self.timeout_s,
@@ -300,7 +318,7 @@ class _Run:
             notes=(*notes(measurements), *reports[0].notes, *_text_notes(stream)),
         )
 
-    def _deliver(self, comparison: Comparison, report: "RankReport", folder: "RunFolder") -> int:
+    def _deliver(self, comparison: Comparison, report: "RankReport", folder: "RunFolder", pages: dict[str, str]) -> int:
         """Terminal or JSON first, then files: a disk that is full by now loses nothing that was measured."""
         from shardwise.report.html import comparison_html
         from shardwise.report.json import comparison_json
@@ -318,6 +336,8 @@ class _Run:
             render_comparison(comparison, self.console)
         folder.write("comparison.json", document)
         if comparison.measurements:
+            for name, content in pages.items():
+                folder.write(name, content)
             page = folder.write("report.html", comparison_html(comparison))
             self.console.print(f"\nReport: {page}", markup=False, highlight=False, soft_wrap=True)
         return 1 if findings else 0

@@ -1,9 +1,11 @@
 """What one rank of `shardwise compare` does: checks every plan, builds them all, times them in rounds, brings a report home."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import msgspec
 import torch
@@ -16,6 +18,7 @@ from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import Plan
 from shardwise.launch import RankContext
+from shardwise.measure.profile import WARM_UP
 from shardwise.measure.record import RankRecord, RankReport
 from shardwise.measure.rounds import run_rounds
 from shardwise.measure.subject import MicroBatches, ModuleAlone, Subject
@@ -36,6 +39,7 @@ class CompareJob:
     """All that a rank needs to know, as JSON. plans: TOML texts. repeat_first: run the first plan a second time, for the noise floor.
 
     module: timed alone beside the steps, or, with module_only, instead of them. check_layers: depth of the checked model; 0: no check.
+    profile_steps: of each plan, recorded after the last round; 0: none. traces: folder for them (rank 0's counts), a folder for each plan.
     """
 
     model: str
@@ -49,6 +53,8 @@ class CompareJob:
     module_only: bool
     check_layers: int
     repeat_first: bool
+    profile_steps: int = 0
+    traces: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +98,9 @@ class _Run:
             self.labels.append(f"{self.labels[0]} (again)")
             self.repeats.append(self.labels[0])
         self.check_units = len(job.plans) if job.check_layers else 0
-        self.total = self.check_units + len(self.plans) * (1 + job.warmup + job.rounds)
+        self.total = self.check_units + len(self.plans) * (1 + job.warmup + job.rounds) + len(job.plans) * bool(job.profile_steps)
         self.done = 0
+        self.take_turns = False
 
     def report(self) -> RankReport:
         tp_group = self.mesh.get_group("tp")
@@ -108,6 +115,7 @@ class _Run:
         )
         if not findings:
             self._measure(subjects)
+            self._profile(subjects)
             findings = self._replicated(subjects, "replicated parameters at the end")
         by_plan = dict(zip(self.job.labels, agreements, strict=False))
         records = [] if findings else [self._record(index, subject, by_plan) for index, subject in enumerate(subjects)]
@@ -180,7 +188,7 @@ class _Run:
 
     def _measure(self, subjects: Sequence[Subject]) -> None:
         job = self.job
-        parked = any(subject.is_parked for subject in subjects)
+        parked = self.take_turns = any(subject.is_parked for subject in subjects)
         alone: list[ModuleAlone | None] = [None] * len(subjects)
         for index, (label, subject) in enumerate(zip(self.labels, subjects, strict=True)):
             if parked:
@@ -206,6 +214,29 @@ class _Run:
             on_timed=self._on_timed,
         )
         if parked:
+            for subject in subjects:
+                subject.unpark()
+
+    def _profile(self, subjects: Sequence[Subject]) -> None:
+        """A few steps of each plan under the profiler, after the clock has stopped for good."""
+        job = self.job
+        if not job.profile_steps:
+            return
+        first = 1 + job.warmup + job.rounds
+        folder = _broadcast_bytes(job.traces.encode(), self.context).decode()
+        if self.take_turns:
+            for subject in subjects:
+                subject.park()
+        for label, subject in zip(job.labels, subjects, strict=False):
+            self._note(f'profile of "{label}"')
+            if self.take_turns:
+                subject.unpark()
+            batches = [self._micro_batches(self.batches, first + step) for step in range(WARM_UP + job.profile_steps)]
+            subject.profiled_steps(str(Path(folder) / folder_name(label)), batches)
+            if self.take_turns:
+                subject.park()
+            self._advance(f"profiled {label}", label)
+        if self.take_turns:
             for subject in subjects:
                 subject.unpark()
 
@@ -287,12 +318,22 @@ def _data_place(mesh: DeviceMesh) -> int:
     return place
 
 
+def folder_name(label: str) -> str:
+    """A plan's folder among the traces: its label without what a file name can't have."""
+    return re.sub(r"[^A-Za-z0-9@._-]+", "-", label).strip(".-") or "plan"
+
+
 def _broadcast(body: bytes, context: RankContext) -> TokenStream:
     """Rank 0's token stream on every rank."""
+    return TokenStream.from_bytes(_broadcast_bytes(body, context))
+
+
+def _broadcast_bytes(body: bytes, context: RankContext) -> bytes:
+    """Rank 0's bytes on every rank."""
     size = torch.tensor(len(body), dtype=torch.int64, device=context.device)
     dist.broadcast(size, 0)
     content = torch.empty(int(size.item()), dtype=torch.uint8, device=context.device)
     if context.rank == 0:
         content.copy_(torch.frombuffer(bytearray(body), dtype=torch.uint8))
     dist.broadcast(content, 0)
-    return TokenStream.from_bytes(content.cpu().numpy().tobytes())
+    return content.cpu().numpy().tobytes()

@@ -13,44 +13,14 @@ In order of priority, so that no instant counts twice (intervals are half-open; 
 exposed transfer + communication + waiting = |U(comm)| - |U(comm) & U(compute)|, the usual "exposed communication".
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shardwise.core.intervals import EMPTY, Intervals, clip, layers, total_ns, union
+from shardwise.core.intervals import Intervals, clip, layers, total_ns, union
+from shardwise.core.parts import Parts
 from shardwise.core.timeline import NONE, SpanKind, Timeline, Window
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """Nanoseconds of a window; they add up to its length."""
-
-    compute_ns: float = 0
-    exposed_transfer_ns: float = 0
-    exposed_communication_ns: float = 0
-    exposed_waiting_ns: float = 0
-    exposed_copy_ns: float = 0
-    cpu_bound_idle_ns: float = 0
-    other_idle_ns: float = 0
-
-    @property
-    def total_ns(self) -> float:
-        return float(sum(getattr(self, part.name) for part in fields(self)))
-
-    @property
-    def exposed_ns(self) -> float:
-        """Exposed communication, whichever way it splits."""
-        return self.exposed_transfer_ns + self.exposed_communication_ns + self.exposed_waiting_ns
-
-    def __add__(self, other: "Parts") -> "Parts":
-        return Parts(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
-
-    def __sub__(self, other: "Parts") -> "Parts":
-        return Parts(*(getattr(self, part.name) - getattr(other, part.name) for part in fields(self)))
-
-    def scaled(self, factor: float) -> "Parts":
-        return Parts(*(getattr(self, part.name) * factor for part in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +110,3 @@ def _not_yet_launched_ns(idle: Intervals, start_ns: NDArray[np.int64], launched_
     launch = launched_ns[following]
     blamed = np.where(launch == NONE, gaps[:, 0], np.clip(launch, gaps[:, 0], gaps[:, 1]))
     return int((blamed - gaps[:, 0]).sum())
-
-
-__all__ = ["EMPTY", "Decomposition", "Parts", "WorkSets", "decompose", "work_sets"]

@@ -9,7 +9,7 @@ All times are nanoseconds per step of one rank: means over the run's (rank, step
 from dataclasses import dataclass
 from enum import StrEnum
 
-from shardwise.core.decomposition import Parts
+from shardwise.core.parts import Parts
 from shardwise.core.timeline import Loss
 from shardwise.core.waiting import Sharing
 
@@ -27,7 +27,7 @@ class Use:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Work:
-    """What a kernel is known by: its kind, the CPU op that called for it with the shapes that went in, and its name without templates.
+    """What a kernel is known by: its kind, the CPU op (of a collective: the module) that called for it with the shapes that went in, and its name without templates.
 
     of_class: matmul, norm, ...: what unlike kernels for the same thing have in common. is_copy: something only moves or is laid out anew.
     """
@@ -42,12 +42,13 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class CollectiveUse:
-    """Collectives of one op in a run, per step of one rank. waiting, transfer: None where they can't be told apart.
+    """Collectives of one op that one module asked for ("layers.*.attention"; "" where that isn't known), per step of one rank. waiting, transfer: None where they can't be told apart.
 
     late: (rank, share of the waiting that it caused, what it was doing most) of the rank that caused the most.
     """
 
     op: str
+    origin: str
     use: Use
     waiting_ns: float | None
     transfer_ns: float | None
@@ -148,6 +149,7 @@ class Matched(StrEnum):
 
     KERNEL = "op, shapes and name"
     OP = "op and shapes"
+    MODULE = "module"
     NAME = "name"
     CLASS = "class"
     FIRST = "only in the first"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.finding import Agreement
+from shardwise.core.parts import Parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,12 +165,29 @@ class TextSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class StepProfile:
+    """Where a plan's step went, by its profiles: `parts` in nanoseconds per step of one rank, mean over `steps` of all ranks.
+
+    overlap_ns: how much of communication_ns compute hides. words: what can be said of its collectives. traces: their folder.
+    """
+
+    label: str
+    steps: int
+    parts: Parts
+    communication_ns: float
+    overlap_ns: float
+    words: tuple[str, ...]
+    traces: str
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """The answer of `shardwise compare`: every plan's measurement, standing and the verdict in words.
 
     noise: the ratio of the first plan's second run to its first (A/A): what no difference looks like here.
     module: the one module that was measured (step_s is then its forward and backward), or None for whole steps.
     warmup: steps before the first round; losses and gradient norms hold them too.
+    profiles: of the plans in their order, where they were recorded.
     """
 
     model: str
@@ -186,4 +204,5 @@ class Comparison:
     noise: Ratio | None
     verdict: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    profiles: tuple[StepProfile, ...] = ()
     schema_version: int = 1

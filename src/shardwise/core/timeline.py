@@ -65,13 +65,14 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Collectives:
-    """Columns, one row a collective span. op, dtype: into Timeline.names ("all_reduce"). group: into Timeline.groups. full_bytes: of the
+    """Columns, one row a collective span. op, dtype, origin: into Timeline.names ("all_reduce"; origin: the module that asked). group: into Timeline.groups. full_bytes: of the
     whole tensor, as core/collective.py means it. arrival_ns: when the last rank came, on this rank's clock; set once the ranks were
     put together."""
 
     span: NDArray[np.int32]
     op: NDArray[np.int32]
     dtype: NDArray[np.int32]
+    origin: NDArray[np.int32]
     group: NDArray[np.int32]
     sequence: NDArray[np.int64]
     elements: NDArray[np.int64]

@@ -40,9 +40,10 @@ class Blame:
 
 @dataclass(frozen=True, slots=True)
 class SharedCollective:
-    """One collective on all its ranks. step: of the profile, or None. full_bytes, wire_bytes: None where the files don't say."""
+    """One collective on all its ranks. origin: the module that asked, or "". step: of the profile, or None. full_bytes, wire_bytes: None where the files don't say."""
 
     op: str
+    origin: str
     group: str
     ranks: tuple[int, ...]
     step: int | None
@@ -98,7 +99,8 @@ class SharedCollective:
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """What was taken off a rank's times. spread_ns: half of its collectives ended within it of the others; None: no common collective."""
+    """What was taken off a rank's times. spread_ns: in half of its collectives, first and last end of all ranks then lie no
+    further apart; None: no common collective."""
 
     rank: int
     offset_ns: int | None

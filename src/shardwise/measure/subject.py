@@ -16,6 +16,7 @@ from shardwise.core.measurement import MemoryUse, StepSettings
 from shardwise.core.plan import Plan
 from shardwise.core.program import Phase
 from shardwise.measure.memory import PeakMemory, kept_bytes
+from shardwise.measure.profile import record_profile
 from shardwise.measure.record import Traffic, traffic
 from shardwise.measure.sockets import sent_bytes
 from shardwise.models.specs import ModelSpec
@@ -120,6 +121,13 @@ class Subject:
         self._keep(results[0])
         self.step_s.append(seconds)
         return seconds
+
+    def profiled_steps(self, folder: str, batches: Sequence[MicroBatches]) -> None:
+        """Steps under the profiler, not timed; this rank's trace goes into `folder`. The first WARM_UP of them are not marked."""
+        with record_profile(folder, self.model) as recorder:
+            for micro_batches in batches:
+                with recorder.step():
+                    self._step(micro_batches)
 
     def _keep(self, result: StepResult) -> None:
         self.losses.append(float(result.loss.item()))

@@ -295,7 +295,8 @@ def _labelled(kind: CollectiveKind, origin: Origin, *, by_data: bool = False) ->
     token = _issuing.set(Issue(origin, by_data))
     try:
         if torch.autograd.profiler._is_profiler_enabled:
-            with torch.profiler.record_function(f"shardwise.{kind}|{origin}"):
+            label = f"shardwise.{kind}|{origin}".replace('"', "'")  # Kineto writes names as they are: a quote would break its JSON
+            with torch.profiler.record_function(label):
                 yield
         else:
             yield

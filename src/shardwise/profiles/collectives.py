@@ -21,6 +21,8 @@ from shardwise.profiles.classify import SYMMETRIC, short_name
 from shardwise.profiles.nesting import own_segments
 
 _MOST_ALIGNED = 20_000
+# ranges that are in every step, or that are the collective itself
+_NO_PLACE = ("ProfilerStep", "shardwise.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,7 @@ class _Call:
     row: int  # in the rank's Collectives
     span: int
     op: str
+    origin: str
     dtype: str
     elements: int
     sequence: int
@@ -119,6 +122,7 @@ def _calls(timeline: Timeline, everyone: tuple[int, ...]) -> dict[tuple[str, tup
             row=row,
             span=span,
             op=timeline.names[found.op[row]],
+            origin="" if found.origin[row] == NONE else timeline.names[found.origin[row]],
             dtype=timeline.names[found.dtype[row]],
             elements=int(found.elements[row]),
             sequence=int(found.sequence[row]),
@@ -178,7 +182,7 @@ def _shared(group: str, calls: Sequence[_Call], members: tuple[Member, ...], by_
     wire = None
     if full is not None and first.op in SYMMETRIC:
         wire = wire_bytes(CollectiveKind(first.op), full, n)
-    return SharedCollective(first.op, group, tuple(call.rank for call in calls), first.step, members, full, wire)
+    return SharedCollective(first.op, first.origin, group, tuple(call.rank for call in calls), first.step, members, full, wire)
 
 
 # --------------------------------------------------------------------------------------------- clocks
@@ -190,12 +194,14 @@ def _clocks(ranks: Sequence[int], matched: Sequence[tuple[str, list[_Call]]]) ->
     sets = [{call.rank: call.end_ns for call in calls} for _, calls in matched if calls[0].op in SYMMETRIC]
     offsets = _pairwise(ranks, sets)
     residuals: dict[int, list[int]] = defaultdict(list)
+    apart: dict[int, list[int]] = defaultdict(list)
     for ends in sets:
         corrected = {rank: end - offsets[rank] for rank, end in ends.items() if rank in offsets}
         if len(corrected) > 1:
             middle = median_low(corrected.values())
             for rank, end in corrected.items():
                 residuals[rank].append(end - middle)
+                apart[rank].append(max(corrected.values()) - min(corrected.values()))
     clocks = []
     for rank in ranks:
         own = residuals.get(rank)
@@ -203,7 +209,7 @@ def _clocks(ranks: Sequence[int], matched: Sequence[tuple[str, list[_Call]]]) ->
             clocks.append(Clock(rank, None, None, 0))
             continue
         middle = median_low(own)
-        clocks.append(Clock(rank, offsets[rank] + middle, median_low([abs(each - middle) for each in own]), len(own)))
+        clocks.append(Clock(rank, offsets[rank] + middle, median_low(apart[rank]), len(own)))
     reference = next((clock.offset_ns for clock in clocks if clock.offset_ns is not None), 0) or 0
     return tuple(clock if clock.offset_ns is None else replace(clock, offset_ns=clock.offset_ns - reference) for clock in clocks)
 
@@ -268,7 +274,7 @@ def _blame_cpu(timeline: Timeline, own: int, near: NDArray[np.bool_], begin_ns: 
     doing, ns = _most(timeline, ops) if ops else ("", 0)
     if ns >= nothing_ns:
         return Blame(f"its CPU in {short_name(doing)}", ns, end_ns - begin_ns, is_cpu=True)
-    named = Counter({span: ns for span, ns in ranges.items() if not timeline.name(span).startswith("ProfilerStep")})
+    named = Counter({span: ns for span, ns in ranges.items() if not timeline.name(span).startswith(_NO_PLACE)})
     where = f" inside {_most(timeline, named)[0]}" if named else ""
     return Blame(f"its CPU in no recorded op{where}: Python, a sleep, or not scheduled", nothing_ns, end_ns - begin_ns, is_cpu=True)
 

@@ -56,13 +56,16 @@ def _line(matched: Matched, first: dict[Work, Use], second: dict[Work, Use]) -> 
     shapes = {work.shapes for work in works}
     names = {work.name for work in works}
     if by_class:
-        what = one.of_class
+        what = "other collectives" if one.of_class == "communication" else one.of_class
+    elif one.of_class == "communication":
+        op = one.name.replace("_", "-") if len(names) == 1 else "collectives"
+        what = f"{op} of {one.op}" if len(ops) == 1 else op
     elif len(names) > 1:
         what = one.op
     else:
         what = f"{one.name} in {one.op}" if len(ops) == 1 and one.name not in ops else one.name
     return Line(
-        matched=Matched.NAME if matched is Matched.KERNEL and one.of_class == "communication" else matched,
+        matched=_of_collective(matched, one),
         kind=one.kind.lower(),
         what=what,
         shapes=next(iter(shapes)) if len(shapes) == 1 and not by_class else "",
@@ -72,6 +75,13 @@ def _line(matched: Matched, first: dict[Work, Use], second: dict[Work, Use]) -> 
         second_names=_names(second),
         is_copy=all(work.is_copy for work in works),
     )
+
+
+def _of_collective(matched: Matched, work: Work) -> Matched:
+    """A collective's op is the module that asked for it."""
+    if work.of_class != "communication" or matched not in (Matched.KERNEL, Matched.OP):
+        return matched
+    return Matched.MODULE if work.op else Matched.NAME
 
 
 def _names(uses: dict[Work, Use]) -> tuple[str, ...]:
@@ -166,7 +176,8 @@ def collective_words(run: RunProfile, *, prefix: str | None = None) -> Iterable[
 
 
 def _named(each: CollectiveUse) -> str:
-    return f"{each.op.replace('_', '-')} {ms(each.use.ns)} ({each.use.count:.3g} calls)"
+    asked = f" of {each.origin}" if each.origin else ""
+    return f"{each.op.replace('_', '-')}{asked} {ms(each.use.ns)} ({each.use.count:.3g} calls)"
 
 
 def _split(each: CollectiveUse, waiting_ns: float, transfer_ns: float) -> str:
@@ -177,7 +188,7 @@ def _split(each: CollectiveUse, waiting_ns: float, transfer_ns: float) -> str:
         late += f", which was in {doing}" if doing and not doing.startswith("its CPU") else f", {doing}" if doing else ""
     speed = ""
     if each.bus_bytes_per_s is not None:
-        speed = f", at {'at most ' if each.is_bound else ''}{each.bus_bytes_per_s / 1e9:.3g} GB/s (bus)"
+        speed = f", at {'most ' if each.is_bound else ''}{each.bus_bytes_per_s / 1e9:.3g} GB/s (bus)"
     bound = "at least " if each.is_bound else ""
     return f"{_named(each)} a step: {ms(waiting_ns)} before the last rank came{late}; {bound}{ms(transfer_ns)} transfer{speed}."
 

@@ -25,6 +25,8 @@ from shardwise.profiles.container import Damage, text_pieces
 from shardwise.profiles.events import EventStream, Header
 from shardwise.profiles.nesting import own_segments, parents
 
+_OURS = re.compile(r"shardwise\.\w+\|([^ (]+)")
+_MODULE = re.compile(r"module: (.+)")
 _STEP = re.compile(r"ProfilerStep#(\d{1,9})$")
 _RANK_IN_NAME = re.compile(r"(?:rank|worker|device)[-_ ]?(\d{1,6})", re.IGNORECASE)
 _NS_PER_US = 1000
@@ -291,12 +293,14 @@ def _collectives(
         for group in (header.distributed.pg_config if header.distributed is not None else ())
         if group.ranks is not None
     }
+    _find_callers([span for span, _ in found], spans, names)
+    origin_of = _Origins(spans, names)
     rows = []
     for span, args in found:
         kernel = names[spans.name[span]]
         said = "" if args is None or args.collective is None else str(args.collective)
         op = classify.collective_op(said) if said else classify.UNKNOWN
-        if op == classify.UNKNOWN:
+        if op == classify.UNKNOWN:  # who called says what was asked for: gloo carries out a reduce-scatter as an all-reduce
             op = _from_callers(span, spans, names) or classify.collective_op(kernel)
         group = _group(args, configured)
         elements_in, elements_out = (NONE, NONE) if args is None else (_integer(args.elements_in), _integer(args.elements_out))
@@ -310,11 +314,47 @@ def _collectives(
         element_bytes = classify.DTYPE_BYTES.get(dtype.lower())
         full_bytes = elements * element_bytes if elements != NONE and element_bytes else NONE
         sequence = NONE if args is None else _integer(args.sequence)
-        rows.append((span, numbers[op], numbers[dtype], groups[group], sequence, max(elements_in, elements_out), full_bytes, NONE))
-    columns = list(zip(*rows, strict=True)) if rows else [()] * 8
-    kinds = (np.int32, np.int32, np.int32, np.int32, np.int64, np.int64, np.int64, np.int64)
+        asked = origin_of(span)
+        origin = NONE if asked is None else numbers[asked]
+        rows.append((span, numbers[op], numbers[dtype], origin, groups[group], sequence, max(elements_in, elements_out), full_bytes, NONE))
+    columns = list(zip(*rows, strict=True)) if rows else [()] * 9
+    kinds = (np.int32, np.int32, np.int32, np.int32, np.int32, np.int64, np.int64, np.int64, np.int64)
     arrays = [np.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
     return Collectives(*arrays), tuple(groups), tuple(numbers)
+
+
+def _find_callers(found: list[int], spans: Spans, names: tuple[str, ...]) -> None:
+    """A backend's ranges in its worker threads begin in the order of the calls: gives each the c10d op that called for it as its parent."""
+    ranges = [span for span in found if names[spans.name[span]].startswith("gloo:")]
+    called = np.array([name.startswith("c10d::") and not name.startswith("c10d::barrier") for name in names], np.bool_)
+    calls = np.flatnonzero(called[spans.name] & (spans.kind == SpanKind.OP)) if ranges else np.empty(0, np.int64)
+    if len(calls) != len(ranges):
+        return
+    calls = calls[np.argsort(spans.start_ns[calls], kind="stable")]
+    ranges.sort(key=lambda span: int(spans.start_ns[span]))
+    if all(spans.start_ns[call] <= spans.start_ns[span] for call, span in zip(calls.tolist(), ranges, strict=True)):
+        for call, span in zip(calls.tolist(), ranges, strict=True):
+            spans.parent[span] = call
+
+
+class _Origins:
+    """Which module asked for a collective: by our own ranges, else by the innermost module's range, around its call."""
+
+    def __init__(self, spans: Spans, names: tuple[str, ...]) -> None:
+        self._spans = spans
+        self._asked = [_OURS.match(name) or _MODULE.match(name) for name in names]
+
+    def __call__(self, span: int) -> str | None:
+        spans = self._spans
+        at = int(spans.parent[span])
+        for _ in range(64):
+            if at == NONE:
+                break
+            asked = self._asked[spans.name[at]]
+            if asked is not None:
+                return str(asked[1])
+            at = int(spans.parent[at])
+        return None
 
 
 def _from_callers(span: int, spans: Spans, names: tuple[str, ...]) -> str | None:
@@ -359,7 +399,7 @@ def _of_tensor(args: Any) -> tuple[int, str]:
         shapes = [msgspec.convert(each, list[int]) for each in dims]
         if not shapes or not types:
             return NONE, ""
-        return sum(int(np.prod(shape, dtype=object)) for shape in shapes if shape), str(types[0])
+        return sum(int(np.prod(shape, dtype=object)) for shape in shapes), str(types[0])
     except _ODD:
         return NONE, ""
 
@@ -375,10 +415,14 @@ def _with_cpu_work(timeline: Timeline) -> Timeline:
     is_op = spans.kind == SpanKind.OP
     workers = {int(spans.lane[span]) for span in timeline.collectives.span}
     in_collective = _inside(spans, timeline.collectives.span) if workers else np.zeros(len(spans), np.bool_)
+    # what blocks in a collective stands inside an autograd function's op: our own ranges say so; else the time right after the call does
+    ours = np.array([name.startswith("shardwise.") for name in names], np.bool_)[spans.name] & (spans.kind == SpanKind.RANGE)
+    calls = np.flatnonzero(is_op & np.array([name.startswith("c10d::") for name in names], np.bool_)[spans.name])
+    after_calls = {(int(spans.lane[call]), int(spans.end_ns[call])) for call in calls.tolist()}
     keep = [
         (op, begin, end)
-        for op, begin, end in own_segments(spans, np.flatnonzero(is_op))
-        if not waiting[spans.name[op]] and not in_collective[op]
+        for op, begin, end in own_segments(spans, np.flatnonzero(is_op | ours))
+        if not (waiting[spans.name[op]] or in_collective[op] or ours[op] or (int(spans.lane[op]), begin) in after_calls)
     ]
     if not keep:
         return timeline

@@ -1,5 +1,6 @@
 """The Timelines of a run's ranks -> RunProfile: numbers per step."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,14 +8,17 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from shardwise.core.decomposition import Decomposition, Parts, decompose
+from shardwise.core.decomposition import Decomposition, decompose
 from shardwise.core.difference import CollectiveUse, CpuUse, RunProfile, StepOfRank, Use, Work
 from shardwise.core.intervals import clip, total_ns, union
+from shardwise.core.parts import Parts
 from shardwise.core.timeline import NONE, Loss, SpanKind, Timeline, Window
 from shardwise.core.waiting import SharedCollective, Sharing
 from shardwise.profiles.classify import class_of, only_copies, plain_name
 from shardwise.profiles.nesting import own_segments
 
+# a layer's number: equal layers are one line
+_LAYER = re.compile(r"\.\d+\b")
 _STEP_MARK = "ProfilerStep#"
 
 
@@ -36,7 +40,7 @@ class _Books:
     """Sums over all windows of all ranks."""
 
     work: dict[Work, _Sum] = field(default_factory=lambda: defaultdict(_Sum))
-    collectives: dict[str, _Sum] = field(default_factory=lambda: defaultdict(_Sum))
+    collectives: dict[tuple[str, str], _Sum] = field(default_factory=lambda: defaultdict(_Sum))
     lines_ns: int = 0
     busy_ns: int = 0
 
@@ -97,7 +101,8 @@ def _book_work(timeline: Timeline, books: _Books) -> None:
             np.where(op == NONE, NONE, spans.name[op]),
             np.where(op == NONE, NONE, spans.shapes[op]),
             np.where(op == NONE, False, copies[op]).astype(np.int64),
-            _collective_names(timeline)[works],
+            _of_collectives(timeline, timeline.collectives.op)[works],
+            _of_collectives(timeline, timeline.collectives.origin)[works],
         ),
         axis=1,
     )
@@ -115,27 +120,29 @@ def _book_work(timeline: Timeline, books: _Books) -> None:
             if its_ns or count:
                 books.work[work].add(count, its_ns)
                 if work.kind == SpanKind.COLLECTIVE.name:
-                    books.collectives[work.name].add(count, its_ns)
+                    books.collectives[work.name, work.op].add(count, its_ns)
         books.lines_ns += int(inside.sum())
         books.busy_ns += total_ns(clip(busy, window.start_ns, window.end_ns))
 
 
 def _work(timeline: Timeline, row: list[int]) -> Work:
-    kind, name, op, shapes, is_copy, collective = row
+    kind, name, op, shapes, is_copy, collective = row[:6]
     op_name = "" if op == NONE else timeline.names[op]
     if collective != NONE:
-        return Work(SpanKind.COLLECTIVE.name, "", "", timeline.names[collective], "communication", False)
+        origin = row[6]
+        asked = "" if origin == NONE else _LAYER.sub(".*", timeline.names[origin])
+        return Work(SpanKind.COLLECTIVE.name, asked, "", timeline.names[collective], "communication", False)
     kernel = plain_name(timeline.names[name])
     what = SpanKind(kind)
     moves = bool(is_copy) or (what is SpanKind.COPY and "DtoD" in kernel)
     return Work(what.name, op_name, "" if shapes == NONE else timeline.names[shapes], kernel, class_of(op_name, kernel), moves)
 
 
-def _collective_names(timeline: Timeline) -> NDArray[np.int64]:
-    found = timeline.collectives
-    names = np.full(len(timeline.spans), NONE, np.int64)
-    names[found.span] = found.op
-    return names
+def _of_collectives(timeline: Timeline, column: NDArray[np.int32]) -> NDArray[np.int64]:
+    """A column of the collectives for every span."""
+    values = np.full(len(timeline.spans), NONE, np.int64)
+    values[timeline.collectives.span] = column
+    return values
 
 
 def _op_of(timeline: Timeline) -> NDArray[np.int64]:
@@ -171,15 +178,15 @@ def _inside_copies(timeline: Timeline) -> NDArray[np.bool_]:
 
 def _collective_uses(books: _Books, found: list[Decomposition], sharing: Sharing, n: int) -> tuple[CollectiveUse, ...]:
     """waiting and transfer as far as the sets are known: scaled to all of the op's time only where they cover it."""
-    by_op: dict[str, list[SharedCollective]] = defaultdict(list)
+    by_op: dict[tuple[str, str], list[SharedCollective]] = defaultdict(list)
     windows = [each.window for each in found]
     for shared in sharing.collectives:
-        by_op[shared.op].append(shared)
+        by_op[shared.op, _LAYER.sub(".*", shared.origin)].append(shared)
     uses = []
-    for op, total in sorted(books.collectives.items(), key=lambda pair: -pair[1].ns):
-        known = [each for each in by_op.get(op, []) if _is_inside(each, windows)]
+    for (op, origin), total in sorted(books.collectives.items(), key=lambda pair: -pair[1].ns):
+        known = [each for each in by_op.get((op, origin), []) if _is_inside(each, windows)]
         if not known:
-            uses.append(CollectiveUse(op, total.per(n), None, None, None, None))
+            uses.append(CollectiveUse(op, origin, total.per(n), None, None, None, None))
             continue
         waiting = sum(each.total_waiting_ns for each in known)
         wire = [each.wire_bytes for each in known]
@@ -188,6 +195,7 @@ def _collective_uses(books: _Books, found: list[Decomposition], sharing: Sharing
         uses.append(
             CollectiveUse(
                 op=op,
+                origin=origin,
                 use=total.per(n),
                 waiting_ns=waiting / n,
                 transfer_ns=sum(each.total_ns - each.total_waiting_ns for each in known) / n,

@@ -50,15 +50,6 @@ class Drawing:
     left_out: int
 
 
-@dataclass(frozen=True, slots=True)
-class Stack:
-    """A run's step as one stacked bar."""
-
-    label: str
-    total: str
-    segments: tuple[tuple[str, str, str, float], ...]  # (key, label, text, percent of the longest step)
-
-
 def run_html(run: RunProfile, words: Sequence[str], pictures: Sequence[StepPicture]) -> str:
     """The page of one run."""
     return _page((run,), tuple(words), None, pictures)
@@ -73,38 +64,22 @@ def _page(runs: tuple[RunProfile, ...], words: tuple[str, ...], difference: Diff
     environment = page_environment()
     environment.globals.update(rows=rows, time=rows.time, signed=rows.signed)
     script = template_source(environment, "explain.js")
-    css = "".join(template_source(environment, name) for name in ("comparison.css", "explain.css", "diff.css"))
+    css = "".join(template_source(environment, name) for name in ("comparison.css", "bars.css", "explain.css", "diff.css"))
     longest = max((picture.length_ns for picture in pictures), default=1)
     return environment.get_template("diff.html.j2").render(
         runs=runs,
         words=words,
         difference=difference,
         part_rows=rows.part_rows(runs),
-        stacks=_stacks(runs),
+        stacks=rows.part_stacks([(run.label, run.parts) for run in runs]),
         drawings=[_drawing(picture, longest) for picture in pictures],
-        parts=[(key, label) for key, label in rows.PARTS if any(rows.part_ns(run.parts, key) for run in runs)],
+        parts=rows.parts_of([run.parts for run in runs]),
         most_lines=_LINES,
         most_cpu=_CPU_LINES,
         css=Markup(css),
         script=Markup(script),
         script_hash=Markup(csp_hash(script)),
     )
-
-
-def _stacks(runs: Sequence[RunProfile]) -> list[Stack]:
-    longest = max(run.step_ns for run in runs) or 1
-    return [
-        Stack(
-            run.label,
-            rows.time(run.step_ns),
-            tuple(
-                (key, label, f"{rows.time(ns)} ({100 * ns / run.step_ns:.1f} %)", 100 * ns / longest)
-                for key, label in rows.PARTS
-                if (ns := rows.part_ns(run.parts, key))
-            ),
-        )
-        for run in runs
-    ]
 
 
 def _drawing(picture: StepPicture, longest_ns: int) -> Drawing:

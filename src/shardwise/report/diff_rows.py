@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shardwise.core.decomposition import Parts
-from shardwise.core.difference import CollectiveUse, Difference, Line, RunProfile, Use
+from shardwise.core.difference import CollectiveUse, Difference, Line, RunProfile, Use, Work
+from shardwise.core.parts import Parts
 from shardwise.report.units import NOT_MEASURED, format_seconds
 
 PARTS = (
@@ -45,11 +45,51 @@ class PartRow:
 def part_rows(runs: Sequence[RunProfile]) -> list[PartRow]:
     """Parts that some run has."""
     rows = []
-    for key, label in PARTS:
+    for key, label in parts_of([run.parts for run in runs]):
         values = tuple(part_ns(run.parts, key) for run in runs)
-        if any(values):
-            rows.append(PartRow(key, label, values, tuple(value / run.step_ns for value, run in zip(values, runs, strict=True))))
+        rows.append(PartRow(key, label, values, tuple(value / run.step_ns for value, run in zip(values, runs, strict=True))))
     return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A part in a stacked bar; percent: of the longest bar."""
+
+    key: str
+    label: str
+    text: str
+    percent: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A run's step as one stacked bar."""
+
+    label: str
+    total: str
+    segments: tuple[Segment, ...]
+
+
+def part_stacks(runs: Sequence[tuple[str, Parts]]) -> list[Stack]:
+    """A bar for each (label, parts), on one scale."""
+    longest = max((parts.total_ns for _, parts in runs), default=0) or 1
+    return [
+        Stack(
+            label,
+            time(parts.total_ns),
+            tuple(
+                Segment(key, name, f"{time(ns)} ({100 * ns / parts.total_ns:.1f} %)", 100 * ns / longest)
+                for key, name in PARTS
+                if (ns := part_ns(parts, key))
+            ),
+        )
+        for label, parts in runs
+    ]
+
+
+def parts_of(found: Sequence[Parts]) -> list[tuple[str, str]]:
+    """(key, label) of the parts that some of them have."""
+    return [(key, label) for key, label in PARTS if any(part_ns(parts, key) for parts in found)]
 
 
 def part_ns(parts: Parts, key: str) -> float:
@@ -73,6 +113,13 @@ def collective_name(op: str) -> str:
     return op.replace("_", "-")
 
 
+def work_name(work: Work) -> str:
+    """all-gather of layers.*.attention; gemm_kernel in aten::mm."""
+    if work.of_class == "communication":
+        return f"{collective_name(work.name)} of {work.op}" if work.op else collective_name(work.name)
+    return f"{shortened(work.name, 72)} in {shortened(work.op, 40)}" if work.op and work.op != work.name else shortened(work.name, 90)
+
+
 def speed(use: CollectiveUse) -> str:
     if use.bus_bytes_per_s is None:
         return NOT_MEASURED
@@ -89,7 +136,7 @@ def late(use: CollectiveUse) -> str:
 
 def what(line: Line) -> str:
     """The line's name: long kernels cut in the middle, so that head and tail tell variants apart."""
-    return collective_name(line.what) if line.kind == "collective" else shortened(line.what, 72)
+    return shortened(line.what, 72)
 
 
 def shortened(text: str, most: int) -> str:
@@ -125,7 +172,10 @@ def about(run: RunProfile) -> str:
 
 def cautions(run: RunProfile) -> list[str]:
     """What was lost, refused or corrected."""
-    said = [f"{loss.count:,} x lost: {loss.what}" for loss in run.losses]
+    said = [
+        f"{loss.count:,} events {loss.what}" if loss.what.startswith("mended") else f"lost: {loss.count:,} x {loss.what}"
+        for loss in run.losses
+    ]
     missing, launches = run.without_kernel
     if missing:
         said.append(f"{missing:,} of {launches:,} launches left no kernel in the file: its recording began later, or lost them")
@@ -134,8 +184,8 @@ def cautions(run: RunProfile) -> list[str]:
     if off:
         most = max(off, key=lambda clock: abs(clock.offset_ns or 0))
         said.append(
-            f"clocks corrected by the ends of {most.collectives:,} collectives: by up to {time(abs(most.offset_ns or 0))} (rank {most.rank}), "
-            f"which leaves half of them within {time(max(clock.spread_ns or 0 for clock in off)) if any(c.spread_ns for c in off) else '1 ns'}"
+            f"clocks corrected by the ends of {most.collectives:,} collectives: by up to {time(abs(most.offset_ns or 0))} (rank {most.rank}); "
+            f"in half of them the ranks' ends then lie no more than {time(max(clock.spread_ns or 0 for clock in off))} apart"
         )
     unknown = [clock.rank for clock in run.sharing.clocks if clock.offset_ns is None]
     if unknown:

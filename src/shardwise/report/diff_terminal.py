@@ -15,6 +15,7 @@ from shardwise.report.terminal import plain
 
 _LINES = 16
 _CPU_LINES = 8
+_COLLECTIVES = 8
 
 
 def render_run(run: RunProfile, words: Sequence[str], console: Console) -> None:
@@ -85,7 +86,7 @@ def _lines(difference: Difference, console: Console) -> None:
     )  # fmt: skip
     for line in difference.lines[:_LINES]:
         table.add_row(
-            Text.assemble(plain(rows.what(line)), *((("\n" + plain(rows.shapes(line)), "dim"),) if line.shapes else ())),
+            Text.assemble(plain(rows.what(line)), *((("\n" + plain(rows.shapes(line)), "dim"),) if rows.shapes(line) else ())),
             rows.calls(line.first), rows.time(line.first.ns), rows.calls(line.second), rows.time(line.second.ns),
             rows.signed(line.delta_ns), str(line.matched),
         )  # fmt: skip
@@ -104,28 +105,32 @@ def _books(difference: Difference, console: Console) -> None:
 
 
 def _collectives(runs: Sequence[RunProfile], console: Console) -> None:
-    if not any(run.collectives for run in runs):
-        return
-    table = _table(
-        "Collectives, per step of one rank",
-        ("Run", "left"), ("Collective", "left"), ("calls", "right"), ("in it", "right"), ("before the last came", "right"),
-        ("transfer", "right"), ("bus", "right"), ("waited for", "left"),
-    )  # fmt: skip
     for run in runs:
-        for use in run.collectives:
+        if not run.collectives:
+            continue
+        table = _table(
+            f"Collectives of {plain(run.label)}, per step of one rank" if len(runs) > 1 else "Collectives, per step of one rank",
+            ("Collective, and who was waited for", "left"), ("calls", "right"), ("in it", "right"), ("before the last came", "right"),
+            ("transfer", "right"), ("bus", "right"),
+        )  # fmt: skip
+        for use in run.collectives[:_COLLECTIVES]:
+            asked = f" of {plain(use.origin)}" if use.origin else ""
+            waited = rows.late(use)
             table.add_row(
-                plain(run.label), rows.collective_name(plain(use.op)), rows.calls(use.use), rows.time(use.use.ns), rows.time(use.waiting_ns),
-                ("≥ " if use.is_bound and use.transfer_ns is not None else "") + rows.time(use.transfer_ns), rows.speed(use), plain(rows.late(use)),
+                Text.assemble(f"{rows.collective_name(plain(use.op))}{asked}", *(((f"\n{plain(waited)}", "dim"),) if waited else ())),
+                rows.calls(use.use), rows.time(use.use.ns), rows.time(use.waiting_ns),
+                ("≥ " if use.is_bound and use.transfer_ns is not None else "") + rows.time(use.transfer_ns), rows.speed(use),
             )  # fmt: skip
-    console.print(table)
+        rest = run.collectives[_COLLECTIVES:]
+        if rest:
+            table.add_row(f"{len(rest)} more", "", rows.time(sum(use.use.ns for use in rest)), "", "", "", style="dim")
+        console.print(table)
 
 
 def _work(run: RunProfile, console: Console) -> None:
     table = _table("Where the time goes", ("Work", "left"), ("calls", "right"), ("time", "right"), ("of the step", "right"))
     for work, use in run.work[:_LINES]:
-        name = f"{work.name} in {work.op}" if work.op and work.op != work.name else work.name
-        name = rows.collective_name(name) if work.of_class == "communication" else name
-        table.add_row(plain(rows.shortened(name, 72)), rows.calls(use), rows.time(use.ns), f"{100 * use.ns / run.step_ns:.1f} %")
+        table.add_row(plain(rows.work_name(work)), rows.calls(use), rows.time(use.ns), f"{100 * use.ns / run.step_ns:.1f} %")
     console.print(table)
 
 

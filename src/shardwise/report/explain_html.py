@@ -142,7 +142,7 @@ def _page(explanations: tuple[Explanation, ...], contrast: Contrast | None, walk
         breakable=_breakable,
     )
     script = template_source(environment, "explain.js")
-    css = template_source(environment, "comparison.css") + template_source(environment, "explain.css")
+    css = "".join(template_source(environment, name) for name in ("comparison.css", "bars.css", "explain.css"))
     found: Iterable[tuple[str, Finding]]
     found = rows.contrast_findings(contrast) if contrast else (("", finding) for finding in explanations[0].findings)
     # the forwards of two plans stand under each other, then their backwards

@@ -13,6 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from shardwise.core.measurement import Comparison
 from shardwise.report import units
+from shardwise.report.diff_rows import part_stacks, parts_of
 from shardwise.report.page import csp_hash, page_environment, script_json, template_source
 from shardwise.report.rows import Row, comparison_rows, measured_module, not_measured
 
@@ -101,7 +102,9 @@ def comparison_html(comparison: Comparison) -> str:
         module=measured_module(comparison),
         has_findings=any(row.measurement.agreement and row.measurement.agreement.findings for row in rows),
         not_measured=not_measured(comparison),
-        css=Markup(template_source(environment, "comparison.css")),
+        css=Markup("".join(template_source(environment, name) for name in ("comparison.css", "bars.css", "diff.css"))),
+        stacks=part_stacks([(profile.label, profile.parts) for profile in comparison.profiles]),
+        parts=parts_of([profile.parts for profile in comparison.profiles]),
         plotly_js=Markup(plotly_js),
         charts_js=Markup(charts_js),
         script_hashes=Markup(" ".join(csp_hash(script) for script in (plotly_js, charts_js))),

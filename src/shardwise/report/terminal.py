@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shardwise.core.measurement import Comparison, Measurement
+from shardwise.report.diff_rows import part_ns, parts_of, time
 from shardwise.report.rows import Row, comparison_rows, measured_module, not_measured
 from shardwise.report.units import (
     format_bytes,
@@ -53,6 +54,8 @@ def comparison_tables(comparison: Comparison, width: int) -> list[RenderableType
     parts.append(_legend(comparison, rows))
     if any(row.measurement.collectives for row in rows):
         parts.append(_collective_table(rows, width))
+    if comparison.profiles:
+        parts.append(_profile_table(comparison))
     findings = _findings(rows)
     if findings:
         parts.append(findings)
@@ -236,6 +239,24 @@ def _collective_table(rows: tuple[Row, ...], width: int) -> Table:
         if not row.measurement.collectives:
             table.add_row(Text(plain(row.label), "bold"), Text("none"), end_section=True)
     return table
+
+
+def _profile_table(comparison: Comparison) -> RenderableType:
+    """Where a step's time goes, by the profiles."""
+    profiles = comparison.profiles
+    found = parts_of([profile.parts for profile in profiles])
+    table = _table("Where a step's time goes, by its profiles (mean of all ranks)")
+    table.add_column("Part", overflow="fold")
+    for profile in profiles:
+        table.add_column(plain(profile.label), justify="right", overflow="fold")
+    for key, label in found:
+        shares = [part_ns(profile.parts, key) for profile in profiles]
+        table.add_row(
+            label, *(f"{time(ns)}\n{100 * ns / profile.parts.total_ns:.1f} %" for ns, profile in zip(shares, profiles, strict=True))
+        )
+    table.add_row("step", *(time(profile.parts.total_ns) for profile in profiles), style="bold")
+    words = [_bullet(f"{plain(profile.label)}: {plain(line)}", "") for profile in profiles for line in profile.words]
+    return Group(table, *words)
 
 
 def _has_agreement(rows: tuple[Row, ...]) -> bool:
