@@ -1,4 +1,4 @@
-"""Writes the generated parts of the docs: cli.md from the command itself, explain-json.md from the dataclasses that are written, and the
+"""Writes the generated parts of the docs: cli.md from the command itself, explain-json.md and diff-json.md from the dataclasses that are written, and the
 README's examples from docs/example/comparison.json and explanation.json (made by the commands that stand above them in the README).
 
 python docs/build.py             writes them
@@ -28,12 +28,14 @@ import typer
 from rich.console import Console, RenderableType
 
 from shardwise.cli.main import app
+from shardwise.core.difference import Difference, RunProfile
 from shardwise.core.explanation import Contrast, Explanation
 from shardwise.core.placement import Placement
 from shardwise.core.walkthrough import Subject
 from shardwise.explain.walkthrough import explain_walkthrough
+from shardwise.report.document import worked_out
 from shardwise.report.explain_html import explanation_html
-from shardwise.report.explain_json import explanation_from_json, worked_out
+from shardwise.report.explain_json import explanation_from_json
 from shardwise.report.explain_terminal import explanation_renderables
 from shardwise.report.html import comparison_html
 from shardwise.report.json import comparison_from_json
@@ -93,22 +95,46 @@ def _row(parameter: Any) -> str:
 
 def explain_json_reference() -> str:
     """The fields of `shardwise explain --json`, as the dataclasses that are written tell."""
+    return _json_reference(
+        "explain",
+        [
+            "`shardwise explain PLAN --json` prints one Explanation; `--against PLAN` prints one Contrast, which holds both plans' Explanations. Bytes",
+            'are bytes. A placement is the text that a plan file has: `shard(0)`, `replicate` or `partial`. A number that isn\'t finite is `"NaN"`,',
+            '`"Infinity"` or `"-Infinity"`. Fields marked *worked out* follow from the others and are ignored when a document is read back',
+            "(`explanation_from_json` and `contrast_from_json` in `shardwise.report.explain_json`); fields that a reader doesn't know are to be ignored.",
+        ],
+        "shardwise explain rowwise --json | jq '.wire_bytes, (.collectives[] | [.phase, .module, .kind, .count, .total_wire_bytes])'",
+        [Explanation, Contrast],
+    )
+
+
+def diff_json_reference() -> str:
+    """The fields of `shardwise diff --json`."""
+    return _json_reference(
+        "diff",
+        [
+            "`shardwise diff RUN --json` prints one RunProfile; `shardwise diff RUN OTHER --json` one Difference, which holds both. Times are",
+            "nanoseconds; those of parts, lines and uses are per step of one rank, means over all steps of all ranks. Fields marked *worked out*",
+            "follow from the others; fields that a reader doesn't know are to be ignored.",
+        ],
+        "shardwise diff traces-a traces-b --json | jq -r '.verdict[], (.lines[:5][] | [.what, .delta_ns / 1e6] | @tsv)'",
+        [RunProfile, Difference],
+    )
+
+
+def _json_reference(command: str, intro: list[str], example: str, found: list[type]) -> str:
     lines = [
-        "# The JSON of `shardwise explain`",
+        f"# The JSON of `shardwise {command}`",
         "",
         "Made from the code by `python docs/build.py`.",
         "",
-        "`shardwise explain PLAN --json` prints one Explanation; `--against PLAN` prints one Contrast, which holds both plans' Explanations. Bytes",
-        'are bytes. A placement is the text that a plan file has: `shard(0)`, `replicate` or `partial`. A number that isn\'t finite is `"NaN"`,',
-        '`"Infinity"` or `"-Infinity"`. Fields marked *worked out* follow from the others and are ignored when a document is read back',
-        "(`explanation_from_json` and `contrast_from_json` in `shardwise.report.explain_json`); fields that a reader doesn't know are to be ignored.",
+        *intro,
         "",
         "```sh",
-        "shardwise explain rowwise --json | jq '.wire_bytes, (.collectives[] | [.phase, .module, .kind, .count, .total_wire_bytes])'",
+        example,
         "```",
         "",
     ]
-    found: list[type] = [Explanation, Contrast]
     for kind in found:
         lines += [f"## {kind.__name__}", "", inspect.cleandoc(kind.__doc__ or ""), "", "| field | JSON |", "|---|---|"]
         hints = typing.get_type_hints(kind)
@@ -208,6 +234,7 @@ def main() -> int:
     wanted = {
         DOCS / "cli.md": cli_reference(),
         DOCS / "explain-json.md": explain_json_reference(),
+        DOCS / "diff-json.md": diff_json_reference(),
         README: _EXPLAINED.sub(lambda match: match[1] + explain_output() + match[2], readme),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from shardwise.core.parts import Parts
-from shardwise.core.timeline import Loss
-from shardwise.core.waiting import Sharing
+from shardwise.core.waiting import Loss, Sharing
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,8 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from shardwise.core.waiting import Loss
+
 NONE = -1
 
 
@@ -95,14 +97,6 @@ class Window:
     @property
     def length_ns(self) -> int:
         return self.end_ns - self.start_ns
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """What a file had and could not be read, or was left out: how many, what, and an example."""
-
-    count: int
-    what: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,6 +109,14 @@ class Clock:
 
 
 @dataclass(frozen=True, slots=True)
+class Loss:
+    """What a file had and could not be read, or was left out: how many, what, and an example."""
+
+    count: int
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
 class Refused:
     """Collectives of which no split is given: how many (sets, or calls where no set could be made), and why."""
 

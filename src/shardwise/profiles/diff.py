@@ -177,7 +177,7 @@ def collective_words(run: RunProfile, *, prefix: str | None = None) -> Iterable[
 
 def _named(each: CollectiveUse) -> str:
     asked = f" of {each.origin}" if each.origin else ""
-    return f"{each.op.replace('_', '-')}{asked} {ms(each.use.ns)} ({each.use.count:.3g} calls)"
+    return f"{each.op.replace('_', '-')}{asked} {ms(each.use.ns)} ({each.use.count:.3g} call{'' if each.use.count == 1 else 's'})"
 
 
 def _split(each: CollectiveUse, waiting_ns: float, transfer_ns: float) -> str:

@@ -19,7 +19,8 @@ from msgspec import UNSET
 from numpy.typing import NDArray
 
 from shardwise.core.errors import TraceError
-from shardwise.core.timeline import NONE, Collectives, Group, Lane, Loss, SpanKind, Spans, Timeline, Window
+from shardwise.core.timeline import NONE, Collectives, Group, Lane, SpanKind, Spans, Timeline, Window
+from shardwise.core.waiting import Loss
 from shardwise.profiles import classify
 from shardwise.profiles.container import Damage, text_pieces
 from shardwise.profiles.events import EventStream, Header

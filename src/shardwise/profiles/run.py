@@ -12,8 +12,8 @@ from shardwise.core.decomposition import Decomposition, decompose
 from shardwise.core.difference import CollectiveUse, CpuUse, RunProfile, StepOfRank, Use, Work
 from shardwise.core.intervals import clip, total_ns, union
 from shardwise.core.parts import Parts
-from shardwise.core.timeline import NONE, Loss, SpanKind, Timeline, Window
-from shardwise.core.waiting import SharedCollective, Sharing
+from shardwise.core.timeline import NONE, SpanKind, Timeline, Window
+from shardwise.core.waiting import Loss, SharedCollective, Sharing
 from shardwise.profiles.classify import class_of, only_copies, plain_name
 from shardwise.profiles.nesting import own_segments
 

@@ -6,13 +6,17 @@ JSON has no NaN and no infinity, and null already means "not measured", so a num
 
 import dataclasses
 import math
+import types
+import typing
 from enum import Enum
 
 import msgspec
 
 from shardwise.core.errors import InputError
-from shardwise.core.placement import Partial, Replicate, Shard, format_placement
+from shardwise.core.placement import Partial, Placement, Replicate, Shard, format_placement, parse_placement
 
+_PLACEMENTS = frozenset(typing.get_args(Placement))
+_Noun = typing.TypeVar("_Noun")
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -75,3 +79,68 @@ def _name_non_finite(value: object) -> object:
             return [_name_non_finite(item) for item in value]
         case _:
             return value
+
+
+class _Mismatch(Exception):  # noqa: N818
+    """What is wrong and where: `Expected `int`, got `str` - at `$.rank``."""
+
+
+def read_as(document: bytes, kind: type[_Noun], source: str, *, command: str, what: str, version: int) -> _Noun:
+    """A saved document as the dataclass that was written. Raises InputError, which names `source`, the field and what it should be."""
+    table = read_document(document, source, command=command, what=what, version=version)
+    try:
+        found = _build(table, kind, "$")
+    except _Mismatch as error:
+        raise InputError(f"{source}: not a saved {what}: {error}. Give the JSON file that shardwise {command} wrote.") from None
+    assert isinstance(found, kind)
+    return found
+
+
+def _build(value: object, kind: typing.Any, path: str) -> object:
+    """`value` as a `kind`. msgspec has no unions of dataclasses, which a Placement is."""
+    choices = frozenset(typing.get_args(kind)) if isinstance(kind, types.UnionType) else frozenset()
+    if value is None and types.NoneType in choices:
+        return None
+    if choices >= _PLACEMENTS:
+        return _build_placement(value, path)
+    wanted = next(iter(choices - {types.NoneType})) if len(choices - {types.NoneType}) == 1 else kind
+    if dataclasses.is_dataclass(wanted) and isinstance(wanted, type):
+        return _build_dataclass(value, wanted, path)
+    if typing.get_origin(wanted) is tuple:
+        return _build_tuple(value, typing.get_args(wanted), path)
+    if wanted is float and isinstance(value, str) and value in NON_FINITE:
+        return NON_FINITE[value]
+    try:
+        return msgspec.convert(value, wanted)
+    except msgspec.ValidationError as error:
+        raise _Mismatch(f"{error} - at `{path}`") from None
+
+
+def _build_placement(value: object, path: str) -> Placement:
+    try:
+        return parse_placement(value if isinstance(value, str) else msgspec.convert(value, str))
+    except ValueError as error:
+        raise _Mismatch(f"{str(error).rstrip('.')} - at `{path}`") from None
+
+
+def _build_dataclass(value: object, kind: type, path: str) -> object:
+    if not isinstance(value, dict):
+        raise _Mismatch(f"Expected `object` - at `{path}`")
+    hints = typing.get_type_hints(kind)
+    given = {}
+    for field in dataclasses.fields(kind):
+        if field.name in value:
+            given[field.name] = _build(value[field.name], hints[field.name], f"{path}.{field.name}")
+        elif field.default is dataclasses.MISSING:
+            raise _Mismatch(f"Object missing required field `{field.name}` - at `{path}`")
+    return kind(**given)
+
+
+def _build_tuple(value: object, kinds: tuple[typing.Any, ...], path: str) -> tuple[object, ...]:
+    if not isinstance(value, list):
+        raise _Mismatch(f"Expected `array` - at `{path}`")
+    if kinds[-1] is Ellipsis:
+        kinds = (kinds[0],) * len(value)
+    if len(kinds) != len(value):
+        raise _Mismatch(f"Expected `array` of length {len(kinds)}, got {len(value)} - at `{path}`")
+    return tuple(_build(item, kind, f"{path}[{index}]") for index, (item, kind) in enumerate(zip(value, kinds, strict=True)))
