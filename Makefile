@@ -51,6 +51,7 @@ bench: $(READY) ## the benchmarks; writes benchmarks/results and the tables in t
 	$(BIN)/python -m benchmarks.embedding --tp 4
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.explain
+	$(BIN)/python -m benchmarks.traces
 	$(BIN)/python -m benchmarks.tables
 
 docs: $(READY) ## write the generated parts of the docs anew

@@ -4,6 +4,8 @@ README's examples from docs/example/comparison.json and explanation.json (made b
 python docs/build.py             writes them
 python docs/build.py --check     writes nothing; exit code 1 where a document differs
 python docs/build.py --picture   also takes the pictures of the examples' pages (needs Chromium)
+python docs/build.py --diff RUN  first makes the example of docs/diff.md anew, from the folder of a `compare rowwise rowwise@dtensor --profile` (needs
+                                 Chromium)
 python docs/build.py --walkthrough  also runs the embedding styles on toys and takes the pictures of their decisive steps (needs Chromium)
 """
 
@@ -27,12 +29,21 @@ from typing import Any
 import typer
 from rich.console import Console, RenderableType
 
+from shardwise.cli.compare import TRACES
 from shardwise.cli.main import app
 from shardwise.core.difference import Difference, RunProfile
 from shardwise.core.explanation import Contrast, Explanation
 from shardwise.core.placement import Placement
 from shardwise.core.walkthrough import Subject
 from shardwise.explain.walkthrough import explain_walkthrough
+from shardwise.profiles.collectives import share
+from shardwise.profiles.diff import diff
+from shardwise.profiles.picture import picture
+from shardwise.profiles.ranks import read_ranks, trace_files
+from shardwise.profiles.run import profile_run
+from shardwise.report.diff_html import difference_html
+from shardwise.report.diff_json import difference_from_json, difference_json
+from shardwise.report.diff_terminal import render_difference
 from shardwise.report.document import worked_out
 from shardwise.report.explain_html import explanation_html
 from shardwise.report.explain_json import explanation_from_json
@@ -47,6 +58,8 @@ DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
 EXAMPLE = DOCS / "example" / "comparison.json"
 EXPLAINED = DOCS / "example" / "explanation.json"
+DIFFERED = DOCS / "example" / "diff.json"
+DIFF_PAGE = DOCS / "diff.md"
 WIDTH = 100
 # the pictures' window in pixels: a height that just holds the step
 WALKTHROUGH_WIDTH = 1160
@@ -57,6 +70,7 @@ WALKTHROUGH_HEIGHTS = {
     Subject.EMBEDDING_REPLICATED: 1110,
 }
 _COMPARED = re.compile(r"(<!-- begin:compare-output -->\n).*?(<!-- end:compare-output -->)", re.DOTALL)
+_DIFFERED = re.compile(r"(<!-- begin:diff-output -->\n).*?(<!-- end:diff-output -->)", re.DOTALL)
 _EXPLAINED = re.compile(r"(<!-- begin:explain-output -->\n).*?(<!-- end:explain-output -->)", re.DOTALL)
 
 
@@ -196,6 +210,30 @@ def _fenced(printed: str) -> str:
     return "```\n" + "\n".join(line.rstrip() for line in printed.splitlines()).strip() + "\n```\n"
 
 
+def diff_output() -> str:
+    """The first part of what `shardwise diff` printed, for docs/diff.md."""
+    difference = difference_from_json(DIFFERED.read_bytes(), str(DIFFERED))
+    console = Console(file=io.StringIO(), width=WIDTH, record=True)
+    render_difference(difference, console)
+    printed = console.export_text().partition(f"Collectives of {difference.first.label}")[0]
+    return "```\n" + "\n".join(line.rstrip() for line in printed.splitlines()).strip() + "\n...\n```\n"
+
+
+def take_diff_example(run: Path) -> None:
+    """From the folder of `shardwise compare rowwise rowwise@dtensor --profile`: the example's file, and the picture of its page."""
+    read = []
+    for label in ("rowwise", "rowwise@dtensor"):
+        timelines, sharing = share(read_ranks(trace_files(run / TRACES / label)))
+        # each single collective would be most of the file, and isn't shown
+        profiled = profile_run(label, timelines, dataclasses.replace(sharing, collectives=()))
+        whole = profile_run(label, timelines, sharing)
+        read.append((dataclasses.replace(whole, sharing=profiled.sharing), picture(label, timelines)))
+    difference = diff(read[0][0], read[1][0])
+    DIFFERED.write_bytes(difference_json(difference))
+    page = difference_html(difference, [drawn for _, drawn in read if drawn is not None])
+    take_picture(page, DOCS / "example" / "diff.png", 1200, 1950)
+
+
 def take_picture(page: str, target: Path, width: int, height: int, address: str = "") -> None:
     """A picture of what a window shows of a page, opened at `#address`."""
     browser = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -229,12 +267,16 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--picture", action="store_true")
     parser.add_argument("--walkthrough", action="store_true")
+    parser.add_argument("--diff", type=Path, metavar="RUN")
     arguments = parser.parse_args()
+    if arguments.diff is not None:
+        take_diff_example(arguments.diff)
     readme = _COMPARED.sub(lambda match: match[1] + compare_output() + match[2], README.read_text(encoding="utf-8"))
     wanted = {
         DOCS / "cli.md": cli_reference(),
         DOCS / "explain-json.md": explain_json_reference(),
         DOCS / "diff-json.md": diff_json_reference(),
+        DIFF_PAGE: _DIFFERED.sub(lambda match: match[1] + diff_output() + match[2], DIFF_PAGE.read_text(encoding="utf-8")),
         README: _EXPLAINED.sub(lambda match: match[1] + explain_output() + match[2], readme),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]

@@ -12,7 +12,7 @@ from isal import isal_zlib
 
 from shardwise.core.errors import TraceError
 
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 2 << 20
 # A trace of a hundred million events has 25 GB. What unpacks to more is taken for a bomb.
 MOST_BYTES = 64 << 30
 

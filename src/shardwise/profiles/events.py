@@ -101,6 +101,8 @@ _AFTER_ARRAY_AT_THE_END = re.compile(rb'\s*(?:,\s*"|\}?\s*\Z)')
 # an event whose args hold what looks like events is cut into several pieces
 _MOST_JOINED = 16
 _OPENS_ARRAY = re.compile(rb"\s*:\s*\[")
+# float64 keeps nanoseconds up to here: half a step of its last place is less than half a nanosecond
+_EXACT_US = 2.0**43
 _LONG_DECIMAL = re.compile(rb'"ts"\s*:\s*"?\d{13,}\.\d*[1-9]')
 _CONTROL = re.compile(rb"[\x00-\x1f]")
 _NAME = re.compile(rb'("name"\s*:\s*")(.*?)("\s*,\s*' + _KEYS + rb")", re.DOTALL)
@@ -230,9 +232,13 @@ class EventStream:
     def _decoded(self, text: bytes) -> list[Any] | None:
         array = b"[" + text + b"]"
         try:
-            if _LONG_DECIMAL.search(text):
+            events = _DECODE.decode(array)
+            if not events:
+                return events
+            # times of a file are alike: its first and last tell whether they are too large for float64
+            if (_is_late(events[0]) or _is_late(events[-1])) and _LONG_DECIMAL.search(text):
                 return _DECODE_EXACTLY.decode(array)
-            return _DECODE.decode(array)
+            return events
         except _BROKEN:
             return None
 
@@ -332,6 +338,10 @@ class EventStream:
         base = re.search(rb'"baseTimeNanoseconds"\s*:\s*(\d{1,19})\b', self._head + tail)
         rank = re.search(rb'"distributedInfo"\s*:\s*\{[^{}]*?"rank"\s*:\s*(\d{1,7})\b', self._head + tail)
         self.header = Header(Distributed(int(rank[1])) if rank else None, int(base[1]) if base else None)
+
+
+def _is_late(event: Event) -> bool:
+    return isinstance(event.ts, str) or (isinstance(event.ts, float) and event.ts >= _EXACT_US)
 
 
 def _with_quotes_escaped(found: re.Match[bytes]) -> bytes:

@@ -8,24 +8,32 @@ from numpy.typing import NDArray
 
 from shardwise.core.timeline import NONE, Spans
 
+_AT_ONCE = 1 << 15  # spans that are Python numbers at a time
+
 
 def parents(lane: NDArray[Any], start_ns: NDArray[Any], end_ns: NDArray[Any], is_cpu: NDArray[np.bool_]) -> NDArray[np.int32]:
     """For each CPU span the innermost one around it on its thread."""
     parent = np.full(len(lane), NONE, np.int32)
     chosen = np.flatnonzero(is_cpu)
     order = chosen[np.lexsort((-end_ns[chosen], start_ns[chosen], lane[chosen]))]
-    stack: list[tuple[int, int]] = []
-    found = []
+    ends: list[int] = []
+    inner: list[int] = []  # of the spans that are open, outermost first
     previous = NONE
-    for index, on, begin, end in zip(order.tolist(), lane[order].tolist(), start_ns[order].tolist(), end_ns[order].tolist(), strict=True):
-        if on != previous:
-            stack.clear()
-            previous = on
-        while stack and stack[-1][0] <= begin:
-            stack.pop()
-        found.append(stack[-1][1] if stack else NONE)
-        stack.append((end, index))
-    parent[order] = np.array(found, np.int32)
+    for at in range(0, len(order), _AT_ONCE):
+        part = order[at : at + _AT_ONCE]
+        found = []
+        for index, on, begin, end in zip(part.tolist(), lane[part].tolist(), start_ns[part].tolist(), end_ns[part].tolist(), strict=True):
+            if on != previous:
+                ends.clear()
+                inner.clear()
+                previous = on
+            while ends and ends[-1] <= begin:
+                ends.pop()
+                inner.pop()
+            found.append(inner[-1] if inner else NONE)
+            ends.append(end)
+            inner.append(index)
+        parent[part] = found
     return parent
 
 

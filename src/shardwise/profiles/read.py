@@ -23,7 +23,7 @@ from shardwise.core.timeline import NONE, Collectives, Group, Lane, SpanKind, Sp
 from shardwise.core.waiting import Loss
 from shardwise.profiles import classify
 from shardwise.profiles.container import Damage, text_pieces
-from shardwise.profiles.events import EventStream, Header
+from shardwise.profiles.events import Args, EventStream, Header
 from shardwise.profiles.nesting import own_segments, parents
 
 _OURS = re.compile(r"shardwise\.\w+\|([^ (]+)")
@@ -88,7 +88,8 @@ class _Columns:
         self.parts: dict[str, list[NDArray[Any]]] = {
             key: [] for key in ("lane", "kind", "name", "shapes", "start", "end", "correlation", "external", "bytes")
         }
-        self._kinds: dict[tuple[str, str], SpanKind | None] = {}
+        self._kinds: dict[tuple[str, str], int | None] = {}
+        self._shapes = _Shapes(self.names)
 
     def add(self, batch: Sequence[Any]) -> None:
         kinds = self._kinds
@@ -102,7 +103,8 @@ class _Columns:
             try:
                 kind = kinds[key]
             except KeyError:
-                kind = kinds[key] = classify.kind_of(*key)
+                known = classify.kind_of(*key)
+                kind = kinds[key] = None if known is None else int(known)
             if kind is not None:
                 events.append(event)
                 found.append(kind)
@@ -111,7 +113,7 @@ class _Columns:
         if events:
             self._append(events, found)
 
-    def _append(self, events: list[Any], kinds: list[SpanKind]) -> None:
+    def _append(self, events: list[Any], kinds: list[int]) -> None:
         kind = np.array(kinds, np.int8)
         start, start_known = _nanoseconds([event.ts for event in events])
         length, length_known = _nanoseconds([event.dur for event in events])
@@ -122,7 +124,7 @@ class _Columns:
             self.lost["events without a time or a duration"] += int((~good).sum())
             events = [event for event, keep in zip(events, good.tolist(), strict=True) if keep]
             kind, start, length = kind[good], start[good], length[good]
-        names, lanes = self.names, self.lanes
+        names, lanes, shapes = self.names, self.lanes, self._shapes
         args = [event.args for event in events]
         cpu = kind >= SpanKind.OP
         parts = self.parts
@@ -131,7 +133,7 @@ class _Columns:
         parts["lane"].append(np.array([lanes[c, e.pid, e.tid] for c, e in zip(on_cpu, events, strict=True)], np.int32))
         parts["kind"].append(kind)
         parts["name"].append(np.array([names[event.name] for event in events], np.int32))
-        parts["shapes"].append(np.array([NONE if a is None or a.dims is UNSET else names[_text(a.dims)] for a in args], np.int32))
+        parts["shapes"].append(np.array([NONE if a is None or a.dims is UNSET else shapes[bytes(a.dims)] for a in args], np.int32))
         parts["start"].append(start)
         parts["end"].append(start + length)
         parts["correlation"].append(_integers([None if a is None else a.correlation for a in args]))
@@ -140,7 +142,7 @@ class _Columns:
         )
         parts["bytes"].append(_integers([None if a is None else a.n_bytes for a in args]))
         for index in np.flatnonzero(kind == SpanKind.COLLECTIVE).tolist():
-            self.collectives.append((self.n + index, args[index]))
+            self.collectives.append((self.n + index, _owned(args[index])))
         self.n += len(events)
 
     def column(self, key: str) -> NDArray[Any]:
@@ -148,8 +150,26 @@ class _Columns:
         return np.concatenate(self.parts.pop(key))
 
 
-def _text(raw: Any) -> str:
-    return _BLANK.sub(b"", bytes(raw)[:4096]).decode("utf-8", "replace")
+def _owned(args: Args | None) -> Args | None:
+    """The args without a hold on the piece of text that they came from."""
+    if args is not None:
+        for name in ("dims", "types", "group_ranks"):
+            raw = getattr(args, name)
+            if raw is not UNSET:
+                setattr(args, name, raw.copy())
+    return args
+
+
+class _Shapes(dict[bytes, int]):
+    """A shape's JSON -> its number among the names, without blanks and cut to what anybody reads."""
+
+    def __init__(self, names: _Numbers) -> None:
+        super().__init__()
+        self._names = names
+
+    def __missing__(self, raw: bytes) -> int:
+        self[raw] = number = self._names[_BLANK.sub(b"", raw[:4096]).decode("utf-8", "replace")]
+        return number
 
 
 def _nanoseconds(times_us: list[Any]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
