@@ -28,5 +28,5 @@ def test_a_late_rank_is_blamed_on_nccl_and_kernels_are_in_the_steps(tmp_path: Pa
             assert each.parts.compute_ns > 0
     slow = [each for each in sharing.collectives if each.longest_wait_ns > SLEEP_S * 0.5e9]
     assert {each.last_rank for each in slow} == {0, 1}
-    for each in slow:
-        assert each.longest_wait_ns / 1e9 == pytest.approx(SLEEP_S, rel=0.1)
+    for late in slow:
+        assert late.longest_wait_ns / 1e9 == pytest.approx(SLEEP_S, rel=0.1)

@@ -179,6 +179,16 @@ def test_equal_layers_are_one_line_and_a_collective_is_known_by_the_module_that_
     assert [(use.op, use.origin) for use in both.second.collectives] == [("all_to_all", "layers.*.wo")]
 
 
+def test_what_is_faster_than_the_links_is_flagged(tmp_path: Path) -> None:
+    fast = [[all_reduce(100, 10, elements=10_000_000)], [all_reduce(100, 10, elements=10_000_000)]]  # 40 MB in 10 us
+    run = profiled(tmp_path / "a", "A", fast)
+    assert (run.too_fast, run.link_bytes_per_s) == (1, 450e9)
+    console = Console(record=True, width=300)
+    render_run(run, run_words(run), console)
+    assert "1 collectives seem faster than the device's links (450 GB/s a direction)" in console.export_text()
+    assert profiled(tmp_path / "b", "B", [[all_reduce(100, 100)], [all_reduce(100, 100)]]).too_fast == 0
+
+
 def test_launches_that_left_no_kernel_and_lost_events_are_said(tmp_path: Path) -> None:
     run = profiled(tmp_path / "a", "A", [[*A, launch(50, 77), kernel("broken", 5, 0)]])
     console = Console(record=True, width=120)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from shardwise.core.errors import TraceError
 from shardwise.core.timeline import NONE, SpanKind, Timeline
-from shardwise.profiles import container, events
+from shardwise.profiles import container, events, read
 from shardwise.profiles.read import read_timeline
 from tests.unit.chrome_trace import START_US, all_reduce, document, event, kernel, launch, step, write
 
@@ -341,6 +341,17 @@ def test_deep_nesting_costs_its_event(tmp_path: Path) -> None:
     found = read_timeline(path)
     assert names(found) == ["kernel 0", "kernel 2"]
     assert [loss.what for loss in found.losses] == ["not JSON"]
+
+
+def test_endless_different_names_are_refused_and_long_ones_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = write(tmp_path / "long.json", [kernel("x" * 10_000, 1, 5), kernel("x" * 10_000, 7, 5)])
+    assert [len(name) for name in names(read_timeline(long))] == [4096, 4096]
+    monkeypatch.setattr(read, "MOST_NAMES_LENGTH", 1000)
+    many = write(tmp_path / "many.json", [kernel(f"kernel number {number}", number + 1, 1) for number in range(100)])
+    with pytest.raises(
+        TraceError, match=r"many\.json: has more than 100,000,000 spans, or 0 MiB of different names\. Record fewer steps\."
+    ):
+        read_timeline(many)
 
 
 def test_a_gzip_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ class StepOfRank:
 
 @dataclass(frozen=True, slots=True)
 class RunProfile:
-    """One run. parts: the mean window. lines_ns: all work, summed; busy_ns: its union. without_kernel: launches that left no kernel."""
+    """One run. too_fast: collectives whose bus bandwidth is above link_bytes_per_s, what the device's links carry. parts: the mean window. lines_ns: all work, summed; busy_ns: its union. without_kernel: launches that left no kernel."""
 
     label: str
     facts: tuple[tuple[str, str], ...]
@@ -96,6 +96,8 @@ class RunProfile:
     collectives: tuple[CollectiveUse, ...]
     cpu: CpuUse
     sharing: Sharing
+    link_bytes_per_s: float | None
+    too_fast: int
     losses: tuple[Loss, ...]
     without_kernel: tuple[int, int]
     schema_version: int = 1

@@ -28,8 +28,8 @@ _BY_CATEGORY = {
 }
 
 _COMMUNICATES = re.compile(
-    r"nccl|rccl|msccl|nvshmem|cross_device_reduce|multimem_|deep_ep::.*(?:dispatch|combine)|all_?reduce_fusion|"
-    r"(?:all_?reduce|all_?gather|reduce_?scatter|all_?to_?all).*kernel|memcpy ptop|one_shot_|two_shot_",
+    r"nccl|rccl|msccl|nvshmem|cross_device_reduce|multimem_|deep_ep::.{0,200}(?:dispatch|combine)|all_?reduce_fusion|"
+    r"(?:all_?reduce|all_?gather|reduce_?scatter|all_?to_?all).{0,200}kernel|memcpy ptop|one_shot_|two_shot_",
     re.IGNORECASE,
 )
 # kernels that work on what a collective sends, or that are named after one and send nothing
@@ -68,6 +68,17 @@ DTYPE_BYTES = {
     "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1,
 }  # fmt: skip
 
+# bytes per second that one GPU's links carry in one direction: NVLink 2 to 5 and Infinity Fabric, by the makers' data sheets of these products
+LINK_BYTES_PER_S = (
+    ("V100", 150e9),
+    ("A100", 300e9),
+    ("H100", 450e9),
+    ("H200", 450e9),
+    ("GH200", 450e9),
+    ("B200", 900e9),
+    ("MI300X", 448e9),
+)
+
 _ISSUES = ("nccl:", "gloo:", "c10d::", "shardwise.", "_c10d_functional::", "mpi:", "ucc:")
 _WAITS = ("c10d::", "_c10d_functional::", "_c10d_functional_autograd::", "_dtensor::", "gloo:")
 
@@ -100,6 +111,11 @@ def collective_op(name: str) -> str:
         if part in letters:
             return op
     return UNKNOWN
+
+
+def link_of(device: str) -> float | None:
+    """Bytes per second in one direction of the device of this name; None where it isn't known."""
+    return next((rate for name, rate in LINK_BYTES_PER_S if name in device), None)
 
 
 def issues_collective(name: str) -> bool:

@@ -31,6 +31,10 @@ _MODULE = re.compile(r"module: (.+)")
 _STEP = re.compile(r"ProfilerStep#(\d{1,9})$")
 _RANK_IN_NAME = re.compile(r"(?:rank|worker|device)[-_ ]?(\d{1,6})", re.IGNORECASE)
 _NS_PER_US = 1000
+# A file may unpack to far more than it weighs; what a Timeline may take is bounded: 60 bytes a span, and its names.
+MOST_SPANS = 100_000_000
+MOST_NAME = 4096
+MOST_NAMES_LENGTH = 512 << 20
 _BLANK = re.compile(rb"\s+")
 _MOST_TIME_NS = 1 << 62
 # what args that a stranger wrote may raise
@@ -55,6 +59,10 @@ def read_timeline(path: Path, *, rank: int | None = None) -> Timeline:
     columns = _Columns()
     for batch in stream:
         columns.add(batch)
+        if columns.n > MOST_SPANS or columns.names_length > MOST_NAMES_LENGTH:
+            raise TraceError(
+                f"{path}: has more than {MOST_SPANS:,} spans, or {MOST_NAMES_LENGTH >> 20} MiB of different names. Record fewer steps."
+            )
     lost = stream.lost + columns.lost
     losses = [Loss(count, what) for what, count in sorted(lost.items())]
     if damage.reason:
@@ -76,13 +84,25 @@ def _rank_of(path: Path, header: Header, given: int | None) -> int:
     return int(named[1]) if named else 0
 
 
+class _Names(_Numbers):
+    """Numbers names, cut to what anybody reads; `length` of all of them."""
+
+    length = 0
+
+    def __missing__(self, key: str) -> int:
+        if len(key) > MOST_NAME:
+            return self[f"{key[: MOST_NAME - 1]}…"]
+        self.length += len(key)
+        return super().__missing__(key)
+
+
 class _Columns:
     """Batches of events as growing columns."""
 
     def __init__(self) -> None:
         self.n = 0
         self.lost: Counter[str] = Counter()
-        self.names = _Numbers()
+        self.names = _Names()
         self.lanes = _Numbers()
         self.collectives: list[tuple[int, Any]] = []  # (span, args)
         self.parts: dict[str, list[NDArray[Any]]] = {
@@ -99,7 +119,7 @@ class _Columns:
             if event.ph != "X":
                 unfinished += event.ph == "B"
                 continue
-            key = (event.cat, event.name)
+            key = (event.cat, event.name[:MOST_NAME])
             try:
                 kind = kinds[key]
             except KeyError:
@@ -145,6 +165,10 @@ class _Columns:
             self.collectives.append((self.n + index, _owned(args[index])))
         self.n += len(events)
 
+    @property
+    def names_length(self) -> int:
+        return self.names.length
+
     def column(self, key: str) -> NDArray[Any]:
         """The whole column; its parts are given up."""
         return np.concatenate(self.parts.pop(key))
@@ -163,12 +187,12 @@ def _owned(args: Args | None) -> Args | None:
 class _Shapes(dict[bytes, int]):
     """A shape's JSON -> its number among the names, without blanks and cut to what anybody reads."""
 
-    def __init__(self, names: _Numbers) -> None:
+    def __init__(self, names: _Names) -> None:
         super().__init__()
         self._names = names
 
     def __missing__(self, raw: bytes) -> int:
-        self[raw] = number = self._names[_BLANK.sub(b"", raw[:4096]).decode("utf-8", "replace")]
+        self[raw] = number = self._names[_BLANK.sub(b"", raw[:MOST_NAME]).decode("utf-8", "replace")]
         return number
 
 

@@ -14,7 +14,7 @@ from shardwise.core.intervals import clip, total_ns, union
 from shardwise.core.parts import Parts
 from shardwise.core.timeline import NONE, SpanKind, Timeline, Window
 from shardwise.core.waiting import Loss, SharedCollective, Sharing
-from shardwise.profiles.classify import class_of, only_copies, plain_name
+from shardwise.profiles.classify import class_of, link_of, only_copies, plain_name
 from shardwise.profiles.nesting import own_segments
 
 # a layer's number: equal layers are one line
@@ -50,6 +50,7 @@ def profile_run(label: str, timelines: Sequence[Timeline], sharing: Sharing) -> 
     found = [each for timeline in timelines for each in decompose(timeline)]
     n = max(1, len(found))
     books = _Books()
+    link = link_of(dict(timelines[0].facts).get("device", ""))
     for timeline in timelines:
         _book_work(timeline, books)
     parts = sum((each.parts for each in found), Parts()).scaled(1 / n)
@@ -68,6 +69,8 @@ def profile_run(label: str, timelines: Sequence[Timeline], sharing: Sharing) -> 
         collectives=_collective_uses(books, found, sharing, n),
         cpu=_cpu_use(timelines),
         sharing=sharing,
+        link_bytes_per_s=link,
+        too_fast=sum(link is not None and (each.bus_bytes_per_s or 0.0) > link for each in sharing.collectives),
         losses=_losses(timelines),
         without_kernel=(
             sum(timeline.launches_without_kernel[0] for timeline in timelines),

@@ -179,6 +179,11 @@ def cautions(run: RunProfile) -> list[str]:
     missing, launches = run.without_kernel
     if missing:
         said.append(f"{missing:,} of {launches:,} launches left no kernel in the file: its recording began later, or lost them")
+    if run.too_fast and run.link_bytes_per_s is not None:
+        said.append(
+            f"{run.too_fast:,} collectives seem faster than the device's links ({run.link_bytes_per_s / 1e9:.0f} GB/s a direction): data moved before the last "
+            "rank came, the switch reduced it, or the sizes in the file are wrong"
+        )
     said += [f"{refused.count:,} collectives not split: {refused.why}" for refused in run.sharing.refused]
     off = [clock for clock in run.sharing.clocks if clock.offset_ns]
     if off:
