@@ -168,6 +168,27 @@ def test_on_a_cpu_work_is_what_ops_do_themselves_and_not_what_waits(tmp_path: Pa
     assert found.windows[0].length_ns == 100_000
 
 
+@pytest.mark.parametrize("says_so", [True, False])
+def test_what_blocks_in_a_collective_is_no_work_of_the_function_around_it(tmp_path: Path, says_so: bool) -> None:
+    """An autograd function is an op; our own ranges say where it waits, else the time right after the call does."""
+    asked = "shardwise.all_reduce|wo ('wo' (rowwise)): Partial -> Replicate"
+    found = read_timeline(
+        write(
+            tmp_path / "t.json",
+            [
+                event("cpu_op", "_AllReduce", 0, 100),
+                *([event("user_annotation", asked, 10, 80)] if says_so else []),
+                event("cpu_op", "c10d::allreduce_", 12, 3),
+                event("user_annotation", "gloo:all_reduce", 14, 70, tid=9, args={"Input Dims": [[4]], "Input type": ["float"]}),
+                event("cpu_op", "aten::add", 92, 5),
+            ],
+        )
+    )
+    works = [(found.name(at), int(found.spans.start_ns[at])) for at in np.flatnonzero(found.spans.kind == SpanKind.COMPUTE).tolist()]
+    assert works == [("_AllReduce", 0), *([("_AllReduce", 90_000)] if says_so else []), ("aten::add", 92_000), ("_AllReduce", 97_000)]
+    assert (None if found.collectives.origin[0] == NONE else found.names[found.collectives.origin[0]]) == ("wo" if says_so else None)
+
+
 # --------------------------------------------------------------------------------------------- numbers
 
 
