@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from shardwise.core.difference import Difference, Matched, RunProfile
+from shardwise.core.errors import TraceError
 from shardwise.profiles.collectives import share
 from shardwise.profiles.diff import diff, run_words
 from shardwise.profiles.picture import picture
@@ -189,6 +190,14 @@ def test_what_is_faster_than_the_links_is_flagged(tmp_path: Path) -> None:
     assert profiled(tmp_path / "b", "B", [[all_reduce(100, 100)], [all_reduce(100, 100)]]).too_fast == 0
 
 
+def test_a_run_without_any_work_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TraceError) as caught:
+        profiled(tmp_path / "a", "A", [[step(0, 0, 10), launch(5, 3)]])
+    assert str(caught.value) == (
+        "A: no kernel and no CPU op was recorded. Record with ProfilerActivity.CPU, and CUDA where there is a GPU."
+    )
+
+
 def test_launches_that_left_no_kernel_and_lost_events_are_said(tmp_path: Path) -> None:
     run = profiled(tmp_path / "a", "A", [[*A, launch(50, 77), kernel("broken", 5, 0)]])
     console = Console(record=True, width=120)
@@ -274,3 +283,44 @@ def test_the_aligned_trace_has_all_ranks_on_one_clock_and_can_be_read_again(tmp_
         ("transfer: all_reduce", 30.0),
         ("transfer: all_reduce", 30.0),
     ]
+
+
+ODD_EVENTS = st.lists(
+    st.builds(
+        lambda cat, name, at, length, tid, args: event(cat, name, at, length, tid=tid, args=args),
+        st.sampled_from(["kernel", "cpu_op", "cuda_runtime", "user_annotation", "gpu_memcpy"]),
+        st.sampled_from(
+            ["ncclDevKernel_AllReduce", "gemm", "gloo:all_reduce", "c10d::allreduce_", "ProfilerStep#1", "ProfilerStep#2", "shardwise.x|y (z",
+             "module: a.0.b", "aten::copy_", "", "\u202e\x00", "x" * 300]
+        ),
+        st.integers(-5, 60),
+        st.integers(0, 60),
+        st.integers(0, 2),
+        st.dictionaries(
+            st.sampled_from(["correlation", "External id", "Input Dims", "Seq", "In msg nelems", "dtype", "Process Group Name", "Collective name"]),
+            st.sampled_from([0, 1, 2, "Float", "allreduce", [[2, 3]], [], None, -7, "x"]),
+            max_size=4,
+        ),
+    ),
+    min_size=1,
+    max_size=14,
+)  # fmt: skip
+
+
+@given(ODD_EVENTS, ODD_EVENTS)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_two_ranks_recorded_is_told_or_refused_in_words(
+    tmp_path: Path, first: list[dict[str, Any]], second: list[dict[str, Any]]
+) -> None:
+    try:
+        run = profiled(tmp_path / "both", "both", [first, second])
+        alone = profiled(tmp_path / "alone", "alone", [second])
+    except TraceError:
+        return
+    both = diff(run, alone)
+    assert_the_books_balance(both)
+    console = Console(record=True, width=90)
+    render_difference(both, console)
+    render_run(run, run_words(run), console)
+    assert "<img" not in difference_html(both, [])
+    assert difference_from_json(difference_json(both)) == both

@@ -12,6 +12,7 @@ from rich.console import Console
 from shardwise.core.errors import OptionError
 
 if TYPE_CHECKING:
+    from shardwise.cli.progress import ProgressLine
     from shardwise.core.difference import Difference, RunProfile, StepPicture
     from shardwise.core.timeline import Timeline
 
@@ -69,11 +70,9 @@ def _labels(given: str | None, paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def _read(path: Path, workers: int | None, progress: object) -> "Sequence[Timeline]":
-    from shardwise.cli.progress import ProgressLine
+def _read(path: Path, workers: int | None, progress: "ProgressLine") -> "Sequence[Timeline]":
     from shardwise.profiles.ranks import read_ranks, trace_files
 
-    assert isinstance(progress, ProgressLine)
     files = trace_files(path)
     done = 0
 

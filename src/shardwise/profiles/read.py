@@ -520,6 +520,7 @@ def _windows(timeline: Timeline, rank: int) -> tuple[Window, ...]:
     if not len(marks):
         return whole
     if not any(lane.is_device for lane in timeline.lanes):
+        marks = marks[spans.end_ns[marks] > spans.start_ns[marks]]
         return tuple(Window(rank, numbers[int(spans.name[mark])], int(spans.start_ns[mark]), int(spans.end_ns[mark])) for mark in marks)
     begins, ends, steps = [], [], []
     for mark in marks.tolist():

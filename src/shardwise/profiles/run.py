@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from shardwise.core.decomposition import Decomposition, decompose
 from shardwise.core.difference import CollectiveUse, CpuUse, RunProfile, StepOfRank, Use, Work
+from shardwise.core.errors import TraceError
 from shardwise.core.intervals import clip, total_ns, union
 from shardwise.core.parts import Parts
 from shardwise.core.timeline import NONE, SpanKind, Timeline, Window
@@ -46,9 +47,11 @@ class _Books:
 
 
 def profile_run(label: str, timelines: Sequence[Timeline], sharing: Sharing) -> RunProfile:
-    """timelines: one per rank, as collectives.share() gives them."""
+    """timelines: one per rank, as collectives.share() gives them. Raises TraceError where no work was recorded."""
     found = [each for timeline in timelines for each in decompose(timeline)]
-    n = max(1, len(found))
+    if not found:
+        raise TraceError(f"{label}: no kernel and no CPU op was recorded. Record with ProfilerActivity.CPU, and CUDA where there is a GPU.")
+    n = len(found)
     books = _Books()
     link = link_of(dict(timelines[0].facts).get("device", ""))
     for timeline in timelines:
