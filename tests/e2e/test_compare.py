@@ -202,7 +202,7 @@ REFUSED = [
     (("broken.toml",), "broken.toml: not valid TOML: Expected '=' after a key in a key/value pair (at line 1, column 6)."),
     (("typo.toml",), 'plan "typo": rule "layers.*.atention.wq" (colwise) matched nothing; did you mean "layers.*.attention.wq"?'),
     (("--config", "bad.toml"), '--config bad.toml: unknown key "batsh". Did you mean "batch"? Allowed: accumulation, batch, check, compile, device, '
-     "dtype, json, learning_rate, max_norm, mesh, model, module, out, plans, random_ids, recompute, repeat, rounds, seed, seq, "
+     "dtype, json, learning_rate, max_norm, mesh, model, module, out, plans, profile, profile_steps, random_ids, recompute, repeat, rounds, seed, seq, "
      "sequence_parallel, text, timeout, tokenizer, warmup."),
     (("--learning-rate", "-1"), "--learning-rate is -1.0. Use a number above 0."),
     (("--text", "nowhere.txt"), 'text file "nowhere.txt" doesn\'t exist. Give UTF-8 text files, or directories of them.'),
