@@ -268,6 +268,8 @@ def test_a_bare_array_is_a_trace_too(tmp_path: Path) -> None:
     path.write_text(json.dumps(some(3)))
     assert names(read_timeline(path)) == ["kernel 0", "kernel 1", "kernel 2"]
     assert read_timeline(path).ranks == (3,)
+    assert read_timeline(path, rank=7).ranks == (3,)
+    assert read_timeline(path.rename(tmp_path / "trace.json"), rank=7).ranks == (7,)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -310,9 +312,13 @@ def test_a_broken_event_costs_itself_only_and_what_can_be_mended_is(tmp_path: Pa
 
 
 def test_work_without_a_duration_is_dropped_and_counted(tmp_path: Path) -> None:
-    found = read_timeline(write(tmp_path / "t.json", [kernel("a", 5, 5), kernel("b", -START_US, 5), kernel("c", 5, 0), kernel("d", 5, -1)]))
+    found = read_timeline(
+        write(
+            tmp_path / "t.json", [kernel("a", 5, 5), kernel("b", -START_US, 5), kernel("c", 5, 0), kernel("d", 5, -1), kernel("e", 5, 1e13)]
+        )
+    )
     assert names(found) == ["a"]
-    assert [(loss.count, loss.what) for loss in found.losses] == [(3, "events without a time or a duration")]
+    assert [(loss.count, loss.what) for loss in found.losses] == [(4, "events without a time or a duration")]
 
 
 @pytest.mark.parametrize(

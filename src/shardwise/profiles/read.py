@@ -37,6 +37,7 @@ MOST_NAME = 4096
 MOST_NAMES_LENGTH = 512 << 20
 _BLANK = re.compile(rb"\s+")
 _MOST_TIME_NS = 1 << 62
+_MOST_LENGTH_NS = 1 << 50  # 13 days: sums of them stay within 64 bits
 # what args that a stranger wrote may raise
 _ODD = (msgspec.DecodeError, msgspec.ValidationError, RecursionError, UnicodeDecodeError, TypeError, OverflowError)
 
@@ -50,7 +51,7 @@ class _Numbers(dict[Any, int]):
 
 
 def read_timeline(path: Path, *, rank: int | None = None) -> Timeline:
-    """The file's Timeline. rank: of which rank it is, where the file doesn't say.
+    """The file's Timeline. rank: of which rank it is, where neither the file nor its name ("rank3.json") says.
 
     Raises TraceError where there is nothing in it to read.
     """
@@ -78,10 +79,8 @@ def read_timeline(path: Path, *, rank: int | None = None) -> Timeline:
 def _rank_of(path: Path, header: Header, given: int | None) -> int:
     if header.distributed is not None and header.distributed.rank is not None:
         return header.distributed.rank
-    if given is not None:
-        return given
     named = _RANK_IN_NAME.search(path.name)
-    return int(named[1]) if named else 0
+    return int(named[1]) if named else given or 0
 
 
 class _Names(_Numbers):
@@ -139,7 +138,7 @@ class _Columns:
         length, length_known = _nanoseconds([event.dur for event in events])
         # a range may be empty; work of no length, or at no time, is a record that was never filled in
         is_work = kind <= SpanKind.COPY
-        good = start_known & length_known & (length >= 0) & (start != 0) & ~(is_work & (length == 0))
+        good = start_known & length_known & (length >= 0) & (length <= _MOST_LENGTH_NS) & (start != 0) & ~(is_work & (length == 0))
         if not good.all():
             self.lost["events without a time or a duration"] += int((~good).sum())
             events = [event for event, keep in zip(events, good.tolist(), strict=True) if keep]
