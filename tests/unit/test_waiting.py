@@ -197,6 +197,17 @@ def test_or_for_nothing_that_was_recorded(tmp_path: Path) -> None:
     assert blamed(tmp_path, late) == "its CPU in no recorded op inside load data: Python, a sleep, or not scheduled"
 
 
+def test_files_may_count_from_different_bases(tmp_path: Path) -> None:
+    """Kineto rounds the base to a quarter of a year: ranks that start around its turn differ."""
+    base = 1_700_000_000_000_000_000
+    write(tmp_path / "rank0.json", [all_reduce(2_000_100, 30)], rank=0, baseTimeNanoseconds=base)
+    write(tmp_path / "rank1.json", [all_reduce(120, 10)], rank=1, baseTimeNanoseconds=base + 2_000_000_000)
+    timelines, found = share(read_ranks(trace_files(tmp_path), workers=1))
+    assert [timeline.origin_ns for timeline in timelines] == [base + 2_001_100_000] * 2
+    assert [clock.offset_ns for clock in found.clocks] == [0, 0]
+    assert split(found) == [(1, [20_000, 0], 10_000)]
+
+
 def test_two_files_of_one_rank_are_refused(tmp_path: Path) -> None:
     from shardwise.core.errors import TraceError
 
