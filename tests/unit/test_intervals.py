@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwise.core.intervals import clip, complement, layers, total_ns, union, without
+from shardwise.core.intervals import clip, complement, covered_ns, layers, total_ns, union, without
 
 SPANS = st.lists(st.tuples(st.integers(0, 60), st.integers(-2, 20)), max_size=12)
 WINDOW = st.tuples(st.integers(0, 60), st.integers(0, 40))
@@ -38,6 +38,13 @@ def test_the_order_of_spans_does_not_matter(spans: list[tuple[int, int]], random
     shuffled = list(spans)
     random.shuffle(shuffled)
     assert np.array_equal(of(spans), of(shuffled))
+
+
+@given(SPANS, SPANS)
+def test_what_a_set_covers_of_spans(first: list[tuple[int, int]], second: list[tuple[int, int]]) -> None:
+    spans = [(start, start + length) for start, length in second if length >= 0]
+    starts, ends = (np.array(side, np.int64) for side in (zip(*spans, strict=True) if spans else ((), ())))
+    assert covered_ns(of(first), starts, ends).tolist() == [len(instants(first) & set(range(start, end))) for start, end in spans]
 
 
 @given(st.lists(SPANS, max_size=5), WINDOW)

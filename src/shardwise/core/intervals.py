@@ -47,6 +47,21 @@ def complement(intervals: Intervals, start_ns: int, end_ns: int) -> Intervals:
     return gaps[gaps[:, 1] > gaps[:, 0]]
 
 
+def covered_ns(intervals: Intervals, start_ns: NDArray[np.int64], end_ns: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each span how much of it the set covers."""
+    if not len(intervals):
+        return np.zeros(len(start_ns), np.int64)
+    before = np.concatenate((np.zeros(1, np.int64), (intervals[:, 1] - intervals[:, 0]).cumsum()))
+
+    def until(times_ns: NDArray[np.int64]) -> NDArray[np.int64]:
+        at = np.searchsorted(intervals[:, 0], times_ns, side="right")
+        last = np.maximum(at - 1, 0)
+        inside = np.minimum(times_ns, intervals[last, 1]) - intervals[last, 0]
+        return np.where(at == 0, 0, before[last] + inside)
+
+    return until(end_ns) - until(start_ns)
+
+
 def without(first: Intervals, second: Intervals) -> Intervals:
     """What of the first set the second doesn't cover."""
     if not len(first) or not len(second):

@@ -21,6 +21,8 @@ from shardwise.profiles.classify import SYMMETRIC, short_name
 from shardwise.profiles.nesting import own_segments
 
 _MOST_ALIGNED = 20_000
+# to look for what a rank was doing takes a look at all its spans
+_MOST_BLAMED = 500
 # ranges that are in every step, or that are the collective itself
 _NO_PLACE = ("ProfilerStep", "shardwise.")
 
@@ -71,11 +73,14 @@ def share(timelines: Sequence[Timeline]) -> tuple[tuple[Timeline, ...], Sharing]
         else:
             for call in calls:
                 arrivals[call.rank][call.row] = shared.arrival_ns
-            found.append(replace(shared, blame=_blame(shared, by_rank[shared.last_rank])))
+            found.append(shared)
     filled = tuple(
         replace(timeline, collectives=replace(timeline.collectives, arrival_ns=arrivals[timeline.ranks[0]])) for timeline in placed
     )
     found.sort(key=lambda shared: shared.arrival_ns)
+    worst = sorted(range(len(found)), key=lambda at: -found[at].total_waiting_ns)[:_MOST_BLAMED]
+    for at in worst:
+        found[at] = replace(found[at], blame=_blame(found[at], by_rank[found[at].last_rank]))
     return filled, Sharing(tuple(found), clocks, tuple(Refused(count, why) for why, count in refused.most_common()))
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from shardwise.core.decomposition import Decomposition, decompose
 from shardwise.core.difference import CollectiveUse, CpuUse, RunProfile, StepOfRank, Use, Work
 from shardwise.core.errors import TraceError
-from shardwise.core.intervals import clip, total_ns, union
+from shardwise.core.intervals import clip, covered_ns, total_ns, union
 from shardwise.core.parts import Parts
 from shardwise.core.timeline import NONE, SpanKind, Timeline, Window
 from shardwise.core.waiting import Loss, SharedCollective, Sharing
@@ -254,12 +254,15 @@ def _cpu_use(timelines: Sequence[Timeline]) -> CpuUse:
                 by_op[names[int(name)]].count += int(count)
             launched = calls[within[calls]]
             launches.add(len(launched), int((spans.end_ns[launched] - spans.start_ns[launched]).sum()))
-        inside = np.array(windows, np.int64).reshape(-1, 2)
-        for span, start_ns, end_ns in own_segments(spans, chosen):
-            clipped = total_ns(clip(inside, start_ns, end_ns)) if len(inside) else 0
-            if clipped:
-                by_op[names[int(spans.name[span])]].ns += clipped
-                ops.ns += clipped
+        segments = np.array(list(own_segments(spans, chosen)), np.int64).reshape(-1, 3)
+        marked = np.array(windows, np.int64).reshape(-1, 2)
+        inside_ns = covered_ns(union(marked[:, 0], marked[:, 1]), segments[:, 1], segments[:, 2])
+        ops.ns += int(inside_ns.sum())
+        numbers, which = np.unique(spans.name[segments[:, 0]], return_inverse=True)
+        totals = np.zeros(len(numbers), np.int64)
+        np.add.at(totals, which, inside_ns)
+        for number, total_of_name in zip(numbers.tolist(), totals.tolist(), strict=True):
+            by_op[names[number]].ns += total_of_name
     n = max(1, n)
     lines = sorted(((name, total.per(n)) for name, total in by_op.items()), key=lambda pair: (-pair[1].ns, pair[0]))
     return CpuUse(ops.per(n), launches.per(n), tuple(lines))
