@@ -360,6 +360,20 @@ def test_a_giant_string_costs_its_event_and_no_memory(tmp_path: Path, monkeypatc
     assert most < 3 << 16
 
 
+@pytest.mark.parametrize("filler", ['"name":"a" ', '"name": "', "}] ", '}],"a":', '"ts": 1', '{"ph":', '\\"', "} , "])
+@pytest.mark.parametrize("in_name", [True, False])
+def test_text_made_to_be_slow_is_not(tmp_path: Path, filler: str, in_name: bool) -> None:
+    """Four MiB of what could send a careless pattern back and forth; hours where it does."""
+    lines = [json.dumps(each) for each in some(3)]
+    slow = filler * ((4 << 20) // len(filler))
+    lines[1] = lines[1].replace("kernel 1", slow) if in_name else f'{{"ph": "X", {slow}}}'
+    path = tmp_path / "t.json"
+    path.write_text('{"traceEvents": [' + ",".join(lines) + "]}")
+    found = read_timeline(path)
+    assert names(found)[0] == "kernel 0"
+    assert names(found)[-1] == "kernel 2"
+
+
 def test_deep_nesting_costs_its_event(tmp_path: Path) -> None:
     lines = [json.dumps(each) for each in some(3)]
     lines[1] = lines[1].replace('"nested"', '"deep": ' + "[" * 100_000 + "]" * 100_000 + ', "nested"')

@@ -105,7 +105,8 @@ _OPENS_ARRAY = re.compile(rb"\s*:\s*\[")
 _EXACT_US = 2.0**43
 _LONG_DECIMAL = re.compile(rb'"ts"\s*:\s*"?\d{13,}\.\d*[1-9]')
 _CONTROL = re.compile(rb"[\x00-\x1f]")
-_NAME = re.compile(rb'("name"\s*:\s*")(.*?)("\s*,\s*' + _KEYS + rb")", re.DOTALL)
+_NAME_BEGINS = re.compile(rb'"name"\s*:\s*"')
+_NAME_ENDS = re.compile(rb'"\s*,\s*' + _KEYS)
 
 
 class EventStream:
@@ -296,7 +297,7 @@ class EventStream:
             return [], single.index(b"]") + 1
         after = _AFTER_ARRAY_AT_THE_END if is_last else _AFTER_ARRAY
         for count, end in enumerate(_MAYBE_LAST.finditer(single)):
-            if count == 64 or end.start() > MOST_EVENT_BYTES:
+            if count == 16 or end.start() > MOST_EVENT_BYTES:
                 return None
             if after.match(single, end.end()) is None:
                 continue
@@ -311,8 +312,7 @@ class EventStream:
         text = _CONTROL.sub(b" ", single).decode("utf-8", "replace").encode()
         events = self._decoded(text)
         if events is None:
-            text = _NAME.sub(_with_quotes_escaped, text, count=1)
-            events = self._decoded(text)
+            events = self._decoded(_with_quotes_escaped(text))
         return events
 
     # ------------------------------------------------------------------ after the events
@@ -344,8 +344,13 @@ def _is_late(event: Event) -> bool:
     return isinstance(event.ts, str) or (isinstance(event.ts, float) and event.ts >= _EXACT_US)
 
 
-def _with_quotes_escaped(found: re.Match[bytes]) -> bytes:
-    name = found[2]
-    if not re.search(_KEYS, name):  # else it reaches into the next event
-        name = re.sub(rb'(?<!\\)"', rb'\\"', name)
-    return found[1] + name + found[3]
+def _with_quotes_escaped(text: bytes) -> bytes:
+    """The event with its name's bare quotes escaped: from the first name on, to the first thing that can stand after one."""
+    begins = _NAME_BEGINS.search(text)
+    ends = _NAME_ENDS.search(text, begins.end()) if begins is not None else None
+    if begins is None or ends is None:
+        return text
+    name = text[begins.end() : ends.start()]
+    if re.search(_KEYS, name):  # it reaches into the next event
+        return text
+    return text[: begins.end()] + re.sub(rb'(?<!\\)"', rb'\\"', name) + text[ends.start() :]
