@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from shardwise.core.decomposition import decompose
 from shardwise.core.timeline import Timeline
 from shardwise.core.waiting import Sharing
+from shardwise.profiles.clocks import correct
 from shardwise.profiles.collectives import share
 from shardwise.profiles.ranks import read_ranks, trace_files
 from shardwise.profiles.read import read_timeline
@@ -150,6 +151,36 @@ def test_files_of_a_group_s_other_ranks_that_are_missing_are_named(tmp_path: Pat
         write(tmp_path / f"rank{rank}.json", [all_reduce(0, 20, ranks=(0, 1, 2, 3))], rank=rank)
     _, found = share(read_ranks(trace_files(tmp_path), workers=1))
     assert [(each.count, each.why) for each in found.refused] == [(2, "the files of ranks 2, 3 are missing, which are in the same group")]
+
+
+def test_ends_that_are_late_on_the_same_rank_make_no_collective_impossible(tmp_path: Path) -> None:
+    """Ranks of one busy machine: rank 0 mostly leaves 50 us late, so the median end alone would shift rank 1 by as much."""
+    for rank, leaves in enumerate(([160, 260, 360, 410, 510], [110, 210, 310, 410, 510])):
+        arrives = [[0, 0, 0, 320, 400], [100, 200, 300, 400, 500]][rank]
+        events = [all_reduce(at, end - at, ranks=(0, 1)) for at, end in zip(arrives, leaves, strict=True)]
+        write(tmp_path / f"rank{rank}.json", events, rank=rank)
+    _, found = share(read_ranks(trace_files(tmp_path), workers=1))
+    assert not found.refused
+    assert [each.last_rank for each in found.collectives] == [1] * 5
+    assert found.clocks[1].offset_ns == -10_000  # nearest to the median's -50 us; with more, rank 0 would leave before rank 1 comes
+
+
+def test_a_barrier_bounds_a_clock_though_its_ranks_leave_apart() -> None:
+    """Rank 1 leaves its only collective 50 us late, so its clock seems 50 us ahead; but it left the barrier 40 us after rank 0 came."""
+    collective = {0: (0, 100_000), 1: (0, 150_000)}
+    assert correct([0, 1], [collective])[1].offset_ns == 50_000
+    ahead = {0: (300_000, 370_000), 1: (200_000, 340_000)}
+    assert correct([0, 1], [collective], [ahead])[1].offset_ns == 40_000  # or rank 1 would leave before rank 0 comes
+
+
+def test_a_wrong_clock_of_some_collectives_moves_no_rank(tmp_path: Path) -> None:
+    """What can't be true with any one offset is refused, and the others keep theirs."""
+    for rank in (0, 1):
+        events = [all_reduce(100 * at + (30 if rank and at == 4 else 0), 10, ranks=(0, 1)) for at in range(5)]
+        write(tmp_path / f"rank{rank}.json", events, rank=rank)
+    _, found = share(read_ranks(trace_files(tmp_path), workers=1))
+    assert [refused.count for refused in found.refused] == [1]
+    assert [clock.offset_ns for clock in found.clocks] == [0, 0]
 
 
 def test_groups_are_matched_apart_and_their_clocks_hang_together(tmp_path: Path) -> None:

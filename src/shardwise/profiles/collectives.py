@@ -5,10 +5,9 @@ Matched by the process group's sequence numbers where the files have them; else,
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
-from statistics import median_low
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +15,9 @@ from numpy.typing import NDArray
 from shardwise.core.collective import CollectiveKind, wire_bytes
 from shardwise.core.intervals import clip, total_ns, union
 from shardwise.core.timeline import NONE, SpanKind, Timeline
-from shardwise.core.waiting import Blame, Clock, Member, Refused, SharedCollective, Sharing
+from shardwise.core.waiting import Blame, Member, Refused, SharedCollective, Sharing
 from shardwise.profiles.classify import SYMMETRIC, short_name
+from shardwise.profiles.clocks import Times, correct
 from shardwise.profiles.nesting import own_segments
 
 _MOST_ALIGNED = 20_000
@@ -55,7 +55,7 @@ def share(timelines: Sequence[Timeline]) -> tuple[tuple[Timeline, ...], Sharing]
         return tuple(timelines), Sharing((), (), (Refused(count, why),) if count else ())
     refused: Counter[str] = Counter()
     matched = _matched(timelines, refused)
-    clocks = _clocks([timeline.ranks[0] for timeline in timelines], matched)
+    clocks = correct([timeline.ranks[0] for timeline in timelines], _times(matched, SYMMETRIC), _times(matched, {"barrier"}))
     offsets = {clock.rank: clock.offset_ns or 0 for clock in clocks}
     placed = [timeline.shifted(-offsets[timeline.ranks[0]]) for timeline in timelines]
     by_rank = {timeline.ranks[0]: timeline for timeline in placed}
@@ -179,6 +179,10 @@ def _aligned(lists: Sequence[list[_Call]], refused: Counter[str]) -> list[list[_
     return sets
 
 
+def _times(matched: Sequence[tuple[str, list[_Call]]], ops: Container[str]) -> list[Times]:
+    return [{call.rank: (call.start_ns, call.end_ns) for call in calls} for _, calls in matched if calls[0].op in ops]
+
+
 def _shared(group: str, calls: Sequence[_Call], members: tuple[Member, ...], by_rank: dict[int, Timeline]) -> SharedCollective:
     first = calls[0]
     sizes = [int(by_rank[call.rank].collectives.full_bytes[call.row]) for call in calls]
@@ -188,56 +192,6 @@ def _shared(group: str, calls: Sequence[_Call], members: tuple[Member, ...], by_
     if full is not None and first.op in SYMMETRIC:
         wire = wire_bytes(CollectiveKind(first.op), full, n)
     return SharedCollective(first.op, first.origin, group, tuple(call.rank for call in calls), first.step, members, full, wire)
-
-
-# --------------------------------------------------------------------------------------------- clocks
-
-
-def _clocks(ranks: Sequence[int], matched: Sequence[tuple[str, list[_Call]]]) -> tuple[Clock, ...]:
-    """Offsets by which the ends of symmetric collectives fall together best: first pair by pair from the lowest rank on, so that a clock
-    that is off by seconds pulls nobody; then against the median of all."""
-    sets = [{call.rank: call.end_ns for call in calls} for _, calls in matched if calls[0].op in SYMMETRIC]
-    offsets = _pairwise(ranks, sets)
-    residuals: dict[int, list[int]] = defaultdict(list)
-    apart: dict[int, list[int]] = defaultdict(list)
-    for ends in sets:
-        corrected = {rank: end - offsets[rank] for rank, end in ends.items() if rank in offsets}
-        if len(corrected) > 1:
-            middle = median_low(corrected.values())
-            for rank, end in corrected.items():
-                residuals[rank].append(end - middle)
-                apart[rank].append(max(corrected.values()) - min(corrected.values()))
-    clocks = []
-    for rank in ranks:
-        own = residuals.get(rank)
-        if own is None:
-            clocks.append(Clock(rank, None, None, 0))
-            continue
-        middle = median_low(own)
-        clocks.append(Clock(rank, offsets[rank] + middle, median_low(apart[rank]), len(own)))
-    reference = next((clock.offset_ns for clock in clocks if clock.offset_ns is not None), 0) or 0
-    return tuple(clock if clock.offset_ns is None else replace(clock, offset_ns=clock.offset_ns - reference) for clock in clocks)
-
-
-def _pairwise(ranks: Sequence[int], sets: Sequence[dict[int, int]]) -> dict[int, int]:
-    offsets: dict[int, int] = {}
-    for root in ranks:
-        if root in offsets:
-            continue
-        offsets[root] = 0
-        frontier = [root]
-        while frontier:
-            known = frontier.pop(0)
-            differences: dict[int, list[int]] = defaultdict(list)
-            for ends in sets:
-                if known in ends:
-                    for rank, end in ends.items():
-                        if rank not in offsets:
-                            differences[rank].append(end - ends[known])
-            for rank, found in sorted(differences.items()):
-                offsets[rank] = offsets[known] + median_low(found)
-                frontier.append(rank)
-    return offsets
 
 
 # --------------------------------------------------------------------------------------------- who was late, and why
