@@ -17,6 +17,29 @@ class FindingKind(StrEnum):
     COLLECTIVES_REPEAT = "collectives_repeat"
     COLLECTIVES_CANCEL = "collectives_cancel"
     OPS_UNKNOWN = "ops_unknown"
+    CRASHES = "crashes"
+    OUTPUT_DIFFERS = "output_differs"
+    WEIGHTS_DIFFER = "weights_differ"
+    RULE_IS_SHADOWED = "rule_is_shadowed"
+    DROPOUT_MAY_DIFFER = "dropout_may_differ"
+    UNTIED = "untied"
+
+
+class Cause(StrEnum):
+    """Why a sharded model's gradient, output or weight isn't the unsharded one's, as far as the numbers tell."""
+
+    PARTS_NOT_SUMMED = "parts_not_summed"  # each rank has a part of it, and nobody sums them
+    SUMMED_TOO_OFTEN = "summed_too_often"  # wholes were summed: it is a multiple
+    AVERAGED = "averaged"  # it is a fraction: parts were averaged, or wholes divided
+    WRONG_SHARD = "wrong_shard"  # a rank has what belongs to another one
+    CUT_AS_ONE = "cut_as_one"  # several weights in one tensor, cut as if they were one
+    NOTHING_ARRIVES = "nothing_arrives"  # no gradient, or zero
+    NOT_GATHERED = "not_gathered"  # a part where the whole is expected
+    UNTIED = "untied"  # one parameter became several
+    RANKS_DRIFT = "ranks_drift"  # replicated, and not equal on all ranks
+    FORWARD = "forward"  # a module's output is wrong already
+    FOLLOWS = "follows"  # right by itself: what comes down to it is wrong
+    UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +48,7 @@ class Finding:
 
     relative_error: ||sharded - unsharded|| / ||unsharded|| (None where the finding isn't about a size).
     ratio: least-squares factor between them, <s,u>/<u,u>: 2.0 or 1/tp tells its own story. advice: what to do, a sentence.
+    cause: of a difference, where the numbers tell. rule: the plan's rule that holds for the subject.
     """
 
     kind: FindingKind
@@ -33,6 +57,8 @@ class Finding:
     relative_error: float | None = None
     ratio: float | None = None
     advice: str | None = None
+    cause: Cause | None = None
+    rule: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,11 @@ class FactoryModel:
         """Whether it may shard its model itself: build() then wants a mesh."""
         return "mesh" in self.takes
 
-    def build(self, *, dtype: torch.dtype, mesh: "DeviceMesh | None" = None) -> nn.Module:
+    def small(self, tp: int) -> None:
+        """Only its author knows what may be smaller."""
+        return
+
+    def build(self, *, dtype: torch.dtype, device: torch.device | str = "meta", mesh: "DeviceMesh | None" = None) -> nn.Module:
         """What the factory returns. Raises ModelError where it raises, returns no module, or needs a mesh and gets none."""
         given: dict[str, object] = {}
         if "dtype" in self.takes:
@@ -63,7 +67,7 @@ class FactoryModel:
         elif self.needs_mesh:
             raise ModelError(f'model "{self.name}": the factory takes a mesh, and there is none. Give it a default: mesh=None.')
         try:
-            with torch.device("meta"), default_dtype(dtype):
+            with torch.device(device), default_dtype(dtype):
                 model = self.factory(**given)
         except (Exception, SystemExit) as error:
             raise ModelError(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from shardwise.core.errors import ModelError
 from shardwise.core.plan import suggest
 from shardwise.core.shown import shown, told
+from shardwise.models.small import small_values
 
 MAX_CONFIG_BYTES = 1 << 20
 # Building stops here, so that an absurd count ends in a line and not in a full memory; the largest known models have a tenth of that.
@@ -79,16 +80,25 @@ class HuggingFaceModel:
             "expert" in key and isinstance(value, int) and value > 1 for part in _parts(self.config) for key, value in vars(part).items()
         )
 
-    def build(self, *, dtype: torch.dtype) -> nn.Module:
-        """The model on the meta device, in train mode; calling it with ids gives logits. Raises ModelError."""
+    def small(self, tp: int) -> "HuggingFaceModel":
+        """The twin of models/small.py. Raises ModelError where its own class refuses it."""
+        config = _tried(lambda: type(self.config).from_dict(small_values(self.config, tp)), self.name, "refuses its small twin")
+        return HuggingFaceModel(self.name, config, self.is_quantized)
+
+    def build(self, *, dtype: torch.dtype, device: torch.device | str = "meta") -> nn.Module:
+        """The model, in train mode; calling it with ids gives logits. On another device than meta it has the weights of its own
+        initialisation. Raises ModelError."""
         from transformers import AutoModelForCausalLM
 
         chosen = {}
-        if dtype != torch.bfloat16 and _model_class(self.config)._can_set_experts_implementation():
+        is_real = torch.device(device).type != "meta"
+        if is_real and _model_class(self.config)._can_set_experts_implementation():
+            chosen["experts_implementation"] = "eager"  # a loop over the experts: plain ops, any dtype
+        elif dtype != torch.bfloat16 and _model_class(self.config)._can_set_experts_implementation():
             chosen["experts_implementation"] = "batched_mm"
 
         def make() -> nn.Module:
-            with _few_modules(self.name), torch.device("meta"):
+            with _few_modules(self.name), torch.device(device):
                 model: nn.Module = AutoModelForCausalLM.from_config(deepcopy(self.config), dtype=dtype, trust_remote_code=False, **chosen)
             return model
 

@@ -39,8 +39,11 @@ class ModelSource(Protocol):
     def notes(self) -> tuple[str, ...]:
         """What a reader of results must know: dropout that is on, parts that are left out. A sentence each."""
 
-    def build(self, *, dtype: torch.dtype) -> nn.Module:
-        """The model on the meta device: model(ids [B, S]) gives plain logits [B, S, V]. Raises ModelError."""
+    def small(self, tp: int) -> "ModelSource | None":
+        """A model of the same modules at sizes that run anywhere, also sharded over tp ranks; None where nobody knows one."""
+
+    def build(self, *, dtype: torch.dtype, device: torch.device | str = "meta") -> nn.Module:
+        """model(ids [B, S]) gives plain logits [B, S, V]. On the meta device it holds no weights. Raises ModelError."""
 
 
 def find_model(text: str) -> ModelSource:

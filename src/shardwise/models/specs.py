@@ -12,6 +12,7 @@ from shardwise.core.errors import ModelError
 from shardwise.core.plan import suggest
 from shardwise.models.dtype import default_dtype
 from shardwise.models.llama import Llama, LlamaConfig, RopeScaling
+from shardwise.models.small import Sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,21 @@ class ModelSpec:
         """The model with unfilled weights; on "meta" it holds none."""
         with torch.device(device), default_dtype(dtype):
             return Llama(self.config)
+
+    def small(self, tp: int) -> "ModelSpec":
+        """The same family at two layers, and sizes that divide by tp."""
+        config, sizes = self.config, Sizes(tp)
+        kv_heads = sizes.heads if config.n_kv_heads == config.n_heads else min(config.n_kv_heads, sizes.kv_heads)
+        small = replace(
+            config,
+            vocab_size=sizes.vocab,
+            hidden=sizes.hidden,
+            n_layers=min(2, config.n_layers),
+            n_heads=sizes.heads,
+            n_kv_heads=kv_heads,
+            ffn_hidden=sizes.width,
+        )
+        return replace(self, config=small)
 
     def with_layers(self, n_layers: int) -> "ModelSpec":
         """The same widths at another depth."""

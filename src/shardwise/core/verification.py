@@ -1,0 +1,87 @@
+"""Verification: what a proof of one plan on one model found, or why there is none."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from shardwise.core.finding import Finding, FindingKind
+
+
+class Verdict(StrEnum):
+    RIGHT = "right"  # outputs, loss, every gradient, and the weights after two steps are the unsharded model's
+    WRONG = "wrong"  # something of these isn't
+    NEARLY_NOTHING = "shards nearly nothing"  # right, because there is little that could be wrong
+    CRASHES = "crashes"  # unsharded it runs, under the plan it doesn't
+    SKIPPED = "skipped"  # not even the unsharded model runs, or there is no plan: nothing was proved
+
+    @property
+    def is_no(self) -> bool:
+        """Whether the answer to "does this plan train the right model" is no."""
+        return self in (Verdict.WRONG, Verdict.NEARLY_NOTHING, Verdict.CRASHES)
+
+
+@dataclass(frozen=True, slots=True)
+class Sharded:
+    """How many parameters (elements) there are, and how many of them a rank doesn't hold whole; in all, and outside embedding and head."""
+
+    total: int
+    sharded: int
+    inner_total: int
+    inner_sharded: int
+
+    @property
+    def share(self) -> float:
+        return self.sharded / self.total if self.total else 0.0
+
+    @property
+    def inner_share(self) -> float:
+        return self.inner_sharded / self.inner_total if self.inner_total else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """The numbers of a proof; errors are relative. noise: what summing each matmul in tp parts does to the unsharded model.
+
+    weights_error: the largest over all parameters after `steps` optimizer steps with clipping; None where the gradients differ already.
+    """
+
+    dtype: str
+    noise: float
+    tolerance: float
+    output_error: float
+    loss_error: float
+    parameters_compared: int
+    worst_gradient: str
+    worst_gradient_error: float
+    steps: int
+    norm_error: float | None
+    weights_error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """One model under one plan. model: as named. twin: what was run instead, if it isn't the model itself. note: why it was skipped or crashed."""
+
+    model: str
+    plan: str
+    tp: int
+    twin: str
+    parameters: int | None
+    sharded: Sharded | None
+    proof: Proof | None
+    findings: tuple[Finding, ...]
+    note: str
+    seconds: float
+
+    @property
+    def verdict(self) -> Verdict:
+        kinds = {finding.kind for finding in self.findings}
+        if FindingKind.CRASHES in kinds:
+            return Verdict.CRASHES
+        if kinds - _NO_FAULT:
+            return Verdict.WRONG
+        if FindingKind.LITTLE_IS_SHARDED in kinds:
+            return Verdict.NEARLY_NOTHING
+        return Verdict.RIGHT if self.proof is not None else Verdict.SKIPPED
+
+
+_NO_FAULT = frozenset({FindingKind.LITTLE_IS_SHARDED, FindingKind.RULE_MATCHES_NOTHING, FindingKind.DROPOUT_MAY_DIFFER})

@@ -1,0 +1,316 @@
+"""One model under one plan, on this rank: built twice with the same weights, proved, counted; and many such cases after each other.
+
+float64 first; a model that mixes dtypes so that it doesn't run in it is proved in float32. Too large a model is proved by its small twin. A case
+that fails on all ranks alike is that case's answer; where a rank fails alone the others hang in a collective, so the whole launch ends, and run.py
+starts another for what is left.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from shardwise.core.errors import InputError, ModelError, OptionError, RunError, ShardwiseError
+from shardwise.core.finding import Cause, Finding, FindingKind
+from shardwise.core.mesh import Mesh
+from shardwise.core.plan import Plan, TheirPlan
+from shardwise.core.shown import shown, told
+from shardwise.core.verification import Proof, Sharded, Verification
+from shardwise.launch import RankContext
+from shardwise.models.source import ModelSource, find_model, vocab_size_of
+from shardwise.parallel.apply import Applied, applied_to, mark_applied, parallelize
+from shardwise.parallel.loss import IGNORED, DTensorLoss
+from shardwise.parallel.parameters import fill
+from shardwise.parallel.resolve import last_linear, tied_parameters
+from shardwise.step.build import device_mesh
+from shardwise.verify.observe import ModuleError
+from shardwise.verify.proof import Unsharded, prove, unsharded
+
+SEED = 0
+# float64 weights, gradients and Adam's state of both models on each of a laptop's ranks
+MOST_PARAMETERS = 40_000_000
+ENOUGH_INSIDE = 0.10
+"""Share of the parameters outside embedding and head that must be sharded; a plan below it hardly saves anything, and proves nothing."""
+# special ids have rows and effects of their own in some models: padding, images
+FIRST_ID = 8
+_ALONE_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """plan: TOML, or the name of a plan that isn't ours. twin: None takes the small twin where the model is large. dtype: None is float64, then float32."""
+
+    model: str
+    plan: str
+    label: str
+    twin: bool | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Cases from `first` on, all on one mesh."""
+
+    cases: tuple[Case, ...]
+    first: int
+    mesh: str
+    batch: int
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What rank 0 reports of a case. alone: a rank failed and the others didn't, so this launch ends."""
+
+    number: int
+    verification: Verification
+    alone: bool = False
+
+
+def run(context: RankContext, payload: bytes) -> bytes:
+    """Entry of every rank."""
+    job = msgspec.json.decode(payload, type=Job)
+    mesh = device_mesh(Mesh.parse(job.mesh), context.device.type)
+    for number in range(job.first, len(job.cases)):
+        case = job.cases[number]
+        context.note(f"{case.model} under {case.label}")
+        verification = _Examination(case, job, mesh, context.device).verification()
+        is_alone = not _all_came(context, number)
+        answer = msgspec.json.encode(Answer(number, verification, is_alone))
+        has_failed = any(finding.kind is FindingKind.CRASHES for finding in verification.findings)
+        if context.rank == 0 or (is_alone and has_failed):
+            context.report(answer)
+        if is_alone:
+            time.sleep(1.0)
+            raise RunError(f"{case.model} under {case.label}: the ranks parted.")
+    return b""
+
+
+def _all_came(context: RankContext, number: int) -> bool:
+    """Whether all ranks are done with the case. A rank that stays in a collective which another has left doesn't come."""
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"verified/{number}/{context.rank}", "")
+    try:
+        store.wait([f"verified/{number}/{rank}" for rank in range(context.world_size)], timedelta(seconds=_ALONE_S))
+    except RuntimeError:
+        return False
+    return True
+
+
+class _Examination:
+    """Of one case, on one rank; all ranks come to the same answer."""
+
+    def __init__(self, case: Case, job: Job, mesh: DeviceMesh, device: torch.device) -> None:
+        self._case = case
+        self._job = job
+        self._mesh = mesh
+        self._device = device
+        self._tp = mesh["tp"].size() if mesh.ndim > 1 else mesh.size()
+        self._plan = _plan_of(case.plan)
+        self._began = time.perf_counter()
+        self._parameters: int | None = None
+        self._twin = ""
+
+    def verification(self) -> Verification:
+        try:
+            source = self._source()
+            expected, batches, make = self._unsharded(source)
+        except (ShardwiseError, RuntimeError) as error:
+            if isinstance(error, InputError) and not self._case.model.startswith("hf:"):
+                raise
+            return self._answer(note=shown(error, 300))
+        if isinstance(expected, str):
+            return self._answer(note=expected)
+        try:
+            model = self._sharded(source, make)
+            findings = list(_untied(make(), model))
+            sharded = self._count(model)
+            findings += _little(sharded, self._tp)
+            findings += _idle_rules(model)
+            proof, differences = prove(model, expected, make, batches, self._mesh)
+            return self._answer((*differences, *findings), proof, sharded)
+        except ModuleError as error:
+            return self._answer((_crash(error.module, shown(error, 300)),), note=shown(error, 300))
+        except OptionError:
+            raise
+        except (ShardwiseError, RuntimeError, AssertionError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            if isinstance(error, InputError) and isinstance(self._plan, Plan):
+                raise
+            text = shown(error, 300) if isinstance(error, ShardwiseError) else told(error, 300)
+            return self._answer((_crash("", text),), note=text)
+
+    def _answer(
+        self, findings: Sequence[Finding] = (), proof: Proof | None = None, sharded: Sharded | None = None, note: str = ""
+    ) -> Verification:
+        case = self._case
+        seconds = time.perf_counter() - self._began
+        return Verification(
+            case.model, case.label, self._tp, self._twin, self._parameters, sharded, proof, tuple(findings), note, round(seconds, 2)
+        )
+
+    def _source(self) -> ModelSource:
+        source = find_model(self._case.model)
+        small = source.small(self._tp) if self._case.twin is not False else None
+        if small is None or (self._case.twin is None and _size(source) <= MOST_PARAMETERS):
+            return source
+        self._twin = "its small twin"
+        return small
+
+    def _count(self, model: nn.Module) -> Sharded:
+        """Of the model as it was named, if it can be built without weights; else of the one that is proved."""
+        if not self._twin or self._plan is TheirPlan.OWN:
+            return count(model)
+        try:
+            source = find_model(self._case.model)
+            return count(self._sharded(source, lambda: source.build(dtype=torch.float32)))
+        except (ShardwiseError, RuntimeError):
+            return count(model)
+
+    def _unsharded(self, source: ModelSource) -> tuple[Unsharded | str, list[tuple[Tensor, Tensor]], Callable[[], nn.Module]]:
+        """(what it gives, or why there is nothing to prove; the batches; how to make it again)"""
+        failures = []
+        for name in [self._case.dtype] if self._case.dtype else ["float64", "float32"]:
+            dtype: torch.dtype = getattr(torch, name)
+
+            def make(dtype: torch.dtype = dtype) -> nn.Module:
+                return seeded(source, dtype, self._device)
+
+            model = make()
+            self._parameters = sum(parameter.numel() for parameter in model.parameters())
+            if self._plan is TheirPlan.HF and not getattr(model, "tp_plan", None):
+                return "transformers has no tensor-parallel plan for it", [], make
+            batches = self._batches(model)
+            try:
+                return unsharded(model, batches, self._tp), batches, make
+            except (ModuleError, RunError) as error:
+                failures.append(f"in {name}, {shown(error, 300)}")
+        return f"unsharded {' '.join(failures)}", [], make
+
+    def _batches(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        """Two batches of random ids, and as labels what follows each; one label is ignored."""
+        generator = torch.Generator().manual_seed(SEED + 1)
+        vocab = vocab_size_of(model)
+        first = FIRST_ID if self._case.model.startswith("hf:") and vocab > 2 * FIRST_ID else 0
+        found = []
+        for _ in range(2):
+            ids = torch.randint(first, vocab, (self._job.batch, self._job.seq + 1), generator=generator)
+            labels = ids[:, 1:].clone()
+            labels[0, self._job.seq // 3] = IGNORED
+            found.append((ids[:, :-1].contiguous().to(self._device), labels.to(self._device)))
+        return found
+
+    def _sharded(self, source: ModelSource, make: Callable[[], nn.Module]) -> nn.Module:
+        match self._plan:
+            case Plan():
+                return parallelize(make(), self._plan, self._mesh)
+            case TheirPlan.HF:
+                from shardwise.parallel.hugging_face import parallelize_hugging_face
+
+                return parallelize_hugging_face(make(), self._mesh)
+            case TheirPlan.OWN:
+                return self._own(source, make())
+            case TheirPlan.UNSHARDED:
+                raise OptionError('plan "unsharded" has nothing to verify. Name a plan that shards.')
+
+    def _own(self, source: ModelSource, whole: nn.Module) -> nn.Module:
+        from shardwise.models.factory import FactoryModel
+
+        if not isinstance(source, FactoryModel) or not source.takes_mesh:
+            raise OptionError(
+                f'plan "own": {source.name} doesn\'t shard itself. It is for package.module:factory where the factory takes a mesh.'
+            )
+        torch.manual_seed(SEED)
+        model = source.build(dtype=next(whole.parameters()).dtype, device=self._device, mesh=self._mesh)
+        values = dict(whole.named_parameters(remove_duplicate=False))
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name not in values or parameter.shape != values[name].shape:
+                of_whole = list(values[name].shape) if name in values else "none of that name"
+                raise ModelError(
+                    f'plan "own": parameter {name} is {list(parameter.shape)}, the unsharded model has {of_whole}. '
+                    "Make sharded parameters DTensors of the whole's shape, under the same names."
+                )
+        fill(model, lambda name, _: values[name].detach().clone(), {})
+        mark_applied(model, Applied(None, DTensorLoss()))
+        return model
+
+
+def seeded(source: ModelSource, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The model with weights that no two parameters share by accident, the same on every rank: its own initialisation, shaken.
+
+    A norm that is all ones, or a bias of zeros, has a gradient that a wrong plan can get right.
+    """
+    torch.manual_seed(SEED)
+    model = source.build(dtype=dtype, device="cpu")
+    generator = torch.Generator().manual_seed(SEED + 2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            std = min(0.1, parameter.shape[-1] ** -0.5) if parameter.dim() > 1 else 0.1
+            parameter.add_((std * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)).to(parameter.dtype))
+    return model.to(device).train()
+
+
+def count(model: nn.Module) -> Sharded:
+    """What of a sharded model's parameters a rank doesn't hold whole."""
+    head = getattr(model, "get_output_embeddings", lambda: None)() or last_linear(model)
+    outer = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) or module is head for p in module.parameters()}
+    total = sharded = inner_total = inner_sharded = 0
+    for parameter in model.parameters():
+        is_cut = isinstance(parameter, DTensor) and not all(placement.is_replicate() for placement in parameter.placements)
+        size = parameter.numel()
+        total += size
+        sharded += size * is_cut
+        if id(parameter) not in outer:
+            inner_total += size
+            inner_sharded += size * is_cut
+    return Sharded(total, sharded, inner_total, inner_sharded)
+
+
+def _little(sharded: Sharded, tp: int) -> list[Finding]:
+    if tp == 1 or sharded.inner_share >= ENOUGH_INSIDE:
+        return []
+    reason = f"{sharded.inner_share:.1%} of the parameters outside embedding and head are sharded over tp={tp}, of all of them {sharded.share:.1%}"
+    advice = f"Below {ENOUGH_INSIDE:.0%} a rank does nearly all the work itself: see which rules match what with shardwise explain."
+    return [Finding(FindingKind.LITTLE_IS_SHARDED, "plan", reason, advice=advice)]
+
+
+def _idle_rules(model: nn.Module) -> list[Finding]:
+    foreign = applied_to(model).foreign
+    return [
+        Finding(FindingKind.RULE_MATCHES_NOTHING, rule.pattern, f"the rule ({rule.style}) matched no module or parameter", rule=str(rule))
+        for rule in (foreign.rules if foreign is not None else ())
+        if not rule.matches
+    ]
+
+
+def _untied(whole: nn.Module, model: nn.Module) -> list[Finding]:
+    """Parameters that are one in the unsharded model, and several in the sharded one."""
+    found = []
+    after = dict(model.named_parameters(remove_duplicate=False))
+    for names in sorted(set(tied_parameters(whole).values())):
+        if len({id(after[name]) for name in names if name in after}) > 1:
+            reason = f"it is one parameter with {', '.join(names[1:])}, and several when sharded, which train apart"
+            found.append(Finding(FindingKind.UNTIED, names[0], reason, cause=Cause.UNTIED))
+    return found
+
+
+def _crash(module: str, text: str) -> Finding:
+    return Finding(FindingKind.CRASHES, module or "model", text)
+
+
+def _plan_of(text: str) -> Plan | TheirPlan:
+    return TheirPlan(text) if text in list(TheirPlan) else Plan.from_toml(text)
+
+
+def _size(source: ModelSource) -> float:
+    """Parameters; infinite for a configuration that leaves open what its twin fills in."""
+    try:
+        return sum(parameter.numel() for parameter in source.build(dtype=torch.float32).parameters())
+    except ModelError:
+        return float("inf")

@@ -1,0 +1,81 @@
+"""The model's own noise: what rounding alone does to its loss and gradients when sums are taken in another order.
+
+A sharded model sums each matmul's inner dim in as many parts as there are ranks. SplitMatmuls does the same to an unsharded one, forward and
+backward, so the difference that it makes is the difference that a right plan may make.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+
+
+class SplitMatmuls(TorchDispatchMode):
+    """Inside, every matmul's inner dim is summed in `parts` parts. coarsest: the shortest dtype that a value was rounded to on the way.
+
+    Models take norms, routers and losses in float32 whatever dtype they are in; a sum of such values over ranks is rounded as float32 is.
+    """
+
+    def __init__(self, parts: int) -> None:
+        super().__init__()
+        self._parts = parts
+        self.coarsest: torch.dtype | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is aten.mm.default or func is aten.bmm.default:
+            return self._in_parts(func, args[0], args[1])
+        if func is aten.addmm.default or func is aten.baddbmm.default:
+            inner = aten.mm.default if func is aten.addmm.default else aten.bmm.default
+            product = self._in_parts(inner, args[1], args[2])
+            return kwargs.get("beta", 1) * args[0] + kwargs.get("alpha", 1) * product
+        if func is aten._to_copy.default and _is_rounding(args[0].dtype, kwargs.get("dtype")):
+            self.coarsest = max((self.coarsest, kwargs["dtype"]), key=lambda dtype: torch.finfo(dtype).eps if dtype is not None else 0.0)
+        return func(*args, **kwargs)
+
+    def _in_parts(self, matmul: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor) -> Tensor:
+        if left.shape[-1] < self._parts or not left.is_floating_point():
+            return matmul(left, right)
+        products = [matmul(a, b) for a, b in zip(left.chunk(self._parts, -1), right.chunk(self._parts, -2), strict=True)]
+        total = products[0]
+        for product in products[1:]:
+            total = total + product
+        return total
+
+
+def _is_rounding(before: torch.dtype, after: torch.dtype | None) -> bool:
+    return after is not None and before.is_floating_point and after.is_floating_point and torch.finfo(after).eps > torch.finfo(before).eps
+
+
+class NoDropout(TorchFunctionMode):
+    """Inside, nothing is dropped, though the model is in train mode: masks are random, and no two runs could be compared."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            if len(args) > 4:
+                args = (*args[:4], 0.0, *args[5:])
+            elif "dropout_p" in kwargs:
+                kwargs = {**kwargs, "dropout_p": 0.0}
+        return func(*args, **kwargs)
+
+
+_DROPOUTS = frozenset(
+    {
+        torch.nn.functional.dropout,
+        torch.nn.functional.dropout1d,
+        torch.nn.functional.dropout2d,
+        torch.nn.functional.dropout3d,
+        torch.nn.functional.alpha_dropout,
+        torch.nn.functional.feature_alpha_dropout,
+        torch.dropout,
+        torch.native_dropout,
+    }
+)

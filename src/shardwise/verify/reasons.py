@@ -1,0 +1,234 @@
+"""Why a sharded model isn't the unsharded one: from how the ranks' pieces relate to the whole, to a sentence with the rule.
+
+A difference is passed on: in the forward to every later module, in the backward to every earlier one. So each wrong gradient is asked for itself
+first (does its own relation name a fault?), then whether the gradient that came to its module, or the module's output, was wrong before it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from shardwise.core.finding import Cause, Finding, FindingKind
+from shardwise.parallel.apply import applied_to
+from shardwise.verify.relation import Related, Relation
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A module's call: how its output on the ranks, and the gradient that came back to it, relate to the unsharded ones. None: it has none."""
+
+    module: str
+    output: Related | None
+    gradient: Related | None
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """All that is known of a wrong run. output: of the logits, if they are wrong. gradients: of the parameters that are wrong, with `errors`.
+
+    seen: calls in the order in which they ended; empty where the sharded model's calls aren't the unsharded one's. recut: what a trial found.
+    """
+
+    model: nn.Module
+    n_ranks: int
+    tolerance: float
+    output: Related | None
+    output_error: float
+    loss_error: float
+    errors: dict[str, float]
+    gradients: dict[str, Related]
+    seen: Sequence[Seen] = field(default=())
+    recut: "Recut | None" = None
+
+    @property
+    def first_wrong_output(self) -> Seen | None:
+        return next((call for call in self.seen if _is_wrong(call.output)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Recut:
+    """A parameter that makes its module right when it is cut in another way. parts: as so many tensors, each by itself; 1: as one."""
+
+    parameter: str
+    parts: int
+
+    @property
+    def reason(self) -> str:
+        if self.parts == 1:
+            return "it is one weight, and it is cut as if several lay in it, each by itself; cut as one, its module is right"
+        return f"{self.parts} weights lie in it, and it is cut as if it were one; with each cut by itself, its module is right"
+
+
+def explain_differences(evidence: Evidence) -> list[Finding]:
+    """A finding for the output or loss if they differ, and one for each wrong gradient: faults first, then what follows from them."""
+    forward = evidence.first_wrong_output
+    found: list[Finding] = []
+    if not evidence.output_error <= evidence.tolerance:
+        found.append(_output_finding(evidence, forward))
+    elif not evidence.loss_error <= evidence.tolerance:
+        found.append(Finding(FindingKind.LOSS_DIFFERS, "loss", "the outputs are right and the loss isn't", evidence.loss_error))
+    backward = _last_wrong_gradient(evidence)
+    findings = [_gradient_finding(evidence, name, forward, backward) for name in evidence.errors]
+    findings.sort(key=lambda finding: finding.cause is Cause.FOLLOWS or finding.cause is Cause.FORWARD)
+    return found + findings
+
+
+def rule_of(model: nn.Module, name: str) -> str | None:
+    """The rule that holds for a parameter or module, or for the nearest module around it that has one; as the plan's user reads it."""
+    applied = applied_to(model)
+    while name:
+        if applied.foreign is not None:
+            foreign = applied.foreign.rule_for(name)
+            if foreign is not None:
+                return str(foreign)
+        elif applied.plan is not None:
+            rule = applied.plan.rule_for(name)
+            if rule is not None:
+                return str(rule)
+        name = name.rpartition(".")[0]
+    return None
+
+
+# --------------------------------------------------------------------------------- where it goes wrong
+
+
+def _is_wrong(related: Related | None) -> bool:
+    """Whether an activation can't be right. What lies cut in an order of its own, as heads or experts do, isn't known to be wrong."""
+    return (
+        (related is not None
+        and related.relation
+        in (
+            Relation.MULTIPLE,
+            Relation.UNEQUAL,
+            Relation.ZERO,
+            Relation.SHIFTED,
+        ))
+        or (related is not None and related.relation is Relation.OTHER and related.dim is None and related.error < float("inf"))
+    )
+
+
+def _last_wrong_gradient(evidence: Evidence) -> int | None:
+    """The call nearest to the loss whose gradient is wrong."""
+    found = [at for at, call in enumerate(evidence.seen) if _is_wrong(call.gradient)]
+    return max(found, default=None)
+
+
+def _output_finding(evidence: Evidence, forward: Seen | None) -> Finding:
+    related = evidence.output
+    cause, reason = Cause.UNKNOWN, "the outputs aren't the unsharded model's"
+    if related is not None and related.relation is Relation.SHARDED:
+        cause = Cause.NOT_GATHERED
+        reason = f"each rank has 1/{evidence.n_ranks} of the logits, and the loss takes them for all"
+    elif forward is not None:
+        cause = Cause.FORWARD
+        reason = f"the first module that gives something else is {_named(forward.module)}: {_output_words(forward.output)}"
+        if evidence.recut is not None:
+            cause, reason = Cause.CUT_AS_ONE, f"{reason}. {evidence.recut.parameter}: {evidence.recut.reason}"
+    rule = rule_of(evidence.model, forward.module) if forward is not None else None
+    return Finding(FindingKind.OUTPUT_DIFFERS, "output", reason, evidence.output_error, cause=cause, rule=rule)
+
+
+def _output_words(related: Related | None) -> str:
+    match related.relation if related is not None else None:
+        case Relation.MULTIPLE:
+            assert related is not None
+            return f"its output is {_times(related.factor)} the unsharded one"
+        case Relation.UNEQUAL:
+            return "its output isn't equal on all ranks"
+        case Relation.ZERO:
+            return "its output is zero"
+        case Relation.SHIFTED:
+            return "each rank has another rank's part"
+        case _:
+            return "its output is another one"
+
+
+# ------------------------------------------------------------------------------------- each gradient
+
+
+def _gradient_finding(evidence: Evidence, name: str, forward: Seen | None, backward: int | None) -> Finding:
+    related = evidence.gradients[name]
+    if evidence.recut is not None and evidence.recut.parameter == name:
+        reason = evidence.recut.reason
+        rule = rule_of(evidence.model, name)
+        return Finding(FindingKind.GRADIENT_DIFFERS, name, reason, evidence.errors[name], related.factor, cause=Cause.CUT_AS_ONE, rule=rule)
+    cause, reason = _own_fault(related, evidence)
+    kind = FindingKind.GRADIENT_MISSING if related.relation is Relation.MISSING else FindingKind.GRADIENT_DIFFERS
+    if cause is Cause.UNKNOWN or cause is Cause.SUMMED_TOO_OFTEN or cause is Cause.AVERAGED:
+        passed = _passed_on(evidence, name, forward, backward)
+        if passed is not None:
+            cause, reason = passed
+    return Finding(kind, name, reason, evidence.errors[name], related.factor, cause=cause, rule=rule_of(evidence.model, name))
+
+
+def _own_fault(related: Related, evidence: Evidence) -> tuple[Cause, str]:
+    n = evidence.n_ranks
+    match related.relation:
+        case Relation.MISSING:
+            return Cause.NOTHING_ARRIVES, "no gradient arrives on some rank"
+        case Relation.ZERO:
+            return Cause.NOTHING_ARRIVES, "its gradient is zero, and the unsharded one isn't"
+        case Relation.PARTS if related.factor is None:
+            return Cause.PARTS_NOT_SUMMED, f"each of {n} ranks computes a part of its gradient, and nothing sums them"
+        case Relation.PARTS:
+            return Cause.PARTS_NOT_SUMMED, (
+                f"the ranks' gradients differ, nothing sums them, and their sum is {_times(related.factor)} the unsharded one"
+            )
+        case Relation.MULTIPLE if related.factor is not None and abs(related.factor) > 1:
+            return (
+                Cause.SUMMED_TOO_OFTEN,
+                f"its gradient is {_times(related.factor)} the unsharded one: summed where every rank had the whole",
+            )
+        case Relation.MULTIPLE:
+            return Cause.AVERAGED, f"its gradient is {_times(related.factor)} the unsharded one: averaged, or parts that were not summed"
+        case Relation.SHIFTED:
+            return Cause.WRONG_SHARD, "each rank has the gradient of another rank's part"
+        case Relation.ONE_OF_SEVERAL:
+            return Cause.CUT_AS_ONE, f"it holds {related.factor:.0f} weights, which must each be cut by itself; it is cut as one"
+        case Relation.SHARDED | Relation.WHOLE:
+            return Cause.CUT_AS_ONE, "each rank's gradient is right for a plain cut, and the parameter isn't cut so"
+        case Relation.UNEQUAL:
+            return Cause.UNKNOWN, "every rank holds it whole, and its gradient isn't equal on them"
+        case _:
+            return Cause.UNKNOWN, "its gradient isn't the unsharded one"
+
+
+def _passed_on(evidence: Evidence, name: str, forward: Seen | None, backward: int | None) -> tuple[Cause, str] | None:
+    """Where what came to the parameter's module was wrong already."""
+    if forward is not None and not evidence.output_error <= evidence.tolerance:
+        return Cause.FORWARD, f"the forward is wrong from {_named(forward.module)} on, and so is what comes back"
+    module = name.rpartition(".")[0]
+    own = next((at for at, call in enumerate(evidence.seen) if call.module == module), None)
+    if own is None or backward is None or own >= backward:
+        return None
+    source = evidence.seen[backward]
+    return Cause.FOLLOWS, f"the gradient that comes down to it is wrong from {_named(source.module)} on: {_gradient_words(source.gradient)}"
+
+
+def _named(module: str) -> str:
+    return module or "the model itself"
+
+
+def _gradient_words(related: Related | None) -> str:
+    match related.relation if related is not None else None:
+        case Relation.MULTIPLE:
+            assert related is not None
+            return f"there it is {_times(related.factor)} the unsharded one"
+        case Relation.UNEQUAL:
+            return "there it isn't equal on all ranks, nor a part of a sum"
+        case Relation.ZERO:
+            return "there it is zero"
+        case _:
+            return "there it is another one"
+
+
+def _times(factor: float | None) -> str:
+    if factor is None:
+        return "a multiple of"
+    for n in range(2, 65):
+        if abs(factor - n) < 1e-6:
+            return f"{n} times"
+        if abs(factor - 1 / n) < 1e-6:
+            return f"1/{n} of"
+    return f"{factor:.3g} times"

@@ -1,0 +1,136 @@
+"""How the tensors that the ranks hold relate to the whole one of the unsharded model: equal, cut, parts of a sum, a multiple, or none of these.
+
+Each wrong reduction has a relation of its own, so the relation is the reason: where every rank has a part and nobody sums them, the sum of what
+they have is the whole; where wholes were summed, each has n times it; a shard of the wrong rank is right one place further.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+
+class Relation(StrEnum):
+    WHOLE = "whole"  # every rank has the whole
+    SHARDED = "sharded"  # rank r has the r-th chunk along `dim`
+    PARTS = "parts"  # the sum over the ranks is the whole
+    MULTIPLE = "multiple"  # `factor` times one of the above
+    SHIFTED = "shifted"  # rank r has the chunk of another rank
+    ONE_OF_SEVERAL = (
+        "one of several"  # chunks of `factor` tensors that lie in one, cut each by itself, against them cut as one, or the reverse
+    )
+    ZERO = "zero"  # zeros, where the whole isn't
+    MISSING = "missing"  # some rank has none
+    UNEQUAL = "unequal"  # as large as the whole, not equal over the ranks, and no parts of it
+    OTHER = "other"  # none of these
+
+
+@dataclass(frozen=True, slots=True)
+class Related:
+    """error: relative to the whole, ||piece - expected|| / ||whole||, the largest over the ranks, under the relation found."""
+
+    relation: Relation
+    error: float
+    dim: int | None = None
+    factor: float | None = None
+
+    @property
+    def is_right(self) -> bool:
+        """Whether a tensor of a sharded model may be so: what one rank lacks another has, or all have all."""
+        return self.relation in (Relation.WHOLE, Relation.SHARDED)
+
+
+def relate(pieces: Sequence[Tensor | None], whole: Tensor, *, tolerance: float) -> Related:
+    """pieces: one tensor a rank, by rank. All must be on one device; they are compared in float64, with errors relative to the whole's norm."""
+    whole = whole.double()
+    norm = float(whole.norm())
+    scale = norm or 1.0
+    held = [piece.double() for piece in pieces if piece is not None]
+    if len(held) < len(pieces):
+        return Related(Relation.MISSING, float("inf"))
+
+    def far(expected: Sequence[Tensor]) -> float:
+        errors = [float((piece - part).norm()) / scale for piece, part in zip(held, expected, strict=True)]
+        return max(float("inf") if error != error else error for error in errors)
+
+    shapes = {tuple(piece.shape) for piece in held}
+    if shapes == {tuple(whole.shape)}:
+        return _relate_whole(held, whole, far, norm=norm, scale=scale, tolerance=tolerance)
+    dim = _cut_dim([piece.shape for piece in held], whole.shape)
+    if dim is None:
+        return Related(Relation.OTHER, float("inf"))
+    return _relate_cut(held, whole, dim, far, tolerance=tolerance, is_zero=norm <= tolerance * scale)
+
+
+def _relate_whole(held, whole, far, *, norm: float, scale: float, tolerance: float) -> Related:  # type: ignore[no-untyped-def]
+    n = len(held)
+    error = far([whole] * n)
+    if error <= tolerance:
+        return Related(Relation.WHOLE, error)
+    if n > 1:
+        together = float((sum(held) - whole).norm()) / scale
+        if together <= tolerance:
+            return Related(Relation.PARTS, error)
+    if all(float(piece.norm()) <= tolerance * scale for piece in held):
+        return Related(Relation.ZERO, error)
+    factor = _factor(held, [whole] * n)
+    if factor is not None and far([whole * factor] * n) <= tolerance * max(1.0, abs(factor)):
+        return Related(Relation.MULTIPLE, error, factor=factor)
+    if n > 1:
+        total = sum(held)
+        factor = _factor([total], [whole])
+        if factor is not None and factor != 0 and float((total - factor * whole).norm()) / scale <= tolerance * max(1.0, abs(factor)):
+            return Related(Relation.PARTS, error, factor=factor)
+    is_equal = all(float((piece - held[0]).norm()) <= tolerance * scale for piece in held)
+    return Related(Relation.OTHER if is_equal else Relation.UNEQUAL, error, factor=factor)
+
+
+def _relate_cut(held, whole, dim: int, far, *, tolerance: float, is_zero: bool) -> Related:  # type: ignore[no-untyped-def]
+    sizes = [piece.shape[dim] for piece in held]
+    chunks = list(whole.split(sizes, dim))
+    error = far(chunks)
+    if error <= tolerance:
+        return Related(Relation.SHARDED, error, dim)
+    n = len(held)
+    if not is_zero and all(float(piece.norm()) == 0 for piece in held):
+        return Related(Relation.ZERO, error, dim)
+    if len(set(sizes)) == 1:
+        for by in range(1, n):
+            if far([chunks[(rank + by) % n] for rank in range(n)]) <= tolerance:
+                return Related(Relation.SHIFTED, error, dim, float(by))
+        for several in (2, 3, 4):
+            for expected in _cut_apart(whole, dim, n, several):
+                if far(expected) <= tolerance:
+                    return Related(Relation.ONE_OF_SEVERAL, error, dim, float(several))
+    factor = _factor(held, chunks)
+    if factor is not None and far([factor * chunk for chunk in chunks]) <= tolerance * max(1.0, abs(factor)):
+        return Related(Relation.MULTIPLE, error, dim, factor)
+    return Related(Relation.OTHER, error, dim, factor)
+
+
+def _cut_apart(whole: Tensor, dim: int, n: int, several: int) -> list[list[Tensor]]:
+    """What n ranks hold where `several` equal tensors lie in one along dim and each is cut by itself; empty where it doesn't divide."""
+    if whole.shape[dim] % (several * n):
+        return []
+    parts = [part.chunk(n, dim) for part in whole.chunk(several, dim)]
+    return [[torch.cat([part[rank] for part in parts], dim) for rank in range(n)]]
+
+
+def _factor(held: Sequence[Tensor], expected: Sequence[Tensor]) -> float | None:
+    """Least-squares factor between them; None where the expected is zero."""
+    own = sum(float(part.square().sum()) for part in expected)
+    product = sum(float((piece * part).sum()) for piece, part in zip(held, expected, strict=True))
+    return product / own if own else None
+
+
+def _cut_dim(shapes: Sequence[torch.Size], whole: torch.Size) -> int | None:
+    """The one dim along which the pieces' sizes add up to the whole's."""
+    if any(len(shape) != len(whole) for shape in shapes):
+        return None
+    differing = {dim for shape in shapes for dim in range(len(whole)) if shape[dim] != whole[dim]}
+    if len(differing) != 1:
+        return None
+    dim = differing.pop()
+    return dim if sum(shape[dim] for shape in shapes) == whole[dim] else None

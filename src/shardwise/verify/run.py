@@ -1,0 +1,64 @@
+"""Starts the ranks that prove plans right or wrong, and starts them again where one case took them down. All cases share a launch: it costs seconds."""
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from shardwise.core.errors import RunError
+from shardwise.core.finding import Finding, FindingKind
+from shardwise.core.mesh import Mesh
+from shardwise.core.shown import shown
+from shardwise.core.verification import Verification
+from shardwise.launch import run_ranks
+from shardwise.verify.case import Answer, Case, Job
+
+BATCH, SEQ = 2, 16
+TIMEOUT_S = 120.0
+
+
+def verify(
+    cases: Sequence[Case],
+    *,
+    mesh: Mesh,
+    device_type: str = "cpu",
+    batch: int = BATCH,
+    seq: int = SEQ,
+    timeout_s: float = TIMEOUT_S,
+    on_answer: Callable[[Verification], None] = lambda _: None,
+) -> tuple[Verification, ...]:
+    """A Verification for each case, in order. on_answer: told each as it comes. seq: a multiple of tp.
+
+    timeout_s: without a sign of life, a case is given up, and is said to crash. Raises the InputErrors of the model and plan.
+    """
+    answers: dict[int, Verification] = {}
+
+    def take(event: bytes) -> None:
+        answer = msgspec.json.decode(event, type=Answer)
+        known = answers.get(answer.number)
+        if known is None or (answer.alone and answer.verification.findings and not known.findings):
+            answers[answer.number] = answer.verification
+            on_answer(answer.verification)
+
+    while len(answers) < len(cases):
+        first = len(answers)
+        job = Job(tuple(cases), first, str(mesh), batch, seq)
+        try:
+            run_ranks(
+                "shardwise.verify.case:run",
+                msgspec.json.encode(job),
+                world_size=mesh.world_size,
+                device_type=device_type,
+                timeout_s=timeout_s,
+                on_event=take,
+            )
+        except RunError as error:
+            if type(error) is not RunError:
+                raise
+            if len(answers) == first:  # nobody could say what it was
+                case = cases[first]
+                text = shown(error, 300)
+                answers[first] = Verification(
+                    case.model, case.label, mesh.tp, "", None, None, None, (Finding(FindingKind.CRASHES, "model", text),), text, 0.0
+                )
+                on_answer(answers[first])
+    return tuple(answers[number] for number in range(len(cases)))
