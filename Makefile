@@ -8,7 +8,7 @@ ALL_CORES := --numprocesses auto --dist worksteal
 FILES_AT_ONCE := --numprocesses auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help compare explain diff test check lint golden bench docs format clean
+.PHONY: help compare explain verify diff test check lint golden bench docs format clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ compare: $(READY) ## run the sharding plans on real ranks and say which is bette
 
 explain: $(READY) ## say what a plan does to a model and why, without a GPU (seconds)
 	$(BIN)/shardwise explain $(ARGS)
+
+verify: $(READY) ## prove that a plan trains the unsharded model, or say which gradient is wrong and why (seconds)
+	$(BIN)/shardwise verify $(ARGS)
 
 diff: $(READY) ## say where the time of profiled steps went: make diff ARGS="run/traces/rowwise run/traces/colwise"
 	$(BIN)/shardwise diff $(ARGS)
@@ -55,6 +58,7 @@ bench: $(READY) ## the benchmarks; writes benchmarks/results and the tables in t
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.explain
 	$(BIN)/python -m benchmarks.traces
+	$(BIN)/python -m benchmarks.hf_verify
 	$(BIN)/python -m benchmarks.tables
 
 docs: $(READY) ## write the generated parts of the docs anew

@@ -136,30 +136,30 @@ def _types_table(rows: tuple[Row, ...]) -> str:
         for row in rows
     ]
     head = ["type", "parameters, M", "explained", "under its plan", "sharded by it", "collectives", "ops", "unknown ops"]
-    return _table(head, cells, numbers=(1, 4, 5, 6))
+    return table(head, cells, numbers=(1, 4, 5, 6))
 
 
 def _misses_table(rows: list[Row]) -> str:
-    return _table(["type", "where", "reason"], [[row.model_type, *_miss(row)] for row in rows])
+    return table(["type", "where", "reason"], [[row.model_type, *_miss(row)] for row in rows])
 
 
 def _miss(row: Row) -> tuple[str, str]:
-    return ("unsharded", _cell(row.reason)) if row.explained is Answer.NO else ("under its plan", _cell(row.plan_reason))
+    return ("unsharded", cell(row.reason)) if row.explained is Answer.NO else ("under its plan", cell(row.plan_reason))
 
 
 def _forms_table(rows: list[Row]) -> str:
-    return _table(["tried as", "why"], [[f"`{_cell(row.model)}`", _cell(row.note)] for row in rows])
+    return table(["tried as", "why"], [[f"`{cell(row.model)}`", cell(row.note)] for row in rows])
 
 
 def _answer(answer: Answer) -> str:
     return f"**{answer}**" if answer is Answer.NO else str(answer)
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """Text of others inside a table: no mark-up of its own."""
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
 
 
-def _table(head: list[str], rows: list[list[str]], numbers: tuple[int, ...] = ()) -> str:
+def table(head: list[str], rows: list[list[str]], numbers: tuple[int, ...] = ()) -> str:
     rule = ["---:" if index in numbers else "---" for index in range(len(head))]
     return "".join("| " + " | ".join(row) + " |\n" for row in (head, rule, *rows))

@@ -1,5 +1,5 @@
-"""Writes the generated parts of the docs: cli.md from the command itself, explain-json.md and diff-json.md from the dataclasses that are written, and the
-README's examples from docs/example/comparison.json and explanation.json (made by the commands that stand above them in the README).
+"""Writes the generated parts of the docs: cli.md from the command itself, explain-json.md, verify-json.md and diff-json.md from the dataclasses that are
+written, the output in verify.md from docs/example/verification.json (made by the command that stands above it), and the README's examples from docs/example/comparison.json and explanation.json (made by the commands that stand above them in the README).
 
 python docs/build.py             writes them
 python docs/build.py --check     writes nothing; exit code 1 where a document differs
@@ -34,6 +34,7 @@ from shardwise.cli.main import app
 from shardwise.core.difference import Difference, RunProfile
 from shardwise.core.explanation import Contrast, Explanation
 from shardwise.core.placement import Placement
+from shardwise.core.verification import VerificationRun
 from shardwise.core.walkthrough import Subject
 from shardwise.explain.walkthrough import explain_walkthrough
 from shardwise.profiles.collectives import share
@@ -51,6 +52,9 @@ from shardwise.report.explain_terminal import explanation_renderables
 from shardwise.report.html import comparison_html
 from shardwise.report.json import comparison_from_json
 from shardwise.report.terminal import comparison_tables
+from shardwise.report.verify_html import verification_html
+from shardwise.report.verify_json import verification_from_json
+from shardwise.report.verify_terminal import render_verification
 from shardwise.report.walkthrough_html import walkthrough_html
 from shardwise.trace.walkthrough import record_walkthrough
 
@@ -60,6 +64,8 @@ EXAMPLE = DOCS / "example" / "comparison.json"
 EXPLAINED = DOCS / "example" / "explanation.json"
 DIFFERED = DOCS / "example" / "diff.json"
 DIFF_PAGE = DOCS / "diff.md"
+VERIFIED = DOCS / "example" / "verification.json"
+VERIFY_PAGE = DOCS / "verify.md"
 WIDTH = 100
 # the pictures' window in pixels: a height that just holds the step
 WALKTHROUGH_WIDTH = 1160
@@ -71,6 +77,7 @@ WALKTHROUGH_HEIGHTS = {
 }
 _COMPARED = re.compile(r"(<!-- begin:compare-output -->\n).*?(<!-- end:compare-output -->)", re.DOTALL)
 _DIFFERED = re.compile(r"(<!-- begin:diff-output -->\n).*?(<!-- end:diff-output -->)", re.DOTALL)
+_VERIFIED = re.compile(r"(<!-- begin:verify-output -->\n).*?(<!-- end:verify-output -->)", re.DOTALL)
 _EXPLAINED = re.compile(r"(<!-- begin:explain-output -->\n).*?(<!-- end:explain-output -->)", re.DOTALL)
 
 
@@ -134,6 +141,29 @@ def diff_json_reference() -> str:
         "shardwise diff traces-a traces-b --json | jq -r '.verdict[], (.lines[:5][] | [.what, .delta_ns / 1e6] | @tsv)'",
         [RunProfile, Difference],
     )
+
+
+def verify_json_reference() -> str:
+    """The fields of `shardwise verify --json`."""
+    return _json_reference(
+        "verify",
+        [
+            "`shardwise verify --json` prints one VerificationRun, with a Verification for each model under each plan. Errors are relative: the norm of",
+            'the difference over the norm of the unsharded one. A number that isn\'t finite is `"NaN"`, `"Infinity"` or `"-Infinity"`. Fields marked',
+            "*worked out* follow from the others; fields that a reader doesn't know are to be ignored. Exit code 1: `is_no` is true.",
+        ],
+        "shardwise verify --model hf:apertus --json | jq -r '.verifications[] | .verdict, (.findings[] | [.subject, .cause, .relative_error] | @tsv)'",
+        [VerificationRun],
+    )
+
+
+def verify_output() -> str:
+    """docs/verify.md's example, as the terminal shows its file."""
+    run = verification_from_json(VERIFIED.read_bytes(), str(VERIFIED))
+    console = Console(width=WIDTH, file=io.StringIO(), record=True, no_color=True)
+    render_verification(run, console)
+    text = "\n".join(line.rstrip() for line in console.export_text().rstrip().splitlines())
+    return f"```\n{text}\n```\n"
 
 
 def _json_reference(command: str, intro: list[str], example: str, found: list[type]) -> str:
@@ -276,6 +306,8 @@ def main() -> int:
         DOCS / "cli.md": cli_reference(),
         DOCS / "explain-json.md": explain_json_reference(),
         DOCS / "diff-json.md": diff_json_reference(),
+        DOCS / "verify-json.md": verify_json_reference(),
+        VERIFY_PAGE: _VERIFIED.sub(lambda match: match[1] + verify_output() + match[2], VERIFY_PAGE.read_text(encoding="utf-8")),
         DIFF_PAGE: _DIFFERED.sub(lambda match: match[1] + diff_output() + match[2], DIFF_PAGE.read_text(encoding="utf-8")),
         README: _EXPLAINED.sub(lambda match: match[1] + explain_output() + match[2], readme),
     }
@@ -291,6 +323,8 @@ def main() -> int:
         take_picture(comparison_html(comparison), DOCS / "example" / "report.png", 1200, 1750)
         explanation = explanation_from_json(EXPLAINED.read_bytes(), str(EXPLAINED))
         take_picture(explanation_html(explanation), DOCS / "example" / "explain.png", 1200, 1500)
+        verification = verification_from_json(VERIFIED.read_bytes(), str(VERIFIED))
+        take_picture(verification_html(verification), DOCS / "example" / "verify.png", 1200, 1300)
     if arguments.walkthrough:
         take_walkthrough_pictures()
     return 0

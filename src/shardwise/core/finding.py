@@ -21,6 +21,7 @@ class FindingKind(StrEnum):
     OUTPUT_DIFFERS = "output_differs"
     WEIGHTS_DIFFER = "weights_differ"
     RULE_IS_SHADOWED = "rule_is_shadowed"
+    HEADS_NOT_DIVISIBLE = "heads_not_divisible"
     DROPOUT_MAY_DIFFER = "dropout_may_differ"
     UNTIED = "untied"
 

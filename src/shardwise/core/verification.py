@@ -73,15 +73,46 @@ class Verification:
     seconds: float
 
     @property
+    def wrong(self) -> tuple[Finding, ...]:
+        """The findings that say no."""
+        return tuple(finding for finding in self.findings if finding.kind not in _NO_FAULT)
+
+    @property
     def verdict(self) -> Verdict:
         kinds = {finding.kind for finding in self.findings}
         if FindingKind.CRASHES in kinds:
             return Verdict.CRASHES
-        if kinds - _NO_FAULT:
+        if self.wrong:
             return Verdict.WRONG
         if FindingKind.LITTLE_IS_SHARDED in kinds:
             return Verdict.NEARLY_NOTHING
         return Verdict.RIGHT if self.proof is not None else Verdict.SKIPPED
 
 
-_NO_FAULT = frozenset({FindingKind.LITTLE_IS_SHARDED, FindingKind.RULE_MATCHES_NOTHING, FindingKind.DROPOUT_MAY_DIFFER})
+# said, and no reason to call a plan wrong
+_NO_FAULT = frozenset(
+    {
+        FindingKind.LITTLE_IS_SHARDED,
+        FindingKind.RULE_MATCHES_NOTHING,
+        FindingKind.RULE_IS_SHADOWED,
+        FindingKind.DROPOUT_MAY_DIFFER,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class VerificationRun:
+    """All cases of one command: what they share, and what was found of each."""
+
+    mesh: str
+    device: str
+    batch: int
+    seq: int
+    started: str
+    versions: tuple[tuple[str, str], ...]
+    verifications: tuple[Verification, ...]
+    schema_version: int = 1
+
+    @property
+    def is_no(self) -> bool:
+        return any(each.verdict.is_no for each in self.verifications)

@@ -7,6 +7,7 @@ starts another for what is left.
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -18,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from shardwise.core.errors import InputError, ModelError, OptionError, RunError, ShardwiseError
-from shardwise.core.finding import Cause, Finding, FindingKind
+from shardwise.core.finding import Finding, FindingKind
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import Plan, TheirPlan
 from shardwise.core.shown import shown, told
@@ -27,20 +28,23 @@ from shardwise.launch import RankContext
 from shardwise.models.source import ModelSource, find_model, vocab_size_of
 from shardwise.parallel.apply import Applied, applied_to, mark_applied, parallelize
 from shardwise.parallel.loss import IGNORED, DTensorLoss
-from shardwise.parallel.parameters import fill
+from shardwise.parallel.parameters import part_of_dtensor
 from shardwise.parallel.resolve import last_linear, tied_parameters
 from shardwise.step.build import device_mesh
-from shardwise.verify.observe import ModuleError
+from shardwise.verify.observe import LogitsError, ModuleError, local
 from shardwise.verify.proof import Unsharded, prove, unsharded
+from shardwise.verify.reasons import ungathered, with_ties
+from shardwise.verify.static import dropout, idle_rules, little_sharded, shadowed_rules, undivided_heads, untied
 
 SEED = 0
 # float64 weights, gradients and Adam's state of both models on each of a laptop's ranks
 MOST_PARAMETERS = 40_000_000
-ENOUGH_INSIDE = 0.10
-"""Share of the parameters outside embedding and head that must be sharded; a plan below it hardly saves anything, and proves nothing."""
 # special ids have rows and effects of their own in some models: padding, images
 FIRST_ID = 8
+NO_PLAN = "transformers has no tensor-parallel plan for it"
 _ALONE_S = 20.0
+# what a plan, and the code that it puts into a model, may raise
+_FAILURES = (ShardwiseError, RuntimeError, AssertionError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,7 @@ def run(context: RankContext, payload: bytes) -> bytes:
         context.note(f"{case.model} under {case.label}")
         verification = _Examination(case, job, mesh, context.device).verification()
         is_alone = not _all_came(context, number)
-        answer = msgspec.json.encode(Answer(number, verification, is_alone))
+        answer = msgspec.msgpack.encode(Answer(number, verification, is_alone))  # an error may be infinite, which JSON has no word for
         has_failed = any(finding.kind is FindingKind.CRASHES for finding in verification.findings)
         if context.rank == 0 or (is_alone and has_failed):
             context.report(answer)
@@ -117,6 +121,7 @@ class _Examination:
         self._began = time.perf_counter()
         self._parameters: int | None = None
         self._twin = ""
+        self._ties: set[tuple[str, ...]] = set()
 
     def verification(self) -> Verification:
         try:
@@ -130,21 +135,27 @@ class _Examination:
             return self._answer(note=expected)
         try:
             model = self._sharded(source, make)
-            findings = list(_untied(make(), model))
-            sharded = self._count(model)
-            findings += _little(sharded, self._tp)
-            findings += _idle_rules(model)
-            proof, differences = prove(model, expected, make, batches, self._mesh)
-            return self._answer((*differences, *findings), proof, sharded)
-        except ModuleError as error:
-            return self._answer((_crash(error.module, shown(error, 300)),), note=shown(error, 300))
         except OptionError:
             raise
-        except (ShardwiseError, RuntimeError, AssertionError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            if isinstance(error, InputError) and isinstance(self._plan, Plan):
-                raise
-            text = shown(error, 300) if isinstance(error, ShardwiseError) else told(error, 300)
-            return self._answer((_crash("", text),), note=text)
+        except _FAILURES as error:
+            return self._crashed("", error)
+        sharded, findings = self._looked_at(model)
+        try:
+            proof, differences = prove(model, expected, make, batches, self._mesh)
+        except LogitsError as error:
+            return self._answer((*ungathered(str(error)), *findings), None, sharded, str(error))
+        except ModuleError as error:
+            return self._crashed(error.module, error, findings, sharded)
+        except _FAILURES as error:
+            return self._crashed("", error, findings, sharded)
+        return self._answer((*with_ties(differences, findings), *findings), proof, sharded)
+
+    def _crashed(self, module: str, error: Exception, findings: Sequence[Finding] = (), sharded: Sharded | None = None) -> Verification:
+        """For a plan of ours, which says before it starts what it can't do, an InputError is the user's to see."""
+        if isinstance(error, InputError) and isinstance(self._plan, Plan):
+            raise error
+        text = shown(error, 300) if isinstance(error, ShardwiseError) else told(error, 300)
+        return self._answer((Finding(FindingKind.CRASHES, module or "model", text), *findings), None, sharded, text)
 
     def _answer(
         self, findings: Sequence[Finding] = (), proof: Proof | None = None, sharded: Sharded | None = None, note: str = ""
@@ -163,15 +174,22 @@ class _Examination:
         self._twin = "its small twin"
         return small
 
-    def _count(self, model: nn.Module) -> Sharded:
-        """Of the model as it was named, if it can be built without weights; else of the one that is proved."""
-        if not self._twin or self._plan is TheirPlan.OWN:
-            return count(model)
-        try:
-            source = find_model(self._case.model)
-            return count(self._sharded(source, lambda: source.build(dtype=torch.float32)))
-        except (ShardwiseError, RuntimeError):
-            return count(model)
+    def _looked_at(self, model: nn.Module) -> tuple[Sharded, list[Finding]]:
+        """How much of the model is sharded, and what is found without running it: of the model as it was named, if it can be built without
+        weights; else of the one that is proved."""
+        named = model
+        if self._twin:
+            with suppress(ShardwiseError, RuntimeError):
+                source = find_model(self._case.model)
+                named = self._sharded(source, lambda: source.build(dtype=torch.float32))
+        sharded = count(named)
+        findings = [*untied(self._ties, model), *little_sharded(sharded, self._tp), *dropout(named)]
+        foreign = applied_to(named).foreign
+        if foreign is not None:
+            findings += [*undivided_heads(named, foreign.rules, self._tp), *idle_rules(named, foreign.rules)]
+        if isinstance(self._plan, Plan):
+            findings += shadowed_rules(named, self._plan)
+        return sharded, findings
 
     def _unsharded(self, source: ModelSource) -> tuple[Unsharded | str, list[tuple[Tensor, Tensor]], Callable[[], nn.Module]]:
         """(what it gives, or why there is nothing to prove; the batches; how to make it again)"""
@@ -184,8 +202,9 @@ class _Examination:
 
             model = make()
             self._parameters = sum(parameter.numel() for parameter in model.parameters())
+            self._ties = set(tied_parameters(model).values())
             if self._plan is TheirPlan.HF and not getattr(model, "tp_plan", None):
-                return "transformers has no tensor-parallel plan for it", [], make
+                return NO_PLAN, [], make
             batches = self._batches(model)
             try:
                 return unsharded(model, batches, self._tp), batches, make
@@ -236,7 +255,9 @@ class _Examination:
                     f'plan "own": parameter {name} is {list(parameter.shape)}, the unsharded model has {of_whole}. '
                     "Make sharded parameters DTensors of the whole's shape, under the same names."
                 )
-        fill(model, lambda name, _: values[name].detach().clone(), {})
+            with torch.no_grad():  # in place: hooks that the factory has put on its parameters stay
+                kept = values[name].detach()
+                local(parameter).copy_(local(part_of_dtensor(kept, parameter)) if isinstance(parameter, DTensor) else kept)
         mark_applied(model, Applied(None, DTensorLoss()))
         return model
 
@@ -270,38 +291,6 @@ def count(model: nn.Module) -> Sharded:
             inner_total += size
             inner_sharded += size * is_cut
     return Sharded(total, sharded, inner_total, inner_sharded)
-
-
-def _little(sharded: Sharded, tp: int) -> list[Finding]:
-    if tp == 1 or sharded.inner_share >= ENOUGH_INSIDE:
-        return []
-    reason = f"{sharded.inner_share:.1%} of the parameters outside embedding and head are sharded over tp={tp}, of all of them {sharded.share:.1%}"
-    advice = f"Below {ENOUGH_INSIDE:.0%} a rank does nearly all the work itself: see which rules match what with shardwise explain."
-    return [Finding(FindingKind.LITTLE_IS_SHARDED, "plan", reason, advice=advice)]
-
-
-def _idle_rules(model: nn.Module) -> list[Finding]:
-    foreign = applied_to(model).foreign
-    return [
-        Finding(FindingKind.RULE_MATCHES_NOTHING, rule.pattern, f"the rule ({rule.style}) matched no module or parameter", rule=str(rule))
-        for rule in (foreign.rules if foreign is not None else ())
-        if not rule.matches
-    ]
-
-
-def _untied(whole: nn.Module, model: nn.Module) -> list[Finding]:
-    """Parameters that are one in the unsharded model, and several in the sharded one."""
-    found = []
-    after = dict(model.named_parameters(remove_duplicate=False))
-    for names in sorted(set(tied_parameters(whole).values())):
-        if len({id(after[name]) for name in names if name in after}) > 1:
-            reason = f"it is one parameter with {', '.join(names[1:])}, and several when sharded, which train apart"
-            found.append(Finding(FindingKind.UNTIED, names[0], reason, cause=Cause.UNTIED))
-    return found
-
-
-def _crash(module: str, text: str) -> Finding:
-    return Finding(FindingKind.CRASHES, module or "model", text)
 
 
 def _plan_of(text: str) -> Plan | TheirPlan:

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from shardwise.core.errors import RunError
 from shardwise.core.shown import told
 from shardwise.parallel.apply import loss_of
+from shardwise.parallel.loss import DTensorLoss, PlainLoss
 from shardwise.verify.noise import NoDropout, SplitMatmuls
 
 SEED = 0
@@ -40,8 +41,13 @@ class Observed:
     coarsest: torch.dtype | None = None
 
 
-def observe(model: nn.Module, ids_BS: Tensor, labels_BS: Tensor, *, split: int = 1, trail: bool = False) -> Observed:
-    """One forward and backward, without dropout. split: see SplitMatmuls. Raises ModuleError with the module in which it failed."""
+def observe(
+    model: nn.Module, ids_BS: Tensor, labels_BS: Tensor, *, split: int = 1, trail: bool = False, width: int | None = None
+) -> Observed:
+    """One forward and backward, without dropout. split: see SplitMatmuls. width: of whole logits.
+
+    Raises ModuleError with the module in which it failed, and LogitsError where a loss for whole logits gets a part of them.
+    """
     model.zero_grad(set_to_none=True)
     torch.manual_seed(SEED)
     calls: list[Call] = []
@@ -55,6 +61,8 @@ def observe(model: nn.Module, ids_BS: Tensor, labels_BS: Tensor, *, split: int =
             stack.enter_context(_recorded(model, calls))
         with _named(model):
             logits = model(ids_BS)
+        if width is not None and logits.shape[-1] != width and isinstance(loss_function, PlainLoss | DTensorLoss):
+            raise LogitsError(int(logits.shape[-1]), width)
         try:
             loss = loss_function(logits, labels_BS)
             with loss_function.backward_context():
@@ -73,6 +81,13 @@ class ModuleError(RunError):
     def __init__(self, module: str, message: str) -> None:
         super().__init__(message)
         self.module = module
+
+
+class LogitsError(RunError):
+    """Logits of the wrong width, which a loss would take for whole."""
+
+    def __init__(self, width: int, whole: int) -> None:
+        super().__init__(f"the logits are {width} wide on a rank, the unsharded model's {whole}, and the loss takes them for whole")
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ A difference is passed on: in the forward to every later module, in the backward
 first (does its own relation name a fault?), then whether the gradient that came to its module, or the module's output, was wrong before it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -60,6 +60,16 @@ class Recut:
         return f"{self.parts} weights lie in it, and it is cut as if it were one; with each cut by itself, its module is right"
 
 
+_ADVICE = {
+    Cause.PARTS_NOT_SUMMED: "Sum it over tp after the backward; in a plan of transformers, replicated_with_grad_allreduce does that.",
+    Cause.SUMMED_TOO_OFTEN: "Leave out the sum; or, where the style takes its input for a part, such as of the sequence, give it one.",
+    Cause.AVERAGED: "Sum the parts instead of averaging them, and don't divide a whole.",
+    Cause.CUT_AS_ONE: "Cut each weight by itself; in a plan of transformers, packed_colwise and packed_rowwise do that.",
+    Cause.NOT_GATHERED: "Gather the logits (colwise_gather_output in a plan of transformers), or take a vocabulary-parallel loss.",
+    Cause.WRONG_SHARD: "Let rank r hold the r-th chunk, as DTensor's Shard does.",
+}
+
+
 def explain_differences(evidence: Evidence) -> list[Finding]:
     """A finding for the output or loss if they differ, and one for each wrong gradient: faults first, then what follows from them."""
     forward = evidence.first_wrong_output
@@ -72,6 +82,22 @@ def explain_differences(evidence: Evidence) -> list[Finding]:
     findings = [_gradient_finding(evidence, name, forward, backward) for name in evidence.errors]
     findings.sort(key=lambda finding: finding.cause is Cause.FOLLOWS or finding.cause is Cause.FORWARD)
     return found + findings
+
+
+def with_ties(findings: Iterable[Finding], untied: Iterable[Finding]) -> list[Finding]:
+    """The gradient of a parameter that was torn apart is wrong for that reason."""
+    reasons = {finding.subject: finding.reason for finding in untied if finding.kind is FindingKind.UNTIED}
+    return [
+        replace(finding, cause=Cause.UNTIED, reason=reasons[finding.subject])
+        if finding.subject in reasons and finding.cause is Cause.UNKNOWN
+        else finding
+        for finding in findings
+    ]
+
+
+def ungathered(reason: str) -> tuple[Finding, ...]:
+    """Logits that no loss could be taken of."""
+    return (Finding(FindingKind.OUTPUT_DIFFERS, "output", reason, advice=_ADVICE[Cause.NOT_GATHERED], cause=Cause.NOT_GATHERED),)
 
 
 def rule_of(model: nn.Module, name: str) -> str | None:
@@ -96,16 +122,15 @@ def rule_of(model: nn.Module, name: str) -> str | None:
 def _is_wrong(related: Related | None) -> bool:
     """Whether an activation can't be right. What lies cut in an order of its own, as heads or experts do, isn't known to be wrong."""
     return (
-        (related is not None
+        related is not None
         and related.relation
         in (
             Relation.MULTIPLE,
             Relation.UNEQUAL,
             Relation.ZERO,
             Relation.SHIFTED,
-        ))
-        or (related is not None and related.relation is Relation.OTHER and related.dim is None and related.error < float("inf"))
-    )
+        )
+    ) or (related is not None and related.relation is Relation.OTHER and related.dim is None and related.error < float("inf"))
 
 
 def _last_wrong_gradient(evidence: Evidence) -> int | None:
@@ -122,11 +147,11 @@ def _output_finding(evidence: Evidence, forward: Seen | None) -> Finding:
         reason = f"each rank has 1/{evidence.n_ranks} of the logits, and the loss takes them for all"
     elif forward is not None:
         cause = Cause.FORWARD
-        reason = f"the first module that gives something else is {_named(forward.module)}: {_output_words(forward.output)}"
+        reason = f"the first module whose output differs is {_named(forward.module)}: {_output_words(forward.output)}"
         if evidence.recut is not None:
             cause, reason = Cause.CUT_AS_ONE, f"{reason}. {evidence.recut.parameter}: {evidence.recut.reason}"
     rule = rule_of(evidence.model, forward.module) if forward is not None else None
-    return Finding(FindingKind.OUTPUT_DIFFERS, "output", reason, evidence.output_error, cause=cause, rule=rule)
+    return Finding(FindingKind.OUTPUT_DIFFERS, "output", reason, evidence.output_error, advice=_ADVICE.get(cause), cause=cause, rule=rule)
 
 
 def _output_words(related: Related | None) -> str:
@@ -141,7 +166,7 @@ def _output_words(related: Related | None) -> str:
         case Relation.SHIFTED:
             return "each rank has another rank's part"
         case _:
-            return "its output is another one"
+            return "its output isn't the unsharded one"
 
 
 # ------------------------------------------------------------------------------------- each gradient
@@ -152,14 +177,15 @@ def _gradient_finding(evidence: Evidence, name: str, forward: Seen | None, backw
     if evidence.recut is not None and evidence.recut.parameter == name:
         reason = evidence.recut.reason
         rule = rule_of(evidence.model, name)
-        return Finding(FindingKind.GRADIENT_DIFFERS, name, reason, evidence.errors[name], related.factor, cause=Cause.CUT_AS_ONE, rule=rule)
+        advice = _ADVICE[Cause.CUT_AS_ONE]
+        return Finding(FindingKind.GRADIENT_DIFFERS, name, reason, evidence.errors[name], related.factor, advice, Cause.CUT_AS_ONE, rule)
     cause, reason = _own_fault(related, evidence)
     kind = FindingKind.GRADIENT_MISSING if related.relation is Relation.MISSING else FindingKind.GRADIENT_DIFFERS
     if cause is Cause.UNKNOWN or cause is Cause.SUMMED_TOO_OFTEN or cause is Cause.AVERAGED:
         passed = _passed_on(evidence, name, forward, backward)
         if passed is not None:
             cause, reason = passed
-    return Finding(kind, name, reason, evidence.errors[name], related.factor, cause=cause, rule=rule_of(evidence.model, name))
+    return Finding(kind, name, reason, evidence.errors[name], related.factor, _ADVICE.get(cause), cause, rule_of(evidence.model, name))
 
 
 def _own_fault(related: Related, evidence: Evidence) -> tuple[Cause, str]:
@@ -220,7 +246,7 @@ def _gradient_words(related: Related | None) -> str:
         case Relation.ZERO:
             return "there it is zero"
         case _:
-            return "there it is another one"
+            return "there it isn't the unsharded one"
 
 
 def _times(factor: float | None) -> str:

@@ -4,7 +4,7 @@ Each wrong reduction has a relation of its own, so the relation is the reason: w
 they have is the whole; where wholes were summed, each has n times it; a shard of the wrong rank is right one place further.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -25,6 +25,10 @@ class Relation(StrEnum):
     MISSING = "missing"  # some rank has none
     UNEQUAL = "unequal"  # as large as the whole, not equal over the ranks, and no parts of it
     OTHER = "other"  # none of these
+
+
+Far = Callable[[Sequence[Tensor]], float]
+"""Largest relative distance of what is held from what is expected, over the ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,37 +61,34 @@ def relate(pieces: Sequence[Tensor | None], whole: Tensor, *, tolerance: float) 
 
     shapes = {tuple(piece.shape) for piece in held}
     if shapes == {tuple(whole.shape)}:
-        return _relate_whole(held, whole, far, norm=norm, scale=scale, tolerance=tolerance)
+        return _relate_whole(held, whole, far, scale=scale, tolerance=tolerance)
     dim = _cut_dim([piece.shape for piece in held], whole.shape)
     if dim is None:
         return Related(Relation.OTHER, float("inf"))
     return _relate_cut(held, whole, dim, far, tolerance=tolerance, is_zero=norm <= tolerance * scale)
 
 
-def _relate_whole(held, whole, far, *, norm: float, scale: float, tolerance: float) -> Related:  # type: ignore[no-untyped-def]
+def _relate_whole(held: list[Tensor], whole: Tensor, far: Far, *, scale: float, tolerance: float) -> Related:
     n = len(held)
     error = far([whole] * n)
     if error <= tolerance:
         return Related(Relation.WHOLE, error)
-    if n > 1:
-        together = float((sum(held) - whole).norm()) / scale
-        if together <= tolerance:
-            return Related(Relation.PARTS, error)
     if all(float(piece.norm()) <= tolerance * scale for piece in held):
         return Related(Relation.ZERO, error)
     factor = _factor(held, [whole] * n)
-    if factor is not None and far([whole * factor] * n) <= tolerance * max(1.0, abs(factor)):
-        return Related(Relation.MULTIPLE, error, factor=factor)
-    if n > 1:
-        total = sum(held)
-        factor = _factor([total], [whole])
-        if factor is not None and factor != 0 and float((total - factor * whole).norm()) / scale <= tolerance * max(1.0, abs(factor)):
-            return Related(Relation.PARTS, error, factor=factor)
-    is_equal = all(float((piece - held[0]).norm()) <= tolerance * scale for piece in held)
-    return Related(Relation.OTHER if is_equal else Relation.UNEQUAL, error, factor=factor)
+    if all(float((piece - held[0]).norm()) <= tolerance * scale for piece in held):  # a rank can't be alone with a part
+        is_multiple = factor is not None and far([whole * factor] * n) <= tolerance * max(1.0, abs(factor))
+        return Related(Relation.MULTIPLE if is_multiple else Relation.OTHER, error, factor=factor)
+    total = torch.stack(held).sum(0)
+    if float((total - whole).norm()) / scale <= tolerance:
+        return Related(Relation.PARTS, error)
+    of_sum = _factor([total], [whole])
+    if of_sum and float((total - of_sum * whole).norm()) / scale <= tolerance * max(1.0, abs(of_sum)):
+        return Related(Relation.PARTS, error, factor=of_sum)
+    return Related(Relation.UNEQUAL, error, factor=factor)
 
 
-def _relate_cut(held, whole, dim: int, far, *, tolerance: float, is_zero: bool) -> Related:  # type: ignore[no-untyped-def]
+def _relate_cut(held: list[Tensor], whole: Tensor, dim: int, far: Far, *, tolerance: float, is_zero: bool) -> Related:
     sizes = [piece.shape[dim] for piece in held]
     chunks = list(whole.split(sizes, dim))
     error = far(chunks)

@@ -33,7 +33,7 @@ def verify(
     answers: dict[int, Verification] = {}
 
     def take(event: bytes) -> None:
-        answer = msgspec.json.decode(event, type=Answer)
+        answer = msgspec.msgpack.decode(event, type=Answer)
         known = answers.get(answer.number)
         if known is None or (answer.alone and answer.verification.findings and not known.findings):
             answers[answer.number] = answer.verification

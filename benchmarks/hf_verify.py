@@ -1,0 +1,62 @@
+"""Does every tensor-parallel plan that transformers ships train the model? Proved type by type, on small twins of the default configurations.
+
+    python -m benchmarks.hf_verify                all types; writes benchmarks/results/DATE-hf-verify.json
+    python -m benchmarks.hf_verify qwen3 apertus  these types; prints, writes nothing
+
+Each is what `shardwise verify hf --model hf:TYPE` does. A plan that shards less than 10 % of the parameters outside embedding and head (of the
+default configuration) is said to shard nearly nothing.
+"""
+
+import argparse
+import sys
+import time
+from importlib.metadata import version
+
+from benchmarks.results import command_line, now
+from benchmarks.verify_results import Sweep, summary
+from shardwise.core.mesh import Mesh
+from shardwise.core.plan import TheirPlan
+from shardwise.core.verification import Verification, VerificationRun
+from shardwise.report import verify_rows as rows
+from shardwise.verify.case import NO_PLAN, Case
+from shardwise.verify.run import BATCH, SEQ, verify
+
+MESH = Mesh((("tp", 2),))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.hf_verify", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("types", nargs="*", help="these types only; nothing is written then")
+    given = parser.parse_args()
+    from shardwise.models.hugging_face import causal_types
+
+    known = causal_types()
+    unknown = [name for name in given.types if name not in known]
+    if unknown:
+        print(f"no causal language model types: {', '.join(unknown)}", file=sys.stderr)
+        return 2
+    types, started, began = given.types or list(known), now(), time.perf_counter()
+    done = 0
+
+    def show(each: Verification) -> None:
+        nonlocal done
+        done += 1
+        print(
+            f"{done:3}/{len(types)} {each.model.removeprefix('hf:'):28} {each.verdict:22} {each.seconds:5.1f} s  {rows.headline(each)}",
+            flush=True,
+        )
+
+    found = verify([Case(f"hf:{name}", str(TheirPlan.HF), str(TheirPlan.HF)) for name in types], mesh=MESH, on_answer=show)
+    with_plan = tuple(sorted((each for each in found if each.note != NO_PLAN), key=lambda each: each.model))
+    without = tuple(each.model.removeprefix("hf:") for each in found if each.note == NO_PLAN)
+    versions = tuple((name, version(name)) for name in ("shardwise", "torch", "transformers"))
+    run = VerificationRun(str(MESH), "cpu", BATCH, SEQ, started.isoformat(timespec="seconds"), versions, with_plan)
+    sweep = Sweep(command_line("benchmarks.hf_verify"), round(time.perf_counter() - began, 1), run, without)
+    print(summary(sweep))
+    if not given.types:
+        print(f"wrote {sweep.write()}; now run python -m benchmarks.tables")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

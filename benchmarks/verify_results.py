@@ -1,0 +1,101 @@
+"""The proof of every Hugging Face type's own plan as data, its file, and the tables of docs/verify.md. No torch, no processes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.hf_results import cell, table
+from benchmarks.results import RESULTS, latest
+from shardwise.core.verification import Verdict, Verification, VerificationRun
+from shardwise.report import verify_rows as rows
+from shardwise.report.document import read_as, table_of, write_document
+
+WHAT = "hf-verify"
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """A run over types; those without a plan of their own are in `without_plan`."""
+
+    command: str
+    seconds: float
+    run: VerificationRun
+    without_plan: tuple[str, ...]
+    what: str = WHAT
+    schema_version: int = 1
+
+    @property
+    def day(self) -> str:
+        return self.run.started[:10]
+
+    def write(self, folder: Path = RESULTS) -> Path:
+        """The file of this run; one of the same day is replaced."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.day}-{self.what}.json"
+        path.write_bytes(write_document(table_of(self)))
+        return path
+
+
+def newest_sweep(folder: Path = RESULTS) -> Sweep:
+    """Raises FileNotFoundError where there is none."""
+    path = latest(WHAT, folder)
+    return read_as(path.read_bytes(), Sweep, str(path), command="verify", what="sweep", version=1)
+
+
+def summary(sweep: Sweep) -> str:
+    """Counts in a sentence or two."""
+    cases = sweep.run.verifications
+    skipped = [each for each in cases if each.verdict is Verdict.SKIPPED]
+    return (
+        f"{len(cases) - len(skipped)} causal language model types of transformers {dict(sweep.run.versions)['transformers']} have a tensor-parallel "
+        f"plan of their own and run: {rows.totals(sweep.run)}. Of the skipped ones not even the unsharded model runs as transformers' default "
+        f"configuration describes it; {len(sweep.without_plan)} more types have no plan. All in {sweep.seconds / 60:.1f} minutes."
+    )
+
+
+def blocks(sweep: Sweep) -> dict[str, str]:
+    """Name of a block of the documents -> its text."""
+    run = sweep.run
+    versions = ", ".join(f"{name} {version}" for name, version in run.versions if name != "shardwise")
+    source = f"\nRun: {rows.settings(run)}; {versions}.\nSource: `benchmarks/results/{sweep.day}-{sweep.what}.json`, made by `{sweep.command}`.\n"
+    wrong = [each for each in run.verifications if each.verdict.is_no]
+    return {
+        f"benchmark-{WHAT}": summary(sweep) + "\n\n" + _found_table(wrong) + source,
+        f"benchmark-{WHAT}-all": _all_table(run.verifications) + source,
+        f"benchmark-{WHAT}-skipped": _skipped_table([each for each in run.verifications if each.verdict is Verdict.SKIPPED]) + source,
+    }
+
+
+def _found_table(cases: list[Verification]) -> str:
+    order = (Verdict.WRONG, Verdict.CRASHES, Verdict.NEARLY_NOTHING)
+    cells = [
+        [_type(each), str(each.verdict), cell(rows.headline(each))] for each in sorted(cases, key=lambda each: order.index(each.verdict))
+    ]
+    return table(["type", "verdict", "what was found"], cells)
+
+
+def _all_table(cases: tuple[Verification, ...]) -> str:
+    cells = []
+    for each in cases:
+        if each.verdict is not Verdict.SKIPPED:
+            row = rows.row(each)
+            noise = rows.error(each.proof.noise) if each.proof is not None else ""
+            steps = rows.error(each.proof.weights_error) if each.proof is not None else ""
+            cells.append([_type(each), str(row.verdict), row.sharded, row.compared, noise, row.error, steps])
+    head = [
+        "type",
+        "verdict",
+        "sharded outside embedding and head",
+        "gradients compared",
+        "own noise",
+        "largest error",
+        "weights after 2 steps",
+    ]
+    return table(head, cells, numbers=(2, 4, 5, 6))
+
+
+def _skipped_table(cases: list[Verification]) -> str:
+    return table(["type", "why"], [[_type(each), cell(each.note)] for each in cases])
+
+
+def _type(each: Verification) -> str:
+    return each.model.removeprefix("hf:")

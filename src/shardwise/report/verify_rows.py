@@ -1,0 +1,171 @@
+"""Verifications as rows of text, for the terminal and the page alike; nothing here knows of either."""
+
+import re
+from dataclasses import dataclass
+
+from shardwise.core.finding import Cause, Finding, FindingKind
+from shardwise.core.verification import Verdict, Verification, VerificationRun
+
+# findings that only say that something above or below them is wrong
+PASSED_ON = frozenset({Cause.FOLLOWS, Cause.FORWARD})
+_TELL_RATIO = frozenset({Cause.SUMMED_TOO_OFTEN, Cause.AVERAGED})
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One case in a table of many."""
+
+    model: str
+    plan: str
+    verdict: Verdict
+    sharded: str
+    compared: str
+    error: str
+    what: str
+
+
+def row(each: Verification) -> Row:
+    proof = each.proof
+    sharded = f"{100 * each.sharded.inner_share:.0f} %" if each.sharded is not None else ""
+    compared = f"{proof.parameters_compared} in {proof.dtype}" if proof is not None else ""
+    worst = max(proof.worst_gradient_error, proof.output_error, proof.loss_error) if proof is not None else None
+    return Row(each.model, each.plan, each.verdict, sharded, compared, error(worst), headline(each))
+
+
+def headline(each: Verification) -> str:
+    """What was found, in a sentence; of many findings the first, and how many others there are."""
+    match each.verdict:
+        case Verdict.RIGHT:
+            notes = len(each.findings)
+            return f"{notes} note{'s' * (notes > 1)}" if notes else ""
+        case Verdict.SKIPPED | Verdict.CRASHES:
+            return each.note
+        case Verdict.NEARLY_NOTHING:
+            return next(finding.reason for finding in each.findings if finding.kind is FindingKind.LITTLE_IS_SHARDED)
+        case Verdict.WRONG:
+            own = grouped([finding for finding in each.wrong if finding.cause not in PASSED_ON] or list(each.wrong))
+            more = f"; and {len(own) - 1} more" if len(own) > 1 else ""
+            return f"{own[0].subject}: {own[0].first.reason}{more}"
+
+
+def verdict_text(each: Verification) -> str:
+    """The answer in a sentence or two."""
+    proof = each.proof
+    match each.verdict:
+        case Verdict.RIGHT | Verdict.NEARLY_NOTHING:
+            assert proof is not None
+            start = "Right" if each.verdict is Verdict.RIGHT else "Right, but it shards nearly nothing"
+            return (
+                f"{start}: outputs, loss, all {proof.parameters_compared} gradients, and the weights after {proof.steps} clipped optimizer steps are "
+                "the unsharded model's."
+            )
+        case Verdict.WRONG:
+            n = len(
+                {
+                    finding.subject
+                    for finding in each.wrong
+                    if finding.relative_error is not None and finding.subject not in ("output", "loss")
+                }
+            )
+            forward = "the outputs differ" if any(finding.subject == "output" for finding in each.wrong) else "the outputs are exact"
+            compared = proof.parameters_compared if proof is not None else 0
+            if not n and forward == "the outputs are exact":
+                return f"Wrong: {headline(each)}"
+            return f"Wrong: {forward}, and {n} of {compared} gradients are not the unsharded model's."
+        case Verdict.CRASHES:
+            return f"Crashes: unsharded it runs, and under the plan it doesn't. {each.note}"
+        case Verdict.SKIPPED:
+            return f"Skipped, so nothing is proved: {each.note}"
+
+
+def facts(each: Verification) -> list[tuple[str, str]]:
+    """What was compared and how exactly: names and values."""
+    found = [("model", f"{each.model}{f', {each.twin}' if each.twin else ''}"), ("plan", f"{each.plan} on tp={each.tp}")]
+    if each.parameters is not None:
+        found.append(("parameters", f"{each.parameters:,}"))
+    if each.sharded is not None:
+        found.append(("sharded", f"{each.sharded.inner_share:.1%} outside embedding and head, {each.sharded.share:.1%} of all"))
+    if each.proof is not None:
+        proof = each.proof
+        found += [
+            ("computed in", proof.dtype),
+            ("the model's own noise", error(proof.noise)),
+            ("outputs", f"{error(proof.output_error)} off; allowed {error(proof.tolerance)}"),
+            ("loss", f"{error(proof.loss_error)} off; allowed {error(proof.tolerance)}"),
+            ("worst gradient", f"{error(proof.worst_gradient_error)} off: {proof.worst_gradient}"),
+        ]
+        if proof.weights_error is not None and proof.norm_error is not None:
+            found.append(
+                (f"after {proof.steps} steps", f"weights {error(proof.weights_error)} off, gradient norm {error(proof.norm_error)}")
+            )
+    return found
+
+
+def error(value: float | None) -> str:
+    """A relative error; what is far off in plain figures."""
+    if value is None:
+        return ""
+    if value == 0:
+        return "0"
+    if value == float("inf"):
+        return "none on one side"
+    return f"{100 * value:.3g} %" if value >= 1e-3 else f"{value:.1e}"
+
+
+def sentence(text: str) -> str:
+    """A reason as a sentence."""
+    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', '!', '?')) else '.'}"
+
+
+def settings(run: VerificationRun) -> str:
+    """What all cases share."""
+    return f"{run.mesh} on {run.device}, batch {run.batch}, {run.seq} tokens each, no dropout"
+
+
+def totals(run: VerificationRun) -> str:
+    """How many of each verdict."""
+    counts = {verdict: sum(each.verdict is verdict for each in run.verifications) for verdict in Verdict}
+    return ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Findings that differ in the layer only. subject: with * for the layer where there are several."""
+
+    subject: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def first(self) -> Finding:
+        return self.findings[0]
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Relative error and ratio; of several the range."""
+        errors = [finding.relative_error for finding in self.findings if finding.relative_error is not None]
+        found = [f"{_span(error(min(errors)), error(max(errors)))} off"] if errors else []
+        ratios = [finding.ratio for finding in self.findings if finding.ratio is not None and finding.cause in _TELL_RATIO]
+        if ratios:
+            found.append(f"{_span(f'{min(ratios):.6g}', f'{max(ratios):.6g}')} times the unsharded one")
+        if len(self.findings) > 1:
+            found.append(f"{len(self.findings)} layers")
+        return tuple(found)
+
+
+def _span(low: str, high: str) -> str:
+    return low if low == high else f"{low} to {high}"
+
+
+def split(each: Verification) -> tuple[list[Group], list[Group]]:
+    """(faults and notes, what only follows from them). A crash is all there is to say, and the verdict says it."""
+    own = [finding for finding in each.findings if finding.cause not in PASSED_ON and finding.kind is not FindingKind.CRASHES]
+    return grouped(own), grouped([finding for finding in each.findings if finding.cause in PASSED_ON])
+
+
+def grouped(findings: list[Finding]) -> list[Group]:
+    """Equal findings of several layers as one, in the order of the first."""
+    groups: dict[tuple[object, ...], list[Finding]] = {}
+    for finding in findings:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", finding.subject)
+        groups.setdefault((pattern, finding.kind, finding.cause, finding.reason, finding.rule), []).append(finding)
+    return [Group(key[0] if len(group) > 1 else group[0].subject, tuple(group)) for key, group in groups.items()]  # type: ignore[arg-type]

@@ -1,0 +1,112 @@
+"""What can be said of a plan before anything runs: from the model as it was named (without weights), the plan, and the number of ranks."""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from shardwise.core.finding import Cause, Finding, FindingKind
+from shardwise.core.foreign import ForeignRule
+from shardwise.core.plan import Plan, suggest_pattern
+from shardwise.core.verification import Sharded
+
+ENOUGH_INSIDE = 0.10
+"""Share of the parameters outside embedding and head that must be sharded; a plan below it saves hardly anything, and proves nothing."""
+
+
+def shadowed_rules(model: nn.Module, plan: Plan) -> list[Finding]:
+    """Rules that match modules and hold for none, since later ones match them all."""
+    names = [name for name, _ in model.named_modules() if name]
+    holds = {name: plan.rule_for(name) for name in names}
+    found = []
+    for rule in plan.rules:
+        matched = [name for name in names if rule.matches(name)]
+        if matched and all(holds[name] is not rule for name in matched):
+            others = ", ".join(dict.fromkeys(str(holds[name]) for name in matched))
+            reason = f"the rule holds for no module: what it matches, {_some(matched)}, later rules match too: {others}"
+            advice = "Of several rules the last that matches holds: move it down, or take it out."
+            found.append(Finding(FindingKind.RULE_IS_SHADOWED, rule.pattern, reason, advice=advice, rule=str(rule)))
+    return found
+
+
+def idle_rules(model: nn.Module, rules: Iterable[ForeignRule]) -> list[Finding]:
+    """Another library's rules that match nothing. Our own engine refuses those."""
+    names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
+    found = []
+    for rule in rules:
+        if not rule.matches:
+            near = suggest_pattern(rule.pattern, names)
+            advice = f'Did you mean "{near}"?' if near is not None and near != rule.pattern else None
+            reason = f"the rule ({rule.style}) matches no module or parameter"
+            found.append(Finding(FindingKind.RULE_MATCHES_NOTHING, rule.pattern, reason, advice=advice, rule=str(rule)))
+    return found
+
+
+def little_sharded(sharded: Sharded, tp: int) -> list[Finding]:
+    """Whether nearly all of the model is on every rank."""
+    if tp == 1 or sharded.inner_share >= ENOUGH_INSIDE:
+        return []
+    reason = f"{sharded.inner_share:.1%} of the parameters outside embedding and head are sharded over tp={tp}, and {sharded.share:.1%} of all of them"
+    advice = f"Below {ENOUGH_INSIDE:.0%} each rank does nearly all of the work: shardwise explain says which rules match what."
+    return [Finding(FindingKind.LITTLE_IS_SHARDED, "plan", reason, advice=advice)]
+
+
+def untied(ties: Iterable[tuple[str, ...]], model: nn.Module) -> list[Finding]:
+    """Parameters that are one in the unsharded model, under the names of each of `ties`, and several in the sharded one."""
+    found = []
+    after = dict(model.named_parameters(remove_duplicate=False))
+    for names in sorted(ties):
+        if len({id(after[name]) for name in names if name in after}) > 1:
+            reason = f"it is one parameter with {', '.join(names[1:])}, and several when sharded, which train apart"
+            found.append(Finding(FindingKind.UNTIED, names[0], reason, cause=Cause.UNTIED))
+    return found
+
+
+_HEAD_COUNTS = (
+    ("num_attention_heads", "attention heads", r"(^|\.)(q_proj|wq|query)$"),
+    ("num_key_value_heads", "KV heads", r"(^|\.)(k_proj|v_proj|wk|wv|key|value)$"),
+)
+
+
+def undivided_heads(model: nn.Module, rules: Iterable[ForeignRule], tp: int) -> list[Finding]:
+    """Heads that the ranks can't share out evenly, where a rule cuts the projection that makes them. By a Hugging Face configuration."""
+    config: Any = getattr(model, "config", None)
+    part: Any = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    found = []
+    for key, what, projections in _HEAD_COUNTS:
+        count = _number(part, key)
+        rule = next((rule for rule in rules if rule.style == "colwise" and rule.modules and re.search(projections, rule.modules[0])), None)
+        if count is not None and count % tp and rule is not None:
+            reason = f"tp={tp} doesn't divide the {count} {what}, and the rule cuts the projection that makes them"
+            advice = f"Use tp in {{{', '.join(str(n) for n in range(1, count + 1) if count % n == 0)}}}, or leave the projection whole."
+            found.append(Finding(FindingKind.HEADS_NOT_DIVISIBLE, rule.modules[0], reason, advice=advice, rule=str(rule)))
+    return found
+
+
+def _number(config: Any, key: str) -> int | None:
+    """A configuration's number; None where there is none, or one for each layer (asking for which transformers refuses in its own way)."""
+    try:
+        value = getattr(config, key, None)
+    except Exception:
+        return None
+    return value if isinstance(value, int) else None
+
+
+def dropout(model: nn.Module) -> list[Finding]:
+    """Dropout that is on. Each rank draws its masks itself, and activations that all ranks hold need the same ones."""
+    on = [name for name, module in _dropouts(model) if module.p > 0]
+    if not on:
+        return []
+    reason = f"{len(on)} dropout modules are on ({_some(on)}); each rank draws its own masks, and of what all ranks hold they must be equal"
+    advice = "Seed all tp ranks alike, or set the dropout to 0. The proof ran without any."
+    return [Finding(FindingKind.DROPOUT_MAY_DIFFER, on[0], reason, advice=advice)]
+
+
+def _dropouts(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, nn.modules.dropout._DropoutNd))
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,0 +1,150 @@
+"""Models with plans that train the wrong model, or crash, each in the way of a fault that was found in a real one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from shardwise.models.hugging_face import find_hugging_face
+from shardwise.models.small import small_values
+
+
+def _hugging_face(model_type: str, change: Callable[[dict[str, str]], None], **values: object) -> nn.Module:
+    """A small model of a type whose own plan was changed. Keys are relative to the base model."""
+    from transformers import AutoModelForCausalLM
+
+    config = find_hugging_face(f"hf:{model_type}").config
+    small = type(config).from_dict(small_values(config, 2) | values)
+    plan = dict(small.base_model_tp_plan)
+    change(plan)
+    small.base_model_tp_plan = plan
+    model: nn.Module = AutoModelForCausalLM.from_config(small, dtype=torch.get_default_dtype(), experts_implementation="eager")
+    return model
+
+
+def qwen3_as_shipped() -> nn.Module:
+    return _hugging_face("qwen3", lambda plan: None)
+
+
+def qwen3_norms_not_summed() -> nn.Module:
+    """Norms of queries and keys, after colwise projections: each rank has its heads' part of the gradient."""
+
+    def change(plan: dict[str, str]) -> None:
+        for name in ("layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm"):
+            del plan[name]
+
+    return _hugging_face("qwen3", change)
+
+
+def llama_norm_sequence_parallel() -> nn.Module:
+    """A norm that takes its input for a part of the sequence, which is whole."""
+    return _hugging_face("llama", lambda plan: plan.update({"layers.*.post_attention_layernorm": "sequence_parallel"}))
+
+
+def mixtral_experts_cut_as_one() -> nn.Module:
+    """Gate and up in one weight, cut as if they were one."""
+    return _hugging_face("mixtral", lambda plan: plan.update({"layers.*.mlp.experts.gate_up_proj": "colwise"}))
+
+
+def llama_typo() -> nn.Module:
+    return _hugging_face("llama", lambda plan: plan.update({"layers.*.mlp.gate_prj": "colwise"}))
+
+
+def llama_one_kv_head() -> nn.Module:
+    return _hugging_face("llama", lambda plan: None, num_key_value_heads=1)
+
+
+class Block(nn.Module):
+    """Two linear layers with a learnable activation and a norm, small enough to shard by hand."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(32, 16)
+        self.norm = nn.RMSNorm(16)
+        self.up = nn.Linear(16, 32)
+        self.slope = nn.Parameter(torch.ones(()))
+        self.down = nn.Linear(32, 16)
+        self.head = nn.Linear(16, 32, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        hidden = self.embed(ids_BS)
+        inner = self.up(self.norm(hidden))
+        slope = self.slope.to_local() if isinstance(self.slope, DTensor) else self.slope
+        out: Tensor = self.head(hidden + self.down(torch.tanh(slope * inner)))
+        return out
+
+
+def _by_hand(model: Block, mesh: DeviceMesh, **styles: Any) -> Block:
+    tp = mesh["tp"] if mesh.ndim > 1 else mesh
+    parallelize_module(model, tp, {"up": ColwiseParallel(), "down": RowwiseParallel()} | styles)
+    return model
+
+
+def by_hand_right(mesh: DeviceMesh | None = None) -> nn.Module:
+    """The slope's gradient is summed over the ranks by a hook."""
+    model = Block()
+    if mesh is not None:
+        _by_hand(model, mesh)
+        group = mesh.get_group("tp")
+        model.slope.register_hook(lambda gradient: _summed(gradient, group, 1.0))
+    return model
+
+
+def by_hand_slope_not_summed(mesh: DeviceMesh | None = None) -> nn.Module:
+    return _by_hand(Block(), mesh) if mesh is not None else Block()
+
+
+def by_hand_slope_averaged(mesh: DeviceMesh | None = None) -> nn.Module:
+    model = Block()
+    if mesh is not None:
+        _by_hand(model, mesh)
+        group = mesh.get_group("tp")
+        model.slope.register_hook(lambda gradient: _summed(gradient, group, 1 / group.size()))
+    return model
+
+
+def by_hand_half_logits(mesh: DeviceMesh | None = None) -> nn.Module:
+    """The head is colwise, and nobody gathers its logits."""
+    if mesh is None:
+        return Block()
+    model = _by_hand(Block(), mesh, head=ColwiseParallel())
+    group = mesh.get_group("tp")
+    model.slope.register_hook(lambda gradient: _summed(gradient, group, 1.0))
+    return model
+
+
+def by_hand_untied(mesh: DeviceMesh | None = None) -> nn.Module:
+    """The head gets a parameter of its own, as whatever makes a new one does."""
+    model = Block(tied=True)
+    if mesh is not None:
+        _by_hand(model, mesh)
+        group = mesh.get_group("tp")
+        model.slope.register_hook(lambda gradient: _summed(gradient, group, 1.0))
+        model.head.weight = nn.Parameter(model.embed.weight.detach().clone())
+    return model
+
+
+def _summed(gradient: Tensor, group: Any, factor: float) -> Tensor:
+    summed = gradient.clone()
+    torch.distributed.all_reduce(summed, group=group)
+    return summed * factor
+
+
+def by_hand_alone(mesh: DeviceMesh | None = None) -> nn.Module:
+    """Its rank 1 fails while rank 0 waits for it."""
+    model = Block()
+    if mesh is not None:
+        _by_hand(model, mesh)
+        if torch.distributed.get_rank() == 1:
+            model.up.register_forward_pre_hook(_fail)
+    return model
+
+
+def _fail(*_: Any) -> None:
+    raise RuntimeError("only here")

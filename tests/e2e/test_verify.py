@@ -1,0 +1,100 @@
+"""`shardwise verify` as a user meets it: exit codes, JSON, bad input, Ctrl-C, the page in a real headless Chromium; and shardwise.testing."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from shardwise.core.errors import InputError
+from shardwise.core.verification import Verdict
+from shardwise.report.verify_html import verification_html
+from shardwise.report.verify_json import verification_from_json
+from shardwise.testing import assert_plan_trains_right
+from tests.e2e.command import GRACE_S, gone, ranks_of, shardwise, start
+from tests.e2e.test_report_html import Elements, browser, visit
+from tests.unit.test_verify_report import CRASH, HOSTILE, LITTLE, RIGHT, SKIPPED, WRONG, run
+
+__all__ = ["browser"]  # the fixture
+
+MODELS = "tests.distributed.verify_models:"
+
+
+def test_plans_that_are_right_end_with_0_and_leave_a_page_and_the_data(tmp_path: Path) -> None:
+    out = tmp_path / "page"
+    ended = shardwise("verify", "rowwise", "colwise@dtensor", "--size", "small", "--out", str(out))
+    assert ended.returncode == 0, ended.stderr
+    assert "2 right: tp=2 on cpu, batch 2, 16 tokens each, no dropout" in ended.stdout
+    assert sorted(each.name for each in out.iterdir()) == ["settings.json", "verification.json", "verify.html"]
+    found = verification_from_json((out / "verification.json").read_bytes())
+    assert [(each.plan, each.verdict) for each in found.verifications] == [("rowwise", Verdict.RIGHT), ("colwise@dtensor", Verdict.RIGHT)]
+
+
+def test_a_wrong_plan_ends_with_1_and_json_is_one_document() -> None:
+    ended = shardwise("verify", "own", "--model", f"{MODELS}by_hand_slope_not_summed", "--json")
+    assert ended.returncode == 1
+    (case,) = json.loads(ended.stdout)["verifications"]
+    assert (case["verdict"], case["findings"][0]["subject"], case["findings"][0]["cause"]) == ("wrong", "slope", "parts_not_summed")
+
+
+def test_a_plan_of_the_users_own_is_read_from_its_file(tmp_path: Path) -> None:
+    plan = tmp_path / "mine.toml"
+    plan.write_text(shardwise("plans", "rowwise").stdout)
+    ended = shardwise("verify", str(plan), "--size", "small", "--json")
+    assert (ended.returncode, json.loads(ended.stdout)["verifications"][0]["verdict"]) == (0, "right")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("rowise",), 'unknown plan "rowise". Did you mean "rowwise"?'),
+        (("--model", "llama3-debg"), 'unknown model "llama3-debg". Did you mean "llama3-debug"?'),
+        (("unsharded",), 'plan "unsharded" has nothing to verify. Name a plan that shards.'),
+        (("--mesh", "dp=2,tp=2"), "--mesh dp=2,tp=2: verify compares one tp axis of two ranks or more with one rank. Use --mesh tp=2."),
+        (("--mesh", "tp=1"), "--mesh tp=1: verify compares one tp axis of two ranks or more with one rank. Use --mesh tp=2."),
+        (("--seq", "15"), "--seq 15 is no multiple of tp=2, as sequence parallelism needs. Use 16."),
+        (("--size", "tiny"), '--size is "tiny". Allowed: auto, given, small.'),
+        (("--model", f"{MODELS}by_hand_right", "rowwise"), 'plan "rowwise": rule "tok_embeddings" (rowwise) matched nothing'),
+    ],
+)
+def test_bad_input_is_told_in_a_line(given: tuple[str, ...], said: str) -> None:
+    ended = shardwise("verify", *given)
+    assert ended.returncode == 2
+    assert said in " ".join(ended.stderr.split())
+    assert "Traceback" not in ended.stderr
+
+
+def test_ctrl_c_leaves_no_rank_behind(tmp_path: Path) -> None:
+    process = start("verify", cwd=tmp_path)
+    deadline_s = time.monotonic() + 60
+    while len(ranks := ranks_of(process)) < 2 and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    assert len(ranks) == 2
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=GRACE_S)
+    assert process.returncode == 130
+    assert gone(ranks)
+
+
+def test_the_page_is_seen_and_hostile_names_stay_text(browser: str, tmp_path: Path) -> None:
+    seen = visit(browser, verification_html(run(RIGHT, WRONG, CRASH, SKIPPED, LITTLE)), tmp_path)
+    assert (seen.console, seen.requests) == ((), ())
+    seen = visit(
+        browser,
+        verification_html(run(RIGHT.__class__(HOSTILE, HOSTILE, 2, HOSTILE, 1, None, None, WRONG.findings, HOSTILE, 0.1))),
+        tmp_path,
+    )
+    elements = Elements(seen.dom)
+    assert "img" not in elements.names
+    assert elements.handlers == []
+    assert seen.requests == ()
+
+
+def test_a_teams_own_test_passes_for_a_right_plan_and_tells_why_a_wrong_one_is_wrong() -> None:
+    assert_plan_trains_right(f"{MODELS}by_hand_right", "own")
+    with pytest.raises(AssertionError) as raised:
+        assert_plan_trains_right(f"{MODELS}by_hand_slope_averaged", "own")
+    assert "Its gradient is 1/2 of the unsharded one: averaged, or parts that were not summed." in str(raised.value)
+    with pytest.raises(InputError, match="Did you mean"):
+        assert_plan_trains_right("llama3-debug", "rowise")
