@@ -43,7 +43,7 @@ def parallelize(model: nn.Module, plan: Plan | str, mesh: DeviceMesh) -> nn.Modu
         plan = builtin_plan(plan)
     if "tp" not in (mesh.mesh_dim_names or ()):
         raise MeshError(f'parallelize: the mesh has axes {mesh.mesh_dim_names}. Name one of them "tp".')
-    if hasattr(model, _ATTRIBUTE):
+    if is_applied(model):
         raise PlanError(f'plan "{plan.name}": the model is sharded already. Build a fresh one for another plan.')
     sharded = next((name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)), None)
     if sharded is not None:
@@ -71,6 +71,11 @@ def _ranks_sharding_further(mesh: DeviceMesh) -> int:
 def applied_to(model: nn.Module) -> Applied:
     """What parallelize() did to the model; for a model that isn't sharded, the plain loss."""
     return getattr(model, _ATTRIBUTE, Applied(None, PlainLoss()))
+
+
+def is_applied(model: nn.Module) -> bool:
+    """Whether parallelize(), or what stands in its place, has been here."""
+    return hasattr(model, _ATTRIBUTE)
 
 
 def loss_of(model: nn.Module) -> Loss:

@@ -26,7 +26,7 @@ from shardwise.core.shown import shown, told
 from shardwise.core.verification import Proof, Sharded, Verification
 from shardwise.launch import RankContext
 from shardwise.models.source import ModelSource, find_model, vocab_size_of
-from shardwise.parallel.apply import Applied, applied_to, mark_applied, parallelize
+from shardwise.parallel.apply import Applied, applied_to, is_applied, mark_applied, parallelize
 from shardwise.parallel.loss import IGNORED, DTensorLoss
 from shardwise.parallel.parameters import part_of_dtensor
 from shardwise.parallel.resolve import last_linear, tied_parameters
@@ -257,8 +257,11 @@ class _Examination:
                 )
             with torch.no_grad():  # in place: hooks that the factory has put on its parameters stay
                 kept = values[name].detach()
-                local(parameter).copy_(local(part_of_dtensor(kept, parameter)) if isinstance(parameter, DTensor) else kept)
-        mark_applied(model, Applied(None, DTensorLoss()))
+                if isinstance(parameter, DTensor):
+                    kept = local(part_of_dtensor(kept, parameter, applied_to(model).row_order.get(name)))
+                local(parameter).copy_(kept)
+        if not is_applied(model):
+            mark_applied(model, Applied(None, DTensorLoss()))
         return model
 
 
