@@ -61,7 +61,7 @@ class Recut:
 
 
 _ADVICE = {
-    Cause.PARTS_NOT_SUMMED: "Sum it over tp after the backward; in a plan of transformers, replicated_with_grad_allreduce does that.",
+    Cause.PARTS_NOT_SUMMED: "Sum them over tp; of a gradient, replicated_with_grad_allreduce in a plan of transformers does that.",
     Cause.SUMMED_TOO_OFTEN: "Leave out the sum; or, where the style takes its input for a part, such as of the sequence, give it one.",
     Cause.AVERAGED: "Sum the parts instead of averaging them, and don't divide a whole.",
     Cause.CUT_AS_ONE: "Cut each weight by itself; in a plan of transformers, packed_colwise and packed_rowwise do that.",
@@ -141,17 +141,46 @@ def _last_wrong_gradient(evidence: Evidence) -> int | None:
 
 def _output_finding(evidence: Evidence, forward: Seen | None) -> Finding:
     related = evidence.output
-    cause, reason = Cause.UNKNOWN, "the outputs aren't the unsharded model's"
     if related is not None and related.relation is Relation.SHARDED:
         cause = Cause.NOT_GATHERED
         reason = f"each rank has 1/{evidence.n_ranks} of the logits, and the loss takes them for all"
-    elif forward is not None:
-        cause = Cause.FORWARD
-        reason = f"the first module whose output differs is {_named(forward.module)}: {_output_words(forward.output)}"
-        if evidence.recut is not None:
-            cause, reason = Cause.CUT_AS_ONE, f"{reason}. {evidence.recut.parameter}: {evidence.recut.reason}"
+    elif forward is None:
+        cause, reason = Cause.UNKNOWN, "the outputs aren't the unsharded model's"
+    else:
+        cause, reason = _forward_fault(evidence, forward)
     rule = rule_of(evidence.model, forward.module) if forward is not None else None
     return Finding(FindingKind.OUTPUT_DIFFERS, "output", reason, evidence.output_error, advice=_ADVICE.get(cause), cause=cause, rule=rule)
+
+
+def _forward_fault(evidence: Evidence, forward: Seen) -> tuple[Cause, str]:
+    """Of the first module whose output can't be right, or of what it was given."""
+    reason = f"the first module whose output differs is {_named(forward.module)}: {_output_words(forward.output)}"
+    if evidence.recut is not None:
+        return Cause.CUT_AS_ONE, f"{reason}. {evidence.recut.parameter}: {evidence.recut.reason}"
+    parts = _parts_before(evidence, forward)
+    if parts is not None:
+        return Cause.PARTS_NOT_SUMMED, f"{parts} gives each rank a part of a sum, and nothing sums them; {reason}"
+    assert forward.output is not None
+    match forward.output.relation:
+        case Relation.SHIFTED:
+            return Cause.WRONG_SHARD, reason
+        case Relation.MULTIPLE if abs(forward.output.factor or 0.0) > 1:
+            return Cause.SUMMED_TOO_OFTEN, reason
+        case Relation.MULTIPLE:
+            return Cause.AVERAGED, reason
+        case _:
+            return Cause.FORWARD, reason
+
+
+def _parts_before(evidence: Evidence, forward: Seen) -> str | None:
+    """The module whose output, the last before the first wrong one, is a part on each rank; the innermost where modules hand it on."""
+    before = [call for call in evidence.seen[: evidence.seen.index(forward)] if call.output is not None]
+    found = None
+    for call in reversed(before):
+        if call.output is None or call.output.relation is not Relation.PARTS:
+            break
+        found = call.module
+    return found
 
 
 def _output_words(related: Related | None) -> str:

@@ -1,0 +1,97 @@
+"""What verify said of each mutant as data, its file, and its table in docs/verify.md. No torch, no processes."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from benchmarks.hf_results import cell, table
+from benchmarks.results import RESULTS, latest
+
+WHAT = "verify-mutants"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One mutant. is_harmful: by the plain script. reasons: the causes that verify named; said: its finding in words."""
+
+    name: str
+    about: str
+    expected: str
+    is_harmful: bool
+    verdict: str
+    reasons: tuple[str, ...]
+    said: str
+
+    @property
+    def is_caught(self) -> bool:
+        return self.verdict in ("wrong", "crashes")
+
+    @property
+    def is_judged_right(self) -> bool:
+        return self.is_caught == self.is_harmful and self.verdict != "skipped"
+
+    @property
+    def is_reason_right(self) -> bool:
+        return not self.is_harmful or self.expected in self.reasons
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    command: str
+    started: str
+    seconds: float
+    versions: tuple[tuple[str, str], ...]
+    rows: tuple[Row, ...]
+    what: str = WHAT
+    schema_version: int = 1
+
+    @property
+    def day(self) -> str:
+        return self.started[:10]
+
+    def write(self, folder: Path = RESULTS) -> Path:
+        """The file of this run; one of the same day is replaced."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.day}-{self.what}.json"
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
+        return path
+
+
+def newest_run(folder: Path = RESULTS) -> Run:
+    """Raises FileNotFoundError where there is none."""
+    return msgspec.json.decode(latest(WHAT, folder).read_bytes(), type=Run)
+
+
+def summary(run: Run) -> str:
+    """Counts in a sentence or two."""
+    harmful = [row for row in run.rows if row.is_harmful]
+    harmless = [row for row in run.rows if not row.is_harmful]
+    right = sum(row.is_reason_right for row in harmful)
+    return (
+        f"Of {len(run.rows)} mutants of the Llama plans {len(harmful)} are harmful: verify catches {sum(row.is_caught for row in harmful)} of them, "
+        f"and for the reason that was written down before in {right} ({right / max(1, len(harmful)):.0%}). Of the {len(harmless)} harmless ones it "
+        f"flags {sum(row.is_caught for row in harmless)}. All in {run.seconds:.0f} s."
+    )
+
+
+def blocks(run: Run) -> dict[str, str]:
+    """Name of a block of the documents -> its text."""
+    source = f"\nSource: `benchmarks/results/{run.day}-{run.what}.json`, made by `{run.command}`.\n"
+    counts = Counter((row.expected, row.is_judged_right, row.is_reason_right) for row in run.rows)
+    kinds = dict.fromkeys(row.expected for row in run.rows)
+    cells = []
+    for kind in kinds:
+        judged = sum(count for (expected, is_judged, _), count in counts.items() if expected == kind and is_judged)
+        named = sum(count for (expected, is_judged, is_named), count in counts.items() if expected == kind and is_judged and is_named)
+        cells.append([kind.replace("_", " "), str(sum(row.expected == kind for row in run.rows)), str(judged), str(named)])
+    missed = [
+        [row.name, cell(row.about), row.expected.replace("_", " "), ", ".join(row.reasons).replace("_", " ") or row.verdict, cell(row.said)]
+        for row in run.rows
+        if not (row.is_judged_right and row.is_reason_right)
+    ]
+    text = summary(run) + "\n\n" + table(["expected", "mutants", "judged right", "reason right"], cells, numbers=(1, 2, 3))
+    if missed:
+        text += "\nMisjudged, or for another reason:\n\n" + table(["mutant", "what it does", "expected", "named", "in words"], missed)
+    return {f"benchmark-{WHAT}": text + source}
