@@ -1,7 +1,10 @@
 """`shardwise verify` as a user meets it: exit codes, JSON, bad input, Ctrl-C, the page in a real headless Chromium; and shardwise.testing."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -75,6 +78,21 @@ def test_ctrl_c_leaves_no_rank_behind(tmp_path: Path) -> None:
     process.communicate(timeout=GRACE_S)
     assert process.returncode == 130
     assert gone(ranks)
+
+
+def test_torchrun_ranks_are_used_as_they_are_and_one_of_them_speaks() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "shardwise", "verify"]
+    ended = subprocess.run(
+        [*command, "rowwise", "colwise", "--size", "small", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    found = verification_from_json(ended.stdout.encode())
+    assert [(each.plan, each.verdict) for each in found.verifications] == [("rowwise", Verdict.RIGHT), ("colwise", Verdict.RIGHT)]
 
 
 def test_the_page_is_seen_and_hostile_names_stay_text(browser: str, tmp_path: Path) -> None:

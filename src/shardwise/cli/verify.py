@@ -84,6 +84,7 @@ def verify(
         )
     console = Console(stderr=as_json)
     from shardwise.cli.progress import ProgressLine
+    from shardwise.launch import is_main
 
     with ProgressLine() as progress:
         done = 0
@@ -107,7 +108,7 @@ def verify(
             timeout_s=timeout,
             on_answer=on_answer,
         )
-    return _deliver(run, console, as_json=as_json, out=out)
+    return _deliver(run, console, as_json=as_json, out=out) if is_main() else 0
 
 
 def prove_plans(

@@ -9,7 +9,7 @@ from shardwise.core.finding import Finding, FindingKind
 from shardwise.core.mesh import Mesh
 from shardwise.core.shown import shown
 from shardwise.core.verification import Verification
-from shardwise.launch import run_ranks
+from shardwise.launch import is_main, joined, run_ranks
 from shardwise.verify.case import Answer, Case, Job
 
 BATCH, SEQ = 2, 16
@@ -26,9 +26,10 @@ def verify(
     timeout_s: float = TIMEOUT_S,
     on_answer: Callable[[Verification], None] = lambda _: None,
 ) -> tuple[Verification, ...]:
-    """A Verification for each case, in order. on_answer: told each as it comes. seq: a multiple of tp.
+    """A Verification for each case, in order; under torchrun on rank 0 only, () elsewhere. on_answer: told each as it comes. seq: a multiple of tp.
 
-    timeout_s: without a sign of life, a case is given up, and is said to crash. Raises the InputErrors of the model and plan.
+    timeout_s: without a sign of life, a case is given up, and is said to crash. Raises the InputErrors of the model and plan; RunError for a case
+    that takes torchrun's ranks down, which can't be started anew from here.
     """
     answers: dict[int, Verification] = {}
 
@@ -52,7 +53,7 @@ def verify(
                 on_event=take,
             )
         except RunError as error:
-            if type(error) is not RunError:
+            if type(error) is not RunError or joined():
                 raise
             if len(answers) == first:  # nobody could say what it was
                 case = cases[first]
@@ -61,4 +62,6 @@ def verify(
                     case.model, case.label, mesh.tp, "", None, None, None, (Finding(FindingKind.CRASHES, "model", text),), text, 0.0
                 )
                 on_answer(answers[first])
+        if not is_main():
+            return ()
     return tuple(answers[number] for number in range(len(cases)))
