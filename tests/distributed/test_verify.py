@@ -20,7 +20,15 @@ OF_TRANSFORMERS = (
     "llama_typo",
     "llama_one_kv_head",
 )
-BY_HAND = ("by_hand_right", "by_hand_slope_not_summed", "by_hand_slope_averaged", "by_hand_half_logits", "by_hand_untied", "by_hand_alone")
+BY_HAND = (
+    "by_hand_right",
+    "by_hand_slope_not_summed",
+    "by_hand_slope_averaged",
+    "by_hand_frozen",
+    "by_hand_half_logits",
+    "by_hand_untied",
+    "by_hand_alone",
+)
 SHIPPED = ("apertus", "gpt_oss", "bert", "lfm2")
 
 
@@ -93,6 +101,12 @@ def test_a_gradient_that_is_averaged_is_told_from_one_that_is_not_summed(found: 
     assert (averaged.subject, averaged.cause) == ("slope", Cause.AVERAGED)
     assert averaged.ratio == pytest.approx(0.5)
     assert (unsummed.subject, unsummed.cause) == ("slope", Cause.PARTS_NOT_SUMMED)
+
+
+def test_a_parameter_that_sharding_freezes_gets_no_gradient(found: dict[str, Verification]) -> None:
+    (finding,) = found["by_hand_frozen"].wrong
+    assert (finding.kind, finding.subject, finding.cause) == (FindingKind.GRADIENT_MISSING, "norm.weight", Cause.NOTHING_ARRIVES)
+    assert finding.reason == "no gradient arrives on some rank"
 
 
 def test_logits_that_nobody_gathers_are_found_before_the_loss_fails(found: dict[str, Verification]) -> None:

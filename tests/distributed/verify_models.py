@@ -109,6 +109,17 @@ def by_hand_slope_averaged(mesh: DeviceMesh | None = None) -> nn.Module:
     return model
 
 
+def by_hand_frozen(mesh: DeviceMesh | None = None) -> nn.Module:
+    """Sharding freezes a norm."""
+    model = Block()
+    if mesh is not None:
+        _by_hand(model, mesh)
+        group = mesh.get_group("tp")
+        model.slope.register_hook(lambda gradient: _summed(gradient, group, 1.0))
+        model.norm.weight.requires_grad_(False)
+    return model
+
+
 def by_hand_half_logits(mesh: DeviceMesh | None = None) -> nn.Module:
     """The head is colwise, and nobody gathers its logits."""
     if mesh is None:

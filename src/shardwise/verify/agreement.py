@@ -20,6 +20,7 @@ from shardwise.core.finding import Agreement, Finding, FindingKind
 from shardwise.core.plan import Engine
 from shardwise.parallel.apply import applied_to, loss_of
 from shardwise.parallel.parameters import part_of_dtensor
+from shardwise.verify.exchange import largest
 
 # float64 rounding of a model of this kind stays below 1e-12; a wrong reduction starts at 1e-2
 TOLERANCE = 1e-10
@@ -133,14 +134,7 @@ def _sums(model: nn.Module, whole: Reference) -> Tensor:
 
 
 def _largest(value: float) -> float:
-    if not dist.is_initialized():
-        return value
-    device = torch.accelerator.current_accelerator() if dist.get_backend() == "nccl" else None
-    tensor = torch.tensor(value, dtype=torch.float64, device=device)
-    # a NaN on one rank must not hide behind another rank's number
-    tensor = torch.nan_to_num(tensor, nan=torch.inf, posinf=torch.inf)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return float(tensor.item())
+    return largest(value, dist.group.WORLD) if dist.group.WORLD is not None else value
 
 
 def _reason(ratio: float | None) -> str:

@@ -92,7 +92,7 @@ def run(context: RankContext, payload: bytes) -> bytes:
         if context.rank == 0 or (is_alone and has_failed):
             context.report(answer)
         if is_alone:
-            time.sleep(1.0)
+            time.sleep(1.0)  # so that the rank that failed is heard before this one's end takes the launch down
             raise RunError(f"{case.model} under {case.label}: the ranks parted.")
     return b""
 
@@ -146,7 +146,7 @@ class _Examination:
             return self._answer((*ungathered(str(error)), *findings), None, sharded, str(error))
         except ModuleError as error:
             return self._crashed(error.module, error, findings, sharded)
-        except _FAILURES as error:
+        except RuntimeError as error:
             return self._crashed("", error, findings, sharded)
         return self._answer((*with_ties(differences, findings), *findings), proof, sharded)
 

@@ -26,17 +26,19 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from shardwise.core.errors import RunError
 from shardwise.core.finding import Finding, FindingKind
 from shardwise.core.plan import Engine
+from shardwise.core.shown import told
 from shardwise.core.verification import Proof
 from shardwise.parallel.apply import applied_to
 from shardwise.parallel.loss import PlainLoss
 from shardwise.parallel.ownership import RowOwnership
 from shardwise.parallel.parameters import part_of_dtensor
 from shardwise.step.train import TrainStep
+from shardwise.verify.exchange import all_largest, gathered, gathered_ints, largest
 from shardwise.verify.noise import NoDropout
-from shardwise.verify.observe import SEED, Call, Observed, local, observe
+from shardwise.verify.observe import SEED, Call, ModuleError, Observed, local, observe
 from shardwise.verify.ranks import disagreements, replicated_parameters
 from shardwise.verify.reasons import Evidence, Recut, Seen, explain_differences
-from shardwise.verify.relation import relate
+from shardwise.verify.relation import cut_apart, relate
 
 MOST_TOLERANCE = 1e-2
 LEAST_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: MOST_TOLERANCE, torch.float16: MOST_TOLERANCE}
@@ -115,7 +117,7 @@ def prove(
     gradients = _compare_gradients(model, observed, expected, group)
     is_cut = not isinstance(applied_to(model).loss, PlainLoss)
     output_error = _output_error(observed.logits, whole.logits, is_cut, group)
-    loss_error = _largest(abs(observed.loss - whole.loss) / abs(whole.loss), group)
+    loss_error = largest(abs(observed.loss - whole.loss) / abs(whole.loss), group)
     wrong = {name: error.relative for name, error in gradients.items() if error.is_wrong}
     worst = max(gradients, key=lambda name: (gradients[name].is_wrong and gradients[name].relative, gradients[name].share), default="")
     findings: list[Finding] = []
@@ -125,12 +127,10 @@ def prove(
         findings += explain_differences(evidence)
     else:
         trained, norms = _trained(model, batches, mesh, expected.max_norm)
-        norm_error = _largest(max(abs(a - b) / b for a, b in zip(norms, expected.norms, strict=True)), group)
-        weights = {
-            name: _weight_error(model, name, parameter, expected.after[name], group)
-            for name, parameter in trained.items()
-            if expected.is_told(name)
-        }
+        norm_error = largest(max(abs(a - b) / b for a, b in zip(norms, expected.norms, strict=True)), group)
+        told_names = [name for name in trained if expected.is_told(name)]
+        errors = [_weight_error(model, name, trained[name], expected.after[name]) for name in told_names]
+        weights = dict(zip(told_names, all_largest(errors, group), strict=True))
         weights_error = max(weights.values(), default=0.0)
         findings += _after_steps(weights, weights_error, norm_error, expected.tolerance)
         findings += disagreements("replicated parameters after two steps", replicated_parameters(model).items(), group)
@@ -167,18 +167,17 @@ class GradientError:
 
 def _compare_gradients(model: nn.Module, observed: Observed, expected: Unsharded, group: dist.ProcessGroup) -> dict[str, GradientError]:
     """By parameter, the largest over the ranks. A gradient of zeros and none at all are the same to every weight."""
-    names = [name for name in observed.gradients if name in expected.observed.gradients]
     off, own = [], []
     row_order = applied_to(model).row_order
-    for name in names:
-        gradient, whole = observed.gradients[name], expected.observed.gradients[name]
+    for name, whole in expected.observed.gradients.items():
+        gradient = observed.gradients.get(name)
         own.append(float(whole.double().norm()) if whole is not None else 0.0)
         if gradient is None or whole is None:
             present = gradient if gradient is not None else whole
             off.append(0.0 if present is None or not bool(local(present).any()) else float("inf"))
         else:
             off.append(float((_whole(gradient, model, row_order.get(name)).double() - whole.double()).norm()))
-    errors = zip(names, _all_largest(off, group), own, strict=True)
+    errors = zip(expected.observed.gradients, all_largest(off, group), own, strict=True)
     return {name: _gradient_error(error, size, expected.allowed.get(name, 0.0)) for name, error, size in errors}
 
 
@@ -197,7 +196,7 @@ def _whole(tensor: Tensor, model: nn.Module, ownership: RowOwnership | None = No
     whole = tensor.full_tensor()
     if ownership is None:
         return whole
-    kept = part_of_dtensor(torch.arange(len(whole)), _rows(tensor), ownership).full_tensor()
+    kept = part_of_dtensor(torch.arange(len(whole), device=whole.device), _rows(tensor), ownership).full_tensor()
     natural = torch.empty_like(whole)
     natural[kept] = whole
     return natural
@@ -217,18 +216,18 @@ def _rows(tensor: DTensor) -> DTensor:
 
 
 def _output_error(logits: Tensor, whole: Tensor, is_cut: bool, group: dist.ProcessGroup) -> float:
-    sizes = _gathered_ints(logits.shape[-1], group)
+    sizes = gathered_ints(logits.shape[-1], group)
     if not is_cut or all(size == whole.shape[-1] for size in sizes):
-        return _largest(_relative(logits, whole), group)
+        return largest(_relative(logits, whole), group)
     first = sum(sizes[: dist.get_rank(group)])
     if sum(sizes) != whole.shape[-1]:
         return float("inf")
-    return _largest(_relative(logits, whole.narrow(-1, first, logits.shape[-1])), group)
+    return largest(_relative(logits, whole.narrow(-1, first, logits.shape[-1])), group)
 
 
-def _weight_error(model: nn.Module, name: str, parameter: Tensor, whole: Tensor, group: dist.ProcessGroup) -> float:
-    found = _whole(parameter.detach(), model, applied_to(model).row_order.get(name))
-    return _largest(_relative(found, whole), group)
+def _weight_error(model: nn.Module, name: str, parameter: Tensor, whole: Tensor) -> float:
+    """On this rank."""
+    return _relative(_whole(parameter.detach(), model, applied_to(model).row_order.get(name)), whole)
 
 
 def _after_steps(weights: dict[str, float], worst: float, norm_error: float, tolerance: float) -> list[Finding]:
@@ -259,7 +258,11 @@ def _trained(
     with NoDropout():
         for number in range(STEPS):
             torch.manual_seed(SEED + number)
-            norms.append(float(step([batches[number % len(batches)]]).gradient_norm))
+            try:
+                result = step([batches[number % len(batches)]])
+            except Exception as error:
+                raise ModuleError("", f"a training step raised {told(error)}") from error
+            norms.append(float(result.gradient_norm))
     return dict(model.named_parameters()), tuple(norms)
 
 
@@ -292,17 +295,17 @@ def _evidence(
     sharded = observe(model, *batch, trail=True)
     tolerance = expected.tolerance
     names = list(wrong)
-    pieces = _gathered([_held(sharded.gradients[name], model) for name in names], group)
+    pieces = gathered([_held(sharded.gradients.get(name), model) for name in names], group)
     gradients = {}
     for at, name in enumerate(names):
         of_whole = whole.gradients[name]
         assert of_whole is not None
         size = float(of_whole.double().norm())
         gradients[name] = relate([each[at] for each in pieces], of_whole, tolerance=expected.allowed[name] / size if size else tolerance)
-    outputs = _gathered([sharded.logits], group)
-    n_calls = min(_gathered_ints(len(sharded.calls), group))
+    outputs = gathered([sharded.logits], group)
+    n_calls = min(gathered_ints(len(sharded.calls), group))
     calls = sharded.calls[:n_calls]
-    on_ranks = _gathered([each for call in calls for each in (call.output, call.gradient)], group)
+    on_ranks = gathered([each for call in calls for each in (call.output, call.gradient)], group)
     seen = []
     is_same_order = [call.module for call in calls] == [call.module for call in whole.calls[:n_calls]]
     for at, call in enumerate(calls if is_same_order else []):
@@ -348,8 +351,8 @@ def _recut(
         for parts in (2, 3, 1):
             if whole[name].shape[dim] % (parts * n):
                 continue
-            trial = torch.cat([part.chunk(n, dim)[rank] for part in whole[name].detach().chunk(parts, dim)], dim)
-            if trial.shape != kept.shape or _largest(float(not torch.equal(trial, kept)), group) == 0:
+            trial = cut_apart(whole[name].detach(), dim, parts, n, rank)
+            if trial.shape != kept.shape or largest(float(not torch.equal(trial, kept)), group) == 0:
                 continue
             before = kept.clone()
             with torch.no_grad():
@@ -357,77 +360,7 @@ def _recut(
             calls = observe(model, *batch, trail=True).calls
             with torch.no_grad():
                 kept.copy_(before)
-            pieces = _gathered([calls[at].output if at < len(calls) else None], group)
+            pieces = gathered([calls[at].output if at < len(calls) else None], group)
             if relate([each[0] for each in pieces], expected.output, tolerance=tolerance).is_right:
                 return Recut(name, parts)
     return None
-
-
-# ------------------------------------------------------------------------------------------ between ranks
-
-
-def _device(group: dist.ProcessGroup) -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
-
-
-def _largest(value: float, group: dist.ProcessGroup) -> float:
-    return _all_largest([value], group)[0]
-
-
-def _all_largest(values: Sequence[float], group: dist.ProcessGroup) -> list[float]:
-    if not values:
-        return []
-    # a NaN on one rank must not hide behind another rank's number
-    tensor = torch.nan_to_num(torch.tensor(values, dtype=torch.float64, device=_device(group)), nan=torch.inf, posinf=torch.inf)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
-    found: list[float] = tensor.tolist()
-    return found
-
-
-def _gathered_ints(value: int, group: dist.ProcessGroup) -> list[int]:
-    own = torch.tensor([value], dtype=torch.int64, device=_device(group))
-    found = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(found, own, group=group)
-    return [int(each.item()) for each in found]
-
-
-def _gathered(tensors: Sequence[Tensor | None], group: dist.ProcessGroup) -> list[list[Tensor | None]]:
-    """All ranks' tensors, by rank, in float64. As many on each rank; shapes may differ, and any may be missing."""
-    device = _device(group)
-    shapes: list[int] = []
-    for tensor in tensors:
-        shapes += [-1] if tensor is None else [tensor.dim(), *tensor.shape]
-    flat = torch.cat(
-        [tensor.detach().double().flatten().to(device) for tensor in tensors if tensor is not None] or [torch.empty(0, device=device)]
-    )
-    flat = flat.double()
-    lists = [_from_all(torch.tensor(shapes, dtype=torch.int64, device=device), group), _from_all(flat, group)]
-    return [_unpacked(description.tolist(), values) for description, values in zip(*lists, strict=True)]
-
-
-def _from_all(own: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    sizes = _gathered_ints(len(own), group)
-    padded = torch.cat([own, own.new_zeros(max(sizes) - len(own))])
-    found = [torch.empty_like(padded) for _ in sizes]
-    if max(sizes):
-        dist.all_gather(found, padded, group=group)
-    return [each[:size] for each, size in zip(found, sizes, strict=True)]
-
-
-def _unpacked(description: list[int], values: Tensor) -> list[Tensor | None]:
-    found: list[Tensor | None] = []
-    place = first = 0
-    while place < len(description):
-        dims = description[place]
-        place += 1
-        if dims < 0:
-            found.append(None)
-            continue
-        shape = description[place : place + dims]
-        place += dims
-        size = 1
-        for each in shape:
-            size *= each
-        found.append(values[first : first + size].view(shape))
-        first += size
-    return found

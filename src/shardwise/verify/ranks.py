@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from shardwise.core.finding import Finding, FindingKind
+from shardwise.verify.exchange import device_of
 
 _GOLDEN = -7046029254386353131  # 2^64 / golden ratio, as a signed number (Knuth, TAOCP 3, 6.4)
 _MIX = ((30, -4658895280553007687), (27, -7723592293110705685))  # shift, factor: splitmix64's finaliser (Steele, Lea, Flood 2014)
@@ -63,8 +64,7 @@ def disagreeing_digests(what: str, digests: Iterable[tuple[str, int]], group: di
     named = list(digests)
     if not named or dist.get_world_size(group) == 1:
         return ()
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
-    lowest = torch.tensor([value for _, value in named], dtype=torch.int64, device=device)
+    lowest = torch.tensor([value for _, value in named], dtype=torch.int64, device=device_of(group))
     highest = lowest.clone()
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=group)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)

@@ -119,18 +119,15 @@ def rule_of(model: nn.Module, name: str) -> str | None:
 # --------------------------------------------------------------------------------- where it goes wrong
 
 
+_WRONG = frozenset({Relation.MULTIPLE, Relation.UNEQUAL, Relation.ZERO, Relation.SHIFTED})
+
+
 def _is_wrong(related: Related | None) -> bool:
     """Whether an activation can't be right. What lies cut in an order of its own, as heads or experts do, isn't known to be wrong."""
-    return (
-        related is not None
-        and related.relation
-        in (
-            Relation.MULTIPLE,
-            Relation.UNEQUAL,
-            Relation.ZERO,
-            Relation.SHIFTED,
-        )
-    ) or (related is not None and related.relation is Relation.OTHER and related.dim is None and related.error < float("inf"))
+    if related is None:
+        return False
+    is_comparable = related.dim is None and related.error < float("inf")
+    return related.relation in _WRONG or (related.relation is Relation.OTHER and is_comparable)
 
 
 def _last_wrong_gradient(evidence: Evidence) -> int | None:
@@ -174,12 +171,12 @@ def _forward_fault(evidence: Evidence, forward: Seen) -> tuple[Cause, str]:
 
 def _parts_before(evidence: Evidence, forward: Seen) -> str | None:
     """The module whose output, the last before the first wrong one, is a part on each rank; the innermost where modules hand it on."""
-    before = [call for call in evidence.seen[: evidence.seen.index(forward)] if call.output is not None]
     found = None
-    for call in reversed(before):
-        if call.output is None or call.output.relation is not Relation.PARTS:
-            break
-        found = call.module
+    for call in reversed(evidence.seen[: evidence.seen.index(forward)]):
+        if call.output is not None:
+            if call.output.relation is not Relation.PARTS:
+                break
+            found = call.module
     return found
 
 

@@ -18,9 +18,7 @@ class Relation(StrEnum):
     PARTS = "parts"  # the sum over the ranks is the whole
     MULTIPLE = "multiple"  # `factor` times one of the above
     SHIFTED = "shifted"  # rank r has the chunk of another rank
-    ONE_OF_SEVERAL = (
-        "one of several"  # chunks of `factor` tensors that lie in one, cut each by itself, against them cut as one, or the reverse
-    )
+    ONE_OF_SEVERAL = "one of several"  # `factor` tensors lie in one, and rank r has the r-th chunk of each
     ZERO = "zero"  # zeros, where the whole isn't
     MISSING = "missing"  # some rank has none
     UNEQUAL = "unequal"  # as large as the whole, not equal over the ranks, and no parts of it
@@ -102,21 +100,17 @@ def _relate_cut(held: list[Tensor], whole: Tensor, dim: int, far: Far, *, tolera
             if far([chunks[(rank + by) % n] for rank in range(n)]) <= tolerance:
                 return Related(Relation.SHIFTED, error, dim, float(by))
         for several in (2, 3, 4):
-            for expected in _cut_apart(whole, dim, n, several):
-                if far(expected) <= tolerance:
-                    return Related(Relation.ONE_OF_SEVERAL, error, dim, float(several))
+            if whole.shape[dim] % (several * n) == 0 and far([cut_apart(whole, dim, several, n, rank) for rank in range(n)]) <= tolerance:
+                return Related(Relation.ONE_OF_SEVERAL, error, dim, float(several))
     factor = _factor(held, chunks)
     if factor is not None and far([factor * chunk for chunk in chunks]) <= tolerance * max(1.0, abs(factor)):
         return Related(Relation.MULTIPLE, error, dim, factor)
     return Related(Relation.OTHER, error, dim, factor)
 
 
-def _cut_apart(whole: Tensor, dim: int, n: int, several: int) -> list[list[Tensor]]:
-    """What n ranks hold where `several` equal tensors lie in one along dim and each is cut by itself; empty where it doesn't divide."""
-    if whole.shape[dim] % (several * n):
-        return []
-    parts = [part.chunk(n, dim) for part in whole.chunk(several, dim)]
-    return [[torch.cat([part[rank] for part in parts], dim) for rank in range(n)]]
+def cut_apart(whole: Tensor, dim: int, several: int, n: int, rank: int) -> Tensor:
+    """What one of n ranks holds where `several` equal tensors lie in one along dim and each is cut by itself; 1: cut as one. It must divide."""
+    return torch.cat([part.chunk(n, dim)[rank] for part in whole.chunk(several, dim)], dim)
 
 
 def _factor(held: Sequence[Tensor], expected: Sequence[Tensor]) -> float | None:
