@@ -6,7 +6,7 @@ from statistics import median
 
 import msgspec
 
-from benchmarks.results import RESULTS, latest
+from benchmarks.results import RESULTS, as_json, latest, write_results
 from shardwise.core.measurement import Environment
 
 WHAT = "explain-speed"
@@ -55,10 +55,7 @@ class Run:
 
     def write(self, folder: Path = RESULTS) -> Path:
         """The file of this run; one of the same day is replaced."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.environment.started[:10]}-{self.what}.json"
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
-        return path
+        return write_results(as_json(self), self.environment.started[:10], self.what, folder)
 
 
 def newest_run(folder: Path = RESULTS) -> Run:

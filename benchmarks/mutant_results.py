@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.hf_results import cell, table
-from benchmarks.results import RESULTS, latest
+from benchmarks.results import RESULTS, as_json, latest, write_results
 
 WHAT = "verify-mutants"
 
@@ -53,10 +53,7 @@ class Run:
 
     def write(self, folder: Path = RESULTS) -> Path:
         """The file of this run; one of the same day is replaced."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.day}-{self.what}.json"
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
-        return path
+        return write_results(as_json(self), self.day, self.what, folder)
 
 
 def newest_run(folder: Path = RESULTS) -> Run:

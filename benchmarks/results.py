@@ -129,12 +129,8 @@ class Result:
 
     def write(self, folder: Path = RESULTS) -> Path:
         """The file of this result; one of the same day and name is replaced."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.day}-{self.what}.json"
         summaries = {side.name: _summary(side) for side in self.sides}
-        document = {**msgspec.to_builtins(self), "summaries": summaries}
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n")
-        return path
+        return write_results(as_json({**msgspec.to_builtins(self), "summaries": summaries}), self.day, self.what, folder)
 
 
 def _summary(side: Side) -> dict[str, float]:
@@ -152,6 +148,19 @@ def _summary(side: Side) -> dict[str, float]:
 
 def read_result(path: Path) -> Result:
     return msgspec.json.decode(path.read_bytes(), type=Result)
+
+
+def write_results(document: bytes, day: str, what: str, folder: Path = RESULTS) -> Path:
+    """The file of a benchmark's run; one of the same day and name is replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{day}-{what}.json"
+    path.write_bytes(document)
+    return path
+
+
+def as_json(value: object) -> bytes:
+    """Indented, and ending in a newline."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n"
 
 
 def latest(what: str, folder: Path = RESULTS) -> Path:

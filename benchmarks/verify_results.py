@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.hf_results import cell, table
-from benchmarks.results import RESULTS, latest
+from benchmarks.results import RESULTS, latest, write_results
 from shardwise.core.verification import Verdict, Verification, VerificationRun
 from shardwise.report import verify_rows as rows
 from shardwise.report.document import read_as, table_of, write_document
@@ -29,10 +29,7 @@ class Sweep:
 
     def write(self, folder: Path = RESULTS) -> Path:
         """The file of this run; one of the same day is replaced."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.day}-{self.what}.json"
-        path.write_bytes(write_document(table_of(self)))
-        return path
+        return write_results(write_document(table_of(self)), self.day, self.what, folder)
 
 
 def newest_sweep(folder: Path = RESULTS) -> Sweep:
