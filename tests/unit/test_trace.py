@@ -22,7 +22,7 @@ from shardwise.core.collective import CollectiveKind
 from shardwise.core.errors import OptionError, PlanError, RunError, ShardwiseError
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
-from shardwise.core.plan import TheirPlan
+from shardwise.core.plan import AnyPlan, TheirPlan
 from shardwise.core.program import Collective, Item, MemoryChange, MemoryKind, Op, OpKind, Phase, Program, memory_peak
 from shardwise.models.factory import FactoryModel
 from shardwise.models.llama import LlamaConfig
@@ -30,7 +30,7 @@ from shardwise.models.specs import ModelSpec, get_spec
 from shardwise.parallel.apply import parallelize
 from shardwise.parallel.builtin import builtin_names, builtin_plan
 from shardwise.trace.fakes import fake_world
-from shardwise.trace.trace import AnyPlan, fill_with_fakes, trace
+from shardwise.trace.trace import fill_with_fakes, trace
 
 VOCAB, HIDDEN, FFN = 96, 48, 64
 BATCH, SEQ = 4, 16

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from shardwise.core.errors import ModelError, PlanError, ShardwiseError
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
-from shardwise.core.plan import Plan, Rule, Style, StyleName, TheirPlan
+from shardwise.core.plan import AnyPlan, Plan, Rule, Style, StyleName, TheirPlan
 from shardwise.core.program import MemoryKind, OpKind, Program, TensorSpec
 from shardwise.models.factory import FactoryModel
 from shardwise.models.source import find_model
 from shardwise.trace.catalogue import flops_of, kind_of, name_on
-from shardwise.trace.trace import AnyPlan, trace
+from shardwise.trace.trace import trace
 
 BATCH, SEQ, VOCAB, HIDDEN = 2, 4, 11, 6
 COLWISE_EMBEDDING = Plan(

@@ -14,7 +14,7 @@ from shardwise.cli.options import DTYPES, RECOMPUTE, check_batch, check_choice
 from shardwise.core.errors import OptionError
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
-from shardwise.core.plan import Plan, TheirPlan, suggest
+from shardwise.core.plan import AnyPlan, Plan, TheirPlan, suggest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from shardwise.core.program import Program
     from shardwise.core.walkthrough import Subject
     from shardwise.models.source import ModelSource
-    from shardwise.trace.trace import AnyPlan
 
 DEVICES = ("cuda", "cpu")
 _MODEL, _STEP, _OUTPUT = "Model and mesh", "Training step", "Output"
@@ -154,7 +153,7 @@ class _Run:
     random_ids: bool
     compress: bool
 
-    def program(self, source: "ModelSource", plan: "AnyPlan", progress: "ProgressLine") -> "Program":
+    def program(self, source: "ModelSource", plan: AnyPlan, progress: "ProgressLine") -> "Program":
         from shardwise.trace.trace import trace
 
         return trace(
@@ -169,7 +168,7 @@ class _Run:
             progress=progress.say,
         )
 
-    def _ids(self, source: "ModelSource", plan: "AnyPlan", progress: "ProgressLine") -> "Tensor | None":
+    def _ids(self, source: "ModelSource", plan: AnyPlan, progress: "ProgressLine") -> "Tensor | None":
         """Ids of real text where the plan decides by them or the user gave some; None: the tracer draws uniform ones."""
         if not self.files and (self.random_ids or not _is_routed(plan)):
             return None
@@ -316,7 +315,7 @@ def _subject(plan: str, what: str, model: str, sequence_parallel: bool) -> "tupl
     return Subject(f"{kind}/{style}"), what
 
 
-def _is_routed(plan: "AnyPlan") -> bool:
+def _is_routed(plan: AnyPlan) -> bool:
     return isinstance(plan, Plan) and any(str(rule.style.name) == "routed" for rule in plan.rules)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shardwise.core.errors import PlanError
-from shardwise.core.plan import Plan, TheirPlan
+from shardwise.core.plan import AnyPlan, Plan, TheirPlan
 from shardwise.parallel.builtin import builtin_plan
 
 
@@ -20,7 +20,7 @@ def load_plans(names: Sequence[str], *, sequence_parallel: bool) -> list[tuple[s
     return found
 
 
-def load_any_plan(name: str, *, sequence_parallel: bool) -> Plan | TheirPlan:
+def load_any_plan(name: str, *, sequence_parallel: bool) -> AnyPlan:
     """A plan of ours by name or file, or one that isn't ours: unsharded, hf, own."""
     if name in list(TheirPlan):
         return TheirPlan(name)

@@ -236,6 +236,10 @@ class Plan:
         return next((rule for rule in reversed(self.rules) if rule.matches(module)), None)
 
 
+AnyPlan = Plan | TheirPlan
+"""What a command can be given as a plan."""
+
+
 def suggest_pattern(pattern: str, modules: Iterable[str]) -> str | None:
     """The module pattern nearest to a mistyped one, layer numbers as `*`; None if nothing is near."""
     candidates = sorted({re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in modules if name})

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from shardwise.core.errors import ModelError
+from shardwise.core.errors import ModelError, OptionError
 from shardwise.core.shown import shown, told
 from shardwise.models.dtype import default_dtype
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+    from shardwise.models.source import ModelSource
 
 _OFFERED = ("dtype", "mesh")
 
@@ -80,6 +82,15 @@ class FactoryModel:
 
             give_logits(model)
         return model
+
+
+def sharding_factory(source: "ModelSource") -> FactoryModel:
+    """The factory behind a source that is to shard itself, which plan "own" stands for. Raises OptionError for any other source."""
+    if not isinstance(source, FactoryModel) or not source.takes_mesh:
+        raise OptionError(
+            f'plan "own": {source.name} doesn\'t shard itself. It is for package.module:factory where the factory takes a mesh.'
+        )
+    return source
 
 
 def find_factory(text: str) -> FactoryModel:

@@ -18,7 +18,7 @@ from shardwise.core.errors import ModelError, OptionError, PlanError, ShardwiseE
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.placement import Placement, Replicate
-from shardwise.core.plan import Engine, Ownership, Plan, TheirPlan
+from shardwise.core.plan import AnyPlan, Engine, Ownership, Plan, TheirPlan
 from shardwise.core.program import (
     Block,
     ByData,
@@ -36,8 +36,7 @@ from shardwise.core.program import (
 )
 from shardwise.core.shown import shown, told
 from shardwise.models.source import ModelSource, vocab_size_of
-from shardwise.parallel.apply import Applied, mark_applied, parallelize
-from shardwise.parallel.loss import DTensorLoss
+from shardwise.parallel.any_plan import apply_any
 from shardwise.parallel.ownership import RowOwnership, route
 from shardwise.parallel.parameters import fill
 from shardwise.parallel.resolve import resolve
@@ -46,8 +45,6 @@ from shardwise.trace.extend import LONG, SHORT, NotPeriodicError, extended
 from shardwise.trace.fakes import TARGETS, fake_world
 from shardwise.trace.layers import Layers, find_layers
 from shardwise.trace.recorder import Came, Recorder, Storage, Went, from_torch
-
-AnyPlan = Plan | TheirPlan
 
 
 def trace(
@@ -119,31 +116,14 @@ class _Job:
     def build(self) -> nn.Module:
         """The model on the meta device, as it was made; sharded only where the plan is the factory's own."""
         if self.plan is TheirPlan.OWN:
-            from shardwise.models.factory import FactoryModel
+            from shardwise.models.factory import sharding_factory
 
-            if not isinstance(self.source, FactoryModel) or not self.source.takes_mesh:
-                raise OptionError(
-                    f'plan "own": {self.source.name} doesn\'t shard itself. It is for package.module:factory where the factory takes a mesh.'
-                )
-            return self.source.build(dtype=self.dtype, mesh=self.device_mesh)
+            return sharding_factory(self.source).build(dtype=self.dtype, mesh=self.device_mesh)
         return self.source.build(dtype=self.dtype)
-
-    def shard(self, model: nn.Module) -> None:
-        match self.plan:
-            case Plan():
-                parallelize(model, self.plan, self.device_mesh)
-            case TheirPlan.HF:
-                from shardwise.parallel.hugging_face import parallelize_hugging_face
-
-                parallelize_hugging_face(model, self.device_mesh)
-            case TheirPlan.OWN:
-                mark_applied(model, Applied(None, DTensorLoss()))  # it takes whole logits too
-            case TheirPlan.UNSHARDED:
-                pass
 
     def run(self, model: nn.Module, layers: Layers | None) -> _Traced:
         """Shards, fills with fakes, and traces one step."""
-        self.shard(model)
+        apply_any(model, self.plan, self.device_mesh)
         fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         fill_with_fakes(model, fake_mode)
         layer_modules = list(layers.modules(model)) if layers is not None else []

@@ -21,13 +21,15 @@ from torch.distributed.tensor import DTensor
 from shardwise.core.errors import InputError, ModelError, OptionError, RunError, ShardwiseError
 from shardwise.core.finding import Finding, FindingKind
 from shardwise.core.mesh import Mesh
-from shardwise.core.plan import Plan, TheirPlan
+from shardwise.core.plan import AnyPlan, Plan, TheirPlan
 from shardwise.core.shown import shown, told
 from shardwise.core.verification import Proof, Sharded, Verification
 from shardwise.launch import RankContext
+from shardwise.models.factory import sharding_factory
 from shardwise.models.source import ModelSource, find_model, vocab_size_of
-from shardwise.parallel.apply import Applied, applied_to, is_applied, mark_applied, parallelize
-from shardwise.parallel.loss import IGNORED, DTensorLoss
+from shardwise.parallel.any_plan import apply_any
+from shardwise.parallel.apply import applied_to
+from shardwise.parallel.loss import IGNORED
 from shardwise.parallel.parameters import part_of_dtensor
 from shardwise.parallel.resolve import last_linear, tied_parameters
 from shardwise.step.build import device_mesh
@@ -226,27 +228,15 @@ class _Examination:
         return found
 
     def _sharded(self, source: ModelSource, make: Callable[[], nn.Module]) -> nn.Module:
-        match self._plan:
-            case Plan():
-                return parallelize(make(), self._plan, self._mesh)
-            case TheirPlan.HF:
-                from shardwise.parallel.hugging_face import parallelize_hugging_face
-
-                return parallelize_hugging_face(make(), self._mesh)
-            case TheirPlan.OWN:
-                return self._own(source, make())
-            case TheirPlan.UNSHARDED:
-                raise OptionError('plan "unsharded" has nothing to verify. Name a plan that shards.')
+        if self._plan is TheirPlan.UNSHARDED:
+            raise OptionError('plan "unsharded" has nothing to verify. Name a plan that shards.')
+        model = self._own(source, make()) if self._plan is TheirPlan.OWN else make()
+        return apply_any(model, self._plan, self._mesh)
 
     def _own(self, source: ModelSource, whole: nn.Module) -> nn.Module:
-        from shardwise.models.factory import FactoryModel
-
-        if not isinstance(source, FactoryModel) or not source.takes_mesh:
-            raise OptionError(
-                f'plan "own": {source.name} doesn\'t shard itself. It is for package.module:factory where the factory takes a mesh.'
-            )
+        """The model as its factory shards it, with the weights of `whole`."""
         torch.manual_seed(SEED)
-        model = source.build(dtype=next(whole.parameters()).dtype, device=self._device, mesh=self._mesh)
+        model = sharding_factory(source).build(dtype=next(whole.parameters()).dtype, device=self._device, mesh=self._mesh)
         values = dict(whole.named_parameters(remove_duplicate=False))
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if name not in values or parameter.shape != values[name].shape:
@@ -260,8 +250,6 @@ class _Examination:
                 if isinstance(parameter, DTensor):
                     kept = local(part_of_dtensor(kept, parameter, applied_to(model).row_order.get(name)))
                 local(parameter).copy_(kept)
-        if not is_applied(model):
-            mark_applied(model, Applied(None, DTensorLoss()))
         return model
 
 
@@ -296,7 +284,7 @@ def count(model: nn.Module) -> Sharded:
     return Sharded(total, sharded, inner_total, inner_sharded)
 
 
-def _plan_of(text: str) -> Plan | TheirPlan:
+def _plan_of(text: str) -> AnyPlan:
     return TheirPlan(text) if text in list(TheirPlan) else Plan.from_toml(text)
 
 
