@@ -1,0 +1,168 @@
+"""predict(): a traced micro-batch's Program and a Machine -> how long a step takes, term by term, and what it holds.
+
+A Program of one micro-batch stands for all of them; its gradient reduction, clipping and optimizer run once. A pipeline's stage runs the items
+of its layers, the first stage also what comes before them, the last what comes after.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardwise.core.machine import Machine, local_ranks
+from shardwise.core.prediction import Prediction, Setup, Term
+from shardwise.core.program import Op, Phase, Program
+from shardwise.predict.memory import forecast
+from shardwise.predict.pipeline import StageTimes, layers_of_stages, pipeline_s
+from shardwise.predict.streams import Run, run
+from shardwise.predict.work import AFTER, BEFORE, TERMS, Work, work_of
+
+FORWARDS = (Phase.FORWARD, Phase.LOSS)
+BACKWARDS = (Phase.BACKWARD, Phase.RECOMPUTE)
+ONCE = (Phase.REDUCE, Phase.CLIP, Phase.OPTIMIZER)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage's times for a micro-batch, and how they add up: seconds by term, of the device alone."""
+
+    times: StageTimes
+    terms: dict[Term, float]
+    work: Work
+
+
+def predict(program: Program, machine: Machine, setup: Setup, sizes: dict[str, int] | None = None) -> Prediction:
+    """sizes: of data-parallel axes, where they differ from the traced ones. Raises OptionError for a setup that can't be."""
+    work = work_of(program, machine, setup, sizes)
+    work = without(work, setup.without)
+    n_layers = program.layers[1] if program.layers is not None else 0
+    parts = layers_of_stages(n_layers, setup.stages)
+    together = machine.device == "cpu"
+    stages = [_stage(work, first, count, setup, index, together) for index, (first, count) in enumerate(parts)]
+    transfer_s = _transfer_s(program, machine, setup)
+    passes_s = pipeline_s([stage.times for stage in stages], setup.micro_batches, transfer_s, setup.chunks)
+    once = work.where(work.in_phases(*ONCE))
+    once_s = _once(once, program, setup, together)
+    busiest = max(range(len(stages)), key=lambda index: stages[index].times.total_s)
+    terms = dict.fromkeys(Term, 0.0)
+    for term, seconds in stages[busiest].terms.items():
+        terms[term] += seconds * setup.micro_batches
+    for term, seconds in once_s.items():
+        terms[term] += seconds
+    terms[Term.BUBBLE] += passes_s - setup.micro_batches * stages[busiest].times.total_s
+    hidden = _hidden(once_s, stages[busiest], setup)
+    terms[Term.DATA] -= hidden
+    step_s = sum(terms.values())
+    all_sizes = dict(program.axes) | (sizes or {})
+    ranks = 1
+    for size in all_sizes.values():
+        ranks *= size
+    data = 1
+    for name, size in all_sizes.items():
+        data *= size if name != "tp" else 1
+    traced_data = 1
+    for name, size in program.axes:
+        traced_data *= size if name != "tp" else 1
+    tokens = program.settings.batch // traced_data * data * program.settings.seq * setup.micro_batches * setup.context
+    return Prediction(
+        program.model,
+        program.plan,
+        machine.name,
+        tuple(all_sizes.items()),
+        setup,
+        ranks * setup.stages * setup.context,
+        tokens,
+        step_s,
+        tuple(terms.items()),
+        forecast(program, machine, setup, all_sizes),
+        None,
+        tuple(f"{name} has no known cost on {machine.device}: counted by its bytes" for name in work.unknown),
+    )
+
+
+def without(work: Work, terms: tuple[Term, ...]) -> Work:
+    """The same with the items of some terms costing nothing."""
+    if not terms:
+        return work
+    off = np.isin(work.term, [TERMS.index(term) for term in terms])
+    device = np.where(off, 0.0, work.device_s)
+    host = np.zeros_like(work.host_s) if Term.LAUNCH in terms else work.host_s
+    return replace(work, device_s=device, host_s=host)
+
+
+def _stage(work: Work, first: int, count: int, setup: Setup, index: int, together: bool) -> Stage:
+    layers = (work.layer >= first) & (work.layer < first + count)
+    if index == 0:
+        layers |= work.layer == BEFORE
+    if index == setup.stages - 1:
+        layers |= work.layer == AFTER
+    times, terms = [], dict.fromkeys(Term, 0.0)
+    for phases in (FORWARDS, BACKWARDS):
+        part = work.where(layers & work.in_phases(*phases))
+        # the host runs ahead of the device over micro-batches: what it falls behind in the second time is what each further one waits
+        twice = run(_repeated(part, 2), together=together)
+        length = twice.length_s - float(twice.end_s[: len(part)].max(initial=0.0)) if setup.micro_batches > 1 or setup.stages > 1 else twice.end_s[: len(part)].max(initial=0.0)
+        times.append(float(length))
+        _add_terms(terms, part, float(length), together)
+    return Stage(StageTimes(*times), terms, work.where(layers))
+
+
+def _repeated(work: Work, times: int) -> Work:
+    columns = (work.device_s, work.host_s, work.term, work.phase, work.axis, work.layer, work.template)
+    return Work(*(np.tile(column, times) for column in columns), work.items, work.axes, work.unknown)
+
+
+def _add_terms(terms: dict[Term, float], part: Work, length_s: float, together: bool) -> None:
+    """The items' own seconds by term; the difference to the length is hidden communication (of data) or waiting for launches."""
+    own = part.device_s + (part.host_s if together else 0.0)
+    sums = {term: float(own[part.term == index].sum()) for index, term in enumerate(TERMS)}
+    busy = sum(seconds for term, seconds in sums.items() if term is not Term.DATA)
+    spare = length_s - busy
+    data = min(sums[Term.DATA], max(spare, 0.0))
+    for term, seconds in sums.items():
+        terms[term] += seconds if term is not Term.DATA else data
+    terms[Term.LAUNCH] += spare - data
+
+
+def _once(once: Work, program: Program, setup: Setup, together: bool) -> dict[Term, float]:
+    """What runs once a step: of a stage's share of the parameters."""
+    share = 1.0 / (setup.stages * setup.optimizer_shards)
+    scaled = replace(once, device_s=np.where(once.axis == 0, once.device_s * share, once.device_s / setup.stages))
+    length = run(scaled, together=together).length_s
+    sums = {term: float((scaled.device_s + (scaled.host_s if together else 0.0))[scaled.term == index].sum()) for index, term in enumerate(TERMS)}
+    sums[Term.LAUNCH] += length - sum(sums.values())
+    return sums
+
+
+def _hidden(once_s: dict[Term, float], stage: Stage, setup: Setup) -> float:
+    """Of the gradients' reduction, what the last micro-batch's backward hides."""
+    return min(once_s[Term.DATA], stage.times.backward_s) if setup.overlap_data else 0.0
+
+
+def _transfer_s(program: Program, machine: Machine, setup: Setup) -> float:
+    """One activation to the next stage: what a rank of this stage sends to its peer there."""
+    if setup.stages == 1 or Term.STAGES in setup.without:
+        return 0.0
+    n_bytes = boundary_bytes(program)
+    devices = 1
+    for _, size in program.axes:
+        devices *= size
+    stride = devices
+    link = machine.within if local_ranks(stride, setup.stages, machine.devices_per_node) > 1 else machine.between or machine.within
+    return link.start_s + n_bytes / (link.bytes_per_s * link.share_at(n_bytes))
+
+
+def boundary_bytes(program: Program) -> int:
+    """Of the activation between two layers, as one rank holds it: the first layer's first input."""
+    if program.layers is None:
+        return 0
+    prefix = f"{program.layers[0]}.0"
+    for op in program.ops():
+        if op.module.startswith(prefix) and isinstance(op, Op) and op.inputs:
+            spec = op.inputs[0]
+            return int(np.prod(spec.shape)) * {"float32": 4, "float64": 8}.get(spec.dtype, 2)
+    return 0
+
+
+__all__ = ["Run", "Stage", "predict", "without"]
+_ = NDArray
