@@ -190,7 +190,7 @@ class _Request:
         check_choice("--dtype", settings.dtype, DTYPES)
         check_choice("--recompute", settings.recompute, RECOMPUTE)
         check_choice("--device", device, ("auto", "cpu", "cuda"))
-        labelled = load_plans(plans, sequence_parallel=sequence_parallel)
+        labelled = load_plans(plans, sequence_parallel=sequence_parallel, family=spec.family)
         _check_positive("--learning-rate", settings.learning_rate)
         _check_positive("--max-norm", settings.max_norm)
         check_batch(settings, mesh)

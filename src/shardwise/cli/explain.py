@@ -195,9 +195,13 @@ def _explain(run: _Run, plan: str, against: str | None, console: Console, *, as_
     from shardwise.explain.explain import explain
     from shardwise.models.source import find_model
 
-    plans = [load_any_plan(name, sequence_parallel=run.sequence_parallel) for name in (plan, against) if name is not None]
     with ProgressLine() as progress:
         source = find_model(run.model)
+        plans = [
+            load_any_plan(name, sequence_parallel=run.sequence_parallel, family=source.family)
+            for name in (plan, against)
+            if name is not None
+        ]
         programs = [run.program(source, chosen, progress) for chosen in plans]
         progress.say("explaining")
         found = [explain(program) for program in programs]
@@ -298,8 +302,9 @@ def _subject(plan: str, what: str, model: str, sequence_parallel: bool) -> "tupl
     from shardwise.cli.plans import load_any_plan
     from shardwise.models.source import find_model
 
-    chosen = load_any_plan(plan, sequence_parallel=sequence_parallel)
-    modules = dict(find_model(model).build(dtype=torch.float32).named_modules())
+    source = find_model(model)
+    chosen = load_any_plan(plan, sequence_parallel=sequence_parallel, family=source.family)
+    modules = dict(source.build(dtype=torch.float32).named_modules())
     if what not in modules:
         raise OptionError(
             f'--walk: {model} has no module "{what[:80]}".{suggest(what[:80], modules)} Or name one of {", ".join(names)}, loss.'

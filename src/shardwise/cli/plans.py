@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shardwise.core.errors import PlanError
-from shardwise.core.plan import AnyPlan, Plan, TheirPlan
+from shardwise.core.plan import AnyPlan, Family, Plan, TheirPlan
 from shardwise.parallel.builtin import builtin_plan
 
 
-def load_plans(names: Sequence[str], *, sequence_parallel: bool) -> list[tuple[str, Plan]]:
-    """(label, plan) for each name; labels are told apart where two plans share one."""
+def load_plans(names: Sequence[str], *, sequence_parallel: bool, family: Family) -> list[tuple[str, Plan]]:
+    """(label, plan) for each name, built-in ones for a family of models; labels are told apart where two plans share one."""
     found: list[tuple[str, Plan]] = []
     for name in names:
-        plan = _load(name, sequence_parallel)
+        plan = _load(name, sequence_parallel, family)
         label, count = plan.name, 2
         while label in {known for known, _ in found}:
             label, count = f"{plan.name} #{count}", count + 1
@@ -20,16 +20,16 @@ def load_plans(names: Sequence[str], *, sequence_parallel: bool) -> list[tuple[s
     return found
 
 
-def load_any_plan(name: str, *, sequence_parallel: bool) -> AnyPlan:
+def load_any_plan(name: str, *, sequence_parallel: bool, family: Family) -> AnyPlan:
     """A plan of ours by name or file, or one that isn't ours: unsharded, hf, own."""
     if name in list(TheirPlan):
         return TheirPlan(name)
-    return _load(name, sequence_parallel)
+    return _load(name, sequence_parallel, family)
 
 
-def _load(name: str, sequence_parallel: bool) -> Plan:
+def _load(name: str, sequence_parallel: bool, family: Family) -> Plan:
     if not name.endswith(".toml"):
-        return builtin_plan(name, sequence_parallel=sequence_parallel)
+        return builtin_plan(name, sequence_parallel=sequence_parallel, family=family)
     try:
         text = Path(name).read_text(encoding="utf-8")
     except OSError as error:

@@ -153,9 +153,9 @@ def _cases(models: list[str], plans: list[str], small: bool | None, dtype: str |
 
     cases = []
     for model in models:
-        find_model(model)
+        source = find_model(model)
         for name in plans or [str(TheirPlan.HF) if model.startswith("hf:") else "rowwise"]:
-            plan = load_any_plan(name, sequence_parallel=sequence_parallel)
+            plan = load_any_plan(name, sequence_parallel=sequence_parallel, family=source.family)
             if plan is TheirPlan.UNSHARDED:
                 raise OptionError('plan "unsharded" has nothing to verify. Name a plan that shards.')
             is_ours = isinstance(plan, Plan)

@@ -38,6 +38,13 @@ class TheirPlan(StrEnum):
     OWN = "own"
 
 
+class Family(StrEnum):
+    """Models with the same module names, for which a built-in plan has the same rules."""
+
+    LLAMA = "llama"
+    GPT = "gpt"
+
+
 class StyleName(StrEnum):
     """What a rule does to a module. Embedding: rowwise, colwise, routed, replicated. Linear: colwise, rowwise, replicate.
     Norm: sequence_parallel, replicate. Any module: gather_input."""

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from shardwise.core.errors import ModelError, OptionError
+from shardwise.core.plan import Family
 from shardwise.core.shown import shown, told
 from shardwise.models.dtype import default_dtype
 
@@ -45,6 +46,14 @@ class FactoryModel:
     @property
     def vocab_size(self) -> int | None:
         return None
+
+    @property
+    def max_seq(self) -> None:
+        return
+
+    @property
+    def family(self) -> Family:
+        return Family.LLAMA
 
     @property
     def notes(self) -> tuple[str, ...]:

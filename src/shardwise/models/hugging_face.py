@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.core.errors import ModelError
-from shardwise.core.plan import suggest
+from shardwise.core.plan import Family, suggest
 from shardwise.core.shown import shown, told
+from shardwise.models.changes import parse_changes
 from shardwise.models.small import small_values
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -57,6 +58,15 @@ class HuggingFaceModel:
     def vocab_size(self) -> int | None:
         size = getattr(_language_part(self.config)[1], "vocab_size", None)
         return size if isinstance(size, int) else None
+
+    @property
+    def max_seq(self) -> None:
+        """Most types take sequences beyond what they were trained for."""
+        return
+
+    @property
+    def family(self) -> Family:
+        return Family.LLAMA
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -125,7 +135,7 @@ def find_hugging_face(text: str) -> HuggingFaceModel:
     target, has_query, query = text.removeprefix("hf:").partition("?")
     if not target:
         raise ModelError(f'model "{name}": hf: wants a model type, such as hf:qwen3, or the path of a config.json.')
-    changes = _parse_changes(query, name) if has_query else {}
+    changes = parse_changes(query, name) if has_query else {}
     is_path = "/" in target or "\\" in target or target.endswith(".json") or target in (".", "..")
     values = _read_config(target, name) if is_path else {}
     model_type = values.pop("model_type", None) if is_path else target
@@ -206,30 +216,6 @@ def _drop(values: dict[str, Any]) -> set[str]:
         if isinstance(value, dict):
             found |= _drop(value)
     return found
-
-
-def _parse_changes(query: str, name: str) -> dict[str, int | float | bool]:
-    changes: dict[str, int | float | bool] = {}
-    for part in query.split(",") if len(query) <= 10_000 else [query]:
-        key, equals, text = part.partition("=")
-        value = _number(text.strip())
-        if not equals or not key.strip() or value is None:
-            raise ModelError(f'model "{name}": can\'t read "{shown(part)}". Write KEY=VALUE with a number, true or false.')
-        changes[key.strip()] = value
-    return changes
-
-
-def _number(text: str) -> int | float | bool | None:
-    if text in ("true", "false"):
-        return text == "true"
-    if len(text) > 40:
-        return None
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return None
 
 
 def _configured(config_class: Any, values: dict[str, Any], changes: Mapping[str, int | float | bool], name: str) -> Any:

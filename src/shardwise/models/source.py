@@ -1,4 +1,4 @@
-"""A model that a command can name: a Llama spec, `hf:...` (models/hugging_face.py) or `package.module:factory` (models/factory.py)."""
+"""A model that a command can name: a spec of ours (models/specs.py), `hf:...` (models/hugging_face.py) or `package.module:factory` (models/factory.py)."""
 
 from typing import Protocol
 
@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from shardwise.core.errors import ModelError
-from shardwise.core.plan import suggest
+from shardwise.core.plan import Family, suggest
 from shardwise.core.shown import shown
-from shardwise.models.specs import SPECS
+from shardwise.models.specs import SPECS, get_spec
 
 HUGGING_FACE = "hf:"
 # how a model is named, and what it then is; lists and help texts show these
@@ -36,6 +36,14 @@ class ModelSource(Protocol):
         """None where only the built model tells: vocab_size_of(model)."""
 
     @property
+    def max_seq(self) -> int | None:
+        """The longest sequence that it has positions for; None where it has no limit that is known."""
+
+    @property
+    def family(self) -> Family:
+        """Whose module names a built-in plan speaks of; where they aren't the model's, the plan's rules match nothing and it is refused."""
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of results must know: dropout that is on, parts that are left out. A sentence each."""
 
@@ -48,8 +56,8 @@ class ModelSource(Protocol):
 
 def find_model(text: str) -> ModelSource:
     """The model of a name. Raises ModelError where there is none; for `package.module:factory` the user's module is imported."""
-    if text in SPECS:
-        return SPECS[text]
+    if text.partition("?")[0] in SPECS:
+        return get_spec(text)
     if text.startswith(HUGGING_FACE):
         from shardwise.models.hugging_face import find_hugging_face
 

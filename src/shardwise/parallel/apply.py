@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from shardwise.core.errors import MeshError, PlanError
 from shardwise.core.foreign import ForeignPlan
-from shardwise.core.plan import Engine, Plan
+from shardwise.core.plan import Engine, Family, Plan
 from shardwise.parallel.builtin import builtin_plan
 from shardwise.parallel.dtensor import apply_dtensor
 from shardwise.parallel.loss import Loss, PlainLoss
@@ -32,7 +32,7 @@ class Applied:
 def parallelize(model: nn.Module, plan: Plan | str, mesh: DeviceMesh) -> nn.Module:
     """Shards `model` in place over the "tp" axis of `mesh`, and returns it.
 
-    plan: a Plan, or the name of a built-in one. mesh: a DeviceMesh with an axis named "tp"; give the whole mesh, not its tp part, for then
+    plan: a Plan, or the name of a built-in one (of GPT's rules where the model has its pos_embeddings, else of Llama's). mesh: a DeviceMesh with an axis named "tp"; give the whole mesh, not its tp part, for then
     what can't be combined with its other axes is refused here ("dp" holds whole replicas, any other may shard parameters further). Every
     rank must hold the same weights (or all of them meta). Parameters become DTensors, so FSDP2 (`fully_shard`, applied afterwards over
     another axis), optimizers (made afterwards) and torch.distributed.checkpoint compose. Sharded logits want `loss_of(model)`.
@@ -40,7 +40,7 @@ def parallelize(model: nn.Module, plan: Plan | str, mesh: DeviceMesh) -> nn.Modu
     Raises PlanError, before anything is changed, where the plan doesn't fit the model; MeshError where the mesh has no "tp" axis.
     """
     if isinstance(plan, str):
-        plan = builtin_plan(plan)
+        plan = builtin_plan(plan, family=_family_of(model))
     if "tp" not in (mesh.mesh_dim_names or ()):
         raise MeshError(f'parallelize: the mesh has axes {mesh.mesh_dim_names}. Name one of them "tp".')
     if is_applied(model):
@@ -56,6 +56,11 @@ def parallelize(model: nn.Module, plan: Plan | str, mesh: DeviceMesh) -> nn.Modu
             loss, row_order = apply_dtensor(model, plan, mesh, fsdp=fsdp), {}
     mark_applied(model, Applied(plan, loss, row_order))
     return model
+
+
+def _family_of(model: nn.Module) -> Family:
+    """GPT's where the model has GPT's table of positions, else Llama's."""
+    return Family.GPT if "pos_embeddings" in dict(model.named_children()) else Family.LLAMA
 
 
 def mark_applied(model: nn.Module, applied: Applied) -> None:

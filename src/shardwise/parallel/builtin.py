@@ -1,10 +1,12 @@
-"""Built-in plans for models with Llama's module names. They differ only where their names say so: in the embedding, and in the engine."""
+"""Built-in plans for models with the module names of models/llama.py or models/gpt.py. They differ only where their names say so: in the
+embedding, and in the engine; and in the rules of the modules that one family has and the other hasn't."""
 
 from dataclasses import replace
+from typing import assert_never
 
 from shardwise.core.errors import PlanError
 from shardwise.core.placement import Replicate, Shard
-from shardwise.core.plan import Engine, Ownership, Plan, Rule, Style, StyleName, suggest
+from shardwise.core.plan import Engine, Family, Ownership, Plan, Rule, Style, StyleName, suggest
 
 _EMBEDDINGS = {
     "rowwise": Style(StyleName.ROWWISE),
@@ -28,8 +30,11 @@ def builtin_names() -> tuple[str, ...]:
     return tuple(ABOUT)
 
 
-def builtin_plan(name: str, *, sequence_parallel: bool = True) -> Plan:
-    """A built-in plan by name. Raises PlanError for an unknown one, or one that isn't offered without sequence parallelism."""
+def builtin_plan(name: str, *, sequence_parallel: bool = True, family: Family = Family.LLAMA) -> Plan:
+    """A built-in plan by name, for the models of a family.
+
+    Raises PlanError for an unknown one, or one that isn't offered without sequence parallelism.
+    """
     if name not in ABOUT:
         raise PlanError(f'unknown plan "{name}".{suggest(name, ABOUT)} Known: {", ".join(ABOUT)}; or the path of a .toml file.')
     embedding_name, _, engine = name.partition("@")
@@ -42,27 +47,39 @@ def builtin_plan(name: str, *, sequence_parallel: bool = True) -> Plan:
             )
         embedding = replace(embedding, output=Replicate())
     plan_name = name if sequence_parallel else f"{name} (no sequence parallelism)"
-    return Plan(plan_name, _rules(embedding, sequence_parallel), Engine(engine) if engine else Engine.NATIVE)
+    chosen = Engine(engine) if engine else Engine.NATIVE
+    return Plan(plan_name, _rules(embedding, sequence_parallel, family, chosen), chosen)
 
 
-def _rules(embedding: Style, sequence_parallel: bool) -> tuple[Rule, ...]:
+def _rules(embedding: Style, sequence_parallel: bool, family: Family, engine: Engine) -> tuple[Rule, ...]:
     between = Shard(1) if sequence_parallel else Replicate()
     norm = Style(StyleName.SEQUENCE_PARALLEL if sequence_parallel else StyleName.REPLICATE)
     gather = Style(StyleName.GATHER_INPUT, input=between)
     colwise = Style(StyleName.COLWISE)
     rowwise = Style(StyleName.ROWWISE, output=between)
+    projections: tuple[str, ...]
+    inner: tuple[str, ...]
+    positions: dict[str, Style] = {}
+    match family:
+        case Family.LLAMA:
+            projections, inner = ("wq", "wk", "wv"), ("w1", "w3")
+        case Family.GPT:
+            projections, inner = ("wqkv",), ("w1",)
+            # PyTorch's styles have no replicated table; its own tests cut GPT's table of positions colwise
+            by_engine = StyleName.REPLICATED if engine is Engine.NATIVE else StyleName.COLWISE
+            positions["pos_embeddings"] = Style(by_engine, output=between)
+        case _:
+            assert_never(family)
     styles = {
         "tok_embeddings": embedding,
+        **positions,
         "layers.*.attention_norm": norm,
         "layers.*.attention": gather,
-        "layers.*.attention.wq": colwise,
-        "layers.*.attention.wk": colwise,
-        "layers.*.attention.wv": colwise,
+        **{f"layers.*.attention.{name}": colwise for name in projections},
         "layers.*.attention.wo": rowwise,
         "layers.*.ffn_norm": norm,
         "layers.*.feed_forward": gather,
-        "layers.*.feed_forward.w1": colwise,
-        "layers.*.feed_forward.w3": colwise,
+        **{f"layers.*.feed_forward.{name}": colwise for name in inner},
         "layers.*.feed_forward.w2": rowwise,
         "norm": norm,
         "output": Style(StyleName.COLWISE, input=between, output=Shard(-1)),

@@ -25,6 +25,8 @@ STYLES_OF: dict[type[nn.Module], frozenset[StyleName]] = {
 # PyTorch's ParallelStyles have no counterpart of these
 NATIVE_ONLY = frozenset({StyleName.ROUTED, StyleName.REPLICATED})
 KEY_VALUE_NAMES = frozenset({"wk", "wv", "k_proj", "v_proj", "key", "value"})
+# query, key and value of a head lie side by side there: models/gpt.py
+FUSED_NAMES = frozenset({"wqkv"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -161,8 +163,9 @@ def _check_sizes(assignment: Assignment, modules: dict[str, nn.Module], tp: int,
         width = module.out_features if style is StyleName.COLWISE else module.in_features
         parent_name, _, own_name = name.rpartition(".")
         head_dim = getattr(modules.get(parent_name), "head_dim", None)
-        if isinstance(head_dim, int) and width % head_dim == 0:
-            heads = width // head_dim
+        per_head = head_dim * (3 if own_name in FUSED_NAMES else 1) if isinstance(head_dim, int) else 0
+        if per_head and width % per_head == 0:
+            heads = width // per_head
             if heads % tp:
                 what = "KV heads" if own_name in KEY_VALUE_NAMES else "heads"
                 raise PlanError(f"rule {rule} splits {heads} {what} of {parent_name} over tp={tp}. Use tp in {_divisors(heads)}.")
