@@ -15,7 +15,7 @@ from math import prod
 from shardwise.core.collective import CollectiveKind, wire_bytes
 from shardwise.core.machine import Link, Machine, local_ranks
 from shardwise.core.prediction import AttentionKernel, Setup, Term
-from shardwise.core.program import Collective, Op, OpKind, Phase
+from shardwise.core.program import Collective, Op, OpKind, Phase, TensorSpec
 
 SCORE_PASSES = {False: 4, True: 5}  # forward, backward
 UNFUSED_LAUNCHES = {False: 6, True: 10}
@@ -114,17 +114,17 @@ def _attention(op: Op, machine: Machine, setup: Setup, issue_s: float) -> Cost:
         # one of c ranks meets the keys of all of them: c times the FLOPs of its own part alone, half of which is masked either way
         seconds = rate.time_s(op.flops * setup.context, q.shape[-2] * setup.context, backward=backward)
         return Cost(seconds, issue_s, Term.ATTENTION)
-    seconds = _unfused_s(op, machine, setup, q.shape, k.shape, backward=backward)
+    seconds = _unfused_s(machine, q, k, backward=backward)
     launches = UNFUSED_LAUNCHES[backward]
     if backward and setup.selective_recompute:
-        seconds += _unfused_s(op, machine, setup, q.shape, k.shape, backward=False)
+        seconds += _unfused_s(machine, q, k, backward=False)
         launches += UNFUSED_LAUNCHES[False]
     return Cost(seconds, launches * issue_s, Term.ATTENTION)
 
 
-def _unfused_s(op: Op, machine: Machine, setup: Setup, q: tuple[int, ...], k: tuple[int, ...], *, backward: bool) -> float:
-    batch, heads, sequence, head_dim = q
-    keys, dtype = k[-2], op.inputs[-1].dtype
+def _unfused_s(machine: Machine, q: TensorSpec, k: TensorSpec, *, backward: bool) -> float:
+    batch, heads, sequence, head_dim = q.shape
+    keys, dtype = k.shape[-2], q.dtype
     scores = _product_s(machine, dtype, batch * heads, sequence, keys, head_dim)
     values = _product_s(machine, dtype, batch * heads, sequence, head_dim, keys)
     matmuls = (2 * scores + 2 * values) if backward else (scores + values)
