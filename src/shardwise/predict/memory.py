@@ -9,7 +9,7 @@ et al. 2021, section 2.2; Korthikanti et al. 2022, section 4.2.3).
 
 from shardwise.core.machine import Machine
 from shardwise.core.prediction import MemoryForecast, Setup
-from shardwise.core.program import MemoryKind, Program, memory_peak
+from shardwise.core.program import MemoryKind, Program, peak_by_kind
 
 RESERVED_OVER_ACTIVE = 1.15
 """Median of 13 steps on an H100. Source: benchmarks/results/2026-11-26-h100-steps.json."""
@@ -19,7 +19,7 @@ STATES = (MemoryKind.PARAMETER, MemoryKind.GRADIENT, MemoryKind.OPTIMIZER)
 
 def forecast(program: Program, machine: Machine, setup: Setup, sizes: dict[str, int]) -> MemoryForecast:
     """Of the first stage, which holds most activations."""
-    by_kind = {kind: float(n_bytes) for kind, n_bytes in memory_peak(program).by_kind}
+    by_kind = {kind: float(n_bytes) for kind, n_bytes in peak_by_kind(program)}
     shards = sizes.get("fsdp", 1) / dict(program.axes).get("fsdp", 1)
     for kind in by_kind:
         if kind in STATES:
