@@ -108,7 +108,7 @@ def machine_text(machine: MachineFacts) -> str:
     return f"{name(machine.name, '(machine)')} ({sentence(machine.about)}), {len(machine.constants)} constants: {shown}"
 
 
-def assumptions(settings: StepSettings, setup: Setup) -> tuple[str, ...]:
+def assumptions(settings: StepSettings, setup: Setup, axes: Sequence[tuple[str, int]]) -> tuple[str, ...]:
     """What is taken for granted, a sentence each."""
     lines = ["Every rank arrives at its collectives at once: waiting for late ranks is not modelled."]
     if setup.stages > 1:
@@ -137,11 +137,9 @@ def assumptions(settings: StepSettings, setup: Setup) -> tuple[str, ...]:
     lines.append(f"{recomputed.get(recompute, f'Recompute: {name(recompute)}')} in the backward.")
     if setup.matmul_dtype is not None:
         lines.append(f"Linear layers multiply in {name(setup.matmul_dtype)}; what casting to it costs is not modelled.")
-    lines.append(
-        "Gradients of whole replicas are reduced beside the last backward."
-        if setup.overlap_data
-        else "Gradients of whole replicas (dp) are reduced after the backward, hidden by nothing."
-    )
+    if dict(axes).get("dp", 1) > 1:
+        beside = "beside the last backward" if setup.overlap_data else "after the backward, hidden by nothing"
+        lines.append(f"Gradients of whole replicas (dp) are reduced {beside}.")
     if setup.overlap_tensor:
         lines.append("Collectives over tp run beside the matmuls that make or take them.")
     if setup.without:

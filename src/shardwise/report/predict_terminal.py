@@ -144,7 +144,7 @@ def _memory_of_all(predictions: Sequence[Prediction]) -> Table:
 
 def _assumed(run: PredictionRun) -> RenderableType:
     first = run.predictions[0]
-    lines = [*rows.assumptions(run.settings, first.setup), *(f"{note}." for note in rows.notes(run))]
+    lines = [*rows.assumptions(run.settings, first.setup, first.axes), *(f"{note}." for note in rows.notes(run))]
     text = Text("\n").join([*(Text(f"- {plain(line)}") for line in lines), Text(f"Machine: {plain(rows.machine_text(run.machine))}.")])
     return Panel(text, box=box.ROUNDED, title="Assumed", title_align="left")
 
