@@ -17,7 +17,7 @@ from shardwise.core.errors import OptionError
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import suggest
-from shardwise.core.prediction import AttentionKernel, Prediction, Setup, Term
+from shardwise.core.prediction import AttentionKernel, Prediction, Selective, Setup, Term
 from shardwise.core.shown import shown
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from shardwise.core.program import Program
     from shardwise.models.source import ModelSource
 
-RECOMPUTE = ("none", "selective", "full")
+# full is traced; the others are what a Setup adds to a trace without recompute
+SELECTIVE = {"selective": Selective.ATTENTION, "selective-ops": Selective.OPS}
+RECOMPUTE = ("none", *SELECTIVE, "full")
 MATMUL_DTYPES = ("float8",)
 TERM_NAMES = {term.name.lower(): term for term in Term}
 # what a saved program has decided already
@@ -92,7 +94,7 @@ def predict(
     accumulation: Annotated[int, typer.Option(help="Micro-batches that a step's batch is cut into.", min=1, rich_help_panel=_STEP)] = 1,
     recompute: Annotated[
         str,
-        typer.Option(help="In the backward: none, selective (unfused attention) or full (every layer).", rich_help_panel=_STEP),
+        typer.Option(help="In the backward: none, selective (unfused attention), selective-ops (torchtitan's) or full (every layer).", rich_help_panel=_STEP),
     ] = "none",
     random_ids: Annotated[
         bool, typer.Option("--random-ids", help="Uniform random ids instead of text, for routed plans.", rich_help_panel=_STEP)
@@ -158,7 +160,7 @@ def predict(
         chunks=chunks,
         context=context_ranks,
         attention=None if attention is None else AttentionKernel(attention),
-        selective_recompute=recompute == "selective",
+        selective_recompute=SELECTIVE.get(recompute),
         compiled=compiled,
         matmul_dtype=matmul_dtype,
         overlap_data=overlap_data,

@@ -5,9 +5,10 @@ Adds up and looks up, no more. What it does not know: how a row is drawn.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import assert_never
 
 from shardwise.core.measurement import StepSettings
-from shardwise.core.prediction import AttentionKernel, MemoryForecast, Prediction, Setup, Term
+from shardwise.core.prediction import AttentionKernel, MemoryForecast, Prediction, Selective, Setup, Term
 from shardwise.core.prediction_run import LAUNCH_BOUND, LaunchBound, MachineFacts, PlanDifference, PredictionRun
 from shardwise.report.explain_rows import KIND_PLURALS, name, sentence
 from shardwise.report.units import format_bytes, format_count, format_seconds
@@ -24,9 +25,9 @@ MEANINGS = {
     Term.OPTIMIZER: "gradient norm, clipping and AdamW, once a step",
     Term.TENSOR: "collectives over tp that no work hides: what follows needs their result",
     Term.DATA: "collectives over dp and fsdp as far as no work hides them",
-    Term.STAGES: "activations sent from stage to stage, where they are waited for",
+    Term.SLOWED: "what collectives that run beside it cost compute: they share memory and multiprocessors",
     Term.LAUNCH: "the device has nothing to run, since the host hasn't issued it yet",
-    Term.BUBBLE: "a pipeline's stages wait for one another at the step's beginning and end",
+    Term.BUBBLE: "a pipeline's stages wait for one another, and for activations, at the step's beginning and end",
 }
 
 
@@ -128,13 +129,7 @@ def assumptions(settings: StepSettings, setup: Setup, axes: Sequence[tuple[str, 
     lines.append(
         "Kernels between matmuls are fused by a compiler." if setup.compiled else "Kernels run one by one, as eager PyTorch launches them."
     )
-    recompute = "selective" if setup.selective_recompute else settings.recompute
-    recomputed = {
-        "none": "Nothing is recomputed",
-        "selective": "Unfused attention is recomputed",
-        "full": "Each layer's forward is recomputed",
-    }
-    lines.append(f"{recomputed.get(recompute, f'Recompute: {name(recompute)}')} in the backward.")
+    lines.append(f"{_recomputed(settings, setup)} in the backward.")
     if setup.matmul_dtype is not None:
         lines.append(f"Linear layers multiply in {name(setup.matmul_dtype)}; what casting to it costs is not modelled.")
     if dict(axes).get("dp", 1) > 1:
@@ -145,6 +140,19 @@ def assumptions(settings: StepSettings, setup: Setup, axes: Sequence[tuple[str, 
     if setup.without:
         lines.append(f"Switched off: {', '.join(setup.without)}.")
     return tuple(lines)
+
+
+def _recomputed(settings: StepSettings, setup: Setup) -> str:
+    match setup.selective_recompute:
+        case Selective.ATTENTION:
+            return "Unfused attention runs again"
+        case Selective.OPS:
+            return "All but attention, reduce-scatters and every second matmul of a layer's forward run again"
+        case None:
+            again = {"none": "Nothing is recomputed", "full": "Each layer's forward runs again"}
+            return again.get(settings.recompute, f"Recompute: {name(settings.recompute)}")
+        case _:
+            assert_never(setup.selective_recompute)
 
 
 def is_launch_bound(prediction: Prediction) -> bool:
