@@ -35,6 +35,7 @@ app.command("diff")(diff.diff)
 app.command("predict")(predict.predict)
 app.command("models")(lists.models)
 app.command("plans")(lists.plans)
+app.command("machines")(lists.machines)
 
 
 def _version(wanted: bool) -> None:

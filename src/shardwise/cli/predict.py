@@ -1,9 +1,10 @@
 """`shardwise predict`: time and memory of plans on a machine that needn't be there, term by term."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -94,7 +95,10 @@ def predict(
     accumulation: Annotated[int, typer.Option(help="Micro-batches that a step's batch is cut into.", min=1, rich_help_panel=_STEP)] = 1,
     recompute: Annotated[
         str,
-        typer.Option(help="In the backward: none, selective (unfused attention), selective-ops (torchtitan's) or full (every layer).", rich_help_panel=_STEP),
+        typer.Option(
+            help="In the backward: none, selective (unfused attention), selective-ops (torchtitan's) or full (every layer).",
+            rich_help_panel=_STEP,
+        ),
     ] = "none",
     random_ids: Annotated[
         bool, typer.Option("--random-ids", help="Uniform random ids instead of text, for routed plans.", rich_help_panel=_STEP)
@@ -297,10 +301,8 @@ def _traced_steps(asked: _Asked, plans: Sequence[str], machine: "Machine") -> li
 
 
 def _label(plan: str, before: Sequence[Step]) -> str:
-    known, label, count = {step.label for step in before}, plan, 2
-    while label in known:
-        label, count = f"{plan} #{count}", count + 1
-    return label
+    known = {step.label for step in before}
+    return plan if plan not in known else next(label for number in count(2) if (label := f"{plan} #{number}") not in known)
 
 
 def _rescaled(program: "Program", setup: Setup, sizes: dict[str, int]) -> Setup:
@@ -320,7 +322,7 @@ def _deliver(machine: "Machine", steps: Sequence[Step], console: Console, *, as_
     else:
         render_prediction(run, console)
     if out is not None:
-        _write(out, run, document, console)
+        _write(out, run, machine, steps, document, console)
     return 0 if run.fits else 1
 
 
@@ -328,6 +330,7 @@ def _predicted(machine: "Machine", steps: Sequence[Step]) -> "PredictionRun":
     from shardwise.core.prediction_run import PredictionRun
     from shardwise.predict.contrast import differences, facts_of
     from shardwise.predict.predict import predict
+    from shardwise.predict.timeline import launch_bound
 
     predictions: list[Prediction] = []
     for step in steps:
@@ -335,13 +338,16 @@ def _predicted(machine: "Machine", steps: Sequence[Step]) -> "PredictionRun":
         if not prediction.step_s > 0:
             raise OptionError("--without: nothing is left of the step. Switch fewer terms off.")
         predictions.append(replace(prediction, plan=step.label))
-    return PredictionRun(facts_of(machine), steps[0].settings, tuple(predictions), differences(predictions))
+    waits = tuple(launch_bound(step.program, machine, step.setup, step.sizes) for step in steps)
+    return PredictionRun(facts_of(machine), steps[0].settings, tuple(predictions), differences(predictions), waits)
 
 
-def _write(out: Path, run: "PredictionRun", document: bytes, console: Console) -> None:
+def _write(out: Path, run: "PredictionRun", machine: "Machine", steps: Sequence[Step], document: bytes, console: Console) -> None:
     import msgspec
 
     from shardwise.cli.run_folder import RunFolder
+    from shardwise.predict.timeline import pipeline_timelines, timeline_of
+    from shardwise.report.perfetto import perfetto_trace
 
     first = run.predictions[0]
     asked = {
@@ -354,5 +360,18 @@ def _write(out: Path, run: "PredictionRun", document: bytes, console: Console) -
     }
     with RunFolder(out, "predict", datetime.now(UTC), has_events=False) as folder:
         folder.write("settings.json", msgspec.json.format(msgspec.json.encode(asked), indent=2) + b"\n")
-        path = folder.write("prediction.json", document)
-    console.print(f"\nData: {path}", markup=False, highlight=False, soft_wrap=True)
+        folder.write("prediction.json", document)
+        traces = []
+        for step, letter in zip(steps, _letters(), strict=False):
+            inside = (step.program, machine, step.setup, step.sizes)
+            traces.append((step.label, folder.write(f"timeline-{letter}.json.gz", perfetto_trace([timeline_of(*inside)]))))
+            passes = pipeline_timelines(*inside)
+            if passes:
+                traces.append((f"{step.label}'s stages", folder.write(f"stages-{letter}.json.gz", perfetto_trace(passes))))
+    for label, trace in traces:
+        console.print(f"{shown(label)}, for ui.perfetto.dev: {trace}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _letters() -> Iterator[str]:
+    """a, b, ... for files of several plans, whose names needn't be file names."""
+    return (f"{'' if number < 26 else number // 26}{chr(ord('a') + number % 26)}" for number in count())
