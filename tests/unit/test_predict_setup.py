@@ -81,7 +81,7 @@ def test_a_machine_of_one_node_has_an_end() -> None:
 
 
 def test_a_program_without_layers_has_no_stages() -> None:
-    with pytest.raises(OptionError, match="m has no row of equal layers that could be cut. Use --stages 1"):
+    with pytest.raises(OptionError, match=r"m has no row of equal layers that could be cut. Use --stages 1"):
         check_setup(replace(PROGRAM, layers=None), load_machine("h100-sxm-80gb"), Setup(stages=2), SIZES)
 
 

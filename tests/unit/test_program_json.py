@@ -102,7 +102,7 @@ def test_what_is_no_program_is_refused_in_a_line(document: bytes, message: str) 
 
 def test_blocks_that_unfold_without_end_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shardwise.report.program_json.MOST_ITEMS", 100)
-    with pytest.raises(InputError, match="its blocks unfold to .* items, and at most 100 are read"):
+    with pytest.raises(InputError, match=r"its blocks unfold to .* items, and at most 100 are read"):
         program_from_json(program_json(program("rowwise", "cuda", "tp=2", DEEP)))
 
 

@@ -348,6 +348,7 @@ def _write(out: Path, run: "PredictionRun", machine: "Machine", steps: Sequence[
     from shardwise.cli.run_folder import RunFolder
     from shardwise.predict.timeline import pipeline_timelines, timeline_of
     from shardwise.report.perfetto import perfetto_trace
+    from shardwise.report.predict_html import prediction_html
 
     first = run.predictions[0]
     asked = {
@@ -368,6 +369,8 @@ def _write(out: Path, run: "PredictionRun", machine: "Machine", steps: Sequence[
             passes = pipeline_timelines(*inside)
             if passes:
                 traces.append((f"{step.label}'s stages", folder.write(f"stages-{letter}.json.gz", perfetto_trace(passes))))
+        page = folder.write("predict.html", prediction_html(run))
+    console.print(f"\nPage: {page}", markup=False, highlight=False, soft_wrap=True)
     for label, trace in traces:
         console.print(f"{shown(label)}, for ui.perfetto.dev: {trace}", markup=False, highlight=False, soft_wrap=True)
 

@@ -55,9 +55,15 @@ def term_rows(predictions: Sequence[Prediction]) -> tuple[TermRow, ...]:
     return tuple(rows)
 
 
-def memory_rows(memory: MemoryForecast) -> tuple[tuple[str, str, float, str], ...]:
-    """(style key, name, bytes, about) of kinds at the peak."""
-    return tuple((kind.value, KIND_PLURALS[kind], n_bytes, "") for kind, n_bytes in memory.by_kind)
+def memory_rows(memory: MemoryForecast) -> tuple[tuple[str, str, float], ...]:
+    """(style key, name, bytes) of the kinds at the peak."""
+    return tuple((kind.value, KIND_PLURALS[kind], n_bytes) for kind, n_bytes in memory.by_kind)
+
+
+def levels_side_by_side(predictions: Sequence[Prediction]) -> tuple[tuple[str, tuple[float, ...]], ...]:
+    """memory_levels of each prediction, a row a level."""
+    found = zip(*(memory_levels(prediction.memory) for prediction in predictions), strict=True)
+    return tuple((levels[0][0], tuple(n_bytes for _, n_bytes in levels)) for levels in found)
 
 
 def memory_levels(memory: MemoryForecast) -> tuple[tuple[str, float], ...]:

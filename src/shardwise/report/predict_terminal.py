@@ -80,7 +80,7 @@ def _memory(prediction: Prediction) -> Table:
     memory = prediction.memory
     table = _table("Memory of one rank at the peak", ("", "left"), ("bytes", "right"), ("", "left"))
     scale = max(memory.capacity_bytes, memory.device_bytes)
-    for _, label, n_bytes, _ in rows.memory_rows(memory):
+    for _, label, n_bytes in rows.memory_rows(memory):
         table.add_row(label, format_bytes(n_bytes), Text("█" * round(BAR * n_bytes / scale) or "▏", "cyan"))
     table.add_section()
     for label, n_bytes in rows.memory_levels(memory):
@@ -133,12 +133,12 @@ def _terms_of_all(predictions: Sequence[Prediction]) -> Table:
 
 def _memory_of_all(predictions: Sequence[Prediction]) -> Table:
     table = _table("Memory of one rank at the peak", ("", "left"), *((_plan(prediction), "right") for prediction in predictions))
-    found = [{label: n_bytes for _, label, n_bytes, _ in rows.memory_rows(prediction.memory)} for prediction in predictions]
+    found = [{label: n_bytes for _, label, n_bytes in rows.memory_rows(prediction.memory)} for prediction in predictions]
     for label in dict.fromkeys(label for each in found for label in each):
         table.add_row(label, *(format_bytes(each[label]) if label in each else "–" for each in found))
     table.add_section()
-    for levels in zip(*(rows.memory_levels(prediction.memory) for prediction in predictions), strict=True):
-        table.add_row(levels[0][0], *(format_bytes(n_bytes) for _, n_bytes in levels))
+    for label, sizes in rows.levels_side_by_side(predictions):
+        table.add_row(label, *map(format_bytes, sizes))
     return table
 
 
