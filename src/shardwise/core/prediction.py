@@ -121,7 +121,7 @@ class Prediction:
     step_s: float
     terms: tuple[tuple[Term, float], ...]
     memory: MemoryForecast
-    timeline: Timeline | None
+    timeline: Timeline | None = None
     notes: tuple[str, ...] = ()
 
     @property
