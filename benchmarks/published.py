@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -42,7 +42,12 @@ MACHINES = {
     "B200-SXM": "b200-sxm",
     "GB200": "gb200-nvl72",
 }
-UNFUSED = ("Megatron-LM 2021", "Megatron-LM 2022", "DeepSpeed ZeRO-3", "Megatron-DeepSpeed/Megatron-LM (see paper), measured by vTrain authors")
+UNFUSED = (
+    "Megatron-LM 2021",
+    "Megatron-LM 2022",
+    "DeepSpeed ZeRO-3",
+    "Megatron-DeepSpeed/Megatron-LM (see paper), measured by vTrain authors",
+)
 FP8 = ("fp8", "float8")
 
 Row = dict[str, str]
@@ -157,7 +162,7 @@ def program_of(traced: Traced) -> Program:
     return trace(spec, plan, mesh, settings, device="cuda")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _machine(name: str):  # type: ignore[no-untyped-def]
     return load_machine(name)
 

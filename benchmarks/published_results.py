@@ -4,7 +4,7 @@ Errors are signed: predicted / measured - 1. Kendall's tau-b (Kendall 1945) is o
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import log10, sqrt
 from pathlib import Path
@@ -151,7 +151,11 @@ def summary(run: Published) -> str:
         return f"{len(run.rows)} rows, none with TP > 1: median absolute error {_share(median(abs(row.error) for row in run.rows))}."
     errors = [abs(row.error) for row in rows]
     found = taus(rows)
-    order = f" Mean Kendall tau within {len(found)} vTrain groups of equal model and GPU count: {fmean(found.values()):.2f} (bar: 0.8)." if found else ""
+    order = (
+        f" Mean Kendall tau within {len(found)} vTrain groups of equal model and GPU count: {fmean(found.values()):.2f} (bar: 0.8)."
+        if found
+        else ""
+    )
     return (
         f"{len(run.rows)} usable rows, {len(rows)} of them with TP > 1. With TP > 1: median absolute error {_share(median(errors))} (bar: 10 %), "
         f"90 % of the rows within {_share(quantile(errors, 0.9))} (bar: 25 %). Median over {len(groups_of(rows))} groups of each group's median, without "
@@ -221,15 +225,19 @@ def _memory_table(rows: Sequence[Predicted]) -> str:
             errors = [row.memory_error for row in group if row.memory_kind.startswith(kind) and row.memory_error is not None]
             if errors:
                 within = sum(abs(error) <= 0.1 for error in errors)
-                lines.append([name, title, str(len(errors)), _signed(median(errors)), _share(median(map(abs, errors))), f"{within} of {len(errors)}"])
+                lines.append(
+                    [name, title, str(len(errors)), _signed(median(errors)), _share(median(map(abs, errors))), f"{within} of {len(errors)}"]
+                )
     return table(["group", "memory", "rows", "median, signed", "median, absolute", "within 10 %"], lines, numbers=(2, 3, 4, 5))
 
 
 def _order_table(rows: Sequence[Predicted]) -> str:
-    counts: Callable[[tuple[str, int, int, int]], int] = lambda key: sum(
-        (row.group, row.hidden, row.layers, row.gpus) == key for row in rows
-    )
-    lines = [[key[0], f"{key[1]} wide, {key[2]} layers", str(key[3]), str(counts(key)), f"{tau:.2f}"] for key, tau in sorted(taus(rows).items())]
+    def count(key: tuple[str, int, int, int]) -> int:
+        return sum((row.group, row.hidden, row.layers, row.gpus) == key for row in rows)
+
+    lines = [
+        [key[0], f"{key[1]} wide, {key[2]} layers", str(key[3]), str(count(key)), f"{tau:.2f}"] for key, tau in sorted(taus(rows).items())
+    ]
     return table(["group", "model", "GPUs", "rows", "Kendall's tau"], lines, numbers=(2, 3, 4))
 
 
@@ -261,11 +269,15 @@ def plot(run: Published) -> str:
     for number, (name, group) in enumerate(groups_of(rows).items()):
         colour = colours[number % len(colours)]
         for row in group:
-            parts.append(f'<circle cx="{at(row.measured_s):.1f}" cy="{size - at(row.predicted_s):.1f}" r="3" fill="{colour}" fill-opacity="0.55"/>')
+            parts.append(
+                f'<circle cx="{at(row.measured_s):.1f}" cy="{size - at(row.predicted_s):.1f}" r="3" fill="{colour}" fill-opacity="0.55"/>'
+            )
         parts.append(f'<circle cx="{size - 30}" cy="{edge + 22 * number}" r="5" fill="{colour}"/>')
         parts.append(f'<text x="{size - 18}" y="{edge + 22 * number + 4}" fill="#1f242b">{name} ({len(group)})</text>')
     parts.append(f'<text x="{size / 2}" y="{size - 12}" text-anchor="middle" fill="#1f242b">measured step</text>')
-    parts.append(f'<text x="16" y="{size / 2}" text-anchor="middle" fill="#1f242b" transform="rotate(-90 16 {size / 2})">predicted step</text>')
+    parts.append(
+        f'<text x="16" y="{size / 2}" text-anchor="middle" fill="#1f242b" transform="rotate(-90 16 {size / 2})">predicted step</text>'
+    )
     parts.append(f'<text x="{edge}" y="30" fill="#1f242b">{len(rows)} published runs with TP &gt; 1; dashed: 10 % off</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 

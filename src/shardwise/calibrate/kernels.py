@@ -118,9 +118,7 @@ def attention(batch: int, heads: int, kv_heads: int, seq: int, head_dim: int, dt
         if not backward:
             return Work(forward, (q, k, v), (out,), causal=True)
         grad = torch.randn_like(out)
-        return Work(
-            lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True), (grad, q, k, v, out), (q, k, v), causal=True
-        )
+        return Work(lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True), (grad, q, k, v, out), (q, k, v), causal=True)
 
     op = "aten::_scaled_dot_product_flash_attention" + ("_backward" if backward else "")
     n_bytes = 4 * batch * seq * head_dim * (2 * heads + 2 * kv_heads) * _width(dtype)

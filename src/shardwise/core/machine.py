@@ -14,7 +14,6 @@ What this file does not know: what runs when. predict/ does.
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardwise.core.collective import CollectiveKind
@@ -197,5 +196,3 @@ class Machine:
 def local_ranks(stride: int, size: int, devices_per_node: int) -> int:
     """How many ranks of a group lie on one node: its ranks are `stride` apart, and nodes are filled in order."""
     return max(1, min(size, devices_per_node // stride))
-
-
