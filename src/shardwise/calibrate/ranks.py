@@ -1,0 +1,196 @@
+"""What each rank does for `shardwise calibrate`: kernels (all ranks at once, as steps run), then issuing, then collectives.
+
+Ranks agree before each case, so that they run it together and stop together when the time for kernels is over. A case that fails is noted
+and left out.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from shardwise.calibrate import issuing, links
+from shardwise.calibrate.cases import cases_for
+from shardwise.calibrate.kernels import Case, timed_case
+from shardwise.core.errors import PlanError
+from shardwise.core.sample import Sample
+from shardwise.launch.context import RankContext
+from shardwise.parallel.builtin import builtin_plan
+from shardwise.step.build import device_mesh
+
+NATIVE, DTENSOR = "native", "dtensor"
+DTENSOR_PLAN = "rowwise@dtensor"
+CLEAN_EVERY = 25
+SAID = 200  # characters of an error's text
+# of memory that a case may take, beside what its op needs for itself
+MOST_OF_MEMORY = 0.4
+
+
+class CalibrateJob(msgspec.Struct, frozen=True):
+    """kernels_s: the time that kernels may take."""
+
+    quick: bool
+    kernels_s: float
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """`done` of `total` cases; left_s: what is left, about."""
+
+    done: int
+    total: int
+    text: str
+    left_s: float | None
+
+
+class Failed(msgspec.Struct, frozen=True):
+    """A case that was left out, and why."""
+
+    case: str
+    reason: str
+
+
+class CalibrateReport(msgspec.Struct, frozen=True):
+    """One rank's samples. share: of a core that the rank got while kernels ran. left_out: cases that there was no time for."""
+
+    samples: tuple[Sample, ...]
+    failed: tuple[Failed, ...]
+    share: float
+    left_out: int
+
+
+def run(context: RankContext, payload: bytes) -> bytes:
+    """Entry of launch.run_ranks."""
+    return msgspec.json.encode(_Calibration(context, msgspec.json.decode(payload, type=CalibrateJob)).run())
+
+
+class _Calibration:
+    def __init__(self, context: RankContext, job: CalibrateJob) -> None:
+        self.context = context
+        self.job = job
+        self.device = context.device
+        self.samples: list[Sample] = []
+        self.failed: list[Failed] = []
+        self.own_s = self.wall_s = 0.0
+        self.began_s = time.monotonic()
+
+    def run(self) -> CalibrateReport:
+        cases = self._fitting(cases_for(self.device.type, quick=self.job.quick))
+        world = links.groups(self.context.world_size, self.device.type)
+        collectives = list(links.plan(world, self.device.type, quick=self.job.quick))
+        self.total = len(cases) + len(collectives) + 3
+        if self.device.type == "cpu":
+            _settle_allocator()
+        left_out = self._kernels(cases)
+        self._issuing(len(cases))
+        self._collectives(collectives, len(cases) + 3)
+        share = min(1.0, self.own_s / self.wall_s) if self.wall_s and torch.get_num_threads() == 1 else 1.0
+        return CalibrateReport(tuple(self.samples), tuple(self.failed), share, left_out)
+
+    def _fitting(self, cases: list[Case]) -> list[Case]:
+        """Those that memory is there for."""
+        if self.device.type == "cuda":
+            room = torch.cuda.mem_get_info(self.device)[0] * MOST_OF_MEMORY
+            return [case for case in cases if case.n_bytes <= room]
+        return cases
+
+    def _kernels(self, cases: Sequence[Case]) -> int:
+        deadline_s = self.began_s + self.job.kernels_s
+        for number, case in enumerate(cases):
+            if self._all_agree(time.monotonic() > deadline_s):
+                return len(cases) - number
+            what = f"{case.op.removeprefix('aten::')} {case.variant}".strip() + f" {case.dtype} {'x'.join(map(str, case.shape))}"
+            self._say(number, what, deadline_s)
+            try:
+                with torch.no_grad() if "backward" not in case.op else torch.enable_grad():
+                    sample, timing = timed_case(case, self.device)
+                self.samples.append(replace(sample, ranks=self.context.world_size))
+                self.own_s += timing.own_s
+                self.wall_s += timing.wall_s
+            except (RuntimeError, NotImplementedError, TypeError, MemoryError) as error:
+                self._note_failure(what, error)
+            if self.device.type == "cuda" and number % CLEAN_EVERY == 0:
+                torch.cuda.empty_cache()
+        return 0
+
+    def _issuing(self, done: int) -> None:
+        """Of a tiny model's steps: unsharded, then under DTensor."""
+        spec, world = issuing.small_llama(self.context.world_size), self.context.world_size
+        self._say(done, "issuing ops")
+        try:
+            self.samples += issuing.time_phases(spec, None, None, self.device, NATIVE)
+        except (RuntimeError, PlanError) as error:
+            self._note_failure("issuing ops", error)
+        self._say(done + 1, "issuing ops of DTensor")
+        try:
+            mesh = device_mesh(issuing.mesh_of(world), self.device.type)
+            self.samples += issuing.time_phases(spec, builtin_plan(DTENSOR_PLAN), mesh, self.device, DTENSOR)
+        except (RuntimeError, PlanError) as error:
+            self._note_failure("issuing ops of DTensor", error)
+        self._say(done + 2, "issuing collectives")
+        try:
+            self.samples.append(issuing.time_differentiable(issuing.axis_of_all(self.device.type), self.device))
+        except RuntimeError as error:
+            self._note_failure("issuing collectives", error)
+
+    def _collectives(self, planned: Sequence[tuple[links.Group, links.CollectiveKind, int]], done: int) -> None:
+        began_s = time.monotonic()
+        for number, (group, kind, full_bytes) in enumerate(planned):
+            left_s = (time.monotonic() - began_s) / number * (len(planned) - number) if number else None
+            self._report(done + number, f"{kind} of {full_bytes >> 10} KiB over {group.size} ranks", left_s)
+            dist.barrier()
+            if group.axis is not None:
+                self.samples.append(links.time_collective(kind, full_bytes, group.axis, self.device))
+        dist.barrier()
+
+    def _all_agree(self, over: bool) -> bool:
+        """Whether any rank's time is over. Ranks meet here."""
+        if self.context.world_size == 1:
+            return over
+        found = torch.tensor(int(over), device=self.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return bool(found.item())
+
+    def _note_failure(self, what: str, error: Exception) -> None:
+        self.failed.append(Failed(what, f"{type(error).__name__}: {' '.join(str(error).split())[:SAID]}"))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _say(self, done: int, text: str, deadline_s: float | None = None) -> None:
+        spent_s = time.monotonic() - self.began_s
+        left_s = spent_s / done * (self.total - done) if done >= 10 else None
+        if left_s is not None and deadline_s is not None:
+            left_s = min(left_s, max(0.0, deadline_s - time.monotonic()) + spent_s / done * (self.total - done) * 0.2)
+        self._report(done, text, left_s)
+
+    def _report(self, done: int, text: str, left_s: float | None) -> None:
+        self.context.note(text)
+        if self.context.rank == 0:
+            self.context.report(msgspec.json.encode(Progress(done, self.total, text, left_s)))
+
+
+def _settle_allocator() -> None:
+    """After some freed tensor just below glibc's largest threshold (32 MiB) it takes smaller ones from what it holds, as in a run's later
+    steps; larger ones come afresh from the system each time (mallopt(3), M_MMAP_THRESHOLD)."""
+    torch.ones(31 << 20, dtype=torch.uint8)
+
+
+def merged(reports: Sequence[CalibrateReport]) -> tuple[tuple[Sample, ...], float]:
+    """All ranks' samples of one thing as one, the mean; and the mean share of a core."""
+    by_thing: dict[tuple[str, str, str, tuple[int, ...], int], list[Sample]] = {}
+    for report in reports:
+        for sample in report.samples:
+            by_thing.setdefault((sample.what, sample.name, sample.dtype, sample.shape, sample.ranks), []).append(sample)
+    samples = tuple(
+        replace(
+            found[0],
+            seconds=fmean(sample.seconds for sample in found),
+            low_s=min(sample.low_s for sample in found),
+            high_s=max(sample.high_s for sample in found),
+        )
+        for found in by_thing.values()
+    )
+    return samples, fmean(report.share for report in reports)
