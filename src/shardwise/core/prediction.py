@@ -20,7 +20,7 @@ class Term(StrEnum):
     OPTIMIZER = "clipping and optimizer"
     TENSOR = "tensor-parallel communication"
     DATA = "data-parallel communication"
-    STAGES = "transfers between stages"
+    SLOWED = "compute slowed by communication beside it"
     LAUNCH = "waiting for launches"
     BUBBLE = "pipeline bubble"
 
@@ -34,6 +34,14 @@ class AttentionKernel(StrEnum):
 
     FUSED = "fused"
     UNFUSED = "unfused"
+
+
+class Selective(StrEnum):
+    """What a selective recompute runs again. attention: the unfused attention between its projections (Korthikanti et al. 2022). ops: all but
+    attention, reduce-scatters and every second matmul (torchtitan's "selective op")."""
+
+    ATTENTION = "attention"
+    OPS = "ops"
 
 
 class Schedule(StrEnum):
@@ -59,7 +67,7 @@ class Setup:
     chunks: int = 1
     context: int = 1
     attention: AttentionKernel | None = None
-    selective_recompute: bool = False
+    selective_recompute: Selective | None = None
     compiled: bool = False
     matmul_dtype: str | None = None
     overlap_data: bool = False

@@ -15,7 +15,7 @@ from math import prod
 from shardwise.core.collective import CollectiveKind, wire_bytes
 from shardwise.core.errors import MachineError
 from shardwise.core.machine import FRESH, Link, Machine, local_ranks
-from shardwise.core.prediction import AttentionKernel, Setup, Term
+from shardwise.core.prediction import AttentionKernel, Selective, Setup, Term
 from shardwise.core.program import Collective, Op, OpKind, Phase, TensorSpec
 
 SCORE_PASSES = {False: 4, True: 5}  # forward, backward
@@ -23,6 +23,11 @@ UNFUSED_LAUNCHES = {False: 6, True: 10}
 FUSED_TRAFFIC = 0.5
 """Share of eager traffic that is left where a compiler fuses kernels between matmuls."""
 
+TENSOR_HIDDEN = 0.30
+"""Of all-gathers and reduce-scatters that are cut up to run beside the matmul that takes or makes them, the share that is hidden. Fitted to the
+six pairs of rows with and without async TP that torchtitan published (benchmarks/published.py says how): median of what it saved."""
+
+_CHUNKED = (CollectiveKind.ALL_GATHER, CollectiveKind.REDUCE_SCATTER)
 _BACKWARD = (Phase.BACKWARD,)
 _FUSIBLE = (OpKind.ELEMENTWISE, OpKind.NORM, OpKind.SOFTMAX, OpKind.REDUCTION, OpKind.COPY, OpKind.FILL)
 _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
@@ -128,7 +133,7 @@ def _attention(op: Op, machine: Machine, setup: Setup, issue_s: float) -> Cost:
         return Cost(seconds, issue_s, Term.ATTENTION)
     seconds = _unfused_s(machine, q, k, backward=backward)
     launches = UNFUSED_LAUNCHES[backward]
-    if backward and setup.selective_recompute:
+    if backward and setup.selective_recompute is Selective.ATTENTION:
         seconds += _unfused_s(machine, q, k, backward=False)
         launches += UNFUSED_LAUNCHES[False]
     return Cost(seconds, launches * issue_s, Term.ATTENTION)
@@ -144,14 +149,17 @@ def _unfused_s(machine: Machine, q: TensorSpec, k: TensorSpec, *, backward: bool
     return matmuls + SCORE_PASSES[backward] * machine.kernel("scores", "softmax").time_s(matrix_bytes)
 
 
-def collective_cost(item: Collective, machine: Machine, stride: int, size: int) -> Cost:
+def collective_cost(item: Collective, machine: Machine, setup: Setup, stride: int, size: int) -> Cost:
     """Of one collective over `size` ranks that are `stride` apart."""
     call = item.call
     term = Term.TENSOR if call.axis == "tp" else Term.DATA
     sent = call.wire_bytes if size == call.axis_size else wire_bytes(call.kind, call.payload_bytes, size)
     if item.by_data is not None:
         sent = max(sent, item.by_data.max_bytes)  # the hottest rank sets the time
-    return Cost(collective_s(machine, call.kind, sent, call.payload_bytes, stride, size), machine.launch.collective_s, term)
+    seconds = collective_s(machine, call.kind, sent, call.payload_bytes, stride, size)
+    if setup.overlap_tensor and term is Term.TENSOR and call.kind in _CHUNKED:
+        seconds *= 1 - TENSOR_HIDDEN
+    return Cost(seconds, machine.launch.collective_s, term)
 
 
 def collective_s(machine: Machine, kind: CollectiveKind, sent: float, payload: float, stride: int, size: int) -> float:

@@ -9,13 +9,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from shardwise.core.collective import CollectiveKind
 from shardwise.core.machine import Machine, local_ranks
-from shardwise.core.prediction import Prediction, Setup, Term
-from shardwise.core.program import Op, Phase, Program
+from shardwise.core.prediction import Prediction, Selective, Setup, Term
+from shardwise.core.program import Collective, Op, Phase, Program
 from shardwise.predict.memory import forecast
 from shardwise.predict.pipeline import StageTimes, layers_of_stages, pipeline_s
 from shardwise.predict.streams import Run, run
 from shardwise.predict.work import AFTER, BEFORE, TERMS, Work, work_of
+
+SLOWED_BESIDE = 0.189
+"""How much longer compute takes while collectives run beside it: mean over A100, H100 and MI250. Source: arXiv 2507.03114 (most: 40 %)."""
 
 FORWARDS = (Phase.FORWARD, Phase.LOSS)
 BACKWARDS = (Phase.BACKWARD, Phase.RECOMPUTE)
@@ -99,29 +103,49 @@ def _stage(work: Work, first: int, count: int, setup: Setup, index: int, togethe
     times, terms = [], dict.fromkeys(Term, 0.0)
     for phases in (FORWARDS, BACKWARDS):
         part = work.where(layers & work.in_phases(*phases))
+        if phases is BACKWARDS and setup.selective_recompute is Selective.OPS:
+            part = _followed_by(part, _again(work.where(layers & work.in_phases(Phase.FORWARD) & (work.layer >= 0))))
         # the host runs ahead of the device over micro-batches: what it falls behind in the second time is what each further one waits
         twice = run(_repeated(part, 2), together=together)
         length = twice.length_s - float(twice.end_s[: len(part)].max(initial=0.0)) if setup.micro_batches > 1 or setup.stages > 1 else twice.end_s[: len(part)].max(initial=0.0)
-        times.append(float(length))
-        _add_terms(terms, part, float(length), together)
+        times.append(float(length) + _add_terms(terms, part, float(length), together))
     return Stage(StageTimes(*times), terms, work.where(layers))
 
 
+def _again(forward: Work) -> Work:
+    """A forward's rows as a selective recompute of ops runs them again."""
+    shares = np.ones(len(TERMS))
+    shares[TERMS.index(Term.ATTENTION)] = 0.0
+    shares[TERMS.index(Term.MATMUL)] = 0.5
+    shares[TERMS.index(Term.DATA)] = 0.0
+    kinds = [item.call.kind if isinstance(item, Collective) else None for item in forward.items]
+    scatters = np.array([kind is CollectiveKind.REDUCE_SCATTER for kind in kinds])[forward.template]
+    factor = np.where(scatters, 0.0, shares[forward.term])
+    return replace(forward, device_s=forward.device_s * factor, host_s=forward.host_s * (factor > 0), axis=forward.axis * 0)
+
+
+def _followed_by(first: Work, second: Work) -> Work:
+    pairs = zip(first.columns(), second.columns(), strict=True)
+    return Work(*(np.concatenate(pair) for pair in pairs), first.items, first.axes, first.unknown)
+
+
 def _repeated(work: Work, times: int) -> Work:
-    columns = (work.device_s, work.host_s, work.term, work.phase, work.axis, work.layer, work.template)
-    return Work(*(np.tile(column, times) for column in columns), work.items, work.axes, work.unknown)
+    return Work(*(np.tile(column, times) for column in work.columns()), work.items, work.axes, work.unknown)
 
 
-def _add_terms(terms: dict[Term, float], part: Work, length_s: float, together: bool) -> None:
-    """The items' own seconds by term; the difference to the length is hidden communication (of data) or waiting for launches."""
+def _add_terms(terms: dict[Term, float], part: Work, length_s: float, together: bool) -> float:
+    """The items' own seconds by term; the difference to the length is waiting for launches. Returns what communication beside it adds to it."""
     own = part.device_s + (part.host_s if together else 0.0)
     sums = {term: float(own[part.term == index].sum()) for index, term in enumerate(TERMS)}
     busy = sum(seconds for term, seconds in sums.items() if term is not Term.DATA)
     spare = length_s - busy
     data = min(sums[Term.DATA], max(spare, 0.0))
+    slowed = SLOWED_BESIDE * (sums[Term.DATA] - data)
     for term, seconds in sums.items():
         terms[term] += seconds if term is not Term.DATA else data
     terms[Term.LAUNCH] += spare - data
+    terms[Term.SLOWED] += slowed
+    return slowed
 
 
 def _once(once: Work, program: Program, setup: Setup, together: bool) -> dict[Term, float]:
@@ -141,7 +165,7 @@ def _hidden(once_s: dict[Term, float], stage: Stage, setup: Setup) -> float:
 
 def _transfer_s(program: Program, machine: Machine, setup: Setup) -> float:
     """One activation to the next stage: what a rank of this stage sends to its peer there."""
-    if setup.stages == 1 or Term.STAGES in setup.without:
+    if setup.stages == 1:
         return 0.0
     n_bytes = boundary_bytes(program)
     devices = 1

@@ -5,6 +5,7 @@ before the first one, or after the last.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,12 +43,11 @@ class Work:
 
     def where(self, chosen: NDArray[np.bool_]) -> "Work":
         """The rows chosen."""
-        return Work(
-            *(column[chosen] for column in (self.device_s, self.host_s, self.term, self.phase, self.axis, self.layer, self.template)),
-            self.items,
-            self.axes,
-            self.unknown,
-        )
+        return Work(*(column[chosen] for column in self.columns()), self.items, self.axes, self.unknown)
+
+    def columns(self) -> tuple[NDArray[Any], ...]:
+        """All of them, in the order of the fields."""
+        return (self.device_s, self.host_s, self.term, self.phase, self.axis, self.layer, self.template)
 
     def in_phases(self, *phases: Phase) -> NDArray[np.bool_]:
         return np.isin(self.phase, [PHASES.index(phase) for phase in phases])
@@ -105,7 +105,7 @@ def _block(
                 unknown.add(item.name)
         elif isinstance(item, Collective):
             name = item.call.axis
-            cost, axis = collective_cost(item, machine, strides.get(name, 1), sizes.get(name, item.call.axis_size)), 1 + axes.index(name)
+            cost, axis = collective_cost(item, machine, setup, strides.get(name, 1), sizes.get(name, item.call.axis_size)), 1 + axes.index(name)
         else:
             continue
         index = layer_index(item.module, prefix)
