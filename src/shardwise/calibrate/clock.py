@@ -1,9 +1,10 @@
 """How one kernel is timed.
 
-    GPU   inside a CUDA graph, so that no launch is in it. What can't be captured (attention draws from the random generator, and a capture
-          that fails leaves the generator broken) runs between two events behind a sleep that lets the host run ahead
-    CPU   by this thread's own seconds, which other processes on the same cores don't lengthen; `own_s` over `wall_s` tells what share of a
-          core the rank got, and who adds the samples up divides by it. With several threads, by the wall clock
+GPU   inside a CUDA graph, so that no launch is in it. What can't be captured (attention draws from the random generator, and a capture
+      that fails leaves the generator broken) runs between two events behind a sleep that lets the host run ahead
+CPU   with inputs where a step finds them, in the caches that cores share but not in the core's own (other memory is written between
+      calls); by this thread's own seconds, which other processes on the same cores don't lengthen; `own_s` over `wall_s` tells what share of a
+      core the rank got, and who adds the samples up divides by it. With several threads, by the wall clock
 """
 
 import time
@@ -17,6 +18,7 @@ ENOUGH_S = 0.02  # of timed work per kernel
 MOST_REPEATS = 50
 FEWEST_REPEATS = 5
 FEWEST_LONG_REPEATS = 3  # of what takes longer than ENOUGH_S
+OWN_CACHE_BYTES = 4 << 20  # more than a core's own caches hold
 CALLS = 10  # in a graph
 AHEAD_CYCLES = 4_000_000  # of a GPU's clock, some 2 ms: what the host needs to issue CALLS calls
 
@@ -54,14 +56,17 @@ def host_clock(device: torch.device) -> Callable[[], float]:
 
 def _on_cpu(call: Callable[[], object]) -> Timing:
     clock = host_clock(torch.device("cpu"))
+    other = torch.zeros(OWN_CACHE_BYTES // 4)
     call()
     times: list[float] = []
-    began = time.perf_counter()
+    wall_s = 0.0
     while not _enough(times):
-        start = clock()
+        other.add_(1.0)
+        began, start = time.perf_counter(), clock()
         call()
         times.append(clock() - start)
-    return timing_of(times, time.perf_counter() - began)
+        wall_s += time.perf_counter() - began
+    return timing_of(times, wall_s)
 
 
 def _enough(times: list[float]) -> bool:

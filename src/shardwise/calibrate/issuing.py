@@ -83,7 +83,10 @@ def time_differentiable(axis: Axis, device: torch.device) -> Sample:
     if axis.size > 1:
         wrapped = _host_s(whole, device)
         if device.type == "cpu":
-            wrapped = [one - two for one, two in zip(wrapped, _host_s(lambda: collectives.gather_now(flat, 0, axis, full, ORIGIN), device), strict=True)]
+            wrapped = [
+                one - two
+                for one, two in zip(wrapped, _host_s(lambda: collectives.gather_now(flat, 0, axis, full, ORIGIN), device), strict=True)
+            ]
     else:  # one rank's all-gather does nothing: what the autograd function takes, and what the call below it takes
         raw = _host_s(lambda: collectives._all_gather_into(out, flat, group=axis.group), device)
         wrapped = [one + two for one, two in zip(_host_s(whole, device), raw, strict=True)]

@@ -4,6 +4,9 @@ Ranks agree before each case, so that they run it together and stop together whe
 and left out.
 """
 
+import os
+import resource
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,8 +18,11 @@ import torch.distributed as dist
 
 from shardwise.calibrate import issuing, links
 from shardwise.calibrate.cases import cases_for
+from shardwise.calibrate.clock import host_clock
 from shardwise.calibrate.kernels import Case, timed_case
 from shardwise.core.errors import PlanError
+from shardwise.core.machine import FRESH
+from shardwise.core.program import OpKind
 from shardwise.core.sample import Sample
 from shardwise.launch.context import RankContext
 from shardwise.parallel.builtin import builtin_plan
@@ -25,6 +31,8 @@ from shardwise.step.build import device_mesh
 NATIVE, DTENSOR = "native", "dtensor"
 DTENSOR_PLAN = "rowwise@dtensor"
 CLEAN_EVERY = 25
+TOUCH_EVERY_S = 1.0
+FRESH_BYTES = tuple(size << 20 for size in (16, 30, 34, 64, 128))
 SAID = 200  # characters of an error's text
 # of memory that a case may take, beside what its op needs for itself
 MOST_OF_MEMORY = 0.4
@@ -54,12 +62,16 @@ class Failed(msgspec.Struct, frozen=True):
 
 
 class CalibrateReport(msgspec.Struct, frozen=True):
-    """One rank's samples. share: of a core that the rank got while kernels ran. left_out: cases that there was no time for."""
+    """One rank's samples. share: of a core that the rank got while kernels ran. left_out: cases that there was no time for. memory_bytes: of
+    its device; context_bytes: held beside tensors; units: multiprocessors, 1 on a CPU."""
 
     samples: tuple[Sample, ...]
     failed: tuple[Failed, ...]
     share: float
     left_out: int
+    memory_bytes: int
+    context_bytes: int
+    units: int
 
 
 def run(context: RankContext, payload: bytes) -> bytes:
@@ -74,10 +86,12 @@ class _Calibration:
         self.device = context.device
         self.samples: list[Sample] = []
         self.failed: list[Failed] = []
-        self.own_s = self.wall_s = 0.0
+        self.own_s, self.wall_s = 0.0, 0.0
+        self.total = self.context_bytes = 0
         self.began_s = time.monotonic()
 
     def run(self) -> CalibrateReport:
+        self.context_bytes = self._context()
         cases = self._fitting(cases_for(self.device.type, quick=self.job.quick))
         world = links.groups(self.context.world_size, self.device.type)
         collectives = list(links.plan(world, self.device.type, quick=self.job.quick))
@@ -88,7 +102,23 @@ class _Calibration:
         self._issuing(len(cases))
         self._collectives(collectives, len(cases) + 3)
         share = min(1.0, self.own_s / self.wall_s) if self.wall_s and torch.get_num_threads() == 1 else 1.0
-        return CalibrateReport(tuple(self.samples), tuple(self.failed), share, left_out)
+        memory_bytes, units = self._device()
+        return CalibrateReport(tuple(self.samples), tuple(self.failed), share, left_out, memory_bytes, self.context_bytes, units)
+
+    def _device(self) -> tuple[int, int]:
+        """Its memory (on a CPU a rank's part of it) and multiprocessors."""
+        if self.device.type == "cuda":
+            properties = torch.cuda.get_device_properties(self.device)
+            return properties.total_memory, properties.multi_processor_count
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.context.world_size, 1
+
+    def _context(self) -> int:
+        """Bytes that this process holds before its first tensor."""
+        if self.device.type == "cuda":
+            torch.zeros(1, device=self.device)
+            free, total = torch.cuda.mem_get_info(self.device)
+            return max(0, total - free - torch.cuda.memory_reserved(self.device))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def _fitting(self, cases: list[Case]) -> list[Case]:
         """Those that memory is there for."""
@@ -98,23 +128,34 @@ class _Calibration:
         return cases
 
     def _kernels(self, cases: Sequence[Case]) -> int:
+        """How many were left out because time was over."""
         deadline_s = self.began_s + self.job.kernels_s
-        for number, case in enumerate(cases):
-            if self._all_agree(time.monotonic() > deadline_s):
-                return len(cases) - number
-            what = f"{case.op.removeprefix('aten::')} {case.variant}".strip() + f" {case.dtype} {'x'.join(map(str, case.shape))}"
-            self._say(number, what, deadline_s)
-            try:
-                with torch.no_grad() if "backward" not in case.op else torch.enable_grad():
-                    sample, timing = timed_case(case, self.device)
-                self.samples.append(replace(sample, ranks=self.context.world_size))
-                self.own_s += timing.own_s
-                self.wall_s += timing.wall_s
-            except (RuntimeError, NotImplementedError, TypeError, MemoryError) as error:
-                self._note_failure(what, error)
-            if self.device.type == "cuda" and number % CLEAN_EVERY == 0:
-                torch.cuda.empty_cache()
-        return 0
+        fresh = FreshMemory()
+        try:
+            for number, case in enumerate(cases):
+                if self._all_agree(time.monotonic() > deadline_s):
+                    return len(cases) - number
+                what = f"{case.op.removeprefix('aten::')} {case.variant}".strip() + f" {case.dtype} {'x'.join(map(str, case.shape))}"
+                self._say(number, what, deadline_s)
+                self._kernel(case, what)
+                if self.device.type == "cpu":
+                    fresh.touch()
+                elif number % CLEAN_EVERY == 0:
+                    torch.cuda.empty_cache()
+            return 0
+        finally:
+            self.samples += fresh.samples(self.context.world_size)
+
+    def _kernel(self, case: Case, what: str) -> None:
+        try:
+            with torch.set_grad_enabled("backward" in case.op):
+                sample, timing = timed_case(case, self.device)
+        except (RuntimeError, NotImplementedError, TypeError, MemoryError) as error:
+            self._note_failure(what, error)
+            return
+        self.samples.append(replace(sample, ranks=self.context.world_size))
+        self.own_s += timing.own_s
+        self.wall_s += timing.wall_s
 
     def _issuing(self, done: int) -> None:
         """Of a tiny model's steps: unsharded, then under DTensor."""
@@ -170,6 +211,45 @@ class _Calibration:
         self.context.note(text)
         if self.context.rank == 0:
             self.context.report(msgspec.json.encode(Progress(done, self.total, text, left_s)))
+
+
+class FreshMemory:
+    """Times zeros in memory that the system hands out anew, each time a while after it was given back, as in a step. (Handed out again at once
+    it is cheap. A while later its pages may have gone back to the system, or to the machine below a virtual one.)"""
+
+    def __init__(self) -> None:
+        self._times: dict[int, list[float]] = {n_bytes: [] for n_bytes in FRESH_BYTES}
+        self._last_s = time.monotonic()
+
+    def touch(self) -> None:
+        """Once, where the last time was long enough ago."""
+        if time.monotonic() - self._last_s < TOUCH_EVERY_S:
+            return
+        clock = host_clock(torch.device("cpu"))
+        for n_bytes, times in self._times.items():
+            start = clock()
+            torch.zeros(n_bytes, dtype=torch.uint8)
+            times.append(clock() - start)
+        self._last_s = time.monotonic()
+
+    def samples(self, ranks: int) -> list[Sample]:
+        """The mean counts: a step meets them all."""
+        return [
+            Sample(
+                str(OpKind.FILL),
+                FRESH,
+                "uint8",
+                (n_bytes,),
+                fmean(times),
+                min(times),
+                max(times),
+                len(times),
+                write_bytes=n_bytes,
+                ranks=ranks,
+            )
+            for n_bytes, times in self._times.items()
+            if times
+        ]
 
 
 def _settle_allocator() -> None:

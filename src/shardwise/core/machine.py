@@ -14,7 +14,6 @@ What this file does not know: what runs when. predict/ does.
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from shardwise.core.collective import CollectiveKind

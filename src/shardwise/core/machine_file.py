@@ -259,7 +259,14 @@ def _is_number(value: object) -> bool:
 
 def written(value: object) -> str:
     """A constant's value as a Constant shows it."""
-    return json.dumps(value) if isinstance(value, list) else f"{value:g}" if _is_number(value) else str(value)
+    if isinstance(value, list):
+        return json.dumps([[whole_if(each) for each in row] for row in value])
+    return f"{value:g}" if _is_number(value) else str(value)
+
+
+def whole_if(number: float) -> float:
+    """An int where it is one."""
+    return int(number) if number == int(number) and abs(number) < 1e15 else number
 
 
 def _matmul(part: _Section) -> MatmulRate:

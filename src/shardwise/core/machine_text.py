@@ -110,7 +110,7 @@ class _Writer:
     def many(self, path: str, rows: Sequence[Sequence[float]]) -> str:
         told = self.known(path)
         assert told is not None, f"{path} has no source"
-        return self.line(path, json.dumps([list(row) for row in rows]), _text(told.unit), told)
+        return self.line(path, json.dumps([[fields.whole_if(each) for each in row] for row in rows]), _text(told.unit), told)
 
     def points(self, path: str, points: Points) -> str:
         return self.many(path, points)
@@ -127,8 +127,7 @@ def _shortest(value: float, scale: float) -> str:
         text = f"{in_unit:.{digits}g}"
         if float(text) * scale == value:
             break
-    number = float(text)
-    return str(int(number)) if number.is_integer() and abs(number) < 1e15 else repr(number)
+    return repr(fields.whole_if(float(text)))
 
 
 def _text(text: str) -> str:
@@ -136,4 +135,4 @@ def _text(text: str) -> str:
 
 
 def _key(name: str) -> str:
-    return name if name and all(each.isalnum() and each.isascii() or each in "-_" for each in name) else _text(name)
+    return name if name and all((each.isalnum() and each.isascii()) or each in "-_" for each in name) else _text(name)

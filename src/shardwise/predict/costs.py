@@ -73,7 +73,8 @@ def _kernel_s(op: Op, machine: Machine) -> float:
     elements = float(max((prod(spec.shape) for spec in op.outputs), default=0))
     first = next(iter((*op.inputs, *op.outputs)), None)
     of_dtype = (f"{op.name} {first.dtype}",) if first is not None else ()
-    return machine.kernel(*of_dtype, op.name, op.kind).time_s(op.read_bytes + op.write_bytes, elements)
+    seconds = machine.kernel(*of_dtype, op.name, op.kind).time_s(op.read_bytes + op.write_bytes, elements)
+    return seconds + fresh_memory_s(op, machine)
 
 
 def _matmul_s(op: Op, machine: Machine, setup: Setup) -> float:
@@ -90,7 +91,7 @@ def _matmul_s(op: Op, machine: Machine, setup: Setup) -> float:
 
 
 def fresh_memory_s(op: Op, machine: Machine) -> float:
-    """What an op's outputs cost where the allocator takes them anew from the system. Curves measured over bytes have it in them already."""
+    """What an op's outputs cost beside it where the allocator takes them anew from the system."""
     known = dict(machine.kernels)
     if FRESH not in known:
         return 0.0

@@ -7,7 +7,7 @@
     launch       a phase of small steps, without what its kernels take, over the ops of its traced Program
 
 On a CPU, kernels and launches were timed in the thread's own seconds while all ranks ran; they are divided by the share of a core that a rank
-got. `fresh memory` is what a tensor costs beside its op where the allocator takes it anew from the system.
+got. `fresh memory` is what a tensor costs beside its op where the allocator takes it anew from the system, long after it gave it back.
 """
 
 import math
@@ -46,6 +46,8 @@ GPU_TILES = ((128, 256), (128, 128), (64, 128), (64, 64))
 CPU_TILES = ((16, 16),)
 PEAK_OVER_BEST = {"cuda": 1.1, "cpu": 1.02}
 FEWEST = {"matmul": 3, "attention": 2}
+SHOWN = 0.5  # of the op's own time: less is noise
+NOTHING_S = 1e-9
 COPY_OPS = ("aten::clone", "aten::cat")
 MATMUL, LAUNCH = "matmul", "launch"
 PLAIN_DTYPE = "float32"
@@ -76,14 +78,15 @@ class _Draft:
         self.constants.append(constant(path, value, unit, source, fitted))
 
 
-def fit(samples: Sequence[Sample], hardware: Hardware, programs: Mapping[str, Program] | None = None, base: Machine | None = None) -> Machine:
+def fit(
+    samples: Sequence[Sample], hardware: Hardware, programs: Mapping[str, Program] | None = None, base: Machine | None = None
+) -> Machine:
     """programs: of the steps whose launches were timed, by the first word of their samples' names. base: a machine whose links are taken
     where none were measured. Raises AssertionError where there is no matmul or no kernel among the samples."""
     draft = _Draft(hardware)
     scaled = [_scaled(sample, hardware) for sample in samples]
     kernels = _kernels(draft, scaled)
-    fresh = dict(kernels).get(FRESH)
-    matmuls = _matmuls(draft, scaled, fresh)
+    matmuls = _matmuls(draft, scaled)
     assert matmuls and kernels, "nothing to fit"
     machine = Machine(
         name=hardware.name,
@@ -128,7 +131,7 @@ def _kernels(draft: _Draft, samples: Sequence[Sample]) -> tuple[tuple[str, Kerne
     by_name: dict[str, list[tuple[float, float]]] = {}
     kinds: dict[str, str] = {}
     for sample in samples:
-        if sample.what not in list(OpKind) or sample.what in (OpKind.MATMUL, OpKind.ATTENTION):
+        if sample.what not in list(OpKind) or sample.what in (OpKind.MATMUL, OpKind.ATTENTION) or sample.name == FRESH:
             continue
         name = sample.name.partition(" ")[0]
         if draft.hardware.device == "cpu" and sample.dtype != PLAIN_DTYPE:
@@ -136,7 +139,8 @@ def _kernels(draft: _Draft, samples: Sequence[Sample]) -> tuple[tuple[str, Kerne
         by_name.setdefault(name, []).append((float(sample.n_bytes), sample.seconds))
         kinds[name] = sample.what
     found: dict[str, tuple[Points, Times]] = {name: (curve(times), times) for name, times in by_name.items()}
-    fresh = _fresh(found)
+    later = [(float(sample.write_bytes), sample.seconds) for sample in samples if sample.name == FRESH]
+    fresh = _fresh(later, found["aten::zeros_like"][0]) if later and "aten::zeros_like" in found else None
     if fresh is not None:
         found[FRESH] = fresh
     for kind in dict.fromkeys(kinds.values()):
@@ -152,52 +156,46 @@ def _kernels(draft: _Draft, samples: Sequence[Sample]) -> tuple[tuple[str, Kerne
     return tuple((name, KernelRate(points=points)) for name, (points, _) in found.items())
 
 
-def _fresh(found: Mapping[str, tuple[Points, Times]]) -> tuple[Points, Times] | None:
-    """What zeros cost in fresh memory above zeroing in place, where that shows: from the size on at which it is the larger part."""
-    if "aten::zeros_like" not in found or "aten::zero_" not in found:
+def _fresh(later: Times, at_once: Points) -> tuple[Points, Times] | None:
+    """What zeros in memory handed out anew cost above those in memory that was given back just before, which is in every op's curve. None
+    where no size shows it; nothing below the sizes that do."""
+    more = sorted((size, seconds - on_curve(at_once, size)) for size, seconds in later)
+    shown = [(size, seconds) for size, seconds in more if seconds > SHOWN * on_curve(at_once, size)]
+    if not shown or shown[-1] != more[-1]:
         return None
-    in_place = found["aten::zero_"][0]
-    times = [(size, seconds - on_curve(in_place, size)) for size, seconds in found["aten::zeros_like"][1] if size <= in_place[-1][0]]
-    shown = [(size, more) for size, more in times if more > on_curve(in_place, size)]
-    if not shown or max(size for size, _ in shown) < max(size for size, _ in times):
-        return None
-    from_size = _last_run(sorted(times), in_place)
-    kept = [(size, more) for size, more in times if size >= from_size]
-    below = max((size for size, _ in times if size < from_size), default=from_size / 2)
-    points = curve(kept)
-    return ((math.ceil(below), 1e-9), *points), kept
-
-
-def _last_run(times: Sequence[tuple[float, float]], in_place: Points) -> float:
-    """The smallest size from which on it shows at every size."""
-    smallest = times[-1][0]
-    for size, more in reversed(times):
-        if more <= on_curve(in_place, size):
-            break
-        smallest = size
-    return smallest
+    first = len(more) - next((count for count, pair in enumerate(reversed(more)) if pair not in shown), len(more))
+    kept = more[first:]
+    below = more[first - 1][0] if first else kept[0][0] / 2
+    return ((below, NOTHING_S), *curve(kept)), kept
 
 
 def _bandwidth(draft: _Draft, samples: Sequence[Sample]) -> float:
-    copies = [sample for sample in samples if sample.name.partition(" ")[0] in COPY_OPS] or [s for s in samples if s.what in list(OpKind) and s.n_bytes]
+    copies = [sample for sample in samples if sample.name.partition(" ")[0] in COPY_OPS] or [
+        s for s in samples if s.what in list(OpKind) and s.n_bytes
+    ]
     best = max(copies, key=lambda sample: sample.n_bytes)
     rate = rounded(max(s.n_bytes / s.seconds for s in copies if s.n_bytes >= best.n_bytes / 2) / 1e9)
-    draft.note("memory.bandwidth", rate, "GB/s per device", f"measured: {best.name.removeprefix('aten::')} of {best.n_bytes >> 20} MiB, read and written")
+    draft.note(
+        "memory.bandwidth",
+        rate,
+        "GB/s per device",
+        f"measured: {best.name.removeprefix('aten::')} of {best.n_bytes >> 20} MiB, read and written",
+    )
     return rate * 1e9
 
 
-def _matmuls(draft: _Draft, samples: Sequence[Sample], fresh: KernelRate | None) -> tuple[tuple[str, MatmulRate], ...]:
+def _matmuls(draft: _Draft, samples: Sequence[Sample]) -> tuple[tuple[str, MatmulRate], ...]:
     found = []
     for dtype in dict.fromkeys(sample.dtype for sample in samples if sample.what == MATMUL):
         mine = [sample for sample in samples if sample.what == MATMUL and sample.dtype == dtype]
         if len(mine) >= FEWEST["matmul"]:
-            found.append((dtype, _matmul(draft, dtype, mine, fresh)))
+            found.append((dtype, _matmul(draft, dtype, mine)))
     return tuple(found)
 
 
-def _matmul(draft: _Draft, dtype: str, samples: Sequence[Sample], fresh: KernelRate | None) -> MatmulRate:
+def _matmul(draft: _Draft, dtype: str, samples: Sequence[Sample]) -> MatmulRate:
     shapes = np.array([sample.shape for sample in samples], np.float64)
-    seconds = np.array([sample.seconds - _fresh_s(sample, fresh) for sample in samples])
+    seconds = np.array([sample.seconds for sample in samples])
     flops = 2 * shapes.prod(1)
     device, units = draft.hardware.device, draft.hardware.units
     peak = rounded(float((flops / seconds).max()) * PEAK_OVER_BEST[device])
@@ -222,19 +220,17 @@ def _matmul(draft: _Draft, dtype: str, samples: Sequence[Sample], fresh: KernelR
     rows_ = tuple(Tile(rows, columns, min(1.0, share)) for (rows, columns), share in zip(tiles, shares, strict=True))
     source, fitted = _told(f"{dtype} matmuls", len(samples), error, draft.hardware)
     path = f"matmul.{dtype}"
-    draft.note(f"{path}.peak", peak / 1e12, "TFLOP/s per device", f"measured: {PEAK_OVER_BEST[device]:g} x the fastest of {len(samples)} {dtype} matmuls")
+    draft.note(
+        f"{path}.peak",
+        peak / 1e12,
+        "TFLOP/s per device",
+        f"measured: {PEAK_OVER_BEST[device]:g} x the fastest of {len(samples)} {dtype} matmuls",
+    )
     draft.note(f"{path}.units", units, "1", "measured: what the system says" if device == "cuda" else "one rank multiplies by itself")
     draft.note(f"{path}.tiles", [(tile.rows, tile.columns, tile.share) for tile in rows_], "rows, columns, share of peak", source, fitted)
     draft.note(f"{path}.start", start_s * 1e6, "us", source, fitted)
     draft.note(f"{path}.extra_k", extra_k, "1", source, fitted)
     return MatmulRate(peak, units, rows_, start_s, extra_k)
-
-
-def _fresh_s(sample: Sample, fresh: KernelRate | None) -> float:
-    """Of a matmul's sample: what its output's memory took."""
-    if fresh is None or sample.write_bytes < fresh.points[0][0]:
-        return 0.0
-    return min(fresh.time_s(sample.write_bytes), 0.8 * sample.seconds)
 
 
 def _attentions(draft: _Draft, samples: Sequence[Sample]) -> tuple[tuple[str, AttentionRate], ...]:
@@ -276,7 +272,9 @@ def _within(draft: _Draft, samples: Sequence[Sample], base: Machine | None) -> L
         if base is None:
             return UNKNOWN_LINK
         draft.constants += [
-            replace(each, source=f"not measured, taken from {base.name}: {each.source}") for each in base.constants if each.path.startswith("links.within")
+            replace(each, source=f"not measured, taken from {base.name}: {each.source}")
+            for each in base.constants
+            if each.path.startswith("links.within")
         ]
         return base.within
     rates = []
@@ -299,7 +297,13 @@ def _within(draft: _Draft, samples: Sequence[Sample], base: Machine | None) -> L
 
 def _launch(draft: _Draft, samples: Sequence[Sample], machine: Machine, programs: Mapping[str, Program]) -> Launch:
     known = {sample.name: sample for sample in samples if sample.what == LAUNCH}
-    values: dict[str, float | None] = {"forward": 0.0, "backward": 0.0, "collective": 0.0, "dtensor_forward": None, "dtensor_backward": None}
+    values: dict[str, float | None] = {
+        "forward": 0.0,
+        "backward": 0.0,
+        "collective": 0.0,
+        "dtensor_forward": None,
+        "dtensor_backward": None,
+    }
     for name, prefix in (("native", ""), ("dtensor", "dtensor_")):
         for phase in (Phase.FORWARD, Phase.BACKWARD):
             sample, program = known.get(f"{name} {phase}"), programs.get(name)
@@ -312,7 +316,12 @@ def _launch(draft: _Draft, samples: Sequence[Sample], machine: Machine, programs
     if "collective" in known:
         sample = known["collective"]
         values["collective"] = rounded(sample.seconds)
-        draft.note("launch.collective", rounded(sample.seconds) * 1e6, "us", f"measured: a differentiable all-gather of 32 bytes, {sample.repeats} batches")
+        draft.note(
+            "launch.collective",
+            rounded(sample.seconds) * 1e6,
+            "us",
+            f"measured: a differentiable all-gather of 32 bytes, {sample.repeats} batches",
+        )
     for name in ("forward", "backward", "collective"):
         if not any(each.path == f"launch.{name}" for each in draft.constants):
             draft.note(f"launch.{name}", 0.0, "us", "not measured: counted as nothing")
