@@ -83,15 +83,15 @@ def _on_cuda(call: Callable[[], object], *, graph: bool) -> Timing:
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     replay = _captured(call) if graph else _issued(call)
-    once = _between_events(replay, behind=not graph)
+    once = between_events(replay, behind=not graph)
     wanted = round(ENOUGH_S / max(once, 1e-7))
     repeats = min(MOST_REPEATS, max(FEWEST_REPEATS, wanted))
-    return timing_of([_between_events(replay, behind=not graph) / CALLS for _ in range(repeats)])
+    return timing_of([between_events(replay, behind=not graph) / CALLS for _ in range(repeats)])
 
 
 def _captured(call: Callable[[], object]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog may ask for events meanwhile
         for _ in range(CALLS):
             call()
     return graph.replay
@@ -105,8 +105,8 @@ def _issued(call: Callable[[], object]) -> Callable[[], object]:
     return calls
 
 
-def _between_events(call: Callable[[], object], *, behind: bool) -> float:
-    """behind: the device sleeps before the first event, so that the calls are issued when it passes."""
+def between_events(call: Callable[[], object], *, behind: bool) -> float:
+    """Seconds of the current stream. behind: the device sleeps before the first event, so that the calls are issued when it passes."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     if behind:
         torch.cuda._sleep(AHEAD_CYCLES)

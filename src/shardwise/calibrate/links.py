@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardwise.calibrate.clock import CALLS, Timing, time_kernel, timing_of
+from shardwise.calibrate.clock import CALLS, Timing, between_events, timing_of
 from shardwise.core.collective import CollectiveKind, Origin, wire_bytes
 from shardwise.core.placement import Replicate
 from shardwise.core.sample import Sample
@@ -61,7 +61,7 @@ def sizes_for(device_type: str, *, quick: bool) -> list[int]:
 def time_collective(kind: CollectiveKind, full_bytes: int, axis: Axis, device: torch.device) -> Sample:
     """This rank's time. All ranks of the axis must call it."""
     call, payload, sent = _prepared(kind, full_bytes // 4, axis, device)
-    timing = time_kernel(call, device, graph=False) if device.type == "cuda" else _on_cpu(call, axis)
+    timing = _on_cuda(call, axis) if device.type == "cuda" else _on_cpu(call, axis)
     return Sample(
         what=str(kind),
         name=str(kind),
@@ -106,18 +106,32 @@ def _broadcast(whole: Tensor, axis: Axis) -> Tensor:
 
 
 def _on_cpu(call: Callable[[], Tensor], axis: Axis) -> Timing:
-    """The mean of each half of the calls counts, not the median: a step meets the slow ones too."""
+    """The mean counts, not the median: a step meets the slow ones too."""
     work = torch.zeros(WORK, WORK)
     call()
-    once = torch.tensor(_wall(call))
-    dist.all_reduce(once, op=dist.ReduceOp.MAX, group=axis.group)  # all must agree on how often
-    repeats = min(MOST_REPEATS, max(FEWEST_REPEATS, round(ENOUGH_S / max(once.item(), 1e-6))))
     times = []
-    for _ in range(repeats):
+    for _ in range(_repeats(_wall(call), axis)):
         torch.mm(work, work)
         times.append(_wall(call))
-    timing = timing_of(times)
-    return replace(timing, seconds=trimmed_mean(times))
+    return replace(timing_of(times), seconds=trimmed_mean(times))
+
+
+def _on_cuda(call: Callable[[], Tensor], axis: Axis) -> Timing:
+    def calls() -> None:
+        for _ in range(CALLS):
+            call()
+
+    calls()
+    torch.cuda.synchronize()
+    repeats = _repeats(between_events(calls, behind=True), axis)
+    return timing_of([between_events(calls, behind=True) / CALLS for _ in range(repeats)])
+
+
+def _repeats(once_s: float, axis: Axis) -> int:
+    """How often to time what takes this rank once_s; the same on all of them."""
+    slowest = torch.tensor(once_s, device=axis.device_type)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=axis.group)
+    return min(MOST_REPEATS, max(FEWEST_REPEATS, round(ENOUGH_S / max(slowest.item(), 1e-6))))
 
 
 def trimmed_mean(times: list[float]) -> float:

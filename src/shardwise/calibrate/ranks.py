@@ -31,8 +31,8 @@ from shardwise.step.build import device_mesh
 NATIVE, DTENSOR = "native", "dtensor"
 DTENSOR_PLAN = "rowwise@dtensor"
 CLEAN_EVERY = 25
-TOUCH_EVERY_S = 1.0
-FRESH_BYTES = tuple(size << 20 for size in (16, 30, 34, 64, 128))
+TOUCH_EVERY_S = 1.5
+FRESH_BYTES = tuple(size << 20 for size in (30, 34, 64, 128))
 SAID = 200  # characters of an error's text
 # of memory that a case may take, beside what its op needs for itself
 MOST_OF_MEMORY = 0.4
@@ -226,10 +226,12 @@ class FreshMemory:
         if time.monotonic() - self._last_s < TOUCH_EVERY_S:
             return
         clock = host_clock(torch.device("cpu"))
-        for n_bytes, times in self._times.items():
+        held = []  # or one would get what the one before it gave back
+        for n_bytes in (*FRESH_BYTES, *reversed(FRESH_BYTES)):
             start = clock()
-            torch.zeros(n_bytes, dtype=torch.uint8)
-            times.append(clock() - start)
+            held.append(torch.zeros(n_bytes, dtype=torch.uint8))
+            self._times[n_bytes].append(clock() - start)
+        held.clear()
         self._last_s = time.monotonic()
 
     def samples(self, ranks: int) -> list[Sample]:
