@@ -76,7 +76,13 @@ class CalibrateReport(msgspec.Struct, frozen=True):
 
 def run(context: RankContext, payload: bytes) -> bytes:
     """Entry of launch.run_ranks."""
-    return msgspec.json.encode(_Calibration(context, msgspec.json.decode(payload, type=CalibrateJob)).run())
+    job = msgspec.json.decode(payload, type=CalibrateJob)
+    return msgspec.json.encode(measure(context, job, cases_for(context.device.type, quick=job.quick)))
+
+
+def measure(context: RankContext, job: CalibrateJob, cases: Sequence[Case]) -> CalibrateReport:
+    """All of one rank's measuring, with these kernels."""
+    return _Calibration(context, job).run(cases)
 
 
 class _Calibration:
@@ -90,9 +96,9 @@ class _Calibration:
         self.total = self.context_bytes = 0
         self.began_s = time.monotonic()
 
-    def run(self) -> CalibrateReport:
+    def run(self, cases: Sequence[Case]) -> CalibrateReport:
         self.context_bytes = self._context()
-        cases = self._fitting(cases_for(self.device.type, quick=self.job.quick))
+        cases = self._fitting(cases)
         world = links.groups(self.context.world_size, self.device.type)
         collectives = list(links.plan(world, self.device.type, quick=self.job.quick))
         self.total = len(cases) + len(collectives) + 3
@@ -120,7 +126,7 @@ class _Calibration:
             return max(0, total - free - torch.cuda.memory_reserved(self.device))
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-    def _fitting(self, cases: list[Case]) -> list[Case]:
+    def _fitting(self, cases: Sequence[Case]) -> Sequence[Case]:
         """Those that memory is there for."""
         if self.device.type == "cuda":
             room = torch.cuda.mem_get_info(self.device)[0] * MOST_OF_MEMORY
