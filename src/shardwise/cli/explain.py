@@ -10,15 +10,14 @@ import typer
 from rich.console import Console
 
 from shardwise.cli.config import read_config
-from shardwise.cli.options import DTYPES, RECOMPUTE, check_batch, check_choice
+from shardwise.cli.options import DTYPES, RECOMPUTE, check_batch, check_choice, check_seq, default_plan
+from shardwise.cli.token_ids import token_ids
 from shardwise.core.errors import OptionError
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
-from shardwise.core.plan import AnyPlan, Plan, TheirPlan, suggest
+from shardwise.core.plan import AnyPlan, Plan, suggest
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from shardwise.cli.progress import ProgressLine
     from shardwise.core.explanation import Explanation
     from shardwise.core.program import Program
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from shardwise.models.source import ModelSource
 
 DEVICES = ("cuda", "cpu")
+LONG_SEQ = 8192
 _MODEL, _STEP, _OUTPUT = "Model and mesh", "Training step", "Output"
 
 
@@ -74,7 +74,12 @@ def explain(
             rich_help_panel=_STEP,
         ),
     ] = None,
-    seq: Annotated[int, typer.Option(help="Tokens per sequence.", min=1, rich_help_panel=_STEP)] = 8192,
+    seq: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens per sequence.", min=1, show_default=f"{LONG_SEQ}, or what the model has positions for", rich_help_panel=_STEP
+        ),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help=f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.", rich_help_panel=_STEP)
     ] = "float32",
@@ -118,23 +123,27 @@ def explain(
     [dim]shardwise explain rowwise --walk tok_embeddings[/]
     """
     shape = Mesh.parse(mesh)
+    check_choice("--dtype", dtype, DTYPES)
+    check_choice("--recompute", recompute, RECOMPUTE)
+    check_choice("--device", device, DEVICES)
+    console = Console(stderr=as_json)
+    chosen = plan or default_plan(model)
+    if walk is not None:
+        return _walk(chosen, walk, model, sequence_parallel, console, as_json=as_json, out=out)
+    from shardwise.models.source import find_model
+
+    source = find_model(model)
     settings = StepSettings(
         batch=batch or shape.data_parallel * accumulation,
-        seq=seq,
+        seq=seq or min(LONG_SEQ, source.max_seq or LONG_SEQ),
         dtype=dtype,
         accumulation=accumulation,
         recompute=recompute,
         seed=seed,
     )
-    check_choice("--dtype", dtype, DTYPES)
-    check_choice("--recompute", recompute, RECOMPUTE)
-    check_choice("--device", device, DEVICES)
     check_batch(settings, shape)
-    console = Console(stderr=as_json)
-    chosen = plan or _default_plan(model)
-    if walk is not None:
-        return _walk(chosen, walk, model, sequence_parallel, console, as_json=as_json, out=out)
-    run = _Run(model, shape, settings, device, rank, sequence_parallel, text or [], tokenizer, random_ids, compress)
+    check_seq(settings.seq, source)
+    run = _Run(source, shape, settings, device, rank, sequence_parallel, text or [], tokenizer, random_ids, compress)
     return _explain(run, chosen, against, console, as_json=as_json, out=out)
 
 
@@ -142,7 +151,7 @@ def explain(
 class _Run:
     """What all plans of one command share."""
 
-    model: str
+    source: "ModelSource"
     mesh: Mesh
     settings: StepSettings
     device: str
@@ -153,56 +162,39 @@ class _Run:
     random_ids: bool
     compress: bool
 
-    def program(self, source: "ModelSource", plan: AnyPlan, progress: "ProgressLine") -> "Program":
+    def program(self, plan: AnyPlan, progress: "ProgressLine") -> "Program":
         from shardwise.trace.trace import trace
 
         return trace(
-            source,
+            self.source,
             plan,
             self.mesh,
             self.settings,
             device=self.device,
             rank=self.rank,
-            ids=self._ids(source, plan, progress),
+            ids=token_ids(
+                self.source,
+                plan,
+                self.settings,
+                progress.say,
+                files=self.files,
+                tokenizer=self.tokenizer,
+                random_ids=self.random_ids,
+            ),
             compress=self.compress,
             progress=progress.say,
         )
-
-    def _ids(self, source: "ModelSource", plan: AnyPlan, progress: "ProgressLine") -> "Tensor | None":
-        """Ids of real text where the plan decides by them or the user gave some; None: the tracer draws uniform ones."""
-        if not self.files and (self.random_ids or not _is_routed(plan)):
-            return None
-        import torch
-
-        from shardwise.models.source import vocab_size_of
-        from shardwise.text.batches import Batches
-        from shardwise.text.stream import load_tokens
-
-        stream = load_tokens(
-            vocab_size=source.vocab_size or vocab_size_of(source.build(dtype=torch.float32)),
-            files=self.files,
-            tokenizer=self.tokenizer,
-            random_ids=self.random_ids,
-            seed=self.settings.seed,
-            progress=progress.say,
-        )
-        return Batches(stream, self.settings.batch, self.settings.seq).at(0).ids_BS
 
 
 def _explain(run: _Run, plan: str, against: str | None, console: Console, *, as_json: bool, out: Path | None) -> int:
     from shardwise.cli.plans import load_any_plan
     from shardwise.cli.progress import ProgressLine
     from shardwise.explain.explain import explain
-    from shardwise.models.source import find_model
 
+    family = run.source.family
+    plans = [load_any_plan(name, sequence_parallel=run.sequence_parallel, family=family) for name in (plan, against) if name is not None]
     with ProgressLine() as progress:
-        source = find_model(run.model)
-        plans = [
-            load_any_plan(name, sequence_parallel=run.sequence_parallel, family=source.family)
-            for name in (plan, against)
-            if name is not None
-        ]
-        programs = [run.program(source, chosen, progress) for chosen in plans]
+        programs = [run.program(chosen, progress) for chosen in plans]
         progress.say("explaining")
         found = [explain(program) for program in programs]
     return _deliver(programs, found, console, as_json=as_json, out=out)
@@ -318,11 +310,3 @@ def _subject(plan: str, what: str, model: str, sequence_parallel: bool) -> "tupl
         shown = f"{type(modules[what]).__name__} under {style or 'no style'}"
         raise OptionError(f"--walk: {what}, a {shown}, has no walk-through. There are: {', '.join(names)}, loss.")
     return Subject(f"{kind}/{style}"), what
-
-
-def _is_routed(plan: AnyPlan) -> bool:
-    return isinstance(plan, Plan) and any(str(rule.style.name) == "routed" for rule in plan.rules)
-
-
-def _default_plan(model: str) -> str:
-    return str(TheirPlan.HF) if model.startswith("hf:") else "rowwise"

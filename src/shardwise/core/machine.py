@@ -218,5 +218,3 @@ class Machine:
 def local_ranks(stride: int, size: int, devices_per_node: int) -> int:
     """How many ranks of a group lie on one node: its ranks are `stride` apart, and nodes are filled in order."""
     return max(1, min(size, devices_per_node // stride))
-
-

@@ -18,6 +18,7 @@ import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from shardwise.core.collective import CollectiveKind
@@ -152,7 +153,9 @@ class _Section:
     def only(self, known: tuple[str, ...]) -> None:
         for key in self.table:
             if key not in known:
-                raise self.reader.error(self.at(shown(key)), "is unknown", f"{suggest(key, known).strip()} Allowed: {', '.join(known)}.".strip())
+                raise self.reader.error(
+                    self.at(shown(key)), "is unknown", f"{suggest(key, known).strip()} Allowed: {', '.join(known)}.".strip()
+                )
 
     def text(self, key: str) -> str:
         value = self.table.get(key)
@@ -170,7 +173,9 @@ class _Section:
     def section(self, key: str, known: tuple[str, ...] | None) -> "_Section":
         value = self.table.get(key)
         if not isinstance(value, dict):
-            raise self.reader.error(f"[{self.at(key)}]", "is missing", "A machine file needs that table; `shardwise machines --show NAME` prints one.")
+            raise self.reader.error(
+                f"[{self.at(key)}]", "is missing", "A machine file needs that table; `shardwise machines --show NAME` prints one."
+            )
         part = _Section(self.reader, self.at(key), value)
         if known is not None:
             part.only(known)
@@ -187,7 +192,8 @@ class _Section:
         """One number in SI."""
         value, scale = self._read(key, quantity, default)
         if value is None:
-            return default  # type: ignore[return-value]
+            assert default is not None
+            return default
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise self.reader.error(f"{self.at(key)}.value", f"is {shown(str(value))}", "Write a number.")
         return self.plausible(key, float(value) * scale, quantity)
@@ -201,10 +207,10 @@ class _Section:
     def rows(self, key: str, width: int) -> list[list[float]]:
         """A constant that is a table of numbers, as it is written."""
         value, _ = self._read(key, None, None)
-        right = isinstance(value, list) and value and all(isinstance(row, list) and len(row) == width for row in value)
-        if not right or not all(_is_number(each) for row in value for each in row):  # type: ignore[union-attr]
+        found = value if isinstance(value, list) else []
+        if not found or not all(isinstance(row, list) and len(row) == width and all(map(_is_number, row)) for row in found):
             raise self.reader.error(f"{self.at(key)}.value", "is no table", f"Write rows of {width} numbers, such as [[1, 2]].")
-        return value  # type: ignore[return-value]
+        return found
 
     def points(self, key: str, quantity: Quantity) -> Points:
         """(bytes, seconds), growing in bytes."""
@@ -215,7 +221,7 @@ class _Section:
             self.plausible(key, y, quantity)
             if y <= 0:
                 raise self.reader.error(self.at(key), f"has {y:g} at {x:g}", "Values of a curve are positive.")
-        if any(a[0] >= b[0] for a, b in zip(found, found[1:], strict=False)):
+        if any(a[0] >= b[0] for a, b in pairwise(found)):
             raise self.reader.error(self.at(key), "doesn't grow", "Sort its points by size, each size once.")
         return found
 
@@ -290,7 +296,10 @@ def _matmul(part: _Section) -> MatmulRate:
 def _attention(part: _Section) -> AttentionRate:
     part.only(("forward", "backward", "half_sequence", "start"))
     return AttentionRate(
-        part.constant("forward", RATE), part.constant("backward", RATE), part.constant("half_sequence", TOKENS), part.constant("start", START)
+        part.constant("forward", RATE),
+        part.constant("backward", RATE),
+        part.constant("half_sequence", TOKENS),
+        part.constant("start", START),
     )
 
 
@@ -322,7 +331,9 @@ def _link(part: _Section) -> Link:
         rates.append((None if kind == ANY else CollectiveKind(kind), tuple(sorted(found, key=lambda rate: rate.ranks))))
     reach = tuple((float(x), float(y)) for x, y in part.rows("reach", 2)) if "reach" in part.table else ()
     if any(x <= 0 or not 0 < y <= 1 for x, y in reach):
-        raise part.reader.error(part.at("reach"), "has a share outside 0 to 1", "Write rows of message bytes and the share of bandwidth there.")
+        raise part.reader.error(
+            part.at("reach"), "has a share outside 0 to 1", "Write rows of message bytes and the share of bandwidth there."
+        )
     return Link(bandwidth, tuple(rates), reach, part.constant("start", START, 0.0), part.constant("start_per_hop", START, 0.0))
 
 
@@ -334,7 +345,9 @@ def _collective(part: _Section, bandwidth: float) -> CollectiveRate:
     rate = part.constant("rate", LINK_BANDWIDTH_OF_ONE)
     if rate > 2 * bandwidth:  # a switch that reduces on the way can beat a ring's formula, and by no more than this
         raise part.reader.error(
-            part.at("rate"), f"is {KERNEL_RATE.shown(rate)}", f"The link's bandwidth is {KERNEL_RATE.shown(bandwidth)} one way: at most twice that."
+            part.at("rate"),
+            f"is {KERNEL_RATE.shown(rate)}",
+            f"The link's bandwidth is {KERNEL_RATE.shown(bandwidth)} one way: at most twice that.",
         )
     return CollectiveRate(ranks, part.constant("start", START), rate)
 

@@ -173,7 +173,7 @@ def collective_s(machine: Machine, kind: CollectiveKind, sent: float, payload: f
     if local >= size or machine.between is None:
         return within if local > 1 else _within_s(machine.within, kind, sent, size)
     link, nodes = machine.between, -(-size // local)
-    rate = link.bytes_per_s * link.share_at(payload) * local
+    rate = link.bytes_per_s * link.share_at(payload / local * machine.devices_per_node) * local  # each NIC carries 1/local of it
     return max(link.start_s + link.start_per_hop_s * nodes + sent / rate, within)
 
 
