@@ -93,7 +93,11 @@ def measure(model: str, ranks: int, rounds: int, given: Path | None = None) -> R
     plans = tuple(predicted(traced[each.label], machine, each) for each in comparison.measurements)
     return Run(
         environment=results.describe_machine(
-            results.command_line("benchmarks.calibrated"), ranks, comparison.environment.threads_per_rank, comparison.environment.variables, started
+            results.command_line("benchmarks.calibrated"),
+            ranks,
+            comparison.environment.threads_per_rank,
+            comparison.environment.variables,
+            started,
         ),
         settings={"model": model, "tp": ranks, "batch": SETTINGS.batch, "seq": SETTINGS.seq, "dtype": SETTINGS.dtype, "rounds": rounds},
         load_average=(load[0], load[1], load[2]),

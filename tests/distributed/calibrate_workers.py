@@ -30,7 +30,13 @@ def _fails_when_called() -> Case:
 
 def failing(context: RankContext, payload: bytes) -> bytes:
     """Good kernels among such that fail in several ways."""
-    cases = [GOOD, _fails(RuntimeError("no such\nkernel")), _fails(MemoryError()), _fails_when_called(), kernels.batched_matmul(2, 8, 8, 8, "float32")]
+    cases = [
+        GOOD,
+        _fails(RuntimeError("no such\nkernel")),
+        _fails(MemoryError()),
+        _fails_when_called(),
+        kernels.batched_matmul(2, 8, 8, 8, "float32"),
+    ]
     return msgspec.json.encode(measure(context, CalibrateJob(quick=True, kernels_s=30.0), cases))
 
 

@@ -35,7 +35,9 @@ def test_a_kernel_that_fails_is_left_out_and_said_on_every_rank_and_the_others_a
 
 
 @pytest.mark.parametrize(("ranks", "groups"), [(1, set()), (3, {2, 3})])
-def test_collectives_are_timed_in_every_group_that_the_ranks_make_and_kernels_stop_when_their_time_is_over(ranks: int, groups: set[int]) -> None:
+def test_collectives_are_timed_in_every_group_that_the_ranks_make_and_kernels_stop_when_their_time_is_over(
+    ranks: int, groups: set[int]
+) -> None:
     reports = reports_of("hurried", ranks)
     assert [report.left_out for report in reports] == [7] * ranks
     samples, _ = merged(reports)

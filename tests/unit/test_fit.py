@@ -47,10 +47,12 @@ def synthetic(noise: float = NOISE) -> Iterator[Sample]:
         yield sample("attention", name, seconds, (1, heads, heads, seq, 128), dtype="bfloat16", flops=flops)
     for name, kind in (("aten::clone", OpKind.COPY), ("aten::add", OpKind.ELEMENTWISE)):
         for power in range(10, 30, 2):
-            yield sample(kind, name, about(2e-6 + 2**power / 2e12), (2**power // 8,), read_bytes=2 ** (power - 1), write_bytes=2 ** (power - 1))
-    for kind, ranks, power in product(CollectiveKind, (2, 4), range(10, 28, 3)):
-        sent = round(wire_bytes(kind, 2**power, ranks))
-        yield sample(kind, kind, about(1e-5 * ranks + sent / 3e11), (2**power,), write_bytes=sent, ranks=ranks)
+            yield sample(
+                kind, name, about(2e-6 + 2**power / 2e12), (2**power // 8,), read_bytes=2 ** (power - 1), write_bytes=2 ** (power - 1)
+            )
+    for collective, ranks, power in product(CollectiveKind, (2, 4), range(10, 28, 3)):
+        sent = round(wire_bytes(collective, 2**power, ranks))
+        yield sample(collective, collective, about(1e-5 * ranks + sent / 3e11), (2**power,), write_bytes=sent, ranks=ranks)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +117,9 @@ def test_fresh_memory_costs_more_only_above_the_size_at_which_it_shows() -> None
 
     def extra(elements: int) -> float:
         out = TensorSpec("float32", (elements,))
-        return fresh_memory_s(Op("aten::add", OpKind.ELEMENTWISE, Phase.FORWARD, "", (out,), (out,), 0, 8 * elements, 4 * elements), machine)
+        return fresh_memory_s(
+            Op("aten::add", OpKind.ELEMENTWISE, Phase.FORWARD, "", (out,), (out,), 0, 8 * elements, 4 * elements), machine
+        )
 
     assert extra(2**21) < 1e-6
     assert extra(2**24) == pytest.approx(2**26 * (1 / 2e9 - 1 / 1e10), rel=0.01)
@@ -126,7 +130,9 @@ def test_without_collectives_the_links_are_those_of_the_base_or_there_are_none(m
     alone = [each for each in synthetic() if each.what not in list(CollectiveKind)]
     based = fit(alone, replace(GPU, devices_per_node=1), base=machine)
     assert based.within == machine.within
-    assert {each.path: each.source for each in based.constants}["links.within.bandwidth"].startswith("not measured, taken from synthetic: measured")
+    assert {each.path: each.source for each in based.constants}["links.within.bandwidth"].startswith(
+        "not measured, taken from synthetic: measured"
+    )
     bare = fit(alone, replace(GPU, devices_per_node=1))
     assert not bare.within.is_known
     with pytest.raises(MachineError, match="has no link: none was measured"):

@@ -85,7 +85,10 @@ def test_a_constant_without_a_source_is_our_bug(machine: Machine) -> None:
 
 
 @given(
-    st.floats(1e-9, 0.04), st.floats(1e7, 4e11), st.lists(st.floats(1e-7, 1.0), min_size=1, max_size=5), st.text(max_size=30).filter(str.strip)
+    st.floats(1e-9, 0.04),
+    st.floats(1e7, 4e11),
+    st.lists(st.floats(1e-7, 1.0), min_size=1, max_size=5),
+    st.text(max_size=30).filter(str.strip),
 )
 def test_any_values_and_words_come_back(start: float, rate: float, seconds: list[float], words: str) -> None:
     machine = machine_from_toml(TEXT)

@@ -114,4 +114,4 @@ def between_events(call: Callable[[], object], *, behind: bool) -> float:
     call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return float(start.elapsed_time(end)) / 1e3

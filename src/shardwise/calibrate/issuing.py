@@ -5,6 +5,7 @@ it: on a CPU the thread's own seconds count, on a GPU the host waits for nothing
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from statistics import median
 
 import torch
@@ -62,7 +63,7 @@ def time_phases(spec: ModelSpec, plan: Plan | None, mesh: DeviceMesh | None, dev
         step([(ids, ids)])
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        for (phase, start), (_, end) in zip(marks, marks[1:], strict=False):
+        for (phase, start), (_, end) in pairwise(marks):
             if number >= WARM_UPS and phase in taken:
                 taken[phase].append(end - start)
     ranks = mesh.size() if mesh is not None else 1

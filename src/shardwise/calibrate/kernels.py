@@ -304,7 +304,7 @@ def _adamw(n: int, dtype: str, tensors: int) -> Case:
         steps = [torch.ones((), device=device) for _ in range(tensors)]
 
         def call() -> None:
-            torch._fused_adamw_(  # type: ignore[call-overload]
+            torch._fused_adamw_(
                 params, grads, firsts, seconds, [], steps,
                 lr=1e-4, beta1=0.9, beta2=0.95, weight_decay=0.1, eps=1e-8, amsgrad=False, maximize=False,
             )  # fmt: skip

@@ -20,6 +20,7 @@ from shardwise.calibrate import issuing, links
 from shardwise.calibrate.cases import cases_for
 from shardwise.calibrate.clock import host_clock
 from shardwise.calibrate.kernels import Case, timed_case
+from shardwise.core.collective import CollectiveKind
 from shardwise.core.errors import PlanError
 from shardwise.core.machine import FRESH
 from shardwise.core.program import OpKind
@@ -183,7 +184,7 @@ class _Calibration:
         except RuntimeError as error:
             self._note_failure("issuing collectives", error)
 
-    def _collectives(self, planned: Sequence[tuple[links.Group, links.CollectiveKind, int]], done: int) -> None:
+    def _collectives(self, planned: Sequence[tuple[links.Group, CollectiveKind, int]], done: int) -> None:
         began_s = time.monotonic()
         for number, (group, kind, full_bytes) in enumerate(planned):
             left_s = (time.monotonic() - began_s) / number * (len(planned) - number) if number else None

@@ -46,14 +46,18 @@ def calibrate(
         ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A few sizes of each, in seconds: to see that it works, not to predict by.", rich_help_panel=_WHAT)
+        bool,
+        typer.Option("--quick", help="A few sizes of each, in seconds: to see that it works, not to predict by.", rich_help_panel=_WHAT),
     ] = False,
     timeout: Annotated[
         float, typer.Option(help="Seconds without any sign of life after which the run is given up.", min=1.0, rich_help_panel=_WHAT)
     ] = 600.0,
     base: Annotated[
-        Path | None,
-        typer.Option(help="A machine file whose links are taken where there is one GPU, and so none to measure.", rich_help_panel=_WHAT),
+        str | None,
+        typer.Option(
+            help="A machine of `shardwise machines`, or a file: its links are taken where one rank has none to measure.",
+            rich_help_panel=_WHAT,
+        ),
     ] = None,
     name: Annotated[str, typer.Option(help="What to call the machine.", rich_help_panel=_OUTPUT)] = "this machine",
     out: Annotated[Path, typer.Option(help="The machine file to write.", rich_help_panel=_OUTPUT)] = Path("machine.toml"),
@@ -69,12 +73,14 @@ def calibrate(
 
     [dim]shardwise calibrate --ranks 2 --out laptop.toml[/]
     [dim]shardwise calibrate --device cuda --name "my H100s" --out h100.toml --samples h100.json[/]
-    [dim]shardwise calibrate --device cuda --ranks 1 --base dgx.toml[/]
+    [dim]shardwise calibrate --device cuda --ranks 1 --base h100-sxm-80gb[/]
     """
     check_choice("--device", device, ("auto", "cpu", "cuda"))
     if not name.strip():
         raise OptionError("--name is empty. Give the machine a name.")
-    machine_base = _read_base(base)
+    from shardwise.predict.machines import load_machine
+
+    machine_base = load_machine(base) if base is not None else None
     for path in (out, samples):
         _check_writable(path)
     device_type, world = _ranks(device, ranks)
@@ -209,12 +215,18 @@ class _Run:
         if reports[0].left_out:
             notes.append(f"{reports[0].left_out} kernel sizes were left out: their time was over. The telling ones come first.")
         if self.world_size == 1:
-            links = "left out of the file: a plan over several ranks can't be predicted" if self.base is None else f"taken from {self.base.name}"
+            links = (
+                "left out of the file: a plan over several ranks can't be predicted"
+                if self.base is None
+                else f"taken from {self.base.name}"
+            )
             advice = "" if self.base is not None else " Name a machine file to take them from with --base."
             notes.append(f"Collectives were not measured, one rank having nobody to talk to; the links are {links}.{advice}")
         share = min(report.share for report in reports)
         if share < 0.9:
-            notes.append(f"A rank got {share:.0%} of a core while it was measured: this machine is busy, and times hold while it is as busy.")
+            notes.append(
+                f"A rank got {share:.0%} of a core while it was measured: this machine is busy, and times hold while it is as busy."
+            )
         return notes + _failures(reports)
 
 
@@ -239,17 +251,6 @@ def _ranks(device: str, ranks: int | None) -> tuple[str, int]:
             raise OptionError("--device cuda: this machine has no GPU that PyTorch can use. Use --device cpu.")
         return device_type, ranks or gpus
     return device_type, ranks or 2
-
-
-def _read_base(path: Path | None) -> Machine | None:
-    from shardwise.core.machine_file import machine_from_toml
-
-    if path is None:
-        return None
-    try:
-        return machine_from_toml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"--base {shown(str(path))} can't be read: {getattr(error, 'strerror', None) or 'it is no text'}.") from None
 
 
 def _check_writable(path: Path | None) -> None:

@@ -40,7 +40,7 @@ from shardwise.core.program import Op, OpKind, Phase, Program
 from shardwise.core.sample import Sample
 from shardwise.predict.costs import op_cost
 from shardwise.predict.curves import Times, curve, median_curve, residual, rounded
-from shardwise.predict.search import log_errors, minimise, rough
+from shardwise.predict.search import Vector, log_errors, minimise, rough
 
 GPU_TILES = ((128, 256), (128, 128), (64, 128), (64, 64))
 CPU_TILES = ((16, 16),)
@@ -87,7 +87,7 @@ def fit(
     scaled = [_scaled(sample, hardware) for sample in samples]
     kernels = _kernels(draft, scaled)
     matmuls = _matmuls(draft, scaled)
-    assert matmuls and kernels, "nothing to fit"
+    assert matmuls, "no matmul to fit"
     machine = Machine(
         name=hardware.name,
         device=hardware.device,
@@ -203,12 +203,12 @@ def _matmul(draft: _Draft, dtype: str, samples: Sequence[Sample]) -> MatmulRate:
     batch, m, n, k = shapes.T
     work = np.stack([np.ceil(batch * np.ceil(m / rows) * np.ceil(n / columns) / units) * 2 * rows * columns for rows, columns in tiles])
 
-    def times(parameters: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    def times(parameters: Vector) -> Vector:
         start_s, extra_k, *shares = parameters
         each = work * (k + extra_k) * units / (peak * np.minimum(np.array(shares), 1.0)[:, None])
         return each.min(0) + start_s  # type: ignore[no-any-return]
 
-    best: tuple[np.ndarray, float] | None = None  # type: ignore[type-arg]
+    best: tuple[Vector, float] | None = None
     for extra in (4.0, 60.0):
         start = np.array([float(seconds.min()) / 2, extra, *([0.8] * len(tiles))])
         tried = minimise(lambda parameters: rough(log_errors(times(parameters), seconds)), start)
@@ -250,7 +250,7 @@ def _attention(draft: _Draft, dtype: str, samples: Sequence[Sample]) -> Attentio
     sequence = np.array([sample.shape[3] for sample in samples], np.float64)
     backward = np.array(["backward" in sample.name for sample in samples])
 
-    def times(parameters: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    def times(parameters: Vector) -> Vector:
         ahead, back, half, start_s = parameters
         return flops / np.where(backward, back, ahead) * (1 + half / sequence) + start_s  # type: ignore[no-any-return]
 
@@ -279,7 +279,7 @@ def _within(draft: _Draft, samples: Sequence[Sample], base: Machine | None) -> L
         return base.within
     rates = []
     for kind in CollectiveKind:
-        found = []
+        found: list[CollectiveRate] = []
         for ranks in sorted({sample.ranks for sample in mine if sample.what == kind}):
             times = [(float(sample.write_bytes), sample.seconds) for sample in mine if sample.what == kind and sample.ranks == ranks]
             points = curve(times)
