@@ -10,15 +10,18 @@ import pytest
 
 from shardwise.core.collective import CollectiveKind, wire_bytes
 from shardwise.core.errors import MachineError
-from shardwise.core.machine import FRESH, AttentionRate, Machine, MatmulRate, Tile, on_curve
+from shardwise.core.machine import FRESH, AttentionRate, Launch, Machine, MatmulRate, Tile, on_curve
 from shardwise.core.machine_file import machine_from_toml
 from shardwise.core.machine_text import to_toml
-from shardwise.core.program import Op, OpKind, Phase, TensorSpec
+from shardwise.core.measurement import StepSettings
+from shardwise.core.prediction import Setup
+from shardwise.core.program import Block, Op, OpKind, Phase, Program, TensorSpec
 from shardwise.core.sample import Sample
 from shardwise.predict.costs import collective_s, fresh_memory_s
 from shardwise.predict.curves import curve, median_curve, monotone
 from shardwise.predict.fit import Hardware, fit
 from shardwise.predict.search import minimise
+from shardwise.predict.work import work_of
 
 GPU = Hardware("synthetic", "cuda", "made up", 4, 80e9, 1e9, units=132)
 CPU = Hardware("synthetic", "cpu", "made up", 2, 8e9, 3e8)
@@ -50,6 +53,16 @@ def synthetic(noise: float = NOISE) -> Iterator[Sample]:
             yield sample(
                 kind, name, about(2e-6 + 2**power / 2e12), (2**power // 8,), read_bytes=2 ** (power - 1), write_bytes=2 ** (power - 1)
             )
+    for rows, width, ids in product((16000, 128000), (256, 4096), (1024, 8192, 65536)):
+        elements = ids * width
+        yield sample(
+            OpKind.EMBEDDING,
+            "aten::embedding any row",
+            about(3e-6 + max(8 * elements / 2e12, elements / 160e9)),
+            (rows, width, ids),
+            read_bytes=4 * elements,
+            write_bytes=4 * elements,
+        )
     for collective, ranks, power in product(CollectiveKind, (2, 4), range(10, 28, 3)):
         sent = round(wire_bytes(collective, 2**power, ranks))
         yield sample(collective, collective, about(1e-5 * ranks + sent / 3e11), (2**power,), write_bytes=sent, ranks=ranks)
@@ -81,6 +94,8 @@ def test_attention_of_a_known_machine_comes_back(machine: Machine) -> None:
 def test_kernels_and_collectives_follow_their_samples(machine: Machine) -> None:
     for n_bytes in (5e4, 3e6, 2e8):
         assert machine.kernel("aten::clone").time_s(n_bytes) == pytest.approx(2e-6 + n_bytes / 2e12, rel=0.15)
+    look_up = machine.kernel("aten::embedding")
+    assert (look_up.elements_per_s, look_up.start_s) == (pytest.approx(160e9, rel=0.05), pytest.approx(3e-6, rel=0.5))
     assert machine.kernel("aten::never", "copy") == dict(machine.kernels)["copy"]
     for kind in CollectiveKind:
         sent = wire_bytes(kind, 1 << 20, 4)
@@ -137,6 +152,34 @@ def test_without_collectives_the_links_are_those_of_the_base_or_there_are_none(m
     assert not bare.within.is_known
     with pytest.raises(MachineError, match="has no link: none was measured"):
         collective_s(bare, CollectiveKind.ALL_GATHER, 1e6, 2e6, 1, 2)
+
+
+def program(engine: str, ops: int) -> Program:
+    """`ops` additions of a few bytes in the forward, twice as many in the backward."""
+    few = TensorSpec("float32", (8,))
+    items = tuple(
+        Op("aten::add", OpKind.ELEMENTWISE, phase, "", (few, few), (few,), 0, 64, 32)
+        for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.BACKWARD)
+        for _ in range(ops)
+    )
+    return Program("tiny", engine, engine, "cpu", 0, (("tp", 1),), StepSettings(1, 8), 1, (Block(items),), (), (), ())
+
+
+def test_launches_are_what_small_steps_take_beyond_their_kernels_and_dtensor_has_its_own() -> None:
+    samples = [replace(each, dtype="float32") for each in synthetic(0.0)]
+    kernel_s = fit(samples, CPU).kernel("aten::add").time_s(96)
+    programs = {"native": program("native", 10), "dtensor": program("dtensor", 10)}
+    for name, issue_s in (("native", 5e-6), ("dtensor", 50e-6)):
+        samples += [sample("launch", f"{name} {phase}", ops * (issue_s + kernel_s)) for phase, ops in (("forward", 10), ("backward", 20))]
+    machine = fit([*samples, sample("launch", "collective", 7e-6)], CPU, programs)
+    assert machine.launch == Launch(*(pytest.approx(seconds, rel=0.01) for seconds in (5e-6, 5e-6, 7e-6, 50e-6, 50e-6)))  # type: ignore[arg-type]
+    for name, issue_s in (("native", 5e-6), ("dtensor", 50e-6)):
+        assert work_of(programs[name], machine, Setup()).host_s == pytest.approx(np.full(30, issue_s), rel=0.01)
+
+
+def test_a_launch_that_was_not_measured_is_said_to_count_as_nothing(machine: Machine) -> None:
+    assert machine.launch == Launch(0.0, 0.0, 0.0)
+    assert {each.path: each.source for each in machine.constants}["launch.forward"] == "not measured: counted as nothing"
 
 
 def test_a_curve_never_falls_and_goes_through_the_middle_of_like_sizes() -> None:

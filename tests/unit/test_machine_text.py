@@ -12,6 +12,7 @@ from shardwise.core.errors import MachineError
 from shardwise.core.machine import UNKNOWN_LINK, Machine
 from shardwise.core.machine_file import machine_from_toml
 from shardwise.core.machine_text import to_toml
+from shardwise.predict.machines import load_machine, machine_names
 
 TEXT = """
 name = "a \\"quoted\\" ünïcode machine"
@@ -109,3 +110,9 @@ def test_one_device_may_have_no_link_and_several_may_not(machine: Machine) -> No
     assert machine_from_toml(to_toml(alone)).within == UNKNOWN_LINK
     with pytest.raises(MachineError, match=r"\[links\] is missing"):
         machine_from_toml(to_toml(replace(alone, devices_per_node=2)))
+
+
+@pytest.mark.parametrize("name", machine_names())
+def test_every_machine_that_comes_with_shardwise_is_read_back(name: str) -> None:
+    machine = load_machine(name)
+    assert machine_from_toml(to_toml(machine), name) == machine

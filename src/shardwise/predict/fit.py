@@ -2,6 +2,7 @@
 
     matmul       one start, one extra_k, and a share of the peak for each tile, by the smallest median |log(fitted / measured)|
     kernels      by op a curve over bytes; the median of its kind's ops for an op that wasn't timed
+    look-ups     on a GPU a start and the slower of two rates, by bytes and by elements
     attention    rates forward and backward, the sequence at which half is reached, a start; the same way
     collectives  by kind and number of ranks a curve over what a rank sends
     launch       a phase of small steps, without what its kernels take, over the ops of its traced Program
@@ -11,7 +12,7 @@ got. `fresh memory` is what a tensor costs beside its op where the allocator tak
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -45,7 +46,7 @@ from shardwise.predict.search import Vector, log_errors, minimise, rough
 GPU_TILES = ((128, 256), (128, 128), (64, 128), (64, 64))
 CPU_TILES = ((16, 16),)
 PEAK_OVER_BEST = {"cuda": 1.1, "cpu": 1.02}
-FEWEST = {"matmul": 3, "attention": 2}
+FEWEST = {"matmul": 3, "attention": 2, "look-ups": 6}
 SHOWN = 0.5  # of the op's own time: less is noise
 NOTHING_S = 1e-9
 COPY_OPS = ("aten::clone", "aten::cat")
@@ -150,10 +151,46 @@ def _kernels(draft: _Draft, samples: Sequence[Sample]) -> tuple[tuple[str, Kerne
             found[kind] = (median_curve(list(making.values())), [time for name in making for time in found[name][1]])
     common = [found[kind] for kind in (OpKind.ELEMENTWISE, OpKind.COPY, OpKind.REDUCTION) if kind in found] or list(found.values())
     found[DEFAULT] = (median_curve([points for points, _ in common]), [time for _, times in common for time in times])
+    rates: dict[str, KernelRate] = {}
+    if draft.hardware.device == "cuda":
+        rates = _look_ups(draft, samples)
+        for name in rates:
+            found.pop(name, None)
     for name, (points, times) in found.items():
         source, fitted = _told(name.removeprefix("aten::"), len(times), residual(times, points), draft.hardware)
         draft.note(f"kernels.{name}.points", points, "bytes, s", source, fitted)
-    return tuple((name, KernelRate(points=points)) for name, (points, _) in found.items())
+    return (*rates.items(), *((name, KernelRate(points=points)) for name, (points, _) in found.items()))
+
+
+def _look_ups(draft: _Draft, samples: Sequence[Sample]) -> dict[str, KernelRate]:
+    """Embeddings on a GPU, which elements may bound and not bytes: a start, and the slower of two rates."""
+    rates: dict[str, KernelRate] = {}
+    for op in ("aten::embedding", "aten::embedding_dense_backward"):
+        mine = [sample for sample in samples if sample.name.partition(" ")[0] == op]
+        if len(mine) < FEWEST["look-ups"]:
+            continue
+        n_bytes, seconds = (np.array([getattr(sample, name) for sample in mine], np.float64) for name in ("n_bytes", "seconds"))
+        elements = np.array([sample.shape[1] * sample.shape[0 if "backward" in op else 2] for sample in mine], np.float64)
+
+        def times(parameters: Vector, n_bytes: Vector = n_bytes, elements: Vector = elements) -> Vector:
+            start_s, bytes_per_s, elements_per_s = parameters
+            return start_s + np.maximum(n_bytes / bytes_per_s, elements / elements_per_s)
+
+        def cost(parameters: Vector, times: Callable[[Vector], Vector] = times, seconds: Vector = seconds) -> float:
+            return rough(log_errors(times(parameters), seconds))
+
+        start = np.array([seconds.min() / 2, (n_bytes / seconds).max(), (elements / seconds).max()])
+        best, _ = minimise(cost, start)
+        error = float(np.median(log_errors(times(best), seconds)))
+        start_s, bytes_per_s, elements_per_s = (rounded(value) for value in best)
+        bytes_per_s = min(bytes_per_s, _bandwidth_of(samples))
+        source, fitted = _told(op.removeprefix("aten::"), len(mine), error, draft.hardware)
+        for name, value, unit in (
+            ("start", start_s * 1e6, "us"), ("rate", bytes_per_s / 1e9, "GB/s"), ("elements", elements_per_s / 1e9, "Gelement/s"),
+        ):  # fmt: skip
+            draft.note(f"kernels.{op}.{name}", value, unit, source, fitted)
+        rates[op] = KernelRate(start_s, bytes_per_s, elements_per_s)
+    return rates
 
 
 def _fresh(later: Times, at_once: Points) -> tuple[Points, Times] | None:
@@ -170,18 +207,23 @@ def _fresh(later: Times, at_once: Points) -> tuple[Points, Times] | None:
 
 
 def _bandwidth(draft: _Draft, samples: Sequence[Sample]) -> float:
-    copies = [sample for sample in samples if sample.name.partition(" ")[0] in COPY_OPS] or [
-        s for s in samples if s.what in list(OpKind) and s.n_bytes
-    ]
-    best = max(copies, key=lambda sample: sample.n_bytes)
-    rate = rounded(max(s.n_bytes / s.seconds for s in copies if s.n_bytes >= best.n_bytes / 2) / 1e9)
-    draft.note(
-        "memory.bandwidth",
-        rate,
-        "GB/s per device",
-        f"measured: {best.name.removeprefix('aten::')} of {best.n_bytes >> 20} MiB, read and written",
-    )
-    return rate * 1e9
+    best = _fastest_copy(samples)
+    what = f"measured: {best.name.removeprefix('aten::')} of {best.n_bytes >> 20} MiB, read and written"
+    draft.note("memory.bandwidth", _bandwidth_of(samples) / 1e9, "GB/s per device", what)
+    return _bandwidth_of(samples)
+
+
+def _bandwidth_of(samples: Sequence[Sample]) -> float:
+    best = _fastest_copy(samples)
+    return rounded(best.n_bytes / best.seconds)
+
+
+def _fastest_copy(samples: Sequence[Sample]) -> Sample:
+    """Of the copies at least half as large as the largest, which no cache holds; of any op where none was copied."""
+    moved = [sample for sample in samples if sample.what in list(OpKind) and sample.n_bytes and sample.name != FRESH]
+    copies = [sample for sample in moved if sample.name.partition(" ")[0] in COPY_OPS] or moved
+    largest = max(sample.n_bytes for sample in copies)
+    return max((sample for sample in copies if sample.n_bytes >= largest / 2), key=lambda sample: sample.n_bytes / sample.seconds)
 
 
 def _matmuls(draft: _Draft, samples: Sequence[Sample]) -> tuple[tuple[str, MatmulRate], ...]:
