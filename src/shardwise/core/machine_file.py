@@ -6,8 +6,8 @@
     [matmul.DTYPE]         peak, units, tiles (rows, columns, share of peak), start, extra_k
     [attention.DTYPE]      forward, backward, half_sequence, start
     [kernels.NAME]         start, rate, elements; or points (bytes, seconds). NAME: an op, a kind of ops, or default
-    [launch]               forward, backward, collective
-    [links.within]         bandwidth; [[links.within.KIND]] ranks, start, rate or points. KIND: a collective, or any
+    [launch]               forward, backward, collective; dtensor_forward, dtensor_backward (optional)
+    [links.within]         (optional where devices_per_node is 1) bandwidth; [[links.within.KIND]] ranks, start, rate or points. KIND: a collective, or any
     [links.between]        the same, and reach (message bytes, share of bandwidth), start, start_per_hop
 
 Bandwidths, capacities and power say per = "device" or per = "node". Every value must lie in its field's plausible range: a wrong unit puts it outside.
@@ -25,6 +25,7 @@ from shardwise.core.collective import CollectiveKind
 from shardwise.core.errors import MachineError
 from shardwise.core.machine import (
     DEFAULT,
+    UNKNOWN_LINK,
     AttentionRate,
     CollectiveRate,
     Constant,
@@ -41,6 +42,8 @@ from shardwise.core.shown import shown
 
 DEVICES = ("cuda", "cpu")
 ANY = "any"
+LAUNCH_FIELDS = ("forward", "backward", "collective")
+DTENSOR_FIELDS = ("dtensor_forward", "dtensor_backward")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,7 @@ POWER = Quantity((("W", 1.0),), 1.0, 20_000.0, shared=True)
 PEAK = Quantity(_FLOPS, 1e9, 5e16, shared=True)
 RATE = Quantity(_FLOPS, 1e8, 5e16)
 START = Quantity(_SECONDS, 0.0, 0.05)
+TIME = Quantity(_SECONDS, 0.0, 100.0)
 KERNEL_RATE = Quantity(_PER_SECOND, 1e7, 5e13)
 ELEMENTS = Quantity((("Gelement/s", 1e9),), 1e7, 1e14)
 UNITS = Quantity(_ONE, 1, 100_000)
@@ -102,13 +106,14 @@ class _Reader:
         if device not in DEVICES:
             raise self.error("device", f'is "{shown(device)}"', f"Allowed: {', '.join(DEVICES)}.")
         self.devices = root.whole("devices_per_node", 1, 1024)
-        memory, links = root.section("memory", ("capacity", "bandwidth", "context")), root.section("links", ("within", "between"))
+        memory = root.section("memory", ("capacity", "bandwidth", "context"))
+        links = root.section("links", ("within", "between")) if "links" in self.table or self.devices > 1 else None
         bandwidth = memory.constant("bandwidth", BANDWIDTH)
         power = root.section("power", ("cap",)).constant("cap", POWER) if "power" in self.table else None
         kernels = tuple((name, _kernel(part, bandwidth, device)) for name, part in root.sections("kernels"))
         if DEFAULT not in dict(kernels):
             raise self.error(f"kernels.{DEFAULT}", "is missing", "It serves every op that has no rate of its own: give its start and rate.")
-        launch = root.section("launch", ("forward", "backward", "collective"))
+        launch = root.section("launch", (*LAUNCH_FIELDS, *DTENSOR_FIELDS))
         return Machine(
             name=root.text("name"),
             device=device,
@@ -121,9 +126,12 @@ class _Reader:
             matmuls=tuple((dtype, _matmul(part)) for dtype, part in root.sections("matmul")),
             attentions=tuple((dtype, _attention(part)) for dtype, part in root.sections("attention")),
             kernels=kernels,
-            launch=Launch(*(launch.constant(name, START) for name in ("forward", "backward", "collective"))),
-            within=_link(links.section("within", None)),
-            between=_link(links.section("between", None)) if "between" in links.table else None,
+            launch=Launch(
+                *(launch.constant(name, START) for name in LAUNCH_FIELDS),
+                *(launch.constant(name, START) if name in launch.table else None for name in DTENSOR_FIELDS),
+            ),
+            within=_link(links.section("within", None)) if links is not None else UNKNOWN_LINK,
+            between=_link(links.section("between", None)) if links is not None and "between" in links.table else None,
             constants=tuple(self.constants),
         )
 
@@ -247,7 +255,7 @@ class _Section:
                 scale /= self.reader.devices if per == "node" else 1
                 unit = f"{unit} per {per}"
         fitted = part.text("fitted") if "fitted" in entry else None
-        self.reader.constants.append(Constant(path, _written(entry["value"]), unit, source, fitted))
+        self.reader.constants.append(Constant(path, written(entry["value"]), unit, source, fitted))
         return entry["value"], scale
 
 
@@ -255,8 +263,16 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _written(value: object) -> str:
-    return json.dumps(value) if isinstance(value, list) else f"{value:g}" if _is_number(value) else str(value)
+def written(value: object) -> str:
+    """A constant's value as a Constant shows it."""
+    if isinstance(value, list):
+        return json.dumps([[whole_if(each) for each in row] for row in value])
+    return f"{value:g}" if _is_number(value) else str(value)
+
+
+def whole_if(number: float) -> float:
+    """An int where it is one."""
+    return int(number) if number == int(number) and abs(number) < 1e15 else number
 
 
 def _matmul(part: _Section) -> MatmulRate:
@@ -290,7 +306,7 @@ def _attention(part: _Section) -> AttentionRate:
 def _kernel(part: _Section, memory_bytes_per_s: float, device: str) -> KernelRate:
     part.only(("start", "rate", "elements", "points"))
     if "points" in part.table:
-        return KernelRate(points=part.points("points", START))
+        return KernelRate(points=part.points("points", TIME))
     rate = part.constant("rate", KERNEL_RATE)
     if device == "cuda" and rate > memory_bytes_per_s:
         raise part.reader.error(
@@ -325,7 +341,7 @@ def _collective(part: _Section, bandwidth: float) -> CollectiveRate:
     part.only(("ranks", "start", "rate", "points"))
     ranks = part.whole("ranks", 2, 1_000_000)
     if "points" in part.table:
-        return CollectiveRate(ranks, 0.0, math.inf, part.points("points", Quantity(_SECONDS, 0.0, 100.0)))
+        return CollectiveRate(ranks, 0.0, math.inf, part.points("points", TIME))
     rate = part.constant("rate", LINK_BANDWIDTH_OF_ONE)
     if rate > 2 * bandwidth:  # a switch that reduces on the way can beat a ring's formula, and by no more than this
         raise part.reader.error(

@@ -89,6 +89,8 @@ def work_of(program: Program, machine: Machine, setup: Setup, sizes: dict[str, i
         strides[name] = stride
         stride *= sizes[name]
     prefix = program.layers[0] if program.layers is not None else None
+    if program.engine == "dtensor":
+        machine = replace(machine, launch=machine.launch.of_dtensor())
     rows: list[tuple[NDArray[np.float64], ...]] = []
     items: list[Op | Collective] = []
     unknown: set[str] = set()
