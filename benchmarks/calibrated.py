@@ -85,7 +85,19 @@ def measure(model: str, ranks: int, rounds: int, given: Path | None = None) -> R
         load.append(results.load_average())
         machine = machine_from_toml(path.read_text(encoding="utf-8"), "calibrated")
         began = time.monotonic()
-        options = ["--model", model, "--mesh", f"tp={ranks}", "--device", "cpu", "--rounds", str(rounds), "--no-repeat", "--no-check", "--json"]
+        options = [
+            "--model",
+            model,
+            "--mesh",
+            f"tp={ranks}",
+            "--device",
+            "cpu",
+            "--rounds",
+            str(rounds),
+            "--no-repeat",
+            "--no-check",
+            "--json",
+        ]
         document = command("compare", *builtin_names(), *options, "--out", str(Path(folder) / "compare"))
         compare_s = time.monotonic() - began
     load.append(results.load_average())

@@ -134,7 +134,20 @@ def kernel_shares() -> dict[str, float]:
         rates = [rate for size, rate in found if size > 1.5e8]  # beyond the L2 cache
         if rates:
             shares[name] = median(rates) / 3.35e12
+    steps = json.loads(H100_STEPS.read_text(encoding="utf-8"))
+    seen = [each for each in steps["lookups"] if each["name"] == "index_select aligned" and each["hit"] == "any" and each["elements"] > 1e8]
+    widths = {"torch.float32": 4, "torch.bfloat16": 2}
+    shares["look-ups"] = median(2 * widths[each["dtype"]] * each["elements"] / each["seconds"] for each in seen) / 3.35e12
+    softmax = steps["safe_softmax"]
+    shares["aten::_safe_softmax"] = 2 * 4 * math.prod(softmax["shape"]) / softmax["seconds"] / 3.35e12
     return shares
+
+
+def old_look_ups() -> float:
+    """Elements per second of indexSelectLargeIndex, which PyTorch ran on GPUs before it had a vectorized gather (2.7)."""
+    (row,) = rows("look-up", gpu="H100-SXM-80GB", op="indexSelectLargeIndex")
+    ids, width = (int(number) for number in re.findall(r"=(\d+)", row["shape_or_bytes"]))
+    return ids * width / (float(row["value"]) / 1e6)
 
 
 KERNELS = {
@@ -153,6 +166,8 @@ KERNELS = {
     "index": "aten::index_copy_",
     "fill": "aten::zero_",
     "optimizer": "aten::_fused_adamw_ 4 tensors",
+    "embedding": "look-ups",
+    "aten::_safe_softmax": "aten::_safe_softmax",
     "aten::_foreach_norm": "aten::_foreach_norm",
     "aten::_foreach_mul_": "aten::_foreach_mul_",
 }
@@ -204,6 +219,7 @@ class Recipe:
     collectives: tuple[Collectives, ...]
     between: tuple[float, str] | None
     reach: tuple[tuple[tuple[float, float], ...], str] | None = None
+    look_ups: tuple[float, str] | None = None  # elements per second, where they bound look-ups
 
 
 def text_of(recipe: Recipe, shares: dict[str, float]) -> str:
@@ -241,7 +257,7 @@ def text_of(recipe: Recipe, shares: dict[str, float]) -> str:
     factor = recipe.reached[0] / shares["aten::cat"]
     for key, timed in (("default", "aten::add"), *KERNELS.items()):
         share = min(1.0, shares[timed] * factor)
-        own = recipe.name == "h100-sxm-80gb"
+        own = recipe.name.startswith("h100-sxm-80gb")
         source = f"{timed}: {shares[timed]:.3f} of an H100's bandwidth, benchmarks/results/{H100_KERNELS.name}"
         if not own:
             source += f"; times {factor:.3f}, by large copies: {recipe.reached[1]}"
@@ -249,6 +265,8 @@ def text_of(recipe: Recipe, shares: dict[str, float]) -> str:
         out.add(f"[kernels.{json.dumps(key)}]")
         out.constant("start", START_US, "us", f"smallest kernels of benchmarks/results/{H100_KERNELS.name}")
         out.constant("rate", f"{share * recipe.bandwidth[0]:.4g}", "GB/s", source)
+        if key == "embedding" and recipe.look_ups is not None:
+            out.constant("elements", f"{recipe.look_ups[0] / 1e9:.4g}", "Gelement/s", recipe.look_ups[1])
     out.add()
     out.add("[launch]")
     for key, value in zip(("forward", "backward", "collective"), recipe.launch[:3], strict=True):
@@ -378,6 +396,10 @@ def recipes() -> list[Recipe]:
         (*attention, steps, "backward and forward at 4096 and 8192 tokens"), issue, (450, "NVIDIA H100 data sheet: 900 GB/s both ways"),
         nvlink4, (50, "DGX H100: one 400 Gb/s NIC a GPU"), infiniband,
     )  # fmt: skip
+    before_gather = replace(
+        h100, name="h100-sxm-80gb-torch2.6", about="the H100 with PyTorch before 2.7, which looked rows up element by element",
+        look_ups=(old_look_ups(), "indexSelectLargeIndex in TraceLens's example trace of Qwen on an H100 (hardware.csv)"),
+    )  # fmt: skip
     capped_h100 = replace(
         h100, name="h100-sxm-96gb-500w", about="NVIDIA H100 SXM5 96 GB (HBM2e, 2.4 TB/s) capped at 500 W, as in torchtitan's tables; NVLink 4 among 8, 400 Gb/s a GPU",
         capacity_gb=96, bandwidth=(2400, "torchtitan, docs: Grand Teton H100, 2.4 TB/s HBM2e"), reached=(h100.reached[0], "the H100's share"), power=(500, "torchtitan's tables"),
@@ -453,7 +475,7 @@ def recipes() -> list[Recipe]:
         attention=(attention[0] * mi_level * 1307.4 / 989.4, attention[1] * mi_level * 1307.4 / 989.4, attention[2], "the H100's, by the ratio of matmuls", None),
         within=(448, "AMD MI300X data sheet: 7 links of 64 GB/s one way"), collectives=(Collectives("any", ((8, 30, 448 * 0.8),), (), "80 % of the link, as rings reach on NVLink; not measured here"),),
     )  # fmt: skip
-    return [h100, capped_h100, h200, a100_80, a100_40, vtrain, b200_machine, gb200, mi300x]
+    return [h100, before_gather, capped_h100, h200, a100_80, a100_40, vtrain, b200_machine, gb200, mi300x]
 
 
 OPS_OF_A_BLOCK = (28, 41)

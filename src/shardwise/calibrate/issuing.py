@@ -54,7 +54,7 @@ def time_phases(spec: ModelSpec, plan: Plan | None, mesh: DeviceMesh | None, dev
     marks: list[tuple[Phase, float]] = []
     clock = host_clock(device)
     step = TrainStep(model, mesh=mesh, on_phase=lambda phase: marks.append((phase, clock())))
-    ids = ids_of(spec)
+    ids = ids_of(spec) if plan is not None else ids_of(spec).to(device)  # the styles take ids from the host
     taken: dict[Phase, list[float]] = {phase: [] for phase in PHASES}
     for number in range(WARM_UPS + STEPS):
         marks.clear()

@@ -5,13 +5,16 @@ missing. The step is one after the first: optimizer state exists. Equal layers a
 where that is exact, else all of them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllocMixin
 from torch.distributed.tensor import DTensor
 
 from shardwise.core.errors import ModelError, OptionError, PlanError, ShardwiseError
@@ -270,7 +273,7 @@ def _trace_step(job: _Job, model: nn.Module, fake_mode: FakeTensorMode) -> _Trac
     recorder = Recorder(model, fake_mode, groups, device=job.device, rule_of=job.rule_of)
     ids = job.micro_batches(vocab_size_of(model))
     model.register_forward_hook(_check_logits(job.source.name))
-    with recorder.watching():
+    with recorder.watching(), _fake_buffers_of_fsdp(recorder):
         step = TrainStep(model, mesh=job.device_mesh if job.mesh.world_size > 1 else None, on_phase=recorder.enter_phase)
         _start_optimizer(step)
         kinds = _resident_kinds(recorder, model, step)
@@ -295,6 +298,17 @@ def _trace_step(job: _Job, model: nn.Module, fake_mode: FakeTensorMode) -> _Trac
                 kinds.setdefault(kept, MemoryKind.GRADIENT)
     routes = _Routes(job, model, ids)
     return _Traced(tuple(_items(recorder, kinds, set(kinds) - _made(recorder), routes)), _holdings(model, step, job), resident)
+
+
+@contextmanager
+def _fake_buffers_of_fsdp(recorder: Recorder) -> Iterator[None]:
+    """FSDP2 takes its communication buffers from the device, and a trace's device is this host: gigabytes, were they real."""
+
+    def allocate(_: object, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return recorder.made_on_device(torch.empty, tuple(size), {"dtype": dtype})  # type: ignore[no-any-return]
+
+    with patch.object(DefaultAllocMixin, "allocate", allocate):
+        yield
 
 
 def _check_logits(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], object], None]:
