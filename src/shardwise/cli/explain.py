@@ -10,15 +10,14 @@ import typer
 from rich.console import Console
 
 from shardwise.cli.config import read_config
-from shardwise.cli.options import DTYPES, RECOMPUTE, check_batch, check_choice, check_seq
+from shardwise.cli.options import DTYPES, RECOMPUTE, check_batch, check_choice, check_seq, default_plan
+from shardwise.cli.token_ids import token_ids
 from shardwise.core.errors import OptionError
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
-from shardwise.core.plan import AnyPlan, Plan, TheirPlan, suggest
+from shardwise.core.plan import AnyPlan, Plan, suggest
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from shardwise.cli.progress import ProgressLine
     from shardwise.core.explanation import Explanation
     from shardwise.core.program import Program
@@ -128,7 +127,7 @@ def explain(
     check_choice("--recompute", recompute, RECOMPUTE)
     check_choice("--device", device, DEVICES)
     console = Console(stderr=as_json)
-    chosen = plan or _default_plan(model)
+    chosen = plan or default_plan(model)
     if walk is not None:
         return _walk(chosen, walk, model, sequence_parallel, console, as_json=as_json, out=out)
     from shardwise.models.source import find_model
@@ -173,30 +172,18 @@ class _Run:
             self.settings,
             device=self.device,
             rank=self.rank,
-            ids=self._ids(plan, progress),
+            ids=token_ids(
+                self.source,
+                plan,
+                self.settings,
+                progress.say,
+                files=self.files,
+                tokenizer=self.tokenizer,
+                random_ids=self.random_ids,
+            ),
             compress=self.compress,
             progress=progress.say,
         )
-
-    def _ids(self, plan: AnyPlan, progress: "ProgressLine") -> "Tensor | None":
-        """Ids of real text where the plan decides by them or the user gave some; None: the tracer draws uniform ones."""
-        if not self.files and (self.random_ids or not _is_routed(plan)):
-            return None
-        import torch
-
-        from shardwise.models.source import vocab_size_of
-        from shardwise.text.batches import Batches
-        from shardwise.text.stream import load_tokens
-
-        stream = load_tokens(
-            vocab_size=self.source.vocab_size or vocab_size_of(self.source.build(dtype=torch.float32)),
-            files=self.files,
-            tokenizer=self.tokenizer,
-            random_ids=self.random_ids,
-            seed=self.settings.seed,
-            progress=progress.say,
-        )
-        return Batches(stream, self.settings.batch, self.settings.seq).at(0).ids_BS
 
 
 def _explain(run: _Run, plan: str, against: str | None, console: Console, *, as_json: bool, out: Path | None) -> int:
@@ -323,11 +310,3 @@ def _subject(plan: str, what: str, model: str, sequence_parallel: bool) -> "tupl
         shown = f"{type(modules[what]).__name__} under {style or 'no style'}"
         raise OptionError(f"--walk: {what}, a {shown}, has no walk-through. There are: {', '.join(names)}, loss.")
     return Subject(f"{kind}/{style}"), what
-
-
-def _is_routed(plan: AnyPlan) -> bool:
-    return isinstance(plan, Plan) and any(str(rule.style.name) == "routed" for rule in plan.rules)
-
-
-def _default_plan(model: str) -> str:
-    return str(TheirPlan.HF) if model.startswith("hf:") else "rowwise"

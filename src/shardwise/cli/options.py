@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from shardwise.core.errors import OptionError
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
-from shardwise.core.plan import suggest
+from shardwise.core.plan import TheirPlan, suggest
 
 if TYPE_CHECKING:
     from shardwise.models.source import ModelSource
@@ -28,6 +28,11 @@ def check_batch(settings: StepSettings, mesh: Mesh) -> None:
             f"--batch {settings.batch} can't be cut into {mesh.data_parallel} data-parallel parts of {settings.accumulation} micro-batches. "
             f"Use a multiple of {parts}."
         )
+
+
+def default_plan(model: str) -> str:
+    """A Hugging Face model's own plan, rowwise for all others."""
+    return str(TheirPlan.HF) if model.startswith("hf:") else "rowwise"
 
 
 def check_seq(seq: int, source: "ModelSource") -> None:

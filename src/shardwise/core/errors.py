@@ -3,6 +3,7 @@
     ShardwiseError
     ├── InputError            the user's input is wrong; exit code 2
     │   ├── MeshError         a mesh that can't be built or used
+    │   ├── MachineError      a machine file that doesn't parse, or says what can't be
     │   ├── ModelError        an unknown model, or one that a verb can't take
     │   ├── PlanError         a plan that doesn't parse, match or fit the model
     │   ├── TextError         text or a tokenizer that can't be used
@@ -28,6 +29,10 @@ class InputError(ShardwiseError):
 
 class MeshError(InputError):
     """A mesh that can't be built or used."""
+
+
+class MachineError(InputError):
+    """A machine file that doesn't parse, or says what can't be."""
 
 
 class ModelError(InputError):

@@ -1,0 +1,381 @@
+"""`shardwise predict`: time and memory of plans on a machine that needn't be there, term by term."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from shardwise.cli.config import read_config
+from shardwise.cli.options import DTYPES, check_choice, check_seq, default_plan
+from shardwise.cli.predict_programs import MicroBatch, load_program, trace_program, traced_mesh, write_program
+from shardwise.core.errors import OptionError
+from shardwise.core.measurement import StepSettings
+from shardwise.core.mesh import Mesh
+from shardwise.core.plan import suggest
+from shardwise.core.prediction import AttentionKernel, Prediction, Selective, Setup, Term
+from shardwise.core.shown import shown
+
+if TYPE_CHECKING:
+    from shardwise.core.machine import Machine
+    from shardwise.core.prediction_run import PredictionRun
+    from shardwise.core.program import Program
+    from shardwise.models.source import ModelSource
+
+# full is traced; the others are what a Setup adds to a trace without recompute
+SELECTIVE = {"selective": Selective.ATTENTION, "selective-ops": Selective.OPS}
+RECOMPUTE = ("none", *SELECTIVE, "full")
+MATMUL_DTYPES = ("float8",)
+TERM_NAMES = {term.name.lower(): term for term in Term}
+# what a saved program has decided already
+_OF_PROGRAM = ("plans", "model", "batch", "seq", "dtype", "sequence_parallel", "random_ids", "save_program")
+_MODEL, _STEP, _RUN, _OUTPUT = "Model and mesh", "Training step", "How it runs", "Output"
+
+
+def predict(
+    context: typer.Context,
+    plans: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Built-in plans, .toml files, hf, own or unsharded; the first is what the others are held against.",
+            show_default="rowwise; hf for an hf: model",
+        ),
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="The same options as TOML, or the name of a shipped config (llama3_8b_tp8).", callback=read_config, is_eager=True
+        ),
+    ] = None,
+    machine: Annotated[
+        str, typer.Option(help="A machine of `shardwise machines`, or a .toml file of yours.", rich_help_panel=_MODEL)
+    ] = "h100-sxm-80gb",
+    model: Annotated[
+        str, typer.Option(help="A model of `shardwise models`, hf:TYPE, hf:PATH or package.module:factory.", rich_help_panel=_MODEL)
+    ] = "llama3-8b",
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            help="Axes of ranks: tp, with dp or fsdp before it, such as fsdp=64,tp=8. Stages and context ranks come on top.",
+            show_default="tp=8; the program's own with --program",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    stages: Annotated[int, typer.Option(help="Of a pipeline (1F1B).", min=1, rich_help_panel=_MODEL)] = 1,
+    chunks: Annotated[
+        int, typer.Option(help="Of layers that each stage holds: more than 1 is the interleaved schedule.", min=1, rich_help_panel=_MODEL)
+    ] = 1,
+    context_ranks: Annotated[
+        int, typer.Option("--context", help="Ranks that share each sequence (context parallelism).", min=1, rich_help_panel=_MODEL)
+    ] = 1,
+    sequence_parallel: Annotated[
+        bool,
+        typer.Option(
+            "--sequence-parallel/--no-sequence-parallel", help="Activations cut along the sequence between blocks.", rich_help_panel=_MODEL
+        ),
+    ] = True,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            help="Sequences per optimizer step over all ranks.",
+            min=1,
+            show_default="one per data-parallel rank and micro-batch",
+            rich_help_panel=_STEP,
+        ),
+    ] = None,
+    seq: Annotated[int, typer.Option(help="Tokens per sequence.", min=1, rich_help_panel=_STEP)] = 8192,
+    dtype: Annotated[
+        str, typer.Option(help=f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.", rich_help_panel=_STEP)
+    ] = "float32",
+    accumulation: Annotated[int, typer.Option(help="Micro-batches that a step's batch is cut into.", min=1, rich_help_panel=_STEP)] = 1,
+    recompute: Annotated[
+        str,
+        typer.Option(
+            help="In the backward: none, selective (unfused attention), selective-ops (torchtitan's) or full (every layer).",
+            rich_help_panel=_STEP,
+        ),
+    ] = "none",
+    random_ids: Annotated[
+        bool, typer.Option("--random-ids", help="Uniform random ids instead of text, for routed plans.", rich_help_panel=_STEP)
+    ] = False,
+    attention: Annotated[
+        str | None,
+        typer.Option(help="fused or unfused.", show_default="as the traced op says", rich_help_panel=_RUN),
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compiled/--eager", help="Kernels between matmuls fused by a compiler.", rich_help_panel=_RUN)
+    ] = False,
+    matmul_dtype: Annotated[
+        str | None, typer.Option(help="What linear layers multiply in: float8.", show_default="the --dtype", rich_help_panel=_RUN)
+    ] = None,
+    overlap_data: Annotated[
+        bool, typer.Option("--overlap-data", help="Gradients over dp are reduced beside the backward.", rich_help_panel=_RUN)
+    ] = False,
+    overlap_tensor: Annotated[
+        bool, typer.Option("--overlap-tensor", help="Collectives over tp run beside the matmul that needs them.", rich_help_panel=_RUN)
+    ] = False,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Terms to switch off: {', '.join(TERM_NAMES)}.", show_default="none", rich_help_panel=_RUN),
+    ] = None,
+    program: Annotated[
+        Path | None,
+        typer.Option(
+            help="Predict from a saved program instead of tracing; torch isn't needed.", show_default="none", rich_help_panel=_OUTPUT
+        ),
+    ] = None,
+    save_program: Annotated[
+        Path | None, typer.Option(help="File for the traced program, for --program.", show_default="none", rich_help_panel=_OUTPUT)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.", rich_help_panel=_OUTPUT)] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the page, the data, and the predicted step as a trace for ui.perfetto.dev.",
+            show_default="none",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+) -> int:
+    """Predict time and memory of plans on a machine that you needn't have, term by term.
+
+    One micro-batch of the real module under the real plan is traced on fake tensors; the machine's constants, each with its source, make
+    times of it. Exit code 1 where a plan doesn't fit in the machine's memory.
+
+    [dim]shardwise predict --dtype bfloat16[/]
+    [dim]shardwise predict rowwise colwise routed --model llama3-70b --mesh fsdp=8,tp=8 --dtype bfloat16 --recompute full[/]
+    [dim]shardwise predict --model gpt3-175b --mesh dp=8,tp=8 --stages 8 --accumulation 16 --seq 2048 --dtype bfloat16 --out page[/]
+    [dim]shardwise predict --save-program 8b.json; shardwise predict --program 8b.json --machine mine.toml[/]
+    """
+    check_choice("--dtype", dtype, DTYPES)
+    check_choice("--recompute", recompute, RECOMPUTE)
+    if attention is not None:
+        check_choice("--attention", attention, tuple(AttentionKernel))
+    if matmul_dtype is not None:
+        check_choice("--matmul-dtype", matmul_dtype, MATMUL_DTYPES)
+    setup = Setup(
+        micro_batches=accumulation,
+        stages=stages,
+        chunks=chunks,
+        context=context_ranks,
+        attention=None if attention is None else AttentionKernel(attention),
+        selective_recompute=SELECTIVE.get(recompute),
+        compiled=compiled,
+        matmul_dtype=matmul_dtype,
+        overlap_data=overlap_data,
+        overlap_tensor=overlap_tensor,
+        without=_terms(without or []),
+    )
+    from shardwise.predict.machines import load_machine
+
+    found = load_machine(machine)
+    console = Console(stderr=as_json)
+    if program is not None:
+        _refuse_beside_a_program(context, recompute)
+        step = _saved_step(load_program(program), found, setup, mesh)
+        return _deliver(found, [step], console, as_json=as_json, out=out)
+    asked = _Asked(
+        model,
+        Mesh.parse(mesh or "tp=8"),
+        batch,
+        seq,
+        dtype,
+        "full" if recompute == "full" else "none",
+        random_ids,
+        sequence_parallel,
+        setup,
+    )
+    chosen = plans or [default_plan(model)]
+    if save_program is not None and len(chosen) > 1:
+        raise OptionError(f"--save-program {shown(save_program)}: is one program's, and {len(chosen)} plans are given. Give one plan.")
+    steps = _traced_steps(asked, chosen, found)
+    if save_program is not None:
+        write_program(steps[0].program, save_program)
+    return _deliver(found, steps, console, as_json=as_json, out=out)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The step that all plans of one command share."""
+
+    model: str
+    mesh: Mesh
+    batch: int | None
+    seq: int
+    dtype: str
+    recompute: str
+    random_ids: bool
+    sequence_parallel: bool
+    setup: Setup
+
+    @property
+    def settings(self) -> StepSettings:
+        """Of the whole step."""
+        parts = self.mesh.data_parallel * self.setup.micro_batches
+        return StepSettings(
+            self.batch or parts, self.seq, dtype=self.dtype, accumulation=self.setup.micro_batches, recompute=self.recompute
+        )
+
+    def micro_batch(self) -> MicroBatch:
+        """Raises OptionError for a batch or a sequence that can't be cut into equal parts."""
+        parts = self.mesh.data_parallel * self.setup.micro_batches
+        if self.settings.batch % parts:
+            raise OptionError(
+                f"--batch {self.settings.batch} can't be cut into {self.mesh.data_parallel} data-parallel parts of {self.setup.micro_batches} "
+                f"micro-batches. Use a multiple of {parts}."
+            )
+        if self.seq % self.setup.context:
+            raise OptionError(f"--seq {self.seq} can't be cut into {self.setup.context} parts for --context. Use a multiple of it.")
+        return MicroBatch(
+            self.settings.batch // parts, self.seq // self.setup.context, self.dtype, self.recompute, random_ids=self.random_ids
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A Program with what makes a whole step of it. label: the plan's, told apart from others of its name. sizes: of the mesh's axes."""
+
+    label: str
+    program: "Program"
+    setup: Setup
+    settings: StepSettings
+    sizes: dict[str, int]
+
+
+def _terms(given: Sequence[str]) -> tuple[Term, ...]:
+    """`launch`, or several with commas between."""
+    found = []
+    for name in (part.strip() for each in given for part in each.split(",")):
+        if name not in TERM_NAMES:
+            raise OptionError(f'--without: unknown term "{shown(name)}".{suggest(name[:80], TERM_NAMES)} Allowed: {", ".join(TERM_NAMES)}.')
+        found.append(TERM_NAMES[name])
+    return tuple(term for term in Term if term in found)
+
+
+def _refuse_beside_a_program(context: typer.Context, recompute: str) -> None:
+    names = {str(parameter.name): str(parameter.opts[0]) for parameter in context.command.params}
+    for name in _OF_PROGRAM + (("recompute",) if recompute == "full" else ()):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT" and context.params.get(name):
+            raise OptionError(f"{names[name]}: a saved program has its own. Leave it out beside --program, or trace without --program.")
+
+
+def _saved_step(program: "Program", machine: "Machine", setup: Setup, mesh: str | None) -> Step:
+    from shardwise.predict.check import check_setup
+
+    whole = Mesh(program.axes) if mesh is None else Mesh.parse(mesh)
+    sizes = dict(whole.axes)
+    check_setup(program, machine, setup, sizes)
+    traced = program.settings
+    small = Mesh(program.axes)
+    batch = traced.batch // (small.data_parallel * traced.accumulation) * whole.data_parallel * setup.micro_batches
+    settings = replace(traced, batch=max(1, batch), seq=traced.seq * setup.context, accumulation=setup.micro_batches)
+    return Step(program.plan, program, _rescaled(program, setup, sizes), settings, sizes)
+
+
+def _traced_steps(asked: _Asked, plans: Sequence[str], machine: "Machine") -> list[Step]:
+    micro_batch = asked.micro_batch()
+    from shardwise.predict.check import check_devices, check_setup
+
+    sizes = dict(asked.mesh.axes)
+    check_devices(machine, asked.setup, sizes)
+    from shardwise.cli.plans import load_any_plan
+    from shardwise.cli.progress import ProgressLine
+    from shardwise.models.source import find_model
+
+    with ProgressLine() as progress:
+        source: ModelSource = find_model(asked.model)
+        check_seq(asked.seq, source)
+        loaded = [load_any_plan(name, sequence_parallel=asked.sequence_parallel, family=source.family) for name in plans]
+        steps: list[Step] = []
+        for plan in loaded:
+            program = trace_program(source, plan, asked.mesh, micro_batch, machine.device, progress.say)
+            small = {name: size for name, size in sizes.items() if name in dict(traced_mesh(asked.mesh).axes)}
+            check_setup(program, machine, asked.setup, small)
+            steps.append(Step(_label(program.plan, steps), program, _rescaled(program, asked.setup, small), asked.settings, small))
+    return steps
+
+
+def _label(plan: str, before: Sequence[Step]) -> str:
+    known = {step.label for step in before}
+    return plan if plan not in known else next(label for number in count(2) if (label := f"{plan} #{number}") not in known)
+
+
+def _rescaled(program: "Program", setup: Setup, sizes: dict[str, int]) -> Setup:
+    """FSDP's optimizer runs over this rank's shard, which is smaller than the traced one."""
+    return replace(setup, optimizer_shards=max(1, sizes.get("fsdp", 1) // dict(program.axes).get("fsdp", 1)))
+
+
+def _deliver(machine: "Machine", steps: Sequence[Step], console: Console, *, as_json: bool, out: Path | None) -> int:
+    from shardwise.report.predict_json import prediction_json
+    from shardwise.report.predict_terminal import render_prediction
+
+    run = _predicted(machine, steps)
+    document = prediction_json(run)
+    if as_json:
+        sys.stdout.buffer.write(document)
+        sys.stdout.buffer.flush()
+    else:
+        render_prediction(run, console)
+    if out is not None:
+        _write(out, run, machine, steps, document, console)
+    return 0 if run.fits else 1
+
+
+def _predicted(machine: "Machine", steps: Sequence[Step]) -> "PredictionRun":
+    from shardwise.core.prediction_run import PredictionRun
+    from shardwise.predict.contrast import differences, facts_of
+    from shardwise.predict.predict import predict
+    from shardwise.predict.timeline import launch_bound
+
+    predictions: list[Prediction] = []
+    for step in steps:
+        prediction = predict(step.program, machine, step.setup, step.sizes)
+        if not prediction.step_s > 0:
+            raise OptionError("--without: nothing is left of the step. Switch fewer terms off.")
+        predictions.append(replace(prediction, plan=step.label))
+    waits = tuple(launch_bound(step.program, machine, step.setup, step.sizes) for step in steps)
+    return PredictionRun(facts_of(machine), steps[0].settings, tuple(predictions), differences(predictions), waits)
+
+
+def _write(out: Path, run: "PredictionRun", machine: "Machine", steps: Sequence[Step], document: bytes, console: Console) -> None:
+    import msgspec
+
+    from shardwise.cli.run_folder import RunFolder
+    from shardwise.predict.timeline import pipeline_timelines, timeline_of
+    from shardwise.report.perfetto import perfetto_trace
+    from shardwise.report.predict_html import prediction_html
+
+    first = run.predictions[0]
+    asked = {
+        "model": first.model,
+        "plans": [prediction.plan for prediction in run.predictions],
+        "mesh": str(Mesh(first.axes)),
+        "machine": run.machine.name,
+        "settings": run.settings,
+        "setup": first.setup,
+    }
+    with RunFolder(out, "predict", datetime.now(UTC), has_events=False) as folder:
+        folder.write("settings.json", msgspec.json.format(msgspec.json.encode(asked), indent=2) + b"\n")
+        folder.write("prediction.json", document)
+        traces = []
+        for step, letter in zip(steps, _letters(), strict=False):
+            inside = (step.program, machine, step.setup, step.sizes)
+            traces.append((step.label, folder.write(f"timeline-{letter}.json.gz", perfetto_trace([timeline_of(*inside)]))))
+            passes = pipeline_timelines(*inside)
+            if passes:
+                traces.append((f"{step.label}'s stages", folder.write(f"stages-{letter}.json.gz", perfetto_trace(passes))))
+        page = folder.write("predict.html", prediction_html(run))
+    console.print(f"\nPage: {page}", markup=False, highlight=False, soft_wrap=True)
+    for label, trace in traces:
+        console.print(f"{shown(label)}, for ui.perfetto.dev: {trace}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _letters() -> Iterator[str]:
+    """a, b, ... for files of several plans, whose names needn't be file names."""
+    return (f"{'' if number < 26 else number // 26}{chr(ord('a') + number % 26)}" for number in count())

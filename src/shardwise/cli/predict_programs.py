@@ -1,0 +1,80 @@
+"""What predict takes from the tracer: one micro-batch's Program on a mesh whose data-parallel axes are two ranks at most, to be rescaled.
+
+A step over 4096 ranks then costs the trace of two. Programs can be saved, and read without torch.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shardwise.core.errors import InputError, RunError
+from shardwise.core.measurement import StepSettings
+from shardwise.core.mesh import Mesh
+from shardwise.core.plan import AnyPlan
+from shardwise.core.shown import shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from shardwise.core.program import Program
+    from shardwise.models.source import ModelSource
+
+TRACED_DATA_RANKS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """One rank's part of a step, as it is traced. batch: sequences per data-parallel rank; seq: one rank's tokens of each."""
+
+    batch: int
+    seq: int
+    dtype: str
+    recompute: str
+    seed: int = 0
+    random_ids: bool = False
+
+
+def traced_mesh(mesh: Mesh) -> Mesh:
+    """The mesh with data-parallel axes of two ranks at most."""
+    return Mesh(tuple((name, size if name == "tp" else min(size, TRACED_DATA_RANKS)) for name, size in mesh.axes))
+
+
+def trace_program(
+    source: "ModelSource", plan: AnyPlan, mesh: Mesh, micro_batch: MicroBatch, device: str, progress: "Callable[[str], None]"
+) -> "Program":
+    """Raises the tracer's InputErrors."""
+    from shardwise.cli.token_ids import token_ids
+    from shardwise.trace.trace import trace
+
+    small = traced_mesh(mesh)
+    settings = StepSettings(
+        batch=micro_batch.batch * small.data_parallel,
+        seq=micro_batch.seq,
+        dtype=micro_batch.dtype,
+        recompute=micro_batch.recompute,
+        seed=micro_batch.seed,
+    )
+    ids = token_ids(source, plan, settings, progress, random_ids=micro_batch.random_ids)
+    return trace(source, plan, small, settings, device=device, ids=ids, progress=progress)
+
+
+def load_program(path: Path) -> "Program":
+    """A saved program. Raises InputError."""
+    from shardwise.report.program_json import LARGEST_FILE, program_from_json
+
+    try:
+        with path.open("rb") as file:
+            document = file.read(LARGEST_FILE + 1)
+    except OSError as error:
+        raise InputError(f"--program {shown(path)}: {error.strerror}. Give the file that --save-program wrote.") from None
+    return program_from_json(document, f"--program {shown(path)}")
+
+
+def write_program(program: "Program", path: Path) -> None:
+    """Raises RunError where it can't be written."""
+    from shardwise.report.program_json import program_json
+
+    try:
+        path.write_bytes(program_json(program))
+    except OSError as error:
+        raise RunError(f"--save-program {shown(path)}: {error.strerror}. Choose another file.") from None

@@ -1,0 +1,48 @@
+"""The token ids that a traced step meets: what explain and predict share."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shardwise.core.measurement import StepSettings
+from shardwise.core.plan import AnyPlan, Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from shardwise.models.source import ModelSource
+
+
+def token_ids(
+    source: "ModelSource",
+    plan: AnyPlan,
+    settings: StepSettings,
+    progress: Callable[[str], None],
+    *,
+    files: Sequence[Path] = (),
+    tokenizer: Path | None = None,
+    random_ids: bool = False,
+) -> "Tensor | None":
+    """Ids [B, S] of real text where the plan decides by them or the user gave some; None: the tracer draws uniform ones."""
+    if not files and (random_ids or not is_routed(plan)):
+        return None
+    import torch
+
+    from shardwise.models.source import vocab_size_of
+    from shardwise.text.batches import Batches
+    from shardwise.text.stream import load_tokens
+
+    stream = load_tokens(
+        vocab_size=source.vocab_size or vocab_size_of(source.build(dtype=torch.float32)),
+        files=files,
+        tokenizer=tokenizer,
+        random_ids=random_ids,
+        seed=settings.seed,
+        progress=progress,
+    )
+    return Batches(stream, settings.batch, settings.seq).at(0).ids_BS
+
+
+def is_routed(plan: AnyPlan) -> bool:
+    """Whether token ids decide what the plan sends."""
+    return isinstance(plan, Plan) and any(str(rule.style.name) == "routed" for rule in plan.rules)

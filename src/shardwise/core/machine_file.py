@@ -1,0 +1,355 @@
+"""A machine as a TOML file's text, and back. Each constant is { value, unit, source }, with `fitted` where it was fitted; no file is opened here.
+
+    name, device ("cuda" or "cpu"), about, devices_per_node
+    [memory]               capacity, bandwidth, context (held by the process beside tensors)
+    [power]                cap (optional; for the reader: rates hold under it)
+    [matmul.DTYPE]         peak, units, tiles (rows, columns, share of peak), start, extra_k
+    [attention.DTYPE]      forward, backward, half_sequence, start
+    [kernels.NAME]         start, rate, elements; or points (bytes, seconds). NAME: an op, a kind of ops, or default
+    [launch]               forward, backward, collective; dtensor_forward, dtensor_backward (optional)
+    [links.within]         (optional where devices_per_node is 1) bandwidth; [[links.within.KIND]] ranks, start, rate or points. KIND: a collective, or any
+    [links.between]        the same, and reach (message bytes, share of bandwidth), start, start_per_hop
+
+Bandwidths, capacities and power say per = "device" or per = "node". Every value must lie in its field's plausible range: a wrong unit puts it outside.
+"""
+
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from shardwise.core.collective import CollectiveKind
+from shardwise.core.errors import MachineError
+from shardwise.core.machine import (
+    DEFAULT,
+    UNKNOWN_LINK,
+    AttentionRate,
+    CollectiveRate,
+    Constant,
+    KernelRate,
+    Launch,
+    Link,
+    Machine,
+    MatmulRate,
+    Points,
+    Tile,
+)
+from shardwise.core.plan import suggest
+from shardwise.core.shown import shown
+
+DEVICES = ("cuda", "cpu")
+ANY = "any"
+LAUNCH_FIELDS = ("forward", "backward", "collective")
+DTENSOR_FIELDS = ("dtensor_forward", "dtensor_backward")
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """What a constant is: its units with their size in SI, and the range in which it is plausible, in SI."""
+
+    units: tuple[tuple[str, float], ...]
+    low: float
+    high: float
+    shared: bool = False  # can be stated per node: must say per which
+
+    def shown(self, value: float) -> str:
+        name, size = next(((name, size) for name, size in reversed(self.units) if value >= size), self.units[0])
+        return f"{value / size:g} {name}"
+
+
+_SECONDS = (("ns", 1e-9), ("us", 1e-6), ("ms", 1e-3), ("s", 1.0))
+_PER_SECOND = (("MB/s", 1e6), ("GB/s", 1e9), ("TB/s", 1e12))
+_FLOPS = (("GFLOP/s", 1e9), ("TFLOP/s", 1e12))
+_BYTES = (("MB", 1e6), ("MiB", 2.0**20), ("GB", 1e9), ("GiB", 2.0**30))
+_ONE = (("1", 1.0),)
+
+CAPACITY = Quantity(_BYTES, 1e8, 4e12, shared=True)
+HELD = Quantity(_BYTES, 0.0, 2e10, shared=True)
+BANDWIDTH = Quantity(_PER_SECOND, 1e9, 5e13, shared=True)
+LINK_BANDWIDTH = Quantity(_PER_SECOND, 1e7, 4e12, shared=True)
+POWER = Quantity((("W", 1.0),), 1.0, 20_000.0, shared=True)
+PEAK = Quantity(_FLOPS, 1e9, 5e16, shared=True)
+RATE = Quantity(_FLOPS, 1e8, 5e16)
+START = Quantity(_SECONDS, 0.0, 0.05)
+TIME = Quantity(_SECONDS, 0.0, 100.0)
+KERNEL_RATE = Quantity(_PER_SECOND, 1e7, 5e13)
+ELEMENTS = Quantity((("Gelement/s", 1e9),), 1e7, 1e14)
+UNITS = Quantity(_ONE, 1, 100_000)
+EXTRA_K = Quantity(_ONE, 0.0, 100_000.0)
+TOKENS = Quantity((("tokens", 1.0),), 0.0, 1e6)
+
+
+def machine_from_toml(text: str, source: str = "machine") -> Machine:
+    """Reads a machine file's text. Raises MachineError with the field, what is plausible there, and what to do."""
+    try:
+        table = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise MachineError(f"{source}: not valid TOML: {error}.") from None
+    return _Reader(source, table).machine()
+
+
+@dataclass(slots=True)
+class _Reader:
+    source: str
+    table: dict[str, Any]
+    constants: list[Constant] = field(default_factory=list)
+    devices: int = 1
+
+    def machine(self) -> Machine:
+        root = _Section(self, "", self.table)
+        known = ("name", "device", "about", "devices_per_node", "memory", "power", "matmul", "attention", "kernels", "launch", "links")
+        root.only(known)
+        device = root.text("device")
+        if device not in DEVICES:
+            raise self.error("device", f'is "{shown(device)}"', f"Allowed: {', '.join(DEVICES)}.")
+        self.devices = root.whole("devices_per_node", 1, 1024)
+        memory = root.section("memory", ("capacity", "bandwidth", "context"))
+        links = root.section("links", ("within", "between")) if "links" in self.table or self.devices > 1 else None
+        bandwidth = memory.constant("bandwidth", BANDWIDTH)
+        power = root.section("power", ("cap",)).constant("cap", POWER) if "power" in self.table else None
+        kernels = tuple((name, _kernel(part, bandwidth, device)) for name, part in root.sections("kernels"))
+        if DEFAULT not in dict(kernels):
+            raise self.error(f"kernels.{DEFAULT}", "is missing", "It serves every op that has no rate of its own: give its start and rate.")
+        launch = root.section("launch", (*LAUNCH_FIELDS, *DTENSOR_FIELDS))
+        return Machine(
+            name=root.text("name"),
+            device=device,
+            about=root.text("about"),
+            devices_per_node=self.devices,
+            memory_bytes=memory.constant("capacity", CAPACITY),
+            memory_bytes_per_s=bandwidth,
+            context_bytes=memory.constant("context", HELD),
+            power_w=power,
+            matmuls=tuple((dtype, _matmul(part)) for dtype, part in root.sections("matmul")),
+            attentions=tuple((dtype, _attention(part)) for dtype, part in root.sections("attention")),
+            kernels=kernels,
+            launch=Launch(
+                *(launch.constant(name, START) for name in LAUNCH_FIELDS),
+                *(launch.constant(name, START) if name in launch.table else None for name in DTENSOR_FIELDS),
+            ),
+            within=_link(links.section("within", None)) if links is not None else UNKNOWN_LINK,
+            between=_link(links.section("between", None)) if links is not None and "between" in links.table else None,
+            constants=tuple(self.constants),
+        )
+
+    def error(self, path: str, what: str, advice: str) -> MachineError:
+        return MachineError(f"{self.source}: {path} {what}. {advice}")
+
+
+@dataclass(slots=True)
+class _Section:
+    """A table of the file, and its path in it."""
+
+    reader: _Reader
+    path: str
+    table: Mapping[str, Any]
+
+    def at(self, key: str) -> str:
+        return f"{self.path}.{key}" if self.path else key
+
+    def only(self, known: tuple[str, ...]) -> None:
+        for key in self.table:
+            if key not in known:
+                raise self.reader.error(
+                    self.at(shown(key)), "is unknown", f"{suggest(key, known).strip()} Allowed: {', '.join(known)}.".strip()
+                )
+
+    def text(self, key: str) -> str:
+        value = self.table.get(key)
+        if not isinstance(value, str) or not value:
+            raise self.reader.error(self.at(key), "is missing" if value is None else "is no text", f'Write {key} = "...".')
+        return value
+
+    def whole(self, key: str, low: int, high: int) -> int:
+        value = self.table.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            found = "is missing" if value is None else f"is {shown(str(value))}"
+            raise self.reader.error(self.at(key), found, f"Write a whole number from {low} to {high}.")
+        return value
+
+    def section(self, key: str, known: tuple[str, ...] | None) -> "_Section":
+        value = self.table.get(key)
+        if not isinstance(value, dict):
+            raise self.reader.error(
+                f"[{self.at(key)}]", "is missing", "A machine file needs that table; `shardwise machines --show NAME` prints one."
+            )
+        part = _Section(self.reader, self.at(key), value)
+        if known is not None:
+            part.only(known)
+        return part
+
+    def sections(self, key: str) -> Iterator[tuple[str, "_Section"]]:
+        value = self.table.get(key, {})
+        if not isinstance(value, dict):
+            raise self.reader.error(self.at(key), "is no table", f"Write [{self.at(key)}.NAME].")
+        for name in value:
+            yield name, _Section(self.reader, self.at(key), value).section(name, None)
+
+    def constant(self, key: str, quantity: Quantity, default: float | None = None) -> float:
+        """One number in SI."""
+        value, scale = self._read(key, quantity, default)
+        if value is None:
+            assert default is not None
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.reader.error(f"{self.at(key)}.value", f"is {shown(str(value))}", "Write a number.")
+        return self.plausible(key, float(value) * scale, quantity)
+
+    def plausible(self, key: str, value: float, quantity: Quantity) -> float:
+        if not quantity.low <= value <= quantity.high:
+            between = f"Plausible: {quantity.shown(quantity.low)} to {quantity.shown(quantity.high)}."
+            raise self.reader.error(self.at(key), f"is {quantity.shown(value)}", f"{between} Is its unit right?")
+        return value
+
+    def rows(self, key: str, width: int) -> list[list[float]]:
+        """A constant that is a table of numbers, as it is written."""
+        value, _ = self._read(key, None, None)
+        found = value if isinstance(value, list) else []
+        if not found or not all(isinstance(row, list) and len(row) == width and all(map(_is_number, row)) for row in found):
+            raise self.reader.error(f"{self.at(key)}.value", "is no table", f"Write rows of {width} numbers, such as [[1, 2]].")
+        return found
+
+    def points(self, key: str, quantity: Quantity) -> Points:
+        """(bytes, seconds), growing in bytes."""
+        found = tuple((float(x), float(y)) for x, y in self.rows(key, 2))
+        for x, y in found:
+            if x <= 0:
+                raise self.reader.error(self.at(key), f"has a size of {x:g}", "Sizes are positive.")
+            self.plausible(key, y, quantity)
+            if y <= 0:
+                raise self.reader.error(self.at(key), f"has {y:g} at {x:g}", "Values of a curve are positive.")
+        if any(a[0] >= b[0] for a, b in pairwise(found)):
+            raise self.reader.error(self.at(key), "doesn't grow", "Sort its points by size, each size once.")
+        return found
+
+    def _read(self, key: str, quantity: Quantity | None, default: float | None) -> tuple[Any, float]:
+        """The value as written, and what its unit is in SI (per device). Notes the constant."""
+        path, entry = self.at(key), self.table.get(key)
+        if entry is None:
+            if default is not None:
+                return None, 1.0
+            allowed = f" Plausible: {quantity.shown(quantity.low)} to {quantity.shown(quantity.high)}." if quantity is not None else ""
+            raise self.reader.error(path, "is missing", f'Write {key} = {{ value = ..., unit = "...", source = "..." }}.{allowed}')
+        if not isinstance(entry, dict):
+            raise self.reader.error(path, "has no source", f'Write {key} = {{ value = ..., unit = "...", source = "..." }}.')
+        part = _Section(self.reader, path, entry)
+        part.only(("value", "unit", "per", "source", "fitted"))
+        if "value" not in entry:
+            raise self.reader.error(f"{path}.value", "is missing", "Write its number.")
+        unit, source, scale = part.text("unit"), part.text("source"), 1.0
+        if quantity is not None:
+            if unit not in dict(quantity.units):
+                raise self.reader.error(
+                    f"{path}.unit", f'is "{shown(unit)}"',
+                    f"Allowed: {', '.join(name for name, _ in quantity.units)}. "
+                    f"Plausible: {quantity.shown(quantity.low)} to {quantity.shown(quantity.high)}.",
+                )  # fmt: skip
+            scale = dict(quantity.units)[unit]
+            if quantity.shared:
+                per = part.text("per")
+                if per not in ("device", "node"):
+                    raise self.reader.error(f"{path}.per", f'is "{shown(per)}"', "Allowed: device, node.")
+                scale /= self.reader.devices if per == "node" else 1
+                unit = f"{unit} per {per}"
+        fitted = part.text("fitted") if "fitted" in entry else None
+        self.reader.constants.append(Constant(path, written(entry["value"]), unit, source, fitted))
+        return entry["value"], scale
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def written(value: object) -> str:
+    """A constant's value as a Constant shows it."""
+    if isinstance(value, list):
+        return json.dumps([[whole_if(each) for each in row] for row in value])
+    return f"{value:g}" if _is_number(value) else str(value)
+
+
+def whole_if(number: float) -> float:
+    """An int where it is one."""
+    return int(number) if number == int(number) and abs(number) < 1e15 else number
+
+
+def _matmul(part: _Section) -> MatmulRate:
+    part.only(("peak", "units", "tiles", "start", "extra_k"))
+    tiles = []
+    for rows, columns, share in part.rows("tiles", 3):
+        if not (1 <= rows <= 4096 and 1 <= columns <= 4096):
+            raise part.reader.error(part.at("tiles"), f"has a tile of {rows:g} x {columns:g}", "Plausible: 1 to 4096 each way.")
+        if not 0 < share <= 1:
+            raise part.reader.error(part.at("tiles"), f"has a share of {share:g}", "Plausible: above 0, to 1: no kernel beats the peak.")
+        tiles.append(Tile(int(rows), int(columns), share))
+    return MatmulRate(
+        part.constant("peak", PEAK),
+        int(part.constant("units", UNITS)),
+        tuple(tiles),
+        part.constant("start", START),
+        part.constant("extra_k", EXTRA_K),
+    )
+
+
+def _attention(part: _Section) -> AttentionRate:
+    part.only(("forward", "backward", "half_sequence", "start"))
+    return AttentionRate(
+        part.constant("forward", RATE),
+        part.constant("backward", RATE),
+        part.constant("half_sequence", TOKENS),
+        part.constant("start", START),
+    )
+
+
+def _kernel(part: _Section, memory_bytes_per_s: float, device: str) -> KernelRate:
+    part.only(("start", "rate", "elements", "points"))
+    if "points" in part.table:
+        return KernelRate(points=part.points("points", TIME))
+    rate = part.constant("rate", KERNEL_RATE)
+    if device == "cuda" and rate > memory_bytes_per_s:
+        raise part.reader.error(
+            part.at("rate"), f"is {KERNEL_RATE.shown(rate)}",
+            f"The memory's bandwidth is {KERNEL_RATE.shown(memory_bytes_per_s)}: nothing that comes from it is faster.",
+        )  # fmt: skip
+    return KernelRate(part.constant("start", START), rate, part.constant("elements", ELEMENTS, math.inf))
+
+
+def _link(part: _Section) -> Link:
+    kinds = (ANY, *CollectiveKind)
+    part.only(("bandwidth", "reach", "start", "start_per_hop", *kinds))
+    bandwidth = part.constant("bandwidth", LINK_BANDWIDTH)
+    rates = []
+    for kind in kinds:
+        entries = part.table.get(kind)
+        if entries is None:
+            continue
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise part.reader.error(part.at(kind), "is no list of tables", f"Write [[{part.at(kind)}]] with ranks, start and rate.")
+        found = [_collective(_Section(part.reader, f"{part.at(kind)}[{index}]", entry), bandwidth) for index, entry in enumerate(entries)]
+        rates.append((None if kind == ANY else CollectiveKind(kind), tuple(sorted(found, key=lambda rate: rate.ranks))))
+    reach = tuple((float(x), float(y)) for x, y in part.rows("reach", 2)) if "reach" in part.table else ()
+    if any(x <= 0 or not 0 < y <= 1 for x, y in reach):
+        raise part.reader.error(
+            part.at("reach"), "has a share outside 0 to 1", "Write rows of message bytes and the share of bandwidth there."
+        )
+    return Link(bandwidth, tuple(rates), reach, part.constant("start", START, 0.0), part.constant("start_per_hop", START, 0.0))
+
+
+def _collective(part: _Section, bandwidth: float) -> CollectiveRate:
+    part.only(("ranks", "start", "rate", "points"))
+    ranks = part.whole("ranks", 2, 1_000_000)
+    if "points" in part.table:
+        return CollectiveRate(ranks, 0.0, math.inf, part.points("points", TIME))
+    rate = part.constant("rate", LINK_BANDWIDTH_OF_ONE)
+    if rate > 2 * bandwidth:  # a switch that reduces on the way can beat a ring's formula, and by no more than this
+        raise part.reader.error(
+            part.at("rate"),
+            f"is {KERNEL_RATE.shown(rate)}",
+            f"The link's bandwidth is {KERNEL_RATE.shown(bandwidth)} one way: at most twice that.",
+        )
+    return CollectiveRate(ranks, part.constant("start", START), rate)
+
+
+LINK_BANDWIDTH_OF_ONE = Quantity(_PER_SECOND, 1e7, 4e12)

@@ -1,0 +1,129 @@
+"""Prediction: what a plan's step would take on a machine, term by term. Standard library and the Timeline's numpy only.
+
+The terms add up to the step. What isn't modelled is named, and never 0.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from shardwise.core.program import MemoryKind
+from shardwise.core.timeline import Timeline
+
+
+class Term(StrEnum):
+    """A summand of the step. The first five are work of the device; the next three are communication that no work hides."""
+
+    MATMUL = "matmul"
+    ATTENTION = "attention"
+    KERNELS = "memory-bound kernels"
+    EMBEDDING = "embedding"
+    OPTIMIZER = "clipping and optimizer"
+    TENSOR = "tensor-parallel communication"
+    DATA = "data-parallel communication"
+    SLOWED = "compute slowed by communication beside it"
+    LAUNCH = "waiting for launches"
+    BUBBLE = "pipeline bubble"
+
+
+COMPUTE_TERMS = (Term.MATMUL, Term.ATTENTION, Term.KERNELS, Term.EMBEDDING, Term.OPTIMIZER)
+
+
+class AttentionKernel(StrEnum):
+    """fused: flash, memory-efficient or cuDNN attention, as PyTorch chooses. unfused: matmuls and softmax over whole score matrices, as
+    trainers ran it before 2022 (and PyTorch does where no fused kernel takes the shapes)."""
+
+    FUSED = "fused"
+    UNFUSED = "unfused"
+
+
+class Selective(StrEnum):
+    """What a selective recompute runs again. attention: the unfused attention between its projections (Korthikanti et al. 2022). ops: all but
+    attention, reduce-scatters and every second matmul (torchtitan's "selective op")."""
+
+    ATTENTION = "attention"
+    OPS = "ops"
+
+
+class Precision(StrEnum):
+    """What states are kept in. traced: all in the Program's dtype. master: parameters in it; gradients, master weights and AdamW's state in
+    float32 (Megatron's mixed precision). sharded: all of them in float32, gathered in the Program's dtype (FSDP2's mixed precision)."""
+
+    TRACED = "traced"
+    MASTER = "master"
+    SHARDED = "sharded"
+
+
+class Schedule(StrEnum):
+    """Of pipeline stages. one_f_one_b: PipeDream-flush; interleaved: several chunks of layers a stage (both: Narayanan et al. 2021)."""
+
+    ONE_F_ONE_B = "1f1b"
+    INTERLEAVED = "interleaved"
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """How a traced micro-batch's Program becomes a whole step, and what is assumed of the run. A choice per field, each stated in the result.
+
+    micro_batches: per step. stages: of the pipeline; chunks: of layers a stage holds (interleaved). context: ranks that share each sequence (the Program's
+    sequence is one rank's part). attention: None where the Program's own
+    op says. compiled: kernels bound by memory fused between matmuls. matmul_dtype: "float8" where linear layers multiply in it. overlap_data:
+    whether gradients of whole replicas are reduced beside the backward. overlap_tensor: whether tensor-parallel collectives run beside the
+    matmul that makes or takes them. optimizer_shards: ranks that share the optimizer's state and work (ZeRO-1). without: terms that are switched off.
+    """
+
+    micro_batches: int = 1
+    stages: int = 1
+    chunks: int = 1
+    context: int = 1
+    attention: AttentionKernel | None = None
+    selective_recompute: Selective | None = None
+    compiled: bool = False
+    matmul_dtype: str | None = None
+    overlap_data: bool = False
+    overlap_tensor: bool = False
+    optimizer_shards: int = 1
+    precision: Precision = Precision.TRACED
+    without: tuple[Term, ...] = ()
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule.INTERLEAVED if self.chunks > 1 else Schedule.ONE_F_ONE_B
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryForecast:
+    """One rank's memory (of the fullest stage). by_kind: at the peak, adding up to active_bytes. reserved_bytes: what the allocator would hold;
+    device_bytes: with what the process holds beside. fits: in the machine's memory."""
+
+    active_bytes: float
+    by_kind: tuple[tuple[MemoryKind, float], ...]
+    reserved_bytes: float
+    device_bytes: float
+    capacity_bytes: float
+
+    @property
+    def fits(self) -> bool:
+        return self.device_bytes <= self.capacity_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """terms: in Term's order, adding up to step_s. launch_bound: modules with their share of the step spent waiting for launches.
+    tokens: per step over all ranks."""
+
+    model: str
+    plan: str
+    machine: str
+    axes: tuple[tuple[str, int], ...]
+    setup: Setup
+    devices: int
+    tokens: int
+    step_s: float
+    terms: tuple[tuple[Term, float], ...]
+    memory: MemoryForecast
+    timeline: Timeline | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tokens_per_s_per_device(self) -> float:
+        return self.tokens / self.step_s / self.devices

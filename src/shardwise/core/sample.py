@@ -1,0 +1,30 @@
+"""Sample: one kernel, collective or launch as it was timed on a machine. What a machine file is fitted to. Standard library only."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """`seconds`: the median of `repeats` timings, between the quartiles `low_s` and `high_s`.
+
+    what: an OpKind, a CollectiveKind or "launch". name: the op ("aten::mm"), with what sets it apart ("tn", "causal"). shape: a matmul's
+    (batch, m, n, k), an attention's (batch, heads, KV heads, sequence, head dim), else what the op's docstring says. read_bytes, write_bytes,
+    flops: as core/program.py counts them. ranks: that took part, or that ran the same beside it.
+    """
+
+    what: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    seconds: float
+    low_s: float
+    high_s: float
+    repeats: int
+    flops: int = 0
+    read_bytes: int = 0
+    write_bytes: int = 0
+    ranks: int = 1
+
+    @property
+    def n_bytes(self) -> int:
+        return self.read_bytes + self.write_bytes

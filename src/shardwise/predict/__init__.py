@@ -1,0 +1,1 @@
+"""predict: Program + Machine -> time and memory, term by term. No torch."""

@@ -1,0 +1,184 @@
+"""What one item of a Program costs on a Machine: seconds on the device, seconds of the host that issues it, and the term it counts to.
+
+    matmul       the machine's tiles and waves, and never less than its bytes take
+    attention    FLOPs over the fused kernel's rate; unfused: its matmuls, and the score matrix B N S S read or written by each kernel between
+                 (forward: softmax 2 times, dropout 2; backward: softmax 3, dropout 2; Korthikanti et al. 2022, section 4.1, figure 3)
+    look-ups     by elements or bytes, whichever is slower
+    all others   bytes over the rate of that op, else of its kind, else the default
+
+What this file does not know: what runs beside what.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from shardwise.core.collective import CollectiveKind, wire_bytes
+from shardwise.core.errors import MachineError
+from shardwise.core.machine import FRESH, Link, Machine, local_ranks
+from shardwise.core.prediction import AttentionKernel, Selective, Setup, Term
+from shardwise.core.program import Collective, Op, OpKind, Phase, TensorSpec
+
+SCORE_PASSES = {False: 4, True: 5}  # forward, backward
+UNFUSED_LAUNCHES = {False: 6, True: 10}
+FUSED_TRAFFIC = 0.5
+"""Share of eager traffic that is left where a compiler fuses kernels between matmuls."""
+
+TENSOR_HIDDEN = 0.30
+"""Of all-gathers and reduce-scatters that are cut up to run beside the matmul that takes or makes them, the share that is hidden. Fitted to the
+six pairs of rows with and without async TP that torchtitan published (benchmarks/published.py says how): median of what it saved."""
+
+_CHUNKED = (CollectiveKind.ALL_GATHER, CollectiveKind.REDUCE_SCATTER)
+_BACKWARD = (Phase.BACKWARD,)
+_FUSIBLE = (OpKind.ELEMENTWISE, OpKind.NORM, OpKind.SOFTMAX, OpKind.REDUCTION, OpKind.COPY, OpKind.FILL)
+_WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """device_s: on its stream. host_s: to issue it. known: False where nobody knows what the device runs."""
+
+    device_s: float
+    host_s: float
+    term: Term
+    known: bool = True
+
+
+def op_cost(op: Op, machine: Machine, setup: Setup) -> Cost:
+    """Of one op on its stream."""
+    backward = op.phase in _BACKWARD
+    issue_s = machine.launch.backward_s if backward else machine.launch.forward_s
+    if op.on_host:
+        return Cost(0.0, issue_s, Term.LAUNCH)
+    if op.phase in (Phase.CLIP, Phase.OPTIMIZER, Phase.REDUCE):
+        return Cost(_kernel_s(op, machine), issue_s, Term.OPTIMIZER)
+    match op.kind:
+        case OpKind.MATMUL:
+            return Cost(_matmul_s(op, machine, setup), issue_s, Term.MATMUL)
+        case OpKind.ATTENTION:
+            return _attention(op, machine, setup, issue_s)
+        case OpKind.EMBEDDING:
+            return Cost(_kernel_s(op, machine), issue_s, Term.EMBEDDING)
+        case OpKind.UNKNOWN:
+            if op.flops:
+                return _attention(op, machine, setup, issue_s)
+            return Cost(_kernel_s(op, machine), issue_s, Term.KERNELS, known=False)
+        case _:
+            seconds = _kernel_s(op, machine)
+            if setup.compiled and op.kind in _FUSIBLE:
+                return Cost(seconds * FUSED_TRAFFIC, 0.0, Term.KERNELS)
+            return Cost(seconds, issue_s, Term.KERNELS)
+
+
+def _kernel_s(op: Op, machine: Machine) -> float:
+    elements = float(max((prod(spec.shape) for spec in op.outputs), default=0))
+    first = next(iter((*op.inputs, *op.outputs)), None)
+    of_dtype = (f"{op.name} {first.dtype}",) if first is not None else ()
+    seconds = machine.kernel(*of_dtype, op.name, op.kind).time_s(op.read_bytes + op.write_bytes, elements)
+    return seconds + fresh_memory_s(op, machine)
+
+
+def _matmul_s(op: Op, machine: Machine, setup: Setup) -> float:
+    dims = matmul_dims(op)
+    dtype = op.inputs[-1].dtype
+    if dims is None:  # a convolution, a dot product: by its FLOPs at the best tile
+        rate = machine.matmul(dtype)
+        share = max(tile.share for tile in rate.tiles) if rate is not None else 1.0
+        seconds = op.flops / (rate.peak_flops * share) if rate is not None else 0.0
+    else:
+        seconds = _product_s(machine, setup.matmul_dtype if setup.matmul_dtype and dims[0] == 1 else dtype, *dims)
+    seconds = max(seconds, machine.kernel("matmul bytes", "copy").time_s(op.read_bytes + op.write_bytes))
+    return seconds + fresh_memory_s(op, machine)
+
+
+def fresh_memory_s(op: Op, machine: Machine) -> float:
+    """What an op's outputs cost beside it where the allocator takes them anew from the system."""
+    known = dict(machine.kernels)
+    if FRESH not in known:
+        return 0.0
+    return sum(known[FRESH].time_s(prod(spec.shape) * _WIDTHS.get(spec.dtype, 4)) for spec in op.outputs)
+
+
+def _product_s(machine: Machine, dtype: str, batch: int, m: int, n: int, k: int) -> float:
+    rate = machine.matmul(dtype)
+    if rate is None and dtype in ("float16", "bfloat16"):
+        rate = machine.matmul("bfloat16" if dtype == "float16" else "float16")
+    if rate is None:
+        rate = machine.matmul("float32")
+    if rate is None:
+        rate = machine.matmuls[0][1]
+    return rate.time_s(batch, m, n, k)
+
+
+def matmul_dims(op: Op) -> tuple[int, int, int, int] | None:
+    """(batch, m, n, k); None for what is no plain product."""
+    base = op.name.removeprefix("aten::")
+    if base in ("mm", "bmm"):
+        a, b = op.inputs[0].shape, op.inputs[1].shape
+    elif base in ("addmm", "baddbmm"):
+        a, b = op.inputs[1].shape, op.inputs[2].shape
+    else:
+        return None
+    return (a[0] if len(a) == 3 else 1, a[-2], b[-1], a[-1])
+
+
+def _attention(op: Op, machine: Machine, setup: Setup, issue_s: float) -> Cost:
+    backward = "backward" in op.name
+    q = op.inputs[1 if backward else 0]
+    k = op.inputs[2 if backward else 1]
+    rate = machine.attention(q.dtype) or (machine.attention("bfloat16") if q.dtype == "float16" else None)
+    unfused = setup.attention is AttentionKernel.UNFUSED or op.kind is OpKind.UNKNOWN or rate is None
+    if not unfused:
+        assert rate is not None
+        # one of c ranks meets the keys of all of them: c times the FLOPs of its own part alone, half of which is masked either way
+        seconds = rate.time_s(op.flops * setup.context, q.shape[-2] * setup.context, backward=backward)
+        return Cost(seconds, issue_s, Term.ATTENTION)
+    seconds = _unfused_s(machine, q, k, backward=backward)
+    launches = UNFUSED_LAUNCHES[backward]
+    if backward and setup.selective_recompute is Selective.ATTENTION:
+        seconds += _unfused_s(machine, q, k, backward=False)
+        launches += UNFUSED_LAUNCHES[False]
+    return Cost(seconds, launches * issue_s, Term.ATTENTION)
+
+
+def _unfused_s(machine: Machine, q: TensorSpec, k: TensorSpec, *, backward: bool) -> float:
+    batch, heads, sequence, head_dim = q.shape
+    keys, dtype = k.shape[-2], q.dtype
+    scores = _product_s(machine, dtype, batch * heads, sequence, keys, head_dim)
+    values = _product_s(machine, dtype, batch * heads, sequence, head_dim, keys)
+    matmuls = (2 * scores + 2 * values) if backward else (scores + values)
+    matrix_bytes = batch * heads * sequence * keys * _WIDTHS.get(dtype, 4)
+    return matmuls + SCORE_PASSES[backward] * machine.kernel("scores", "softmax").time_s(matrix_bytes)
+
+
+def collective_cost(item: Collective, machine: Machine, setup: Setup, stride: int, size: int) -> Cost:
+    """Of one collective over `size` ranks that are `stride` apart."""
+    call = item.call
+    term = Term.TENSOR if call.axis == "tp" else Term.DATA
+    sent = call.wire_bytes if size == call.axis_size else wire_bytes(call.kind, call.payload_bytes, size)
+    if item.by_data is not None:
+        sent = max(sent, item.by_data.max_bytes)  # the hottest rank sets the time
+    seconds = collective_s(machine, call.kind, sent, call.payload_bytes, stride, size)
+    if setup.overlap_tensor and term is Term.TENSOR and call.kind in _CHUNKED:
+        seconds *= 1 - TENSOR_HIDDEN
+    return Cost(seconds, machine.launch.collective_s, term)
+
+
+def collective_s(machine: Machine, kind: CollectiveKind, sent: float, payload: float, stride: int, size: int) -> float:
+    """Seconds in which each of `size` ranks, `stride` apart, sends `sent` bytes. Over several nodes a ring passes every node's NICs: of L local
+    ranks each has one, so the ring runs at L NICs' rate, and never faster than the link within."""
+    if size == 1:
+        return 0.0
+    local = local_ranks(stride, size, machine.devices_per_node)
+    within = _within_s(machine.within, kind, sent, min(local, size)) if local > 1 else 0.0
+    if local >= size or machine.between is None:
+        return within if local > 1 else _within_s(machine.within, kind, sent, size)
+    link, nodes = machine.between, -(-size // local)
+    rate = link.bytes_per_s * link.share_at(payload / local * machine.devices_per_node) * local  # each NIC carries 1/local of it
+    return max(link.start_s + link.start_per_hop_s * nodes + sent / rate, within)
+
+
+def _within_s(link: Link, kind: CollectiveKind, sent: float, ranks: int) -> float:
+    if not link.is_known:
+        raise MachineError("the machine's file has no link: none was measured. Calibrate with --base MACHINE, whose links are then taken.")
+    rate = link.rate(kind, ranks)
+    return rate.time_s(sent) if rate is not None else link.start_s + sent / link.bytes_per_s

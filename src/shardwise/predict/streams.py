@@ -1,0 +1,93 @@
+"""When each item of a row of work runs: the host issues in order, the device's compute stream and its communication streams follow.
+
+    compute stream   starts an item when the one before it ended, the host has issued it, and what it needs has arrived
+    tp collectives   take part in the compute stream's order: what follows needs their result
+    data collectives run beside it on a stream of their own. An all-gather of a layer's parameters begins with the compute of the layer
+                     that runs before it, and the layer's compute waits for its end; a reduce-scatter or all-reduce (of gradients) begins
+                     when what comes before it has been computed, and nothing waits for it but the optimizer (PyTorch FSDP2's prefetching)
+
+Between data collectives, ends follow from a running maximum: end[i] = S[i] + max over j <= i of (issued[j] - S[j-1]), S being the sum of
+durations. No loop over items.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardwise.core.collective import CollectiveKind
+from shardwise.core.program import Collective, Phase
+from shardwise.predict.work import PHASES, Seconds, Work
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Starts and ends of each item, seconds from the moment at which the host begins. issued_s: when the host had issued it."""
+
+    start_s: Seconds
+    end_s: Seconds
+    issued_s: Seconds
+
+    @property
+    def length_s(self) -> float:
+        return float(self.end_s.max(initial=0.0))
+
+
+def run(work: Work, *, host_free_s: float = 0.0, device_free_s: float = 0.0, together: bool = False, all_wait: bool = False) -> Run:
+    """Runs the work once. together: host and device are one (a CPU): issuing is part of the item. all_wait: nothing runs beside compute."""
+    if together:
+        ends = np.cumsum(work.device_s + work.host_s) + max(host_free_s, device_free_s)
+        return Run(ends - work.device_s, ends, ends - work.device_s)
+    issued = host_free_s + np.cumsum(work.host_s)
+    start, end = np.zeros(len(work)), np.zeros(len(work))
+    beside = np.flatnonzero(_beside(work)) if not all_wait else np.array([], np.int64)
+    in_backward = work.in_phases(Phase.BACKWARD, Phase.RECOMPUTE)
+    free, comm_free, layer_start, first = device_free_s, device_free_s, device_free_s, 0
+    arrives: dict[int, float] = {}  # when a layer's parameters are there
+    for at in [*beside, len(work)]:
+        if at > first:
+            part = slice(first, at)
+            waits_for = arrives.pop(int(work.layer[first]), 0.0)
+            begun, ended = _in_order(work.device_s[part], issued[part], max(free, waits_for))
+            start[part], end[part] = begun, ended
+            layer_start, free = float(begun[0]), float(ended[-1])
+        if at < len(work):
+            gathers = _gathers(work, at)
+            ready = layer_start if gathers and not in_backward[at] else free
+            start[at] = max(comm_free, float(issued[at]), ready)
+            end[at] = comm_free = start[at] + float(work.device_s[at])
+            if gathers:
+                arrives[_needed_by(work, at) if in_backward[at] else int(work.layer[at])] = comm_free
+        first = at + 1
+    final = work.in_phases(Phase.CLIP, Phase.OPTIMIZER)
+    if final.any() and comm_free > 0:  # the optimizer needs all gradients
+        late = max(0.0, comm_free - float(start[final].min()))
+        start[final] += late
+        end[final] += late
+    return Run(start, end, issued)
+
+
+def _in_order(durations: Seconds, issued: NDArray[np.float64], free_s: float) -> tuple[Seconds, Seconds]:
+    total = np.cumsum(durations)
+    before = total - durations
+    ends = total + np.maximum(np.maximum.accumulate(issued - before), free_s)
+    return ends - durations, ends
+
+
+def _beside(work: Work) -> NDArray[np.bool_]:
+    """Collectives over data-parallel axes that belong to layers (FSDP's): in forward and backward."""
+    data = np.array([name == "fsdp" for name in ("", *work.axes)])[work.axis]
+    inside = work.in_phases(Phase.FORWARD, Phase.BACKWARD, Phase.RECOMPUTE)
+    large = work.device_s > 0
+    return data & inside & large & ~np.isin(work.phase, [PHASES.index(Phase.LOSS)])
+
+
+def _needed_by(work: Work, at: int) -> int:
+    """The layer whose parameters a backward's all-gather brings: a layer fetches those of the layer that comes after it."""
+    others = np.flatnonzero(work.layer[at:] != work.layer[at])
+    return int(work.layer[at + others[0]]) if len(others) else int(work.layer[at])
+
+
+def _gathers(work: Work, at: int) -> bool:
+    item = work.items[int(work.template[at])]
+    return isinstance(item, Collective) and item.call.kind is CollectiveKind.ALL_GATHER

@@ -1,0 +1,93 @@
+"""Machines by name or file, setups that can't be, and what sets two predictions apart."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from shardwise.core.errors import MachineError, OptionError
+from shardwise.core.measurement import StepSettings
+from shardwise.core.prediction import Setup, Term
+from shardwise.core.program import Program
+from shardwise.predict.check import check_setup
+from shardwise.predict.contrast import differences
+from shardwise.predict.machines import LARGEST_FILE, load_machine, machine_names, machine_text
+from tests.unit.prediction_example import TERMS, prediction
+
+PROGRAM = Program("m", "rowwise", "native", "cuda", 0, (("fsdp", 2), ("tp", 4)), StepSettings(2, 8), 1, (), (), (), (), ("layers", 6))
+SIZES = {"fsdp": 2, "tp": 4}
+
+
+@pytest.mark.parametrize("name", machine_names())
+def test_every_shipped_machine_reads_and_has_its_file_s_name(name: str) -> None:
+    machine = load_machine(name)
+    assert machine.name == name
+    assert all(constant.source for constant in machine.constants)
+
+
+def test_a_machine_is_read_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(machine_text("h100-sxm-80gb").replace('name = "h100-sxm-80gb"', 'name = "mine"'))
+    assert load_machine(str(tmp_path / "mine.toml")).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("h100", 'unknown machine "h100". Did you mean "h100-sxm-80gb"? Known: '),
+        ("../predict/machines", 'unknown machine "../predict/machines".'),
+        ("no.toml", "machine file no.toml: No such file or directory. Give the path of a TOML file"),
+        ("\0.toml", "machine file \\x00.toml: can't be a path."),
+        ("large.toml", f"machine file large.toml: is larger than {LARGEST_FILE:,} bytes"),
+        ("binary.toml", "machine file binary.toml: not UTF-8 text."),
+        ("empty.toml", "empty.toml: "),
+    ],
+)
+def test_what_is_no_machine_is_refused_in_a_line(name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("large.toml").write_bytes(b"#" * (LARGEST_FILE + 1))
+    Path("binary.toml").write_bytes(b"\xff\xfe")
+    Path("empty.toml").write_bytes(b"")
+    with pytest.raises(MachineError) as caught:
+        load_machine(name)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+REFUSED = [
+    (Setup(chunks=2), SIZES, "--chunks 2: chunks of layers are of a pipeline's stages. Use --stages of at least 2."),
+    (Setup(stages=7), SIZES, "--stages: m has 6 layers, and can't be cut into 7 stages. Use at most 6."),
+    (Setup(stages=4, chunks=2, micro_batches=4), SIZES, "--stages: m has 6 layers, and can't be cut into 4 stages of 2 chunks. Use at most 3."),
+    (Setup(stages=2, chunks=2, micro_batches=5), SIZES, "--chunks 2: the interleaved schedule takes micro-batches in rounds of 2 stages, and 5 is no multiple. Use --accumulation 6."),
+    (Setup(), {"fsdp": 2, "tp": 2}, "the program was traced at tp=4, and the mesh has tp=2. Only dp and fsdp can be rescaled."),
+    (Setup(), {"dp": 2, "tp": 4}, "the program was traced at dp=1, and the mesh has dp=2."),
+    (Setup(), {"fsdp": 1, "tp": 4}, "the program was traced at fsdp=2, and the mesh has fsdp=1."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("setup", "sizes", "message"), REFUSED, ids=[message[:40] for _, _, message in REFUSED])
+def test_a_setup_that_can_t_be_is_said(setup: Setup, sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        check_setup(PROGRAM, load_machine("h100-sxm-80gb"), setup, sizes)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_machine_of_one_node_has_an_end() -> None:
+    alone = replace(load_machine("h100-sxm-80gb"), between=None)
+    check_setup(PROGRAM, alone, Setup(), SIZES)
+    with pytest.raises(OptionError, match=r"mesh fsdp=2,tp=4 x 2 stages is 16 devices, and machine h100-sxm-80gb is one node of 8"):
+        check_setup(PROGRAM, alone, Setup(stages=2), SIZES)
+    with pytest.raises(OptionError, match="the program is of device cuda, and machine h100-sxm-80gb is of device cpu"):
+        check_setup(PROGRAM, replace(alone, device="cpu"), Setup(), SIZES)
+
+
+def test_a_program_without_layers_has_no_stages() -> None:
+    with pytest.raises(OptionError, match=r"m has no row of equal layers that could be cut. Use --stages 1"):
+        check_setup(replace(PROGRAM, layers=None), load_machine("h100-sxm-80gb"), Setup(stages=2), SIZES)
+
+
+def test_the_term_that_differs_most_is_named_with_its_sign() -> None:
+    faster = prediction("colwise", terms=TERMS | {Term.TENSOR: 0.005, Term.KERNELS: 0.021})
+    (found,) = differences([prediction(), faster])
+    assert (found.plan, found.term) == ("colwise", Term.TENSOR)
+    assert found.ratio == pytest.approx(0.91)
+    assert found.term_s == pytest.approx(-0.01)

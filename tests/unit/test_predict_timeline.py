@@ -1,0 +1,135 @@
+"""The predicted step as a Timeline: what decompose() finds in it is what the terms say, and stages play the schedule."""
+
+import functools
+import gzip
+import json
+from dataclasses import replace
+
+import pytest
+
+from shardwise.core.decomposition import decompose
+from shardwise.core.machine import Machine
+from shardwise.core.measurement import StepSettings
+from shardwise.core.mesh import Mesh
+from shardwise.core.prediction import COMPUTE_TERMS, Selective, Setup, Term
+from shardwise.core.program import Program
+from shardwise.core.timeline import NONE, SpanKind
+from shardwise.models.llama import LlamaConfig
+from shardwise.models.specs import ModelSpec
+from shardwise.parallel.builtin import builtin_plan
+from shardwise.predict.machines import load_machine
+from shardwise.predict.predict import predict
+from shardwise.predict.timeline import launch_bound, pipeline_timelines, timeline_of
+from shardwise.report.perfetto import perfetto_trace
+from shardwise.trace.trace import trace
+
+SPEC = ModelSpec("small", LlamaConfig(1024, 512, 6, 8, 4, 1024), "")
+# a host so fast that the device is seldom waited for, and one that is always waited for
+HOSTS = {"fast": 1e-7, "slow": 5e-5}
+
+
+@functools.cache
+def program(mesh: str, device: str = "cuda") -> Program:
+    shape = Mesh.parse(mesh)
+    settings = StepSettings(2 * shape.data_parallel, 256, dtype="bfloat16" if device == "cuda" else "float32")
+    return trace(SPEC, builtin_plan("rowwise"), shape, settings, device=device)
+
+
+def machine(host: str = "fast", device: str = "cuda") -> Machine:
+    found = load_machine("h100-sxm-80gb")
+    launch = replace(found.launch, forward_s=HOSTS[host], backward_s=HOSTS[host], collective_s=HOSTS[host])
+    return replace(found, launch=launch, device=device)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize(
+    "setup", [Setup(), Setup(compiled=True), Setup(selective_recompute=Selective.OPS)], ids=["eager", "compiled", "ops"]
+)
+@pytest.mark.parametrize("mesh", ["tp=2", "fsdp=2,tp=2", "dp=2,tp=2", "fsdp=2,tp=1"])
+def test_a_timeline_decomposes_into_its_terms(mesh: str, setup: Setup, host: str) -> None:
+    found = predict(program(mesh), machine(host), setup)
+    terms = dict(found.terms)
+    (parts,) = (one.parts for one in decompose(timeline_of(program(mesh), machine(host), setup)))
+    close = functools.partial(pytest.approx, rel=1e-3, abs=2e-6)  # each span is rounded to a nanosecond
+    assert parts.total_ns / 1e9 == close(found.step_s - terms[Term.SLOWED])
+    assert parts.compute_ns / 1e9 == close(sum(terms[term] for term in COMPUTE_TERMS))
+    # what is gathered before the first layer is neither hidden nor waited for by a rank: which of the two it counts to differs by little
+    idle_ns = parts.cpu_bound_idle_ns + parts.other_idle_ns
+    assert (parts.exposed_transfer_ns + idle_ns) / 1e9 == close(terms[Term.TENSOR] + terms[Term.DATA] + terms[Term.LAUNCH])
+    assert parts.exposed_waiting_ns == parts.exposed_communication_ns == parts.exposed_copy_ns == 0
+    if mesh == "tp=2":
+        assert parts.exposed_transfer_ns / 1e9 == close(terms[Term.TENSOR])
+        assert idle_ns / 1e9 == close(terms[Term.LAUNCH])
+
+
+def test_on_a_cpu_all_of_an_op_is_its_own() -> None:
+    here = machine(device="cpu")
+    found = predict(program("tp=2", "cpu"), here, Setup())
+    (parts,) = (one.parts for one in decompose(timeline_of(program("tp=2", "cpu"), here, Setup())))
+    assert parts.total_ns / 1e9 == pytest.approx(found.step_s, rel=1e-3)
+    assert parts.cpu_bound_idle_ns + parts.other_idle_ns < 0.001 * parts.total_ns
+
+
+def test_a_collective_says_who_asked_what_it_moves_and_that_nobody_waits() -> None:
+    timeline = timeline_of(program("fsdp=2,tp=2"), machine(), Setup(), {"fsdp": 64, "tp": 2})
+    found, spans = timeline.collectives, timeline.spans
+    assert (spans.kind[found.span] == SpanKind.COLLECTIVE).all()
+    assert (found.arrival_ns == spans.start_ns[found.span]).all()
+    assert {timeline.names[index] for index in found.op} >= {"all_gather", "reduce_scatter"}
+    origins = {timeline.names[index] for index in found.origin}
+    assert {"layers.0.attention", "layers.3.attention", "layers.5.attention"} <= origins
+    by_axis = dict(zip((group.name for group in timeline.groups), timeline.groups, strict=True))
+    assert by_axis["tp"].ranks == (0, 1)
+    assert by_axis["fsdp"].ranks == tuple(range(0, 128, 2))
+    assert {lane.count for lane in timeline.lanes} == {128}
+
+
+def test_every_device_span_hangs_on_the_host_span_that_issued_it() -> None:
+    timeline = timeline_of(program("tp=2"), machine("slow"), Setup())
+    spans = timeline.spans
+    on_device = spans.kind <= SpanKind.COPY
+    assert (spans.parent[on_device] != NONE).all()
+    assert (spans.end_ns[spans.parent[on_device]] == spans.launched_ns[on_device]).all()
+    assert (spans.start_ns[on_device] >= spans.launched_ns[on_device] - 1).all()
+    assert (spans.end_ns >= spans.start_ns).all()
+
+
+def test_what_the_device_waits_for_is_found_by_module() -> None:
+    waits = launch_bound(program("tp=2"), machine("slow"), Setup())
+    assert any(each.module.startswith("layers.*.") for each in waits)
+    assert [each.waits_s for each in waits] == sorted((each.waits_s for each in waits), reverse=True)
+    quick = predict(program("tp=2"), machine("fast"), Setup())
+    assert sum(each.waits_s for each in launch_bound(program("tp=2"), machine("fast"), Setup())) <= dict(quick.terms)[Term.LAUNCH] + 1e-9
+    assert launch_bound(program("tp=2", "cpu"), machine(device="cpu"), Setup()) == ()
+
+
+def test_stages_play_the_schedule() -> None:
+    setup = Setup(stages=3, micro_batches=4)
+    found = pipeline_timelines(program("tp=2"), machine(), setup)
+    assert [timeline.lanes[0].process for timeline in found] == ["stage 0", "stage 1", "stage 2"]
+    assert [timeline.ranks for timeline in found] == [(0,), (2,), (4,)]
+    last = [found[2].name(span) for span in range(8)]
+    assert last == [name for index in range(4) for name in (f"forward {index}", f"backward {index}")]
+    assert [found[0].name(span) for span in range(4)] == ["forward 0", "forward 1", "forward 2", "backward 0"]
+    terms = dict(predict(program("tp=2"), machine(), setup).terms)
+    (parts,) = (
+        one.parts for one in decompose(max(found, key=lambda timeline: int((timeline.spans.end_ns - timeline.spans.start_ns).sum())))
+    )
+    assert (parts.cpu_bound_idle_ns + parts.other_idle_ns) / 1e9 == pytest.approx(terms[Term.BUBBLE], rel=1e-3, abs=1e-6)
+
+
+def test_a_schedule_of_a_million_micro_batches_is_cut_and_says_so() -> None:
+    found = pipeline_timelines(program("tp=2"), machine(), Setup(stages=2, micro_batches=1_000_000))
+    assert sum(len(timeline.spans) for timeline in found) <= 20_000
+    assert found[0].facts == (("left out", "995000 further micro-batches"),)
+
+
+def test_no_pipeline_and_an_interleaved_one_have_no_passes() -> None:
+    assert pipeline_timelines(program("tp=2"), machine(), Setup()) == ()
+    assert pipeline_timelines(program("tp=2"), machine(), Setup(stages=2, chunks=2, micro_batches=4)) == ()
+
+
+def test_the_trace_opens_as_json_with_a_lane_for_host_device_and_communication() -> None:
+    document = json.loads(gzip.decompress(perfetto_trace([timeline_of(program("tp=2"), machine(), Setup())])))
+    lanes = {event["args"]["name"] for event in document["traceEvents"] if event["ph"] == "M" and event["name"] == "thread_name"}
+    assert {"thread issues", "stream compute", "stream communication tp"} <= lanes
