@@ -13,8 +13,10 @@ from shardwise.report.program_text import program_text
 from shardwise.trace.trace import trace
 
 HERE = Path(__file__).parent
+PLANS = ("rowwise", "colwise", "routed", "rowwise@dtensor")
+DEVICES = ("cpu", "cuda")
 # every size another number, so that a line tells which it has
-LLAMA = ModelSpec("tiny", LlamaConfig(70, 48, 1, 4, 2, 64), "")
+SPEC = ModelSpec("tiny", LlamaConfig(70, 48, 1, 4, 2, 64), "")
 GPT = ModelSpec("tiny gpt", GPTConfig(70, 48, 1, 4, 64, 20), "")
 
 
@@ -28,7 +30,7 @@ class Small:
 
     @property
     def path(self) -> Path:
-        family = "" if self.spec is LLAMA else f"{self.spec.family}-"
+        family = "" if self.spec is SPEC else f"{self.spec.family}-"
         return HERE / f"{family}{self.plan.replace('@', '-by-')}-{self.device}.txt"
 
     def text(self) -> str:
@@ -38,7 +40,7 @@ class Small:
 
 
 PROGRAMS = (
-    *(Small(LLAMA, plan, device) for plan in ("rowwise", "colwise", "routed", "rowwise@dtensor") for device in ("cpu", "cuda")),
+    *(Small(SPEC, plan, device) for plan in PLANS for device in DEVICES),
     Small(GPT, "rowwise", "cuda"),
 )
 
