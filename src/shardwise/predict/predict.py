@@ -95,7 +95,15 @@ def stages_of(work: Work, program: Program, setup: Setup, *, together: bool) -> 
     """Every stage of the pipeline; one where there is none."""
     n_layers = program.layers[1] if program.layers is not None else 0
     parts = layers_of_stages(n_layers, setup.stages)
-    return [_stage(work, first, count, setup, index, together) for index, (first, count) in enumerate(parts)]
+    found: dict[tuple[int, bool, bool], Stage] = {}
+    stages = []
+    for index, (first, count) in enumerate(parts):
+        # stages of equal layers that hold neither end are equal
+        key = (count, index == 0, index == setup.stages - 1)
+        if key not in found or not program.compressed:
+            found[key] = _stage(work, first, count, setup, index, together)
+        stages.append(found[key])
+    return stages
 
 
 def passes_of(work: Work, first: int, count: int, setup: Setup, index: int) -> tuple[NDArray[np.bool_], Work, Work]:
