@@ -58,6 +58,7 @@ bench: $(READY) ## the benchmarks; writes benchmarks/results and the tables in t
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.explain
 	$(BIN)/python -m benchmarks.traces
+	$(BIN)/python -m benchmarks.calibrated
 	$(BIN)/python -m benchmarks.hf_verify
 	$(BIN)/python -m benchmarks.verify_mutants
 	$(BIN)/python -m benchmarks.tables

@@ -353,10 +353,18 @@ def recipes() -> list[Recipe]:
         Collectives("any", ((2, 8, 268), (4, 17, 325), (8, 30, 345)), (), "AutoParallel's NCCL model of an H100 NVSwitch (hardware.csv)"),
         Collectives("all_reduce", ((2, 10, 324), (4, 17, 354)), (all_reduce_points("H100-SXM-80GB", 8, "dgxc"),), "AutoParallel's model at 2 and 4 ranks; nccl-tests of dgxc-benchmarking at 8 (hardware.csv)"),
     )  # fmt: skip
-    infiniband = (reach("B200-SXM", 4, 400.0), "all-reduce over 4 nodes of 8 with 400 Gb/s a GPU (EFA), hardware.csv; taken for InfiniBand too")
-    a100_reach = (reach("A100 (4 nodes, see page)", 4, 100.0), "all-reduce over 4 nodes with 8 A100 each, as shares of 100 GB/s a node (hardware.csv)")
+    infiniband = (
+        reach("B200-SXM", 4, 400.0),
+        "all-reduce over 4 nodes of 8 with 400 Gb/s a GPU (EFA), hardware.csv; taken for InfiniBand too",
+    )
+    a100_reach = (
+        reach("A100 (4 nodes, see page)", 4, 100.0),
+        "all-reduce over 4 nodes with 8 A100 each, as shares of 100 GB/s a node (hardware.csv)",
+    )
     nvlink3 = tuple(all_reduce_points("A100-SXM (vTrain cluster)", ranks) for ranks in (2, 3, 4, 5, 6, 7, 8))
-    a100_links = (Collectives("any", (), nvlink3, "NCCL all-reduce tables of vTrain's A100 nodes (hardware.csv); other kinds by what they send"),)
+    a100_links = (
+        Collectives("any", (), nvlink3, "NCCL all-reduce tables of vTrain's A100 nodes (hardware.csv); other kinds by what they send"),
+    )
     power = 500 / 700
     capped = f"scaled from the H100 of 700 W by its power, times {power:.3f}"
     h100 = Recipe(
@@ -394,7 +402,9 @@ def recipes() -> list[Recipe]:
         (a100_attention, a100_attention * bwd_share, attention[2], f"forward: Flash Attention 2 in the {guide}; backward by the H100's ratio", None),
         issue, (300, "NVIDIA A100 data sheet: 600 GB/s both ways"), a100_links, (25, "DGX A100: one 200 Gb/s NIC a GPU"), a100_reach,
     )  # fmt: skip
-    a100_80 = replace(a100_80, matmuls={**a100_80.matmuls, "float32": (replace(a100_80.matmuls["float32"][0], units=108), "the H100's shares", None)})
+    a100_80 = replace(
+        a100_80, matmuls={**a100_80.matmuls, "float32": (replace(a100_80.matmuls["float32"][0], units=108), "the H100's shares", None)}
+    )
     a100_40 = replace(
         a100_80, name="a100-sxm-40gb", about="NVIDIA A100 SXM4 40 GB, 400 W, NVLink 3 among 8, 200 Gb/s a GPU between nodes", capacity_gb=40,
         bandwidth=(1555, "NVIDIA A100 data sheet"), reached=(a100_80.reached[0], "the share of the 80 GB part"),
@@ -404,7 +414,11 @@ def recipes() -> list[Recipe]:
         between=(12.5, "vTrain's configuration: 800 Gb/s a node of 8"),
         launch=(VTRAIN_HOST_US, VTRAIN_HOST_US, VTRAIN_HOST_US, "per op of the traced GPT, which issues fewer than Megatron does", "rows of vtrain-single with TP 1, one stage and one sequence a micro-batch: median error 0"),
     )  # fmt: skip
-    b200_matmul = (b200.rate, "SimuMax's B200 (hardware.csv): matmuls of at least 0.3 TFLOP, which run long enough to meet the power cap", str(b200))
+    b200_matmul = (
+        b200.rate,
+        "SimuMax's B200 (hardware.csv): matmuls of at least 0.3 TFLOP, which run long enough to meet the power cap",
+        str(b200),
+    )
     best = {(row["gpu"], row["dtype"]): float(row["value"]) for row in rows("gemm", op="matmul (best shape found)")}
     fp8_b200 = best["B200-SXM", "fp8"] / best["B200-SXM", "bf16"] / 2
     b200_fp8 = scaled(b200.rate, fp8_b200, 4500e12)

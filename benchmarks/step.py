@@ -29,6 +29,7 @@ from benchmarks.rounds import interleave
 from shardwise.core.errors import RunError
 from shardwise.core.mesh import Mesh
 from shardwise.launch import RankContext, run_ranks
+from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import get_spec
 from shardwise.parallel.apply import applied_to
 from shardwise.parallel.axis import Axis, Site
@@ -157,9 +158,10 @@ def _step(name: str, settings: Settings) -> Callable[[Sequence[tuple[Tensor, Ten
     """What one side does in a step, on this rank."""
     spec = get_spec(settings.model)
     if name == TRANSFORMERS:
+        assert isinstance(spec.config, LlamaConfig)
         return TransformersStep(spec.config, settings.tp, seed=settings.seed, learning_rate=LEARNING_RATE, max_norm=MAX_NORM)
     mesh = None if name == SINGLE else device_mesh(Mesh((("tp", settings.tp),)), "cpu")
-    plan = None if name == SINGLE else builtin_plan(name.removesuffix(OUR_LOSS))
+    plan = None if name == SINGLE else builtin_plan(name.removesuffix(OUR_LOSS), family=spec.family)
     model = build_model(spec, plan, mesh, dtype=torch.float32, device=torch.device("cpu"), seed=settings.seed)
     if mesh is not None and name.endswith(OUR_LOSS):
         site = Site("output", "benchmark", Axis.of(mesh, "tp"))

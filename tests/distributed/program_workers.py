@@ -9,9 +9,10 @@ from torch import Tensor
 from shardwise.core.errors import PlanError
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
-from shardwise.core.plan import Plan
+from shardwise.core.plan import Family, Plan
 from shardwise.core.program import Phase
 from shardwise.launch import RankContext
+from shardwise.models.gpt import GPTConfig
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_names, builtin_plan
@@ -34,6 +35,7 @@ class Case(msgspec.Struct, frozen=True):
     accumulation: int = 1
     dtype: str = "float32"
     vocab_size: int = 257
+    family: Family = Family.LLAMA
 
     @property
     def name(self) -> str:
@@ -43,6 +45,7 @@ class Case(msgspec.Struct, frozen=True):
             f"accumulation={self.accumulation}": self.accumulation != 1,
             self.dtype: self.dtype != "float32",
             f"V={self.vocab_size}": self.vocab_size != 257,
+            self.family: self.family is not Family.LLAMA,
         }
         return ", ".join((f"{self.plan} on {self.mesh}", *(text for text, holds in differs.items() if holds)))
 
@@ -56,11 +59,14 @@ class Case(msgspec.Struct, frozen=True):
 
     @property
     def spec(self) -> ModelSpec:
+        if self.family is Family.GPT:
+            is_tied = not self.plan.endswith("@dtensor")
+            return ModelSpec("tiny", GPTConfig(self.vocab_size, 48, 2, 12, 96, SEQ + 7, tied=is_tied), "")
         n_kv_heads = 12 if self.mesh == "tp=3" else 4
         return ModelSpec("tiny", LlamaConfig(self.vocab_size, 48, 2, 12, n_kv_heads, 96), "")
 
     def make_plan(self) -> Plan:
-        return builtin_plan(self.plan, sequence_parallel=self.sequence_parallel)
+        return builtin_plan(self.plan, sequence_parallel=self.sequence_parallel, family=self.family)
 
     def ids(self) -> Tensor:
         """Of the global batch, [B, S]; skewed, as tokens are, so that routed sends uneven parts."""
@@ -74,6 +80,7 @@ def cases(world_size: int) -> list[Case]:
     found = [Case(name, tp) for name in builtin_names()]
     found += [Case(name, tp, sequence_parallel=False) for name in builtin_names() if _is_offered_whole(name)]
     found += [Case(name, tp, vocab_size=96) for name in BOTH_ENGINES]
+    found += [Case(name, tp, sp, family=Family.GPT) for name, sp in (("routed", True), ("rowwise", False), ("rowwise@dtensor", True))]
     if world_size == 2:
         found += [Case(name, tp, recompute="full") for name in BOTH_ENGINES]
         found += [Case(name, tp, accumulation=2) for name in ("replicated", *BOTH_ENGINES)]

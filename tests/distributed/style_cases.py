@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardwise.core.placement import Replicate, Shard
-from shardwise.core.plan import Ownership, Plan, ReduceScatter, Rule, Style, StyleName
+from shardwise.core.plan import Family, Ownership, Plan, ReduceScatter, Rule, Style, StyleName
+from shardwise.models.gpt import GPT, GPTConfig
 from shardwise.models.llama import Llama, LlamaConfig
 from shardwise.parallel.builtin import builtin_plan
 
@@ -38,19 +39,28 @@ class MlpConfig:
     tied: bool = False
 
 
+Config = LlamaConfig | GPTConfig | MlpConfig
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """`refused`: the error that parallelize() must raise. `backwards`: how often gradients are added up."""
 
     name: str
-    config: LlamaConfig | MlpConfig
+    config: Config
     plan: Plan
     ids: Ids = Ids.RANDOM
     backwards: int = 1
     refused: str | None = None
 
     def model(self) -> nn.Module:
-        return Llama(self.config) if isinstance(self.config, LlamaConfig) else Mlp(self.config)
+        match self.config:
+            case LlamaConfig():
+                return Llama(self.config)
+            case GPTConfig():
+                return GPT(self.config)
+            case MlpConfig():
+                return Mlp(self.config)
 
 
 class Ffn(nn.Module):
@@ -98,11 +108,21 @@ def llama(
     return LlamaConfig(vocab_size, 96, n_layers, 12, n_kv_heads, 160, tied=tied, padding_idx=padding_idx)
 
 
+def gpt(vocab_size: int = 257, *, tied: bool = False) -> GPTConfig:
+    """More positions than a sequence has tokens."""
+    return GPTConfig(vocab_size, 96, 2, 12, 160, SEQ + 7, tied=tied)
+
+
 def llama_plans() -> Iterator[Plan]:
+    return plans_of(Family.LLAMA)
+
+
+def plans_of(family: Family) -> Iterator[Plan]:
+    """All built-in plans of the native engine."""
     for name in WITH_SEQUENCE_PARALLEL:
-        yield builtin_plan(name)
+        yield builtin_plan(name, family=family)
     for name in WITHOUT:
-        yield builtin_plan(name, sequence_parallel=False)
+        yield builtin_plan(name, sequence_parallel=False, family=family)
 
 
 ROWWISE, COLWISE = Style(StyleName.ROWWISE), Style(StyleName.COLWISE)
@@ -184,7 +204,15 @@ def mlp_plans() -> dict[str, Plan]:
 
 def cases(world_size: int) -> tuple[Case, ...]:
     """All cases for a number of ranks; each has a name of its own."""
-    found = [*_llama_cases(), *_kv_cases(world_size), *_ids_cases(), *_reduce_scatter_cases(), *_accumulation_cases(), *_mlp_cases()]
+    found = [
+        *_llama_cases(),
+        *_kv_cases(world_size),
+        *_ids_cases(),
+        *_reduce_scatter_cases(),
+        *_accumulation_cases(),
+        *_mlp_cases(),
+        *_gpt_cases(),
+    ]
     if world_size in (2, 4):
         found += _large_cases()
     if world_size == 2:
@@ -240,6 +268,14 @@ def _mlp_cases() -> Iterator[Case]:
     yield Case("mlp backward twice", MlpConfig(), mlp_plans()["colwise takes shard(1), rowwise gives it"], backwards=2)
 
 
+def _gpt_cases() -> Iterator[Case]:
+    for tied in (False, True):
+        for plan in plans_of(Family.GPT):
+            yield Case(f"gpt {'tied' if tied else 'untied'}: {plan.name}", gpt(tied=tied), plan)
+    yield Case("gpt V=5 tied: routed", gpt(5, tied=True), builtin_plan("routed", family=Family.GPT))
+    yield Case("gpt backward twice tied: rowwise", gpt(tied=True), builtin_plan("rowwise", family=Family.GPT), backwards=2)
+
+
 def _large_cases() -> Iterator[Case]:
     for tied, name in ((False, "rowwise"), (False, "colwise"), (False, "routed"), (True, "routed-interleaved"), (True, "colwise")):
         config = llama(32_000, n_layers=1, tied=tied)
@@ -253,3 +289,10 @@ def _dtensor_cases() -> Iterator[Case]:
             for config in (llama(5), llama(padding_idx=3), llama(n_kv_heads=4)):
                 about = f"V={config.vocab_size} {config.n_kv_heads} KV heads padding={config.padding_idx}"
                 yield Case(f"llama {about}: {plan.name}", config, plan)
+            of_gpt = builtin_plan(name, sequence_parallel=sequence_parallel, family=Family.GPT)
+            yield Case(f"gpt untied: {plan.name}", gpt(), of_gpt)
+            refused = (
+                f'plan "{plan.name}": tok_embeddings.weight and output.weight are tied, and PyTorch\'s own styles would untie them. '
+                'Use engine = "native".'
+            )
+            yield Case(f"gpt tied: {plan.name}", gpt(tied=True), of_gpt, refused=refused)

@@ -13,15 +13,15 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from shardwise.core.plan import Plan, ReduceScatter, Rule, Style, StyleName
-from shardwise.models.llama import LlamaConfig
+from shardwise.core.placement import Shard
+from shardwise.core.plan import Family, Plan, ReduceScatter, Rule, Style, StyleName
 from shardwise.parallel import collectives, embedding, loss, native, parameters
 from shardwise.parallel import ownership as ownership_room
 from shardwise.parallel.builtin import builtin_plan
 from shardwise.parallel.ownership import Route
 from shardwise.step import clipping, train
 from shardwise.verify import ranks
-from tests.distributed.style_cases import MlpConfig, llama, mlp_plans
+from tests.distributed.style_cases import Config, MlpConfig, gpt, llama, mlp_plans
 
 Planting = Callable[[], AbstractContextManager[object]]
 
@@ -32,7 +32,7 @@ class Fault:
     `says`: what a finding must say."""
 
     name: str
-    config: LlamaConfig | MlpConfig
+    config: Config
     plan: Plan
     found_in: frozenset[str]
     plant: Planting = nullcontext
@@ -137,6 +137,23 @@ def _own_block_unsummed(x: Tensor, dim: int, axis: Any, origin: Any) -> Tensor:
 
 def _without_biases(self: Any, model: nn.Module, places: Any, axis: Any, origin: Any) -> None:
     _ORIGINAL_PARTIAL_INIT(self, model, [place for place in places if place[1] != "bias"], axis, origin)
+
+
+def _without_positions(self: Any, model: nn.Module, places: Any, axis: Any, origin: Any) -> None:
+    positions = model.get_submodule("pos_embeddings")
+    _ORIGINAL_PARTIAL_INIT(self, model, [place for place in places if place[0] is not positions], axis, origin)
+
+
+def _first_ids(self: embedding.EmbeddingShard, ids_BS: Tensor, weight: Tensor) -> Tensor:
+    first: Tensor = ids_BS.chunk(self.site.axis.size, 1)[0]
+    return torch.nn.functional.embedding(first, weight)
+
+
+def _fused_rows_shifted(whole: Tensor, placement: Any, axis: Any, ownership: Any = None) -> Tensor:
+    """Part of a fused QKV as if all queries came first, then all keys, then all values."""
+    if placement == Shard(0) and whole.shape[0] == 3 * 96:
+        return torch.cat([part.chunk(axis.size)[axis.rank] for part in whole.chunk(3)])
+    return _ORIGINAL_OWN_PART(whole, placement, axis, ownership)
 
 
 _ORIGINAL_PARTIAL_INIT = parameters.PartialGradients.__init__
@@ -315,6 +332,30 @@ FAULTS = (
         frozenset(f"blocks.{block}.{name}.bias" for block in (0, 1) for name in ("ffn.down", "norm")),
         partial(patch.object, parameters.PartialGradients, "__init__", _without_biases),
         only=True,
+    ),
+    Fault(
+        "replicated embedding of positions: parts not summed",
+        gpt(tied=True),
+        builtin_plan("rowwise", family=Family.GPT),
+        frozenset({"pos_embeddings.weight"}),
+        partial(patch.object, parameters.PartialGradients, "__init__", _without_positions),
+        only=True,
+    ),
+    Fault(
+        "replicated embedding of positions: each rank takes the first ones",
+        gpt(),
+        builtin_plan("rowwise", family=Family.GPT),
+        frozenset({"pos_embeddings.weight"}),
+        partial(patch.object, embedding.EmbeddingShard, "_replicated", _first_ids),
+        loss_exact=False,
+    ),
+    Fault(
+        "colwise linear of a fused QKV: a head's query, key and value taken apart",
+        gpt(),
+        builtin_plan("rowwise", family=Family.GPT),
+        frozenset(f"layers.{layer}.attention.wqkv.{kind}" for layer in (0, 1) for kind in ("weight", "bias")),
+        partial(patch.object, parameters, "own_part", _fused_rows_shifted),
+        loss_exact=False,
     ),
     Fault(
         "sequence_parallel norm: gradient summed twice",

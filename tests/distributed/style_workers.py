@@ -19,7 +19,6 @@ from shardwise.core.mesh import Mesh
 from shardwise.core.placement import Partial, Replicate, Shard
 from shardwise.core.plan import Engine, Plan
 from shardwise.launch import RankContext
-from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel import collectives
 from shardwise.parallel.apply import applied_to, loss_of, parallelize
@@ -37,6 +36,7 @@ from tests.distributed.style_cases import (
     SEQ,
     WITH_SEQUENCE_PARALLEL,
     Case,
+    Config,
     Ids,
     Mlp,
     MlpConfig,
@@ -60,12 +60,12 @@ class Unsharded:
     whole: Reference
 
 
-def _model_of(config: LlamaConfig | MlpConfig) -> nn.Module:
+def _model_of(config: Config) -> nn.Module:
     return Case("", config, builtin_plan("rowwise")).model()
 
 
 @lru_cache(maxsize=4)
-def unsharded(config: LlamaConfig | MlpConfig, kind: Ids, device: torch.device) -> Unsharded:
+def unsharded(config: Config, kind: Ids, device: torch.device) -> Unsharded:
     torch.manual_seed(1)
     model = _model_of(config).double()
     for parameter in model.parameters():
@@ -88,7 +88,7 @@ def unsharded(config: LlamaConfig | MlpConfig, kind: Ids, device: torch.device) 
     return Unsharded(state, ids_BS, labels_BS, reference(model, ids_BS.to(device), labels_BS))
 
 
-def sharded(config: LlamaConfig | MlpConfig, plan: Plan, mesh: DeviceMesh, state: dict[str, Tensor]) -> nn.Module:
+def sharded(config: Config, plan: Plan, mesh: DeviceMesh, state: dict[str, Tensor]) -> nn.Module:
     model = _model_of(config).double().to(mesh.device_type)
     model.load_state_dict(state)
     return parallelize(model, plan, mesh)

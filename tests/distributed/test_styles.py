@@ -17,7 +17,7 @@ def test_a_sharded_model_equals_the_unsharded_one(world_size: int, case: Case) -
     assert_as_expected(case, part(world_size, "cases")[case.name])
 
 
-@pytest.mark.parametrize(("world_size", "expected"), [(1, 117), (2, 134), (3, 117), (4, 122)])
+@pytest.mark.parametrize(("world_size", "expected"), [(1, 135), (2, 160), (3, 135), (4, 140)])
 def test_no_case_is_lost(world_size: int, expected: int) -> None:
     assert len(cases(world_size)) == expected
     assert list(part(world_size, "cases")) == [case.name for case in cases(world_size)]

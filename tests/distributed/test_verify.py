@@ -5,6 +5,7 @@ import pytest
 from shardwise.core.finding import Cause, Finding, FindingKind
 from shardwise.core.mesh import Mesh
 from shardwise.core.verification import Verdict, Verification
+from shardwise.models.source import find_model
 from shardwise.parallel.builtin import builtin_names, builtin_plan
 from shardwise.verify.case import Case
 from shardwise.verify.run import verify
@@ -161,16 +162,29 @@ def offered(name: str, sequence_parallel: bool) -> bool:
     return sequence_parallel or not name.startswith("routed")
 
 
+def built_in_cases(model: str, *, tied: bool) -> list[Case]:
+    """Each built-in plan of the model's family; PyTorch's own styles, which would untie a tied head, for an untied one only."""
+    family = find_model(model).family
+    return [
+        Case(model, builtin_plan(name, sequence_parallel=parallel, family=family).to_toml(), f"{name} {parallel}", twin=True)
+        for name in builtin_names()
+        for parallel in (True, False)
+        if offered(name, parallel) and not (tied and name.endswith("@dtensor"))
+    ]
+
+
 @pytest.mark.parametrize("tp", [2, 3, 4])
 def test_every_built_in_plan_of_both_engines_is_right(tp: int) -> None:
     cases = [
-        Case("llama3-8b", builtin_plan(name, sequence_parallel=parallel).to_toml(), f"{name} {parallel}", twin=True)
-        for name in builtin_names()
-        for parallel in (True, False)
-        if offered(name, parallel)
+        *built_in_cases("llama3-8b", tied=False),
+        *built_in_cases("llama3-8b?tied=true", tied=True),
+        *built_in_cases("gpt-debug?tied=false", tied=False),
+        *built_in_cases("gpt-debug", tied=True),
     ]
-    for each in verify(cases, mesh=Mesh((("tp", tp),)), seq=4 * tp, timeout_s=90):
-        assert each.verdict is Verdict.RIGHT, (each.plan, each.findings, each.note)
+    answers = verify(cases, mesh=Mesh((("tp", tp),)), seq=4 * tp, timeout_s=90)
+    assert len(answers) == 12 + 8 + 12 + 8
+    for each in answers:
+        assert each.verdict is Verdict.RIGHT, (each.model, each.plan, each.findings, each.note)
         assert each.proof is not None
         assert each.proof.dtype == "float64"
         assert max(each.proof.worst_gradient_error, each.proof.output_error) < 1e-12

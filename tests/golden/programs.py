@@ -1,9 +1,11 @@
 """The small programs whose texts are kept here, and the command that accepts new ones: python -m tests.golden.programs (make golden)."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
+from shardwise.models.gpt import GPTConfig
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_plan
@@ -11,28 +13,42 @@ from shardwise.report.program_text import program_text
 from shardwise.trace.trace import trace
 
 HERE = Path(__file__).parent
-PLANS = ("rowwise", "colwise", "routed", "rowwise@dtensor")
-DEVICES = ("cpu", "cuda")
 # every size another number, so that a line tells which it has
-SPEC = ModelSpec("tiny", LlamaConfig(70, 48, 1, 4, 2, 64), "")
+LLAMA = ModelSpec("tiny", LlamaConfig(70, 48, 1, 4, 2, 64), "")
+GPT = ModelSpec("tiny gpt", GPTConfig(70, 48, 1, 4, 64, 20), "")
 
 
-def path_of(plan: str, device: str) -> Path:
-    return HERE / f"{plan.replace('@', '-by-')}-{device}.txt"
+@dataclass(frozen=True, slots=True)
+class Small:
+    """A small program: whose step it is."""
+
+    spec: ModelSpec
+    plan: str
+    device: str
+
+    @property
+    def path(self) -> Path:
+        family = "" if self.spec is LLAMA else f"{self.spec.family}-"
+        return HERE / f"{family}{self.plan.replace('@', '-by-')}-{self.device}.txt"
+
+    def text(self) -> str:
+        settings = StepSettings(3, 16, dtype="bfloat16" if self.device == "cuda" else "float32")
+        plan = builtin_plan(self.plan, family=self.spec.family)
+        return program_text(trace(self.spec, plan, Mesh.parse("tp=2"), settings, device=self.device))
 
 
-def text_of(plan: str, device: str) -> str:
-    dtype = "bfloat16" if device == "cuda" else "float32"
-    return program_text(trace(SPEC, builtin_plan(plan), Mesh.parse("tp=2"), StepSettings(3, 16, dtype=dtype), device=device))
+PROGRAMS = (
+    *(Small(LLAMA, plan, device) for plan in ("rowwise", "colwise", "routed", "rowwise@dtensor") for device in ("cpu", "cuda")),
+    Small(GPT, "rowwise", "cuda"),
+)
 
 
 def main() -> None:
-    for plan in PLANS:
-        for device in DEVICES:
-            path, text = path_of(plan, device), text_of(plan, device)
-            if not path.exists() or path.read_text() != text:
-                path.write_text(text)
-                print(f"wrote {path.relative_to(Path.cwd())}")
+    for program in PROGRAMS:
+        path, text = program.path, program.text()
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+            print(f"wrote {path.relative_to(Path.cwd())}")
 
 
 if __name__ == "__main__":

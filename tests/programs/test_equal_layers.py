@@ -4,7 +4,9 @@ import pytest
 
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
+from shardwise.core.plan import Family
 from shardwise.core.program import Program, memory_peak
+from shardwise.models.gpt import GPTConfig
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_names, builtin_plan
@@ -17,10 +19,20 @@ BOTH_ENGINES = ("routed", "rowwise@dtensor")
 
 
 def traced(
-    plan: str, layers: int, device: str, mesh: str = "tp=2", settings: StepSettings = STEP, *, sp: bool = True, compress: bool = True
+    plan: str,
+    layers: int,
+    device: str,
+    mesh: str = "tp=2",
+    settings: StepSettings = STEP,
+    *,
+    family: Family = Family.LLAMA,
+    sp: bool = True,
+    compress: bool = True,
 ) -> Program:
-    spec = ModelSpec("tiny", LlamaConfig(96, 48, layers, 4, 2, 64), "")
-    return trace(spec, builtin_plan(plan, sequence_parallel=sp), Mesh.parse(mesh), settings, device=device, compress=compress)
+    is_tied = not plan.endswith("@dtensor")
+    config = LlamaConfig(96, 48, layers, 4, 2, 64) if family is Family.LLAMA else GPTConfig(96, 48, layers, 4, 64, 20, tied=is_tied)
+    chosen = builtin_plan(plan, sequence_parallel=sp, family=family)
+    return trace(ModelSpec("tiny", config, ""), chosen, Mesh.parse(mesh), settings, device=device, compress=compress)
 
 
 def assert_same(short: Program, whole: Program) -> None:
@@ -59,5 +71,24 @@ def test_equal_layers_are_exact_under_every_setting(plan: str, mesh: str, settin
     if plan == "routed" and not sp:
         plan = "rowwise"  # routed is for sharded sequences
     short, whole = (traced(plan, 5, device, mesh, settings, sp=sp, compress=compress) for compress in (True, False))
+    assert short.compressed
+    assert_same(short, whole)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("plan", builtin_names())
+def test_equal_layers_of_gpt_are_exact_too(plan: str, recompute: str, dtype: str, device: str) -> None:
+    settings = StepSettings(BATCH, SEQ, dtype=dtype, recompute=recompute)
+    short, whole = (traced(plan, 5, device, settings=settings, family=Family.GPT, compress=compress) for compress in (True, False))
+    assert short.compressed
+    assert_same(short, whole)
+
+
+@pytest.mark.parametrize(("mesh", "sp"), [("tp=2", False), ("dp=2,tp=2", True), ("fsdp=2,tp=2", True)])
+@pytest.mark.parametrize("plan", ["rowwise", "rowwise@dtensor"])
+def test_equal_layers_of_gpt_are_exact_on_other_meshes(plan: str, mesh: str, sp: bool) -> None:
+    short, whole = (traced(plan, 5, "cuda", mesh, family=Family.GPT, sp=sp, compress=compress) for compress in (True, False))
     assert short.compressed
     assert_same(short, whole)

@@ -32,9 +32,7 @@ def prediction(
     plan: str = "rowwise", *, terms: dict[Term, float] = TERMS, memory: MemoryForecast = MEMORY, setup: Setup | None = None
 ) -> Prediction:
     found = tuple((term, terms.get(term, 0.0)) for term in Term)
-    return Prediction(
-        "llama3-8b", plan, "gpu-x", (("fsdp", 2), ("tp", 4)), setup or Setup(), 8, 16_384, sum(terms.values()), found, memory
-    )
+    return Prediction("llama3-8b", plan, "gpu-x", (("fsdp", 2), ("tp", 4)), setup or Setup(), 8, 16_384, sum(terms.values()), found, memory)
 
 
 def run_of(*predictions: Prediction, machine: MachineFacts = MACHINE) -> PredictionRun:

@@ -5,11 +5,14 @@ import re
 import pytest
 
 from shardwise.core.errors import PlanError
+from shardwise.core.mesh import Mesh
 from shardwise.core.placement import Replicate, Shard
-from shardwise.core.plan import Engine, Ownership, Plan, StyleName
-from shardwise.models.specs import SPECS
+from shardwise.core.plan import Engine, Family, Ownership, Plan, StyleName
+from shardwise.models.specs import SPECS, get_spec
+from shardwise.parallel.apply import parallelize
 from shardwise.parallel.builtin import ABOUT, builtin_names, builtin_plan
 from shardwise.parallel.resolve import is_sequence_parallel, resolve
+from shardwise.trace.fakes import fake_world
 
 WITHOUT = [name for name in builtin_names() if not name.startswith("routed")]
 
@@ -81,6 +84,32 @@ def test_built_in_plans_survive_toml(name: str) -> None:
 @pytest.mark.parametrize("model", SPECS)
 @pytest.mark.parametrize("name", builtin_names())
 def test_built_in_plans_fit_every_model_at_tp_4(model: str, name: str) -> None:
-    spec = SPECS[model].with_layers(1)
-    assignments = resolve(spec.build(), builtin_plan(name), tp=4, seq=8192)
-    assert len(assignments) == 14
+    spec = get_spec(f"{model}?tied=false").with_layers(1)
+    assignments = resolve(spec.build(), builtin_plan(name, family=spec.family), tp=4, seq=8192)
+    assert len(assignments) == {Family.LLAMA: 14, Family.GPT: 12}[spec.family]
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize("name", WITHOUT)
+def test_the_rules_of_both_families_differ_in_their_own_modules_only(name: str, sequence_parallel: bool) -> None:
+    llama, gpt = ({r.pattern: r for r in builtin_plan(name, sequence_parallel=sequence_parallel, family=f).rules} for f in Family)
+    assert llama.keys() - gpt.keys() == {f"layers.*.{own}" for own in ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w3")}
+    assert gpt.keys() - llama.keys() == {"pos_embeddings", "layers.*.attention.wqkv"}
+    assert all(llama[pattern] == gpt[pattern] for pattern in llama.keys() & gpt.keys())
+
+
+@pytest.mark.parametrize(
+    # PyTorch's styles have no replicated table
+    ("name", "style"),
+    [("rowwise", "replicated(output=shard(1))"), ("rowwise@dtensor", "colwise(output=shard(1))")],
+)
+def test_each_rank_has_the_positions_of_its_part_of_the_sequence(name: str, style: str) -> None:
+    rule = builtin_plan(name, family=Family.GPT).rule_for("pos_embeddings")
+    assert rule is not None
+    assert str(rule.style) == style
+
+
+def test_parallelize_takes_the_rules_of_the_models_family() -> None:
+    with fake_world(Mesh.parse("tp=2"), rank=0, device="cpu") as mesh:
+        for model in ("llama3-debug", "gpt-debug"):
+            parallelize(get_spec(model).with_layers(1).build(), "rowwise", mesh)

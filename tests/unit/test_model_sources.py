@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -18,6 +19,7 @@ from shardwise.core.errors import ModelError
 from shardwise.core.shown import shown
 from shardwise.models.factory import FactoryModel
 from shardwise.models.source import find_model, vocab_size_of
+from shardwise.models.specs import get_spec
 
 OWN_MODELS = """
     import torch
@@ -108,12 +110,68 @@ def test_a_llama_spec_is_found_by_its_name_and_built_on_meta() -> None:
 
 def test_an_unknown_name_says_how_models_are_named() -> None:
     assert refusal("llama3-8B") == (
-        'unknown model "llama3-8B". Did you mean "llama3-8b"? Known: llama3-debug, llama3-8b, llama3-70b, llama3.1-405b; '
-        "or hf:TYPE, hf:PATH of a config.json, or package.module:factory."
+        'unknown model "llama3-8B". Did you mean "llama3-8b"? Known: llama3-debug, llama3-8b, llama3-70b, llama3.1-405b, gpt-debug, '
+        "gpt3-1.3b, gpt3-6.7b, gpt3-175b, megatron-22b; NAME?KEY=VALUE,...; or hf:TYPE, hf:PATH of a config.json, or package.module:factory."
     )
 
 
-@pytest.mark.parametrize("name", ["", "x" * 10_000_000, "</script>\x1b[31m\n\x00", "a:" + "b" * 10_000_000, "hf:" + "c" * 10_000_000])
+OTHER_SIZES = {
+    "gpt3-175b?n_layers=4": {"n_layers": 4},
+    # heads keep their width, the inner width its ratio to hidden
+    "gpt3-175b?n_layers=4,hidden=1024": {"n_layers": 4, "hidden": 1024, "n_heads": 8, "ffn_hidden": 4096},
+    "gpt3-175b?hidden=1024,n_heads=4,ffn_hidden=64": {"hidden": 1024, "n_heads": 4, "ffn_hidden": 64},
+    "gpt-debug?tied=false,max_seq=64": {"tied": False, "max_seq": 64},
+    "llama3-8b?n_layers=2, hidden=2048": {"n_layers": 2, "hidden": 2048, "n_heads": 16, "n_kv_heads": 4, "ffn_hidden": 7168},
+    "llama3-8b?rope_theta=10000": {"rope_theta": 10_000},
+    "llama3.1-405b?vocab_size=1000": {"vocab_size": 1000},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SIZES)
+def test_numbers_behind_a_specs_name_replace_its_own(name: str) -> None:
+    base = get_spec(name.partition("?")[0])
+    assert find_model(name) == replace(base, name=name, config=replace(base.config, **OTHER_SIZES[name]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("", 'can\'t read "". Write KEY=VALUE with a number, true or false.'),
+        ("n_layers", 'can\'t read "n_layers". Write KEY=VALUE with a number, true or false.'),
+        ("n_layers=two", 'can\'t read "n_layers=two". Write KEY=VALUE with a number, true or false.'),
+        (
+            "layers=4",
+            'gpt3-175b has no "layers". Did you mean "n_layers"? Known: vocab_size, hidden, n_layers, n_heads, ffn_hidden, max_seq, norm_eps, tied.',
+        ),
+        ("n_layers=0", "n_layers is 0. Use a whole number from 1 to 4,096."),
+        ("n_layers=4097", "n_layers is 4097. Use a whole number from 1 to 4,096."),
+        ("n_layers=true", "n_layers is true. Use a whole number from 1 to 4,096."),
+        ("hidden=1e3", "hidden is 1000.0. Use a whole number from 1 to 10,000,000."),
+        ("norm_eps=nan", "norm_eps is nan. Use a number above 0."),
+        ("tied=1", "tied is 1. Use true or false."),
+        (
+            "hidden=1000",
+            "n_heads is 96 where hidden is 12288, and can't keep that ratio where hidden is 1000. Name it too: n_heads=...",
+        ),
+        ("n_heads=7", "gpt: hidden 12288 is no multiple of 7 heads."),
+    ],
+)
+def test_numbers_that_a_spec_can_t_take_are_one_line(query: str, message: str) -> None:
+    assert refusal(f"gpt3-175b?{query}") == f'model "gpt3-175b?{query}": {message}'
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "x" * 10_000_000,
+        "</script>\x1b[31m\n\x00",
+        "a:" + "b" * 10_000_000,
+        "hf:" + "c" * 10_000_000,
+        "gpt-debug?" + "n" * 10_000_000,
+        "gpt-debug?\x1b=1",
+    ],
+)
 def test_a_hostile_name_is_a_short_printable_line(name: str) -> None:
     refusal(name)
 

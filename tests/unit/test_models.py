@@ -19,6 +19,12 @@ needs_transformers = pytest.mark.skipif(
 )
 
 
+def llama_config(name: str) -> LlamaConfig:
+    config = get_spec(name).config
+    assert isinstance(config, LlamaConfig)
+    return config
+
+
 @pytest.mark.parametrize(
     ("name", "count"), [("llama3-8b", 8_030_261_248), ("llama3-70b", 70_553_706_496), ("llama3.1-405b", 405_853_388_800)]
 )
@@ -29,13 +35,13 @@ def test_a_model_has_exactly_the_published_number_of_parameters(name: str, count
 
 
 def test_the_debug_model_fits_a_laptop() -> None:
-    config = get_spec("llama3-debug").config
+    config = llama_config("llama3-debug")
     assert 30_000_000 < config.n_parameters < 40_000_000
     assert sum(p.numel() for p in Llama(config).parameters()) == config.n_parameters
 
 
 def test_a_tied_head_counts_once() -> None:
-    config = replace(get_spec("llama3-debug").config, tied=True)
+    config = replace(llama_config("llama3-debug"), tied=True)
     with torch.device("meta"):
         model = Llama(config)
     assert model.output.weight is model.tok_embeddings.weight
@@ -57,10 +63,9 @@ def test_building_leaves_the_default_dtype_alone() -> None:
 def test_an_unknown_model_is_one_line() -> None:
     with pytest.raises(ModelError) as caught:
         get_spec("llama3-8B")
-    assert str(caught.value) == (
-        'unknown model "llama3-8B". Did you mean "llama3-8b"? Known: llama3-debug, llama3-8b, llama3-70b, llama3.1-405b.'
-    )
-    assert list(SPECS) == ["llama3-debug", "llama3-8b", "llama3-70b", "llama3.1-405b"]
+    assert str(caught.value) == f'unknown model "llama3-8B". Did you mean "llama3-8b"? Known: {", ".join(SPECS)}.'
+    assert list(SPECS)[:4] == ["llama3-debug", "llama3-8b", "llama3-70b", "llama3.1-405b"]
+    assert list(SPECS)[4:] == ["gpt-debug", "gpt3-1.3b", "gpt3-6.7b", "gpt3-175b", "megatron-22b"]
 
 
 @pytest.mark.parametrize(

@@ -56,9 +56,11 @@ def test_what_keeps_a_plan_from_fitting_stays() -> None:
 
 @pytest.mark.parametrize("name", sorted(SPECS))
 def test_a_twin_of_ours_is_grouped_as_its_model_is(name: str) -> None:
-    small = SPECS[name].small(3).config
-    assert (small.n_heads, small.n_kv_heads, small.vocab_size % 3, small.ffn_hidden % 3) == (6, 3, 0, 0)
-    assert small.rope_scaling == SPECS[name].config.rope_scaling
+    whole, small = SPECS[name].config, SPECS[name].small(3).config
+    assert (small.n_heads, small.vocab_size % 3, small.ffn_hidden % 3) == (6, 0, 0)
+    assert (small.n_kv_heads == small.n_heads) == (whole.n_kv_heads == whole.n_heads)
+    kept = ("rope_scaling", "tied", "max_seq")
+    assert [getattr(small, key, None) for key in kept] == [getattr(whole, key, None) for key in kept]
 
 
 def test_nobody_knows_a_twin_of_your_own_model() -> None:

@@ -1,22 +1,26 @@
 """The kernels that calibrate times: one rank's, without collectives. Each is an op of the catalogue, at sizes that training meets.
 
 A case makes its tensors when its turn comes and drops them after. Matmuls are timed in the three layouts of a linear layer (output: x w^T;
-input's gradient: g w; weight's gradient: g^T x), on normally distributed numbers: zeros would draw less power and run faster.
+input's gradient: g w; weight's gradient: g^T x), on normally distributed numbers: zeros would draw less power and run faster. A case draws
+them from a generator of its own, before its call is captured. On a CPU outputs are fresh, as a step's are: what the allocator takes from the
+system and clears is in their time.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwise.calibrate.clock import time_kernel
+from shardwise.calibrate.clock import Timing, time_kernel
 from shardwise.core.program import OpKind, TensorSpec
 from shardwise.core.sample import Sample
 from shardwise.trace.catalogue import flops_of, kind_of, traffic_of
 
 Call = Callable[[], object]
+REPEATED = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,7 @@ class Work:
     outputs: tuple[Tensor, ...]
     written: tuple[Tensor, ...] = ()
     causal: bool = False
+    graph: bool = True  # whether a CUDA graph can hold it
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +49,17 @@ class Case:
 
 def run_case(case: Case, device: torch.device) -> Sample:
     """Times one case. Raises RuntimeError where the device has no such kernel, or no memory for it."""
+    return timed_case(case, device)[0]
+
+
+def timed_case(case: Case, device: torch.device) -> tuple[Sample, Timing]:
+    """run_case, and how its seconds came about."""
     work = case.make(device)
-    timing = time_kernel(work.call, device)
+    timing = time_kernel(work.call, device, graph=work.graph)
     specs = [_spec(tensor) for tensor in work.inputs]
     made = [_spec(tensor) for tensor in work.outputs]
     read, write = traffic_of(case.op, specs, _sizes(work.inputs), _sizes(work.outputs), _sizes(work.written))
-    return Sample(
+    sample = Sample(
         what=str(kind_of(case.op, "cpu")),
         name=f"{case.op} {case.variant}".strip(),
         dtype=case.dtype,
@@ -62,6 +72,7 @@ def run_case(case: Case, device: torch.device) -> Sample:
         read_bytes=read,
         write_bytes=write,
     )
+    return sample, timing
 
 
 def _spec(tensor: Tensor) -> TensorSpec:
@@ -73,7 +84,11 @@ def _sizes(tensors: tuple[Tensor, ...]) -> list[int]:
 
 
 def _randn(*shape: int, dtype: str, device: torch.device) -> Tensor:
-    return torch.randn(*shape, dtype=getattr(torch, dtype), device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    if device.type == "cpu" and prod(shape) > REPEATED:  # drawing would take longer than what is timed
+        block = torch.randn(REPEATED, generator=generator).to(getattr(torch, dtype))
+        return block.repeat(-(-prod(shape) // REPEATED))[: prod(shape)].view(shape)
+    return torch.randn(*shape, dtype=getattr(torch, dtype), device=device, generator=generator)
 
 
 def _width(dtype: str) -> int:
@@ -88,6 +103,8 @@ def matmul(m: int, n: int, k: int, dtype: str, layout: str) -> Case:
         b = _randn(*((n, k) if layout == "tn" else (k, n)), dtype=dtype, device=device)
         left, right = a.T if layout == "nt" else a, b.T if layout == "tn" else b
         out = torch.empty(m, n, dtype=left.dtype, device=device)
+        if device.type == "cpu":
+            return Work(lambda: torch.mm(left, right), (left, right), (out,))
         return Work(lambda: torch.mm(left, right, out=out), (left, right), (out,))
 
     return Case("aten::mm", layout, dtype, (1, m, n, k), (m * k + n * k + m * n) * _width(dtype), make)
@@ -116,10 +133,10 @@ def attention(batch: int, heads: int, kv_heads: int, seq: int, head_dim: int, dt
 
         out = forward()
         if not backward:
-            return Work(forward, (q, k, v), (out,), causal=True)
+            return Work(forward, (q, k, v), (out,), causal=True, graph=False)
         grad = torch.randn_like(out)
         return Work(
-            lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True), (grad, q, k, v, out), (q, k, v), causal=True
+            lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True), (grad, q, k, v, out), (q, k, v), causal=True, graph=False
         )
 
     op = "aten::_scaled_dot_product_flash_attention" + ("_backward" if backward else "")
@@ -195,6 +212,14 @@ def _cast(n: int, source: str, target: str) -> Case:
     return Case("aten::copy_", f"to {target}", source, (n,), n * (_width(source) + _width(target)), make)
 
 
+def _in_place(op: str, act: Callable[[Tensor, Tensor], object], n: int, dtype: str) -> Case:
+    def make(device: torch.device) -> Work:
+        x, y = _randn(n, dtype=dtype, device=device), torch.zeros(n, dtype=getattr(torch, dtype), device=device)
+        return Work(lambda: act(x, y), (x, y), (), (x,))
+
+    return Case(op, "", dtype, (n,), 3 * n * _width(dtype), make)
+
+
 def _fill(n: int, dtype: str) -> Case:
     def make(device: torch.device) -> Work:
         out = torch.empty(n, dtype=getattr(torch, dtype), device=device)
@@ -216,9 +241,10 @@ def embedding(rows: int, width: int, ids: int, dtype: str, *, hit: str, backward
 
     def make(device: torch.device) -> Work:
         table = _randn(rows, width, dtype=dtype, device=device)
-        chosen = torch.randint(rows, (ids,), device=device)
+        generator = torch.Generator(device).manual_seed(0)
+        chosen = torch.randint(rows, (ids,), device=device, generator=generator)
         if hit == "one":
-            chosen[torch.rand(ids, device=device) < 0.875] = 0
+            chosen[torch.rand(ids, device=device, generator=generator) < 0.875] = 0
         out = F.embedding(chosen, table)
         if not backward:
             return Work(lambda: torch.index_select(table, 0, chosen, out=out), (table, chosen), (out,))
@@ -229,10 +255,42 @@ def embedding(rows: int, width: int, ids: int, dtype: str, *, hit: str, backward
     return Case(op, f"{hit} row", dtype, (rows, width, ids), (2 * rows + 2 * ids) * width * _width(dtype), make)
 
 
+def row_look_up(rows: int, width: int, ids: int, dtype: str) -> Case:
+    """index_select as the native engine's embeddings look rows up."""
+
+    def make(device: torch.device) -> Work:
+        table = _randn(rows, width, dtype=dtype, device=device)
+        chosen = torch.randint(rows, (ids,), device=device, generator=torch.Generator(device).manual_seed(0))
+        out = table.index_select(0, chosen)
+        return Work(lambda: table.index_select(0, chosen), (table, chosen), (out,))
+
+    return Case("aten::index_select", "", dtype, (rows, width, ids), (rows + ids) * width * _width(dtype), make)
+
+
+def row_adding(rows: int, width: int, ids: int, dtype: str) -> Case:
+    """index_add_ of `ids` rows to a table's gradient."""
+
+    def make(device: torch.device) -> Work:
+        table, source = _randn(rows, width, dtype=dtype, device=device), _randn(ids, width, dtype=dtype, device=device)
+        chosen = torch.randint(rows, (ids,), device=device, generator=torch.Generator(device).manual_seed(0))
+        return Work(lambda: table.index_add_(0, chosen, source), (table, chosen, source), (), (table,))
+
+    return Case("aten::index_add_", "", dtype, (rows, width, ids), (rows + ids) * width * _width(dtype), make)
+
+
+def log_softmax(rows: int, width: int, dtype: str) -> Case:
+    """Of a head's logits."""
+    return _unary("aten::_log_softmax", lambda x: torch.log_softmax(x, -1), rows, width, dtype)
+
+
+def softmax(rows: int, width: int, dtype: str) -> Case:
+    return _unary("aten::_softmax", lambda x: torch.softmax(x, -1), rows, width, dtype)
+
+
 def _index_copy(rows: int, width: int, dtype: str) -> Case:
     def make(device: torch.device) -> Work:
         out, source = (_randn(rows, width, dtype=dtype, device=device) for _ in range(2))
-        where = torch.randperm(rows, device=device)
+        where = torch.randperm(rows, device=device, generator=torch.Generator(device).manual_seed(0))
         return Work(lambda: out.index_copy_(0, where, source), (out, where, source), (), (out,))
 
     return Case("aten::index_copy_", "", dtype, (rows, width), 2 * rows * width * _width(dtype), make)
@@ -246,7 +304,7 @@ def _adamw(n: int, dtype: str, tensors: int) -> Case:
         steps = [torch.ones((), device=device) for _ in range(tensors)]
 
         def call() -> None:
-            torch._fused_adamw_(  # type: ignore[call-overload]
+            torch._fused_adamw_(
                 params, grads, firsts, seconds, [], steps,
                 lr=1e-4, beta1=0.9, beta2=0.95, weight_decay=0.1, eps=1e-8, amsgrad=False, maximize=False,
             )  # fmt: skip
@@ -278,7 +336,14 @@ def memory_bound(n: int, width: int, dtype: str) -> Iterator[Case]:
     rows = max(1, n // width)
     yield _unary("aten::clone", torch.clone, rows, width, dtype)
     yield _binary("aten::add", torch.add, rows, width, dtype)
+    yield _binary("aten::sub", torch.sub, rows, width, dtype)
     yield _binary("aten::mul", torch.mul, rows, width, dtype)
+    yield _in_place("aten::add_", Tensor.add_, n, dtype)
+    yield _in_place("aten::mul_", Tensor.mul_, n, dtype)
+    yield _unary("aten::exp", torch.exp, rows, width, dtype)
+    yield _unary("aten::neg", torch.neg, rows, width, dtype)
+    yield _unary("aten::pow", lambda x: x.pow(2), rows, width, dtype)
+    yield _unary("aten::div", lambda x: x / 3.0, rows, width, dtype)
     yield _unary("aten::silu", F.silu, rows, width, dtype)
     yield _unary("aten::gelu", F.gelu, rows, width, dtype)
     yield _binary("aten::silu_backward", torch.ops.aten.silu_backward, rows, width, dtype)
@@ -286,6 +351,8 @@ def memory_bound(n: int, width: int, dtype: str) -> Iterator[Case]:
     yield _binary("aten::cat", lambda x, y: torch.cat((x, y), -1), rows, width // 2, dtype)
     yield _unary("aten::sum", lambda x: x.sum(-1), rows, width, dtype, "last dim")
     yield _unary("aten::sum", lambda x: x.sum(0), rows, width, dtype, "first dim")
+    yield _unary("aten::mean", lambda x: x.mean(-1, keepdim=True), rows, width, dtype)
+    yield _unary("aten::amax", lambda x: x.amax(-1), rows, width, dtype)
     yield _unary("aten::_softmax", lambda x: torch.softmax(x, -1), rows, width, dtype)
     yield _binary("aten::_softmax_backward_data", lambda x, y: torch._softmax_backward_data(x, y, -1, x.dtype), rows, width, dtype)
     yield _layer_norm(rows, width, dtype, backward=False)

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from shardwise.cli.config import read_config
-from shardwise.cli.options import DTYPES, RECOMPUTE, check_batch, check_choice
+from shardwise.cli.options import DTYPES, RECOMPUTE, check_batch, check_choice, check_seq
 from shardwise.cli.profiled import profiled_plans
 from shardwise.core.errors import OptionError
 from shardwise.core.finding import Agreement, Finding
@@ -41,7 +41,8 @@ def compare(
     plans: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Built-in plans or .toml files; the first is what the others are held against.", show_default=" ".join(DEFAULT_PLANS)
+            help="Built-in plans or .toml files; the first is what the others are held against.",
+            show_default=f"{' '.join(DEFAULT_PLANS)}; without @dtensor for a model with a tied head",
         ),
     ] = None,
     config: Annotated[
@@ -138,7 +139,7 @@ def compare(
         seed=seed,
     )
     request = _Request.validated(
-        plans=plans or DEFAULT_PLANS,
+        plans=plans or [],
         model=model,
         mesh=Mesh.parse(mesh),
         device=device,
@@ -190,10 +191,13 @@ class _Request:
         check_choice("--dtype", settings.dtype, DTYPES)
         check_choice("--recompute", settings.recompute, RECOMPUTE)
         check_choice("--device", device, ("auto", "cpu", "cuda"))
-        labelled = load_plans(plans, sequence_parallel=sequence_parallel, family=spec.family)
+        # PyTorch's own styles would untie a head
+        defaults = [name for name in DEFAULT_PLANS if not (spec.config.tied and name.endswith("@dtensor"))]
+        labelled = load_plans(plans or defaults, sequence_parallel=sequence_parallel, family=spec.family)
         _check_positive("--learning-rate", settings.learning_rate)
         _check_positive("--max-norm", settings.max_norm)
         check_batch(settings, mesh)
+        check_seq(settings.seq, spec)
         _check_compile(settings, [plan for _, plan in labelled])
         device_type = _device_type(device, mesh)
         _check_fit(spec, [plan for _, plan in labelled], mesh, settings, device_type, repeat)

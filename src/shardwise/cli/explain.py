@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from shardwise.cli.config import read_config
-from shardwise.cli.options import DTYPES, RECOMPUTE, check_batch, check_choice, default_plan
+from shardwise.cli.options import DTYPES, RECOMPUTE, check_batch, check_choice, check_seq, default_plan
 from shardwise.cli.token_ids import token_ids
 from shardwise.core.errors import OptionError
 from shardwise.core.measurement import StepSettings
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from shardwise.models.source import ModelSource
 
 DEVICES = ("cuda", "cpu")
+LONG_SEQ = 8192
 _MODEL, _STEP, _OUTPUT = "Model and mesh", "Training step", "Output"
 
 
@@ -73,7 +74,12 @@ def explain(
             rich_help_panel=_STEP,
         ),
     ] = None,
-    seq: Annotated[int, typer.Option(help="Tokens per sequence.", min=1, rich_help_panel=_STEP)] = 8192,
+    seq: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens per sequence.", min=1, show_default=f"{LONG_SEQ}, or what the model has positions for", rich_help_panel=_STEP
+        ),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help=f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.", rich_help_panel=_STEP)
     ] = "float32",
@@ -117,23 +123,27 @@ def explain(
     [dim]shardwise explain rowwise --walk tok_embeddings[/]
     """
     shape = Mesh.parse(mesh)
+    check_choice("--dtype", dtype, DTYPES)
+    check_choice("--recompute", recompute, RECOMPUTE)
+    check_choice("--device", device, DEVICES)
+    console = Console(stderr=as_json)
+    chosen = plan or default_plan(model)
+    if walk is not None:
+        return _walk(chosen, walk, model, sequence_parallel, console, as_json=as_json, out=out)
+    from shardwise.models.source import find_model
+
+    source = find_model(model)
     settings = StepSettings(
         batch=batch or shape.data_parallel * accumulation,
-        seq=seq,
+        seq=seq or min(LONG_SEQ, source.max_seq or LONG_SEQ),
         dtype=dtype,
         accumulation=accumulation,
         recompute=recompute,
         seed=seed,
     )
-    check_choice("--dtype", dtype, DTYPES)
-    check_choice("--recompute", recompute, RECOMPUTE)
-    check_choice("--device", device, DEVICES)
     check_batch(settings, shape)
-    console = Console(stderr=as_json)
-    chosen = plan or default_plan(model)
-    if walk is not None:
-        return _walk(chosen, walk, model, sequence_parallel, console, as_json=as_json, out=out)
-    run = _Run(model, shape, settings, device, rank, sequence_parallel, text or [], tokenizer, random_ids, compress)
+    check_seq(settings.seq, source)
+    run = _Run(source, shape, settings, device, rank, sequence_parallel, text or [], tokenizer, random_ids, compress)
     return _explain(run, chosen, against, console, as_json=as_json, out=out)
 
 
@@ -141,7 +151,7 @@ def explain(
 class _Run:
     """What all plans of one command share."""
 
-    model: str
+    source: "ModelSource"
     mesh: Mesh
     settings: StepSettings
     device: str
@@ -152,18 +162,18 @@ class _Run:
     random_ids: bool
     compress: bool
 
-    def program(self, source: "ModelSource", plan: AnyPlan, progress: "ProgressLine") -> "Program":
+    def program(self, plan: AnyPlan, progress: "ProgressLine") -> "Program":
         from shardwise.trace.trace import trace
 
         return trace(
-            source,
+            self.source,
             plan,
             self.mesh,
             self.settings,
             device=self.device,
             rank=self.rank,
             ids=token_ids(
-                source,
+                self.source,
                 plan,
                 self.settings,
                 progress.say,
@@ -180,16 +190,11 @@ def _explain(run: _Run, plan: str, against: str | None, console: Console, *, as_
     from shardwise.cli.plans import load_any_plan
     from shardwise.cli.progress import ProgressLine
     from shardwise.explain.explain import explain
-    from shardwise.models.source import find_model
 
+    family = run.source.family
+    plans = [load_any_plan(name, sequence_parallel=run.sequence_parallel, family=family) for name in (plan, against) if name is not None]
     with ProgressLine() as progress:
-        source = find_model(run.model)
-        plans = [
-            load_any_plan(name, sequence_parallel=run.sequence_parallel, family=source.family)
-            for name in (plan, against)
-            if name is not None
-        ]
-        programs = [run.program(source, chosen, progress) for chosen in plans]
+        programs = [run.program(chosen, progress) for chosen in plans]
         progress.say("explaining")
         found = [explain(program) for program in programs]
     return _deliver(programs, found, console, as_json=as_json, out=out)

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from shardwise.core.plan import Family
 from shardwise.parallel.builtin import ABOUT, builtin_plan
 
 
@@ -25,14 +26,17 @@ def models(json: Annotated[bool, typer.Option("--json", help="One JSON document 
     for spec in SPECS.values():
         c = spec.config
         table.add_row(spec.name, f"{c.n_parameters:,}", str(c.n_layers), str(c.hidden), f"{c.n_heads}/{c.n_kv_heads}", f"{c.vocab_size:,}")
-    others = Table("for explain, also", "", box=None)
-    for form, about in NAMINGS:
+    (changed, *not_ours) = NAMINGS
+    also, others = Table("also", "", box=None), Table("for explain and verify, also", "", box=None)
+    also.add_row(*changed)
+    for form, about in not_ours:
         others.add_row(form, about)
-    Console().print(table, "", others, sep="\n")
+    Console().print(table, "", also, "", others, sep="\n")
 
 
 def plans(
     name: Annotated[str | None, typer.Argument(help="Print this plan as a TOML file, to start your own from.")] = None,
+    model: Annotated[str | None, typer.Option(help="For this model of `shardwise models`.", show_default="a Llama")] = None,
     sequence_parallel: Annotated[
         bool, typer.Option("--sequence-parallel/--no-sequence-parallel", help="Activations cut along the sequence between blocks.")
     ] = True,
@@ -41,9 +45,10 @@ def plans(
     """List the built-in plans, or print one as TOML.
 
     [dim]shardwise plans rowwise > mine.toml[/]
+    [dim]shardwise plans colwise --model gpt3-175b > mine.toml[/]
     """
     if name is not None:
-        typer.echo(builtin_plan(name, sequence_parallel=sequence_parallel).to_toml(), nl=False)
+        typer.echo(builtin_plan(name, sequence_parallel=sequence_parallel, family=_family(model)).to_toml(), nl=False)
     elif json:
         _print_json({"schema_version": 1, "plans": [{"name": plan, "about": about} for plan, about in ABOUT.items()]})
     else:
@@ -94,6 +99,14 @@ def machines(
             machine.about,
         )  # fmt: skip
     Console().print(table)
+
+
+def _family(model: str | None) -> Family:
+    if model is None:
+        return Family.LLAMA
+    from shardwise.models.specs import get_spec
+
+    return get_spec(model).family
 
 
 def _print_json(value: object) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from shardwise import __version__
-from shardwise.cli import compare, diff, explain, lists, predict, verify
+from shardwise.cli import calibrate, compare, diff, explain, lists, predict, verify
 from shardwise.core.errors import InputError, ShardwiseError
 
 _CTRL_C = 128 + signal.SIGINT
@@ -32,6 +32,7 @@ app.command("compare")(compare.compare)
 app.command("explain")(explain.explain)
 app.command("verify")(verify.verify)
 app.command("diff")(diff.diff)
+app.command("calibrate")(calibrate.calibrate)
 app.command("predict")(predict.predict)
 app.command("models")(lists.models)
 app.command("plans")(lists.plans)

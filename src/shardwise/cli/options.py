@@ -1,9 +1,14 @@
 """What several commands' options share: allowed values, and how a wrong one is told."""
 
+from typing import TYPE_CHECKING
+
 from shardwise.core.errors import OptionError
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import TheirPlan, suggest
+
+if TYPE_CHECKING:
+    from shardwise.models.source import ModelSource
 
 DTYPES = ("float32", "bfloat16", "float64")
 RECOMPUTE = ("none", "full")
@@ -28,3 +33,12 @@ def check_batch(settings: StepSettings, mesh: Mesh) -> None:
 def default_plan(model: str) -> str:
     """A Hugging Face model's own plan, rowwise for all others."""
     return str(TheirPlan.HF) if model.startswith("hf:") else "rowwise"
+
+
+def check_seq(seq: int, source: "ModelSource") -> None:
+    """Raises OptionError for a sequence that is longer than the model's learned positions."""
+    if source.max_seq is not None and seq > source.max_seq:
+        more = f"{',' if '?' in source.name else '?'}max_seq={seq}"
+        raise OptionError(
+            f'--seq {seq}: {source.name} has positions for {source.max_seq}. Use --seq {source.max_seq}, or --model "{source.name}{more}".'
+        )

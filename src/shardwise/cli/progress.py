@@ -26,6 +26,11 @@ class ProgressLine:
             )
             self._task = self._bar.add_task("starting ranks", total=None)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether lines are printed: a bar counts and guesses the time left by itself."""
+        return self._bar is None
+
     def say(self, text: str) -> None:
         """A new phase."""
         if self._bar is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from shardwise.cli.options import check_choice
+from shardwise.cli.options import check_choice, check_seq
 from shardwise.core.errors import OptionError
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import TheirPlan
@@ -131,7 +131,7 @@ def prove_plans(
 
     started = datetime.now(UTC)
     mesh = Mesh((("tp", tp),))
-    cases = _cases(models, plans, small, dtype, sequence_parallel)
+    cases = _cases(models, plans, seq, small, dtype, sequence_parallel)
     found = run_cases(
         cases,
         mesh=mesh,
@@ -144,7 +144,7 @@ def prove_plans(
     return VerificationRun(str(mesh), device, batch, seq, started.isoformat(timespec="seconds"), _versions(), found)
 
 
-def _cases(models: list[str], plans: list[str], small: bool | None, dtype: str | None, sequence_parallel: bool) -> "list[Case]":
+def _cases(models: list[str], plans: list[str], seq: int, small: bool | None, dtype: str | None, sequence_parallel: bool) -> "list[Case]":
     """Each model under each plan, looked at here, so that a typo costs no ranks."""
     from shardwise.cli.plans import load_any_plan
     from shardwise.core.plan import Plan
@@ -154,6 +154,7 @@ def _cases(models: list[str], plans: list[str], small: bool | None, dtype: str |
     cases = []
     for model in models:
         source = find_model(model)
+        check_seq(seq, source)
         for name in plans or [str(TheirPlan.HF) if model.startswith("hf:") else "rowwise"]:
             plan = load_any_plan(name, sequence_parallel=sequence_parallel, family=source.family)
             if plan is TheirPlan.UNSHARDED:

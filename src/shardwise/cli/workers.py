@@ -1,5 +1,6 @@
 """Tasks on a few processes, which end with the command: by a signal, an error, or when they are done. Public parts of multiprocessing only."""
 
+import gc
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import get_context
@@ -7,6 +8,8 @@ from multiprocessing.connection import Connection, wait
 from typing import TypeVar
 
 from shardwise.core.errors import RunError
+
+_FEW_COLLECTIONS = 200_000  # as in cli/main.py
 
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
@@ -52,6 +55,7 @@ def on_processes(function: Callable[[_Task], _Result], tasks: Iterable[_Task], w
 
 def _serve(function: Callable[[_Task], _Result], pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the command's to answer
+    gc.set_threshold(_FEW_COLLECTIONS)
     while True:
         try:
             task = pipe.recv()

@@ -14,8 +14,7 @@ What this file does not know: what runs when. predict/ does.
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardwise.core.collective import CollectiveKind
 
@@ -23,6 +22,8 @@ Points = tuple[tuple[float, float], ...]
 """(size, seconds), both growing."""
 
 DEFAULT = "default"
+FRESH = "fresh memory"
+"""The kernel that stands for memory which the allocator takes anew from the system: what it costs beside the op, by the tensor's bytes."""
 
 
 def on_curve(points: Points, x: float) -> float:
@@ -124,6 +125,10 @@ class Link:
     start_s: float = 0.0
     start_per_hop_s: float = 0.0
 
+    @property
+    def is_known(self) -> bool:
+        return self.bytes_per_s > 0
+
     def rate(self, kind: CollectiveKind, ranks: int) -> CollectiveRate | None:
         """That of the measured group nearest in size (by ratio); None where nothing was measured."""
         known = dict(self.rates)
@@ -137,6 +142,10 @@ class Link:
         return min(1.0, _between(self.reach, n_bytes))
 
 
+UNKNOWN_LINK = Link(0.0)
+"""Of a machine with one device, where no link was measured."""
+
+
 def _between(points: Points, x: float) -> float:
     """Like on_curve, flat at both ends."""
     return on_curve(points, min(x, points[-1][0]))
@@ -144,11 +153,23 @@ def _between(points: Points, x: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What the host takes to issue one op: while it runs the model's Python (forward), inside autograd (backward), and a collective."""
+    """What the host takes to issue one op: while it runs the model's Python (forward), inside autograd (backward), and a collective.
+    dtensor_*: the same where DTensor dispatches the ops; None where nobody measured that."""
 
     forward_s: float
     backward_s: float
     collective_s: float
+    dtensor_forward_s: float | None = None
+    dtensor_backward_s: float | None = None
+
+    def of_dtensor(self) -> "Launch":
+        """Where DTensor dispatches: its own times, else the same."""
+        forward_s, backward_s = self.dtensor_forward_s, self.dtensor_backward_s
+        return replace(
+            self,
+            forward_s=self.forward_s if forward_s is None else forward_s,
+            backward_s=self.backward_s if backward_s is None else backward_s,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,5 +218,3 @@ class Machine:
 def local_ranks(stride: int, size: int, devices_per_node: int) -> int:
     """How many ranks of a group lie on one node: its ranks are `stride` apart, and nodes are filled in order."""
     return max(1, min(size, devices_per_node // stride))
-
-

@@ -6,8 +6,8 @@
     [matmul.DTYPE]         peak, units, tiles (rows, columns, share of peak), start, extra_k
     [attention.DTYPE]      forward, backward, half_sequence, start
     [kernels.NAME]         start, rate, elements; or points (bytes, seconds). NAME: an op, a kind of ops, or default
-    [launch]               forward, backward, collective
-    [links.within]         bandwidth; [[links.within.KIND]] ranks, start, rate or points. KIND: a collective, or any
+    [launch]               forward, backward, collective; dtensor_forward, dtensor_backward (optional)
+    [links.within]         (optional where devices_per_node is 1) bandwidth; [[links.within.KIND]] ranks, start, rate or points. KIND: a collective, or any
     [links.between]        the same, and reach (message bytes, share of bandwidth), start, start_per_hop
 
 Bandwidths, capacities and power say per = "device" or per = "node". Every value must lie in its field's plausible range: a wrong unit puts it outside.
@@ -18,12 +18,14 @@ import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.errors import MachineError
 from shardwise.core.machine import (
     DEFAULT,
+    UNKNOWN_LINK,
     AttentionRate,
     CollectiveRate,
     Constant,
@@ -40,6 +42,8 @@ from shardwise.core.shown import shown
 
 DEVICES = ("cuda", "cpu")
 ANY = "any"
+LAUNCH_FIELDS = ("forward", "backward", "collective")
+DTENSOR_FIELDS = ("dtensor_forward", "dtensor_backward")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,7 @@ POWER = Quantity((("W", 1.0),), 1.0, 20_000.0, shared=True)
 PEAK = Quantity(_FLOPS, 1e9, 5e16, shared=True)
 RATE = Quantity(_FLOPS, 1e8, 5e16)
 START = Quantity(_SECONDS, 0.0, 0.05)
+TIME = Quantity(_SECONDS, 0.0, 100.0)
 KERNEL_RATE = Quantity(_PER_SECOND, 1e7, 5e13)
 ELEMENTS = Quantity((("Gelement/s", 1e9),), 1e7, 1e14)
 UNITS = Quantity(_ONE, 1, 100_000)
@@ -101,13 +106,14 @@ class _Reader:
         if device not in DEVICES:
             raise self.error("device", f'is "{shown(device)}"', f"Allowed: {', '.join(DEVICES)}.")
         self.devices = root.whole("devices_per_node", 1, 1024)
-        memory, links = root.section("memory", ("capacity", "bandwidth", "context")), root.section("links", ("within", "between"))
+        memory = root.section("memory", ("capacity", "bandwidth", "context"))
+        links = root.section("links", ("within", "between")) if "links" in self.table or self.devices > 1 else None
         bandwidth = memory.constant("bandwidth", BANDWIDTH)
         power = root.section("power", ("cap",)).constant("cap", POWER) if "power" in self.table else None
         kernels = tuple((name, _kernel(part, bandwidth, device)) for name, part in root.sections("kernels"))
         if DEFAULT not in dict(kernels):
             raise self.error(f"kernels.{DEFAULT}", "is missing", "It serves every op that has no rate of its own: give its start and rate.")
-        launch = root.section("launch", ("forward", "backward", "collective"))
+        launch = root.section("launch", (*LAUNCH_FIELDS, *DTENSOR_FIELDS))
         return Machine(
             name=root.text("name"),
             device=device,
@@ -120,9 +126,12 @@ class _Reader:
             matmuls=tuple((dtype, _matmul(part)) for dtype, part in root.sections("matmul")),
             attentions=tuple((dtype, _attention(part)) for dtype, part in root.sections("attention")),
             kernels=kernels,
-            launch=Launch(*(launch.constant(name, START) for name in ("forward", "backward", "collective"))),
-            within=_link(links.section("within", None)),
-            between=_link(links.section("between", None)) if "between" in links.table else None,
+            launch=Launch(
+                *(launch.constant(name, START) for name in LAUNCH_FIELDS),
+                *(launch.constant(name, START) if name in launch.table else None for name in DTENSOR_FIELDS),
+            ),
+            within=_link(links.section("within", None)) if links is not None else UNKNOWN_LINK,
+            between=_link(links.section("between", None)) if links is not None and "between" in links.table else None,
             constants=tuple(self.constants),
         )
 
@@ -144,7 +153,9 @@ class _Section:
     def only(self, known: tuple[str, ...]) -> None:
         for key in self.table:
             if key not in known:
-                raise self.reader.error(self.at(shown(key)), "is unknown", f"{suggest(key, known).strip()} Allowed: {', '.join(known)}.".strip())
+                raise self.reader.error(
+                    self.at(shown(key)), "is unknown", f"{suggest(key, known).strip()} Allowed: {', '.join(known)}.".strip()
+                )
 
     def text(self, key: str) -> str:
         value = self.table.get(key)
@@ -162,7 +173,9 @@ class _Section:
     def section(self, key: str, known: tuple[str, ...] | None) -> "_Section":
         value = self.table.get(key)
         if not isinstance(value, dict):
-            raise self.reader.error(f"[{self.at(key)}]", "is missing", "A machine file needs that table; `shardwise machines --show NAME` prints one.")
+            raise self.reader.error(
+                f"[{self.at(key)}]", "is missing", "A machine file needs that table; `shardwise machines --show NAME` prints one."
+            )
         part = _Section(self.reader, self.at(key), value)
         if known is not None:
             part.only(known)
@@ -179,7 +192,8 @@ class _Section:
         """One number in SI."""
         value, scale = self._read(key, quantity, default)
         if value is None:
-            return default  # type: ignore[return-value]
+            assert default is not None
+            return default
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise self.reader.error(f"{self.at(key)}.value", f"is {shown(str(value))}", "Write a number.")
         return self.plausible(key, float(value) * scale, quantity)
@@ -193,10 +207,10 @@ class _Section:
     def rows(self, key: str, width: int) -> list[list[float]]:
         """A constant that is a table of numbers, as it is written."""
         value, _ = self._read(key, None, None)
-        right = isinstance(value, list) and value and all(isinstance(row, list) and len(row) == width for row in value)
-        if not right or not all(_is_number(each) for row in value for each in row):  # type: ignore[union-attr]
+        found = value if isinstance(value, list) else []
+        if not found or not all(isinstance(row, list) and len(row) == width and all(map(_is_number, row)) for row in found):
             raise self.reader.error(f"{self.at(key)}.value", "is no table", f"Write rows of {width} numbers, such as [[1, 2]].")
-        return value  # type: ignore[return-value]
+        return found
 
     def points(self, key: str, quantity: Quantity) -> Points:
         """(bytes, seconds), growing in bytes."""
@@ -207,7 +221,7 @@ class _Section:
             self.plausible(key, y, quantity)
             if y <= 0:
                 raise self.reader.error(self.at(key), f"has {y:g} at {x:g}", "Values of a curve are positive.")
-        if any(a[0] >= b[0] for a, b in zip(found, found[1:], strict=False)):
+        if any(a[0] >= b[0] for a, b in pairwise(found)):
             raise self.reader.error(self.at(key), "doesn't grow", "Sort its points by size, each size once.")
         return found
 
@@ -241,7 +255,7 @@ class _Section:
                 scale /= self.reader.devices if per == "node" else 1
                 unit = f"{unit} per {per}"
         fitted = part.text("fitted") if "fitted" in entry else None
-        self.reader.constants.append(Constant(path, _written(entry["value"]), unit, source, fitted))
+        self.reader.constants.append(Constant(path, written(entry["value"]), unit, source, fitted))
         return entry["value"], scale
 
 
@@ -249,8 +263,16 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _written(value: object) -> str:
-    return json.dumps(value) if isinstance(value, list) else f"{value:g}" if _is_number(value) else str(value)
+def written(value: object) -> str:
+    """A constant's value as a Constant shows it."""
+    if isinstance(value, list):
+        return json.dumps([[whole_if(each) for each in row] for row in value])
+    return f"{value:g}" if _is_number(value) else str(value)
+
+
+def whole_if(number: float) -> float:
+    """An int where it is one."""
+    return int(number) if number == int(number) and abs(number) < 1e15 else number
 
 
 def _matmul(part: _Section) -> MatmulRate:
@@ -274,14 +296,17 @@ def _matmul(part: _Section) -> MatmulRate:
 def _attention(part: _Section) -> AttentionRate:
     part.only(("forward", "backward", "half_sequence", "start"))
     return AttentionRate(
-        part.constant("forward", RATE), part.constant("backward", RATE), part.constant("half_sequence", TOKENS), part.constant("start", START)
+        part.constant("forward", RATE),
+        part.constant("backward", RATE),
+        part.constant("half_sequence", TOKENS),
+        part.constant("start", START),
     )
 
 
 def _kernel(part: _Section, memory_bytes_per_s: float, device: str) -> KernelRate:
     part.only(("start", "rate", "elements", "points"))
     if "points" in part.table:
-        return KernelRate(points=part.points("points", START))
+        return KernelRate(points=part.points("points", TIME))
     rate = part.constant("rate", KERNEL_RATE)
     if device == "cuda" and rate > memory_bytes_per_s:
         raise part.reader.error(
@@ -306,7 +331,9 @@ def _link(part: _Section) -> Link:
         rates.append((None if kind == ANY else CollectiveKind(kind), tuple(sorted(found, key=lambda rate: rate.ranks))))
     reach = tuple((float(x), float(y)) for x, y in part.rows("reach", 2)) if "reach" in part.table else ()
     if any(x <= 0 or not 0 < y <= 1 for x, y in reach):
-        raise part.reader.error(part.at("reach"), "has a share outside 0 to 1", "Write rows of message bytes and the share of bandwidth there.")
+        raise part.reader.error(
+            part.at("reach"), "has a share outside 0 to 1", "Write rows of message bytes and the share of bandwidth there."
+        )
     return Link(bandwidth, tuple(rates), reach, part.constant("start", START, 0.0), part.constant("start_per_hop", START, 0.0))
 
 
@@ -314,11 +341,13 @@ def _collective(part: _Section, bandwidth: float) -> CollectiveRate:
     part.only(("ranks", "start", "rate", "points"))
     ranks = part.whole("ranks", 2, 1_000_000)
     if "points" in part.table:
-        return CollectiveRate(ranks, 0.0, math.inf, part.points("points", Quantity(_SECONDS, 0.0, 100.0)))
+        return CollectiveRate(ranks, 0.0, math.inf, part.points("points", TIME))
     rate = part.constant("rate", LINK_BANDWIDTH_OF_ONE)
     if rate > 2 * bandwidth:  # a switch that reduces on the way can beat a ring's formula, and by no more than this
         raise part.reader.error(
-            part.at("rate"), f"is {KERNEL_RATE.shown(rate)}", f"The link's bandwidth is {KERNEL_RATE.shown(bandwidth)} one way: at most twice that."
+            part.at("rate"),
+            f"is {KERNEL_RATE.shown(rate)}",
+            f"The link's bandwidth is {KERNEL_RATE.shown(bandwidth)} one way: at most twice that.",
         )
     return CollectiveRate(ranks, part.constant("start", START), rate)
 

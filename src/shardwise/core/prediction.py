@@ -44,6 +44,15 @@ class Selective(StrEnum):
     OPS = "ops"
 
 
+class Precision(StrEnum):
+    """What states are kept in. traced: all in the Program's dtype. master: parameters in it; gradients, master weights and AdamW's state in
+    float32 (Megatron's mixed precision). sharded: all of them in float32, gathered in the Program's dtype (FSDP2's mixed precision)."""
+
+    TRACED = "traced"
+    MASTER = "master"
+    SHARDED = "sharded"
+
+
 class Schedule(StrEnum):
     """Of pipeline stages. one_f_one_b: PipeDream-flush; interleaved: several chunks of layers a stage (both: Narayanan et al. 2021)."""
 
@@ -59,7 +68,7 @@ class Setup:
     sequence is one rank's part). attention: None where the Program's own
     op says. compiled: kernels bound by memory fused between matmuls. matmul_dtype: "float8" where linear layers multiply in it. overlap_data:
     whether gradients of whole replicas are reduced beside the backward. overlap_tensor: whether tensor-parallel collectives run beside the
-    matmul that makes or takes them. without: terms that are switched off.
+    matmul that makes or takes them. optimizer_shards: ranks that share the optimizer's state and work (ZeRO-1). without: terms that are switched off.
     """
 
     micro_batches: int = 1
@@ -73,6 +82,7 @@ class Setup:
     overlap_data: bool = False
     overlap_tensor: bool = False
     optimizer_shards: int = 1
+    precision: Precision = Precision.TRACED
     without: tuple[Term, ...] = ()
 
     @property

@@ -45,7 +45,10 @@ def reason_of(collective: Collective) -> str:
         case _:
             pass
     if collective.module == "replicated parameters":
-        return "Norms work on each rank's part of the sequence, so each rank has a summand of their gradients: all of them are summed in one go."
+        return (
+            "Norms, and whatever else every rank holds whole, see each rank's part of the sequence, so each rank has a summand of their gradients: "
+            "all of them are summed in one go."
+        )
     backward = phase is Phase.BACKWARD
     if style in ("rowwise", "embedding_rowwise") and _is_embedding(collective.module):
         if backward:

@@ -11,11 +11,12 @@ from shardwise.core.shown import shown
 from shardwise.models.specs import SPECS, get_spec
 
 HUGGING_FACE = "hf:"
-# how a model is named, and what it then is; lists and help texts show these
+# how a model is named beside the specs' names, and what it then is; the first is for every command. Lists and help texts show these
 NAMINGS = (
+    ("NAME?KEY=VALUE,...", "one of those above with numbers replaced, such as gpt3-175b?n_layers=4; heads and ffn_hidden follow hidden"),
     ("hf:TYPE", "the default configuration of a Hugging Face model type, such as hf:qwen3"),
     ("hf:PATH", "a Hugging Face config.json, or the folder that holds it; neither the hub nor weights are read"),
-    ("hf:...?KEY=VALUE,...", "the same with some numbers of the configuration replaced, such as hf:qwen3?num_hidden_layers=2"),
+    ("hf:...?KEY=VALUE,...", "either with some numbers of the configuration replaced, such as hf:qwen3?num_hidden_layers=2"),
     ("package.module:factory", "your own: a function that returns an nn.Module, ids [B, S] -> logits [B, S, V]"),
 )
 
@@ -67,8 +68,8 @@ def find_model(text: str) -> ModelSource:
 
         return find_factory(text)
     raise ModelError(
-        f'unknown model "{shown(text)}".{suggest(text[:80], SPECS)} Known: {", ".join(SPECS)}; '
-        "or hf:TYPE, hf:PATH of a config.json, or package.module:factory."
+        f'unknown model "{shown(text)}".{suggest(text.partition("?")[0][:80], SPECS)} Known: {", ".join(SPECS)}; '
+        "NAME?KEY=VALUE,...; or hf:TYPE, hf:PATH of a config.json, or package.module:factory."
     )
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from math import prod
 
 from shardwise.core.collective import CollectiveKind, wire_bytes
-from shardwise.core.machine import Link, Machine, local_ranks
+from shardwise.core.errors import MachineError
+from shardwise.core.machine import FRESH, Link, Machine, local_ranks
 from shardwise.core.prediction import AttentionKernel, Selective, Setup, Term
 from shardwise.core.program import Collective, Op, OpKind, Phase, TensorSpec
 
@@ -70,7 +71,10 @@ def op_cost(op: Op, machine: Machine, setup: Setup) -> Cost:
 
 def _kernel_s(op: Op, machine: Machine) -> float:
     elements = float(max((prod(spec.shape) for spec in op.outputs), default=0))
-    return machine.kernel(op.name, op.kind).time_s(op.read_bytes + op.write_bytes, elements)
+    first = next(iter((*op.inputs, *op.outputs)), None)
+    of_dtype = (f"{op.name} {first.dtype}",) if first is not None else ()
+    seconds = machine.kernel(*of_dtype, op.name, op.kind).time_s(op.read_bytes + op.write_bytes, elements)
+    return seconds + fresh_memory_s(op, machine)
 
 
 def _matmul_s(op: Op, machine: Machine, setup: Setup) -> float:
@@ -82,7 +86,16 @@ def _matmul_s(op: Op, machine: Machine, setup: Setup) -> float:
         seconds = op.flops / (rate.peak_flops * share) if rate is not None else 0.0
     else:
         seconds = _product_s(machine, setup.matmul_dtype if setup.matmul_dtype and dims[0] == 1 else dtype, *dims)
-    return max(seconds, machine.kernel("matmul bytes", "copy").time_s(op.read_bytes + op.write_bytes))
+    seconds = max(seconds, machine.kernel("matmul bytes", "copy").time_s(op.read_bytes + op.write_bytes))
+    return seconds + fresh_memory_s(op, machine)
+
+
+def fresh_memory_s(op: Op, machine: Machine) -> float:
+    """What an op's outputs cost beside it where the allocator takes them anew from the system."""
+    known = dict(machine.kernels)
+    if FRESH not in known:
+        return 0.0
+    return sum(known[FRESH].time_s(prod(spec.shape) * _WIDTHS.get(spec.dtype, 4)) for spec in op.outputs)
 
 
 def _product_s(machine: Machine, dtype: str, batch: int, m: int, n: int, k: int) -> float:
@@ -165,5 +178,7 @@ def collective_s(machine: Machine, kind: CollectiveKind, sent: float, payload: f
 
 
 def _within_s(link: Link, kind: CollectiveKind, sent: float, ranks: int) -> float:
+    if not link.is_known:
+        raise MachineError("the machine's file has no link: none was measured. Calibrate with --base MACHINE, whose links are then taken.")
     rate = link.rate(kind, ranks)
     return rate.time_s(sent) if rate is not None else link.start_s + sent / link.bytes_per_s

@@ -1,26 +1,48 @@
-"""A rank's memory: the Program's peak, scaled to a stage of a pipeline and to other sizes of the data-parallel axes.
+"""A rank's memory: the Program's peak, with its states in another precision, scaled to a stage of a pipeline and to other sizes of the mesh.
 
+    traced     the peak of everything, as tensors came and went
+    otherwise  states live all the time, in the bytes per parameter below, reduced in the buffers that they live in; and the peak of
+               everything else in forward and backward
     reserved   active x RESERVED_OVER_ACTIVE: what the caching allocator rounds and can't reuse
     device     reserved and what the process holds beside tensors (context, libraries, communicators)
 
-1F1B holds p - s micro-batches' activations on stage s, the interleaved schedule those of the first stage and (p-1)/(p v) more (Narayanan
-et al. 2021, section 2.2; Korthikanti et al. 2022, section 4.2.3).
+Bytes per parameter in half precision: master 2 + 4 + 12 (parameter, gradient, master weight and two moments); sharded 4 + 4 + 8 (Rajbhandari et
+al. 2020, section 3.1). 1F1B holds p micro-batches' activations on the first stage, the interleaved schedule 1 + (p-1)/(p v) times as much
+(Narayanan et al. 2021, section 2.2; Korthikanti et al. 2022, section 4.2.3).
 """
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
 from shardwise.core.machine import Machine
-from shardwise.core.prediction import MemoryForecast, Setup
-from shardwise.core.program import MemoryKind, Program, peak_by_kind
+from shardwise.core.prediction import MemoryForecast, Precision, Selective, Setup
+from shardwise.core.program import MemoryChange, MemoryKind, Phase, Program
 
 RESERVED_OVER_ACTIVE = 1.15
-"""Median of 13 steps on an H100. Source: benchmarks/results/2026-11-26-h100-steps.json."""
+"""Median of 12 steps on an H100 that hold more than 5 GiB. Source: benchmarks/results/2026-11-26-h100-steps.json."""
 
+_ONCE = (Phase.REDUCE, Phase.CLIP, Phase.OPTIMIZER)
 STATES = (MemoryKind.PARAMETER, MemoryKind.GRADIENT, MemoryKind.OPTIMIZER)
+# of the traced bytes of the parameters: parameter, gradient, optimizer
+OF_PARAMETERS = {Precision.MASTER: (1.0, 2.0, 6.0), Precision.SHARDED: (2.0, 2.0, 4.0)}
+KEPT_BY_OPS = ("attention", "reduce_scatter", "mm")
+"""What torchtitan's selective op keeps of the forward (of matmuls every second one)."""
+
+ByKind = dict[MemoryKind, float]
 
 
 def forecast(program: Program, machine: Machine, setup: Setup, sizes: dict[str, int]) -> MemoryForecast:
     """Of the first stage, which holds most activations."""
-    by_kind = {kind: float(n_bytes) for kind, n_bytes in peak_by_kind(program)}
     shards = sizes.get("fsdp", 1) / dict(program.axes).get("fsdp", 1)
+    if setup.precision is Precision.TRACED:
+        by_kind = peak_by_kind(program, lambda _: True, setup)
+    else:
+        by_kind = peak_by_kind(program, lambda kind: kind not in STATES, setup)
+        shares = OF_PARAMETERS[setup.precision]
+        for kind, share in zip(STATES, shares, strict=True):
+            by_kind[kind] = program.held(MemoryKind.PARAMETER) * share
     for kind in by_kind:
         if kind in STATES:
             by_kind[kind] /= setup.stages * shards
@@ -28,7 +50,67 @@ def forecast(program: Program, machine: Machine, setup: Setup, sizes: dict[str, 
             in_flight = min(setup.micro_batches, setup.stages)
             more = 1 + (setup.stages - 1) / (setup.stages * setup.chunks) if setup.chunks > 1 else 1.0
             by_kind[kind] *= in_flight / setup.stages * more
+    if MemoryKind.OPTIMIZER in by_kind:
+        by_kind[MemoryKind.OPTIMIZER] /= setup.optimizer_shards
     active = sum(by_kind.values())
     reserved = active * (RESERVED_OVER_ACTIVE if machine.device == "cuda" else 1.0)
     kinds = tuple((kind, by_kind[kind]) for kind in MemoryKind if by_kind.get(kind))
     return MemoryForecast(active, kinds, reserved, reserved + machine.context_bytes, machine.memory_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One block's changes: bytes and kind of each, in order."""
+
+    n_bytes: "np.ndarray[tuple[int], np.dtype[np.float64]]"
+    kinds: "np.ndarray[tuple[int], np.dtype[np.int8]]"
+    times: int
+
+
+def peak_by_kind(program: Program, counts: Callable[[MemoryKind], bool], setup: Setup) -> ByKind:
+    """What lives at the moment at which the kinds that count hold most. A block that repeats is walked once: its peak is in its last repeat
+    where it leaves more than it found, else in its first."""
+    all_kinds = tuple(MemoryKind)
+    live = np.zeros(len(all_kinds))
+    for kind, n_bytes in program.resident:
+        live[all_kinds.index(kind)] += n_bytes
+    counted = np.array([counts(kind) for kind in all_kinds])
+    best, best_live = float(live[counted].sum()), live.copy()
+    for row in _rows(program, setup):
+        grows = np.where(counted[row.kinds], row.n_bytes, 0.0)
+        total = float(grows.sum())
+        net = np.bincount(row.kinds, weights=row.n_bytes, minlength=len(all_kinds))
+        before = live + net * (row.times - 1 if total > 0 else 0)
+        if len(grows):
+            running = np.cumsum(grows)
+            top = int(running.argmax())
+            if float(before[counted].sum()) + running[top] > best:
+                upto = np.bincount(row.kinds[: top + 1], weights=row.n_bytes[: top + 1], minlength=len(all_kinds))
+                best_live = before + upto
+                best = float(best_live[counted].sum())
+        live = live + net * row.times
+    return {kind: float(best_live[index]) for index, kind in enumerate(all_kinds) if best_live[index] > 0}
+
+
+def _rows(program: Program, setup: Setup) -> Iterable[_Row]:
+    index = {kind: number for number, kind in enumerate(MemoryKind)}
+    keep = _kept_share if setup.selective_recompute is Selective.OPS else _all_of_it
+    for block in program.blocks:
+        changes = [item for item in block.items if isinstance(item, MemoryChange)]
+        if setup.precision is not Precision.TRACED:
+            changes = [change for change in changes if change.phase not in _ONCE]
+        n_bytes = np.array([change.n_bytes * keep(change) for change in changes], np.float64)
+        yield _Row(n_bytes, np.array([index[change.kind] for change in changes], np.int8), block.times)
+
+
+def _all_of_it(change: MemoryChange) -> float:
+    return 1.0
+
+
+def _kept_share(change: MemoryChange) -> float:
+    """Of an activation, what a selective recompute of ops keeps."""
+    if change.kind is not MemoryKind.ACTIVATION:
+        return 1.0
+    if not any(name in change.maker for name in KEPT_BY_OPS):
+        return 0.0
+    return 0.5 if "mm" in change.maker else 1.0

@@ -5,6 +5,7 @@ of its layers, the first stage also what comes before them, the last what comes 
 """
 
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from shardwise.core.prediction import Prediction, Selective, Setup, Term
 from shardwise.core.program import Collective, Op, Phase, Program
 from shardwise.predict.memory import forecast
 from shardwise.predict.pipeline import StageTimes, layers_of_stages, pipeline_s
-from shardwise.predict.streams import Run, run
+from shardwise.predict.streams import run
 from shardwise.predict.work import AFTER, BEFORE, TERMS, Work, work_of
 
 SLOWED_BESIDE = 0.189
@@ -55,23 +56,15 @@ def predict(program: Program, machine: Machine, setup: Setup, sizes: dict[str, i
     terms.update(dict.fromkeys(setup.without, 0.0))
     step_s = sum(terms.values())
     all_sizes = dict(program.axes) | (sizes or {})
-    ranks = 1
-    for size in all_sizes.values():
-        ranks *= size
-    data = 1
-    for name, size in all_sizes.items():
-        data *= size if name != "tp" else 1
-    traced_data = 1
-    for name, size in program.axes:
-        traced_data *= size if name != "tp" else 1
-    tokens = program.settings.batch // traced_data * data * program.settings.seq * setup.micro_batches * setup.context
+    sequences = program.settings.batch // _data_parallel(dict(program.axes)) * _data_parallel(all_sizes) * setup.micro_batches
+    tokens = sequences * program.settings.seq * setup.context
     return Prediction(
         program.model,
         program.plan,
         machine.name,
         tuple(all_sizes.items()),
         setup,
-        ranks * setup.stages * setup.context,
+        prod(all_sizes.values()) * setup.stages * setup.context,
         tokens,
         step_s,
         tuple(terms.items()),
@@ -79,6 +72,10 @@ def predict(program: Program, machine: Machine, setup: Setup, sizes: dict[str, i
         None,
         tuple(f"{name} has no known cost on {machine.device}: counted by its bytes" for name in work.unknown),
     )
+
+
+def _data_parallel(sizes: dict[str, int]) -> int:
+    return prod(size for name, size in sizes.items() if name != "tp")
 
 
 def without(work: Work, terms: tuple[Term, ...]) -> Work:
@@ -115,7 +112,7 @@ def passes_of(work: Work, first: int, count: int, setup: Setup, index: int) -> t
         layers |= work.layer == AFTER
     forward, backward = (work.where(layers & work.in_phases(*phases)) for phases in (FORWARDS, BACKWARDS))
     if setup.selective_recompute is Selective.OPS:
-        backward = _followed_by(backward, _again(work.where(layers & work.in_phases(Phase.FORWARD) & (work.layer >= 0))))
+        backward = backward.followed_by(_again(work.where(layers & work.in_phases(Phase.FORWARD) & (work.layer >= 0))))
     return layers, forward, backward
 
 
@@ -124,8 +121,12 @@ def _stage(work: Work, first: int, count: int, setup: Setup, index: int, togethe
     times, terms = [], dict.fromkeys(Term, 0.0)
     for part in passes:
         # the host runs ahead of the device over micro-batches: what it falls behind in the second time is what each further one waits
-        twice = run(_repeated(part, 2), together=together)
-        length = twice.length_s - float(twice.end_s[: len(part)].max(initial=0.0)) if setup.micro_batches > 1 or setup.stages > 1 else twice.end_s[: len(part)].max(initial=0.0)
+        twice = run(part.repeated(2), together=together)
+        length = (
+            twice.length_s - float(twice.end_s[: len(part)].max(initial=0.0))
+            if setup.micro_batches > 1 or setup.stages > 1
+            else twice.end_s[: len(part)].max(initial=0.0)
+        )
         times.append(float(length) + _add_terms(terms, part, float(length), together))
     return Stage(StageTimes(*times), terms, work.where(layers))
 
@@ -140,15 +141,6 @@ def _again(forward: Work) -> Work:
     scatters = np.array([kind is CollectiveKind.REDUCE_SCATTER for kind in kinds])[forward.template]
     factor = np.where(scatters, 0.0, shares[forward.term])
     return replace(forward, device_s=forward.device_s * factor, host_s=forward.host_s * (factor > 0), axis=forward.axis * 0)
-
-
-def _followed_by(first: Work, second: Work) -> Work:
-    pairs = zip(first.columns(), second.columns(), strict=True)
-    return Work(*(np.concatenate(pair) for pair in pairs), first.items, first.axes, first.unknown)
-
-
-def _repeated(work: Work, times: int) -> Work:
-    return Work(*(np.tile(column, times) for column in work.columns()), work.items, work.axes, work.unknown)
 
 
 def _add_terms(terms: dict[Term, float], part: Work, length_s: float, together: bool) -> float:
@@ -175,7 +167,10 @@ def step_end_of(work: Work, setup: Setup) -> Work:
 
 def _once(scaled: Work, together: bool) -> dict[Term, float]:
     length = run(scaled, together=together).length_s
-    sums = {term: float((scaled.device_s + (scaled.host_s if together else 0.0))[scaled.term == index].sum()) for index, term in enumerate(TERMS)}
+    sums = {
+        term: float((scaled.device_s + (scaled.host_s if together else 0.0))[scaled.term == index].sum())
+        for index, term in enumerate(TERMS)
+    }
     sums[Term.LAUNCH] += length - sum(sums.values())
     return sums
 
@@ -190,10 +185,7 @@ def transfer_s(program: Program, machine: Machine, setup: Setup) -> float:
     if setup.stages == 1:
         return 0.0
     n_bytes = boundary_bytes(program)
-    devices = 1
-    for _, size in program.axes:
-        devices *= size
-    stride = devices
+    stride = prod(size for _, size in program.axes)  # stages are the outermost axis
     link = machine.within if local_ranks(stride, setup.stages, machine.devices_per_node) > 1 else machine.between or machine.within
     return link.start_s + n_bytes / (link.bytes_per_s * link.share_at(n_bytes))
 
@@ -206,9 +198,5 @@ def boundary_bytes(program: Program) -> int:
     for op in program.ops():
         if op.module.startswith(prefix) and isinstance(op, Op) and op.inputs:
             spec = op.inputs[0]
-            return int(np.prod(spec.shape)) * {"float32": 4, "float64": 8}.get(spec.dtype, 2)
+            return prod(spec.shape) * {"float32": 4, "float64": 8}.get(spec.dtype, 2)
     return 0
-
-
-__all__ = ["Run", "Stage", "predict", "without"]
-_ = NDArray

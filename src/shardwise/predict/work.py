@@ -4,7 +4,8 @@ A block of equal layers is costed once and repeated. Where an item stands in the
 before the first one, or after the last.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,11 +44,37 @@ class Work:
 
     def where(self, chosen: NDArray[np.bool_]) -> "Work":
         """The rows chosen."""
-        return Work(*(column[chosen] for column in self.columns()), self.items, self.axes, self.unknown)
+        return self.mapped(lambda column: column[chosen])
 
-    def columns(self) -> tuple[NDArray[Any], ...]:
-        """All of them, in the order of the fields."""
-        return (self.device_s, self.host_s, self.term, self.phase, self.axis, self.layer, self.template)
+    def repeated(self, times: int) -> "Work":
+        """All rows, several times over."""
+        return self.mapped(lambda column: np.tile(column, times))
+
+    def followed_by(self, other: "Work") -> "Work":
+        """These rows, then another's of the same Program."""
+        return replace(
+            self,
+            device_s=np.concatenate((self.device_s, other.device_s)),
+            host_s=np.concatenate((self.host_s, other.host_s)),
+            term=np.concatenate((self.term, other.term)),
+            phase=np.concatenate((self.phase, other.phase)),
+            axis=np.concatenate((self.axis, other.axis)),
+            layer=np.concatenate((self.layer, other.layer)),
+            template=np.concatenate((self.template, other.template)),
+        )
+
+    def mapped(self, change: Callable[[NDArray[Any]], NDArray[Any]]) -> "Work":
+        """Every column changed in the same way."""
+        return replace(
+            self,
+            device_s=change(self.device_s),
+            host_s=change(self.host_s),
+            term=change(self.term),
+            phase=change(self.phase),
+            axis=change(self.axis),
+            layer=change(self.layer),
+            template=change(self.template),
+        )
 
     def in_phases(self, *phases: Phase) -> NDArray[np.bool_]:
         return np.isin(self.phase, [PHASES.index(phase) for phase in phases])
@@ -62,6 +89,8 @@ def work_of(program: Program, machine: Machine, setup: Setup, sizes: dict[str, i
         strides[name] = stride
         stride *= sizes[name]
     prefix = program.layers[0] if program.layers is not None else None
+    if program.engine == "dtensor":
+        machine = replace(machine, launch=machine.launch.of_dtensor())
     rows: list[tuple[NDArray[np.float64], ...]] = []
     items: list[Op | Collective] = []
     unknown: set[str] = set()
@@ -103,7 +132,10 @@ def _block(
                 unknown.add(item.name)
         elif isinstance(item, Collective):
             name = item.call.axis
-            cost, axis = collective_cost(item, machine, setup, strides.get(name, 1), sizes.get(name, item.call.axis_size)), 1 + axes.index(name)
+            cost, axis = (
+                collective_cost(item, machine, setup, strides.get(name, 1), sizes.get(name, item.call.axis_size)),
+                1 + axes.index(name),
+            )
         else:
             continue
         index = layer_index(item.module, prefix)

@@ -62,7 +62,12 @@ def term_chart(predictions: Sequence[Prediction]) -> Chart:
         Bar(
             name(prediction.plan, "(no plan)"),
             tuple(
-                Segment(f"t-{row.term.name.lower()}", row.term.value, units.format_seconds(row.seconds[index]), percent(row.seconds[index], longest))
+                Segment(
+                    f"t-{row.term.name.lower()}",
+                    row.term.value,
+                    units.format_seconds(row.seconds[index]),
+                    percent(row.seconds[index], longest),
+                )
                 for row in found
                 if row.seconds[index] > 0
             ),

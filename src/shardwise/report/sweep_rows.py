@@ -12,6 +12,16 @@ PAGE_ROWS = 2000
 REFUSALS = 6
 
 
+# what a table has room for
+SHORT_TERMS = {
+    Term.TENSOR: "tp sends",
+    Term.DATA: "data sends",
+    Term.SLOWED: "slowed",
+    Term.LAUNCH: "launches",
+    Term.BUBBLE: "bubble",
+}
+
+
 def mesh_text(point: SweepPoint) -> str:
     return ",".join(f"{axis}={size}" for axis, size in point.axes)
 
@@ -40,9 +50,9 @@ def lost(point: SweepPoint) -> tuple[Term, float]:
 
 
 def lost_text(point: SweepPoint) -> str:
-    """`12 % pipeline bubble`."""
+    """`12 % bubble`."""
     term, share = lost(point)
-    return f"{100 * share:.0f} % {term}"
+    return f"{100 * share:.0f} % {SHORT_TERMS.get(term, term.value)}"
 
 
 def headline(sweep: Sweep) -> str:

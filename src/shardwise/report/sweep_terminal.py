@@ -23,6 +23,8 @@ def render_sweep(sweep: Sweep, console: Console, top: int) -> None:
     console.print(Padding(Text(plain(rows.headline(sweep)), "bold"), (1, 1)))
     if sweep.points:
         console.print(_table(sweep, top))
+        legend = "batch: sequences of a data-parallel rank at a time x times a step; tokens/s and memory: of one device."
+        console.print(Padding(Text(legend, "dim"), (0, 1)))
     if len(sweep.points) > top:
         console.print(Padding(Text(f"{len(sweep.points) - top:,} more; --top shows more, --json and --out all.", "dim"), (0, 1)))
     for refusal in sweep.refused[: rows.REFUSALS]:
@@ -40,17 +42,16 @@ def _table(sweep: Sweep, top: int) -> Table:
     has_plans = rows.has_plans(sweep)
     columns = [("plan", "left")] if has_plans else []
     columns += [
-        ("mesh", "left"), ("stages", "right"), ("micro-batch", "right"), ("step", "right"), ("tokens/s each", "right"), ("memory", "right"),
-        ("", "left"), ("most time lost", "left"),
+        ("mesh", "left"), ("stages", "right"), ("batch", "right"), ("step", "right"), ("tokens/s", "right"), ("memory", "right"), ("lost to", "left"),
     ]  # fmt: skip
     for label, justify in columns:
-        table.add_column(label, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        table.add_column(label, justify=justify, no_wrap=label != "plan", overflow="fold")  # type: ignore[arg-type]
     for point in sweep.points[:top]:
         cells = [plain(name(point.plan, "(no plan)"))] if has_plans else []
         cells += [
             rows.mesh_text(point), str(point.stages), rows.micro_text(point), format_seconds(point.step_s),
-            format_count(point.tokens_per_s_per_device), format_bytes(point.memory.device_bytes), "" if point.fits else "doesn't fit",
-            rows.lost_text(point),
+            format_count(point.tokens_per_s_per_device), format_bytes(point.memory.device_bytes),
+            rows.lost_text(point) if point.fits else "doesn't fit",
         ]  # fmt: skip
         table.add_row(*(Text(cell) for cell in cells), style="" if point.fits else "red")
     return table

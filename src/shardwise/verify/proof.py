@@ -29,7 +29,7 @@ from shardwise.core.plan import Engine
 from shardwise.core.shown import told
 from shardwise.core.verification import Proof
 from shardwise.parallel.apply import applied_to
-from shardwise.parallel.loss import PlainLoss
+from shardwise.parallel.loss import Loss, PlainLoss, VocabParallelLoss
 from shardwise.parallel.ownership import RowOwnership
 from shardwise.parallel.parameters import part_of_dtensor
 from shardwise.step.train import TrainStep
@@ -115,8 +115,7 @@ def prove(
     whole = expected.observed
     observed = observe(model, *batches[0], width=whole.logits.shape[-1])
     gradients = _compare_gradients(model, observed, expected, group)
-    is_cut = not isinstance(applied_to(model).loss, PlainLoss)
-    output_error = _output_error(observed.logits, whole.logits, is_cut, group)
+    output_error = _output_error(observed.logits, whole.logits, applied_to(model).loss, group)
     loss_error = largest(abs(observed.loss - whole.loss) / abs(whole.loss), group)
     wrong = {name: error.relative for name, error in gradients.items() if error.is_wrong}
     worst = max(gradients, key=lambda name: (gradients[name].is_wrong and gradients[name].relative, gradients[name].share), default="")
@@ -215,13 +214,17 @@ def _rows(tensor: DTensor) -> DTensor:
     return DTensor.from_local(flat, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape[:1], stride=(1,))
 
 
-def _output_error(logits: Tensor, whole: Tensor, is_cut: bool, group: dist.ProcessGroup) -> float:
+def _output_error(logits: Tensor, whole: Tensor, loss: Loss, group: dist.ProcessGroup) -> float:
+    """loss: it knows which columns of the whole logits a rank has, which are dealt out where the head is tied to an interleaved table."""
     sizes = gathered_ints(logits.shape[-1], group)
-    if not is_cut or all(size == whole.shape[-1] for size in sizes):
+    if isinstance(loss, PlainLoss) or all(size == whole.shape[-1] for size in sizes):
         return largest(_relative(logits, whole), group)
-    first = sum(sizes[: dist.get_rank(group)])
     if sum(sizes) != whole.shape[-1]:
         return float("inf")
+    rank = dist.get_rank(group)
+    if isinstance(loss, VocabParallelLoss):
+        return largest(_relative(logits, whole.index_select(-1, loss.ownership.ids_of(rank).to(whole.device))), group)
+    first = sum(sizes[:rank])
     return largest(_relative(logits, whole.narrow(-1, first, logits.shape[-1])), group)
 
 

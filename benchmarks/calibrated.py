@@ -1,0 +1,146 @@
+"""calibrate, compare and predict on this machine, one after the other: how near the predictions are.
+
+    python -m benchmarks.calibrated [--ranks 2] [--rounds 20] [--dry]
+
+Every built-in plan of llama3-debug under compare's default settings, on the same text. Nothing is fitted to compare's times.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from benchmarks import calibrated_results, results
+from benchmarks.calibrated_results import Predicted, Run
+from shardwise.core.machine import Machine
+from shardwise.core.machine_file import machine_from_toml
+from shardwise.core.measurement import Comparison, Measurement, StepSettings
+from shardwise.core.mesh import Mesh
+from shardwise.core.prediction import Setup
+from shardwise.core.program import Program
+from shardwise.models.source import find_model
+from shardwise.parallel.builtin import builtin_names, builtin_plan
+from shardwise.predict.predict import predict
+from shardwise.predict.work import work_of
+from shardwise.report.json import comparison_from_json
+from shardwise.text.batches import Batches
+from shardwise.text.stream import load_tokens
+from shardwise.trace.trace import trace
+
+EMBEDDING = "tok_embeddings"
+SETTINGS = StepSettings(batch=4, seq=256)  # compare's defaults
+
+
+def command(*arguments: str) -> bytes:
+    """What `shardwise` prints for these arguments; its own words go to the terminal."""
+    print("shardwise", *arguments, file=sys.stderr, flush=True)
+    return subprocess.run([sys.executable, "-m", "shardwise", *arguments], stdout=subprocess.PIPE, check=True).stdout
+
+
+def programs(model: str, ranks: int) -> dict[str, Program]:
+    """Of every built-in plan, with the first batch of compare's text."""
+    source = find_model(model)
+    assert source.vocab_size is not None
+    ids = Batches(load_tokens(vocab_size=source.vocab_size), SETTINGS.batch, SETTINGS.seq).at(0).ids_BS
+    mesh = Mesh((("tp", ranks),))
+    return {name: trace(source, builtin_plan(name), mesh, SETTINGS, device="cpu", ids=ids) for name in builtin_names()}
+
+
+def embedding_s(program: Program, machine: Machine) -> float:
+    """Of the embedding alone, forward and backward: its items one after the other."""
+    work = work_of(program, machine, Setup())
+    inside = [work.items[template].module == EMBEDDING for template in work.template]
+    return float(((work.device_s + work.host_s) * inside).sum())
+
+
+def predicted(program: Program, machine: Machine, measured: Measurement) -> Predicted:
+    found = predict(program, machine, Setup())
+    times = measured.module_times
+    assert times is not None
+    return Predicted(
+        measured.label,
+        measured.step_s,
+        tuple(one + two for one, two in zip(times.forward_s, times.backward_s, strict=True)),
+        found.step_s,
+        embedding_s(program, machine),
+        tuple((str(term), seconds) for term, seconds in found.terms),
+    )
+
+
+def measure(model: str, ranks: int, rounds: int, given: Path | None = None) -> Run:
+    """Traces first, so that compare runs right after calibrate."""
+    started, load = results.now(), [results.load_average()]
+    traced = programs(model, ranks)
+    with tempfile.TemporaryDirectory(prefix="shardwise-calibrated-") as folder:
+        path = given or Path(folder) / "machine.toml"
+        began = time.monotonic()
+        if given is None:
+            command("calibrate", "--device", "cpu", "--ranks", str(ranks), "--out", str(path))
+        calibrate_s = time.monotonic() - began
+        load.append(results.load_average())
+        machine = machine_from_toml(path.read_text(encoding="utf-8"), "calibrated")
+        began = time.monotonic()
+        options = ["--model", model, "--mesh", f"tp={ranks}", "--device", "cpu", "--rounds", str(rounds), "--no-repeat", "--no-check", "--json"]
+        document = command("compare", *builtin_names(), *options, "--out", str(Path(folder) / "compare"))
+        compare_s = time.monotonic() - began
+    load.append(results.load_average())
+    comparison: Comparison = comparison_from_json(document)
+    plans = tuple(predicted(traced[each.label], machine, each) for each in comparison.measurements)
+    return Run(
+        environment=results.describe_machine(
+            results.command_line("benchmarks.calibrated"),
+            ranks,
+            comparison.environment.threads_per_rank,
+            comparison.environment.variables,
+            started,
+        ),
+        settings={"model": model, "tp": ranks, "batch": SETTINGS.batch, "seq": SETTINGS.seq, "dtype": SETTINGS.dtype, "rounds": rounds},
+        load_average=(load[0], load[1], load[2]),
+        share=_share(machine),
+        calibrate_s=calibrate_s,
+        compare_s=compare_s,
+        plans=plans,
+        constants=tuple((each.path, each.value, each.unit, each.source) for each in machine.constants),
+    )
+
+
+def _share(machine: Machine) -> float:
+    """As the machine's description says it."""
+    before, _, _ = machine.about.partition("% of a core each")
+    return float(before.rpartition(" ")[2]) / 100
+
+
+def show(plans: Sequence[Predicted]) -> None:
+    """For the one who waits."""
+    for plan in plans:
+        print(
+            f"{plan.plan:20} step {plan.step_median_s * 1e3:7.0f} ms, predicted {plan.step_predicted_s * 1e3:7.0f} ({plan.error:+.0%})   embedding "
+            f"{plan.embedding_median_s * 1e3:6.1f} ms, predicted {plan.embedding_predicted_s * 1e3:6.1f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.calibrated", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="llama3-debug")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--dry", action="store_true", help="print, and write no results file")
+    parser.add_argument("--raw", type=Path, help="also write the run to this file")
+    arguments = parser.parse_args()
+    run = measure(arguments.model, arguments.ranks, arguments.rounds)
+    show(run.plans)
+    right, pairs, wrong = calibrated_results.in_order(run.plans)
+    print(f"embeddings: {right} of {pairs} pairs in the right order {wrong}")
+    if arguments.raw is not None:
+        arguments.raw.write_bytes(msgspec.json.encode(run))
+    if not arguments.dry:
+        print(run.write())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Collectives by kind, size and group, through the functions that the native engine uses.
+
+On a CPU a rank works for a moment before each one, as a step does, and the wall clock counts: so waiting for ranks that come later, and for
+the system to wake a rank up, are in the times. On GPUs: between events, several in a row.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardwise.calibrate.clock import CALLS, Timing, between_events, timing_of
+from shardwise.core.collective import CollectiveKind, Origin, wire_bytes
+from shardwise.core.placement import Replicate
+from shardwise.core.sample import Sample
+from shardwise.parallel import collectives
+from shardwise.parallel.axis import Axis
+
+AXIS = "tp"
+ORIGIN = Origin("calibrate", "", Replicate(), Replicate())
+ENOUGH_S = 0.08
+MOST_REPEATS = 40
+FEWEST_REPEATS = 6
+WORK = 384  # rows and columns of the matmul that stands for a step's work between collectives
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The first `size` ranks."""
+
+    size: int
+    axis: Axis | None  # None: this rank is none of them
+
+
+def groups(world_size: int, device_type: str) -> list[Group]:
+    """Of 2, 4, 8, ... and all ranks. Every rank must call it."""
+    sizes = sorted({size for size in (2**power for power in range(1, 11)) if size < world_size} | {world_size})
+    found = []
+    for size in sizes:
+        if size < 2:
+            continue
+        mesh = DeviceMesh(device_type, list(range(size)), mesh_dim_names=(AXIS,))
+        inside = dist.get_rank() < size
+        found.append(Group(size, replace(Axis.of(mesh, AXIS), pairwise_reduce_scatter=False) if inside else None))
+    return found
+
+
+def sizes_for(device_type: str, *, quick: bool) -> list[int]:
+    """Bytes of the full tensor."""
+    if quick:
+        return [1 << 10, 1 << 16, 1 << 20]
+    most = 26 if device_type == "cpu" else 28
+    return [1 << power for power in range(10, most + 1, 2)]
+
+
+def time_collective(kind: CollectiveKind, full_bytes: int, axis: Axis, device: torch.device) -> Sample:
+    """This rank's time. All ranks of the axis must call it."""
+    call, payload, sent = _prepared(kind, full_bytes // 4, axis, device)
+    timing = _on_cuda(call, axis) if device.type == "cuda" else _on_cpu(call, axis)
+    return Sample(
+        what=str(kind),
+        name=str(kind),
+        dtype="float32",
+        shape=(payload,),
+        seconds=timing.seconds,
+        low_s=timing.low_s,
+        high_s=timing.high_s,
+        repeats=timing.repeats * (CALLS if device.type == "cuda" else 1),
+        write_bytes=round(sent),
+        ranks=axis.size,
+    )
+
+
+def _prepared(kind: CollectiveKind, elements: int, axis: Axis, device: torch.device) -> tuple[Callable[[], Tensor], int, float]:
+    """The call, its payload, and what a rank sends."""
+    elements = max(axis.size, elements // axis.size * axis.size)
+    full_bytes = elements * 4
+    sent = wire_bytes(kind, full_bytes, axis.size)
+    match kind:
+        case CollectiveKind.ALL_REDUCE:
+            whole = torch.zeros(elements, device=device)
+            return lambda: collectives.sum_now(whole, axis, ORIGIN), full_bytes, sent
+        case CollectiveKind.ALL_GATHER:
+            part = torch.zeros(elements // axis.size, device=device)
+            return lambda: collectives.gather_now(part, 0, axis, elements, ORIGIN), full_bytes, sent
+        case CollectiveKind.REDUCE_SCATTER:
+            whole = torch.zeros(elements, device=device)
+            return lambda: collectives.scatter_sum_now(whole, 0, axis, ORIGIN), full_bytes, sent
+        case CollectiveKind.ALL_TO_ALL:  # blocks for the others alone: all of it is sent
+            blocks = torch.zeros(axis.size - 1, elements // axis.size, device=device)
+            n_bytes = blocks.numel() * 4
+            return lambda: collectives.swap_others_now(blocks, axis, ORIGIN), n_bytes, float(n_bytes)
+        case CollectiveKind.BROADCAST:
+            whole = torch.zeros(elements, device=device)
+            return lambda: _broadcast(whole, axis), full_bytes, sent
+
+
+def _broadcast(whole: Tensor, axis: Axis) -> Tensor:
+    dist.broadcast(whole, 0, group=axis.group)
+    return whole
+
+
+def _on_cpu(call: Callable[[], Tensor], axis: Axis) -> Timing:
+    """The mean counts, not the median: a step meets the slow ones too."""
+    work = torch.zeros(WORK, WORK)
+    call()
+    times = []
+    for _ in range(_repeats(_wall(call), axis)):
+        torch.mm(work, work)
+        times.append(_wall(call))
+    return replace(timing_of(times), seconds=trimmed_mean(times))
+
+
+def _on_cuda(call: Callable[[], Tensor], axis: Axis) -> Timing:
+    def calls() -> None:
+        for _ in range(CALLS):
+            call()
+
+    calls()
+    torch.cuda.synchronize()
+    repeats = _repeats(between_events(calls, behind=True), axis)
+    return timing_of([between_events(calls, behind=True) / CALLS for _ in range(repeats)])
+
+
+def _repeats(once_s: float, axis: Axis) -> int:
+    """How often to time what takes this rank once_s; the same on all of them."""
+    slowest = torch.tensor(once_s, device=axis.device_type)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=axis.group)
+    return min(MOST_REPEATS, max(FEWEST_REPEATS, round(ENOUGH_S / max(slowest.item(), 1e-6))))
+
+
+def trimmed_mean(times: list[float]) -> float:
+    """Without the largest and the smallest tenth."""
+    cut = len(times) // 10
+    return fmean(sorted(times)[cut : len(times) - cut])
+
+
+def _wall(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def plan(world: list[Group], device_type: str, *, quick: bool) -> Iterator[tuple[Group, CollectiveKind, int]]:
+    """What is timed, in order, the same on every rank."""
+    for group in world:
+        for kind in CollectiveKind:
+            for full_bytes in sizes_for(device_type, quick=quick):
+                yield group, kind, full_bytes

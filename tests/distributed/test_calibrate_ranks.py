@@ -1,0 +1,45 @@
+"""calibrate's ranks: what fails is left out and said, what there is no time for too, and the rest is measured."""
+
+import msgspec
+import pytest
+
+from shardwise.calibrate.ranks import CalibrateReport, merged
+from shardwise.core.collective import CollectiveKind
+from shardwise.launch import run_ranks
+
+
+def reports_of(entry: str, ranks: int = 2) -> list[CalibrateReport]:
+    results = run_ranks(f"tests.distributed.calibrate_workers:{entry}", b"", world_size=ranks, device_type="cpu", timeout_s=120)
+    return [msgspec.json.decode(result, type=CalibrateReport) for result in results]
+
+
+def test_a_kernel_that_fails_is_left_out_and_said_on_every_rank_and_the_others_are_there() -> None:
+    reports = reports_of("failing")
+    for report in reports:
+        assert [(each.case, each.reason) for each in report.failed[:2]] == [
+            ("mm RuntimeError float32 1x64x64x64", "RuntimeError: no such kernel"),
+            ("mm MemoryError float32 1x64x64x64", "MemoryError:"),
+        ]
+        assert report.failed[2].reason.startswith("RuntimeError: mat1 and mat2 shapes cannot be multiplied")
+        assert len(report.failed) == 3
+        assert report.left_out == 0
+        assert 0 < report.share <= 1
+        assert report.context_bytes > 1e7
+    samples, _ = merged(reports)
+    assert [each.name for each in samples if each.what == "matmul"] == ["aten::mm tn", "aten::bmm nn"]
+    assert {(each.what, each.ranks) for each in samples if each.what in list(CollectiveKind)} == {(str(kind), 2) for kind in CollectiveKind}
+    assert {each.name for each in samples if each.what == "launch"} == {
+        "native forward", "native backward", "dtensor forward", "dtensor backward", "collective",
+    }  # fmt: skip
+    assert all(each.seconds > 0 for each in samples)
+
+
+@pytest.mark.parametrize(("ranks", "groups"), [(1, set()), (3, {2, 3})])
+def test_collectives_are_timed_in_every_group_that_the_ranks_make_and_kernels_stop_when_their_time_is_over(
+    ranks: int, groups: set[int]
+) -> None:
+    reports = reports_of("hurried", ranks)
+    assert [report.left_out for report in reports] == [7] * ranks
+    samples, _ = merged(reports)
+    assert not [each for each in samples if each.what == "matmul"]
+    assert {each.ranks for each in samples if each.what == CollectiveKind.ALL_TO_ALL} == groups
