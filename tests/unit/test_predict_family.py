@@ -28,7 +28,9 @@ def rounded(found: Program) -> Program:
     """Without what token ids decide: how many rows a masked look-up meets."""
 
     def plain(block: Block) -> Block:
-        return replace(block, items=tuple(replace(i, read_bytes=0) if isinstance(i, Op) and i.module == "tok_embeddings" else i for i in block.items))
+        return replace(
+            block, items=tuple(replace(i, read_bytes=0) if isinstance(i, Op) and i.module == "tok_embeddings" else i for i in block.items)
+        )
 
     return replace(found, blocks=tuple(map(plain, found.blocks)))
 

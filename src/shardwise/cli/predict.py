@@ -20,7 +20,7 @@ from shardwise.core.errors import OptionError
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import suggest
-from shardwise.core.prediction import AttentionKernel, Prediction, Selective, Setup, Term
+from shardwise.core.prediction import AttentionKernel, Precision, Prediction, Selective, Setup, Term
 from shardwise.core.shown import shown
 
 if TYPE_CHECKING:
@@ -123,6 +123,16 @@ def predict(
     overlap_tensor: Annotated[
         bool, typer.Option("--overlap-tensor", help="Collectives over tp run beside the matmul that needs them.", rich_help_panel=_RUN)
     ] = False,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="What states are kept in: traced (the --dtype), master (float32 beside it, as Megatron) or sharded (float32, as FSDP2).",
+            rich_help_panel=_RUN,
+        ),
+    ] = "traced",
+    optimizer_shards: Annotated[
+        int, typer.Option(help="Ranks that share the optimizer's state and work (ZeRO-1).", min=1, rich_help_panel=_RUN)
+    ] = 1,
     without: Annotated[
         list[str] | None,
         typer.Option(help=f"Terms to switch off: {', '.join(TERM_NAMES)}.", show_default="none", rich_help_panel=_RUN),
@@ -131,14 +141,14 @@ def predict(
         bool,
         typer.Option("--sweep", help="Over all tp x dp or fsdp x stages of --devices, and micro-batch sizes.", rich_help_panel=_SWEEP),
     ] = False,
-    devices: Annotated[
-        int | None, typer.Option(help="Of a sweep.", min=1, show_default="one node's", rich_help_panel=_SWEEP)
-    ] = None,
+    devices: Annotated[int | None, typer.Option(help="Of a sweep.", min=1, show_default="one node's", rich_help_panel=_SWEEP)] = None,
     micro_batches: Annotated[
         str | None,
         typer.Option(help="Of a sweep: sequences per data-parallel rank at a time.", show_default="1,2,4,8", rich_help_panel=_SWEEP),
     ] = None,
-    top: Annotated[int, typer.Option(help="Rows of a sweep's table; all are in the JSON and on the page.", min=1, rich_help_panel=_SWEEP)] = 20,
+    top: Annotated[
+        int, typer.Option(help="Rows of a sweep's table; all are in the JSON and on the page.", min=1, rich_help_panel=_SWEEP)
+    ] = 20,
     program: Annotated[
         Path | None,
         typer.Option(
@@ -171,6 +181,7 @@ def predict(
     """
     check_choice("--dtype", dtype, DTYPES)
     check_choice("--recompute", recompute, RECOMPUTE)
+    check_choice("--precision", precision, tuple(Precision))
     if attention is not None:
         check_choice("--attention", attention, tuple(AttentionKernel))
     if matmul_dtype is not None:
@@ -186,6 +197,8 @@ def predict(
         matmul_dtype=matmul_dtype,
         overlap_data=overlap_data,
         overlap_tensor=overlap_tensor,
+        optimizer_shards=optimizer_shards,
+        precision=Precision(precision),
         without=_terms(without or []),
     )
     from shardwise.predict.machines import load_machine
@@ -313,9 +326,7 @@ def _part_of(seq: int, context_ranks: int) -> int:
     return seq // context_ranks
 
 
-def _sweep(
-    task: SweepTask, plans: Sequence[str], devices: int, top: int, console: Console, *, as_json: bool, out: Path | None
-) -> int:
+def _sweep(task: SweepTask, plans: Sequence[str], devices: int, top: int, console: Console, *, as_json: bool, out: Path | None) -> int:
     from shardwise.cli.progress import ProgressLine
     from shardwise.report.predict_json import sweep_json
     from shardwise.report.sweep_html import sweep_html
@@ -357,7 +368,7 @@ def _saved_step(program: "Program", machine: "Machine", setup: Setup, mesh: str 
     small = Mesh(program.axes)
     batch = traced.batch // (small.data_parallel * traced.accumulation) * whole.data_parallel * setup.micro_batches
     settings = replace(traced, batch=max(1, batch), seq=traced.seq * setup.context, accumulation=setup.micro_batches)
-    return Step(program.plan, program, _rescaled(program, setup, sizes), settings, sizes)
+    return Step(program.plan, program, setup, settings, sizes)
 
 
 def _traced_steps(asked: _Asked, plans: Sequence[str], machine: "Machine") -> list[Step]:
@@ -378,18 +389,13 @@ def _traced_steps(asked: _Asked, plans: Sequence[str], machine: "Machine") -> li
             program = trace_program(source, plan, asked.mesh, micro_batch, machine.device, progress.say)
             small = {name: size for name, size in sizes.items() if name in dict(traced_mesh(asked.mesh).axes)}
             check_setup(program, machine, asked.setup, small)
-            steps.append(Step(_label(program.plan, steps), program, _rescaled(program, asked.setup, small), asked.settings, small))
+            steps.append(Step(_label(program.plan, steps), program, asked.setup, asked.settings, small))
     return steps
 
 
 def _label(plan: str, before: Sequence[Step]) -> str:
     known = {step.label for step in before}
     return plan if plan not in known else next(label for number in count(2) if (label := f"{plan} #{number}") not in known)
-
-
-def _rescaled(program: "Program", setup: Setup, sizes: dict[str, int]) -> Setup:
-    """FSDP's optimizer runs over this rank's shard, which is smaller than the traced one."""
-    return replace(setup, optimizer_shards=max(1, sizes.get("fsdp", 1) // dict(program.axes).get("fsdp", 1)))
 
 
 def _deliver(machine: "Machine", steps: Sequence[Step], console: Console, *, as_json: bool, out: Path | None) -> int:

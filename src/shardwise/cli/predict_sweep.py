@@ -100,12 +100,7 @@ def run_task(task: SweepTask) -> SweepResult:
     for split, size, count in wanted:
         try:
             program = programs.at(size)
-            setup = replace(
-                task.setup,
-                micro_batches=count,
-                stages=split.stages,
-                optimizer_shards=max(1, split.data_size // dict(program.axes).get("fsdp", split.data_size)),
-            )
+            setup = replace(task.setup, micro_batches=count, stages=split.stages)
             check_setup(program, task.machine, setup, dict(split.axes))
         except InputError as error:
             refused[_of_all_sizes(str(error))] += 1
@@ -183,5 +178,3 @@ class _Programs:
         mesh = Mesh(task.splits[0].axes)
         self.traces += 1
         return trace_program(source, plan, mesh, replace(task.micro_batch, batch=size), task.machine.device, lambda _: None)
-
-

@@ -8,10 +8,9 @@ no line: it is rounded to one.
 
 from dataclasses import dataclass, replace
 
-from shardwise.core.program import Block, ByData, Collective, Item, MemoryChange, Op, Program, TensorSpec
+from shardwise.core.program import ByData, Collective, Item, MemoryChange, Op, Program, TensorSpec
 
 SHORT, LONG = 2, 3
-
 
 
 class NotAFamilyError(Exception):
@@ -63,7 +62,17 @@ def _key(item: Item) -> tuple[object, ...]:
             return ("op", item.name, item.kind, item.phase, item.module, len(item.inputs), specs, item.on_host)
         case Collective():
             call = item.call
-            return ("collective", call.kind, call.axis, call.axis_size, call.dtype, call.phase, item.module, item.rule, item.by_data is None)
+            return (
+                "collective",
+                call.kind,
+                call.axis,
+                call.axis_size,
+                call.dtype,
+                call.phase,
+                item.module,
+                item.rule,
+                item.by_data is None,
+            )
         case MemoryChange():
             return ("memory", item.n_bytes > 0, item.kind, item.phase, item.module, item.maker)
 
@@ -126,5 +135,3 @@ class _Line:
             max_bytes=self.amount(short.max_bytes, long.max_bytes),
             bound_bytes=self.amount(short.bound_bytes, long.bound_bytes),
         )
-
-

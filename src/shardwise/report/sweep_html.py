@@ -31,9 +31,7 @@ def best_chart(sweep: Sweep) -> Chart:
         per_token_s = 1 / point.tokens_per_s_per_device / point.step_s
         found = [(term, seconds) for term, seconds in point.terms if seconds > 0]
         segments = tuple(
-            Segment(
-                f"t-{term.name.lower()}", term.value, f"{100 * seconds / point.step_s:.1f} %", percent(seconds * per_token_s, longest)
-            )
+            Segment(f"t-{term.name.lower()}", term.value, f"{100 * seconds / point.step_s:.1f} %", percent(seconds * per_token_s, longest))
             for term, seconds in found
         )
         total = f"{format_count(point.tokens_per_s_per_device)}/s"

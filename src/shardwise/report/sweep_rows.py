@@ -1,6 +1,5 @@
 """What of a Sweep stands together in a report. Adds up and looks up, no more."""
 
-
 from shardwise.core.prediction import COMPUTE_TERMS, Term
 from shardwise.core.sweep import Sweep, SweepPoint
 from shardwise.report.explain_rows import name
@@ -58,7 +57,11 @@ def lost_text(point: SweepPoint) -> str:
 def headline(sweep: Sweep) -> str:
     fitting = [point for point in sweep.points if point.fits]
     if not fitting:
-        return f"None of {len(sweep.points):,} ways to use {sweep.devices:,} devices fits in their memory." if sweep.points else "Nothing could be predicted."
+        return (
+            f"None of {len(sweep.points):,} ways to use {sweep.devices:,} devices fits in their memory."
+            if sweep.points
+            else "Nothing could be predicted."
+        )
     best = fitting[0]
     return (
         f"Best of {len(sweep.points):,}, of which {len(fitting):,} fit: {label(best, has_plans(sweep))}: "
@@ -74,5 +77,3 @@ def setting_text(sweep: Sweep) -> str:
     settings = sweep.settings
     batch = f"batch {settings.batch:,}" if settings.batch else f"{sweep.setup.micro_batches} micro-batches a step"
     return f"{sweep.devices:,} devices · {batch} · sequence {settings.seq:,} · {name(settings.dtype, '(dtype)')}"
-
-

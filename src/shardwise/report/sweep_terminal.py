@@ -31,7 +31,9 @@ def render_sweep(sweep: Sweep, console: Console, top: int) -> None:
         said = f"{refusal.points:,} left out under {plain(name(refusal.plan))}: {plain(sentence(refusal.reason))}"
         console.print(Padding(Text(said, "yellow"), (0, 1)))
     if len(sweep.refused) > rows.REFUSALS:
-        console.print(Padding(Text(f"{len(sweep.refused) - rows.REFUSALS} reasons more are in the JSON and on the page.", "yellow"), (0, 1)))
+        console.print(
+            Padding(Text(f"{len(sweep.refused) - rows.REFUSALS} reasons more are in the JSON and on the page.", "yellow"), (0, 1))
+        )
     lines = [f"- {plain(line)}" for line in predict_rows.assumptions(sweep.settings, sweep.setup, (("dp", 2),))]
     lines += [plain(rows.traced_text(sweep)), f"Machine: {plain(predict_rows.machine_text(sweep.machine))}."]
     console.print(Panel(Text("\n".join(lines)), box=box.ROUNDED, title="Assumed", title_align="left"))
