@@ -4,21 +4,22 @@ import functools
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 
 from shardwise.core.errors import InputError
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
-from shardwise.core.program import MemoryKind, Program, memory_peak, peak_by_kind
+from shardwise.core.program import Program
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_plan
 from shardwise.report.program_json import program_from_json, program_json
 from shardwise.trace.trace import trace
-from tests.golden.programs import DEVICES, PLANS, SPEC
 
+PLANS = ("rowwise", "colwise", "routed", "rowwise@dtensor")
+DEVICES = ("cpu", "cuda")
+SPEC = ModelSpec("tiny", LlamaConfig(70, 48, 1, 4, 2, 64), "")
 DEEP = ModelSpec("deep", LlamaConfig(70, 48, 6, 4, 2, 64), "")
 
 
@@ -38,12 +39,6 @@ def test_blocks_of_equal_layers_and_partial_gradients_read_back_as_they_were() -
     found = program("rowwise@dtensor", "cuda", "fsdp=2,tp=2", DEEP)
     assert any(block.times > 1 for block in found.blocks)
     assert program_from_json(program_json(found)) == found
-
-
-@pytest.mark.parametrize("plan", PLANS)
-def test_the_peak_by_kind_is_that_of_the_peak_with_its_holders(plan: str) -> None:
-    for found in (program(plan), program(plan, "cuda", "fsdp=2,tp=2", DEEP)):
-        assert peak_by_kind(found) == memory_peak(found).by_kind
 
 
 def changed(*path: str | int, value: object) -> bytes:
@@ -104,11 +99,6 @@ def test_blocks_that_unfold_without_end_are_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("shardwise.report.program_json.MOST_ITEMS", 100)
     with pytest.raises(InputError, match=r"its blocks unfold to .* items, and at most 100 are read"):
         program_from_json(program_json(program("rowwise", "cuda", "tp=2", DEEP)))
-
-
-def test_the_peak_of_a_program_that_changes_nothing_is_what_it_holds() -> None:
-    still = replace(program(), blocks=(), resident=((MemoryKind.PARAMETER, 7),))
-    assert peak_by_kind(still) == ((MemoryKind.PARAMETER, 7),) == memory_peak(still).by_kind
 
 
 def test_reading_a_program_imports_no_torch() -> None:

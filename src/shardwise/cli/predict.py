@@ -14,11 +14,13 @@ from rich.console import Console
 from shardwise.cli.config import read_config
 from shardwise.cli.options import DTYPES, check_choice, check_seq, default_plan
 from shardwise.cli.predict_programs import MicroBatch, load_program, trace_program, traced_mesh, write_program
+from shardwise.cli.predict_sweep import MICRO_BATCHES, SweepTask
+from shardwise.cli.predict_sweep import sweep as sweep_over
 from shardwise.core.errors import OptionError
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import suggest
-from shardwise.core.prediction import AttentionKernel, Prediction, Selective, Setup, Term
+from shardwise.core.prediction import AttentionKernel, Precision, Prediction, Selective, Setup, Term
 from shardwise.core.shown import shown
 
 if TYPE_CHECKING:
@@ -32,9 +34,11 @@ SELECTIVE = {"selective": Selective.ATTENTION, "selective-ops": Selective.OPS}
 RECOMPUTE = ("none", *SELECTIVE, "full")
 MATMUL_DTYPES = ("float8",)
 TERM_NAMES = {term.name.lower(): term for term in Term}
-# what a saved program has decided already
-_OF_PROGRAM = ("plans", "model", "batch", "seq", "dtype", "sequence_parallel", "random_ids", "save_program")
-_MODEL, _STEP, _RUN, _OUTPUT = "Model and mesh", "Training step", "How it runs", "Output"
+# what a saved program has decided already, what a sweep goes over or has no use for, and what is a sweep's alone
+_OF_PROGRAM = ("plans", "model", "batch", "seq", "dtype", "random_ids", "save_program")
+_NOT_SWEPT = ("mesh", "program", "save_program")
+_OF_SWEEP = ("devices", "micro_batches")
+_MODEL, _STEP, _RUN, _SWEEP, _OUTPUT = "Model and mesh", "Training step", "How it runs", "Sweep", "Output"
 
 
 def predict(
@@ -119,10 +123,32 @@ def predict(
     overlap_tensor: Annotated[
         bool, typer.Option("--overlap-tensor", help="Collectives over tp run beside the matmul that needs them.", rich_help_panel=_RUN)
     ] = False,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="What states are kept in: traced (the --dtype), master (float32 beside it, as Megatron) or sharded (float32, as FSDP2).",
+            rich_help_panel=_RUN,
+        ),
+    ] = "traced",
+    optimizer_shards: Annotated[
+        int, typer.Option(help="Ranks that share the optimizer's state and work (ZeRO-1).", min=1, rich_help_panel=_RUN)
+    ] = 1,
     without: Annotated[
         list[str] | None,
         typer.Option(help=f"Terms to switch off: {', '.join(TERM_NAMES)}.", show_default="none", rich_help_panel=_RUN),
     ] = None,
+    sweep: Annotated[
+        bool,
+        typer.Option("--sweep", help="Over all tp x dp or fsdp x stages of --devices, and micro-batch sizes.", rich_help_panel=_SWEEP),
+    ] = False,
+    devices: Annotated[int | None, typer.Option(help="Of a sweep.", min=1, show_default="one node's", rich_help_panel=_SWEEP)] = None,
+    micro_batches: Annotated[
+        str | None,
+        typer.Option(help="Of a sweep: sequences per data-parallel rank at a time.", show_default="1,2,4,8", rich_help_panel=_SWEEP),
+    ] = None,
+    top: Annotated[
+        int, typer.Option(help="Rows of a sweep's table; all are in the JSON and on the page.", min=1, rich_help_panel=_SWEEP)
+    ] = 20,
     program: Annotated[
         Path | None,
         typer.Option(
@@ -150,10 +176,12 @@ def predict(
     [dim]shardwise predict --dtype bfloat16[/]
     [dim]shardwise predict rowwise colwise routed --model llama3-70b --mesh fsdp=8,tp=8 --dtype bfloat16 --recompute full[/]
     [dim]shardwise predict --model gpt3-175b --mesh dp=8,tp=8 --stages 8 --accumulation 16 --seq 2048 --dtype bfloat16 --out page[/]
+    [dim]shardwise predict --sweep --devices 64 --model llama3-70b --batch 512 --dtype bfloat16 --recompute full[/]
     [dim]shardwise predict --save-program 8b.json; shardwise predict --program 8b.json --machine mine.toml[/]
     """
     check_choice("--dtype", dtype, DTYPES)
     check_choice("--recompute", recompute, RECOMPUTE)
+    check_choice("--precision", precision, tuple(Precision))
     if attention is not None:
         check_choice("--attention", attention, tuple(AttentionKernel))
     if matmul_dtype is not None:
@@ -169,14 +197,32 @@ def predict(
         matmul_dtype=matmul_dtype,
         overlap_data=overlap_data,
         overlap_tensor=overlap_tensor,
+        optimizer_shards=optimizer_shards,
+        precision=Precision(precision),
         without=_terms(without or []),
     )
     from shardwise.predict.machines import load_machine
 
     found = load_machine(machine)
     console = Console(stderr=as_json)
+    if sweep:
+        _refuse(context, _NOT_SWEPT, "a sweep goes over it, or has no use for it. Leave it out beside --sweep")
+        task = SweepTask(
+            model,
+            "",
+            sequence_parallel,
+            MicroBatch(0, _part_of(seq, context_ranks), dtype, "full" if recompute == "full" else "none", random_ids=random_ids),
+            _sizes(micro_batches),
+            batch,
+            (),
+            setup,
+            found,
+        )
+        return _sweep(task, plans or [default_plan(model)], devices or found.devices_per_node, top, console, as_json=as_json, out=out)
+    _refuse(context, _OF_SWEEP, "it is a sweep's. Add --sweep, or leave it out")
     if program is not None:
-        _refuse_beside_a_program(context, recompute)
+        decided = (*_OF_PROGRAM, *(("recompute",) if recompute == "full" else ()))
+        _refuse(context, decided, "a saved program has its own. Leave it out beside --program, or trace without --program")
         step = _saved_step(load_program(program), found, setup, mesh)
         return _deliver(found, [step], console, as_json=as_json, out=out)
     asked = _Asked(
@@ -229,11 +275,8 @@ class _Asked:
                 f"--batch {self.settings.batch} can't be cut into {self.mesh.data_parallel} data-parallel parts of {self.setup.micro_batches} "
                 f"micro-batches. Use a multiple of {parts}."
             )
-        if self.seq % self.setup.context:
-            raise OptionError(f"--seq {self.seq} can't be cut into {self.setup.context} parts for --context. Use a multiple of it.")
-        return MicroBatch(
-            self.settings.batch // parts, self.seq // self.setup.context, self.dtype, self.recompute, random_ids=self.random_ids
-        )
+        seq = _part_of(self.seq, self.setup.context)
+        return MicroBatch(self.settings.batch // parts, seq, self.dtype, self.recompute, random_ids=self.random_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,12 +300,62 @@ def _terms(given: Sequence[str]) -> tuple[Term, ...]:
     return tuple(term for term in Term if term in found)
 
 
-def _refuse_beside_a_program(context: typer.Context, recompute: str) -> None:
-    names = {str(parameter.name): str(parameter.opts[0]) for parameter in context.command.params}
-    for name in _OF_PROGRAM + (("recompute",) if recompute == "full" else ()):
+def _refuse(context: typer.Context, names: Sequence[str], why: str) -> None:
+    """Raises OptionError for one of these options that the user gave."""
+    shown_names = {str(parameter.name): str(parameter.opts[0]) for parameter in context.command.params}
+    for name in names:
         source = context.get_parameter_source(name)
         if source is not None and source.name != "DEFAULT" and context.params.get(name):
-            raise OptionError(f"{names[name]}: a saved program has its own. Leave it out beside --program, or trace without --program.")
+            raise OptionError(f"{shown_names[name]}: {why}.")
+
+
+def _sizes(given: str | None) -> tuple[int, ...]:
+    """`1,2,4` -> (1, 2, 4)."""
+    if given is None:
+        return MICRO_BATCHES
+    parts = [part.strip() for part in given.split(",")]
+    if not all(part.isdecimal() and len(part) < 7 and int(part) for part in parts):
+        raise OptionError(f'--micro-batches is "{shown(given)}". Write sizes with commas between, such as 1,2,4.')
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def _part_of(seq: int, context_ranks: int) -> int:
+    """One context rank's tokens of a sequence."""
+    if seq % context_ranks:
+        raise OptionError(f"--seq {seq} can't be cut into {context_ranks} parts for --context. Use a multiple of it.")
+    return seq // context_ranks
+
+
+def _sweep(task: SweepTask, plans: Sequence[str], devices: int, top: int, console: Console, *, as_json: bool, out: Path | None) -> int:
+    from shardwise.cli.progress import ProgressLine
+    from shardwise.report.predict_json import sweep_json
+    from shardwise.report.sweep_html import sweep_html
+    from shardwise.report.sweep_terminal import render_sweep
+
+    with ProgressLine() as progress:
+        found = sweep_over(task, plans, devices, progress.advance)
+    document = sweep_json(found)
+    if as_json:
+        sys.stdout.buffer.write(document)
+        sys.stdout.buffer.flush()
+    else:
+        render_sweep(found, console, top)
+    if out is not None:
+        from shardwise.cli.run_folder import RunFolder
+
+        with RunFolder(out, "predict", datetime.now(UTC), has_events=False) as folder:
+            asked = {"model": task.model, "plans": list(plans), "devices": devices, "machine": found.machine.name, "setup": task.setup}
+            folder.write("settings.json", _document(asked))
+            folder.write("sweep.json", document)
+            page = folder.write("sweep.html", sweep_html(found))
+        console.print(f"\nPage: {page}", markup=False, highlight=False, soft_wrap=True)
+    return 0 if any(point.fits for point in found.points) else 1
+
+
+def _document(asked: dict[str, object]) -> bytes:
+    import msgspec
+
+    return msgspec.json.format(msgspec.json.encode(asked), indent=2) + b"\n"
 
 
 def _saved_step(program: "Program", machine: "Machine", setup: Setup, mesh: str | None) -> Step:
@@ -275,7 +368,7 @@ def _saved_step(program: "Program", machine: "Machine", setup: Setup, mesh: str 
     small = Mesh(program.axes)
     batch = traced.batch // (small.data_parallel * traced.accumulation) * whole.data_parallel * setup.micro_batches
     settings = replace(traced, batch=max(1, batch), seq=traced.seq * setup.context, accumulation=setup.micro_batches)
-    return Step(program.plan, program, _rescaled(program, setup, sizes), settings, sizes)
+    return Step(program.plan, program, setup, settings, sizes)
 
 
 def _traced_steps(asked: _Asked, plans: Sequence[str], machine: "Machine") -> list[Step]:
@@ -297,18 +390,13 @@ def _traced_steps(asked: _Asked, plans: Sequence[str], machine: "Machine") -> li
             program = trace_program(source, plan, asked.mesh, micro_batch, machine.device, progress.say)
             small = {name: size for name, size in sizes.items() if name in dict(traced_mesh(asked.mesh).axes)}
             check_setup(program, machine, asked.setup, small)
-            steps.append(Step(_label(program.plan, steps), program, _rescaled(program, asked.setup, small), asked.settings, small))
+            steps.append(Step(_label(program.plan, steps), program, asked.setup, asked.settings, small))
     return steps
 
 
 def _label(plan: str, before: Sequence[Step]) -> str:
     known = {step.label for step in before}
     return plan if plan not in known else next(label for number in count(2) if (label := f"{plan} #{number}") not in known)
-
-
-def _rescaled(program: "Program", setup: Setup, sizes: dict[str, int]) -> Setup:
-    """FSDP's optimizer runs over this rank's shard, which is smaller than the traced one."""
-    return replace(setup, optimizer_shards=max(1, sizes.get("fsdp", 1) // dict(program.axes).get("fsdp", 1)))
 
 
 def _deliver(machine: "Machine", steps: Sequence[Step], console: Console, *, as_json: bool, out: Path | None) -> int:
@@ -344,8 +432,6 @@ def _predicted(machine: "Machine", steps: Sequence[Step]) -> "PredictionRun":
 
 
 def _write(out: Path, run: "PredictionRun", machine: "Machine", steps: Sequence[Step], document: bytes, console: Console) -> None:
-    import msgspec
-
     from shardwise.cli.run_folder import RunFolder
     from shardwise.predict.timeline import pipeline_timelines, timeline_of
     from shardwise.report.perfetto import perfetto_trace
@@ -361,7 +447,7 @@ def _write(out: Path, run: "PredictionRun", machine: "Machine", steps: Sequence[
         "setup": first.setup,
     }
     with RunFolder(out, "predict", datetime.now(UTC), has_events=False) as folder:
-        folder.write("settings.json", msgspec.json.format(msgspec.json.encode(asked), indent=2) + b"\n")
+        folder.write("settings.json", _document(asked))
         folder.write("prediction.json", document)
         traces = []
         for step, letter in zip(steps, _letters(), strict=False):

@@ -304,22 +304,6 @@ def memory_peak(program: Program) -> MemoryPeak:
     return MemoryPeak(best, kinds, holders, phase, module, doing)
 
 
-def peak_by_kind(program: Program) -> tuple[tuple[MemoryKind, int], ...]:
-    """memory_peak(program).by_kind without naming what lives: a block of equal layers is walked by its changes alone."""
-    live = dict.fromkeys(MemoryKind, 0) | dict(program.resident)
-    total = sum(live.values())
-    best, at_best = total, dict(live)
-    for block in program.blocks:
-        changes = [(item.n_bytes, item.kind) for item in block.items if isinstance(item, MemoryChange)]
-        for _ in range(block.times):
-            for n_bytes, kind in changes:
-                live[kind] += n_bytes
-                total += n_bytes
-                if total > best:
-                    best, at_best = total, dict(live)
-    return tuple((kind, n_bytes) for kind, n_bytes in at_best.items() if n_bytes)
-
-
 def _live_at(items: list[Item]) -> tuple[Holder, ...]:
     totals: dict[tuple[MemoryKind, Phase, str, str], list[int]] = {}
     for item in items:

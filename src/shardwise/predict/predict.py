@@ -43,7 +43,7 @@ def predict(program: Program, machine: Machine, setup: Setup, sizes: dict[str, i
     together = machine.device == "cpu"
     stages = stages_of(work, program, setup, together=together)
     passes_s = pipeline_s([stage.times for stage in stages], setup.micro_batches, transfer_s(program, machine, setup), setup.chunks)
-    once_s = _once(step_end_of(work, setup), together)
+    once_s = _once(step_end_of(work, setup, further_shards(program, sizes)), together)
     busiest = max(range(len(stages)), key=lambda index: stages[index].times.total_s)
     terms = dict.fromkeys(Term, 0.0)
     for term, seconds in stages[busiest].terms.items():
@@ -92,7 +92,15 @@ def stages_of(work: Work, program: Program, setup: Setup, *, together: bool) -> 
     """Every stage of the pipeline; one where there is none."""
     n_layers = program.layers[1] if program.layers is not None else 0
     parts = layers_of_stages(n_layers, setup.stages)
-    return [_stage(work, first, count, setup, index, together) for index, (first, count) in enumerate(parts)]
+    found: dict[tuple[int, bool, bool], Stage] = {}
+    stages = []
+    for index, (first, count) in enumerate(parts):
+        # stages of equal layers that hold neither end are equal
+        key = (count, index == 0, index == setup.stages - 1)
+        if key not in found or not program.compressed:
+            found[key] = _stage(work, first, count, setup, index, together)
+        stages.append(found[key])
+    return stages
 
 
 def passes_of(work: Work, first: int, count: int, setup: Setup, index: int) -> tuple[NDArray[np.bool_], Work, Work]:
@@ -150,10 +158,16 @@ def _add_terms(terms: dict[Term, float], part: Work, length_s: float, together: 
     return slowed
 
 
-def step_end_of(work: Work, setup: Setup) -> Work:
-    """What runs once a step, of a stage's share of the parameters."""
+def further_shards(program: Program, sizes: dict[str, int] | None) -> float:
+    """Into how many parts the traced rank's shard of the parameters is cut, where FSDP's axis is larger than the traced one."""
+    traced = dict(program.axes).get("fsdp", 1)
+    return (sizes or {}).get("fsdp", traced) / traced
+
+
+def step_end_of(work: Work, setup: Setup, shards: float) -> Work:
+    """What runs once a step, of a stage's share of the parameters. shards: see further_shards."""
     once = work.where(work.in_phases(*ONCE))
-    share = 1.0 / (setup.stages * setup.optimizer_shards)
+    share = 1.0 / (setup.stages * setup.optimizer_shards * shards)
     return replace(once, device_s=np.where(once.axis == 0, once.device_s * share, once.device_s / setup.stages))
 
 

@@ -23,7 +23,7 @@ from shardwise.core.prediction_run import LaunchBound
 from shardwise.core.program import Collective, Program, any_layer, layer_index, moved_name
 from shardwise.core.timeline import NONE, Collectives, Group, Lane, SpanKind, Spans, Timeline, Window
 from shardwise.predict.pipeline import layers_of_stages, one_f_one_b
-from shardwise.predict.predict import passes_of, stages_of, step_end_of, transfer_s, without
+from shardwise.predict.predict import further_shards, passes_of, stages_of, step_end_of, transfer_s, without
 from shardwise.predict.streams import Run, run
 from shardwise.predict.work import PHASES, Work, work_of
 
@@ -104,7 +104,7 @@ def _parts(program: Program, machine: Machine, setup: Setup, sizes: dict[str, in
     first, count = layers_of_stages(program.layers[1] if program.layers is not None else 0, setup.stages)[busiest]
     _, forward, backward = passes_of(work, first, count, setup, busiest)
     parts, at_s = [], 0.0
-    for part in (forward, backward, step_end_of(work, setup)):
+    for part in (forward, backward, step_end_of(work, setup, further_shards(program, sizes))):
         if len(part):
             placed = run(part, together=together)
             parts.append(_Part(part, placed, at_s))

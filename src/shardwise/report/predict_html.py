@@ -66,7 +66,7 @@ def term_chart(predictions: Sequence[Prediction]) -> Chart:
                     f"t-{row.term.name.lower()}",
                     row.term.value,
                     units.format_seconds(row.seconds[index]),
-                    _percent(row.seconds[index], longest),
+                    percent(row.seconds[index], longest),
                 )
                 for row in found
                 if row.seconds[index] > 0
@@ -86,7 +86,7 @@ def memory_chart(predictions: Sequence[Prediction]) -> tuple[Chart, float]:
     for prediction in predictions:
         parts = _memory_parts(prediction.memory)
         keys |= {style: label for style, label, _ in parts}
-        segments = tuple(Segment(style, label, units.format_bytes(size), _percent(size, scale)) for style, label, size in parts)
+        segments = tuple(Segment(style, label, units.format_bytes(size), percent(size, scale)) for style, label, size in parts)
         bars.append(Bar(name(prediction.plan, "(no plan)"), segments, units.format_bytes(prediction.memory.device_bytes)))
     limit = 100 * predictions[0].memory.capacity_bytes / scale
     return Chart(tuple(bars), tuple(Key(style, label) for style, label in keys.items())), limit
@@ -102,5 +102,6 @@ def _memory_parts(memory: MemoryForecast) -> list[tuple[str, str, float]]:
     return [*kinds, *(part for part in beside if part[2] > 0)]
 
 
-def _percent(value: float, of: float) -> float:
+def percent(value: float, of: float) -> float:
+    """A width that is seen where there is anything at all."""
     return max(LEAST_PERCENT, 100 * value / of) if of and value else 0.0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from shardwise.core.measurement import StepSettings
-from shardwise.core.prediction import AttentionKernel, MemoryForecast, Prediction, Selective, Setup, Term
+from shardwise.core.prediction import AttentionKernel, MemoryForecast, Precision, Prediction, Selective, Setup, Term
 from shardwise.core.prediction_run import LAUNCH_BOUND, LaunchBound, MachineFacts, PlanDifference, PredictionRun
 from shardwise.report.explain_rows import KIND_PLURALS, name, sentence
 from shardwise.report.units import format_bytes, format_count, format_seconds
@@ -138,6 +138,19 @@ def assumptions(settings: StepSettings, setup: Setup, axes: Sequence[tuple[str, 
     lines.append(f"{_recomputed(settings, setup)} in the backward.")
     if setup.matmul_dtype is not None:
         lines.append(f"Linear layers multiply in {name(setup.matmul_dtype)}; what casting to it costs is not modelled.")
+    match setup.precision:
+        case Precision.TRACED:
+            pass
+        case Precision.MASTER:
+            lines.append(
+                "Gradients, master weights and AdamW's moments are kept in float32 beside the parameters (Megatron's mixed precision)."
+            )
+        case Precision.SHARDED:
+            lines.append("Parameters, gradients and AdamW's moments are kept in float32 (FSDP2's mixed precision).")
+        case _:
+            assert_never(setup.precision)
+    if setup.optimizer_shards > 1:
+        lines.append(f"{setup.optimizer_shards} ranks share the optimizer's state and work (ZeRO-1).")
     if dict(axes).get("dp", 1) > 1:
         beside = "beside the last backward" if setup.overlap_data else "after the backward, hidden by nothing"
         lines.append(f"Gradients of whole replicas (dp) are reduced {beside}.")

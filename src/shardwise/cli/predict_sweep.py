@@ -1,0 +1,180 @@
+"""`shardwise predict --sweep`: every mesh, number of stages and micro-batch on a number of devices. Few Programs are traced, the others derived."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from shardwise.cli.predict_programs import MicroBatch, trace_program
+from shardwise.cli.workers import on_processes
+from shardwise.core.errors import InputError, OptionError
+from shardwise.core.machine import Machine
+from shardwise.core.measurement import StepSettings
+from shardwise.core.mesh import Mesh
+from shardwise.core.prediction import Setup
+from shardwise.core.program import Program
+from shardwise.core.shown import shown
+from shardwise.core.sweep import Refusal, Sweep, SweepPoint
+from shardwise.predict.check import check_devices, check_setup
+from shardwise.predict.contrast import facts_of
+from shardwise.predict.family import LONG, SHORT, Family, NotAFamilyError
+from shardwise.predict.predict import predict
+from shardwise.predict.sweep import Split, best_first, splits
+
+MOST_DEVICES = 1_000_000
+MOST_POINTS = 20_000
+MICRO_BATCHES = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class SweepTask:
+    """One plan on meshes that differ in the size of their data-parallel axis and in stages only, so that they share their Programs.
+
+    batch: of the whole step, or None where each point has `setup.micro_batches`. micro_batches: sizes.
+    """
+
+    model: str
+    plan: str
+    sequence_parallel: bool
+    micro_batch: MicroBatch
+    micro_batches: tuple[int, ...]
+    batch: int | None
+    splits: tuple[Split, ...]
+    setup: Setup
+    machine: Machine
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """What a task found. refused: (reason, points)."""
+
+    plan: str
+    points: tuple[SweepPoint, ...]
+    refused: tuple[tuple[str, int], ...]
+    traces: int
+
+
+def sweep(
+    asked: SweepTask, plans: Sequence[str], devices: int, progress: Callable[[int, int, str], None], *, workers: int | None = None
+) -> Sweep:
+    """asked: without plan and splits. Raises InputErrors of the model or a plan that hold for every mesh, OptionError, RunError."""
+    if not 1 <= devices <= MOST_DEVICES:
+        raise OptionError(f"--devices {devices}: use 1 to {MOST_DEVICES:,}.")
+    machine = asked.machine
+    check_devices(machine, Setup(context=asked.setup.context), {"tp": devices // asked.setup.context})
+    if devices % asked.setup.context:
+        raise OptionError(f"--devices {devices} can't be cut into --context {asked.setup.context}. Use a multiple of it.")
+    found = splits(devices // asked.setup.context, machine.devices_per_node)
+    count = len(found) * len(plans) * len(asked.micro_batches)
+    if count > MOST_POINTS:
+        raise OptionError(f"--sweep: is over {count:,} points; at most {MOST_POINTS:,}. Give fewer plans or --micro-batches.")
+    kinds = dict.fromkeys((split.tp, split.data_axis) for split in found)
+    tasks = [
+        replace(asked, plan=plan, splits=tuple(split for split in found if (split.tp, split.data_axis) == kind))
+        for plan in plans
+        for kind in kinds
+    ]
+    # those that take longest first, so that no process ends long before the other
+    tasks.sort(key=lambda task: -len(task.splits))
+    points: list[SweepPoint] = []
+    refused: Counter[tuple[str, str]] = Counter()
+    traces = 0
+    progress(0, len(tasks), "tracing and predicting")
+    for done, result in enumerate(on_processes(run_task, tasks, workers or min(len(tasks), os.cpu_count() or 1)), 1):
+        points += result.points
+        refused.update({(result.plan, reason): number for reason, number in result.refused})
+        traces += result.traces
+        progress(done, len(tasks), "tracing and predicting")
+    settings = StepSettings(
+        asked.batch or 0, asked.micro_batch.seq * asked.setup.context, dtype=asked.micro_batch.dtype, recompute=asked.micro_batch.recompute
+    )
+    refusals = tuple(Refusal(plan, reason, number) for (plan, reason), number in refused.items())
+    return Sweep(asked.model, facts_of(machine), devices, settings, asked.setup, best_first(points), refusals, traces)
+
+
+def run_task(task: SweepTask) -> SweepResult:
+    """In a process of its own: traces what it must, and predicts every point."""
+    wanted, refused = _wanted(task)
+    programs = _Programs(task, tuple(sorted({size for _, size, _ in wanted})))
+    points = []
+    for split, size, count in wanted:
+        try:
+            program = programs.at(size)
+            setup = replace(task.setup, micro_batches=count, stages=split.stages)
+            check_setup(program, task.machine, setup, dict(split.axes))
+        except InputError as error:
+            refused[_of_all_sizes(str(error))] += 1
+            continue
+        found = predict(program, task.machine, setup, dict(split.axes))
+        points.append(
+            SweepPoint(
+                programs.label, split.axes, split.stages, size, count, found.devices, found.tokens, found.step_s, found.terms, found.memory
+            )
+        )
+    return SweepResult(programs.label, tuple(points), tuple(refused.items()), programs.traces)
+
+
+def _wanted(task: SweepTask) -> tuple[list[tuple[Split, int, int]], Counter[str]]:
+    """(split, size of a micro-batch, number of them), and why others aren't."""
+    found, refused = [], Counter[str]()
+    for split in task.splits:
+        for size in task.micro_batches:
+            if task.batch is None:
+                found.append((split, size, task.setup.micro_batches))
+            elif task.batch % (split.data_size * size):
+                refused[f"--batch {task.batch} can't be cut into equal micro-batches of each data-parallel rank"] += 1
+            else:
+                found.append((split, size, task.batch // (split.data_size * size)))
+    return found, refused
+
+
+def _of_all_sizes(reason: str) -> str:
+    """The tracer's own words, without what differs from point to point."""
+    return shown(reason, 200)
+
+
+class _Programs:
+    """The Programs of a task's micro-batches: few are traced."""
+
+    def __init__(self, task: SweepTask, sizes: tuple[int, ...]) -> None:
+        self.task = task
+        self.traces = 0
+        self.label = task.plan
+        self._found: dict[int, Program] = {}
+        self._family: Family | None = None
+        self._failed: InputError | None = None
+        # a family takes two traces
+        self._derives = sum(size >= SHORT for size in sizes) > LONG - SHORT + 1
+
+    def at(self, size: int) -> Program:
+        """Raises what the tracer raises, each time."""
+        if self._failed is not None:
+            raise self._failed
+        if size not in self._found:
+            try:
+                self._found[size] = self._derived(size) if size >= SHORT and self._derives else self._traced(size)
+            except InputError as error:
+                self._failed = error
+                raise
+            self.label = self._found[size].plan
+        return self._found[size]
+
+    def _derived(self, size: int) -> Program:
+        try:
+            if self._family is None:
+                self._family = Family(self._traced(SHORT), self._traced(LONG))
+            return self._family.at(size)
+        except NotAFamilyError:
+            self._derives = False
+            return self._traced(size)
+
+    def _traced(self, size: int) -> Program:
+        from shardwise.cli.plans import load_any_plan
+        from shardwise.models.source import find_model
+
+        task = self.task
+        source = find_model(task.model)
+        plan = load_any_plan(task.plan, sequence_parallel=task.sequence_parallel, family=source.family)
+        mesh = Mesh(task.splits[0].axes)
+        self.traces += 1
+        return trace_program(source, plan, mesh, replace(task.micro_batch, batch=size), task.machine.device, lambda _: None)
