@@ -54,14 +54,14 @@ Row = dict[str, str]
 
 
 def number(row: Row, column: str, absent: int = 0) -> int:
-    """A whole number of a column; `absent` where it is empty."""
-    return int(float(row[column])) if row[column] else absent
+    """A whole number of a column, the first where it names several ("8 or 16"); `absent` where it is empty."""
+    return int(float(row[column].split()[0])) if row[column] else absent
 
 
 def usable(row: Row) -> bool:
     """By the configuration only: shapes and degrees stated, dense layers, a GPU with a machine file, a step time. fp8 rows are in."""
     stated = all(row[column] for column in SHAPE) and bool(row["step_time_s"])
-    return stated and number(row, "ep", 1) <= 1 and row["gpu"] in MACHINES
+    return stated and row["ep"] in ("", "0", "1") and row["gpu"] in MACHINES
 
 
 def is_llama(row: Row) -> bool:

@@ -3,8 +3,9 @@
 Weights are FakeTensors on "cpu": they have shapes and no memory. Token ids stay real, on the host, because the styles decide by them.
 What comes onto the device (`.to(device)`, or made there) is fake.
 
-Inside `fake_world(...)` of device "cuda", three choices that PyTorch makes by the device below Python are steered: RMSNorm is one fused op,
-DTensor's all-to-all is a real one (on a CPU it gathers everything instead), and the native engine takes NCCL's way. The rest is mapped by
+Inside `fake_world(...)` of device "cuda", four choices that PyTorch makes by the device below Python are steered: RMSNorm is one fused op,
+DTensor's all-to-all is a real one (on a CPU it gathers everything instead), attention in float32 with grouped heads is taken apart (no fused
+kernel takes it there), and the native engine takes NCCL's way. The rest is mapped by
 name in catalogue.py. All of it is undone on the way out.
 """
 
@@ -12,11 +13,14 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shardwise.core.errors import RunError
 from shardwise.core.mesh import Mesh
@@ -46,6 +50,7 @@ def fake_world(mesh: Mesh, *, rank: int, device: str) -> Iterator[DeviceMesh]:
             if device == "cuda":
                 stack.enter_context(_fused_rms_norm())
                 stack.enter_context(_real_all_to_all())
+                stack.enter_context(_attention_as_on_cuda())
             names = tuple(name for name, _ in mesh.axes)
             yield init_device_mesh("cpu", tuple(size for _, size in mesh.axes), mesh_dim_names=names)
     finally:
@@ -91,6 +96,29 @@ def _fused_rms_norm() -> Iterator[None]:
         yield
     finally:
         library._destroy()
+
+
+@contextmanager
+def _attention_as_on_cuda() -> Iterator[None]:
+    """No fused kernel of CUDA's takes float32 with grouped heads, so PyTorch multiplies whole score matrices there; a CPU has a kernel.
+
+    Seen on an H100 (torch 2.11): benchmarks/results/2026-11-26-h100-steps.json. (A mode instead of the patch isn't there in a recompute.)
+    """
+    original = F.scaled_dot_product_attention
+
+    def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if not _is_grouped_float32(*args[:2], **kwargs):
+            return original(*args, **kwargs)
+        with sdpa_kernel(SDPBackend.MATH):
+            return original(*args, **kwargs)
+
+    with patch.object(F, "scaled_dot_product_attention", attention):
+        yield
+
+
+def _is_grouped_float32(query: Any = None, key: Any = None, **_: Any) -> bool:
+    tensors = isinstance(query, torch.Tensor) and isinstance(key, torch.Tensor)
+    return tensors and query.dtype is torch.float32 and query.dim() == 4 and query.shape[1] != key.shape[1]
 
 
 @contextmanager
