@@ -1,9 +1,10 @@
 """What is foreseen of a plan from traces: the rules on invented steps, then planted faults, and what is right beside each, really traced."""
 
+import time
 from dataclasses import replace
 
 import pytest
-from torch import nn
+from torch import Tensor, nn
 
 from shardwise.core.collective import CollectiveCall, CollectiveKind
 from shardwise.core.finding import Cause, Finding, FindingKind
@@ -184,6 +185,12 @@ def test_a_fault_by_hand_is_named_without_a_rank(name: str, expected: dict[str, 
     assert told(seen(MODELS + name, TheirPlan.OWN)) == expected
 
 
+def test_a_sum_of_many_gradients_that_is_too_small_for_all_is_seen() -> None:
+    found = told(seen("benchmarks.mutants:unreduced_norm", TheirPlan.OWN))
+    assert found["norm.weight"] == "parts_not_summed"
+    assert seen("benchmarks.mutants:harmless_embedding_routed", TheirPlan.OWN) == Foresight(())
+
+
 @pytest.mark.parametrize("name", ["fused_pairs", "fused_by_head", "by_hand_right", "by_hand_norm_of_parts"])
 def test_what_is_right_by_hand_is_not_suspected(name: str) -> None:
     assert seen(MODELS + name, TheirPlan.OWN) == Foresight(())
@@ -236,8 +243,9 @@ def test_an_uneven_width_that_the_plan_gets_through_with_is_not_suspected() -> N
     assert seen("hf:llama?intermediate_size=97,vocab_size=101,num_hidden_layers=2", TheirPlan.HF) == Foresight(())
 
 
-def test_what_cannot_be_traced_is_said_and_not_suspected() -> None:
-    found = seen(f"{__name__}:by_data", TheirPlan.OWN)
+@pytest.mark.parametrize("name", ["by_data", "by_data_when_sharded"])
+def test_what_cannot_be_traced_is_said_and_not_suspected(name: str) -> None:
+    found = seen(f"{__name__}:{name}", TheirPlan.OWN)
     assert not found.findings
     assert found.note == (
         "its forward raised DynamicOutputShapeException: aten.nonzero.default. The data decides what runs there, and a trace has only shapes."
@@ -245,7 +253,7 @@ def test_what_cannot_be_traced_is_said_and_not_suspected() -> None:
 
 
 class ByData(nn.Embedding):
-    def forward(self, input):  # type: ignore[no-untyped-def]
+    def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) * input.nonzero().sum()
 
 
@@ -253,6 +261,20 @@ def by_data(mesh: object = None) -> nn.Module:
     return ByData(8, 8)
 
 
+def by_data_when_sharded(mesh: object = None) -> nn.Module:
+    return nn.Embedding(8, 8) if mesh is None else ByData(8, 8)
+
+
+class Slow(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        time.sleep(2.5)
+        return super().forward(input)
+
+
+def slow_when_sharded(mesh: object = None) -> nn.Module:
+    return nn.Embedding(8, 8) if mesh is None else Slow(8, 8)
+
+
 def test_a_forward_that_takes_too_long_is_given_up_and_not_suspected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shardwise.verify.foresight.LIMIT_S", 0.0)
-    assert seen(f"{MODELS}fused_halves", TheirPlan.OWN) == Foresight((), "its forward takes more than 0 s to trace.")
+    monkeypatch.setattr("shardwise.verify.foresight.LIMIT_S", 2.0)
+    assert seen(f"{__name__}:slow_when_sharded", TheirPlan.OWN) == Foresight((), "its forward takes more than 2 s to trace.")

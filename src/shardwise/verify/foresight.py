@@ -141,7 +141,7 @@ def _is_regrouped(whole: Cut, part: Cut) -> bool:
     first = next((at for at in range(len(outer)) if prod(outer[at:]) == whole.before[-1] and outer[at] > 1), None)
     if first is None or prod(inner[first:]) != part.before[-1]:
         return False
-    return outer[first] == inner[first] and outer[first + 1 :] != inner[first + 1 :]
+    return outer[first] == inner[first]
 
 
 def summed_too_often(
