@@ -1,6 +1,7 @@
 """What is known of plans without starting a rank: the static checks by themselves, and what they add where a proof has no reason of its own.
 
-The model is taken as it was named, whatever its size and tp: its parameters are counted on the meta device, and its step is traced on fake tensors.
+The model is taken as it was named, whatever its size and tp: its parameters are counted on the meta device, and its step is traced on fake tensors;
+its small twin's, where its own can't be.
 """
 
 import time
@@ -79,6 +80,10 @@ def _checked(case: Case, mesh: Mesh, batch: int, seq: int) -> Verification:
         text = shown(error, 300) if isinstance(error, ShardwiseError) else told(error, 300)
         return replace(answer, findings=(Finding(FindingKind.CRASHES, "model", text),), note=text)
     foresight = foresee(source, plan, mesh.tp, batch=batch, seq=seq)
+    small = source.small(mesh.tp) if foresight.note and not twin and case.twin is None else None
+    if small is not None:  # as defaults that leave a size open want it
+        answer = replace(answer, twin="its small twin")
+        foresight = foresee(small, plan, mesh.tp, batch=batch, seq=seq)
     note = f"Its step can't be traced, so only its parameters were looked at: {foresight.note}" if foresight.note else ""
     return replace(answer, sharded=sharded, findings=(*foresight.findings, *findings), note=note)
 
