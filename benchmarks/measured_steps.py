@@ -2,7 +2,7 @@
 
     python -m benchmarks.measured_steps    writes benchmarks/results/DATE-measured-steps.json (a minute)
 
-Steps: benchmarks/results/2026-11-26-h100-steps.json, by ranks of a fake process group on one GPU. The issue: llama3-8b, TP 8, batch 4, sequence 8192,
+Steps: benchmarks/data/h100-steps.json, by ranks of a fake process group on one GPU. The issue: llama3-8b, TP 8, batch 4, sequence 8192,
 float32; its figures are a user's, read off profiles. What is predicted there comes from a machine file none of whose constants is of that issue.
 """
 
@@ -28,7 +28,7 @@ from shardwise.predict.machines import load_machine
 from shardwise.predict.predict import predict
 
 WHAT = "measured-steps"
-H100_STEPS = RESULTS / "2026-11-26-h100-steps.json"
+H100_STEPS = Path(__file__).parent / "data" / "h100-steps.json"
 # what the issue's figures are, in ms
 ISSUE = (("look-up, colwise", 0.104), ("look-up, rowwise", 0.788), ("reduce-scatter, rowwise", 1.456), ("all-to-all, colwise", 7.142))
 

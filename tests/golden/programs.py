@@ -5,6 +5,7 @@ from pathlib import Path
 
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
+from shardwise.core.program import Program
 from shardwise.models.gpt import GPTConfig
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
@@ -33,10 +34,13 @@ class Small:
         family = "" if self.spec is SPEC else f"{self.spec.family}-"
         return HERE / f"{family}{self.plan.replace('@', '-by-')}-{self.device}.txt"
 
-    def text(self) -> str:
+    def program(self) -> Program:
         settings = StepSettings(3, 16, dtype="bfloat16" if self.device == "cuda" else "float32")
         plan = builtin_plan(self.plan, family=self.spec.family)
-        return program_text(trace(self.spec, plan, Mesh.parse("tp=2"), settings, device=self.device))
+        return trace(self.spec, plan, Mesh.parse("tp=2"), settings, device=self.device)
+
+    def text(self) -> str:
+        return program_text(self.program())
 
 
 PROGRAMS = (
