@@ -11,18 +11,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
 from benchmarks import calibrated_results, results
 from benchmarks.calibrated_results import Predicted, Run
-from shardwise.core.machine import Machine
+from shardwise.core.machine import FRESH, Machine
 from shardwise.core.machine_file import machine_from_toml
 from shardwise.core.measurement import Comparison, Measurement, StepSettings
 from shardwise.core.mesh import Mesh
-from shardwise.core.prediction import Setup
-from shardwise.core.program import Program
+from shardwise.core.prediction import Setup, Term
+from shardwise.core.program import Collective, Program
 from shardwise.models.source import find_model
 from shardwise.parallel.builtin import builtin_names, builtin_plan
 from shardwise.predict.predict import predict
@@ -33,6 +34,8 @@ from shardwise.text.stream import load_tokens
 from shardwise.trace.trace import trace
 
 EMBEDDING = "tok_embeddings"
+REPLICATED = "replicated parameters"  # the module that a Program books their gradients' all-reduce on
+COMMUNICATION = (Term.TENSOR, Term.DATA)
 SETTINGS = StepSettings(batch=4, seq=256)  # compare's defaults
 
 
@@ -40,6 +43,46 @@ def command(*arguments: str) -> bytes:
     """What `shardwise` prints for these arguments; its own words go to the terminal."""
     print("shardwise", *arguments, file=sys.stderr, flush=True)
     return subprocess.run([sys.executable, "-m", "shardwise", *arguments], stdout=subprocess.PIPE, check=True).stdout
+
+
+def compare(*arguments: str) -> tuple[bytes, float | None]:
+    """What `shardwise compare` prints, and the share of a core that its ranks got while they were timed: of the time in which they could have
+    run, that in which they ran (Documentation/scheduler/sched-stats.rst of Linux; None elsewhere)."""
+    print("shardwise compare", *arguments, file=sys.stderr, flush=True)
+    first: dict[Path, tuple[int, int]] = {}
+    last: dict[Path, tuple[int, int]] = {}
+    with (
+        tempfile.TemporaryFile() as document,
+        subprocess.Popen(
+            [sys.executable, "-m", "shardwise", "compare", *arguments], stdout=document, stderr=subprocess.PIPE, text=True
+        ) as running,
+    ):
+        assert running.stderr is not None
+        for line in running.stderr:
+            sys.stderr.write(line)
+            if ": round " in line:
+                last = _ran_and_waited(running.pid)
+                first = first or last
+        if running.wait():
+            raise SystemExit(running.returncode)
+        document.seek(0)
+        printed = document.read()
+    ran = sum(last[path][0] - first[path][0] for path in first if path in last)
+    waited = sum(last[path][1] - first[path][1] for path in first if path in last)
+    return printed, ran / (ran + waited) if ran else None
+
+
+def _ran_and_waited(parent: int) -> dict[Path, tuple[int, int]]:
+    """Nanoseconds that each of a command's ranks ran and waited for a core, by its main thread's file."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/schedstat"):
+        try:
+            if int((path.parent / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                ran, waited, _ = path.read_text().split()
+                found[path] = (int(ran), int(waited))
+        except OSError:  # ended meanwhile
+            continue
+    return found
 
 
 def programs(model: str, ranks: int) -> dict[str, Program]:
@@ -52,14 +95,25 @@ def programs(model: str, ranks: int) -> dict[str, Program]:
 
 
 def embedding_s(program: Program, machine: Machine) -> float:
-    """Of the embedding alone, forward and backward: its items one after the other."""
+    """Of the embedding alone, forward and backward: its items one after the other, and its part of the replicated gradients' all-reduce.
+    Alone it gets memory that it gave back just before, so fresh memory isn't dear."""
+    machine = replace(machine, kernels=tuple((name, rate) for name, rate in machine.kernels if name != FRESH))
     work = work_of(program, machine, Setup())
-    inside = [work.items[template].module == EMBEDDING for template in work.template]
-    return float(((work.device_s + work.host_s) * inside).sum())
+    whole = sum(each.gradient_bytes for each in program.holdings if each.module == EMBEDDING and not each.is_sharded)
+    seconds = 0.0
+    for template, device_s, host_s in zip(work.template, work.device_s, work.host_s, strict=True):
+        item = work.items[template]
+        if item.module == EMBEDDING:
+            seconds += device_s + host_s
+        elif isinstance(item, Collective) and item.module == REPLICATED:
+            seconds += device_s * min(1.0, whole / item.call.payload_bytes)
+    return float(seconds)
 
 
-def predicted(program: Program, machine: Machine, measured: Measurement) -> Predicted:
+def predicted(program: Program, machine: Machine, measured: Measurement, busier: float) -> Predicted:
+    """busier: by how much longer work takes at the share of a core that compare's ranks got."""
     found = predict(program, machine, Setup())
+    communication_s = sum(seconds for term, seconds in found.terms if term in COMMUNICATION)
     times = measured.module_times
     assert times is not None
     return Predicted(
@@ -67,6 +121,7 @@ def predicted(program: Program, machine: Machine, measured: Measurement) -> Pred
         measured.step_s,
         tuple(one + two for one, two in zip(times.forward_s, times.backward_s, strict=True)),
         found.step_s,
+        (found.step_s - communication_s) * busier + communication_s,
         embedding_s(program, machine),
         tuple((str(term), seconds) for term, seconds in found.terms),
     )
@@ -85,12 +140,26 @@ def measure(model: str, ranks: int, rounds: int, given: Path | None = None) -> R
         load.append(results.load_average())
         machine = machine_from_toml(path.read_text(encoding="utf-8"), "calibrated")
         began = time.monotonic()
-        options = ["--model", model, "--mesh", f"tp={ranks}", "--device", "cpu", "--rounds", str(rounds), "--no-repeat", "--no-check", "--json"]
-        document = command("compare", *builtin_names(), *options, "--out", str(Path(folder) / "compare"))
+        options = [
+            "--model",
+            model,
+            "--mesh",
+            f"tp={ranks}",
+            "--device",
+            "cpu",
+            "--rounds",
+            str(rounds),
+            "--no-repeat",
+            "--no-check",
+            "--json",
+        ]
+        document, compare_share = compare(*builtin_names(), *options, "--out", str(Path(folder) / "compare"))
         compare_s = time.monotonic() - began
     load.append(results.load_average())
     comparison: Comparison = comparison_from_json(document)
-    plans = tuple(predicted(traced[each.label], machine, each) for each in comparison.measurements)
+    share = _share(machine)
+    busier = share / compare_share if compare_share is not None else 1.0
+    plans = tuple(predicted(traced[each.label], machine, each, busier) for each in comparison.measurements)
     return Run(
         environment=results.describe_machine(
             results.command_line("benchmarks.calibrated"),
@@ -101,7 +170,8 @@ def measure(model: str, ranks: int, rounds: int, given: Path | None = None) -> R
         ),
         settings={"model": model, "tp": ranks, "batch": SETTINGS.batch, "seq": SETTINGS.seq, "dtype": SETTINGS.dtype, "rounds": rounds},
         load_average=(load[0], load[1], load[2]),
-        share=_share(machine),
+        share=share,
+        compare_share=compare_share,
         calibrate_s=calibrate_s,
         compare_s=compare_s,
         plans=plans,
@@ -119,7 +189,8 @@ def show(plans: Sequence[Predicted]) -> None:
     """For the one who waits."""
     for plan in plans:
         print(
-            f"{plan.plan:20} step {plan.step_median_s * 1e3:7.0f} ms, predicted {plan.step_predicted_s * 1e3:7.0f} ({plan.error:+.0%})   embedding "
+            f"{plan.plan:20} step {plan.step_median_s * 1e3:7.0f} ms, predicted {plan.step_predicted_s * 1e3:7.0f} ({plan.error:+.0%}; "
+            f"at compare's share {plan.step_predicted_at_share_s * 1e3:7.0f}, {plan.error_at_share:+.0%})   embedding "
             f"{plan.embedding_median_s * 1e3:6.1f} ms, predicted {plan.embedding_predicted_s * 1e3:6.1f}"
         )
 
@@ -135,6 +206,7 @@ def main() -> None:
     run = measure(arguments.model, arguments.ranks, arguments.rounds)
     show(run.plans)
     right, pairs, wrong = calibrated_results.in_order(run.plans)
+    print(f"share of a core: {run.share:.0%} while calibrated, {run.compare_share or 0:.0%} while compared; load {run.load_average}")
     print(f"embeddings: {right} of {pairs} pairs in the right order {wrong}")
     if arguments.raw is not None:
         arguments.raw.write_bytes(msgspec.json.encode(run))

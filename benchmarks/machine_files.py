@@ -3,7 +3,7 @@
     python -m benchmarks.machine_files            writes them
     python -m benchmarks.machine_files --check    exit code 1 where a file differs from what this makes
 
-Sources: benchmarks/data/hardware.csv (published micro-benchmarks, each row with its source), benchmarks/results/2026-11-26-h100-kernels.json (ours),
+Sources: benchmarks/data/hardware.csv (published micro-benchmarks, each row with its source), benchmarks/data/h100-kernels.json (ours),
 data sheets, and, where a constant is fitted to whole runs, rows of benchmarks/data/measurements.csv with TP 1. No constant is fitted to a row with TP > 1
 but TENSOR_HIDDEN (predict/costs.py). What is scaled from another machine says so.
 """
@@ -25,8 +25,8 @@ from shardwise.core.machine_file import machine_from_toml
 HERE = Path(__file__).parent
 MACHINES = HERE.parent / "src" / "shardwise" / "machines"
 HARDWARE = HERE / "data" / "hardware.csv"
-H100_KERNELS = HERE / "results" / "2026-11-26-h100-kernels.json"
-H100_STEPS = HERE / "results" / "2026-11-26-h100-steps.json"
+H100_KERNELS = HERE / "data" / "h100-kernels.json"
+H100_STEPS = HERE / "data" / "h100-steps.json"
 SHAPES = ((128, 256), (128, 128), (64, 128), (64, 64))
 
 Product = tuple[int, int, int, int, float]  # batch, m, n, k, seconds
@@ -134,7 +134,20 @@ def kernel_shares() -> dict[str, float]:
         rates = [rate for size, rate in found if size > 1.5e8]  # beyond the L2 cache
         if rates:
             shares[name] = median(rates) / 3.35e12
+    steps = json.loads(H100_STEPS.read_text(encoding="utf-8"))
+    seen = [each for each in steps["lookups"] if each["name"] == "index_select aligned" and each["hit"] == "any" and each["elements"] > 1e8]
+    widths = {"torch.float32": 4, "torch.bfloat16": 2}
+    shares["look-ups"] = median(2 * widths[each["dtype"]] * each["elements"] / each["seconds"] for each in seen) / 3.35e12
+    softmax = steps["safe_softmax"]
+    shares["aten::_safe_softmax"] = 2 * 4 * math.prod(softmax["shape"]) / softmax["seconds"] / 3.35e12
     return shares
+
+
+def old_look_ups() -> float:
+    """Elements per second of indexSelectLargeIndex, which PyTorch ran on GPUs before it had a vectorized gather (2.7)."""
+    (row,) = rows("look-up", gpu="H100-SXM-80GB", op="indexSelectLargeIndex")
+    ids, width = (int(number) for number in re.findall(r"=(\d+)", row["shape_or_bytes"]))
+    return ids * width / (float(row["value"]) / 1e6)
 
 
 KERNELS = {
@@ -153,6 +166,8 @@ KERNELS = {
     "index": "aten::index_copy_",
     "fill": "aten::zero_",
     "optimizer": "aten::_fused_adamw_ 4 tensors",
+    "embedding": "look-ups",
+    "aten::_safe_softmax": "aten::_safe_softmax",
     "aten::_foreach_norm": "aten::_foreach_norm",
     "aten::_foreach_mul_": "aten::_foreach_mul_",
 }
@@ -204,13 +219,14 @@ class Recipe:
     collectives: tuple[Collectives, ...]
     between: tuple[float, str] | None
     reach: tuple[tuple[tuple[float, float], ...], str] | None = None
+    look_ups: tuple[float, str] | None = None  # elements per second, where they bound look-ups
 
 
 def text_of(recipe: Recipe, shares: dict[str, float]) -> str:
     """The file. Rates of kernels are the H100's shares of its bandwidth, times how this machine's copies compare."""
     out = Text([])
     out.add(f"# {recipe.about}")
-    out.add("# Made by benchmarks/machine_files.py from benchmarks/data/hardware.csv and benchmarks/results; don't edit by hand.")
+    out.add("# Made by benchmarks/machine_files.py from benchmarks/data; don't edit by hand.")
     out.add(f"name = {json.dumps(recipe.name)}")
     out.add('device = "cuda"')
     out.add(f"about = {json.dumps(recipe.about)}")
@@ -241,14 +257,16 @@ def text_of(recipe: Recipe, shares: dict[str, float]) -> str:
     factor = recipe.reached[0] / shares["aten::cat"]
     for key, timed in (("default", "aten::add"), *KERNELS.items()):
         share = min(1.0, shares[timed] * factor)
-        own = recipe.name == "h100-sxm-80gb"
-        source = f"{timed}: {shares[timed]:.3f} of an H100's bandwidth, benchmarks/results/{H100_KERNELS.name}"
+        own = recipe.name.startswith("h100-sxm-80gb")
+        source = f"{timed}: {shares[timed]:.3f} of an H100's bandwidth, benchmarks/data/{H100_KERNELS.name}"
         if not own:
             source += f"; times {factor:.3f}, by large copies: {recipe.reached[1]}"
         out.add()
         out.add(f"[kernels.{json.dumps(key)}]")
-        out.constant("start", START_US, "us", f"smallest kernels of benchmarks/results/{H100_KERNELS.name}")
+        out.constant("start", START_US, "us", f"smallest kernels of benchmarks/data/{H100_KERNELS.name}")
         out.constant("rate", f"{share * recipe.bandwidth[0]:.4g}", "GB/s", source)
+        if key == "embedding" and recipe.look_ups is not None:
+            out.constant("elements", f"{recipe.look_ups[0] / 1e9:.4g}", "Gelement/s", recipe.look_ups[1])
     out.add()
     out.add("[launch]")
     for key, value in zip(("forward", "backward", "collective"), recipe.launch[:3], strict=True):
@@ -331,7 +349,7 @@ def recipes() -> list[Recipe]:
     pcie = fitted(simumax("A100-PCIe-80GB"), 312e12, 108)
     b200 = fitted(simumax("B200-SXM", at_least_flop=3e11), 2250e12, 148)
     b200 = replace(b200, rate=replace(b200.rate, start_s=h100_bf16.rate.start_s))  # matmuls this large don't tell
-    own = f"our own: benchmarks/results/{H100_KERNELS.name}"
+    own = f"our own: benchmarks/data/{H100_KERNELS.name}"
     guide = "Azure AI benchmarking guide (hardware.csv)"
     fp8 = azure("H100-SXM-80GB", "fp8")
     fp8_level = level(fp8, scaled(h100_bf16.rate, 1.0, 1979e12), at_least_flop=1e11)
@@ -341,12 +359,12 @@ def recipes() -> list[Recipe]:
     a100 = replace(scaled(pcie.rate, a100_level), start_s=h100_bf16.rate.start_s)
     a100_fit = f"A100 PCIe, {pcie}; times {a100_level:.3f}, by the fp16 matmuls of the {guide}"
     attention = h100_attention()
-    steps = f"cuDNN kernels of our own steps, benchmarks/results/{H100_STEPS.name}"
+    steps = f"cuDNN kernels of our own steps, benchmarks/data/{H100_STEPS.name}"
     launch = json.loads(H100_STEPS.read_text(encoding="utf-8"))["launch"]["block20"]
     forward_us, backward_us = launch["fwd"][0] / 20 / OPS_OF_A_BLOCK[0] * 1e6, launch["bwd"][0] / 20 / OPS_OF_A_BLOCK[1] * 1e6
     issue = (
         float(f"{forward_us:.3g}"), float(f"{backward_us:.3g}"), float(f"{forward_us:.3g}"),
-        f"eager Llama layers on an H100's host, per op of their Program: benchmarks/results/{H100_STEPS.name}", None,
+        f"eager Llama layers on an H100's host, per op of their Program: benchmarks/data/{H100_STEPS.name}", None,
     )  # fmt: skip
     copies = {gpu: float(rows("hbm", gpu=gpu, op="copy")[0]["value"]) for gpu in ("A100-SXM-80GB", "H100-SXM-80GB", "H200-SXM-141GB")}
     nvlink4 = (
@@ -377,6 +395,10 @@ def recipes() -> list[Recipe]:
         },
         (*attention, steps, "backward and forward at 4096 and 8192 tokens"), issue, (450, "NVIDIA H100 data sheet: 900 GB/s both ways"),
         nvlink4, (50, "DGX H100: one 400 Gb/s NIC a GPU"), infiniband,
+    )  # fmt: skip
+    before_gather = replace(
+        h100, name="h100-sxm-80gb-torch2.6", about="the H100 with PyTorch before 2.7, which looked rows up element by element",
+        look_ups=(old_look_ups(), "indexSelectLargeIndex in TraceLens's example trace of Qwen on an H100 (hardware.csv)"),
     )  # fmt: skip
     capped_h100 = replace(
         h100, name="h100-sxm-96gb-500w", about="NVIDIA H100 SXM5 96 GB (HBM2e, 2.4 TB/s) capped at 500 W, as in torchtitan's tables; NVLink 4 among 8, 400 Gb/s a GPU",
@@ -453,7 +475,7 @@ def recipes() -> list[Recipe]:
         attention=(attention[0] * mi_level * 1307.4 / 989.4, attention[1] * mi_level * 1307.4 / 989.4, attention[2], "the H100's, by the ratio of matmuls", None),
         within=(448, "AMD MI300X data sheet: 7 links of 64 GB/s one way"), collectives=(Collectives("any", ((8, 30, 448 * 0.8),), (), "80 % of the link, as rings reach on NVLink; not measured here"),),
     )  # fmt: skip
-    return [h100, capped_h100, h200, a100_80, a100_40, vtrain, b200_machine, gb200, mi300x]
+    return [h100, before_gather, capped_h100, h200, a100_80, a100_40, vtrain, b200_machine, gb200, mi300x]
 
 
 OPS_OF_A_BLOCK = (28, 41)

@@ -5,9 +5,10 @@
 
 Blocks: benchmark-WHAT (a results file's sides, ratios, run) and benchmark-WHAT-ratios (its ratios only), for every WHAT that has a
 file; benchmark-bars (every stated bar, with the misses); benchmark-hf-explain and its parts (benchmarks/hf_results.py); benchmark-explain-speed
-(benchmarks/explain_results.py); benchmark-calibrated (benchmarks/calibrated_results.py); benchmark-trace-read (benchmarks/trace_results.py); benchmark-hf-verify and its parts
-(benchmarks/verify_results.py); benchmark-verify-mutants (benchmarks/mutant_results.py). The newest file of each WHAT counts. Ranges are of the rounds; an interval is of
-the median of paired ratios.
+(benchmarks/explain_results.py); benchmark-calibrated (benchmarks/calibrated_results.py); benchmark-trace-read (benchmarks/trace_results.py);
+benchmark-hf-verify and its parts (benchmarks/verify_results.py); benchmark-verify-mutants (benchmarks/mutant_results.py); benchmark-published and its
+parts, and the plot docs/example/published.svg (benchmarks/published_results.py); benchmark-h100-steps and benchmark-issue-785
+(benchmarks/measured_steps.py). The newest file of each WHAT counts. Ranges are of the rounds; an interval is of the median of paired ratios.
 """
 
 import argparse
@@ -16,10 +17,22 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import calibrated_results, explain_results, hf_results, mutant_results, trace_results, verify_results
+from benchmarks import (
+    calibrated_results,
+    explain_results,
+    hf_results,
+    measured_steps,
+    mutant_results,
+    published_results,
+    trace_results,
+    verify_results,
+)
 from benchmarks.results import RESULTS, Bar, BarKind, Comparison, Result, Verdict, latest, read_result
 
 ROOT = Path(__file__).parent.parent
+_OTHERS = (
+    calibrated_results, hf_results, explain_results, trace_results, verify_results, mutant_results, published_results, measured_steps,
+)  # fmt: skip
 _BLOCK = re.compile(r"<!-- begin:(?P<name>benchmark-[\w-]+) -->\n(?P<body>.*?)<!-- end:(?P=name) -->", re.DOTALL)
 _MARK = re.compile(r"<!-- (?:begin|end):benchmark-[\w-]+ -->")
 
@@ -35,7 +48,7 @@ def documents() -> list[Path]:
 
 def newest_results(folder: Path = RESULTS) -> list[Result]:
     """The newest file of every benchmark with sides and times, in order of name."""
-    others = {module.WHAT for module in (calibrated_results, hf_results, explain_results, trace_results, verify_results, mutant_results)}
+    others = {module.WHAT for module in _OTHERS}
     whats = sorted({path.stem[len("2026-01-01-") :] for path in folder.glob("????-??-??-*.json")} - others)
     return [read_result(latest(what, folder)) for what in whats]
 
@@ -172,9 +185,12 @@ def main() -> int:
         made |= mutant_results.blocks(mutant_results.newest_run())
         made |= verify_results.blocks(verify_results.newest_sweep())
         made |= calibrated_results.blocks(calibrated_results.newest_run())
+        made |= published_results.blocks(published_results.newest_run()) | measured_steps.blocks(measured_steps.newest_run())
         made |= explain_results.blocks(explain_results.newest_run()) | trace_results.blocks(trace_results.newest_run())
         texts = {path: path.read_text(encoding="utf-8") for path in documents()}
+        texts[published_results.PLOT] = published_results.PLOT.read_text(encoding="utf-8") if published_results.PLOT.exists() else ""
         new = {path: filled(text, made, str(path.relative_to(ROOT))) for path, text in texts.items()}
+        new[published_results.PLOT] = published_results.plot(published_results.newest_run())
     except (TableError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""Writes the generated parts of the docs: cli.md from the command itself, explain-json.md, verify-json.md and diff-json.md from the dataclasses that are
+"""Writes the generated parts of the docs: cli.md from the command itself, models.md from the specs, explain-json.md, verify-json.md and diff-json.md from the dataclasses that are
 written, the output in verify.md from docs/example/verification.json (made by the command that stands above it), and the README's examples from docs/example/comparison.json and explanation.json (made by the commands that stand above them in the README).
 
 python docs/build.py             writes them
@@ -37,6 +37,9 @@ from shardwise.core.placement import Placement
 from shardwise.core.verification import VerificationRun
 from shardwise.core.walkthrough import Subject
 from shardwise.explain.walkthrough import explain_walkthrough
+from shardwise.models import specs
+from shardwise.models.source import NAMINGS
+from shardwise.models.specs import SPECS, ModelSpec
 from shardwise.profiles.collectives import share
 from shardwise.profiles.diff import diff
 from shardwise.profiles.picture import picture
@@ -112,6 +115,50 @@ def _row(parameter: Any) -> str:
     default = parameter.show_default if isinstance(parameter.show_default, str) else parameter.default
     shown = "" if default is None or default is False else str(default).lower() if default is True else str(default)
     return f"| {names} | {(parameter.help or '').replace('|', '/')} | {shown} |"
+
+
+def models_reference() -> str:
+    """The specs and how else a model is named."""
+    lines = [
+        "# Models",
+        "",
+        "Made from the code by `python docs/build.py`; `shardwise models` prints the same.",
+        "",
+        "| model | | parameters | layers | hidden | heads/KV | inner width | vocabulary | longest sequence | head |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for spec in SPECS.values():
+        c = spec.config
+        lines.append(
+            f"| `{spec.name}` | {spec.about} | {c.n_parameters:,} | {c.n_layers} | {c.hidden:,} | {c.n_heads}/{c.n_kv_heads} | {c.ffn_hidden:,} "
+            f"| {c.vocab_size:,} | {f'{spec.max_seq:,}' if spec.max_seq else 'any'} | {'tied' if c.tied else 'untied'} |"
+        )
+    (changed, about), *others = NAMINGS
+    first, gpt = next(iter(SPECS.values())), SPECS["gpt3-175b"]
+    lines += [
+        "",
+        inspect.cleandoc(specs.__doc__ or "").partition("\n\n")[2].replace("\n", " "),
+        "",
+        f"**Other sizes**: `{changed}` is {about}:",
+        f"a head's width and the ratio stay, unless you name those too. Llama's keys: {_keys(first)}.",
+        f"GPT's: {_keys(gpt)}.",
+        "",
+        "**A tied head** is refused by PyTorch's own styles (`NAME@dtensor`), which would untie it; `gpt-debug?tied=false` has another.",
+        "",
+        "**Not modelled**: dropout, which the published GPT runs had.",
+        "",
+        "For `explain` and `verify`, also ([more](hugging-face.md)):",
+        "",
+        "| form | what it is |",
+        "|---|---|",
+        *(f"| `{form}` | {about} |" for form, about in others),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _keys(spec: ModelSpec) -> str:
+    return ", ".join(f"`{key}`" for key in spec.numbers)
 
 
 def explain_json_reference() -> str:
@@ -304,6 +351,7 @@ def main() -> int:
     readme = _COMPARED.sub(lambda match: match[1] + compare_output() + match[2], README.read_text(encoding="utf-8"))
     wanted = {
         DOCS / "cli.md": cli_reference(),
+        DOCS / "models.md": models_reference(),
         DOCS / "explain-json.md": explain_json_reference(),
         DOCS / "diff-json.md": diff_json_reference(),
         DOCS / "verify-json.md": verify_json_reference(),

@@ -29,6 +29,13 @@ BY_HAND = (
     "by_hand_half_logits",
     "by_hand_untied",
     "by_hand_alone",
+    "by_hand_norm_of_parts",
+    "by_hand_norm_of_whole",
+    "by_hand_odd_width",
+    "fused_halves",
+    "fused_unfolded",
+    "fused_pairs",
+    "fused_by_head",
 )
 SHIPPED = ("apertus", "gpt_oss", "bert", "lfm2")
 
@@ -47,7 +54,10 @@ def own_faults(each: Verification) -> list[Finding]:
     return [finding for finding in each.wrong if finding.cause not in (Cause.FOLLOWS, Cause.FORWARD)]
 
 
-@pytest.mark.parametrize("name", ["qwen3_as_shipped", "by_hand_right", "llama_typo"])
+RIGHT = ("qwen3_as_shipped", "by_hand_right", "llama_typo", "by_hand_norm_of_parts", "fused_pairs", "fused_by_head")
+
+
+@pytest.mark.parametrize("name", RIGHT)
 def test_a_right_plan_is_right(found: dict[str, Verification], name: str) -> None:
     each = found[name]
     assert each.verdict is Verdict.RIGHT
@@ -95,6 +105,33 @@ def test_weights_that_lie_in_one_and_are_cut_as_one_are_found_by_a_trial(found: 
     assert (first.subject, first.cause) == ("model.layers.0.mlp.experts.gate_up_proj", Cause.CUT_AS_ONE)
     assert first.reason == "2 weights lie in it, and it is cut as if it were one; with each cut by itself, its module is right"
     assert {finding.cause for finding in others} == {Cause.FORWARD}
+
+
+@pytest.mark.parametrize("name", ["fused_halves", "fused_unfolded"])
+def test_where_the_numbers_give_no_reason_a_trace_gives_its_own(found: dict[str, Verification], name: str) -> None:
+    output, weight = own_faults(found[name])
+    assert (output.kind, output.cause) == (FindingKind.OUTPUT_DIFFERS, Cause.CUT_AS_ONE)
+    assert output.reason.startswith(
+        "the first module whose output differs is down: its output isn't the unsharded one. gate_up.weight: what"
+    )
+    assert (weight.subject, weight.cause) == ("gate_up.weight", Cause.CUT_AS_ONE)
+    assert "so several weights lie in it, and it is cut as one" in weight.reason
+    assert weight.relative_error is not None
+
+
+def test_what_crashes_is_told_with_what_a_trace_suspects(found: dict[str, Verification]) -> None:
+    each = found["by_hand_odd_width"]
+    assert each.verdict is Verdict.CRASHES
+    sizes = [finding for finding in each.findings if finding.kind is FindingKind.SIZES_NOT_DIVISIBLE]
+    assert [finding.subject for finding in sizes] == ["up.weight", "up.bias", "down.weight"]
+    assert sizes[0].reason.startswith("tp=2 doesn't divide its dim 0 of 33, which is cut, and a rank's step fails: down raised")
+    assert sizes[0].advice == "Use tp in {1, 3, 11, 33}, or leave it whole."
+
+
+def test_the_norm_that_takes_the_whole_for_a_part_is_told_by_its_gradient(found: dict[str, Verification]) -> None:
+    (finding,) = found["by_hand_norm_of_whole"].wrong
+    assert (finding.subject, finding.cause) == ("norm.weight", Cause.SUMMED_TOO_OFTEN)
+    assert finding.reason == "its gradient is 2 times the unsharded one: summed where every rank had the whole"
 
 
 def test_a_gradient_that_is_averaged_is_told_from_one_that_is_not_summed(found: dict[str, Verification]) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, SequenceParallel, parallelize_module
 
 from shardwise.models.hugging_face import find_hugging_face
 from shardwise.models.small import small_values
@@ -159,3 +159,113 @@ def by_hand_alone(mesh: DeviceMesh | None = None) -> nn.Module:
 
 def _fail(*_: Any) -> None:
     raise RuntimeError("only here")
+
+
+class Fused(nn.Module):
+    """A block whose gate and up lie in one weight. layout: halves (gate, then up), unfolded (the same, as a dim of its own), pairs (every second row)."""
+
+    def __init__(self, layout: str, width: int = 16) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(32, 16)
+        self.gate_up = nn.Linear(16, 2 * width, bias=False)
+        self.down = nn.Linear(width, 16, bias=False)
+        self.head = nn.Linear(16, 32, bias=False)
+        self.layout = layout
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        hidden = self.embed(ids_BS)
+        both = self.gate_up(hidden)
+        match self.layout:
+            case "halves":
+                gate, up = both.chunk(2, -1)
+            case "unfolded":
+                gate, up = both.unflatten(-1, (2, -1)).unbind(-2)
+            case _:
+                gate, up = both[..., ::2], both[..., 1::2]
+        out: Tensor = self.head(hidden + self.down(torch.sigmoid(gate) * up))
+        return out
+
+
+def _fused(layout: str, mesh: DeviceMesh | None) -> nn.Module:
+    model = Fused(layout)
+    if mesh is not None:
+        parallelize_module(model, mesh["tp"] if mesh.ndim > 1 else mesh, {"gate_up": ColwiseParallel(), "down": RowwiseParallel()})
+    return model
+
+
+def fused_halves(mesh: DeviceMesh | None = None) -> nn.Module:
+    """Wrong: rank 0 has the gates alone."""
+    return _fused("halves", mesh)
+
+
+def fused_unfolded(mesh: DeviceMesh | None = None) -> nn.Module:
+    """Wrong in the same way, and no split shows it."""
+    return _fused("unfolded", mesh)
+
+
+def fused_pairs(mesh: DeviceMesh | None = None) -> nn.Module:
+    """Right: each rank has pairs."""
+    return _fused("pairs", mesh)
+
+
+class Heads(nn.Module):
+    """Queries, keys and values of each head lie together in one weight, as gpt_neox has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(32, 16)
+        self.qkv = nn.Linear(16, 48)
+        self.o = nn.Linear(16, 16, bias=False)
+        self.head = nn.Linear(16, 32, bias=False)
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        hidden = self.embed(ids_BS)
+        q, k, v = self.qkv(hidden).unflatten(-1, (-1, 3 * 4)).transpose(1, 2).chunk(3, -1)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out: Tensor = self.head(hidden + self.o(attended.transpose(1, 2).flatten(-2)))
+        return out
+
+
+def fused_by_head(mesh: DeviceMesh | None = None) -> nn.Module:
+    """Right: each rank has heads."""
+    model = Heads()
+    if mesh is not None:
+        parallelize_module(model, mesh["tp"] if mesh.ndim > 1 else mesh, {"qkv": ColwiseParallel(), "o": RowwiseParallel()})
+    return model
+
+
+def by_hand_norm_of_parts(mesh: DeviceMesh | None = None) -> nn.Module:
+    """Right: the norm runs on a part of the sequence, by PyTorch's own styles, which sum its gradient; the slope is summed by a hook."""
+    model = Block()
+    if mesh is not None:
+        tp = mesh["tp"] if mesh.ndim > 1 else mesh
+        cut = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1), use_local_output=False)
+        parallelize_module(model.norm, tp, cut)
+        _by_hand(model, mesh, norm=SequenceParallel(), up=ColwiseParallel(input_layouts=Shard(1)))
+        group = mesh.get_group("tp")
+        model.slope.register_hook(lambda gradient: _summed(gradient, group, 1.0))
+    return model
+
+
+def by_hand_norm_of_whole(mesh: DeviceMesh | None = None) -> nn.Module:
+    """The norm takes its input for a part of the sequence, which is whole."""
+    model = Block()
+    if mesh is not None:
+        _by_hand(model, mesh, norm=SequenceParallel(use_local_output=True))
+        group = mesh.get_group("tp")
+        model.slope.register_hook(lambda gradient: _summed(gradient, group, 1.0))
+    return model
+
+
+class Odd(Block):
+    """33 rows to share out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 33), nn.Linear(33, 16)
+
+
+def by_hand_odd_width(mesh: DeviceMesh | None = None) -> nn.Module:
+    """PyTorch's rowwise style takes every rank's part for as wide as its own."""
+    model = Odd()
+    return _by_hand(model, mesh) if mesh is not None else model

@@ -45,8 +45,8 @@ def test_one_rank_says_that_it_has_measured_no_link_and_takes_a_bases(tmp_path: 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (("--device", "gpu"), '--device is "gpu". Allowed: auto, cpu, cuda.'),
-        (("--ranks", "0"), "Invalid value for '--ranks': 0 is not in the range 1<=x<=1024. Try: shardwise --help."),
+        (("--device", "gpu"), '--device is "gpu". Did you mean "cpu"? Allowed: auto, cpu, cuda.'),
+        (("--ranks", "0"), "Invalid value for '--ranks': Input should be greater than or equal to 1. Try: shardwise --help."),
         (("--name", " "), "--name is empty. Give the machine a name."),
         (("--out", "."), ". is a folder. Name a file to write."),
         (("--out", "none/here.toml"), "none/here.toml: there is no folder none. Make it, or name another file."),

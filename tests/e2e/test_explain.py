@@ -51,6 +51,35 @@ def test_the_page_opens_in_a_browser_and_loads_nothing(run: tuple[Path, str], br
     assert (seen.console, seen.requests) == ((), ())
 
 
+def test_a_gpt_is_explained_at_another_size_and_at_the_sequence_that_it_has_positions_for() -> None:
+    ended = shardwise("explain", "--model", "gpt3-175b?n_layers=5,hidden=1024", "--json")
+    assert ended.returncode == 0, ended.stderr
+    document = json.loads(ended.stdout)
+    assert (document["model"], document["settings"]["seq"]) == ("gpt3-175b?n_layers=5,hidden=1024", 2048)
+    assert {rule["pattern"] for rule in document["rules"]} >= {"pos_embeddings", "layers.*.attention.wqkv"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--model", "gpt-debug?layers=4"),
+            'model "gpt-debug?layers=4": gpt-debug has no "layers". Did you mean "n_layers"? Known: vocab_size, hidden, n_layers, n_heads, '
+            "ffn_hidden, max_seq, norm_eps, tied.",
+        ),
+        (
+            ("--model", "gpt-debug?tied=false", "--seq", "1032"),
+            '--seq 1032: gpt-debug?tied=false has positions for 1024. Use --seq 1024, or --model "gpt-debug?tied=false,max_seq=1032".',
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["explain", "verify", "compare"])
+def test_a_size_that_a_model_can_t_have_is_one_line(command: str, options: tuple[str, ...], message: str) -> None:
+    ended = shardwise(command, *options)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.splitlines()[-1] == f"shardwise: {message}"
+
+
 def test_json_is_one_document(tmp_path: Path) -> None:
     ended = shardwise("explain", "routed", *SMALL, "--random-ids", "--json", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr

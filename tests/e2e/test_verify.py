@@ -41,6 +41,23 @@ def test_a_wrong_plan_ends_with_1_and_json_is_one_document() -> None:
     assert (case["verdict"], case["findings"][0]["subject"], case["findings"][0]["cause"]) == ("wrong", "slope", "parts_not_summed")
 
 
+def test_static_checks_start_no_rank_and_prove_nothing() -> None:
+    ended = shardwise("verify", "--static", "rowwise", "--model", "llama3-70b", "--mesh", "tp=8")
+    assert ended.returncode == 0, ended.stderr
+    found = " ".join(ended.stdout.split())
+    assert "Nothing found statically; not proved." in found
+    assert "tp=8, batch 2, 16 tokens each, traced and not run" in found
+
+
+def test_a_static_finding_ends_with_1() -> None:
+    ended = shardwise("verify", "own", "--static", "--model", f"{MODELS}fused_halves", "--model", f"{MODELS}fused_pairs", "--json")
+    assert ended.returncode == 1
+    suspected, clean = json.loads(ended.stdout)["verifications"]
+    assert (suspected["verdict"], suspected["proof"]) == ("suspected", None)
+    assert [(each["subject"], each["cause"]) for each in suspected["findings"]] == [("gate_up.weight", "cut_as_one")]
+    assert (clean["verdict"], clean["findings"]) == ("not proved", [])
+
+
 def test_a_plan_of_the_users_own_is_read_from_its_file(tmp_path: Path) -> None:
     plan = tmp_path / "mine.toml"
     plan.write_text(shardwise("plans", "rowwise").stdout)
@@ -57,6 +74,7 @@ def test_a_plan_of_the_users_own_is_read_from_its_file(tmp_path: Path) -> None:
         (("--mesh", "dp=2,tp=2"), "--mesh dp=2,tp=2: verify compares one tp axis of two ranks or more with one rank. Use --mesh tp=2."),
         (("--mesh", "tp=1"), "--mesh tp=1: verify compares one tp axis of two ranks or more with one rank. Use --mesh tp=2."),
         (("--seq", "15"), "--seq 15 is no multiple of tp=2, as sequence parallelism needs. Use 16."),
+        (("--static", "--mesh", "tp=16"), 'plan "rowwise": rule "layers.*.attention.wq" (colwise) splits 12 heads'),
         (("--size", "tiny"), '--size is "tiny". Allowed: auto, given, small.'),
         (("--model", f"{MODELS}by_hand_right", "rowwise"), 'plan "rowwise": rule "tok_embeddings" (rowwise) matched nothing'),
     ],

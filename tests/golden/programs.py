@@ -5,6 +5,7 @@ from pathlib import Path
 
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
+from shardwise.core.program import Program
 from shardwise.models.gpt import GPTConfig
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
@@ -13,8 +14,10 @@ from shardwise.report.program_text import program_text
 from shardwise.trace.trace import trace
 
 HERE = Path(__file__).parent
+PLANS = ("rowwise", "colwise", "routed", "rowwise@dtensor")
+DEVICES = ("cpu", "cuda")
 # every size another number, so that a line tells which it has
-LLAMA = ModelSpec("tiny", LlamaConfig(70, 48, 1, 4, 2, 64), "")
+SPEC = ModelSpec("tiny", LlamaConfig(70, 48, 1, 4, 2, 64), "")
 GPT = ModelSpec("tiny gpt", GPTConfig(70, 48, 1, 4, 64, 20), "")
 
 
@@ -28,17 +31,20 @@ class Small:
 
     @property
     def path(self) -> Path:
-        family = "" if self.spec is LLAMA else f"{self.spec.family}-"
+        family = "" if self.spec is SPEC else f"{self.spec.family}-"
         return HERE / f"{family}{self.plan.replace('@', '-by-')}-{self.device}.txt"
 
-    def text(self) -> str:
+    def program(self) -> Program:
         settings = StepSettings(3, 16, dtype="bfloat16" if self.device == "cuda" else "float32")
         plan = builtin_plan(self.plan, family=self.spec.family)
-        return program_text(trace(self.spec, plan, Mesh.parse("tp=2"), settings, device=self.device))
+        return trace(self.spec, plan, Mesh.parse("tp=2"), settings, device=self.device)
+
+    def text(self) -> str:
+        return program_text(self.program())
 
 
 PROGRAMS = (
-    *(Small(LLAMA, plan, device) for plan in ("rowwise", "colwise", "routed", "rowwise@dtensor") for device in ("cpu", "cuda")),
+    *(Small(SPEC, plan, device) for plan in PLANS for device in DEVICES),
     Small(GPT, "rowwise", "cuda"),
 )
 

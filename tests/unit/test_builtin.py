@@ -101,7 +101,7 @@ def test_the_rules_of_both_families_differ_in_their_own_modules_only(name: str, 
 @pytest.mark.parametrize(
     # PyTorch's styles have no replicated table
     ("name", "style"),
-    [("rowwise", "replicated(output=shard(1))"), ("rowwise@dtensor", "colwise(output=shard(1))")],
+    [("rowwise", "replicated(output=shard(1))"), ("rowwise@dtensor", "rowwise(output=shard(1))")],
 )
 def test_each_rank_has_the_positions_of_its_part_of_the_sequence(name: str, style: str) -> None:
     rule = builtin_plan(name, family=Family.GPT).rule_for("pos_embeddings")

@@ -7,12 +7,13 @@ from math import prod
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.core.errors import ModelError, PlanError, ShardwiseError
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import AnyPlan, Plan, Rule, Style, StyleName, TheirPlan
-from shardwise.core.program import MemoryKind, OpKind, Program, TensorSpec
+from shardwise.core.program import MemoryKind, OpKind, Phase, Program, TensorSpec
 from shardwise.models.factory import FactoryModel
 from shardwise.models.source import find_model
 from shardwise.trace.catalogue import flops_of, kind_of, name_on
@@ -192,3 +193,36 @@ def test_a_convolution_s_backward_counts_the_gradients_that_it_makes() -> None:
     name = "aten::convolution_backward"
     assert flops_of(name, (output, inputs, weight), (inputs, weight, bias), causal=False) == 2 * one
     assert flops_of(name, (output, inputs, weight), (weight, bias), causal=False) == one
+
+
+class Summed(nn.Module):
+    """Its factory has the gradient of its scale summed over tp."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(32, 16)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        out: Tensor = self.embed(ids_BS) * self.scale
+        return out
+
+
+@pytest.mark.parametrize("way", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_that_a_factory_has_put_on_its_parameters_run_in_the_trace(way: str) -> None:
+    def make(mesh: DeviceMesh | None = None) -> nn.Module:
+        model = Summed()
+        if mesh is not None:
+            group = mesh.get_group("tp")
+            hook = model.scale.register_hook if way == "register_hook" else model.scale.register_post_accumulate_grad_hook
+            hook(lambda tensor: torch.distributed.all_reduce(tensor if way == "register_hook" else tensor.grad, group=group))
+        return model
+
+    program = trace(FactoryModel("summed", make, frozenset({"mesh"}), False), TheirPlan.OWN, Mesh((("tp", 2),)), StepSettings(2, 16))
+    assert [call.call.payload_bytes for call in program.collectives() if call.phase is Phase.BACKWARD] == [4]
+
+
+def test_as_many_layers_as_are_asked_for_are_traced() -> None:
+    program = trace(find_model("llama3-debug"), TheirPlan.UNSHARDED, Mesh((("tp", 1),)), StepSettings(2, 16), depth=2)
+    assert program.layers == ("layers", 2)
+    assert not program.compressed

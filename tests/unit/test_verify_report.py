@@ -39,6 +39,25 @@ SKIPPED = Verification("hf:bert", "hf", 2, "", None, None, None, (), "there is n
 LITTLE = replace(RIGHT, model="hf:gpt_oss", findings=(Finding(FindingKind.LITTLE_IS_SHARDED, "plan", "0.0% are sharded"),))
 
 
+NOT_PROVED = replace(RIGHT, proof=None, is_static=True)
+SUSPECTED = replace(
+    NOT_PROVED,
+    model="hf:apertus",
+    findings=tuple(
+        Finding(FindingKind.SUSPECTED, f"layers.{n}.act.alpha", "nothing sums it", advice="Sum it.", cause=Cause.PARTS_NOT_SUMMED)
+        for n in (0, 1)
+    ),
+)
+STATIC = (
+    NOT_PROVED,
+    SUSPECTED,
+    replace(NOT_PROVED, findings=LITTLE.findings),
+    replace(NOT_PROVED, note="Its step can't be traced, so only its parameters were looked at: it raised"),
+    replace(SKIPPED, is_static=True),
+    replace(CRASH, is_static=True),
+)
+
+
 def run(*cases: Verification) -> VerificationRun:
     return VerificationRun("tp=2", "cpu", 2, 16, "2026-01-02T03:04:05+00:00", (("torch", "2.13.0"),), cases)
 
@@ -58,6 +77,36 @@ def test_a_verdict_is_the_worst_that_is_known_and_skipped_is_never_right() -> No
         Verdict.NEARLY_NOTHING,
     ]
     assert [run(each).is_no for each in (RIGHT, WRONG, CRASH, SKIPPED, LITTLE)] == [False, True, True, False, True]
+
+
+def test_without_a_proof_nothing_is_right() -> None:
+    assert [each.verdict for each in STATIC] == [
+        Verdict.NOT_PROVED,
+        Verdict.SUSPECTED,
+        Verdict.NEARLY_NOTHING,
+        Verdict.NOT_PROVED,
+        Verdict.SKIPPED,
+        Verdict.SUSPECTED,
+    ]
+    assert [run(each).is_no for each in STATIC] == [False, True, True, False, False, True]
+
+
+def test_static_answers_say_that_nothing_was_proved() -> None:
+    assert [rows.verdict_text(each) for each in STATIC] == [
+        "Nothing found statically; not proved.",
+        "Suspected, before anything ran: layers.*.act.alpha: nothing sums it",
+        "Not proved, and there is little to prove: 0.0% are sharded",
+        "Nothing found statically; not proved. Its step can't be traced, so only its parameters were looked at: it raised",
+        "Skipped, so nothing is proved: there is no plan",
+        "Suspected, before anything ran: lm_head raised it",
+    ]
+    found = " ".join(text(run(*STATIC)).split())
+    assert "1 shards nearly nothing, 2 suspected, 2 not proved, 1 skipped: tp=2, batch 2, 16 tokens each, traced and not run" in found
+    assert "hf:qwen3 under hf not proved: Its step can't be traced" in found
+    assert verification_from_json(verification_json(run(*STATIC))) == run(*STATIC)
+    page = verification_html(replace(run(*STATIC), device="none"))
+    assert "Nothing was run" in page
+    assert "The same weights run" not in page
 
 
 @pytest.mark.parametrize("kind", [FindingKind.RULE_MATCHES_NOTHING, FindingKind.RULE_IS_SHADOWED, FindingKind.DROPOUT_MAY_DIFFER])

@@ -29,7 +29,7 @@ from shardwise.step.build import build_model
 from shardwise.step.train import TrainStep
 
 HEADS = 8
-SETTINGS = StepSettings(batch=1, seq=32)
+TOKENS = 32
 WARM_UPS = 3
 STEPS = 12
 COLLECTIVES = 200
@@ -42,10 +42,15 @@ def small_llama(ranks: int) -> ModelSpec:
     return ModelSpec("calibrate's", LlamaConfig(64 * ranks, 16 * heads, 4, heads, heads, 32 * heads), "")
 
 
-def ids_of(spec: ModelSpec) -> Tensor:
+def settings_for(ranks: int) -> StepSettings:
+    """Of the small steps: a sequence that `ranks` cut evenly."""
+    return StepSettings(batch=1, seq=max(ranks, TOKENS // ranks * ranks))
+
+
+def ids_of(spec: ModelSpec, ranks: int) -> Tensor:
     """The ids of every step."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(spec.vocab_size, (SETTINGS.batch, SETTINGS.seq), generator=generator)
+    settings = settings_for(ranks)
+    return torch.randint(spec.vocab_size, (settings.batch, settings.seq), generator=torch.Generator().manual_seed(0))
 
 
 def time_phases(spec: ModelSpec, plan: Plan | None, mesh: DeviceMesh | None, device: torch.device, name: str) -> list[Sample]:
@@ -54,7 +59,10 @@ def time_phases(spec: ModelSpec, plan: Plan | None, mesh: DeviceMesh | None, dev
     marks: list[tuple[Phase, float]] = []
     clock = host_clock(device)
     step = TrainStep(model, mesh=mesh, on_phase=lambda phase: marks.append((phase, clock())))
-    ids = ids_of(spec)
+    ranks = mesh.size() if mesh is not None else 1
+    ids = ids_of(spec, ranks)
+    if plan is None:  # the styles take ids from the host
+        ids = ids.to(device)
     taken: dict[Phase, list[float]] = {phase: [] for phase in PHASES}
     for number in range(WARM_UPS + STEPS):
         marks.clear()
@@ -66,7 +74,6 @@ def time_phases(spec: ModelSpec, plan: Plan | None, mesh: DeviceMesh | None, dev
         for (phase, start), (_, end) in pairwise(marks):
             if number >= WARM_UPS and phase in taken:
                 taken[phase].append(end - start)
-    ranks = mesh.size() if mesh is not None else 1
     return [_sample(f"{name} {phase}", taken[phase], ranks) for phase in PHASES]
 
 

@@ -203,7 +203,7 @@ class _Calibration:
         return bool(found.item())
 
     def _note_failure(self, what: str, error: Exception) -> None:
-        self.failed.append(Failed(what, f"{type(error).__name__}: {' '.join(str(error).split())[:SAID]}"))
+        self.failed.append(Failed(what, f"{type(error).__name__}: {' '.join(str(error).split())[:SAID]}".removesuffix(": ")))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

@@ -139,7 +139,7 @@ class _Run:
         for name, plan, ranks in ((NATIVE, TheirPlan.UNSHARDED, 1), (DTENSOR, builtin_plan(DTENSOR_PLAN), self.world_size)):
             progress.say(f"tracing a small step ({name})")
             mesh = issuing.mesh_of(ranks)
-            programs[name] = trace(spec, plan, mesh, issuing.SETTINGS, device=self.device_type, ids=issuing.ids_of(spec))
+            programs[name] = trace(spec, plan, mesh, issuing.settings_for(ranks), device=self.device_type, ids=issuing.ids_of(spec, ranks))
         return programs
 
     def _launch(self, progress: "ProgressLine") -> "list[CalibrateReport]":

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from shardwise.cli.config import read_config
-from shardwise.cli.options import DTYPES, check_choice, default_plan
+from shardwise.cli.options import DTYPES, check_choice, check_seq, default_plan
 from shardwise.cli.predict_programs import MicroBatch, load_program, trace_program, traced_mesh, write_program
 from shardwise.cli.predict_sweep import MICRO_BATCHES, SweepTask
 from shardwise.cli.predict_sweep import sweep as sweep_over
@@ -383,6 +383,7 @@ def _traced_steps(asked: _Asked, plans: Sequence[str], machine: "Machine") -> li
 
     with ProgressLine() as progress:
         source: ModelSource = find_model(asked.model)
+        check_seq(asked.seq, source)
         loaded = [load_any_plan(name, sequence_parallel=asked.sequence_parallel, family=source.family) for name in plans]
         steps: list[Step] = []
         for plan in loaded:

@@ -58,6 +58,10 @@ def verify(
     sequence_parallel: Annotated[
         bool, typer.Option("--sequence-parallel/--no-sequence-parallel", help="Of built-in plans.", rich_help_panel=_PROOF)
     ] = True,
+    static: Annotated[
+        bool,
+        typer.Option("--static", help="Only what needs no ranks: seconds, for any size and tp; proves nothing.", rich_help_panel=_PROOF),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.", rich_help_panel=_OUTPUT)] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the page and the data.", show_default="none", rich_help_panel=_OUTPUT)
@@ -66,10 +70,12 @@ def verify(
     """Prove on real ranks that a plan trains the model it should: outputs, loss, every gradient, and two optimizer steps.
 
     The same weights run unsharded and sharded. What may differ is what rounding does to the unsharded model itself. What differs more is
-    named: the parameter, the rule, and the most likely reason. Exit code 1 if a plan is wrong, crashes, or shards nearly nothing.
+    named: the parameter, the rule, and the most likely reason. Exit code 1 if a plan is wrong, crashes, or shards nearly nothing; with
+    --static, if a check without ranks finds something.
 
     [dim]shardwise verify rowwise colwise routed[/]
     [dim]shardwise verify --model hf:qwen3 --model hf:apertus[/]
+    [dim]shardwise verify --static --model hf:path/config.json --mesh tp=8[/]
     [dim]shardwise verify my-plan.toml --model mypackage.models:build --mesh tp=4 --out page[/]
     """
     shape = Mesh.parse(mesh)
@@ -94,7 +100,7 @@ def verify(
             done += 1
             progress.advance(done, total, f"{answer.model} under {answer.plan}: {answer.verdict}")
 
-        progress.say("starting ranks")
+        progress.say("tracing" if static else "starting ranks")
         run = prove_plans(
             models or [DEFAULT_MODEL],
             plans or [],
@@ -106,6 +112,7 @@ def verify(
             device=device,
             sequence_parallel=sequence_parallel,
             timeout_s=timeout,
+            static=static,
             on_answer=on_answer,
         )
     return _deliver(run, console, as_json=as_json, out=out) if is_main() else 0
@@ -123,15 +130,21 @@ def prove_plans(
     device: str = "cpu",
     sequence_parallel: bool = True,
     timeout_s: float = 120.0,
+    static: bool = False,
     on_answer: "Callable[[Verification, int], None]" = lambda *_: None,
 ) -> "VerificationRun":
-    """Each model under each plan, named as a user names them; no plan means the model's own. See shardwise.testing."""
+    """Each model under each plan, named as a user names them; no plan means the model's own. static: without ranks. See shardwise.testing."""
     from shardwise.core.verification import VerificationRun
+    from shardwise.launch import is_main
     from shardwise.verify.run import verify as run_cases
+    from shardwise.verify.without_ranks import check
 
     started = datetime.now(UTC)
     mesh = Mesh((("tp", tp),))
     cases = _cases(models, plans, seq, small, dtype, sequence_parallel)
+    if static:
+        checked = check(cases, mesh=mesh, batch=batch, seq=seq, on_answer=lambda answer: on_answer(answer, len(cases))) if is_main() else ()
+        return VerificationRun(str(mesh), "none", batch, seq, started.isoformat(timespec="seconds"), _versions(), checked)
     found = run_cases(
         cases,
         mesh=mesh,

@@ -24,6 +24,8 @@ class FindingKind(StrEnum):
     HEADS_NOT_DIVISIBLE = "heads_not_divisible"
     DROPOUT_MAY_DIFFER = "dropout_may_differ"
     UNTIED = "untied"
+    SUSPECTED = "suspected"
+    SIZES_NOT_DIVISIBLE = "sizes_not_divisible"
 
 
 class Cause(StrEnum):

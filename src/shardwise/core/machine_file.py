@@ -68,7 +68,7 @@ _ONE = (("1", 1.0),)
 
 CAPACITY = Quantity(_BYTES, 1e8, 4e12, shared=True)
 HELD = Quantity(_BYTES, 0.0, 2e10, shared=True)
-BANDWIDTH = Quantity(_PER_SECOND, 1e9, 5e13, shared=True)
+BANDWIDTH = Quantity(_PER_SECOND, 1e7, 5e13, shared=True)
 LINK_BANDWIDTH = Quantity(_PER_SECOND, 1e7, 4e12, shared=True)
 POWER = Quantity((("W", 1.0),), 1.0, 20_000.0, shared=True)
 PEAK = Quantity(_FLOPS, 1e9, 5e16, shared=True)

@@ -11,12 +11,14 @@ class Verdict(StrEnum):
     WRONG = "wrong"  # something of these isn't
     NEARLY_NOTHING = "shards nearly nothing"  # right, because there is little that could be wrong
     CRASHES = "crashes"  # unsharded it runs, under the plan it doesn't
+    SUSPECTED = "suspected"  # nothing ran, and a static check says that it would be wrong or crash
+    NOT_PROVED = "not proved"  # nothing ran, and the static checks found nothing
     SKIPPED = "skipped"  # not even the unsharded model runs, or there is no plan: nothing was proved
 
     @property
     def is_no(self) -> bool:
         """Whether the answer to "does this plan train the right model" is no."""
-        return self in (Verdict.WRONG, Verdict.NEARLY_NOTHING, Verdict.CRASHES)
+        return self in (Verdict.WRONG, Verdict.NEARLY_NOTHING, Verdict.CRASHES, Verdict.SUSPECTED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,10 @@ class Proof:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """One model under one plan. model: as named. twin: what was run instead, if it isn't the model itself. note: why it was skipped or crashed."""
+    """One model under one plan. model: as named. twin: what was run instead, if it isn't the model itself. note: why it was skipped or crashed.
+
+    is_static: nothing was run, and the findings are those of the static checks.
+    """
 
     model: str
     plan: str
@@ -71,6 +76,7 @@ class Verification:
     findings: tuple[Finding, ...]
     note: str
     seconds: float
+    is_static: bool = False
 
     @property
     def wrong(self) -> tuple[Finding, ...]:
@@ -80,12 +86,16 @@ class Verification:
     @property
     def verdict(self) -> Verdict:
         kinds = {finding.kind for finding in self.findings}
+        if self.is_static and self.wrong:
+            return Verdict.SUSPECTED
         if FindingKind.CRASHES in kinds:
             return Verdict.CRASHES
         if self.wrong:
             return Verdict.WRONG
         if FindingKind.LITTLE_IS_SHARDED in kinds:
             return Verdict.NEARLY_NOTHING
+        if self.is_static and self.sharded is not None:
+            return Verdict.NOT_PROVED
         return Verdict.RIGHT if self.proof is not None else Verdict.SKIPPED
 
 

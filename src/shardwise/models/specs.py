@@ -72,11 +72,15 @@ class ModelSpec:
         """The same widths at another depth."""
         return replace(self, config=replace(self.config, n_layers=n_layers))
 
+    @property
+    def numbers(self) -> dict[str, int | float | bool]:
+        """What of the configuration can be replaced."""
+        return {key: value for key, value in asdict(self.config).items() if isinstance(value, int | float)}
+
     def changed(self, changes: Mapping[str, int | float | bool], name: str) -> "ModelSpec":
         """Under a new name, with some numbers of the configuration replaced. What follows `hidden` and isn't named keeps its ratio to it:
         heads (so their width stays) and ffn_hidden. Raises ModelError."""
-        config = self.config
-        known = {key: value for key, value in asdict(config).items() if isinstance(value, int | float)}
+        config, known = self.config, self.numbers
         for key, value in changes.items():
             if key not in known:
                 raise ModelError(f'model "{name}": {self.name} has no "{shown(key)}".{suggest(key[:80], known)} Known: {", ".join(known)}.')

@@ -65,8 +65,8 @@ def _rules(embedding: Style, sequence_parallel: bool, family: Family, engine: En
             projections, inner = ("wq", "wk", "wv"), ("w1", "w3")
         case Family.GPT:
             projections, inner = ("wqkv",), ("w1",)
-            # PyTorch's styles have no replicated table; its own tests cut GPT's table of positions colwise
-            by_engine = StyleName.REPLICATED if engine is Engine.NATIVE else StyleName.COLWISE
+            # PyTorch's styles have no replicated table; the GPT in its own tests has the positions rowwise
+            by_engine = StyleName.REPLICATED if engine is Engine.NATIVE else StyleName.ROWWISE
             positions["pos_embeddings"] = Style(by_engine, output=between)
         case _:
             assert_never(family)

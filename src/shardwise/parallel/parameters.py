@@ -75,16 +75,26 @@ def local_weight(parameter: Tensor, grad_placement: Placement) -> Tensor:
 def fill(model: nn.Module, whole_of: Callable[[str, torch.Size], Tensor], row_order: dict[str, RowOwnership]) -> None:
     """Gives every parameter its values: `whole_of(name, shape)` returns the whole tensor, of which this rank keeps its part.
 
-    Meta parameters become real on the device of what `whole_of` returns. row_order: parameters whose rows are interleaved.
+    Meta parameters become real on the device of what `whole_of` returns, and keep the hooks that a factory has put on them. row_order: parameters
+    whose rows are interleaved.
     """
     replaced: dict[int, nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if id(parameter) not in replaced:
             whole = whole_of(name, parameter.shape)
-            replaced[id(parameter)] = nn.Parameter(_part_for(parameter, whole, row_order.get(name)), requires_grad=parameter.requires_grad)
+            filled = nn.Parameter(_part_for(parameter, whole, row_order.get(name)), requires_grad=parameter.requires_grad)
+            _move_hooks(parameter, filled)
+            replaced[id(parameter)] = filled
             del whole
         module_name, _, own_name = name.rpartition(".")
         setattr(model.get_submodule(module_name), own_name, replaced[id(parameter)])
+
+
+def _move_hooks(before: nn.Parameter, after: nn.Parameter) -> None:
+    for hook in (before._backward_hooks or {}).values():
+        after.register_hook(hook)
+    for hook in (getattr(before, "_post_accumulate_grad_hooks", None) or {}).values():
+        after.register_post_accumulate_grad_hook(hook)
 
 
 def _part_for(parameter: Tensor, whole: Tensor, ownership: RowOwnership | None) -> Tensor:

@@ -61,7 +61,7 @@ def op_cost(op: Op, machine: Machine, setup: Setup) -> Cost:
         case OpKind.UNKNOWN:
             if op.flops:
                 return _attention(op, machine, setup, issue_s)
-            return Cost(_kernel_s(op, machine), issue_s, Term.KERNELS, known=False)
+            return Cost(_kernel_s(op, machine), issue_s, Term.KERNELS, known=op.name in dict(machine.kernels))
         case _:
             seconds = _kernel_s(op, machine)
             if setup.compiled and op.kind in _FUSIBLE:

@@ -174,7 +174,9 @@ def _look_ups(draft: _Draft, samples: Sequence[Sample]) -> dict[str, KernelRate]
 
         def times(parameters: Vector, n_bytes: Vector = n_bytes, elements: Vector = elements) -> Vector:
             start_s, bytes_per_s, elements_per_s = parameters
-            return start_s + np.maximum(n_bytes / bytes_per_s, elements / elements_per_s)
+            slower: Vector = np.maximum(n_bytes / bytes_per_s, elements / elements_per_s)
+            total: Vector = start_s + slower
+            return total
 
         def cost(parameters: Vector, times: Callable[[Vector], Vector] = times, seconds: Vector = seconds) -> float:
             return rough(log_errors(times(parameters), seconds))

@@ -21,7 +21,7 @@ from shardwise.core.prediction import MemoryForecast, Precision, Selective, Setu
 from shardwise.core.program import MemoryChange, MemoryKind, Phase, Program
 
 RESERVED_OVER_ACTIVE = 1.15
-"""Median of 12 steps on an H100 that hold more than 5 GiB. Source: benchmarks/results/2026-11-26-h100-steps.json."""
+"""Median of 17 steps on two H100 that hold more than 5 GiB. Source: benchmarks/data/h100-steps.json."""
 
 _ONCE = (Phase.REDUCE, Phase.CLIP, Phase.OPTIMIZER)
 STATES = (MemoryKind.PARAMETER, MemoryKind.GRADIENT, MemoryKind.OPTIMIZER)

@@ -35,23 +35,32 @@ def row(each: Verification) -> Row:
 def headline(each: Verification) -> str:
     """What was found, in a sentence; of many findings the first, and how many others there are."""
     match each.verdict:
-        case Verdict.RIGHT:
+        case Verdict.NOT_PROVED if each.note:
+            return each.note
+        case Verdict.RIGHT | Verdict.NOT_PROVED:
             notes = len(each.findings)
             return f"{notes} note{'s' * (notes > 1)}" if notes else ""
         case Verdict.SKIPPED | Verdict.CRASHES:
             return each.note
         case Verdict.NEARLY_NOTHING:
             return next(finding.reason for finding in each.findings if finding.kind is FindingKind.LITTLE_IS_SHARDED)
-        case Verdict.WRONG:
+        case Verdict.WRONG | Verdict.SUSPECTED:
             own = grouped([finding for finding in each.wrong if finding.cause not in PASSED_ON] or list(each.wrong))
             more = f"; and {len(own) - 1} more" if len(own) > 1 else ""
-            return f"{own[0].subject}: {own[0].first.reason}{more}"
+            subject = "" if own[0].first.kind is FindingKind.CRASHES else f"{own[0].subject}: "
+            return f"{subject}{own[0].first.reason}{more}"
 
 
 def verdict_text(each: Verification) -> str:
     """The answer in a sentence or two."""
     proof = each.proof
     match each.verdict:
+        case Verdict.SUSPECTED:
+            return f"Suspected, before anything ran: {headline(each)}"
+        case Verdict.NOT_PROVED:
+            return f"Nothing found statically; not proved. {each.note}".strip()
+        case Verdict.NEARLY_NOTHING if proof is None:
+            return f"Not proved, and there is little to prove: {headline(each)}"
         case Verdict.RIGHT | Verdict.NEARLY_NOTHING:
             assert proof is not None
             start = "Right" if each.verdict is Verdict.RIGHT else "Right, but it shards nearly nothing"
@@ -119,6 +128,8 @@ def sentence(text: str) -> str:
 
 def settings(run: VerificationRun) -> str:
     """What all cases share."""
+    if any(each.is_static for each in run.verifications):
+        return f"{run.mesh}, batch {run.batch}, {run.seq} tokens each, traced and not run"
     return f"{run.mesh} on {run.device}, batch {run.batch}, {run.seq} tokens each, no dropout"
 
 

@@ -15,6 +15,8 @@ _STYLE = {
     Verdict.WRONG: "bold red",
     Verdict.NEARLY_NOTHING: "yellow",
     Verdict.CRASHES: "bold red",
+    Verdict.SUSPECTED: "bold red",
+    Verdict.NOT_PROVED: "yellow",
     Verdict.SKIPPED: "dim",
 }
 _MOST_FINDINGS = 12
@@ -43,10 +45,10 @@ def render_verification(run: VerificationRun, console: Console) -> None:
         table.add_row(plain(found.model), plain(found.plan), verdict, found.sharded, found.error)
     console.print(table)
     for each in cases:
-        if each.verdict is Verdict.WRONG:
+        if each.verdict in (Verdict.WRONG, Verdict.SUSPECTED):
             console.print()
             _render_one(each, run, console)
-        elif each.verdict is not Verdict.RIGHT:
+        elif each.verdict is not Verdict.RIGHT and rows.headline(each):
             what = Text.assemble((f"{plain(each.model)} under {plain(each.plan)} ", "bold"), (str(each.verdict), _STYLE[each.verdict]))
             console.print(Text.assemble(what, f": {plain(rows.headline(each))}"), soft_wrap=True)
 

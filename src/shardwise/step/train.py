@@ -114,6 +114,7 @@ class TrainStep:
 
     def _clip(self) -> Tensor:
         if not self._torch_clips:
+            _finish_partial(self.model)
             return clip_gradients(self.model.parameters(), self._max_norm)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._max_norm, foreach=True)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -129,6 +130,14 @@ def _groups(model: nn.Module) -> list[dict[str, list[nn.Parameter]]]:
 
 def _only_dtensors(model: nn.Module) -> bool:
     return all(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def _finish_partial(model: nn.Module) -> None:
+    """PyTorch's own styles leave some gradients Partial for whoever meets them first."""
+    for parameter in model.parameters():
+        gradient = parameter.grad
+        if isinstance(parameter, DTensor) and isinstance(gradient, DTensor) and any(each.is_partial() for each in gradient.placements):
+            parameter.grad = gradient.redistribute(placements=parameter.placements)
 
 
 def _sum_gradients(model: nn.Module, group: dist.ProcessGroup) -> None:

@@ -102,7 +102,7 @@ def _fused_rms_norm() -> Iterator[None]:
 def _attention_as_on_cuda() -> Iterator[None]:
     """No fused kernel of CUDA's takes float32 with grouped heads, so PyTorch multiplies whole score matrices there; a CPU has a kernel.
 
-    Seen on an H100 (torch 2.11): benchmarks/results/2026-11-26-h100-steps.json. (A mode instead of the patch isn't there in a recompute.)
+    Seen on an H100 (torch 2.11): benchmarks/data/h100-steps.json. (A mode instead of the patch isn't there in a recompute.)
     """
     original = F.scaled_dot_product_attention
 

@@ -26,6 +26,11 @@ class Layers:
         """The layers that `model` has (it may be a shortened one)."""
         yield from model.get_submodule(self.prefix).children()
 
+    def kinds(self, model: nn.Module) -> int:
+        """How many of the first layers hold one of each kind."""
+        signatures = [_signature(layer) for layer in self.modules(model)]
+        return 1 + max(signatures.index(signature) for signature in signatures)
+
     def shorten(self, model: nn.Module, count: int) -> None:
         """Leaves the first `count` layers."""
         parent_name, _, own_name = self.prefix.rpartition(".")

@@ -34,6 +34,7 @@ from shardwise.trace.catalogue import flops_of, kind_of, name_on, traffic_of
 
 LOSS_MODULE = "(loss)"
 _RAISED_IN = "_shardwise_raised_in"
+_FSDP_COPY_IN = "fsdp::all_gather_copy_in"
 _NO_SEQUENCE = 2**63
 # neither kernels nor memory: bookkeeping of the dispatcher, the profiler and the functional collectives
 _SILENT = frozenset(
@@ -268,6 +269,9 @@ class Recorder(TorchDispatchMode):
             return
         known = {t.untyped_storage()._cdata for t in inputs}
         made = [t for t in outputs if t.untyped_storage()._cdata not in known]
+        if name == _FSDP_COPY_IN:  # into its place in the gathered tensor, which is its last input; what it gives are views of that
+            self._add_op(name, args, inputs[:-1], outputs[:1], [])
+            return
         if not made and not written:
             return  # a view
         self._note_outputs(made, name)

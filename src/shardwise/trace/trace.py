@@ -5,13 +5,16 @@ missing. The step is one after the first: optimizer state exists. Equal layers a
 where that is exact, else all of them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllocMixin
 from torch.distributed.tensor import DTensor
 
 from shardwise.core.errors import ModelError, OptionError, PlanError, ShardwiseError
@@ -37,6 +40,7 @@ from shardwise.core.program import (
 from shardwise.core.shown import shown, told
 from shardwise.models.source import ModelSource, vocab_size_of
 from shardwise.parallel.any_plan import apply_any
+from shardwise.parallel.apply import applied_to
 from shardwise.parallel.ownership import RowOwnership, route
 from shardwise.parallel.parameters import fill
 from shardwise.parallel.resolve import resolve
@@ -57,12 +61,15 @@ def trace(
     rank: int = 0,
     ids: Tensor | None = None,
     compress: bool = True,
+    depth: int | None = None,
+    on_model: Callable[[nn.Module], None] = lambda _: None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Program:
     """The Program of one rank's training step.
 
     ids: token ids [B, S] of the global batch on the host, B = settings.batch; by default uniform ones, drawn from settings.seed. They decide
-    what routed sends and what a masked look-up meets, nothing else. compress: trace equal layers once. device: "cpu" (as gloo ranks run it)
+    what routed sends and what a masked look-up meets, nothing else. compress: trace equal layers once. depth: trace a model of only that many of its repeated layers. on_model: told each model before its
+    step runs, sharded and filled with fakes. device: "cpu" (as gloo ranks run it)
     or "cuda" (as NCCL ranks would). Raises the InputErrors of parallelize(), ModelError and OptionError; RunError inside a process group.
     """
     if device not in TARGETS:
@@ -73,12 +80,15 @@ def trace(
         raise OptionError(f'plan "unsharded" shards nothing, and mesh {mesh} has a tp axis. Use tp=1, or another plan.')
     with fake_world(mesh, rank=rank, device=device) as device_mesh:
         progress(f"building {source.name}")
-        job = _Job(source, plan, mesh, settings, device, rank, ids, device_mesh)
+        job = _Job(source, plan, mesh, settings, device, rank, ids, device_mesh, on_model)
         whole = job.build()
+        layers = find_layers(whole)
+        if depth is not None and layers is not None and depth < layers.count:
+            layers.shorten(whole, depth)
+            layers = find_layers(whole)
         if isinstance(plan, Plan):
             resolve(whole, plan, tp=mesh.tp, seq=settings.seq, fsdp=mesh.size("fsdp"))
         job.rules = _rules(plan, whole)
-        layers = find_layers(whole)
         if compress and layers is not None and layers.are_equal and layers.count > LONG:
             try:
                 return _extended(job, whole, layers, progress)
@@ -107,6 +117,7 @@ class _Job:
     rank: int
     ids: Tensor | None
     device_mesh: DeviceMesh
+    on_model: Callable[[nn.Module], None]
     rules: tuple[RuleUse, ...] = ()
 
     @property
@@ -132,6 +143,7 @@ class _Job:
         if self.mesh.size("fsdp") > 1:
             shard_with_fsdp(model, layer_modules, self.device_mesh["fsdp"])
         model.train()
+        self.on_model(model)
         return _trace_step(self, model, fake_mode)
 
     def micro_batches(self, vocab_size: int) -> list[Tensor]:
@@ -270,11 +282,11 @@ def _trace_step(job: _Job, model: nn.Module, fake_mode: FakeTensorMode) -> _Trac
     recorder = Recorder(model, fake_mode, groups, device=job.device, rule_of=job.rule_of)
     ids = job.micro_batches(vocab_size_of(model))
     model.register_forward_hook(_check_logits(job.source.name))
-    with recorder.watching():
+    with recorder.watching(), _fake_buffers_of_fsdp(recorder):
         step = TrainStep(model, mesh=job.device_mesh if job.mesh.world_size > 1 else None, on_phase=recorder.enter_phase)
         _start_optimizer(step)
         kinds = _resident_kinds(recorder, model, step)
-        batch = list(_batch(job, recorder, ids, fake_mode))
+        batch = list(_batch(model, recorder, ids, fake_mode))
         kinds |= {recorder.saw(tensor, "batch"): MemoryKind.INPUT for pair in batch for tensor in pair}
         recorder.recording = True
         try:
@@ -295,6 +307,17 @@ def _trace_step(job: _Job, model: nn.Module, fake_mode: FakeTensorMode) -> _Trac
                 kinds.setdefault(kept, MemoryKind.GRADIENT)
     routes = _Routes(job, model, ids)
     return _Traced(tuple(_items(recorder, kinds, set(kinds) - _made(recorder), routes)), _holdings(model, step, job), resident)
+
+
+@contextmanager
+def _fake_buffers_of_fsdp(recorder: Recorder) -> Iterator[None]:
+    """FSDP2 takes its communication buffers from the device, and a trace's device is this host: gigabytes, were they real."""
+
+    def allocate(_: object, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return recorder.made_on_device(torch.empty, tuple(size), {"dtype": dtype})  # type: ignore[no-any-return]
+
+    with patch.object(DefaultAllocMixin, "allocate", allocate):
+        yield
 
 
 def _check_logits(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], object], None]:
@@ -321,9 +344,10 @@ def _failure(job: _Job, recorder: Recorder, error: Exception) -> ModelError | Pl
     return PlanError(f'plan "{plan}": {raised} See whether it is explained under plan "unsharded".')
 
 
-def _batch(job: _Job, recorder: Recorder, ids: list[Tensor], fake_mode: FakeTensorMode) -> Iterator[tuple[Tensor, Tensor]]:
+def _batch(model: nn.Module, recorder: Recorder, ids: list[Tensor], fake_mode: FakeTensorMode) -> Iterator[tuple[Tensor, Tensor]]:
     """(ids, labels) of each micro-batch: real ids on the host where the native engine decides by them, else fake ones on the device."""
-    on_host = isinstance(job.plan, Plan) and job.plan.engine is Engine.NATIVE
+    plan = applied_to(model).plan
+    on_host = plan is not None and plan.engine is Engine.NATIVE
     for ids_BS in ids:
         with fake_mode:
             labels_BS = torch.empty(ids_BS.shape, dtype=torch.int64)
@@ -436,8 +460,8 @@ class _Routes:
     def _all_ranks(self, name: str, module: nn.Embedding, index: int) -> list[tuple[int, int]]:
         """(rows that a rank sends to others in the forward, rows that it sends back in the backward), per rank."""
         if (name, index) not in self._rows:
-            plan = self._job.plan
-            rule = plan.rule_for(name) if isinstance(plan, Plan) else None
+            plan = applied_to(self._model).plan
+            rule = plan.rule_for(name) if plan is not None else None
             ownership = RowOwnership(
                 module.num_embeddings, self._job.mesh.tp, rule.style.ownership if rule is not None else Ownership.CONTIGUOUS
             )

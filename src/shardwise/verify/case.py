@@ -31,12 +31,12 @@ from shardwise.parallel.any_plan import apply_any
 from shardwise.parallel.apply import applied_to
 from shardwise.parallel.loss import IGNORED
 from shardwise.parallel.parameters import part_of_dtensor
-from shardwise.parallel.resolve import last_linear, tied_parameters
+from shardwise.parallel.resolve import tied_parameters
 from shardwise.step.build import device_mesh
 from shardwise.verify.observe import LogitsError, ModuleError, local
 from shardwise.verify.proof import Unsharded, prove, unsharded
 from shardwise.verify.reasons import ungathered, with_ties
-from shardwise.verify.static import dropout, idle_rules, little_sharded, shadowed_rules, undivided_heads, untied
+from shardwise.verify.static import of_model, untied
 
 SEED = 0
 # float64 weights, gradients and Adam's state of both models on each of a laptop's ranks
@@ -46,7 +46,7 @@ FIRST_ID = 8
 NO_PLAN = "transformers has no tensor-parallel plan for it"
 _ALONE_S = 20.0
 # what a plan, and the code that it puts into a model, may raise
-_FAILURES = (ShardwiseError, RuntimeError, AssertionError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
+FAILURES = (ShardwiseError, RuntimeError, AssertionError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ class _Examination:
         self._mesh = mesh
         self._device = device
         self._tp = mesh["tp"].size() if mesh.ndim > 1 else mesh.size()
-        self._plan = _plan_of(case.plan)
+        self._plan = plan_of(case.plan)
         self._began = time.perf_counter()
         self._parameters: int | None = None
         self._twin = ""
@@ -139,7 +139,7 @@ class _Examination:
             model = self._sharded(source, make)
         except OptionError:
             raise
-        except _FAILURES as error:
+        except FAILURES as error:
             return self._crashed("", error)
         sharded, findings = self._looked_at(model)
         try:
@@ -184,14 +184,8 @@ class _Examination:
             with suppress(ShardwiseError, RuntimeError):
                 source = find_model(self._case.model)
                 named = self._sharded(source, lambda: source.build(dtype=torch.float32))
-        sharded = count(named)
-        findings = [*untied(self._ties, model), *little_sharded(sharded, self._tp), *dropout(named)]
-        foreign = applied_to(named).foreign
-        if foreign is not None:
-            findings += [*undivided_heads(named, foreign.rules, self._tp), *idle_rules(named, foreign.rules)]
-        if isinstance(self._plan, Plan):
-            findings += shadowed_rules(named, self._plan)
-        return sharded, findings
+        sharded, findings = of_model(named, self._plan, self._tp)
+        return sharded, [*untied(self._ties, model), *findings]
 
     def _unsharded(self, source: ModelSource) -> tuple[Unsharded | str, list[tuple[Tensor, Tensor]], Callable[[], nn.Module]]:
         """(what it gives, or why there is nothing to prove; the batches; how to make it again)"""
@@ -268,23 +262,7 @@ def seeded(source: ModelSource, dtype: torch.dtype, device: torch.device) -> nn.
     return model.to(device).train()
 
 
-def count(model: nn.Module) -> Sharded:
-    """What of a sharded model's parameters a rank doesn't hold whole."""
-    head = getattr(model, "get_output_embeddings", lambda: None)() or last_linear(model)
-    outer = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) or module is head for p in module.parameters()}
-    total = sharded = inner_total = inner_sharded = 0
-    for parameter in model.parameters():
-        is_cut = isinstance(parameter, DTensor) and not all(placement.is_replicate() for placement in parameter.placements)
-        size = parameter.numel()
-        total += size
-        sharded += size * is_cut
-        if id(parameter) not in outer:
-            inner_total += size
-            inner_sharded += size * is_cut
-    return Sharded(total, sharded, inner_total, inner_sharded)
-
-
-def _plan_of(text: str) -> AnyPlan:
+def plan_of(text: str) -> AnyPlan:
     return TheirPlan(text) if text in list(TheirPlan) else Plan.from_toml(text)
 
 

@@ -60,7 +60,7 @@ class Recut:
         return f"{self.parts} weights lie in it, and it is cut as if it were one; with each cut by itself, its module is right"
 
 
-_ADVICE = {
+ADVICE = {
     Cause.PARTS_NOT_SUMMED: "Sum them over tp; of a gradient, replicated_with_grad_allreduce in a plan of transformers does that.",
     Cause.SUMMED_TOO_OFTEN: "Leave out the sum; or, where the style takes its input for a part, such as of the sequence, give it one.",
     Cause.AVERAGED: "Sum the parts instead of averaging them, and don't divide a whole.",
@@ -95,9 +95,30 @@ def with_ties(findings: Iterable[Finding], untied: Iterable[Finding]) -> list[Fi
     ]
 
 
+def is_unexplained(finding: Finding) -> bool:
+    """Whether the numbers of a proof leave open why it is wrong: of a gradient, or of the module that is the first to give another output."""
+    return finding.cause is Cause.UNKNOWN or (finding.kind is FindingKind.OUTPUT_DIFFERS and finding.cause is Cause.FORWARD)
+
+
+def with_suspicions(findings: Sequence[Finding], suspicions: Iterable[Finding], *, add: bool = False) -> list[Finding]:
+    """What a trace suspects, as the reason of what is wrong and has none. add: where nothing was proved, suspicions of anything else too."""
+    by_name = {each.subject: each for each in suspicions if each.kind is not FindingKind.CRASHES}
+    wrong = {finding.subject for finding in findings}
+    cut = next((each for each in by_name.values() if each.cause is Cause.CUT_AS_ONE and each.subject in wrong), None)
+    found = []
+    for finding in findings:
+        own = by_name.get(finding.subject)
+        if finding.kind is FindingKind.OUTPUT_DIFFERS and is_unexplained(finding) and cut is not None:
+            finding = replace(finding, cause=cut.cause, reason=f"{finding.reason}. {cut.subject}: {cut.reason}", advice=cut.advice)
+        elif own is not None and (finding.cause is Cause.UNKNOWN or (finding.cause is Cause.FORWARD and own is cut)):
+            finding = replace(finding, cause=own.cause, reason=own.reason, advice=own.advice)
+        found.append(finding)
+    return found + [each for name, each in by_name.items() if add and name not in wrong]
+
+
 def ungathered(reason: str) -> tuple[Finding, ...]:
     """Logits that no loss could be taken of."""
-    return (Finding(FindingKind.OUTPUT_DIFFERS, "output", reason, advice=_ADVICE[Cause.NOT_GATHERED], cause=Cause.NOT_GATHERED),)
+    return (Finding(FindingKind.OUTPUT_DIFFERS, "output", reason, advice=ADVICE[Cause.NOT_GATHERED], cause=Cause.NOT_GATHERED),)
 
 
 def rule_of(model: nn.Module, name: str) -> str | None:
@@ -146,7 +167,7 @@ def _output_finding(evidence: Evidence, forward: Seen | None) -> Finding:
     else:
         cause, reason = _forward_fault(evidence, forward)
     rule = rule_of(evidence.model, forward.module) if forward is not None else None
-    return Finding(FindingKind.OUTPUT_DIFFERS, "output", reason, evidence.output_error, advice=_ADVICE.get(cause), cause=cause, rule=rule)
+    return Finding(FindingKind.OUTPUT_DIFFERS, "output", reason, evidence.output_error, advice=ADVICE.get(cause), cause=cause, rule=rule)
 
 
 def _forward_fault(evidence: Evidence, forward: Seen) -> tuple[Cause, str]:
@@ -203,7 +224,7 @@ def _gradient_finding(evidence: Evidence, name: str, forward: Seen | None, backw
     if evidence.recut is not None and evidence.recut.parameter == name:
         reason = evidence.recut.reason
         rule = rule_of(evidence.model, name)
-        advice = _ADVICE[Cause.CUT_AS_ONE]
+        advice = ADVICE[Cause.CUT_AS_ONE]
         return Finding(FindingKind.GRADIENT_DIFFERS, name, reason, evidence.errors[name], related.factor, advice, Cause.CUT_AS_ONE, rule)
     cause, reason = _own_fault(related, evidence)
     kind = FindingKind.GRADIENT_MISSING if related.relation is Relation.MISSING else FindingKind.GRADIENT_DIFFERS
@@ -211,7 +232,7 @@ def _gradient_finding(evidence: Evidence, name: str, forward: Seen | None, backw
         passed = _passed_on(evidence, name, forward, backward)
         if passed is not None:
             cause, reason = passed
-    return Finding(kind, name, reason, evidence.errors[name], related.factor, _ADVICE.get(cause), cause, rule_of(evidence.model, name))
+    return Finding(kind, name, reason, evidence.errors[name], related.factor, ADVICE.get(cause), cause, rule_of(evidence.model, name))
 
 
 def _own_fault(related: Related, evidence: Evidence) -> tuple[Cause, str]:

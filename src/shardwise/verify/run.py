@@ -11,6 +11,7 @@ from shardwise.core.shown import shown
 from shardwise.core.verification import Verification
 from shardwise.launch import is_main, joined, run_ranks
 from shardwise.verify.case import Answer, Case, Job
+from shardwise.verify.without_ranks import informed
 
 BATCH, SEQ = 2, 16
 TIMEOUT_S = 120.0
@@ -26,7 +27,8 @@ def verify(
     timeout_s: float = TIMEOUT_S,
     on_answer: Callable[[Verification], None] = lambda _: None,
 ) -> tuple[Verification, ...]:
-    """A Verification for each case, in order; under torchrun on rank 0 only, () elsewhere. on_answer: told each as it comes. seq: a multiple of tp.
+    """A Verification for each case, in order; under torchrun on rank 0 only, () elsewhere. on_answer: told each as it comes, without
+    what a trace adds to one that isn't right. seq: a multiple of tp.
 
     timeout_s: without a sign of life, a case is given up, and is said to crash. Raises the InputErrors of the model and plan; RunError for a case
     that takes torchrun's ranks down, which can't be started anew from here.
@@ -64,4 +66,7 @@ def verify(
                 on_answer(answers[first])
         if not is_main():
             return ()
-    return tuple(answers[number] for number in range(len(cases)))
+    proved = [answers[number] for number in range(len(cases))]
+    if joined():  # a trace needs a process that is no rank
+        return tuple(proved)
+    return tuple(informed(each, case, batch=batch, seq=seq) for each, case in zip(proved, cases, strict=True))

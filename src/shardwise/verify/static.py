@@ -5,14 +5,45 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from shardwise.core.finding import Cause, Finding, FindingKind
 from shardwise.core.foreign import ForeignRule
-from shardwise.core.plan import Plan, suggest_pattern
+from shardwise.core.plan import AnyPlan, Plan, suggest_pattern
 from shardwise.core.verification import Sharded
+from shardwise.parallel.apply import applied_to
+from shardwise.parallel.resolve import last_linear
 
 ENOUGH_INSIDE = 0.10
 """Share of the parameters outside embedding and head that must be sharded; a plan below it saves hardly anything, and proves nothing."""
+
+
+def of_model(model: nn.Module, plan: AnyPlan, tp: int) -> tuple[Sharded, list[Finding]]:
+    """How much of a model that `plan` has sharded is sharded, and all that is found in it but ties."""
+    sharded = count(model)
+    findings = [*little_sharded(sharded, tp), *dropout(model)]
+    foreign = applied_to(model).foreign
+    if foreign is not None:
+        findings += [*undivided_heads(model, foreign.rules, tp), *idle_rules(model, foreign.rules)]
+    if isinstance(plan, Plan):
+        findings += shadowed_rules(model, plan)
+    return sharded, findings
+
+
+def count(model: nn.Module) -> Sharded:
+    """What of a sharded model's parameters a rank doesn't hold whole."""
+    head = getattr(model, "get_output_embeddings", lambda: None)() or last_linear(model)
+    outer = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) or module is head for p in module.parameters()}
+    total = sharded = inner_total = inner_sharded = 0
+    for parameter in model.parameters():
+        is_cut = isinstance(parameter, DTensor) and not all(placement.is_replicate() for placement in parameter.placements)
+        size = parameter.numel()
+        total += size
+        sharded += size * is_cut
+        if id(parameter) not in outer:
+            inner_total += size
+            inner_sharded += size * is_cut
+    return Sharded(total, sharded, inner_total, inner_sharded)
 
 
 def shadowed_rules(model: nn.Module, plan: Plan) -> list[Finding]:
@@ -99,7 +130,7 @@ def dropout(model: nn.Module) -> list[Finding]:
     if not on:
         return []
     reason = f"{len(on)} dropout modules are on ({_some(on)}); each rank draws its own masks, and of what all ranks hold they must be equal"
-    advice = "Seed all tp ranks alike, or set the dropout to 0. The proof ran without any."
+    advice = "Seed all tp ranks alike, or set the dropout to 0. A proof runs without any."
     return [Finding(FindingKind.DROPOUT_MAY_DIFFER, on[0], reason, advice=advice)]
 
 

@@ -1,0 +1,203 @@
+"""Predictions beside what ran: an H100's steps of one rank's part (no communication), and the embedding of torchtitan's issue #785 on 8 H100.
+
+    python -m benchmarks.measured_steps    writes benchmarks/results/DATE-measured-steps.json (a minute)
+
+Steps: benchmarks/data/h100-steps.json, by ranks of a fake process group on one GPU. The issue: llama3-8b, TP 8, batch 4, sequence 8192,
+float32; its figures are a user's, read off profiles. What is predicted there comes from a machine file none of whose constants is of that issue.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import msgspec
+
+from benchmarks.hf_results import table
+from benchmarks.results import RESULTS, as_json, command_line, latest, now, write_results
+from shardwise.core.collective import CollectiveKind
+from shardwise.core.machine import Machine
+from shardwise.core.measurement import StepSettings
+from shardwise.core.mesh import Mesh
+from shardwise.core.prediction import Setup, Term
+from shardwise.core.program import Collective, OpKind, Phase, Program
+from shardwise.predict.costs import collective_cost, collective_s, op_cost
+from shardwise.predict.machines import load_machine
+from shardwise.predict.predict import predict
+
+WHAT = "measured-steps"
+H100_STEPS = Path(__file__).parent / "data" / "h100-steps.json"
+# what the issue's figures are, in ms
+ISSUE = (("look-up, colwise", 0.104), ("look-up, rowwise", 0.788), ("reduce-scatter, rowwise", 1.456), ("all-to-all, colwise", 7.142))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step that ran, and its prediction. launch_share: of the predicted step spent waiting for launches."""
+
+    tag: str
+    measured_s: float
+    predicted_s: float
+    launch_share: float
+    measured_active_gib: float
+    predicted_active_gib: float
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One figure of the issue, and what is predicted (transfer only, for collectives), in ms."""
+
+    what: str
+    measured_ms: float | None
+    predicted_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """A run of this benchmark."""
+
+    command: str
+    started: str
+    steps: tuple[Step, ...]
+    issue: tuple[Line, ...]
+    what: str = WHAT
+    schema_version: int = 1
+
+    @property
+    def day(self) -> str:
+        return self.started[:10]
+
+
+def newest_run(folder: Path = RESULTS) -> Steps:
+    """Raises FileNotFoundError where there is none."""
+    return msgspec.json.decode(latest(WHAT, folder).read_bytes(), type=Steps)
+
+
+def program_of(model: str, layers: int | None, plan: str, tp: int, settings: StepSettings) -> Program:
+    """Of rank 0 on CUDA."""
+    from shardwise.models.source import find_model
+    from shardwise.parallel.builtin import builtin_plan
+    from shardwise.trace.trace import trace
+
+    source = find_model(model)
+    if layers is not None:
+        source = source.with_layers(layers)  # type: ignore[attr-defined]
+    return trace(source, builtin_plan(plan, family=source.family), Mesh((("tp", tp),)), settings, device="cuda")
+
+
+def step_of(ran: dict[str, object], machine: Machine) -> Step:
+    """The same step, predicted without tensor-parallel communication."""
+    values = msgspec.convert(ran, Ran)
+    settings = StepSettings(values.batch, values.seq, values.dtype, recompute="full" if values.recompute else "none")
+    program = program_of(values.model, values.layers, values.plan, values.tp, settings)
+    made = predict(program, machine, Setup(without=(Term.TENSOR,)))
+    return Step(
+        values.tag, median(values.steps), made.step_s, dict(made.terms)[Term.LAUNCH] / made.step_s, values.active / 2**30, made.memory.active_bytes / 2**30
+    )  # fmt: skip
+
+
+class Ran(msgspec.Struct):
+    """A step of the results file."""
+
+    tag: str
+    model: str
+    layers: int
+    tp: int
+    plan: str
+    batch: int
+    seq: int
+    dtype: str
+    recompute: bool
+    steps: list[float]
+    active: int
+
+
+def issue_lines(machine: Machine) -> tuple[Line, ...]:
+    """What the issue's user measured, and what routed would send there."""
+    settings, setup = StepSettings(4, 8192, "float32"), Setup()
+    programs = {plan: program_of("llama3-8b", None, plan, 8, settings) for plan in ("colwise@dtensor", "rowwise@dtensor")}
+    measured = dict(ISSUE)
+    lines = [
+        Line(
+            f"look-up, {plan.partition('@')[0]}", measured[f"look-up, {plan.partition('@')[0]}"], _look_up_s(program, machine, setup) * 1e3
+        )
+        for plan, program in programs.items()
+    ]
+    scatter = _first(programs["rowwise@dtensor"], CollectiveKind.REDUCE_SCATTER)
+    exchange = _first(programs["colwise@dtensor"], CollectiveKind.ALL_TO_ALL)
+    for what, each in (("reduce-scatter, rowwise", scatter), ("all-to-all, colwise", exchange)):
+        lines.append(Line(what, measured[what], collective_cost(each, machine, setup, 1, 8).device_s * 1e3))
+    for plan in ("routed", "routed-interleaved"):
+        routed = _first(_routed(plan, settings), CollectiveKind.ALL_TO_ALL)
+        assert routed.by_data is not None
+        for who, sent in (("mean rank", routed.by_data.mean_bytes), ("hottest rank", routed.by_data.max_bytes)):
+            seconds = collective_s(machine, CollectiveKind.ALL_TO_ALL, sent, routed.call.payload_bytes, 1, 8)
+            lines.append(Line(f"all-to-all, {plan}, {who}", None, seconds * 1e3))
+    return tuple(lines)
+
+
+def _look_up_s(program: Program, machine: Machine, setup: Setup) -> float:
+    ops = (op for op in program.ops() if op.kind is OpKind.EMBEDDING and op.phase is Phase.FORWARD)
+    return op_cost(next(ops), machine, setup).device_s
+
+
+def _first(program: Program, kind: CollectiveKind) -> Collective:
+    return next(each for each in program.collectives() if each.call.kind is kind and each.module == "tok_embeddings")
+
+
+def _routed(plan: str, settings: StepSettings) -> Program:
+    """On real text, since its token ids decide."""
+    from shardwise.models.source import find_model
+    from shardwise.parallel.builtin import builtin_plan
+    from shardwise.text.batches import Batches
+    from shardwise.text.stream import load_tokens
+    from shardwise.trace.trace import trace
+
+    source = find_model("llama3-8b")
+    stream = load_tokens(vocab_size=source.vocab_size or 0, files=[], tokenizer=None, random_ids=False, seed=0, progress=lambda _: None)
+    ids = Batches(stream, settings.batch, settings.seq).at(0).ids_BS
+    return trace(source, builtin_plan(plan), Mesh((("tp", 8),)), settings, device="cuda", ids=ids)
+
+
+def blocks(run: Steps) -> dict[str, str]:
+    """Name of a block of the documents -> its text."""
+    source = f"\nSource: `benchmarks/results/{run.day}-{run.what}.json`, made by `{run.command}`.\n"
+    errors = [abs(step.predicted_s / step.measured_s - 1) for step in run.steps]
+    bound = [step for step in run.steps if step.launch_share > 0.1]
+    told = (
+        f"{len(run.steps)} steps; median absolute error of the step {median(errors):.1%}, {len(bound)} of them launch-bound.\n\n".replace(
+            "%", " %", 1
+        )
+    )
+    steps = [
+        [step.tag.replace("recompute=False", "").replace("recompute=True", "recompute"), f"{step.measured_s * 1e3:.1f} ms", f"{step.predicted_s * 1e3:.1f} ms", f"{step.predicted_s / step.measured_s - 1:+.1%}", f"{step.launch_share:.0%}", f"{step.measured_active_gib:.2f} GiB", f"{step.predicted_active_gib / step.measured_active_gib - 1:+.1%}"]
+        for step in run.steps
+    ]  # fmt: skip
+    issue = [
+        [line.what, f"{line.measured_ms:.3f} ms" if line.measured_ms is not None else "–", f"{line.predicted_ms:.3f} ms", f"{line.predicted_ms / line.measured_ms - 1:+.0%}" if line.measured_ms is not None else "–"]
+        for line in run.issue
+    ]  # fmt: skip
+    head = ["step", "measured", "predicted", "error", "launch-bound", "active, measured", "error"]
+    return {
+        "benchmark-h100-steps": told + table(head, steps, numbers=(1, 2, 3, 4, 5, 6)) + source,
+        "benchmark-issue-785": table(["what", "measured there", "predicted", "error"], issue, numbers=(1, 2, 3)) + source,
+    }
+
+
+def main() -> int:
+    argparse.ArgumentParser(prog="python -m benchmarks.measured_steps", description=(__doc__ or "").splitlines()[0]).parse_args()
+    started, h100 = now(), load_machine("h100-sxm-80gb")
+    ran = json.loads(H100_STEPS.read_text(encoding="utf-8"))["steps"]
+    steps = tuple(step_of(each, h100) for each in ran)
+    issue = issue_lines(load_machine("h100-sxm-80gb-torch2.6"))
+    run = Steps(command_line("benchmarks.measured_steps"), started.isoformat(timespec="seconds"), steps, issue)
+    for text in blocks(run).values():
+        print(text)
+    print(f"wrote {write_results(as_json(run), run.day, run.what)}; now run python -m benchmarks.tables")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

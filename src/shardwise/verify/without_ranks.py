@@ -1,0 +1,110 @@
+"""What is known of plans without starting a rank: the static checks by themselves, and what they add where a proof has no reason of its own.
+
+The model is taken as it was named, whatever its size and tp: its parameters are counted on the meta device, and its step is traced on fake tensors;
+its small twin's, where its own can't be.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from shardwise.core.errors import InputError, ModelError, OptionError, ShardwiseError
+from shardwise.core.finding import Finding, FindingKind
+from shardwise.core.mesh import Mesh
+from shardwise.core.plan import AnyPlan, Plan, TheirPlan
+from shardwise.core.shown import shown, told
+from shardwise.core.verification import Sharded, Verdict, Verification
+from shardwise.models.factory import sharding_factory
+from shardwise.models.source import ModelSource, find_model
+from shardwise.parallel.any_plan import apply_any
+from shardwise.parallel.resolve import tied_parameters
+from shardwise.trace.fakes import fake_world
+from shardwise.verify.case import FAILURES, NO_PLAN, Case, plan_of
+from shardwise.verify.foresight import foresee
+from shardwise.verify.reasons import is_unexplained, with_suspicions
+from shardwise.verify.static import of_model, untied
+
+
+def check(
+    cases: Sequence[Case], *, mesh: Mesh, batch: int, seq: int, on_answer: Callable[[Verification], None] = lambda _: None
+) -> tuple[Verification, ...]:
+    """A Verification without a proof for each case. Raises the InputErrors of the model and plan; RunError inside a process group."""
+    found = []
+    for case in cases:
+        began = time.perf_counter()
+        answer = _checked(case, mesh, batch, seq)
+        found.append(replace(answer, seconds=round(time.perf_counter() - began, 2)))
+        on_answer(found[-1])
+    return tuple(found)
+
+
+def informed(proved: Verification, case: Case, *, batch: int, seq: int) -> Verification:
+    """The same, with the reasons that a trace suspects for what the proof found wrong without one, or crashed over. What the proof found right is right."""
+    has_crashed = proved.verdict is Verdict.CRASHES
+    if not has_crashed and not any(is_unexplained(finding) for finding in proved.findings):
+        return proved
+    try:
+        source: ModelSource | None = find_model(case.model)
+        if proved.twin and source is not None:
+            source = source.small(proved.tp)
+        if source is None:
+            return proved
+        suspicions = foresee(source, plan_of(case.plan), proved.tp, batch=batch, seq=seq).findings
+    except ShardwiseError:
+        return proved
+    return replace(proved, findings=tuple(with_suspicions(proved.findings, suspicions, add=has_crashed)))
+
+
+def _checked(case: Case, mesh: Mesh, batch: int, seq: int) -> Verification:
+    plan = plan_of(case.plan)
+    nothing = Verification(case.model, case.label, mesh.tp, "", None, None, None, (), "", 0.0, is_static=True)
+    try:
+        source, whole, twin = _built(case, mesh.tp)
+    except ShardwiseError as error:
+        if isinstance(error, InputError) and not case.model.startswith("hf:"):
+            raise
+        return replace(nothing, note=shown(error, 300))
+    if plan is TheirPlan.HF and not getattr(whole, "tp_plan", None):
+        return replace(nothing, twin=twin, note=NO_PLAN)
+    answer = replace(nothing, twin=twin, parameters=sum(parameter.numel() for parameter in whole.parameters()))
+    try:
+        sharded, findings = _counted(source, plan, whole, mesh)
+    except FAILURES as error:
+        if isinstance(error, OptionError) or (isinstance(error, InputError) and isinstance(plan, Plan)):
+            raise
+        if isinstance(error, ModelError) and plan is TheirPlan.OWN:
+            return replace(answer, note=shown(error, 300))
+        text = shown(error, 300) if isinstance(error, ShardwiseError) else told(error, 300)
+        return replace(answer, findings=(Finding(FindingKind.CRASHES, "model", text),), note=text)
+    foresight = foresee(source, plan, mesh.tp, batch=batch, seq=seq)
+    small = source.small(mesh.tp) if foresight.note and not twin and case.twin is None else None
+    if small is not None:  # as defaults that leave a size open want it
+        answer = replace(answer, twin="its small twin")
+        foresight = foresee(small, plan, mesh.tp, batch=batch, seq=seq)
+    note = f"Its step can't be traced, so only its parameters were looked at: {foresight.note}" if foresight.note else ""
+    return replace(answer, sharded=sharded, findings=(*foresight.findings, *findings), note=note)
+
+
+def _built(case: Case, tp: int) -> tuple[ModelSource, nn.Module, str]:
+    """The source, its model on the meta device, and what it is instead of the model as named: its twin if that is asked for, or all that can be built."""
+    source = find_model(case.model)
+    small = source.small(tp) if case.twin is not False else None
+    if small is None or not case.twin:
+        try:
+            return source, source.build(dtype=torch.float32), ""
+        except ShardwiseError:
+            if small is None:
+                raise
+    return small, small.build(dtype=torch.float32), "its small twin"
+
+
+def _counted(source: ModelSource, plan: AnyPlan, whole: nn.Module, mesh: Mesh) -> tuple[Sharded, list[Finding]]:
+    """What static.py says of the model, sharded on the meta device."""
+    with fake_world(mesh, rank=0, device="cpu") as device_mesh:
+        model = sharding_factory(source).build(dtype=torch.float32, mesh=device_mesh) if plan is TheirPlan.OWN else whole
+        ties = set(tied_parameters(whole).values())
+        sharded, findings = of_model(apply_any(model, plan, device_mesh), plan, mesh.tp)
+        return sharded, [*untied(ties, model), *findings]

@@ -1,0 +1,246 @@
+"""What items cost, how they run beside each other, how stages play together, and what lives: on a machine made of round numbers."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardwise.core.collective import CollectiveCall, CollectiveKind, wire_bytes
+from shardwise.core.machine import (
+    AttentionRate,
+    CollectiveRate,
+    KernelRate,
+    Launch,
+    Link,
+    Machine,
+    MatmulRate,
+    Tile,
+    local_ranks,
+    on_curve,
+)
+from shardwise.core.prediction import AttentionKernel, Precision, Selective, Setup, Term
+from shardwise.core.program import Collective, MemoryKind, Op, OpKind, Phase, TensorSpec, memory_peak
+from shardwise.predict.costs import collective_cost, collective_s, op_cost
+from shardwise.predict.memory import forecast, peak_by_kind
+from shardwise.predict.pipeline import StageTimes, layers_of_stages, one_f_one_b, pipeline_s
+from shardwise.predict.predict import predict
+from shardwise.predict.streams import run
+from shardwise.predict.work import AFTER, BEFORE, work_of
+from tests.golden.programs import SPEC, Small
+
+MACHINE = Machine(
+    name="round",
+    device="cuda",
+    about="",
+    devices_per_node=8,
+    memory_bytes=80e9,
+    memory_bytes_per_s=1e12,
+    context_bytes=1e9,
+    power_w=None,
+    matmuls=(
+        ("float32", MatmulRate(100e12, 100, (Tile(100, 100, 0.5),), 1e-6, 0.0)),
+        ("bfloat16", MatmulRate(200e12, 100, (Tile(100, 100, 0.5),), 0.0)),
+    ),
+    attentions=(("float32", AttentionRate(50e12, 25e12, 0.0, 0.0)),),
+    kernels=(("default", KernelRate(0.0, 1e12)), ("embedding", KernelRate(0.0, 1e12, 1e11))),
+    launch=Launch(2e-6, 3e-6, 5e-6),
+    within=Link(100e9, ((None, (CollectiveRate(2, 1e-6, 100e9), CollectiveRate(8, 8e-6, 80e9))),)),
+    between=Link(10e9),
+)
+
+
+def op(name: str, kind: OpKind, *inputs: tuple[int, ...], out: tuple[int, ...], phase: Phase = Phase.FORWARD, **counts: int) -> Op:
+    specs = tuple(TensorSpec("float32", shape) for shape in inputs)
+    return Op(
+        name, kind, phase, "m", specs, (TensorSpec("float32", out),), counts.get("flops", 0), counts.get("read", 0), counts.get("write", 0)
+    )
+
+
+def test_a_matmul_waits_for_its_last_wave_whole() -> None:
+    rate = MatmulRate(100e12, 100, (Tile(100, 100, 0.5),), 0.0)
+    one_wave = rate.time_s(1, 1000, 1000, 500)
+    assert one_wave == pytest.approx(2 * 100 * 100 * 500 / (1e12 * 0.5))
+    assert rate.time_s(1, 1000, 1001, 500) == 2 * one_wave
+    assert rate.time_s(2, 1000, 1000, 500) == 2 * one_wave
+
+
+def test_a_matmul_of_few_rows_takes_what_its_bytes_take() -> None:
+    thin = op("aten::mm", OpKind.MATMUL, (1, 64), (64, 4096), out=(1, 4096), read=67_108_864, write=16_384)
+    assert op_cost(thin, MACHINE, Setup()).device_s == pytest.approx((67_108_864 + 16_384) / 1e12)
+
+
+def test_look_ups_go_by_elements_where_those_are_slower() -> None:
+    look_up = op("aten::embedding", OpKind.EMBEDDING, (1000, 64), (500,), out=(500, 64), read=128_000, write=128_000)
+    assert op_cost(look_up, MACHINE, Setup()).device_s == pytest.approx(500 * 64 / 1e11)
+    assert op_cost(look_up, MACHINE, Setup()).term is Term.EMBEDDING
+
+
+def attention(*, backward: bool) -> Op:
+    shapes = ((2, 4, 128, 32),) * 3
+    name = "aten::_scaled_dot_product_efficient_attention"
+    if backward:
+        return op(f"{name}_backward", OpKind.ATTENTION, *shapes, (2, 4, 128, 32), out=(2, 4, 128, 32), flops=10**9, phase=Phase.BACKWARD)
+    return op(name, OpKind.ATTENTION, *shapes, out=(2, 4, 128, 32), flops=4 * 10**8)
+
+
+def test_fused_attention_goes_by_its_flops_and_grows_with_the_ranks_that_share_a_sequence() -> None:
+    assert op_cost(attention(backward=False), MACHINE, Setup()).device_s == pytest.approx(4e8 / 50e12)
+    assert op_cost(attention(backward=True), MACHINE, Setup()).device_s == pytest.approx(1e9 / 25e12)
+    assert op_cost(attention(backward=False), MACHINE, Setup(context=4)).device_s == pytest.approx(4 * 4e8 / 50e12)
+
+
+def test_unfused_attention_reads_and_writes_its_scores_and_a_selective_recompute_runs_it_again() -> None:
+    unfused = Setup(attention=AttentionKernel.UNFUSED)
+    matmul = MACHINE.matmuls[0][1]
+    products = matmul.time_s(8, 128, 128, 32), matmul.time_s(8, 128, 32, 128)
+    scores = 8 * 128 * 128 * 4 / 1e12
+    forward = op_cost(attention(backward=False), MACHINE, unfused)
+    assert forward.device_s == pytest.approx(sum(products) + 4 * scores)
+    backward = op_cost(attention(backward=True), MACHINE, unfused)
+    assert backward.device_s == pytest.approx(2 * sum(products) + 5 * scores)
+    again = op_cost(attention(backward=True), MACHINE, replace(unfused, selective_recompute=Selective.ATTENTION))
+    assert again.device_s == pytest.approx(forward.device_s + backward.device_s)
+    assert forward.host_s == pytest.approx(6 * 2e-6)
+
+
+def test_an_op_that_nobody_knows_counts_by_its_bytes_and_is_named() -> None:
+    cost = op_cost(op("mine::op", OpKind.UNKNOWN, (4,), out=(4,), read=10**6, write=10**6), MACHINE, Setup())
+    assert (cost.device_s, cost.known) == (pytest.approx(2e-6), False)
+
+
+def collective(kind: CollectiveKind, axis: str, size: int, payload: int) -> Collective:
+    return Collective(CollectiveCall(kind, axis, size, "float32", payload, wire_bytes(kind, payload, size), "forward"), "m")
+
+
+@pytest.mark.parametrize(("size", "rate", "start"), [(2, 100e9, 1e-6), (8, 80e9, 8e-6)])
+def test_a_collective_goes_by_what_a_rank_sends_at_the_rate_of_its_group(size: int, rate: float, start: float) -> None:
+    each = collective(CollectiveKind.ALL_GATHER, "tp", size, 10**9)
+    cost = collective_cost(each, MACHINE, Setup(), 1, size)
+    assert cost.device_s == pytest.approx(start + (size - 1) / size * 1e9 / rate)
+    assert cost.term is Term.TENSOR
+
+
+def test_a_ring_over_nodes_runs_at_the_nics_of_its_local_ranks() -> None:
+    alone = collective_s(MACHINE, CollectiveKind.ALL_REDUCE, 1e9, 1e9, 8, 4)  # tp=8 within: one rank of the group on each node
+    eight = collective_s(MACHINE, CollectiveKind.ALL_REDUCE, 1e9, 1e9, 1, 32)
+    assert alone == pytest.approx(1e9 / 10e9)
+    assert eight == pytest.approx(1e9 / 80e9, rel=0.01)
+    assert [local_ranks(8, 4, 8), local_ranks(1, 32, 8), local_ranks(2, 2, 8), local_ranks(16, 2, 8)] == [1, 8, 2, 1]
+
+
+def test_hidden_collectives_are_gathers_and_scatters_of_the_tp_axis() -> None:
+    hidden = Setup(overlap_tensor=True)
+    for kind, axis, less in (
+        (CollectiveKind.ALL_GATHER, "tp", True),
+        (CollectiveKind.REDUCE_SCATTER, "tp", True),
+        (CollectiveKind.ALL_REDUCE, "tp", False),
+        (CollectiveKind.ALL_GATHER, "fsdp", False),
+    ):
+        each = collective(kind, axis, 8, 10**9)
+        shown = collective_cost(each, MACHINE, Setup(), 1, 8).device_s
+        assert (collective_cost(each, MACHINE, hidden, 1, 8).device_s < shown) is less
+
+
+@given(
+    st.lists(st.tuples(st.floats(1, 1e12), st.floats(1e-9, 10)), min_size=2, max_size=8, unique_by=lambda point: point[0]),
+    st.floats(1, 1e13),
+)
+def test_a_growing_curve_never_says_that_more_is_faster(points: list[tuple[float, float]], x: float) -> None:
+    sizes, seconds = sorted(size for size, _ in points), sorted(seconds for _, seconds in points)
+    curve = tuple(zip(sizes, seconds, strict=True))
+    assert on_curve(curve, x) <= on_curve(curve, x * 1.5) * (1 + 1e-9)
+    assert on_curve(curve, sizes[-1]) == pytest.approx(seconds[-1])
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 8, 100])
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_equal_stages_take_m_plus_p_minus_1_slots(stages: int, micro_batches: int) -> None:
+    times = [StageTimes(1.0, 2.0)] * stages
+    assert pipeline_s(times, micro_batches, 0.0) == pytest.approx(3.0 * (micro_batches + stages - 1))
+
+
+def test_interleaving_divides_the_bubble_by_the_chunks() -> None:
+    times = [StageTimes(1.0, 2.0)] * 4
+    assert pipeline_s(times, 8, 0.0, chunks=3) == pytest.approx(3.0 * 8 + 3 * 3.0 / 3)
+
+
+def test_a_long_schedule_adds_what_its_busiest_stage_takes() -> None:
+    uneven = [StageTimes(1.0, 2.0), StageTimes(1.5, 2.5), StageTimes(1.0, 2.0)]
+    played = max(each.end_s for each in one_f_one_b(uneven, 60, 0.1))
+    assert pipeline_s(uneven, 60, 0.1) == pytest.approx(played, rel=0.02)
+
+
+def test_no_stage_does_two_things_at_once_and_nothing_starts_before_what_it_needs() -> None:
+    stages = [StageTimes(1.0, 2.0), StageTimes(2.0, 1.0), StageTimes(0.5, 0.5)]
+    passes = one_f_one_b(stages, 5, 0.25)
+    ends = {(each.stage, each.backward, each.micro_batch): each.end_s for each in passes}
+    assert len(ends) == len(passes) == 2 * 3 * 5
+    for stage in range(3):
+        own = sorted((each.start_s, each.end_s) for each in passes if each.stage == stage)
+        assert all(first[1] <= second[0] + 1e-12 for first, second in pairwise(own))
+    for each in passes:
+        if not each.backward and each.stage:
+            assert each.start_s >= ends[each.stage - 1, False, each.micro_batch] + 0.25
+        if each.backward and each.stage < 2:
+            assert each.start_s >= ends[each.stage + 1, True, each.micro_batch] + 0.25
+
+
+@pytest.mark.parametrize(("layers", "stages", "counts"), [(80, 4, [20] * 4), (126, 8, [15, 16, 16, 16, 16, 16, 16, 15]), (5, 2, [3, 2])])
+def test_layers_left_over_go_to_the_middle(layers: int, stages: int, counts: list[int]) -> None:
+    found = layers_of_stages(layers, stages)
+    assert [count for _, count in found] == counts
+    assert [first for first, _ in found] == [sum(counts[:stage]) for stage in range(stages)]
+
+
+PROGRAM = Small(SPEC, "rowwise", "cuda").program()
+
+
+def test_every_item_has_its_place_in_the_model() -> None:
+    work = work_of(PROGRAM, MACHINE, Setup())
+    assert len(work) == sum(1 for item in PROGRAM.items() if isinstance(item, Op | Collective))
+    forward = work.where(work.in_phases(Phase.FORWARD))
+    assert forward.layer[0] == BEFORE
+    assert forward.layer[-1] == AFTER
+    backward = work.where(work.in_phases(Phase.BACKWARD))
+    assert backward.layer[0] == AFTER
+    assert backward.layer[-1] == BEFORE
+
+
+def test_a_host_that_issues_at_once_leaves_the_device_no_gap() -> None:
+    work = work_of(PROGRAM, MACHINE, Setup())
+    quick = replace(work, host_s=np.zeros_like(work.host_s))
+    assert run(quick).length_s == pytest.approx(float(work.device_s.sum()))
+    slow = replace(work, device_s=np.zeros_like(work.device_s))
+    assert run(slow).length_s == pytest.approx(float(work.host_s.sum()))
+    both = run(work)
+    assert max(work.device_s.sum(), work.host_s.sum()) <= both.length_s <= work.device_s.sum() + work.host_s.sum() + 1e-12
+    assert np.all(both.start_s >= both.issued_s - 1e-12)
+
+
+def test_terms_add_up_and_one_that_is_off_is_0() -> None:
+    machine = replace(MACHINE, launch=Launch(0.0, 0.0, 0.0))
+    made = predict(PROGRAM, machine, Setup(micro_batches=3))
+    assert sum(seconds for _, seconds in made.terms) == pytest.approx(made.step_s)
+    off = predict(PROGRAM, machine, Setup(micro_batches=3, without=(Term.TENSOR,)))
+    assert dict(off.terms)[Term.TENSOR] == 0.0
+    assert off.step_s < made.step_s
+
+
+def test_the_peak_by_blocks_is_the_peak_item_by_item() -> None:
+    peak = memory_peak(PROGRAM)
+    found = peak_by_kind(PROGRAM, lambda _: True, Setup())
+    assert {kind: int(n_bytes) for kind, n_bytes in found.items()} == dict(peak.by_kind)
+
+
+def test_states_are_counted_in_the_precision_that_a_trainer_keeps() -> None:
+    held = PROGRAM.held(MemoryKind.PARAMETER)
+    kept = {
+        precision: dict(forecast(PROGRAM, MACHINE, Setup(precision=precision, optimizer_shards=2), dict(PROGRAM.axes)).by_kind)
+        for precision in (Precision.MASTER, Precision.SHARDED)
+    }
+    states = (MemoryKind.PARAMETER, MemoryKind.GRADIENT, MemoryKind.OPTIMIZER)
+    assert [kept[Precision.MASTER][kind] / held for kind in states] == [1.0, 2.0, 3.0]
+    assert [kept[Precision.SHARDED][kind] / held for kind in states] == [2.0, 2.0, 2.0]
