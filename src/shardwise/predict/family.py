@@ -2,13 +2,13 @@
 
 Shapes, bytes, FLOPs, memory and wire bytes are straight lines in the number of sequences b, so two traces give all. Where they don't stand
 item by item in the same order, NotAFamilyError: the caller traces each size. b = 1 is no part of it: a dim of size 1 makes other tensors contiguous,
-so PyTorch copies elsewhere; trace it by itself. What token ids decide (which rows are looked up, what `routed` sends) is
-no line: it is rounded to one.
+so PyTorch copies elsewhere; trace it by itself. Nor are programs whose collectives the data decides (`routed`): distinct rows don't grow in a
+line. How many rows a masked look-up meets does but for chance; it is rounded to the line through the two batches that were traced.
 """
 
 from dataclasses import dataclass, replace
 
-from shardwise.core.program import ByData, Collective, Item, MemoryChange, Op, Program, TensorSpec
+from shardwise.core.program import Collective, Item, MemoryChange, Op, Program, TensorSpec
 
 SHORT, LONG = 2, 3
 
@@ -29,6 +29,8 @@ class Family:
         if shapes[0] != shapes[1]:
             raise NotAFamilyError(f"blocks of {shapes[0]} and {shapes[1]} (items, times)")
         for a, b in zip(_templates(self.short), _templates(self.long), strict=True):
+            if isinstance(b, Collective) and b.by_data is not None:
+                raise NotAFamilyError(f"token ids decide what {b.module} sends")
             if _key(a) != _key(b):
                 raise NotAFamilyError(f"{_key(a)} where {LONG} sequences have {_key(b)}")
 
@@ -111,7 +113,7 @@ class _Line:
                     payload_bytes=self.size(short.call.payload_bytes, long.call.payload_bytes),
                     wire_bytes=self.amount(short.call.wire_bytes, long.call.wire_bytes),
                 )
-                return replace(long, call=call, by_data=self.by_data(short.by_data, long.by_data))
+                return replace(long, call=call)
             case MemoryChange(), MemoryChange():
                 sign = 1 if long.n_bytes >= 0 else -1
                 return replace(long, n_bytes=sign * self.size(sign * short.n_bytes, sign * long.n_bytes))
@@ -125,13 +127,3 @@ class _Line:
         if found is None:
             found = self.specs[short, long] = TensorSpec(long.dtype, tuple(map(self.size, short.shape, long.shape)))
         return found
-
-    def by_data(self, short: ByData | None, long: ByData | None) -> ByData | None:
-        if short is None or long is None:
-            return long
-        return replace(
-            long,
-            mean_bytes=self.amount(short.mean_bytes, long.mean_bytes),
-            max_bytes=self.amount(short.max_bytes, long.max_bytes),
-            bound_bytes=self.amount(short.bound_bytes, long.bound_bytes),
-        )

@@ -1,0 +1,134 @@
+"""What a sweep goes over, in which order it comes out, how it is shown; and processes that end with the command."""
+
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+from math import prod
+
+import psutil
+import pytest
+from rich.console import Console
+
+from shardwise.cli.workers import on_processes
+from shardwise.core.errors import OptionError, RunError
+from shardwise.core.measurement import StepSettings
+from shardwise.core.prediction import MemoryForecast, Setup, Term
+from shardwise.core.sweep import Refusal, Sweep, SweepPoint
+from shardwise.predict.sweep import best_first, splits
+from shardwise.report.predict_json import sweep_from_json, sweep_json
+from shardwise.report.sweep_html import sweep_html
+from shardwise.report.sweep_terminal import render_sweep
+from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME
+from tests.unit.prediction_example import MACHINE, MEMORY, TERMS, TOO_MUCH
+
+
+def point(tokens: int, *, memory: MemoryForecast = MEMORY, plan: str = "rowwise") -> SweepPoint:
+    return SweepPoint(plan, (("fsdp", 2), ("tp", 4)), 2, 1, 4, 16, tokens, 0.1, tuple(TERMS.items()), memory)
+
+
+def sweep_of(*points: SweepPoint, refused: tuple[Refusal, ...] = (), model: str = "llama3-8b") -> Sweep:
+    return Sweep(model, MACHINE, 16, StepSettings(0, 8192, dtype="bfloat16"), Setup(), best_first(points), refused, 3)
+
+
+def hostile_sweep(text: str) -> Sweep:
+    found = sweep_of(point(10, plan=text), point(20, plan=f"{text} 2"), refused=(Refusal(text, text, 3),), model=text)
+    return replace(found, machine=replace(MACHINE, name=text, about=text))
+
+
+def printed(sweep: Sweep, top: int = 20, width: int = 80) -> str:
+    console = Console(width=width)
+    with console.capture() as captured:
+        render_sweep(sweep, console, top)
+    return captured.get()
+
+
+def test_splits_use_every_device_and_keep_tp_inside_a_node() -> None:
+    for devices in (1, 8, 24, 512):
+        found = splits(devices, 8)
+        assert all(prod(size for _, size in split.axes) * split.stages == devices for split in found)
+        assert all(8 % split.tp == 0 for split in found)
+        assert len(set(found)) == len(found)
+    assert {split.axes for split in splits(8, 8) if split.stages == 1} == {
+        (("fsdp", 8), ("tp", 1)), (("dp", 8), ("tp", 1)), (("fsdp", 4), ("tp", 2)), (("dp", 4), ("tp", 2)),
+        (("fsdp", 2), ("tp", 4)), (("dp", 2), ("tp", 4)), (("tp", 8),),
+    }  # fmt: skip
+
+
+def test_what_fits_comes_first_and_then_what_is_faster() -> None:
+    slow, fast, unfit = point(10), point(20), point(1000, memory=TOO_MUCH)
+    assert best_first([unfit, slow, fast]) == (fast, slow, unfit)
+
+
+def test_the_table_has_the_best_and_says_what_it_leaves_out() -> None:
+    sweep = sweep_of(*(point(100 + number) for number in range(30)), point(999, memory=TOO_MUCH), refused=(Refusal("rowwise", "no", 7),))
+    shown = printed(sweep, top=3)
+    assert "Best of 31, of which 30 fit: fsdp=2,tp=4, 2 stages, 1 x 4: 80.6 tokens/s per device" in " ".join(shown.split())
+    assert shown.count("fsdp=2,tp=4   ") == 3
+    assert "28 more; --top shows more" in shown
+    assert "7 left out under rowwise: no" in shown
+    assert "15 % tp sends" in shown
+    assert "doesn't fit" in printed(sweep, top=31)
+
+
+def test_a_sweep_in_which_nothing_fits_says_so() -> None:
+    assert "None of 1 ways to use 16 devices fits in their memory." in " ".join(printed(sweep_of(point(9, memory=TOO_MUCH))).split())
+    assert "Nothing could be predicted." in printed(sweep_of(refused=(Refusal("rowwise", "no", 7),)))
+
+
+def test_json_round_trips() -> None:
+    sweep = sweep_of(point(1), point(2), refused=(Refusal("rowwise", "no", 7),))
+    assert sweep_from_json(sweep_json(sweep)) == sweep
+    assert json.loads(sweep_json(sweep))["points"][0]["terms"][0] == ["matmul", TERMS[Term.MATMUL]]
+
+
+@pytest.mark.parametrize("text", [HOSTILE_NAME, HOSTILE_MARKUP, "\x1b]0;gone\x07"])
+def test_hostile_names_stay_text(text: str) -> None:
+    assert "\x07" not in printed(hostile_sweep(text))
+    page = sweep_html(hostile_sweep(text))
+    assert page.count("<script") == 1
+    assert "<img" not in page
+
+
+def square(number: int) -> int:
+    if number < 0:
+        raise OptionError(f"{number} is negative")
+    if number == 13:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number * number
+
+
+def test_tasks_on_processes_come_back_and_the_processes_end() -> None:
+    assert sorted(on_processes(square, range(7), 2)) == [0, 1, 4, 9, 16, 25, 36]
+    assert not left_over()
+
+
+def test_an_error_of_a_task_is_the_command_s_and_the_processes_end() -> None:
+    with pytest.raises(OptionError, match="-1 is negative"):
+        list(on_processes(square, [1, -1, 2], 2))
+    assert not left_over()
+
+
+def test_a_process_that_is_killed_is_said_and_the_others_end() -> None:
+    with pytest.raises(RunError, match="a process of the sweep was killed"):
+        list(on_processes(square, [1, 13, 2], 2))
+    assert not left_over()
+
+
+def test_who_stops_early_leaves_no_process() -> None:
+    results = on_processes(square, range(9), 2)
+    next(results)
+    results.close()  # type: ignore[attr-defined]
+    assert not left_over()
+
+
+def left_over() -> list[psutil.Process]:
+    """Spawned processes of this one that live on."""
+    deadline_s = time.monotonic() + 10
+    while time.monotonic() < deadline_s:
+        found = [each for each in psutil.Process().children() if "spawn_main" in " ".join(each.cmdline())]
+        if not found:
+            return []
+        time.sleep(0.1)
+    return found
