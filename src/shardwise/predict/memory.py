@@ -11,8 +11,9 @@ al. 2020, section 3.1). 1F1B holds p micro-batches' activations on the first sta
 (Narayanan et al. 2021, section 2.2; Korthikanti et al. 2022, section 4.2.3).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -35,27 +36,30 @@ ByKind = dict[MemoryKind, float]
 
 def forecast(program: Program, machine: Machine, setup: Setup, sizes: dict[str, int]) -> MemoryForecast:
     """Of the first stage, which holds most activations."""
-    shards = sizes.get("fsdp", 1) / dict(program.axes).get("fsdp", 1)
+    scales = _scales(program, setup, sizes)
     if setup.precision is Precision.TRACED:
-        by_kind = peak_by_kind(program, lambda _: True, setup)
+        by_kind = peak_by_kind(program, lambda _: True, setup, scales)
     else:
-        by_kind = peak_by_kind(program, lambda kind: kind not in STATES, setup)
+        by_kind = peak_by_kind(program, lambda kind: kind not in STATES, setup, scales)
         shares = OF_PARAMETERS[setup.precision]
         for kind, share in zip(STATES, shares, strict=True):
             by_kind[kind] = program.held(MemoryKind.PARAMETER) * share
-    for kind in by_kind:
-        if kind in STATES:
-            by_kind[kind] /= setup.stages * shards
-        elif kind is MemoryKind.ACTIVATION:
-            in_flight = min(setup.micro_batches, setup.stages)
-            more = 1 + (setup.stages - 1) / (setup.stages * setup.chunks) if setup.chunks > 1 else 1.0
-            by_kind[kind] *= in_flight / setup.stages * more
-    if MemoryKind.OPTIMIZER in by_kind:
-        by_kind[MemoryKind.OPTIMIZER] /= setup.optimizer_shards
+    by_kind = {kind: n_bytes * scales.get(kind, 1.0) for kind, n_bytes in by_kind.items()}
     active = sum(by_kind.values())
     reserved = active * (RESERVED_OVER_ACTIVE if machine.device == "cuda" else 1.0)
     kinds = tuple((kind, by_kind[kind]) for kind in MemoryKind if by_kind.get(kind))
     return MemoryForecast(active, kinds, reserved, reserved + machine.context_bytes, machine.memory_bytes)
+
+
+def _scales(program: Program, setup: Setup, sizes: dict[str, int]) -> ByKind:
+    """What becomes of a traced byte of each kind in this setup."""
+    shards = sizes.get("fsdp", 1) / dict(program.axes).get("fsdp", 1)
+    scales = dict.fromkeys(STATES, 1 / (setup.stages * shards))
+    scales[MemoryKind.OPTIMIZER] /= setup.optimizer_shards
+    in_flight = min(setup.micro_batches, setup.stages)
+    more = 1 + (setup.stages - 1) / (setup.stages * setup.chunks) if setup.chunks > 1 else 1.0
+    scales[MemoryKind.ACTIVATION] = in_flight / setup.stages * more
+    return scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,27 +71,29 @@ class _Row:
     times: int
 
 
-def peak_by_kind(program: Program, counts: Callable[[MemoryKind], bool], setup: Setup) -> ByKind:
-    """What lives at the moment at which the kinds that count hold most. A block that repeats is walked once: its peak is in its last repeat
-    where it leaves more than it found, else in its first."""
+def peak_by_kind(
+    program: Program, counts: Callable[[MemoryKind], bool], setup: Setup, scales: Mapping[MemoryKind, float] = MappingProxyType({})
+) -> ByKind:
+    """What lives, as traced, at the moment at which the kinds that count hold most, each scaled: with other shards the peak is elsewhere. A block
+    that repeats is walked once: its peak is in its last repeat where it leaves more than it found, else in its first."""
     all_kinds = tuple(MemoryKind)
     live = np.zeros(len(all_kinds))
     for kind, n_bytes in program.resident:
         live[all_kinds.index(kind)] += n_bytes
-    counted = np.array([counts(kind) for kind in all_kinds])
-    best, best_live = float(live[counted].sum()), live.copy()
+    weights = np.array([scales.get(kind, 1.0) if counts(kind) else 0.0 for kind in all_kinds])
+    best, best_live = float(live @ weights), live.copy()
     for row in _rows(program, setup):
-        grows = np.where(counted[row.kinds], row.n_bytes, 0.0)
+        grows = row.n_bytes * weights[row.kinds]
         total = float(grows.sum())
         net = np.bincount(row.kinds, weights=row.n_bytes, minlength=len(all_kinds))
         before = live + net * (row.times - 1 if total > 0 else 0)
         if len(grows):
             running = np.cumsum(grows)
             top = int(running.argmax())
-            if float(before[counted].sum()) + running[top] > best:
+            if float(before @ weights) + running[top] > best:
                 upto = np.bincount(row.kinds[: top + 1], weights=row.n_bytes[: top + 1], minlength=len(all_kinds))
                 best_live = before + upto
-                best = float(best_live[counted].sum())
+                best = float(best_live @ weights)
         live = live + net * row.times
     return {kind: float(best_live[index]) for index, kind in enumerate(all_kinds) if best_live[index] > 0}
 

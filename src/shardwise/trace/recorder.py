@@ -6,7 +6,6 @@ a collective (collectives.issuing()); DTensor's redistributions are watched for 
 """
 
 import gc
-import sys
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
@@ -92,10 +91,6 @@ def _waits() -> frozenset[Any]:
     return frozenset({collectives.wait_tensor.default, collectives._wrap_tensor_autograd.default})
 
 
-# writes that a schema doesn't tell of: FSDP2's copy into the buffer that is gathered
-_UNTOLD_WRITES = {"fsdp::all_gather_copy_in": (1,)}
-
-
 @lru_cache(maxsize=4096)
 def _schema(func: Any) -> _Schema:
     schema = func._schema
@@ -103,7 +98,7 @@ def _schema(func: Any) -> _Schema:
     namespace = schema.name.partition("::")[0]
     return _Schema(
         schema.name,
-        _UNTOLD_WRITES.get(schema.name, tuple(index for index, argument in written if not argument.kwarg_only)),
+        tuple(index for index, argument in written if not argument.kwarg_only),
         tuple(argument.name for _, argument in written if argument.kwarg_only),
         namespace in ("c10d", "_c10d_functional", "_dtensor"),
     )
@@ -171,8 +166,6 @@ class Recorder(TorchDispatchMode):
                 stack.enter_context(patch.object(owner, name, self._redistribution(getattr(owner, name))))
             for owner, name in _propagations():
                 stack.enter_context(patch.object(owner, name, self._unseen(getattr(owner, name))))
-            for owner in _fsdp_buffers():
-                stack.enter_context(patch.object(owner, "allocate", self._fsdp_allocation(owner.allocate)))
             stack.enter_context(_OntoDevice(self))
             stack.enter_context(_without_collections())
             stack.enter_context(self)
@@ -232,14 +225,6 @@ class Recorder(TorchDispatchMode):
             )
             self._note_storage(moved, self._module(), "aten::_to_copy")
         return moved
-
-    def _fsdp_allocation(self, original: Any) -> Any:
-        """FSDP2 allocates its buffers of the backward in hooks, where no TorchFunctionMode is in place: they would be real, gigabytes of them."""
-
-        def allocate(*args: Any, **kwargs: Any) -> Any:
-            return self.made_on_device(original, args, kwargs)
-
-        return allocate
 
     def made_on_device(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Calls a factory that was told its device."""
@@ -471,12 +456,6 @@ class _OntoDevice(TorchFunctionMode):
         elif kwargs.get("device") is not None and func in _factories() and torch.device(kwargs["device"]).type != "meta":
             return self._recorder.made_on_device(func, args, kwargs)
         return func(*args, **kwargs)
-
-
-def _fsdp_buffers() -> tuple[Any, ...]:
-    """What FSDP2 allocates by; nothing where it isn't loaded."""
-    found = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_collectives")
-    return (found.DefaultAllocMixin,) if found is not None else ()
 
 
 @lru_cache(maxsize=1)
