@@ -98,10 +98,11 @@ def run_task(task: SweepTask) -> SweepResult:
     programs = _Programs(task, tuple(sorted({size for _, size, _ in wanted})))
     points = []
     for split, size, count in wanted:
+        setup = replace(task.setup, micro_batches=count, stages=split.stages)
         try:
+            # what can't be is told by any size's program, before another one is traced
+            check_setup(programs.any_of(size), task.machine, setup, dict(split.axes))
             program = programs.at(size)
-            setup = replace(task.setup, micro_batches=count, stages=split.stages)
-            check_setup(program, task.machine, setup, dict(split.axes))
         except InputError as error:
             refused[_of_all_sizes(str(error))] += 1
             continue
@@ -163,6 +164,10 @@ class _Programs:
                 raise
             self.label = self._found[size].plan
         return self._found[size]
+
+    def any_of(self, size: int) -> Program:
+        """One that is there already, else that of `size`."""
+        return next(iter(self._found.values())) if self._found else self.at(size)
 
     def _derived(self, size: int) -> Program:
         try:
