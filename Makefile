@@ -8,7 +8,7 @@ ALL_CORES := --numprocesses auto --dist worksteal
 FILES_AT_ONCE := --numprocesses auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help compare explain verify diff test check lint golden bench docs format clean
+.PHONY: help compare explain verify diff predict test check lint golden bench docs format clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ verify: $(READY) ## prove that a plan trains the unsharded model, or say which g
 
 diff: $(READY) ## say where the time of profiled steps went: make diff ARGS="run/traces/rowwise run/traces/colwise"
 	$(BIN)/shardwise diff $(ARGS)
+
+predict: $(READY) ## say what a step would take on a machine that you needn't have (seconds)
+	$(BIN)/shardwise predict $(ARGS)
 
 test: $(READY) ## all tests, on all cores; those that start ranks or a browser a file at a time, for they share a launch (15 to 25 minutes on 2 cores)
 	$(BIN)/python -m pytest tests/unit tests/golden tests/programs $(ALL_CORES) $(ARGS)

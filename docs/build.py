@@ -1,5 +1,5 @@
-"""Writes the generated parts of the docs: cli.md from the command itself, models.md from the specs, explain-json.md, verify-json.md and diff-json.md from the dataclasses that are
-written, the output in verify.md from docs/example/verification.json (made by the command that stands above it), and the README's examples from docs/example/comparison.json and explanation.json (made by the commands that stand above them in the README).
+"""Writes the generated parts of the docs: cli.md from the command itself, models.md from the specs, explain-json.md, verify-json.md, predict-json.md and diff-json.md from the dataclasses that are
+written, the output in verify.md and predict.md from docs/example/verification.json and prediction.json (made by the commands that stand above them), and the README's examples from docs/example/comparison.json and explanation.json (made by the commands that stand above them in the README).
 
 python docs/build.py             writes them
 python docs/build.py --check     writes nothing; exit code 1 where a document differs
@@ -34,6 +34,9 @@ from shardwise.cli.main import app
 from shardwise.core.difference import Difference, RunProfile
 from shardwise.core.explanation import Contrast, Explanation
 from shardwise.core.placement import Placement
+from shardwise.core.prediction_run import PredictionRun
+from shardwise.core.sweep import Sweep
+from shardwise.core.timeline import Timeline
 from shardwise.core.verification import VerificationRun
 from shardwise.core.walkthrough import Subject
 from shardwise.explain.walkthrough import explain_walkthrough
@@ -54,6 +57,9 @@ from shardwise.report.explain_json import explanation_from_json
 from shardwise.report.explain_terminal import explanation_renderables
 from shardwise.report.html import comparison_html
 from shardwise.report.json import comparison_from_json
+from shardwise.report.predict_html import prediction_html
+from shardwise.report.predict_json import prediction_from_json
+from shardwise.report.predict_terminal import render_prediction
 from shardwise.report.terminal import comparison_tables
 from shardwise.report.verify_html import verification_html
 from shardwise.report.verify_json import verification_from_json
@@ -69,6 +75,8 @@ DIFFERED = DOCS / "example" / "diff.json"
 DIFF_PAGE = DOCS / "diff.md"
 VERIFIED = DOCS / "example" / "verification.json"
 VERIFY_PAGE = DOCS / "verify.md"
+PREDICTED = DOCS / "example" / "prediction.json"
+PREDICT_PAGE = DOCS / "predict.md"
 WIDTH = 100
 # the pictures' window in pixels: a height that just holds the step
 WALKTHROUGH_WIDTH = 1160
@@ -80,6 +88,7 @@ WALKTHROUGH_HEIGHTS = {
 }
 _COMPARED = re.compile(r"(<!-- begin:compare-output -->\n).*?(<!-- end:compare-output -->)", re.DOTALL)
 _DIFFERED = re.compile(r"(<!-- begin:diff-output -->\n).*?(<!-- end:diff-output -->)", re.DOTALL)
+_PREDICTED = re.compile(r"(<!-- begin:predict-output -->\n).*?(<!-- end:predict-output -->)", re.DOTALL)
 _VERIFIED = re.compile(r"(<!-- begin:verify-output -->\n).*?(<!-- end:verify-output -->)", re.DOTALL)
 _EXPLAINED = re.compile(r"(<!-- begin:explain-output -->\n).*?(<!-- end:explain-output -->)", re.DOTALL)
 
@@ -204,6 +213,27 @@ def verify_json_reference() -> str:
     )
 
 
+def predict_json_reference() -> str:
+    """The fields of `shardwise predict --json`."""
+    return _json_reference(
+        "predict",
+        [
+            "`shardwise predict --json` prints one PredictionRun, with a Prediction for each plan; `--sweep` one Sweep. Times are seconds, sizes bytes. A",
+            "prediction's timeline isn't in it: `--out` writes that as a trace. Fields marked *worked out* follow from the others; fields that a",
+            "reader doesn't know are to be ignored. Exit code 1: `fits` is false, or nothing that a sweep found fits.",
+        ],
+        "shardwise predict rowwise colwise --json | jq -r '.predictions[] | [.plan, .step_s, .memory.device_bytes] | @tsv'",
+        [PredictionRun, Sweep],
+    )
+
+
+def predict_output() -> str:
+    """docs/predict.md's example, as the terminal shows its file."""
+    console = Console(width=WIDTH, file=io.StringIO(), record=True, no_color=True)
+    render_prediction(prediction_from_json(PREDICTED.read_bytes(), str(PREDICTED)), console)
+    return _fenced(console.export_text())
+
+
 def verify_output() -> str:
     """docs/verify.md's example, as the terminal shows its file."""
     run = verification_from_json(VERIFIED.read_bytes(), str(VERIFIED))
@@ -245,7 +275,9 @@ def _json_type(kind: Any, found: list[type]) -> str:
     choices = set(typing.get_args(kind)) if isinstance(kind, types.UnionType) else {kind}
     if types.NoneType in choices:
         rest = functools.reduce(operator.or_, (choice for choice in typing.get_args(kind) if choice is not types.NoneType))
-        return f"{_json_type(rest, found)}, or null"
+        return _json_type(rest, found) if rest is Timeline else f"{_json_type(rest, found)}, or null"
+    if kind is Timeline:
+        return "always null"
     if choices == set(typing.get_args(Placement)):
         return "placement"
     if typing.get_origin(kind) is tuple:
@@ -355,6 +387,8 @@ def main() -> int:
         DOCS / "explain-json.md": explain_json_reference(),
         DOCS / "diff-json.md": diff_json_reference(),
         DOCS / "verify-json.md": verify_json_reference(),
+        DOCS / "predict-json.md": predict_json_reference(),
+        PREDICT_PAGE: _PREDICTED.sub(lambda match: match[1] + predict_output() + match[2], PREDICT_PAGE.read_text(encoding="utf-8")),
         VERIFY_PAGE: _VERIFIED.sub(lambda match: match[1] + verify_output() + match[2], VERIFY_PAGE.read_text(encoding="utf-8")),
         DIFF_PAGE: _DIFFERED.sub(lambda match: match[1] + diff_output() + match[2], DIFF_PAGE.read_text(encoding="utf-8")),
         README: _EXPLAINED.sub(lambda match: match[1] + explain_output() + match[2], readme),
@@ -373,6 +407,8 @@ def main() -> int:
         take_picture(explanation_html(explanation), DOCS / "example" / "explain.png", 1200, 1500)
         verification = verification_from_json(VERIFIED.read_bytes(), str(VERIFIED))
         take_picture(verification_html(verification), DOCS / "example" / "verify.png", 1200, 1300)
+        predicted = prediction_from_json(PREDICTED.read_bytes(), str(PREDICTED))
+        take_picture(prediction_html(predicted), DOCS / "example" / "predict.png", 1200, 1450)
     if arguments.walkthrough:
         take_walkthrough_pictures()
     return 0

@@ -98,10 +98,11 @@ def run_task(task: SweepTask) -> SweepResult:
     programs = _Programs(task, tuple(sorted({size for _, size, _ in wanted})))
     points = []
     for split, size, count in wanted:
+        setup = replace(task.setup, micro_batches=count, stages=split.stages)
         try:
+            # what can't be is told by any size's program, before another one is traced
+            check_setup(programs.any_of(size), task.machine, setup, dict(split.axes))
             program = programs.at(size)
-            setup = replace(task.setup, micro_batches=count, stages=split.stages)
-            check_setup(program, task.machine, setup, dict(split.axes))
         except InputError as error:
             refused[_of_all_sizes(str(error))] += 1
             continue
@@ -134,10 +135,15 @@ def _of_all_sizes(reason: str) -> str:
 
 
 class _Programs:
-    """The Programs of a task's micro-batches: few are traced."""
+    """The Programs of a task's micro-batches: few are traced. Raises ModelError and PlanError for names that mean nothing."""
 
     def __init__(self, task: SweepTask, sizes: tuple[int, ...]) -> None:
+        from shardwise.cli.plans import load_any_plan
+        from shardwise.models.source import find_model
+
         self.task = task
+        self._source = find_model(task.model)
+        self._plan = load_any_plan(task.plan, sequence_parallel=task.sequence_parallel, family=self._source.family)
         self.traces = 0
         self.label = task.plan
         self._found: dict[int, Program] = {}
@@ -159,6 +165,10 @@ class _Programs:
             self.label = self._found[size].plan
         return self._found[size]
 
+    def any_of(self, size: int) -> Program:
+        """One that is there already, else that of `size`."""
+        return next(iter(self._found.values())) if self._found else self.at(size)
+
     def _derived(self, size: int) -> Program:
         try:
             if self._family is None:
@@ -169,12 +179,7 @@ class _Programs:
             return self._traced(size)
 
     def _traced(self, size: int) -> Program:
-        from shardwise.cli.plans import load_any_plan
-        from shardwise.models.source import find_model
-
         task = self.task
-        source = find_model(task.model)
-        plan = load_any_plan(task.plan, sequence_parallel=task.sequence_parallel, family=source.family)
-        mesh = Mesh(task.splits[0].axes)
         self.traces += 1
-        return trace_program(source, plan, mesh, replace(task.micro_batch, batch=size), task.machine.device, lambda _: None)
+        micro_batch = replace(task.micro_batch, batch=size)
+        return trace_program(self._source, self._plan, Mesh(task.splits[0].axes), micro_batch, task.machine.device, lambda _: None)
