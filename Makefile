@@ -55,7 +55,7 @@ lint: $(READY) ## ruff, mypy --strict, import-linter, and whether the docs are t
 	$(BIN)/python -m benchmarks.tables --check
 	$(BIN)/python docs/build.py --check
 
-bench: $(READY) ## the benchmarks; writes benchmarks/results and the tables in the docs (a quiet machine, about 30 minutes)
+bench: $(READY) ## the benchmarks; writes benchmarks/results and the tables in the docs (a quiet machine, about 45 minutes)
 	$(BIN)/python -m benchmarks.embedding
 	$(BIN)/python -m benchmarks.embedding --tp 4
 	$(BIN)/python -m benchmarks.step
@@ -63,6 +63,8 @@ bench: $(READY) ## the benchmarks; writes benchmarks/results and the tables in t
 	$(BIN)/python -m benchmarks.traces
 	$(BIN)/python -m benchmarks.calibrated
 	$(BIN)/python -m benchmarks.hf_verify
+	$(BIN)/python -m benchmarks.published
+	$(BIN)/python -m benchmarks.measured_steps
 	$(BIN)/python -m benchmarks.verify_mutants
 	$(BIN)/python -m benchmarks.tables
 
