@@ -6,6 +6,7 @@ Errors are signed: predicted / measured - 1. Kendall's tau-b (Kendall 1945) is o
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import log10, sqrt
 from pathlib import Path
 from statistics import fmean, median
@@ -17,6 +18,7 @@ from benchmarks.results import RESULTS, as_json, latest, write_results
 
 WHAT = "published"
 WORST = 12
+TENSOR_TERM = "tensor-parallel communication"
 PLOT = Path(__file__).parent.parent / "docs" / "example" / "published.svg"
 
 
@@ -142,6 +144,26 @@ def taus(rows: Sequence[Predicted]) -> dict[tuple[str, int, int, int], float]:
 
 def _sign(value: float) -> int:
     return (value > 0) - (value < 0)
+
+
+def hidden_share(run: Published) -> float:
+    """What async TP saves over the tensor-parallel communication predicted without it: median over torchtitan's pairs of rows that differ in that alone.
+
+    A pair: neighbours in the file with equal configuration, the second with async TP (its predicted communication is less)."""
+    saved = []
+    rows = [row for row in run.rows if row.group == "torchtitan-benchmarks" and row.tp > 1]
+    for plain, hidden in pairwise(rows):
+        same = (plain.model, plain.precision, plain.gpus) == (hidden.model, hidden.precision, hidden.gpus)
+        before, after = (dict(row.terms).get(TENSOR_TERM, 0.0) for row in (plain, hidden))
+        if same and after < before:
+            saved.append((plain.measured_s - hidden.measured_s) / before)
+    return median(saved)
+
+
+def host_error(run: Published) -> float:
+    """Median signed error of the launch-bound rows that the vTrain cluster's host was fitted to."""
+    chosen = [row for row in run.rows if row.group == "vtrain-single" and (row.tp, row.pp, row.micro_batch, row.hidden) == (1, 1, 1, 1024)]
+    return median(row.error for row in chosen)
 
 
 def summary(run: Published) -> str:

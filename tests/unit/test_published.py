@@ -6,15 +6,23 @@ import pytest
 
 from benchmarks import machine_files
 from benchmarks.published import job_of, left_out, number, read_rows, usable
-from benchmarks.published_results import Predicted, Published, blocks, group_median, kendall, plot, quantile, summary, why
+from benchmarks.published_results import (
+    Predicted,
+    Published,
+    blocks,
+    group_median,
+    hidden_share,
+    host_error,
+    kendall,
+    newest_run,
+    plot,
+    quantile,
+    summary,
+    why,
+)
 from shardwise.core.machine_file import machine_from_toml
-from shardwise.core.measurement import StepSettings
-from shardwise.core.mesh import Mesh
-from shardwise.core.plan import TheirPlan
 from shardwise.core.prediction import AttentionKernel, Precision, Selective
-from shardwise.core.program import Phase
-from shardwise.models.specs import get_spec
-from shardwise.trace.trace import trace
+from shardwise.predict.costs import TENSOR_HIDDEN
 
 ROWS = read_rows()
 USABLE = [row for row in ROWS if usable(row)]
@@ -66,14 +74,10 @@ def test_shipped_machine_files_are_what_their_sources_give() -> None:
         assert all(constant.source for constant in machine_from_toml(text).constants)
 
 
-def test_a_layer_has_the_ops_that_the_host_s_time_was_divided_by() -> None:
-    program = trace(
-        get_spec("llama3-8b").with_layers(3), TheirPlan.UNSHARDED, Mesh((("tp", 1),)), StepSettings(1, 64, "bfloat16"), device="cuda"
-    )
-    counts = [
-        sum(op.module.startswith("layers.1") and op.phase is phase for op in program.ops()) for phase in (Phase.FORWARD, Phase.BACKWARD)
-    ]
-    assert tuple(counts) == machine_files.OPS_OF_A_BLOCK
+def test_fitted_constants_are_what_the_newest_run_gives() -> None:
+    run = newest_run()
+    assert pytest.approx(hidden_share(run), abs=0.01) == TENSOR_HIDDEN
+    assert abs(host_error(run)) < 0.01
 
 
 def predicted(measured: float, guessed: float, **changes: object) -> Predicted:
