@@ -7,6 +7,9 @@ from shardwise.report.explain_html import Bar, Chart, Key, Segment
 from shardwise.report.predict_html import page_parts, percent, predict_environment
 from shardwise.report.units import format_count, format_seconds
 
+# terms below it would be slivers, and their names most of the page
+LEAST_SHARE = 0.005
+
 
 def sweep_html(sweep: Sweep) -> str:
     """The whole page: the best as bars, all in a table."""
@@ -25,11 +28,11 @@ def best_chart(sweep: Sweep) -> Chart:
     points = [point for point in sweep.points if point.fits][: sweep_rows.BARS]
     has_plans = sweep_rows.has_plans(sweep)
     longest = max((1 / point.tokens_per_s_per_device for point in points), default=1.0)
-    used: list[Term] = [term for term in Term if any(dict(point.terms).get(term, 0.0) > 0 for point in points)]
+    used: list[Term] = [term for term in Term if any(dict(point.terms).get(term, 0.0) >= LEAST_SHARE * point.step_s for point in points)]
     bars = []
     for point in points:
         per_token_s = 1 / point.tokens_per_s_per_device / point.step_s
-        found = [(term, seconds) for term, seconds in point.terms if seconds > 0]
+        found = [(term, seconds) for term, seconds in point.terms if seconds >= LEAST_SHARE * point.step_s]
         segments = tuple(
             Segment(f"t-{term.name.lower()}", term.value, f"{100 * seconds / point.step_s:.1f} %", percent(seconds * per_token_s, longest))
             for term, seconds in found

@@ -75,5 +75,6 @@ def traced_text(sweep: Sweep) -> str:
 
 def setting_text(sweep: Sweep) -> str:
     settings = sweep.settings
-    batch = f"batch {settings.batch:,}" if settings.batch else f"{sweep.setup.micro_batches} micro-batches a step"
+    count = sweep.setup.micro_batches
+    batch = f"batch {settings.batch:,}" if settings.batch else f"{count} micro-batch{'es' * (count > 1)} a step"
     return f"{sweep.devices:,} devices · {batch} · sequence {settings.seq:,} · {name(settings.dtype, '(dtype)')}"
