@@ -176,7 +176,11 @@ def test_torchrun_ranks_are_used_as_they_are_and_one_of_them_speaks(tmp_path: Pa
 REFUSED = [
     (("rowise",), 'unknown plan "rowise". Did you mean "rowwise"? Known: rowwise, colwise, routed, routed-interleaved, replicated, '
      "rowwise@dtensor, colwise@dtensor; or the path of a .toml file."),
-    (("--model", "lama3-8b"), 'unknown model "lama3-8b". Did you mean "llama3-8b"? Known: llama3-debug, llama3-8b, llama3-70b, llama3.1-405b.'),
+    (
+        ("--model", "lama3-8b"),
+        'unknown model "lama3-8b". Did you mean "llama3-8b"? Known: llama3-debug, llama3-8b, llama3-70b, llama3.1-405b, gpt-debug, gpt3-1.3b, '
+        "gpt3-6.7b, gpt3-175b, megatron-22b.",
+    ),
     (("--bacth", "3"), "No such option: --bacth (Possible options: --batch). Try: shardwise --help."),
     (("--mesh", "tp2"), 'mesh: can\'t read "tp2" in "tp2". Write NAME=SIZE, such as dp=2,tp=4.'),
     (("--mesh", "tp=2,pp=2"), 'mesh: unknown axis "pp". Allowed axes: dp, fsdp, tp.'),

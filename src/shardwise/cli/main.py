@@ -55,7 +55,12 @@ def _main(
 def run(args: list[str] | None = None) -> NoReturn:
     """The installed command."""
     gc.set_threshold(_FEW_COLLECTIONS)
-    sys.exit(_run(args))
+    code = _run(args)
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:  # of torchrun's ranks each ends at once: PyTorch's threads, still running
+        sys.stdout.flush()  # while an interpreter is taken down, can abort it ("terminate called without an active exception"),
+        sys.stderr.flush()  # and torchrun would call that a failure
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run(args: list[str] | None) -> int:
