@@ -23,6 +23,7 @@ from pathlib import Path
 
 from benchmarks.published_results import Predicted, Published, summary
 from benchmarks.results import command_line, now
+from shardwise.core.machine import Machine
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import AttentionKernel, Precision, Prediction, Selective, Setup
@@ -163,7 +164,7 @@ def program_of(traced: Traced) -> Program:
 
 
 @cache
-def _machine(name: str):  # type: ignore[no-untyped-def]
+def _machine(name: str) -> Machine:
     return load_machine(name)
 
 

@@ -36,7 +36,6 @@ from shardwise.core.explanation import Contrast, Explanation
 from shardwise.core.placement import Placement
 from shardwise.core.prediction_run import PredictionRun
 from shardwise.core.sweep import Sweep
-from shardwise.core.timeline import Timeline
 from shardwise.core.verification import VerificationRun
 from shardwise.core.walkthrough import Subject
 from shardwise.explain.walkthrough import explain_walkthrough
@@ -275,9 +274,7 @@ def _json_type(kind: Any, found: list[type]) -> str:
     choices = set(typing.get_args(kind)) if isinstance(kind, types.UnionType) else {kind}
     if types.NoneType in choices:
         rest = functools.reduce(operator.or_, (choice for choice in typing.get_args(kind) if choice is not types.NoneType))
-        return _json_type(rest, found) if rest is Timeline else f"{_json_type(rest, found)}, or null"
-    if kind is Timeline:
-        return "always null"
+        return f"{_json_type(rest, found)}, or null"
     if choices == set(typing.get_args(Placement)):
         return "placement"
     if typing.get_origin(kind) is tuple:

@@ -70,6 +70,7 @@ CAPACITY = Quantity(_BYTES, 1e8, 4e12, shared=True)
 HELD = Quantity(_BYTES, 0.0, 2e10, shared=True)
 BANDWIDTH = Quantity(_PER_SECOND, 1e7, 5e13, shared=True)
 LINK_BANDWIDTH = Quantity(_PER_SECOND, 1e7, 4e12, shared=True)
+COLLECTIVE_RATE = Quantity(_PER_SECOND, 1e7, 4e12)
 POWER = Quantity((("W", 1.0),), 1.0, 20_000.0, shared=True)
 PEAK = Quantity(_FLOPS, 1e9, 5e16, shared=True)
 RATE = Quantity(_FLOPS, 1e8, 5e16)
@@ -342,7 +343,7 @@ def _collective(part: _Section, bandwidth: float) -> CollectiveRate:
     ranks = part.whole("ranks", 2, 1_000_000)
     if "points" in part.table:
         return CollectiveRate(ranks, 0.0, math.inf, part.points("points", TIME))
-    rate = part.constant("rate", LINK_BANDWIDTH_OF_ONE)
+    rate = part.constant("rate", COLLECTIVE_RATE)
     if rate > 2 * bandwidth:  # a switch that reduces on the way can beat a ring's formula, and by no more than this
         raise part.reader.error(
             part.at("rate"),
@@ -350,6 +351,3 @@ def _collective(part: _Section, bandwidth: float) -> CollectiveRate:
             f"The link's bandwidth is {KERNEL_RATE.shown(bandwidth)} one way: at most twice that.",
         )
     return CollectiveRate(ranks, part.constant("start", START), rate)
-
-
-LINK_BANDWIDTH_OF_ONE = Quantity(_PER_SECOND, 1e7, 4e12)

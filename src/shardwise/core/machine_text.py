@@ -94,7 +94,7 @@ class _Writer:
             yield self.points(f"{path}.points", rate.points)
             return
         yield self.one(f"{path}.start", rate.start_s, fields.START)
-        yield self.one(f"{path}.rate", rate.bytes_per_s, fields.LINK_BANDWIDTH_OF_ONE)
+        yield self.one(f"{path}.rate", rate.bytes_per_s, fields.COLLECTIVE_RATE)
 
     def known(self, path: str) -> Constant | None:
         return next((each for each in self.machine.constants if each.path == path), None)

@@ -1,4 +1,4 @@
-"""Prediction: what a plan's step would take on a machine, term by term. Standard library and the Timeline's numpy only.
+"""Prediction: what a plan's step would take on a machine, term by term. Standard library only.
 
 The terms add up to the step. What isn't modelled is named, and never 0.
 """
@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from shardwise.core.program import MemoryKind
-from shardwise.core.timeline import Timeline
 
 
 class Term(StrEnum):
-    """A summand of the step. The first five are work of the device; the next three are communication that no work hides."""
+    """A summand of the step. The first five are work of the device, the next two communication that no work hides."""
 
     MATMUL = "matmul"
     ATTENTION = "attention"
@@ -53,13 +52,6 @@ class Precision(StrEnum):
     SHARDED = "sharded"
 
 
-class Schedule(StrEnum):
-    """Of pipeline stages. one_f_one_b: PipeDream-flush; interleaved: several chunks of layers a stage (both: Narayanan et al. 2021)."""
-
-    ONE_F_ONE_B = "1f1b"
-    INTERLEAVED = "interleaved"
-
-
 @dataclass(frozen=True, slots=True)
 class Setup:
     """How a traced micro-batch's Program becomes a whole step, and what is assumed of the run. A choice per field, each stated in the result.
@@ -85,10 +77,6 @@ class Setup:
     precision: Precision = Precision.TRACED
     without: tuple[Term, ...] = ()
 
-    @property
-    def schedule(self) -> Schedule:
-        return Schedule.INTERLEAVED if self.chunks > 1 else Schedule.ONE_F_ONE_B
-
 
 @dataclass(frozen=True, slots=True)
 class MemoryForecast:
@@ -108,8 +96,7 @@ class MemoryForecast:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """terms: in Term's order, adding up to step_s. launch_bound: modules with their share of the step spent waiting for launches.
-    tokens: per step over all ranks."""
+    """terms: in Term's order, adding up to step_s. tokens: per step over all ranks. When what runs is predict/timeline.py's to say."""
 
     model: str
     plan: str
@@ -121,7 +108,6 @@ class Prediction:
     step_s: float
     terms: tuple[tuple[Term, float], ...]
     memory: MemoryForecast
-    timeline: Timeline | None = None
     notes: tuple[str, ...] = ()
 
     @property

@@ -69,7 +69,6 @@ def predict(program: Program, machine: Machine, setup: Setup, sizes: dict[str, i
         step_s,
         tuple(terms.items()),
         forecast(program, machine, setup, all_sizes),
-        None,
         tuple(f"{name} has no known cost on {machine.device}: counted by its bytes" for name in work.unknown),
     )
 
