@@ -3,6 +3,7 @@
 Errors are signed: predicted / measured - 1. Kendall's tau-b (Kendall 1945) is of throughput (sequences a second), within rows of equal model and GPU count.
 """
 
+import csv
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from benchmarks.results import RESULTS, as_json, latest, write_results
 
 WHAT = "published"
 WORST = 12
+PEERS = (
+    Path(__file__).parent / "data" / "peers.csv"
+)  # measured once for this project, with the tools as they come: no command here makes them
 TENSOR_TERM = "tensor-parallel communication"
 PLOT = Path(__file__).parent.parent / "docs" / "example" / "published.svg"
 
@@ -192,6 +196,7 @@ def blocks(run: Published) -> dict[str, str]:
     return {
         f"benchmark-{WHAT}": summary(run) + "\n" + source,
         f"benchmark-{WHAT}-groups": _groups_table(run.rows) + source,
+        f"benchmark-{WHAT}-peers": _peers_table(run) + source,
         f"benchmark-{WHAT}-worst": _worst_table(tensor) + source,
         f"benchmark-{WHAT}-memory": _memory_table(run.rows) + source,
         f"benchmark-{WHAT}-order": _order_table(tensor) + source,
@@ -212,6 +217,19 @@ def _groups_table(rows: Sequence[Predicted]) -> str:
                 )  # fmt: skip
     head = ["group", "rows", "GPU", "number", "median, signed", "median, absolute", "90 % within", "without its fits"]
     return table(head, lines, numbers=(3, 4, 5, 6, 7))
+
+
+def _peers_table(run: Published) -> str:
+    """Other tools' errors beside ours, on the same kind of rows."""
+    rows = with_tensor_parallel(run)
+    ours = {"vTrain, several nodes": [row for row in rows if row.group == "vtrain-multi"], "all with TP > 1": rows}
+    lines = []
+    for name, group in ours.items():
+        errors = [abs(row.error) for row in group]
+        lines.append([name, "**shardwise**", _share(median(errors)), _share(quantile(errors, 0.9))])
+    with PEERS.open(encoding="utf-8", newline="") as file:
+        lines += [[row["rows"], row["tool"], f"{row['median_percent']} %", f"{row['p90_percent']} %"] for row in csv.DictReader(file)]
+    return table(["rows", "tool", "median, absolute", "90 % within"], sorted(lines), numbers=(2, 3))
 
 
 def why(row: Predicted) -> str:
