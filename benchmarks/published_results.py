@@ -226,7 +226,8 @@ def _peers_table(run: Published) -> str:
     lines = []
     for name, group in ours.items():
         errors = [abs(row.error) for row in group]
-        lines.append([name, "**shardwise**", _share(median(errors)), _share(quantile(errors, 0.9))])
+        if errors:
+            lines.append([name, "**shardwise**", _share(median(errors)), _share(quantile(errors, 0.9))])
     with PEERS.open(encoding="utf-8", newline="") as file:
         lines += [[row["rows"], row["tool"], f"{row['median_percent']} %", f"{row['p90_percent']} %"] for row in csv.DictReader(file)]
     return table(["rows", "tool", "median, absolute", "90 % within"], sorted(lines), numbers=(2, 3))
@@ -242,8 +243,6 @@ def why(row: Predicted) -> str:
         return "the hosts of 8 ranks wait for each other at every all-reduce; waiting isn't modelled"
     if launch > 0.3:
         return f"launch-bound ({launch:.0%} of the step): the host's time per op is one constant"
-    if "cp" in row.model:
-        return "context parallelism's exchange of keys isn't modelled"
     return "unexplained"
 
 
