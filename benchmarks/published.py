@@ -26,7 +26,7 @@ from benchmarks.results import command_line, now
 from shardwise.core.machine import Machine
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
-from shardwise.core.prediction import AttentionKernel, Precision, Prediction, Selective, Setup
+from shardwise.core.prediction import AttentionKernel, Precision, Prediction, Setup
 from shardwise.core.program import Program
 from shardwise.predict.machines import load_machine
 from shardwise.predict.predict import predict
@@ -89,6 +89,8 @@ class Traced:
     data_axis: str
     data_size: int
     recompute: str
+    mixed: bool
+    plan: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +105,8 @@ class Job:
 
 def job_of(row: Row) -> Job:
     """From the configuration columns, by these rules: Megatron pads its vocabulary to a multiple of 128 x TP; context parallelism gives each rank
-    its part of the sequence; 2021 and 2022 trainers ran attention unfused; FSDP and ZeRO-3 keep float32 shards, others float32 gradients and
-    master weights; a distributed optimizer is shared by data-parallel and context-parallel ranks, and its reduction runs beside the backward."""
+    its part of the sequence, and its ranks shard and reduce with the data-parallel ones; 2021 and 2022 trainers ran attention unfused; FSDP and
+    ZeRO-3 keep and reduce in float32 and compute in half precision, others keep float32 gradients and master weights; a distributed optimizer is shared by data-parallel and context-parallel ranks, and its reduction runs beside the backward."""
     llama, tp, dp, context = is_llama(row), number(row, "tp"), number(row, "dp"), number(row, "cp", 1)
     sharded = "FSDP" in row["dp_kind"] or "ZeRO-3" in row["dp_kind"]
     distributed = "optimizer" in row["dp_kind"]
@@ -123,43 +125,46 @@ def job_of(row: Row) -> Job:
         micro_batch,
         tp,
         row["sp"] == "1" and tp > 1,
-        "fsdp" if sharded and dp > 1 else "dp",
-        min(dp, 2),
-        "full" if row["ac"] == "full" else "none",
+        "fsdp" if sharded else "dp",
+        min(dp * context, 2),
+        {"full": "full", "selective-op": "selective-ops"}.get(row["ac"], "none"),
+        sharded and dp * context > 1,
+        "unsharded" if tp == 1 else "rowwise@dtensor" if "DTensor" in row["framework"] else "rowwise",
     )
-    selective = {"selective (attn core)": Selective.ATTENTION, "selective-op": Selective.OPS}.get(row["ac"])
     setup = Setup(
         micro_batches=number(row, "grad_accum") or number(row, "global_batch") // (dp * micro_batch),
         stages=number(row, "pp"),
         chunks=number(row, "vp", 1) or 1,
         context=context,
         attention=AttentionKernel.UNFUSED if row["framework"] in UNFUSED else None,
-        selective_recompute=selective,
+        recompute_attention=row["ac"] == "selective (attn core)",
         compiled=row["compile"] == "1",
         matmul_dtype="float8" if any(name in row["precision"] for name in FP8) else None,
         overlap_data=distributed,
         overlap_tensor=row["tp_overlap"] not in ("", "none"),
         optimizer_shards=dp * context if distributed else 1,
-        precision=Precision.SHARDED if sharded else Precision.MASTER,
+        precision=Precision.TRACED if traced.mixed else Precision.MASTER,
     )
     machine = "a100-sxm-80gb-vtrain" if row["source_group"].startswith("vtrain") else MACHINES[row["gpu"]]
     return Job(traced, setup, machine, dp)
 
 
 def program_of(traced: Traced) -> Program:
-    """Traces the model's step under the built-in plan (rowwise; unsharded layers at TP 1), on CUDA's ops, half precision as bfloat16."""
+    """Traces the model's step on CUDA's ops, half precision as bfloat16."""
+    from shardwise.cli.plans import load_any_plan
     from shardwise.models.gpt import GPTConfig
     from shardwise.models.llama import LlamaConfig
     from shardwise.models.specs import ModelSpec
-    from shardwise.parallel.builtin import builtin_plan
     from shardwise.trace.trace import trace
 
     shape = traced.vocab, traced.hidden, traced.layers, traced.heads
     config = LlamaConfig(*shape, traced.kv_heads, traced.ffn) if traced.llama else GPTConfig(*shape, traced.ffn, traced.max_seq)
     spec = ModelSpec("published", config, "")
-    plan = builtin_plan("rowwise" if traced.tp > 1 else "replicated", sequence_parallel=traced.sequence_parallel, family=spec.family)
+    plan = load_any_plan(traced.plan, sequence_parallel=traced.sequence_parallel, family=spec.family)
     mesh = Mesh(((traced.data_axis, traced.data_size), ("tp", traced.tp)))
     settings = StepSettings(traced.micro_batch * traced.data_size, traced.seq, "bfloat16", recompute=traced.recompute)
+    if traced.mixed:
+        settings = replace(settings, dtype="float32", param_dtype="bfloat16", reduce_dtype="float32")
     return trace(spec, plan, mesh, settings, device="cuda")
 
 
@@ -170,7 +175,7 @@ def _machine(name: str) -> Machine:
 
 def predicted(job: Job, program: Program) -> Prediction:
     """What the row's run would take."""
-    sizes = {job.traced.data_axis: job.data_parallel} if job.data_parallel > 1 else None
+    sizes = {job.traced.data_axis: job.data_parallel} if job.traced.data_size > 1 else None
     return predict(program, _machine(job.machine), job.setup, sizes)
 
 

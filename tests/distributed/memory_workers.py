@@ -95,7 +95,7 @@ def _weigh(case: Case, mesh: DeviceMesh, context: RankContext) -> Weighed:
             dtype=torch.float32,
             device=context.device,
             seed=0,
-            recompute=case.recompute == "full",
+            recompute=case.recompute,
         )
         step = TrainStep(model, mesh=mesh)
         step(batch)

@@ -17,7 +17,7 @@ from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_names, builtin_plan
 from shardwise.step.build import build_model, device_mesh
-from shardwise.step.train import TrainStep
+from shardwise.step.train import TrainStep, mixed_precision
 from tests.distributed.c10d_log import Issued, ranks_of, writing_down
 
 SEQ, BATCH = 24, 4
@@ -122,7 +122,8 @@ def _issued(case: Case, context: RankContext) -> list[Issued]:
         dtype=getattr(torch, settings.dtype),
         device=context.device,
         seed=0,
-        recompute=settings.recompute == "full",
+        policy=mixed_precision(settings),
+        recompute=settings.recompute,
     )
     phases = [Phase.FORWARD]
     step = TrainStep(model, mesh=mesh, on_phase=phases.append)

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from shardwise.cli.config import read_config
-from shardwise.cli.options import DTYPES, RECOMPUTE, check_batch, check_choice, check_seq
+from shardwise.cli.options import DTYPES, RECOMPUTE, check_batch, check_choice, check_precision, check_seq
 from shardwise.cli.profiled import profiled_plans
 from shardwise.core.errors import OptionError
 from shardwise.core.finding import Agreement, Finding
@@ -69,8 +69,26 @@ def compare(
     dtype: Annotated[
         str, typer.Option(help=f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.", rich_help_panel=_STEP)
     ] = "float32",
+    param_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="What FSDP gathers parameters in, and layers compute in (MixedPrecisionPolicy).",
+            show_default="the --dtype",
+            rich_help_panel=_STEP,
+        ),
+    ] = None,
+    reduce_dtype: Annotated[
+        str | None,
+        typer.Option(help="What FSDP reduces gradients in.", show_default="what layers compute in", rich_help_panel=_STEP),
+    ] = None,
     accumulation: Annotated[int, typer.Option(help="Micro-batches that a step's batch is cut into.", min=1, rich_help_panel=_STEP)] = 1,
-    recompute: Annotated[str, typer.Option(help="Activation checkpointing: none, or full (every layer).", rich_help_panel=_STEP)] = "none",
+    recompute: Annotated[
+        str,
+        typer.Option(
+            help="Activation checkpointing of each layer: none, selective-ops (all but attention and every second matmul) or full.",
+            rich_help_panel=_STEP,
+        ),
+    ] = "none",
     compile_layers: Annotated[
         bool, typer.Option("--compile", help="torch.compile every layer: not offered yet, and refused.", rich_help_panel=_STEP)
     ] = False,
@@ -131,6 +149,8 @@ def compare(
         batch=batch,
         seq=seq,
         dtype=dtype,
+        param_dtype=param_dtype,
+        reduce_dtype=reduce_dtype,
         accumulation=accumulation,
         recompute=recompute,
         compiled=compile_layers,
@@ -188,7 +208,7 @@ class _Request:
         from shardwise.models.specs import get_spec
 
         spec = get_spec(model)
-        check_choice("--dtype", settings.dtype, DTYPES)
+        check_precision(settings, mesh)
         check_choice("--recompute", settings.recompute, RECOMPUTE)
         check_choice("--device", device, ("auto", "cpu", "cuda"))
         # PyTorch's own styles would untie a head

@@ -139,7 +139,7 @@ class _Run:
                 dtype=torch.float64,
                 device=device,
                 seed=job.settings.seed,
-                recompute=job.settings.recompute == "full",
+                recompute=job.settings.recompute,
             )
             step = TrainStep(model, mesh=self.mesh)
             parts = self._micro_batches(batches, 0)

@@ -11,13 +11,24 @@ if TYPE_CHECKING:
     from shardwise.models.source import ModelSource
 
 DTYPES = ("float32", "bfloat16", "float64")
-RECOMPUTE = ("none", "full")
+RECOMPUTE = ("none", "selective-ops", "full")
 
 
 def check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raises OptionError for a value that isn't offered."""
     if value not in allowed:
         raise OptionError(f'{option} is "{value}".{suggest(value, allowed)} Allowed: {", ".join(allowed)}.')
+
+
+def check_precision(settings: StepSettings, mesh: Mesh) -> None:
+    """Raises OptionError for mixed precision in unknown dtypes, or where no FSDP is that would have it."""
+    check_choice("--dtype", settings.dtype, DTYPES)
+    for option, value in (("--param-dtype", settings.param_dtype), ("--reduce-dtype", settings.reduce_dtype)):
+        if value is None:
+            continue
+        check_choice(option, value, DTYPES)
+        if "fsdp" not in dict(mesh.axes):
+            raise OptionError(f"{option} {value}: is FSDP's mixed precision, and mesh {mesh} has no fsdp axis. Add fsdp=N, or use --dtype.")
 
 
 def check_batch(settings: StepSettings, mesh: Mesh) -> None:

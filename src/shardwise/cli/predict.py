@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 
 from shardwise.cli.config import read_config
-from shardwise.cli.options import DTYPES, check_choice, check_seq, default_plan
+from shardwise.cli.options import DTYPES, check_choice, check_precision, check_seq, default_plan
+from shardwise.cli.options import RECOMPUTE as TRACED_RECOMPUTE
 from shardwise.cli.predict_programs import MicroBatch, load_program, trace_program, traced_mesh, write_program
 from shardwise.cli.predict_sweep import MICRO_BATCHES, SweepTask
 from shardwise.cli.predict_sweep import sweep as sweep_over
@@ -20,7 +21,7 @@ from shardwise.core.errors import OptionError
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import suggest
-from shardwise.core.prediction import AttentionKernel, Precision, Prediction, Selective, Setup, Term
+from shardwise.core.prediction import AttentionKernel, Precision, Prediction, Setup, Term
 from shardwise.core.shown import shown
 
 if TYPE_CHECKING:
@@ -29,13 +30,13 @@ if TYPE_CHECKING:
     from shardwise.core.program import Program
     from shardwise.models.source import ModelSource
 
-# full is traced; the others are what a Setup adds to a trace without recompute
-SELECTIVE = {"selective": Selective.ATTENTION, "selective-ops": Selective.OPS}
-RECOMPUTE = ("none", *SELECTIVE, "full")
+# what a Setup adds to a trace without recompute; the others are traced
+ATTENTION = "selective"
+RECOMPUTE = (*TRACED_RECOMPUTE[:1], ATTENTION, *TRACED_RECOMPUTE[1:])
 MATMUL_DTYPES = ("float8",)
 TERM_NAMES = {term.name.lower(): term for term in Term}
 # what a saved program has decided already, what a sweep goes over or has no use for, and what is a sweep's alone
-_OF_PROGRAM = ("plans", "model", "batch", "seq", "dtype", "random_ids", "save_program")
+_OF_PROGRAM = ("plans", "model", "batch", "seq", "dtype", "param_dtype", "reduce_dtype", "random_ids", "save_program")
 _NOT_SWEPT = ("mesh", "program", "save_program")
 _OF_SWEEP = ("devices", "micro_batches")
 _MODEL, _STEP, _RUN, _SWEEP, _OUTPUT = "Model and mesh", "Training step", "How it runs", "Sweep", "Output"
@@ -96,11 +97,23 @@ def predict(
     dtype: Annotated[
         str, typer.Option(help=f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.", rich_help_panel=_STEP)
     ] = "float32",
+    param_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="What FSDP gathers parameters in, and layers compute in (MixedPrecisionPolicy).",
+            show_default="the --dtype",
+            rich_help_panel=_STEP,
+        ),
+    ] = None,
+    reduce_dtype: Annotated[
+        str | None,
+        typer.Option(help="What FSDP reduces gradients in.", show_default="what layers compute in", rich_help_panel=_STEP),
+    ] = None,
     accumulation: Annotated[int, typer.Option(help="Micro-batches that a step's batch is cut into.", min=1, rich_help_panel=_STEP)] = 1,
     recompute: Annotated[
         str,
         typer.Option(
-            help="In the backward: none, selective (unfused attention), selective-ops (torchtitan's) or full (every layer).",
+            help="Again in the backward: none, selective (unfused attention), selective-ops (a layer, but attention and every second matmul) or full.",
             rich_help_panel=_STEP,
         ),
     ] = "none",
@@ -126,7 +139,7 @@ def predict(
     precision: Annotated[
         str,
         typer.Option(
-            help="What states are kept in: traced (the --dtype), master (float32 beside it, as Megatron) or sharded (float32, as FSDP2).",
+            help="What states are kept in: traced (the --dtype), or master (float32 beside it, as Megatron).",
             rich_help_panel=_RUN,
         ),
     ] = "traced",
@@ -192,7 +205,7 @@ def predict(
         chunks=chunks,
         context=context_ranks,
         attention=None if attention is None else AttentionKernel(attention),
-        selective_recompute=SELECTIVE.get(recompute),
+        recompute_attention=recompute == ATTENTION,
         compiled=compiled,
         matmul_dtype=matmul_dtype,
         overlap_data=overlap_data,
@@ -201,6 +214,7 @@ def predict(
         precision=Precision(precision),
         without=_terms(without or []),
     )
+    traced_recompute = "none" if recompute == ATTENTION else recompute
     from shardwise.predict.machines import load_machine
 
     found = load_machine(machine)
@@ -211,7 +225,9 @@ def predict(
             model,
             "",
             sequence_parallel,
-            MicroBatch(0, _part_of(seq, context_ranks), dtype, "full" if recompute == "full" else "none", random_ids=random_ids),
+            MicroBatch(
+                0, _part_of(seq, context_ranks), dtype, param_dtype, reduce_dtype, traced_recompute, context_ranks, random_ids=random_ids
+            ),
             _sizes(micro_batches),
             batch,
             (),
@@ -221,7 +237,7 @@ def predict(
         return _sweep(task, plans or [default_plan(model)], devices or found.devices_per_node, top, console, as_json=as_json, out=out)
     _refuse(context, _OF_SWEEP, "it is a sweep's. Add --sweep, or leave it out")
     if program is not None:
-        decided = (*_OF_PROGRAM, *(("recompute",) if recompute == "full" else ()))
+        decided = (*_OF_PROGRAM, *(("recompute",) if traced_recompute != "none" else ()))
         _refuse(context, decided, "a saved program has its own. Leave it out beside --program, or trace without --program")
         step = _saved_step(load_program(program), found, setup, mesh)
         return _deliver(found, [step], console, as_json=as_json, out=out)
@@ -231,11 +247,14 @@ def predict(
         batch,
         seq,
         dtype,
-        "full" if recompute == "full" else "none",
+        param_dtype,
+        reduce_dtype,
+        traced_recompute,
         random_ids,
         sequence_parallel,
         setup,
     )
+    check_precision(asked.settings, asked.mesh)
     chosen = plans or [default_plan(model)]
     if save_program is not None and len(chosen) > 1:
         raise OptionError(f"--save-program {shown(save_program)}: is one program's, and {len(chosen)} plans are given. Give one plan.")
@@ -254,6 +273,8 @@ class _Asked:
     batch: int | None
     seq: int
     dtype: str
+    param_dtype: str | None
+    reduce_dtype: str | None
     recompute: str
     random_ids: bool
     sequence_parallel: bool
@@ -264,7 +285,13 @@ class _Asked:
         """Of the whole step."""
         parts = self.mesh.data_parallel * self.setup.micro_batches
         return StepSettings(
-            self.batch or parts, self.seq, dtype=self.dtype, accumulation=self.setup.micro_batches, recompute=self.recompute
+            self.batch or parts,
+            self.seq,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            reduce_dtype=self.reduce_dtype,
+            accumulation=self.setup.micro_batches,
+            recompute=self.recompute,
         )
 
     def micro_batch(self) -> MicroBatch:
@@ -276,7 +303,16 @@ class _Asked:
                 f"micro-batches. Use a multiple of {parts}."
             )
         seq = _part_of(self.seq, self.setup.context)
-        return MicroBatch(self.settings.batch // parts, seq, self.dtype, self.recompute, random_ids=self.random_ids)
+        return MicroBatch(
+            self.settings.batch // parts,
+            seq,
+            self.dtype,
+            self.param_dtype,
+            self.reduce_dtype,
+            self.recompute,
+            self.setup.context,
+            random_ids=self.random_ids,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,7 +424,7 @@ def _traced_steps(asked: _Asked, plans: Sequence[str], machine: "Machine") -> li
         steps: list[Step] = []
         for plan in loaded:
             program = trace_program(source, plan, asked.mesh, micro_batch, machine.device, progress.say)
-            small = {name: size for name, size in sizes.items() if name in dict(traced_mesh(asked.mesh).axes)}
+            small = {name: size for name, size in sizes.items() if name in dict(traced_mesh(asked.mesh, asked.setup.context).axes)}
             check_setup(program, machine, asked.setup, small)
             steps.append(Step(_label(program.plan, steps), program, asked.setup, asked.settings, small))
     return steps

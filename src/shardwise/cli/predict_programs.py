@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from shardwise.core.errors import InputError, RunError
 from shardwise.core.measurement import StepSettings
-from shardwise.core.mesh import Mesh
+from shardwise.core.mesh import Mesh, reducing_axis
 from shardwise.core.plan import AnyPlan
 from shardwise.core.shown import shown
 
@@ -24,19 +24,25 @@ TRACED_DATA_RANKS = 2
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """One rank's part of a step, as it is traced. batch: sequences per data-parallel rank; seq: one rank's tokens of each."""
+    """One rank's part of a step, as it is traced. batch: sequences per data-parallel rank; seq: one rank's tokens of each; context: ranks that
+    share a sequence. param_dtype, reduce_dtype: of FSDP, where the mesh has it."""
 
     batch: int
     seq: int
     dtype: str
+    param_dtype: str | None
+    reduce_dtype: str | None
     recompute: str
+    context: int = 1
     seed: int = 0
     random_ids: bool = False
 
 
-def traced_mesh(mesh: Mesh) -> Mesh:
-    """The mesh with data-parallel axes of two ranks at most."""
-    return Mesh(tuple((name, size if name == "tp" else min(size, TRACED_DATA_RANKS)) for name, size in mesh.axes))
+def traced_mesh(mesh: Mesh, context: int = 1) -> Mesh:
+    """The mesh with data-parallel axes of two ranks at most; context ranks are on the axis that they reduce gradients over."""
+    shared = reducing_axis(name for name, _ in mesh.axes)
+    wide = ((name, size * context if name == shared else size) for name, size in mesh.axes)
+    return Mesh(tuple((name, size if name == "tp" else min(size, TRACED_DATA_RANKS)) for name, size in wide))
 
 
 def trace_program(
@@ -46,11 +52,14 @@ def trace_program(
     from shardwise.cli.token_ids import token_ids
     from shardwise.trace.trace import trace
 
-    small = traced_mesh(mesh)
+    small = traced_mesh(mesh, micro_batch.context)
+    is_fsdp = small.size("fsdp") > 1
     settings = StepSettings(
         batch=micro_batch.batch * small.data_parallel,
         seq=micro_batch.seq,
         dtype=micro_batch.dtype,
+        param_dtype=micro_batch.param_dtype if is_fsdp else None,
+        reduce_dtype=micro_batch.reduce_dtype if is_fsdp else None,
         recompute=micro_batch.recompute,
         seed=micro_batch.seed,
     )

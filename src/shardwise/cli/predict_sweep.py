@@ -86,7 +86,12 @@ def sweep(
         traces += result.traces
         progress(done, len(tasks), "tracing and predicting")
     settings = StepSettings(
-        asked.batch or 0, asked.micro_batch.seq * asked.setup.context, dtype=asked.micro_batch.dtype, recompute=asked.micro_batch.recompute
+        asked.batch or 0,
+        asked.micro_batch.seq * asked.setup.context,
+        dtype=asked.micro_batch.dtype,
+        param_dtype=asked.micro_batch.param_dtype,
+        reduce_dtype=asked.micro_batch.reduce_dtype,
+        recompute=asked.micro_batch.recompute,
     )
     refusals = tuple(Refusal(plan, reason, number) for (plan, reason), number in refused.items())
     return Sweep(asked.model, facts_of(machine), devices, settings, asked.setup, best_first(points), refusals, traces)

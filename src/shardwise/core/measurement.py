@@ -14,12 +14,16 @@ from shardwise.core.parts import Parts
 class StepSettings:
     """The training step that every plan runs: the same data, loss, clipping and optimizer (AdamW).
 
-    batch: sequences per optimizer step over all ranks; accumulation: micro-batches that it is cut into.
+    batch: sequences per optimizer step over all ranks; accumulation: micro-batches that it is cut into. param_dtype, reduce_dtype: FSDP's mixed
+    precision, as PyTorch's MixedPrecisionPolicy has it: what parameters are gathered and layers computed in (None: dtype), and what gradients are
+    reduced in (None: as computed); shards, their gradients and the optimizer's state stay in dtype.
     """
 
     batch: int
     seq: int
     dtype: str = "float32"
+    param_dtype: str | None = None
+    reduce_dtype: str | None = None
     accumulation: int = 1
     recompute: str = "none"
     compiled: bool = False
@@ -30,6 +34,18 @@ class StepSettings:
     @property
     def tokens(self) -> int:
         return self.batch * self.seq
+
+    @property
+    def computed_dtype(self) -> str:
+        """What layers compute in."""
+        return self.param_dtype or self.dtype
+
+    @property
+    def precision(self) -> str:
+        """The dtypes in words: "float32", or "float32, computed in bfloat16, reduced in float32"."""
+        if self.param_dtype is None and self.reduce_dtype is None:
+            return self.dtype
+        return f"{self.dtype}, computed in {self.computed_dtype}, reduced in {self.reduce_dtype or self.computed_dtype}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Mesh: named axes of ranks, such as `dp=2,tp=4`. The last axis is the fastest: neighbouring ranks differ in it."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
@@ -60,3 +61,9 @@ class Mesh:
 
     def __str__(self) -> str:
         return ",".join(f"{name}={size}" for name, size in self.axes)
+
+
+def reducing_axis(axes: Iterable[str]) -> str | None:
+    """The axis over which context ranks reduce their gradients too, and FSDP shards: fsdp, else dp."""
+    known = set(axes)
+    return next((name for name in ("fsdp", "dp") if name in known), None)

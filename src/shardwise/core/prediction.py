@@ -35,21 +35,12 @@ class AttentionKernel(StrEnum):
     UNFUSED = "unfused"
 
 
-class Selective(StrEnum):
-    """What a selective recompute runs again. attention: the unfused attention between its projections (Korthikanti et al. 2022). ops: all but
-    attention, reduce-scatters and every second matmul (torchtitan's "selective op")."""
-
-    ATTENTION = "attention"
-    OPS = "ops"
-
-
 class Precision(StrEnum):
-    """What states are kept in. traced: all in the Program's dtype. master: parameters in it; gradients, master weights and AdamW's state in
-    float32 (Megatron's mixed precision). sharded: all of them in float32, gathered in the Program's dtype (FSDP2's mixed precision)."""
+    """What states are kept in. traced: as the Program keeps them (FSDP's mixed precision is in it). master: parameters in its dtype;
+    gradients, master weights and AdamW's state in float32 (Megatron's mixed precision)."""
 
     TRACED = "traced"
     MASTER = "master"
-    SHARDED = "sharded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +48,9 @@ class Setup:
     """How a traced micro-batch's Program becomes a whole step, and what is assumed of the run. A choice per field, each stated in the result.
 
     micro_batches: per step. stages: of the pipeline; chunks: of layers a stage holds (interleaved). context: ranks that share each sequence (the Program's
-    sequence is one rank's part). attention: None where the Program's own
-    op says. compiled: kernels bound by memory fused between matmuls. matmul_dtype: "float8" where linear layers multiply in it. overlap_data:
+    sequence is one rank's part), and with the data-parallel ranks the reduction of gradients and FSDP's shards. attention: None where the
+    Program's own op says. recompute_attention: the unfused attention between its projections runs again in the backward (Korthikanti et al.
+    2022); a layer's recompute is the Program's. compiled: kernels bound by memory fused between matmuls. matmul_dtype: "float8" where linear layers multiply in it. overlap_data:
     whether gradients of whole replicas are reduced beside the backward. overlap_tensor: whether tensor-parallel collectives run beside the
     matmul that makes or takes them. optimizer_shards: ranks that share the optimizer's state and work (ZeRO-1). without: terms that are switched off.
     """
@@ -68,7 +60,7 @@ class Setup:
     chunks: int = 1
     context: int = 1
     attention: AttentionKernel | None = None
-    selective_recompute: Selective | None = None
+    recompute_attention: bool = False
     compiled: bool = False
     matmul_dtype: str | None = None
     overlap_data: bool = False

@@ -22,7 +22,7 @@ from shardwise.measure.sockets import sent_bytes
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.recorder import CollectiveRecorder
 from shardwise.step.build import build_model
-from shardwise.step.train import StepResult, TrainStep
+from shardwise.step.train import StepResult, TrainStep, mixed_precision
 
 MODULE_RUNS = 3
 
@@ -78,7 +78,8 @@ class Subject:
             dtype=getattr(torch, settings.dtype),
             device=device,
             seed=settings.seed,
-            recompute=settings.recompute == "full",
+            policy=mixed_precision(settings),
+            recompute=settings.recompute,
             compiled=settings.compiled,
             on_parameter=on_parameter,
         )

@@ -7,6 +7,7 @@ from shardwise.core.errors import OptionError
 from shardwise.core.machine import Machine
 from shardwise.core.prediction import Setup
 from shardwise.core.program import Program
+from shardwise.predict.work import reducing_sizes
 
 DATA_AXES = ("dp", "fsdp")
 
@@ -23,8 +24,9 @@ def check_setup(program: Program, machine: Machine, setup: Setup, sizes: Mapping
         raise OptionError(
             f"the program was traced at tp={traced.get('tp', 1)}, and the mesh has tp={sizes.get('tp', 1)}. Only dp and fsdp can be rescaled."
         )
+    wide = reducing_sizes(program, setup, dict(sizes))
     for name in DATA_AXES:
-        if (sizes.get(name, 1) > 1) != (traced.get(name, 1) > 1):
+        if (wide.get(name, 1) > 1) != (traced.get(name, 1) > 1):
             raise OptionError(
                 f"the program was traced at {name}={traced.get(name, 1)}, and the mesh has {name}={sizes.get(name, 1)}. "
                 "An axis can be rescaled, not added or taken away: 1 stays 1."

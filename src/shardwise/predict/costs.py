@@ -15,7 +15,7 @@ from math import prod
 from shardwise.core.collective import CollectiveKind, wire_bytes
 from shardwise.core.errors import MachineError
 from shardwise.core.machine import FRESH, Link, Machine, local_ranks
-from shardwise.core.prediction import AttentionKernel, Selective, Setup, Term
+from shardwise.core.prediction import AttentionKernel, Setup, Term
 from shardwise.core.program import Collective, Op, OpKind, Phase, TensorSpec
 
 SCORE_PASSES = {False: 4, True: 5}  # forward, backward
@@ -135,7 +135,7 @@ def _attention(op: Op, machine: Machine, setup: Setup, issue_s: float) -> Cost:
         return Cost(seconds, issue_s, Term.ATTENTION)
     seconds = _unfused_s(machine, q, k, backward=backward)
     launches = UNFUSED_LAUNCHES[backward]
-    if backward and setup.selective_recompute is Selective.ATTENTION:
+    if backward and setup.recompute_attention:
         seconds += _unfused_s(machine, q, k, backward=False)
         launches += UNFUSED_LAUNCHES[False]
     return Cost(seconds, launches * issue_s, Term.ATTENTION)

@@ -6,8 +6,8 @@
     reserved   active x RESERVED_OVER_ACTIVE: what the caching allocator rounds and can't reuse
     device     reserved and what the process holds beside tensors (context, libraries, communicators)
 
-Bytes per parameter in half precision: master 2 + 4 + 12 (parameter, gradient, master weight and two moments); sharded 4 + 4 + 8 (Rajbhandari et
-al. 2020, section 3.1). 1F1B holds p micro-batches' activations on the first stage, the interleaved schedule 1 + (p-1)/(p v) times as much
+Bytes per parameter in half precision: master 2 + 4 + 12 (parameter, gradient, master weight and two moments; Rajbhandari et al. 2020, section
+3.1). 1F1B holds p micro-batches' activations on the first stage, the interleaved schedule 1 + (p-1)/(p v) times as much
 (Narayanan et al. 2021, section 2.2; Korthikanti et al. 2022, section 4.2.3).
 """
 
@@ -18,7 +18,7 @@ from types import MappingProxyType
 import numpy as np
 
 from shardwise.core.machine import Machine
-from shardwise.core.prediction import MemoryForecast, Precision, Selective, Setup
+from shardwise.core.prediction import MemoryForecast, Precision, Setup
 from shardwise.core.program import MemoryChange, MemoryKind, Phase, Program
 
 RESERVED_OVER_ACTIVE = 1.15
@@ -26,10 +26,7 @@ RESERVED_OVER_ACTIVE = 1.15
 
 _ONCE = (Phase.REDUCE, Phase.CLIP, Phase.OPTIMIZER)
 STATES = (MemoryKind.PARAMETER, MemoryKind.GRADIENT, MemoryKind.OPTIMIZER)
-# of the traced bytes of the parameters: parameter, gradient, optimizer
-OF_PARAMETERS = {Precision.MASTER: (1.0, 2.0, 6.0), Precision.SHARDED: (2.0, 2.0, 4.0)}
-KEPT_BY_OPS = ("attention", "reduce_scatter", "mm")
-"""What torchtitan's selective op keeps of the forward (of matmuls every second one)."""
+OF_MASTER = (1.0, 2.0, 6.0)  # of the traced bytes of the parameters: parameter, gradient, optimizer
 
 ByKind = dict[MemoryKind, float]
 
@@ -41,8 +38,7 @@ def forecast(program: Program, machine: Machine, setup: Setup, sizes: dict[str, 
         by_kind = peak_by_kind(program, lambda _: True, setup, scales)
     else:
         by_kind = peak_by_kind(program, lambda kind: kind not in STATES, setup, scales)
-        shares = OF_PARAMETERS[setup.precision]
-        for kind, share in zip(STATES, shares, strict=True):
+        for kind, share in zip(STATES, OF_MASTER, strict=True):
             by_kind[kind] = program.held(MemoryKind.PARAMETER) * share
     by_kind = {kind: n_bytes * scales.get(kind, 1.0) for kind, n_bytes in by_kind.items()}
     active = sum(by_kind.values())
@@ -100,23 +96,9 @@ def peak_by_kind(
 
 def _rows(program: Program, setup: Setup) -> Iterable[_Row]:
     index = {kind: number for number, kind in enumerate(MemoryKind)}
-    keep = _kept_share if setup.selective_recompute is Selective.OPS else _all_of_it
     for block in program.blocks:
         changes = [item for item in block.items if isinstance(item, MemoryChange)]
         if setup.precision is not Precision.TRACED:
             changes = [change for change in changes if change.phase not in _ONCE]
-        n_bytes = np.array([change.n_bytes * keep(change) for change in changes], np.float64)
+        n_bytes = np.array([change.n_bytes for change in changes], np.float64)
         yield _Row(n_bytes, np.array([index[change.kind] for change in changes], np.int8), block.times)
-
-
-def _all_of_it(change: MemoryChange) -> float:
-    return 1.0
-
-
-def _kept_share(change: MemoryChange) -> float:
-    """Of an activation, what a selective recompute of ops keeps."""
-    if change.kind is not MemoryKind.ACTIVATION:
-        return 1.0
-    if not any(name in change.maker for name in KEPT_BY_OPS):
-        return 0.0
-    return 0.5 if "mm" in change.maker else 1.0

@@ -10,14 +10,13 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from shardwise.core.collective import CollectiveKind
 from shardwise.core.machine import Machine, local_ranks
-from shardwise.core.prediction import Prediction, Selective, Setup, Term
-from shardwise.core.program import Collective, Op, Phase, Program
+from shardwise.core.prediction import Prediction, Setup, Term
+from shardwise.core.program import Op, Phase, Program
 from shardwise.predict.memory import forecast
 from shardwise.predict.pipeline import StageTimes, layers_of_stages, pipeline_s
 from shardwise.predict.streams import run
-from shardwise.predict.work import AFTER, BEFORE, TERMS, Work, work_of
+from shardwise.predict.work import AFTER, BEFORE, TERMS, Work, reducing_sizes, work_of
 
 SLOWED_BESIDE = 0.189
 """How much longer compute takes while collectives run beside it: mean over A100, H100 and MI250. Source: arXiv 2507.03114 (most: 40 %)."""
@@ -43,7 +42,7 @@ def predict(program: Program, machine: Machine, setup: Setup, sizes: dict[str, i
     together = machine.device == "cpu"
     stages = stages_of(work, program, setup, together=together)
     passes_s = pipeline_s([stage.times for stage in stages], setup.micro_batches, transfer_s(program, machine, setup), setup.chunks)
-    once_s = _once(step_end_of(work, setup, further_shards(program, sizes)), together)
+    once_s = _once(step_end_of(work, setup, further_shards(program, setup, sizes)), together)
     busiest = max(range(len(stages)), key=lambda index: stages[index].times.total_s)
     terms = dict.fromkeys(Term, 0.0)
     for term, seconds in stages[busiest].terms.items():
@@ -68,7 +67,7 @@ def predict(program: Program, machine: Machine, setup: Setup, sizes: dict[str, i
         tokens,
         step_s,
         tuple(terms.items()),
-        forecast(program, machine, setup, all_sizes),
+        forecast(program, machine, setup, reducing_sizes(program, setup, sizes)),
         tuple(f"{name} has no known cost on {machine.device}: counted by its bytes" for name in work.unknown),
     )
 
@@ -110,8 +109,6 @@ def passes_of(work: Work, first: int, count: int, setup: Setup, index: int) -> t
     if index == setup.stages - 1:
         layers |= work.layer == AFTER
     forward, backward = (work.where(layers & work.in_phases(*phases)) for phases in (FORWARDS, BACKWARDS))
-    if setup.selective_recompute is Selective.OPS:
-        backward = backward.followed_by(_again(work.where(layers & work.in_phases(Phase.FORWARD) & (work.layer >= 0))))
     return layers, forward, backward
 
 
@@ -130,18 +127,6 @@ def _stage(work: Work, first: int, count: int, setup: Setup, index: int, togethe
     return Stage(StageTimes(*times), terms, work.where(layers))
 
 
-def _again(forward: Work) -> Work:
-    """A forward's rows as a selective recompute of ops runs them again."""
-    shares = np.ones(len(TERMS))
-    shares[TERMS.index(Term.ATTENTION)] = 0.0
-    shares[TERMS.index(Term.MATMUL)] = 0.5
-    shares[TERMS.index(Term.DATA)] = 0.0
-    kinds = [item.call.kind if isinstance(item, Collective) else None for item in forward.items]
-    scatters = np.array([kind is CollectiveKind.REDUCE_SCATTER for kind in kinds])[forward.template]
-    factor = np.where(scatters, 0.0, shares[forward.term])
-    return replace(forward, device_s=forward.device_s * factor, host_s=forward.host_s * (factor > 0), axis=forward.axis * 0)
-
-
 def _add_terms(terms: dict[Term, float], part: Work, length_s: float, together: bool) -> float:
     """The items' own seconds by term; the difference to the length is waiting for launches. Returns what communication beside it adds to it."""
     own = part.device_s + (part.host_s if together else 0.0)
@@ -157,10 +142,9 @@ def _add_terms(terms: dict[Term, float], part: Work, length_s: float, together: 
     return slowed
 
 
-def further_shards(program: Program, sizes: dict[str, int] | None) -> float:
+def further_shards(program: Program, setup: Setup, sizes: dict[str, int] | None) -> float:
     """Into how many parts the traced rank's shard of the parameters is cut, where FSDP's axis is larger than the traced one."""
-    traced = dict(program.axes).get("fsdp", 1)
-    return (sizes or {}).get("fsdp", traced) / traced
+    return reducing_sizes(program, setup, sizes).get("fsdp", 1) / dict(program.axes).get("fsdp", 1)
 
 
 def step_end_of(work: Work, setup: Setup, shards: float) -> Work:

@@ -25,7 +25,7 @@ from shardwise.core.timeline import NONE, Collectives, Group, Lane, SpanKind, Sp
 from shardwise.predict.pipeline import layers_of_stages, one_f_one_b
 from shardwise.predict.predict import further_shards, passes_of, stages_of, step_end_of, transfer_s, without
 from shardwise.predict.streams import Run, run
-from shardwise.predict.work import PHASES, Work, work_of
+from shardwise.predict.work import PHASES, Work, reducing_sizes, work_of
 
 MOST_PASSES = 20_000
 MOST_LISTED_RANKS = 4096
@@ -44,8 +44,9 @@ class _Part:
 def timeline_of(program: Program, machine: Machine, setup: Setup, sizes: dict[str, int] | None = None) -> Timeline:
     """Forward, backward and the step's end of rank 0 of the stage that takes longest: one window."""
     parts = _parts(program, machine, setup, sizes)
-    all_sizes = dict(program.axes) | (sizes or {})
-    return _Writer(program, all_sizes, together=machine.device == "cpu").timeline(parts, machine, setup)
+    ranks = prod((dict(program.axes) | (sizes or {})).values()) * setup.context
+    writer = _Writer(program, reducing_sizes(program, setup, sizes), ranks, together=machine.device == "cpu")
+    return writer.timeline(parts, machine, setup)
 
 
 def launch_bound(program: Program, machine: Machine, setup: Setup, sizes: dict[str, int] | None = None) -> tuple[LaunchBound, ...]:
@@ -104,7 +105,7 @@ def _parts(program: Program, machine: Machine, setup: Setup, sizes: dict[str, in
     first, count = layers_of_stages(program.layers[1] if program.layers is not None else 0, setup.stages)[busiest]
     _, forward, backward = passes_of(work, first, count, setup, busiest)
     parts, at_s = [], 0.0
-    for part in (forward, backward, step_end_of(work, setup, further_shards(program, sizes))):
+    for part in (forward, backward, step_end_of(work, setup, further_shards(program, setup, sizes))):
         if len(part):
             placed = run(part, together=together)
             parts.append(_Part(part, placed, at_s))
@@ -115,9 +116,10 @@ def _parts(program: Program, machine: Machine, setup: Setup, sizes: dict[str, in
 class _Writer:
     """Collects the columns of a Timeline's spans."""
 
-    def __init__(self, program: Program, sizes: dict[str, int], *, together: bool) -> None:
+    def __init__(self, program: Program, sizes: dict[str, int], ranks: int, *, together: bool) -> None:
         self.prefix = program.layers[0] if program.layers is not None else None
         self.sizes = sizes
+        self.ranks = ranks
         self.together = together
         self.names: dict[str, int] = {}
 
@@ -126,7 +128,7 @@ class _Writer:
 
     def timeline(self, parts: list[_Part], machine: Machine, setup: Setup) -> Timeline:
         axes = parts[0].work.axes if parts else ()
-        ranks = prod(self.sizes.values()) * setup.context
+        ranks = self.ranks
         host = Lane(0, False, "host", "issues", ranks)
         on_device = [Lane(0, True, "device", "compute", ranks), *(Lane(0, True, "device", f"communication {axis}", ranks) for axis in axes)]
         lanes = (host, *([] if self.together else on_device))

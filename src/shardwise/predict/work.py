@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardwise.core.machine import Machine
+from shardwise.core.mesh import reducing_axis
 from shardwise.core.prediction import Setup, Term
 from shardwise.core.program import Block, Collective, Op, Phase, Program, layer_index
 from shardwise.predict.costs import collective_cost, op_cost
@@ -80,10 +81,19 @@ class Work:
         return np.isin(self.phase, [PHASES.index(phase) for phase in phases])
 
 
+def reducing_sizes(program: Program, setup: Setup, sizes: dict[str, int] | None) -> dict[str, int]:
+    """Ranks over which the collectives of each axis go. sizes: of the mesh's axes, where they differ from the Program's."""
+    found = dict(program.axes) | (sizes or {})
+    axis = reducing_axis(found)
+    if axis is not None and setup.context > 1 and dict(program.axes).get(axis, 1) > 1:
+        found[axis] *= setup.context
+    return found
+
+
 def work_of(program: Program, machine: Machine, setup: Setup, sizes: dict[str, int] | None = None) -> Work:
     """All items of one step. sizes: of the mesh's axes, where they differ from the Program's (its data-parallel ones may be rescaled)."""
     axes = tuple(name for name, _ in program.axes)
-    sizes = dict(program.axes) | (sizes or {})
+    sizes = reducing_sizes(program, setup, sizes)
     strides, stride = {}, 1
     for name in reversed(axes):
         strides[name] = stride

@@ -104,7 +104,7 @@ def _setting(explanation: Explanation) -> list[Text]:
         (plain(rows.mesh_text(explanation)), "bold"),
         f" · rank {explanation.rank} of {ranks} · {plain(name(explanation.device))}",
     )
-    step = f"batch {settings.batch} x sequence {settings.seq} = {settings.tokens} tokens a step · {plain(name(settings.dtype))}"
+    step = f"batch {settings.batch} x sequence {settings.seq} = {settings.tokens} tokens a step · {plain(name(settings.precision))}"
     if settings.accumulation > 1:
         step += f" · {settings.accumulation} micro-batches"
     if settings.recompute != "none":

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from shardwise.core.measurement import StepSettings
-from shardwise.core.prediction import AttentionKernel, MemoryForecast, Precision, Prediction, Selective, Setup, Term
+from shardwise.core.mesh import reducing_axis
+from shardwise.core.prediction import AttentionKernel, MemoryForecast, Precision, Prediction, Setup, Term
 from shardwise.core.prediction_run import LAUNCH_BOUND, LaunchBound, MachineFacts, PlanDifference, PredictionRun
 from shardwise.report.explain_rows import KIND_PLURALS, name, sentence
 from shardwise.report.units import format_bytes, format_count, format_seconds
@@ -100,7 +101,10 @@ def mesh_text(prediction: Prediction) -> str:
 
 
 def step_text(settings: StepSettings, setup: Setup) -> str:
-    parts = [f"batch {settings.batch:,} x sequence {settings.seq:,} = {settings.tokens:,} tokens a step", name(settings.dtype, "(dtype)")]
+    parts = [
+        f"batch {settings.batch:,} x sequence {settings.seq:,} = {settings.tokens:,} tokens a step",
+        name(settings.precision, "(dtype)"),
+    ]
     if setup.micro_batches > 1:
         parts.append(f"{setup.micro_batches} micro-batches")
     return " · ".join(parts)
@@ -124,7 +128,8 @@ def assumptions(settings: StepSettings, setup: Setup, axes: Sequence[tuple[str, 
     if setup.micro_batches > 1:
         lines.append(f"All {setup.micro_batches} micro-batches are equal; gradients are reduced once, after the last.")
     if setup.context > 1:
-        lines.append(f"{setup.context} ranks share each sequence, and each meets all keys: exchanging them is not modelled.")
+        reduced = "" if reducing_axis(axis for axis, _ in axes) else ", nor is reducing gradients over them (without an axis dp or fsdp)"
+        lines.append(f"{setup.context} ranks share each sequence, and each meets all keys: exchanging them is not modelled{reduced}.")
     match setup.attention:
         case AttentionKernel.FUSED:
             lines.append("Attention is one fused kernel each way.")
@@ -145,8 +150,6 @@ def assumptions(settings: StepSettings, setup: Setup, axes: Sequence[tuple[str, 
             lines.append(
                 "Gradients, master weights and AdamW's moments are kept in float32 beside the parameters (Megatron's mixed precision)."
             )
-        case Precision.SHARDED:
-            lines.append("Parameters, gradients and AdamW's moments are kept in float32 (FSDP2's mixed precision).")
         case _:
             assert_never(setup.precision)
     if setup.optimizer_shards > 1:
@@ -162,16 +165,12 @@ def assumptions(settings: StepSettings, setup: Setup, axes: Sequence[tuple[str, 
 
 
 def _recomputed(settings: StepSettings, setup: Setup) -> str:
-    match setup.selective_recompute:
-        case Selective.ATTENTION:
-            return "Unfused attention runs again"
-        case Selective.OPS:
-            return "All but attention, reduce-scatters and every second matmul of a layer's forward run again"
-        case None:
-            again = {"none": "Nothing is recomputed", "full": "Each layer's forward runs again"}
-            return again.get(settings.recompute, f"Recompute: {name(settings.recompute)}")
-        case _:
-            assert_never(setup.selective_recompute)
+    again = {
+        "none": "Unfused attention runs again" if setup.recompute_attention else "Nothing is recomputed",
+        "selective-ops": "Each layer's forward runs again, but attention and every second matmul",
+        "full": "Each layer's forward runs again",
+    }
+    return again.get(settings.recompute, f"Recompute: {name(settings.recompute)}")
 
 
 def is_launch_bound(prediction: Prediction) -> bool:

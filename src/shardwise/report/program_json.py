@@ -132,6 +132,8 @@ class _Settings(Struct):
     batch: _Count
     seq: _Count
     dtype: _Name
+    param_dtype: _Name | None
+    reduce_dtype: _Name | None
     accumulation: _Count
     recompute: _Name
     compiled: bool

@@ -27,7 +27,7 @@ def _heading(program: Program) -> Iterator[str]:
     mesh = ",".join(f"{name}={size}" for name, size in program.axes)
     yield f"{shown(program.model)} under {shown(program.plan)} ({program.engine}), mesh {mesh}, rank {program.rank}, {program.device}"
     yield (
-        f"batch {settings.batch}, sequence {settings.seq}, {settings.dtype}, micro-batches {settings.accumulation}, "
+        f"batch {settings.batch}, sequence {settings.seq}, {settings.precision}, micro-batches {settings.accumulation}, "
         f"recompute {settings.recompute}"
     )
 

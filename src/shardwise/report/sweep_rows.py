@@ -77,4 +77,4 @@ def setting_text(sweep: Sweep) -> str:
     settings = sweep.settings
     count = sweep.setup.micro_batches
     batch = f"batch {settings.batch:,}" if settings.batch else f"{count} micro-batch{'es' * (count > 1)} a step"
-    return f"{sweep.devices:,} devices · {batch} · sequence {settings.seq:,} · {name(settings.dtype, '(dtype)')}"
+    return f"{sweep.devices:,} devices · {batch} · sequence {settings.seq:,} · {name(settings.precision, '(dtype)')}"

@@ -84,7 +84,7 @@ def _headline(comparison: Comparison) -> RenderableType:
         (plain(comparison.mesh), "bold"),
         f" · {_ranks(environment.world_size)}, {plain(environment.backend)}, {plain(environment.device)} · {plain(environment.machine)}",
     )
-    second = f"batch {settings.batch} x sequence {settings.seq} = {settings.tokens} tokens a step · {plain(settings.dtype)}"
+    second = f"batch {settings.batch} x sequence {settings.seq} = {settings.tokens} tokens a step · {plain(settings.precision)}"
     if settings.accumulation > 1:
         second += f" · {settings.accumulation} micro-batches"
     if settings.recompute != "none":

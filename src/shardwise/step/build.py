@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import Plan
@@ -28,11 +29,13 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device,
     seed: int,
-    recompute: bool = False,
+    policy: MixedPrecisionPolicy | None = None,
+    recompute: str = "none",
     compiled: bool = False,
     on_parameter: Callable[[str, Tensor], None] | None = None,
 ) -> nn.Module:
-    """The model under `plan` (None: unsharded), with the initial weights of `seed`. on_parameter: shown each whole initial parameter."""
+    """The model under `plan` (None: unsharded), with the initial weights of `seed`. policy: FSDP's mixed precision. recompute: see
+    recompute_layers. on_parameter: shown each whole initial parameter."""
     model = spec.build("meta", dtype)
     if plan is not None:
         assert mesh is not None
@@ -48,8 +51,8 @@ def build_model(
     if compiled:
         for layer in model.layers:
             layer.compile()
-    if recompute:
-        recompute_layers(model.layers)
+    if recompute != "none":
+        recompute_layers(model.layers, recompute)
     if plan is not None and mesh is not None and "fsdp" in (mesh.mesh_dim_names or ()):
-        shard_with_fsdp(model, model.layers, mesh["fsdp"])
+        shard_with_fsdp(model, model.layers, mesh["fsdp"], policy or MixedPrecisionPolicy())
     return model

@@ -9,17 +9,20 @@ clip, as torchtitan did in 2025.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
+from shardwise.core.measurement import StepSettings
 from shardwise.core.plan import Engine
 from shardwise.core.program import Phase
 from shardwise.parallel.apply import applied_to
@@ -35,17 +38,49 @@ class StepResult:
     gradient_norm: Tensor
 
 
-def recompute_layers(layers: Iterable[nn.Module]) -> None:
-    """Full activation checkpointing: each of these modules keeps its input only and runs again in the backward."""
+_KEPT = frozenset(
+    {
+        torch.ops.aten.mm.default,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    }
+)
+
+
+def recompute_layers(layers: Iterable[nn.Module], what: str = "full") -> None:
+    """Activation checkpointing of each of these modules, which keeps its input. full: runs all of it again in the backward. selective-ops: all
+    but attention, reduce-scatters of functional collectives and every second matmul, the rule of torchtitan's "selective" by "op" of 2024.
+    """
+    contexts = {"full": noop_context_fn, "selective-ops": _selective}[what]
     for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=contexts)
 
 
-def shard_with_fsdp(model: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh) -> None:
+def _selective() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of one layer's forward and of its second one."""
+    matmuls = count(1)
+
+    def policy(_: object, op: object, *__: object, **___: object) -> CheckpointPolicy:
+        kept = op in _KEPT and (op is not torch.ops.aten.mm.default or next(matmuls) % 2 == 1)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)  # type: ignore[no-any-return]
+
+
+def mixed_precision(settings: StepSettings) -> MixedPrecisionPolicy:
+    """FSDP's, as the settings name it."""
+    param_dtype, reduce_dtype = (getattr(torch, name) if name else None for name in (settings.param_dtype, settings.reduce_dtype))
+    return MixedPrecisionPolicy(param_dtype, reduce_dtype)
+
+
+def shard_with_fsdp(model: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
     """FSDP2 over a 1-D mesh, a unit per layer, summing gradients (the step's loss is normalised over the global batch already)."""
     for layer in layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

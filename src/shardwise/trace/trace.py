@@ -44,7 +44,7 @@ from shardwise.parallel.apply import applied_to
 from shardwise.parallel.ownership import RowOwnership, route
 from shardwise.parallel.parameters import fill
 from shardwise.parallel.resolve import resolve
-from shardwise.step.train import TrainStep, recompute_layers, shard_with_fsdp
+from shardwise.step.train import TrainStep, mixed_precision, recompute_layers, shard_with_fsdp
 from shardwise.trace.extend import LONG, SHORT, NotPeriodicError, extended
 from shardwise.trace.fakes import TARGETS, fake_world
 from shardwise.trace.layers import Layers, find_layers
@@ -138,10 +138,10 @@ class _Job:
         fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         fill_with_fakes(model, fake_mode)
         layer_modules = list(layers.modules(model)) if layers is not None else []
-        if self.settings.recompute == "full":
-            recompute_layers(layer_modules)
+        if self.settings.recompute != "none":
+            recompute_layers(layer_modules, self.settings.recompute)
         if self.mesh.size("fsdp") > 1:
-            shard_with_fsdp(model, layer_modules, self.device_mesh["fsdp"])
+            shard_with_fsdp(model, layer_modules, self.device_mesh["fsdp"], mixed_precision(self.settings))
         model.train()
         self.on_model(model)
         return _trace_step(self, model, fake_mode)
