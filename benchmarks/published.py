@@ -50,6 +50,8 @@ UNFUSED = (
     "Megatron-DeepSpeed/Megatron-LM (see paper), measured by vTrain authors",
 )
 FP8 = ("fp8", "float8")
+COMPILED_LOSS = "2025-04"
+"""Since when torchtitan compiles its loss where it compiles its layers (before, it said that this failed). Source: its pull request 1033."""
 
 Row = dict[str, str]
 
@@ -91,6 +93,7 @@ class Traced:
     recompute: str
     mixed: bool
     plan: str
+    fused_swiglu: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +108,8 @@ class Job:
 
 def job_of(row: Row) -> Job:
     """From the configuration columns, by these rules: Megatron pads its vocabulary to a multiple of 128 x TP; context parallelism gives each rank
-    its part of the sequence, and its ranks shard and reduce with the data-parallel ones; 2021 and 2022 trainers ran attention unfused; FSDP and
-    ZeRO-3 keep and reduce in float32 and compute in half precision, others keep float32 gradients and master weights; a distributed optimizer is shared by data-parallel and context-parallel ranks, and its reduction runs beside the backward."""
+    its part of the sequence, and its ranks shard and reduce with the data-parallel ones; 2021 and 2022 trainers ran attention unfused; Megatron's SwiGLU keeps its inputs alone; torchtitan runs under
+    PyTorch's own styles, and compiles its loss since COMPILED_LOSS; FSDP and ZeRO-3 keep and reduce in float32 and compute in half precision, others keep float32 gradients and master weights; a distributed optimizer is shared by data-parallel and context-parallel ranks, and its reduction runs beside the backward."""
     llama, tp, dp, context = is_llama(row), number(row, "tp"), number(row, "dp"), number(row, "cp", 1)
     sharded = "FSDP" in row["dp_kind"] or "ZeRO-3" in row["dp_kind"]
     distributed = "optimizer" in row["dp_kind"]
@@ -129,7 +132,8 @@ def job_of(row: Row) -> Job:
         min(dp * context, 2),
         {"full": "full", "selective-op": "selective-ops"}.get(row["ac"], "none"),
         sharded and dp * context > 1,
-        "unsharded" if tp == 1 else "rowwise@dtensor" if "DTensor" in row["framework"] else "rowwise",
+        _plan(tp, torchs_own="DTensor" in row["framework"], sharded=sharded),
+        llama and not sharded,
     )
     setup = Setup(
         micro_batches=number(row, "grad_accum") or number(row, "global_batch") // (dp * micro_batch),
@@ -139,6 +143,7 @@ def job_of(row: Row) -> Job:
         attention=AttentionKernel.UNFUSED if row["framework"] in UNFUSED else None,
         recompute_attention=row["ac"] == "selective (attn core)",
         compiled=row["compile"] == "1",
+        compiled_loss=row["compile"] == "1" and "torchtitan" in row["framework"] and row["date"] >= COMPILED_LOSS,
         matmul_dtype="float8" if any(name in row["precision"] for name in FP8) else None,
         overlap_data=distributed,
         overlap_tensor=row["tp_overlap"] not in ("", "none"),
@@ -147,6 +152,13 @@ def job_of(row: Row) -> Job:
     )
     machine = "a100-sxm-80gb-vtrain" if row["source_group"].startswith("vtrain") else MACHINES[row["gpu"]]
     return Job(traced, setup, machine, dp)
+
+
+def _plan(tp: int, *, torchs_own: bool, sharded: bool) -> str:
+    """A built-in plan, whose loss is Megatron's, or PyTorch's own styles and loss."""
+    if tp == 1:
+        return "unsharded" if sharded else "replicated"
+    return "rowwise@dtensor" if torchs_own else "rowwise"
 
 
 def program_of(traced: Traced) -> Program:
@@ -158,7 +170,10 @@ def program_of(traced: Traced) -> Program:
     from shardwise.trace.trace import trace
 
     shape = traced.vocab, traced.hidden, traced.layers, traced.heads
-    config = LlamaConfig(*shape, traced.kv_heads, traced.ffn) if traced.llama else GPTConfig(*shape, traced.ffn, traced.max_seq)
+    if traced.llama:
+        config: LlamaConfig | GPTConfig = LlamaConfig(*shape, traced.kv_heads, traced.ffn, fused_swiglu=traced.fused_swiglu)
+    else:
+        config = GPTConfig(*shape, traced.ffn, traced.max_seq)
     spec = ModelSpec("published", config, "")
     plan = load_any_plan(traced.plan, sequence_parallel=traced.sequence_parallel, family=spec.family)
     mesh = Mesh(((traced.data_axis, traced.data_size), ("tp", traced.tp)))

@@ -127,6 +127,10 @@ def predict(
     compiled: Annotated[
         bool, typer.Option("--compiled/--eager", help="Kernels between matmuls fused by a compiler.", rich_help_panel=_RUN)
     ] = False,
+    compiled_loss: Annotated[
+        bool,
+        typer.Option("--compiled-loss/--eager-loss", help="The loss is fused too: no copy of the logits in float32.", rich_help_panel=_RUN),
+    ] = False,
     matmul_dtype: Annotated[
         str | None, typer.Option(help="What linear layers multiply in: float8.", show_default="the --dtype", rich_help_panel=_RUN)
     ] = None,
@@ -207,6 +211,7 @@ def predict(
         attention=None if attention is None else AttentionKernel(attention),
         recompute_attention=recompute == ATTENTION,
         compiled=compiled,
+        compiled_loss=compiled_loss,
         matmul_dtype=matmul_dtype,
         overlap_data=overlap_data,
         overlap_tensor=overlap_tensor,

@@ -20,6 +20,9 @@ from shardwise.core.collective import CollectiveCall
 from shardwise.core.measurement import StepSettings
 from shardwise.core.placement import Placement
 
+LOSS_MODULE = "(loss)"
+"""What stands for a module where the loss asked."""
+
 
 class Phase(StrEnum):
     """What a step is doing. recompute: a forward that runs again in the backward; reduce: gradients over whole replicas."""

@@ -10,6 +10,7 @@ Sources: Touvron et al. 2023 (Llama 2, the block), Dubey et al. 2024 (Llama 3: s
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,8 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True)
 class LlamaConfig:
-    """Shapes of one model of the family; `ffn_hidden` is SwiGLU's inner width."""
+    """Shapes of one model of the family; `ffn_hidden` is SwiGLU's inner width. fused_swiglu: keeps the two matmuls' outputs alone for its
+    backward, and not silu's, as Megatron's and Transformer Engine's kernels do."""
 
     vocab_size: int
     hidden: int
@@ -43,6 +45,7 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None = None
     tied: bool = False
     padding_idx: int | None = None
+    fused_swiglu: bool = False
 
     def __post_init__(self) -> None:
         if self.hidden % self.n_heads:
@@ -116,6 +119,20 @@ class Attention(nn.Module):
         return self.wo(out_BNSD.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, any equal shapes. silu is made again in the backward, so that it needn't be kept."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
+
+
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x)."""
 
@@ -124,8 +141,11 @@ class FeedForward(nn.Module):
         self.w1 = nn.Linear(config.hidden, config.ffn_hidden, bias=False)
         self.w2 = nn.Linear(config.ffn_hidden, config.hidden, bias=False)
         self.w3 = nn.Linear(config.hidden, config.ffn_hidden, bias=False)
+        self.fused_swiglu = config.fused_swiglu
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
+        if self.fused_swiglu:
+            return self.w2(_SwiGLU.apply(self.w1(hidden_BSH), self.w3(hidden_BSH)))  # type: ignore[no-any-return]
         return self.w2(F.silu(self.w1(hidden_BSH)) * self.w3(hidden_BSH))  # type: ignore[no-any-return]
 
 

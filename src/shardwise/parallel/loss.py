@@ -112,6 +112,19 @@ class DTensorLoss:
             yield
 
 
+def _weights(logits_NV: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """(w, c, lse) in `dtype`, with exp(logit) = w exp(c) and lse of this rank's logits. w is a tensor of its own, the only one of its size."""
+    if logits_NV.dtype == dtype:
+        probabilities_NV = torch.softmax(logits_NV, dim=1)
+        # the largest logit has probability 1/s_r, so lse_r = m_r + log s_r needs no pass of its own
+        local_lse_N = logits_NV.amax(1) - probabilities_NV.amax(1).log()
+        return probabilities_NV, local_lse_N, local_lse_N
+    weights_NV = logits_NV.to(dtype)  # softmax would make a copy in this dtype, and then its result
+    largest_N = weights_NV.amax(1)
+    sums_N = weights_NV.sub_(largest_N.unsqueeze(1)).exp_().sum(1)
+    return weights_NV, largest_N, largest_N + sums_N.log()
+
+
 class _VocabParallelSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, valid_N: Tensor, columns_N: Tensor, site: Site) -> Tensor:
@@ -120,14 +133,11 @@ class _VocabParallelSum(torch.autograd.Function):
         picked_N = columns_N.clamp(min=0).unsqueeze(1)
         n_tokens, width = logits_NV.shape
         if width:
-            probabilities_NV = torch.softmax(logits_NV, dim=1, dtype=dtype)
-            largest_N = logits_NV.amax(1).to(dtype)
-            # the largest logit has probability 1/s_r, so lse_r = m_r + log s_r needs no pass of its own
-            local_lse_N = largest_N - probabilities_NV.amax(1).log()
+            weights_NV, log_of_one_N, local_lse_N = _weights(logits_NV, dtype)
             target_N = torch.where(mine_N, logits_NV.gather(1, picked_N).squeeze(1).to(dtype), 0)
         else:
-            probabilities_NV = logits_NV.new_empty(n_tokens, 0, dtype=dtype)
-            local_lse_N = logits_NV.new_full((n_tokens,), -torch.inf, dtype=dtype)
+            weights_NV = logits_NV.new_empty(n_tokens, 0, dtype=dtype)
+            log_of_one_N = local_lse_N = logits_NV.new_full((n_tokens,), -torch.inf, dtype=dtype)
             target_N = logits_NV.new_zeros(n_tokens, dtype=dtype)
         axis = site.axis
         stats_2N = torch.stack((local_lse_N, target_N))
@@ -136,15 +146,15 @@ class _VocabParallelSum(torch.autograd.Function):
         losses_N = torch.where(valid_N, lse_N - stats_T2N[:, 1].sum(0), 0)
         show("lse", lse_N)
         show("losses", losses_N)
-        ctx.save_for_backward(probabilities_NV, (local_lse_N - lse_N).exp() * valid_N, mine_N, picked_N)
+        ctx.save_for_backward(weights_NV, (log_of_one_N - lse_N).exp() * valid_N, mine_N, picked_N)
         ctx.dtype = logits_NV.dtype
         return losses_N.sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        probabilities_NV, scale_N, mine_N, picked_N = ctx.saved_tensors
-        # the probabilities are this function's own and are used once: their memory becomes the gradient's
-        grad_NV = probabilities_NV.mul_((scale_N * grad).unsqueeze(1))
+        weights_NV, scale_N, mine_N, picked_N = ctx.saved_tensors
+        # the weights are this function's own and are used once: their memory becomes the gradient's
+        grad_NV = weights_NV.mul_((scale_N * grad).unsqueeze(1))
         if grad_NV.shape[1]:
             grad_NV.scatter_add_(1, picked_N, torch.where(mine_N, -grad, 0).to(grad_NV.dtype).unsqueeze(1))
         return grad_NV.to(ctx.dtype), None, None, None

@@ -3,6 +3,7 @@
     traced     the peak of everything, as tensors came and went
     otherwise  states live all the time, in the bytes per parameter below, reduced in the buffers that they live in; and the peak of
                everything else in forward and backward
+    loss       where a compiler fuses it, without its storages in float32: logits, and their gradient
     reserved   active x RESERVED_OVER_ACTIVE: what the caching allocator rounds and can't reuse
     device     reserved and what the process holds beside tensors (context, libraries, communicators)
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from shardwise.core.machine import Machine
 from shardwise.core.prediction import MemoryForecast, Precision, Setup
-from shardwise.core.program import MemoryChange, MemoryKind, Phase, Program
+from shardwise.core.program import LOSS_MODULE, MemoryChange, MemoryKind, Op, Phase, Program
 
 RESERVED_OVER_ACTIVE = 1.15
 """Median of 17 steps on two H100 that hold more than 5 GiB. Source: benchmarks/data/h100-steps.json."""
@@ -96,9 +97,39 @@ def peak_by_kind(
 
 def _rows(program: Program, setup: Setup) -> Iterable[_Row]:
     index = {kind: number for number, kind in enumerate(MemoryKind)}
-    for block in program.blocks:
-        changes = [item for item in block.items if isinstance(item, MemoryChange)]
+    fused = _fused_loss(program) if setup.compiled_loss else {}
+    for place, block in enumerate(program.blocks):
+        pairs = [(fused.get((place, at), item.n_bytes), item) for at, item in enumerate(block.items) if isinstance(item, MemoryChange)]
         if setup.precision is not Precision.TRACED:
-            changes = [change for change in changes if change.phase not in _ONCE]
-        n_bytes = np.array([change.n_bytes for change in changes], np.float64)
+            pairs = [(n_bytes, change) for n_bytes, change in pairs if change.phase not in _ONCE]
+        changes = [change for _, change in pairs]
+        n_bytes = np.array([n_bytes for n_bytes, _ in pairs], np.float64)
         yield _Row(n_bytes, np.array([index[change.kind] for change in changes], np.int8), block.times)
+
+
+def _fused_loss(program: Program) -> dict[tuple[int, int], int]:
+    """(block, item) -> bytes of the loss's storages where a compiler fuses it: the logits are kept as they are for the backward, which makes their
+    gradient at once. Without the copies in float32, the probabilities and what lies between them, which no kernel writes out then.
+    """
+    logits_bytes = 0
+    large: list[tuple[tuple[int, int], MemoryChange]] = []
+    for place, block in enumerate(program.blocks):
+        for at, item in enumerate(block.items):
+            match item:
+                case Op(phase=Phase.FORWARD):
+                    logits_bytes = item.write_bytes
+                case MemoryChange() if item.module == LOSS_MODULE and abs(item.n_bytes) >= logits_bytes:
+                    large.append(((place, at), item))
+                case _:
+                    pass
+    gradients = [change for _, change in large if change.phase is Phase.BACKWARD and change.n_bytes > 0]
+    last = gradients[-1] if gradients else None
+    return {
+        where: (1 if change.n_bytes > 0 else -1) * logits_bytes if change.kind is MemoryKind.ACTIVATION or _is_of(change, last) else 0
+        for where, change in large
+    }
+
+
+def _is_of(change: MemoryChange, made: MemoryChange | None) -> bool:
+    """Whether this is `made`, or its end."""
+    return made is not None and (abs(change.n_bytes), change.phase, change.maker) == (made.n_bytes, made.phase, made.maker)

@@ -140,6 +140,8 @@ def assumptions(settings: StepSettings, setup: Setup, axes: Sequence[tuple[str, 
     lines.append(
         "Kernels between matmuls are fused by a compiler." if setup.compiled else "Kernels run one by one, as eager PyTorch launches them."
     )
+    if setup.compiled_loss:
+        lines.append("The loss is fused as well: it keeps the logits, and makes no copy of them in float32.")
     lines.append(f"{_recomputed(settings, setup)} in the backward.")
     if setup.matmul_dtype is not None:
         lines.append(f"Linear layers multiply in {name(setup.matmul_dtype)}; what casting to it costs is not modelled.")

@@ -26,12 +26,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shardwise.core import placement as ours
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.placement import Placement
-from shardwise.core.program import Collective, Op, OpKind, Phase, TensorSpec
+from shardwise.core.program import LOSS_MODULE, Collective, Op, OpKind, Phase, TensorSpec
 from shardwise.parallel.collectives import issuing
 from shardwise.parallel.recorder import read_call
 from shardwise.trace.catalogue import flops_of, kind_of, name_on, traffic_of
 
-LOSS_MODULE = "(loss)"
 _RAISED_IN = "_shardwise_raised_in"
 _FSDP_COPY_IN = "fsdp::all_gather_copy_in"
 _NO_SEQUENCE = 2**63
