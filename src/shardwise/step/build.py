@@ -53,6 +53,6 @@ def build_model(
             layer.compile()
     if recompute != "none":
         recompute_layers(model.layers, recompute)
-    if plan is not None and mesh is not None and "fsdp" in (mesh.mesh_dim_names or ()):
+    if mesh is not None and "fsdp" in (mesh.mesh_dim_names or ()):
         shard_with_fsdp(model, model.layers, mesh["fsdp"], policy or MixedPrecisionPolicy())
     return model

@@ -1,0 +1,170 @@
+"""Training steps of one rank's part on one GPU: how long they take, and what the allocator holds. Needs CUDA; nothing else here does.
+
+    python -m benchmarks.gpu_steps --out benchmarks/data/h100-steps.json           the steps that fit 80 GB
+    python -m benchmarks.gpu_steps --large --out benchmarks/data/h200-steps.json   torchtitan's published settings, up to 100 GB
+
+Ranks are those of a fake process group, so collectives take no time and what they bring is noise; compute, launches and memory are real. Each
+case runs in a process of its own. What else the file holds stays in it.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+WARM_UPS, STEPS = 2, 3
+TIMEOUT_S = 150
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One step. layers: of the model's. batch: sequences per data-parallel rank."""
+
+    model: str
+    layers: int
+    plan: str
+    batch: int
+    seq: int
+    dtype: str = "bfloat16"
+    tp: int = 1
+    fsdp: int = 1
+    param_dtype: str | None = None
+    reduce_dtype: str | None = None
+    recompute: str = "none"
+
+    @property
+    def tag(self) -> str:
+        mesh = f"fsdp={self.fsdp},tp={self.tp}" if self.fsdp > 1 else f"tp={self.tp}"
+        mixed = f"/{self.param_dtype}/{self.reduce_dtype}" if self.param_dtype else ""
+        again = f" recompute {self.recompute}" if self.recompute != "none" else ""
+        return f"{self.model} x{self.layers} {mesh} {self.plan} b{self.batch} s{self.seq} {self.dtype}{mixed}{again}"
+
+
+def small_cases() -> list[Case]:
+    """What fits 80 GB."""
+    wide, narrow = (f"gpt3-175b?hidden={h},n_heads=16,ffn_hidden={4 * h}" for h in (2048, 1024))
+    fp32 = [Case("llama3-8b", 4, plan, 4, 8192, "float32", 8) for plan in ("rowwise", "colwise", "routed", "rowwise@dtensor")]
+    half = [Case("llama3-8b", 8, plan, 4, 8192, tp=8) for plan in ("rowwise", "colwise", "rowwise@dtensor")]
+    return [
+        *fp32,
+        *half,
+        Case("llama3-8b", 4, "replicated", 1, 8192),
+        Case("llama3-8b", 4, "rowwise", 2, 4096, tp=2),
+        Case("llama3-8b", 4, "rowwise", 2, 4096, tp=4),
+        Case("llama3-70b", 4, "rowwise", 2, 8192, tp=8),
+        Case("llama3-70b", 4, "rowwise", 2, 8192, tp=8, recompute="full"),
+        Case("llama3-8b", 4, "rowwise", 1, 8192, tp=2, recompute="full"),
+        Case("llama3-70b", 2, "rowwise", 2, 4096, tp=4),
+        Case("llama3-8b", 8, "rowwise@dtensor", 4, 8192, tp=8, recompute="selective-ops"),
+        Case("llama3-debug", 6, "rowwise", 8, 1024, tp=2),
+        Case("llama3-debug", 6, "replicated", 8, 1024, "float32"),
+        Case("gpt3-175b", 2, "rowwise", 2, 2048, tp=8),
+        Case(wide, 8, "rowwise", 4, 2048, tp=2),
+        Case(narrow, 8, "rowwise", 1, 1024, tp=8),
+    ]
+
+
+def large_cases() -> list[Case]:
+    """torchtitan's settings of December 2024, whose memory it published; the last has a quarter of the layers."""
+    mixed = Case("llama3-8b", 32, "unsharded", 2, 8192, "float32", 1, 8, "bfloat16", "float32", "selective-ops")
+    return [
+        mixed,
+        replace(mixed, fsdp=128),
+        replace(mixed, batch=1, seq=32768, recompute="full"),
+        replace(mixed, layers=8, recompute="none"),
+        replace(mixed, model="llama3-70b", layers=20, plan="rowwise@dtensor", batch=16, tp=8, fsdp=32, recompute="full"),
+    ]
+
+
+def run_case(case: Case) -> dict[str, object]:
+    """In a process of its own, on its first GPU."""
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from shardwise.cli.plans import load_any_plan
+    from shardwise.core.measurement import StepSettings
+    from shardwise.core.mesh import Mesh
+    from shardwise.core.plan import Plan
+    from shardwise.models.specs import get_spec
+    from shardwise.step.build import build_model, device_mesh
+    from shardwise.step.train import TrainStep, mixed_precision
+
+    mesh = Mesh((("fsdp", case.fsdp), ("tp", case.tp)) if case.fsdp > 1 else (("tp", case.tp),))
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=mesh.world_size)
+    device = torch.device("cuda", 0)
+    spec = get_spec(case.model).with_layers(case.layers)
+    settings = StepSettings(case.batch, case.seq, case.dtype, case.param_dtype, case.reduce_dtype, recompute=case.recompute)
+    plan = load_any_plan(case.plan, sequence_parallel=True, family=spec.family)
+    on = device_mesh(mesh, "cuda")
+    model = build_model(
+        spec,
+        plan if isinstance(plan, Plan) else None,
+        on,
+        dtype=getattr(torch, case.dtype),
+        device=device,
+        seed=0,
+        policy=mixed_precision(settings),
+        recompute=case.recompute,
+    )
+    step = TrainStep(model, mesh=on)
+    ids = torch.randint(spec.vocab_size, (case.batch, case.seq), generator=torch.Generator().manual_seed(0))
+    batch = [(ids if isinstance(plan, Plan) else ids.to(device), ids)]
+    seconds = []
+    for number in range(WARM_UPS + STEPS):
+        torch.cuda.synchronize()
+        if number == WARM_UPS:
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        step(batch)
+        torch.cuda.synchronize()
+        if number >= WARM_UPS:
+            seconds.append(time.perf_counter() - start)
+    stats = torch.cuda.memory_stats()
+    return {
+        "tag": case.tag,
+        **asdict(case),
+        "steps": seconds,
+        "active": stats["active_bytes.all.peak"],
+        "allocated": stats["allocated_bytes.all.peak"],
+        "reserved": stats["reserved_bytes.all.peak"],
+        "retries": stats["num_alloc_retries"],
+        "device": torch.cuda.get_device_name(0),
+        "torch": torch.__version__,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_steps", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--large", action="store_true", help="torchtitan's settings instead")
+    parser.add_argument("--out", type=Path, required=True, help="its steps are replaced; what else it holds stays")
+    parser.add_argument("--case", type=int, help="run one, and print it")
+    given = parser.parse_args()
+    cases = large_cases() if given.large else small_cases()
+    if given.case is not None:
+        print(json.dumps(run_case(cases[given.case])))
+        return 0
+    document = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
+    found = []
+    for number, case in enumerate(cases):
+        print(f"{number + 1}/{len(cases)} {case.tag}", file=sys.stderr, flush=True)
+        command = [sys.executable, "-m", "benchmarks.gpu_steps", "--out", str(given.out), "--case", str(number)]
+        try:
+            ran = subprocess.run(
+                [*command, "--large"] if given.large else command, capture_output=True, text=True, timeout=TIMEOUT_S, check=True
+            )
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            print(f"left out: {str(error.stderr or error)[-2000:]}", file=sys.stderr, flush=True)
+            continue
+        found.append(json.loads(ran.stdout.splitlines()[-1]))
+        print(f"   {min(found[-1]['steps']) * 1e3:.0f} ms, active {found[-1]['active'] / 2**30:.2f} GiB", file=sys.stderr, flush=True)
+    document["steps"] = found
+    given.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return 0 if len(found) == len(cases) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
