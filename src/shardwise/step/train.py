@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from shardwise.core.measurement import StepSettings
 from shardwise.core.plan import Engine
@@ -61,10 +67,10 @@ def recompute_layers(layers: Iterable[nn.Module], what: str = "full") -> None:
 
 def _selective() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Contexts of one layer's forward and of its second one."""
-    matmuls = count(1)
+    matmuls = {again: count(1) for again in (False, True)}  # PyTorch before 2.13 asks in the second forward too
 
-    def policy(_: object, op: object, *__: object, **___: object) -> CheckpointPolicy:
-        kept = op in _KEPT and (op is not torch.ops.aten.mm.default or next(matmuls) % 2 == 1)
+    def policy(context: SelectiveCheckpointContext, op: object, *_: object, **__: object) -> CheckpointPolicy:
+        kept = op in _KEPT and (op is not torch.ops.aten.mm.default or next(matmuls[context.is_recompute]) % 2 == 1)
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)  # type: ignore[no-any-return]
