@@ -324,7 +324,7 @@ def reach(gpu: str, nodes: int, node_gb_per_s: float) -> tuple[tuple[float, floa
 def h100_attention() -> tuple[float, float, float]:
     """Forward and backward TFLOP/s of long sequences, and half_sequence, from the cuDNN kernels of our own steps (causal, head dim 128)."""
     found: dict[str, list[tuple[int, float]]] = {"forward": [], "backward": []}
-    for step in json.loads(H100_STEPS.read_text(encoding="utf-8"))["steps"]:
+    for step in json.loads(H100_STEPS.read_text(encoding="utf-8"))["profiled"]:
         heads = {"llama3-8b": 32, "llama3-70b": 64}.get(step["model"])
         if heads is None or step["dtype"] != "bfloat16":
             continue

@@ -1,8 +1,9 @@
-"""Predictions beside what ran: an H100's steps of one rank's part (no communication), and the embedding of torchtitan's issue #785 on 8 H100.
+"""Predictions beside what ran: steps of one rank's part on an H100 and an H200 (no communication), and the embedding of torchtitan's issue #785
+on 8 H100.
 
     python -m benchmarks.measured_steps    writes benchmarks/results/DATE-measured-steps.json (a minute)
 
-Steps: benchmarks/data/h100-steps.json, by ranks of a fake process group on one GPU. The issue: llama3-8b, TP 8, batch 4, sequence 8192,
+Steps: benchmarks/data/h100-steps.json and h200-steps.json, which benchmarks/gpu_steps.py wrote. The issue: llama3-8b, TP 8, batch 4, sequence 8192,
 float32; its figures are a user's, read off profiles. What is predicted there comes from a machine file none of whose constants is of that issue.
 """
 
@@ -17,6 +18,7 @@ import msgspec
 
 from benchmarks.hf_results import table
 from benchmarks.results import RESULTS, as_json, command_line, latest, now, write_results
+from shardwise.cli.predict_programs import traced_mesh
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.machine import Machine
 from shardwise.core.measurement import StepSettings
@@ -28,7 +30,11 @@ from shardwise.predict.machines import load_machine
 from shardwise.predict.predict import predict
 
 WHAT = "measured-steps"
-H100_STEPS = Path(__file__).parent / "data" / "h100-steps.json"
+STEPS = {
+    "h100-sxm-80gb": Path(__file__).parent / "data" / "h100-steps.json",
+    "h200-sxm-141gb": Path(__file__).parent / "data" / "h200-steps.json",
+}
+LARGE_BYTES = 5 * 2**30  # below, an allocator's smallest segments tell more than the step
 # what the issue's figures are, in ms
 ISSUE = (("look-up, colwise", 0.104), ("look-up, rowwise", 0.788), ("reduce-scatter, rowwise", 1.456), ("all-to-all, colwise", 7.142))
 
@@ -37,12 +43,14 @@ ISSUE = (("look-up, colwise", 0.104), ("look-up, rowwise", 0.788), ("reduce-scat
 class Step:
     """One step that ran, and its prediction. launch_share: of the predicted step spent waiting for launches."""
 
+    device: str
     tag: str
     measured_s: float
     predicted_s: float
     launch_share: float
     measured_active_gib: float
     predicted_active_gib: float
+    measured_reserved_gib: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,27 +83,43 @@ def newest_run(folder: Path = RESULTS) -> Steps:
     return msgspec.json.decode(latest(WHAT, folder).read_bytes(), type=Steps)
 
 
-def program_of(model: str, layers: int | None, plan: str, tp: int, settings: StepSettings) -> Program:
+def program_of(model: str, layers: int | None, plan: str, mesh: Mesh, settings: StepSettings) -> Program:
     """Of rank 0 on CUDA."""
+    from shardwise.cli.plans import load_any_plan
     from shardwise.models.source import find_model
-    from shardwise.parallel.builtin import builtin_plan
     from shardwise.trace.trace import trace
 
     source = find_model(model)
     if layers is not None:
         source = source.with_layers(layers)  # type: ignore[attr-defined]
-    return trace(source, builtin_plan(plan, family=source.family), Mesh((("tp", tp),)), settings, device="cuda")
+    return trace(source, load_any_plan(plan, sequence_parallel=True, family=source.family), mesh, settings, device="cuda")
 
 
 def step_of(ran: dict[str, object], machine: Machine) -> Step:
-    """The same step, predicted without tensor-parallel communication."""
+    """The same step, predicted without communication."""
     values = msgspec.convert(ran, Ran)
-    settings = StepSettings(values.batch, values.seq, values.dtype, recompute="full" if values.recompute else "none")
-    program = program_of(values.model, values.layers, values.plan, values.tp, settings)
-    made = predict(program, machine, Setup(without=(Term.TENSOR,)))
+    mesh = traced_mesh(Mesh((("fsdp", values.fsdp), ("tp", values.tp))))
+    settings = StepSettings(
+        values.batch * mesh.data_parallel, values.seq, values.dtype, values.param_dtype, values.reduce_dtype, recompute=values.recompute
+    )
+    program = program_of(values.model, values.layers, values.plan, mesh, settings)
+    made = predict(program, machine, Setup(without=(Term.TENSOR, Term.DATA)), {"fsdp": values.fsdp})
     return Step(
-        values.tag, median(values.steps), made.step_s, dict(made.terms)[Term.LAUNCH] / made.step_s, values.active / 2**30, made.memory.active_bytes / 2**30
-    )  # fmt: skip
+        values.device,
+        values.tag,
+        median(values.steps),
+        made.step_s,
+        dict(made.terms)[Term.LAUNCH] / made.step_s,
+        values.active / 2**30,
+        made.memory.active_bytes / 2**30,
+        values.reserved / 2**30,
+    )
+
+
+def reserved_over_active() -> float:
+    """What RESERVED_OVER_ACTIVE in predict/memory.py is: the median over all steps that hold more than LARGE_BYTES."""
+    ran = [step for path in STEPS.values() for step in json.loads(path.read_text(encoding="utf-8"))["steps"]]
+    return float(median(step["reserved"] / step["active"] for step in ran if step["active"] > LARGE_BYTES))
 
 
 class Ran(msgspec.Struct):
@@ -109,15 +133,20 @@ class Ran(msgspec.Struct):
     batch: int
     seq: int
     dtype: str
-    recompute: bool
+    recompute: str
     steps: list[float]
     active: int
+    reserved: int
+    device: str
+    fsdp: int
+    param_dtype: str | None
+    reduce_dtype: str | None
 
 
 def issue_lines(machine: Machine) -> tuple[Line, ...]:
     """What the issue's user measured, and what routed would send there."""
     settings, setup = StepSettings(4, 8192, "float32"), Setup()
-    programs = {plan: program_of("llama3-8b", None, plan, 8, settings) for plan in ("colwise@dtensor", "rowwise@dtensor")}
+    programs = {plan: program_of("llama3-8b", None, plan, Mesh((("tp", 8),)), settings) for plan in ("colwise@dtensor", "rowwise@dtensor")}
     measured = dict(ISSUE)
     lines = [
         Line(
@@ -165,32 +194,33 @@ def blocks(run: Steps) -> dict[str, str]:
     """Name of a block of the documents -> its text."""
     source = f"\nSource: `benchmarks/results/{run.day}-{run.what}.json`, made by `{run.command}`.\n"
     errors = [abs(step.predicted_s / step.measured_s - 1) for step in run.steps]
+    memory = [abs(step.predicted_active_gib / step.measured_active_gib - 1) for step in run.steps]
     bound = [step for step in run.steps if step.launch_share > 0.1]
     told = (
-        f"{len(run.steps)} steps; median absolute error of the step {median(errors):.1%}, {len(bound)} of them launch-bound.\n\n".replace(
-            "%", " %", 1
-        )
+        f"{len(run.steps)} steps; median absolute error of the step {median(errors):.1%}, {len(bound)} of them launch-bound; of active memory "
+        f"{median(memory):.1%}, at most {max(memory):.1%}.\n\n"
     )
     steps = [
-        [step.tag.replace("recompute=False", "").replace("recompute=True", "recompute"), f"{step.measured_s * 1e3:.1f} ms", f"{step.predicted_s * 1e3:.1f} ms", f"{step.predicted_s / step.measured_s - 1:+.1%}", f"{step.launch_share:.0%}", f"{step.measured_active_gib:.2f} GiB", f"{step.predicted_active_gib / step.measured_active_gib - 1:+.1%}"]
+        [step.device.split()[1], step.tag, f"{step.measured_s * 1e3:.1f} ms", f"{step.predicted_s * 1e3:.1f} ms", f"{step.predicted_s / step.measured_s - 1:+.1%}", f"{step.launch_share:.0%}", f"{step.measured_active_gib:.2f} GiB", f"{step.predicted_active_gib / step.measured_active_gib - 1:+.1%}", f"{step.measured_reserved_gib / step.measured_active_gib:.2f}"]
         for step in run.steps
     ]  # fmt: skip
     issue = [
         [line.what, f"{line.measured_ms:.3f} ms" if line.measured_ms is not None else "–", f"{line.predicted_ms:.3f} ms", f"{line.predicted_ms / line.measured_ms - 1:+.0%}" if line.measured_ms is not None else "–"]
         for line in run.issue
     ]  # fmt: skip
-    head = ["step", "measured", "predicted", "error", "launch-bound", "active, measured", "error"]
+    head = ["GPU", "step", "measured", "predicted", "error", "launch-bound", "active, measured", "error", "reserved over active"]
     return {
-        "benchmark-h100-steps": told + table(head, steps, numbers=(1, 2, 3, 4, 5, 6)) + source,
+        "benchmark-h100-steps": told + table(head, steps, numbers=(2, 3, 4, 5, 6, 7, 8)) + source,
         "benchmark-issue-785": table(["what", "measured there", "predicted", "error"], issue, numbers=(1, 2, 3)) + source,
     }
 
 
 def main() -> int:
     argparse.ArgumentParser(prog="python -m benchmarks.measured_steps", description=(__doc__ or "").splitlines()[0]).parse_args()
-    started, h100 = now(), load_machine("h100-sxm-80gb")
-    ran = json.loads(H100_STEPS.read_text(encoding="utf-8"))["steps"]
-    steps = tuple(step_of(each, h100) for each in ran)
+    started = now()
+    steps = tuple(
+        step_of(each, load_machine(name)) for name, path in STEPS.items() for each in json.loads(path.read_text(encoding="utf-8"))["steps"]
+    )
     issue = issue_lines(load_machine("h100-sxm-80gb-torch2.6"))
     run = Steps(command_line("benchmarks.measured_steps"), started.isoformat(timespec="seconds"), steps, issue)
     for text in blocks(run).values():

@@ -34,6 +34,8 @@ class Case(msgspec.Struct, frozen=True):
     recompute: str = "none"
     accumulation: int = 1
     dtype: str = "float32"
+    param_dtype: str | None = None
+    reduce_dtype: str | None = None
     vocab_size: int = 257
     family: Family = Family.LLAMA
 
@@ -41,8 +43,9 @@ class Case(msgspec.Struct, frozen=True):
     def name(self) -> str:
         differs = {
             "no sequence parallelism": not self.sequence_parallel,
-            "recompute": self.recompute != "none",
+            f"recompute {self.recompute}": self.recompute != "none",
             f"accumulation={self.accumulation}": self.accumulation != 1,
+            f"computed in {self.param_dtype}, reduced in {self.reduce_dtype}": self.param_dtype is not None,
             self.dtype: self.dtype != "float32",
             f"V={self.vocab_size}": self.vocab_size != 257,
             self.family: self.family is not Family.LLAMA,
@@ -55,7 +58,15 @@ class Case(msgspec.Struct, frozen=True):
 
     @property
     def settings(self) -> StepSettings:
-        return StepSettings(BATCH, SEQ, dtype=self.dtype, accumulation=self.accumulation, recompute=self.recompute)
+        return StepSettings(
+            BATCH,
+            SEQ,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            reduce_dtype=self.reduce_dtype,
+            accumulation=self.accumulation,
+            recompute=self.recompute,
+        )
 
     @property
     def spec(self) -> ModelSpec:
@@ -82,10 +93,11 @@ def cases(world_size: int) -> list[Case]:
     found += [Case(name, tp, vocab_size=96) for name in BOTH_ENGINES]
     found += [Case(name, tp, sp, family=Family.GPT) for name, sp in (("routed", True), ("rowwise", False), ("rowwise@dtensor", True))]
     if world_size == 2:
-        found += [Case(name, tp, recompute="full") for name in BOTH_ENGINES]
+        found += [Case(name, tp, recompute=what) for name in BOTH_ENGINES for what in ("full", "selective-ops")]
         found += [Case(name, tp, accumulation=2) for name in ("replicated", *BOTH_ENGINES)]
         found += [Case(name, tp, dtype="bfloat16") for name in BOTH_ENGINES]
         found += [Case("rowwise", mesh) for mesh in ("dp=2", "fsdp=2")]
+        found += [Case("rowwise", "fsdp=2", recompute="selective-ops", param_dtype="bfloat16", reduce_dtype="float32")]
     if world_size == 4:
         found += [Case(name, mesh) for mesh in ("dp=2,tp=2", "fsdp=2,tp=2") for name in ("replicated", *BOTH_ENGINES)]
         found += [Case("routed-interleaved", "dp=2,tp=2")]

@@ -63,8 +63,18 @@ def test_equal_layers_traced_once_are_the_whole_program(plan: str, layers: int, 
         ("dp=2,tp=2", STEP, True),
         ("fsdp=2,tp=2", STEP, True),
         ("fsdp=2,tp=2", StepSettings(BATCH, SEQ, recompute="full", accumulation=2), True),
+        ("fsdp=2,tp=2", StepSettings(BATCH, SEQ, param_dtype="bfloat16", reduce_dtype="float32", recompute="selective-ops"), True),
     ],
-    ids=["recompute", "recompute whole sequences", "accumulation", "whole sequences", "dp", "fsdp", "fsdp recompute accumulation"],
+    ids=[
+        "recompute",
+        "recompute whole sequences",
+        "accumulation",
+        "whole sequences",
+        "dp",
+        "fsdp",
+        "fsdp recompute accumulation",
+        "fsdp mixed selective ops",
+    ],
 )
 @pytest.mark.parametrize("plan", BOTH_ENGINES)
 def test_equal_layers_are_exact_under_every_setting(plan: str, mesh: str, settings: StepSettings, sp: bool, device: str) -> None:

@@ -21,7 +21,7 @@ from shardwise.core.machine import (
     local_ranks,
     on_curve,
 )
-from shardwise.core.prediction import AttentionKernel, Precision, Selective, Setup, Term
+from shardwise.core.prediction import AttentionKernel, Precision, Setup, Term
 from shardwise.core.program import Collective, MemoryKind, Op, OpKind, Phase, TensorSpec, memory_peak
 from shardwise.predict.costs import collective_cost, collective_s, op_cost
 from shardwise.predict.memory import forecast, peak_by_kind
@@ -101,7 +101,7 @@ def test_unfused_attention_reads_and_writes_its_scores_and_a_selective_recompute
     assert forward.device_s == pytest.approx(sum(products) + 4 * scores)
     backward = op_cost(attention(backward=True), MACHINE, unfused)
     assert backward.device_s == pytest.approx(2 * sum(products) + 5 * scores)
-    again = op_cost(attention(backward=True), MACHINE, replace(unfused, selective_recompute=Selective.ATTENTION))
+    again = op_cost(attention(backward=True), MACHINE, replace(unfused, recompute_attention=True))
     assert again.device_s == pytest.approx(forward.device_s + backward.device_s)
     assert forward.host_s == pytest.approx(6 * 2e-6)
 
@@ -238,10 +238,6 @@ def test_the_peak_by_blocks_is_the_peak_item_by_item() -> None:
 
 def test_states_are_counted_in_the_precision_that_a_trainer_keeps() -> None:
     held = PROGRAM.held(MemoryKind.PARAMETER)
-    kept = {
-        precision: dict(forecast(PROGRAM, MACHINE, Setup(precision=precision, optimizer_shards=2), dict(PROGRAM.axes)).by_kind)
-        for precision in (Precision.MASTER, Precision.SHARDED)
-    }
+    kept = dict(forecast(PROGRAM, MACHINE, Setup(precision=Precision.MASTER, optimizer_shards=2), dict(PROGRAM.axes)).by_kind)
     states = (MemoryKind.PARAMETER, MemoryKind.GRADIENT, MemoryKind.OPTIMIZER)
-    assert [kept[Precision.MASTER][kind] / held for kind in states] == [1.0, 2.0, 3.0]
-    assert [kept[Precision.SHARDED][kind] / held for kind in states] == [2.0, 2.0, 2.0]
+    assert [kept[kind] / held for kind in states] == [1.0, 2.0, 3.0]

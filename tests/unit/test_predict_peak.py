@@ -1,12 +1,22 @@
-"""The peak is that of the true mesh: where few states are left of each rank's, activations make it."""
+"""The peak is that of the true mesh and setup: few states of each rank's, context ranks, a compiled loss, what the allocator reserves."""
 
 from dataclasses import replace
 
+import pytest
+
+from benchmarks.measured_steps import reserved_over_active
 from shardwise.core.measurement import StepSettings
+from shardwise.core.mesh import Mesh
+from shardwise.core.plan import TheirPlan
 from shardwise.core.prediction import Setup
 from shardwise.core.program import Block, MemoryChange, MemoryKind, Phase, Program
+from shardwise.models.llama import LlamaConfig
+from shardwise.models.specs import ModelSpec
+from shardwise.parallel.builtin import builtin_plan
 from shardwise.predict.machines import load_machine
-from shardwise.predict.memory import forecast
+from shardwise.predict.memory import RESERVED_OVER_ACTIVE, _fused_loss, forecast, peak_by_kind
+from shardwise.predict.work import reducing_sizes
+from shardwise.trace.trace import trace
 
 GIB = 2**30
 PEAKS = (
@@ -38,3 +48,38 @@ def test_a_pipeline_moves_it_too() -> None:
     staged = dict(forecast(PROGRAM, machine, Setup(stages=2, micro_batches=8), {"fsdp": 2, "tp": 1}).by_kind)
     assert staged == {MemoryKind.PARAMETER: GIB / 2, MemoryKind.ACTIVATION: 4 * GIB}
     assert dict(forecast(replace(PROGRAM, blocks=()), machine, Setup(), {"fsdp": 2, "tp": 1}).by_kind) == {MemoryKind.PARAMETER: GIB}
+
+
+def test_context_ranks_share_fsdp_s_shards() -> None:
+    machine = load_machine("h100-sxm-80gb")
+    assert reducing_sizes(PROGRAM, Setup(context=8), {"fsdp": 1}) == {"fsdp": 8, "tp": 1}
+    alone, shared = (
+        forecast(PROGRAM, machine, Setup(context=count), reducing_sizes(PROGRAM, Setup(context=count), {"fsdp": 2})) for count in (1, 4)
+    )
+    assert dict(shared.by_kind) == {MemoryKind.PARAMETER: GIB / 4, MemoryKind.ACTIVATION: 4 * GIB}
+    assert shared.active_bytes < alone.active_bytes
+    whole = replace(PROGRAM, axes=(("tp", 2),))
+    assert reducing_sizes(whole, Setup(context=8), None) == {"tp": 2}
+
+
+def test_a_compiled_loss_holds_logits_and_their_gradient_and_nothing_in_float32() -> None:
+    settings = StepSettings(4, 64, param_dtype="bfloat16", reduce_dtype="float32")
+    spec = ModelSpec("wide head", LlamaConfig(65_536, 32, 2, 2, 2, 64), "")
+    program = trace(spec, TheirPlan.UNSHARDED, Mesh.parse("fsdp=2,tp=1"), settings, device="cuda")
+    logits, gathered = 2 * 64 * 65_536 * 2, 2 * 65_536 * 32 * 2  # both tables are gathered then
+    eager, fused = (peak_by_kind(program, lambda _: True, Setup(compiled_loss=fused)) for fused in (False, True))
+    assert eager[MemoryKind.ACTIVATION] + eager[MemoryKind.TEMPORARY] == pytest.approx(3 * 2 * logits + gathered, rel=0.05)
+    assert fused[MemoryKind.ACTIVATION] + fused[MemoryKind.TEMPORARY] == pytest.approx(2 * logits + gathered, rel=0.05)
+
+
+def test_what_comes_with_a_compiled_loss_goes_again() -> None:
+    settings = StepSettings(4, 64, "bfloat16")
+    for plan in ("rowwise", "rowwise@dtensor"):
+        program = trace(
+            ModelSpec("head", LlamaConfig(8192, 32, 2, 2, 2, 64), ""), builtin_plan(plan), Mesh.parse("tp=2"), settings, device="cuda"
+        )
+        assert sum(_fused_loss(program).values()) == 0
+
+
+def test_reserved_memory_is_what_our_own_steps_held() -> None:
+    assert pytest.approx(reserved_over_active(), abs=0.005) == RESERVED_OVER_ACTIVE

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from shardwise.core.errors import InputError
 from shardwise.core.measurement import StepSettings
-from shardwise.core.prediction import AttentionKernel, Precision, Selective, Setup, Term
+from shardwise.core.prediction import AttentionKernel, Precision, Setup, Term
 from shardwise.core.prediction_run import PredictionRun
 from shardwise.report import predict_rows as rows
 from shardwise.report.predict_json import prediction_from_json, prediction_json
@@ -71,8 +71,8 @@ def test_memory_says_by_how_much() -> None:
 def test_every_choice_of_a_setup_is_said() -> None:
     plain = rows.assumptions(StepSettings(1, 8), Setup(), AXES)
     choices = {
-        "micro_batches": 4, "stages": 2, "chunks": 2, "context": 2, "attention": AttentionKernel.UNFUSED, "selective_recompute": Selective.OPS,
-        "compiled": True, "matmul_dtype": "float8", "overlap_data": True, "overlap_tensor": True, "optimizer_shards": 4, "precision": Precision.MASTER, "without": (Term.LAUNCH,),
+        "micro_batches": 4, "stages": 2, "chunks": 2, "context": 2, "attention": AttentionKernel.UNFUSED, "recompute_attention": True,
+        "compiled": True, "compiled_loss": True, "matmul_dtype": "float8", "overlap_data": True, "overlap_tensor": True, "optimizer_shards": 4, "precision": Precision.MASTER, "without": (Term.LAUNCH,),
     }  # fmt: skip
     for field, value in choices.items():
         base = {"stages": 2} if field == "chunks" else {}

@@ -11,7 +11,7 @@ from shardwise.core.decomposition import decompose
 from shardwise.core.machine import Machine
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
-from shardwise.core.prediction import COMPUTE_TERMS, Selective, Setup, Term
+from shardwise.core.prediction import COMPUTE_TERMS, Setup, Term
 from shardwise.core.program import Program
 from shardwise.core.timeline import NONE, SpanKind
 from shardwise.models.llama import LlamaConfig
@@ -29,9 +29,10 @@ HOSTS = {"fast": 1e-7, "slow": 5e-5}
 
 
 @functools.cache
-def program(mesh: str, device: str = "cuda") -> Program:
+def program(mesh: str, device: str = "cuda", recompute: str = "none") -> Program:
     shape = Mesh.parse(mesh)
-    settings = StepSettings(2 * shape.data_parallel, 256, dtype="bfloat16" if device == "cuda" else "float32")
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    settings = StepSettings(2 * shape.data_parallel, 256, dtype=dtype, recompute=recompute)
     return trace(SPEC, builtin_plan("rowwise"), shape, settings, device=device)
 
 
@@ -43,13 +44,16 @@ def machine(host: str = "fast", device: str = "cuda") -> Machine:
 
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize(
-    "setup", [Setup(), Setup(compiled=True), Setup(selective_recompute=Selective.OPS)], ids=["eager", "compiled", "ops"]
+    ("setup", "recompute"),
+    [(Setup(), "none"), (Setup(compiled=True), "none"), (Setup(), "selective-ops")],
+    ids=["eager", "compiled", "selective ops"],
 )
 @pytest.mark.parametrize("mesh", ["tp=2", "fsdp=2,tp=2", "dp=2,tp=2", "fsdp=2,tp=1"])
-def test_a_timeline_decomposes_into_its_terms(mesh: str, setup: Setup, host: str) -> None:
-    found = predict(program(mesh), machine(host), setup)
+def test_a_timeline_decomposes_into_its_terms(mesh: str, setup: Setup, recompute: str, host: str) -> None:
+    traced = program(mesh, recompute=recompute)
+    found = predict(traced, machine(host), setup)
     terms = dict(found.terms)
-    (parts,) = (one.parts for one in decompose(timeline_of(program(mesh), machine(host), setup)))
+    (parts,) = (one.parts for one in decompose(timeline_of(traced, machine(host), setup)))
     close = functools.partial(pytest.approx, rel=1e-3, abs=2e-6)  # each span is rounded to a nanosecond
     assert parts.total_ns / 1e9 == close(found.step_s - terms[Term.SLOWED])
     assert parts.compute_ns / 1e9 == close(sum(terms[term] for term in COMPUTE_TERMS))

@@ -21,7 +21,7 @@ from benchmarks.published_results import (
     why,
 )
 from shardwise.core.machine_file import machine_from_toml
-from shardwise.core.prediction import AttentionKernel, Precision, Selective
+from shardwise.core.prediction import AttentionKernel, Precision
 from shardwise.predict.costs import TENSOR_HIDDEN
 
 ROWS = read_rows()
@@ -48,11 +48,18 @@ def test_the_rules_by_which_rows_are_taken() -> None:
     assert (vtrain.machine, vtrain.setup.attention, vtrain.traced.recompute) == ("a100-sxm-80gb-vtrain", AttentionKernel.UNFUSED, "full")
     assert vtrain.traced.vocab % (128 * 2) == 0
     selective = job_of(row_of("megatron-2205.05198", ac="selective (attn core)"))
-    assert selective.setup.selective_recompute is Selective.ATTENTION
+    assert (selective.setup.recompute_attention, selective.traced.recompute) == (True, "none")
     titan = job_of(row_of("torchtitan-benchmarks", tp="8", precision="bf16"))
-    assert (titan.traced.data_axis, titan.setup.precision, titan.setup.matmul_dtype) == ("fsdp", Precision.SHARDED, None)
+    assert (titan.traced.data_axis, titan.traced.mixed, titan.setup.precision) == ("fsdp", True, Precision.TRACED)
+    assert (titan.traced.plan, titan.traced.fused_swiglu, titan.setup.matmul_dtype) == ("rowwise@dtensor", False, None)
+    ops = row_of("torchtitan-benchmarks", ac="selective-op", compile="1", date="2024-12")
+    assert (job_of(ops).traced.recompute, job_of(ops).traced.plan, job_of(ops).setup.compiled_loss) == ("selective-ops", "unsharded", False)
+    assert job_of(ops | {"date": "2025-06"}).setup.compiled_loss
+    one_rank = job_of(row_of("torchtitan-benchmarks", dp="1", cp="8"))
+    assert (one_rank.traced.data_size, one_rank.data_parallel, one_rank.setup.context) == (2, 1, 8)
     nemo = job_of(row_of("dgxc-25.04", tp="4", precision="fp8"))
     assert (nemo.setup.matmul_dtype, nemo.setup.overlap_tensor, nemo.setup.overlap_data) == ("float8", True, True)
+    assert (nemo.traced.plan, nemo.traced.fused_swiglu, nemo.setup.precision) == ("rowwise", True, Precision.MASTER)
     context = job_of(row_of("dgxc-25.04", tp="4", cp="2"))
     assert (context.setup.context, context.traced.seq, context.traced.max_seq) == (2, 4096, 8192)
 

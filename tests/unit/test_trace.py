@@ -224,6 +224,19 @@ def test_recompute_holds_fewer_activations_and_runs_the_layers_twice() -> None:
     }
 
 
+@pytest.mark.parametrize("plan", ["rowwise", "rowwise@dtensor"])
+def test_a_selective_recompute_keeps_attention_and_every_second_matmul(plan: str) -> None:
+    kept = traced(plan, 3, "cuda", settings=StepSettings(BATCH, SEQ, "bfloat16", recompute="selective-ops"))
+    again = Counter(op.module.rpartition(".")[2] for op in kept.ops() if op.phase is Phase.RECOMPUTE and op.kind is OpKind.MATMUL)
+    assert again == {"wk": 3, "wo": 3, "w3": 3}  # of wq, wk, wv, wo, w1, w3, w2 in this order
+    assert not any(op.phase is Phase.RECOMPUTE and op.kind is OpKind.ATTENTION for op in kept.ops())
+    # functional collectives can be kept, and DTensor issues those
+    scattered = any(each.phase is Phase.RECOMPUTE and each.call.kind is CollectiveKind.REDUCE_SCATTER for each in kept.collectives())
+    assert scattered is (plan == "rowwise")
+    plain = traced(plan, 3, "cuda", settings=StepSettings(BATCH, SEQ, "bfloat16"))
+    assert memory_peak(kept).n_bytes < memory_peak(plain).n_bytes
+
+
 @pytest.mark.parametrize(
     ("mesh", "plan", "options", "kind", "message"),
     [

@@ -5,6 +5,7 @@ from collections import Counter
 
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
+from shardwise.core.program import MemoryKind, OpKind
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_plan
@@ -19,6 +20,20 @@ def test_the_buffers_of_the_backward_are_fake() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     trace(wide, builtin_plan("rowwise"), Mesh.parse("fsdp=2,tp=1"), StepSettings(2, 16, dtype="bfloat16"), device="cuda")
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < GIB
+
+
+def test_mixed_precision_gathers_in_one_dtype_and_reduces_and_keeps_in_another() -> None:
+    small = ModelSpec("small", LlamaConfig(70, 48, 3, 4, 2, 64), "")
+    settings = StepSettings(2, 16, param_dtype="bfloat16", reduce_dtype="float32")
+    found = trace(small, builtin_plan("rowwise"), Mesh.parse("fsdp=2,tp=1"), settings, device="cuda")
+    dtypes = {
+        kind: {each.call.dtype for each in found.collectives() if each.call.axis == "fsdp" and each.call.kind == kind}
+        for kind in ("all_gather", "reduce_scatter")
+    }
+    assert dtypes == {"all_gather": {"bfloat16"}, "reduce_scatter": {"float32"}}
+    assert {op.inputs[0].dtype for op in found.ops() if op.kind is OpKind.MATMUL} == {"bfloat16"}
+    assert {holding.dtype for holding in found.holdings} == {"float32"}
+    assert found.held(MemoryKind.GRADIENT) == found.held(MemoryKind.PARAMETER)
 
 
 def test_shards_are_copied_into_the_buffer_that_is_gathered_in_both_directions() -> None:
