@@ -128,16 +128,20 @@ def test_a_plan_that_trains_another_model_is_an_answer_of_no(tmp_path: Path) -> 
     assert "ffn_norm" not in ended.stdout
 
 
+MIXED = ("--param-dtype", "bfloat16", "--reduce-dtype", "float32")
+
+
 @pytest.mark.parametrize(
     "options",
     [
         ("rowwise", "colwise", "--mesh", "fsdp=2,tp=2", "--batch", "4"),
+        ("rowwise", "rowwise@dtensor", "--mesh", "fsdp=2,tp=2", *MIXED, "--recompute", "selective-ops"),
         ("rowwise", "routed", "rowwise@dtensor", "--mesh", "dp=2,tp=2", "--batch", "4", "--accumulation", "2"),
         ("rowwise", "colwise", "rowwise@dtensor", "--no-sequence-parallel", "--recompute", "full"),
         ("routed-interleaved", "replicated", "--dtype", "bfloat16", "--random-ids"),
         ("rowwise", "colwise@dtensor", "--module", "layers.1.feed_forward"),
     ],
-    ids=["fsdp", "dp-accumulation", "no-sp-recompute", "bfloat16-random", "module"],
+    ids=["fsdp", "mixed-selective", "dp-accumulation", "no-sp-recompute", "bfloat16-random", "module"],
 )
 def test_the_options_of_a_step_work_together_and_every_plan_agrees(options: tuple[str, ...], tmp_path: Path) -> None:
     ended = shardwise("compare", *SMALL, *options, "--json", "--no-repeat", cwd=tmp_path)
@@ -145,6 +149,8 @@ def test_the_options_of_a_step_work_together_and_every_plan_agrees(options: tupl
     comparison = comparison_from_json(ended.stdout.encode())
     assert all(m.agreement is not None and m.agreement.agrees for m in comparison.measurements)
     assert all(len(m.step_s) == 2 for m in comparison.measurements)
+    if "--param-dtype" in options:
+        assert comparison.settings.precision == "float32, computed in bfloat16, reduced in float32"
     if "--module" in options:
         assert comparison.module == "layers.1.feed_forward"
         assert all(m.module_times is not None and max(m.step_s) <= max(m.module_times.total_s) for m in comparison.measurements)
@@ -193,7 +199,7 @@ REFUSED = [
     (("routed", "--no-sequence-parallel"), 'plan "routed" isn\'t offered without sequence parallelism: without it every rank needs every row. '
      "Use rowwise, colwise or replicated."),
     (("--dtype", "float16"), '--dtype is "float16". Did you mean "bfloat16"? Allowed: float32, bfloat16, float64.'),
-    (("--recompute", "some"), '--recompute is "some". Did you mean "none"? Allowed: none, full.'),
+    (("--recompute", "some"), '--recompute is "some". Did you mean "none"? Allowed: none, selective-ops, full.'),
     (("--batch", "3", "--mesh", "dp=2,tp=1"), "--batch 3 can't be cut into 2 data-parallel parts of 1 micro-batches. Use a multiple of 2."),
     (("--batch", "x"), "Invalid value for '--batch': Input should be a valid integer, unable to parse string as an integer. "
      "Try: shardwise --help."),
@@ -206,8 +212,9 @@ REFUSED = [
     (("broken.toml",), "broken.toml: not valid TOML: Expected '=' after a key in a key/value pair (at line 1, column 6)."),
     (("typo.toml",), 'plan "typo": rule "layers.*.atention.wq" (colwise) matched nothing; did you mean "layers.*.attention.wq"?'),
     (("--config", "bad.toml"), '--config bad.toml: unknown key "batsh". Did you mean "batch"? Allowed: accumulation, batch, check, compile, device, '
-     "dtype, json, learning_rate, max_norm, mesh, model, module, out, plans, profile, profile_steps, random_ids, recompute, repeat, rounds, seed, seq, "
-     "sequence_parallel, text, timeout, tokenizer, warmup."),
+     "dtype, json, learning_rate, max_norm, mesh, model, module, out, param_dtype, plans, profile, profile_steps, random_ids, recompute, reduce_dtype, repeat, "
+     "rounds, seed, seq, sequence_parallel, text, timeout, tokenizer, warmup."),
+    (("--param-dtype", "bfloat16"), "--param-dtype bfloat16: is FSDP's mixed precision, and mesh tp=2 has no fsdp axis. Add fsdp=N, or use --dtype."),
     (("--learning-rate", "-1"), "--learning-rate is -1.0. Use a number above 0."),
     (("--text", "nowhere.txt"), 'text file "nowhere.txt" doesn\'t exist. Give UTF-8 text files, or directories of them.'),
 ]  # fmt: skip

@@ -54,6 +54,19 @@ def test_the_folder_holds_the_page_the_data_and_the_steps_for_perfetto(run: tupl
     assert f"Page: {out}/predict.html" in printed
 
 
+def test_mixed_precision_and_context_ranks_are_one_step(tmp_path: Path) -> None:
+    options = (
+        "--mesh fsdp=1,tp=2 --context 2 --param-dtype bfloat16 --reduce-dtype float32 --recompute selective-ops --compiled-loss --json"
+    )
+    ended = shardwise("predict", "--model", "llama3-debug", "--seq", "64", *options.split(), cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    document = json.loads(ended.stdout)
+    (prediction,) = document["predictions"]
+    assert (prediction["devices"], prediction["tokens"], dict(prediction["axes"])) == (4, 64, {"fsdp": 1, "tp": 2})
+    assert prediction["setup"]["compiled_loss"]
+    assert dict(prediction["terms"])["data-parallel communication"] > 0
+
+
 def test_json_is_one_document(tmp_path: Path) -> None:
     ended = shardwise("predict", *SMALL, "--json", "--without", "launch,tensor", "--without", "data", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
@@ -147,6 +160,8 @@ REFUSED = [
     (("--matmul-dtype", "float4"), '--matmul-dtype is "float4". Did you mean "float8"?'),
     (("--recompute", "ful"), '--recompute is "ful". Did you mean "full"?'),
     (("--precision", "mixed"), '--precision is "mixed".'),
+    (("--param-dtype", "bfloat16"), "--param-dtype bfloat16: is FSDP's mixed precision, and mesh tp=2 has no fsdp axis. Add fsdp=N, or use --dtype."),
+    (("--sweep", "--reduce-dtype", "float8"), '--reduce-dtype is "float8". Did you mean'),
     (("--devices", "8"), "--devices: it is a sweep's. Add --sweep, or leave it out."),
     (("--sweep", "--mesh", "tp=2"), "--mesh: a sweep goes over it, or has no use for it."),
     (("--sweep", "--micro-batches", "1,0"), '--micro-batches is "1,0". Write sizes with commas between, such as 1,2,4.'),

@@ -20,14 +20,18 @@ def check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
         raise OptionError(f'{option} is "{value}".{suggest(value, allowed)} Allowed: {", ".join(allowed)}.')
 
 
+def check_dtypes(dtype: str, param_dtype: str | None, reduce_dtype: str | None) -> None:
+    """Raises OptionError for a dtype that isn't offered."""
+    for option, value in (("--dtype", dtype), ("--param-dtype", param_dtype), ("--reduce-dtype", reduce_dtype)):
+        if value is not None:
+            check_choice(option, value, DTYPES)
+
+
 def check_precision(settings: StepSettings, mesh: Mesh) -> None:
-    """Raises OptionError for mixed precision in unknown dtypes, or where no FSDP is that would have it."""
-    check_choice("--dtype", settings.dtype, DTYPES)
+    """Raises OptionError for a dtype that isn't offered, and for mixed precision without FSDP."""
+    check_dtypes(settings.dtype, settings.param_dtype, settings.reduce_dtype)
     for option, value in (("--param-dtype", settings.param_dtype), ("--reduce-dtype", settings.reduce_dtype)):
-        if value is None:
-            continue
-        check_choice(option, value, DTYPES)
-        if "fsdp" not in dict(mesh.axes):
+        if value is not None and "fsdp" not in dict(mesh.axes):
             raise OptionError(f"{option} {value}: is FSDP's mixed precision, and mesh {mesh} has no fsdp axis. Add fsdp=N, or use --dtype.")
 
 

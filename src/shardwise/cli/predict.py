@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from shardwise.cli.config import read_config
-from shardwise.cli.options import DTYPES, check_choice, check_precision, check_seq, default_plan
+from shardwise.cli.options import DTYPES, check_choice, check_dtypes, check_precision, check_seq, default_plan
 from shardwise.cli.options import RECOMPUTE as TRACED_RECOMPUTE
 from shardwise.cli.predict_programs import MicroBatch, load_program, trace_program, traced_mesh, write_program
 from shardwise.cli.predict_sweep import MICRO_BATCHES, SweepTask
@@ -196,7 +196,7 @@ def predict(
     [dim]shardwise predict --sweep --devices 64 --model llama3-70b --batch 512 --dtype bfloat16 --recompute full[/]
     [dim]shardwise predict --save-program 8b.json; shardwise predict --program 8b.json --machine mine.toml[/]
     """
-    check_choice("--dtype", dtype, DTYPES)
+    check_dtypes(dtype, param_dtype, reduce_dtype)
     check_choice("--recompute", recompute, RECOMPUTE)
     check_choice("--precision", precision, tuple(Precision))
     if attention is not None:

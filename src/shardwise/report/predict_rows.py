@@ -142,7 +142,7 @@ def assumptions(settings: StepSettings, setup: Setup, axes: Sequence[tuple[str, 
     )
     if setup.compiled_loss:
         lines.append("The loss is fused as well: it keeps the logits, and makes no copy of them in float32.")
-    lines.append(f"{_recomputed(settings, setup)} in the backward.")
+    lines.append(_recomputed(settings, setup))
     if setup.matmul_dtype is not None:
         lines.append(f"Linear layers multiply in {name(setup.matmul_dtype)}; what casting to it costs is not modelled.")
     match setup.precision:
@@ -168,11 +168,11 @@ def assumptions(settings: StepSettings, setup: Setup, axes: Sequence[tuple[str, 
 
 def _recomputed(settings: StepSettings, setup: Setup) -> str:
     again = {
-        "none": "Unfused attention runs again" if setup.recompute_attention else "Nothing is recomputed",
-        "selective-ops": "Each layer's forward runs again, but attention and every second matmul",
-        "full": "Each layer's forward runs again",
+        "none": f"{'Unfused attention runs again' if setup.recompute_attention else 'Nothing is recomputed'} in the backward.",
+        "selective-ops": "Each layer's forward runs again in the backward, but for attention and every second matmul.",
+        "full": "Each layer's forward runs again in the backward.",
     }
-    return again.get(settings.recompute, f"Recompute: {name(settings.recompute)}")
+    return again.get(settings.recompute, f"Recompute in the backward: {name(settings.recompute)}.")
 
 
 def is_launch_bound(prediction: Prediction) -> bool:

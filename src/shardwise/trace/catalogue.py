@@ -45,7 +45,7 @@ _NAMES: dict[OpKind, str] = {
         "_unsafe_index _unsafe_index_put"
     ),
     OpKind.COPY: (
-        "clone copy_ _to_copy to cat stack repeat tril triu roll flip constant_pad_nd contiguous split_with_sizes_copy "
+        "clone copy_ _foreach_copy_ _to_copy to cat stack repeat tril triu roll flip constant_pad_nd contiguous split_with_sizes_copy "
         "all_gather_copy_in chunk_cat split_with_sizes_copy_out unfold_backward repeat_interleave tril_ triu_ copy"
     ),
     OpKind.FILL: (
