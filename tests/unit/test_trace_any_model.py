@@ -184,6 +184,7 @@ def test_cuda_s_attention_depends_on_dtype_mask_and_grouped_heads(dtype: str, kv
 def test_a_triangular_solve_counts_its_size_squared_for_each_right_hand_side() -> None:
     matrix, sides = TensorSpec("float32", (2, 5, 5)), TensorSpec("float32", (2, 5, 3))
     assert kind_of("aten::linalg_solve_triangular", "cpu") is OpKind.MATMUL
+    assert (kind_of("aten::exp_", "cuda"), kind_of("aten::no_such_", "cuda")) == (OpKind.ELEMENTWISE, OpKind.UNKNOWN)
     assert flops_of("aten::linalg_solve_triangular", (matrix, sides), (sides,), causal=False) == 2 * 5 * 5 * 3
 
 

@@ -81,10 +81,10 @@ CUDA_DIFFERS = frozenset({"aten::bernoulli_", "aten::_safe_softmax"})
 
 
 def kind_of(name: str, device: str) -> OpKind:
-    """The kind of an op as `device` runs it."""
+    """The kind of an op as `device` runs it; an op that works in place (`exp_`) is of its plain form's."""
     if device == "cuda" and name in CUDA_DIFFERS:
         return OpKind.UNKNOWN
-    return KINDS.get(name, OpKind.UNKNOWN)
+    return KINDS.get(name) or KINDS.get(name.removesuffix("_"), OpKind.UNKNOWN)
 
 
 def name_on(name: str, device: str, inputs: Sequence[TensorSpec]) -> str:
