@@ -14,6 +14,12 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from shardwise.parallel.loss import Loss
 
 WARM_UPS, STEPS = 2, 3
 TIMEOUT_S = 150
@@ -34,13 +40,19 @@ class Case:
     param_dtype: str | None = None
     reduce_dtype: str | None = None
     recompute: str = "none"
+    compiled: bool = False
+    compiled_loss: bool = False
 
     @property
     def tag(self) -> str:
         mesh = f"fsdp={self.fsdp},tp={self.tp}" if self.fsdp > 1 else f"tp={self.tp}"
         mixed = f"/{self.param_dtype}/{self.reduce_dtype}" if self.param_dtype else ""
         again = f" recompute {self.recompute}" if self.recompute != "none" else ""
-        return f"{self.model} x{self.layers} {mesh} {self.plan} b{self.batch} s{self.seq} {self.dtype}{mixed}{again}"
+        more = " compiled" * self.compiled + " loss compiled" * self.compiled_loss
+        return f"{self.model} x{self.layers} {mesh} {self.plan} b{self.batch} s{self.seq} {self.dtype}{mixed}{again}{more}"
+
+
+MIXED = Case("llama3-8b", 32, "unsharded", 2, 8192, "float32", 1, 8, "bfloat16", "float32", "selective-ops")
 
 
 def small_cases() -> list[Case]:
@@ -59,6 +71,8 @@ def small_cases() -> list[Case]:
         Case("llama3-8b", 4, "rowwise", 1, 8192, tp=2, recompute="full"),
         Case("llama3-70b", 2, "rowwise", 2, 4096, tp=4),
         Case("llama3-8b", 8, "rowwise@dtensor", 4, 8192, tp=8, recompute="selective-ops"),
+        *(replace(MIXED, layers=8, compiled_loss=loss) for loss in (False, True)),
+        replace(MIXED, layers=8, recompute="none", compiled=True, compiled_loss=True),
         Case("llama3-debug", 6, "rowwise", 8, 1024, tp=2),
         Case("llama3-debug", 6, "replicated", 8, 1024, "float32"),
         Case("gpt3-175b", 2, "rowwise", 2, 2048, tp=8),
@@ -69,14 +83,27 @@ def small_cases() -> list[Case]:
 
 def large_cases() -> list[Case]:
     """torchtitan's settings of December 2024, whose memory it published; the last has a quarter of the layers."""
-    mixed = Case("llama3-8b", 32, "unsharded", 2, 8192, "float32", 1, 8, "bfloat16", "float32", "selective-ops")
     return [
-        mixed,
-        replace(mixed, fsdp=128),
-        replace(mixed, batch=1, seq=32768, recompute="full"),
-        replace(mixed, layers=8, recompute="none"),
-        replace(mixed, model="llama3-70b", layers=20, plan="rowwise@dtensor", batch=16, tp=8, fsdp=32, recompute="full"),
+        MIXED,
+        replace(MIXED, fsdp=128),
+        replace(MIXED, batch=1, seq=32768, recompute="full"),
+        replace(MIXED, layers=8, recompute="none"),
+        replace(MIXED, model="llama3-70b", layers=20, plan="rowwise@dtensor", batch=16, tp=8, fsdp=32, recompute="full"),
     ]
+
+
+class _CompiledLoss:
+    """A loss that torch.compile fuses."""
+
+    def __init__(self, loss: "Loss") -> None:
+        import torch
+
+        self.backward_context = loss.backward_context
+        self._call = torch.compile(lambda *given: loss(*given))
+
+    def __call__(self, logits: "Tensor", labels_BS: "Tensor", valid: "Tensor | int | None" = None) -> "Tensor":
+        found: Tensor = self._call(logits, labels_BS, valid)
+        return found
 
 
 def run_case(case: Case) -> dict[str, object]:
@@ -90,6 +117,7 @@ def run_case(case: Case) -> dict[str, object]:
     from shardwise.core.mesh import Mesh
     from shardwise.core.plan import Plan
     from shardwise.models.specs import get_spec
+    from shardwise.parallel.apply import applied_to
     from shardwise.step.build import build_model, device_mesh
     from shardwise.step.train import TrainStep, mixed_precision
 
@@ -109,8 +137,10 @@ def run_case(case: Case) -> dict[str, object]:
         seed=0,
         policy=mixed_precision(settings),
         recompute=case.recompute,
+        compiled=case.compiled,
     )
-    step = TrainStep(model, mesh=on)
+    own = applied_to(model).loss
+    step = TrainStep(model, mesh=on, loss=_CompiledLoss(own) if case.compiled_loss else own)
     ids = torch.randint(spec.vocab_size, (case.batch, case.seq), generator=torch.Generator().manual_seed(0))
     batch = [(ids if isinstance(plan, Plan) else ids.to(device), ids)]
     seconds = []

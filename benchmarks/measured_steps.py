@@ -103,7 +103,12 @@ def step_of(ran: dict[str, object], machine: Machine) -> Step:
         values.batch * mesh.data_parallel, values.seq, values.dtype, values.param_dtype, values.reduce_dtype, recompute=values.recompute
     )
     program = program_of(values.model, values.layers, values.plan, mesh, settings)
-    made = predict(program, machine, Setup(without=(Term.TENSOR, Term.DATA)), {"fsdp": values.fsdp})
+    made = predict(
+        program,
+        machine,
+        Setup(compiled=values.compiled, compiled_loss=values.compiled_loss, without=(Term.TENSOR, Term.DATA)),
+        {"fsdp": values.fsdp},
+    )
     return Step(
         values.device,
         values.tag,
@@ -141,6 +146,8 @@ class Ran(msgspec.Struct):
     fsdp: int
     param_dtype: str | None
     reduce_dtype: str | None
+    compiled: bool = False
+    compiled_loss: bool = False
 
 
 def issue_lines(machine: Machine) -> tuple[Line, ...]:

@@ -1,6 +1,7 @@
 """What the allocator of a real GPU had active at a step's peak, against the traced step: one rank's part, over a process group without communication."""
 
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 
 import pytest
@@ -15,6 +16,8 @@ ALLOWED = 0.02  # workspaces of libraries, which no tensor shows
 MIXED = Case("llama3-8b", 4, "unsharded", 1, 8192, "float32", 1, 8, "bfloat16", "float32", "selective-ops")
 CASES = (
     MIXED,
+    replace(MIXED, compiled_loss=True),
+    replace(MIXED, recompute="none", compiled=True, compiled_loss=True),
     Case("llama3-8b", 4, "rowwise", 2, 8192, tp=8),
     Case("llama3-8b", 4, "rowwise@dtensor", 2, 8192, tp=8, recompute="selective-ops"),
     Case("llama3-8b?fused_swiglu=true", 4, "replicated", 1, 8192, recompute="full"),

@@ -26,6 +26,10 @@ RESERVED_OVER_ACTIVE = 1.14
 """Median of 21 steps on an H100 and an H200 that hold more than 5 GiB (from 1.04 to 1.56), with the allocator's defaults. Source:
 benchmarks/data/h100-steps.json and h200-steps.json (reserved_over_active in benchmarks/measured_steps.py)."""
 
+MADE_AGAIN = ("aten::silu",)
+"""What a compiler makes again in the backward instead of keeping it: of the ops between a SwiGLU's matmuls, as an H100 showed (3.5 GiB of 8
+layers of Llama 3 8B: benchmarks/data/h100-steps.json)."""
+
 _ONCE = (Phase.REDUCE, Phase.CLIP, Phase.OPTIMIZER)
 STATES = (MemoryKind.PARAMETER, MemoryKind.GRADIENT, MemoryKind.OPTIMIZER)
 OF_MASTER = (1.0, 2.0, 6.0)  # of the traced bytes of the parameters: parameter, gradient, optimizer
@@ -101,6 +105,8 @@ def _rows(program: Program, setup: Setup) -> Iterable[_Row]:
     fused = _fused_loss(program) if setup.compiled_loss else {}
     for place, block in enumerate(program.blocks):
         pairs = [(fused.get((place, at), item.n_bytes), item) for at, item in enumerate(block.items) if isinstance(item, MemoryChange)]
+        if setup.compiled:
+            pairs = [(n_bytes, change) for n_bytes, change in pairs if change.maker not in MADE_AGAIN]
         if setup.precision is not Precision.TRACED:
             pairs = [(n_bytes, change) for n_bytes, change in pairs if change.phase not in _ONCE]
         changes = [change for _, change in pairs]

@@ -32,7 +32,7 @@ from shardwise.core.measurement import StepSettings
 from shardwise.core.plan import Engine
 from shardwise.core.program import Phase
 from shardwise.parallel.apply import applied_to
-from shardwise.parallel.loss import count_valid
+from shardwise.parallel.loss import Loss, count_valid
 from shardwise.step.clipping import clip_gradients
 
 
@@ -96,7 +96,8 @@ def shard_with_fsdp(model: nn.Module, layers: Iterable[nn.Module], mesh: DeviceM
 class TrainStep:
     """One optimizer step of a model, called with the micro-batches of this rank's part of the global batch.
 
-    mesh: the device mesh with the model's axes, or None for one process. on_phase: told each phase as it begins.
+    mesh: the device mesh with the model's axes, or None for one process. loss: in place of the one that goes with the model's logits. on_phase:
+    told each phase as it begins.
     """
 
     def __init__(
@@ -106,12 +107,13 @@ class TrainStep:
         mesh: DeviceMesh | None,
         learning_rate: float = 3e-4,
         max_norm: float = 1.0,
+        loss: Loss | None = None,
         on_phase: Callable[[Phase], None] | None = None,
     ) -> None:
         applied = applied_to(model)
         self.model = model
         self.optimizer = torch.optim.AdamW(_groups(model), lr=learning_rate, fused=True)
-        self._loss = applied.loss
+        self._loss = loss or applied.loss
         self._torch_clips = _only_dtensors(model) and (applied.plan is None or applied.plan.engine is Engine.DTENSOR)
         self._max_norm = max_norm
         self._on_phase = on_phase or (lambda _: None)
