@@ -22,8 +22,8 @@ from shardwise.core.machine import (
     on_curve,
 )
 from shardwise.core.prediction import AttentionKernel, Precision, Setup, Term
-from shardwise.core.program import Collective, MemoryKind, Op, OpKind, Phase, TensorSpec, memory_peak
-from shardwise.predict.costs import collective_cost, collective_s, op_cost
+from shardwise.core.program import LOSS_MODULE, Collective, MemoryKind, Op, OpKind, Phase, TensorSpec, memory_peak
+from shardwise.predict.costs import FUSED_LOSS_TRAFFIC, FUSED_TRAFFIC, collective_cost, collective_s, op_cost
 from shardwise.predict.memory import forecast, peak_by_kind
 from shardwise.predict.pipeline import StageTimes, layers_of_stages, one_f_one_b, pipeline_s
 from shardwise.predict.predict import predict
@@ -104,6 +104,19 @@ def test_unfused_attention_reads_and_writes_its_scores_and_a_selective_recompute
     again = op_cost(attention(backward=True), MACHINE, replace(unfused, recompute_attention=True))
     assert again.device_s == pytest.approx(forward.device_s + backward.device_s)
     assert forward.host_s == pytest.approx(6 * 2e-6)
+
+
+def test_a_compiler_fuses_layers_and_loss_each_where_it_is_said_to() -> None:
+    inside = op("aten::silu", OpKind.ELEMENTWISE, (1000, 64), out=(1000, 64), read=256_000, write=256_000)
+    loss = replace(inside, module=LOSS_MODULE)
+    eager = op_cost(inside, MACHINE, Setup())
+    assert op_cost(loss, MACHINE, Setup(compiled=True)) == op_cost(inside, MACHINE, Setup(compiled_loss=True)) == eager
+    for fused, share in (
+        (op_cost(inside, MACHINE, Setup(compiled=True)), FUSED_TRAFFIC),
+        (op_cost(loss, MACHINE, Setup(compiled_loss=True)), FUSED_LOSS_TRAFFIC),
+    ):
+        assert fused.device_s == pytest.approx(eager.device_s * share)
+        assert fused.host_s == 0.0
 
 
 def test_an_op_that_nobody_knows_counts_by_its_bytes_and_is_named() -> None:

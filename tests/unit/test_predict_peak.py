@@ -1,10 +1,11 @@
 """The peak is that of the true mesh and setup: few states of each rank's, context ranks, a compiled loss, what the allocator reserves."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
-from benchmarks.measured_steps import reserved_over_active
+from benchmarks.measured_steps import STEPS, reserved_over_active, step_of
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import TheirPlan
@@ -79,6 +80,14 @@ def test_what_comes_with_a_compiled_loss_goes_again() -> None:
             ModelSpec("head", LlamaConfig(8192, 32, 2, 2, 2, 64), ""), builtin_plan(plan), Mesh.parse("tp=2"), settings, device="cuda"
         )
         assert sum(_fused_loss(program).values()) == 0
+
+
+def test_what_a_compiler_leaves_is_what_a_gpu_held() -> None:
+    ran = [step for step in json.loads(STEPS["h100-sxm-80gb"].read_text(encoding="utf-8"))["steps"] if step.get("compiled_loss")]
+    assert {step["compiled"] for step in ran} == {False, True}
+    for each in ran:
+        step = step_of(each, load_machine("h100-sxm-80gb"))
+        assert step.predicted_active_gib == pytest.approx(step.measured_active_gib, rel=0.01), step.tag
 
 
 def test_reserved_memory_is_what_our_own_steps_held() -> None:

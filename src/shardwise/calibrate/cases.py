@@ -49,33 +49,43 @@ def _quick(device_type: str) -> Iterator[Case]:
 
 
 def _cpu() -> Iterator[Case]:
-    """float32 first. Up to sizes that no cache holds and whose memory the allocator takes afresh each time."""
+    """float32 first, and its matmuls, which make most of a step, at the end again: a machine that others share changes its pace. Up to sizes that no
+    cache holds and whose memory the allocator takes afresh each time."""
     for dtype in ("float32", "bfloat16"):
-        sides = (64, 192, 512, 1024, 4096) if dtype == "float32" else (192, 512, 1024)
-        for m, (n, k) in product((64, 256, 1024, 4096) if dtype == "float32" else (256, 1024), product(sides, sides)):
-            for layout in LAYOUTS if m == 1024 else ("tn",):
-                if 2 * m * n * k <= MOST_FLOPS["cpu"] / 4:
-                    yield kernels.matmul(m, n, k, dtype, layout)
-        for m, n, k in ((1024, 16384, 512), (1024, 512, 16384), (16384, 512, 1024)):
-            yield kernels.matmul(m, n, k, dtype, "tn")
-        for batch, m, n, k in ((16, 256, 256, 64), (16, 256, 64, 256), (8, 1024, 1024, 64)):
-            yield kernels.batched_matmul(batch, m, n, k, dtype)
-        for seq, head_dim in ((128, 32), (256, 32), (256, 64), (512, 64), (1024, 64), (1024, 128)):
-            for kv_heads in (2, 8):
-                for backward in (False, True):
-                    yield kernels.attention(2, 8, kv_heads, seq, head_dim, dtype, backward=backward)
-        for exponent in (8, 12, 14, 16, 18, 20, 22, 23, 24):
-            n = 1 << exponent
-            yield from kernels.memory_bound(n, min(n, 512), dtype)
-        for rows, width in ((16, 1024), (256, 4096), (1024, 16384), (1024, 32768)):
-            yield kernels.log_softmax(rows, width, dtype)
-            yield kernels.softmax(rows, width, dtype)
-        for rows, width, ids in ((8192, 128, 256), (8192, 512, 1024), (16384, 256, 4096), (32768, 512, 1024), (32768, 512, 4096)):
-            for hit in ("any", "one"):
-                yield kernels.embedding(rows, width, ids, dtype, hit=hit)
-                yield kernels.embedding(rows, width, ids, dtype, hit=hit, backward=True)
-            yield kernels.row_look_up(rows, width, ids, dtype)
-            yield kernels.row_adding(rows, width, ids, dtype)
+        yield from _cpu_matmuls(dtype)
+        yield from _cpu_others(dtype)
+    yield from _cpu_matmuls("float32")
+
+
+def _cpu_matmuls(dtype: str) -> Iterator[Case]:
+    sides = (64, 192, 512, 1024, 4096) if dtype == "float32" else (192, 512, 1024)
+    for m, (n, k) in product((64, 256, 1024, 4096) if dtype == "float32" else (256, 1024), product(sides, sides)):
+        for layout in LAYOUTS if m == 1024 else ("tn",):
+            if 2 * m * n * k <= MOST_FLOPS["cpu"] / 4:
+                yield kernels.matmul(m, n, k, dtype, layout)
+    for m, n, k in ((1024, 16384, 512), (1024, 512, 16384), (16384, 512, 1024)):
+        yield kernels.matmul(m, n, k, dtype, "tn")
+
+
+def _cpu_others(dtype: str) -> Iterator[Case]:
+    for batch, m, n, k in ((16, 256, 256, 64), (16, 256, 64, 256), (8, 1024, 1024, 64)):
+        yield kernels.batched_matmul(batch, m, n, k, dtype)
+    for seq, head_dim in ((128, 32), (256, 32), (256, 64), (512, 64), (1024, 64), (1024, 128)):
+        for kv_heads in (2, 8):
+            for backward in (False, True):
+                yield kernels.attention(2, 8, kv_heads, seq, head_dim, dtype, backward=backward)
+    for exponent in (8, 12, 14, 16, 18, 20, 22, 23, 24):
+        n = 1 << exponent
+        yield from kernels.memory_bound(n, min(n, 512), dtype)
+    for rows, width in ((16, 1024), (256, 4096), (1024, 16384), (1024, 32768)):
+        yield kernels.log_softmax(rows, width, dtype)
+        yield kernels.softmax(rows, width, dtype)
+    for rows, width, ids in ((8192, 128, 256), (8192, 512, 1024), (16384, 256, 4096), (32768, 512, 1024), (32768, 512, 4096)):
+        for hit in ("any", "one"):
+            yield kernels.embedding(rows, width, ids, dtype, hit=hit)
+            yield kernels.embedding(rows, width, ids, dtype, hit=hit, backward=True)
+        yield kernels.row_look_up(rows, width, ids, dtype)
+        yield kernels.row_adding(rows, width, ids, dtype)
 
 
 def _cuda() -> Iterator[Case]:

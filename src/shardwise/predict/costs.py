@@ -16,12 +16,16 @@ from shardwise.core.collective import CollectiveKind, wire_bytes
 from shardwise.core.errors import MachineError
 from shardwise.core.machine import FRESH, Link, Machine, local_ranks
 from shardwise.core.prediction import AttentionKernel, Setup, Term
-from shardwise.core.program import Collective, Op, OpKind, Phase, TensorSpec
+from shardwise.core.program import LOSS_MODULE, Collective, Op, OpKind, Phase, TensorSpec
 
 SCORE_PASSES = {False: 4, True: 5}  # forward, backward
 UNFUSED_LAUNCHES = {False: 6, True: 10}
 FUSED_TRAFFIC = 0.5
 """Share of eager traffic that is left where a compiler fuses kernels between matmuls."""
+
+FUSED_LOSS_TRAFFIC = 0.2
+"""The same of a loss: two reads of the logits forward, one and a write backward, 8 of the 40 bytes that eager kernels move for a logit in half
+precision (to float32 6, log-softmax 8, its gradient 4 + 12, to half 6, fill 4)."""
 
 TENSOR_HIDDEN = 0.26
 """Of all-gathers and reduce-scatters that are cut up to run beside the matmul that takes or makes them, the share that is hidden. Fitted to the
@@ -65,8 +69,9 @@ def op_cost(op: Op, machine: Machine, setup: Setup) -> Cost:
             return Cost(_kernel_s(op, machine), issue_s, Term.KERNELS, known=op.name in dict(machine.kernels))
         case _:
             seconds = _kernel_s(op, machine)
-            if setup.compiled and op.kind in _FUSIBLE:
-                return Cost(seconds * FUSED_TRAFFIC, 0.0, Term.KERNELS)
+            in_loss = op.module == LOSS_MODULE
+            if op.kind in _FUSIBLE and (setup.compiled_loss if in_loss else setup.compiled):
+                return Cost(seconds * (FUSED_LOSS_TRAFFIC if in_loss else FUSED_TRAFFIC), 0.0, Term.KERNELS)
             return Cost(seconds, issue_s, Term.KERNELS)
 
 
