@@ -53,16 +53,14 @@ def ids_of(spec: ModelSpec, ranks: int) -> Tensor:
     return torch.randint(spec.vocab_size, (settings.batch, settings.seq), generator=torch.Generator().manual_seed(0))
 
 
-def time_phases(spec: ModelSpec, plan: Plan | None, mesh: DeviceMesh | None, device: torch.device, name: str) -> list[Sample]:
+def time_phases(spec: ModelSpec, plan: Plan, mesh: DeviceMesh, device: torch.device, name: str) -> list[Sample]:
     """The host's seconds in forward and backward. name: of the Program that these steps have."""
     model = build_model(spec, plan, mesh, dtype=torch.float32, device=device, seed=0)
     marks: list[tuple[Phase, float]] = []
     clock = host_clock(device)
     step = TrainStep(model, mesh=mesh, on_phase=lambda phase: marks.append((phase, clock())))
-    ranks = mesh.size() if mesh is not None else 1
-    ids = ids_of(spec, ranks)
-    if plan is None:  # the styles take ids from the host
-        ids = ids.to(device)
+    ranks = mesh.size()
+    ids = ids_of(spec, ranks)  # on the host, where the styles take them from
     taken: dict[Phase, list[float]] = {phase: [] for phase in PHASES}
     for number in range(WARM_UPS + STEPS):
         marks.clear()

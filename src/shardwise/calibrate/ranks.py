@@ -29,8 +29,9 @@ from shardwise.launch.context import RankContext
 from shardwise.parallel.builtin import builtin_plan
 from shardwise.step.build import device_mesh
 
-NATIVE, DTENSOR = "native", "dtensor"
-DTENSOR_PLAN = "rowwise@dtensor"
+ISSUED = {"native": "rowwise", "dtensor": "rowwise@dtensor"}
+"""Plans of the small steps whose issuing is timed, by engine."""
+
 CLEAN_EVERY = 25
 TOUCH_EVERY_S = 1.5
 FRESH_BYTES = tuple(size << 20 for size in (30, 34, 64, 128))
@@ -165,19 +166,15 @@ class _Calibration:
         self.wall_s += timing.wall_s
 
     def _issuing(self, done: int) -> None:
-        """Of a tiny model's steps: unsharded, then under DTensor."""
+        """Of a tiny model's steps, under each engine."""
         spec, world = issuing.small_llama(self.context.world_size), self.context.world_size
-        self._say(done, "issuing ops")
-        try:
-            self.samples += issuing.time_phases(spec, None, None, self.device, NATIVE)
-        except (RuntimeError, PlanError) as error:
-            self._note_failure("issuing ops", error)
-        self._say(done + 1, "issuing ops of DTensor")
-        try:
-            mesh = device_mesh(issuing.mesh_of(world), self.device.type)
-            self.samples += issuing.time_phases(spec, builtin_plan(DTENSOR_PLAN), mesh, self.device, DTENSOR)
-        except (RuntimeError, PlanError) as error:
-            self._note_failure("issuing ops of DTensor", error)
+        mesh = device_mesh(issuing.mesh_of(world), self.device.type)
+        for number, (engine, plan) in enumerate(ISSUED.items()):
+            self._say(done + number, f"issuing ops ({engine})")
+            try:
+                self.samples += issuing.time_phases(spec, builtin_plan(plan), mesh, self.device, engine)
+            except (RuntimeError, PlanError) as error:
+                self._note_failure(f"issuing ops ({engine})", error)
         self._say(done + 2, "issuing collectives")
         try:
             self.samples.append(issuing.time_differentiable(issuing.axis_of_all(self.device.type), self.device))

@@ -129,17 +129,17 @@ class _Run:
     def _programs(self, progress: "ProgressLine") -> "dict[str, Program]":
         """Of the small steps whose launches are timed."""
         from shardwise.calibrate import issuing
-        from shardwise.calibrate.ranks import DTENSOR, DTENSOR_PLAN, NATIVE
-        from shardwise.core.plan import TheirPlan
+        from shardwise.calibrate.ranks import ISSUED
         from shardwise.parallel.builtin import builtin_plan
         from shardwise.trace.trace import trace
 
         spec = issuing.small_llama(self.world_size)
         programs = {}
-        for name, plan, ranks in ((NATIVE, TheirPlan.UNSHARDED, 1), (DTENSOR, builtin_plan(DTENSOR_PLAN), self.world_size)):
+        ranks, mesh = self.world_size, issuing.mesh_of(self.world_size)
+        for name, plan in ISSUED.items():
             progress.say(f"tracing a small step ({name})")
-            mesh = issuing.mesh_of(ranks)
-            programs[name] = trace(spec, plan, mesh, issuing.settings_for(ranks), device=self.device_type, ids=issuing.ids_of(spec, ranks))
+            settings, ids = issuing.settings_for(ranks), issuing.ids_of(spec, ranks)
+            programs[name] = trace(spec, builtin_plan(plan), mesh, settings, device=self.device_type, ids=ids)
         return programs
 
     def _launch(self, progress: "ProgressLine") -> "list[CalibrateReport]":
