@@ -224,6 +224,12 @@ def test_recompute_holds_fewer_activations_and_runs_the_layers_twice() -> None:
     }
 
 
+def test_the_mask_of_attention_that_is_taken_apart_lies_on_the_device() -> None:
+    inside = [op for op in tiny("rowwise", "cuda").ops() if op.module == "layers.1.attention"]
+    assert any(op.name == "aten::bmm" for op in inside)
+    assert not any(op.on_host for op in inside)
+
+
 @pytest.mark.parametrize("plan", ["rowwise", "rowwise@dtensor"])
 def test_a_selective_recompute_keeps_attention_and_every_second_matmul(plan: str) -> None:
     kept = traced(plan, 3, "cuda", settings=StepSettings(BATCH, SEQ, "bfloat16", recompute="selective-ops"))

@@ -13,6 +13,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 from unittest.mock import patch
 
@@ -109,11 +110,28 @@ def _attention_as_on_cuda() -> Iterator[None]:
     def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
         if not _is_grouped_float32(*args[:2], **kwargs):
             return original(*args, **kwargs)
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), _making_on_device():
             return original(*args, **kwargs)
 
     with patch.object(F, "scaled_dot_product_attention", attention):
         yield
+
+
+_on_device: ContextVar[bool] = ContextVar("_on_device", default=False)
+
+
+@contextmanager
+def _making_on_device() -> Iterator[None]:
+    token = _on_device.set(True)
+    try:
+        yield
+    finally:
+        _on_device.reset(token)
+
+
+def is_made_on_device() -> bool:
+    """Whether a tensor that is made of nothing lies on the device although nobody names it: the mask of attention that is taken apart."""
+    return _on_device.get()
 
 
 def _is_grouped_float32(query: Any = None, key: Any = None, **_: Any) -> bool:

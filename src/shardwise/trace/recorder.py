@@ -30,6 +30,7 @@ from shardwise.core.program import LOSS_MODULE, Collective, Op, OpKind, Phase, T
 from shardwise.parallel.collectives import issuing
 from shardwise.parallel.recorder import read_call
 from shardwise.trace.catalogue import flops_of, kind_of, name_on, traffic_of
+from shardwise.trace.fakes import is_made_on_device
 
 _RAISED_IN = "_shardwise_raised_in"
 _FSDP_COPY_IN = "fsdp::all_gather_copy_in"
@@ -202,7 +203,7 @@ class Recorder(TorchDispatchMode):
         if func in _waits() and isinstance(args[0], FakeTensor):
             return args[0]  # the real ones hand on what they got; their fakes make a tensor that nobody has
         kwargs = kwargs or {}
-        if self._on_device and not types and not _tensors(args):
+        if (self._on_device or is_made_on_device()) and not types and not _tensors(args):
             with self._fake_mode:
                 out = func(*args, **kwargs)
         else:
