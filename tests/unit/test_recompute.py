@@ -1,9 +1,14 @@
 """What runs again in the backward, and what is made again there, changes no gradient."""
 
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from shardwise.models.gpt import GPTConfig
 from shardwise.models.init import initial_parameter
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
@@ -13,7 +18,7 @@ from shardwise.step.train import recompute_layers
 CONFIG = LlamaConfig(64, 32, 2, 4, 2, 48)
 
 
-def gradients(config: LlamaConfig, recompute: str = "none") -> dict[str, Tensor]:
+def gradients(config: LlamaConfig | GPTConfig, recompute: str = "none") -> dict[str, Tensor]:
     model = ModelSpec("tiny", config, "").build("cpu", torch.float64)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -25,16 +30,15 @@ def gradients(config: LlamaConfig, recompute: str = "none") -> dict[str, Tensor]
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
+@pytest.mark.parametrize("config", [CONFIG, GPTConfig(64, 32, 2, 4, 48, 16)], ids=["llama", "gpt"])
 @pytest.mark.parametrize("recompute", ["full", "selective-ops"])
-def test_a_recompute_gives_the_same_gradients(recompute: str) -> None:
-    plain, again = gradients(CONFIG), gradients(CONFIG, recompute)
+def test_a_recompute_gives_the_same_gradients(recompute: str, config: LlamaConfig | GPTConfig) -> None:
+    plain, again = gradients(config), gradients(config, recompute)
     assert plain.keys() == again.keys()
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
 def test_a_fused_swiglu_gives_the_same_gradients() -> None:
-    from dataclasses import replace
-
     plain, fused = gradients(CONFIG), gradients(replace(CONFIG, fused_swiglu=True))
     for name in plain:
         torch.testing.assert_close(plain[name], fused[name], rtol=1e-12, atol=1e-15)
@@ -48,3 +52,30 @@ def test_the_loss_s_weights_and_their_logarithm_are_the_exponentials(given: torc
     assert torch.equal(logits, before)
     torch.testing.assert_close(lse, torch.logsumexp(logits.double(), 1).float())
     torch.testing.assert_close((weights.log() + log_of_one.unsqueeze(1)).exp(), logits.double().exp().float(), rtol=2e-5, atol=0.0)
+
+
+class _Matmuls(TorchDispatchMode):
+    """Counts the matmuls that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = Counter[str]()
+
+    def __torch_dispatch__(
+        self, func: object, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
+        self.count[str(func)] += 1
+        return func(*args, **(kwargs or {}))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("config", "op", "again"), [(CONFIG, "aten.mm.default", 3), (GPTConfig(64, 32, 2, 4, 48, 16), "aten.addmm.default", 1)]
+)
+def test_every_second_matmul_of_a_layer_runs_again_with_and_without_biases(config: LlamaConfig | GPTConfig, op: str, again: int) -> None:
+    # of qkv, wo, w1, w2 that would be wo and w2; but nobody needs the output of a layer's last matmul
+    counts = []
+    for recompute in ("none", "selective-ops"):
+        with _Matmuls() as matmuls:
+            gradients(config, recompute)
+        counts.append(matmuls.count[op])
+    assert counts[1] - counts[0] == again * config.n_layers

@@ -50,9 +50,10 @@ class Setup:
     micro_batches: per step. stages: of the pipeline; chunks: of layers a stage holds (interleaved). context: ranks that share each sequence (the Program's
     sequence is one rank's part), and with the data-parallel ranks the reduction of gradients and FSDP's shards. attention: None where the
     Program's own op says. recompute_attention: the unfused attention between its projections runs again in the backward (Korthikanti et al.
-    2022); a layer's recompute is the Program's. compiled: kernels bound by memory fused between matmuls. compiled_loss: the loss is one such kernel each way, and keeps the logits alone. matmul_dtype: "float8" where linear layers multiply in it. overlap_data:
-    whether gradients of whole replicas are reduced beside the backward. overlap_tensor: whether tensor-parallel collectives run beside the
-    matmul that makes or takes them. optimizer_shards: ranks that share the optimizer's state and work (ZeRO-1). without: terms that are switched off.
+    2022); a layer's recompute is the Program's. compiled: kernels bound by memory fused between matmuls. compiled_loss: the loss is one such
+    kernel each way, and keeps the logits alone. matmul_dtype: "float8" where linear layers multiply in it. overlap_data: whether gradients of
+    whole replicas are reduced beside the backward. overlap_tensor: whether tensor-parallel collectives run beside the matmul that makes or takes
+    them. optimizer_shards: ranks that share the optimizer's state and work (ZeRO-1). without: terms that are switched off.
     """
 
     micro_batches: int = 1

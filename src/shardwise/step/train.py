@@ -44,9 +44,9 @@ class StepResult:
     gradient_norm: Tensor
 
 
+_MATMULS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default})
 _KEPT = frozenset(
     {
-        torch.ops.aten.mm.default,
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -70,7 +70,7 @@ def _selective() -> tuple[AbstractContextManager[None], AbstractContextManager[N
     matmuls = {again: count(1) for again in (False, True)}  # PyTorch before 2.13 asks in the second forward too
 
     def policy(context: SelectiveCheckpointContext, op: object, *_: object, **__: object) -> CheckpointPolicy:
-        kept = op in _KEPT and (op is not torch.ops.aten.mm.default or next(matmuls[context.is_recompute]) % 2 == 1)
+        kept = next(matmuls[context.is_recompute]) % 2 == 1 if op in _MATMULS else op in _KEPT
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)  # type: ignore[no-any-return]
