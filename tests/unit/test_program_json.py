@@ -41,6 +41,15 @@ def test_blocks_of_equal_layers_and_partial_gradients_read_back_as_they_were() -
     assert program_from_json(program_json(found)) == found
 
 
+def test_mixed_precision_reads_back_and_files_from_before_it_have_none() -> None:
+    settings = StepSettings(2, 16, param_dtype="bfloat16", reduce_dtype="float32")
+    found = trace(SPEC, builtin_plan("rowwise"), Mesh.parse("fsdp=2,tp=1"), settings, device="cuda")
+    assert program_from_json(program_json(found)) == found
+    table = json.loads(program_json(program()))
+    del table["settings"]["param_dtype"], table["settings"]["reduce_dtype"]
+    assert program_from_json(json.dumps(table).encode()) == program()
+
+
 def changed(*path: str | int, value: object) -> bytes:
     table = json.loads(program_json(program("rowwise", "cuda", "tp=2", DEEP)))
     inner = table

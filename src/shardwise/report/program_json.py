@@ -132,14 +132,14 @@ class _Settings(Struct):
     batch: _Count
     seq: _Count
     dtype: _Name
-    param_dtype: _Name | None
-    reduce_dtype: _Name | None
     accumulation: _Count
     recompute: _Name
     compiled: bool
     learning_rate: float
     max_norm: float
     seed: int
+    param_dtype: _Name | None = None
+    reduce_dtype: _Name | None = None
 
 
 class _Program(Struct):
