@@ -178,7 +178,8 @@ def main() -> int:
         print(json.dumps(run_case(cases[given.case])))
         return 0
     document = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
-    found = []
+    before = {each["tag"]: each for each in document.get("steps", [])}
+    found, failed = [], 0
     for number, case in enumerate(cases):
         print(f"{number + 1}/{len(cases)} {case.tag}", file=sys.stderr, flush=True)
         command = [sys.executable, "-m", "benchmarks.gpu_steps", "--out", str(given.out), "--case", str(number)]
@@ -187,13 +188,15 @@ def main() -> int:
                 [*command, "--large"] if given.large else command, capture_output=True, text=True, timeout=TIMEOUT_S, check=True
             )
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            print(f"left out: {str(error.stderr or error)[-2000:]}", file=sys.stderr, flush=True)
+            print(f"failed, what the file had of it stays: {str(error.stderr or error)[-2000:]}", file=sys.stderr, flush=True)
+            found += [before[case.tag]] if case.tag in before else []
+            failed += 1
             continue
         found.append(json.loads(ran.stdout.splitlines()[-1]))
         print(f"   {min(found[-1]['steps']) * 1e3:.0f} ms, active {found[-1]['active'] / 2**30:.2f} GiB", file=sys.stderr, flush=True)
     document["steps"] = found
     given.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return 0 if len(found) == len(cases) else 1
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Predictions beside what ran: steps of one rank's part on an H100 and an H200 (no communication), and the embedding of torchtitan's issue #785
 on 8 H100.
 
-    python -m benchmarks.measured_steps    writes benchmarks/results/DATE-measured-steps.json (a minute)
+    python -m benchmarks.measured_steps    writes benchmarks/results/DATE-measured-steps.json (two minutes)
 
 Steps: benchmarks/data/h100-steps.json and h200-steps.json, which benchmarks/gpu_steps.py wrote. The issue: llama3-8b, TP 8, batch 4, sequence 8192,
 float32; its figures are a user's, read off profiles. What is predicted there comes from a machine file none of whose constants is of that issue.

@@ -107,9 +107,11 @@ class Job:
 
 
 def job_of(row: Row) -> Job:
-    """From the configuration columns, by these rules: Megatron pads its vocabulary to a multiple of 128 x TP; context parallelism gives each rank
-    its part of the sequence, and its ranks shard and reduce with the data-parallel ones; 2021 and 2022 trainers ran attention unfused; Megatron's SwiGLU keeps its inputs alone; torchtitan runs under
-    PyTorch's own styles, and compiles its loss since COMPILED_LOSS; FSDP and ZeRO-3 keep and reduce in float32 and compute in half precision, others keep float32 gradients and master weights; a distributed optimizer is shared by data-parallel and context-parallel ranks, and its reduction runs beside the backward."""
+    """From the configuration columns, by these rules: Megatron pads its vocabulary to a multiple of 128 x TP, and its SwiGLU keeps its inputs alone;
+    context parallelism gives each rank its part of the sequence, and its ranks shard and reduce with the data-parallel ones; 2021 and 2022
+    trainers ran attention unfused; torchtitan runs under PyTorch's own styles, and compiles its loss since COMPILED_LOSS; FSDP and ZeRO-3 keep and
+    reduce in float32 and compute in half precision, others keep float32 gradients and master weights; a distributed optimizer is shared by
+    data-parallel and context-parallel ranks, and its reduction runs beside the backward."""
     llama, tp, dp, context = is_llama(row), number(row, "tp"), number(row, "dp"), number(row, "cp", 1)
     sharded = "FSDP" in row["dp_kind"] or "ZeRO-3" in row["dp_kind"]
     distributed = "optimizer" in row["dp_kind"]

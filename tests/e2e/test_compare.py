@@ -214,7 +214,7 @@ REFUSED = [
     (("--config", "bad.toml"), '--config bad.toml: unknown key "batsh". Did you mean "batch"? Allowed: accumulation, batch, check, compile, device, '
      "dtype, json, learning_rate, max_norm, mesh, model, module, out, param_dtype, plans, profile, profile_steps, random_ids, recompute, reduce_dtype, repeat, "
      "rounds, seed, seq, sequence_parallel, text, timeout, tokenizer, warmup."),
-    (("--param-dtype", "bfloat16"), "--param-dtype bfloat16: is FSDP's mixed precision, and mesh tp=2 has no fsdp axis. Add fsdp=N, or use --dtype."),
+    (("--param-dtype", "bfloat16"), "--param-dtype bfloat16: is FSDP's mixed precision, and mesh tp=2 has no fsdp ranks. Add fsdp=2 or more, or use --dtype."),
     (("--learning-rate", "-1"), "--learning-rate is -1.0. Use a number above 0."),
     (("--text", "nowhere.txt"), 'text file "nowhere.txt" doesn\'t exist. Give UTF-8 text files, or directories of them.'),
 ]  # fmt: skip

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwise.core.errors import MeshError
-from shardwise.core.mesh import AXES, Mesh
+from shardwise.core.mesh import AXES, Mesh, reducing_axis
 
 SIZES = st.integers(min_value=1, max_value=4096)
 MESHES = st.dictionaries(st.sampled_from(AXES), SIZES, min_size=1).map(
@@ -69,3 +69,11 @@ def test_a_wrong_mesh_is_one_line(text: str, message: str) -> None:
         Mesh.parse(text)
     assert str(caught.value) == message
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("mesh", "axis"),
+    [("tp=4", None), ("dp=2,tp=4", "dp"), ("fsdp=2,tp=4", "fsdp"), ("dp=2,fsdp=2", "fsdp"), ("dp=4,fsdp=1", "dp"), ("dp=1,fsdp=1", "fsdp")],
+)
+def test_context_ranks_join_fsdp_before_dp_and_several_ranks_before_one(mesh: str, axis: str | None) -> None:
+    assert reducing_axis(dict(Mesh.parse(mesh).axes)) == axis

@@ -73,13 +73,17 @@ def test_a_compiled_loss_holds_logits_and_their_gradient_and_nothing_in_float32(
     assert fused[MemoryKind.ACTIVATION] + fused[MemoryKind.TEMPORARY] == pytest.approx(2 * logits + gathered, rel=0.05)
 
 
-def test_what_comes_with_a_compiled_loss_goes_again() -> None:
-    settings = StepSettings(4, 64, "bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_comes_with_a_compiled_loss_goes_again(dtype: str) -> None:
+    settings = StepSettings(4, 64, dtype)
     for plan in ("rowwise", "rowwise@dtensor"):
         program = trace(
             ModelSpec("head", LlamaConfig(8192, 32, 2, 2, 2, 64), ""), builtin_plan(plan), Mesh.parse("tp=2"), settings, device="cuda"
         )
-        assert sum(_fused_loss(program).values()) == 0
+        changes = _fused_loss(program).values()
+        assert sum(changes) == 0
+        logits = 4 * 64 * 8192 // 2 * (2 if dtype == "bfloat16" else 4)
+        assert sum(n_bytes for n_bytes in changes if n_bytes > 0) == 2 * logits
 
 
 def test_what_a_compiler_leaves_is_what_a_gpu_held() -> None:

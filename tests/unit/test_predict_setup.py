@@ -7,7 +7,7 @@ import pytest
 
 from shardwise.core.errors import MachineError, OptionError
 from shardwise.core.measurement import StepSettings
-from shardwise.core.prediction import Setup, Term
+from shardwise.core.prediction import AttentionKernel, Precision, Setup, Term
 from shardwise.core.program import Program
 from shardwise.predict.check import check_setup
 from shardwise.predict.contrast import differences
@@ -61,6 +61,8 @@ REFUSED = [
     (Setup(), {"fsdp": 2, "tp": 2}, "the program was traced at tp=4, and the mesh has tp=2. Only dp and fsdp can be rescaled."),
     (Setup(), {"dp": 2, "tp": 4}, "the program was traced at dp=1, and the mesh has dp=2."),
     (Setup(), {"fsdp": 1, "tp": 4}, "the program was traced at fsdp=2, and the mesh has fsdp=1."),
+    (Setup(precision=Precision.MASTER), SIZES, "--precision master: keeps float32 beside parameters in half precision, and these are float32. Use --dtype bfloat16"),
+    (Setup(recompute_attention=True), SIZES, "--recompute selective: is of unfused attention. Add --attention unfused"),
 ]  # fmt: skip
 
 
@@ -69,6 +71,21 @@ def test_a_setup_that_can_t_be_is_said(setup: Setup, sizes: dict[str, int], mess
     with pytest.raises(OptionError) as caught:
         check_setup(PROGRAM, load_machine("h100-sxm-80gb"), setup, sizes)
     assert str(caught.value).startswith(message)
+
+
+def test_context_ranks_need_a_program_that_reduces_its_gradients() -> None:
+    machine = load_machine("h100-sxm-80gb")
+    check_setup(PROGRAM, machine, Setup(context=4), {"fsdp": 1, "tp": 4})
+    with pytest.raises(OptionError, match=r"--context 4: the program was traced at dp=1, without reducing its gradients over other ranks"):
+        check_setup(replace(PROGRAM, axes=(("dp", 1), ("tp", 4))), machine, Setup(context=4), {"dp": 1, "tp": 4})
+
+
+def test_a_layer_that_runs_again_has_no_attention_to_run_again() -> None:
+    again = replace(PROGRAM, settings=replace(PROGRAM.settings, recompute="full"))
+    setup = Setup(recompute_attention=True, attention=AttentionKernel.UNFUSED)
+    check_setup(PROGRAM, load_machine("h100-sxm-80gb"), setup, SIZES)
+    with pytest.raises(OptionError, match="--recompute selective: the program's layers run again as a whole"):
+        check_setup(again, load_machine("h100-sxm-80gb"), setup, SIZES)
 
 
 def test_a_machine_of_one_node_has_an_end() -> None:

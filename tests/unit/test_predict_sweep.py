@@ -11,11 +11,14 @@ import psutil
 import pytest
 from rich.console import Console
 
+from shardwise.cli.predict_programs import MicroBatch
+from shardwise.cli.predict_sweep import SweepTask, _wanted
 from shardwise.cli.workers import on_processes
 from shardwise.core.errors import OptionError, RunError
 from shardwise.core.measurement import StepSettings
 from shardwise.core.prediction import MemoryForecast, Setup, Term
 from shardwise.core.sweep import Refusal, Sweep, SweepPoint
+from shardwise.predict.machines import load_machine
 from shardwise.predict.sweep import best_first, splits
 from shardwise.report.predict_json import sweep_from_json, sweep_json
 from shardwise.report.sweep_html import sweep_html
@@ -50,10 +53,21 @@ def test_splits_use_every_device_and_keep_tp_inside_a_node() -> None:
         assert all(prod(size for _, size in split.axes) * split.stages == devices for split in found)
         assert all(8 % split.tp == 0 for split in found)
         assert len(set(found)) == len(found)
+    assert {split.data_axis for split in splits(8, 8, context=2)} == {"fsdp", "dp"}
     assert {split.axes for split in splits(8, 8) if split.stages == 1} == {
         (("fsdp", 8), ("tp", 1)), (("dp", 8), ("tp", 1)), (("fsdp", 4), ("tp", 2)), (("dp", 4), ("tp", 2)),
         (("fsdp", 2), ("tp", 4)), (("dp", 2), ("tp", 4)), (("tp", 8),),
     }  # fmt: skip
+
+
+def test_a_sweep_in_mixed_precision_leaves_out_meshes_without_fsdp() -> None:
+    micro_batch = MicroBatch(0, 8, "float32", "bfloat16", "float32", "none")
+    task = SweepTask("m", "p", True, micro_batch, (1, 2), None, splits(4, 8), Setup(), load_machine("h100-sxm-80gb"))
+    wanted, refused = _wanted(task)
+    assert {split.data_axis for split, _, _ in wanted} == {"fsdp"}
+    ((reason, count),) = refused.items()
+    assert "the mesh has no fsdp axis" in reason
+    assert count + len(wanted) == 2 * len(task.splits)
 
 
 def test_what_fits_comes_first_and_then_what_is_faster() -> None:

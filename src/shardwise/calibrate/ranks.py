@@ -168,10 +168,10 @@ class _Calibration:
     def _issuing(self, done: int) -> None:
         """Of a tiny model's steps, under each engine."""
         spec, world = issuing.small_llama(self.context.world_size), self.context.world_size
-        mesh = device_mesh(issuing.mesh_of(world), self.device.type)
         for number, (engine, plan) in enumerate(ISSUED.items()):
             self._say(done + number, f"issuing ops ({engine})")
             try:
+                mesh = device_mesh(issuing.mesh_of(world), self.device.type)
                 self.samples += issuing.time_phases(spec, builtin_plan(plan), mesh, self.device, engine)
             except (RuntimeError, PlanError) as error:
                 self._note_failure(f"issuing ops ({engine})", error)

@@ -15,7 +15,17 @@ import typer
 from rich.console import Console
 
 from shardwise.cli.config import read_config
-from shardwise.cli.options import DTYPES, RECOMPUTE, check_batch, check_choice, check_precision, check_seq
+from shardwise.cli.options import (
+    DTYPES,
+    RECOMPUTE,
+    ParamDtype,
+    Recompute,
+    ReduceDtype,
+    check_batch,
+    check_choice,
+    check_precision,
+    check_seq,
+)
 from shardwise.cli.profiled import profiled_plans
 from shardwise.core.errors import OptionError
 from shardwise.core.finding import Agreement, Finding
@@ -69,26 +79,10 @@ def compare(
     dtype: Annotated[
         str, typer.Option(help=f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.", rich_help_panel=_STEP)
     ] = "float32",
-    param_dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="What FSDP gathers parameters in, and layers compute in (MixedPrecisionPolicy).",
-            show_default="the --dtype",
-            rich_help_panel=_STEP,
-        ),
-    ] = None,
-    reduce_dtype: Annotated[
-        str | None,
-        typer.Option(help="What FSDP reduces gradients in.", show_default="what layers compute in", rich_help_panel=_STEP),
-    ] = None,
+    param_dtype: ParamDtype = None,
+    reduce_dtype: ReduceDtype = None,
     accumulation: Annotated[int, typer.Option(help="Micro-batches that a step's batch is cut into.", min=1, rich_help_panel=_STEP)] = 1,
-    recompute: Annotated[
-        str,
-        typer.Option(
-            help="Activation checkpointing of each layer: none, selective-ops (all but attention and every second matmul) or full.",
-            rich_help_panel=_STEP,
-        ),
-    ] = "none",
+    recompute: Recompute = "none",
     compile_layers: Annotated[
         bool, typer.Option("--compile", help="torch.compile every layer: not offered yet, and refused.", rich_help_panel=_STEP)
     ] = False,

@@ -10,7 +10,18 @@ import typer
 from rich.console import Console
 
 from shardwise.cli.config import read_config
-from shardwise.cli.options import DTYPES, RECOMPUTE, check_batch, check_choice, check_precision, check_seq, default_plan
+from shardwise.cli.options import (
+    DTYPES,
+    RECOMPUTE,
+    ParamDtype,
+    Recompute,
+    ReduceDtype,
+    check_batch,
+    check_choice,
+    check_precision,
+    check_seq,
+    default_plan,
+)
 from shardwise.cli.token_ids import token_ids
 from shardwise.core.errors import OptionError
 from shardwise.core.measurement import StepSettings
@@ -83,26 +94,10 @@ def explain(
     dtype: Annotated[
         str, typer.Option(help=f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.", rich_help_panel=_STEP)
     ] = "float32",
-    param_dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="What FSDP gathers parameters in, and layers compute in (MixedPrecisionPolicy).",
-            show_default="the --dtype",
-            rich_help_panel=_STEP,
-        ),
-    ] = None,
-    reduce_dtype: Annotated[
-        str | None,
-        typer.Option(help="What FSDP reduces gradients in.", show_default="what layers compute in", rich_help_panel=_STEP),
-    ] = None,
+    param_dtype: ParamDtype = None,
+    reduce_dtype: ReduceDtype = None,
     accumulation: Annotated[int, typer.Option(help="Micro-batches that a step's batch is cut into.", min=1, rich_help_panel=_STEP)] = 1,
-    recompute: Annotated[
-        str,
-        typer.Option(
-            help="Activation checkpointing of each layer: none, selective-ops (all but attention and every second matmul) or full.",
-            rich_help_panel=_STEP,
-        ),
-    ] = "none",
+    recompute: Recompute = "none",
     seed: Annotated[int, typer.Option(help="Of the random ids.", min=0, rich_help_panel=_STEP)] = 0,
     text: Annotated[
         list[Path] | None,

@@ -1,6 +1,8 @@
 """What several commands' options share: allowed values, and how a wrong one is told."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from shardwise.core.errors import OptionError
 from shardwise.core.measurement import StepSettings
@@ -12,6 +14,27 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float64")
 RECOMPUTE = ("none", "selective-ops", "full")
+STEP = "Training step"
+
+ParamDtype = Annotated[
+    str | None,
+    typer.Option(
+        help="What FSDP gathers parameters in, and layers compute in (MixedPrecisionPolicy).",
+        show_default="the --dtype",
+        rich_help_panel=STEP,
+    ),
+]
+ReduceDtype = Annotated[
+    str | None,
+    typer.Option(help="What FSDP reduces gradients in.", show_default="what layers compute in", rich_help_panel=STEP),
+]
+Recompute = Annotated[
+    str,
+    typer.Option(
+        help="Activation checkpointing of each layer: none, selective-ops (all but fused attention and every second matmul) or full.",
+        rich_help_panel=STEP,
+    ),
+]
 
 
 def check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -27,12 +50,15 @@ def check_dtypes(dtype: str, param_dtype: str | None, reduce_dtype: str | None) 
             check_choice(option, value, DTYPES)
 
 
-def check_precision(settings: StepSettings, mesh: Mesh) -> None:
-    """Raises OptionError for a dtype that isn't offered, and for mixed precision without FSDP."""
+def check_precision(settings: StepSettings, mesh: Mesh, context: int = 1) -> None:
+    """Raises OptionError for a dtype that isn't offered, and for mixed precision without ranks that FSDP shards over."""
     check_dtypes(settings.dtype, settings.param_dtype, settings.reduce_dtype)
+    sharded = "fsdp" in dict(mesh.axes) and mesh.size("fsdp") * context > 1
     for option, value in (("--param-dtype", settings.param_dtype), ("--reduce-dtype", settings.reduce_dtype)):
-        if value is not None and "fsdp" not in dict(mesh.axes):
-            raise OptionError(f"{option} {value}: is FSDP's mixed precision, and mesh {mesh} has no fsdp axis. Add fsdp=N, or use --dtype.")
+        if value is not None and not sharded:
+            raise OptionError(
+                f"{option} {value}: is FSDP's mixed precision, and mesh {mesh} has no fsdp ranks. Add fsdp=2 or more, or use --dtype."
+            )
 
 
 def check_batch(settings: StepSettings, mesh: Mesh) -> None:

@@ -12,9 +12,8 @@ import typer
 from rich.console import Console
 
 from shardwise.cli.config import read_config
-from shardwise.cli.options import DTYPES, check_choice, check_dtypes, check_precision, check_seq, default_plan
-from shardwise.cli.options import RECOMPUTE as TRACED_RECOMPUTE
-from shardwise.cli.predict_programs import MicroBatch, load_program, trace_program, traced_mesh, write_program
+from shardwise.cli.options import DTYPES, ParamDtype, ReduceDtype, check_choice, check_dtypes, check_precision, check_seq, default_plan
+from shardwise.cli.predict_programs import MicroBatch, load_program, trace_program, write_program
 from shardwise.cli.predict_sweep import MICRO_BATCHES, SweepTask
 from shardwise.cli.predict_sweep import sweep as sweep_over
 from shardwise.core.errors import OptionError
@@ -30,9 +29,9 @@ if TYPE_CHECKING:
     from shardwise.core.program import Program
     from shardwise.models.source import ModelSource
 
-# what a Setup adds to a trace without recompute; the others are traced
-ATTENTION = "selective"
-RECOMPUTE = (*TRACED_RECOMPUTE[:1], ATTENTION, *TRACED_RECOMPUTE[1:])
+# what a Setup adds to a trace without recompute; the others of RECOMPUTE are traced
+SELECTIVE = "selective"
+RECOMPUTE = ("none", SELECTIVE, "selective-ops", "full")
 MATMUL_DTYPES = ("float8",)
 TERM_NAMES = {term.name.lower(): term for term in Term}
 # what a saved program has decided already, what a sweep goes over or has no use for, and what is a sweep's alone
@@ -97,23 +96,13 @@ def predict(
     dtype: Annotated[
         str, typer.Option(help=f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.", rich_help_panel=_STEP)
     ] = "float32",
-    param_dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="What FSDP gathers parameters in, and layers compute in (MixedPrecisionPolicy).",
-            show_default="the --dtype",
-            rich_help_panel=_STEP,
-        ),
-    ] = None,
-    reduce_dtype: Annotated[
-        str | None,
-        typer.Option(help="What FSDP reduces gradients in.", show_default="what layers compute in", rich_help_panel=_STEP),
-    ] = None,
+    param_dtype: ParamDtype = None,
+    reduce_dtype: ReduceDtype = None,
     accumulation: Annotated[int, typer.Option(help="Micro-batches that a step's batch is cut into.", min=1, rich_help_panel=_STEP)] = 1,
     recompute: Annotated[
         str,
         typer.Option(
-            help="Again in the backward: none, selective (unfused attention), selective-ops (a layer, but attention and every second matmul) or full.",
+            help="Again in the backward: none, selective (unfused attention), selective-ops (all of a layer but fused attention and every second matmul) or full.",
             rich_help_panel=_STEP,
         ),
     ] = "none",
@@ -209,7 +198,7 @@ def predict(
         chunks=chunks,
         context=context_ranks,
         attention=None if attention is None else AttentionKernel(attention),
-        recompute_attention=recompute == ATTENTION,
+        recompute_attention=recompute == SELECTIVE,
         compiled=compiled,
         compiled_loss=compiled_loss,
         matmul_dtype=matmul_dtype,
@@ -219,7 +208,7 @@ def predict(
         precision=Precision(precision),
         without=_terms(without or []),
     )
-    traced_recompute = "none" if recompute == ATTENTION else recompute
+    traced_recompute = "none" if recompute == SELECTIVE else recompute
     from shardwise.predict.machines import load_machine
 
     found = load_machine(machine)
@@ -259,7 +248,7 @@ def predict(
         sequence_parallel,
         setup,
     )
-    check_precision(asked.settings, asked.mesh)
+    check_precision(asked.settings, asked.mesh, context_ranks)
     chosen = plans or [default_plan(model)]
     if save_program is not None and len(chosen) > 1:
         raise OptionError(f"--save-program {shown(save_program)}: is one program's, and {len(chosen)} plans are given. Give one plan.")
@@ -429,9 +418,8 @@ def _traced_steps(asked: _Asked, plans: Sequence[str], machine: "Machine") -> li
         steps: list[Step] = []
         for plan in loaded:
             program = trace_program(source, plan, asked.mesh, micro_batch, machine.device, progress.say)
-            small = {name: size for name, size in sizes.items() if name in dict(traced_mesh(asked.mesh, asked.setup.context).axes)}
-            check_setup(program, machine, asked.setup, small)
-            steps.append(Step(_label(program.plan, steps), program, asked.setup, asked.settings, small))
+            check_setup(program, machine, asked.setup, sizes)
+            steps.append(Step(_label(program.plan, steps), program, asked.setup, asked.settings, sizes))
     return steps
 
 

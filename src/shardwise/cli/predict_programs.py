@@ -40,7 +40,7 @@ class MicroBatch:
 
 def traced_mesh(mesh: Mesh, context: int = 1) -> Mesh:
     """The mesh with data-parallel axes of two ranks at most; context ranks are on the axis that they reduce gradients over."""
-    shared = reducing_axis(name for name, _ in mesh.axes)
+    shared = reducing_axis(dict(mesh.axes))
     wide = ((name, size * context if name == shared else size) for name, size in mesh.axes)
     return Mesh(tuple((name, size if name == "tp" else min(size, TRACED_DATA_RANKS)) for name, size in wide))
 

@@ -64,7 +64,7 @@ def sweep(
     check_devices(machine, Setup(context=asked.setup.context), {"tp": devices // asked.setup.context})
     if devices % asked.setup.context:
         raise OptionError(f"--devices {devices} can't be cut into --context {asked.setup.context}. Use a multiple of it.")
-    found = splits(devices // asked.setup.context, machine.devices_per_node)
+    found = splits(devices // asked.setup.context, machine.devices_per_node, asked.setup.context)
     count = len(found) * len(plans) * len(asked.micro_batches)
     if count > MOST_POINTS:
         raise OptionError(f"--sweep: is over {count:,} points; at most {MOST_POINTS:,}. Give fewer plans or --micro-batches.")
@@ -123,9 +123,12 @@ def run_task(task: SweepTask) -> SweepResult:
 def _wanted(task: SweepTask) -> tuple[list[tuple[Split, int, int]], Counter[str]]:
     """(split, size of a micro-batch, number of them), and why others aren't."""
     found, refused = [], Counter[str]()
+    is_mixed = task.micro_batch.param_dtype is not None or task.micro_batch.reduce_dtype is not None
     for split in task.splits:
         for size in task.micro_batches:
-            if task.batch is None:
+            if is_mixed and split.data_axis != "fsdp":
+                refused["--param-dtype and --reduce-dtype are FSDP's mixed precision, and the mesh has no fsdp axis"] += 1
+            elif task.batch is None:
                 found.append((split, size, task.setup.micro_batches))
             elif task.batch % (split.data_size * size):
                 refused[f"--batch {task.batch} can't be cut into equal micro-batches of each data-parallel rank"] += 1

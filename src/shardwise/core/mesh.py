@@ -1,7 +1,7 @@
 """Mesh: named axes of ranks, such as `dp=2,tp=4`. The last axis is the fastest: neighbouring ranks differ in it."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -63,7 +63,7 @@ class Mesh:
         return ",".join(f"{name}={size}" for name, size in self.axes)
 
 
-def reducing_axis(axes: Iterable[str]) -> str | None:
-    """The axis over which context ranks reduce their gradients too, and FSDP shards: fsdp, else dp."""
-    known = set(axes)
-    return next((name for name in ("fsdp", "dp") if name in known), None)
+def reducing_axis(sizes: Mapping[str, int]) -> str | None:
+    """The axis that context ranks join, for reducing gradients and for FSDP's shards: fsdp, else dp; one with several ranks before one of size 1."""
+    named = [name for name in ("fsdp", "dp") if name in sizes]
+    return next((name for name in named if sizes[name] > 1), named[0] if named else None)

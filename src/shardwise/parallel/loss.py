@@ -113,7 +113,7 @@ class DTensorLoss:
 
 
 def _weights(logits_NV: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(w, c, lse) in `dtype`, with exp(logit) = w exp(c) and lse of this rank's logits. w is a tensor of its own, the only one of its size."""
+    """(w [N, V/T], c [N], lse [N]) in `dtype`: exp(logit) = w exp(c), and lse = logsumexp of each row. w is the only new tensor of its size."""
     if logits_NV.dtype == dtype:
         probabilities_NV = torch.softmax(logits_NV, dim=1)
         # the largest logit has probability 1/s_r, so lse_r = m_r + log s_r needs no pass of its own
@@ -133,11 +133,11 @@ class _VocabParallelSum(torch.autograd.Function):
         picked_N = columns_N.clamp(min=0).unsqueeze(1)
         n_tokens, width = logits_NV.shape
         if width:
-            weights_NV, log_of_one_N, local_lse_N = _weights(logits_NV, dtype)
+            weights_NV, log_scale_N, local_lse_N = _weights(logits_NV, dtype)
             target_N = torch.where(mine_N, logits_NV.gather(1, picked_N).squeeze(1).to(dtype), 0)
         else:
             weights_NV = logits_NV.new_empty(n_tokens, 0, dtype=dtype)
-            log_of_one_N = local_lse_N = logits_NV.new_full((n_tokens,), -torch.inf, dtype=dtype)
+            log_scale_N = local_lse_N = logits_NV.new_full((n_tokens,), -torch.inf, dtype=dtype)
             target_N = logits_NV.new_zeros(n_tokens, dtype=dtype)
         axis = site.axis
         stats_2N = torch.stack((local_lse_N, target_N))
@@ -146,7 +146,7 @@ class _VocabParallelSum(torch.autograd.Function):
         losses_N = torch.where(valid_N, lse_N - stats_T2N[:, 1].sum(0), 0)
         show("lse", lse_N)
         show("losses", losses_N)
-        ctx.save_for_backward(weights_NV, (log_of_one_N - lse_N).exp() * valid_N, mine_N, picked_N)
+        ctx.save_for_backward(weights_NV, (log_scale_N - lse_N).exp() * valid_N, mine_N, picked_N)
         ctx.dtype = logits_NV.dtype
         return losses_N.sum()
 

@@ -5,11 +5,13 @@ from math import prod
 
 from shardwise.core.errors import OptionError
 from shardwise.core.machine import Machine
-from shardwise.core.prediction import Setup
+from shardwise.core.mesh import reducing_axis
+from shardwise.core.prediction import AttentionKernel, Precision, Setup
 from shardwise.core.program import Program
 from shardwise.predict.work import reducing_sizes
 
 DATA_AXES = ("dp", "fsdp")
+HALVES = ("bfloat16", "float16")
 
 
 def check_setup(program: Program, machine: Machine, setup: Setup, sizes: Mapping[str, int]) -> None:
@@ -31,8 +33,28 @@ def check_setup(program: Program, machine: Machine, setup: Setup, sizes: Mapping
                 f"the program was traced at {name}={traced.get(name, 1)}, and the mesh has {name}={sizes.get(name, 1)}. "
                 "An axis can be rescaled, not added or taken away: 1 stays 1."
             )
+    axis = reducing_axis(traced)
+    if setup.context > 1 and axis is not None and traced[axis] == 1:
+        raise OptionError(
+            f"--context {setup.context}: the program was traced at {axis}=1, without reducing its gradients over other ranks. Trace it with --context."
+        )
+    _check_precision(program, setup)
     _check_stages(program, setup)
     check_devices(machine, setup, sizes)
+
+
+def _check_precision(program: Program, setup: Setup) -> None:
+    if setup.precision is Precision.MASTER and program.settings.dtype not in HALVES:
+        raise OptionError(
+            f"--precision master: keeps float32 beside parameters in half precision, and these are {program.settings.dtype}. "
+            "Use --dtype bfloat16, or leave it out."
+        )
+    if setup.recompute_attention and program.settings.recompute != "none":
+        raise OptionError("--recompute selective: the program's layers run again as a whole. Take a program without recompute.")
+    if setup.recompute_attention and setup.attention is not AttentionKernel.UNFUSED:
+        raise OptionError(
+            "--recompute selective: is of unfused attention. Add --attention unfused; fused kernels make their scores again anyway."
+        )
 
 
 def _check_stages(program: Program, setup: Setup) -> None:

@@ -341,6 +341,7 @@ def _within(draft: _Draft, samples: Sequence[Sample], base: Machine | None) -> L
 
 def _launch(draft: _Draft, samples: Sequence[Sample], machine: Machine, programs: Mapping[str, Program]) -> Launch:
     known = {sample.name: sample for sample in samples if sample.what == LAUNCH}
+    collective_s = known["collective"].seconds if "collective" in known else 0.0
     values: dict[str, float | None] = {
         "forward": 0.0,
         "backward": 0.0,
@@ -353,7 +354,7 @@ def _launch(draft: _Draft, samples: Sequence[Sample], machine: Machine, programs
             sample, program = known.get(f"{name} {phase}"), programs.get(name)
             if sample is None or program is None:
                 continue
-            seconds, ops = _issue_s(sample, program, phase, machine)
+            seconds, ops = _issue_s(sample, program, phase, machine, collective_s)
             values[f"{prefix}{phase}"] = rounded(seconds)
             what = f"measured: {phase} of small steps, {sample.repeats} of them over their {ops} recorded ops"
             draft.note(f"launch.{prefix}{phase}", rounded(seconds) * 1e6, "us", what)
@@ -372,8 +373,10 @@ def _launch(draft: _Draft, samples: Sequence[Sample], machine: Machine, programs
     return Launch(*(values[name] for name in ("forward", "backward", "collective", "dtensor_forward", "dtensor_backward")))  # type: ignore[arg-type]
 
 
-def _issue_s(sample: Sample, program: Program, phase: Phase, machine: Machine) -> tuple[float, int]:
-    """Seconds of the host per op, and how many ops there were. On a CPU what the kernels take is not the host's issuing."""
+def _issue_s(sample: Sample, program: Program, phase: Phase, machine: Machine, collective_s: float) -> tuple[float, int]:
+    """Seconds of the host per op, and how many ops there were. Collectives are counted by themselves, and on a CPU what the kernels take is not the
+    host's issuing."""
     ops: list[Op] = [op for op in program.ops() if op.phase is phase]
     kernels_s = sum(op_cost(op, machine, Setup()).device_s for op in ops) if machine.device == "cpu" else 0.0
-    return max(0.0, sample.seconds - kernels_s) / len(ops), len(ops)
+    collectives = sum(each.phase is phase for each in program.collectives())
+    return max(0.0, sample.seconds - kernels_s - collectives * collective_s) / len(ops), len(ops)

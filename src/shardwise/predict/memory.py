@@ -131,10 +131,14 @@ def _fused_loss(program: Program) -> dict[tuple[int, int], int]:
                     pass
     gradients = [change for _, change in large if change.phase is Phase.BACKWARD and change.n_bytes > 0]
     last = gradients[-1] if gradients else None
-    return {
-        where: (1 if change.n_bytes > 0 else -1) * logits_bytes if change.kind is MemoryKind.ACTIVATION or _is_of(change, last) else 0
-        for where, change in large
-    }
+    kept = (
+        logits_bytes if last is not None else 2 * logits_bytes
+    )  # where a gradient takes the place of what was kept, both are counted there
+    found = {}
+    for where, change in large:
+        n_bytes = kept if change.kind is MemoryKind.ACTIVATION else logits_bytes if _is_of(change, last) else 0
+        found[where] = n_bytes if change.n_bytes > 0 else -n_bytes
+    return found
 
 
 def _is_of(change: MemoryChange, made: MemoryChange | None) -> bool:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from shardwise.core.machine import Machine, local_ranks
 from shardwise.core.prediction import Prediction, Setup, Term
-from shardwise.core.program import Op, Phase, Program
+from shardwise.core.program import Phase, Program
 from shardwise.predict.memory import forecast
 from shardwise.predict.pipeline import StageTimes, layers_of_stages, pipeline_s
 from shardwise.predict.streams import run
@@ -180,12 +180,12 @@ def transfer_s(program: Program, machine: Machine, setup: Setup) -> float:
 
 
 def boundary_bytes(program: Program) -> int:
-    """Of the activation between two layers, as one rank holds it: the first layer's first input."""
+    """Of the activation between two layers, as one rank holds it: the first layer's first input of three dims or more, as no shard of FSDP's has."""
     if program.layers is None:
         return 0
     prefix = f"{program.layers[0]}.0"
     for op in program.ops():
-        if op.module.startswith(prefix) and isinstance(op, Op) and op.inputs:
+        if op.module.startswith(prefix) and op.inputs and len(op.inputs[0].shape) > 2:
             spec = op.inputs[0]
             return prod(spec.shape) * {"float32": 4, "float64": 8}.get(spec.dtype, 2)
     return 0

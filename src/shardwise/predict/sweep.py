@@ -22,15 +22,16 @@ class Split:
         return ((self.data_axis, self.data_size), ("tp", self.tp)) if self.data_axis is not None else (("tp", self.tp),)
 
 
-def splits(devices: int, devices_per_node: int) -> tuple[Split, ...]:
-    """All tp x dp or fsdp x stages of `devices`: tp inside a node and dividing it, the rest any divisors."""
+def splits(devices: int, devices_per_node: int, context: int = 1) -> tuple[Split, ...]:
+    """All tp x dp or fsdp x stages of `devices`: tp inside a node and dividing it, the rest any divisors. context: ranks that share a sequence
+    beside each of them, and reduce gradients with the data-parallel ones."""
     found = []
     for tp in _divisors(devices):
         if tp > devices_per_node or devices_per_node % tp:
             continue
         for stages in _divisors(devices // tp):
             data = devices // tp // stages
-            axes: tuple[str | None, ...] = DATA_AXES if data > 1 else (None,)
+            axes: tuple[str | None, ...] = DATA_AXES if data * context > 1 else (None,)
             found += [Split(tp, axis, data, stages) for axis in axes]
     return tuple(found)
 

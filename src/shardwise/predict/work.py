@@ -51,19 +51,6 @@ class Work:
         """All rows, several times over."""
         return self.mapped(lambda column: np.tile(column, times))
 
-    def followed_by(self, other: "Work") -> "Work":
-        """These rows, then another's of the same Program."""
-        return replace(
-            self,
-            device_s=np.concatenate((self.device_s, other.device_s)),
-            host_s=np.concatenate((self.host_s, other.host_s)),
-            term=np.concatenate((self.term, other.term)),
-            phase=np.concatenate((self.phase, other.phase)),
-            axis=np.concatenate((self.axis, other.axis)),
-            layer=np.concatenate((self.layer, other.layer)),
-            template=np.concatenate((self.template, other.template)),
-        )
-
     def mapped(self, change: Callable[[NDArray[Any]], NDArray[Any]]) -> "Work":
         """Every column changed in the same way."""
         return replace(
@@ -83,9 +70,10 @@ class Work:
 
 def reducing_sizes(program: Program, setup: Setup, sizes: dict[str, int] | None) -> dict[str, int]:
     """Ranks over which the collectives of each axis go. sizes: of the mesh's axes, where they differ from the Program's."""
-    found = dict(program.axes) | (sizes or {})
-    axis = reducing_axis(found)
-    if axis is not None and setup.context > 1 and dict(program.axes).get(axis, 1) > 1:
+    traced = dict(program.axes)
+    found = traced | (sizes or {})
+    axis = reducing_axis(traced)
+    if axis is not None and traced[axis] > 1:
         found[axis] *= setup.context
     return found
 

@@ -128,7 +128,7 @@ def assumptions(settings: StepSettings, setup: Setup, axes: Sequence[tuple[str, 
     if setup.micro_batches > 1:
         lines.append(f"All {setup.micro_batches} micro-batches are equal; gradients are reduced once, after the last.")
     if setup.context > 1:
-        reduced = "" if reducing_axis(axis for axis, _ in axes) else ", nor is reducing gradients over them (without an axis dp or fsdp)"
+        reduced = "" if reducing_axis(dict(axes)) else ", nor is reducing gradients over them (without an axis dp or fsdp)"
         lines.append(f"{setup.context} ranks share each sequence, and each meets all keys: exchanging them is not modelled{reduced}.")
     match setup.attention:
         case AttentionKernel.FUSED:
@@ -138,10 +138,12 @@ def assumptions(settings: StepSettings, setup: Setup, axes: Sequence[tuple[str, 
         case None:
             lines.append("Attention is the kernel that the traced op names.")
     lines.append(
-        "Kernels between matmuls are fused by a compiler." if setup.compiled else "Kernels run one by one, as eager PyTorch launches them."
+        "Kernels between a layer's matmuls are fused by a compiler, which makes a SwiGLU's silu again instead of keeping it."
+        if setup.compiled
+        else "Kernels run one by one, as eager PyTorch launches them."
     )
     if setup.compiled_loss:
-        lines.append("The loss is fused as well: it keeps the logits, and makes no copy of them in float32.")
+        lines.append("The loss is fused: it keeps the logits, and makes no copy of them in float32.")
     lines.append(_recomputed(settings, setup))
     if setup.matmul_dtype is not None:
         lines.append(f"Linear layers multiply in {name(setup.matmul_dtype)}; what casting to it costs is not modelled.")
@@ -169,7 +171,7 @@ def assumptions(settings: StepSettings, setup: Setup, axes: Sequence[tuple[str, 
 def _recomputed(settings: StepSettings, setup: Setup) -> str:
     again = {
         "none": f"{'Unfused attention runs again' if setup.recompute_attention else 'Nothing is recomputed'} in the backward.",
-        "selective-ops": "Each layer's forward runs again in the backward, but for attention and every second matmul.",
+        "selective-ops": "Each layer's forward runs again in the backward, but for fused attention and every second matmul.",
         "full": "Each layer's forward runs again in the backward.",
     }
     return again.get(settings.recompute, f"Recompute in the backward: {name(settings.recompute)}.")

@@ -34,7 +34,7 @@ def build_model(
     compiled: bool = False,
     on_parameter: Callable[[str, Tensor], None] | None = None,
 ) -> nn.Module:
-    """The model under `plan` (None: unsharded), with the initial weights of `seed`. policy: FSDP's mixed precision. recompute: see
+    """The model under `plan` (None: no tensor parallelism), with the initial weights of `seed`. policy: FSDP's mixed precision. recompute: see
     recompute_layers. on_parameter: shown each whole initial parameter."""
     model = spec.build("meta", dtype)
     if plan is not None:

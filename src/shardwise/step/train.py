@@ -58,7 +58,7 @@ _KEPT = frozenset(
 
 def recompute_layers(layers: Iterable[nn.Module], what: str = "full") -> None:
     """Activation checkpointing of each of these modules, which keeps its input. full: runs all of it again in the backward. selective-ops: all
-    but attention, reduce-scatters of functional collectives and every second matmul, the rule of torchtitan's "selective" by "op" of 2024.
+    but fused attention, reduce-scatters of functional collectives and every second matmul, the rule of torchtitan's "selective" by "op" of 2024.
     """
     contexts = {"full": noop_context_fn, "selective-ops": _selective}[what]
     for layer in layers:

@@ -130,7 +130,7 @@ def _making_on_device() -> Iterator[None]:
 
 
 def is_made_on_device() -> bool:
-    """Whether a tensor that is made of nothing lies on the device although nobody names it: the mask of attention that is taken apart."""
+    """Whether a factory op's tensor lies on the device although the op doesn't name it: the mask of attention that is decomposed."""
     return _on_device.get()
 
 
