@@ -131,9 +131,8 @@ def _fused_loss(program: Program) -> dict[tuple[int, int], int]:
                     pass
     gradients = [change for _, change in large if change.phase is Phase.BACKWARD and change.n_bytes > 0]
     last = gradients[-1] if gradients else None
-    kept = (
-        logits_bytes if last is not None else 2 * logits_bytes
-    )  # where a gradient takes the place of what was kept, both are counted there
+    # where the gradient takes the place of what was kept (the native loss in float32), both are counted there
+    kept = logits_bytes if last is not None else 2 * logits_bytes
     found = {}
     for where, change in large:
         n_bytes = kept if change.kind is MemoryKind.ACTIVATION else logits_bytes if _is_of(change, last) else 0
