@@ -14,6 +14,7 @@ got. `fresh memory` is what a tensor costs beside its op where the allocator tak
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 import numpy as np
 
@@ -253,8 +254,9 @@ def _matmul(draft: _Draft, dtype: str, samples: Sequence[Sample]) -> MatmulRate:
         return each.min(0) + start_s  # type: ignore[no-any-return]
 
     best: tuple[Vector, float] | None = None
-    for extra in (4.0, 60.0):
-        start = np.array([float(seconds.min()) / 2, extra, *([0.8] * len(tiles))])
+    # a share that has run into 1 doesn't find back: from several sides
+    for extra, share in product((0.5, 4.0, 60.0), (0.6, 0.8, 0.9)):
+        start = np.array([float(seconds.min()) / 2, extra, *([share] * len(tiles))])
         tried = minimise(lambda parameters: rough(log_errors(times(parameters), seconds)), start)
         if best is None or tried[1] < best[1]:
             best = tried
