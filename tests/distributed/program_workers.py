@@ -93,7 +93,7 @@ def cases(world_size: int) -> list[Case]:
     found += [Case(name, tp, vocab_size=96) for name in BOTH_ENGINES]
     found += [Case(name, tp, sp, family=Family.GPT) for name, sp in (("routed", True), ("rowwise", False), ("rowwise@dtensor", True))]
     if world_size == 2:
-        found += [Case(name, tp, recompute=what) for name in BOTH_ENGINES for what in ("full", "selective-ops")]
+        found += [Case(name, tp, recompute=what) for name, what in zip(BOTH_ENGINES, ("full", "selective-ops"), strict=True)]
         found += [Case(name, tp, accumulation=2) for name in ("replicated", *BOTH_ENGINES)]
         found += [Case(name, tp, dtype="bfloat16") for name in BOTH_ENGINES]
         found += [Case("rowwise", mesh) for mesh in ("dp=2", "fsdp=2")]
