@@ -18,6 +18,7 @@ from shardwise.cli.config import read_config
 from shardwise.cli.options import (
     DTYPES,
     RECOMPUTE,
+    STEP,
     ParamDtype,
     Recompute,
     ReduceDtype,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 TRACES = "traces"
 DEFAULT_PLANS = ["rowwise", "colwise", "routed", "rowwise@dtensor", "colwise@dtensor"]
-_MODEL, _STEP, _RUN, _OUTPUT = "Model and mesh", "Training step", "Measuring", "Output"
+_MODEL, _RUN, _OUTPUT = "Model and mesh", "Measuring", "Output"
 
 
 def compare(
@@ -74,28 +75,28 @@ def compare(
             "--sequence-parallel/--no-sequence-parallel", help="Activations cut along the sequence between blocks.", rich_help_panel=_MODEL
         ),
     ] = True,
-    batch: Annotated[int, typer.Option(help="Sequences per optimizer step over all ranks.", min=1, rich_help_panel=_STEP)] = 4,
-    seq: Annotated[int, typer.Option(help="Tokens per sequence.", min=1, rich_help_panel=_STEP)] = 256,
+    batch: Annotated[int, typer.Option(help="Sequences per optimizer step over all ranks.", min=1, rich_help_panel=STEP)] = 4,
+    seq: Annotated[int, typer.Option(help="Tokens per sequence.", min=1, rich_help_panel=STEP)] = 256,
     dtype: Annotated[
-        str, typer.Option(help=f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.", rich_help_panel=_STEP)
+        str, typer.Option(help=f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.", rich_help_panel=STEP)
     ] = "float32",
     param_dtype: ParamDtype = None,
     reduce_dtype: ReduceDtype = None,
-    accumulation: Annotated[int, typer.Option(help="Micro-batches that a step's batch is cut into.", min=1, rich_help_panel=_STEP)] = 1,
+    accumulation: Annotated[int, typer.Option(help="Micro-batches that a step's batch is cut into.", min=1, rich_help_panel=STEP)] = 1,
     recompute: Recompute = "none",
     compile_layers: Annotated[
-        bool, typer.Option("--compile", help="torch.compile every layer: not offered yet, and refused.", rich_help_panel=_STEP)
+        bool, typer.Option("--compile", help="torch.compile every layer: not offered yet, and refused.", rich_help_panel=STEP)
     ] = False,
-    learning_rate: Annotated[float, typer.Option(help="AdamW's.", rich_help_panel=_STEP)] = 3e-4,
-    max_norm: Annotated[float, typer.Option(help="Gradients are clipped to this global norm.", rich_help_panel=_STEP)] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the initial weights and of random ids.", min=0, rich_help_panel=_STEP)] = 0,
+    learning_rate: Annotated[float, typer.Option(help="AdamW's.", rich_help_panel=STEP)] = 3e-4,
+    max_norm: Annotated[float, typer.Option(help="Gradients are clipped to this global norm.", rich_help_panel=STEP)] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the initial weights and of random ids.", min=0, rich_help_panel=STEP)] = 0,
     text: Annotated[
-        list[Path] | None, typer.Option(help="Your text files or folders; by default Python's own documentation.", rich_help_panel=_STEP)
+        list[Path] | None, typer.Option(help="Your text files or folders; by default Python's own documentation.", rich_help_panel=STEP)
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Your tokenizer.json; by default one is trained on the text.", rich_help_panel=_STEP)
+        Path | None, typer.Option(help="Your tokenizer.json; by default one is trained on the text.", rich_help_panel=STEP)
     ] = None,
-    random_ids: Annotated[bool, typer.Option("--random-ids", help="Uniform random ids instead of text.", rich_help_panel=_STEP)] = False,
+    random_ids: Annotated[bool, typer.Option("--random-ids", help="Uniform random ids instead of text.", rich_help_panel=STEP)] = False,
     rounds: Annotated[int, typer.Option(help="Timed steps of every plan, interleaved.", min=1, rich_help_panel=_RUN)] = 20,
     warmup: Annotated[
         int, typer.Option(help="Steps of every plan before the clock starts, after a first one.", min=0, rich_help_panel=_RUN)

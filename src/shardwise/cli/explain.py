@@ -13,6 +13,7 @@ from shardwise.cli.config import read_config
 from shardwise.cli.options import (
     DTYPES,
     RECOMPUTE,
+    STEP,
     ParamDtype,
     Recompute,
     ReduceDtype,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("cuda", "cpu")
 LONG_SEQ = 8192
-_MODEL, _STEP, _OUTPUT = "Model and mesh", "Training step", "Output"
+_MODEL, _OUTPUT = "Model and mesh", "Output"
 
 
 def explain(
@@ -82,34 +83,34 @@ def explain(
             help="Sequences per optimizer step over all ranks.",
             min=1,
             show_default="one per data-parallel rank and micro-batch",
-            rich_help_panel=_STEP,
+            rich_help_panel=STEP,
         ),
     ] = None,
     seq: Annotated[
         int | None,
         typer.Option(
-            help="Tokens per sequence.", min=1, show_default=f"{LONG_SEQ}, or what the model has positions for", rich_help_panel=_STEP
+            help="Tokens per sequence.", min=1, show_default=f"{LONG_SEQ}, or what the model has positions for", rich_help_panel=STEP
         ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help=f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.", rich_help_panel=_STEP)
+        str, typer.Option(help=f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.", rich_help_panel=STEP)
     ] = "float32",
     param_dtype: ParamDtype = None,
     reduce_dtype: ReduceDtype = None,
-    accumulation: Annotated[int, typer.Option(help="Micro-batches that a step's batch is cut into.", min=1, rich_help_panel=_STEP)] = 1,
+    accumulation: Annotated[int, typer.Option(help="Micro-batches that a step's batch is cut into.", min=1, rich_help_panel=STEP)] = 1,
     recompute: Recompute = "none",
-    seed: Annotated[int, typer.Option(help="Of the random ids.", min=0, rich_help_panel=_STEP)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the random ids.", min=0, rich_help_panel=STEP)] = 0,
     text: Annotated[
         list[Path] | None,
         typer.Option(
             help="Text files or folders for the token ids; routed plans take Python's own documentation by default, others random ids.",
-            rich_help_panel=_STEP,
+            rich_help_panel=STEP,
         ),
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Your tokenizer.json; by default one is trained on the text.", rich_help_panel=_STEP)
+        Path | None, typer.Option(help="Your tokenizer.json; by default one is trained on the text.", rich_help_panel=STEP)
     ] = None,
-    random_ids: Annotated[bool, typer.Option("--random-ids", help="Uniform random ids instead of text.", rich_help_panel=_STEP)] = False,
+    random_ids: Annotated[bool, typer.Option("--random-ids", help="Uniform random ids instead of text.", rich_help_panel=STEP)] = False,
     compress: Annotated[
         bool,
         typer.Option("--compress/--no-compress", help="Trace equal layers once; what comes out is the same.", rich_help_panel=_OUTPUT),

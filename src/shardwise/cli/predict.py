@@ -12,7 +12,17 @@ import typer
 from rich.console import Console
 
 from shardwise.cli.config import read_config
-from shardwise.cli.options import DTYPES, ParamDtype, ReduceDtype, check_choice, check_dtypes, check_precision, check_seq, default_plan
+from shardwise.cli.options import (
+    DTYPES,
+    STEP,
+    ParamDtype,
+    ReduceDtype,
+    check_choice,
+    check_dtypes,
+    check_precision,
+    check_seq,
+    default_plan,
+)
 from shardwise.cli.predict_programs import MicroBatch, load_program, trace_program, write_program
 from shardwise.cli.predict_sweep import MICRO_BATCHES, SweepTask
 from shardwise.cli.predict_sweep import sweep as sweep_over
@@ -38,7 +48,7 @@ TERM_NAMES = {term.name.lower(): term for term in Term}
 _OF_PROGRAM = ("plans", "model", "batch", "seq", "dtype", "param_dtype", "reduce_dtype", "random_ids", "save_program")
 _NOT_SWEPT = ("mesh", "program", "save_program")
 _OF_SWEEP = ("devices", "micro_batches")
-_MODEL, _STEP, _RUN, _SWEEP, _OUTPUT = "Model and mesh", "Training step", "How it runs", "Sweep", "Output"
+_MODEL, _RUN, _SWEEP, _OUTPUT = "Model and mesh", "How it runs", "Sweep", "Output"
 
 
 def predict(
@@ -89,25 +99,25 @@ def predict(
             help="Sequences per optimizer step over all ranks.",
             min=1,
             show_default="one per data-parallel rank and micro-batch",
-            rich_help_panel=_STEP,
+            rich_help_panel=STEP,
         ),
     ] = None,
-    seq: Annotated[int, typer.Option(help="Tokens per sequence.", min=1, rich_help_panel=_STEP)] = 8192,
+    seq: Annotated[int, typer.Option(help="Tokens per sequence.", min=1, rich_help_panel=STEP)] = 8192,
     dtype: Annotated[
-        str, typer.Option(help=f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.", rich_help_panel=_STEP)
+        str, typer.Option(help=f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.", rich_help_panel=STEP)
     ] = "float32",
     param_dtype: ParamDtype = None,
     reduce_dtype: ReduceDtype = None,
-    accumulation: Annotated[int, typer.Option(help="Micro-batches that a step's batch is cut into.", min=1, rich_help_panel=_STEP)] = 1,
+    accumulation: Annotated[int, typer.Option(help="Micro-batches that a step's batch is cut into.", min=1, rich_help_panel=STEP)] = 1,
     recompute: Annotated[
         str,
         typer.Option(
             help="Again in the backward: none, selective (unfused attention), selective-ops (all of a layer but fused attention and every second matmul) or full.",
-            rich_help_panel=_STEP,
+            rich_help_panel=STEP,
         ),
     ] = "none",
     random_ids: Annotated[
-        bool, typer.Option("--random-ids", help="Uniform random ids instead of text, for routed plans.", rich_help_panel=_STEP)
+        bool, typer.Option("--random-ids", help="Uniform random ids instead of text, for routed plans.", rich_help_panel=STEP)
     ] = False,
     attention: Annotated[
         str | None,

@@ -27,8 +27,8 @@ RESERVED_OVER_ACTIVE = 1.16
 benchmarks/data/h100-steps.json and h200-steps.json (reserved_over_active in benchmarks/measured_steps.py)."""
 
 MADE_AGAIN = ("aten::silu",)
-"""What a compiler makes again in the backward instead of keeping it: of the ops between a SwiGLU's matmuls, as an H100 showed (3.5 GiB of 8
-layers of Llama 3 8B: benchmarks/data/h100-steps.json)."""
+"""What a compiler makes again in the backward instead of keeping it: of the ops between a SwiGLU's matmuls. Source: the compiled step in
+benchmarks/data/h100-steps.json, whose active memory is met so."""
 
 _ONCE = (Phase.REDUCE, Phase.CLIP, Phase.OPTIMIZER)
 STATES = (MemoryKind.PARAMETER, MemoryKind.GRADIENT, MemoryKind.OPTIMIZER)
