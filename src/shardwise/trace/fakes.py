@@ -110,7 +110,7 @@ def _attention_as_on_cuda() -> Iterator[None]:
     def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
         if not _is_grouped_float32(*args[:2], **kwargs):
             return original(*args, **kwargs)
-        with sdpa_kernel(SDPBackend.MATH), _making_on_device():
+        with sdpa_kernel(SDPBackend.MATH), making_on_device():
             return original(*args, **kwargs)
 
     with patch.object(F, "scaled_dot_product_attention", attention):
@@ -121,7 +121,8 @@ _on_device: ContextVar[bool] = ContextVar("_on_device", default=False)
 
 
 @contextmanager
-def _making_on_device() -> Iterator[None]:
+def making_on_device() -> Iterator[None]:
+    """Factory ops inside make their tensors on the device."""
     token = _on_device.set(True)
     try:
         yield
@@ -130,7 +131,7 @@ def _making_on_device() -> Iterator[None]:
 
 
 def is_made_on_device() -> bool:
-    """Whether a factory op's tensor lies on the device although the op doesn't name it: the mask of attention that is decomposed."""
+    """Whether a factory op's tensor lies on the device: where the program names it, and the mask of attention that is decomposed."""
     return _on_device.get()
 
 

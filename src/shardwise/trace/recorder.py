@@ -30,7 +30,7 @@ from shardwise.core.program import LOSS_MODULE, Collective, Op, OpKind, Phase, T
 from shardwise.parallel.collectives import issuing
 from shardwise.parallel.recorder import read_call
 from shardwise.trace.catalogue import flops_of, kind_of, name_on, traffic_of
-from shardwise.trace.fakes import is_made_on_device
+from shardwise.trace.fakes import is_made_on_device, making_on_device
 
 _RAISED_IN = "_shardwise_raised_in"
 _FSDP_COPY_IN = "fsdp::all_gather_copy_in"
@@ -149,7 +149,6 @@ class Recorder(TorchDispatchMode):
         self._place = _Place()
         self._recomputing = 0
         self._paused = 0
-        self._on_device = False
         self._change: tuple[Any, Any] | None = None
         self._names = {id(module): name for name, module in model.named_modules(remove_duplicate=False) if name}
         self._parameters = {id(parameter): name.rpartition(".")[0] for name, parameter in model.named_parameters()}
@@ -203,7 +202,7 @@ class Recorder(TorchDispatchMode):
         if func in _waits() and isinstance(args[0], FakeTensor):
             return args[0]  # the real ones hand on what they got; their fakes make a tensor that nobody has
         kwargs = kwargs or {}
-        if (self._on_device or is_made_on_device()) and not types and not _tensors(args):
+        if is_made_on_device() and not types and not _tensors(args):
             with self._fake_mode:
                 out = func(*args, **kwargs)
         else:
@@ -228,11 +227,8 @@ class Recorder(TorchDispatchMode):
 
     def made_on_device(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Calls a factory that was told its device."""
-        before, self._on_device = self._on_device, True
-        try:
+        with making_on_device():
             return function(*args, **kwargs)
-        finally:
-            self._on_device = before
 
     def _see(self, schema: _Schema, args: Any, kwargs: Any, out: Any) -> None:
         name = schema.name
