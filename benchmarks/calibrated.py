@@ -42,7 +42,9 @@ SETTINGS = StepSettings(batch=4, seq=256)  # compare's defaults
 def command(*arguments: str) -> bytes:
     """What `shardwise` prints for these arguments; its own words go to the terminal."""
     print("shardwise", *arguments, file=sys.stderr, flush=True)
-    return subprocess.run([sys.executable, "-m", "shardwise", *arguments], stdout=subprocess.PIPE, check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-m", "shardwise", *arguments], stdout=subprocess.PIPE, check=True
+    ).stdout
 
 
 def compare(*arguments: str) -> tuple[bytes, float | None]:
@@ -54,7 +56,10 @@ def compare(*arguments: str) -> tuple[bytes, float | None]:
     with (
         tempfile.TemporaryFile() as document,
         subprocess.Popen(
-            [sys.executable, "-m", "shardwise", "compare", *arguments], stdout=document, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "shardwise", "compare", *arguments],
+            stdout=document,
+            stderr=subprocess.PIPE,
+            text=True,
         ) as running,
     ):
         assert running.stderr is not None
@@ -91,7 +96,10 @@ def programs(model: str, ranks: int) -> dict[str, Program]:
     assert source.vocab_size is not None
     ids = Batches(load_tokens(vocab_size=source.vocab_size), SETTINGS.batch, SETTINGS.seq).at(0).ids_BS
     mesh = Mesh((("tp", ranks),))
-    return {name: trace(source, builtin_plan(name), mesh, SETTINGS, device="cpu", ids=ids) for name in builtin_names()}
+    return {
+        name: trace(source, builtin_plan(name), mesh, SETTINGS, device="cpu", ids=ids)
+        for name in builtin_names()
+    }
 
 
 def embedding_s(program: Program, machine: Machine) -> float:
@@ -99,7 +107,9 @@ def embedding_s(program: Program, machine: Machine) -> float:
     Alone it gets memory that it gave back just before, so fresh memory isn't dear."""
     machine = replace(machine, kernels=tuple((name, rate) for name, rate in machine.kernels if name != FRESH))
     work = work_of(program, machine, Setup())
-    whole = sum(each.gradient_bytes for each in program.holdings if each.module == EMBEDDING and not each.is_sharded)
+    whole = sum(
+        each.gradient_bytes for each in program.holdings if each.module == EMBEDDING and not each.is_sharded
+    )
     seconds = 0.0
     for template, device_s, host_s in zip(work.template, work.device_s, work.host_s, strict=True):
         item = work.items[template]
@@ -168,7 +178,14 @@ def measure(model: str, ranks: int, rounds: int, given: Path | None = None) -> R
             comparison.environment.variables,
             started,
         ),
-        settings={"model": model, "tp": ranks, "batch": SETTINGS.batch, "seq": SETTINGS.seq, "dtype": SETTINGS.dtype, "rounds": rounds},
+        settings={
+            "model": model,
+            "tp": ranks,
+            "batch": SETTINGS.batch,
+            "seq": SETTINGS.seq,
+            "dtype": SETTINGS.dtype,
+            "rounds": rounds,
+        },
         load_average=(load[0], load[1], load[2]),
         share=share,
         compare_share=compare_share,
@@ -196,7 +213,9 @@ def show(plans: Sequence[Predicted]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.calibrated", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.calibrated", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--model", default="llama3-debug")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20)
@@ -206,7 +225,9 @@ def main() -> None:
     run = measure(arguments.model, arguments.ranks, arguments.rounds)
     show(run.plans)
     right, pairs, wrong = calibrated_results.in_order(run.plans)
-    print(f"share of a core: {run.share:.0%} while calibrated, {run.compare_share or 0:.0%} while compared; load {run.load_average}")
+    print(
+        f"share of a core: {run.share:.0%} while calibrated, {run.compare_share or 0:.0%} while compared; load {run.load_average}"
+    )
     print(f"embeddings: {right} of {pairs} pairs in the right order {wrong}")
     if arguments.raw is not None:
         arguments.raw.write_bytes(msgspec.json.encode(run))

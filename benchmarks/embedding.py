@@ -91,7 +91,12 @@ class RankReport:
 def plans() -> tuple[Plan, ...]:
     """Each side that is a plan: one rule, for the module "emb"."""
 
-    def plan(name: str, style: Style, engine: Engine = Engine.NATIVE, reduce_scatter: ReduceScatter = ReduceScatter.AUTO) -> Plan:
+    def plan(
+        name: str,
+        style: Style,
+        engine: Engine = Engine.NATIVE,
+        reduce_scatter: ReduceScatter = ReduceScatter.AUTO,
+    ) -> Plan:
         return Plan(name, (Rule("emb", style),), engine, reduce_scatter)
 
     rowwise, colwise = Style(StyleName.ROWWISE), Style(StyleName.COLWISE)
@@ -121,7 +126,14 @@ class Table(nn.Module):
 class Embedding:
     """A plan's side: forward, and backward with the fixed gradient."""
 
-    def __init__(self, plan: Plan, weight_VH: Tensor, mesh: DeviceMesh, ids_of: Callable[[int], Tensor], grad_BLH: Tensor) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        weight_VH: Tensor,
+        mesh: DeviceMesh,
+        ids_of: Callable[[int], Tensor],
+        grad_BLH: Tensor,
+    ) -> None:
         self.name = plan.name
         self.plan = plan
         self._model = parallelize(Table(weight_VH.clone()), plan, mesh)
@@ -225,11 +237,15 @@ def worker(context: RankContext, payload: bytes) -> bytes:
     for side in embeddings:
         context.note(f"check: {side.name}")
         facts[side.name] = _check(side, weight_VH, grad_BSH, ids_of(0), context.rank, mesh)
-    sides: list[Timed] = [*embeddings, *_floors(settings, weight_VH, grad_BLH, grad_BSH, ids_of, context.rank, mesh)]
+    sides: list[Timed] = [
+        *embeddings,
+        *_floors(settings, weight_VH, grad_BLH, grad_BSH, ids_of, context.rank, mesh),
+    ]
     del weight_VH, grad_BSH
     times = interleave(sides, settings.rounds, settings.warm_ups, context.note)
     report = RankReport(
-        tuple(RankSide(name, tuple(seconds), facts.get(name, {})) for name, seconds in times.items()), results.rank_variables()
+        tuple(RankSide(name, tuple(seconds), facts.get(name, {})) for name, seconds in times.items()),
+        results.rank_variables(),
     )
     return msgspec.json.encode(report)
 
@@ -259,14 +275,18 @@ def _floors(
     group = mesh.get_group()
     rows = weight_VH.chunk(settings.tp, 0)[rank].clone()
     columns = weight_VH.chunk(settings.tp, 1)[rank].clone(memory_format=torch.contiguous_format)
-    slices = grad_BSH.reshape(tokens, -1).chunk(settings.tp, 1)[rank].clone(memory_format=torch.contiguous_format)
+    slices = (
+        grad_BSH.reshape(tokens, -1).chunk(settings.tp, 1)[rank].clone(memory_format=torch.contiguous_format)
+    )
     return (
         Floor("floor(routed)", rows, routed, tokens, grad_BLH.view(-1, settings.hidden), group),
         Floor("floor(colwise)", columns, colwise, tokens, slices, group),
     )
 
 
-def _check(side: Embedding, weight_VH: Tensor, grad_BSH: Tensor, ids_BS: Tensor, rank: int, mesh: DeviceMesh) -> dict[str, float]:
+def _check(
+    side: Embedding, weight_VH: Tensor, grad_BSH: Tensor, ids_BS: Tensor, rank: int, mesh: DeviceMesh
+) -> dict[str, float]:
     """Facts of one forward and backward; RunError where the output or the gradient isn't the unsharded embedding's."""
     recorder = CollectiveRecorder({mesh.get_group().group_name: "tp"})
     side.prepare(0)
@@ -304,7 +324,9 @@ def _part(gradient_VH: Tensor, side: Embedding, rank: int, n_ranks: int) -> Tens
     if placement.is_shard(1):
         return gradient_VH.chunk(n_ranks, 1)[rank]
     assert placement.is_shard(0)
-    return gradient_VH[RowOwnership(gradient_VH.shape[0], n_ranks, side.plan.rules[0].style.ownership).ids_of(rank)]
+    return gradient_VH[
+        RowOwnership(gradient_VH.shape[0], n_ranks, side.plan.rules[0].style.ownership).ids_of(rank)
+    ]
 
 
 def _relative(given: Tensor, expected: Tensor) -> float:
@@ -344,15 +366,29 @@ def measure(settings: Settings) -> Result:
     started, load_before = results.now(), results.load_average()
     stream = load_tokens(vocab_size=settings.vocab, progress=print)
     replies = run_ranks(
-        "benchmarks.embedding:worker", _pack(settings, stream), world_size=settings.tp, device_type="cpu", timeout_s=TIMEOUT_S
+        "benchmarks.embedding:worker",
+        _pack(settings, stream),
+        world_size=settings.tp,
+        device_type="cpu",
+        timeout_s=TIMEOUT_S,
     )
     reports = [msgspec.json.decode(reply, type=RankReport) for reply in replies]
-    sides = tuple(_join([report.sides[index] for report in reports]) for index in range(len(reports[0].sides)))
-    worst = max(side.facts[name] for side in sides if side.facts for name in ("output_error", "gradient_error"))
+    sides = tuple(
+        _join([report.sides[index] for report in reports]) for index in range(len(reports[0].sides))
+    )
+    worst = max(
+        side.facts[name] for side in sides if side.facts for name in ("output_error", "gradient_error")
+    )
     return Result(
         what=f"embedding-tp{settings.tp}",
-        settings={**msgspec.to_builtins(settings), "dtype": "float32", "tokens": settings.batch * settings.seq},
-        environment=results.describe_machine(results.command_line("benchmarks.embedding"), settings.tp, 1, reports[0].variables, started),
+        settings={
+            **msgspec.to_builtins(settings),
+            "dtype": "float32",
+            "tokens": settings.batch * settings.seq,
+        },
+        environment=results.describe_machine(
+            results.command_line("benchmarks.embedding"), settings.tp, 1, reports[0].variables, started
+        ),
         load_average=(load_before, results.load_average()),
         text=stream.summary,
         checks=(
@@ -374,7 +410,9 @@ def _join(ranks: list[RankSide]) -> Side:
 
 def main() -> None:
     defaults = Settings()
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.embedding", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.embedding", description=(__doc__ or "").splitlines()[0]
+    )
     for name in ("tp", "rounds", "batch", "seq", "hidden", "vocab"):
         parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name))
     parser.add_argument("--dry", action="store_true", help="print, and write no results file")

@@ -40,10 +40,22 @@ def sides() -> list[_Side]:
     return [
         _Side("rowwise, 8 B", f"explain rowwise {step}", 8, bytes_8b),
         _Side("rowwise@dtensor, 8 B", f"explain rowwise@dtensor {step}", 8, bytes_8b),
-        _Side("rowwise, 405 B", "explain rowwise --model llama3.1-405b --mesh dp=512,tp=8 --batch 512 --seq 8192", 12),
-        _Side("rowwise@dtensor, 405 B", "explain rowwise@dtensor --model llama3.1-405b --mesh dp=512,tp=8 --batch 512 --seq 8192", 12),
+        _Side(
+            "rowwise, 405 B",
+            "explain rowwise --model llama3.1-405b --mesh dp=512,tp=8 --batch 512 --seq 8192",
+            12,
+        ),
+        _Side(
+            "rowwise@dtensor, 405 B",
+            "explain rowwise@dtensor --model llama3.1-405b --mesh dp=512,tp=8 --batch 512 --seq 8192",
+            12,
+        ),
         _Side("rowwise, 8 B, 4096 ranks", f"explain rowwise {many}", same_as="rowwise, 8 B"),
-        _Side("rowwise@dtensor, 8 B, 4096 ranks", f"explain rowwise@dtensor {many}", same_as="rowwise@dtensor, 8 B"),
+        _Side(
+            "rowwise@dtensor, 8 B, 4096 ranks",
+            f"explain rowwise@dtensor {many}",
+            same_as="rowwise@dtensor, 8 B",
+        ),
     ]
 
 
@@ -65,11 +77,15 @@ def time_once(side: _Side) -> None:
     side.bytes.append(usage.ru_maxrss * 1024)
     if process.returncode:
         assert process.stderr is not None
-        raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}: {process.stderr.read().decode()[-500:]}")
+        raise SystemExit(
+            f"{' '.join(command)}: exit code {process.returncode}: {process.stderr.read().decode()[-500:]}"
+        )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.explain", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.explain", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
     arguments = parser.parse_args()
@@ -81,11 +97,21 @@ def main() -> int:
             time_once(side)
         print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
     run = Run(
-        describe_machine(command_line("benchmarks.explain"), 1, os.cpu_count() or 1, rank_variables(), started),
+        describe_machine(
+            command_line("benchmarks.explain"), 1, os.cpu_count() or 1, rank_variables(), started
+        ),
         arguments.rounds,
         (before, load_average()),
         tuple(
-            Timed(side.name, f"shardwise {side.arguments}", tuple(side.wall_s), tuple(side.bytes), side.max_s, side.max_bytes, side.same_as)
+            Timed(
+                side.name,
+                f"shardwise {side.arguments}",
+                tuple(side.wall_s),
+                tuple(side.bytes),
+                side.max_s,
+                side.max_bytes,
+                side.same_as,
+            )
             for side in found
         ),
     )

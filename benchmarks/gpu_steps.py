@@ -58,7 +58,10 @@ MIXED = Case("llama3-8b", 32, "unsharded", 2, 8192, "float32", 1, 8, "bfloat16",
 def small_cases() -> list[Case]:
     """What fits 80 GB."""
     wide, narrow = (f"gpt3-175b?hidden={h},n_heads=16,ffn_hidden={4 * h}" for h in (2048, 1024))
-    fp32 = [Case("llama3-8b", 4, plan, 4, 8192, "float32", 8) for plan in ("rowwise", "colwise", "routed", "rowwise@dtensor")]
+    fp32 = [
+        Case("llama3-8b", 4, plan, 4, 8192, "float32", 8)
+        for plan in ("rowwise", "colwise", "routed", "rowwise@dtensor")
+    ]
     half = [Case("llama3-8b", 8, plan, 4, 8192, tp=8) for plan in ("rowwise", "colwise", "rowwise@dtensor")]
     return [
         *fp32,
@@ -88,7 +91,16 @@ def large_cases() -> list[Case]:
         replace(MIXED, fsdp=128),
         replace(MIXED, batch=1, seq=32768, recompute="full"),
         replace(MIXED, layers=8, recompute="none"),
-        replace(MIXED, model="llama3-70b", layers=20, plan="rowwise@dtensor", batch=16, tp=8, fsdp=32, recompute="full"),
+        replace(
+            MIXED,
+            model="llama3-70b",
+            layers=20,
+            plan="rowwise@dtensor",
+            batch=16,
+            tp=8,
+            fsdp=32,
+            recompute="full",
+        ),
     ]
 
 
@@ -101,7 +113,9 @@ class _CompiledLoss:
         self.backward_context = loss.backward_context
         self._call = torch.compile(lambda *given: loss(*given))
 
-    def __call__(self, logits: "Tensor", labels_BS: "Tensor", valid: "Tensor | int | None" = None) -> "Tensor":
+    def __call__(
+        self, logits: "Tensor", labels_BS: "Tensor", valid: "Tensor | int | None" = None
+    ) -> "Tensor":
         found: Tensor = self._call(logits, labels_BS, valid)
         return found
 
@@ -125,7 +139,9 @@ def run_case(case: Case) -> dict[str, object]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=mesh.world_size)
     device = torch.device("cuda", 0)
     spec = get_spec(case.model).with_layers(case.layers)
-    settings = StepSettings(case.batch, case.seq, case.dtype, case.param_dtype, case.reduce_dtype, recompute=case.recompute)
+    settings = StepSettings(
+        case.batch, case.seq, case.dtype, case.param_dtype, case.reduce_dtype, recompute=case.recompute
+    )
     plan = load_any_plan(case.plan, sequence_parallel=True, family=spec.family)
     on = device_mesh(mesh, "cuda")
     model = build_model(
@@ -168,9 +184,13 @@ def run_case(case: Case) -> dict[str, object]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_steps", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_steps", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--large", action="store_true", help="torchtitan's settings instead")
-    parser.add_argument("--out", type=Path, required=True, help="its steps are replaced; what else it holds stays")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="its steps are replaced; what else it holds stays"
+    )
     parser.add_argument("--case", type=int, help="run one, and print it")
     given = parser.parse_args()
     cases = large_cases() if given.large else small_cases()
@@ -182,18 +202,38 @@ def main() -> int:
     found, failed = [], 0
     for number, case in enumerate(cases):
         print(f"{number + 1}/{len(cases)} {case.tag}", file=sys.stderr, flush=True)
-        command = [sys.executable, "-m", "benchmarks.gpu_steps", "--out", str(given.out), "--case", str(number)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu_steps",
+            "--out",
+            str(given.out),
+            "--case",
+            str(number),
+        ]
         try:
             ran = subprocess.run(
-                [*command, "--large"] if given.large else command, capture_output=True, text=True, timeout=TIMEOUT_S, check=True
+                [*command, "--large"] if given.large else command,
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT_S,
+                check=True,
             )
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            print(f"failed, what the file had of it stays: {str(error.stderr or error)[-2000:]}", file=sys.stderr, flush=True)
+            print(
+                f"failed, what the file had of it stays: {str(error.stderr or error)[-2000:]}",
+                file=sys.stderr,
+                flush=True,
+            )
             found += [before[case.tag]] if case.tag in before else []
             failed += 1
             continue
         found.append(json.loads(ran.stdout.splitlines()[-1]))
-        print(f"   {min(found[-1]['steps']) * 1e3:.0f} ms, active {found[-1]['active'] / 2**30:.2f} GiB", file=sys.stderr, flush=True)
+        print(
+            f"   {min(found[-1]['steps']) * 1e3:.0f} ms, active {found[-1]['active'] / 2**30:.2f} GiB",
+            file=sys.stderr,
+            flush=True,
+        )
     document["steps"] = found
     given.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return 1 if failed else 0

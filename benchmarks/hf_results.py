@@ -90,7 +90,9 @@ def summary(sweep: Sweep) -> str:
     """Counts in a sentence or two."""
     rows = sweep.rows
     explained = sum(row.explained is Answer.YES for row in rows)
-    planned = [row for row in rows if row.explained is Answer.YES and row.under_its_plan is not Answer.NO_PLAN]
+    planned = [
+        row for row in rows if row.explained is Answer.YES and row.under_its_plan is not Answer.NO_PLAN
+    ]
     under_plan = sum(row.under_its_plan is Answer.YES for row in planned)
     steps = [step for row in rows for step in (row.step, row.plan_step) if step is not None]
     ops, unknown = sum(step.ops for step in steps), sum(count for step in steps for _, count in step.unknown)
@@ -128,11 +130,29 @@ def _types_table(rows: tuple[Row, ...]) -> str:
             "" if row.plan_step is None else f"{row.plan_step.sharded:.1%}",
             "" if row.plan_step is None else f"{row.plan_step.collectives}",
             "" if row.step is None else f"{row.step.ops:,}",
-            ", ".join(sorted({name.removeprefix("aten::") for step in (row.step, row.plan_step) if step for name, _ in step.unknown})),
+            ", ".join(
+                sorted(
+                    {
+                        name.removeprefix("aten::")
+                        for step in (row.step, row.plan_step)
+                        if step
+                        for name, _ in step.unknown
+                    }
+                )
+            ),
         ]
         for row in rows
     ]
-    head = ["type", "parameters, M", "explained", "under its plan", "sharded by it", "collectives", "ops", "unknown ops"]
+    head = [
+        "type",
+        "parameters, M",
+        "explained",
+        "under its plan",
+        "sharded by it",
+        "collectives",
+        "ops",
+        "unknown ops",
+    ]
     return table(head, cells, numbers=(1, 4, 5, 6))
 
 
@@ -141,7 +161,11 @@ def _misses_table(rows: list[Row]) -> str:
 
 
 def _miss(row: Row) -> tuple[str, str]:
-    return ("unsharded", cell(row.reason)) if row.explained is Answer.NO else ("under its plan", cell(row.plan_reason))
+    return (
+        ("unsharded", cell(row.reason))
+        if row.explained is Answer.NO
+        else ("under its plan", cell(row.plan_reason))
+    )
 
 
 def _forms_table(rows: list[Row]) -> str:

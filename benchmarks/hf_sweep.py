@@ -61,7 +61,10 @@ QUERIES = {
     "lfm3": (f"{TWO_LAYERS},tie_word_embeddings=false", _HEAD_ALONE),
     "longcat_flash": ("num_layers=2", "its depth has a name of its own"),
     "ministral": (f"{TWO_LAYERS},head_dim=128", _HEAD_DIM),
-    "nemotron": (f"{TWO_LAYERS},num_key_value_heads=48", "the default says no number of KV heads; this is one for each head"),
+    "nemotron": (
+        f"{TWO_LAYERS},num_key_value_heads=48",
+        "the default says no number of KV heads; this is one for each head",
+    ),
     "nemotron_h": (
         "moe_intermediate_size=7680",
         "its depth is a list of four kinds of layer; half of its width 7688 is one that grouped_mm refuses",
@@ -125,7 +128,19 @@ def examine(model_type: str, dtype_name: str) -> Row:
             plan_reason = _reason(error)
     _, note = QUERIES.get(model_type, ("", ""))
     seconds = round(time.perf_counter() - began, 2)
-    return Row(model_type, name, note, parameters, explained, reason, step, under_plan, plan_reason, plan_step, seconds)
+    return Row(
+        model_type,
+        name,
+        note,
+        parameters,
+        explained,
+        reason,
+        step,
+        under_plan,
+        plan_reason,
+        plan_step,
+        seconds,
+    )
 
 
 def explained_step(source: "ModelSource", plan: TheirPlan, dtype_name: str) -> Step:
@@ -162,7 +177,9 @@ def check(program: Program, explanation: Explanation) -> None:
         raise ImplausibleError(f"{held} parameters are held of {program.parameters}.")
     on_tp = {group.phase for group in explanation.collectives if group.axis == "tp"}
     if explanation.sharded_share and not {Phase.FORWARD, Phase.BACKWARD} <= on_tp:
-        raise ImplausibleError(f"{explanation.sharded_share:.1%} of the parameters are sharded, and forward or backward sends nothing.")
+        raise ImplausibleError(
+            f"{explanation.sharded_share:.1%} of the parameters are sharded, and forward or backward sends nothing."
+        )
     if sum(group.count for group in explanation.collectives) != sum(1 for _ in program.collectives()):
         raise ImplausibleError("the explanation has other collectives than the program.")
 
@@ -170,7 +187,9 @@ def check(program: Program, explanation: Explanation) -> None:
 def check_flops(unsharded: Step, under_plan: Step) -> None:
     """Raises ImplausibleError where a rank of TP does less than its share of the arithmetic, or more than all of it."""
     if not unsharded.flops <= TP * under_plan.flops <= TP * unsharded.flops:
-        raise ImplausibleError(f"a rank's share of the FLOPs is {under_plan.flops / unsharded.flops:.3f} at tp={TP}.")
+        raise ImplausibleError(
+            f"a rank's share of the FLOPs is {under_plan.flops / unsharded.flops:.3f} at tp={TP}."
+        )
 
 
 def _reason(error: Exception) -> str:
@@ -180,7 +199,9 @@ def _reason(error: Exception) -> str:
 def _serve(connection: Connection, dtype_name: str) -> None:
     """A worker process: types in, rows out, until the pipe ends."""
     warnings.simplefilter("ignore")
-    logging.disable(logging.ERROR)  # transformers' and the fake tensors' own accounts of what the row says in a line
+    logging.disable(
+        logging.ERROR
+    )  # transformers' and the fake tensors' own accounts of what the row says in a line
     while True:
         try:
             connection.send(examine(connection.recv(), dtype_name))
@@ -213,7 +234,9 @@ def sweep_types(types: Sequence[str], dtype_name: str, timeout_s: float) -> Iter
                 give(workers[-1], spare_s=60)  # it imports first
             busy = [worker for worker in workers if worker.job]
             next_end = min(worker.job[1] for worker in busy if worker.job)
-            ready = wait([worker.connection for worker in busy], timeout=max(0.0, next_end - time.monotonic()))
+            ready = wait(
+                [worker.connection for worker in busy], timeout=max(0.0, next_end - time.monotonic())
+            )
             for worker in busy:
                 assert worker.job is not None
                 model_type, deadline = worker.job
@@ -230,9 +253,25 @@ def sweep_types(types: Sequence[str], dtype_name: str, timeout_s: float) -> Iter
                     worker.process.kill()
                     worker.process.join()
                     workers.remove(worker)
-                    what = f"its process ended with code {worker.process.exitcode}" if worker_died else f"no answer within {timeout_s:g} s"
+                    what = (
+                        f"its process ended with code {worker.process.exitcode}"
+                        if worker_died
+                        else f"no answer within {timeout_s:g} s"
+                    )
                     _, note = QUERIES.get(model_type, ("", ""))
-                    yield Row(model_type, model_name(model_type), note, None, Answer.NO, what, None, Answer.NO, what, None, timeout_s)
+                    yield Row(
+                        model_type,
+                        model_name(model_type),
+                        note,
+                        None,
+                        Answer.NO,
+                        what,
+                        None,
+                        Answer.NO,
+                        what,
+                        None,
+                        timeout_s,
+                    )
     finally:
         for worker in workers:
             worker.process.kill()
@@ -240,10 +279,14 @@ def sweep_types(types: Sequence[str], dtype_name: str, timeout_s: float) -> Iter
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.hf_sweep", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.hf_sweep", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("types", nargs="*", help="these types only; nothing is written then")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--timeout", type=float, default=300, help="seconds for a type, both attempts together")
+    parser.add_argument(
+        "--timeout", type=float, default=300, help="seconds for a type, both attempts together"
+    )
     given = parser.parse_args()
     from shardwise.models.hugging_face import causal_types
 
@@ -257,7 +300,9 @@ def main() -> int:
     for row in sweep_types(types, given.dtype, given.timeout):
         rows.append(row)
         why = row.reason or row.plan_reason
-        print(f"{len(rows):3}/{len(types)} {row.model_type:28} {row.explained:4} {row.under_its_plan:8} {row.seconds:6.1f} s  {why}")
+        print(
+            f"{len(rows):3}/{len(types)} {row.model_type:28} {row.explained:4} {row.under_its_plan:8} {row.seconds:6.1f} s  {why}"
+        )
     packages = ("shardwise", "torch", "transformers")
     rows.sort(key=lambda row: row.model_type)
     sweep = Sweep(

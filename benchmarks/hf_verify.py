@@ -25,7 +25,9 @@ MESH = Mesh((("tp", 2),))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.hf_verify", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.hf_verify", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("types", nargs="*", help="these types only; nothing is written then")
     given = parser.parse_args()
     from shardwise.models.hugging_face import causal_types
@@ -46,11 +48,17 @@ def main() -> int:
             flush=True,
         )
 
-    found = verify([Case(f"hf:{name}", str(TheirPlan.HF), str(TheirPlan.HF)) for name in types], mesh=MESH, on_answer=show)
+    found = verify(
+        [Case(f"hf:{name}", str(TheirPlan.HF), str(TheirPlan.HF)) for name in types],
+        mesh=MESH,
+        on_answer=show,
+    )
     with_plan = tuple(sorted((each for each in found if each.note != NO_PLAN), key=lambda each: each.model))
     without = tuple(each.model.removeprefix("hf:") for each in found if each.note == NO_PLAN)
     versions = tuple((name, version(name)) for name in ("shardwise", "torch", "transformers"))
-    run = VerificationRun(str(MESH), "cpu", BATCH, SEQ, started.isoformat(timespec="seconds"), versions, with_plan)
+    run = VerificationRun(
+        str(MESH), "cpu", BATCH, SEQ, started.isoformat(timespec="seconds"), versions, with_plan
+    )
     sweep = Sweep(command_line("benchmarks.hf_verify"), round(time.perf_counter() - began, 1), run, without)
     print(summary(sweep))
     if not given.types:

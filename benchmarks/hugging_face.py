@@ -41,7 +41,9 @@ _NAMES = {
 class TransformersStep:
     """One optimizer step, called as a TrainStep is."""
 
-    def __init__(self, config: LlamaConfig, tp: int, *, seed: int, learning_rate: float, max_norm: float) -> None:
+    def __init__(
+        self, config: LlamaConfig, tp: int, *, seed: int, learning_rate: float, max_norm: float
+    ) -> None:
         self.model = _sharded_model(config, tp, seed)
         self._parameters: list[nn.Parameter] = list(self.model.parameters())
         sharded = [parameter for parameter in self._parameters if isinstance(parameter, DTensor)]
@@ -71,9 +73,14 @@ def _sharded_model(config: LlamaConfig, tp: int, seed: int) -> nn.Module:
     model = LlamaForCausalLM(_config(config))
     cpu = torch.device("cpu")
     model.load_state_dict(
-        {_name(name): initial_parameter(name, shape, seed=seed, dtype=torch.float32, device=cpu) for name, shape in shapes.items()}
+        {
+            _name(name): initial_parameter(name, shape, seed=seed, dtype=torch.float32, device=cpu)
+            for name, shape in shapes.items()
+        }
     )
-    distribution, _, mesh_manager = LlamaForCausalLM.prepare_distribute_model(DistributedConfig(tp_size=tp, tp_plan="auto"))
+    distribution, _, mesh_manager = LlamaForCausalLM.prepare_distribute_model(
+        DistributedConfig(tp_size=tp, tp_plan="auto")
+    )
     sharded: nn.Module = LlamaForCausalLM.maybe_distribute_model(model, distribution, mesh_manager)
     return sharded.train()
 

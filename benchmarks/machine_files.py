@@ -42,13 +42,19 @@ class Fit:
     p90_error: float
 
     def __str__(self) -> str:
-        return f"{self.products} matmuls, median error {self.median_error:.1%}, 90 % within {self.p90_error:.1%}"
+        return (
+            f"{self.products} matmuls, median error {self.median_error:.1%}, 90 % within {self.p90_error:.1%}"
+        )
 
 
 def rows(kind: str, **wanted: str) -> list[dict[str, str]]:
     """Rows of the published micro-benchmarks."""
     with HARDWARE.open(encoding="utf-8", newline="") as file:
-        return [row for row in csv.DictReader(file) if row["kind"] == kind and all(row[key] == value for key, value in wanted.items())]
+        return [
+            row
+            for row in csv.DictReader(file)
+            if row["kind"] == kind and all(row[key] == value for key, value in wanted.items())
+        ]
 
 
 def simumax(gpu: str, *, at_least_flop: float = 0.0) -> list[Product]:
@@ -78,10 +84,19 @@ def azure(gpu: str, dtype: str) -> list[Product]:
 
 def ours(dtype: str) -> list[Product]:
     samples = json.loads(H100_KERNELS.read_text(encoding="utf-8"))["samples"]
-    return [(*each["shape"], each["seconds"]) for each in samples if each["name"].startswith("aten::mm") and each["dtype"] == dtype]
+    return [
+        (*each["shape"], each["seconds"])
+        for each in samples
+        if each["name"].startswith("aten::mm") and each["dtype"] == dtype
+    ]
 
 
-def fitted(products: Sequence[Product], peak_flops: float, units: int, start: Sequence[float] = (4e-6, 100, 0.7, 0.7, 0.6, 0.6)) -> Fit:
+def fitted(
+    products: Sequence[Product],
+    peak_flops: float,
+    units: int,
+    start: Sequence[float] = (4e-6, 100, 0.7, 0.7, 0.6, 0.6),
+) -> Fit:
     """Start, extra k and the tiles' shares that bring the median absolute log ratio to its least: a pattern search, each constant in turn."""
 
     def rate(values: Sequence[float]) -> MatmulRate:
@@ -92,7 +107,9 @@ def fitted(products: Sequence[Product], peak_flops: float, units: int, start: Se
         if min(values) < 0 or not all(0.02 <= share <= 1 for share in values[2:]):
             return math.inf
         made = rate(values)
-        return sum(abs(math.log(made.time_s(b, m, n, k) / seconds)) for b, m, n, k, seconds in products) / len(products)
+        return sum(
+            abs(math.log(made.time_s(b, m, n, k) / seconds)) for b, m, n, k, seconds in products
+        ) / len(products)
 
     best, values, steps = loss(start), list(start), [0.5] * len(start)
     while max(steps) > 0.005:
@@ -119,7 +136,9 @@ def scaled(rate: MatmulRate, factor: float, peak_flops: float | None = None) -> 
 
 def level(products: Sequence[Product], rate: MatmulRate, *, at_least_flop: float) -> float:
     """How much faster than `rate` the large ones of these ran: the median."""
-    return median(rate.time_s(b, m, n, k) / s for b, m, n, k, s in products if 2.0 * b * m * n * k >= at_least_flop)
+    return median(
+        rate.time_s(b, m, n, k) / s for b, m, n, k, s in products if 2.0 * b * m * n * k >= at_least_flop
+    )
 
 
 def kernel_shares() -> dict[str, float]:
@@ -135,9 +154,15 @@ def kernel_shares() -> dict[str, float]:
         if rates:
             shares[name] = median(rates) / 3.35e12
     steps = json.loads(H100_STEPS.read_text(encoding="utf-8"))
-    seen = [each for each in steps["lookups"] if each["name"] == "index_select aligned" and each["hit"] == "any" and each["elements"] > 1e8]
+    seen = [
+        each
+        for each in steps["lookups"]
+        if each["name"] == "index_select aligned" and each["hit"] == "any" and each["elements"] > 1e8
+    ]
     widths = {"torch.float32": 4, "torch.bfloat16": 2}
-    shares["look-ups"] = median(2 * widths[each["dtype"]] * each["elements"] / each["seconds"] for each in seen) / 3.35e12
+    shares["look-ups"] = (
+        median(2 * widths[each["dtype"]] * each["elements"] / each["seconds"] for each in seen) / 3.35e12
+    )
     softmax = steps["safe_softmax"]
     shares["aten::_safe_softmax"] = 2 * 4 * math.prod(softmax["shape"]) / softmax["seconds"] / 3.35e12
     return shares
@@ -183,7 +208,16 @@ class Text:
     def add(self, line: str = "") -> None:
         self.lines.append(line)
 
-    def constant(self, key: str, value: object, unit: str, source: str, *, per: str | None = None, fitted: str | None = None) -> None:
+    def constant(
+        self,
+        key: str,
+        value: object,
+        unit: str,
+        source: str,
+        *,
+        per: str | None = None,
+        fitted: str | None = None,
+    ) -> None:
         parts = [f"value = {value}", f"unit = {json.dumps(unit)}"]
         parts += [f"per = {json.dumps(per)}"] if per else []
         parts += [f"source = {json.dumps(source)}"]
@@ -235,7 +269,13 @@ def text_of(recipe: Recipe, shares: dict[str, float]) -> str:
     out.add("[memory]")
     out.constant("capacity", f"{recipe.capacity_gb:g}", "GB", recipe.bandwidth[1], per="device")
     out.constant("bandwidth", f"{recipe.bandwidth[0]:g}", "GB/s", recipe.bandwidth[1], per="device")
-    out.constant("context", 2.75, "GiB", "middle of what is seen: CUDA context 0.5 to 2 GiB, NCCL 1 to 2 GiB", per="device")
+    out.constant(
+        "context",
+        2.75,
+        "GiB",
+        "middle of what is seen: CUDA context 0.5 to 2 GiB, NCCL 1 to 2 GiB",
+        per="device",
+    )
     out.add("[power]")
     out.constant("cap", f"{recipe.power[0]:g}", "W", recipe.power[1], per="device")
     for dtype, (rate, source, fit) in recipe.matmuls.items():
@@ -295,7 +335,9 @@ def text_of(recipe: Recipe, shares: dict[str, float]) -> str:
     return "\n".join(out.lines) + "\n"
 
 
-def all_reduce_points(gpu: str, ranks: int, software: str = "") -> tuple[int, tuple[tuple[float, float], ...]]:
+def all_reduce_points(
+    gpu: str, ranks: int, software: str = ""
+) -> tuple[int, tuple[tuple[float, float], ...]]:
     """(bytes that a rank sends, seconds) of an all-reduce within a node, made to grow."""
     found = {}
     for row in rows("collective", gpu=gpu, op="all_reduce", n_gpus=str(ranks), nodes="1", metric="busbw"):
@@ -348,7 +390,9 @@ def recipes() -> list[Recipe]:
     h100_fp32 = fitted(ours("float32"), 66.9e12, 132)
     pcie = fitted(simumax("A100-PCIe-80GB"), 312e12, 108)
     b200 = fitted(simumax("B200-SXM", at_least_flop=3e11), 2250e12, 148)
-    b200 = replace(b200, rate=replace(b200.rate, start_s=h100_bf16.rate.start_s))  # matmuls this large don't tell
+    b200 = replace(
+        b200, rate=replace(b200.rate, start_s=h100_bf16.rate.start_s)
+    )  # matmuls this large don't tell
     own = f"our own: benchmarks/data/{H100_KERNELS.name}"
     guide = "Azure AI benchmarking guide (hardware.csv)"
     fp8 = azure("H100-SXM-80GB", "fp8")
@@ -361,8 +405,15 @@ def recipes() -> list[Recipe]:
     attention = h100_attention()
     steps = f"cuDNN kernels of our own steps, benchmarks/data/{H100_STEPS.name}"
     issued = json.loads(H100_STEPS.read_text(encoding="utf-8"))["launch_us"]
-    issue = (tuple(issued[key] for key in LAUNCH), f"{issued['what']}: benchmarks/data/{H100_STEPS.name}", None)
-    copies = {gpu: float(rows("hbm", gpu=gpu, op="copy")[0]["value"]) for gpu in ("A100-SXM-80GB", "H100-SXM-80GB", "H200-SXM-141GB")}
+    issue = (
+        tuple(issued[key] for key in LAUNCH),
+        f"{issued['what']}: benchmarks/data/{H100_STEPS.name}",
+        None,
+    )
+    copies = {
+        gpu: float(rows("hbm", gpu=gpu, op="copy")[0]["value"])
+        for gpu in ("A100-SXM-80GB", "H100-SXM-80GB", "H200-SXM-141GB")
+    }
     nvlink4 = (
         Collectives("any", ((2, 8, 268), (4, 17, 325), (8, 30, 345)), (), "AutoParallel's NCCL model of an H100 NVSwitch (hardware.csv)"),
         Collectives("all_reduce", ((2, 10, 324), (4, 17, 354)), (all_reduce_points("H100-SXM-80GB", 8, "dgxc"),), "AutoParallel's model at 2 and 4 ranks; nccl-tests of dgxc-benchmarking at 8 (hardware.csv)"),
@@ -377,7 +428,12 @@ def recipes() -> list[Recipe]:
     )
     nvlink3 = tuple(all_reduce_points("A100-SXM (vTrain cluster)", ranks) for ranks in (2, 3, 4, 5, 6, 7, 8))
     a100_links = (
-        Collectives("any", (), nvlink3, "NCCL all-reduce tables of vTrain's A100 nodes (hardware.csv); other kinds by what they send"),
+        Collectives(
+            "any",
+            (),
+            nvlink3,
+            "NCCL all-reduce tables of vTrain's A100 nodes (hardware.csv); other kinds by what they send",
+        ),
     )
     power = 500 / 700
     capped = f"scaled from the H100 of 700 W by its power, times {power:.3f}"
@@ -421,7 +477,11 @@ def recipes() -> list[Recipe]:
         issue, (300, "NVIDIA A100 data sheet: 600 GB/s both ways"), a100_links, (25, "DGX A100: one 200 Gb/s NIC a GPU"), a100_reach,
     )  # fmt: skip
     a100_80 = replace(
-        a100_80, matmuls={**a100_80.matmuls, "float32": (replace(a100_80.matmuls["float32"][0], units=108), "the H100's shares", None)}
+        a100_80,
+        matmuls={
+            **a100_80.matmuls,
+            "float32": (replace(a100_80.matmuls["float32"][0], units=108), "the H100's shares", None),
+        },
     )
     a100_40 = replace(
         a100_80, name="a100-sxm-40gb", about="NVIDIA A100 SXM4 40 GB, 400 W, NVLink 3 among 8, 200 Gb/s a GPU between nodes", capacity_gb=40,
@@ -437,12 +497,18 @@ def recipes() -> list[Recipe]:
         "SimuMax's B200 (hardware.csv): matmuls of at least 0.3 TFLOP, which run long enough to meet the power cap",
         str(b200),
     )
-    best = {(row["gpu"], row["dtype"]): float(row["value"]) for row in rows("gemm", op="matmul (best shape found)")}
+    best = {
+        (row["gpu"], row["dtype"]): float(row["value"])
+        for row in rows("gemm", op="matmul (best shape found)")
+    }
     fp8_b200 = best["B200-SXM", "fp8"] / best["B200-SXM", "bf16"] / 2
     b200_fp8 = scaled(b200.rate, fp8_b200, 4500e12)
     fp8_source = f"the bf16 shares times {fp8_b200:.3f}: best shapes found in fp8 and bf16 (hardware.csv)"
     sdp = rows("attention", gpu="B200-SXM", op="sdp_fwd"), rows("attention", gpu="B200-SXM", op="sdp_bwd")
-    sdp_rates = [median(sorted((float(row["value"]) / 2 for row in each), reverse=True)[: len(each) // 2]) for each in sdp]
+    sdp_rates = [
+        median(sorted((float(row["value"]) / 2 for row in each), reverse=True)[: len(each) // 2])
+        for each in sdp
+    ]
     default_b200 = float(rows("hbm-fit", gpu="B200-SXM", op="default")[0]["value"])
     nvlink5 = (
         Collectives("any", ((2, 18, 606), (4, 20, 606), (8, 32, 606)), (), "SimuMax's fit of a B200 node: 0.673 of 900 GB/s, 23 us and 9 us (hardware.csv)"),
@@ -479,8 +545,12 @@ VTRAIN_HOST_US = 48.0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Makes the machine files that ship, from published micro-benchmarks and our own samples.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a file differs")
+    parser = argparse.ArgumentParser(
+        description="Makes the machine files that ship, from published micro-benchmarks and our own samples."
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit code 1 where a file differs"
+    )
     check = parser.parse_args().check
     shares, differing = kernel_shares(), 0
     MACHINES.mkdir(exist_ok=True)
@@ -488,7 +558,10 @@ def main() -> int:
         path, text = MACHINES / f"{recipe.name}.toml", text_of(recipe, shares)
         machine_from_toml(text, path.name)
         if check and (not path.exists() or path.read_text(encoding="utf-8") != text):
-            print(f"{path.name} differs from what its sources give. Run python -m benchmarks.machine_files.", file=sys.stderr)
+            print(
+                f"{path.name} differs from what its sources give. Run python -m benchmarks.machine_files.",
+                file=sys.stderr,
+            )
             differing += 1
         elif not check:
             path.write_text(text, encoding="utf-8")

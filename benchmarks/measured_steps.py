@@ -36,7 +36,12 @@ STEPS = {
 }
 LARGE_BYTES = 5 * 2**30  # below, an allocator's smallest segments tell more than the step
 # what the issue's figures are, in ms
-ISSUE = (("look-up, colwise", 0.104), ("look-up, rowwise", 0.788), ("reduce-scatter, rowwise", 1.456), ("all-to-all, colwise", 7.142))
+ISSUE = (
+    ("look-up, colwise", 0.104),
+    ("look-up, rowwise", 0.788),
+    ("reduce-scatter, rowwise", 1.456),
+    ("all-to-all, colwise", 7.142),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +97,13 @@ def program_of(model: str, layers: int | None, plan: str, mesh: Mesh, settings: 
     source = find_model(model)
     if layers is not None:
         source = source.with_layers(layers)  # type: ignore[attr-defined]
-    return trace(source, load_any_plan(plan, sequence_parallel=True, family=source.family), mesh, settings, device="cuda")
+    return trace(
+        source,
+        load_any_plan(plan, sequence_parallel=True, family=source.family),
+        mesh,
+        settings,
+        device="cuda",
+    )
 
 
 def step_of(ran: dict[str, object], machine: Machine) -> Step:
@@ -100,7 +111,12 @@ def step_of(ran: dict[str, object], machine: Machine) -> Step:
     values = msgspec.convert(ran, Ran)
     mesh = traced_mesh(Mesh((("fsdp", values.fsdp), ("tp", values.tp))))
     settings = StepSettings(
-        values.batch * mesh.data_parallel, values.seq, values.dtype, values.param_dtype, values.reduce_dtype, recompute=values.recompute
+        values.batch * mesh.data_parallel,
+        values.seq,
+        values.dtype,
+        values.param_dtype,
+        values.reduce_dtype,
+        recompute=values.recompute,
     )
     program = program_of(values.model, values.layers, values.plan, mesh, settings)
     made = predict(
@@ -153,11 +169,16 @@ class Ran(msgspec.Struct):
 def issue_lines(machine: Machine) -> tuple[Line, ...]:
     """What the issue's user measured, and what routed would send there."""
     settings, setup = StepSettings(4, 8192, "float32"), Setup()
-    programs = {plan: program_of("llama3-8b", None, plan, Mesh((("tp", 8),)), settings) for plan in ("colwise@dtensor", "rowwise@dtensor")}
+    programs = {
+        plan: program_of("llama3-8b", None, plan, Mesh((("tp", 8),)), settings)
+        for plan in ("colwise@dtensor", "rowwise@dtensor")
+    }
     measured = dict(ISSUE)
     lines = [
         Line(
-            f"look-up, {plan.partition('@')[0]}", measured[f"look-up, {plan.partition('@')[0]}"], _look_up_s(program, machine, setup) * 1e3
+            f"look-up, {plan.partition('@')[0]}",
+            measured[f"look-up, {plan.partition('@')[0]}"],
+            _look_up_s(program, machine, setup) * 1e3,
         )
         for plan, program in programs.items()
     ]
@@ -168,7 +189,10 @@ def issue_lines(machine: Machine) -> tuple[Line, ...]:
     for plan in ("routed", "routed-interleaved"):
         routed = _first(_routed(plan, settings), CollectiveKind.ALL_TO_ALL)
         assert routed.by_data is not None
-        for who, sent in (("mean rank", routed.by_data.mean_bytes), ("hottest rank", routed.by_data.max_bytes)):
+        for who, sent in (
+            ("mean rank", routed.by_data.mean_bytes),
+            ("hottest rank", routed.by_data.max_bytes),
+        ):
             seconds = collective_s(machine, CollectiveKind.ALL_TO_ALL, sent, routed.call.payload_bytes, 1, 8)
             lines.append(Line(f"all-to-all, {plan}, {who}", None, seconds * 1e3))
     return tuple(lines)
@@ -180,7 +204,9 @@ def _look_up_s(program: Program, machine: Machine, setup: Setup) -> float:
 
 
 def _first(program: Program, kind: CollectiveKind) -> Collective:
-    return next(each for each in program.collectives() if each.call.kind is kind and each.module == "tok_embeddings")
+    return next(
+        each for each in program.collectives() if each.call.kind is kind and each.module == "tok_embeddings"
+    )
 
 
 def _routed(plan: str, settings: StepSettings) -> Program:
@@ -192,7 +218,14 @@ def _routed(plan: str, settings: StepSettings) -> Program:
     from shardwise.trace.trace import trace
 
     source = find_model("llama3-8b")
-    stream = load_tokens(vocab_size=source.vocab_size or 0, files=[], tokenizer=None, random_ids=False, seed=0, progress=lambda _: None)
+    stream = load_tokens(
+        vocab_size=source.vocab_size or 0,
+        files=[],
+        tokenizer=None,
+        random_ids=False,
+        seed=0,
+        progress=lambda _: None,
+    )
     ids = Batches(stream, settings.batch, settings.seq).at(0).ids_BS
     return trace(source, builtin_plan(plan), Mesh((("tp", 8),)), settings, device="cuda", ids=ids)
 
@@ -215,21 +248,40 @@ def blocks(run: Steps) -> dict[str, str]:
         [line.what, f"{line.measured_ms:.3f} ms" if line.measured_ms is not None else "–", f"{line.predicted_ms:.3f} ms", f"{line.predicted_ms / line.measured_ms - 1:+.0%}" if line.measured_ms is not None else "–"]
         for line in run.issue
     ]  # fmt: skip
-    head = ["GPU", "step", "measured", "predicted", "error", "launch-bound", "active, measured", "error", "reserved over active"]
+    head = [
+        "GPU",
+        "step",
+        "measured",
+        "predicted",
+        "error",
+        "launch-bound",
+        "active, measured",
+        "error",
+        "reserved over active",
+    ]
     return {
         "benchmark-h100-steps": told + table(head, steps, numbers=(2, 3, 4, 5, 6, 7, 8)) + source,
-        "benchmark-issue-785": table(["what", "measured there", "predicted", "error"], issue, numbers=(1, 2, 3)) + source,
+        "benchmark-issue-785": table(
+            ["what", "measured there", "predicted", "error"], issue, numbers=(1, 2, 3)
+        )
+        + source,
     }
 
 
 def main() -> int:
-    argparse.ArgumentParser(prog="python -m benchmarks.measured_steps", description=(__doc__ or "").splitlines()[0]).parse_args()
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.measured_steps", description=(__doc__ or "").splitlines()[0]
+    ).parse_args()
     started = now()
     steps = tuple(
-        step_of(each, load_machine(name)) for name, path in STEPS.items() for each in json.loads(path.read_text(encoding="utf-8"))["steps"]
+        step_of(each, load_machine(name))
+        for name, path in STEPS.items()
+        for each in json.loads(path.read_text(encoding="utf-8"))["steps"]
     )
     issue = issue_lines(load_machine("h100-sxm-80gb-torch2.6"))
-    run = Steps(command_line("benchmarks.measured_steps"), started.isoformat(timespec="seconds"), steps, issue)
+    run = Steps(
+        command_line("benchmarks.measured_steps"), started.isoformat(timespec="seconds"), steps, issue
+    )
     for text in blocks(run).values():
         print(text)
     print(f"wrote {write_results(as_json(run), run.day, run.what)}; now run python -m benchmarks.tables")

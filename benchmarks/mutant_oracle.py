@@ -77,7 +77,9 @@ def _like(sharded: nn.Module, whole: nn.Module) -> dict[str, Tensor]:
     for name, kept in sharded.state_dict().items():
         value = whole.state_dict()[name]
         state[name] = (
-            distribute_tensor(value, kept.device_mesh, kept.placements, src_data_rank=None) if isinstance(kept, DTensor) else value
+            distribute_tensor(value, kept.device_mesh, kept.placements, src_data_rank=None)
+            if isinstance(kept, DTensor)
+            else value
         )
     return state
 
@@ -92,7 +94,9 @@ def _error(expected: Tensor | None, sharded: nn.Module, name: str) -> float:
         partial = any(placement.is_partial() for placement in found.placements)
         is_torchs = "@dtensor" in str(getattr(getattr(sharded, "_shardwise", None), "plan", ""))
         found = found.to_local() if partial and not is_torchs else found.full_tensor()
-    if "interleaved" in str(getattr(getattr(sharded, "_shardwise", None), "plan", "")) and name.startswith("tok_embeddings"):
+    if "interleaved" in str(getattr(getattr(sharded, "_shardwise", None), "plan", "")) and name.startswith(
+        "tok_embeddings"
+    ):
         found = found.unflatten(0, (dist.get_world_size(), -1)).transpose(0, 1).flatten(0, 1)
     off = (found - expected).norm() / expected.norm()
     worst = torch.nan_to_num(off.detach().clone(), nan=torch.inf)

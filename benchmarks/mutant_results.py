@@ -80,15 +80,40 @@ def blocks(run: Run) -> dict[str, str]:
     kinds = dict.fromkeys(row.expected for row in run.rows)
     cells = []
     for kind in kinds:
-        judged = sum(count for (expected, is_judged, _), count in counts.items() if expected == kind and is_judged)
-        named = sum(count for (expected, is_judged, is_named), count in counts.items() if expected == kind and is_judged and is_named)
-        cells.append([kind.replace("_", " "), str(sum(row.expected == kind for row in run.rows)), str(judged), str(named)])
+        judged = sum(
+            count for (expected, is_judged, _), count in counts.items() if expected == kind and is_judged
+        )
+        named = sum(
+            count
+            for (expected, is_judged, is_named), count in counts.items()
+            if expected == kind and is_judged and is_named
+        )
+        cells.append(
+            [
+                kind.replace("_", " "),
+                str(sum(row.expected == kind for row in run.rows)),
+                str(judged),
+                str(named),
+            ]
+        )
     missed = [
-        [row.name, cell(row.about), row.expected.replace("_", " "), ", ".join(row.reasons).replace("_", " ") or row.verdict, cell(row.said)]
+        [
+            row.name,
+            cell(row.about),
+            row.expected.replace("_", " "),
+            ", ".join(row.reasons).replace("_", " ") or row.verdict,
+            cell(row.said),
+        ]
         for row in run.rows
         if not (row.is_judged_right and row.is_reason_right)
     ]
-    text = summary(run) + "\n\n" + table(["expected", "mutants", "judged right", "reason right"], cells, numbers=(1, 2, 3))
+    text = (
+        summary(run)
+        + "\n\n"
+        + table(["expected", "mutants", "judged right", "reason right"], cells, numbers=(1, 2, 3))
+    )
     if missed:
-        text += "\nMisjudged, or for another reason:\n\n" + table(["mutant", "what it does", "expected", "named", "in words"], missed)
+        text += "\nMisjudged, or for another reason:\n\n" + table(
+            ["mutant", "what it does", "expected", "named", "in words"], missed
+        )
     return {f"benchmark-{WHAT}": text + source}

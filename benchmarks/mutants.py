@@ -63,7 +63,10 @@ def without(pattern: str) -> PlanChange:
 
 
 def styled(pattern: str, style: Style) -> PlanChange:
-    return lambda plan: replace(plan, rules=tuple(Rule(rule.pattern, style) if rule.pattern == pattern else rule for rule in plan.rules))
+    return lambda plan: replace(
+        plan,
+        rules=tuple(Rule(rule.pattern, style) if rule.pattern == pattern else rule for rule in plan.rules),
+    )
 
 
 def swapped(one: str, other: str) -> PlanChange:
@@ -94,7 +97,12 @@ def on_gradient(name: str, change: Callable[[Tensor, dist.ProcessGroup], Tensor]
                 return change(gradient, _tp(mesh))
             local = change(gradient.to_local(), _tp(mesh))
             return DTensor.from_local(
-                local, gradient.device_mesh, gradient.placements, run_check=False, shape=gradient.shape, stride=gradient.stride()
+                local,
+                gradient.device_mesh,
+                gradient.placements,
+                run_check=False,
+                shape=gradient.shape,
+                stride=gradient.stride(),
             )
 
         model.get_parameter(name).register_hook(hook)
@@ -135,7 +143,9 @@ def outputs_shifted(*modules: str) -> Tamper:
     def tamper(model: nn.Module, mesh: DeviceMesh) -> None:
         for name in modules:
             inner = model.get_submodule(name).forward
-            model.get_submodule(name).forward = lambda *args, inner=inner: _Exchange.apply(inner(*args), _tp(mesh))
+            model.get_submodule(name).forward = lambda *args, inner=inner: _Exchange.apply(
+                inner(*args), _tp(mesh)
+            )
 
     return tamper
 
@@ -159,7 +169,9 @@ def input_not_summed(module: str) -> Tamper:
             return x
         full_size = site.axis.size * x.shape[1]
         origin = site.origin(Shard(1), Replicate())
-        return collectives.all_gather(x, 1, site.axis, full_size=full_size, grad_placement=Replicate(), origin=origin)
+        return collectives.all_gather(
+            x, 1, site.axis, full_size=full_size, grad_placement=Replicate(), origin=origin
+        )
 
     def tamper(model: nn.Module, _: DeviceMesh) -> None:
         inner = model.get_submodule(module).forward
@@ -178,7 +190,9 @@ def output_not_summed(module: str) -> Tamper:
 
     def tamper(model: nn.Module, _: DeviceMesh) -> None:
         linear: Any = model.get_submodule(module)
-        linear.forward = lambda x: torch.nn.functional.linear(x, parameters.local_weight(linear.weight, Shard(1)))
+        linear.forward = lambda x: torch.nn.functional.linear(
+            x, parameters.local_weight(linear.weight, Shard(1))
+        )
 
     return tamper
 
@@ -190,7 +204,10 @@ def untied(model: nn.Module, _: DeviceMesh) -> None:
 
 # --------------------------------------------------------------------------------------------- the list
 
-_NAMES = {rule.pattern: rule.pattern.removeprefix("layers.*.").replace(".", "_") for rule in builtin_plan("rowwise").rules}
+_NAMES = {
+    rule.pattern: rule.pattern.removeprefix("layers.*.").replace(".", "_")
+    for rule in builtin_plan("rowwise").rules
+}
 _NORMS = (
     "layers.0.attention_norm.weight",
     "layers.0.ffn_norm.weight",
@@ -202,7 +219,13 @@ _SP = {True: "sp", False: "nosp"}
 
 
 def _short(name: str) -> str:
-    return name.removesuffix(".weight").replace("layers.", "layer").replace("attention.", "").replace("feed_forward.", "").replace(".", "_")
+    return (
+        name.removesuffix(".weight")
+        .replace("layers.", "layer")
+        .replace("attention.", "")
+        .replace("feed_forward.", "")
+        .replace(".", "_")
+    )
 
 
 def _dropped_rules() -> list[Mutant]:
@@ -216,7 +239,13 @@ def _dropped_rules() -> list[Mutant]:
         plan = builtin_plan("rowwise@dtensor", sequence_parallel=parallel)
         for rule in plan.rules:
             if parallel:
-                expected = str(Cause.PARTS_NOT_SUMMED) if rule.pattern in parts else HARMLESS if rule.pattern in gathers else CRASHES
+                expected = (
+                    str(Cause.PARTS_NOT_SUMMED)
+                    if rule.pattern in parts
+                    else HARMLESS
+                    if rule.pattern in gathers
+                    else CRASHES
+                )
             else:
                 expected = HARMLESS if rule.pattern in needless else CRASHES
             name = f"drop_{_NAMES[rule.pattern]}_{_SP[parallel]}"
@@ -225,27 +254,72 @@ def _dropped_rules() -> list[Mutant]:
 
 
 def _other_styles() -> list[Mutant]:
-    with_sp, without_sp = (builtin_plan("rowwise@dtensor", sequence_parallel=parallel) for parallel in (True, False))
+    with_sp, without_sp = (
+        builtin_plan("rowwise@dtensor", sequence_parallel=parallel) for parallel in (True, False)
+    )
     found = [
-        Mutant("swap_wq_wo", "wq and wo swap styles", swapped("layers.*.attention.wq", "layers.*.attention.wo")(with_sp), CRASHES),
-        Mutant("swap_w1_w2", "w1 and w2 swap styles", swapped("layers.*.feed_forward.w1", "layers.*.feed_forward.w2")(with_sp), CRASHES),
-        Mutant("swap_wk_wo_nosp", "wk and wo swap styles", swapped("layers.*.attention.wk", "layers.*.attention.wo")(without_sp), CRASHES),
         Mutant(
-            "swap_w3_w2_nosp", "w3 and w2 swap styles", swapped("layers.*.feed_forward.w3", "layers.*.feed_forward.w2")(without_sp), CRASHES
+            "swap_wq_wo",
+            "wq and wo swap styles",
+            swapped("layers.*.attention.wq", "layers.*.attention.wo")(with_sp),
+            CRASHES,
+        ),
+        Mutant(
+            "swap_w1_w2",
+            "w1 and w2 swap styles",
+            swapped("layers.*.feed_forward.w1", "layers.*.feed_forward.w2")(with_sp),
+            CRASHES,
+        ),
+        Mutant(
+            "swap_wk_wo_nosp",
+            "wk and wo swap styles",
+            swapped("layers.*.attention.wk", "layers.*.attention.wo")(without_sp),
+            CRASHES,
+        ),
+        Mutant(
+            "swap_w3_w2_nosp",
+            "w3 and w2 swap styles",
+            swapped("layers.*.feed_forward.w3", "layers.*.feed_forward.w2")(without_sp),
+            CRASHES,
         ),
     ]
     for pattern in ("layers.*.attention_norm", "layers.*.ffn_norm", "norm"):
         whole = styled(pattern, Style(StyleName.REPLICATE))(with_sp)
-        found.append(Mutant(f"replicate_{_NAMES[pattern]}", f"{pattern} takes its part for the whole", whole, Cause.PARTS_NOT_SUMMED))
+        found.append(
+            Mutant(
+                f"replicate_{_NAMES[pattern]}",
+                f"{pattern} takes its part for the whole",
+                whole,
+                Cause.PARTS_NOT_SUMMED,
+            )
+        )
         part = styled(pattern, Style(StyleName.SEQUENCE_PARALLEL))(without_sp)
-        found.append(Mutant(f"sequence_parallel_{_NAMES[pattern]}", f"{pattern} takes the whole for its part", part, CRASHES))
+        found.append(
+            Mutant(
+                f"sequence_parallel_{_NAMES[pattern]}",
+                f"{pattern} takes the whole for its part",
+                part,
+                CRASHES,
+            )
+        )
     for pattern in ("layers.*.attention.wo", "layers.*.feed_forward.w2"):
         whole = styled(pattern, Style(StyleName.ROWWISE, output=Replicate()))(with_sp)
-        found.append(Mutant(f"whole_output_{_NAMES[pattern]}", f"{pattern} gives the whole where a part is wanted", whole, CRASHES))
+        found.append(
+            Mutant(
+                f"whole_output_{_NAMES[pattern]}",
+                f"{pattern} gives the whole where a part is wanted",
+                whole,
+                CRASHES,
+            )
+        )
     for parallel, plan in ((True, with_sp), (False, without_sp)):
         between = Shard(1) if parallel else Replicate()
-        embedding = styled("tok_embeddings", Style(StyleName.COLWISE, output=None if parallel else Replicate()))(plan)
-        found.append(Mutant(f"colwise_embedding_{_SP[parallel]}", "the embedding colwise", embedding, HARMLESS))
+        embedding = styled(
+            "tok_embeddings", Style(StyleName.COLWISE, output=None if parallel else Replicate())
+        )(plan)
+        found.append(
+            Mutant(f"colwise_embedding_{_SP[parallel]}", "the embedding colwise", embedding, HARMLESS)
+        )
         head = styled("output", Style(StyleName.COLWISE, input=between, output=Replicate()))(plan)
         found.append(Mutant(f"gathered_head_{_SP[parallel]}", "the head gathers its logits", head, HARMLESS))
     return found
@@ -255,7 +329,11 @@ def _wrong_gradients() -> list[Mutant]:
     with_sp, without_sp = (builtin_plan("rowwise", sequence_parallel=parallel) for parallel in (True, False))
     found = [
         Mutant(
-            f"unreduced_{_short(name)}", f"nobody sums the gradient of {name}", with_sp, Cause.PARTS_NOT_SUMMED, around=not_reduced(name)
+            f"unreduced_{_short(name)}",
+            f"nobody sums the gradient of {name}",
+            with_sp,
+            Cause.PARTS_NOT_SUMMED,
+            around=not_reduced(name),
         )
         for name in _NORMS
     ]
@@ -273,7 +351,10 @@ def _wrong_gradients() -> list[Mutant]:
     halved = ("norm.weight", _NORMS[0], "layers.1.feed_forward.w2.weight")
     changes = [(name, 2.0, "doubled", str(Cause.SUMMED_TOO_OFTEN)) for name in doubled]
     changes += [(name, 0.5, "halved", str(Cause.AVERAGED)) for name in halved]
-    changes += [(name, 0.0, "zeroed", str(Cause.NOTHING_ARRIVES)) for name in ("norm.weight", "layers.0.attention.wk.weight")]
+    changes += [
+        (name, 0.0, "zeroed", str(Cause.NOTHING_ARRIVES))
+        for name in ("norm.weight", "layers.0.attention.wk.weight")
+    ]
     changes += [(name, 1.0, "same", HARMLESS) for name in ("norm.weight", "layers.1.feed_forward.w1.weight")]
     for name, factor, word, expected in changes:
         found.append(
@@ -287,7 +368,15 @@ def _wrong_gradients() -> list[Mutant]:
         )
     for name in ("norm.weight", _NORMS[1], _NORMS[2]):
         about = f"the gradient of {name}, whole on every rank, is summed"
-        found.append(Mutant(f"summed_{_short(name)}", about, without_sp, Cause.SUMMED_TOO_OFTEN, tamper=on_gradient(name, summed)))
+        found.append(
+            Mutant(
+                f"summed_{_short(name)}",
+                about,
+                without_sp,
+                Cause.SUMMED_TOO_OFTEN,
+                tamper=on_gradient(name, summed),
+            )
+        )
     for name in (
         "layers.0.attention.wq",
         "layers.1.attention.wk",
@@ -320,7 +409,11 @@ def _wrong_insides() -> list[Mutant]:
     ):
         short = "_".join(_short(name) for name in names)
         about = f"each rank has the next one's output of {' and '.join(names)}"
-        found.append(Mutant(f"shifted_output_{short}", about, with_sp, Cause.WRONG_SHARD, tamper=outputs_shifted(*names)))
+        found.append(
+            Mutant(
+                f"shifted_output_{short}", about, with_sp, Cause.WRONG_SHARD, tamper=outputs_shifted(*names)
+            )
+        )
     for parallel, plan in ((True, with_sp), (False, without_sp)):
         for module in ("layers.1.attention", "layers.0.feed_forward"):
             about = f"what comes back to the input of {module} isn't summed"
@@ -329,10 +422,25 @@ def _wrong_insides() -> list[Mutant]:
     for module in ("layers.0.attention.wo", "layers.1.feed_forward.w2"):
         about = f"the parts that {module} gives aren't summed"
         found.append(
-            Mutant(f"unsummed_output_{_short(module)}", about, without_sp, Cause.PARTS_NOT_SUMMED, tamper=output_not_summed(module))
+            Mutant(
+                f"unsummed_output_{_short(module)}",
+                about,
+                without_sp,
+                Cause.PARTS_NOT_SUMMED,
+                tamper=output_not_summed(module),
+            )
         )
     for parallel, plan in ((True, with_sp), (False, without_sp)):
-        found.append(Mutant(f"untied_{_SP[parallel]}", "head and embedding, tied, are two", plan, Cause.UNTIED, tied=True, tamper=untied))
+        found.append(
+            Mutant(
+                f"untied_{_SP[parallel]}",
+                "head and embedding, tied, are two",
+                plan,
+                Cause.UNTIED,
+                tied=True,
+                tamper=untied,
+            )
+        )
     return found
 
 
@@ -340,13 +448,19 @@ def _harmless() -> list[Mutant]:
     with_sp, without_sp = (builtin_plan("rowwise", sequence_parallel=parallel) for parallel in (True, False))
     wq, wo = "layers.*.attention.wq", "layers.*.attention.wo"
     plans = {
-        "backend_reduce_scatter": ("gloo's own reduce-scatter", replace(with_sp, reduce_scatter=ReduceScatter.BACKEND)),
+        "backend_reduce_scatter": (
+            "gloo's own reduce-scatter",
+            replace(with_sp, reduce_scatter=ReduceScatter.BACKEND),
+        ),
         "rules_reversed": ("the rules in another order", replace(with_sp, rules=with_sp.rules[::-1])),
         "rule_shadowed": (
             "a rule that a later one overrides",
             with_first(Rule("layers.0.attention.wq", Style(StyleName.ROWWISE)))(with_sp),
         ),
-        "pattern_spelled": ("wq by another pattern", with_first(Rule("**.wq", Style(StyleName.COLWISE)))(without(wq)(with_sp))),
+        "pattern_spelled": (
+            "wq by another pattern",
+            with_first(Rule("**.wq", Style(StyleName.COLWISE)))(without(wq)(with_sp)),
+        ),
         "input_spelled": (
             "wo's default input written out",
             styled(wo, Style(StyleName.ROWWISE, input=Shard(-1), output=Shard(1)))(with_sp),
@@ -367,12 +481,22 @@ def _harmless() -> list[Mutant]:
     found = [Mutant(f"harmless_{name}", about, plan, HARMLESS) for name, (about, plan) in plans.items()]
     found.append(Mutant("harmless_tied", "head and embedding tied", with_sp, HARMLESS, tied=True))
     shifted_twice = outputs_shifted("layers.0.attention.wq", "layers.0.attention.wq")
-    found.append(Mutant("harmless_shifted_twice", "wq's output goes round the two ranks", with_sp, HARMLESS, tamper=shifted_twice))
+    found.append(
+        Mutant(
+            "harmless_shifted_twice",
+            "wq's output goes round the two ranks",
+            with_sp,
+            HARMLESS,
+            tamper=shifted_twice,
+        )
+    )
     return found
 
 
 MUTANTS = {
-    mutant.name: mutant for make in (_dropped_rules, _other_styles, _wrong_gradients, _wrong_insides, _harmless) for mutant in make()
+    mutant.name: mutant
+    for make in (_dropped_rules, _other_styles, _wrong_gradients, _wrong_insides, _harmless)
+    for mutant in make()
 }
 
 

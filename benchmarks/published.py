@@ -32,7 +32,20 @@ from shardwise.predict.machines import load_machine
 from shardwise.predict.predict import predict
 
 DATA = Path(__file__).parent / "data" / "measurements.csv"
-SHAPE = ("layers", "hidden", "heads", "ffn", "vocab", "seq_len", "micro_batch", "tp", "pp", "dp", "n_gpus", "global_batch")
+SHAPE = (
+    "layers",
+    "hidden",
+    "heads",
+    "ffn",
+    "vocab",
+    "seq_len",
+    "micro_batch",
+    "tp",
+    "pp",
+    "dp",
+    "n_gpus",
+    "global_batch",
+)
 MACHINES = {
     "A100-SXM-80GB": "a100-sxm-80gb",
     "A100-SXM-40GB": "a100-sxm-40gb",
@@ -145,7 +158,9 @@ def job_of(row: Row) -> Job:
         attention=AttentionKernel.UNFUSED if row["framework"] in UNFUSED else None,
         recompute_attention=row["ac"] == "selective (attn core)",
         compiled=row["compile"] == "1",
-        compiled_loss=row["compile"] == "1" and "torchtitan" in row["framework"] and row["date"] >= COMPILED_LOSS,
+        compiled_loss=row["compile"] == "1"
+        and "torchtitan" in row["framework"]
+        and row["date"] >= COMPILED_LOSS,
         matmul_dtype="float8" if any(name in row["precision"] for name in FP8) else None,
         overlap_data=distributed,
         overlap_tensor=row["tp_overlap"] not in ("", "none"),
@@ -173,13 +188,17 @@ def program_of(traced: Traced) -> Program:
 
     shape = traced.vocab, traced.hidden, traced.layers, traced.heads
     if traced.llama:
-        config: LlamaConfig | GPTConfig = LlamaConfig(*shape, traced.kv_heads, traced.ffn, fused_swiglu=traced.fused_swiglu)
+        config: LlamaConfig | GPTConfig = LlamaConfig(
+            *shape, traced.kv_heads, traced.ffn, fused_swiglu=traced.fused_swiglu
+        )
     else:
         config = GPTConfig(*shape, traced.ffn, traced.max_seq)
     spec = ModelSpec("published", config, "")
     plan = load_any_plan(traced.plan, sequence_parallel=traced.sequence_parallel, family=spec.family)
     mesh = Mesh(((traced.data_axis, traced.data_size), ("tp", traced.tp)))
-    settings = StepSettings(traced.micro_batch * traced.data_size, traced.seq, "bfloat16", recompute=traced.recompute)
+    settings = StepSettings(
+        traced.micro_batch * traced.data_size, traced.seq, "bfloat16", recompute=traced.recompute
+    )
     if traced.mixed:
         settings = replace(settings, dtype="float32", param_dtype="bfloat16", reduce_dtype="float32")
     return trace(spec, plan, mesh, settings, device="cuda")
@@ -254,8 +273,12 @@ def read_rows() -> list[Row]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.published", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--group", default="", help="only groups whose names hold this; nothing is written then")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.published", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument(
+        "--group", default="", help="only groups whose names hold this; nothing is written then"
+    )
     parser.add_argument("--processes", type=int, default=2, help="that trace at once")
     given = parser.parse_args()
     rows = [row for row in read_rows() if usable(row) and given.group in row["source_group"]]
@@ -268,9 +291,16 @@ def main() -> int:
         for done, part in enumerate(pool.map(answers, work), 1):
             found.extend(part)
             if done % 10 == 0 or done == len(work):
-                print(f"{done}/{len(work)} programs, {len(found)} rows, {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+                print(
+                    f"{done}/{len(work)} programs, {len(found)} rows, {time.perf_counter() - began:.0f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
     run = Published(
-        command_line("benchmarks.published"), started.isoformat(timespec="seconds"), round(time.perf_counter() - began, 1), tuple(found)
+        command_line("benchmarks.published"),
+        started.isoformat(timespec="seconds"),
+        round(time.perf_counter() - began, 1),
+        tuple(found),
     )
     print(summary(run))
     if not given.group:

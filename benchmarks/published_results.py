@@ -166,7 +166,11 @@ def hidden_share(run: Published) -> float:
 
 def host_error(run: Published) -> float:
     """Median signed error of the launch-bound rows that the vTrain cluster's host was fitted to."""
-    chosen = [row for row in run.rows if row.group == "vtrain-single" and (row.tp, row.pp, row.micro_batch, row.hidden) == (1, 1, 1, 1024)]
+    chosen = [
+        row
+        for row in run.rows
+        if row.group == "vtrain-single" and (row.tp, row.pp, row.micro_batch, row.hidden) == (1, 1, 1, 1024)
+    ]
     return median(row.error for row in chosen)
 
 
@@ -206,7 +210,10 @@ def blocks(run: Published) -> dict[str, str]:
 def _groups_table(rows: Sequence[Predicted]) -> str:
     lines = []
     for name, group in groups_of(rows).items():
-        for title, chosen in (("TP > 1", [row for row in group if row.tp > 1]), ("TP 1", [row for row in group if row.tp == 1])):
+        for title, chosen in (
+            ("TP > 1", [row for row in group if row.tp > 1]),
+            ("TP 1", [row for row in group if row.tp == 1]),
+        ):
             if chosen:
                 errors = [row.error for row in chosen]
                 gpus = ", ".join(sorted({row.gpu for row in chosen}))
@@ -215,21 +222,36 @@ def _groups_table(rows: Sequence[Predicted]) -> str:
                 lines.append(
                     [name, title, gpus, str(len(chosen)), _signed(median(errors)), _share(median(absolute)), _share(quantile(absolute, 0.9)), _share(without)]
                 )  # fmt: skip
-    head = ["group", "rows", "GPU", "number", "median, signed", "median, absolute", "90 % within", "without its fits"]
+    head = [
+        "group",
+        "rows",
+        "GPU",
+        "number",
+        "median, signed",
+        "median, absolute",
+        "90 % within",
+        "without its fits",
+    ]
     return table(head, lines, numbers=(3, 4, 5, 6, 7))
 
 
 def _peers_table(run: Published) -> str:
     """Other tools' errors beside ours, on the same kind of rows."""
     rows = with_tensor_parallel(run)
-    ours = {"vTrain, several nodes": [row for row in rows if row.group == "vtrain-multi"], "all with TP > 1": rows}
+    ours = {
+        "vTrain, several nodes": [row for row in rows if row.group == "vtrain-multi"],
+        "all with TP > 1": rows,
+    }
     lines = []
     for name, group in ours.items():
         errors = [abs(row.error) for row in group]
         if errors:
             lines.append([name, "**shardwise**", _share(median(errors)), _share(quantile(errors, 0.9))])
     with PEERS.open(encoding="utf-8", newline="") as file:
-        lines += [[row["rows"], row["tool"], f"{row['median_percent']} %", f"{row['p90_percent']} %"] for row in csv.DictReader(file)]
+        lines += [
+            [row["rows"], row["tool"], f"{row['median_percent']} %", f"{row['p90_percent']} %"]
+            for row in csv.DictReader(file)
+        ]
     return table(["rows", "tool", "median, absolute", "90 % within"], sorted(lines), numbers=(2, 3))
 
 
@@ -252,7 +274,18 @@ def _worst_table(rows: Sequence[Predicted]) -> str:
         [row.group, row.model, str(row.gpus), f"{row.tp}/{row.pp}/{row.dp}", str(row.micro_batch), row.precision, f"{row.measured_s:.3g} s", f"{row.predicted_s:.3g} s", _signed(row.error), why(row)]
         for row in worst
     ]  # fmt: skip
-    head = ["group", "model", "GPUs", "tp/pp/dp", "micro-batch", "precision", "measured", "predicted", "error", "likely reason"]
+    head = [
+        "group",
+        "model",
+        "GPUs",
+        "tp/pp/dp",
+        "micro-batch",
+        "precision",
+        "measured",
+        "predicted",
+        "error",
+        "likely reason",
+    ]
     return table(head, lines, numbers=(2, 4, 6, 7, 8))
 
 
@@ -261,13 +294,28 @@ def _memory_table(rows: Sequence[Predicted]) -> str:
     known = [row for row in rows if row.memory_error is not None]
     for name, group in groups_of(known).items():
         for title, kind in (("active", "allocated"), ("reserved", "torch max_reserved")):
-            errors = [row.memory_error for row in group if row.memory_kind.startswith(kind) and row.memory_error is not None]
+            errors = [
+                row.memory_error
+                for row in group
+                if row.memory_kind.startswith(kind) and row.memory_error is not None
+            ]
             if errors:
                 within = sum(abs(error) <= 0.1 for error in errors)
                 lines.append(
-                    [name, title, str(len(errors)), _signed(median(errors)), _share(median(map(abs, errors))), f"{within} of {len(errors)}"]
+                    [
+                        name,
+                        title,
+                        str(len(errors)),
+                        _signed(median(errors)),
+                        _share(median(map(abs, errors))),
+                        f"{within} of {len(errors)}",
+                    ]
                 )
-    return table(["group", "memory", "rows", "median, signed", "median, absolute", "within 10 %"], lines, numbers=(2, 3, 4, 5))
+    return table(
+        ["group", "memory", "rows", "median, signed", "median, absolute", "within 10 %"],
+        lines,
+        numbers=(2, 3, 4, 5),
+    )
 
 
 def _order_table(rows: Sequence[Predicted]) -> str:
@@ -275,7 +323,8 @@ def _order_table(rows: Sequence[Predicted]) -> str:
         return sum((row.group, row.hidden, row.layers, row.gpus) == key for row in rows)
 
     lines = [
-        [key[0], f"{key[1]} wide, {key[2]} layers", str(key[3]), str(count(key)), f"{tau:.2f}"] for key, tau in sorted(taus(rows).items())
+        [key[0], f"{key[1]} wide, {key[2]} layers", str(key[3]), str(count(key)), f"{tau:.2f}"]
+        for key, tau in sorted(taus(rows).items())
     ]
     return table(["group", "model", "GPUs", "rows", "Kendall's tau"], lines, numbers=(2, 3, 4))
 
@@ -284,7 +333,19 @@ def plot(run: Published) -> str:
     """Predicted against measured, both logarithmic, as SVG: a dot a row, and the band of 10 % around equality."""
     size, edge = 640, 60
     low, high = -1.5, 2.5  # log10 of seconds
-    colours = ("#3b6fb6", "#c7562c", "#3d8f5a", "#8d5ab5", "#b8902b", "#4aa3a8", "#b4467d", "#6b7280", "#1f4e79", "#a33b3b", "#5f7d2f")
+    colours = (
+        "#3b6fb6",
+        "#c7562c",
+        "#3d8f5a",
+        "#8d5ab5",
+        "#b8902b",
+        "#4aa3a8",
+        "#b4467d",
+        "#6b7280",
+        "#1f4e79",
+        "#a33b3b",
+        "#5f7d2f",
+    )
 
     def at(seconds: float) -> float:
         return edge + (log10(seconds) - low) / (high - low) * (size - 2 * edge)
@@ -296,14 +357,24 @@ def plot(run: Published) -> str:
     for factor, dash in ((1.0, ""), (1.1, "4 4"), (1 / 1.1, "4 4")):
         ends = [(10**low, 10**low * factor), (10**high, 10**high * factor)]
         (x0, y0), (x1, y1) = ((at(x), size - at(y)) for x, y in ends)
-        parts.append(f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" stroke="#9aa1ab" stroke-dasharray="{dash}"/>')
+        parts.append(
+            f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" stroke="#9aa1ab" stroke-dasharray="{dash}"/>'
+        )
     for power in (-1, 0, 1, 2):
         place = at(10.0**power)
         label = f"{10.0**power:g} s"
-        parts.append(f'<text x="{place:.1f}" y="{size - edge + 24}" text-anchor="middle" fill="#444b55">{label}</text>')
-        parts.append(f'<text x="{edge - 10}" y="{size - place + 4:.1f}" text-anchor="end" fill="#444b55">{label}</text>')
-        parts.append(f'<line x1="{place:.1f}" y1="{edge}" x2="{place:.1f}" y2="{size - edge}" stroke="#eceef1"/>')
-        parts.append(f'<line x1="{edge}" y1="{size - place:.1f}" x2="{size - edge}" y2="{size - place:.1f}" stroke="#eceef1"/>')
+        parts.append(
+            f'<text x="{place:.1f}" y="{size - edge + 24}" text-anchor="middle" fill="#444b55">{label}</text>'
+        )
+        parts.append(
+            f'<text x="{edge - 10}" y="{size - place + 4:.1f}" text-anchor="end" fill="#444b55">{label}</text>'
+        )
+        parts.append(
+            f'<line x1="{place:.1f}" y1="{edge}" x2="{place:.1f}" y2="{size - edge}" stroke="#eceef1"/>'
+        )
+        parts.append(
+            f'<line x1="{edge}" y1="{size - place:.1f}" x2="{size - edge}" y2="{size - place:.1f}" stroke="#eceef1"/>'
+        )
     rows = with_tensor_parallel(run)
     for number, (name, group) in enumerate(groups_of(rows).items()):
         colour = colours[number % len(colours)]
@@ -312,12 +383,18 @@ def plot(run: Published) -> str:
                 f'<circle cx="{at(row.measured_s):.1f}" cy="{size - at(row.predicted_s):.1f}" r="3" fill="{colour}" fill-opacity="0.55"/>'
             )
         parts.append(f'<circle cx="{size - 30}" cy="{edge + 22 * number}" r="5" fill="{colour}"/>')
-        parts.append(f'<text x="{size - 18}" y="{edge + 22 * number + 4}" fill="#1f242b">{name} ({len(group)})</text>')
-    parts.append(f'<text x="{size / 2}" y="{size - 12}" text-anchor="middle" fill="#1f242b">measured step</text>')
+        parts.append(
+            f'<text x="{size - 18}" y="{edge + 22 * number + 4}" fill="#1f242b">{name} ({len(group)})</text>'
+        )
+    parts.append(
+        f'<text x="{size / 2}" y="{size - 12}" text-anchor="middle" fill="#1f242b">measured step</text>'
+    )
     parts.append(
         f'<text x="16" y="{size / 2}" text-anchor="middle" fill="#1f242b" transform="rotate(-90 16 {size / 2})">predicted step</text>'
     )
-    parts.append(f'<text x="{edge}" y="30" fill="#1f242b">{len(rows)} published runs with TP &gt; 1; dashed: 10 % off</text>')
+    parts.append(
+        f'<text x="{edge}" y="30" fill="#1f242b">{len(rows)} published runs with TP &gt; 1; dashed: 10 % off</text>'
+    )
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

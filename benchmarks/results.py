@@ -25,7 +25,20 @@ from shardwise.measure.statistics import paired_ratio
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("shardwise", "torch", "numpy", "transformers", "tokenizers")
 # What may change a time: threads, allocators, collectives.
-VARIABLES = ("OMP_", "MKL_", "KMP_", "GLOO_", "NCCL_", "TORCH_", "PYTORCH_", "THP_", "MALLOC_", "GLIBC_", "LD_PRELOAD", "CUDA_")
+VARIABLES = (
+    "OMP_",
+    "MKL_",
+    "KMP_",
+    "GLOO_",
+    "NCCL_",
+    "TORCH_",
+    "PYTORCH_",
+    "THP_",
+    "MALLOC_",
+    "GLIBC_",
+    "LD_PRELOAD",
+    "CUDA_",
+)
 
 
 class BarKind(StrEnum):
@@ -130,7 +143,9 @@ class Result:
     def write(self, folder: Path = RESULTS) -> Path:
         """The file of this result; one of the same day and name is replaced."""
         summaries = {side.name: _summary(side) for side in self.sides}
-        return write_results(as_json({**msgspec.to_builtins(self), "summaries": summaries}), self.day, self.what, folder)
+        return write_results(
+            as_json({**msgspec.to_builtins(self), "summaries": summaries}), self.day, self.what, folder
+        )
 
 
 def _summary(side: Side) -> dict[str, float]:
@@ -167,27 +182,37 @@ def latest(what: str, folder: Path = RESULTS) -> Path:
     """The newest results file of a benchmark. FileNotFoundError where there is none."""
     found = sorted(folder.glob(f"????-??-??-{what}.json"))
     if not found:
-        raise FileNotFoundError(f"{folder} has no results file of {what}: run its benchmark (see benchmarks/README.md).")
+        raise FileNotFoundError(
+            f"{folder} has no results file of {what}: run its benchmark (see benchmarks/README.md)."
+        )
     return found[-1]
 
 
-def compare(sides: Sequence[Side], ours: str, other: str, bar: Bar | None = None, *, is_cost: bool = False) -> Comparison:
+def compare(
+    sides: Sequence[Side], ours: str, other: str, bar: Bar | None = None, *, is_cost: bool = False
+) -> Comparison:
     """Our side against another, in the direction that the bar asks for: our time over the other's for a cost, else the inverse."""
     by_name = {side.name: side.times_s for side in sides}
     numerator, denominator = (ours, other) if is_cost else (other, ours)
     pairs = tuple(value / base for value, base in zip(by_name[numerator], by_name[denominator], strict=True))
-    return Comparison(ours, other, bar, is_cost, paired_ratio(by_name[numerator], by_name[denominator]), pairs)
+    return Comparison(
+        ours, other, bar, is_cost, paired_ratio(by_name[numerator], by_name[denominator]), pairs
+    )
 
 
 def show(result: Result) -> None:
     """Prints medians and ratios, for the one who waits for them."""
     for side in result.sides:
-        print(f"{side.name:32} {side.median_s * 1e3:9.1f} ms  ({min(side.times_s) * 1e3:.1f} to {max(side.times_s) * 1e3:.1f})")
+        print(
+            f"{side.name:32} {side.median_s * 1e3:9.1f} ms  ({min(side.times_s) * 1e3:.1f} to {max(side.times_s) * 1e3:.1f})"
+        )
     for comparison in result.comparisons:
         ratio, bar = comparison.ratio, comparison.bar
         stated = f"{bar.kind} {bar.value:g}: {comparison.verdict}" if bar else ""
         what = "cost over" if comparison.is_cost else "speedup over"
-        print(f"{comparison.ours} {what} {comparison.other}: {ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] {stated}")
+        print(
+            f"{comparison.ours} {what} {comparison.other}: {ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] {stated}"
+        )
 
 
 def rank_variables() -> tuple[tuple[str, str], ...]:
@@ -196,7 +221,11 @@ def rank_variables() -> tuple[tuple[str, str], ...]:
 
 
 def describe_machine(
-    command: str, world_size: int, threads_per_rank: int, variables: tuple[tuple[str, str], ...], started: datetime
+    command: str,
+    world_size: int,
+    threads_per_rank: int,
+    variables: tuple[tuple[str, str], ...],
+    started: datetime,
 ) -> Environment:
     """Where the ranks ran; `variables` are theirs, not this process's."""
     return Environment(
@@ -209,7 +238,11 @@ def describe_machine(
         threads_per_rank=threads_per_rank,
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0,
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        versions=(("python", platform.python_version()), *((name, _version(name)) for name in PACKAGES), ("commit", _commit())),
+        versions=(
+            ("python", platform.python_version()),
+            *((name, _version(name)) for name in PACKAGES),
+            ("commit", _commit()),
+        ),
         variables=variables,
     )
 
@@ -232,7 +265,10 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def _version(package: str) -> str:
@@ -246,9 +282,13 @@ def _commit() -> str:
     """The commit that was measured, `+` where the tree differed from it."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        ).stdout.strip()
 
     try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "../src") else "")
+        return git("rev-parse", "--short", "HEAD") + (
+            "+" if git("status", "--porcelain", "--", "../src") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

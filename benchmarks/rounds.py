@@ -19,7 +19,9 @@ class Timed(Protocol):
     def run(self) -> None: ...
 
 
-def interleave(sides: Sequence[Timed], rounds: int, warm_ups: int, note: Callable[[str], None]) -> dict[str, list[float]]:
+def interleave(
+    sides: Sequence[Timed], rounds: int, warm_ups: int, note: Callable[[str], None]
+) -> dict[str, list[float]]:
     """Seconds of this rank per side and round. All ranks of the process group call it with the same sides; rounds count from 0, and
     the warm-ups are rounds too, the first ones, whose times are dropped."""
     times: dict[str, list[float]] = {side.name: [] for side in sides}

@@ -115,7 +115,9 @@ class OurLoss:
 class Step:
     """A side: one training step per round. The first step, on batch 0, isn't a round."""
 
-    def __init__(self, name: str, step: Callable[[Sequence[tuple[Tensor, Tensor]]], StepResult], batches: Batches) -> None:
+    def __init__(
+        self, name: str, step: Callable[[Sequence[tuple[Tensor, Tensor]]], StepResult], batches: Batches
+    ) -> None:
         self.name = name
         self.losses: list[float] = []
         self._step = step
@@ -150,7 +152,10 @@ def worker(context: RankContext, payload: bytes) -> bytes:
         first_losses[side.name] = side.first_step()
     _check_losses(first_losses)
     times = interleave(sides, settings.rounds, settings.warm_ups, context.note)
-    report = RankReport(tuple(RankSide(side.name, tuple(times[side.name]), tuple(side.losses)) for side in sides), results.rank_variables())
+    report = RankReport(
+        tuple(RankSide(side.name, tuple(times[side.name]), tuple(side.losses)) for side in sides),
+        results.rank_variables(),
+    )
     return msgspec.json.encode(report)
 
 
@@ -159,7 +164,9 @@ def _step(name: str, settings: Settings) -> Callable[[Sequence[tuple[Tensor, Ten
     spec = get_spec(settings.model)
     if name == TRANSFORMERS:
         assert isinstance(spec.config, LlamaConfig)
-        return TransformersStep(spec.config, settings.tp, seed=settings.seed, learning_rate=LEARNING_RATE, max_norm=MAX_NORM)
+        return TransformersStep(
+            spec.config, settings.tp, seed=settings.seed, learning_rate=LEARNING_RATE, max_norm=MAX_NORM
+        )
     mesh = None if name == SINGLE else device_mesh(Mesh((("tp", settings.tp),)), "cpu")
     plan = None if name == SINGLE else builtin_plan(name.removesuffix(OUR_LOSS), family=spec.family)
     model = build_model(spec, plan, mesh, dtype=torch.float32, device=torch.device("cpu"), seed=settings.seed)
@@ -176,7 +183,9 @@ def _check_losses(losses: dict[str, float]) -> float:
     spread = max(losses.values()) - min(losses.values())
     if not spread <= LOSS_TOLERANCE:
         shown = ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items())
-        raise RunError(f"the first step's losses differ by {spread:.1e}, where {LOSS_TOLERANCE:.0e} is allowed: {shown}.")
+        raise RunError(
+            f"the first step's losses differ by {spread:.1e}, where {LOSS_TOLERANCE:.0e} is allowed: {shown}."
+        )
     return spread
 
 
@@ -208,7 +217,9 @@ def measure(settings: Settings) -> Result:
     before = _launch(single, stream, threads=2)
     reports = _launch(settings, stream, threads=1)
     after = _launch(single, stream, threads=2)
-    sides = [_join([report.sides[index] for report in reports], settings) for index in range(len(settings.sides))]
+    sides = [
+        _join([report.sides[index] for report in reports], settings) for index in range(len(settings.sides))
+    ]
     halves = [_join([half.sides[0]], settings) for half in (*before, *after)]
     sides.append(replace(halves[0], rank_times_s=(halves[0].rank_times_s[0] + halves[1].rank_times_s[0],)))
     spread = _check_losses({side.name: side.losses[0] for side in sides})
@@ -228,10 +239,14 @@ def measure(settings: Settings) -> Result:
             "learning_rate": LEARNING_RATE,
             "max_norm": MAX_NORM,
         },
-        environment=results.describe_machine(results.command_line("benchmarks.step"), settings.tp, 1, reports[0].variables, started),
+        environment=results.describe_machine(
+            results.command_line("benchmarks.step"), settings.tp, 1, reports[0].variables, started
+        ),
         load_average=(load_before, results.load_average()),
         text=stream.summary,
-        checks=(f"The first step's losses of all sides agreed to {spread:.0e} (allowed: {LOSS_TOLERANCE:.0e}).",),
+        checks=(
+            f"The first step's losses of all sides agreed to {spread:.0e} (allowed: {LOSS_TOLERANCE:.0e}).",
+        ),
         sides=tuple(sides),
         comparisons=_comparisons(tuple(sides)),
         notes=NOTES,
@@ -264,7 +279,9 @@ def _join(ranks: list[RankSide], settings: Settings) -> Side:
 
 def main() -> None:
     defaults = Settings()
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--model", default=defaults.model)
     for name in ("tp", "batch", "seq", "rounds"):
         parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name))

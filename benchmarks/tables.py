@@ -33,7 +33,9 @@ ROOT = Path(__file__).parent.parent
 _OTHERS = (
     calibrated_results, hf_results, explain_results, trace_results, verify_results, mutant_results, published_results, measured_steps,
 )  # fmt: skip
-_BLOCK = re.compile(r"<!-- begin:(?P<name>benchmark-[\w-]+) -->\n(?P<body>.*?)<!-- end:(?P=name) -->", re.DOTALL)
+_BLOCK = re.compile(
+    r"<!-- begin:(?P<name>benchmark-[\w-]+) -->\n(?P<body>.*?)<!-- end:(?P=name) -->", re.DOTALL
+)
 _MARK = re.compile(r"<!-- (?:begin|end):benchmark-[\w-]+ -->")
 
 
@@ -72,7 +74,9 @@ def filled(text: str, made: dict[str, str], where: str) -> str:
         return f"<!-- begin:{name} -->\n{made[name]}<!-- end:{name} -->"
 
     if len(_MARK.findall(text)) != 2 * len(_BLOCK.findall(text)):
-        raise TableError(f"{where}: a benchmark mark has no other half. Write <!-- begin:NAME --> and <!-- end:NAME -->, each on its line.")
+        raise TableError(
+            f"{where}: a benchmark mark has no other half. Write <!-- begin:NAME --> and <!-- end:NAME -->, each on its line."
+        )
     return _BLOCK.sub(fill, text)
 
 
@@ -89,11 +93,19 @@ def sides_table(result: Result) -> str:
     rows = []
     for side in result.sides:
         facts = side.facts
-        row = [side.name, side.about, _ms(side.median_s), f"{_ms(min(side.times_s))} to {_ms(max(side.times_s))}"]
+        row = [
+            side.name,
+            side.about,
+            _ms(side.median_s),
+            f"{_ms(min(side.times_s))} to {_ms(max(side.times_s))}",
+        ]
         if is_step:
             row.append(f"{facts['tokens_per_s']:,.0f}" if facts else "")
         elif facts:
-            row += [f"{facts['wire_bytes'] / 1e6:.1f}", f"{facts['gradient_rows']:,.0f} x {facts['gradient_columns']:,.0f}"]
+            row += [
+                f"{facts['wire_bytes'] / 1e6:.1f}",
+                f"{facts['gradient_rows']:,.0f} x {facts['gradient_columns']:,.0f}",
+            ]
         else:
             row += ["", ""]
         rows.append(row)
@@ -101,7 +113,10 @@ def sides_table(result: Result) -> str:
 
 
 def ratios_table(result: Result) -> str:
-    rows = [[*_ratio_cells(comparison), _bar_text(comparison.bar), _verdict_text(comparison)] for comparison in result.comparisons]
+    rows = [
+        [*_ratio_cells(comparison), _bar_text(comparison.bar), _verdict_text(comparison)]
+        for comparison in result.comparisons
+    ]
     return _table(["compared", "ratio", "interval", "bar", "verdict"], rows, numbers=(1, 2))
 
 
@@ -111,10 +126,20 @@ def bars_table(found: list[Result]) -> str:
     for result in found:
         for comparison in result.comparisons:
             if comparison.bar is not None:
-                rows.append([result.what, *_ratio_cells(comparison), _bar_text(comparison.bar), _verdict_text(comparison)])
+                rows.append(
+                    [
+                        result.what,
+                        *_ratio_cells(comparison),
+                        _bar_text(comparison.bar),
+                        _verdict_text(comparison),
+                    ]
+                )
     missed = sum(row[-1] != str(Verdict.MET) for row in rows)
     summary = f"\n{len(rows)} bars: {len(rows) - missed} met, {missed} missed or met by the median only.\n"
-    return _table(["benchmark", "compared", "ratio", "interval", "bar", "verdict"], rows, numbers=(2, 3)) + summary
+    return (
+        _table(["benchmark", "compared", "ratio", "interval", "bar", "verdict"], rows, numbers=(2, 3))
+        + summary
+    )
 
 
 def _ratio_cells(comparison: Comparison) -> list[str]:
@@ -151,7 +176,9 @@ def _about(result: Result) -> Iterator[str]:
         f"intervals of {confidence:.1%} confidence. A round's time is its slowest rank's."
     )
     shown = ", ".join(
-        f"{name} {value}" for name, value in settings.items() if name in ("model", "tp", "vocab", "hidden", "batch", "seq", "dtype")
+        f"{name} {value}"
+        for name, value in settings.items()
+        if name in ("model", "tp", "vocab", "hidden", "batch", "seq", "dtype")
     )
     yield f"Run: {shown}; {where.backend}, {where.world_size} ranks with {where.threads_per_rank} thread each."
     yield (
@@ -177,18 +204,30 @@ def _ms(seconds: float) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a document differs from the results files")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tables", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; exit code 1 where a document differs from the results files",
+    )
     check = parser.parse_args().check
     try:
         made = blocks(newest_results()) | hf_results.blocks(hf_results.newest_sweep())
         made |= mutant_results.blocks(mutant_results.newest_run())
         made |= verify_results.blocks(verify_results.newest_sweep())
         made |= calibrated_results.blocks(calibrated_results.newest_run())
-        made |= published_results.blocks(published_results.newest_run()) | measured_steps.blocks(measured_steps.newest_run())
-        made |= explain_results.blocks(explain_results.newest_run()) | trace_results.blocks(trace_results.newest_run())
+        made |= published_results.blocks(published_results.newest_run()) | measured_steps.blocks(
+            measured_steps.newest_run()
+        )
+        made |= explain_results.blocks(explain_results.newest_run()) | trace_results.blocks(
+            trace_results.newest_run()
+        )
         texts = {path: path.read_text(encoding="utf-8") for path in documents()}
-        texts[published_results.PLOT] = published_results.PLOT.read_text(encoding="utf-8") if published_results.PLOT.exists() else ""
+        texts[published_results.PLOT] = (
+            published_results.PLOT.read_text(encoding="utf-8") if published_results.PLOT.exists() else ""
+        )
         new = {path: filled(text, made, str(path.relative_to(ROOT))) for path, text in texts.items()}
         new[published_results.PLOT] = published_results.plot(published_results.newest_run())
     except (TableError, FileNotFoundError) as error:
@@ -198,7 +237,9 @@ def main() -> int:
     for path in stale:
         shown = path.relative_to(ROOT)
         if check:
-            print(f"{shown} differs from the results files. Run python -m benchmarks.tables.", file=sys.stderr)
+            print(
+                f"{shown} differs from the results files. Run python -m benchmarks.tables.", file=sys.stderr
+            )
         else:
             path.write_text(new[path], encoding="utf-8")
             print(f"wrote {shown}")

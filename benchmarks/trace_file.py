@@ -13,20 +13,35 @@ _KERNELS = [
     "void at::native::elementwise_kernel<128, {0}, at::native::gpu_kernel_impl_nocast<at::native::direct_copy_kernel_cuda>>(int)",
     "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<c10::BFloat16, float, {0}>(int, float)",
 ]
-_OPS = ["aten::linear", "aten::addmm", "aten::mm", "aten::add", "aten::copy_", "aten::mul", "aten::_to_copy", "aten::native_layer_norm"]
+_OPS = [
+    "aten::linear",
+    "aten::addmm",
+    "aten::mm",
+    "aten::add",
+    "aten::copy_",
+    "aten::mul",
+    "aten::_to_copy",
+    "aten::native_layer_norm",
+]
 _STEP_US, _STEPS = 100_000.0, 10
 
 
 def write_trace(path: Path, events: int, *, rank: int = 0, world_size: int = 8) -> None:
     """A trace of about `events` events at `path`."""
     with path.open("w", encoding="utf-8") as file:
-        file.write('{\n  "schemaVersion": 1,\n  "deviceProperties": [{"id": 0, "name": "NVIDIA H100 80GB HBM3"}],\n')
-        file.write(f'  "distributedInfo": {{"backend": "nccl", "rank": {rank}, "world_size": {world_size}}},\n  "traceEvents": [\n')
+        file.write(
+            '{\n  "schemaVersion": 1,\n  "deviceProperties": [{"id": 0, "name": "NVIDIA H100 80GB HBM3"}],\n'
+        )
+        file.write(
+            f'  "distributedInfo": {{"backend": "nccl", "rank": {rank}, "world_size": {world_size}}},\n  "traceEvents": [\n'
+        )
         first = True
         for event in _events(events):
             file.write(event if first else ",\n" + event)
             first = False
-        file.write('\n  ],\n  "traceName": "trace.json",\n  "displayTimeUnit": "ms",\n  "baseTimeNanoseconds": 1711964646000000000\n}\n')
+        file.write(
+            '\n  ],\n  "traceName": "trace.json",\n  "displayTimeUnit": "ms",\n  "baseTimeNanoseconds": 1711964646000000000\n}\n'
+        )
 
 
 def _events(count: int) -> Iterator[str]:
@@ -35,7 +50,15 @@ def _events(count: int) -> Iterator[str]:
     correlation = 0
     for step in range(_STEPS):
         begin = 4_458_676_522_690.0 + step * _STEP_US
-        yield _complete("user_annotation", f"ProfilerStep#{step}", 5, 5, begin, _STEP_US - 1, f'"External id": {correlation + 1}')
+        yield _complete(
+            "user_annotation",
+            f"ProfilerStep#{step}",
+            5,
+            5,
+            begin,
+            _STEP_US - 1,
+            f'"External id": {correlation + 1}',
+        )
         pitch = _STEP_US / (per_step + 1)
         for number in range(per_step):
             correlation += 1
@@ -43,8 +66,18 @@ def _events(count: int) -> Iterator[str]:
             rows = 128 * choose.randint(1, 40)
             shapes = f'"Input Dims": [[{rows}, 4096], [4096, {choose.choice((1024, 4096, 14336))}], []], "Input type": ["c10::BFloat16", "c10::BFloat16", "Scalar"]'
             ids = f'"External id": {correlation}, "Record function id": {correlation}, "Sequence number": {correlation}, "Fwd thread id": 0'
-            yield _complete("cpu_op", choose.choice(_OPS), 5, 5, at, pitch * 0.9, f'{ids}, "Ev Idx": {number}')
-            yield _complete("cpu_op", choose.choice(_OPS), 5, 5, at + pitch * 0.05, pitch * 0.8, f'{ids}, {shapes}, "Ev Idx": {number}')
+            yield _complete(
+                "cpu_op", choose.choice(_OPS), 5, 5, at, pitch * 0.9, f'{ids}, "Ev Idx": {number}'
+            )
+            yield _complete(
+                "cpu_op",
+                choose.choice(_OPS),
+                5,
+                5,
+                at + pitch * 0.05,
+                pitch * 0.8,
+                f'{ids}, {shapes}, "Ev Idx": {number}',
+            )
             yield _complete(
                 "cuda_runtime",
                 "cudaLaunchKernel",
@@ -65,10 +98,16 @@ def _events(count: int) -> Iterator[str]:
                 )  # fmt: skip
             else:
                 name = choose.choice(_KERNELS).format(choose.choice((64, 128, 256)))
-                launch = (
-                    '"registers per thread": 40, "shared memory": 400, "blocks per SM": 4.74, "grid": [512, 1, 1], "block": [512, 1, 1]'
+                launch = '"registers per thread": 40, "shared memory": 400, "blocks per SM": 4.74, "grid": [512, 1, 1], "block": [512, 1, 1]'
+                yield _complete(
+                    "kernel",
+                    name,
+                    0,
+                    7,
+                    at + pitch * 0.6,
+                    pitch * 0.7,
+                    f'{about}, {launch}, "est. achieved occupancy %": 75',
                 )
-                yield _complete("kernel", name, 0, 7, at + pitch * 0.6, pitch * 0.7, f'{about}, {launch}, "est. achieved occupancy %": 75')
 
 
 def _complete(cat: str, name: str, pid: int, tid: int, at: float, duration: float, args: str) -> str:

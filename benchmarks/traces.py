@@ -70,7 +70,9 @@ def time_once(side: _Timed) -> None:
     side.bytes.append(usage.ru_maxrss * 1024)
     if process.returncode:
         assert process.stderr is not None
-        raise SystemExit(f"{side.name}: exit code {process.returncode}: {process.stderr.read().decode()[-500:]}")
+        raise SystemExit(
+            f"{side.name}: exit code {process.returncode}: {process.stderr.read().decode()[-500:]}"
+        )
 
 
 def peer_python() -> Path:
@@ -83,7 +85,9 @@ def peer_python() -> Path:
             subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PEER_PACKAGES], check=True)
         except subprocess.CalledProcessError:
             shutil.rmtree(PEER)
-            raise SystemExit(f"{', '.join(PEER_PACKAGES)} can't be installed: is a package registry within reach?") from None
+            raise SystemExit(
+                f"{', '.join(PEER_PACKAGES)} can't be installed: is a package registry within reach?"
+            ) from None
     return python
 
 
@@ -93,13 +97,19 @@ def read_all(folder: Path, workers: int) -> tuple[int, int, float, int]:
     script.write_text(_ALL_RANKS)
     start = time.perf_counter()
     ended = subprocess.run(
-        [sys.executable, str(script), str(folder), str(workers)], capture_output=True, text=True, timeout=TIMEOUT_S, check=True
+        [sys.executable, str(script), str(folder), str(workers)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=True,
     )
     return RANKS, workers, time.perf_counter() - start, int(ended.stdout.split()[-1]) * 1024
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.traces", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.traces", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
     arguments = parser.parse_args()
@@ -127,7 +137,9 @@ def main() -> int:
         ranks = tuple(read_all(many, workers) for workers in (1, 2))
         file_bytes = plain.stat().st_size
     run = Run(
-        describe_machine(command_line("benchmarks.traces"), 1, os.cpu_count() or 1, rank_variables(), started),
+        describe_machine(
+            command_line("benchmarks.traces"), 1, os.cpu_count() or 1, rank_variables(), started
+        ),
         arguments.rounds,
         (before, load_average()),
         EVENTS,

@@ -58,14 +58,18 @@ def blocks(sweep: Sweep) -> dict[str, str]:
     return {
         f"benchmark-{WHAT}": summary(sweep) + "\n\n" + _found_table(wrong) + source,
         f"benchmark-{WHAT}-all": _all_table(run.verifications) + source,
-        f"benchmark-{WHAT}-skipped": _skipped_table([each for each in run.verifications if each.verdict is Verdict.SKIPPED]) + source,
+        f"benchmark-{WHAT}-skipped": _skipped_table(
+            [each for each in run.verifications if each.verdict is Verdict.SKIPPED]
+        )
+        + source,
     }
 
 
 def _found_table(cases: list[Verification]) -> str:
     order = (Verdict.WRONG, Verdict.CRASHES, Verdict.NEARLY_NOTHING)
     cells = [
-        [_type(each), str(each.verdict), cell(rows.headline(each))] for each in sorted(cases, key=lambda each: order.index(each.verdict))
+        [_type(each), str(each.verdict), cell(rows.headline(each))]
+        for each in sorted(cases, key=lambda each: order.index(each.verdict))
     ]
     return table(["type", "verdict", "what was found"], cells)
 

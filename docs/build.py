@@ -121,7 +121,13 @@ def _row(parameter: Any) -> str:
         else ", ".join(f"`{option}`" for option in (*parameter.opts, *parameter.secondary_opts))
     )
     default = parameter.show_default if isinstance(parameter.show_default, str) else parameter.default
-    shown = "" if default is None or default is False else str(default).lower() if default is True else str(default)
+    shown = (
+        ""
+        if default is None or default is False
+        else str(default).lower()
+        if default is True
+        else str(default)
+    )
     return f"| {names} | {(parameter.help or '').replace('|', '/')} | {shown} |"
 
 
@@ -256,7 +262,14 @@ def _json_reference(command: str, intro: list[str], example: str, found: list[ty
         "",
     ]
     for kind in found:
-        lines += [f"## {kind.__name__}", "", inspect.cleandoc(kind.__doc__ or ""), "", "| field | JSON |", "|---|---|"]
+        lines += [
+            f"## {kind.__name__}",
+            "",
+            inspect.cleandoc(kind.__doc__ or ""),
+            "",
+            "| field | JSON |",
+            "|---|---|",
+        ]
         hints = typing.get_type_hints(kind)
         for field in dataclasses.fields(kind):
             lines.append(f"| `{field.name}` | {_json_type(hints[field.name], found)} |")
@@ -273,7 +286,9 @@ def _json_type(kind: Any, found: list[type]) -> str:
     """A type as its JSON, in words; dataclasses that are new go into `found`."""
     choices = set(typing.get_args(kind)) if isinstance(kind, types.UnionType) else {kind}
     if types.NoneType in choices:
-        rest = functools.reduce(operator.or_, (choice for choice in typing.get_args(kind) if choice is not types.NoneType))
+        rest = functools.reduce(
+            operator.or_, (choice for choice in typing.get_args(kind) if choice is not types.NoneType)
+        )
         return f"{_json_type(rest, found)}, or null"
     if choices == set(typing.get_args(Placement)):
         return "placement"
@@ -342,13 +357,25 @@ def take_diff_example(run: Path) -> None:
 
 def take_picture(page: str, target: Path, width: int, height: int, address: str = "") -> None:
     """A picture of what a window shows of a page, opened at `#address`."""
-    browser = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+    browser = next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))),
+        None,
+    )
     if browser is None:
-        raise SystemExit("docs/build.py: no Chromium found. Install it, or leave --picture and --walkthrough out.")
+        raise SystemExit(
+            "docs/build.py: no Chromium found. Install it, or leave --picture and --walkthrough out."
+        )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "page.html"
         file.write_text(page, encoding="utf-8")
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--disable-background-networking"]
+        options = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--no-first-run",
+            "--disable-background-networking",
+        ]
         subprocess.run(
             [browser, *options, "--force-prefers-reduced-motion", f"--user-data-dir={folder}/profile", f"--window-size={width},{height}",
              "--virtual-time-budget=8000", f"--screenshot={target}", f"{file.as_uri()}#{address}"],
@@ -365,11 +392,19 @@ def take_walkthrough_pictures() -> None:
         number = next(index for index, step in enumerate(explained.steps, start=1) if step.transfers)
         name = explained.subject.rpartition("/")[2]
         height = WALKTHROUGH_HEIGHTS[explained.subject]
-        take_picture(page, DOCS / "walkthrough" / f"{name}.png", WALKTHROUGH_WIDTH, height, f"{explained.subject}/{number}")
+        take_picture(
+            page,
+            DOCS / "walkthrough" / f"{name}.png",
+            WALKTHROUGH_WIDTH,
+            height,
+            f"{explained.subject}/{number}",
+        )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--picture", action="store_true")
     parser.add_argument("--walkthrough", action="store_true")
@@ -377,7 +412,9 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.diff is not None:
         take_diff_example(arguments.diff)
-    readme = _COMPARED.sub(lambda match: match[1] + compare_output() + match[2], README.read_text(encoding="utf-8"))
+    readme = _COMPARED.sub(
+        lambda match: match[1] + compare_output() + match[2], README.read_text(encoding="utf-8")
+    )
     wanted = {
         DOCS / "cli.md": cli_reference(),
         DOCS / "models.md": models_reference(),
@@ -385,15 +422,26 @@ def main() -> int:
         DOCS / "diff-json.md": diff_json_reference(),
         DOCS / "verify-json.md": verify_json_reference(),
         DOCS / "predict-json.md": predict_json_reference(),
-        PREDICT_PAGE: _PREDICTED.sub(lambda match: match[1] + predict_output() + match[2], PREDICT_PAGE.read_text(encoding="utf-8")),
-        VERIFY_PAGE: _VERIFIED.sub(lambda match: match[1] + verify_output() + match[2], VERIFY_PAGE.read_text(encoding="utf-8")),
-        DIFF_PAGE: _DIFFERED.sub(lambda match: match[1] + diff_output() + match[2], DIFF_PAGE.read_text(encoding="utf-8")),
+        PREDICT_PAGE: _PREDICTED.sub(
+            lambda match: match[1] + predict_output() + match[2], PREDICT_PAGE.read_text(encoding="utf-8")
+        ),
+        VERIFY_PAGE: _VERIFIED.sub(
+            lambda match: match[1] + verify_output() + match[2], VERIFY_PAGE.read_text(encoding="utf-8")
+        ),
+        DIFF_PAGE: _DIFFERED.sub(
+            lambda match: match[1] + diff_output() + match[2], DIFF_PAGE.read_text(encoding="utf-8")
+        ),
         README: _EXPLAINED.sub(lambda match: match[1] + explain_output() + match[2], readme),
     }
-    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    stale = [
+        path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
     if arguments.check:
         for path in stale:
-            print(f"docs/build.py: {path.relative_to(DOCS.parent)} differs from what the code says. Run: make docs", file=sys.stderr)
+            print(
+                f"docs/build.py: {path.relative_to(DOCS.parent)} differs from what the code says. Run: make docs",
+                file=sys.stderr,
+            )
         return 1 if stale else 0
     for path in stale:
         path.write_text(wanted[path], encoding="utf-8")

@@ -58,15 +58,20 @@ class Attention(nn.Module):
 
     def __init__(self, hidden: int, heads: int) -> None:
         super().__init__()
-        self.head_dim = hidden // heads  # under this name parallelize() finds it, and refuses a tp that would cut a head in two
+        self.head_dim = (
+            hidden // heads
+        )  # under this name parallelize() finds it, and refuses a tp that would cut a head in two
         self.query = nn.Linear(hidden, hidden)
-        self.key = nn.Linear(hidden, hidden, bias=False)  # a bias would add the same to all scores of a query, and softmax drops that
+        self.key = nn.Linear(
+            hidden, hidden, bias=False
+        )  # a bias would add the same to all scores of a query, and softmax drops that
         self.value = nn.Linear(hidden, hidden)
         self.mix = nn.Linear(hidden, hidden)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         q_BNSD, k_BNSD, v_BNSD = (
-            projection(x_BSH).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for projection in (self.query, self.key, self.value)
+            projection(x_BSH).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.query, self.key, self.value)
         )
         out_BNSD = F.scaled_dot_product_attention(q_BNSD, k_BNSD, v_BNSD, is_causal=True)
         return self.mix(out_BNSD.transpose(1, 2).flatten(2))
@@ -98,7 +103,9 @@ class Block(nn.Module):
 class Writer(nn.Module):
     """ids [B, S] -> logits [B, S, V]. Nothing in here knows of ranks."""
 
-    def __init__(self, vocabulary: int = BYTES, hidden: int = 64, heads: int = 4, n_blocks: int = 2, longest: int = 256) -> None:
+    def __init__(
+        self, vocabulary: int = BYTES, hidden: int = 64, heads: int = 4, n_blocks: int = 2, longest: int = 256
+    ) -> None:
         super().__init__()
         self.words = nn.Embedding(vocabulary, hidden)
         self.places = nn.Embedding(longest, hidden)
@@ -142,24 +149,35 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
     """Each rank writes its own shards; the files know whole tensors by name, so no rank count is in them."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state, "steps": torch.tensor(steps)}, checkpoint_id=path)
+    dcp.save(
+        {"model": model_state, "optimizer": optimizer_state, "steps": torch.tensor(steps)}, checkpoint_id=path
+    )
 
 
 def train(options: argparse.Namespace, mesh: DeviceMesh | None, device: torch.device) -> None:
     torch.manual_seed(0)  # every rank builds the same whole model; parallelize() then keeps each rank's part
     model = Writer(longest=options.seq).to(device)
     if mesh is not None:
-        shard(model, shardwise.Plan.from_toml(PLAN.replace('"words" = "rowwise"', f'"words" = "{options.embedding}"')), mesh)
+        shard(
+            model,
+            shardwise.Plan.from_toml(PLAN.replace('"words" = "rowwise"', f'"words" = "{options.embedding}"')),
+            mesh,
+        )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     # The head leaves each rank its part of the vocabulary's logits; this loss knows how to read them, and nothing gathers them.
     loss_function = shardwise.loss_of(model)
 
-    text = "\n".join(topics[name] for name in sorted(topics)).encode()  # Python's own documentation, which needs no download
+    text = "\n".join(
+        topics[name] for name in sorted(topics)
+    ).encode()  # Python's own documentation, which needs no download
     n_parts, part = (mesh["fsdp"].size(), mesh["fsdp"].get_local_rank()) if mesh is not None else (1, 0)
     first = load(options.resume, model, optimizer) if options.resume else 0
     for step in range(first, first + options.steps):
         # Ranks of one tp group see the same ids, and groups beside each other on the fsdp axis see their own part of the batch.
-        ids_BS, labels_BS = (whole.chunk(n_parts)[part].to(device) for whole in batch_of(text, step, options.batch, options.seq))
+        ids_BS, labels_BS = (
+            whole.chunk(n_parts)[part].to(device)
+            for whole in batch_of(text, step, options.batch, options.seq)
+        )
         loss = loss_function(model(ids_BS), labels_BS)
         # FSDP2 averages gradients over its axis. Each part of the batch has as many labels here, so that is the whole batch's mean. Where
         # they differ (padding), give every part the whole batch's count and let FSDP2 sum: loss_function(logits, labels, valid=count)
@@ -175,26 +193,51 @@ def train(options: argparse.Namespace, mesh: DeviceMesh | None, device: torch.de
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()  # on all ranks: it is a collective
         if mesh is None or mesh.get_rank() == 0:
-            print(f"step {step:2}   loss {loss.item() / n_parts:.4f}   gradient norm {norm.item():.4f}", flush=True)
+            print(
+                f"step {step:2}   loss {loss.item() / n_parts:.4f}   gradient norm {norm.item():.4f}",
+                flush=True,
+            )
     if options.save:
         save(options.save, model, optimizer, first + options.steps)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Trains a small model of its own on Python's documentation, sharded by Shardwise.")
-    parser.add_argument("--fsdp", type=int, default=1, help="ranks over which FSDP2 shards; the rest are tensor parallel (default: 1)")
-    parser.add_argument("--embedding", default="rowwise", choices=["rowwise", "colwise", "routed", "replicated"], help="how `words` is cut")
+    parser = argparse.ArgumentParser(
+        description="Trains a small model of its own on Python's documentation, sharded by Shardwise."
+    )
+    parser.add_argument(
+        "--fsdp",
+        type=int,
+        default=1,
+        help="ranks over which FSDP2 shards; the rest are tensor parallel (default: 1)",
+    )
+    parser.add_argument(
+        "--embedding",
+        default="rowwise",
+        choices=["rowwise", "colwise", "routed", "replicated"],
+        help="how `words` is cut",
+    )
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps (default: 6)")
     parser.add_argument("--batch", type=int, default=8, help="sequences per step over all ranks (default: 8)")
     parser.add_argument("--seq", type=int, default=64, help="bytes per sequence (default: 64)")
-    parser.add_argument("--save", type=Path, metavar="DIR", help="write a checkpoint of model and optimizer at the end")
-    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on from a checkpoint, whatever ranks wrote it")
+    parser.add_argument(
+        "--save", type=Path, metavar="DIR", help="write a checkpoint of model and optimizer at the end"
+    )
+    parser.add_argument(
+        "--resume", type=Path, metavar="DIR", help="go on from a checkpoint, whatever ranks wrote it"
+    )
     options = parser.parse_args()
 
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     if "WORLD_SIZE" not in os.environ:  # not under torchrun: the plain loop, without a process group
         if options.fsdp > 1:
-            parser.error("--fsdp needs ranks: torchrun --nproc-per-node N examples/train_your_model.py --fsdp M")
+            parser.error(
+                "--fsdp needs ranks: torchrun --nproc-per-node N examples/train_your_model.py --fsdp M"
+            )
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # dcp says so; it is meant
         train(options, None, device)
         return

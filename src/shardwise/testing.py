@@ -33,7 +33,9 @@ def assert_plan_trains_right(
     from shardwise.core.verification import Verdict
     from shardwise.report.verify_terminal import render_verification
 
-    run = prove_plans([model], list(plans), tp=tp, batch=batch, seq=seq, small=small, device=device, timeout_s=timeout_s)
+    run = prove_plans(
+        [model], list(plans), tp=tp, batch=batch, seq=seq, small=small, device=device, timeout_s=timeout_s
+    )
     fine = {Verdict.RIGHT, Verdict.NEARLY_NOTHING} if allow_little_sharded else {Verdict.RIGHT}
     if all(each.verdict in fine for each in run.verifications):
         return

@@ -18,7 +18,9 @@ GPUS = torch.cuda.device_count()
 @pytest.mark.skipif(GPUS < 2, reason=f"2 ranks on NCCL need 2 GPUs; this machine has {GPUS}")
 def test_a_late_rank_is_blamed_on_nccl_and_kernels_are_in_the_steps(tmp_path: Path) -> None:
     job = msgspec.json.encode(Job(str(tmp_path), [1, 0, 1]))
-    run_ranks("tests.distributed.profile_workers:record", job, world_size=2, device_type="cuda", timeout_s=300)
+    run_ranks(
+        "tests.distributed.profile_workers:record", job, world_size=2, device_type="cuda", timeout_s=300
+    )
     timelines, sharing = share(read_ranks(trace_files(tmp_path)))
     assert all(any(lane.is_device for lane in timeline.lanes) for timeline in timelines)
     for timeline in timelines:

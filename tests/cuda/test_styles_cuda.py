@@ -11,7 +11,10 @@ GPUS = torch.cuda.device_count()
 
 
 def needs(world_size: int) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(world_size > GPUS, reason=f"{world_size} ranks on NCCL need {world_size} GPUs; this machine has {GPUS}")
+    return pytest.mark.skipif(
+        world_size > GPUS,
+        reason=f"{world_size} ranks on NCCL need {world_size} GPUs; this machine has {GPUS}",
+    )
 
 
 WORLD_SIZES = [pytest.param(world_size, marks=needs(world_size)) for world_size in (1, 2, 4)]

@@ -17,8 +17,13 @@ MODELS = "tests.distributed.verify_models:"
 @pytest.mark.skipif(GPUS < 2, reason=f"2 ranks on NCCL need 2 GPUs; this machine has {GPUS}")
 def test_right_plans_are_right_and_a_wrong_one_is_told_on_nccl() -> None:
     cases = [Case("llama3-8b", builtin_plan(name).to_toml(), name, twin=True) for name in builtin_names()]
-    cases += [Case(f"{MODELS}by_hand_right", "own", "right"), Case(f"{MODELS}by_hand_slope_not_summed", "own", "wrong")]
+    cases += [
+        Case(f"{MODELS}by_hand_right", "own", "right"),
+        Case(f"{MODELS}by_hand_slope_not_summed", "own", "wrong"),
+    ]
     *right, wrong = verify(cases, mesh=Mesh.parse("tp=2"), device_type="cuda", timeout_s=300)
     for each in right:
         assert each.verdict is Verdict.RIGHT, (each.plan, each.findings, each.note)
-    assert [(finding.subject, finding.cause) for finding in wrong.wrong] == [("slope", Cause.PARTS_NOT_SUMMED)]
+    assert [(finding.subject, finding.cause) for finding in wrong.wrong] == [
+        ("slope", Cause.PARTS_NOT_SUMMED)
+    ]

@@ -70,7 +70,9 @@ def writing_down(issued: list[Issued], phase: Callable[[], str]) -> Iterator[Non
         library._destroy()
 
 
-def _kernel(name: str, kind: str, whole: int, issued: list[Issued], phase: Callable[[], str]) -> Callable[..., Any]:
+def _kernel(
+    name: str, kind: str, whole: int, issued: list[Issued], phase: Callable[[], str]
+) -> Callable[..., Any]:
     op = getattr(torch.ops.c10d, name).default
     arguments = op._schema.arguments
 
@@ -81,8 +83,14 @@ def _kernel(name: str, kind: str, whole: int, issued: list[Issued], phase: Calla
         payload = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         dtype = str(tensors[0].dtype).removeprefix("torch.")
         size = group.size()
-        issued.append(Issued(kind, ranks_of(group), size, dtype, payload, _sent(name, kind, args, group, payload), phase()))
-        return op._op_dk(torch._C.DispatchKey.CPU, *args)  # frees the interpreter's lock, which gloo's threads need
+        issued.append(
+            Issued(
+                kind, ranks_of(group), size, dtype, payload, _sent(name, kind, args, group, payload), phase()
+            )
+        )
+        return op._op_dk(
+            torch._C.DispatchKey.CPU, *args
+        )  # frees the interpreter's lock, which gloo's threads need
 
     return kernel
 

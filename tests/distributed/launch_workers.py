@@ -15,7 +15,13 @@ from shardwise.core.errors import PlanError
 from shardwise.launch import RankContext
 
 MANY_BYTES = 9 * 2**20
-NAMES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM", "THP_MEM_ALLOC_ENABLE", "GLOO_SOCKET_IFNAME")
+NAMES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "TOKENIZERS_PARALLELISM",
+    "THP_MEM_ALLOC_ENABLE",
+    "GLOO_SOCKET_IFNAME",
+)
 
 
 def _sum_of_ranks(context: RankContext) -> int:

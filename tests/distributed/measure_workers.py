@@ -20,7 +20,9 @@ def park(context: RankContext, payload: bytes) -> bytes:
     mesh = device_mesh(Mesh.parse("tp=2"), context.device.type)
     ids = torch.arange(48).view(2, 24)
     batch = [(ids, ids + 1)]
-    subjects = [Subject(TINY, builtin_plan("rowwise"), mesh, StepSettings(2, 24), context.device) for _ in range(2)]
+    subjects = [
+        Subject(TINY, builtin_plan("rowwise"), mesh, StepSettings(2, 24), context.device) for _ in range(2)
+    ]
     held = 0
     for subject in subjects:
         subject.first_step(batch)

@@ -44,14 +44,21 @@ class Case(msgspec.Struct, frozen=True):
 
     def ids(self) -> torch.Tensor:
         """Of the batch, [B, S]."""
-        return torch.randint(get_spec(MODEL).vocab_size, (self.batch, self.seq), generator=torch.Generator().manual_seed(3))
+        return torch.randint(
+            get_spec(MODEL).vocab_size, (self.batch, self.seq), generator=torch.Generator().manual_seed(3)
+        )
 
 
 CASES = (
-    *(Case(plan) for plan in ("rowwise", "colwise", "routed", "replicated", "rowwise@dtensor", "colwise@dtensor")),
+    *(
+        Case(plan)
+        for plan in ("rowwise", "colwise", "routed", "replicated", "rowwise@dtensor", "colwise@dtensor")
+    ),
     Case("rowwise", recompute="full"),
     Case("rowwise@dtensor", recompute="selective-ops"),
-    Case("rowwise@dtensor", batch=1, seq=2048),  # what DTensor gathers of one sequence isn't copied: it lives on as it came
+    Case(
+        "rowwise@dtensor", batch=1, seq=2048
+    ),  # what DTensor gathers of one sequence isn't copied: it lives on as it came
 )
 
 
@@ -111,7 +118,9 @@ def _weigh(case: Case, mesh: DeviceMesh, context: RankContext) -> Weighed:
     start, stop = whole.start_time_ns, whole.end_time_ns
     blocks: dict[int, int] = {}
     live = peak = begin = 0
-    for event in sorted((event for event in events if event.name == "[memory]"), key=lambda event: event.start_time_ns):
+    for event in sorted(
+        (event for event in events if event.name == "[memory]"), key=lambda event: event.start_time_ns
+    ):
         if event.start_time_ns > stop:
             break
         block = event.extra_fields

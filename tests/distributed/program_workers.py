@@ -91,17 +91,33 @@ def cases(world_size: int) -> list[Case]:
     found = [Case(name, tp) for name in builtin_names()]
     found += [Case(name, tp, sequence_parallel=False) for name in builtin_names() if _is_offered_whole(name)]
     found += [Case(name, tp, vocab_size=96) for name in BOTH_ENGINES]
-    found += [Case(name, tp, sp, family=Family.GPT) for name, sp in (("routed", True), ("rowwise", False), ("rowwise@dtensor", True))]
+    found += [
+        Case(name, tp, sp, family=Family.GPT)
+        for name, sp in (("routed", True), ("rowwise", False), ("rowwise@dtensor", True))
+    ]
     if world_size == 2:
-        found += [Case(name, tp, recompute=what) for name, what in zip(BOTH_ENGINES, ("full", "selective-ops"), strict=True)]
+        found += [
+            Case(name, tp, recompute=what)
+            for name, what in zip(BOTH_ENGINES, ("full", "selective-ops"), strict=True)
+        ]
         found += [Case(name, tp, accumulation=2) for name in ("replicated", *BOTH_ENGINES)]
         found += [Case(name, tp, dtype="bfloat16") for name in BOTH_ENGINES]
         found += [Case("rowwise", mesh) for mesh in ("dp=2", "fsdp=2")]
-        found += [Case("rowwise", "fsdp=2", recompute="selective-ops", param_dtype="bfloat16", reduce_dtype="float32")]
+        found += [
+            Case(
+                "rowwise", "fsdp=2", recompute="selective-ops", param_dtype="bfloat16", reduce_dtype="float32"
+            )
+        ]
     if world_size == 4:
-        found += [Case(name, mesh) for mesh in ("dp=2,tp=2", "fsdp=2,tp=2") for name in ("replicated", *BOTH_ENGINES)]
+        found += [
+            Case(name, mesh)
+            for mesh in ("dp=2,tp=2", "fsdp=2,tp=2")
+            for name in ("replicated", *BOTH_ENGINES)
+        ]
         found += [Case("routed-interleaved", "dp=2,tp=2")]
-        found += [Case(name, mesh, accumulation=2) for mesh in ("dp=2,tp=2", "fsdp=2,tp=2") for name in BOTH_ENGINES]
+        found += [
+            Case(name, mesh, accumulation=2) for mesh in ("dp=2,tp=2", "fsdp=2,tp=2") for name in BOTH_ENGINES
+        ]
         found += [Case("rowwise", "fsdp=2,tp=2", recompute="full")]
         found += [Case("rowwise", "dp=2,fsdp=2")]
     return found
@@ -149,7 +165,9 @@ def _issued(case: Case, context: RankContext) -> list[Issued]:
     return [replace(call, group=axes[call.group]) for call in issued]
 
 
-def micro_batches(ids_BS: Tensor, mesh: Mesh, settings: StepSettings, rank: int) -> list[tuple[Tensor, Tensor]]:
+def micro_batches(
+    ids_BS: Tensor, mesh: Mesh, settings: StepSettings, rank: int
+) -> list[tuple[Tensor, Tensor]]:
     """A rank's (ids, labels) of a global batch."""
     own = ids_BS.chunk(mesh.data_parallel)[rank // mesh.tp]
     return [(part, part.roll(-1, 1)) for part in own.chunk(settings.accumulation)]

@@ -16,7 +16,13 @@ TOLERANCE = 1e-10
 def answer(world_size: int, device_type: str) -> dict[str, Any]:
     """What rank 0 says; a launch that fails is not tried again for each case."""
     try:
-        results = run_ranks("tests.distributed.style_workers:run", b"", world_size=world_size, device_type=device_type, timeout_s=120)
+        results = run_ranks(
+            "tests.distributed.style_workers:run",
+            b"",
+            world_size=world_size,
+            device_type=device_type,
+            timeout_s=120,
+        )
     except Exception as error:
         return {"failed": str(error)}
     answers = [json.loads(result) for result in results]
@@ -40,7 +46,10 @@ def assert_as_expected(case: Case, outcome: dict[str, Any]) -> None:
         return
     assert "refused" not in outcome, outcome["refused"]
     found = outcome["agreement"]
-    assert [f"{finding['subject']}: {finding['reason']} ({finding['relative_error']})" for finding in found["findings"]] == []
+    assert [
+        f"{finding['subject']}: {finding['reason']} ({finding['relative_error']})"
+        for finding in found["findings"]
+    ] == []
     assert found["tolerance"] == TOLERANCE
     assert found["loss_error"] <= TOLERANCE
     assert found["worst_gradient_error"] <= TOLERANCE

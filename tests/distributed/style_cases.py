@@ -103,7 +103,12 @@ class Mlp(nn.Module):
 
 
 def llama(
-    vocab_size: int = 257, *, n_kv_heads: int = 12, n_layers: int = 2, tied: bool = False, padding_idx: int | None = None
+    vocab_size: int = 257,
+    *,
+    n_kv_heads: int = 12,
+    n_layers: int = 2,
+    tied: bool = False,
+    padding_idx: int | None = None,
 ) -> LlamaConfig:
     return LlamaConfig(vocab_size, 96, n_layers, 12, n_kv_heads, 160, tied=tied, padding_idx=padding_idx)
 
@@ -129,7 +134,9 @@ ROWWISE, COLWISE = Style(StyleName.ROWWISE), Style(StyleName.COLWISE)
 REPLICATE, SEQUENCE_PARALLEL = Style(StyleName.REPLICATE), Style(StyleName.SEQUENCE_PARALLEL)
 
 
-def _mlp_plan(name: str, embedding: Style, norm: Style, up: Style, down: Style, head: Style, ffn: Style | None = None) -> Plan:
+def _mlp_plan(
+    name: str, embedding: Style, norm: Style, up: Style, down: Style, head: Style, ffn: Style | None = None
+) -> Plan:
     styles = {
         "embedding": embedding,
         "blocks.*.norm": norm,
@@ -150,7 +157,9 @@ def mlp_plans() -> dict[str, Plan]:
     gather = Style(StyleName.GATHER_INPUT, input=Shard(1))
     head_1 = replace(COLWISE, input=Shard(1), output=Shard(-1))
     plans = (
-        _mlp_plan("colwise takes shard(1), rowwise gives it", ROWWISE, SEQUENCE_PARALLEL, cut_1, to_1, head_1),
+        _mlp_plan(
+            "colwise takes shard(1), rowwise gives it", ROWWISE, SEQUENCE_PARALLEL, cut_1, to_1, head_1
+        ),
         _mlp_plan("gather_input from shard(1)", COLWISE, SEQUENCE_PARALLEL, COLWISE, to_1, head_1, gather),
         _mlp_plan(
             "colwise says replicate below a gather_input",
@@ -162,7 +171,13 @@ def mlp_plans() -> dict[str, Plan]:
             gather,
         ),
         _mlp_plan(
-            "gather_input from replicate", whole, REPLICATE, COLWISE, whole, COLWISE, Style(StyleName.GATHER_INPUT, input=Replicate())
+            "gather_input from replicate",
+            whole,
+            REPLICATE,
+            COLWISE,
+            whole,
+            COLWISE,
+            Style(StyleName.GATHER_INPUT, input=Replicate()),
         ),
         _mlp_plan("colwise and rowwise by default", whole, REPLICATE, COLWISE, ROWWISE, COLWISE),
         _mlp_plan(
@@ -181,7 +196,9 @@ def mlp_plans() -> dict[str, Plan]:
             replace(ROWWISE, input=Replicate()),
             replace(COLWISE, output=Replicate()),
         ),
-        _mlp_plan("replicate", replace(COLWISE, output=Replicate()), REPLICATE, REPLICATE, REPLICATE, REPLICATE),
+        _mlp_plan(
+            "replicate", replace(COLWISE, output=Replicate()), REPLICATE, REPLICATE, REPLICATE, REPLICATE
+        ),
         _mlp_plan(
             "head gives replicate",
             Style(StyleName.REPLICATED),
@@ -227,7 +244,9 @@ def _llama_cases() -> Iterator[Case]:
             for padding_idx in (None, 3):
                 about = f"llama V={vocab_size} {'tied' if tied else 'untied'} padding={padding_idx}"
                 for plan in llama_plans():
-                    yield Case(f"{about}: {plan.name}", llama(vocab_size, tied=tied, padding_idx=padding_idx), plan)
+                    yield Case(
+                        f"{about}: {plan.name}", llama(vocab_size, tied=tied, padding_idx=padding_idx), plan
+                    )
 
 
 def _kv_cases(world_size: int) -> Iterator[Case]:
@@ -242,30 +261,49 @@ def _kv_cases(world_size: int) -> Iterator[Case]:
 
 def _ids_cases() -> Iterator[Case]:
     for ids in (Ids.HOT, Ids.FEW):
-        for plan in (*map(builtin_plan, WITH_SEQUENCE_PARALLEL), builtin_plan("rowwise", sequence_parallel=False)):
+        for plan in (
+            *map(builtin_plan, WITH_SEQUENCE_PARALLEL),
+            builtin_plan("rowwise", sequence_parallel=False),
+        ):
             yield Case(f"llama {ids} ids: {plan.name}", llama(), plan, ids=ids)
 
 
 def _reduce_scatter_cases() -> Iterator[Case]:
     for mode in (ReduceScatter.BACKEND, ReduceScatter.PAIRWISE):
         for name in ("rowwise", "colwise", "replicated"):
-            yield Case(f"llama reduce_scatter={mode}: {name}", llama(), replace(builtin_plan(name), reduce_scatter=mode))
+            yield Case(
+                f"llama reduce_scatter={mode}: {name}",
+                llama(),
+                replace(builtin_plan(name), reduce_scatter=mode),
+            )
 
 
 def _accumulation_cases() -> Iterator[Case]:
     for tied, names in ((False, WITH_SEQUENCE_PARALLEL), (True, ("colwise", "replicated"))):
         for plan in map(builtin_plan, names):
-            yield Case(f"llama backward twice {'tied' if tied else 'untied'}: {plan.name}", llama(tied=tied), plan, backwards=2)
+            yield Case(
+                f"llama backward twice {'tied' if tied else 'untied'}: {plan.name}",
+                llama(tied=tied),
+                plan,
+                backwards=2,
+            )
 
 
 def _mlp_cases() -> Iterator[Case]:
     for name, plan in mlp_plans().items():
         yield Case(f"mlp: {name}", MlpConfig(), plan)
         if name != "routed interleaved":
-            tieable = next(rule for rule in plan.rules if rule.pattern == "head").style.name is StyleName.COLWISE
+            tieable = (
+                next(rule for rule in plan.rules if rule.pattern == "head").style.name is StyleName.COLWISE
+            )
             refused = f'plan "{name}": rule "head" (replicate): head is tied to the embedding. Allowed for a tied head: colwise.'
             yield Case(f"mlp tied: {name}", MlpConfig(tied=True), plan, refused=None if tieable else refused)
-    yield Case("mlp backward twice", MlpConfig(), mlp_plans()["colwise takes shard(1), rowwise gives it"], backwards=2)
+    yield Case(
+        "mlp backward twice",
+        MlpConfig(),
+        mlp_plans()["colwise takes shard(1), rowwise gives it"],
+        backwards=2,
+    )
 
 
 def _gpt_cases() -> Iterator[Case]:
@@ -273,11 +311,22 @@ def _gpt_cases() -> Iterator[Case]:
         for plan in plans_of(Family.GPT):
             yield Case(f"gpt {'tied' if tied else 'untied'}: {plan.name}", gpt(tied=tied), plan)
     yield Case("gpt V=5 tied: routed", gpt(5, tied=True), builtin_plan("routed", family=Family.GPT))
-    yield Case("gpt backward twice tied: rowwise", gpt(tied=True), builtin_plan("rowwise", family=Family.GPT), backwards=2)
+    yield Case(
+        "gpt backward twice tied: rowwise",
+        gpt(tied=True),
+        builtin_plan("rowwise", family=Family.GPT),
+        backwards=2,
+    )
 
 
 def _large_cases() -> Iterator[Case]:
-    for tied, name in ((False, "rowwise"), (False, "colwise"), (False, "routed"), (True, "routed-interleaved"), (True, "colwise")):
+    for tied, name in (
+        (False, "rowwise"),
+        (False, "colwise"),
+        (False, "routed"),
+        (True, "routed-interleaved"),
+        (True, "colwise"),
+    ):
         config = llama(32_000, n_layers=1, tied=tied)
         yield Case(f"llama V=32000 {'tied' if tied else 'untied'}: {name}", config, builtin_plan(name))
 

@@ -42,10 +42,19 @@ class Fault:
 
 
 TABLE = frozenset({"tok_embeddings.weight"})
-NORMS = frozenset({"norm.weight", *(f"layers.{layer}.{name}.weight" for layer in (0, 1) for name in ("attention_norm", "ffn_norm"))})
-ROWWISE_LINEARS = frozenset(f"layers.{layer}.{name}.weight" for layer in (0, 1) for name in ("attention.wo", "feed_forward.w2"))
+NORMS = frozenset(
+    {
+        "norm.weight",
+        *(f"layers.{layer}.{name}.weight" for layer in (0, 1) for name in ("attention_norm", "ffn_norm")),
+    }
+)
+ROWWISE_LINEARS = frozenset(
+    f"layers.{layer}.{name}.weight" for layer in (0, 1) for name in ("attention.wo", "feed_forward.w2")
+)
 COLWISE_LINEARS = frozenset(
-    f"layers.{layer}.{name}.weight" for layer in (0, 1) for name in ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1")
+    f"layers.{layer}.{name}.weight"
+    for layer in (0, 1)
+    for name in ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1")
 )
 
 
@@ -141,7 +150,9 @@ def _without_biases(self: Any, model: nn.Module, places: Any, axis: Any, origin:
 
 def _without_positions(self: Any, model: nn.Module, places: Any, axis: Any, origin: Any) -> None:
     positions = model.get_submodule("pos_embeddings")
-    _ORIGINAL_PARTIAL_INIT(self, model, [place for place in places if place[0] is not positions], axis, origin)
+    _ORIGINAL_PARTIAL_INIT(
+        self, model, [place for place in places if place[0] is not positions], axis, origin
+    )
 
 
 def _first_ids(self: embedding.EmbeddingShard, ids_BS: Tensor, weight: Tensor) -> Tensor:
@@ -189,10 +200,14 @@ def _detached(module: Any, grad: Any) -> Tensor:
 
 def _with_norms(plan: Plan, style: StyleName) -> Plan:
     norms = ("layers.*.attention_norm", "layers.*.ffn_norm", "norm")
-    return replace(plan, rules=tuple(Rule(r.pattern, Style(style)) if r.pattern in norms else r for r in plan.rules))
+    return replace(
+        plan, rules=tuple(Rule(r.pattern, Style(style)) if r.pattern in norms else r for r in plan.rules)
+    )
 
 
-SP = {name: builtin_plan(name) for name in ("rowwise", "colwise", "routed", "routed-interleaved", "replicated")}
+SP = {
+    name: builtin_plan(name) for name in ("rowwise", "colwise", "routed", "routed-interleaved", "replicated")
+}
 NO_SP = {name: builtin_plan(name, sequence_parallel=False) for name in ("rowwise", "colwise", "replicated")}
 MLP_1 = mlp_plans()["colwise takes shard(1), rowwise gives it"]
 MLP_WHOLE = mlp_plans()["colwise gives replicate, rowwise takes it"]
@@ -366,7 +381,13 @@ FAULTS = (
         only=True,
         says="2 times the unsharded one",
     ),
-    Fault("sequence_parallel norm: taken for replicate", llama(), _with_norms(SP["rowwise"], StyleName.REPLICATE), NORMS, only=True),
+    Fault(
+        "sequence_parallel norm: taken for replicate",
+        llama(),
+        _with_norms(SP["rowwise"], StyleName.REPLICATE),
+        NORMS,
+        only=True,
+    ),
     Fault(
         "replicate norm: taken for sequence_parallel",
         llama(),
@@ -411,7 +432,12 @@ FAULTS = (
         llama(),
         replace(SP["rowwise"], reduce_scatter=ReduceScatter.BACKEND),
         TABLE,
-        partial(patch.object, collectives, "_reduce_scatter_into", lambda out, blocks, group: out.copy_(blocks[: out.numel()])),
+        partial(
+            patch.object,
+            collectives,
+            "_reduce_scatter_into",
+            lambda out, blocks, group: out.copy_(blocks[: out.numel()]),
+        ),
         loss_exact=False,
     ),
 )
@@ -427,17 +453,31 @@ def _no_order(module: nn.Module, *_: Any) -> None:
 
 # which part of the answer (see style_workers.run) each of these faults must spoil
 PART_FAULTS: dict[str, tuple[str, Planting]] = {
-    "a reduce-scatter doesn't sum": ("laws", partial(patch.object, collectives, "scatter_sum_now", _own_block_unsummed)),
-    "every rank counts replicated gradients": ("clip", partial(patch.object, clipping, "_counts_here", lambda gradient, mesh: True)),
+    "a reduce-scatter doesn't sum": (
+        "laws",
+        partial(patch.object, collectives, "scatter_sum_now", _own_block_unsummed),
+    ),
+    "every rank counts replicated gradients": (
+        "clip",
+        partial(patch.object, clipping, "_counts_here", lambda gradient, mesh: True),
+    ),
     "ignored labels count": (
         "steps dp=2",
-        partial(patch.object, train, "count_valid", lambda labels: torch.tensor(labels.numel(), device=labels.device)),
+        partial(
+            patch.object,
+            train,
+            "count_valid",
+            lambda labels: torch.tensor(labels.numel(), device=labels.device),
+        ),
     ),
-    "data-parallel gradients aren't summed": ("steps dp=2", partial(patch.object, train, "_sum_gradients", _nothing)),
-    "nothing is clipped": (
-        "steps tp=2",
-        partial(patch.object, train, "clip_gradients", _unclipped),
+    "data-parallel gradients aren't summed": (
+        "steps dp=2",
+        partial(patch.object, train, "_sum_gradients", _nothing),
     ),
-    "interleaved rows are saved as they are kept": ("state_dict", partial(patch.object, native, "keep_rows_in_order", _no_order)),
+    "nothing is clipped": ("steps tp=2", partial(patch.object, train, "clip_gradients", _unclipped)),
+    "interleaved rows are saved as they are kept": (
+        "state_dict",
+        partial(patch.object, native, "keep_rows_in_order", _no_order),
+    ),
     "digests don't see": ("ranks", partial(patch.object, ranks, "digest", lambda tensor: int(tensor.sum()))),
 }

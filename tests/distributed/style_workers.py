@@ -100,7 +100,9 @@ def compare(case: Case, mesh: DeviceMesh, device: torch.device) -> Agreement:
     ids_BS = base.ids_BS.to(device) if case.plan.engine is Engine.DTENSOR else base.ids_BS
     if case.backwards == 1:
         return agreement(model, ids_BS, base.labels_BS, base.whole, layers=2)
-    whole = Reference(base.whole.loss, {name: gradient * case.backwards for name, gradient in base.whole.gradients.items()})
+    whole = Reference(
+        base.whole.loss, {name: gradient * case.backwards for name, gradient in base.whole.gradients.items()}
+    )
 
     def run() -> Tensor:
         loss_function = loss_of(model)
@@ -130,7 +132,9 @@ def _run_faults(context: RankContext, mesh: DeviceMesh) -> dict[str, dict[str, A
         context.note(fault.name)
         unsharded(fault.config, Ids.RANDOM, context.device)  # before the fault is planted
         with fault.plant():
-            outcomes[fault.name] = asdict(compare(Case(fault.name, fault.config, fault.plan), mesh, context.device))
+            outcomes[fault.name] = asdict(
+                compare(Case(fault.name, fault.config, fault.plan), mesh, context.device)
+            )
     return outcomes
 
 
@@ -140,7 +144,9 @@ def laws(context: RankContext, mesh: DeviceMesh) -> dict[str, float]:
     t, device = axis.size, context.device
     generator = torch.Generator().manual_seed(3)
     whole = torch.randn(3 * t, 7, 5, generator=generator, dtype=torch.float64).to(device)
-    own = torch.randn(3 * t, 7, 5, generator=generator.manual_seed(10 + context.rank), dtype=torch.float64).to(device)
+    own = torch.randn(
+        3 * t, 7, 5, generator=generator.manual_seed(10 + context.rank), dtype=torch.float64
+    ).to(device)
 
     def difference(run: Callable[[Tensor], Tensor], expected: Callable[[Tensor], Tensor], x: Tensor) -> float:
         """Of outputs, and of the gradients for one random gradient of the output, the same on all ranks."""
@@ -171,11 +177,17 @@ def laws(context: RankContext, mesh: DeviceMesh) -> dict[str, float]:
 
     def swapped(x: Tensor, split_dim: int, concat_dim: int) -> Tensor:
         full = whole.shape[concat_dim]
-        return collectives.all_to_all(x, split_dim, concat_dim, axis, full_size=full, grad_placement=Shard(split_dim), origin=ORIGIN)
+        return collectives.all_to_all(
+            x, split_dim, concat_dim, axis, full_size=full, grad_placement=Shard(split_dim), origin=ORIGIN
+        )
 
     def sent(x: Tensor) -> Tensor:
-        sends = [1 + (context.rank + other) % 3 for other in range(t)]  # symmetric, so what is sent to a rank comes back
-        return collectives.exchange_rows(x[: sum(sends)], sends, sends, axis, grad_placement=Shard(0), origin=ORIGIN)
+        sends = [
+            1 + (context.rank + other) % 3 for other in range(t)
+        ]  # symmetric, so what is sent to a rank comes back
+        return collectives.exchange_rows(
+            x[: sum(sends)], sends, sends, axis, grad_placement=Shard(0), origin=ORIGIN
+        )
 
     def times_ranks(x: Tensor) -> Tensor:
         return x + (t - 1) * x
@@ -188,8 +200,12 @@ def laws(context: RankContext, mesh: DeviceMesh) -> dict[str, float]:
 
     n_rows = sum(1 + (context.rank + other) % 3 for other in range(t))
     return {
-        "all_gather after split is nothing": max(difference(cut_and_gathered(d), torch.clone, whole) for d in (0, 1, 2)),
-        "all_gather after reduce_scatter is all_reduce": difference(lambda x: gathered(scattered(x, 0), 0), summed, own),
+        "all_gather after split is nothing": max(
+            difference(cut_and_gathered(d), torch.clone, whole) for d in (0, 1, 2)
+        ),
+        "all_gather after reduce_scatter is all_reduce": difference(
+            lambda x: gathered(scattered(x, 0), 0), summed, own
+        ),
         "backends differ in nothing": difference(
             lambda x: collectives.reduce_scatter(
                 x,
@@ -201,12 +217,19 @@ def laws(context: RankContext, mesh: DeviceMesh) -> dict[str, float]:
             lambda x: scattered(x, 0),
             own,
         ),
-        "all_reduce of the same is t times it": difference(lambda x: fanned_out(summed(x)), lambda x: times_ranks(x), whole),
-        "all_to_all there and back is nothing": max(
-            difference(there_and_back(i, j), torch.clone, cut(whole, j).contiguous()) for i, j in ((0, 1), (1, 0), (1, 2), (2, 1), (0, 2))
+        "all_reduce of the same is t times it": difference(
+            lambda x: fanned_out(summed(x)), lambda x: times_ranks(x), whole
         ),
-        "all_to_all is a gather and a split": difference(lambda x: swapped(cut(x, 1), 2, 1), lambda x: cut(x, 2), whole),
-        "exchange_rows there and back is nothing": difference(lambda x: sent(sent(x)), lambda x: x[:n_rows].clone(), own),
+        "all_to_all there and back is nothing": max(
+            difference(there_and_back(i, j), torch.clone, cut(whole, j).contiguous())
+            for i, j in ((0, 1), (1, 0), (1, 2), (2, 1), (0, 2))
+        ),
+        "all_to_all is a gather and a split": difference(
+            lambda x: swapped(cut(x, 1), 2, 1), lambda x: cut(x, 2), whole
+        ),
+        "exchange_rows there and back is nothing": difference(
+            lambda x: sent(sent(x)), lambda x: x[:n_rows].clone(), own
+        ),
     }
 
 
@@ -225,9 +248,12 @@ def clip_errors(context: RankContext, mesh: DeviceMesh) -> dict[str, float]:
             parameter.grad = gradient.clone()
         expected = nn.utils.clip_grad_norm_(parameters, max_norm)
         clipped = Reference(
-            base.whole.loss, {n: p.grad for n, p in zip(base.whole.gradients, parameters, strict=True) if p.grad is not None}
+            base.whole.loss,
+            {n: p.grad for n, p in zip(base.whole.gradients, parameters, strict=True) if p.grad is not None},
         )
-        found = agreement(model, base.ids_BS, base.labels_BS, clipped, layers=2, run=partial(_again, model, base, max_norm))
+        found = agreement(
+            model, base.ids_BS, base.labels_BS, clipped, layers=2, run=partial(_again, model, base, max_norm)
+        )
         errors[plan.name] = max(abs(float(norm / expected) - 1), found.worst_gradient_error, found.loss_error)
     return errors
 
@@ -248,8 +274,13 @@ def _steps(plan: Plan | None, mesh: DeviceMesh | None, device: torch.device, par
     labels_BS[3, 1:] = -100
     if plan is None:
         ids_BS = ids_BS.to(device)
-    micro_batches = [(ids_BS[start : start + 2].chunk(parts)[part], labels_BS[start : start + 2].chunk(parts)[part]) for start in (0, 2)]
-    model = build_model(ModelSpec("llama-test", llama(260), ""), plan, mesh, dtype=torch.float64, device=device, seed=4)
+    micro_batches = [
+        (ids_BS[start : start + 2].chunk(parts)[part], labels_BS[start : start + 2].chunk(parts)[part])
+        for start in (0, 2)
+    ]
+    model = build_model(
+        ModelSpec("llama-test", llama(260), ""), plan, mesh, dtype=torch.float64, device=device, seed=4
+    )
     step = TrainStep(model, mesh=mesh, learning_rate=1e-2, max_norm=0.5)
     results = [step(micro_batches) for _ in range(3)]
     return torch.stack([torch.stack((result.loss, result.gradient_norm)) for result in results]).cpu()
@@ -273,7 +304,10 @@ def step_errors(context: RankContext, mesh_text: str) -> dict[str, float]:
     plans = [*map(builtin_plan, names), builtin_plan("rowwise", sequence_parallel=False)]
     parts = mesh_noun.data_parallel
     part = context.rank // mesh_noun.tp
-    return {plan.name: float((_steps(plan, mesh, context.device, part, parts) / expected - 1).abs().max()) for plan in plans}
+    return {
+        plan.name: float((_steps(plan, mesh, context.device, part, parts) / expected - 1).abs().max())
+        for plan in plans
+    }
 
 
 def recorded(context: RankContext, mesh: DeviceMesh) -> dict[str, list[tuple[str, str, int, float]]]:
@@ -310,7 +344,10 @@ def state_dict_differences(context: RankContext, mesh: DeviceMesh) -> dict[str, 
             for state in (saved, base.state):
                 other = sharded(config, plan, mesh, zeros)
                 other.load_state_dict(state)
-                wrong += sum(int((_local(p) != _local(q)).sum()) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+                wrong += sum(
+                    int((_local(p) != _local(q)).sum())
+                    for p, q in zip(model.parameters(), other.parameters(), strict=True)
+                )
             found[f"{'tied' if tied else 'untied'} {plan.name}"] = wrong
     return found
 

@@ -9,7 +9,13 @@ from shardwise.launch import run_ranks
 
 
 def reports_of(entry: str, ranks: int = 2) -> list[CalibrateReport]:
-    results = run_ranks(f"tests.distributed.calibrate_workers:{entry}", b"", world_size=ranks, device_type="cpu", timeout_s=120)
+    results = run_ranks(
+        f"tests.distributed.calibrate_workers:{entry}",
+        b"",
+        world_size=ranks,
+        device_type="cpu",
+        timeout_s=120,
+    )
     return [msgspec.json.decode(result, type=CalibrateReport) for result in results]
 
 
@@ -27,7 +33,9 @@ def test_a_kernel_that_fails_is_left_out_and_said_on_every_rank_and_the_others_a
         assert report.context_bytes > 1e7
     samples, _ = merged(reports)
     assert [each.name for each in samples if each.what == "matmul"] == ["aten::mm tn", "aten::bmm nn"]
-    assert {(each.what, each.ranks) for each in samples if each.what in list(CollectiveKind)} == {(str(kind), 2) for kind in CollectiveKind}
+    assert {(each.what, each.ranks) for each in samples if each.what in list(CollectiveKind)} == {
+        (str(kind), 2) for kind in CollectiveKind
+    }
     assert {each.name for each in samples if each.what == "launch"} == {
         "native forward", "native backward", "dtensor forward", "dtensor backward", "collective",
     }  # fmt: skip

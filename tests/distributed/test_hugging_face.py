@@ -6,12 +6,19 @@ import pytest
 from shardwise.launch import run_ranks
 
 pytest.importorskip(
-    "transformers", reason="transformers isn't installed, so plan hf is NOT compared with the whole model: pip install shardwise[hf]"
+    "transformers",
+    reason="transformers isn't installed, so plan hf is NOT compared with the whole model: pip install shardwise[hf]",
 )
 
 
 def test_plan_hf_gives_the_loss_and_every_gradient_of_the_whole_model() -> None:
-    results = run_ranks("tests.distributed.hugging_face_workers:against_unsharded", b"", world_size=2, device_type="cpu", timeout_s=120)
+    results = run_ranks(
+        "tests.distributed.hugging_face_workers:against_unsharded",
+        b"",
+        world_size=2,
+        device_type="cpu",
+        timeout_s=120,
+    )
     for result in results:
         answers = msgspec.json.decode(result)
         assert len(answers) == 4
@@ -23,10 +30,18 @@ def test_plan_hf_gives_the_loss_and_every_gradient_of_the_whole_model() -> None:
 
 
 def test_plans_that_cannot_be_traced_do_not_run_on_real_ranks_either() -> None:
-    results = run_ranks("tests.distributed.hugging_face_workers:own_failures", b"", world_size=2, device_type="cpu", timeout_s=120)
+    results = run_ranks(
+        "tests.distributed.hugging_face_workers:own_failures",
+        b"",
+        world_size=2,
+        device_type="cpu",
+        timeout_s=120,
+    )
     for result in results:
         doge, llama4, inkling, lfm2 = msgspec.json.decode(result)
         assert doge.startswith("RuntimeError: The size of tensor a (4) must match the size of tensor b (8)")
-        assert llama4.startswith("RuntimeError: Output 0 of _ToTorchTensor is a view and is being modified inplace.")
+        assert llama4.startswith(
+            "RuntimeError: Output 0 of _ToTorchTensor is a view and is being modified inplace."
+        )
         assert inkling.startswith("AssertionError")
         assert lfm2.startswith("RuntimeError: aten.mm.default got mixed torch.Tensor and DTensor")

@@ -96,7 +96,9 @@ def test_results_come_back_in_the_order_of_ranks_and_events_in_the_order_of_repo
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     events: list[bytes] = []
 
-    results = launch("tour", bytes(9 * 2**20), world_size=3, on_event=events.append, log_dir=tmp_path / "logs")
+    results = launch(
+        "tour", bytes(9 * 2**20), world_size=3, on_event=events.append, log_dir=tmp_path / "logs"
+    )
 
     facts = [json.loads(result) for result in results]
     assert [fact["rank"] for fact in facts] == [0, 1, 2]
@@ -110,9 +112,15 @@ def test_results_come_back_in_the_order_of_ranks_and_events_in_the_order_of_repo
         if sys.platform == "linux":
             assert fact["environment"]["THP_MEM_ALLOC_ENABLE"] == "1"
             assert fact["environment"]["GLOO_SOCKET_IFNAME"] == "lo"
-    assert [event for event in events if event.startswith(b"event")] == [f"event {index}".encode() for index in range(20)]
+    assert [event for event in events if event.startswith(b"event")] == [
+        f"event {index}".encode() for index in range(20)
+    ]
     assert [len(event) for event in events if event.startswith(b"xx")] == [9 * 2**20] * 3
-    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["rank-0.log", "rank-1.log", "rank-2.log"]
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == [
+        "rank-0.log",
+        "rank-1.log",
+        "rank-2.log",
+    ]
     assert list(temporary_folder.iterdir()) == []
 
 
@@ -132,20 +140,32 @@ def test_a_rank_killed_by_sigkill_is_named_and_the_others_are_stopped(temporary_
 @pytest.mark.parametrize(
     ("how", "error", "message"),
     [
-        ("value error", RunError, 'rank 1 failed: ValueError: the first line during "the check". Its output: {log}'),
+        (
+            "value error",
+            RunError,
+            'rank 1 failed: ValueError: the first line during "the check". Its output: {log}',
+        ),
         ("plan error", PlanError, 'rule "a" matches nothing. Name a module of the model.'),
         (
             "silent exit",
             RunError,
             'rank 1 ended with exit code 7 and no result during "the check". The other ranks were stopped. Its output: {log}',
         ),
-        ("no result", RunError, 'rank 1 ended with exit code 0 and no result during "the check". The other ranks were stopped.'),
+        (
+            "no result",
+            RunError,
+            'rank 1 ended with exit code 0 and no result during "the check". The other ranks were stopped.',
+        ),
         (
             "segfault",
             RunError,
             'rank 1 was killed by SIGSEGV (signal 11) during "the check". The other ranks were stopped. Its output: {log}',
         ),
-        ("terminated", RunError, 'rank 1 was killed by SIGTERM (signal 15) during "the check". The other ranks were stopped.'),
+        (
+            "terminated",
+            RunError,
+            'rank 1 was killed by SIGTERM (signal 15) during "the check". The other ranks were stopped.',
+        ),
     ],
 )
 def test_the_rank_that_failed_is_named_and_not_the_one_that_lost_its_connection(
@@ -165,7 +185,10 @@ def test_an_error_names_a_log_that_exists_and_other_logs_are_removed(temporary_f
     with pytest.raises(RunError, match="Its output: ") as caught:
         run_ranks("launch_workers:nothing_of_this_name", b"", world_size=1, device_type="cpu", timeout_s=60)
     message, _, log = str(caught.value).partition(" Its output: ")
-    assert message == "rank 0 failed: AttributeError: module 'launch_workers' has no attribute 'nothing_of_this_name'."
+    assert (
+        message
+        == "rank 0 failed: AttributeError: module 'launch_workers' has no attribute 'nothing_of_this_name'."
+    )
     assert "nothing_of_this_name" in Path(log).read_text()
 
 
@@ -219,7 +242,10 @@ def test_a_full_disk_does_not_hide_why_a_rank_failed(tmp_path: Path) -> None:
 
 def test_logs_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match=r"^the ranks' logs can't be written: .*file.*\. Choose another folder, or make room\.$"):
+    with pytest.raises(
+        RunError,
+        match=r"^the ranks' logs can't be written: .*file.*\. Choose another folder, or make room\.$",
+    ):
         launch("tour", log_dir=tmp_path / "file")
 
 
@@ -234,7 +260,8 @@ def test_more_ranks_than_gpus_are_refused() -> None:
     if torch.cuda.device_count():
         pytest.skip("this machine has a GPU")
     with pytest.raises(
-        MeshError, match=r"^mesh: 2 ranks on cuda need 2 GPUs; this machine has 0\. Use the CPU, or more machines through torchrun\.$"
+        MeshError,
+        match=r"^mesh: 2 ranks on cuda need 2 GPUs; this machine has 0\. Use the CPU, or more machines through torchrun\.$",
     ):
         run_ranks("launch_workers:tour", b"", world_size=2, device_type="cuda", timeout_s=60)
 
@@ -308,7 +335,10 @@ def test_a_signal_to_the_parent_leaves_no_rank(
     _, said = process.communicate(timeout=ENDS_WITHIN_S)
     assert process.returncode == exit_code
     assert said == stderr
-    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids), limit_s=3 if number == signal.SIGKILL else 0.1)
+    wait_until(
+        lambda: not any(psutil.pid_exists(pid) for pid in pids),
+        limit_s=3 if number == signal.SIGKILL else 0.1,
+    )
 
 
 def test_signal_handlers_are_those_from_before() -> None:
@@ -368,7 +398,9 @@ def test_torchruns_ranks_are_joined_and_a_wrong_world_size_is_one_line(tmp_path:
     )
     for run, payload_bytes in zip(json.loads(results), (10, 20), strict=True):
         assert [fact["rank"] for fact in run] == [0, 1]
-        assert [(fact["sum"], fact["under_torchrun"], fact["payload_bytes"]) for fact in run] == [(1, True, payload_bytes)] * 2
+        assert [(fact["sum"], fact["under_torchrun"], fact["payload_bytes"]) for fact in run] == [
+            (1, True, payload_bytes)
+        ] * 2
     assert json.loads(events) == [*[len(f"event {index}") for index in range(20)], 9 * 2**20, 9 * 2**20] * 2
     assert ended.returncode != 0
     assert 'PlanError rule "a" matches nothing. Name a module of the model.' in ended.stderr
@@ -377,7 +409,12 @@ def test_torchruns_ranks_are_joined_and_a_wrong_world_size_is_one_line(tmp_path:
 def test_without_torchrun_this_process_is_the_main_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not joined()
     assert is_main()
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     assert joined()
     assert not is_main()

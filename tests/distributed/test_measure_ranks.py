@@ -6,7 +6,9 @@ from shardwise.launch import run_ranks
 
 
 def test_a_subject_that_waits_in_host_memory_between_its_steps_trains_the_same() -> None:
-    results = run_ranks("tests.distributed.measure_workers:park", b"", world_size=2, device_type="cpu", timeout_s=60)
+    results = run_ranks(
+        "tests.distributed.measure_workers:park", b"", world_size=2, device_type="cpu", timeout_s=60
+    )
     for result in results:
         parked, resident, held = msgspec.json.decode(result)
         assert parked == resident
@@ -16,7 +18,9 @@ def test_a_subject_that_waits_in_host_memory_between_its_steps_trains_the_same()
 
 
 def test_any_module_can_be_timed_alone_on_both_engines() -> None:
-    results = run_ranks("tests.distributed.measure_workers:alone", b"", world_size=2, device_type="cpu", timeout_s=60)
+    results = run_ranks(
+        "tests.distributed.measure_workers:alone", b"", world_size=2, device_type="cpu", timeout_s=60
+    )
     for result in results:
         times = msgspec.json.decode(result)
         assert len(times) == 8

@@ -32,7 +32,9 @@ NAMES = (
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Verification]:
-    answers = verify([Case(f"benchmarks.mutants:{name}", "own", name) for name in NAMES], mesh=MESH, timeout_s=60)
+    answers = verify(
+        [Case(f"benchmarks.mutants:{name}", "own", name) for name in NAMES], mesh=MESH, timeout_s=60
+    )
     return {answer.plan: answer for answer in answers}
 
 

@@ -18,16 +18,22 @@ OPS = ["all_reduce", "all_gather", "all_to_all"]
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, tuple[Timeline, ...], Sharing]:
+def recorded(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, tuple[Timeline, ...], Sharing]:
     world: int = request.param
     folder = tmp_path_factory.mktemp(f"traces-{world}")
     job = msgspec.json.encode(Job(str(folder), LATE[world]))
-    run_ranks("tests.distributed.profile_workers:record", job, world_size=world, device_type="cpu", timeout_s=120)
+    run_ranks(
+        "tests.distributed.profile_workers:record", job, world_size=world, device_type="cpu", timeout_s=120
+    )
     timelines, sharing = share(read_ranks(trace_files(Path(folder))))
     return world, timelines, sharing
 
 
-def test_every_rank_s_file_says_whose_it_is_and_has_the_marked_steps(recorded: tuple[int, tuple[Timeline, ...], Sharing]) -> None:
+def test_every_rank_s_file_says_whose_it_is_and_has_the_marked_steps(
+    recorded: tuple[int, tuple[Timeline, ...], Sharing],
+) -> None:
     world, timelines, _ = recorded
     assert [timeline.ranks for timeline in timelines] == [(rank,) for rank in range(world)]
     for timeline in timelines:
@@ -36,7 +42,9 @@ def test_every_rank_s_file_says_whose_it_is_and_has_the_marked_steps(recorded: t
         assert any(name == "module: 0" for name in timeline.names)
 
 
-def test_the_late_rank_is_blamed_and_the_waiting_is_what_was_planted(recorded: tuple[int, tuple[Timeline, ...], Sharing]) -> None:
+def test_the_late_rank_is_blamed_and_the_waiting_is_what_was_planted(
+    recorded: tuple[int, tuple[Timeline, ...], Sharing],
+) -> None:
     world, _, sharing = recorded
     planted = [each for each in sharing.collectives if each.step is not None and each.op in OPS]
     assert [each.op for each in planted] == OPS * STEPS
@@ -50,7 +58,9 @@ def test_the_late_rank_is_blamed_and_the_waiting_is_what_was_planted(recorded: t
         assert each.blame.doing.startswith("its CPU in no recorded op inside the planted sleep")
 
 
-def test_the_parts_add_up_and_hold_the_planted_waiting(recorded: tuple[int, tuple[Timeline, ...], Sharing]) -> None:
+def test_the_parts_add_up_and_hold_the_planted_waiting(
+    recorded: tuple[int, tuple[Timeline, ...], Sharing],
+) -> None:
     world, timelines, _ = recorded
     for timeline in timelines:
         rank = timeline.ranks[0]
@@ -60,12 +70,16 @@ def test_the_parts_add_up_and_hold_the_planted_waiting(recorded: tuple[int, tupl
             assert each.parts.exposed_waiting_ns / 1e9 == pytest.approx(waits * SLEEP_S, rel=0.1)
 
 
-def test_a_truncated_file_of_one_rank_loses_its_end_only(recorded: tuple[int, tuple[Timeline, ...], Sharing], tmp_path: Path) -> None:
+def test_a_truncated_file_of_one_rank_loses_its_end_only(
+    recorded: tuple[int, tuple[Timeline, ...], Sharing], tmp_path: Path
+) -> None:
     """What the other ranks have is read, and what can't be matched is counted."""
     from tests.unit.chrome_trace import all_reduce, write
 
     write(tmp_path / "rank0.json", [all_reduce(100 * at, 30) for at in range(9)], rank=0)
-    text = write(tmp_path / "rank1.json", [all_reduce(100 * at + 5, 25) for at in range(9)], rank=1).read_bytes()
+    text = write(
+        tmp_path / "rank1.json", [all_reduce(100 * at + 5, 25) for at in range(9)], rank=1
+    ).read_bytes()
     (tmp_path / "rank1.json").write_bytes(text[: len(text) * 2 // 3])
     _, sharing = share(read_ranks(trace_files(tmp_path), workers=1))
     assert 3 <= len(sharing.collectives) < 9

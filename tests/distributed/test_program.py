@@ -24,7 +24,13 @@ ALL_CASES = [case for world_size in (2, 3, 4) for case in cases(world_size)]
 def answers(world_size: int) -> tuple[dict[str, list[Issued]], ...] | str:
     """Per rank: what it issued in each case. Or why the launch failed: it isn't tried again for each case."""
     try:
-        results = run_ranks("tests.distributed.program_workers:collectives", b"", world_size=world_size, device_type="cpu", timeout_s=120)
+        results = run_ranks(
+            "tests.distributed.program_workers:collectives",
+            b"",
+            world_size=world_size,
+            device_type="cpu",
+            timeout_s=120,
+        )
     except ShardwiseError as error:
         return str(error)
     return tuple(msgspec.json.decode(result, type=dict[str, list[Issued]]) for result in results)
@@ -42,14 +48,19 @@ def programs(case: Case) -> tuple[Program, ...]:
     """Of every rank, for the ids that the real ranks get."""
     mesh = Mesh.parse(case.mesh)
     ids_BS = case.ids()
-    return tuple(trace(case.spec, case.make_plan(), mesh, case.settings, rank=rank, ids=ids_BS) for rank in range(mesh.world_size))
+    return tuple(
+        trace(case.spec, case.make_plan(), mesh, case.settings, rank=rank, ids=ids_BS)
+        for rank in range(mesh.world_size)
+    )
 
 
 def as_issued(collective: Collective) -> Issued:
     """What c10d would tell of it. It can't tell a recomputed forward from the backward that runs it."""
     call = collective.call
     phase = Phase.BACKWARD if collective.phase is Phase.RECOMPUTE else collective.phase
-    return Issued(str(call.kind), call.axis, call.axis_size, call.dtype, call.payload_bytes, call.wire_bytes, str(phase))
+    return Issued(
+        str(call.kind), call.axis, call.axis_size, call.dtype, call.payload_bytes, call.wire_bytes, str(phase)
+    )
 
 
 @pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: case.name)
@@ -60,13 +71,17 @@ def test_real_ranks_issue_the_programs_collectives(case: Case) -> None:
         assert real
 
 
-@pytest.mark.parametrize("case", [case for case in ALL_CASES if case.plan.startswith("routed")], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [case for case in ALL_CASES if case.plan.startswith("routed")], ids=lambda case: case.name
+)
 def test_what_the_batch_decides_is_told_for_all_ranks_as_they_send_it(case: Case) -> None:
     real, traced = issued(case), programs(case)
     tp = Mesh.parse(case.mesh).tp
     for program in traced:
         first = program.rank // tp * tp
-        decided = [index for index, collective in enumerate(program.collectives()) if collective.by_data is not None]
+        decided = [
+            index for index, collective in enumerate(program.collectives()) if collective.by_data is not None
+        ]
         assert len(decided) == 2 * case.accumulation
         for index, collective in enumerate(program.collectives()):
             if collective.by_data is None:
@@ -82,6 +97,8 @@ def test_what_the_batch_decides_is_told_for_all_ranks_as_they_send_it(case: Case
 
 def test_no_plan_is_left_out() -> None:
     for world_size in (2, 3, 4):
-        assert {case.plan for case in cases(world_size) if case.mesh == f"tp={world_size}"} == set(builtin_names())
+        assert {case.plan for case in cases(world_size) if case.mesh == f"tp={world_size}"} == set(
+            builtin_names()
+        )
     assert {case.mesh for case in cases(4)} >= {"tp=4", "dp=2,tp=2", "fsdp=2,tp=2"}
     assert [len(cases(world_size)) for world_size in (2, 3, 4)] == [27, 17, 30]

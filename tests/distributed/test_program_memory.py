@@ -20,13 +20,17 @@ ALLOWED = 0.03
 @lru_cache
 def weighed() -> tuple[dict[str, Weighed], ...]:
     """Per rank: what each case weighed."""
-    results = run_ranks("tests.distributed.memory_workers:weigh", b"", world_size=2, device_type="cpu", timeout_s=300)
+    results = run_ranks(
+        "tests.distributed.memory_workers:weigh", b"", world_size=2, device_type="cpu", timeout_s=300
+    )
     return tuple(msgspec.json.decode(result, type=dict[str, Weighed]) for result in results)
 
 
 @lru_cache
 def program_of(case: Case, rank: int) -> Program:
-    return trace(get_spec(MODEL), builtin_plan(case.plan), Mesh.parse(MESH), case.settings, rank=rank, ids=case.ids())
+    return trace(
+        get_spec(MODEL), builtin_plan(case.plan), Mesh.parse(MESH), case.settings, rank=rank, ids=case.ids()
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -12,7 +12,11 @@ WORLD_SIZES = (1, 2, 3, 4)
 ALL_CASES = [(world_size, case) for world_size in WORLD_SIZES for case in cases(world_size)]
 
 
-@pytest.mark.parametrize(("world_size", "case"), ALL_CASES, ids=[f"{world_size} ranks, {case.name}" for world_size, case in ALL_CASES])
+@pytest.mark.parametrize(
+    ("world_size", "case"),
+    ALL_CASES,
+    ids=[f"{world_size} ranks, {case.name}" for world_size, case in ALL_CASES],
+)
 def test_a_sharded_model_equals_the_unsharded_one(world_size: int, case: Case) -> None:
     assert_as_expected(case, part(world_size, "cases")[case.name])
 
@@ -40,8 +44,21 @@ def test_the_comparison_sees_planted_faults(fault: Fault) -> None:
 
 
 def test_each_native_style_has_a_planted_fault() -> None:
-    styles = ("rowwise embedding", "colwise embedding", "routed embedding", "routed interleaved embedding", "replicated embedding")
-    others = ("colwise linear", "rowwise linear", "sequence_parallel norm", "replicate norm", "gather_input", "loss")
+    styles = (
+        "rowwise embedding",
+        "colwise embedding",
+        "routed embedding",
+        "routed interleaved embedding",
+        "replicated embedding",
+    )
+    others = (
+        "colwise linear",
+        "rowwise linear",
+        "sequence_parallel norm",
+        "replicate norm",
+        "gather_input",
+        "loss",
+    )
     for style in (*styles, *others):
         assert any(fault.name.startswith(style) for fault in FAULTS), style
 
@@ -60,8 +77,12 @@ def test_clipping_equals_torchs_on_the_unsharded_model(world_size: int) -> None:
     assert {plan: error for plan, error in errors.items() if error > TOLERANCE} == {}
 
 
-@pytest.mark.parametrize(("world_size", "mesh"), [(world_size, mesh) for world_size, meshes in MESHES.items() for mesh in meshes])
-def test_three_training_steps_equal_those_of_the_unsharded_model_on_one_process(world_size: int, mesh: str) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "mesh"), [(world_size, mesh) for world_size, meshes in MESHES.items() for mesh in meshes]
+)
+def test_three_training_steps_equal_those_of_the_unsharded_model_on_one_process(
+    world_size: int, mesh: str
+) -> None:
     errors = part(world_size, f"steps {mesh}")
     assert len(errors) == 5
     assert {plan: error for plan, error in errors.items() if error > TOLERANCE} == {}
@@ -74,7 +95,9 @@ def test_checkpoints_hold_rows_in_the_order_of_their_ids_and_load_bit_for_bit(wo
     assert {plan: count for plan, count in differing.items() if count} == {}
 
 
-@pytest.mark.parametrize(("world_size", "rows"), [(1, list(range(10))), (2, [0, 2, 4, 6, 8]), (3, [0, 3, 6, 8]), (4, [0, 4, 7])])
+@pytest.mark.parametrize(
+    ("world_size", "rows"), [(1, list(range(10))), (2, [0, 2, 4, 6, 8]), (3, [0, 3, 6, 8]), (4, [0, 4, 7])]
+)
 def test_an_interleaved_table_deals_its_rows_round_robin(world_size: int, rows: list[int]) -> None:
     assert part(world_size, "interleaved") == rows
 
@@ -113,19 +136,38 @@ WHOLE_BY_HAND = {
 @pytest.mark.parametrize(
     ("plan", "by_hand"),
     [
-        ("rowwise", collectives_by_hand(all_to_all__forward=(1, ACTIVATION / 2), all_gather__backward=(1, ACTIVATION / 2))),
+        (
+            "rowwise",
+            collectives_by_hand(
+                all_to_all__forward=(1, ACTIVATION / 2), all_gather__backward=(1, ACTIVATION / 2)
+            ),
+        ),
         # each rank's slice of the hidden dim for the other's half of the tokens
-        ("colwise", collectives_by_hand(all_to_all__forward=(1, ACTIVATION / 4), all_to_all__backward=(1, ACTIVATION / 4))),
+        (
+            "colwise",
+            collectives_by_hand(
+                all_to_all__forward=(1, ACTIVATION / 4), all_to_all__backward=(1, ACTIVATION / 4)
+            ),
+        ),
         ("replicated", collectives_by_hand(all_reduce__backward=(0, TABLE))),
         ("rowwise (no sequence parallelism)", WHOLE_BY_HAND),
         (
             "colwise (no sequence parallelism)",
-            WHOLE_BY_HAND | {"all_reduce forward": (4, 4.0 * ACTIVATION), "all_gather forward": (2, ACTIVATION / 2 + LOSS_STATISTICS / 2)},
+            WHOLE_BY_HAND
+            | {
+                "all_reduce forward": (4, 4.0 * ACTIVATION),
+                "all_gather forward": (2, ACTIVATION / 2 + LOSS_STATISTICS / 2),
+            },
         ),
-        ("replicated (no sequence parallelism)", WHOLE_BY_HAND | {"all_reduce forward": (4, 4.0 * ACTIVATION)}),
+        (
+            "replicated (no sequence parallelism)",
+            WHOLE_BY_HAND | {"all_reduce forward": (4, 4.0 * ACTIVATION)},
+        ),
     ],
 )
-def test_the_recorder_counts_what_is_counted_by_hand(plan: str, by_hand: dict[str, tuple[int, float]]) -> None:
+def test_the_recorder_counts_what_is_counted_by_hand(
+    plan: str, by_hand: dict[str, tuple[int, float]]
+) -> None:
     found = {f"{kind} {phase}": (count, wire) for kind, phase, count, wire in part(2, "recorded")[plan]}
     assert found == by_hand
 
@@ -151,7 +193,9 @@ def test_tensors_that_differ_on_one_rank_are_named(world_size: int) -> None:
     assert found["reasons"] == ["tensors are not equal on all tp ranks"] * 3
     assert found["healthy"] == []
     assert found["drifted"] == ["layers.1.ffn_norm.weight"]
-    assert found["checked"] == sorted(["norm.weight", *(f"layers.{n}.{kind}_norm.weight" for n in (0, 1) for kind in ("attention", "ffn"))])
+    assert found["checked"] == sorted(
+        ["norm.weight", *(f"layers.{n}.{kind}_norm.weight" for n in (0, 1) for kind in ("attention", "ffn"))]
+    )
 
 
 @pytest.mark.parametrize("name", PART_FAULTS)

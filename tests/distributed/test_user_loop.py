@@ -76,13 +76,17 @@ def test_gradients_accumulate_over_backwards(two: Outcomes, case: str) -> None:
 
 @pytest.mark.parametrize("embedding", UNDER_FSDP)
 @pytest.mark.parametrize("weights", [str(CHECKPOINTS[0]), str(CHECKPOINTS[2])])
-def test_fsdp_may_average_parts_that_have_as_many_labels(four: Outcomes, embedding: str, weights: str) -> None:
+def test_fsdp_may_average_parts_that_have_as_many_labels(
+    four: Outcomes, embedding: str, weights: str
+) -> None:
     assert_agrees(four, f"averaged {embedding} {weights}")
 
 
 @pytest.mark.parametrize("embedding", UNDER_FSDP)
 @pytest.mark.parametrize("weights", [str(CHECKPOINTS[1]), str(CHECKPOINTS[2])])
-def test_fsdp_sums_parts_that_are_divided_by_the_whole_batchs_labels(four: Outcomes, embedding: str, weights: str) -> None:
+def test_fsdp_sums_parts_that_are_divided_by_the_whole_batchs_labels(
+    four: Outcomes, embedding: str, weights: str
+) -> None:
     assert_agrees(four, f"summed {embedding} {weights}")
 
 
@@ -108,7 +112,9 @@ def reads_back(folder: Path, weights: Weights) -> bool:
     with one_process():
         dcp.load(state, checkpoint_id=folder, no_dist=True)
     model.load_state_dict(state)
-    return state.keys() == want.keys() and all(torch.equal(model.state_dict()[name], want[name]) for name in want)
+    return state.keys() == want.keys() and all(
+        torch.equal(model.state_dict()[name], want[name]) for name in want
+    )
 
 
 @pytest.mark.parametrize("embedding", EMBEDDINGS)
@@ -132,7 +138,9 @@ def test_a_checkpoint_of_one_process_loads_under_fsdp_and_comes_back_bit_for_bit
 
 @pytest.mark.parametrize("embedding", EMBEDDINGS)
 @pytest.mark.parametrize("weights", CHECKPOINTS, ids=str)
-def test_load_state_dict_takes_plain_whole_tensors(two: Outcomes, four: Outcomes, embedding: str, weights: Weights) -> None:
+def test_load_state_dict_takes_plain_whole_tensors(
+    two: Outcomes, four: Outcomes, embedding: str, weights: Weights
+) -> None:
     under_fsdp = four if embedding in UNDER_FSDP else []
     assert all(outcome[f"whole tensors {embedding} {weights}"] for outcome in two + under_fsdp)
 
@@ -161,7 +169,9 @@ def test_ranks_go_on_with_the_optimizer_of_one_process(two: Outcomes, four: Outc
 
 @pytest.mark.parametrize("embedding", EMBEDDINGS)
 @pytest.mark.parametrize("weights", CHECKPOINTS[1:], ids=str)
-def test_a_model_built_on_meta_trains_once_it_is_loaded(two: Outcomes, embedding: str, weights: Weights) -> None:
+def test_a_model_built_on_meta_trains_once_it_is_loaded(
+    two: Outcomes, embedding: str, weights: Weights
+) -> None:
     assert_agrees(two, f"meta {embedding} {weights}")
 
 
@@ -192,8 +202,14 @@ def test_parameters_beside_fsdp_units_are_summed_too(two: Outcomes) -> None:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("twice", 'PlanError: plan "writer": the model is sharded already. Build a fresh one for another plan.'),
-        ("after fully_shard", 'PlanError: plan "writer": words.weight is a DTensor already. Call parallelize() before fully_shard().'),
+        (
+            "twice",
+            'PlanError: plan "writer": the model is sharded already. Build a fresh one for another plan.',
+        ),
+        (
+            "after fully_shard",
+            'PlanError: plan "writer": words.weight is a DTensor already. Call parallelize() before fully_shard().',
+        ),
         ("no tp axis", "MeshError: parallelize: the mesh has axes ('fsdp',). Name one of them \"tp\"."),
         (
             "untied",

@@ -10,7 +10,10 @@ from shardwise.parallel.builtin import builtin_names, builtin_plan
 from shardwise.verify.case import Case
 from shardwise.verify.run import verify
 
-pytest.importorskip("transformers", reason="transformers isn't installed, so NOTHING WAS VERIFIED under plan hf: pip install shardwise[hf]")
+pytest.importorskip(
+    "transformers",
+    reason="transformers isn't installed, so NOTHING WAS VERIFIED under plan hf: pip install shardwise[hf]",
+)
 
 MODELS = "tests.distributed.verify_models:"
 OF_TRANSFORMERS = (
@@ -54,7 +57,14 @@ def own_faults(each: Verification) -> list[Finding]:
     return [finding for finding in each.wrong if finding.cause not in (Cause.FOLLOWS, Cause.FORWARD)]
 
 
-RIGHT = ("qwen3_as_shipped", "by_hand_right", "llama_typo", "by_hand_norm_of_parts", "fused_pairs", "fused_by_head")
+RIGHT = (
+    "qwen3_as_shipped",
+    "by_hand_right",
+    "llama_typo",
+    "by_hand_norm_of_parts",
+    "fused_pairs",
+    "fused_by_head",
+)
 
 
 @pytest.mark.parametrize("name", RIGHT)
@@ -72,7 +82,9 @@ def test_gradients_of_norms_after_a_colwise_projection_are_parts(found: dict[str
     each = found["qwen3_norms_not_summed"]
     assert each.proof is not None
     assert each.proof.output_error < 1e-10
-    names = [f"model.layers.{layer}.self_attn.{norm}.weight" for layer in (0, 1) for norm in ("q_norm", "k_norm")]
+    names = [
+        f"model.layers.{layer}.self_attn.{norm}.weight" for layer in (0, 1) for norm in ("q_norm", "k_norm")
+    ]
     assert [finding.subject for finding in each.findings] == names
     assert {finding.cause for finding in each.findings} == {Cause.PARTS_NOT_SUMMED}
     assert {finding.rule for finding in each.findings} == {None}
@@ -81,12 +93,17 @@ def test_gradients_of_norms_after_a_colwise_projection_are_parts(found: dict[str
 def test_sequence_parallel_on_a_whole_input_doubles_the_gradient(found: dict[str, Verification]) -> None:
     each = found["llama_norm_sequence_parallel"]
     assert each.verdict is Verdict.WRONG
-    assert [finding.subject for finding in each.findings] == [f"model.layers.{layer}.post_attention_layernorm.weight" for layer in (0, 1)]
+    assert [finding.subject for finding in each.findings] == [
+        f"model.layers.{layer}.post_attention_layernorm.weight" for layer in (0, 1)
+    ]
     for finding in each.findings:
         assert finding.cause is Cause.SUMMED_TOO_OFTEN
         assert finding.ratio == pytest.approx(2)
         assert finding.rule == '"model.layers.*.post_attention_layernorm" (sequence_parallel)'
-        assert finding.reason == "its gradient is 2 times the unsharded one: summed where every rank had the whole"
+        assert (
+            finding.reason
+            == "its gradient is 2 times the unsharded one: summed where every rank had the whole"
+        )
 
 
 def test_a_learnable_activation_between_colwise_and_rowwise_is_named(found: dict[str, Verification]) -> None:
@@ -95,7 +112,9 @@ def test_a_learnable_activation_between_colwise_and_rowwise_is_named(found: dict
     assert {finding.cause for finding in found["apertus"].findings} == {Cause.PARTS_NOT_SUMMED}
 
 
-def test_weights_that_lie_in_one_and_are_cut_as_one_are_found_by_a_trial(found: dict[str, Verification]) -> None:
+def test_weights_that_lie_in_one_and_are_cut_as_one_are_found_by_a_trial(
+    found: dict[str, Verification],
+) -> None:
     each = found["mixtral_experts_cut_as_one"]
     output, first, *others = each.findings
     assert output.kind is FindingKind.OUTPUT_DIFFERS
@@ -103,12 +122,17 @@ def test_weights_that_lie_in_one_and_are_cut_as_one_are_found_by_a_trial(found: 
         "the first module whose output differs is model.layers.0.mlp.experts: its output isn't the unsharded one"
     )
     assert (first.subject, first.cause) == ("model.layers.0.mlp.experts.gate_up_proj", Cause.CUT_AS_ONE)
-    assert first.reason == "2 weights lie in it, and it is cut as if it were one; with each cut by itself, its module is right"
+    assert (
+        first.reason
+        == "2 weights lie in it, and it is cut as if it were one; with each cut by itself, its module is right"
+    )
     assert {finding.cause for finding in others} == {Cause.FORWARD}
 
 
 @pytest.mark.parametrize("name", ["fused_halves", "fused_unfolded"])
-def test_where_the_numbers_give_no_reason_a_trace_gives_its_own(found: dict[str, Verification], name: str) -> None:
+def test_where_the_numbers_give_no_reason_a_trace_gives_its_own(
+    found: dict[str, Verification], name: str
+) -> None:
     output, weight = own_faults(found[name])
     assert (output.kind, output.cause) == (FindingKind.OUTPUT_DIFFERS, Cause.CUT_AS_ONE)
     assert output.reason.startswith(
@@ -124,18 +148,29 @@ def test_what_crashes_is_told_with_what_a_trace_suspects(found: dict[str, Verifi
     assert each.verdict is Verdict.CRASHES
     sizes = [finding for finding in each.findings if finding.kind is FindingKind.SIZES_NOT_DIVISIBLE]
     assert [finding.subject for finding in sizes] == ["up.weight", "up.bias", "down.weight"]
-    assert sizes[0].reason.startswith("tp=2 doesn't divide its dim 0 of 33, which is cut, and a rank's step fails: down raised")
+    assert sizes[0].reason.startswith(
+        "tp=2 doesn't divide its dim 0 of 33, which is cut, and a rank's step fails: down raised"
+    )
     assert sizes[0].advice == "Use tp in {1, 3, 11, 33}, or leave it whole."
 
 
-def test_the_norm_that_takes_the_whole_for_a_part_is_told_by_its_gradient(found: dict[str, Verification]) -> None:
+def test_the_norm_that_takes_the_whole_for_a_part_is_told_by_its_gradient(
+    found: dict[str, Verification],
+) -> None:
     (finding,) = found["by_hand_norm_of_whole"].wrong
     assert (finding.subject, finding.cause) == ("norm.weight", Cause.SUMMED_TOO_OFTEN)
-    assert finding.reason == "its gradient is 2 times the unsharded one: summed where every rank had the whole"
+    assert (
+        finding.reason == "its gradient is 2 times the unsharded one: summed where every rank had the whole"
+    )
 
 
-def test_a_gradient_that_is_averaged_is_told_from_one_that_is_not_summed(found: dict[str, Verification]) -> None:
-    (averaged,), (unsummed,) = own_faults(found["by_hand_slope_averaged"]), own_faults(found["by_hand_slope_not_summed"])
+def test_a_gradient_that_is_averaged_is_told_from_one_that_is_not_summed(
+    found: dict[str, Verification],
+) -> None:
+    (averaged,), (unsummed,) = (
+        own_faults(found["by_hand_slope_averaged"]),
+        own_faults(found["by_hand_slope_not_summed"]),
+    )
     assert (averaged.subject, averaged.cause) == ("slope", Cause.AVERAGED)
     assert averaged.ratio == pytest.approx(0.5)
     assert (unsummed.subject, unsummed.cause) == ("slope", Cause.PARTS_NOT_SUMMED)
@@ -143,14 +178,21 @@ def test_a_gradient_that_is_averaged_is_told_from_one_that_is_not_summed(found: 
 
 def test_a_parameter_that_sharding_freezes_gets_no_gradient(found: dict[str, Verification]) -> None:
     (finding,) = found["by_hand_frozen"].wrong
-    assert (finding.kind, finding.subject, finding.cause) == (FindingKind.GRADIENT_MISSING, "norm.weight", Cause.NOTHING_ARRIVES)
+    assert (finding.kind, finding.subject, finding.cause) == (
+        FindingKind.GRADIENT_MISSING,
+        "norm.weight",
+        Cause.NOTHING_ARRIVES,
+    )
     assert finding.reason == "no gradient arrives on some rank"
 
 
 def test_logits_that_nobody_gathers_are_found_before_the_loss_fails(found: dict[str, Verification]) -> None:
     (finding,) = found["by_hand_half_logits"].wrong
     assert finding.cause is Cause.NOT_GATHERED
-    assert finding.reason == "the logits are 16 wide on a rank, the unsharded model's 32, and the loss takes them for whole"
+    assert (
+        finding.reason
+        == "the logits are 16 wide on a rank, the unsharded model's 32, and the loss takes them for whole"
+    )
 
 
 def test_an_untied_weight_is_said_to_be_one(found: dict[str, Verification]) -> None:
@@ -166,20 +208,29 @@ def test_a_crash_names_the_module_and_heads_that_do_not_divide(found: dict[str, 
     assert each.verdict is Verdict.CRASHES
     crash, heads = each.findings
     assert crash.subject == "model.layers.0.self_attn"
-    assert heads.reason == "tp=2 doesn't divide the 1 KV heads, and the rule cuts the projection that makes them"
+    assert (
+        heads.reason == "tp=2 doesn't divide the 1 KV heads, and the rule cuts the projection that makes them"
+    )
     assert found["lfm2"].findings[0].subject == "lm_head"
 
 
-def test_a_rank_that_fails_alone_is_that_cases_answer_and_the_others_go_on(found: dict[str, Verification]) -> None:
+def test_a_rank_that_fails_alone_is_that_cases_answer_and_the_others_go_on(
+    found: dict[str, Verification],
+) -> None:
     each = found["by_hand_alone"]
     assert each.verdict is Verdict.CRASHES
     assert "only here" in each.note
     assert found["apertus"].verdict is Verdict.WRONG  # a later case, on ranks that were started anew
 
 
-def test_a_rule_that_matches_nothing_is_said_with_the_nearest_that_does(found: dict[str, Verification]) -> None:
+def test_a_rule_that_matches_nothing_is_said_with_the_nearest_that_does(
+    found: dict[str, Verification],
+) -> None:
     (finding,) = found["llama_typo"].findings
-    assert (finding.kind, finding.subject) == (FindingKind.RULE_MATCHES_NOTHING, "model.layers.*.mlp.gate_prj")
+    assert (finding.kind, finding.subject) == (
+        FindingKind.RULE_MATCHES_NOTHING,
+        "model.layers.*.mlp.gate_prj",
+    )
     assert finding.advice == 'Did you mean "model.layers.*.mlp.gate_proj"?'
 
 
@@ -204,7 +255,12 @@ def built_in_cases(model: str, *, tied: bool, parallels: tuple[bool, ...]) -> li
     sequence parallelism, without."""
     family = find_model(model).family
     return [
-        Case(model, builtin_plan(name, sequence_parallel=parallel, family=family).to_toml(), f"{name} {parallel}", twin=True)
+        Case(
+            model,
+            builtin_plan(name, sequence_parallel=parallel, family=family).to_toml(),
+            f"{name} {parallel}",
+            twin=True,
+        )
         for name in builtin_names()
         for parallel in parallels
         if offered(name, parallel) and not (tied and name.endswith("@dtensor"))
@@ -214,7 +270,12 @@ def built_in_cases(model: str, *, tied: bool, parallels: tuple[bool, ...]) -> li
 @pytest.mark.parametrize("tp", [2, 3, 4])
 def test_every_built_in_plan_of_both_engines_is_right(tp: int) -> None:
     parallels = (True, False) if tp == 2 else (True,)
-    models = (("llama3-8b", False), ("llama3-8b?tied=true", True), ("gpt-debug?tied=false", False), ("gpt-debug", True))
+    models = (
+        ("llama3-8b", False),
+        ("llama3-8b?tied=true", True),
+        ("gpt-debug?tied=false", False),
+        ("gpt-debug", True),
+    )
     cases = [case for model, tied in models for case in built_in_cases(model, tied=tied, parallels=parallels)]
     answers = verify(cases, mesh=Mesh((("tp", tp),)), seq=4 * tp, timeout_s=90)
     assert len(answers) == (12 + 8 + 12 + 8 if tp == 2 else 7 + 5 + 7 + 5)

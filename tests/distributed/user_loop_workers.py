@@ -139,7 +139,9 @@ def optimizer_of(model: nn.Module, loop: Loop) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=1e-2, fused=loop.fused, foreach=loop.foreach)
 
 
-def train(model: Writer, loop: Loop, mesh: DeviceMesh | None = None, optimizer: torch.optim.AdamW | None = None) -> Trained:
+def train(
+    model: Writer, loop: Loop, mesh: DeviceMesh | None = None, optimizer: torch.optim.AdamW | None = None
+) -> Trained:
     """A user's own loop: sharded over mesh, or on one process."""
     group = mesh.get_group("fsdp") if mesh is not None and "fsdp" in (mesh.mesh_dim_names or ()) else None
     n_parts, part = (dist.get_world_size(group), dist.get_rank(group)) if group is not None else (1, 0)
@@ -153,7 +155,9 @@ def train(model: Writer, loop: Loop, mesh: DeviceMesh | None = None, optimizer: 
         ids_BS, labels_BS = global_batch(step, model.words.num_embeddings, ignored=loop.count_valid)
         valid = count_valid(labels_BS) if loop.count_valid else None
         total = torch.zeros((), dtype=torch.float64)
-        micro_batches = [whole.chunk(n_parts)[part].chunk(loop.micro_batches) for whole in (ids_BS, labels_BS)]
+        micro_batches = [
+            whole.chunk(n_parts)[part].chunk(loop.micro_batches) for whole in (ids_BS, labels_BS)
+        ]
         for index, (ids, labels) in enumerate(zip(*micro_batches, strict=True)):
             for unit in units if loop.held_back else ():
                 unit.set_requires_gradient_sync(index == loop.micro_batches - 1)
@@ -176,8 +180,13 @@ def train(model: Writer, loop: Loop, mesh: DeviceMesh | None = None, optimizer: 
 
 
 def n_misplaced(model: nn.Module) -> int:
-    pairs = [(parameter, parameter.grad) for parameter in model.parameters() if isinstance(parameter, DTensor)]
-    return sum(not isinstance(gradient, DTensor) or gradient.placements != parameter.placements for parameter, gradient in pairs)
+    pairs = [
+        (parameter, parameter.grad) for parameter in model.parameters() if isinstance(parameter, DTensor)
+    ]
+    return sum(
+        not isinstance(gradient, DTensor) or gradient.placements != parameter.placements
+        for parameter, gradient in pairs
+    )
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
@@ -196,7 +205,10 @@ def differences(got: Trained, want: Trained) -> Differences:
     assert got.parameters.keys() == want.parameters.keys()
     assert min(want.norms) > MAX_NORM  # or clipping would be left out
     norms = [
-        (torch.linalg.norm(got.parameters[name] - want.parameters[name]), torch.linalg.norm(want.parameters[name]))
+        (
+            torch.linalg.norm(got.parameters[name] - want.parameters[name]),
+            torch.linalg.norm(want.parameters[name]),
+        )
         for name in want.parameters
     ]
     return Differences(
@@ -208,7 +220,9 @@ def differences(got: Trained, want: Trained) -> Differences:
 
 
 def compare(weights: Weights, embedding: str, loop: Loop, mesh: DeviceMesh) -> Differences:
-    reference = train(writer(weights), replace(loop, micro_batches=1, own_clipping=False, fused=None, foreach=None))
+    reference = train(
+        writer(weights), replace(loop, micro_batches=1, own_clipping=False, fused=None, foreach=None)
+    )
     return differences(train(sharded(weights, embedding, mesh), loop, mesh), reference)
 
 
@@ -238,7 +252,11 @@ def from_whole_tensors(weights: Weights, embedding: str, mesh: DeviceMesh, *, as
         model.head.weight = model.words.weight
     back = whole_parameters(model)
     same = all(torch.equal(back[name], value) for name, value in unsharded.state_dict().items())
-    return same and not any(isinstance(value, DTensor) for value in given.values()) and computes_the_same(model, unsharded)
+    return (
+        same
+        and not any(isinstance(value, DTensor) for value in given.values())
+        and computes_the_same(model, unsharded)
+    )
 
 
 def said(act: Callable[[], object]) -> str:
@@ -267,7 +285,9 @@ def resumed(folder: Path, embedding: str, mesh: DeviceMesh, *, from_one_process:
     model_state, optimizer_state = get_state_dict(model, optimizer)
     if on is not None or dist.get_rank() == 0:
         with warnings.catch_warnings(action="ignore"):  # that no process group takes part is meant
-            dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path, no_dist=on is None)
+            dcp.save(
+                {"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path, no_dist=on is None
+            )
     dist.barrier()
 
     model = sharded(replace(weights, seed=2), embedding, mesh)
@@ -277,7 +297,12 @@ def resumed(folder: Path, embedding: str, mesh: DeviceMesh, *, from_one_process:
     dcp.load(state, checkpoint_id=path)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     rest = train(model, replace(loop, first=2, steps=2), mesh, optimizer)
-    both = Trained(first.losses + rest.losses, first.norms + rest.norms, rest.parameters, first.misplaced + rest.misplaced)
+    both = Trained(
+        first.losses + rest.losses,
+        first.norms + rest.norms,
+        rest.parameters,
+        first.misplaced + rest.misplaced,
+    )
     return differences(both, straight)
 
 
@@ -331,7 +356,9 @@ def gradients_asked_for(model: Writer) -> None:
     """torch.autograd.grad passes by the same hooks, and must neither take nor leave a `.grad`."""
     ids_BS, labels_BS = global_batch(0, UNEVEN, ignored=False)
     model.norm.weight.grad = torch.ones_like(model.norm.weight)
-    torch.autograd.grad(shardwise.loss_of(model)(model(ids_BS), labels_BS), [model.norm.weight, model.places.weight])
+    torch.autograd.grad(
+        shardwise.loss_of(model)(model(ids_BS), labels_BS), [model.norm.weight, model.places.weight]
+    )
     assert torch.equal(model.norm.weight.grad, torch.ones_like(model.norm.weight))
     assert model.places.weight.grad is None
     model.zero_grad()
@@ -347,7 +374,11 @@ def gradients_beside_fsdp_units() -> Differences:
     def gradients(model: Writer) -> dict[str, Tensor]:
         ids_BS, labels_BS = global_batch(0, UNEVEN, ignored=False)
         shardwise.loss_of(model)(model(ids_BS), labels_BS).backward()
-        return {name: whole_tensor(parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None}
+        return {
+            name: whole_tensor(parameter.grad)
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
 
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("fsdp", "tp"))
     with torch.device("meta"):
@@ -376,7 +407,9 @@ def train_step(plan_name: str, mesh_text: str) -> Differences:
         for index in range(3):
             ids_BS, labels_BS = global_batch(index, UNEVEN, ignored=True)
             if plan is not None:
-                ids_BS, labels_BS = (whole.chunk(outer.size())[outer.get_local_rank()] for whole in (ids_BS, labels_BS))
+                ids_BS, labels_BS = (
+                    whole.chunk(outer.size())[outer.get_local_rank()] for whole in (ids_BS, labels_BS)
+                )
             result = step(list(zip(ids_BS.chunk(micro_batches), labels_BS.chunk(micro_batches), strict=True)))
             losses.append(result.loss.item())
             norms.append(result.gradient_norm.item())
@@ -398,10 +431,14 @@ def refused_on_two_ranks(mesh: DeviceMesh) -> dict[str, str]:
     return {
         "refused: twice": said(lambda: shardwise.parallelize(twice, plan("rowwise"), mesh)),
         "refused: after fully_shard": said(lambda: shardwise.parallelize(fsdp_first, plan("rowwise"), both)),
-        "refused: no tp axis": said(lambda: shardwise.parallelize(writer(weights), plan("rowwise"), both["fsdp"])),
+        "refused: no tp axis": said(
+            lambda: shardwise.parallelize(writer(weights), plan("rowwise"), both["fsdp"])
+        ),
         "refused: untied": said(lambda: untied(ids_BS)),
         "refused: wrong size": said(lambda: sharded(weights, "rowwise", mesh).load_state_dict(wrong_size)),
-        "refused: wrong size, interleaved": said(lambda: sharded(weights, "routed-interleaved", mesh).load_state_dict(wrong_size)),
+        "refused: wrong size, interleaved": said(
+            lambda: sharded(weights, "routed-interleaved", mesh).load_state_dict(wrong_size)
+        ),
     }
 
 
@@ -413,11 +450,19 @@ def refused_on_four_ranks(mesh: DeviceMesh) -> dict[str, str]:
     under_fsdp(behind_its_back, mesh)
     untouched = writer(weights)
     return {
-        "refused: interleaved": said(lambda: shardwise.parallelize(untouched, plan("routed-interleaved"), mesh)),
-        "refused: empty shard": said(lambda: shardwise.parallelize(writer(Weights(1, False)), plan("rowwise"), mesh)),
+        "refused: interleaved": said(
+            lambda: shardwise.parallelize(untouched, plan("routed-interleaved"), mesh)
+        ),
+        "refused: empty shard": said(
+            lambda: shardwise.parallelize(writer(Weights(1, False)), plan("rowwise"), mesh)
+        ),
         "refused: interleaved state": said(lambda: behind_its_back.state_dict()),
-        "refused: interleaved load": said(lambda: behind_its_back.load_state_dict(writer(weights).state_dict())),
-        "untouched after a refusal": str(not any(isinstance(parameter, DTensor) for parameter in untouched.parameters())),
+        "refused: interleaved load": said(
+            lambda: behind_its_back.load_state_dict(writer(weights).state_dict())
+        ),
+        "untouched after a refusal": str(
+            not any(isinstance(parameter, DTensor) for parameter in untouched.parameters())
+        ),
     }
 
 
@@ -428,18 +473,48 @@ def on_two_ranks(context: RankContext, payload: bytes) -> bytes:
 
     cases: dict[str, Callable[[], object]] = {
         **{f"loop {e}": partial(compare, uneven, e, Loop(), mesh) for e in EMBEDDINGS},
-        **{f"loop {e} tied": partial(compare, CHECKPOINTS[2], e, Loop(own_clipping=True), mesh) for e in EMBEDDINGS},
+        **{
+            f"loop {e} tied": partial(compare, CHECKPOINTS[2], e, Loop(own_clipping=True), mesh)
+            for e in EMBEDDINGS
+        },
         "loop fused": lambda: compare(uneven, "rowwise", Loop(fused=True), mesh),
         "loop foreach": lambda: compare(uneven, "rowwise", Loop(foreach=True), mesh),
         "loop one by one": lambda: compare(uneven, "rowwise", Loop(foreach=False), mesh),
-        **{f"accumulate {e}": partial(compare, uneven, e, Loop(micro_batches=2), mesh) for e in ("rowwise", "replicated")},
-        "accumulate counted": lambda: compare(uneven, "rowwise", Loop(micro_batches=4, count_valid=True), mesh),
-        **{f"checkpoint {e} {w}": partial(through_checkpoint, folder, w, e, mesh, f"tp2-{e}-{w}") for e in EMBEDDINGS for w in CHECKPOINTS},
-        **{f"whole tensors {e} {w}": partial(from_whole_tensors, w, e, mesh) for e in EMBEDDINGS for w in CHECKPOINTS},
-        **{f"assigned {e} {w}": partial(from_whole_tensors, w, e, mesh, assign=True) for e in EMBEDDINGS for w in CHECKPOINTS[1:]},
-        **{f"resumed {e}": partial(resumed, folder, e, mesh, from_one_process=False) for e in ("rowwise", "routed-interleaved")},
-        **{f"resumed from one process {e}": partial(resumed, folder, e, mesh, from_one_process=True) for e in UNDER_FSDP},
-        **{f"meta {e} {w}": partial(from_meta, folder, w, e, mesh) for e in EMBEDDINGS for w in CHECKPOINTS[1:]},
+        **{
+            f"accumulate {e}": partial(compare, uneven, e, Loop(micro_batches=2), mesh)
+            for e in ("rowwise", "replicated")
+        },
+        "accumulate counted": lambda: compare(
+            uneven, "rowwise", Loop(micro_batches=4, count_valid=True), mesh
+        ),
+        **{
+            f"checkpoint {e} {w}": partial(through_checkpoint, folder, w, e, mesh, f"tp2-{e}-{w}")
+            for e in EMBEDDINGS
+            for w in CHECKPOINTS
+        },
+        **{
+            f"whole tensors {e} {w}": partial(from_whole_tensors, w, e, mesh)
+            for e in EMBEDDINGS
+            for w in CHECKPOINTS
+        },
+        **{
+            f"assigned {e} {w}": partial(from_whole_tensors, w, e, mesh, assign=True)
+            for e in EMBEDDINGS
+            for w in CHECKPOINTS[1:]
+        },
+        **{
+            f"resumed {e}": partial(resumed, folder, e, mesh, from_one_process=False)
+            for e in ("rowwise", "routed-interleaved")
+        },
+        **{
+            f"resumed from one process {e}": partial(resumed, folder, e, mesh, from_one_process=True)
+            for e in UNDER_FSDP
+        },
+        **{
+            f"meta {e} {w}": partial(from_meta, folder, w, e, mesh)
+            for e in EMBEDDINGS
+            for w in CHECKPOINTS[1:]
+        },
         "after to another dtype and back": lambda: after(there_and_back, mesh),
         "after unfreezing": lambda: unfrozen(mesh),
         "after load_state_dict(assign=True)": lambda: after(reloaded_by_assignment, mesh),
@@ -457,26 +532,49 @@ def on_four_ranks(context: RankContext, payload: bytes) -> bytes:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
     even, uneven, tied = CHECKPOINTS
     cases: dict[str, Callable[[], object]] = {
-        **{f"averaged {e} {w}": partial(compare, w, e, Loop(), mesh) for e in UNDER_FSDP for w in (even, tied)},
+        **{
+            f"averaged {e} {w}": partial(compare, w, e, Loop(), mesh)
+            for e in UNDER_FSDP
+            for w in (even, tied)
+        },
         **{
             f"summed {e} {w}": partial(compare, w, e, Loop(count_valid=True, own_clipping=True), mesh)
             for e in UNDER_FSDP
             for w in (uneven, tied)
         },
         "averaged, accumulated": lambda: compare(uneven, "rowwise", Loop(micro_batches=2), mesh),
-        "averaged, held back": lambda: compare(uneven, "rowwise", Loop(micro_batches=2, held_back=True), mesh),
-        "averaged, held back, replicated": lambda: compare(tied, "replicated", Loop(micro_batches=2, held_back=True), mesh),
-        **{f"step {p} {m}": partial(train_step, p, m) for p in UNDER_FSDP for m in ("fsdp=2,tp=2", "dp=2,tp=2")},
+        "averaged, held back": lambda: compare(
+            uneven, "rowwise", Loop(micro_batches=2, held_back=True), mesh
+        ),
+        "averaged, held back, replicated": lambda: compare(
+            tied, "replicated", Loop(micro_batches=2, held_back=True), mesh
+        ),
+        **{
+            f"step {p} {m}": partial(train_step, p, m)
+            for p in UNDER_FSDP
+            for m in ("fsdp=2,tp=2", "dp=2,tp=2")
+        },
         "step routed-interleaved dp=2,tp=2": lambda: train_step("routed-interleaved", "dp=2,tp=2"),
-        **{f"checkpoint {e} {w}": partial(through_checkpoint, folder, w, e, tp, f"tp4-{e}-{w}") for e in EMBEDDINGS for w in CHECKPOINTS},
+        **{
+            f"checkpoint {e} {w}": partial(through_checkpoint, folder, w, e, tp, f"tp4-{e}-{w}")
+            for e in EMBEDDINGS
+            for w in CHECKPOINTS
+        },
         **{
             f"checkpoint fsdp {e} {w}": partial(through_checkpoint, folder, w, e, mesh, f"fsdp2-tp2-{e}-{w}")
             for e in UNDER_FSDP
             for w in CHECKPOINTS
         },
-        **{f"whole tensors {e} {w}": partial(from_whole_tensors, w, e, mesh) for e in UNDER_FSDP for w in CHECKPOINTS},
+        **{
+            f"whole tensors {e} {w}": partial(from_whole_tensors, w, e, mesh)
+            for e in UNDER_FSDP
+            for w in CHECKPOINTS
+        },
         "resumed rowwise": lambda: resumed(folder, "rowwise", mesh, from_one_process=False),
-        **{f"resumed from one process {e}": partial(resumed, folder, e, mesh, from_one_process=True) for e in ("rowwise", "colwise")},
+        **{
+            f"resumed from one process {e}": partial(resumed, folder, e, mesh, from_one_process=True)
+            for e in ("rowwise", "colwise")
+        },
         **{f"meta {e} {tied}": partial(from_meta, folder, tied, e, mesh) for e in ("rowwise", "replicated")},
     }
     return _run(context, cases, refused_on_four_ranks(mesh))

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 from shardwise.models.hugging_face import find_hugging_face
 from shardwise.models.small import small_values
@@ -22,7 +28,9 @@ def _hugging_face(model_type: str, change: Callable[[dict[str, str]], None], **v
     plan = dict(small.base_model_tp_plan)
     change(plan)
     small.base_model_tp_plan = plan
-    model: nn.Module = AutoModelForCausalLM.from_config(small, dtype=torch.get_default_dtype(), experts_implementation="eager")
+    model: nn.Module = AutoModelForCausalLM.from_config(
+        small, dtype=torch.get_default_dtype(), experts_implementation="eager"
+    )
     return model
 
 
@@ -42,12 +50,16 @@ def qwen3_norms_not_summed() -> nn.Module:
 
 def llama_norm_sequence_parallel() -> nn.Module:
     """A norm that takes its input for a part of the sequence, which is whole."""
-    return _hugging_face("llama", lambda plan: plan.update({"layers.*.post_attention_layernorm": "sequence_parallel"}))
+    return _hugging_face(
+        "llama", lambda plan: plan.update({"layers.*.post_attention_layernorm": "sequence_parallel"})
+    )
 
 
 def mixtral_experts_cut_as_one() -> nn.Module:
     """Gate and up in one weight, cut as if they were one."""
-    return _hugging_face("mixtral", lambda plan: plan.update({"layers.*.mlp.experts.gate_up_proj": "colwise"}))
+    return _hugging_face(
+        "mixtral", lambda plan: plan.update({"layers.*.mlp.experts.gate_up_proj": "colwise"})
+    )
 
 
 def llama_typo() -> nn.Module:
@@ -189,7 +201,11 @@ class Fused(nn.Module):
 def _fused(layout: str, mesh: DeviceMesh | None) -> nn.Module:
     model = Fused(layout)
     if mesh is not None:
-        parallelize_module(model, mesh["tp"] if mesh.ndim > 1 else mesh, {"gate_up": ColwiseParallel(), "down": RowwiseParallel()})
+        parallelize_module(
+            model,
+            mesh["tp"] if mesh.ndim > 1 else mesh,
+            {"gate_up": ColwiseParallel(), "down": RowwiseParallel()},
+        )
     return model
 
 
@@ -230,7 +246,9 @@ def fused_by_head(mesh: DeviceMesh | None = None) -> nn.Module:
     """Right: each rank has heads."""
     model = Heads()
     if mesh is not None:
-        parallelize_module(model, mesh["tp"] if mesh.ndim > 1 else mesh, {"qkv": ColwiseParallel(), "o": RowwiseParallel()})
+        parallelize_module(
+            model, mesh["tp"] if mesh.ndim > 1 else mesh, {"qkv": ColwiseParallel(), "o": RowwiseParallel()}
+        )
     return model
 
 
@@ -239,7 +257,9 @@ def by_hand_norm_of_parts(mesh: DeviceMesh | None = None) -> nn.Module:
     model = Block()
     if mesh is not None:
         tp = mesh["tp"] if mesh.ndim > 1 else mesh
-        cut = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1), use_local_output=False)
+        cut = PrepareModuleInput(
+            input_layouts=Replicate(), desired_input_layouts=Shard(1), use_local_output=False
+        )
         parallelize_module(model.norm, tp, cut)
         _by_hand(model, mesh, norm=SequenceParallel(), up=ColwiseParallel(input_layouts=Shard(1)))
         group = mesh.get_group("tp")

@@ -14,14 +14,25 @@ SMALL = ("--seq", "32", "--batch", "2", "--rounds", "2", "--warmup", "0")
 GRACE_S = 10.0
 
 
-def shardwise(*args: str, cwd: Path | None = None, timeout_s: float = 240.0) -> subprocess.CompletedProcess[str]:
+def shardwise(
+    *args: str, cwd: Path | None = None, timeout_s: float = 240.0
+) -> subprocess.CompletedProcess[str]:
     """Runs the command to its end."""
-    return subprocess.run([SHARDWISE, *args], capture_output=True, text=True, timeout=timeout_s, cwd=cwd, check=False)
+    return subprocess.run(
+        [SHARDWISE, *args], capture_output=True, text=True, timeout=timeout_s, cwd=cwd, check=False
+    )
 
 
 def start(*args: str, cwd: Path) -> subprocess.Popen[str]:
     """Starts the command, as from a terminal: with the signals that a test run in the background may ignore."""
-    return subprocess.Popen([SHARDWISE, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, preexec_fn=hear_signals)
+    return subprocess.Popen(
+        [SHARDWISE, *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        preexec_fn=hear_signals,
+    )
 
 
 def hear_signals() -> None:
@@ -52,7 +63,9 @@ def wait_for_rounds(out: Path, parent: subprocess.Popen[str], timeout_s: float =
         if events.exists() and '"round 1 of' in events.read_text():
             return
         time.sleep(0.1)
-    raise AssertionError(f"the run never reached its rounds: {parent.communicate() if parent.poll() is not None else 'too slow'}")
+    raise AssertionError(
+        f"the run never reached its rounds: {parent.communicate() if parent.poll() is not None else 'too slow'}"
+    )
 
 
 def gone(processes: Sequence[psutil.Process], within_s: float = GRACE_S) -> bool:

@@ -17,7 +17,19 @@ from tests.e2e.command import GRACE_S, gone, ranks_of, shardwise, start
 def test_a_quick_calibration_of_two_ranks_writes_a_file_that_is_read_again(tmp_path: Path) -> None:
     out, samples = tmp_path / "here.toml", tmp_path / "here.json"
     ended = shardwise(
-        "calibrate", "--quick", "--ranks", "2", "--device", "cpu", "--name", "here", "--out", str(out), "--samples", str(samples), "--json"
+        "calibrate",
+        "--quick",
+        "--ranks",
+        "2",
+        "--device",
+        "cpu",
+        "--name",
+        "here",
+        "--out",
+        str(out),
+        "--samples",
+        str(samples),
+        "--json",
     )
     assert ended.returncode == 0, ended.stderr
     machine = machine_from_toml(out.read_text(), "here")
@@ -34,26 +46,43 @@ def test_a_quick_calibration_of_two_ranks_writes_a_file_that_is_read_again(tmp_p
 
 
 def test_one_rank_says_that_it_has_measured_no_link_and_takes_a_bases(tmp_path: Path) -> None:
-    ended = shardwise("calibrate", "--quick", "--ranks", "1", "--device", "cpu", "--base", "h100-sxm-80gb", cwd=tmp_path)
+    ended = shardwise(
+        "calibrate", "--quick", "--ranks", "1", "--device", "cpu", "--base", "h100-sxm-80gb", cwd=tmp_path
+    )
     assert ended.returncode == 0, ended.stderr
-    assert "Collectives were not measured, one rank having nobody to talk to; the links are taken from" in ended.stdout
+    assert (
+        "Collectives were not measured, one rank having nobody to talk to; the links are taken from"
+        in ended.stdout
+    )
     machine = machine_from_toml((tmp_path / "machine.toml").read_text())
     assert machine.within.is_known
-    assert all(each.source.startswith("not measured, taken from") for each in machine.constants if each.path.startswith("links.within"))
+    assert all(
+        each.source.startswith("not measured, taken from")
+        for each in machine.constants
+        if each.path.startswith("links.within")
+    )
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         (("--device", "gpu"), '--device is "gpu". Did you mean "cpu"? Allowed: auto, cpu, cuda.'),
-        (("--ranks", "0"), "Invalid value for '--ranks': Input should be greater than or equal to 1. Try: shardwise --help."),
+        (
+            ("--ranks", "0"),
+            "Invalid value for '--ranks': Input should be greater than or equal to 1. Try: shardwise --help.",
+        ),
         (("--name", " "), "--name is empty. Give the machine a name."),
         (("--out", "."), ". is a folder. Name a file to write."),
-        (("--out", "none/here.toml"), "none/here.toml: there is no folder none. Make it, or name another file."),
+        (
+            ("--out", "none/here.toml"),
+            "none/here.toml: there is no folder none. Make it, or name another file.",
+        ),
         (("--base", "h10-sxm"), 'unknown machine "h10-sxm".'),
     ],
 )
-def test_bad_input_ends_with_2_and_one_line_before_anything_is_measured(given: tuple[str, ...], said: str, tmp_path: Path) -> None:
+def test_bad_input_ends_with_2_and_one_line_before_anything_is_measured(
+    given: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
     ended = shardwise("calibrate", *given, cwd=tmp_path)
     assert ended.returncode == 2
     assert ended.stderr.startswith(f"shardwise: {said}")

@@ -44,7 +44,9 @@ name = "norms-not-reduced"
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison, str]:
     """One whole run of four plans: its folder, what --json gave, and stderr."""
     out = tmp_path_factory.mktemp("run") / "compare"
-    ended = shardwise("compare", "rowwise", "colwise", "routed", "rowwise@dtensor", *SMALL, "--json", "--out", str(out))
+    ended = shardwise(
+        "compare", "rowwise", "colwise", "routed", "rowwise@dtensor", *SMALL, "--json", "--out", str(out)
+    )
     assert ended.returncode == 0, ended.stderr
     return out, comparison_from_json(ended.stdout.encode()), ended.stderr
 
@@ -76,7 +78,9 @@ def test_all_plans_train_the_same_model(run: tuple[Path, Comparison, str]) -> No
     assert all(later != earlier for earlier, later in pairwise(curves[0]))
 
 
-def test_memory_is_exact_and_shows_the_full_vocabulary_gradient_of_dtensor(run: tuple[Path, Comparison, str]) -> None:
+def test_memory_is_exact_and_shows_the_full_vocabulary_gradient_of_dtensor(
+    run: tuple[Path, Comparison, str],
+) -> None:
     by_label = {measurement.label: measurement.memory for measurement in run[1].measurements}
     vocab, hidden, layers, ffn, kv = 32_000, 384, 6, 1024, 128
     sharded = 2 * vocab * hidden + layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * ffn)
@@ -85,10 +89,14 @@ def test_memory_is_exact_and_shows_the_full_vocabulary_gradient_of_dtensor(run: 
         assert by_label[label].parameter_bytes == by_label[label].gradient_bytes == expected
     table = 4 * vocab * hidden
     assert by_label["rowwise@dtensor"].gradient_bytes == expected + table // 2
-    assert by_label["rowwise"].optimizer_bytes - 2 * expected < 4096  # AdamW's two moments, and a step count per parameter
+    assert (
+        by_label["rowwise"].optimizer_bytes - 2 * expected < 4096
+    )  # AdamW's two moments, and a step count per parameter
 
 
-def test_gloo_sends_what_the_formula_says_where_the_plan_avoids_its_reduce_scatter(run: tuple[Path, Comparison, str]) -> None:
+def test_gloo_sends_what_the_formula_says_where_the_plan_avoids_its_reduce_scatter(
+    run: tuple[Path, Comparison, str],
+) -> None:
     by_label = {measurement.label: measurement for measurement in run[1].measurements}
     for label in ("rowwise", "colwise", "routed"):
         sent = by_label[label].sent_bytes
@@ -100,7 +108,9 @@ def test_gloo_sends_what_the_formula_says_where_the_plan_avoids_its_reduce_scatt
     assert dtensor.sent_bytes > 1.3 * dtensor.wire_bytes
 
 
-def test_the_verdict_names_each_plan_and_warns_that_gloo_is_not_nccl(run: tuple[Path, Comparison, str]) -> None:
+def test_the_verdict_names_each_plan_and_warns_that_gloo_is_not_nccl(
+    run: tuple[Path, Comparison, str],
+) -> None:
     text = "\n".join(run[1].verdict)
     for label in ("colwise", "routed", "rowwise@dtensor", "Noise floor"):
         assert label in text
@@ -122,7 +132,8 @@ def test_a_plan_that_trains_another_model_is_an_answer_of_no(tmp_path: Path) -> 
     ended = shardwise("compare", "rowwise", "wrong.toml", *SMALL, "--out", "run", cwd=tmp_path)
     assert ended.returncode == 1, ended.stderr
     assert (
-        "norms-not-reduced: layers.0.attention_norm.weight: its gradient is 1/2 of the unsharded one: parts were not summed" in ended.stdout
+        "norms-not-reduced: layers.0.attention_norm.weight: its gradient is 1/2 of the unsharded one: parts were not summed"
+        in ended.stdout
     )
     assert "Nothing was timed." in ended.stdout
     assert "ffn_norm" not in ended.stdout
@@ -142,7 +153,9 @@ MIXED = ("--param-dtype", "bfloat16", "--reduce-dtype", "float32")
     ],
     ids=["fsdp-mixed-selective", "dp-accumulation", "no-sp-recompute", "bfloat16-random", "module"],
 )
-def test_the_options_of_a_step_work_together_and_every_plan_agrees(options: tuple[str, ...], tmp_path: Path) -> None:
+def test_the_options_of_a_step_work_together_and_every_plan_agrees(
+    options: tuple[str, ...], tmp_path: Path
+) -> None:
     ended = shardwise("compare", *SMALL, *options, "--json", "--no-repeat", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     comparison = comparison_from_json(ended.stdout.encode())
@@ -152,11 +165,16 @@ def test_the_options_of_a_step_work_together_and_every_plan_agrees(options: tupl
         assert comparison.settings.precision == "float32, computed in bfloat16, reduced in float32"
     if "--module" in options:
         assert comparison.module == "layers.1.feed_forward"
-        assert all(m.module_times is not None and max(m.step_s) <= max(m.module_times.total_s) for m in comparison.measurements)
+        assert all(
+            m.module_times is not None and max(m.step_s) <= max(m.module_times.total_s)
+            for m in comparison.measurements
+        )
 
 
 def test_a_config_file_gives_the_options_and_the_command_line_wins(tmp_path: Path) -> None:
-    (tmp_path / "mine.toml").write_text('plans = ["colwise"]\nmesh = "tp=1"\nseq = 16\nbatch = 1\nrounds = 1\nwarmup = 0\nrepeat = false\n')
+    (tmp_path / "mine.toml").write_text(
+        'plans = ["colwise"]\nmesh = "tp=1"\nseq = 16\nbatch = 1\nrounds = 1\nwarmup = 0\nrepeat = false\n'
+    )
     ended = shardwise("compare", "--config", "mine.toml", "--rounds", "2", "--json", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     comparison = comparison_from_json(ended.stdout.encode())
@@ -229,7 +247,9 @@ def bad_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED, ids=[" ".join(options) for options, _ in REFUSED])
-def test_a_mistake_gets_one_clear_line_and_exit_code_2(options: tuple[str, ...], message: str, bad_files: Path) -> None:
+def test_a_mistake_gets_one_clear_line_and_exit_code_2(
+    options: tuple[str, ...], message: str, bad_files: Path
+) -> None:
     ended = shardwise("compare", *options, cwd=bad_files)
     lines = [line for line in ended.stderr.splitlines() if not line.startswith("shardwise: reading text")]
     assert lines == [f"shardwise: {message}"]

@@ -25,7 +25,11 @@ def folder(path: Path, *, late_us: int) -> Path:
     path.mkdir()
     for rank in (0, 1):
         begin = 100 + late_us * rank
-        write(path / f"rank{rank}.json", [kernel("gemm", 0, begin), all_reduce(begin, 150 + late_us - begin)], rank=rank)
+        write(
+            path / f"rank{rank}.json",
+            [kernel("gemm", 0, begin), all_reduce(begin, 150 + late_us - begin)],
+            rank=rank,
+        )
     return path
 
 
@@ -38,7 +42,9 @@ def test_two_runs_are_put_side_by_side_on_the_terminal(both: tuple[str, str], tm
     out = tmp_path / "page"
     ended = shardwise("diff", *both, "--out", str(out))
     assert ended.returncode == 0, ended.stderr
-    assert "after is slower: 0.85 ms a step against 0.15 ms of before" in " ".join(ended.stdout.replace("│", " ").split())
+    assert "after is slower: 0.85 ms a step against 0.15 ms of before" in " ".join(
+        ended.stdout.replace("│", " ").split()
+    )
     assert f"Page: {out}/diff.html" in ended.stdout
     assert sorted(each.name for each in out.iterdir()) == [
         "aligned-a.json.gz",
@@ -76,7 +82,9 @@ def test_one_run_alone_is_told_of_too(both: tuple[str, str]) -> None:
         (("text.json",), "text.json: is no Chrome trace: it begins with 'hello', not with { or [. Give torch.profiler's JSON, plain or gzip."),
     ],
 )  # fmt: skip
-def test_a_mistake_gets_one_clear_line_and_exit_code_2(both: tuple[str, str], tmp_path: Path, args: tuple[str, ...], message: str) -> None:
+def test_a_mistake_gets_one_clear_line_and_exit_code_2(
+    both: tuple[str, str], tmp_path: Path, args: tuple[str, ...], message: str
+) -> None:
     (tmp_path / "empty").mkdir()
     for plan in ("rowwise", "colwise"):
         (tmp_path / "run" / "traces" / plan).mkdir(parents=True)
@@ -90,7 +98,11 @@ def test_a_mistake_gets_one_clear_line_and_exit_code_2(both: tuple[str, str], tm
 
 def test_ctrl_c_while_reading_leaves_no_process(tmp_path: Path) -> None:
     for rank in range(4):
-        write(tmp_path / f"rank{rank}.json", [kernel(f"kernel {number % 50}", number, 1) for number in range(60_000)], rank=rank)
+        write(
+            tmp_path / f"rank{rank}.json",
+            [kernel(f"kernel {number % 50}", number, 1) for number in range(60_000)],
+            rank=rank,
+        )
     running = start("diff", str(tmp_path), "--workers", "2", cwd=tmp_path)
     children: list[psutil.Process] = []
     deadline_s = time.monotonic() + 60
@@ -108,7 +120,18 @@ def test_ctrl_c_while_reading_leaves_no_process(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("profiled") / "run"
-    ended = shardwise("compare", "rowwise", "rowwise@dtensor", *SMALL, "--no-check", "--profile", "--profile-steps", "2", "--out", str(out))
+    ended = shardwise(
+        "compare",
+        "rowwise",
+        "rowwise@dtensor",
+        *SMALL,
+        "--no-check",
+        "--profile",
+        "--profile-steps",
+        "2",
+        "--out",
+        str(out),
+    )
     assert ended.returncode == 0, ended.stderr
     assert "Where a step's time goes" in ended.stdout
     return out
@@ -122,24 +145,35 @@ def test_compare_records_every_plan_on_every_rank_and_says_where_its_step_went(r
         assert profile.parts.compute_ns > 0
         assert profile.parts.exposed_transfer_ns > 0
         assert profile.parts.exposed_communication_ns == 0
-        assert sorted(path.name for path in Path(profile.traces).iterdir()) == ["rank0.json.gz", "rank1.json.gz"]
+        assert sorted(path.name for path in Path(profile.traces).iterdir()) == [
+            "rank0.json.gz",
+            "rank1.json.gz",
+        ]
     assert (recorded / "profile-rowwise.html").exists()
     assert (recorded / "diff-rowwise@dtensor.html").exists()
 
 
-def test_what_compare_recorded_can_be_given_to_diff_and_has_each_collective_by_its_module(recorded: Path) -> None:
-    ended = shardwise("diff", str(recorded / "traces" / "rowwise"), str(recorded / "traces" / "rowwise@dtensor"), "--json")
+def test_what_compare_recorded_can_be_given_to_diff_and_has_each_collective_by_its_module(
+    recorded: Path,
+) -> None:
+    ended = shardwise(
+        "diff", str(recorded / "traces" / "rowwise"), str(recorded / "traces" / "rowwise@dtensor"), "--json"
+    )
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
     assert not found["first"]["losses"]
     calls = {(use["op"], use["origin"]): use["use"]["count"] for use in found["first"]["collectives"]}
     assert calls["all_to_all", "tok_embeddings"] == 1
     assert calls["all_gather", "layers.*.attention"] == 6
-    reduced = sum(use["use"]["count"] for use in found["second"]["collectives"] if use["op"] == "reduce_scatter")
+    reduced = sum(
+        use["use"]["count"] for use in found["second"]["collectives"] if use["op"] == "reduce_scatter"
+    )
     assert reduced == 26  # 13 either way, as the plan's Program has them
 
 
-def test_the_report_of_a_profiled_run_is_drawn_with_its_parts(browser: str, recorded: Path, tmp_path: Path) -> None:
+def test_the_report_of_a_profiled_run_is_drawn_with_its_parts(
+    browser: str, recorded: Path, tmp_path: Path
+) -> None:
     script = """
     const parts = [...document.querySelectorAll("section[aria-labelledby=profiles] .bar > span")];
     seen.push([String(parts.length > 5), String(parts.every((part) => getComputedStyle(part).backgroundColor !== "rgba(0, 0, 0, 0)"))]);

@@ -17,7 +17,9 @@ Steps = dict[int, tuple[float, float]]
 
 
 def start(*options: str, ranks: int = 0) -> subprocess.CompletedProcess[str]:
-    torchrun = [] if not ranks else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    torchrun = (
+        [] if not ranks else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    )
     return subprocess.run(
         [sys.executable, *torchrun, str(EXAMPLE), *options],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -57,7 +59,9 @@ def test_two_ranks_print_what_one_process_prints(one_process: Steps) -> None:
     assert_same(run(ranks=2), one_process)
 
 
-def test_fsdp_prints_what_one_process_prints_and_fewer_ranks_go_on_from_its_checkpoint(one_process: Steps, tmp_path: Path) -> None:
+def test_fsdp_prints_what_one_process_prints_and_fewer_ranks_go_on_from_its_checkpoint(
+    one_process: Steps, tmp_path: Path
+) -> None:
     saved = str(tmp_path / "saved")
     steps = run("--steps", "3", "--save", saved, "--fsdp", "2", ranks=4)
     steps |= run("--steps", "3", "--resume", saved, "--embedding", "routed", ranks=2)

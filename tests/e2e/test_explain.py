@@ -23,10 +23,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return out, ended.stdout
 
 
-def test_two_plans_are_put_side_by_side_with_what_one_has_and_the_other_has_not(run: tuple[Path, str]) -> None:
+def test_two_plans_are_put_side_by_side_with_what_one_has_and_the_other_has_not(
+    run: tuple[Path, str],
+) -> None:
     _, printed = run
     assert "rowwise@dtensor" in printed
-    assert "its gradient is Replicate [32000, 384], 2 times its shard" in " ".join(printed.replace("│", " ").split())
+    assert "its gradient is Replicate [32000, 384], 2 times its shard" in " ".join(
+        printed.replace("│", " ").split()
+    )
 
 
 def test_the_folder_holds_the_page_the_walk_through_and_the_data(run: tuple[Path, str]) -> None:
@@ -39,13 +43,20 @@ def test_the_folder_holds_the_page_the_walk_through_and_the_data(run: tuple[Path
         "settings.json",
         "walkthrough.html",
     ]
-    assert (out / "program.txt").read_text().splitlines()[0].endswith("under rowwise@dtensor (dtensor), mesh tp=2, rank 0, cuda")
+    assert (
+        (out / "program.txt")
+        .read_text()
+        .splitlines()[0]
+        .endswith("under rowwise@dtensor (dtensor), mesh tp=2, rank 0, cuda")
+    )
     assert json.loads((out / "explanation.json").read_bytes())["schema_version"] == 1
     assert json.loads((out / "settings.json").read_bytes())["plans"] == ["rowwise@dtensor", "rowwise"]
     assert printed.rstrip().endswith(f"Page: {out}/explain.html")
 
 
-def test_the_page_opens_in_a_browser_and_loads_nothing(run: tuple[Path, str], browser: str, tmp_path: Path) -> None:
+def test_the_page_opens_in_a_browser_and_loads_nothing(
+    run: tuple[Path, str], browser: str, tmp_path: Path
+) -> None:
     seen = visit(browser, (run[0] / "explain.html").read_text(), tmp_path)
     assert "rowwise@dtensor" in seen.dom
     assert (seen.console, seen.requests) == ((), ())
@@ -74,7 +85,9 @@ def test_a_gpt_is_explained_at_another_size_and_at_the_sequence_that_it_has_posi
     ],
 )
 @pytest.mark.parametrize("command", ["explain", "verify", "compare"])
-def test_a_size_that_a_model_can_t_have_is_one_line(command: str, options: tuple[str, ...], message: str) -> None:
+def test_a_size_that_a_model_can_t_have_is_one_line(
+    command: str, options: tuple[str, ...], message: str
+) -> None:
     ended = shardwise(command, *options)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.splitlines()[-1] == f"shardwise: {message}"
@@ -85,7 +98,9 @@ def test_json_is_one_document(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     document = json.loads(ended.stdout)
     assert document["plan"] == "routed"
-    (sent,) = [g for g in document["collectives"] if g["module"] == "tok_embeddings" and g["phase"] == "forward"]
+    (sent,) = [
+        g for g in document["collectives"] if g["module"] == "tok_embeddings" and g["phase"] == "forward"
+    ]
     assert sent["by_data"]["max_bytes"] >= sent["by_data"]["mean_bytes"] > 0
     assert list(tmp_path.iterdir()) == []
 
@@ -101,7 +116,18 @@ def test_a_factory_of_the_user_s_is_explained_unsharded(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from torch import nn\ndef build():\n    return nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 50))\n"
     )
-    ended = shardwise("explain", "unsharded", "--model", "mine:build", "--mesh", "tp=1", "--seq", "16", "--json", cwd=tmp_path)
+    ended = shardwise(
+        "explain",
+        "unsharded",
+        "--model",
+        "mine:build",
+        "--mesh",
+        "tp=1",
+        "--seq",
+        "16",
+        "--json",
+        cwd=tmp_path,
+    )
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout)["parameters"] == 50 * 8 + 8 * 8 + 8 + 8 * 50 + 50
 
@@ -122,7 +148,9 @@ def test_a_hostile_config_harms_nothing(tmp_path: Path) -> None:
     assert "&lt;script&gt;alert(1)" in page
 
 
-def test_a_config_that_is_ten_megabytes_long_or_nested_without_end_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_config_that_is_ten_megabytes_long_or_nested_without_end_is_refused_in_one_line(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "long.json").write_text(json.dumps({"model_type": "x" * 10_000_000}))
     (tmp_path / "deep.json").write_text("[" * 200_000)
     for name in ("long.json", "deep.json"):
@@ -151,7 +179,9 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED, ids=[" ".join(options) for options, _ in REFUSED])
-def test_a_mistake_gets_one_clear_line_and_exit_code_2(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
+def test_a_mistake_gets_one_clear_line_and_exit_code_2(
+    options: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
     ended = shardwise("explain", "--model", "llama3-debug", *options, cwd=tmp_path)
     lines = [line for line in ended.stderr.splitlines() if not line.startswith("shardwise: building")]
     assert len(lines) == 1, ended.stderr
@@ -181,7 +211,9 @@ def test_help_shows_examples() -> None:
 
 def test_only_our_own_lines_are_on_the_terminal(tmp_path: Path) -> None:
     """DTensor would warn of the two all-reduces that clipping takes on two axes."""
-    ended = shardwise("explain", "rowwise@dtensor", *SMALL, "--mesh", "fsdp=2,tp=2", "--batch", "2", cwd=tmp_path)
+    ended = shardwise(
+        "explain", "rowwise@dtensor", *SMALL, "--mesh", "fsdp=2,tp=2", "--batch", "2", cwd=tmp_path
+    )
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr
     assert all(line.startswith("shardwise: ") for line in ended.stderr.splitlines())

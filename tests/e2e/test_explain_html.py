@@ -9,7 +9,13 @@ from shardwise.report.explain_html import contrast_html, explanation_html
 from tests.e2e.test_report_html import Elements, browser, visit
 from tests.e2e.test_walkthrough_html import driven, seen_by
 from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME
-from tests.unit.explanation_example import alone_example, contrast_example, dtensor_example, explanation, hostile_example
+from tests.unit.explanation_example import (
+    alone_example,
+    contrast_example,
+    dtensor_example,
+    explanation,
+    hostile_example,
+)
 
 __all__ = ["browser"]
 
@@ -103,7 +109,10 @@ def test_nothing_is_wider_than_the_screen(browser: str, tmp_path: Path, page: st
 @pytest.mark.parametrize("text", [HOSTILE_NAME, HOSTILE_MARKUP, "</style><b>", "<svg onload=alert(1)>"])
 def test_a_hostile_name_is_text_and_nothing_else(browser: str, tmp_path: Path, text: str) -> None:
     example = hostile_example(text)
-    for page in (explanation_html(example), contrast_html(Contrast(example, example, example.collectives, (), (), (text,)))):
+    for page in (
+        explanation_html(example),
+        contrast_html(Contrast(example, example, example.collectives, (), (), (text,))),
+    ):
         seen = visit(browser, page, tmp_path)
         elements = Elements(seen.dom)
         assert elements.names.count("script") == 1
@@ -125,4 +134,6 @@ def test_colours_follow_the_dark_scheme(browser: str, tmp_path: Path) -> None:
     light.mkdir()
     dark.mkdir()
     assert seen_by(visit(browser, page, light).dom) == [["rgb(255, 255, 255)"]]
-    assert seen_by(visit(browser, page, dark, "--blink-settings=preferredColorScheme=0").dom) == [["rgb(20, 23, 27)"]]
+    assert seen_by(visit(browser, page, dark, "--blink-settings=preferredColorScheme=0").dom) == [
+        ["rgb(20, 23, 27)"]
+    ]

@@ -28,7 +28,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("program") / "p.json"
-    ended = shardwise("predict", "--model", "llama3-debug", "--mesh", "fsdp=2,tp=2", "--seq", "32", "--save-program", str(path))
+    ended = shardwise(
+        "predict",
+        "--model",
+        "llama3-debug",
+        "--mesh",
+        "fsdp=2,tp=2",
+        "--seq",
+        "32",
+        "--save-program",
+        str(path),
+    )
     assert ended.returncode == 0, ended.stderr
     return path
 
@@ -55,20 +65,24 @@ def test_the_folder_holds_the_page_the_data_and_the_steps_for_perfetto(run: tupl
 
 
 def test_mixed_precision_and_context_ranks_are_one_step(tmp_path: Path) -> None:
-    options = (
-        "--mesh fsdp=1,tp=2 --context 2 --param-dtype bfloat16 --reduce-dtype float32 --recompute selective-ops --compiled-loss --json"
-    )
+    options = "--mesh fsdp=1,tp=2 --context 2 --param-dtype bfloat16 --reduce-dtype float32 --recompute selective-ops --compiled-loss --json"
     ended = shardwise("predict", "--model", "llama3-debug", "--seq", "64", *options.split(), cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     document = json.loads(ended.stdout)
     (prediction,) = document["predictions"]
-    assert (prediction["devices"], prediction["tokens"], dict(prediction["axes"])) == (4, 64, {"fsdp": 1, "tp": 2})
+    assert (prediction["devices"], prediction["tokens"], dict(prediction["axes"])) == (
+        4,
+        64,
+        {"fsdp": 1, "tp": 2},
+    )
     assert prediction["setup"]["compiled_loss"]
     assert dict(prediction["terms"])["data-parallel communication"] > 0
 
 
 def test_json_is_one_document(tmp_path: Path) -> None:
-    ended = shardwise("predict", *SMALL, "--json", "--without", "launch,tensor", "--without", "data", cwd=tmp_path)
+    ended = shardwise(
+        "predict", *SMALL, "--json", "--without", "launch,tensor", "--without", "data", cwd=tmp_path
+    )
     assert ended.returncode == 0, ended.stderr
     (prediction,) = json.loads(ended.stdout)["predictions"]
     off = ["tensor-parallel communication", "data-parallel communication", "waiting for launches"]
@@ -78,7 +92,9 @@ def test_json_is_one_document(tmp_path: Path) -> None:
 
 
 def test_a_plan_that_does_not_fit_is_an_answer_of_no() -> None:
-    ended = shardwise("predict", "--model", "llama3-70b", "--mesh", "tp=2", "--seq", "128", "--dtype", "bfloat16", "--json")
+    ended = shardwise(
+        "predict", "--model", "llama3-70b", "--mesh", "tp=2", "--seq", "128", "--dtype", "bfloat16", "--json"
+    )
     assert ended.returncode == 1, ended.stderr
     document = json.loads(ended.stdout)
     assert document["fits"] is False
@@ -90,7 +106,9 @@ def test_a_saved_program_is_predicted_at_other_sizes_without_torch(saved: Path) 
         f"code = _run(['predict', '--program', {str(saved)!r}, '--mesh', 'fsdp=512,tp=2', '--stages', '2', '--accumulation', '4', '--json']); "
         "print(code, 'torch' in sys.modules, file=sys.stderr)"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
     assert ended.stderr == "0 False\n"
     document = json.loads(ended.stdout)
     (prediction,) = document["predictions"]
@@ -99,14 +117,18 @@ def test_a_saved_program_is_predicted_at_other_sizes_without_torch(saved: Path) 
 
 
 def test_a_saved_program_is_predicted_as_the_traced_one(saved: Path) -> None:
-    traced = shardwise("predict", "--model", "llama3-debug", "--mesh", "fsdp=64,tp=2", "--seq", "32", "--json")
+    traced = shardwise(
+        "predict", "--model", "llama3-debug", "--mesh", "fsdp=64,tp=2", "--seq", "32", "--json"
+    )
     again = shardwise("predict", "--program", str(saved), "--mesh", "fsdp=64,tp=2", "--json")
     assert json.loads(traced.stdout) == json.loads(again.stdout)
 
 
 def test_a_pipeline_s_stages_are_in_a_trace_of_their_own(saved: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    ended = shardwise("predict", "--program", str(saved), "--stages", "3", "--accumulation", "6", "--out", str(out))
+    ended = shardwise(
+        "predict", "--program", str(saved), "--stages", "3", "--accumulation", "6", "--out", str(out)
+    )
     assert ended.returncode == 0, ended.stderr
     assert "pipeline bubble" in ended.stdout
     events = json.loads(gzip.decompress((out / "stages-a.json.gz").read_bytes()))["traceEvents"]
@@ -115,11 +137,23 @@ def test_a_pipeline_s_stages_are_in_a_trace_of_their_own(saved: Path, tmp_path: 
 
 def test_a_sweep_finds_every_mesh_and_says_what_it_left_out(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options = ("--devices", "4", "--micro-batches", "1,2", "--model", "llama3-debug?n_layers=2", "--seq", "32")
+    options = (
+        "--devices",
+        "4",
+        "--micro-batches",
+        "1,2",
+        "--model",
+        "llama3-debug?n_layers=2",
+        "--seq",
+        "32",
+    )
     ended = shardwise("predict", "--sweep", *options, "--json", "--out", str(out))
     assert ended.returncode == 0, ended.stderr
     document = json.loads(ended.stdout)
-    found = {(tuple(map(tuple, point["axes"])), point["stages"], point["micro_batch"]) for point in document["points"]}
+    found = {
+        (tuple(map(tuple, point["axes"])), point["stages"], point["micro_batch"])
+        for point in document["points"]
+    }
     assert ((("fsdp", 2), ("tp", 1)), 2, 2) in found
     assert ((("tp", 4),), 1, 1) in found
     assert len(found) == len(document["points"])
@@ -133,7 +167,9 @@ def test_a_sweep_finds_every_mesh_and_says_what_it_left_out(tmp_path: Path) -> N
 
 def test_ctrl_c_leaves_no_process_of_a_sweep(tmp_path: Path) -> None:
 
-    running = start("predict", "--sweep", "--devices", "8", "--model", "llama3-debug", "--seq", "32", cwd=tmp_path)
+    running = start(
+        "predict", "--sweep", "--devices", "8", "--model", "llama3-debug", "--seq", "32", cwd=tmp_path
+    )
     deadline_s = time.monotonic() + 60
     children: list[psutil.Process] = []
     while time.monotonic() < deadline_s and len(children) < 2:
@@ -172,9 +208,17 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("options", "message"), REFUSED, ids=[" ".join(options)[:50] for options, _ in REFUSED])
-def test_a_mistake_gets_one_clear_line_and_exit_code_2(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
-    common = () if "--program" in options else ("--model", "llama3-debug", *(() if "--seq" in options else ("--seq", "32")))
+@pytest.mark.parametrize(
+    ("options", "message"), REFUSED, ids=[" ".join(options)[:50] for options, _ in REFUSED]
+)
+def test_a_mistake_gets_one_clear_line_and_exit_code_2(
+    options: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    common = (
+        ()
+        if "--program" in options
+        else ("--model", "llama3-debug", *(() if "--seq" in options else ("--seq", "32")))
+    )
     mesh = () if {"--mesh", "--sweep", "--program"} & set(options) else ("--mesh", "tp=2")
     ended = shardwise("predict", *common, *mesh, *options, cwd=tmp_path)
     lines = [

@@ -15,7 +15,12 @@ from tests.unit.test_predict_sweep import hostile_sweep, point, sweep_of
 
 __all__ = ["browser"]
 
-SWEEP = sweep_of(point(300), point(200, plan="colwise"), point(900, memory=TOO_MUCH), refused=(Refusal("rowwise", "too few heads", 3),))
+SWEEP = sweep_of(
+    point(300),
+    point(200, plan="colwise"),
+    point(900, memory=TOO_MUCH),
+    refused=(Refusal("rowwise", "too few heads", 3),),
+)
 PAGES = {
     "one plan": prediction_html(run_of()),
     "two plans": prediction_html(two_plans()),

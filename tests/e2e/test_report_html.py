@@ -12,10 +12,25 @@ import pytest
 
 from shardwise.core.measurement import Comparison
 from shardwise.report.html import comparison_html
-from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME, cuda_example, example, module_only_example
+from tests.unit.comparison_example import (
+    HOSTILE_MARKUP,
+    HOSTILE_NAME,
+    cuda_example,
+    example,
+    module_only_example,
+)
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-EIGHT_PLANS = ("rowwise", "colwise", "routed", "rowwise@dtensor", "colwise@dtensor", "routed-interleaved", "replicated", "my-own")
+EIGHT_PLANS = (
+    "rowwise",
+    "colwise",
+    "routed",
+    "rowwise@dtensor",
+    "colwise@dtensor",
+    "routed-interleaved",
+    "replicated",
+    "my-own",
+)
 
 WHOLE_STEP_CHARTS = {"chart-step", "chart-ratio", "chart-memory", "chart-wire", "chart-module", "chart-loss"}
 MODULE_CHARTS = {"chart-step", "chart-ratio", "chart-memory", "chart-wire"}
@@ -61,7 +76,9 @@ class Elements(HTMLParser):
 def browser() -> str:
     found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if found is None:
-        pytest.skip(f"THE PAGE WAS NOT SEEN BY A BROWSER: none of {', '.join(BROWSERS)} is installed (apt-get install chromium)")
+        pytest.skip(
+            f"THE PAGE WAS NOT SEEN BY A BROWSER: none of {', '.join(BROWSERS)} is installed (apt-get install chromium)"
+        )
     return found
 
 
@@ -99,9 +116,15 @@ def visit(browser: str, page: str, directory: Path, *options: str) -> Visit:
     started = written["constants"]["logEventTypes"]["URL_REQUEST_START_JOB"]
     asked = (event.get("params", {}) for event in written["events"] if event["type"] == started)
     # the browser asks its maker for the time and for updates, whatever the page: those requests come from no origin
-    requests = tuple(found["url"] for found in asked if "url" in found and found["initiator"] != "not an origin")
+    requests = tuple(
+        found["url"] for found in asked if "url" in found and found["initiator"] != "not an origin"
+    )
     console = tuple(line for line in ended.stderr.splitlines() if "CONSOLE" in line)
-    return Visit(ended.stdout, console, tuple(url for url in requests if not url.startswith(("file:", "data:", "blob:"))))
+    return Visit(
+        ended.stdout,
+        console,
+        tuple(url for url in requests if not url.startswith(("file:", "data:", "blob:"))),
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,10 +135,14 @@ def visit(browser: str, page: str, directory: Path, *options: str) -> Visit:
         pytest.param(example(EIGHT_PLANS), WHOLE_STEP_CHARTS, id="eight plans"),
         pytest.param(module_only_example(), MODULE_CHARTS, id="one module"),
         pytest.param(cuda_example(), WHOLE_STEP_CHARTS, id="device memory and a lost loss"),
-        pytest.param(example((HOSTILE_NAME, HOSTILE_MARKUP, "x" * 300)), WHOLE_STEP_CHARTS, id="hostile names"),
+        pytest.param(
+            example((HOSTILE_NAME, HOSTILE_MARKUP, "x" * 300)), WHOLE_STEP_CHARTS, id="hostile names"
+        ),
     ],
 )
-def test_every_chart_is_drawn_offline_and_without_complaint(browser: str, tmp_path: Path, comparison: Comparison, charts: set[str]) -> None:
+def test_every_chart_is_drawn_offline_and_without_complaint(
+    browser: str, tmp_path: Path, comparison: Comparison, charts: set[str]
+) -> None:
     seen = visit(browser, comparison_html(comparison), tmp_path)
     elements = Elements(seen.dom)
     assert seen.console == ()
@@ -130,7 +157,9 @@ def test_a_hostile_name_is_text_and_nothing_else(browser: str, tmp_path: Path) -
     assert "img" not in elements.names
     assert elements.names.count("script") == 3
     assert elements.handlers == []
-    labels = re.findall(r"<text class=\"ytick\"[^>]*>(.*?)</text>|<g class=\"ytick\"><text[^>]*>(.*?)</text>", seen.dom)
+    labels = re.findall(
+        r"<text class=\"ytick\"[^>]*>(.*?)</text>|<g class=\"ytick\"><text[^>]*>(.*?)</text>", seen.dom
+    )
     assert any("&lt;/script&gt;" in "".join(label) for label in labels), labels
     assert any("&lt;b&gt;&amp;amp;&lt;/b&gt;" in "".join(label) for label in labels), labels
 

@@ -29,16 +29,27 @@ def test_plans_that_are_right_end_with_0_and_leave_a_page_and_the_data(tmp_path:
     ended = shardwise("verify", "rowwise", "colwise@dtensor", "--size", "small", "--out", str(out))
     assert ended.returncode == 0, ended.stderr
     assert "2 right: tp=2 on cpu, batch 2, 16 tokens each, no dropout" in ended.stdout
-    assert sorted(each.name for each in out.iterdir()) == ["settings.json", "verification.json", "verify.html"]
+    assert sorted(each.name for each in out.iterdir()) == [
+        "settings.json",
+        "verification.json",
+        "verify.html",
+    ]
     found = verification_from_json((out / "verification.json").read_bytes())
-    assert [(each.plan, each.verdict) for each in found.verifications] == [("rowwise", Verdict.RIGHT), ("colwise@dtensor", Verdict.RIGHT)]
+    assert [(each.plan, each.verdict) for each in found.verifications] == [
+        ("rowwise", Verdict.RIGHT),
+        ("colwise@dtensor", Verdict.RIGHT),
+    ]
 
 
 def test_a_wrong_plan_ends_with_1_and_json_is_one_document() -> None:
     ended = shardwise("verify", "own", "--model", f"{MODELS}by_hand_slope_not_summed", "--json")
     assert ended.returncode == 1
     (case,) = json.loads(ended.stdout)["verifications"]
-    assert (case["verdict"], case["findings"][0]["subject"], case["findings"][0]["cause"]) == ("wrong", "slope", "parts_not_summed")
+    assert (case["verdict"], case["findings"][0]["subject"], case["findings"][0]["cause"]) == (
+        "wrong",
+        "slope",
+        "parts_not_summed",
+    )
 
 
 def test_static_checks_start_no_rank_and_prove_nothing() -> None:
@@ -50,11 +61,22 @@ def test_static_checks_start_no_rank_and_prove_nothing() -> None:
 
 
 def test_a_static_finding_ends_with_1() -> None:
-    ended = shardwise("verify", "own", "--static", "--model", f"{MODELS}fused_halves", "--model", f"{MODELS}fused_pairs", "--json")
+    ended = shardwise(
+        "verify",
+        "own",
+        "--static",
+        "--model",
+        f"{MODELS}fused_halves",
+        "--model",
+        f"{MODELS}fused_pairs",
+        "--json",
+    )
     assert ended.returncode == 1
     suspected, clean = json.loads(ended.stdout)["verifications"]
     assert (suspected["verdict"], suspected["proof"]) == ("suspected", None)
-    assert [(each["subject"], each["cause"]) for each in suspected["findings"]] == [("gate_up.weight", "cut_as_one")]
+    assert [(each["subject"], each["cause"]) for each in suspected["findings"]] == [
+        ("gate_up.weight", "cut_as_one")
+    ]
     assert (clean["verdict"], clean["findings"]) == ("not proved", [])
 
 
@@ -71,12 +93,24 @@ def test_a_plan_of_the_users_own_is_read_from_its_file(tmp_path: Path) -> None:
         (("rowise",), 'unknown plan "rowise". Did you mean "rowwise"?'),
         (("--model", "llama3-debg"), 'unknown model "llama3-debg". Did you mean "llama3-debug"?'),
         (("unsharded",), 'plan "unsharded" has nothing to verify. Name a plan that shards.'),
-        (("--mesh", "dp=2,tp=2"), "--mesh dp=2,tp=2: verify compares one tp axis of two ranks or more with one rank. Use --mesh tp=2."),
-        (("--mesh", "tp=1"), "--mesh tp=1: verify compares one tp axis of two ranks or more with one rank. Use --mesh tp=2."),
+        (
+            ("--mesh", "dp=2,tp=2"),
+            "--mesh dp=2,tp=2: verify compares one tp axis of two ranks or more with one rank. Use --mesh tp=2.",
+        ),
+        (
+            ("--mesh", "tp=1"),
+            "--mesh tp=1: verify compares one tp axis of two ranks or more with one rank. Use --mesh tp=2.",
+        ),
         (("--seq", "15"), "--seq 15 is no multiple of tp=2, as sequence parallelism needs. Use 16."),
-        (("--static", "--mesh", "tp=16"), 'plan "rowwise": rule "layers.*.attention.wq" (colwise) splits 12 heads'),
+        (
+            ("--static", "--mesh", "tp=16"),
+            'plan "rowwise": rule "layers.*.attention.wq" (colwise) splits 12 heads',
+        ),
         (("--size", "tiny"), '--size is "tiny". Allowed: auto, given, small.'),
-        (("--model", f"{MODELS}by_hand_right", "rowwise"), 'plan "rowwise": rule "tok_embeddings" (rowwise) matched nothing'),
+        (
+            ("--model", f"{MODELS}by_hand_right", "rowwise"),
+            'plan "rowwise": rule "tok_embeddings" (rowwise) matched nothing',
+        ),
     ],
 )
 def test_bad_input_is_told_in_a_line(given: tuple[str, ...], said: str) -> None:
@@ -99,7 +133,16 @@ def test_ctrl_c_leaves_no_rank_behind(tmp_path: Path) -> None:
 
 
 def test_torchrun_ranks_are_used_as_they_are_and_one_of_them_speaks() -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "shardwise", "verify"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "shardwise",
+        "verify",
+    ]
     ended = subprocess.run(
         [*command, "rowwise", "colwise", "--size", "small", "--json"],
         capture_output=True,
@@ -110,7 +153,10 @@ def test_torchrun_ranks_are_used_as_they_are_and_one_of_them_speaks() -> None:
     )
     assert ended.returncode == 0, ended.stderr
     found = verification_from_json(ended.stdout.encode())
-    assert [(each.plan, each.verdict) for each in found.verifications] == [("rowwise", Verdict.RIGHT), ("colwise", Verdict.RIGHT)]
+    assert [(each.plan, each.verdict) for each in found.verifications] == [
+        ("rowwise", Verdict.RIGHT),
+        ("colwise", Verdict.RIGHT),
+    ]
 
 
 def test_the_page_is_seen_and_hostile_names_stay_text(browser: str, tmp_path: Path) -> None:
@@ -118,7 +164,9 @@ def test_the_page_is_seen_and_hostile_names_stay_text(browser: str, tmp_path: Pa
     assert (seen.console, seen.requests) == ((), ())
     seen = visit(
         browser,
-        verification_html(run(RIGHT.__class__(HOSTILE, HOSTILE, 2, HOSTILE, 1, None, None, WRONG.findings, HOSTILE, 0.1))),
+        verification_html(
+            run(RIGHT.__class__(HOSTILE, HOSTILE, 2, HOSTILE, 1, None, None, WRONG.findings, HOSTILE, 0.1))
+        ),
         tmp_path,
     )
     elements = Elements(seen.dom)
@@ -131,6 +179,8 @@ def test_a_teams_own_test_passes_for_a_right_plan_and_tells_why_a_wrong_one_is_w
     assert_plan_trains_right(f"{MODELS}by_hand_right", "own")
     with pytest.raises(AssertionError) as raised:
         assert_plan_trains_right(f"{MODELS}by_hand_slope_averaged", "own")
-    assert "Its gradient is 1/2 of the unsharded one: averaged, or parts that were not summed." in str(raised.value)
+    assert "Its gradient is 1/2 of the unsharded one: averaged, or parts that were not summed." in str(
+        raised.value
+    )
     with pytest.raises(InputError, match="Did you mean"):
         assert_plan_trains_right("llama3-debug", "rowise")

@@ -36,7 +36,9 @@ def walkthroughs() -> list[Explained]:
 def driven(page: str, script: str) -> str:
     """The page with a person at it: one more script, which its policy is told of."""
     script = PERSON + f"(async () => {{ {script} told(); }})();"
-    allowed = re.sub(r"script-src ('sha256-[^']+')", lambda found: f"script-src {found[1]} {csp_hash(script)}", page)
+    allowed = re.sub(
+        r"script-src ('sha256-[^']+')", lambda found: f"script-src {found[1]} {csp_hash(script)}", page
+    )
     return allowed.replace("</body>", f"<script>{script}</script></body>")
 
 
@@ -50,10 +52,14 @@ def seen_by(dom: str) -> list[list[str]]:
 def visit_address(browser: str, page: str, address: str, directory: Path) -> Visit:
     """Opens the page at `#address`, as a link to it does."""
     (directory / "walk.html").write_text(page, encoding="utf-8")
-    return visit(browser, f'<!doctype html><meta http-equiv="refresh" content="0;url=walk.html#{address}">', directory)
+    return visit(
+        browser, f'<!doctype html><meta http-equiv="refresh" content="0;url=walk.html#{address}">', directory
+    )
 
 
-def test_keys_go_through_every_step_forward_and_back(browser: str, tmp_path: Path, walkthroughs: list[Explained]) -> None:
+def test_keys_go_through_every_step_forward_and_back(
+    browser: str, tmp_path: Path, walkthroughs: list[Explained]
+) -> None:
     script = """
     await wait(); look("start"); press("ArrowRight"); look("one");
     for (let i = 0; i < 30; i++) press("ArrowRight");
@@ -75,25 +81,33 @@ def test_keys_go_through_every_step_forward_and_back(browser: str, tmp_path: Pat
     ]
 
 
-def test_a_step_is_read_out_and_the_address_follows_it(browser: str, tmp_path: Path, walkthroughs: list[Explained]) -> None:
+def test_a_step_is_read_out_and_the_address_follows_it(
+    browser: str, tmp_path: Path, walkthroughs: list[Explained]
+) -> None:
     script = 'await wait(); press("ArrowRight"); look("second"); document.getElementById("next").click(); look("third");'
     seen = seen_by(visit(browser, driven(walkthrough_html(walkthroughs), script), tmp_path).dom)
     for number, (_, shown, address, live) in enumerate(seen, start=2):
         step = walkthroughs[0].steps[number - 1]
         assert shown == f"embedding/rowwise/{number}"
         assert address == f"#embedding/rowwise/{number}"
-        assert live.startswith(f"Step {number} of {len(walkthroughs[0].steps) + 1} · forward. {step.title}. {step.words[0]}")
+        assert live.startswith(
+            f"Step {number} of {len(walkthroughs[0].steps) + 1} · forward. {step.title}. {step.words[0]}"
+        )
 
 
 def test_every_step_of_every_walk_through_can_be_reached_by_its_address(
     browser: str, tmp_path: Path, walkthroughs: list[Explained]
 ) -> None:
-    addresses = [f"{walk.subject}/{number}" for walk in walkthroughs for number in range(1, len(walk.steps) + 2)]
+    addresses = [
+        f"{walk.subject}/{number}" for walk in walkthroughs for number in range(1, len(walk.steps) + 2)
+    ]
     script = f"for (const address of {json.dumps(addresses)}) {{ location.hash = address; await wait(); look(address); }}"
     visited = visit(browser, driven(walkthrough_html(walkthroughs), script), tmp_path)
     assert visited.console == ()
     assert visited.requests == ()
-    assert [(asked, shown) for asked, shown, *_ in seen_by(visited.dom)] == [(address, address) for address in addresses]
+    assert [(asked, shown) for asked, shown, *_ in seen_by(visited.dom)] == [
+        (address, address) for address in addresses
+    ]
 
 
 @pytest.mark.parametrize(
@@ -105,12 +119,16 @@ def test_every_step_of_every_walk_through_can_be_reached_by_its_address(
         ("no/such/3", "embedding/rowwise/1"),
     ],
 )
-def test_a_link_opens_its_step(browser: str, tmp_path: Path, walkthroughs: list[Explained], address: str, shown: str) -> None:
+def test_a_link_opens_its_step(
+    browser: str, tmp_path: Path, walkthroughs: list[Explained], address: str, shown: str
+) -> None:
     page = driven(walkthrough_html(walkthroughs), 'await wait(); look("opened");')
     assert seen_by(visit_address(browser, page, address, tmp_path).dom)[0][1] == shown
 
 
-def test_arrows_join_the_block_that_leaves_to_the_block_that_comes(browser: str, tmp_path: Path, walkthroughs: list[Explained]) -> None:
+def test_arrows_join_the_block_that_leaves_to_the_block_that_comes(
+    browser: str, tmp_path: Path, walkthroughs: list[Explained]
+) -> None:
     script = """
     location.hash = "embedding/rowwise/5"; await wait();
     for (const group of document.querySelectorAll(".step.now .arrows g")) seen.push([group.getAttribute("class"), String(group.querySelector(".stays") !== null)]);
@@ -120,7 +138,9 @@ def test_arrows_join_the_block_that_leaves_to_the_block_that_comes(browser: str,
 
 
 @pytest.mark.parametrize("width", [420, 1200])
-def test_nothing_is_wider_than_the_screen(browser: str, tmp_path: Path, walkthroughs: list[Explained], width: int) -> None:
+def test_nothing_is_wider_than_the_screen(
+    browser: str, tmp_path: Path, walkthroughs: list[Explained], width: int
+) -> None:
     script = """
     const page = document.documentElement, steps = [...document.querySelectorAll(".step")];
     for (const step of steps) {
@@ -136,22 +156,30 @@ def test_nothing_is_wider_than_the_screen(browser: str, tmp_path: Path, walkthro
         f'<!doctype html><iframe src="walk.html" style="width:{width}px;height:900px;border:0"></iframe>'
         '<script>addEventListener("message", (event) => { document.body.dataset.seen = event.data; });</script>'
     )
-    assert seen_by(visit(browser, frame, tmp_path).dom) == [["all", str(sum(len(walk.steps) + 1 for walk in walkthroughs))]]
+    assert seen_by(visit(browser, frame, tmp_path).dom) == [
+        ["all", str(sum(len(walk.steps) + 1 for walk in walkthroughs))]
+    ]
 
 
-def test_without_its_script_every_step_is_in_sight(browser: str, tmp_path: Path, walkthroughs: list[Explained]) -> None:
+def test_without_its_script_every_step_is_in_sight(
+    browser: str, tmp_path: Path, walkthroughs: list[Explained]
+) -> None:
     page = driven(
         walkthrough_html(walkthroughs),
         'seen.push(["steps", String([...document.querySelectorAll(".step")].filter((s) => s.getClientRects().length).length)]);',
     )
     without = re.sub(r"<script>\"use strict\".*?</script>", "", page, count=1, flags=re.DOTALL)
     assert without != page
-    assert seen_by(visit(browser, without, tmp_path).dom) == [["steps", str(sum(len(walk.steps) + 1 for walk in walkthroughs))]]
+    assert seen_by(visit(browser, without, tmp_path).dom) == [
+        ["steps", str(sum(len(walk.steps) + 1 for walk in walkthroughs))]
+    ]
 
 
 def test_a_hostile_module_name_is_text_and_nothing_else(browser: str, tmp_path: Path) -> None:
     names = (HOSTILE_MARKUP, "</script><script>document.body.dataset.slipped = 1</script>", "</style><b>")
-    page = walkthrough_html([explain_walkthrough(record_walkthrough(Subject.EMBEDDING_ROWWISE, module=name)) for name in names])
+    page = walkthrough_html(
+        [explain_walkthrough(record_walkthrough(Subject.EMBEDDING_ROWWISE, module=name)) for name in names]
+    )
     visited = visit(browser, page, tmp_path)
     elements = Elements(visited.dom)
     assert "img" not in elements.names
@@ -162,9 +190,13 @@ def test_a_hostile_module_name_is_text_and_nothing_else(browser: str, tmp_path: 
     assert visited.console == ()
 
 
-def test_a_script_that_slips_into_the_page_does_not_run(browser: str, tmp_path: Path, walkthroughs: list[Explained]) -> None:
+def test_a_script_that_slips_into_the_page_does_not_run(
+    browser: str, tmp_path: Path, walkthroughs: list[Explained]
+) -> None:
     slipped = '<img src=x onerror="document.body.dataset.slipped = 1"><script>document.body.dataset.slipped = 2</script>'
-    visited = visit(browser, walkthrough_html(walkthroughs[:1]).replace("</main>", f"</main>{slipped}"), tmp_path)
+    visited = visit(
+        browser, walkthrough_html(walkthroughs[:1]).replace("</main>", f"</main>{slipped}"), tmp_path
+    )
     assert "data-slipped" not in visited.dom
     assert any("Content Security Policy" in line for line in visited.console)
 
@@ -176,4 +208,6 @@ def test_colours_follow_the_dark_scheme(browser: str, tmp_path: Path, walkthroug
     light.mkdir()
     dark.mkdir()
     assert seen_by(visit(browser, page, light).dom) == [["rgb(255, 255, 255)"]]
-    assert seen_by(visit(browser, page, dark, "--blink-settings=preferredColorScheme=0").dom) == [["rgb(20, 23, 27)"]]
+    assert seen_by(visit(browser, page, dark, "--blink-settings=preferredColorScheme=0").dom) == [
+        ["rgb(20, 23, 27)"]
+    ]

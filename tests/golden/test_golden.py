@@ -11,7 +11,9 @@ from tests.golden.programs import HERE, PROGRAMS, Small
 def test_a_small_program_is_the_one_on_file(program: Small) -> None:
     expected, found = program.path.read_text().splitlines(), program.text().splitlines()
     difference = list(difflib.unified_diff(expected, found, program.path.name, "now", lineterm="", n=1))
-    assert not difference, "\n".join([*difference[:60], "If this is what you want: make golden, and read its diff."])
+    assert not difference, "\n".join(
+        [*difference[:60], "If this is what you want: make golden, and read its diff."]
+    )
 
 
 def test_no_text_is_left_over() -> None:

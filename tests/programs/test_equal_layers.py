@@ -30,9 +30,15 @@ def traced(
     compress: bool = True,
 ) -> Program:
     is_tied = not plan.endswith("@dtensor")
-    config = LlamaConfig(96, 48, layers, 4, 2, 64) if family is Family.LLAMA else GPTConfig(96, 48, layers, 4, 64, 20, tied=is_tied)
+    config = (
+        LlamaConfig(96, 48, layers, 4, 2, 64)
+        if family is Family.LLAMA
+        else GPTConfig(96, 48, layers, 4, 64, 20, tied=is_tied)
+    )
     chosen = builtin_plan(plan, sequence_parallel=sp, family=family)
-    return trace(ModelSpec("tiny", config, ""), chosen, Mesh.parse(mesh), settings, device=device, compress=compress)
+    return trace(
+        ModelSpec("tiny", config, ""), chosen, Mesh.parse(mesh), settings, device=device, compress=compress
+    )
 
 
 def assert_same(short: Program, whole: Program) -> None:
@@ -63,7 +69,13 @@ def test_equal_layers_traced_once_are_the_whole_program(plan: str, layers: int, 
         ("dp=2,tp=2", STEP, True),
         ("fsdp=2,tp=2", STEP, True),
         ("fsdp=2,tp=2", StepSettings(BATCH, SEQ, recompute="full", accumulation=2), True),
-        ("fsdp=2,tp=2", StepSettings(BATCH, SEQ, param_dtype="bfloat16", reduce_dtype="float32", recompute="selective-ops"), True),
+        (
+            "fsdp=2,tp=2",
+            StepSettings(
+                BATCH, SEQ, param_dtype="bfloat16", reduce_dtype="float32", recompute="selective-ops"
+            ),
+            True,
+        ),
     ],
     ids=[
         "recompute",
@@ -77,20 +89,29 @@ def test_equal_layers_traced_once_are_the_whole_program(plan: str, layers: int, 
     ],
 )
 @pytest.mark.parametrize("plan", BOTH_ENGINES)
-def test_equal_layers_are_exact_under_every_setting(plan: str, mesh: str, settings: StepSettings, sp: bool, device: str) -> None:
+def test_equal_layers_are_exact_under_every_setting(
+    plan: str, mesh: str, settings: StepSettings, sp: bool, device: str
+) -> None:
     if plan == "routed" and not sp:
         plan = "rowwise"  # routed is for sharded sequences
-    short, whole = (traced(plan, 5, device, mesh, settings, sp=sp, compress=compress) for compress in (True, False))
+    short, whole = (
+        traced(plan, 5, device, mesh, settings, sp=sp, compress=compress) for compress in (True, False)
+    )
     assert short.compressed
     assert_same(short, whole)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize(("recompute", "dtype"), [("none", "float32"), ("none", "bfloat16"), ("full", "bfloat16")])
+@pytest.mark.parametrize(
+    ("recompute", "dtype"), [("none", "float32"), ("none", "bfloat16"), ("full", "bfloat16")]
+)
 @pytest.mark.parametrize("plan", builtin_names())
 def test_equal_layers_of_gpt_are_exact_too(plan: str, recompute: str, dtype: str, device: str) -> None:
     settings = StepSettings(BATCH, SEQ, dtype=dtype, recompute=recompute)
-    short, whole = (traced(plan, 5, device, settings=settings, family=Family.GPT, compress=compress) for compress in (True, False))
+    short, whole = (
+        traced(plan, 5, device, settings=settings, family=Family.GPT, compress=compress)
+        for compress in (True, False)
+    )
     assert short.compressed
     assert_same(short, whole)
 
@@ -98,6 +119,9 @@ def test_equal_layers_of_gpt_are_exact_too(plan: str, recompute: str, dtype: str
 @pytest.mark.parametrize(("mesh", "sp"), [("tp=2", False), ("dp=2,tp=2", True), ("fsdp=2,tp=2", True)])
 @pytest.mark.parametrize("plan", ["rowwise", "rowwise@dtensor"])
 def test_equal_layers_of_gpt_are_exact_on_other_meshes(plan: str, mesh: str, sp: bool) -> None:
-    short, whole = (traced(plan, 5, "cuda", mesh, family=Family.GPT, sp=sp, compress=compress) for compress in (True, False))
+    short, whole = (
+        traced(plan, 5, "cuda", mesh, family=Family.GPT, sp=sp, compress=compress)
+        for compress in (True, False)
+    )
     assert short.compressed
     assert_same(short, whole)

@@ -9,13 +9,29 @@ START_US = 1000
 
 
 def kernel(
-    name: str, at_us: float, for_us: float, *, stream: int = 7, correlation: int = 0, args: dict[str, Any] | None = None
+    name: str,
+    at_us: float,
+    for_us: float,
+    *,
+    stream: int = 7,
+    correlation: int = 0,
+    args: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    return event("kernel", name, at_us, for_us, pid=0, tid=stream, args={"stream": stream, "correlation": correlation} | (args or {}))
+    return event(
+        "kernel",
+        name,
+        at_us,
+        for_us,
+        pid=0,
+        tid=stream,
+        args={"stream": stream, "correlation": correlation} | (args or {}),
+    )
 
 
 def launch(at_us: float, correlation: int, *, for_us: float = 1, tid: int = 1) -> dict[str, Any]:
-    return event("cuda_runtime", "cudaLaunchKernel", at_us, for_us, tid=tid, args={"correlation": correlation})
+    return event(
+        "cuda_runtime", "cudaLaunchKernel", at_us, for_us, tid=tid, args={"correlation": correlation}
+    )
 
 
 def step(number: int, at_us: float, for_us: float) -> dict[str, Any]:
@@ -23,13 +39,34 @@ def step(number: int, at_us: float, for_us: float) -> dict[str, Any]:
 
 
 def event(
-    cat: str, name: str, at_us: float, for_us: float, *, pid: int = 100, tid: int = 1, args: dict[str, Any] | None = None
+    cat: str,
+    name: str,
+    at_us: float,
+    for_us: float,
+    *,
+    pid: int = 100,
+    tid: int = 1,
+    args: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    return {"ph": "X", "cat": cat, "name": name, "pid": pid, "tid": tid, "ts": START_US + at_us, "dur": for_us, "args": args or {}}
+    return {
+        "ph": "X",
+        "cat": cat,
+        "name": name,
+        "pid": pid,
+        "tid": tid,
+        "ts": START_US + at_us,
+        "dur": for_us,
+        "args": args or {},
+    }
 
 
 def all_reduce(
-    at_us: float, for_us: float, *, elements: int = 1024, ranks: tuple[int, ...] = (0, 1), args: dict[str, Any] | None = None
+    at_us: float,
+    for_us: float,
+    *,
+    elements: int = 1024,
+    ranks: tuple[int, ...] = (0, 1),
+    args: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     described = {
         "Collective name": "allreduce",
@@ -41,11 +78,17 @@ def all_reduce(
         "Process Group Ranks": str(list(ranks)),
     }
     return kernel(
-        "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", at_us, for_us, stream=20, args=described | (args or {})
+        "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
+        at_us,
+        for_us,
+        stream=20,
+        args=described | (args or {}),
     )
 
 
-def document(events: list[dict[str, Any]], *, rank: int = 0, world_size: int = 2, **header: Any) -> dict[str, Any]:
+def document(
+    events: list[dict[str, Any]], *, rank: int = 0, world_size: int = 2, **header: Any
+) -> dict[str, Any]:
     return {
         "schemaVersion": 1,
         "deviceProperties": [{"id": 0, "name": "NVIDIA H100"}],

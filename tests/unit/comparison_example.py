@@ -29,7 +29,12 @@ def example(plans: tuple[str, ...] = ("rowwise", "colwise", "routed"), *, noise:
     """Whole steps of `plans` on 2 gloo ranks, the first one also as its own A/A pair. The numbers are invented."""
     labels = [*plans, f"{plans[0]} (again)"] if noise else list(plans)
     measurements = tuple(
-        _measurement(label, plans[0] if index == len(plans) else label, index % len(plans), plans[0] if index == len(plans) else None)
+        _measurement(
+            label,
+            plans[0] if index == len(plans) else label,
+            index % len(plans),
+            plans[0] if index == len(plans) else None,
+        )
         for index, label in enumerate(labels)
     )
     standings = tuple(
@@ -65,7 +70,12 @@ def example(plans: tuple[str, ...] = ("rowwise", "colwise", "routed"), *, noise:
             variables=(("OMP_NUM_THREADS", "4"),),
         ),
         text=TextSummary(
-            "a made-up text", "a made-up BPE", tokens=1_000_000, distinct_ids=21_345, vocab_size=32_000, digest="sha256:0123456789ab"
+            "a made-up text",
+            "a made-up BPE",
+            tokens=1_000_000,
+            distinct_ids=21_345,
+            vocab_size=32_000,
+            digest="sha256:0123456789ab",
         ),
         measurements=measurements,
         standings=standings,
@@ -97,7 +107,9 @@ def module_only_example() -> Comparison:
             )
             for run in whole.measurements
         ),
-        standings=tuple(replace(standing, module_forward_s=None, module_backward_s=None) for standing in whole.standings),
+        standings=tuple(
+            replace(standing, module_forward_s=None, module_backward_s=None) for standing in whole.standings
+        ),
         notes=(),
     )
 
@@ -109,20 +121,30 @@ def cuda_example() -> Comparison:
         replace(
             run,
             sent_bytes=None,
-            memory=replace(run.memory, resident_bytes=None, active_bytes=2_900 * MIB, reserved_bytes=3_400 * MIB),
+            memory=replace(
+                run.memory, resident_bytes=None, active_bytes=2_900 * MIB, reserved_bytes=3_400 * MIB
+            ),
         )
         for run in whole.measurements
     ]
-    runs[1] = replace(runs[1], losses=(10.5, 9.0, math.nan, math.inf, -math.inf), agreement=wrong_agreement(runs[1].label))
+    runs[1] = replace(
+        runs[1], losses=(10.5, 9.0, math.nan, math.inf, -math.inf), agreement=wrong_agreement(runs[1].label)
+    )
     environment = replace(whole.environment, device="cuda", backend="nccl", machine="Invented GPU")
     return replace(whole, environment=environment, measurements=tuple(runs))
 
 
 def wrong_agreement(label: str) -> Agreement:
     finding = Finding(
-        FindingKind.GRADIENT_DIFFERS, "layers.0.attention_norm.weight", "the gradient is half of the unsharded model's.", 0.5, 0.5
+        FindingKind.GRADIENT_DIFFERS,
+        "layers.0.attention_norm.weight",
+        "the gradient is half of the unsharded model's.",
+        0.5,
+        0.5,
     )
-    return Agreement(label, "float64", 2, 21, math.nan, "layers.0.attention_norm.weight", 0.5, 1e-9, (finding,))
+    return Agreement(
+        label, "float64", 2, 21, math.nan, "layers.0.attention_norm.weight", 0.5, 1e-9, (finding,)
+    )
 
 
 def _measurement(label: str, plan_name: str, position: int, repeats: str | None) -> Measurement:
@@ -151,10 +173,20 @@ def _measurement(label: str, plan_name: str, position: int, repeats: str | None)
             resident_bytes=(900 - 20 * position) * MIB,
         ),
         collectives=(
-            CollectiveUse(forward, "tp", "forward", 1, 2 * sent_bytes, sent_bytes, sent_bytes * (1.4 if position == 2 else 1)),
+            CollectiveUse(
+                forward,
+                "tp",
+                "forward",
+                1,
+                2 * sent_bytes,
+                sent_bytes,
+                sent_bytes * (1.4 if position == 2 else 1),
+            ),
             CollectiveUse(CollectiveKind.ALL_GATHER, "tp", "forward", 4, 128.0 * MIB, 64.0 * MIB, 64.0 * MIB),
             CollectiveUse(backward, "tp", "backward", 1, 2 * sent_bytes, sent_bytes, sent_bytes),
-            CollectiveUse(CollectiveKind.REDUCE_SCATTER, "tp", "backward", 4, 128.0 * MIB, 64.0 * MIB, 64.0 * MIB),
+            CollectiveUse(
+                CollectiveKind.REDUCE_SCATTER, "tp", "backward", 4, 128.0 * MIB, 64.0 * MIB, 64.0 * MIB
+            ),
             CollectiveUse(CollectiveKind.ALL_REDUCE, "tp", "step", 2, 70_000.0, 70_000.0, 70_000.0),
         ),
         wire_bytes_largest_rank=(2.4 if position == 2 else 2) * sent_bytes + 128 * MIB + 70_000,

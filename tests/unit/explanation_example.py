@@ -3,7 +3,15 @@
 from dataclasses import replace
 
 from shardwise.core.collective import CollectiveKind, wire_bytes
-from shardwise.core.explanation import CollectiveGroup, Contrast, CopyGroup, Explanation, HoldingGroup, PhaseTotals, RuleSummary
+from shardwise.core.explanation import (
+    CollectiveGroup,
+    Contrast,
+    CopyGroup,
+    Explanation,
+    HoldingGroup,
+    PhaseTotals,
+    RuleSummary,
+)
 from shardwise.core.finding import Finding, FindingKind
 from shardwise.core.measurement import StepSettings
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
@@ -60,7 +68,8 @@ def explanation(plan: str = "rowwise") -> Explanation:
     """A plan of sequence parallelism; the embedding is as its name says: rowwise, colwise, routed."""
     collectives = (*_embedding(plan, Phase.FORWARD), *_layers(), *_embedding(plan, Phase.BACKWARD), *_edges())
     forward, backward = (
-        sum(found.total_wire_bytes for found in collectives if found.phase == phase) for phase in (Phase.FORWARD, Phase.BACKWARD)
+        sum(found.total_wire_bytes for found in collectives if found.phase == phase)
+        for phase in (Phase.FORWARD, Phase.BACKWARD)
     )
     return Explanation(
         model="llama3-example",
@@ -75,7 +84,14 @@ def explanation(plan: str = "rowwise") -> Explanation:
         collectives=collectives,
         copies=tuple(
             CopyGroup(
-                "aten::cat", Phase.FORWARD, f"layers.*.copied_{index}", (1, 2048, 64), "float32", LAYERS, (9 - index) * MIB, "To be whole."
+                "aten::cat",
+                Phase.FORWARD,
+                f"layers.*.copied_{index}",
+                (1, 2048, 64),
+                "float32",
+                LAYERS,
+                (9 - index) * MIB,
+                "To be whole.",
             )
             for index in range(9)
         ),
@@ -98,7 +114,11 @@ def explanation(plan: str = "rowwise") -> Explanation:
             RuleSummary("layers.*.misspelt", "colwise", 0, ""),
         ),
         sharded_share=0.99997,
-        held=((MemoryKind.PARAMETER, 100 * MIB), (MemoryKind.GRADIENT, 101 * MIB), (MemoryKind.OPTIMIZER, 200 * MIB)),
+        held=(
+            (MemoryKind.PARAMETER, 100 * MIB),
+            (MemoryKind.GRADIENT, 101 * MIB),
+            (MemoryKind.OPTIMIZER, 200 * MIB),
+        ),
         peak=MemoryPeak(
             700 * MIB,
             (
@@ -108,7 +128,14 @@ def explanation(plan: str = "rowwise") -> Explanation:
                 (MemoryKind.TEMPORARY, 50 * MIB),
             ),
             tuple(
-                Holder(MemoryKind.ACTIVATION, Phase.FORWARD, f"layers.*.held_{index}", "aten::mm", (20 - index) * MIB, LAYERS)
+                Holder(
+                    MemoryKind.ACTIVATION,
+                    Phase.FORWARD,
+                    f"layers.*.held_{index}",
+                    "aten::mm",
+                    (20 - index) * MIB,
+                    LAYERS,
+                )
                 for index in range(12)
             ),
             Phase.LOSS,
@@ -127,7 +154,9 @@ def dtensor_example() -> Explanation:
     stands_for = replace(first, kind=CollectiveKind.ALL_TO_ALL, copied_bytes=32 * MIB)
     untold = replace(others[-1], before=None, after=None, rule=None)
     table, *holdings = whole.holdings
-    gradient = replace(table, grad_placement=(WHOLE,), grad_shape=table.shape, gradient_bytes=8 * table.gradient_bytes)
+    gradient = replace(
+        table, grad_placement=(WHOLE,), grad_shape=table.shape, gradient_bytes=8 * table.gradient_bytes
+    )
     second = Finding(FindingKind.RULE_MATCHES_NOTHING, "layers.*.misspelt", "the rule holds for nothing.")
     return replace(
         whole,
@@ -167,14 +196,24 @@ def hostile_example(text: str) -> Explanation:
         plan=text,
         axes=((text, TP),),
         collectives=tuple(
-            replace(found, module=text if index else f"layers.*.{text}", axis=text, rule=text, reason=text, dtype=text)
+            replace(
+                found,
+                module=text if index else f"layers.*.{text}",
+                axis=text,
+                rule=text,
+                reason=text,
+                dtype=text,
+            )
             for index, found in enumerate(whole.collectives)
         ),
         copies=tuple(replace(found, module=text, op=text, reason=text) for found in whole.copies),
         holdings=tuple(replace(found, name=text, rule=text) for found in whole.holdings),
         rules=tuple(replace(found, pattern=text, style=text, example=text) for found in whole.rules),
         peak=replace(
-            whole.peak, module=text, doing=text, holders=tuple(replace(found, module=text, maker=text) for found in whole.peak.holders)
+            whole.peak,
+            module=text,
+            doing=text,
+            holders=tuple(replace(found, module=text, maker=text) for found in whole.peak.holders),
         ),
         findings=(Finding(FindingKind.OPS_UNKNOWN, text, text, advice=text),),
         notes=(text,),
@@ -208,7 +247,9 @@ def _embedding(plan: str, phase: Phase) -> tuple[CollectiveGroup, ...]:
         case "unsharded":
             return ()
         case _ if is_forward:
-            return (group(CollectiveKind.REDUCE_SCATTER, phase, module, SUMMANDS, PART, reason=EMBEDDING_REASON),)
+            return (
+                group(CollectiveKind.REDUCE_SCATTER, phase, module, SUMMANDS, PART, reason=EMBEDDING_REASON),
+            )
         case _:
             return (group(CollectiveKind.ALL_GATHER, phase, module, PART, WHOLE),)
 
@@ -229,7 +270,9 @@ def _edges() -> tuple[CollectiveGroup, ...]:
     )
 
 
-def _holding(name: str, count: int, shape: tuple[int, ...], local: tuple[int, ...], placement: Placement) -> HoldingGroup:
+def _holding(
+    name: str, count: int, shape: tuple[int, ...], local: tuple[int, ...], placement: Placement
+) -> HoldingGroup:
     return HoldingGroup(
         name=name,
         count=count,

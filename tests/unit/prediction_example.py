@@ -29,10 +29,25 @@ TERMS = {Term.MATMUL: 0.06, Term.KERNELS: 0.02, Term.TENSOR: 0.015, Term.LAUNCH:
 
 
 def prediction(
-    plan: str = "rowwise", *, terms: dict[Term, float] = TERMS, memory: MemoryForecast = MEMORY, setup: Setup | None = None
+    plan: str = "rowwise",
+    *,
+    terms: dict[Term, float] = TERMS,
+    memory: MemoryForecast = MEMORY,
+    setup: Setup | None = None,
 ) -> Prediction:
     found = tuple((term, terms.get(term, 0.0)) for term in Term)
-    return Prediction("llama3-8b", plan, "gpu-x", (("fsdp", 2), ("tp", 4)), setup or Setup(), 8, 16_384, sum(terms.values()), found, memory)
+    return Prediction(
+        "llama3-8b",
+        plan,
+        "gpu-x",
+        (("fsdp", 2), ("tp", 4)),
+        setup or Setup(),
+        8,
+        16_384,
+        sum(terms.values()),
+        found,
+        memory,
+    )
 
 
 def run_of(*predictions: Prediction, machine: MachineFacts = MACHINE) -> PredictionRun:
@@ -43,7 +58,10 @@ def run_of(*predictions: Prediction, machine: MachineFacts = MACHINE) -> Predict
 
 
 def two_plans() -> PredictionRun:
-    return run_of(prediction(), prediction("colwise", terms=TERMS | {Term.TENSOR: 0.02, Term.MATMUL: 0.0595}, memory=TOO_MUCH))
+    return run_of(
+        prediction(),
+        prediction("colwise", terms=TERMS | {Term.TENSOR: 0.02, Term.MATMUL: 0.0595}, memory=TOO_MUCH),
+    )
 
 
 def hostile_run(text: str) -> PredictionRun:
@@ -51,4 +69,8 @@ def hostile_run(text: str) -> PredictionRun:
     machine = replace(MACHINE, name=text, about=text, constants=(Constant(text, text, text, text, text),))
     one = replace(prediction(text), model=text, machine=text, notes=(text,))
     found = run_of(one, replace(one, plan=f"{text} #2"), machine=machine)
-    return replace(found, launch_bound=((LaunchBound(text, "forward", 0.004),),) * 2, settings=replace(found.settings, dtype=text))
+    return replace(
+        found,
+        launch_bound=((LaunchBound(text, "forward", 0.004),),) * 2,
+        settings=replace(found.settings, dtype=text),
+    )

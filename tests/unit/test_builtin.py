@@ -60,7 +60,12 @@ def test_routed_is_not_offered_without_sequence_parallelism(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("rowise", ' Did you mean "rowwise"?'), ("routed-interleave", ' Did you mean "routed-interleaved"?'), ("zzz", "")]
+    ("name", "hint"),
+    [
+        ("rowise", ' Did you mean "rowwise"?'),
+        ("routed-interleave", ' Did you mean "routed-interleaved"?'),
+        ("zzz", ""),
+    ],
 )
 def test_an_unknown_plan_is_one_line(name: str, hint: str) -> None:
     message = (
@@ -91,9 +96,16 @@ def test_built_in_plans_fit_every_model_at_tp_4(model: str, name: str) -> None:
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 @pytest.mark.parametrize("name", WITHOUT)
-def test_the_rules_of_both_families_differ_in_their_own_modules_only(name: str, sequence_parallel: bool) -> None:
-    llama, gpt = ({r.pattern: r for r in builtin_plan(name, sequence_parallel=sequence_parallel, family=f).rules} for f in Family)
-    assert llama.keys() - gpt.keys() == {f"layers.*.{own}" for own in ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w3")}
+def test_the_rules_of_both_families_differ_in_their_own_modules_only(
+    name: str, sequence_parallel: bool
+) -> None:
+    llama, gpt = (
+        {r.pattern: r for r in builtin_plan(name, sequence_parallel=sequence_parallel, family=f).rules}
+        for f in Family
+    )
+    assert llama.keys() - gpt.keys() == {
+        f"layers.*.{own}" for own in ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w3")
+    }
     assert gpt.keys() - llama.keys() == {"pos_embeddings", "layers.*.attention.wqkv"}
     assert all(llama[pattern] == gpt[pattern] for pattern in llama.keys() & gpt.keys())
 

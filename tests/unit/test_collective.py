@@ -37,7 +37,10 @@ def test_the_embedding_of_the_question_sends_eight_times_less_under_colwise() ->
 
 @given(BYTES, RANKS)
 def test_an_all_reduce_is_a_reduce_scatter_and_an_all_gather(full_bytes: int, ranks: int) -> None:
-    parts = [wire_bytes(kind, full_bytes, ranks) for kind in (CollectiveKind.REDUCE_SCATTER, CollectiveKind.ALL_GATHER)]
+    parts = [
+        wire_bytes(kind, full_bytes, ranks)
+        for kind in (CollectiveKind.REDUCE_SCATTER, CollectiveKind.ALL_GATHER)
+    ]
     assert wire_bytes(CollectiveKind.ALL_REDUCE, full_bytes, ranks) == pytest.approx(sum(parts))
 
 

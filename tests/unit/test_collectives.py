@@ -30,18 +30,39 @@ def one_rank() -> Iterator[Axis]:
 Call = Callable[[Tensor, Axis, Placement], Tensor]
 CALLS: dict[str, tuple[Call, str]] = {
     "all_gather": (
-        lambda x, axis, grad: collectives.all_gather(x, 0, axis, full_size=4, grad_placement=grad, origin=ORIGIN),
+        lambda x, axis, grad: collectives.all_gather(
+            x, 0, axis, full_size=4, grad_placement=grad, origin=ORIGIN
+        ),
         "Partial, Replicate",
     ),
-    "reduce_scatter": (lambda x, axis, grad: collectives.reduce_scatter(x, 0, axis, grad_placement=grad, origin=ORIGIN), "Shard(0)"),
-    "all_reduce": (lambda x, axis, grad: collectives.all_reduce(x, axis, grad_placement=grad, origin=ORIGIN), "Replicate"),
-    "fan_out": (lambda x, axis, grad: collectives.fan_out(x, axis, grad_placement=grad, origin=ORIGIN), "Partial"),
-    "split": (lambda x, axis, grad: collectives.split(x, 1, axis, grad_placement=grad, origin=ORIGIN), "Shard(1)"),
-    "all_to_all": (
-        lambda x, axis, grad: collectives.all_to_all(x, 1, 0, axis, full_size=4, grad_placement=grad, origin=ORIGIN),
+    "reduce_scatter": (
+        lambda x, axis, grad: collectives.reduce_scatter(x, 0, axis, grad_placement=grad, origin=ORIGIN),
+        "Shard(0)",
+    ),
+    "all_reduce": (
+        lambda x, axis, grad: collectives.all_reduce(x, axis, grad_placement=grad, origin=ORIGIN),
+        "Replicate",
+    ),
+    "fan_out": (
+        lambda x, axis, grad: collectives.fan_out(x, axis, grad_placement=grad, origin=ORIGIN),
+        "Partial",
+    ),
+    "split": (
+        lambda x, axis, grad: collectives.split(x, 1, axis, grad_placement=grad, origin=ORIGIN),
         "Shard(1)",
     ),
-    "exchange_rows": (lambda x, axis, grad: collectives.exchange_rows(x, (4,), (4,), axis, grad_placement=grad, origin=ORIGIN), "Shard(0)"),
+    "all_to_all": (
+        lambda x, axis, grad: collectives.all_to_all(
+            x, 1, 0, axis, full_size=4, grad_placement=grad, origin=ORIGIN
+        ),
+        "Shard(1)",
+    ),
+    "exchange_rows": (
+        lambda x, axis, grad: collectives.exchange_rows(
+            x, (4,), (4,), axis, grad_placement=grad, origin=ORIGIN
+        ),
+        "Shard(0)",
+    ),
 }
 PLACEMENTS: tuple[Placement, ...] = (Partial(), Replicate(), Shard(0), Shard(1), Shard(2), Shard(-1))
 
@@ -53,7 +74,9 @@ def test_a_collective_refuses_a_gradient_that_it_cannot_have(one_rank: Axis, nam
         if str(placement) in allowed.split(", "):
             assert torch.equal(call(X, one_rank, placement), X)
             continue
-        with pytest.raises(ValueError, match=f"^{re.escape(f'{name}: grad_placement is {placement}. Allowed: {allowed}.')}$"):
+        with pytest.raises(
+            ValueError, match=f"^{re.escape(f'{name}: grad_placement is {placement}. Allowed: {allowed}.')}$"
+        ):
             call(X, one_rank, placement)
 
 

@@ -11,7 +11,16 @@ from shardwise.verify import ranks
 from shardwise.verify.ranks import digest
 
 VALUES = st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=50)
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool)
+DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
 
 
 @given(VALUES)

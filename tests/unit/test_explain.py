@@ -60,12 +60,18 @@ def test_groups_hold_every_collective_and_every_byte_of_the_program(name: str) -
         program.held(kind) for kind in (MemoryKind.PARAMETER, MemoryKind.GRADIENT, MemoryKind.OPTIMIZER)
     )
     assert sum(totals.ops for totals in explanation.phases) == sum(1 for _ in program.ops())
-    assert sum(group.total_bytes for group in explanation.copies) == sum(op.write_bytes for op in program.ops() if op.kind == "copy")
+    assert sum(group.total_bytes for group in explanation.copies) == sum(
+        op.write_bytes for op in program.ops() if op.kind == "copy"
+    )
 
 
 @pytest.mark.parametrize("name", builtin_names())
 def test_equal_layers_are_one_line(name: str) -> None:
-    counts = {group.module: group.count for group in explanation_of(name).collectives if group.phase is Phase.FORWARD}
+    counts = {
+        group.module: group.count
+        for group in explanation_of(name).collectives
+        if group.phase is Phase.FORWARD
+    }
     assert counts["layers.*.attention"] == counts["layers.*.attention.wo"] == LAYERS
 
 
@@ -100,7 +106,9 @@ def test_the_embedding_s_collectives_are_told_by_its_style(name: str, forward: s
 
 
 def test_the_replicated_embedding_has_no_collective_of_its_own() -> None:
-    assert not [group for group in explanation_of("replicated").collectives if group.module == "tok_embeddings"]
+    assert not [
+        group for group in explanation_of("replicated").collectives if group.module == "tok_embeddings"
+    ]
 
 
 def test_gloo_s_reduce_scatter_is_said_to_be_an_all_to_all() -> None:
@@ -124,7 +132,11 @@ def kinds(explanation: Explanation) -> list[FindingKind]:
 
 
 def test_dtensor_s_rowwise_embedding_is_found_to_keep_the_whole_gradient() -> None:
-    finding = next(f for f in explanation_of("rowwise@dtensor").findings if f.kind is FindingKind.GRADIENT_NOT_AS_PARAMETER)
+    finding = next(
+        f
+        for f in explanation_of("rowwise@dtensor").findings
+        if f.kind is FindingKind.GRADIENT_NOT_AS_PARAMETER
+    )
     assert finding.subject == "tok_embeddings.weight"
     assert finding.reason.startswith("its gradient is Replicate [96, 48], 2 times its shard [48, 48]:")
     assert FindingKind.GRADIENT_NOT_AS_PARAMETER not in kinds(explanation_of("colwise@dtensor"))
@@ -132,7 +144,9 @@ def test_dtensor_s_rowwise_embedding_is_found_to_keep_the_whole_gradient() -> No
 
 
 def test_partial_norm_gradients_are_found_and_counted() -> None:
-    finding = next(f for f in explanation_of("colwise@dtensor").findings if f.kind is FindingKind.PARTIAL_GRADIENT)
+    finding = next(
+        f for f in explanation_of("colwise@dtensor").findings if f.kind is FindingKind.PARTIAL_GRADIENT
+    )
     norms = 2 * LAYERS + 1
     assert finding.reason.startswith(f"{norms} gradients stay Partial after the backward")
     assert f"{norms} all-reduces in optimizer" in finding.reason
@@ -143,7 +157,10 @@ def test_modules_that_each_gather_the_same_input_are_found_with_the_advice() -> 
     program = trace(SPEC, five_gathers(), Mesh.parse("tp=2"), SETTINGS, device="cuda")
     finding = next(f for f in explain(program).findings if f.kind is FindingKind.COLLECTIVES_REPEAT)
     assert finding.subject == "layers.*.attention, layers.*.feed_forward"
-    assert "(wq, wk, wv in layers.*.attention; w1, w3 in layers.*.feed_forward): 5 all-gathers per layer against 2" in finding.reason
+    assert (
+        "(wq, wk, wv in layers.*.attention; w1, w3 in layers.*.feed_forward): 5 all-gathers per layer against 2"
+        in finding.reason
+    )
     extra = 3 * LAYERS * (2 * 16 * 48 * 4) / 2 / 2**20
     assert f"{extra:,.3g} MiB more on the wire" in finding.reason
     assert finding.advice is not None
@@ -162,7 +179,9 @@ def test_a_replicated_table_in_a_model_that_is_mostly_table_is_little_sharded() 
 
 
 def collective(before: Placement, after: Placement, kind: CollectiveKind, module: str = "m.w") -> Collective:
-    return Collective(CollectiveCall(kind, "tp", 2, "float32", 64, 32.0, "forward"), module, None, before, after)
+    return Collective(
+        CollectiveCall(kind, "tp", 2, "float32", 64, 32.0, "forward"), module, None, before, after
+    )
 
 
 def test_collectives_that_undo_one_another_are_found() -> None:
@@ -170,15 +189,25 @@ def test_collectives_that_undo_one_another_are_found() -> None:
     gather = collective(Shard(1), Replicate(), CollectiveKind.ALL_GATHER, "a")
     scatter = collective(Replicate(), Shard(1), CollectiveKind.ALL_TO_ALL, "b")
     blocks = (*program.blocks, replace(program.blocks[0], items=(gather, scatter)))
-    found = [f for f in explain(replace(program, blocks=blocks)).findings if f.kind is FindingKind.COLLECTIVES_CANCEL]
-    assert [f.reason for f in found] == ["its all-to-all undoes the all-gather of a with nothing computed between them, 1 times a step"]
+    found = [
+        f
+        for f in explain(replace(program, blocks=blocks)).findings
+        if f.kind is FindingKind.COLLECTIVES_CANCEL
+    ]
+    assert [f.reason for f in found] == [
+        "its all-to-all undoes the all-gather of a with nothing computed between them, 1 times a step"
+    ]
     assert FindingKind.COLLECTIVES_CANCEL not in kinds(explanation_of("rowwise"))
 
 
 def test_a_rule_that_matched_nothing_is_found() -> None:
     program = program_of("rowwise")
     rules = (*program.rules, replace(program.rules[0], pattern="encoder.*", modules=()))
-    (finding,) = (f for f in explain(replace(program, rules=rules)).findings if f.kind is FindingKind.RULE_MATCHES_NOTHING)
+    (finding,) = (
+        f
+        for f in explain(replace(program, rules=rules)).findings
+        if f.kind is FindingKind.RULE_MATCHES_NOTHING
+    )
     assert finding.subject == "encoder.*"
 
 
@@ -188,7 +217,9 @@ def test_what_nobody_told_is_not_guessed() -> None:
 
 
 def test_sums_and_gathers_are_told_by_their_placements() -> None:
-    assert "products are summands" in reason_of(collective(Partial(), Shard(1), CollectiveKind.REDUCE_SCATTER))
+    assert "products are summands" in reason_of(
+        collective(Partial(), Shard(1), CollectiveKind.REDUCE_SCATTER)
+    )
     assert "needs whole sequences" in reason_of(collective(Shard(1), Replicate(), CollectiveKind.ALL_GATHER))
 
 
@@ -198,7 +229,9 @@ def test_a_contrast_names_what_only_one_plan_has() -> None:
         (CollectiveKind.REDUCE_SCATTER, "tok_embeddings"),
         (CollectiveKind.ALL_GATHER, "tok_embeddings"),
     ]
-    assert [(group.kind, group.module) for group in found.only_second] == [(CollectiveKind.ALL_TO_ALL, "tok_embeddings")] * 2
+    assert [(group.kind, group.module) for group in found.only_second] == [
+        (CollectiveKind.ALL_TO_ALL, "tok_embeddings")
+    ] * 2
     assert found.different == ()
     assert any(line.startswith("rowwise sends ") for line in found.lines)
 
@@ -217,9 +250,14 @@ def test_plans_on_two_meshes_can_t_be_contrasted() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "stands_for"),
-    [(kind, CollectiveKind.REDUCE_SCATTER if kind is CollectiveKind.ALL_TO_ALL else kind) for kind in CollectiveKind],
+    [
+        (kind, CollectiveKind.REDUCE_SCATTER if kind is CollectiveKind.ALL_TO_ALL else kind)
+        for kind in CollectiveKind
+    ],
 )
-def test_of_all_collectives_that_cut_a_sum_only_an_all_to_all_stands_for_another(kind: CollectiveKind, stands_for: CollectiveKind) -> None:
+def test_of_all_collectives_that_cut_a_sum_only_an_all_to_all_stands_for_another(
+    kind: CollectiveKind, stands_for: CollectiveKind
+) -> None:
     assert carries_out(collective(Partial(), Shard(1), kind)) is stands_for
 
 
@@ -232,12 +270,15 @@ def test_of_all_collectives_that_cut_a_sum_only_an_all_to_all_stands_for_another
         (100.0, 68.6, "68.6 % of that"),
     ],
 )
-def test_how_much_one_is_of_the_other_is_said_so_that_it_can_t_be_misread(first: float, second: float, expected: str) -> None:
+def test_how_much_one_is_of_the_other_is_said_so_that_it_can_t_be_misread(
+    first: float, second: float, expected: str
+) -> None:
     assert relation(first, second) == expected
 
 
 @pytest.mark.parametrize(
-    ("n_bytes", "expected"), [(2**17, "0.125 MiB"), (64 * 2**20, "64 MiB"), (9000 * 2**20, "9,000 MiB"), (12.34 * 2**30, "12.3 GiB")]
+    ("n_bytes", "expected"),
+    [(2**17, "0.125 MiB"), (64 * 2**20, "64 MiB"), (9000 * 2**20, "9,000 MiB"), (12.34 * 2**30, "12.3 GiB")],
 )
 def test_sizes_in_sentences(n_bytes: float, expected: str) -> None:
     assert size(n_bytes) == expected

@@ -29,20 +29,36 @@ def test_a_verdict_is_met_only_where_every_round_meets_the_bar(one: Timed, verdi
 
 
 def run(environment: Environment) -> Run:
-    few, many = timed((4.0, 5.0, 6.0)), Timed("many", "shardwise explain many", (4.0, 5.5, 6.0), (1, 1, 1), same_as="a")
+    few, many = (
+        timed((4.0, 5.0, 6.0)),
+        Timed("many", "shardwise explain many", (4.0, 5.5, 6.0), (1, 1, 1), same_as="a"),
+    )
     return Run(environment, 3, (0.1, 1.0), (few, many))
 
 
 def environment() -> Environment:
     return Environment(
-        "python -m benchmarks.explain", "2026-11-25T00:00:00Z", "a machine", "cpu", "none", 1, 1, 2, None, (("torch", "2.13"),), ()
+        "python -m benchmarks.explain",
+        "2026-11-25T00:00:00Z",
+        "a machine",
+        "cpu",
+        "none",
+        1,
+        1,
+        2,
+        None,
+        (("torch", "2.13"),),
+        (),
     )
 
 
 def test_the_table_says_how_long_each_took_and_what_more_ranks_cost() -> None:
     text = blocks(run(environment()))["benchmark-explain-speed"]
     assert "| `shardwise explain` | 5.0 | 4.0 to 6.0 | 0.50 | at most 8 s, 0.6 GiB | met |" in text
-    assert "- many: 1.00 of the time of a (rounds 1.00 to 1.10; the rounds of a are 0.80 to 1.20 of their own median)" in text
+    assert (
+        "- many: 1.00 of the time of a (rounds 1.00 to 1.10; the rounds of a are 0.80 to 1.20 of their own median)"
+        in text
+    )
 
 
 def test_the_newest_file_counts(tmp_path: Path) -> None:

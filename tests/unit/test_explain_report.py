@@ -22,7 +22,12 @@ from shardwise.report import explain_rows as rows
 from shardwise.report import units
 from shardwise.report.explain_band import Stop, bands
 from shardwise.report.explain_html import contrast_html, explanation_html, memory_chart, wire_chart
-from shardwise.report.explain_json import contrast_from_json, contrast_json, explanation_from_json, explanation_json
+from shardwise.report.explain_json import (
+    contrast_from_json,
+    contrast_json,
+    explanation_from_json,
+    explanation_json,
+)
 from shardwise.report.explain_terminal import render_contrast, render_explanation
 from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME
 from tests.unit.explanation_example import (
@@ -76,13 +81,19 @@ def text_of(page: str) -> str:
 
 def every_drawing(noun: Explanation | Contrast) -> dict[str, str]:
     page = explanation_html(noun) if isinstance(noun, Explanation) else contrast_html(noun)
-    return {**{f"terminal {width}": words_of(printed(noun, width)) for width in WIDTHS}, "page": text_of(page)}
+    return {
+        **{f"terminal {width}": words_of(printed(noun, width)) for width in WIDTHS},
+        "page": text_of(page),
+    }
 
 
 # -- words
 
 
-@pytest.mark.parametrize(("share", "text"), [(0.0, "0 %"), (1.0, "100 %"), (0.5, "50 %"), (0.99997, "99.997 %"), (0.00004, "0.004 %")])
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0.0, "0 %"), (1.0, "100 %"), (0.5, "50 %"), (0.99997, "99.997 %"), (0.00004, "0.004 %")],
+)
 def test_a_share_is_never_rounded_to_all_or_nothing(share: float, text: str) -> None:
     assert units.format_share(share) == text
 
@@ -92,7 +103,10 @@ def test_any_share_reads_back_within_half_a_percent(share: float) -> None:
     assert float(units.format_share(share).removesuffix(" %")) == pytest.approx(share * 100, abs=0.5)
 
 
-@pytest.mark.parametrize(("flops", "text"), [(0, "0"), (512, "512 FLOP"), (17_568_563_724_288, "17.6 TFLOP"), (None, "not measured")])
+@pytest.mark.parametrize(
+    ("flops", "text"),
+    [(0, "0"), (512, "512 FLOP"), (17_568_563_724_288, "17.6 TFLOP"), (None, "not measured")],
+)
 def test_flops_have_three_digits_and_a_decimal_prefix(flops: int | None, text: str) -> None:
     assert units.format_flops(flops) == text
 
@@ -103,13 +117,20 @@ def test_a_few_bytes_are_whole_ones() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "share"),
-    [(CollectiveKind.ALL_GATHER, "7/8"), (CollectiveKind.ALL_REDUCE, "2 x 7/8"), (CollectiveKind.BROADCAST, "all")],
+    [
+        (CollectiveKind.ALL_GATHER, "7/8"),
+        (CollectiveKind.ALL_REDUCE, "2 x 7/8"),
+        (CollectiveKind.BROADCAST, "all"),
+    ],
 )
 def test_what_goes_over_the_wire_is_a_fraction_of_the_payload(kind: CollectiveKind, share: str) -> None:
     assert rows.wire_share(group(kind, Phase.FORWARD, "m", Partial(), Replicate())) == share
 
 
-@pytest.mark.parametrize(("payload", "wire", "share"), [(100, 0.0, "none"), (100, 31.0, None), (0, 0.0, None), (100, math.inf, None)])
+@pytest.mark.parametrize(
+    ("payload", "wire", "share"),
+    [(100, 0.0, "none"), (100, 31.0, None), (0, 0.0, None), (100, math.inf, None)],
+)
 def test_what_is_no_simple_fraction_is_not_called_one(payload: int, wire: float, share: str | None) -> None:
     found = replace(explanation().collectives[0], payload_bytes=payload, wire_bytes=wire)
     assert rows.wire_share(found) == share
@@ -119,7 +140,10 @@ def test_what_is_no_simple_fraction_is_not_called_one(payload: int, wire: float,
 def test_a_collective_that_stands_for_another_says_so() -> None:
     found = explanation().collectives[0]
     assert rows.collective_title(found) == "reduce-scatter"
-    assert rows.collective_title(replace(found, kind=CollectiveKind.ALL_TO_ALL)) == "reduce-scatter (as all-to-all + sum)"
+    assert (
+        rows.collective_title(replace(found, kind=CollectiveKind.ALL_TO_ALL))
+        == "reduce-scatter (as all-to-all + sum)"
+    )
     chunked = replace(found, carries_out=CollectiveKind.ALL_TO_ALL, kind=CollectiveKind.ALL_GATHER)
     assert rows.collective_title(chunked) == "all-to-all (as all-gather + chunk)"
     odd = replace(found, carries_out=CollectiveKind.BROADCAST, kind=CollectiveKind.ALL_REDUCE)
@@ -135,11 +159,21 @@ def test_a_placement_that_nobody_told_is_said_to_be_so() -> None:
 
 def test_the_sums_are_those_of_the_groups() -> None:
     example = explanation()
-    in_layers, edges, whole = rows.layer_tally(example), rows.edge_tally(example), rows.tally(example.collectives)
+    in_layers, edges, whole = (
+        rows.layer_tally(example),
+        rows.edge_tally(example),
+        rows.tally(example.collectives),
+    )
     assert in_layers.wire_bytes + edges.wire_bytes == whole.wire_bytes == example.wire_bytes
     assert in_layers.count + edges.count == whole.count == sum(found.count for found in example.collectives)
     assert str(in_layers) == f"{2 * LAYERS + 1} all-gathers, {2 * LAYERS + 1} reduce-scatters, 504 MiB sent"
-    assert [row.phase for row in rows.phase_rows(example)] == [Phase.FORWARD, Phase.LOSS, Phase.BACKWARD, Phase.CLIP, Phase.OPTIMIZER]
+    assert [row.phase for row in rows.phase_rows(example)] == [
+        Phase.FORWARD,
+        Phase.LOSS,
+        Phase.BACKWARD,
+        Phase.CLIP,
+        Phase.OPTIMIZER,
+    ]
 
 
 def test_a_gradient_is_told_where_it_is_not_as_its_parameter() -> None:
@@ -148,7 +182,12 @@ def test_a_gradient_is_told_where_it_is_not_as_its_parameter() -> None:
     assert rows.gradient_text(explanation().holdings[0], axes) == "the same"
     assert rows.gradient_text(table, axes) == "Replicate [1024, 64]"
     assert rows.gradient_text(norm, axes) == "none"
-    two = replace(table, placement=(Replicate(), Shard(0)), grad_placement=(Partial(), Shard(0)), grad_shape=table.local_shape)
+    two = replace(
+        table,
+        placement=(Replicate(), Shard(0)),
+        grad_placement=(Partial(), Shard(0)),
+        grad_shape=table.local_shape,
+    )
     assert rows.placements_text(two.placement, (("dp", 2), ("tp", 4))) == "dp: Replicate, tp: Shard(0)"
     assert rows.gradient_text(two, (("dp", 2), ("tp", 4))) == "dp: Partial, tp: Shard(0)"
 
@@ -186,7 +225,11 @@ def test_an_embedding_exchanges_after_its_look_up_and_before_its_backward() -> N
 
 def test_logits_are_gathered_after_the_head_and_its_input_before_it() -> None:
     example = explanation()
-    for dim, order in ((1, ["<all_gather>", "norm"]), (2, ["norm", "<all_gather>"]), (-1, ["norm", "<all_gather>"])):
+    for dim, order in (
+        (1, ["<all_gather>", "norm"]),
+        (2, ["norm", "<all_gather>"]),
+        (-1, ["norm", "<all_gather>"]),
+    ):
         gather = group(CollectiveKind.ALL_GATHER, Phase.FORWARD, "norm", Shard(dim), Replicate())
         forward, _ = bands(replace(example, collectives=(*example.collectives, gather)))
         assert stops(forward.last) == order
@@ -216,7 +259,12 @@ def test_a_picture_has_every_collective_of_its_phase_once(order: list[int], hold
         holdings=tuple(example.holdings[index] for index in holdings),
     )
     for band in bands(shuffled):
-        drawn = [stop.group for part in (band.first, band.layer, band.last) for stop in part if stop.group is not None]
+        drawn = [
+            stop.group
+            for part in (band.first, band.layer, band.last)
+            for stop in part
+            if stop.group is not None
+        ]
         wanted = [found for found in shuffled.collectives if found.phase == band.phase]
         assert sorted(map(repr, drawn)) == sorted(map(repr, wanted))
         in_layer = [stop.group for stop in band.layer if stop.group is not None]
@@ -239,7 +287,9 @@ def test_what_sends_nothing_has_no_picture() -> None:
 @each_width
 @pytest.mark.parametrize("colour", [False, True])
 @each_example
-def test_the_terminal_keeps_within_its_width_in_every_size(example: Explanation, width: int, colour: bool) -> None:
+def test_the_terminal_keeps_within_its_width_in_every_size(
+    example: Explanation, width: int, colour: bool
+) -> None:
     plain_text = re.sub(r"\x1b\[[0-9;]*m", "", printed(example, width, colour=colour))
     assert max(map(len, plain_text.splitlines())) <= width
     assert ("\x1b[" in printed(example, width, colour=colour)) == colour
@@ -294,7 +344,10 @@ def test_the_smaller_copies_and_holders_are_summed_up() -> None:
 
 def test_what_the_data_decide_is_told_with_mean_largest_rank_and_bound() -> None:
     for where, text in every_drawing(explanation("routed")).items():
-        assert "Decided by the data: this rank sends 2.50 MiB, the ranks 3.00 MiB on average, rank 3 most with 5.00 MiB" in text, where
+        assert (
+            "Decided by the data: this rank sends 2.50 MiB, the ranks 3.00 MiB on average, rank 3 most with 5.00 MiB"
+            in text
+        ), where
         assert "no batch needs more than 28.0 MiB" in text, where
     assert BY_DATA.max_rank == 3
 
@@ -302,7 +355,12 @@ def test_what_the_data_decide_is_told_with_mean_largest_rank_and_bound() -> None
 def test_findings_come_right_after_the_headline_with_their_advice() -> None:
     for where, text in every_drawing(dtensor_example()).items():
         assert GRADIENT_FINDING.advice, where
-        assert text.index("2 findings") < text.index(GRADIENT_FINDING.advice) < text.index("misspelt") < text.index("7/8"), where
+        assert (
+            text.index("2 findings")
+            < text.index(GRADIENT_FINDING.advice)
+            < text.index("misspelt")
+            < text.index("7/8")
+        ), where
         assert "Replicate [1024, 64]" in text, where
         assert "placement not told" in text, where
         assert "Copies 32.0 MiB to and from its buffers each time." in text, where
@@ -321,13 +379,19 @@ def test_absent_things_are_said_to_be_absent() -> None:
     ):
         assert wanted in text, wanted
     page = text_of(explanation_html(alone_example()))
-    for wanted in ("Nothing: the step has no collectives.", "None: no op of the step only copies.", "No findings."):
+    for wanted in (
+        "Nothing: the step has no collectives.",
+        "None: no op of the step only copies.",
+        "No findings.",
+    ):
         assert wanted in page, wanted
     assert "In each layer" not in page
 
 
 def test_ops_that_are_unknown_are_named_and_their_flops_called_unknown() -> None:
-    assert "their FLOPs are unknown and not in the sums: 2 in forward." in words_of(printed(explanation(), 100))
+    assert "their FLOPs are unknown and not in the sums: 2 in forward." in words_of(
+        printed(explanation(), 100)
+    )
     assert "aren't in the catalogue are unknown" in text_of(explanation_html(explanation()))
     known = replace(explanation(), phases=explanation().phases[1:])
     assert "unknown" not in words_of(printed(known, 100))
@@ -351,7 +415,11 @@ def test_a_contrast_shows_both_plans_then_what_sets_them_apart_then_the_verdict(
 def test_a_contrast_page_begins_with_the_verdict_and_draws_both_on_one_scale() -> None:
     contrast = contrast_example()
     page = text_of(contrast_html(contrast))
-    assert page.index("colwise sends less over the wire.") < page.index("Side by side") < page.index("only rowwise has")
+    assert (
+        page.index("colwise sends less over the wire.")
+        < page.index("Side by side")
+        < page.index("only rowwise has")
+    )
     assert "Forward, rowwise" in page
     assert "Forward, colwise" in page
     chart = wire_chart((contrast.first, contrast.second))
@@ -374,13 +442,26 @@ def test_a_ratio_is_given_where_there_is_one() -> None:
     assert found["FLOPs"].ratio == "equal"
     assert found["forward"].ratio == "x 0.903"
     alone = contrast_example(explanation(), replace(alone_example(), phases=explanation().phases))
-    assert next(row for row in rows.contrast_rows(replace(alone, different=())) if row.label == "forward").ratio == "none"
+    assert (
+        next(row for row in rows.contrast_rows(replace(alone, different=())) if row.label == "forward").ratio
+        == "none"
+    )
 
 
-@pytest.mark.parametrize("text", [HOSTILE_NAME, HOSTILE_MARKUP, "[bold red]not markup[/]", "\x1b[31mred\x1b[0m\u202e\r\n", "</style><b>"])
+@pytest.mark.parametrize(
+    "text",
+    [HOSTILE_NAME, HOSTILE_MARKUP, "[bold red]not markup[/]", "\x1b[31mred\x1b[0m\u202e\r\n", "</style><b>"],
+)
 def test_hostile_names_stay_text(text: str) -> None:
     example = hostile_example(text)
-    contrast = Contrast(example, example, example.collectives[:1], (), ((example.collectives[0], example.collectives[1]),), (text,))
+    contrast = Contrast(
+        example,
+        example,
+        example.collectives[:1],
+        (),
+        ((example.collectives[0], example.collectives[1]),),
+        (text,),
+    )
     for width in WIDTHS:
         for drawn in (printed(example, width), printed(contrast, width)):
             assert "\x1b" not in drawn
@@ -422,7 +503,11 @@ def test_the_page_loads_nothing_and_is_small(example: Explanation) -> None:
 @each_example
 def test_json_round_trips(example: Explanation) -> None:
     assert explanation_from_json(explanation_json(example)) == example
-    contrast = contrast_example(example, explanation()) if example.collectives else Contrast(example, example, (), (), (), ())
+    contrast = (
+        contrast_example(example, explanation())
+        if example.collectives
+        else Contrast(example, example, (), (), (), ())
+    )
     assert contrast_from_json(contrast_json(contrast)) == contrast
 
 
@@ -466,8 +551,14 @@ def test_json_has_its_version_first_placements_as_in_plans_and_what_is_worked_ou
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda table: table.update(rank="zero"), "e.json: not a saved explanation: Expected `int`, got `str` - at `$.rank`. "),
-        (lambda table: table.pop("plan"), "e.json: not a saved explanation: Object missing required field `plan` - at `$`. "),
+        (
+            lambda table: table.update(rank="zero"),
+            "e.json: not a saved explanation: Expected `int`, got `str` - at `$.rank`. ",
+        ),
+        (
+            lambda table: table.pop("plan"),
+            "e.json: not a saved explanation: Object missing required field `plan` - at `$`. ",
+        ),
         (
             lambda table: table["collectives"][0].update(before="torn"),
             'e.json: not a saved explanation: "torn" is no placement. Allowed: shard(DIM), replicate, partial - at `$.collectives[0].before`. ',
@@ -480,7 +571,10 @@ def test_json_has_its_version_first_placements_as_in_plans_and_what_is_worked_ou
         (lambda table: table.update(axes={}), "Expected `array` - at `$.axes`. "),
         (lambda table: table.update(settings=[]), "Expected `object` - at `$.settings`. "),
         (lambda table: table["peak"].update(phase="nap"), "Invalid enum value 'nap' - at `$.peak.phase`. "),
-        (lambda table: table.update(schema_version=2), "e.json: schema_version is 2; this Shardwise reads 1. "),
+        (
+            lambda table: table.update(schema_version=2),
+            "e.json: schema_version is 2; this Shardwise reads 1. ",
+        ),
     ],
 )
 def test_json_that_is_no_explanation_says_why(change: object, message: str) -> None:

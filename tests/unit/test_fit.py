@@ -25,12 +25,26 @@ from shardwise.predict.work import work_of
 
 GPU = Hardware("synthetic", "cuda", "made up", 4, 80e9, 1e9, units=132)
 CPU = Hardware("synthetic", "cpu", "made up", 2, 8e9, 3e8)
-MATMUL = MatmulRate(900e12, 132, (Tile(128, 256, 0.7), Tile(128, 128, 0.6), Tile(64, 128, 0.45), Tile(64, 64, 0.3)), 3e-6, 80.0)
+MATMUL = MatmulRate(
+    900e12,
+    132,
+    (Tile(128, 256, 0.7), Tile(128, 128, 0.6), Tile(64, 128, 0.45), Tile(64, 64, 0.3)),
+    3e-6,
+    80.0,
+)
 ATTENTION = AttentionRate(600e12, 450e12, 400.0, 8e-6)
 NOISE = 0.03
 
 
-def sample(what: str, name: str, seconds: float, shape: tuple[int, ...] = (), *, dtype: str = "float32", **counts: int) -> Sample:
+def sample(
+    what: str,
+    name: str,
+    seconds: float,
+    shape: tuple[int, ...] = (),
+    *,
+    dtype: str = "float32",
+    **counts: int,
+) -> Sample:
     return Sample(what, name, dtype, shape, seconds, seconds, seconds, 9, **counts)
 
 
@@ -42,7 +56,14 @@ def synthetic(noise: float = NOISE) -> Iterator[Sample]:
         return seconds * float(np.exp(random.normal(0, noise)))
 
     for m, n, k in product((256, 1024, 8192, 32768), (512, 1792, 4096, 14336), (512, 4096, 8192)):
-        yield sample("matmul", "aten::mm tn", about(MATMUL.time_s(1, m, n, k)), (1, m, n, k), dtype="bfloat16", flops=2 * m * n * k)
+        yield sample(
+            "matmul",
+            "aten::mm tn",
+            about(MATMUL.time_s(1, m, n, k)),
+            (1, m, n, k),
+            dtype="bfloat16",
+            flops=2 * m * n * k,
+        )
     for seq, heads, backward in product((512, 1024, 4096, 8192), (4, 32), (False, True)):
         flops = (5 if backward else 2) * seq * seq * 128 * heads
         name = "aten::_scaled_dot_product_flash_attention" + ("_backward" if backward else "") + " causal"
@@ -51,7 +72,12 @@ def synthetic(noise: float = NOISE) -> Iterator[Sample]:
     for name, kind in (("aten::clone", OpKind.COPY), ("aten::add", OpKind.ELEMENTWISE)):
         for power in range(10, 30, 2):
             yield sample(
-                kind, name, about(2e-6 + 2**power / 2e12), (2**power // 8,), read_bytes=2 ** (power - 1), write_bytes=2 ** (power - 1)
+                kind,
+                name,
+                about(2e-6 + 2**power / 2e12),
+                (2**power // 8,),
+                read_bytes=2 ** (power - 1),
+                write_bytes=2 ** (power - 1),
             )
     for rows, width, ids in product((16000, 128000), (256, 4096), (1024, 8192, 65536)):
         elements = ids * width
@@ -65,7 +91,14 @@ def synthetic(noise: float = NOISE) -> Iterator[Sample]:
         )
     for collective, ranks, power in product(CollectiveKind, (2, 4), range(10, 28, 3)):
         sent = round(wire_bytes(collective, 2**power, ranks))
-        yield sample(collective, collective, about(1e-5 * ranks + sent / 3e11), (2**power,), write_bytes=sent, ranks=ranks)
+        yield sample(
+            collective,
+            collective,
+            about(1e-5 * ranks + sent / 3e11),
+            (2**power,),
+            write_bytes=sent,
+            ranks=ranks,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +121,9 @@ def test_attention_of_a_known_machine_comes_back(machine: Machine) -> None:
     found = machine.attention("bfloat16")
     assert found is not None
     for flops, seq, backward in product((1e10, 1e12), (700, 2048, 16384), (False, True)):
-        assert found.time_s(flops, seq, backward=backward) == pytest.approx(ATTENTION.time_s(flops, seq, backward=backward), rel=0.2)
+        assert found.time_s(flops, seq, backward=backward) == pytest.approx(
+            ATTENTION.time_s(flops, seq, backward=backward), rel=0.2
+        )
 
 
 def test_kernels_and_collectives_follow_their_samples(machine: Machine) -> None:
@@ -103,7 +138,9 @@ def test_kernels_and_collectives_follow_their_samples(machine: Machine) -> None:
         assert collective_s(machine, kind, sent, 1 << 20, 1, 4) == pytest.approx(4e-5 + sent / 3e11, rel=0.2)
 
 
-def test_the_machine_is_what_its_file_says_and_every_constant_says_what_it_was_measured_by(machine: Machine) -> None:
+def test_the_machine_is_what_its_file_says_and_every_constant_says_what_it_was_measured_by(
+    machine: Machine,
+) -> None:
     assert machine_from_toml(to_toml(machine)) == machine
     sources = {each.path: each.source for each in machine.constants}
     assert all(each.startswith(("measured", "not measured")) for each in sources.values())
@@ -118,15 +155,22 @@ def test_a_busy_cpu_makes_kernels_slower_and_leaves_collectives() -> None:
     matmuls = [each.matmul("float32") for each in (quiet, busy)]
     assert matmuls[0] is not None
     assert matmuls[1] is not None
-    assert matmuls[1].time_s(1, 512, 512, 512) == pytest.approx(2 * matmuls[0].time_s(1, 512, 512, 512), rel=0.05)
+    assert matmuls[1].time_s(1, 512, 512, 512) == pytest.approx(
+        2 * matmuls[0].time_s(1, 512, 512, 512), rel=0.05
+    )
     assert quiet.within == busy.within
-    assert "a rank got 50% of its core" in {each.path: each.source for each in busy.constants}["kernels.aten::add.points"]
+    assert (
+        "a rank got 50% of its core"
+        in {each.path: each.source for each in busy.constants}["kernels.aten::add.points"]
+    )
 
 
 def test_fresh_memory_costs_more_only_above_the_size_at_which_it_shows() -> None:
     samples = list(synthetic())
     for power in (20, 24, 25, 26, 27):
-        samples.append(sample(OpKind.FILL, "aten::zeros_like", 2**power / 1e10, (2**power,), write_bytes=2**power))
+        samples.append(
+            sample(OpKind.FILL, "aten::zeros_like", 2**power / 1e10, (2**power,), write_bytes=2**power)
+        )
         later = 2**power / (1e10 if power < 25 else 2e9)
         samples.append(sample(OpKind.FILL, FRESH, later, (2**power,), dtype="uint8", write_bytes=2**power))
     machine = fit(samples, CPU)
@@ -134,7 +178,18 @@ def test_fresh_memory_costs_more_only_above_the_size_at_which_it_shows() -> None
     def extra(elements: int) -> float:
         out = TensorSpec("float32", (elements,))
         return fresh_memory_s(
-            Op("aten::add", OpKind.ELEMENTWISE, Phase.FORWARD, "", (out,), (out,), 0, 8 * elements, 4 * elements), machine
+            Op(
+                "aten::add",
+                OpKind.ELEMENTWISE,
+                Phase.FORWARD,
+                "",
+                (out,),
+                (out,),
+                0,
+                8 * elements,
+                4 * elements,
+            ),
+            machine,
         )
 
     assert extra(2**21) < 1e-6
@@ -163,7 +218,9 @@ def program(engine: str, ops: int) -> Program:
         for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.BACKWARD)
         for _ in range(ops)
     )
-    return Program("tiny", engine, engine, "cpu", 0, (("tp", 1),), StepSettings(1, 8), 1, (Block(items),), (), (), ())
+    return Program(
+        "tiny", engine, engine, "cpu", 0, (("tp", 1),), StepSettings(1, 8), 1, (Block(items),), (), (), ()
+    )
 
 
 def test_launches_are_what_small_steps_take_beyond_their_kernels_and_dtensor_has_its_own() -> None:
@@ -171,25 +228,41 @@ def test_launches_are_what_small_steps_take_beyond_their_kernels_and_dtensor_has
     kernel_s = fit(samples, CPU).kernel("aten::add").time_s(96)
     programs = {"native": program("native", 10), "dtensor": program("dtensor", 10)}
     for name, issue_s in (("native", 5e-6), ("dtensor", 50e-6)):
-        samples += [sample("launch", f"{name} {phase}", ops * (issue_s + kernel_s)) for phase, ops in (("forward", 10), ("backward", 20))]
+        samples += [
+            sample("launch", f"{name} {phase}", ops * (issue_s + kernel_s))
+            for phase, ops in (("forward", 10), ("backward", 20))
+        ]
     machine = fit([*samples, sample("launch", "collective", 7e-6)], CPU, programs)
-    assert machine.launch == Launch(*(pytest.approx(seconds, rel=0.01) for seconds in (5e-6, 5e-6, 7e-6, 50e-6, 50e-6)))  # type: ignore[arg-type]
+    near = (pytest.approx(seconds, rel=0.01) for seconds in (5e-6, 5e-6, 7e-6, 50e-6, 50e-6))
+    assert machine.launch == Launch(*near)  # type: ignore[arg-type]
     for name, issue_s in (("native", 5e-6), ("dtensor", 50e-6)):
-        assert work_of(programs[name], machine, Setup()).host_s == pytest.approx(np.full(30, issue_s), rel=0.01)
+        assert work_of(programs[name], machine, Setup()).host_s == pytest.approx(
+            np.full(30, issue_s), rel=0.01
+        )
 
 
 def test_a_launch_that_was_not_measured_is_said_to_count_as_nothing(machine: Machine) -> None:
     assert machine.launch == Launch(0.0, 0.0, 0.0)
-    assert {each.path: each.source for each in machine.constants}["launch.forward"] == "not measured: counted as nothing"
+    assert {each.path: each.source for each in machine.constants}[
+        "launch.forward"
+    ] == "not measured: counted as nothing"
 
 
 def test_a_curve_never_falls_and_goes_through_the_middle_of_like_sizes() -> None:
-    assert curve([(100, 1.0), (105, 3.0), (110, 2.0), (1000, 5.0), (2000, 4.0)]) == ((105.0, 2.0), (1000.0, 4.472), (2000.0, 4.472))
+    assert curve([(100, 1.0), (105, 3.0), (110, 2.0), (1000, 5.0), (2000, 4.0)]) == (
+        (105.0, 2.0),
+        (1000.0, 4.472),
+        (2000.0, 4.472),
+    )
     assert monotone(np.array([1.0, 3.0, 2.0]), [1, 1, 3]) == [1.0, 2.25, 2.25]
-    assert on_curve(median_curve([((1.0, 1.0), (16.0, 16.0)), ((1.0, 3.0), (16.0, 48.0)), ((4.0, 8.0),)]), 4.0) == pytest.approx(8.0)
+    assert on_curve(
+        median_curve([((1.0, 1.0), (16.0, 16.0)), ((1.0, 3.0), (16.0, 48.0)), ((4.0, 8.0),)]), 4.0
+    ) == pytest.approx(8.0)
 
 
 def test_the_search_finds_a_valley_with_kinks() -> None:
-    found, cost = minimise(lambda at: abs(math.log(at[0] / 7.0)) + abs(math.log(at[1] * at[0] / 0.21)), np.array([1.0, 1.0]))
+    found, cost = minimise(
+        lambda at: abs(math.log(at[0] / 7.0)) + abs(math.log(at[1] * at[0] / 0.21)), np.array([1.0, 1.0])
+    )
     assert found == pytest.approx([7.0, 0.03], rel=0.05)
     assert cost < 0.02

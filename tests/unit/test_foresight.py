@@ -44,11 +44,21 @@ def test_halves_of_what_a_rank_has_a_half_of_are_other_halves() -> None:
     ("whole", "part"),
     [
         pytest.param(HALVES, HALVES, id="gathered before"),
-        pytest.param(HALVES, replace(cut((2, 16, 16), (2, 16, 8), (2, 16, 8)), cut_plainly=frozenset()), id="each half cut by itself"),
+        pytest.param(
+            HALVES,
+            replace(cut((2, 16, 16), (2, 16, 8), (2, 16, 8)), cut_plainly=frozenset()),
+            id="each half cut by itself",
+        ),
         pytest.param(HALVES, Lineage((), (), frozenset({"w"})), id="taken apart in another way"),
-        pytest.param(cut((2, 4, 16, 12), (2, 4, 16, 4)), cut((2, 2, 16, 12), (2, 2, 16, 4)), id="each head taken apart"),
-        pytest.param(cut((2, 16, 48), (2, 16, 4, 12)), cut((2, 16, 24), (2, 16, 2, 12)), id="unfolded into heads"),
-        pytest.param(cut((2, 16, 48), (2, 16, 1, 48)), cut((2, 16, 24), (2, 16, 1, 24)), id="unfolded into one"),
+        pytest.param(
+            cut((2, 4, 16, 12), (2, 4, 16, 4)), cut((2, 2, 16, 12), (2, 2, 16, 4)), id="each head taken apart"
+        ),
+        pytest.param(
+            cut((2, 16, 48), (2, 16, 4, 12)), cut((2, 16, 24), (2, 16, 2, 12)), id="unfolded into heads"
+        ),
+        pytest.param(
+            cut((2, 16, 48), (2, 16, 1, 48)), cut((2, 16, 24), (2, 16, 1, 24)), id="unfolded into one"
+        ),
     ],
 )
 def test_what_is_right_is_not_said_to_be_cut_as_one(whole: Lineage, part: Lineage) -> None:
@@ -66,11 +76,27 @@ def meets(*shape: int, of_dtensors: bool = False) -> Lineage:
 
 def program(*calls: tuple[str, int, Phase], grad: Placement = Replicate()) -> Program:  # noqa: B008
     """A norm of 16 float32, and all-reduces."""
-    holding = Holding("norm.weight", "norm", "float32", (16,), (16,), (Replicate(),), 64, (16,), (grad,), 64, 128)
+    holding = Holding(
+        "norm.weight", "norm", "float32", (16,), (16,), (Replicate(),), 64, (16,), (grad,), 64, 128
+    )
     sent = [
-        Collective(CollectiveCall(CollectiveKind.ALL_REDUCE, "tp", 2, "float32", n, n, str(phase)), module) for module, n, phase in calls
+        Collective(CollectiveCall(CollectiveKind.ALL_REDUCE, "tp", 2, "float32", n, n, str(phase)), module)
+        for module, n, phase in calls
     ]
-    return Program("m", "p", "none", "cpu", 0, (("tp", 2),), StepSettings(2, 16), 16, (Block(tuple(sent)),), (holding,), (), ())
+    return Program(
+        "m",
+        "p",
+        "none",
+        "cpu",
+        0,
+        (("tp", 2),),
+        StepSettings(2, 16),
+        16,
+        (Block(tuple(sent)),),
+        (holding,),
+        (),
+        (),
+    )
 
 
 def unsummed(found: Program, part: Lineage) -> list[Finding]:
@@ -80,7 +106,10 @@ def unsummed(found: Program, part: Lineage) -> list[Finding]:
 def test_a_whole_parameter_that_meets_a_part_on_each_rank_needs_a_sum() -> None:
     (finding,) = unsummed(program(), meets(2, 16, 2, 16))
     assert (finding.subject, finding.cause) == ("norm.weight", Cause.PARTS_NOT_SUMMED)
-    assert finding.reason == "each of 2 ranks meets it with [2, 16, 2, 16] of [2, 16, 4, 16], a part of its gradient, and nothing sums them"
+    assert (
+        finding.reason
+        == "each of 2 ranks meets it with [2, 16, 2, 16] of [2, 16, 4, 16], a part of its gradient, and nothing sums them"
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,7 +117,11 @@ def test_a_whole_parameter_that_meets_a_part_on_each_rank_needs_a_sum() -> None:
     [
         pytest.param(program(("norm", 64, Phase.BACKWARD)), meets(2, 16, 2, 16), id="summed"),
         pytest.param(program(("", 64, Phase.BACKWARD)), meets(2, 16, 2, 16), id="summed by a hook"),
-        pytest.param(program(("replicated parameters", 4096, Phase.BACKWARD)), meets(2, 16, 2, 16), id="summed with others"),
+        pytest.param(
+            program(("replicated parameters", 4096, Phase.BACKWARD)),
+            meets(2, 16, 2, 16),
+            id="summed with others",
+        ),
         pytest.param(program(grad=Partial()), meets(2, 16, 2, 16), id="a part, as DTensor knows"),
         pytest.param(program(), meets(2, 16, 4, 16), id="meets the whole"),
         pytest.param(program(), meets(2, 16, 4, 16, of_dtensors=True), id="meets a DTensor of the whole"),
@@ -99,7 +132,13 @@ def test_what_is_right_is_not_said_to_be_unsummed(found: Program, part: Lineage)
 
 
 @pytest.mark.parametrize(
-    "call", [("norm", 128, Phase.BACKWARD), ("up", 64, Phase.BACKWARD), ("norm", 64, Phase.CLIP), ("bucket", 32, Phase.BACKWARD)]
+    "call",
+    [
+        ("norm", 128, Phase.BACKWARD),
+        ("up", 64, Phase.BACKWARD),
+        ("norm", 64, Phase.CLIP),
+        ("bucket", 32, Phase.BACKWARD),
+    ],
 )
 def test_a_sum_of_something_else_is_none(call: tuple[str, int, Phase]) -> None:
     assert unsummed(program(call), meets(2, 16, 2, 16))
@@ -107,13 +146,19 @@ def test_a_sum_of_something_else_is_none(call: tuple[str, int, Phase]) -> None:
 
 def test_a_dtensor_that_stands_for_more_than_there_is_is_a_whole_taken_for_a_part() -> None:
     on_all = frozenset({"norm.weight"})
-    (finding,) = summed_too_often(meets(2, 16, 64), meets(2, 32, 64, of_dtensors=True), on_all, frozenset(), 2)
+    (finding,) = summed_too_often(
+        meets(2, 16, 64), meets(2, 32, 64, of_dtensors=True), on_all, frozenset(), 2
+    )
     assert finding.cause is Cause.SUMMED_TOO_OFTEN
     assert finding.reason == (
         "it takes [2, 16, 64], which every rank has whole, for a part of [2, 32, 64], and its gradient is summed: 2 times what it is"
     )
-    assert not list(summed_too_often(meets(2, 16, 64), meets(2, 16, 64, of_dtensors=True), on_all, frozenset(), 2))
-    assert not list(summed_too_often(meets(2, 16, 64), meets(2, 32, 64, of_dtensors=True), frozenset(), frozenset(), 2))
+    assert not list(
+        summed_too_often(meets(2, 16, 64), meets(2, 16, 64, of_dtensors=True), on_all, frozenset(), 2)
+    )
+    assert not list(
+        summed_too_often(meets(2, 16, 64), meets(2, 32, 64, of_dtensors=True), frozenset(), frozenset(), 2)
+    )
 
 
 def test_a_sequence_parallel_rule_wants_a_part_of_the_sequence() -> None:
@@ -133,7 +178,9 @@ def wrong(name: str, cause: Cause, kind: FindingKind = FindingKind.GRADIENT_DIFF
     return Finding(kind, name, "seen", 0.5, cause=cause)
 
 
-def test_a_suspicion_is_the_reason_of_what_is_wrong_without_one_and_is_dropped_where_the_proof_found_none() -> None:
+def test_a_suspicion_is_the_reason_of_what_is_wrong_without_one_and_is_dropped_where_the_proof_found_none() -> (
+    None
+):
     proved = [wrong("a", Cause.UNKNOWN), wrong("b", Cause.AVERAGED), wrong("c", Cause.FORWARD)]
     suspicions = [suspected(name, Cause.PARTS_NOT_SUMMED) for name in ("a", "b", "c", "right")]
     found = with_suspicions(proved, suspicions)
@@ -143,7 +190,12 @@ def test_a_suspicion_is_the_reason_of_what_is_wrong_without_one_and_is_dropped_w
         ("c", Cause.FORWARD, "seen"),
     ]
     assert found[0].relative_error == 0.5
-    assert [each.subject for each in with_suspicions(proved, suspicions, add=True)] == ["a", "b", "c", "right"]
+    assert [each.subject for each in with_suspicions(proved, suspicions, add=True)] == [
+        "a",
+        "b",
+        "c",
+        "right",
+    ]
 
 
 def test_a_weight_that_is_cut_as_one_is_the_reason_of_a_wrong_output() -> None:
@@ -177,7 +229,8 @@ def told(found: Foresight) -> dict[str, str]:
         ("by_hand_frozen", {"norm.weight": "nothing_arrives"}),
         (
             "by_hand_odd_width",
-            dict.fromkeys(("up.weight", "up.bias", "down.weight"), "sizes_not_divisible") | {"down": "crashes"},
+            dict.fromkeys(("up.weight", "up.bias", "down.weight"), "sizes_not_divisible")
+            | {"down": "crashes"},
         ),
     ],
 )
@@ -201,7 +254,9 @@ def test_what_is_right_by_hand_is_not_suspected(name: str) -> None:
 def test_no_built_in_plan_is_suspected(name: str, tp: int) -> None:
     for parallel in (True, False):
         if parallel or not name.startswith("routed"):
-            assert seen("llama3-8b", builtin_plan(name, sequence_parallel=parallel), tp, small=True) == Foresight(())
+            assert seen(
+                "llama3-8b", builtin_plan(name, sequence_parallel=parallel), tp, small=True
+            ) == Foresight(())
 
 
 def test_the_width_of_a_model_of_any_size_is_no_obstacle() -> None:
@@ -214,33 +269,51 @@ NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("qwen3_norms_not_summed", {f"model.layers.{layer}.{norm}": "parts_not_summed" for layer in (0, 1) for norm in NORMS}),
-        ("llama_norm_sequence_parallel", {f"model.layers.{n}.post_attention_layernorm.weight": "summed_too_often" for n in (0, 1)}),
-        ("mixtral_experts_cut_as_one", {f"model.layers.{n}.mlp.experts.gate_up_proj": "cut_as_one" for n in (0, 1)}),
+        (
+            "qwen3_norms_not_summed",
+            {f"model.layers.{layer}.{norm}": "parts_not_summed" for layer in (0, 1) for norm in NORMS},
+        ),
+        (
+            "llama_norm_sequence_parallel",
+            {f"model.layers.{n}.post_attention_layernorm.weight": "summed_too_often" for n in (0, 1)},
+        ),
+        (
+            "mixtral_experts_cut_as_one",
+            {f"model.layers.{n}.mlp.experts.gate_up_proj": "cut_as_one" for n in (0, 1)},
+        ),
         ("llama_one_kv_head", {"model.layers.0.self_attn": "crashes"}),
         ("qwen3_as_shipped", {}),
     ],
 )
-def test_a_fault_in_a_plan_of_transformers_is_named_without_a_rank(name: str, expected: dict[str, str]) -> None:
+def test_a_fault_in_a_plan_of_transformers_is_named_without_a_rank(
+    name: str, expected: dict[str, str]
+) -> None:
     pytest.importorskip(
-        "transformers", reason="transformers isn't installed, so NOTHING WAS CHECKED under plan hf: pip install shardwise[hf]"
+        "transformers",
+        reason="transformers isn't installed, so NOTHING WAS CHECKED under plan hf: pip install shardwise[hf]",
     )
     assert told(seen(MODELS + name, TheirPlan.HF)) == expected
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3", "gpt_neox", "mixtral", "deepseek_v3", "qwen3_next", "glm4"])
+@pytest.mark.parametrize(
+    "name", ["llama", "phi3", "gpt_neox", "mixtral", "deepseek_v3", "qwen3_next", "glm4"]
+)
 def test_no_right_plan_of_transformers_is_suspected(name: str) -> None:
     pytest.importorskip(
-        "transformers", reason="transformers isn't installed, so NOTHING WAS CHECKED under plan hf: pip install shardwise[hf]"
+        "transformers",
+        reason="transformers isn't installed, so NOTHING WAS CHECKED under plan hf: pip install shardwise[hf]",
     )
     assert seen(f"hf:{name}", TheirPlan.HF, small=True) == Foresight(())
 
 
 def test_an_uneven_width_that_the_plan_gets_through_with_is_not_suspected() -> None:
     pytest.importorskip(
-        "transformers", reason="transformers isn't installed, so NOTHING WAS CHECKED under plan hf: pip install shardwise[hf]"
+        "transformers",
+        reason="transformers isn't installed, so NOTHING WAS CHECKED under plan hf: pip install shardwise[hf]",
     )
-    assert seen("hf:llama?intermediate_size=97,vocab_size=101,num_hidden_layers=2", TheirPlan.HF) == Foresight(())
+    assert seen(
+        "hf:llama?intermediate_size=97,vocab_size=101,num_hidden_layers=2", TheirPlan.HF
+    ) == Foresight(())
 
 
 @pytest.mark.parametrize("name", ["by_data", "by_data_when_sharded"])
@@ -277,4 +350,6 @@ def slow_when_sharded(mesh: object = None) -> nn.Module:
 
 def test_a_forward_that_takes_too_long_is_given_up_and_not_suspected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shardwise.verify.foresight.LIMIT_S", 2.0)
-    assert seen(f"{__name__}:slow_when_sharded", TheirPlan.OWN) == Foresight((), "its forward takes more than 2 s to trace.")
+    assert seen(f"{__name__}:slow_when_sharded", TheirPlan.OWN) == Foresight(
+        (), "its forward takes more than 2 s to trace."
+    )

@@ -26,9 +26,16 @@ def published(hidden: int, layers: int) -> int:
 
 @pytest.mark.parametrize(
     ("name", "hidden", "layers", "billions"),
-    [("gpt3-1.3b", 2048, 24, 1.3), ("gpt3-6.7b", 4096, 32, 6.7), ("gpt3-175b", 12_288, 96, 175), ("megatron-22b", 6144, 48, 22)],
+    [
+        ("gpt3-1.3b", 2048, 24, 1.3),
+        ("gpt3-6.7b", 4096, 32, 6.7),
+        ("gpt3-175b", 12_288, 96, 175),
+        ("megatron-22b", 6144, 48, 22),
+    ],
 )
-def test_a_model_has_exactly_the_published_number_of_parameters(name: str, hidden: int, layers: int, billions: float) -> None:
+def test_a_model_has_exactly_the_published_number_of_parameters(
+    name: str, hidden: int, layers: int, billions: float
+) -> None:
     spec = get_spec(name)
     count = sum(parameter.numel() for parameter in spec.build().parameters())
     assert spec.config.n_parameters == count == published(hidden, layers)
@@ -53,7 +60,10 @@ def test_heads_that_do_not_fit_are_one_line() -> None:
 def test_a_sequence_without_positions_is_one_line() -> None:
     with pytest.raises(ModelError) as caught:
         GPT(CONFIG)(torch.zeros(1, 65, dtype=torch.int64))
-    assert str(caught.value) == "gpt: a sequence of 65, and learned positions for 64. Use a shorter one, or max_seq=65."
+    assert (
+        str(caught.value)
+        == "gpt: a sequence of 65, and learned positions for 64. Use a shorter one, or max_seq=65."
+    )
 
 
 def filled(config: GPTConfig) -> GPT:
@@ -168,5 +178,7 @@ def test_heads_of_a_fused_projection_are_counted_as_heads(tp: int, sizes: str) -
 
 def test_biases_start_at_zero_and_norms_at_one() -> None:
     for name, value in (("layers.0.attention.wqkv.bias", 0.0), ("norm.bias", 0.0), ("norm.weight", 1.0)):
-        drawn = initial_parameter(name, torch.Size((8,)), seed=0, dtype=torch.float32, device=torch.device("cpu"))
+        drawn = initial_parameter(
+            name, torch.Size((8,)), seed=0, dtype=torch.float32, device=torch.device("cpu")
+        )
         assert drawn.tolist() == [value] * 8

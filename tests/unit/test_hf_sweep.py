@@ -16,13 +16,35 @@ from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_plan
 from shardwise.trace.trace import trace
 
-STEP = Step(ops=1200, flops=10**12, unknown=(("aten::new", 2), ("aten::odd", 1)), collectives=0, wire_bytes=0.0, sharded=0.0)
-PLAN_STEP = replace(STEP, flops=6 * 10**11, unknown=(("aten::new", 3),), collectives=7, wire_bytes=10.0, sharded=0.5)
+STEP = Step(
+    ops=1200,
+    flops=10**12,
+    unknown=(("aten::new", 2), ("aten::odd", 1)),
+    collectives=0,
+    wire_bytes=0.0,
+    sharded=0.0,
+)
+PLAN_STEP = replace(
+    STEP, flops=6 * 10**11, unknown=(("aten::new", 3),), collectives=7, wire_bytes=10.0, sharded=0.5
+)
 YES = Row("yes_type", "hf:yes_type", "", 2_000_000, Answer.YES, "", STEP, Answer.YES, "", PLAN_STEP, 1.0)
-NO_PLAN = replace(YES, model_type="planless", step=replace(STEP, unknown=()), under_its_plan=Answer.NO_PLAN, plan_step=None)
-MISS = replace(YES, model_type="miss", under_its_plan=Answer.NO, plan_reason="a | b </script> *c*", plan_step=None)
+NO_PLAN = replace(
+    YES, model_type="planless", step=replace(STEP, unknown=()), under_its_plan=Answer.NO_PLAN, plan_step=None
+)
+MISS = replace(
+    YES, model_type="miss", under_its_plan=Answer.NO, plan_reason="a | b </script> *c*", plan_step=None
+)
 NO = Row("none", "hf:none?a=1", "because", None, Answer.NO, "no such", None, Answer.NO, "no such", None, 0.1)
-SWEEP = Sweep("python", "2026-01-02T03:04:05", "float32", 2, 2, 32, (("torch", "1"), ("transformers", "2")), (YES, NO_PLAN, MISS, NO))
+SWEEP = Sweep(
+    "python",
+    "2026-01-02T03:04:05",
+    "float32",
+    2,
+    2,
+    32,
+    (("torch", "1"), ("transformers", "2")),
+    (YES, NO_PLAN, MISS, NO),
+)
 
 
 def test_counts_are_of_types_and_of_those_with_a_plan() -> None:
@@ -37,9 +59,13 @@ def test_tables_show_misses_with_their_reasons_and_no_mark_up_of_others() -> Non
     made = blocks(SWEEP)
     assert (
         "| yes_type | 2 | yes | yes | 50.0% | 7 | 1,200 | new, odd |\n| planless | 2 | yes | no plan |  |  | 1,200 |  |\n"
-        "| miss | 2 | yes | **no** |  |  | 1,200 | new, odd |\n| none |  | **no** | **no** |  |  |  |  |\n" in made["benchmark-hf-explain"]
+        "| miss | 2 | yes | **no** |  |  | 1,200 | new, odd |\n| none |  | **no** | **no** |  |  |  |  |\n"
+        in made["benchmark-hf-explain"]
     )
-    assert "| miss | under its plan | a \\| b &lt;/script> \\*c\\* |\n| none | unsharded | no such |" in made["benchmark-hf-explain-misses"]
+    assert (
+        "| miss | under its plan | a \\| b &lt;/script> \\*c\\* |\n| none | unsharded | no such |"
+        in made["benchmark-hf-explain-misses"]
+    )
     assert "| `hf:none?a=1` | because |" in made["benchmark-hf-explain-forms"]
     assert all("python" in text for text in made.values())
 
@@ -50,9 +76,17 @@ def test_a_sweep_is_read_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_a_type_is_examined_unsharded_and_under_its_plan() -> None:
-    pytest.importorskip("transformers", reason="transformers isn't installed, so no type is examined: pip install shardwise[hf]")
+    pytest.importorskip(
+        "transformers",
+        reason="transformers isn't installed, so no type is examined: pip install shardwise[hf]",
+    )
     row = examine("qwen3", "float32")
-    assert (row.explained, row.under_its_plan, row.reason, row.plan_reason) == (Answer.YES, Answer.YES, "", "")
+    assert (row.explained, row.under_its_plan, row.reason, row.plan_reason) == (
+        Answer.YES,
+        Answer.YES,
+        "",
+        "",
+    )
     assert row.step is not None
     assert row.plan_step is not None
     assert (row.step.sharded, row.step.collectives, row.step.unknown) == (0.0, 0, ())
@@ -72,8 +106,14 @@ def test_a_program_that_can_t_be_a_training_step_s_is_no_explanation() -> None:
     check(program, explanation)
     phases = explanation.phases
     for wrong, message in (
-        (replace(explanation, phases=tuple(p for p in phases if p.phase is not Phase.LOSS)), r"^nothing runs in loss\.$"),
-        (replace(explanation, phases=tuple(replace(p, flops=0) for p in phases)), r"^no op of forward and backward has FLOPs\.$"),
+        (
+            replace(explanation, phases=tuple(p for p in phases if p.phase is not Phase.LOSS)),
+            r"^nothing runs in loss\.$",
+        ),
+        (
+            replace(explanation, phases=tuple(replace(p, flops=0) for p in phases)),
+            r"^no op of forward and backward has FLOPs\.$",
+        ),
         (replace(explanation, collectives=()), r"are sharded, and forward or backward sends nothing\.$"),
     ):
         with pytest.raises(ImplausibleError, match=message):

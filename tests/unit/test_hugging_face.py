@@ -22,7 +22,10 @@ from shardwise.parallel.apply import applied_to, loss_of
 from shardwise.parallel.hugging_face import hugging_face_rules, parallelize_hugging_face
 from shardwise.parallel.loss import PlainLoss
 
-pytest.importorskip("transformers", reason="transformers isn't installed, so nothing of it is tested: pip install shardwise[hf]")
+pytest.importorskip(
+    "transformers",
+    reason="transformers isn't installed, so nothing of it is tested: pip install shardwise[hf]",
+)
 
 SMALL = "vocab_size=65,hidden_size=32,intermediate_size=48,num_attention_heads=4,num_key_value_heads=2,num_hidden_layers=2"
 TINY_LLAMA = f"hf:llama?{SMALL}"
@@ -71,7 +74,10 @@ def with_weights(model: Any) -> Any:
 def test_a_type_is_its_default_configuration_on_the_meta_device_in_train_mode() -> None:
     source = find_model("hf:qwen3?num_hidden_layers=1")
     model: Any = source.build(dtype=torch.bfloat16)
-    assert (source.name, source.about) == ("hf:qwen3?num_hidden_layers=1", "Hugging Face qwen3, as transformers builds it")
+    assert (source.name, source.about) == (
+        "hf:qwen3?num_hidden_layers=1",
+        "Hugging Face qwen3, as transformers builds it",
+    )
     assert (source.vocab_size, source.notes) == (151_936, ())
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
     assert model.training
@@ -103,7 +109,14 @@ def test_ids_give_the_logits_of_transformers_own_model(model_type: str) -> None:
 
 def test_a_config_file_or_its_folder_is_read(tmp_path: Path) -> None:
     name = written(
-        tmp_path, {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3, "dtype": "float16"}
+        tmp_path,
+        {
+            "model_type": "llama",
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 3,
+            "dtype": "float16",
+        },
     )
     for found in (find_model(name), find_model(f"hf:{tmp_path}")):
         model: Any = found.build(dtype=torch.float32)
@@ -113,7 +126,10 @@ def test_a_config_file_or_its_folder_is_read(tmp_path: Path) -> None:
 
 def test_a_changed_depth_cuts_the_lists_that_have_an_entry_per_layer(tmp_path: Path) -> None:
     kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
-    name = written(tmp_path, {"model_type": "qwen3", "num_hidden_layers": 4, "layer_types": kinds, "use_sliding_window": True})
+    name = written(
+        tmp_path,
+        {"model_type": "qwen3", "num_hidden_layers": 4, "layer_types": kinds, "use_sliding_window": True},
+    )
     model = built(f"{name}?num_hidden_layers=2")
     assert model.config.layer_types == kinds[:2]
     assert refusal(f"{name}?num_hidden_layers=5").endswith(
@@ -122,7 +138,10 @@ def test_a_changed_depth_cuts_the_lists_that_have_an_entry_per_layer(tmp_path: P
 
 
 def test_a_key_of_the_language_model_inside_a_larger_one_needs_no_path() -> None:
-    short, long = find_model("hf:gemma3?num_hidden_layers=2"), find_model("hf:gemma3?text_config.num_hidden_layers=2")
+    short, long = (
+        find_model("hf:gemma3?num_hidden_layers=2"),
+        find_model("hf:gemma3?text_config.num_hidden_layers=2"),
+    )
     for source in (short, long):
         model: Any = source.build(dtype=torch.float32)
         assert model.config.text_config.num_hidden_layers == 2
@@ -136,7 +155,9 @@ def test_a_key_that_a_type_calls_by_a_name_of_its_own_is_known_by_both() -> None
 
 
 def test_dropout_and_experts_and_quantization_are_told(tmp_path: Path) -> None:
-    assert find_model("hf:gpt2").notes == ("Dropout is on, as in training: resid_pdrop 0.1, embd_pdrop 0.1, attn_pdrop 0.1.",)
+    assert find_model("hf:gpt2").notes == (
+        "Dropout is on, as in training: resid_pdrop 0.1, embd_pdrop 0.1, attn_pdrop 0.1.",
+    )
     (experts,) = find_model("hf:mixtral").notes
     assert experts.startswith("Experts run as grouped_mm in bfloat16")
     quantized = {"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}
@@ -155,19 +176,34 @@ def test_experts_are_batched_except_in_bfloat16() -> None:
     ("name", "message"),
     [
         ("hf:", "hf: wants a model type, such as hf:qwen3, or the path of a config.json."),
-        ("hf:?num_hidden_layers=2", "hf: wants a model type, such as hf:qwen3, or the path of a config.json."),
+        (
+            "hf:?num_hidden_layers=2",
+            "hf: wants a model type, such as hf:qwen3, or the path of a config.json.",
+        ),
         ("hf:qwen33", 'type "qwen33" isn\'t known in transformers VERSION. Did you mean "qwen3"?'),
-        ("hf:resnet", 'type "resnet" is no causal language model in transformers VERSION. Did you mean "prophetnet"?'),
+        (
+            "hf:resnet",
+            'type "resnet" is no causal language model in transformers VERSION. Did you mean "prophetnet"?',
+        ),
         (
             "hf:meta-llama/Llama-3.1-8B",
             "no such file. The hub is never read: download config.json and give its path, or give a type, such as hf:qwen3.",
         ),
-        ("hf:qwen3?num_hiden_layers=2", 'a qwen3 configuration has no "num_hiden_layers". Did you mean "num_hidden_layers"?'),
-        ("hf:gemma3?vision.hidden_size=2", 'a gemma3 configuration has no "vision.hidden_size". Did you mean "hidden_size"?'),
+        (
+            "hf:qwen3?num_hiden_layers=2",
+            'a qwen3 configuration has no "num_hiden_layers". Did you mean "num_hidden_layers"?',
+        ),
+        (
+            "hf:gemma3?vision.hidden_size=2",
+            'a gemma3 configuration has no "vision.hidden_size". Did you mean "hidden_size"?',
+        ),
         ("hf:qwen3?__class__=2", 'a qwen3 configuration has no "__class__".'),
         ("hf:qwen3?", 'can\'t read "". Write KEY=VALUE with a number, true or false.'),
         ("hf:qwen3?hidden_size", 'can\'t read "hidden_size". Write KEY=VALUE with a number, true or false.'),
-        ("hf:qwen3?hidden_act=gelu", 'can\'t read "hidden_act=gelu". Write KEY=VALUE with a number, true or false.'),
+        (
+            "hf:qwen3?hidden_act=gelu",
+            'can\'t read "hidden_act=gelu". Write KEY=VALUE with a number, true or false.',
+        ),
         (
             "hf:qwen3?vocab_size=0.5",
             "transformers refuses its configuration: TypeError: Field 'vocab_size' expected int, got float (value: 0.5). Change the "
@@ -178,9 +214,18 @@ def test_experts_are_batched_except_in_bfloat16() -> None:
             "transformers can't build it: ValueError: `embed_dim` must be divisible by num_heads (got `embed_dim`: 64 and `num_heads`: 12). "
             "Change the configuration.",
         ),
-        ("hf:qwen3?num_hidden_layers=1000000000000", "num_hidden_layers is 1000000000000; at most 4,096 is taken."),
-        ("hf:mixtral?num_local_experts=1000000000000", "num_local_experts is 1000000000000; at most 4,096 is taken."),
-        ("hf:qwen3?hidden_size=1000000000000", "hidden_size is 1000000000000; at most 10,000,000,000 is taken."),
+        (
+            "hf:qwen3?num_hidden_layers=1000000000000",
+            "num_hidden_layers is 1000000000000; at most 4,096 is taken.",
+        ),
+        (
+            "hf:mixtral?num_local_experts=1000000000000",
+            "num_local_experts is 1000000000000; at most 4,096 is taken.",
+        ),
+        (
+            "hf:qwen3?hidden_size=1000000000000",
+            "hidden_size is 1000000000000; at most 10,000,000,000 is taken.",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_name_is_one_line(name: str, message: str) -> None:
@@ -200,9 +245,18 @@ def test_what_is_wrong_with_a_name_is_one_line(name: str, message: str) -> None:
         (DEEP_CONFIG[: 29 * 20_000], "not a config.json: nested too deep."),
         ({"model_type": "</script>"}, 'type "</script>" isn\'t known in transformers VERSION.'),
         ({"model_type": "llama", "x": "y" * 10_000_000}, "larger than 1 MiB, which no config.json is."),
-        ({"model_type": "llama", "num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000; at most 4,096 is taken."),
-        ({"model_type": "llama", "num_labels": 10**12}, "num_labels is 1000000000000; at most 4,096 is taken."),
-        ({"model_type": "gemma3", "text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers is 1000000000; at most 4,096 is taken."),
+        (
+            {"model_type": "llama", "num_hidden_layers": 10**12},
+            "num_hidden_layers is 1000000000000; at most 4,096 is taken.",
+        ),
+        (
+            {"model_type": "llama", "num_labels": 10**12},
+            "num_labels is 1000000000000; at most 4,096 is taken.",
+        ),
+        (
+            {"model_type": "gemma3", "text_config": {"num_hidden_layers": 10**9}},
+            "num_hidden_layers is 1000000000; at most 4,096 is taken.",
+        ),
         (
             {"model_type": "llama", "num_hidden_layers": "many"},
             "transformers refuses its configuration: TypeError: Field 'num_hidden_layers' expected int, got str (value: 'many'). Change the "
@@ -235,7 +289,9 @@ def test_what_is_wrong_with_a_config_file_is_one_line(tmp_path: Path, config: ob
         {"num_hidden_layers": 4096, "per_layer_config": {"0": {"hidden_size": "x"}}},
     ],
 )
-def test_a_hostile_configuration_ends_in_a_short_line_or_a_model(tmp_path: Path, values: dict[str, Any]) -> None:
+def test_a_hostile_configuration_ends_in_a_short_line_or_a_model(
+    tmp_path: Path, values: dict[str, Any]
+) -> None:
     name = written(tmp_path, {"model_type": "llama", "num_hidden_layers": 1, **values})
     message = ""
     try:
@@ -279,10 +335,15 @@ def test_without_transformers_the_way_to_it_is_told(monkeypatch: pytest.MonkeyPa
     for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert refusal("hf:qwen3") == "model \"hf:qwen3\": transformers isn't installed. Try: pip install 'shardwise[hf]'."
+    assert (
+        refusal("hf:qwen3")
+        == "model \"hf:qwen3\": transformers isn't installed. Try: pip install 'shardwise[hf]'."
+    )
 
 
-def test_a_user_s_factory_may_return_a_hugging_face_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_s_factory_may_return_a_hugging_face_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "own_hugging_face.py").write_text(
         "from transformers import LlamaConfig, LlamaForCausalLM\n"
         "def tiny():\n"
@@ -399,7 +460,10 @@ def test_a_model_without_a_plan_of_its_own_is_refused_in_one_line(model_type: st
 def test_a_model_that_is_none_of_theirs_is_refused_in_one_line(mesh: DeviceMesh) -> None:
     with pytest.raises(PlanError) as caught:
         parallelize_hugging_face(built("llama3-debug"), mesh)
-    assert str(caught.value) == 'plan "hf": Llama is no Hugging Face model. Use it with --model hf:TYPE, or name another plan.'
+    assert (
+        str(caught.value)
+        == 'plan "hf": Llama is no Hugging Face model. Use it with --model hf:TYPE, or name another plan.'
+    )
 
 
 def test_a_head_that_would_leave_the_logits_cut_is_refused(mesh: DeviceMesh) -> None:
@@ -431,7 +495,9 @@ def test_building_and_sharding_warn_of_nothing_and_leave_settings_alone(
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     while_building = set()
-    handle = register_module_module_registration_hook(lambda *_: while_building.add(constants.is_offline_mode()))
+    handle = register_module_module_registration_hook(
+        lambda *_: while_building.add(constants.is_offline_mode())
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         parallelize_hugging_face(built(TINY_LLAMA, torch.bfloat16), mesh)

@@ -26,7 +26,9 @@ def covered(intervals: np.ndarray[tuple[int, int], np.dtype[np.int64]]) -> set[i
 
 
 @given(SPANS)
-def test_a_union_covers_what_its_spans_cover_in_sorted_disjoint_intervals(spans: list[tuple[int, int]]) -> None:
+def test_a_union_covers_what_its_spans_cover_in_sorted_disjoint_intervals(
+    spans: list[tuple[int, int]],
+) -> None:
     found = of(spans)
     assert covered(found) == instants(spans)
     flat = found.ravel().tolist()
@@ -44,11 +46,15 @@ def test_the_order_of_spans_does_not_matter(spans: list[tuple[int, int]], random
 def test_what_a_set_covers_of_spans(first: list[tuple[int, int]], second: list[tuple[int, int]]) -> None:
     spans = [(start, start + length) for start, length in second if length >= 0]
     starts, ends = (np.array(side, np.int64) for side in (zip(*spans, strict=True) if spans else ((), ())))
-    assert covered_ns(of(first), starts, ends).tolist() == [len(instants(first) & set(range(start, end))) for start, end in spans]
+    assert covered_ns(of(first), starts, ends).tolist() == [
+        len(instants(first) & set(range(start, end))) for start, end in spans
+    ]
 
 
 @given(st.lists(SPANS, max_size=5), WINDOW)
-def test_layers_cut_a_window_by_priority_and_add_up_to_it(sets: list[list[tuple[int, int]]], window: tuple[int, int]) -> None:
+def test_layers_cut_a_window_by_priority_and_add_up_to_it(
+    sets: list[list[tuple[int, int]]], window: tuple[int, int]
+) -> None:
     start, end = window[0], window[0] + window[1]
     parts = layers([of(spans) for spans in sets], start, end)
     free = set(range(start, end))
@@ -60,7 +66,9 @@ def test_layers_cut_a_window_by_priority_and_add_up_to_it(sets: list[list[tuple[
 
 
 @given(SPANS, SPANS, WINDOW)
-def test_set_arithmetic(first: list[tuple[int, int]], second: list[tuple[int, int]], window: tuple[int, int]) -> None:
+def test_set_arithmetic(
+    first: list[tuple[int, int]], second: list[tuple[int, int]], window: tuple[int, int]
+) -> None:
     start, end = window[0], window[0] + window[1]
     inside = set(range(start, end))
     assert covered(without(of(first), of(second))) == instants(first) - instants(second)

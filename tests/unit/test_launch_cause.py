@@ -5,7 +5,12 @@ import signal
 from shardwise.core.errors import PlanError, RunError
 from shardwise.launch.cause import BadEnd, Failure, Silence, error_for, first_cause, stall_error
 
-LOST = BadEnd(0, 1.0, failure=Failure(("RuntimeError", "Exception"), "[pair.cc:538] Connection closed by peer [127.0.0.1]"), exit_code=None)
+LOST = BadEnd(
+    0,
+    1.0,
+    failure=Failure(("RuntimeError", "Exception"), "[pair.cc:538] Connection closed by peer [127.0.0.1]"),
+    exit_code=None,
+)
 OWN = BadEnd(1, 2.0, failure=Failure(("ValueError", "Exception"), "no"), exit_code=None)
 LATER = BadEnd(4, 5.0, failure=Failure(("ValueError", "Exception"), "no"), exit_code=None)
 ABORTED = BadEnd(2, 3.0, failure=None, exit_code=-signal.SIGABRT)
@@ -28,17 +33,26 @@ def test_an_error_of_ours_comes_back_as_the_nearest_class_that_the_parent_knows(
         pass
 
     failure = Failure.of(OddPlanError("plan: odd."))
-    error = error_for(BadEnd(0, 0.0, failure=failure, exit_code=None), world_size=2, note="loading", log="a.log")
+    error = error_for(
+        BadEnd(0, 0.0, failure=failure, exit_code=None), world_size=2, note="loading", log="a.log"
+    )
     assert type(error) is PlanError
     assert str(error) == "plan: odd."
 
 
 def test_a_lone_rank_has_no_others_and_unknown_parts_are_left_out() -> None:
-    error = error_for(BadEnd(0, 0.0, failure=None, exit_code=-signal.SIGKILL), world_size=1, note=None, log=None)
+    error = error_for(
+        BadEnd(0, 0.0, failure=None, exit_code=-signal.SIGKILL), world_size=1, note=None, log=None
+    )
     assert type(error) is RunError
-    assert str(error) == "rank 0 was killed by SIGKILL (signal 9). If memory ran out, use a smaller --batch or --seq."
+    assert (
+        str(error)
+        == "rank 0 was killed by SIGKILL (signal 9). If memory ran out, use a smaller --batch or --seq."
+    )
     nameless = BadEnd(0, 0.0, failure=Failure(("KeyError", "Exception"), "\n"), exit_code=None)
-    assert str(error_for(nameless, world_size=1, note="a\nb", log=None)) == 'rank 0 failed: KeyError during "a".'
+    assert (
+        str(error_for(nameless, world_size=1, note="a\nb", log=None)) == 'rank 0 failed: KeyError during "a".'
+    )
 
 
 def test_silent_ranks_in_the_same_state_share_a_mention() -> None:

@@ -80,7 +80,9 @@ def test_a_machine_is_read_back_from_its_text_with_every_source(machine: Machine
 
 
 def test_a_constant_without_a_source_is_our_bug(machine: Machine) -> None:
-    bare = replace(machine, constants=tuple(each for each in machine.constants if each.path != "launch.forward"))
+    bare = replace(
+        machine, constants=tuple(each for each in machine.constants if each.path != "launch.forward")
+    )
     with pytest.raises(AssertionError, match=r"launch\.forward has no source"):
         to_toml(bare)
 
@@ -95,7 +97,10 @@ def test_any_values_and_words_come_back(start: float, rate: float, seconds: list
     machine = machine_from_toml(TEXT)
     kernel = replace(dict(machine.kernels)["default"], start_s=start, bytes_per_s=rate)
     points = tuple((float(4**index), each) for index, each in enumerate(sorted(seconds)))
-    link = replace(machine.within, rates=((CollectiveKind.ALL_GATHER, (replace(machine.within.rates[1][1][0], points=points),)),))
+    link = replace(
+        machine.within,
+        rates=((CollectiveKind.ALL_GATHER, (replace(machine.within.rates[1][1][0], points=points),)),),
+    )
     changed = replace(machine, about=words, kernels=(("default", kernel), *machine.kernels[1:]), within=link)
     back = machine_from_toml(to_toml(changed))
     assert back.about == words

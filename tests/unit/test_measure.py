@@ -51,12 +51,16 @@ def record(
     )
 
 
-def call(wire: float, kind: CollectiveKind = CollectiveKind.ALL_TO_ALL, phase: str = "forward") -> CollectiveCall:
+def call(
+    wire: float, kind: CollectiveKind = CollectiveKind.ALL_TO_ALL, phase: str = "forward"
+) -> CollectiveCall:
     return CollectiveCall(kind, "tp", 2, "float32", 100, wire, phase)
 
 
 def measured(*plans: tuple[str, tuple[float, ...], str | None]) -> tuple[Measurement, ...]:
-    return merge([RankReport(tuple(record(label, times, repeats=repeats) for label, times, repeats in plans))])
+    return merge(
+        [RankReport(tuple(record(label, times, repeats=repeats) for label, times, repeats in plans))]
+    )
 
 
 def test_the_interval_of_ten_values_leaves_out_one_at_each_end() -> None:
@@ -92,7 +96,9 @@ def test_no_values_have_no_median() -> None:
 
 
 @given(st.lists(positive, min_size=1, max_size=20), positive)
-def test_a_ratio_is_of_pairs_so_a_slow_round_that_hits_both_plans_cancels(values: list[float], slowness: float) -> None:
+def test_a_ratio_is_of_pairs_so_a_slow_round_that_hits_both_plans_cancels(
+    values: list[float], slowness: float
+) -> None:
     first = [slowness * (index + 1) for index in range(len(values))]
     twice = [2 * value for value in first]
     ratio = paired_ratio(twice, first)
@@ -111,7 +117,10 @@ def test_a_round_takes_as_long_as_its_slowest_rank() -> None:
 
 
 def test_wire_bytes_are_the_mean_over_ranks_and_the_largest_rank_stands_beside() -> None:
-    ranks = [RankReport((record("a", (1.0,), calls=(call(10), call(30))),)), RankReport((record("a", (1.0,), calls=(call(80), call(0))),))]
+    ranks = [
+        RankReport((record("a", (1.0,), calls=(call(10), call(30))),)),
+        RankReport((record("a", (1.0,), calls=(call(80), call(0))),)),
+    ]
     merged = merge(ranks)[0]
     assert merged.wire_bytes == 60
     assert merged.wire_bytes_largest_rank == 80
@@ -120,7 +129,12 @@ def test_wire_bytes_are_the_mean_over_ranks_and_the_largest_rank_stands_beside()
 
 
 def test_memory_is_the_largest_rank_s_and_what_one_rank_did_not_measure_is_absent() -> None:
-    merged = merge([RankReport((record("a", (1.0,), sent=5),)), RankReport((record("a", (1.0,), sent=None, gradient_bytes=40),))])[0]
+    merged = merge(
+        [
+            RankReport((record("a", (1.0,), sent=5),)),
+            RankReport((record("a", (1.0,), sent=None, gradient_bytes=40),)),
+        ]
+    )[0]
     assert merged.memory.gradient_bytes == 40
     assert merged.memory.resident_bytes == 5
     assert merged.sent_bytes is None
@@ -128,7 +142,10 @@ def test_memory_is_the_largest_rank_s_and_what_one_rank_did_not_measure_is_absen
 
 def test_traffic_sums_calls_of_one_kind_axis_and_phase() -> None:
     found = traffic([call(1), call(2, phase="backward"), call(4)])
-    assert [(use.phase, use.count, use.wire_bytes, use.payload_bytes) for use in found] == [("forward", 2, 5, 200), ("backward", 1, 2, 100)]
+    assert [(use.phase, use.count, use.wire_bytes, use.payload_bytes) for use in found] == [
+        ("forward", 2, 5, 200),
+        ("backward", 1, 2, 100),
+    ]
 
 
 def plans_of(slow: float, noise: float = 1.0) -> tuple[Measurement, ...]:
@@ -136,13 +153,21 @@ def plans_of(slow: float, noise: float = 1.0) -> tuple[Measurement, ...]:
     return measured(
         ("rowwise", first, None),
         ("colwise", tuple(slow * value for value in first), None),
-        ("rowwise (again)", tuple(noise * value * (1 + 0.02 * (-1) ** index) for index, value in enumerate(first)), "rowwise"),
+        (
+            "rowwise (again)",
+            tuple(noise * value * (1 + 0.02 * (-1) ** index) for index, value in enumerate(first)),
+            "rowwise",
+        ),
     )
 
 
 def lines(measurements: tuple[Measurement, ...], backend: str = "nccl") -> list[str]:
     found = standings(measurements, 100)
-    return [line for line in verdict(measurements, found, what="step", backend=backend) if not line.startswith("tok_embeddings alone")]
+    return [
+        line
+        for line in verdict(measurements, found, what="step", backend=backend)
+        if not line.startswith("tok_embeddings alone")
+    ]
 
 
 def test_a_plan_whose_interval_leaves_out_one_is_called_faster_with_its_numbers() -> None:
@@ -203,7 +228,9 @@ def test_notes_tell_of_gradients_larger_than_parameters_and_of_a_hot_rank() -> N
 def test_a_plan_without_a_backend_reduce_scatter_is_noted_once_for_all() -> None:
     pair = merge([RankReport(tuple(record(label, (1.0,), calls=(call(1),)) for label in ("a", "b")))])
     assert sum("an all-to-all and a local sum" in line for line in notes(pair)) == 1
-    real = merge([RankReport((record("a", (1.0,), calls=(call(1), call(1, CollectiveKind.REDUCE_SCATTER))),))])
+    real = merge(
+        [RankReport((record("a", (1.0,), calls=(call(1), call(1, CollectiveKind.REDUCE_SCATTER))),))]
+    )
     assert notes(real) == ()
 
 
@@ -226,7 +253,10 @@ def test_bytes_sent_on_a_socket_are_seen() -> None:
     before = sent_bytes()
     if before is None:
         pytest.skip("this system doesn't tell what a socket sent")
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as client,
+    ):
         received, _ = server.accept()
         with received:
             client.sendall(b"x" * 5000)

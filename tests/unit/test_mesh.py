@@ -73,7 +73,14 @@ def test_a_wrong_mesh_is_one_line(text: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("mesh", "axis"),
-    [("tp=4", None), ("dp=2,tp=4", "dp"), ("fsdp=2,tp=4", "fsdp"), ("dp=2,fsdp=2", "fsdp"), ("dp=4,fsdp=1", "dp"), ("dp=1,fsdp=1", "fsdp")],
+    [
+        ("tp=4", None),
+        ("dp=2,tp=4", "dp"),
+        ("fsdp=2,tp=4", "fsdp"),
+        ("dp=2,fsdp=2", "fsdp"),
+        ("dp=4,fsdp=1", "dp"),
+        ("dp=1,fsdp=1", "fsdp"),
+    ],
 )
 def test_context_ranks_join_fsdp_before_dp_and_several_ranks_before_one(mesh: str, axis: str | None) -> None:
     assert reducing_axis(dict(Mesh.parse(mesh).axes)) == axis

@@ -121,7 +121,13 @@ OTHER_SIZES = {
     "gpt3-175b?n_layers=4,hidden=1024": {"n_layers": 4, "hidden": 1024, "n_heads": 8, "ffn_hidden": 4096},
     "gpt3-175b?hidden=1024,n_heads=4,ffn_hidden=64": {"hidden": 1024, "n_heads": 4, "ffn_hidden": 64},
     "gpt-debug?tied=false,max_seq=64": {"tied": False, "max_seq": 64},
-    "llama3-8b?n_layers=2, hidden=2048": {"n_layers": 2, "hidden": 2048, "n_heads": 16, "n_kv_heads": 4, "ffn_hidden": 7168},
+    "llama3-8b?n_layers=2, hidden=2048": {
+        "n_layers": 2,
+        "hidden": 2048,
+        "n_heads": 16,
+        "n_kv_heads": 4,
+        "ffn_hidden": 7168,
+    },
     "llama3-8b?rope_theta=10000": {"rope_theta": 10_000},
     "llama3.1-405b?vocab_size=1000": {"vocab_size": 1000},
 }
@@ -179,7 +185,12 @@ def test_a_hostile_name_is_a_short_printable_line(name: str) -> None:
 def test_the_class_of_a_module_is_a_factory(own_folder: Path) -> None:
     found = find_model("own_models:Tiny")
     model = found.build(dtype=torch.float64)
-    assert (found.name, found.about, found.vocab_size, found.notes) == ("own_models:Tiny", "your own model", None, ())
+    assert (found.name, found.about, found.vocab_size, found.notes) == (
+        "own_models:Tiny",
+        "your own model",
+        None,
+        (),
+    )
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.float64)}
     assert vocab_size_of(model) == 11
     assert built("own_models:Group.tiny")(torch.zeros(1, 2, dtype=torch.long, device="meta")).shape == (
@@ -232,17 +243,35 @@ def test_a_factory_that_takes_a_mesh_may_shard_its_model_itself(own_folder: Path
             "own_needy:Tiny",
             "importing own_needy raised ModuleNotFoundError: No module named 'a_package_that_is_not_there'. Try: python -c \"import own_needy\".",
         ),
-        ("own_broken:Tiny", 'importing own_broken raised ZeroDivisionError: division by zero. Try: python -c "import own_broken".'),
-        ("own_leaver:Tiny", 'importing own_leaver raised SystemExit: usage: ... Try: python -c "import own_leaver".'),
-        ("own_models:tiny", 'own_models has no "tiny". Did you mean "Tiny"? Name a function that returns an nn.Module.'),
-        ("own_models:a_number", "a_number is of type int, which can't be called for a new model. Name a function."),
-        ("own_models:an_instance", "an_instance is of type Tiny, which can't be called for a new model. Name a function."),
+        (
+            "own_broken:Tiny",
+            'importing own_broken raised ZeroDivisionError: division by zero. Try: python -c "import own_broken".',
+        ),
+        (
+            "own_leaver:Tiny",
+            'importing own_leaver raised SystemExit: usage: ... Try: python -c "import own_leaver".',
+        ),
+        (
+            "own_models:tiny",
+            'own_models has no "tiny". Did you mean "Tiny"? Name a function that returns an nn.Module.',
+        ),
+        (
+            "own_models:a_number",
+            "a_number is of type int, which can't be called for a new model. Name a function.",
+        ),
+        (
+            "own_models:an_instance",
+            "an_instance is of type Tiny, which can't be called for a new model. Name a function.",
+        ),
         ("own_models:empty", "the factory returned NoneType. Return an nn.Module."),
         (
             "own_models:raises",
             'the factory raised ValueError: no such... Call it by itself, under torch.device("meta"), to see where.',
         ),
-        ("own_models:leaves", 'the factory raised SystemExit: 3. Call it by itself, under torch.device("meta"), to see where.'),
+        (
+            "own_models:leaves",
+            'the factory raised SystemExit: 3. Call it by itself, under torch.device("meta"), to see where.',
+        ),
         (
             "own_models:needs",
             'the factory needs an argument "hidden". It may take dtype and mesh; give any other a default, or name a function that takes none.',
@@ -251,9 +280,15 @@ def test_a_factory_that_takes_a_mesh_may_shard_its_model_itself(own_folder: Path
             "own_models:only_by_place",
             'the factory needs an argument "dtype". It may take dtype and mesh; give any other a default, or name a function that takes none.',
         ),
-        ("own_models:with_mesh", "the factory takes a mesh, and there is none. Give it a default: mesh=None."),
+        (
+            "own_models:with_mesh",
+            "the factory takes a mesh, and there is none. Give it a default: mesh=None.",
+        ),
         ("own_models:", "not of the form package.module:factory, a module to import and a function in it."),
-        ("C:\\own_models.py", "not of the form package.module:factory, a module to import and a function in it."),
+        (
+            "C:\\own_models.py",
+            "not of the form package.module:factory, a module to import and a function in it.",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_factory_is_one_line(own_folder: Path, name: str, message: str) -> None:
@@ -269,7 +304,10 @@ def test_a_model_without_an_embedding_must_say_its_vocabulary() -> None:
     model = nn.Linear(2, 2)
     with pytest.raises(ModelError) as caught:
         vocab_size_of(model)
-    assert str(caught.value) == "Linear: no nn.Embedding tells the vocabulary. Give the model an attribute vocab_size."
+    assert (
+        str(caught.value)
+        == "Linear: no nn.Embedding tells the vocabulary. Give the model an attribute vocab_size."
+    )
     model.vocab_size = 5  # type: ignore[assignment]
     assert vocab_size_of(model) == 5
 

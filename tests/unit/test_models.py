@@ -26,7 +26,8 @@ def llama_config(name: str) -> LlamaConfig:
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("llama3-8b", 8_030_261_248), ("llama3-70b", 70_553_706_496), ("llama3.1-405b", 405_853_388_800)]
+    ("name", "count"),
+    [("llama3-8b", 8_030_261_248), ("llama3-70b", 70_553_706_496), ("llama3.1-405b", 405_853_388_800)],
 )
 def test_a_model_has_exactly_the_published_number_of_parameters(name: str, count: int) -> None:
     spec = get_spec(name)
@@ -45,7 +46,11 @@ def test_a_tied_head_counts_once() -> None:
     with torch.device("meta"):
         model = Llama(config)
     assert model.output.weight is model.tok_embeddings.weight
-    assert sum(p.numel() for p in model.parameters()) == config.n_parameters == 32_000 * 384 + replace(config, vocab_size=0).n_parameters
+    assert (
+        sum(p.numel() for p in model.parameters())
+        == config.n_parameters
+        == 32_000 * 384 + replace(config, vocab_size=0).n_parameters
+    )
 
 
 def test_a_spec_at_another_depth_keeps_its_widths() -> None:
@@ -63,7 +68,10 @@ def test_building_leaves_the_default_dtype_alone() -> None:
 def test_an_unknown_model_is_one_line() -> None:
     with pytest.raises(ModelError) as caught:
         get_spec("llama3-8B")
-    assert str(caught.value) == f'unknown model "llama3-8B". Did you mean "llama3-8b"? Known: {", ".join(SPECS)}.'
+    assert (
+        str(caught.value)
+        == f'unknown model "llama3-8B". Did you mean "llama3-8b"? Known: {", ".join(SPECS)}.'
+    )
     assert list(SPECS)[:4] == ["llama3-debug", "llama3-8b", "llama3-70b", "llama3.1-405b"]
     assert list(SPECS)[4:] == ["gpt-debug", "gpt3-1.3b", "gpt3-6.7b", "gpt3-175b", "megatron-22b"]
 
@@ -146,10 +154,14 @@ def filled(config: LlamaConfig) -> Llama:
 
 
 @needs_transformers
-@pytest.mark.parametrize("rope_scaling", [None, RopeScaling(original_max_seq=64)], ids=["plain rope", "llama 3.1 rope"])
+@pytest.mark.parametrize(
+    "rope_scaling", [None, RopeScaling(original_max_seq=64)], ids=["plain rope", "llama 3.1 rope"]
+)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("n_kv_heads", [12, 4, 1])
-def test_logits_equal_those_of_transformers(n_kv_heads: int, tied: bool, rope_scaling: RopeScaling | None) -> None:
+def test_logits_equal_those_of_transformers(
+    n_kv_heads: int, tied: bool, rope_scaling: RopeScaling | None
+) -> None:
     model = filled(LlamaConfig(97, 96, 2, 12, n_kv_heads, 160, tied=tied, rope_scaling=rope_scaling))
     ids_BS = torch.randint(0, 97, (2, 200), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -166,7 +178,10 @@ def test_rope_scaling_and_theta_change_the_logits() -> None:
     ids_BS = torch.randint(0, 97, (1, 200), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         logits = hugging_face(model)(ids_BS).logits
-        for other in (replace(config, rope_scaling=RopeScaling(original_max_seq=64)), replace(config, rope_theta=10_000.0)):
+        for other in (
+            replace(config, rope_scaling=RopeScaling(original_max_seq=64)),
+            replace(config, rope_theta=10_000.0),
+        ):
             assert (filled(other)(ids_BS) - logits).abs().max() > 1e-3
 
 
@@ -183,7 +198,12 @@ def test_a_token_sees_no_later_one() -> None:
 
 def initial(model: nn.Module, names: list[str], seed: int) -> dict[str, Tensor]:
     shapes = dict(model.named_parameters())
-    return {name: initial_parameter(name, shapes[name].shape, seed=seed, dtype=torch.float32, device=torch.device("cpu")) for name in names}
+    return {
+        name: initial_parameter(
+            name, shapes[name].shape, seed=seed, dtype=torch.float32, device=torch.device("cpu")
+        )
+        for name in names
+    }
 
 
 def test_initial_weights_do_not_depend_on_the_order_in_which_they_are_drawn() -> None:
@@ -208,10 +228,14 @@ def test_initial_weights_differ_by_seed_and_name() -> None:
 
 
 def test_initial_matrices_are_normal_and_vectors_ones() -> None:
-    matrix = initial_parameter("w", torch.Size((512, 512)), seed=0, dtype=torch.float32, device=torch.device("cpu"))
+    matrix = initial_parameter(
+        "w", torch.Size((512, 512)), seed=0, dtype=torch.float32, device=torch.device("cpu")
+    )
     assert abs(float(matrix.mean())) < 1e-4
     assert float(matrix.std()) == pytest.approx(0.02, rel=0.01)
-    vector = initial_parameter("norm.weight", torch.Size((8,)), seed=0, dtype=torch.bfloat16, device=torch.device("cpu"))
+    vector = initial_parameter(
+        "norm.weight", torch.Size((8,)), seed=0, dtype=torch.bfloat16, device=torch.device("cpu")
+    )
     assert vector.dtype is torch.bfloat16
     assert (vector == 1).all()
 

@@ -44,7 +44,9 @@ def test_every_id_has_one_owner_and_one_row_there(ownership: RowOwnership) -> No
     ids = torch.arange(ownership.vocab_size)
     owner, local = ownership.owner(ids), ownership.local(ids)
     places = set(zip(owner.tolist(), local.tolist(), strict=True))
-    assert places == {(rank, row) for rank in range(ownership.axis_size) for row in range(ownership.rows_of(rank))}
+    assert places == {
+        (rank, row) for rank in range(ownership.axis_size) for row in range(ownership.rows_of(rank))
+    }
     assert len(places) == ownership.vocab_size
 
 
@@ -99,7 +101,9 @@ def test_a_rank_may_own_nothing() -> None:
 
 
 @given(batches())
-def test_the_routes_of_all_ranks_deliver_every_token_its_row(batch: tuple[RowOwnership, torch.Tensor]) -> None:
+def test_the_routes_of_all_ranks_deliver_every_token_its_row(
+    batch: tuple[RowOwnership, torch.Tensor],
+) -> None:
     ownership, ids_BS = batch
     n_ranks, table = ownership.axis_size, table_of(ownership)
     routes = [route(ids_BS, ownership, rank) for rank in range(n_ranks)]
@@ -122,12 +126,18 @@ def test_what_all_ranks_send_is_what_they_receive(batch: tuple[RowOwnership, tor
 
 
 @given(batches())
-def test_each_distinct_row_goes_once_to_each_rank_that_needs_it(batch: tuple[RowOwnership, torch.Tensor]) -> None:
+def test_each_distinct_row_goes_once_to_each_rank_that_needs_it(
+    batch: tuple[RowOwnership, torch.Tensor],
+) -> None:
     ownership, ids_BS = batch
     for rank in range(ownership.axis_size):
         r = route(ids_BS, ownership, rank)
-        for part, rows in zip(ids_BS.chunk(ownership.axis_size, 1), r.send_rows.split(r.send_splits), strict=True):
-            needed = {id_ for id_ in part.flatten().tolist() if int(ownership.owner(torch.tensor(id_))) == rank}
+        for part, rows in zip(
+            ids_BS.chunk(ownership.axis_size, 1), r.send_rows.split(r.send_splits), strict=True
+        ):
+            needed = {
+                id_ for id_ in part.flatten().tolist() if int(ownership.owner(torch.tensor(id_))) == rank
+            }
             assert len(rows) == len(needed)
             assert set(ownership.ids_of(rank)[rows].tolist()) == needed
 
@@ -138,7 +148,9 @@ def test_no_rank_is_sent_more_rows_than_it_has_tokens(batch: tuple[RowOwnership,
     for rank in range(ownership.axis_size):
         r = route(ids_BS, ownership, rank)
         assert sum(r.receive_splits) <= ids_BS.numel() // ownership.axis_size
-        assert r.rows_sent_to_others(rank) == sum(split for other, split in enumerate(r.send_splits) if other != rank)
+        assert r.rows_sent_to_others(rank) == sum(
+            split for other, split in enumerate(r.send_splits) if other != rank
+        )
 
 
 def test_a_rank_that_owns_none_of_the_ids_sends_nothing() -> None:

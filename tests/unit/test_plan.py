@@ -21,7 +21,9 @@ from shardwise.core.plan import (
     suggest_pattern,
 )
 
-PLACEMENTS: st.SearchStrategy[Placement] = st.one_of(st.integers(-9, 9).map(Shard), st.just(Replicate()), st.just(Partial()))
+PLACEMENTS: st.SearchStrategy[Placement] = st.one_of(
+    st.integers(-9, 9).map(Shard), st.just(Replicate()), st.just(Partial())
+)
 LEVELS = st.text("abc_01*", min_size=1, max_size=4)
 PATTERNS = st.lists(LEVELS, min_size=1, max_size=4).map(".".join)
 MODULES = st.lists(st.text("abc_01", min_size=1, max_size=4), min_size=1, max_size=5).map(".".join)
@@ -41,7 +43,14 @@ def styles(draw: st.DrawFn) -> Style:
 
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
-    patterns = draw(st.lists(PATTERNS | st.text(min_size=1).filter(lambda p: all(p.split("."))), min_size=1, max_size=5, unique=True))
+    patterns = draw(
+        st.lists(
+            PATTERNS | st.text(min_size=1).filter(lambda p: all(p.split("."))),
+            min_size=1,
+            max_size=5,
+            unique=True,
+        )
+    )
     return Plan(
         draw(st.text(min_size=1)),
         tuple(Rule(pattern, draw(styles())) for pattern in patterns),
@@ -110,7 +119,9 @@ def test_patterns_match_as_the_plain_definition_says(pattern: str, module: str) 
         if levels[0] == "**":
             return any(by_definition(levels[1:], names[skip:]) for skip in range(len(names) + 1))
         one_level = re.compile("".join("[^.]*" if c == "*" else re.escape(c) for c in levels[0]))
-        return bool(names) and one_level.fullmatch(names[0]) is not None and by_definition(levels[1:], names[1:])
+        return (
+            bool(names) and one_level.fullmatch(names[0]) is not None and by_definition(levels[1:], names[1:])
+        )
 
     assert rule(pattern).matches(module) is by_definition(pattern.split("."), module.split("."))
 
@@ -132,9 +143,13 @@ def test_a_placement_reads_its_own_text(placement: Placement) -> None:
     assert parse_placement(str(placement)) == placement
 
 
-@pytest.mark.parametrize("text", ["", "shard", "shard()", "shard(x)", "shard(1", "shard(100)", "sharded(1)", "replicated"])
+@pytest.mark.parametrize(
+    "text", ["", "shard", "shard()", "shard(x)", "shard(1", "shard(100)", "sharded(1)", "replicated"]
+)
 def test_what_is_no_placement_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(f'"{text}" is no placement. Allowed: shard(DIM), replicate, partial.')):
+    with pytest.raises(
+        ValueError, match=re.escape(f'"{text}" is no placement. Allowed: shard(DIM), replicate, partial.')
+    ):
         parse_placement(text)
 
 
@@ -190,13 +205,22 @@ STYLES = "rowwise, colwise, routed, replicated, sequence_parallel, gather_input,
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rules", "mine.toml: not valid TOML: Expected '=' after a key in a key/value pair (at end of document)."),
+        (
+            "rules",
+            "mine.toml: not valid TOML: Expected '=' after a key in a key/value pair (at end of document).",
+        ),
         ('nme = "x"', 'mine.toml: unknown key "nme". Allowed: engine, name, reduce_scatter, rules.'),
         ("", 'mine.toml: no [rules] table. Write [rules] and then "MODULE.PATTERN" = "STYLE" lines.'),
-        ("rules = 3", 'mine.toml: no [rules] table. Write [rules] and then "MODULE.PATTERN" = "STYLE" lines.'),
+        (
+            "rules = 3",
+            'mine.toml: no [rules] table. Write [rules] and then "MODULE.PATTERN" = "STYLE" lines.',
+        ),
         ('name = 3\n[rules]\n"a" = "rowwise"', "mine.toml: name is 3. Write it in quotes."),
         ('name = ""\n[rules]\n"a" = "rowwise"', "mine.toml: a plan needs a name."),
-        ("[rules]", 'mine.toml: plan "mine.toml" has no rules. Write at least one: "MODULE.PATTERN" = "STYLE".'),
+        (
+            "[rules]",
+            'mine.toml: plan "mine.toml" has no rules. Write at least one: "MODULE.PATTERN" = "STYLE".',
+        ),
         (
             'engine = "nativ"\n[rules]\n"a" = "rowwise"',
             'mine.toml: engine is "nativ". Did you mean "native"? Allowed: native, dtensor.',
@@ -209,13 +233,22 @@ STYLES = "rowwise, colwise, routed, replicated, sequence_parallel, gather_input,
             '[rules]\n"a..b" = "rowwise"',
             'mine.toml: rule "a..b": "a..b" is no pattern. Write a dotted module name; * is one level, ** any number.',
         ),
-        ('[rules]\n"" = "rowwise"', 'mine.toml: rule "": "" is no pattern. Write a dotted module name; * is one level, ** any number.'),
+        (
+            '[rules]\n"" = "rowwise"',
+            'mine.toml: rule "": "" is no pattern. Write a dotted module name; * is one level, ** any number.',
+        ),
         (
             '[rules]\n"a" = "colwize"',
             f'mine.toml: rule "a": style is "colwize". Did you mean "colwise"? Allowed: {STYLES}.',
         ),
-        ('[rules]\n"a" = 3', 'mine.toml: rule "a": a style is a name or a table such as { style = "rowwise" }, not 3.'),
-        ('[rules]\n"a" = { output = "shard(1)" }', f'mine.toml: rule "a": style is missing. Allowed: {STYLES}.'),
+        (
+            '[rules]\n"a" = 3',
+            'mine.toml: rule "a": a style is a name or a table such as { style = "rowwise" }, not 3.',
+        ),
+        (
+            '[rules]\n"a" = { output = "shard(1)" }',
+            f'mine.toml: rule "a": style is missing. Allowed: {STYLES}.',
+        ),
         (
             '[rules]\n"a" = { style = "rowwise", out = "shard(1)" }',
             'mine.toml: rule "a": style rowwise takes no argument "out". Allowed: input, output.',
@@ -257,9 +290,18 @@ def test_two_rules_with_one_pattern_are_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": StyleName.ROUTED, "output": Shard(1)}, 'style routed takes no argument "output". Allowed: ownership.'),
-        ({"name": StyleName.GATHER_INPUT, "output": Shard(1)}, 'style gather_input takes no argument "output". Allowed: from.'),
-        ({"name": StyleName.REPLICATE, "input": Shard(1)}, 'style replicate takes no argument "input". Allowed: none.'),
+        (
+            {"name": StyleName.ROUTED, "output": Shard(1)},
+            'style routed takes no argument "output". Allowed: ownership.',
+        ),
+        (
+            {"name": StyleName.GATHER_INPUT, "output": Shard(1)},
+            'style gather_input takes no argument "output". Allowed: from.',
+        ),
+        (
+            {"name": StyleName.REPLICATE, "input": Shard(1)},
+            'style replicate takes no argument "input". Allowed: none.',
+        ),
         (
             {"name": StyleName.ROWWISE, "ownership": Ownership.INTERLEAVED},
             'style rowwise takes no argument "ownership". Allowed: input, output.',

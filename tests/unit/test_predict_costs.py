@@ -22,7 +22,16 @@ from shardwise.core.machine import (
     on_curve,
 )
 from shardwise.core.prediction import AttentionKernel, Precision, Setup, Term
-from shardwise.core.program import LOSS_MODULE, Collective, MemoryKind, Op, OpKind, Phase, TensorSpec, memory_peak
+from shardwise.core.program import (
+    LOSS_MODULE,
+    Collective,
+    MemoryKind,
+    Op,
+    OpKind,
+    Phase,
+    TensorSpec,
+    memory_peak,
+)
 from shardwise.predict.costs import FUSED_LOSS_TRAFFIC, FUSED_TRAFFIC, collective_cost, collective_s, op_cost
 from shardwise.predict.memory import forecast, peak_by_kind
 from shardwise.predict.pipeline import StageTimes, layers_of_stages, one_f_one_b, pipeline_s
@@ -52,10 +61,25 @@ MACHINE = Machine(
 )
 
 
-def op(name: str, kind: OpKind, *inputs: tuple[int, ...], out: tuple[int, ...], phase: Phase = Phase.FORWARD, **counts: int) -> Op:
+def op(
+    name: str,
+    kind: OpKind,
+    *inputs: tuple[int, ...],
+    out: tuple[int, ...],
+    phase: Phase = Phase.FORWARD,
+    **counts: int,
+) -> Op:
     specs = tuple(TensorSpec("float32", shape) for shape in inputs)
     return Op(
-        name, kind, phase, "m", specs, (TensorSpec("float32", out),), counts.get("flops", 0), counts.get("read", 0), counts.get("write", 0)
+        name,
+        kind,
+        phase,
+        "m",
+        specs,
+        (TensorSpec("float32", out),),
+        counts.get("flops", 0),
+        counts.get("read", 0),
+        counts.get("write", 0),
     )
 
 
@@ -73,7 +97,9 @@ def test_a_matmul_of_few_rows_takes_what_its_bytes_take() -> None:
 
 
 def test_look_ups_go_by_elements_where_those_are_slower() -> None:
-    look_up = op("aten::embedding", OpKind.EMBEDDING, (1000, 64), (500,), out=(500, 64), read=128_000, write=128_000)
+    look_up = op(
+        "aten::embedding", OpKind.EMBEDDING, (1000, 64), (500,), out=(500, 64), read=128_000, write=128_000
+    )
     assert op_cost(look_up, MACHINE, Setup()).device_s == pytest.approx(500 * 64 / 1e11)
     assert op_cost(look_up, MACHINE, Setup()).term is Term.EMBEDDING
 
@@ -82,14 +108,24 @@ def attention(*, backward: bool) -> Op:
     shapes = ((2, 4, 128, 32),) * 3
     name = "aten::_scaled_dot_product_efficient_attention"
     if backward:
-        return op(f"{name}_backward", OpKind.ATTENTION, *shapes, (2, 4, 128, 32), out=(2, 4, 128, 32), flops=10**9, phase=Phase.BACKWARD)
+        return op(
+            f"{name}_backward",
+            OpKind.ATTENTION,
+            *shapes,
+            (2, 4, 128, 32),
+            out=(2, 4, 128, 32),
+            flops=10**9,
+            phase=Phase.BACKWARD,
+        )
     return op(name, OpKind.ATTENTION, *shapes, out=(2, 4, 128, 32), flops=4 * 10**8)
 
 
 def test_fused_attention_goes_by_its_flops_and_grows_with_the_ranks_that_share_a_sequence() -> None:
     assert op_cost(attention(backward=False), MACHINE, Setup()).device_s == pytest.approx(4e8 / 50e12)
     assert op_cost(attention(backward=True), MACHINE, Setup()).device_s == pytest.approx(1e9 / 25e12)
-    assert op_cost(attention(backward=False), MACHINE, Setup(context=4)).device_s == pytest.approx(4 * 4e8 / 50e12)
+    assert op_cost(attention(backward=False), MACHINE, Setup(context=4)).device_s == pytest.approx(
+        4 * 4e8 / 50e12
+    )
 
 
 def test_unfused_attention_reads_and_writes_its_scores_and_a_selective_recompute_runs_it_again() -> None:
@@ -110,7 +146,11 @@ def test_a_compiler_fuses_layers_and_loss_each_where_it_is_said_to() -> None:
     inside = op("aten::silu", OpKind.ELEMENTWISE, (1000, 64), out=(1000, 64), read=256_000, write=256_000)
     loss = replace(inside, module=LOSS_MODULE)
     eager = op_cost(inside, MACHINE, Setup())
-    assert op_cost(loss, MACHINE, Setup(compiled=True)) == op_cost(inside, MACHINE, Setup(compiled_loss=True)) == eager
+    assert (
+        op_cost(loss, MACHINE, Setup(compiled=True))
+        == op_cost(inside, MACHINE, Setup(compiled_loss=True))
+        == eager
+    )
     for fused, share in (
         (op_cost(inside, MACHINE, Setup(compiled=True)), FUSED_TRAFFIC),
         (op_cost(loss, MACHINE, Setup(compiled_loss=True)), FUSED_LOSS_TRAFFIC),
@@ -126,11 +166,15 @@ def test_an_op_that_nobody_knows_counts_by_its_bytes_and_is_named() -> None:
 
 
 def collective(kind: CollectiveKind, axis: str, size: int, payload: int) -> Collective:
-    return Collective(CollectiveCall(kind, axis, size, "float32", payload, wire_bytes(kind, payload, size), "forward"), "m")
+    return Collective(
+        CollectiveCall(kind, axis, size, "float32", payload, wire_bytes(kind, payload, size), "forward"), "m"
+    )
 
 
 @pytest.mark.parametrize(("size", "rate", "start"), [(2, 100e9, 1e-6), (8, 80e9, 8e-6)])
-def test_a_collective_goes_by_what_a_rank_sends_at_the_rate_of_its_group(size: int, rate: float, start: float) -> None:
+def test_a_collective_goes_by_what_a_rank_sends_at_the_rate_of_its_group(
+    size: int, rate: float, start: float
+) -> None:
     each = collective(CollectiveKind.ALL_GATHER, "tp", size, 10**9)
     cost = collective_cost(each, MACHINE, Setup(), 1, size)
     assert cost.device_s == pytest.approx(start + (size - 1) / size * 1e9 / rate)
@@ -138,11 +182,18 @@ def test_a_collective_goes_by_what_a_rank_sends_at_the_rate_of_its_group(size: i
 
 
 def test_a_ring_over_nodes_runs_at_the_nics_of_its_local_ranks() -> None:
-    alone = collective_s(MACHINE, CollectiveKind.ALL_REDUCE, 1e9, 1e9, 8, 4)  # tp=8 within: one rank of the group on each node
+    alone = collective_s(
+        MACHINE, CollectiveKind.ALL_REDUCE, 1e9, 1e9, 8, 4
+    )  # tp=8 within: one rank of the group on each node
     eight = collective_s(MACHINE, CollectiveKind.ALL_REDUCE, 1e9, 1e9, 1, 32)
     assert alone == pytest.approx(1e9 / 10e9)
     assert eight == pytest.approx(1e9 / 80e9, rel=0.01)
-    assert [local_ranks(8, 4, 8), local_ranks(1, 32, 8), local_ranks(2, 2, 8), local_ranks(16, 2, 8)] == [1, 8, 2, 1]
+    assert [local_ranks(8, 4, 8), local_ranks(1, 32, 8), local_ranks(2, 2, 8), local_ranks(16, 2, 8)] == [
+        1,
+        8,
+        2,
+        1,
+    ]
 
 
 def test_hidden_collectives_are_gathers_and_scatters_of_the_tp_axis() -> None:
@@ -159,7 +210,12 @@ def test_hidden_collectives_are_gathers_and_scatters_of_the_tp_axis() -> None:
 
 
 @given(
-    st.lists(st.tuples(st.floats(1, 1e12), st.floats(1e-9, 10)), min_size=2, max_size=8, unique_by=lambda point: point[0]),
+    st.lists(
+        st.tuples(st.floats(1, 1e12), st.floats(1e-9, 10)),
+        min_size=2,
+        max_size=8,
+        unique_by=lambda point: point[0],
+    ),
     st.floats(1, 1e13),
 )
 def test_a_growing_curve_never_says_that_more_is_faster(points: list[tuple[float, float]], x: float) -> None:
@@ -202,7 +258,10 @@ def test_no_stage_does_two_things_at_once_and_nothing_starts_before_what_it_need
             assert each.start_s >= ends[each.stage + 1, True, each.micro_batch] + 0.25
 
 
-@pytest.mark.parametrize(("layers", "stages", "counts"), [(80, 4, [20] * 4), (126, 8, [15, 16, 16, 16, 16, 16, 16, 15]), (5, 2, [3, 2])])
+@pytest.mark.parametrize(
+    ("layers", "stages", "counts"),
+    [(80, 4, [20] * 4), (126, 8, [15, 16, 16, 16, 16, 16, 16, 15]), (5, 2, [3, 2])],
+)
 def test_layers_left_over_go_to_the_middle(layers: int, stages: int, counts: list[int]) -> None:
     found = layers_of_stages(layers, stages)
     assert [count for _, count in found] == counts
@@ -230,7 +289,11 @@ def test_a_host_that_issues_at_once_leaves_the_device_no_gap() -> None:
     slow = replace(work, device_s=np.zeros_like(work.device_s))
     assert run(slow).length_s == pytest.approx(float(work.host_s.sum()))
     both = run(work)
-    assert max(work.device_s.sum(), work.host_s.sum()) <= both.length_s <= work.device_s.sum() + work.host_s.sum() + 1e-12
+    assert (
+        max(work.device_s.sum(), work.host_s.sum())
+        <= both.length_s
+        <= work.device_s.sum() + work.host_s.sum() + 1e-12
+    )
     assert np.all(both.start_s >= both.issued_s - 1e-12)
 
 
@@ -251,6 +314,10 @@ def test_the_peak_by_blocks_is_the_peak_item_by_item() -> None:
 
 def test_states_are_counted_in_the_precision_that_a_trainer_keeps() -> None:
     held = PROGRAM.held(MemoryKind.PARAMETER)
-    kept = dict(forecast(PROGRAM, MACHINE, Setup(precision=Precision.MASTER, optimizer_shards=2), dict(PROGRAM.axes)).by_kind)
+    kept = dict(
+        forecast(
+            PROGRAM, MACHINE, Setup(precision=Precision.MASTER, optimizer_shards=2), dict(PROGRAM.axes)
+        ).by_kind
+    )
     states = (MemoryKind.PARAMETER, MemoryKind.GRADIENT, MemoryKind.OPTIMIZER)
     assert [kept[kind] / held for kind in states] == [1.0, 2.0, 3.0]

@@ -18,9 +18,16 @@ SPEC = ModelSpec("tiny", LlamaConfig(70, 48, 2, 4, 2, 64), "")
 
 
 @functools.cache
-def program(plan: str, device: str, mesh: str, recompute: str, sequences: int, spec: ModelSpec = SPEC) -> Program:
+def program(
+    plan: str, device: str, mesh: str, recompute: str, sequences: int, spec: ModelSpec = SPEC
+) -> Program:
     shape = Mesh.parse(mesh)
-    settings = StepSettings(sequences * shape.data_parallel, 16, dtype="bfloat16" if device == "cuda" else "float32", recompute=recompute)
+    settings = StepSettings(
+        sequences * shape.data_parallel,
+        16,
+        dtype="bfloat16" if device == "cuda" else "float32",
+        recompute=recompute,
+    )
     return trace(spec, builtin_plan(plan), shape, settings, device=device)
 
 

@@ -26,7 +26,18 @@ PEAKS = (
     MemoryChange(6 * GIB, MemoryKind.GRADIENT, Phase.BACKWARD, "", "g"),
 )
 PROGRAM = Program(
-    "m", "p", "native", "cuda", 0, (("fsdp", 2), ("tp", 1)), StepSettings(2, 8), 1, (Block(PEAKS),), (), (), ((MemoryKind.PARAMETER, GIB),)
+    "m",
+    "p",
+    "native",
+    "cuda",
+    0,
+    (("fsdp", 2), ("tp", 1)),
+    StepSettings(2, 8),
+    1,
+    (Block(PEAKS),),
+    (),
+    (),
+    ((MemoryKind.PARAMETER, GIB),),
 )
 
 
@@ -40,7 +51,10 @@ def test_with_more_shards_the_peak_moves_to_the_activations() -> None:
 
 def test_more_shards_never_take_more() -> None:
     machine = load_machine("h100-sxm-80gb")
-    found = [forecast(PROGRAM, machine, Setup(), {"fsdp": 2**power, "tp": 1}).active_bytes for power in range(1, 12)]
+    found = [
+        forecast(PROGRAM, machine, Setup(), {"fsdp": 2**power, "tp": 1}).active_bytes
+        for power in range(1, 12)
+    ]
     assert found == sorted(found, reverse=True)
 
 
@@ -48,14 +62,19 @@ def test_a_pipeline_moves_it_too() -> None:
     machine = load_machine("h100-sxm-80gb")
     staged = dict(forecast(PROGRAM, machine, Setup(stages=2, micro_batches=8), {"fsdp": 2, "tp": 1}).by_kind)
     assert staged == {MemoryKind.PARAMETER: GIB / 2, MemoryKind.ACTIVATION: 4 * GIB}
-    assert dict(forecast(replace(PROGRAM, blocks=()), machine, Setup(), {"fsdp": 2, "tp": 1}).by_kind) == {MemoryKind.PARAMETER: GIB}
+    assert dict(forecast(replace(PROGRAM, blocks=()), machine, Setup(), {"fsdp": 2, "tp": 1}).by_kind) == {
+        MemoryKind.PARAMETER: GIB
+    }
 
 
 def test_context_ranks_share_fsdp_s_shards() -> None:
     machine = load_machine("h100-sxm-80gb")
     assert reducing_sizes(PROGRAM, Setup(context=8), {"fsdp": 1}) == {"fsdp": 8, "tp": 1}
     alone, shared = (
-        forecast(PROGRAM, machine, Setup(context=count), reducing_sizes(PROGRAM, Setup(context=count), {"fsdp": 2})) for count in (1, 4)
+        forecast(
+            PROGRAM, machine, Setup(context=count), reducing_sizes(PROGRAM, Setup(context=count), {"fsdp": 2})
+        )
+        for count in (1, 4)
     )
     assert dict(shared.by_kind) == {MemoryKind.PARAMETER: GIB / 4, MemoryKind.ACTIVATION: 4 * GIB}
     assert shared.active_bytes < alone.active_bytes
@@ -68,9 +87,15 @@ def test_a_compiled_loss_holds_logits_and_their_gradient_and_nothing_in_float32(
     spec = ModelSpec("wide head", LlamaConfig(65_536, 32, 2, 2, 2, 64), "")
     program = trace(spec, TheirPlan.UNSHARDED, Mesh.parse("fsdp=2,tp=1"), settings, device="cuda")
     logits, gathered = 2 * 64 * 65_536 * 2, 2 * 65_536 * 32 * 2  # both tables are gathered then
-    eager, fused = (peak_by_kind(program, lambda _: True, Setup(compiled_loss=fused)) for fused in (False, True))
-    assert eager[MemoryKind.ACTIVATION] + eager[MemoryKind.TEMPORARY] == pytest.approx(3 * 2 * logits + gathered, rel=0.05)
-    assert fused[MemoryKind.ACTIVATION] + fused[MemoryKind.TEMPORARY] == pytest.approx(2 * logits + gathered, rel=0.05)
+    eager, fused = (
+        peak_by_kind(program, lambda _: True, Setup(compiled_loss=fused)) for fused in (False, True)
+    )
+    assert eager[MemoryKind.ACTIVATION] + eager[MemoryKind.TEMPORARY] == pytest.approx(
+        3 * 2 * logits + gathered, rel=0.05
+    )
+    assert fused[MemoryKind.ACTIVATION] + fused[MemoryKind.TEMPORARY] == pytest.approx(
+        2 * logits + gathered, rel=0.05
+    )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -78,7 +103,11 @@ def test_what_comes_with_a_compiled_loss_goes_again(dtype: str) -> None:
     settings = StepSettings(4, 64, dtype)
     for plan in ("rowwise", "rowwise@dtensor"):
         program = trace(
-            ModelSpec("head", LlamaConfig(8192, 32, 2, 2, 2, 64), ""), builtin_plan(plan), Mesh.parse("tp=2"), settings, device="cuda"
+            ModelSpec("head", LlamaConfig(8192, 32, 2, 2, 2, 64), ""),
+            builtin_plan(plan),
+            Mesh.parse("tp=2"),
+            settings,
+            device="cuda",
         )
         changes = _fused_loss(program).values()
         assert sum(changes) == 0
@@ -87,7 +116,11 @@ def test_what_comes_with_a_compiled_loss_goes_again(dtype: str) -> None:
 
 
 def test_what_a_compiler_leaves_is_what_a_gpu_held() -> None:
-    ran = [step for step in json.loads(STEPS["h100-sxm-80gb"].read_text(encoding="utf-8"))["steps"] if step.get("compiled_loss")]
+    ran = [
+        step
+        for step in json.loads(STEPS["h100-sxm-80gb"].read_text(encoding="utf-8"))["steps"]
+        if step.get("compiled_loss")
+    ]
     assert {step["compiled"] for step in ran} == {False, True}
     for each in ran:
         step = step_of(each, load_machine("h100-sxm-80gb"))

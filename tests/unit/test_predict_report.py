@@ -80,7 +80,9 @@ def test_every_choice_of_a_setup_is_said() -> None:
         assert rows.assumptions(StepSettings(1, 8), Setup(**base, **{field: value}), AXES) != before, field  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("run", [run_of(), two_plans(), hostile_run("</script>\x1b[31m")], ids=["one", "two", "hostile"])
+@pytest.mark.parametrize(
+    "run", [run_of(), two_plans(), hostile_run("</script>\x1b[31m")], ids=["one", "two", "hostile"]
+)
 def test_json_round_trips(run: PredictionRun) -> None:
     document = prediction_json(run)
     assert prediction_from_json(document) == run
@@ -89,14 +91,20 @@ def test_json_round_trips(run: PredictionRun) -> None:
 
 @pytest.mark.parametrize(
     ("document", "message"),
-    [(b"[", "not valid JSON"), (b"{}", "schema_version is None"), (b'{"schema_version": 1}', "missing required field `machine`")],
+    [
+        (b"[", "not valid JSON"),
+        (b"{}", "schema_version is None"),
+        (b'{"schema_version": 1}', "missing required field `machine`"),
+    ],
 )
 def test_json_that_is_no_prediction_says_why(document: bytes, message: str) -> None:
     with pytest.raises(InputError, match=message):
         prediction_from_json(document)
 
 
-@pytest.mark.parametrize("text", [HOSTILE_NAME, HOSTILE_MARKUP, "\x1b]0;gone\x07", "[red]not red[/]", "x" * 100_000])
+@pytest.mark.parametrize(
+    "text", [HOSTILE_NAME, HOSTILE_MARKUP, "\x1b]0;gone\x07", "[red]not red[/]", "x" * 100_000]
+)
 def test_hostile_names_stay_text_in_the_terminal(text: str) -> None:
     shown = printed(hostile_run(text), colour=True)
     assert "\x07" not in shown

@@ -14,7 +14,21 @@ from shardwise.predict.contrast import differences
 from shardwise.predict.machines import LARGEST_FILE, load_machine, machine_names, machine_text
 from tests.unit.prediction_example import TERMS, prediction
 
-PROGRAM = Program("m", "rowwise", "native", "cuda", 0, (("fsdp", 2), ("tp", 4)), StepSettings(2, 8), 1, (), (), (), (), ("layers", 6))
+PROGRAM = Program(
+    "m",
+    "rowwise",
+    "native",
+    "cuda",
+    0,
+    (("fsdp", 2), ("tp", 4)),
+    StepSettings(2, 8),
+    1,
+    (),
+    (),
+    (),
+    (),
+    ("layers", 6),
+)
 SIZES = {"fsdp": 2, "tp": 4}
 
 
@@ -26,7 +40,9 @@ def test_every_shipped_machine_reads_and_has_its_file_s_name(name: str) -> None:
 
 
 def test_a_machine_is_read_from_a_file(tmp_path: Path) -> None:
-    (tmp_path / "mine.toml").write_text(machine_text("h100-sxm-80gb").replace('name = "h100-sxm-80gb"', 'name = "mine"'))
+    (tmp_path / "mine.toml").write_text(
+        machine_text("h100-sxm-80gb").replace('name = "h100-sxm-80gb"', 'name = "mine"')
+    )
     assert load_machine(str(tmp_path / "mine.toml")).name == "mine"
 
 
@@ -42,7 +58,9 @@ def test_a_machine_is_read_from_a_file(tmp_path: Path) -> None:
         ("empty.toml", "empty.toml: "),
     ],
 )
-def test_what_is_no_machine_is_refused_in_a_line(name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_machine_is_refused_in_a_line(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("large.toml").write_bytes(b"#" * (LARGEST_FILE + 1))
     Path("binary.toml").write_bytes(b"\xff\xfe")
@@ -66,7 +84,9 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("setup", "sizes", "message"), REFUSED, ids=[message[:40] for _, _, message in REFUSED])
+@pytest.mark.parametrize(
+    ("setup", "sizes", "message"), REFUSED, ids=[message[:40] for _, _, message in REFUSED]
+)
 def test_a_setup_that_can_t_be_is_said(setup: Setup, sizes: dict[str, int], message: str) -> None:
     with pytest.raises(OptionError) as caught:
         check_setup(PROGRAM, load_machine("h100-sxm-80gb"), setup, sizes)
@@ -76,8 +96,13 @@ def test_a_setup_that_can_t_be_is_said(setup: Setup, sizes: dict[str, int], mess
 def test_context_ranks_need_a_program_that_reduces_its_gradients() -> None:
     machine = load_machine("h100-sxm-80gb")
     check_setup(PROGRAM, machine, Setup(context=4), {"fsdp": 1, "tp": 4})
-    with pytest.raises(OptionError, match=r"--context 4: the program was traced at dp=1, without reducing its gradients over other ranks"):
-        check_setup(replace(PROGRAM, axes=(("dp", 1), ("tp", 4))), machine, Setup(context=4), {"dp": 1, "tp": 4})
+    with pytest.raises(
+        OptionError,
+        match=r"--context 4: the program was traced at dp=1, without reducing its gradients over other ranks",
+    ):
+        check_setup(
+            replace(PROGRAM, axes=(("dp", 1), ("tp", 4))), machine, Setup(context=4), {"dp": 1, "tp": 4}
+        )
 
 
 def test_a_layer_that_runs_again_has_no_attention_to_run_again() -> None:
@@ -91,9 +116,14 @@ def test_a_layer_that_runs_again_has_no_attention_to_run_again() -> None:
 def test_a_machine_of_one_node_has_an_end() -> None:
     alone = replace(load_machine("h100-sxm-80gb"), between=None)
     check_setup(PROGRAM, alone, Setup(), SIZES)
-    with pytest.raises(OptionError, match=r"mesh fsdp=2,tp=4 x 2 stages is 16 devices, and machine h100-sxm-80gb is one node of 8"):
+    with pytest.raises(
+        OptionError,
+        match=r"mesh fsdp=2,tp=4 x 2 stages is 16 devices, and machine h100-sxm-80gb is one node of 8",
+    ):
         check_setup(PROGRAM, alone, Setup(stages=2), SIZES)
-    with pytest.raises(OptionError, match="the program is of device cuda, and machine h100-sxm-80gb is of device cpu"):
+    with pytest.raises(
+        OptionError, match="the program is of device cuda, and machine h100-sxm-80gb is of device cpu"
+    ):
         check_setup(PROGRAM, replace(alone, device="cpu"), Setup(), SIZES)
 
 

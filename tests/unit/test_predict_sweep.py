@@ -32,11 +32,15 @@ def point(tokens: int, *, memory: MemoryForecast = MEMORY, plan: str = "rowwise"
 
 
 def sweep_of(*points: SweepPoint, refused: tuple[Refusal, ...] = (), model: str = "llama3-8b") -> Sweep:
-    return Sweep(model, MACHINE, 16, StepSettings(0, 8192, dtype="bfloat16"), Setup(), best_first(points), refused, 3)
+    return Sweep(
+        model, MACHINE, 16, StepSettings(0, 8192, dtype="bfloat16"), Setup(), best_first(points), refused, 3
+    )
 
 
 def hostile_sweep(text: str) -> Sweep:
-    found = sweep_of(point(10, plan=text), point(20, plan=f"{text} 2"), refused=(Refusal(text, text, 3),), model=text)
+    found = sweep_of(
+        point(10, plan=text), point(20, plan=f"{text} 2"), refused=(Refusal(text, text, 3),), model=text
+    )
     return replace(found, machine=replace(MACHINE, name=text, about=text))
 
 
@@ -62,7 +66,9 @@ def test_splits_use_every_device_and_keep_tp_inside_a_node() -> None:
 
 def test_a_sweep_in_mixed_precision_leaves_out_meshes_without_fsdp() -> None:
     micro_batch = MicroBatch(0, 8, "float32", "bfloat16", "float32", "none")
-    task = SweepTask("m", "p", True, micro_batch, (1, 2), None, splits(4, 8), Setup(), load_machine("h100-sxm-80gb"))
+    task = SweepTask(
+        "m", "p", True, micro_batch, (1, 2), None, splits(4, 8), Setup(), load_machine("h100-sxm-80gb")
+    )
     wanted, refused = _wanted(task)
     assert {split.data_axis for split, _, _ in wanted} == {"fsdp"}
     ((reason, count),) = refused.items()
@@ -76,9 +82,15 @@ def test_what_fits_comes_first_and_then_what_is_faster() -> None:
 
 
 def test_the_table_has_the_best_and_says_what_it_leaves_out() -> None:
-    sweep = sweep_of(*(point(100 + number) for number in range(30)), point(999, memory=TOO_MUCH), refused=(Refusal("rowwise", "no", 7),))
+    sweep = sweep_of(
+        *(point(100 + number) for number in range(30)),
+        point(999, memory=TOO_MUCH),
+        refused=(Refusal("rowwise", "no", 7),),
+    )
     shown = printed(sweep, top=3)
-    assert "Best of 31, of which 30 fit: fsdp=2,tp=4, 2 stages, 1 x 4: 80.6 tokens/s per device" in " ".join(shown.split())
+    assert "Best of 31, of which 30 fit: fsdp=2,tp=4, 2 stages, 1 x 4: 80.6 tokens/s per device" in " ".join(
+        shown.split()
+    )
     assert shown.count("fsdp=2,tp=4   ") == 3
     assert "28 more; --top shows more" in shown
     assert "7 left out under rowwise: no" in shown
@@ -87,7 +99,9 @@ def test_the_table_has_the_best_and_says_what_it_leaves_out() -> None:
 
 
 def test_a_sweep_in_which_nothing_fits_says_so() -> None:
-    assert "None of 1 ways to use 16 devices fits in their memory." in " ".join(printed(sweep_of(point(9, memory=TOO_MUCH))).split())
+    assert "None of 1 ways to use 16 devices fits in their memory." in " ".join(
+        printed(sweep_of(point(9, memory=TOO_MUCH))).split()
+    )
     assert "Nothing could be predicted." in printed(sweep_of(refused=(Refusal("rowwise", "no", 7),)))
 
 

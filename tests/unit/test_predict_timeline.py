@@ -59,7 +59,9 @@ def test_a_timeline_decomposes_into_its_terms(mesh: str, setup: Setup, recompute
     assert parts.compute_ns / 1e9 == close(sum(terms[term] for term in COMPUTE_TERMS))
     # what is gathered before the first layer is neither hidden nor waited for by a rank: which of the two it counts to differs by little
     idle_ns = parts.cpu_bound_idle_ns + parts.other_idle_ns
-    assert (parts.exposed_transfer_ns + idle_ns) / 1e9 == close(terms[Term.TENSOR] + terms[Term.DATA] + terms[Term.LAUNCH])
+    assert (parts.exposed_transfer_ns + idle_ns) / 1e9 == close(
+        terms[Term.TENSOR] + terms[Term.DATA] + terms[Term.LAUNCH]
+    )
     assert parts.exposed_waiting_ns == parts.exposed_communication_ns == parts.exposed_copy_ns == 0
     if mesh == "tp=2":
         assert parts.exposed_transfer_ns / 1e9 == close(terms[Term.TENSOR])
@@ -103,7 +105,10 @@ def test_what_the_device_waits_for_is_found_by_module() -> None:
     assert any(each.module.startswith("layers.*.") for each in waits)
     assert [each.waits_s for each in waits] == sorted((each.waits_s for each in waits), reverse=True)
     quick = predict(program("tp=2"), machine("fast"), Setup())
-    assert sum(each.waits_s for each in launch_bound(program("tp=2"), machine("fast"), Setup())) <= dict(quick.terms)[Term.LAUNCH] + 1e-9
+    assert (
+        sum(each.waits_s for each in launch_bound(program("tp=2"), machine("fast"), Setup()))
+        <= dict(quick.terms)[Term.LAUNCH] + 1e-9
+    )
     assert launch_bound(program("tp=2", "cpu"), machine(device="cpu"), Setup()) == ()
 
 
@@ -117,9 +122,14 @@ def test_stages_play_the_schedule() -> None:
     assert [found[0].name(span) for span in range(4)] == ["forward 0", "forward 1", "forward 2", "backward 0"]
     terms = dict(predict(program("tp=2"), machine(), setup).terms)
     (parts,) = (
-        one.parts for one in decompose(max(found, key=lambda timeline: int((timeline.spans.end_ns - timeline.spans.start_ns).sum())))
+        one.parts
+        for one in decompose(
+            max(found, key=lambda timeline: int((timeline.spans.end_ns - timeline.spans.start_ns).sum()))
+        )
     )
-    assert (parts.cpu_bound_idle_ns + parts.other_idle_ns) / 1e9 == pytest.approx(terms[Term.BUBBLE], rel=1e-3, abs=1e-6)
+    assert (parts.cpu_bound_idle_ns + parts.other_idle_ns) / 1e9 == pytest.approx(
+        terms[Term.BUBBLE], rel=1e-3, abs=1e-6
+    )
 
 
 def test_a_schedule_of_a_million_micro_batches_is_cut_and_says_so() -> None:
@@ -135,5 +145,9 @@ def test_no_pipeline_and_an_interleaved_one_have_no_passes() -> None:
 
 def test_the_trace_opens_as_json_with_a_lane_for_host_device_and_communication() -> None:
     document = json.loads(gzip.decompress(perfetto_trace([timeline_of(program("tp=2"), machine(), Setup())])))
-    lanes = {event["args"]["name"] for event in document["traceEvents"] if event["ph"] == "M" and event["name"] == "thread_name"}
+    lanes = {
+        event["args"]["name"]
+        for event in document["traceEvents"]
+        if event["ph"] == "M" and event["name"] == "thread_name"
+    }
     assert {"thread issues", "stream compute", "stream communication tp"} <= lanes

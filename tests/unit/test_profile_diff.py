@@ -26,7 +26,10 @@ from tests.unit.chrome_trace import all_reduce, event, kernel, launch, step, wri
 
 def profiled(folder: Path, label: str, ranks: Sequence[list[dict[str, Any]]]) -> RunProfile:
     folder.mkdir(exist_ok=True)
-    files = [write(folder / f"rank{rank}.json", events, rank=rank, world_size=len(ranks)) for rank, events in enumerate(ranks)]
+    files = [
+        write(folder / f"rank{rank}.json", events, rank=rank, world_size=len(ranks))
+        for rank, events in enumerate(ranks)
+    ]
     timelines, sharing = share(read_ranks(files, workers=1))
     return profile_run(label, timelines, sharing)
 
@@ -37,7 +40,9 @@ def op(name: str, at_us: float, correlation: int, *, shapes: Any = None) -> list
     return [event("cpu_op", name, at_us, 3, args=args), launch(at_us + 1, correlation)]
 
 
-def step_of(kernels: Sequence[tuple[str, str, Any, float]], *, number: int = 0, at_us: float = 0) -> list[dict[str, Any]]:
+def step_of(
+    kernels: Sequence[tuple[str, str, Any, float]], *, number: int = 0, at_us: float = 0
+) -> list[dict[str, Any]]:
     """(op, kernel, shapes, microseconds), one after another on one stream."""
     made = [step(number, at_us, 900)]
     now = at_us + 100
@@ -108,7 +113,10 @@ def test_the_books_balance(two: Difference) -> None:
 
 KERNELS = st.lists(
     st.tuples(
-        st.sampled_from(["gemm", "norm_kernel", "ncclDevKernel_AllReduce"]), st.integers(0, 300), st.integers(1, 90), st.integers(1, 3)
+        st.sampled_from(["gemm", "norm_kernel", "ncclDevKernel_AllReduce"]),
+        st.integers(0, 300),
+        st.integers(1, 90),
+        st.integers(1, 3),
     ),
     min_size=1,
     max_size=8,
@@ -121,20 +129,34 @@ def test_the_books_balance_whatever_runs_at_once(
     tmp_path: Path, first: list[tuple[str, int, int, int]], second: list[tuple[str, int, int, int]]
 ) -> None:
     runs = [
-        profiled(tmp_path / label, label, [[kernel(name, at, length, stream=stream) for name, at, length, stream in made]])
+        profiled(
+            tmp_path / label,
+            label,
+            [[kernel(name, at, length, stream=stream) for name, at, length, stream in made]],
+        )
         for label, made in (("A", first), ("B", second))
     ]
     assert_the_books_balance(diff(*runs))
 
 
 def test_several_steps_are_averaged_and_their_spread_is_said(tmp_path: Path) -> None:
-    a = [each for number in range(3) for each in step_of([("aten::mm", "gemm", [[2]], 50 + number)], number=number, at_us=1000 * number)]
-    b = [each for number in range(3) for each in step_of([("aten::mm", "gemm", [[2]], 50 + number)], number=number, at_us=1000 * number)]
+    a = [
+        each
+        for number in range(3)
+        for each in step_of([("aten::mm", "gemm", [[2]], 50 + number)], number=number, at_us=1000 * number)
+    ]
+    b = [
+        each
+        for number in range(3)
+        for each in step_of([("aten::mm", "gemm", [[2]], 50 + number)], number=number, at_us=1000 * number)
+    ]
     both = diff(profiled(tmp_path / "a", "A", [a]), profiled(tmp_path / "b", "B", [b]))
     assert [each.step for each in both.first.steps] == [0, 1, 2]
     assert both.lines[0].first.count == 1
     assert both.lines[0].first.ns == pytest.approx(51_000)
-    assert both.verdict[0].startswith("B takes as long: 0.684 ms a step against 0.684 ms of A, 1.00 times. Their steps overlap (")
+    assert both.verdict[0].startswith(
+        "B takes as long: 0.684 ms a step against 0.684 ms of A, 1.00 times. Their steps overlap ("
+    )
     assert both.verdict[1] == "No part of the step changes by 2 % of it."
 
 
@@ -174,14 +196,25 @@ def test_equal_layers_are_one_line_and_a_collective_is_known_by_the_module_that_
             made.append(kernel(kernel_name, 100 + 20 * layer, 10, correlation=layer + 1))
         return profiled(tmp_path / label, label, [made])
 
-    both = diff(run("A", "reduce_scatter", "ncclDevKernel_ReduceScatter_f32"), run("B", "all_to_all", "ncclDevKernel_SendRecv"))
+    both = diff(
+        run("A", "reduce_scatter", "ncclDevKernel_ReduceScatter_f32"),
+        run("B", "all_to_all", "ncclDevKernel_SendRecv"),
+    )
     line = both.lines[0]
-    assert (line.what, line.matched, line.first.count, line.second.count) == ("collectives of layers.*.wo", Matched.MODULE, 3, 3)
+    assert (line.what, line.matched, line.first.count, line.second.count) == (
+        "collectives of layers.*.wo",
+        Matched.MODULE,
+        3,
+        3,
+    )
     assert [(use.op, use.origin) for use in both.second.collectives] == [("all_to_all", "layers.*.wo")]
 
 
 def test_what_is_faster_than_the_links_is_flagged(tmp_path: Path) -> None:
-    fast = [[all_reduce(100, 10, elements=10_000_000)], [all_reduce(100, 10, elements=10_000_000)]]  # 40 MB in 10 us
+    fast = [
+        [all_reduce(100, 10, elements=10_000_000)],
+        [all_reduce(100, 10, elements=10_000_000)],
+    ]  # 40 MB in 10 us
     run = profiled(tmp_path / "a", "A", fast)
     assert (run.too_fast, run.link_bytes_per_s) == (1, 450e9)
     console = Console(record=True, width=300)
@@ -231,7 +264,12 @@ HOSTILE = "</script><img src=x onerror=alert(1)>"
 
 def hostile(folder: Path) -> tuple[Difference, str]:
     """Kernels, ops, ranges and labels that would like to be markup."""
-    made = step_of([(f"aten::{HOSTILE}", f"{HOSTILE} kernel", [[4, 4]], 50), ("aten::add", "[bold red]x[/]\x1b[31m", [[4]], 10)])
+    made = step_of(
+        [
+            (f"aten::{HOSTILE}", f"{HOSTILE} kernel", [[4, 4]], 50),
+            ("aten::add", "[bold red]x[/]\x1b[31m", [[4]], 10),
+        ]
+    )
     runs = [profiled(folder / label, f"{label} {HOSTILE}", [made]) for label in ("A", "B")]
     timelines, _ = share(read_ranks([folder / "A" / "rank0.json"], workers=1))
     drawn = picture(f"A {HOSTILE}", timelines)
@@ -276,7 +314,9 @@ def test_the_aligned_trace_has_all_ranks_on_one_clock_and_can_be_read_again(tmp_
     import gzip
 
     found = msgspec.json.decode(gzip.decompress(perfetto_trace(timelines)))["traceEvents"]
-    collectives = {each["pid"]: (each["ts"], each["dur"]) for each in found if each.get("cat") == "collective"}
+    collectives = {
+        each["pid"]: (each["ts"], each["dur"]) for each in found if each.get("cat") == "collective"
+    }
     assert collectives == {0: (90.0, 50.0), 1: (110.0, 30.0)}
     assert [(each["name"], each["dur"]) for each in found if each.get("cat") in ("waiting", "transfer")] == [
         ("waiting: all_reduce", 20.0),

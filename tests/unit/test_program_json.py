@@ -24,7 +24,9 @@ DEEP = ModelSpec("deep", LlamaConfig(70, 48, 6, 4, 2, 64), "")
 
 
 @functools.cache
-def program(plan: str = "rowwise", device: str = "cpu", mesh: str = "tp=2", spec: ModelSpec = SPEC) -> Program:
+def program(
+    plan: str = "rowwise", device: str = "cpu", mesh: str = "tp=2", spec: ModelSpec = SPEC
+) -> Program:
     batch = 3 * Mesh.parse(mesh).data_parallel
     return trace(spec, builtin_plan(plan), Mesh.parse(mesh), StepSettings(batch, 16), device=device)
 
@@ -69,7 +71,9 @@ def place(kind: str) -> tuple[str | int, ...]:
     raise AssertionError(kind)
 
 
-REPEATED = next(number for number, block in enumerate(program("rowwise", "cuda", "tp=2", DEEP).blocks) if block.times > 1)
+REPEATED = next(
+    number for number, block in enumerate(program("rowwise", "cuda", "tp=2", DEEP).blocks) if block.times > 1
+)
 
 REFUSED = [
     (b"", "not valid JSON: Input data was truncated"),
@@ -112,4 +116,7 @@ def test_blocks_that_unfold_without_end_are_refused(monkeypatch: pytest.MonkeyPa
 
 def test_reading_a_program_imports_no_torch() -> None:
     code = "import sys, shardwise.report.program_json, shardwise.predict.predict, shardwise.predict.machines; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "False\n"
+    )

@@ -16,7 +16,9 @@ def program(*blocks: Block, model: str = "m") -> Program:
 
 def test_equal_layers_are_written_once_in_each_direction() -> None:
     spec = ModelSpec("tiny", LlamaConfig(70, 48, 9, 4, 2, 64), "")
-    lines = program_text(trace(spec, builtin_plan("rowwise"), Mesh.parse("tp=2"), StepSettings(1, 8))).splitlines()
+    lines = program_text(
+        trace(spec, builtin_plan("rowwise"), Mesh.parse("tp=2"), StepSettings(1, 8))
+    ).splitlines()
     assert [line for line in lines if "times" in line] == [
         "6 times, for layers.1 to layers.6:",
         "6 times, for layers.6 to layers.1:",
@@ -26,7 +28,9 @@ def test_equal_layers_are_written_once_in_each_direction() -> None:
 
 
 def test_what_is_freed_elsewhere_says_where_it_was_made() -> None:
-    made, freed = (MemoryChange(n, MemoryKind.ACTIVATION, Phase.FORWARD, "a", "aten::mm") for n in (1024, -1024))
+    made, freed = (
+        MemoryChange(n, MemoryKind.ACTIVATION, Phase.FORWARD, "a", "aten::mm") for n in (1024, -1024)
+    )
     other = MemoryChange(8, MemoryKind.TEMPORARY, Phase.BACKWARD, "b", "aten::add")
     assert program_text(program(Block((made, other, freed)))).splitlines()[4:11] == [
         "",

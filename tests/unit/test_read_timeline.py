@@ -24,7 +24,9 @@ def test_a_kernel_is_linked_to_its_launch_and_to_the_op_around_it(tmp_path: Path
             tmp_path / "t.json",
             [
                 event("cpu_op", "aten::linear", 0, 20, args={"External id": 1}),
-                event("cpu_op", "aten::addmm", 2, 10, args={"External id": 2, "Input Dims": [[2, 3], [3, 4]]}),
+                event(
+                    "cpu_op", "aten::addmm", 2, 10, args={"External id": 2, "Input Dims": [[2, 3], [3, 4]]}
+                ),
                 launch(4, 17),
                 kernel("gemm", 30, 5, correlation=17, args={"External id": 2}),
             ],
@@ -42,7 +44,11 @@ def test_a_kernel_is_linked_to_its_launch_and_to_the_op_around_it(tmp_path: Path
 def test_a_kernel_whose_launch_was_not_recorded_belongs_to_the_op_of_its_external_id(tmp_path: Path) -> None:
     found = read_timeline(
         write(
-            tmp_path / "t.json", [event("cpu_op", "aten::mm", 0, 9, args={"External id": 5}), kernel("k", 30, 5, args={"External id": 5})]
+            tmp_path / "t.json",
+            [
+                event("cpu_op", "aten::mm", 0, 9, args={"External id": 5}),
+                kernel("k", 30, 5, args={"External id": 5}),
+            ],
         )
     )
     at = int(np.flatnonzero(found.spans.kind == SpanKind.COMPUTE)[0])
@@ -79,15 +85,23 @@ def test_categories_decide_what_is_device_work_not_args(tmp_path: Path) -> None:
         ("ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "reduce_scatter"),
         ("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", "send_recv"),
         ("ncclSymkDevKernel_AllGather_ST(ncclSymkDevWorkArgs)", "all_gather"),
-        ("void (anonymous namespace)::multimem_all_reduce_kernel<c10::BFloat16, 16>(c10::BFloat16*)", "all_reduce"),
+        (
+            "void (anonymous namespace)::multimem_all_reduce_kernel<c10::BFloat16, 16>(c10::BFloat16*)",
+            "all_reduce",
+        ),
         ("void vllm::cross_device_reduce_1stage<__nv_bfloat16, 8>(vllm::RankData*)", "all_reduce"),
-        ("void flashinfer::trtllm_allreduce_fusion::allreduce_fusion_kernel_oneshot_lamport<2>(Params)", "all_reduce"),
+        (
+            "void flashinfer::trtllm_allreduce_fusion::allreduce_fusion_kernel_oneshot_lamport<2>(Params)",
+            "all_reduce",
+        ),
         ("void deep_ep::intranode::dispatch<8, 768>(int4*)", "all_to_all"),
         ("rcclGenericKernel<1>(ncclDevComm*)", "unknown collective"),
     ],
 )
 def test_communication_kernels_are_known_by_name(tmp_path: Path, name: str, op: str) -> None:
-    found = read_timeline(write(tmp_path / "t.json", [kernel(name, 0, 5), kernel("gemm_reduce_scatter_free", 9, 2)]))
+    found = read_timeline(
+        write(tmp_path / "t.json", [kernel(name, 0, 5), kernel("gemm_reduce_scatter_free", 9, 2)])
+    )
     assert found.spans.kind.tolist() == [SpanKind.COLLECTIVE, SpanKind.COMPUTE]
     assert found.names[found.collectives.op[0]] == op
 
@@ -108,16 +122,34 @@ def test_a_collective_without_metadata_is_named_by_who_called_for_it(tmp_path: P
 
 def test_sizes_and_groups_of_collectives_are_read(tmp_path: Path) -> None:
     gather = all_reduce(
-        9, 2, elements=1, args={"Collective name": "_allgather_base", "In msg nelems": 8, "Out msg nelems": 32, "dtype": "BFloat16"}
+        9,
+        2,
+        elements=1,
+        args={
+            "Collective name": "_allgather_base",
+            "In msg nelems": 8,
+            "Out msg nelems": 32,
+            "dtype": "BFloat16",
+        },
     )
-    many = all_reduce(20, 2, args={"Process Group Name": "7", "Process Group Ranks": "[0, 1, ..., 63]", "Seq": 12})
+    many = all_reduce(
+        20, 2, args={"Process Group Name": "7", "Process Group Ranks": "[0, 1, ..., 63]", "Seq": 12}
+    )
     groups = [{"pg_name": "0", "ranks": [0, 1]}, {"pg_name": "7", "ranks": list(range(64))}]
     found = read_timeline(
-        write(tmp_path / "t.json", [all_reduce(0, 2), gather, many], distributedInfo={"rank": 3, "world_size": 64, "pg_config": groups})
+        write(
+            tmp_path / "t.json",
+            [all_reduce(0, 2), gather, many],
+            distributedInfo={"rank": 3, "world_size": 64, "pg_config": groups},
+        )
     )
     assert found.ranks == (3,)
     assert found.collectives.full_bytes.tolist() == [4096, 64, 4096]
-    assert [found.groups[group].ranks for group in found.collectives.group] == [(0, 1), (0, 1), tuple(range(64))]
+    assert [found.groups[group].ranks for group in found.collectives.group] == [
+        (0, 1),
+        (0, 1),
+        tuple(range(64)),
+    ]
     assert found.collectives.sequence.tolist() == [NONE, NONE, 12]
 
 
@@ -132,7 +164,10 @@ def test_steps_on_the_device_begin_with_the_first_work_that_they_launched(tmp_pa
             ],
         )
     )  # fmt: skip
-    assert [(window.step, window.start_ns, window.end_ns) for window in found.windows] == [(4, 20_000, 180_000), (5, 180_000, 250_000)]
+    assert [(window.step, window.start_ns, window.end_ns) for window in found.windows] == [
+        (4, 20_000, 180_000),
+        (5, 180_000, 250_000),
+    ]
 
 
 def test_without_marks_all_work_is_one_window(tmp_path: Path) -> None:
@@ -149,7 +184,14 @@ def test_on_a_cpu_work_is_what_ops_do_themselves_and_not_what_waits(tmp_path: Pa
                 event("cpu_op", "aten::linear", 10, 30),
                 event("cpu_op", "aten::mm", 15, 20),
                 event("cpu_op", "c10d::allreduce_", 45, 2),
-                event("user_annotation", "gloo:all_reduce", 46, 40, tid=9, args={"Input Dims": [[4, 4]], "Input type": ["float"]}),
+                event(
+                    "user_annotation",
+                    "gloo:all_reduce",
+                    46,
+                    40,
+                    tid=9,
+                    args={"Input Dims": [[4, 4]], "Input type": ["float"]},
+                ),
                 event("cpu_op", "aten::copy_", 50, 5, tid=9),
                 event("cpu_op", "_c10d_functional::wait_tensor", 50, 30),
                 event("cpu_op", "aten::add", 90, 5),
@@ -157,7 +199,9 @@ def test_on_a_cpu_work_is_what_ops_do_themselves_and_not_what_waits(tmp_path: Pa
         )
     )
     works = np.flatnonzero(found.spans.kind == SpanKind.COMPUTE)
-    assert [(found.name(at), int(found.spans.start_ns[at]), int(found.spans.end_ns[at])) for at in works.tolist()] == [
+    assert [
+        (found.name(at), int(found.spans.start_ns[at]), int(found.spans.end_ns[at])) for at in works.tolist()
+    ] == [
         ("aten::linear", 10_000, 15_000),
         ("aten::mm", 15_000, 35_000),
         ("aten::linear", 35_000, 40_000),
@@ -169,7 +213,9 @@ def test_on_a_cpu_work_is_what_ops_do_themselves_and_not_what_waits(tmp_path: Pa
 
 
 @pytest.mark.parametrize("says_so", [True, False])
-def test_what_blocks_in_a_collective_is_no_work_of_the_function_around_it(tmp_path: Path, says_so: bool) -> None:
+def test_what_blocks_in_a_collective_is_no_work_of_the_function_around_it(
+    tmp_path: Path, says_so: bool
+) -> None:
     """An autograd function is an op; our own ranges say where it waits, else the time right after the call does."""
     asked = "shardwise.all_reduce|wo ('wo' (rowwise)): Partial -> Replicate"
     found = read_timeline(
@@ -179,14 +225,31 @@ def test_what_blocks_in_a_collective_is_no_work_of_the_function_around_it(tmp_pa
                 event("cpu_op", "_AllReduce", 0, 100),
                 *([event("user_annotation", asked, 10, 80)] if says_so else []),
                 event("cpu_op", "c10d::allreduce_", 12, 3),
-                event("user_annotation", "gloo:all_reduce", 14, 70, tid=9, args={"Input Dims": [[4]], "Input type": ["float"]}),
+                event(
+                    "user_annotation",
+                    "gloo:all_reduce",
+                    14,
+                    70,
+                    tid=9,
+                    args={"Input Dims": [[4]], "Input type": ["float"]},
+                ),
                 event("cpu_op", "aten::add", 92, 5),
             ],
         )
     )
-    works = [(found.name(at), int(found.spans.start_ns[at])) for at in np.flatnonzero(found.spans.kind == SpanKind.COMPUTE).tolist()]
-    assert works == [("_AllReduce", 0), *([("_AllReduce", 90_000)] if says_so else []), ("aten::add", 92_000), ("_AllReduce", 97_000)]
-    assert (None if found.collectives.origin[0] == NONE else found.names[found.collectives.origin[0]]) == ("wo" if says_so else None)
+    works = [
+        (found.name(at), int(found.spans.start_ns[at]))
+        for at in np.flatnonzero(found.spans.kind == SpanKind.COMPUTE).tolist()
+    ]
+    assert works == [
+        ("_AllReduce", 0),
+        *([("_AllReduce", 90_000)] if says_so else []),
+        ("aten::add", 92_000),
+        ("_AllReduce", 97_000),
+    ]
+    assert (None if found.collectives.origin[0] == NONE else found.names[found.collectives.origin[0]]) == (
+        "wo" if says_so else None
+    )
 
 
 # --------------------------------------------------------------------------------------------- numbers
@@ -194,11 +257,18 @@ def test_what_blocks_in_a_collective_is_no_work_of_the_function_around_it(tmp_pa
 
 @pytest.mark.parametrize(
     ("ts", "expected_ns"),
-    [("4458676522690.655", 655), ("1716398122123456.789", 789), ("7888888888888.123", 123), ('"4458676522690.655"', 655)],
+    [
+        ("4458676522690.655", 655),
+        ("1716398122123456.789", 789),
+        ("7888888888888.123", 123),
+        ('"4458676522690.655"', 655),
+    ],
 )
 def test_times_are_exact_to_the_nanosecond(tmp_path: Path, ts: str, expected_ns: int) -> None:
     whole = ts.strip('"').split(".")[0]
-    text = json.dumps(document([kernel("first", 0, 5), kernel("second", 0, 7)])).replace('"ts": 1000', f'"ts": {whole}', 1)
+    text = json.dumps(document([kernel("first", 0, 5), kernel("second", 0, 7)])).replace(
+        '"ts": 1000', f'"ts": {whole}', 1
+    )
     path = tmp_path / "t.json"
     path.write_text(text.replace('"ts": 1000', f'"ts": {ts}', 1))
     found = read_timeline(path)
@@ -227,7 +297,10 @@ def test_nanoseconds_survive_the_text(tmp_path: Path, times: list[tuple[int, int
 
 
 def some(count: int) -> list[dict[str, Any]]:
-    return [kernel(f"kernel {number}", 10 * number + 1, 5, args={"nested": [{"ph": 1}, {"name": "x"}]}) for number in range(count)]
+    return [
+        kernel(f"kernel {number}", 10 * number + 1, 5, args={"nested": [{"ph": 1}, {"name": "x"}]})
+        for number in range(count)
+    ]
 
 
 def names(timeline: Timeline) -> list[str]:
@@ -236,7 +309,9 @@ def names(timeline: Timeline) -> list[str]:
 
 @pytest.mark.parametrize("indent", [None, 0, 2])
 @pytest.mark.parametrize("piece_bytes", [1, 37, 1000, 1 << 22])
-def test_pieces_of_any_size_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, indent: int | None, piece_bytes: int) -> None:
+def test_pieces_of_any_size_give_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, indent: int | None, piece_bytes: int
+) -> None:
     monkeypatch.setattr(container, "PIECE_BYTES", piece_bytes)
     path = tmp_path / "t.json"
     path.write_text(json.dumps(document(some(7)), indent=indent))
@@ -249,7 +324,10 @@ def test_pieces_of_any_size_give_the_same(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("header_first", [True, False])
 def test_the_header_may_stand_before_or_after_the_events(tmp_path: Path, header_first: bool) -> None:
     header: dict[str, Any] = {
-        "distributedInfo": {"rank": 5, "pg_config": [{"pg_name": "0", "ranks": [4, 5]}, {"name": "no", "ph": "X"}]},
+        "distributedInfo": {
+            "rank": 5,
+            "pg_config": [{"pg_name": "0", "ranks": [4, 5]}, {"name": "no", "ph": "X"}],
+        },
         "note": 'of "traceEvents": [',
         "baseTimeNanoseconds": "1000000000",
     }
@@ -274,7 +352,9 @@ def test_a_bare_array_is_a_trace_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
-def test_of_a_truncated_file_what_is_there_is_read_and_the_loss_is_said(tmp_path: Path, share: float, packed: bool) -> None:
+def test_of_a_truncated_file_what_is_there_is_read_and_the_loss_is_said(
+    tmp_path: Path, share: float, packed: bool
+) -> None:
     text = json.dumps(document(some(400))).encode()
     whole = gzip.compress(text) if packed else text
     path = tmp_path / ("t.json.gz" if packed else "t.json")
@@ -314,7 +394,14 @@ def test_a_broken_event_costs_itself_only_and_what_can_be_mended_is(tmp_path: Pa
 def test_work_without_a_duration_is_dropped_and_counted(tmp_path: Path) -> None:
     found = read_timeline(
         write(
-            tmp_path / "t.json", [kernel("a", 5, 5), kernel("b", -START_US, 5), kernel("c", 5, 0), kernel("d", 5, -1), kernel("e", 5, 1e13)]
+            tmp_path / "t.json",
+            [
+                kernel("a", 5, 5),
+                kernel("b", -START_US, 5),
+                kernel("c", 5, 0),
+                kernel("d", 5, -1),
+                kernel("e", 5, 1e13),
+            ],
         )
     )
     assert names(found) == ["a"]
@@ -342,7 +429,9 @@ def test_what_is_no_trace_is_named_and_refused(tmp_path: Path, start: bytes, mes
     assert str(caught.value) == f"{path}: {message}"
 
 
-def test_a_giant_string_costs_its_event_and_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_giant_string_costs_its_event_and_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(events, "MOST_EVENT_BYTES", 1 << 16)
     monkeypatch.setattr(container, "PIECE_BYTES", 1 << 12)
     lines = [json.dumps(each) for each in some(5)]
@@ -360,7 +449,9 @@ def test_a_giant_string_costs_its_event_and_no_memory(tmp_path: Path, monkeypatc
     assert most < 3 << 16
 
 
-@pytest.mark.parametrize("filler", ['"name":"a" ', '"name": "', "}] ", '}],"a":', '"ts": 1', '{"ph":', '\\"', "} , "])
+@pytest.mark.parametrize(
+    "filler", ['"name":"a" ', '"name": "', "}] ", '}],"a":', '"ts": 1', '{"ph":', '\\"', "} , "]
+)
 @pytest.mark.parametrize("in_name", [True, False])
 def test_text_made_to_be_slow_is_not(tmp_path: Path, filler: str, in_name: bool) -> None:
     """Four MiB of what could send a careless pattern back and forth; hours where it does."""
@@ -384,13 +475,18 @@ def test_deep_nesting_costs_its_event(tmp_path: Path) -> None:
     assert [loss.what for loss in found.losses] == ["not JSON"]
 
 
-def test_endless_different_names_are_refused_and_long_ones_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_different_names_are_refused_and_long_ones_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     long = write(tmp_path / "long.json", [kernel("x" * 10_000, 1, 5), kernel("x" * 10_000, 7, 5)])
     assert [len(name) for name in names(read_timeline(long))] == [4096, 4096]
     monkeypatch.setattr(read, "MOST_NAMES_LENGTH", 1000)
-    many = write(tmp_path / "many.json", [kernel(f"kernel number {number}", number + 1, 1) for number in range(100)])
+    many = write(
+        tmp_path / "many.json", [kernel(f"kernel number {number}", number + 1, 1) for number in range(100)]
+    )
     with pytest.raises(
-        TraceError, match=r"many\.json: has more than 100,000,000 spans, or 0 MiB of different names\. Record fewer steps\."
+        TraceError,
+        match=r"many\.json: has more than 100,000,000 spans, or 0 MiB of different names\. Record fewer steps\.",
     ):
         read_timeline(many)
 

@@ -12,7 +12,9 @@ from shardwise.profiles.ranks import read_ranks, trace_files
 from shardwise.profiles.read import read_timeline
 
 TRACES = Path(__file__).parents[3] / "shared" / "data" / "traces"
-pytestmark = pytest.mark.skipif(not TRACES.is_dir(), reason="THE REAL TRACES WERE NOT READ: this checkout has none beside it")
+pytestmark = pytest.mark.skipif(
+    not TRACES.is_dir(), reason="THE REAL TRACES WERE NOT READ: this checkout has none beside it"
+)
 
 
 def whole(timeline: Timeline) -> dict[str, float]:
@@ -43,7 +45,9 @@ def _overlap(timeline: Timeline) -> int:
         ("hta-nccl-A100", {"overlap": 0.1561, "compute": 115_655.847}),
     ],
 )
-def test_overlap_and_compute_are_those_that_hta_finds_without_its_rounding(file: str, expected: dict[str, float]) -> None:
+def test_overlap_and_compute_are_those_that_hta_finds_without_its_rounding(
+    file: str, expected: dict[str, float]
+) -> None:
     found = whole(read_timeline(TRACES / f"{file}.json.gz"))
     for key, value in expected.items():
         assert found[key] == pytest.approx(value, abs=5e-5 if key == "overlap" else 1e-6), key
@@ -54,12 +58,18 @@ def test_on_b200_custom_all_reduces_are_communication_and_with_them_compute_is_h
     timeline = read_timeline(TRACES / "tracelens-eager-B200.json.gz")
     spans = timeline.spans
     custom_ns = sum(
-        int(spans.end_ns[span] - spans.start_ns[span]) for span in timeline.collectives.span.tolist() if "multimem" in timeline.name(span)
+        int(spans.end_ns[span] - spans.start_ns[span])
+        for span in timeline.collectives.span.tolist()
+        if "multimem" in timeline.name(span)
     )
     assert whole(timeline)["compute"] + custom_ns / 1e3 == pytest.approx(10_771.7, abs=0.05)
     assert sum("multimem" in timeline.name(span) for span in timeline.collectives.span.tolist()) == 73
     assert [timeline.names[op] for op in timeline.collectives.op].count("all_gather") == 1
-    assert not any(timeline.name(span).startswith("aten::record_stream") for span in range(len(spans)) if spans.kind[span] <= SpanKind.COPY)
+    assert not any(
+        timeline.name(span).startswith("aten::record_stream")
+        for span in range(len(spans))
+        if spans.kind[span] <= SpanKind.COPY
+    )
 
 
 def test_rccl_s_generic_kernels_are_named_by_their_callers() -> None:
@@ -89,7 +99,9 @@ def dlrm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Timeline, ...]:
     return read_ranks(trace_files(next(folder.iterdir())), workers=1)
 
 
-def test_on_eight_v100_nearly_all_of_the_collectives_is_waiting_and_the_late_ranks_are_named(dlrm: tuple[Timeline, ...]) -> None:
+def test_on_eight_v100_nearly_all_of_the_collectives_is_waiting_and_the_late_ranks_are_named(
+    dlrm: tuple[Timeline, ...],
+) -> None:
     _, found = share(dlrm)
     assert not found.refused
     assert len(found.collectives) == 8
@@ -103,13 +115,18 @@ def test_on_eight_v100_nearly_all_of_the_collectives_is_waiting_and_the_late_ran
 
 def test_a_shifted_clock_changes_nothing_on_real_ranks(dlrm: tuple[Timeline, ...]) -> None:
     _, straight = share(dlrm)
-    moved = [timeline.shifted(offset) for timeline, offset in zip(dlrm, (0, 7, -90, 3_000_000_000, 5, 0, -(10**12), 1), strict=True)]
+    moved = [
+        timeline.shifted(offset)
+        for timeline, offset in zip(dlrm, (0, 7, -90, 3_000_000_000, 5, 0, -(10**12), 1), strict=True)
+    ]
     _, shifted = share(moved)
     assert [(each.last_rank, each.total_waiting_ns, each.transfer_ns) for each in shifted.collectives] == [
         (each.last_rank, each.total_waiting_ns, each.transfer_ns) for each in straight.collectives
     ]
 
 
-def test_no_clock_correction_of_the_v100_ranks_is_larger_than_their_microsecond(dlrm: tuple[Timeline, ...]) -> None:
+def test_no_clock_correction_of_the_v100_ranks_is_larger_than_their_microsecond(
+    dlrm: tuple[Timeline, ...],
+) -> None:
     _, found = share(dlrm)
     assert all(clock.offset_ns is not None and abs(clock.offset_ns) <= 2000 for clock in found.clocks)

@@ -22,12 +22,18 @@ def gradients(config: LlamaConfig | GPTConfig, recompute: str = "none") -> dict[
     model = ModelSpec("tiny", config, "").build("cpu", torch.float64)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(initial_parameter(name, parameter.shape, seed=1, dtype=torch.float64, device=torch.device("cpu")))
+            parameter.copy_(
+                initial_parameter(
+                    name, parameter.shape, seed=1, dtype=torch.float64, device=torch.device("cpu")
+                )
+            )
     if recompute != "none":
         recompute_layers(model.layers, recompute)
     ids = torch.randint(64, (2, 8), generator=torch.Generator().manual_seed(0))
     torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
 
 
 @pytest.mark.parametrize("config", [CONFIG, GPTConfig(64, 32, 2, 4, 48, 16)], ids=["llama", "gpt"])
@@ -51,7 +57,9 @@ def test_the_loss_s_weights_and_their_logarithm_are_the_exponentials(given: torc
     weights, log_of_one, lse = _weights(logits, torch.float32)
     assert torch.equal(logits, before)
     torch.testing.assert_close(lse, torch.logsumexp(logits.double(), 1).float())
-    torch.testing.assert_close((weights.log() + log_of_one.unsqueeze(1)).exp(), logits.double().exp().float(), rtol=2e-5, atol=0.0)
+    torch.testing.assert_close(
+        (weights.log() + log_of_one.unsqueeze(1)).exp(), logits.double().exp().float(), rtol=2e-5, atol=0.0
+    )
 
 
 class _Matmuls(TorchDispatchMode):
@@ -62,16 +70,23 @@ class _Matmuls(TorchDispatchMode):
         self.count = Counter[str]()
 
     def __torch_dispatch__(
-        self, func: object, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+        self,
+        func: object,
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
     ) -> object:
         self.count[str(func)] += 1
         return func(*args, **(kwargs or {}))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(
-    ("config", "op", "again"), [(CONFIG, "aten.mm.default", 3), (GPTConfig(64, 32, 2, 4, 48, 16), "aten.addmm.default", 1)]
+    ("config", "op", "again"),
+    [(CONFIG, "aten.mm.default", 3), (GPTConfig(64, 32, 2, 4, 48, 16), "aten.addmm.default", 1)],
 )
-def test_every_second_matmul_of_a_layer_runs_again_with_and_without_biases(config: LlamaConfig | GPTConfig, op: str, again: int) -> None:
+def test_every_second_matmul_of_a_layer_runs_again_with_and_without_biases(
+    config: LlamaConfig | GPTConfig, op: str, again: int
+) -> None:
     # of qkv, wo, w1, w2 that would be wo and w2; but nobody needs the output of a layer's last matmul
     counts = []
     for recompute in ("none", "selective-ops"):

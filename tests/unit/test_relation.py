@@ -61,7 +61,11 @@ def test_a_chunk_of_another_rank_is_shifted() -> None:
 @pytest.mark.parametrize("several", [2, 3])
 def test_weights_that_lie_in_one_and_are_each_cut_by_themselves(several: int) -> None:
     parts = [part.chunk(2, 0) for part in WHOLE.chunk(several, 0)]
-    assert found(*(torch.cat([part[rank] for part in parts]) for rank in range(2))) == (Relation.ONE_OF_SEVERAL, 0, float(several))
+    assert found(*(torch.cat([part[rank] for part in parts]) for rank in range(2))) == (
+        Relation.ONE_OF_SEVERAL,
+        0,
+        float(several),
+    )
 
 
 def test_zero_missing_unequal_and_other() -> None:

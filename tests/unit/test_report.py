@@ -20,13 +20,21 @@ from shardwise.report.json import comparison_from_json, comparison_json
 from shardwise.report.page import script_json
 from shardwise.report.rows import comparison_rows, not_measured
 from shardwise.report.terminal import plain, render_comparison
-from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME, cuda_example, example, module_only_example
+from tests.unit.comparison_example import (
+    HOSTILE_MARKUP,
+    HOSTILE_NAME,
+    cuda_example,
+    example,
+    module_only_example,
+)
 
 LONG_NAME = "a-very-long-plan-name-that-somebody-wrote-to-say-everything@dtensor"
 
 
 def rendered(comparison: Comparison, width: int, *, colour: bool = False) -> str:
-    console = Console(width=width, force_terminal=colour, color_system="standard" if colour else None, record=False)
+    console = Console(
+        width=width, force_terminal=colour, color_system="standard" if colour else None, record=False
+    )
     with console.capture() as captured:
         render_comparison(comparison, console)
     return captured.get()
@@ -116,7 +124,9 @@ def test_what_was_not_measured_is_named() -> None:
     )
 
 
-@pytest.mark.parametrize("comparison", [example(), module_only_example(), replace(example(), notes=(), verdict=())])
+@pytest.mark.parametrize(
+    "comparison", [example(), module_only_example(), replace(example(), notes=(), verdict=())]
+)
 def test_json_round_trips(comparison: Comparison) -> None:
     assert comparison_from_json(comparison_json(comparison)) == comparison
 
@@ -126,7 +136,9 @@ def test_json_round_trips(comparison: Comparison) -> None:
     losses=st.lists(st.floats(allow_nan=False)).map(tuple),
     sent_bytes=st.none() | st.floats(allow_nan=False),
 )
-def test_json_round_trips_any_name_and_number(label: str, losses: tuple[float, ...], sent_bytes: float | None) -> None:
+def test_json_round_trips_any_name_and_number(
+    label: str, losses: tuple[float, ...], sent_bytes: float | None
+) -> None:
     comparison = example(("rowwise",), noise=False)
     run = replace(comparison.measurements[0], label=label, losses=losses, sent_bytes=sent_bytes)
     comparison = replace(comparison, measurements=(run,))
@@ -148,7 +160,9 @@ def test_json_is_one_valid_document_with_its_version_first() -> None:
 
 def test_json_keeps_nan_and_infinity_and_a_plan_called_nan() -> None:
     comparison = cuda_example()
-    named = replace(comparison, measurements=tuple(replace(run, label="NaN") for run in comparison.measurements))
+    named = replace(
+        comparison, measurements=tuple(replace(run, label="NaN") for run in comparison.measurements)
+    )
     read = comparison_from_json(comparison_json(named))
     losses = read.measurements[1].losses
     assert math.isnan(losses[2])
@@ -161,7 +175,10 @@ def test_json_keeps_nan_and_infinity_and_a_plan_called_nan() -> None:
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        (b"{", "run.json: not valid JSON: Input data was truncated. Give the JSON file that shardwise compare wrote."),
+        (
+            b"{",
+            "run.json: not valid JSON: Input data was truncated. Give the JSON file that shardwise compare wrote.",
+        ),
         (
             b"[]",
             "run.json: schema_version is None; this Shardwise reads 1. "
@@ -201,7 +218,15 @@ def test_the_terminal_shows_every_plan_at_every_width(width: int, colour: bool) 
     assert max(len(line) for line in visible.splitlines()) <= width
     assert "noise (A/A)" in visible
     assert "…" not in visible
-    for number in ("0.940 [0.922, 0.958]", "1.004 [0.986, 1.022]", "174 MiB", "900 MiB", "2.2e-15 ok", "41.0 ms", "all_to_all"):
+    for number in (
+        "0.940 [0.922, 0.958]",
+        "1.004 [0.986, 1.022]",
+        "174 MiB",
+        "900 MiB",
+        "2.2e-15 ok",
+        "41.0 ms",
+        "all_to_all",
+    ):
         assert number in visible, number
     assert "Verdict" in visible
 
@@ -236,11 +261,15 @@ def test_control_characters_are_made_visible() -> None:
     assert plain("a\x1b[2Jb\nc\u202ed é") == "a\\x1b[2Jb\\nc\\u202ed é"
 
 
-@pytest.mark.parametrize("comparison", [example(), module_only_example(), cuda_example(), example((HOSTILE_NAME, HOSTILE_MARKUP))])
+@pytest.mark.parametrize(
+    "comparison", [example(), module_only_example(), cuda_example(), example((HOSTILE_NAME, HOSTILE_MARKUP))]
+)
 def test_the_page_loads_nothing(comparison: Comparison) -> None:
     markup = own_markup(comparison_html(comparison))
     assert len(markup) < 200_000
-    assert not re.search(r"(src|href|action|srcset|poster)\s*=\s*[\"']?[a-z]*:?//", markup.replace("&lt;", "<"))
+    assert not re.search(
+        r"(src|href|action|srcset|poster)\s*=\s*[\"']?[a-z]*:?//", markup.replace("&lt;", "<")
+    )
     assert not re.search(r"<(link|img|iframe|object|embed|base|form)\b", markup)
     assert "@import" not in markup
     assert "url(" not in markup
@@ -257,7 +286,12 @@ def test_hostile_names_stay_text_in_the_page() -> None:
         notes=(HOSTILE_NAME,),
         verdict=(HOSTILE_NAME,),
         measurements=(comparison.measurements[0], run, *comparison.measurements[2:]),
-        environment=replace(comparison.environment, command=HOSTILE_NAME, machine=HOSTILE_NAME, variables=((HOSTILE_NAME, HOSTILE_NAME),)),
+        environment=replace(
+            comparison.environment,
+            command=HOSTILE_NAME,
+            machine=HOSTILE_NAME,
+            variables=((HOSTILE_NAME, HOSTILE_NAME),),
+        ),
     )
     page = comparison_html(comparison)
     assert "<img" not in own_markup(page)
@@ -297,4 +331,9 @@ def test_report_imports_no_torch() -> None:
         "import sys, shardwise.report.html, shardwise.report.json, shardwise.report.terminal; "
         "print([name for name in ('torch', 'numpy') if name in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )

@@ -33,8 +33,14 @@ def llama(*, vocab_size: int = 32, tied: bool = False, n_kv_heads: int = 4) -> L
 def changed(name: str, *, engine: Engine = Engine.NATIVE, **styles: Style | None) -> Plan:
     """A built-in plan with other styles for some patterns (`__` for a dot, `ANY` for a star); None takes a rule away."""
     new = {pattern.replace("__", ".").replace("ANY", "*"): style for pattern, style in styles.items()}
-    rules = [Rule(r.pattern, new.pop(r.pattern, r.style) or r.style) for r in builtin_plan(name).rules if new.get(r.pattern, r) is not None]
-    return Plan("mine", tuple(rules) + tuple(Rule(pattern, style) for pattern, style in new.items() if style), engine)
+    rules = [
+        Rule(r.pattern, new.pop(r.pattern, r.style) or r.style)
+        for r in builtin_plan(name).rules
+        if new.get(r.pattern, r) is not None
+    ]
+    return Plan(
+        "mine", tuple(rules) + tuple(Rule(pattern, style) for pattern, style in new.items() if style), engine
+    )
 
 
 def refusal(model: nn.Module, plan: Plan, *, tp: int = 2, seq: int | None = None, fsdp: int = 1) -> str:
@@ -51,7 +57,12 @@ def snapshot(model: nn.Module) -> list[object]:
         *((name, id(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False)),
         *((name, "forward" in vars(module), sorted(vars(module))) for name, module in model.named_modules()),
         *(
-            (name, len(module._forward_pre_hooks), len(module._state_dict_hooks), len(module._load_state_dict_pre_hooks))
+            (
+                name,
+                len(module._forward_pre_hooks),
+                len(module._state_dict_hooks),
+                len(module._load_state_dict_pre_hooks),
+            )
             for name, module in model.named_modules()
         ),
     ]
@@ -180,15 +191,26 @@ def test_a_replicated_norm_below_a_gather_input_is_refused() -> None:
         'plan "mine": rule "layers.*.attention.q_norm" (replicate): layers.0.attention.q_norm is below a gather_input, where each rank\'s '
         "gradient is a part of the sum. Use sequence_parallel, which sums the parts."
     )
-    resolve(model, changed("rowwise", layers__ANY__attention__q_norm=Style(StyleName.SEQUENCE_PARALLEL)), tp=2)
+    resolve(
+        model, changed("rowwise", layers__ANY__attention__q_norm=Style(StyleName.SEQUENCE_PARALLEL)), tp=2
+    )
 
 
 @pytest.mark.parametrize(
     ("tp", "message"),
     [
-        (5, 'rule "layers.*.attention.wq" (colwise) splits 12 heads of layers.0.attention over tp=5. Use tp in {1, 2, 3, 4, 6, 12}.'),
-        (3, 'rule "layers.*.attention.wk" (colwise) splits 4 KV heads of layers.0.attention over tp=3. Use tp in {1, 2, 4}.'),
-        (12, 'rule "layers.*.attention.wk" (colwise) splits 4 KV heads of layers.0.attention over tp=12. Use tp in {1, 2, 4}.'),
+        (
+            5,
+            'rule "layers.*.attention.wq" (colwise) splits 12 heads of layers.0.attention over tp=5. Use tp in {1, 2, 3, 4, 6, 12}.',
+        ),
+        (
+            3,
+            'rule "layers.*.attention.wk" (colwise) splits 4 KV heads of layers.0.attention over tp=3. Use tp in {1, 2, 4}.',
+        ),
+        (
+            12,
+            'rule "layers.*.attention.wk" (colwise) splits 4 KV heads of layers.0.attention over tp=12. Use tp in {1, 2, 4}.',
+        ),
     ],
 )
 def test_heads_that_do_not_divide_are_refused(tp: int, message: str) -> None:
@@ -299,7 +321,11 @@ INTERLEAVED = Style(StyleName.ROUTED, ownership=Ownership.INTERLEAVED)
 
 
 def test_whole_logits_of_a_tied_interleaved_table_are_refused() -> None:
-    plan = changed("rowwise", tok_embeddings=INTERLEAVED, output=Style(StyleName.COLWISE, input=Shard(1), output=Replicate()))
+    plan = changed(
+        "rowwise",
+        tok_embeddings=INTERLEAVED,
+        output=Style(StyleName.COLWISE, input=Shard(1), output=Replicate()),
+    )
     assert refusal(llama(tied=True), plan) == (
         'plan "mine": rule "output" (colwise): output is tied to an interleaved table, so its whole logits would be out of order. '
         'Use output = "shard(-1)", or ownership = "contiguous".'
@@ -360,7 +386,12 @@ def test_a_subclass_of_a_shardable_module_is_refused() -> None:
 
 def test_every_module_of_a_fitting_plan_gets_its_rule_in_the_models_order() -> None:
     assignments = resolve(llama(), builtin_plan("rowwise"), tp=2, seq=24)
-    assert [a.name for a in assignments[:4]] == ["tok_embeddings", "layers.0.attention_norm", "layers.0.attention", "layers.0.attention.wq"]
+    assert [a.name for a in assignments[:4]] == [
+        "tok_embeddings",
+        "layers.0.attention_norm",
+        "layers.0.attention",
+        "layers.0.attention.wq",
+    ]
     assert [str(a.rule) for a in assignments[-2:]] == ['"norm" (sequence_parallel)', '"output" (colwise)']
 
 
@@ -410,7 +441,10 @@ def test_a_refused_model_is_as_it_was_before(two_ranks: DeviceMesh, plan: Plan) 
 
 def test_a_sharded_model_is_not_sharded_again(two_ranks: DeviceMesh) -> None:
     model = parallelize(llama(), "rowwise", two_ranks)
-    with pytest.raises(PlanError, match=r'^plan "colwise": the model is sharded already\. Build a fresh one for another plan\.$'):
+    with pytest.raises(
+        PlanError,
+        match=r'^plan "colwise": the model is sharded already\. Build a fresh one for another plan\.$',
+    ):
         parallelize(model, "colwise", two_ranks)
 
 
@@ -419,12 +453,15 @@ def test_a_model_of_dtensors_is_refused(two_ranks: DeviceMesh) -> None:
     whole = distribute_tensor(torch.ones(96), two_ranks, [TorchReplicate()])
     model.norm.weight = nn.Parameter(whole)
     with pytest.raises(
-        PlanError, match=r'^plan "rowwise": norm\.weight is a DTensor already\. Call parallelize\(\) before fully_shard\(\)\.$'
+        PlanError,
+        match=r'^plan "rowwise": norm\.weight is a DTensor already\. Call parallelize\(\) before fully_shard\(\)\.$',
     ):
         parallelize(model, "rowwise", two_ranks)
 
 
 def test_a_mesh_without_a_tp_axis_is_refused(two_ranks: DeviceMesh) -> None:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
-    with pytest.raises(MeshError, match=r'^parallelize: the mesh has axes \(\'dp\',\)\. Name one of them "tp"\.$'):
+    with pytest.raises(
+        MeshError, match=r'^parallelize: the mesh has axes \(\'dp\',\)\. Name one of them "tp"\.$'
+    ):
         parallelize(llama(), "rowwise", mesh)

@@ -8,7 +8,10 @@ import torch
 from shardwise.models.source import find_model
 from shardwise.models.specs import SPECS
 
-pytest.importorskip("transformers", reason="transformers isn't installed, so NO TWIN OF ITS MODELS WAS BUILT: pip install shardwise[hf]")
+pytest.importorskip(
+    "transformers",
+    reason="transformers isn't installed, so NO TWIN OF ITS MODELS WAS BUILT: pip install shardwise[hf]",
+)
 
 
 def twin(name: str, tp: int = 2) -> Any:
@@ -18,7 +21,17 @@ def twin(name: str, tp: int = 2) -> Any:
 
 
 @pytest.mark.parametrize(
-    "name", ["hf:llama", "hf:qwen3", "hf:mixtral", "hf:deepseek_v3", "hf:gemma4_text", "hf:bamba", "hf:jamba", "hf:gpt_oss"]
+    "name",
+    [
+        "hf:llama",
+        "hf:qwen3",
+        "hf:mixtral",
+        "hf:deepseek_v3",
+        "hf:gemma4_text",
+        "hf:bamba",
+        "hf:jamba",
+        "hf:gpt_oss",
+    ],
 )
 def test_a_twin_has_the_modules_and_the_plan_of_its_model(name: str) -> None:
     small: Any = twin(name)

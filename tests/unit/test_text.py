@@ -31,7 +31,9 @@ WORD_LEVEL = (
 
 
 def stream_of(ids: list[int], vocab_size: int = 1 << 30) -> TokenStream:
-    return TokenStream.of(np.array(ids, dtype=np.int32), vocab_size=vocab_size, source="a test", tokenizer="none")
+    return TokenStream.of(
+        np.array(ids, dtype=np.int32), vocab_size=vocab_size, source="a test", tokenizer="none"
+    )
 
 
 def there_and_back(tokenizer: Tokenizer, text: str) -> str:
@@ -64,14 +66,21 @@ def test_the_built_in_corpus_is_megabytes_the_same_in_every_process_and_imports_
     corpus = load_text()
     assert corpus.source == STDLIB_SOURCE
     assert len(corpus.text) > 2_000_000
-    places = [corpus.text.index(text) for text in ("assert_stmt", str(zipfile.__doc__)[:20], str(json.__doc__)[:60])]
+    places = [
+        corpus.text.index(text) for text in ("assert_stmt", str(zipfile.__doc__)[:20], str(json.__doc__)[:60])
+    ]
     assert places == sorted(places)
     code = (
         "import hashlib, sys; from shardwise.text.corpus import load_text;"
         "print(hashlib.sha256(load_text().text.encode()).hexdigest(), 'this' in sys.modules, 'antigravity' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
-    assert (done.stdout.split(), done.stderr) == ([hashlib.sha256(corpus.text.encode()).hexdigest(), "False", "False"], "")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert (done.stdout.split(), done.stderr) == (
+        [hashlib.sha256(corpus.text.encode()).hexdigest(), "False", "False"],
+        "",
+    )
 
 
 def test_documentation_is_docstrings_in_source_order_and_then_comments() -> None:
@@ -101,7 +110,9 @@ def test_a_module_that_does_not_parse_has_no_documentation(source: bytes) -> Non
     assert documentation_of(source) == []
 
 
-def test_a_directory_is_read_in_sorted_order_without_hidden_folders_and_other_suffixes(tmp_path: Path) -> None:
+def test_a_directory_is_read_in_sorted_order_without_hidden_folders_and_other_suffixes(
+    tmp_path: Path,
+) -> None:
     for name, text in {
         "b.txt": "B",
         "a.md": "A",
@@ -125,13 +136,19 @@ def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("latin.txt", b"caf\xe9", "is not UTF-8: byte 0xe9 at offset 3. Convert it to UTF-8, or leave it out."),
+        (
+            "latin.txt",
+            b"caf\xe9",
+            "is not UTF-8: byte 0xe9 at offset 3. Convert it to UTF-8, or leave it out.",
+        ),
         ("zeros.bin", b"\0" * 64, "is binary: it has a NUL byte. Give UTF-8 text, or leave it out."),
         ("empty.txt", b"", "is empty. Leave it out, or give one with text in it."),
         ("blank.txt", b" \n\t\n", "is empty. Leave it out, or give one with text in it."),
     ],
 )
-def test_a_file_that_is_not_text_is_refused_in_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_a_file_that_is_not_text_is_refused_in_one_line(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(TextError) as caught:
         load_text([tmp_path / name])
@@ -202,7 +219,8 @@ def test_a_vocabulary_below_the_byte_alphabet_is_refused(book: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"\xff\xfe\x00", b"null", b"{}", b"[" * 100_000, b'{"version":"1.0","model":{"type":"BPE"}}']
+    "content",
+    [b"", b"{", b"\xff\xfe\x00", b"null", b"{}", b"[" * 100_000, b'{"version":"1.0","model":{"type":"BPE"}}'],
 )
 def test_a_broken_tokenizer_file_is_an_error_in_one_line(book: Path, tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "tokenizer.json"
@@ -295,10 +313,14 @@ def test_a_damaged_stream_is_refused_or_unharmed(ids: list[int], data: st.DataOb
         return
     # what no digest guards: the two names and the vocabulary's size
     assert read.ids.tolist() == ids
-    assert replace(read.summary, source="", tokenizer="", vocab_size=1) == replace(stream.summary, source="", tokenizer="", vocab_size=1)
+    assert replace(read.summary, source="", tokenizer="", vocab_size=1) == replace(
+        stream.summary, source="", tokenizer="", vocab_size=1
+    )
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"{}\n", b"\xff\xfe\n\0\0\0\0", b"\x80\x04N.", b'{"x":' + b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"{}\n", b"\xff\xfe\n\0\0\0\0", b"\x80\x04N.", b'{"x":' + b"[" * 100_000]
+)
 def test_bytes_that_are_no_stream_are_a_text_error(content: bytes) -> None:
     with pytest.raises(TextError):
         TokenStream.from_bytes(content)
@@ -334,7 +356,9 @@ def test_the_cache_tells_apart_texts_sizes_and_tokenizers(book: Path, tmp_path: 
     stages: list[str] = []
 
     def load(vocab_size: int, tokenizer: Path | None = None) -> TokenStream:
-        return load_tokens(vocab_size=vocab_size, files=[book], tokenizer=tokenizer, cache=cache, progress=stages.append)
+        return load_tokens(
+            vocab_size=vocab_size, files=[book], tokenizer=tokenizer, cache=cache, progress=stages.append
+        )
 
     streams = [load(300), load(400), load(1000, tokenizer)]
     tokenizer.write_text(WORD_LEVEL.replace('"lazy"', '"unused"').replace('"b":1', '"lazy":1'))
@@ -345,7 +369,10 @@ def test_the_cache_tells_apart_texts_sizes_and_tokenizers(book: Path, tmp_path: 
     assert stages.count("encoding 0.0 million characters") == len(streams)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "cut within an id", "flipped", "emptied", "pickled", "another vocabulary", "a directory"])
+@pytest.mark.parametrize(
+    "damage",
+    ["truncated", "cut within an id", "flipped", "emptied", "pickled", "another vocabulary", "a directory"],
+)
 def test_a_damaged_cache_is_made_anew(book: Path, tmp_path: Path, damage: str) -> None:
     cache = tmp_path / "cache"
     stream = load_tokens(vocab_size=300, files=[book], cache=cache)
@@ -378,7 +405,10 @@ def test_a_damaged_cache_is_made_anew(book: Path, tmp_path: Path, damage: str) -
 def test_a_cache_that_cannot_be_written_only_costs_time(book: Path, tmp_path: Path) -> None:
     stages: list[str] = []
     cached = load_tokens(vocab_size=300, files=[book], cache=tmp_path / "cache")
-    assert load_tokens(vocab_size=300, files=[book], cache=book / "below a file", progress=stages.append) == cached
+    assert (
+        load_tokens(vocab_size=300, files=[book], cache=book / "below a file", progress=stages.append)
+        == cached
+    )
     assert stages[-1] == "the tokens can't be cached (Not a directory), so the next run makes them again"
 
 
@@ -394,7 +424,9 @@ def test_a_full_disk_leaves_nothing_half_written(book: Path, tmp_path: Path) -> 
     assert cache_files(cache) == []
 
 
-def test_the_cache_is_the_users_own_by_default(book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_the_users_own_by_default(
+    book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     load_tokens(vocab_size=300, files=[book])
     assert len(cache_files(tmp_path / "xdg" / "shardwise")) == 1
@@ -427,7 +459,10 @@ def test_options_that_contradict_each_other_are_refused(book: Path) -> None:
 
 def test_loading_text_imports_no_torch() -> None:
     code = "import sys; import shardwise.text.stream; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "False\n"
+    )
 
 
 # batches
@@ -450,7 +485,9 @@ def test_labels_are_the_ids_shifted_by_one(tokens: int, batch: int, seq: int, st
 
 @settings(deadline=None)
 @given(tokens=st.integers(2, 60), batch=sizes, seq=sizes)
-def test_steps_go_through_every_whole_window_once_before_any_comes_again(tokens: int, batch: int, seq: int) -> None:
+def test_steps_go_through_every_whole_window_once_before_any_comes_again(
+    tokens: int, batch: int, seq: int
+) -> None:
     seq = min(seq, tokens - 1)
     windows = (tokens - 1) // seq
     batches = Batches(stream_of(list(range(tokens))), batch, seq)
@@ -460,7 +497,9 @@ def test_steps_go_through_every_whole_window_once_before_any_comes_again(tokens:
 
 @settings(deadline=None)
 @given(parts=sizes, share=sizes, seq=sizes, step=st.integers(0, 50))
-def test_the_slices_of_all_ranks_make_up_the_global_batch(parts: int, share: int, seq: int, step: int) -> None:
+def test_the_slices_of_all_ranks_make_up_the_global_batch(
+    parts: int, share: int, seq: int, step: int
+) -> None:
     batch = Batches(stream_of(list(range(40))), parts * share, seq).at(step)
     slices = [batch.slice(index, parts) for index in range(parts)]
     assert all(part.ids_BS.shape == (share, seq) for part in slices)
@@ -472,14 +511,20 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
     batch = Batch(torch.zeros(3, 2), torch.zeros(3, 2))
     with pytest.raises(OptionError) as caught:
         batch.slice(0, 2)
-    assert str(caught.value) == "a batch of 3 sequences can't be cut into 2 equal parts. Use a batch that is a multiple of 2, such as 4."
+    assert (
+        str(caught.value)
+        == "a batch of 3 sequences can't be cut into 2 equal parts. Use a batch that is a multiple of 2, such as 4."
+    )
 
 
 def test_a_stream_shorter_than_one_sequence_and_its_label_is_refused() -> None:
     Batches(stream_of([1, 2, 3, 4]), batch=8, seq=3)
     with pytest.raises(TextError) as caught:
         Batches(stream_of([1, 2, 3, 4]), batch=1, seq=4)
-    assert str(caught.value) == "a test has 4 tokens, and a sequence of 4 needs 5. Give more text, or use seq <= 3."
+    assert (
+        str(caught.value)
+        == "a test has 4 tokens, and a sequence of 4 needs 5. Give more text, or use seq <= 3."
+    )
     with pytest.raises(OptionError, match="batch=0, seq=4 is no batch"):
         Batches(stream_of([1, 2, 3, 4]), batch=0, seq=4)
 

@@ -23,7 +23,17 @@ from shardwise.core.errors import OptionError, PlanError, RunError, ShardwiseErr
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import AnyPlan, TheirPlan
-from shardwise.core.program import Collective, Item, MemoryChange, MemoryKind, Op, OpKind, Phase, Program, memory_peak
+from shardwise.core.program import (
+    Collective,
+    Item,
+    MemoryChange,
+    MemoryKind,
+    Op,
+    OpKind,
+    Phase,
+    Program,
+    memory_peak,
+)
 from shardwise.models.factory import FactoryModel
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec, get_spec
@@ -42,9 +52,23 @@ def llama(layers: int) -> ModelSpec:
 
 
 def traced(
-    plan: str, layers: int, device: str, mesh: str = "tp=2", settings: StepSettings = STEP, *, sp: bool = True, compress: bool = True
+    plan: str,
+    layers: int,
+    device: str,
+    mesh: str = "tp=2",
+    settings: StepSettings = STEP,
+    *,
+    sp: bool = True,
+    compress: bool = True,
 ) -> Program:
-    return trace(llama(layers), builtin_plan(plan, sequence_parallel=sp), Mesh.parse(mesh), settings, device=device, compress=compress)
+    return trace(
+        llama(layers),
+        builtin_plan(plan, sequence_parallel=sp),
+        Mesh.parse(mesh),
+        settings,
+        device=device,
+        compress=compress,
+    )
 
 
 @lru_cache
@@ -69,7 +93,13 @@ def test_a_layer_that_differs_is_traced_with_all_the_others() -> None:
 
 
 def headline(plan: str) -> Program:
-    return trace(get_spec("llama3-8b"), builtin_plan(plan), Mesh.parse("tp=8"), StepSettings(1, 8192, dtype="bfloat16"), device="cuda")
+    return trace(
+        get_spec("llama3-8b"),
+        builtin_plan(plan),
+        Mesh.parse("tp=8"),
+        StepSettings(1, 8192, dtype="bfloat16"),
+        device="cuda",
+    )
 
 
 def counts(program: Program, *phases: Phase) -> Counter[tuple[str, str]]:
@@ -86,7 +116,11 @@ def test_llama3_8b_rowwise_by_dtensor_on_8_ranks_has_the_published_counts() -> N
         ("reduce_scatter", "backward"): 65,
         ("all_gather", "backward"): 65,
     }
-    own = [(c.call.kind, c.phase, str(c.before), str(c.after)) for c in program.collectives() if c.module == "tok_embeddings"]
+    own = [
+        (c.call.kind, c.phase, str(c.before), str(c.after))
+        for c in program.collectives()
+        if c.module == "tok_embeddings"
+    ]
     assert own == [
         (CollectiveKind.REDUCE_SCATTER, Phase.FORWARD, "Partial", "Shard(1)"),
         (CollectiveKind.ALL_GATHER, Phase.BACKWARD, "Shard(1)", "Replicate"),
@@ -117,7 +151,10 @@ def test_counts_agree_with_pytorch_s_commdebugmode() -> None:
             with comm:
                 model(ids).sum().backward()
         counted = comm.get_comm_counts()
-    names = {"reduce_scatter_tensor": CollectiveKind.REDUCE_SCATTER, "all_gather_into_tensor": CollectiveKind.ALL_GATHER}
+    names = {
+        "reduce_scatter_tensor": CollectiveKind.REDUCE_SCATTER,
+        "all_gather_into_tensor": CollectiveKind.ALL_GATHER,
+    }
     for operation, count in counted.items():
         theirs[names.get(operation._qualified_op_name.rpartition("::")[2], CollectiveKind.BROADCAST)] += count
     assert ours == theirs
@@ -131,7 +168,9 @@ def test_each_device_has_its_own_ops(device: str) -> None:
     assert (names[fused], names["aten::bmm"]) == {"cpu": (3, 0), "cuda": (0, 3 * 6)}[device]
     assert (names["aten::_fused_rms_norm"], names["aten::rsqrt"]) == {"cpu": (0, 7), "cuda": (7, 0)}[device]
     # gloo has no reduce-scatter of its own: the native engine's is an exchange of parts
-    kinds = Counter(c.call.kind for c in tiny("rowwise", device).collectives() if c.module == "tok_embeddings")
+    kinds = Counter(
+        c.call.kind for c in tiny("rowwise", device).collectives() if c.module == "tok_embeddings"
+    )
     assert (
         kinds
         == {
@@ -141,9 +180,15 @@ def test_each_device_has_its_own_ops(device: str) -> None:
     )
 
 
-@pytest.mark.parametrize(("device", "kind"), [("cpu", CollectiveKind.ALL_GATHER), ("cuda", CollectiveKind.ALL_TO_ALL)])
+@pytest.mark.parametrize(
+    ("device", "kind"), [("cpu", CollectiveKind.ALL_GATHER), ("cuda", CollectiveKind.ALL_TO_ALL)]
+)
 def test_dtensor_s_all_to_all_is_one_on_cuda_only(device: str, kind: CollectiveKind) -> None:
-    own = [c.call.kind for c in tiny("colwise@dtensor", device).collectives() if c.module == "tok_embeddings" and c.phase is Phase.FORWARD]
+    own = [
+        c.call.kind
+        for c in tiny("colwise@dtensor", device).collectives()
+        if c.module == "tok_embeddings" and c.phase is Phase.FORWARD
+    ]
     assert own[-1] is kind
 
 
@@ -154,7 +199,13 @@ def test_nothing_is_unknown_in_bfloat16_on_cuda() -> None:
 
 def test_world_size_changes_sizes_and_nothing_else() -> None:
     def items(dp: int) -> list[Item]:
-        program = trace(llama(2), builtin_plan("rowwise"), Mesh.parse(f"dp={dp},tp=2"), StepSettings(4 * dp, SEQ), device="cuda")
+        program = trace(
+            llama(2),
+            builtin_plan("rowwise"),
+            Mesh.parse(f"dp={dp},tp=2"),
+            StepSettings(4 * dp, SEQ),
+            device="cuda",
+        )
         return list(program.items())
 
     few, many = items(2), items(64)
@@ -186,7 +237,9 @@ def test_attention_s_flops_by_hand() -> None:
     program = tiny("rowwise", "cpu")
     (forward,) = ops_of(program, "layers.0.attention", Phase.FORWARD, OpKind.ATTENTION)
     local_heads, head_dim = 2, HIDDEN // 4
-    assert forward.flops == 2 * 2 * BATCH * local_heads * SEQ * SEQ * head_dim // 2  # q k and p v, half of both: causal
+    assert (
+        forward.flops == 2 * 2 * BATCH * local_heads * SEQ * SEQ * head_dim // 2
+    )  # q k and p v, half of both: causal
     (backward,) = ops_of(program, "layers.0.attention", Phase.BACKWARD, OpKind.ATTENTION)
     assert backward.flops == 5 * forward.flops // 2
 
@@ -216,7 +269,11 @@ def test_recompute_holds_fewer_activations_and_runs_the_layers_twice() -> None:
     plain = tiny("rowwise@dtensor", "cuda")
     again = traced("rowwise@dtensor", 3, "cuda", settings=StepSettings(BATCH, SEQ, recompute="full"))
     assert memory_peak(again).n_bytes < memory_peak(plain).n_bytes
-    forward = [op for op in again.ops() if op.phase is Phase.FORWARD and op.module.startswith("layers.") and op.kind is OpKind.MATMUL]
+    forward = [
+        op
+        for op in again.ops()
+        if op.phase is Phase.FORWARD and op.module.startswith("layers.") and op.kind is OpKind.MATMUL
+    ]
     recomputed = [op for op in again.ops() if op.phase is Phase.RECOMPUTE and op.kind is OpKind.MATMUL]
     # w2 is each layer's last matmul: the backward needs its inputs, not its output
     assert Counter(op.module for op in forward) - Counter(op.module for op in recomputed) == {
@@ -233,11 +290,18 @@ def test_the_mask_of_attention_that_is_taken_apart_lies_on_the_device() -> None:
 @pytest.mark.parametrize("plan", ["rowwise", "rowwise@dtensor"])
 def test_a_selective_recompute_keeps_attention_and_every_second_matmul(plan: str) -> None:
     kept = traced(plan, 3, "cuda", settings=StepSettings(BATCH, SEQ, "bfloat16", recompute="selective-ops"))
-    again = Counter(op.module.rpartition(".")[2] for op in kept.ops() if op.phase is Phase.RECOMPUTE and op.kind is OpKind.MATMUL)
+    again = Counter(
+        op.module.rpartition(".")[2]
+        for op in kept.ops()
+        if op.phase is Phase.RECOMPUTE and op.kind is OpKind.MATMUL
+    )
     assert again == {"wk": 3, "wo": 3, "w3": 3}  # of wq, wk, wv, wo, w1, w3, w2 in this order
     assert not any(op.phase is Phase.RECOMPUTE and op.kind is OpKind.ATTENTION for op in kept.ops())
     # functional collectives can be kept, and DTensor issues those
-    scattered = any(each.phase is Phase.RECOMPUTE and each.call.kind is CollectiveKind.REDUCE_SCATTER for each in kept.collectives())
+    scattered = any(
+        each.phase is Phase.RECOMPUTE and each.call.kind is CollectiveKind.REDUCE_SCATTER
+        for each in kept.collectives()
+    )
     assert scattered is (plan == "rowwise")
     plain = traced(plan, 3, "cuda", settings=StepSettings(BATCH, SEQ, "bfloat16"))
     assert memory_peak(kept).n_bytes < memory_peak(plain).n_bytes
@@ -269,10 +333,18 @@ def test_a_selective_recompute_keeps_attention_and_every_second_matmul(plan: str
             OptionError,
             'plan "own": tiny doesn\'t shard itself. It is for package.module:factory where the factory takes a mesh.',
         ),
-        ("tp=2", "rowwise", {"ids": torch.zeros(2, 3, dtype=torch.int64)}, OptionError, "ids have shape (2, 3); the batch is 4 x 16."),
+        (
+            "tp=2",
+            "rowwise",
+            {"ids": torch.zeros(2, 3, dtype=torch.int64)},
+            OptionError,
+            "ids have shape (2, 3); the batch is 4 x 16.",
+        ),
     ],
 )
-def test_refusals(mesh: str, plan: str, options: dict[str, object], kind: type[ShardwiseError], message: str) -> None:
+def test_refusals(
+    mesh: str, plan: str, options: dict[str, object], kind: type[ShardwiseError], message: str
+) -> None:
     chosen: AnyPlan = TheirPlan(plan) if plan in list(TheirPlan) else builtin_plan(plan)
     with pytest.raises(kind) as caught:
         trace(llama(2), chosen, Mesh.parse(mesh), STEP, **options)  # type: ignore[arg-type]
@@ -328,8 +400,18 @@ def test_a_factory_that_shards_itself_is_traced_as_it_came() -> None:
     def make(mesh: DeviceMesh) -> nn.Module:
         return parallelize_module(Pair(), mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
 
-    program = trace(FactoryModel("own:pair", make, frozenset({"mesh"}), False), TheirPlan.OWN, Mesh.parse("tp=2"), STEP, device="cuda")
-    issued = [(c.call.kind, c.module, c.phase) for c in program.collectives() if c.phase in (Phase.FORWARD, Phase.BACKWARD)]
+    program = trace(
+        FactoryModel("own:pair", make, frozenset({"mesh"}), False),
+        TheirPlan.OWN,
+        Mesh.parse("tp=2"),
+        STEP,
+        device="cuda",
+    )
+    issued = [
+        (c.call.kind, c.module, c.phase)
+        for c in program.collectives()
+        if c.phase in (Phase.FORWARD, Phase.BACKWARD)
+    ]
     assert issued == [
         (CollectiveKind.ALL_REDUCE, "down", Phase.FORWARD),
         (CollectiveKind.ALL_REDUCE, "up", Phase.BACKWARD),

@@ -66,10 +66,20 @@ class Backwards(torch.autograd.Function):
 
 
 def traced(make: Callable[[], nn.Module], plan: AnyPlan = TheirPlan.UNSHARDED, tp: int = 1) -> Program:
-    return trace(FactoryModel("own:tiny", make, frozenset(), False), plan, Mesh((("tp", tp),)), StepSettings(BATCH, SEQ))
+    return trace(
+        FactoryModel("own:tiny", make, frozenset(), False),
+        plan,
+        Mesh((("tp", tp),)),
+        StepSettings(BATCH, SEQ),
+    )
 
 
-def refusal(make: Callable[[], nn.Module], kind: type[ShardwiseError], plan: AnyPlan = TheirPlan.UNSHARDED, tp: int = 1) -> str:
+def refusal(
+    make: Callable[[], nn.Module],
+    kind: type[ShardwiseError],
+    plan: AnyPlan = TheirPlan.UNSHARDED,
+    tp: int = 1,
+) -> str:
     with pytest.raises(kind) as caught:
         traced(make, plan, tp)
     return str(caught.value)
@@ -81,7 +91,8 @@ def fails(_: Tensor) -> Tensor:
 
 def test_an_error_in_a_model_s_own_code_names_the_innermost_module_in_one_line() -> None:
     assert (
-        refusal(lambda: Tiny(fails), ModelError) == "model \"own:tiny\": middle raised KeyError: 'width'. See whether it runs with weights."
+        refusal(lambda: Tiny(fails), ModelError)
+        == "model \"own:tiny\": middle raised KeyError: 'width'. See whether it runs with weights."
     )
     assert refusal(lambda: Tiny(fails), PlanError, COLWISE_EMBEDDING, 2) == (
         'plan "columns": model "own:tiny": middle raised KeyError: \'width\'. See whether it is explained under plan "unsharded".'
@@ -90,7 +101,10 @@ def test_an_error_in_a_model_s_own_code_names_the_innermost_module_in_one_line()
 
 def test_an_error_in_the_backward_names_the_phase() -> None:
     message = refusal(lambda: Tiny(Backwards.apply), ModelError)
-    assert message == 'model "own:tiny": the backward after head raised ValueError: no way... See whether it runs with weights.'
+    assert (
+        message
+        == 'model "own:tiny": the backward after head raised ValueError: no way... See whether it runs with weights.'
+    )
 
 
 def test_an_error_that_a_model_catches_itself_is_not_blamed() -> None:
@@ -120,9 +134,16 @@ def test_a_model_that_reads_values_off_the_data_is_told_that_a_trace_has_none() 
 
 
 @pytest.mark.parametrize(
-    ("inner", "found"), [(lambda x: x.flatten(0, 1), "shape [8, 11]"), (lambda x: x[:, 1:], "shape [2, 3, 11]"), (None, "type tuple")]
+    ("inner", "found"),
+    [
+        (lambda x: x.flatten(0, 1), "shape [8, 11]"),
+        (lambda x: x[:, 1:], "shape [2, 3, 11]"),
+        (None, "type tuple"),
+    ],
 )
-def test_an_output_that_is_no_logits_is_refused_in_one_line(inner: Callable[[Tensor], Tensor] | None, found: str) -> None:
+def test_an_output_that_is_no_logits_is_refused_in_one_line(
+    inner: Callable[[Tensor], Tensor] | None, found: str
+) -> None:
     class Pair(Tiny):
         def forward(self, ids_BS: Tensor) -> object:
             return (super().forward(ids_BS),)
@@ -141,7 +162,12 @@ def test_a_parameter_that_gets_no_gradient_has_no_optimizer_state() -> None:
     program = traced(make)
     by_name = {holding.name: holding for holding in program.holdings}
     idle = by_name["vision.weight"]
-    assert (idle.grad_shape, idle.gradient_bytes, idle.optimizer_bytes, idle.parameter_bytes) == (None, 0, 0, 2800)
+    assert (idle.grad_shape, idle.gradient_bytes, idle.optimizer_bytes, idle.parameter_bytes) == (
+        None,
+        0,
+        0,
+        2800,
+    )
     # AdamW: two moments of each element, and a step of four bytes for each parameter
     trained = [holding for holding in program.holdings if holding.grad_shape is not None]
     expected = sum(2 * 4 * prod(holding.shape) + 4 for holding in trained)
@@ -149,18 +175,33 @@ def test_a_parameter_that_gets_no_gradient_has_no_optimizer_state() -> None:
 
 
 @pytest.mark.parametrize(("plan", "tp"), [(TheirPlan.HF, 2), (TheirPlan.UNSHARDED, 1)])
-def test_equal_layers_of_a_hugging_face_model_traced_once_are_the_whole_program(plan: TheirPlan, tp: int) -> None:
-    pytest.importorskip("transformers", reason="transformers isn't installed, so no type is traced: pip install shardwise[hf]")
+def test_equal_layers_of_a_hugging_face_model_traced_once_are_the_whole_program(
+    plan: TheirPlan, tp: int
+) -> None:
+    pytest.importorskip(
+        "transformers", reason="transformers isn't installed, so no type is traced: pip install shardwise[hf]"
+    )
     small = "vocab_size=65,hidden_size=32,intermediate_size=48,num_attention_heads=4,num_key_value_heads=2,head_dim=8,num_hidden_layers=6"
 
     def program(compress: bool) -> Program:
         settings = StepSettings(BATCH, SEQ, dtype="bfloat16")
-        return trace(find_model(f"hf:qwen3?{small}"), plan, Mesh((("tp", tp),)), settings, device="cuda", compress=compress)
+        return trace(
+            find_model(f"hf:qwen3?{small}"),
+            plan,
+            Mesh((("tp", tp),)),
+            settings,
+            device="cuda",
+            compress=compress,
+        )
 
     short, whole = program(True), program(False)
     assert (short.compressed, whole.compressed) == (True, False)
     assert list(short.items()) == list(whole.items())
-    assert (short.holdings, short.resident, short.parameters) == (whole.holdings, whole.resident, whole.parameters)
+    assert (short.holdings, short.resident, short.parameters) == (
+        whole.holdings,
+        whole.resident,
+        whole.parameters,
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,24 +213,37 @@ def test_equal_layers_of_a_hugging_face_model_traced_once_are_the_whole_program(
         ("bfloat16", 2, True, "unknown in place of aten::_scaled_dot_product_flash_attention_for_cpu"),
     ],
 )
-def test_cuda_s_attention_depends_on_dtype_mask_and_grouped_heads(dtype: str, kv_heads: int, masked: bool, expected: str) -> None:
-    q, kv, mask = TensorSpec(dtype, (1, 8, 16, 4)), TensorSpec(dtype, (1, kv_heads, 16, 4)), (TensorSpec("bool", (1, 1, 16, 16)),) * masked
+def test_cuda_s_attention_depends_on_dtype_mask_and_grouped_heads(
+    dtype: str, kv_heads: int, masked: bool, expected: str
+) -> None:
+    q, kv, mask = (
+        TensorSpec(dtype, (1, 8, 16, 4)),
+        TensorSpec(dtype, (1, kv_heads, 16, 4)),
+        (TensorSpec("bool", (1, 1, 16, 16)),) * masked,
+    )
     name = "aten::_scaled_dot_product_flash_attention_for_cpu"
     assert name_on(name, "cpu", (q, kv, kv, *mask)) == name
     assert name_on(name, "cuda", (q, kv, kv, *mask)) == expected
-    backward = name_on(f"{name}_backward", "cuda", (q, q, kv, kv, q, TensorSpec("float32", (1, 8, 16)), *mask))
+    backward = name_on(
+        f"{name}_backward", "cuda", (q, q, kv, kv, q, TensorSpec("float32", (1, 8, 16)), *mask)
+    )
     assert backward == f"{expected}_backward"
 
 
 def test_a_triangular_solve_counts_its_size_squared_for_each_right_hand_side() -> None:
     matrix, sides = TensorSpec("float32", (2, 5, 5)), TensorSpec("float32", (2, 5, 3))
     assert kind_of("aten::linalg_solve_triangular", "cpu") is OpKind.MATMUL
-    assert (kind_of("aten::exp_", "cuda"), kind_of("aten::no_such_", "cuda")) == (OpKind.ELEMENTWISE, OpKind.UNKNOWN)
+    assert (kind_of("aten::exp_", "cuda"), kind_of("aten::no_such_", "cuda")) == (
+        OpKind.ELEMENTWISE,
+        OpKind.UNKNOWN,
+    )
     assert flops_of("aten::linalg_solve_triangular", (matrix, sides), (sides,), causal=False) == 2 * 5 * 5 * 3
 
 
 def test_a_convolution_s_backward_counts_the_gradients_that_it_makes() -> None:
-    output, inputs, weight, bias = (TensorSpec("float32", shape) for shape in ((2, 4, 9), (2, 3, 9), (4, 3, 1), (4,)))
+    output, inputs, weight, bias = (
+        TensorSpec("float32", shape) for shape in ((2, 4, 9), (2, 3, 9), (4, 3, 1), (4,))
+    )
     one = 2 * (2 * 4 * 9) * 3
     name = "aten::convolution_backward"
     assert flops_of(name, (output, inputs, weight), (inputs, weight, bias), causal=False) == 2 * one
@@ -215,15 +269,30 @@ def test_hooks_that_a_factory_has_put_on_its_parameters_run_in_the_trace(way: st
         model = Summed()
         if mesh is not None:
             group = mesh.get_group("tp")
-            hook = model.scale.register_hook if way == "register_hook" else model.scale.register_post_accumulate_grad_hook
-            hook(lambda tensor: torch.distributed.all_reduce(tensor if way == "register_hook" else tensor.grad, group=group))
+            hook = (
+                model.scale.register_hook
+                if way == "register_hook"
+                else model.scale.register_post_accumulate_grad_hook
+            )
+            hook(
+                lambda tensor: torch.distributed.all_reduce(
+                    tensor if way == "register_hook" else tensor.grad, group=group
+                )
+            )
         return model
 
-    program = trace(FactoryModel("summed", make, frozenset({"mesh"}), False), TheirPlan.OWN, Mesh((("tp", 2),)), StepSettings(2, 16))
+    program = trace(
+        FactoryModel("summed", make, frozenset({"mesh"}), False),
+        TheirPlan.OWN,
+        Mesh((("tp", 2),)),
+        StepSettings(2, 16),
+    )
     assert [call.call.payload_bytes for call in program.collectives() if call.phase is Phase.BACKWARD] == [4]
 
 
 def test_as_many_layers_as_are_asked_for_are_traced() -> None:
-    program = trace(find_model("llama3-debug"), TheirPlan.UNSHARDED, Mesh((("tp", 1),)), StepSettings(2, 16), depth=2)
+    program = trace(
+        find_model("llama3-debug"), TheirPlan.UNSHARDED, Mesh((("tp", 1),)), StepSettings(2, 16), depth=2
+    )
     assert program.layers == ("layers", 2)
     assert not program.compressed

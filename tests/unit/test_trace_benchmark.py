@@ -15,7 +15,10 @@ def test_the_made_trace_is_one_that_the_reader_takes_whole(tmp_path: Path) -> No
     assert not found.losses
     assert found.ranks == (3,)
     assert len(found.windows) == 10
-    kinds = [int((found.spans.kind == kind).sum()) for kind in (SpanKind.COMPUTE, SpanKind.COLLECTIVE, SpanKind.LAUNCH, SpanKind.OP)]
+    kinds = [
+        int((found.spans.kind == kind).sum())
+        for kind in (SpanKind.COMPUTE, SpanKind.COLLECTIVE, SpanKind.LAUNCH, SpanKind.OP)
+    ]
     assert kinds == [9900, 100, 10_000, 20_000]
     assert found.launches_without_kernel == (0, 10_000)
 
@@ -27,8 +30,14 @@ def made(peer_cpu_s: tuple[float, ...]) -> Run:
 
 
 def test_a_bar_is_met_only_where_every_round_meets_it() -> None:
-    assert "| 10 x less CPU than peer 1 | 12.0 x (10.0 to 12.0) | met |" in blocks(made((24.0, 24.0, 24.0)))["benchmark-trace-read"]
-    assert "| 11.0 x (9.2 to 11.0) | met by the median only |" in blocks(made((22.0, 22.0, 22.0)))["benchmark-trace-read"]
+    assert (
+        "| 10 x less CPU than peer 1 | 12.0 x (10.0 to 12.0) | met |"
+        in blocks(made((24.0, 24.0, 24.0)))["benchmark-trace-read"]
+    )
+    assert (
+        "| 11.0 x (9.2 to 11.0) | met by the median only |"
+        in blocks(made((22.0, 22.0, 22.0)))["benchmark-trace-read"]
+    )
     assert "| 9.0 x (7.5 to 9.0) | **MISSED** |" in blocks(made((18.0, 18.0, 18.0)))["benchmark-trace-read"]
     assert verdict([2.4, 2.6], 2.5, least=False) == "met by the median only"
 

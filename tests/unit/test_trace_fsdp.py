@@ -18,7 +18,13 @@ def test_the_buffers_of_the_backward_are_fake() -> None:
     """Real ones would take 4 GiB here; the largest growth that was seen without them is 0.02 GiB."""
     wide = ModelSpec("wide", LlamaConfig(1024, 16_384, 2, 16, 16, 16_384), "")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    trace(wide, builtin_plan("rowwise"), Mesh.parse("fsdp=2,tp=1"), StepSettings(2, 16, dtype="bfloat16"), device="cuda")
+    trace(
+        wide,
+        builtin_plan("rowwise"),
+        Mesh.parse("fsdp=2,tp=1"),
+        StepSettings(2, 16, dtype="bfloat16"),
+        device="cuda",
+    )
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < GIB
 
 
@@ -27,7 +33,11 @@ def test_mixed_precision_gathers_in_one_dtype_and_reduces_and_keeps_in_another()
     settings = StepSettings(2, 16, param_dtype="bfloat16", reduce_dtype="float32")
     found = trace(small, builtin_plan("rowwise"), Mesh.parse("fsdp=2,tp=1"), settings, device="cuda")
     dtypes = {
-        kind: {each.call.dtype for each in found.collectives() if each.call.axis == "fsdp" and each.call.kind == kind}
+        kind: {
+            each.call.dtype
+            for each in found.collectives()
+            if each.call.axis == "fsdp" and each.call.kind == kind
+        }
         for kind in ("all_gather", "reduce_scatter")
     }
     assert dtypes == {"all_gather": {"bfloat16"}, "reduce_scatter": {"float32"}}
@@ -38,8 +48,18 @@ def test_mixed_precision_gathers_in_one_dtype_and_reduces_and_keeps_in_another()
 
 def test_shards_are_copied_into_the_buffer_that_is_gathered_in_both_directions() -> None:
     small = ModelSpec("small", LlamaConfig(70, 48, 3, 4, 2, 64), "")
-    found = trace(small, builtin_plan("rowwise"), Mesh.parse("fsdp=2,tp=2"), StepSettings(2, 16, dtype="bfloat16"), device="cuda")
+    found = trace(
+        small,
+        builtin_plan("rowwise"),
+        Mesh.parse("fsdp=2,tp=2"),
+        StepSettings(2, 16, dtype="bfloat16"),
+        device="cuda",
+    )
     copies = Counter(str(op.phase) for op in found.ops() if op.name == "fsdp::all_gather_copy_in")
-    gathers = Counter(str(each.phase) for each in found.collectives() if each.call.axis == "fsdp" and each.call.kind == "all_gather")
+    gathers = Counter(
+        str(each.phase)
+        for each in found.collectives()
+        if each.call.axis == "fsdp" and each.call.kind == "all_gather"
+    )
     assert copies == gathers
     assert set(copies) == {"forward", "backward"}

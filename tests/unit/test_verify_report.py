@@ -15,11 +15,15 @@ from shardwise.report.verify_terminal import render_verification
 
 HOSTILE = "</script><img src=x onerror=alert(1)>[bold]\x1b[31m"
 PROOF = Proof("float64", 2e-16, 1e-10, 1e-16, 0.0, 27, "layers.1.norm.weight", 4e-16, 2, 1e-16, 3e-16)
-RIGHT = Verification("hf:qwen3", "hf", 2, "its small twin", 86_400, Sharded(100, 98, 80, 80), PROOF, (), "", 1.5)
+RIGHT = Verification(
+    "hf:qwen3", "hf", 2, "its small twin", 86_400, Sharded(100, 98, 80, 80), PROOF, (), "", 1.5
+)
 
 
 def difference(name: str, cause: Cause, error: float = 2.0, ratio: float | None = None) -> Finding:
-    return Finding(FindingKind.GRADIENT_DIFFERS, name, "nothing sums it", error, ratio, "Sum it.", cause, None)
+    return Finding(
+        FindingKind.GRADIENT_DIFFERS, name, "nothing sums it", error, ratio, "Sum it.", cause, None
+    )
 
 
 WRONG = replace(
@@ -33,10 +37,21 @@ WRONG = replace(
     ),
 )
 CRASH = Verification(
-    "hf:lfm2", "hf", 2, "", None, None, None, (Finding(FindingKind.CRASHES, "lm_head", "lm_head raised it"),), "lm_head raised it", 0.1
+    "hf:lfm2",
+    "hf",
+    2,
+    "",
+    None,
+    None,
+    None,
+    (Finding(FindingKind.CRASHES, "lm_head", "lm_head raised it"),),
+    "lm_head raised it",
+    0.1,
 )
 SKIPPED = Verification("hf:bert", "hf", 2, "", None, None, None, (), "there is no plan", 0.1)
-LITTLE = replace(RIGHT, model="hf:gpt_oss", findings=(Finding(FindingKind.LITTLE_IS_SHARDED, "plan", "0.0% are sharded"),))
+LITTLE = replace(
+    RIGHT, model="hf:gpt_oss", findings=(Finding(FindingKind.LITTLE_IS_SHARDED, "plan", "0.0% are sharded"),)
+)
 
 
 NOT_PROVED = replace(RIGHT, proof=None, is_static=True)
@@ -44,7 +59,13 @@ SUSPECTED = replace(
     NOT_PROVED,
     model="hf:apertus",
     findings=tuple(
-        Finding(FindingKind.SUSPECTED, f"layers.{n}.act.alpha", "nothing sums it", advice="Sum it.", cause=Cause.PARTS_NOT_SUMMED)
+        Finding(
+            FindingKind.SUSPECTED,
+            f"layers.{n}.act.alpha",
+            "nothing sums it",
+            advice="Sum it.",
+            cause=Cause.PARTS_NOT_SUMMED,
+        )
         for n in (0, 1)
     ),
 )
@@ -76,7 +97,13 @@ def test_a_verdict_is_the_worst_that_is_known_and_skipped_is_never_right() -> No
         Verdict.SKIPPED,
         Verdict.NEARLY_NOTHING,
     ]
-    assert [run(each).is_no for each in (RIGHT, WRONG, CRASH, SKIPPED, LITTLE)] == [False, True, True, False, True]
+    assert [run(each).is_no for each in (RIGHT, WRONG, CRASH, SKIPPED, LITTLE)] == [
+        False,
+        True,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_without_a_proof_nothing_is_right() -> None:
@@ -101,7 +128,10 @@ def test_static_answers_say_that_nothing_was_proved() -> None:
         "Suspected, before anything ran: lm_head raised it",
     ]
     found = " ".join(text(run(*STATIC)).split())
-    assert "1 shards nearly nothing, 2 suspected, 2 not proved, 1 skipped: tp=2, batch 2, 16 tokens each, traced and not run" in found
+    assert (
+        "1 shards nearly nothing, 2 suspected, 2 not proved, 1 skipped: tp=2, batch 2, 16 tokens each, traced and not run"
+        in found
+    )
     assert "hf:qwen3 under hf not proved: Its step can't be traced" in found
     assert verification_from_json(verification_json(run(*STATIC))) == run(*STATIC)
     page = verification_html(replace(run(*STATIC), device="none"))
@@ -109,32 +139,48 @@ def test_static_answers_say_that_nothing_was_proved() -> None:
     assert "The same weights run" not in page
 
 
-@pytest.mark.parametrize("kind", [FindingKind.RULE_MATCHES_NOTHING, FindingKind.RULE_IS_SHADOWED, FindingKind.DROPOUT_MAY_DIFFER])
+@pytest.mark.parametrize(
+    "kind", [FindingKind.RULE_MATCHES_NOTHING, FindingKind.RULE_IS_SHADOWED, FindingKind.DROPOUT_MAY_DIFFER]
+)
 def test_a_note_makes_no_plan_wrong(kind: FindingKind) -> None:
     assert replace(RIGHT, findings=(Finding(kind, "x", "y"),)).verdict is Verdict.RIGHT
 
 
 def test_findings_that_differ_in_the_layer_are_one() -> None:
     own, passed_on = rows.split(WRONG)
-    assert [(group.subject, group.figures) for group in own] == [("layers.*.act.alpha", ("220 % to 280 % off", "2 layers"))]
+    assert [(group.subject, group.figures) for group in own] == [
+        ("layers.*.act.alpha", ("220 % to 280 % off", "2 layers"))
+    ]
     assert [group.subject for group in passed_on] == ["embed.weight"]
 
 
 def test_a_ratio_is_told_where_it_tells_something() -> None:
-    doubled, other = difference("a", Cause.SUMMED_TOO_OFTEN, 1.0, 2.0), difference("b", Cause.PARTS_NOT_SUMMED, 1.0, 0.31)
-    assert [group.figures for group in rows.grouped([doubled, other])] == [("100 % off", "2 times the unsharded one"), ("100 % off",)]
+    doubled, other = (
+        difference("a", Cause.SUMMED_TOO_OFTEN, 1.0, 2.0),
+        difference("b", Cause.PARTS_NOT_SUMMED, 1.0, 0.31),
+    )
+    assert [group.figures for group in rows.grouped([doubled, other])] == [
+        ("100 % off", "2 times the unsharded one"),
+        ("100 % off",),
+    ]
 
 
 def test_the_terminal_tells_one_case_in_full() -> None:
     found = " ".join(text(run(WRONG)).replace("│", " ").split())
     assert "Wrong: the outputs are exact, and 3 of 27 gradients are not the unsharded model's." in found
-    assert "layers.*.act.alpha 220 % to 280 % off, 2 layers Nothing sums it. no rule holds for it Sum it." in found
+    assert (
+        "layers.*.act.alpha 220 % to 280 % off, 2 layers Nothing sums it. no rule holds for it Sum it."
+        in found
+    )
     assert "What follows from that: embed.weight" in found
 
 
 def test_the_terminal_tells_many_cases_in_a_table_and_those_that_are_not_right_below() -> None:
     found = " ".join(text(run(RIGHT, WRONG, CRASH, SKIPPED, LITTLE)).split())
-    assert "1 right, 1 wrong, 1 shards nearly nothing, 1 crashes, 1 skipped: tp=2 on cpu, batch 2, 16 tokens each, no dropout" in found
+    assert (
+        "1 right, 1 wrong, 1 shards nearly nothing, 1 crashes, 1 skipped: tp=2 on cpu, batch 2, 16 tokens each, no dropout"
+        in found
+    )
     assert "hf:lfm2 under hf crashes: lm_head raised it" in found
     assert "hf:bert under hf skipped: there is no plan" in found
     assert "hf:gpt_oss under hf shards nearly nothing: 0.0% are sharded" in found
@@ -148,7 +194,12 @@ def test_json_holds_all_of_it_an_infinite_error_too() -> None:
 
 
 def test_hostile_names_stay_text() -> None:
-    hostile = replace(WRONG, model=HOSTILE, plan=HOSTILE, findings=(difference(HOSTILE, Cause.UNKNOWN), difference("x", Cause.FOLLOWS)))
+    hostile = replace(
+        WRONG,
+        model=HOSTILE,
+        plan=HOSTILE,
+        findings=(difference(HOSTILE, Cause.UNKNOWN), difference("x", Cause.FOLLOWS)),
+    )
     for found in (run(hostile), run(hostile, replace(CRASH, note=HOSTILE))):
         page = verification_html(found)
         assert "<img" not in page

@@ -20,7 +20,9 @@ from tests.unit.chrome_trace import all_reduce, event, kernel, launch, step, wri
 WIRE_US = 10
 
 
-def run(folder: Path, arrivals_us: list[list[float]], *, offsets_us: list[float] | None = None, **args: Any) -> tuple[Timeline, ...]:
+def run(
+    folder: Path, arrivals_us: list[list[float]], *, offsets_us: list[float] | None = None, **args: Any
+) -> tuple[Timeline, ...]:
     """Ranks that arrive at each collective as told (arrivals_us[collective][rank]) and leave together, WIRE_US after the last."""
     world = len(arrivals_us[0])
     for rank in range(world):
@@ -40,7 +42,10 @@ def run(folder: Path, arrivals_us: list[list[float]], *, offsets_us: list[float]
 
 
 def split(found: Sharing) -> list[tuple[int, list[int], int]]:
-    return [(each.last_rank, [each.waiting_ns(member) for member in each.members], each.transfer_ns) for each in found.collectives]
+    return [
+        (each.last_rank, [each.waiting_ns(member) for member in each.members], each.transfer_ns)
+        for each in found.collectives
+    ]
 
 
 ARRIVALS: list[list[float]] = [[100, 103, 101], [200, 180, 290], [400, 400, 405.5]]
@@ -59,7 +64,9 @@ def test_transfer_ends_when_the_middle_rank_leaves(tmp_path: Path) -> None:
     """One rank's end is late by a rounding of its profiler; the median isn't moved by it."""
     for rank, end in enumerate((150, 150, 159)):
         others = [all_reduce(1000 + at, 50, ranks=(0, 1, 2)) for at in (0, 100, 200, 300)]
-        write(tmp_path / f"rank{rank}.json", [all_reduce(100, end - 100, ranks=(0, 1, 2)), *others], rank=rank)
+        write(
+            tmp_path / f"rank{rank}.json", [all_reduce(100, end - 100, ranks=(0, 1, 2)), *others], rank=rank
+        )
     _, found = share(read_ranks(trace_files(tmp_path), workers=1))
     assert [each.transfer_ns for each in found.collectives] == [50_000] * 5
 
@@ -73,7 +80,9 @@ def test_bus_bandwidth_is_wire_bytes_over_transfer(tmp_path: Path) -> None:
 @given(st.lists(st.integers(-(10**9), 10**9), min_size=3, max_size=3))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_shifted_clock_changes_nothing_after_correction(tmp_path: Path, offsets_ns: list[int]) -> None:
-    moved = [timeline.shifted(offset) for timeline, offset in zip(run(tmp_path, ARRIVALS), offsets_ns, strict=True)]
+    moved = [
+        timeline.shifted(offset) for timeline, offset in zip(run(tmp_path, ARRIVALS), offsets_ns, strict=True)
+    ]
     _, found = share(moved)
     assert split(found) == EXPECTED
     assert [clock.offset_ns for clock in found.clocks] == [offset - offsets_ns[0] for offset in offsets_ns]
@@ -89,7 +98,10 @@ def test_the_parts_of_any_step_add_up_and_hold_the_waiting(
 ) -> None:
     ends = [100 * number + max(pair) + 50 for number, pair in enumerate(arrivals)]
     for rank in (0, 1):
-        events = [all_reduce(100 * number + pair[rank], ends[number] - 100 * number - pair[rank]) for number, pair in enumerate(arrivals)]
+        events = [
+            all_reduce(100 * number + pair[rank], ends[number] - 100 * number - pair[rank])
+            for number, pair in enumerate(arrivals)
+        ]
         events += [kernel("gemm", at, length) for at, length in work] if rank else []
         write(tmp_path / f"rank{rank}.json", events, rank=rank)
     timelines, found = share(read_ranks([tmp_path / "rank0.json", tmp_path / "rank1.json"], workers=1))
@@ -108,12 +120,22 @@ def test_windows_that_differ_are_aligned_by_what_the_calls_are(tmp_path: Path) -
     _, found = share(read_ranks(trace_files(tmp_path), workers=1))
     assert [each.members[0].start_ns % 1000 for each in found.collectives] == [0, 0, 0]
     assert [each.last_rank for each in found.collectives] == [1, 1, 1]
-    assert [(each.count, each.why) for each in found.refused] == [(1, "not recorded by all ranks of the group")]
+    assert [(each.count, each.why) for each in found.refused] == [
+        (1, "not recorded by all ranks of the group")
+    ]
 
 
 def test_sequence_numbers_match_what_order_would_not(tmp_path: Path) -> None:
-    write(tmp_path / "rank0.json", [all_reduce(at, 20, args={"Seq": seq}) for at, seq in ((100, 8), (200, 9))], rank=0)
-    write(tmp_path / "rank1.json", [all_reduce(at, 15, args={"Seq": seq}) for at, seq in ((5, 7), (105, 8), (205, 9))], rank=1)
+    write(
+        tmp_path / "rank0.json",
+        [all_reduce(at, 20, args={"Seq": seq}) for at, seq in ((100, 8), (200, 9))],
+        rank=0,
+    )
+    write(
+        tmp_path / "rank1.json",
+        [all_reduce(at, 15, args={"Seq": seq}) for at, seq in ((5, 7), (105, 8), (205, 9))],
+        rank=1,
+    )
     _, found = share(read_ranks(trace_files(tmp_path), workers=1))
     assert split(found) == [(1, [5000, 0], 15_000), (1, [5000, 0], 15_000)]
     assert found.refused[0].count == 1
@@ -121,7 +143,11 @@ def test_sequence_numbers_match_what_order_would_not(tmp_path: Path) -> None:
 
 def test_a_set_in_which_a_rank_leaves_before_the_last_has_come_is_refused_and_counted(tmp_path: Path) -> None:
     write(tmp_path / "rank0.json", [all_reduce(100 * at, 20) for at in range(5)], rank=0)
-    write(tmp_path / "rank1.json", [all_reduce(100 * at + (60 if at == 2 else 1), 19) for at in range(5)], rank=1)
+    write(
+        tmp_path / "rank1.json",
+        [all_reduce(100 * at + (60 if at == 2 else 1), 19) for at in range(5)],
+        rank=1,
+    )
     timelines, found = share(read_ranks(trace_files(tmp_path), workers=1))
     assert len(found.collectives) == 4
     assert [(each.count, each.why) for each in found.refused] == [
@@ -136,7 +162,10 @@ def test_of_a_broadcast_waiting_and_transfer_are_not_told_apart(tmp_path: Path) 
         write(tmp_path / f"rank{rank}.json", made, rank=rank)
     _, found = share(read_ranks(trace_files(tmp_path), workers=1))
     assert not found.collectives
-    assert found.refused[0].why == "broadcast: its ranks end at different times, so waiting can't be told from transfer"
+    assert (
+        found.refused[0].why
+        == "broadcast: its ranks end at different times, so waiting can't be told from transfer"
+    )
 
 
 def test_one_rank_alone_gets_no_split_and_is_told_why(tmp_path: Path) -> None:
@@ -150,7 +179,9 @@ def test_files_of_a_group_s_other_ranks_that_are_missing_are_named(tmp_path: Pat
     for rank in (0, 1):
         write(tmp_path / f"rank{rank}.json", [all_reduce(0, 20, ranks=(0, 1, 2, 3))], rank=rank)
     _, found = share(read_ranks(trace_files(tmp_path), workers=1))
-    assert [(each.count, each.why) for each in found.refused] == [(2, "the files of ranks 2, 3 are missing, which are in the same group")]
+    assert [(each.count, each.why) for each in found.refused] == [
+        (2, "the files of ranks 2, 3 are missing, which are in the same group")
+    ]
 
 
 def test_ends_that_are_late_on_the_same_rank_make_no_collective_impossible(tmp_path: Path) -> None:
@@ -162,7 +193,9 @@ def test_ends_that_are_late_on_the_same_rank_make_no_collective_impossible(tmp_p
     _, found = share(read_ranks(trace_files(tmp_path), workers=1))
     assert not found.refused
     assert [each.last_rank for each in found.collectives] == [1] * 5
-    assert found.clocks[1].offset_ns == -10_000  # nearest to the median's -50 us; with more, rank 0 would leave before rank 1 comes
+    assert (
+        found.clocks[1].offset_ns == -10_000
+    )  # nearest to the median's -50 us; with more, rank 0 would leave before rank 1 comes
 
 
 def test_a_barrier_bounds_a_clock_though_its_ranks_leave_apart() -> None:
@@ -170,7 +203,9 @@ def test_a_barrier_bounds_a_clock_though_its_ranks_leave_apart() -> None:
     collective = {0: (0, 100_000), 1: (0, 150_000)}
     assert correct([0, 1], [collective])[1].offset_ns == 50_000
     ahead = {0: (300_000, 370_000), 1: (200_000, 340_000)}
-    assert correct([0, 1], [collective], [ahead])[1].offset_ns == 40_000  # or rank 1 would leave before rank 0 comes
+    assert (
+        correct([0, 1], [collective], [ahead])[1].offset_ns == 40_000
+    )  # or rank 1 would leave before rank 0 comes
 
 
 def test_a_wrong_clock_of_some_collectives_moves_no_rank(tmp_path: Path) -> None:
@@ -206,7 +241,9 @@ def test_groups_are_matched_apart_and_their_clocks_hang_together(tmp_path: Path)
 
 def blamed(folder: Path, late: list[dict[str, Any]]) -> str:
     write(folder / "rank0.json", [all_reduce(100, 920)], rank=0)
-    write(folder / "rank1.json", [*late, launch(999, 3), all_reduce(1000, 20, args={"correlation": 3})], rank=1)
+    write(
+        folder / "rank1.json", [*late, launch(999, 3), all_reduce(1000, 20, args={"correlation": 3})], rank=1
+    )
     _, found = share(read_ranks(trace_files(folder), workers=1))
     assert found.collectives[0].last_rank == 1
     blame = found.collectives[0].blame
@@ -216,16 +253,29 @@ def blamed(folder: Path, late: list[dict[str, Any]]) -> str:
 
 
 def test_the_last_rank_is_blamed_for_the_kernel_that_kept_its_device_busy(tmp_path: Path) -> None:
-    assert blamed(tmp_path, [kernel("void big::gemm_kernel<float>(float*)", 200, 700), kernel("other", 50, 100)]) == "big::gemm_kernel"
+    assert (
+        blamed(tmp_path, [kernel("void big::gemm_kernel<float>(float*)", 200, 700), kernel("other", 50, 100)])
+        == "big::gemm_kernel"
+    )
 
 
 def test_or_for_what_its_cpu_was_in(tmp_path: Path) -> None:
-    assert blamed(tmp_path, [event("cpu_op", "aten::item", 120, 800), kernel("short", 120, 3)]) == "its CPU in aten::item"
+    assert (
+        blamed(tmp_path, [event("cpu_op", "aten::item", 120, 800), kernel("short", 120, 3)])
+        == "its CPU in aten::item"
+    )
 
 
 def test_or_for_nothing_that_was_recorded(tmp_path: Path) -> None:
-    late = [step(1, 0, 1010), event("user_annotation", "load data", 90, 905), event("cpu_op", "aten::add", 300, 10)]
-    assert blamed(tmp_path, late) == "its CPU in no recorded op inside load data: Python, a sleep, or not scheduled"
+    late = [
+        step(1, 0, 1010),
+        event("user_annotation", "load data", 90, 905),
+        event("cpu_op", "aten::add", 300, 10),
+    ]
+    assert (
+        blamed(tmp_path, late)
+        == "its CPU in no recorded op inside load data: Python, a sleep, or not scheduled"
+    )
 
 
 def test_files_may_count_from_different_bases(tmp_path: Path) -> None:

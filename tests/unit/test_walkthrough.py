@@ -15,7 +15,17 @@ from torch import Tensor
 
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.errors import OptionError, RunError
-from shardwise.core.walkthrough import Content, Matrix, Phase, Role, Step, StepKind, Subject, Transfer, Walkthrough
+from shardwise.core.walkthrough import (
+    Content,
+    Matrix,
+    Phase,
+    Role,
+    Step,
+    StepKind,
+    Subject,
+    Transfer,
+    Walkthrough,
+)
 from shardwise.explain.walkthrough import explain_walkthrough, formula_bytes
 from shardwise.parallel import collectives, embedding, ownership
 from shardwise.parallel.embedding import EmbeddingShard
@@ -64,7 +74,9 @@ def whole(matrices: Sequence[Matrix]) -> Array:
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("subject", EMBEDDINGS)
-def test_an_embedding_gives_the_rows_of_its_ids_and_adds_up_their_gradients(subject: Subject, ranks: int) -> None:
+def test_an_embedding_gives_the_rows_of_its_ids_and_adds_up_their_gradients(
+    subject: Subject, ranks: int
+) -> None:
     record = record_walkthrough(subject, ranks=ranks)
     table = whole(per_rank(record, StepKind.CUT, FORWARD, Content.PARAMETER))
     ids = values(per_rank(record, StepKind.INPUT, FORWARD, Content.IDS)[0]).astype(int).ravel()
@@ -74,7 +86,9 @@ def test_an_embedding_gives_the_rows_of_its_ids_and_adds_up_their_gradients(subj
     assert np.array_equal(table[5], 50 + np.arange(table.shape[1]))
     assert np.array_equal(whole(per_rank(record, StepKind.RESULT, FORWARD, Content.OUTPUT)), table[ids])
     assert np.array_equal(whole(per_rank(record, StepKind.GRADIENT, BACKWARD, Content.GRADIENT)), expected)
-    assert np.array_equal(values(found(record.step(StepKind.GRADIENT, BACKWARD), None, Content.GRADIENT)), expected)
+    assert np.array_equal(
+        values(found(record.step(StepKind.GRADIENT, BACKWARD), None, Content.GRADIENT)), expected
+    )
     assert all(step.difference.largest == 0 for step in record.steps if step.difference is not None)
 
 
@@ -86,7 +100,9 @@ def test_a_linear_gives_its_product_and_both_gradients(subject: Subject, ranks: 
     x = whole(per_rank(record, StepKind.INPUT, FORWARD, Content.INPUT))
     given = whole(per_rank(record, StepKind.GRADIENT_IN, BACKWARD, Content.OUTPUT_GRADIENT))
     assert np.array_equal(whole(per_rank(record, StepKind.RESULT, FORWARD, Content.OUTPUT)), x @ weight.T)
-    assert np.array_equal(whole(per_rank(record, StepKind.INPUT_GRADIENT, BACKWARD, Content.INPUT_GRADIENT)), given @ weight)
+    assert np.array_equal(
+        whole(per_rank(record, StepKind.INPUT_GRADIENT, BACKWARD, Content.INPUT_GRADIENT)), given @ weight
+    )
     assert np.array_equal(whole(per_rank(record, StepKind.GRADIENT, BACKWARD, Content.GRADIENT)), given.T @ x)
     assert record.agrees
 
@@ -98,7 +114,9 @@ def test_a_norm_gives_its_formula_and_the_summed_gradient_of_its_weight(ranks: i
     x = whole(per_rank(record, StepKind.INPUT, FORWARD, Content.INPUT))
     given = whole(per_rank(record, StepKind.GRADIENT_IN, BACKWARD, Content.OUTPUT_GRADIENT))
     normed = x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-5)
-    assert np.allclose(whole(per_rank(record, StepKind.RESULT, FORWARD, Content.OUTPUT)), normed * weight, rtol=1e-5)
+    assert np.allclose(
+        whole(per_rank(record, StepKind.RESULT, FORWARD, Content.OUTPUT)), normed * weight, rtol=1e-5
+    )
     for gradient in per_rank(record, StepKind.GRADIENT, BACKWARD, Content.GRADIENT):
         assert np.allclose(values(gradient)[0], (given * normed).sum(0), rtol=1e-4)
     assert record.agrees
@@ -120,7 +138,9 @@ def test_a_loss_is_the_mean_cross_entropy_of_the_labels_that_count(ranks: int) -
     assert 0 < len(counted) < len(labels)
     for output in per_rank(record, StepKind.RESULT, FORWARD, Content.OUTPUT):
         assert np.allclose(values(output), loss, rtol=1e-5)
-    assert np.allclose(whole(per_rank(record, StepKind.GRADIENT, BACKWARD, Content.GRADIENT)), expected, atol=1e-6)
+    assert np.allclose(
+        whole(per_rank(record, StepKind.GRADIENT, BACKWARD, Content.GRADIENT)), expected, atol=1e-6
+    )
     assert record.agrees
 
 
@@ -137,7 +157,10 @@ def test_every_rank_sends_what_the_formula_says(subject: Subject, ranks: int) ->
 def test_routed_sends_each_distinct_row_once_to_each_rank_that_needs_it(subject: Subject, ranks: int) -> None:
     record = record_walkthrough(subject, ranks=ranks)
     ids = values(per_rank(record, StepKind.INPUT, FORWARD, Content.IDS)[0]).astype(int).ravel()
-    owned = [{row.item for row in matrix.rows} for matrix in per_rank(record, StepKind.CUT, FORWARD, Content.PARAMETER)]
+    owned = [
+        {row.item for row in matrix.rows}
+        for matrix in per_rank(record, StepKind.CUT, FORWARD, Content.PARAMETER)
+    ]
     row_bytes = record.sizes.hidden * record.sizes.element_bytes
     for transfer, back in zip(sent(record, FORWARD), sent(record, BACKWARD), strict=True):
         needed = set(np.split(ids, ranks)[transfer.destination]) & owned[transfer.source]
@@ -156,7 +179,9 @@ def sent(record: Walkthrough, phase: Phase) -> tuple[Transfer, ...]:
 
 
 @pytest.mark.parametrize("subject", list(Subject))
-def test_a_transfer_carries_the_block_that_its_source_holds_and_its_destination_gets(subject: Subject) -> None:
+def test_a_transfer_carries_the_block_that_its_source_holds_and_its_destination_gets(
+    subject: Subject,
+) -> None:
     record = record_walkthrough(subject, ranks=3)
     for step in record.steps:
         if step.exchange is None or step.exchange.collective is CollectiveKind.ALL_REDUCE:
@@ -190,7 +215,9 @@ def unmasked(self: EmbeddingShard, weight: Tensor, ids: Tensor) -> Tensor:
     return torch.nn.functional.embedding(rows, weight)
 
 
-def test_a_forgotten_mask_is_seen_in_the_record_and_in_every_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forgotten_mask_is_seen_in_the_record_and_in_every_rendering(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(EmbeddingShard, "_look_up_own", unmasked)
     record = record_walkthrough(Subject.EMBEDDING_ROWWISE)
     result = record.step(StepKind.RESULT, FORWARD)
@@ -226,7 +253,9 @@ def test_a_gradient_that_is_not_summed_is_seen_in_the_record(monkeypatch: pytest
     assert not gradient.agrees
 
 
-def test_a_style_that_issues_other_collectives_is_refused_and_not_described(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_style_that_issues_other_collectives_is_refused_and_not_described(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(PartialGradients, "_reduce", lambda *_: None)
     with pytest.raises(RunError, match="rank 0 issued none in backward, where one all_reduce was expected"):
         record_walkthrough(Subject.NORM_SEQUENCE_PARALLEL)
@@ -237,7 +266,9 @@ def test_a_rank_that_fails_ends_the_others_and_its_error_is_raised(monkeypatch: 
         raise ZeroDivisionError(f"rank {rank}")
 
     real = ownership.route
-    monkeypatch.setattr(embedding, "route", lambda ids, ownership, rank: (fails if rank == 1 else real)(ids, ownership, rank))
+    monkeypatch.setattr(
+        embedding, "route", lambda ids, ownership, rank: (fails if rank == 1 else real)(ids, ownership, rank)
+    )
     before = threading.active_count()
     with pytest.raises(ZeroDivisionError, match="rank 1"):
         record_walkthrough(Subject.EMBEDDING_ROUTED)
@@ -257,7 +288,9 @@ def test_ranks_that_issue_different_collectives_are_told_so() -> None:
         else:
             collectives.gather_now(torch.ones(2), 0, axis, 4, origin)
 
-    with pytest.raises(RunError, match="ranks issued different collectives at one time: all_reduce, all_gather"):
+    with pytest.raises(
+        RunError, match="ranks issued different collectives at one time: all_reduce, all_gather"
+    ):
         on_threads(2, work)
 
 
@@ -280,7 +313,9 @@ def test_recording_leaves_nothing_behind_and_heeds_nothing_around_it() -> None:
 
 def test_interleaved_ownership_lets_the_hot_rank_send_less() -> None:
     hot, dealt = (record_walkthrough(subject) for subject in ROUTED)
-    assert max(hot.sent_bytes(rank, FORWARD) for rank in range(2)) > max(dealt.sent_bytes(rank, FORWARD) for rank in range(2))
+    assert max(hot.sent_bytes(rank, FORWARD) for rank in range(2)) > max(
+        dealt.sent_bytes(rank, FORWARD) for rank in range(2)
+    )
 
 
 @pytest.mark.parametrize("subject", list(Subject))
@@ -309,31 +344,51 @@ def test_a_matrix_with_rows_of_different_lengths_is_refused() -> None:
     record = record_walkthrough(Subject.EMBEDDING_ROWWISE)
     matrix = record.steps[0].panels[0].holds[0]
     with pytest.raises(ValueError, match=r"matrix parameter: rows have \[3, 4\] values"):
-        dataclasses.replace(matrix, rows=(*matrix.rows, dataclasses.replace(matrix.rows[0], values=(1.0, 2.0, 3.0))))
+        dataclasses.replace(
+            matrix, rows=(*matrix.rows, dataclasses.replace(matrix.rows[0], values=(1.0, 2.0, 3.0)))
+        )
 
 
 def test_words_say_the_numbers_of_the_record_and_no_others() -> None:
     record = record_walkthrough(Subject.EMBEDDING_ROWWISE)
-    words = {step.kind: " ".join(step.words) for step in explain_walkthrough(record).steps if step.phase is BACKWARD}
-    assert "Id 5 stands at tokens 0 and 2, so its row gets the sum of their gradients: 100 + 300 = 400" in words[StepKind.GRADIENT]
-    steps = tuple(times_ten(step) if step.kind in (StepKind.GRADIENT_IN, StepKind.GRADIENT) else step for step in record.steps)
+    words = {
+        step.kind: " ".join(step.words)
+        for step in explain_walkthrough(record).steps
+        if step.phase is BACKWARD
+    }
+    assert (
+        "Id 5 stands at tokens 0 and 2, so its row gets the sum of their gradients: 100 + 300 = 400"
+        in words[StepKind.GRADIENT]
+    )
+    steps = tuple(
+        times_ten(step) if step.kind in (StepKind.GRADIENT_IN, StepKind.GRADIENT) else step
+        for step in record.steps
+    )
     changed = explain_walkthrough(dataclasses.replace(record, steps=steps))
     assert "1000 + 3000 = 4000" in " ".join(changed.steps[-1].words)
 
 
 def times_ten(step: Step) -> Step:
     def scaled(matrix: Matrix) -> Matrix:
-        rows = tuple(dataclasses.replace(row, values=tuple(10 * (value or 0) for value in row.values)) for row in matrix.rows)
+        rows = tuple(
+            dataclasses.replace(row, values=tuple(10 * (value or 0) for value in row.values))
+            for row in matrix.rows
+        )
         return dataclasses.replace(matrix, rows=rows)
 
     return dataclasses.replace(
-        step, panels=tuple(dataclasses.replace(panel, holds=tuple(map(scaled, panel.holds))) for panel in step.panels)
+        step,
+        panels=tuple(
+            dataclasses.replace(panel, holds=tuple(map(scaled, panel.holds))) for panel in step.panels
+        ),
     )
 
 
 @pytest.mark.parametrize(("ranks", "width"), [(2, 80), (3, 100)])
 @pytest.mark.parametrize("subject", list(Subject))
-def test_every_step_has_words_labels_and_a_place_in_the_terminal(subject: Subject, ranks: int, width: int) -> None:
+def test_every_step_has_words_labels_and_a_place_in_the_terminal(
+    subject: Subject, ranks: int, width: int
+) -> None:
     record = record_walkthrough(subject, ranks=ranks)
     explained = explain_walkthrough(record)
     for step in explained.steps:
@@ -360,10 +415,14 @@ def printed(record: Walkthrough, width: int) -> str:
 
 def test_without_colour_a_zero_of_another_ranks_row_is_a_dot() -> None:
     lines = printed(record_walkthrough(Subject.EMBEDDING_ROWWISE), 90).splitlines()
-    assert any("token 0 · id 5  ·  ·  ·  ·" in line and "token 0 · id 5 50 51 52 53" in line for line in lines)
+    assert any(
+        "token 0 · id 5  ·  ·  ·  ·" in line and "token 0 · id 5 50 51 52 53" in line for line in lines
+    )
 
 
-@pytest.mark.parametrize("name", [HOSTILE_MARKUP, "</script><script>alert(1)</script>", "\x1b[31mred", "x" * 5000])
+@pytest.mark.parametrize(
+    "name", [HOSTILE_MARKUP, "</script><script>alert(1)</script>", "\x1b[31mred", "x" * 5000]
+)
 def test_a_hostile_module_name_stays_text(name: str) -> None:
     record = record_walkthrough(Subject.EMBEDDING_ROUTED, module=name)
     page = walkthrough_html([explain_walkthrough(record)])
@@ -382,7 +441,16 @@ def test_a_page_has_a_tab_for_each_walk_through_and_no_address_of_another_place(
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(None, "–"), (50.0, "50"), (-0.0, "0"), (0.077, "0.077"), (-0.3051, "-0.305"), (6.1499, "6.15"), (62.512, "62.5")]
+    ("value", "text"),
+    [
+        (None, "–"),
+        (50.0, "50"),
+        (-0.0, "0"),
+        (0.077, "0.077"),
+        (-0.3051, "-0.305"),
+        (6.1499, "6.15"),
+        (62.512, "62.5"),
+    ],
 )
 def test_a_number_is_short_enough_to_stand_among_others(value: float | None, text: str) -> None:
     assert format_value(value) == text

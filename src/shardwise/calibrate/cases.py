@@ -20,7 +20,13 @@ LINEARS = (
     (9216, 3072), (12288, 3072), (3072, 12288), (16384, 16384), (2048, 16384), (16384, 2048), (768, 3072), (1536, 6144), (12288, 12288),
 )  # fmt: skip
 # batch, m, n, k of attention without a fused kernel
-SCORES = ((32, 2048, 2048, 64), (32, 2048, 64, 2048), (64, 1024, 1024, 64), (64, 2048, 2048, 128), (64, 2048, 128, 2048))
+SCORES = (
+    (32, 2048, 2048, 64),
+    (32, 2048, 64, 2048),
+    (64, 1024, 1024, 64),
+    (64, 2048, 2048, 128),
+    (64, 2048, 128, 2048),
+)
 # rows, width, which rows are met
 TABLES = (
     (128256, 512, "any"), (16032, 4096, "one"), (16032, 4096, "any"), (128256, 4096, "any"), (50304, 1024, "any"), (16032, 8192, "one"),
@@ -59,7 +65,9 @@ def _cpu() -> Iterator[Case]:
 
 def _cpu_matmuls(dtype: str) -> Iterator[Case]:
     sides = (64, 192, 512, 1024, 4096) if dtype == "float32" else (192, 512, 1024)
-    for m, (n, k) in product((64, 256, 1024, 4096) if dtype == "float32" else (256, 1024), product(sides, sides)):
+    for m, (n, k) in product(
+        (64, 256, 1024, 4096) if dtype == "float32" else (256, 1024), product(sides, sides)
+    ):
         for layout in LAYOUTS if m == 1024 else ("tn",):
             if 2 * m * n * k <= MOST_FLOPS["cpu"] / 4:
                 yield kernels.matmul(m, n, k, dtype, layout)
@@ -80,7 +88,13 @@ def _cpu_others(dtype: str) -> Iterator[Case]:
     for rows, width in ((16, 1024), (256, 4096), (1024, 16384), (1024, 32768)):
         yield kernels.log_softmax(rows, width, dtype)
         yield kernels.softmax(rows, width, dtype)
-    for rows, width, ids in ((8192, 128, 256), (8192, 512, 1024), (16384, 256, 4096), (32768, 512, 1024), (32768, 512, 4096)):
+    for rows, width, ids in (
+        (8192, 128, 256),
+        (8192, 512, 1024),
+        (16384, 256, 4096),
+        (32768, 512, 1024),
+        (32768, 512, 4096),
+    ):
         for hit in ("any", "one"):
             yield kernels.embedding(rows, width, ids, dtype, hit=hit)
             yield kernels.embedding(rows, width, ids, dtype, hit=hit, backward=True)

@@ -91,7 +91,9 @@ def _on_cuda(call: Callable[[], object], *, graph: bool) -> Timing:
 
 def _captured(call: Callable[[], object]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog may ask for events meanwhile
+    with torch.cuda.graph(
+        graph, capture_error_mode="thread_local"
+    ):  # NCCL's watchdog may ask for events meanwhile
         for _ in range(CALLS):
             call()
     return graph.replay

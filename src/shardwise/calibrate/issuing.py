@@ -50,10 +50,14 @@ def settings_for(ranks: int) -> StepSettings:
 def ids_of(spec: ModelSpec, ranks: int) -> Tensor:
     """The ids of every step."""
     settings = settings_for(ranks)
-    return torch.randint(spec.vocab_size, (settings.batch, settings.seq), generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        spec.vocab_size, (settings.batch, settings.seq), generator=torch.Generator().manual_seed(0)
+    )
 
 
-def time_phases(spec: ModelSpec, plan: Plan, mesh: DeviceMesh, device: torch.device, name: str) -> list[Sample]:
+def time_phases(
+    spec: ModelSpec, plan: Plan, mesh: DeviceMesh, device: torch.device, name: str
+) -> list[Sample]:
     """The host's seconds in forward and backward. name: of the Program that these steps have."""
     model = build_model(spec, plan, mesh, dtype=torch.float32, device=device, seed=0)
     marks: list[tuple[Phase, float]] = []
@@ -91,7 +95,11 @@ def time_differentiable(axis: Axis, device: torch.device) -> Sample:
         if device.type == "cpu":
             wrapped = [
                 one - two
-                for one, two in zip(wrapped, _host_s(lambda: collectives.gather_now(flat, 0, axis, full, ORIGIN), device), strict=True)
+                for one, two in zip(
+                    wrapped,
+                    _host_s(lambda: collectives.gather_now(flat, 0, axis, full, ORIGIN), device),
+                    strict=True,
+                )
             ]
     else:  # one rank's all-gather does nothing: what the autograd function takes, and what the call below it takes
         raw = _host_s(lambda: collectives._all_gather_into(out, flat, group=axis.group), device)
@@ -125,4 +133,14 @@ def mesh_of(ranks: int) -> Mesh:
 def _sample(name: str, times: list[float], ranks: int) -> Sample:
     ordered = sorted(times)
     quarter = len(ordered) // 4
-    return Sample("launch", name, "", (), median(ordered), ordered[quarter], ordered[-1 - quarter], len(ordered), ranks=ranks)
+    return Sample(
+        "launch",
+        name,
+        "",
+        (),
+        median(ordered),
+        ordered[quarter],
+        ordered[-1 - quarter],
+        len(ordered),
+        ranks=ranks,
+    )

@@ -68,7 +68,9 @@ def timed_case(case: Case, device: torch.device) -> tuple[Sample, Timing]:
         low_s=timing.low_s,
         high_s=timing.high_s,
         repeats=timing.repeats,
-        flops=flops_of(case.op, specs, made, causal=work.causal) if kind_of(case.op, "cpu") in (OpKind.MATMUL, OpKind.ATTENTION) else 0,
+        flops=flops_of(case.op, specs, made, causal=work.causal)
+        if kind_of(case.op, "cpu") in (OpKind.MATMUL, OpKind.ATTENTION)
+        else 0,
         read_bytes=read,
         write_bytes=write,
     )
@@ -114,19 +116,29 @@ def batched_matmul(batch: int, m: int, n: int, k: int, dtype: str) -> Case:
     """[batch, m, k] x [batch, k, n]: attention without a fused kernel."""
 
     def make(device: torch.device) -> Work:
-        a, b = _randn(batch, m, k, dtype=dtype, device=device), _randn(batch, k, n, dtype=dtype, device=device)
+        a, b = (
+            _randn(batch, m, k, dtype=dtype, device=device),
+            _randn(batch, k, n, dtype=dtype, device=device),
+        )
         out = torch.empty(batch, m, n, dtype=a.dtype, device=device)
         return Work(lambda: torch.bmm(a, b, out=out), (a, b), (out,))
 
-    return Case("aten::bmm", "nn", dtype, (batch, m, n, k), batch * (m * k + n * k + m * n) * _width(dtype), make)
+    return Case(
+        "aten::bmm", "nn", dtype, (batch, m, n, k), batch * (m * k + n * k + m * n) * _width(dtype), make
+    )
 
 
-def attention(batch: int, heads: int, kv_heads: int, seq: int, head_dim: int, dtype: str, *, backward: bool) -> Case:
+def attention(
+    batch: int, heads: int, kv_heads: int, seq: int, head_dim: int, dtype: str, *, backward: bool
+) -> Case:
     """Causal scaled_dot_product_attention as PyTorch chooses its kernel, forward or backward."""
 
     def make(device: torch.device) -> Work:
         q = _randn(batch, heads, seq, head_dim, dtype=dtype, device=device).requires_grad_(backward)
-        k, v = (_randn(batch, kv_heads, seq, head_dim, dtype=dtype, device=device).requires_grad_(backward) for _ in range(2))
+        k, v = (
+            _randn(batch, kv_heads, seq, head_dim, dtype=dtype, device=device).requires_grad_(backward)
+            for _ in range(2)
+        )
 
         def forward() -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
@@ -136,7 +148,11 @@ def attention(batch: int, heads: int, kv_heads: int, seq: int, head_dim: int, dt
             return Work(forward, (q, k, v), (out,), causal=True, graph=False)
         grad = torch.randn_like(out)
         return Work(
-            lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True), (grad, q, k, v, out), (q, k, v), causal=True, graph=False
+            lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True),
+            (grad, q, k, v, out),
+            (q, k, v),
+            causal=True,
+            graph=False,
         )
 
     op = "aten::_scaled_dot_product_flash_attention" + ("_backward" if backward else "")
@@ -144,7 +160,9 @@ def attention(batch: int, heads: int, kv_heads: int, seq: int, head_dim: int, dt
     return Case(op, "causal", dtype, (batch, heads, kv_heads, seq, head_dim), n_bytes, make)
 
 
-def _unary(op: str, act: Callable[[Tensor], object], rows: int, width: int, dtype: str, variant: str = "") -> Case:
+def _unary(
+    op: str, act: Callable[[Tensor], object], rows: int, width: int, dtype: str, variant: str = ""
+) -> Case:
     def make(device: torch.device) -> Work:
         x = _randn(rows, width, dtype=dtype, device=device)
         out = act(x)
@@ -154,7 +172,9 @@ def _unary(op: str, act: Callable[[Tensor], object], rows: int, width: int, dtyp
     return Case(op, variant, dtype, (rows, width), 3 * rows * width * _width(dtype), make)
 
 
-def _binary(op: str, act: Callable[[Tensor, Tensor], object], rows: int, width: int, dtype: str, variant: str = "") -> Case:
+def _binary(
+    op: str, act: Callable[[Tensor, Tensor], object], rows: int, width: int, dtype: str, variant: str = ""
+) -> Case:
     def make(device: torch.device) -> Work:
         x, y = (_randn(rows, width, dtype=dtype, device=device) for _ in range(2))
         out = act(x, y)
@@ -165,10 +185,16 @@ def _binary(op: str, act: Callable[[Tensor, Tensor], object], rows: int, width: 
 
 def _layer_norm(rows: int, width: int, dtype: str, *, backward: bool) -> Case:
     def make(device: torch.device) -> Work:
-        x, weight, bias = (_randn(*size, dtype=dtype, device=device) for size in ((rows, width), (width,), (width,)))
+        x, weight, bias = (
+            _randn(*size, dtype=dtype, device=device) for size in ((rows, width), (width,), (width,))
+        )
         out, mean, rstd = torch.ops.aten.native_layer_norm(x, [width], weight, bias, 1e-5)
         if not backward:
-            return Work(lambda: torch.ops.aten.native_layer_norm(x, [width], weight, bias, 1e-5), (x, weight, bias), (out, mean, rstd))
+            return Work(
+                lambda: torch.ops.aten.native_layer_norm(x, [width], weight, bias, 1e-5),
+                (x, weight, bias),
+                (out, mean, rstd),
+            )
         call = torch.ops.aten.native_layer_norm_backward
         return Work(
             lambda: call(out, x, [width], mean, rstd, weight, bias, [True, True, True]),
@@ -185,9 +211,13 @@ def _rms_norm(rows: int, width: int, dtype: str, *, backward: bool) -> Case:
         x, weight = _randn(rows, width, dtype=dtype, device=device), _randn(width, dtype=dtype, device=device)
         out, rstd = torch.ops.aten._fused_rms_norm(x, [width], weight, 1e-5)
         if not backward:
-            return Work(lambda: torch.ops.aten._fused_rms_norm(x, [width], weight, 1e-5), (x, weight), (out, rstd))
+            return Work(
+                lambda: torch.ops.aten._fused_rms_norm(x, [width], weight, 1e-5), (x, weight), (out, rstd)
+            )
         call = torch.ops.aten._fused_rms_norm_backward
-        return Work(lambda: call(out, x, [width], rstd, weight, [True, True]), (out, x, rstd, weight), (x, weight))
+        return Work(
+            lambda: call(out, x, [width], rstd, weight, [True, True]), (out, x, rstd, weight), (x, weight)
+        )
 
     op = "aten::_fused_rms_norm" + ("_backward" if backward else "")
     return Case(op, "", dtype, (rows, width), 4 * rows * width * _width(dtype), make)
@@ -214,7 +244,10 @@ def _cast(n: int, source: str, target: str) -> Case:
 
 def _in_place(op: str, act: Callable[[Tensor, Tensor], object], n: int, dtype: str) -> Case:
     def make(device: torch.device) -> Work:
-        x, y = _randn(n, dtype=dtype, device=device), torch.zeros(n, dtype=getattr(torch, dtype), device=device)
+        x, y = (
+            _randn(n, dtype=dtype, device=device),
+            torch.zeros(n, dtype=getattr(torch, dtype), device=device),
+        )
         return Work(lambda: act(x, y), (x, y), (), (x,))
 
     return Case(op, "", dtype, (n,), 3 * n * _width(dtype), make)
@@ -252,7 +285,9 @@ def embedding(rows: int, width: int, ids: int, dtype: str, *, hit: str, backward
         return Work(lambda: call(out, chosen, rows, -1, False), (out, chosen), (table,))
 
     op = "aten::embedding" + ("_dense_backward" if backward else "")
-    return Case(op, f"{hit} row", dtype, (rows, width, ids), (2 * rows + 2 * ids) * width * _width(dtype), make)
+    return Case(
+        op, f"{hit} row", dtype, (rows, width, ids), (2 * rows + 2 * ids) * width * _width(dtype), make
+    )
 
 
 def row_look_up(rows: int, width: int, ids: int, dtype: str) -> Case:
@@ -264,14 +299,19 @@ def row_look_up(rows: int, width: int, ids: int, dtype: str) -> Case:
         out = table.index_select(0, chosen)
         return Work(lambda: table.index_select(0, chosen), (table, chosen), (out,))
 
-    return Case("aten::index_select", "", dtype, (rows, width, ids), (rows + ids) * width * _width(dtype), make)
+    return Case(
+        "aten::index_select", "", dtype, (rows, width, ids), (rows + ids) * width * _width(dtype), make
+    )
 
 
 def row_adding(rows: int, width: int, ids: int, dtype: str) -> Case:
     """index_add_ of `ids` rows to a table's gradient."""
 
     def make(device: torch.device) -> Work:
-        table, source = _randn(rows, width, dtype=dtype, device=device), _randn(ids, width, dtype=dtype, device=device)
+        table, source = (
+            _randn(rows, width, dtype=dtype, device=device),
+            _randn(ids, width, dtype=dtype, device=device),
+        )
         chosen = torch.randint(rows, (ids,), device=device, generator=torch.Generator(device).manual_seed(0))
         return Work(lambda: table.index_add_(0, chosen, source), (table, chosen, source), (), (table,))
 
@@ -299,7 +339,8 @@ def _index_copy(rows: int, width: int, dtype: str) -> Case:
 def _adamw(n: int, dtype: str, tensors: int) -> Case:
     def make(device: torch.device) -> Work:
         params, grads, firsts, seconds = (
-            [_randn(n // tensors, dtype=dtype, device=device).abs_() for _ in range(tensors)] for _ in range(4)
+            [_randn(n // tensors, dtype=dtype, device=device).abs_() for _ in range(tensors)]
+            for _ in range(4)
         )
         steps = [torch.ones((), device=device) for _ in range(tensors)]
 
@@ -354,7 +395,13 @@ def memory_bound(n: int, width: int, dtype: str) -> Iterator[Case]:
     yield _unary("aten::mean", lambda x: x.mean(-1, keepdim=True), rows, width, dtype)
     yield _unary("aten::amax", lambda x: x.amax(-1), rows, width, dtype)
     yield _unary("aten::_softmax", lambda x: torch.softmax(x, -1), rows, width, dtype)
-    yield _binary("aten::_softmax_backward_data", lambda x, y: torch._softmax_backward_data(x, y, -1, x.dtype), rows, width, dtype)
+    yield _binary(
+        "aten::_softmax_backward_data",
+        lambda x, y: torch._softmax_backward_data(x, y, -1, x.dtype),
+        rows,
+        width,
+        dtype,
+    )
     yield _layer_norm(rows, width, dtype, backward=False)
     yield _layer_norm(rows, width, dtype, backward=True)
     yield _rms_norm(rows, width, dtype, backward=False)

@@ -39,14 +39,18 @@ class Group:
 
 def groups(world_size: int, device_type: str) -> list[Group]:
     """Of 2, 4, 8, ... and all ranks. Every rank must call it."""
-    sizes = sorted({size for size in (2**power for power in range(1, 11)) if size < world_size} | {world_size})
+    sizes = sorted(
+        {size for size in (2**power for power in range(1, 11)) if size < world_size} | {world_size}
+    )
     found = []
     for size in sizes:
         if size < 2:
             continue
         mesh = DeviceMesh(device_type, list(range(size)), mesh_dim_names=(AXIS,))
         inside = dist.get_rank() < size
-        found.append(Group(size, replace(Axis.of(mesh, AXIS), pairwise_reduce_scatter=False) if inside else None))
+        found.append(
+            Group(size, replace(Axis.of(mesh, AXIS), pairwise_reduce_scatter=False) if inside else None)
+        )
     return found
 
 
@@ -76,7 +80,9 @@ def time_collective(kind: CollectiveKind, full_bytes: int, axis: Axis, device: t
     )
 
 
-def _prepared(kind: CollectiveKind, elements: int, axis: Axis, device: torch.device) -> tuple[Callable[[], Tensor], int, float]:
+def _prepared(
+    kind: CollectiveKind, elements: int, axis: Axis, device: torch.device
+) -> tuple[Callable[[], Tensor], int, float]:
     """The call, its payload, and what a rank sends."""
     elements = max(axis.size, elements // axis.size * axis.size)
     full_bytes = elements * 4

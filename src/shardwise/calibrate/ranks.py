@@ -111,7 +111,9 @@ class _Calibration:
         self._collectives(collectives, len(cases) + 3)
         share = min(1.0, self.own_s / self.wall_s) if self.wall_s and torch.get_num_threads() == 1 else 1.0
         memory_bytes, units = self._device()
-        return CalibrateReport(tuple(self.samples), tuple(self.failed), share, left_out, memory_bytes, self.context_bytes, units)
+        return CalibrateReport(
+            tuple(self.samples), tuple(self.failed), share, left_out, memory_bytes, self.context_bytes, units
+        )
 
     def _device(self) -> tuple[int, int]:
         """Its memory (on a CPU a rank's part of it) and multiprocessors."""
@@ -143,7 +145,10 @@ class _Calibration:
             for number, case in enumerate(cases):
                 if self._all_agree(time.monotonic() > deadline_s):
                     return len(cases) - number
-                what = f"{case.op.removeprefix('aten::')} {case.variant}".strip() + f" {case.dtype} {'x'.join(map(str, case.shape))}"
+                what = (
+                    f"{case.op.removeprefix('aten::')} {case.variant}".strip()
+                    + f" {case.dtype} {'x'.join(map(str, case.shape))}"
+                )
                 self._say(number, what, deadline_s)
                 self._kernel(case, what)
                 if self.device.type == "cpu":
@@ -177,7 +182,9 @@ class _Calibration:
                 self._note_failure(f"issuing ops ({engine})", error)
         self._say(done + 2, "issuing collectives")
         try:
-            self.samples.append(issuing.time_differentiable(issuing.axis_of_all(self.device.type), self.device))
+            self.samples.append(
+                issuing.time_differentiable(issuing.axis_of_all(self.device.type), self.device)
+            )
         except RuntimeError as error:
             self._note_failure("issuing collectives", error)
 
@@ -200,7 +207,9 @@ class _Calibration:
         return bool(found.item())
 
     def _note_failure(self, what: str, error: Exception) -> None:
-        self.failed.append(Failed(what, f"{type(error).__name__}: {' '.join(str(error).split())[:SAID]}".removesuffix(": ")))
+        self.failed.append(
+            Failed(what, f"{type(error).__name__}: {' '.join(str(error).split())[:SAID]}".removesuffix(": "))
+        )
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -208,7 +217,9 @@ class _Calibration:
         spent_s = time.monotonic() - self.began_s
         left_s = spent_s / done * (self.total - done) if done >= 10 else None
         if left_s is not None and deadline_s is not None:
-            left_s = min(left_s, max(0.0, deadline_s - time.monotonic()) + spent_s / done * (self.total - done) * 0.2)
+            left_s = min(
+                left_s, max(0.0, deadline_s - time.monotonic()) + spent_s / done * (self.total - done) * 0.2
+            )
         self._report(done, text, left_s)
 
     def _report(self, done: int, text: str, left_s: float | None) -> None:
@@ -269,7 +280,9 @@ def merged(reports: Sequence[CalibrateReport]) -> tuple[tuple[Sample, ...], floa
     by_thing: dict[tuple[str, str, str, tuple[int, ...], int], list[Sample]] = {}
     for report in reports:
         for sample in report.samples:
-            by_thing.setdefault((sample.what, sample.name, sample.dtype, sample.shape, sample.ranks), []).append(sample)
+            by_thing.setdefault(
+                (sample.what, sample.name, sample.dtype, sample.shape, sample.ranks), []
+            ).append(sample)
     samples = tuple(
         replace(
             found[0],

@@ -34,7 +34,10 @@ _WHAT, _OUTPUT = "What is measured", "Output"
 
 
 def calibrate(
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes GPUs where there are any.", rich_help_panel=_WHAT)] = "auto",
+    device: Annotated[
+        str,
+        typer.Option(help="auto, cpu or cuda; auto takes GPUs where there are any.", rich_help_panel=_WHAT),
+    ] = "auto",
     ranks: Annotated[
         int | None,
         typer.Option(
@@ -47,10 +50,19 @@ def calibrate(
     ] = None,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="A few sizes of each, in seconds: to see that it works, not to predict by.", rich_help_panel=_WHAT),
+        typer.Option(
+            "--quick",
+            help="A few sizes of each, in seconds: to see that it works, not to predict by.",
+            rich_help_panel=_WHAT,
+        ),
     ] = False,
     timeout: Annotated[
-        float, typer.Option(help="Seconds without any sign of life after which the run is given up.", min=1.0, rich_help_panel=_WHAT)
+        float,
+        typer.Option(
+            help="Seconds without any sign of life after which the run is given up.",
+            min=1.0,
+            rich_help_panel=_WHAT,
+        ),
     ] = 600.0,
     base: Annotated[
         str | None,
@@ -59,12 +71,24 @@ def calibrate(
             rich_help_panel=_WHAT,
         ),
     ] = None,
-    name: Annotated[str, typer.Option(help="What to call the machine.", rich_help_panel=_OUTPUT)] = "this machine",
-    out: Annotated[Path, typer.Option(help="The machine file to write.", rich_help_panel=_OUTPUT)] = Path("machine.toml"),
+    name: Annotated[
+        str, typer.Option(help="What to call the machine.", rich_help_panel=_OUTPUT)
+    ] = "this machine",
+    out: Annotated[Path, typer.Option(help="The machine file to write.", rich_help_panel=_OUTPUT)] = Path(
+        "machine.toml"
+    ),
     samples: Annotated[
-        Path | None, typer.Option(help="Also write everything that was timed, as JSON.", show_default="none", rich_help_panel=_OUTPUT)
+        Path | None,
+        typer.Option(
+            help="Also write everything that was timed, as JSON.",
+            show_default="none",
+            rich_help_panel=_OUTPUT,
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.", rich_help_panel=_OUTPUT)] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="One JSON document on stdout, nothing else.", rich_help_panel=_OUTPUT),
+    ] = False,
 ) -> int:
     """Measure this machine, and write a machine file that predict can use.
 
@@ -113,7 +137,9 @@ class _Run:
             progress.say("fitting")
             samples, share = merged(reports)
             if not any(sample.what == "matmul" for sample in samples):
-                raise RunError(f"calibrate: no matmul could be timed. {_failures(reports)[0] if _failures(reports) else ''}".strip())
+                raise RunError(
+                    f"calibrate: no matmul could be timed. {_failures(reports)[0] if _failures(reports) else ''}".strip()
+                )
             machine = fit(samples, self._hardware(reports, share, started), programs, self.base)
         _write(out, to_toml(machine).encode())
         document = self._document(machine, samples, reports, out)
@@ -193,7 +219,9 @@ class _Run:
             share=share,
         )
 
-    def _document(self, machine: Machine, samples: Sequence[Sample], reports: "Sequence[CalibrateReport]", out: Path) -> dict[str, object]:
+    def _document(
+        self, machine: Machine, samples: Sequence[Sample], reports: "Sequence[CalibrateReport]", out: Path
+    ) -> dict[str, object]:
         return {
             "schema_version": 1,
             "name": machine.name,
@@ -213,7 +241,9 @@ class _Run:
         if self.quick:
             notes.append("Measured with --quick: a few sizes of each. Predictions by this file are rough.")
         if reports[0].left_out:
-            notes.append(f"{reports[0].left_out} kernel sizes were left out: their time was over. The telling ones come first.")
+            notes.append(
+                f"{reports[0].left_out} kernel sizes were left out: their time was over. The telling ones come first."
+            )
         if self.world_size == 1:
             links = (
                 "left out of the file: a plan over several ranks can't be predicted"
@@ -221,7 +251,9 @@ class _Run:
                 else f"taken from {self.base.name}"
             )
             advice = "" if self.base is not None else " Name a machine file to take them from with --base."
-            notes.append(f"Collectives were not measured, one rank having nobody to talk to; the links are {links}.{advice}")
+            notes.append(
+                f"Collectives were not measured, one rank having nobody to talk to; the links are {links}.{advice}"
+            )
         share = min(report.share for report in reports)
         if share < 0.9:
             notes.append(
@@ -236,7 +268,11 @@ if TYPE_CHECKING:
 
 def _failures(reports: "Sequence[CalibrateReport]") -> list[str]:
     failed = [f"left out, since it failed: {each.case} ({each.reason})" for each in reports[0].failed]
-    more = [f"and {len(failed) - FAILURES_SHOWN} more that failed; --json and --samples have all."] if len(failed) > FAILURES_SHOWN else []
+    more = (
+        [f"and {len(failed) - FAILURES_SHOWN} more that failed; --json and --samples have all."]
+        if len(failed) > FAILURES_SHOWN
+        else []
+    )
     return failed[:FAILURES_SHOWN] + more
 
 
@@ -248,7 +284,9 @@ def _ranks(device: str, ranks: int | None) -> tuple[str, int]:
     device_type = device if device != "auto" else "cuda" if gpus else "cpu"
     if device_type == "cuda":
         if not gpus:
-            raise OptionError("--device cuda: this machine has no GPU that PyTorch can use. Use --device cpu.")
+            raise OptionError(
+                "--device cuda: this machine has no GPU that PyTorch can use. Use --device cpu."
+            )
         return device_type, ranks or gpus
     return device_type, ranks or 2
 
@@ -260,7 +298,9 @@ def _check_writable(path: Path | None) -> None:
     if path.is_dir():
         raise OptionError(f"{shown(str(path))} is a folder. Name a file to write.")
     if not path.parent.is_dir():
-        raise OptionError(f"{shown(str(path))}: there is no folder {shown(str(path.parent))}. Make it, or name another file.")
+        raise OptionError(
+            f"{shown(str(path))}: there is no folder {shown(str(path.parent))}. Make it, or name another file."
+        )
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise OptionError(f"{shown(str(path))} can't be written. Name another file.")
 
@@ -273,7 +313,9 @@ def _write(path: Path, content: bytes) -> None:
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise RunError(f"{shown(str(path))} can't be written: {error.strerror or error}. Free space there, or name another file.") from None
+        raise RunError(
+            f"{shown(str(path))} can't be written: {error.strerror or error}. Free space there, or name another file."
+        ) from None
 
 
 def _on_event(progress: "ProgressLine", event: bytes) -> None:
@@ -287,8 +329,17 @@ def _on_event(progress: "ProgressLine", event: bytes) -> None:
         progress.say(f"{told.text} ({told.done} of {told.total}{left})")
 
 
-def _show(console: Console, machine: Machine, samples: Sequence[Sample], notes: Sequence[str], out: Path) -> None:
-    table = Table("what", "value", "where it comes from", title=f"{machine.name}: {len(samples)} samples", title_justify="left", box=None)
+def _show(
+    console: Console, machine: Machine, samples: Sequence[Sample], notes: Sequence[str], out: Path
+) -> None:
+    table = Table(
+        "what",
+        "value",
+        "where it comes from",
+        title=f"{machine.name}: {len(samples)} samples",
+        title_justify="left",
+        box=None,
+    )
     for each in _telling(machine.constants):
         table.add_row(each.path, f"{each.value} {each.unit}", each.source)
     console.print(table)

@@ -59,71 +59,138 @@ def compare(
     config: Annotated[
         str | None,
         typer.Option(
-            help="The same options as TOML, or the name of a shipped config (llama3_8b_tp8).", callback=read_config, is_eager=True
+            help="The same options as TOML, or the name of a shipped config (llama3_8b_tp8).",
+            callback=read_config,
+            is_eager=True,
         ),
     ] = None,
-    model: Annotated[str, typer.Option(help="A model of `shardwise models`.", rich_help_panel=_MODEL)] = "llama3-debug",
+    model: Annotated[
+        str, typer.Option(help="A model of `shardwise models`.", rich_help_panel=_MODEL)
+    ] = "llama3-debug",
     mesh: Annotated[
-        str, typer.Option(help="Axes of ranks: tp, with dp or fsdp before it, such as fsdp=2,tp=2.", rich_help_panel=_MODEL)
+        str,
+        typer.Option(
+            help="Axes of ranks: tp, with dp or fsdp before it, such as fsdp=2,tp=2.", rich_help_panel=_MODEL
+        ),
     ] = "tp=2",
     device: Annotated[
-        str, typer.Option(help="auto, cpu or cuda; auto takes GPUs where there are enough.", rich_help_panel=_MODEL)
+        str,
+        typer.Option(
+            help="auto, cpu or cuda; auto takes GPUs where there are enough.", rich_help_panel=_MODEL
+        ),
     ] = "auto",
     sequence_parallel: Annotated[
         bool,
         typer.Option(
-            "--sequence-parallel/--no-sequence-parallel", help="Activations cut along the sequence between blocks.", rich_help_panel=_MODEL
+            "--sequence-parallel/--no-sequence-parallel",
+            help="Activations cut along the sequence between blocks.",
+            rich_help_panel=_MODEL,
         ),
     ] = True,
-    batch: Annotated[int, typer.Option(help="Sequences per optimizer step over all ranks.", min=1, rich_help_panel=STEP)] = 4,
+    batch: Annotated[
+        int, typer.Option(help="Sequences per optimizer step over all ranks.", min=1, rich_help_panel=STEP)
+    ] = 4,
     seq: Annotated[int, typer.Option(help="Tokens per sequence.", min=1, rich_help_panel=STEP)] = 256,
     dtype: Annotated[
-        str, typer.Option(help=f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.", rich_help_panel=STEP)
+        str,
+        typer.Option(
+            help=f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.", rich_help_panel=STEP
+        ),
     ] = "float32",
     param_dtype: ParamDtype = None,
     reduce_dtype: ReduceDtype = None,
-    accumulation: Annotated[int, typer.Option(help="Micro-batches that a step's batch is cut into.", min=1, rich_help_panel=STEP)] = 1,
+    accumulation: Annotated[
+        int, typer.Option(help="Micro-batches that a step's batch is cut into.", min=1, rich_help_panel=STEP)
+    ] = 1,
     recompute: Recompute = "none",
     compile_layers: Annotated[
-        bool, typer.Option("--compile", help="torch.compile every layer: not offered yet, and refused.", rich_help_panel=STEP)
+        bool,
+        typer.Option(
+            "--compile", help="torch.compile every layer: not offered yet, and refused.", rich_help_panel=STEP
+        ),
     ] = False,
     learning_rate: Annotated[float, typer.Option(help="AdamW's.", rich_help_panel=STEP)] = 3e-4,
-    max_norm: Annotated[float, typer.Option(help="Gradients are clipped to this global norm.", rich_help_panel=STEP)] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the initial weights and of random ids.", min=0, rich_help_panel=STEP)] = 0,
+    max_norm: Annotated[
+        float, typer.Option(help="Gradients are clipped to this global norm.", rich_help_panel=STEP)
+    ] = 1.0,
+    seed: Annotated[
+        int, typer.Option(help="Of the initial weights and of random ids.", min=0, rich_help_panel=STEP)
+    ] = 0,
     text: Annotated[
-        list[Path] | None, typer.Option(help="Your text files or folders; by default Python's own documentation.", rich_help_panel=STEP)
+        list[Path] | None,
+        typer.Option(
+            help="Your text files or folders; by default Python's own documentation.", rich_help_panel=STEP
+        ),
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Your tokenizer.json; by default one is trained on the text.", rich_help_panel=STEP)
+        Path | None,
+        typer.Option(
+            help="Your tokenizer.json; by default one is trained on the text.", rich_help_panel=STEP
+        ),
     ] = None,
-    random_ids: Annotated[bool, typer.Option("--random-ids", help="Uniform random ids instead of text.", rich_help_panel=STEP)] = False,
-    rounds: Annotated[int, typer.Option(help="Timed steps of every plan, interleaved.", min=1, rich_help_panel=_RUN)] = 20,
+    random_ids: Annotated[
+        bool, typer.Option("--random-ids", help="Uniform random ids instead of text.", rich_help_panel=STEP)
+    ] = False,
+    rounds: Annotated[
+        int, typer.Option(help="Timed steps of every plan, interleaved.", min=1, rich_help_panel=_RUN)
+    ] = 20,
     warmup: Annotated[
-        int, typer.Option(help="Steps of every plan before the clock starts, after a first one.", min=0, rich_help_panel=_RUN)
+        int,
+        typer.Option(
+            help="Steps of every plan before the clock starts, after a first one.",
+            min=0,
+            rich_help_panel=_RUN,
+        ),
     ] = 1,
     module: Annotated[
-        str | None, typer.Option(help="Measure this module alone, forward and backward, such as tok_embeddings.", rich_help_panel=_RUN)
+        str | None,
+        typer.Option(
+            help="Measure this module alone, forward and backward, such as tok_embeddings.",
+            rich_help_panel=_RUN,
+        ),
     ] = None,
     check: Annotated[
         bool,
-        typer.Option("--check/--no-check", help="First compare loss and every gradient with the unsharded model.", rich_help_panel=_RUN),
+        typer.Option(
+            "--check/--no-check",
+            help="First compare loss and every gradient with the unsharded model.",
+            rich_help_panel=_RUN,
+        ),
     ] = True,
     repeat: Annotated[
-        bool, typer.Option("--repeat/--no-repeat", help="Run the first plan twice, to show the noise.", rich_help_panel=_RUN)
+        bool,
+        typer.Option(
+            "--repeat/--no-repeat", help="Run the first plan twice, to show the noise.", rich_help_panel=_RUN
+        ),
     ] = True,
     profile: Annotated[
         bool,
         typer.Option(
-            "--profile", help="After the rounds, record some steps of each plan and say where their time went.", rich_help_panel=_RUN
+            "--profile",
+            help="After the rounds, record some steps of each plan and say where their time went.",
+            rich_help_panel=_RUN,
         ),
     ] = False,
-    profile_steps: Annotated[int, typer.Option(help="Steps that --profile records of each plan.", min=1, rich_help_panel=_RUN)] = 3,
+    profile_steps: Annotated[
+        int, typer.Option(help="Steps that --profile records of each plan.", min=1, rich_help_panel=_RUN)
+    ] = 3,
     timeout: Annotated[
-        float, typer.Option(help="Seconds without any sign of life after which the run is given up.", min=1.0, rich_help_panel=_RUN)
+        float,
+        typer.Option(
+            help="Seconds without any sign of life after which the run is given up.",
+            min=1.0,
+            rich_help_panel=_RUN,
+        ),
     ] = 600.0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.", rich_help_panel=_OUTPUT)] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="One JSON document on stdout, nothing else.", rich_help_panel=_OUTPUT),
+    ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for HTML and data.", show_default="runs/compare-TIME", rich_help_panel=_OUTPUT)
+        Path | None,
+        typer.Option(
+            help="Folder for HTML and data.", show_default="runs/compare-TIME", rich_help_panel=_OUTPUT
+        ),
     ] = None,
 ) -> int:
     """Run sharding plans on real ranks and say which is better, and by how much.
@@ -169,7 +236,9 @@ def compare(
     )
     speaks = is_main()
     console = Console(stderr=as_json, quiet=not speaks)
-    return _Run(request, timeout, console, as_json=as_json, speaks=speaks).run(out, text or [], tokenizer, random_ids)
+    return _Run(request, timeout, console, as_json=as_json, speaks=speaks).run(
+        out, text or [], tokenizer, random_ids
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +325,9 @@ class _Run:
             progress.say("reading text")
             stream = self._tokens(files, tokenizer, random_ids, progress.say)
             with RunFolder(out, "compare", started) as folder:
-                folder.write("settings.json", msgspec.json.format(msgspec.json.encode(self.request.job), indent=2))
+                folder.write(
+                    "settings.json", msgspec.json.format(msgspec.json.encode(self.request.job), indent=2)
+                )
                 progress.say(f"starting {self.request.mesh.world_size} ranks")
                 traces = folder.path.resolve() / TRACES if self.request.job.profile_steps else None
                 reports = self._launch(stream, partial(_on_event, folder, progress), traces)
@@ -267,7 +338,9 @@ class _Run:
                     profiles, pages = profiled_plans(self.request.job.labels, traces, progress.say)
         return self._deliver(replace(comparison, profiles=profiles), reports[0], folder, pages)
 
-    def _tokens(self, files: list[Path], tokenizer: Path | None, random_ids: bool, say: Callable[[str], None]) -> "TokenStream":
+    def _tokens(
+        self, files: list[Path], tokenizer: Path | None, random_ids: bool, say: Callable[[str], None]
+    ) -> "TokenStream":
         from shardwise.text.batches import Batches
         from shardwise.text.stream import load_tokens
 
@@ -283,7 +356,9 @@ class _Run:
         Batches(stream, settings.batch, settings.seq)  # too short a text is found here, not on the ranks
         return stream
 
-    def _launch(self, stream: "TokenStream | None", on_event: Callable[[bytes], None], traces: Path | None) -> "list[RankReport]":
+    def _launch(
+        self, stream: "TokenStream | None", on_event: Callable[[bytes], None], traces: Path | None
+    ) -> "list[RankReport]":
         from shardwise.cli.compare_ranks import pack
         from shardwise.launch import run_ranks
         from shardwise.measure.record import RankReport
@@ -299,7 +374,9 @@ class _Run:
         )
         return [msgspec.json.decode(result, type=RankReport) for result in results]
 
-    def _comparison(self, reports: "list[RankReport]", stream: "TokenStream", started: datetime) -> Comparison:
+    def _comparison(
+        self, reports: "list[RankReport]", stream: "TokenStream", started: datetime
+    ) -> Comparison:
         from shardwise.cli.environment import describe
         from shardwise.launch.context import backend_of
         from shardwise.measure.record import merge
@@ -309,9 +386,15 @@ class _Run:
         backend = backend_of(self.request.device_type)
         measurements = merge(reports)
         findings = _findings(reports[0])
-        found = standings(measurements, None if job.module_only else job.settings.tokens) if measurements else ()
+        found = (
+            standings(measurements, None if job.module_only else job.settings.tokens) if measurements else ()
+        )
         what = f"{job.module} forward and backward" if job.module_only else "step"
-        lines = verdict(measurements, found, what=what, backend=backend) if measurements else tuple(_sentence(*f) for f in findings)
+        lines = (
+            verdict(measurements, found, what=what, backend=backend)
+            if measurements
+            else tuple(_sentence(*f) for f in findings)
+        )
         environment = describe(
             shlex.join(["shardwise", *sys.argv[1:]]),
             started.isoformat(timespec="seconds"),
@@ -337,7 +420,9 @@ class _Run:
             notes=(*notes(measurements), *reports[0].notes, *_text_notes(stream)),
         )
 
-    def _deliver(self, comparison: Comparison, report: "RankReport", folder: "RunFolder", pages: dict[str, str]) -> int:
+    def _deliver(
+        self, comparison: Comparison, report: "RankReport", folder: "RunFolder", pages: dict[str, str]
+    ) -> int:
         """Terminal or JSON first, then files: a disk that is full by now loses nothing that was measured."""
         from shardwise.report.html import comparison_html
         from shardwise.report.json import comparison_json
@@ -374,7 +459,9 @@ def _on_event(folder: "RunFolder", progress: "ProgressLine", event: bytes) -> No
 def _findings(report: "RankReport") -> list[tuple[str, Finding, Agreement | None]]:
     """Every reason why the answer is no: (plan, finding, its agreement)."""
     return [("all plans", finding, None) for finding in report.findings] + [
-        (agreement.plan, finding, agreement) for agreement in report.agreements for finding in agreement.findings
+        (agreement.plan, finding, agreement)
+        for agreement in report.agreements
+        for finding in agreement.findings
     ]
 
 
@@ -382,7 +469,9 @@ def _sentence(plan: str, finding: Finding, agreement: Agreement | None) -> str:
     size = "" if finding.relative_error is None else f" (relative error {finding.relative_error:.3g}"
     if size and finding.ratio is not None:
         size += f", ratio {finding.ratio:.6g}"
-    allowed = f", allowed {agreement.tolerance:.0e})" if size and agreement is not None else (")" if size else "")
+    allowed = (
+        f", allowed {agreement.tolerance:.0e})" if size and agreement is not None else (")" if size else "")
+    )
     return f"{plan}: {finding.subject}: {finding.reason}{size}{allowed}. Nothing was timed."
 
 
@@ -403,14 +492,18 @@ def _check_module(spec: "ModelSpec", module: str, mesh: Mesh) -> None:
     names = [name for name, _ in spec.build().named_modules() if name]
     if module not in names:
         shown = names[:3] + [name for name in names[3:] if "." not in name]
-        raise OptionError(f'--module: {spec.name} has no module "{module}".{suggest(module, names)} It has {", ".join(shown)}, ...')
+        raise OptionError(
+            f'--module: {spec.name} has no module "{module}".{suggest(module, names)} It has {", ".join(shown)}, ...'
+        )
     if mesh.size("fsdp") > 1:
         raise OptionError(
             f"--module {module}: FSDP gathers a module's parameters for a whole layer, so one can't be timed alone. Use tp or dp."
         )
 
 
-def _check_fit(spec: "ModelSpec", plans: list[Plan], mesh: Mesh, settings: StepSettings, device_type: str, repeat: bool) -> None:
+def _check_fit(
+    spec: "ModelSpec", plans: list[Plan], mesh: Mesh, settings: StepSettings, device_type: str, repeat: bool
+) -> None:
     """Every plan against the model, then the machine against what they need."""
     import torch
 
@@ -447,7 +540,9 @@ def _check_layers(spec: "ModelSpec", mesh: Mesh, device_type: str) -> int:
         parameters = spec.with_layers(layers).config.n_parameters
         if 16 * parameters * (1 + 1 / mesh.tp) <= room:
             return layers
-    raise OptionError(f"--check: not even one layer of {spec.name} fits unsharded in float64 here. Leave the check out with --no-check.")
+    raise OptionError(
+        f"--check: not even one layer of {spec.name} fits unsharded in float64 here. Leave the check out with --no-check."
+    )
 
 
 def _device_type(device: str, mesh: Mesh) -> str:

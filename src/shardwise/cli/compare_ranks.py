@@ -98,7 +98,11 @@ class _Run:
             self.labels.append(f"{self.labels[0]} (again)")
             self.repeats.append(self.labels[0])
         self.check_units = len(job.plans) if job.check_layers else 0
-        self.total = self.check_units + len(self.plans) * (1 + job.warmup + job.rounds) + len(job.plans) * bool(job.profile_steps)
+        self.total = (
+            self.check_units
+            + len(self.plans) * (1 + job.warmup + job.rounds)
+            + len(job.plans) * bool(job.profile_steps)
+        )
         self.done = 0
         self.take_turns = False
 
@@ -118,7 +122,11 @@ class _Run:
             self._profile(subjects)
             findings = self._replicated(subjects, "replicated parameters at the end")
         by_plan = dict(zip(self.job.labels, agreements, strict=False))
-        records = [] if findings else [self._record(index, subject, by_plan) for index, subject in enumerate(subjects)]
+        records = (
+            []
+            if findings
+            else [self._record(index, subject, by_plan) for index, subject in enumerate(subjects)]
+        )
         return RankReport(tuple(records), findings, agreements, tuple(self._notes()), rank_variables())
 
     def _check(self) -> tuple[Agreement, ...]:
@@ -144,7 +152,9 @@ class _Run:
             step = TrainStep(model, mesh=self.mesh)
             parts = self._micro_batches(batches, 0)
             run = partial(step.gradients, parts)
-            found.append(agreement(model, whole.ids_BS, whole.labels_BS, expected, layers=job.check_layers, run=run))
+            found.append(
+                agreement(model, whole.ids_BS, whole.labels_BS, expected, layers=job.check_layers, run=run)
+            )
             self._advance(f"checked {label}", label)
         return tuple(found)
 
@@ -177,7 +187,11 @@ class _Run:
 
     def _parked(self, subject: Subject) -> bool:
         """Whether the plans must take turns on the device: all of them with one's working memory would not fit."""
-        if self.context.device.type != "cuda" or subject.memory is None or subject.memory.active_bytes is None:
+        if (
+            self.context.device.type != "cuda"
+            or subject.memory is None
+            or subject.memory.active_bytes is None
+        ):
             return False
         kept = subject.memory.parameter_bytes + subject.memory.gradient_bytes + subject.memory.optimizer_bytes
         total = torch.cuda.get_device_properties(self.context.device).total_memory
@@ -231,7 +245,9 @@ class _Run:
             self._note(f'profile of "{label}"')
             if self.take_turns:
                 subject.unpark()
-            batches = [self._micro_batches(self.batches, first + step) for step in range(WARM_UP + job.profile_steps)]
+            batches = [
+                self._micro_batches(self.batches, first + step) for step in range(WARM_UP + job.profile_steps)
+            ]
             subject.profiled_steps(str(Path(folder) / folder_name(label)), batches)
             if self.take_turns:
                 subject.park()
@@ -258,7 +274,9 @@ class _Run:
         for label, subject in zip(self.labels, subjects, strict=True):
             if not subject.is_parked:
                 group = self.mesh.get_group("tp")
-                found += disagreements(f"{label}: {what}", replicated_parameters(subject.model).items(), group)
+                found += disagreements(
+                    f"{label}: {what}", replicated_parameters(subject.model).items(), group
+                )
         return found
 
     def _record(self, index: int, subject: Subject, agreements: dict[str, Agreement]) -> RankRecord:
@@ -293,10 +311,14 @@ class _Run:
     def _note(self, text: str) -> None:
         self.context.note(text)
 
-    def _advance(self, text: str, label: str, round_: int | None = None, seconds: float | None = None) -> None:
+    def _advance(
+        self, text: str, label: str, round_: int | None = None, seconds: float | None = None
+    ) -> None:
         self.done += 1
         if self.context.rank == 0:
-            self.context.report(msgspec.json.encode(Progress(self.done, self.total, text, label, round_, seconds)))
+            self.context.report(
+                msgspec.json.encode(Progress(self.done, self.total, text, label, round_, seconds))
+            )
 
 
 def rank_variables() -> tuple[tuple[str, str], ...]:

@@ -27,7 +27,9 @@ def read_config(context: typer.Context, value: str | None) -> str | None:
     for key, given in table.items():
         option = key.replace("-", "_")
         if option not in known:
-            raise OptionError(f'--config {name}: unknown key "{key}".{suggest(option, known)} Allowed: {", ".join(sorted(known))}.')
+            raise OptionError(
+                f'--config {name}: unknown key "{key}".{suggest(option, known)} Allowed: {", ".join(sorted(known))}.'
+            )
         if isinstance(given, dict):
             raise OptionError(f"--config {name}: {key} is a table. Write a plain value.")
         defaults[known[option]] = [str(item) for item in given] if isinstance(given, list) else given
@@ -44,7 +46,9 @@ def _option_name(parameter: Any) -> str:
 def shipped_configs() -> list[str]:
     """Names of the configs that come with Shardwise."""
     folder = resources.files("shardwise.cli") / "configs"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
+    )
 
 
 def _find(value: str) -> tuple[str, str]:
@@ -57,6 +61,8 @@ def _find(value: str) -> tuple[str, str]:
     try:
         return value, path.read_text(encoding="utf-8")
     except OSError as error:
-        raise OptionError(f"--config {value}: {error.strerror}. Give a TOML file, or one of those shipped: {', '.join(shipped)}.") from None
+        raise OptionError(
+            f"--config {value}: {error.strerror}. Give a TOML file, or one of those shipped: {', '.join(shipped)}."
+        ) from None
     except UnicodeDecodeError:
         raise OptionError(f"--config {value}: not UTF-8 text. Give a TOML file.") from None

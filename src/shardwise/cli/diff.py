@@ -20,15 +20,29 @@ _OUTPUT = "Output"
 
 
 def diff(
-    first: Annotated[Path, typer.Argument(help="A trace file, a folder with one per rank, or a run folder of compare --profile.")],
-    second: Annotated[Path | None, typer.Argument(help="Another, to be compared with the first.", show_default="none")] = None,
+    first: Annotated[
+        Path,
+        typer.Argument(
+            help="A trace file, a folder with one per rank, or a run folder of compare --profile."
+        ),
+    ],
+    second: Annotated[
+        Path | None, typer.Argument(help="Another, to be compared with the first.", show_default="none")
+    ] = None,
     labels: Annotated[
-        str | None, typer.Option("--labels", help="What to call them, comma-separated.", show_default="the files' names")
+        str | None,
+        typer.Option("--labels", help="What to call them, comma-separated.", show_default="the files' names"),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Files read at once; each takes some memory.", min=1, show_default="as many as cores")
+        int | None,
+        typer.Option(
+            help="Files read at once; each takes some memory.", min=1, show_default="as many as cores"
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.", rich_help_panel=_OUTPUT)] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="One JSON document on stdout, nothing else.", rich_help_panel=_OUTPUT),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -60,13 +74,22 @@ def diff(
 
 def _labels(given: str | None, paths: Sequence[Path]) -> list[str]:
     if given is None:
-        names = [path.resolve().name.removesuffix(".gz").removesuffix(".json").removesuffix(".pt.trace") for path in paths]
+        names = [
+            path.resolve().name.removesuffix(".gz").removesuffix(".json").removesuffix(".pt.trace")
+            for path in paths
+        ]
         if len(set(names)) < len(names) or any(name == "traces" for name in names):
             names = [f"{path.resolve().parent.name}/{name}" for path, name in zip(paths, names, strict=True)]
-        return names if len(set(names)) == len(names) else [f"{name} ({side})" for name, side in zip(names, "AB", strict=False)]
+        return (
+            names
+            if len(set(names)) == len(names)
+            else [f"{name} ({side})" for name, side in zip(names, "AB", strict=False)]
+        )
     names = [name.strip() for name in given.split(",")]
     if len(names) != len(paths) or not all(names) or len(set(names)) < len(names):
-        raise OptionError(f"--labels {given[:80]}: give {len(paths)} different name{'s' * (len(paths) > 1)}, separated by commas.")
+        raise OptionError(
+            f"--labels {given[:80]}: give {len(paths)} different name{'s' * (len(paths) > 1)}, separated by commas."
+        )
     return names
 
 
@@ -85,7 +108,9 @@ def _read(path: Path, workers: int | None, progress: "ProgressLine") -> "Sequenc
     return read_ranks(files, workers=workers, on_read=on_read)
 
 
-def _deliver(names: list[str], read: "list[Sequence[Timeline]]", console: Console, *, as_json: bool, out: Path | None) -> int:
+def _deliver(
+    names: list[str], read: "list[Sequence[Timeline]]", console: Console, *, as_json: bool, out: Path | None
+) -> int:
     from shardwise.profiles.collectives import share
     from shardwise.profiles.diff import diff as compare
     from shardwise.profiles.diff import run_words
@@ -94,7 +119,10 @@ def _deliver(names: list[str], read: "list[Sequence[Timeline]]", console: Consol
     from shardwise.report.diff_terminal import render_difference, render_run
 
     shared = [share(timelines) for timelines in read]
-    runs = [profile_run(name, timelines, sharing) for name, (timelines, sharing) in zip(names, shared, strict=True)]
+    runs = [
+        profile_run(name, timelines, sharing)
+        for name, (timelines, sharing) in zip(names, shared, strict=True)
+    ]
     both = compare(*runs) if len(runs) == 2 else None
     document = difference_json(both) if both is not None else run_json(runs[0])
     if as_json:
@@ -126,13 +154,31 @@ def _write(
     from shardwise.report.diff_html import difference_html, run_html
     from shardwise.report.perfetto import perfetto_trace
 
-    pictures: list[StepPicture] = [found for name, each in zip(names, timelines, strict=True) if (found := picture(name, each)) is not None]
+    pictures: list[StepPicture] = [
+        found
+        for name, each in zip(names, timelines, strict=True)
+        if (found := picture(name, each)) is not None
+    ]
     with RunFolder(out, "diff", datetime.now(UTC), has_events=False) as folder:
-        folder.write("settings.json", msgspec.json.format(msgspec.json.encode({"runs": names}), indent=2) + b"\n")
+        folder.write(
+            "settings.json", msgspec.json.format(msgspec.json.encode({"runs": names}), indent=2) + b"\n"
+        )
         folder.write("diff.json", document)
-        traces = [folder.write(f"aligned-{side}.json.gz", perfetto_trace(each)) for side, each in zip("ab", timelines, strict=False)]
-        page = difference_html(both, pictures) if both is not None else run_html(runs[0], run_words(runs[0]), pictures)
+        traces = [
+            folder.write(f"aligned-{side}.json.gz", perfetto_trace(each))
+            for side, each in zip("ab", timelines, strict=False)
+        ]
+        page = (
+            difference_html(both, pictures)
+            if both is not None
+            else run_html(runs[0], run_words(runs[0]), pictures)
+        )
         path = folder.write("diff.html", page)
     console.print(f"\nPage: {path}", markup=False, highlight=False, soft_wrap=True)
     for name, trace in zip(names, traces, strict=False):
-        console.print(f"All ranks of {name} on one clock, for ui.perfetto.dev: {trace}", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"All ranks of {name} on one clock, for ui.perfetto.dev: {trace}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -28,11 +28,17 @@ def available_memory() -> int | None:
     return _meminfo("MemAvailable")
 
 
-def describe(command: str, started: str, *, device_type: str, backend: str, world_size: int, threads: int) -> Environment:
+def describe(
+    command: str, started: str, *, device_type: str, backend: str, world_size: int, threads: int
+) -> Environment:
     """This machine, for a run of `world_size` ranks."""
     import torch
 
-    versions = [("shardwise", __version__), ("python", platform.python_version()), ("torch", str(torch.__version__))]
+    versions = [
+        ("shardwise", __version__),
+        ("python", platform.python_version()),
+        ("torch", str(torch.__version__)),
+    ]
     versions += [(name, metadata.version(name)) for name in ("numpy", "tokenizers")]
     device = "CPU"
     if device_type == "cuda":
@@ -59,7 +65,9 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
 
 
 def _meminfo(field: str) -> int | None:

@@ -53,28 +53,47 @@ def explain(
     config: Annotated[
         str | None,
         typer.Option(
-            help="The same options as TOML, or the name of a shipped config (llama3_8b_tp8).", callback=read_config, is_eager=True
+            help="The same options as TOML, or the name of a shipped config (llama3_8b_tp8).",
+            callback=read_config,
+            is_eager=True,
         ),
     ] = None,
     against: Annotated[str | None, typer.Option(help="A second plan, to be put beside the first.")] = None,
     walk: Annotated[
         str | None,
-        typer.Option(help="Instead: walk through this module under the plan, with small numbers, step by step. Such as tok_embeddings."),
+        typer.Option(
+            help="Instead: walk through this module under the plan, with small numbers, step by step. Such as tok_embeddings."
+        ),
     ] = None,
     model: Annotated[
-        str, typer.Option(help="A model of `shardwise models`, hf:TYPE, hf:PATH or package.module:factory.", rich_help_panel=_MODEL)
+        str,
+        typer.Option(
+            help="A model of `shardwise models`, hf:TYPE, hf:PATH or package.module:factory.",
+            rich_help_panel=_MODEL,
+        ),
     ] = "llama3-8b",
     mesh: Annotated[
-        str, typer.Option(help="Axes of ranks: tp, with dp or fsdp before it, such as fsdp=2,tp=8.", rich_help_panel=_MODEL)
+        str,
+        typer.Option(
+            help="Axes of ranks: tp, with dp or fsdp before it, such as fsdp=2,tp=8.", rich_help_panel=_MODEL
+        ),
     ] = "tp=8",
     device: Annotated[
-        str, typer.Option(help="The device type whose ops and collectives are shown: cuda or cpu. None is needed.", rich_help_panel=_MODEL)
+        str,
+        typer.Option(
+            help="The device type whose ops and collectives are shown: cuda or cpu. None is needed.",
+            rich_help_panel=_MODEL,
+        ),
     ] = "cuda",
-    rank: Annotated[int, typer.Option(help="The rank whose step is shown.", min=0, rich_help_panel=_MODEL)] = 0,
+    rank: Annotated[
+        int, typer.Option(help="The rank whose step is shown.", min=0, rich_help_panel=_MODEL)
+    ] = 0,
     sequence_parallel: Annotated[
         bool,
         typer.Option(
-            "--sequence-parallel/--no-sequence-parallel", help="Activations cut along the sequence between blocks.", rich_help_panel=_MODEL
+            "--sequence-parallel/--no-sequence-parallel",
+            help="Activations cut along the sequence between blocks.",
+            rich_help_panel=_MODEL,
         ),
     ] = True,
     batch: Annotated[
@@ -89,15 +108,23 @@ def explain(
     seq: Annotated[
         int | None,
         typer.Option(
-            help="Tokens per sequence.", min=1, show_default=f"{LONG_SEQ}, or what the model has positions for", rich_help_panel=STEP
+            help="Tokens per sequence.",
+            min=1,
+            show_default=f"{LONG_SEQ}, or what the model has positions for",
+            rich_help_panel=STEP,
         ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help=f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.", rich_help_panel=STEP)
+        str,
+        typer.Option(
+            help=f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.", rich_help_panel=STEP
+        ),
     ] = "float32",
     param_dtype: ParamDtype = None,
     reduce_dtype: ReduceDtype = None,
-    accumulation: Annotated[int, typer.Option(help="Micro-batches that a step's batch is cut into.", min=1, rich_help_panel=STEP)] = 1,
+    accumulation: Annotated[
+        int, typer.Option(help="Micro-batches that a step's batch is cut into.", min=1, rich_help_panel=STEP)
+    ] = 1,
     recompute: Recompute = "none",
     seed: Annotated[int, typer.Option(help="Of the random ids.", min=0, rich_help_panel=STEP)] = 0,
     text: Annotated[
@@ -108,14 +135,26 @@ def explain(
         ),
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Your tokenizer.json; by default one is trained on the text.", rich_help_panel=STEP)
+        Path | None,
+        typer.Option(
+            help="Your tokenizer.json; by default one is trained on the text.", rich_help_panel=STEP
+        ),
     ] = None,
-    random_ids: Annotated[bool, typer.Option("--random-ids", help="Uniform random ids instead of text.", rich_help_panel=STEP)] = False,
+    random_ids: Annotated[
+        bool, typer.Option("--random-ids", help="Uniform random ids instead of text.", rich_help_panel=STEP)
+    ] = False,
     compress: Annotated[
         bool,
-        typer.Option("--compress/--no-compress", help="Trace equal layers once; what comes out is the same.", rich_help_panel=_OUTPUT),
+        typer.Option(
+            "--compress/--no-compress",
+            help="Trace equal layers once; what comes out is the same.",
+            rich_help_panel=_OUTPUT,
+        ),
     ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.", rich_help_panel=_OUTPUT)] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="One JSON document on stdout, nothing else.", rich_help_panel=_OUTPUT),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -159,7 +198,9 @@ def explain(
     check_precision(settings, shape)
     check_batch(settings, shape)
     check_seq(settings.seq, source)
-    run = _Run(source, shape, settings, device, rank, sequence_parallel, text or [], tokenizer, random_ids, compress)
+    run = _Run(
+        source, shape, settings, device, rank, sequence_parallel, text or [], tokenizer, random_ids, compress
+    )
     return _explain(run, chosen, against, console, as_json=as_json, out=out)
 
 
@@ -202,13 +243,19 @@ class _Run:
         )
 
 
-def _explain(run: _Run, plan: str, against: str | None, console: Console, *, as_json: bool, out: Path | None) -> int:
+def _explain(
+    run: _Run, plan: str, against: str | None, console: Console, *, as_json: bool, out: Path | None
+) -> int:
     from shardwise.cli.plans import load_any_plan
     from shardwise.cli.progress import ProgressLine
     from shardwise.explain.explain import explain
 
     family = run.source.family
-    plans = [load_any_plan(name, sequence_parallel=run.sequence_parallel, family=family) for name in (plan, against) if name is not None]
+    plans = [
+        load_any_plan(name, sequence_parallel=run.sequence_parallel, family=family)
+        for name in (plan, against)
+        if name is not None
+    ]
     with ProgressLine() as progress:
         programs = [run.program(chosen, progress) for chosen in plans]
         progress.say("explaining")
@@ -216,7 +263,14 @@ def _explain(run: _Run, plan: str, against: str | None, console: Console, *, as_
     return _deliver(programs, found, console, as_json=as_json, out=out)
 
 
-def _deliver(programs: "list[Program]", found: "list[Explanation]", console: Console, *, as_json: bool, out: Path | None) -> int:
+def _deliver(
+    programs: "list[Program]",
+    found: "list[Explanation]",
+    console: Console,
+    *,
+    as_json: bool,
+    out: Path | None,
+) -> int:
     from shardwise.explain.contrast import contrast
     from shardwise.report.explain_json import contrast_json, explanation_json
     from shardwise.report.explain_terminal import render_contrast, render_explanation
@@ -242,7 +296,11 @@ def _deliver(programs: "list[Program]", found: "list[Explanation]", console: Con
             for name, program in zip(("program.txt", "against.txt"), programs, strict=False):
                 folder.write(name, program_text(program))
             folder.write("walkthrough.html", _walkthrough_page())
-            page = contrast_html(both, "walkthrough.html") if both is not None else explanation_html(first, "walkthrough.html")
+            page = (
+                contrast_html(both, "walkthrough.html")
+                if both is not None
+                else explanation_html(first, "walkthrough.html")
+            )
             path = folder.write("explain.html", page)
         console.print(f"\nPage: {path}", markup=False, highlight=False, soft_wrap=True)
     return 0
@@ -273,7 +331,16 @@ def _walkthrough_page() -> str:
     return walkthrough_html([explain_walkthrough(record_walkthrough(subject)) for subject in Subject])
 
 
-def _walk(plan: str, what: str, model: str, sequence_parallel: bool, console: Console, *, as_json: bool, out: Path | None) -> int:
+def _walk(
+    plan: str,
+    what: str,
+    model: str,
+    sequence_parallel: bool,
+    console: Console,
+    *,
+    as_json: bool,
+    out: Path | None,
+) -> int:
     import msgspec
 
     from shardwise.explain.walkthrough import explain_walkthrough
@@ -284,7 +351,10 @@ def _walk(plan: str, what: str, model: str, sequence_parallel: bool, console: Co
     recorded = record_walkthrough(subject, module=module)
     told = explain_walkthrough(recorded)
     if as_json:
-        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode({"schema_version": 1, "walkthrough": recorded}), indent=2) + b"\n")
+        sys.stdout.buffer.write(
+            msgspec.json.format(msgspec.json.encode({"schema_version": 1, "walkthrough": recorded}), indent=2)
+            + b"\n"
+        )
     else:
         render_walkthrough(told, console)
     if out is not None:
@@ -318,11 +388,15 @@ def _subject(plan: str, what: str, model: str, sequence_parallel: bool) -> "tupl
             f'--walk: {model} has no module "{what[:80]}".{suggest(what[:80], modules)} Or name one of {", ".join(names)}, loss.'
         )
     rule = chosen.rule_for(what) if isinstance(chosen, Plan) else None
-    kind = {"Embedding": "embedding", "Linear": "linear", "RMSNorm": "norm", "LayerNorm": "norm"}.get(type(modules[what]).__name__, "")
+    kind = {"Embedding": "embedding", "Linear": "linear", "RMSNorm": "norm", "LayerNorm": "norm"}.get(
+        type(modules[what]).__name__, ""
+    )
     style = str(rule.style.name) if rule is not None else ""
     if rule is not None and str(rule.style.ownership) == "interleaved":
         style += "-interleaved"
     if f"{kind}/{style}" not in names:
         shown = f"{type(modules[what]).__name__} under {style or 'no style'}"
-        raise OptionError(f"--walk: {what}, a {shown}, has no walk-through. There are: {', '.join(names)}, loss.")
+        raise OptionError(
+            f"--walk: {what}, a {shown}, has no walk-through. There are: {', '.join(names)}, loss."
+        )
     return Subject(f"{kind}/{style}"), what

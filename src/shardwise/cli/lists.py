@@ -12,20 +12,32 @@ from shardwise.core.plan import Family
 from shardwise.parallel.builtin import ABOUT, builtin_plan
 
 
-def models(json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False) -> None:
+def models(
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
     """List the models: shapes and exact parameter counts."""
     from shardwise.models.source import NAMINGS
     from shardwise.models.specs import SPECS
 
     if json:
-        rows = [{"name": s.name, "parameters": s.config.n_parameters, "config": s.config, "about": s.about} for s in SPECS.values()]
+        rows = [
+            {"name": s.name, "parameters": s.config.n_parameters, "config": s.config, "about": s.about}
+            for s in SPECS.values()
+        ]
         namings = [{"form": form, "about": about} for form, about in NAMINGS]
         _print_json({"schema_version": 1, "models": rows, "namings": namings})
         return
     table = Table("model", "parameters", "layers", "hidden", "heads/KV", "vocabulary", box=None)
     for spec in SPECS.values():
         c = spec.config
-        table.add_row(spec.name, f"{c.n_parameters:,}", str(c.n_layers), str(c.hidden), f"{c.n_heads}/{c.n_kv_heads}", f"{c.vocab_size:,}")
+        table.add_row(
+            spec.name,
+            f"{c.n_parameters:,}",
+            str(c.n_layers),
+            str(c.hidden),
+            f"{c.n_heads}/{c.n_kv_heads}",
+            f"{c.vocab_size:,}",
+        )
     (changed, *not_ours) = NAMINGS
     also, others = Table("also", "", box=None), Table("for explain and verify, also", "", box=None)
     also.add_row(*changed)
@@ -35,10 +47,18 @@ def models(json: Annotated[bool, typer.Option("--json", help="One JSON document 
 
 
 def plans(
-    name: Annotated[str | None, typer.Argument(help="Print this plan as a TOML file, to start your own from.")] = None,
-    model: Annotated[str | None, typer.Option(help="For this model of `shardwise models`.", show_default="a Llama")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Print this plan as a TOML file, to start your own from.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="For this model of `shardwise models`.", show_default="a Llama")
+    ] = None,
     sequence_parallel: Annotated[
-        bool, typer.Option("--sequence-parallel/--no-sequence-parallel", help="Activations cut along the sequence between blocks.")
+        bool,
+        typer.Option(
+            "--sequence-parallel/--no-sequence-parallel",
+            help="Activations cut along the sequence between blocks.",
+        ),
     ] = True,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
@@ -48,9 +68,13 @@ def plans(
     [dim]shardwise plans colwise --model gpt3-175b > mine.toml[/]
     """
     if name is not None:
-        typer.echo(builtin_plan(name, sequence_parallel=sequence_parallel, family=_family(model)).to_toml(), nl=False)
+        typer.echo(
+            builtin_plan(name, sequence_parallel=sequence_parallel, family=_family(model)).to_toml(), nl=False
+        )
     elif json:
-        _print_json({"schema_version": 1, "plans": [{"name": plan, "about": about} for plan, about in ABOUT.items()]})
+        _print_json(
+            {"schema_version": 1, "plans": [{"name": plan, "about": about} for plan, about in ABOUT.items()]}
+        )
     else:
         table = Table("plan", "about", box=None)
         for plan, about in ABOUT.items():
@@ -60,7 +84,8 @@ def plans(
 
 def machines(
     show: Annotated[
-        str | None, typer.Option(help="Print this machine as a TOML file, to start your own from.", show_default="none")
+        str | None,
+        typer.Option(help="Print this machine as a TOML file, to start your own from.", show_default="none"),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
@@ -74,7 +99,9 @@ def machines(
         typer.echo(machine_text(show), nl=False)
         return
     found = [load_machine(name) for name in machine_names()]
-    peaks = [rate.peak_flops if (rate := machine.matmul("bfloat16")) is not None else None for machine in found]
+    peaks = [
+        rate.peak_flops if (rate := machine.matmul("bfloat16")) is not None else None for machine in found
+    ]
     if json:
         rows = [
             {

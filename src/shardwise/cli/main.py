@@ -47,7 +47,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     pass
 
@@ -56,7 +58,9 @@ def run(args: list[str] | None = None) -> NoReturn:
     """The installed command."""
     gc.set_threshold(_FEW_COLLECTIONS)
     code = _run(args)
-    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:  # of torchrun's ranks each ends at once: PyTorch's threads, still running
+    if (
+        "RANK" in os.environ and "MASTER_ADDR" in os.environ
+    ):  # of torchrun's ranks each ends at once: PyTorch's threads, still running
         sys.stdout.flush()  # while an interpreter is taken down, can abort it ("terminate called without an active exception"),
         sys.stderr.flush()  # and torchrun would call that a failure
         os._exit(code)

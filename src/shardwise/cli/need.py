@@ -21,27 +21,46 @@ def state_bytes(model: nn.Module, plan: Plan, mesh: Mesh, dtype: torch.dtype) ->
             whole = parameter.numel()
             dim = _sharded_dim(assignment.module, assignment.rule.style.name)
             share = (
-                chunk_sizes(parameter.shape[dim], mesh.tp)[0] / parameter.shape[dim] if dim is not None and dim < parameter.dim() else 1.0
+                chunk_sizes(parameter.shape[dim], mesh.tp)[0] / parameter.shape[dim]
+                if dim is not None and dim < parameter.dim()
+                else 1.0
             )
             sharded[f"{assignment.name}.{name}"] = whole * share
-    parameters = sum(sharded.get(name, parameter.numel()) for name, parameter in model.named_parameters()) / mesh.size("fsdp")
+    parameters = sum(
+        sharded.get(name, parameter.numel()) for name, parameter in model.named_parameters()
+    ) / mesh.size("fsdp")
     total = 4 * parameters
     if plan.engine is Engine.DTENSOR and mesh.size("fsdp") == 1:
         # its rowwise embedding leaves a gradient of the whole table on every rank
         for assignment in resolve(model, plan, tp=mesh.tp):
-            if isinstance(assignment.module, nn.Embedding) and assignment.rule.style.name is StyleName.ROWWISE:
+            if (
+                isinstance(assignment.module, nn.Embedding)
+                and assignment.rule.style.name is StyleName.ROWWISE
+            ):
                 total += assignment.module.weight.numel() * (1 - 1 / mesh.tp)
     return int(total * dtype.itemsize)
 
 
 def refuse_too_large(
-    model: nn.Module, label: str, plans: list[Plan], mesh: Mesh, dtype: torch.dtype, *, device_type: str, copies: int, available: int | None
+    model: nn.Module,
+    label: str,
+    plans: list[Plan],
+    mesh: Mesh,
+    dtype: torch.dtype,
+    *,
+    device_type: str,
+    copies: int,
+    available: int | None,
 ) -> None:
     """Raises OptionError where the state alone can't fit. copies: models that are on the device at once."""
     worst = max(plans, key=lambda plan: state_bytes(model, plan, mesh, dtype))
     state = state_bytes(model, worst, mesh, dtype)
     what = f'{label} under "{worst.name}" on {mesh} needs at least {_gib(state)} per rank'
-    parts = "(parameters, gradients and AdamW state in " + str(dtype).removeprefix("torch.") + "; activations come on top)"
+    parts = (
+        "(parameters, gradients and AdamW state in "
+        + str(dtype).removeprefix("torch.")
+        + "; activations come on top)"
+    )
     if device_type == "cuda":
         gpu = torch.cuda.get_device_properties(0).total_memory
         if state > gpu:

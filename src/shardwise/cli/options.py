@@ -26,7 +26,9 @@ ParamDtype = Annotated[
 ]
 ReduceDtype = Annotated[
     str | None,
-    typer.Option(help="What FSDP reduces gradients in.", show_default="what layers compute in", rich_help_panel=STEP),
+    typer.Option(
+        help="What FSDP reduces gradients in.", show_default="what layers compute in", rich_help_panel=STEP
+    ),
 ]
 Recompute = Annotated[
     str,
@@ -45,7 +47,11 @@ def check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
 
 def check_dtypes(dtype: str, param_dtype: str | None, reduce_dtype: str | None) -> None:
     """Raises OptionError for a dtype that isn't offered."""
-    for option, value in (("--dtype", dtype), ("--param-dtype", param_dtype), ("--reduce-dtype", reduce_dtype)):
+    for option, value in (
+        ("--dtype", dtype),
+        ("--param-dtype", param_dtype),
+        ("--reduce-dtype", reduce_dtype),
+    ):
         if value is not None:
             check_choice(option, value, DTYPES)
 

@@ -33,7 +33,9 @@ def _load(name: str, sequence_parallel: bool, family: Family) -> Plan:
     try:
         text = Path(name).read_text(encoding="utf-8")
     except OSError as error:
-        raise PlanError(f"plan file {name}: {error.strerror}. Give the path of a TOML file, or a built-in plan's name.") from None
+        raise PlanError(
+            f"plan file {name}: {error.strerror}. Give the path of a TOML file, or a built-in plan's name."
+        ) from None
     except UnicodeDecodeError:
         raise PlanError(f"plan file {name}: not UTF-8 text.") from None
     return Plan.from_toml(text, source=name)

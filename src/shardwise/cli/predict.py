@@ -45,7 +45,17 @@ RECOMPUTE = ("none", SELECTIVE, "selective-ops", "full")
 MATMUL_DTYPES = ("float8",)
 TERM_NAMES = {term.name.lower(): term for term in Term}
 # what a saved program has decided already, what a sweep goes over or has no use for, and what is a sweep's alone
-_OF_PROGRAM = ("plans", "model", "batch", "seq", "dtype", "param_dtype", "reduce_dtype", "random_ids", "save_program")
+_OF_PROGRAM = (
+    "plans",
+    "model",
+    "batch",
+    "seq",
+    "dtype",
+    "param_dtype",
+    "reduce_dtype",
+    "random_ids",
+    "save_program",
+)
 _NOT_SWEPT = ("mesh", "program", "save_program")
 _OF_SWEEP = ("devices", "micro_batches")
 _MODEL, _RUN, _SWEEP, _OUTPUT = "Model and mesh", "How it runs", "Sweep", "Output"
@@ -63,14 +73,23 @@ def predict(
     config: Annotated[
         str | None,
         typer.Option(
-            help="The same options as TOML, or the name of a shipped config (llama3_8b_tp8).", callback=read_config, is_eager=True
+            help="The same options as TOML, or the name of a shipped config (llama3_8b_tp8).",
+            callback=read_config,
+            is_eager=True,
         ),
     ] = None,
     machine: Annotated[
-        str, typer.Option(help="A machine of `shardwise machines`, or a .toml file of yours.", rich_help_panel=_MODEL)
+        str,
+        typer.Option(
+            help="A machine of `shardwise machines`, or a .toml file of yours.", rich_help_panel=_MODEL
+        ),
     ] = "h100-sxm-80gb",
     model: Annotated[
-        str, typer.Option(help="A model of `shardwise models`, hf:TYPE, hf:PATH or package.module:factory.", rich_help_panel=_MODEL)
+        str,
+        typer.Option(
+            help="A model of `shardwise models`, hf:TYPE, hf:PATH or package.module:factory.",
+            rich_help_panel=_MODEL,
+        ),
     ] = "llama3-8b",
     mesh: Annotated[
         str | None,
@@ -82,15 +101,28 @@ def predict(
     ] = None,
     stages: Annotated[int, typer.Option(help="Of a pipeline (1F1B).", min=1, rich_help_panel=_MODEL)] = 1,
     chunks: Annotated[
-        int, typer.Option(help="Of layers that each stage holds: more than 1 is the interleaved schedule.", min=1, rich_help_panel=_MODEL)
+        int,
+        typer.Option(
+            help="Of layers that each stage holds: more than 1 is the interleaved schedule.",
+            min=1,
+            rich_help_panel=_MODEL,
+        ),
     ] = 1,
     context_ranks: Annotated[
-        int, typer.Option("--context", help="Ranks that share each sequence (context parallelism).", min=1, rich_help_panel=_MODEL)
+        int,
+        typer.Option(
+            "--context",
+            help="Ranks that share each sequence (context parallelism).",
+            min=1,
+            rich_help_panel=_MODEL,
+        ),
     ] = 1,
     sequence_parallel: Annotated[
         bool,
         typer.Option(
-            "--sequence-parallel/--no-sequence-parallel", help="Activations cut along the sequence between blocks.", rich_help_panel=_MODEL
+            "--sequence-parallel/--no-sequence-parallel",
+            help="Activations cut along the sequence between blocks.",
+            rich_help_panel=_MODEL,
         ),
     ] = True,
     batch: Annotated[
@@ -104,11 +136,16 @@ def predict(
     ] = None,
     seq: Annotated[int, typer.Option(help="Tokens per sequence.", min=1, rich_help_panel=STEP)] = 8192,
     dtype: Annotated[
-        str, typer.Option(help=f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.", rich_help_panel=STEP)
+        str,
+        typer.Option(
+            help=f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.", rich_help_panel=STEP
+        ),
     ] = "float32",
     param_dtype: ParamDtype = None,
     reduce_dtype: ReduceDtype = None,
-    accumulation: Annotated[int, typer.Option(help="Micro-batches that a step's batch is cut into.", min=1, rich_help_panel=STEP)] = 1,
+    accumulation: Annotated[
+        int, typer.Option(help="Micro-batches that a step's batch is cut into.", min=1, rich_help_panel=STEP)
+    ] = 1,
     recompute: Annotated[
         str,
         typer.Option(
@@ -117,27 +154,48 @@ def predict(
         ),
     ] = "none",
     random_ids: Annotated[
-        bool, typer.Option("--random-ids", help="Uniform random ids instead of text, for routed plans.", rich_help_panel=STEP)
+        bool,
+        typer.Option(
+            "--random-ids", help="Uniform random ids instead of text, for routed plans.", rich_help_panel=STEP
+        ),
     ] = False,
     attention: Annotated[
         str | None,
         typer.Option(help="fused or unfused.", show_default="as the traced op says", rich_help_panel=_RUN),
     ] = None,
     compiled: Annotated[
-        bool, typer.Option("--compiled/--eager", help="Kernels between matmuls fused by a compiler.", rich_help_panel=_RUN)
+        bool,
+        typer.Option(
+            "--compiled/--eager", help="Kernels between matmuls fused by a compiler.", rich_help_panel=_RUN
+        ),
     ] = False,
     compiled_loss: Annotated[
         bool,
-        typer.Option("--compiled-loss/--eager-loss", help="The loss is fused too: no copy of the logits in float32.", rich_help_panel=_RUN),
+        typer.Option(
+            "--compiled-loss/--eager-loss",
+            help="The loss is fused too: no copy of the logits in float32.",
+            rich_help_panel=_RUN,
+        ),
     ] = False,
     matmul_dtype: Annotated[
-        str | None, typer.Option(help="What linear layers multiply in: float8.", show_default="the --dtype", rich_help_panel=_RUN)
+        str | None,
+        typer.Option(
+            help="What linear layers multiply in: float8.", show_default="the --dtype", rich_help_panel=_RUN
+        ),
     ] = None,
     overlap_data: Annotated[
-        bool, typer.Option("--overlap-data", help="Gradients over dp are reduced beside the backward.", rich_help_panel=_RUN)
+        bool,
+        typer.Option(
+            "--overlap-data", help="Gradients over dp are reduced beside the backward.", rich_help_panel=_RUN
+        ),
     ] = False,
     overlap_tensor: Annotated[
-        bool, typer.Option("--overlap-tensor", help="Collectives over tp run beside the matmul that needs them.", rich_help_panel=_RUN)
+        bool,
+        typer.Option(
+            "--overlap-tensor",
+            help="Collectives over tp run beside the matmul that needs them.",
+            rich_help_panel=_RUN,
+        ),
     ] = False,
     precision: Annotated[
         str,
@@ -147,34 +205,62 @@ def predict(
         ),
     ] = "traced",
     optimizer_shards: Annotated[
-        int, typer.Option(help="Ranks that share the optimizer's state and work (ZeRO-1).", min=1, rich_help_panel=_RUN)
+        int,
+        typer.Option(
+            help="Ranks that share the optimizer's state and work (ZeRO-1).", min=1, rich_help_panel=_RUN
+        ),
     ] = 1,
     without: Annotated[
         list[str] | None,
-        typer.Option(help=f"Terms to switch off: {', '.join(TERM_NAMES)}.", show_default="none", rich_help_panel=_RUN),
+        typer.Option(
+            help=f"Terms to switch off: {', '.join(TERM_NAMES)}.", show_default="none", rich_help_panel=_RUN
+        ),
     ] = None,
     sweep: Annotated[
         bool,
-        typer.Option("--sweep", help="Over all tp x dp or fsdp x stages of --devices, and micro-batch sizes.", rich_help_panel=_SWEEP),
+        typer.Option(
+            "--sweep",
+            help="Over all tp x dp or fsdp x stages of --devices, and micro-batch sizes.",
+            rich_help_panel=_SWEEP,
+        ),
     ] = False,
-    devices: Annotated[int | None, typer.Option(help="Of a sweep.", min=1, show_default="one node's", rich_help_panel=_SWEEP)] = None,
+    devices: Annotated[
+        int | None, typer.Option(help="Of a sweep.", min=1, show_default="one node's", rich_help_panel=_SWEEP)
+    ] = None,
     micro_batches: Annotated[
         str | None,
-        typer.Option(help="Of a sweep: sequences per data-parallel rank at a time.", show_default="1,2,4,8", rich_help_panel=_SWEEP),
+        typer.Option(
+            help="Of a sweep: sequences per data-parallel rank at a time.",
+            show_default="1,2,4,8",
+            rich_help_panel=_SWEEP,
+        ),
     ] = None,
     top: Annotated[
-        int, typer.Option(help="Rows of a sweep's table; all are in the JSON and on the page.", min=1, rich_help_panel=_SWEEP)
+        int,
+        typer.Option(
+            help="Rows of a sweep's table; all are in the JSON and on the page.",
+            min=1,
+            rich_help_panel=_SWEEP,
+        ),
     ] = 20,
     program: Annotated[
         Path | None,
         typer.Option(
-            help="Predict from a saved program instead of tracing; torch isn't needed.", show_default="none", rich_help_panel=_OUTPUT
+            help="Predict from a saved program instead of tracing; torch isn't needed.",
+            show_default="none",
+            rich_help_panel=_OUTPUT,
         ),
     ] = None,
     save_program: Annotated[
-        Path | None, typer.Option(help="File for the traced program, for --program.", show_default="none", rich_help_panel=_OUTPUT)
+        Path | None,
+        typer.Option(
+            help="File for the traced program, for --program.", show_default="none", rich_help_panel=_OUTPUT
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.", rich_help_panel=_OUTPUT)] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="One JSON document on stdout, nothing else.", rich_help_panel=_OUTPUT),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -224,13 +310,22 @@ def predict(
     found = load_machine(machine)
     console = Console(stderr=as_json)
     if sweep:
-        _refuse(context, _NOT_SWEPT, "a sweep goes over it, or has no use for it. Leave it out beside --sweep")
+        _refuse(
+            context, _NOT_SWEPT, "a sweep goes over it, or has no use for it. Leave it out beside --sweep"
+        )
         task = SweepTask(
             model,
             "",
             sequence_parallel,
             MicroBatch(
-                0, _part_of(seq, context_ranks), dtype, param_dtype, reduce_dtype, traced_recompute, context_ranks, random_ids=random_ids
+                0,
+                _part_of(seq, context_ranks),
+                dtype,
+                param_dtype,
+                reduce_dtype,
+                traced_recompute,
+                context_ranks,
+                random_ids=random_ids,
             ),
             _sizes(micro_batches),
             batch,
@@ -238,11 +333,23 @@ def predict(
             setup,
             found,
         )
-        return _sweep(task, plans or [default_plan(model)], devices or found.devices_per_node, top, console, as_json=as_json, out=out)
+        return _sweep(
+            task,
+            plans or [default_plan(model)],
+            devices or found.devices_per_node,
+            top,
+            console,
+            as_json=as_json,
+            out=out,
+        )
     _refuse(context, _OF_SWEEP, "it is a sweep's. Add --sweep, or leave it out")
     if program is not None:
         decided = (*_OF_PROGRAM, *(("recompute",) if traced_recompute != "none" else ()))
-        _refuse(context, decided, "a saved program has its own. Leave it out beside --program, or trace without --program")
+        _refuse(
+            context,
+            decided,
+            "a saved program has its own. Leave it out beside --program, or trace without --program",
+        )
         step = _saved_step(load_program(program), found, setup, mesh)
         return _deliver(found, [step], console, as_json=as_json, out=out)
     asked = _Asked(
@@ -261,7 +368,9 @@ def predict(
     check_precision(asked.settings, asked.mesh, context_ranks)
     chosen = plans or [default_plan(model)]
     if save_program is not None and len(chosen) > 1:
-        raise OptionError(f"--save-program {shown(save_program)}: is one program's, and {len(chosen)} plans are given. Give one plan.")
+        raise OptionError(
+            f"--save-program {shown(save_program)}: is one program's, and {len(chosen)} plans are given. Give one plan."
+        )
     steps = _traced_steps(asked, chosen, found)
     if save_program is not None:
         write_program(steps[0].program, save_program)
@@ -335,7 +444,9 @@ def _terms(given: Sequence[str]) -> tuple[Term, ...]:
     found = []
     for name in (part.strip() for each in given for part in each.split(",")):
         if name not in TERM_NAMES:
-            raise OptionError(f'--without: unknown term "{shown(name)}".{suggest(name[:80], TERM_NAMES)} Allowed: {", ".join(TERM_NAMES)}.')
+            raise OptionError(
+                f'--without: unknown term "{shown(name)}".{suggest(name[:80], TERM_NAMES)} Allowed: {", ".join(TERM_NAMES)}.'
+            )
         found.append(TERM_NAMES[name])
     return tuple(term for term in Term if term in found)
 
@@ -355,18 +466,31 @@ def _sizes(given: str | None) -> tuple[int, ...]:
         return MICRO_BATCHES
     parts = [part.strip() for part in given.split(",")]
     if not all(part.isdecimal() and len(part) < 7 and int(part) for part in parts):
-        raise OptionError(f'--micro-batches is "{shown(given)}". Write sizes with commas between, such as 1,2,4.')
+        raise OptionError(
+            f'--micro-batches is "{shown(given)}". Write sizes with commas between, such as 1,2,4.'
+        )
     return tuple(sorted({int(part) for part in parts}))
 
 
 def _part_of(seq: int, context_ranks: int) -> int:
     """One context rank's tokens of a sequence."""
     if seq % context_ranks:
-        raise OptionError(f"--seq {seq} can't be cut into {context_ranks} parts for --context. Use a multiple of it.")
+        raise OptionError(
+            f"--seq {seq} can't be cut into {context_ranks} parts for --context. Use a multiple of it."
+        )
     return seq // context_ranks
 
 
-def _sweep(task: SweepTask, plans: Sequence[str], devices: int, top: int, console: Console, *, as_json: bool, out: Path | None) -> int:
+def _sweep(
+    task: SweepTask,
+    plans: Sequence[str],
+    devices: int,
+    top: int,
+    console: Console,
+    *,
+    as_json: bool,
+    out: Path | None,
+) -> int:
     from shardwise.cli.progress import ProgressLine
     from shardwise.report.predict_json import sweep_json
     from shardwise.report.sweep_html import sweep_html
@@ -384,7 +508,13 @@ def _sweep(task: SweepTask, plans: Sequence[str], devices: int, top: int, consol
         from shardwise.cli.run_folder import RunFolder
 
         with RunFolder(out, "predict", datetime.now(UTC), has_events=False) as folder:
-            asked = {"model": task.model, "plans": list(plans), "devices": devices, "machine": found.machine.name, "setup": task.setup}
+            asked = {
+                "model": task.model,
+                "plans": list(plans),
+                "devices": devices,
+                "machine": found.machine.name,
+                "setup": task.setup,
+            }
             folder.write("settings.json", _document(asked))
             folder.write("sweep.json", document)
             page = folder.write("sweep.html", sweep_html(found))
@@ -406,8 +536,15 @@ def _saved_step(program: "Program", machine: "Machine", setup: Setup, mesh: str 
     check_setup(program, machine, setup, sizes)
     traced = program.settings
     small = Mesh(program.axes)
-    batch = traced.batch // (small.data_parallel * traced.accumulation) * whole.data_parallel * setup.micro_batches
-    settings = replace(traced, batch=max(1, batch), seq=traced.seq * setup.context, accumulation=setup.micro_batches)
+    batch = (
+        traced.batch
+        // (small.data_parallel * traced.accumulation)
+        * whole.data_parallel
+        * setup.micro_batches
+    )
+    settings = replace(
+        traced, batch=max(1, batch), seq=traced.seq * setup.context, accumulation=setup.micro_batches
+    )
     return Step(program.plan, program, setup, settings, sizes)
 
 
@@ -424,7 +561,10 @@ def _traced_steps(asked: _Asked, plans: Sequence[str], machine: "Machine") -> li
     with ProgressLine() as progress:
         source: ModelSource = find_model(asked.model)
         check_seq(asked.seq, source)
-        loaded = [load_any_plan(name, sequence_parallel=asked.sequence_parallel, family=source.family) for name in plans]
+        loaded = [
+            load_any_plan(name, sequence_parallel=asked.sequence_parallel, family=source.family)
+            for name in plans
+        ]
         steps: list[Step] = []
         for plan in loaded:
             program = trace_program(source, plan, asked.mesh, micro_batch, machine.device, progress.say)
@@ -435,10 +575,16 @@ def _traced_steps(asked: _Asked, plans: Sequence[str], machine: "Machine") -> li
 
 def _label(plan: str, before: Sequence[Step]) -> str:
     known = {step.label for step in before}
-    return plan if plan not in known else next(label for number in count(2) if (label := f"{plan} #{number}") not in known)
+    return (
+        plan
+        if plan not in known
+        else next(label for number in count(2) if (label := f"{plan} #{number}") not in known)
+    )
 
 
-def _deliver(machine: "Machine", steps: Sequence[Step], console: Console, *, as_json: bool, out: Path | None) -> int:
+def _deliver(
+    machine: "Machine", steps: Sequence[Step], console: Console, *, as_json: bool, out: Path | None
+) -> int:
     from shardwise.report.predict_json import prediction_json
     from shardwise.report.predict_terminal import render_prediction
 
@@ -467,10 +613,19 @@ def _predicted(machine: "Machine", steps: Sequence[Step]) -> "PredictionRun":
             raise OptionError("--without: nothing is left of the step. Switch fewer terms off.")
         predictions.append(replace(prediction, plan=step.label))
     waits = tuple(launch_bound(step.program, machine, step.setup, step.sizes) for step in steps)
-    return PredictionRun(facts_of(machine), steps[0].settings, tuple(predictions), differences(predictions), waits)
+    return PredictionRun(
+        facts_of(machine), steps[0].settings, tuple(predictions), differences(predictions), waits
+    )
 
 
-def _write(out: Path, run: "PredictionRun", machine: "Machine", steps: Sequence[Step], document: bytes, console: Console) -> None:
+def _write(
+    out: Path,
+    run: "PredictionRun",
+    machine: "Machine",
+    steps: Sequence[Step],
+    document: bytes,
+    console: Console,
+) -> None:
     from shardwise.cli.run_folder import RunFolder
     from shardwise.predict.timeline import pipeline_timelines, timeline_of
     from shardwise.report.perfetto import perfetto_trace
@@ -491,14 +646,26 @@ def _write(out: Path, run: "PredictionRun", machine: "Machine", steps: Sequence[
         traces = []
         for step, letter in zip(steps, _letters(), strict=False):
             inside = (step.program, machine, step.setup, step.sizes)
-            traces.append((step.label, folder.write(f"timeline-{letter}.json.gz", perfetto_trace([timeline_of(*inside)]))))
+            traces.append(
+                (
+                    step.label,
+                    folder.write(f"timeline-{letter}.json.gz", perfetto_trace([timeline_of(*inside)])),
+                )
+            )
             passes = pipeline_timelines(*inside)
             if passes:
-                traces.append((f"{step.label}'s stages", folder.write(f"stages-{letter}.json.gz", perfetto_trace(passes))))
+                traces.append(
+                    (
+                        f"{step.label}'s stages",
+                        folder.write(f"stages-{letter}.json.gz", perfetto_trace(passes)),
+                    )
+                )
         page = folder.write("predict.html", prediction_html(run))
     console.print(f"\nPage: {page}", markup=False, highlight=False, soft_wrap=True)
     for label, trace in traces:
-        console.print(f"{shown(label)}, for ui.perfetto.dev: {trace}", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"{shown(label)}, for ui.perfetto.dev: {trace}", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 def _letters() -> Iterator[str]:

@@ -46,7 +46,12 @@ def traced_mesh(mesh: Mesh, context: int = 1) -> Mesh:
 
 
 def trace_program(
-    source: "ModelSource", plan: AnyPlan, mesh: Mesh, micro_batch: MicroBatch, device: str, progress: "Callable[[str], None]"
+    source: "ModelSource",
+    plan: AnyPlan,
+    mesh: Mesh,
+    micro_batch: MicroBatch,
+    device: str,
+    progress: "Callable[[str], None]",
 ) -> "Program":
     """Raises the tracer's InputErrors."""
     from shardwise.cli.token_ids import token_ids
@@ -75,7 +80,9 @@ def load_program(path: Path) -> "Program":
         with path.open("rb") as file:
             document = file.read(LARGEST_FILE + 1)
     except OSError as error:
-        raise InputError(f"--program {shown(path)}: {error.strerror}. Give the file that --save-program wrote.") from None
+        raise InputError(
+            f"--program {shown(path)}: {error.strerror}. Give the file that --save-program wrote."
+        ) from None
     return program_from_json(document, f"--program {shown(path)}")
 
 

@@ -55,7 +55,12 @@ class SweepResult:
 
 
 def sweep(
-    asked: SweepTask, plans: Sequence[str], devices: int, progress: Callable[[int, int, str], None], *, workers: int | None = None
+    asked: SweepTask,
+    plans: Sequence[str],
+    devices: int,
+    progress: Callable[[int, int, str], None],
+    *,
+    workers: int | None = None,
 ) -> Sweep:
     """asked: without plan and splits. Raises InputErrors of the model or a plan that hold for every mesh, OptionError, RunError."""
     if not 1 <= devices <= MOST_DEVICES:
@@ -63,14 +68,20 @@ def sweep(
     machine = asked.machine
     check_devices(machine, Setup(context=asked.setup.context), {"tp": devices // asked.setup.context})
     if devices % asked.setup.context:
-        raise OptionError(f"--devices {devices} can't be cut into --context {asked.setup.context}. Use a multiple of it.")
+        raise OptionError(
+            f"--devices {devices} can't be cut into --context {asked.setup.context}. Use a multiple of it."
+        )
     found = splits(devices // asked.setup.context, machine.devices_per_node, asked.setup.context)
     count = len(found) * len(plans) * len(asked.micro_batches)
     if count > MOST_POINTS:
-        raise OptionError(f"--sweep: is over {count:,} points; at most {MOST_POINTS:,}. Give fewer plans or --micro-batches.")
+        raise OptionError(
+            f"--sweep: is over {count:,} points; at most {MOST_POINTS:,}. Give fewer plans or --micro-batches."
+        )
     kinds = dict.fromkeys((split.tp, split.data_axis) for split in found)
     tasks = [
-        replace(asked, plan=plan, splits=tuple(split for split in found if (split.tp, split.data_axis) == kind))
+        replace(
+            asked, plan=plan, splits=tuple(split for split in found if (split.tp, split.data_axis) == kind)
+        )
         for plan in plans
         for kind in kinds
     ]
@@ -80,7 +91,9 @@ def sweep(
     refused: Counter[tuple[str, str]] = Counter()
     traces = 0
     progress(0, len(tasks), "tracing and predicting")
-    for done, result in enumerate(on_processes(run_task, tasks, workers or min(len(tasks), os.cpu_count() or 1)), 1):
+    for done, result in enumerate(
+        on_processes(run_task, tasks, workers or min(len(tasks), os.cpu_count() or 1)), 1
+    ):
         points += result.points
         refused.update({(result.plan, reason): number for reason, number in result.refused})
         traces += result.traces
@@ -94,7 +107,9 @@ def sweep(
         recompute=asked.micro_batch.recompute,
     )
     refusals = tuple(Refusal(plan, reason, number) for (plan, reason), number in refused.items())
-    return Sweep(asked.model, facts_of(machine), devices, settings, asked.setup, best_first(points), refusals, traces)
+    return Sweep(
+        asked.model, facts_of(machine), devices, settings, asked.setup, best_first(points), refusals, traces
+    )
 
 
 def run_task(task: SweepTask) -> SweepResult:
@@ -114,7 +129,16 @@ def run_task(task: SweepTask) -> SweepResult:
         found = predict(program, task.machine, setup, dict(split.axes))
         points.append(
             SweepPoint(
-                programs.label, split.axes, split.stages, size, count, found.devices, found.tokens, found.step_s, found.terms, found.memory
+                programs.label,
+                split.axes,
+                split.stages,
+                size,
+                count,
+                found.devices,
+                found.tokens,
+                found.step_s,
+                found.terms,
+                found.memory,
             )
         )
     return SweepResult(programs.label, tuple(points), tuple(refused.items()), programs.traces)
@@ -127,11 +151,15 @@ def _wanted(task: SweepTask) -> tuple[list[tuple[Split, int, int]], Counter[str]
     for split in task.splits:
         for size in task.micro_batches:
             if is_mixed and split.data_axis != "fsdp":
-                refused["--param-dtype and --reduce-dtype are FSDP's mixed precision, and the mesh has no fsdp axis"] += 1
+                refused[
+                    "--param-dtype and --reduce-dtype are FSDP's mixed precision, and the mesh has no fsdp axis"
+                ] += 1
             elif task.batch is None:
                 found.append((split, size, task.setup.micro_batches))
             elif task.batch % (split.data_size * size):
-                refused[f"--batch {task.batch} can't be cut into equal micro-batches of each data-parallel rank"] += 1
+                refused[
+                    f"--batch {task.batch} can't be cut into equal micro-batches of each data-parallel rank"
+                ] += 1
             else:
                 found.append((split, size, task.batch // (split.data_size * size)))
     return found, refused
@@ -151,7 +179,9 @@ class _Programs:
 
         self.task = task
         self._source = find_model(task.model)
-        self._plan = load_any_plan(task.plan, sequence_parallel=task.sequence_parallel, family=self._source.family)
+        self._plan = load_any_plan(
+            task.plan, sequence_parallel=task.sequence_parallel, family=self._source.family
+        )
         self.traces = 0
         self.label = task.plan
         self._found: dict[int, Program] = {}
@@ -166,7 +196,9 @@ class _Programs:
             raise self._failed
         if size not in self._found:
             try:
-                self._found[size] = self._derived(size) if size >= SHORT and self._derives else self._traced(size)
+                self._found[size] = (
+                    self._derived(size) if size >= SHORT and self._derives else self._traced(size)
+                )
             except InputError as error:
                 self._failed = error
                 raise
@@ -190,4 +222,11 @@ class _Programs:
         task = self.task
         self.traces += 1
         micro_batch = replace(task.micro_batch, batch=size)
-        return trace_program(self._source, self._plan, Mesh(task.splits[0].axes), micro_batch, task.machine.device, lambda _: None)
+        return trace_program(
+            self._source,
+            self._plan,
+            Mesh(task.splits[0].axes),
+            micro_batch,
+            task.machine.device,
+            lambda _: None,
+        )

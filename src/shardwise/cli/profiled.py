@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from shardwise.core.difference import RunProfile, StepPicture
 
 
-def profiled_plans(labels: Sequence[str], traces: Path, say: Callable[[str], None]) -> tuple[tuple[StepProfile, ...], dict[str, str]]:
+def profiled_plans(
+    labels: Sequence[str], traces: Path, say: Callable[[str], None]
+) -> tuple[tuple[StepProfile, ...], dict[str, str]]:
     """(of each plan, {file name: page}). Raises TraceError where a trace can't be read."""
     from shardwise.cli.compare_ranks import folder_name
     from shardwise.profiles.collectives import share
@@ -42,5 +44,7 @@ def profiled_plans(labels: Sequence[str], traces: Path, say: Callable[[str], Non
     )
     pages = {f"profile-{folder_name(labels[0])}.html": run_html(runs[0], run_words(runs[0]), pictures[0])}
     for run, drawings in zip(runs[1:], pictures[1:], strict=True):
-        pages[f"diff-{folder_name(run.label)}.html"] = difference_html(diff(runs[0], run), pictures[0] + drawings)
+        pages[f"diff-{folder_name(run.label)}.html"] = difference_html(
+            diff(runs[0], run), pictures[0] + drawings
+        )
     return found, pages

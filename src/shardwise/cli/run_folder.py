@@ -22,7 +22,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._events = (self.path / "events.jsonl").open("ab", buffering=0) if has_events else None
         except OSError as error:
-            raise OptionError(f"--out {self.path}: {error.strerror}. Choose a folder that can be written.") from None
+            raise OptionError(
+                f"--out {self.path}: {error.strerror}. Choose a folder that can be written."
+            ) from None
 
     def write(self, name: str, content: bytes | str) -> Path:
         path = self.path / name
@@ -43,13 +45,17 @@ class RunFolder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._events is not None:
             self._events.close()
 
     def _lost(self, path: Path, error: OSError) -> RunError:
         stopped = "All ranks were stopped. " if self._events is not None else ""
-        return RunError(f"can't write {path}: {error.strerror}. {stopped}Free space there, or choose another folder with --out.")
+        return RunError(
+            f"can't write {path}: {error.strerror}. {stopped}Free space there, or choose another folder with --out."
+        )
 
 
 def _fresh(path: Path) -> Path:
@@ -61,6 +67,8 @@ def _fresh(path: Path) -> Path:
         except FileExistsError:
             candidate, count = path.with_name(f"{path.name}-{count}"), count + 1
         except OSError as error:
-            raise OptionError(f"--out {candidate}: {error.strerror}. Choose a folder that can be written with --out.") from None
+            raise OptionError(
+                f"--out {candidate}: {error.strerror}. Choose a folder that can be written with --out."
+            ) from None
         else:
             return candidate

@@ -36,13 +36,22 @@ def verify(
     ] = None,
     models: Annotated[
         list[str] | None,
-        typer.Option("--model", help="As shardwise models says; give it again for more models.", show_default=DEFAULT_MODEL),
+        typer.Option(
+            "--model",
+            help="As shardwise models says; give it again for more models.",
+            show_default=DEFAULT_MODEL,
+        ),
     ] = None,
     mesh: Annotated[str, typer.Option(help="The tp axis: that many ranks on this machine.")] = "tp=2",
     batch: Annotated[int, typer.Option(help="Sequences.", min=1, rich_help_panel=_PROOF)] = 2,
-    seq: Annotated[int, typer.Option(help="Tokens of each; a multiple of tp.", min=2, rich_help_panel=_PROOF)] = 16,
+    seq: Annotated[
+        int, typer.Option(help="Tokens of each; a multiple of tp.", min=2, rich_help_panel=_PROOF)
+    ] = 16,
     dtype: Annotated[
-        str, typer.Option(help="auto: float64, and float32 for a model that doesn't run in it.", rich_help_panel=_PROOF)
+        str,
+        typer.Option(
+            help="auto: float64, and float32 for a model that doesn't run in it.", rich_help_panel=_PROOF
+        ),
     ] = "auto",
     size: Annotated[
         str,
@@ -53,18 +62,34 @@ def verify(
     ] = "auto",
     device: Annotated[str, typer.Option(help="cpu (gloo) or cuda (NCCL).", rich_help_panel=_PROOF)] = "cpu",
     timeout: Annotated[
-        float, typer.Option(help="Seconds without a sign of life after which a case is given up.", min=5, rich_help_panel=_PROOF)
+        float,
+        typer.Option(
+            help="Seconds without a sign of life after which a case is given up.",
+            min=5,
+            rich_help_panel=_PROOF,
+        ),
     ] = 120,
     sequence_parallel: Annotated[
-        bool, typer.Option("--sequence-parallel/--no-sequence-parallel", help="Of built-in plans.", rich_help_panel=_PROOF)
+        bool,
+        typer.Option(
+            "--sequence-parallel/--no-sequence-parallel", help="Of built-in plans.", rich_help_panel=_PROOF
+        ),
     ] = True,
     static: Annotated[
         bool,
-        typer.Option("--static", help="Only what needs no ranks: seconds, for any size and tp; proves nothing.", rich_help_panel=_PROOF),
+        typer.Option(
+            "--static",
+            help="Only what needs no ranks: seconds, for any size and tp; proves nothing.",
+            rich_help_panel=_PROOF,
+        ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.", rich_help_panel=_OUTPUT)] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="One JSON document on stdout, nothing else.", rich_help_panel=_OUTPUT),
+    ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the page and the data.", show_default="none", rich_help_panel=_OUTPUT)
+        Path | None,
+        typer.Option(help="Folder for the page and the data.", show_default="none", rich_help_panel=_OUTPUT),
     ] = None,
 ) -> int:
     """Prove on real ranks that a plan trains the model it should: outputs, loss, every gradient, and two optimizer steps.
@@ -83,7 +108,9 @@ def verify(
     check_choice("--size", size, _SIZES)
     check_choice("--device", device, _DEVICES)
     if shape.world_size != shape.tp or shape.tp < 2:
-        raise OptionError(f"--mesh {mesh}: verify compares one tp axis of two ranks or more with one rank. Use --mesh tp=2.")
+        raise OptionError(
+            f"--mesh {mesh}: verify compares one tp axis of two ranks or more with one rank. Use --mesh tp=2."
+        )
     if seq % shape.tp:
         raise OptionError(
             f"--seq {seq} is no multiple of tp={shape.tp}, as sequence parallelism needs. Use {-(-seq // shape.tp) * shape.tp}."
@@ -143,8 +170,16 @@ def prove_plans(
     mesh = Mesh((("tp", tp),))
     cases = _cases(models, plans, seq, small, dtype, sequence_parallel)
     if static:
-        checked = check(cases, mesh=mesh, batch=batch, seq=seq, on_answer=lambda answer: on_answer(answer, len(cases))) if is_main() else ()
-        return VerificationRun(str(mesh), "none", batch, seq, started.isoformat(timespec="seconds"), _versions(), checked)
+        checked = (
+            check(
+                cases, mesh=mesh, batch=batch, seq=seq, on_answer=lambda answer: on_answer(answer, len(cases))
+            )
+            if is_main()
+            else ()
+        )
+        return VerificationRun(
+            str(mesh), "none", batch, seq, started.isoformat(timespec="seconds"), _versions(), checked
+        )
     found = run_cases(
         cases,
         mesh=mesh,
@@ -154,10 +189,19 @@ def prove_plans(
         timeout_s=timeout_s,
         on_answer=lambda answer: on_answer(answer, len(cases)),
     )
-    return VerificationRun(str(mesh), device, batch, seq, started.isoformat(timespec="seconds"), _versions(), found)
+    return VerificationRun(
+        str(mesh), device, batch, seq, started.isoformat(timespec="seconds"), _versions(), found
+    )
 
 
-def _cases(models: list[str], plans: list[str], seq: int, small: bool | None, dtype: str | None, sequence_parallel: bool) -> "list[Case]":
+def _cases(
+    models: list[str],
+    plans: list[str],
+    seq: int,
+    small: bool | None,
+    dtype: str | None,
+    sequence_parallel: bool,
+) -> "list[Case]":
     """Each model under each plan, looked at here, so that a typo costs no ranks."""
     from shardwise.cli.plans import load_any_plan
     from shardwise.core.plan import Plan
@@ -214,7 +258,11 @@ def _deliver(run: "VerificationRun", console: Console, *, as_json: bool, out: Pa
         from shardwise.report.verify_html import verification_html
 
         with RunFolder(out, "verify", datetime.now(UTC), has_events=False) as folder:
-            asked = {"cases": [(each.model, each.plan) for each in run.verifications], "mesh": run.mesh, "device": run.device}
+            asked = {
+                "cases": [(each.model, each.plan) for each in run.verifications],
+                "mesh": run.mesh,
+                "device": run.device,
+            }
             folder.write("settings.json", msgspec.json.format(msgspec.json.encode(asked), indent=2) + b"\n")
             folder.write("verification.json", document)
             path = folder.write("verify.html", verification_html(run))

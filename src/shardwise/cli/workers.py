@@ -15,7 +15,9 @@ _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
 
 
-def on_processes(function: Callable[[_Task], _Result], tasks: Iterable[_Task], workers: int) -> Iterator[_Result]:
+def on_processes(
+    function: Callable[[_Task], _Result], tasks: Iterable[_Task], workers: int
+) -> Iterator[_Result]:
     """Results as they come. What `function` raises is raised here. Raises RunError where a process was killed."""
     waiting = list(tasks)[::-1]
     context = get_context("spawn")
@@ -34,7 +36,9 @@ def on_processes(function: Callable[[_Task], _Result], tasks: Iterable[_Task], w
                 try:
                     worked, result = ready.recv()
                 except (EOFError, OSError):
-                    raise RunError("a process of the sweep was killed: out of memory? Sweep over fewer plans at once.") from None
+                    raise RunError(
+                        "a process of the sweep was killed: out of memory? Sweep over fewer plans at once."
+                    ) from None
                 if not worked:
                     raise result
                 if waiting:

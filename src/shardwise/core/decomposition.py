@@ -83,12 +83,19 @@ def decompose(timeline: Timeline) -> tuple[Decomposition, ...]:
     )
 
 
-def _of_rank(timeline: Timeline, rank: int, sets: WorkSets, windows: tuple[Window, ...]) -> list[Decomposition]:
+def _of_rank(
+    timeline: Timeline, rank: int, sets: WorkSets, windows: tuple[Window, ...]
+) -> list[Decomposition]:
     spans = timeline.spans
     works = timeline.of_rank(rank) & (spans.kind <= SpanKind.COPY)
     order = np.argsort(spans.start_ns[works], kind="stable")
     start_ns, launched_ns = spans.start_ns[works][order], spans.launched_ns[works][order]
-    communication = union(*(np.concatenate([each[:, side] for each in (sets.transfer, sets.unsplit, sets.waiting)]) for side in (0, 1)))
+    communication = union(
+        *(
+            np.concatenate([each[:, side] for each in (sets.transfer, sets.unsplit, sets.waiting)])
+            for side in (0, 1)
+        )
+    )
     found = []
     for window in windows:
         lo, hi = window.start_ns, window.end_ns
@@ -98,7 +105,11 @@ def _of_rank(timeline: Timeline, rank: int, sets: WorkSets, windows: tuple[Windo
         compute, transfer, unsplit, waiting, copy = map(total_ns, busy)
         parts = Parts(compute, transfer, unsplit, waiting, copy, cpu_bound_ns, total_ns(idle) - cpu_bound_ns)
         inside = total_ns(clip(communication, lo, hi))
-        found.append(Decomposition(window, parts, inside, inside - int(parts.exposed_ns), total_ns(clip(sets.copy, lo, hi))))
+        found.append(
+            Decomposition(
+                window, parts, inside, inside - int(parts.exposed_ns), total_ns(clip(sets.copy, lo, hi))
+            )
+        )
     return found
 
 

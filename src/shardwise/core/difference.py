@@ -210,4 +210,6 @@ class Difference:
     @property
     def copies(self) -> tuple[Line, ...]:
         """Copies and layouts that one run does more often than the other."""
-        return tuple(line for line in self.lines if line.is_copy and abs(line.second.count - line.first.count) > 1e-9)
+        return tuple(
+            line for line in self.lines if line.is_copy and abs(line.second.count - line.first.count) > 1e-9
+        )

@@ -47,7 +47,9 @@ def complement(intervals: Intervals, start_ns: int, end_ns: int) -> Intervals:
     return gaps[gaps[:, 1] > gaps[:, 0]]
 
 
-def covered_ns(intervals: Intervals, start_ns: NDArray[np.int64], end_ns: NDArray[np.int64]) -> NDArray[np.int64]:
+def covered_ns(
+    intervals: Intervals, start_ns: NDArray[np.int64], end_ns: NDArray[np.int64]
+) -> NDArray[np.int64]:
     """For each span how much of it the set covers."""
     if not len(intervals):
         return np.zeros(len(start_ns), np.int64)
@@ -71,7 +73,11 @@ def without(first: Intervals, second: Intervals) -> Intervals:
 
 def layers(sets: Sequence[Intervals], start_ns: int, end_ns: int) -> list[Intervals]:
     """The window cut by priority: of each set what no earlier set covers; last, what none covers. Together they are the window, exactly."""
-    edges = np.unique(np.concatenate([np.array([start_ns, end_ns], np.int64), *(clip(each, start_ns, end_ns).ravel() for each in sets)]))
+    edges = np.unique(
+        np.concatenate(
+            [np.array([start_ns, end_ns], np.int64), *(clip(each, start_ns, end_ns).ravel() for each in sets)]
+        )
+    )
     free = np.ones(max(0, len(edges) - 1), np.bool_)
     parts = []
     for each in sets:

@@ -66,7 +66,9 @@ class MatmulRate:
         for tile in self.tiles:
             tiles = batch * math.ceil(m / tile.rows) * math.ceil(n / tile.columns)
             waves = math.ceil(tiles / self.units)
-            best = min(best, waves * 2 * tile.rows * tile.columns * (k + self.extra_k) / (per_unit * tile.share))
+            best = min(
+                best, waves * 2 * tile.rows * tile.columns * (k + self.extra_k) / (per_unit * tile.share)
+            )
         return best + self.start_s
 
 

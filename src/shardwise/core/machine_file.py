@@ -56,7 +56,9 @@ class Quantity:
     shared: bool = False  # can be stated per node: must say per which
 
     def shown(self, value: float) -> str:
-        name, size = next(((name, size) for name, size in reversed(self.units) if value >= size), self.units[0])
+        name, size = next(
+            ((name, size) for name, size in reversed(self.units) if value >= size), self.units[0]
+        )
         return f"{value / size:g} {name}"
 
 
@@ -101,19 +103,39 @@ class _Reader:
 
     def machine(self) -> Machine:
         root = _Section(self, "", self.table)
-        known = ("name", "device", "about", "devices_per_node", "memory", "power", "matmul", "attention", "kernels", "launch", "links")
+        known = (
+            "name",
+            "device",
+            "about",
+            "devices_per_node",
+            "memory",
+            "power",
+            "matmul",
+            "attention",
+            "kernels",
+            "launch",
+            "links",
+        )
         root.only(known)
         device = root.text("device")
         if device not in DEVICES:
             raise self.error("device", f'is "{shown(device)}"', f"Allowed: {', '.join(DEVICES)}.")
         self.devices = root.whole("devices_per_node", 1, 1024)
         memory = root.section("memory", ("capacity", "bandwidth", "context"))
-        links = root.section("links", ("within", "between")) if "links" in self.table or self.devices > 1 else None
+        links = (
+            root.section("links", ("within", "between"))
+            if "links" in self.table or self.devices > 1
+            else None
+        )
         bandwidth = memory.constant("bandwidth", BANDWIDTH)
         power = root.section("power", ("cap",)).constant("cap", POWER) if "power" in self.table else None
         kernels = tuple((name, _kernel(part, bandwidth, device)) for name, part in root.sections("kernels"))
         if DEFAULT not in dict(kernels):
-            raise self.error(f"kernels.{DEFAULT}", "is missing", "It serves every op that has no rate of its own: give its start and rate.")
+            raise self.error(
+                f"kernels.{DEFAULT}",
+                "is missing",
+                "It serves every op that has no rate of its own: give its start and rate.",
+            )
         launch = root.section("launch", (*LAUNCH_FIELDS, *DTENSOR_FIELDS))
         return Machine(
             name=root.text("name"),
@@ -132,7 +154,9 @@ class _Reader:
                 *(launch.constant(name, START) if name in launch.table else None for name in DTENSOR_FIELDS),
             ),
             within=_link(links.section("within", None)) if links is not None else UNKNOWN_LINK,
-            between=_link(links.section("between", None)) if links is not None and "between" in links.table else None,
+            between=_link(links.section("between", None))
+            if links is not None and "between" in links.table
+            else None,
             constants=tuple(self.constants),
         )
 
@@ -155,13 +179,17 @@ class _Section:
         for key in self.table:
             if key not in known:
                 raise self.reader.error(
-                    self.at(shown(key)), "is unknown", f"{suggest(key, known).strip()} Allowed: {', '.join(known)}.".strip()
+                    self.at(shown(key)),
+                    "is unknown",
+                    f"{suggest(key, known).strip()} Allowed: {', '.join(known)}.".strip(),
                 )
 
     def text(self, key: str) -> str:
         value = self.table.get(key)
         if not isinstance(value, str) or not value:
-            raise self.reader.error(self.at(key), "is missing" if value is None else "is no text", f'Write {key} = "...".')
+            raise self.reader.error(
+                self.at(key), "is missing" if value is None else "is no text", f'Write {key} = "...".'
+            )
         return value
 
     def whole(self, key: str, low: int, high: int) -> int:
@@ -175,7 +203,9 @@ class _Section:
         value = self.table.get(key)
         if not isinstance(value, dict):
             raise self.reader.error(
-                f"[{self.at(key)}]", "is missing", "A machine file needs that table; `shardwise machines --show NAME` prints one."
+                f"[{self.at(key)}]",
+                "is missing",
+                "A machine file needs that table; `shardwise machines --show NAME` prints one.",
             )
         part = _Section(self.reader, self.at(key), value)
         if known is not None:
@@ -202,15 +232,21 @@ class _Section:
     def plausible(self, key: str, value: float, quantity: Quantity) -> float:
         if not quantity.low <= value <= quantity.high:
             between = f"Plausible: {quantity.shown(quantity.low)} to {quantity.shown(quantity.high)}."
-            raise self.reader.error(self.at(key), f"is {quantity.shown(value)}", f"{between} Is its unit right?")
+            raise self.reader.error(
+                self.at(key), f"is {quantity.shown(value)}", f"{between} Is its unit right?"
+            )
         return value
 
     def rows(self, key: str, width: int) -> list[list[float]]:
         """A constant that is a table of numbers, as it is written."""
         value, _ = self._read(key, None, None)
         found = value if isinstance(value, list) else []
-        if not found or not all(isinstance(row, list) and len(row) == width and all(map(_is_number, row)) for row in found):
-            raise self.reader.error(f"{self.at(key)}.value", "is no table", f"Write rows of {width} numbers, such as [[1, 2]].")
+        if not found or not all(
+            isinstance(row, list) and len(row) == width and all(map(_is_number, row)) for row in found
+        ):
+            raise self.reader.error(
+                f"{self.at(key)}.value", "is no table", f"Write rows of {width} numbers, such as [[1, 2]]."
+            )
         return found
 
     def points(self, key: str, quantity: Quantity) -> Points:
@@ -221,7 +257,9 @@ class _Section:
                 raise self.reader.error(self.at(key), f"has a size of {x:g}", "Sizes are positive.")
             self.plausible(key, y, quantity)
             if y <= 0:
-                raise self.reader.error(self.at(key), f"has {y:g} at {x:g}", "Values of a curve are positive.")
+                raise self.reader.error(
+                    self.at(key), f"has {y:g} at {x:g}", "Values of a curve are positive."
+                )
         if any(a[0] >= b[0] for a, b in pairwise(found)):
             raise self.reader.error(self.at(key), "doesn't grow", "Sort its points by size, each size once.")
         return found
@@ -232,10 +270,18 @@ class _Section:
         if entry is None:
             if default is not None:
                 return None, 1.0
-            allowed = f" Plausible: {quantity.shown(quantity.low)} to {quantity.shown(quantity.high)}." if quantity is not None else ""
-            raise self.reader.error(path, "is missing", f'Write {key} = {{ value = ..., unit = "...", source = "..." }}.{allowed}')
+            allowed = (
+                f" Plausible: {quantity.shown(quantity.low)} to {quantity.shown(quantity.high)}."
+                if quantity is not None
+                else ""
+            )
+            raise self.reader.error(
+                path, "is missing", f'Write {key} = {{ value = ..., unit = "...", source = "..." }}.{allowed}'
+            )
         if not isinstance(entry, dict):
-            raise self.reader.error(path, "has no source", f'Write {key} = {{ value = ..., unit = "...", source = "..." }}.')
+            raise self.reader.error(
+                path, "has no source", f'Write {key} = {{ value = ..., unit = "...", source = "..." }}.'
+            )
         part = _Section(self.reader, path, entry)
         part.only(("value", "unit", "per", "source", "fitted"))
         if "value" not in entry:
@@ -281,9 +327,15 @@ def _matmul(part: _Section) -> MatmulRate:
     tiles = []
     for rows, columns, share in part.rows("tiles", 3):
         if not (1 <= rows <= 4096 and 1 <= columns <= 4096):
-            raise part.reader.error(part.at("tiles"), f"has a tile of {rows:g} x {columns:g}", "Plausible: 1 to 4096 each way.")
+            raise part.reader.error(
+                part.at("tiles"), f"has a tile of {rows:g} x {columns:g}", "Plausible: 1 to 4096 each way."
+            )
         if not 0 < share <= 1:
-            raise part.reader.error(part.at("tiles"), f"has a share of {share:g}", "Plausible: above 0, to 1: no kernel beats the peak.")
+            raise part.reader.error(
+                part.at("tiles"),
+                f"has a share of {share:g}",
+                "Plausible: above 0, to 1: no kernel beats the peak.",
+            )
         tiles.append(Tile(int(rows), int(columns), share))
     return MatmulRate(
         part.constant("peak", PEAK),
@@ -327,15 +379,32 @@ def _link(part: _Section) -> Link:
         if entries is None:
             continue
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise part.reader.error(part.at(kind), "is no list of tables", f"Write [[{part.at(kind)}]] with ranks, start and rate.")
-        found = [_collective(_Section(part.reader, f"{part.at(kind)}[{index}]", entry), bandwidth) for index, entry in enumerate(entries)]
-        rates.append((None if kind == ANY else CollectiveKind(kind), tuple(sorted(found, key=lambda rate: rate.ranks))))
+            raise part.reader.error(
+                part.at(kind),
+                "is no list of tables",
+                f"Write [[{part.at(kind)}]] with ranks, start and rate.",
+            )
+        found = [
+            _collective(_Section(part.reader, f"{part.at(kind)}[{index}]", entry), bandwidth)
+            for index, entry in enumerate(entries)
+        ]
+        rates.append(
+            (None if kind == ANY else CollectiveKind(kind), tuple(sorted(found, key=lambda rate: rate.ranks)))
+        )
     reach = tuple((float(x), float(y)) for x, y in part.rows("reach", 2)) if "reach" in part.table else ()
     if any(x <= 0 or not 0 < y <= 1 for x, y in reach):
         raise part.reader.error(
-            part.at("reach"), "has a share outside 0 to 1", "Write rows of message bytes and the share of bandwidth there."
+            part.at("reach"),
+            "has a share outside 0 to 1",
+            "Write rows of message bytes and the share of bandwidth there.",
         )
-    return Link(bandwidth, tuple(rates), reach, part.constant("start", START, 0.0), part.constant("start_per_hop", START, 0.0))
+    return Link(
+        bandwidth,
+        tuple(rates),
+        reach,
+        part.constant("start", START, 0.0),
+        part.constant("start_per_hop", START, 0.0),
+    )
 
 
 def _collective(part: _Section, bandwidth: float) -> CollectiveRate:
@@ -344,7 +413,9 @@ def _collective(part: _Section, bandwidth: float) -> CollectiveRate:
     if "points" in part.table:
         return CollectiveRate(ranks, 0.0, math.inf, part.points("points", TIME))
     rate = part.constant("rate", COLLECTIVE_RATE)
-    if rate > 2 * bandwidth:  # a switch that reduces on the way can beat a ring's formula, and by no more than this
+    if (
+        rate > 2 * bandwidth
+    ):  # a switch that reduces on the way can beat a ring's formula, and by no more than this
         raise part.reader.error(
             part.at("rate"),
             f"is {KERNEL_RATE.shown(rate)}",

@@ -9,7 +9,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from shardwise.core import machine_file as fields
-from shardwise.core.machine import AttentionRate, CollectiveRate, Constant, KernelRate, Link, Machine, MatmulRate, Points
+from shardwise.core.machine import (
+    AttentionRate,
+    CollectiveRate,
+    Constant,
+    KernelRate,
+    Link,
+    Machine,
+    MatmulRate,
+    Points,
+)
 from shardwise.core.machine_file import ANY, Quantity
 
 
@@ -18,9 +27,17 @@ def to_toml(machine: Machine) -> str:
     return "\n".join(_Writer(machine).lines()) + "\n"
 
 
-def constant(path: str, value: float | Sequence[Sequence[float]], unit: str, source: str, fitted: str | None = None) -> Constant:
+def constant(
+    path: str, value: float | Sequence[Sequence[float]], unit: str, source: str, fitted: str | None = None
+) -> Constant:
     """A Constant as reading the file gives it. value: in that unit."""
-    return Constant(path, fields.written([list(row) for row in value] if isinstance(value, Sequence) else value), unit, source, fitted)
+    return Constant(
+        path,
+        fields.written([list(row) for row in value] if isinstance(value, Sequence) else value),
+        unit,
+        source,
+        fitted,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +104,12 @@ class _Writer:
         for kind, rates in link.rates:
             name = ANY if kind is None else str(kind)
             for index, rate in enumerate(rates):
-                yield from ("", f"[[{path}.{name}]]", f"ranks = {rate.ranks}", *self.collective(f"{path}.{name}[{index}]", rate))
+                yield from (
+                    "",
+                    f"[[{path}.{name}]]",
+                    f"ranks = {rate.ranks}",
+                    *self.collective(f"{path}.{name}[{index}]", rate),
+                )
 
     def collective(self, path: str, rate: CollectiveRate) -> Iterator[str]:
         if rate.points:
@@ -110,7 +132,12 @@ class _Writer:
     def many(self, path: str, rows: Sequence[Sequence[float]]) -> str:
         told = self.known(path)
         assert told is not None, f"{path} has no source"
-        return self.line(path, json.dumps([[fields.whole_if(each) for each in row] for row in rows]), _text(told.unit), told)
+        return self.line(
+            path,
+            json.dumps([[fields.whole_if(each) for each in row] for row in rows]),
+            _text(told.unit),
+            told,
+        )
 
     def points(self, path: str, points: Points) -> str:
         return self.many(path, points)
@@ -135,4 +162,8 @@ def _text(text: str) -> str:
 
 
 def _key(name: str) -> str:
-    return name if name and all((each.isalnum() and each.isascii()) or each in "-_" for each in name) else _text(name)
+    return (
+        name
+        if name and all((each.isalnum() and each.isascii()) or each in "-_" for each in name)
+        else _text(name)
+    )

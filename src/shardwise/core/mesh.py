@@ -27,7 +27,9 @@ class Mesh:
         if len(set(names)) != len(names):
             raise MeshError(f"mesh: an axis is named twice in {self}. Name each axis once.")
         if names != [name for name in AXES if name in names]:
-            raise MeshError(f"mesh: axes of {self} are out of order. Write them in the order {', '.join(AXES)}.")
+            raise MeshError(
+                f"mesh: axes of {self} are out of order. Write them in the order {', '.join(AXES)}."
+            )
         if "tp" not in names:
             object.__setattr__(self, "axes", (*self.axes, ("tp", 1)))
 
@@ -38,7 +40,9 @@ class Mesh:
         for part in text.split(","):
             name, equals, size = part.strip().partition("=")
             if not equals or not size.strip().isdecimal():
-                raise MeshError(f'mesh: can\'t read "{part.strip()}" in "{text}". Write NAME=SIZE, such as dp=2,tp=4.')
+                raise MeshError(
+                    f'mesh: can\'t read "{part.strip()}" in "{text}". Write NAME=SIZE, such as dp=2,tp=4.'
+                )
             axes.append((name.strip(), int(size)))
         return cls(tuple(axes))
 

@@ -118,7 +118,9 @@ class Style:
         if isinstance(value, str):
             return cls(_style_name(value))
         if not isinstance(value, Mapping):
-            raise PlanError(f'a style is a name or a table such as {{ style = "rowwise" }}, not {value!r:.80}.')
+            raise PlanError(
+                f'a style is a name or a table such as {{ style = "rowwise" }}, not {value!r:.80}.'
+            )
         arguments = dict(value)
         name = _style_name(arguments.pop("style", None))
         for key in arguments:
@@ -135,7 +137,9 @@ class Style:
         """The inverse of from_value."""
         arguments: dict[str, str] = {}
         if self.input is not None:
-            arguments["from" if self.name is StyleName.GATHER_INPUT else "input"] = format_placement(self.input)
+            arguments["from" if self.name is StyleName.GATHER_INPUT else "input"] = format_placement(
+                self.input
+            )
         if self.output is not None:
             arguments["output"] = format_placement(self.output)
         if self.ownership is not Ownership.CONTIGUOUS:
@@ -158,7 +162,9 @@ class Rule:
 
     def __post_init__(self) -> None:
         if not self.pattern or not all(self.pattern.split(".")):
-            raise PlanError(f'"{self.pattern}" is no pattern. Write a dotted module name; * is one level, ** any number.')
+            raise PlanError(
+                f'"{self.pattern}" is no pattern. Write a dotted module name; * is one level, ** any number.'
+            )
 
     def matches(self, module: str) -> bool:
         names = module.split(".")
@@ -167,7 +173,13 @@ class Rule:
             if level is None:
                 reached = list(accumulate(reached, or_))
             else:
-                reached = [False, *(before and level.fullmatch(name) is not None for before, name in zip(reached, names, strict=False))]
+                reached = [
+                    False,
+                    *(
+                        before and level.fullmatch(name) is not None
+                        for before, name in zip(reached, names, strict=False)
+                    ),
+                ]
         return reached[-1]
 
     def __str__(self) -> str:
@@ -187,7 +199,9 @@ class Plan:
         if not self.name:
             raise PlanError("a plan needs a name.")
         if not self.rules:
-            raise PlanError(f'plan "{self.name}" has no rules. Write at least one: "MODULE.PATTERN" = "STYLE".')
+            raise PlanError(
+                f'plan "{self.name}" has no rules. Write at least one: "MODULE.PATTERN" = "STYLE".'
+            )
         patterns = [rule.pattern for rule in self.rules]
         for pattern in patterns:
             if patterns.count(pattern) > 1:
@@ -206,7 +220,9 @@ class Plan:
                 raise PlanError(f'{source}: unknown key "{key}". Allowed: {", ".join(sorted(known))}.')
         rules = table.get("rules")
         if not isinstance(rules, dict):
-            raise PlanError(f'{source}: no [rules] table. Write [rules] and then "MODULE.PATTERN" = "STYLE" lines.')
+            raise PlanError(
+                f'{source}: no [rules] table. Write [rules] and then "MODULE.PATTERN" = "STYLE" lines.'
+            )
         name = table.get("name", source)
         if not isinstance(name, str):
             raise PlanError(f"{source}: name is {name!r:.40}. Write it in quotes.")
@@ -234,7 +250,11 @@ class Plan:
         lines.append("[rules]")
         for rule in self.rules:
             value = rule.style.to_value()
-            shown = "{ " + ", ".join(f"{k} = {_quote(v)}" for k, v in value.items()) + " }" if isinstance(value, dict) else _quote(value)
+            shown = (
+                "{ " + ", ".join(f"{k} = {_quote(v)}" for k, v in value.items()) + " }"
+                if isinstance(value, dict)
+                else _quote(value)
+            )
             lines.append(f"{_quote(rule.pattern)} = {shown}")
         return "\n".join(lines) + "\n"
 
@@ -263,7 +283,10 @@ def suggest(name: str, known: Iterable[str]) -> str:
 @lru_cache(maxsize=1024)
 def _levels(pattern: str) -> tuple[re.Pattern[str] | None, ...]:
     """A pattern's levels, None for `**`. One expression for all would backtrack for ever on some."""
-    return tuple(None if level == "**" else re.compile(re.sub(r"(?:\\\*)+", ".*", re.escape(level))) for level in pattern.split("."))
+    return tuple(
+        None if level == "**" else re.compile(re.sub(r"(?:\\\*)+", ".*", re.escape(level)))
+        for level in pattern.split(".")
+    )
 
 
 def _style_name(value: object) -> StyleName:

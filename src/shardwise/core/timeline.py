@@ -147,7 +147,8 @@ class Timeline:
             ),
             collectives=replace(found, arrival_ns=_shift(found.arrival_ns, offset_ns)),
             windows=tuple(
-                replace(window, start_ns=window.start_ns + offset_ns, end_ns=window.end_ns + offset_ns) for window in self.windows
+                replace(window, start_ns=window.start_ns + offset_ns, end_ns=window.end_ns + offset_ns)
+                for window in self.windows
             ),
         )
 

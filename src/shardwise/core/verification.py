@@ -7,7 +7,9 @@ from shardwise.core.finding import Finding, FindingKind
 
 
 class Verdict(StrEnum):
-    RIGHT = "right"  # outputs, loss, every gradient, and the weights after two steps are the unsharded model's
+    RIGHT = (
+        "right"  # outputs, loss, every gradient, and the weights after two steps are the unsharded model's
+    )
     WRONG = "wrong"  # something of these isn't
     NEARLY_NOTHING = "shards nearly nothing"  # right, because there is little that could be wrong
     CRASHES = "crashes"  # unsharded it runs, under the plan it doesn't

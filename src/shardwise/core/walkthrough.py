@@ -115,9 +115,13 @@ class Matrix:
     def __post_init__(self) -> None:
         widths = {len(row.values) for row in self.rows}
         if len(widths) > 1 or (self.columns and widths - {len(self.columns)}):
-            raise ValueError(f"matrix {self.content}: rows have {sorted(widths)} values and there are {len(self.columns)} columns")
+            raise ValueError(
+                f"matrix {self.content}: rows have {sorted(widths)} values and there are {len(self.columns)} columns"
+            )
         if self.column_owners and len(self.column_owners) != len(self.columns):
-            raise ValueError(f"matrix {self.content}: {len(self.column_owners)} column owners for {len(self.columns)} columns")
+            raise ValueError(
+                f"matrix {self.content}: {len(self.column_owners)} column owners for {len(self.columns)} columns"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +221,9 @@ class Walkthrough:
     def sent_rows(self, phase: Phase) -> tuple[int, int]:
         """(rows, rows of zeros) that all ranks send together in a phase, as far as rows are sent."""
         transfers = self._transfers(phase)
-        return sum(transfer.rows or 0 for transfer in transfers), sum(transfer.zero_rows or 0 for transfer in transfers)
+        return sum(transfer.rows or 0 for transfer in transfers), sum(
+            transfer.zero_rows or 0 for transfer in transfers
+        )
 
     @property
     def agrees(self) -> bool:
@@ -228,5 +234,8 @@ class Walkthrough:
 
     def _transfers(self, phase: Phase) -> tuple[Transfer, ...]:
         return tuple(
-            transfer for step in self.steps if step.phase == phase and step.exchange is not None for transfer in step.exchange.transfers
+            transfer
+            for step in self.steps
+            if step.phase == phase and step.exchange is not None
+            for transfer in step.exchange.transfers
         )

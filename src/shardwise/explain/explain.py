@@ -3,7 +3,14 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from shardwise.core.explanation import CollectiveGroup, CopyGroup, Explanation, HoldingGroup, PhaseTotals, RuleSummary
+from shardwise.core.explanation import (
+    CollectiveGroup,
+    CopyGroup,
+    Explanation,
+    HoldingGroup,
+    PhaseTotals,
+    RuleSummary,
+)
 from shardwise.core.program import (
     Collective,
     Holder,
@@ -47,9 +54,15 @@ def explain(program: Program) -> Explanation:
         copies=_copy_groups(neighbours),
         phases=_phase_totals(items),
         holdings=holdings,
-        rules=tuple(RuleSummary(r.pattern, r.style, len(r.modules), r.modules[0] if r.modules else "") for r in program.rules),
+        rules=tuple(
+            RuleSummary(r.pattern, r.style, len(r.modules), r.modules[0] if r.modules else "")
+            for r in program.rules
+        ),
         sharded_share=sharded_share(program.holdings),
-        held=tuple((kind, program.held(kind)) for kind in (MemoryKind.PARAMETER, MemoryKind.GRADIENT, MemoryKind.OPTIMIZER)),
+        held=tuple(
+            (kind, program.held(kind))
+            for kind in (MemoryKind.PARAMETER, MemoryKind.GRADIENT, MemoryKind.OPTIMIZER)
+        ),
         peak=replace(peak, holders=_grouped_holders(peak)),
         findings=findings_of(program, items, collectives, holdings),
         notes=program.notes,
@@ -74,8 +87,12 @@ def _copies_and_neighbours(items: Sequence[Item]) -> Iterator[_Copy]:
         if not isinstance(op, Op) or op.kind is not OpKind.COPY:
             continue
         before = _near(op, items, places[position + 1 : position + 1 + NEAR])
-        after = None if before is not None else _near(op, items, places[max(0, position - NEAR) : position][::-1])
-        yield _Copy(op, before, after, copy_reason(op, _collective_at(items, before), _collective_at(items, after)))
+        after = (
+            None if before is not None else _near(op, items, places[max(0, position - NEAR) : position][::-1])
+        )
+        yield _Copy(
+            op, before, after, copy_reason(op, _collective_at(items, before), _collective_at(items, after))
+        )
 
 
 def _near(op: Op, items: Sequence[Item], places: Sequence[int]) -> int | None:
@@ -133,7 +150,9 @@ def _copy_groups(copies: Sequence[_Copy]) -> tuple[CopyGroup, ...]:
     for copy in copies:
         op = copy.op
         spec = op.outputs[0] if op.outputs else op.inputs[0]
-        group = CopyGroup(op.name, op.phase, any_layer(op.module), spec.shape, spec.dtype, 1, op.write_bytes, copy.reason)
+        group = CopyGroup(
+            op.name, op.phase, any_layer(op.module), spec.shape, spec.dtype, 1, op.write_bytes, copy.reason
+        )
         groups[group] = groups.get(group, 0) + 1
     found = (replace(group, count=count) for group, count in groups.items())
     return tuple(sorted(found, key=lambda group: -group.total_bytes))

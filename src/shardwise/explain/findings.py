@@ -29,7 +29,10 @@ def sharded_share(holdings: Iterable[Holding]) -> float:
 
 
 def findings_of(
-    program: Program, items: Sequence[Item], collectives: Sequence[CollectiveGroup], holdings: Sequence[HoldingGroup]
+    program: Program,
+    items: Sequence[Item],
+    collectives: Sequence[CollectiveGroup],
+    holdings: Sequence[HoldingGroup],
 ) -> tuple[Finding, ...]:
     """All findings, in the order of the module docstring."""
     return (
@@ -68,14 +71,20 @@ def _advice_for_gradient(holding: HoldingGroup) -> str:
 
 
 def _partial_gradients(holdings: Sequence[HoldingGroup], items: Sequence[Item]) -> Iterator[Finding]:
-    partial = [holding for holding in holdings if holding.grad_placement is not None and Partial() in holding.grad_placement]
+    partial = [
+        holding
+        for holding in holdings
+        if holding.grad_placement is not None and Partial() in holding.grad_placement
+    ]
     if not partial:
         return
     count = sum(holding.count for holding in partial)
     by_phase = Counter(
         item.phase
         for item in items
-        if isinstance(item, Collective) and item.phase in (Phase.CLIP, Phase.OPTIMIZER) and item.call.axis == "tp"
+        if isinstance(item, Collective)
+        and item.phase in (Phase.CLIP, Phase.OPTIMIZER)
+        and item.call.axis == "tp"
     )
     where = " and ".join(f"{number} all-reduces in {phase}" for phase, number in by_phase.items())
     yield Finding(
@@ -101,8 +110,14 @@ def _idle_rules(program: Program) -> Iterator[Finding]:
 def _little_sharded(program: Program) -> Iterator[Finding]:
     share, tp = sharded_share(program.holdings), dict(program.axes).get("tp", 1)
     if tp > 1 and share < ENOUGH_SHARDED:
-        whole = max((h for h in program.holdings if not h.is_sharded), key=lambda h: h.parameter_bytes, default=None)
-        largest = f"; the largest that every rank holds whole is {whole.name}, {size(whole.parameter_bytes)}" if whole else ""
+        whole = max(
+            (h for h in program.holdings if not h.is_sharded), key=lambda h: h.parameter_bytes, default=None
+        )
+        largest = (
+            f"; the largest that every rank holds whole is {whole.name}, {size(whole.parameter_bytes)}"
+            if whole
+            else ""
+        )
         yield Finding(
             FindingKind.LITTLE_IS_SHARDED,
             program.plan,
@@ -120,14 +135,22 @@ def _repeats(program: Program, items: Sequence[Item]) -> Iterator[Finding]:
         names = tuple(dict.fromkeys(_last(item.module) for item in run))
         if len(names) > 1:
             call = run[0].call
-            runs[any_layer(_parent(run[0].module)), names, call.payload_bytes, call.wire_bytes, call.axis_size] += 1
+            runs[
+                any_layer(_parent(run[0].module)), names, call.payload_bytes, call.wire_bytes, call.axis_size
+            ] += 1
         run.clear()
 
     for item in items:
         if not isinstance(item, Collective) or item.phase is not Phase.FORWARD:
             continue
-        is_gather = item.call.kind is CollectiveKind.ALL_GATHER and item.call.axis == "tp" and isinstance(item.before, Shard)
-        if run and not (is_gather and _parent(item.module) == _parent(run[0].module) and item.call == run[0].call):
+        is_gather = (
+            item.call.kind is CollectiveKind.ALL_GATHER
+            and item.call.axis == "tp"
+            and isinstance(item.before, Shard)
+        )
+        if run and not (
+            is_gather and _parent(item.module) == _parent(run[0].module) and item.call == run[0].call
+        ):
             close()
         if is_gather and item.after == Replicate():
             run.append(item)
@@ -171,7 +194,12 @@ def _cancels(items: Sequence[Item]) -> Iterator[Finding]:
                     and (last.before, last.after) == (item.after, item.before)
                     and last.call.payload_bytes == item.call.payload_bytes
                 ):
-                    found[any_layer(last.module), any_layer(item.module), named(last.call.kind), named(item.call.kind)] += 1
+                    found[
+                        any_layer(last.module),
+                        any_layer(item.module),
+                        named(last.call.kind),
+                        named(item.call.kind),
+                    ] += 1
                 last = item
             case Op(kind=kind) if kind not in (OpKind.COPY, OpKind.FILL):
                 last = None

@@ -18,7 +18,11 @@ def carries_out(collective: Collective) -> CollectiveKind:
     is_sum = collective.before == Partial() and isinstance(collective.after, Shard)
     if collective.call.kind is CollectiveKind.ALL_TO_ALL and is_sum and collective.by_data is None:
         return CollectiveKind.REDUCE_SCATTER
-    if collective.call.kind is CollectiveKind.ALL_GATHER and isinstance(collective.before, Shard) and isinstance(collective.after, Shard):
+    if (
+        collective.call.kind is CollectiveKind.ALL_GATHER
+        and isinstance(collective.before, Shard)
+        and isinstance(collective.after, Shard)
+    ):
         return CollectiveKind.ALL_TO_ALL
     return collective.call.kind
 
@@ -110,9 +114,7 @@ def _fsdp_reason(kind: CollectiveKind) -> str:
 def copy_reason(op: Op, before: Collective | None, after: Collective | None) -> str:
     """Why a copy is made. before: the collective that reads it next; after: the one that wrote what it copies."""
     if before is not None and not _is_outer(before.before, before.after):
-        return (
-            f"Blocks for each rank must lie one behind the other for the {named(before.call.kind)}; {_cut(before)} isn't the outermost dim."
-        )
+        return f"Blocks for each rank must lie one behind the other for the {named(before.call.kind)}; {_cut(before)} isn't the outermost dim."
     if before is not None:
         return f"Fills the buffer that the {named(before.call.kind)} sends."
     if after is not None:

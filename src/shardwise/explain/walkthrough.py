@@ -102,7 +102,9 @@ def explain_walkthrough(walkthrough: Walkthrough) -> Explained:
             f"{walkthrough.module}: a toy of it on {reader.T} ranks. Every number below was recorded while the style really ran; none is typed in."
         ),
         ranks=reader.T,
-        steps=tuple(_explained_step(reader, step, *texts[step.phase, step.kind]) for step in walkthrough.steps),
+        steps=tuple(
+            _explained_step(reader, step, *texts[step.phase, step.kind]) for step in walkthrough.steps
+        ),
         summary=_summary(reader),
         agrees=walkthrough.agrees,
     )
@@ -172,7 +174,10 @@ def _numbered_arrivals(matrices: tuple[ExplainedMatrix, ...]) -> tuple[Explained
     """Rows labelled by the order in which they lie in memory, over all matrices."""
     arrivals = count()
     return tuple(
-        replace(matrix, row_labels=tuple(f"arrival {next(arrivals)} · {label}" for label in matrix.row_labels)) for matrix in matrices
+        replace(
+            matrix, row_labels=tuple(f"arrival {next(arrivals)} · {label}" for label in matrix.row_labels)
+        )
+        for matrix in matrices
     )
 
 
@@ -181,7 +186,11 @@ def _caption(reader: Reader, step: Step, panel: Panel, matrix: Matrix) -> str:
     is_self = matrix.peer is not None and matrix.peer == panel.rank
     match matrix.content:
         case Content.PARAMETER:
-            return {"embedding": "its part of the table", "linear": "its part of the weight", "norm": "the weight"}.get(kind, "its logits")
+            return {
+                "embedding": "its part of the table",
+                "linear": "its part of the weight",
+                "norm": "the weight",
+            }.get(kind, "its logits")
         case Content.INPUT:
             return "input"
         case Content.IDS:
@@ -264,7 +273,9 @@ def _summary(reader: Reader) -> Summary:
         for held in walkthrough.held
     ]
     formulas = formula_bytes(walkthrough)
-    rows.append(("formula", _KEPT[walkthrough.subject], *(_formula_text(formula) for formula in formulas), "as kept"))
+    rows.append(
+        ("formula", _KEPT[walkthrough.subject], *(_formula_text(formula) for formula in formulas), "as kept")
+    )
     equal = (
         "Output and every gradient are equal to the unsharded module's."
         if walkthrough.agrees
@@ -330,7 +341,9 @@ def _formula_text(formula: Formula) -> str:
     if not formula.bytes:
         return "0 B"
     bytes_ = f"{formula.bytes:g} B"
-    return f"by the text; bound {formula.text} = {bytes_}" if formula.is_bound else f"{formula.text} = {bytes_}"
+    return (
+        f"by the text; bound {formula.text} = {bytes_}" if formula.is_bound else f"{formula.text} = {bytes_}"
+    )
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -2,7 +2,17 @@
 
 from collections.abc import Callable, Iterable
 
-from shardwise.core.walkthrough import Content, Exchange, Matrix, Panel, Phase, Role, Row, StepKind, Walkthrough
+from shardwise.core.walkthrough import (
+    Content,
+    Exchange,
+    Matrix,
+    Panel,
+    Phase,
+    Role,
+    Row,
+    StepKind,
+    Walkthrough,
+)
 
 FORWARD, BACKWARD = Phase.FORWARD, Phase.BACKWARD
 
@@ -24,16 +34,28 @@ class Reader:
         return next(matrix for matrix in (*panel.holds, *panel.gets) if matrix.content is content)
 
     def ids(self) -> list[int]:
-        return [row.item for row in self.matrix(StepKind.INPUT, FORWARD, 0, Content.IDS).rows if row.item is not None]
+        return [
+            row.item
+            for row in self.matrix(StepKind.INPUT, FORWARD, 0, Content.IDS).rows
+            if row.item is not None
+        ]
 
     def kept_items(self, rank: int) -> list[int]:
-        return [row.item for row in self.matrix(StepKind.CUT, FORWARD, rank, Content.PARAMETER).rows if row.item is not None]
+        return [
+            row.item
+            for row in self.matrix(StepKind.CUT, FORWARD, rank, Content.PARAMETER).rows
+            if row.item is not None
+        ]
 
     def kept_columns(self, rank: int) -> tuple[int, ...]:
         return self.matrix(StepKind.CUT, FORWARD, rank, Content.PARAMETER).columns
 
     def result_tokens(self, rank: int) -> list[int]:
-        return [row.token for row in self.matrix(StepKind.RESULT, FORWARD, rank, Content.OUTPUT).rows if row.token is not None]
+        return [
+            row.token
+            for row in self.matrix(StepKind.RESULT, FORWARD, rank, Content.OUTPUT).rows
+            if row.token is not None
+        ]
 
     def each(self, text: Callable[[int], str]) -> str:
         """`rank 0 TEXT, rank 1 TEXT and rank 2 TEXT`."""
@@ -83,7 +105,11 @@ class Reader:
             for rank in self.ranks
             for row in self.matrix(StepKind.GRADIENT_IN, BACKWARD, rank, Content.OUTPUT_GRADIENT).rows
         }
-        rows = (row for rank in self.ranks for row in self.matrix(StepKind.GRADIENT, BACKWARD, rank, Content.GRADIENT).rows)
+        rows = (
+            row
+            for rank in self.ranks
+            for row in self.matrix(StepKind.GRADIENT, BACKWARD, rank, Content.GRADIENT).rows
+        )
         total = next(row.values[0] for row in rows if row.item == item)
         terms = " + ".join(number(given[token]) for token in tokens)
         return (
@@ -99,7 +125,11 @@ class Reader:
     def wire_rows(self, phase: Phase) -> str:
         rows, zeros = self.walkthrough.sent_rows(phase)
         text = f"{count_of(rows, 'row')} cross{'es' if rows == 1 else ''} the wire, {self.total_bytes(phase)} bytes in all"
-        return f"{text}, and {zeros} of them {'is' if zeros == 1 else 'are'} nothing but zeros" if zeros else text
+        return (
+            f"{text}, and {zeros} of them {'is' if zeros == 1 else 'are'} nothing but zeros"
+            if zeros
+            else text
+        )
 
     def total_bytes(self, phase: Phase) -> int:
         return sum(self.walkthrough.sent_bytes(rank, phase) for rank in self.ranks)

@@ -6,7 +6,16 @@ Every number in a sentence is read from the record; what is said about a style i
 from collections.abc import Callable
 
 from shardwise.core.walkthrough import Content, Phase, Role, StepKind, Subject
-from shardwise.explain.walkthrough_reader import BACKWARD, FORWARD, Reader, capital, commas, count_of, number, numbered
+from shardwise.explain.walkthrough_reader import (
+    BACKWARD,
+    FORWARD,
+    Reader,
+    capital,
+    commas,
+    count_of,
+    number,
+    numbered,
+)
 
 Text = tuple[str, tuple[str, ...]]
 Texts = dict[tuple[Phase, StepKind], Text]
@@ -214,7 +223,9 @@ def _routed(reader: Reader) -> Texts:
         ),
         (BACKWARD, StepKind.EXCHANGE): (
             "Send the sums back to the owners",
-            (f"The same way in the other direction: each rank sends what it received. {capital(reader.wire_rows(BACKWARD))}.",),
+            (
+                f"The same way in the other direction: each rank sends what it received. {capital(reader.wire_rows(BACKWARD))}.",
+            ),
         ),
         (BACKWARD, StepKind.GRADIENT): _row_gradient(reader),
     }
@@ -225,7 +236,9 @@ def _replicated(reader: Reader) -> Texts:
     return {
         (FORWARD, StepKind.CUT): (
             "The table is not cut",
-            (f"Every rank keeps all {reader.sizes.vocabulary} rows: {whole} bytes on each of {reader.T} ranks.",),
+            (
+                f"Every rank keeps all {reader.sizes.vocabulary} rows: {whole} bytes on each of {reader.T} ranks.",
+            ),
         ),
         (FORWARD, StepKind.INPUT): _embedding_start(reader),
         (FORWARD, StepKind.OWNERS): (
@@ -275,7 +288,9 @@ def _linear_colwise(reader: Reader) -> Texts:
         ),
         (FORWARD, StepKind.EXCHANGE): (
             "Everyone gets all the tokens",
-            (f"An all-gather along the sequence: each rank sends its tokens to all others. {capital(reader.wire_rows(FORWARD))}.",),
+            (
+                f"An all-gather along the sequence: each rank sends its tokens to all others. {capital(reader.wire_rows(FORWARD))}.",
+            ),
         ),
         (FORWARD, StepKind.RESULT): (
             "Each rank computes its own outputs, whole",
@@ -289,11 +304,15 @@ def _linear_colwise(reader: Reader) -> Texts:
         ),
         (BACKWARD, StepKind.COMPUTE): (
             "Each rank has a part of the input's gradient",
-            ("A token went into the outputs of all ranks. Each rank knows what comes back from its own outputs: one summand.",),
+            (
+                "A token went into the outputs of all ranks. Each rank knows what comes back from its own outputs: one summand.",
+            ),
         ),
         (BACKWARD, StepKind.EXCHANGE): (
             "Add up the parts, and keep your tokens",
-            (f"A reduce-scatter: forward copied to all, so backward sums from all. {capital(reader.wire_rows(BACKWARD))}.",),
+            (
+                f"A reduce-scatter: forward copied to all, so backward sums from all. {capital(reader.wire_rows(BACKWARD))}.",
+            ),
         ),
         (BACKWARD, StepKind.INPUT_GRADIENT): (
             "The gradient of the input, for the own tokens",
@@ -301,7 +320,9 @@ def _linear_colwise(reader: Reader) -> Texts:
         ),
         (BACKWARD, StepKind.GRADIENT): (
             "The gradient of the weight is local already",
-            ("Each rank saw all tokens and the gradient of its own outputs: all that its rows need. Nothing more is sent.",),
+            (
+                "Each rank saw all tokens and the gradient of its own outputs: all that its rows need. Nothing more is sent.",
+            ),
         ),
     }
 
@@ -318,11 +339,15 @@ def _linear_rowwise(reader: Reader) -> Texts:
         ),
         (FORWARD, StepKind.INPUT): (
             "Each rank has some features of every token",
-            ("That is what a colwise layer before it leaves: the two fit without any exchange between them.",),
+            (
+                "That is what a colwise layer before it leaves: the two fit without any exchange between them.",
+            ),
         ),
         (FORWARD, StepKind.COMPUTE): (
             "Each rank computes a part of every sum",
-            ("An output is a sum over all features, and a rank has only some of them. So what it has is one summand of every output.",),
+            (
+                "An output is a sum over all features, and a rank has only some of them. So what it has is one summand of every output.",
+            ),
         ),
         (FORWARD, StepKind.EXCHANGE): (
             "Add up over the ranks, and keep your part of the sequence",
@@ -337,19 +362,27 @@ def _linear_rowwise(reader: Reader) -> Texts:
         ),
         (BACKWARD, StepKind.GRADIENT_IN): (
             "Backward: the gradient of the output comes in",
-            ("Each rank is given the gradient of its own tokens only, but its piece of the weight worked on all tokens.",),
+            (
+                "Each rank is given the gradient of its own tokens only, but its piece of the weight worked on all tokens.",
+            ),
         ),
         (BACKWARD, StepKind.EXCHANGE): (
             "Everyone gets everyone's gradients",
-            (f"An all-gather along the sequence: forward summed, so backward copies. {capital(reader.wire_rows(BACKWARD))}.",),
+            (
+                f"An all-gather along the sequence: forward summed, so backward copies. {capital(reader.wire_rows(BACKWARD))}.",
+            ),
         ),
         (BACKWARD, StepKind.INPUT_GRADIENT): (
             "The gradient of the own features",
-            ("Each rank's columns give the gradient of just the features that it had. It stays cut, as the layer before wants it.",),
+            (
+                "Each rank's columns give the gradient of just the features that it had. It stays cut, as the layer before wants it.",
+            ),
         ),
         (BACKWARD, StepKind.GRADIENT): (
             "The gradient of the weight is local",
-            ("Each rank has its features and the gradient of all tokens: all that its columns need. Nothing more is sent.",),
+            (
+                "Each rank has its features and the gradient of all tokens: all that its columns need. Nothing more is sent.",
+            ),
         ),
     }
 
@@ -366,7 +399,9 @@ def _norm(reader: Reader) -> Texts:
         ),
         (FORWARD, StepKind.RESULT): (
             "Norm your own tokens: nothing is sent",
-            ("Each rank does 1/T of the work and keeps 1/T of the activations. The result is what the unsharded module gives.",),
+            (
+                "Each rank does 1/T of the work and keeps 1/T of the activations. The result is what the unsharded module gives.",
+            ),
         ),
         (BACKWARD, StepKind.GRADIENT_IN): (
             "Backward: the gradient of the own tokens comes in",
@@ -449,7 +484,9 @@ def _loss(reader: Reader) -> Texts:
 def _token_result(reader: Reader) -> Text:
     return (
         "Whole rows for the own tokens",
-        (f"{capital(reader.spans('has', reader.result_tokens, 'token'))}. The unsharded module gives the same rows for the same ids.",),
+        (
+            f"{capital(reader.spans('has', reader.result_tokens, 'token'))}. The unsharded module gives the same rows for the same ids.",
+        ),
     )
 
 

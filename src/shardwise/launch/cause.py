@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from shardwise.core import errors
 
 # What gloo and the store say when the other side is gone (gloo/transport/tcp/pair.cc and the system's own texts).
-_LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+_LOST_CONNECTION = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Connection refused",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +43,11 @@ class Failure:
         return None
 
     def __str__(self) -> str:
-        return f"{self.class_names[0]}: {_first_line(self.message)}" if _first_line(self.message) else self.class_names[0]
+        return (
+            f"{self.class_names[0]}: {_first_line(self.message)}"
+            if _first_line(self.message)
+            else self.class_names[0]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +65,12 @@ class BadEnd:
     @property
     def is_killed(self) -> bool:
         """By a signal from outside or a crash. Not SIGABRT: that is also how PyTorch ends a rank whose peer is gone."""
-        return self.failure is None and self.exit_code is not None and self.exit_code < 0 and -self.exit_code != signal.SIGABRT
+        return (
+            self.failure is None
+            and self.exit_code is not None
+            and self.exit_code < 0
+            and -self.exit_code != signal.SIGABRT
+        )
 
     @property
     def _weight(self) -> int:
@@ -77,13 +91,19 @@ def error_for(end: BadEnd, *, world_size: int, note: str | None, log: str | None
     others = " The other ranks were stopped." if world_size > 1 else ""
     output = f" Its output: {log}" if log else ""
     if end.failure is not None:
-        return end.failure.as_shardwise_error() or errors.RunError(f"rank {end.rank} failed: {end.failure}{during}.{output}")
+        return end.failure.as_shardwise_error() or errors.RunError(
+            f"rank {end.rank} failed: {end.failure}{during}.{output}"
+        )
     assert end.exit_code is not None
     if end.exit_code < 0:
         number = -end.exit_code
         hint = " If memory ran out, use a smaller --batch or --seq." if number == signal.SIGKILL else ""
-        return errors.RunError(f"rank {end.rank} was killed by {_signal_name(number)} (signal {number}){during}.{others}{hint}{output}")
-    return errors.RunError(f"rank {end.rank} ended with exit code {end.exit_code} and no result{during}.{others}{output}")
+        return errors.RunError(
+            f"rank {end.rank} was killed by {_signal_name(number)} (signal {number}){during}.{others}{hint}{output}"
+        )
+    return errors.RunError(
+        f"rank {end.rank} ended with exit code {end.exit_code} and no result{during}.{others}{output}"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,9 @@ def device_of(device_type: str, local_rank: int) -> "torch.device":
     return torch.device("cuda", local_rank) if device_type == "cuda" else torch.device(device_type)
 
 
-def join_group(store: "Store", device: "torch.device", *, rank: int, world_size: int, timeout_s: float) -> None:
+def join_group(
+    store: "Store", device: "torch.device", *, rank: int, world_size: int, timeout_s: float
+) -> None:
     """Joins the default process group through store; on cuda makes device the current one. Waits for all ranks."""
     import torch
     from torch import distributed

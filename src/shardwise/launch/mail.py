@@ -54,7 +54,9 @@ class Outbox:
         with self._lock:
             for start in range(0, len(data), PIECE_BYTES):
                 end = start + PIECE_BYTES
-                self._store.queue_push(_QUEUE, _PIECE_HEADER.pack(self._rank, end >= len(data)) + data[start:end])
+                self._store.queue_push(
+                    _QUEUE, _PIECE_HEADER.pack(self._rank, end >= len(data)) + data[start:end]
+                )
 
     def flush(self) -> None:
         """Returns when the store has what was sent: a push doesn't wait for an answer, a query on the same connection does."""

@@ -131,7 +131,9 @@ class _Ranks:
                     )
                 )
         except OSError as error:
-            raise RunError(f"rank {assignment.rank} can't be started: {error}. Free memory or processes, or use fewer ranks.") from error
+            raise RunError(
+                f"rank {assignment.rank} can't be started: {error}. Free memory or processes, or use fewer ranks."
+            ) from error
         self._heard_s = time.monotonic()
 
     def look(self, on_event: Callable[[bytes], None]) -> None:
@@ -170,9 +172,13 @@ class _Ranks:
             if cause.is_killed or now_s - self._failed_s >= _SETTLE_S:
                 raise self._error(cause)
             return
-        limit_s = self._timeout_s if len(self._ready) == len(self._processes) else max(self._timeout_s, START_S)
+        limit_s = (
+            self._timeout_s if len(self._ready) == len(self._processes) else max(self._timeout_s, START_S)
+        )
         if now_s - self._heard_s >= limit_s:
-            raise stall_error({rank: self._silence(rank) for rank in range(len(self._processes))}, silent_s=limit_s)
+            raise stall_error(
+                {rank: self._silence(rank) for rank in range(len(self._processes))}, silent_s=limit_s
+            )
 
     def _error(self, cause: BadEnd) -> ShardwiseError:
         latest = max(self._notes.values(), key=lambda mail: mail.sent_s, default=None)
@@ -221,7 +227,9 @@ def _environment(assignment: Assignment, threads_per_rank: int) -> dict[str, str
         defaults["THP_MEM_ALLOC_ENABLE"] = "1"
     if assignment.device_type == "cpu":
         # Otherwise gloo looks up the host's own name, which may be slow, wrong or unknown.
-        defaults |= [("GLOO_SOCKET_IFNAME", name) for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+        defaults |= [
+            ("GLOO_SOCKET_IFNAME", name) for _, name in socket.if_nameindex() if name in ("lo", "lo0")
+        ]
     threads = {"OMP_NUM_THREADS": str(threads_per_rank), "MKL_NUM_THREADS": str(threads_per_rank)}
     path = {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
     return {**defaults, **os.environ, **threads, **path, **assignment.environment()}
@@ -259,7 +267,9 @@ def _logs(log_dir: Path | None, world_size: int) -> Iterator[list[Path]]:
         for log in logs:
             log.touch()
     except OSError as error:
-        raise RunError(f"the ranks' logs can't be written: {error}. Choose another folder, or make room.") from error
+        raise RunError(
+            f"the ranks' logs can't be written: {error}. Choose another folder, or make room."
+        ) from error
     named = False
     try:
         yield logs

@@ -16,7 +16,9 @@ def host() -> tuple["Store", int]:
 
     listening = socket.create_server((_LOOPBACK, 0))
     port = listening.getsockname()[1]
-    return TCPStore(_LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()), port
+    return TCPStore(
+        _LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+    ), port
 
 
 def connect(port: int, *, timeout_s: float) -> "Store":

@@ -77,7 +77,9 @@ def run(
     owns_group = not distributed.is_initialized()
     try:
         if owns_group:
-            join_group(PrefixStore("group", store), device, rank=rank, world_size=world_size, timeout_s=timeout_s)
+            join_group(
+                PrefixStore("group", store), device, rank=rank, world_size=world_size, timeout_s=timeout_s
+            )
         context = RankContext(
             rank=rank,
             world_size=world_size,
@@ -103,7 +105,9 @@ def run(
     return results
 
 
-def _gather(inbox: Inbox, world_size: int, timeout_s: float, on_event: Callable[[bytes], None]) -> list[bytes]:
+def _gather(
+    inbox: Inbox, world_size: int, timeout_s: float, on_event: Callable[[bytes], None]
+) -> list[bytes]:
     results: dict[int, bytes] = {}
     deadline_s = time.monotonic() + timeout_s
     while len(results) < world_size:

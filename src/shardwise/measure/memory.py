@@ -25,7 +25,12 @@ def kept_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int,
     """(parameters, gradients, optimizer state) of this rank."""
     parameters = sum(local_bytes(parameter) for parameter in model.parameters())
     gradients = sum(local_bytes(p.grad) for p in model.parameters() if p.grad is not None)
-    states = sum(local_bytes(value) for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    states = sum(
+        local_bytes(value)
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    )
     return parameters, gradients, states
 
 

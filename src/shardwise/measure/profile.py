@@ -59,13 +59,17 @@ def record_profile(folder: str | Path, model: nn.Module | None = None) -> Iterat
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            profiler = stack.enter_context(profile(activities=activities, record_shapes=True, acc_events=True))
+            profiler = stack.enter_context(
+                profile(activities=activities, record_shapes=True, acc_events=True)
+            )
             if model is not None:
                 stack.enter_context(_marked(model))
             yield StepRecorder(device)
         profiler.export_chrome_trace(str(path))
     except OSError as error:
-        raise RunError(f"can't write {path}: {error.strerror or error}. Free space there, or choose another folder.") from None
+        raise RunError(
+            f"can't write {path}: {error.strerror or error}. Free space there, or choose another folder."
+        ) from None
 
 
 @contextmanager

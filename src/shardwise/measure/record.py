@@ -27,7 +27,14 @@ def traffic(calls: Sequence[CollectiveCall]) -> tuple[Traffic, ...]:
     for call in calls:
         groups.setdefault((call.kind, call.axis, call.phase), []).append(call)
     return tuple(
-        Traffic(kind, axis, phase, len(group), sum(c.payload_bytes for c in group), sum(c.wire_bytes for c in group))
+        Traffic(
+            kind,
+            axis,
+            phase,
+            len(group),
+            sum(c.payload_bytes for c in group),
+            sum(c.wire_bytes for c in group),
+        )
         for (kind, axis, phase), group in groups.items()
     )
 

@@ -168,7 +168,12 @@ class Subject:
 
     def _kept_tensors(self) -> list[Tensor]:
         kept: list[Tensor] = [parameter.detach() for parameter in self.model.parameters()]
-        kept += [value for state in self._step.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        kept += [
+            value
+            for state in self._step.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        ]
         local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in kept]
         return [tensor for tensor in local if tensor.device.type == self.device.type and tensor.numel()]
 
@@ -197,7 +202,9 @@ class ModuleAlone:
             before.remove()
             after.remove()
         if self._grad is None:
-            raise OptionError(f"--module {name}: takes no part in the forward, or gives no single tensor. Choose another module.")
+            raise OptionError(
+                f"--module {name}: takes no part in the forward, or gives no single tensor. Choose another module."
+            )
 
     def _take_inputs(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._args = tuple(_leaf(value) for value in args)
@@ -207,10 +214,17 @@ class ModuleAlone:
         if isinstance(output, Tensor):
             generator = torch.Generator(output.device).manual_seed(0)
             local = output.to_local() if isinstance(output, DTensor) else output
-            grad = torch.empty(local.shape, dtype=local.dtype, device=local.device).normal_(generator=generator)
+            grad = torch.empty(local.shape, dtype=local.dtype, device=local.device).normal_(
+                generator=generator
+            )
             if isinstance(output, DTensor):
                 grad = DTensor.from_local(
-                    grad, output.device_mesh, output.placements, run_check=False, shape=output.shape, stride=output.stride()
+                    grad,
+                    output.device_mesh,
+                    output.placements,
+                    run_check=False,
+                    shape=output.shape,
+                    stride=output.stride(),
                 )
             self._grad = grad
 

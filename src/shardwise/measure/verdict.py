@@ -36,7 +36,9 @@ def noise_of(measurements: Sequence[Measurement], found: Sequence[Standing]) -> 
     return next((s.ratio for m, s in zip(measurements, found, strict=True) if m.repeats is not None), None)
 
 
-def verdict(measurements: Sequence[Measurement], found: Sequence[Standing], *, what: str, backend: str) -> tuple[str, ...]:
+def verdict(
+    measurements: Sequence[Measurement], found: Sequence[Standing], *, what: str, backend: str
+) -> tuple[str, ...]:
     """One sentence per plan against the first, the noise floor, and on gloo why the ranking need not hold elsewhere."""
     noise = noise_of(measurements, found)
     first = found[0].label
@@ -65,7 +67,9 @@ def verdict(measurements: Sequence[Measurement], found: Sequence[Standing], *, w
 def _module_lines(measurements: Sequence[Measurement], found: Sequence[Standing]) -> list[str]:
     """The module timed alone beside whole steps: where the plans differ most, and least hidden by the rest."""
     module = next((m.module_times.module for m in measurements if m.module_times is not None), None)
-    noise = next((s.module_ratio for m, s in zip(measurements, found, strict=True) if m.repeats is not None), None)
+    noise = next(
+        (s.module_ratio for m, s in zip(measurements, found, strict=True) if m.repeats is not None), None
+    )
     return [
         f"{module} alone: " + _against(s.label, found[0].label, s.module_ratio, noise, "forward and backward")
         for m, s in zip(measurements, found, strict=True)
@@ -98,7 +102,11 @@ def notes(measurements: Sequence[Measurement]) -> tuple[str, ...]:
 
 def _pairwise_reduce_scatter(m: Measurement) -> bool:
     kinds = {use.kind for use in m.collectives}
-    return m.engine == "native" and CollectiveKind.ALL_TO_ALL in kinds and CollectiveKind.REDUCE_SCATTER not in kinds
+    return (
+        m.engine == "native"
+        and CollectiveKind.ALL_TO_ALL in kinds
+        and CollectiveKind.REDUCE_SCATTER not in kinds
+    )
 
 
 def _against(label: str, first: str, ratio: Ratio, noise: Ratio | None, what: str) -> str:

@@ -11,7 +11,9 @@ def parse_changes(query: str, name: str) -> dict[str, int | float | bool]:
         key, equals, text = part.partition("=")
         value = _number(text.strip())
         if not equals or not key.strip() or value is None:
-            raise ModelError(f'model "{name}": can\'t read "{shown(part)}". Write KEY=VALUE with a number, true or false.')
+            raise ModelError(
+                f'model "{name}": can\'t read "{shown(part)}". Write KEY=VALUE with a number, true or false.'
+            )
         changes[key.strip()] = value
     return changes
 

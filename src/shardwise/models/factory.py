@@ -68,7 +68,9 @@ class FactoryModel:
         """Only its author knows what may be smaller."""
         return
 
-    def build(self, *, dtype: torch.dtype, device: torch.device | str = "meta", mesh: "DeviceMesh | None" = None) -> nn.Module:
+    def build(
+        self, *, dtype: torch.dtype, device: torch.device | str = "meta", mesh: "DeviceMesh | None" = None
+    ) -> nn.Module:
         """What the factory returns. Raises ModelError where it raises, returns no module, or needs a mesh and gets none."""
         given: dict[str, object] = {}
         if "dtype" in self.takes:
@@ -76,7 +78,9 @@ class FactoryModel:
         if mesh is not None and self.takes_mesh:
             given["mesh"] = mesh
         elif self.needs_mesh:
-            raise ModelError(f'model "{self.name}": the factory takes a mesh, and there is none. Give it a default: mesh=None.')
+            raise ModelError(
+                f'model "{self.name}": the factory takes a mesh, and there is none. Give it a default: mesh=None.'
+            )
         try:
             with torch.device(device), default_dtype(dtype):
                 model = self.factory(**given)
@@ -85,7 +89,9 @@ class FactoryModel:
                 f'model "{self.name}": the factory raised {told(error)} Call it by itself, under torch.device("meta"), to see where.'
             ) from None
         if not isinstance(model, nn.Module):
-            raise ModelError(f'model "{self.name}": the factory returned {shown(type(model).__name__)}. Return an nn.Module.')
+            raise ModelError(
+                f'model "{self.name}": the factory returned {shown(type(model).__name__)}. Return an nn.Module.'
+            )
         if _is_hugging_face(model):
             from shardwise.models.hugging_face import give_logits
 
@@ -106,14 +112,22 @@ def find_factory(text: str) -> FactoryModel:
     """Imports the module and looks at the factory, which isn't called yet. Raises ModelError."""
     name = shown(text)
     module_name, _, path = text.partition(":")
-    if len(text) > 500 or not all(part.isidentifier() for part in (*module_name.split("."), *path.split("."))):
-        raise ModelError(f'model "{name}": not of the form package.module:factory, a module to import and a function in it.')
+    if len(text) > 500 or not all(
+        part.isidentifier() for part in (*module_name.split("."), *path.split("."))
+    ):
+        raise ModelError(
+            f'model "{name}": not of the form package.module:factory, a module to import and a function in it.'
+        )
     found: object = _import(module_name, name)
     for part in path.split("."):
         if not hasattr(found, part):
-            near = difflib.get_close_matches(part, [own for own in dir(found) if not own.startswith("_")], n=1, cutoff=0.5)
+            near = difflib.get_close_matches(
+                part, [own for own in dir(found) if not own.startswith("_")], n=1, cutoff=0.5
+            )
             hint = f' Did you mean "{near[0]}"?' if near else ""
-            raise ModelError(f'model "{name}": {module_name} has no "{part}".{hint} Name a function that returns an nn.Module.')
+            raise ModelError(
+                f'model "{name}": {module_name} has no "{part}".{hint} Name a function that returns an nn.Module.'
+            )
         found = getattr(found, part)
     if isinstance(found, nn.Module) or not callable(found):
         raise ModelError(
@@ -130,12 +144,18 @@ def _import(module_name: str, name: str) -> object:
     try:
         return importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
+        if (
+            isinstance(error, ModuleNotFoundError)
+            and error.name is not None
+            and f"{module_name}.".startswith(f"{error.name}.")
+        ):
             raise ModelError(
                 f'model "{name}": no module "{error.name}" in this folder or among the installed packages. Run it from the folder of your '
                 "code, or install your package."
             ) from None
-        raise ModelError(f'model "{name}": importing {module_name} raised {told(error)} Try: python -c "import {module_name}".') from None
+        raise ModelError(
+            f'model "{name}": importing {module_name} raised {told(error)} Try: python -c "import {module_name}".'
+        ) from None
 
 
 def _parameters(factory: Callable[..., object], name: str) -> tuple[frozenset[str], bool]:

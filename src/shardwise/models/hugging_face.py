@@ -35,7 +35,12 @@ _SIZE = re.compile(r"size|dim|vocab|token|theta|base|width|hidden_per")
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 _DROPPED = frozenset(
     {"auto_map", "dtype", "torch_dtype", "quantization_config", "use_pretrained_backbone", "kernel_config"}
-    | {f"{before}{key}{after}" for key in _IMPLEMENTATIONS for before in ("", "_") for after in ("", "_internal")}
+    | {
+        f"{before}{key}{after}"
+        for key in _IMPLEMENTATIONS
+        for before in ("", "_")
+        for after in ("", "_internal")
+    }
 )
 _DEPTH = "num_hidden_layers"
 
@@ -73,7 +78,9 @@ class HuggingFaceModel:
         found = []
         dropout = _dropout(self.config)
         if dropout:
-            found.append(f"Dropout is on, as in training: {', '.join(f'{key} {value:g}' for key, value in dropout.items())}.")
+            found.append(
+                f"Dropout is on, as in training: {', '.join(f'{key} {value:g}' for key, value in dropout.items())}."
+            )
         if self.is_quantized:
             found.append("quantization_config is left out: the weights are of the dtype that was asked for.")
         if self.has_experts:
@@ -87,12 +94,18 @@ class HuggingFaceModel:
     def has_experts(self) -> bool:
         """Whether transformers lets an implementation of its experts be chosen."""
         return _model_class(self.config)._can_set_experts_implementation() and any(
-            "expert" in key and isinstance(value, int) and value > 1 for part in _parts(self.config) for key, value in vars(part).items()
+            "expert" in key and isinstance(value, int) and value > 1
+            for part in _parts(self.config)
+            for key, value in vars(part).items()
         )
 
     def small(self, tp: int) -> "HuggingFaceModel":
         """The twin of models/small.py. Raises ModelError where its own class refuses it."""
-        config = _tried(lambda: type(self.config).from_dict(small_values(self.config, tp)), self.name, "refuses its small twin")
+        config = _tried(
+            lambda: type(self.config).from_dict(small_values(self.config, tp)),
+            self.name,
+            "refuses its small twin",
+        )
         return HuggingFaceModel(self.name, config, self.is_quantized)
 
     def build(self, *, dtype: torch.dtype, device: torch.device | str = "meta") -> nn.Module:
@@ -109,7 +122,9 @@ class HuggingFaceModel:
 
         def make() -> nn.Module:
             with _few_modules(self.name), torch.device(device):
-                model: nn.Module = AutoModelForCausalLM.from_config(deepcopy(self.config), dtype=dtype, trust_remote_code=False, **chosen)
+                model: nn.Module = AutoModelForCausalLM.from_config(
+                    deepcopy(self.config), dtype=dtype, trust_remote_code=False, **chosen
+                )
             return model
 
         model = _tried(make, self.name, "can't build it")
@@ -134,17 +149,23 @@ def find_hugging_face(text: str) -> HuggingFaceModel:
     name = shown(text)
     target, has_query, query = text.removeprefix("hf:").partition("?")
     if not target:
-        raise ModelError(f'model "{name}": hf: wants a model type, such as hf:qwen3, or the path of a config.json.')
+        raise ModelError(
+            f'model "{name}": hf: wants a model type, such as hf:qwen3, or the path of a config.json.'
+        )
     changes = parse_changes(query, name) if has_query else {}
     is_path = "/" in target or "\\" in target or target.endswith(".json") or target in (".", "..")
     values = _read_config(target, name) if is_path else {}
     model_type = values.pop("model_type", None) if is_path else target
     if not isinstance(model_type, str):
-        raise ModelError(f'model "{name}": the file has no "model_type". Give the config.json of a Hugging Face model.')
+        raise ModelError(
+            f'model "{name}": the file has no "model_type". Give the config.json of a Hugging Face model.'
+        )
     config_class = _config_class(model_type, name)
     dropped = _drop(values)
     _check_counts(values, name)
-    config = _tried(lambda: _configured(config_class, values, changes, name), name, "refuses its configuration")
+    config = _tried(
+        lambda: _configured(config_class, values, changes, name), name, "refuses its configuration"
+    )
     return HuggingFaceModel(name, config, is_quantized="quantization_config" in dropped)
 
 
@@ -165,7 +186,9 @@ def _config_class(model_type: str, name: str) -> Any:
     if model_type not in known:
         what = "is no causal language model" if model_type in CONFIG_MAPPING else "isn't known"
         hint = suggest(model_type[:80], known)
-        raise ModelError(f'model "{name}": type "{shown(model_type)}" {what} in transformers {__version__}.{hint}')
+        raise ModelError(
+            f'model "{name}": type "{shown(model_type)}" {what} in transformers {__version__}.{hint}'
+        )
     return CONFIG_MAPPING[model_type]
 
 
@@ -174,7 +197,9 @@ def _need_transformers(name: str) -> None:
         import transformers.models.auto.modeling_auto  # noqa: F401
     except ImportError as error:
         if getattr(error, "name", None) in ("transformers", None) or "transformers" in str(error):
-            raise ModelError(f"model \"{name}\": transformers isn't installed. Try: pip install 'shardwise[hf]'.") from None
+            raise ModelError(
+                f"model \"{name}\": transformers isn't installed. Try: pip install 'shardwise[hf]'."
+            ) from None
         raise ModelError(f'model "{name}": transformers can\'t be imported: {told(error)}') from None
 
 
@@ -193,9 +218,13 @@ def _read_config(target: str, name: str) -> dict[str, Any]:
         with path.open("rb") as file:
             data = file.read(MAX_CONFIG_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise ModelError(f'model "{name}": {getattr(error, "strerror", None) or shown(error)}. Give the path of a config.json.') from None
+        raise ModelError(
+            f'model "{name}": {getattr(error, "strerror", None) or shown(error)}. Give the path of a config.json.'
+        ) from None
     if len(data) > MAX_CONFIG_BYTES:
-        raise ModelError(f'model "{name}": larger than {MAX_CONFIG_BYTES >> 20} MiB, which no config.json is.')
+        raise ModelError(
+            f'model "{name}": larger than {MAX_CONFIG_BYTES >> 20} MiB, which no config.json is.'
+        )
     try:
         values = json.loads(data)
     except RecursionError:
@@ -218,7 +247,9 @@ def _drop(values: dict[str, Any]) -> set[str]:
     return found
 
 
-def _configured(config_class: Any, values: dict[str, Any], changes: Mapping[str, int | float | bool], name: str) -> Any:
+def _configured(
+    config_class: Any, values: dict[str, Any], changes: Mapping[str, int | float | bool], name: str
+) -> Any:
     if not changes:
         return config_class.from_dict(values)
     known = config_class.from_dict(deepcopy(values)) if values else config_class()
@@ -255,7 +286,9 @@ def _resolve(config: Any, key: str, name: str) -> list[str]:
 
 def _no_such_key(config: Any, key: str, name: str) -> ModelError:
     known = {*_keys(config), *config.attribute_map, *_keys(_language_part(config)[1])}
-    return ModelError(f'model "{name}": a {config.model_type} configuration has no "{shown(key)}".{suggest(key[:80], sorted(known))}')
+    return ModelError(
+        f'model "{name}": a {config.model_type} configuration has no "{shown(key)}".{suggest(key[:80], sorted(known))}'
+    )
 
 
 def _keys(config: Any) -> set[str]:
@@ -287,7 +320,9 @@ def _cut_lists(part: Any, place: dict[str, Any], n_layers: int, name: str) -> No
     for key, value in place.items():
         if isinstance(value, list) and len(value) == before:
             if n_layers > before:
-                raise ModelError(f'model "{name}": {key} has an entry for each of {before} layers, so there can be no more than those.')
+                raise ModelError(
+                    f'model "{name}": {key} has an entry for each of {before} layers, so there can be no more than those.'
+                )
             place[key] = value[:n_layers]
 
 
@@ -301,7 +336,9 @@ def _check_counts(values: Mapping[str, object], name: str) -> None:
                 is_count = _COUNT.search(key) is not None and _SIZE.search(key) is None
                 largest = MAX_COUNT if is_count else MAX_SIZE
                 if abs(inner) > largest:
-                    raise ModelError(f'model "{name}": {shown(key)} is {shown(inner, 20)}; at most {largest:,} is taken.')
+                    raise ModelError(
+                        f'model "{name}": {shown(key)} is {shown(inner, 20)}; at most {largest:,} is taken.'
+                    )
 
 
 def _dropout(config: Any) -> dict[str, float]:
@@ -331,12 +368,18 @@ def _tried(make: Callable[[], T], name: str, what: str) -> T:
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f'model "{name}": transformers {what}: {told(_plain(error), 200)} Change the configuration.') from None
+        raise ModelError(
+            f'model "{name}": transformers {what}: {told(_plain(error), 200)} Change the configuration.'
+        ) from None
 
 
 def _plain(error: Exception) -> Exception:
     """transformers' validators wrap the error of the field that is wrong, and their own first line doesn't say what it is."""
-    return error.__cause__ if isinstance(error.__cause__, Exception) and "Validation" in type(error).__name__ else error
+    return (
+        error.__cause__
+        if isinstance(error.__cause__, Exception) and "Validation" in type(error).__name__
+        else error
+    )
 
 
 @contextmanager
@@ -376,7 +419,9 @@ def _few_modules(name: str) -> Iterator[None]:
         nonlocal count
         count += 1
         if count > MAX_MODULES:
-            raise ModelError(f'model "{name}": more than {MAX_MODULES:,} modules. Take fewer layers or experts.')
+            raise ModelError(
+                f'model "{name}": more than {MAX_MODULES:,} modules. Take fewer layers or experts.'
+            )
 
     handle = register_module_module_registration_hook(registered)
     try:

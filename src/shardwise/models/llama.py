@@ -63,7 +63,12 @@ class LlamaConfig:
     def n_parameters(self) -> int:
         """Exact count; a tied head counts once."""
         kv_width = self.n_kv_heads * self.head_dim
-        layer = 2 * self.hidden**2 + 2 * self.hidden * kv_width + 3 * self.hidden * self.ffn_hidden + 2 * self.hidden
+        layer = (
+            2 * self.hidden**2
+            + 2 * self.hidden * kv_width
+            + 3 * self.hidden * self.ffn_hidden
+            + 2 * self.hidden
+        )
         return (1 if self.tied else 2) * self.vocab_size * self.hidden + self.n_layers * layer + self.hidden
 
 
@@ -108,7 +113,10 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.hidden, config.hidden, bias=False)
 
     def forward(self, hidden_BSH: Tensor, rope_2SD: Tensor) -> Tensor:
-        q_BSND, k_BSND, v_BSND = (projection(hidden_BSH).unflatten(-1, (-1, self.head_dim)) for projection in (self.wq, self.wk, self.wv))
+        q_BSND, k_BSND, v_BSND = (
+            projection(hidden_BSH).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.wq, self.wk, self.wv)
+        )
         out_BNSD = F.scaled_dot_product_attention(
             rotate(q_BSND, rope_2SD).transpose(1, 2),
             rotate(k_BSND, rope_2SD).transpose(1, 2),

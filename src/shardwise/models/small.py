@@ -152,7 +152,9 @@ _AT_MOST = {
     "image_token_id": 3,
     "audio_token_id": 4,
 }
-_EXPERTS = re.compile(r"^(num_experts|n_routed_experts|num_local_experts|moe_num_experts|zero_expert_num|num_routed_experts)$")
+_EXPERTS = re.compile(
+    r"^(num_experts|n_routed_experts|num_local_experts|moe_num_experts|zero_expert_num|num_routed_experts)$"
+)
 _SHARED_EXPERTS = re.compile(r"^(n_shared_experts|num_shared_experts|moe_num_shared_experts)$")
 _KV_HEADS = re.compile(r"^(swa_|global_)?num_(global_)?key_value_heads$")
 _WIDTH = re.compile(r"(intermediate|ffn_hidden)_size|ffn_dim")
@@ -176,7 +178,11 @@ def small_values(config: Any, tp: int) -> dict[str, Any]:
 
 
 def _without_internals(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: deepcopy(value) for key, value in values.items() if not key.startswith("_") and key != "transformers_version"}
+    return {
+        key: deepcopy(value)
+        for key, value in values.items()
+        if not key.startswith("_") and key != "transformers_version"
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,14 +225,22 @@ class _Twin:
             case dict() if name == "per_layer_config" and layers is not None:
                 parts = {int(layer): part for layer, part in value.items()}
                 inner = replace(self, layers=None)
-                return {place: inner.value("", parts[layer]) for place, layer in enumerate(layers.kept) if layer in parts}
+                return {
+                    place: inner.value("", parts[layer])
+                    for place, layer in enumerate(layers.kept)
+                    if layer in parts
+                }
             case dict():
                 inner = replace(self, known={**self.known, **value})
                 return {key: inner.value(key, each) for key, each in value.items()}
             case list() if layers is not None and len(value) == layers.depth:
                 return [replace(self, layers=None).value(name, value[layer]) for layer in layers.kept]
-            case list() if layers is not None and name.endswith("layers") and all(type(item) is int for item in value):
-                return [item for item in value if item < len(layers.kept)]  # the numbers of the layers that are of some kind
+            case list() if (
+                layers is not None and name.endswith("layers") and all(type(item) is int for item in value)
+            ):
+                return [
+                    item for item in value if item < len(layers.kept)
+                ]  # the numbers of the layers that are of some kind
             case list():
                 return [replace(self, layers=None).value(name, item) for item in value]
             case _:
@@ -236,8 +250,12 @@ class _Twin:
         sizes, known = self.sizes, self.known
         if name in ("num_hidden_layers", "num_layers") and self.layers is not None:
             return len(self.layers.kept)
-        if name == "head_dim" and "qk_nope_head_dim" in known:  # latent attention: of the rotated part, or of both
-            return _FIXED["qk_rope_head_dim" if value == known.get("qk_rope_head_dim", value) else "qk_head_dim"]
+        if (
+            name == "head_dim" and "qk_nope_head_dim" in known
+        ):  # latent attention: of the rotated part, or of both
+            return _FIXED[
+                "qk_rope_head_dim" if value == known.get("qk_rope_head_dim", value) else "qk_head_dim"
+            ]
         if name == "linear_num_key_heads" and value == known.get("linear_num_value_heads"):
             return sizes.heads
         if _KV_HEADS.match(name):

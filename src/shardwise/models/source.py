@@ -13,11 +13,23 @@ from shardwise.models.specs import SPECS, get_spec
 HUGGING_FACE = "hf:"
 # how a model is named beside the specs' names, and what it then is; the first is for every command. Lists and help texts show these
 NAMINGS = (
-    ("NAME?KEY=VALUE,...", "one of those above with numbers replaced, such as gpt3-175b?n_layers=4; heads and ffn_hidden follow hidden"),
+    (
+        "NAME?KEY=VALUE,...",
+        "one of those above with numbers replaced, such as gpt3-175b?n_layers=4; heads and ffn_hidden follow hidden",
+    ),
     ("hf:TYPE", "the default configuration of a Hugging Face model type, such as hf:qwen3"),
-    ("hf:PATH", "a Hugging Face config.json, or the folder that holds it; neither the hub nor weights are read"),
-    ("hf:...?KEY=VALUE,...", "either with some numbers of the configuration replaced, such as hf:qwen3?num_hidden_layers=2"),
-    ("package.module:factory", "your own: a function that returns an nn.Module, ids [B, S] -> logits [B, S, V]"),
+    (
+        "hf:PATH",
+        "a Hugging Face config.json, or the folder that holds it; neither the hub nor weights are read",
+    ),
+    (
+        "hf:...?KEY=VALUE,...",
+        "either with some numbers of the configuration replaced, such as hf:qwen3?num_hidden_layers=2",
+    ),
+    (
+        "package.module:factory",
+        "your own: a function that returns an nn.Module, ids [B, S] -> logits [B, S, V]",
+    ),
 )
 
 
@@ -83,4 +95,6 @@ def vocab_size_of(model: nn.Module) -> int:
     for module in (own, *model.modules()):
         if isinstance(module, nn.Embedding):
             return module.num_embeddings
-    raise ModelError(f"{shown(type(model).__name__)}: no nn.Embedding tells the vocabulary. Give the model an attribute vocab_size.")
+    raise ModelError(
+        f"{shown(type(model).__name__)}: no nn.Embedding tells the vocabulary. Give the model an attribute vocab_size."
+    )

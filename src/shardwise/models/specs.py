@@ -66,7 +66,9 @@ class ModelSpec:
             case GPTConfig():
                 config = replace(self.config, hidden=sizes.hidden, n_heads=sizes.heads)
         n_layers = min(2, config.n_layers)
-        return replace(self, config=replace(config, vocab_size=sizes.vocab, n_layers=n_layers, ffn_hidden=sizes.width))
+        return replace(
+            self, config=replace(config, vocab_size=sizes.vocab, n_layers=n_layers, ffn_hidden=sizes.width)
+        )
 
     def with_layers(self, n_layers: int) -> "ModelSpec":
         """The same widths at another depth."""
@@ -83,7 +85,9 @@ class ModelSpec:
         config, known = self.config, self.numbers
         for key, value in changes.items():
             if key not in known:
-                raise ModelError(f'model "{name}": {self.name} has no "{shown(key)}".{suggest(key[:80], known)} Known: {", ".join(known)}.')
+                raise ModelError(
+                    f'model "{name}": {self.name} has no "{shown(key)}".{suggest(key[:80], known)} Known: {", ".join(known)}.'
+                )
             _check_number(key, value, type(known[key]), name)
         values = dict(changes)
         if "hidden" in values:
@@ -106,7 +110,10 @@ def _check_number(key: str, value: object, kind: type, name: str) -> None:
     if kind is bool:
         is_right, allowed = isinstance(value, bool), "true or false"
     elif kind is int:
-        is_right, allowed = type(value) is int and 1 <= value <= largest, f"a whole number from 1 to {largest:,}"
+        is_right, allowed = (
+            type(value) is int and 1 <= value <= largest,
+            f"a whole number from 1 to {largest:,}",
+        )
     else:
         is_right = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
         allowed = "a number above 0"
@@ -115,7 +122,11 @@ def _check_number(key: str, value: object, kind: type, name: str) -> None:
 
 
 _SPECS = (
-    ModelSpec("llama3-debug", LlamaConfig(32_000, 384, 6, 12, 4, 1024), "small, for laptops: 6 layers, 32 k vocabulary"),
+    ModelSpec(
+        "llama3-debug",
+        LlamaConfig(32_000, 384, 6, 12, 4, 1024),
+        "small, for laptops: 6 layers, 32 k vocabulary",
+    ),
     ModelSpec("llama3-8b", LlamaConfig(128_256, 4096, 32, 32, 8, 14_336), "Llama 3 8B"),
     ModelSpec("llama3-70b", LlamaConfig(128_256, 8192, 80, 64, 8, 28_672), "Llama 3 70B"),
     ModelSpec(
@@ -123,7 +134,11 @@ _SPECS = (
         LlamaConfig(128_256, 16_384, 126, 128, 8, 53_248, rope_scaling=RopeScaling()),
         "Llama 3.1 405B",
     ),
-    ModelSpec("gpt-debug", GPTConfig(32_000, 384, 6, 12, 1536, 1024), "small, for laptops: 6 layers, 32 k vocabulary, tied"),
+    ModelSpec(
+        "gpt-debug",
+        GPTConfig(32_000, 384, 6, 12, 1536, 1024),
+        "small, for laptops: 6 layers, 32 k vocabulary, tied",
+    ),
     ModelSpec("gpt3-1.3b", GPTConfig(51_200, 2048, 24, 16, 8192, 2048), "GPT-3 XL"),
     ModelSpec("gpt3-6.7b", GPTConfig(51_200, 4096, 32, 32, 16_384, 2048), "GPT-3 6.7B"),
     ModelSpec("gpt3-175b", GPTConfig(51_200, 12_288, 96, 96, 49_152, 2048), "GPT-3 175B"),
@@ -136,5 +151,7 @@ def get_spec(text: str) -> ModelSpec:
     """The spec of NAME or NAME?KEY=VALUE,... Raises ModelError with the nearest name and all that are known."""
     name, has_query, query = text.partition("?")
     if name not in SPECS:
-        raise ModelError(f'unknown model "{shown(name)}".{suggest(name[:80], SPECS)} Known: {", ".join(SPECS)}.')
+        raise ModelError(
+            f'unknown model "{shown(name)}".{suggest(name[:80], SPECS)} Known: {", ".join(SPECS)}.'
+        )
     return SPECS[name].changed(parse_changes(query, shown(text)), shown(text)) if has_query else SPECS[name]

@@ -44,10 +44,16 @@ def parallelize(model: nn.Module, plan: Plan | str, mesh: DeviceMesh) -> nn.Modu
     if "tp" not in (mesh.mesh_dim_names or ()):
         raise MeshError(f'parallelize: the mesh has axes {mesh.mesh_dim_names}. Name one of them "tp".')
     if is_applied(model):
-        raise PlanError(f'plan "{plan.name}": the model is sharded already. Build a fresh one for another plan.')
-    sharded = next((name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)), None)
+        raise PlanError(
+            f'plan "{plan.name}": the model is sharded already. Build a fresh one for another plan.'
+        )
+    sharded = next(
+        (name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)), None
+    )
     if sharded is not None:
-        raise PlanError(f'plan "{plan.name}": {sharded} is a DTensor already. Call parallelize() before fully_shard().')
+        raise PlanError(
+            f'plan "{plan.name}": {sharded} is a DTensor already. Call parallelize() before fully_shard().'
+        )
     fsdp = _ranks_sharding_further(mesh)
     match plan.engine:
         case Engine.NATIVE:

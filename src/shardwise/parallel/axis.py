@@ -60,7 +60,9 @@ class Axis:
                 pairwise = False
             case ReduceScatter.PAIRWISE:
                 pairwise = True
-        return cls(name, axis_mesh, group, axis_mesh.get_local_rank(), axis_mesh.size(), target.device_type, pairwise)
+        return cls(
+            name, axis_mesh, group, axis_mesh.get_local_rank(), axis_mesh.size(), target.device_type, pairwise
+        )
 
 
 @dataclass(frozen=True, slots=True)

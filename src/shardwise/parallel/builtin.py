@@ -36,7 +36,9 @@ def builtin_plan(name: str, *, sequence_parallel: bool = True, family: Family = 
     Raises PlanError for an unknown one, or one that isn't offered without sequence parallelism.
     """
     if name not in ABOUT:
-        raise PlanError(f'unknown plan "{name}".{suggest(name, ABOUT)} Known: {", ".join(ABOUT)}; or the path of a .toml file.')
+        raise PlanError(
+            f'unknown plan "{name}".{suggest(name, ABOUT)} Known: {", ".join(ABOUT)}; or the path of a .toml file.'
+        )
     embedding_name, _, engine = name.partition("@")
     embedding = _EMBEDDINGS[embedding_name]
     if not sequence_parallel:

@@ -59,7 +59,9 @@ def chunk_sizes(size: int, parts: int) -> list[int]:
     return [max(0, min(full, size - full * part)) for part in range(parts)]
 
 
-def all_gather(x: Tensor, dim: int, axis: Axis, *, full_size: int, grad_placement: Placement, origin: Origin) -> Tensor:
+def all_gather(
+    x: Tensor, dim: int, axis: Axis, *, full_size: int, grad_placement: Placement, origin: Origin
+) -> Tensor:
     """Shard(dim) -> Replicate; `full_size` is the whole size of `dim`."""
     _expect(grad_placement, (Partial(), Replicate()), "all_gather")
     return _AllGather.apply(x, dim % x.dim(), axis, full_size, grad_placement, origin)  # type: ignore[no-any-return]
@@ -90,7 +92,14 @@ def split(x: Tensor, dim: int, axis: Axis, *, grad_placement: Placement, origin:
 
 
 def all_to_all(
-    x: Tensor, split_dim: int, concat_dim: int, axis: Axis, *, full_size: int, grad_placement: Placement, origin: Origin
+    x: Tensor,
+    split_dim: int,
+    concat_dim: int,
+    axis: Axis,
+    *,
+    full_size: int,
+    grad_placement: Placement,
+    origin: Origin,
 ) -> Tensor:
     """Shard(concat_dim) -> Shard(split_dim): cuts split_dim (any size), joins concat_dim, whose whole size is `full_size`."""
     _expect(grad_placement, (Shard(split_dim),), "all_to_all")
@@ -98,7 +107,13 @@ def all_to_all(
 
 
 def exchange_rows(
-    rows: Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], axis: Axis, *, grad_placement: Placement, origin: Origin
+    rows: Tensor,
+    send_splits: Sequence[int],
+    receive_splits: Sequence[int],
+    axis: Axis,
+    *,
+    grad_placement: Placement,
+    origin: Origin,
 ) -> Tensor:
     """[sum(send_splits), H], sorted by destination -> [sum(receive_splits), H], sorted by source."""
     _expect(grad_placement, (Shard(0),), "exchange_rows")
@@ -111,7 +126,9 @@ def gather_now(x: Tensor, dim: int, axis: Axis, full_size: int, origin: Origin) 
         return x
     sizes = chunk_sizes(full_size, axis.size)
     if x.shape[dim] != sizes[axis.rank]:
-        raise AssertionError(f"{origin}: dim {dim} has {x.shape[dim]}, its shard of {full_size} has {sizes[axis.rank]}")
+        raise AssertionError(
+            f"{origin}: dim {dim} has {x.shape[dim]}, its shard of {full_size} has {sizes[axis.rank]}"
+        )
     largest = sizes[0]
     if x.shape[dim] != largest:
         x = torch.cat((x, x.new_zeros(*x.shape[:dim], largest - x.shape[dim], *x.shape[dim + 1 :])), dim)
@@ -141,7 +158,9 @@ def scatter_sum_now(x: Tensor, dim: int, axis: Axis, origin: Origin) -> Tensor:
 def _sum_pairwise(blocks: Tensor, axis: Axis, origin: Origin) -> Tensor:
     """Sum over ranks of the block that is this rank's: an all-to-all of the others', and a local sum. The own block isn't moved."""
     others = [blocks[rank] for rank in range(axis.size) if rank != axis.rank]
-    received = swap_others_now(torch.stack(others) if len(others) > 1 else others[0].unsqueeze(0), axis, origin)
+    received = swap_others_now(
+        torch.stack(others) if len(others) > 1 else others[0].unsqueeze(0), axis, origin
+    )
     if axis.size == 2:
         return torch.add(blocks[axis.rank], received[0])
     return received.sum(0).add_(blocks[axis.rank])
@@ -162,18 +181,28 @@ def swap_others_now(blocks: Tensor, axis: Axis, origin: Origin) -> Tensor:
 
 
 def swap_rows_now(
-    rows: Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], axis: Axis, origin: Origin, *, by_data: bool = False
+    rows: Tensor,
+    send_splits: Sequence[int],
+    receive_splits: Sequence[int],
+    axis: Axis,
+    origin: Origin,
+    *,
+    by_data: bool = False,
 ) -> Tensor:
     """exchange_rows without a gradient. by_data: the splits come from the batch, not from shapes."""
     received = rows.new_empty(sum(receive_splits), *rows.shape[1:])
     if axis.size == 1:
         return received.copy_(rows)
     with _labelled(CollectiveKind.ALL_TO_ALL, origin, by_data=by_data):
-        dist.all_to_all_single(received, rows.contiguous(), list(receive_splits), list(send_splits), group=axis.group)
+        dist.all_to_all_single(
+            received, rows.contiguous(), list(receive_splits), list(send_splits), group=axis.group
+        )
     return received
 
 
-def _swap_dims(x: Tensor, split_dim: int, concat_dim: int, concat_size: int, axis: Axis, origin: Origin) -> Tensor:
+def _swap_dims(
+    x: Tensor, split_dim: int, concat_dim: int, concat_size: int, axis: Axis, origin: Origin
+) -> Tensor:
     """Shard(concat_dim) -> Shard(split_dim); `concat_size` is the whole size of concat_dim."""
     if axis.size == 1:
         return x
@@ -188,12 +217,16 @@ def _swap_dims(x: Tensor, split_dim: int, concat_dim: int, concat_size: int, axi
         shapes.append(shape)
     receives = [torch.Size(shape).numel() for shape in shapes]
     received = swap_rows_now(flat, sends, receives, axis, origin)
-    return torch.cat([part.view(shape) for part, shape in zip(received.split(receives), shapes, strict=True)], concat_dim)
+    return torch.cat(
+        [part.view(shape) for part, shape in zip(received.split(receives), shapes, strict=True)], concat_dim
+    )
 
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, axis: Axis, full_size: int, grad_placement: Placement, origin: Origin) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, dim: int, axis: Axis, full_size: int, grad_placement: Placement, origin: Origin
+    ) -> Tensor:
         ctx.saved = (dim, axis, grad_placement, origin)
         return gather_now(x, dim, axis, full_size, origin)
 
@@ -201,7 +234,11 @@ class _AllGather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         dim, axis, grad_placement, origin = ctx.saved
         whole = grad_placement != Partial()
-        out = _own_chunk(grad, dim, axis) if whole else scatter_sum_now(grad, dim, axis, origin.turned(Partial(), origin.before))
+        out = (
+            _own_chunk(grad, dim, axis)
+            if whole
+            else scatter_sum_now(grad, dim, axis, origin.turned(Partial(), origin.before))
+        )
         return out, None, None, None, None, None
 
 
@@ -214,7 +251,12 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         dim, axis, full_size, origin = ctx.saved
-        return gather_now(grad, dim, axis, full_size, origin.turned(origin.after, Replicate())), None, None, None
+        return (
+            gather_now(grad, dim, axis, full_size, origin.turned(origin.after, Replicate())),
+            None,
+            None,
+            None,
+        )
 
 
 class _AllReduce(torch.autograd.Function):
@@ -249,12 +291,19 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         dim, axis, full_size, origin = ctx.saved
-        return gather_now(grad, dim, axis, full_size, origin.turned(origin.after, Replicate())), None, None, None
+        return (
+            gather_now(grad, dim, axis, full_size, origin.turned(origin.after, Replicate())),
+            None,
+            None,
+            None,
+        )
 
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, split_dim: int, concat_dim: int, full_size: int, axis: Axis, origin: Origin) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, split_dim: int, concat_dim: int, full_size: int, axis: Axis, origin: Origin
+    ) -> Tensor:
         ctx.saved = (split_dim, concat_dim, x.shape[split_dim], axis, origin)
         return _swap_dims(x, split_dim, concat_dim, full_size, axis, origin)
 
@@ -268,7 +317,12 @@ class _AllToAll(torch.autograd.Function):
 class _ExchangeRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, send_splits: tuple[int, ...], receive_splits: tuple[int, ...], axis: Axis, origin: Origin
+        ctx: Any,
+        rows: Tensor,
+        send_splits: tuple[int, ...],
+        receive_splits: tuple[int, ...],
+        axis: Axis,
+        origin: Origin,
     ) -> Tensor:
         ctx.saved = (send_splits, receive_splits, axis, origin)
         return swap_rows_now(rows, send_splits, receive_splits, axis, origin, by_data=True)
@@ -277,7 +331,13 @@ class _ExchangeRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         send_splits, receive_splits, axis, origin = ctx.saved
         turned = origin.turned(origin.after, origin.before)
-        return swap_rows_now(grad, receive_splits, send_splits, axis, turned, by_data=True), None, None, None, None
+        return (
+            swap_rows_now(grad, receive_splits, send_splits, axis, turned, by_data=True),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _own_chunk(x: Tensor, dim: int, axis: Axis) -> Tensor:
@@ -295,7 +355,9 @@ def _labelled(kind: CollectiveKind, origin: Origin, *, by_data: bool = False) ->
     token = _issuing.set(Issue(origin, by_data))
     try:
         if torch.autograd.profiler._is_profiler_enabled:
-            label = f"shardwise.{kind}|{origin}".replace('"', "'")  # Kineto writes names as they are: a quote would break its JSON
+            label = f"shardwise.{kind}|{origin}".replace(
+                '"', "'"
+            )  # Kineto writes names as they are: a quote would break its JSON
             with torch.profiler.record_function(label):
                 yield
         else:

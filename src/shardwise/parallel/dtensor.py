@@ -27,7 +27,9 @@ class _Replicated(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         def to_dtensor(_: nn.Module, inputs: tuple[object, ...], mesh: DeviceMesh) -> tuple[object, ...]:
             return tuple(
-                DTensor.from_local(x, mesh, [Replicate()], run_check=False) if isinstance(x, Tensor) and not isinstance(x, DTensor) else x
+                DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+                if isinstance(x, Tensor) and not isinstance(x, DTensor)
+                else x
                 for x in inputs
             )
 
@@ -62,7 +64,9 @@ def _style(assignment: Assignment, keeps_dtensor: bool) -> ParallelStyle:
         case StyleName.COLWISE if is_embedding:
             return ColwiseParallel(output_layouts=_or(style.output, Shard(1)))
         case StyleName.ROWWISE:
-            return RowwiseParallel(input_layouts=_or(style.input, Shard(-1)), output_layouts=_or(style.output, Replicate()))
+            return RowwiseParallel(
+                input_layouts=_or(style.input, Shard(-1)), output_layouts=_or(style.output, Replicate())
+            )
         case StyleName.COLWISE:
             return ColwiseParallel(
                 input_layouts=_or(style.input, Replicate()),

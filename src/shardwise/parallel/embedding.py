@@ -54,7 +54,9 @@ class EmbeddingShard:
     def __call__(self, ids_BS: Tensor, weight: Tensor) -> Tensor:
         """ids [B, S] and the local table -> [B, S/T, H] under sequence parallelism, else [B, S, H]."""
         if ids_BS.dim() != 2:
-            raise InputError(f"{self.site.module}: ids have shape {tuple(ids_BS.shape)}. Give [batch, sequence].")
+            raise InputError(
+                f"{self.site.module}: ids have shape {tuple(ids_BS.shape)}. Give [batch, sequence]."
+            )
         n_ranks = self.site.axis.size
         if self.sequence_parallel and ids_BS.shape[1] % n_ranks:
             raise InputError(
@@ -78,9 +80,13 @@ class EmbeddingShard:
         axis = self.site.axis
         if not self.sequence_parallel:
             own_BSH = self._look_up_own(weight, ids_BS)
-            return collectives.all_reduce(own_BSH, axis, grad_placement=Replicate(), origin=self.site.origin(Partial(), Replicate()))
+            return collectives.all_reduce(
+                own_BSH, axis, grad_placement=Replicate(), origin=self.site.origin(Partial(), Replicate())
+            )
         own_TBLH = self._look_up_own(weight, _by_destination(ids_BS, axis.size))
-        own_1BLH = collectives.reduce_scatter(own_TBLH, 0, axis, grad_placement=Shard(0), origin=self.site.origin(Partial(), Shard(1)))
+        own_1BLH = collectives.reduce_scatter(
+            own_TBLH, 0, axis, grad_placement=Shard(0), origin=self.site.origin(Partial(), Shard(1))
+        )
         return own_1BLH.view(ids_BS.shape[0], -1, weight.shape[1])
 
     def _colwise(self, ids_BS: Tensor, weight: Tensor) -> Tensor:
@@ -126,7 +132,9 @@ class EmbeddingShard:
 
     def _look_up_own(self, weight: Tensor, ids: Tensor) -> Tensor:
         """Rows of the ids that this rank owns, zeros for the others."""
-        rows = torch.where(self.ownership.owner(ids) == self.site.axis.rank, self.ownership.local(ids), NO_ROW)
+        rows = torch.where(
+            self.ownership.owner(ids) == self.site.axis.rank, self.ownership.local(ids), NO_ROW
+        )
         show("own_rows", rows)
         padding_row = self._padding_row()
         grad_rows = rows if padding_row is None else rows.masked_fill(rows == padding_row, NO_ROW)
@@ -137,7 +145,11 @@ class EmbeddingShard:
         if self.padding_idx is None:
             return None
         padding = torch.tensor(self.padding_idx)
-        return int(self.ownership.local(padding)) if int(self.ownership.owner(padding)) == self.site.axis.rank else None
+        return (
+            int(self.ownership.local(padding))
+            if int(self.ownership.owner(padding)) == self.site.axis.rank
+            else None
+        )
 
 
 def _by_destination(ids_BS: Tensor, n_ranks: int) -> Tensor:
@@ -207,7 +219,11 @@ class _LookUpSlices(torch.autograd.Function):
         received_Mh = received.flatten(0, 1)
         if site.axis.device_type == "cpu":
             # added from where it lies: on a CPU fresh memory for both parts side by side would cost more than the adding
-            grad_weight = own_Nh.new_zeros(n_rows, own_Nh.shape[1]).index_add_(0, own_ids, own_Nh).index_add_(0, other_ids, received_Mh)
+            grad_weight = (
+                own_Nh.new_zeros(n_rows, own_Nh.shape[1])
+                .index_add_(0, own_ids, own_Nh)
+                .index_add_(0, other_ids, received_Mh)
+            )
             if padding_idx is not None:
                 grad_weight[padding_idx] = 0
         else:  # index_add_ would add in random order there

@@ -46,7 +46,10 @@ def hugging_face_rules(model: nn.Module) -> tuple[ForeignRule, ...]:
             modules[pattern].append(name)
         else:  # a module's rule holds for the parameters that it owns
             parameters[pattern if pattern in plan else pattern.rpartition(".")[0]].append(name)
-    return tuple(ForeignRule(pattern, style, tuple(modules[pattern]), tuple(parameters[pattern])) for pattern, style in plan.items())
+    return tuple(
+        ForeignRule(pattern, style, tuple(modules[pattern]), tuple(parameters[pattern]))
+        for pattern, style in plan.items()
+    )
 
 
 def apply_hugging_face(model: nn.Module, mesh: DeviceMesh) -> Loss:
@@ -55,8 +58,12 @@ def apply_hugging_face(model: nn.Module, mesh: DeviceMesh) -> Loss:
 
     plan = _own_plan(model)
     if "tp" not in (mesh.mesh_dim_names or ()):
-        raise MeshError(f'plan "{PLAN_NAME}": the mesh has axes {mesh.mesh_dim_names}. Name one of them "tp".')
-    sharded = next((name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)), None)
+        raise MeshError(
+            f'plan "{PLAN_NAME}": the mesh has axes {mesh.mesh_dim_names}. Name one of them "tp".'
+        )
+    sharded = next(
+        (name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)), None
+    )
     if sharded is not None:
         raise PlanError(f'plan "{PLAN_NAME}": {sharded} is a DTensor already. Build a fresh model.')
     expanded = _expanded(model, plan)

@@ -60,7 +60,9 @@ class RowwiseLinear:
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         axis = self.site.axis
         if self.input == Replicate():
-            x = collectives.split(x, -1, axis, grad_placement=Shard(-1), origin=self.site.origin(Replicate(), Shard(-1)))
+            x = collectives.split(
+                x, -1, axis, grad_placement=Shard(-1), origin=self.site.origin(Replicate(), Shard(-1))
+            )
         y = F.linear(x, weight)
         if self.output == Shard(SEQUENCE_DIM):
             check_sequence(y.shape[SEQUENCE_DIM], self.site)
@@ -72,7 +74,9 @@ class RowwiseLinear:
                 origin=self.site.origin(Partial(), Shard(SEQUENCE_DIM)),
             )
         else:
-            y = collectives.all_reduce(y, axis, grad_placement=Replicate(), origin=self.site.origin(Partial(), Replicate()))
+            y = collectives.all_reduce(
+                y, axis, grad_placement=Replicate(), origin=self.site.origin(Partial(), Replicate())
+            )
         return y if bias is None else y + bias
 
 
@@ -87,7 +91,9 @@ def gather_input(x: Tensor, before: Placement, site: Site) -> Tensor:
             grad_placement=Partial(),
             origin=site.origin(Shard(SEQUENCE_DIM), Replicate()),
         )
-    return collectives.fan_out(x, site.axis, grad_placement=Partial(), origin=site.origin(Replicate(), Replicate()))
+    return collectives.fan_out(
+        x, site.axis, grad_placement=Partial(), origin=site.origin(Replicate(), Replicate())
+    )
 
 
 def check_sequence(size: int, site: Site) -> None:

@@ -69,7 +69,9 @@ class VocabParallelLoss:
     def __call__(self, logits: Tensor, labels_BS: Tensor, valid: Tensor | int | None = None) -> Tensor:
         expected = self.ownership.rows_of(self.site.axis.rank)
         if logits.shape[-1] != expected:
-            raise AssertionError(f"loss: logits have {logits.shape[-1]} columns, this rank's part of the vocabulary has {expected}")
+            raise AssertionError(
+                f"loss: logits have {logits.shape[-1]} columns, this rank's part of the vocabulary has {expected}"
+            )
         if valid is None:
             valid = count_valid(labels_BS)
         labels_N = labels_BS.flatten()
@@ -141,7 +143,9 @@ class _VocabParallelSum(torch.autograd.Function):
             target_N = logits_NV.new_zeros(n_tokens, dtype=dtype)
         axis = site.axis
         stats_2N = torch.stack((local_lse_N, target_N))
-        stats_T2N = collectives.gather_now(stats_2N.unsqueeze(0), 0, axis, axis.size, site.origin(Shard(-1), Replicate()))
+        stats_T2N = collectives.gather_now(
+            stats_2N.unsqueeze(0), 0, axis, axis.size, site.origin(Shard(-1), Replicate())
+        )
         lse_N = torch.logsumexp(stats_T2N[:, 0], dim=0)
         losses_N = torch.where(valid_N, lse_N - stats_T2N[:, 1].sum(0), 0)
         show("lse", lse_N)

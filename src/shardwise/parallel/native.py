@@ -43,7 +43,9 @@ class _Work:
     loss: Loss = field(default_factory=PlainLoss)
 
 
-def apply_native(model: nn.Module, plan: Plan, mesh: DeviceMesh, *, fsdp: int) -> tuple[Loss, dict[str, RowOwnership]]:
+def apply_native(
+    model: nn.Module, plan: Plan, mesh: DeviceMesh, *, fsdp: int
+) -> tuple[Loss, dict[str, RowOwnership]]:
     """Shards `model` in place. Returns the loss for its logits and the parameters whose rows are interleaved. fsdp: see resolve()."""
     axis = Axis.of(mesh, "tp", plan.reduce_scatter)
     assignments = resolve(model, plan, tp=axis.size, fsdp=fsdp)
@@ -69,7 +71,14 @@ def _site(assignment: Assignment, work: _Work) -> Site:
     return Site(assignment.name, str(assignment.rule), work.axis)
 
 
-def _replace(module: nn.Module, name: str, placement: Placement, grad: Placement, work: _Work, shard: EmbeddingShard | None = None) -> None:
+def _replace(
+    module: nn.Module,
+    name: str,
+    placement: Placement,
+    grad: Placement,
+    work: _Work,
+    shard: EmbeddingShard | None = None,
+) -> None:
     """Puts a DTensor parameter in a whole one's place; a tied one is replaced once and shared again."""
     parameter = getattr(module, name)
     known = work.sharded.get(id(parameter))
@@ -87,7 +96,11 @@ def _apply_embedding(assignment: Assignment, work: _Work) -> None:
     assert isinstance(module, nn.Embedding)
     ownership = RowOwnership(module.num_embeddings, work.axis.size, style.ownership)
     shard = EmbeddingShard(
-        _site(assignment, work), style.name, ownership, module.padding_idx, sequence_parallel=style.output != Replicate()
+        _site(assignment, work),
+        style.name,
+        ownership,
+        module.padding_idx,
+        sequence_parallel=style.output != Replicate(),
     )
     _replace(module, "weight", shard.weight_placement(), shard.grad_placement(), work, shard)
     _order_rows(assignment, shard, work)
@@ -96,7 +109,9 @@ def _apply_embedding(assignment: Assignment, work: _Work) -> None:
 
 def _order_rows(assignment: Assignment, shard: EmbeddingShard, work: _Work) -> None:
     if shard.ownership.kind is Ownership.INTERLEAVED and work.axis.size > 1:
-        keep_rows_in_order(assignment.module, shard.ownership, work.axis, _site(assignment, work).origin(Shard(0), Shard(0)))
+        keep_rows_in_order(
+            assignment.module, shard.ownership, work.axis, _site(assignment, work).origin(Shard(0), Shard(0))
+        )
         work.row_order[f"{assignment.name}.weight"] = shard.ownership
     else:
         take_whole_tensors(assignment.module)
@@ -108,7 +123,9 @@ def _apply_linear(assignment: Assignment, work: _Work) -> None:
     tie = work.sharded.get(id(module.weight), (None, None))[1]
     if style.name is StyleName.REPLICATE:
         _replace_replicated(module, Replicate(), work)
-        module.forward = lambda x: F.linear(x, local_weight(module.weight, Replicate()), _bias(module, Replicate()))  # type: ignore[method-assign, assignment]
+        module.forward = lambda x: F.linear(  # type: ignore[method-assign, assignment]
+            x, local_weight(module.weight, Replicate()), _bias(module, Replicate())
+        )
         return
     if style.name is StyleName.ROWWISE:
         rowwise = RowwiseLinear(site, style.input or Shard(-1), style.output or Replicate())
@@ -135,7 +152,9 @@ def _apply_linear(assignment: Assignment, work: _Work) -> None:
         )
     if colwise.output == Shard(-1) and assignment.module is last_linear(work.model):
         ownership = (
-            tie.ownership if tie is not None and tie.weight_placement() == Shard(0) else RowOwnership(module.out_features, work.axis.size)
+            tie.ownership
+            if tie is not None and tie.weight_placement() == Shard(0)
+            else RowOwnership(module.out_features, work.axis.size)
         )
         work.loss = VocabParallelLoss(site, ownership)
 
@@ -149,13 +168,21 @@ def _tied_rows(tie: EmbeddingShard, site: Site, shape: tuple[int, int]) -> Tenso
             return lambda weight: weight
         case Shard(1):
             return lambda weight: collectives.all_to_all(
-                weight, 0, 1, axis, full_size=hidden, grad_placement=Shard(0), origin=site.origin(Shard(1), Shard(0))
+                weight,
+                0,
+                1,
+                axis,
+                full_size=hidden,
+                grad_placement=Shard(0),
+                origin=site.origin(Shard(1), Shard(0)),
             )
         case _ if tie.grad_placement() == Partial():
             sizes = collectives.chunk_sizes(n_rows, axis.size)
             return lambda weight: weight.narrow(0, sum(sizes[: axis.rank]), sizes[axis.rank])
         case _:
-            return lambda weight: collectives.split(weight, 0, axis, grad_placement=Shard(0), origin=site.origin(Replicate(), Shard(0)))
+            return lambda weight: collectives.split(
+                weight, 0, axis, grad_placement=Shard(0), origin=site.origin(Replicate(), Shard(0))
+            )
 
 
 def _apply_norm(assignment: Assignment, work: _Work) -> None:
@@ -164,7 +191,9 @@ def _apply_norm(assignment: Assignment, work: _Work) -> None:
     _replace_replicated(module, grad, work)
     match module:
         case nn.RMSNorm():
-            module.forward = lambda x: F.rms_norm(x, module.normalized_shape, _weight(module, grad), module.eps)  # type: ignore[method-assign]
+            module.forward = lambda x: F.rms_norm(  # type: ignore[method-assign]
+                x, module.normalized_shape, _weight(module, grad), module.eps
+            )
         case nn.LayerNorm():
             module.forward = lambda x: F.layer_norm(  # type: ignore[method-assign, assignment]
                 x, module.normalized_shape, _weight(module, grad), _bias(module, grad), module.eps
@@ -193,7 +222,10 @@ def _apply_gather_input(assignment: Assignment, work: _Work) -> None:
     def forward(*args: object, **kwargs: object) -> object:
         if args and isinstance(args[0], Tensor):
             return inner(gather_input(args[0], before, site), *args[1:], **kwargs)
-        for key, value in kwargs.items():  # called by keyword, as Hugging Face does: the first tensor is the hidden state
+        for (
+            key,
+            value,
+        ) in kwargs.items():  # called by keyword, as Hugging Face does: the first tensor is the hidden state
             if isinstance(value, Tensor):
                 return inner(*args, **{**kwargs, key: gather_input(value, before, site)})
         raise PlanError(f"{site.module}: rule {site.rule} found no tensor among the module's inputs.")

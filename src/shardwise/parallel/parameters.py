@@ -42,27 +42,37 @@ def to_torch(placement: Placement) -> TorchPlacement:
 def as_dtensor(local: Tensor, whole: torch.Size, placement: Placement, axis: Axis) -> DTensor:
     """A local tensor as this rank's part of a contiguous one of shape `whole`."""
     stride = torch.empty(whole, device="meta").stride()
-    return DTensor.from_local(local, axis.mesh, [to_torch(placement)], run_check=False, shape=whole, stride=stride)
+    return DTensor.from_local(
+        local, axis.mesh, [to_torch(placement)], run_check=False, shape=whole, stride=stride
+    )
 
 
-def own_part(whole: Tensor, placement: Placement, axis: Axis, ownership: RowOwnership | None = None) -> Tensor:
+def own_part(
+    whole: Tensor, placement: Placement, axis: Axis, ownership: RowOwnership | None = None
+) -> Tensor:
     """This rank's part of a whole tensor, as memory of its own."""
     match placement:
         case Shard(0) if ownership is not None and ownership.kind is Ownership.INTERLEAVED:
             return whole.index_select(0, ownership.ids_of(axis.rank).to(whole.device))
         case Shard(dim):
             sizes = chunk_sizes(whole.shape[dim], axis.size)
-            return whole.narrow(dim, sum(sizes[: axis.rank]), sizes[axis.rank]).clone(memory_format=torch.contiguous_format)
+            return whole.narrow(dim, sum(sizes[: axis.rank]), sizes[axis.rank]).clone(
+                memory_format=torch.contiguous_format
+            )
         case _:
             return whole.clone(memory_format=torch.contiguous_format)
 
 
-def shard_parameter(parameter: nn.Parameter, placement: Placement, axis: Axis, ownership: RowOwnership | None) -> nn.Parameter:
+def shard_parameter(
+    parameter: nn.Parameter, placement: Placement, axis: Axis, ownership: RowOwnership | None
+) -> nn.Parameter:
     """The DTensor parameter that takes the place of a whole one (real or meta)."""
     if isinstance(parameter, DTensor):
         raise AssertionError("the parameter is a DTensor already")
     local = own_part(parameter.detach(), placement, axis, ownership)
-    return nn.Parameter(as_dtensor(local, parameter.shape, placement, axis), requires_grad=parameter.requires_grad)
+    return nn.Parameter(
+        as_dtensor(local, parameter.shape, placement, axis), requires_grad=parameter.requires_grad
+    )
 
 
 def local_weight(parameter: Tensor, grad_placement: Placement) -> Tensor:
@@ -72,7 +82,9 @@ def local_weight(parameter: Tensor, grad_placement: Placement) -> Tensor:
     return parameter.to_local(grad_placements=[to_torch(grad_placement)])
 
 
-def fill(model: nn.Module, whole_of: Callable[[str, torch.Size], Tensor], row_order: dict[str, RowOwnership]) -> None:
+def fill(
+    model: nn.Module, whole_of: Callable[[str, torch.Size], Tensor], row_order: dict[str, RowOwnership]
+) -> None:
     """Gives every parameter its values: `whole_of(name, shape)` returns the whole tensor, of which this rank keeps its part.
 
     Meta parameters become real on the device of what `whole_of` returns, and keep the hooks that a factory has put on them. row_order: parameters
@@ -82,7 +94,9 @@ def fill(model: nn.Module, whole_of: Callable[[str, torch.Size], Tensor], row_or
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if id(parameter) not in replaced:
             whole = whole_of(name, parameter.shape)
-            filled = nn.Parameter(_part_for(parameter, whole, row_order.get(name)), requires_grad=parameter.requires_grad)
+            filled = nn.Parameter(
+                _part_for(parameter, whole, row_order.get(name)), requires_grad=parameter.requires_grad
+            )
             _move_hooks(parameter, filled)
             replaced[id(parameter)] = filled
             del whole
@@ -106,14 +120,18 @@ def _part_for(parameter: Tensor, whole: Tensor, ownership: RowOwnership | None) 
 def part_of_dtensor(whole: Tensor, like: DTensor, ownership: RowOwnership | None = None) -> DTensor:
     """A whole tensor cut as `like` is cut, on any mesh. Partial axes can't be cut."""
     if ownership is not None and ownership.kind is Ownership.INTERLEAVED:
-        whole = whole.index_select(0, torch.cat([ownership.ids_of(rank) for rank in range(ownership.axis_size)]).to(whole.device))
+        whole = whole.index_select(
+            0, torch.cat([ownership.ids_of(rank) for rank in range(ownership.axis_size)]).to(whole.device)
+        )
     shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
     part = whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
     return _as_part_like(part.clone(memory_format=torch.contiguous_format), like)
 
 
 def _as_part_like(local: Tensor, like: DTensor) -> DTensor:
-    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
 
 
 def keep_rows_in_order(module: nn.Module, ownership: RowOwnership, axis: Axis, origin: Origin) -> None:
@@ -154,7 +172,9 @@ def keep_rows_in_order(module: nn.Module, ownership: RowOwnership, axis: Axis, o
     def before_load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         kept, natural = module.weight, state.get(f"{prefix}weight")
         assert isinstance(kept, DTensor)
-        if natural is not None and natural.shape == kept.shape:  # a wrong shape gets load_state_dict's own message
+        if (
+            natural is not None and natural.shape == kept.shape
+        ):  # a wrong shape gets load_state_dict's own message
             state[f"{prefix}weight"] = as_kept(natural.detach(), kept)
 
     module.register_state_dict_post_hook(after_state_dict)
@@ -167,7 +187,11 @@ def take_whole_tensors(module: nn.Module) -> None:
     def before_load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             value = state.get(f"{prefix}{name}")
-            if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
+            if (
+                not isinstance(parameter, DTensor)
+                or not isinstance(value, Tensor)
+                or isinstance(value, DTensor)
+            ):
                 continue
             if value.shape == parameter.shape:  # a wrong shape gets load_state_dict's own message
                 state[f"{prefix}{name}"] = part_of_dtensor(value, parameter)
@@ -177,7 +201,10 @@ def take_whole_tensors(module: nn.Module) -> None:
 
 def refuse_untied(model: nn.Module, ties: Collection[tuple[str, ...]]) -> None:
     """Ends a forward with a ModelError once parameters that are one now have become several, which would train apart unnoticed."""
-    places = [[(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names] for names in ties]
+    places = [
+        [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+        for names in ties
+    ]
 
     def before_forward(*_: Any) -> None:
         for names, tied in zip(ties, places, strict=True):
@@ -202,7 +229,9 @@ class PartialGradients:
     added to. Parameters that FSDP2 manages are left alone: FSDP2 sums their Partial gradients itself.
     """
 
-    def __init__(self, model: nn.Module, parameters: Iterable[tuple[nn.Module, str]], axis: Axis, origin: Origin) -> None:
+    def __init__(
+        self, model: nn.Module, parameters: Iterable[tuple[nn.Module, str]], axis: Axis, origin: Origin
+    ) -> None:
         self._model = model
         self._hooks: dict[tuple[nn.Module, str], RemovableHandle | None] = dict.fromkeys(parameters)
         self._axis = axis
@@ -215,7 +244,11 @@ class PartialGradients:
     def watch(self) -> None:
         """Hooks the parameters as they are now: they may have been replaced since (filled, moved off meta, wrapped by FSDP2) or unfrozen."""
         places = [(place, getattr(*place)) for place in self._hooks]
-        new = [(place, p) for place, p in places if not hasattr(p, _WATCHED) and p.requires_grad and not p.is_meta]
+        new = [
+            (place, p)
+            for place, p in places
+            if not hasattr(p, _WATCHED) and p.requires_grad and not p.is_meta
+        ]
         if not new:
             return
         managed = _managed_by_fsdp(self._model)
@@ -257,8 +290,12 @@ class PartialGradients:
             parts = [parameter.grad.to_local() for parameter in parameters]  # type: ignore[union-attr]
             flat = parts[0].view(-1) if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
             sum_now(flat, self._axis, self._origin)
-            for parameter, summed in zip(parameters, flat.split([part.numel() for part in parts]), strict=True):
-                parameter.grad = as_dtensor(summed.view(parameter.shape), parameter.shape, Replicate(), self._axis)
+            for parameter, summed in zip(
+                parameters, flat.split([part.numel() for part in parts]), strict=True
+            ):
+                parameter.grad = as_dtensor(
+                    summed.view(parameter.shape), parameter.shape, Replicate(), self._axis
+                )
         for parameter, earlier in entries:
             if earlier is not None:  # torch.autograd.grad comes by here too, and accumulates nothing
                 parameter.grad = earlier if parameter.grad is None else earlier + parameter.grad
@@ -272,4 +309,6 @@ def _managed_by_fsdp(model: nn.Module) -> set[nn.Module]:
     """All modules whose parameters FSDP2 sums: those inside its units."""
     from torch.distributed.fsdp import FSDPModule
 
-    return {inner for module in model.modules() if isinstance(module, FSDPModule) for inner in module.modules()}
+    return {
+        inner for module in model.modules() if isinstance(module, FSDPModule) for inner in module.modules()
+    }

@@ -50,7 +50,11 @@ def read_call(name: str, args: tuple[Any, ...], axes: Mapping[str, str], phase: 
     if kind is CollectiveKind.ALL_TO_ALL:
         sent = tensors[-1] if name.startswith("c10d::") else tensors[0]
         full = _bytes(sent)
-        splits = [list(argument) for argument in args if isinstance(argument, (list, tuple)) and argument and _are_ints(argument)]
+        splits = [
+            list(argument)
+            for argument in args
+            if isinstance(argument, (list, tuple)) and argument and _are_ints(argument)
+        ]
         if splits:  # (received, sent) rows per rank; the own part stays
             rows = splits[-1]
             sends = full - (full // max(1, sum(rows))) * rows[group.rank()]

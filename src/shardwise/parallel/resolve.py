@@ -38,7 +38,9 @@ class Assignment:
     rule: Rule
 
 
-def resolve(model: nn.Module, plan: Plan, *, tp: int, seq: int | None = None, fsdp: int = 1) -> tuple[Assignment, ...]:
+def resolve(
+    model: nn.Module, plan: Plan, *, tp: int, seq: int | None = None, fsdp: int = 1
+) -> tuple[Assignment, ...]:
     """The rule of every module that has one, in the model's order. Raises PlanError for a plan that the model can't carry.
 
     seq: the length that will be used, where it is known; fsdp: the ranks on axes that shard parameters further.
@@ -48,7 +50,9 @@ def resolve(model: nn.Module, plan: Plan, *, tp: int, seq: int | None = None, fs
         for rule in plan.rules:
             _check_matches(rule, modules)
         rules = ((name, module, plan.rule_for(name)) for name, module in modules.items())
-        assignments = tuple(Assignment(name, module, rule) for name, module, rule in rules if rule is not None)
+        assignments = tuple(
+            Assignment(name, module, rule) for name, module, rule in rules if rule is not None
+        )
         head = last_linear(model)
         for assignment in assignments:
             _check_style(assignment, plan.engine)
@@ -68,7 +72,10 @@ def resolve(model: nn.Module, plan: Plan, *, tp: int, seq: int | None = None, fs
 
 def is_sequence_parallel(plan: Plan) -> bool:
     """Whether activations between blocks are cut along the sequence."""
-    return any(rule.style.name is StyleName.SEQUENCE_PARALLEL or Shard(1) in (rule.style.input, rule.style.output) for rule in plan.rules)
+    return any(
+        rule.style.name is StyleName.SEQUENCE_PARALLEL or Shard(1) in (rule.style.input, rule.style.output)
+        for rule in plan.rules
+    )
 
 
 def tied_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -83,7 +90,10 @@ def below_gather_input(name: str, plan: Plan) -> bool:
     """Whether an enclosing module makes the input whole."""
     parts = name.split(".")
     parents = (".".join(parts[:depth]) for depth in range(1, len(parts)))
-    return any((rule := plan.rule_for(parent)) is not None and rule.style.name is StyleName.GATHER_INPUT for parent in parents)
+    return any(
+        (rule := plan.rule_for(parent)) is not None and rule.style.name is StyleName.GATHER_INPUT
+        for parent in parents
+    )
 
 
 def _check_matches(rule: Rule, modules: dict[str, nn.Module]) -> None:
@@ -114,7 +124,9 @@ def _check_style(assignment: Assignment, engine: Engine) -> None:
             f"Shardable: {', '.join(kind.__name__ for kind in STYLES_OF)}."
         )
     if style not in allowed:
-        raise PlanError(f"rule {rule} matched {assignment.name}, a {type(module).__name__}. Its styles: {', '.join(sorted(allowed))}.")
+        raise PlanError(
+            f"rule {rule} matched {assignment.name}, a {type(module).__name__}. Its styles: {', '.join(sorted(allowed))}."
+        )
     _check_arguments(rule, module)
 
 
@@ -132,10 +144,14 @@ def _check_arguments(rule: Rule, module: nn.Module) -> None:
     for what, value, allowed in (("input", given.input, inputs), ("output", given.output, outputs)):
         if value not in allowed:
             shown = ", ".join(str(choice).lower() for choice in allowed if choice is not None) or "none"
-            raise PlanError(f"rule {rule}: {what} is {str(value).lower()}. Allowed for {type(module).__name__}: {shown}.")
+            raise PlanError(
+                f"rule {rule}: {what} is {str(value).lower()}. Allowed for {type(module).__name__}: {shown}."
+            )
 
 
-def _check_sizes(assignment: Assignment, modules: dict[str, nn.Module], tp: int, seq: int | None, fsdp: int) -> None:
+def _check_sizes(
+    assignment: Assignment, modules: dict[str, nn.Module], tp: int, seq: int | None, fsdp: int
+) -> None:
     rule, module, name = assignment.rule, assignment.module, assignment.name
     style = rule.style.name
     if seq is not None and seq % tp and _cuts_sequence(assignment):
@@ -168,8 +184,12 @@ def _check_sizes(assignment: Assignment, modules: dict[str, nn.Module], tp: int,
             heads = width // per_head
             if heads % tp:
                 what = "KV heads" if own_name in KEY_VALUE_NAMES else "heads"
-                raise PlanError(f"rule {rule} splits {heads} {what} of {parent_name} over tp={tp}. Use tp in {_divisors(heads)}.")
-        _check_no_empty_shard(rule, name, width, "columns" if style is StyleName.ROWWISE else "rows", tp, fsdp)
+                raise PlanError(
+                    f"rule {rule} splits {heads} {what} of {parent_name} over tp={tp}. Use tp in {_divisors(heads)}."
+                )
+        _check_no_empty_shard(
+            rule, name, width, "columns" if style is StyleName.ROWWISE else "rows", tp, fsdp
+        )
 
 
 def _check_dtensor_sizes(assignment: Assignment, head: nn.Module | None, tp: int) -> None:
@@ -184,7 +204,9 @@ def _check_dtensor_sizes(assignment: Assignment, head: nn.Module | None, tp: int
     elif isinstance(module, nn.Embedding | nn.Linear):
         size = module.num_embeddings if isinstance(module, nn.Embedding) else module.out_features
         if 0 in chunk_sizes(size, tp):
-            raise PlanError(f"rule {rule} leaves a rank without rows of {name} ({size} over tp={tp}). Use tp of at most {size}.")
+            raise PlanError(
+                f"rule {rule} leaves a rank without rows of {name} ({size} over tp={tp}). Use tp of at most {size}."
+            )
 
 
 def last_linear(model: nn.Module) -> nn.Module | None:
@@ -197,7 +219,9 @@ def _check_below_gather_input(assignment: Assignment) -> None:
     rule, module, name = assignment.rule, assignment.module, assignment.name
     match module, rule.style.name:
         case nn.Linear(), StyleName.COLWISE if rule.style.input == Shard(1):
-            raise PlanError(f"rule {rule}: input is shard(1), but a gather_input above {name} has made it whole. Leave input out.")
+            raise PlanError(
+                f"rule {rule}: input is shard(1), but a gather_input above {name} has made it whole. Leave input out."
+            )
         case nn.Linear(), StyleName.ROWWISE if rule.style.input == Replicate():
             advice = "Leave input out, and make the layer before it colwise."
         case nn.Linear(), StyleName.REPLICATE:
@@ -206,7 +230,9 @@ def _check_below_gather_input(assignment: Assignment) -> None:
             advice = "Use sequence_parallel, which sums the parts."
         case _:
             return
-    raise PlanError(f"rule {rule}: {name} is below a gather_input, where each rank's gradient is a part of the sum. {advice}")
+    raise PlanError(
+        f"rule {rule}: {name} is below a gather_input, where each rank's gradient is a part of the sum. {advice}"
+    )
 
 
 def _check_no_empty_shard(rule: Rule, name: str, size: int, what: str, tp: int, fsdp: int) -> None:
@@ -225,13 +251,19 @@ def _check_ties(model: nn.Module, assignments: tuple[Assignment, ...], engine: E
         if not owners:
             continue
         if engine is Engine.DTENSOR:
-            raise PlanError(f'{" and ".join(group)} are tied, and PyTorch\'s own styles would untie them. Use engine = "native".')
+            raise PlanError(
+                f'{" and ".join(group)} are tied, and PyTorch\'s own styles would untie them. Use engine = "native".'
+            )
         kinds = [type(owner.module) for owner in owners]
         head = next((owner for owner in owners if type(owner.module) is nn.Linear), None)
         if sorted(kind.__name__ for kind in kinds) != ["Embedding", "Linear"] or head is None:
-            raise PlanError(f"{' and '.join(group)} are tied. Only an embedding tied to one linear head can be sharded.")
+            raise PlanError(
+                f"{' and '.join(group)} are tied. Only an embedding tied to one linear head can be sharded."
+            )
         if head.rule.style.name is not StyleName.COLWISE:
-            raise PlanError(f"rule {head.rule}: {head.name} is tied to the embedding. Allowed for a tied head: colwise.")
+            raise PlanError(
+                f"rule {head.rule}: {head.name} is tied to the embedding. Allowed for a tied head: colwise."
+            )
         is_interleaved = any(owner.rule.style.ownership is Ownership.INTERLEAVED for owner in owners)
         if is_interleaved and head.rule.style.output == Replicate():
             raise PlanError(
@@ -248,7 +280,9 @@ def _check_ties(model: nn.Module, assignments: tuple[Assignment, ...], engine: E
 def _check_coverage(modules: dict[str, nn.Module], covered: set[str]) -> None:
     for name, module in modules.items():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            raise PlanError(f"{name} is a {type(module).__name__}({module.p}), whose masks would differ between the ranks. Set its p to 0.")
+            raise PlanError(
+                f"{name} is a {type(module).__name__}({module.p}), whose masks would differ between the ranks. Set its p to 0."
+            )
         holds_parameters = any(True for _ in module.parameters(recurse=False))
         if holds_parameters and type(module) not in STYLES_OF:
             raise PlanError(
@@ -257,7 +291,9 @@ def _check_coverage(modules: dict[str, nn.Module], covered: set[str]) -> None:
             )
         if holds_parameters and name not in covered:
             choices = ", ".join(sorted(STYLES_OF[type(module)]))
-            raise PlanError(f'no rule covers {name}, a {type(module).__name__}. Add one: "{name}" = one of {choices}.')
+            raise PlanError(
+                f'no rule covers {name}, a {type(module).__name__}. Add one: "{name}" = one of {choices}.'
+            )
 
 
 def _cuts_sequence(assignment: Assignment) -> bool:

@@ -50,7 +50,9 @@ def _check_precision(program: Program, setup: Setup) -> None:
             "Use --dtype bfloat16, or leave it out."
         )
     if setup.recompute_attention and program.settings.recompute != "none":
-        raise OptionError("--recompute selective: the program's layers run again as a whole. Take a program without recompute.")
+        raise OptionError(
+            "--recompute selective: the program's layers run again as a whole. Take a program without recompute."
+        )
     if setup.recompute_attention and setup.attention is not AttentionKernel.UNFUSED:
         raise OptionError(
             "--recompute selective: is of unfused attention. Add --attention unfused; fused kernels make their scores again anyway."
@@ -60,10 +62,14 @@ def _check_precision(program: Program, setup: Setup) -> None:
 def _check_stages(program: Program, setup: Setup) -> None:
     if setup.stages == 1:
         if setup.chunks > 1:
-            raise OptionError(f"--chunks {setup.chunks}: chunks of layers are of a pipeline's stages. Use --stages of at least 2.")
+            raise OptionError(
+                f"--chunks {setup.chunks}: chunks of layers are of a pipeline's stages. Use --stages of at least 2."
+            )
         return
     if program.layers is None:
-        raise OptionError(f"--stages {setup.stages}: {program.model} has no row of equal layers that could be cut. Use --stages 1.")
+        raise OptionError(
+            f"--stages {setup.stages}: {program.model} has no row of equal layers that could be cut. Use --stages 1."
+        )
     n_layers = program.layers[1]
     if setup.stages * setup.chunks > n_layers:
         cut = f"{setup.stages} stages" + (f" of {setup.chunks} chunks" if setup.chunks > 1 else "")
@@ -82,7 +88,11 @@ def check_devices(machine: Machine, setup: Setup, sizes: Mapping[str, int]) -> N
     devices = prod(sizes.values()) * setup.stages * setup.context
     if machine.between is None and devices > machine.devices_per_node:
         mesh = ",".join(f"{name}={size}" for name, size in sizes.items())
-        more = "".join(f" x {count} {what}" for count, what in ((setup.stages, "stages"), (setup.context, "context ranks")) if count > 1)
+        more = "".join(
+            f" x {count} {what}"
+            for count, what in ((setup.stages, "stages"), (setup.context, "context ranks"))
+            if count > 1
+        )
         raise OptionError(
             f"mesh {mesh}{more} is {devices} devices, and machine {machine.name} is one node of {machine.devices_per_node}: it has no link "
             f"between nodes. Use at most {machine.devices_per_node}, or a machine with [links.between]."

@@ -91,7 +91,9 @@ def _matmul_s(op: Op, machine: Machine, setup: Setup) -> float:
         share = max(tile.share for tile in rate.tiles) if rate is not None else 1.0
         seconds = op.flops / (rate.peak_flops * share) if rate is not None else 0.0
     else:
-        seconds = _product_s(machine, setup.matmul_dtype if setup.matmul_dtype and dims[0] == 1 else dtype, *dims)
+        seconds = _product_s(
+            machine, setup.matmul_dtype if setup.matmul_dtype and dims[0] == 1 else dtype, *dims
+        )
     seconds = max(seconds, machine.kernel("matmul bytes", "copy").time_s(op.read_bytes + op.write_bytes))
     return seconds + fresh_memory_s(op, machine)
 
@@ -169,7 +171,9 @@ def collective_cost(item: Collective, machine: Machine, setup: Setup, stride: in
     return Cost(seconds, machine.launch.collective_s, term)
 
 
-def collective_s(machine: Machine, kind: CollectiveKind, sent: float, payload: float, stride: int, size: int) -> float:
+def collective_s(
+    machine: Machine, kind: CollectiveKind, sent: float, payload: float, stride: int, size: int
+) -> float:
     """Seconds in which each of `size` ranks, `stride` apart, sends `sent` bytes. Over several nodes a ring passes every node's NICs: of L local
     ranks each has one, so the ring runs at L NICs' rate, and never faster than the link within."""
     if size == 1:
@@ -179,12 +183,16 @@ def collective_s(machine: Machine, kind: CollectiveKind, sent: float, payload: f
     if local >= size or machine.between is None:
         return within if local > 1 else _within_s(machine.within, kind, sent, size)
     link, nodes = machine.between, -(-size // local)
-    rate = link.bytes_per_s * link.share_at(payload / local * machine.devices_per_node) * local  # each NIC carries 1/local of it
+    rate = (
+        link.bytes_per_s * link.share_at(payload / local * machine.devices_per_node) * local
+    )  # each NIC carries 1/local of it
     return max(link.start_s + link.start_per_hop_s * nodes + sent / rate, within)
 
 
 def _within_s(link: Link, kind: CollectiveKind, sent: float, ranks: int) -> float:
     if not link.is_known:
-        raise MachineError("the machine's file has no link: none was measured. Calibrate with --base MACHINE, whose links are then taken.")
+        raise MachineError(
+            "the machine's file has no link: none was measured. Calibrate with --base MACHINE, whose links are then taken."
+        )
     rate = link.rate(kind, ranks)
     return rate.time_s(sent) if rate is not None else link.start_s + sent / link.bytes_per_s

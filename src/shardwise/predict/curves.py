@@ -23,8 +23,14 @@ def curve(times: Times) -> Points:
         else:
             groups.append([(size, seconds)])
     sizes = [float(np.median([size for size, _ in group])) for group in groups]
-    logs = monotone(np.log([float(np.median([seconds for _, seconds in group])) for group in groups]), [len(group) for group in groups])
-    return tuple((float(round(size)) or 1.0, rounded(float(np.exp(log)))) for size, log in zip(sizes, logs, strict=True))
+    logs = monotone(
+        np.log([float(np.median([seconds for _, seconds in group])) for group in groups]),
+        [len(group) for group in groups],
+    )
+    return tuple(
+        (float(round(size)) or 1.0, rounded(float(np.exp(log))))
+        for size, log in zip(sizes, logs, strict=True)
+    )
 
 
 def monotone(values: NDArray[np.float64], weights: Sequence[float]) -> list[float]:
@@ -43,7 +49,11 @@ def monotone(values: NDArray[np.float64], weights: Sequence[float]) -> list[floa
 def median_curve(curves: Sequence[Points]) -> Points:
     """The median of several curves, at sizes a factor of four apart that at least one of them covers."""
     low, high = min(points[0][0] for points in curves), max(points[-1][0] for points in curves)
-    sizes = [low * 4**step for step in range(int(np.ceil(np.log(high / low) / np.log(4))) + 1)] if high > low else [low]
+    sizes = (
+        [low * 4**step for step in range(int(np.ceil(np.log(high / low) / np.log(4))) + 1)]
+        if high > low
+        else [low]
+    )
     return curve([(size, float(np.median(_at(curves, size)))) for size in sizes])
 
 
@@ -54,7 +64,9 @@ def _at(curves: Sequence[Points], size: float) -> list[float]:
 
 def residual(times: Times, points: Points) -> float:
     """Median of |log(measured / curve)|."""
-    errors = [abs(np.log(seconds / on_curve(points, size))) for size, seconds in times if size > 0 and seconds > 0]
+    errors = [
+        abs(np.log(seconds / on_curve(points, size))) for size, seconds in times if size > 0 and seconds > 0
+    ]
     return float(np.median(errors)) if errors else 0.0
 
 

@@ -25,7 +25,10 @@ class Family:
     long: Program
 
     def __post_init__(self) -> None:
-        shapes = [[(len(block.items), block.times) for block in program.blocks] for program in (self.short, self.long)]
+        shapes = [
+            [(len(block.items), block.times) for block in program.blocks]
+            for program in (self.short, self.long)
+        ]
         if shapes[0] != shapes[1]:
             raise NotAFamilyError(f"blocks of {shapes[0]} and {shapes[1]} (items, times)")
         for a, b in zip(_templates(self.short), _templates(self.long), strict=True):
@@ -40,7 +43,8 @@ class Family:
             raise NotAFamilyError(f"{sequences} sequences: a family begins at {SHORT}")
         line = _Line(sequences)
         blocks = tuple(
-            replace(b, items=tuple(map(line.item, a.items, b.items))) for a, b in zip(self.short.blocks, self.long.blocks, strict=True)
+            replace(b, items=tuple(map(line.item, a.items, b.items)))
+            for a, b in zip(self.short.blocks, self.long.blocks, strict=True)
         )
         settings = self.long.settings
         resident = dict(self.short.resident)
@@ -48,7 +52,10 @@ class Family:
             self.long,
             blocks=blocks,
             settings=replace(settings, batch=line.size(self.short.settings.batch, settings.batch)),
-            resident=tuple((kind, line.size(resident.get(kind, n_bytes), n_bytes)) for kind, n_bytes in self.long.resident),
+            resident=tuple(
+                (kind, line.size(resident.get(kind, n_bytes), n_bytes))
+                for kind, n_bytes in self.long.resident
+            ),
         )
 
 
@@ -61,7 +68,16 @@ def _key(item: Item) -> tuple[object, ...]:
     match item:
         case Op():
             specs = [(spec.dtype, len(spec.shape)) for spec in (*item.inputs, *item.outputs)]
-            return ("op", item.name, item.kind, item.phase, item.module, len(item.inputs), specs, item.on_host)
+            return (
+                "op",
+                item.name,
+                item.kind,
+                item.phase,
+                item.module,
+                len(item.inputs),
+                specs,
+                item.on_host,
+            )
         case Collective():
             call = item.call
             return (
@@ -125,5 +141,7 @@ class _Line:
             return long
         found = self.specs.get((short, long))
         if found is None:
-            found = self.specs[short, long] = TensorSpec(long.dtype, tuple(map(self.size, short.shape, long.shape)))
+            found = self.specs[short, long] = TensorSpec(
+                long.dtype, tuple(map(self.size, short.shape, long.shape))
+            )
         return found

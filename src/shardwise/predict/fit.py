@@ -76,12 +76,22 @@ class _Draft:
     hardware: Hardware
     constants: list[Constant] = field(default_factory=list)
 
-    def note(self, path: str, value: float | Sequence[Sequence[float]], unit: str, source: str, fitted: str | None = None) -> None:
+    def note(
+        self,
+        path: str,
+        value: float | Sequence[Sequence[float]],
+        unit: str,
+        source: str,
+        fitted: str | None = None,
+    ) -> None:
         self.constants.append(constant(path, value, unit, source, fitted))
 
 
 def fit(
-    samples: Sequence[Sample], hardware: Hardware, programs: Mapping[str, Program] | None = None, base: Machine | None = None
+    samples: Sequence[Sample],
+    hardware: Hardware,
+    programs: Mapping[str, Program] | None = None,
+    base: Machine | None = None,
 ) -> Machine:
     """programs: of the steps whose launches were timed, by the first word of their samples' names. base: a machine whose links are taken
     where none were measured. Raises AssertionError where there is no matmul or no kernel among the samples."""
@@ -106,11 +116,20 @@ def fit(
         within=_within(draft, scaled, base),
         between=base.between if base is not None else None,
     )
-    draft.note("memory.capacity", hardware.memory_bytes / 2**30, "GiB per device", "measured: what the system says")
-    draft.note("memory.context", hardware.context_bytes / 2**20, "MiB per device", "measured: what a rank holds before its first tensor")
+    draft.note(
+        "memory.capacity", hardware.memory_bytes / 2**30, "GiB per device", "measured: what the system says"
+    )
+    draft.note(
+        "memory.context",
+        hardware.context_bytes / 2**20,
+        "MiB per device",
+        "measured: what a rank holds before its first tensor",
+    )
     if base is not None:
         draft.constants += [each for each in base.constants if each.path.startswith("links.between")]
-    machine = replace(machine, launch=_launch(draft, scaled, machine, programs or {}), constants=tuple(draft.constants))
+    machine = replace(
+        machine, launch=_launch(draft, scaled, machine, programs or {}), constants=tuple(draft.constants)
+    )
     return machine_from_toml(to_toml(machine), hardware.name)
 
 
@@ -118,7 +137,9 @@ def _scaled(sample: Sample, hardware: Hardware) -> Sample:
     """Kernels and launches in seconds of the wall, as a rank meets them."""
     if sample.what in list(CollectiveKind) or hardware.share >= 1:
         return sample
-    return replace(sample, **{name: getattr(sample, name) / hardware.share for name in ("seconds", "low_s", "high_s")})
+    return replace(
+        sample, **{name: getattr(sample, name) / hardware.share for name in ("seconds", "low_s", "high_s")}
+    )
 
 
 def _told(what: str, count: int, error: float, hardware: Hardware) -> tuple[str, str]:
@@ -133,7 +154,11 @@ def _kernels(draft: _Draft, samples: Sequence[Sample]) -> tuple[tuple[str, Kerne
     by_name: dict[str, list[tuple[float, float]]] = {}
     kinds: dict[str, str] = {}
     for sample in samples:
-        if sample.what not in list(OpKind) or sample.what in (OpKind.MATMUL, OpKind.ATTENTION) or sample.name == FRESH:
+        if (
+            sample.what not in list(OpKind)
+            or sample.what in (OpKind.MATMUL, OpKind.ATTENTION)
+            or sample.name == FRESH
+        ):
             continue
         name = sample.name.partition(" ")[0]
         if draft.hardware.device == "cpu" and sample.dtype != PLAIN_DTYPE:
@@ -149,16 +174,26 @@ def _kernels(draft: _Draft, samples: Sequence[Sample]) -> tuple[tuple[str, Kerne
         plain = {name: found[name][0] for name in kinds if kinds[name] == kind and " " not in name}
         making = {name: points for name, points in plain.items() if not name.endswith("_")} or plain
         if making:
-            found[kind] = (median_curve(list(making.values())), [time for name in making for time in found[name][1]])
-    common = [found[kind] for kind in (OpKind.ELEMENTWISE, OpKind.COPY, OpKind.REDUCTION) if kind in found] or list(found.values())
-    found[DEFAULT] = (median_curve([points for points, _ in common]), [time for _, times in common for time in times])
+            found[kind] = (
+                median_curve(list(making.values())),
+                [time for name in making for time in found[name][1]],
+            )
+    common = [
+        found[kind] for kind in (OpKind.ELEMENTWISE, OpKind.COPY, OpKind.REDUCTION) if kind in found
+    ] or list(found.values())
+    found[DEFAULT] = (
+        median_curve([points for points, _ in common]),
+        [time for _, times in common for time in times],
+    )
     rates: dict[str, KernelRate] = {}
     if draft.hardware.device == "cuda":
         rates = _look_ups(draft, samples)
         for name in rates:
             found.pop(name, None)
     for name, (points, times) in found.items():
-        source, fitted = _told(name.removeprefix("aten::"), len(times), residual(times, points), draft.hardware)
+        source, fitted = _told(
+            name.removeprefix("aten::"), len(times), residual(times, points), draft.hardware
+        )
         draft.note(f"kernels.{name}.points", points, "bytes, s", source, fitted)
     return (*rates.items(), *((name, KernelRate(points=points)) for name, (points, _) in found.items()))
 
@@ -170,8 +205,13 @@ def _look_ups(draft: _Draft, samples: Sequence[Sample]) -> dict[str, KernelRate]
         mine = [sample for sample in samples if sample.name.partition(" ")[0] == op]
         if len(mine) < FEWEST["look-ups"]:
             continue
-        n_bytes, seconds = (np.array([getattr(sample, name) for sample in mine], np.float64) for name in ("n_bytes", "seconds"))
-        elements = np.array([sample.shape[1] * sample.shape[0 if "backward" in op else 2] for sample in mine], np.float64)
+        n_bytes, seconds = (
+            np.array([getattr(sample, name) for sample in mine], np.float64)
+            for name in ("n_bytes", "seconds")
+        )
+        elements = np.array(
+            [sample.shape[1] * sample.shape[0 if "backward" in op else 2] for sample in mine], np.float64
+        )
 
         def times(parameters: Vector, n_bytes: Vector = n_bytes, elements: Vector = elements) -> Vector:
             start_s, bytes_per_s, elements_per_s = parameters
@@ -179,7 +219,9 @@ def _look_ups(draft: _Draft, samples: Sequence[Sample]) -> dict[str, KernelRate]
             total: Vector = start_s + slower
             return total
 
-        def cost(parameters: Vector, times: Callable[[Vector], Vector] = times, seconds: Vector = seconds) -> float:
+        def cost(
+            parameters: Vector, times: Callable[[Vector], Vector] = times, seconds: Vector = seconds
+        ) -> float:
             return rough(log_errors(times(parameters), seconds))
 
         start = np.array([seconds.min() / 2, (n_bytes / seconds).max(), (elements / seconds).max()])
@@ -203,7 +245,9 @@ def _fresh(later: Times, at_once: Points) -> tuple[Points, Times] | None:
     shown = [(size, seconds) for size, seconds in more if seconds > SHOWN * on_curve(at_once, size)]
     if not shown or shown[-1] != more[-1]:
         return None
-    first = len(more) - next((count for count, pair in enumerate(reversed(more)) if pair not in shown), len(more))
+    first = len(more) - next(
+        (count for count, pair in enumerate(reversed(more)) if pair not in shown), len(more)
+    )
     kept = more[first:]
     below = more[first - 1][0] if first else kept[0][0] / 2
     return ((below, NOTHING_S), *curve(kept)), kept
@@ -223,10 +267,17 @@ def _bandwidth_of(samples: Sequence[Sample]) -> float:
 
 def _fastest_copy(samples: Sequence[Sample]) -> Sample:
     """Of the copies at least half as large as the largest, which no cache holds; of any op where none was copied."""
-    moved = [sample for sample in samples if sample.what in list(OpKind) and sample.n_bytes and sample.name != FRESH]
+    moved = [
+        sample
+        for sample in samples
+        if sample.what in list(OpKind) and sample.n_bytes and sample.name != FRESH
+    ]
     copies = [sample for sample in moved if sample.name.partition(" ")[0] in COPY_OPS] or moved
     largest = max(sample.n_bytes for sample in copies)
-    return max((sample for sample in copies if sample.n_bytes >= largest / 2), key=lambda sample: sample.n_bytes / sample.seconds)
+    return max(
+        (sample for sample in copies if sample.n_bytes >= largest / 2),
+        key=lambda sample: sample.n_bytes / sample.seconds,
+    )
 
 
 def _matmuls(draft: _Draft, samples: Sequence[Sample]) -> tuple[tuple[str, MatmulRate], ...]:
@@ -246,7 +297,12 @@ def _matmul(draft: _Draft, dtype: str, samples: Sequence[Sample]) -> MatmulRate:
     peak = rounded(float((flops / seconds).max()) * PEAK_OVER_BEST[device])
     tiles = GPU_TILES if device == "cuda" else CPU_TILES
     batch, m, n, k = shapes.T
-    work = np.stack([np.ceil(batch * np.ceil(m / rows) * np.ceil(n / columns) / units) * 2 * rows * columns for rows, columns in tiles])
+    work = np.stack(
+        [
+            np.ceil(batch * np.ceil(m / rows) * np.ceil(n / columns) / units) * 2 * rows * columns
+            for rows, columns in tiles
+        ]
+    )
 
     def times(parameters: Vector) -> Vector:
         start_s, extra_k, *shares = parameters
@@ -263,7 +319,9 @@ def _matmul(draft: _Draft, dtype: str, samples: Sequence[Sample]) -> MatmulRate:
     assert best is not None
     error = float(np.median(log_errors(times(best[0]), seconds)))
     start_s, extra_k, *shares = (rounded(value) for value in best[0])
-    rows_ = tuple(Tile(rows, columns, min(1.0, share)) for (rows, columns), share in zip(tiles, shares, strict=True))
+    rows_ = tuple(
+        Tile(rows, columns, min(1.0, share)) for (rows, columns), share in zip(tiles, shares, strict=True)
+    )
     source, fitted = _told(f"{dtype} matmuls", len(samples), error, draft.hardware)
     path = f"matmul.{dtype}"
     draft.note(
@@ -272,8 +330,19 @@ def _matmul(draft: _Draft, dtype: str, samples: Sequence[Sample]) -> MatmulRate:
         "TFLOP/s per device",
         f"measured: {PEAK_OVER_BEST[device]:g} x the fastest of {len(samples)} {dtype} matmuls",
     )
-    draft.note(f"{path}.units", units, "1", "measured: what the system says" if device == "cuda" else "one rank multiplies by itself")
-    draft.note(f"{path}.tiles", [(tile.rows, tile.columns, tile.share) for tile in rows_], "rows, columns, share of peak", source, fitted)
+    draft.note(
+        f"{path}.units",
+        units,
+        "1",
+        "measured: what the system says" if device == "cuda" else "one rank multiplies by itself",
+    )
+    draft.note(
+        f"{path}.tiles",
+        [(tile.rows, tile.columns, tile.share) for tile in rows_],
+        "rows, columns, share of peak",
+        source,
+        fitted,
+    )
     draft.note(f"{path}.start", start_s * 1e6, "us", source, fitted)
     draft.note(f"{path}.extra_k", extra_k, "1", source, fitted)
     return MatmulRate(peak, units, rows_, start_s, extra_k)
@@ -292,7 +361,9 @@ def _attentions(draft: _Draft, samples: Sequence[Sample]) -> tuple[tuple[str, At
 
 
 def _attention(draft: _Draft, dtype: str, samples: Sequence[Sample]) -> AttentionRate:
-    flops, seconds = (np.array([getattr(sample, name) for sample in samples], np.float64) for name in ("flops", "seconds"))
+    flops, seconds = (
+        np.array([getattr(sample, name) for sample in samples], np.float64) for name in ("flops", "seconds")
+    )
     sequence = np.array([sample.shape[3] for sample in samples], np.float64)
     backward = np.array(["backward" in sample.name for sample in samples])
 
@@ -300,7 +371,9 @@ def _attention(draft: _Draft, dtype: str, samples: Sequence[Sample]) -> Attentio
         ahead, back, half, start_s = parameters
         return flops / np.where(backward, back, ahead) * (1 + half / sequence) + start_s  # type: ignore[no-any-return]
 
-    start = np.array([(flops / seconds)[~backward].max(), (flops / seconds)[backward].max(), 100.0, seconds.min() / 2])
+    start = np.array(
+        [(flops / seconds)[~backward].max(), (flops / seconds)[backward].max(), 100.0, seconds.min() / 2]
+    )
     best, _ = minimise(lambda parameters: rough(log_errors(times(parameters), seconds)), start)
     error = float(np.median(log_errors(times(best), seconds)))
     forward, back, half, start_s = (rounded(value) for value in best)
@@ -327,9 +400,18 @@ def _within(draft: _Draft, samples: Sequence[Sample], base: Machine | None) -> L
     for kind in CollectiveKind:
         found: list[CollectiveRate] = []
         for ranks in sorted({sample.ranks for sample in mine if sample.what == kind}):
-            times = [(float(sample.write_bytes), sample.seconds) for sample in mine if sample.what == kind and sample.ranks == ranks]
+            times = [
+                (float(sample.write_bytes), sample.seconds)
+                for sample in mine
+                if sample.what == kind and sample.ranks == ranks
+            ]
             points = curve(times)
-            source, fitted = _told(f"{kind} over {ranks} ranks", len(times), residual(times, points), replace(draft.hardware, share=1.0))
+            source, fitted = _told(
+                f"{kind} over {ranks} ranks",
+                len(times),
+                residual(times, points),
+                replace(draft.hardware, share=1.0),
+            )
             draft.note(f"links.within.{kind}[{len(found)}].points", points, "bytes sent, s", source, fitted)
             found.append(CollectiveRate(ranks, 0.0, math.inf, points))
         if found:
@@ -341,7 +423,9 @@ def _within(draft: _Draft, samples: Sequence[Sample], base: Machine | None) -> L
     return Link(bandwidth * 1e9, tuple(rates))
 
 
-def _launch(draft: _Draft, samples: Sequence[Sample], machine: Machine, programs: Mapping[str, Program]) -> Launch:
+def _launch(
+    draft: _Draft, samples: Sequence[Sample], machine: Machine, programs: Mapping[str, Program]
+) -> Launch:
     known = {sample.name: sample for sample in samples if sample.what == LAUNCH}
     collective_s = known["collective"].seconds if "collective" in known else 0.0
     values: dict[str, float | None] = {
@@ -372,10 +456,13 @@ def _launch(draft: _Draft, samples: Sequence[Sample], machine: Machine, programs
     for name in ("forward", "backward", "collective"):
         if not any(each.path == f"launch.{name}" for each in draft.constants):
             draft.note(f"launch.{name}", 0.0, "us", "not measured: counted as nothing")
-    return Launch(*(values[name] for name in ("forward", "backward", "collective", "dtensor_forward", "dtensor_backward")))  # type: ignore[arg-type]
+    names = ("forward", "backward", "collective", "dtensor_forward", "dtensor_backward")
+    return Launch(*(values[name] for name in names))  # type: ignore[arg-type]
 
 
-def _issue_s(sample: Sample, program: Program, phase: Phase, machine: Machine, collective_s: float) -> tuple[float, int]:
+def _issue_s(
+    sample: Sample, program: Program, phase: Phase, machine: Machine, collective_s: float
+) -> tuple[float, int]:
     """Seconds of the host per op, and how many ops there were. Collectives are counted by themselves, and on a CPU what the kernels take is not the
     host's issuing."""
     ops: list[Op] = [op for op in program.ops() if op.phase is phase]

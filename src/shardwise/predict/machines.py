@@ -16,7 +16,9 @@ LARGEST_FILE = 1_000_000  # bytes; one with every measured curve has a tenth of 
 def machine_names() -> tuple[str, ...]:
     """Of the machines that come with Shardwise, sorted."""
     folder = resources.files("shardwise") / "machines"
-    return tuple(sorted(entry.name.removesuffix(SUFFIX) for entry in folder.iterdir() if entry.name.endswith(SUFFIX)))
+    return tuple(
+        sorted(entry.name.removesuffix(SUFFIX) for entry in folder.iterdir() if entry.name.endswith(SUFFIX))
+    )
 
 
 def machine_text(name: str) -> str:
@@ -46,7 +48,9 @@ def _text(path: Path) -> str:
             found = file.read(LARGEST_FILE + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "can't be a path"
-        raise MachineError(f"{where}: {reason}. Give the path of a TOML file, or a name of `shardwise machines`.") from None
+        raise MachineError(
+            f"{where}: {reason}. Give the path of a TOML file, or a name of `shardwise machines`."
+        ) from None
     if len(found) > LARGEST_FILE:
         raise MachineError(f"{where}: is larger than {LARGEST_FILE:,} bytes, and no machine file is.")
     try:

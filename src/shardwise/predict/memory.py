@@ -74,7 +74,10 @@ class _Row:
 
 
 def peak_by_kind(
-    program: Program, counts: Callable[[MemoryKind], bool], setup: Setup, scales: Mapping[MemoryKind, float] = MappingProxyType({})
+    program: Program,
+    counts: Callable[[MemoryKind], bool],
+    setup: Setup,
+    scales: Mapping[MemoryKind, float] = MappingProxyType({}),
 ) -> ByKind:
     """What lives, as traced, at the moment at which the kinds that count hold most, each scaled: with other shards the peak is elsewhere. A block
     that repeats is walked once: its peak is in its last repeat where it leaves more than it found, else in its first."""
@@ -93,7 +96,9 @@ def peak_by_kind(
             running = np.cumsum(grows)
             top = int(running.argmax())
             if float(before @ weights) + running[top] > best:
-                upto = np.bincount(row.kinds[: top + 1], weights=row.n_bytes[: top + 1], minlength=len(all_kinds))
+                upto = np.bincount(
+                    row.kinds[: top + 1], weights=row.n_bytes[: top + 1], minlength=len(all_kinds)
+                )
                 best_live = before + upto
                 best = float(best_live @ weights)
         live = live + net * row.times
@@ -104,7 +109,11 @@ def _rows(program: Program, setup: Setup) -> Iterable[_Row]:
     index = {kind: number for number, kind in enumerate(MemoryKind)}
     fused = _fused_loss(program) if setup.compiled_loss else {}
     for place, block in enumerate(program.blocks):
-        pairs = [(fused.get((place, at), item.n_bytes), item) for at, item in enumerate(block.items) if isinstance(item, MemoryChange)]
+        pairs = [
+            (fused.get((place, at), item.n_bytes), item)
+            for at, item in enumerate(block.items)
+            if isinstance(item, MemoryChange)
+        ]
         if setup.compiled:
             pairs = [(n_bytes, change) for n_bytes, change in pairs if change.maker not in MADE_AGAIN]
         if setup.precision is not Precision.TRACED:
@@ -135,11 +144,17 @@ def _fused_loss(program: Program) -> dict[tuple[int, int], int]:
     kept = logits_bytes if last is not None else 2 * logits_bytes
     found = {}
     for where, change in large:
-        n_bytes = kept if change.kind is MemoryKind.ACTIVATION else logits_bytes if _is_of(change, last) else 0
+        n_bytes = (
+            kept if change.kind is MemoryKind.ACTIVATION else logits_bytes if _is_of(change, last) else 0
+        )
         found[where] = n_bytes if change.n_bytes > 0 else -n_bytes
     return found
 
 
 def _is_of(change: MemoryChange, made: MemoryChange | None) -> bool:
     """Whether this is `made`, or its end."""
-    return made is not None and (abs(change.n_bytes), change.phase, change.maker) == (made.n_bytes, made.phase, made.maker)
+    return made is not None and (abs(change.n_bytes), change.phase, change.maker) == (
+        made.n_bytes,
+        made.phase,
+        made.maker,
+    )

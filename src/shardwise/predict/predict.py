@@ -35,13 +35,20 @@ class Stage:
     work: Work
 
 
-def predict(program: Program, machine: Machine, setup: Setup, sizes: dict[str, int] | None = None) -> Prediction:
+def predict(
+    program: Program, machine: Machine, setup: Setup, sizes: dict[str, int] | None = None
+) -> Prediction:
     """sizes: of data-parallel axes, where they differ from the traced ones. Raises OptionError for a setup that can't be."""
     work = work_of(program, machine, setup, sizes)
     work = without(work, setup.without)
     together = machine.device == "cpu"
     stages = stages_of(work, program, setup, together=together)
-    passes_s = pipeline_s([stage.times for stage in stages], setup.micro_batches, transfer_s(program, machine, setup), setup.chunks)
+    passes_s = pipeline_s(
+        [stage.times for stage in stages],
+        setup.micro_batches,
+        transfer_s(program, machine, setup),
+        setup.chunks,
+    )
     once_s = _once(step_end_of(work, setup, further_shards(program, setup, sizes)), together)
     busiest = max(range(len(stages)), key=lambda index: stages[index].times.total_s)
     terms = dict.fromkeys(Term, 0.0)
@@ -55,7 +62,12 @@ def predict(program: Program, machine: Machine, setup: Setup, sizes: dict[str, i
     terms.update(dict.fromkeys(setup.without, 0.0))
     step_s = sum(terms.values())
     all_sizes = dict(program.axes) | (sizes or {})
-    sequences = program.settings.batch // _data_parallel(dict(program.axes)) * _data_parallel(all_sizes) * setup.micro_batches
+    sequences = (
+        program.settings.batch
+        // _data_parallel(dict(program.axes))
+        * _data_parallel(all_sizes)
+        * setup.micro_batches
+    )
     tokens = sequences * program.settings.seq * setup.context
     return Prediction(
         program.model,
@@ -101,7 +113,9 @@ def stages_of(work: Work, program: Program, setup: Setup, *, together: bool) -> 
     return stages
 
 
-def passes_of(work: Work, first: int, count: int, setup: Setup, index: int) -> tuple[NDArray[np.bool_], Work, Work]:
+def passes_of(
+    work: Work, first: int, count: int, setup: Setup, index: int
+) -> tuple[NDArray[np.bool_], Work, Work]:
     """Which rows stage `index` with `count` layers runs, its forward of a micro-batch, and its backward."""
     layers = (work.layer >= first) & (work.layer < first + count)
     if index == 0:
@@ -151,7 +165,9 @@ def step_end_of(work: Work, setup: Setup, shards: float) -> Work:
     """What runs once a step, of a stage's share of the parameters. shards: see further_shards."""
     once = work.where(work.in_phases(*ONCE))
     share = 1.0 / (setup.stages * setup.optimizer_shards * shards)
-    return replace(once, device_s=np.where(once.axis == 0, once.device_s * share, once.device_s / setup.stages))
+    return replace(
+        once, device_s=np.where(once.axis == 0, once.device_s * share, once.device_s / setup.stages)
+    )
 
 
 def _once(scaled: Work, together: bool) -> dict[Term, float]:
@@ -175,7 +191,11 @@ def transfer_s(program: Program, machine: Machine, setup: Setup) -> float:
         return 0.0
     n_bytes = boundary_bytes(program)
     stride = prod(size for _, size in program.axes)  # stages are the outermost axis
-    link = machine.within if local_ranks(stride, setup.stages, machine.devices_per_node) > 1 else machine.between or machine.within
+    link = (
+        machine.within
+        if local_ranks(stride, setup.stages, machine.devices_per_node) > 1
+        else machine.between or machine.within
+    )
     return link.start_s + n_bytes / (link.bytes_per_s * link.share_at(n_bytes))
 
 

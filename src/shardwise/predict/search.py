@@ -12,7 +12,12 @@ Vector = NDArray[np.float64]
 
 
 def minimise(
-    cost: Callable[[Vector], float], start: Vector, *, step: float = 0.5, smallest: float = 0.004, most: int = 400
+    cost: Callable[[Vector], float],
+    start: Vector,
+    *,
+    step: float = 0.5,
+    smallest: float = 0.004,
+    most: int = 400,
 ) -> tuple[Vector, float]:
     """The best parameters found from `start` (all > 0) and their cost; `step` is of their logarithms."""
     at, best = np.log(start), cost(start)

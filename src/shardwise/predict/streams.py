@@ -33,7 +33,14 @@ class Run:
         return float(self.end_s.max(initial=0.0))
 
 
-def run(work: Work, *, host_free_s: float = 0.0, device_free_s: float = 0.0, together: bool = False, all_wait: bool = False) -> Run:
+def run(
+    work: Work,
+    *,
+    host_free_s: float = 0.0,
+    device_free_s: float = 0.0,
+    together: bool = False,
+    all_wait: bool = False,
+) -> Run:
     """Runs the work once. together: host and device are one (a CPU): issuing is part of the item. all_wait: nothing runs beside compute."""
     if together:
         ends = np.cumsum(work.device_s + work.host_s) + max(host_free_s, device_free_s)

@@ -19,7 +19,11 @@ class Split:
 
     @property
     def axes(self) -> tuple[tuple[str, int], ...]:
-        return ((self.data_axis, self.data_size), ("tp", self.tp)) if self.data_axis is not None else (("tp", self.tp),)
+        return (
+            ((self.data_axis, self.data_size), ("tp", self.tp))
+            if self.data_axis is not None
+            else (("tp", self.tp),)
+        )
 
 
 def splits(devices: int, devices_per_node: int, context: int = 1) -> tuple[Split, ...]:
@@ -38,7 +42,12 @@ def splits(devices: int, devices_per_node: int, context: int = 1) -> tuple[Split
 
 def best_first(points: Iterable[SweepPoint]) -> tuple[SweepPoint, ...]:
     """What fits first; each part by throughput, then by memory."""
-    return tuple(sorted(points, key=lambda point: (not point.fits, -point.tokens_per_s_per_device, point.memory.device_bytes)))
+    return tuple(
+        sorted(
+            points,
+            key=lambda point: (not point.fits, -point.tokens_per_s_per_device, point.memory.device_bytes),
+        )
+    )
 
 
 def _divisors(number: int) -> list[int]:

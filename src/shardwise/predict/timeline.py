@@ -41,7 +41,9 @@ class _Part:
     begin_s: float
 
 
-def timeline_of(program: Program, machine: Machine, setup: Setup, sizes: dict[str, int] | None = None) -> Timeline:
+def timeline_of(
+    program: Program, machine: Machine, setup: Setup, sizes: dict[str, int] | None = None
+) -> Timeline:
     """Forward, backward and the step's end of rank 0 of the stage that takes longest: one window."""
     parts = _parts(program, machine, setup, sizes)
     ranks = prod((dict(program.axes) | (sizes or {})).values()) * setup.context
@@ -49,7 +51,9 @@ def timeline_of(program: Program, machine: Machine, setup: Setup, sizes: dict[st
     return writer.timeline(parts, machine, setup)
 
 
-def launch_bound(program: Program, machine: Machine, setup: Setup, sizes: dict[str, int] | None = None) -> tuple[LaunchBound, ...]:
+def launch_bound(
+    program: Program, machine: Machine, setup: Setup, sizes: dict[str, int] | None = None
+) -> tuple[LaunchBound, ...]:
     """Kinds of modules before whose work the device waits for the host, those that it waits for longest first."""
     if machine.device == "cpu":
         return ()
@@ -68,7 +72,9 @@ def launch_bound(program: Program, machine: Machine, setup: Setup, sizes: dict[s
     return tuple(LaunchBound(module, phase, seconds) for (module, phase), seconds in found[:8])
 
 
-def pipeline_timelines(program: Program, machine: Machine, setup: Setup, sizes: dict[str, int] | None = None) -> tuple[Timeline, ...]:
+def pipeline_timelines(
+    program: Program, machine: Machine, setup: Setup, sizes: dict[str, int] | None = None
+) -> tuple[Timeline, ...]:
     """One per stage: a span for each pass as 1F1B places it, and what the step's first passes are cut to where there are more than
     MOST_PASSES. Empty without a pipeline, and for the interleaved schedule, whose formula places nothing."""
     if setup.stages == 1 or setup.chunks > 1:
@@ -76,21 +82,30 @@ def pipeline_timelines(program: Program, machine: Machine, setup: Setup, sizes: 
     work = without(work_of(program, machine, setup, sizes), setup.without)
     stages = stages_of(work, program, setup, together=machine.device == "cpu")
     micro_batches = min(setup.micro_batches, max(1, MOST_PASSES // (2 * setup.stages)))
-    passes = one_f_one_b([stage.times for stage in stages], micro_batches, transfer_s(program, machine, setup))
+    passes = one_f_one_b(
+        [stage.times for stage in stages], micro_batches, transfer_s(program, machine, setup)
+    )
     ranks = prod((dict(program.axes) | (sizes or {})).values()) * setup.context
     end_ns = _ns(max(each.end_s for each in passes))
     facts: tuple[tuple[str, str], ...] = ()
     if micro_batches < setup.micro_batches:
         facts = (("left out", f"{setup.micro_batches - micro_batches} further micro-batches"),)
-    names = tuple(f"{'backward' if back else 'forward'} {index}" for index in range(micro_batches) for back in (False, True))
+    names = tuple(
+        f"{'backward' if back else 'forward'} {index}"
+        for index in range(micro_batches)
+        for back in (False, True)
+    )
     found = []
     for stage in range(setup.stages):
         own = sorted((each for each in passes if each.stage == stage), key=lambda each: each.start_s)
         name = np.array([2 * each.micro_batch + each.backward for each in own], np.int32)
         start, end = (
-            np.array([_ns(value) for value in column], np.int64) for column in zip(*((p.start_s, p.end_s) for p in own), strict=True)
+            np.array([_ns(value) for value in column], np.int64)
+            for column in zip(*((p.start_s, p.end_s) for p in own), strict=True)
         )
-        spans = _spans(np.zeros(len(own), np.int32), np.full(len(own), SpanKind.COMPUTE, np.int8), name, start, end)
+        spans = _spans(
+            np.zeros(len(own), np.int32), np.full(len(own), SpanKind.COMPUTE, np.int8), name, start, end
+        )
         lane = Lane(stage * ranks, True, f"stage {stage}", "passes", ranks)
         window = Window(stage * ranks, None, 0, end_ns)
         found.append(Timeline((lane,), names, spans, _no_collectives(), (), (window,), 0, facts))
@@ -102,7 +117,9 @@ def _parts(program: Program, machine: Machine, setup: Setup, sizes: dict[str, in
     together = machine.device == "cpu"
     stages = stages_of(work, program, setup, together=together)
     busiest = max(range(len(stages)), key=lambda index: stages[index].times.total_s)
-    first, count = layers_of_stages(program.layers[1] if program.layers is not None else 0, setup.stages)[busiest]
+    first, count = layers_of_stages(program.layers[1] if program.layers is not None else 0, setup.stages)[
+        busiest
+    ]
     _, forward, backward = passes_of(work, first, count, setup, busiest)
     parts, at_s = [], 0.0
     for part in (forward, backward, step_end_of(work, setup, further_shards(program, setup, sizes))):
@@ -130,31 +147,50 @@ class _Writer:
         axes = parts[0].work.axes if parts else ()
         ranks = self.ranks
         host = Lane(0, False, "host", "issues", ranks)
-        on_device = [Lane(0, True, "device", "compute", ranks), *(Lane(0, True, "device", f"communication {axis}", ranks) for axis in axes)]
+        on_device = [
+            Lane(0, True, "device", "compute", ranks),
+            *(Lane(0, True, "device", f"communication {axis}", ranks) for axis in axes),
+        ]
         lanes = (host, *([] if self.together else on_device))
         columns = [self._columns(part) for part in parts]
         host_columns, device_columns = zip(*columns, strict=True) if columns else ((), ())
         ops = [np.concatenate(column) for column in zip(*host_columns, strict=True)]
         runs = [np.concatenate(column) for column in zip(*device_columns, strict=True)]
         n_ops = len(ops[0])
-        lane, kind, name, shapes, start, end, launched = (np.concatenate(pair) for pair in zip(ops, runs, strict=True))
+        lane, kind, name, shapes, start, end, launched = (
+            np.concatenate(pair) for pair in zip(ops, runs, strict=True)
+        )
         spans = Spans(
             lane.astype(np.int32), kind.astype(np.int8), name.astype(np.int32), shapes.astype(np.int32), start, end, launched,
             np.concatenate([np.full(n_ops, NONE), np.arange(n_ops)]).astype(np.int32),
             np.full(len(lane), NONE, np.int64),
         )  # fmt: skip
         length_ns = int(end.max(initial=0))
-        facts = (("predicted", f"{machine.name}: one micro-batch and the step's end"), ("waiting", "not modelled"))
+        facts = (
+            ("predicted", f"{machine.name}: one micro-batch and the step's end"),
+            ("waiting", "not modelled"),
+        )
         collectives = self._collectives(parts, spans, n_ops)
         return Timeline(
-            lanes, tuple(self.names), spans, collectives, tuple(map(self._group, axes)), (Window(0, None, 0, length_ns),), 0, facts
+            lanes,
+            tuple(self.names),
+            spans,
+            collectives,
+            tuple(map(self._group, axes)),
+            (Window(0, None, 0, length_ns),),
+            0,
+            facts,
         )
 
     def _columns(self, part: _Part) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
         work, placed = part.work, part.run
-        start, end, issued = (_all_ns(column + part.begin_s) for column in (placed.start_s, placed.end_s, placed.issued_s))
+        start, end, issued = (
+            _all_ns(column + part.begin_s) for column in (placed.start_s, placed.end_s, placed.issued_s)
+        )
         names = [self._name(work, row) for row in range(len(work))]
-        op_names = np.array([self.name(f"{module}: {op}" if module else op) for module, op in names], np.int64)
+        op_names = np.array(
+            [self.name(f"{module}: {op}" if module else op) for module, op in names], np.int64
+        )
         run_names = np.array([self.name(op) for _, op in names], np.int64)
         shapes = np.array([self._shapes(work, row) for row in range(len(work))], np.int64)
         axis = _axis_of(work)
@@ -166,14 +202,26 @@ class _Writer:
         lane = np.zeros(len(work), np.int64)
         op_end = end if self.together else issued
         host = [lane, np.full(len(work), int(SpanKind.OP)), op_names, shapes, began, op_end, nothing]
-        device = [lane if self.together else 1 + axis, kinds, run_names, shapes, start, end, began if self.together else issued]
+        device = [
+            lane if self.together else 1 + axis,
+            kinds,
+            run_names,
+            shapes,
+            start,
+            end,
+            began if self.together else issued,
+        ]
         return host, device
 
     def _name(self, work: Work, row: int) -> tuple[str, str]:
         """(module, op or collective) of a row."""
         item = work.items[int(work.template[row])]
         index = layer_index(item.module, self.prefix)
-        module = item.module if index is None else moved_name(item.module, self.prefix, int(work.layer[row]) - index)
+        module = (
+            item.module
+            if index is None
+            else moved_name(item.module, self.prefix, int(work.layer[row]) - index)
+        )
         return module, item.call.kind.value if isinstance(item, Collective) else item.name
 
     def _shapes(self, work: Work, row: int) -> int:
@@ -212,7 +260,9 @@ class _Writer:
 
 def _axis_of(work: Work) -> NDArray[np.int64]:
     """Per row: 0 for an op, else 1 + the index of the collective's axis. Work's own column says on which stream it runs."""
-    by_item = [1 + work.axes.index(item.call.axis) if isinstance(item, Collective) else 0 for item in work.items]
+    by_item = [
+        1 + work.axes.index(item.call.axis) if isinstance(item, Collective) else 0 for item in work.items
+    ]
     return np.array(by_item, np.int64)[work.template]
 
 
@@ -225,7 +275,11 @@ def _all_ns(seconds: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def _spans(
-    lane: NDArray[np.int32], kind: NDArray[np.int8], name: NDArray[np.int32], start_ns: NDArray[np.int64], end_ns: NDArray[np.int64]
+    lane: NDArray[np.int32],
+    kind: NDArray[np.int8],
+    name: NDArray[np.int32],
+    start_ns: NDArray[np.int64],
+    end_ns: NDArray[np.int64],
 ) -> Spans:
     count = len(lane)
     nothing, no_bytes = np.full(count, NONE, np.int32), np.full(count, NONE, np.int64)

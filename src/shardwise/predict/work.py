@@ -97,7 +97,9 @@ def work_of(program: Program, machine: Machine, setup: Setup, sizes: dict[str, i
         rows.append(columns)
         items.extend(kept)
         unknown |= strange
-    device, host, term, phase, axis, layer, template = (np.concatenate(column) for column in zip(*rows, strict=True))
+    device, host, term, phase, axis, layer, template = (
+        np.concatenate(column) for column in zip(*rows, strict=True)
+    )
     return Work(
         device,
         host,
@@ -131,14 +133,23 @@ def _block(
         elif isinstance(item, Collective):
             name = item.call.axis
             cost, axis = (
-                collective_cost(item, machine, setup, strides.get(name, 1), sizes.get(name, item.call.axis_size)),
+                collective_cost(
+                    item, machine, setup, strides.get(name, 1), sizes.get(name, item.call.axis_size)
+                ),
                 1 + axes.index(name),
             )
         else:
             continue
         index = layer_index(item.module, prefix)
         rows.append(
-            (cost.device_s, cost.host_s, TERMS.index(cost.term), PHASES.index(item.phase), axis, BEFORE if index is None else index)
+            (
+                cost.device_s,
+                cost.host_s,
+                TERMS.index(cost.term),
+                PHASES.index(item.phase),
+                axis,
+                BEFORE if index is None else index,
+            )
         )
         kept.append(item)
     table = np.array(rows, np.float64).reshape(-1, 6)

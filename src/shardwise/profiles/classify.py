@@ -34,7 +34,9 @@ _COMMUNICATES = re.compile(
 )
 # kernels that work on what a collective sends, or that are named after one and send nothing
 _ONLY_NAMED_SO = re.compile(r"triton_(?:poi|red|per)_fused", re.IGNORECASE)
-_COPIES = re.compile(r"^(?:__amd_rocclr_(?:copy|fill)Buffer|MEMORY_COPY_|fillBuffer|Memcpy|Memset)", re.IGNORECASE)
+_COPIES = re.compile(
+    r"^(?:__amd_rocclr_(?:copy|fill)Buffer|MEMORY_COPY_|fillBuffer|Memcpy|Memset)", re.IGNORECASE
+)
 
 _OPS = (
     ("reducescatter", "reduce_scatter"),

@@ -18,7 +18,9 @@ Times = dict[int, tuple[int, int]]
 """One collective: rank -> (start, end), nanoseconds of that rank's clock."""
 
 
-def correct(ranks: Sequence[int], collectives: Sequence[Times], barriers: Sequence[Times] = ()) -> tuple[Clock, ...]:
+def correct(
+    ranks: Sequence[int], collectives: Sequence[Times], barriers: Sequence[Times] = ()
+) -> tuple[Clock, ...]:
     """What has to be taken off each rank's times; the first rank that shares a collective keeps its own.
 
     collectives: those whose ranks leave together. barriers: others that no rank leaves before all have come.
@@ -32,7 +34,9 @@ def correct(ranks: Sequence[int], collectives: Sequence[Times], barriers: Sequen
             apart[rank].append(max(ends) - min(ends))
     reference = next((offsets[rank] for rank in ranks if rank in apart), 0)
     return tuple(
-        Clock(rank, offsets[rank] - reference, median_low(apart[rank]), len(apart[rank])) if rank in apart else Clock(rank, None, None, 0)
+        Clock(rank, offsets[rank] - reference, median_low(apart[rank]), len(apart[rank]))
+        if rank in apart
+        else Clock(rank, None, None, 0)
         for rank in ranks
     )
 
@@ -72,7 +76,11 @@ def _centred(offsets: dict[int, int], collectives: Sequence[Times]) -> dict[int,
 
 def _possible(offsets: dict[int, int], collectives: Sequence[Times]) -> dict[int, int]:
     """Rank by rank, moved as little as makes most of its collectives possible while the others stay."""
-    members = [(rank, number, start, end) for number, times in enumerate(collectives) for rank, (start, end) in times.items()]
+    members = [
+        (rank, number, start, end)
+        for number, times in enumerate(collectives)
+        for rank, (start, end) in times.items()
+    ]
     if not members:
         return offsets
     rank_of, number_of, starts, ends = np.array(members, np.int64).T

@@ -55,19 +55,28 @@ def share(timelines: Sequence[Timeline]) -> tuple[tuple[Timeline, ...], Sharing]
         return tuple(timelines), Sharing((), (), (Refused(count, why),) if count else ())
     refused: Counter[str] = Counter()
     matched = _matched(timelines, refused)
-    clocks = correct([timeline.ranks[0] for timeline in timelines], _times(matched, SYMMETRIC), _times(matched, {"barrier"}))
+    clocks = correct(
+        [timeline.ranks[0] for timeline in timelines],
+        _times(matched, SYMMETRIC),
+        _times(matched, {"barrier"}),
+    )
     offsets = {clock.rank: clock.offset_ns or 0 for clock in clocks}
     placed = [timeline.shifted(-offsets[timeline.ranks[0]]) for timeline in timelines]
     by_rank = {timeline.ranks[0]: timeline for timeline in placed}
-    arrivals = {rank: np.full(len(timeline.collectives), NONE, np.int64) for rank, timeline in by_rank.items()}
+    arrivals = {
+        rank: np.full(len(timeline.collectives), NONE, np.int64) for rank, timeline in by_rank.items()
+    }
     found = []
     for group, calls in matched:
         members = tuple(
-            Member(call.rank, call.span, call.start_ns - offsets[call.rank], call.end_ns - offsets[call.rank]) for call in calls
+            Member(call.rank, call.span, call.start_ns - offsets[call.rank], call.end_ns - offsets[call.rank])
+            for call in calls
         )
         shared = _shared(group, calls, members, by_rank)
         if shared.op not in SYMMETRIC:
-            refused[f"{shared.op}: its ranks end at different times, so waiting can't be told from transfer"] += 1
+            refused[
+                f"{shared.op}: its ranks end at different times, so waiting can't be told from transfer"
+            ] += 1
         elif not shared.is_possible:
             refused["a rank leaves before the last one comes: a wrong match, or a clock that drifts"] += 1
         else:
@@ -75,13 +84,16 @@ def share(timelines: Sequence[Timeline]) -> tuple[tuple[Timeline, ...], Sharing]
                 arrivals[call.rank][call.row] = shared.arrival_ns
             found.append(shared)
     filled = tuple(
-        replace(timeline, collectives=replace(timeline.collectives, arrival_ns=arrivals[timeline.ranks[0]])) for timeline in placed
+        replace(timeline, collectives=replace(timeline.collectives, arrival_ns=arrivals[timeline.ranks[0]]))
+        for timeline in placed
     )
     found.sort(key=lambda shared: shared.arrival_ns)
     worst = sorted(range(len(found)), key=lambda at: -found[at].total_waiting_ns)[:_MOST_BLAMED]
     for at in worst:
         found[at] = replace(found[at], blame=_blame(found[at], by_rank[found[at].last_rank]))
-    return filled, Sharing(tuple(found), clocks, tuple(Refused(count, why) for why, count in refused.most_common()))
+    return filled, Sharing(
+        tuple(found), clocks, tuple(Refused(count, why) for why, count in refused.most_common())
+    )
 
 
 # --------------------------------------------------------------------------------------------- matching
@@ -162,7 +174,9 @@ def _aligned(lists: Sequence[list[_Call]], refused: Counter[str]) -> list[list[_
     if all(other == keys[0] for other in keys):
         return [list(calls) for calls in zip(*lists, strict=True)]
     if max(map(len, lists)) > _MOST_ALIGNED:
-        refused[f"the ranks recorded different calls, and more than {_MOST_ALIGNED:,}: give fewer steps"] += sum(map(len, lists))
+        refused[f"the ranks recorded different calls, and more than {_MOST_ALIGNED:,}: give fewer steps"] += (
+            sum(map(len, lists))
+        )
         return []
     partners: list[dict[int, int]] = []
     for other in keys[1:]:
@@ -180,10 +194,16 @@ def _aligned(lists: Sequence[list[_Call]], refused: Counter[str]) -> list[list[_
 
 
 def _times(matched: Sequence[tuple[str, list[_Call]]], ops: Container[str]) -> list[Times]:
-    return [{call.rank: (call.start_ns, call.end_ns) for call in calls} for _, calls in matched if calls[0].op in ops]
+    return [
+        {call.rank: (call.start_ns, call.end_ns) for call in calls}
+        for _, calls in matched
+        if calls[0].op in ops
+    ]
 
 
-def _shared(group: str, calls: Sequence[_Call], members: tuple[Member, ...], by_rank: dict[int, Timeline]) -> SharedCollective:
+def _shared(
+    group: str, calls: Sequence[_Call], members: tuple[Member, ...], by_rank: dict[int, Timeline]
+) -> SharedCollective:
     first = calls[0]
     sizes = [int(by_rank[call.rank].collectives.full_bytes[call.row]) for call in calls]
     full = max(sizes) if NONE not in sizes else None
@@ -191,7 +211,9 @@ def _shared(group: str, calls: Sequence[_Call], members: tuple[Member, ...], by_
     wire = None
     if full is not None and first.op in SYMMETRIC:
         wire = wire_bytes(CollectiveKind(first.op), full, n)
-    return SharedCollective(first.op, first.origin, group, tuple(call.rank for call in calls), first.step, members, full, wire)
+    return SharedCollective(
+        first.op, first.origin, group, tuple(call.rank for call in calls), first.step, members, full, wire
+    )
 
 
 # --------------------------------------------------------------------------------------------- who was late, and why
@@ -233,9 +255,16 @@ def _blame_cpu(timeline: Timeline, own: int, near: NDArray[np.bool_], begin_ns: 
     doing, ns = _most(timeline, ops) if ops else ("", 0)
     if ns >= nothing_ns:
         return Blame(f"its CPU in {short_name(doing)}", ns, end_ns - begin_ns, is_cpu=True)
-    named = Counter({span: ns for span, ns in ranges.items() if not timeline.name(span).startswith(_NO_PLACE)})
+    named = Counter(
+        {span: ns for span, ns in ranges.items() if not timeline.name(span).startswith(_NO_PLACE)}
+    )
     where = f" inside {_most(timeline, named)[0]}" if named else ""
-    return Blame(f"its CPU in no recorded op{where}: Python, a sleep, or not scheduled", nothing_ns, end_ns - begin_ns, is_cpu=True)
+    return Blame(
+        f"its CPU in no recorded op{where}: Python, a sleep, or not scheduled",
+        nothing_ns,
+        end_ns - begin_ns,
+        is_cpu=True,
+    )
 
 
 def _is_no_op(timeline: Timeline, span: int) -> bool:

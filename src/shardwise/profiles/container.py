@@ -23,9 +23,21 @@ _REFUSED = (
     (b"PK\x03\x04", "a zip file", "Unpack it"),
     (b"\xfd7zXZ", "an xz file", "Unpack it with `xz -d`"),
     (b"BZh", "a bzip2 file", "Unpack it with `bzip2 -d`"),
-    (b"SQLite format 3", "an SQLite file (Nsight Systems or rocpd)", "Record with torch.profiler and export_chrome_trace"),
-    (b"\x0a", "a Perfetto protobuf trace (.pftrace)", "Give the Chrome JSON that torch.profiler's export_chrome_trace writes"),
-    (b"\x80\x04", "a Python pickle, which can run code", "Give the Chrome JSON that torch.profiler's export_chrome_trace writes"),
+    (
+        b"SQLite format 3",
+        "an SQLite file (Nsight Systems or rocpd)",
+        "Record with torch.profiler and export_chrome_trace",
+    ),
+    (
+        b"\x0a",
+        "a Perfetto protobuf trace (.pftrace)",
+        "Give the Chrome JSON that torch.profiler's export_chrome_trace writes",
+    ),
+    (
+        b"\x80\x04",
+        "a Python pickle, which can run code",
+        "Give the Chrome JSON that torch.profiler's export_chrome_trace writes",
+    ),
     (b"\x89HDF", "an HDF5 file", "Give the Chrome JSON that torch.profiler's export_chrome_trace writes"),
 )
 
@@ -46,7 +58,11 @@ def text_pieces(path: Path, damage: Damage) -> Iterator[bytes]:
         with path.open("rb") as file:
             start = file.read(512)
             file.seek(0)
-            pieces = _unpacked(file, damage) if start.startswith(b"\x1f\x8b") else iter(lambda: file.read(PIECE_BYTES), b"")
+            pieces = (
+                _unpacked(file, damage)
+                if start.startswith(b"\x1f\x8b")
+                else iter(lambda: file.read(PIECE_BYTES), b"")
+            )
             seen, is_first = 0, True
             for piece in pieces:
                 if is_first:
@@ -55,10 +71,14 @@ def text_pieces(path: Path, damage: Damage) -> Iterator[bytes]:
                 is_first = False
                 seen += len(piece)
                 if seen > MOST_BYTES:
-                    raise TraceError(f"{path}: unpacks to more than {MOST_BYTES >> 30} GiB. Is it a trace? Record fewer steps.")
+                    raise TraceError(
+                        f"{path}: unpacks to more than {MOST_BYTES >> 30} GiB. Is it a trace? Record fewer steps."
+                    )
                 yield piece
             if is_first:
-                raise TraceError(f"{path}: {'nothing can be unpacked: ' + damage.reason if damage.reason else 'the file is empty'}.")
+                raise TraceError(
+                    f"{path}: {'nothing can be unpacked: ' + damage.reason if damage.reason else 'the file is empty'}."
+                )
     except OSError as error:
         raise TraceError(f"{path}: can't be read: {error.strerror or error}.") from None
 
@@ -72,7 +92,9 @@ def _refuse_others(path: Path, start: bytes) -> None:
     if start[257:262] == b"ustar":
         raise TraceError(f"{path}: is a tar archive. Unpack it, and give the folder.")
     shown = start.lstrip()[:12].decode("ascii", "replace")
-    raise TraceError(f"{path}: is no Chrome trace: it begins with {shown!r}, not with {{ or [. Give torch.profiler's JSON, plain or gzip.")
+    raise TraceError(
+        f"{path}: is no Chrome trace: it begins with {shown!r}, not with {{ or [. Give torch.profiler's JSON, plain or gzip."
+    )
 
 
 def _unpacked(file: BinaryIO, damage: Damage) -> Iterator[bytes]:

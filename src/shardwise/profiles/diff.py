@@ -12,9 +12,15 @@ _NAMES_SHOWN = 6
 def diff(first: RunProfile, second: RunProfile) -> Difference:
     """second against first."""
     cpu_first, cpu_second = dict(first.cpu.by_op), dict(second.cpu.by_op)
-    cpu_lines = [(name, cpu_first.get(name, Use()), cpu_second.get(name, Use())) for name in cpu_first.keys() | cpu_second.keys()]
+    cpu_lines = [
+        (name, cpu_first.get(name, Use()), cpu_second.get(name, Use()))
+        for name in cpu_first.keys() | cpu_second.keys()
+    ]
     cpu_lines.sort(key=lambda line: (-abs(line[2].ns - line[1].ns), line[0]))
-    lines = sorted(_lines(dict(first.work), dict(second.work)), key=lambda line: (-abs(line.delta_ns), line.what, line.shapes))
+    lines = sorted(
+        _lines(dict(first.work), dict(second.work)),
+        key=lambda line: (-abs(line.delta_ns), line.what, line.shapes),
+    )
     return Difference(first, second, tuple(lines), tuple(cpu_lines), tuple(_verdict(first, second)))
 
 
@@ -100,7 +106,9 @@ def _verdict(first: RunProfile, second: RunProfile) -> Iterable[str]:
     if step <= 0:
         return
     ratio = second.step_ns / step
-    relation = "takes as long" if abs(change) < _WORTH_SAYING * step else "is slower" if change > 0 else "is faster"
+    relation = (
+        "takes as long" if abs(change) < _WORTH_SAYING * step else "is slower" if change > 0 else "is faster"
+    )
     yield (
         f"{second.label} {relation}: {ms(second.step_ns)} a step against {ms(step)} of {first.label}, {ratio:.2f} times."
         + _spread(first, second)
@@ -115,15 +123,25 @@ def _verdict(first: RunProfile, second: RunProfile) -> Iterable[str]:
         ("idle because the CPU had not launched the next work", delta.cpu_bound_idle_ns),
         ("other idle", delta.other_idle_ns),
     )
-    large = sorted((part for part in named if abs(part[1]) >= _WORTH_SAYING * step), key=lambda part: -abs(part[1]))
+    large = sorted(
+        (part for part in named if abs(part[1]) >= _WORTH_SAYING * step), key=lambda part: -abs(part[1])
+    )
     if large:
-        yield "The change is " + ", ".join(f"{signed_ms(ns)} {name}" for name, ns in large) + "; the rest is smaller than 2 % of a step."
+        yield (
+            "The change is "
+            + ", ".join(f"{signed_ms(ns)} {name}" for name, ns in large)
+            + "; the rest is smaller than 2 % of a step."
+        )
     else:
         yield "No part of the step changes by 2 % of it."
     by_class = _class_changes(first, second)
     worth = [(name, ns) for name, ns in by_class if abs(ns) >= _WORTH_SAYING / 2 * step][:5]
     if worth:
-        yield "By kind of work, hidden or not: " + ", ".join(f"{name} {signed_ms(ns)}" for name, ns in worth) + "."
+        yield (
+            "By kind of work, hidden or not: "
+            + ", ".join(f"{name} {signed_ms(ns)}" for name, ns in worth)
+            + "."
+        )
     for run in (first, second):
         yield from collective_words(run)
 
@@ -133,7 +151,9 @@ def _class_changes(first: RunProfile, second: RunProfile) -> list[tuple[str, flo
     change: dict[str, float] = defaultdict(float)
     for run, sign in ((first, -1), (second, 1)):
         for work, use in run.work:
-            change[f"{work.name.replace('_', '-')}s" if work.of_class == "communication" else work.of_class] += sign * use.ns
+            change[
+                f"{work.name.replace('_', '-')}s" if work.of_class == "communication" else work.of_class
+            ] += sign * use.ns
     return sorted(change.items(), key=lambda pair: (-abs(pair[1]), pair[0]))
 
 
@@ -141,7 +161,11 @@ def run_words(run: RunProfile) -> tuple[str, ...]:
     """One run by itself, in words."""
     if run.step_ns <= 0:
         return ()
-    hidden = f", {100 * run.overlap_share:.1f} % of them hidden behind compute" if run.overlap_share is not None else ""
+    hidden = (
+        f", {100 * run.overlap_share:.1f} % of them hidden behind compute"
+        if run.overlap_share is not None
+        else ""
+    )
     return (
         f"A step takes {ms(run.step_ns)}: {100 * run.parts.compute_ns / run.step_ns:.1f} % compute, "
         f"{100 * run.parts.exposed_ns / run.step_ns:.1f} % exposed communication. Collectives take {ms(run.communication_ns)}{hidden}.",
@@ -171,7 +195,11 @@ def collective_words(run: RunProfile, *, prefix: str | None = None) -> Iterable[
             yield f"{start}{_split(each, each.waiting_ns, each.transfer_ns)}"
     whole = [each for each in large if each.waiting_ns is None]
     if whole:
-        why = run.sharing.refused[0].why if run.sharing.refused else "its calls could not be matched over the ranks"
+        why = (
+            run.sharing.refused[0].why
+            if run.sharing.refused
+            else "its calls could not be matched over the ranks"
+        )
         yield f"{start}{', '.join(map(_named, whole))} a step. Waiting and transfer can't be told apart: {why}."
 
 
@@ -185,7 +213,13 @@ def _split(each: CollectiveUse, waiting_ns: float, transfer_ns: float) -> str:
     if each.late is not None:
         rank, share, doing = each.late
         late = f", {'all' if share > 0.995 else f'{100 * share:.0f} %'} of it for rank {rank}"
-        late += f", which was in {doing}" if doing and not doing.startswith("its CPU") else f", {doing}" if doing else ""
+        late += (
+            f", which was in {doing}"
+            if doing and not doing.startswith("its CPU")
+            else f", {doing}"
+            if doing
+            else ""
+        )
     speed = ""
     if each.bus_bytes_per_s is not None:
         speed = f", at {'most ' if each.is_bound else ''}{each.bus_bytes_per_s / 1e9:.3g} GB/s (bus)"

@@ -243,7 +243,9 @@ class EventStream:
         except _BROKEN:
             return None
 
-    def _one_by_one(self, text: bytes, *, is_last: bool = False) -> Generator[list[Any], None, tuple[int, bool]]:
+    def _one_by_one(
+        self, text: bytes, *, is_last: bool = False
+    ) -> Generator[list[Any], None, tuple[int, bool]]:
         """Yields what can be read; returns (how far it read, whether the array ends there). Before the file's end it leaves what may be the
         first part of an event."""
         found: list[Any] = []
@@ -255,7 +257,12 @@ class EventStream:
             if array_end is not None:
                 yield found + events
                 return array_end, True
-            if not taken and not is_last and len(ends) < _MOST_JOINED and len(text) - start <= MOST_EVENT_BYTES:
+            if (
+                not taken
+                and not is_last
+                and len(ends) < _MOST_JOINED
+                and len(text) - start <= MOST_EVENT_BYTES
+            ):
                 break  # the rest of it may follow
             if not taken:
                 events, taken = self._first_mended(text, start, ends)
@@ -271,7 +278,9 @@ class EventStream:
         yield found
         return start, False
 
-    def _first(self, text: bytes, start: int, ends: list[int], *, is_last: bool) -> tuple[list[Any], int, int | None]:
+    def _first(
+        self, text: bytes, start: int, ends: list[int], *, is_last: bool
+    ) -> tuple[list[Any], int, int | None]:
         """(the event at start, how many pieces it takes; 0: none; where the array ends, if it ends after it)."""
         for taken, end in enumerate(ends, 1):
             piece = text[start:end]
@@ -327,7 +336,9 @@ class EventStream:
         if self._is_bare:
             return
         tail = self._buffer if len(self._buffer) <= MOST_HEADER_BYTES else b""
-        joined = self._head + b'"traceEvents":[]' + (tail if tail.strip() else b"}") if self._found else self._head
+        joined = (
+            self._head + b'"traceEvents":[]' + (tail if tail.strip() else b"}") if self._found else self._head
+        )
         for text in (joined, self._head.rstrip().rstrip(b",") + b"}"):
             try:
                 self.header = _DECODE_HEADER.decode(text)

@@ -11,7 +11,9 @@ from shardwise.core.timeline import NONE, Spans
 _AT_ONCE = 1 << 15  # spans that are Python numbers at a time
 
 
-def parents(lane: NDArray[Any], start_ns: NDArray[Any], end_ns: NDArray[Any], is_cpu: NDArray[np.bool_]) -> NDArray[np.int32]:
+def parents(
+    lane: NDArray[Any], start_ns: NDArray[Any], end_ns: NDArray[Any], is_cpu: NDArray[np.bool_]
+) -> NDArray[np.int32]:
     """For each CPU span the innermost one around it on its thread."""
     parent = np.full(len(lane), NONE, np.int32)
     chosen = np.flatnonzero(is_cpu)
@@ -22,7 +24,9 @@ def parents(lane: NDArray[Any], start_ns: NDArray[Any], end_ns: NDArray[Any], is
     for at in range(0, len(order), _AT_ONCE):
         part = order[at : at + _AT_ONCE]
         found = []
-        for index, on, begin, end in zip(part.tolist(), lane[part].tolist(), start_ns[part].tolist(), end_ns[part].tolist(), strict=True):
+        for index, on, begin, end in zip(
+            part.tolist(), lane[part].tolist(), start_ns[part].tolist(), end_ns[part].tolist(), strict=True
+        ):
             if on != previous:
                 ends.clear()
                 inner.clear()

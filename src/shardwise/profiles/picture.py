@@ -35,7 +35,13 @@ def picture(label: str, timelines: Sequence[Timeline]) -> StepPicture | None:
         windows = [window for window in timeline.windows if window.step == step]
         begin, end = min(window.start_ns for window in windows), max(window.end_ns for window in windows)
         rows.append(
-            _row(timeline.ranks[0], work_sets(timeline, timeline.ranks[0]), (begin, end), start_ns, (end_ns - start_ns) // _MOST_BARS)
+            _row(
+                timeline.ranks[0],
+                work_sets(timeline, timeline.ranks[0]),
+                (begin, end),
+                start_ns,
+                (end_ns - start_ns) // _MOST_BARS,
+            )
         )
     return StepPicture(label, step, end_ns - start_ns, tuple(rows), len(drawn) - len(rows))
 
@@ -43,9 +49,19 @@ def picture(label: str, timelines: Sequence[Timeline]) -> StepPicture | None:
 def _row(rank: int, sets: WorkSets, window: tuple[int, int], origin_ns: int, least_ns: int) -> PictureRow:
     begin, end = window
     cut = layers((sets.compute, sets.transfer, sets.unsplit, sets.waiting, sets.copy), begin, end)
-    parts = [bar for part, intervals in zip(_PARTS, cut, strict=True) for bar in _bars(part, intervals, origin_ns, least_ns)]
-    shown = (("exposed_waiting", sets.waiting), ("exposed_communication", sets.unsplit), ("exposed_transfer", sets.transfer))
-    communication = [bar for part, found in shown for bar in _bars(part, clip(found, begin, end), origin_ns, least_ns)]
+    parts = [
+        bar
+        for part, intervals in zip(_PARTS, cut, strict=True)
+        for bar in _bars(part, intervals, origin_ns, least_ns)
+    ]
+    shown = (
+        ("exposed_waiting", sets.waiting),
+        ("exposed_communication", sets.unsplit),
+        ("exposed_transfer", sets.transfer),
+    )
+    communication = [
+        bar for part, found in shown for bar in _bars(part, clip(found, begin, end), origin_ns, least_ns)
+    ]
     return PictureRow(rank, tuple(sorted(parts, key=lambda bar: bar.start_ns)), tuple(communication))
 
 
@@ -55,7 +71,10 @@ def _bars(part: str, intervals: Intervals, origin_ns: int, least_ns: int) -> lis
         return []
     gaps = complement(intervals, int(intervals[0, 0]), int(intervals[-1, 1]))
     wide = gaps[gaps[:, 1] - gaps[:, 0] >= least_ns]
-    joined = np.stack((np.concatenate((intervals[:1, 0], wide[:, 1])), np.concatenate((wide[:, 0], intervals[-1:, 1]))), axis=1)
+    joined = np.stack(
+        (np.concatenate((intervals[:1, 0], wide[:, 1])), np.concatenate((wide[:, 0], intervals[-1:, 1]))),
+        axis=1,
+    )
     # of joined short ones only those that are really most of the stretch
     kept = []
     for start, end in joined.tolist():
@@ -64,4 +83,6 @@ def _bars(part: str, intervals: Intervals, origin_ns: int, least_ns: int) -> lis
             kept.append((start, end))
         else:
             kept += [(int(a), int(b)) for a, b in covered.tolist() if b - a >= least_ns]
-    return [Bar(part, start - origin_ns, end - origin_ns) for start, end in kept if end - start >= least_ns // 4]
+    return [
+        Bar(part, start - origin_ns, end - origin_ns) for start, end in kept if end - start >= least_ns // 4
+    ]

@@ -16,7 +16,14 @@ from shardwise.profiles.read import read_timeline
 
 _TRACES = re.compile(r"\.json(\.gz)?$|\.tmp$|\.pftrace$", re.IGNORECASE)
 # what else a run folder holds
-_NOT_TRACES = ("comparison.json", "explanation.json", "events.jsonl", "request.json", "against.json", "diff.json")
+_NOT_TRACES = (
+    "comparison.json",
+    "explanation.json",
+    "events.jsonl",
+    "request.json",
+    "against.json",
+    "diff.json",
+)
 TRACE_FOLDER = "traces"
 MOST_FILES = 4096
 
@@ -29,10 +36,16 @@ def trace_files(path: Path) -> tuple[Path, ...]:
         return (path,)
     inner = path / TRACE_FOLDER
     folder = inner if inner.is_dir() else path
-    found = sorted(each for each in folder.iterdir() if each.is_file() and _TRACES.search(each.name) and each.name not in _NOT_TRACES)
+    found = sorted(
+        each
+        for each in folder.iterdir()
+        if each.is_file() and _TRACES.search(each.name) and each.name not in _NOT_TRACES
+    )
     if not found:
         plans = sorted(each.name for each in folder.iterdir() if each.is_dir()) if inner.is_dir() else []
-        hint = f" It has the plans {', '.join(plans)}: give one, such as {folder / plans[0]}." if plans else ""
+        hint = (
+            f" It has the plans {', '.join(plans)}: give one, such as {folder / plans[0]}." if plans else ""
+        )
         raise TraceError(
             f"{folder}: no file in it ends in .json or .json.gz.{hint or ' Give a trace file, or a folder with one file per rank.'}"
         )
@@ -61,7 +74,9 @@ def read_ranks(
     by_rank = Counter(rank for timeline in found for rank in timeline.ranks)
     for file, timeline in zip(files, found, strict=True):
         if by_rank[timeline.ranks[0]] > 1:
-            others = [other.name for other, each in zip(files, found, strict=True) if each.ranks == timeline.ranks]
+            others = [
+                other.name for other, each in zip(files, found, strict=True) if each.ranks == timeline.ranks
+            ]
             raise TraceError(
                 f"{file.parent}: {len(others)} files are of rank {timeline.ranks[0]}: {', '.join(others[:4])}. "
                 "Keep one file per rank; steps of one rank belong in one file."
@@ -80,7 +95,9 @@ def _read_at_once(files: Sequence[Path], workers: int, on_read: Callable[[Path],
                 found[waiting[done]] = done.result()
                 on_read(files[waiting[done]])
         except BrokenProcessPool:
-            raise RunError("a process that read a trace was killed: out of memory? Read fewer ranks at once with --workers 1.") from None
+            raise RunError(
+                "a process that read a trace was killed: out of memory? Read fewer ranks at once with --workers 1."
+            ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -39,7 +39,14 @@ _BLANK = re.compile(rb"\s+")
 _MOST_TIME_NS = 1 << 62
 _MOST_LENGTH_NS = 1 << 50  # 13 days: sums of them stay within 64 bits
 # what args that a stranger wrote may raise
-_ODD = (msgspec.DecodeError, msgspec.ValidationError, RecursionError, UnicodeDecodeError, TypeError, OverflowError)
+_ODD = (
+    msgspec.DecodeError,
+    msgspec.ValidationError,
+    RecursionError,
+    UnicodeDecodeError,
+    TypeError,
+    OverflowError,
+)
 
 
 class _Numbers(dict[Any, int]):
@@ -70,7 +77,9 @@ def read_timeline(path: Path, *, rank: int | None = None) -> Timeline:
         losses.append(Loss(1, damage.reason))
     if not columns.n:
         said = "; ".join(f"{loss.count} {loss.what}" for loss in losses)
-        raise TraceError(f"{path}: has no event that a Timeline is made of{': ' + said if said else ''}. Record with torch.profiler.")
+        raise TraceError(
+            f"{path}: has no event that a Timeline is made of{': ' + said if said else ''}. Record with torch.profiler."
+        )
     header = stream.header
     own_rank = _rank_of(path, header, rank)
     return _assemble(columns, header, own_rank, tuple(losses))
@@ -105,7 +114,8 @@ class _Columns:
         self.lanes = _Numbers()
         self.collectives: list[tuple[int, Any]] = []  # (span, args)
         self.parts: dict[str, list[NDArray[Any]]] = {
-            key: [] for key in ("lane", "kind", "name", "shapes", "start", "end", "correlation", "external", "bytes")
+            key: []
+            for key in ("lane", "kind", "name", "shapes", "start", "end", "correlation", "external", "bytes")
         }
         self._kinds: dict[tuple[str, str], int | None] = {}
         self._shapes = _Shapes(self.names)
@@ -138,7 +148,14 @@ class _Columns:
         length, length_known = _nanoseconds([event.dur for event in events])
         # a range may be empty; work of no length, or at no time, is a record that was never filled in
         is_work = kind <= SpanKind.COPY
-        good = start_known & length_known & (length >= 0) & (length <= _MOST_LENGTH_NS) & (start != 0) & ~(is_work & (length == 0))
+        good = (
+            start_known
+            & length_known
+            & (length >= 0)
+            & (length <= _MOST_LENGTH_NS)
+            & (start != 0)
+            & ~(is_work & (length == 0))
+        )
         if not good.all():
             self.lost["events without a time or a duration"] += int((~good).sum())
             events = [event for event, keep in zip(events, good.tolist(), strict=True) if keep]
@@ -148,16 +165,29 @@ class _Columns:
         cpu = kind >= SpanKind.OP
         parts = self.parts
         # a gloo collective stands on a CPU thread
-        on_cpu = [bool(c) or e.cat.lower() == "user_annotation" for c, e in zip(cpu.tolist(), events, strict=True)]
-        parts["lane"].append(np.array([lanes[c, e.pid, e.tid] for c, e in zip(on_cpu, events, strict=True)], np.int32))
+        on_cpu = [
+            bool(c) or e.cat.lower() == "user_annotation" for c, e in zip(cpu.tolist(), events, strict=True)
+        ]
+        parts["lane"].append(
+            np.array([lanes[c, e.pid, e.tid] for c, e in zip(on_cpu, events, strict=True)], np.int32)
+        )
         parts["kind"].append(kind)
         parts["name"].append(np.array([names[event.name] for event in events], np.int32))
-        parts["shapes"].append(np.array([NONE if a is None or a.dims is UNSET else shapes[bytes(a.dims)] for a in args], np.int32))
+        parts["shapes"].append(
+            np.array(
+                [NONE if a is None or a.dims is UNSET else shapes[bytes(a.dims)] for a in args], np.int32
+            )
+        )
         parts["start"].append(start)
         parts["end"].append(start + length)
         parts["correlation"].append(_integers([None if a is None else a.correlation for a in args]))
         parts["external"].append(
-            _integers([None if a is None else a.external_id if a.external_id is not None else a.old_external_id for a in args])
+            _integers(
+                [
+                    None if a is None else a.external_id if a.external_id is not None else a.old_external_id
+                    for a in args
+                ]
+            )
         )
         parts["bytes"].append(_integers([None if a is None else a.n_bytes for a in args]))
         for index in np.flatnonzero(kind == SpanKind.COLLECTIVE).tolist():
@@ -206,9 +236,13 @@ def _nanoseconds(times_us: list[Any]) -> tuple[NDArray[np.int64], NDArray[np.boo
         known = np.isfinite(us) & (np.abs(us) < _MOST_TIME_NS / _NS_PER_US)
         us = np.where(known, us, 0.0)
         whole = np.floor(us)
-        return whole.astype(np.int64) * _NS_PER_US + np.rint((us - whole) * _NS_PER_US).astype(np.int64), known
+        return whole.astype(np.int64) * _NS_PER_US + np.rint((us - whole) * _NS_PER_US).astype(
+            np.int64
+        ), known
     found = [_one_time(time) for time in times_us]
-    return np.array([time or 0 for time in found], np.int64), np.array([time is not None for time in found], np.bool_)
+    return np.array([time or 0 for time in found], np.int64), np.array(
+        [time is not None for time in found], np.bool_
+    )
 
 
 def _one_time(time: Any) -> int | None:
@@ -251,8 +285,20 @@ def _assemble(columns: _Columns, header: Header, rank: int, losses: tuple[Loss, 
     parent = parents(lane, start_ns, end_ns, is_cpu)
     launched_ns, launch = _launches(kind, start_ns, correlation)
     parent = _of_device(kind, is_cpu, parent, launch, external)
-    lanes = tuple(Lane(rank, not on_cpu, str(process), str(thread)) for on_cpu, process, thread in columns.lanes)
-    spans = Spans(lane, kind, name, columns.column("shapes"), start_ns, end_ns, launched_ns, parent, columns.column("bytes"))
+    lanes = tuple(
+        Lane(rank, not on_cpu, str(process), str(thread)) for on_cpu, process, thread in columns.lanes
+    )
+    spans = Spans(
+        lane,
+        kind,
+        name,
+        columns.column("shapes"),
+        start_ns,
+        end_ns,
+        launched_ns,
+        parent,
+        columns.column("bytes"),
+    )
     is_launch = kind == SpanKind.LAUNCH
     used = np.zeros(len(kind), np.bool_)
     used[launch[launch != NONE]] = True
@@ -279,7 +325,9 @@ def _calls_for_work(name: str) -> bool:
     return "LaunchKernel" in name or "launchKernel" in name.lower()
 
 
-def _launches(kind: NDArray[Any], start_ns: NDArray[Any], correlation: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _launches(
+    kind: NDArray[Any], start_ns: NDArray[Any], correlation: NDArray[Any]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """For each device span (when the CPU called for it, the span of that call), by correlation."""
     launched_ns = np.full(len(kind), NONE, np.int64)
     launch = np.full(len(kind), NONE, np.int64)
@@ -295,7 +343,11 @@ def _launches(kind: NDArray[Any], start_ns: NDArray[Any], correlation: NDArray[A
 
 
 def _of_device(
-    kind: NDArray[Any], is_cpu: NDArray[np.bool_], parent: NDArray[np.int32], launch: NDArray[np.int64], external: NDArray[Any]
+    kind: NDArray[Any],
+    is_cpu: NDArray[np.bool_],
+    parent: NDArray[np.int32],
+    launch: NDArray[np.int64],
+    external: NDArray[Any],
 ) -> NDArray[np.int32]:
     """Device spans belong to what stood around their launch; where that isn't known, to the CPU op of the same external id."""
     works = np.flatnonzero(~is_cpu)
@@ -315,7 +367,12 @@ def _facts(header: Header) -> tuple[tuple[str, str], ...]:
     facts = []
     devices = Counter(str(device.name)[:100] for device in header.devices if device.name is not None)
     if devices:
-        facts.append(("device", ", ".join(name if count == 1 else f"{count} x {name}" for name, count in devices.items())))
+        facts.append(
+            (
+                "device",
+                ", ".join(name if count == 1 else f"{count} x {name}" for name, count in devices.items()),
+            )
+        )
     if header.distributed is not None:
         if header.distributed.world_size is not None:
             facts.append(("world size", str(header.distributed.world_size)))
@@ -344,15 +401,21 @@ def _collectives(
         kernel = names[spans.name[span]]
         said = "" if args is None or args.collective is None else str(args.collective)
         op = classify.collective_op(said) if said else classify.UNKNOWN
-        if op == classify.UNKNOWN:  # who called says what was asked for: gloo carries out a reduce-scatter as an all-reduce
+        if (
+            op == classify.UNKNOWN
+        ):  # who called says what was asked for: gloo carries out a reduce-scatter as an all-reduce
             op = _from_callers(span, spans, names) or classify.collective_op(kernel)
         group = _group(args, configured)
-        elements_in, elements_out = (NONE, NONE) if args is None else (_integer(args.elements_in), _integer(args.elements_out))
+        elements_in, elements_out = (
+            (NONE, NONE) if args is None else (_integer(args.elements_in), _integer(args.elements_out))
+        )
         dtype = "" if args is None or args.dtype is None else str(args.dtype)
         if elements_in == NONE and args is not None and kernel.startswith("gloo:"):
             elements_in, dtype = _of_tensor(args)
             size = header.distributed.world_size if header.distributed is not None else None
-            if op == "all_gather" and size and len(configured) <= 1:  # with more groups, how many ranks gather isn't said
+            if (
+                op == "all_gather" and size and len(configured) <= 1
+            ):  # with more groups, how many ranks gather isn't said
                 elements_out = elements_in * size
         elements = elements_out if op == "all_gather" else elements_in
         element_bytes = classify.DTYPE_BYTES.get(dtype.lower())
@@ -360,7 +423,19 @@ def _collectives(
         sequence = NONE if args is None else _integer(args.sequence)
         asked = origin_of(span)
         origin = NONE if asked is None else numbers[asked]
-        rows.append((span, numbers[op], numbers[dtype], origin, groups[group], sequence, max(elements_in, elements_out), full_bytes, NONE))
+        rows.append(
+            (
+                span,
+                numbers[op],
+                numbers[dtype],
+                origin,
+                groups[group],
+                sequence,
+                max(elements_in, elements_out),
+                full_bytes,
+                NONE,
+            )
+        )
     columns = list(zip(*rows, strict=True)) if rows else [()] * 9
     kinds = (np.int32, np.int32, np.int32, np.int32, np.int32, np.int64, np.int64, np.int64, np.int64)
     arrays = [np.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
@@ -370,13 +445,20 @@ def _collectives(
 def _find_callers(found: list[int], spans: Spans, names: tuple[str, ...]) -> None:
     """A backend's ranges in its worker threads begin in the order of the calls: gives each the c10d op that called for it as its parent."""
     ranges = [span for span in found if names[spans.name[span]].startswith("gloo:")]
-    called = np.array([name.startswith("c10d::") and not name.startswith("c10d::barrier") for name in names], np.bool_)
-    calls = np.flatnonzero(called[spans.name] & (spans.kind == SpanKind.OP)) if ranges else np.empty(0, np.int64)
+    called = np.array(
+        [name.startswith("c10d::") and not name.startswith("c10d::barrier") for name in names], np.bool_
+    )
+    calls = (
+        np.flatnonzero(called[spans.name] & (spans.kind == SpanKind.OP)) if ranges else np.empty(0, np.int64)
+    )
     if len(calls) != len(ranges):
         return
     calls = calls[np.argsort(spans.start_ns[calls], kind="stable")]
     ranges.sort(key=lambda span: int(spans.start_ns[span]))
-    if all(spans.start_ns[call] <= spans.start_ns[span] for call, span in zip(calls.tolist(), ranges, strict=True)):
+    if all(
+        spans.start_ns[call] <= spans.start_ns[span]
+        for call, span in zip(calls.tolist(), ranges, strict=True)
+    ):
         for call, span in zip(calls.tolist(), ranges, strict=True):
             spans.parent[span] = call
 
@@ -460,13 +542,22 @@ def _with_cpu_work(timeline: Timeline) -> Timeline:
     workers = {int(spans.lane[span]) for span in timeline.collectives.span}
     in_collective = _inside(spans, timeline.collectives.span) if workers else np.zeros(len(spans), np.bool_)
     # what blocks in a collective stands inside an autograd function's op: our own ranges say so; else the time right after the call does
-    ours = np.array([name.startswith("shardwise.") for name in names], np.bool_)[spans.name] & (spans.kind == SpanKind.RANGE)
-    calls = np.flatnonzero(is_op & np.array([name.startswith("c10d::") for name in names], np.bool_)[spans.name])
+    ours = np.array([name.startswith("shardwise.") for name in names], np.bool_)[spans.name] & (
+        spans.kind == SpanKind.RANGE
+    )
+    calls = np.flatnonzero(
+        is_op & np.array([name.startswith("c10d::") for name in names], np.bool_)[spans.name]
+    )
     after_calls = {(int(spans.lane[call]), int(spans.end_ns[call])) for call in calls.tolist()}
     keep = [
         (op, begin, end)
         for op, begin, end in own_segments(spans, np.flatnonzero(is_op | ours))
-        if not (waiting[spans.name[op]] or in_collective[op] or ours[op] or (int(spans.lane[op]), begin) in after_calls)
+        if not (
+            waiting[spans.name[op]]
+            or in_collective[op]
+            or ours[op]
+            or (int(spans.lane[op]), begin) in after_calls
+        )
     ]
     if not keep:
         return timeline
@@ -513,17 +604,27 @@ def _windows(timeline: Timeline, rank: int) -> tuple[Window, ...]:
     if not len(works):
         return ()
     whole = (Window(rank, None, int(spans.start_ns[works].min()), int(spans.end_ns[works].max())),)
-    numbers = {index: int(found[1]) for index, name in enumerate(timeline.names) if (found := _STEP.search(name))}
-    marks = np.flatnonzero((spans.kind == SpanKind.RANGE) & np.isin(spans.name, np.array(list(numbers), np.int32)))
+    numbers = {
+        index: int(found[1]) for index, name in enumerate(timeline.names) if (found := _STEP.search(name))
+    }
+    marks = np.flatnonzero(
+        (spans.kind == SpanKind.RANGE) & np.isin(spans.name, np.array(list(numbers), np.int32))
+    )
     marks = marks[np.argsort(spans.start_ns[marks], kind="stable")]
     if not len(marks):
         return whole
     if not any(lane.is_device for lane in timeline.lanes):
         marks = marks[spans.end_ns[marks] > spans.start_ns[marks]]
-        return tuple(Window(rank, numbers[int(spans.name[mark])], int(spans.start_ns[mark]), int(spans.end_ns[mark])) for mark in marks)
+        return tuple(
+            Window(rank, numbers[int(spans.name[mark])], int(spans.start_ns[mark]), int(spans.end_ns[mark]))
+            for mark in marks
+        )
     begins, ends, steps = [], [], []
     for mark in marks.tolist():
-        launched = works[(spans.launched_ns[works] >= spans.start_ns[mark]) & (spans.launched_ns[works] < spans.end_ns[mark])]
+        launched = works[
+            (spans.launched_ns[works] >= spans.start_ns[mark])
+            & (spans.launched_ns[works] < spans.end_ns[mark])
+        ]
         if len(launched):
             begins.append(int(spans.start_ns[launched].min()))
             ends.append(int(spans.end_ns[launched].max()))
@@ -531,4 +632,8 @@ def _windows(timeline: Timeline, rank: int) -> tuple[Window, ...]:
     if not begins:
         return whole
     following = [*begins[1:], ends[-1]]
-    return tuple(Window(rank, step, begin, end) for step, begin, end in zip(steps, begins, following, strict=True) if end > begin)
+    return tuple(
+        Window(rank, step, begin, end)
+        for step, begin, end in zip(steps, begins, following, strict=True)
+        if end > begin
+    )

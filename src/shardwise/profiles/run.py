@@ -50,7 +50,9 @@ def profile_run(label: str, timelines: Sequence[Timeline], sharing: Sharing) -> 
     """timelines: one per rank, as collectives.share() gives them. Raises TraceError where no work was recorded."""
     found = [each for timeline in timelines for each in decompose(timeline)]
     if not found:
-        raise TraceError(f"{label}: no kernel and no CPU op was recorded. Record with ProfilerActivity.CPU, and CUDA where there is a GPU.")
+        raise TraceError(
+            f"{label}: no kernel and no CPU op was recorded. Record with ProfilerActivity.CPU, and CUDA where there is a GPU."
+        )
     n = len(found)
     books = _Books()
     link = link_of(dict(timelines[0].facts).get("device", ""))
@@ -61,19 +63,29 @@ def profile_run(label: str, timelines: Sequence[Timeline], sharing: Sharing) -> 
         label=label,
         facts=timelines[0].facts,
         ranks=tuple(timeline.ranks[0] for timeline in timelines),
-        steps=tuple(StepOfRank(each.window.rank, each.window.step, each.window.length_ns, each.parts) for each in found),
+        steps=tuple(
+            StepOfRank(each.window.rank, each.window.step, each.window.length_ns, each.parts)
+            for each in found
+        ),
         has_device=any(lane.is_device for timeline in timelines for lane in timeline.lanes),
         parts=parts,
         communication_ns=sum(each.communication_ns for each in found) / n,
         overlap_ns=sum(each.overlap_ns for each in found) / n,
         lines_ns=books.lines_ns / n,
         busy_ns=books.busy_ns / n,
-        work=tuple(sorted(((work, total.per(n)) for work, total in books.work.items()), key=lambda pair: (-pair[1].ns, pair[0]))),
+        work=tuple(
+            sorted(
+                ((work, total.per(n)) for work, total in books.work.items()),
+                key=lambda pair: (-pair[1].ns, pair[0]),
+            )
+        ),
         collectives=_collective_uses(books, found, sharing, n),
         cpu=_cpu_use(timelines),
         sharing=sharing,
         link_bytes_per_s=link,
-        too_fast=sum(link is not None and (each.bus_bytes_per_s or 0.0) > link for each in sharing.collectives),
+        too_fast=sum(
+            link is not None and (each.bus_bytes_per_s or 0.0) > link for each in sharing.collectives
+        ),
         losses=_losses(timelines),
         without_kernel=(
             sum(timeline.launches_without_kernel[0] for timeline in timelines),
@@ -141,7 +153,14 @@ def _work(timeline: Timeline, row: list[int]) -> Work:
     kernel = plain_name(timeline.names[name])
     what = SpanKind(kind)
     moves = bool(is_copy) or (what is SpanKind.COPY and "DtoD" in kernel)
-    return Work(what.name, op_name, "" if shapes == NONE else timeline.names[shapes], kernel, class_of(op_name, kernel), moves)
+    return Work(
+        what.name,
+        op_name,
+        "" if shapes == NONE else timeline.names[shapes],
+        kernel,
+        class_of(op_name, kernel),
+        moves,
+    )
 
 
 def _of_collectives(timeline: Timeline, column: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -182,7 +201,9 @@ def _inside_copies(timeline: Timeline) -> NDArray[np.bool_]:
 # --------------------------------------------------------------------------------------------- collectives
 
 
-def _collective_uses(books: _Books, found: list[Decomposition], sharing: Sharing, n: int) -> tuple[CollectiveUse, ...]:
+def _collective_uses(
+    books: _Books, found: list[Decomposition], sharing: Sharing, n: int
+) -> tuple[CollectiveUse, ...]:
     """waiting and transfer as far as the sets are known: scaled to all of the op's time only where they cover it."""
     by_op: dict[tuple[str, str], list[SharedCollective]] = defaultdict(list)
     windows = [each.window for each in found]
@@ -205,7 +226,9 @@ def _collective_uses(books: _Books, found: list[Decomposition], sharing: Sharing
                 use=total.per(n),
                 waiting_ns=waiting / n,
                 transfer_ns=sum(each.total_ns - each.total_waiting_ns for each in known) / n,
-                bus_bytes_per_s=known_bytes / (transfer / 1e9) if known_bytes is not None and transfer > 0 else None,
+                bus_bytes_per_s=known_bytes / (transfer / 1e9)
+                if known_bytes is not None and transfer > 0
+                else None,
                 late=_latest(known),
             )
         )
@@ -214,7 +237,10 @@ def _collective_uses(books: _Books, found: list[Decomposition], sharing: Sharing
 
 def _is_inside(shared: SharedCollective, windows: Sequence[Window]) -> bool:
     member = shared.members[0]
-    return any(window.rank == member.rank and window.start_ns <= member.start_ns < window.end_ns for window in windows)
+    return any(
+        window.rank == member.rank and window.start_ns <= member.start_ns < window.end_ns
+        for window in windows
+    )
 
 
 def _latest(shared: Sequence[SharedCollective]) -> tuple[int, float, str] | None:
@@ -264,7 +290,9 @@ def _cpu_use(timelines: Sequence[Timeline]) -> CpuUse:
         for number, total_of_name in zip(numbers.tolist(), totals.tolist(), strict=True):
             by_op[names[number]].ns += total_of_name
     n = max(1, n)
-    lines = sorted(((name, total.per(n)) for name, total in by_op.items()), key=lambda pair: (-pair[1].ns, pair[0]))
+    lines = sorted(
+        ((name, total.per(n)) for name, total in by_op.items()), key=lambda pair: (-pair[1].ns, pair[0])
+    )
     return CpuUse(ops.per(n), launches.per(n), tuple(lines))
 
 

@@ -60,11 +60,19 @@ def difference_html(difference: Difference, pictures: Sequence[StepPicture]) -> 
     return _page((difference.first, difference.second), difference.verdict, difference, pictures)
 
 
-def _page(runs: tuple[RunProfile, ...], words: tuple[str, ...], difference: Difference | None, pictures: Sequence[StepPicture]) -> str:
+def _page(
+    runs: tuple[RunProfile, ...],
+    words: tuple[str, ...],
+    difference: Difference | None,
+    pictures: Sequence[StepPicture],
+) -> str:
     environment = page_environment()
     environment.globals.update(rows=rows, time=rows.time, signed=rows.signed)
     script = template_source(environment, "explain.js")
-    css = "".join(template_source(environment, name) for name in ("comparison.css", "bars.css", "explain.css", "diff.css"))
+    css = "".join(
+        template_source(environment, name)
+        for name in ("comparison.css", "bars.css", "explain.css", "diff.css")
+    )
     longest = max((picture.length_ns for picture in pictures), default=1)
     return environment.get_template("diff.html.j2").render(
         runs=runs,
@@ -94,7 +102,11 @@ def _drawing(picture: StepPicture, longest_ns: int) -> Drawing:
         labels.append(Label("0", y + _ROW - 8, f"rank {row.rank}"))
         y += _ROW + 2 + _THIN + _GAP
     ticks = tuple(
-        Label(f"{_LEFT + part * picture.length_ns / _TICKS * scale:.1f}", 12, format_seconds(part * picture.length_ns / _TICKS / 1e9))
+        Label(
+            f"{_LEFT + part * picture.length_ns / _TICKS * scale:.1f}",
+            12,
+            format_seconds(part * picture.length_ns / _TICKS / 1e9),
+        )
         for part in range(_TICKS + 1)
         if picture.length_ns * scale > _WIDTH / 3 or part in (0, _TICKS)
     )

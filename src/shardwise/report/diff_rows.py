@@ -47,7 +47,14 @@ def part_rows(runs: Sequence[RunProfile]) -> list[PartRow]:
     rows = []
     for key, label in parts_of([run.parts for run in runs]):
         values = tuple(part_ns(run.parts, key) for run in runs)
-        rows.append(PartRow(key, label, values, tuple(value / run.step_ns for value, run in zip(values, runs, strict=True))))
+        rows.append(
+            PartRow(
+                key,
+                label,
+                values,
+                tuple(value / run.step_ns for value, run in zip(values, runs, strict=True)),
+            )
+        )
     return rows
 
 
@@ -117,7 +124,11 @@ def work_name(work: Work) -> str:
     """all-gather of layers.*.attention; gemm_kernel in aten::mm."""
     if work.of_class == "communication":
         return f"{collective_name(work.name)} of {work.op}" if work.op else collective_name(work.name)
-    return f"{shortened(work.name, 72)} in {shortened(work.op, 40)}" if work.op and work.op != work.name else shortened(work.name, 90)
+    return (
+        f"{shortened(work.name, 72)} in {shortened(work.op, 40)}"
+        if work.op and work.op != work.name
+        else shortened(work.name, 90)
+    )
 
 
 def speed(use: CollectiveUse) -> str:
@@ -165,20 +176,30 @@ def about(run: RunProfile) -> str:
     """`8 ranks, 6 steps, NVIDIA A100`."""
     ranks = f"{len(run.ranks)} ranks" if len(run.ranks) > 1 else f"rank {run.ranks[0]}"
     numbered = {step.step for step in run.steps if step.step is not None}
-    steps = f"{len(numbered)} step{'s' * (len(numbered) > 1)}" if numbered else "no steps marked: all work as one window"
+    steps = (
+        f"{len(numbered)} step{'s' * (len(numbered) > 1)}"
+        if numbered
+        else "no steps marked: all work as one window"
+    )
     where = ", ".join(value for key, value in run.facts if key in ("device", "backend"))
-    return ", ".join(part for part in (ranks, steps, where or None) if part) + ("" if run.has_device else ", no device: CPU work")
+    return ", ".join(part for part in (ranks, steps, where or None) if part) + (
+        "" if run.has_device else ", no device: CPU work"
+    )
 
 
 def cautions(run: RunProfile) -> list[str]:
     """What was lost, refused or corrected."""
     said = [
-        f"{loss.count:,} events {loss.what}" if loss.what.startswith("mended") else f"lost: {loss.count:,} x {loss.what}"
+        f"{loss.count:,} events {loss.what}"
+        if loss.what.startswith("mended")
+        else f"lost: {loss.count:,} x {loss.what}"
         for loss in run.losses
     ]
     missing, launches = run.without_kernel
     if missing:
-        said.append(f"{missing:,} of {launches:,} launches left no kernel in the file: its recording began later, or lost them")
+        said.append(
+            f"{missing:,} of {launches:,} launches left no kernel in the file: its recording began later, or lost them"
+        )
     if run.too_fast and run.link_bytes_per_s is not None:
         said.append(
             f"{run.too_fast:,} collectives seem faster than the device's links ({run.link_bytes_per_s / 1e9:.0f} GB/s a direction): data moved before the last "

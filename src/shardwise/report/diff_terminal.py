@@ -33,7 +33,9 @@ def render_difference(difference: Difference, console: Console) -> None:
     """second against first."""
     runs = [difference.first, difference.second]
     for run in runs:
-        console.print(Text.assemble((plain(run.label), "bold"), f": {plain(rows.about(run))}"), soft_wrap=True)
+        console.print(
+            Text.assemble((plain(run.label), "bold"), f": {plain(rows.about(run))}"), soft_wrap=True
+        )
     _verdict(difference.verdict, console)
     _parts(runs, console)
     _lines(difference, console)
@@ -46,7 +48,14 @@ def render_difference(difference: Difference, console: Console) -> None:
 
 
 def _table(title: str, *columns: tuple[str, str], fold: str = "") -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1),
+    )
     for name, justify in columns:
         table.add_column(name, justify=justify, overflow="fold", no_wrap=justify == "right" and name != fold)  # type: ignore[arg-type]
     return table
@@ -60,17 +69,29 @@ def _verdict(words: Sequence[str], console: Console) -> None:
 
 def _parts(runs: Sequence[RunProfile], console: Console) -> None:
     names = [plain(run.label) for run in runs]
-    columns = [("Part of a step", "left")] + [column for name in names for column in ((name, "right"), ("", "right"))]
+    columns = [("Part of a step", "left")] + [
+        column for name in names for column in ((name, "right"), ("", "right"))
+    ]
     both = len(runs) == 2
     table = _table("A step of one rank, on average", *columns, *((("change", "right"),) if both else ()))
     for row in rows.part_rows(runs):
-        cells = [cell for ns, share in zip(row.ns, row.share, strict=True) for cell in (rows.time(ns), f"{100 * share:.1f} %")]
+        cells = [
+            cell
+            for ns, share in zip(row.ns, row.share, strict=True)
+            for cell in (rows.time(ns), f"{100 * share:.1f} %")
+        ]
         table.add_row(row.label, *cells, *((rows.signed(row.delta_ns),) if both else ()))
     table.add_section()
     totals = [cell for run in runs for cell in (rows.time(run.step_ns), "")]
-    table.add_row("step", *totals, *((rows.signed(runs[1].step_ns - runs[0].step_ns),) if both else ()), style="bold")
+    table.add_row(
+        "step", *totals, *((rows.signed(runs[1].step_ns - runs[0].step_ns),) if both else ()), style="bold"
+    )
     hidden = [cell for run in runs for cell in (rows.time(run.communication_ns), _hidden(run))]
-    table.add_row("all communication", *hidden, *((rows.signed(runs[1].communication_ns - runs[0].communication_ns),) if both else ()))
+    table.add_row(
+        "all communication",
+        *hidden,
+        *((rows.signed(runs[1].communication_ns - runs[0].communication_ns),) if both else ()),
+    )
     console.print(table)
 
 
@@ -92,13 +113,24 @@ def _lines(difference: Difference, console: Console) -> None:
         )  # fmt: skip
     rest = difference.lines[_LINES:]
     if rest:
-        table.add_row(f"{len(rest)} more", "", "", "", "", rows.signed(sum(line.delta_ns for line in rest)), "", style="dim")
+        table.add_row(
+            f"{len(rest)} more",
+            "",
+            "",
+            "",
+            "",
+            rows.signed(sum(line.delta_ns for line in rest)),
+            "",
+            style="dim",
+        )
     console.print(table)
 
 
 def _books(difference: Difference, console: Console) -> None:
     names = (plain(difference.first.label), plain(difference.second.label))
-    table = _table("How it adds up", ("", "left"), (names[0], "right"), (names[1], "right"), ("change", "right"))
+    table = _table(
+        "How it adds up", ("", "left"), (names[0], "right"), (names[1], "right"), ("change", "right")
+    )
     for label, first, second in rows.books(difference):
         table.add_row(label, rows.time(first), rows.time(second), rows.signed(second - first))
     console.print(table)
@@ -123,14 +155,27 @@ def _collectives(runs: Sequence[RunProfile], console: Console) -> None:
             )  # fmt: skip
         rest = run.collectives[_COLLECTIVES:]
         if rest:
-            table.add_row(f"{len(rest)} more", "", rows.time(sum(use.use.ns for use in rest)), "", "", "", style="dim")
+            table.add_row(
+                f"{len(rest)} more", "", rows.time(sum(use.use.ns for use in rest)), "", "", "", style="dim"
+            )
         console.print(table)
 
 
 def _work(run: RunProfile, console: Console) -> None:
-    table = _table("Where the time goes", ("Work", "left"), ("calls", "right"), ("time", "right"), ("of the step", "right"))
+    table = _table(
+        "Where the time goes",
+        ("Work", "left"),
+        ("calls", "right"),
+        ("time", "right"),
+        ("of the step", "right"),
+    )
     for work, use in run.work[:_LINES]:
-        table.add_row(plain(rows.work_name(work)), rows.calls(use), rows.time(use.ns), f"{100 * use.ns / run.step_ns:.1f} %")
+        table.add_row(
+            plain(rows.work_name(work)),
+            rows.calls(use),
+            rows.time(use.ns),
+            f"{100 * use.ns / run.step_ns:.1f} %",
+        )
     console.print(table)
 
 
@@ -138,11 +183,20 @@ def _copies(difference: Difference, console: Console) -> None:
     if not difference.copies:
         return
     table = _table(
-        "Copies that one makes more often", ("Copy", "left"), ("calls", "right"), ("time", "right"), ("calls", "right"), ("time", "right")
+        "Copies that one makes more often",
+        ("Copy", "left"),
+        ("calls", "right"),
+        ("time", "right"),
+        ("calls", "right"),
+        ("time", "right"),
     )
     for line in difference.copies[:_CPU_LINES]:
         table.add_row(
-            plain(rows.what(line)), rows.calls(line.first), rows.time(line.first.ns), rows.calls(line.second), rows.time(line.second.ns)
+            plain(rows.what(line)),
+            rows.calls(line.first),
+            rows.time(line.first.ns),
+            rows.calls(line.second),
+            rows.time(line.second.ns),
         )
     console.print(table)
 
@@ -154,7 +208,9 @@ def _cpu(runs: Sequence[RunProfile], console: Console) -> None:
     )  # fmt: skip
     for run in runs:
         ops, launches = run.cpu.ops, run.cpu.launches
-        table.add_row(plain(run.label), rows.calls(ops), rows.time(ops.ns), rows.calls(launches), rows.time(launches.ns))
+        table.add_row(
+            plain(run.label), rows.calls(ops), rows.time(ops.ns), rows.calls(launches), rows.time(launches.ns)
+        )
     console.print(table)
 
 

@@ -26,12 +26,16 @@ def write_document(table: dict[str, object]) -> bytes:
     return msgspec.json.format(msgspec.json.encode(_name_non_finite(document)), indent=2) + b"\n"
 
 
-def read_document(document: bytes, source: str, *, command: str, what: str, version: int) -> dict[str, object]:
+def read_document(
+    document: bytes, source: str, *, command: str, what: str, version: int
+) -> dict[str, object]:
     """The table of a document that `shardwise COMMAND` wrote, of this version. Raises InputError, which names `source`."""
     try:
         table = msgspec.json.decode(document)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{source}: not valid JSON: {error}. Give the JSON file that shardwise {command} wrote.") from None
+        raise InputError(
+            f"{source}: not valid JSON: {error}. Give the JSON file that shardwise {command} wrote."
+        ) from None
     found = table.get("schema_version") if isinstance(table, dict) else None
     if found != version or isinstance(found, bool):
         raise InputError(
@@ -85,13 +89,17 @@ class _Mismatch(Exception):  # noqa: N818
     """What is wrong and where: `Expected `int`, got `str` - at `$.rank``."""
 
 
-def read_as(document: bytes, kind: type[_Noun], source: str, *, command: str, what: str, version: int) -> _Noun:
+def read_as(
+    document: bytes, kind: type[_Noun], source: str, *, command: str, what: str, version: int
+) -> _Noun:
     """A saved document as the dataclass that was written. Raises InputError, which names `source`, the field and what it should be."""
     table = read_document(document, source, command=command, what=what, version=version)
     try:
         found = _build(table, kind, "$")
     except _Mismatch as error:
-        raise InputError(f"{source}: not a saved {what}: {error}. Give the JSON file that shardwise {command} wrote.") from None
+        raise InputError(
+            f"{source}: not a saved {what}: {error}. Give the JSON file that shardwise {command} wrote."
+        ) from None
     assert isinstance(found, kind)
     return found
 
@@ -143,4 +151,7 @@ def _build_tuple(value: object, kinds: tuple[typing.Any, ...], path: str) -> tup
         kinds = (kinds[0],) * len(value)
     if len(kinds) != len(value):
         raise _Mismatch(f"Expected `array` of length {len(kinds)}, got {len(value)} - at `{path}`")
-    return tuple(_build(item, kind, f"{path}[{index}]") for index, (item, kind) in enumerate(zip(value, kinds, strict=True)))
+    return tuple(
+        _build(item, kind, f"{path}[{index}]")
+        for index, (item, kind) in enumerate(zip(value, kinds, strict=True))
+    )

@@ -37,7 +37,10 @@ class Band:
 
 def bands(explanation: Explanation) -> tuple[Band, ...]:
     """A band for each of forward, backward and recompute that has collectives."""
-    found = ((phase, [group for group in explanation.collectives if group.phase == phase]) for phase in LAYER_PHASES)
+    found = (
+        (phase, [group for group in explanation.collectives if group.phase == phase])
+        for phase in LAYER_PHASES
+    )
     return tuple(_band(explanation, phase, groups) for phase, groups in found if groups)
 
 
@@ -88,11 +91,15 @@ def _modules(explanation: Explanation) -> tuple[list[str], list[str], list[str]]
 
 def _up_to_last_used(modules: list[str], used: list[str]) -> list[str]:
     found = list(dict.fromkeys(modules))
-    last = max((index for index, module in enumerate(found) if any(_is_in(one, module) for one in used)), default=-1)
+    last = max(
+        (index for index, module in enumerate(found) if any(_is_in(one, module) for one in used)), default=-1
+    )
     return found[: last + 1]
 
 
-def _stops(modules: Sequence[str], groups: Sequence[CollectiveGroup], phase: Phase, prefix: str) -> tuple[Stop, ...]:
+def _stops(
+    modules: Sequence[str], groups: Sequence[CollectiveGroup], phase: Phase, prefix: str
+) -> tuple[Stop, ...]:
     owners = [next((module for module in modules if _is_in(group.module, module)), None) for group in groups]
     placed: list[CollectiveGroup] = []
     stops: list[Stop] = []

@@ -86,13 +86,23 @@ def wire_chart(explanations: Sequence[Explanation]) -> Chart:
         for index, one in enumerate(explanations):
             parts = []
             for kind in CollectiveKind:
-                sent = rows.tally(group for group in one.collectives if group.phase == phase and group.carries_out == kind)
+                sent = rows.tally(
+                    group for group in one.collectives if group.phase == phase and group.carries_out == kind
+                )
                 if sent.counts:
                     kinds.add(kind)
-                    parts.append((f"k-{kind.value}", f"{sent.count} {rows.collective_name(kind)}{'s' * (sent.count > 1)}", sent.wire_bytes))
+                    parts.append(
+                        (
+                            f"k-{kind.value}",
+                            f"{sent.count} {rows.collective_name(kind)}{'s' * (sent.count > 1)}",
+                            sent.wire_bytes,
+                        )
+                    )
             label = phase.value if len(explanations) == 1 else f"{phase.value}, {rows.name(one.plan)}"
             found.append((label, parts, index == 0))
-    keys = tuple(Key(f"k-{kind.value}", rows.collective_name(kind)) for kind in CollectiveKind if kind in kinds)
+    keys = tuple(
+        Key(f"k-{kind.value}", rows.collective_name(kind)) for kind in CollectiveKind if kind in kinds
+    )
     return Chart(_bars(found), keys)
 
 
@@ -103,7 +113,11 @@ def memory_chart(explanations: Sequence[Explanation]) -> Chart:
     for moment in ("held", "at the peak"):
         for index, one in enumerate(explanations):
             sizes = one.held if moment == "held" else one.peak.by_kind
-            parts = [(f"m-{kind.value}", rows.KIND_PLURALS[kind], float(n_bytes)) for kind, n_bytes in sizes if n_bytes]
+            parts = [
+                (f"m-{kind.value}", rows.KIND_PLURALS[kind], float(n_bytes))
+                for kind, n_bytes in sizes
+                if n_bytes
+            ]
             kinds |= {kind for kind, n_bytes in sizes if n_bytes}
             label = moment if len(explanations) == 1 else f"{moment}, {rows.name(one.plan)}"
             found.append((label, parts, index == 0))
@@ -117,7 +131,12 @@ def _bars(found: Sequence[tuple[str, list[tuple[str, str, float]], bool]]) -> tu
         Bar(
             label,
             tuple(
-                Segment(style, text, units.format_bytes(size), max(LEAST_PERCENT, 100 * size / largest) if largest and size else 0.0)
+                Segment(
+                    style,
+                    text,
+                    units.format_bytes(size),
+                    max(LEAST_PERCENT, 100 * size / largest) if largest and size else 0.0,
+                )
                 for style, text, size in parts
             ),
             units.format_bytes(sum(size for _, _, size in parts)),
@@ -127,7 +146,9 @@ def _bars(found: Sequence[tuple[str, list[tuple[str, str, float]], bool]]) -> tu
     )
 
 
-def _page(explanations: tuple[Explanation, ...], contrast: Contrast | None, walkthrough_href: str | None) -> str:
+def _page(
+    explanations: tuple[Explanation, ...], contrast: Contrast | None, walkthrough_href: str | None
+) -> str:
     environment = page_environment()
     environment.globals.update(
         bytes=units.format_bytes,
@@ -142,11 +163,20 @@ def _page(explanations: tuple[Explanation, ...], contrast: Contrast | None, walk
         breakable=_breakable,
     )
     script = template_source(environment, "explain.js")
-    css = "".join(template_source(environment, name) for name in ("comparison.css", "bars.css", "explain.css"))
+    css = "".join(
+        template_source(environment, name) for name in ("comparison.css", "bars.css", "explain.css")
+    )
     found: Iterable[tuple[str, Finding]]
-    found = rows.contrast_findings(contrast) if contrast else (("", finding) for finding in explanations[0].findings)
+    found = (
+        rows.contrast_findings(contrast)
+        if contrast
+        else (("", finding) for finding in explanations[0].findings)
+    )
     # the forwards of two plans stand under each other, then their backwards
-    pictures = sorted(((one, band) for one in explanations for band in bands(one)), key=lambda pair: LAYER_PHASES.index(pair[1].phase))
+    pictures = sorted(
+        ((one, band) for one in explanations for band in bands(one)),
+        key=lambda pair: LAYER_PHASES.index(pair[1].phase),
+    )
     return environment.get_template("explain.html.j2").render(
         explanations=explanations,
         first=explanations[0],

@@ -24,7 +24,9 @@ def contrast_json(contrast: Contrast) -> bytes:
 
 def explanation_from_json(document: bytes, source: str = "explanation") -> Explanation:
     """A saved explanation, to be drawn again. Raises InputError, which names `source`, the field and what it should be."""
-    return read_as(document, Explanation, source, command="explain", what="explanation", version=SCHEMA_VERSION)
+    return read_as(
+        document, Explanation, source, command="explain", what="explanation", version=SCHEMA_VERSION
+    )
 
 
 def contrast_from_json(document: bytes, source: str = "contrast") -> Contrast:

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from shardwise.core.collective import CollectiveKind
-from shardwise.core.explanation import CollectiveGroup, Contrast, CopyGroup, Explanation, HoldingGroup, PhaseTotals
+from shardwise.core.explanation import (
+    CollectiveGroup,
+    Contrast,
+    CopyGroup,
+    Explanation,
+    HoldingGroup,
+    PhaseTotals,
+)
 from shardwise.core.finding import Finding
 from shardwise.core.placement import Placement
 from shardwise.core.program import MemoryKind, Phase
@@ -172,14 +179,23 @@ def by_data_text(group: CollectiveGroup) -> str | None:
 
 def copied_text(group: CollectiveGroup) -> str | None:
     """The copies to and from the buffers of each, as a sentence; None where there are none."""
-    return f"Copies {format_bytes(group.copied_bytes)} to and from its buffers each time." if group.copied_bytes else None
+    return (
+        f"Copies {format_bytes(group.copied_bytes)} to and from its buffers each time."
+        if group.copied_bytes
+        else None
+    )
 
 
 def phase_rows(explanation: Explanation) -> tuple[PhaseRow, ...]:
     """The phases that have ops or collectives, in the order of a step; a forward that runs again stands after the backward."""
     totals = {found.phase: found for found in explanation.phases}
     rows = (
-        PhaseRow(phase, totals.get(phase), tuple(group for group in explanation.collectives if group.phase == phase)) for phase in Phase
+        PhaseRow(
+            phase,
+            totals.get(phase),
+            tuple(group for group in explanation.collectives if group.phase == phase),
+        )
+        for phase in Phase
     )
     return tuple(row for row in rows if row.totals is not None or row.groups)
 
@@ -187,8 +203,13 @@ def phase_rows(explanation: Explanation) -> tuple[PhaseRow, ...]:
 def tally(groups: Iterable[CollectiveGroup]) -> Tally:
     """The sum over groups."""
     found = list(groups)
-    counts = {kind: sum(group.count for group in found if group.carries_out == kind) for kind in CollectiveKind}
-    return Tally(tuple((kind, count) for kind, count in counts.items() if count), sum(group.total_wire_bytes for group in found))
+    counts = {
+        kind: sum(group.count for group in found if group.carries_out == kind) for kind in CollectiveKind
+    }
+    return Tally(
+        tuple((kind, count) for kind, count in counts.items() if count),
+        sum(group.total_wire_bytes for group in found),
+    )
 
 
 def layer_tally(explanation: Explanation) -> Tally:
@@ -204,7 +225,11 @@ def edge_tally(explanation: Explanation) -> Tally:
 def memory_rows(explanation: Explanation) -> tuple[MemoryRow, ...]:
     """A row for each kind that is held or lives at the peak."""
     held, at_peak = dict(explanation.held), dict(explanation.peak.by_kind)
-    return tuple(MemoryRow(kind, held.get(kind), at_peak.get(kind, 0)) for kind in MemoryKind if kind in held or kind in at_peak)
+    return tuple(
+        MemoryRow(kind, held.get(kind), at_peak.get(kind, 0))
+        for kind in MemoryKind
+        if kind in held or kind in at_peak
+    )
 
 
 def held_bytes(explanation: Explanation) -> int:
@@ -219,7 +244,13 @@ def held_text(row: MemoryRow) -> str:
 
 def at_peak_text(row: MemoryRow) -> str:
     """Bytes at the peak; what is held but doesn't live then is named so."""
-    return format_bytes(row.at_peak) if row.at_peak else "not yet" if row.kind is MemoryKind.GRADIENT and row.held else "0 B"
+    return (
+        format_bytes(row.at_peak)
+        if row.at_peak
+        else "not yet"
+        if row.kind is MemoryKind.GRADIENT and row.held
+        else "0 B"
+    )
 
 
 def peak_text(explanation: Explanation) -> str:
@@ -263,7 +294,11 @@ def shape_text(shape: Sequence[int]) -> str:
 def shape_change(group: HoldingGroup) -> str:
     """`[4096, 4096] -> [512, 4096]`; `[4096], whole` where this rank keeps all of it."""
     whole = shape_text(group.shape)
-    return f"{whole}, whole" if group.shape == group.local_shape else f"{whole} -> {shape_text(group.local_shape)}"
+    return (
+        f"{whole}, whole"
+        if group.shape == group.local_shape
+        else f"{whole} -> {shape_text(group.local_shape)}"
+    )
 
 
 def placements_text(placements: Sequence[Placement], axes: Sequence[tuple[str, int]]) -> str:
@@ -272,7 +307,9 @@ def placements_text(placements: Sequence[Placement], axes: Sequence[tuple[str, i
         return str(placements[0])
     if len(placements) != len(axes):
         return ", ".join(map(str, placements)) or UNTOLD
-    return ", ".join(f"{name(axis)}: {placement}" for placement, (axis, _) in zip(placements, axes, strict=True))
+    return ", ".join(
+        f"{name(axis)}: {placement}" for placement, (axis, _) in zip(placements, axes, strict=True)
+    )
 
 
 def gradient_text(group: HoldingGroup, axes: Sequence[tuple[str, int]]) -> str:
@@ -281,7 +318,11 @@ def gradient_text(group: HoldingGroup, axes: Sequence[tuple[str, int]]) -> str:
         return "none"
     if not gradient_differs(group):
         return "the same"
-    shape = "" if group.grad_shape is None or group.grad_shape == group.local_shape else f" {shape_text(group.grad_shape)}"
+    shape = (
+        ""
+        if group.grad_shape is None or group.grad_shape == group.local_shape
+        else f" {shape_text(group.grad_shape)}"
+    )
     return f"{placements_text(group.grad_placement, axes)}{shape}"
 
 
@@ -292,7 +333,9 @@ def gradient_differs(group: HoldingGroup) -> bool:
     return group.grad_placement != group.placement or group.grad_shape not in (None, group.local_shape)
 
 
-def largest_copies(explanation: Explanation, limit: int) -> tuple[tuple[CopyGroup, ...], tuple[CopyGroup, ...]]:
+def largest_copies(
+    explanation: Explanation, limit: int
+) -> tuple[tuple[CopyGroup, ...], tuple[CopyGroup, ...]]:
     """(the `limit` groups that write most, the rest)."""
     ordered = sorted(explanation.copies, key=lambda group: -group.total_bytes)
     return tuple(ordered[:limit]), tuple(ordered[limit:])
@@ -302,7 +345,9 @@ def contrast_findings(contrast: Contrast) -> tuple[tuple[str, Finding], ...]:
     """(plan, finding) of both; one that both have stands once, for "both plans"."""
     first, second = contrast.first, contrast.second
     shared = [finding for finding in first.findings if finding in second.findings]
-    own = [(one.plan, finding) for one in (first, second) for finding in one.findings if finding not in shared]
+    own = [
+        (one.plan, finding) for one in (first, second) for finding in one.findings if finding not in shared
+    ]
     return (*own, *(("both plans", finding) for finding in shared))
 
 
@@ -327,7 +372,9 @@ def _collective_rows(first: Explanation, second: Explanation) -> Iterator[Contra
             yield ContrastRow(f"{collective_name(kind)}s", str(one.get(kind, 0)), str(other.get(kind, 0)))
     yield _heading("Sent by the rank")
     for phase in Phase:
-        mine, theirs = ([group for group in found.collectives if group.phase == phase] for found in (first, second))
+        mine, theirs = (
+            [group for group in found.collectives if group.phase == phase] for found in (first, second)
+        )
         if mine or theirs:
             yield _bytes_row(phase.value, tally(mine).wire_bytes, tally(theirs).wire_bytes)
     yield _bytes_row("in all", first.wire_bytes, second.wire_bytes)
@@ -348,7 +395,9 @@ def _memory_contrast(first: Explanation, second: Explanation) -> Iterator[Contra
         if any(at_peak):
             yield _bytes_row(KIND_PLURALS[kind], *at_peak)
     yield _bytes_row("in all", first.peak.n_bytes, second.peak.n_bytes)
-    when, other_when = (found.peak.phase.value if found.peak.doing else "at rest" for found in (first, second))
+    when, other_when = (
+        found.peak.phase.value if found.peak.doing else "at rest" for found in (first, second)
+    )
     yield ContrastRow("when", when, other_when)
 
 
@@ -356,8 +405,12 @@ def _work_rows(first: Explanation, second: Explanation) -> Iterator[ContrastRow]
     yield _heading("Work of the rank")
     flops = [sum(totals.flops for totals in found.phases) for found in (first, second)]
     yield ContrastRow("FLOPs", format_flops(flops[0]), format_flops(flops[1]), _ratio(*flops))
-    yield _bytes_row("moved by ops", *(sum(totals.moved_bytes for totals in found.phases) for found in (first, second)))
-    yield _bytes_row("copied", *(sum(group.total_bytes for group in found.copies) for found in (first, second)))
+    yield _bytes_row(
+        "moved by ops", *(sum(totals.moved_bytes for totals in found.phases) for found in (first, second))
+    )
+    yield _bytes_row(
+        "copied", *(sum(group.total_bytes for group in found.copies) for found in (first, second))
+    )
     unknown = [sum(totals.unknown_ops for totals in found.phases) for found in (first, second)]
     if any(unknown):
         yield ContrastRow("unknown ops", str(unknown[0]), str(unknown[1]))
@@ -368,11 +421,21 @@ def _heading(label: str) -> ContrastRow:
 
 
 def _bytes_row(label: str, first: float | None, second: float | None) -> ContrastRow:
-    return ContrastRow(label, format_bytes(first, "none"), format_bytes(second, "none"), _ratio(first, second))
+    return ContrastRow(
+        label, format_bytes(first, "none"), format_bytes(second, "none"), _ratio(first, second)
+    )
 
 
 def _ratio(first: float | None, second: float | None) -> str | None:
     if not first or second is None or not math.isfinite(first) or not math.isfinite(second):
         return None
     ratio = second / first
-    return "equal" if first == second else "none" if not second else "x < 0.001" if ratio < 0.0005 else f"x {format_ratio(ratio)}"
+    return (
+        "equal"
+        if first == second
+        else "none"
+        if not second
+        else "x < 0.001"
+        if ratio < 0.0005
+        else f"x {format_ratio(ratio)}"
+    )

@@ -66,7 +66,10 @@ def contrast_renderables(contrast: Contrast, width: int) -> list[RenderableType]
     labels = (_label(first), _label(second))
     parts: list[RenderableType] = [
         Padding(
-            Group(Text.assemble((labels[0], "bold"), " against ", (labels[1], "bold"), " for ", _model(first)), *_setting(first)),
+            Group(
+                Text.assemble((labels[0], "bold"), " against ", (labels[1], "bold"), " for ", _model(first)),
+                *_setting(first),
+            ),
             (0, 1, 1, 1),
         )
     ]
@@ -82,7 +85,9 @@ def contrast_renderables(contrast: Contrast, width: int) -> list[RenderableType]
         for mine, other in contrast.different:
             parts += _groups((mine, other), width, marks=labels)
     parts.append(Text(""))
-    lines = [Text(plain(sentence(line)), "bold" if index == 0 else "") for index, line in enumerate(contrast.lines)]
+    lines = [
+        Text(plain(sentence(line)), "bold" if index == 0 else "") for index, line in enumerate(contrast.lines)
+    ]
     parts.append(_panel("What it comes to", "cyan", lines or [Text("Nothing to say about the difference.")]))
     parts += _notes(dict.fromkeys((*first.notes, *second.notes)))
     return parts
@@ -93,7 +98,9 @@ def _label(explanation: Explanation) -> str:
 
 
 def _model(explanation: Explanation) -> Text:
-    return Text.assemble((plain(name(explanation.model)), "bold"), f" ({format_count(explanation.parameters)} parameters)")
+    return Text.assemble(
+        (plain(name(explanation.model)), "bold"), f" ({format_count(explanation.parameters)} parameters)"
+    )
 
 
 def _setting(explanation: Explanation) -> list[Text]:
@@ -116,7 +123,10 @@ def _setting(explanation: Explanation) -> list[Text]:
 
 def _headline(explanation: Explanation) -> RenderableType:
     title = Text.assemble(
-        _model(explanation), " under plan ", (_label(explanation), "bold"), f" · engine {plain(name(explanation.engine))}"
+        _model(explanation),
+        " under plan ",
+        (_label(explanation), "bold"),
+        f" · engine {plain(name(explanation.engine))}",
     )
     whole = rows.tally(explanation.collectives)
     summary = Text(
@@ -125,7 +135,10 @@ def _headline(explanation: Explanation) -> RenderableType:
         "in all at the peak.",
         "bold",
     )
-    told = Text("Worked out without a device: bytes sent by the algorithms' formulas, memory from the tensors' shapes.", "dim")
+    told = Text(
+        "Worked out without a device: bytes sent by the algorithms' formulas, memory from the tensors' shapes.",
+        "dim",
+    )
     return Padding(Group(title, *_setting(explanation), Text(""), summary, told), (0, 1, 1, 1))
 
 
@@ -133,7 +146,11 @@ def _findings(findings: Sequence[tuple[str, Finding]]) -> RenderableType:
     lines: list[RenderableType] = []
     for label, finding in findings:
         subject = plain(name(finding.subject))
-        text = Text.assemble((f"{label}: " if label else "", ""), (subject, "bold yellow"), f": {plain(sentence(finding.reason))}")
+        text = Text.assemble(
+            (f"{label}: " if label else "", ""),
+            (subject, "bold yellow"),
+            f": {plain(sentence(finding.reason))}",
+        )
         if finding.advice:
             text.append(f"\n{plain(sentence(finding.advice))}", "italic")
         lines.append(_bullet(text))
@@ -158,7 +175,11 @@ def _collectives(explanation: Explanation, width: int) -> list[RenderableType]:
         if len(phases) > 1:
             parts.append(_line(f"{' + '.join(row.phase.value for row in phases)}: {sums}", "bold", above=1))
     if len(found) > 1 and in_layers and others:
-        parts.append(_line(f"in all: {rows.tally(explanation.collectives)}", "bold", above=1 if len(others) == 1 else 0))
+        parts.append(
+            _line(
+                f"in all: {rows.tally(explanation.collectives)}", "bold", above=1 if len(others) == 1 else 0
+            )
+        )
     return parts
 
 
@@ -191,7 +212,10 @@ class _Layout:
             columns.append(("payload", 0, True, lambda group: format_bytes(group.payload_bytes)))
         columns.append(("sends", 0, True, lambda group: format_bytes(group.wire_bytes)))
         columns.append(("in all", 0, True, lambda group: format_bytes(group.total_wire_bytes)))
-        widths = [max(len(title), least, *(len(text(group)) for group in groups)) for title, least, _, text in columns]
+        widths = [
+            max(len(title), least, *(len(text(group)) for group in groups))
+            for title, least, _, text in columns
+        ]
         widths[3] = min(widths[3], 8)
         rest = sum(widths) - widths[1] + GAP * (len(widths) - 1) + 2
         widths[1] = min(widths[1], MODULE_MAX, max(MODULE_MIN, width - rest))
@@ -240,7 +264,11 @@ class _Layout:
         return self.width >= PAYLOAD_COLUMNS
 
     def _collective(self, group: CollectiveGroup) -> str:
-        return rows.collective_title(group) if self._has_room_for_way else rows.collective_name(group.carries_out)
+        return (
+            rows.collective_title(group)
+            if self._has_room_for_way
+            else rows.collective_name(group.carries_out)
+        )
 
     def _under(self, text: str, style: str) -> RenderableType:
         return Padding(Text(text, style, overflow="fold"), (0, 1, 0, self.indent))
@@ -261,7 +289,9 @@ def _holdings(explanation: Explanation, width: int) -> list[RenderableType]:
     has_shapes = width >= SHAPE_COLUMNS
     table = _table()
     table.add_column("", justify="right", no_wrap=True)
-    table.add_column("parameter", overflow="fold", min_width=MODULE_MIN, max_width=MODULE_MAX if has_shapes else width)
+    table.add_column(
+        "parameter", overflow="fold", min_width=MODULE_MIN, max_width=MODULE_MAX if has_shapes else width
+    )
     if has_shapes:
         table.add_column("shape, and the rank's part", overflow="fold")
         table.add_column("placement", overflow="fold")
@@ -269,15 +299,22 @@ def _holdings(explanation: Explanation, width: int) -> list[RenderableType]:
     for title in ("para-\nmeters", "gra-\ndients", "opti-\nmizer"):
         table.add_column(title, justify="right", no_wrap=True)
     for group in explanation.holdings:
-        cells = [Text(_times(group.count), "bold" if group.count > 1 else ""), Text(plain(name(group.name)), "bold")]
-        gradient = Text(plain(rows.gradient_text(group, axes)), "yellow" if rows.gradient_differs(group) else "")
+        cells = [
+            Text(_times(group.count), "bold" if group.count > 1 else ""),
+            Text(plain(name(group.name)), "bold"),
+        ]
+        gradient = Text(
+            plain(rows.gradient_text(group, axes)), "yellow" if rows.gradient_differs(group) else ""
+        )
         shapes = plain(rows.shape_change(group))
         placement = plain(rows.placements_text(group.placement, axes))
         if has_shapes:
             cells += [Text(shapes), Text(placement), gradient]
         else:
             cells[1].append(f"\n{shapes}\n{placement}, gradient ", "not bold dim")
-            cells[1].append_text(gradient if rows.gradient_differs(group) else Text(gradient.plain, "not bold dim"))
+            cells[1].append_text(
+                gradient if rows.gradient_differs(group) else Text(gradient.plain, "not bold dim")
+            )
         table.add_row(*cells, *_sizes(group))
     table.add_section()
     held = dict(explanation.held)
@@ -292,7 +329,10 @@ def _holdings(explanation: Explanation, width: int) -> list[RenderableType]:
     share = format_share(explanation.sharded_share)
     whole = "" if explanation.sharded_share == 1.0 else ", and the rest whole"
     parts.append(
-        _line(f"Of {share} of the model's parameters the rank holds a part{whole}. Bytes are those of all parameters of a row.", "dim")
+        _line(
+            f"Of {share} of the model's parameters the rank holds a part{whole}. Bytes are those of all parameters of a row.",
+            "dim",
+        )
     )
     return parts
 
@@ -305,7 +345,9 @@ def _sizes(group: HoldingGroup) -> list[Text]:
 def _memory(explanation: Explanation) -> list[RenderableType]:
     peak = explanation.peak
     parts: list[RenderableType] = [_section("Memory over the step")]
-    parts.append(_line(f"{format_bytes(peak.n_bytes)} at the peak: {plain(rows.peak_text(explanation))}.", "bold"))
+    parts.append(
+        _line(f"{format_bytes(peak.n_bytes)} at the peak: {plain(rows.peak_text(explanation))}.", "bold")
+    )
     table = _table()
     table.add_column("kind", no_wrap=True)
     table.add_column("held", justify="right", no_wrap=True)
@@ -316,7 +358,10 @@ def _memory(explanation: Explanation) -> list[RenderableType]:
         table.add_row(KIND_PLURALS[row.kind], rows.held_text(row), rows.at_peak_text(row), Text(bar, "cyan"))
     table.add_section()
     table.add_row(
-        Text("in all", "bold"), Text(format_bytes(rows.held_bytes(explanation)), "bold"), Text(format_bytes(peak.n_bytes), "bold"), ""
+        Text("in all", "bold"),
+        Text(format_bytes(rows.held_bytes(explanation)), "bold"),
+        Text(format_bytes(peak.n_bytes), "bold"),
+        "",
     )
     parts.append(Padding(table, (0, 0, 0, 1)))
     if peak.holders:
@@ -338,7 +383,12 @@ def _memory(explanation: Explanation) -> list[RenderableType]:
         parts.append(Padding(largest, (0, 0, 0, 1)))
         rest = peak.holders[LARGEST:]
         if rest:
-            parts.append(_line(f"and {format_bytes(sum(holder.n_bytes for holder in rest))} in {len(rest)} smaller groups.", "dim"))
+            parts.append(
+                _line(
+                    f"and {format_bytes(sum(holder.n_bytes for holder in rest))} in {len(rest)} smaller groups.",
+                    "dim",
+                )
+            )
     return parts
 
 
@@ -374,10 +424,17 @@ def _work(explanation: Explanation) -> list[RenderableType]:
     )
     parts.append(Padding(table, (0, 0, 0, 1)))
     unknown = {found.phase.value: found.unknown_ops for found in totals if found.unknown_ops}
-    parts.append(_line("FLOPs are those of matmuls and attention; all else is bound by memory and counts 0.", "dim"))
+    parts.append(
+        _line("FLOPs are those of matmuls and attention; all else is bound by memory and counts 0.", "dim")
+    )
     if unknown:
         counts = ", ".join(f"{count} in {phase}" for phase, count in unknown.items())
-        parts.append(_line(f"Not in the catalogue of ops, so their FLOPs are unknown and not in the sums: {counts}.", "yellow"))
+        parts.append(
+            _line(
+                f"Not in the catalogue of ops, so their FLOPs are unknown and not in the sums: {counts}.",
+                "yellow",
+            )
+        )
     return parts
 
 
@@ -437,7 +494,12 @@ def _contrast_table(contrast: Contrast, labels: tuple[str, str]) -> RenderableTy
             table.add_row(Text(row.label, "bold cyan"), "", "", "")
             continue
         style = "bold" if row.differs else "dim"
-        table.add_row(f"  {row.label}", Text(plain(row.first), style), Text(plain(row.second), style), Text(row.ratio or "", style))
+        table.add_row(
+            f"  {row.label}",
+            Text(plain(row.first), style),
+            Text(plain(row.second), style),
+            Text(row.ratio or "", style),
+        )
     return Padding(table, (0, 0, 0, 1))
 
 
@@ -462,7 +524,13 @@ def _bullet(text: Text) -> RenderableType:
 
 
 def _panel(title: str, colour: str, lines: Sequence[RenderableType]) -> RenderableType:
-    return Panel(Group(*lines), title=Text(title, f"bold {colour}"), title_align="left", border_style=colour, box=box.ROUNDED)
+    return Panel(
+        Group(*lines),
+        title=Text(title, f"bold {colour}"),
+        title_align="left",
+        border_style=colour,
+        box=box.ROUNDED,
+    )
 
 
 def _table() -> Table:

@@ -102,7 +102,9 @@ def comparison_html(comparison: Comparison) -> str:
         module=measured_module(comparison),
         has_findings=any(row.measurement.agreement and row.measurement.agreement.findings for row in rows),
         not_measured=not_measured(comparison),
-        css=Markup("".join(template_source(environment, name) for name in ("comparison.css", "bars.css", "diff.css"))),
+        css=Markup(
+            "".join(template_source(environment, name) for name in ("comparison.css", "bars.css", "diff.css"))
+        ),
         stacks=part_stacks([(profile.label, profile.parts) for profile in comparison.profiles]),
         parts=parts_of([profile.parts for profile in comparison.profiles]),
         plotly_js=Markup(plotly_js),
@@ -123,9 +125,15 @@ def _chart_data(comparison: Comparison, rows: tuple[Row, ...]) -> ChartData:
     runs = comparison.measurements
     times = [run.module_times for run in runs if run.module_times is not None]
     step_unit = units.unit_for((value for run in runs for value in run.step_s), units.SECOND_UNITS)
-    module_unit = units.unit_for((value for found in times for value in (*found.forward_s, *found.backward_s)), units.SECOND_UNITS)
-    memory_unit = units.unit_for((value for run in runs for value in dataclasses.astuple(run.memory)), units.BYTE_UNITS)
-    wire_unit = units.unit_for((value for run in runs for value in (run.wire_bytes, run.sent_bytes)), units.BYTE_UNITS)
+    module_unit = units.unit_for(
+        (value for found in times for value in (*found.forward_s, *found.backward_s)), units.SECOND_UNITS
+    )
+    memory_unit = units.unit_for(
+        (value for run in runs for value in dataclasses.astuple(run.memory)), units.BYTE_UNITS
+    )
+    wire_unit = units.unit_for(
+        (value for run in runs for value in (run.wire_bytes, run.sent_bytes)), units.BYTE_UNITS
+    )
     return ChartData(
         plans=tuple(_chart_plan(row, step_unit, module_unit, memory_unit, wire_unit) for row in rows),
         noise=(comparison.noise.low, comparison.noise.high) if comparison.noise else None,
@@ -136,7 +144,9 @@ def _chart_data(comparison: Comparison, rows: tuple[Row, ...]) -> ChartData:
     )
 
 
-def _chart_plan(row: Row, step_unit: units.Unit, module_unit: units.Unit, memory_unit: units.Unit, wire_unit: units.Unit) -> ChartPlan:
+def _chart_plan(
+    row: Row, step_unit: units.Unit, module_unit: units.Unit, memory_unit: units.Unit, wire_unit: units.Unit
+) -> ChartPlan:
     run = row.measurement
     times = run.module_times
     parts = (
@@ -155,13 +165,21 @@ def _chart_plan(row: Row, step_unit: units.Unit, module_unit: units.Unit, memory
         color=row.color % HUES,
         is_repeat=row.is_repeat,
         step=_scaled(run.step_s, step_unit),
-        ratio=(1.0, 1.0, 1.0) if row.is_first else (row.ratio.median, row.ratio.low, row.ratio.high) if row.ratio else None,
+        ratio=(1.0, 1.0, 1.0)
+        if row.is_first
+        else (row.ratio.median, row.ratio.low, row.ratio.high)
+        if row.ratio
+        else None,
         ratio_text="1 (reference)" if row.is_first else units.format_interval(row.ratio),
         forward=_scaled(times.forward_s, module_unit) if times else (),
         backward=_scaled(times.backward_s, module_unit) if times else (),
-        memory=tuple(ChartBar(value / memory_unit.size, kind, "", units.format_bytes(value)) for kind, value in parts),
+        memory=tuple(
+            ChartBar(value / memory_unit.size, kind, "", units.format_bytes(value)) for kind, value in parts
+        ),
         memory_marks=tuple(
-            ChartMark(value / memory_unit.size, kind, units.format_bytes(value)) for kind, value in peaks if value is not None
+            ChartMark(value / memory_unit.size, kind, units.format_bytes(value))
+            for kind, value in peaks
+            if value is not None
         ),
         wire=tuple(
             ChartBar(
@@ -176,7 +194,11 @@ def _chart_plan(row: Row, step_unit: units.Unit, module_unit: units.Unit, memory
         wire_marks=(
             ()
             if run.sent_bytes is None
-            else (ChartMark(run.sent_bytes / wire_unit.size, "sent, measured", units.format_bytes(run.sent_bytes)),)
+            else (
+                ChartMark(
+                    run.sent_bytes / wire_unit.size, "sent, measured", units.format_bytes(run.sent_bytes)
+                ),
+            )
         ),
         losses=run.losses,
     )

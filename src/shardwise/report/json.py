@@ -28,20 +28,29 @@ def comparison_from_json(document: bytes, source: str = "comparison") -> Compari
     try:
         return msgspec.convert(_read_non_finite(table, Comparison), Comparison)
     except msgspec.ValidationError as error:
-        raise InputError(f"{source}: not a saved comparison: {error}. Give the JSON file that shardwise compare wrote.") from None
+        raise InputError(
+            f"{source}: not a saved comparison: {error}. Give the JSON file that shardwise compare wrote."
+        ) from None
 
 
 def _read_non_finite(value: object, kind: typing.Any) -> object:
     """`value` with "NaN" and its kin as floats, but only where the type asks for a float: a plan may be called NaN."""
     match value:
         case str():
-            wants_float = kind is float or (isinstance(kind, types.UnionType) and float in typing.get_args(kind))
+            wants_float = kind is float or (
+                isinstance(kind, types.UnionType) and float in typing.get_args(kind)
+            )
             return NON_FINITE.get(value, value) if wants_float else value
         case list():
             kinds = [item for item in typing.get_args(kind) if item is not Ellipsis]
-            return [_read_non_finite(item, kinds[min(index, len(kinds) - 1)] if kinds else None) for index, item in enumerate(value)]
+            return [
+                _read_non_finite(item, kinds[min(index, len(kinds) - 1)] if kinds else None)
+                for index, item in enumerate(value)
+            ]
         case dict():
-            wanted = next((item for item in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(item)), None)
+            wanted = next(
+                (item for item in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(item)), None
+            )
             fields = typing.get_type_hints(wanted) if wanted else {}
             return {key: _read_non_finite(item, fields.get(key)) for key, item in value.items()}
         case _:

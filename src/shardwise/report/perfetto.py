@@ -36,12 +36,20 @@ def perfetto_trace(timelines: Sequence[Timeline]) -> bytes:
 
 
 def _events(timelines: Sequence[Timeline]) -> Iterator[dict[str, object]]:
-    first_ns = min((int(timeline.spans.start_ns.min()) for timeline in timelines if len(timeline.spans)), default=0)
+    first_ns = min(
+        (int(timeline.spans.start_ns.min()) for timeline in timelines if len(timeline.spans)), default=0
+    )
     for timeline in timelines:
         rank = timeline.ranks[0]
         yield {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}}
         yield {"ph": "M", "name": "process_sort_index", "pid": rank, "args": {"sort_index": rank}}
-        yield {"ph": "M", "name": "thread_name", "pid": rank, "tid": _WAITING_LANE, "args": {"name": "waiting and transfer"}}
+        yield {
+            "ph": "M",
+            "name": "thread_name",
+            "pid": rank,
+            "tid": _WAITING_LANE,
+            "args": {"name": "waiting and transfer"},
+        }
         for number, lane in enumerate(timeline.lanes, 1):
             name = f"{'stream' if lane.is_device else 'thread'} {lane.thread}"
             yield {"ph": "M", "name": "thread_name", "pid": rank, "tid": number, "args": {"name": name}}
@@ -53,7 +61,13 @@ def _spans(timeline: Timeline, rank: int, first_ns: int) -> Iterator[dict[str, o
     spans = timeline.spans
     # on a CPU, what the ops do themselves stands in the ops already
     shown = (spans.kind != SpanKind.COMPUTE) | timeline.on_lanes([lane.is_device for lane in timeline.lanes])
-    columns = (spans.lane[shown], spans.kind[shown], spans.name[shown], spans.start_ns[shown], spans.end_ns[shown])
+    columns = (
+        spans.lane[shown],
+        spans.kind[shown],
+        spans.name[shown],
+        spans.start_ns[shown],
+        spans.end_ns[shown],
+    )
     for lane, kind, name, start_ns, end_ns in zip(*(column.tolist() for column in columns), strict=True):
         yield {
             "ph": "X",

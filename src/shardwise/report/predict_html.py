@@ -50,7 +50,10 @@ def predict_environment() -> jinja2.Environment:
 def page_parts(environment: jinja2.Environment) -> dict[str, Markup]:
     """Style and script, and the script's name for the page's policy."""
     script = template_source(environment, "explain.js")
-    css = "".join(template_source(environment, sheet) for sheet in ("comparison.css", "bars.css", "explain.css", "predict.css"))
+    css = "".join(
+        template_source(environment, sheet)
+        for sheet in ("comparison.css", "bars.css", "explain.css", "predict.css")
+    )
     return {"css": Markup(css), "script": Markup(script), "script_hash": Markup(csp_hash(script))}
 
 
@@ -80,14 +83,25 @@ def term_chart(predictions: Sequence[Prediction]) -> Chart:
 
 def memory_chart(predictions: Sequence[Prediction]) -> tuple[Chart, float]:
     """A bar per plan, and where the line of the capacity stands, in percent."""
-    scale = max(max(prediction.memory.capacity_bytes, prediction.memory.device_bytes) for prediction in predictions)
+    scale = max(
+        max(prediction.memory.capacity_bytes, prediction.memory.device_bytes) for prediction in predictions
+    )
     keys: dict[str, str] = {}
     bars = []
     for prediction in predictions:
         parts = _memory_parts(prediction.memory)
         keys |= {style: label for style, label, _ in parts}
-        segments = tuple(Segment(style, label, units.format_bytes(size), percent(size, scale)) for style, label, size in parts)
-        bars.append(Bar(name(prediction.plan, "(no plan)"), segments, units.format_bytes(prediction.memory.device_bytes)))
+        segments = tuple(
+            Segment(style, label, units.format_bytes(size), percent(size, scale))
+            for style, label, size in parts
+        )
+        bars.append(
+            Bar(
+                name(prediction.plan, "(no plan)"),
+                segments,
+                units.format_bytes(prediction.memory.device_bytes),
+            )
+        )
     limit = 100 * predictions[0].memory.capacity_bytes / scale
     return Chart(tuple(bars), tuple(Key(style, label) for style, label in keys.items())), limit
 

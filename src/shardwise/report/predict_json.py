@@ -17,7 +17,9 @@ def prediction_json(run: PredictionRun) -> bytes:
 
 def prediction_from_json(document: bytes, source: str = "prediction") -> PredictionRun:
     """A saved run, to be drawn again. Raises InputError, which names `source`, the field and what it should be."""
-    return read_as(document, PredictionRun, source, command="predict", what="prediction", version=SCHEMA_VERSION)
+    return read_as(
+        document, PredictionRun, source, command="predict", what="prediction", version=SCHEMA_VERSION
+    )
 
 
 def sweep_json(sweep: Sweep) -> bytes:

@@ -10,7 +10,13 @@ from typing import assert_never
 from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import reducing_axis
 from shardwise.core.prediction import AttentionKernel, MemoryForecast, Precision, Prediction, Setup, Term
-from shardwise.core.prediction_run import LAUNCH_BOUND, LaunchBound, MachineFacts, PlanDifference, PredictionRun
+from shardwise.core.prediction_run import (
+    LAUNCH_BOUND,
+    LaunchBound,
+    MachineFacts,
+    PlanDifference,
+    PredictionRun,
+)
 from shardwise.report.explain_rows import KIND_PLURALS, name, sentence
 from shardwise.report.units import format_bytes, format_count, format_seconds
 
@@ -50,7 +56,8 @@ def term_rows(predictions: Sequence[Prediction]) -> tuple[TermRow, ...]:
         is_off = any(term in prediction.setup.without for prediction in predictions)
         if any(seconds) or is_off:
             shares = tuple(
-                value / prediction.step_s if prediction.step_s else 0.0 for value, prediction in zip(seconds, predictions, strict=True)
+                value / prediction.step_s if prediction.step_s else 0.0
+                for value, prediction in zip(seconds, predictions, strict=True)
             )
             rows.append(TermRow(term, seconds, shares, is_off))
     return tuple(rows)
@@ -80,7 +87,11 @@ def memory_levels(memory: MemoryForecast) -> tuple[tuple[str, float], ...]:
 def fit_text(memory: MemoryForecast) -> str:
     """`fits, 12.3 GiB left`, or `doesn't fit: 4.50 GiB too much`."""
     spare = memory.capacity_bytes - memory.device_bytes
-    return f"fits, {format_bytes(spare)} left" if memory.fits else f"doesn't fit: {format_bytes(-spare)} too much"
+    return (
+        f"fits, {format_bytes(spare)} left"
+        if memory.fits
+        else f"doesn't fit: {format_bytes(-spare)} too much"
+    )
 
 
 def rate_text(prediction: Prediction) -> str:
@@ -95,7 +106,11 @@ def headline(prediction: Prediction) -> str:
 def mesh_text(prediction: Prediction) -> str:
     """`fsdp=2,tp=8 x 4 stages: 64 devices`."""
     setup = prediction.setup
-    more = "".join(f" x {count} {what}" for count, what in ((setup.stages, "stages"), (setup.context, "context ranks")) if count > 1)
+    more = "".join(
+        f" x {count} {what}"
+        for count, what in ((setup.stages, "stages"), (setup.context, "context ranks"))
+        if count > 1
+    )
     axes = ",".join(f"{axis}={size}" for axis, size in prediction.axes)
     return f"{axes}{more}: {prediction.devices:,} device{'s' * (prediction.devices > 1)}"
 
@@ -123,13 +138,25 @@ def assumptions(settings: StepSettings, setup: Setup, axes: Sequence[tuple[str, 
     """What is taken for granted, a sentence each."""
     lines = ["Every rank arrives at its collectives at once: waiting for late ranks is not modelled."]
     if setup.stages > 1:
-        kind = f"interleaved, {setup.chunks} chunks of layers a stage" if setup.chunks > 1 else "one forward, one backward (1F1B)"
+        kind = (
+            f"interleaved, {setup.chunks} chunks of layers a stage"
+            if setup.chunks > 1
+            else "one forward, one backward (1F1B)"
+        )
         lines.append(f"{setup.stages} stages in the schedule {kind}; layers are dealt evenly.")
     if setup.micro_batches > 1:
-        lines.append(f"All {setup.micro_batches} micro-batches are equal; gradients are reduced once, after the last.")
+        lines.append(
+            f"All {setup.micro_batches} micro-batches are equal; gradients are reduced once, after the last."
+        )
     if setup.context > 1:
-        reduced = "" if reducing_axis(dict(axes)) else ", nor is reducing gradients over them (without an axis dp or fsdp)"
-        lines.append(f"{setup.context} ranks share each sequence, and each meets all keys: exchanging them is not modelled{reduced}.")
+        reduced = (
+            ""
+            if reducing_axis(dict(axes))
+            else ", nor is reducing gradients over them (without an axis dp or fsdp)"
+        )
+        lines.append(
+            f"{setup.context} ranks share each sequence, and each meets all keys: exchanging them is not modelled{reduced}."
+        )
     match setup.attention:
         case AttentionKernel.FUSED:
             lines.append("Attention is one fused kernel each way.")
@@ -146,7 +173,9 @@ def assumptions(settings: StepSettings, setup: Setup, axes: Sequence[tuple[str, 
         lines.append("The loss is fused: it keeps the logits, and makes no copy of them in float32.")
     lines.append(_recomputed(settings, setup))
     if setup.matmul_dtype is not None:
-        lines.append(f"Linear layers multiply in {name(setup.matmul_dtype)}; what casting to it costs is not modelled.")
+        lines.append(
+            f"Linear layers multiply in {name(setup.matmul_dtype)}; what casting to it costs is not modelled."
+        )
     match setup.precision:
         case Precision.TRACED:
             pass
@@ -185,11 +214,18 @@ def is_launch_bound(prediction: Prediction) -> bool:
 def launch_text(prediction: Prediction, stretches: Sequence[LaunchBound]) -> str:
     """Of a prediction that is launch-bound."""
     share = dict(prediction.terms)[Term.LAUNCH] / prediction.step_s
-    where = ", ".join(f"{name(each.module)} ({each.phase}, {format_seconds(each.waits_s)})" for each in stretches[:STRETCHES_SHOWN])
+    where = ", ".join(
+        f"{name(each.module)} ({each.phase}, {format_seconds(each.waits_s)})"
+        for each in stretches[:STRETCHES_SHOWN]
+    )
     return (
         f"Launch-bound: {100 * share:.1f} % of the step the device waits for the host (flagged from {100 * LAUNCH_BOUND:.0f} % on)."
         + (f" Most of it before {where}." if where else "")
-        + ("" if prediction.setup.compiled else " A larger micro-batch, --compiled or CUDA graphs would take it away.")
+        + (
+            ""
+            if prediction.setup.compiled
+            else " A larger micro-batch, --compiled or CUDA graphs would take it away."
+        )
     )
 
 
@@ -206,4 +242,7 @@ def notes(run: PredictionRun) -> tuple[str, ...]:
         for note in prediction.notes:
             found.setdefault(note, []).append(prediction.plan)
     whole = len(run.predictions)
-    return tuple(sentence(note if len(plans) == whole else f"{', '.join(plans)}: {note}") for note, plans in found.items())
+    return tuple(
+        sentence(note if len(plans) == whole else f"{', '.join(plans)}: {note}")
+        for note, plans in found.items()
+    )

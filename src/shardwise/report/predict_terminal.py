@@ -32,8 +32,14 @@ def prediction_renderables(run: PredictionRun) -> list[RenderableType]:
     """Headline, terms, memory, what is flagged, what was assumed, and the machine."""
     parts = _one(run) if len(run.predictions) == 1 else _several(run)
     flagged = [
-        Text((f"{_plan(prediction)}: " if len(run.predictions) > 1 else "") + plain(rows.launch_text(prediction, stretches)), "yellow")
-        for prediction, stretches in zip(run.predictions, run.launch_bound or ((),) * len(run.predictions), strict=True)
+        Text(
+            (f"{_plan(prediction)}: " if len(run.predictions) > 1 else "")
+            + plain(rows.launch_text(prediction, stretches)),
+            "yellow",
+        )
+        for prediction, stretches in zip(
+            run.predictions, run.launch_bound or ((),) * len(run.predictions), strict=True
+        )
         if rows.is_launch_bound(prediction)
     ]
     parts += [Padding(line, (0, 1)) for line in flagged]
@@ -47,7 +53,10 @@ def _plan(prediction: Prediction) -> str:
 
 def _setting(run: PredictionRun) -> list[Text]:
     first = run.predictions[0]
-    return [Text.assemble("mesh ", (plain(rows.mesh_text(first)), "bold")), Text(plain(rows.step_text(run.settings, first.setup)))]
+    return [
+        Text.assemble("mesh ", (plain(rows.mesh_text(first)), "bold")),
+        Text(plain(rows.step_text(run.settings, first.setup))),
+    ]
 
 
 def _one(run: PredictionRun) -> list[RenderableType]:
@@ -60,15 +69,24 @@ def _one(run: PredictionRun) -> list[RenderableType]:
         (plain(name(run.machine.name)), "bold"),
     )
     said = Text(rows.headline(prediction), "bold" if prediction.memory.fits else "bold red")
-    return [Padding(Group(title, *_setting(run), Text(""), said), (0, 1, 1, 1)), _terms(prediction), _memory(prediction)]
+    return [
+        Padding(Group(title, *_setting(run), Text(""), said), (0, 1, 1, 1)),
+        _terms(prediction),
+        _memory(prediction),
+    ]
 
 
 def _terms(prediction: Prediction) -> Table:
-    table = _table("Where the step goes", ("term", "left"), ("time", "right"), ("share", "right"), ("", "left"))
+    table = _table(
+        "Where the step goes", ("term", "left"), ("time", "right"), ("share", "right"), ("", "left")
+    )
     found = rows.term_rows([prediction])
     largest = max((row.shares[0] for row in found), default=0.0)
     for row in found:
-        bar = Text("█" * max(1, round(BAR * row.shares[0] / largest)) if row.seconds[0] > 0 and largest else "", "cyan")
+        bar = Text(
+            "█" * max(1, round(BAR * row.shares[0] / largest)) if row.seconds[0] > 0 and largest else "",
+            "cyan",
+        )
         time = "off" if row.is_off else format_seconds(row.seconds[0])
         table.add_row(str(row.term), time, "" if row.is_off else f"{100 * row.shares[0]:.1f} %", bar)
     table.add_section()
@@ -92,7 +110,10 @@ def _memory(prediction: Prediction) -> Table:
 def _several(run: PredictionRun) -> list[RenderableType]:
     first = run.predictions[0]
     title = Text.assemble(
-        (plain(name(first.model)), "bold"), " on ", (plain(name(run.machine.name)), "bold"), f": {len(run.predictions)} plans"
+        (plain(name(first.model)), "bold"),
+        " on ",
+        (plain(name(run.machine.name)), "bold"),
+        f": {len(run.predictions)} plans",
     )
     return [
         Padding(Group(title, *_setting(run)), (0, 1, 1, 1)),
@@ -109,7 +130,10 @@ def _plans(run: PredictionRun) -> Table:
     )  # fmt: skip
     differences = (None, *run.differences)
     for prediction, difference in zip(run.predictions, differences, strict=True):
-        fits = Text("fits" if prediction.memory.fits else "doesn't fit", "green" if prediction.memory.fits else "bold red")
+        fits = Text(
+            "fits" if prediction.memory.fits else "doesn't fit",
+            "green" if prediction.memory.fits else "bold red",
+        )
         table.add_row(
             _plan(prediction),
             format_seconds(prediction.step_s),
@@ -123,17 +147,28 @@ def _plans(run: PredictionRun) -> Table:
 
 
 def _terms_of_all(predictions: Sequence[Prediction]) -> Table:
-    table = _table("Where the step goes", ("term", "left"), *((_plan(prediction), "right") for prediction in predictions))
+    table = _table(
+        "Where the step goes", ("term", "left"), *((_plan(prediction), "right") for prediction in predictions)
+    )
     for row in rows.term_rows(predictions):
-        table.add_row(str(row.term), *(("off",) * len(predictions) if row.is_off else map(format_seconds, row.seconds)))
+        table.add_row(
+            str(row.term), *(("off",) * len(predictions) if row.is_off else map(format_seconds, row.seconds))
+        )
     table.add_section()
     table.add_row("step", *(format_seconds(prediction.step_s) for prediction in predictions), style="bold")
     return table
 
 
 def _memory_of_all(predictions: Sequence[Prediction]) -> Table:
-    table = _table("Memory of one rank at the peak", ("", "left"), *((_plan(prediction), "right") for prediction in predictions))
-    found = [{label: n_bytes for _, label, n_bytes in rows.memory_rows(prediction.memory)} for prediction in predictions]
+    table = _table(
+        "Memory of one rank at the peak",
+        ("", "left"),
+        *((_plan(prediction), "right") for prediction in predictions),
+    )
+    found = [
+        {label: n_bytes for _, label, n_bytes in rows.memory_rows(prediction.memory)}
+        for prediction in predictions
+    ]
     for label in dict.fromkeys(label for each in found for label in each):
         table.add_row(label, *(format_bytes(each[label]) if label in each else "–" for each in found))
     table.add_section()
@@ -144,13 +179,28 @@ def _memory_of_all(predictions: Sequence[Prediction]) -> Table:
 
 def _assumed(run: PredictionRun) -> RenderableType:
     first = run.predictions[0]
-    lines = [*rows.assumptions(run.settings, first.setup, first.axes), *(f"{note}." for note in rows.notes(run))]
-    text = Text("\n").join([*(Text(f"- {plain(line)}") for line in lines), Text(f"Machine: {plain(rows.machine_text(run.machine))}.")])
+    lines = [
+        *rows.assumptions(run.settings, first.setup, first.axes),
+        *(f"{note}." for note in rows.notes(run)),
+    ]
+    text = Text("\n").join(
+        [
+            *(Text(f"- {plain(line)}") for line in lines),
+            Text(f"Machine: {plain(rows.machine_text(run.machine))}."),
+        ]
+    )
     return Panel(text, box=box.ROUNDED, title="Assumed", title_align="left")
 
 
 def _table(title: str, *columns: tuple[str, str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1),
+    )
     for label, justify in columns:
         table.add_column(Text(label), justify=justify, overflow="fold")  # type: ignore[arg-type]
     return table

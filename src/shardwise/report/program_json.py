@@ -181,7 +181,10 @@ def program_json(program: Program) -> bytes:
         program.axes,
         _Settings(**{field: getattr(program.settings, field) for field in _Settings.__struct_fields__}),
         program.parameters,
-        tuple(_Block(tuple(map(_written, block.items)), block.times, block.prefix, block.stride) for block in program.blocks),
+        tuple(
+            _Block(tuple(map(_written, block.items)), block.times, block.prefix, block.stride)
+            for block in program.blocks
+        ),
         tuple(map(_written_holding, program.holdings)),
         tuple(_Rule(rule.pattern, rule.style, rule.modules) for rule in program.rules),
         program.resident,
@@ -223,12 +226,22 @@ def _written(item: Item) -> _Op | _Collective | _Memory:
         case Collective():
             call, by_data = item.call, item.by_data
             return _Collective(
-                _Call(call.kind, call.axis, call.axis_size, call.dtype, call.payload_bytes, call.wire_bytes, Phase(call.phase)),
+                _Call(
+                    call.kind,
+                    call.axis,
+                    call.axis_size,
+                    call.dtype,
+                    call.payload_bytes,
+                    call.wire_bytes,
+                    Phase(call.phase),
+                ),
                 item.module,
                 item.rule,
                 _written_placement(item.before),
                 _written_placement(item.after),
-                None if by_data is None else _ByData(by_data.mean_bytes, by_data.max_bytes, by_data.max_rank, by_data.bound_bytes),
+                None
+                if by_data is None
+                else _ByData(by_data.mean_bytes, by_data.max_bytes, by_data.max_rank, by_data.bound_bytes),
             )
         case MemoryChange():
             return _Memory(item.n_bytes, item.kind, item.phase, item.module, item.maker)
@@ -285,12 +298,18 @@ def _program(found: _Program) -> Program:
 
 def _block(block: _Block, prefix: str | None, n_layers: int, axes: set[str]) -> Block:
     if block.times > 1 and (prefix is None or block.prefix != prefix or block.stride == 0):
-        raise _Wrong(f"a block repeats layers of {shown(block.prefix)}, and the program's layers are {shown(prefix)}")
+        raise _Wrong(
+            f"a block repeats layers of {shown(block.prefix)}, and the program's layers are {shown(prefix)}"
+        )
     items = tuple(_item(item, axes) for item in block.items)
     for item in items:
         index = layer_index(item.module[:1000], prefix)
-        if index is not None and not (0 <= index < n_layers and 0 <= index + block.stride * (block.times - 1) < n_layers):
-            raise _Wrong(f"{shown(item.module)} is no part of {n_layers} layers, repeated {block.times} times")
+        if index is not None and not (
+            0 <= index < n_layers and 0 <= index + block.stride * (block.times - 1) < n_layers
+        ):
+            raise _Wrong(
+                f"{shown(item.module)} is no part of {n_layers} layers, repeated {block.times} times"
+            )
     return Block(items, block.times, block.prefix, block.stride)
 
 
@@ -306,14 +325,26 @@ def _item(item: _Op | _Collective | _Memory, axes: set[str]) -> Item:
         case _Collective():
             call, by_data = item.call, item.by_data
             if call.axis not in axes:
-                raise _Wrong(f"a collective of {shown(item.module)} is over axis {shown(call.axis)}, which the mesh hasn't")
+                raise _Wrong(
+                    f"a collective of {shown(item.module)} is over axis {shown(call.axis)}, which the mesh hasn't"
+                )
             return Collective(
-                CollectiveCall(call.kind, call.axis, call.axis_size, call.dtype, call.payload_bytes, call.wire_bytes, call.phase),
+                CollectiveCall(
+                    call.kind,
+                    call.axis,
+                    call.axis_size,
+                    call.dtype,
+                    call.payload_bytes,
+                    call.wire_bytes,
+                    call.phase,
+                ),
                 item.module,
                 item.rule,
                 _placement(item.before),
                 _placement(item.after),
-                None if by_data is None else ByData(by_data.mean_bytes, by_data.max_bytes, by_data.max_rank, by_data.bound_bytes),
+                None
+                if by_data is None
+                else ByData(by_data.mean_bytes, by_data.max_bytes, by_data.max_rank, by_data.bound_bytes),
             )
         case _Memory():
             return MemoryChange(item.n_bytes, item.kind, item.phase, item.module, item.maker)
@@ -329,7 +360,11 @@ def _check_shapes(op: Op) -> None:
     ranks = [len(spec.shape) for spec in op.inputs]
     if op.kind is OpKind.MATMUL:
         first = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}.get(base)
-        right = bool(ranks) if first is None else len(ranks) >= first + 2 and all(2 <= rank <= 3 for rank in ranks[first : first + 2])
+        right = (
+            bool(ranks)
+            if first is None
+            else len(ranks) >= first + 2 and all(2 <= rank <= 3 for rank in ranks[first : first + 2])
+        )
     elif op.kind is OpKind.ATTENTION or (op.kind is OpKind.UNKNOWN and op.flops):
         first = 1 if "backward" in op.name else 0
         right = len(ranks) >= first + 2 and all(rank == 4 for rank in ranks[first : first + 2])

@@ -7,7 +7,19 @@ groups of three. Names come from a user's model; those that don't print are esca
 from collections.abc import Iterable, Iterator
 
 from shardwise.core.placement import Placement
-from shardwise.core.program import Block, Collective, Holding, Item, MemoryChange, MemoryKind, Op, Phase, Program, layer_index, memory_peak
+from shardwise.core.program import (
+    Block,
+    Collective,
+    Holding,
+    Item,
+    MemoryChange,
+    MemoryKind,
+    Op,
+    Phase,
+    Program,
+    layer_index,
+    memory_peak,
+)
 from shardwise.core.shown import shown
 
 _Place = tuple[Phase, str]
@@ -41,11 +53,19 @@ def _holdings(program: Program) -> Iterator[str]:
 
 
 def _kept(holding: Holding) -> str:
-    here = f", here {list(holding.local_shape)}: {_placements(holding.placement)}" if holding.is_sharded else ", whole"
+    here = (
+        f", here {list(holding.local_shape)}: {_placements(holding.placement)}"
+        if holding.is_sharded
+        else ", whole"
+    )
     if holding.grad_placement is None:
         return f"{here}; no gradient"
     alike = holding.grad_placement == holding.placement and holding.grad_shape == holding.local_shape
-    return here if alike else f"{here}; gradient {list(holding.grad_shape or ())}: {_placements(holding.grad_placement)}"
+    return (
+        here
+        if alike
+        else f"{here}; gradient {list(holding.grad_shape or ())}: {_placements(holding.grad_placement)}"
+    )
 
 
 def _placements(placements: Iterable[Placement]) -> str:
@@ -55,14 +75,18 @@ def _placements(placements: Iterable[Placement]) -> str:
 def _block(block: Block) -> Iterator[str]:
     indent = ""
     if block.times > 1:
-        first = next(index for item in block.items if (index := layer_index(item.module, block.prefix)) is not None)
+        first = next(
+            index for item in block.items if (index := layer_index(item.module, block.prefix)) is not None
+        )
         last = first + block.stride * (block.times - 1)
         yield f"{block.times} times, for {shown(block.prefix)}.{first} to {shown(block.prefix)}.{last}:"
         indent = "    "
     place: _Place | None = None
     for item in block.items:
         here = (item.phase, item.module)
-        is_freed = isinstance(item, MemoryChange) and item.n_bytes < 0  # it tells where it was made; it goes where it stands
+        is_freed = (
+            isinstance(item, MemoryChange) and item.n_bytes < 0
+        )  # it tells where it was made; it goes where it stands
         if not is_freed and place != here:
             place = here
             yield f"{indent}{_where(here)}"
@@ -84,7 +108,9 @@ def _item(item: Item, place: _Place | None) -> str:
             return f"+ {n_bytes:,} B {item.kind} of {item.maker}"
         case MemoryChange(n_bytes):
             made = (item.phase, item.module)
-            return f"- {-n_bytes:,} B {item.kind} of {item.maker}" + (f", {_where(made)}" if made != place else "")
+            return f"- {-n_bytes:,} B {item.kind} of {item.maker}" + (
+                f", {_where(made)}" if made != place else ""
+            )
 
 
 def _op(op: Op) -> str:
@@ -108,9 +134,16 @@ def _collective(collective: Collective) -> str:
 
 def _peak(program: Program) -> Iterator[str]:
     peak = memory_peak(program)
-    where = f"{peak.doing} in {shown(peak.module) or 'no module'} ({peak.phase})" if peak.doing else "before the step"
+    where = (
+        f"{peak.doing} in {shown(peak.module) or 'no module'} ({peak.phase})"
+        if peak.doing
+        else "before the step"
+    )
     yield f"peak {peak.n_bytes:,} B at {where}"
     for kind, n_bytes in peak.by_kind:
         yield f"    {kind} {n_bytes:,} B"
-    kept = ", ".join(f"{kind} {program.held(kind):,} B" for kind in (MemoryKind.PARAMETER, MemoryKind.GRADIENT, MemoryKind.OPTIMIZER))
+    kept = ", ".join(
+        f"{kind} {program.held(kind):,} B"
+        for kind in (MemoryKind.PARAMETER, MemoryKind.GRADIENT, MemoryKind.OPTIMIZER)
+    )
     yield f"kept after the step: {kept}"

@@ -54,7 +54,16 @@ def comparison_rows(comparison: Comparison) -> tuple[Row, ...]:
         ratio = standing.ratio if standing else None
         if is_repeat and ratio is None:
             ratio = comparison.noise
-        rows.append(Row(measurement, standing, ratio, 0 if is_repeat else color, is_first=index == 0, is_repeat=is_repeat))
+        rows.append(
+            Row(
+                measurement,
+                standing,
+                ratio,
+                0 if is_repeat else color,
+                is_first=index == 0,
+                is_repeat=is_repeat,
+            )
+        )
         color += not is_repeat
     return tuple(rows)
 
@@ -68,7 +77,9 @@ def measured_module(comparison: Comparison) -> str | None:
 def not_measured(comparison: Comparison) -> tuple[str, ...]:
     """What no plan of this comparison has a number for, in words, so that a report can leave it out and say so."""
     runs = comparison.measurements
-    peaks_of_runs = [(run.memory.active_bytes, run.memory.reserved_bytes, run.memory.resident_bytes) for run in runs]
+    peaks_of_runs = [
+        (run.memory.active_bytes, run.memory.reserved_bytes, run.memory.resident_bytes) for run in runs
+    ]
     absent = (
         ("the second run of the first plan (A/A), so the noise is unknown", comparison.noise is None),
         ("bytes sent on sockets", all(run.sent_bytes is None for run in runs)),

@@ -16,10 +16,7 @@ def sweep_html(sweep: Sweep) -> str:
     environment = predict_environment()
     environment.globals.update(sweep_rows=sweep_rows)
     return environment.get_template("sweep.html.j2").render(
-        sweep=sweep,
-        best=best_chart(sweep),
-        has_plans=sweep_rows.has_plans(sweep),
-        **page_parts(environment),
+        sweep=sweep, best=best_chart(sweep), has_plans=sweep_rows.has_plans(sweep), **page_parts(environment)
     )
 
 
@@ -28,15 +25,26 @@ def best_chart(sweep: Sweep) -> Chart:
     points = [point for point in sweep.points if point.fits][: sweep_rows.BARS]
     has_plans = sweep_rows.has_plans(sweep)
     longest = max((1 / point.tokens_per_s_per_device for point in points), default=1.0)
-    used: list[Term] = [term for term in Term if any(dict(point.terms).get(term, 0.0) >= LEAST_SHARE * point.step_s for point in points)]
+    used: list[Term] = [
+        term
+        for term in Term
+        if any(dict(point.terms).get(term, 0.0) >= LEAST_SHARE * point.step_s for point in points)
+    ]
     bars = []
     for point in points:
         per_token_s = 1 / point.tokens_per_s_per_device / point.step_s
         found = [(term, seconds) for term, seconds in point.terms if seconds >= LEAST_SHARE * point.step_s]
         segments = tuple(
-            Segment(f"t-{term.name.lower()}", term.value, f"{100 * seconds / point.step_s:.1f} %", percent(seconds * per_token_s, longest))
+            Segment(
+                f"t-{term.name.lower()}",
+                term.value,
+                f"{100 * seconds / point.step_s:.1f} %",
+                percent(seconds * per_token_s, longest),
+            )
             for term, seconds in found
         )
         total = f"{format_count(point.tokens_per_s_per_device)}/s"
-        bars.append(Bar(f"{sweep_rows.label(point, has_plans)}: {format_seconds(point.step_s)}", segments, total))
+        bars.append(
+            Bar(f"{sweep_rows.label(point, has_plans)}: {format_seconds(point.step_s)}", segments, total)
+        )
     return Chart(tuple(bars), tuple(Key(f"t-{term.name.lower()}", term.value) for term in used))

@@ -76,5 +76,7 @@ def traced_text(sweep: Sweep) -> str:
 def setting_text(sweep: Sweep) -> str:
     settings = sweep.settings
     count = sweep.setup.micro_batches
-    batch = f"batch {settings.batch:,}" if settings.batch else f"{count} micro-batch{'es' * (count > 1)} a step"
+    batch = (
+        f"batch {settings.batch:,}" if settings.batch else f"{count} micro-batch{'es' * (count > 1)} a step"
+    )
     return f"{sweep.devices:,} devices · {batch} · sequence {settings.seq:,} · {name(settings.precision, '(dtype)')}"

@@ -17,7 +17,9 @@ from shardwise.report.units import format_bytes, format_count, format_seconds
 
 def render_sweep(sweep: Sweep, console: Console, top: int) -> None:
     """Prints the sweep: at most `top` rows."""
-    title = Text.assemble((plain(name(sweep.model)), "bold"), " on ", (plain(name(sweep.machine.name)), "bold"))
+    title = Text.assemble(
+        (plain(name(sweep.model)), "bold"), " on ", (plain(name(sweep.machine.name)), "bold")
+    )
     console.print(Padding(title, (0, 1)))
     console.print(Padding(Text(plain(rows.setting_text(sweep))), (0, 1)))
     console.print(Padding(Text(plain(rows.headline(sweep)), "bold"), (1, 1)))
@@ -26,15 +28,28 @@ def render_sweep(sweep: Sweep, console: Console, top: int) -> None:
         legend = "batch: sequences of a data-parallel rank at a time x times a step; tokens/s and memory: of one device."
         console.print(Padding(Text(legend, "dim"), (0, 1)))
     if len(sweep.points) > top:
-        console.print(Padding(Text(f"{len(sweep.points) - top:,} more; --top shows more, --json and --out all.", "dim"), (0, 1)))
+        console.print(
+            Padding(
+                Text(f"{len(sweep.points) - top:,} more; --top shows more, --json and --out all.", "dim"),
+                (0, 1),
+            )
+        )
     for refusal in sweep.refused[: rows.REFUSALS]:
         said = f"{refusal.points:,} left out under {plain(name(refusal.plan))}: {plain(sentence(refusal.reason))}"
         console.print(Padding(Text(said, "yellow"), (0, 1)))
     if len(sweep.refused) > rows.REFUSALS:
         console.print(
-            Padding(Text(f"{len(sweep.refused) - rows.REFUSALS} reasons more are in the JSON and on the page.", "yellow"), (0, 1))
+            Padding(
+                Text(
+                    f"{len(sweep.refused) - rows.REFUSALS} reasons more are in the JSON and on the page.",
+                    "yellow",
+                ),
+                (0, 1),
+            )
         )
-    lines = [f"- {plain(line)}" for line in predict_rows.assumptions(sweep.settings, sweep.setup, (("dp", 2),))]
+    lines = [
+        f"- {plain(line)}" for line in predict_rows.assumptions(sweep.settings, sweep.setup, (("dp", 2),))
+    ]
     lines += [plain(rows.traced_text(sweep)), f"Machine: {plain(predict_rows.machine_text(sweep.machine))}."]
     console.print(Panel(Text("\n".join(lines)), box=box.ROUNDED, title="Assumed", title_align="left"))
 

@@ -45,10 +45,24 @@ def comparison_tables(comparison: Comparison, width: int) -> list[RenderableType
     parts: list[RenderableType] = [_headline(comparison)]
     if width >= ONE_TABLE_COLUMNS:
         agreement = ("agreement",) if _has_agreement(rows) else ()
-        parts.append(_plan_table("Per plan", comparison, rows, (*_time_columns(comparison), *_size_columns(comparison), *agreement)))
+        parts.append(
+            _plan_table(
+                "Per plan",
+                comparison,
+                rows,
+                (*_time_columns(comparison), *_size_columns(comparison), *agreement),
+            )
+        )
     else:
         parts.append(_plan_table("Time", comparison, rows, _time_columns(comparison)))
-        parts.append(_plan_table("Memory of one rank, and the bytes it sends in a step", comparison, rows, _size_columns(comparison)))
+        parts.append(
+            _plan_table(
+                "Memory of one rank, and the bytes it sends in a step",
+                comparison,
+                rows,
+                _size_columns(comparison),
+            )
+        )
         if _has_agreement(rows):
             parts.append(_agreement_table(rows))
     parts.append(_legend(comparison, rows))
@@ -94,7 +108,13 @@ def _headline(comparison: Comparison) -> RenderableType:
     second += f" · {comparison.rounds} rounds"
     lines = [first, Text(second)]
     if comparison.module is not None:
-        lines.append(Text.assemble("measured: ", (plain(comparison.module), "bold"), " alone, forward + backward; a step is one of both"))
+        lines.append(
+            Text.assemble(
+                "measured: ",
+                (plain(comparison.module), "bold"),
+                " alone, forward + backward; a step is one of both",
+            )
+        )
     return Padding(Group(*lines), (0, 1, 1, 1))
 
 
@@ -102,7 +122,10 @@ def _time_columns(comparison: Comparison) -> tuple[str, ...]:
     columns = ["step", "ratio"]
     if comparison.module is None:
         columns.append("tokens")
-    if any(row.module_forward_s is not None or row.module_backward_s is not None for row in comparison_rows(comparison)):
+    if any(
+        row.module_forward_s is not None or row.module_backward_s is not None
+        for row in comparison_rows(comparison)
+    ):
         columns += ["forward", "backward"]
     return tuple(columns)
 
@@ -199,11 +222,15 @@ def _legend(comparison: Comparison, rows: tuple[Row, ...]) -> RenderableType:
             f"interval: {format_confidence(ratio.confidence)}, from {ratio.pairs} pairs of rounds; an interval that holds 1 shows no difference."
         )
     if any(row.is_repeat for row in rows):
-        lines.append("noise (A/A): the first plan once more. A difference as small as its own means nothing here.")
+        lines.append(
+            "noise (A/A): the first plan once more. A difference as small as its own means nothing here."
+        )
     module = measured_module(comparison)
     if module is not None:
         lines.append(f"module: {plain(module)}, timed alone.")
-    lines.append("wire: what one rank sends in a step by the ring and pairwise formulas, mean over the ranks.")
+    lines.append(
+        "wire: what one rank sends in a step by the ring and pairwise formulas, mean over the ranks."
+    )
     absent = not_measured(comparison)
     if absent:
         lines.append(f"Not measured in this run: {'; '.join(absent)}.")
@@ -252,10 +279,18 @@ def _profile_table(comparison: Comparison) -> RenderableType:
     for key, label in found:
         shares = [part_ns(profile.parts, key) for profile in profiles]
         table.add_row(
-            label, *(f"{time(ns)}\n{100 * ns / profile.parts.total_ns:.1f} %" for ns, profile in zip(shares, profiles, strict=True))
+            label,
+            *(
+                f"{time(ns)}\n{100 * ns / profile.parts.total_ns:.1f} %"
+                for ns, profile in zip(shares, profiles, strict=True)
+            ),
         )
     table.add_row("step", *(time(profile.parts.total_ns) for profile in profiles), style="bold")
-    words = [_bullet(f"{plain(profile.label)}: {plain(line)}", "") for profile in profiles for line in profile.words]
+    words = [
+        _bullet(f"{plain(profile.label)}: {plain(line)}", "")
+        for profile in profiles
+        for line in profile.words
+    ]
     return Group(table, *words)
 
 
@@ -301,13 +336,23 @@ def _findings(rows: tuple[Row, ...]) -> RenderableType | None:
     for row in rows:
         agreement = row.measurement.agreement
         for finding in agreement.findings if agreement else ():
-            detail = "" if finding.relative_error is None else f" Relative error {format_error(finding.relative_error)}."
-            detail += "" if finding.ratio is None else f" Sharded over unsharded: {format_number(finding.ratio)}."
+            detail = (
+                ""
+                if finding.relative_error is None
+                else f" Relative error {format_error(finding.relative_error)}."
+            )
+            detail += (
+                "" if finding.ratio is None else f" Sharded over unsharded: {format_number(finding.ratio)}."
+            )
             lines.append(_bullet(f"{row.label}: {finding.subject}: {finding.reason}{detail}", "red"))
     if not lines:
         return None
     return Panel(
-        Group(*lines), title=Text("Not equal to the unsharded model", "bold red"), title_align="left", border_style="red", box=box.ROUNDED
+        Group(*lines),
+        title=Text("Not equal to the unsharded model", "bold red"),
+        title_align="left",
+        border_style="red",
+        box=box.ROUNDED,
     )
 
 
@@ -332,7 +377,12 @@ def _bullet(text: str, style: str) -> RenderableType:
 
 def _table(title: str) -> Table:
     return Table(
-        title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True
+        title=Text(title, "bold"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+        collapse_padding=True,
     )
 
 

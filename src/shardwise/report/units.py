@@ -21,9 +21,18 @@ class Unit:
     size: float
 
 
-BYTE_UNITS = (Unit("B", 1.0), Unit("KiB", 2.0**10), Unit("MiB", 2.0**20), Unit("GiB", 2.0**30), Unit("TiB", 2.0**40), Unit("PiB", 2.0**50))
+BYTE_UNITS = (
+    Unit("B", 1.0),
+    Unit("KiB", 2.0**10),
+    Unit("MiB", 2.0**20),
+    Unit("GiB", 2.0**30),
+    Unit("TiB", 2.0**40),
+    Unit("PiB", 2.0**50),
+)
 SECOND_UNITS = (Unit("ns", 1e-9), Unit("µs", 1e-6), Unit("ms", 1e-3), Unit("s", 1.0))
-FLOP_UNITS = tuple(Unit(f"{prefix}FLOP", 1e3**power) for power, prefix in enumerate(("", "k", "M", "G", "T", "P", "E")))
+FLOP_UNITS = tuple(
+    Unit(f"{prefix}FLOP", 1e3**power) for power, prefix in enumerate(("", "k", "M", "G", "T", "P", "E"))
+)
 COUNT_UNITS = (Unit("", 1.0), Unit("k", 1e3), Unit("M", 1e6), Unit("B", 1e9), Unit("T", 1e12))
 
 

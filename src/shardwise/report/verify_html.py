@@ -13,12 +13,18 @@ def verification_html(run: VerificationRun) -> str:
     environment = page_environment()
     environment.globals.update(rows=rows, plain=plain)
     script = template_source(environment, "explain.js")
-    css = "".join(template_source(environment, name) for name in ("comparison.css", "explain.css", "verify.css"))
+    css = "".join(
+        template_source(environment, name) for name in ("comparison.css", "explain.css", "verify.css")
+    )
     cases = run.verifications
     return environment.get_template("verify.html.j2").render(
         run=run,
         table=[rows.row(each) for each in cases],
-        shown=[(number, each) for number, each in enumerate(cases) if len(cases) == 1 or each.verdict is not Verdict.SKIPPED],
+        shown=[
+            (number, each)
+            for number, each in enumerate(cases)
+            if len(cases) == 1 or each.verdict is not Verdict.SKIPPED
+        ],
         css=Markup(css),
         script=Markup(script),
         script_hash=Markup(csp_hash(script)),

@@ -13,4 +13,6 @@ def verification_json(run: VerificationRun) -> bytes:
 
 def verification_from_json(document: bytes, source: str = "verification") -> VerificationRun:
     """A saved run, to be drawn again. Raises InputError, which names `source`, the field and what it should be."""
-    return read_as(document, VerificationRun, source, command="verify", what="verification", version=SCHEMA_VERSION)
+    return read_as(
+        document, VerificationRun, source, command="verify", what="verification", version=SCHEMA_VERSION
+    )

@@ -28,7 +28,9 @@ def row(each: Verification) -> Row:
     proof = each.proof
     sharded = f"{100 * each.sharded.inner_share:.0f} %" if each.sharded is not None else ""
     compared = f"{proof.parameters_compared} in {proof.dtype}" if proof is not None else ""
-    worst = max(proof.worst_gradient_error, proof.output_error, proof.loss_error) if proof is not None else None
+    worst = (
+        max(proof.worst_gradient_error, proof.output_error, proof.loss_error) if proof is not None else None
+    )
     return Row(each.model, each.plan, each.verdict, sharded, compared, error(worst), headline(each))
 
 
@@ -43,9 +45,13 @@ def headline(each: Verification) -> str:
         case Verdict.SKIPPED | Verdict.CRASHES:
             return each.note
         case Verdict.NEARLY_NOTHING:
-            return next(finding.reason for finding in each.findings if finding.kind is FindingKind.LITTLE_IS_SHARDED)
+            return next(
+                finding.reason for finding in each.findings if finding.kind is FindingKind.LITTLE_IS_SHARDED
+            )
         case Verdict.WRONG | Verdict.SUSPECTED:
-            own = grouped([finding for finding in each.wrong if finding.cause not in PASSED_ON] or list(each.wrong))
+            own = grouped(
+                [finding for finding in each.wrong if finding.cause not in PASSED_ON] or list(each.wrong)
+            )
             more = f"; and {len(own) - 1} more" if len(own) > 1 else ""
             subject = "" if own[0].first.kind is FindingKind.CRASHES else f"{own[0].subject}: "
             return f"{subject}{own[0].first.reason}{more}"
@@ -76,7 +82,11 @@ def verdict_text(each: Verification) -> str:
                     if finding.relative_error is not None and finding.subject not in ("output", "loss")
                 }
             )
-            forward = "the outputs differ" if any(finding.subject == "output" for finding in each.wrong) else "the outputs are exact"
+            forward = (
+                "the outputs differ"
+                if any(finding.subject == "output" for finding in each.wrong)
+                else "the outputs are exact"
+            )
             compared = proof.parameters_compared if proof is not None else 0
             if not n and forward == "the outputs are exact":
                 return f"Wrong: {headline(each)}"
@@ -89,11 +99,19 @@ def verdict_text(each: Verification) -> str:
 
 def facts(each: Verification) -> list[tuple[str, str]]:
     """What was compared and how exactly: names and values."""
-    found = [("model", f"{each.model}{f', {each.twin}' if each.twin else ''}"), ("plan", f"{each.plan} on tp={each.tp}")]
+    found = [
+        ("model", f"{each.model}{f', {each.twin}' if each.twin else ''}"),
+        ("plan", f"{each.plan} on tp={each.tp}"),
+    ]
     if each.parameters is not None:
         found.append(("parameters", f"{each.parameters:,}"))
     if each.sharded is not None:
-        found.append(("sharded", f"{each.sharded.inner_share:.1%} outside embedding and head, {each.sharded.share:.1%} of all"))
+        found.append(
+            (
+                "sharded",
+                f"{each.sharded.inner_share:.1%} outside embedding and head, {each.sharded.share:.1%} of all",
+            )
+        )
     if each.proof is not None:
         proof = each.proof
         found += [
@@ -105,7 +123,10 @@ def facts(each: Verification) -> list[tuple[str, str]]:
         ]
         if proof.weights_error is not None and proof.norm_error is not None:
             found.append(
-                (f"after {proof.steps} steps", f"weights {error(proof.weights_error)} off, gradient norm {error(proof.norm_error)}")
+                (
+                    f"after {proof.steps} steps",
+                    f"weights {error(proof.weights_error)} off, gradient norm {error(proof.norm_error)}",
+                )
             )
     return found
 
@@ -155,7 +176,11 @@ class Group:
         """Relative error and ratio; of several the range."""
         errors = [finding.relative_error for finding in self.findings if finding.relative_error is not None]
         found = [f"{_span(error(min(errors)), error(max(errors)))} off"] if errors else []
-        ratios = [finding.ratio for finding in self.findings if finding.ratio is not None and finding.cause in _TELL_RATIO]
+        ratios = [
+            finding.ratio
+            for finding in self.findings
+            if finding.ratio is not None and finding.cause in _TELL_RATIO
+        ]
         if ratios:
             found.append(f"{_span(f'{min(ratios):.6g}', f'{max(ratios):.6g}')} times the unsharded one")
         if len(self.findings) > 1:
@@ -169,14 +194,21 @@ def _span(low: str, high: str) -> str:
 
 def split(each: Verification) -> tuple[list[Group], list[Group]]:
     """(faults and notes, what only follows from them). A crash is all there is to say, and the verdict says it."""
-    own = [finding for finding in each.findings if finding.cause not in PASSED_ON and finding.kind is not FindingKind.CRASHES]
+    own = [
+        finding
+        for finding in each.findings
+        if finding.cause not in PASSED_ON and finding.kind is not FindingKind.CRASHES
+    ]
     return grouped(own), grouped([finding for finding in each.findings if finding.cause in PASSED_ON])
 
 
 def grouped(findings: list[Finding]) -> list[Group]:
     """Equal findings of several layers as one, in the order of the first."""
-    groups: dict[tuple[object, ...], list[Finding]] = {}
+    groups: dict[tuple[str, ...], list[Finding]] = {}
     for finding in findings:
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", finding.subject)
-        groups.setdefault((pattern, finding.kind, finding.cause, finding.reason, finding.rule), []).append(finding)
-    return [Group(key[0] if len(group) > 1 else group[0].subject, tuple(group)) for key, group in groups.items()]  # type: ignore[arg-type]
+        key = (pattern, finding.kind, str(finding.cause), finding.reason, str(finding.rule))
+        groups.setdefault(key, []).append(finding)
+    return [
+        Group(key[0] if len(group) > 1 else group[0].subject, tuple(group)) for key, group in groups.items()
+    ]

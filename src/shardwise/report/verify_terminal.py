@@ -49,13 +49,23 @@ def render_verification(run: VerificationRun, console: Console) -> None:
             console.print()
             _render_one(each, run, console)
         elif each.verdict is not Verdict.RIGHT and rows.headline(each):
-            what = Text.assemble((f"{plain(each.model)} under {plain(each.plan)} ", "bold"), (str(each.verdict), _STYLE[each.verdict]))
+            what = Text.assemble(
+                (f"{plain(each.model)} under {plain(each.plan)} ", "bold"),
+                (str(each.verdict), _STYLE[each.verdict]),
+            )
             console.print(Text.assemble(what, f": {plain(rows.headline(each))}"), soft_wrap=True)
 
 
 def _render_one(each: Verification, run: VerificationRun, console: Console) -> None:
     title = f"{plain(each.model)} under {plain(each.plan)}"
-    console.print(Panel(Text(plain(rows.verdict_text(each)), _STYLE[each.verdict]), box=box.ROUNDED, title=title, title_align="left"))
+    console.print(
+        Panel(
+            Text(plain(rows.verdict_text(each)), _STYLE[each.verdict]),
+            box=box.ROUNDED,
+            title=title,
+            title_align="left",
+        )
+    )
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -66,16 +76,24 @@ def _render_one(each: Verification, run: VerificationRun, console: Console) -> N
     for group in own[:_MOST_FINDINGS]:
         _render_group(group, console)
     if len(own) > _MOST_FINDINGS:
-        console.print(f"\n... and {len(own) - _MOST_FINDINGS} more: --json or --out has them all.", style="dim")
+        console.print(
+            f"\n... and {len(own) - _MOST_FINDINGS} more: --json or --out has them all.", style="dim"
+        )
     if passed_on:
         names = ", ".join(plain(group.subject) for group in passed_on[:4])
         more = f" and {len(passed_on) - 4} more" if len(passed_on) > 4 else ""
-        console.print(Text(f"\nWhat follows from that: {names}{more} ({plain(passed_on[0].first.reason)})."), style="dim", soft_wrap=True)
+        console.print(
+            Text(f"\nWhat follows from that: {names}{more} ({plain(passed_on[0].first.reason)})."),
+            style="dim",
+            soft_wrap=True,
+        )
 
 
 def _render_group(group: rows.Group, console: Console) -> None:
     finding = group.first
-    console.print(Text.assemble("\n", (plain(group.subject), "bold"), "  ", ", ".join(group.figures)), soft_wrap=True)
+    console.print(
+        Text.assemble("\n", (plain(group.subject), "bold"), "  ", ", ".join(group.figures)), soft_wrap=True
+    )
     console.print(Text(f"  {plain(rows.sentence(finding.reason))}"), soft_wrap=True)
     if finding.rule is not None:
         console.print(Text(f"  rule {plain(finding.rule)}", "dim"), soft_wrap=True)

@@ -31,7 +31,13 @@ def walkthrough_html(walkthroughs: Sequence[Explained]) -> str:
     """The whole page, with a tab for each walk-through. `#embedding/rowwise/5` behind its address opens step 5 of that one."""
     environment = page_environment()
     environment.globals.update(
-        value=format_value, row_class=_row_class, cell_class=_cell_class, keys=_keys, peer=_peer, is_roomy=_is_roomy, is_wide=_is_wide
+        value=format_value,
+        row_class=_row_class,
+        cell_class=_cell_class,
+        keys=_keys,
+        peer=_peer,
+        is_roomy=_is_roomy,
+        is_wide=_is_wide,
     )
     script = template_source(environment, "walkthrough.js")
     groups: dict[str, list[Explained]] = {}
@@ -83,12 +89,24 @@ def _peer(explained: ExplainedMatrix) -> str:
 def _is_roomy(step: ExplainedStep) -> bool:
     """Whether a step fits a screen of 1200 x 900 pixels in large type."""
     wire = WIRE_LINES if step.wire else 0
-    return max(_lines(panel.holds, len(step.panels)) + _lines(panel.gets, len(step.panels)) for panel in step.panels) + wire <= ROOMY_LINES
+    return (
+        max(
+            _lines(panel.holds, len(step.panels)) + _lines(panel.gets, len(step.panels))
+            for panel in step.panels
+        )
+        + wire
+        <= ROOMY_LINES
+    )
 
 
 def _is_wide(step: ExplainedStep) -> bool:
     """Whether the unsharded module's tensor is too wide to stand beside those of the ranks."""
-    return any(_large_width(matrix) > 1200 / len(step.panels) for panel in step.panels if panel.rank is None for matrix in panel.holds)
+    return any(
+        _large_width(matrix) > 1200 / len(step.panels)
+        for panel in step.panels
+        if panel.rank is None
+        for matrix in panel.holds
+    )
 
 
 def _lines(matrices: tuple[ExplainedMatrix, ...], panels: int) -> int:
@@ -109,12 +127,20 @@ def _large_width(explained: ExplainedMatrix) -> float:
 def _keys(step: ExplainedStep, ranks: int) -> list[Key]:
     matrices = [matrix.matrix for panel in step.panels for matrix in (*panel.holds, *panel.gets)]
     rows = [row for matrix in matrices for row in matrix.rows]
-    if step.wire and all(row.owner is None for row in rows) and not any(matrix.column_owners for matrix in matrices):
+    if (
+        step.wire
+        and all(row.owner is None for row in rows)
+        and not any(matrix.column_owners for matrix in matrices)
+    ):
         return [Key(f"o{rank}", f"comes from rank {rank}") for rank in range(ranks)]
     by_column = any(matrix.column_owners for matrix in matrices)
     by_row = any(row.owner is not None for row in rows)
     what = "column" if by_column else "row"
-    found = [Key(f"o{rank}", f"a {what} of rank {rank}'s") for rank in range(ranks)] if by_row or by_column else []
+    found = (
+        [Key(f"o{rank}", f"a {what} of rank {rank}'s") for rank in range(ranks)]
+        if by_row or by_column
+        else []
+    )
     roles = {row.role for row in rows}
     if Role.ZERO in roles:
         found.append(Key("zero", "not its own"))

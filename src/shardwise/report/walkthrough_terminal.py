@@ -28,7 +28,9 @@ def render_walkthrough(explained: Explained, console: Console) -> None:
 
 def walkthrough_renderables(explained: Explained, width: int) -> list[RenderableType]:
     """Title, steps and summary, laid out for `width` columns."""
-    parts: list[RenderableType] = [Padding(Group(Text(explained.title, "bold"), Text(plain(explained.lead), "dim")), (0, 1))]
+    parts: list[RenderableType] = [
+        Padding(Group(Text(explained.title, "bold"), Text(plain(explained.lead), "dim")), (0, 1))
+    ]
     count = len(explained.steps) + 1
     for number, step in enumerate(explained.steps, start=1):
         parts += _step(step, number, count, width)
@@ -63,7 +65,9 @@ def _step(step: ExplainedStep, number: int, count: int, width: int) -> list[Rend
 
 
 def _heading(number: str, phase: Phase | None, title: str) -> RenderableType:
-    text = Text.assemble((f"{number} ", "dim"), (f"{phase} " if phase else "", "italic cyan"), (title, "bold"))
+    text = Text.assemble(
+        (f"{number} ", "dim"), (f"{phase} " if phase else "", "italic cyan"), (title, "bold")
+    )
     return Rule(text, align="left", style="dim", characters="─")
 
 
@@ -86,14 +90,24 @@ def _wire(step: ExplainedStep) -> RenderableType:
     return Padding(Group(*lines), (0, 3))
 
 
-def _side_by_side(panels: list[tuple[ExplainedPanel, tuple[ExplainedMatrix, ...]]], width: int) -> RenderableType:
+def _side_by_side(
+    panels: list[tuple[ExplainedPanel, tuple[ExplainedMatrix, ...]]], width: int
+) -> RenderableType:
     drawn = [_panel(panel, matrices) for panel, matrices in panels if matrices]
-    return Columns(drawn, padding=(0, 1), width=max(_width(matrices) for _, matrices in panels) if drawn else width)
+    return Columns(
+        drawn, padding=(0, 1), width=max(_width(matrices) for _, matrices in panels) if drawn else width
+    )
 
 
 def _width(matrices: tuple[ExplainedMatrix, ...]) -> int:
     """Columns that a panel needs: labels, cells, a space beside each, borders."""
-    return max((max(len(matrix.caption), _label_width(matrix) + sum(_cell_widths(matrix))) + 5 for matrix in matrices), default=20)
+    return max(
+        (
+            max(len(matrix.caption), _label_width(matrix) + sum(_cell_widths(matrix))) + 5
+            for matrix in matrices
+        ),
+        default=20,
+    )
 
 
 def _label_width(matrix: ExplainedMatrix) -> int:
@@ -103,7 +117,10 @@ def _label_width(matrix: ExplainedMatrix) -> int:
 def _cell_widths(matrix: ExplainedMatrix) -> list[int]:
     rows = [[len(format_value(value)) for value in row.values] for row in matrix.matrix.rows]
     labels = [len(label) for label in matrix.column_labels] or [0] * (len(rows[0]) if rows else 0)
-    return [max(label, *(row[index] for row in rows)) + 1 if rows else label + 1 for index, label in enumerate(labels)]
+    return [
+        max(label, *(row[index] for row in rows)) + 1 if rows else label + 1
+        for index, label in enumerate(labels)
+    ]
 
 
 def _panel(panel: ExplainedPanel, matrices: tuple[ExplainedMatrix, ...]) -> Panel:
@@ -119,12 +136,23 @@ def _panel(panel: ExplainedPanel, matrices: tuple[ExplainedMatrix, ...]) -> Pane
 
 
 def _matrix(explained: ExplainedMatrix) -> RenderableType:
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_header=any(explained.column_labels), header_style="dim")
+    table = Table(
+        box=None,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_header=any(explained.column_labels),
+        header_style="dim",
+    )
     table.add_column("", no_wrap=True)
-    for label in explained.column_labels or [""] * (len(explained.matrix.rows[0].values) if explained.matrix.rows else 0):
+    for label in explained.column_labels or [""] * (
+        len(explained.matrix.rows[0].values) if explained.matrix.rows else 0
+    ):
         table.add_column(Text(label), justify="right", no_wrap=True)
     for label, row in zip(explained.row_labels, explained.matrix.rows, strict=True):
-        cells = [Text(_cell(value, row, explained), _style(row, index, explained)) for index, value in enumerate(row.values)]
+        cells = [
+            Text(_cell(value, row, explained), _style(row, index, explained))
+            for index, value in enumerate(row.values)
+        ]
         table.add_row(Text(label, "dim" if row.role is Role.ZERO else _style(row, 0, explained)), *cells)
     if not explained.matrix.rows:
         table.add_row(Text("nothing", "dim"))

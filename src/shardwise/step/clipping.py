@@ -22,7 +22,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     mesh = next((gradient.device_mesh for gradient in gradients if isinstance(gradient, DTensor)), None)
     locals_ = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    counted = [part for gradient, part in zip(gradients, locals_, strict=True) if part.numel() and _counts_here(gradient, mesh)]
+    counted = [
+        part
+        for gradient, part in zip(gradients, locals_, strict=True)
+        if part.numel() and _counts_here(gradient, mesh)
+    ]
     dtype = torch.promote_types(locals_[0].dtype, torch.float32)
     squares = torch.zeros((), dtype=dtype, device=locals_[0].device)
     if counted:
@@ -48,4 +52,8 @@ def _counts_here(gradient: Tensor, mesh: DeviceMesh | None) -> bool:
         return not any(coordinate)
     if gradient.device_mesh != mesh or any(placement.is_partial() for placement in gradient.placements):
         raise AssertionError("clip_gradients: gradients on several meshes, or Partial")
-    return all(place == 0 for place, placement in zip(coordinate, gradient.placements, strict=True) if placement.is_replicate())
+    return all(
+        place == 0
+        for place, placement in zip(coordinate, gradient.placements, strict=True)
+        if placement.is_replicate()
+    )

@@ -67,7 +67,9 @@ def recompute_layers(layers: Iterable[nn.Module], what: str = "full") -> None:
 
 def _selective() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Contexts of one layer's forward and of its second one."""
-    matmuls = {again: count(1) for again in (False, True)}  # PyTorch before 2.13 asks in the second forward too
+    matmuls = {
+        again: count(1) for again in (False, True)
+    }  # PyTorch before 2.13 asks in the second forward too
 
     def policy(context: SelectiveCheckpointContext, op: object, *_: object, **__: object) -> CheckpointPolicy:
         kept = next(matmuls[context.is_recompute]) % 2 == 1 if op in _MATMULS else op in _KEPT
@@ -78,11 +80,15 @@ def _selective() -> tuple[AbstractContextManager[None], AbstractContextManager[N
 
 def mixed_precision(settings: StepSettings) -> MixedPrecisionPolicy:
     """FSDP's, as the settings name it."""
-    param_dtype, reduce_dtype = (getattr(torch, name) if name else None for name in (settings.param_dtype, settings.reduce_dtype))
+    param_dtype, reduce_dtype = (
+        getattr(torch, name) if name else None for name in (settings.param_dtype, settings.reduce_dtype)
+    )
     return MixedPrecisionPolicy(param_dtype, reduce_dtype)
 
 
-def shard_with_fsdp(model: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+def shard_with_fsdp(
+    model: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy
+) -> None:
     """FSDP2 over a 1-D mesh, a unit per layer, summing gradients (the step's loss is normalised over the global batch already)."""
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -90,7 +96,9 @@ def shard_with_fsdp(model: nn.Module, layers: Iterable[nn.Module], mesh: DeviceM
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # else the factor goes to the backend, and gloo knows none
+            module.set_force_sum_reduction_for_comms(
+                True
+            )  # else the factor goes to the backend, and gloo knows none
 
 
 class TrainStep:
@@ -114,12 +122,20 @@ class TrainStep:
         self.model = model
         self.optimizer = torch.optim.AdamW(_groups(model), lr=learning_rate, fused=True)
         self._loss = loss or applied.loss
-        self._torch_clips = _only_dtensors(model) and (applied.plan is None or applied.plan.engine is Engine.DTENSOR)
+        self._torch_clips = _only_dtensors(model) and (
+            applied.plan is None or applied.plan.engine is Engine.DTENSOR
+        )
         self._max_norm = max_norm
         self._on_phase = on_phase or (lambda _: None)
         axes = mesh.mesh_dim_names or () if mesh is not None else ()
-        self._data_groups = [mesh.get_group(name) for name in axes if name != "tp" and mesh is not None and mesh[name].size() > 1]
-        self._dp_group = mesh.get_group("dp") if mesh is not None and "dp" in axes and mesh["dp"].size() > 1 else None
+        self._data_groups = [
+            mesh.get_group(name)
+            for name in axes
+            if name != "tp" and mesh is not None and mesh[name].size() > 1
+        ]
+        self._dp_group = (
+            mesh.get_group("dp") if mesh is not None and "dp" in axes and mesh["dp"].size() > 1 else None
+        )
 
     def gradients(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Leaves the global batch's gradients in `.grad` (of this rank's shards) and returns the global mean loss, a scalar tensor."""
@@ -179,7 +195,11 @@ def _finish_partial(model: nn.Module) -> None:
     """PyTorch's own styles leave some gradients Partial for whoever meets them first."""
     for parameter in model.parameters():
         gradient = parameter.grad
-        if isinstance(parameter, DTensor) and isinstance(gradient, DTensor) and any(each.is_partial() for each in gradient.placements):
+        if (
+            isinstance(parameter, DTensor)
+            and isinstance(gradient, DTensor)
+            and any(each.is_partial() for each in gradient.placements)
+        ):
             parameter.grad = gradient.redistribute(placements=parameter.placements)
 
 

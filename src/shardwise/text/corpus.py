@@ -16,13 +16,33 @@ from pathlib import Path
 
 from shardwise.core.errors import TextError
 
-TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".c", ".cpp", ".cu", ".h", ".go", ".html", ".java", ".js", ".rs", ".tex", ".ts"})
+TEXT_SUFFIXES = frozenset(
+    {
+        ".txt",
+        ".md",
+        ".rst",
+        ".py",
+        ".c",
+        ".cpp",
+        ".cu",
+        ".h",
+        ".go",
+        ".html",
+        ".java",
+        ".js",
+        ".rs",
+        ".tex",
+        ".ts",
+    }
+)
 """What is read from a directory; a file that is named itself may have any suffix."""
 
 STDLIB_SOURCE = f"Python {sys.version.split()[0]} standard library: its topics, docstrings and comments"
 
 # pydoc_data's text is taken by import; the modules of encodings are generated tables
-_NOT_DOCUMENTATION = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"})
+_NOT_DOCUMENTATION = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +62,9 @@ def load_text(files: Sequence[Path] = ()) -> Corpus:
     if not files:
         return Corpus(_stdlib_text(), STDLIB_SOURCE)
     texts = [text for path in files for text in _texts(path)]
-    named = ", ".join(shown(path) for path in files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+    named = ", ".join(shown(path) for path in files[:3]) + (
+        f" and {len(files) - 3} more" if len(files) > 3 else ""
+    )
     return Corpus("\n".join(texts), named)
 
 
@@ -58,30 +80,40 @@ def _texts(path: Path) -> Iterator[str]:
             yield _read(file)
             read += 1
         if not read:
-            raise TextError(f'directory "{shown(path)}" holds no text files (*.txt, *.md, *.rst, *.py, ...). Name the files themselves.')
+            raise TextError(
+                f'directory "{shown(path)}" holds no text files (*.txt, *.md, *.rst, *.py, ...). Name the files themselves.'
+            )
     elif path.is_file():
         text = _read(path)
         if not text.strip():
             raise TextError(f'text file "{shown(path)}" is empty. Leave it out, or give one with text in it.')
         yield text
     elif path.exists():
-        raise TextError(f'"{shown(path)}" is neither a file nor a directory. Give UTF-8 text files, or directories of them.')
+        raise TextError(
+            f'"{shown(path)}" is neither a file nor a directory. Give UTF-8 text files, or directories of them.'
+        )
     else:
-        raise TextError(f'text file "{shown(path)}" doesn\'t exist. Give UTF-8 text files, or directories of them.')
+        raise TextError(
+            f'text file "{shown(path)}" doesn\'t exist. Give UTF-8 text files, or directories of them.'
+        )
 
 
 def _read(path: Path) -> str:
     try:
         text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except OSError as error:
-        raise TextError(f'text file "{shown(path)}" can\'t be read: {error.strerror}. Check its permissions, or leave it out.') from None
+        raise TextError(
+            f'text file "{shown(path)}" can\'t be read: {error.strerror}. Check its permissions, or leave it out.'
+        ) from None
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise TextError(
             f'text file "{shown(path)}" is not UTF-8: byte 0x{byte:02x} at offset {error.start}. Convert it to UTF-8, or leave it out.'
         ) from None
     if "\0" in text:
-        raise TextError(f'text file "{shown(path)}" is binary: it has a NUL byte. Give UTF-8 text, or leave it out.')
+        raise TextError(
+            f'text file "{shown(path)}" is binary: it has a NUL byte. Give UTF-8 text, or leave it out.'
+        )
     return text
 
 
@@ -89,7 +121,9 @@ def _files_below(root: Path, *, suffixes: frozenset[str], skipped: frozenset[str
     """Files by suffix, sorted, a folder's own before its subfolders'; without hidden folders, those in `skipped`, and links to folders."""
 
     def refuse(error: OSError) -> None:
-        raise TextError(f'directory "{shown(Path(error.filename))}" can\'t be read: {error.strerror}. Check its permissions.') from None
+        raise TextError(
+            f'directory "{shown(Path(error.filename))}" can\'t be read: {error.strerror}. Check its permissions.'
+        ) from None
 
     for folder, folders, names in os.walk(root, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in skipped)
@@ -103,9 +137,13 @@ def _stdlib_text() -> str:
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise TextError("this Python comes without its documentation (pydoc_data). Give text files instead.") from None
+        raise TextError(
+            "this Python comes without its documentation (pydoc_data). Give text files instead."
+        ) from None
     parts = [topics[name] for name in sorted(topics)]
-    for path in _files_below(Path(sysconfig.get_path("stdlib")), suffixes=frozenset({".py"}), skipped=_NOT_DOCUMENTATION):
+    for path in _files_below(
+        Path(sysconfig.get_path("stdlib")), suffixes=frozenset({".py"}), skipped=_NOT_DOCUMENTATION
+    ):
         parts.extend(documentation_of(path.read_bytes()))
     # a docstring may spell a lone surrogate, which no UTF-8 text can hold
     return "\n\n".join(parts).encode("utf-8", "replace").decode("utf-8")
@@ -120,7 +158,9 @@ def documentation_of(source: bytes) -> list[str]:
             tree = ast.parse(text)
     except (SyntaxError, ValueError):
         return []
-    comments = "\n".join(line.strip().lstrip("#").strip() for line in text.splitlines() if line.lstrip().startswith("#"))
+    comments = "\n".join(
+        line.strip().lstrip("#").strip() for line in text.splitlines() if line.lstrip().startswith("#")
+    )
     return [*_docstrings(tree), comments] if comments.strip() else list(_docstrings(tree))
 
 

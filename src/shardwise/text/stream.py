@@ -39,14 +39,20 @@ class TokenStream:
         if self.ids.dtype != np.int32 or self.ids.ndim != 1:
             raise TextError(f"token ids are {self.ids.ndim}-D {self.ids.dtype}. Give a 1-D int32 array.")
         if not self.ids.size:
-            raise TextError(f"{self.summary.source} gives no tokens with tokenizer {self.summary.tokenizer}. Give more text.")
+            raise TextError(
+                f"{self.summary.source} gives no tokens with tokenizer {self.summary.tokenizer}. Give more text."
+            )
         vocab_size = self.summary.vocab_size
         smallest, largest = int(self.ids.min()), int(self.ids.max())
         if smallest < 0 or largest >= vocab_size:
-            raise TextError(f"token ids run from {smallest} to {largest}. vocab_size={vocab_size} allows 0 to {vocab_size - 1}.")
+            raise TextError(
+                f"token ids run from {smallest} to {largest}. vocab_size={vocab_size} allows 0 to {vocab_size - 1}."
+            )
         facts = (self.ids.size, _distinct(self.ids), _digest(self.ids))
         if facts != (self.summary.tokens, self.summary.distinct_ids, self.summary.digest):
-            raise TextError("token ids don't match their summary: another count or digest. Make the stream anew.")
+            raise TextError(
+                "token ids don't match their summary: another count or digest. Make the stream anew."
+            )
         frozen = self.ids.view()
         frozen.flags.writeable = False
         object.__setattr__(self, "ids", frozen)
@@ -65,7 +71,10 @@ class TokenStream:
         # JSON escapes newlines, so the first one ends the summary
         summary, _, ids = content.partition(b"\n")
         try:
-            return cls(np.frombuffer(ids, dtype="<i4").astype(np.int32, copy=False), msgspec.json.decode(summary, type=TextSummary))
+            return cls(
+                np.frombuffer(ids, dtype="<i4").astype(np.int32, copy=False),
+                msgspec.json.decode(summary, type=TextSummary),
+            )
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise TextError(f"bytes are no token stream: {error}. Make the stream anew.") from None
 
@@ -89,20 +98,37 @@ def load_tokens(
         raise OptionError(f"vocab_size is {vocab_size}. Use 1 to {_LARGEST_VOCAB}.")
     if random_ids:
         if files or tokenizer is not None:
-            raise OptionError("random ids come without text. Leave out the text files and the tokenizer, or the random ids.")
+            raise OptionError(
+                "random ids come without text. Leave out the text files and the tokenizer, or the random ids."
+            )
         return _random_stream(vocab_size, seed)
     say = progress or _silent
     given = corpus.load_text(files) if files else None
     source = given.source if given else corpus.STDLIB_SOURCE
     definition = None if tokenizer is None else bpe.read_file(tokenizer)
-    name = f"byte-level BPE trained on this text (tokenizers {bpe.TOKENIZERS_VERSION})" if tokenizer is None else corpus.shown(tokenizer)
+    name = (
+        f"byte-level BPE trained on this text (tokenizers {bpe.TOKENIZERS_VERSION})"
+        if tokenizer is None
+        else corpus.shown(tokenizer)
+    )
 
     # sys.version stands for the built-in text, so that a cached run reads no source
-    key = _key(source, given.text if given else sys.version, str(vocab_size), name, bpe.TOKENIZERS_VERSION, definition or b"")
+    key = _key(
+        source,
+        given.text if given else sys.version,
+        str(vocab_size),
+        name,
+        bpe.TOKENIZERS_VERSION,
+        definition or b"",
+    )
     directory = cache or _user_cache()
     entry = None if directory is None else directory / f"{key}.tokens"
     found = None if entry is None else _cached(entry)
-    if found is not None and (found.summary.source, found.summary.tokenizer, found.summary.vocab_size) == (source, name, vocab_size):
+    if found is not None and (found.summary.source, found.summary.tokenizer, found.summary.vocab_size) == (
+        source,
+        name,
+        vocab_size,
+    ):
         return found
 
     if given is None:
@@ -129,7 +155,9 @@ def _random_stream(vocab_size: int, seed: int) -> TokenStream:
     if seed < 0:
         raise OptionError(f"the seed of random ids is {seed}. Use 0 or more.")
     ids = np.random.default_rng(seed).integers(0, vocab_size, RANDOM_TOKENS, dtype=np.int32)
-    return TokenStream.of(ids, vocab_size=vocab_size, source=f"uniform random ids, seed {seed}", tokenizer="none")
+    return TokenStream.of(
+        ids, vocab_size=vocab_size, source=f"uniform random ids, seed {seed}", tokenizer="none"
+    )
 
 
 def _silent(line: str) -> None:

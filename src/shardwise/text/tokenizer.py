@@ -32,7 +32,11 @@ def train(text: str, vocab_size: int) -> Tokenizer:
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
     with _single_threaded():
         tokenizer.train_from_iterator(_pieces(text), trainer)
     return tokenizer
@@ -43,7 +47,9 @@ def read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise TextError(f'tokenizer file "{shown(path)}" doesn\'t exist. Give a tokenizer.json of the `tokenizers` library.') from None
+        raise TextError(
+            f'tokenizer file "{shown(path)}" doesn\'t exist. Give a tokenizer.json of the `tokenizers` library.'
+        ) from None
     except OSError as error:
         raise TextError(
             f'tokenizer file "{shown(path)}" can\'t be read: {error.strerror}. Give a tokenizer.json of the `tokenizers` library.'
@@ -56,7 +62,9 @@ def parse(content: bytes, name: str) -> Tokenizer:
         tokenizer: Tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises ValueError or a bare Exception
         reason = " ".join(str(error).removeprefix("Cannot instantiate Tokenizer from buffer: ").split())
-        raise TextError(f'tokenizer file "{name}" is not a tokenizer.json: {reason}. Give one of the `tokenizers` library.') from None
+        raise TextError(
+            f'tokenizer file "{name}" is not a tokenizer.json: {reason}. Give one of the `tokenizers` library.'
+        ) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -72,7 +80,9 @@ def encode(tokenizer: Tokenizer, text: str, *, vocab_size: int, name: str) -> ND
                 encoded = tokenizer.encode_batch_fast([piece], add_special_tokens=False)
             except Exception as error:  # the library raises a bare Exception
                 reason = " ".join(str(error).split())
-                raise TextError(f'tokenizer "{name}" can\'t encode the text: {reason}. Use one that covers all characters.') from None
+                raise TextError(
+                    f'tokenizer "{name}" can\'t encode the text: {reason}. Use one that covers all characters.'
+                ) from None
             parts.append(np.array(encoded[0].ids, dtype=np.uint32))
     ids = np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint32)
     largest = int(ids.max(initial=0))

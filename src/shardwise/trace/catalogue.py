@@ -54,7 +54,9 @@ _NAMES: dict[OpKind, str] = {
     ),
     OpKind.OPTIMIZER: "_fused_adamw_ _fused_adam_ _fused_sgd_",
 }
-KINDS: dict[str, OpKind] = {f"aten::{name}": kind for kind, names in _NAMES.items() for name in names.split()} | {
+KINDS: dict[str, OpKind] = {
+    f"aten::{name}": kind for kind, names in _NAMES.items() for name in names.split()
+} | {
     "fsdp::all_gather_copy_in": OpKind.COPY,
     "fsdp::split_with_sizes_copy": OpKind.COPY,
     "fsdp::chunk_cat": OpKind.COPY,
@@ -96,7 +98,9 @@ def name_on(name: str, device: str, inputs: Sequence[TensorSpec]) -> str:
     if device != "cuda" or name not in CUDA_NAMES:
         return name
     q, k = _query_and_key(name, inputs)
-    has_mask = len(inputs) > (6 if name.endswith("_backward") else 3)  # it comes last; a backward takes two results and a gradient more
+    has_mask = len(inputs) > (
+        6 if name.endswith("_backward") else 3
+    )  # it comes last; a backward takes two results and a gradient more
     if q.dtype in _HALF and not has_mask:
         return CUDA_NAMES[name]["flash"]
     if q.dtype in {*_HALF, "float32"} and q.shape[1] == k.shape[1]:
@@ -123,7 +127,9 @@ def flops_of(name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSp
         case "convolution":  # every output element is a dot product over one filter
             return 2 * prod(outputs[0].shape) * prod(shapes[1][1:])
         case "convolution_backward":  # gradients of the input and of the weight, each as many as the forward
-            return sum(2 * prod(shapes[0]) * prod(shapes[2][1:]) for output in outputs if len(output.shape) > 1)
+            return sum(
+                2 * prod(shapes[0]) * prod(shapes[2][1:]) for output in outputs if len(output.shape) > 1
+            )
         case base if base.startswith("_scaled_dot_product"):
             q, k = _query_and_key(name, inputs)
             matmuls = 5 if base.endswith("_backward") else 2
@@ -134,7 +140,11 @@ def flops_of(name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSp
 
 
 def traffic_of(
-    name: str, inputs: Sequence[TensorSpec], input_bytes: Sequence[int], output_bytes: Sequence[int], written: Sequence[int]
+    name: str,
+    inputs: Sequence[TensorSpec],
+    input_bytes: Sequence[int],
+    output_bytes: Sequence[int],
+    written: Sequence[int],
 ) -> tuple[int, int]:
     """(bytes read, bytes written). input_bytes, output_bytes: of each tensor; written: those of the inputs that are written in place."""
     read, write = sum(input_bytes), sum(output_bytes) + sum(written)
@@ -149,7 +159,16 @@ def traffic_of(
             return sum(input_bytes[1:]), input_bytes[-1] if len(input_bytes) > 1 else write
         case "embedding_dense_backward":  # zeroes the table's gradient, then adds a row per token to it
             return sum(input_bytes) + input_bytes[0], write + input_bytes[0]
-        case "zero_" | "fill_" | "zeros_like" | "ones_like" | "full_like" | "new_zeros" | "new_ones" | "new_full":
+        case (
+            "zero_"
+            | "fill_"
+            | "zeros_like"
+            | "ones_like"
+            | "full_like"
+            | "new_zeros"
+            | "new_ones"
+            | "new_full"
+        ):
             return 0, write
         case "copy_":
             return sum(input_bytes[1:]), sum(written)

@@ -15,7 +15,18 @@ from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 
 from shardwise.core.collective import CollectiveCall
-from shardwise.core.program import Block, Collective, Item, MemoryChange, Op, Phase, TensorSpec, layer_index, moved, moved_name
+from shardwise.core.program import (
+    Block,
+    Collective,
+    Item,
+    MemoryChange,
+    Op,
+    Phase,
+    TensorSpec,
+    layer_index,
+    moved,
+    moved_name,
+)
 
 SHORT, LONG = 3, 4
 
@@ -40,7 +51,9 @@ def extended(short: Sequence[Item], long: Sequence[Item], prefix: str, count: in
     """The blocks of `count` layers (at least LONG) from the items of SHORT and LONG ones. Raises NotPeriodicError."""
     parts_short, parts_long = _parts(short, prefix, SHORT), _parts(long, prefix, LONG)
     if len(parts_short) != len(parts_long):
-        raise NotPeriodicError(f"{len(parts_short)} stretches with {SHORT} layers, {len(parts_long)} with {LONG}")
+        raise NotPeriodicError(
+            f"{len(parts_short)} stretches with {SHORT} layers, {len(parts_long)} with {LONG}"
+        )
     more = count - LONG
     blocks: list[Block] = []
     for part_short, part_long in zip(parts_short, parts_long, strict=True):
@@ -98,7 +111,9 @@ def _longer_run(run: _Run, prefix: str, more: int) -> list[Block]:
     if run.backward:
         # layers count-1 .. 2 come first, `more` further up; then layer 1 as it would be at 1 + more, down to itself; then layer 0
         before = tuple(moved(item, prefix, more) for item in run.items[:start])
-        middle = Block(tuple(moved(item, prefix, more) for item in run.items[start:stop]), 1 + more, prefix, -1)
+        middle = Block(
+            tuple(moved(item, prefix, more) for item in run.items[start:stop]), 1 + more, prefix, -1
+        )
         return [Block(before), middle, Block(run.items[stop:])]
     after = tuple(moved(item, prefix, more) for item in run.items[stop:])
     return [Block(run.items[:start]), Block(run.items[start:stop], 1 + more, prefix, 1), Block(after)]
@@ -128,7 +143,8 @@ def _longer_gap(short: Sequence[Item], long: Sequence[Item], more: int, prefix: 
 
     def tokens(items: Sequence[Item], keys: Sequence[Hashable]) -> list[Hashable]:
         return [
-            key if key in once else (key, layer_index(item.module, prefix), _sizes(item)) for item, key in zip(items, keys, strict=True)
+            key if key in once else (key, layer_index(item.module, prefix), _sizes(item))
+            for item, key in zip(items, keys, strict=True)
         ]
 
     result: list[Item] = []
@@ -152,24 +168,32 @@ def _longer_gap(short: Sequence[Item], long: Sequence[Item], more: int, prefix: 
                 grow(a0, b0, kept)
             case "insert":
                 repeat(b0, b1)
-            case "replace" if inserted >= 0 and keys_short[a0:a1] == keys_long[b1 - kept : b1]:  # grown items behind new ones
+            case "replace" if (
+                inserted >= 0 and keys_short[a0:a1] == keys_long[b1 - kept : b1]
+            ):  # grown items behind new ones
                 repeat(b0, b0 + inserted)
                 grow(a0, b0 + inserted, kept)
             case "replace" if inserted >= 0 and keys_short[a0:a1] == keys_long[b0 : b0 + kept]:
                 grow(a0, b0, kept)
                 repeat(b0 + kept, b1)
             case _:
-                raise NotPeriodicError(f"{long[b0] if b0 < len(long) else short[a0]} is in one gap and not in the other")
+                raise NotPeriodicError(
+                    f"{long[b0] if b0 < len(long) else short[a0]} is in one gap and not in the other"
+                )
     return result
 
 
-def _stretches(items: Sequence[Item], keys: Sequence[Hashable], start: int, stop: int) -> list[tuple[int, int]]:
+def _stretches(
+    items: Sequence[Item], keys: Sequence[Hashable], start: int, stop: int
+) -> list[tuple[int, int]]:
     """New items that stand side by side may belong to two stretches that both grow: one goes on with what is before, one begins what follows."""
 
     def alike(a: int, b: int, count: int) -> bool:
         if a < 0 or b + count > len(items):
             return False
-        return all(keys[a + i] == keys[b + i] and _sizes(items[a + i]) == _sizes(items[b + i]) for i in range(count))
+        return all(
+            keys[a + i] == keys[b + i] and _sizes(items[a + i]) == _sizes(items[b + i]) for i in range(count)
+        )
 
     for split in range(stop, start, -1):
         before, after = split - start, stop - split
@@ -178,7 +202,9 @@ def _stretches(items: Sequence[Item], keys: Sequence[Hashable], start: int, stop
     return [(start, stop)]
 
 
-def _is_descending(items: Sequence[Item], keys: Sequence[Hashable], start: int, stop: int, prefix: str) -> bool:
+def _is_descending(
+    items: Sequence[Item], keys: Sequence[Hashable], start: int, stop: int, prefix: str
+) -> bool:
     """Whether the layer below the one in items[start:stop] comes after it."""
     own = layer_index(items[start].module, prefix)
     following = next((items[index] for index in range(stop, len(items)) if keys[index] == keys[start]), None)
@@ -230,7 +256,9 @@ def _longer_call(short: CollectiveCall, long: CollectiveCall, more: int) -> Coll
     )
 
 
-def _longer_specs(short: tuple[TensorSpec, ...], long: tuple[TensorSpec, ...], more: int) -> tuple[TensorSpec, ...]:
+def _longer_specs(
+    short: tuple[TensorSpec, ...], long: tuple[TensorSpec, ...], more: int
+) -> tuple[TensorSpec, ...]:
     if len(short) == len(long):
         return tuple(_longer_spec(a, b, more) for a, b in zip(short, long, strict=True))
     added = _added(short, long)
@@ -265,7 +293,9 @@ def _added(short: tuple[TensorSpec, ...], long: tuple[TensorSpec, ...]) -> list[
 def _longer_spec(short: TensorSpec, long: TensorSpec, more: int) -> TensorSpec:
     if short.dtype != long.dtype or len(short.shape) != len(long.shape):
         raise NotPeriodicError(f"{short} becomes {long}")
-    return TensorSpec(long.dtype, tuple(_line(a, b, more) for a, b in zip(short.shape, long.shape, strict=True)))
+    return TensorSpec(
+        long.dtype, tuple(_line(a, b, more) for a, b in zip(short.shape, long.shape, strict=True))
+    )
 
 
 def _line(short: int, long: int, more: int) -> int:

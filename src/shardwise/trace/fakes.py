@@ -144,7 +144,9 @@ def _is_grouped_float32(query: Any = None, key: Any = None, **_: Any) -> bool:
 def _real_all_to_all() -> Iterator[None]:
     from torch.distributed.tensor import placement_types
 
-    def shard_dim_alltoall(input: torch.Tensor, gather_dim: int, shard_dim: int, mesh: DeviceMesh, mesh_dim: int) -> torch.Tensor:
+    def shard_dim_alltoall(
+        input: torch.Tensor, gather_dim: int, shard_dim: int, mesh: DeviceMesh, mesh_dim: int
+    ) -> torch.Tensor:
         group = mesh.get_group(mesh_dim)
         return torch.ops._dtensor.shard_dim_alltoall(input, gather_dim, shard_dim, group.group_name)  # type: ignore[no-any-return]
 

@@ -43,7 +43,11 @@ def find_layers(model: nn.Module) -> Layers | None:
     """The outermost list of modules that holds the most parameters; None where the model has no such list."""
     best: tuple[int, str, nn.ModuleList] | None = None
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and not (best and name.startswith(f"{best[1]}.")):
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module)
+            and not (best and name.startswith(f"{best[1]}."))
+        ):
             size = sum(parameter.numel() for parameter in module.parameters())
             if best is None or size > best[0]:
                 best = (size, name, module)

@@ -85,7 +85,11 @@ class Watch(TorchFunctionMode):
 
     @property
     def lineage(self) -> Lineage:
-        plainly = {name for name, p in self.model.named_parameters() if _is_cut_plainly(p)} if self.model is not None else set()
+        plainly = (
+            {name for name, p in self.model.named_parameters() if _is_cut_plainly(p)}
+            if self.model is not None
+            else set()
+        )
         return Lineage(tuple(self._meetings), tuple(self._cuts), frozenset(plainly), self._logits)
 
     def _begin(self, model: nn.Module, _: Any) -> None:
@@ -120,13 +124,17 @@ class Watch(TorchFunctionMode):
         made_of = [self._made_of.get(_storage(tensor)) for tensor in inputs]
         activations = [tensor for tensor, names in zip(inputs, made_of, strict=True) if names is None]
         parameters = frozenset().union(*(names for names in made_of if names))
-        if not activations or (is_choice and parameters and inputs[0].dim() > 2):  # an expert's weight is a weight
+        if not activations or (
+            is_choice and parameters and inputs[0].dim() > 2
+        ):  # an expert's weight is a weight
             for tensor in outputs:
                 self._made_of.setdefault(_storage(tensor), parameters)
         elif parameters:
             self._meet(parameters, activations)
             # of a weight and its bias, the weight
-            giver = max(zip(inputs, made_of, strict=True), key=lambda pair: pair[0].dim() if pair[1] else -1)[1]
+            giver = max(zip(inputs, made_of, strict=True), key=lambda pair: pair[0].dim() if pair[1] else -1)[
+                1
+            ]
             for tensor in outputs:
                 self._given_by[_storage(tensor)] = min(giver or parameters)
         else:
@@ -142,9 +150,13 @@ class Watch(TorchFunctionMode):
     def _pass_on(self, giver: str, activations: list[Tensor], outputs: list[Tensor]) -> None:
         if len(activations) == 1 and not isinstance(activations[0], DTensor):
             (before,) = activations
-            pieces = [tensor for tensor in outputs if _is_unfolded(before, tensor) or _is_piece(before, tensor)]
+            pieces = [
+                tensor for tensor in outputs if _is_unfolded(before, tensor) or _is_piece(before, tensor)
+            ]
             if pieces:
-                self._cuts.append(Cut(giver, tuple(before.shape), tuple(tuple(piece.shape) for piece in pieces)))
+                self._cuts.append(
+                    Cut(giver, tuple(before.shape), tuple(tuple(piece.shape) for piece in pieces))
+                )
         for tensor in outputs:
             self._given_by.setdefault(_storage(tensor), giver)
 
@@ -158,11 +170,17 @@ def _is_piece(before: Tensor, after: Tensor) -> bool:
     if after.dim() != before.dim() or _storage(after) != _storage(before):
         return False
     smaller = [dim for dim in range(before.dim()) if after.shape[dim] != before.shape[dim]]
-    return len(smaller) == 1 and after.shape[smaller[0]] < before.shape[smaller[0]] and after.stride() == before.stride()
+    return (
+        len(smaller) == 1
+        and after.shape[smaller[0]] < before.shape[smaller[0]]
+        and after.stride() == before.stride()
+    )
 
 
 def _is_cut_plainly(parameter: Tensor) -> bool:
-    return isinstance(parameter, DTensor) and any(type(placement) is TorchShard for placement in parameter.placements)
+    return isinstance(parameter, DTensor) and any(
+        type(placement) is TorchShard for placement in parameter.placements
+    )
 
 
 def _storage(tensor: Tensor) -> int:

@@ -46,7 +46,15 @@ _SILENT = frozenset(
 )
 # memory without a kernel
 _ALLOCATIONS = frozenset(
-    {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided", "aten::resize_", "aten::set_"}
+    {
+        "aten::empty",
+        "aten::empty_like",
+        "aten::empty_strided",
+        "aten::new_empty",
+        "aten::new_empty_strided",
+        "aten::resize_",
+        "aten::set_",
+    }
 )
 
 
@@ -94,7 +102,11 @@ def _waits() -> frozenset[Any]:
 @lru_cache(maxsize=4096)
 def _schema(func: Any) -> _Schema:
     schema = func._schema
-    written = [(index, argument) for index, argument in enumerate(schema.arguments) if argument.alias_info and argument.alias_info.is_write]
+    written = [
+        (index, argument)
+        for index, argument in enumerate(schema.arguments)
+        if argument.alias_info and argument.alias_info.is_write
+    ]
     namespace = schema.name.partition("::")[0]
     return _Schema(
         schema.name,
@@ -150,8 +162,12 @@ class Recorder(TorchDispatchMode):
         self._recomputing = 0
         self._paused = 0
         self._change: tuple[Any, Any] | None = None
-        self._names = {id(module): name for name, module in model.named_modules(remove_duplicate=False) if name}
-        self._parameters = {id(parameter): name.rpartition(".")[0] for name, parameter in model.named_parameters()}
+        self._names = {
+            id(module): name for name, module in model.named_modules(remove_duplicate=False) if name
+        }
+        self._parameters = {
+            id(parameter): name.rpartition(".")[0] for name, parameter in model.named_parameters()
+        }
         self._live: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
         self._specs: dict[tuple[torch.dtype, torch.Size], TensorSpec] = {}
 
@@ -220,7 +236,18 @@ class Recorder(TorchDispatchMode):
             spec = self._spec(moved)
             n_bytes = _bytes(moved)
             self.events.append(
-                Op("aten::_to_copy", OpKind.COPY, self._phase(), self._module(), (spec,), (spec,), 0, n_bytes, n_bytes, True)
+                Op(
+                    "aten::_to_copy",
+                    OpKind.COPY,
+                    self._phase(),
+                    self._module(),
+                    (spec,),
+                    (spec,),
+                    0,
+                    n_bytes,
+                    n_bytes,
+                    True,
+                )
             )
             self._note_storage(moved, self._module(), "aten::_to_copy")
         return moved
@@ -250,7 +277,9 @@ class Recorder(TorchDispatchMode):
             return
         known = {t.untyped_storage()._cdata for t in inputs}
         made = [t for t in outputs if t.untyped_storage()._cdata not in known]
-        if name == _FSDP_COPY_IN:  # into its place in the gathered tensor, which is its last input; what it gives are views of that
+        if (
+            name == _FSDP_COPY_IN
+        ):  # into its place in the gathered tensor, which is its last input; what it gives are views of that
             self._add_op(name, args, inputs[:-1], outputs[:1], [])
             return
         if not made and not written:
@@ -258,11 +287,17 @@ class Recorder(TorchDispatchMode):
         self._note_outputs(made, name)
         self._add_op(name, args, inputs, made, written)
 
-    def _add_op(self, name: str, args: Any, inputs: list[Tensor], made: list[Tensor], written: list[Tensor]) -> None:
+    def _add_op(
+        self, name: str, args: Any, inputs: list[Tensor], made: list[Tensor], written: list[Tensor]
+    ) -> None:
         in_specs, out_specs = tuple(map(self._spec, inputs)), tuple(map(self._spec, made))
         written_ids = {id(t) for t in written}
         reads, writes = traffic_of(
-            name, in_specs, [_bytes(t) for t in inputs], [_bytes(t) for t in made], [_bytes(t) for t in inputs if id(t) in written_ids]
+            name,
+            in_specs,
+            [_bytes(t) for t in inputs],
+            [_bytes(t) for t in made],
+            [_bytes(t) for t in inputs if id(t) in written_ids],
         )
         causal = name.startswith("aten::_scaled_dot_product") and any(argument is True for argument in args)
         shown = name_on(name, self._device, in_specs)
@@ -334,7 +369,9 @@ class Recorder(TorchDispatchMode):
         key = (tensor.dtype, tensor.shape)
         known = self._specs.get(key)
         if known is None:
-            known = self._specs[key] = TensorSpec(str(tensor.dtype).removeprefix("torch."), tuple(int(size) for size in tensor.shape))
+            known = self._specs[key] = TensorSpec(
+                str(tensor.dtype).removeprefix("torch."), tuple(int(size) for size in tensor.shape)
+            )
         return known
 
     def _note_outputs(self, outputs: list[Tensor], maker: str) -> None:
@@ -377,7 +414,9 @@ class Recorder(TorchDispatchMode):
             try:
                 return original(module, *args, **kwargs)
             except Exception as error:
-                if not hasattr(error, _RAISED_IN):  # on the error itself: held here, it would hold the tensors of its frames
+                if not hasattr(
+                    error, _RAISED_IN
+                ):  # on the error itself: held here, it would hold the tensors of its frames
                     setattr(error, _RAISED_IN, name)
                 raise
             finally:
@@ -445,11 +484,17 @@ class _OntoDevice(TorchFunctionMode):
         if func is Tensor.to:
             tensor, *rest = args
             given = (*rest, *kwargs.values())
-            if type(tensor) in (Tensor, nn.Parameter) and any(isinstance(item, (torch.device, str)) for item in given):
+            if type(tensor) in (Tensor, nn.Parameter) and any(
+                isinstance(item, (torch.device, str)) for item in given
+            ):
                 device = next(item for item in given if isinstance(item, (torch.device, str)))
                 if torch.device(device).type != "meta" and not tensor.is_meta:
                     return self._recorder.onto_device(tensor, given)
-        elif kwargs.get("device") is not None and func in _factories() and torch.device(kwargs["device"]).type != "meta":
+        elif (
+            kwargs.get("device") is not None
+            and func in _factories()
+            and torch.device(kwargs["device"]).type != "meta"
+        ):
             return self._recorder.made_on_device(func, args, kwargs)
         return func(*args, **kwargs)
 

@@ -57,7 +57,14 @@ class _ThreadGroup(dist.ProcessGroup):
         self._wire = wire
         self._rank = rank
 
-    def all_to_all_single(self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], opts: Any = None) -> None:  # type: ignore[override]
+    def all_to_all_single(  # type: ignore[override]
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_splits: list[int],
+        input_splits: list[int],
+        opts: Any = None,
+    ) -> None:
         self._exchange(CollectiveKind.ALL_TO_ALL, input.split(input_splits), output, torch.cat)
 
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> None:  # type: ignore[override]
@@ -70,7 +77,11 @@ class _ThreadGroup(dist.ProcessGroup):
         self._exchange(CollectiveKind.ALL_REDUCE, [tensors[0]] * self._wire.size, tensors[0], _sum)
 
     def _exchange(
-        self, kind: CollectiveKind, blocks: Sequence[Tensor], output: Tensor, join: Callable[[tuple[Tensor, ...]], Tensor]
+        self,
+        kind: CollectiveKind,
+        blocks: Sequence[Tensor],
+        output: Tensor,
+        join: Callable[[tuple[Tensor, ...]], Tensor],
     ) -> None:
         issue = issuing()
         if issue is None:
@@ -82,7 +93,9 @@ class _ThreadGroup(dist.ProcessGroup):
             wire.barrier.wait(TIMEOUT_S)
             met = [block for block in wire.blocks if block is not None]
             if len({found for found, _ in met}) > 1:
-                raise RunError(f"ranks issued different collectives at one time: {', '.join(found for found, _ in met)}.")
+                raise RunError(
+                    f"ranks issued different collectives at one time: {', '.join(found for found, _ in met)}."
+                )
             received = tuple(block[self._rank] for _, block in met)
             wire.barrier.wait(TIMEOUT_S)
             output.detach().copy_(join(received).view_as(output))
@@ -93,7 +106,9 @@ class _ThreadMesh(DeviceMesh):
     """A mesh "tp" of one thread's group. Its identity is itself, so that nothing cached for one rank or run is taken for another's."""
 
     def __init__(self, group: _ThreadGroup, rank: int, size: int) -> None:
-        super().__init__("cpu", torch.arange(size, device="cpu"), mesh_dim_names=("tp",), _init_backend=False, _rank=rank)
+        super().__init__(
+            "cpu", torch.arange(size, device="cpu"), mesh_dim_names=("tp",), _init_backend=False, _rank=rank
+        )
         self._group = group
         self._own_rank = rank
 
@@ -127,13 +142,18 @@ def on_threads(size: int, work: Callable[[int, DeviceMesh, list[Exchanged]], T])
             errors.append(error)
             wire.barrier.abort()
 
-    threads = [threading.Thread(target=rank_thread, args=(rank,), name=f"shardwise rank {rank}", daemon=True) for rank in range(size)]
+    threads = [
+        threading.Thread(target=rank_thread, args=(rank,), name=f"shardwise rank {rank}", daemon=True)
+        for rank in range(size)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(2 * TIMEOUT_S)
     if errors:
-        raise next((error for error in errors if not isinstance(error, threading.BrokenBarrierError)), _stuck())
+        raise next(
+            (error for error in errors if not isinstance(error, threading.BrokenBarrierError)), _stuck()
+        )
     if len(results) < size:
         wire.barrier.abort()
         raise _stuck()
@@ -141,7 +161,9 @@ def on_threads(size: int, work: Callable[[int, DeviceMesh, list[Exchanged]], T])
 
 
 def _stuck() -> RunError:
-    return RunError("ranks waited for each other: they did not issue the same collectives. This is a bug in a style.")
+    return RunError(
+        "ranks waited for each other: they did not issue the same collectives. This is a bug in a style."
+    )
 
 
 def _sum(blocks: tuple[Tensor, ...]) -> Tensor:

@@ -12,7 +12,11 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllocMixin
 from torch.distributed.tensor import DTensor
@@ -77,7 +81,9 @@ def trace(
     if not 0 <= rank < mesh.world_size:
         raise OptionError(f"rank {rank} is not on mesh {mesh}. Use 0 to {mesh.world_size - 1}.")
     if plan is TheirPlan.UNSHARDED and mesh.tp > 1:
-        raise OptionError(f'plan "unsharded" shards nothing, and mesh {mesh} has a tp axis. Use tp=1, or another plan.')
+        raise OptionError(
+            f'plan "unsharded" shards nothing, and mesh {mesh} has a tp axis. Use tp=1, or another plan.'
+        )
     with fake_world(mesh, rank=rank, device=device) as device_mesh:
         progress(f"building {source.name}")
         job = _Job(source, plan, mesh, settings, device, rank, ids, device_mesh, on_model)
@@ -154,7 +160,9 @@ class _Job:
             generator = torch.Generator().manual_seed(settings.seed)
             ids_BS = torch.randint(vocab_size, (settings.batch, settings.seq), generator=generator)
         if tuple(ids_BS.shape) != (settings.batch, settings.seq):
-            raise OptionError(f"ids have shape {tuple(ids_BS.shape)}; the batch is {settings.batch} x {settings.seq}.")
+            raise OptionError(
+                f"ids have shape {tuple(ids_BS.shape)}; the batch is {settings.batch} x {settings.seq}."
+            )
         parts = self.mesh.data_parallel
         if settings.batch % (parts * settings.accumulation):
             raise OptionError(
@@ -166,7 +174,11 @@ class _Job:
 
     def rule_of(self, module: str) -> str | None:
         """The rule of a module, or of the nearest module around it."""
-        by_module = {name: f'"{rule.pattern}" ({rule.style.partition("(")[0]})' for rule in self.rules for name in rule.modules}
+        by_module = {
+            name: f'"{rule.pattern}" ({rule.style.partition("(")[0]})'
+            for rule in self.rules
+            for name in rule.modules
+        }
         while module:
             if module in by_module:
                 return by_module[module]
@@ -183,11 +195,16 @@ def _rules(plan: AnyPlan, model: nn.Module) -> tuple[RuleUse, ...]:
                 rule = plan.rule_for(name) if name else None
                 if rule is not None:
                     by_rule[rule.pattern].append(name)
-            return tuple(RuleUse(rule.pattern, str(rule.style), tuple(by_rule[rule.pattern])) for rule in plan.rules)
+            return tuple(
+                RuleUse(rule.pattern, str(rule.style), tuple(by_rule[rule.pattern])) for rule in plan.rules
+            )
         case TheirPlan.HF:
             from shardwise.parallel.hugging_face import hugging_face_rules
 
-            return tuple(RuleUse(rule.pattern, rule.style, rule.modules or rule.parameters) for rule in hugging_face_rules(model))
+            return tuple(
+                RuleUse(rule.pattern, rule.style, rule.modules or rule.parameters)
+                for rule in hugging_face_rules(model)
+            )
         case TheirPlan.UNSHARDED | TheirPlan.OWN:
             return ()
 
@@ -210,7 +227,10 @@ def _extended(job: _Job, whole: nn.Module, layers: Layers, progress: Callable[[s
         _Traced(
             (),
             _longer_holdings(long.holdings, layers.prefix, more),
-            {kind: n_bytes + (n_bytes - short.resident.get(kind, 0)) * more for kind, n_bytes in long.resident.items()},
+            {
+                kind: n_bytes + (n_bytes - short.resident.get(kind, 0)) * more
+                for kind, n_bytes in long.resident.items()
+            },
         ),
         extended(short.items, long.items, layers.prefix, layers.count),
     )
@@ -225,7 +245,9 @@ def _longer_holdings(holdings: tuple[Holding, ...], prefix: str, more: int) -> t
         if index is None or index < 2:
             found.append(holding)
             if template and holding is template[-1]:
-                found += [_moved_holding(again, prefix, by) for by in range(1, more + 1) for again in template]
+                found += [
+                    _moved_holding(again, prefix, by) for by in range(1, more + 1) for again in template
+                ]
         else:
             found.append(_moved_holding(holding, prefix, more))
     return tuple(found)
@@ -233,15 +255,24 @@ def _longer_holdings(holdings: tuple[Holding, ...], prefix: str, more: int) -> t
 
 def _moved_holding(holding: Holding, prefix: str, by: int) -> Holding:
     shared = tuple(moved_name(name, prefix, by) for name in holding.shared)
-    return replace(holding, name=moved_name(holding.name, prefix, by), module=moved_name(holding.module, prefix, by), shared=shared)
+    return replace(
+        holding,
+        name=moved_name(holding.name, prefix, by),
+        module=moved_name(holding.module, prefix, by),
+        shared=shared,
+    )
 
 
-def _program(job: _Job, whole: nn.Module, layers: Layers | None, traced: _Traced, blocks: tuple[Block, ...] | None) -> Program:
+def _program(
+    job: _Job, whole: nn.Module, layers: Layers | None, traced: _Traced, blocks: tuple[Block, ...] | None
+) -> Program:
     plan = job.plan
     return Program(
         model=job.source.name,
         plan=plan.name if isinstance(plan, Plan) else str(plan),
-        engine=str(plan.engine) if isinstance(plan, Plan) else {"hf": "transformers", "own": "dtensor"}.get(str(plan), "none"),
+        engine=str(plan.engine)
+        if isinstance(plan, Plan)
+        else {"hf": "transformers", "own": "dtensor"}.get(str(plan), "none"),
         device=job.device,
         rank=job.rank,
         axes=job.mesh.axes,
@@ -278,12 +309,16 @@ def fill_with_fakes(model: nn.Module, fake_mode: FakeTensorMode) -> None:
 
 
 def _trace_step(job: _Job, model: nn.Module, fake_mode: FakeTensorMode) -> _Traced:
-    groups = {str(job.device_mesh.get_group(name).group_name): name for name, size in job.mesh.axes if size > 1}
+    groups = {
+        str(job.device_mesh.get_group(name).group_name): name for name, size in job.mesh.axes if size > 1
+    }
     recorder = Recorder(model, fake_mode, groups, device=job.device, rule_of=job.rule_of)
     ids = job.micro_batches(vocab_size_of(model))
     model.register_forward_hook(_check_logits(job.source.name))
     with recorder.watching(), _fake_buffers_of_fsdp(recorder):
-        step = TrainStep(model, mesh=job.device_mesh if job.mesh.world_size > 1 else None, on_phase=recorder.enter_phase)
+        step = TrainStep(
+            model, mesh=job.device_mesh if job.mesh.world_size > 1 else None, on_phase=recorder.enter_phase
+        )
         _start_optimizer(step)
         kinds = _resident_kinds(recorder, model, step)
         batch = list(_batch(model, recorder, ids, fake_mode))
@@ -306,7 +341,11 @@ def _trace_step(job: _Job, model: nn.Module, fake_mode: FakeTensorMode) -> _Trac
             if kept is not None:
                 kinds.setdefault(kept, MemoryKind.GRADIENT)
     routes = _Routes(job, model, ids)
-    return _Traced(tuple(_items(recorder, kinds, set(kinds) - _made(recorder), routes)), _holdings(model, step, job), resident)
+    return _Traced(
+        tuple(_items(recorder, kinds, set(kinds) - _made(recorder), routes)),
+        _holdings(model, step, job),
+        resident,
+    )
 
 
 @contextmanager
@@ -323,9 +362,15 @@ def _fake_buffers_of_fsdp(recorder: Recorder) -> Iterator[None]:
 def _check_logits(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], object], None]:
     def check(_: nn.Module, inputs: tuple[Tensor, ...], logits: object) -> None:
         expected = list(inputs[0].shape)
-        found = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else f"type {shown(type(logits).__name__)}"
+        found = (
+            f"shape {list(logits.shape)}"
+            if isinstance(logits, Tensor)
+            else f"type {shown(type(logits).__name__)}"
+        )
         if not isinstance(logits, Tensor) or logits.ndim != 3 or list(logits.shape[:2]) != expected:
-            raise ModelError(f'model "{name}": for ids {expected} its output is of {found}. Return logits [B, S, V].')
+            raise ModelError(
+                f'model "{name}": for ids {expected} its output is of {found}. Return logits [B, S, V].'
+            )
 
     return check
 
@@ -344,7 +389,9 @@ def _failure(job: _Job, recorder: Recorder, error: Exception) -> ModelError | Pl
     return PlanError(f'plan "{plan}": {raised} See whether it is explained under plan "unsharded".')
 
 
-def _batch(model: nn.Module, recorder: Recorder, ids: list[Tensor], fake_mode: FakeTensorMode) -> Iterator[tuple[Tensor, Tensor]]:
+def _batch(
+    model: nn.Module, recorder: Recorder, ids: list[Tensor], fake_mode: FakeTensorMode
+) -> Iterator[tuple[Tensor, Tensor]]:
     """(ids, labels) of each micro-batch: real ids on the host where the native engine decides by them, else fake ones on the device."""
     plan = applied_to(model).plan
     on_host = plan is not None and plan.engine is Engine.NATIVE
@@ -367,7 +414,11 @@ def _never_made(step: TrainStep) -> Iterator[Tensor]:
     """Takes away the state of parameters that the step gives no gradient: a real optimizer makes none for them."""
     for parameter in step.model.parameters():
         if parameter.grad is None:
-            yield from (_local(value) for value in step.optimizer.state.pop(parameter, {}).values() if isinstance(value, Tensor))
+            yield from (
+                _local(value)
+                for value in step.optimizer.state.pop(parameter, {}).values()
+                if isinstance(value, Tensor)
+            )
 
 
 def _resident_kinds(recorder: Recorder, model: nn.Module, step: TrainStep) -> dict[int, MemoryKind]:
@@ -389,7 +440,9 @@ def _made(recorder: Recorder) -> set[int]:
     return {event.storage for event in recorder.events if isinstance(event, Came)}
 
 
-def _items(recorder: Recorder, kinds: dict[int, MemoryKind], resident: set[int], routes: "_Routes") -> Iterator[Item]:
+def _items(
+    recorder: Recorder, kinds: dict[int, MemoryKind], resident: set[int], routes: "_Routes"
+) -> Iterator[Item]:
     """The recorder's events as items: storages get their kinds, collectives that the data decides what all ranks send."""
     kinds = kinds | _kinds_by_life(recorder, kinds)
     decided = set(recorder.decided_by_data)
@@ -450,12 +503,18 @@ class _Routes:
         index = self._seen[key] = self._seen.get(key, -1) + 1
         row_bytes = module.embedding_dim * getattr(torch, call.dtype).itemsize
         backward = call.phase == Phase.BACKWARD
-        sent = [pair[backward] * row_bytes for pair in self._all_ranks(collective.module, module, index % len(self._ids))]
+        sent = [
+            pair[backward] * row_bytes
+            for pair in self._all_ranks(collective.module, module, index % len(self._ids))
+        ]
         tokens = self._ids[0].numel() // call.axis_size
         rows = -(-module.num_embeddings // call.axis_size)
         bound = tokens if backward else (call.axis_size - 1) * min(tokens, rows)
         largest = max(range(len(sent)), key=lambda rank: sent[rank])
-        return replace(collective, by_data=ByData(sum(sent) / len(sent), float(sent[largest]), largest, float(bound * row_bytes)))
+        return replace(
+            collective,
+            by_data=ByData(sum(sent) / len(sent), float(sent[largest]), largest, float(bound * row_bytes)),
+        )
 
     def _all_ranks(self, name: str, module: nn.Embedding, index: int) -> list[tuple[int, int]]:
         """(rows that a rank sends to others in the forward, rows that it sends back in the backward), per rank."""
@@ -463,12 +522,16 @@ class _Routes:
             plan = applied_to(self._model).plan
             rule = plan.rule_for(name) if plan is not None else None
             ownership = RowOwnership(
-                module.num_embeddings, self._job.mesh.tp, rule.style.ownership if rule is not None else Ownership.CONTIGUOUS
+                module.num_embeddings,
+                self._job.mesh.tp,
+                rule.style.ownership if rule is not None else Ownership.CONTIGUOUS,
             )
             pairs = []
             for rank in range(self._job.mesh.tp):
                 found = route(self._ids[index], ownership, rank)
-                pairs.append((found.rows_sent_to_others(rank), sum(found.receive_splits) - found.receive_splits[rank]))
+                pairs.append(
+                    (found.rows_sent_to_others(rank), sum(found.receive_splits) - found.receive_splits[rank])
+                )
             self._rows[name, index] = pairs
         return self._rows[name, index]
 

@@ -60,9 +60,13 @@ def record_walkthrough(subject: Subject | str, *, ranks: int = 2, module: str | 
         subject = Subject(subject)
     except ValueError:
         allowed = [str(known) for known in Subject]
-        raise OptionError(f'walk-through "{subject}" is unknown.{suggest(str(subject), allowed)} Allowed: {", ".join(allowed)}.') from None
+        raise OptionError(
+            f'walk-through "{subject}" is unknown.{suggest(str(subject), allowed)} Allowed: {", ".join(allowed)}.'
+        ) from None
     if ranks not in RANKS:
-        raise OptionError(f"a walk-through on {ranks} ranks is not offered. Allowed: {', '.join(map(str, RANKS))}.")
+        raise OptionError(
+            f"a walk-through on {ranks} ranks is not offered. Allowed: {', '.join(map(str, RANKS))}."
+        )
     toy = Toy(subject, ranks)
     whole = on_threads(1, lambda *_: run_whole(toy))[0]
     runs = on_threads(ranks, lambda rank, mesh, log: run_rank(toy, rank, mesh, log))
@@ -122,7 +126,13 @@ class _Builder:
 
     def held(self) -> list[Held]:
         return [
-            Held(rank, tuple(run.parameter.shape), _bytes(run.parameter), tuple(run.gradient.shape), _bytes(run.gradient))
+            Held(
+                rank,
+                tuple(run.parameter.shape),
+                _bytes(run.parameter),
+                tuple(run.gradient.shape),
+                _bytes(run.gradient),
+            )
             for rank, run in enumerate(self.runs)
         ]
 
@@ -137,12 +147,19 @@ class _Builder:
         def block(content: Content, source: int, destination: int, own: Role) -> Matrix:
             peer = destination if content is Content.SENT else source
             tokens = self.tokens[destination]
-            return self._of_tokens(content, forward[source].sent[destination], tokens, roles(source, tokens, own), peer=peer)
+            return self._of_tokens(
+                content, forward[source].sent[destination], tokens, roles(source, tokens, own), peer=peer
+            )
 
-        sent = [tuple(block(Content.SENT, rank, to, Role.OWN) for to in range(self.T)) for rank in range(self.T)]
+        sent = [
+            tuple(block(Content.SENT, rank, to, Role.OWN) for to in range(self.T)) for rank in range(self.T)
+        ]
         gets = [
             (
-                *(block(Content.RECEIVED, source, rank, Role.KEPT if source == rank else Role.RECEIVED) for source in range(self.T)),
+                *(
+                    block(Content.RECEIVED, source, rank, Role.KEPT if source == rank else Role.RECEIVED)
+                    for source in range(self.T)
+                ),
                 self._of_tokens(Content.SUM, forward[rank].result, self.tokens[rank], Role.SUMMED),
             )
             for rank in range(self.T)
@@ -170,7 +187,10 @@ class _Builder:
             )
             for rank in range(self.T)
         ]
-        gradients = [(self._of_tokens(Content.SENT, backward[rank].sent[0], self.tokens[rank], Role.GIVEN),) for rank in range(self.T)]
+        gradients = [
+            (self._of_tokens(Content.SENT, backward[rank].sent[0], self.tokens[rank], Role.GIVEN),)
+            for rank in range(self.T)
+        ]
         return [
             self._cut(self._row_cut_table),
             self._id_step(),
@@ -189,7 +209,9 @@ class _Builder:
 
         def forward_block(source: int, destination: int, content: Content) -> Matrix:
             peer = destination if content is Content.SENT else source
-            role = Role.OWN if content is Content.SENT else Role.KEPT if source == destination else Role.RECEIVED
+            role = (
+                Role.OWN if content is Content.SENT else Role.KEPT if source == destination else Role.RECEIVED
+            )
             # what stays never takes part in the all-to-all: it lies in the output already
             kept = self.runs[source].output[:, self.columns[source]]
             values = kept if source == destination else forward[source].sent[destination]
@@ -197,14 +219,25 @@ class _Builder:
 
         def backward_block(source: int, destination: int, content: Content) -> Matrix:
             peer = destination if content is Content.SENT else source
-            role = Role.GIVEN if content is Content.SENT else Role.KEPT if source == destination else Role.RECEIVED
+            role = (
+                Role.GIVEN
+                if content is Content.SENT
+                else Role.KEPT
+                if source == destination
+                else Role.RECEIVED
+            )
             kept = self.runs[source].output_gradient[:, self.columns[source]]
             values = kept if source == destination else backward[source].sent[destination]
             return self._slices(content, values, self.tokens[source], destination, role, peer)
 
-        def blocks(block: Callable[[int, int, Content], Matrix], content: Content) -> list[tuple[Matrix, ...]]:
+        def blocks(
+            block: Callable[[int, int, Content], Matrix], content: Content
+        ) -> list[tuple[Matrix, ...]]:
             return [
-                tuple(block(rank, peer, content) if content is Content.SENT else block(peer, rank, content) for peer in range(self.T))
+                tuple(
+                    block(rank, peer, content) if content is Content.SENT else block(peer, rank, content)
+                    for peer in range(self.T)
+                )
                 for rank in range(self.T)
             ]
 
@@ -213,7 +246,9 @@ class _Builder:
             self._cut(self._column_cut_parameter),
             self._id_step(),
             self._local(StepKind.COMPUTE, Phase.FORWARD, sent),
-            self._exchange(Phase.FORWARD, forward, sent, blocks(forward_block, Content.RECEIVED), len(self.columns[0])),
+            self._exchange(
+                Phase.FORWARD, forward, sent, blocks(forward_block, Content.RECEIVED), len(self.columns[0])
+            ),
             self._token_result(),
             self._gradient_in(),
             self._exchange(
@@ -231,10 +266,15 @@ class _Builder:
         backward = self._only(Phase.BACKWARD, CollectiveKind.ALL_TO_ALL)
         # local rows that each rank sends to each destination, and the ids that they are of
         send_rows = [
-            [rows.tolist() for rows in run.shown["send_rows"].split([len(block) for block in forward[rank].sent])]
+            [
+                rows.tolist()
+                for rows in run.shown["send_rows"].split([len(block) for block in forward[rank].sent])
+            ]
             for rank, run in enumerate(self.runs)
         ]
-        send_ids = [[[self.ids[rank][row] for row in rows] for rows in send_rows[rank]] for rank in range(self.T)]
+        send_ids = [
+            [[self.ids[rank][row] for row in rows] for rows in send_rows[rank]] for rank in range(self.T)
+        ]
 
         def routes(rank: int) -> tuple[Matrix, ...]:
             return tuple(
@@ -255,8 +295,17 @@ class _Builder:
             return Role.KEPT if source == rank else Role.RECEIVED
 
         ranks = range(self.T)
-        sent = [tuple(rows(Content.SENT, forward[r].sent[to], send_ids[r][to], Role.OWN, to) for to in ranks) for r in ranks]
-        gets = [tuple(rows(Content.RECEIVED, forward[r].received[s], send_ids[s][r], arrival(s, r), s) for s in ranks) for r in ranks]
+        sent = [
+            tuple(rows(Content.SENT, forward[r].sent[to], send_ids[r][to], Role.OWN, to) for to in ranks)
+            for r in ranks
+        ]
+        gets = [
+            tuple(
+                rows(Content.RECEIVED, forward[r].received[s], send_ids[s][r], arrival(s, r), s)
+                for s in ranks
+            )
+            for r in ranks
+        ]
         expand = [
             self._matrix(
                 Content.EXPAND,
@@ -267,9 +316,16 @@ class _Builder:
             )
             for r in ranks
         ]
-        summed = [tuple(rows(Content.SENT, backward[r].sent[s], send_ids[s][r], Role.OWN, s) for s in ranks) for r in ranks]
+        summed = [
+            tuple(rows(Content.SENT, backward[r].sent[s], send_ids[s][r], Role.OWN, s) for s in ranks)
+            for r in ranks
+        ]
         returned = [
-            tuple(rows(Content.RECEIVED, backward[r].received[to], send_ids[r][to], arrival(to, r), to) for to in ranks) for r in ranks
+            tuple(
+                rows(Content.RECEIVED, backward[r].received[to], send_ids[r][to], arrival(to, r), to)
+                for to in ranks
+            )
+            for r in ranks
         ]
         hidden = self.toy.hidden
         return [
@@ -292,7 +348,9 @@ class _Builder:
         def table(content: Content, values: Tensor, role: Role, ids: Sequence[int]) -> tuple[Matrix]:
             roles = [role if item in ids else Role.UNTOUCHED for item in range(VOCABULARY)]
             shaped = values.view(VOCABULARY, -1)
-            return (self._matrix(content, shaped, roles, items=range(VOCABULARY), columns=range(self.toy.hidden)),)
+            return (
+                self._matrix(content, shaped, roles, items=range(VOCABULARY), columns=range(self.toy.hidden)),
+            )
 
         ranks = range(self.T)
         own_ids = [run.shown["own_ids"].flatten().tolist() for run in self.runs]
@@ -330,17 +388,37 @@ class _Builder:
         backward = self._only(Phase.BACKWARD, CollectiveKind.REDUCE_SCATTER)
         sent, gathered = self._gather_blocks(forward, Role.GIVEN)
         partial, summed = self._scatter_blocks(backward)
-        output = [(self._slices(Content.OUTPUT, self.runs[r].output, self.all_tokens, r, Role.OWN, None),) for r in range(self.T)]
-        whole = self._of_tokens(Content.OUTPUT, self.whole.output, self.all_tokens, Role.OWN, column_owners=self.column_owners)
+        output = [
+            (self._slices(Content.OUTPUT, self.runs[r].output, self.all_tokens, r, Role.OWN, None),)
+            for r in range(self.T)
+        ]
+        whole = self._of_tokens(
+            Content.OUTPUT, self.whole.output, self.all_tokens, Role.OWN, column_owners=self.column_owners
+        )
         given = [
-            (self._slices(Content.OUTPUT_GRADIENT, self.runs[r].output_gradient, self.all_tokens, r, Role.GIVEN, None),)
+            (
+                self._slices(
+                    Content.OUTPUT_GRADIENT,
+                    self.runs[r].output_gradient,
+                    self.all_tokens,
+                    r,
+                    Role.GIVEN,
+                    None,
+                ),
+            )
             for r in range(self.T)
         ]
         return [
             self._cut(self._row_cut_table),
             self._local(StepKind.INPUT, Phase.FORWARD, self._input_rows()),
             self._exchange(Phase.FORWARD, forward, sent, gathered, self.toy.hidden),
-            self._compared(StepKind.RESULT, Phase.FORWARD, output, whole, self._difference("output", self.toy.output_dim - 1)),
+            self._compared(
+                StepKind.RESULT,
+                Phase.FORWARD,
+                output,
+                whole,
+                self._difference("output", self.toy.output_dim - 1),
+            ),
             self._local(StepKind.GRADIENT_IN, Phase.BACKWARD, given),
             self._local(StepKind.COMPUTE, Phase.BACKWARD, partial),
             self._exchange(Phase.BACKWARD, backward, partial, summed, self.toy.hidden),
@@ -353,12 +431,24 @@ class _Builder:
         backward = self._only(Phase.BACKWARD, CollectiveKind.ALL_GATHER)
         partial, summed = self._scatter_blocks(forward)
         sent, gathered = self._gather_blocks(backward, Role.GIVEN)
-        given = [(self._slices(Content.INPUT, self.runs[r].input, self.all_tokens, r, Role.GIVEN, None),) for r in range(self.T)]
+        given = [
+            (self._slices(Content.INPUT, self.runs[r].input, self.all_tokens, r, Role.GIVEN, None),)
+            for r in range(self.T)
+        ]
         input_gradient = [
-            (self._slices(Content.INPUT_GRADIENT, self.runs[r].input_gradient, self.all_tokens, r, Role.OWN, None),) for r in range(self.T)
+            (
+                self._slices(
+                    Content.INPUT_GRADIENT, self.runs[r].input_gradient, self.all_tokens, r, Role.OWN, None
+                ),
+            )
+            for r in range(self.T)
         ]
         whole = self._of_tokens(
-            Content.INPUT_GRADIENT, self.whole.input_gradient, self.all_tokens, Role.OWN, column_owners=self.column_owners
+            Content.INPUT_GRADIENT,
+            self.whole.input_gradient,
+            self.all_tokens,
+            Role.OWN,
+            column_owners=self.column_owners,
         )
         return [
             self._cut(self._column_cut_parameter),
@@ -368,7 +458,13 @@ class _Builder:
             self._token_result(),
             self._gradient_in(),
             self._exchange(Phase.BACKWARD, backward, sent, gathered, self.toy.hidden),
-            self._compared(StepKind.INPUT_GRADIENT, Phase.BACKWARD, input_gradient, whole, self._difference("input_gradient", 1)),
+            self._compared(
+                StepKind.INPUT_GRADIENT,
+                Phase.BACKWARD,
+                input_gradient,
+                whole,
+                self._difference("input_gradient", 1),
+            ),
             self._weight_gradient(self._column_cut_gradient, 1),
         ]
 
@@ -415,17 +511,30 @@ class _Builder:
                 for label, column in zip(labels, columns, strict=True)
             ]
 
-        def of_tokens(content: Content, values: Tensor | list[list[float | None]], roles: Role | list[Role]) -> Matrix:
+        def of_tokens(
+            content: Content, values: Tensor | list[list[float | None]], roles: Role | list[Role]
+        ) -> Matrix:
             return self._matrix(content, values, roles, tokens=self.all_tokens, items=items)
 
         def logits(content: Content, values: Tensor, columns: Sequence[int]) -> Matrix:
             owners = [self.column_owners[column] for column in columns]
-            return self._matrix(content, values, Role.OWN, tokens=self.all_tokens, items=items, columns=columns, column_owners=owners)
+            return self._matrix(
+                content,
+                values,
+                Role.OWN,
+                tokens=self.all_tokens,
+                items=items,
+                columns=columns,
+                column_owners=owners,
+            )
 
         mine = [
             of_tokens(
                 Content.LOCAL_ROWS,
-                [[None if column < 0 else float(column)] for column in self.runs[r].shown["own_columns"].tolist()],
+                [
+                    [None if column < 0 else float(column)]
+                    for column in self.runs[r].shown["own_columns"].tolist()
+                ],
                 own(r),
             )
             for r in ranks
@@ -483,7 +592,9 @@ class _Builder:
         for rank, exchanges in enumerate(found):
             if [exchanged.kind for exchanged in exchanges] != [kind]:
                 issued = ", ".join(exchanged.kind for exchanged in exchanges) or "none"
-                raise RunError(f"walk-through {self.toy.subject}: rank {rank} issued {issued} in {phase}, where one {kind} was expected.")
+                raise RunError(
+                    f"walk-through {self.toy.subject}: rank {rank} issued {issued} in {phase}, where one {kind} was expected."
+                )
         return [exchanges[0] for exchanges in found]
 
     def _none(self, phase: Phase) -> None:
@@ -518,7 +629,9 @@ class _Builder:
         peer: int | None = None,
         column_owners: Sequence[int] = (),
     ) -> Matrix:
-        listed: Sequence[Sequence[float | None]] = values.detach().tolist() if isinstance(values, Tensor) else values
+        listed: Sequence[Sequence[float | None]] = (
+            values.detach().tolist() if isinstance(values, Tensor) else values
+        )
         with_owners = self._is_row_cut() and self.toy.kind == "embedding"
         return Matrix(
             content,
@@ -551,27 +664,58 @@ class _Builder:
         shaped = values.reshape(len(tokens), self.toy.hidden)
         items = self._items(tokens) if self.toy.kind == "embedding" else None
         columns = range(self.toy.hidden)
-        return self._matrix(content, shaped, roles, tokens=tokens, items=items, columns=columns, peer=peer, column_owners=column_owners)
+        return self._matrix(
+            content,
+            shaped,
+            roles,
+            tokens=tokens,
+            items=items,
+            columns=columns,
+            peer=peer,
+            column_owners=column_owners,
+        )
 
-    def _slices(self, content: Content, values: Tensor, tokens: Sequence[int], owner: int, role: Role, peer: int | None) -> Matrix:
+    def _slices(
+        self,
+        content: Content,
+        values: Tensor,
+        tokens: Sequence[int],
+        owner: int,
+        role: Role,
+        peer: int | None,
+    ) -> Matrix:
         """The columns of `owner` of tokens' rows."""
         columns = self.columns[owner]
         items = self._items(tokens) if self.toy.kind == "embedding" else None
         shaped = values.reshape(len(tokens), len(columns))
         return self._matrix(
-            content, shaped, role, tokens=tokens, items=items, columns=columns, peer=peer, column_owners=[owner] * len(columns)
+            content,
+            shaped,
+            role,
+            tokens=tokens,
+            items=items,
+            columns=columns,
+            peer=peer,
+            column_owners=[owner] * len(columns),
         )
 
     def _cut(self, matrix: Callable[[Run, int], Matrix]) -> Step:
-        return self._local(StepKind.CUT, Phase.FORWARD, [(matrix(run, rank),) for rank, run in enumerate(self.runs)])
+        return self._local(
+            StepKind.CUT, Phase.FORWARD, [(matrix(run, rank),) for rank, run in enumerate(self.runs)]
+        )
 
     def _row_cut(self, content: Content, values: Tensor, rank: int, roles: Role | Sequence[Role]) -> Matrix:
         items = self.ids[rank]
-        return self._with_item_owners(self._matrix(content, values, roles, items=items, columns=range(self.toy.hidden)))
+        return self._with_item_owners(
+            self._matrix(content, values, roles, items=items, columns=range(self.toy.hidden))
+        )
 
     def _with_item_owners(self, matrix: Matrix) -> Matrix:
         rows = tuple(
-            Row(row.values, row.role, row.token, row.item, self.owner[row.item]) if row.item is not None else row for row in matrix.rows
+            Row(row.values, row.role, row.token, row.item, self.owner[row.item])
+            if row.item is not None
+            else row
+            for row in matrix.rows
         )
         return Matrix(matrix.content, matrix.columns, rows, matrix.peer, matrix.column_owners)
 
@@ -581,12 +725,27 @@ class _Builder:
     def _column_cut_parameter(self, run: Run, rank: int) -> Matrix:
         return self._column_cut(Content.PARAMETER, run.parameter, rank, Role.OWN)
 
-    def _column_cut(self, content: Content, values: Tensor, rank: int, roles: Role | Sequence[Role]) -> Matrix:
+    def _column_cut(
+        self, content: Content, values: Tensor, rank: int, roles: Role | Sequence[Role]
+    ) -> Matrix:
         columns = self.columns[rank]
-        return self._matrix(content, values, roles, items=range(len(values)), columns=columns, column_owners=[rank] * len(columns))
+        return self._matrix(
+            content,
+            values,
+            roles,
+            items=range(len(values)),
+            columns=columns,
+            column_owners=[rank] * len(columns),
+        )
 
     def _whole_table(self, run: Run, rank: int) -> Matrix:
-        return self._matrix(Content.PARAMETER, run.parameter, Role.OWN, items=range(VOCABULARY), columns=range(self.toy.hidden))
+        return self._matrix(
+            Content.PARAMETER,
+            run.parameter,
+            Role.OWN,
+            items=range(VOCABULARY),
+            columns=range(self.toy.hidden),
+        )
 
     def _row_cut_gradient(self, run: Run, rank: int) -> Matrix:
         return self._row_cut(Content.GRADIENT, run.gradient, rank, Role.OWN)
@@ -613,33 +772,53 @@ class _Builder:
         )
 
     def _input_rows(self) -> list[tuple[Matrix, ...]]:
-        return [(self._of_tokens(Content.INPUT, self.runs[r].input, self.tokens[r], Role.GIVEN),) for r in range(self.T)]
+        return [
+            (self._of_tokens(Content.INPUT, self.runs[r].input, self.tokens[r], Role.GIVEN),)
+            for r in range(self.T)
+        ]
 
-    def _gather_blocks(self, exchanged: list[Exchanged], role: Role) -> tuple[list[tuple[Matrix, ...]], list[tuple[Matrix, ...]]]:
+    def _gather_blocks(
+        self, exchanged: list[Exchanged], role: Role
+    ) -> tuple[list[tuple[Matrix, ...]], list[tuple[Matrix, ...]]]:
         """(what each rank lays down, what each has from every rank) of an all-gather of whole rows."""
         ranks = range(self.T)
         sent = [(self._of_tokens(Content.SENT, exchanged[r].sent[0], self.tokens[r], role),) for r in ranks]
         received = [
             tuple(
-                self._of_tokens(Content.RECEIVED, exchanged[r].received[s], self.tokens[s], Role.KEPT if s == r else Role.RECEIVED, peer=s)
+                self._of_tokens(
+                    Content.RECEIVED,
+                    exchanged[r].received[s],
+                    self.tokens[s],
+                    Role.KEPT if s == r else Role.RECEIVED,
+                    peer=s,
+                )
                 for s in ranks
             )
             for r in ranks
         ]
         return sent, received  # type: ignore[return-value]
 
-    def _scatter_blocks(self, exchanged: list[Exchanged]) -> tuple[list[tuple[Matrix, ...]], list[tuple[Matrix, ...]]]:
+    def _scatter_blocks(
+        self, exchanged: list[Exchanged]
+    ) -> tuple[list[tuple[Matrix, ...]], list[tuple[Matrix, ...]]]:
         """(summands by destination, summands by source and their sum) of a reduce-scatter of whole rows."""
         ranks = range(self.T)
         partial = [
-            tuple(self._of_tokens(Content.SENT, exchanged[r].sent[to], self.tokens[to], Role.PARTIAL, peer=to) for to in ranks)
+            tuple(
+                self._of_tokens(Content.SENT, exchanged[r].sent[to], self.tokens[to], Role.PARTIAL, peer=to)
+                for to in ranks
+            )
             for r in ranks
         ]
         summed = [
             (
                 *(
                     self._of_tokens(
-                        Content.RECEIVED, exchanged[r].received[s], self.tokens[r], Role.KEPT if s == r else Role.RECEIVED, peer=s
+                        Content.RECEIVED,
+                        exchanged[r].received[s],
+                        self.tokens[r],
+                        Role.KEPT if s == r else Role.RECEIVED,
+                        peer=s,
                     )
                     for s in ranks
                 ),
@@ -669,18 +848,37 @@ class _Builder:
             if source != destination
         )
         panels = tuple(Panel(rank, holds[rank], gets[rank]) for rank in range(self.T))
-        return Step(StepKind.EXCHANGE, phase, panels, Exchange(first.kind, str(first.origin.before), str(first.origin.after), transfers))
+        return Step(
+            StepKind.EXCHANGE,
+            phase,
+            panels,
+            Exchange(first.kind, str(first.origin.before), str(first.origin.after), transfers),
+        )
 
-    def _compared(self, kind: StepKind, phase: Phase, holds: Sequence[tuple[Matrix, ...]], whole: Matrix, difference: Difference) -> Step:
+    def _compared(
+        self,
+        kind: StepKind,
+        phase: Phase,
+        holds: Sequence[tuple[Matrix, ...]],
+        whole: Matrix,
+        difference: Difference,
+    ) -> Step:
         panels = (*(Panel(rank, matrices) for rank, matrices in enumerate(holds)), Panel(None, (whole,)))
         return Step(kind, phase, panels, difference=difference)
 
     def _token_result(self) -> Step:
         owners = self.column_owners if self.toy.subject is Subject.EMBEDDING_COLWISE else ()
         holds = [
-            (self._of_tokens(Content.OUTPUT, self.runs[r].output, self.tokens[r], Role.OWN, column_owners=owners),) for r in range(self.T)
+            (
+                self._of_tokens(
+                    Content.OUTPUT, self.runs[r].output, self.tokens[r], Role.OWN, column_owners=owners
+                ),
+            )
+            for r in range(self.T)
         ]
-        whole = self._of_tokens(Content.OUTPUT, self.whole.output, self.all_tokens, Role.OWN, column_owners=owners)
+        whole = self._of_tokens(
+            Content.OUTPUT, self.whole.output, self.all_tokens, Role.OWN, column_owners=owners
+        )
         return self._compared(StepKind.RESULT, Phase.FORWARD, holds, whole, self._difference("output", 0))
 
     def _gradient_in(self) -> Step:
@@ -689,15 +887,28 @@ class _Builder:
             StepKind.GRADIENT_IN,
             Phase.BACKWARD,
             [
-                (self._of_tokens(Content.OUTPUT_GRADIENT, self.runs[r].output_gradient, self.tokens[r], Role.GIVEN, column_owners=owners),)
+                (
+                    self._of_tokens(
+                        Content.OUTPUT_GRADIENT,
+                        self.runs[r].output_gradient,
+                        self.tokens[r],
+                        Role.GIVEN,
+                        column_owners=owners,
+                    ),
+                )
                 for r in range(self.T)
             ],
         )
 
     def _input_gradient(self) -> Step:
-        holds = [(self._of_tokens(Content.INPUT_GRADIENT, self.runs[r].input_gradient, self.tokens[r], Role.OWN),) for r in range(self.T)]
+        holds = [
+            (self._of_tokens(Content.INPUT_GRADIENT, self.runs[r].input_gradient, self.tokens[r], Role.OWN),)
+            for r in range(self.T)
+        ]
         whole = self._of_tokens(Content.INPUT_GRADIENT, self.whole.input_gradient, self.all_tokens, Role.OWN)
-        return self._compared(StepKind.INPUT_GRADIENT, Phase.BACKWARD, holds, whole, self._difference("input_gradient", 0))
+        return self._compared(
+            StepKind.INPUT_GRADIENT, Phase.BACKWARD, holds, whole, self._difference("input_gradient", 0)
+        )
 
     def _table_gradient(self) -> Step:
         touched = set(self._items(self.all_tokens))
@@ -708,13 +919,21 @@ class _Builder:
         match self.toy.subject:
             case Subject.EMBEDDING_COLWISE:
                 dim: int | None = 1
-                holds = [(self._column_cut(Content.GRADIENT, self.runs[r].gradient, r, roles(range(VOCABULARY))),) for r in range(self.T)]
+                holds = [
+                    (self._column_cut(Content.GRADIENT, self.runs[r].gradient, r, roles(range(VOCABULARY))),)
+                    for r in range(self.T)
+                ]
             case Subject.EMBEDDING_REPLICATED:
                 dim = None
-                holds = [(self._whole_gradient(self.runs[r], roles(range(VOCABULARY))),) for r in range(self.T)]
+                holds = [
+                    (self._whole_gradient(self.runs[r], roles(range(VOCABULARY))),) for r in range(self.T)
+                ]
             case _:
                 dim = 0
-                holds = [(self._row_cut(Content.GRADIENT, self.runs[r].gradient, r, roles(self.ids[r])),) for r in range(self.T)]
+                holds = [
+                    (self._row_cut(Content.GRADIENT, self.runs[r].gradient, r, roles(self.ids[r])),)
+                    for r in range(self.T)
+                ]
         return self._compared(
             StepKind.GRADIENT,
             Phase.BACKWARD,
@@ -726,7 +945,12 @@ class _Builder:
     def _whole_gradient(self, run: Run, roles: Sequence[Role]) -> Matrix:
         owners = self.column_owners if self.toy.subject is Subject.EMBEDDING_COLWISE else ()
         return self._matrix(
-            Content.GRADIENT, run.gradient, roles, items=range(len(run.gradient)), columns=range(self.toy.hidden), column_owners=owners
+            Content.GRADIENT,
+            run.gradient,
+            roles,
+            items=range(len(run.gradient)),
+            columns=range(self.toy.hidden),
+            column_owners=owners,
         )
 
     def _weight_gradient(self, matrix: Callable[[Run, int], Matrix], dim: int | None) -> Step:
@@ -744,7 +968,9 @@ class _Builder:
                 column_owners=owners,
             )
             whole = self._with_item_owners(whole) if dim == 0 else whole
-        return self._compared(StepKind.GRADIENT, Phase.BACKWARD, holds, whole, self._difference("gradient", dim))
+        return self._compared(
+            StepKind.GRADIENT, Phase.BACKWARD, holds, whole, self._difference("gradient", dim)
+        )
 
     def _difference(self, name: str, dim: int | None) -> Difference:
         """Of a tensor that the ranks have cut along `dim` (as the table's rows are dealt, for rows), or each whole."""
@@ -764,7 +990,9 @@ class _Builder:
         return Difference(largest, ALLOWED_ERROR * max(1.0, float(expected.abs().max())))
 
 
-def _transfer(kind: CollectiveKind, source: int, destination: int, block: Tensor, width: int, ranks: int) -> Transfer:
+def _transfer(
+    kind: CollectiveKind, source: int, destination: int, block: Tensor, width: int, ranks: int
+) -> Transfer:
     if kind is CollectiveKind.ALL_REDUCE:
         share = wire_bytes(kind, _bytes(block), ranks) / (ranks - 1)
         return Transfer(source, destination, None, None, round(share))

@@ -18,9 +18,7 @@ from torch.nn.utils import skip_init
 from shardwise.core.errors import RunError
 from shardwise.core.placement import Shard
 from shardwise.core.plan import Ownership, Plan, ReduceScatter, Rule, Style, StyleName
-from shardwise.core.walkthrough import (
-    Subject,
-)
+from shardwise.core.walkthrough import Subject
 from shardwise.parallel.apply import loss_of, parallelize
 from shardwise.parallel.loss import IGNORED
 from shardwise.parallel.ownership import RowOwnership
@@ -97,11 +95,17 @@ class Toy:
             case "embedding":
                 built = nn.Embedding.from_pretrained(_grid(V, H, row=10), freeze=False)
             case "linear":
-                built = _with_weight(skip_init(nn.Linear, H, H, bias=False, dtype=DTYPE), _grid(H, H, row=10, first=10))
+                built = _with_weight(
+                    skip_init(nn.Linear, H, H, bias=False, dtype=DTYPE), _grid(H, H, row=10, first=10)
+                )
             case "norm":
-                built = _with_weight(nn.RMSNorm(H, eps=1e-5, dtype=DTYPE), torch.arange(1, H + 1, dtype=DTYPE))
+                built = _with_weight(
+                    nn.RMSNorm(H, eps=1e-5, dtype=DTYPE), torch.arange(1, H + 1, dtype=DTYPE)
+                )
             case _:  # a head over one-hot tokens: its weight is the table of logits
-                built = _with_weight(skip_init(nn.Linear, self.sequence, V, bias=False, dtype=DTYPE), self._logits().T)
+                built = _with_weight(
+                    skip_init(nn.Linear, self.sequence, V, bias=False, dtype=DTYPE), self._logits().T
+                )
         return nn.ModuleDict({"module": built})
 
     def ids(self) -> Tensor:
@@ -119,7 +123,9 @@ class Toy:
             case "linear":
                 return torch.arange(1, S + 1, dtype=DTYPE).view(1, S, 1).expand(1, S, H).contiguous()
             case "norm":
-                return (_grid(S, H, row=1, first=1) * torch.tensor([1.0, -1.0], dtype=DTYPE).repeat(H // 2)).unsqueeze(0)
+                return (
+                    _grid(S, H, row=1, first=1) * torch.tensor([1.0, -1.0], dtype=DTYPE).repeat(H // 2)
+                ).unsqueeze(0)
             case _:
                 return torch.eye(S, dtype=DTYPE).unsqueeze(0)
 
@@ -134,7 +140,9 @@ class Toy:
     @property
     def input_dim(self) -> int | None:
         """The dim along which the input is cut; None where every rank has it whole."""
-        return {Subject.LINEAR_COLWISE: 1, Subject.LINEAR_ROWWISE: 2, Subject.NORM_SEQUENCE_PARALLEL: 1}.get(self.subject)
+        return {Subject.LINEAR_COLWISE: 1, Subject.LINEAR_ROWWISE: 2, Subject.NORM_SEQUENCE_PARALLEL: 1}.get(
+            self.subject
+        )
 
     @property
     def output_dim(self) -> int:
@@ -142,7 +150,9 @@ class Toy:
 
     def _logits(self) -> Tensor:
         S, V = self.sequence, VOCABULARY
-        return torch.tensor([[float((3 * token + 5 * column) % 7) for column in range(V)] for token in range(S)], dtype=DTYPE)
+        return torch.tensor(
+            [[float((3 * token + 5 * column) % 7) for column in range(V)] for token in range(S)], dtype=DTYPE
+        )
 
 
 @dataclass(slots=True)
@@ -177,10 +187,24 @@ def run_rank(toy: Toy, rank: int, mesh: DeviceMesh, log: list[Exchanged]) -> Run
     if toy.input_dim is not None:
         x = x.chunk(toy.ranks, toy.input_dim)[rank].contiguous()
     with watched_by(keep):
-        return _run(toy, model, x, toy.whole_output_gradient().chunk(toy.ranks, toy.output_dim)[rank].contiguous(), shown, log)
+        return _run(
+            toy,
+            model,
+            x,
+            toy.whole_output_gradient().chunk(toy.ranks, toy.output_dim)[rank].contiguous(),
+            shown,
+            log,
+        )
 
 
-def _run(toy: Toy, model: nn.ModuleDict, x: Tensor, output_gradient: Tensor, shown: dict[str, Tensor], log: list[Exchanged]) -> Run:
+def _run(
+    toy: Toy,
+    model: nn.ModuleDict,
+    x: Tensor,
+    output_gradient: Tensor,
+    shown: dict[str, Tensor],
+    log: list[Exchanged],
+) -> Run:
     if x.is_floating_point():
         x.requires_grad_()
     module = model["module"]

@@ -70,7 +70,12 @@ def agreement(
     loss_error = _largest(abs(loss.item() - whole.loss) / abs(whole.loss))
     if not loss_error <= tolerance:
         findings.append(
-            Finding(FindingKind.LOSS_DIFFERS, "loss", f"the loss differs from the unsharded model's {whole.loss:.6g}", loss_error)
+            Finding(
+                FindingKind.LOSS_DIFFERS,
+                "loss",
+                f"the loss differs from the unsharded model's {whole.loss:.6g}",
+                loss_error,
+            )
         )
     names = [name for name, _ in model.named_parameters()]
     sums = _sums(model, whole)
@@ -81,7 +86,11 @@ def agreement(
             findings.append(Finding(FindingKind.GRADIENT_MISSING, name, "no gradient arrived on some rank"))
             continue
         scale = max(own**0.5, floor)
-        error = difference**0.5 / scale if difference >= 0 and scale else (0.0 if difference == 0 else float("inf"))
+        error = (
+            difference**0.5 / scale
+            if difference >= 0 and scale
+            else (0.0 if difference == 0 else float("inf"))
+        )
         ratio = product / own if own else None
         if not error <= worst_error:
             worst_name, worst_error = name, error
@@ -111,7 +120,9 @@ def _sums(model: nn.Module, whole: Reference) -> Tensor:
         expected = whole.gradients.get(name)
         if parameter.grad is None or expected is None:
             # a parameter that takes no part in the loss has a gradient on neither side
-            rows.append(torch.tensor([0.0 if parameter.grad is None and expected is None else -torch.inf, 0.0, 0.0]))
+            rows.append(
+                torch.tensor([0.0 if parameter.grad is None and expected is None else -torch.inf, 0.0, 0.0])
+            )
             continue
         grad: Tensor = parameter.grad
         if isinstance(grad, DTensor) and any(p.is_partial() for p in grad.placements):
@@ -119,7 +130,9 @@ def _sums(model: nn.Module, whole: Reference) -> Tensor:
                 grad = grad.full_tensor()
             else:
                 assert isinstance(parameter, DTensor)
-                grad = DTensor.from_local(grad.to_local(), parameter.device_mesh, parameter.placements, run_check=False)
+                grad = DTensor.from_local(
+                    grad.to_local(), parameter.device_mesh, parameter.placements, run_check=False
+                )
         if isinstance(grad, DTensor):
             part = part_of_dtensor(expected, grad, row_order.get(name)).to_local()
             grad = grad.to_local()

@@ -46,7 +46,17 @@ FIRST_ID = 8
 NO_PLAN = "transformers has no tensor-parallel plan for it"
 _ALONE_S = 20.0
 # what a plan, and the code that it puts into a model, may raise
-FAILURES = (ShardwiseError, RuntimeError, AssertionError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
+FAILURES = (
+    ShardwiseError,
+    RuntimeError,
+    AssertionError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    NotImplementedError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +99,16 @@ def run(context: RankContext, payload: bytes) -> bytes:
         context.note(f"{case.model} under {case.label}")
         verification = _Examination(case, job, mesh, context.device).verification()
         is_alone = not _all_came(context, number)
-        answer = msgspec.msgpack.encode(Answer(number, verification, is_alone))  # an error may be infinite, which JSON has no word for
+        answer = msgspec.msgpack.encode(
+            Answer(number, verification, is_alone)
+        )  # an error may be infinite, which JSON has no word for
         has_failed = any(finding.kind is FindingKind.CRASHES for finding in verification.findings)
         if context.rank == 0 or (is_alone and has_failed):
             context.report(answer)
         if is_alone:
-            time.sleep(1.0)  # so that the rank that failed is heard before this one's end takes the launch down
+            time.sleep(
+                1.0
+            )  # so that the rank that failed is heard before this one's end takes the launch down
             raise RunError(f"{case.model} under {case.label}: the ranks parted.")
     return b""
 
@@ -104,7 +118,9 @@ def _all_came(context: RankContext, number: int) -> bool:
     store = dist.distributed_c10d._get_default_store()
     store.set(f"verified/{number}/{context.rank}", "")
     try:
-        store.wait([f"verified/{number}/{rank}" for rank in range(context.world_size)], timedelta(seconds=_ALONE_S))
+        store.wait(
+            [f"verified/{number}/{rank}" for rank in range(context.world_size)], timedelta(seconds=_ALONE_S)
+        )
     except RuntimeError:
         return False
     return True
@@ -152,20 +168,37 @@ class _Examination:
             return self._crashed("", error, findings, sharded)
         return self._answer((*with_ties(differences, findings), *findings), proof, sharded)
 
-    def _crashed(self, module: str, error: Exception, findings: Sequence[Finding] = (), sharded: Sharded | None = None) -> Verification:
+    def _crashed(
+        self, module: str, error: Exception, findings: Sequence[Finding] = (), sharded: Sharded | None = None
+    ) -> Verification:
         """For a plan of ours, which says before it starts what it can't do, an InputError is the user's to see."""
         if isinstance(error, InputError) and isinstance(self._plan, Plan):
             raise error
         text = shown(error, 300) if isinstance(error, ShardwiseError) else told(error, 300)
-        return self._answer((Finding(FindingKind.CRASHES, module or "model", text), *findings), None, sharded, text)
+        return self._answer(
+            (Finding(FindingKind.CRASHES, module or "model", text), *findings), None, sharded, text
+        )
 
     def _answer(
-        self, findings: Sequence[Finding] = (), proof: Proof | None = None, sharded: Sharded | None = None, note: str = ""
+        self,
+        findings: Sequence[Finding] = (),
+        proof: Proof | None = None,
+        sharded: Sharded | None = None,
+        note: str = "",
     ) -> Verification:
         case = self._case
         seconds = time.perf_counter() - self._began
         return Verification(
-            case.model, case.label, self._tp, self._twin, self._parameters, sharded, proof, tuple(findings), note, round(seconds, 2)
+            case.model,
+            case.label,
+            self._tp,
+            self._twin,
+            self._parameters,
+            sharded,
+            proof,
+            tuple(findings),
+            note,
+            round(seconds, 2),
         )
 
     def _source(self) -> ModelSource:
@@ -187,7 +220,9 @@ class _Examination:
         sharded, findings = of_model(named, self._plan, self._tp)
         return sharded, [*untied(self._ties, model), *findings]
 
-    def _unsharded(self, source: ModelSource) -> tuple[Unsharded | str, list[tuple[Tensor, Tensor]], Callable[[], nn.Module]]:
+    def _unsharded(
+        self, source: ModelSource
+    ) -> tuple[Unsharded | str, list[tuple[Tensor, Tensor]], Callable[[], nn.Module]]:
         """(what it gives, or why there is nothing to prove; the batches; how to make it again)"""
         failures = []
         for name in [self._case.dtype] if self._case.dtype else ["float64", "float32"]:
@@ -230,7 +265,9 @@ class _Examination:
     def _own(self, source: ModelSource, whole: nn.Module) -> nn.Module:
         """The model as its factory shards it, with the weights of `whole`."""
         torch.manual_seed(SEED)
-        model = sharding_factory(source).build(dtype=next(whole.parameters()).dtype, device=self._device, mesh=self._mesh)
+        model = sharding_factory(source).build(
+            dtype=next(whole.parameters()).dtype, device=self._device, mesh=self._mesh
+        )
         values = dict(whole.named_parameters(remove_duplicate=False))
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if name not in values or parameter.shape != values[name].shape:
@@ -258,7 +295,11 @@ def seeded(source: ModelSource, dtype: torch.dtype, device: torch.device) -> nn.
     with torch.no_grad():
         for parameter in model.parameters():
             std = min(0.1, parameter.shape[-1] ** -0.5) if parameter.dim() > 1 else 0.1
-            parameter.add_((std * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)).to(parameter.dtype))
+            parameter.add_(
+                (std * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)).to(
+                    parameter.dtype
+                )
+            )
     return model.to(device).train()
 
 

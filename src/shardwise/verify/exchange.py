@@ -10,7 +10,11 @@ from torch import Tensor
 
 def device_of(group: dist.ProcessGroup) -> torch.device:
     """Where tensors must lie to go between the ranks of a group."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if dist.get_backend(group) == "nccl"
+        else torch.device("cpu")
+    )
 
 
 def largest(value: float, group: dist.ProcessGroup) -> float:
@@ -23,7 +27,9 @@ def all_largest(values: Sequence[float], group: dist.ProcessGroup) -> list[float
     if not values:
         return []
     # a NaN on one rank must not hide behind another rank's number
-    tensor = torch.nan_to_num(torch.tensor(values, dtype=torch.float64, device=device_of(group)), nan=torch.inf, posinf=torch.inf)
+    tensor = torch.nan_to_num(
+        torch.tensor(values, dtype=torch.float64, device=device_of(group)), nan=torch.inf, posinf=torch.inf
+    )
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
     found: list[float] = tensor.tolist()
     return found
@@ -44,7 +50,12 @@ def gathered(tensors: Sequence[Tensor | None], group: dist.ProcessGroup) -> list
     for tensor in tensors:
         shapes += [-1] if tensor is None else [tensor.dim(), *tensor.shape]
     nothing = torch.empty(0, dtype=torch.float64, device=device)
-    flat = torch.cat([nothing, *(tensor.detach().double().flatten().to(device) for tensor in tensors if tensor is not None)])
+    flat = torch.cat(
+        [
+            nothing,
+            *(tensor.detach().double().flatten().to(device) for tensor in tensors if tensor is not None),
+        ]
+    )
     lists = [_from_all(torch.tensor(shapes, dtype=torch.int64, device=device), group), _from_all(flat, group)]
     return [_unpacked(description.tolist(), values) for description, values in zip(*lists, strict=True)]
 

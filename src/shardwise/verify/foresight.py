@@ -67,7 +67,9 @@ def foresee(source: ModelSource, plan: AnyPlan, tp: int, *, batch: int, seq: int
     """Traces the step unsharded and as rank 0 of tp, of as many layers as hold one of each kind. Raises the InputErrors of a plan that is refused."""
     settings = StepSettings(batch=batch, seq=seq, dtype="float32")
     first = None
-    for depth in dict.fromkeys((_depth(source), None)):  # other layers, or a rule, may want one that was left out
+    for depth in dict.fromkeys(
+        (_depth(source), None)
+    ):  # other layers, or a rule, may want one that was left out
         whole = _step(source, TheirPlan.UNSHARDED, 1, settings, depth, 0)
         if whole.error is None:
             first = _step(source, plan, tp, settings, depth, 0)
@@ -80,7 +82,9 @@ def foresee(source: ModelSource, plan: AnyPlan, tp: int, *, batch: int, seq: int
         if _is_refused(first.error, plan):
             raise first.error
         if _is_untraceable(first, plan):
-            return Foresight(tuple(suspicions(whole, replace(first, error=None), None, tp)), _told(first.error))
+            return Foresight(
+                tuple(suspicions(whole, replace(first, error=None), None, tp)), _told(first.error)
+            )
     last = _step(source, plan, tp, settings, depth, tp - 1) if uneven(first, tp) else None
     return Foresight(tuple(suspicions(whole, first, last, tp)))
 
@@ -91,17 +95,24 @@ def suspicions(whole: Step, first: Step, last: Step | None, tp: int) -> Iterator
     yield from _narrow_logits(whole.lineage, first, tp)
     found = [
         *cut_as_one(whole.lineage, first.lineage, tp),
-        *summed_too_often(whole.lineage, first.lineage, _whole_on_all(first), _sequence_parallel(first.program), tp),
+        *summed_too_often(
+            whole.lineage, first.lineage, _whole_on_all(first), _sequence_parallel(first.program), tp
+        ),
     ]
     if whole.program is not None and first.program is not None:
         modules = {name for name, _ in model.named_modules() if name} if model is not None else set()
         found += parts_not_summed(whole.lineage, first.lineage, first.program, modules, tp)
         found += without_gradient(whole.program, first.program)
-    yield from (replace(finding, rule=rule_of(model, finding.subject)) if model is not None else finding for finding in found)
+    yield from (
+        replace(finding, rule=rule_of(model, finding.subject)) if model is not None else finding
+        for finding in found
+    )
     yield from _undivided(first, last, tp)
     if first.error is not None:
         text = _told(first.error)
-        yield Finding(FindingKind.CRASHES, text.partition(" raised ")[0] if " raised " in text else "model", text)
+        yield Finding(
+            FindingKind.CRASHES, text.partition(" raised ")[0] if " raised " in text else "model", text
+        )
 
 
 # ------------------------------------------------------------------------------------ what two forwards show
@@ -120,25 +131,33 @@ def cut_as_one(whole: Lineage, part: Lineage, tp: int) -> Iterator[Finding]:
                 f"what it gives is taken apart ({_shapes([before.before])} into {_shapes(before.pieces)}), so several weights lie in it, and it is cut "
                 f"as one: what a rank takes apart ({_shapes([after.before])} into {_shapes(after.pieces)}) are other parts"
             )
-            yield Finding(FindingKind.SUSPECTED, name, reason, advice=ADVICE[Cause.CUT_AS_ONE], cause=Cause.CUT_AS_ONE)
+            yield Finding(
+                FindingKind.SUSPECTED, name, reason, advice=ADVICE[Cause.CUT_AS_ONE], cause=Cause.CUT_AS_ONE
+            )
 
 
 def _is_apart(whole: Cut, part: Cut, tp: int) -> bool:
     """Whether both take the same apart, along the dim of which a rank has its part."""
-    if len(whole.before) != len(part.before) or [len(piece) for piece in whole.pieces] != [len(piece) for piece in part.pieces]:
+    if len(whole.before) != len(part.before) or [len(piece) for piece in whole.pieces] != [
+        len(piece) for piece in part.pieces
+    ]:
         return False
     dim = _cut_dim(whole.before, part.before, tp)
     if dim is None:
         return False
     if len(part.pieces[0]) == len(part.before):
-        return any(piece[dim] < part.before[dim] for piece in part.pieces) and any(piece[dim] < whole.before[dim] for piece in whole.pieces)
+        return any(piece[dim] < part.before[dim] for piece in part.pieces) and any(
+            piece[dim] < whole.before[dim] for piece in whole.pieces
+        )
     return dim == len(part.before) - 1 and _is_regrouped(whole, part)
 
 
 def _is_regrouped(whole: Cut, part: Cut) -> bool:
     """Whether the last dim is unfolded into more, of which the outermost, that a chunk is a part of, is as large on a rank as in the whole."""
     (outer,), (inner,) = whole.pieces, part.pieces
-    first = next((at for at in range(len(outer)) if prod(outer[at:]) == whole.before[-1] and outer[at] > 1), None)
+    first = next(
+        (at for at in range(len(outer)) if prod(outer[at:]) == whole.before[-1] and outer[at] > 1), None
+    )
     if first is None or prod(inner[first:]) != part.before[-1]:
         return False
     return outer[first] == inner[first]
@@ -151,8 +170,12 @@ def summed_too_often(
     met = _met(whole)
     for name in sorted(on_all & met.keys()):
         for meeting in _meetings(part, name):
-            pairs = ((each, shape) for shape in meeting.shapes if shape not in met[name] for each in met[name])
-            claimed = next(((each, shape) for each, shape in pairs if _cut_dim(shape, each, tp) is not None), None)
+            pairs = (
+                (each, shape) for shape in meeting.shapes if shape not in met[name] for each in met[name]
+            )
+            claimed = next(
+                ((each, shape) for each, shape in pairs if _cut_dim(shape, each, tp) is not None), None
+            )
             if meeting.of_dtensors and claimed is not None:
                 taken, stands_for = claimed
                 reason = (
@@ -163,22 +186,38 @@ def summed_too_often(
                 reason = f"its rule takes the input for a part of the sequence, every rank has the whole, and its gradient is summed: {tp} times what it is"
             else:
                 continue
-            yield Finding(FindingKind.SUSPECTED, name, reason, advice=ADVICE[Cause.SUMMED_TOO_OFTEN], cause=Cause.SUMMED_TOO_OFTEN)
+            yield Finding(
+                FindingKind.SUSPECTED,
+                name,
+                reason,
+                advice=ADVICE[Cause.SUMMED_TOO_OFTEN],
+                cause=Cause.SUMMED_TOO_OFTEN,
+            )
             break
 
 
-def parts_not_summed(whole: Lineage, part: Lineage, program: Program, modules: Collection[str], tp: int) -> Iterator[Finding]:
+def parts_not_summed(
+    whole: Lineage, part: Lineage, program: Program, modules: Collection[str], tp: int
+) -> Iterator[Finding]:
     """Parameters that every rank holds whole, that meet a part of the activations on each, and whose gradients nobody sums.
 
     modules: of the model. What is sent for none of them is many gradients at once; where it is large enough, all of them.
     """
     met, now = _met(whole), _met(part)
-    calls = [(call.module, call.call.payload_bytes) for call in program.collectives() if call.phase in (Phase.BACKWARD, Phase.REDUCE)]
+    calls = [
+        (call.module, call.call.payload_bytes)
+        for call in program.collectives()
+        if call.phase in (Phase.BACKWARD, Phase.REDUCE)
+    ]
     suspects = []
     for holding in program.holdings:
         if not holding.is_sharded and not _is_partial(holding) and not _is_summed(holding, calls):
-            pairs = [(shape, each) for shape in now.get(holding.name, ()) for each in met.get(holding.name, ())]
-            smaller = next(((shape, each) for shape, each in pairs if _cut_dim(each, shape, tp) is not None), None)
+            pairs = [
+                (shape, each) for shape in now.get(holding.name, ()) for each in met.get(holding.name, ())
+            ]
+            smaller = next(
+                ((shape, each) for shape, each in pairs if _cut_dim(each, shape, tp) is not None), None
+            )
             if smaller is not None and smaller[0] not in met[holding.name]:
                 suspects.append((holding, *smaller))
     flattened = max((n_bytes for module, n_bytes in calls if module not in modules), default=0)
@@ -186,7 +225,13 @@ def parts_not_summed(whole: Lineage, part: Lineage, program: Program, modules: C
         return
     for holding, shape, each in suspects:
         reason = f"each of {tp} ranks meets it with {_shapes([shape])} of {_shapes([each])}, a part of its gradient, and nothing sums them"
-        yield Finding(FindingKind.SUSPECTED, holding.name, reason, advice=ADVICE[Cause.PARTS_NOT_SUMMED], cause=Cause.PARTS_NOT_SUMMED)
+        yield Finding(
+            FindingKind.SUSPECTED,
+            holding.name,
+            reason,
+            advice=ADVICE[Cause.PARTS_NOT_SUMMED],
+            cause=Cause.PARTS_NOT_SUMMED,
+        )
 
 
 def without_gradient(whole: Program, part: Program) -> Iterator[Finding]:
@@ -194,7 +239,9 @@ def without_gradient(whole: Program, part: Program) -> Iterator[Finding]:
     trained = {holding.name for holding in whole.holdings if holding.grad_shape is not None}
     for holding in part.holdings:
         if holding.name in trained and holding.grad_shape is None:
-            yield Finding(FindingKind.SUSPECTED, holding.name, "no gradient arrives", cause=Cause.NOTHING_ARRIVES)
+            yield Finding(
+                FindingKind.SUSPECTED, holding.name, "no gradient arrives", cause=Cause.NOTHING_ARRIVES
+            )
 
 
 def _is_partial(holding: Holding) -> bool:
@@ -205,13 +252,19 @@ def _is_partial(holding: Holding) -> bool:
 def _is_summed(holding: Holding, calls: Sequence[tuple[str, int]]) -> bool:
     """Whether the backward sends something of its gradient's size for its module or one around it."""
     return any(
-        n_bytes == holding.gradient_bytes and (not module or f"{holding.module}.".startswith(f"{module}.")) for module, n_bytes in calls
+        n_bytes == holding.gradient_bytes and (not module or f"{holding.module}.".startswith(f"{module}."))
+        for module, n_bytes in calls
     )
 
 
 def _narrow_logits(whole: Lineage, first: Step, tp: int) -> Sequence[Finding]:
     logits, expected = first.lineage.logits, whole.logits
-    if logits is None or expected is None or first.model is None or not isinstance(applied_to(first.model).loss, PlainLoss | DTensorLoss):
+    if (
+        logits is None
+        or expected is None
+        or first.model is None
+        or not isinstance(applied_to(first.model).loss, PlainLoss | DTensorLoss)
+    ):
         return ()
     if logits[-1] == expected[-1] or _cut_dim(expected, logits, tp) is None:
         return ()
@@ -241,7 +294,9 @@ def _undivided(first: Step, last: Step | None, tp: int) -> Iterator[Finding]:
     error = first.error or last.error
     if error is not None:
         what = f"a rank's step fails: {_told(error)}"
-    elif first.program is not None and last.program is not None and _sent(first.program) != _sent(last.program):
+    elif (
+        first.program is not None and last.program is not None and _sent(first.program) != _sent(last.program)
+    ):
         what = "the first and the last rank send unequal amounts, which hangs or mixes them up"
     else:
         return
@@ -251,7 +306,13 @@ def _undivided(first: Step, last: Step | None, tp: int) -> Iterator[Finding]:
         rule = rule_of(first.model, name) if first.model is not None else None
         reason = f"tp={tp} doesn't divide its dim {dim} of {size}, which is cut, and {what}"
         divisors = ", ".join(str(n) for n in range(1, min(size, 64) + 1) if size % n == 0)
-        yield Finding(FindingKind.SIZES_NOT_DIVISIBLE, name, reason, advice=f"Use tp in {{{divisors}}}, or leave it whole.", rule=rule)
+        yield Finding(
+            FindingKind.SIZES_NOT_DIVISIBLE,
+            name,
+            reason,
+            advice=f"Use tp in {{{divisors}}}, or leave it whole.",
+            rule=rule,
+        )
 
 
 def _around(parameter: str) -> str:
@@ -260,7 +321,11 @@ def _around(parameter: str) -> str:
 
 
 def _sent(program: Program) -> list[tuple[str, int]]:
-    return [(str(item.call.kind), item.call.payload_bytes) for item in program.collectives() if item.by_data is None]
+    return [
+        (str(item.call.kind), item.call.payload_bytes)
+        for item in program.collectives()
+        if item.by_data is None
+    ]
 
 
 # ------------------------------------------------------------------------------------------------- shapes
@@ -296,7 +361,9 @@ def _whole_on_all(step: Step) -> frozenset[str]:
     if step.model is None:
         return frozenset()
     return frozenset(
-        name for name, p in step.model.named_parameters() if all(placement.is_replicate() for placement in getattr(p, "placements", ()))
+        name
+        for name, p in step.model.named_parameters()
+        if all(placement.is_replicate() for placement in getattr(p, "placements", ()))
     )
 
 
@@ -304,7 +371,9 @@ def _sequence_parallel(program: Program | None) -> frozenset[str]:
     """Parameters of modules whose rule is for a part of the sequence."""
     if program is None:
         return frozenset()
-    modules = {name for rule in program.rules if rule.style.startswith("sequence_parallel") for name in rule.modules}
+    modules = {
+        name for rule in program.rules if rule.style.startswith("sequence_parallel") for name in rule.modules
+    }
     return frozenset(holding.name for holding in program.holdings if holding.module in modules)
 
 
@@ -326,27 +395,46 @@ def _is_refused(error: ShardwiseError | None, plan: AnyPlan) -> bool:
 def _is_untraceable(step: Step, plan: AnyPlan) -> bool:
     """Whether it fails because there is no data or no time; or can't be built without weights, as a factory that shards itself may not."""
     error = step.error
-    has_no_data = error is not None and isinstance(error.__cause__, DataDependentOutputException | DynamicOutputShapeException)
+    has_no_data = error is not None and isinstance(
+        error.__cause__, DataDependentOutputException | DynamicOutputShapeException
+    )
     return has_no_data or isinstance(error, TooLongError) or (step.model is None and plan is TheirPlan.OWN)
 
 
 def _told(error: ShardwiseError) -> str:
     """What a trace said of the model, without the names of plan and model, which stand above it, and without its advice."""
-    text = str(error) if error.__cause__ is None else re.sub(r'^(plan "[^"]*": )?model "[^"]*": | See whether it .*$', "", str(error))
+    text = (
+        str(error)
+        if error.__cause__ is None
+        else re.sub(r'^(plan "[^"]*": )?model "[^"]*": | See whether it .*$', "", str(error))
+    )
     return shown(text, 300)
 
 
-def _step(source: ModelSource, plan: AnyPlan, tp: int, settings: StepSettings, depth: int | None, rank: int) -> Step:
+def _step(
+    source: ModelSource, plan: AnyPlan, tp: int, settings: StepSettings, depth: int | None, rank: int
+) -> Step:
     watch = Watch(LIMIT_S)
 
     def attach(model: nn.Module) -> None:
-        if hasattr(model, "set_experts_implementation"):  # a loop over the experts that were chosen depends on the data
+        if hasattr(
+            model, "set_experts_implementation"
+        ):  # a loop over the experts that were chosen depends on the data
             model.set_experts_implementation("batched_mm")  # type: ignore[operator]  # a method of transformers' models
         watch.attach(model)
 
     try:
         with watch, _quietly():
-            program = trace(source, plan, Mesh((("tp", tp),)), settings, rank=rank, compress=False, depth=depth, on_model=attach)
+            program = trace(
+                source,
+                plan,
+                Mesh((("tp", tp),)),
+                settings,
+                rank=rank,
+                compress=False,
+                depth=depth,
+                on_model=attach,
+            )
     except ShardwiseError as error:
         return Step(None, watch.lineage, watch.model, error)
     return Step(program, watch.lineage, watch.model)

@@ -26,7 +26,9 @@ class SplitMatmuls(TorchDispatchMode):
         self._parts = parts
         self.coarsest: torch.dtype | None = None
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is aten.mm.default or func is aten.bmm.default:
             return self._in_parts(func, args[0], args[1])
@@ -35,13 +37,19 @@ class SplitMatmuls(TorchDispatchMode):
             product = self._in_parts(inner, args[1], args[2])
             return kwargs.get("beta", 1) * args[0] + kwargs.get("alpha", 1) * product
         if func is aten._to_copy.default and _is_rounding(args[0].dtype, kwargs.get("dtype")):
-            self.coarsest = max((self.coarsest, kwargs["dtype"]), key=lambda dtype: torch.finfo(dtype).eps if dtype is not None else 0.0)
+            self.coarsest = max(
+                (self.coarsest, kwargs["dtype"]),
+                key=lambda dtype: torch.finfo(dtype).eps if dtype is not None else 0.0,
+            )
         return func(*args, **kwargs)
 
     def _in_parts(self, matmul: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor) -> Tensor:
         if left.shape[-1] < self._parts or not left.is_floating_point():
             return matmul(left, right)
-        products = [matmul(a, b) for a, b in zip(left.chunk(self._parts, -1), right.chunk(self._parts, -2), strict=True)]
+        products = [
+            matmul(a, b)
+            for a, b in zip(left.chunk(self._parts, -1), right.chunk(self._parts, -2), strict=True)
+        ]
         total = products[0]
         for product in products[1:]:
             total = total + product
@@ -49,13 +57,20 @@ class SplitMatmuls(TorchDispatchMode):
 
 
 def _is_rounding(before: torch.dtype, after: torch.dtype | None) -> bool:
-    return after is not None and before.is_floating_point and after.is_floating_point and torch.finfo(after).eps > torch.finfo(before).eps
+    return (
+        after is not None
+        and before.is_floating_point
+        and after.is_floating_point
+        and torch.finfo(after).eps > torch.finfo(before).eps
+    )
 
 
 class NoDropout(TorchFunctionMode):
     """Inside, nothing is dropped, though the model is in train mode: masks are random, and no two runs could be compared."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func in _DROPOUTS:
             return args[0] if args else kwargs["input"]

@@ -42,7 +42,13 @@ class Observed:
 
 
 def observe(
-    model: nn.Module, ids_BS: Tensor, labels_BS: Tensor, *, split: int = 1, trail: bool = False, width: int | None = None
+    model: nn.Module,
+    ids_BS: Tensor,
+    labels_BS: Tensor,
+    *,
+    split: int = 1,
+    trail: bool = False,
+    width: int | None = None,
 ) -> Observed:
     """One forward and backward, without dropout. split: see SplitMatmuls. width: of whole logits.
 
@@ -61,7 +67,11 @@ def observe(
             stack.enter_context(_recorded(model, calls))
         with _named(model):
             logits = model(ids_BS)
-        if width is not None and logits.shape[-1] != width and isinstance(loss_function, PlainLoss | DTensorLoss):
+        if (
+            width is not None
+            and logits.shape[-1] != width
+            and isinstance(loss_function, PlainLoss | DTensorLoss)
+        ):
             raise LogitsError(int(logits.shape[-1]), width)
         try:
             loss = loss_function(logits, labels_BS)
@@ -69,9 +79,15 @@ def observe(
                 loss.backward()
         except Exception as error:
             raise ModuleError("", f"the backward raised {told(error)}") from error
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    gradients = {
+        name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     return Observed(
-        local(logits.detach()), float(local(loss.detach())), gradients, calls, splitting.coarsest if splitting is not None else None
+        local(logits.detach()),
+        float(local(loss.detach())),
+        gradients,
+        calls,
+        splitting.coarsest if splitting is not None else None,
     )
 
 
@@ -87,7 +103,9 @@ class LogitsError(RunError):
     """Logits of the wrong width, which a loss would take for whole."""
 
     def __init__(self, width: int, whole: int) -> None:
-        super().__init__(f"the logits are {width} wide on a rank, the unsharded model's {whole}, and the loss takes them for whole")
+        super().__init__(
+            f"the logits are {width} wide on a rank, the unsharded model's {whole}, and the loss takes them for whole"
+        )
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -41,7 +41,12 @@ from shardwise.verify.reasons import Evidence, Recut, Seen, explain_differences
 from shardwise.verify.relation import cut_apart, relate
 
 MOST_TOLERANCE = 1e-2
-LEAST_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: MOST_TOLERANCE, torch.float16: MOST_TOLERANCE}
+LEAST_TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    torch.bfloat16: MOST_TOLERANCE,
+    torch.float16: MOST_TOLERANCE,
+}
 STEPS = 2
 WEIGHTS_TOLERANCE = 1e-4
 """After the steps, relative: an element of a gradient may be noise where the whole isn't. A wrong norm or a forgotten parameter is off by 1e-2."""
@@ -101,11 +106,17 @@ def unsharded(model: nn.Module, batches: Sequence[Batch], parts: int) -> Unshard
         )
     max_norm = total / 2
     after, norms = _trained(deepcopy(model), batches, None, max_norm)
-    return Unsharded(first, noise, tolerance, allowed, max_norm, {name: local(p) for name, p in after.items()}, norms)
+    return Unsharded(
+        first, noise, tolerance, allowed, max_norm, {name: local(p) for name, p in after.items()}, norms
+    )
 
 
 def prove(
-    model: nn.Module, expected: Unsharded, rerun: Callable[[], nn.Module], batches: Sequence[Batch], mesh: DeviceMesh
+    model: nn.Module,
+    expected: Unsharded,
+    rerun: Callable[[], nn.Module],
+    batches: Sequence[Batch],
+    mesh: DeviceMesh,
 ) -> tuple[Proof, tuple[Finding, ...]]:
     """Compares the sharded `model` with what the unsharded one gave. All ranks of the mesh's tp axis must call it; all get the same answer.
 
@@ -118,7 +129,11 @@ def prove(
     output_error = _output_error(observed.logits, whole.logits, applied_to(model).loss, group)
     loss_error = largest(abs(observed.loss - whole.loss) / abs(whole.loss), group)
     wrong = {name: error.relative for name, error in gradients.items() if error.is_wrong}
-    worst = max(gradients, key=lambda name: (gradients[name].is_wrong and gradients[name].relative, gradients[name].share), default="")
+    worst = max(
+        gradients,
+        key=lambda name: (gradients[name].is_wrong and gradients[name].relative, gradients[name].share),
+        default="",
+    )
     findings: list[Finding] = []
     norm_error = weights_error = None
     if wrong or not max(output_error, loss_error) <= expected.tolerance:
@@ -132,7 +147,9 @@ def prove(
         weights = dict(zip(told_names, all_largest(errors, group), strict=True))
         weights_error = max(weights.values(), default=0.0)
         findings += _after_steps(weights, weights_error, norm_error, expected.tolerance)
-        findings += disagreements("replicated parameters after two steps", replicated_parameters(model).items(), group)
+        findings += disagreements(
+            "replicated parameters after two steps", replicated_parameters(model).items(), group
+        )
     proof = Proof(
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         noise=expected.noise,
@@ -164,7 +181,9 @@ class GradientError:
         return not self.share <= 1
 
 
-def _compare_gradients(model: nn.Module, observed: Observed, expected: Unsharded, group: dist.ProcessGroup) -> dict[str, GradientError]:
+def _compare_gradients(
+    model: nn.Module, observed: Observed, expected: Unsharded, group: dist.ProcessGroup
+) -> dict[str, GradientError]:
     """By parameter, the largest over the ranks. A gradient of zeros and none at all are the same to every weight."""
     off, own = [], []
     row_order = applied_to(model).row_order
@@ -177,11 +196,16 @@ def _compare_gradients(model: nn.Module, observed: Observed, expected: Unsharded
         else:
             off.append(float((_whole(gradient, model, row_order.get(name)).double() - whole.double()).norm()))
     errors = zip(expected.observed.gradients, all_largest(off, group), own, strict=True)
-    return {name: _gradient_error(error, size, expected.allowed.get(name, 0.0)) for name, error, size in errors}
+    return {
+        name: _gradient_error(error, size, expected.allowed.get(name, 0.0)) for name, error, size in errors
+    }
 
 
 def _gradient_error(off: float, own: float, allowed: float) -> GradientError:
-    return GradientError(off / own if own else (float("inf") if off else 0.0), off / allowed if allowed else (float("inf") if off else 0.0))
+    return GradientError(
+        off / own if own else (float("inf") if off else 0.0),
+        off / allowed if allowed else (float("inf") if off else 0.0),
+    )
 
 
 def _whole(tensor: Tensor, model: nn.Module, ownership: RowOwnership | None = None) -> Tensor:
@@ -195,7 +219,9 @@ def _whole(tensor: Tensor, model: nn.Module, ownership: RowOwnership | None = No
     whole = tensor.full_tensor()
     if ownership is None:
         return whole
-    kept = part_of_dtensor(torch.arange(len(whole), device=whole.device), _rows(tensor), ownership).full_tensor()
+    kept = part_of_dtensor(
+        torch.arange(len(whole), device=whole.device), _rows(tensor), ownership
+    ).full_tensor()
     natural = torch.empty_like(whole)
     natural[kept] = whole
     return natural
@@ -211,7 +237,9 @@ def _held(gradient: Tensor | None, model: nn.Module) -> Tensor | None:
 def _rows(tensor: DTensor) -> DTensor:
     """A DTensor of one number a row, cut as the tensor's rows are."""
     flat = tensor.to_local().new_zeros(tensor.to_local().shape[:1], dtype=torch.int64)
-    return DTensor.from_local(flat, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape[:1], stride=(1,))
+    return DTensor.from_local(
+        flat, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape[:1], stride=(1,)
+    )
 
 
 def _output_error(logits: Tensor, whole: Tensor, loss: Loss, group: dist.ProcessGroup) -> float:
@@ -223,7 +251,9 @@ def _output_error(logits: Tensor, whole: Tensor, loss: Loss, group: dist.Process
         return float("inf")
     rank = dist.get_rank(group)
     if isinstance(loss, VocabParallelLoss):
-        return largest(_relative(logits, whole.index_select(-1, loss.ownership.ids_of(rank).to(whole.device))), group)
+        return largest(
+            _relative(logits, whole.index_select(-1, loss.ownership.ids_of(rank).to(whole.device))), group
+        )
     first = sum(sizes[:rank])
     return largest(_relative(logits, whole.narrow(-1, first, logits.shape[-1])), group)
 
@@ -233,7 +263,9 @@ def _weight_error(model: nn.Module, name: str, parameter: Tensor, whole: Tensor)
     return _relative(_whole(parameter.detach(), model, applied_to(model).row_order.get(name)), whole)
 
 
-def _after_steps(weights: dict[str, float], worst: float, norm_error: float, tolerance: float) -> list[Finding]:
+def _after_steps(
+    weights: dict[str, float], worst: float, norm_error: float, tolerance: float
+) -> list[Finding]:
     found = []
     if not norm_error <= tolerance:
         found.append(
@@ -247,7 +279,12 @@ def _after_steps(weights: dict[str, float], worst: float, norm_error: float, tol
     elif not worst <= max(tolerance, WEIGHTS_TOLERANCE):
         name = max(weights, key=lambda each: weights[each])
         found.append(
-            Finding(FindingKind.WEIGHTS_DIFFER, name, f"after {STEPS} optimizer steps it isn't the unsharded model's", weights[name])
+            Finding(
+                FindingKind.WEIGHTS_DIFFER,
+                name,
+                f"after {STEPS} optimizer steps it isn't the unsharded model's",
+                weights[name],
+            )
         )
     return found
 
@@ -273,7 +310,11 @@ def _relative(found: Tensor, whole: Tensor) -> float:
     if found.shape != whole.shape:
         return float("inf")
     size = float(whole.double().norm())
-    return float((found.double() - whole.double()).norm()) / size if size else float((found.double() - whole.double()).norm())
+    return (
+        float((found.double() - whole.double()).norm()) / size
+        if size
+        else float((found.double() - whole.double()).norm())
+    )
 
 
 def _is_finite(value: float) -> bool:
@@ -304,7 +345,11 @@ def _evidence(
         of_whole = whole.gradients[name]
         assert of_whole is not None
         size = float(of_whole.double().norm())
-        gradients[name] = relate([each[at] for each in pieces], of_whole, tolerance=expected.allowed[name] / size if size else tolerance)
+        gradients[name] = relate(
+            [each[at] for each in pieces],
+            of_whole,
+            tolerance=expected.allowed[name] / size if size else tolerance,
+        )
     outputs = gathered([sharded.logits], group)
     n_calls = min(gathered_ints(len(sharded.calls), group))
     calls = sharded.calls[:n_calls]
@@ -318,13 +363,17 @@ def _evidence(
             output = relate([each[2 * at] for each in on_ranks], other.output, tolerance=tolerance)
         if other.gradient is not None:
             # gradients that are far smaller than the largest are rounding
-            gradient = relate([each[2 * at + 1] for each in on_ranks], other.gradient, tolerance=10 * tolerance)
+            gradient = relate(
+                [each[2 * at + 1] for each in on_ranks], other.gradient, tolerance=10 * tolerance
+            )
         seen.append(Seen(call.module, output, gradient))
     evidence = Evidence(
         model=model,
         n_ranks=dist.get_world_size(group),
         tolerance=tolerance,
-        output=relate([each[0] for each in outputs], whole.logits, tolerance=tolerance) if not output_error <= tolerance else None,
+        output=relate([each[0] for each in outputs], whole.logits, tolerance=tolerance)
+        if not output_error <= tolerance
+        else None,
         output_error=output_error,
         loss_error=loss_error,
         errors=wrong,
@@ -335,17 +384,33 @@ def _evidence(
     if wrong_call is None:
         return evidence
     at = evidence.seen.index(wrong_call)
-    return replace(evidence, recut=_recut(model, dict(whole_model.named_parameters()), batch, at, whole.calls[at], tolerance, group))
+    return replace(
+        evidence,
+        recut=_recut(
+            model, dict(whole_model.named_parameters()), batch, at, whole.calls[at], tolerance, group
+        ),
+    )
 
 
 def _recut(
-    model: nn.Module, whole: dict[str, Tensor], batch: Batch, at: int, expected: Call, tolerance: float, group: dist.ProcessGroup
+    model: nn.Module,
+    whole: dict[str, Tensor],
+    batch: Batch,
+    at: int,
+    expected: Call,
+    tolerance: float,
+    group: dist.ProcessGroup,
 ) -> Recut | None:
     """Cuts each sharded parameter of the first wrong module in another way, for a trial, and looks whether the module is then right."""
     n, rank = dist.get_world_size(group), dist.get_rank(group)
     for own_name, parameter in model.get_submodule(expected.module).named_parameters(recurse=False):
         name = f"{expected.module}.{own_name}"
-        if not isinstance(parameter, DTensor) or len(parameter.placements) != 1 or name not in whole or expected.output is None:
+        if (
+            not isinstance(parameter, DTensor)
+            or len(parameter.placements) != 1
+            or name not in whole
+            or expected.output is None
+        ):
             continue
         placement, kept = parameter.placements[0], parameter.to_local().detach()
         if not placement.is_shard() and not isinstance(placement, _StridedShard):

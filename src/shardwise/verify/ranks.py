@@ -16,7 +16,10 @@ from shardwise.core.finding import Finding, FindingKind
 from shardwise.verify.exchange import device_of
 
 _GOLDEN = -7046029254386353131  # 2^64 / golden ratio, as a signed number (Knuth, TAOCP 3, 6.4)
-_MIX = ((30, -4658895280553007687), (27, -7723592293110705685))  # shift, factor: splitmix64's finaliser (Steele, Lea, Flood 2014)
+_MIX = (
+    (30, -4658895280553007687),
+    (27, -7723592293110705685),
+)  # shift, factor: splitmix64's finaliser (Steele, Lea, Flood 2014)
 _CHUNK = 1 << 24
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -53,13 +56,17 @@ def replicated_parameters(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def disagreements(what: str, tensors: Iterable[tuple[str, Tensor]], group: dist.ProcessGroup) -> tuple[Finding, ...]:
+def disagreements(
+    what: str, tensors: Iterable[tuple[str, Tensor]], group: dist.ProcessGroup
+) -> tuple[Finding, ...]:
     """A finding for each named tensor that isn't bit-equal on all ranks of the group."""
     named = list(tensors)
     return disagreeing_digests(what, [(name, digest(tensor)) for name, tensor in named], group)
 
 
-def disagreeing_digests(what: str, digests: Iterable[tuple[str, int]], group: dist.ProcessGroup) -> tuple[Finding, ...]:
+def disagreeing_digests(
+    what: str, digests: Iterable[tuple[str, int]], group: dist.ProcessGroup
+) -> tuple[Finding, ...]:
     """The same for digests taken before."""
     named = list(digests)
     if not named or dist.get_world_size(group) == 1:

@@ -77,7 +77,14 @@ def explain_differences(evidence: Evidence) -> list[Finding]:
     if not evidence.output_error <= evidence.tolerance:
         found.append(_output_finding(evidence, forward))
     elif not evidence.loss_error <= evidence.tolerance:
-        found.append(Finding(FindingKind.LOSS_DIFFERS, "loss", "the outputs are right and the loss isn't", evidence.loss_error))
+        found.append(
+            Finding(
+                FindingKind.LOSS_DIFFERS,
+                "loss",
+                "the outputs are right and the loss isn't",
+                evidence.loss_error,
+            )
+        )
     backward = _last_wrong_gradient(evidence)
     findings = [_gradient_finding(evidence, name, forward, backward) for name in evidence.errors]
     findings.sort(key=lambda finding: finding.cause is Cause.FOLLOWS or finding.cause is Cause.FORWARD)
@@ -97,20 +104,33 @@ def with_ties(findings: Iterable[Finding], untied: Iterable[Finding]) -> list[Fi
 
 def is_unexplained(finding: Finding) -> bool:
     """Whether the numbers of a proof leave open why it is wrong: of a gradient, or of the module that is the first to give another output."""
-    return finding.cause is Cause.UNKNOWN or (finding.kind is FindingKind.OUTPUT_DIFFERS and finding.cause is Cause.FORWARD)
+    return finding.cause is Cause.UNKNOWN or (
+        finding.kind is FindingKind.OUTPUT_DIFFERS and finding.cause is Cause.FORWARD
+    )
 
 
-def with_suspicions(findings: Sequence[Finding], suspicions: Iterable[Finding], *, add: bool = False) -> list[Finding]:
+def with_suspicions(
+    findings: Sequence[Finding], suspicions: Iterable[Finding], *, add: bool = False
+) -> list[Finding]:
     """What a trace suspects, as the reason of what is wrong and has none. add: where nothing was proved, suspicions of anything else too."""
     by_name = {each.subject: each for each in suspicions if each.kind is not FindingKind.CRASHES}
     wrong = {finding.subject for finding in findings}
-    cut = next((each for each in by_name.values() if each.cause is Cause.CUT_AS_ONE and each.subject in wrong), None)
+    cut = next(
+        (each for each in by_name.values() if each.cause is Cause.CUT_AS_ONE and each.subject in wrong), None
+    )
     found = []
     for finding in findings:
         own = by_name.get(finding.subject)
         if finding.kind is FindingKind.OUTPUT_DIFFERS and is_unexplained(finding) and cut is not None:
-            finding = replace(finding, cause=cut.cause, reason=f"{finding.reason}. {cut.subject}: {cut.reason}", advice=cut.advice)
-        elif own is not None and (finding.cause is Cause.UNKNOWN or (finding.cause is Cause.FORWARD and own is cut)):
+            finding = replace(
+                finding,
+                cause=cut.cause,
+                reason=f"{finding.reason}. {cut.subject}: {cut.reason}",
+                advice=cut.advice,
+            )
+        elif own is not None and (
+            finding.cause is Cause.UNKNOWN or (finding.cause is Cause.FORWARD and own is cut)
+        ):
             finding = replace(finding, cause=own.cause, reason=own.reason, advice=own.advice)
         found.append(finding)
     return found + [each for name, each in by_name.items() if add and name not in wrong]
@@ -118,7 +138,15 @@ def with_suspicions(findings: Sequence[Finding], suspicions: Iterable[Finding], 
 
 def ungathered(reason: str) -> tuple[Finding, ...]:
     """Logits that no loss could be taken of."""
-    return (Finding(FindingKind.OUTPUT_DIFFERS, "output", reason, advice=ADVICE[Cause.NOT_GATHERED], cause=Cause.NOT_GATHERED),)
+    return (
+        Finding(
+            FindingKind.OUTPUT_DIFFERS,
+            "output",
+            reason,
+            advice=ADVICE[Cause.NOT_GATHERED],
+            cause=Cause.NOT_GATHERED,
+        ),
+    )
 
 
 def rule_of(model: nn.Module, name: str) -> str | None:
@@ -167,17 +195,30 @@ def _output_finding(evidence: Evidence, forward: Seen | None) -> Finding:
     else:
         cause, reason = _forward_fault(evidence, forward)
     rule = rule_of(evidence.model, forward.module) if forward is not None else None
-    return Finding(FindingKind.OUTPUT_DIFFERS, "output", reason, evidence.output_error, advice=ADVICE.get(cause), cause=cause, rule=rule)
+    return Finding(
+        FindingKind.OUTPUT_DIFFERS,
+        "output",
+        reason,
+        evidence.output_error,
+        advice=ADVICE.get(cause),
+        cause=cause,
+        rule=rule,
+    )
 
 
 def _forward_fault(evidence: Evidence, forward: Seen) -> tuple[Cause, str]:
     """Of the first module whose output can't be right, or of what it was given."""
-    reason = f"the first module whose output differs is {_named(forward.module)}: {_output_words(forward.output)}"
+    reason = (
+        f"the first module whose output differs is {_named(forward.module)}: {_output_words(forward.output)}"
+    )
     if evidence.recut is not None:
         return Cause.CUT_AS_ONE, f"{reason}. {evidence.recut.parameter}: {evidence.recut.reason}"
     parts = _parts_before(evidence, forward)
     if parts is not None:
-        return Cause.PARTS_NOT_SUMMED, f"{parts} gives each rank a part of a sum, and nothing sums them; {reason}"
+        return (
+            Cause.PARTS_NOT_SUMMED,
+            f"{parts} gives each rank a part of a sum, and nothing sums them; {reason}",
+        )
     assert forward.output is not None
     match forward.output.relation:
         case Relation.SHIFTED:
@@ -225,14 +266,34 @@ def _gradient_finding(evidence: Evidence, name: str, forward: Seen | None, backw
         reason = evidence.recut.reason
         rule = rule_of(evidence.model, name)
         advice = ADVICE[Cause.CUT_AS_ONE]
-        return Finding(FindingKind.GRADIENT_DIFFERS, name, reason, evidence.errors[name], related.factor, advice, Cause.CUT_AS_ONE, rule)
+        return Finding(
+            FindingKind.GRADIENT_DIFFERS,
+            name,
+            reason,
+            evidence.errors[name],
+            related.factor,
+            advice,
+            Cause.CUT_AS_ONE,
+            rule,
+        )
     cause, reason = _own_fault(related, evidence)
-    kind = FindingKind.GRADIENT_MISSING if related.relation is Relation.MISSING else FindingKind.GRADIENT_DIFFERS
+    kind = (
+        FindingKind.GRADIENT_MISSING if related.relation is Relation.MISSING else FindingKind.GRADIENT_DIFFERS
+    )
     if cause is Cause.UNKNOWN or cause is Cause.SUMMED_TOO_OFTEN or cause is Cause.AVERAGED:
         passed = _passed_on(evidence, name, forward, backward)
         if passed is not None:
             cause, reason = passed
-    return Finding(kind, name, reason, evidence.errors[name], related.factor, ADVICE.get(cause), cause, rule_of(evidence.model, name))
+    return Finding(
+        kind,
+        name,
+        reason,
+        evidence.errors[name],
+        related.factor,
+        ADVICE.get(cause),
+        cause,
+        rule_of(evidence.model, name),
+    )
 
 
 def _own_fault(related: Related, evidence: Evidence) -> tuple[Cause, str]:
@@ -243,7 +304,10 @@ def _own_fault(related: Related, evidence: Evidence) -> tuple[Cause, str]:
         case Relation.ZERO:
             return Cause.NOTHING_ARRIVES, "its gradient is zero, and the unsharded one isn't"
         case Relation.PARTS if related.factor is None:
-            return Cause.PARTS_NOT_SUMMED, f"each of {n} ranks computes a part of its gradient, and nothing sums them"
+            return (
+                Cause.PARTS_NOT_SUMMED,
+                f"each of {n} ranks computes a part of its gradient, and nothing sums them",
+            )
         case Relation.PARTS:
             return Cause.PARTS_NOT_SUMMED, (
                 f"the ranks' gradients differ, nothing sums them, and their sum is {_times(related.factor)} the unsharded one"
@@ -254,29 +318,46 @@ def _own_fault(related: Related, evidence: Evidence) -> tuple[Cause, str]:
                 f"its gradient is {_times(related.factor)} the unsharded one: summed where every rank had the whole",
             )
         case Relation.MULTIPLE:
-            return Cause.AVERAGED, f"its gradient is {_times(related.factor)} the unsharded one: averaged, or parts that were not summed"
+            return (
+                Cause.AVERAGED,
+                f"its gradient is {_times(related.factor)} the unsharded one: averaged, or parts that were not summed",
+            )
         case Relation.SHIFTED:
             return Cause.WRONG_SHARD, "each rank has the gradient of another rank's part"
         case Relation.ONE_OF_SEVERAL:
-            return Cause.CUT_AS_ONE, f"it holds {related.factor:.0f} weights, which must each be cut by itself; it is cut as one"
+            return (
+                Cause.CUT_AS_ONE,
+                f"it holds {related.factor:.0f} weights, which must each be cut by itself; it is cut as one",
+            )
         case Relation.SHARDED | Relation.WHOLE:
-            return Cause.CUT_AS_ONE, "each rank's gradient is right for a plain cut, and the parameter isn't cut so"
+            return (
+                Cause.CUT_AS_ONE,
+                "each rank's gradient is right for a plain cut, and the parameter isn't cut so",
+            )
         case Relation.UNEQUAL:
             return Cause.UNKNOWN, "every rank holds it whole, and its gradient isn't equal on them"
         case _:
             return Cause.UNKNOWN, "its gradient isn't the unsharded one"
 
 
-def _passed_on(evidence: Evidence, name: str, forward: Seen | None, backward: int | None) -> tuple[Cause, str] | None:
+def _passed_on(
+    evidence: Evidence, name: str, forward: Seen | None, backward: int | None
+) -> tuple[Cause, str] | None:
     """Where what came to the parameter's module was wrong already."""
     if forward is not None and not evidence.output_error <= evidence.tolerance:
-        return Cause.FORWARD, f"the forward is wrong from {_named(forward.module)} on, and so is what comes back"
+        return (
+            Cause.FORWARD,
+            f"the forward is wrong from {_named(forward.module)} on, and so is what comes back",
+        )
     module = name.rpartition(".")[0]
     own = next((at for at, call in enumerate(evidence.seen) if call.module == module), None)
     if own is None or backward is None or own >= backward:
         return None
     source = evidence.seen[backward]
-    return Cause.FOLLOWS, f"the gradient that comes down to it is wrong from {_named(source.module)} on: {_gradient_words(source.gradient)}"
+    return (
+        Cause.FOLLOWS,
+        f"the gradient that comes down to it is wrong from {_named(source.module)} on: {_gradient_words(source.gradient)}",
+    )
 
 
 def _named(module: str) -> str:

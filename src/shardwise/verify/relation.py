@@ -74,7 +74,9 @@ def _relate_whole(held: list[Tensor], whole: Tensor, far: Far, *, scale: float, 
     if all(float(piece.norm()) <= tolerance * scale for piece in held):
         return Related(Relation.ZERO, error)
     factor = _factor(held, [whole] * n)
-    if all(float((piece - held[0]).norm()) <= tolerance * scale for piece in held):  # a rank can't be alone with a part
+    if all(
+        float((piece - held[0]).norm()) <= tolerance * scale for piece in held
+    ):  # a rank can't be alone with a part
         is_multiple = factor is not None and far([whole * factor] * n) <= tolerance * max(1.0, abs(factor))
         return Related(Relation.MULTIPLE if is_multiple else Relation.OTHER, error, factor=factor)
     total = torch.stack(held).sum(0)
@@ -86,7 +88,9 @@ def _relate_whole(held: list[Tensor], whole: Tensor, far: Far, *, scale: float, 
     return Related(Relation.UNEQUAL, error, factor=factor)
 
 
-def _relate_cut(held: list[Tensor], whole: Tensor, dim: int, far: Far, *, tolerance: float, is_zero: bool) -> Related:
+def _relate_cut(
+    held: list[Tensor], whole: Tensor, dim: int, far: Far, *, tolerance: float, is_zero: bool
+) -> Related:
     sizes = [piece.shape[dim] for piece in held]
     chunks = list(whole.split(sizes, dim))
     error = far(chunks)
@@ -100,7 +104,10 @@ def _relate_cut(held: list[Tensor], whole: Tensor, dim: int, far: Far, *, tolera
             if far([chunks[(rank + by) % n] for rank in range(n)]) <= tolerance:
                 return Related(Relation.SHIFTED, error, dim, float(by))
         for several in (2, 3, 4):
-            if whole.shape[dim] % (several * n) == 0 and far([cut_apart(whole, dim, several, n, rank) for rank in range(n)]) <= tolerance:
+            if (
+                whole.shape[dim] % (several * n) == 0
+                and far([cut_apart(whole, dim, several, n, rank) for rank in range(n)]) <= tolerance
+            ):
                 return Related(Relation.ONE_OF_SEVERAL, error, dim, float(several))
     factor = _factor(held, chunks)
     if factor is not None and far([factor * chunk for chunk in chunks]) <= tolerance * max(1.0, abs(factor)):

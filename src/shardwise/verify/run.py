@@ -61,7 +61,16 @@ def verify(
                 case = cases[first]
                 text = shown(error, 300)
                 answers[first] = Verification(
-                    case.model, case.label, mesh.tp, "", None, None, None, (Finding(FindingKind.CRASHES, "model", text),), text, 0.0
+                    case.model,
+                    case.label,
+                    mesh.tp,
+                    "",
+                    None,
+                    None,
+                    None,
+                    (Finding(FindingKind.CRASHES, "model", text),),
+                    text,
+                    0.0,
                 )
                 on_answer(answers[first])
         if not is_main():

@@ -33,10 +33,17 @@ def of_model(model: nn.Module, plan: AnyPlan, tp: int) -> tuple[Sharded, list[Fi
 def count(model: nn.Module) -> Sharded:
     """What of a sharded model's parameters a rank doesn't hold whole."""
     head = getattr(model, "get_output_embeddings", lambda: None)() or last_linear(model)
-    outer = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) or module is head for p in module.parameters()}
+    outer = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) or module is head
+        for p in module.parameters()
+    }
     total = sharded = inner_total = inner_sharded = 0
     for parameter in model.parameters():
-        is_cut = isinstance(parameter, DTensor) and not all(placement.is_replicate() for placement in parameter.placements)
+        is_cut = isinstance(parameter, DTensor) and not all(
+            placement.is_replicate() for placement in parameter.placements
+        )
         size = parameter.numel()
         total += size
         sharded += size * is_cut
@@ -57,7 +64,9 @@ def shadowed_rules(model: nn.Module, plan: Plan) -> list[Finding]:
             others = ", ".join(dict.fromkeys(str(holds[name]) for name in matched))
             reason = f"the rule holds for no module: what it matches, {_some(matched)}, later rules match too: {others}"
             advice = "Of several rules the last that matches holds: move it down, or take it out."
-            found.append(Finding(FindingKind.RULE_IS_SHADOWED, rule.pattern, reason, advice=advice, rule=str(rule)))
+            found.append(
+                Finding(FindingKind.RULE_IS_SHADOWED, rule.pattern, reason, advice=advice, rule=str(rule))
+            )
     return found
 
 
@@ -70,7 +79,9 @@ def idle_rules(model: nn.Module, rules: Iterable[ForeignRule]) -> list[Finding]:
             near = suggest_pattern(rule.pattern, names)
             advice = f'Did you mean "{near}"?' if near is not None and near != rule.pattern else None
             reason = f"the rule ({rule.style}) matches no module or parameter"
-            found.append(Finding(FindingKind.RULE_MATCHES_NOTHING, rule.pattern, reason, advice=advice, rule=str(rule)))
+            found.append(
+                Finding(FindingKind.RULE_MATCHES_NOTHING, rule.pattern, reason, advice=advice, rule=str(rule))
+            )
     return found
 
 
@@ -107,11 +118,24 @@ def undivided_heads(model: nn.Module, rules: Iterable[ForeignRule], tp: int) -> 
     found = []
     for key, what, projections in _HEAD_COUNTS:
         count = _number(part, key)
-        rule = next((rule for rule in rules if rule.style == "colwise" and rule.modules and re.search(projections, rule.modules[0])), None)
+        rule = next(
+            (
+                rule
+                for rule in rules
+                if rule.style == "colwise" and rule.modules and re.search(projections, rule.modules[0])
+            ),
+            None,
+        )
         if count is not None and count % tp and rule is not None:
-            reason = f"tp={tp} doesn't divide the {count} {what}, and the rule cuts the projection that makes them"
+            reason = (
+                f"tp={tp} doesn't divide the {count} {what}, and the rule cuts the projection that makes them"
+            )
             advice = f"Use tp in {{{', '.join(str(n) for n in range(1, count + 1) if count % n == 0)}}}, or leave the projection whole."
-            found.append(Finding(FindingKind.HEADS_NOT_DIVISIBLE, rule.modules[0], reason, advice=advice, rule=str(rule)))
+            found.append(
+                Finding(
+                    FindingKind.HEADS_NOT_DIVISIBLE, rule.modules[0], reason, advice=advice, rule=str(rule)
+                )
+            )
     return found
 
 
@@ -135,7 +159,11 @@ def dropout(model: nn.Module) -> list[Finding]:
 
 
 def _dropouts(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, nn.modules.dropout._DropoutNd))
+    return (
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.dropout._DropoutNd)
+    )
 
 
 def _some(names: list[str]) -> str:

@@ -29,7 +29,12 @@ from shardwise.verify.static import of_model, untied
 
 
 def check(
-    cases: Sequence[Case], *, mesh: Mesh, batch: int, seq: int, on_answer: Callable[[Verification], None] = lambda _: None
+    cases: Sequence[Case],
+    *,
+    mesh: Mesh,
+    batch: int,
+    seq: int,
+    on_answer: Callable[[Verification], None] = lambda _: None,
 ) -> tuple[Verification, ...]:
     """A Verification without a proof for each case. Raises the InputErrors of the model and plan; RunError inside a process group."""
     found = []
@@ -69,7 +74,9 @@ def _checked(case: Case, mesh: Mesh, batch: int, seq: int) -> Verification:
         return replace(nothing, note=shown(error, 300))
     if plan is TheirPlan.HF and not getattr(whole, "tp_plan", None):
         return replace(nothing, twin=twin, note=NO_PLAN)
-    answer = replace(nothing, twin=twin, parameters=sum(parameter.numel() for parameter in whole.parameters()))
+    answer = replace(
+        nothing, twin=twin, parameters=sum(parameter.numel() for parameter in whole.parameters())
+    )
     try:
         sharded, findings = _counted(source, plan, whole, mesh)
     except FAILURES as error:
@@ -84,7 +91,11 @@ def _checked(case: Case, mesh: Mesh, batch: int, seq: int) -> Verification:
     if small is not None:  # as defaults that leave a size open want it
         answer = replace(answer, twin="its small twin")
         foresight = foresee(small, plan, mesh.tp, batch=batch, seq=seq)
-    note = f"Its step can't be traced, so only its parameters were looked at: {foresight.note}" if foresight.note else ""
+    note = (
+        f"Its step can't be traced, so only its parameters were looked at: {foresight.note}"
+        if foresight.note
+        else ""
+    )
     return replace(answer, sharded=sharded, findings=(*foresight.findings, *findings), note=note)
 
 
@@ -101,10 +112,16 @@ def _built(case: Case, tp: int) -> tuple[ModelSource, nn.Module, str]:
     return small, small.build(dtype=torch.float32), "its small twin"
 
 
-def _counted(source: ModelSource, plan: AnyPlan, whole: nn.Module, mesh: Mesh) -> tuple[Sharded, list[Finding]]:
+def _counted(
+    source: ModelSource, plan: AnyPlan, whole: nn.Module, mesh: Mesh
+) -> tuple[Sharded, list[Finding]]:
     """What static.py says of the model, sharded on the meta device."""
     with fake_world(mesh, rank=0, device="cpu") as device_mesh:
-        model = sharding_factory(source).build(dtype=torch.float32, mesh=device_mesh) if plan is TheirPlan.OWN else whole
+        model = (
+            sharding_factory(source).build(dtype=torch.float32, mesh=device_mesh)
+            if plan is TheirPlan.OWN
+            else whole
+        )
         ties = set(tied_parameters(whole).values())
         sharded, findings = of_model(apply_any(model, plan, device_mesh), plan, mesh.tp)
         return sharded, [*untied(ties, model), *findings]
