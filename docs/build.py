@@ -38,7 +38,6 @@ from shardwise.core.prediction_run import PredictionRun
 from shardwise.core.sweep import Sweep
 from shardwise.core.verification import VerificationRun
 from shardwise.core.walkthrough import Subject
-from shardwise.explain.walkthrough import explain_walkthrough
 from shardwise.models import specs
 from shardwise.models.source import NAMINGS
 from shardwise.models.specs import SPECS, ModelSpec
@@ -63,8 +62,9 @@ from shardwise.report.terminal import comparison_tables
 from shardwise.report.verify_html import verification_html
 from shardwise.report.verify_json import verification_from_json
 from shardwise.report.verify_terminal import render_verification
-from shardwise.report.walkthrough_html import walkthrough_html
-from shardwise.trace.walkthrough import record_walkthrough
+from shardwise.report.walkthrough.html import walkthrough_html
+from shardwise.walkthrough.record import record_walkthrough
+from shardwise.walkthrough.words import explain_walkthrough
 
 DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"

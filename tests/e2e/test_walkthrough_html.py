@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from shardwise.core.walkthrough import Subject
-from shardwise.explain.walkthrough import Explained, explain_walkthrough
 from shardwise.report.page import csp_hash
-from shardwise.report.walkthrough_html import walkthrough_html
-from shardwise.trace.walkthrough import record_walkthrough
+from shardwise.report.walkthrough.html import walkthrough_html
+from shardwise.walkthrough.record import record_walkthrough
+from shardwise.walkthrough.words import Explained, explain_walkthrough
 from tests.e2e.test_report_html import Elements, Visit, browser, visit
 from tests.unit.comparison_example import HOSTILE_MARKUP
 

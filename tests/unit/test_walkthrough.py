@@ -26,15 +26,15 @@ from shardwise.core.walkthrough import (
     Transfer,
     Walkthrough,
 )
-from shardwise.explain.walkthrough import explain_walkthrough, formula_bytes
 from shardwise.parallel import collectives, embedding, ownership
 from shardwise.parallel.embedding import EmbeddingShard
 from shardwise.parallel.parameters import PartialGradients
 from shardwise.parallel.watch import show
-from shardwise.report.walkthrough_html import walkthrough_html
-from shardwise.report.walkthrough_terminal import format_value, render_walkthrough
-from shardwise.trace.thread_ranks import on_threads
-from shardwise.trace.walkthrough import record_walkthrough
+from shardwise.report.walkthrough.html import walkthrough_html
+from shardwise.report.walkthrough.terminal import format_value, render_walkthrough
+from shardwise.walkthrough.record import record_walkthrough
+from shardwise.walkthrough.thread_ranks import on_threads
+from shardwise.walkthrough.words import explain_walkthrough, formula_bytes
 from tests.unit.comparison_example import HOSTILE_MARKUP
 
 Array = NDArray[np.float64]

@@ -324,9 +324,9 @@ def _settings_json(found: "list[Explanation]") -> bytes:
 def _walkthrough_page() -> str:
     """All walk-throughs, recorded now."""
     from shardwise.core.walkthrough import Subject
-    from shardwise.explain.walkthrough import explain_walkthrough
-    from shardwise.report.walkthrough_html import walkthrough_html
-    from shardwise.trace.walkthrough import record_walkthrough
+    from shardwise.report.walkthrough.html import walkthrough_html
+    from shardwise.walkthrough.record import record_walkthrough
+    from shardwise.walkthrough.words import explain_walkthrough
 
     return walkthrough_html([explain_walkthrough(record_walkthrough(subject)) for subject in Subject])
 
@@ -343,9 +343,9 @@ def _walk(
 ) -> int:
     import msgspec
 
-    from shardwise.explain.walkthrough import explain_walkthrough
-    from shardwise.report.walkthrough_terminal import render_walkthrough
-    from shardwise.trace.walkthrough import record_walkthrough
+    from shardwise.report.walkthrough.terminal import render_walkthrough
+    from shardwise.walkthrough.record import record_walkthrough
+    from shardwise.walkthrough.words import explain_walkthrough
 
     subject, module = _subject(plan, what, model, sequence_parallel)
     recorded = record_walkthrough(subject, module=module)

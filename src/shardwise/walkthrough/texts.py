@@ -6,7 +6,7 @@ Every number in a sentence is read from the record; what is said about a style i
 from collections.abc import Callable
 
 from shardwise.core.walkthrough import Content, Phase, Role, StepKind, Subject
-from shardwise.explain.walkthrough_reader import (
+from shardwise.walkthrough.reader import (
     BACKWARD,
     FORWARD,
     Reader,

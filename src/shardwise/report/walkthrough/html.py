@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from shardwise.core.walkthrough import Content, Matrix, Role, Row
-from shardwise.explain.walkthrough import Explained, ExplainedMatrix, ExplainedStep
 from shardwise.report.page import csp_hash, page_environment, template_source
-from shardwise.report.walkthrough_terminal import format_value
+from shardwise.report.walkthrough.terminal import format_value
+from shardwise.walkthrough.words import Explained, ExplainedMatrix, ExplainedStep
 
 # lines of large type (32 pixels) under a step's words on a screen of 900 pixels; what a matrix has above its rows; what a wire takes
 ROOMY_LINES = 15

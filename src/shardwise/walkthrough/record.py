@@ -34,8 +34,8 @@ from shardwise.core.walkthrough import (
 from shardwise.parallel.collectives import chunk_sizes
 from shardwise.parallel.embedding import NO_ROW
 from shardwise.parallel.loss import IGNORED
-from shardwise.trace.thread_ranks import Exchanged, on_threads
-from shardwise.trace.walkthrough_toy import VOCABULARY, Run, Toy, run_rank, run_whole
+from shardwise.walkthrough.thread_ranks import Exchanged, on_threads
+from shardwise.walkthrough.toy import VOCABULARY, Run, Toy, run_rank, run_whole
 
 RANKS = (2, 3, 4)
 

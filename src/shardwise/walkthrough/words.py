@@ -17,9 +17,8 @@ from shardwise.core.walkthrough import (
     Transfer,
     Walkthrough,
 )
-from shardwise.explain.walkthrough_reader import BACKWARD, FORWARD, Reader, count_of
-from shardwise.explain.walkthrough_texts import REMEMBER, TEXTS, TITLES
-from shardwise.explain.words import named
+from shardwise.walkthrough.reader import BACKWARD, FORWARD, Reader, count_of
+from shardwise.walkthrough.texts import REMEMBER, TEXTS, TITLES
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +127,7 @@ def _explained_step(reader: Reader, step: Step, title: str, words: tuple[str, ..
 
 
 def _wire(exchange: Exchange, phase: Phase) -> str:
-    name = named(exchange.collective)
+    name = str(exchange.collective).replace("_", "-")
     # a backward's collective carries the placements of the forward that it undoes
     return f"{name}, {exchange.before} → {exchange.after}" if phase is FORWARD else name
 

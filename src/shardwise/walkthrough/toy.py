@@ -23,7 +23,7 @@ from shardwise.parallel.apply import loss_of, parallelize
 from shardwise.parallel.loss import IGNORED
 from shardwise.parallel.ownership import RowOwnership
 from shardwise.parallel.watch import watched_by
-from shardwise.trace.thread_ranks import Exchanged
+from shardwise.walkthrough.thread_ranks import Exchanged
 
 VOCABULARY = 8
 # a word that comes twice on one rank, one that comes on two, and on every rank some of another's

@@ -1,0 +1,1 @@
+"""How a walk-through is drawn: in the terminal, and as a page. Imports no torch."""
