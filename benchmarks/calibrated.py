@@ -18,9 +18,10 @@ import msgspec
 
 from benchmarks import calibrated_results, results
 from benchmarks.calibrated_results import Predicted, Run
+from shardwise.core.case import StepSettings
 from shardwise.core.machine import FRESH, Machine
 from shardwise.core.machine_file import machine_from_toml
-from shardwise.core.measurement import Comparison, Measurement, StepSettings
+from shardwise.core.measurement import Comparison, Measurement
 from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import Setup, Term
 from shardwise.core.program import Collective, Program

@@ -127,7 +127,7 @@ def run_case(case: Case) -> dict[str, object]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from shardwise.cli.plans import load_any_plan
-    from shardwise.core.measurement import StepSettings
+    from shardwise.core.case import StepSettings
     from shardwise.core.mesh import Mesh
     from shardwise.core.plan import Plan
     from shardwise.models.specs import get_spec

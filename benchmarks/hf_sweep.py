@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING
 
 from benchmarks.hf_results import Answer, Row, Step, Sweep, summary
 from benchmarks.results import command_line, now
+from shardwise.core.case import StepSettings
 from shardwise.core.errors import ShardwiseError
 from shardwise.core.explanation import Explanation
-from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import TheirPlan
 from shardwise.core.program import OpKind, Phase, Program

@@ -19,9 +19,9 @@ import msgspec
 from benchmarks.hf_results import table
 from benchmarks.results import RESULTS, as_json, command_line, latest, now, write_results
 from shardwise.cli.predict_programs import traced_mesh
+from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.machine import Machine
-from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import Setup, Term
 from shardwise.core.program import Collective, OpKind, Phase, Program

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from benchmarks.published_results import Predicted, Published, summary
 from benchmarks.results import command_line, now
+from shardwise.core.case import StepSettings
 from shardwise.core.machine import Machine
-from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import AttentionKernel, Precision, Prediction, Setup
 from shardwise.core.program import Program

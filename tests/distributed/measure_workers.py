@@ -3,7 +3,7 @@
 import msgspec
 import torch
 
-from shardwise.core.measurement import StepSettings
+from shardwise.core.case import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.launch import RankContext
 from shardwise.measure.subject import ModuleAlone, Subject

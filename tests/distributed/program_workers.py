@@ -6,8 +6,8 @@ import msgspec
 import torch
 from torch import Tensor
 
+from shardwise.core.case import StepSettings
 from shardwise.core.errors import PlanError
-from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import Family, Plan
 from shardwise.core.program import Phase

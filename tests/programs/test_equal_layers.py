@@ -2,7 +2,7 @@
 
 import pytest
 
-from shardwise.core.measurement import StepSettings
+from shardwise.core.case import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import Family
 from shardwise.core.program import Program, memory_peak

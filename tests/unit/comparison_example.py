@@ -4,6 +4,7 @@ import math
 import random
 from dataclasses import replace
 
+from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.finding import Agreement, Finding, FindingKind
 from shardwise.core.measurement import (
@@ -15,7 +16,6 @@ from shardwise.core.measurement import (
     ModuleTimes,
     Ratio,
     Standing,
-    StepSettings,
     TextSummary,
 )
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveKind, wire_bytes
 from shardwise.core.explanation import (
     CollectiveGroup,
@@ -13,7 +14,6 @@ from shardwise.core.explanation import (
     RuleSummary,
 )
 from shardwise.core.finding import Finding, FindingKind
-from shardwise.core.measurement import StepSettings
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.core.program import ByData, Holder, MemoryKind, MemoryPeak, Phase
 

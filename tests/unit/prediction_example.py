@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
+from shardwise.core.case import StepSettings
 from shardwise.core.machine import Constant
-from shardwise.core.measurement import StepSettings
 from shardwise.core.prediction import MemoryForecast, Prediction, Setup, Term
 from shardwise.core.prediction_run import LaunchBound, MachineFacts, PredictionRun
 from shardwise.core.program import MemoryKind

@@ -5,11 +5,11 @@ from functools import lru_cache
 
 import pytest
 
+from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveCall, CollectiveKind
 from shardwise.core.errors import OptionError
 from shardwise.core.explanation import CollectiveGroup, Explanation
 from shardwise.core.finding import FindingKind
-from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.core.plan import Plan, Rule, Style, StyleName

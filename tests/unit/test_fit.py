@@ -8,12 +8,12 @@ from itertools import product
 import numpy as np
 import pytest
 
+from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveKind, wire_bytes
 from shardwise.core.errors import MachineError
 from shardwise.core.machine import FRESH, AttentionRate, Launch, Machine, MatmulRate, Tile, on_curve
 from shardwise.core.machine_file import machine_from_toml
 from shardwise.core.machine_text import to_toml
-from shardwise.core.measurement import StepSettings
 from shardwise.core.prediction import Setup
 from shardwise.core.program import Block, Op, OpKind, Phase, Program, TensorSpec
 from shardwise.core.sample import Sample

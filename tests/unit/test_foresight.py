@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 from torch import Tensor, nn
 
+from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveCall, CollectiveKind
 from shardwise.core.finding import Cause, Finding, FindingKind
-from shardwise.core.measurement import StepSettings
 from shardwise.core.placement import Partial, Placement, Replicate
 from shardwise.core.plan import AnyPlan, TheirPlan
 from shardwise.core.program import Block, Collective, Holding, Phase, Program

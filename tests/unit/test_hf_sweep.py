@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.hf_results import Answer, Row, Step, Sweep, blocks, newest_sweep, summary
 from benchmarks.hf_sweep import QUERIES, TP, ImplausibleError, check, check_flops, examine, model_name
-from shardwise.core.measurement import StepSettings
+from shardwise.core.case import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.program import Phase
 from shardwise.explain.explain import explain

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from shardwise.core.measurement import StepSettings
+from shardwise.core.case import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.program import Block, Program
 from shardwise.models.llama import LlamaConfig

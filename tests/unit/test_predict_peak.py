@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.measured_steps import STEPS, reserved_over_active, step_of
-from shardwise.core.measurement import StepSettings
+from shardwise.core.case import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import TheirPlan
 from shardwise.core.prediction import Setup

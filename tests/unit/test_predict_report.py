@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from shardwise.core.case import StepSettings
 from shardwise.core.errors import InputError
-from shardwise.core.measurement import StepSettings
 from shardwise.core.prediction import AttentionKernel, Precision, Setup, Term
 from shardwise.core.prediction_run import PredictionRun
 from shardwise.report import predict_rows as rows

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from shardwise.core.case import StepSettings
 from shardwise.core.errors import MachineError, OptionError
-from shardwise.core.measurement import StepSettings
 from shardwise.core.prediction import AttentionKernel, Precision, Setup, Term
 from shardwise.core.program import Program
 from shardwise.predict.check import check_setup

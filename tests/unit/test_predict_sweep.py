@@ -14,8 +14,8 @@ from rich.console import Console
 from shardwise.cli.predict_programs import MicroBatch
 from shardwise.cli.predict_sweep import SweepTask, _wanted
 from shardwise.cli.workers import on_processes
+from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError, RunError
-from shardwise.core.measurement import StepSettings
 from shardwise.core.prediction import MemoryForecast, Setup, Term
 from shardwise.core.sweep import Refusal, Sweep, SweepPoint
 from shardwise.predict.machines import load_machine

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from shardwise.core.case import StepSettings
 from shardwise.core.decomposition import decompose
 from shardwise.core.machine import Machine
-from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import COMPUTE_TERMS, Setup, Term
 from shardwise.core.program import Program

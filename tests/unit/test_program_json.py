@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from shardwise.core.case import StepSettings
 from shardwise.core.errors import InputError
-from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.program import Program
 from shardwise.models.llama import LlamaConfig

@@ -1,6 +1,6 @@
 """program_text(): what golden files of one layer don't show. The rest: tests/golden."""
 
-from shardwise.core.measurement import StepSettings
+from shardwise.core.case import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.program import Block, MemoryChange, MemoryKind, Phase, Program
 from shardwise.models.llama import LlamaConfig

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardwise.core.case import StepSettings
 from shardwise.core.errors import ModelError, PlanError, ShardwiseError
-from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import AnyPlan, Plan, Rule, Style, StyleName, TheirPlan
 from shardwise.core.program import MemoryKind, OpKind, Phase, Program, TensorSpec

@@ -3,7 +3,7 @@
 import resource
 from collections import Counter
 
-from shardwise.core.measurement import StepSettings
+from shardwise.core.case import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.program import MemoryKind, OpKind
 from shardwise.models.llama import LlamaConfig

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.calibrate.clock import host_clock
 from shardwise.calibrate.links import AXIS, ORIGIN
-from shardwise.core.measurement import StepSettings
+from shardwise.core.case import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.placement import Partial
 from shardwise.core.plan import Plan

@@ -28,9 +28,10 @@ from shardwise.cli.options import (
     check_seq,
 )
 from shardwise.cli.profiled import profiled_plans
+from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
 from shardwise.core.finding import Agreement, Finding
-from shardwise.core.measurement import Comparison, StepProfile, StepSettings
+from shardwise.core.measurement import Comparison, StepProfile
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import Plan, suggest
 

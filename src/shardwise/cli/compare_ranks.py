@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.cli.environment import VARIABLES
+from shardwise.core.case import StepSettings
 from shardwise.core.finding import Agreement, Finding
-from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import Plan
 from shardwise.launch import RankContext

@@ -24,8 +24,8 @@ from shardwise.cli.options import (
     default_plan,
 )
 from shardwise.cli.token_ids import token_ids
+from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
-from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import AnyPlan, Plan, suggest
 

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
-from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import TheirPlan, suggest
 

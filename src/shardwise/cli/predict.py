@@ -26,8 +26,8 @@ from shardwise.cli.options import (
 from shardwise.cli.predict_programs import MicroBatch, load_program, trace_program, write_program
 from shardwise.cli.predict_sweep import MICRO_BATCHES, SweepTask
 from shardwise.cli.predict_sweep import sweep as sweep_over
+from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
-from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import suggest
 from shardwise.core.prediction import AttentionKernel, Precision, Prediction, Setup, Term

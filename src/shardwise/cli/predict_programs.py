@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shardwise.core.case import StepSettings
 from shardwise.core.errors import InputError, RunError
-from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh, reducing_axis
 from shardwise.core.plan import AnyPlan
 from shardwise.core.shown import shown

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from shardwise.cli.predict_programs import MicroBatch, trace_program
 from shardwise.cli.workers import on_processes
+from shardwise.core.case import StepSettings
 from shardwise.core.errors import InputError, OptionError
 from shardwise.core.machine import Machine
-from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import Setup
 from shardwise.core.program import Program

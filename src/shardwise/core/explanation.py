@@ -6,9 +6,9 @@ Groups: what differs in nothing but the number of its layer is one group; module
 
 from dataclasses import dataclass
 
+from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.finding import Finding
-from shardwise.core.measurement import StepSettings
 from shardwise.core.placement import Placement
 from shardwise.core.program import ByData, MemoryKind, MemoryPeak, Phase
 

@@ -5,55 +5,19 @@ A number that was not measured is None and its absence is said; it is never 0.
 
 from dataclasses import dataclass
 
+from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.finding import Agreement
 from shardwise.core.parts import Parts
 
 
 @dataclass(frozen=True, slots=True)
-class StepSettings:
-    """The training step that every plan runs: the same data, loss, clipping and optimizer (AdamW).
-
-    batch: sequences per optimizer step over all ranks; accumulation: micro-batches that it is cut into. param_dtype, reduce_dtype: FSDP's mixed
-    precision, as PyTorch's MixedPrecisionPolicy has it: what parameters are gathered and layers computed in (None: dtype), and what gradients are
-    reduced in (None: as computed); shards, their gradients and the optimizer's state stay in dtype.
-    """
-
-    batch: int
-    seq: int
-    dtype: str = "float32"
-    param_dtype: str | None = None
-    reduce_dtype: str | None = None
-    accumulation: int = 1
-    recompute: str = "none"
-    compiled: bool = False
-    learning_rate: float = 3e-4
-    max_norm: float = 1.0
-    seed: int = 0
-
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.seq
-
-    @property
-    def computed_dtype(self) -> str:
-        """What layers compute in."""
-        return self.param_dtype or self.dtype
-
-    @property
-    def precision(self) -> str:
-        """The dtypes in words: "float32", or "float32, computed in bfloat16, reduced in float32"."""
-        if self.param_dtype is None and self.reduce_dtype is None:
-            return self.dtype
-        return f"{self.dtype}, computed in {self.computed_dtype}, reduced in {self.reduce_dtype or self.computed_dtype}"
-
-
-@dataclass(frozen=True, slots=True)
 class MemoryUse:
     """One rank's memory; the largest over the ranks where they differ.
 
-    parameter, gradient, optimizer: exact, from the tensors. active, reserved: peak over a step, from torch.cuda.memory_stats (None
-    on a CPU). resident: peak growth of the process's resident set from before the model was built to the end of a step (None on CUDA).
+    parameter, gradient, optimizer: exact, from the tensors. active, reserved: peak over a step, from
+    torch.cuda.memory_stats (None on a CPU). resident: peak growth of the process's resident set from before the
+    model was built to the end of a step (None on CUDA).
     """
 
     parameter_bytes: int
@@ -66,7 +30,8 @@ class MemoryUse:
 
 @dataclass(frozen=True, slots=True)
 class CollectiveUse:
-    """All collectives of one kind, axis and phase in one step: mean over the ranks, and the largest rank's wire bytes."""
+    """All collectives of one kind, axis and phase in one step: mean over the ranks, and the largest rank's wire
+    bytes."""
 
     kind: CollectiveKind
     axis: str
@@ -79,7 +44,8 @@ class CollectiveUse:
 
 @dataclass(frozen=True, slots=True)
 class ModuleTimes:
-    """One module alone, forward and backward, a pair of times per round: each rank's median of a few runs, then the slowest rank's."""
+    """One module alone, forward and backward, a pair of times per round: each rank's median of a few runs, then the
+    slowest rank's."""
 
     module: str
     forward_s: tuple[float, ...]
@@ -92,10 +58,12 @@ class ModuleTimes:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One plan's run. `label` is the plan's name; `repeats` is the label that it repeats, for the run that shows the noise (A/A).
+    """One plan's run. `label` is the plan's name; `repeats` is the label that it repeats, for the run that shows
+    the noise (A/A).
 
-    step_s: one time per round, the slowest rank's. rank_step_s: the same per rank. losses, grad_norms: one per step from the first
-    (warm-up included), equal on all ranks. sent_bytes: what the ranks' sockets sent in one step, mean over ranks (gloo on Linux only).
+    step_s: one time per round, the slowest rank's. rank_step_s: the same per rank. losses, grad_norms: one per step
+    from the first (warm-up included), equal on all ranks. sent_bytes: what the ranks' sockets sent in one step, mean
+    over ranks (gloo on Linux only).
     """
 
     label: str
@@ -182,9 +150,11 @@ class TextSummary:
 
 @dataclass(frozen=True, slots=True)
 class StepProfile:
-    """Where a plan's step went, by its profiles: `parts` in nanoseconds per step of one rank, mean over `steps` of all ranks.
+    """Where a plan's step went, by its profiles: `parts` in nanoseconds per step of one rank, mean over `steps` of
+    all ranks.
 
-    overlap_ns: how much of communication_ns compute hides. words: what can be said of its collectives. traces: their folder.
+    overlap_ns: how much of communication_ns compute hides. words: what can be said of its collectives. traces: their
+    folder.
     """
 
     label: str

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from shardwise.core.case import StepSettings
 from shardwise.core.machine import Constant
-from shardwise.core.measurement import StepSettings
 from shardwise.core.prediction import Prediction, Term
 
 LAUNCH_BOUND = 0.05

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveCall
-from shardwise.core.measurement import StepSettings
 from shardwise.core.placement import Placement
 
 LOSS_MODULE = "(loss)"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from shardwise.core.measurement import StepSettings
+from shardwise.core.case import StepSettings
 from shardwise.core.prediction import MemoryForecast, Setup, Term
 from shardwise.core.prediction_run import MachineFacts
 

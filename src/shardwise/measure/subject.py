@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
-from shardwise.core.measurement import MemoryUse, StepSettings
+from shardwise.core.measurement import MemoryUse
 from shardwise.core.plan import Plan
 from shardwise.core.program import Phase
 from shardwise.measure.memory import PeakMemory, kept_bytes

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
-from shardwise.core.measurement import StepSettings
+from shardwise.core.case import StepSettings
 from shardwise.core.mesh import reducing_axis
 from shardwise.core.prediction import AttentionKernel, MemoryForecast, Precision, Prediction, Setup, Term
 from shardwise.core.prediction_run import (

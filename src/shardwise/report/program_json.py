@@ -10,9 +10,9 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
+from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveCall, CollectiveKind
 from shardwise.core.errors import InputError, MeshError
-from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.placement import Placement, format_placement, parse_placement
 from shardwise.core.program import (

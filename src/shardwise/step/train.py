@@ -28,7 +28,7 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
-from shardwise.core.measurement import StepSettings
+from shardwise.core.case import StepSettings
 from shardwise.core.plan import Engine
 from shardwise.core.program import Phase
 from shardwise.parallel.apply import applied_to

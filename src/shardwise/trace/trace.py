@@ -21,8 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllocMixin
 from torch.distributed.tensor import DTensor
 
+from shardwise.core.case import StepSettings
 from shardwise.core.errors import ModelError, OptionError, PlanError, ShardwiseError
-from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.placement import Placement, Replicate
 from shardwise.core.plan import AnyPlan, Engine, Ownership, Plan, TheirPlan

@@ -25,9 +25,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
+from shardwise.core.case import StepSettings
 from shardwise.core.errors import PlanError, ShardwiseError
 from shardwise.core.finding import Cause, Finding, FindingKind
-from shardwise.core.measurement import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.placement import Partial
 from shardwise.core.plan import AnyPlan, Plan, TheirPlan
