@@ -20,16 +20,16 @@ from benchmarks import calibrated_results, results
 from benchmarks.calibrated_results import Predicted, Run
 from shardwise.core.case import StepSettings
 from shardwise.core.machine import FRESH, Machine
-from shardwise.core.machine_file import machine_from_toml
 from shardwise.core.measurement import Comparison, Measurement
 from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import Setup, Term
 from shardwise.core.program import Collective, Program
+from shardwise.files.machine_file import machine_from_toml
 from shardwise.models.source import find_model
 from shardwise.parallel.builtin import builtin_names, builtin_plan
 from shardwise.predict.predict import predict
 from shardwise.predict.work import work_of
-from shardwise.report.json import comparison_from_json
+from shardwise.report.compare.json import comparison_from_json
 from shardwise.text.batches import Batches
 from shardwise.text.stream import load_tokens
 from shardwise.trace.trace import trace

@@ -17,7 +17,7 @@ from benchmarks.verify_results import Sweep, summary
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import TheirPlan
 from shardwise.core.verification import Verification, VerificationRun
-from shardwise.report import verify_rows as rows
+from shardwise.report.verify import rows
 from shardwise.verify.case import NO_PLAN, Case
 from shardwise.verify.run import BATCH, SEQ, verify
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 
 from shardwise.core.machine import MatmulRate, Tile
-from shardwise.core.machine_file import machine_from_toml
+from shardwise.files.machine_file import machine_from_toml
 
 HERE = Path(__file__).parent
 MACHINES = HERE.parent / "src" / "shardwise" / "machines"

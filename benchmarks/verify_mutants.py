@@ -21,7 +21,7 @@ from benchmarks.results import command_line, now
 from shardwise.core.mesh import Mesh
 from shardwise.core.verification import Verdict, Verification
 from shardwise.launch import run_ranks
-from shardwise.report import verify_rows as rows
+from shardwise.report.verify import rows
 from shardwise.verify.case import Case
 from shardwise.verify.run import verify
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from benchmarks.hf_results import cell, table
 from benchmarks.results import RESULTS, latest, write_results
 from shardwise.core.verification import Verdict, Verification, VerificationRun
-from shardwise.report import verify_rows as rows
-from shardwise.report.document import read_as, table_of, write_document
+from shardwise.report.common.document import read_as, table_of, write_document
+from shardwise.report.verify import rows
 
 WHAT = "hf-verify"
 

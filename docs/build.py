@@ -46,22 +46,22 @@ from shardwise.profiles.diff import diff
 from shardwise.profiles.picture import picture
 from shardwise.profiles.ranks import read_ranks, trace_files
 from shardwise.profiles.run import profile_run
-from shardwise.report.diff_html import difference_html
-from shardwise.report.diff_json import difference_from_json, difference_json
-from shardwise.report.diff_terminal import render_difference
-from shardwise.report.document import worked_out
-from shardwise.report.explain_html import explanation_html
-from shardwise.report.explain_json import explanation_from_json
-from shardwise.report.explain_terminal import explanation_renderables
-from shardwise.report.html import comparison_html
-from shardwise.report.json import comparison_from_json
-from shardwise.report.predict_html import prediction_html
-from shardwise.report.predict_json import prediction_from_json
-from shardwise.report.predict_terminal import render_prediction
-from shardwise.report.terminal import comparison_tables
-from shardwise.report.verify_html import verification_html
-from shardwise.report.verify_json import verification_from_json
-from shardwise.report.verify_terminal import render_verification
+from shardwise.report.common.document import worked_out
+from shardwise.report.compare.html import comparison_html
+from shardwise.report.compare.json import comparison_from_json
+from shardwise.report.compare.terminal import comparison_tables
+from shardwise.report.diff.html import difference_html
+from shardwise.report.diff.json import difference_from_json, difference_json
+from shardwise.report.diff.terminal import render_difference
+from shardwise.report.explain.html import explanation_html
+from shardwise.report.explain.json import explanation_from_json
+from shardwise.report.explain.terminal import explanation_renderables
+from shardwise.report.predict.html import prediction_html
+from shardwise.report.predict.json import prediction_from_json
+from shardwise.report.predict.terminal import render_prediction
+from shardwise.report.verify.html import verification_html
+from shardwise.report.verify.json import verification_from_json
+from shardwise.report.verify.terminal import render_verification
 from shardwise.report.walkthrough.html import walkthrough_html
 from shardwise.walkthrough.record import record_walkthrough
 from shardwise.walkthrough.words import explain_walkthrough
@@ -183,7 +183,7 @@ def explain_json_reference() -> str:
             "`shardwise explain PLAN --json` prints one Explanation; `--against PLAN` prints one Contrast, which holds both plans' Explanations. Bytes",
             'are bytes. A placement is the text that a plan file has: `shard(0)`, `replicate` or `partial`. A number that isn\'t finite is `"NaN"`,',
             '`"Infinity"` or `"-Infinity"`. Fields marked *worked out* follow from the others and are ignored when a document is read back',
-            "(`explanation_from_json` and `contrast_from_json` in `shardwise.report.explain_json`); fields that a reader doesn't know are to be ignored.",
+            "(`explanation_from_json` and `contrast_from_json` in `shardwise.report.explain.json`); fields that a reader doesn't know are to be ignored.",
         ],
         "shardwise explain rowwise --json | jq '.wire_bytes, (.collectives[] | [.phase, .module, .kind, .count, .total_wire_bytes])'",
         [Explanation, Contrast],

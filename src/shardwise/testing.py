@@ -31,7 +31,7 @@ def assert_plan_trains_right(
     fails too. Raises InputError for names that aren't known, and for a plan that doesn't fit the model. Starts tp processes on this machine.
     """
     from shardwise.core.verification import Verdict
-    from shardwise.report.verify_terminal import render_verification
+    from shardwise.report.verify.terminal import render_verification
 
     run = prove_plans(
         [model], list(plans), tp=tp, batch=batch, seq=seq, small=small, device=device, timeout_s=timeout_s

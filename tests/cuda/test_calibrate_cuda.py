@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shardwise.core.machine_file import machine_from_toml
+from shardwise.files.machine_file import machine_from_toml
 from tests.e2e.command import shardwise
 
 GPUS = torch.cuda.device_count()

@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from shardwise.core.machine_file import machine_from_toml
 from shardwise.core.sample import Sample
+from shardwise.files.machine_file import machine_from_toml
 from tests.e2e.command import GRACE_S, gone, ranks_of, shardwise, start
 
 

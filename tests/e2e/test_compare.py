@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from shardwise.core.measurement import Comparison
-from shardwise.report.json import comparison_from_json
+from shardwise.report.compare.json import comparison_from_json
 from tests.e2e.command import GRACE_S, SMALL, gone, ranks_of, shardwise, start, wait_for_rounds
 from tests.e2e.test_report_html import WHOLE_STEP_CHARTS, Elements, browser, visit
 

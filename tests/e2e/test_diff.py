@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shardwise.report.json import comparison_from_json
+from shardwise.report.compare.json import comparison_from_json
 from tests.e2e.command import GRACE_S, SMALL, gone, shardwise, start
 from tests.e2e.test_report_html import Elements, browser, visit
 from tests.e2e.test_walkthrough_html import driven, seen_by

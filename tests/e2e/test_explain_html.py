@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from shardwise.core.explanation import Contrast
-from shardwise.report.explain_html import contrast_html, explanation_html
+from shardwise.report.explain.html import contrast_html, explanation_html
 from tests.e2e.test_report_html import Elements, browser, visit
 from tests.e2e.test_walkthrough_html import driven, seen_by
 from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME

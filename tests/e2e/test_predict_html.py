@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from shardwise.core.sweep import Refusal
-from shardwise.report.predict_html import prediction_html
-from shardwise.report.sweep_html import sweep_html
+from shardwise.report.predict.html import prediction_html
+from shardwise.report.predict.sweep_html import sweep_html
 from tests.e2e.test_report_html import Elements, browser, visit
 from tests.e2e.test_walkthrough_html import driven, seen_by
 from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME

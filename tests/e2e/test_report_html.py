@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from shardwise.core.measurement import Comparison
-from shardwise.report.html import comparison_html
+from shardwise.report.compare.html import comparison_html
 from tests.unit.comparison_example import (
     HOSTILE_MARKUP,
     HOSTILE_NAME,

@@ -12,8 +12,8 @@ import pytest
 
 from shardwise.core.errors import InputError
 from shardwise.core.verification import Verdict
-from shardwise.report.verify_html import verification_html
-from shardwise.report.verify_json import verification_from_json
+from shardwise.report.verify.html import verification_html
+from shardwise.report.verify.json import verification_from_json
 from shardwise.testing import assert_plan_trains_right
 from tests.e2e.command import GRACE_S, gone, ranks_of, shardwise, start
 from tests.e2e.test_report_html import Elements, browser, visit

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shardwise.core.walkthrough import Subject
-from shardwise.report.page import csp_hash
+from shardwise.report.common.page import csp_hash
 from shardwise.report.walkthrough.html import walkthrough_html
 from shardwise.walkthrough.record import record_walkthrough
 from shardwise.walkthrough.words import Explained, explain_walkthrough

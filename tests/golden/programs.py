@@ -10,7 +10,7 @@ from shardwise.models.gpt import GPTConfig
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_plan
-from shardwise.report.program_text import program_text
+from shardwise.report.explain.program_text import program_text
 from shardwise.trace.trace import trace
 
 HERE = Path(__file__).parent

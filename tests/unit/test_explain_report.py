@@ -18,17 +18,17 @@ from shardwise.core.errors import InputError
 from shardwise.core.explanation import CollectiveGroup, Contrast, Explanation
 from shardwise.core.placement import Partial, Replicate, Shard
 from shardwise.core.program import Phase
-from shardwise.report import explain_rows as rows
-from shardwise.report import units
-from shardwise.report.explain_band import Stop, bands
-from shardwise.report.explain_html import contrast_html, explanation_html, memory_chart, wire_chart
-from shardwise.report.explain_json import (
+from shardwise.report.common import units
+from shardwise.report.explain import rows
+from shardwise.report.explain.band import Stop, bands
+from shardwise.report.explain.html import contrast_html, explanation_html, memory_chart, wire_chart
+from shardwise.report.explain.json import (
     contrast_from_json,
     contrast_json,
     explanation_from_json,
     explanation_json,
 )
-from shardwise.report.explain_terminal import render_contrast, render_explanation
+from shardwise.report.explain.terminal import render_contrast, render_explanation
 from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME
 from tests.unit.explanation_example import (
     BY_DATA,
@@ -599,7 +599,7 @@ def test_unknown_fields_are_ignored() -> None:
 
 def test_drawing_an_explanation_imports_no_torch() -> None:
     program = (
-        "import sys, shardwise.report.explain_html, shardwise.report.explain_json, shardwise.report.explain_terminal;"
+        "import sys, shardwise.report.explain.html, shardwise.report.explain.json, shardwise.report.explain.terminal;"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -12,11 +12,11 @@ from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveKind, wire_bytes
 from shardwise.core.errors import MachineError
 from shardwise.core.machine import FRESH, AttentionRate, Launch, Machine, MatmulRate, Tile, on_curve
-from shardwise.core.machine_file import machine_from_toml
-from shardwise.core.machine_text import to_toml
 from shardwise.core.prediction import Setup
 from shardwise.core.program import Block, Op, OpKind, Phase, Program, TensorSpec
 from shardwise.core.sample import Sample
+from shardwise.files.machine_file import machine_from_toml
+from shardwise.files.machine_text import to_toml
 from shardwise.predict.costs import collective_s, fresh_memory_s
 from shardwise.predict.curves import curve, median_curve, monotone
 from shardwise.predict.fit import Hardware, fit

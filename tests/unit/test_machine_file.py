@@ -3,7 +3,7 @@
 import pytest
 
 from shardwise.core.errors import MachineError
-from shardwise.core.machine_file import machine_from_toml
+from shardwise.files.machine_file import machine_from_toml
 from shardwise.predict.machines import machine_text
 
 TEXT = machine_text("h100-sxm-80gb")

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.errors import MachineError
 from shardwise.core.machine import UNKNOWN_LINK, Machine
-from shardwise.core.machine_file import machine_from_toml
-from shardwise.core.machine_text import to_toml
+from shardwise.files.machine_file import machine_from_toml
+from shardwise.files.machine_text import to_toml
 from shardwise.predict.machines import load_machine, machine_names
 
 TEXT = """

@@ -10,9 +10,9 @@ from shardwise.core.case import StepSettings
 from shardwise.core.errors import InputError
 from shardwise.core.prediction import AttentionKernel, Precision, Setup, Term
 from shardwise.core.prediction_run import PredictionRun
-from shardwise.report import predict_rows as rows
-from shardwise.report.predict_json import prediction_from_json, prediction_json
-from shardwise.report.predict_terminal import render_prediction
+from shardwise.report.predict import rows
+from shardwise.report.predict.json import prediction_from_json, prediction_json
+from shardwise.report.predict.terminal import render_prediction
 from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME
 from tests.unit.prediction_example import MEMORY, TERMS, TOO_MUCH, hostile_run, prediction, run_of, two_plans
 

@@ -20,9 +20,9 @@ from shardwise.core.prediction import MemoryForecast, Setup, Term
 from shardwise.core.sweep import Refusal, Sweep, SweepPoint
 from shardwise.predict.machines import load_machine
 from shardwise.predict.sweep import best_first, splits
-from shardwise.report.predict_json import sweep_from_json, sweep_json
-from shardwise.report.sweep_html import sweep_html
-from shardwise.report.sweep_terminal import render_sweep
+from shardwise.report.predict.json import sweep_from_json, sweep_json
+from shardwise.report.predict.sweep_html import sweep_html
+from shardwise.report.predict.sweep_terminal import render_sweep
 from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME
 from tests.unit.prediction_example import MACHINE, MEMORY, TERMS, TOO_MUCH
 

@@ -14,13 +14,13 @@ from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import COMPUTE_TERMS, Setup, Term
 from shardwise.core.program import Program
 from shardwise.core.timeline import NONE, SpanKind
+from shardwise.files.perfetto import perfetto_trace
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_plan
 from shardwise.predict.machines import load_machine
 from shardwise.predict.predict import predict
 from shardwise.predict.timeline import launch_bound, pipeline_timelines, timeline_of
-from shardwise.report.perfetto import perfetto_trace
 from shardwise.trace.trace import trace
 
 SPEC = ModelSpec("small", LlamaConfig(1024, 512, 6, 8, 4, 1024), "")

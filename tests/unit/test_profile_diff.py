@@ -12,15 +12,15 @@ from rich.console import Console
 
 from shardwise.core.difference import Difference, Matched, RunProfile
 from shardwise.core.errors import TraceError
+from shardwise.files.perfetto import perfetto_trace
 from shardwise.profiles.collectives import share
 from shardwise.profiles.diff import diff, run_words
 from shardwise.profiles.picture import picture
 from shardwise.profiles.ranks import read_ranks
 from shardwise.profiles.run import profile_run
-from shardwise.report.diff_html import difference_html, run_html
-from shardwise.report.diff_json import difference_from_json, difference_json, run_from_json, run_json
-from shardwise.report.diff_terminal import render_difference, render_run
-from shardwise.report.perfetto import perfetto_trace
+from shardwise.report.diff.html import difference_html, run_html
+from shardwise.report.diff.json import difference_from_json, difference_json, run_from_json, run_json
+from shardwise.report.diff.terminal import render_difference, render_run
 from tests.unit.chrome_trace import all_reduce, event, kernel, launch, step, write
 
 

@@ -11,10 +11,10 @@ from shardwise.core.case import StepSettings
 from shardwise.core.errors import InputError
 from shardwise.core.mesh import Mesh
 from shardwise.core.program import Program
+from shardwise.files.program_json import program_from_json, program_json
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_plan
-from shardwise.report.program_json import program_from_json, program_json
 from shardwise.trace.trace import trace
 
 PLANS = ("rowwise", "colwise", "routed", "rowwise@dtensor")
@@ -109,13 +109,13 @@ def test_what_is_no_program_is_refused_in_a_line(document: bytes, message: str) 
 
 
 def test_blocks_that_unfold_without_end_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shardwise.report.program_json.MOST_ITEMS", 100)
+    monkeypatch.setattr("shardwise.files.program_json.MOST_ITEMS", 100)
     with pytest.raises(InputError, match=r"its blocks unfold to .* items, and at most 100 are read"):
         program_from_json(program_json(program("rowwise", "cuda", "tp=2", DEEP)))
 
 
 def test_reading_a_program_imports_no_torch() -> None:
-    code = "import sys, shardwise.report.program_json, shardwise.predict.predict, shardwise.predict.machines; print('torch' in sys.modules)"
+    code = "import sys, shardwise.files.program_json, shardwise.predict.predict, shardwise.predict.machines; print('torch' in sys.modules)"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         == "False\n"

@@ -6,7 +6,7 @@ from shardwise.core.program import Block, MemoryChange, MemoryKind, Phase, Progr
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_plan
-from shardwise.report.program_text import program_text
+from shardwise.report.explain.program_text import program_text
 from shardwise.trace.trace import trace
 
 

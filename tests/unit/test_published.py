@@ -20,8 +20,8 @@ from benchmarks.published_results import (
     summary,
     why,
 )
-from shardwise.core.machine_file import machine_from_toml
 from shardwise.core.prediction import AttentionKernel, Precision
+from shardwise.files.machine_file import machine_from_toml
 from shardwise.predict.costs import TENSOR_HIDDEN
 
 ROWS = read_rows()

@@ -14,12 +14,12 @@ from rich.console import Console
 
 from shardwise.core.errors import InputError
 from shardwise.core.measurement import Comparison, Ratio
-from shardwise.report import units
-from shardwise.report.html import comparison_html, short_name
-from shardwise.report.json import comparison_from_json, comparison_json
-from shardwise.report.page import script_json
-from shardwise.report.rows import comparison_rows, not_measured
-from shardwise.report.terminal import plain, render_comparison
+from shardwise.report.common import units
+from shardwise.report.common.page import script_json
+from shardwise.report.compare.html import comparison_html, short_name
+from shardwise.report.compare.json import comparison_from_json, comparison_json
+from shardwise.report.compare.rows import comparison_rows, not_measured
+from shardwise.report.compare.terminal import plain, render_comparison
 from tests.unit.comparison_example import (
     HOSTILE_MARKUP,
     HOSTILE_NAME,
@@ -328,7 +328,7 @@ def test_the_page_says_what_was_not_measured_and_warns_of_gloo_only_on_gloo() ->
 
 def test_report_imports_no_torch() -> None:
     code = (
-        "import sys, shardwise.report.html, shardwise.report.json, shardwise.report.terminal; "
+        "import sys, shardwise.report.compare.html, shardwise.report.compare.json, shardwise.report.compare.terminal; "
         "print([name for name in ('torch', 'numpy') if name in sys.modules])"
     )
     assert (

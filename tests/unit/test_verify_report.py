@@ -8,10 +8,10 @@ from rich.console import Console
 
 from shardwise.core.finding import Cause, Finding, FindingKind
 from shardwise.core.verification import Proof, Sharded, Verdict, Verification, VerificationRun
-from shardwise.report import verify_rows as rows
-from shardwise.report.verify_html import verification_html
-from shardwise.report.verify_json import verification_from_json, verification_json
-from shardwise.report.verify_terminal import render_verification
+from shardwise.report.verify import rows
+from shardwise.report.verify.html import verification_html
+from shardwise.report.verify.json import verification_from_json, verification_json
+from shardwise.report.verify.terminal import render_verification
 
 HOSTILE = "</script><img src=x onerror=alert(1)>[bold]\x1b[31m"
 PROOF = Proof("float64", 2e-16, 1e-10, 1e-16, 0.0, 27, "layers.1.norm.weight", 4e-16, 2, 1e-16, 3e-16)

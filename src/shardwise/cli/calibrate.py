@@ -126,7 +126,7 @@ class _Run:
         """The whole command after the checks; returns the exit code."""
         from shardwise.calibrate.ranks import merged
         from shardwise.cli.progress import ProgressLine
-        from shardwise.core.machine_text import to_toml
+        from shardwise.files.machine_text import to_toml
         from shardwise.predict.fit import fit
 
         started = datetime.now(UTC)

@@ -38,7 +38,7 @@ from shardwise.core.plan import Plan, suggest
 if TYPE_CHECKING:
     from shardwise.cli.compare_ranks import CompareJob
     from shardwise.cli.progress import ProgressLine
-    from shardwise.cli.run_folder import RunFolder
+    from shardwise.files.run_folder import RunFolder
     from shardwise.measure.record import RankReport
     from shardwise.models.specs import ModelSpec
     from shardwise.text.stream import TokenStream
@@ -316,7 +316,7 @@ class _Run:
     def run(self, out: Path | None, files: list[Path], tokenizer: Path | None, random_ids: bool) -> int:
         """The whole command after the checks; returns the exit code."""
         from shardwise.cli.progress import ProgressLine
-        from shardwise.cli.run_folder import RunFolder
+        from shardwise.files.run_folder import RunFolder
 
         started = datetime.now(UTC)
         if not self.speaks:
@@ -425,9 +425,9 @@ class _Run:
         self, comparison: Comparison, report: "RankReport", folder: "RunFolder", pages: dict[str, str]
     ) -> int:
         """Terminal or JSON first, then files: a disk that is full by now loses nothing that was measured."""
-        from shardwise.report.html import comparison_html
-        from shardwise.report.json import comparison_json
-        from shardwise.report.terminal import render_comparison
+        from shardwise.report.compare.html import comparison_html
+        from shardwise.report.compare.json import comparison_json
+        from shardwise.report.compare.terminal import render_comparison
 
         document = comparison_json(comparison)
         findings = _findings(report)

@@ -115,8 +115,8 @@ def _deliver(
     from shardwise.profiles.diff import diff as compare
     from shardwise.profiles.diff import run_words
     from shardwise.profiles.run import profile_run
-    from shardwise.report.diff_json import difference_json, run_json
-    from shardwise.report.diff_terminal import render_difference, render_run
+    from shardwise.report.diff.json import difference_json, run_json
+    from shardwise.report.diff.terminal import render_difference, render_run
 
     shared = [share(timelines) for timelines in read]
     runs = [
@@ -148,11 +148,11 @@ def _write(
 ) -> None:
     import msgspec
 
-    from shardwise.cli.run_folder import RunFolder
+    from shardwise.files.perfetto import perfetto_trace
+    from shardwise.files.run_folder import RunFolder
     from shardwise.profiles.diff import run_words
     from shardwise.profiles.picture import picture
-    from shardwise.report.diff_html import difference_html, run_html
-    from shardwise.report.perfetto import perfetto_trace
+    from shardwise.report.diff.html import difference_html, run_html
 
     pictures: list[StepPicture] = [
         found

@@ -272,8 +272,8 @@ def _deliver(
     out: Path | None,
 ) -> int:
     from shardwise.explain.contrast import contrast
-    from shardwise.report.explain_json import contrast_json, explanation_json
-    from shardwise.report.explain_terminal import render_contrast, render_explanation
+    from shardwise.report.explain.json import contrast_json, explanation_json
+    from shardwise.report.explain.terminal import render_contrast, render_explanation
 
     first, *others = found
     both = contrast(first, others[0]) if others else None
@@ -286,9 +286,9 @@ def _deliver(
     else:
         render_explanation(first, console)
     if out is not None:
-        from shardwise.cli.run_folder import RunFolder
-        from shardwise.report.explain_html import contrast_html, explanation_html
-        from shardwise.report.program_text import program_text
+        from shardwise.files.run_folder import RunFolder
+        from shardwise.report.explain.html import contrast_html, explanation_html
+        from shardwise.report.explain.program_text import program_text
 
         with RunFolder(out, "explain", datetime.now(UTC), has_events=False) as folder:
             folder.write("settings.json", _settings_json(found))
@@ -358,7 +358,7 @@ def _walk(
     else:
         render_walkthrough(told, console)
     if out is not None:
-        from shardwise.cli.run_folder import RunFolder
+        from shardwise.files.run_folder import RunFolder
 
         with RunFolder(out, "walk", datetime.now(UTC), has_events=False) as folder:
             path = folder.write("walkthrough.html", _walkthrough_page())

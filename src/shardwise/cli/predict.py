@@ -492,9 +492,9 @@ def _sweep(
     out: Path | None,
 ) -> int:
     from shardwise.cli.progress import ProgressLine
-    from shardwise.report.predict_json import sweep_json
-    from shardwise.report.sweep_html import sweep_html
-    from shardwise.report.sweep_terminal import render_sweep
+    from shardwise.report.predict.json import sweep_json
+    from shardwise.report.predict.sweep_html import sweep_html
+    from shardwise.report.predict.sweep_terminal import render_sweep
 
     with ProgressLine() as progress:
         found = sweep_over(task, plans, devices, progress.advance)
@@ -505,7 +505,7 @@ def _sweep(
     else:
         render_sweep(found, console, top)
     if out is not None:
-        from shardwise.cli.run_folder import RunFolder
+        from shardwise.files.run_folder import RunFolder
 
         with RunFolder(out, "predict", datetime.now(UTC), has_events=False) as folder:
             asked = {
@@ -585,8 +585,8 @@ def _label(plan: str, before: Sequence[Step]) -> str:
 def _deliver(
     machine: "Machine", steps: Sequence[Step], console: Console, *, as_json: bool, out: Path | None
 ) -> int:
-    from shardwise.report.predict_json import prediction_json
-    from shardwise.report.predict_terminal import render_prediction
+    from shardwise.report.predict.json import prediction_json
+    from shardwise.report.predict.terminal import render_prediction
 
     run = _predicted(machine, steps)
     document = prediction_json(run)
@@ -626,10 +626,10 @@ def _write(
     document: bytes,
     console: Console,
 ) -> None:
-    from shardwise.cli.run_folder import RunFolder
+    from shardwise.files.perfetto import perfetto_trace
+    from shardwise.files.run_folder import RunFolder
     from shardwise.predict.timeline import pipeline_timelines, timeline_of
-    from shardwise.report.perfetto import perfetto_trace
-    from shardwise.report.predict_html import prediction_html
+    from shardwise.report.predict.html import prediction_html
 
     first = run.predictions[0]
     asked = {

@@ -74,7 +74,7 @@ def trace_program(
 
 def load_program(path: Path) -> "Program":
     """A saved program. Raises InputError."""
-    from shardwise.report.program_json import LARGEST_FILE, program_from_json
+    from shardwise.files.program_json import LARGEST_FILE, program_from_json
 
     try:
         with path.open("rb") as file:
@@ -88,7 +88,7 @@ def load_program(path: Path) -> "Program":
 
 def write_program(program: "Program", path: Path) -> None:
     """Raises RunError where it can't be written."""
-    from shardwise.report.program_json import program_json
+    from shardwise.files.program_json import program_json
 
     try:
         path.write_bytes(program_json(program))

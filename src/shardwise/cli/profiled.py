@@ -20,7 +20,7 @@ def profiled_plans(
     from shardwise.profiles.picture import picture
     from shardwise.profiles.ranks import read_ranks, trace_files
     from shardwise.profiles.run import profile_run
-    from shardwise.report.diff_html import difference_html, run_html
+    from shardwise.report.diff.html import difference_html, run_html
 
     runs: list[RunProfile] = []
     pictures: list[list[StepPicture]] = []

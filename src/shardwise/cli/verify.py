@@ -242,8 +242,8 @@ def _versions() -> tuple[tuple[str, str], ...]:
 
 
 def _deliver(run: "VerificationRun", console: Console, *, as_json: bool, out: Path | None) -> int:
-    from shardwise.report.verify_json import verification_json
-    from shardwise.report.verify_terminal import render_verification
+    from shardwise.report.verify.json import verification_json
+    from shardwise.report.verify.terminal import render_verification
 
     document = verification_json(run)
     if as_json:
@@ -254,8 +254,8 @@ def _deliver(run: "VerificationRun", console: Console, *, as_json: bool, out: Pa
     if out is not None:
         import msgspec
 
-        from shardwise.cli.run_folder import RunFolder
-        from shardwise.report.verify_html import verification_html
+        from shardwise.files.run_folder import RunFolder
+        from shardwise.report.verify.html import verification_html
 
         with RunFolder(out, "verify", datetime.now(UTC), has_events=False) as folder:
             asked = {

@@ -35,11 +35,11 @@ from shardwise.core.machine import (
     Tile,
     on_curve,
 )
-from shardwise.core.machine_file import machine_from_toml
-from shardwise.core.machine_text import constant, to_toml
 from shardwise.core.prediction import Setup
 from shardwise.core.program import Op, OpKind, Phase, Program
 from shardwise.core.sample import Sample
+from shardwise.files.machine_file import machine_from_toml
+from shardwise.files.machine_text import constant, to_toml
 from shardwise.predict.costs import op_cost
 from shardwise.predict.curves import Times, curve, median_curve, residual, rounded
 from shardwise.predict.search import Vector, log_errors, minimise, rough

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from shardwise.core.errors import MachineError
 from shardwise.core.machine import Machine
-from shardwise.core.machine_file import machine_from_toml
 from shardwise.core.plan import suggest
 from shardwise.core.shown import shown
+from shardwise.files.machine_file import machine_from_toml
 
 SUFFIX = ".toml"
 LARGEST_FILE = 1_000_000  # bytes; one with every measured curve has a tenth of it

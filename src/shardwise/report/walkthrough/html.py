@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from shardwise.core.walkthrough import Content, Matrix, Role, Row
-from shardwise.report.page import csp_hash, page_environment, template_source
+from shardwise.report.common.page import csp_hash, page_environment, template_source
 from shardwise.report.walkthrough.terminal import format_value
 from shardwise.walkthrough.words import Explained, ExplainedMatrix, ExplainedStep
 
@@ -39,14 +39,14 @@ def walkthrough_html(walkthroughs: Sequence[Explained]) -> str:
         is_roomy=_is_roomy,
         is_wide=_is_wide,
     )
-    script = template_source(environment, "walkthrough.js")
+    script = template_source(environment, "walkthrough/walkthrough.js")
     groups: dict[str, list[Explained]] = {}
     for explained in walkthroughs:
         groups.setdefault(explained.group, []).append(explained)
-    return environment.get_template("walkthrough.html.j2").render(
+    return environment.get_template("walkthrough/walkthrough.html.j2").render(
         groups=groups,
         walkthroughs=walkthroughs,
-        css=Markup(template_source(environment, "walkthrough.css")),
+        css=Markup(template_source(environment, "walkthrough/walkthrough.css")),
         script=Markup(script),
         script_hash=Markup(csp_hash(script)),
     )

@@ -1,0 +1,1 @@
+"""A machine, drawn as it was measured."""

@@ -1,0 +1,1 @@
+"""What the reports of all verbs share: documents, units, what every page has."""

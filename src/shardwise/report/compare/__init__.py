@@ -1,0 +1,1 @@
+"""A Comparison, drawn."""

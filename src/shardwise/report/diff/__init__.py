@@ -1,0 +1,1 @@
+"""A RunProfile or a Difference, drawn."""

@@ -1,0 +1,1 @@
+"""An Explanation or a Contrast, drawn."""

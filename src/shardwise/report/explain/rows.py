@@ -1,0 +1,441 @@
+"""What of an Explanation or a Contrast stands together in a report: groups by phase, sums of what is alike, and the words for them.
+
+Adds up and looks up, no more. Names that come from a user's files are cut to what a reader can take in. What it does not know: how a row
+is drawn.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import assert_never
+
+from shardwise.core.collective import CollectiveKind
+from shardwise.core.explanation import (
+    CollectiveGroup,
+    Contrast,
+    CopyGroup,
+    Explanation,
+    HoldingGroup,
+    PhaseTotals,
+)
+from shardwise.core.finding import Finding
+from shardwise.core.placement import Placement
+from shardwise.core.program import MemoryKind, Phase
+from shardwise.core.shown import shown
+from shardwise.report.common.units import format_bytes, format_flops, format_ratio
+
+# The phases whose work grows with the model's layers; the others happen once in a step.
+LAYER_PHASES = (Phase.FORWARD, Phase.BACKWARD, Phase.RECOMPUTE)
+
+NAME_CHARACTERS = 96
+SENTENCE_CHARACTERS = 700
+
+UNTOLD = "not told"
+
+KIND_PLURALS = {
+    MemoryKind.PARAMETER: "parameters",
+    MemoryKind.GRADIENT: "gradients",
+    MemoryKind.OPTIMIZER: "optimizer",
+    MemoryKind.BUFFER: "buffers",
+    MemoryKind.INPUT: "inputs",
+    MemoryKind.ACTIVATION: "activations",
+    MemoryKind.TEMPORARY: "temporary",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseRow:
+    """One phase: its totals (None where the explanation has none) and its groups of collectives, in order."""
+
+    phase: Phase
+    totals: PhaseTotals | None
+    groups: tuple[CollectiveGroup, ...]
+
+    @property
+    def tally(self) -> "Tally":
+        return tally(self.groups)
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Collectives added up: how many of each kind (by what they carry out), and the bytes that this rank sends for them."""
+
+    counts: tuple[tuple[CollectiveKind, int], ...]
+    wire_bytes: float
+
+    @property
+    def count(self) -> int:
+        return sum(count for _, count in self.counts)
+
+    def __str__(self) -> str:
+        """`65 all-gathers, 65 reduce-scatters, 14.2 GiB sent`."""
+        if not self.counts:
+            return "no collectives"
+        kinds = (f"{count} {collective_name(kind)}{'' if count == 1 else 's'}" for kind, count in self.counts)
+        return f"{', '.join(kinds)}, {format_bytes(self.wire_bytes)} sent"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRow:
+    """Bytes of one kind: what a rank keeps of it (None where that isn't kept from step to step), and what lives of it at the peak."""
+
+    kind: MemoryKind
+    held: int | None
+    at_peak: int
+
+
+@dataclass(frozen=True, slots=True)
+class ContrastRow:
+    """One line of two columns. ratio: second over first; None where there is none to give."""
+
+    label: str
+    first: str
+    second: str
+    ratio: str | None = None
+    is_heading: bool = False
+
+    @property
+    def differs(self) -> bool:
+        return self.first != self.second
+
+
+def name(text: str, empty: str = "(model)") -> str:
+    """A module's, parameter's or plan's name on one line; long ones cut, and the root's empty one in words."""
+    return shown(text, NAME_CHARACTERS) or empty
+
+
+def sentence(text: str) -> str:
+    """A reason, advice or note: as it is, but for control characters and for what nobody would read to its end."""
+    return shown(text, SENTENCE_CHARACTERS)
+
+
+def collective_name(kind: CollectiveKind) -> str:
+    """`reduce-scatter`."""
+    return kind.value.replace("_", "-")
+
+
+def carried_out_as(group: CollectiveGroup) -> str | None:
+    """`all-to-all + sum` for a reduce-scatter that is carried out so; None for a collective that is what it is."""
+    match group.carries_out, group.kind:
+        case carried, kind if carried == kind:
+            return None
+        case CollectiveKind.REDUCE_SCATTER, CollectiveKind.ALL_TO_ALL:
+            return "all-to-all + sum"
+        case CollectiveKind.ALL_TO_ALL, CollectiveKind.ALL_GATHER:
+            return "all-gather + chunk"
+        case _:
+            return collective_name(group.kind)
+
+
+def collective_title(group: CollectiveGroup) -> str:
+    """`reduce-scatter (as all-to-all + sum)`."""
+    way = carried_out_as(group)
+    return collective_name(group.carries_out) + (f" (as {way})" if way else "")
+
+
+def placement_change(group: CollectiveGroup) -> str:
+    """`Partial -> Shard(1)`; what nobody told is said to be so."""
+    if group.before is None and group.after is None:
+        return f"placement {UNTOLD}"
+    return f"{group.before or UNTOLD} -> {group.after or UNTOLD}"
+
+
+def wire_share(group: CollectiveGroup) -> str | None:
+    """What part of the payload a rank sends, where that is one of the formulas' fractions: `7/8`, `2 x 7/8`, `all`, `none`."""
+    n = group.axis_size
+    if not group.payload_bytes or not math.isfinite(group.wire_bytes):
+        return None
+    share = group.wire_bytes / group.payload_bytes
+    shares = {"none": 0.0, "all": 1.0, f"{n - 1}/{n}": (n - 1) / n, f"2 x {n - 1}/{n}": 2 * (n - 1) / n}
+    # a splitting into parts that differ by a row is no simple fraction
+    return next((text for text, value in shares.items() if math.isclose(share, value, rel_tol=1e-9)), None)
+
+
+def payload_text(group: CollectiveGroup) -> str:
+    """`7/8 of 128 MiB`: what is sent of the payload."""
+    share = wire_share(group)
+    payload = format_bytes(group.payload_bytes)
+    return f"payload {payload}" if share is None else f"{share} of {payload}"
+
+
+def rule_text(group: CollectiveGroup) -> str | None:
+    """`gather_input` for the rule of the module itself; `rule "layers.*" (fsdp)` for one that holds further out; None for none."""
+    if group.rule is None:
+        return None
+    style = group.rule.removeprefix(f'"{group.module}" (')
+    return f"rule {name(group.rule)}" if style == group.rule else name(style.removesuffix(")"))
+
+
+def by_data_text(group: CollectiveGroup) -> str | None:
+    """What the data decide, as a sentence; None where shapes alone decide."""
+    found = group.by_data
+    if found is None:
+        return None
+    return (
+        f"Decided by the data: this rank sends {format_bytes(group.wire_bytes)}, the ranks {format_bytes(found.mean_bytes)} on average, "
+        f"rank {found.max_rank} most with {format_bytes(found.max_bytes)}; no batch needs more than {format_bytes(found.bound_bytes)}."
+    )
+
+
+def copied_text(group: CollectiveGroup) -> str | None:
+    """The copies to and from the buffers of each, as a sentence; None where there are none."""
+    return (
+        f"Copies {format_bytes(group.copied_bytes)} to and from its buffers each time."
+        if group.copied_bytes
+        else None
+    )
+
+
+def phase_rows(explanation: Explanation) -> tuple[PhaseRow, ...]:
+    """The phases that have ops or collectives, in the order of a step; a forward that runs again stands after the backward."""
+    totals = {found.phase: found for found in explanation.phases}
+    rows = (
+        PhaseRow(
+            phase,
+            totals.get(phase),
+            tuple(group for group in explanation.collectives if group.phase == phase),
+        )
+        for phase in Phase
+    )
+    return tuple(row for row in rows if row.totals is not None or row.groups)
+
+
+def tally(groups: Iterable[CollectiveGroup]) -> Tally:
+    """The sum over groups."""
+    found = list(groups)
+    counts = {
+        kind: sum(group.count for group in found if group.carries_out == kind) for kind in CollectiveKind
+    }
+    return Tally(
+        tuple((kind, count) for kind, count in counts.items() if count),
+        sum(group.total_wire_bytes for group in found),
+    )
+
+
+def layer_tally(explanation: Explanation) -> Tally:
+    """Forward and backward together."""
+    return tally(group for group in explanation.collectives if group.phase in LAYER_PHASES)
+
+
+def edge_tally(explanation: Explanation) -> Tally:
+    """All other phases: loss, gradients over replicas, clipping, optimizer."""
+    return tally(group for group in explanation.collectives if group.phase not in LAYER_PHASES)
+
+
+def memory_rows(explanation: Explanation) -> tuple[MemoryRow, ...]:
+    """A row for each kind that is held or lives at the peak."""
+    held, at_peak = dict(explanation.held), dict(explanation.peak.by_kind)
+    return tuple(
+        MemoryRow(kind, held.get(kind), at_peak.get(kind, 0))
+        for kind in MemoryKind
+        if kind in held or kind in at_peak
+    )
+
+
+def held_bytes(explanation: Explanation) -> int:
+    """Parameters, gradients and optimizer state together."""
+    return sum(n_bytes for _, n_bytes in explanation.held)
+
+
+def held_text(row: MemoryRow) -> str:
+    """`3.74 GiB`, or a dash for what comes and goes within a step."""
+    return format_bytes(row.held, "–")
+
+
+def at_peak_text(row: MemoryRow) -> str:
+    """Bytes at the peak; what is held but doesn't live then is named so."""
+    return (
+        format_bytes(row.at_peak)
+        if row.at_peak
+        else "not yet"
+        if row.kind is MemoryKind.GRADIENT and row.held
+        else "0 B"
+    )
+
+
+def peak_text(explanation: Explanation) -> str:
+    """`in the loss, at aten::exp in (loss)`."""
+    peak = explanation.peak
+    if not peak.doing:
+        return "before the step's first op: nothing in the step needs more"
+    return f"in {phase_text(peak.phase)}, at {name(peak.doing)} in {name(peak.module)}"
+
+
+def phase_text(phase: Phase) -> str:
+    """A phase within a sentence."""
+    match phase:
+        case Phase.RECOMPUTE:
+            return "the recomputed forward"
+        case Phase.REDUCE:
+            return "the reduction of gradients"
+        case Phase.CLIP:
+            return "clipping"
+        case Phase.FORWARD | Phase.LOSS | Phase.BACKWARD | Phase.OPTIMIZER:
+            return f"the {phase.value}"
+        case _:
+            assert_never(phase)
+
+
+def world_size(explanation: Explanation) -> int:
+    """Ranks of the whole mesh."""
+    return math.prod(size for _, size in explanation.axes)
+
+
+def mesh_text(explanation: Explanation) -> str:
+    """`dp=2,tp=4`."""
+    return ",".join(f"{name(axis)}={size}" for axis, size in explanation.axes) or "one rank"
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """`[4096, 512]`; `scalar` for no dims."""
+    return f"[{', '.join(map(str, shape))}]" if shape else "scalar"
+
+
+def shape_change(group: HoldingGroup) -> str:
+    """`[4096, 4096] -> [512, 4096]`; `[4096], whole` where this rank keeps all of it."""
+    whole = shape_text(group.shape)
+    return (
+        f"{whole}, whole"
+        if group.shape == group.local_shape
+        else f"{whole} -> {shape_text(group.local_shape)}"
+    )
+
+
+def placements_text(placements: Sequence[Placement], axes: Sequence[tuple[str, int]]) -> str:
+    """`Shard(0)` on one axis; `dp: Replicate, tp: Shard(0)` on several."""
+    if len(placements) == 1:
+        return str(placements[0])
+    if len(placements) != len(axes):
+        return ", ".join(map(str, placements)) or UNTOLD
+    return ", ".join(
+        f"{name(axis)}: {placement}" for placement, (axis, _) in zip(placements, axes, strict=True)
+    )
+
+
+def gradient_text(group: HoldingGroup, axes: Sequence[tuple[str, int]]) -> str:
+    """`the same` as the parameter, or what it is instead: `Replicate [128256, 4096]`; `none`."""
+    if group.grad_placement is None:
+        return "none"
+    if not gradient_differs(group):
+        return "the same"
+    shape = (
+        ""
+        if group.grad_shape is None or group.grad_shape == group.local_shape
+        else f" {shape_text(group.grad_shape)}"
+    )
+    return f"{placements_text(group.grad_placement, axes)}{shape}"
+
+
+def gradient_differs(group: HoldingGroup) -> bool:
+    """Whether the optimizer meets a gradient of another placement or shape than its parameter's."""
+    if group.grad_placement is None:
+        return False
+    return group.grad_placement != group.placement or group.grad_shape not in (None, group.local_shape)
+
+
+def largest_copies(
+    explanation: Explanation, limit: int
+) -> tuple[tuple[CopyGroup, ...], tuple[CopyGroup, ...]]:
+    """(the `limit` groups that write most, the rest)."""
+    ordered = sorted(explanation.copies, key=lambda group: -group.total_bytes)
+    return tuple(ordered[:limit]), tuple(ordered[limit:])
+
+
+def contrast_findings(contrast: Contrast) -> tuple[tuple[str, Finding], ...]:
+    """(plan, finding) of both; one that both have stands once, for "both plans"."""
+    first, second = contrast.first, contrast.second
+    shared = [finding for finding in first.findings if finding in second.findings]
+    own = [
+        (one.plan, finding) for one in (first, second) for finding in one.findings if finding not in shared
+    ]
+    return (*own, *(("both plans", finding) for finding in shared))
+
+
+def contrast_rows(contrast: Contrast) -> tuple[ContrastRow, ...]:
+    """Two plans in two columns: collectives, bytes, memory, work, findings."""
+    first, second = contrast.first, contrast.second
+    return (
+        ContrastRow("engine", name(first.engine), name(second.engine)),
+        *_collective_rows(first, second),
+        *_memory_contrast(first, second),
+        *_work_rows(first, second),
+        _heading("Findings"),
+        ContrastRow("findings", str(len(first.findings) or "none"), str(len(second.findings) or "none")),
+    )
+
+
+def _collective_rows(first: Explanation, second: Explanation) -> Iterator[ContrastRow]:
+    one, other = dict(tally(first.collectives).counts), dict(tally(second.collectives).counts)
+    yield _heading("Collectives")
+    for kind in CollectiveKind:
+        if kind in one or kind in other:
+            yield ContrastRow(f"{collective_name(kind)}s", str(one.get(kind, 0)), str(other.get(kind, 0)))
+    yield _heading("Sent by the rank")
+    for phase in Phase:
+        mine, theirs = (
+            [group for group in found.collectives if group.phase == phase] for found in (first, second)
+        )
+        if mine or theirs:
+            yield _bytes_row(phase.value, tally(mine).wire_bytes, tally(theirs).wire_bytes)
+    yield _bytes_row("in all", first.wire_bytes, second.wire_bytes)
+
+
+def _memory_contrast(first: Explanation, second: Explanation) -> Iterator[ContrastRow]:
+    one, other = {row.kind: row for row in memory_rows(first)}, {row.kind: row for row in memory_rows(second)}
+    kinds = [kind for kind in MemoryKind if kind in one or kind in other]
+    yield _heading("Held: parameters, gradients, optimizer state")
+    for kind in kinds:
+        held = [found[kind].held if kind in found else None for found in (one, other)]
+        if held != [None, None]:
+            yield _bytes_row(KIND_PLURALS[kind], *held)
+    yield _bytes_row("in all", held_bytes(first), held_bytes(second))
+    yield _heading("At the peak")
+    for kind in kinds:
+        at_peak = [found[kind].at_peak if kind in found else 0 for found in (one, other)]
+        if any(at_peak):
+            yield _bytes_row(KIND_PLURALS[kind], *at_peak)
+    yield _bytes_row("in all", first.peak.n_bytes, second.peak.n_bytes)
+    when, other_when = (
+        found.peak.phase.value if found.peak.doing else "at rest" for found in (first, second)
+    )
+    yield ContrastRow("when", when, other_when)
+
+
+def _work_rows(first: Explanation, second: Explanation) -> Iterator[ContrastRow]:
+    yield _heading("Work of the rank")
+    flops = [sum(totals.flops for totals in found.phases) for found in (first, second)]
+    yield ContrastRow("FLOPs", format_flops(flops[0]), format_flops(flops[1]), _ratio(*flops))
+    yield _bytes_row(
+        "moved by ops", *(sum(totals.moved_bytes for totals in found.phases) for found in (first, second))
+    )
+    yield _bytes_row(
+        "copied", *(sum(group.total_bytes for group in found.copies) for found in (first, second))
+    )
+    unknown = [sum(totals.unknown_ops for totals in found.phases) for found in (first, second)]
+    if any(unknown):
+        yield ContrastRow("unknown ops", str(unknown[0]), str(unknown[1]))
+
+
+def _heading(label: str) -> ContrastRow:
+    return ContrastRow(label, "", "", is_heading=True)
+
+
+def _bytes_row(label: str, first: float | None, second: float | None) -> ContrastRow:
+    return ContrastRow(
+        label, format_bytes(first, "none"), format_bytes(second, "none"), _ratio(first, second)
+    )
+
+
+def _ratio(first: float | None, second: float | None) -> str | None:
+    if not first or second is None or not math.isfinite(first) or not math.isfinite(second):
+        return None
+    ratio = second / first
+    return (
+        "equal"
+        if first == second
+        else "none"
+        if not second
+        else "x < 0.001"
+        if ratio < 0.0005
+        else f"x {format_ratio(ratio)}"
+    )

@@ -1,0 +1,1 @@
+"""A Prediction or a Sweep, drawn."""

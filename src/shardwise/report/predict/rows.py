@@ -1,0 +1,248 @@
+"""What of a PredictionRun stands together in a report: terms with their shares, memory against capacity, and what was assumed, in words.
+
+Adds up and looks up, no more. What it does not know: how a row is drawn.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import assert_never
+
+from shardwise.core.case import StepSettings
+from shardwise.core.mesh import reducing_axis
+from shardwise.core.prediction import AttentionKernel, MemoryForecast, Precision, Prediction, Setup, Term
+from shardwise.core.prediction_run import (
+    LAUNCH_BOUND,
+    LaunchBound,
+    MachineFacts,
+    PlanDifference,
+    PredictionRun,
+)
+from shardwise.report.common.units import format_bytes, format_count, format_seconds
+from shardwise.report.explain.rows import KIND_PLURALS, name, sentence
+
+SOURCES_SHOWN = 4
+# stretches that wait for launches, named one by one
+STRETCHES_SHOWN = 4
+
+MEANINGS = {
+    Term.MATMUL: "matmuls of linear layers: the machine's tiles and waves, and never less than their bytes take",
+    Term.ATTENTION: "attention kernels, forward and backward",
+    Term.KERNELS: "norms, activations, residuals, copies: their bytes over the memory's rate",
+    Term.EMBEDDING: "look-ups, and the gradients of the rows",
+    Term.OPTIMIZER: "gradient norm, clipping and AdamW, once a step",
+    Term.TENSOR: "collectives over tp that no work hides: what follows needs their result",
+    Term.DATA: "collectives over dp and fsdp as far as no work hides them",
+    Term.SLOWED: "what collectives that run beside it cost compute: they share memory and multiprocessors",
+    Term.LAUNCH: "the device has nothing to run, since the host hasn't issued it yet",
+    Term.BUBBLE: "a pipeline's stages wait for one another, and for activations, at the step's beginning and end",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TermRow:
+    """A term's seconds and share of the step, in each prediction. is_off: switched off, so its 0 is no result."""
+
+    term: Term
+    seconds: tuple[float, ...]
+    shares: tuple[float, ...]
+    is_off: bool
+
+
+def term_rows(predictions: Sequence[Prediction]) -> tuple[TermRow, ...]:
+    """Terms in Term's order, without those that are 0 everywhere and weren't switched off."""
+    rows = []
+    for term in Term:
+        seconds = tuple(dict(prediction.terms).get(term, 0.0) for prediction in predictions)
+        is_off = any(term in prediction.setup.without for prediction in predictions)
+        if any(seconds) or is_off:
+            shares = tuple(
+                value / prediction.step_s if prediction.step_s else 0.0
+                for value, prediction in zip(seconds, predictions, strict=True)
+            )
+            rows.append(TermRow(term, seconds, shares, is_off))
+    return tuple(rows)
+
+
+def memory_rows(memory: MemoryForecast) -> tuple[tuple[str, str, float], ...]:
+    """(style key, name, bytes) of the kinds at the peak."""
+    return tuple((kind.value, KIND_PLURALS[kind], n_bytes) for kind, n_bytes in memory.by_kind)
+
+
+def levels_side_by_side(predictions: Sequence[Prediction]) -> tuple[tuple[str, tuple[float, ...]], ...]:
+    """memory_levels of each prediction, a row a level."""
+    found = zip(*(memory_levels(prediction.memory) for prediction in predictions), strict=True)
+    return tuple((levels[0][0], tuple(n_bytes for _, n_bytes in levels)) for levels in found)
+
+
+def memory_levels(memory: MemoryForecast) -> tuple[tuple[str, float], ...]:
+    """What the tensors take, what the allocator holds for them, what the device has in use, and what it has."""
+    return (
+        ("active: tensors at the peak", memory.active_bytes),
+        ("reserved by the allocator", memory.reserved_bytes),
+        ("with the process's own", memory.device_bytes),
+        ("the device has", memory.capacity_bytes),
+    )
+
+
+def fit_text(memory: MemoryForecast) -> str:
+    """`fits, 12.3 GiB left`, or `doesn't fit: 4.50 GiB too much`."""
+    spare = memory.capacity_bytes - memory.device_bytes
+    return (
+        f"fits, {format_bytes(spare)} left"
+        if memory.fits
+        else f"doesn't fit: {format_bytes(-spare)} too much"
+    )
+
+
+def rate_text(prediction: Prediction) -> str:
+    """`4.76 k tokens/s per device`."""
+    return f"{format_count(prediction.tokens_per_s_per_device)} tokens/s per device"
+
+
+def headline(prediction: Prediction) -> str:
+    return f"A step takes {format_seconds(prediction.step_s)}: {rate_text(prediction)}. It {fit_text(prediction.memory)}."
+
+
+def mesh_text(prediction: Prediction) -> str:
+    """`fsdp=2,tp=8 x 4 stages: 64 devices`."""
+    setup = prediction.setup
+    more = "".join(
+        f" x {count} {what}"
+        for count, what in ((setup.stages, "stages"), (setup.context, "context ranks"))
+        if count > 1
+    )
+    axes = ",".join(f"{axis}={size}" for axis, size in prediction.axes)
+    return f"{axes}{more}: {prediction.devices:,} device{'s' * (prediction.devices > 1)}"
+
+
+def step_text(settings: StepSettings, setup: Setup) -> str:
+    parts = [
+        f"batch {settings.batch:,} x sequence {settings.seq:,} = {settings.tokens:,} tokens a step",
+        name(settings.precision, "(dtype)"),
+    ]
+    if setup.micro_batches > 1:
+        parts.append(f"{setup.micro_batches} micro-batches")
+    return " · ".join(parts)
+
+
+def machine_text(machine: MachineFacts) -> str:
+    """`h100-sxm-80gb (about), 39 constants: 20 from X; 19 from Y`."""
+    sources = [f"{count} from {sentence(source)}" for source, count in machine.sources]
+    shown = "; ".join(sources[:SOURCES_SHOWN]) + (
+        f"; and {len(sources) - SOURCES_SHOWN} sources more" if len(sources) > SOURCES_SHOWN else ""
+    )
+    return f"{name(machine.name, '(machine)')} ({sentence(machine.about)}), {len(machine.constants)} constants: {shown}"
+
+
+def assumptions(settings: StepSettings, setup: Setup, axes: Sequence[tuple[str, int]]) -> tuple[str, ...]:
+    """What is taken for granted, a sentence each."""
+    lines = ["Every rank arrives at its collectives at once: waiting for late ranks is not modelled."]
+    if setup.stages > 1:
+        kind = (
+            f"interleaved, {setup.chunks} chunks of layers a stage"
+            if setup.chunks > 1
+            else "one forward, one backward (1F1B)"
+        )
+        lines.append(f"{setup.stages} stages in the schedule {kind}; layers are dealt evenly.")
+    if setup.micro_batches > 1:
+        lines.append(
+            f"All {setup.micro_batches} micro-batches are equal; gradients are reduced once, after the last."
+        )
+    if setup.context > 1:
+        reduced = (
+            ""
+            if reducing_axis(dict(axes))
+            else ", nor is reducing gradients over them (without an axis dp or fsdp)"
+        )
+        lines.append(
+            f"{setup.context} ranks share each sequence, and each meets all keys: exchanging them is not modelled{reduced}."
+        )
+    match setup.attention:
+        case AttentionKernel.FUSED:
+            lines.append("Attention is one fused kernel each way.")
+        case AttentionKernel.UNFUSED:
+            lines.append("Attention is unfused: matmuls, softmax and dropout over whole score matrices.")
+        case None:
+            lines.append("Attention is the kernel that the traced op names.")
+    lines.append(
+        "Kernels between a layer's matmuls are fused by a compiler, which makes a SwiGLU's silu again instead of keeping it."
+        if setup.compiled
+        else "Kernels run one by one, as eager PyTorch launches them."
+    )
+    if setup.compiled_loss:
+        lines.append("The loss is fused: it keeps the logits, and makes no copy of them in float32.")
+    lines.append(_recomputed(settings, setup))
+    if setup.matmul_dtype is not None:
+        lines.append(
+            f"Linear layers multiply in {name(setup.matmul_dtype)}; what casting to it costs is not modelled."
+        )
+    match setup.precision:
+        case Precision.TRACED:
+            pass
+        case Precision.MASTER:
+            lines.append(
+                "Gradients, master weights and AdamW's moments are kept in float32 beside the parameters (Megatron's mixed precision)."
+            )
+        case _:
+            assert_never(setup.precision)
+    if setup.optimizer_shards > 1:
+        lines.append(f"{setup.optimizer_shards} ranks share the optimizer's state and work (ZeRO-1).")
+    if dict(axes).get("dp", 1) > 1:
+        beside = "beside the last backward" if setup.overlap_data else "after the backward, hidden by nothing"
+        lines.append(f"Gradients of whole replicas (dp) are reduced {beside}.")
+    if setup.overlap_tensor:
+        lines.append("Collectives over tp run beside the matmuls that make or take them.")
+    if setup.without:
+        lines.append(f"Switched off: {', '.join(setup.without)}.")
+    return tuple(lines)
+
+
+def _recomputed(settings: StepSettings, setup: Setup) -> str:
+    again = {
+        "none": f"{'Unfused attention runs again' if setup.recompute_attention else 'Nothing is recomputed'} in the backward.",
+        "selective-ops": "Each layer's forward runs again in the backward, but for fused attention and every second matmul.",
+        "full": "Each layer's forward runs again in the backward.",
+    }
+    return again.get(settings.recompute, f"Recompute in the backward: {name(settings.recompute)}.")
+
+
+def is_launch_bound(prediction: Prediction) -> bool:
+    """Whether waiting for launches is worth a flag."""
+    return dict(prediction.terms).get(Term.LAUNCH, 0.0) >= LAUNCH_BOUND * prediction.step_s > 0.0
+
+
+def launch_text(prediction: Prediction, stretches: Sequence[LaunchBound]) -> str:
+    """Of a prediction that is launch-bound."""
+    share = dict(prediction.terms)[Term.LAUNCH] / prediction.step_s
+    where = ", ".join(
+        f"{name(each.module)} ({each.phase}, {format_seconds(each.waits_s)})"
+        for each in stretches[:STRETCHES_SHOWN]
+    )
+    return (
+        f"Launch-bound: {100 * share:.1f} % of the step the device waits for the host (flagged from {100 * LAUNCH_BOUND:.0f} % on)."
+        + (f" Most of it before {where}." if where else "")
+        + (
+            ""
+            if prediction.setup.compiled
+            else " A larger micro-batch, --compiled or CUDA graphs would take it away."
+        )
+    )
+
+
+def difference_text(difference: PlanDifference) -> str:
+    """`+1.20 ms matmul`: what most of the difference is."""
+    sign = "+" if difference.term_s >= 0 else "-"
+    return f"{sign}{format_seconds(abs(difference.term_s))} {difference.term}"
+
+
+def notes(run: PredictionRun) -> tuple[str, ...]:
+    """Of all predictions, each once; with the plan's name where it isn't all plans'."""
+    found: dict[str, list[str]] = {}
+    for prediction in run.predictions:
+        for note in prediction.notes:
+            found.setdefault(note, []).append(prediction.plan)
+    whole = len(run.predictions)
+    return tuple(
+        sentence(note if len(plans) == whole else f"{', '.join(plans)}: {note}")
+        for note, plans in found.items()
+    )
