@@ -1,5 +1,8 @@
-"""Writes the generated parts of the docs: cli.md from the command itself, models.md from the specs, explain-json.md, verify-json.md, predict-json.md and diff-json.md from the dataclasses that are
-written, the output in verify.md and predict.md from docs/example/verification.json and prediction.json (made by the commands that stand above them), and the README's examples from docs/example/comparison.json and explanation.json (made by the commands that stand above them in the README).
+"""Writes the generated parts of the docs.
+
+Whole pages: cli.md from the commands themselves, models.md from the specs, VERB-json.md from the dataclasses that
+are written. Blocks, between `<!-- begin:VERB-output -->` and `<!-- end:VERB-output -->` in the README and in any page:
+what a command printed, made from the file of its run in docs/example.
 
 python docs/build.py             writes them
 python docs/build.py --check     writes nothing; exit code 1 where a document differs
@@ -71,11 +74,8 @@ README = DOCS.parent / "README.md"
 EXAMPLE = DOCS / "example" / "comparison.json"
 EXPLAINED = DOCS / "example" / "explanation.json"
 DIFFERED = DOCS / "example" / "diff.json"
-DIFF_PAGE = DOCS / "diff.md"
 VERIFIED = DOCS / "example" / "verification.json"
-VERIFY_PAGE = DOCS / "verify.md"
 PREDICTED = DOCS / "example" / "prediction.json"
-PREDICT_PAGE = DOCS / "predict.md"
 WIDTH = 100
 # the pictures' window in pixels: a height that just holds the step
 WALKTHROUGH_WIDTH = 1160
@@ -85,11 +85,7 @@ WALKTHROUGH_HEIGHTS = {
     Subject.EMBEDDING_ROUTED: 730,
     Subject.EMBEDDING_REPLICATED: 1110,
 }
-_COMPARED = re.compile(r"(<!-- begin:compare-output -->\n).*?(<!-- end:compare-output -->)", re.DOTALL)
-_DIFFERED = re.compile(r"(<!-- begin:diff-output -->\n).*?(<!-- end:diff-output -->)", re.DOTALL)
-_PREDICTED = re.compile(r"(<!-- begin:predict-output -->\n).*?(<!-- end:predict-output -->)", re.DOTALL)
-_VERIFIED = re.compile(r"(<!-- begin:verify-output -->\n).*?(<!-- end:verify-output -->)", re.DOTALL)
-_EXPLAINED = re.compile(r"(<!-- begin:explain-output -->\n).*?(<!-- end:explain-output -->)", re.DOTALL)
+_BLOCK = re.compile(r"<!-- begin:(?P<name>\w+-output) -->\n.*?<!-- end:(?P=name) -->", re.DOTALL)
 
 
 def cli_reference() -> str:
@@ -401,6 +397,16 @@ def take_walkthrough_pictures() -> None:
         )
 
 
+OUTPUTS = {
+    "compare-output": compare_output,
+    "diff-output": diff_output,
+    "explain-output": explain_output,
+    "predict-output": predict_output,
+    "verify-output": verify_output,
+}
+"""What a command printed, by the name of the block in a document that it fills."""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -412,9 +418,6 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.diff is not None:
         take_diff_example(arguments.diff)
-    readme = _COMPARED.sub(
-        lambda match: match[1] + compare_output() + match[2], README.read_text(encoding="utf-8")
-    )
     wanted = {
         DOCS / "cli.md": cli_reference(),
         DOCS / "models.md": models_reference(),
@@ -422,17 +425,15 @@ def main() -> int:
         DOCS / "diff-json.md": diff_json_reference(),
         DOCS / "verify-json.md": verify_json_reference(),
         DOCS / "predict-json.md": predict_json_reference(),
-        PREDICT_PAGE: _PREDICTED.sub(
-            lambda match: match[1] + predict_output() + match[2], PREDICT_PAGE.read_text(encoding="utf-8")
-        ),
-        VERIFY_PAGE: _VERIFIED.sub(
-            lambda match: match[1] + verify_output() + match[2], VERIFY_PAGE.read_text(encoding="utf-8")
-        ),
-        DIFF_PAGE: _DIFFERED.sub(
-            lambda match: match[1] + diff_output() + match[2], DIFF_PAGE.read_text(encoding="utf-8")
-        ),
-        README: _EXPLAINED.sub(lambda match: match[1] + explain_output() + match[2], readme),
     }
+    for path in sorted([README, *DOCS.glob("*.md")]):
+        text = path.read_text(encoding="utf-8") if path not in wanted else wanted[path]
+        wanted[path] = _BLOCK.sub(
+            lambda block: (
+                f"<!-- begin:{block['name']} -->\n{OUTPUTS[block['name']]()}<!-- end:{block['name']} -->"
+            ),
+            text,
+        )
     stale = [
         path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text
     ]
