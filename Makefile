@@ -68,13 +68,14 @@ bench: $(READY) ## the benchmarks; writes benchmarks/results and the tables in t
 	$(BIN)/python -m benchmarks.verify_mutants
 	$(BIN)/python -m benchmarks.tables
 
-docs: $(READY) ## write the generated parts of the docs anew
+docs: $(READY) ## write the generated parts of the docs anew, and the site: site/index.html opens offline
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/python docs/build.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 format: $(READY) ## format and sort imports
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## remove what the other commands made
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) runs site .mypy_cache .ruff_cache .pytest_cache .hypothesis

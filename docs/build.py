@@ -36,6 +36,7 @@ from shardwise.cli.compare import TRACES
 from shardwise.cli.main import app
 from shardwise.core.difference import Difference, RunProfile
 from shardwise.core.explanation import Contrast, Explanation
+from shardwise.core.measurement import Comparison
 from shardwise.core.placement import Placement
 from shardwise.core.prediction_run import PredictionRun
 from shardwise.core.sweep import Sweep
@@ -183,6 +184,19 @@ def explain_json_reference() -> str:
         ],
         "shardwise explain rowwise --json | jq '.wire_bytes, (.collectives[] | [.phase, .module, .kind, .count, .total_wire_bytes])'",
         [Explanation, Contrast],
+    )
+
+
+def compare_json_reference() -> str:
+    """The fields of `shardwise compare --json`."""
+    return _json_reference(
+        "compare",
+        [
+            "`shardwise compare --json` prints one Comparison. Times are seconds, bytes are bytes; what was not measured is `null`,",
+            "never 0. Fields marked *worked out* follow from the others; fields that a reader doesn't know are to be ignored.",
+        ],
+        "shardwise compare --json | jq -r '.standings[] | [.label, .step_s, .ratio.median] | @tsv'",
+        [Comparison],
     )
 
 
@@ -421,6 +435,7 @@ def main() -> int:
     wanted = {
         DOCS / "cli.md": cli_reference(),
         DOCS / "models.md": models_reference(),
+        DOCS / "compare-json.md": compare_json_reference(),
         DOCS / "explain-json.md": explain_json_reference(),
         DOCS / "diff-json.md": diff_json_reference(),
         DOCS / "verify-json.md": verify_json_reference(),
