@@ -51,7 +51,9 @@ def test_every_public_name_has_a_docstring_and_stands_on_the_python_page(name: s
 
 def test_what_a_teams_own_tests_call_stands_on_the_python_page() -> None:
     page = (DOCS / "api.md").read_text(encoding="utf-8")
-    public = [name for name, value in vars(testing).items() if getattr(value, "__module__", "") == testing.__name__]
+    public = [
+        name for name, value in vars(testing).items() if getattr(value, "__module__", "") == testing.__name__
+    ]
     for name in public:
         assert f"::: shardwise.testing.{name}" in page
 
