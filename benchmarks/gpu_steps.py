@@ -126,12 +126,12 @@ def run_case(case: Case) -> dict[str, object]:
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from shardwise.cli.plans import load_any_plan
     from shardwise.core.case import StepSettings
     from shardwise.core.mesh import Mesh
     from shardwise.core.plan import Plan
     from shardwise.models.specs import get_spec
     from shardwise.parallel.apply import applied_to
+    from shardwise.parallel.plans import load_any_plan
     from shardwise.step.build import build_model, device_mesh
     from shardwise.step.train import TrainStep, mixed_precision
 

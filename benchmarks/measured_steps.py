@@ -18,7 +18,6 @@ import msgspec
 
 from benchmarks.hf_results import table
 from benchmarks.results import RESULTS, as_json, command_line, latest, now, write_results
-from shardwise.cli.predict_programs import traced_mesh
 from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.machine import Machine
@@ -28,6 +27,7 @@ from shardwise.core.program import Collective, OpKind, Phase, Program
 from shardwise.predict.costs import collective_cost, collective_s, op_cost
 from shardwise.predict.machines import load_machine
 from shardwise.predict.predict import predict
+from shardwise.verbs.programs import traced_mesh
 
 WHAT = "measured-steps"
 STEPS = {
@@ -90,8 +90,8 @@ def newest_run(folder: Path = RESULTS) -> Steps:
 
 def program_of(model: str, layers: int | None, plan: str, mesh: Mesh, settings: StepSettings) -> Program:
     """Of rank 0 on CUDA."""
-    from shardwise.cli.plans import load_any_plan
     from shardwise.models.source import find_model
+    from shardwise.parallel.plans import load_any_plan
     from shardwise.trace.trace import trace
 
     source = find_model(model)

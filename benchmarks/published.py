@@ -180,10 +180,10 @@ def _plan(tp: int, *, torchs_own: bool, sharded: bool) -> str:
 
 def program_of(traced: Traced) -> Program:
     """Traces the model's step on CUDA's ops, half precision as bfloat16."""
-    from shardwise.cli.plans import load_any_plan
     from shardwise.models.gpt import GPTConfig
     from shardwise.models.llama import LlamaConfig
     from shardwise.models.specs import ModelSpec
+    from shardwise.parallel.plans import load_any_plan
     from shardwise.trace.trace import trace
 
     shape = traced.vocab, traced.hidden, traced.layers, traced.heads

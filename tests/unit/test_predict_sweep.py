@@ -11,18 +11,18 @@ import psutil
 import pytest
 from rich.console import Console
 
-from shardwise.cli.predict_programs import MicroBatch
-from shardwise.cli.predict_sweep import SweepTask, _wanted
-from shardwise.cli.workers import on_processes
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError, RunError
 from shardwise.core.prediction import MemoryForecast, Setup, Term
 from shardwise.core.sweep import Refusal, Sweep, SweepPoint
+from shardwise.launch.workers import on_processes
 from shardwise.predict.machines import load_machine
 from shardwise.predict.sweep import best_first, splits
 from shardwise.report.predict.json import sweep_from_json, sweep_json
 from shardwise.report.predict.sweep_html import sweep_html
 from shardwise.report.predict.sweep_terminal import render_sweep
+from shardwise.verbs.programs import MicroBatch
+from shardwise.verbs.sweep import SweepTask, _wanted
 from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME
 from tests.unit.prediction_example import MACHINE, MEMORY, TERMS, TOO_MUCH
 

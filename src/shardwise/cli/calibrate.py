@@ -186,13 +186,13 @@ class _Run:
 
     def _threads(self) -> int:
         """As compare gives its ranks."""
-        from shardwise.cli.environment import cores
+        from shardwise.launch.environment import cores
 
         return max(1, cores() // self.world_size)
 
     def _hardware(self, reports: "Sequence[CalibrateReport]", share: float, started: datetime) -> "Hardware":
-        from shardwise.cli.environment import describe
         from shardwise.launch.context import backend_of
+        from shardwise.launch.environment import describe
         from shardwise.predict.fit import Hardware
 
         where = describe(

@@ -269,8 +269,8 @@ class _Request:
         profile_steps: int,
     ) -> "_Request":
         from shardwise.cli.compare_ranks import CompareJob
-        from shardwise.cli.plans import load_plans
         from shardwise.models.specs import get_spec
+        from shardwise.parallel.plans import load_plans
 
         spec = get_spec(model)
         check_precision(settings, mesh)
@@ -378,8 +378,8 @@ class _Run:
     def _comparison(
         self, reports: "list[RankReport]", stream: "TokenStream", started: datetime
     ) -> Comparison:
-        from shardwise.cli.environment import describe
         from shardwise.launch.context import backend_of
+        from shardwise.launch.environment import describe
         from shardwise.measure.record import merge
         from shardwise.measure.verdict import noise_of, notes, standings, verdict
 
@@ -508,8 +508,8 @@ def _check_fit(
     """Every plan against the model, then the machine against what they need."""
     import torch
 
-    from shardwise.cli.environment import available_memory
-    from shardwise.cli.need import refuse_too_large
+    from shardwise.launch.environment import available_memory
+    from shardwise.parallel.need import refuse_too_large
     from shardwise.parallel.resolve import resolve
 
     model = spec.build()
@@ -531,7 +531,7 @@ def _check_layers(spec: "ModelSpec", mesh: Mesh, device_type: str) -> int:
     """Depth at which the unsharded model fits beside a sharded one, in float64: weights and gradients of both, on every rank of a device."""
     import torch
 
-    from shardwise.cli.environment import available_memory
+    from shardwise.launch.environment import available_memory
 
     if device_type == "cuda":
         room = torch.cuda.get_device_properties(0).total_memory * 0.7
@@ -560,7 +560,7 @@ def _ranks_here(mesh: Mesh) -> int:
 
 
 def _threads(request: _Request) -> int:
-    from shardwise.cli.environment import cores
+    from shardwise.launch.environment import cores
 
     return max(1, cores() // _ranks_here(request.mesh))
 

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardwise.cli.environment import VARIABLES
 from shardwise.core.case import StepSettings
 from shardwise.core.finding import Agreement, Finding
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import Plan
 from shardwise.launch import RankContext
+from shardwise.launch.environment import VARIABLES
 from shardwise.measure.profile import WARM_UP
 from shardwise.measure.record import RankRecord, RankReport
 from shardwise.measure.rounds import run_rounds

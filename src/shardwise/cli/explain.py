@@ -23,11 +23,11 @@ from shardwise.cli.options import (
     check_seq,
     default_plan,
 )
-from shardwise.cli.token_ids import token_ids
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import AnyPlan, Plan, suggest
+from shardwise.text.traced_ids import token_ids
 
 if TYPE_CHECKING:
     from shardwise.cli.progress import ProgressLine
@@ -246,9 +246,9 @@ class _Run:
 def _explain(
     run: _Run, plan: str, against: str | None, console: Console, *, as_json: bool, out: Path | None
 ) -> int:
-    from shardwise.cli.plans import load_any_plan
     from shardwise.cli.progress import ProgressLine
     from shardwise.explain.explain import explain
+    from shardwise.parallel.plans import load_any_plan
 
     family = run.source.family
     plans = [
@@ -377,8 +377,8 @@ def _subject(plan: str, what: str, model: str, sequence_parallel: bool) -> "tupl
         return Subject.LOSS_VOCAB_PARALLEL, None
     import torch
 
-    from shardwise.cli.plans import load_any_plan
     from shardwise.models.source import find_model
+    from shardwise.parallel.plans import load_any_plan
 
     source = find_model(model)
     chosen = load_any_plan(plan, sequence_parallel=sequence_parallel, family=source.family)

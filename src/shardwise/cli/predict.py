@@ -23,15 +23,16 @@ from shardwise.cli.options import (
     check_seq,
     default_plan,
 )
-from shardwise.cli.predict_programs import MicroBatch, load_program, trace_program, write_program
-from shardwise.cli.predict_sweep import MICRO_BATCHES, SweepTask
-from shardwise.cli.predict_sweep import sweep as sweep_over
+from shardwise.cli.saved_program import load_program, write_program
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import suggest
 from shardwise.core.prediction import AttentionKernel, Precision, Prediction, Setup, Term
 from shardwise.core.shown import shown
+from shardwise.verbs.programs import MicroBatch, trace_program
+from shardwise.verbs.sweep import MICRO_BATCHES, SweepTask
+from shardwise.verbs.sweep import sweep as sweep_over
 
 if TYPE_CHECKING:
     from shardwise.core.machine import Machine
@@ -554,9 +555,9 @@ def _traced_steps(asked: _Asked, plans: Sequence[str], machine: "Machine") -> li
 
     sizes = dict(asked.mesh.axes)
     check_devices(machine, asked.setup, sizes)
-    from shardwise.cli.plans import load_any_plan
     from shardwise.cli.progress import ProgressLine
     from shardwise.models.source import find_model
+    from shardwise.parallel.plans import load_any_plan
 
     with ProgressLine() as progress:
         source: ModelSource = find_model(asked.model)

@@ -203,9 +203,9 @@ def _cases(
     sequence_parallel: bool,
 ) -> "list[Case]":
     """Each model under each plan, looked at here, so that a typo costs no ranks."""
-    from shardwise.cli.plans import load_any_plan
     from shardwise.core.plan import Plan
     from shardwise.models.source import find_model
+    from shardwise.parallel.plans import load_any_plan
     from shardwise.verify.case import Case
 
     cases = []

@@ -4,14 +4,11 @@ A step over 4096 ranks then costs the trace of two. Programs can be saved, and r
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardwise.core.case import StepSettings
-from shardwise.core.errors import InputError, RunError
 from shardwise.core.mesh import Mesh, reducing_axis
 from shardwise.core.plan import AnyPlan
-from shardwise.core.shown import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,7 +51,7 @@ def trace_program(
     progress: "Callable[[str], None]",
 ) -> "Program":
     """Raises the tracer's InputErrors."""
-    from shardwise.cli.token_ids import token_ids
+    from shardwise.text.traced_ids import token_ids
     from shardwise.trace.trace import trace
 
     small = traced_mesh(mesh, micro_batch.context)
@@ -70,27 +67,3 @@ def trace_program(
     )
     ids = token_ids(source, plan, settings, progress, random_ids=micro_batch.random_ids)
     return trace(source, plan, small, settings, device=device, ids=ids, progress=progress)
-
-
-def load_program(path: Path) -> "Program":
-    """A saved program. Raises InputError."""
-    from shardwise.files.program_json import LARGEST_FILE, program_from_json
-
-    try:
-        with path.open("rb") as file:
-            document = file.read(LARGEST_FILE + 1)
-    except OSError as error:
-        raise InputError(
-            f"--program {shown(path)}: {error.strerror}. Give the file that --save-program wrote."
-        ) from None
-    return program_from_json(document, f"--program {shown(path)}")
-
-
-def write_program(program: "Program", path: Path) -> None:
-    """Raises RunError where it can't be written."""
-    from shardwise.files.program_json import program_json
-
-    try:
-        path.write_bytes(program_json(program))
-    except OSError as error:
-        raise RunError(f"--save-program {shown(path)}: {error.strerror}. Choose another file.") from None

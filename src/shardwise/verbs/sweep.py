@@ -5,8 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from shardwise.cli.predict_programs import MicroBatch, trace_program
-from shardwise.cli.workers import on_processes
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import InputError, OptionError
 from shardwise.core.machine import Machine
@@ -15,11 +13,13 @@ from shardwise.core.prediction import Setup
 from shardwise.core.program import Program
 from shardwise.core.shown import shown
 from shardwise.core.sweep import Refusal, Sweep, SweepPoint
+from shardwise.launch.workers import on_processes
 from shardwise.predict.check import check_devices, check_setup
 from shardwise.predict.contrast import facts_of
 from shardwise.predict.family import LONG, SHORT, Family, NotAFamilyError
 from shardwise.predict.predict import predict
 from shardwise.predict.sweep import Split, best_first, splits
+from shardwise.verbs.programs import MicroBatch, trace_program
 
 MOST_DEVICES = 1_000_000
 MOST_POINTS = 20_000
@@ -174,8 +174,8 @@ class _Programs:
     """The Programs of a task's micro-batches: few are traced. Raises ModelError and PlanError for names that mean nothing."""
 
     def __init__(self, task: SweepTask, sizes: tuple[int, ...]) -> None:
-        from shardwise.cli.plans import load_any_plan
         from shardwise.models.source import find_model
+        from shardwise.parallel.plans import load_any_plan
 
         self.task = task
         self._source = find_model(task.model)

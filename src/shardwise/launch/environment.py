@@ -5,7 +5,6 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-from shardwise import __version__
 from shardwise.core.measurement import Environment
 
 VARIABLES = (
@@ -35,7 +34,7 @@ def describe(
     import torch
 
     versions = [
-        ("shardwise", __version__),
+        ("shardwise", metadata.version("shardwise")),
         ("python", platform.python_version()),
         ("torch", str(torch.__version__)),
     ]
