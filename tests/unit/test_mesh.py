@@ -1,15 +1,17 @@
 """Meshes: axes, sizes, and what is refused."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwise.core.errors import MeshError
-from shardwise.core.mesh import AXES, Mesh, reducing_axis
+from shardwise.core.mesh import AXES, NAMES, PREDICTED, RUN, Mesh, Role, check_carried
 
 SIZES = st.integers(min_value=1, max_value=4096)
-MESHES = st.dictionaries(st.sampled_from(AXES), SIZES, min_size=1).map(
-    lambda sizes: Mesh(tuple((name, sizes[name]) for name in AXES if name in sizes))
+MESHES = st.dictionaries(st.sampled_from(NAMES), SIZES, min_size=1).map(
+    lambda sizes: Mesh(tuple((name, sizes[name]) for name in NAMES if name in sizes))
 )
 
 
@@ -45,8 +47,15 @@ def test_a_mesh_reads_its_own_text(mesh: Mesh) -> None:
 
 
 @given(MESHES)
-def test_data_parallel_times_tp_is_all_ranks(mesh: Mesh) -> None:
-    assert mesh.data_parallel * mesh.tp == mesh.world_size
+def test_the_sizes_of_all_roles_make_all_ranks(mesh: Mesh) -> None:
+    assert math.prod(mesh.size_of(role) for role in Role) == mesh.world_size
+    assert mesh.data_parallel == mesh.size_of(Role.REPLICATES) * mesh.size_of(Role.SHARDS_PARAMETERS)
+
+
+@given(MESHES)
+def test_a_mesh_of_its_roles_is_itself(mesh: Mesh) -> None:
+    sizes = {axis.role: mesh.size(axis.name) for axis in AXES if axis.name in dict(mesh.axes)}
+    assert Mesh.of(sizes) == mesh
 
 
 @pytest.mark.parametrize(
@@ -59,9 +68,12 @@ def test_data_parallel_times_tp_is_all_ranks(mesh: Mesh) -> None:
         ("tp=-2", 'mesh: can\'t read "tp=-2" in "tp=-2". Write NAME=SIZE, such as dp=2,tp=4.'),
         ("tp=2.0", 'mesh: can\'t read "tp=2.0" in "tp=2.0". Write NAME=SIZE, such as dp=2,tp=4.'),
         ("tp=0", "mesh: axis tp=0 is not a size. Use a whole number of at least 1."),
-        ("pp=2", 'mesh: unknown axis "pp". Allowed axes: dp, fsdp, tp.'),
+        ("xp=2", 'mesh: unknown axis "xp". Allowed axes: pp, dp, fsdp, cp, ep, tp.'),
         ("tp=2,tp=4", "mesh: an axis is named twice in tp=2,tp=4. Name each axis once."),
-        ("tp=2,dp=4", "mesh: axes of tp=2,dp=4 are out of order. Write them in the order dp, fsdp, tp."),
+        (
+            "tp=2,dp=4",
+            "mesh: axes of tp=2,dp=4 are out of order. Write them in the order pp, dp, fsdp, cp, ep, tp.",
+        ),
     ],
 )
 def test_a_wrong_mesh_is_one_line(text: str, message: str) -> None:
@@ -83,4 +95,14 @@ def test_a_wrong_mesh_is_one_line(text: str, message: str) -> None:
     ],
 )
 def test_context_ranks_join_fsdp_before_dp_and_several_ranks_before_one(mesh: str, axis: str | None) -> None:
-    assert reducing_axis(dict(Mesh.parse(mesh).axes)) == axis
+    assert Mesh.parse(mesh).reducing_axis == axis
+
+
+def test_a_verb_refuses_the_axes_that_it_cannot_carry_and_names_those_it_can() -> None:
+    with pytest.raises(MeshError) as caught:
+        check_carried(Mesh.parse("pp=2,cp=2,tp=4"), "compare", RUN)
+    assert str(caught.value) == (
+        "mesh pp=2,cp=2,tp=4: compare can't carry pp or cp yet. Use the axes dp, fsdp, tp."
+    )
+    check_carried(Mesh.parse("pp=2,cp=2,tp=4"), "predict", PREDICTED)
+    check_carried(Mesh.parse("ep=1,tp=4"), "predict", PREDICTED)

@@ -32,7 +32,7 @@ from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
 from shardwise.core.finding import Agreement, Finding
 from shardwise.core.measurement import Comparison, StepProfile
-from shardwise.core.mesh import Mesh
+from shardwise.core.mesh import RUN, Mesh, check_carried
 from shardwise.core.plan import Plan, suggest
 
 if TYPE_CHECKING:
@@ -273,6 +273,7 @@ class _Request:
         from shardwise.parallel.plans import load_plans
 
         spec = get_spec(model)
+        check_carried(mesh, "compare", RUN)
         check_precision(settings, mesh)
         check_choice("--recompute", settings.recompute, RECOMPUTE)
         check_choice("--device", device, ("auto", "cpu", "cuda"))

@@ -25,7 +25,7 @@ from shardwise.cli.options import (
 )
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
-from shardwise.core.mesh import Mesh
+from shardwise.core.mesh import RUN, Mesh, check_carried
 from shardwise.core.plan import AnyPlan, Plan, suggest
 from shardwise.text.traced_ids import token_ids
 
@@ -176,6 +176,7 @@ def explain(
     [dim]shardwise explain rowwise --walk tok_embeddings[/]
     """
     shape = Mesh.parse(mesh)
+    check_carried(shape, "explain", RUN)
     check_choice("--recompute", recompute, RECOMPUTE)
     check_choice("--device", device, DEVICES)
     console = Console(stderr=as_json)

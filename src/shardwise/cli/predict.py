@@ -26,7 +26,7 @@ from shardwise.cli.options import (
 from shardwise.cli.saved_program import load_program, write_program
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
-from shardwise.core.mesh import Mesh
+from shardwise.core.mesh import RUN, Mesh, check_carried
 from shardwise.core.plan import suggest
 from shardwise.core.prediction import AttentionKernel, Precision, Prediction, Setup, Term
 from shardwise.core.shown import shown
@@ -366,6 +366,7 @@ def predict(
         sequence_parallel,
         setup,
     )
+    check_carried(asked.mesh, "predict", RUN)
     check_precision(asked.settings, asked.mesh, context_ranks)
     chosen = plans or [default_plan(model)]
     if save_program is not None and len(chosen) > 1:
@@ -533,6 +534,7 @@ def _saved_step(program: "Program", machine: "Machine", setup: Setup, mesh: str 
     from shardwise.predict.check import check_setup
 
     whole = Mesh(program.axes) if mesh is None else Mesh.parse(mesh)
+    check_carried(whole, "predict", RUN)
     sizes = dict(whole.axes)
     check_setup(program, machine, setup, sizes)
     traced = program.settings

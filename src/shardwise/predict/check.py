@@ -5,7 +5,7 @@ from math import prod
 
 from shardwise.core.errors import OptionError
 from shardwise.core.machine import Machine
-from shardwise.core.mesh import reducing_axis
+from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import AttentionKernel, Precision, Setup
 from shardwise.core.program import Program
 from shardwise.predict.work import reducing_sizes
@@ -33,7 +33,7 @@ def check_setup(program: Program, machine: Machine, setup: Setup, sizes: Mapping
                 f"the program was traced at {name}={traced.get(name, 1)}, and the mesh has {name}={sizes.get(name, 1)}. "
                 "An axis can be rescaled, not added or taken away: 1 stays 1."
             )
-    axis = reducing_axis(traced)
+    axis = Mesh(program.axes).reducing_axis
     if setup.context > 1 and axis is not None and traced[axis] == 1:
         raise OptionError(
             f"--context {setup.context}: the program was traced at {axis}=1, without reducing its gradients over other ranks. Trace it with --context."

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardwise.core.machine import Machine
-from shardwise.core.mesh import reducing_axis
+from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import Setup, Term
 from shardwise.core.program import Block, Collective, Op, Phase, Program, layer_index
 from shardwise.predict.costs import collective_cost, op_cost
@@ -72,7 +72,7 @@ def reducing_sizes(program: Program, setup: Setup, sizes: dict[str, int] | None)
     """Ranks over which the collectives of each axis go. sizes: of the mesh's axes, where they differ from the Program's."""
     traced = dict(program.axes)
     found = traced | (sizes or {})
-    axis = reducing_axis(traced)
+    axis = Mesh(program.axes).reducing_axis
     if axis is not None and traced[axis] > 1:
         found[axis] *= setup.context
     return found

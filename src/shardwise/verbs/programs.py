@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shardwise.core.case import StepSettings
-from shardwise.core.mesh import Mesh, reducing_axis
+from shardwise.core.mesh import Mesh
 from shardwise.core.plan import AnyPlan
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class MicroBatch:
 
 def traced_mesh(mesh: Mesh, context: int = 1) -> Mesh:
     """The mesh with data-parallel axes of two ranks at most; context ranks are on the axis that they reduce gradients over."""
-    shared = reducing_axis(dict(mesh.axes))
+    shared = mesh.reducing_axis
     wide = ((name, size * context if name == shared else size) for name, size in mesh.axes)
     return Mesh(tuple((name, size if name == "tp" else min(size, TRACED_DATA_RANKS)) for name, size in wide))
 

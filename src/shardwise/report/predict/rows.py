@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from shardwise.core.case import StepSettings
-from shardwise.core.mesh import reducing_axis
+from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import AttentionKernel, MemoryForecast, Precision, Prediction, Setup, Term
 from shardwise.core.prediction_run import (
     LAUNCH_BOUND,
@@ -151,7 +151,7 @@ def assumptions(settings: StepSettings, setup: Setup, axes: Sequence[tuple[str, 
     if setup.context > 1:
         reduced = (
             ""
-            if reducing_axis(dict(axes))
+            if Mesh(tuple(axes)).reducing_axis
             else ", nor is reducing gradients over them (without an axis dp or fsdp)"
         )
         lines.append(
