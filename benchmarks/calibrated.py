@@ -24,12 +24,12 @@ from shardwise.core.measurement import Comparison, Measurement
 from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import Setup, Term
 from shardwise.core.program import Collective, Program
+from shardwise.files.document import read_document
 from shardwise.files.machine_file import machine_from_toml
 from shardwise.models.source import find_model
 from shardwise.parallel.builtin import builtin_names, builtin_plan
 from shardwise.predict.predict import predict
 from shardwise.predict.work import work_of
-from shardwise.report.compare.json import comparison_from_json
 from shardwise.text.batches import Batches
 from shardwise.text.stream import load_tokens
 from shardwise.trace.trace import trace
@@ -167,7 +167,7 @@ def measure(model: str, ranks: int, rounds: int, given: Path | None = None) -> R
         document, compare_share = compare(*builtin_names(), *options, "--out", str(Path(folder) / "compare"))
         compare_s = time.monotonic() - began
     load.append(results.load_average())
-    comparison: Comparison = comparison_from_json(document)
+    comparison: Comparison = read_document(document, Comparison)
     share = _share(machine)
     busier = share / compare_share if compare_share is not None else 1.0
     plans = tuple(predicted(traced[each.label], machine, each, busier) for each in comparison.measurements)

@@ -6,7 +6,7 @@ from pathlib import Path
 from benchmarks.hf_results import cell, table
 from benchmarks.results import RESULTS, latest, write_results
 from shardwise.core.verification import Verdict, Verification, VerificationRun
-from shardwise.report.common.document import read_as, table_of, write_document
+from shardwise.files.document import read_document, write_document
 from shardwise.report.verify import rows
 
 WHAT = "hf-verify"
@@ -29,13 +29,13 @@ class Sweep:
 
     def write(self, folder: Path = RESULTS) -> Path:
         """The file of this run; one of the same day is replaced."""
-        return write_results(write_document(table_of(self)), self.day, self.what, folder)
+        return write_results(write_document(self), self.day, self.what, folder)
 
 
 def newest_sweep(folder: Path = RESULTS) -> Sweep:
     """Raises FileNotFoundError where there is none."""
     path = latest(WHAT, folder)
-    return read_as(path.read_bytes(), Sweep, str(path), command="verify", what="sweep", version=1)
+    return read_document(path.read_bytes(), Sweep, str(path), saved=("verify", "sweep"))
 
 
 def summary(sweep: Sweep) -> str:

@@ -42,6 +42,7 @@ from shardwise.core.prediction_run import PredictionRun
 from shardwise.core.sweep import Sweep
 from shardwise.core.verification import VerificationRun
 from shardwise.core.walkthrough import Subject
+from shardwise.files.document import read_document, worked_out, write_document
 from shardwise.models import specs
 from shardwise.models.source import NAMINGS
 from shardwise.models.specs import SPECS, ModelSpec
@@ -50,21 +51,15 @@ from shardwise.profiles.diff import diff
 from shardwise.profiles.picture import picture
 from shardwise.profiles.ranks import read_ranks, trace_files
 from shardwise.profiles.run import profile_run
-from shardwise.report.common.document import worked_out
 from shardwise.report.compare.html import comparison_html
-from shardwise.report.compare.json import comparison_from_json
 from shardwise.report.compare.terminal import comparison_tables
 from shardwise.report.diff.html import difference_html
-from shardwise.report.diff.json import difference_from_json, difference_json
 from shardwise.report.diff.terminal import render_difference
 from shardwise.report.explain.html import explanation_html
-from shardwise.report.explain.json import explanation_from_json
 from shardwise.report.explain.terminal import explanation_renderables
 from shardwise.report.predict.html import prediction_html
-from shardwise.report.predict.json import prediction_from_json
 from shardwise.report.predict.terminal import render_prediction
 from shardwise.report.verify.html import verification_html
-from shardwise.report.verify.json import verification_from_json
 from shardwise.report.verify.terminal import render_verification
 from shardwise.report.walkthrough.html import walkthrough_html
 from shardwise.walkthrough.record import record_walkthrough
@@ -180,7 +175,7 @@ def explain_json_reference() -> str:
             "`shardwise explain PLAN --json` prints one Explanation; `--against PLAN` prints one Contrast, which holds both plans' Explanations. Bytes",
             'are bytes. A placement is the text that a plan file has: `shard(0)`, `replicate` or `partial`. A number that isn\'t finite is `"NaN"`,',
             '`"Infinity"` or `"-Infinity"`. Fields marked *worked out* follow from the others and are ignored when a document is read back',
-            "(`explanation_from_json` and `contrast_from_json` in `shardwise.report.explain.json`); fields that a reader doesn't know are to be ignored.",
+            "(`read_document` in `shardwise.files.document`); fields that a reader doesn't know are to be ignored.",
         ],
         "shardwise explain rowwise --json | jq '.wire_bytes, (.collectives[] | [.phase, .module, .kind, .count, .total_wire_bytes])'",
         [Explanation, Contrast],
@@ -245,13 +240,13 @@ def predict_json_reference() -> str:
 def predict_output() -> str:
     """docs/predict.md's example, as the terminal shows its file."""
     console = Console(width=WIDTH, file=io.StringIO(), record=True, no_color=True)
-    render_prediction(prediction_from_json(PREDICTED.read_bytes(), str(PREDICTED)), console)
+    render_prediction(read_document(PREDICTED.read_bytes(), PredictionRun, str(PREDICTED)), console)
     return _fenced(console.export_text())
 
 
 def verify_output() -> str:
     """docs/verify.md's example, as the terminal shows its file."""
-    run = verification_from_json(VERIFIED.read_bytes(), str(VERIFIED))
+    run = read_document(VERIFIED.read_bytes(), VerificationRun, str(VERIFIED))
     console = Console(width=WIDTH, file=io.StringIO(), record=True, no_color=True)
     render_verification(run, console)
     text = "\n".join(line.rstrip() for line in console.export_text().rstrip().splitlines())
@@ -318,14 +313,14 @@ def _json_type(kind: Any, found: list[type]) -> str:
 
 def compare_output() -> str:
     """What `shardwise compare` printed for the example, without colour; the table of collectives is left to the report."""
-    comparison = comparison_from_json(EXAMPLE.read_bytes(), str(EXAMPLE))
+    comparison = read_document(EXAMPLE.read_bytes(), Comparison, str(EXAMPLE))
     parts = [_printed(table) for table in comparison_tables(comparison, WIDTH)]
     return _fenced("".join(part for part in parts if not part.lstrip().startswith("Collectives")))
 
 
 def explain_output() -> str:
     """What `shardwise explain` printed for the example, without colour, down to the collectives of the forward."""
-    explanation = explanation_from_json(EXPLAINED.read_bytes(), str(EXPLAINED))
+    explanation = read_document(EXPLAINED.read_bytes(), Explanation, str(EXPLAINED))
     printed = "".join(map(_printed, explanation_renderables(explanation, WIDTH)))
     return _fenced(printed.partition("\n backward: ")[0] + "\n\n ...")
 
@@ -343,7 +338,7 @@ def _fenced(printed: str) -> str:
 
 def diff_output() -> str:
     """The first part of what `shardwise diff` printed, for docs/diff.md."""
-    difference = difference_from_json(DIFFERED.read_bytes(), str(DIFFERED))
+    difference = read_document(DIFFERED.read_bytes(), Difference, str(DIFFERED))
     console = Console(file=io.StringIO(), width=WIDTH, record=True)
     render_difference(difference, console)
     printed = console.export_text().partition(f"Collectives of {difference.first.label}")[0]
@@ -360,7 +355,7 @@ def take_diff_example(run: Path) -> None:
         whole = profile_run(label, timelines, sharing)
         read.append((dataclasses.replace(whole, sharing=profiled.sharing), picture(label, timelines)))
     difference = diff(read[0][0], read[1][0])
-    DIFFERED.write_bytes(difference_json(difference))
+    DIFFERED.write_bytes(write_document(difference))
     page = difference_html(difference, [drawn for _, drawn in read if drawn is not None])
     take_picture(page, DOCS / "example" / "diff.png", 1200, 1950)
 
@@ -462,13 +457,13 @@ def main() -> int:
     for path in stale:
         path.write_text(wanted[path], encoding="utf-8")
     if arguments.picture:
-        comparison = comparison_from_json(EXAMPLE.read_bytes(), str(EXAMPLE))
+        comparison = read_document(EXAMPLE.read_bytes(), Comparison, str(EXAMPLE))
         take_picture(comparison_html(comparison), DOCS / "example" / "report.png", 1200, 1750)
-        explanation = explanation_from_json(EXPLAINED.read_bytes(), str(EXPLAINED))
+        explanation = read_document(EXPLAINED.read_bytes(), Explanation, str(EXPLAINED))
         take_picture(explanation_html(explanation), DOCS / "example" / "explain.png", 1200, 1500)
-        verification = verification_from_json(VERIFIED.read_bytes(), str(VERIFIED))
+        verification = read_document(VERIFIED.read_bytes(), VerificationRun, str(VERIFIED))
         take_picture(verification_html(verification), DOCS / "example" / "verify.png", 1200, 1300)
-        predicted = prediction_from_json(PREDICTED.read_bytes(), str(PREDICTED))
+        predicted = read_document(PREDICTED.read_bytes(), PredictionRun, str(PREDICTED))
         take_picture(prediction_html(predicted), DOCS / "example" / "predict.png", 1200, 1450)
     if arguments.walkthrough:
         take_walkthrough_pictures()

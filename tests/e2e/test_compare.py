@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from shardwise.core.measurement import Comparison
-from shardwise.report.compare.json import comparison_from_json
+from shardwise.files.document import read_document
 from tests.e2e.command import GRACE_S, SMALL, gone, ranks_of, shardwise, start, wait_for_rounds
 from tests.e2e.test_report_html import WHOLE_STEP_CHARTS, Elements, browser, visit
 
@@ -48,7 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison, str
         "compare", "rowwise", "colwise", "routed", "rowwise@dtensor", *SMALL, "--json", "--out", str(out)
     )
     assert ended.returncode == 0, ended.stderr
-    return out, comparison_from_json(ended.stdout.encode()), ended.stderr
+    return out, read_document(ended.stdout.encode(), Comparison), ended.stderr
 
 
 def test_json_is_one_document_with_every_plan_and_the_noise(run: tuple[Path, Comparison, str]) -> None:
@@ -58,7 +58,7 @@ def test_json_is_one_document_with_every_plan_and_the_noise(run: tuple[Path, Com
     assert labels == ["rowwise", "colwise", "routed", "rowwise@dtensor", "rowwise (again)"]
     assert comparison.measurements[-1].repeats == "rowwise"
     assert comparison.noise is not None
-    assert comparison_from_json((out / "comparison.json").read_bytes()) == comparison
+    assert read_document((out / "comparison.json").read_bytes(), Comparison) == comparison
 
 
 def test_every_plan_was_checked_against_the_unsharded_model(run: tuple[Path, Comparison, str]) -> None:
@@ -158,7 +158,7 @@ def test_the_options_of_a_step_work_together_and_every_plan_agrees(
 ) -> None:
     ended = shardwise("compare", *SMALL, *options, "--json", "--no-repeat", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
-    comparison = comparison_from_json(ended.stdout.encode())
+    comparison = read_document(ended.stdout.encode(), Comparison)
     assert all(m.agreement is not None and m.agreement.agrees for m in comparison.measurements)
     assert all(len(m.step_s) == 2 for m in comparison.measurements)
     if "--param-dtype" in options:
@@ -177,7 +177,7 @@ def test_a_config_file_gives_the_options_and_the_command_line_wins(tmp_path: Pat
     )
     ended = shardwise("compare", "--config", "mine.toml", "--rounds", "2", "--json", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
-    comparison = comparison_from_json(ended.stdout.encode())
+    comparison = read_document(ended.stdout.encode(), Comparison)
     assert (comparison.mesh, comparison.settings.seq, comparison.rounds) == ("tp=1", 16, 2)
     assert [m.label for m in comparison.measurements] == ["colwise"]
 
@@ -193,7 +193,7 @@ def test_torchrun_ranks_are_used_as_they_are_and_one_of_them_speaks(tmp_path: Pa
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    assert len(comparison_from_json(ended.stdout.encode()).measurements) == 3
+    assert len(read_document(ended.stdout.encode(), Comparison).measurements) == 3
 
 
 REFUSED = [

@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shardwise.report.compare.json import comparison_from_json
+from shardwise.core.measurement import Comparison
+from shardwise.files.document import read_document
 from tests.e2e.command import GRACE_S, SMALL, gone, shardwise, start
 from tests.e2e.test_report_html import Elements, browser, visit
 from tests.e2e.test_walkthrough_html import driven, seen_by
@@ -138,7 +139,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_compare_records_every_plan_on_every_rank_and_says_where_its_step_went(recorded: Path) -> None:
-    comparison = comparison_from_json((recorded / "comparison.json").read_bytes())
+    comparison = read_document((recorded / "comparison.json").read_bytes(), Comparison)
     assert [profile.label for profile in comparison.profiles] == ["rowwise", "rowwise@dtensor"]
     for profile in comparison.profiles:
         assert profile.steps == 2

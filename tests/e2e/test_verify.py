@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from shardwise.core.errors import InputError
-from shardwise.core.verification import Verdict
+from shardwise.core.verification import Verdict, VerificationRun
+from shardwise.files.document import read_document
 from shardwise.report.verify.html import verification_html
-from shardwise.report.verify.json import verification_from_json
 from shardwise.testing import assert_plan_trains_right
 from tests.e2e.command import GRACE_S, gone, ranks_of, shardwise, start
 from tests.e2e.test_report_html import Elements, browser, visit
@@ -34,7 +34,7 @@ def test_plans_that_are_right_end_with_0_and_leave_a_page_and_the_data(tmp_path:
         "verification.json",
         "verify.html",
     ]
-    found = verification_from_json((out / "verification.json").read_bytes())
+    found = read_document((out / "verification.json").read_bytes(), VerificationRun)
     assert [(each.plan, each.verdict) for each in found.verifications] == [
         ("rowwise", Verdict.RIGHT),
         ("colwise@dtensor", Verdict.RIGHT),
@@ -152,7 +152,7 @@ def test_torchrun_ranks_are_used_as_they_are_and_one_of_them_speaks() -> None:
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    found = verification_from_json(ended.stdout.encode())
+    found = read_document(ended.stdout.encode(), VerificationRun)
     assert [(each.plan, each.verdict) for each in found.verifications] == [
         ("rowwise", Verdict.RIGHT),
         ("colwise", Verdict.RIGHT),

@@ -18,16 +18,11 @@ from shardwise.core.errors import InputError
 from shardwise.core.explanation import CollectiveGroup, Contrast, Explanation
 from shardwise.core.placement import Partial, Replicate, Shard
 from shardwise.core.program import Phase
+from shardwise.files.document import read_document, write_document
 from shardwise.report.common import units
 from shardwise.report.explain import rows
 from shardwise.report.explain.band import Stop, bands
 from shardwise.report.explain.html import contrast_html, explanation_html, memory_chart, wire_chart
-from shardwise.report.explain.json import (
-    contrast_from_json,
-    contrast_json,
-    explanation_from_json,
-    explanation_json,
-)
 from shardwise.report.explain.terminal import render_contrast, render_explanation
 from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME
 from tests.unit.explanation_example import (
@@ -475,7 +470,7 @@ def test_hostile_names_stay_text(text: str) -> None:
         assert "<b>" not in page
         assert "\x1b" not in page
     assert "<b>" not in explanation_html(explanation(), text)
-    assert explanation_from_json(explanation_json(example)) == example
+    assert read_document(write_document(example), Explanation) == example
 
 
 def test_what_nobody_would_read_is_cut_where_it_is_drawn_and_whole_in_the_json() -> None:
@@ -483,7 +478,7 @@ def test_what_nobody_would_read_is_cut_where_it_is_drawn_and_whole_in_the_json()
     assert len(explanation_html(example)) < 300_000
     assert len(printed(example, 100)) < 300_000
     one = replace(explanation(), model=HUGE)
-    assert explanation_from_json(explanation_json(one)).model == HUGE
+    assert read_document(write_document(one), Explanation).model == HUGE
 
 
 @each_example
@@ -502,13 +497,13 @@ def test_the_page_loads_nothing_and_is_small(example: Explanation) -> None:
 
 @each_example
 def test_json_round_trips(example: Explanation) -> None:
-    assert explanation_from_json(explanation_json(example)) == example
+    assert read_document(write_document(example), Explanation) == example
     contrast = (
         contrast_example(example, explanation())
         if example.collectives
         else Contrast(example, example, (), (), (), ())
     )
-    assert contrast_from_json(contrast_json(contrast)) == contrast
+    assert read_document(write_document(contrast), Contrast) == contrast
 
 
 placements = st.sampled_from([Replicate(), Partial()]) | st.builds(Shard, st.integers(-9, 9))
@@ -532,11 +527,11 @@ placements = st.sampled_from([Replicate(), Partial()]) | st.builds(Shard, st.int
 )
 def test_json_round_trips_any_collective(found: CollectiveGroup) -> None:
     example = replace(explanation(), collectives=(found,))
-    assert explanation_from_json(explanation_json(example)) == example
+    assert read_document(write_document(example), Explanation) == example
 
 
 def test_json_has_its_version_first_placements_as_in_plans_and_what_is_worked_out() -> None:
-    document = explanation_json(explanation())
+    document = write_document(explanation())
     assert document.startswith(b'{\n  "schema_version": 1,')
     assert document.endswith(b"}\n")
     table = json.loads(document)
@@ -578,28 +573,28 @@ def test_json_has_its_version_first_placements_as_in_plans_and_what_is_worked_ou
     ],
 )
 def test_json_that_is_no_explanation_says_why(change: object, message: str) -> None:
-    table = json.loads(explanation_json(explanation()))
+    table = json.loads(write_document(explanation()))
     assert callable(change)
     change(table)
     with pytest.raises(InputError) as raised:
-        explanation_from_json(json.dumps(table).encode(), "e.json")
+        read_document(json.dumps(table).encode(), Explanation, "e.json")
     assert message in str(raised.value)
 
 
 def test_json_that_is_a_contrast_is_no_explanation() -> None:
     with pytest.raises(InputError, match="missing required field `model`"):
-        explanation_from_json(contrast_json(contrast_example()))
+        read_document(write_document(contrast_example()), Explanation)
 
 
 def test_unknown_fields_are_ignored() -> None:
-    table = json.loads(explanation_json(explanation()))
+    table = json.loads(write_document(explanation()))
     table["new"] = table["settings"]["new"] = [1, {"a": None}]
-    assert explanation_from_json(json.dumps(table).encode()) == explanation()
+    assert read_document(json.dumps(table).encode(), Explanation) == explanation()
 
 
 def test_drawing_an_explanation_imports_no_torch() -> None:
     program = (
-        "import sys, shardwise.report.explain.html, shardwise.report.explain.json, shardwise.report.explain.terminal;"
+        "import sys, shardwise.report.explain.html, shardwise.files.document, shardwise.report.explain.terminal;"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

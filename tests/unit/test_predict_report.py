@@ -10,8 +10,8 @@ from shardwise.core.case import StepSettings
 from shardwise.core.errors import InputError
 from shardwise.core.prediction import AttentionKernel, Precision, Setup, Term
 from shardwise.core.prediction_run import PredictionRun
+from shardwise.files.document import read_document, write_document
 from shardwise.report.predict import rows
-from shardwise.report.predict.json import prediction_from_json, prediction_json
 from shardwise.report.predict.terminal import render_prediction
 from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME
 from tests.unit.prediction_example import MEMORY, TERMS, TOO_MUCH, hostile_run, prediction, run_of, two_plans
@@ -84,8 +84,8 @@ def test_every_choice_of_a_setup_is_said() -> None:
     "run", [run_of(), two_plans(), hostile_run("</script>\x1b[31m")], ids=["one", "two", "hostile"]
 )
 def test_json_round_trips(run: PredictionRun) -> None:
-    document = prediction_json(run)
-    assert prediction_from_json(document) == run
+    document = write_document(run)
+    assert read_document(document, PredictionRun) == run
     assert next(iter(json.loads(document))) == "schema_version"
 
 
@@ -99,7 +99,7 @@ def test_json_round_trips(run: PredictionRun) -> None:
 )
 def test_json_that_is_no_prediction_says_why(document: bytes, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        prediction_from_json(document)
+        read_document(document, PredictionRun)
 
 
 @pytest.mark.parametrize(

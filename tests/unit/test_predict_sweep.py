@@ -15,10 +15,10 @@ from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError, RunError
 from shardwise.core.prediction import MemoryForecast, Setup, Term
 from shardwise.core.sweep import Refusal, Sweep, SweepPoint
+from shardwise.files.document import read_document, write_document
 from shardwise.launch.workers import on_processes
 from shardwise.predict.machines import load_machine
 from shardwise.predict.sweep import best_first, splits
-from shardwise.report.predict.json import sweep_from_json, sweep_json
 from shardwise.report.predict.sweep_html import sweep_html
 from shardwise.report.predict.sweep_terminal import render_sweep
 from shardwise.verbs.programs import MicroBatch
@@ -107,8 +107,8 @@ def test_a_sweep_in_which_nothing_fits_says_so() -> None:
 
 def test_json_round_trips() -> None:
     sweep = sweep_of(point(1), point(2), refused=(Refusal("rowwise", "no", 7),))
-    assert sweep_from_json(sweep_json(sweep)) == sweep
-    assert json.loads(sweep_json(sweep))["points"][0]["terms"][0] == ["matmul", TERMS[Term.MATMUL]]
+    assert read_document(write_document(sweep), Sweep) == sweep
+    assert json.loads(write_document(sweep))["points"][0]["terms"][0] == ["matmul", TERMS[Term.MATMUL]]
 
 
 @pytest.mark.parametrize("text", [HOSTILE_NAME, HOSTILE_MARKUP, "\x1b]0;gone\x07"])

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from shardwise.core.difference import Difference, Matched, RunProfile
 from shardwise.core.errors import TraceError
+from shardwise.files.document import read_document, write_document
 from shardwise.files.perfetto import perfetto_trace
 from shardwise.profiles.collectives import share
 from shardwise.profiles.diff import diff, run_words
@@ -19,7 +20,6 @@ from shardwise.profiles.picture import picture
 from shardwise.profiles.ranks import read_ranks
 from shardwise.profiles.run import profile_run
 from shardwise.report.diff.html import difference_html, run_html
-from shardwise.report.diff.json import difference_from_json, difference_json, run_from_json, run_json
 from shardwise.report.diff.terminal import render_difference, render_run
 from tests.unit.chrome_trace import all_reduce, event, kernel, launch, step, write
 
@@ -248,15 +248,15 @@ def test_the_terminal_shows_both_at_any_width(two: Difference, width: int) -> No
 
 
 def test_json_has_every_number_and_its_version_first(two: Difference) -> None:
-    document = difference_json(two)
+    document = write_document(two)
     assert document.startswith(b'{\n  "schema_version": 1,')
     found = msgspec.json.decode(document)
     assert found["step_delta_ns"] == 42_000
     assert found["second"]["parts"]["total_ns"] == two.second.step_ns
     assert {line["matched"] for line in found["lines"]} == {str(line.matched) for line in two.lines}
-    assert msgspec.json.decode(run_json(two.first))["label"] == "A"
-    assert difference_from_json(document) == two
-    assert run_from_json(run_json(two.first)) == two.first
+    assert msgspec.json.decode(write_document(two.first))["label"] == "A"
+    assert read_document(document, Difference) == two
+    assert read_document(write_document(two.first), RunProfile) == two.first
 
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
@@ -363,4 +363,4 @@ def test_whatever_two_ranks_recorded_is_told_or_refused_in_words(
     render_difference(both, console)
     render_run(run, run_words(run), console)
     assert "<img" not in difference_html(both, [])
-    assert difference_from_json(difference_json(both)) == both
+    assert read_document(write_document(both), Difference) == both

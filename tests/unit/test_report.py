@@ -14,10 +14,10 @@ from rich.console import Console
 
 from shardwise.core.errors import InputError
 from shardwise.core.measurement import Comparison, Ratio
+from shardwise.files.document import read_document, write_document
 from shardwise.report.common import units
 from shardwise.report.common.page import script_json
 from shardwise.report.compare.html import comparison_html, short_name
-from shardwise.report.compare.json import comparison_from_json, comparison_json
 from shardwise.report.compare.rows import comparison_rows, not_measured
 from shardwise.report.compare.terminal import plain, render_comparison
 from tests.unit.comparison_example import (
@@ -128,7 +128,7 @@ def test_what_was_not_measured_is_named() -> None:
     "comparison", [example(), module_only_example(), replace(example(), notes=(), verdict=())]
 )
 def test_json_round_trips(comparison: Comparison) -> None:
-    assert comparison_from_json(comparison_json(comparison)) == comparison
+    assert read_document(write_document(comparison), Comparison) == comparison
 
 
 @given(
@@ -144,14 +144,14 @@ def test_json_round_trips_any_name_and_number(
     comparison = replace(comparison, measurements=(run,))
     if any(0xD800 <= ord(character) <= 0xDFFF for character in label):
         return
-    assert comparison_from_json(comparison_json(comparison)) == comparison
+    assert read_document(write_document(comparison), Comparison) == comparison
 
 
 def test_json_is_one_valid_document_with_its_version_first() -> None:
     def refuse(name: str) -> float:
         raise AssertionError(f"{name} is no JSON")
 
-    document = comparison_json(cuda_example())
+    document = write_document(cuda_example())
     assert document.startswith(b'{\n  "schema_version": 1,')
     assert document.endswith(b"}\n")
     table = json.loads(document, parse_constant=refuse)
@@ -163,7 +163,7 @@ def test_json_keeps_nan_and_infinity_and_a_plan_called_nan() -> None:
     named = replace(
         comparison, measurements=tuple(replace(run, label="NaN") for run in comparison.measurements)
     )
-    read = comparison_from_json(comparison_json(named))
+    read = read_document(write_document(named), Comparison)
     losses = read.measurements[1].losses
     assert math.isnan(losses[2])
     assert losses[3:] == (math.inf, -math.inf)
@@ -190,11 +190,11 @@ def test_json_keeps_nan_and_infinity_and_a_plan_called_nan() -> None:
             "Draw it with the version of Shardwise that wrote it, or run the comparison again.",
         ),
         (
-            comparison_json(example()).replace(b'"rounds": 21', b'"rounds": "21"'),
+            write_document(example()).replace(b'"rounds": 21', b'"rounds": "21"'),
             "run.json: not a saved comparison: Expected `int`, got `str` - at `$.rounds`. Give the JSON file that shardwise compare wrote.",
         ),
         (
-            comparison_json(example()).replace(b'"median": 0.94', b'"median": null'),
+            write_document(example()).replace(b'"median": 0.94', b'"median": null'),
             "run.json: not a saved comparison: Expected `float`, got `null` - at `$.standings[1].ratio.median`. "
             "Give the JSON file that shardwise compare wrote.",
         ),
@@ -202,7 +202,7 @@ def test_json_keeps_nan_and_infinity_and_a_plan_called_nan() -> None:
 )
 def test_json_that_is_no_comparison_says_why(document: bytes, message: str) -> None:
     with pytest.raises(InputError) as caught:
-        comparison_from_json(document, "run.json")
+        read_document(document, Comparison, "run.json")
     assert str(caught.value) == message
 
 
@@ -328,7 +328,7 @@ def test_the_page_says_what_was_not_measured_and_warns_of_gloo_only_on_gloo() ->
 
 def test_report_imports_no_torch() -> None:
     code = (
-        "import sys, shardwise.report.compare.html, shardwise.report.compare.json, shardwise.report.compare.terminal; "
+        "import sys, shardwise.report.compare.html, shardwise.files.document, shardwise.report.compare.terminal; "
         "print([name for name in ('torch', 'numpy') if name in sys.modules])"
     )
     assert (

@@ -8,9 +8,9 @@ from rich.console import Console
 
 from shardwise.core.finding import Cause, Finding, FindingKind
 from shardwise.core.verification import Proof, Sharded, Verdict, Verification, VerificationRun
+from shardwise.files.document import read_document, write_document
 from shardwise.report.verify import rows
 from shardwise.report.verify.html import verification_html
-from shardwise.report.verify.json import verification_from_json, verification_json
 from shardwise.report.verify.terminal import render_verification
 
 HOSTILE = "</script><img src=x onerror=alert(1)>[bold]\x1b[31m"
@@ -133,7 +133,7 @@ def test_static_answers_say_that_nothing_was_proved() -> None:
         in found
     )
     assert "hf:qwen3 under hf not proved: Its step can't be traced" in found
-    assert verification_from_json(verification_json(run(*STATIC))) == run(*STATIC)
+    assert read_document(write_document(run(*STATIC)), VerificationRun) == run(*STATIC)
     page = verification_html(replace(run(*STATIC), device="none"))
     assert "Nothing was run" in page
     assert "The same weights run" not in page
@@ -188,9 +188,9 @@ def test_the_terminal_tells_many_cases_in_a_table_and_those_that_are_not_right_b
 
 def test_json_holds_all_of_it_an_infinite_error_too() -> None:
     found = run(RIGHT, WRONG, CRASH, SKIPPED, LITTLE)
-    document = verification_json(found)
+    document = write_document(found)
     assert b'"Infinity"' in document
-    assert verification_from_json(document) == found
+    assert read_document(document, VerificationRun) == found
 
 
 def test_hostile_names_stay_text() -> None:

@@ -297,7 +297,7 @@ class _Request:
             settings=settings,
             rounds=rounds,
             warmup=warmup,
-            module=module or (None if mesh.fsdp > 1 else "tok_embeddings"),
+            module=module or (None if mesh.size("fsdp") > 1 else "tok_embeddings"),
             module_only=module is not None,
             check_layers=_check_layers(spec, mesh, device_type) if check else 0,
             repeat_first=repeat,
@@ -426,11 +426,11 @@ class _Run:
         self, comparison: Comparison, report: "RankReport", folder: "RunFolder", pages: dict[str, str]
     ) -> int:
         """Terminal or JSON first, then files: a disk that is full by now loses nothing that was measured."""
+        from shardwise.files.document import write_document
         from shardwise.report.compare.html import comparison_html
-        from shardwise.report.compare.json import comparison_json
         from shardwise.report.compare.terminal import render_comparison
 
-        document = comparison_json(comparison)
+        document = write_document(comparison)
         findings = _findings(report)
         if self.as_json:
             sys.stdout.buffer.write(document)
@@ -497,7 +497,7 @@ def _check_module(spec: "ModelSpec", module: str, mesh: Mesh) -> None:
         raise OptionError(
             f'--module: {spec.name} has no module "{module}".{suggest(module, names)} It has {", ".join(shown)}, ...'
         )
-    if mesh.fsdp > 1:
+    if mesh.size("fsdp") > 1:
         raise OptionError(
             f"--module {module}: FSDP gathers a module's parameters for a whole layer, so one can't be timed alone. Use tp or dp."
         )
@@ -515,7 +515,7 @@ def _check_fit(
 
     model = spec.build()
     for plan in plans:
-        resolve(model, plan, tp=mesh.tp, seq=settings.seq, fsdp=mesh.fsdp)
+        resolve(model, plan, tp=mesh.tp, seq=settings.seq, fsdp=mesh.size("fsdp"))
     refuse_too_large(
         model,
         spec.name,

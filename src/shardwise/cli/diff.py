@@ -111,11 +111,11 @@ def _read(path: Path, workers: int | None, progress: "ProgressLine") -> "Sequenc
 def _deliver(
     names: list[str], read: "list[Sequence[Timeline]]", console: Console, *, as_json: bool, out: Path | None
 ) -> int:
+    from shardwise.files.document import write_document
     from shardwise.profiles.collectives import share
     from shardwise.profiles.diff import diff as compare
     from shardwise.profiles.diff import run_words
     from shardwise.profiles.run import profile_run
-    from shardwise.report.diff.json import difference_json, run_json
     from shardwise.report.diff.terminal import render_difference, render_run
 
     shared = [share(timelines) for timelines in read]
@@ -124,7 +124,7 @@ def _deliver(
         for name, (timelines, sharing) in zip(names, shared, strict=True)
     ]
     both = compare(*runs) if len(runs) == 2 else None
-    document = difference_json(both) if both is not None else run_json(runs[0])
+    document = write_document(both) if both is not None else write_document(runs[0])
     if as_json:
         sys.stdout.buffer.write(document)
         sys.stdout.buffer.flush()

@@ -273,12 +273,12 @@ def _deliver(
     out: Path | None,
 ) -> int:
     from shardwise.explain.contrast import contrast
-    from shardwise.report.explain.json import contrast_json, explanation_json
+    from shardwise.files.document import write_document
     from shardwise.report.explain.terminal import render_contrast, render_explanation
 
     first, *others = found
     both = contrast(first, others[0]) if others else None
-    document = contrast_json(both) if both is not None else explanation_json(first)
+    document = write_document(both) if both is not None else write_document(first)
     if as_json:
         sys.stdout.buffer.write(document)
         sys.stdout.buffer.flush()

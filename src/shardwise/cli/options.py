@@ -6,7 +6,7 @@ import typer
 
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
-from shardwise.core.mesh import SHARDS_AXIS, Mesh
+from shardwise.core.mesh import Mesh
 from shardwise.core.plan import TheirPlan, suggest
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def check_dtypes(dtype: str, param_dtype: str | None, reduce_dtype: str | None) 
 def check_precision(settings: StepSettings, mesh: Mesh, context: int = 1) -> None:
     """Raises OptionError for a dtype that isn't offered, and for mixed precision without ranks that FSDP shards over."""
     check_dtypes(settings.dtype, settings.param_dtype, settings.reduce_dtype)
-    sharded = SHARDS_AXIS in dict(mesh.axes) and mesh.fsdp * context > 1
+    sharded = "fsdp" in dict(mesh.axes) and mesh.size("fsdp") * context > 1
     for option, value in (("--param-dtype", settings.param_dtype), ("--reduce-dtype", settings.reduce_dtype)):
         if value is not None and not sharded:
             raise OptionError(

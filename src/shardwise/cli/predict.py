@@ -494,13 +494,13 @@ def _sweep(
     out: Path | None,
 ) -> int:
     from shardwise.cli.progress import ProgressLine
-    from shardwise.report.predict.json import sweep_json
+    from shardwise.files.document import write_document
     from shardwise.report.predict.sweep_html import sweep_html
     from shardwise.report.predict.sweep_terminal import render_sweep
 
     with ProgressLine() as progress:
         found = sweep_over(task, plans, devices, progress.advance)
-    document = sweep_json(found)
+    document = write_document(found)
     if as_json:
         sys.stdout.buffer.write(document)
         sys.stdout.buffer.flush()
@@ -588,11 +588,11 @@ def _label(plan: str, before: Sequence[Step]) -> str:
 def _deliver(
     machine: "Machine", steps: Sequence[Step], console: Console, *, as_json: bool, out: Path | None
 ) -> int:
-    from shardwise.report.predict.json import prediction_json
+    from shardwise.files.document import write_document
     from shardwise.report.predict.terminal import render_prediction
 
     run = _predicted(machine, steps)
-    document = prediction_json(run)
+    document = write_document(run)
     if as_json:
         sys.stdout.buffer.write(document)
         sys.stdout.buffer.flush()

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from shardwise.cli.options import check_choice, check_seq
 from shardwise.core.errors import OptionError
-from shardwise.core.mesh import Mesh, Role
+from shardwise.core.mesh import Mesh
 from shardwise.core.plan import TheirPlan
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def prove_plans(
     from shardwise.verify.without_ranks import check
 
     started = datetime.now(UTC)
-    mesh = Mesh.of({Role.CUTS_TENSORS: tp})
+    mesh = Mesh((("tp", tp),))
     cases = _cases(models, plans, seq, small, dtype, sequence_parallel)
     if static:
         checked = (
@@ -242,10 +242,10 @@ def _versions() -> tuple[tuple[str, str], ...]:
 
 
 def _deliver(run: "VerificationRun", console: Console, *, as_json: bool, out: Path | None) -> int:
-    from shardwise.report.verify.json import verification_json
+    from shardwise.files.document import write_document
     from shardwise.report.verify.terminal import render_verification
 
-    document = verification_json(run)
+    document = write_document(run)
     if as_json:
         sys.stdout.buffer.write(document)
         sys.stdout.buffer.flush()

@@ -6,7 +6,6 @@ What isn't known is said plainly from the placements, never guessed. Numbers are
 import re
 
 from shardwise.core.collective import CollectiveKind
-from shardwise.core.mesh import Role, role_of
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.core.program import Collective, Op, Phase
 from shardwise.explain.words import named
@@ -30,14 +29,14 @@ def carries_out(collective: Collective) -> CollectiveKind:
 
 def reason_of(collective: Collective) -> str:
     """One sentence."""
-    role, phase = role_of(collective.call.axis), collective.phase
+    axis, phase = collective.call.axis, collective.phase
     style = _style(collective.rule)
-    match role, phase:
-        case Role.SHARDS_PARAMETERS, _:
+    match axis, phase:
+        case "fsdp", _:
             return _fsdp_reason(collective.call.kind)
-        case Role.REPLICATES, Phase.REDUCE:
+        case "dp", Phase.REDUCE:
             return "Replicas of the model saw different parts of the batch: their gradients (or losses) are added up."
-        case Role.REPLICATES, Phase.FORWARD | Phase.LOSS:
+        case "dp", Phase.FORWARD | Phase.LOSS:
             return "Counts the labels that count over the whole batch, so that every rank divides by the same number."
         case _, Phase.CLIP:
             return "The global norm of all gradients: every rank adds the squares of its part."

@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwise.core import placement as ours
 from shardwise.core.collective import CollectiveKind
-from shardwise.core.mesh import TENSOR_AXIS, Role, role_of
 from shardwise.core.placement import Placement
 from shardwise.core.program import LOSS_MODULE, Collective, Op, OpKind, Phase, TensorSpec
 from shardwise.parallel.collectives import issuing
@@ -334,7 +333,7 @@ class Recorder(TorchDispatchMode):
             return
         module = self._module()
         before, after = self._placements(call.axis, call.kind)
-        rule = self._rule_of(module) if call.axis == TENSOR_AXIS and module != LOSS_MODULE else None
+        rule = self._rule_of(module) if call.axis == "tp" and module != LOSS_MODULE else None
         self.events.append(Collective(call, module, rule, before, after))
 
     def _placements(self, axis: str, kind: CollectiveKind) -> tuple[Placement | None, Placement | None]:
@@ -342,12 +341,12 @@ class Recorder(TorchDispatchMode):
             before, after = (_placement_on(spec, axis) for spec in self._change)
             if before is not None and after is not None:
                 return before, after
-        match kind, role_of(axis):
+        match kind, axis:
             case CollectiveKind.ALL_REDUCE, _:
                 return ours.Partial(), ours.Replicate()
-            case CollectiveKind.ALL_GATHER, Role.SHARDS_PARAMETERS:
+            case CollectiveKind.ALL_GATHER, "fsdp":
                 return ours.Shard(0), ours.Replicate()
-            case CollectiveKind.REDUCE_SCATTER, Role.SHARDS_PARAMETERS:
+            case CollectiveKind.REDUCE_SCATTER, "fsdp":
                 return ours.Partial(), ours.Shard(0)
             case _:
                 return None, None
