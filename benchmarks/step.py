@@ -28,6 +28,7 @@ from benchmarks.results import Bar, BarKind, Comparison, Result, Side, compare
 from benchmarks.rounds import interleave
 from shardwise.core.errors import RunError
 from shardwise.core.mesh import Mesh
+from shardwise.core.rule import RuleRef
 from shardwise.launch import RankContext, run_ranks
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import get_spec
@@ -171,7 +172,7 @@ def _step(name: str, settings: Settings) -> Callable[[Sequence[tuple[Tensor, Ten
     plan = None if name == SINGLE else builtin_plan(name.removesuffix(OUR_LOSS), family=spec.family)
     model = build_model(spec, plan, mesh, dtype=torch.float32, device=torch.device("cpu"), seed=settings.seed)
     if mesh is not None and name.endswith(OUR_LOSS):
-        site = Site("output", "benchmark", Axis.of(mesh, "tp"))
+        site = Site("output", RuleRef("output", "colwise"), Axis.of(mesh, "tp"))
         loss: Loss = OurLoss(VocabParallelLoss(site, RowOwnership(spec.vocab_size, settings.tp)))
         # the one way to give a sharded model another loss: TrainStep asks the model for it
         model._shardwise = replace(applied_to(model), loss=loss)  # type: ignore[assignment]

@@ -39,6 +39,7 @@ from shardwise.core.explanation import Contrast, Explanation
 from shardwise.core.measurement import Comparison
 from shardwise.core.placement import Placement
 from shardwise.core.prediction_run import PredictionRun
+from shardwise.core.rule import RuleRef
 from shardwise.core.sweep import Sweep
 from shardwise.core.verification import VerificationRun
 from shardwise.core.walkthrough import Subject
@@ -302,6 +303,8 @@ def _json_type(kind: Any, found: list[type]) -> str:
         if inner[-1] is Ellipsis:
             return f"array of {_json_type(inner[0], found)}"
         return f"[{', '.join(_json_type(item, found) for item in inner)}]"
+    if kind is RuleRef:
+        return "string"
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         if kind not in found:
             found.append(kind)

@@ -47,7 +47,7 @@ from tests.distributed.style_cases import (
 )
 from tests.distributed.style_faults import FAULTS, PART_FAULTS
 
-ORIGIN = Origin("test", "test", Partial(), Replicate())
+ORIGIN = Origin("test", None, Partial(), Replicate())
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ import pytest
 
 from shardwise.core.finding import Cause, Finding, FindingKind
 from shardwise.core.mesh import Mesh
+from shardwise.core.rule import RuleRef
 from shardwise.core.verification import Verdict, Verification
 from shardwise.models.source import find_model
 from shardwise.parallel.builtin import builtin_names, builtin_plan
@@ -99,7 +100,7 @@ def test_sequence_parallel_on_a_whole_input_doubles_the_gradient(found: dict[str
     for finding in each.findings:
         assert finding.cause is Cause.SUMMED_TOO_OFTEN
         assert finding.ratio == pytest.approx(2)
-        assert finding.rule == '"model.layers.*.post_attention_layernorm" (sequence_parallel)'
+        assert finding.rule == RuleRef("model.layers.*.post_attention_layernorm", "sequence_parallel")
         assert (
             finding.reason
             == "its gradient is 2 times the unsharded one: summed where every rank had the whole"

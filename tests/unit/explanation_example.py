@@ -16,6 +16,7 @@ from shardwise.core.explanation import (
 from shardwise.core.finding import Finding, FindingKind
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.core.program import ByData, Holder, MemoryKind, MemoryPeak, Phase
+from shardwise.core.rule import RuleRef
 
 MIB = 2**20
 LAYERS = 4
@@ -51,7 +52,7 @@ def group(
         axis_size=TP,
         phase=phase,
         module=module,
-        rule=f'"{module}" (rowwise)',
+        rule=RuleRef(module, "rowwise"),
         before=before,
         after=after,
         dtype="float32",
@@ -200,14 +201,14 @@ def hostile_example(text: str) -> Explanation:
                 found,
                 module=text if index else f"layers.*.{text}",
                 axis=text,
-                rule=text,
+                rule=RuleRef(text, text),
                 reason=text,
                 dtype=text,
             )
             for index, found in enumerate(whole.collectives)
         ),
         copies=tuple(replace(found, module=text, op=text, reason=text) for found in whole.copies),
-        holdings=tuple(replace(found, name=text, rule=text) for found in whole.holdings),
+        holdings=tuple(replace(found, name=text, rule=RuleRef(text, text)) for found in whole.holdings),
         rules=tuple(replace(found, pattern=text, style=text, example=text) for found in whole.rules),
         peak=replace(
             whole.peak,

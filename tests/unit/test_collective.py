@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from shardwise.core.collective import CollectiveKind, Origin, wire_bytes
 from shardwise.core.placement import Partial, Shard
+from shardwise.core.rule import RuleRef
 
 BYTES = st.integers(0, 10**15)
 RANKS = st.integers(1, 100_000)
@@ -72,5 +73,5 @@ def test_no_rank_sends_more_than_twice_the_tensor(kind: CollectiveKind, full_byt
 
 
 def test_an_origin_says_who_asked_and_why() -> None:
-    origin = Origin("tok_embeddings", '"tok_embeddings" (rowwise)', Partial(), Shard(1))
+    origin = Origin("tok_embeddings", RuleRef("tok_embeddings", "rowwise"), Partial(), Shard(1))
     assert str(origin) == 'tok_embeddings ("tok_embeddings" (rowwise)): Partial -> Shard(1)'

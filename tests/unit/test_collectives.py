@@ -13,10 +13,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from shardwise.core.collective import Origin
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.core.plan import ReduceScatter
+from shardwise.core.rule import RuleRef
 from shardwise.parallel import collectives
 from shardwise.parallel.axis import Axis
 
-ORIGIN = Origin("output", '"output" (colwise)', Shard(1), Replicate())
+ORIGIN = Origin("output", RuleRef("output", "colwise"), Shard(1), Replicate())
 X = torch.arange(24.0).view(4, 6)
 
 

@@ -17,7 +17,9 @@ from shardwise.core.collective import CollectiveKind
 from shardwise.core.errors import InputError
 from shardwise.core.explanation import CollectiveGroup, Contrast, Explanation
 from shardwise.core.placement import Partial, Replicate, Shard
+from shardwise.core.plan import StyleName
 from shardwise.core.program import Phase
+from shardwise.core.rule import RuleRef
 from shardwise.files.document import read_document, write_document
 from shardwise.report.common import units
 from shardwise.report.explain import rows
@@ -522,7 +524,8 @@ placements = st.sampled_from([Replicate(), Partial()]) | st.builds(Shard, st.int
         payload_bytes=st.integers(0, 2**62),
         wire_bytes=st.floats(allow_nan=False),
         by_data=st.none() | st.just(BY_DATA),
-        rule=st.none() | st.sampled_from(["NaN", "Infinity", "null", "replicate"]),
+        rule=st.none()
+        | st.builds(RuleRef, st.text(st.characters(codec="utf-8")), st.sampled_from(StyleName)),
     )
 )
 def test_json_round_trips_any_collective(found: CollectiveGroup) -> None:

@@ -17,6 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shardwise.core.errors import MeshError, ModelError, PlanError
 from shardwise.core.foreign import ForeignRule
+from shardwise.core.rule import RuleRef
 from shardwise.models.source import find_model, vocab_size_of
 from shardwise.parallel.apply import applied_to, loss_of
 from shardwise.parallel.hugging_face import hugging_face_rules, parallelize_hugging_face
@@ -405,19 +406,18 @@ def test_the_rules_tell_what_each_matched(mesh: DeviceMesh) -> None:
     assert applied.foreign is not None
     assert (applied.plan, applied.foreign.name, applied.foreign.rules) == (None, "hf", rules)
     assert loss_of(model) == PlainLoss()
-    by_pattern = {rule.pattern: rule for rule in rules}
+    by_pattern = {use.rule.pattern: use for use in rules}
     assert by_pattern["model.layers.*.self_attn.q_proj"] == ForeignRule(
-        "model.layers.*.self_attn.q_proj",
-        "colwise",
+        RuleRef("model.layers.*.self_attn.q_proj", "colwise"),
         ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"),
         ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.weight"),
     )
-    assert by_pattern["lm_head"].style == "colwise_gather_output"
-    assert by_pattern["model.embed_tokens"].style == "embedding_rowwise"
+    assert by_pattern["lm_head"].rule.style == "colwise_gather_output"
+    assert by_pattern["model.embed_tokens"].rule.style == "embedding_rowwise"
     assert all(rule.matches for rule in rules)
-    rule = applied.foreign.rule_for("model.layers.1.mlp.down_proj")
-    assert rule is not None
-    assert str(rule) == '"model.layers.*.mlp.down_proj" (rowwise)'
+    use = applied.foreign.rule_for("model.layers.1.mlp.down_proj")
+    assert use is not None
+    assert str(use.rule) == '"model.layers.*.mlp.down_proj" (rowwise)'
     assert applied.foreign.rule_for("model.norm") is None
 
 
@@ -425,7 +425,7 @@ def test_a_rule_that_matches_nothing_is_kept_and_says_so() -> None:
     model = built(TINY_LLAMA)
     model._tp_plan["model.layers.*.self_attn.qkv_proj"] = "colwise"
     idle = [rule for rule in hugging_face_rules(model) if not rule.matches]
-    assert idle == [ForeignRule("model.layers.*.self_attn.qkv_proj", "colwise")]
+    assert idle == [ForeignRule(RuleRef("model.layers.*.self_attn.qkv_proj", "colwise"))]
 
 
 def test_a_tied_head_stays_tied_to_the_sharded_embedding(mesh: DeviceMesh) -> None:

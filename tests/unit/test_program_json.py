@@ -10,7 +10,7 @@ import pytest
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import InputError
 from shardwise.core.mesh import Mesh
-from shardwise.core.program import Program
+from shardwise.core.program import REPLICATED_PARAMETERS, Program
 from shardwise.files.program_json import program_from_json, program_json
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
@@ -50,6 +50,17 @@ def test_mixed_precision_reads_back_and_files_from_before_it_have_none() -> None
     table = json.loads(program_json(program()))
     del table["settings"]["param_dtype"], table["settings"]["reduce_dtype"]
     assert program_from_json(json.dumps(table).encode()) == program()
+
+
+def test_files_from_before_modules_said_what_they_are_are_read() -> None:
+    table = json.loads(program_json(program()))
+    for item in (*table["blocks"][0]["items"], *table["holdings"]):
+        item.pop("module_kind", None)
+        if item["module"] == REPLICATED_PARAMETERS:
+            item["rule"] = "end of backward"
+    found = program_from_json(json.dumps(table).encode())
+    assert {holding.module_kind for holding in found.holdings} == {None}
+    assert [item.rule for item in found.collectives()] == [item.rule for item in program().collectives()]
 
 
 def changed(*path: str | int, value: object) -> bytes:

@@ -282,7 +282,7 @@ def test_ranks_that_issue_different_collectives_are_told_so() -> None:
         from shardwise.parallel.axis import Axis
 
         axis = Axis.of(mesh, "tp")  # type: ignore[arg-type]
-        origin = Origin("module", "rule", Partial(), Replicate())
+        origin = Origin("module", None, Partial(), Replicate())
         if rank == 0:
             collectives.sum_now(torch.ones(2), axis, origin)
         else:

@@ -22,7 +22,7 @@ from shardwise.parallel import collectives
 from shardwise.parallel.axis import Axis
 
 AXIS = "tp"
-ORIGIN = Origin("calibrate", "", Replicate(), Replicate())
+ORIGIN = Origin("calibrate", None, Replicate(), Replicate())
 ENOUGH_S = 0.08
 MOST_REPEATS = 40
 FEWEST_REPEATS = 6

@@ -17,6 +17,7 @@ from enum import StrEnum
 from typing import assert_never
 
 from shardwise.core.placement import Placement
+from shardwise.core.rule import RuleRef
 
 
 class CollectiveKind(StrEnum):
@@ -45,10 +46,11 @@ def wire_bytes(kind: CollectiveKind, full_bytes: int, axis_size: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Who asked for a collective and why: module, rule, and the change of placement that it carries out."""
+    """Who asked for a collective and why: module, rule (None: no rule of the plan asked), and the change of placement that it
+    carries out."""
 
     module: str
-    rule: str
+    rule: RuleRef | None
     before: Placement
     after: Placement
 
@@ -57,7 +59,8 @@ class Origin:
         return replace(self, before=before, after=after)
 
     def __str__(self) -> str:
-        return f"{self.module} ({self.rule}): {self.before} -> {self.after}"
+        by = f" ({self.rule})" if self.rule is not None else ""
+        return f"{self.module}{by}: {self.before} -> {self.after}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from shardwise.core.collective import CollectiveKind
 from shardwise.core.finding import Finding
 from shardwise.core.placement import Placement
 from shardwise.core.program import ByData, MemoryKind, MemoryPeak, Phase
+from shardwise.core.rule import RuleRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class CollectiveGroup:
     axis_size: int
     phase: Phase
     module: str
-    rule: str | None
+    rule: RuleRef | None
     before: Placement | None
     after: Placement | None
     dtype: str
@@ -88,7 +89,7 @@ class HoldingGroup:
     parameter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
-    rule: str | None
+    rule: RuleRef | None
 
     @property
     def total_bytes(self) -> int:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from shardwise.core.rule import RuleRef
+
 
 class FindingKind(StrEnum):
     LOSS_DIFFERS = "loss_differs"
@@ -61,7 +63,7 @@ class Finding:
     ratio: float | None = None
     advice: str | None = None
     cause: Cause | None = None
-    rule: str | None = None
+    rule: RuleRef | None = None
 
 
 @dataclass(frozen=True, slots=True)

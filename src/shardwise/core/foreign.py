@@ -2,22 +2,20 @@
 
 from dataclasses import dataclass
 
+from shardwise.core.rule import RuleRef
+
 
 @dataclass(frozen=True, slots=True)
 class ForeignRule:
     """One rule as that library has it, and the names of the model's modules and parameters that it was applied to."""
 
-    pattern: str
-    style: str
+    rule: RuleRef
     modules: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
 
     @property
     def matches(self) -> bool:
         return bool(self.modules or self.parameters)
-
-    def __str__(self) -> str:
-        return f'"{self.pattern}" ({self.style})'
 
 
 @dataclass(frozen=True, slots=True)

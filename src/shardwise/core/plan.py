@@ -18,6 +18,7 @@ from typing import Self, TypeVar
 
 from shardwise.core.errors import PlanError
 from shardwise.core.placement import Placement, format_placement, parse_placement
+from shardwise.core.rule import RuleRef
 
 E = TypeVar("E", bound=StrEnum)
 
@@ -147,10 +148,15 @@ class Style:
         return {"style": str(self.name), **arguments} if arguments else str(self.name)
 
     def __str__(self) -> str:
+        return f"{self.name}({self.arguments})" if self.arguments else str(self.name)
+
+    @property
+    def arguments(self) -> str:
+        """Those that are given, for people: `input=shard(1), output=replicate`."""
         value = self.to_value()
         if isinstance(value, str):
-            return value
-        return f"{self.name}({', '.join(f'{k}={v}' for k, v in value.items() if k != 'style')})"
+            return ""
+        return ", ".join(f"{key}={given}" for key, given in value.items() if key != "style")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +188,12 @@ class Rule:
                 ]
         return reached[-1]
 
+    @property
+    def ref(self) -> RuleRef:
+        return RuleRef(self.pattern, str(self.style.name))
+
     def __str__(self) -> str:
-        return f'"{self.pattern}" ({self.style.name})'
+        return str(self.ref)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,12 @@ from enum import StrEnum
 from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveCall
 from shardwise.core.placement import Placement
+from shardwise.core.rule import ModuleKind, RuleRef
 
 LOSS_MODULE = "(loss)"
 """What stands for a module where the loss asked."""
+REPLICATED_PARAMETERS = "replicated parameters"
+"""What stands for a module where the gradients of all parameters that every rank holds whole are summed in one go."""
 
 
 class Phase(StrEnum):
@@ -104,17 +107,18 @@ class ByData:
 
 @dataclass(frozen=True, slots=True)
 class Collective:
-    """One collective: the call, the module that caused it, the rule there, and the change of placement (None: nobody told).
+    """One collective: the call, the module that caused it and what that is, the rule there, and the change of placement.
 
-    by_data is None where shapes alone decide what is sent.
+    None: nobody told. by_data is None where shapes alone decide what is sent.
     """
 
     call: CollectiveCall
     module: str
-    rule: str | None = None
+    rule: RuleRef | None = None
     before: Placement | None = None
     after: Placement | None = None
     by_data: ByData | None = None
+    module_kind: ModuleKind | None = None
 
     @property
     def phase(self) -> Phase:
@@ -198,8 +202,9 @@ class Holding:
     grad_placement: tuple[Placement, ...] | None
     gradient_bytes: int
     optimizer_bytes: int
-    rule: str | None = None
+    rule: RuleRef | None = None
     shared: tuple[str, ...] = ()
+    module_kind: ModuleKind | None = None
 
     @property
     def is_sharded(self) -> bool:
@@ -208,11 +213,19 @@ class Holding:
 
 @dataclass(frozen=True, slots=True)
 class RuleUse:
-    """A rule of the plan and the modules that it holds for."""
+    """A rule of the plan and the modules that it holds for. arguments: of its style, as a plan's reader writes them."""
 
     pattern: str
     style: str
     modules: tuple[str, ...]
+    arguments: str = ""
+
+    @property
+    def rule(self) -> RuleRef:
+        return RuleRef(self.pattern, self.style)
+
+    def __str__(self) -> str:
+        return f"{self.style}({self.arguments})" if self.arguments else self.style
 
 
 @dataclass(frozen=True, slots=True)

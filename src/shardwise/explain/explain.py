@@ -55,8 +55,8 @@ def explain(program: Program) -> Explanation:
         phases=_phase_totals(items),
         holdings=holdings,
         rules=tuple(
-            RuleSummary(r.pattern, r.style, len(r.modules), r.modules[0] if r.modules else "")
-            for r in program.rules
+            RuleSummary(use.pattern, str(use), len(use.modules), use.modules[0] if use.modules else "")
+            for use in program.rules
         ),
         sharded_share=sharded_share(program.holdings),
         held=tuple(

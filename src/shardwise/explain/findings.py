@@ -13,6 +13,7 @@ from shardwise.core.explanation import CollectiveGroup, HoldingGroup
 from shardwise.core.finding import Finding, FindingKind
 from shardwise.core.placement import Partial, Replicate, Shard
 from shardwise.core.program import Collective, Holding, Item, Op, OpKind, Phase, Program, any_layer
+from shardwise.core.rule import ModuleKind
 from shardwise.explain.words import named, size
 
 # Below this share of sharded parameters a plan is said to shard little: a rank then holds more than half of the model whatever the axis.
@@ -36,7 +37,7 @@ def findings_of(
 ) -> tuple[Finding, ...]:
     """All findings, in the order of the module docstring."""
     return (
-        *_gradients(holdings),
+        *_gradients(program, holdings),
         *_partial_gradients(holdings, items),
         *_idle_rules(program),
         *_little_sharded(program),
@@ -47,7 +48,8 @@ def findings_of(
     )
 
 
-def _gradients(holdings: Sequence[HoldingGroup]) -> Iterator[Finding]:
+def _gradients(program: Program, holdings: Sequence[HoldingGroup]) -> Iterator[Finding]:
+    tables = {any_layer(h.name) for h in program.holdings if h.module_kind is ModuleKind.EMBEDDING}
     for holding in holdings:
         if holding.grad_shape is None or holding.grad_placement is None:
             continue
@@ -60,12 +62,12 @@ def _gradients(holdings: Sequence[HoldingGroup]) -> Iterator[Finding]:
                 f"its gradient is {_list(holding.grad_placement)} {list(holding.grad_shape)}, {_times(times)} its shard {list(holding.local_shape)}: "
                 f"{size(holding.gradient_bytes)} on every rank where {size(holding.gradient_bytes / times)} would do"
                 + (f", in each of {holding.count}" if holding.count > 1 else ""),
-                advice=_advice_for_gradient(holding),
+                advice=_advice_for_gradient(holding, is_table=holding.name in tables),
             )
 
 
-def _advice_for_gradient(holding: HoldingGroup) -> str:
-    if "rowwise" in (holding.rule or ""):
+def _advice_for_gradient(holding: HoldingGroup, *, is_table: bool) -> str:
+    if is_table and Shard(0) in holding.placement:
         return "DTensor's embedding backward has no rowwise rule. The native engine keeps the shard's rows only; colwise keeps its columns."
     return "Look for an op whose backward gathers it."
 
@@ -97,12 +99,12 @@ def _partial_gradients(holdings: Sequence[HoldingGroup], items: Sequence[Item]) 
 
 
 def _idle_rules(program: Program) -> Iterator[Finding]:
-    for rule in program.rules:
-        if not rule.modules:
+    for use in program.rules:
+        if not use.modules:
             yield Finding(
                 FindingKind.RULE_MATCHES_NOTHING,
-                rule.pattern,
-                f"the rule ({rule.style}) matched no module or parameter",
+                use.pattern,
+                f"the rule ({use}) matched no module or parameter",
                 advice="Mend the pattern, or take the rule out.",
             )
 

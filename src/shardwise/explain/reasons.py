@@ -3,14 +3,14 @@
 What isn't known is said plainly from the placements, never guessed. Numbers are left to who draws them.
 """
 
-import re
-
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
-from shardwise.core.program import Collective, Op, Phase
+from shardwise.core.program import REPLICATED_PARAMETERS, Collective, Op, Phase
+from shardwise.core.rule import ModuleKind
 from shardwise.explain.words import named
 
-LOSS_MODULE = "(loss)"
+# ours, and what transformers calls the same
+_ROWWISE_TABLES = frozenset({"rowwise", "embedding_rowwise"})
 
 
 def carries_out(collective: Collective) -> CollectiveKind:
@@ -30,7 +30,7 @@ def carries_out(collective: Collective) -> CollectiveKind:
 def reason_of(collective: Collective) -> str:
     """One sentence."""
     axis, phase = collective.call.axis, collective.phase
-    style = _style(collective.rule)
+    style = collective.rule.style if collective.rule is not None else None
     match axis, phase:
         case "fsdp", _:
             return _fsdp_reason(collective.call.kind)
@@ -48,17 +48,17 @@ def reason_of(collective: Collective) -> str:
             return "Each rank has a part of every token's logits: what softmax needs of all of them (largest, sum, the label's own) is brought together."
         case _:
             pass
-    if collective.module == "replicated parameters":
+    if collective.module == REPLICATED_PARAMETERS:
         return (
             "Norms, and whatever else every rank holds whole, see each rank's part of the sequence, so each rank has a summand of their gradients: "
             "all of them are summed in one go."
         )
     backward = phase is Phase.BACKWARD
-    if style in ("rowwise", "embedding_rowwise") and _is_embedding(collective.module):
+    if _looks_up(collective) and (style in _ROWWISE_TABLES or (style is None and _sums(collective))):
         if backward:
             return "Every rank owns some rows of the table, and any token may have used one of them: each needs the gradient of all tokens."
         return "Each rank looked up the ids of its own rows and has zeros for all others: the sum over the ranks is the embedding."
-    if style == "colwise" and _is_embedding(collective.module):
+    if _looks_up(collective) and style == "colwise":
         if backward:
             return "Whole rows of the own tokens' gradient become slices of all tokens: each rank owns a slice of every row."
         return "Each rank looked up its slice of every token's row: slices of all tokens are swapped for whole rows of the own tokens."
@@ -69,7 +69,7 @@ def reason_of(collective: Collective) -> str:
     return _by_placement(collective, style)
 
 
-def _by_placement(collective: Collective, style: str) -> str:
+def _by_placement(collective: Collective, style: str | None) -> str:
     before, after, name = collective.before, collective.after, _last(collective.module)
     forward = collective.phase is not Phase.BACKWARD
     match before, after:
@@ -155,10 +155,11 @@ def _last(module: str) -> str:
     return parts[-1] if parts else ""
 
 
-def _style(rule: str | None) -> str:
-    found = re.search(r"\(([^()]*)\)$", rule or "")
-    return found[1] if found else ""
+def _looks_up(collective: Collective) -> bool:
+    return collective.module_kind is ModuleKind.EMBEDDING
 
 
-def _is_embedding(module: str) -> bool:
-    return "embed" in _last(module) or _last(module) in ("wte", "words", "word_embeddings")
+def _sums(collective: Collective) -> bool:
+    """Whether the output of a module is a sum over ranks: on the way back, whether its gradient is needed whole."""
+    backward = collective.phase is Phase.BACKWARD
+    return collective.after == Replicate() if backward else collective.before == Partial()

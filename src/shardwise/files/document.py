@@ -1,9 +1,10 @@
 """Nouns <-> JSON: the one way in which results and Programs are written and read back. No code comes from a file.
 
-A dataclass is an object of its fields, a tuple an array, an enum its value, a placement the text of plan files (`shard(1)`). What a
-dataclass works out from its fields (its properties) is written beside them, for readers of the JSON, and ignored when it is read back, as
-unknown fields are; a field that is missing takes its default. JSON has no NaN and no infinity, and null means "not measured", so a number
-that isn't finite is the string "NaN", "Infinity" or "-Infinity", as in the JSON mapping of Protocol Buffers
+A dataclass is an object of its fields, a tuple an array, an enum its value, a placement the text of plan files (`shard(1)`), a rule
+`"PATTERN" (STYLE)`. What a dataclass works out from its fields (its properties) is written beside them, for
+readers of the JSON, and ignored when it is read back, as unknown fields are; a field that is missing takes its
+default. JSON has no NaN and no infinity, and null means "not measured", so a number that isn't finite is the
+string "NaN", "Infinity" or "-Infinity", as in the JSON mapping of Protocol Buffers
 (protobuf.dev/programming-guides/json). Reading is strict about types, and bounded where a Form says so.
 """
 
@@ -24,6 +25,7 @@ from shardwise.core.explanation import Contrast, Explanation
 from shardwise.core.measurement import Comparison
 from shardwise.core.placement import Partial, Placement, Replicate, Shard, format_placement, parse_placement
 from shardwise.core.prediction_run import PredictionRun
+from shardwise.core.rule import RuleRef
 from shardwise.core.sweep import Sweep
 from shardwise.core.verification import VerificationRun
 
@@ -102,6 +104,8 @@ def written(value: object, form: Form = RESULT) -> object:
     match value:
         case Shard() | Replicate() | Partial():
             return format_placement(value)
+        case RuleRef():
+            return str(value)
         case Enum():
             return value.value
         case float() if not math.isfinite(value):
@@ -163,6 +167,8 @@ def _reader(kind: typing.Any, form: Form) -> _Read:
 
 
 def _one(kind: typing.Any, form: Form) -> _Read:
+    if kind is RuleRef:
+        return lambda value: RuleRef.parse(str(_leaf(str, False)(value)))
     if dataclasses.is_dataclass(kind):
         return _array(kind, form) if kind in form.arrays else _fields(kind, form)
     if typing.get_origin(kind) is tuple:

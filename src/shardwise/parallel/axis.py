@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardwise.core.collective import Origin
 from shardwise.core.placement import Placement
 from shardwise.core.plan import ReduceScatter
+from shardwise.core.rule import RuleRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ class Site:
     """Where a style works: the module's name, the rule that put it there, and the axis."""
 
     module: str
-    rule: str
+    rule: RuleRef
     axis: Axis
 
     def origin(self, before: Placement, after: Placement) -> Origin:

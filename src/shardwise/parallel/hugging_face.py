@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from shardwise.core.errors import MeshError, PlanError
 from shardwise.core.foreign import ForeignPlan, ForeignRule
+from shardwise.core.rule import RuleRef
 from shardwise.core.shown import shown, told
 from shardwise.parallel.apply import Applied, mark_applied
 from shardwise.parallel.loss import Loss, PlainLoss
@@ -47,7 +48,7 @@ def hugging_face_rules(model: nn.Module) -> tuple[ForeignRule, ...]:
         else:  # a module's rule holds for the parameters that it owns
             parameters[pattern if pattern in plan else pattern.rpartition(".")[0]].append(name)
     return tuple(
-        ForeignRule(pattern, style, tuple(modules[pattern]), tuple(parameters[pattern]))
+        ForeignRule(RuleRef(pattern, style), tuple(modules[pattern]), tuple(parameters[pattern]))
         for pattern, style in plan.items()
     )
 

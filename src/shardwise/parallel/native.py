@@ -11,6 +11,7 @@ from shardwise.core.collective import Origin
 from shardwise.core.errors import PlanError
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.core.plan import Ownership, Plan, StyleName
+from shardwise.core.program import REPLICATED_PARAMETERS
 from shardwise.parallel import collectives
 from shardwise.parallel.axis import Axis, Site
 from shardwise.parallel.embedding import EmbeddingShard
@@ -61,14 +62,14 @@ def apply_native(
                 _apply_norm(assignment, work)
             case _:
                 _apply_gather_input(assignment, work)
-    origin = Origin("replicated parameters", "end of backward", Partial(), Replicate())
+    origin = Origin(REPLICATED_PARAMETERS, None, Partial(), Replicate())
     PartialGradients(model, work.partial, axis, origin)
     refuse_untied(model, set(tied_parameters(model).values()))
     return work.loss, work.row_order
 
 
 def _site(assignment: Assignment, work: _Work) -> Site:
-    return Site(assignment.name, str(assignment.rule), work.axis)
+    return Site(assignment.name, assignment.rule.ref, work.axis)
 
 
 def _replace(

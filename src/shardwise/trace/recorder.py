@@ -27,7 +27,9 @@ from shardwise.core import placement as ours
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.placement import Placement
 from shardwise.core.program import LOSS_MODULE, Collective, Op, OpKind, Phase, TensorSpec
+from shardwise.core.rule import RuleRef
 from shardwise.parallel.collectives import issuing
+from shardwise.parallel.kinds import kind_of as module_kind_of
 from shardwise.parallel.recorder import read_call
 from shardwise.trace.catalogue import flops_of, kind_of, name_on, traffic_of
 from shardwise.trace.fakes import is_made_on_device, making_on_device
@@ -146,7 +148,7 @@ class Recorder(TorchDispatchMode):
         axes: Mapping[str, str],
         *,
         device: str,
-        rule_of: Callable[[str], str | None],
+        rule_of: Callable[[str], RuleRef | None],
     ) -> None:
         super().__init__()
         self.events: list[Event] = []
@@ -164,6 +166,9 @@ class Recorder(TorchDispatchMode):
         self._change: tuple[Any, Any] | None = None
         self._names = {
             id(module): name for name, module in model.named_modules(remove_duplicate=False) if name
+        }
+        self._kinds = {
+            name: module_kind_of(module) for name, module in model.named_modules(remove_duplicate=False)
         }
         self._parameters = {
             id(parameter): name.rpartition(".")[0] for name, parameter in model.named_parameters()
@@ -327,14 +332,17 @@ class Recorder(TorchDispatchMode):
         issue = issuing()
         if issue is not None:
             origin = issue.origin
-            self.events.append(Collective(call, origin.module, origin.rule, origin.before, origin.after))
+            kind = self._kinds.get(origin.module)
+            self.events.append(
+                Collective(call, origin.module, origin.rule, origin.before, origin.after, module_kind=kind)
+            )
             if issue.by_data:
                 self.decided_by_data.append(len(self.events) - 1)
             return
         module = self._module()
         before, after = self._placements(call.axis, call.kind)
         rule = self._rule_of(module) if call.axis == "tp" and module != LOSS_MODULE else None
-        self.events.append(Collective(call, module, rule, before, after))
+        self.events.append(Collective(call, module, rule, before, after, module_kind=self._kinds.get(module)))
 
     def _placements(self, axis: str, kind: CollectiveKind) -> tuple[Placement | None, Placement | None]:
         if self._change is not None:

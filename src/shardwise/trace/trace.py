@@ -41,10 +41,12 @@ from shardwise.core.program import (
     layer_index,
     moved_name,
 )
+from shardwise.core.rule import RuleRef
 from shardwise.core.shown import shown, told
 from shardwise.models.source import ModelSource, vocab_size_of
 from shardwise.parallel.any_plan import apply_any
 from shardwise.parallel.apply import applied_to
+from shardwise.parallel.kinds import kind_of
 from shardwise.parallel.ownership import RowOwnership, route
 from shardwise.parallel.parameters import fill
 from shardwise.parallel.resolve import resolve
@@ -172,13 +174,9 @@ class _Job:
         own = ids_BS.chunk(parts)[self.rank // self.mesh.tp]
         return list(own.chunk(settings.accumulation))
 
-    def rule_of(self, module: str) -> str | None:
+    def rule_of(self, module: str) -> RuleRef | None:
         """The rule of a module, or of the nearest module around it."""
-        by_module = {
-            name: f'"{rule.pattern}" ({rule.style.partition("(")[0]})'
-            for rule in self.rules
-            for name in rule.modules
-        }
+        by_module = {name: use.rule for use in self.rules for name in use.modules}
         while module:
             if module in by_module:
                 return by_module[module]
@@ -196,14 +194,17 @@ def _rules(plan: AnyPlan, model: nn.Module) -> tuple[RuleUse, ...]:
                 if rule is not None:
                     by_rule[rule.pattern].append(name)
             return tuple(
-                RuleUse(rule.pattern, str(rule.style), tuple(by_rule[rule.pattern])) for rule in plan.rules
+                RuleUse(
+                    rule.pattern, str(rule.style.name), tuple(by_rule[rule.pattern]), rule.style.arguments
+                )
+                for rule in plan.rules
             )
         case TheirPlan.HF:
             from shardwise.parallel.hugging_face import hugging_face_rules
 
             return tuple(
-                RuleUse(rule.pattern, rule.style, rule.modules or rule.parameters)
-                for rule in hugging_face_rules(model)
+                RuleUse(use.rule.pattern, use.rule.style, use.modules or use.parameters)
+                for use in hugging_face_rules(model)
             )
         case TheirPlan.UNSHARDED | TheirPlan.OWN:
             return ()
@@ -563,6 +564,7 @@ def _holdings(model: nn.Module, step: TrainStep, job: _Job) -> tuple[Holding, ..
                 optimizer_bytes=sum(_n_bytes(value) for value in state.values() if isinstance(value, Tensor)),
                 rule=job.rule_of(module),
                 shared=tuple(shared),
+                module_kind=kind_of(model.get_submodule(module)),
             )
         )
     return tuple(found)

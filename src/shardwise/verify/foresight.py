@@ -371,9 +371,8 @@ def _sequence_parallel(program: Program | None) -> frozenset[str]:
     """Parameters of modules whose rule is for a part of the sequence."""
     if program is None:
         return frozenset()
-    modules = {
-        name for rule in program.rules if rule.style.startswith("sequence_parallel") for name in rule.modules
-    }
+    uses = (use for use in program.rules if use.style == "sequence_parallel")
+    modules = {name for use in uses for name in use.modules}
     return frozenset(holding.name for holding in program.holdings if holding.module in modules)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from shardwise.core.finding import Cause, Finding, FindingKind
+from shardwise.core.rule import RuleRef
 from shardwise.parallel.apply import applied_to
 from shardwise.verify.relation import Related, Relation
 
@@ -149,18 +150,18 @@ def ungathered(reason: str) -> tuple[Finding, ...]:
     )
 
 
-def rule_of(model: nn.Module, name: str) -> str | None:
-    """The rule that holds for a parameter or module, or for the nearest module around it that has one; as the plan's user reads it."""
+def rule_of(model: nn.Module, name: str) -> RuleRef | None:
+    """The rule that holds for a parameter or module, or for the nearest module around it that has one; as the plan's user wrote it."""
     applied = applied_to(model)
     while name:
         if applied.foreign is not None:
             foreign = applied.foreign.rule_for(name)
             if foreign is not None:
-                return str(foreign)
+                return foreign.rule
         elif applied.plan is not None:
             rule = applied.plan.rule_for(name)
             if rule is not None:
-                return str(rule)
+                return rule.ref
         name = name.rpartition(".")[0]
     return None
 

@@ -65,7 +65,7 @@ def shadowed_rules(model: nn.Module, plan: Plan) -> list[Finding]:
             reason = f"the rule holds for no module: what it matches, {_some(matched)}, later rules match too: {others}"
             advice = "Of several rules the last that matches holds: move it down, or take it out."
             found.append(
-                Finding(FindingKind.RULE_IS_SHADOWED, rule.pattern, reason, advice=advice, rule=str(rule))
+                Finding(FindingKind.RULE_IS_SHADOWED, rule.pattern, reason, advice=advice, rule=rule.ref)
             )
     return found
 
@@ -74,13 +74,14 @@ def idle_rules(model: nn.Module, rules: Iterable[ForeignRule]) -> list[Finding]:
     """Another library's rules that match nothing. Our own engine refuses those."""
     names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
     found = []
-    for rule in rules:
-        if not rule.matches:
+    for use in rules:
+        rule = use.rule
+        if not use.matches:
             near = suggest_pattern(rule.pattern, names)
             advice = f'Did you mean "{near}"?' if near is not None and near != rule.pattern else None
             reason = f"the rule ({rule.style}) matches no module or parameter"
             found.append(
-                Finding(FindingKind.RULE_MATCHES_NOTHING, rule.pattern, reason, advice=advice, rule=str(rule))
+                Finding(FindingKind.RULE_MATCHES_NOTHING, rule.pattern, reason, advice=advice, rule=rule)
             )
     return found
 
@@ -118,23 +119,15 @@ def undivided_heads(model: nn.Module, rules: Iterable[ForeignRule], tp: int) -> 
     found = []
     for key, what, projections in _HEAD_COUNTS:
         count = _number(part, key)
-        rule = next(
-            (
-                rule
-                for rule in rules
-                if rule.style == "colwise" and rule.modules and re.search(projections, rule.modules[0])
-            ),
-            None,
-        )
-        if count is not None and count % tp and rule is not None:
+        cuts = (use for use in rules if use.rule.style == "colwise" and use.modules)
+        use = next((use for use in cuts if re.search(projections, use.modules[0])), None)
+        if count is not None and count % tp and use is not None:
             reason = (
                 f"tp={tp} doesn't divide the {count} {what}, and the rule cuts the projection that makes them"
             )
             advice = f"Use tp in {{{', '.join(str(n) for n in range(1, count + 1) if count % n == 0)}}}, or leave the projection whole."
             found.append(
-                Finding(
-                    FindingKind.HEADS_NOT_DIVISIBLE, rule.modules[0], reason, advice=advice, rule=str(rule)
-                )
+                Finding(FindingKind.HEADS_NOT_DIVISIBLE, use.modules[0], reason, advice=advice, rule=use.rule)
             )
     return found
 

@@ -123,7 +123,7 @@ def _op(op: Op) -> str:
 def _collective(collective: Collective) -> str:
     call = collective.call
     change = f", {collective.before} -> {collective.after}" if collective.before is not None else ""
-    rule = f", by {shown(collective.rule)}" if collective.rule else ""
+    rule = f", by {shown(collective.rule)}" if collective.rule is not None else ""
     sent = f"{call.wire_bytes:,.0f}" if float(call.wire_bytes).is_integer() else f"{call.wire_bytes:,.2f}"
     by_data = ""
     if collective.by_data is not None:

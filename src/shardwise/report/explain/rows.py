@@ -162,8 +162,7 @@ def rule_text(group: CollectiveGroup) -> str | None:
     """`gather_input` for the rule of the module itself; `rule "layers.*" (fsdp)` for one that holds further out; None for none."""
     if group.rule is None:
         return None
-    style = group.rule.removeprefix(f'"{group.module}" (')
-    return f"rule {name(group.rule)}" if style == group.rule else name(style.removesuffix(")"))
+    return name(group.rule.style) if group.rule.pattern == group.module else f"rule {name(str(group.rule))}"
 
 
 def by_data_text(group: CollectiveGroup) -> str | None:

@@ -96,7 +96,7 @@ def _render_group(group: rows.Group, console: Console) -> None:
     )
     console.print(Text(f"  {plain(rows.sentence(finding.reason))}"), soft_wrap=True)
     if finding.rule is not None:
-        console.print(Text(f"  rule {plain(finding.rule)}", "dim"), soft_wrap=True)
+        console.print(Text(f"  rule {plain(str(finding.rule))}", "dim"), soft_wrap=True)
     elif finding.cause is not None:
         console.print(Text("  no rule holds for it", "dim"), soft_wrap=True)
     if finding.advice is not None:
