@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from shardwise.core.case import StepSettings
-from shardwise.core.collective import CollectiveKind, wire_bytes
+from shardwise.core.collective import TIMED, CollectiveKind, wire_bytes
 from shardwise.core.errors import MachineError
 from shardwise.core.machine import FRESH, AttentionRate, Launch, Machine, MatmulRate, Tile, on_curve
 from shardwise.core.prediction import Setup
@@ -89,7 +89,7 @@ def synthetic(noise: float = NOISE) -> Iterator[Sample]:
             read_bytes=4 * elements,
             write_bytes=4 * elements,
         )
-    for collective, ranks, power in product(CollectiveKind, (2, 4), range(10, 28, 3)):
+    for collective, ranks, power in product(TIMED, (2, 4), range(10, 28, 3)):
         sent = round(wire_bytes(collective, 2**power, ranks))
         yield sample(
             collective,
@@ -133,7 +133,7 @@ def test_kernels_and_collectives_follow_their_samples(machine: Machine) -> None:
     assert look_up.elements_per_s == pytest.approx(160e9, rel=0.05)
     assert look_up.start_s == pytest.approx(3e-6, rel=0.5)
     assert machine.kernel("aten::never", "copy") == dict(machine.kernels)["copy"]
-    for kind in CollectiveKind:
+    for kind in TIMED:
         sent = wire_bytes(kind, 1 << 20, 4)
         assert collective_s(machine, kind, sent, 1 << 20, 1, 4) == pytest.approx(4e-5 + sent / 3e11, rel=0.2)
 
@@ -198,7 +198,7 @@ def test_fresh_memory_costs_more_only_above_the_size_at_which_it_shows() -> None
 
 
 def test_without_collectives_the_links_are_those_of_the_base_or_there_are_none(machine: Machine) -> None:
-    alone = [each for each in synthetic() if each.what not in list(CollectiveKind)]
+    alone = [each for each in synthetic() if each.what not in TIMED]
     based = fit(alone, replace(GPU, devices_per_node=1), base=machine)
     assert based.within == machine.within
     assert {each.path: each.source for each in based.constants}["links.within.bandwidth"].startswith(

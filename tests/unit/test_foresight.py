@@ -4,7 +4,11 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveCall, CollectiveKind
@@ -353,3 +357,42 @@ def test_a_forward_that_takes_too_long_is_given_up_and_not_suspected(monkeypatch
     assert seen(f"{__name__}:slow_when_sharded", TheirPlan.OWN) == Foresight(
         (), "its forward takes more than 2 s to trace."
     )
+
+
+class SummedByHand(nn.Module):
+    """A scale that meets a part of the sequence on each rank; its gradient is summed in another way than an all-reduce over an axis."""
+
+    def __init__(self, mesh: DeviceMesh | None) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, 8)
+        self.scale = nn.Parameter(torch.ones(8))
+        self.mesh = mesh
+        if mesh is not None:
+            self.scale.register_hook(lambda gradient: self.summed(gradient))
+
+    def summed(self, gradient: Tensor) -> Tensor:
+        group = dist.new_group(list(range(dist.get_world_size())))
+        whole: Tensor = funcol.all_reduce_coalesced([gradient], "sum", group)[0]
+        return whole
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        hidden_BSH: Tensor = self.embedding(ids_BS)
+        if self.mesh is None:
+            return hidden_BSH * self.scale
+        part_BSH = hidden_BSH.chunk(self.mesh.size(), 1)[self.mesh.get_local_rank()] * self.scale
+        return torch.cat([part_BSH] * self.mesh.size(), 1)
+
+
+def summed_by_hand(mesh: DeviceMesh | None = None) -> nn.Module:
+    return SummedByHand(mesh)
+
+
+def summed_by_nobody(mesh: DeviceMesh | None = None) -> nn.Module:
+    model = SummedByHand(mesh)
+    model.scale._backward_hooks = None
+    return model
+
+
+def test_a_gradient_that_is_summed_by_a_rare_collective_or_on_a_group_of_its_own_is_not_suspected() -> None:
+    assert told(seen(f"{__name__}:summed_by_nobody", TheirPlan.OWN)) == {"scale": "parts_not_summed"}
+    assert seen(f"{__name__}:summed_by_hand", TheirPlan.OWN) == Foresight(())

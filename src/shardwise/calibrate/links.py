@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.calibrate.clock import CALLS, Timing, between_events, timing_of
-from shardwise.core.collective import CollectiveKind, Origin, wire_bytes
+from shardwise.core.collective import TIMED, CollectiveKind, Origin, wire_bytes
 from shardwise.core.placement import Replicate
 from shardwise.core.sample import Sample
 from shardwise.parallel import collectives
@@ -104,6 +104,8 @@ def _prepared(
         case CollectiveKind.BROADCAST:
             whole = torch.zeros(elements, device=device)
             return lambda: _broadcast(whole, axis), full_bytes, sent
+        case _:
+            raise AssertionError(f"{kind} isn't timed")
 
 
 def _broadcast(whole: Tensor, axis: Axis) -> Tensor:
@@ -155,6 +157,6 @@ def _wall(call: Callable[[], object]) -> float:
 def plan(world: list[Group], device_type: str, *, quick: bool) -> Iterator[tuple[Group, CollectiveKind, int]]:
     """What is timed, in order, the same on every rank."""
     for group in world:
-        for kind in CollectiveKind:
+        for kind in TIMED:
             for full_bytes in sizes_for(device_type, quick=quick):
                 yield group, kind, full_bytes

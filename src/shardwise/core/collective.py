@@ -1,17 +1,25 @@
 """Collectives as data: which one, who asked and why, and what one rank sends by the named algorithm.
 
-Notation: n ranks; `full` is the whole tensor that the collective is about (the input of a reduce-scatter, the output of an
-all-gather, the tensor of an all-reduce, one rank's input of an all-to-all). `wire bytes` is what one rank sends.
+Notation: n ranks; `full` is the whole tensor that the collective is about (the input of a reduce-scatter or scatter,
+the output of an all-gather or gather, the tensor of an all-reduce, reduce, broadcast, send or recv, one rank's input of
+an all-to-all). `wire bytes` is what one rank sends.
 
     all-reduce      ring      2 (n-1)/n x full      Patarasuk & Yuan 2009
     all-gather      ring        (n-1)/n x full      Chan et al. 2007
     reduce-scatter  ring        (n-1)/n x full      Chan et al. 2007
     all-to-all      pairwise    (n-1)/n x full      each rank keeps its own n-th; with uneven splits, what it sends to others
     broadcast       pipeline          1 x full      the root sends once down the ring; counted for every rank
+    reduce          pipeline          1 x full      a broadcast the other way round (Chan et al. 2007); counted for every rank
+    gather, scatter direct      (n-1)/n x full      what passes the root's link (Chan et al. 2007); counted for every rank
+    send                              1 x full      to one other rank
+    recv                              0             the other rank sends it
+    barrier                           0             it carries no data
+    unknown                           1 x full      nobody knows the algorithm: every byte of the largest argument, once
 
 What this file does not know: time. Backends may send more than the formula (gloo's reduce-scatter sends twice as much).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import assert_never
@@ -21,11 +29,30 @@ from shardwise.core.rule import RuleRef
 
 
 class CollectiveKind(StrEnum):
+    """What ranks exchange. unknown: an op that exchanges something, and that no table knows."""
+
     ALL_REDUCE = "all_reduce"
     ALL_GATHER = "all_gather"
     REDUCE_SCATTER = "reduce_scatter"
     ALL_TO_ALL = "all_to_all"
     BROADCAST = "broadcast"
+    REDUCE = "reduce"
+    GATHER = "gather"
+    SCATTER = "scatter"
+    SEND = "send"
+    RECV = "recv"
+    BARRIER = "barrier"
+    UNKNOWN = "unknown"
+
+
+TIMED = (
+    CollectiveKind.ALL_REDUCE,
+    CollectiveKind.ALL_GATHER,
+    CollectiveKind.REDUCE_SCATTER,
+    CollectiveKind.ALL_TO_ALL,
+    CollectiveKind.BROADCAST,
+)
+"""The kinds that `calibrate` times and that a machine file may have rates for."""
 
 
 def wire_bytes(kind: CollectiveKind, full_bytes: int, axis_size: int) -> float:
@@ -36,12 +63,39 @@ def wire_bytes(kind: CollectiveKind, full_bytes: int, axis_size: int) -> float:
     match kind:
         case CollectiveKind.ALL_REDUCE:
             return 2 * share * full_bytes
-        case CollectiveKind.ALL_GATHER | CollectiveKind.REDUCE_SCATTER | CollectiveKind.ALL_TO_ALL:
+        case (
+            CollectiveKind.ALL_GATHER
+            | CollectiveKind.REDUCE_SCATTER
+            | CollectiveKind.ALL_TO_ALL
+            | CollectiveKind.GATHER
+            | CollectiveKind.SCATTER
+        ):
             return share * full_bytes
-        case CollectiveKind.BROADCAST:
+        case CollectiveKind.BROADCAST | CollectiveKind.REDUCE | CollectiveKind.SEND | CollectiveKind.UNKNOWN:
             return float(full_bytes)
+        case CollectiveKind.RECV | CollectiveKind.BARRIER:
+            return 0.0
         case _:
             assert_never(kind)
+
+
+_OFF_MESH = "ranks "
+
+
+def off_mesh(ranks: Iterable[int]) -> str:
+    """What stands for an axis where a group is none of the mesh: "ranks 0-3", "ranks 0, 2, 5"; "ranks ?" where nobody tells."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1][1:] = [rank]
+        else:
+            runs.append([rank])
+    return _OFF_MESH + (", ".join("-".join(map(str, run)) for run in runs) or "?")
+
+
+def is_off_mesh(axis: str) -> bool:
+    """Whether off_mesh() made this name: no axis of a mesh has a blank."""
+    return axis.startswith(_OFF_MESH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +122,8 @@ class CollectiveCall:
     """One collective as one rank issued it.
 
     payload_bytes: the `full` tensor of the table above as this rank sees it. wire_bytes: what this rank sends; for an
-    all-to-all with uneven splits the bytes that really go to others.
+    all-to-all with uneven splits the bytes that really go to others. axis: of the mesh, or what off_mesh() says.
+    op: the dispatcher's name, where the kind is unknown.
     """
 
     kind: CollectiveKind
@@ -78,3 +133,4 @@ class CollectiveCall:
     payload_bytes: int
     wire_bytes: float
     phase: str
+    op: str = ""

@@ -19,6 +19,7 @@ class FindingKind(StrEnum):
     COLLECTIVES_REPEAT = "collectives_repeat"
     COLLECTIVES_CANCEL = "collectives_cancel"
     OPS_UNKNOWN = "ops_unknown"
+    COLLECTIVES_UNKNOWN = "collectives_unknown"
     CRASHES = "crashes"
     OUTPUT_DIFFERS = "output_differs"
     WEIGHTS_DIFFER = "weights_differ"

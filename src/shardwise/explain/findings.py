@@ -1,7 +1,8 @@
 """Findings of a Program: what a plan does that its author may not know, each with the numbers that show it and what to do.
 
 What is looked for: gradients that aren't sharded as their parameters; Partial gradients, reduced again by whoever meets them; rules that match
-nothing; little that is sharded; copies made for collectives; collectives that repeat or undo one another; ops that the catalogue doesn't know.
+nothing; little that is sharded; copies made for collectives; collectives that repeat or undo one another; ops that the catalogue doesn't know;
+what exchanges data in a way that no table knows.
 """
 
 from collections import Counter
@@ -45,6 +46,7 @@ def findings_of(
         *_cancels(items),
         *_copies(collectives),
         *_unknown(items),
+        *_unknown_collectives(items),
     )
 
 
@@ -242,6 +244,24 @@ def _unknown(items: Sequence[Item]) -> Iterator[Finding]:
             f"{sum(names.values())} ops are unknown on this device, and their FLOPs and kind with them: {shown}"
             + (", ..." if len(names) > 3 else ""),
             advice="Their shapes and bytes are exact. Half precision has fused attention on every device.",
+        )
+
+
+def _unknown_collectives(items: Sequence[Item]) -> Iterator[Finding]:
+    calls = [
+        item for item in items if isinstance(item, Collective) and item.call.kind is CollectiveKind.UNKNOWN
+    ]
+    if calls:
+        names = Counter(item.call.op for item in calls)
+        shown = ", ".join(f"{name} ({count})" for name, count in names.most_common(3))
+        first = calls[0]
+        yield Finding(
+            FindingKind.COLLECTIVES_UNKNOWN,
+            first.module or "the step",
+            f"{len(calls)} collectives are unknown, and what they send with them: {shown}"
+            + (", ..." if len(names) > 3 else "")
+            + f", the first in {first.phase}",
+            advice="Counted as if each sent its largest argument once. Check them against the library that they come from.",
         )
 
 

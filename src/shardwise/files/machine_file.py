@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from shardwise.core.collective import CollectiveKind
+from shardwise.core.collective import TIMED, CollectiveKind
 from shardwise.core.errors import MachineError
 from shardwise.core.machine import (
     DEFAULT,
@@ -370,7 +370,7 @@ def _kernel(part: _Section, memory_bytes_per_s: float, device: str) -> KernelRat
 
 
 def _link(part: _Section) -> Link:
-    kinds = (ANY, *CollectiveKind)
+    kinds = (ANY, *TIMED)
     part.only(("bandwidth", "reach", "start", "start_per_hop", *kinds))
     bandwidth = part.constant("bandwidth", LINK_BANDWIDTH)
     rates = []

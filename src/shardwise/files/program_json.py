@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from shardwise.core.case import StepSettings
-from shardwise.core.collective import CollectiveCall
+from shardwise.core.collective import CollectiveCall, is_off_mesh
 from shardwise.core.errors import InputError, MeshError
 from shardwise.core.mesh import Mesh
 from shardwise.core.program import (
@@ -152,7 +152,7 @@ def _check_block(block: Block, prefix: str | None, n_layers: int) -> None:
 def _check_item(item: Item, axes: set[str]) -> None:
     if isinstance(item, Op):
         _check_shapes(item)
-    elif isinstance(item, Collective) and item.call.axis not in axes:
+    elif isinstance(item, Collective) and item.call.axis not in axes and not is_off_mesh(item.call.axis):
         raise _Wrong(
             f"a collective of {shown(item.module)} is over axis {shown(item.call.axis)}, which the mesh hasn't"
         )

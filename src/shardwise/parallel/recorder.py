@@ -1,83 +1,164 @@
 """Records the collectives that a block of code really issues, on both engines: below every style, at PyTorch's dispatcher.
 
-Sizes are this rank's; wire bytes by the formulas of core/collective.py. FSDP2's and DTensor's collectives are seen too, by group.
+An op is a collective where its schema takes a process group, or where it stands in a namespace whose ops do (namespaces
+of symmetric memory move data between ranks by tensors alone). What the tables here don't name is `unknown`, never left
+out. Sizes are this rank's; wire bytes by the formulas of core/collective.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardwise.core.collective import CollectiveCall, CollectiveKind, wire_bytes
+from shardwise.core.collective import CollectiveCall, CollectiveKind, off_mesh, wire_bytes
 
-_KINDS = {
-    "c10d::allreduce_": CollectiveKind.ALL_REDUCE,
-    "c10d::_allgather_base_": CollectiveKind.ALL_GATHER,
-    "c10d::allgather_": CollectiveKind.ALL_GATHER,
-    "c10d::_reduce_scatter_base_": CollectiveKind.REDUCE_SCATTER,
-    "c10d::reduce_scatter_": CollectiveKind.REDUCE_SCATTER,
-    "c10d::alltoall_base_": CollectiveKind.ALL_TO_ALL,
-    "c10d::alltoall_": CollectiveKind.ALL_TO_ALL,
-    "c10d::broadcast_": CollectiveKind.BROADCAST,
-    "_c10d_functional::all_reduce": CollectiveKind.ALL_REDUCE,
-    "_c10d_functional::all_reduce_": CollectiveKind.ALL_REDUCE,
-    "_c10d_functional::all_gather_into_tensor": CollectiveKind.ALL_GATHER,
-    "_c10d_functional::all_gather_into_tensor_out": CollectiveKind.ALL_GATHER,
-    "_c10d_functional::reduce_scatter_tensor": CollectiveKind.REDUCE_SCATTER,
-    "_c10d_functional::all_to_all_single": CollectiveKind.ALL_TO_ALL,
-    "_c10d_functional::broadcast": CollectiveKind.BROADCAST,
-    "_dtensor::shard_dim_alltoall": CollectiveKind.ALL_TO_ALL,
+NAMESPACES = frozenset(
+    {"c10d", "c10d_functional", "_c10d_functional", "_c10d_functional_autograd", "_dtensor", "symm_mem"}
+)
+# Ops of those namespaces that move nothing between ranks
+_LOCAL_NAMES = (
+    "wait_tensor _wrap_tensor_autograd check_for_nan mesh_get_process_group _rendezvous memset32_ get_remote_tensors "
+    "stream_write_value32_ nvshmem_wait_for_signal nccl_wait_for_signal nccl_wait_signal _async_input_mm"
+)
+LOCAL = frozenset(_LOCAL_NAMES.split())
+_NAMES: dict[CollectiveKind, str] = {
+    CollectiveKind.ALL_REDUCE: (
+        "allreduce_ allreduce_coalesced_ all_reduce all_reduce_ all_reduce_coalesced all_reduce_coalesced_ "
+        "one_shot_all_reduce one_shot_all_reduce_out one_shot_all_reduce_copy one_shot_all_reduce_copy_out "
+        "two_shot_all_reduce_ two_shot_all_reduce_out multimem_all_reduce_ multimem_one_shot_all_reduce "
+        "multimem_one_shot_all_reduce_out"
+    ),
+    CollectiveKind.ALL_GATHER: (
+        "_allgather_base_ allgather_ allgather_coalesced_ allgather_into_tensor_coalesced_ all_gather_into_tensor "
+        "all_gather_into_tensor_out all_gather_into_tensor_coalesced multimem_all_gather_out "
+        "_low_contention_all_gather fused_all_gather_matmul fused_all_gather_scaled_matmul"
+    ),
+    CollectiveKind.REDUCE_SCATTER: (
+        "_reduce_scatter_base_ reduce_scatter_ reduce_scatter_tensor_coalesced_ reduce_scatter_tensor "
+        "reduce_scatter_tensor_out reduce_scatter_tensor_coalesced reduce_scatter_out nccl_reduce_scatter_offset "
+        "_low_contention_reduce_scatter fused_matmul_reduce_scatter fused_scaled_matmul_reduce_scatter"
+    ),
+    CollectiveKind.ALL_TO_ALL: (
+        "alltoall_base_ alltoall_ all_to_all_single shard_dim_alltoall nvshmem_all_to_all all_to_all_vdev "
+        "all_to_all_vdev_2d all_to_all_vdev_2d_offset"
+    ),
+    CollectiveKind.BROADCAST: "broadcast_ broadcast nvshmem_broadcast",
+    CollectiveKind.REDUCE: "reduce_ tile_reduce multi_root_tile_reduce multimem_one_shot_reduce_out",
+    CollectiveKind.GATHER: "gather_",
+    CollectiveKind.SCATTER: "scatter_",
+    CollectiveKind.SEND: "send isend nvshmem_put nvshmem_put_with_signal nccl_put nccl_put_signal nccl_put_with_signal",
+    CollectiveKind.RECV: "recv_ recv_any_source_ irecv nvshmem_get nccl_get",
+    CollectiveKind.BARRIER: "barrier monitored_barrier_ _barrier",
 }
+_KINDS = {name: kind for kind, names in _NAMES.items() for name in names.split()}
+_BATCH = "batch_p2p_ops"  # sends and receives in one
+KNOWN = frozenset({*_KINDS, _BATCH})
+
+# Where the whole tensor isn't simply the largest argument: the argument that is it, or (in parts) one rank's part of it
+_WHOLE = {"alltoall_base_": 1, "alltoall_": 1, "all_to_all_single": 0, "shard_dim_alltoall": 0}
+_PART = dict.fromkeys(
+    (
+        "all_gather_into_tensor",
+        "all_gather_into_tensor_out",
+        "all_gather_into_tensor_coalesced",
+        "_low_contention_all_gather",
+        "fused_all_gather_matmul",
+        "fused_all_gather_scaled_matmul",
+        "scatter_",
+    ),
+    0,
+) | {"gather_": 1}
+# A collective and a matmul in one: the matmul's result is one rank's part of what is summed
+_PART_IS_RESULT = frozenset({"fused_matmul_reduce_scatter", "fused_scaled_matmul_reduce_scatter"})
+FUSED = frozenset(name for name in KNOWN if name.startswith("fused_"))
+"""Collectives that are a matmul too."""
 
 
-def read_call(name: str, args: tuple[Any, ...], axes: Mapping[str, str], phase: str) -> CollectiveCall | None:
-    """The collective that the dispatcher op `name` (such as "c10d::allreduce_") issues with `args`; None if it is none, or not on `axes`.
-
-    axes: group name -> axis name.
-    """
-    kind = _KINDS.get(name)
-    if kind is None:
-        return None
-    group = _group_of(args)
-    if group is None or group.group_name not in axes:
-        return None
-    tensors = [tensor for argument in args for tensor in _tensors(argument)]
-    size = group.size()
-    sends: int | None = None
-    if kind is CollectiveKind.ALL_TO_ALL:
-        sent = tensors[-1] if name.startswith("c10d::") else tensors[0]
-        full = _bytes(sent)
-        splits = [
-            list(argument)
-            for argument in args
-            if isinstance(argument, (list, tuple)) and argument and _are_ints(argument)
-        ]
-        if splits:  # (received, sent) rows per rank; the own part stays
-            rows = splits[-1]
-            sends = full - (full // max(1, sum(rows))) * rows[group.rank()]
-    elif kind is CollectiveKind.BROADCAST:
-        full = _bytes(tensors[0])
-    elif kind is CollectiveKind.ALL_GATHER and not name.startswith("c10d::"):
-        full = _bytes(tensors[0]) * size  # functional: its input is the shard
-    else:  # the largest is the whole tensor: a gather's output, a scatter's input
-        full = max(sum(_bytes(t) for t in _tensors(argument)) for argument in args)
-    return CollectiveCall(
-        kind=kind,
-        axis=axes[group.group_name],
-        axis_size=size,
-        dtype=str(tensors[0].dtype).removeprefix("torch."),
-        payload_bytes=full,
-        wire_bytes=float(sends) if sends is not None else wire_bytes(kind, full, size),
-        phase=phase,
+@lru_cache(maxsize=4096)
+def is_collective(func: Any) -> bool:
+    """Whether a dispatcher op moves data between ranks, or waits for them."""
+    schema = func._schema
+    namespace, _, name = schema.name.partition("::")
+    if name in LOCAL:
+        return False
+    return namespace in NAMESPACES or any(
+        argument.name == "group_name" or str(argument.type).endswith("c10d.ProcessGroup")
+        for argument in schema.arguments
     )
 
 
+def read_calls(
+    name: str, args: Sequence[Any], out: Any, axes: Mapping[str, str], phase: str
+) -> tuple[CollectiveCall, ...]:
+    """The collectives that the dispatcher op `name` (such as "c10d::allreduce_") issues with `args`, giving `out`.
+
+    One, but for a batch of sends and receives. axes: group name -> axis name; other groups are named by their ranks.
+    """
+    base = name.partition("::")[2]
+    group = _group_of(args)
+    size = group.size() if group is not None else dist.get_world_size()
+    axis = axes.get(group.group_name) if group is not None else None
+    if axis is None:
+        axis = off_mesh(dist.get_process_group_ranks(group) if group is not None else ())
+
+    def call(
+        kind: CollectiveKind, full: int, tensors: Sequence[Tensor], sends: int | None = None
+    ) -> CollectiveCall:
+        return CollectiveCall(
+            kind=kind,
+            axis=axis,
+            axis_size=size,
+            dtype=str(tensors[0].dtype).removeprefix("torch.") if tensors else "uint8",
+            payload_bytes=full,
+            wire_bytes=wire_bytes(kind, full, size) if sends is None else float(sends),
+            phase=phase,
+            op=name if kind is CollectiveKind.UNKNOWN else "",
+        )
+
+    if base == _BATCH:
+        ops, _, _, tensors, *_ = args
+        return tuple(
+            call(_KINDS[op], _bytes([tensor]), [tensor]) for op, tensor in zip(ops, tensors, strict=True)
+        )
+    kind = _KINDS.get(base, CollectiveKind.UNKNOWN)
+    tensors = _tensors(args)
+    if kind is CollectiveKind.BARRIER:
+        return (call(kind, 0, tensors),)
+    if base in _WHOLE:
+        sent = _tensors(args[_WHOLE[base]])
+        return (call(kind, _bytes(sent), sent, _sent_to_others(sent, args, group.rank() if group else 0)),)
+    if base in _PART:
+        full = size * _bytes(_tensors(args[_PART[base]]))
+    elif base in _PART_IS_RESULT:
+        full = size * _bytes(_tensors(out))
+    else:
+        full = max((_bytes(_tensors(argument)) for argument in args), default=0)
+    return (call(kind, full, tensors),)
+
+
+def _sent_to_others(sent: Sequence[Tensor], args: Sequence[Any], rank: int) -> int | None:
+    """Bytes of an all-to-all that leave the rank; None where it is cut evenly."""
+    if len(sent) > 1:  # a tensor for each rank
+        return _bytes(sent) - _bytes([sent[rank]])
+    splits = [
+        list(argument)
+        for argument in args
+        if isinstance(argument, (list, tuple)) and argument and _are_ints(argument)
+    ]
+    if not splits:
+        return None
+    rows: list[int] = splits[-1]  # (received, sent) rows per rank; the own part stays
+    full = _bytes(sent)
+    return full - (full // max(1, sum(rows))) * rows[rank]
+
+
 class CollectiveRecorder(TorchDispatchMode):
-    """`axes`: group name -> axis name. Collectives on other groups are not this mesh's and are left out. `phase`: set by the caller;
-    what autograd runs is booked on "backward" whatever it says."""
+    """`axes`: group name -> axis name. `phase`: set by the caller; what autograd runs is booked on "backward" whatever it says."""
 
     def __init__(self, axes: Mapping[str, str]) -> None:
         super().__init__()
@@ -88,15 +169,14 @@ class CollectiveRecorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # seen again as the collectives on local tensors that DTensor makes of it
-        if func._schema.name in _KINDS:
+        out = func(*args, **(kwargs or {}))
+        if is_collective(func):
             phase = "backward" if torch._C._current_graph_task_id() != -1 else self.phase
-            call = read_call(func._schema.name, args, self._axes, phase)
-            if call is not None:
-                self.calls.append(call)
-        return func(*args, **(kwargs or {}))
+            self.calls += read_calls(func._schema.name, args, out, self._axes, phase)
+        return out
 
 
-def _group_of(args: tuple[Any, ...]) -> Any:
+def _group_of(args: Sequence[Any]) -> Any:
     for argument in args:
         if isinstance(argument, torch.ScriptObject):
             group = _unboxed(argument)
@@ -129,5 +209,5 @@ def _are_ints(values: Any) -> bool:
     return all(isinstance(value, int) for value in values)
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

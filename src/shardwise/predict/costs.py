@@ -4,6 +4,8 @@
     attention    FLOPs over the fused kernel's rate; unfused: its matmuls, and the score matrix B N S S read or written by each kernel between
                  (forward: softmax 2 times, dropout 2; backward: softmax 3, dropout 2; Korthikanti et al. 2022, section 4.1, figure 3)
     look-ups     by elements or bytes, whichever is slower
+    collectives  the link's rates of that kind; one that none was measured for takes its start and bandwidth, a reduce
+                 the rates of a broadcast; a recv waits for what the other rank sends
     all others   bytes over the rate of that op, else of its kind, else the default
 
 What this file does not know: what runs beside what.
@@ -163,12 +165,14 @@ def collective_cost(item: Collective, machine: Machine, setup: Setup, stride: in
     call = item.call
     term = Term.TENSOR if call.axis == "tp" else Term.DATA
     sent = call.wire_bytes if size == call.axis_size else wire_bytes(call.kind, call.payload_bytes, size)
+    if call.kind is CollectiveKind.RECV:
+        sent = float(call.payload_bytes)
     if item.by_data is not None:
         sent = max(sent, item.by_data.max_bytes)  # the hottest rank sets the time
     seconds = collective_s(machine, call.kind, sent, call.payload_bytes, stride, size)
     if setup.overlap_tensor and term is Term.TENSOR and call.kind in _CHUNKED:
         seconds *= 1 - TENSOR_HIDDEN
-    return Cost(seconds, machine.launch.collective_s, term)
+    return Cost(seconds, machine.launch.collective_s, term, known=call.kind is not CollectiveKind.UNKNOWN)
 
 
 def collective_s(
@@ -183,9 +187,9 @@ def collective_s(
     if local >= size or machine.between is None:
         return within if local > 1 else _within_s(machine.within, kind, sent, size)
     link, nodes = machine.between, -(-size // local)
-    rate = (
-        link.bytes_per_s * link.share_at(payload / local * machine.devices_per_node) * local
-    )  # each NIC carries 1/local of it
+    # each NIC carries 1/local of it, but one rank's message goes through its own
+    nics = 1 if kind in (CollectiveKind.SEND, CollectiveKind.RECV) else local
+    rate = link.bytes_per_s * link.share_at(payload / nics * machine.devices_per_node) * nics
     return max(link.start_s + link.start_per_hop_s * nodes + sent / rate, within)
 
 
@@ -194,5 +198,5 @@ def _within_s(link: Link, kind: CollectiveKind, sent: float, ranks: int) -> floa
         raise MachineError(
             "the machine's file has no link: none was measured. Calibrate with --base MACHINE, whose links are then taken."
         )
-    rate = link.rate(kind, ranks)
+    rate = link.rate(CollectiveKind.BROADCAST if kind is CollectiveKind.REDUCE else kind, ranks)
     return rate.time_s(sent) if rate is not None else link.start_s + sent / link.bytes_per_s

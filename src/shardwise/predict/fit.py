@@ -18,7 +18,7 @@ from itertools import product
 
 import numpy as np
 
-from shardwise.core.collective import CollectiveKind
+from shardwise.core.collective import TIMED
 from shardwise.core.machine import (
     DEFAULT,
     FRESH,
@@ -135,7 +135,7 @@ def fit(
 
 def _scaled(sample: Sample, hardware: Hardware) -> Sample:
     """Kernels and launches in seconds of the wall, as a rank meets them."""
-    if sample.what in list(CollectiveKind) or hardware.share >= 1:
+    if sample.what in TIMED or hardware.share >= 1:
         return sample
     return replace(
         sample, **{name: getattr(sample, name) / hardware.share for name in ("seconds", "low_s", "high_s")}
@@ -386,7 +386,7 @@ def _attention(draft: _Draft, dtype: str, samples: Sequence[Sample]) -> Attentio
 
 
 def _within(draft: _Draft, samples: Sequence[Sample], base: Machine | None) -> Link:
-    mine = [sample for sample in samples if sample.what in list(CollectiveKind)]
+    mine = [sample for sample in samples if sample.what in TIMED]
     if not mine:
         if base is None:
             return UNKNOWN_LINK
@@ -397,7 +397,7 @@ def _within(draft: _Draft, samples: Sequence[Sample], base: Machine | None) -> L
         ]
         return base.within
     rates = []
-    for kind in CollectiveKind:
+    for kind in TIMED:
         found: list[CollectiveRate] = []
         for ranks in sorted({sample.ranks for sample in mine if sample.what == kind}):
             times = [

@@ -252,6 +252,8 @@ class _Writer:
 
     def _group(self, axis: str) -> Group:
         """Rank 0's group."""
+        if axis not in self.sizes:
+            return Group(axis, None)
         names = list(self.sizes)
         stride = prod(self.sizes[name] for name in names[names.index(axis) + 1 :])
         size = self.sizes[axis]

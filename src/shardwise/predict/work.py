@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shardwise.core.collective import is_off_mesh
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import Setup, Term
@@ -78,6 +79,12 @@ def reducing_sizes(program: Program, setup: Setup, sizes: dict[str, int] | None)
     return found
 
 
+def groups_off_mesh(program: Program) -> dict[str, int]:
+    """Groups that are no axis of the mesh, and their sizes."""
+    calls = (item.call for block in program.blocks for item in block.items if isinstance(item, Collective))
+    return {call.axis: call.axis_size for call in calls if is_off_mesh(call.axis)}
+
+
 def work_of(program: Program, machine: Machine, setup: Setup, sizes: dict[str, int] | None = None) -> Work:
     """All items of one step. sizes: of the mesh's axes, where they differ from the Program's (its data-parallel ones may be rescaled)."""
     axes = tuple(name for name, _ in program.axes)
@@ -86,6 +93,11 @@ def work_of(program: Program, machine: Machine, setup: Setup, sizes: dict[str, i
     for name in reversed(axes):
         strides[name] = stride
         stride *= sizes[name]
+    for name, size in groups_off_mesh(
+        program
+    ).items():  # nobody tells how far apart its ranks are: as far as can be
+        axes = (*axes, name)
+        sizes[name], strides[name] = size, max(1, stride // size)
     prefix = program.layers[0] if program.layers is not None else None
     if program.engine == "dtensor":
         machine = replace(machine, launch=machine.launch.of_dtensor())
@@ -138,6 +150,8 @@ def _block(
                 ),
                 1 + axes.index(name),
             )
+            if not cost.known:
+                unknown.add(item.call.op)
         else:
             continue
         index = layer_index(item.module, prefix)

@@ -24,13 +24,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwise.core import placement as ours
-from shardwise.core.collective import CollectiveKind
+from shardwise.core.collective import CollectiveCall, CollectiveKind
 from shardwise.core.placement import Placement
 from shardwise.core.program import LOSS_MODULE, Collective, Op, OpKind, Phase, TensorSpec
 from shardwise.core.rule import RuleRef
 from shardwise.parallel.collectives import issuing
 from shardwise.parallel.kinds import kind_of as module_kind_of
-from shardwise.parallel.recorder import read_call
+from shardwise.parallel.recorder import FUSED, is_collective, read_calls
 from shardwise.trace.catalogue import flops_of, kind_of, name_on, traffic_of
 from shardwise.trace.fakes import is_made_on_device, making_on_device
 
@@ -102,6 +102,13 @@ def _waits() -> frozenset[Any]:
 
 
 @lru_cache(maxsize=4096)
+def _has_no_fake(func: Any) -> bool:
+    """Whether it is one of torch.distributed's collectives for which PyTorch has a kernel and no fake of it (the coalesced ones)."""
+    name = func._schema.name
+    return name.startswith("c10d::") and not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta")
+
+
+@lru_cache(maxsize=4096)
 def _schema(func: Any) -> _Schema:
     schema = func._schema
     written = [
@@ -109,12 +116,11 @@ def _schema(func: Any) -> _Schema:
         for index, argument in enumerate(schema.arguments)
         if argument.alias_info and argument.alias_info.is_write
     ]
-    namespace = schema.name.partition("::")[0]
     return _Schema(
         schema.name,
         tuple(index for index, argument in written if not argument.kwarg_only),
         tuple(argument.name for _, argument in written if argument.kwarg_only),
-        namespace in ("c10d", "_c10d_functional", "_dtensor"),
+        is_collective(func),
     )
 
 
@@ -226,6 +232,9 @@ class Recorder(TorchDispatchMode):
         if is_made_on_device() and not types and not _tensors(args):
             with self._fake_mode:
                 out = func(*args, **kwargs)
+        elif _has_no_fake(func):  # the fake process group takes the tensors and leaves them as they are
+            with torch._C.DisableTorchFunction():
+                out = func._op_dk(torch._C.DispatchKey.CPU, *args, **kwargs)
         else:
             out = func(*args, **kwargs)
         if not self._paused:
@@ -268,8 +277,10 @@ class Recorder(TorchDispatchMode):
             return
         outputs = _tensors(out)
         if schema.is_collective:
-            self._see_collective(name, args)
+            self._see_collective(name, args, out)
             self._note_outputs(outputs, name)
+            if self.recording and name.partition("::")[2] in FUSED:
+                self._add_op(name, args, _tensors(args), outputs, [])
             return
         if not self.recording:
             self._note_outputs(outputs, name)
@@ -322,13 +333,13 @@ class Recorder(TorchDispatchMode):
             )
         )
 
-    def _see_collective(self, name: str, args: Any) -> None:
-        if not self.recording:
-            return
-        phase = self._phase()
-        call = read_call(name, args, self._axes, str(phase))
-        if call is None or call.axis_size == 1:
-            return
+    def _see_collective(self, name: str, args: Any, out: Any) -> None:
+        if self.recording:
+            for call in read_calls(name, args, out, self._axes, str(self._phase())):
+                if call.axis_size > 1:
+                    self._add_collective(call)
+
+    def _add_collective(self, call: CollectiveCall) -> None:
         issue = issuing()
         if issue is not None:
             origin = issue.origin
