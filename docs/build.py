@@ -42,7 +42,6 @@ from shardwise.core.prediction_run import PredictionRun
 from shardwise.core.rule import RuleRef
 from shardwise.core.sweep import Sweep
 from shardwise.core.verification import VerificationRun
-from shardwise.core.walkthrough import Subject
 from shardwise.files.document import read_document, worked_out, write_document
 from shardwise.models import specs
 from shardwise.models.source import NAMINGS
@@ -77,10 +76,10 @@ WIDTH = 100
 # the pictures' window in pixels: a height that just holds the step
 WALKTHROUGH_WIDTH = 1160
 WALKTHROUGH_HEIGHTS = {
-    Subject.EMBEDDING_ROWWISE: 890,
-    Subject.EMBEDDING_COLWISE: 770,
-    Subject.EMBEDDING_ROUTED: 730,
-    Subject.EMBEDDING_REPLICATED: 1110,
+    "embedding/rowwise": 890,
+    "embedding/colwise": 770,
+    "embedding/routed": 730,
+    "embedding/replicated": 1110,
 }
 _BLOCK = re.compile(r"<!-- begin:(?P<name>\w+-output) -->\n.*?<!-- end:(?P=name) -->", re.DOTALL)
 

@@ -1,4 +1,5 @@
-"""The walk-through's page in a real headless Chromium: it steps, by keys and by address, asks the network for nothing, and stays whole on paper."""
+"""The walk-through's page in a real headless Chromium: it steps, by keys and by address, asks the network for
+nothing, and stays whole on paper."""
 
 import html
 import json
@@ -7,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from shardwise.core.walkthrough import Subject
 from shardwise.report.common.page import csp_hash
 from shardwise.report.walkthrough.html import walkthrough_html
 from shardwise.walkthrough.record import record_walkthrough
+from shardwise.walkthrough.subject import subjects
 from shardwise.walkthrough.words import Explained, explain_walkthrough
 from tests.e2e.test_report_html import Elements, Visit, browser, visit
 from tests.unit.comparison_example import HOSTILE_MARKUP
@@ -30,7 +31,7 @@ const told = () => { document.body.dataset.seen = JSON.stringify(seen); };
 
 @pytest.fixture(scope="module")
 def walkthroughs() -> list[Explained]:
-    return [explain_walkthrough(record_walkthrough(subject)) for subject in Subject]
+    return [explain_walkthrough(record_walkthrough(subject)) for subject in subjects()]
 
 
 def driven(page: str, script: str) -> str:
@@ -178,7 +179,7 @@ def test_without_its_script_every_step_is_in_sight(
 def test_a_hostile_module_name_is_text_and_nothing_else(browser: str, tmp_path: Path) -> None:
     names = (HOSTILE_MARKUP, "</script><script>document.body.dataset.slipped = 1</script>", "</style><b>")
     page = walkthrough_html(
-        [explain_walkthrough(record_walkthrough(Subject.EMBEDDING_ROWWISE, module=name)) for name in names]
+        [explain_walkthrough(record_walkthrough("embedding/rowwise", module=name)) for name in names]
     )
     visited = visit(browser, page, tmp_path)
     elements = Elements(visited.dom)

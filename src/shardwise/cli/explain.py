@@ -1,4 +1,5 @@
-"""`shardwise explain`: every collective of a plan, why it is there, and what a rank holds, in seconds and without a GPU."""
+"""`shardwise explain`: every collective of a plan, why it is there, and what a rank holds, in seconds and
+without a GPU."""
 
 import sys
 from dataclasses import dataclass
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from shardwise.cli.progress import ProgressLine
     from shardwise.core.explanation import Explanation
     from shardwise.core.program import Program
-    from shardwise.core.walkthrough import Subject
     from shardwise.models.source import ModelSource
 
 DEVICES = ("cuda", "cpu")
@@ -166,8 +166,9 @@ def explain(
 ) -> int:
     """Show every collective of a plan, why it is there, and what a rank holds: in seconds, without a GPU.
 
-    One training step is run on fake tensors: the real module under the real plan, with no memory and no devices. --against puts a second
-    plan beside it. --walk shows a module at work on small numbers, rank by rank.
+    One training step is run on fake tensors: the real module under the real plan, with no memory and no
+    devices. --against puts a second plan beside it. --walk shows a module at work on small numbers, rank by
+    rank.
 
     [dim]shardwise explain[/]
     [dim]shardwise explain rowwise@dtensor --against rowwise --model llama3-70b --mesh tp=8 --out page[/]
@@ -324,12 +325,12 @@ def _settings_json(found: "list[Explanation]") -> bytes:
 
 def _walkthrough_page() -> str:
     """All walk-throughs, recorded now."""
-    from shardwise.core.walkthrough import Subject
     from shardwise.report.walkthrough.html import walkthrough_html
     from shardwise.walkthrough.record import record_walkthrough
+    from shardwise.walkthrough.subject import subjects
     from shardwise.walkthrough.words import explain_walkthrough
 
-    return walkthrough_html([explain_walkthrough(record_walkthrough(subject)) for subject in Subject])
+    return walkthrough_html([explain_walkthrough(record_walkthrough(subject)) for subject in subjects()])
 
 
 def _walk(
@@ -367,15 +368,16 @@ def _walk(
     return 0 if recorded.agrees else 1
 
 
-def _subject(plan: str, what: str, model: str, sequence_parallel: bool) -> "tuple[Subject, str | None]":
-    """The walk-through of a subject's name (embedding/rowwise), or of a module of the model under the plan; "loss" is one too."""
-    from shardwise.core.walkthrough import Subject
+def _subject(plan: str, what: str, model: str, sequence_parallel: bool) -> tuple[str, str | None]:
+    """(walk-through, module) for a walk-through's name (embedding/rowwise), or for a module of the model
+    under the plan; "loss" is one too."""
+    from shardwise.walkthrough.subject import subject_of, subjects
 
-    names = [str(subject) for subject in Subject]
-    if what in names:
-        return Subject(what), None
+    names = ", ".join(subjects())
+    if what in subjects():
+        return what, None
     if what == "loss":
-        return Subject.LOSS_VOCAB_PARALLEL, None
+        return "loss/vocab_parallel", None
     import torch
 
     from shardwise.models.source import find_model
@@ -385,19 +387,14 @@ def _subject(plan: str, what: str, model: str, sequence_parallel: bool) -> "tupl
     chosen = load_any_plan(plan, sequence_parallel=sequence_parallel, family=source.family)
     modules = dict(source.build(dtype=torch.float32).named_modules())
     if what not in modules:
-        raise OptionError(
-            f'--walk: {model} has no module "{what[:80]}".{suggest(what[:80], modules)} Or name one of {", ".join(names)}, loss.'
-        )
+        hint = suggest(what[:80], modules)
+        raise OptionError(f'--walk: {model} has no module "{what[:80]}".{hint} Or name one of {names}, loss.')
     rule = chosen.rule_for(what) if isinstance(chosen, Plan) else None
-    kind = {"Embedding": "embedding", "Linear": "linear", "RMSNorm": "norm", "LayerNorm": "norm"}.get(
-        type(modules[what]).__name__, ""
-    )
-    style = str(rule.style.name) if rule is not None else ""
-    if rule is not None and str(rule.style.ownership) == "interleaved":
-        style += "-interleaved"
-    if f"{kind}/{style}" not in names:
-        shown = f"{type(modules[what]).__name__} under {style or 'no style'}"
+    module_type = type(modules[what]).__name__
+    subject = None if rule is None else subject_of(module_type, rule.style)
+    if subject is None:
+        style = "no style" if rule is None else rule.style.name
         raise OptionError(
-            f"--walk: {what}, a {shown}, has no walk-through. There are: {', '.join(names)}, loss."
+            f"--walk: {what}, a {module_type} under {style}, has no walk-through. There are: {names}, loss."
         )
-    return Subject(f"{kind}/{style}"), what
+    return subject.name, what

@@ -1,9 +1,11 @@
-"""Walkthrough: one module under one style on a few ranks, step by step, with every number that the ranks really had.
+"""Walkthrough: one module under one style on a few ranks, step by step, with every number that the ranks
+really had.
 
-A step holds a panel per rank; a panel holds small matrices: what the rank has before the step's collective (`holds`) and what it has
-after it (`gets`). Numbers and roles only: the words are in explain/. Bytes of a transfer are those of the buffers that were handed to the
-collective; for an all-reduce, which no rank sends whole to another, they are the ring's share (core/collective.py).
-What this file does not know: time, and sizes that are not toys.
+A step holds a panel per rank; a panel holds small matrices: what the rank has before the step's collective
+(`holds`) and what it has after it (`gets`). Numbers and roles only: the words are in walkthrough/. Bytes of a
+transfer are those of the buffers that were handed to the collective; for an all-reduce, which no rank sends
+whole to another, they are the ring's share (core/collective.py). What this file does not know: time, and
+sizes that are not toys.
 """
 
 from dataclasses import dataclass
@@ -12,29 +14,16 @@ from enum import StrEnum
 from shardwise.core.collective import CollectiveKind
 
 
-class Subject(StrEnum):
-    """What a walk-through can be about: a kind of module and a style."""
-
-    EMBEDDING_ROWWISE = "embedding/rowwise"
-    EMBEDDING_COLWISE = "embedding/colwise"
-    EMBEDDING_ROUTED = "embedding/routed"
-    EMBEDDING_ROUTED_INTERLEAVED = "embedding/routed-interleaved"
-    EMBEDDING_REPLICATED = "embedding/replicated"
-    LINEAR_COLWISE = "linear/colwise"
-    LINEAR_ROWWISE = "linear/rowwise"
-    NORM_SEQUENCE_PARALLEL = "norm/sequence_parallel"
-    LOSS_VOCAB_PARALLEL = "loss/vocab_parallel"
-
-
 class Phase(StrEnum):
     FORWARD = "forward"
     BACKWARD = "backward"
 
 
 class StepKind(StrEnum):
-    """CUT: what a rank keeps of the parameter. INPUT: what it is given. OWNERS: which of it is its own. ROUTE: which rows go where.
-    COMPUTE: what it works out by itself. EXCHANGE: a collective. EXPAND: received rows to tokens. RESULT, INPUT_GRADIENT, GRADIENT:
-    what it ends with, beside the unsharded module's. GRADIENT_IN: the gradient of its output."""
+    """CUT: what a rank keeps of the parameter. INPUT: what it is given. OWNERS: which of it is its own.
+    ROUTE: which rows go where. COMPUTE: what it works out by itself. EXCHANGE: a collective. EXPAND: received
+    rows to tokens. RESULT, INPUT_GRADIENT, GRADIENT: what it ends with, beside the unsharded module's.
+    GRADIENT_IN: the gradient of its output."""
 
     CUT = "cut"
     INPUT = "input"
@@ -72,9 +61,10 @@ class Content(StrEnum):
 class Role(StrEnum):
     """How a row came to be where it is.
 
-    given: put in from outside. own: this rank's own work or property. zero: zeros, since another rank owns it. kept: stayed here in an
-    exchange. received: came from another rank. partial: a summand of which other ranks have the others. summed: over the ranks.
-    untouched: a gradient of which no token knows. ignored: doesn't count.
+    given: put in from outside. own: this rank's own work or property. zero: zeros, since another rank owns
+    it. kept: stayed here in an exchange. received: came from another rank. partial: a summand of which other
+    ranks have the others. summed: over the ranks. untouched: a gradient of which no token knows. ignored:
+    doesn't count.
     """
 
     GIVEN = "given"
@@ -90,7 +80,8 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """token: position in the sequence. item: row of the parameter (token id, output feature). owner: the rank that owns the item.
+    """token: position in the sequence. item: row of the parameter (token id, output feature). owner: the rank
+    that owns the item.
 
     A value is None where there is none, such as the local row of an id that the rank does not own.
     """
@@ -104,7 +95,8 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """columns: their numbers in the whole tensor; () where they have none. column_owners: the rank that owns each column, if any."""
+    """columns: their numbers in the whole tensor; () where they have none. column_owners: the rank that owns
+    each column, if any."""
 
     content: Content
     columns: tuple[int, ...]
@@ -116,11 +108,13 @@ class Matrix:
         widths = {len(row.values) for row in self.rows}
         if len(widths) > 1 or (self.columns and widths - {len(self.columns)}):
             raise ValueError(
-                f"matrix {self.content}: rows have {sorted(widths)} values and there are {len(self.columns)} columns"
+                f"matrix {self.content}: rows have {sorted(widths)} values "
+                f"and there are {len(self.columns)} columns"
             )
         if self.column_owners and len(self.column_owners) != len(self.columns):
             raise ValueError(
-                f"matrix {self.content}: {len(self.column_owners)} column owners for {len(self.columns)} columns"
+                f"matrix {self.content}: {len(self.column_owners)} column owners "
+                f"for {len(self.columns)} columns"
             )
 
 
@@ -135,7 +129,8 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """What `source` sends to another rank in one collective. zero_rows: how many of the rows are nothing but zeros.
+    """What `source` sends to another rank in one collective. zero_rows: how many of the rows are nothing but
+    zeros.
 
     Rows are None for an all-reduce: a ring sends shares of sums, not rows.
     """
@@ -149,7 +144,8 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """A collective that the style issued, and the change of placement that it was issued for (in backward: the forward's, which it undoes)."""
+    """A collective that the style issued, and the change of placement that it was issued for (in backward:
+    the forward's, which it undoes)."""
 
     collective: CollectiveKind
     before: str
@@ -183,7 +179,8 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What one rank keeps: shapes and bytes of its part of the parameter and of the gradient (of the logits, for a loss)."""
+    """What one rank keeps: shapes and bytes of its part of the parameter and of the gradient (of the logits,
+    for a loss)."""
 
     rank: int
     parameter_shape: tuple[int, ...]
@@ -194,7 +191,8 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """vocabulary: rows of a table or columns of logits; features: of a linear's output; None where the module has no such thing."""
+    """vocabulary: rows of a table or columns of logits; features: of a linear's output; None where the module
+    has no such thing."""
 
     ranks: int
     batch: int
@@ -207,9 +205,9 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Walkthrough:
-    """module: its name in the user's model."""
+    """subject: a kind of module and a style, "embedding/rowwise". module: its name in the user's model."""
 
-    subject: Subject
+    subject: str
     module: str
     sizes: Sizes
     steps: tuple[Step, ...]
@@ -221,9 +219,8 @@ class Walkthrough:
     def sent_rows(self, phase: Phase) -> tuple[int, int]:
         """(rows, rows of zeros) that all ranks send together in a phase, as far as rows are sent."""
         transfers = self._transfers(phase)
-        return sum(transfer.rows or 0 for transfer in transfers), sum(
-            transfer.zero_rows or 0 for transfer in transfers
-        )
+        rows = sum(transfer.rows or 0 for transfer in transfers)
+        return rows, sum(transfer.zero_rows or 0 for transfer in transfers)
 
     @property
     def agrees(self) -> bool:

@@ -1,138 +1,200 @@
-"""What the sentences of a walk-through want to know of its record, and how they say numbers. Imports no torch."""
+"""What the words of a walk-through can name of its record: `{wire_rows}`, `{stranger.item}`,
+`{kept_items:keeps the rows of id}`.
 
-from collections.abc import Callable, Iterable
+A name is a property of Reader, read in the phase of the step that is told. Imports no torch.
+"""
 
-from shardwise.core.walkthrough import (
-    Content,
-    Exchange,
-    Matrix,
-    Panel,
-    Phase,
-    Role,
-    Row,
-    StepKind,
-    Walkthrough,
-)
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shardwise.core.walkthrough import Content, Matrix, Phase, Role, Row, StepKind, Walkthrough
 
 FORWARD, BACKWARD = Phase.FORWARD, Phase.BACKWARD
 
 
+@dataclass(frozen=True, slots=True)
+class PerRank:
+    """Numbers of each rank, or a count. `{NAME:keeps the rows of id}` gives
+    `rank 0 keeps the rows of ids 0 to 3 and rank 1 keeps the rows of ids 4 to 7`."""
+
+    values: Sequence[Sequence[int] | int]
+
+    def __format__(self, spec: str) -> str:
+        verb, _, noun = spec.rpartition(" ")
+        said = [
+            count_of(value, noun) if isinstance(value, int) else span(value, noun) for value in self.values
+        ]
+        return listing([f"rank {rank} {verb} {text}" for rank, text in enumerate(said)])
+
+
+@dataclass(frozen=True, slots=True)
 class Reader:
-    """What sentences want to know of a record."""
+    """A record, as the words of one phase read it."""
 
-    def __init__(self, walkthrough: Walkthrough) -> None:
-        self.walkthrough = walkthrough
-        self.sizes = walkthrough.sizes
-        self.T = walkthrough.sizes.ranks
-        self.ranks = range(self.T)
+    walkthrough: Walkthrough
+    phase: Phase
 
-    def panel(self, kind: StepKind, phase: Phase, rank: int | None) -> Panel:
-        return self.walkthrough.step(kind, phase).of_rank(rank)
+    def __getitem__(self, name: str) -> object:
+        return getattr(self, name)
 
-    def matrix(self, kind: StepKind, phase: Phase, rank: int | None, content: Content) -> Matrix:
-        panel = self.panel(kind, phase, rank)
-        return next(matrix for matrix in (*panel.holds, *panel.gets) if matrix.content is content)
+    def fill(self, words: str) -> str:
+        """Words with all names replaced; a sentence begins with a capital, whatever its first name says."""
+        return re.sub(r"(?:^|(?<=[.?] ))[a-z]", lambda first: first[0].upper(), words.format_map(self))
 
-    def ids(self) -> list[int]:
-        return [
-            row.item
-            for row in self.matrix(StepKind.INPUT, FORWARD, 0, Content.IDS).rows
-            if row.item is not None
-        ]
+    # sizes
 
-    def kept_items(self, rank: int) -> list[int]:
-        return [
-            row.item
-            for row in self.matrix(StepKind.CUT, FORWARD, rank, Content.PARAMETER).rows
-            if row.item is not None
-        ]
+    @property
+    def ranks(self) -> int:
+        return self.walkthrough.sizes.ranks
 
-    def kept_columns(self, rank: int) -> tuple[int, ...]:
-        return self.matrix(StepKind.CUT, FORWARD, rank, Content.PARAMETER).columns
+    @property
+    def hidden(self) -> int:
+        return self.walkthrough.sizes.hidden
 
-    def result_tokens(self, rank: int) -> list[int]:
-        return [
-            row.token
-            for row in self.matrix(StepKind.RESULT, FORWARD, rank, Content.OUTPUT).rows
-            if row.token is not None
-        ]
+    @property
+    def vocabulary(self) -> int | None:
+        return self.walkthrough.sizes.vocabulary
 
-    def each(self, text: Callable[[int], str]) -> str:
-        """`rank 0 TEXT, rank 1 TEXT and rank 2 TEXT`."""
-        return listing(f"rank {rank} {text(rank)}" for rank in self.ranks)
+    @property
+    def tokens(self) -> int:
+        return self.walkthrough.sizes.sequence
 
-    def spans(self, verb: str, numbers_of: Callable[[int], Iterable[int]], what: str) -> str:
-        """`rank 0 keeps ids 0 to 3 and rank 1 keeps ids 4 to 7`."""
-        return self.each(lambda rank: f"{verb} {span(numbers_of(rank), what)}")
+    @property
+    def kept_bytes(self) -> int:
+        """The most that one rank keeps of the parameter."""
+        return max(held.parameter_bytes for held in self.walkthrough.held)
 
-    def owned(self) -> str:
-        """`rank 0 owns the row of 3 tokens and rank 1 ...`."""
-        return self.each(lambda rank: f"owns the row of {count_of(self.own_tokens(rank), 'token')}")
+    @property
+    def whole_bytes(self) -> int:
+        whole = self._matrix(StepKind.GRADIENT, BACKWARD, None, Content.GRADIENT)
+        return sum(len(row.values) for row in whole.rows) * self.walkthrough.sizes.element_bytes
 
-    def kept_bytes(self) -> tuple[int, int]:
-        """(most that one rank keeps, the whole parameter), in bytes."""
-        whole = self.matrix(StepKind.GRADIENT, BACKWARD, None, Content.GRADIENT)
-        size = sum(len(row.values) for row in whole.rows) * self.sizes.element_bytes
-        return max(held.parameter_bytes for held in self.walkthrough.held), size
+    # what ranks have
 
-    def own_tokens(self, rank: int) -> int:
-        rows = self.matrix(StepKind.OWNERS, FORWARD, rank, Content.LOCAL_ROWS).rows
-        return sum(row.role is Role.OWN for row in rows)
+    @property
+    def ids(self) -> str:
+        return ", ".join(map(str, self._ids()))
 
-    def stranger(self) -> tuple[int, Row] | None:
-        """(rank, row): a token that a rank must end up with and whose row another rank owns."""
-        for rank in self.ranks:
-            for row in self.matrix(StepKind.RESULT, FORWARD, rank, Content.OUTPUT).rows:
-                if row.owner not in (None, rank):
-                    return rank, row
-        return None
+    @property
+    def kept_items(self) -> PerRank:
+        parts = self._per_rank(StepKind.CUT, FORWARD, Content.PARAMETER)
+        return PerRank([[row.item for row in part.rows if row.item is not None] for part in parts])
 
-    def repeated(self) -> tuple[int, list[int]] | None:
-        """(id, its tokens): the id that comes most often, if any comes twice."""
-        ids = self.ids()
-        most = max(ids, key=ids.count)
-        tokens = [token for token, item in enumerate(ids) if item == most]
-        return (most, tokens) if len(tokens) > 1 else None
+    @property
+    def kept_columns(self) -> PerRank:
+        return PerRank([part.columns for part in self._per_rank(StepKind.CUT, FORWARD, Content.PARAMETER)])
 
-    def sum_of_repeated(self) -> str:
-        """How the gradient row of an id that comes several times is made of its tokens' gradients."""
-        found = self.repeated()
-        if found is None:
-            return ""
-        item, tokens = found
+    @property
+    def result_tokens(self) -> PerRank:
+        parts = self._per_rank(StepKind.RESULT, FORWARD, Content.OUTPUT)
+        return PerRank([[row.token for row in part.rows if row.token is not None] for part in parts])
+
+    @property
+    def own_tokens(self) -> PerRank:
+        parts = self._per_rank(StepKind.OWNERS, FORWARD, Content.LOCAL_ROWS)
+        return PerRank([sum(row.role is Role.OWN for row in part.rows) for part in parts])
+
+    @property
+    def stranger_rank(self) -> int:
+        return self._stranger()[0]
+
+    @property
+    def stranger(self) -> Row:
+        """A token that a rank must end up with and whose row another rank owns."""
+        return self._stranger()[1]
+
+    @property
+    def ignored_tokens(self) -> str:
+        labels = self._matrix(StepKind.OWNERS, FORWARD, 0, Content.LOCAL_ROWS)
+        return numbered("token", [row.token for row in labels.rows if row.role is Role.IGNORED])
+
+    @property
+    def loss(self) -> str:
+        return number(self._matrix(StepKind.RESULT, FORWARD, 0, Content.OUTPUT).rows[0].values[0])
+
+    # the id that comes most often
+
+    @property
+    def repeated_id(self) -> int:
+        ids = self._ids()
+        return max(ids, key=ids.count)
+
+    @property
+    def repeated_count(self) -> int:
+        return self._ids().count(self.repeated_id)
+
+    @property
+    def repeated_tokens(self) -> str:
+        return numbered("token", self._repeated())
+
+    @property
+    def repeated_sum(self) -> str:
+        """How its gradient row is made of its tokens' gradients, in the first column."""
         given = {
             row.token: row.values[0]
-            for rank in self.ranks
-            for row in self.matrix(StepKind.GRADIENT_IN, BACKWARD, rank, Content.OUTPUT_GRADIENT).rows
+            for part in self._per_rank(StepKind.GRADIENT_IN, BACKWARD, Content.OUTPUT_GRADIENT)
+            for row in part.rows
         }
-        rows = (
-            row
-            for rank in self.ranks
-            for row in self.matrix(StepKind.GRADIENT, BACKWARD, rank, Content.GRADIENT).rows
+        total = next(
+            row.values[0]
+            for part in self._per_rank(StepKind.GRADIENT, BACKWARD, Content.GRADIENT)
+            for row in part.rows
+            if row.item == self.repeated_id
         )
-        total = next(row.values[0] for row in rows if row.item == item)
-        terms = " + ".join(number(given[token]) for token in tokens)
-        return (
-            f"Id {item} stands at {numbered('token', tokens)}, so its row gets the sum of their gradients: {terms} = {number(total)} "
-            "in the first column."
-        )
+        return f"{' + '.join(number(given[token]) for token in self._repeated())} = {number(total)}"
 
-    def exchange(self, phase: Phase) -> Exchange:
-        exchange = self.walkthrough.step(StepKind.EXCHANGE, phase).exchange
-        assert exchange is not None
-        return exchange
+    # the wire
 
-    def wire_rows(self, phase: Phase) -> str:
-        rows, zeros = self.walkthrough.sent_rows(phase)
-        text = f"{count_of(rows, 'row')} cross{'es' if rows == 1 else ''} the wire, {self.total_bytes(phase)} bytes in all"
-        return (
-            f"{text}, and {zeros} of them {'is' if zeros == 1 else 'are'} nothing but zeros"
-            if zeros
-            else text
-        )
+    @property
+    def listed_rows(self) -> str:
+        step = self.walkthrough.step(StepKind.ROUTE, self.phase)
+        return count_of(sum(len(matrix.rows) for panel in step.panels for matrix in panel.holds), "row")
 
-    def total_bytes(self, phase: Phase) -> int:
-        return sum(self.walkthrough.sent_bytes(rank, phase) for rank in self.ranks)
+    @property
+    def row_length(self) -> str:
+        """Of a row that is sent."""
+        block = self.walkthrough.step(StepKind.EXCHANGE, self.phase).of_rank(0).holds[0]
+        return count_of(len(block.rows[0].values), "number")
+
+    @property
+    def sent_bytes(self) -> PerRank:
+        return PerRank([self.walkthrough.sent_bytes(rank, self.phase) for rank in range(self.ranks)])
+
+    @property
+    def sent_rows(self) -> int:
+        return self.walkthrough.sent_rows(self.phase)[0]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.walkthrough.sent_bytes(rank, self.phase) for rank in range(self.ranks))
+
+    @property
+    def wire_rows(self) -> str:
+        rows, zeros = self.walkthrough.sent_rows(self.phase)
+        cross = "crosses" if rows == 1 else "cross"
+        text = f"{count_of(rows, 'row')} {cross} the wire, {self.total_bytes} bytes in all"
+        if not zeros:
+            return text
+        return f"{text}, and {zeros} of them {'is' if zeros == 1 else 'are'} nothing but zeros"
+
+    def _matrix(self, kind: StepKind, phase: Phase, rank: int | None, content: Content) -> Matrix:
+        panel = self.walkthrough.step(kind, phase).of_rank(rank)
+        return next(matrix for matrix in (*panel.holds, *panel.gets) if matrix.content is content)
+
+    def _per_rank(self, kind: StepKind, phase: Phase, content: Content) -> list[Matrix]:
+        return [self._matrix(kind, phase, rank, content) for rank in range(self.ranks)]
+
+    def _ids(self) -> list[int]:
+        given = self._matrix(StepKind.INPUT, FORWARD, 0, Content.IDS)
+        return [row.item for row in given.rows if row.item is not None]
+
+    def _repeated(self) -> list[int]:
+        return [token for token, item in enumerate(self._ids()) if item == self.repeated_id]
+
+    def _stranger(self) -> tuple[int, Row]:
+        parts = self._per_rank(StepKind.RESULT, FORWARD, Content.OUTPUT)
+        return next((rank, row) for rank, part in enumerate(parts) for row in part.rows if row.owner != rank)
 
 
 def number(value: float | None) -> str:
@@ -143,27 +205,20 @@ def count_of(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
-def commas(values: Iterable[int]) -> str:
-    return ", ".join(map(str, values))
-
-
-def listing(texts: Iterable[str]) -> str:
+def listing(texts: Sequence[str]) -> str:
     *most, last = texts
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def numbered(what: str, numbers: list[int]) -> str:
+def numbered(what: str, numbers: Sequence[int | None]) -> str:
     """`token 3`, `tokens 0 and 2`."""
-    return f"{what} {numbers[0]}" if len(numbers) == 1 else f"{what}s {listing(map(str, numbers))}"
+    return (
+        f"{what} {numbers[0]}" if len(numbers) == 1 else f"{what}s {listing([str(one) for one in numbers])}"
+    )
 
 
-def span(numbers: Iterable[int], what: str) -> str:
+def span(numbers: Sequence[int], what: str) -> str:
     """`ids 0 to 3` where they follow each other, `ids 0, 2 and 4` where not."""
-    found = list(numbers)
-    if len(found) > 2 and found == list(range(found[0], found[-1] + 1)):
-        return f"{what}s {found[0]} to {found[-1]}"
-    return numbered(what, found) if found else f"no {what}s"
-
-
-def capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    if len(numbers) > 2 and list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{what}s {numbers[0]} to {numbers[-1]}"
+    return numbered(what, numbers) if numbers else f"no {what}s"

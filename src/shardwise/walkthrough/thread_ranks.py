@@ -1,7 +1,9 @@
-"""Ranks as threads of this process, on a process group that keeps a copy of every buffer that went through it.
+"""Ranks as threads of this process, on a process group that keeps a copy of every buffer that went through
+it.
 
-Nothing is registered with torch.distributed and nothing global is changed: it works beside a real process group and without one. For
-toys: all ranks share one interpreter. What a plan does on a backend of its own (gloo's pairwise reduce-scatter) isn't chosen here.
+Nothing is registered with torch.distributed and nothing global is changed: it works beside a real process
+group and without one. For toys: all ranks share one interpreter. What a plan does on a backend of its own
+(gloo's pairwise reduce-scatter) isn't chosen here.
 """
 
 import threading
@@ -27,7 +29,8 @@ TIMEOUT_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Exchanged:
-    """One collective as one rank issued it: the block for each destination, the block from each source, and what the rank was left with.
+    """One collective as one rank issued it: the block for each destination, the block from each source, and
+    what the rank was left with.
 
     In a gather and an all-reduce the blocks for all destinations are the same one.
     """
@@ -67,10 +70,14 @@ class _ThreadGroup(dist.ProcessGroup):
     ) -> None:
         self._exchange(CollectiveKind.ALL_TO_ALL, input.split(input_splits), output, torch.cat)
 
-    def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> None:  # type: ignore[override]
+    def reduce_scatter_single(  # type: ignore[override]
+        self, output: Tensor, input: Tensor, opts: Any = None
+    ) -> None:
         self._exchange(CollectiveKind.REDUCE_SCATTER, input.chunk(self._wire.size), output, _sum)
 
-    def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> None:  # type: ignore[override]
+    def all_gather_single(  # type: ignore[override]
+        self, output: Tensor, input: Tensor, opts: Any = None
+    ) -> None:
         self._exchange(CollectiveKind.ALL_GATHER, [input] * self._wire.size, output, torch.cat)
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> None:  # type: ignore[override]
@@ -92,10 +99,9 @@ class _ThreadGroup(dist.ProcessGroup):
             wire.blocks[self._rank] = (kind, sent)
             wire.barrier.wait(TIMEOUT_S)
             met = [block for block in wire.blocks if block is not None]
-            if len({found for found, _ in met}) > 1:
-                raise RunError(
-                    f"ranks issued different collectives at one time: {', '.join(found for found, _ in met)}."
-                )
+            kinds = [kind for kind, _ in met]
+            if len(set(kinds)) > 1:
+                raise RunError(f"ranks issued different collectives at one time: {', '.join(kinds)}.")
             received = tuple(block[self._rank] for _, block in met)
             wire.barrier.wait(TIMEOUT_S)
             output.detach().copy_(join(received).view_as(output))
@@ -103,7 +109,8 @@ class _ThreadGroup(dist.ProcessGroup):
 
 
 class _ThreadMesh(DeviceMesh):
-    """A mesh "tp" of one thread's group. Its identity is itself, so that nothing cached for one rank or run is taken for another's."""
+    """A mesh "tp" of one thread's group. Its identity is itself, so that nothing cached for one rank or run
+    is taken for another's."""
 
     def __init__(self, group: _ThreadGroup, rank: int, size: int) -> None:
         super().__init__(
@@ -127,7 +134,8 @@ class _ThreadMesh(DeviceMesh):
 def on_threads(size: int, work: Callable[[int, DeviceMesh, list[Exchanged]], T]) -> list[T]:
     """work(rank, mesh, log of the rank's collectives) on `size` ranks at once -> what each returned.
 
-    Raises what a rank raised (the first that wasn't merely waiting for it), or RunError where ranks wait for each other for ever.
+    Raises what a rank raised (the first that wasn't merely waiting for it), or RunError where ranks wait for
+    each other for ever.
     """
     wire = _Wire(size)
     results: dict[int, T] = {}

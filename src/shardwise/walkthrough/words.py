@@ -1,4 +1,5 @@
-"""Walkthrough -> the same with words: Explained. The words are walkthrough_texts.py's. Imports no torch."""
+"""Walkthrough -> the same with words: Explained. The words are those of the subject's file, its names filled
+in. Imports no torch."""
 
 from dataclasses import dataclass, replace
 from itertools import count
@@ -11,14 +12,14 @@ from shardwise.core.walkthrough import (
     Panel,
     Phase,
     Row,
+    Sizes,
     Step,
     StepKind,
-    Subject,
     Transfer,
     Walkthrough,
 )
-from shardwise.walkthrough.reader import BACKWARD, FORWARD, Reader, count_of
-from shardwise.walkthrough.texts import REMEMBER, TEXTS, TITLES
+from shardwise.walkthrough.reader import Reader, count_of
+from shardwise.walkthrough.subject import Subject, subject_named
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +50,11 @@ class ExplainedTransfer:
 
 @dataclass(frozen=True, slots=True)
 class ExplainedStep:
-    """wire: what the collective is called and does. agreement: what the comparison with the unsharded module said."""
+    """wire: what the collective is called and does. agreement: what the comparison with the unsharded module
+    said."""
 
     title: str
-    words: tuple[str, ...]
+    words: str
     phase: Phase
     kind: StepKind
     panels: tuple[ExplainedPanel, ...]
@@ -67,7 +69,7 @@ class Summary:
     """The last step: a table with a line per rank, and what to remember."""
 
     title: str
-    words: tuple[str, ...]
+    words: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
@@ -76,7 +78,7 @@ class Summary:
 class Explained:
     """group and name: where it stands among others, such as "Embedding" and "rowwise"."""
 
-    subject: Subject
+    subject: str
     group: str
     name: str
     title: str
@@ -89,55 +91,55 @@ class Explained:
 
 def explain_walkthrough(walkthrough: Walkthrough) -> Explained:
     """Words for every step, in the order of the steps, and a summary."""
-    reader = Reader(walkthrough)
-    texts = TEXTS[walkthrough.subject](reader)
-    group, _, name = walkthrough.subject.partition("/")
+    subject = subject_named(walkthrough.subject)
+    group, _, name = subject.name.partition("/")
+    ranks = walkthrough.sizes.ranks
     return Explained(
-        subject=walkthrough.subject,
+        subject=subject.name,
         group=group.capitalize(),
         name=name.replace("_", " "),
-        title=TITLES[walkthrough.subject],
+        title=subject.title,
         lead=(
-            f"{walkthrough.module}: a toy of it on {reader.T} ranks. Every number below was recorded while the style really ran; none is typed in."
+            f"{walkthrough.module}: a toy of it on {ranks} ranks. Every number below was recorded while the style "
+            "really ran; none is typed in."
         ),
-        ranks=reader.T,
-        steps=tuple(
-            _explained_step(reader, step, *texts[step.phase, step.kind]) for step in walkthrough.steps
-        ),
-        summary=_summary(reader),
+        ranks=ranks,
+        steps=tuple(_explained_step(walkthrough, subject, step) for step in walkthrough.steps),
+        summary=_summary(walkthrough, subject),
         agrees=walkthrough.agrees,
     )
 
 
-def _explained_step(reader: Reader, step: Step, title: str, words: tuple[str, ...]) -> ExplainedStep:
+def _explained_step(walkthrough: Walkthrough, subject: Subject, step: Step) -> ExplainedStep:
+    told = subject.told(step.phase, step.kind)
     exchange = step.exchange
+    transfers = () if exchange is None else exchange.transfers
     return ExplainedStep(
-        title=title,
-        words=words,
+        title=told.title,
+        words=Reader(walkthrough, step.phase).fill(told.words),
         phase=step.phase,
         kind=step.kind,
-        panels=tuple(_explained_panel(reader, step, panel) for panel in step.panels),
+        panels=tuple(_explained_panel(subject.kind, step, panel) for panel in step.panels),
         wire="" if exchange is None else _wire(exchange, step.phase),
-        transfers=()
-        if exchange is None
-        else tuple(ExplainedTransfer(transfer, _transfer_text(transfer)) for transfer in exchange.transfers),
+        transfers=tuple(ExplainedTransfer(transfer, _transfer_text(transfer)) for transfer in transfers),
         agreement="" if step.difference is None else _agreement(step.difference),
         agrees=step.difference is None or step.difference.agrees,
     )
 
 
 def _wire(exchange: Exchange, phase: Phase) -> str:
-    name = str(exchange.collective).replace("_", "-")
+    name = exchange.collective.replace("_", "-")
     # a backward's collective carries the placements of the forward that it undoes
-    return f"{name}, {exchange.before} → {exchange.after}" if phase is FORWARD else name
+    return f"{name}, {exchange.before} → {exchange.after}" if phase is Phase.FORWARD else name
 
 
 def _agreement(difference: Difference) -> str:
-    if difference.largest == 0:
+    largest = difference.largest
+    if largest == 0:
         return "Equal to the unsharded module, bit for bit."
     if difference.agrees:
-        return f"Equal to the unsharded module up to rounding: the largest difference is {difference.largest:.1e}."
-    return f"NOT equal to the unsharded module: the largest difference is {difference.largest:.3g}."
+        return f"Equal to the unsharded module up to rounding: the largest difference is {largest:.1e}."
+    return f"NOT equal to the unsharded module: the largest difference is {largest:.3g}."
 
 
 def _transfer_text(transfer: Transfer) -> str:
@@ -149,24 +151,23 @@ def _transfer_text(transfer: Transfer) -> str:
     return f"{count_of(transfer.rows, 'row')}{zeros} · {transfer.bytes} B"
 
 
-def _explained_panel(reader: Reader, step: Step, panel: Panel) -> ExplainedPanel:
+def _explained_panel(kind: str, step: Step, panel: Panel) -> ExplainedPanel:
+    def explained(matrices: tuple[Matrix, ...]) -> tuple[ExplainedMatrix, ...]:
+        return tuple(
+            ExplainedMatrix(
+                _caption(kind, step, panel, matrix),
+                tuple(_row_label(kind, matrix, row) for row in matrix.rows),
+                _column_labels(kind, matrix),
+                matrix,
+            )
+            for matrix in matrices
+        )
+
     title = "Unsharded" if panel.rank is None else f"Rank {panel.rank}"
-    holds = tuple(_explained_matrix(reader, step, panel, matrix) for matrix in panel.holds)
-    return ExplainedPanel(
-        panel.rank,
-        title,
-        _numbered_arrivals(holds) if step.kind is StepKind.EXPAND else holds,
-        tuple(_explained_matrix(reader, step, panel, matrix) for matrix in panel.gets),
-    )
-
-
-def _explained_matrix(reader: Reader, step: Step, panel: Panel, matrix: Matrix) -> ExplainedMatrix:
-    return ExplainedMatrix(
-        _caption(reader, step, panel, matrix),
-        tuple(_row_label(reader, matrix, row) for row in matrix.rows),
-        _column_labels(reader, step, matrix),
-        matrix,
-    )
+    holds = explained(panel.holds)
+    if step.kind is StepKind.EXPAND:
+        holds = _numbered_arrivals(holds)
+    return ExplainedPanel(panel.rank, title, holds, explained(panel.gets))
 
 
 def _numbered_arrivals(matrices: tuple[ExplainedMatrix, ...]) -> tuple[ExplainedMatrix, ...]:
@@ -180,26 +181,49 @@ def _numbered_arrivals(matrices: tuple[ExplainedMatrix, ...]) -> tuple[Explained
     )
 
 
-def _caption(reader: Reader, step: Step, panel: Panel, matrix: Matrix) -> str:
-    kind = reader.walkthrough.subject.partition("/")[0]
+# what a matrix is called; under a kind of module, what it is called there
+_CAPTIONS: dict[str, dict[Content, str]] = {
+    "": {
+        Content.INPUT: "input",
+        Content.IDS: "the ids",
+        Content.LOCAL_ROWS: "is the row mine?",
+        Content.EXPAND: "who takes which",
+        Content.PARTIAL: "its part of the gradient",
+        Content.OUTPUT: "output",
+        Content.STATISTICS: "per token",
+        Content.OUTPUT_GRADIENT: "gradient of the output",
+        Content.INPUT_GRADIENT: "gradient of the input",
+        Content.GRADIENT: "gradient of the weight",
+    },
+    "embedding": {Content.PARAMETER: "its part of the table", Content.GRADIENT: "gradient of the table"},
+    "linear": {Content.PARAMETER: "its part of the weight"},
+    "norm": {Content.PARAMETER: "the weight"},
+    "loss": {
+        Content.PARAMETER: "its logits",
+        Content.LOCAL_ROWS: "is the label mine?",
+        Content.OUTPUT: "the loss",
+        Content.GRADIENT: "gradient of the logits",
+    },
+}
+_COLUMN_LABELS = {
+    Content.IDS: ("id",),
+    Content.LOCAL_ROWS: ("its row here",),
+    Content.ROUTE: ("row here",),
+    Content.EXPAND: ("takes arrival",),
+    Content.SENT: ("log-sum", "label's logit"),
+    Content.RECEIVED: ("log-sum", "label's logit"),
+    Content.STATISTICS: ("log-sum", "loss"),
+}
+_ITEMS = {"embedding": "id", "linear": "output", "loss": "label"}
+
+
+def _caption(kind: str, step: Step, panel: Panel, matrix: Matrix) -> str:
     is_self = matrix.peer is not None and matrix.peer == panel.rank
     match matrix.content:
-        case Content.PARAMETER:
-            return {
-                "embedding": "its part of the table",
-                "linear": "its part of the weight",
-                "norm": "the weight",
-            }.get(kind, "its logits")
-        case Content.INPUT:
-            return "input"
-        case Content.IDS:
-            return "the ids it looks up" if step.kind is StepKind.OWNERS else "the ids"
-        case Content.LOCAL_ROWS:
-            return "is the label mine?" if kind == "loss" else "is the row mine?"
+        case Content.IDS if step.kind is StepKind.OWNERS:
+            return "the ids it looks up"
         case Content.ROUTE:
             return "needed here, stays" if is_self else f"rank {matrix.peer} needs"
-        case Content.EXPAND:
-            return "who takes which"
         case Content.SENT:
             if matrix.peer is None:
                 return "for every rank"
@@ -208,89 +232,61 @@ def _caption(reader: Reader, step: Step, panel: Panel, matrix: Matrix) -> str:
             is_summed = any(other.content is Content.SUM for other in panel.gets)
             plus = "+ " if is_summed and matrix is not panel.gets[0] else ""
             return plus + ("its own, stayed" if is_self else f"from rank {matrix.peer}")
-        case Content.PARTIAL:
-            return "its part of the gradient"
         case Content.SUM:
             return "= the sum" if len(panel.gets) > 1 else "the sum"
-        case Content.OUTPUT:
-            return "the loss" if kind == "loss" else "output"
-        case Content.STATISTICS:
-            return "per token"
-        case Content.OUTPUT_GRADIENT:
-            return "gradient of the output"
-        case Content.INPUT_GRADIENT:
-            return "gradient of the input"
-        case Content.GRADIENT:
-            name = {"embedding": "table", "linear": "weight", "norm": "weight"}.get(kind, "logits")
-            return f"gradient of the {name}"
+        case content:
+            return _CAPTIONS[kind].get(content) or _CAPTIONS[""][content]
 
 
-def _row_label(reader: Reader, matrix: Matrix, row: Row) -> str:
-    kind = reader.walkthrough.subject.partition("/")[0]
-    item = {"embedding": "id", "linear": "output"}.get(kind, "label")
+def _row_label(kind: str, matrix: Matrix, row: Row) -> str:
+    item = "" if row.item is None else f"{_ITEMS[kind]} {row.item}"
     if row.token is None:
-        return "" if row.item is None else f"{item} {row.item}"
+        return item
     if kind == "loss" and row.item is None:
         return f"token {row.token} · no label"
     if row.item is None or matrix.content is Content.IDS:
         return f"token {row.token}"
-    return f"token {row.token} · {item} {row.item}"
+    return f"token {row.token} · {item}"
 
 
-def _column_labels(reader: Reader, step: Step, matrix: Matrix) -> tuple[str, ...]:
-    kind = reader.walkthrough.subject.partition("/")[0]
+def _column_labels(kind: str, matrix: Matrix) -> tuple[str, ...]:
     if matrix.columns:
         return tuple(f"id {column}" if kind == "loss" else str(column) for column in matrix.columns)
-    match matrix.content:
-        case Content.IDS:
-            return ("id",)
-        case Content.LOCAL_ROWS:
-            return ("its column here",) if kind == "loss" else ("its row here",)
-        case Content.ROUTE:
-            return ("row here",)
-        case Content.EXPAND:
-            return ("takes arrival",)
-        case Content.SENT | Content.RECEIVED:
-            return ("log-sum", "label's logit")
-        case Content.STATISTICS:
-            return ("log-sum", "loss")
-        case _:
-            return ()
+    if kind == "loss" and matrix.content is Content.LOCAL_ROWS:
+        return ("its column here",)
+    return _COLUMN_LABELS.get(matrix.content, ())
 
 
-def _summary(reader: Reader) -> Summary:
-    walkthrough = reader.walkthrough
-    is_loss = walkthrough.subject is Subject.LOSS_VOCAB_PARALLEL
+def _summary(walkthrough: Walkthrough, subject: Subject) -> Summary:
     rows: list[tuple[str, ...]] = [
         (
             f"rank {held.rank}",
             f"{_shape(held.parameter_shape)} ({held.parameter_bytes} B)",
-            f"{walkthrough.sent_bytes(held.rank, FORWARD)} B",
-            f"{walkthrough.sent_bytes(held.rank, BACKWARD)} B",
+            *(f"{walkthrough.sent_bytes(held.rank, phase)} B" for phase in Phase),
             f"{_shape(held.gradient_shape)} ({held.gradient_bytes} B)",
         )
         for held in walkthrough.held
     ]
-    formulas = formula_bytes(walkthrough)
-    rows.append(
-        ("formula", _KEPT[walkthrough.subject], *(_formula_text(formula) for formula in formulas), "as kept")
-    )
+    sent = [_formula_text(formula) for formula in formula_bytes(walkthrough)]
+    rows.append(("formula", subject.keeps, *sent, "as kept"))
     equal = (
         "Output and every gradient are equal to the unsharded module's."
         if walkthrough.agrees
         else "The output or a gradient is NOT equal to the unsharded module's."
     )
+    keeps = "logits" if subject.kind == "loss" else "keeps"
     return Summary(
         title="What each rank kept and sent",
-        words=(REMEMBER[walkthrough.subject], equal),
-        columns=("", "logits" if is_loss else "keeps", "sends forward", "sends backward", "gradient"),
+        words=f"{subject.remember} {equal}",
+        columns=("", keeps, "sends forward", "sends backward", "gradient"),
         rows=tuple(rows),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Formula:
-    """Bytes that one rank sends in a phase. bound: the data decides, and this is the most (averaged over the ranks)."""
+    """Bytes that one rank sends in a phase. bound: the data decides, and this is the most (averaged over the
+    ranks)."""
 
     text: str
     bytes: float
@@ -298,51 +294,36 @@ class Formula:
 
 
 def formula_bytes(walkthrough: Walkthrough) -> tuple[Formula, Formula]:
-    """(forward, backward) by the formulas of docs/embedding.md and core/collective.py, b s tokens, x bytes an element."""
-    sizes = walkthrough.sizes
-    T, x = sizes.ranks, sizes.element_bytes
-    tokens = sizes.batch * sizes.sequence
-    share = (T - 1) / T
-    nothing = Formula("0", 0.0)
-    whole_rows = Formula("b s H x (T-1)/T", tokens * sizes.hidden * x * share)
-    match walkthrough.subject:
-        case Subject.EMBEDDING_ROWWISE | Subject.LINEAR_COLWISE | Subject.LINEAR_ROWWISE:
-            return whole_rows, whole_rows
-        case Subject.EMBEDDING_COLWISE:
-            slices = Formula("b s H/T x (T-1)/T", whole_rows.bytes / T)
-            return slices, slices
-        case Subject.EMBEDDING_ROUTED | Subject.EMBEDDING_ROUTED_INTERLEAVED:
-            bound = Formula(whole_rows.text, whole_rows.bytes, is_bound=True)
-            return bound, bound
-        case Subject.EMBEDDING_REPLICATED:
-            vocabulary = sizes.vocabulary or 0
-            return nothing, Formula("2 (T-1)/T V H x", 2 * share * vocabulary * sizes.hidden * x)
-        case Subject.NORM_SEQUENCE_PARALLEL:
-            return nothing, Formula("2 (T-1)/T H x", 2 * share * sizes.hidden * x)
-        case Subject.LOSS_VOCAB_PARALLEL:
-            return Formula("2 b s x (T-1)", 2.0 * tokens * x * (T - 1)), nothing
+    """(forward, backward) by the formulas of docs/embedding.md and core/collective.py."""
+    subject = subject_named(walkthrough.subject)
+    wires = (subject.wire(phase) for phase in Phase)
+    forward, backward = (
+        Formula("0", 0.0)
+        if wire is None
+        else Formula(wire.formula, _value(wire.formula, walkthrough.sizes), wire.is_bound)
+        for wire in wires
+    )
+    return forward, backward
 
 
-_KEPT = {
-    Subject.EMBEDDING_ROWWISE: "V/T × H",
-    Subject.EMBEDDING_COLWISE: "V × H/T",
-    Subject.EMBEDDING_ROUTED: "V/T × H",
-    Subject.EMBEDDING_ROUTED_INTERLEAVED: "V/T × H",
-    Subject.EMBEDDING_REPLICATED: "V × H",
-    Subject.LINEAR_COLWISE: "out/T × in",
-    Subject.LINEAR_ROWWISE: "out × in/T",
-    Subject.NORM_SEQUENCE_PARALLEL: "H",
-    Subject.LOSS_VOCAB_PARALLEL: "b s × V/T",
-}
+def _value(formula: str, sizes: Sizes) -> float:
+    """Of a product such as `2 (T-1)/T V H x`: b s tokens, x bytes an element."""
+    T = sizes.ranks
+    values = {"b": sizes.batch, "s": sizes.sequence, "H": sizes.hidden, "V": sizes.vocabulary or 0, "T": T}
+    values |= {"x": sizes.element_bytes, "(T-1)": T - 1, "2": 2, "": 1}
+    above, below = 1, 1
+    for factor in formula.split():
+        numerator, _, denominator = factor.partition("/")
+        above *= values[numerator]
+        below *= values[denominator]
+    return above / below
 
 
 def _formula_text(formula: Formula) -> str:
     if not formula.bytes:
         return "0 B"
-    bytes_ = f"{formula.bytes:g} B"
-    return (
-        f"by the text; bound {formula.text} = {bytes_}" if formula.is_bound else f"{formula.text} = {bytes_}"
-    )
+    text = f"{formula.text} = {formula.bytes:g} B"
+    return f"by the text; bound {text}" if formula.is_bound else text
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -1,6 +1,7 @@
-"""Explained walk-throughs -> one HTML file that needs no network: every step is in the page as text and tables, and its script only
-chooses which one is seen. So it prints as a whole, and reads without a script. The rules of report/page.py hold: escaped text, a content
-security policy that lets just this script run. Computes nothing.
+"""Explained walk-throughs -> one HTML file that needs no network: every step is in the page as text and
+tables, and its script only chooses which one is seen. So it prints as a whole, and reads without a script.
+The rules of report/page.py hold: escaped text, a content security policy that lets just this script run.
+Computes nothing.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ from shardwise.report.common.page import csp_hash, page_environment, template_so
 from shardwise.report.walkthrough.terminal import format_value
 from shardwise.walkthrough.words import Explained, ExplainedMatrix, ExplainedStep
 
-# lines of large type (32 pixels) under a step's words on a screen of 900 pixels; what a matrix has above its rows; what a wire takes
+# lines of large type (32 pixels) under a step's words on a screen of 900 pixels; what a matrix has above its
+# rows; what a wire takes
 ROOMY_LINES = 15
 HEADING_LINES = 2
 WIRE_LINES = 3
@@ -28,7 +30,8 @@ class Key:
 
 
 def walkthrough_html(walkthroughs: Sequence[Explained]) -> str:
-    """The whole page, with a tab for each walk-through. `#embedding/rowwise/5` behind its address opens step 5 of that one."""
+    """The whole page, with a tab for each walk-through. `#embedding/rowwise/5` behind its address opens step
+    5 of that one."""
     environment = page_environment()
     environment.globals.update(
         value=format_value,
@@ -127,23 +130,16 @@ def _large_width(explained: ExplainedMatrix) -> float:
 def _keys(step: ExplainedStep, ranks: int) -> list[Key]:
     matrices = [matrix.matrix for panel in step.panels for matrix in (*panel.holds, *panel.gets)]
     rows = [row for matrix in matrices for row in matrix.rows]
-    if (
-        step.wire
-        and all(row.owner is None for row in rows)
-        and not any(matrix.column_owners for matrix in matrices)
-    ):
-        return [Key(f"o{rank}", f"comes from rank {rank}") for rank in range(ranks)]
     by_column = any(matrix.column_owners for matrix in matrices)
     by_row = any(row.owner is not None for row in rows)
+    if step.wire and not by_row and not by_column:
+        return [Key(f"o{rank}", f"comes from rank {rank}") for rank in range(ranks)]
     what = "column" if by_column else "row"
-    found = (
-        [Key(f"o{rank}", f"a {what} of rank {rank}'s") for rank in range(ranks)]
-        if by_row or by_column
-        else []
-    )
+    owned = by_row or by_column
+    keys = [Key(f"o{rank}", f"a {what} of rank {rank}'s") for rank in range(ranks) if owned]
     roles = {row.role for row in rows}
     if Role.ZERO in roles:
-        found.append(Key("zero", "not its own"))
+        keys.append(Key("zero", "not its own"))
     if Role.UNTOUCHED in roles:
-        found.append(Key("untouched", "zeros: no token had this id"))
-    return found
+        keys.append(Key("untouched", "zeros: no token had this id"))
+    return keys

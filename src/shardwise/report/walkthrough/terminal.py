@@ -1,6 +1,8 @@
-"""Explained -> rich renderables: step after step, ranks side by side where they fit, with or without colour. Computes nothing.
+"""Explained -> rich renderables: step after step, ranks side by side where they fit, with or without colour.
+Computes nothing.
 
-Colours are the owners'. Without colour it reads too: a dot stands for a zero that is there because another rank owns the row.
+Colours are the owners'. Without colour it reads too: a dot stands for a zero that is there because another
+rank owns the row.
 """
 
 from rich import box
@@ -39,7 +41,8 @@ def walkthrough_renderables(explained: Explained, width: int) -> list[Renderable
 
 
 def format_value(value: float | None) -> str:
-    """A number of a matrix, short enough to stand among others: whole ones as they are, others to two or three decimals; a dash for none."""
+    """A number of a matrix, short enough to stand among others: whole ones as they are, others to two or
+    three decimals; a dash for none."""
     if value is None:
         return "–"
     if value == round(value):
@@ -71,8 +74,8 @@ def _heading(number: str, phase: Phase | None, title: str) -> RenderableType:
     return Rule(text, align="left", style="dim", characters="─")
 
 
-def _words(words: tuple[str, ...]) -> RenderableType:
-    return Padding(Text(plain(" ".join(words))), (0, 1))
+def _words(words: str) -> RenderableType:
+    return Padding(Text(plain(words)), (0, 1))
 
 
 def _wire(step: ExplainedStep) -> RenderableType:
