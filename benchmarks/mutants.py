@@ -22,9 +22,10 @@ from shardwise.core.finding import Cause
 from shardwise.core.placement import Replicate, Shard
 from shardwise.core.plan import Ownership, Plan, ReduceScatter, Rule, Style, StyleName
 from shardwise.models.llama import Llama, LlamaConfig
-from shardwise.parallel import collectives, native, parameters
+from shardwise.parallel import collectives, parameters
 from shardwise.parallel.apply import parallelize
 from shardwise.parallel.builtin import builtin_plan
+from shardwise.parallel.engines import native
 
 CRASHES, HARMLESS = "crashes", "harmless"
 CONFIG = LlamaConfig(vocab_size=128, hidden=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_hidden=96)

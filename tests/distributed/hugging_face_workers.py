@@ -11,7 +11,7 @@ from shardwise.core.mesh import Mesh
 from shardwise.launch import RankContext
 from shardwise.models.source import find_model
 from shardwise.parallel.apply import loss_of
-from shardwise.parallel.hugging_face import parallelize_hugging_face
+from shardwise.parallel.engines.hugging_face import parallelize_hugging_face
 from shardwise.step.build import device_mesh
 
 SIZES = "vocab_size=65,hidden_size=32,intermediate_size=48,num_attention_heads=4,num_key_value_heads=2,num_hidden_layers=2"

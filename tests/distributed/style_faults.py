@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from shardwise.core.placement import Shard
 from shardwise.core.plan import Family, Plan, ReduceScatter, Rule, Style, StyleName
-from shardwise.parallel import collectives, embedding, loss, native, parameters
+from shardwise.parallel import collectives, embedding, loss, parameters
 from shardwise.parallel import ownership as ownership_room
 from shardwise.parallel.builtin import builtin_plan
+from shardwise.parallel.engines import native
 from shardwise.parallel.ownership import Route
 from shardwise.step import clipping, train
 from shardwise.verify import ranks

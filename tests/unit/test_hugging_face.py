@@ -20,7 +20,7 @@ from shardwise.core.foreign import ForeignRule
 from shardwise.core.rule import RuleRef
 from shardwise.models.source import find_model, vocab_size_of
 from shardwise.parallel.apply import applied_to, loss_of
-from shardwise.parallel.hugging_face import hugging_face_rules, parallelize_hugging_face
+from shardwise.parallel.engines.hugging_face import hugging_face_rules, parallelize_hugging_face
 from shardwise.parallel.loss import PlainLoss
 
 pytest.importorskip(

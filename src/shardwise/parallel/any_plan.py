@@ -14,7 +14,7 @@ def apply_any(model: nn.Module, plan: AnyPlan, mesh: DeviceMesh) -> nn.Module:
         case Plan():
             parallelize(model, plan, mesh)
         case TheirPlan.HF:
-            from shardwise.parallel.hugging_face import parallelize_hugging_face
+            from shardwise.parallel.engines.hugging_face import parallelize_hugging_face
 
             parallelize_hugging_face(model, mesh)
         case TheirPlan.OWN:

@@ -11,9 +11,9 @@ from shardwise.core.errors import MeshError, PlanError
 from shardwise.core.foreign import ForeignPlan
 from shardwise.core.plan import Engine, Family, Plan
 from shardwise.parallel.builtin import builtin_plan
-from shardwise.parallel.dtensor import apply_dtensor
+from shardwise.parallel.engines.dtensor import apply_dtensor
+from shardwise.parallel.engines.native import apply_native
 from shardwise.parallel.loss import Loss, PlainLoss
-from shardwise.parallel.native import apply_native
 from shardwise.parallel.ownership import RowOwnership
 
 _ATTRIBUTE = "_shardwise"

@@ -200,7 +200,7 @@ def _rules(plan: AnyPlan, model: nn.Module) -> tuple[RuleUse, ...]:
                 for rule in plan.rules
             )
         case TheirPlan.HF:
-            from shardwise.parallel.hugging_face import hugging_face_rules
+            from shardwise.parallel.engines.hugging_face import hugging_face_rules
 
             return tuple(
                 RuleUse(use.rule.pattern, use.rule.style, use.modules or use.parameters)

@@ -1,0 +1,1 @@
+"""Who carries a plan out: our own engine, PyTorch's ParallelStyles, or transformers under its own plan."""
