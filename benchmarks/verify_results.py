@@ -8,6 +8,7 @@ from benchmarks.results import RESULTS, latest, write_results
 from shardwise.core.verification import Verdict, Verification, VerificationRun
 from shardwise.files.document import read_document, write_document
 from shardwise.report.verify import rows
+from shardwise.report.verify.tables import cases_table
 
 WHAT = "hf-verify"
 
@@ -75,13 +76,17 @@ def _found_table(cases: list[Verification]) -> str:
 
 
 def _all_table(cases: tuple[Verification, ...]) -> str:
+    shown = cases_table(cases)
+    _, _, _, sharded, error, compared, _ = shown.columns
     cells = []
-    for each in cases:
+    for each, row in zip(cases, shown.rows, strict=True):
         if each.verdict is not Verdict.SKIPPED:
-            row = rows.row(each)
+            texts = [
+                row.cells[shown.columns.index(column)].read(column) for column in (sharded, compared, error)
+            ]
             noise = rows.error(each.proof.noise) if each.proof is not None else ""
             steps = rows.error(each.proof.weights_error) if each.proof is not None else ""
-            cells.append([_type(each), str(row.verdict), row.sharded, row.compared, noise, row.error, steps])
+            cells.append([_type(each), str(each.verdict), texts[0], texts[1], noise, texts[2], steps])
     head = [
         "type",
         "verdict",

@@ -51,6 +51,7 @@ from shardwise.profiles.diff import diff
 from shardwise.profiles.picture import picture
 from shardwise.profiles.ranks import read_ranks, trace_files
 from shardwise.profiles.run import profile_run
+from shardwise.report.common.deliver import show
 from shardwise.report.compare.html import comparison_html
 from shardwise.report.compare.terminal import comparison_tables
 from shardwise.report.diff.html import difference_html
@@ -60,7 +61,6 @@ from shardwise.report.explain.terminal import explanation_renderables
 from shardwise.report.predict.html import prediction_html
 from shardwise.report.predict.terminal import render_prediction
 from shardwise.report.verify.html import verification_html
-from shardwise.report.verify.terminal import render_verification
 from shardwise.report.walkthrough.html import walkthrough_html
 from shardwise.walkthrough.record import record_walkthrough
 from shardwise.walkthrough.words import explain_walkthrough
@@ -248,7 +248,7 @@ def verify_output() -> str:
     """docs/verify.md's example, as the terminal shows its file."""
     run = read_document(VERIFIED.read_bytes(), VerificationRun, str(VERIFIED))
     console = Console(width=WIDTH, file=io.StringIO(), record=True, no_color=True)
-    render_verification(run, console)
+    show(run, "terminal", console)
     text = "\n".join(line.rstrip() for line in console.export_text().rstrip().splitlines())
     return f"```\n{text}\n```\n"
 

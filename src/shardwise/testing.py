@@ -31,7 +31,7 @@ def assert_plan_trains_right(
     fails too. Raises InputError for names that aren't known, and for a plan that doesn't fit the model. Starts tp processes on this machine.
     """
     from shardwise.core.verification import Verdict
-    from shardwise.report.verify.terminal import render_verification
+    from shardwise.report.common.deliver import show
 
     run = prove_plans(
         [model], list(plans), tp=tp, batch=batch, seq=seq, small=small, device=device, timeout_s=timeout_s
@@ -40,5 +40,5 @@ def assert_plan_trains_right(
     if all(each.verdict in fine for each in run.verifications):
         return
     text = StringIO()
-    render_verification(run, Console(file=text, width=120, no_color=True))
+    show(run, "terminal", Console(file=text, width=120, no_color=True))
     raise AssertionError(f"a plan doesn't train the model:\n{text.getvalue()}")

@@ -17,9 +17,10 @@ from shardwise.core.measurement import Comparison, Ratio
 from shardwise.files.document import read_document, write_document
 from shardwise.report.common import units
 from shardwise.report.common.page import script_json
+from shardwise.report.common.plain import plain
 from shardwise.report.compare.html import comparison_html, short_name
 from shardwise.report.compare.rows import comparison_rows, not_measured
-from shardwise.report.compare.terminal import plain, render_comparison
+from shardwise.report.compare.terminal import render_comparison
 from tests.unit.comparison_example import (
     HOSTILE_MARKUP,
     HOSTILE_NAME,

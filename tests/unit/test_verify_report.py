@@ -9,9 +9,9 @@ from rich.console import Console
 from shardwise.core.finding import Cause, Finding, FindingKind
 from shardwise.core.verification import Proof, Sharded, Verdict, Verification, VerificationRun
 from shardwise.files.document import read_document, write_document
+from shardwise.report.common.deliver import show
 from shardwise.report.verify import rows
 from shardwise.report.verify.html import verification_html
-from shardwise.report.verify.terminal import render_verification
 
 HOSTILE = "</script><img src=x onerror=alert(1)>[bold]\x1b[31m"
 PROOF = Proof("float64", 2e-16, 1e-10, 1e-16, 0.0, 27, "layers.1.norm.weight", 4e-16, 2, 1e-16, 3e-16)
@@ -84,8 +84,8 @@ def run(*cases: Verification) -> VerificationRun:
 
 
 def text(found: VerificationRun) -> str:
-    console = Console(record=True, width=100, file=io.StringIO())
-    render_verification(found, console)
+    console = Console(record=True, width=80, file=io.StringIO())
+    show(found, "terminal", console)
     return console.export_text()
 
 
@@ -132,7 +132,7 @@ def test_static_answers_say_that_nothing_was_proved() -> None:
         "1 shards nearly nothing, 2 suspected, 2 not proved, 1 skipped: tp=2, batch 2, 16 tokens each, traced and not run"
         in found
     )
-    assert "hf:qwen3 under hf not proved: Its step can't be traced" in found
+    assert "What was found: Its step can't be traced" in found
     assert read_document(write_document(run(*STATIC)), VerificationRun) == run(*STATIC)
     page = verification_html(replace(run(*STATIC), device="none"))
     assert "Nothing was run" in page
@@ -181,9 +181,12 @@ def test_the_terminal_tells_many_cases_in_a_table_and_those_that_are_not_right_b
         "1 right, 1 wrong, 1 shards nearly nothing, 1 crashes, 1 skipped: tp=2 on cpu, batch 2, 16 tokens each, no dropout"
         in found
     )
-    assert "hf:lfm2 under hf crashes: lm_head raised it" in found
-    assert "hf:bert under hf skipped: there is no plan" in found
-    assert "hf:gpt_oss under hf shards nearly nothing: 0.0% are sharded" in found
+    assert "hf:lfm2 hf crashes What was found: lm_head raised it" in found
+    assert "hf:bert hf skipped What was found: there is no plan" in found
+    assert (
+        "hf:gpt_oss hf shards nearly nothing 100 % 4.0e-16 27 in float64 What was found: 0.0% are sharded"
+        in found
+    )
 
 
 def test_json_holds_all_of_it_an_infinite_error_too() -> None:

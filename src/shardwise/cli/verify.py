@@ -1,6 +1,5 @@
 """`shardwise verify`: prove on real ranks that a plan trains the unsharded model, or name the parameter, the rule and the reason."""
 
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -242,29 +241,9 @@ def _versions() -> tuple[tuple[str, str], ...]:
 
 
 def _deliver(run: "VerificationRun", console: Console, *, as_json: bool, out: Path | None) -> int:
-    from shardwise.files.document import write_document
-    from shardwise.report.verify.terminal import render_verification
+    from shardwise.report.common.deliver import deliver
 
-    document = write_document(run)
-    if as_json:
-        sys.stdout.buffer.write(document)
-        sys.stdout.buffer.flush()
-    else:
-        render_verification(run, console)
-    if out is not None:
-        import msgspec
-
-        from shardwise.files.run_folder import RunFolder
-        from shardwise.report.verify.html import verification_html
-
-        with RunFolder(out, "verify", datetime.now(UTC), has_events=False) as folder:
-            asked = {
-                "cases": [(each.model, each.plan) for each in run.verifications],
-                "mesh": run.mesh,
-                "device": run.device,
-            }
-            folder.write("settings.json", msgspec.json.format(msgspec.json.encode(asked), indent=2) + b"\n")
-            folder.write("verification.json", document)
-            path = folder.write("verify.html", verification_html(run))
-        console.print(f"\nPage: {path}", markup=False, highlight=False, soft_wrap=True)
+    cases = [(each.model, each.plan) for each in run.verifications]
+    asked = {"cases": cases, "mesh": run.mesh, "device": run.device}
+    deliver(run, "json" if as_json else "terminal", console, out, settings=asked)
     return 1 if run.is_no else 0

@@ -71,6 +71,11 @@ def write_document(noun: object) -> bytes:
     return msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n"
 
 
+def settings_document(asked: object) -> bytes:
+    """What was asked, as a run folder keeps it: fields only."""
+    return msgspec.json.format(msgspec.json.encode(asked), indent=2) + b"\n"
+
+
 def read_document(
     document: bytes, kind: type[_Noun], source: str = "", *, saved: tuple[str, str] | None = None
 ) -> _Noun:

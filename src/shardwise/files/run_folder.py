@@ -29,6 +29,7 @@ class RunFolder:
     def write(self, name: str, content: bytes | str) -> Path:
         path = self.path / name
         try:
+            path.parent.mkdir(exist_ok=True)
             path.write_bytes(content.encode() if isinstance(content, str) else content)
         except OSError as error:
             raise self._lost(path, error) from None

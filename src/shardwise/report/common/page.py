@@ -1,11 +1,50 @@
-"""What every HTML page of ours shares: templates whose text is escaped, JSON that is inert, and a policy that lets only known scripts run."""
+"""What every HTML page of ours shares: templates whose text is escaped, tables drawn from data, JSON that is inert, and a policy that lets
+only known scripts run. A page needs no network; each number is in it as text, so it reads and prints without its script.
+"""
 
 import base64
 import hashlib
+import re
+from collections.abc import Sequence
 
 import jinja2
 import msgspec
-from markupsafe import Markup
+from markupsafe import Markup, escape
+
+from shardwise.report.common import units
+from shardwise.report.common.plain import name, plain, sentence
+
+# sorts tables
+_SCRIPT = "common/page.js"
+
+
+def draw(
+    template: str, sheets: Sequence[str] = (), scripts: Sequence[str] = (_SCRIPT,), **context: object
+) -> str:
+    """A page. sheets: style sheets beside those that all pages have; scripts: files, or the source of one.
+
+    context: what the template needs, besides names, units and tables, which all know.
+    """
+    environment = page_environment()
+    environment.globals.update(
+        name=name, sentence=sentence, plain=plain, breakable=breakable, rate=units.format_rate,
+        bytes=units.format_bytes, seconds=units.format_seconds, count=units.format_count, flops=units.format_flops,
+        ratio=units.format_ratio, share=units.format_share, error=units.format_error, number=units.format_number,
+        interval=units.format_interval, confidence=units.format_confidence,
+    )  # fmt: skip
+    sources = [
+        template_source(environment, each) if each.endswith(".js") and "\n" not in each else each
+        for each in scripts
+    ]
+    css = "".join(
+        template_source(environment, each) for each in ("common/page.css", "common/bars.css", *sheets)
+    )
+    return environment.get_template(template).render(
+        css=Markup(css),
+        scripts=[Markup(source) for source in sources],
+        script_hash=Markup(" ".join(map(csp_hash, sources))),
+        **context,
+    )
 
 
 def page_environment() -> jinja2.Environment:
@@ -28,6 +67,11 @@ def template_source(environment: jinja2.Environment, name: str) -> str:
 def csp_hash(script: str) -> str:
     """A script's name in a content security policy, which then lets it run."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def breakable(text: str) -> Markup:
+    """A text whose names may be broken after their dots and underscores."""
+    return Markup(re.sub(r"([._])(?=\w)", r"\1<wbr>", str(escape(plain(text)))))
 
 
 def script_json(value: object) -> Markup:

@@ -5,8 +5,9 @@ that is not finite says so (NaN, ∞). What this file does not know: what a numb
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from shardwise.core.measurement import Ratio
 
@@ -138,3 +139,25 @@ def format_error(value: float | None, absent: str = NOT_MEASURED) -> str:
     if not math.isfinite(value):
         return format_number(value)
     return f"{value:.1e}" if value else "0"
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How the values of a column read, and the unit in which they are given."""
+
+    write: Callable[[Any], str]
+    unit: str = ""
+
+    def text(self, value: object) -> str:
+        """An absent value is nothing at all: a cell that has words for it says them."""
+        return "" if value is None else self.write(value)
+
+
+TEXT = Format(str)
+NUMBER = Format(str)
+BYTES = Format(format_bytes, "bytes")
+SECONDS = Format(format_seconds, "s")
+COUNT = Format(format_count)
+FLOPS = Format(format_flops, "FLOP")
+RATIO = Format(format_ratio)
+PERCENT = Format(lambda share: f"{100 * share:.1f} %", "share")

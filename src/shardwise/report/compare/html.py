@@ -105,7 +105,7 @@ def comparison_html(comparison: Comparison) -> str:
         css=Markup(
             "".join(
                 template_source(environment, name)
-                for name in ("compare/comparison.css", "common/bars.css", "diff/diff.css")
+                for name in ("common/page.css", "common/bars.css", "diff/diff.css")
             )
         ),
         stacks=part_stacks([(profile.label, profile.parts) for profile in comparison.profiles]),

@@ -3,8 +3,6 @@
 Names come from the user's files: they are shown as text, never read as markup, and control characters in them are made visible.
 """
 
-import unicodedata
-
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -13,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shardwise.core.measurement import Comparison, Measurement
+from shardwise.report.common.plain import plain
 from shardwise.report.common.units import (
     format_bytes,
     format_confidence,
@@ -77,16 +76,6 @@ def comparison_tables(comparison: Comparison, width: int) -> list[RenderableType
     if comparison.notes:
         parts.append(Padding(Group(*(_bullet(note, "") for note in comparison.notes)), (0, 1)))
     return parts
-
-
-def plain(text: str) -> str:
-    """`text` without power over a terminal: control, format and surrogate characters as visible escapes, on one line."""
-    return "".join(
-        character.encode("unicode_escape").decode("ascii")
-        if unicodedata.category(character) in {"Cc", "Cf", "Cs", "Zl", "Zp"}
-        else character
-        for character in text
-    )
 
 
 def _headline(comparison: Comparison) -> RenderableType:

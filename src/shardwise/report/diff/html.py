@@ -68,10 +68,10 @@ def _page(
 ) -> str:
     environment = page_environment()
     environment.globals.update(rows=rows, time=rows.time, signed=rows.signed)
-    script = template_source(environment, "explain/explain.js")
+    script = template_source(environment, "common/page.js")
     css = "".join(
         template_source(environment, name)
-        for name in ("compare/comparison.css", "common/bars.css", "explain/explain.css", "diff/diff.css")
+        for name in ("common/page.css", "common/bars.css", "explain/explain.css", "diff/diff.css")
     )
     longest = max((picture.length_ns for picture in pictures), default=1)
     return environment.get_template("diff/diff.html.j2").render(

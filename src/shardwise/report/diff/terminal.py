@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shardwise.core.difference import Difference, RunProfile
-from shardwise.report.compare.terminal import plain
+from shardwise.report.common.plain import plain
 from shardwise.report.diff import rows
 
 _LINES = 16

@@ -16,6 +16,7 @@ from shardwise.core.finding import Finding
 from shardwise.core.program import MemoryKind, Phase
 from shardwise.report.common import units
 from shardwise.report.common.page import csp_hash, page_environment, template_source
+from shardwise.report.common.plain import name, sentence
 from shardwise.report.explain import rows
 from shardwise.report.explain.band import bands, largest_wire_bytes
 from shardwise.report.explain.rows import LAYER_PHASES
@@ -98,7 +99,7 @@ def wire_chart(explanations: Sequence[Explanation]) -> Chart:
                             sent.wire_bytes,
                         )
                     )
-            label = phase.value if len(explanations) == 1 else f"{phase.value}, {rows.name(one.plan)}"
+            label = phase.value if len(explanations) == 1 else f"{phase.value}, {name(one.plan)}"
             found.append((label, parts, index == 0))
     keys = tuple(
         Key(f"k-{kind.value}", rows.collective_name(kind)) for kind in CollectiveKind if kind in kinds
@@ -119,7 +120,7 @@ def memory_chart(explanations: Sequence[Explanation]) -> Chart:
                 if n_bytes
             ]
             kinds |= {kind for kind, n_bytes in sizes if n_bytes}
-            label = moment if len(explanations) == 1 else f"{moment}, {rows.name(one.plan)}"
+            label = moment if len(explanations) == 1 else f"{moment}, {name(one.plan)}"
             found.append((label, parts, index == 0))
     keys = tuple(Key(f"m-{kind.value}", rows.KIND_PLURALS[kind]) for kind in MemoryKind if kind in kinds)
     return Chart(_bars(found), keys)
@@ -156,16 +157,16 @@ def _page(
         flops=units.format_flops,
         share=units.format_share,
         rows=rows,
-        name=rows.name,
-        sentence=rows.sentence,
+        name=name,
+        sentence=sentence,
         largest=LARGEST,
         percent=_percent,
         breakable=_breakable,
     )
-    script = template_source(environment, "explain/explain.js")
+    script = template_source(environment, "common/page.js")
     css = "".join(
-        template_source(environment, name)
-        for name in ("compare/comparison.css", "common/bars.css", "explain/explain.css")
+        template_source(environment, sheet)
+        for sheet in ("common/page.css", "common/bars.css", "explain/explain.css")
     )
     found: Iterable[tuple[str, Finding]]
     found = (
@@ -202,4 +203,4 @@ def _percent(value: float, of: float) -> str:
 
 def _breakable(text: str) -> Markup:
     """A name that may be broken after its dots and underscores."""
-    return Markup(re.sub(r"([._])(?=\w)", r"\1<wbr>", str(escape(rows.name(text)))))
+    return Markup(re.sub(r"([._])(?=\w)", r"\1<wbr>", str(escape(name(text)))))

@@ -21,14 +21,11 @@ from shardwise.core.explanation import (
 from shardwise.core.finding import Finding
 from shardwise.core.placement import Placement
 from shardwise.core.program import MemoryKind, Phase
-from shardwise.core.shown import shown
+from shardwise.report.common.plain import name
 from shardwise.report.common.units import format_bytes, format_flops, format_ratio
 
 # The phases whose work grows with the model's layers; the others happen once in a step.
 LAYER_PHASES = (Phase.FORWARD, Phase.BACKWARD, Phase.RECOMPUTE)
-
-NAME_CHARACTERS = 96
-SENTENCE_CHARACTERS = 700
 
 UNTOLD = "not told"
 
@@ -97,16 +94,6 @@ class ContrastRow:
     @property
     def differs(self) -> bool:
         return self.first != self.second
-
-
-def name(text: str, empty: str = "(model)") -> str:
-    """A module's, parameter's or plan's name on one line; long ones cut, and the root's empty one in words."""
-    return shown(text, NAME_CHARACTERS) or empty
-
-
-def sentence(text: str) -> str:
-    """A reason, advice or note: as it is, but for control characters and for what nobody would read to its end."""
-    return shown(text, SENTENCE_CHARACTERS)
 
 
 def collective_name(kind: CollectiveKind) -> str:

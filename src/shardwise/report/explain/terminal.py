@@ -16,10 +16,10 @@ from rich.text import Text
 from shardwise.core.explanation import CollectiveGroup, Contrast, Explanation, HoldingGroup
 from shardwise.core.finding import Finding
 from shardwise.core.program import MemoryKind
+from shardwise.report.common.plain import name, plain, sentence
 from shardwise.report.common.units import format_bytes, format_count, format_flops, format_share
-from shardwise.report.compare.terminal import plain
 from shardwise.report.explain import rows
-from shardwise.report.explain.rows import KIND_PLURALS, name, sentence
+from shardwise.report.explain.rows import KIND_PLURALS
 
 # From these widths on, a collective's placements and its payload stand in columns of their own; below, on a line under it.
 PLACEMENT_COLUMNS = 98

@@ -12,8 +12,8 @@ from shardwise.core.prediction import MemoryForecast, Prediction
 from shardwise.core.prediction_run import PredictionRun
 from shardwise.report.common import units
 from shardwise.report.common.page import csp_hash, page_environment, template_source
+from shardwise.report.common.plain import name, sentence
 from shardwise.report.explain.html import LEAST_PERCENT, Bar, Chart, Key, Segment
-from shardwise.report.explain.rows import name, sentence
 from shardwise.report.predict import rows
 
 
@@ -49,15 +49,10 @@ def predict_environment() -> jinja2.Environment:
 
 def page_parts(environment: jinja2.Environment) -> dict[str, Markup]:
     """Style and script, and the script's name for the page's policy."""
-    script = template_source(environment, "explain/explain.js")
+    script = template_source(environment, "common/page.js")
     css = "".join(
         template_source(environment, sheet)
-        for sheet in (
-            "compare/comparison.css",
-            "common/bars.css",
-            "explain/explain.css",
-            "predict/predict.css",
-        )
+        for sheet in ("common/page.css", "common/bars.css", "explain/explain.css", "predict/predict.css")
     )
     return {"css": Markup(css), "script": Markup(script), "script_hash": Markup(csp_hash(script))}
 

@@ -17,8 +17,9 @@ from shardwise.core.prediction_run import (
     PlanDifference,
     PredictionRun,
 )
+from shardwise.report.common.plain import name, sentence
 from shardwise.report.common.units import format_bytes, format_count, format_seconds
-from shardwise.report.explain.rows import KIND_PLURALS, name, sentence
+from shardwise.report.explain.rows import KIND_PLURALS
 
 SOURCES_SHOWN = 4
 # stretches that wait for launches, named one by one

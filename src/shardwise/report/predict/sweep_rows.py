@@ -2,8 +2,8 @@
 
 from shardwise.core.prediction import COMPUTE_TERMS, Term
 from shardwise.core.sweep import Sweep, SweepPoint
+from shardwise.report.common.plain import name
 from shardwise.report.common.units import format_count, format_seconds
-from shardwise.report.explain.rows import name
 
 # bars of the page; rows of its table; refusals in the terminal
 BARS = 12

@@ -8,9 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from shardwise.core.sweep import Sweep
+from shardwise.report.common.plain import name, plain, sentence
 from shardwise.report.common.units import format_bytes, format_count, format_seconds
-from shardwise.report.compare.terminal import plain
-from shardwise.report.explain.rows import name, sentence
 from shardwise.report.predict import rows as predict_rows
 from shardwise.report.predict import sweep_rows as rows
 

@@ -14,9 +14,8 @@ from rich.text import Text
 
 from shardwise.core.prediction import Prediction
 from shardwise.core.prediction_run import PredictionRun
+from shardwise.report.common.plain import name, plain
 from shardwise.report.common.units import format_bytes, format_count, format_ratio, format_seconds
-from shardwise.report.compare.terminal import plain
-from shardwise.report.explain.rows import name
 from shardwise.report.predict import rows
 
 BAR = 24

@@ -11,29 +11,6 @@ PASSED_ON = frozenset({Cause.FOLLOWS, Cause.FORWARD})
 _TELL_RATIO = frozenset({Cause.SUMMED_TOO_OFTEN, Cause.AVERAGED})
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One case in a table of many."""
-
-    model: str
-    plan: str
-    verdict: Verdict
-    sharded: str
-    compared: str
-    error: str
-    what: str
-
-
-def row(each: Verification) -> Row:
-    proof = each.proof
-    sharded = f"{100 * each.sharded.inner_share:.0f} %" if each.sharded is not None else ""
-    compared = f"{proof.parameters_compared} in {proof.dtype}" if proof is not None else ""
-    worst = (
-        max(proof.worst_gradient_error, proof.output_error, proof.loss_error) if proof is not None else None
-    )
-    return Row(each.model, each.plan, each.verdict, sharded, compared, error(worst), headline(each))
-
-
 def headline(each: Verification) -> str:
     """What was found, in a sentence; of many findings the first, and how many others there are."""
     match each.verdict:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shardwise.core.walkthrough import Content, Phase, Role, Row
-from shardwise.report.compare.terminal import plain
+from shardwise.report.common.plain import plain
 from shardwise.walkthrough.words import Explained, ExplainedMatrix, ExplainedPanel, ExplainedStep, Summary
 
 RANK_COLORS = ("dodger_blue1", "dark_orange", "green3", "medium_orchid")

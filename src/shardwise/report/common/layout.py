@@ -1,0 +1,137 @@
+"""A Table laid out for so many columns of characters: which columns fit, how wide, and where texts break. No label is cut, no word broken.
+
+First every column is as wide as its longest text. Where that is too wide, columns that wrap do, at spaces; then columns that spill go under
+their row, the last first; then names break after a dot, a dash and the like; and at last the table comes in parts, each with the first column.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.cells import cell_len, chop_cells
+
+from shardwise.report.common.table import Table
+
+GAP = 2
+# a column of sentences is no narrower than this, or they would be a word a line
+SENTENCE = 24
+# what no reader takes for a word, such as a hash, breaks anywhere
+LONGEST_WORD = 40
+
+_SPACES = re.compile(r"\S+")
+_PIECES = re.compile(r"[^\s._/,=:|\-\[\]()]*[._/,=:|\-\[\]()]+|[^\s._/,=:|\-\[\]()]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Columns that stand side by side (by index, with their widths), and those that are told under each row."""
+
+    columns: tuple[int, ...]
+    widths: tuple[int, ...]
+    spilled: tuple[int, ...]
+
+
+def lay_out(table: Table, texts: Sequence[Sequence[str]], width: int) -> list[Part]:
+    """texts: of the head and then of each row, a text per column (a heading has its title alone, and takes no column's room)."""
+    columns = tuple(range(len(table.columns)))
+    spilling = [index for index in columns if table.columns[index].spills]
+    whole = [line for line in texts if len(line) == len(columns)]
+    for breaks_names in (False, True):
+        natural, least = _widths(table, whole, breaks_names)
+        for kept in range(len(spilling), -1, -1):
+            spilled = tuple(spilling[kept:])
+            side = tuple(index for index in columns if index not in spilled)
+            if sum(least[index] for index in side) + GAP * (len(side) - 1) <= width:
+                return [Part(side, _share(side, natural, least, width), spilled)]
+    return _parts(side, natural, least, width, spilled)
+
+
+def _parts(
+    side: tuple[int, ...], natural: list[int], least: list[int], width: int, spilled: tuple[int, ...]
+) -> list[Part]:
+    """The first column stands in each part."""
+    first, *rest = side
+    parts: list[Part] = []
+    taken: list[int] = []
+    for index in rest:
+        if taken and sum(least[each] + GAP for each in (*taken, index)) + least[first] > width:
+            parts.append(_part((first, *taken), natural, least, width, ()))
+            taken = []
+        taken.append(index)
+    return [*parts, _part((first, *taken), natural, least, width, spilled)]
+
+
+def _part(
+    side: tuple[int, ...], natural: list[int], least: list[int], width: int, spilled: tuple[int, ...]
+) -> Part:
+    return Part(side, _share(side, natural, least, width), spilled)
+
+
+def _widths(table: Table, texts: list[Sequence[str]], breaks_names: bool) -> tuple[list[int], list[int]]:
+    """(as wide as the longest text, as narrow as it may be) of each column. A head always wraps."""
+    natural, least = [], []
+    for index, column in enumerate(table.columns):
+        head, *cells = (line[index] for line in texts)
+        lines = [cell_len(line) for text in cells for line in text.split("\n")]
+        longest = max(lines, default=0)
+        narrowest = _longest_word(head, breaks_names)
+        if column.wraps:
+            words = max((_longest_word(text, breaks_names) for text in cells), default=0)
+            narrowest = max(narrowest, words, min(longest, SENTENCE) if not breaks_names else 0)
+        else:
+            narrowest = max(narrowest, longest)
+        natural.append(max(longest, narrowest))
+        least.append(narrowest)
+    return natural, least
+
+
+def _longest_word(text: str, breaks_names: bool) -> int:
+    words = (_PIECES if breaks_names else _SPACES).findall(text)
+    return min(LONGEST_WORD, max((cell_len(word) for word in words), default=0))
+
+
+def _share(side: tuple[int, ...], natural: list[int], least: list[int], width: int) -> tuple[int, ...]:
+    """Each its least, and what is left to those that want more, the narrowest first."""
+    found = {index: least[index] for index in side}
+    left = width - sum(found.values()) - GAP * (len(side) - 1)
+    wanting = sorted(
+        (index for index in side if natural[index] > found[index]), key=lambda each: natural[each]
+    )
+    for place, index in enumerate(wanting):
+        more = min(natural[index] - found[index], left // (len(wanting) - place))
+        found[index] += more
+        left -= more
+    return tuple(found[index] for index in side)
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Lines of at most `width`: broken at spaces, else after a dot, dash and the like, and only what is longer than that anywhere."""
+    lines: list[str] = []
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in paragraph.split(" "):
+            if not line:
+                line = word
+            elif cell_len(line) + 1 + cell_len(word) <= width:
+                line += f" {word}"
+            else:
+                lines.append(line)
+                line = word
+            if cell_len(line) > width:
+                *full, line = _broken(line, width)
+                lines += full
+        lines.append(line)
+    return lines
+
+
+def _broken(word: str, width: int) -> list[str]:
+    lines = [""]
+    for piece in re.findall(r"[^._/,=:|\-\[\]()\s]*[._/,=:|\-\[\]()\s]*", word):
+        if cell_len(lines[-1]) + cell_len(piece.rstrip(" ")) <= width:
+            lines[-1] += piece
+            continue
+        if lines[-1]:
+            lines.append("")
+        *full, last = chop_cells(piece, width) or [""]
+        lines[-1:] = [*full, last]
+    return lines

@@ -1,0 +1,32 @@
+"""Text from a user's files without power over whoever shows it."""
+
+import unicodedata
+
+from shardwise.core.shown import shown
+
+NAME_CHARACTERS = 96
+SENTENCE_CHARACTERS = 700
+
+_INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+
+def plain(text: str) -> str:
+    """`text` with control, format and surrogate characters as visible escapes, on one line."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        character.encode("unicode_escape").decode("ascii")
+        if unicodedata.category(character) in _INVISIBLE
+        else character
+        for character in text
+    )
+
+
+def name(text: str, empty: str = "(model)") -> str:
+    """A module's, parameter's or plan's name on one line; long ones cut, and the root's empty one in words."""
+    return shown(text, NAME_CHARACTERS) or empty
+
+
+def sentence(text: str) -> str:
+    """A reason, advice or note: as it is, but for control characters and for what nobody would read to its end."""
+    return shown(text, SENTENCE_CHARACTERS)

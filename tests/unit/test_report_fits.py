@@ -1,0 +1,103 @@
+"""Every verb's report in a terminal of any width: no line is wider, no label cut, no word broken. And the other formats hold the same tables."""
+
+import csv
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from shardwise.report.common.deliver import show
+from shardwise.report.common.formats import format_named, formats
+from shardwise.report.common.plain import plain
+from shardwise.report.common.room import room_of
+from shardwise.report.common.table import Report, RowKind, Words
+from tests.unit import test_verify_report as verified
+
+RESULTS = {
+    "verify": verified.run(
+        *(each for each in (verified.RIGHT, verified.WRONG, verified.CRASH, verified.LITTLE))
+    ),
+    "verify one": verified.run(verified.WRONG),
+    "verify static": verified.run(*verified.STATIC),
+}
+WORD = re.compile(r"\w+")
+
+each_result = pytest.mark.parametrize("result", RESULTS.values(), ids=RESULTS.keys())
+
+
+def drawn(result: object, width: int, *, no_color: bool = True) -> str:
+    console = Console(file=io.StringIO(), width=width, no_color=no_color, force_terminal=not no_color)
+    show(result, "terminal", console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def texts(report: Report) -> Iterator[str]:
+    """All that a report says."""
+    for block in report.blocks:
+        yield block.title
+        if isinstance(block, Words):
+            yield from (f"{line.lead} {line.text}" for line in block.lines)
+            continue
+        yield from (column.name for column in block.columns if block.headed)
+        for row in block.rows:
+            yield from (f"{line.lead} {line.text}" for line in row.below)
+            for cell, column in zip(row.cells, block.columns, strict=row.kind is not RowKind.HEADING):
+                yield cell.read(column)
+                yield cell.about
+        yield from (f"{note.lead} {note.text}" for note in block.notes)
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+@each_result
+def test_no_line_is_wider_than_the_terminal_and_no_word_is_broken(result: object, width: int) -> None:
+    text = drawn(result, width)
+    assert max(cell_len(line) for line in text.splitlines()) <= width
+    assert "…" not in text
+    said = set(WORD.findall(" ".join(plain(each) for each in texts(room_of(result).report(result)))))
+    assert said - set(WORD.findall(text)) == set()
+
+
+@each_result
+def test_without_colour_the_report_is_the_same_text(result: object) -> None:
+    coloured = drawn(result, 80, no_color=False)
+    assert "\x1b[" in coloured
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == drawn(result, 80)
+    assert "\x1b" not in drawn(result, 80)
+
+
+@each_result
+def test_a_csv_file_has_every_row_and_the_head_names_each_column(result: object) -> None:
+    room = room_of(result)
+    files = format_named("csv").files(room, result)
+    tables = list(room.report(result).tables())
+    assert list(files) == [f"tables/{table.key}.csv" for table in tables]
+    for content, table in zip(files.values(), tables, strict=True):
+        head, *rows = csv.reader(io.StringIO(content.decode()))
+        assert len(rows) == sum(row.kind is not RowKind.HEADING for row in table.rows)
+        assert {len(row) for row in rows} <= {len(head)}
+        assert all(any(column.name in name for name in head) for column in table.columns)
+
+
+@each_result
+def test_markdown_has_a_line_for_each_row_of_each_table(result: object) -> None:
+    room = room_of(result)
+    (content,) = format_named("markdown").files(room, result).values()
+    lines = [line for line in content.decode().splitlines() if line.startswith("| ")]
+    assert len(lines) == sum(2 + len(table.rows) for table in room.report(result).tables())
+
+
+def test_the_formats_are_the_modules_that_there_are() -> None:
+    assert formats() == ("csv", "html", "json", "markdown", "terminal")
+
+
+def test_a_name_that_looks_like_a_formula_or_markup_stays_text() -> None:
+    hostile = verified.run(verified.RIGHT, replace(verified.WRONG, model="=HYPERLINK(1)<b>|*x*"))
+    room = room_of(hostile)
+    assert "'=HYPERLINK(1)" in format_named("csv").files(room, hostile)["tables/cases.csv"].decode()
+    (content,) = format_named("markdown").files(room, hostile).values()
+    assert r"=HYPERLINK(1)&lt;b&gt;\|\*x\*" in content.decode()
