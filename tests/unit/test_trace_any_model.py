@@ -16,7 +16,7 @@ from shardwise.core.plan import AnyPlan, Plan, Rule, Style, StyleName, TheirPlan
 from shardwise.core.program import MemoryKind, OpKind, Phase, Program, TensorSpec
 from shardwise.models.factory import FactoryModel
 from shardwise.models.source import find_model
-from shardwise.trace.catalogue import flops_of, kind_of, name_on
+from shardwise.trace.catalogue import flops_of, kind_of, name_on, traffic_of
 from shardwise.trace.trace import trace
 
 BATCH, SEQ, VOCAB, HIDDEN = 2, 4, 11, 6
@@ -230,13 +230,44 @@ def test_cuda_s_attention_depends_on_dtype_mask_and_grouped_heads(
     assert backward == f"{expected}_backward"
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("exp_", OpKind.ELEMENTWISE),
+        ("index_fill_", OpKind.INDEX),
+        ("index_fill", OpKind.INDEX),
+        ("index_reduce_", OpKind.INDEX),
+        ("_unsafe_masked_index_put_accumulate", OpKind.INDEX),
+        ("masked_fill_", OpKind.ELEMENTWISE),
+        ("index_put_", OpKind.INDEX),
+        ("_foreach_lerp_", OpKind.ELEMENTWISE),
+        ("_foreach_norm", OpKind.REDUCTION),
+        ("new_empty_like_ones_like", OpKind.FILL),
+        ("permute_copy", OpKind.COPY),
+        ("no_such_", OpKind.UNKNOWN),
+        ("special_zeta", OpKind.UNKNOWN),
+    ],
+)
+def test_an_op_that_no_table_names_is_of_the_kind_that_its_form_and_family_say(
+    name: str, kind: OpKind
+) -> None:
+    assert kind_of(f"aten::{name}", "cuda") is kind
+
+
+def test_an_op_that_no_name_tells_is_of_the_kind_that_torch_s_own_tag_says() -> None:
+    program = traced(lambda: Tiny(lambda hidden_BSH: torch.special.log_ndtr(hidden_BSH)))
+    (op,) = [op for op in program.ops() if "log_ndtr" in op.name and op.phase is Phase.FORWARD]
+    assert op.kind is OpKind.ELEMENTWISE
+
+
+def test_filling_rows_writes_those_rows_and_not_the_table() -> None:
+    table, rows = TensorSpec("float32", (1000, 4)), TensorSpec("int64", (5,))
+    assert traffic_of("aten::index_fill_", (table, rows), (16_000, 40), (), (16_000,)) == (40, 80)
+
+
 def test_a_triangular_solve_counts_its_size_squared_for_each_right_hand_side() -> None:
     matrix, sides = TensorSpec("float32", (2, 5, 5)), TensorSpec("float32", (2, 5, 3))
     assert kind_of("aten::linalg_solve_triangular", "cpu") is OpKind.MATMUL
-    assert (kind_of("aten::exp_", "cuda"), kind_of("aten::no_such_", "cuda")) == (
-        OpKind.ELEMENTWISE,
-        OpKind.UNKNOWN,
-    )
     assert flops_of("aten::linalg_solve_triangular", (matrix, sides), (sides,), causal=False) == 2 * 5 * 5 * 3
 
 

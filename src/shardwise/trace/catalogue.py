@@ -1,56 +1,67 @@
 """What is known of an op by its name: its kind, its FLOPs, the bytes that it reads and writes, and which op another device runs instead.
 
 Names are PyTorch's, without overload: "aten::mm". The one table of what differs between devices is CUDA_NAMES; an op that isn't in KINDS is
-`unknown`: it keeps its name, shapes and bytes, and nobody guesses more.
+of the kind that PyTorch's tags or its name's family say, else `unknown`: it keeps its name, shapes and bytes, and nobody guesses more.
 
 FLOPs: see core/program.py. Sources: matmul 2 m n k (Golub & Van Loan, Matrix Computations, 1.2.4); triangular solve n^2 per right-hand side
 (3.1.2 there); attention forward two matmuls and backward five (Dao et al. 2022, FlashAttention, section 3 and appendix B, which recomputes
 the scores), half of them where causal.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from math import prod
 
 from shardwise.core.program import OpKind, TensorSpec
 
 _NAMES: dict[OpKind, str] = {
-    OpKind.MATMUL: "mm addmm bmm baddbmm _grouped_mm convolution convolution_backward dot mv addmv linalg_solve_triangular",
+    OpKind.MATMUL: (
+        "mm addmm bmm baddbmm _grouped_mm convolution convolution_backward dot mv addmv "
+        "linalg_solve_triangular"
+    ),
     OpKind.ATTENTION: (
-        "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward "
-        "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_backward "
-        "_scaled_dot_product_efficient_attention _scaled_dot_product_efficient_attention_backward"
+        "_scaled_dot_product_flash_attention_for_cpu "
+        "_scaled_dot_product_flash_attention_for_cpu_backward _scaled_dot_product_flash_attention "
+        "_scaled_dot_product_flash_attention_backward _scaled_dot_product_efficient_attention "
+        "_scaled_dot_product_efficient_attention_backward"
     ),
     OpKind.EMBEDDING: "embedding embedding_dense_backward",
     OpKind.NORM: (
-        "_fused_rms_norm _fused_rms_norm_backward native_layer_norm native_layer_norm_backward native_group_norm native_group_norm_backward"
+        "_fused_rms_norm _fused_rms_norm_backward native_layer_norm native_layer_norm_backward "
+        "native_group_norm native_group_norm_backward"
     ),
     OpKind.SOFTMAX: (
-        "_softmax _log_softmax _softmax_backward_data _log_softmax_backward_data logsumexp nll_loss_forward nll_loss_backward _safe_softmax"
+        "_softmax _log_softmax _softmax_backward_data _log_softmax_backward_data logsumexp "
+        "nll_loss_forward nll_loss_backward _safe_softmax"
     ),
     OpKind.ELEMENTWISE: (
-        "add add_ sub sub_ mul mul_ div div_ neg pow pow_ rsqrt sqrt exp log log1p expm1 sigmoid sigmoid_backward tanh tanh_backward silu "
-        "silu_backward silu_ gelu gelu_backward relu relu_ threshold_backward softplus softplus_backward leaky_relu leaky_relu_backward where "
-        "masked_fill masked_fill_ clamp clamp_ clamp_min clamp_min_ clamp_max abs sign sgn sin cos tan erf floor ceil round reciprocal "
-        "maximum minimum lt gt le ge eq ne isnan isinf bitwise_and bitwise_or bitwise_not bitwise_xor bitwise_and_ bitwise_or_ logical_and "
-        "logical_or logical_not logical_and_ __or__ __and__ __xor__ floor_divide remainder addcmul addcdiv lerp _foreach_mul_ _foreach_add_ _foreach_div_ "
-        "_foreach_clamp_max_ rsub polar log_sigmoid_forward log_sigmoid_backward hardtanh elu elu_backward mish square atan2 fmod"
+        "add sub mul div neg pow rsqrt sqrt exp log log1p expm1 sigmoid sigmoid_backward tanh "
+        "tanh_backward silu silu_backward gelu gelu_backward relu threshold_backward softplus "
+        "softplus_backward leaky_relu leaky_relu_backward where masked_fill clamp clamp_min clamp_max "
+        "abs sign sgn sin cos tan erf floor ceil round reciprocal maximum minimum lt gt le ge eq ne "
+        "isnan isinf bitwise_and bitwise_or bitwise_not bitwise_xor logical_and logical_or "
+        "logical_not __or__ __and__ __xor__ floor_divide remainder addcmul addcdiv lerp rsub polar "
+        "log_sigmoid_forward log_sigmoid_backward hardtanh elu elu_backward mish square atan2 fmod"
     ),
     OpKind.REDUCTION: (
-        "sum mean amax amin max min prod var std any all argmax argmin cumsum cumprod _foreach_norm linalg_vector_norm norm topk sort "
-        "bincount histc count_nonzero logcumsumexp aminmax mode median unique_consecutive searchsorted cummax"
+        "sum mean amax amin max min prod var std any all argmax argmin cumsum cumprod "
+        "linalg_vector_norm norm topk sort bincount histc count_nonzero logcumsumexp aminmax mode "
+        "median unique_consecutive searchsorted cummax"
     ),
     OpKind.INDEX: (
-        "index index_put index_put_ index_select index_copy index_copy_ index_add index_add_ gather scatter scatter_ scatter_add scatter_add_ "
-        "nonzero masked_select slice_scatter select_scatter select_backward slice_backward take masked_scatter scatter_reduce "
-        "_unsafe_index _unsafe_index_put"
+        "index index_put index_select index_copy index_add gather scatter scatter_add nonzero "
+        "masked_select slice_scatter select_scatter select_backward slice_backward take "
+        "masked_scatter scatter_reduce _unsafe_index _unsafe_index_put"
     ),
     OpKind.COPY: (
-        "clone copy_ _foreach_copy_ _to_copy to cat stack repeat tril triu roll flip constant_pad_nd contiguous split_with_sizes_copy "
-        "all_gather_copy_in chunk_cat split_with_sizes_copy_out unfold_backward repeat_interleave tril_ triu_ copy"
+        "clone _to_copy to cat stack repeat tril triu roll flip constant_pad_nd contiguous "
+        "split_with_sizes_copy all_gather_copy_in chunk_cat split_with_sizes_copy_out unfold_backward "
+        "repeat_interleave copy"
     ),
     OpKind.FILL: (
-        "zeros zeros_like ones ones_like full full_like fill_ zero_ new_zeros new_ones new_full arange scalar_tensor linspace eye fill "
-        "bernoulli_ normal_ uniform_ exponential_ rand randn randint rand_like randn_like one_hot"
+        "zeros zeros_like ones ones_like full full_like zero_ new_zeros new_ones new_full arange "
+        "scalar_tensor linspace eye fill bernoulli_ normal_ uniform_ exponential_ rand randn randint "
+        "rand_like randn_like one_hot"
     ),
     OpKind.OPTIMIZER: "_fused_adamw_ _fused_adam_ _fused_sgd_",
 }
@@ -60,6 +71,14 @@ KINDS: dict[str, OpKind] = {
     "fsdp::all_gather_copy_in": OpKind.COPY,
     "fsdp::split_with_sizes_copy": OpKind.COPY,
     "fsdp::chunk_cat": OpKind.COPY,
+}
+
+_BY_TAG = {"pointwise": OpKind.ELEMENTWISE, "reduction": OpKind.REDUCTION, "view_copy": OpKind.COPY}
+# New ops come with old names: these say what an op does to memory
+_FAMILIES = {
+    OpKind.INDEX: re.compile("_?(unsafe_)?(masked_)?(index|scatter|gather|select|slice)_"),
+    OpKind.FILL: re.compile("fill_|new_|(.+_(fill|like)_?$)"),
+    OpKind.COPY: re.compile(".+_copy_?$"),
 }
 
 _FLASH_CPU = "aten::_scaled_dot_product_flash_attention_for_cpu"
@@ -82,11 +101,21 @@ CUDA_NAMES: dict[str, dict[str, str]] = {
 CUDA_DIFFERS = frozenset({"aten::bernoulli_", "aten::_safe_softmax"})
 
 
-def kind_of(name: str, device: str) -> OpKind:
-    """The kind of an op as `device` runs it; an op that works in place (`exp_`) is of its plain form's."""
+def kind_of(name: str, device: str, tags: Collection[str] = ()) -> OpKind:
+    """The kind of an op as `device` runs it; one that works in place (`exp_`) or on a list (`_foreach_exp`) is of its plain form's.
+
+    tags: PyTorch's own of the op ("pointwise", "reduction"), for those that no name here tells.
+    """
     if device == "cuda" and name in CUDA_DIFFERS:
         return OpKind.UNKNOWN
-    return KINDS.get(name) or KINDS.get(name.removesuffix("_"), OpKind.UNKNOWN)
+    namespace, _, base = name.partition("::")
+    of_one = base.removeprefix("_foreach_")
+    for known in (base, base.removesuffix("_"), of_one, of_one.removesuffix("_")):
+        if f"{namespace}::{known}" in KINDS:
+            return KINDS[f"{namespace}::{known}"]
+    tagged = (kind for tag, kind in _BY_TAG.items() if tag in tags)
+    of_family = (kind for kind, family in _FAMILIES.items() if family.match(base))
+    return next(tagged, None) or next(of_family, OpKind.UNKNOWN)
 
 
 def name_on(name: str, device: str, inputs: Sequence[TensorSpec]) -> str:
@@ -155,6 +184,9 @@ def traffic_of(
             return sum(input_bytes[1:]) + sum(output_bytes), write
         case "index_add_" | "scatter_add_":  # reads and writes the rows that it meets
             return sum(input_bytes[1:]) + input_bytes[-1], input_bytes[-1]
+        case "index_fill_":  # writes one value to the rows that it meets
+            rows, count = inputs[0].shape[:1], prod(inputs[1].shape)
+            return input_bytes[1], input_bytes[0] * min(count, rows[0]) // max(1, rows[0]) if rows else write
         case "index_copy_" | "index_put_" | "scatter_":
             return sum(input_bytes[1:]), input_bytes[-1] if len(input_bytes) > 1 else write
         case "embedding_dense_backward":  # zeroes the table's gradient, then adds a row per token to it

@@ -87,12 +87,13 @@ Event = Op | Collective | Came | Went
 
 @dataclass(frozen=True, slots=True)
 class _Schema:
-    """What a dispatcher op's schema says: its name, and the positions of the arguments that it writes."""
+    """What a dispatcher op says of itself: its name, the positions of the arguments that it writes, PyTorch's tags."""
 
     name: str
     writes: tuple[int, ...]
     writes_keywords: tuple[str, ...]
     is_collective: bool
+    tags: frozenset[str]
 
 
 @lru_cache(maxsize=1)
@@ -121,6 +122,7 @@ def _schema(func: Any) -> _Schema:
         tuple(index for index, argument in written if not argument.kwarg_only),
         tuple(argument.name for _, argument in written if argument.kwarg_only),
         is_collective(func),
+        frozenset(tag.name for tag in func.tags),
     )
 
 
@@ -280,7 +282,7 @@ class Recorder(TorchDispatchMode):
             self._see_collective(name, args, out)
             self._note_outputs(outputs, name)
             if self.recording and name.partition("::")[2] in FUSED:
-                self._add_op(name, args, _tensors(args), outputs, [])
+                self._add_op(schema, args, _tensors(args), outputs, [])
             return
         if not self.recording:
             self._note_outputs(outputs, name)
@@ -296,16 +298,17 @@ class Recorder(TorchDispatchMode):
         if (
             name == _FSDP_COPY_IN
         ):  # into its place in the gathered tensor, which is its last input; what it gives are views of that
-            self._add_op(name, args, inputs[:-1], outputs[:1], [])
+            self._add_op(schema, args, inputs[:-1], outputs[:1], [])
             return
         if not made and not written:
             return  # a view
         self._note_outputs(made, name)
-        self._add_op(name, args, inputs, made, written)
+        self._add_op(schema, args, inputs, made, written)
 
     def _add_op(
-        self, name: str, args: Any, inputs: list[Tensor], made: list[Tensor], written: list[Tensor]
+        self, schema: _Schema, args: Any, inputs: list[Tensor], made: list[Tensor], written: list[Tensor]
     ) -> None:
+        name = schema.name
         in_specs, out_specs = tuple(map(self._spec, inputs)), tuple(map(self._spec, made))
         written_ids = {id(t) for t in written}
         reads, writes = traffic_of(
@@ -321,7 +324,9 @@ class Recorder(TorchDispatchMode):
         self.events.append(
             Op(
                 shown,
-                kind_of(name, self._device) if not shown.startswith("unknown") else OpKind.UNKNOWN,
+                kind_of(name, self._device, schema.tags)
+                if not shown.startswith("unknown")
+                else OpKind.UNKNOWN,
                 self._phase(),
                 self._module(),
                 in_specs,
