@@ -1,1 +1,2 @@
-"""Benchmarks as data: scripts that write results/<date>-<what>.json, and tables.py that makes the documents' tables from those files."""
+"""Benchmarks as data: scripts that write results/<date>-<what>.json, and tables.py that makes the documents'
+tables from those files."""

@@ -2,7 +2,8 @@
 
     python -m benchmarks.calibrated [--ranks 2] [--rounds 20] [--dry]
 
-Every built-in plan of llama3-debug under compare's default settings, on the same text. Nothing is fitted to compare's times.
+Every built-in plan of llama3-debug under compare's default settings, on the same text. Nothing is fitted to
+compare's times.
 """
 
 import argparse
@@ -49,8 +50,9 @@ def command(*arguments: str) -> bytes:
 
 
 def compare(*arguments: str) -> tuple[bytes, float | None]:
-    """What `shardwise compare` prints, and the share of a core that its ranks got while they were timed: of the time in which they could have
-    run, that in which they ran (Documentation/scheduler/sched-stats.rst of Linux; None elsewhere)."""
+    """What `shardwise compare` prints, and the share of a core that its ranks got while they were timed: of
+    the time in which they could have run, that in which they ran (Documentation/scheduler/sched-stats.rst of
+    Linux; None elsewhere)."""
     print("shardwise compare", *arguments, file=sys.stderr, flush=True)
     first: dict[Path, tuple[int, int]] = {}
     last: dict[Path, tuple[int, int]] = {}
@@ -104,8 +106,9 @@ def programs(model: str, ranks: int) -> dict[str, Program]:
 
 
 def embedding_s(program: Program, machine: Machine) -> float:
-    """Of the embedding alone, forward and backward: its items one after the other, and its part of the replicated gradients' all-reduce.
-    Alone it gets memory that it gave back just before, so fresh memory isn't dear."""
+    """Of the embedding alone, forward and backward: its items one after the other, and its part of the
+    replicated gradients' all-reduce. Alone it gets memory that it gave back just before, so fresh memory
+    isn't dear."""
     machine = replace(machine, kernels=tuple((name, rate) for name, rate in machine.kernels if name != FRESH))
     work = work_of(program, machine, Setup())
     whole = sum(
@@ -207,8 +210,9 @@ def show(plans: Sequence[Predicted]) -> None:
     """For the one who waits."""
     for plan in plans:
         print(
-            f"{plan.plan:20} step {plan.step_median_s * 1e3:7.0f} ms, predicted {plan.step_predicted_s * 1e3:7.0f} ({plan.error:+.0%}; "
-            f"at compare's share {plan.step_predicted_at_share_s * 1e3:7.0f}, {plan.error_at_share:+.0%})   embedding "
+            f"{plan.plan:20} step {plan.step_median_s * 1e3:7.0f} ms, predicted "
+            f"{plan.step_predicted_s * 1e3:7.0f} ({plan.error:+.0%}; at compare's share "
+            f"{plan.step_predicted_at_share_s * 1e3:7.0f}, {plan.error_at_share:+.0%})   embedding "
             f"{plan.embedding_median_s * 1e3:6.1f} ms, predicted {plan.embedding_predicted_s * 1e3:6.1f}"
         )
 
@@ -227,7 +231,8 @@ def main() -> None:
     show(run.plans)
     right, pairs, wrong = calibrated_results.in_order(run.plans)
     print(
-        f"share of a core: {run.share:.0%} while calibrated, {run.compare_share or 0:.0%} while compared; load {run.load_average}"
+        f"share of a core: {run.share:.0%} while calibrated, {run.compare_share or 0:.0%} while compared; "
+        f"load {run.load_average}"
     )
     print(f"embeddings: {right} of {pairs} pairs in the right order {wrong}")
     if arguments.raw is not None:

@@ -1,4 +1,5 @@
-"""How near predictions are to what compare measures on the machine that was calibrated just before: as data, its file and its table. No torch."""
+"""How near predictions are to what compare measures on the machine that was calibrated just before: as data,
+its file and its table. No torch."""
 
 from dataclasses import dataclass
 from itertools import combinations
@@ -15,8 +16,9 @@ MOST_OFF = 0.15
 
 @dataclass(frozen=True, slots=True)
 class Predicted:
-    """One plan. step_s, embedding_s: per round, of the slowest rank; the embedding is tok_embeddings alone, forward and backward.
-    step_predicted_at_share_s: if ranks had got the share of a core during calibrate that they got during compare."""
+    """One plan. step_s, embedding_s: per round, of the slowest rank; the embedding is tok_embeddings alone,
+    forward and backward. step_predicted_at_share_s: if ranks had got the share of a core during calibrate
+    that they got during compare."""
 
     plan: str
     step_s: tuple[float, ...]
@@ -46,8 +48,8 @@ class Predicted:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """calibrate, then compare, then predict. share, compare_share: of a core that a rank got during either; load averages: before calibrate, between the
-    two, after compare."""
+    """calibrate, then compare, then predict. share, compare_share: of a core that a rank got during either;
+    load averages: before calibrate, between the two, after compare."""
 
     environment: Environment
     settings: dict[str, int | float | str]
@@ -72,8 +74,8 @@ def newest_run(folder: Path = RESULTS) -> Run:
 
 
 def in_order(plans: tuple[Predicted, ...]) -> tuple[int, int, tuple[str, ...]]:
-    """Of the pairs of plans whose embeddings differ by more than the noise (each round's is on the same side): how many are predicted in that
-    order, how many there are, and the pairs that are not."""
+    """Of the pairs of plans whose embeddings differ by more than the noise (each round's is on the same
+    side): how many are predicted in that order, how many there are, and the pairs that are not."""
     right, wrong = 0, []
     for one, other in combinations(plans, 2):
         faster = [a < b for a, b in zip(one.embedding_s, other.embedding_s, strict=True)]
@@ -120,11 +122,13 @@ def blocks(run: Run) -> dict[str, str]:
     where, (before, between, after) = run.environment, run.load_average
     settings = ", ".join(f"{name} {value}" for name, value in run.settings.items())
     about = (
-        f"\nOf {pairs} pairs of plans whose embeddings differ in every round, {right} are predicted in the right order{not_right}. {settings}. "
-        f"{where.machine}, {where.cores} cores; torch {dict(where.versions)['torch']}. calibrate took {run.calibrate_s:.0f} s, compare "
-        f"{run.compare_s:.0f} s; load average {before:.1f}, {between:.1f} and {after:.1f} before, between and after; a rank got "
-        f"{run.share:.0%} of a core during calibrate and {_share(run.compare_share)} during compare: a busy machine is not the same machine a few "
-        f"minutes later. The last error is of the prediction at the share that compare's ranks got; the verdict is not.\n"
+        f"\nOf {pairs} pairs of plans whose embeddings differ in every round, {right} are predicted in the "
+        f"right order{not_right}. {settings}. {where.machine}, {where.cores} cores; torch "
+        f"{dict(where.versions)['torch']}. calibrate took {run.calibrate_s:.0f} s, compare "
+        f"{run.compare_s:.0f} s; load average {before:.1f}, {between:.1f} and {after:.1f} before, between "
+        f"and after; a rank got {run.share:.0%} of a core during calibrate and {_share(run.compare_share)} "
+        "during compare: a busy machine is not the same machine a few minutes later. The last error is of "
+        "the prediction at the share that compare's ranks got; the verdict is not.\n"
         f"\nSource: `benchmarks/results/{where.started[:10]}-{WHAT}.json`, made by `{where.command}`.\n"
     )
     return {f"benchmark-{WHAT}": table + about}

@@ -1,14 +1,17 @@
-"""The embedding alone, forward and backward, at one TP size: every style of ours, both of DTensor's, and two floors, in one run.
+"""The embedding alone, forward and backward, at one TP size: every style of ours, both of DTensor's, and two
+floors, in one run.
 
-Sides, all in the same processes and rounds, fp32, real-text ids, the same fixed random gradient of the output [B, S/T, H]:
+Sides, all in the same processes and rounds, fp32, real-text ids, the same fixed random gradient of the output
+[B, S/T, H]:
     routed, routed-interleaved, colwise, replicated   the native engine's styles
-    rowwise            native; its reduce-scatter is pairwise (an all-to-all and a local sum), (t-1)/t of the tensor on the wire
+    rowwise            native; its reduce-scatter is pairwise (an all-to-all and a local sum):
+                       (t-1)/t of the tensor on the wire
     rowwise (backend)  native, with gloo's own reduce-scatter, which sends as much as an all-reduce
     rowwise@dtensor, colwise@dtensor                  PyTorch's own styles, as torchtitan's 2025 plan has them
-    floor(routed), floor(colwise)                     see Floor: what no implementation of the style can leave out
+    floor(routed), floor(colwise)                     see Floor: what no implementation can leave out
 
-Before anything is timed every side's output and table gradient are compared with the unsharded nn.Embedding's.
-Shapes: B batch, S sequence, H hidden, T ranks, V vocabulary.
+Before anything is timed every side's output and table gradient are compared with the unsharded
+nn.Embedding's. Shapes: B batch, S sequence, H hidden, T ranks, V vocabulary.
 """
 
 import argparse
@@ -52,10 +55,13 @@ ABOUT = {
     "floor(colwise)": "bare memory traffic and all-to-alls",
 }
 NOTES = (
-    "On a CPU mesh DTensor replaces its all-to-all by an all-gather and a chunk, so colwise@dtensor sends more here than on GPUs.",
-    "gloo's own reduce-scatter sends as much as its all-reduce, twice what a ring needs: it slows rowwise@dtensor and rowwise (backend).",
+    "On a CPU mesh DTensor replaces its all-to-all by an all-gather and a chunk, so colwise@dtensor sends "
+    "more here than on GPUs.",
+    "gloo's own reduce-scatter sends as much as its all-reduce, twice what a ring needs: it slows "
+    "rowwise@dtensor and rowwise (backend).",
     "So a ranking on gloo need not hold on NCCL.",
-    "Allocating fresh memory for the table's gradient is a large part of every time; allocator settings are the same for all sides.",
+    "Allocating fresh memory for the table's gradient is a large part of every time; allocator settings "
+    "are the same for all sides.",
 )
 
 
@@ -163,7 +169,8 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a floor is made of in one round: rows of the local table, and rows that each all-to-all sends and receives per rank."""
+    """What a floor is made of in one round: rows of the local table, and rows that each all-to-all sends and
+    receives per rank."""
 
     rows: Tensor
     send_splits: list[int]
@@ -171,12 +178,15 @@ class Load:
 
 
 class Floor:
-    """The sum of work that no implementation of a style can leave out, with none of what joins it: no route, mask, order, autograd.
+    """The sum of work that no implementation of a style can leave out, with none of what joins it: no route,
+    mask, order, autograd.
 
-    A fresh zeroed gradient of the local table; one read of a table row and one write of it per looked-up row, forward; the two
-    all-to-alls with the style's splits; one read-modify-write of a gradient row per looked-up row, backward. Looked-up rows are as many
-    as the output has elements: B S/T whole rows for routed, B S slices for colwise. Left out though needed: routed's packing of the rows
-    it sends, its sums per distinct row; colwise's joining of slices. Buffers of the all-to-alls and row numbers are ready beforehand.
+    A fresh zeroed gradient of the local table; one read of a table row and one write of it per looked-up row,
+    forward; the two all-to-alls with the style's splits; one read-modify-write of a gradient row per
+    looked-up row, backward. Looked-up rows are as many as the output has elements: B S/T whole rows for
+    routed, B S slices for colwise. Left out though needed: routed's packing of the rows it sends, its sums
+    per distinct row; colwise's joining of slices. Buffers of the all-to-alls and row numbers are ready
+    beforehand.
     """
 
     def __init__(
@@ -287,7 +297,8 @@ def _floors(
 def _check(
     side: Embedding, weight_VH: Tensor, grad_BSH: Tensor, ids_BS: Tensor, rank: int, mesh: DeviceMesh
 ) -> dict[str, float]:
-    """Facts of one forward and backward; RunError where the output or the gradient isn't the unsharded embedding's."""
+    """Facts of one forward and backward; RunError where the output or the gradient isn't the unsharded
+    embedding's."""
     recorder = CollectiveRecorder({mesh.get_group().group_name: "tp"})
     side.prepare(0)
     with recorder:
@@ -302,8 +313,9 @@ def _check(
     side.prepare(0)
     if max(output_error, gradient_error) > TOLERANCE:
         raise RunError(
-            f"{side.name}: output differs from the unsharded embedding's by {output_error:.1e} and the table's gradient by "
-            f"{gradient_error:.1e} of its norm, where {TOLERANCE:.0e} is allowed. Nothing was timed."
+            f"{side.name}: output differs from the unsharded embedding's by {output_error:.1e} and the "
+            f"table's gradient by {gradient_error:.1e} of its norm, where {TOLERANCE:.0e} is allowed. "
+            "Nothing was timed."
         )
     return {
         "output_error": output_error,
@@ -392,8 +404,8 @@ def measure(settings: Settings) -> Result:
         load_average=(load_before, results.load_average()),
         text=stream.summary,
         checks=(
-            f"Before the timing every side's output and table gradient equalled the unsharded nn.Embedding's to {worst:.0e} of their norm "
-            f"(allowed: {TOLERANCE:.0e}).",
+            "Before the timing every side's output and table gradient equalled the unsharded "
+            f"nn.Embedding's to {worst:.0e} of their norm (allowed: {TOLERANCE:.0e}).",
         ),
         sides=sides,
         comparisons=_comparisons(sides, settings.tp),

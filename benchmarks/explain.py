@@ -3,7 +3,8 @@
     python -m benchmarks.explain              writes benchmarks/results/DATE-explain-speed.json
     python -m benchmarks.explain --dry        prints, writes nothing
 
-Every command runs as a process of its own, once per round, in rotating order; the clock runs from its start to its end.
+Every command runs as a process of its own, once per round, in rotating order; the clock runs from its start
+to its end.
 """
 
 import argparse

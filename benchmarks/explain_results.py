@@ -1,4 +1,5 @@
-"""How long `shardwise explain` takes and what memory it needs, as data, its file and its table. No torch, no processes."""
+"""How long `shardwise explain` takes and what memory it needs, as data, its file and its table. No torch, no
+processes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ _GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """One command from start to end, imports included, once per round; max_s and max_bytes are the bars (None: none stated).
+    """One command from start to end, imports included, once per round; max_s and max_bytes are the bars
+    (None: none stated).
 
     bytes: the largest resident set of the process, of every round.
     """
@@ -82,15 +84,17 @@ def blocks(run: Run) -> dict[str, str]:
     before, after = run.load_average
     where = run.environment
     about = (
-        f"\nWhole commands, imports included, {run.rounds} interleaved rounds; a verdict is met where the slowest round meets the bar. "
-        f"{where.machine}, {where.cores} cores, load average {before:.1f} before and {after:.1f} after; torch {dict(where.versions)['torch']}.\n"
+        f"\nWhole commands, imports included, {run.rounds} interleaved rounds; a verdict is met where the "
+        f"slowest round meets the bar. {where.machine}, {where.cores} cores, load average {before:.1f} "
+        f"before and {after:.1f} after; torch {dict(where.versions)['torch']}.\n"
         f"\nSource: `benchmarks/results/{where.started[:10]}-{WHAT}.json`, made by `{where.command}`.\n"
     )
     return {f"benchmark-{WHAT}": table + _pairs(run) + about}
 
 
 def _pairs(run: Run) -> str:
-    """A line for each command that should take another's time: paired by round, with what that other's own rounds differ by."""
+    """A line for each command that should take another's time: paired by round, with what that other's own
+    rounds differ by."""
     by_name = {timed.name: timed for timed in run.timed}
     lines = []
     for timed in run.timed:
@@ -99,8 +103,9 @@ def _pairs(run: Run) -> str:
             ratios = [own / other for own, other in zip(timed.wall_s, base.wall_s, strict=True)]
             noise = [wall / base.median_s for wall in base.wall_s]
             lines.append(
-                f"- {timed.name}: {median(ratios):.2f} of the time of {base.name} (rounds {min(ratios):.2f} to {max(ratios):.2f}; the rounds of "
-                f"{base.name} are {min(noise):.2f} to {max(noise):.2f} of their own median)\n"
+                f"- {timed.name}: {median(ratios):.2f} of the time of {base.name} (rounds "
+                f"{min(ratios):.2f} to {max(ratios):.2f}; the rounds of {base.name} are {min(noise):.2f} "
+                f"to {max(noise):.2f} of their own median)\n"
             )
     return "\n" + "".join(lines) if lines else ""
 

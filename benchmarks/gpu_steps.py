@@ -1,10 +1,11 @@
-"""Training steps of one rank's part on one GPU: how long they take, and what the allocator holds. Needs CUDA; nothing else here does.
+"""Training steps of one rank's part on one GPU: how long they take, and what the allocator holds. Needs CUDA;
+nothing else here does.
 
-    python -m benchmarks.gpu_steps --out benchmarks/data/h100-steps.json           the steps that fit 80 GB
-    python -m benchmarks.gpu_steps --large --out benchmarks/data/h200-steps.json   torchtitan's published settings, up to 100 GB
+    python -m benchmarks.gpu_steps --out benchmarks/data/h100-steps.json   the steps that fit 80 GB
+    python -m benchmarks.gpu_steps --large --out benchmarks/data/h200-steps.json   torchtitan's, up to 100 GB
 
-Ranks are those of a fake process group, so collectives take no time and what they bring is noise; compute, launches and memory are real. Each
-case runs in a process of its own. What else the file holds stays in it.
+Ranks are those of a fake process group, so collectives take no time and what they bring is noise; compute,
+launches and memory are real. Each case runs in a process of its own. What else the file holds stays in it.
 """
 
 import argparse
@@ -49,7 +50,10 @@ class Case:
         mixed = f"/{self.param_dtype}/{self.reduce_dtype}" if self.param_dtype else ""
         again = f" recompute {self.recompute}" if self.recompute != "none" else ""
         more = " compiled" * self.compiled + " loss compiled" * self.compiled_loss
-        return f"{self.model} x{self.layers} {mesh} {self.plan} b{self.batch} s{self.seq} {self.dtype}{mixed}{again}{more}"
+        return (
+            f"{self.model} x{self.layers} {mesh} {self.plan} b{self.batch} s{self.seq} "
+            f"{self.dtype}{mixed}{again}{more}"
+        )
 
 
 MIXED = Case("llama3-8b", 32, "unsharded", 2, 8192, "float32", 1, 8, "bfloat16", "float32", "selective-ops")
@@ -85,7 +89,8 @@ def small_cases() -> list[Case]:
 
 
 def large_cases() -> list[Case]:
-    """torchtitan's settings of December 2024, whose memory it published; the last has a quarter of the layers."""
+    """torchtitan's settings of December 2024, whose memory it published; the last has a quarter of the
+    layers."""
     return [
         MIXED,
         replace(MIXED, fsdp=128),

@@ -1,4 +1,5 @@
-"""The sweep over Hugging Face types as data, its file, and the tables of docs/hugging-face.md. No torch, no processes."""
+"""The sweep over Hugging Face types as data, its file, and the tables of docs/hugging-face.md. No torch, no
+processes."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -19,7 +20,8 @@ class Answer(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """An explained step of one rank, counted. unknown: (name, count) of the ops that the catalogue doesn't know.
+    """An explained step of one rank, counted. unknown: (name, count) of the ops that the catalogue doesn't
+    know.
 
     sharded: share of the model's parameters of which the rank keeps a part only.
     """
@@ -34,7 +36,8 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One type. `model`: as a command names the form that was tried. step, plan_step: unsharded and under plan `hf`, where explained.
+    """One type. `model`: as a command names the form that was tried. step, plan_step: unsharded and under
+    plan `hf`, where explained.
 
     The reasons are a line each, empty where the answer isn't no; `note`: why it isn't simply two layers.
     """
@@ -97,9 +100,10 @@ def summary(sweep: Sweep) -> str:
     steps = [step for row in rows for step in (row.step, row.plan_step) if step is not None]
     ops, unknown = sum(step.ops for step in steps), sum(count for step in steps for _, count in step.unknown)
     return (
-        f"Of the {len(rows)} causal language model types, {explained} are explained unsharded. {len(planned)} of these have a "
-        f"tensor-parallel plan of their own, and {under_plan} are explained under it too. {sum(row.is_whole for row in rows)} are explained "
-        f"both ways, or have no plan. Of {ops:,} ops in all these steps the catalogue doesn't know {unknown:,}."
+        f"Of the {len(rows)} causal language model types, {explained} are explained unsharded. "
+        f"{len(planned)} of these have a tensor-parallel plan of their own, and {under_plan} are explained "
+        f"under it too. {sum(row.is_whole for row in rows)} are explained both ways, or have no plan. Of "
+        f"{ops:,} ops in all these steps the catalogue doesn't know {unknown:,}."
     )
 
 
@@ -108,8 +112,9 @@ def blocks(sweep: Sweep) -> dict[str, str]:
     versions = dict(sweep.versions)
     source = f"\nSource: `benchmarks/results/{sweep.day}-{sweep.what}.json`, made by `{sweep.command}`.\n"
     about = (
-        f"\nRun: {sweep.dtype}, batch {sweep.batch}, sequence {sweep.seq}, tp {sweep.tp}; torch {versions['torch']}, transformers "
-        f"{versions['transformers']}. Parameters are of the form that was tried; ops are those of the unsharded step, collectives those of a rank "
+        f"\nRun: {sweep.dtype}, batch {sweep.batch}, sequence {sweep.seq}, tp {sweep.tp}; torch "
+        f"{versions['torch']}, transformers {versions['transformers']}. Parameters are of the form that "
+        "was tried; ops are those of the unsharded step, collectives those of a rank "
         "under its plan.\n"
     )
     made = {

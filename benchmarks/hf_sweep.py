@@ -1,11 +1,13 @@
-"""Every causal language model type of transformers: is its training step explained, unsharded and under its own tensor-parallel plan?
+"""Every causal language model type of transformers: is its training step explained, unsharded and under its
+own tensor-parallel plan?
 
     python -m benchmarks.hf_sweep                  all types; writes benchmarks/results/DATE-hf-explain.json
     python -m benchmarks.hf_sweep qwen3 mixtral    these types; prints, writes nothing
 
-Each type is built from its default configuration at two layers, with its widths as they are (nothing is allocated), under the name by which
-anyone can try it again: `hf:TYPE?num_hidden_layers=2`. QUERIES has the exceptions. Its step is traced and explained unsharded, then under plan
-`hf` as rank 0 of TP. A type counts only where what came out is plausible: check() and check_flops(). Types run in worker processes; one that
+Each type is built from its default configuration at two layers, with its widths as they are (nothing is
+allocated), under the name by which anyone can try it again: `hf:TYPE?num_hidden_layers=2`. QUERIES has the
+exceptions. Its step is traced and explained unsharded, then under plan `hf` as rank 0 of TP. A type counts
+only where what came out is plausible: check() and check_flops(). Types run in worker processes; one that
 takes too long is ended and noted.
 """
 
@@ -41,14 +43,18 @@ TP = 2
 BATCH, SEQ = 2, 32
 WORKERS = 2
 TWO_LAYERS = "num_hidden_layers=2"
-_HEAD_ALONE = "its plan shards the head alone, which the default ties to a table that isn't sharded: no step runs under it then"
+_HEAD_ALONE = (
+    "its plan shards the head alone, which the default ties to a table that isn't sharded: no step runs "
+    "under it then"
+)
 _HEAD_DIM = "the default says no head_dim; this is hidden size over heads"
 # What a type is built with where two layers alone don't do, and why.
 QUERIES = {
     "blt": ("", "its layers are those of four parts"),
     "deepseek_v2": (
         f"{TWO_LAYERS},num_experts_per_tok=6,moe_intermediate_size=1408",
-        "the default says no number of experts per token, and a width of 1407, which grouped_mm refuses; these are DeepSeek-V2-Lite's",
+        "the default says no number of experts per token, and a width of 1407, which grouped_mm refuses; "
+        "these are DeepSeek-V2-Lite's",
     ),
     "dots1": (
         f"{TWO_LAYERS},n_routed_experts=128,n_shared_experts=2,num_experts_per_tok=6",
@@ -164,7 +170,8 @@ def explained_step(source: "ModelSource", plan: TheirPlan, dtype_name: str) -> S
 
 
 def check(program: Program, explanation: Explanation) -> None:
-    """Raises ImplausibleError where a program can't be that of a training step, or its explanation leaves something out."""
+    """Raises ImplausibleError where a program can't be that of a training step, or its explanation leaves
+    something out."""
     phases = {totals.phase: totals for totals in explanation.phases}
     missing = [phase for phase in _PHASES if phase not in phases]
     if missing:
@@ -178,14 +185,16 @@ def check(program: Program, explanation: Explanation) -> None:
     on_tp = {group.phase for group in explanation.collectives if group.axis == "tp"}
     if explanation.sharded_share and not {Phase.FORWARD, Phase.BACKWARD} <= on_tp:
         raise ImplausibleError(
-            f"{explanation.sharded_share:.1%} of the parameters are sharded, and forward or backward sends nothing."
+            f"{explanation.sharded_share:.1%} of the parameters are sharded, and forward or backward sends "
+            "nothing."
         )
     if sum(group.count for group in explanation.collectives) != sum(1 for _ in program.collectives()):
         raise ImplausibleError("the explanation has other collectives than the program.")
 
 
 def check_flops(unsharded: Step, under_plan: Step) -> None:
-    """Raises ImplausibleError where a rank of TP does less than its share of the arithmetic, or more than all of it."""
+    """Raises ImplausibleError where a rank of TP does less than its share of the arithmetic, or more than all
+    of it."""
     if not unsharded.flops <= TP * under_plan.flops <= TP * unsharded.flops:
         raise ImplausibleError(
             f"a rank's share of the FLOPs is {under_plan.flops / unsharded.flops:.3f} at tp={TP}."
@@ -210,7 +219,8 @@ def _serve(connection: Connection, dtype_name: str) -> None:
 
 
 def sweep_types(types: Sequence[str], dtype_name: str, timeout_s: float) -> Iterator[Row]:
-    """Rows as they come. A worker that takes longer than timeout_s for a type, or dies over it, is ended and replaced."""
+    """Rows as they come. A worker that takes longer than timeout_s for a type, or dies over it, is ended and
+    replaced."""
     context = multiprocessing.get_context("spawn")
     waiting = list(reversed(types))
     workers: list[_Worker] = []
@@ -301,7 +311,8 @@ def main() -> int:
         rows.append(row)
         why = row.reason or row.plan_reason
         print(
-            f"{len(rows):3}/{len(types)} {row.model_type:28} {row.explained:4} {row.under_its_plan:8} {row.seconds:6.1f} s  {why}"
+            f"{len(rows):3}/{len(types)} {row.model_type:28} {row.explained:4} {row.under_its_plan:8} "
+            f"{row.seconds:6.1f} s  {why}"
         )
     packages = ("shardwise", "torch", "transformers")
     rows.sort(key=lambda row: row.model_type)

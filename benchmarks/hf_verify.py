@@ -1,10 +1,11 @@
-"""Does every tensor-parallel plan that transformers ships train the model? Proved type by type, on small twins of the default configurations.
+"""Does every tensor-parallel plan that transformers ships train the model? Proved type by type, on small
+twins of the default configurations.
 
     python -m benchmarks.hf_verify                all types; writes benchmarks/results/DATE-hf-verify.json
     python -m benchmarks.hf_verify qwen3 apertus  these types; prints, writes nothing
 
-Each is what `shardwise verify hf --model hf:TYPE` does. A plan that shards less than 10 % of the parameters outside embedding and head (of the
-default configuration) is said to shard nearly nothing.
+Each is what `shardwise verify hf --model hf:TYPE` does. A plan that shards less than 10 % of the parameters
+outside embedding and head (of the default configuration) is said to shard nearly nothing.
 """
 
 import argparse
@@ -44,7 +45,8 @@ def main() -> int:
         nonlocal done
         done += 1
         print(
-            f"{done:3}/{len(types)} {each.model.removeprefix('hf:'):28} {each.verdict:22} {each.seconds:5.1f} s  {rows.headline(each)}",
+            f"{done:3}/{len(types)} {each.model.removeprefix('hf:'):28} {each.verdict:22} "
+            f"{each.seconds:5.1f} s  {rows.headline(each)}",
             flush=True,
         )
 

@@ -1,9 +1,12 @@
-"""Hugging Face transformers' own tensor parallelism as a side: the same shape, weights, batch, clipping and optimizer; its own model and loss.
+"""Hugging Face transformers' own tensor parallelism as a side: the same shape, weights, batch, clipping and
+optimizer; its own model and loss.
 
-Its plan ("auto") cuts the projections, the embedding (by vocabulary) and the head, whose logits it gathers; it has no sequence
-parallelism. The model is sharded by the two calls with which `from_pretrained(distributed_config=...)` does it (5.23); from_pretrained
-itself also asks for accelerate, and would only add the loading. transformers builds the device mesh itself, over the process group
-that is joined already. Norm weights stay plain tensors there, and a fused optimizer takes no mixture, so they are a group of their own.
+Its plan ("auto") cuts the projections, the embedding (by vocabulary) and the head, whose logits it gathers;
+it has no sequence parallelism. The model is sharded by the two calls with which
+`from_pretrained(distributed_config=...)` does it (5.23); from_pretrained itself also asks for accelerate, and
+would only add the loading. transformers builds the device mesh itself, over the process group that is joined
+already. Norm weights stay plain tensors there, and a fused optimizer takes no mixture, so they are a group of
+their own.
 """
 
 from collections.abc import Sequence

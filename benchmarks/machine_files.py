@@ -1,11 +1,13 @@
-"""Makes the machine files that Shardwise ships (src/shardwise/machines) from published micro-benchmarks and our own samples.
+"""Makes the machine files that Shardwise ships (src/shardwise/machines) from published micro-benchmarks and
+our own samples.
 
     python -m benchmarks.machine_files            writes them
     python -m benchmarks.machine_files --check    exit code 1 where a file differs from what this makes
 
-Sources: benchmarks/data/hardware.csv (published micro-benchmarks, each row with its source), benchmarks/data/h100-kernels.json (ours),
-data sheets, and, where a constant is fitted to whole runs, rows of benchmarks/data/measurements.csv with TP 1. No constant is fitted to a row with TP > 1
-but TENSOR_HIDDEN (predict/costs.py). What is scaled from another machine says so.
+Sources: benchmarks/data/hardware.csv (published micro-benchmarks, each row with its source),
+benchmarks/data/h100-kernels.json (ours), data sheets, and, where a constant is fitted to whole runs, rows of
+benchmarks/data/measurements.csv with TP 1. No constant is fitted to a row with TP > 1 but TENSOR_HIDDEN
+(predict/costs.py). What is scaled from another machine says so.
 """
 
 import argparse
@@ -34,7 +36,8 @@ Product = tuple[int, int, int, int, float]  # batch, m, n, k, seconds
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A matmul rate, and how far it is from what it was fitted to: median and 90th percentile of the relative error."""
+    """A matmul rate, and how far it is from what it was fitted to: median and 90th percentile of the relative
+    error."""
 
     rate: MatmulRate
     products: int
@@ -97,7 +100,8 @@ def fitted(
     units: int,
     start: Sequence[float] = (4e-6, 100, 0.7, 0.7, 0.6, 0.6),
 ) -> Fit:
-    """Start, extra k and the tiles' shares that bring the median absolute log ratio to its least: a pattern search, each constant in turn."""
+    """Start, extra k and the tiles' shares that bring the median absolute log ratio to its least: a pattern
+    search, each constant in turn."""
 
     def rate(values: Sequence[float]) -> MatmulRate:
         tiles = tuple(Tile(*shape, share) for shape, share in zip(SHAPES, values[2:], strict=True))
@@ -142,7 +146,8 @@ def level(products: Sequence[Product], rate: MatmulRate, *, at_least_flop: float
 
 
 def kernel_shares() -> dict[str, float]:
-    """Of the H100's memory bandwidth, what each kernel reached at its three largest sizes, both dtypes (median)."""
+    """Of the H100's memory bandwidth, what each kernel reached at its three largest sizes, both dtypes
+    (median)."""
     by_name: dict[str, list[tuple[float, float]]] = {}
     for each in json.loads(H100_KERNELS.read_text(encoding="utf-8"))["samples"]:
         if each["what"] not in ("matmul", "attention"):
@@ -169,7 +174,8 @@ def kernel_shares() -> dict[str, float]:
 
 
 def old_look_ups() -> float:
-    """Elements per second of indexSelectLargeIndex, which PyTorch ran on GPUs before it had a vectorized gather (2.7)."""
+    """Elements per second of indexSelectLargeIndex, which PyTorch ran on GPUs before it had a vectorized
+    gather (2.7)."""
     (row,) = rows("look-up", gpu="H100-SXM-80GB", op="indexSelectLargeIndex")
     ids, width = (int(number) for number in re.findall(r"=(\d+)", row["shape_or_bytes"]))
     return ids * width / (float(row["value"]) / 1e6)
@@ -179,7 +185,7 @@ KERNELS = {
     # in a machine file: as it was timed
     "elementwise": "aten::add",
     "copy": "aten::cat",
-    "aten::clone": "aten::copy_ transposed",  # what clones there are in a Program make strided tensors contiguous
+    "aten::clone": "aten::copy_ transposed",  # a Program's clones make strided tensors contiguous
     "aten::_to_copy": "aten::copy_ to float32",
     "norm": "aten::_fused_rms_norm",
     "aten::_fused_rms_norm_backward": "aten::_fused_rms_norm_backward",
@@ -257,7 +263,8 @@ class Recipe:
 
 
 def text_of(recipe: Recipe, shares: dict[str, float]) -> str:
-    """The file. Rates of kernels are the H100's shares of its bandwidth, times how this machine's copies compare."""
+    """The file. Rates of kernels are the H100's shares of its bandwidth, times how this machine's copies
+    compare."""
     out = Text([])
     out.add(f"# {recipe.about}")
     out.add("# Made by benchmarks/machine_files.py from benchmarks/data; don't edit by hand.")
@@ -353,7 +360,8 @@ def all_reduce_points(
 
 
 def reach(gpu: str, nodes: int, node_gb_per_s: float) -> tuple[tuple[float, float], ...]:
-    """(bytes of the whole tensor, share of the nodes' NICs) of an all-reduce over nodes, from a size where it isn't latency alone."""
+    """(bytes of the whole tensor, share of the nodes' NICs) of an all-reduce over nodes, from a size where it
+    isn't latency alone."""
     shares, most = [], 0.0
     for row in rows("collective", gpu=gpu, op="all_reduce", nodes=str(nodes), metric="busbw"):
         share = float(row["value"]) / node_gb_per_s
@@ -364,7 +372,8 @@ def reach(gpu: str, nodes: int, node_gb_per_s: float) -> tuple[tuple[float, floa
 
 
 def h100_attention() -> tuple[float, float, float]:
-    """Forward and backward TFLOP/s of long sequences, and half_sequence, from the cuDNN kernels of our own steps (causal, head dim 128)."""
+    """Forward and backward TFLOP/s of long sequences, and half_sequence, from the cuDNN kernels of our own
+    steps (causal, head dim 128)."""
     found: dict[str, list[tuple[int, float]]] = {"forward": [], "backward": []}
     for step in json.loads(H100_STEPS.read_text(encoding="utf-8"))["profiled"]:
         heads = {"llama3-8b": 32, "llama3-70b": 64}.get(step["model"])
@@ -415,9 +424,19 @@ def recipes() -> list[Recipe]:
         for gpu in ("A100-SXM-80GB", "H100-SXM-80GB", "H200-SXM-141GB")
     }
     nvlink4 = (
-        Collectives("any", ((2, 8, 268), (4, 17, 325), (8, 30, 345)), (), "AutoParallel's NCCL model of an H100 NVSwitch (hardware.csv)"),
-        Collectives("all_reduce", ((2, 10, 324), (4, 17, 354)), (all_reduce_points("H100-SXM-80GB", 8, "dgxc"),), "AutoParallel's model at 2 and 4 ranks; nccl-tests of dgxc-benchmarking at 8 (hardware.csv)"),
-    )  # fmt: skip
+        Collectives(
+            "any",
+            ((2, 8, 268), (4, 17, 325), (8, 30, 345)),
+            (),
+            "AutoParallel's NCCL model of an H100 NVSwitch (hardware.csv)",
+        ),
+        Collectives(
+            "all_reduce",
+            ((2, 10, 324), (4, 17, 354)),
+            (all_reduce_points("H100-SXM-80GB", 8, "dgxc"),),
+            "AutoParallel's model at 2 and 4 ranks; nccl-tests of dgxc-benchmarking at 8 (hardware.csv)",
+        ),
+    )
     infiniband = (
         reach("B200-SXM", 4, 400.0),
         "all-reduce over 4 nodes of 8 with 400 Gb/s a GPU (EFA), hardware.csv; taken for InfiniBand too",
@@ -438,44 +457,95 @@ def recipes() -> list[Recipe]:
     power = 500 / 700
     capped = f"scaled from the H100 of 700 W by its power, times {power:.3f}"
     h100 = Recipe(
-        "h100-sxm-80gb", "NVIDIA H100 SXM5 80 GB (HBM3), 700 W, NVLink 4 among 8, 400 Gb/s a GPU between nodes", 8, 80,
-        (3350, "NVIDIA H100 data sheet"), (kernel_shares()["aten::cat"], "own"), (700, "NVIDIA H100 data sheet"),
+        "h100-sxm-80gb",
+        "NVIDIA H100 SXM5 80 GB (HBM3), 700 W, NVLink 4 among 8, 400 Gb/s a GPU between nodes",
+        8,
+        80,
+        (3350, "NVIDIA H100 data sheet"),
+        (kernel_shares()["aten::cat"], "own"),
+        (700, "NVIDIA H100 data sheet"),
         {
             "bfloat16": (h100_bf16.rate, own, str(h100_bf16)),
             "float32": (h100_fp32.rate, f"{own}; without TF32, as PyTorch's default", str(h100_fp32)),
             "float8": (h100_fp8, guide, fp8_fit),
         },
-        (*attention, steps, "backward and forward at 4096 and 8192 tokens"), issue, (450, "NVIDIA H100 data sheet: 900 GB/s both ways"),
-        nvlink4, (50, "DGX H100: one 400 Gb/s NIC a GPU"), infiniband,
-    )  # fmt: skip
+        (*attention, steps, "backward and forward at 4096 and 8192 tokens"),
+        issue,
+        (450, "NVIDIA H100 data sheet: 900 GB/s both ways"),
+        nvlink4,
+        (50, "DGX H100: one 400 Gb/s NIC a GPU"),
+        infiniband,
+    )
     before_gather = replace(
-        h100, name="h100-sxm-80gb-torch2.6", about="the H100 with PyTorch before 2.7, which looked rows up element by element",
-        look_ups=(old_look_ups(), "indexSelectLargeIndex in TraceLens's example trace of Qwen on an H100 (hardware.csv)"),
-    )  # fmt: skip
+        h100,
+        name="h100-sxm-80gb-torch2.6",
+        about="the H100 with PyTorch before 2.7, which looked rows up element by element",
+        look_ups=(
+            old_look_ups(),
+            "indexSelectLargeIndex in TraceLens's example trace of Qwen on an H100 (hardware.csv)",
+        ),
+    )
     capped_h100 = replace(
-        h100, name="h100-sxm-96gb-500w", about="NVIDIA H100 SXM5 96 GB (HBM2e, 2.4 TB/s) capped at 500 W, as in torchtitan's tables; NVLink 4 among 8, 400 Gb/s a GPU",
-        capacity_gb=96, bandwidth=(2400, "torchtitan, docs: Grand Teton H100, 2.4 TB/s HBM2e"), reached=(h100.reached[0], "the H100's share"), power=(500, "torchtitan's tables"),
+        h100,
+        name="h100-sxm-96gb-500w",
+        about="NVIDIA H100 SXM5 96 GB (HBM2e, 2.4 TB/s) capped at 500 W, as in torchtitan's tables; NVLink 4 "
+        "among 8, 400 Gb/s a GPU",
+        capacity_gb=96,
+        bandwidth=(2400, "torchtitan, docs: Grand Teton H100, 2.4 TB/s HBM2e"),
+        reached=(h100.reached[0], "the H100's share"),
+        power=(500, "torchtitan's tables"),
         matmuls={dtype: (scaled(rate, power), capped, None) for dtype, (rate, _, _) in h100.matmuls.items()},
         attention=(attention[0] * power, attention[1] * power, attention[2], capped, None),
-    )  # fmt: skip
+    )
     h200 = replace(
-        h100, name="h200-sxm-141gb", about="NVIDIA H200 SXM 141 GB (HBM3e), 700 W, NVLink 4 among 8, 400 Gb/s a GPU between nodes", capacity_gb=141,
-        bandwidth=(4800, "NVIDIA H200 data sheet"), reached=(copies["H200-SXM-141GB"] * 1000 / 4800, guide), power=(700, "NVIDIA H200 data sheet"),
-        matmuls={dtype: (rate, f"as the H100's: {source}", fit) for dtype, (rate, source, fit) in h100.matmuls.items()},
-        collectives=(nvlink4[0], replace(nvlink4[1], points=(all_reduce_points("H200-SXM-141GB", 8, "stas00"),), source="AutoParallel's model of an H100 at 2 and 4 ranks; torch 2.9.1, NCCL 2.27.7 at 8 (hardware.csv)")),
-    )  # fmt: skip
+        h100,
+        name="h200-sxm-141gb",
+        about="NVIDIA H200 SXM 141 GB (HBM3e), 700 W, NVLink 4 among 8, 400 Gb/s a GPU between nodes",
+        capacity_gb=141,
+        bandwidth=(4800, "NVIDIA H200 data sheet"),
+        reached=(copies["H200-SXM-141GB"] * 1000 / 4800, guide),
+        power=(700, "NVIDIA H200 data sheet"),
+        matmuls={
+            dtype: (rate, f"as the H100's: {source}", fit)
+            for dtype, (rate, source, fit) in h100.matmuls.items()
+        },
+        collectives=(
+            nvlink4[0],
+            replace(
+                nvlink4[1],
+                points=(all_reduce_points("H200-SXM-141GB", 8, "stas00"),),
+                source="AutoParallel's model of an H100 at 2 and 4 ranks; torch 2.9.1, NCCL 2.27.7 at 8 "
+                "(hardware.csv)",
+            ),
+        ),
+    )
     a100_attention = float(rows("attention", gpu="A100-SXM-80GB", op="Flash Attention 2.0")[0]["value"])
     bwd_share = attention[1] / attention[0]
     a100_80 = Recipe(
-        "a100-sxm-80gb", "NVIDIA A100 SXM4 80 GB, 400 W, NVLink 3 among 8, 200 Gb/s a GPU between nodes (DGX A100)", 8, 80,
-        (2039, "NVIDIA A100 data sheet"), (copies["A100-SXM-80GB"] * 1000 / 2039, guide), (400, "NVIDIA A100 data sheet"),
+        "a100-sxm-80gb",
+        "NVIDIA A100 SXM4 80 GB, 400 W, NVLink 3 among 8, 200 Gb/s a GPU between nodes (DGX A100)",
+        8,
+        80,
+        (2039, "NVIDIA A100 data sheet"),
+        (copies["A100-SXM-80GB"] * 1000 / 2039, guide),
+        (400, "NVIDIA A100 data sheet"),
         {
             "bfloat16": (a100, "SimuMax and Azure (hardware.csv)", a100_fit),
             "float32": (scaled(h100_fp32.rate, 1.0, 19.5e12), "the H100's shares", None),
         },
-        (a100_attention, a100_attention * bwd_share, attention[2], f"forward: Flash Attention 2 in the {guide}; backward by the H100's ratio", None),
-        issue, (300, "NVIDIA A100 data sheet: 600 GB/s both ways"), a100_links, (25, "DGX A100: one 200 Gb/s NIC a GPU"), a100_reach,
-    )  # fmt: skip
+        (
+            a100_attention,
+            a100_attention * bwd_share,
+            attention[2],
+            f"forward: Flash Attention 2 in the {guide}; backward by the H100's ratio",
+            None,
+        ),
+        issue,
+        (300, "NVIDIA A100 data sheet: 600 GB/s both ways"),
+        a100_links,
+        (25, "DGX A100: one 200 Gb/s NIC a GPU"),
+        a100_reach,
+    )
     a100_80 = replace(
         a100_80,
         matmuls={
@@ -484,17 +554,30 @@ def recipes() -> list[Recipe]:
         },
     )
     a100_40 = replace(
-        a100_80, name="a100-sxm-40gb", about="NVIDIA A100 SXM4 40 GB, 400 W, NVLink 3 among 8, 200 Gb/s a GPU between nodes", capacity_gb=40,
-        bandwidth=(1555, "NVIDIA A100 data sheet"), reached=(a100_80.reached[0], "the share of the 80 GB part"),
-    )  # fmt: skip
+        a100_80,
+        name="a100-sxm-40gb",
+        about="NVIDIA A100 SXM4 40 GB, 400 W, NVLink 3 among 8, 200 Gb/s a GPU between nodes",
+        capacity_gb=40,
+        bandwidth=(1555, "NVIDIA A100 data sheet"),
+        reached=(a100_80.reached[0], "the share of the 80 GB part"),
+    )
     vtrain = replace(
-        a100_80, name="a100-sxm-80gb-vtrain", about="the A100 cluster of vTrain's measurements: 800 Gb/s a node, a host that issues Megatron's ops slowly",
+        a100_80,
+        name="a100-sxm-80gb-vtrain",
+        about="the A100 cluster of vTrain's measurements: 800 Gb/s a node, a host that issues Megatron's ops "
+        "slowly",
         between=(12.5, "vTrain's configuration: 800 Gb/s a node of 8"),
-        launch=((VTRAIN_HOST_US,) * 3, "per op of the traced GPT, which issues fewer than Megatron does", "the launch-bound rows of vtrain-single with TP 1 (hidden 1024, one stage, one sequence a micro-batch), to a microsecond: median error 0"),
-    )  # fmt: skip
+        launch=(
+            (VTRAIN_HOST_US,) * 3,
+            "per op of the traced GPT, which issues fewer than Megatron does",
+            "the launch-bound rows of vtrain-single with TP 1 (hidden 1024, one stage, one sequence a "
+            "micro-batch), to a microsecond: median error 0",
+        ),
+    )
     b200_matmul = (
         b200.rate,
-        "SimuMax's B200 (hardware.csv): matmuls of at least 0.3 TFLOP, which run long enough to meet the power cap",
+        "SimuMax's B200 (hardware.csv): matmuls of at least 0.3 TFLOP, which run long enough to meet the "
+        "power cap",
         str(b200),
     )
     best = {
@@ -511,32 +594,95 @@ def recipes() -> list[Recipe]:
     ]
     default_b200 = float(rows("hbm-fit", gpu="B200-SXM", op="default")[0]["value"])
     nvlink5 = (
-        Collectives("any", ((2, 18, 606), (4, 20, 606), (8, 32, 606)), (), "SimuMax's fit of a B200 node: 0.673 of 900 GB/s, 23 us and 9 us (hardware.csv)"),
-        Collectives("all_reduce", ((2, 22, 668),(4, 22, 668)), (all_reduce_points("B200-SXM", 8, "stas00"),), "SimuMax's fit at 2 and 4 ranks: 0.742 of 900 GB/s; torch 2.9.1, NCCL 2.27.7 at 8 (hardware.csv)"),
-    )  # fmt: skip
+        Collectives(
+            "any",
+            ((2, 18, 606), (4, 20, 606), (8, 32, 606)),
+            (),
+            "SimuMax's fit of a B200 node: 0.673 of 900 GB/s, 23 us and 9 us (hardware.csv)",
+        ),
+        Collectives(
+            "all_reduce",
+            ((2, 22, 668), (4, 22, 668)),
+            (all_reduce_points("B200-SXM", 8, "stas00"),),
+            "SimuMax's fit at 2 and 4 ranks: 0.742 of 900 GB/s; torch 2.9.1, NCCL 2.27.7 at 8 (hardware.csv)",
+        ),
+    )
     b200_machine = Recipe(
-        "b200-sxm", "NVIDIA B200 SXM 180 GB, 1000 W, NVLink 5 among 8, 400 Gb/s a GPU between nodes", 8, 180,
-        (8000, "NVIDIA B200 data sheet"), (default_b200, "SimuMax's fit of a B200's kernels"), (1000, "NVIDIA B200 data sheet"),
-        {"bfloat16": b200_matmul, "float8": (b200_fp8, fp8_source, None), "float32": (scaled(replace(h100_fp32.rate, units=148), 1.0, 80e12), "the H100's shares", None)},
-        (sdp_rates[0], sdp_rates[1], attention[2], "SimuMax's B200 attention (hardware.csv), halved for the causal mask: median of the faster half", None),
-        issue, (900, "NVIDIA B200 data sheet: 1800 GB/s both ways"), nvlink5, (50, "400 Gb/s a GPU"), infiniband,
-    )  # fmt: skip
+        "b200-sxm",
+        "NVIDIA B200 SXM 180 GB, 1000 W, NVLink 5 among 8, 400 Gb/s a GPU between nodes",
+        8,
+        180,
+        (8000, "NVIDIA B200 data sheet"),
+        (default_b200, "SimuMax's fit of a B200's kernels"),
+        (1000, "NVIDIA B200 data sheet"),
+        {
+            "bfloat16": b200_matmul,
+            "float8": (b200_fp8, fp8_source, None),
+            "float32": (scaled(replace(h100_fp32.rate, units=148), 1.0, 80e12), "the H100's shares", None),
+        },
+        (
+            sdp_rates[0],
+            sdp_rates[1],
+            attention[2],
+            "SimuMax's B200 attention (hardware.csv), halved for the causal mask: median of the faster half",
+            None,
+        ),
+        issue,
+        (900, "NVIDIA B200 data sheet: 1800 GB/s both ways"),
+        nvlink5,
+        (50, "400 Gb/s a GPU"),
+        infiniband,
+    )
     more = 1200 / 1000
     by_power = f"the B200's, times {more:.1f} by its power (1200 W against 1000 W)"
     gb200 = replace(
-        b200_machine, name="gb200-nvl72", about="NVIDIA GB200 NVL72: 186 GB a GPU, 1200 W, NVLink 5 among 72, 400 Gb/s a GPU between racks", capacity_gb=186, devices_per_node=72, power=(1200, "NVIDIA GB200 data sheet"),
-        matmuls={dtype: (scaled(rate, more), by_power, None) for dtype, (rate, _, _) in b200_machine.matmuls.items()},
+        b200_machine,
+        name="gb200-nvl72",
+        about="NVIDIA GB200 NVL72: 186 GB a GPU, 1200 W, NVLink 5 among 72, 400 Gb/s a GPU between racks",
+        capacity_gb=186,
+        devices_per_node=72,
+        power=(1200, "NVIDIA GB200 data sheet"),
+        matmuls={
+            dtype: (scaled(rate, more), by_power, None)
+            for dtype, (rate, _, _) in b200_machine.matmuls.items()
+        },
         attention=(sdp_rates[0] * more, sdp_rates[1] * more, attention[2], by_power, None),
-    )  # fmt: skip
+    )
     mi_level = best["MI300X", "bf16"] / best["H100-SXM", "bf16"] * 989.4 / 1307.4
     mi300x = replace(
-        h100, name="mi300x", about="AMD Instinct MI300X 192 GB, 750 W, Infinity Fabric among 8, 400 Gb/s a GPU between nodes: little is published, take it as a sketch", capacity_gb=192,
-        bandwidth=(5300, "AMD MI300X data sheet"), reached=(0.81, "the low end of what large copies reach on GPUs"), power=(750, "AMD MI300X data sheet"),
-        matmuls={"bfloat16": (replace(scaled(h100_bf16.rate, mi_level, 1307.4e12), units=304), f"the H100's tiles times {mi_level:.3f}: best shapes found (hardware.csv)", None),
-                 "float32": (replace(scaled(h100_fp32.rate, 1.0, 163.4e12), units=304), "the H100's shares", None)},
-        attention=(attention[0] * mi_level * 1307.4 / 989.4, attention[1] * mi_level * 1307.4 / 989.4, attention[2], "the H100's, by the ratio of matmuls", None),
-        within=(448, "AMD MI300X data sheet: 7 links of 64 GB/s one way"), collectives=(Collectives("any", ((8, 30, 448 * 0.8),), (), "80 % of the link, as rings reach on NVLink; not measured here"),),
-    )  # fmt: skip
+        h100,
+        name="mi300x",
+        about="AMD Instinct MI300X 192 GB, 750 W, Infinity Fabric among 8, 400 Gb/s a GPU between nodes: "
+        "little is published, take it as a sketch",
+        capacity_gb=192,
+        bandwidth=(5300, "AMD MI300X data sheet"),
+        reached=(0.81, "the low end of what large copies reach on GPUs"),
+        power=(750, "AMD MI300X data sheet"),
+        matmuls={
+            "bfloat16": (
+                replace(scaled(h100_bf16.rate, mi_level, 1307.4e12), units=304),
+                f"the H100's tiles times {mi_level:.3f}: best shapes found (hardware.csv)",
+                None,
+            ),
+            "float32": (replace(scaled(h100_fp32.rate, 1.0, 163.4e12), units=304), "the H100's shares", None),
+        },
+        attention=(
+            attention[0] * mi_level * 1307.4 / 989.4,
+            attention[1] * mi_level * 1307.4 / 989.4,
+            attention[2],
+            "the H100's, by the ratio of matmuls",
+            None,
+        ),
+        within=(448, "AMD MI300X data sheet: 7 links of 64 GB/s one way"),
+        collectives=(
+            Collectives(
+                "any",
+                ((8, 30, 448 * 0.8),),
+                (),
+                "80 % of the link, as rings reach on NVLink; not measured here",
+            ),
+        ),
+    )
     return [h100, before_gather, capped_h100, h200, a100_80, a100_40, vtrain, b200_machine, gb200, mi300x]
 
 

@@ -1,10 +1,11 @@
-"""Predictions beside what ran: steps of one rank's part on an H100 and an H200 (no communication), and the embedding of torchtitan's issue #785
-on 8 H100.
+"""Predictions beside what ran: steps of one rank's part on an H100 and an H200 (no communication), and the
+embedding of torchtitan's issue #785 on 8 H100.
 
     python -m benchmarks.measured_steps    writes benchmarks/results/DATE-measured-steps.json (two minutes)
 
-Steps: benchmarks/data/h100-steps.json and h200-steps.json, which benchmarks/gpu_steps.py wrote. The issue: llama3-8b, TP 8, batch 4, sequence 8192,
-float32; its figures are a user's, read off profiles. What is predicted there comes from a machine file none of whose constants is of that issue.
+Steps: benchmarks/data/h100-steps.json and h200-steps.json, which benchmarks/gpu_steps.py wrote. The issue:
+llama3-8b, TP 8, batch 4, sequence 8192, float32; its figures are a user's, read off profiles. What is
+predicted there comes from a machine file none of whose constants is of that issue.
 """
 
 import argparse
@@ -46,7 +47,8 @@ ISSUE = (
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step that ran, and its prediction. launch_share: of the predicted step spent waiting for launches."""
+    """One step that ran, and its prediction. launch_share: of the predicted step spent waiting for
+    launches."""
 
     device: str
     tag: str
@@ -138,7 +140,8 @@ def step_of(ran: dict[str, object], machine: Machine) -> Step:
 
 
 def reserved_over_active() -> float:
-    """What RESERVED_OVER_ACTIVE in predict/memory.py is: the median over all steps that hold more than LARGE_BYTES."""
+    """What RESERVED_OVER_ACTIVE in predict/memory.py is: the median over all steps that hold more than
+    LARGE_BYTES."""
     ran = [step for path in STEPS.values() for step in json.loads(path.read_text(encoding="utf-8"))["steps"]]
     return float(median(step["reserved"] / step["active"] for step in ran if step["active"] > LARGE_BYTES))
 
@@ -237,17 +240,32 @@ def blocks(run: Steps) -> dict[str, str]:
     memory = [abs(step.predicted_active_gib / step.measured_active_gib - 1) for step in run.steps]
     bound = [step for step in run.steps if step.launch_share > 0.1]
     told = (
-        f"{len(run.steps)} steps; median absolute error of the step {median(errors):.1%}, {len(bound)} of them launch-bound; of active memory "
-        f"{median(memory):.1%}, at most {max(memory):.1%}.\n\n"
+        f"{len(run.steps)} steps; median absolute error of the step {median(errors):.1%}, {len(bound)} of "
+        f"them launch-bound; of active memory {median(memory):.1%}, at most {max(memory):.1%}.\n\n"
     )
     steps = [
-        [step.device.split()[1], step.tag, f"{step.measured_s * 1e3:.1f} ms", f"{step.predicted_s * 1e3:.1f} ms", f"{step.predicted_s / step.measured_s - 1:+.1%}", f"{step.launch_share:.0%}", f"{step.measured_active_gib:.2f} GiB", f"{step.predicted_active_gib / step.measured_active_gib - 1:+.1%}", f"{step.measured_reserved_gib / step.measured_active_gib:.2f}"]
+        [
+            step.device.split()[1],
+            step.tag,
+            f"{step.measured_s * 1e3:.1f} ms",
+            f"{step.predicted_s * 1e3:.1f} ms",
+            f"{step.predicted_s / step.measured_s - 1:+.1%}",
+            f"{step.launch_share:.0%}",
+            f"{step.measured_active_gib:.2f} GiB",
+            f"{step.predicted_active_gib / step.measured_active_gib - 1:+.1%}",
+            f"{step.measured_reserved_gib / step.measured_active_gib:.2f}",
+        ]
         for step in run.steps
-    ]  # fmt: skip
+    ]
     issue = [
-        [line.what, f"{line.measured_ms:.3f} ms" if line.measured_ms is not None else "–", f"{line.predicted_ms:.3f} ms", f"{line.predicted_ms / line.measured_ms - 1:+.0%}" if line.measured_ms is not None else "–"]
+        [
+            line.what,
+            f"{line.measured_ms:.3f} ms" if line.measured_ms is not None else "–",
+            f"{line.predicted_ms:.3f} ms",
+            f"{line.predicted_ms / line.measured_ms - 1:+.0%}" if line.measured_ms is not None else "–",
+        ]
         for line in run.issue
-    ]  # fmt: skip
+    ]
     head = [
         "GPU",
         "step",

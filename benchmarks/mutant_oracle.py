@@ -1,8 +1,10 @@
-"""Which mutants are harmful: a plain script. It shares nothing with shardwise.verify: whole tensors, two models side by side, one number.
+"""Which mutants are harmful: a plain script. It shares nothing with shardwise.verify: whole tensors, two
+models side by side, one number.
 
-Both models get the same random weights: whole ones by name, DTensors by distribute_tensor (rows of an interleaved table by load_state_dict, which
-knows their order). A mutant is harmful where a step raises, where a gradient, gathered whole on every rank, is off by more than 1e-6 of the unsharded
-one's norm (float64), or where weights that were one have two gradients.
+Both models get the same random weights: whole ones by name, DTensors by distribute_tensor (rows of an
+interleaved table by load_state_dict, which knows their order). A mutant is harmful where a step raises, where
+a gradient, gathered whole on every rank, is off by more than 1e-6 of the unsharded one's norm (float64), or
+where weights that were one have two gradients.
 """
 
 from dataclasses import dataclass
@@ -23,7 +25,8 @@ WRONG = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """worst: the largest relative error of a gradient, of `parameter`; infinite where a step raises: `raised`."""
+    """worst: the largest relative error of a gradient, of `parameter`; infinite where a step raises:
+    `raised`."""
 
     name: str
     is_harmful: bool
@@ -85,7 +88,8 @@ def _like(sharded: nn.Module, whole: nn.Module) -> dict[str, Tensor]:
 
 
 def _error(expected: Tensor | None, sharded: nn.Module, name: str) -> float:
-    """Of one parameter, the largest over the ranks. Rows of an interleaved table are put in the order of their ids."""
+    """Of one parameter, the largest over the ranks. Rows of an interleaved table are put in the order of
+    their ids."""
     assert expected is not None
     found = dict(sharded.named_parameters(remove_duplicate=False))[name].grad
     if found is None:

@@ -1,4 +1,5 @@
-"""What verify said of each mutant as data, its file, and its table in docs/verify.md. No torch, no processes."""
+"""What verify said of each mutant as data, its file, and its table in docs/verify.md. No torch, no
+processes."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ WHAT = "verify-mutants"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One mutant. is_harmful: by the plain script. reasons: the causes that verify named; said: its finding in words."""
+    """One mutant. is_harmful: by the plain script. reasons: the causes that verify named; said: its finding
+    in words."""
 
     name: str
     about: str
@@ -67,9 +69,10 @@ def summary(run: Run) -> str:
     harmless = [row for row in run.rows if not row.is_harmful]
     right = sum(row.is_reason_right for row in harmful)
     return (
-        f"Of {len(run.rows)} mutants of the Llama plans {len(harmful)} are harmful: verify catches {sum(row.is_caught for row in harmful)} of them, "
-        f"and for the reason that was written down before in {right} ({right / max(1, len(harmful)):.0%}). Of the {len(harmless)} harmless ones it "
-        f"flags {sum(row.is_caught for row in harmless)}. All in {run.seconds:.0f} s."
+        f"Of {len(run.rows)} mutants of the Llama plans {len(harmful)} are harmful: verify catches "
+        f"{sum(row.is_caught for row in harmful)} of them, and for the reason that was written down before "
+        f"in {right} ({right / max(1, len(harmful)):.0%}). Of the {len(harmless)} harmless ones it flags "
+        f"{sum(row.is_caught for row in harmless)}. All in {run.seconds:.0f} s."
     )
 
 

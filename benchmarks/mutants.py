@@ -1,9 +1,12 @@
-"""Broken Llama plans, systematically: what `python -m benchmarks.verify_mutants` tries verify on. Each is a factory `benchmarks.mutants:NAME`.
+"""Broken Llama plans, systematically: what `python -m benchmarks.verify_mutants` tries verify on. Each is a
+factory `benchmarks.mutants:NAME`.
 
-A mutant is a built-in plan with one thing changed: a rule dropped or another style in its place (on PyTorch's own styles, which refuse little), or, on the
-native engine, what it does tampered with: a gradient that isn't reduced, doubled, halved, zeroed or of another rank; an output of another rank; a sum
-left out; a tie undone. `expected` was written down before verify saw any of them: the cause that verify should name, CRASHES where no step can run or
-the plan is refused, HARMLESS where every gradient stays right. Whether a mutant is harmful is for benchmarks/mutant_oracle.py to say.
+A mutant is a built-in plan with one thing changed: a rule dropped or another style in its place (on PyTorch's
+own styles, which refuse little), or, on the native engine, what it does tampered with: a gradient that isn't
+reduced, doubled, halved, zeroed or of another rank; an output of another rank; a sum left out; a tie undone.
+`expected` was written down before verify saw any of them: the cause that verify should name, CRASHES where no
+step can run or the plan is refused, HARMLESS where every gradient stays right. Whether a mutant is harmful is
+for benchmarks/mutant_oracle.py to say.
 """
 
 from collections.abc import Callable
@@ -230,8 +233,9 @@ def _short(name: str) -> str:
 
 
 def _dropped_rules() -> list[Mutant]:
-    """On PyTorch's styles. With sequence parallelism a norm without a rule keeps a part of its gradient; without it, what holds no shard needs no rule. The
-    gathers before attention and feed-forward can always be left out: each colwise layer then gathers for itself."""
+    """On PyTorch's styles. With sequence parallelism a norm without a rule keeps a part of its gradient;
+    without it, what holds no shard needs no rule. The gathers before attention and feed-forward can always be
+    left out: each colwise layer then gathers for itself."""
     parts = {"layers.*.attention_norm", "layers.*.ffn_norm", "norm"}
     gathers = {"layers.*.attention", "layers.*.feed_forward"}
     needless = parts | gathers | {"tok_embeddings", "output"}

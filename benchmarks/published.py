@@ -1,12 +1,14 @@
-"""How wrong is predict? Every usable row of published training runs, predicted from the model's Program and a machine file.
+"""How wrong is predict? Every usable row of published training runs, predicted from the model's Program and a
+machine file.
 
-    python -m benchmarks.published                 all rows; writes benchmarks/results/DATE-published.json (about 10 minutes on 2 cores)
-    python -m benchmarks.published --group dgxc    rows of groups whose names hold "dgxc"; prints, writes nothing
+    python -m benchmarks.published                 all rows; writes results/DATE-published.json (10 minutes)
+    python -m benchmarks.published --group dgxc    groups whose names hold "dgxc"; writes nothing
 
-What a row is taken for is decided by its configuration alone (`usable`, `job_of`), never by its time. Rows: benchmarks/data/measurements.csv, each with its
-source. Constants of the machine files come from micro-benchmarks (benchmarks/machine_files.py), with two exceptions: the host of the vTrain cluster
-(fitted to its rows with TP 1) and what async TP hides (fitted to torchtitan's pairs). The cross-validation predicts each group without
-what was fitted to it.
+What a row is taken for is decided by its configuration alone (`usable`, `job_of`), never by its time. Rows:
+benchmarks/data/measurements.csv, each with its source. Constants of the machine files come from
+micro-benchmarks (benchmarks/machine_files.py), with two exceptions: the host of the vTrain cluster (fitted to
+its rows with TP 1) and what async TP hides (fitted to torchtitan's pairs). The cross-validation predicts each
+group without what was fitted to it.
 """
 
 import argparse
@@ -64,18 +66,21 @@ UNFUSED = (
 )
 FP8 = ("fp8", "float8")
 COMPILED_LOSS = "2025-04"
-"""Since when torchtitan compiles its loss where it compiles its layers (before, it said that this failed). Source: its pull request 1033."""
+"""Since when torchtitan compiles its loss where it compiles its layers (before, it said that this failed).
+Source: its pull request 1033."""
 
 Row = dict[str, str]
 
 
 def number(row: Row, column: str, absent: int = 0) -> int:
-    """A whole number of a column, the first where it names several ("8 or 16"); `absent` where it is empty."""
+    """A whole number of a column, the first where it names several ("8 or 16"); `absent` where it is
+    empty."""
     return int(float(row[column].split()[0])) if row[column] else absent
 
 
 def usable(row: Row) -> bool:
-    """By the configuration only: shapes and degrees stated, dense layers, a GPU with a machine file, a step time. fp8 rows are in."""
+    """By the configuration only: shapes and degrees stated, dense layers, a GPU with a machine file, a step
+    time. fp8 rows are in."""
     stated = all(row[column] for column in SHAPE) and bool(row["step_time_s"])
     return stated and row["ep"] in ("", "0", "1") and row["gpu"] in MACHINES
 
@@ -120,11 +125,13 @@ class Job:
 
 
 def job_of(row: Row) -> Job:
-    """From the configuration columns, by these rules: Megatron pads its vocabulary to a multiple of 128 x TP, and its SwiGLU keeps its inputs alone;
-    context parallelism gives each rank its part of the sequence, and its ranks shard and reduce with the data-parallel ones; 2021 and 2022
-    trainers ran attention unfused; torchtitan runs under PyTorch's own styles, and compiles its loss since COMPILED_LOSS; FSDP and ZeRO-3 keep and
-    reduce in float32 and compute in half precision, others keep float32 gradients and master weights; a distributed optimizer is shared by
-    data-parallel and context-parallel ranks, and its reduction runs beside the backward."""
+    """From the configuration columns, by these rules: Megatron pads its vocabulary to a multiple of 128 x TP,
+    and its SwiGLU keeps its inputs alone; context parallelism gives each rank its part of the sequence, and
+    its ranks shard and reduce with the data-parallel ones; 2021 and 2022 trainers ran attention unfused;
+    torchtitan runs under PyTorch's own styles, and compiles its loss since COMPILED_LOSS; FSDP and ZeRO-3
+    keep and reduce in float32 and compute in half precision, others keep float32 gradients and master
+    weights; a distributed optimizer is shared by data-parallel and context-parallel ranks, and its reduction
+    runs beside the backward."""
     llama, tp, dp, context = is_llama(row), number(row, "tp"), number(row, "dp"), number(row, "cp", 1)
     sharded = "FSDP" in row["dp_kind"] or "ZeRO-3" in row["dp_kind"]
     distributed = "optimizer" in row["dp_kind"]

@@ -1,6 +1,7 @@
 """Predicted against published step times as data, its file, tables, and plot. No torch, no processes.
 
-Errors are signed: predicted / measured - 1. Kendall's tau-b (Kendall 1945) is of throughput (sequences a second), within rows of equal model and GPU count.
+Errors are signed: predicted / measured - 1. Kendall's tau-b (Kendall 1945) is of throughput (sequences a
+second), within rows of equal model and GPU count.
 """
 
 import csv
@@ -28,7 +29,8 @@ PLOT = Path(__file__).parent.parent / "docs" / "example" / "published.svg"
 
 @dataclass(frozen=True, slots=True)
 class Predicted:
-    """One published row and what predict says of it. left_out_s: without the constants that were fitted to its group. terms: name, seconds."""
+    """One published row and what predict says of it. left_out_s: without the constants that were fitted to
+    its group. terms: name, seconds."""
 
     group: str
     model: str
@@ -117,7 +119,8 @@ def groups_of(rows: Iterable[Predicted]) -> dict[str, list[Predicted]]:
 
 
 def group_median(rows: Sequence[Predicted]) -> float:
-    """Median over groups of each group's median absolute error, each predicted without what was fitted to it."""
+    """Median over groups of each group's median absolute error, each predicted without what was fitted to
+    it."""
     return median(median(abs(row.left_out_error) for row in group) for group in groups_of(rows).values())
 
 
@@ -137,7 +140,8 @@ def kendall(rows: Sequence[Predicted]) -> float | None:
 
 
 def taus(rows: Sequence[Predicted]) -> dict[tuple[str, int, int, int], float]:
-    """(group, hidden, layers, GPUs) -> tau, of vTrain's rows, which sweep degrees on equal models and GPU counts."""
+    """(group, hidden, layers, GPUs) -> tau, of vTrain's rows, which sweep degrees on equal models and GPU
+    counts."""
     found: dict[tuple[str, int, int, int], list[Predicted]] = defaultdict(list)
     for row in rows:
         if row.group.startswith("vtrain"):
@@ -151,9 +155,11 @@ def _sign(value: float) -> int:
 
 
 def hidden_share(run: Published) -> float:
-    """What async TP saves over the tensor-parallel communication predicted without it: median over torchtitan's pairs of rows that differ in that alone.
+    """What async TP saves over the tensor-parallel communication predicted without it: median over
+    torchtitan's pairs of rows that differ in that alone.
 
-    A pair: neighbours in the file with equal configuration, the second with async TP (its predicted communication is less)."""
+    A pair: neighbours in the file with equal configuration, the second with async TP (its predicted
+    communication is less)."""
     saved = []
     rows = [row for row in run.rows if row.group == "torchtitan-benchmarks" and row.tp > 1]
     for plain, hidden in pairwise(rows):
@@ -178,24 +184,32 @@ def summary(run: Published) -> str:
     """What the bars ask, in sentences."""
     rows = with_tensor_parallel(run)
     if not rows:
-        return f"{len(run.rows)} rows, none with TP > 1: median absolute error {_share(median(abs(row.error) for row in run.rows))}."
+        return (
+            f"{len(run.rows)} rows, none with TP > 1: median absolute error "
+            f"{_share(median(abs(row.error) for row in run.rows))}."
+        )
     errors = [abs(row.error) for row in rows]
     found = taus(rows)
     order = (
-        f" Mean Kendall tau within {len(found)} vTrain groups of equal model and GPU count: {fmean(found.values()):.2f} (bar: 0.8)."
+        f" Mean Kendall tau within {len(found)} vTrain groups of equal model and GPU count: "
+        f"{fmean(found.values()):.2f} (bar: 0.8)."
         if found
         else ""
     )
     return (
-        f"{len(run.rows)} usable rows, {len(rows)} of them with TP > 1. With TP > 1: median absolute error {_share(median(errors))} (bar: 10 %), "
-        f"90 % of the rows within {_share(quantile(errors, 0.9))} (bar: 25 %). Median over {len(groups_of(rows))} groups of each group's median, without "
-        f"what was fitted to the group: {_share(group_median(rows))} (bar: 12 %).{order}"
+        f"{len(run.rows)} usable rows, {len(rows)} of them with TP > 1. With TP > 1: median absolute error "
+        f"{_share(median(errors))} (bar: 10 %), 90 % of the rows within {_share(quantile(errors, 0.9))} "
+        f"(bar: 25 %). Median over {len(groups_of(rows))} groups of each group's median, without what was "
+        f"fitted to the group: {_share(group_median(rows))} (bar: 12 %).{order}"
     )
 
 
 def blocks(run: Published) -> dict[str, str]:
     """Name of a block of the documents -> its text."""
-    source = f"\nSource: `benchmarks/results/{run.day}-{run.what}.json`, made by `{run.command}` in {run.seconds / 60:.0f} minutes.\n"
+    source = (
+        f"\nSource: `benchmarks/results/{run.day}-{run.what}.json`, made by `{run.command}` in "
+        f"{run.seconds / 60:.0f} minutes.\n"
+    )
     tensor = with_tensor_parallel(run)
     return {
         f"benchmark-{WHAT}": summary(run) + "\n" + source,
@@ -220,8 +234,17 @@ def _groups_table(rows: Sequence[Predicted]) -> str:
                 absolute = [abs(error) for error in errors]
                 without = median(abs(row.left_out_error) for row in chosen)
                 lines.append(
-                    [name, title, gpus, str(len(chosen)), _signed(median(errors)), _share(median(absolute)), _share(quantile(absolute, 0.9)), _share(without)]
-                )  # fmt: skip
+                    [
+                        name,
+                        title,
+                        gpus,
+                        str(len(chosen)),
+                        _signed(median(errors)),
+                        _share(median(absolute)),
+                        _share(quantile(absolute, 0.9)),
+                        _share(without),
+                    ]
+                )
     head = [
         "group",
         "rows",
@@ -256,11 +279,15 @@ def _peers_table(run: Published) -> str:
 
 
 def why(row: Predicted) -> str:
-    """The likely reason of a large error, by the configuration and the terms alone; said as unexplained where there is none."""
+    """The likely reason of a large error, by the configuration and the terms alone; said as unexplained where
+    there is none."""
     terms = dict(row.terms)
     launch = terms.get("waiting for launches", 0.0) / row.predicted_s
     if row.precision == "float8 rowwise":
-        return "float8 with a scale per row ran its matmuls and casts far slower than tensorwise float8 then; one float8 rate is modelled"
+        return (
+            "float8 with a scale per row ran its matmuls and casts far slower than tensorwise float8 then; "
+            "one float8 rate is modelled"
+        )
     if row.group.startswith("vtrain") and row.tp == 8 and launch > 0.3:
         return "the hosts of 8 ranks wait for each other at every all-reduce; waiting isn't modelled"
     if launch > 0.3:
@@ -271,9 +298,20 @@ def why(row: Predicted) -> str:
 def _worst_table(rows: Sequence[Predicted]) -> str:
     worst = sorted(rows, key=lambda row: -abs(row.error))[:WORST]
     lines = [
-        [row.group, row.model, str(row.gpus), f"{row.tp}/{row.pp}/{row.dp}", str(row.micro_batch), row.precision, f"{row.measured_s:.3g} s", f"{row.predicted_s:.3g} s", _signed(row.error), why(row)]
+        [
+            row.group,
+            row.model,
+            str(row.gpus),
+            f"{row.tp}/{row.pp}/{row.dp}",
+            str(row.micro_batch),
+            row.precision,
+            f"{row.measured_s:.3g} s",
+            f"{row.predicted_s:.3g} s",
+            _signed(row.error),
+            why(row),
+        ]
         for row in worst
-    ]  # fmt: skip
+    ]
     head = [
         "group",
         "model",
@@ -330,7 +368,8 @@ def _order_table(rows: Sequence[Predicted]) -> str:
 
 
 def plot(run: Published) -> str:
-    """Predicted against measured, both logarithmic, as SVG: a dot a row, and the band of 10 % around equality."""
+    """Predicted against measured, both logarithmic, as SVG: a dot a row, and the band of 10 % around
+    equality."""
     size, edge = 640, 60
     low, high = -1.5, 2.5  # log10 of seconds
     colours = (
@@ -351,14 +390,16 @@ def plot(run: Published) -> str:
         return edge + (log10(seconds) - low) / (high - low) * (size - 2 * edge)
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size + 190} {size}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size + 190} {size}" '
+        'font-family="sans-serif" font-size="12">',
         f'<rect width="{size + 190}" height="{size}" fill="#ffffff"/>',
     ]
     for factor, dash in ((1.0, ""), (1.1, "4 4"), (1 / 1.1, "4 4")):
         ends = [(10**low, 10**low * factor), (10**high, 10**high * factor)]
         (x0, y0), (x1, y1) = ((at(x), size - at(y)) for x, y in ends)
         parts.append(
-            f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" stroke="#9aa1ab" stroke-dasharray="{dash}"/>'
+            f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" stroke="#9aa1ab" '
+            f'stroke-dasharray="{dash}"/>'
         )
     for power in (-1, 0, 1, 2):
         place = at(10.0**power)
@@ -367,20 +408,23 @@ def plot(run: Published) -> str:
             f'<text x="{place:.1f}" y="{size - edge + 24}" text-anchor="middle" fill="#444b55">{label}</text>'
         )
         parts.append(
-            f'<text x="{edge - 10}" y="{size - place + 4:.1f}" text-anchor="end" fill="#444b55">{label}</text>'
+            f'<text x="{edge - 10}" y="{size - place + 4:.1f}" text-anchor="end" '
+            f'fill="#444b55">{label}</text>'
         )
         parts.append(
             f'<line x1="{place:.1f}" y1="{edge}" x2="{place:.1f}" y2="{size - edge}" stroke="#eceef1"/>'
         )
         parts.append(
-            f'<line x1="{edge}" y1="{size - place:.1f}" x2="{size - edge}" y2="{size - place:.1f}" stroke="#eceef1"/>'
+            f'<line x1="{edge}" y1="{size - place:.1f}" x2="{size - edge}" y2="{size - place:.1f}" '
+            'stroke="#eceef1"/>'
         )
     rows = with_tensor_parallel(run)
     for number, (name, group) in enumerate(groups_of(rows).items()):
         colour = colours[number % len(colours)]
         for row in group:
             parts.append(
-                f'<circle cx="{at(row.measured_s):.1f}" cy="{size - at(row.predicted_s):.1f}" r="3" fill="{colour}" fill-opacity="0.55"/>'
+                f'<circle cx="{at(row.measured_s):.1f}" cy="{size - at(row.predicted_s):.1f}" r="3" '
+                f'fill="{colour}" fill-opacity="0.55"/>'
             )
         parts.append(f'<circle cx="{size - 30}" cy="{edge + 22 * number}" r="5" fill="{colour}"/>')
         parts.append(
@@ -390,10 +434,12 @@ def plot(run: Published) -> str:
         f'<text x="{size / 2}" y="{size - 12}" text-anchor="middle" fill="#1f242b">measured step</text>'
     )
     parts.append(
-        f'<text x="16" y="{size / 2}" text-anchor="middle" fill="#1f242b" transform="rotate(-90 16 {size / 2})">predicted step</text>'
+        f'<text x="16" y="{size / 2}" text-anchor="middle" fill="#1f242b" transform="rotate(-90 16 '
+        f'{size / 2})">predicted step</text>'
     )
     parts.append(
-        f'<text x="{edge}" y="30" fill="#1f242b">{len(rows)} published runs with TP &gt; 1; dashed: 10 % off</text>'
+        f'<text x="{edge}" y="30" fill="#1f242b">{len(rows)} published runs with TP &gt; 1; dashed: 10 % '
+        "off</text>"
     )
     return "\n".join([*parts, "</svg>"]) + "\n"
 

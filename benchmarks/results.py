@@ -1,7 +1,9 @@
-"""A benchmark's result as data, the file it becomes, and the judgement of each stated bar. No torch, no processes.
+"""A benchmark's result as data, the file it becomes, and the judgement of each stated bar. No torch, no
+processes.
 
-A ratio is paired: both times of a pair are of the same round. `speedup` is the other side's time over ours; `cost` is our time over a
-floor's. A bar is met where the whole interval of the ratio is on its good side, met by the median where only the median is.
+A ratio is paired: both times of a pair are of the same round. `speedup` is the other side's time over ours;
+`cost` is our time over a floor's. A bar is met where the whole interval of the ratio is on its good side, met
+by the median where only the median is.
 """
 
 import os
@@ -100,7 +102,8 @@ def _judge(whole_interval: bool, middle: bool) -> Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One side of a comparison: every raw time of every rank, per round, and what else is known of it (units in the names)."""
+    """One side of a comparison: every raw time of every rank, per round, and what else is known of it (units
+    in the names)."""
 
     name: str
     about: str
@@ -191,7 +194,8 @@ def latest(what: str, folder: Path = RESULTS) -> Path:
 def compare(
     sides: Sequence[Side], ours: str, other: str, bar: Bar | None = None, *, is_cost: bool = False
 ) -> Comparison:
-    """Our side against another, in the direction that the bar asks for: our time over the other's for a cost, else the inverse."""
+    """Our side against another, in the direction that the bar asks for: our time over the other's for a cost,
+    else the inverse."""
     by_name = {side.name: side.times_s for side in sides}
     numerator, denominator = (ours, other) if is_cost else (other, ours)
     pairs = tuple(value / base for value, base in zip(by_name[numerator], by_name[denominator], strict=True))
@@ -204,14 +208,16 @@ def show(result: Result) -> None:
     """Prints medians and ratios, for the one who waits for them."""
     for side in result.sides:
         print(
-            f"{side.name:32} {side.median_s * 1e3:9.1f} ms  ({min(side.times_s) * 1e3:.1f} to {max(side.times_s) * 1e3:.1f})"
+            f"{side.name:32} {side.median_s * 1e3:9.1f} ms  ({min(side.times_s) * 1e3:.1f} to "
+            f"{max(side.times_s) * 1e3:.1f})"
         )
     for comparison in result.comparisons:
         ratio, bar = comparison.ratio, comparison.bar
         stated = f"{bar.kind} {bar.value:g}: {comparison.verdict}" if bar else ""
         what = "cost over" if comparison.is_cost else "speedup over"
         print(
-            f"{comparison.ours} {what} {comparison.other}: {ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] {stated}"
+            f"{comparison.ours} {what} {comparison.other}: {ratio.median:.2f} [{ratio.low:.2f}, "
+            f"{ratio.high:.2f}] {stated}"
         )
 
 

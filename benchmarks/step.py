@@ -1,12 +1,16 @@
-"""A whole training step of one model at one TP size: the native engine, PyTorch's own styles, and transformers' tensor parallelism.
+"""A whole training step of one model at one TP size: the native engine, PyTorch's own styles, and
+transformers' tensor parallelism.
 
-Sides, all in the same processes and rounds, fp32, the same initial weights and real-text batches, AdamW(fused=True):
+Sides, all in the same processes and rounds, fp32, the same initial weights and real-text batches,
+AdamW(fused=True):
     rowwise, colwise, routed            the native engine's plans
-    rowwise@dtensor, colwise@dtensor    PyTorch's own styles, loss_parallel and clip_grad_norm_, as torchtitan's 2025 plan has them
-    NAME@dtensor, our loss              the same models, with the native engine's vocabulary-parallel loss on their local logits, so that
-                                        both sides of the comparison run the same loss code
-    transformers                        see hugging_face.py; clipped by our clip_gradients (one all-reduce of one number)
-    one process, two threads            the same model, unsharded: for scale only, in launches of its own before and after the others
+    rowwise@dtensor, colwise@dtensor    PyTorch's own styles, loss_parallel and clip_grad_norm_, as
+                                        torchtitan's 2025 plan has them
+    NAME@dtensor, our loss              the same models, with the native engine's vocabulary-parallel loss on
+                                        their local logits: both sides run the same loss code
+    transformers                        see hugging_face.py; clipped by our clip_gradients (one all-reduce)
+    one process, two threads            the same model, unsharded: for scale only, in launches of its own
+                                        before and after the others
 
 Before anything is timed the first step's losses of all sides are compared.
 """
@@ -62,11 +66,14 @@ ABOUT = {
     SINGLE: "unsharded, launches of its own",
 }
 NOTES = (
-    "On a CPU mesh DTensor replaces its all-to-all by an all-gather and a chunk, and gloo's own reduce-scatter, which the dtensor sides "
-    "use, sends twice what a ring needs. So a ranking on gloo need not hold on NCCL.",
-    "The dtensor sides clip as torchtitan did, with an all-reduce per parameter; ours and transformers' with one.",
+    "On a CPU mesh DTensor replaces its all-to-all by an all-gather and a chunk, and gloo's own "
+    "reduce-scatter, which the dtensor sides use, sends twice what a ring needs. So a ranking on gloo need "
+    "not hold on NCCL.",
+    "The dtensor sides clip as torchtitan did, with an all-reduce per parameter; ours and transformers' "
+    "with one.",
     "transformers shards without sequence parallelism and gathers the logits.",
-    f'"{SINGLE}" is a separate run of one process, half of its rounds before the other sides and half after: for scale, not a paired ratio.',
+    f'"{SINGLE}" is a separate run of one process, half of its rounds before the other sides and half '
+    "after: for scale, not a paired ratio.",
 )
 
 
@@ -101,7 +108,8 @@ class RankReport:
 
 @dataclass(frozen=True, slots=True)
 class OurLoss:
-    """The native engine's loss for DTensor logits Shard(-1). The view as a local tensor costs no copy, and neither does its gradient."""
+    """The native engine's loss for DTensor logits Shard(-1). The view as a local tensor costs no copy, and
+    neither does its gradient."""
 
     inner: VocabParallelLoss
 
@@ -191,7 +199,8 @@ def _check_losses(losses: dict[str, float]) -> float:
 
 
 def _comparisons(sides: tuple[Side, ...]) -> tuple[Comparison, ...]:
-    """Speedups in tokens per second. Bars are stated for rowwise against the same plan on DTensor, and against transformers."""
+    """Speedups in tokens per second. Bars are stated for rowwise against the same plan on DTensor, and
+    against transformers."""
     names = {side.name for side in sides}
     stated = [
         ("rowwise", "rowwise@dtensor", Bar(BarKind.SPEEDUP_AT_LEAST, 1.25)),

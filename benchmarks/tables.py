@@ -1,14 +1,18 @@
-"""Makes the tables of the documents from the results files, between `<!-- begin:benchmark-... -->` and `<!-- end:benchmark-... -->`.
+"""Makes the tables of the documents from the results files, between `<!-- begin:benchmark-... -->` and `<!--
+end:benchmark-... -->`.
 
     python -m benchmarks.tables           writes README.md, docs/ and benchmarks/README.md
-    python -m benchmarks.tables --check   writes nothing; exit code 1 where a document differs from what the files say
+    python -m benchmarks.tables --check   writes nothing; exit code 1 where a document differs from the files
 
-Blocks: benchmark-WHAT (a results file's sides, ratios, run) and benchmark-WHAT-ratios (its ratios only), for every WHAT that has a
-file; benchmark-bars (every stated bar, with the misses); benchmark-hf-explain and its parts (benchmarks/hf_results.py); benchmark-explain-speed
-(benchmarks/explain_results.py); benchmark-calibrated (benchmarks/calibrated_results.py); benchmark-trace-read (benchmarks/trace_results.py);
-benchmark-hf-verify and its parts (benchmarks/verify_results.py); benchmark-verify-mutants (benchmarks/mutant_results.py); benchmark-published and its
-parts, and the plot docs/example/published.svg (benchmarks/published_results.py); benchmark-h100-steps and benchmark-issue-785
-(benchmarks/measured_steps.py). The newest file of each WHAT counts. Ranges are of the rounds; an interval is of the median of paired ratios.
+Blocks: benchmark-WHAT (a results file's sides, ratios, run) and benchmark-WHAT-ratios (its ratios only), for
+every WHAT that has a file; benchmark-bars (every stated bar, with the misses); benchmark-hf-explain and its
+parts (benchmarks/hf_results.py); benchmark-explain-speed (benchmarks/explain_results.py);
+benchmark-calibrated (benchmarks/calibrated_results.py); benchmark-trace-read (benchmarks/trace_results.py);
+benchmark-hf-verify and its parts (benchmarks/verify_results.py); benchmark-verify-mutants
+(benchmarks/mutant_results.py); benchmark-published and its parts, and the plot docs/example/published.svg
+(benchmarks/published_results.py); benchmark-h100-steps and benchmark-issue-785
+(benchmarks/measured_steps.py). The newest file of each WHAT counts. Ranges are of the rounds; an interval is
+of the median of paired ratios.
 """
 
 import argparse
@@ -31,8 +35,15 @@ from benchmarks.results import RESULTS, Bar, BarKind, Comparison, Result, Verdic
 
 ROOT = Path(__file__).parent.parent
 _OTHERS = (
-    calibrated_results, hf_results, explain_results, trace_results, verify_results, mutant_results, published_results, measured_steps,
-)  # fmt: skip
+    calibrated_results,
+    hf_results,
+    explain_results,
+    trace_results,
+    verify_results,
+    mutant_results,
+    published_results,
+    measured_steps,
+)
 _BLOCK = re.compile(
     r"<!-- begin:(?P<name>benchmark-[\w-]+) -->\n(?P<body>.*?)<!-- end:(?P=name) -->", re.DOTALL
 )
@@ -65,7 +76,8 @@ def blocks(found: list[Result]) -> dict[str, str]:
 
 
 def filled(text: str, made: dict[str, str], where: str) -> str:
-    """A document's text with its blocks filled. TableError for a block that no results file gives, or a mark without its other half."""
+    """A document's text with its blocks filled. TableError for a block that no results file gives, or a mark
+    without its other half."""
 
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
@@ -75,7 +87,8 @@ def filled(text: str, made: dict[str, str], where: str) -> str:
 
     if len(_MARK.findall(text)) != 2 * len(_BLOCK.findall(text)):
         raise TableError(
-            f"{where}: a benchmark mark has no other half. Write <!-- begin:NAME --> and <!-- end:NAME -->, each on its line."
+            f"{where}: a benchmark mark has no other half. Write <!-- begin:NAME --> and <!-- end:NAME "
+            "-->, each on its line."
         )
     return _BLOCK.sub(fill, text)
 
@@ -172,18 +185,21 @@ def _about(result: Result) -> Iterator[str]:
     confidence = result.comparisons[0].ratio.confidence
     before, after = result.load_average
     yield (
-        f"A ratio is the other side's time over ours, a cost our time over the floor's: medians of {settings['rounds']} paired rounds, "
-        f"intervals of {confidence:.1%} confidence. A round's time is its slowest rank's."
+        "A ratio is the other side's time over ours, a cost our time over the floor's: medians of "
+        f"{settings['rounds']} paired rounds, intervals of {confidence:.1%} confidence. A round's time is "
+        "its slowest rank's."
     )
     shown = ", ".join(
         f"{name} {value}"
         for name, value in settings.items()
         if name in ("model", "tp", "vocab", "hidden", "batch", "seq", "dtype")
     )
-    yield f"Run: {shown}; {where.backend}, {where.world_size} ranks with {where.threads_per_rank} thread each."
     yield (
-        f"Machine: {where.machine}, {where.cores} cores, load average {before:.1f} before and {after:.1f} after; torch {versions['torch']}, "
-        f"transformers {versions['transformers']}."
+        f"Run: {shown}; {where.backend}, {where.world_size} ranks with {where.threads_per_rank} thread each."
+    )
+    yield (
+        f"Machine: {where.machine}, {where.cores} cores, load average {before:.1f} before and {after:.1f} "
+        f"after; torch {versions['torch']}, transformers {versions['transformers']}."
     )
     yield f"Text: {result.text.source}; {result.text.tokenizer}."
     yield from (f"- {line}" for line in (*result.checks, *result.notes))

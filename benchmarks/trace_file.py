@@ -1,6 +1,8 @@
-"""A trace of any size, of the shape that Kineto writes for a training step on a GPU: made, not recorded, the same every time.
+"""A trace of any size, of the shape that Kineto writes for a training step on a GPU: made, not recorded, the
+same every time.
 
-Of its events a third are CPU ops, a quarter are launches and kernels, and the rest are the flows between them, about 220 bytes each.
+Of its events a third are CPU ops, a quarter are launches and kernels, and the rest are the flows between
+them, about 220 bytes each.
 """
 
 import random
@@ -8,10 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _KERNELS = [
-    "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_{0}x128_32x5_tn_align8>(cutlass_80_tensorop_bf16_s16816gemm::Params)",
-    "void at::native::vectorized_elementwise_kernel<{0}, at::native::CUDAFunctor_add<c10::BFloat16>, std::array<char*, 3ul> >(int)",
-    "void at::native::elementwise_kernel<128, {0}, at::native::gpu_kernel_impl_nocast<at::native::direct_copy_kernel_cuda>>(int)",
-    "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<c10::BFloat16, float, {0}>(int, float)",
+    "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_{0}x128_32x5_tn_align8>"
+    "(cutlass_80_tensorop_bf16_s16816gemm::Params)",
+    "void at::native::vectorized_elementwise_kernel<{0}, at::native::CUDAFunctor_add<c10::BFloat16>, "
+    "std::array<char*, 3ul> >(int)",
+    "void at::native::elementwise_kernel<128, {0}, "
+    "at::native::gpu_kernel_impl_nocast<at::native::direct_copy_kernel_cuda>>(int)",
+    "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<c10::BFloat16, float, {0}>(int, "
+    "float)",
 ]
 _OPS = [
     "aten::linear",
@@ -33,14 +39,16 @@ def write_trace(path: Path, events: int, *, rank: int = 0, world_size: int = 8) 
             '{\n  "schemaVersion": 1,\n  "deviceProperties": [{"id": 0, "name": "NVIDIA H100 80GB HBM3"}],\n'
         )
         file.write(
-            f'  "distributedInfo": {{"backend": "nccl", "rank": {rank}, "world_size": {world_size}}},\n  "traceEvents": [\n'
+            f'  "distributedInfo": {{"backend": "nccl", "rank": {rank}, "world_size": {world_size}}},\n  '
+            '"traceEvents": [\n'
         )
         first = True
         for event in _events(events):
             file.write(event if first else ",\n" + event)
             first = False
         file.write(
-            '\n  ],\n  "traceName": "trace.json",\n  "displayTimeUnit": "ms",\n  "baseTimeNanoseconds": 1711964646000000000\n}\n'
+            '\n  ],\n  "traceName": "trace.json",\n  "displayTimeUnit": "ms",\n  "baseTimeNanoseconds": '
+            "1711964646000000000\n}\n"
         )
 
 
@@ -64,8 +72,15 @@ def _events(count: int) -> Iterator[str]:
             correlation += 1
             at = begin + number * pitch
             rows = 128 * choose.randint(1, 40)
-            shapes = f'"Input Dims": [[{rows}, 4096], [4096, {choose.choice((1024, 4096, 14336))}], []], "Input type": ["c10::BFloat16", "c10::BFloat16", "Scalar"]'
-            ids = f'"External id": {correlation}, "Record function id": {correlation}, "Sequence number": {correlation}, "Fwd thread id": 0'
+            shapes = (
+                f'"Input Dims": [[{rows}, 4096], [4096, {choose.choice((1024, 4096, 14336))}], []], '
+                '"Input '
+                'type": ["c10::BFloat16", "c10::BFloat16", "Scalar"]'
+            )
+            ids = (
+                f'"External id": {correlation}, "Record function id": {correlation}, "Sequence number": '
+                f'{correlation}, "Fwd thread id": 0'
+            )
             yield _complete(
                 "cpu_op", choose.choice(_OPS), 5, 5, at, pitch * 0.9, f'{ids}, "Ev Idx": {number}'
             )
@@ -89,16 +104,29 @@ def _events(count: int) -> Iterator[str]:
             )
             yield _flow("s", correlation, 5, 5, at + pitch * 0.1)
             yield _flow("f", correlation, 0, 7, at + pitch * 0.6)
-            about = f'"External id": {correlation}, "queued": 0, "device": 0, "context": 1, "stream": 7, "correlation": {correlation}'
+            about = (
+                f'"External id": {correlation}, "queued": 0, "device": 0, "context": 1, "stream": 7, '
+                f'"correlation": {correlation}'
+            )
             if number % 100 == 99:
                 yield _complete(
-                    "kernel", "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 0, 20, at, pitch * 10 + 5,
-                    f'{about}, "Collective name": "allreduce", "In msg nelems": 4194304, "Out msg nelems": 4194304, "Group size": 8, "dtype": "BFloat16", '
-                    '"Process Group Name": "0", "Process Group Description": "default_pg", "Process Group Ranks": "[0, 1, 2, 3, 4, 5, 6, 7]"',
-                )  # fmt: skip
+                    "kernel",
+                    "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
+                    0,
+                    20,
+                    at,
+                    pitch * 10 + 5,
+                    f'{about}, "Collective name": "allreduce", "In msg nelems": 4194304, "Out msg nelems": '
+                    '4194304, "Group size": 8, "dtype": "BFloat16", '
+                    '"Process Group Name": "0", "Process Group Description": "default_pg", "Process Group '
+                    'Ranks": "[0, 1, 2, 3, 4, 5, 6, 7]"',
+                )
             else:
                 name = choose.choice(_KERNELS).format(choose.choice((64, 128, 256)))
-                launch = '"registers per thread": 40, "shared memory": 400, "blocks per SM": 4.74, "grid": [512, 1, 1], "block": [512, 1, 1]'
+                launch = (
+                    '"registers per thread": 40, "shared memory": 400, "blocks per SM": 4.74, "grid": '
+                    '[512, 1, 1], "block": [512, 1, 1]'
+                )
                 yield _complete(
                     "kernel",
                     name,
@@ -112,11 +140,14 @@ def _events(count: int) -> Iterator[str]:
 
 def _complete(cat: str, name: str, pid: int, tid: int, at: float, duration: float, args: str) -> str:
     return (
-        f'  {{\n  "ph": "X", "cat": "{cat}", "name": "{name}", "pid": {pid}, "tid": {tid}, "ts": {at:.3f}, "dur": {duration:.3f}, '
-        f'"args": {{{args}}}\n  }}'
+        f'  {{\n  "ph": "X", "cat": "{cat}", "name": "{name}", "pid": {pid}, "tid": {tid}, "ts": {at:.3f}, '
+        f'"dur": {duration:.3f}, "args": {{{args}}}\n  }}'
     )
 
 
 def _flow(phase: str, number: int, pid: int, tid: int, at: float) -> str:
     ends = ', "bp": "e"' if phase == "f" else ""
-    return f'  {{\n    "ph": "{phase}", "id": {number}, "pid": {pid}, "tid": {tid}, "ts": {at:.3f},\n    "cat": "ac2g", "name": "ac2g"{ends}\n  }}'
+    return (
+        f'  {{\n    "ph": "{phase}", "id": {number}, "pid": {pid}, "tid": {tid}, "ts": {at:.3f},\n    '
+        f'"cat": "ac2g", "name": "ac2g"{ends}\n  }}'
+    )

@@ -1,4 +1,5 @@
-"""How fast profiler traces are read, beside the peer, as data, its file and its table. No torch, no processes."""
+"""How fast profiler traces are read, beside the peer, as data, its file and its table. No torch, no
+processes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ LEAST_CPU_RATIO, LEAST_MEMORY_RATIO = 10.0, 4.0
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One way to read the file, in a process of its own, once per round: seconds of all its CPUs, start to end, and its largest resident set."""
+    """One way to read the file, in a process of its own, once per round: seconds of all its CPUs, start to
+    end, and its largest resident set."""
 
     name: str
     cpu_s: tuple[float, ...]
@@ -29,7 +31,8 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """All sides of one run, interleaved. peer: the versions of what it runs on. ranks: (files, processes at once, seconds, largest process)."""
+    """All sides of one run, interleaved. peer: the versions of what it runs on. ranks: (files, processes at
+    once, seconds, largest process)."""
 
     environment: Environment
     rounds: int
@@ -65,8 +68,8 @@ def blocks(run: Run) -> dict[str, str]:
     """Name of a block -> its text. sides: ours plain, ours gzip, the peer plain."""
     head = "| read to a table | CPU s | range | wall s | GB |\n| --- | ---: | ---: | ---: | ---: |\n"
     rows = "".join(
-        f"| {side.name} | {median(side.cpu_s):.2f} | {min(side.cpu_s):.2f} to {max(side.cpu_s):.2f} | {median(side.wall_s):.2f} | "
-        f"{max(side.bytes) / 1e9:.2f} |\n"
+        f"| {side.name} | {median(side.cpu_s):.2f} | {min(side.cpu_s):.2f} to {max(side.cpu_s):.2f} | "
+        f"{median(side.wall_s):.2f} | {max(side.bytes) / 1e9:.2f} |\n"
         for side in run.sides
     )
     ours, peer = run.sides[0], run.sides[-1]
@@ -74,22 +77,26 @@ def blocks(run: Run) -> dict[str, str]:
     memory = [theirs / own for own, theirs in zip(ours.bytes, peer.bytes, strict=True)]
     bars = (
         "\n| bar | found | verdict |\n| --- | --- | --- |\n"
-        f"| at most {MOST_CPU_S} CPU s | {max(ours.cpu_s):.2f} in the slowest round | {verdict(list(ours.cpu_s), MOST_CPU_S, least=False)} |\n"
-        f"| at most {MOST_BYTES / 1e9:.2f} GB | {max(ours.bytes) / 1e9:.2f} | {verdict([float(n) for n in ours.bytes], MOST_BYTES, least=False)} |\n"
-        f"| {LEAST_CPU_RATIO:.0f} x less CPU than {run.peer} | {median(cpu):.1f} x ({min(cpu):.1f} to {max(cpu):.1f}) | "
-        f"{verdict(cpu, LEAST_CPU_RATIO, least=True)} |\n"
-        f"| {LEAST_MEMORY_RATIO:.0f} x less memory | {median(memory):.1f} x ({min(memory):.1f} to {max(memory):.1f}) | "
-        f"{verdict(memory, LEAST_MEMORY_RATIO, least=True)} |\n"
+        f"| at most {MOST_CPU_S} CPU s | {max(ours.cpu_s):.2f} in the slowest round | "
+        f"{verdict(list(ours.cpu_s), MOST_CPU_S, least=False)} |\n"
+        f"| at most {MOST_BYTES / 1e9:.2f} GB | {max(ours.bytes) / 1e9:.2f} | "
+        f"{verdict([float(n) for n in ours.bytes], MOST_BYTES, least=False)} |\n"
+        f"| {LEAST_CPU_RATIO:.0f} x less CPU than {run.peer} | {median(cpu):.1f} x ({min(cpu):.1f} to "
+        f"{max(cpu):.1f}) | {verdict(cpu, LEAST_CPU_RATIO, least=True)} |\n"
+        f"| {LEAST_MEMORY_RATIO:.0f} x less memory | {median(memory):.1f} x ({min(memory):.1f} to "
+        f"{max(memory):.1f}) | {verdict(memory, LEAST_MEMORY_RATIO, least=True)} |\n"
     )
     ranks = "".join(
-        f"- {files} rank files by {workers} process{'es' * (workers > 1)} at once: {wall:.1f} s, {largest / 1e9:.2f} GB in the largest process\n"
+        f"- {files} rank files by {workers} process{'es' * (workers > 1)} at once: {wall:.1f} s, "
+        f"{largest / 1e9:.2f} GB in the largest process\n"
         for files, workers, wall, largest in run.ranks
     )
     where = run.environment
     before, after = run.load_average
     about = (
-        f"\nA made trace of {run.events:,} events, {run.file_bytes / 1e6:.0f} MB; whole processes, imports included, {run.rounds} interleaved "
-        f"rounds. The peer's figure is its loading alone. {where.machine}, {where.cores} cores, load average {before:.1f} before and {after:.1f} after.\n"
+        f"\nA made trace of {run.events:,} events, {run.file_bytes / 1e6:.0f} MB; whole processes, imports "
+        f"included, {run.rounds} interleaved rounds. The peer's figure is its loading alone. "
+        f"{where.machine}, {where.cores} cores, load average {before:.1f} before and {after:.1f} after.\n"
         f"\nSource: `benchmarks/results/{where.started[:10]}-{WHAT}.json`, made by `{where.command}`.\n"
     )
     return {f"benchmark-{WHAT}": head + rows + bars + "\n" + ranks + about}

@@ -1,9 +1,11 @@
-"""How fast a profiler trace of a million events becomes a Timeline, beside Holistic Trace Analysis' loading of it.
+"""How fast a profiler trace of a million events becomes a Timeline, beside Holistic Trace Analysis' loading
+of it.
 
-    python -m benchmarks.traces               writes benchmarks/results/DATE-trace-read.json; sets up .venv-hta for the peer once
+    python -m benchmarks.traces   writes results/DATE-trace-read.json; makes .venv-hta for the peer
     python -m benchmarks.traces --dry         prints, writes nothing
 
-Every side runs as a process of its own, once per round, in rotating order; CPU seconds are of the process and all that it started.
+Every side runs as a process of its own, once per round, in rotating order; CPU seconds are of the process and
+all that it started.
 """
 
 import argparse
@@ -29,7 +31,10 @@ EVENTS = 1_000_000
 RANKS, RANK_EVENTS = 8, 200_000
 TIMEOUT_S = 600
 
-_OURS = "import sys; from pathlib import Path; from shardwise.profiles.read import read_timeline; read_timeline(Path(sys.argv[1]))"
+_OURS = (
+    "import sys; from pathlib import Path; from shardwise.profiles.read import read_timeline; "
+    "read_timeline(Path(sys.argv[1]))"
+)
 _THEIRS = (
     "import sys, os; from hta.trace_analysis import TraceAnalysis; "
     "TraceAnalysis(trace_files={0: sys.argv[1]}, trace_dir=os.path.dirname(sys.argv[1]))"
@@ -40,7 +45,8 @@ _ALL_RANKS = (
     "from shardwise.profiles.ranks import read_ranks, trace_files\n"
     "if __name__ == '__main__':\n"
     "    read_ranks(trace_files(Path(sys.argv[1])), workers=int(sys.argv[2]))\n"
-    "    print(max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))\n"
+    "    print(max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, "
+    "resource.RUSAGE_CHILDREN)))\n"
 )
 
 

@@ -3,8 +3,9 @@
     python -m benchmarks.verify_mutants          writes benchmarks/results/DATE-verify-mutants.json
     python -m benchmarks.verify_mutants NAME...  these mutants; prints, writes nothing
 
-benchmarks/mutants.py has the mutants and what was expected of each, benchmarks/mutant_oracle.py decides which are harmful. A reason is right where the
-cause of a finding that doesn't only follow from others is the expected one; of a crash, where verify says crash.
+benchmarks/mutants.py has the mutants and what was expected of each, benchmarks/mutant_oracle.py decides which
+are harmful. A reason is right where the cause of a finding that doesn't only follow from others is the
+expected one; of a crash, where verify says crash.
 """
 
 import argparse
@@ -82,7 +83,8 @@ def main() -> int:
             else " <-- " + ("reason" if row.is_judged_right else "WRONG")
         )
         print(
-            f"{len(found):3}/{len(names)} {mutant.name:42} {mutant.expected:18} {each.verdict:8} {', '.join(row.reasons)}{mark}",
+            f"{len(found):3}/{len(names)} {mutant.name:42} {mutant.expected:18} {each.verdict:8} "
+            f"{', '.join(row.reasons)}{mark}",
             flush=True,
         )
 

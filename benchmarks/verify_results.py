@@ -1,4 +1,5 @@
-"""The proof of every Hugging Face type's own plan as data, its file, and the tables of docs/verify.md. No torch, no processes."""
+"""The proof of every Hugging Face type's own plan as data, its file, and the tables of docs/verify.md. No
+torch, no processes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +45,11 @@ def summary(sweep: Sweep) -> str:
     cases = sweep.run.verifications
     skipped = [each for each in cases if each.verdict is Verdict.SKIPPED]
     return (
-        f"{len(cases) - len(skipped)} causal language model types of transformers {dict(sweep.run.versions)['transformers']} have a tensor-parallel "
-        f"plan of their own and run: {rows.totals(sweep.run)}. Of the skipped ones not even the unsharded model runs as transformers' default "
-        f"configuration describes it; {len(sweep.without_plan)} more types have no plan. All in {sweep.seconds / 60:.1f} minutes."
+        f"{len(cases) - len(skipped)} causal language model types of transformers "
+        f"{dict(sweep.run.versions)['transformers']} have a tensor-parallel plan of their own and run: "
+        f"{rows.totals(sweep.run)}. Of the skipped ones not even the unsharded model runs as transformers' "
+        f"default configuration describes it; {len(sweep.without_plan)} more types have no plan. All in "
+        f"{sweep.seconds / 60:.1f} minutes."
     )
 
 
@@ -54,7 +57,10 @@ def blocks(sweep: Sweep) -> dict[str, str]:
     """Name of a block of the documents -> its text."""
     run = sweep.run
     versions = ", ".join(f"{name} {version}" for name, version in run.versions if name != "shardwise")
-    source = f"\nRun: {rows.settings(run)}; {versions}.\nSource: `benchmarks/results/{sweep.day}-{sweep.what}.json`, made by `{sweep.command}`.\n"
+    source = (
+        f"\nRun: {rows.settings(run)}; {versions}.\nSource: "
+        f"`benchmarks/results/{sweep.day}-{sweep.what}.json`, made by `{sweep.command}`.\n"
+    )
     wrong = [each for each in run.verifications if each.verdict.is_no]
     return {
         f"benchmark-{WHAT}": summary(sweep) + "\n\n" + _found_table(wrong) + source,

@@ -1,15 +1,17 @@
 """Writes the generated parts of the docs.
 
-Whole pages: cli.md from the commands themselves, models.md from the specs, VERB-json.md from the dataclasses that
-are written. Blocks, between `<!-- begin:VERB-output -->` and `<!-- end:VERB-output -->` in the README and in any page:
-what a command printed, made from the file of its run in docs/example.
+Whole pages: cli.md from the commands themselves, models.md from the specs, VERB-json.md from the dataclasses
+that are written. Blocks, between `<!-- begin:VERB-output -->` and `<!-- end:VERB-output -->` in the README
+and in any page: what a command printed, made from the file of its run in docs/example.
 
 python docs/build.py             writes them
 python docs/build.py --check     writes nothing; exit code 1 where a document differs
 python docs/build.py --picture   also takes the pictures of the examples' pages (needs Chromium)
-python docs/build.py --diff RUN  first makes the example of docs/diff.md anew, from the folder of a `compare rowwise rowwise@dtensor --profile` (needs
+python docs/build.py --diff RUN  first makes the example of docs/diff.md anew, from the folder of a `compare
+rowwise rowwise@dtensor --profile` (needs
                                  Chromium)
-python docs/build.py --walkthrough  also runs the embedding styles on toys and takes the pictures of their decisive steps (needs Chromium)
+python docs/build.py --walkthrough  also runs the embedding styles on toys and takes the pictures of their
+decisive steps (needs Chromium)
 """
 
 import argparse
@@ -98,8 +100,8 @@ def cli_reference() -> str:
         lines += [_row(parameter) for parameter in command.params if parameter.name != "help"]
         lines.append("")
     lines += [
-        "Exit codes: 0 fine; 1 the answer is no (a plan doesn't agree with the unsharded model); 2 the input is wrong; 3 a rank died or the run "
-        "could not go on; 130 Ctrl-C.",
+        "Exit codes: 0 fine; 1 the answer is no (a plan doesn't agree with the unsharded model); 2 the "
+        "input is wrong; 3 a rank died or the run could not go on; 130 Ctrl-C.",
         "",
     ]
     return "\n".join(lines)
@@ -130,14 +132,16 @@ def models_reference() -> str:
         "",
         "Made from the code by `python docs/build.py`; `shardwise models` prints the same.",
         "",
-        "| model | | parameters | layers | hidden | heads/KV | inner width | vocabulary | longest sequence | head |",
+        "| model | | parameters | layers | hidden | heads/KV | inner width | vocabulary | longest sequence "
+        "| head |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for spec in SPECS.values():
         c = spec.config
         lines.append(
-            f"| `{spec.name}` | {spec.about} | {c.n_parameters:,} | {c.n_layers} | {c.hidden:,} | {c.n_heads}/{c.n_kv_heads} | {c.ffn_hidden:,} "
-            f"| {c.vocab_size:,} | {f'{spec.max_seq:,}' if spec.max_seq else 'any'} | {'tied' if c.tied else 'untied'} |"
+            f"| `{spec.name}` | {spec.about} | {c.n_parameters:,} | {c.n_layers} | {c.hidden:,} | "
+            f"{c.n_heads}/{c.n_kv_heads} | {c.ffn_hidden:,} | {c.vocab_size:,} | "
+            f"{f'{spec.max_seq:,}' if spec.max_seq else 'any'} | {'tied' if c.tied else 'untied'} |"
         )
     (changed, about), *others = NAMINGS
     first, gpt = next(iter(SPECS.values())), SPECS["gpt3-175b"]
@@ -149,7 +153,8 @@ def models_reference() -> str:
         f"a head's width and the ratio stay, unless you name those too. Llama's keys: {_keys(first)}.",
         f"GPT's: {_keys(gpt)}.",
         "",
-        "**A tied head** is refused by PyTorch's own styles (`NAME@dtensor`), which would untie it; `gpt-debug?tied=false` has another.",
+        "**A tied head** is refused by PyTorch's own styles (`NAME@dtensor`), which would untie it; "
+        "`gpt-debug?tied=false` has another.",
         "",
         "**Not modelled**: dropout, which the published GPT runs had.",
         "",
@@ -172,12 +177,17 @@ def explain_json_reference() -> str:
     return _json_reference(
         "explain",
         [
-            "`shardwise explain PLAN --json` prints one Explanation; `--against PLAN` prints one Contrast, which holds both plans' Explanations. Bytes",
-            'are bytes. A placement is the text that a plan file has: `shard(0)`, `replicate` or `partial`. A number that isn\'t finite is `"NaN"`,',
-            '`"Infinity"` or `"-Infinity"`. Fields marked *worked out* follow from the others and are ignored when a document is read back',
-            "(`read_document` in `shardwise.files.document`); fields that a reader doesn't know are to be ignored.",
+            "`shardwise explain PLAN --json` prints one Explanation; `--against PLAN` prints one Contrast, "
+            "which holds both plans' Explanations. Bytes",
+            "are bytes. A placement is the text that a plan file has: `shard(0)`, `replicate` or "
+            '`partial`. A number that isn\'t finite is `"NaN"`,',
+            '`"Infinity"` or `"-Infinity"`. Fields marked *worked out* follow from the others and are '
+            "ignored when a document is read back",
+            "(`read_document` in `shardwise.files.document`); fields that a reader doesn't know are to be "
+            "ignored.",
         ],
-        "shardwise explain rowwise --json | jq '.wire_bytes, (.collectives[] | [.phase, .module, .kind, .count, .total_wire_bytes])'",
+        "shardwise explain rowwise --json | jq '.wire_bytes, (.collectives[] | [.phase, .module, .kind, "
+        ".count, .total_wire_bytes])'",
         [Explanation, Contrast],
     )
 
@@ -187,8 +197,10 @@ def compare_json_reference() -> str:
     return _json_reference(
         "compare",
         [
-            "`shardwise compare --json` prints one Comparison. Times are seconds, bytes are bytes; what was not measured is `null`,",
-            "never 0. Fields marked *worked out* follow from the others; fields that a reader doesn't know are to be ignored.",
+            "`shardwise compare --json` prints one Comparison. Times are seconds, bytes are bytes; what "
+            "was not measured is `null`,",
+            "never 0. Fields marked *worked out* follow from the others; fields that a reader doesn't know "
+            "are to be ignored.",
         ],
         "shardwise compare --json | jq -r '.standings[] | [.label, .step_s, .ratio.median] | @tsv'",
         [Comparison],
@@ -200,11 +212,14 @@ def diff_json_reference() -> str:
     return _json_reference(
         "diff",
         [
-            "`shardwise diff RUN --json` prints one RunProfile; `shardwise diff RUN OTHER --json` one Difference, which holds both. Times are",
-            "nanoseconds; those of parts, lines and uses are per step of one rank, means over all steps of all ranks. Fields marked *worked out*",
+            "`shardwise diff RUN --json` prints one RunProfile; `shardwise diff RUN OTHER --json` one "
+            "Difference, which holds both. Times are",
+            "nanoseconds; those of parts, lines and uses are per step of one rank, means over all steps of "
+            "all ranks. Fields marked *worked out*",
             "follow from the others; fields that a reader doesn't know are to be ignored.",
         ],
-        "shardwise diff traces-a traces-b --json | jq -r '.verdict[], (.lines[:5][] | [.what, .delta_ns / 1e6] | @tsv)'",
+        "shardwise diff traces-a traces-b --json | jq -r '.verdict[], (.lines[:5][] | [.what, .delta_ns / "
+        "1e6] | @tsv)'",
         [RunProfile, Difference],
     )
 
@@ -214,11 +229,15 @@ def verify_json_reference() -> str:
     return _json_reference(
         "verify",
         [
-            "`shardwise verify --json` prints one VerificationRun, with a Verification for each model under each plan. Errors are relative: the norm of",
-            'the difference over the norm of the unsharded one. A number that isn\'t finite is `"NaN"`, `"Infinity"` or `"-Infinity"`. Fields marked',
-            "*worked out* follow from the others; fields that a reader doesn't know are to be ignored. Exit code 1: `is_no` is true.",
+            "`shardwise verify --json` prints one VerificationRun, with a Verification for each model "
+            "under each plan. Errors are relative: the norm of",
+            'the difference over the norm of the unsharded one. A number that isn\'t finite is `"NaN"`, '
+            '`"Infinity"` or `"-Infinity"`. Fields marked',
+            "*worked out* follow from the others; fields that a reader doesn't know are to be ignored. "
+            "Exit code 1: `is_no` is true.",
         ],
-        "shardwise verify --model hf:apertus --json | jq -r '.verifications[] | .verdict, (.findings[] | [.subject, .cause, .relative_error] | @tsv)'",
+        "shardwise verify --model hf:apertus --json | jq -r '.verifications[] | .verdict, (.findings[] | "
+        "[.subject, .cause, .relative_error] | @tsv)'",
         [VerificationRun],
     )
 
@@ -228,11 +247,15 @@ def predict_json_reference() -> str:
     return _json_reference(
         "predict",
         [
-            "`shardwise predict --json` prints one PredictionRun, with a Prediction for each plan; `--sweep` one Sweep. Times are seconds, sizes bytes. A",
-            "prediction's timeline isn't in it: `--out` writes that as a trace. Fields marked *worked out* follow from the others; fields that a",
-            "reader doesn't know are to be ignored. Exit code 1: `fits` is false, or nothing that a sweep found fits.",
+            "`shardwise predict --json` prints one PredictionRun, with a Prediction for each plan; "
+            "`--sweep` one Sweep. Times are seconds, sizes bytes. A",
+            "prediction's timeline isn't in it: `--out` writes that as a trace. Fields marked *worked out* "
+            "follow from the others; fields that a",
+            "reader doesn't know are to be ignored. Exit code 1: `fits` is false, or nothing that a sweep "
+            "found fits.",
         ],
-        "shardwise predict rowwise colwise --json | jq -r '.predictions[] | [.plan, .step_s, .memory.device_bytes] | @tsv'",
+        "shardwise predict rowwise colwise --json | jq -r '.predictions[] | [.plan, .step_s, "
+        ".memory.device_bytes] | @tsv'",
         [PredictionRun, Sweep],
     )
 
@@ -281,7 +304,8 @@ def _json_reference(command: str, intro: list[str], example: str, found: list[ty
         for name in worked_out(kind):
             shown = _json_type(typing.get_type_hints(getattr(kind, name).fget)["return"], found)
             lines.append(
-                f"| `{name}` | {shown}, *worked out*{'. ' if getattr(kind, name).__doc__ else ''}{getattr(kind, name).__doc__ or ''} |"
+                f"| `{name}` | {shown}, *worked "
+                f"out*{'. ' if getattr(kind, name).__doc__ else ''}{getattr(kind, name).__doc__ or ''} |"
             )
         lines.append("")
     return "\n".join(lines)
@@ -314,14 +338,16 @@ def _json_type(kind: Any, found: list[type]) -> str:
 
 
 def compare_output() -> str:
-    """What `shardwise compare` printed for the example, without colour; the table of collectives is left to the report."""
+    """What `shardwise compare` printed for the example, without colour; the table of collectives is left to
+    the report."""
     comparison = read_document(EXAMPLE.read_bytes(), Comparison, str(EXAMPLE))
     parts = [_printed(table) for table in comparison_tables(comparison, WIDTH)]
     return _fenced("".join(part for part in parts if not part.lstrip().startswith("Collectives")))
 
 
 def explain_output() -> str:
-    """What `shardwise explain` printed for the example, without colour, down to the collectives of the forward."""
+    """What `shardwise explain` printed for the example, without colour, down to the collectives of the
+    forward."""
     explanation = read_document(EXPLAINED.read_bytes(), Explanation, str(EXPLAINED))
     printed = "".join(map(_printed, explanation_renderables(explanation, WIDTH)))
     return _fenced(printed.partition("\n backward: ")[0] + "\n\n ...")
@@ -348,7 +374,8 @@ def diff_output() -> str:
 
 
 def take_diff_example(run: Path) -> None:
-    """From the folder of `shardwise compare rowwise rowwise@dtensor --profile`: the example's file, and the picture of its page."""
+    """From the folder of `shardwise compare rowwise rowwise@dtensor --profile`: the example's file, and the
+    picture of its page."""
     read = []
     for label in ("rowwise", "rowwise@dtensor"):
         timelines, sharing = share(read_ranks(trace_files(run / TRACES / label)))
@@ -452,7 +479,8 @@ def main() -> int:
     if arguments.check:
         for path in stale:
             print(
-                f"docs/build.py: {path.relative_to(DOCS.parent)} differs from what the code says. Run: make docs",
+                f"docs/build.py: {path.relative_to(DOCS.parent)} differs from what the code says. Run: "
+                "make docs",
                 file=sys.stderr,
             )
         return 1 if stale else 0

@@ -1,11 +1,12 @@
-"""Your own model, your own loop: shard it with Shardwise, put FSDP2 on top, save and resume with torch.distributed.checkpoint.
+"""Your own model, your own loop: shard it with Shardwise, put FSDP2 on top, save and resume with
+torch.distributed.checkpoint.
 
     python examples/train_your_model.py                                         one process, nothing sharded
     torchrun --nproc-per-node 2 examples/train_your_model.py                    tensor parallel over 2 ranks
-    torchrun --nproc-per-node 4 examples/train_your_model.py --fsdp 2           FSDP2 over 2, tensor parallel over 2
+    torchrun --nproc-per-node 4 examples/train_your_model.py --fsdp 2   FSDP2 over 2, tp over 2
 
-All three print the same losses: sharding changes where the work is done, not what is learned. A run that was saved with --save DIR goes
-on with --resume DIR, on any number of ranks.
+All three print the same losses: sharding changes where the work is done, not what is learned. A run that was
+saved with --save DIR goes on with --resume DIR, on any number of ranks.
 
 Shapes: B batch, S sequence, H hidden, N heads, D head dim, V vocabulary.
 """
@@ -31,8 +32,9 @@ import shardwise
 
 BYTES = 256
 
-# One rule per kind of module; the names are this model's own. Between blocks each rank keeps its part of the sequence, so norms and
-# residuals cost 1/tp of the work and memory. `gather_input` makes the sequence whole again where all positions meet.
+# One rule per kind of module; the names are this model's own. Between blocks each rank keeps its part of the
+# sequence, so norms and residuals cost 1/tp of the work and memory. `gather_input` makes the sequence whole
+# again where all positions meet.
 PLAN = """
 name = "writer"
 [rules]
@@ -122,7 +124,8 @@ class Writer(nn.Module):
 
 
 def shard(model: Writer, plan: shardwise.Plan, mesh: DeviceMesh) -> None:
-    """Tensor parallelism first, FSDP2 over what is left of each parameter after it. The optimizer comes last: both replace parameters."""
+    """Tensor parallelism first, FSDP2 over what is left of each parameter after it. The optimizer comes last:
+    both replace parameters."""
     shardwise.parallelize(model, plan, mesh)
     if mesh["fsdp"].size() > 1:
         for block in model.blocks:
@@ -131,14 +134,16 @@ def shard(model: Writer, plan: shardwise.Plan, mesh: DeviceMesh) -> None:
 
 
 def batch_of(text: bytes, step: int, batch: int, seq: int) -> tuple[Tensor, Tensor]:
-    """Ids [B, S] of one step's global batch, and the label of each: the byte that follows it. The same on every rank."""
+    """Ids [B, S] of one step's global batch, and the label of each: the byte that follows it. The same on
+    every rank."""
     windows = torch.frombuffer(bytearray(text), dtype=torch.uint8).long().unfold(0, seq + 1, seq)
     chosen = windows[torch.arange(step * batch, (step + 1) * batch) % len(windows)]
     return chosen[:, :-1].contiguous(), chosen[:, 1:].contiguous()
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Takes model and optimizer from a checkpoint, whatever ranks wrote it; returns the steps it has behind it."""
+    """Takes model and optimizer from a checkpoint, whatever ranks wrote it; returns the steps it has behind
+    it."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, "steps": torch.tensor(0)}
     dcp.load(state, checkpoint_id=path)
@@ -164,7 +169,8 @@ def train(options: argparse.Namespace, mesh: DeviceMesh | None, device: torch.de
             mesh,
         )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    # The head leaves each rank its part of the vocabulary's logits; this loss knows how to read them, and nothing gathers them.
+    # The head leaves each rank its part of the vocabulary's logits; this loss knows how to read them, and
+    # nothing gathers them.
     loss_function = shardwise.loss_of(model)
 
     text = "\n".join(
@@ -173,15 +179,17 @@ def train(options: argparse.Namespace, mesh: DeviceMesh | None, device: torch.de
     n_parts, part = (mesh["fsdp"].size(), mesh["fsdp"].get_local_rank()) if mesh is not None else (1, 0)
     first = load(options.resume, model, optimizer) if options.resume else 0
     for step in range(first, first + options.steps):
-        # Ranks of one tp group see the same ids, and groups beside each other on the fsdp axis see their own part of the batch.
+        # Ranks of one tp group see the same ids, and groups beside each other on the fsdp axis see their own
+        # part of the batch.
         ids_BS, labels_BS = (
             whole.chunk(n_parts)[part].to(device)
             for whole in batch_of(text, step, options.batch, options.seq)
         )
         loss = loss_function(model(ids_BS), labels_BS)
-        # FSDP2 averages gradients over its axis. Each part of the batch has as many labels here, so that is the whole batch's mean. Where
-        # they differ (padding), give every part the whole batch's count and let FSDP2 sum: loss_function(logits, labels, valid=count)
-        # and set_gradient_divide_factor(1.0) on every FSDP module.
+        # FSDP2 averages gradients over its axis. Each part of the batch has as many labels here, so that is
+        # the whole batch's mean. Where they differ (padding), give every part the whole batch's count and let
+        # FSDP2 sum: loss_function(logits, labels, valid=count) and set_gradient_divide_factor(1.0) on every
+        # FSDP module.
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
         optimizer.step()

@@ -5,7 +5,8 @@ from shardwise.core.shown import shown
 
 
 def parse_changes(query: str, name: str) -> dict[str, int | float | bool]:
-    """What follows the question mark, as key -> number. name: the model as it was named. Raises ModelError."""
+    """What follows the question mark, as key -> number. name: the model as it was named. Raises
+    ModelError."""
     changes: dict[str, int | float | bool] = {}
     for part in query.split(",") if len(query) <= 10_000 else [query]:
         key, equals, text = part.partition("=")

@@ -1,8 +1,8 @@
 """`package.module:factory`: the user's own model, from a function of the user's own.
 
-Importing runs the user's code, as `python -m package.module` would; nothing else of theirs is read. The factory may take `dtype` and
-`mesh` (a DeviceMesh; it may then return a model that it has sharded itself) and nothing more. It is called where new tensors are made
-on the meta device.
+Importing runs the user's code, as `python -m package.module` would; nothing else of theirs is read. The
+factory may take `dtype` and `mesh` (a DeviceMesh; it may then return a model that it has sharded itself) and
+nothing more. It is called where new tensors are made on the meta device.
 """
 
 import difflib
@@ -71,7 +71,8 @@ class FactoryModel:
     def build(
         self, *, dtype: torch.dtype, device: torch.device | str = "meta", mesh: "DeviceMesh | None" = None
     ) -> nn.Module:
-        """What the factory returns. Raises ModelError where it raises, returns no module, or needs a mesh and gets none."""
+        """What the factory returns. Raises ModelError where it raises, returns no module, or needs a mesh and
+        gets none."""
         given: dict[str, object] = {}
         if "dtype" in self.takes:
             given["dtype"] = dtype
@@ -79,18 +80,21 @@ class FactoryModel:
             given["mesh"] = mesh
         elif self.needs_mesh:
             raise ModelError(
-                f'model "{self.name}": the factory takes a mesh, and there is none. Give it a default: mesh=None.'
+                f'model "{self.name}": the factory takes a mesh, and there is none. Give it a default: '
+                "mesh=None."
             )
         try:
             with torch.device(device), default_dtype(dtype):
                 model = self.factory(**given)
         except (Exception, SystemExit) as error:
             raise ModelError(
-                f'model "{self.name}": the factory raised {told(error)} Call it by itself, under torch.device("meta"), to see where.'
+                f'model "{self.name}": the factory raised {told(error)} Call it by itself, under '
+                'torch.device("meta"), to see where.'
             ) from None
         if not isinstance(model, nn.Module):
             raise ModelError(
-                f'model "{self.name}": the factory returned {shown(type(model).__name__)}. Return an nn.Module.'
+                f'model "{self.name}": the factory returned {shown(type(model).__name__)}. Return an '
+                "nn.Module."
             )
         if _is_hugging_face(model):
             from shardwise.models.hugging_face import give_logits
@@ -100,10 +104,12 @@ class FactoryModel:
 
 
 def sharding_factory(source: "ModelSource") -> FactoryModel:
-    """The factory behind a source that is to shard itself, which plan "own" stands for. Raises OptionError for any other source."""
+    """The factory behind a source that is to shard itself, which plan "own" stands for. Raises OptionError
+    for any other source."""
     if not isinstance(source, FactoryModel) or not source.takes_mesh:
         raise OptionError(
-            f'plan "own": {source.name} doesn\'t shard itself. It is for package.module:factory where the factory takes a mesh.'
+            f'plan "own": {source.name} doesn\'t shard itself. It is for package.module:factory where the '
+            "factory takes a mesh."
         )
     return source
 
@@ -116,7 +122,8 @@ def find_factory(text: str) -> FactoryModel:
         part.isidentifier() for part in (*module_name.split("."), *path.split("."))
     ):
         raise ModelError(
-            f'model "{name}": not of the form package.module:factory, a module to import and a function in it.'
+            f'model "{name}": not of the form package.module:factory, a module to import and a function in '
+            "it."
         )
     found: object = _import(module_name, name)
     for part in path.split("."):
@@ -126,12 +133,14 @@ def find_factory(text: str) -> FactoryModel:
             )
             hint = f' Did you mean "{near[0]}"?' if near else ""
             raise ModelError(
-                f'model "{name}": {module_name} has no "{part}".{hint} Name a function that returns an nn.Module.'
+                f'model "{name}": {module_name} has no "{part}".{hint} Name a function that returns an '
+                "nn.Module."
             )
         found = getattr(found, part)
     if isinstance(found, nn.Module) or not callable(found):
         raise ModelError(
-            f'model "{name}": {path} is of type {shown(type(found).__name__)}, which can\'t be called for a new model. Name a function.'
+            f'model "{name}": {path} is of type {shown(type(found).__name__)}, which can\'t be called for '
+            "a new model. Name a function."
         )
     takes, needs_mesh = _parameters(found, name)
     return FactoryModel(name, found, takes, needs_mesh)
@@ -150,11 +159,13 @@ def _import(module_name: str, name: str) -> object:
             and f"{module_name}.".startswith(f"{error.name}.")
         ):
             raise ModelError(
-                f'model "{name}": no module "{error.name}" in this folder or among the installed packages. Run it from the folder of your '
+                f'model "{name}": no module "{error.name}" in this folder or among the installed packages. '
+                "Run it from the folder of your "
                 "code, or install your package."
             ) from None
         raise ModelError(
-            f'model "{name}": importing {module_name} raised {told(error)} Try: python -c "import {module_name}".'
+            f'model "{name}": importing {module_name} raised {told(error)} Try: python -c "import '
+            f'{module_name}".'
         ) from None
 
 
@@ -169,7 +180,8 @@ def _parameters(factory: Callable[..., object], name: str) -> tuple[frozenset[st
         is_needed = p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         if is_needed and not (p.name in _OFFERED and p.name in by_name):
             raise ModelError(
-                f'model "{name}": the factory needs an argument "{shown(p.name)}". It may take dtype and mesh; give any other a default, or '
+                f'model "{name}": the factory needs an argument "{shown(p.name)}". It may take dtype and '
+                "mesh; give any other a default, or "
                 "name a function that takes none."
             )
     takes = frozenset(by_name) & frozenset(_OFFERED)

@@ -1,13 +1,15 @@
-"""The GPT family as Megatron trains it: learned positions, LayerNorm before each half, fused QKV, GELU, biases, tied or untied head.
+"""The GPT family as Megatron trains it: learned positions, LayerNorm before each half, fused QKV, GELU,
+biases, tied or untied head.
 
-Where a module is what Llama has, it has Llama's name (tok_embeddings, layers.N.attention.wo, ..., norm, output). Head counts are read off
-the projections' outputs, so a module whose projections hold some of the heads computes just those. Nothing here knows of ranks. There is
-no dropout, which the published runs had: its traffic isn't modelled.
+Where a module is what Llama has, it has Llama's name (tok_embeddings, layers.N.attention.wo, ..., norm,
+output). Head counts are read off the projections' outputs, so a module whose projections hold some of the
+heads computes just those. Nothing here knows of ranks. There is no dropout, which the published runs had: its
+traffic isn't modelled.
 
 Shape suffixes: B batch, S sequence, H hidden, N heads, D head dim, V vocabulary, 3 query, key and value.
 
-Sources: Radford et al. 2019 (GPT-2: the block, tanh GELU, tied head), Brown et al. 2020, table 2.1 (GPT-3: shapes), Shoeybi et al. 2019
-(Megatron-LM: QKV by head, so that a contiguous part holds whole heads).
+Sources: Radford et al. 2019 (GPT-2: the block, tanh GELU, tied head), Brown et al. 2020, table 2.1 (GPT-3:
+shapes), Shoeybi et al. 2019 (Megatron-LM: QKV by head, so that a contiguous part holds whole heads).
 """
 
 from dataclasses import dataclass
@@ -21,7 +23,8 @@ from shardwise.core.errors import ModelError
 
 @dataclass(frozen=True, slots=True)
 class GPTConfig:
-    """Shapes of one model of the family; `ffn_hidden` is the MLP's inner width, `max_seq` the number of learned positions."""
+    """Shapes of one model of the family; `ffn_hidden` is the MLP's inner width, `max_seq` the number of
+    learned positions."""
 
     vocab_size: int
     hidden: int
@@ -56,7 +59,8 @@ class GPTConfig:
 
 
 class Attention(nn.Module):
-    """Causal attention; computes as many heads as its projections give. Rows of wqkv: by head, then query, key, value, then head dim."""
+    """Causal attention; computes as many heads as its projections give. Rows of wqkv: by head, then query,
+    key, value, then head dim."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -99,7 +103,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """ids [B, S] -> logits [B, S, V]. Weights are uninitialised noise until somebody fills them (models/init.py)."""
+    """ids [B, S] -> logits [B, S, V]. Weights are uninitialised noise until somebody fills them
+    (models/init.py)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -116,7 +121,8 @@ class GPT(nn.Module):
         seq = ids_BS.shape[1]
         if seq > self.config.max_seq:
             raise ModelError(
-                f"gpt: a sequence of {seq}, and learned positions for {self.config.max_seq}. Use a shorter one, or max_seq={seq}."
+                f"gpt: a sequence of {seq}, and learned positions for {self.config.max_seq}. Use a shorter "
+                f"one, or max_seq={seq}."
             )
         positions_1S = torch.arange(seq, device=ids_BS.device).unsqueeze(0)
         hidden_BSH = self.tok_embeddings(ids_BS) + self.pos_embeddings(positions_1S)

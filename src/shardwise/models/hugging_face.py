@@ -1,9 +1,11 @@
-"""Hugging Face transformers' causal language models: `hf:TYPE` or `hf:PATH`, and `?KEY=VALUE,...` behind either.
+"""Hugging Face transformers' causal language models: `hf:TYPE` or `hf:PATH`, and `?KEY=VALUE,...` behind
+either.
 
-The configuration is the type's default one or a config.json on this machine. No hub, no weights, no code from files: keys that ask for
-those, or for kernels, are dropped. `?` replaces numbers: a key as config.json has it (dots into a part of it), or one of its language
-model's. A changed number of layers cuts every list that has an entry per layer. Widths need no cutting to look at a large model, since
-nothing is allocated; depth does, since each layer is traced.
+The configuration is the type's default one or a config.json on this machine. No hub, no weights, no code from
+files: keys that ask for those, or for kernels, are dropped. `?` replaces numbers: a key as config.json has it
+(dots into a part of it), or one of its language model's. A changed number of layers cuts every list that has
+an entry per layer. Widths need no cutting to look at a large model, since nothing is allocated; depth does,
+since each layer is traced.
 """
 
 import json
@@ -26,7 +28,8 @@ from shardwise.models.changes import parse_changes
 from shardwise.models.small import small_values
 
 MAX_CONFIG_BYTES = 1 << 20
-# Building stops here, so that an absurd count ends in a line and not in a full memory; the largest known models have a tenth of that.
+# Building stops here, so that an absurd count ends in a line and not in a full memory; the largest known
+# models have a tenth of that.
 MAX_MODULES = 100_000
 MAX_COUNT = 4096
 MAX_SIZE = 10**10
@@ -49,7 +52,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HuggingFaceModel:
-    """A configuration that transformers accepts. `config` is a transformers configuration and isn't changed."""
+    """A configuration that transformers accepts. `config` is a transformers configuration and isn't
+    changed."""
 
     name: str
     config: Any
@@ -79,14 +83,16 @@ class HuggingFaceModel:
         dropout = _dropout(self.config)
         if dropout:
             found.append(
-                f"Dropout is on, as in training: {', '.join(f'{key} {value:g}' for key, value in dropout.items())}."
+                "Dropout is on, as in training: "
+                f"{', '.join(f'{key} {value:g}' for key, value in dropout.items())}."
             )
         if self.is_quantized:
             found.append("quantization_config is left out: the weights are of the dtype that was asked for.")
         if self.has_experts:
             found.append(
-                "Experts run as grouped_mm in bfloat16, which is transformers' default, and as batched_mm in other dtypes, since grouped_mm "
-                "can't be traced in those; batched_mm copies the weights that each token meets, and needs far more memory."
+                "Experts run as grouped_mm in bfloat16, which is transformers' default, and as batched_mm "
+                "in other dtypes, since grouped_mm can't be traced in those; batched_mm copies the weights "
+                "that each token meets, and needs far more memory."
             )
         return tuple(found)
 
@@ -109,8 +115,8 @@ class HuggingFaceModel:
         return HuggingFaceModel(self.name, config, self.is_quantized)
 
     def build(self, *, dtype: torch.dtype, device: torch.device | str = "meta") -> nn.Module:
-        """The model, in train mode; calling it with ids gives logits. On another device than meta it has the weights of its own
-        initialisation. Raises ModelError."""
+        """The model, in train mode; calling it with ids gives logits. On another device than meta it has the
+        weights of its own initialisation. Raises ModelError."""
         from transformers import AutoModelForCausalLM
 
         chosen = {}
@@ -210,7 +216,8 @@ def _read_config(target: str, name: str) -> dict[str, Any]:
             path = path / "config.json"
         if not path.exists():
             raise ModelError(
-                f'model "{name}": no such file. The hub is never read: download config.json and give its path, or give a type, such as '
+                f'model "{name}": no such file. The hub is never read: download config.json and give its '
+                "path, or give a type, such as "
                 "hf:qwen3."
             )
         if not path.is_file():
@@ -219,7 +226,8 @@ def _read_config(target: str, name: str) -> dict[str, Any]:
             data = file.read(MAX_CONFIG_BYTES + 1)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f'model "{name}": {getattr(error, "strerror", None) or shown(error)}. Give the path of a config.json.'
+            f'model "{name}": {getattr(error, "strerror", None) or shown(error)}. Give the path of a '
+            "config.json."
         ) from None
     if len(data) > MAX_CONFIG_BYTES:
         raise ModelError(
@@ -237,7 +245,8 @@ def _read_config(target: str, name: str) -> dict[str, Any]:
 
 
 def _drop(values: dict[str, Any]) -> set[str]:
-    """Removes, at every depth, the keys that ask for code, kernels, weights or another dtype. Returns those that were there."""
+    """Removes, at every depth, the keys that ask for code, kernels, weights or another dtype. Returns those
+    that were there."""
     found = {key for key in values if key in _DROPPED and values[key] is not None}
     for key in _DROPPED & values.keys():
         del values[key]
@@ -269,7 +278,8 @@ def _configured(
 
 
 def _resolve(config: Any, key: str, name: str) -> list[str]:
-    """The attributes that lead to a key, the last one by its own name. A key that the top lacks may be the language model's."""
+    """The attributes that lead to a key, the last one by its own name. A key that the top lacks may be the
+    language model's."""
     *path, last = key.split(".")
     part = config
     for step in path:
@@ -287,7 +297,8 @@ def _resolve(config: Any, key: str, name: str) -> list[str]:
 def _no_such_key(config: Any, key: str, name: str) -> ModelError:
     known = {*_keys(config), *config.attribute_map, *_keys(_language_part(config)[1])}
     return ModelError(
-        f'model "{name}": a {config.model_type} configuration has no "{shown(key)}".{suggest(key[:80], sorted(known))}'
+        f'model "{name}": a {config.model_type} configuration has no '
+        f'"{shown(key)}".{suggest(key[:80], sorted(known))}'
     )
 
 
@@ -301,7 +312,8 @@ def _own_name(config: Any, key: str) -> str:
 
 
 def _language_part(config: Any) -> tuple[str | None, Any]:
-    """(key, configuration) of the language model in a composite configuration; (None, config) where it is the whole."""
+    """(key, configuration) of the language model in a composite configuration; (None, config) where it is the
+    whole."""
     language = config.get_text_config(decoder=True)
     step = next((key for key in config.sub_configs if getattr(config, key, None) is language), None)
     return (step, language) if step is not None else (None, config)
@@ -315,13 +327,15 @@ def _parts(config: Any) -> Iterator[Any]:
 
 
 def _cut_lists(part: Any, place: dict[str, Any], n_layers: int, name: str) -> None:
-    """Cuts the lists in `place` that have an entry for each layer; transformers makes those that aren't given itself."""
+    """Cuts the lists in `place` that have an entry for each layer; transformers makes those that aren't given
+    itself."""
     before = getattr(part, _own_name(part, _DEPTH), None)
     for key, value in place.items():
         if isinstance(value, list) and len(value) == before:
             if n_layers > before:
                 raise ModelError(
-                    f'model "{name}": {key} has an entry for each of {before} layers, so there can be no more than those.'
+                    f'model "{name}": {key} has an entry for each of {before} layers, so there can be no '
+                    "more than those."
                 )
             place[key] = value[:n_layers]
 
@@ -374,7 +388,8 @@ def _tried(make: Callable[[], T], name: str, what: str) -> T:
 
 
 def _plain(error: Exception) -> Exception:
-    """transformers' validators wrap the error of the field that is wrong, and their own first line doesn't say what it is."""
+    """transformers' validators wrap the error of the field that is wrong, and their own first line doesn't
+    say what it is."""
     return (
         error.__cause__
         if isinstance(error.__cause__, Exception) and "Validation" in type(error).__name__
@@ -384,7 +399,8 @@ def _plain(error: Exception) -> Exception:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """transformers' log lines are about checkpoints, generation and defaults: none is about what a user did here."""
+    """transformers' log lines are about checkpoints, generation and defaults: none is about what a user did
+    here."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

@@ -1,7 +1,8 @@
-"""Random weights, the same for every plan, rank and order of filling: each parameter has its own generator, seeded by its name.
+"""Random weights, the same for every plan, rank and order of filling: each parameter has its own generator,
+seeded by its name.
 
-Matrices: normal, standard deviation 0.02 (GPT-2's and Llama's published initialiser range); biases: zeros; other vectors
-(norm weights): ones.
+Matrices: normal, standard deviation 0.02 (GPT-2's and Llama's published initialiser range); biases: zeros;
+other vectors (norm weights): ones.
 """
 
 import hashlib

@@ -1,11 +1,14 @@
-"""The Llama 3 family as plain modules: RMSNorm, rotary embeddings, grouped-query attention, SwiGLU, tied or untied head.
+"""The Llama 3 family as plain modules: RMSNorm, rotary embeddings, grouped-query attention, SwiGLU, tied or
+untied head.
 
-Module names are torchtitan's (tok_embeddings, layers.N.attention.wq, ..., norm, output). Head counts are read off the projections'
-outputs, so a module whose projections hold some of the heads computes just those. Nothing here knows of ranks.
+Module names are torchtitan's (tok_embeddings, layers.N.attention.wq, ..., norm, output). Head counts are read
+off the projections' outputs, so a module whose projections hold some of the heads computes just those.
+Nothing here knows of ranks.
 
 Shape suffixes: B batch, S sequence, H hidden, N heads, D head dim, V vocabulary.
 
-Sources: Touvron et al. 2023 (Llama 2, the block), Dubey et al. 2024 (Llama 3: shapes, theta 500000), Su et al. 2021 (RoPE).
+Sources: Touvron et al. 2023 (Llama 2, the block), Dubey et al. 2024 (Llama 3: shapes, theta 500000), Su et
+al. 2021 (RoPE).
 """
 
 import math
@@ -21,7 +24,8 @@ from shardwise.core.errors import ModelError
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """Llama 3.1's stretching of the rotary frequencies. Source: Meta's published params.json and model code of Llama 3.1."""
+    """Llama 3.1's stretching of the rotary frequencies. Source: Meta's published params.json and model code
+    of Llama 3.1."""
 
     factor: float = 8.0
     low_freq_factor: float = 1.0
@@ -31,8 +35,9 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True)
 class LlamaConfig:
-    """Shapes of one model of the family; `ffn_hidden` is SwiGLU's inner width. fused_swiglu: keeps the two matmuls' outputs alone for its
-    backward, and not silu's, as Megatron's and Transformer Engine's kernels do."""
+    """Shapes of one model of the family; `ffn_hidden` is SwiGLU's inner width. fused_swiglu: keeps the two
+    matmuls' outputs alone for its backward, and not silu's, as Megatron's and Transformer Engine's kernels
+    do."""
 
     vocab_size: int
     hidden: int
@@ -73,7 +78,8 @@ class LlamaConfig:
 
 
 def rotary_frequencies(config: LlamaConfig, device: torch.device | str = "cpu") -> Tensor:
-    """Angle per position of each pair of a head's dims: [D/2], float64, theta^(-2i/D), stretched where the config says so."""
+    """Angle per position of each pair of a head's dims: [D/2], float64, theta^(-2i/D), stretched where the
+    config says so."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device) / config.head_dim
     frequencies = config.rope_theta**-exponents
     scaling = config.rope_scaling
@@ -94,7 +100,8 @@ def rotary_table(config: LlamaConfig, seq: int, device: torch.device, dtype: tor
 
 
 def rotate(x_BSND: Tensor, rope_2SD: Tensor) -> Tensor:
-    """Rotates the pair (i, i + D/2) of each head's dims by the position's angle: the layout of published Llama weights on Hugging Face."""
+    """Rotates the pair (i, i + D/2) of each head's dims by the position's angle: the layout of published
+    Llama weights on Hugging Face."""
     cos_SD, sin_SD = rope_2SD[:, :, None, :].unbind(0)
     first, second = x_BSND.chunk(2, dim=-1)
     return torch.cat((first * cos_SD - second * sin_SD, second * cos_SD + first * sin_SD), dim=-1)
@@ -153,7 +160,8 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
         if self.fused_swiglu:
-            return self.w2(_SwiGLU.apply(self.w1(hidden_BSH), self.w3(hidden_BSH)))  # type: ignore[no-any-return]
+            inner_BSF = _SwiGLU.apply(self.w1(hidden_BSH), self.w3(hidden_BSH))
+            return self.w2(inner_BSF)  # type: ignore[no-any-return]
         return self.w2(F.silu(self.w1(hidden_BSH)) * self.w3(hidden_BSH))  # type: ignore[no-any-return]
 
 
@@ -173,7 +181,8 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """ids [B, S] -> logits [B, S, V]. Weights are uninitialised noise until somebody fills them (models/init.py)."""
+    """ids [B, S] -> logits [B, S, V]. Weights are uninitialised noise until somebody fills them
+    (models/init.py)."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()

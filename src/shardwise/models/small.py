@@ -1,8 +1,10 @@
-"""The small twin of a Hugging Face configuration: the same kinds of layers and modules, so the same plan, at sizes a laptop runs in float64.
+"""The small twin of a Hugging Face configuration: the same kinds of layers and modules, so the same plan, at
+sizes a laptop runs in float64.
 
-What decides whether a plan is right stays: which modules there are, grouped heads, experts and their groups, low ranks, tied weights, biases,
-each kind of layer once. Sizes become small, and divide where a plan divides them: by tp, as heads, experts and widths of real models do. Names
-of sizes are transformers' own; attribute_map has its synonyms.
+What decides whether a plan is right stays: which modules there are, grouped heads, experts and their groups,
+low ranks, tied weights, biases, each kind of layer once. Sizes become small, and divide where a plan divides
+them: by tp, as heads, experts and widths of real models do. Names of sizes are transformers' own;
+attribute_map has its synonyms.
 """
 
 import re
@@ -18,7 +20,8 @@ MOST_LAYERS = 4
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Small sizes of a model that is to be sharded over tp ranks: each rank has two heads and one KV head, or more."""
+    """Small sizes of a model that is to be sharded over tp ranks: each rank has two heads and one KV head, or
+    more."""
 
     tp: int
 
@@ -164,7 +167,8 @@ _FIRST_LAYERS = re.compile(r"^(first_k_dense_replace|num_dense_layers|moe_layer_
 
 
 def small_values(config: Any, tp: int) -> dict[str, Any]:
-    """A configuration's values with sizes for tp ranks, for its class's from_dict(). config: one of transformers'; it isn't changed."""
+    """A configuration's values with sizes for tp ranks, for its class's from_dict(). config: one of
+    transformers'; it isn't changed."""
     values = _without_internals(config.to_dict())
     for key in config.sub_configs:
         part = getattr(config, key, None)
@@ -207,7 +211,8 @@ def _kept_layers(known: Mapping[str, Any]) -> _Layers | None:
 
 @dataclass(frozen=True, slots=True)
 class _Twin:
-    """known: the configuration's own values by canonical name. layers: which are kept, where lists have an entry for each."""
+    """known: the configuration's own values by canonical name. layers: which are kept, where lists have an
+    entry for each."""
 
     sizes: Sizes
     known: Mapping[str, Any]

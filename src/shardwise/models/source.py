@@ -1,4 +1,5 @@
-"""A model that a command can name: a spec of ours (models/specs.py), `hf:...` (models/hugging_face.py) or `package.module:factory` (models/factory.py)."""
+"""A model that a command can name: a spec of ours (models/specs.py), `hf:...` (models/hugging_face.py) or
+`package.module:factory` (models/factory.py)."""
 
 from typing import Protocol
 
@@ -11,11 +12,13 @@ from shardwise.core.shown import shown
 from shardwise.models.specs import SPECS, get_spec
 
 HUGGING_FACE = "hf:"
-# how a model is named beside the specs' names, and what it then is; the first is for every command. Lists and help texts show these
+# how a model is named beside the specs' names, and what it then is; the first is for every command. Lists and
+# help texts show these
 NAMINGS = (
     (
         "NAME?KEY=VALUE,...",
-        "one of those above with numbers replaced, such as gpt3-175b?n_layers=4; heads and ffn_hidden follow hidden",
+        "one of those above with numbers replaced, such as gpt3-175b?n_layers=4; heads and ffn_hidden "
+        "follow hidden",
     ),
     ("hf:TYPE", "the default configuration of a Hugging Face model type, such as hf:qwen3"),
     (
@@ -54,21 +57,26 @@ class ModelSource(Protocol):
 
     @property
     def family(self) -> Family:
-        """Whose module names a built-in plan speaks of; where they aren't the model's, the plan's rules match nothing and it is refused."""
+        """Whose module names a built-in plan speaks of; where they aren't the model's, the plan's rules match
+        nothing and it is refused."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader of results must know: dropout that is on, parts that are left out. A sentence each."""
+        """What a reader of results must know: dropout that is on, parts that are left out. A sentence
+        each."""
 
     def small(self, tp: int) -> "ModelSource | None":
-        """A model of the same modules at sizes that run anywhere, also sharded over tp ranks; None where nobody knows one."""
+        """A model of the same modules at sizes that run anywhere, also sharded over tp ranks; None where
+        nobody knows one."""
 
     def build(self, *, dtype: torch.dtype, device: torch.device | str = "meta") -> nn.Module:
-        """model(ids [B, S]) gives plain logits [B, S, V]. On the meta device it holds no weights. Raises ModelError."""
+        """model(ids [B, S]) gives plain logits [B, S, V]. On the meta device it holds no weights. Raises
+        ModelError."""
 
 
 def find_model(text: str) -> ModelSource:
-    """The model of a name. Raises ModelError where there is none; for `package.module:factory` the user's module is imported."""
+    """The model of a name. Raises ModelError where there is none; for `package.module:factory` the user's
+    module is imported."""
     if text.partition("?")[0] in SPECS:
         return get_spec(text)
     if text.startswith(HUGGING_FACE):
@@ -80,13 +88,15 @@ def find_model(text: str) -> ModelSource:
 
         return find_factory(text)
     raise ModelError(
-        f'unknown model "{shown(text)}".{suggest(text.partition("?")[0][:80], SPECS)} Known: {", ".join(SPECS)}; '
+        f'unknown model "{shown(text)}".{suggest(text.partition("?")[0][:80], SPECS)} Known: '
+        f"{', '.join(SPECS)}; "
         "NAME?KEY=VALUE,...; or hf:TYPE, hf:PATH of a config.json, or package.module:factory."
     )
 
 
 def vocab_size_of(model: nn.Module) -> int:
-    """How many ids a built model knows: its own or its config's `vocab_size`, or the rows of its (first) embedding. Raises ModelError."""
+    """How many ids a built model knows: its own or its config's `vocab_size`, or the rows of its (first)
+    embedding. Raises ModelError."""
     for holder in (model, getattr(model, "config", None)):
         size = getattr(holder, "vocab_size", None)
         if isinstance(size, int) and not isinstance(size, bool) and size > 0:
@@ -96,5 +106,6 @@ def vocab_size_of(model: nn.Module) -> int:
         if isinstance(module, nn.Embedding):
             return module.num_embeddings
     raise ModelError(
-        f"{shown(type(model).__name__)}: no nn.Embedding tells the vocabulary. Give the model an attribute vocab_size."
+        f"{shown(type(model).__name__)}: no nn.Embedding tells the vocabulary. Give the model an attribute "
+        "vocab_size."
     )

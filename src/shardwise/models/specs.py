@@ -1,9 +1,10 @@
 """Model specs: the names by which commands know models, and their shapes.
 
-Published shapes: Llama 3: Dubey et al. 2024, table 3, and the params.json files that Meta published with the weights. GPT-3: Brown et al. 2020,
-table 2.1, but that 1.3b has 16 heads of 128, since the table's 24 of 128 don't make its hidden 2048; the vocabulary is GPT-2's 50,257 padded to
-51,200, as Megatron has it. Megatron 22B: Korthikanti et al. 2022, table 3. The debug models are ours: small enough for a laptop, with a
-vocabulary that is large for their width, so that embedding and head matter as they do in real models.
+Published shapes: Llama 3: Dubey et al. 2024, table 3, and the params.json files that Meta published with the
+weights. GPT-3: Brown et al. 2020, table 2.1, but that 1.3b has 16 heads of 128, since the table's 24 of 128
+don't make its hidden 2048; the vocabulary is GPT-2's 50,257 padded to 51,200, as Megatron has it. Megatron
+22B: Korthikanti et al. 2022, table 3. The debug models are ours: small enough for a laptop, with a vocabulary
+that is large for their width, so that embedding and head matter as they do in real models.
 """
 
 from collections.abc import Mapping
@@ -80,13 +81,14 @@ class ModelSpec:
         return {key: value for key, value in asdict(self.config).items() if isinstance(value, int | float)}
 
     def changed(self, changes: Mapping[str, int | float | bool], name: str) -> "ModelSpec":
-        """Under a new name, with some numbers of the configuration replaced. What follows `hidden` and isn't named keeps its ratio to it:
-        heads (so their width stays) and ffn_hidden. Raises ModelError."""
+        """Under a new name, with some numbers of the configuration replaced. What follows `hidden` and isn't
+        named keeps its ratio to it: heads (so their width stays) and ffn_hidden. Raises ModelError."""
         config, known = self.config, self.numbers
         for key, value in changes.items():
             if key not in known:
                 raise ModelError(
-                    f'model "{name}": {self.name} has no "{shown(key)}".{suggest(key[:80], known)} Known: {", ".join(known)}.'
+                    f'model "{name}": {self.name} has no "{shown(key)}".{suggest(key[:80], known)} Known: '
+                    f"{', '.join(known)}."
                 )
             _check_number(key, value, type(known[key]), name)
         values = dict(changes)
@@ -95,12 +97,14 @@ class ModelSpec:
                 followed, rest = divmod(known[key] * values["hidden"], config.hidden)
                 if rest or not followed:
                     raise ModelError(
-                        f'model "{name}": {key} is {known[key]} where hidden is {config.hidden}, and can\'t keep that ratio where hidden is '
+                        f'model "{name}": {key} is {known[key]} where hidden is {config.hidden}, and '
+                        "can't keep that ratio where hidden is "
                         f"{values['hidden']}. Name it too: {key}=..."
                     )
                 values[key] = followed
         try:
-            return replace(self, name=name, config=replace(config, **values))  # type: ignore[arg-type]  # checked above
+            # values are checked above
+            return replace(self, name=name, config=replace(config, **values))  # type: ignore[arg-type]
         except ModelError as error:
             raise ModelError(f'model "{name}": {error}') from None
 
@@ -148,7 +152,8 @@ SPECS = {spec.name: spec for spec in _SPECS}
 
 
 def get_spec(text: str) -> ModelSpec:
-    """The spec of NAME or NAME?KEY=VALUE,... Raises ModelError with the nearest name and all that are known."""
+    """The spec of NAME or NAME?KEY=VALUE,... Raises ModelError with the nearest name and all that are
+    known."""
     name, has_query, query = text.partition("?")
     if name not in SPECS:
         raise ModelError(
