@@ -25,7 +25,7 @@ from shardwise.models.dtype import default_dtype
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from shardwise.models.source import ModelSource
+    from shardwise.models.model_source import ModelSource
 
 _OFFERED = ("dtype", "mesh")
 
