@@ -111,7 +111,8 @@ def program_of(model: str, layers: int | None, plan: str, mesh: Mesh, settings: 
 def step_of(ran: dict[str, object], machine: Machine) -> Step:
     """The same step, predicted without communication."""
     values = msgspec.convert(ran, Ran)
-    mesh = traced_mesh(Mesh((("fsdp", values.fsdp), ("tp", values.tp))))
+    whole = Mesh((("fsdp", values.fsdp), ("tp", values.tp)))
+    mesh = traced_mesh(whole)
     settings = StepSettings(
         values.batch * mesh.data_parallel,
         values.seq,
@@ -124,8 +125,12 @@ def step_of(ran: dict[str, object], machine: Machine) -> Step:
     made = predict(
         program,
         machine,
-        Setup(compiled=values.compiled, compiled_loss=values.compiled_loss, without=(Term.TENSOR, Term.DATA)),
-        {"fsdp": values.fsdp},
+        Setup(
+            whole,
+            compiled=values.compiled,
+            compiled_loss=values.compiled_loss,
+            without=(Term.TENSOR, Term.DATA),
+        ),
     )
     return Step(
         values.device,

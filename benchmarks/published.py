@@ -121,7 +121,6 @@ class Job:
     traced: Traced
     setup: Setup
     machine: str
-    data_parallel: int
 
 
 def job_of(row: Row) -> Job:
@@ -157,11 +156,11 @@ def job_of(row: Row) -> Job:
         _plan(tp, torchs_own="DTensor" in row["framework"], sharded=sharded),
         llama and not sharded,
     )
+    axes = (("pp", number(row, "pp")), (traced.data_axis, dp), ("cp", context), ("tp", tp))
     setup = Setup(
+        Mesh(axes),
         micro_batches=number(row, "grad_accum") or number(row, "global_batch") // (dp * micro_batch),
-        stages=number(row, "pp"),
         chunks=number(row, "vp", 1) or 1,
-        context=context,
         attention=AttentionKernel.UNFUSED if row["framework"] in UNFUSED else None,
         recompute_attention=row["ac"] == "selective (attn core)",
         compiled=row["compile"] == "1",
@@ -175,7 +174,7 @@ def job_of(row: Row) -> Job:
         precision=Precision.TRACED if traced.mixed else Precision.MASTER,
     )
     machine = "a100-sxm-80gb-vtrain" if row["source_group"].startswith("vtrain") else MACHINES[row["gpu"]]
-    return Job(traced, setup, machine, dp)
+    return Job(traced, setup, machine)
 
 
 def _plan(tp: int, *, torchs_own: bool, sharded: bool) -> str:
@@ -218,8 +217,7 @@ def _machine(name: str) -> Machine:
 
 def predicted(job: Job, program: Program) -> Prediction:
     """What the row's run would take."""
-    sizes = {job.traced.data_axis: job.data_parallel} if job.traced.data_size > 1 else None
-    return predict(program, _machine(job.machine), job.setup, sizes)
+    return predict(program, _machine(job.machine), job.setup)
 
 
 def left_out(row: Row, job: Job) -> Job:

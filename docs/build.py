@@ -97,7 +97,10 @@ def cli_reference() -> str:
             shown = re.sub(r"\[/?dim\]|\[/\]", "", examples)
             lines += ["```", *[line.strip() for line in shown.splitlines() if line.strip()], "```", ""]
         lines += ["| option | meaning | default |", "|---|---|---|"]
-        lines += [_row(parameter) for parameter in command.params if parameter.name != "help"]
+        offered = [
+            each for each in command.params if not getattr(each, "hidden", False) and each.name != "help"
+        ]
+        lines += [_row(parameter) for parameter in offered]
         lines.append("")
     lines += [
         "Exit codes: 0 fine; 1 the answer is no (a plan doesn't agree with the unsharded model); 2 the "

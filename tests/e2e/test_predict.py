@@ -65,7 +65,7 @@ def test_the_folder_holds_the_page_the_data_and_the_steps_for_perfetto(run: tupl
 
 
 def test_mixed_precision_and_context_ranks_are_one_step(tmp_path: Path) -> None:
-    options = "--mesh fsdp=1,tp=2 --context 2 --param-dtype bfloat16 --reduce-dtype float32 --recompute selective-ops --compiled-loss --json"
+    options = "--mesh fsdp=1,cp=2,tp=2 --param-dtype bfloat16 --reduce-dtype float32 --recompute selective-ops --compiled-loss --json"
     ended = shardwise("predict", "--model", "llama3-debug", "--seq", "64", *options.split(), cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     document = json.loads(ended.stdout)
@@ -73,7 +73,7 @@ def test_mixed_precision_and_context_ranks_are_one_step(tmp_path: Path) -> None:
     assert (prediction["devices"], prediction["tokens"], dict(prediction["axes"])) == (
         4,
         64,
-        {"fsdp": 1, "tp": 2},
+        {"fsdp": 1, "cp": 2, "tp": 2},
     )
     assert prediction["setup"]["compiled_loss"]
     assert dict(prediction["terms"])["data-parallel communication"] > 0
@@ -103,7 +103,7 @@ def test_a_plan_that_does_not_fit_is_an_answer_of_no() -> None:
 def test_a_saved_program_is_predicted_at_other_sizes_without_torch(saved: Path) -> None:
     code = (
         "import sys, contextlib; from shardwise.cli.main import _run; "
-        f"code = _run(['predict', '--program', {str(saved)!r}, '--mesh', 'fsdp=512,tp=2', '--stages', '2', '--accumulation', '4', '--json']); "
+        f"code = _run(['predict', '--program', {str(saved)!r}, '--mesh', 'pp=2,fsdp=512,tp=2', '--accumulation', '4', '--json']); "
         "print(code, 'torch' in sys.modules, file=sys.stderr)"
     )
     ended = subprocess.run(
@@ -127,7 +127,15 @@ def test_a_saved_program_is_predicted_as_the_traced_one(saved: Path) -> None:
 def test_a_pipeline_s_stages_are_in_a_trace_of_their_own(saved: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ended = shardwise(
-        "predict", "--program", str(saved), "--stages", "3", "--accumulation", "6", "--out", str(out)
+        "predict",
+        "--program",
+        str(saved),
+        "--mesh",
+        "pp=3,fsdp=2,tp=2",
+        "--accumulation",
+        "6",
+        "--out",
+        str(out),
     )
     assert ended.returncode == 0, ended.stderr
     assert "pipeline bubble" in ended.stdout
@@ -150,15 +158,12 @@ def test_a_sweep_finds_every_mesh_and_says_what_it_left_out(tmp_path: Path) -> N
     ended = shardwise("predict", "--sweep", *options, "--json", "--out", str(out))
     assert ended.returncode == 0, ended.stderr
     document = json.loads(ended.stdout)
-    found = {
-        (tuple(map(tuple, point["axes"])), point["stages"], point["micro_batch"])
-        for point in document["points"]
-    }
-    assert ((("fsdp", 2), ("tp", 1)), 2, 2) in found
-    assert ((("tp", 4),), 1, 1) in found
+    found = {(tuple(map(tuple, point["axes"])), point["micro_batch"]) for point in document["points"]}
+    assert ((("pp", 2), ("fsdp", 2), ("tp", 1)), 2) in found
+    assert ((("tp", 4),), 1) in found
     assert len(found) == len(document["points"])
     assert [refusal["reason"] for refusal in document["refused"]] == [
-        "--stages: llama3-debug?n_layers=2 has 2 layers, and can't be cut into 4 stages. Use at most 2."
+        "pp=4: llama3-debug?n_layers=2 has 2 layers, and can't be cut into 4 stages. Use at most pp=2."
     ]
     rates = [point["tokens_per_s_per_device"] for point in document["points"]]
     assert rates == sorted(rates, reverse=True)
@@ -189,8 +194,9 @@ REFUSED = [
     (("--without", "tensor,lunch"), '--without: unknown term "lunch". Did you mean "launch"? Allowed: matmul,'),
     (("--without", "matmul,attention,kernels,embedding,optimizer,tensor,data,slowed,launch,bubble"), "--without: nothing is left of the step."),
     (("--mesh", "dp=2,tp=2", "--batch", "6", "--accumulation", "2"), "--batch 6 can't be cut into 2 data-parallel parts of 2 micro-batches. Use a multiple of 4."),
-    (("--seq", "33", "--context", "2"), "--seq 33 can't be cut into 2 parts for --context."),
-    (("--stages", "7"), "--stages: llama3-debug has 6 layers, and can't be cut into 7 stages. Use at most 6."),
+    (("--seq", "33", "--mesh", "cp=2"), "--seq 33 can't be cut into 2 parts for cp=2."),
+    (("--mesh", "ep=2,tp=2"), "mesh ep=2,tp=2: predict can't carry ep yet. Use the axes pp, dp, fsdp, cp, tp."),
+    (("--mesh", "pp=7,tp=1"), "pp=7: llama3-debug has 6 layers, and can't be cut into 7 stages. Use at most pp=6."),
     (("--chunks", "2"), "--chunks 2: chunks of layers are of a pipeline's stages."),
     (("--attention", "flash"), '--attention is "flash". Allowed: fused, unfused.'),
     (("--matmul-dtype", "float4"), '--matmul-dtype is "float4". Did you mean "float8"?'),
@@ -199,7 +205,7 @@ REFUSED = [
     (("--mesh", "fsdp=1,tp=2", "--param-dtype", "bfloat16"), "--param-dtype bfloat16: is FSDP's mixed precision, and mesh fsdp=1,tp=2 has no fsdp ranks."),
     (("--sweep", "--reduce-dtype", "float8"), '--reduce-dtype is "float8". Did you mean'),
     (("--devices", "8"), "--devices: it is a sweep's. Add --sweep, or leave it out."),
-    (("--sweep", "--mesh", "tp=2"), "--mesh: a sweep goes over it, or has no use for it."),
+    (("--sweep", "--mesh", "tp=2"), "--mesh tp=2: a sweep goes over all axes but cp. Give cp alone, or leave it out."),
     (("--sweep", "--micro-batches", "1,0"), '--micro-batches is "1,0". Write sizes with commas between, such as 1,2,4.'),
     (("--sweep", "rowise", "--devices", "2"), 'unknown plan "rowise". Did you mean "rowwise"?'),
     (("--program", "no.json"), "--program no.json: No such file or directory."),

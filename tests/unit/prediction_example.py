@@ -42,7 +42,6 @@ def prediction(
         "gpu-x",
         (("fsdp", 2), ("tp", 4)),
         setup or Setup(),
-        8,
         16_384,
         sum(terms.values()),
         found,

@@ -21,6 +21,7 @@ from shardwise.core.machine import (
     local_ranks,
     on_curve,
 )
+from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import AttentionKernel, Precision, Setup, Term
 from shardwise.core.program import (
     LOSS_MODULE,
@@ -123,7 +124,7 @@ def attention(*, backward: bool) -> Op:
 def test_fused_attention_goes_by_its_flops_and_grows_with_the_ranks_that_share_a_sequence() -> None:
     assert op_cost(attention(backward=False), MACHINE, Setup()).device_s == pytest.approx(4e8 / 50e12)
     assert op_cost(attention(backward=True), MACHINE, Setup()).device_s == pytest.approx(1e9 / 25e12)
-    assert op_cost(attention(backward=False), MACHINE, Setup(context=4)).device_s == pytest.approx(
+    assert op_cost(attention(backward=False), MACHINE, Setup(Mesh.parse("cp=4"))).device_s == pytest.approx(
         4 * 4e8 / 50e12
     )
 
@@ -314,10 +315,6 @@ def test_the_peak_by_blocks_is_the_peak_item_by_item() -> None:
 
 def test_states_are_counted_in_the_precision_that_a_trainer_keeps() -> None:
     held = PROGRAM.held(MemoryKind.PARAMETER)
-    kept = dict(
-        forecast(
-            PROGRAM, MACHINE, Setup(precision=Precision.MASTER, optimizer_shards=2), dict(PROGRAM.axes)
-        ).by_kind
-    )
+    kept = dict(forecast(PROGRAM, MACHINE, Setup(precision=Precision.MASTER, optimizer_shards=2)).by_kind)
     states = (MemoryKind.PARAMETER, MemoryKind.GRADIENT, MemoryKind.OPTIMIZER)
     assert [kept[kind] / held for kind in states] == [1.0, 2.0, 3.0]

@@ -16,7 +16,7 @@ from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_plan
 from shardwise.predict.machines import load_machine
 from shardwise.predict.memory import RESERVED_OVER_ACTIVE, _fused_loss, forecast, peak_by_kind
-from shardwise.predict.work import reducing_sizes
+from shardwise.predict.work import group_sizes
 from shardwise.trace.trace import trace
 
 GIB = 2**30
@@ -41,45 +41,41 @@ PROGRAM = Program(
 )
 
 
+def of(mesh: str, micro_batches: int = 1) -> Setup:
+    return Setup(Mesh.parse(mesh), micro_batches)
+
+
 def test_with_more_shards_the_peak_moves_to_the_activations() -> None:
     machine = load_machine("h100-sxm-80gb")
-    as_traced = dict(forecast(PROGRAM, machine, Setup(), {"fsdp": 2, "tp": 1}).by_kind)
+    as_traced = dict(forecast(PROGRAM, machine, Setup()).by_kind)
     assert as_traced == {MemoryKind.PARAMETER: GIB, MemoryKind.GRADIENT: 6 * GIB}
-    larger = dict(forecast(PROGRAM, machine, Setup(), {"fsdp": 64, "tp": 1}).by_kind)
+    larger = dict(forecast(PROGRAM, machine, of("fsdp=64")).by_kind)
     assert larger == {MemoryKind.PARAMETER: GIB / 32, MemoryKind.ACTIVATION: 4 * GIB}
 
 
 def test_more_shards_never_take_more() -> None:
     machine = load_machine("h100-sxm-80gb")
-    found = [
-        forecast(PROGRAM, machine, Setup(), {"fsdp": 2**power, "tp": 1}).active_bytes
-        for power in range(1, 12)
-    ]
+    found = [forecast(PROGRAM, machine, of(f"fsdp={2**power}")).active_bytes for power in range(1, 12)]
     assert found == sorted(found, reverse=True)
 
 
 def test_a_pipeline_moves_it_too() -> None:
     machine = load_machine("h100-sxm-80gb")
-    staged = dict(forecast(PROGRAM, machine, Setup(stages=2, micro_batches=8), {"fsdp": 2, "tp": 1}).by_kind)
+    staged = dict(forecast(PROGRAM, machine, of("pp=2,fsdp=2", micro_batches=8)).by_kind)
     assert staged == {MemoryKind.PARAMETER: GIB / 2, MemoryKind.ACTIVATION: 4 * GIB}
-    assert dict(forecast(replace(PROGRAM, blocks=()), machine, Setup(), {"fsdp": 2, "tp": 1}).by_kind) == {
+    assert dict(forecast(replace(PROGRAM, blocks=()), machine, Setup()).by_kind) == {
         MemoryKind.PARAMETER: GIB
     }
 
 
 def test_context_ranks_share_fsdp_s_shards() -> None:
     machine = load_machine("h100-sxm-80gb")
-    assert reducing_sizes(PROGRAM, Setup(context=8), {"fsdp": 1}) == {"fsdp": 8, "tp": 1}
-    alone, shared = (
-        forecast(
-            PROGRAM, machine, Setup(context=count), reducing_sizes(PROGRAM, Setup(context=count), {"fsdp": 2})
-        )
-        for count in (1, 4)
-    )
+    assert group_sizes(PROGRAM, of("fsdp=1,cp=8")) == {"fsdp": 8, "tp": 1}
+    alone, shared = (forecast(PROGRAM, machine, of(f"fsdp=2,cp={count}")) for count in (1, 4))
     assert dict(shared.by_kind) == {MemoryKind.PARAMETER: GIB / 4, MemoryKind.ACTIVATION: 4 * GIB}
     assert shared.active_bytes < alone.active_bytes
     whole = replace(PROGRAM, axes=(("tp", 2),))
-    assert reducing_sizes(whole, Setup(context=8), None) == {"tp": 2}
+    assert group_sizes(whole, of("cp=8,tp=2")) == {"tp": 2}
 
 
 def test_a_compiled_loss_holds_logits_and_their_gradient_and_nothing_in_float32() -> None:

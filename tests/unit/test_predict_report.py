@@ -8,6 +8,7 @@ from rich.console import Console
 
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import InputError
+from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import AttentionKernel, Precision, Setup, Term
 from shardwise.core.prediction_run import PredictionRun
 from shardwise.files.document import read_document, write_document
@@ -16,7 +17,7 @@ from shardwise.report.predict.terminal import render_prediction
 from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME
 from tests.unit.prediction_example import MEMORY, TERMS, TOO_MUCH, hostile_run, prediction, run_of, two_plans
 
-AXES = (("dp", 2), ("tp", 2))
+MESH = Mesh.parse("dp=2,tp=2")
 WIDTHS = (80, 100, 150)
 
 
@@ -69,15 +70,21 @@ def test_memory_says_by_how_much() -> None:
 
 
 def test_every_choice_of_a_setup_is_said() -> None:
-    plain = rows.assumptions(StepSettings(1, 8), Setup(), AXES)
+    plain = rows.assumptions(StepSettings(1, 8), Setup(), MESH)
     choices = {
-        "micro_batches": 4, "stages": 2, "chunks": 2, "context": 2, "attention": AttentionKernel.UNFUSED, "recompute_attention": True,
+        "micro_batches": 4, "attention": AttentionKernel.UNFUSED, "recompute_attention": True,
         "compiled": True, "compiled_loss": True, "matmul_dtype": "float8", "overlap_data": True, "overlap_tensor": True, "optimizer_shards": 4, "precision": Precision.MASTER, "without": (Term.LAUNCH,),
     }  # fmt: skip
     for field, value in choices.items():
-        base = {"stages": 2} if field == "chunks" else {}
-        before = rows.assumptions(StepSettings(1, 8), Setup(**base), AXES) if base else plain  # type: ignore[arg-type]
-        assert rows.assumptions(StepSettings(1, 8), Setup(**base, **{field: value}), AXES) != before, field  # type: ignore[arg-type]
+        assert rows.assumptions(StepSettings(1, 8), Setup(**{field: value}), MESH) != plain, field  # type: ignore[arg-type]
+
+
+def test_stages_and_context_ranks_are_said() -> None:
+    settings, piped = StepSettings(1, 8), Mesh.parse("pp=2,dp=2,tp=2")
+    plain = rows.assumptions(settings, Setup(), MESH)
+    assert rows.assumptions(settings, Setup(), Mesh.parse("dp=2,cp=2,tp=2")) != plain
+    assert rows.assumptions(settings, Setup(), piped) != plain
+    assert rows.assumptions(settings, Setup(chunks=2), piped) != rows.assumptions(settings, Setup(), piped)
 
 
 @pytest.mark.parametrize(

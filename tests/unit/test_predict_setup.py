@@ -7,6 +7,7 @@ import pytest
 
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import MachineError, OptionError
+from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import AttentionKernel, Precision, Setup, Term
 from shardwise.core.program import Program
 from shardwise.predict.check import check_setup
@@ -29,7 +30,10 @@ PROGRAM = Program(
     (),
     ("layers", 6),
 )
-SIZES = {"fsdp": 2, "tp": 4}
+
+
+def on(mesh: str, chunks: int = 1, micro_batches: int = 1) -> Setup:
+    return Setup(Mesh.parse(mesh), micro_batches, chunks)
 
 
 @pytest.mark.parametrize("name", machine_names())
@@ -72,64 +76,83 @@ def test_what_is_no_machine_is_refused_in_a_line(
 
 
 REFUSED = [
-    (Setup(chunks=2), SIZES, "--chunks 2: chunks of layers are of a pipeline's stages. Use --stages of at least 2."),
-    (Setup(stages=7), SIZES, "--stages: m has 6 layers, and can't be cut into 7 stages. Use at most 6."),
-    (Setup(stages=4, chunks=2, micro_batches=4), SIZES, "--stages: m has 6 layers, and can't be cut into 4 stages of 2 chunks. Use at most 3."),
-    (Setup(stages=2, chunks=2, micro_batches=5), SIZES, "--chunks 2: the interleaved schedule takes micro-batches in rounds of 2 stages, and 5 is no multiple. Use --accumulation 6."),
-    (Setup(), {"fsdp": 2, "tp": 2}, "the program was traced at tp=4, and the mesh has tp=2. Only dp and fsdp can be rescaled."),
-    (Setup(), {"dp": 2, "tp": 4}, "the program was traced at dp=1, and the mesh has dp=2."),
-    (Setup(), {"fsdp": 1, "tp": 4}, "the program was traced at fsdp=2, and the mesh has fsdp=1."),
-    (Setup(precision=Precision.MASTER), SIZES, "--precision master: keeps float32 beside parameters in half precision, and these are float32. Use --dtype bfloat16"),
-    (Setup(recompute_attention=True), SIZES, "--recompute selective: is of unfused attention. Add --attention unfused"),
-]  # fmt: skip
+    (
+        Setup(chunks=2),
+        "--chunks 2: chunks of layers are of a pipeline's stages. Use a mesh with pp=2 or more.",
+    ),
+    (on("pp=7,fsdp=2,tp=4"), "pp=7: m has 6 layers, and can't be cut into 7 stages. Use at most pp=6."),
+    (
+        on("pp=4,fsdp=2,tp=4", chunks=2, micro_batches=4),
+        "pp=4: m has 6 layers, and can't be cut into 4 stages of 2 chunks. Use at most pp=3.",
+    ),
+    (
+        on("pp=2,fsdp=2,tp=4", chunks=2, micro_batches=5),
+        "--chunks 2: the interleaved schedule takes micro-batches in rounds of 2 stages, and 5 is no multiple. "
+        "Use --accumulation 6.",
+    ),
+    (
+        on("fsdp=2,tp=2"),
+        "the program was traced at tp=4, and the mesh has tp=2. Only dp and fsdp can be rescaled.",
+    ),
+    (on("dp=2,fsdp=2,tp=4"), "the program was traced at dp=1, and the mesh has dp=2."),
+    (on("fsdp=1,tp=4"), "the program was traced at fsdp=2, and the mesh has fsdp=1."),
+    (on("tp=4"), "the program was traced at fsdp=2, and the mesh has fsdp=1."),
+    (
+        Setup(precision=Precision.MASTER),
+        "--precision master: keeps float32 beside parameters in half precision, and these are float32. Use --dtype",
+    ),
+    (
+        Setup(recompute_attention=True),
+        "--recompute selective: is of unfused attention. Add --attention unfused",
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("setup", "sizes", "message"), REFUSED, ids=[message[:40] for _, _, message in REFUSED]
-)
-def test_a_setup_that_can_t_be_is_said(setup: Setup, sizes: dict[str, int], message: str) -> None:
+@pytest.mark.parametrize(("setup", "message"), REFUSED, ids=[message[:40] for _, message in REFUSED])
+def test_a_setup_that_can_t_be_is_said(setup: Setup, message: str) -> None:
     with pytest.raises(OptionError) as caught:
-        check_setup(PROGRAM, load_machine("h100-sxm-80gb"), setup, sizes)
+        check_setup(PROGRAM, load_machine("h100-sxm-80gb"), setup)
     assert str(caught.value).startswith(message)
 
 
 def test_context_ranks_need_a_program_that_reduces_its_gradients() -> None:
     machine = load_machine("h100-sxm-80gb")
-    check_setup(PROGRAM, machine, Setup(context=4), {"fsdp": 1, "tp": 4})
-    with pytest.raises(
-        OptionError,
-        match=r"--context 4: the program was traced at dp=1, without reducing its gradients over other ranks",
-    ):
-        check_setup(
-            replace(PROGRAM, axes=(("dp", 1), ("tp", 4))), machine, Setup(context=4), {"dp": 1, "tp": 4}
-        )
+    check_setup(PROGRAM, machine, on("fsdp=1,cp=4,tp=4"))
+    alone = replace(PROGRAM, axes=(("dp", 1), ("tp", 4)))
+    with pytest.raises(OptionError) as caught:
+        check_setup(alone, machine, on("dp=1,cp=4,tp=4"))
+    assert str(caught.value) == (
+        "mesh dp=1,cp=4,tp=4: the program was traced at dp=1, without reducing its gradients over other ranks. "
+        "Trace it with cp=4."
+    )
 
 
 def test_a_layer_that_runs_again_has_no_attention_to_run_again() -> None:
     again = replace(PROGRAM, settings=replace(PROGRAM.settings, recompute="full"))
     setup = Setup(recompute_attention=True, attention=AttentionKernel.UNFUSED)
-    check_setup(PROGRAM, load_machine("h100-sxm-80gb"), setup, SIZES)
+    check_setup(PROGRAM, load_machine("h100-sxm-80gb"), setup)
     with pytest.raises(OptionError, match="--recompute selective: the program's layers run again as a whole"):
-        check_setup(again, load_machine("h100-sxm-80gb"), setup, SIZES)
+        check_setup(again, load_machine("h100-sxm-80gb"), setup)
 
 
 def test_a_machine_of_one_node_has_an_end() -> None:
     alone = replace(load_machine("h100-sxm-80gb"), between=None)
-    check_setup(PROGRAM, alone, Setup(), SIZES)
+    check_setup(PROGRAM, alone, Setup())
     with pytest.raises(
-        OptionError,
-        match=r"mesh fsdp=2,tp=4 x 2 stages is 16 devices, and machine h100-sxm-80gb is one node of 8",
+        OptionError, match=r"mesh pp=2,fsdp=2,tp=4 is 16 devices, and machine h100-sxm-80gb is one node of 8"
     ):
-        check_setup(PROGRAM, alone, Setup(stages=2), SIZES)
+        check_setup(PROGRAM, alone, on("pp=2,fsdp=2,tp=4"))
     with pytest.raises(
         OptionError, match="the program is of device cuda, and machine h100-sxm-80gb is of device cpu"
     ):
-        check_setup(PROGRAM, replace(alone, device="cpu"), Setup(), SIZES)
+        check_setup(PROGRAM, replace(alone, device="cpu"), Setup())
 
 
 def test_a_program_without_layers_has_no_stages() -> None:
-    with pytest.raises(OptionError, match=r"m has no row of equal layers that could be cut. Use --stages 1"):
-        check_setup(replace(PROGRAM, layers=None), load_machine("h100-sxm-80gb"), Setup(stages=2), SIZES)
+    with pytest.raises(
+        OptionError, match=r"m has no row of equal layers that could be cut into stages. Use pp=1"
+    ):
+        check_setup(replace(PROGRAM, layers=None), load_machine("h100-sxm-80gb"), on("pp=2,fsdp=2,tp=4"))
 
 
 def test_the_term_that_differs_most_is_named_with_its_sign() -> None:

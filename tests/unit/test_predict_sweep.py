@@ -5,7 +5,6 @@ import os
 import signal
 import time
 from dataclasses import replace
-from math import prod
 
 import psutil
 import pytest
@@ -18,7 +17,7 @@ from shardwise.core.sweep import Refusal, Sweep, SweepPoint
 from shardwise.files.document import read_document, write_document
 from shardwise.launch.workers import on_processes
 from shardwise.predict.machines import load_machine
-from shardwise.predict.sweep import best_first, splits
+from shardwise.predict.sweep import best_first, meshes, shares_programs
 from shardwise.report.predict.sweep_html import sweep_html
 from shardwise.report.predict.sweep_terminal import render_sweep
 from shardwise.verbs.programs import MicroBatch
@@ -28,7 +27,9 @@ from tests.unit.prediction_example import MACHINE, MEMORY, TERMS, TOO_MUCH
 
 
 def point(tokens: int, *, memory: MemoryForecast = MEMORY, plan: str = "rowwise") -> SweepPoint:
-    return SweepPoint(plan, (("fsdp", 2), ("tp", 4)), 2, 1, 4, 16, tokens, 0.1, tuple(TERMS.items()), memory)
+    return SweepPoint(
+        plan, (("pp", 2), ("fsdp", 2), ("tp", 4)), 1, 4, tokens, 0.1, tuple(TERMS.items()), memory
+    )
 
 
 def sweep_of(*points: SweepPoint, refused: tuple[Refusal, ...] = (), model: str = "llama3-8b") -> Sweep:
@@ -51,14 +52,16 @@ def printed(sweep: Sweep, top: int = 20, width: int = 80) -> str:
     return captured.get()
 
 
-def test_splits_use_every_device_and_keep_tp_inside_a_node() -> None:
+def test_meshes_use_every_device_and_keep_tp_inside_a_node() -> None:
     for devices in (1, 8, 24, 512):
-        found = splits(devices, 8)
-        assert all(prod(size for _, size in split.axes) * split.stages == devices for split in found)
-        assert all(8 % split.tp == 0 for split in found)
+        found = meshes(devices, 8)
+        assert all(mesh.world_size == devices for mesh in found)
+        assert all(8 % mesh.tp == 0 for mesh in found)
         assert len(set(found)) == len(found)
-    assert {split.data_axis for split in splits(8, 8, context=2)} == {"fsdp", "dp"}
-    assert {split.axes for split in splits(8, 8) if split.stages == 1} == {
+    shared = meshes(16, 8, context=2)
+    assert {shares_programs(mesh)[0] for mesh in shared} == {("fsdp",), ("dp",)}
+    assert {(mesh.context, mesh.world_size) for mesh in shared} == {(2, 16)}
+    assert {mesh.axes for mesh in meshes(8, 8) if mesh.stages == 1} == {
         (("fsdp", 8), ("tp", 1)), (("dp", 8), ("tp", 1)), (("fsdp", 4), ("tp", 2)), (("dp", 4), ("tp", 2)),
         (("fsdp", 2), ("tp", 4)), (("dp", 2), ("tp", 4)), (("tp", 8),),
     }  # fmt: skip
@@ -67,13 +70,13 @@ def test_splits_use_every_device_and_keep_tp_inside_a_node() -> None:
 def test_a_sweep_in_mixed_precision_leaves_out_meshes_without_fsdp() -> None:
     micro_batch = MicroBatch(0, 8, "float32", "bfloat16", "float32", "none")
     task = SweepTask(
-        "m", "p", True, micro_batch, (1, 2), None, splits(4, 8), Setup(), load_machine("h100-sxm-80gb")
+        "m", "p", True, micro_batch, (1, 2), None, meshes(4, 8), Setup(), load_machine("h100-sxm-80gb")
     )
     wanted, refused = _wanted(task)
-    assert {split.data_axis for split, _, _ in wanted} == {"fsdp"}
+    assert {shares_programs(mesh)[0] for mesh, _, _ in wanted} == {("fsdp",)}
     ((reason, count),) = refused.items()
     assert "the mesh has no fsdp axis" in reason
-    assert count + len(wanted) == 2 * len(task.splits)
+    assert count + len(wanted) == 2 * len(task.meshes)
 
 
 def test_what_fits_comes_first_and_then_what_is_faster() -> None:
@@ -88,10 +91,10 @@ def test_the_table_has_the_best_and_says_what_it_leaves_out() -> None:
         refused=(Refusal("rowwise", "no", 7),),
     )
     shown = printed(sweep, top=3)
-    assert "Best of 31, of which 30 fit: fsdp=2,tp=4, 2 stages, 1 x 4: 80.6 tokens/s per device" in " ".join(
+    assert "Best of 31, of which 30 fit: pp=2,fsdp=2,tp=4, 1 x 4: 80.6 tokens/s per device" in " ".join(
         shown.split()
     )
-    assert shown.count("fsdp=2,tp=4   ") == 3
+    assert shown.count("pp=2,fsdp=2,tp=4   ") == 3
     assert "28 more; --top shows more" in shown
     assert "7 left out under rowwise: no" in shown
     assert "15 % tp sends" in shown

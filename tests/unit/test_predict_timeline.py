@@ -77,7 +77,7 @@ def test_on_a_cpu_all_of_an_op_is_its_own() -> None:
 
 
 def test_a_collective_says_who_asked_what_it_moves_and_that_nobody_waits() -> None:
-    timeline = timeline_of(program("fsdp=2,tp=2"), machine(), Setup(), {"fsdp": 64, "tp": 2})
+    timeline = timeline_of(program("fsdp=2,tp=2"), machine(), Setup(Mesh.parse("fsdp=64,tp=2")))
     found, spans = timeline.collectives, timeline.spans
     assert (spans.kind[found.span] == SpanKind.COLLECTIVE).all()
     assert (found.arrival_ns == spans.start_ns[found.span]).all()
@@ -113,7 +113,7 @@ def test_what_the_device_waits_for_is_found_by_module() -> None:
 
 
 def test_stages_play_the_schedule() -> None:
-    setup = Setup(stages=3, micro_batches=4)
+    setup = Setup(Mesh.parse("pp=3,tp=2"), micro_batches=4)
     found = pipeline_timelines(program("tp=2"), machine(), setup)
     assert [timeline.lanes[0].process for timeline in found] == ["stage 0", "stage 1", "stage 2"]
     assert [timeline.ranks for timeline in found] == [(0,), (2,), (4,)]
@@ -133,14 +133,17 @@ def test_stages_play_the_schedule() -> None:
 
 
 def test_a_schedule_of_a_million_micro_batches_is_cut_and_says_so() -> None:
-    found = pipeline_timelines(program("tp=2"), machine(), Setup(stages=2, micro_batches=1_000_000))
+    found = pipeline_timelines(
+        program("tp=2"), machine(), Setup(Mesh.parse("pp=2,tp=2"), micro_batches=1_000_000)
+    )
     assert sum(len(timeline.spans) for timeline in found) <= 20_000
     assert found[0].facts == (("left out", "995000 further micro-batches"),)
 
 
 def test_no_pipeline_and_an_interleaved_one_have_no_passes() -> None:
     assert pipeline_timelines(program("tp=2"), machine(), Setup()) == ()
-    assert pipeline_timelines(program("tp=2"), machine(), Setup(stages=2, chunks=2, micro_batches=4)) == ()
+    interleaved = Setup(Mesh.parse("pp=2,tp=2"), chunks=2, micro_batches=4)
+    assert pipeline_timelines(program("tp=2"), machine(), interleaved) == ()
 
 
 def test_the_trace_opens_as_json_with_a_lane_for_host_device_and_communication() -> None:

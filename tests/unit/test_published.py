@@ -76,7 +76,7 @@ def test_the_rules_by_which_rows_are_taken() -> None:
     )
     assert job_of(ops | {"date": "2025-06"}).setup.compiled_loss
     one_rank = job_of(row_of("torchtitan-benchmarks", dp="1", cp="8"))
-    assert (one_rank.traced.data_size, one_rank.data_parallel, one_rank.setup.context) == (2, 1, 8)
+    assert (one_rank.traced.data_size, str(one_rank.setup.mesh)) == (2, "pp=1,fsdp=1,cp=8,tp=1")
     nemo = job_of(row_of("dgxc-25.04", tp="4", precision="fp8"))
     assert (nemo.setup.matmul_dtype, nemo.setup.overlap_tensor, nemo.setup.overlap_data) == (
         "float8",

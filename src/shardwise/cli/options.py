@@ -56,10 +56,10 @@ def check_dtypes(dtype: str, param_dtype: str | None, reduce_dtype: str | None) 
             check_choice(option, value, DTYPES)
 
 
-def check_precision(settings: StepSettings, mesh: Mesh, context: int = 1) -> None:
+def check_precision(settings: StepSettings, mesh: Mesh) -> None:
     """Raises OptionError for a dtype that isn't offered, and for mixed precision without ranks that FSDP shards over."""
     check_dtypes(settings.dtype, settings.param_dtype, settings.reduce_dtype)
-    sharded = "fsdp" in dict(mesh.axes) and mesh.size("fsdp") * context > 1
+    sharded = SHARDS_AXIS in dict(mesh.axes) and mesh.fsdp * mesh.context > 1
     for option, value in (("--param-dtype", settings.param_dtype), ("--reduce-dtype", settings.reduce_dtype)):
         if value is not None and not sharded:
             raise OptionError(

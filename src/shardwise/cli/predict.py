@@ -26,7 +26,7 @@ from shardwise.cli.options import (
 from shardwise.cli.saved_program import load_program, write_program
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
-from shardwise.core.mesh import RUN, Mesh, check_carried
+from shardwise.core.mesh import PREDICTED, Mesh, Role, check_carried
 from shardwise.core.plan import suggest
 from shardwise.core.prediction import AttentionKernel, Precision, Prediction, Setup, Term
 from shardwise.core.shown import shown
@@ -57,9 +57,16 @@ _OF_PROGRAM = (
     "random_ids",
     "save_program",
 )
-_NOT_SWEPT = ("mesh", "program", "save_program")
+_NOT_SWEPT = ("program", "save_program")
 _OF_SWEEP = ("devices", "micro_batches")
 _MODEL, _RUN, _SWEEP, _OUTPUT = "Model and mesh", "How it runs", "Sweep", "Output"
+
+
+def _in_the_mesh(value: str | None) -> None:
+    if value is not None:
+        raise OptionError(
+            "stages and context ranks are axes of the mesh. Instead of --stages 8 --context 2 write --mesh pp=8,cp=2,tp=8."
+        )
 
 
 def predict(
@@ -95,25 +102,18 @@ def predict(
     mesh: Annotated[
         str | None,
         typer.Option(
-            help="Axes of ranks: tp, with dp or fsdp before it, such as fsdp=64,tp=8. Stages and context ranks come on top.",
+            help="Axes of ranks, such as pp=4,fsdp=8,cp=2,tp=8: pipeline stages (1F1B), data-parallel, context and tensor-parallel ranks.",
             show_default="tp=8; the program's own with --program",
             rich_help_panel=_MODEL,
         ),
     ] = None,
-    stages: Annotated[int, typer.Option(help="Of a pipeline (1F1B).", min=1, rich_help_panel=_MODEL)] = 1,
+    _moved: Annotated[
+        str | None, typer.Option("--stages", "--context", hidden=True, callback=_in_the_mesh)
+    ] = None,
     chunks: Annotated[
         int,
         typer.Option(
             help="Of layers that each stage holds: more than 1 is the interleaved schedule.",
-            min=1,
-            rich_help_panel=_MODEL,
-        ),
-    ] = 1,
-    context_ranks: Annotated[
-        int,
-        typer.Option(
-            "--context",
-            help="Ranks that share each sequence (context parallelism).",
             min=1,
             rich_help_panel=_MODEL,
         ),
@@ -221,7 +221,7 @@ def predict(
         bool,
         typer.Option(
             "--sweep",
-            help="Over all tp x dp or fsdp x stages of --devices, and micro-batch sizes.",
+            help="Over all pp x dp or fsdp x tp of --devices, and micro-batch sizes.",
             rich_help_panel=_SWEEP,
         ),
     ] = False,
@@ -278,7 +278,7 @@ def predict(
 
     [dim]shardwise predict --dtype bfloat16[/]
     [dim]shardwise predict rowwise colwise routed --model llama3-70b --mesh fsdp=8,tp=8 --dtype bfloat16 --recompute full[/]
-    [dim]shardwise predict --model gpt3-175b --mesh dp=8,tp=8 --stages 8 --accumulation 16 --seq 2048 --dtype bfloat16 --out page[/]
+    [dim]shardwise predict --model gpt3-175b --mesh pp=8,dp=8,tp=8 --accumulation 16 --seq 2048 --dtype bfloat16 --out page[/]
     [dim]shardwise predict --sweep --devices 64 --model llama3-70b --batch 512 --dtype bfloat16 --recompute full[/]
     [dim]shardwise predict --save-program 8b.json; shardwise predict --program 8b.json --machine mine.toml[/]
     """
@@ -290,10 +290,9 @@ def predict(
     if matmul_dtype is not None:
         check_choice("--matmul-dtype", matmul_dtype, MATMUL_DTYPES)
     setup = Setup(
+        mesh=None if mesh is None else Mesh.parse(mesh),
         micro_batches=accumulation,
-        stages=stages,
         chunks=chunks,
-        context=context_ranks,
         attention=None if attention is None else AttentionKernel(attention),
         recompute_attention=recompute == SELECTIVE,
         compiled=compiled,
@@ -305,6 +304,8 @@ def predict(
         precision=Precision(precision),
         without=_terms(without or []),
     )
+    if setup.mesh is not None:
+        check_carried(setup.mesh, "predict", PREDICTED)
     traced_recompute = "none" if recompute == SELECTIVE else recompute
     from shardwise.predict.machines import load_machine
 
@@ -320,12 +321,11 @@ def predict(
             sequence_parallel,
             MicroBatch(
                 0,
-                _part_of(seq, context_ranks),
+                _part_of(seq, setup.context),
                 dtype,
                 param_dtype,
                 reduce_dtype,
                 traced_recompute,
-                context_ranks,
                 random_ids=random_ids,
             ),
             _sizes(micro_batches),
@@ -351,11 +351,10 @@ def predict(
             decided,
             "a saved program has its own. Leave it out beside --program, or trace without --program",
         )
-        step = _saved_step(load_program(program), found, setup, mesh)
+        step = _saved_step(load_program(program), found, setup)
         return _deliver(found, [step], console, as_json=as_json, out=out)
     asked = _Asked(
         model,
-        Mesh.parse(mesh or "tp=8"),
         batch,
         seq,
         dtype,
@@ -364,10 +363,9 @@ def predict(
         traced_recompute,
         random_ids,
         sequence_parallel,
-        setup,
+        setup if setup.mesh is not None else replace(setup, mesh=Mesh.of({Role.CUTS_TENSORS: 8})),
     )
-    check_carried(asked.mesh, "predict", RUN)
-    check_precision(asked.settings, asked.mesh, context_ranks)
+    check_precision(asked.settings, asked.mesh)
     chosen = plans or [default_plan(model)]
     if save_program is not None and len(chosen) > 1:
         raise OptionError(
@@ -384,7 +382,6 @@ class _Asked:
     """The step that all plans of one command share."""
 
     model: str
-    mesh: Mesh
     batch: int | None
     seq: int
     dtype: str
@@ -394,6 +391,11 @@ class _Asked:
     random_ids: bool
     sequence_parallel: bool
     setup: Setup
+
+    @property
+    def mesh(self) -> Mesh:
+        assert self.setup.mesh is not None
+        return self.setup.mesh
 
     @property
     def settings(self) -> StepSettings:
@@ -425,20 +427,18 @@ class _Asked:
             self.param_dtype,
             self.reduce_dtype,
             self.recompute,
-            self.setup.context,
             random_ids=self.random_ids,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A Program with what makes a whole step of it. label: the plan's, told apart from others of its name. sizes: of the mesh's axes."""
+    """A Program with what makes a whole step of it. label: the plan's, told apart from others of its name."""
 
     label: str
     program: "Program"
     setup: Setup
     settings: StepSettings
-    sizes: dict[str, int]
 
 
 def _terms(given: Sequence[str]) -> tuple[Term, ...]:
@@ -478,7 +478,7 @@ def _part_of(seq: int, context_ranks: int) -> int:
     """One context rank's tokens of a sequence."""
     if seq % context_ranks:
         raise OptionError(
-            f"--seq {seq} can't be cut into {context_ranks} parts for --context. Use a multiple of it."
+            f"--seq {seq} can't be cut into {context_ranks} parts for cp={context_ranks}. Use a multiple of it."
         )
     return seq // context_ranks
 
@@ -530,13 +530,11 @@ def _document(asked: dict[str, object]) -> bytes:
     return msgspec.json.format(msgspec.json.encode(asked), indent=2) + b"\n"
 
 
-def _saved_step(program: "Program", machine: "Machine", setup: Setup, mesh: str | None) -> Step:
+def _saved_step(program: "Program", machine: "Machine", setup: Setup) -> Step:
     from shardwise.predict.check import check_setup
 
-    whole = Mesh(program.axes) if mesh is None else Mesh.parse(mesh)
-    check_carried(whole, "predict", RUN)
-    sizes = dict(whole.axes)
-    check_setup(program, machine, setup, sizes)
+    whole = setup.mesh or Mesh(program.axes)
+    check_setup(program, machine, setup)
     traced = program.settings
     small = Mesh(program.axes)
     batch = (
@@ -548,15 +546,14 @@ def _saved_step(program: "Program", machine: "Machine", setup: Setup, mesh: str 
     settings = replace(
         traced, batch=max(1, batch), seq=traced.seq * setup.context, accumulation=setup.micro_batches
     )
-    return Step(program.plan, program, setup, settings, sizes)
+    return Step(program.plan, program, setup, settings)
 
 
 def _traced_steps(asked: _Asked, plans: Sequence[str], machine: "Machine") -> list[Step]:
     micro_batch = asked.micro_batch()
     from shardwise.predict.check import check_devices, check_setup
 
-    sizes = dict(asked.mesh.axes)
-    check_devices(machine, asked.setup, sizes)
+    check_devices(machine, asked.mesh)
     from shardwise.cli.progress import ProgressLine
     from shardwise.models.source import find_model
     from shardwise.parallel.plans import load_any_plan
@@ -571,8 +568,8 @@ def _traced_steps(asked: _Asked, plans: Sequence[str], machine: "Machine") -> li
         steps: list[Step] = []
         for plan in loaded:
             program = trace_program(source, plan, asked.mesh, micro_batch, machine.device, progress.say)
-            check_setup(program, machine, asked.setup, sizes)
-            steps.append(Step(_label(program.plan, steps), program, asked.setup, asked.settings, sizes))
+            check_setup(program, machine, asked.setup)
+            steps.append(Step(_label(program.plan, steps), program, asked.setup, asked.settings))
     return steps
 
 
@@ -611,11 +608,11 @@ def _predicted(machine: "Machine", steps: Sequence[Step]) -> "PredictionRun":
 
     predictions: list[Prediction] = []
     for step in steps:
-        prediction = predict(step.program, machine, step.setup, step.sizes)
+        prediction = predict(step.program, machine, step.setup)
         if not prediction.step_s > 0:
             raise OptionError("--without: nothing is left of the step. Switch fewer terms off.")
         predictions.append(replace(prediction, plan=step.label))
-    waits = tuple(launch_bound(step.program, machine, step.setup, step.sizes) for step in steps)
+    waits = tuple(launch_bound(step.program, machine, step.setup) for step in steps)
     return PredictionRun(
         facts_of(machine), steps[0].settings, tuple(predictions), differences(predictions), waits
     )
@@ -648,7 +645,7 @@ def _write(
         folder.write("prediction.json", document)
         traces = []
         for step, letter in zip(steps, _letters(), strict=False):
-            inside = (step.program, machine, step.setup, step.sizes)
+            inside = (step.program, machine, step.setup)
             traces.append(
                 (
                     step.label,

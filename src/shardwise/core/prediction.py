@@ -6,6 +6,7 @@ The terms add up to the step. What isn't modelled is named, and never 0.
 from dataclasses import dataclass
 from enum import StrEnum
 
+from shardwise.core.mesh import Mesh
 from shardwise.core.program import MemoryKind
 
 
@@ -45,21 +46,23 @@ class Precision(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """How a traced micro-batch's Program becomes a whole step, and what is assumed of the run. A choice per field, each stated in the result.
+    """How a traced micro-batch's Program becomes a whole step, and what is assumed of the run. A choice per field,
+    each stated in the result.
 
-    micro_batches: per step. stages: of the pipeline; chunks: of layers a stage holds (interleaved). context: ranks that share each sequence (the Program's
-    sequence is one rank's part), and with the data-parallel ranks the reduction of gradients and FSDP's shards. attention: None where the
-    Program's own op says. recompute_attention: the unfused attention between its projections runs again in the backward (Korthikanti et al.
-    2022); a layer's recompute is the Program's. compiled: kernels bound by memory fused between matmuls. compiled_loss: the loss is one such
-    kernel each way, and keeps the logits alone. matmul_dtype: "float8" where linear layers multiply in it. overlap_data: whether gradients of
-    whole replicas are reduced beside the backward. overlap_tensor: whether tensor-parallel collectives run beside the matmul that makes or takes
-    them. optimizer_shards: ranks that share the optimizer's state and work (ZeRO-1). without: terms that are switched off.
+    mesh: None for the Program's own. Its context ranks share each sequence (the Program's is one rank's part), and with
+    the data-parallel ranks the reduction of gradients and FSDP's shards. micro_batches: per step. chunks: of layers
+    that a stage holds (interleaved). attention: None where the Program's own op says. recompute_attention: the unfused
+    attention between its projections runs again in the backward (Korthikanti et al. 2022); a layer's recompute is the
+    Program's. compiled: kernels bound by memory fused between matmuls. compiled_loss: the loss is one such kernel each
+    way, and keeps the logits alone. matmul_dtype: "float8" where linear layers multiply in it. overlap_data: whether
+    gradients of whole replicas are reduced beside the backward. overlap_tensor: whether tensor-parallel collectives
+    run beside the matmul that makes or takes them. optimizer_shards: ranks that share the optimizer's state and work
+    (ZeRO-1). without: terms that are switched off.
     """
 
+    mesh: Mesh | None = None
     micro_batches: int = 1
-    stages: int = 1
     chunks: int = 1
-    context: int = 1
     attention: AttentionKernel | None = None
     recompute_attention: bool = False
     compiled: bool = False
@@ -70,6 +73,16 @@ class Setup:
     optimizer_shards: int = 1
     precision: Precision = Precision.TRACED
     without: tuple[Term, ...] = ()
+
+    @property
+    def stages(self) -> int:
+        """Of the pipeline."""
+        return self.mesh.stages if self.mesh is not None else 1
+
+    @property
+    def context(self) -> int:
+        """Ranks that share each sequence."""
+        return self.mesh.context if self.mesh is not None else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,19 +103,23 @@ class MemoryForecast:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """terms: in Term's order, adding up to step_s. tokens: per step over all ranks. When what runs is predict/timeline.py's to say."""
+    """terms: in Term's order, adding up to step_s. tokens: per step over all ranks. When what runs is
+    predict/timeline.py's to say."""
 
     model: str
     plan: str
     machine: str
     axes: tuple[tuple[str, int], ...]
     setup: Setup
-    devices: int
     tokens: int
     step_s: float
     terms: tuple[tuple[Term, float], ...]
     memory: MemoryForecast
     notes: tuple[str, ...] = ()
+
+    @property
+    def devices(self) -> int:
+        return Mesh(self.axes).world_size
 
     @property
     def tokens_per_s_per_device(self) -> float:

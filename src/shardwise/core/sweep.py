@@ -3,25 +3,32 @@
 from dataclasses import dataclass
 
 from shardwise.core.case import StepSettings
+from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import MemoryForecast, Setup, Term
 from shardwise.core.prediction_run import MachineFacts
 
 
 @dataclass(frozen=True, slots=True)
 class SweepPoint:
-    """One way to use the devices. axes: of the mesh of one stage. micro_batch: sequences of a data-parallel rank at a time; micro_batches: of them, in a
-    step. terms: seconds, adding up to step_s."""
+    """One way to use the devices. micro_batch: sequences of a data-parallel rank at a time; micro_batches: of them, in
+    a step. terms: seconds, adding up to step_s."""
 
     plan: str
     axes: tuple[tuple[str, int], ...]
-    stages: int
     micro_batch: int
     micro_batches: int
-    devices: int
     tokens: int
     step_s: float
     terms: tuple[tuple[Term, float], ...]
     memory: MemoryForecast
+
+    @property
+    def stages(self) -> int:
+        return Mesh(self.axes).stages
+
+    @property
+    def devices(self) -> int:
+        return Mesh(self.axes).world_size
 
     @property
     def tokens_per_s_per_device(self) -> float:
@@ -43,8 +50,9 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """points: those that fit first, each part by throughput. settings: batch is 0 where it follows from each point. traces: Programs that were
-    traced; all others were derived from them."""
+    """points: those that fit first, each part by throughput. settings: batch is 0 where it follows from each point.
+    setup: its mesh has the axes that all points share. traces: Programs that were traced; all others were derived
+    from them."""
 
     model: str
     machine: MachineFacts

@@ -17,6 +17,7 @@ from math import prod
 from shardwise.core.collective import CollectiveKind, wire_bytes
 from shardwise.core.errors import MachineError
 from shardwise.core.machine import FRESH, Link, Machine, local_ranks
+from shardwise.core.mesh import TENSOR_AXIS
 from shardwise.core.prediction import AttentionKernel, Setup, Term
 from shardwise.core.program import LOSS_MODULE, Collective, Op, OpKind, Phase, TensorSpec
 
@@ -163,7 +164,7 @@ def _unfused_s(machine: Machine, q: TensorSpec, k: TensorSpec, *, backward: bool
 def collective_cost(item: Collective, machine: Machine, setup: Setup, stride: int, size: int) -> Cost:
     """Of one collective over `size` ranks that are `stride` apart."""
     call = item.call
-    term = Term.TENSOR if call.axis == "tp" else Term.DATA
+    term = Term.TENSOR if call.axis == TENSOR_AXIS else Term.DATA
     sent = call.wire_bytes if size == call.axis_size else wire_bytes(call.kind, call.payload_bytes, size)
     if call.kind is CollectiveKind.RECV:
         sent = float(call.payload_bytes)

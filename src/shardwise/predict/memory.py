@@ -21,6 +21,7 @@ import numpy as np
 from shardwise.core.machine import Machine
 from shardwise.core.prediction import MemoryForecast, Precision, Setup
 from shardwise.core.program import LOSS_MODULE, MemoryChange, MemoryKind, Op, Phase, Program
+from shardwise.predict.work import further_shards
 
 RESERVED_OVER_ACTIVE = 1.16
 """Median of 24 steps on an H100 and an H200 that hold more than 5 GiB (from 1.04 to 1.56), with the allocator's defaults. Source:
@@ -37,9 +38,9 @@ OF_MASTER = (1.0, 2.0, 6.0)  # of the traced bytes of the parameters: parameter,
 ByKind = dict[MemoryKind, float]
 
 
-def forecast(program: Program, machine: Machine, setup: Setup, sizes: dict[str, int]) -> MemoryForecast:
+def forecast(program: Program, machine: Machine, setup: Setup) -> MemoryForecast:
     """Of the first stage, which holds most activations."""
-    scales = _scales(program, setup, sizes)
+    scales = _scales(program, setup)
     if setup.precision is Precision.TRACED:
         by_kind = peak_by_kind(program, lambda _: True, setup, scales)
     else:
@@ -53,10 +54,9 @@ def forecast(program: Program, machine: Machine, setup: Setup, sizes: dict[str, 
     return MemoryForecast(active, kinds, reserved, reserved + machine.context_bytes, machine.memory_bytes)
 
 
-def _scales(program: Program, setup: Setup, sizes: dict[str, int]) -> ByKind:
+def _scales(program: Program, setup: Setup) -> ByKind:
     """What becomes of a traced byte of each kind in this setup."""
-    shards = sizes.get("fsdp", 1) / dict(program.axes).get("fsdp", 1)
-    scales = dict.fromkeys(STATES, 1 / (setup.stages * shards))
+    scales = dict.fromkeys(STATES, 1 / (setup.stages * further_shards(program, setup)))
     scales[MemoryKind.OPTIMIZER] /= setup.optimizer_shards
     in_flight = min(setup.micro_batches, setup.stages)
     more = 1 + (setup.stages - 1) / (setup.stages * setup.chunks) if setup.chunks > 1 else 1.0

@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardwise.core.machine import Machine, local_ranks
+from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import Prediction, Setup, Term
 from shardwise.core.program import Phase, Program
 from shardwise.predict.memory import forecast
 from shardwise.predict.pipeline import StageTimes, layers_of_stages, pipeline_s
 from shardwise.predict.streams import run
-from shardwise.predict.work import AFTER, BEFORE, TERMS, Work, reducing_sizes, work_of
+from shardwise.predict.work import AFTER, BEFORE, TERMS, Work, further_shards, mesh_of, work_of
 
 SLOWED_BESIDE = 0.189
 """How much longer compute takes while collectives run beside it: mean over A100, H100 and MI250. Source: arXiv 2507.03114 (most: 40 %)."""
@@ -35,11 +36,9 @@ class Stage:
     work: Work
 
 
-def predict(
-    program: Program, machine: Machine, setup: Setup, sizes: dict[str, int] | None = None
-) -> Prediction:
-    """sizes: of data-parallel axes, where they differ from the traced ones. Raises OptionError for a setup that can't be."""
-    work = work_of(program, machine, setup, sizes)
+def predict(program: Program, machine: Machine, setup: Setup) -> Prediction:
+    """Of a setup that check_setup lets pass."""
+    work = work_of(program, machine, setup)
     work = without(work, setup.without)
     together = machine.device == "cpu"
     stages = stages_of(work, program, setup, together=together)
@@ -49,7 +48,7 @@ def predict(
         transfer_s(program, machine, setup),
         setup.chunks,
     )
-    once_s = _once(step_end_of(work, setup, further_shards(program, setup, sizes)), together)
+    once_s = _once(step_end_of(work, setup, further_shards(program, setup)), together)
     busiest = max(range(len(stages)), key=lambda index: stages[index].times.total_s)
     terms = dict.fromkeys(Term, 0.0)
     for term, seconds in stages[busiest].terms.items():
@@ -61,31 +60,22 @@ def predict(
     terms[Term.DATA] -= hidden
     terms.update(dict.fromkeys(setup.without, 0.0))
     step_s = sum(terms.values())
-    all_sizes = dict(program.axes) | (sizes or {})
+    mesh = mesh_of(program, setup)
     sequences = (
-        program.settings.batch
-        // _data_parallel(dict(program.axes))
-        * _data_parallel(all_sizes)
-        * setup.micro_batches
+        program.settings.batch // Mesh(program.axes).data_parallel * mesh.data_parallel * setup.micro_batches
     )
-    tokens = sequences * program.settings.seq * setup.context
     return Prediction(
         program.model,
         program.plan,
         machine.name,
-        tuple(all_sizes.items()),
+        mesh.axes,
         setup,
-        prod(all_sizes.values()) * setup.stages * setup.context,
-        tokens,
+        sequences * program.settings.seq * mesh.context,
         step_s,
         tuple(terms.items()),
-        forecast(program, machine, setup, reducing_sizes(program, setup, sizes)),
+        forecast(program, machine, setup),
         tuple(f"{name} has no known cost on {machine.device}: counted by its bytes" for name in work.unknown),
     )
-
-
-def _data_parallel(sizes: dict[str, int]) -> int:
-    return prod(size for name, size in sizes.items() if name != "tp")
 
 
 def without(work: Work, terms: tuple[Term, ...]) -> Work:
@@ -154,11 +144,6 @@ def _add_terms(terms: dict[Term, float], part: Work, length_s: float, together: 
     terms[Term.LAUNCH] += spare - data
     terms[Term.SLOWED] += slowed
     return slowed
-
-
-def further_shards(program: Program, setup: Setup, sizes: dict[str, int] | None) -> float:
-    """Into how many parts the traced rank's shard of the parameters is cut, where FSDP's axis is larger than the traced one."""
-    return reducing_sizes(program, setup, sizes).get("fsdp", 1) / dict(program.axes).get("fsdp", 1)
 
 
 def step_end_of(work: Work, setup: Setup, shards: float) -> Work:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardwise.core.collective import CollectiveKind
+from shardwise.core.mesh import SHARDS_AXIS
 from shardwise.core.program import Collective, Phase
 from shardwise.predict.work import PHASES, Seconds, Work
 
@@ -83,7 +84,7 @@ def _in_order(durations: Seconds, issued: NDArray[np.float64], free_s: float) ->
 
 def _beside(work: Work) -> NDArray[np.bool_]:
     """Collectives over data-parallel axes that belong to layers (FSDP's): in forward and backward."""
-    data = np.array([name == "fsdp" for name in ("", *work.axes)])[work.axis]
+    data = np.array([name == SHARDS_AXIS for name in ("", *work.axes)])[work.axis]
     inside = work.in_phases(Phase.FORWARD, Phase.BACKWARD, Phase.RECOMPUTE)
     large = work.device_s > 0
     return data & inside & large & ~np.isin(work.phase, [PHASES.index(Phase.LOSS)])

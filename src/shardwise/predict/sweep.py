@@ -1,43 +1,35 @@
-"""What a sweep goes over, and the order of what it found."""
+"""What a sweep goes over, and the order of what came out."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
+from shardwise.core.mesh import AXES, Mesh, Role
 from shardwise.core.sweep import SweepPoint
 
-DATA_AXES = ("fsdp", "dp")
+DATA_ROLES = (Role.SHARDS_PARAMETERS, Role.REPLICATES)
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
-    """data_axis: None where there is one data-parallel rank."""
-
-    tp: int
-    data_axis: str | None
-    data_size: int
-    stages: int
-
-    @property
-    def axes(self) -> tuple[tuple[str, int], ...]:
-        return (
-            ((self.data_axis, self.data_size), ("tp", self.tp))
-            if self.data_axis is not None
-            else (("tp", self.tp),)
-        )
-
-
-def splits(devices: int, devices_per_node: int, context: int = 1) -> tuple[Split, ...]:
-    """All tp x dp or fsdp x stages of `devices`: tp inside a node and dividing it, the rest any divisors. context: ranks that share a sequence
-    beside each of them, and reduce gradients with the data-parallel ones."""
+def meshes(devices: int, devices_per_node: int, context: int = 1) -> tuple[Mesh, ...]:
+    """All pp x fsdp or dp x tp of `devices`: tp inside a node and dividing it, the rest any divisors. context: ranks
+    that share a sequence, which reduce gradients with the data-parallel ones; devices are a multiple of it."""
     found = []
-    for tp in _divisors(devices):
+    for tp in _divisors(devices // context):
         if tp > devices_per_node or devices_per_node % tp:
             continue
-        for stages in _divisors(devices // tp):
-            data = devices // tp // stages
-            axes: tuple[str | None, ...] = DATA_AXES if data * context > 1 else (None,)
-            found += [Split(tp, axis, data, stages) for axis in axes]
+        for stages in _divisors(devices // context // tp):
+            data = devices // context // tp // stages
+            needed = {Role.CUTS_DEPTH: stages, Role.CUTS_SEQUENCE: context}
+            sizes = {role: size for role, size in needed.items() if size > 1} | {Role.CUTS_TENSORS: tp}
+            found += [
+                Mesh.of(sizes | ({} if role is None else {role: data}))
+                for role in (DATA_ROLES if data * context > 1 else (None,))
+            ]
     return tuple(found)
+
+
+def shares_programs(mesh: Mesh) -> tuple[tuple[str, ...], int]:
+    """What meshes have in common that share their Programs: they differ in stages and in the size of the data axis."""
+    data = tuple(axis.name for axis in AXES if axis.splits_batch and axis.name in dict(mesh.axes))
+    return data, mesh.tp
 
 
 def best_first(points: Iterable[SweepPoint]) -> tuple[SweepPoint, ...]:

@@ -23,9 +23,9 @@ from shardwise.core.prediction_run import LaunchBound
 from shardwise.core.program import Collective, Program, any_layer, layer_index, moved_name
 from shardwise.core.timeline import NONE, Collectives, Group, Lane, SpanKind, Spans, Timeline, Window
 from shardwise.predict.pipeline import layers_of_stages, one_f_one_b
-from shardwise.predict.predict import further_shards, passes_of, stages_of, step_end_of, transfer_s, without
+from shardwise.predict.predict import passes_of, stages_of, step_end_of, transfer_s, without
 from shardwise.predict.streams import Run, run
-from shardwise.predict.work import PHASES, Work, reducing_sizes, work_of
+from shardwise.predict.work import PHASES, Work, further_shards, group_sizes, mesh_of, work_of
 
 MOST_PASSES = 20_000
 MOST_LISTED_RANKS = 4096
@@ -41,25 +41,21 @@ class _Part:
     begin_s: float
 
 
-def timeline_of(
-    program: Program, machine: Machine, setup: Setup, sizes: dict[str, int] | None = None
-) -> Timeline:
+def timeline_of(program: Program, machine: Machine, setup: Setup) -> Timeline:
     """Forward, backward and the step's end of rank 0 of the stage that takes longest: one window."""
-    parts = _parts(program, machine, setup, sizes)
-    ranks = prod((dict(program.axes) | (sizes or {})).values()) * setup.context
-    writer = _Writer(program, reducing_sizes(program, setup, sizes), ranks, together=machine.device == "cpu")
+    parts = _parts(program, machine, setup)
+    ranks = ranks_of_a_stage(program, setup)
+    writer = _Writer(program, group_sizes(program, setup), ranks, together=machine.device == "cpu")
     return writer.timeline(parts, machine, setup)
 
 
-def launch_bound(
-    program: Program, machine: Machine, setup: Setup, sizes: dict[str, int] | None = None
-) -> tuple[LaunchBound, ...]:
+def launch_bound(program: Program, machine: Machine, setup: Setup) -> tuple[LaunchBound, ...]:
     """Kinds of modules before whose work the device waits for the host, those that it waits for longest first."""
     if machine.device == "cpu":
         return ()
     prefix = program.layers[0] if program.layers is not None else None
     waits: dict[tuple[str, str], float] = defaultdict(float)
-    for part in _parts(program, machine, setup, sizes):
+    for part in _parts(program, machine, setup):
         own = np.flatnonzero(part.work.axis == 0)
         start, end, issued = part.run.start_s[own], part.run.end_s[own], part.run.issued_s[own]
         before = np.concatenate([[0.0], np.maximum.accumulate(end)[:-1]]) if len(own) else end
@@ -72,20 +68,18 @@ def launch_bound(
     return tuple(LaunchBound(module, phase, seconds) for (module, phase), seconds in found[:8])
 
 
-def pipeline_timelines(
-    program: Program, machine: Machine, setup: Setup, sizes: dict[str, int] | None = None
-) -> tuple[Timeline, ...]:
+def pipeline_timelines(program: Program, machine: Machine, setup: Setup) -> tuple[Timeline, ...]:
     """One per stage: a span for each pass as 1F1B places it, and what the step's first passes are cut to where there are more than
     MOST_PASSES. Empty without a pipeline, and for the interleaved schedule, whose formula places nothing."""
     if setup.stages == 1 or setup.chunks > 1:
         return ()
-    work = without(work_of(program, machine, setup, sizes), setup.without)
+    work = without(work_of(program, machine, setup), setup.without)
     stages = stages_of(work, program, setup, together=machine.device == "cpu")
     micro_batches = min(setup.micro_batches, max(1, MOST_PASSES // (2 * setup.stages)))
     passes = one_f_one_b(
         [stage.times for stage in stages], micro_batches, transfer_s(program, machine, setup)
     )
-    ranks = prod((dict(program.axes) | (sizes or {})).values()) * setup.context
+    ranks = ranks_of_a_stage(program, setup)
     end_ns = _ns(max(each.end_s for each in passes))
     facts: tuple[tuple[str, str], ...] = ()
     if micro_batches < setup.micro_batches:
@@ -112,8 +106,13 @@ def pipeline_timelines(
     return tuple(found)
 
 
-def _parts(program: Program, machine: Machine, setup: Setup, sizes: dict[str, int] | None) -> list[_Part]:
-    work = without(work_of(program, machine, setup, sizes), setup.without)
+def ranks_of_a_stage(program: Program, setup: Setup) -> int:
+    mesh = mesh_of(program, setup)
+    return mesh.world_size // mesh.stages
+
+
+def _parts(program: Program, machine: Machine, setup: Setup) -> list[_Part]:
+    work = without(work_of(program, machine, setup), setup.without)
     together = machine.device == "cpu"
     stages = stages_of(work, program, setup, together=together)
     busiest = max(range(len(stages)), key=lambda index: stages[index].times.total_s)
@@ -122,7 +121,7 @@ def _parts(program: Program, machine: Machine, setup: Setup, sizes: dict[str, in
     ]
     _, forward, backward = passes_of(work, first, count, setup, busiest)
     parts, at_s = [], 0.0
-    for part in (forward, backward, step_end_of(work, setup, further_shards(program, setup, sizes))):
+    for part in (forward, backward, step_end_of(work, setup, further_shards(program, setup))):
         if len(part):
             placed = run(part, together=together)
             parts.append(_Part(part, placed, at_s))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from shardwise.core.collective import is_off_mesh
 from shardwise.core.machine import Machine
-from shardwise.core.mesh import Mesh
+from shardwise.core.mesh import SHARDS_AXIS, Mesh
 from shardwise.core.prediction import Setup, Term
 from shardwise.core.program import Block, Collective, Op, Phase, Program, layer_index
 from shardwise.predict.costs import collective_cost, op_cost
@@ -69,14 +69,9 @@ class Work:
         return np.isin(self.phase, [PHASES.index(phase) for phase in phases])
 
 
-def reducing_sizes(program: Program, setup: Setup, sizes: dict[str, int] | None) -> dict[str, int]:
-    """Ranks over which the collectives of each axis go. sizes: of the mesh's axes, where they differ from the Program's."""
-    traced = dict(program.axes)
-    found = traced | (sizes or {})
-    axis = Mesh(program.axes).reducing_axis
-    if axis is not None and traced[axis] > 1:
-        found[axis] *= setup.context
-    return found
+def mesh_of(program: Program, setup: Setup) -> Mesh:
+    """The whole mesh of the step."""
+    return setup.mesh or Mesh(program.axes)
 
 
 def groups_off_mesh(program: Program) -> dict[str, int]:
@@ -85,10 +80,26 @@ def groups_off_mesh(program: Program) -> dict[str, int]:
     return {call.axis: call.axis_size for call in calls if is_off_mesh(call.axis)}
 
 
-def work_of(program: Program, machine: Machine, setup: Setup, sizes: dict[str, int] | None = None) -> Work:
-    """All items of one step. sizes: of the mesh's axes, where they differ from the Program's (its data-parallel ones may be rescaled)."""
+def group_sizes(program: Program, setup: Setup) -> dict[str, int]:
+    """Ranks over which the collectives of each of the Program's axes go: context ranks join the axis that reduces."""
+    mesh, traced = mesh_of(program, setup), Mesh(program.axes)
+    sizes = {name: mesh.size(name) for name, _ in program.axes}
+    axis = traced.reducing_axis
+    if axis is not None and traced.size(axis) > 1:
+        sizes[axis] *= mesh.context
+    return sizes
+
+
+def further_shards(program: Program, setup: Setup) -> float:
+    """Into how many parts the traced rank's shard of the parameters is cut, where FSDP's axis is larger than the
+    traced one."""
+    return group_sizes(program, setup).get(SHARDS_AXIS, 1) / Mesh(program.axes).fsdp
+
+
+def work_of(program: Program, machine: Machine, setup: Setup) -> Work:
+    """All items of one step."""
     axes = tuple(name for name, _ in program.axes)
-    sizes = reducing_sizes(program, setup, sizes)
+    sizes = group_sizes(program, setup)
     strides, stride = {}, 1
     for name in reversed(axes):
         strides[name] = stride

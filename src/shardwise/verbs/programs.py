@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shardwise.core.case import StepSettings
-from shardwise.core.mesh import Mesh
+from shardwise.core.mesh import AXES, Mesh
 from shardwise.core.plan import AnyPlan
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ TRACED_DATA_RANKS = 2
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """One rank's part of a step, as it is traced. batch: sequences per data-parallel rank; seq: one rank's tokens of each; context: ranks that
-    share a sequence. param_dtype, reduce_dtype: of FSDP, where the mesh has it."""
+    """One rank's part of a step, as it is traced. batch: sequences per data-parallel rank; seq: one rank's tokens of
+    each. param_dtype, reduce_dtype: of FSDP, where the mesh has it."""
 
     batch: int
     seq: int
@@ -30,16 +30,19 @@ class MicroBatch:
     param_dtype: str | None
     reduce_dtype: str | None
     recompute: str
-    context: int = 1
     seed: int = 0
     random_ids: bool = False
 
 
-def traced_mesh(mesh: Mesh, context: int = 1) -> Mesh:
-    """The mesh with data-parallel axes of two ranks at most; context ranks are on the axis that they reduce gradients over."""
-    shared = mesh.reducing_axis
-    wide = ((name, size * context if name == shared else size) for name, size in mesh.axes)
-    return Mesh(tuple((name, size if name == "tp" else min(size, TRACED_DATA_RANKS)) for name, size in wide))
+def traced_mesh(mesh: Mesh) -> Mesh:
+    """The mesh that a step runs on, with data-parallel axes of two ranks at most; context ranks are on the axis that
+    they reduce gradients over."""
+    sizes = {axis.role: mesh.size(axis.name) for axis in AXES if axis.runs and axis.name in dict(mesh.axes)}
+    for axis in AXES:
+        if axis.splits_batch and axis.role in sizes:
+            ranks = sizes[axis.role] * (mesh.context if axis.name == mesh.reducing_axis else 1)
+            sizes[axis.role] = min(ranks, TRACED_DATA_RANKS)
+    return Mesh.of(sizes)
 
 
 def trace_program(
@@ -54,8 +57,8 @@ def trace_program(
     from shardwise.text.traced_ids import token_ids
     from shardwise.trace.trace import trace
 
-    small = traced_mesh(mesh, micro_batch.context)
-    is_fsdp = small.size("fsdp") > 1
+    small = traced_mesh(mesh)
+    is_fsdp = small.fsdp > 1
     settings = StepSettings(
         batch=micro_batch.batch * small.data_parallel,
         seq=micro_batch.seq,

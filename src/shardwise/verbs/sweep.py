@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import InputError, OptionError
 from shardwise.core.machine import Machine
-from shardwise.core.mesh import Mesh
+from shardwise.core.mesh import SHARDS_AXIS, Mesh, Role
 from shardwise.core.prediction import Setup
 from shardwise.core.program import Program
 from shardwise.core.shown import shown
@@ -18,7 +18,7 @@ from shardwise.predict.check import check_devices, check_setup
 from shardwise.predict.contrast import facts_of
 from shardwise.predict.family import LONG, SHORT, Family, NotAFamilyError
 from shardwise.predict.predict import predict
-from shardwise.predict.sweep import Split, best_first, splits
+from shardwise.predict.sweep import best_first, meshes, shares_programs
 from shardwise.verbs.programs import MicroBatch, trace_program
 
 MOST_DEVICES = 1_000_000
@@ -28,7 +28,7 @@ MICRO_BATCHES = (1, 2, 4, 8)
 
 @dataclass(frozen=True, slots=True)
 class SweepTask:
-    """One plan on meshes that differ in the size of their data-parallel axis and in stages only, so that they share their Programs.
+    """One plan on meshes that share their Programs.
 
     batch: of the whole step, or None where each point has `setup.micro_batches`. micro_batches: sizes.
     """
@@ -39,7 +39,7 @@ class SweepTask:
     micro_batch: MicroBatch
     micro_batches: tuple[int, ...]
     batch: int | None
-    splits: tuple[Split, ...]
+    meshes: tuple[Mesh, ...]
     setup: Setup
     machine: Machine
 
@@ -62,31 +62,30 @@ def sweep(
     *,
     workers: int | None = None,
 ) -> Sweep:
-    """asked: without plan and splits. Raises InputErrors of the model or a plan that hold for every mesh, OptionError, RunError."""
+    """asked: without plan and meshes. Raises InputErrors of the model or a plan that hold for every mesh, OptionError,
+    RunError."""
     if not 1 <= devices <= MOST_DEVICES:
         raise OptionError(f"--devices {devices}: use 1 to {MOST_DEVICES:,}.")
-    machine = asked.machine
-    check_devices(machine, Setup(context=asked.setup.context), {"tp": devices // asked.setup.context})
-    if devices % asked.setup.context:
+    machine, context = asked.machine, asked.setup.context
+    if asked.setup.mesh is not None and asked.setup.mesh.world_size > context:
         raise OptionError(
-            f"--devices {devices} can't be cut into --context {asked.setup.context}. Use a multiple of it."
+            f"--mesh {asked.setup.mesh}: a sweep goes over all axes but cp. Give cp alone, or leave it out."
         )
-    found = splits(devices // asked.setup.context, machine.devices_per_node, asked.setup.context)
-    count = len(found) * len(plans) * len(asked.micro_batches)
+    check_devices(machine, Mesh.of({Role.CUTS_TENSORS: devices}))
+    if devices % context:
+        raise OptionError(f"--devices {devices} can't be cut into cp={context}. Use a multiple of it.")
+    all_meshes = meshes(devices, machine.devices_per_node, context)
+    count = len(all_meshes) * len(plans) * len(asked.micro_batches)
     if count > MOST_POINTS:
         raise OptionError(
             f"--sweep: is over {count:,} points; at most {MOST_POINTS:,}. Give fewer plans or --micro-batches."
         )
-    kinds = dict.fromkeys((split.tp, split.data_axis) for split in found)
-    tasks = [
-        replace(
-            asked, plan=plan, splits=tuple(split for split in found if (split.tp, split.data_axis) == kind)
-        )
-        for plan in plans
-        for kind in kinds
-    ]
+    kinds: dict[object, list[Mesh]] = {}
+    for mesh in all_meshes:
+        kinds.setdefault(shares_programs(mesh), []).append(mesh)
+    tasks = [replace(asked, plan=plan, meshes=tuple(alike)) for plan in plans for alike in kinds.values()]
     # those that take longest first, so that no process ends long before the other
-    tasks.sort(key=lambda task: -len(task.splits))
+    tasks.sort(key=lambda task: -len(task.meshes))
     points: list[SweepPoint] = []
     refused: Counter[tuple[str, str]] = Counter()
     traces = 0
@@ -100,7 +99,7 @@ def sweep(
         progress(done, len(tasks), "tracing and predicting")
     settings = StepSettings(
         asked.batch or 0,
-        asked.micro_batch.seq * asked.setup.context,
+        asked.micro_batch.seq * context,
         dtype=asked.micro_batch.dtype,
         param_dtype=asked.micro_batch.param_dtype,
         reduce_dtype=asked.micro_batch.reduce_dtype,
@@ -117,51 +116,42 @@ def run_task(task: SweepTask) -> SweepResult:
     wanted, refused = _wanted(task)
     programs = _Programs(task, tuple(sorted({size for _, size, _ in wanted})))
     points = []
-    for split, size, count in wanted:
-        setup = replace(task.setup, micro_batches=count, stages=split.stages)
+    for mesh, size, count in wanted:
+        setup = replace(task.setup, mesh=mesh, micro_batches=count)
         try:
             # what can't be is told by any size's program, before another one is traced
-            check_setup(programs.any_of(size), task.machine, setup, dict(split.axes))
+            check_setup(programs.any_of(size), task.machine, setup)
             program = programs.at(size)
         except InputError as error:
             refused[_of_all_sizes(str(error))] += 1
             continue
-        found = predict(program, task.machine, setup, dict(split.axes))
+        found = predict(program, task.machine, setup)
         points.append(
             SweepPoint(
-                programs.label,
-                split.axes,
-                split.stages,
-                size,
-                count,
-                found.devices,
-                found.tokens,
-                found.step_s,
-                found.terms,
-                found.memory,
+                programs.label, mesh.axes, size, count, found.tokens, found.step_s, found.terms, found.memory
             )
         )
     return SweepResult(programs.label, tuple(points), tuple(refused.items()), programs.traces)
 
 
-def _wanted(task: SweepTask) -> tuple[list[tuple[Split, int, int]], Counter[str]]:
-    """(split, size of a micro-batch, number of them), and why others aren't."""
+def _wanted(task: SweepTask) -> tuple[list[tuple[Mesh, int, int]], Counter[str]]:
+    """(mesh, size of a micro-batch, number of them), and why others aren't."""
     found, refused = [], Counter[str]()
     is_mixed = task.micro_batch.param_dtype is not None or task.micro_batch.reduce_dtype is not None
-    for split in task.splits:
+    for mesh in task.meshes:
         for size in task.micro_batches:
-            if is_mixed and split.data_axis != "fsdp":
+            if is_mixed and SHARDS_AXIS not in dict(mesh.axes):
                 refused[
                     "--param-dtype and --reduce-dtype are FSDP's mixed precision, and the mesh has no fsdp axis"
                 ] += 1
             elif task.batch is None:
-                found.append((split, size, task.setup.micro_batches))
-            elif task.batch % (split.data_size * size):
+                found.append((mesh, size, task.setup.micro_batches))
+            elif task.batch % (mesh.data_parallel * size):
                 refused[
                     f"--batch {task.batch} can't be cut into equal micro-batches of each data-parallel rank"
                 ] += 1
             else:
-                found.append((split, size, task.batch // (split.data_size * size)))
+                found.append((mesh, size, task.batch // (mesh.data_parallel * size)))
     return found, refused
 
 
@@ -223,10 +213,5 @@ class _Programs:
         self.traces += 1
         micro_batch = replace(task.micro_batch, batch=size)
         return trace_program(
-            self._source,
-            self._plan,
-            Mesh(task.splits[0].axes),
-            micro_batch,
-            task.machine.device,
-            lambda _: None,
+            self._source, self._plan, task.meshes[0], micro_batch, task.machine.device, lambda _: None
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from shardwise.core.case import StepSettings
-from shardwise.core.mesh import Mesh
+from shardwise.core.mesh import REPLICAS_AXIS, Mesh
 from shardwise.core.prediction import AttentionKernel, MemoryForecast, Precision, Prediction, Setup, Term
 from shardwise.core.prediction_run import (
     LAUNCH_BOUND,
@@ -105,15 +105,9 @@ def headline(prediction: Prediction) -> str:
 
 
 def mesh_text(prediction: Prediction) -> str:
-    """`fsdp=2,tp=8 x 4 stages: 64 devices`."""
-    setup = prediction.setup
-    more = "".join(
-        f" x {count} {what}"
-        for count, what in ((setup.stages, "stages"), (setup.context, "context ranks"))
-        if count > 1
-    )
-    axes = ",".join(f"{axis}={size}" for axis, size in prediction.axes)
-    return f"{axes}{more}: {prediction.devices:,} device{'s' * (prediction.devices > 1)}"
+    """`pp=4,fsdp=2,tp=8: 64 devices`."""
+    mesh = Mesh(prediction.axes)
+    return f"{mesh}: {mesh.world_size:,} device{'s' * (mesh.world_size > 1)}"
 
 
 def step_text(settings: StepSettings, setup: Setup) -> str:
@@ -135,28 +129,26 @@ def machine_text(machine: MachineFacts) -> str:
     return f"{name(machine.name, '(machine)')} ({sentence(machine.about)}), {len(machine.constants)} constants: {shown}"
 
 
-def assumptions(settings: StepSettings, setup: Setup, axes: Sequence[tuple[str, int]]) -> tuple[str, ...]:
+def assumptions(settings: StepSettings, setup: Setup, mesh: Mesh) -> tuple[str, ...]:
     """What is taken for granted, a sentence each."""
     lines = ["Every rank arrives at its collectives at once: waiting for late ranks is not modelled."]
-    if setup.stages > 1:
+    if mesh.stages > 1:
         kind = (
             f"interleaved, {setup.chunks} chunks of layers a stage"
             if setup.chunks > 1
             else "one forward, one backward (1F1B)"
         )
-        lines.append(f"{setup.stages} stages in the schedule {kind}; layers are dealt evenly.")
+        lines.append(f"{mesh.stages} stages in the schedule {kind}; layers are dealt evenly.")
     if setup.micro_batches > 1:
         lines.append(
             f"All {setup.micro_batches} micro-batches are equal; gradients are reduced once, after the last."
         )
-    if setup.context > 1:
+    if mesh.context > 1:
         reduced = (
-            ""
-            if Mesh(tuple(axes)).reducing_axis
-            else ", nor is reducing gradients over them (without an axis dp or fsdp)"
+            "" if mesh.reducing_axis else ", nor is reducing gradients over them (without an axis dp or fsdp)"
         )
         lines.append(
-            f"{setup.context} ranks share each sequence, and each meets all keys: exchanging them is not modelled{reduced}."
+            f"{mesh.context} ranks share each sequence, and each meets all keys: exchanging them is not modelled{reduced}."
         )
     match setup.attention:
         case AttentionKernel.FUSED:
@@ -188,7 +180,7 @@ def assumptions(settings: StepSettings, setup: Setup, axes: Sequence[tuple[str, 
             assert_never(setup.precision)
     if setup.optimizer_shards > 1:
         lines.append(f"{setup.optimizer_shards} ranks share the optimizer's state and work (ZeRO-1).")
-    if dict(axes).get("dp", 1) > 1:
+    if mesh.size(REPLICAS_AXIS) > 1:
         beside = "beside the last backward" if setup.overlap_data else "after the backward, hidden by nothing"
         lines.append(f"Gradients of whole replicas (dp) are reduced {beside}.")
     if setup.overlap_tensor:

@@ -1,9 +1,11 @@
 """What of a Sweep stands together in a report. Adds up and looks up, no more."""
 
+from shardwise.core.mesh import Mesh, Role
 from shardwise.core.prediction import COMPUTE_TERMS, Term
 from shardwise.core.sweep import Sweep, SweepPoint
 from shardwise.report.common.plain import name
 from shardwise.report.common.units import format_count, format_seconds
+from shardwise.report.predict import rows
 
 # bars of the page; rows of its table; refusals in the terminal
 BARS = 12
@@ -22,7 +24,13 @@ SHORT_TERMS = {
 
 
 def mesh_text(point: SweepPoint) -> str:
-    return ",".join(f"{axis}={size}" for axis, size in point.axes)
+    return str(Mesh(point.axes))
+
+
+def assumptions(sweep: Sweep) -> tuple[str, ...]:
+    """What all points take for granted; some have replicas."""
+    mesh = Mesh.of({Role.REPLICATES: 2, Role.CUTS_SEQUENCE: sweep.setup.context})
+    return rows.assumptions(sweep.settings, sweep.setup, mesh)
 
 
 def micro_text(point: SweepPoint) -> str:
@@ -32,8 +40,7 @@ def micro_text(point: SweepPoint) -> str:
 
 def label(point: SweepPoint, has_plans: bool) -> str:
     plan = f"{name(point.plan, '(no plan)')}, " if has_plans else ""
-    stages = f", {point.stages} stages" if point.stages > 1 else ""
-    return f"{plan}{mesh_text(point)}{stages}, {micro_text(point)}"
+    return f"{plan}{mesh_text(point)}, {micro_text(point)}"
 
 
 def has_plans(sweep: Sweep) -> bool:

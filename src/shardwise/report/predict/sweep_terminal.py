@@ -46,9 +46,7 @@ def render_sweep(sweep: Sweep, console: Console, top: int) -> None:
                 (0, 1),
             )
         )
-    lines = [
-        f"- {plain(line)}" for line in predict_rows.assumptions(sweep.settings, sweep.setup, (("dp", 2),))
-    ]
+    lines = [f"- {plain(line)}" for line in rows.assumptions(sweep)]
     lines += [plain(rows.traced_text(sweep)), f"Machine: {plain(predict_rows.machine_text(sweep.machine))}."]
     console.print(Panel(Text("\n".join(lines)), box=box.ROUNDED, title="Assumed", title_align="left"))
 
@@ -58,14 +56,14 @@ def _table(sweep: Sweep, top: int) -> Table:
     has_plans = rows.has_plans(sweep)
     columns = [("plan", "left")] if has_plans else []
     columns += [
-        ("mesh", "left"), ("stages", "right"), ("batch", "right"), ("step", "right"), ("tokens/s", "right"), ("memory", "right"), ("lost to", "left"),
+        ("mesh", "left"), ("batch", "right"), ("step", "right"), ("tokens/s", "right"), ("memory", "right"), ("lost to", "left"),
     ]  # fmt: skip
     for label, justify in columns:
         table.add_column(label, justify=justify, no_wrap=label != "plan", overflow="fold")  # type: ignore[arg-type]
     for point in sweep.points[:top]:
         cells = [plain(name(point.plan, "(no plan)"))] if has_plans else []
         cells += [
-            rows.mesh_text(point), str(point.stages), rows.micro_text(point), format_seconds(point.step_s),
+            rows.mesh_text(point), rows.micro_text(point), format_seconds(point.step_s),
             format_count(point.tokens_per_s_per_device), format_bytes(point.memory.device_bytes),
             rows.lost_text(point) if point.fits else "doesn't fit",
         ]  # fmt: skip

@@ -12,6 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import Prediction
 from shardwise.core.prediction_run import PredictionRun
 from shardwise.report.common.plain import name, plain
@@ -179,7 +180,7 @@ def _memory_of_all(predictions: Sequence[Prediction]) -> Table:
 def _assumed(run: PredictionRun) -> RenderableType:
     first = run.predictions[0]
     lines = [
-        *rows.assumptions(run.settings, first.setup, first.axes),
+        *rows.assumptions(run.settings, first.setup, Mesh(first.axes)),
         *(f"{note}." for note in rows.notes(run)),
     ]
     text = Text("\n").join(
