@@ -16,12 +16,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.calibrate.clock import CALLS, Timing, between_events, timing_of
 from shardwise.core.collective import TIMED, CollectiveKind, Origin, wire_bytes
+from shardwise.core.mesh import TENSOR_AXIS
 from shardwise.core.placement import Replicate
 from shardwise.core.sample import Sample
 from shardwise.parallel import collectives
 from shardwise.parallel.axis import Axis
 
-AXIS = "tp"
+AXIS = TENSOR_AXIS
 ORIGIN = Origin("calibrate", None, Replicate(), Replicate())
 ENOUGH_S = 0.08
 MOST_REPEATS = 40

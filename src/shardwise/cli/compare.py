@@ -297,7 +297,7 @@ class _Request:
             settings=settings,
             rounds=rounds,
             warmup=warmup,
-            module=module or (None if mesh.size("fsdp") > 1 else "tok_embeddings"),
+            module=module or (None if mesh.fsdp > 1 else "tok_embeddings"),
             module_only=module is not None,
             check_layers=_check_layers(spec, mesh, device_type) if check else 0,
             repeat_first=repeat,
@@ -497,7 +497,7 @@ def _check_module(spec: "ModelSpec", module: str, mesh: Mesh) -> None:
         raise OptionError(
             f'--module: {spec.name} has no module "{module}".{suggest(module, names)} It has {", ".join(shown)}, ...'
         )
-    if mesh.size("fsdp") > 1:
+    if mesh.fsdp > 1:
         raise OptionError(
             f"--module {module}: FSDP gathers a module's parameters for a whole layer, so one can't be timed alone. Use tp or dp."
         )
@@ -515,7 +515,7 @@ def _check_fit(
 
     model = spec.build()
     for plan in plans:
-        resolve(model, plan, tp=mesh.tp, seq=settings.seq, fsdp=mesh.size("fsdp"))
+        resolve(model, plan, tp=mesh.tp, seq=settings.seq, fsdp=mesh.fsdp)
     refuse_too_large(
         model,
         spec.name,

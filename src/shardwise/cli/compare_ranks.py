@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.core.case import StepSettings
 from shardwise.core.finding import Agreement, Finding
-from shardwise.core.mesh import Mesh
+from shardwise.core.mesh import TENSOR_AXIS, Mesh, sees_other_tokens
 from shardwise.core.plan import Plan
 from shardwise.launch import RankContext
 from shardwise.launch.environment import VARIABLES
@@ -107,7 +107,7 @@ class _Run:
         self.take_turns = False
 
     def report(self) -> RankReport:
-        tp_group = self.mesh.get_group("tp")
+        tp_group = self.mesh.get_group(TENSOR_AXIS)
         ids = torch.from_numpy(self.batches.stream.ids.copy())
         findings = disagreements("token ids", [("ids", ids)], tp_group)
         agreements = self._check() if self.job.check_layers and not findings else ()
@@ -273,7 +273,7 @@ class _Run:
         found: tuple[Finding, ...] = ()
         for label, subject in zip(self.labels, subjects, strict=True):
             if not subject.is_parked:
-                group = self.mesh.get_group("tp")
+                group = self.mesh.get_group(TENSOR_AXIS)
                 found += disagreements(
                     f"{label}: {what}", replicated_parameters(subject.model).items(), group
                 )
@@ -335,7 +335,7 @@ def _data_place(mesh: DeviceMesh) -> int:
     """Which part of the global batch this rank sees."""
     place = 0
     for name in mesh.mesh_dim_names or ():
-        if name != "tp":
+        if sees_other_tokens(name):
             place = place * mesh[name].size() + mesh.get_local_rank(name)
     return place
 

@@ -6,7 +6,7 @@ import typer
 
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
-from shardwise.core.mesh import Mesh
+from shardwise.core.mesh import SHARDS_AXIS, Mesh
 from shardwise.core.plan import TheirPlan, suggest
 
 if TYPE_CHECKING:

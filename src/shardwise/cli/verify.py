@@ -10,7 +10,7 @@ from rich.console import Console
 
 from shardwise.cli.options import check_choice, check_seq
 from shardwise.core.errors import OptionError
-from shardwise.core.mesh import Mesh
+from shardwise.core.mesh import Mesh, Role
 from shardwise.core.plan import TheirPlan
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def prove_plans(
     from shardwise.verify.without_ranks import check
 
     started = datetime.now(UTC)
-    mesh = Mesh((("tp", tp),))
+    mesh = Mesh.of({Role.CUTS_TENSORS: tp})
     cases = _cases(models, plans, seq, small, dtype, sequence_parallel)
     if static:
         checked = (

@@ -6,7 +6,7 @@ Only what one verb knows (rounds, against, stages, ...) is that verb's own. What
 from dataclasses import dataclass, field
 
 from shardwise.core.errors import OptionError
-from shardwise.core.mesh import Mesh
+from shardwise.core.mesh import Mesh, Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Case:
     """
 
     model: str = "llama3-debug"
-    mesh: Mesh = field(default_factory=lambda: Mesh((("tp", 2),)))
+    mesh: Mesh = field(default_factory=lambda: Mesh.of({Role.CUTS_TENSORS: 2}))
     plans: tuple[str, ...] = ()
     step: StepSettings = field(default_factory=lambda: StepSettings(batch=4, seq=256))
     text: TextSource = TextSource()

@@ -12,6 +12,7 @@ from math import prod
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.explanation import CollectiveGroup, HoldingGroup
 from shardwise.core.finding import Finding, FindingKind
+from shardwise.core.mesh import TENSOR_AXIS, Mesh
 from shardwise.core.placement import Partial, Replicate, Shard
 from shardwise.core.program import Collective, Holding, Item, Op, OpKind, Phase, Program, any_layer
 from shardwise.core.rule import ModuleKind
@@ -88,7 +89,7 @@ def _partial_gradients(holdings: Sequence[HoldingGroup], items: Sequence[Item]) 
         for item in items
         if isinstance(item, Collective)
         and item.phase in (Phase.CLIP, Phase.OPTIMIZER)
-        and item.call.axis == "tp"
+        and item.call.axis == TENSOR_AXIS
     )
     where = " and ".join(f"{number} all-reduces in {phase}" for phase, number in by_phase.items())
     yield Finding(
@@ -112,7 +113,7 @@ def _idle_rules(program: Program) -> Iterator[Finding]:
 
 
 def _little_sharded(program: Program) -> Iterator[Finding]:
-    share, tp = sharded_share(program.holdings), dict(program.axes).get("tp", 1)
+    share, tp = sharded_share(program.holdings), Mesh(program.axes).tp
     if tp > 1 and share < ENOUGH_SHARDED:
         whole = max(
             (h for h in program.holdings if not h.is_sharded), key=lambda h: h.parameter_bytes, default=None
@@ -149,7 +150,7 @@ def _repeats(program: Program, items: Sequence[Item]) -> Iterator[Finding]:
             continue
         is_gather = (
             item.call.kind is CollectiveKind.ALL_GATHER
-            and item.call.axis == "tp"
+            and item.call.axis == TENSOR_AXIS
             and isinstance(item.before, Shard)
         )
         if run and not (

@@ -4,6 +4,7 @@ What isn't known is said plainly from the placements, never guessed. Numbers are
 """
 
 from shardwise.core.collective import CollectiveKind
+from shardwise.core.mesh import Role, role_of
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.core.program import REPLICATED_PARAMETERS, Collective, Op, Phase
 from shardwise.core.rule import ModuleKind
@@ -29,14 +30,14 @@ def carries_out(collective: Collective) -> CollectiveKind:
 
 def reason_of(collective: Collective) -> str:
     """One sentence."""
-    axis, phase = collective.call.axis, collective.phase
+    role, phase = role_of(collective.call.axis), collective.phase
     style = collective.rule.style if collective.rule is not None else None
-    match axis, phase:
-        case "fsdp", _:
+    match role, phase:
+        case Role.SHARDS_PARAMETERS, _:
             return _fsdp_reason(collective.call.kind)
-        case "dp", Phase.REDUCE:
+        case Role.REPLICATES, Phase.REDUCE:
             return "Replicas of the model saw different parts of the batch: their gradients (or losses) are added up."
-        case "dp", Phase.FORWARD | Phase.LOSS:
+        case Role.REPLICATES, Phase.FORWARD | Phase.LOSS:
             return "Counts the labels that count over the whole batch, so that every rank divides by the same number."
         case _, Phase.CLIP:
             return "The global norm of all gradients: every rank adds the squares of its part."

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from shardwise.core.errors import MeshError, PlanError
 from shardwise.core.foreign import ForeignPlan
+from shardwise.core.mesh import TENSOR_AXIS, Role, role_of
 from shardwise.core.plan import Engine, Family, Plan
 from shardwise.parallel.builtin import builtin_plan
 from shardwise.parallel.engines.dtensor import apply_dtensor
@@ -41,7 +42,7 @@ def parallelize(model: nn.Module, plan: Plan | str, mesh: DeviceMesh) -> nn.Modu
     """
     if isinstance(plan, str):
         plan = builtin_plan(plan, family=_family_of(model))
-    if "tp" not in (mesh.mesh_dim_names or ()):
+    if TENSOR_AXIS not in (mesh.mesh_dim_names or ()):
         raise MeshError(f'parallelize: the mesh has axes {mesh.mesh_dim_names}. Name one of them "tp".')
     if is_applied(model):
         raise PlanError(
@@ -75,8 +76,8 @@ def mark_applied(model: nn.Module, applied: Applied) -> None:
 
 
 def _ranks_sharding_further(mesh: DeviceMesh) -> int:
-    names = mesh.mesh_dim_names or ()
-    return math.prod(size for name, size in zip(names, mesh.shape, strict=True) if name not in ("dp", "tp"))
+    names, held = mesh.mesh_dim_names or (), (Role.REPLICATES, Role.CUTS_TENSORS)
+    return math.prod(size for name, size in zip(names, mesh.shape, strict=True) if role_of(name) not in held)
 
 
 def applied_to(model: nn.Module) -> Applied:

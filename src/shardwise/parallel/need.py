@@ -16,7 +16,7 @@ _PROCESS_BYTES = 300 * 2**20
 def state_bytes(model: nn.Module, plan: Plan, mesh: Mesh, dtype: torch.dtype) -> int:
     """Parameters, gradients and AdamW's two moments of the largest rank, exact up to uneven shards of FSDP; activations come on top."""
     sharded: dict[str, float] = {}
-    for assignment in resolve(model, plan, tp=mesh.tp, fsdp=mesh.size("fsdp")):
+    for assignment in resolve(model, plan, tp=mesh.tp, fsdp=mesh.fsdp):
         for name, parameter in assignment.module.named_parameters(recurse=False):
             whole = parameter.numel()
             dim = _sharded_dim(assignment.module, assignment.rule.style.name)
@@ -26,11 +26,11 @@ def state_bytes(model: nn.Module, plan: Plan, mesh: Mesh, dtype: torch.dtype) ->
                 else 1.0
             )
             sharded[f"{assignment.name}.{name}"] = whole * share
-    parameters = sum(
-        sharded.get(name, parameter.numel()) for name, parameter in model.named_parameters()
-    ) / mesh.size("fsdp")
+    parameters = (
+        sum(sharded.get(name, parameter.numel()) for name, parameter in model.named_parameters()) / mesh.fsdp
+    )
     total = 4 * parameters
-    if plan.engine is Engine.DTENSOR and mesh.size("fsdp") == 1:
+    if plan.engine is Engine.DTENSOR and mesh.fsdp == 1:
         # its rowwise embedding leaves a gradient of the whole table on every rank
         for assignment in resolve(model, plan, tp=mesh.tp):
             if (

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from shardwise.core.mesh import Mesh
+from shardwise.core.mesh import SHARDS_AXIS, Mesh
 from shardwise.core.plan import Plan
 from shardwise.models.init import initial_parameter
 from shardwise.models.specs import ModelSpec
@@ -55,6 +55,6 @@ def build_model(
             layer.compile()
     if recompute != "none":
         recompute_layers(model.layers, recompute)
-    if mesh is not None and "fsdp" in (mesh.mesh_dim_names or ()):
-        shard_with_fsdp(model, model.layers, mesh["fsdp"], policy or MixedPrecisionPolicy())
+    if mesh is not None and SHARDS_AXIS in (mesh.mesh_dim_names or ()):
+        shard_with_fsdp(model, model.layers, mesh[SHARDS_AXIS], policy or MixedPrecisionPolicy())
     return model

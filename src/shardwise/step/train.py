@@ -29,6 +29,7 @@ from torch.utils.checkpoint import (
 )
 
 from shardwise.core.case import StepSettings
+from shardwise.core.mesh import REPLICAS_AXIS, sees_other_tokens
 from shardwise.core.plan import Engine
 from shardwise.core.program import Phase
 from shardwise.parallel.apply import applied_to
@@ -127,15 +128,9 @@ class TrainStep:
         )
         self._max_norm = max_norm
         self._on_phase = on_phase or (lambda _: None)
-        axes = mesh.mesh_dim_names or () if mesh is not None else ()
-        self._data_groups = [
-            mesh.get_group(name)
-            for name in axes
-            if name != "tp" and mesh is not None and mesh[name].size() > 1
-        ]
-        self._dp_group = (
-            mesh.get_group("dp") if mesh is not None and "dp" in axes and mesh["dp"].size() > 1 else None
-        )
+        groups = _groups_of_several(mesh)
+        self._data_groups = [group for name, group in groups.items() if sees_other_tokens(name)]
+        self._replicas = groups.get(REPLICAS_AXIS)
 
     def gradients(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Leaves the global batch's gradients in `.grad` (of this rank's shards) and returns the global mean loss, a scalar tensor."""
@@ -156,8 +151,8 @@ class TrainStep:
                 loss.backward()
             total = total + loss.detach()
         self._on_phase(Phase.REDUCE)
-        if self._dp_group is not None:
-            _sum_gradients(self.model, self._dp_group)
+        if self._replicas is not None:
+            _sum_gradients(self.model, self._replicas)
         for group in self._data_groups:
             dist.all_reduce(total, group=group)
         return total
@@ -177,6 +172,13 @@ class TrainStep:
             return clip_gradients(self.model.parameters(), self._max_norm)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._max_norm, foreach=True)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _groups_of_several(mesh: DeviceMesh | None) -> dict[str, dist.ProcessGroup]:
+    """The groups of the axes with several ranks, by name."""
+    if mesh is None:
+        return {}
+    return {name: mesh.get_group(name) for name in mesh.mesh_dim_names or () if mesh[name].size() > 1}
 
 
 def _groups(model: nn.Module) -> list[dict[str, list[nn.Parameter]]]:

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwise.core import placement as ours
 from shardwise.core.collective import CollectiveCall, CollectiveKind
+from shardwise.core.mesh import TENSOR_AXIS, Role, role_of
 from shardwise.core.placement import Placement
 from shardwise.core.program import LOSS_MODULE, Collective, Op, OpKind, Phase, TensorSpec
 from shardwise.core.rule import RuleRef
@@ -357,7 +358,7 @@ class Recorder(TorchDispatchMode):
             return
         module = self._module()
         before, after = self._placements(call.axis, call.kind)
-        rule = self._rule_of(module) if call.axis == "tp" and module != LOSS_MODULE else None
+        rule = self._rule_of(module) if call.axis == TENSOR_AXIS and module != LOSS_MODULE else None
         self.events.append(Collective(call, module, rule, before, after, module_kind=self._kinds.get(module)))
 
     def _placements(self, axis: str, kind: CollectiveKind) -> tuple[Placement | None, Placement | None]:
@@ -365,12 +366,12 @@ class Recorder(TorchDispatchMode):
             before, after = (_placement_on(spec, axis) for spec in self._change)
             if before is not None and after is not None:
                 return before, after
-        match kind, axis:
+        match kind, role_of(axis):
             case CollectiveKind.ALL_REDUCE, _:
                 return ours.Partial(), ours.Replicate()
-            case CollectiveKind.ALL_GATHER, "fsdp":
+            case CollectiveKind.ALL_GATHER, Role.SHARDS_PARAMETERS:
                 return ours.Shard(0), ours.Replicate()
-            case CollectiveKind.REDUCE_SCATTER, "fsdp":
+            case CollectiveKind.REDUCE_SCATTER, Role.SHARDS_PARAMETERS:
                 return ours.Partial(), ours.Shard(0)
             case _:
                 return None, None

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import ModelError, OptionError, PlanError, ShardwiseError
-from shardwise.core.mesh import Mesh
+from shardwise.core.mesh import SHARDS_AXIS, Mesh
 from shardwise.core.placement import Placement, Replicate
 from shardwise.core.plan import AnyPlan, Engine, Ownership, Plan, TheirPlan
 from shardwise.core.program import (
@@ -95,7 +95,7 @@ def trace(
             layers.shorten(whole, depth)
             layers = find_layers(whole)
         if isinstance(plan, Plan):
-            resolve(whole, plan, tp=mesh.tp, seq=settings.seq, fsdp=mesh.size("fsdp"))
+            resolve(whole, plan, tp=mesh.tp, seq=settings.seq, fsdp=mesh.fsdp)
         job.rules = _rules(plan, whole)
         if compress and layers is not None and layers.are_equal and layers.count > LONG:
             try:
@@ -148,8 +148,10 @@ class _Job:
         layer_modules = list(layers.modules(model)) if layers is not None else []
         if self.settings.recompute != "none":
             recompute_layers(layer_modules, self.settings.recompute)
-        if self.mesh.size("fsdp") > 1:
-            shard_with_fsdp(model, layer_modules, self.device_mesh["fsdp"], mixed_precision(self.settings))
+        if self.mesh.fsdp > 1:
+            shard_with_fsdp(
+                model, layer_modules, self.device_mesh[SHARDS_AXIS], mixed_precision(self.settings)
+            )
         model.train()
         self.on_model(model)
         return _trace_step(self, model, fake_mode)

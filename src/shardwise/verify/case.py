@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from shardwise.core.errors import InputError, ModelError, OptionError, RunError, ShardwiseError
 from shardwise.core.finding import Finding, FindingKind
-from shardwise.core.mesh import Mesh
+from shardwise.core.mesh import TENSOR_AXIS, Mesh
 from shardwise.core.plan import AnyPlan, Plan, TheirPlan
 from shardwise.core.shown import shown, told
 from shardwise.core.verification import Proof, Sharded, Verification
@@ -134,7 +134,7 @@ class _Examination:
         self._job = job
         self._mesh = mesh
         self._device = device
-        self._tp = mesh["tp"].size() if mesh.ndim > 1 else mesh.size()
+        self._tp = mesh[TENSOR_AXIS].size() if mesh.ndim > 1 else mesh.size()
         self._plan = plan_of(case.plan)
         self._began = time.perf_counter()
         self._parameters: int | None = None

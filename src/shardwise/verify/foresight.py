@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import PlanError, ShardwiseError
 from shardwise.core.finding import Cause, Finding, FindingKind
-from shardwise.core.mesh import Mesh
+from shardwise.core.mesh import Mesh, Role
 from shardwise.core.placement import Partial
 from shardwise.core.plan import AnyPlan, Plan, TheirPlan
 from shardwise.core.program import Holding, Phase, Program
@@ -427,7 +427,7 @@ def _step(
             program = trace(
                 source,
                 plan,
-                Mesh((("tp", tp),)),
+                Mesh.of({Role.CUTS_TENSORS: tp}),
                 settings,
                 rank=rank,
                 compress=False,

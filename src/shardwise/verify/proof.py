@@ -25,6 +25,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from shardwise.core.errors import RunError
 from shardwise.core.finding import Finding, FindingKind
+from shardwise.core.mesh import TENSOR_AXIS
 from shardwise.core.plan import Engine
 from shardwise.core.shown import told
 from shardwise.core.verification import Proof
@@ -122,7 +123,7 @@ def prove(
 
     rerun: makes the unsharded model again, with the same weights, where it has to be looked at more closely.
     """
-    group = mesh.get_group("tp")
+    group = mesh.get_group(TENSOR_AXIS)
     whole = expected.observed
     observed = observe(model, *batches[0], width=whole.logits.shape[-1])
     gradients = _compare_gradients(model, observed, expected, group)

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.core.collective import CollectiveKind, Origin
 from shardwise.core.errors import RunError
+from shardwise.core.mesh import TENSOR_AXIS
 from shardwise.parallel.axis import Target, as_if_on
 from shardwise.parallel.collectives import issuing
 
@@ -114,7 +115,11 @@ class _ThreadMesh(DeviceMesh):
 
     def __init__(self, group: _ThreadGroup, rank: int, size: int) -> None:
         super().__init__(
-            "cpu", torch.arange(size, device="cpu"), mesh_dim_names=("tp",), _init_backend=False, _rank=rank
+            "cpu",
+            torch.arange(size, device="cpu"),
+            mesh_dim_names=(TENSOR_AXIS,),
+            _init_backend=False,
+            _rank=rank,
         )
         self._group = group
         self._own_rank = rank

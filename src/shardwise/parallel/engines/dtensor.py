@@ -15,6 +15,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from shardwise.core import placement as ours
+from shardwise.core.mesh import TENSOR_AXIS
 from shardwise.core.plan import Plan, StyleName
 from shardwise.parallel.loss import DTensorLoss, Loss, PlainLoss
 from shardwise.parallel.parameters import to_torch
@@ -41,7 +42,7 @@ class _Replicated(ParallelStyle):
 
 def apply_dtensor(model: nn.Module, plan: Plan, mesh: DeviceMesh, *, fsdp: int) -> Loss:
     """Parallelizes `model` in place with torch.distributed.tensor.parallel. Returns the loss for its logits. fsdp: see resolve()."""
-    tp_mesh = mesh["tp"] if mesh.ndim > 1 else mesh
+    tp_mesh = mesh[TENSOR_AXIS] if mesh.ndim > 1 else mesh
     assignments = resolve(model, plan, tp=tp_mesh.size(), fsdp=fsdp)
     head = last_linear(model)
     loss: Loss = PlainLoss()

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from shardwise.core.errors import MeshError, PlanError
 from shardwise.core.foreign import ForeignPlan, ForeignRule
+from shardwise.core.mesh import TENSOR_AXIS
 from shardwise.core.rule import RuleRef
 from shardwise.core.shown import shown, told
 from shardwise.parallel.apply import Applied, mark_applied
@@ -58,7 +59,7 @@ def apply_hugging_face(model: nn.Module, mesh: DeviceMesh) -> Loss:
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
     plan = _own_plan(model)
-    if "tp" not in (mesh.mesh_dim_names or ()):
+    if TENSOR_AXIS not in (mesh.mesh_dim_names or ()):
         raise MeshError(
             f'plan "{PLAN_NAME}": the mesh has axes {mesh.mesh_dim_names}. Name one of them "tp".'
         )
@@ -69,7 +70,7 @@ def apply_hugging_face(model: nn.Module, mesh: DeviceMesh) -> Loss:
         raise PlanError(f'plan "{PLAN_NAME}": {sharded} is a DTensor already. Build a fresh model.')
     expanded = _expanded(model, plan)
     _refuse_sharded_logits(model, expanded)
-    tp_mesh = mesh["tp"] if mesh.ndim > 1 else mesh
+    tp_mesh = mesh[TENSOR_AXIS] if mesh.ndim > 1 else mesh
     tied = _tied(model)
     _part(model, tied)
     try:

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.core.collective import Origin
 from shardwise.core.errors import PlanError
+from shardwise.core.mesh import TENSOR_AXIS
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.core.plan import Ownership, Plan, StyleName
 from shardwise.core.program import REPLICATED_PARAMETERS
@@ -48,7 +49,7 @@ def apply_native(
     model: nn.Module, plan: Plan, mesh: DeviceMesh, *, fsdp: int
 ) -> tuple[Loss, dict[str, RowOwnership]]:
     """Shards `model` in place. Returns the loss for its logits and the parameters whose rows are interleaved. fsdp: see resolve()."""
-    axis = Axis.of(mesh, "tp", plan.reduce_scatter)
+    axis = Axis.of(mesh, TENSOR_AXIS, plan.reduce_scatter)
     assignments = resolve(model, plan, tp=axis.size, fsdp=fsdp)
     work = _Work(model, plan, axis)
     # an embedding decides how a weight that it shares with the head is cut
