@@ -14,6 +14,8 @@ from statistics import median, quantiles
 
 import torch
 
+from shardwise.torch_private import cuda_sleep
+
 ENOUGH_S = 0.02  # of timed work per kernel
 MOST_REPEATS = 50
 FEWEST_REPEATS = 5
@@ -111,7 +113,7 @@ def between_events(call: Callable[[], object], *, behind: bool) -> float:
     """Seconds of the current stream. behind: the device sleeps before the first event, so that the calls are issued when it passes."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     if behind:
-        torch.cuda._sleep(AHEAD_CYCLES)
+        cuda_sleep(AHEAD_CYCLES)
     start.record()
     call()
     end.record()

@@ -17,6 +17,7 @@ from torch import Tensor
 from shardwise.calibrate.clock import Timing, time_kernel
 from shardwise.core.program import OpKind, TensorSpec
 from shardwise.core.sample import Sample
+from shardwise.torch_private import foreach_mul_, foreach_norm, fused_adamw_, softmax_backward
 from shardwise.trace.catalogue import flops_of, kind_of, traffic_of
 
 Call = Callable[[], object]
@@ -345,7 +346,7 @@ def _adamw(n: int, dtype: str, tensors: int) -> Case:
         steps = [torch.ones((), device=device) for _ in range(tensors)]
 
         def call() -> None:
-            torch._fused_adamw_(
+            fused_adamw_(
                 params, grads, firsts, seconds, [], steps,
                 lr=1e-4, beta1=0.9, beta2=0.95, weight_decay=0.1, eps=1e-8, amsgrad=False, maximize=False,
             )  # fmt: skip
@@ -358,7 +359,7 @@ def _adamw(n: int, dtype: str, tensors: int) -> Case:
 def _norm_of_all(n: int, dtype: str) -> Case:
     def make(device: torch.device) -> Work:
         parts = [_randn(n // 4, dtype=dtype, device=device) for _ in range(4)]
-        return Work(lambda: torch._foreach_norm(parts, 2.0), tuple(parts), ())
+        return Work(lambda: foreach_norm(parts, 2.0), tuple(parts), ())
 
     return Case("aten::_foreach_norm", "", dtype, (n,), n * _width(dtype), make)
 
@@ -367,7 +368,7 @@ def _scale_all(n: int, dtype: str) -> Case:
     def make(device: torch.device) -> Work:
         parts = [_randn(n // 4, dtype=dtype, device=device) for _ in range(4)]
         scale = torch.ones((), device=device, dtype=parts[0].dtype)
-        return Work(lambda: torch._foreach_mul_(parts, scale), tuple(parts), (), tuple(parts))
+        return Work(lambda: foreach_mul_(parts, scale), tuple(parts), (), tuple(parts))
 
     return Case("aten::_foreach_mul_", "", dtype, (n,), n * _width(dtype), make)
 
@@ -396,11 +397,7 @@ def memory_bound(n: int, width: int, dtype: str) -> Iterator[Case]:
     yield _unary("aten::amax", lambda x: x.amax(-1), rows, width, dtype)
     yield _unary("aten::_softmax", lambda x: torch.softmax(x, -1), rows, width, dtype)
     yield _binary(
-        "aten::_softmax_backward_data",
-        lambda x, y: torch._softmax_backward_data(x, y, -1, x.dtype),
-        rows,
-        width,
-        dtype,
+        "aten::_softmax_backward_data", lambda x, y: softmax_backward(x, y, -1, x.dtype), rows, width, dtype
     )
     yield _layer_norm(rows, width, dtype, backward=False)
     yield _layer_norm(rows, width, dtype, backward=True)

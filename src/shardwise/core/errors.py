@@ -6,6 +6,7 @@
     │   ├── MachineError      a machine file that doesn't parse, or says what can't be
     │   ├── ModelError        an unknown model, or one that a verb can't take
     │   ├── PlanError         a plan that doesn't parse, match or fit the model
+    │   ├── TorchError        a PyTorch that lacks what Shardwise uses
     │   ├── TextError         text or a tokenizer that can't be used
     │   ├── TraceError        a profiler trace that can't be used
     │   └── OptionError       an option, or a combination, that isn't offered
@@ -41,6 +42,10 @@ class ModelError(InputError):
 
 class PlanError(InputError):
     """A plan that doesn't parse, match or fit the model."""
+
+
+class TorchError(InputError):
+    """A PyTorch that lacks what Shardwise uses."""
 
 
 class TextError(InputError):

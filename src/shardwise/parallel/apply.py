@@ -16,6 +16,7 @@ from shardwise.parallel.engines.dtensor import apply_dtensor
 from shardwise.parallel.engines.native import apply_native
 from shardwise.parallel.loss import Loss, PlainLoss
 from shardwise.parallel.ownership import RowOwnership
+from shardwise.torch_private import check
 
 _ATTRIBUTE = "_shardwise"
 
@@ -40,6 +41,7 @@ def parallelize(model: nn.Module, plan: Plan | str, mesh: DeviceMesh) -> nn.Modu
 
     Raises PlanError, before anything is changed, where the plan doesn't fit the model; MeshError where the mesh has no "tp" axis.
     """
+    check()
     if isinstance(plan, str):
         plan = builtin_plan(plan, family=_family_of(model))
     if TENSOR_AXIS not in (mesh.mesh_dim_names or ()):

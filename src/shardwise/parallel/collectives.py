@@ -31,6 +31,7 @@ from torch import Tensor
 from shardwise.core.collective import CollectiveKind, Origin
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.parallel.axis import Axis
+from shardwise.torch_private import is_profiling
 
 # the old names warn since 2.13
 _all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -354,7 +355,7 @@ def _expect(given: Placement, allowed: Sequence[Placement], what: str) -> None:
 def _labelled(kind: CollectiveKind, origin: Origin, *, by_data: bool = False) -> Iterator[None]:
     token = _issuing.set(Issue(origin, by_data))
     try:
-        if torch.autograd.profiler._is_profiler_enabled:
+        if is_profiling():
             label = f"shardwise.{kind}|{origin}".replace(
                 '"', "'"
             )  # Kineto writes names as they are: a quote would break its JSON

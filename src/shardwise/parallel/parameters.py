@@ -16,7 +16,6 @@ from torch.distributed.tensor import Partial as TorchPartial
 from torch.distributed.tensor import Placement as TorchPlacement
 from torch.distributed.tensor import Replicate as TorchReplicate
 from torch.distributed.tensor import Shard as TorchShard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.hooks import RemovableHandle
 
 from shardwise.core.collective import Origin
@@ -26,6 +25,13 @@ from shardwise.core.plan import Ownership
 from shardwise.parallel.axis import Axis
 from shardwise.parallel.collectives import chunk_sizes, sum_now, swap_rows_now
 from shardwise.parallel.ownership import RowOwnership
+from shardwise.torch_private import (
+    after_backward,
+    graph_task,
+    hooks_of,
+    local_shape_and_offset,
+    set_hooks_again,
+)
 
 
 def to_torch(placement: Placement) -> TorchPlacement:
@@ -105,9 +111,10 @@ def fill(
 
 
 def _move_hooks(before: nn.Parameter, after: nn.Parameter) -> None:
-    for hook in (before._backward_hooks or {}).values():
+    on_gradient, once_accumulated = hooks_of(before)
+    for hook in on_gradient:
         after.register_hook(hook)
-    for hook in (getattr(before, "_post_accumulate_grad_hooks", None) or {}).values():
+    for hook in once_accumulated:
         after.register_post_accumulate_grad_hook(hook)
 
 
@@ -123,7 +130,7 @@ def part_of_dtensor(whole: Tensor, like: DTensor, ownership: RowOwnership | None
         whole = whole.index_select(
             0, torch.cat([ownership.ids_of(rank) for rank in range(ownership.axis_size)]).to(whole.device)
         )
-    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    shape, offset = local_shape_and_offset(like.shape, like.device_mesh, like.placements)
     part = whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
     return _as_part_like(part.clone(memory_format=torch.contiguous_format), like)
 
@@ -261,16 +268,14 @@ class PartialGradients:
         former = self._hooks[place]
         if former is not None:
             former.remove()
-        if parameter._backward_hooks is not None:
-            # Module.to() leaves the dict of hooks behind without its tensor, which then calls none; set again, it is the new tensor's
-            parameter._backward_hooks = parameter._backward_hooks
+        set_hooks_again(parameter)
         self._hooks[place] = parameter.register_hook(lambda _: self._before_accumulation(parameter))
 
     def _before_accumulation(self, parameter: nn.Parameter) -> None:
-        task = torch._C._current_graph_task_id()
+        task = graph_task()
         if task not in self._backwards:
             self._backwards[task] = []
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._reduce(task))
+            after_backward(lambda: self._reduce(task))
         earlier = parameter.grad
         assert earlier is None or isinstance(earlier, DTensor)
         if earlier is not None and not _is_partial(earlier):

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwise.core.collective import CollectiveCall, CollectiveKind, off_mesh, wire_bytes
+from shardwise.torch_private import TorchDispatchMode, group_named, in_backward, schema_of
 
 NAMESPACES = frozenset(
     {"c10d", "c10d_functional", "_c10d_functional", "_c10d_functional_autograd", "_dtensor", "symm_mem"}
@@ -82,7 +82,7 @@ FUSED = frozenset(name for name in KNOWN if name.startswith("fused_"))
 @lru_cache(maxsize=4096)
 def is_collective(func: Any) -> bool:
     """Whether a dispatcher op moves data between ranks, or waits for them."""
-    schema = func._schema
+    schema = schema_of(func)
     namespace, _, name = schema.name.partition("::")
     if name in LOCAL:
         return False
@@ -171,8 +171,8 @@ class CollectiveRecorder(TorchDispatchMode):
             return NotImplemented  # seen again as the collectives on local tensors that DTensor makes of it
         out = func(*args, **(kwargs or {}))
         if is_collective(func):
-            phase = "backward" if torch._C._current_graph_task_id() != -1 else self.phase
-            self.calls += read_calls(func._schema.name, args, out, self._axes, phase)
+            phase = "backward" if in_backward() else self.phase
+            self.calls += read_calls(schema_of(func).name, args, out, self._axes, phase)
         return out
 
 
@@ -184,7 +184,7 @@ def _group_of(args: Sequence[Any]) -> Any:
                 return group
         if isinstance(argument, str):
             try:
-                return torch.distributed.distributed_c10d._resolve_process_group(argument)  # type: ignore[attr-defined, arg-type]
+                return group_named(argument)
             except (ValueError, RuntimeError):
                 continue
     return None

@@ -12,6 +12,7 @@ from shardwise.core.errors import PlanError
 from shardwise.core.placement import Replicate, Shard
 from shardwise.core.plan import Engine, Ownership, Plan, Rule, StyleName, suggest_pattern
 from shardwise.parallel.collectives import chunk_sizes
+from shardwise.torch_private import AnyDropout
 
 LINEAR = frozenset({StyleName.COLWISE, StyleName.ROWWISE, StyleName.REPLICATE})
 EMBEDDING = frozenset({StyleName.ROWWISE, StyleName.COLWISE, StyleName.ROUTED, StyleName.REPLICATED})
@@ -279,7 +280,7 @@ def _check_ties(model: nn.Module, assignments: tuple[Assignment, ...], engine: E
 
 def _check_coverage(modules: dict[str, nn.Module], covered: set[str]) -> None:
     for name, module in modules.items():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+        if isinstance(module, AnyDropout) and module.p > 0:
             raise PlanError(
                 f"{name} is a {type(module).__name__}({module.p}), whose masks would differ between the ranks. Set its p to 0."
             )

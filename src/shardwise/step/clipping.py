@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from shardwise.torch_private import foreach_mul_, foreach_norm
+
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scales all gradients in place so that their global norm is at most max_norm; returns the norm before, a scalar tensor.
@@ -30,7 +32,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     dtype = torch.promote_types(locals_[0].dtype, torch.float32)
     squares = torch.zeros((), dtype=dtype, device=locals_[0].device)
     if counted:
-        squares = torch.stack([norm.to(dtype) for norm in torch._foreach_norm(counted)]).square().sum()
+        squares = torch.stack([norm.to(dtype) for norm in foreach_norm(counted)]).square().sum()
     if mesh is not None:
         for axis in range(mesh.ndim):
             if mesh.size(axis) > 1:
@@ -39,7 +41,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # the epsilon is torch.nn.utils.clip_grad_norm_'s
     parts = [part for part in locals_ if part.numel()]
     if parts:
-        torch._foreach_mul_(parts, scale.to(parts[0].dtype))
+        foreach_mul_(parts, scale.to(parts[0].dtype))
     return norm
 
 

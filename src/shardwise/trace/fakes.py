@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from shardwise.core.errors import RunError
 from shardwise.core.mesh import Mesh
 from shardwise.parallel.axis import Target, as_if_on
+from shardwise.torch_private import ALL_TO_ALL, FakeStore, forget_library, forget_meshes
 
 TARGETS = {"cpu": Target("cpu", "gloo"), "cuda": Target("cuda", "nccl")}
 
@@ -40,9 +41,7 @@ def fake_world(mesh: Mesh, *, rank: int, device: str) -> Iterator[DeviceMesh]:
         raise RunError(
             "trace: this process has joined a process group already. Trace in a process of its own, before init_process_group()."
         )
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    _forget_meshes()
+    forget_meshes()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=mesh.world_size)
     try:
         with ExitStack() as stack:
@@ -56,17 +55,7 @@ def fake_world(mesh: Mesh, *, rank: int, device: str) -> Iterator[DeviceMesh]:
             yield init_device_mesh("cpu", tuple(size for _, size in mesh.axes), mesh_dim_names=names)
     finally:
         dist.destroy_process_group()
-        _forget_meshes()
-
-
-def _forget_meshes() -> None:
-    """DTensor caches what it works out by mesh, and equal meshes count as one: the shapes and groups of one rank would be another's."""
-    from torch.distributed.tensor import DTensor, _redistribute
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-
-    _clear_sharding_prop_cache()
-    _redistribute._gen_transform_infos.cache_clear()
-    DTensor._op_dispatcher.sharding_propagator._propagate_tensor_meta_cached.cache_clear()
+        forget_meshes()
 
 
 @contextmanager
@@ -96,7 +85,7 @@ def _fused_rms_norm() -> Iterator[None]:
     try:
         yield
     finally:
-        library._destroy()
+        forget_library(library)
 
 
 @contextmanager
@@ -142,13 +131,11 @@ def _is_grouped_float32(query: Any = None, key: Any = None, **_: Any) -> bool:
 
 @contextmanager
 def _real_all_to_all() -> Iterator[None]:
-    from torch.distributed.tensor import placement_types
-
     def shard_dim_alltoall(
         input: torch.Tensor, gather_dim: int, shard_dim: int, mesh: DeviceMesh, mesh_dim: int
     ) -> torch.Tensor:
         group = mesh.get_group(mesh_dim)
         return torch.ops._dtensor.shard_dim_alltoall(input, gather_dim, shard_dim, group.group_name)  # type: ignore[no-any-return]
 
-    with patch.object(placement_types, "shard_dim_alltoall", shard_dim_alltoall):
+    with patch.object(*ALL_TO_ALL, shard_dim_alltoall):
         yield

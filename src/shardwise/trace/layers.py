@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from shardwise.torch_private import hook_counts
+
 _OWN_NUMBER = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "idx"})
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _PLAIN = (int, float, bool, str, type(None))
 
 
@@ -68,9 +69,15 @@ def _signature(layer: nn.Module) -> tuple[object, ...]:
                 for key, value in sorted(vars(module).items(), key=lambda item: item[0])
                 if isinstance(value, _PLAIN) and key not in _OWN_NUMBER
             ),
-            tuple(len(getattr(module, hooks)) for hooks in _HOOKS),
-            tuple((key, tuple(p.shape), p.dtype) for key, p in module._parameters.items() if p is not None),
-            tuple((key, tuple(b.shape), b.dtype) for key, b in module._buffers.items() if b is not None),
+            hook_counts(module),
+            tuple(
+                (key, tuple(p.shape), p.dtype)
+                for key, p in module.named_parameters(recurse=False, remove_duplicate=False)
+            ),
+            tuple(
+                (key, tuple(b.shape), b.dtype)
+                for key, b in module.named_buffers(recurse=False, remove_duplicate=False)
+            ),
         )
         for name, module in layer.named_modules()
     )

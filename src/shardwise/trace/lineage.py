@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as TorchShard
 from torch.overrides import TorchFunctionMode
 
 from shardwise.core.errors import ModelError
+from shardwise.torch_private import AsyncCollectiveTensor, local_part, storage_key
 
 Shape = tuple[int, ...]
 _CHOICES = frozenset({Tensor.__getitem__, torch.index_select, Tensor.index_select})
@@ -185,9 +185,8 @@ def _is_cut_plainly(parameter: Tensor) -> bool:
 
 def _storage(tensor: Tensor) -> int:
     while isinstance(tensor, DTensor | AsyncCollectiveTensor):
-        tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor.elem
-    address: int = tensor.untyped_storage()._cdata
-    return address
+        tensor = local_part(tensor) if isinstance(tensor, DTensor) else tensor.elem
+    return storage_key(tensor.untyped_storage())
 
 
 def _tensors(value: Any) -> list[Tensor]:

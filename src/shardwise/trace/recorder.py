@@ -17,11 +17,8 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwise.core import placement as ours
 from shardwise.core.collective import CollectiveCall, CollectiveKind
@@ -32,12 +29,28 @@ from shardwise.core.rule import RuleRef
 from shardwise.parallel.collectives import issuing
 from shardwise.parallel.kinds import kind_of as module_kind_of
 from shardwise.parallel.recorder import FUSED, is_collective, read_calls
+from shardwise.torch_private import (
+    NO_SEQUENCE,
+    PROPAGATIONS,
+    REDISTRIBUTIONS,
+    AsyncCollectiveTensor,
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    call_cpu_kernel,
+    current_node,
+    device_factories,
+    has_kernel,
+    next_sequence,
+    schema_of,
+    sequence_of,
+    storage_key,
+)
 from shardwise.trace.catalogue import flops_of, kind_of, name_on, traffic_of
 from shardwise.trace.fakes import is_made_on_device, making_on_device
 
 _RAISED_IN = "_shardwise_raised_in"
 _FSDP_COPY_IN = "fsdp::all_gather_copy_in"
-_NO_SEQUENCE = 2**63
 # neither kernels nor memory: bookkeeping of the dispatcher, the profiler and the functional collectives
 _SILENT = frozenset(
     {
@@ -99,20 +112,20 @@ class _Schema:
 
 @lru_cache(maxsize=1)
 def _waits() -> frozenset[Any]:
-    collectives = torch.ops._c10d_functional
-    return frozenset({collectives.wait_tensor.default, collectives._wrap_tensor_autograd.default})
+    names = ("wait_tensor", "_wrap_tensor_autograd")
+    return frozenset(getattr(torch.ops._c10d_functional, name).default for name in names)
 
 
 @lru_cache(maxsize=4096)
 def _has_no_fake(func: Any) -> bool:
     """Whether it is one of torch.distributed's collectives for which PyTorch has a kernel and no fake of it (the coalesced ones)."""
-    name = func._schema.name
-    return name.startswith("c10d::") and not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta")
+    name = schema_of(func).name
+    return name.startswith("c10d::") and not has_kernel(name, "Meta")
 
 
 @lru_cache(maxsize=4096)
 def _schema(func: Any) -> _Schema:
-    schema = func._schema
+    schema = schema_of(func)
     written = [
         (index, argument)
         for index, argument in enumerate(schema.arguments)
@@ -136,7 +149,7 @@ class _Place:
     modules: list[str] = field(default_factory=lambda: [""])
 
     def mark(self) -> None:
-        self.starts.append(torch._C._autograd._get_sequence_nr())
+        self.starts.append(next_sequence())
         self.modules.append(self.stack[-1] if self.stack else "")
 
     def made_at(self, sequence: int) -> str:
@@ -191,9 +204,9 @@ class Recorder(TorchDispatchMode):
         with ExitStack() as stack:
             stack.enter_context(patch.object(nn.Module, "__call__", self._module_call()))
             stack.enter_context(patch.object(torch.UntypedStorage, "resize_", self._resize()))
-            for owner, name in _redistributions():
+            for owner, name in REDISTRIBUTIONS:
                 stack.enter_context(patch.object(owner, name, self._redistribution(getattr(owner, name))))
-            for owner, name in _propagations():
+            for owner, name in PROPAGATIONS:
                 stack.enter_context(patch.object(owner, name, self._unseen(getattr(owner, name))))
             stack.enter_context(_OntoDevice(self))
             stack.enter_context(_without_collections())
@@ -216,7 +229,7 @@ class Recorder(TorchDispatchMode):
 
     def storage_of(self, tensor: Tensor) -> int | None:
         """Number of a plain tensor's storage, if it was seen."""
-        known = self._live.get(tensor.untyped_storage()._cdata)
+        known = self._live.get(storage_key(tensor.untyped_storage()))
         return known[0] if known else None
 
     def saw(self, tensor: Tensor, maker: str) -> int:
@@ -236,8 +249,7 @@ class Recorder(TorchDispatchMode):
             with self._fake_mode:
                 out = func(*args, **kwargs)
         elif _has_no_fake(func):  # the fake process group takes the tensors and leaves them as they are
-            with torch._C.DisableTorchFunction():
-                out = func._op_dk(torch._C.DispatchKey.CPU, *args, **kwargs)
+            out = call_cpu_kernel(func, *args, **kwargs)
         else:
             out = func(*args, **kwargs)
         if not self._paused:
@@ -294,8 +306,8 @@ class Recorder(TorchDispatchMode):
         if name in _ALLOCATIONS:
             self._note_outputs(outputs, name)
             return
-        known = {t.untyped_storage()._cdata for t in inputs}
-        made = [t for t in outputs if t.untyped_storage()._cdata not in known]
+        known = {storage_key(t.untyped_storage()) for t in inputs}
+        made = [t for t in outputs if storage_key(t.untyped_storage()) not in known]
         if (
             name == _FSDP_COPY_IN
         ):  # into its place in the gathered tensor, which is its last input; what it gives are views of that
@@ -382,11 +394,11 @@ class Recorder(TorchDispatchMode):
     def _module(self) -> str:
         if self._recomputing or self.phase is not Phase.BACKWARD:
             return self._place.stack[-1] if self._place.stack else ""
-        node: Any = torch._C._current_autograd_node()  # None at the end of a backward, whatever its stub says
+        node = current_node()
         if node is None:
             return ""
-        sequence = node._sequence_nr()
-        if sequence >= _NO_SEQUENCE:  # AccumulateGrad has none
+        sequence = sequence_of(node)
+        if sequence >= NO_SEQUENCE:
             return self._parameters.get(id(getattr(node, "variable", None)), "")
         return self._place.made_at(sequence)
 
@@ -402,12 +414,12 @@ class Recorder(TorchDispatchMode):
     def _note_outputs(self, outputs: list[Tensor], maker: str) -> None:
         for tensor in outputs:
             storage = tensor.untyped_storage()
-            if storage._cdata not in self._live:
+            if storage_key(storage) not in self._live:
                 self._note_storage(tensor, self._module() if self.recording else "", maker)
 
     def _note_storage(self, tensor: Tensor, module: str, maker: str) -> int:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_key(storage)
         known = self._live.get(key)
         if known is not None:
             return known[0]
@@ -458,7 +470,7 @@ class Recorder(TorchDispatchMode):
         def resize_(storage: torch.UntypedStorage, size: int) -> Any:
             before = storage.nbytes()
             result = original(storage, size)
-            key = storage._cdata
+            key = storage_key(storage)
             known = self._live.get(key)
             if known is not None and storage.nbytes() != before:
                 self._gone(key, known[0])
@@ -526,9 +538,7 @@ class _OntoDevice(TorchFunctionMode):
 
 @lru_cache(maxsize=1)
 def _factories() -> frozenset[Any]:
-    from torch.utils._device import _device_constructors
-
-    return frozenset(_device_constructors())
+    return frozenset(device_factories())
 
 
 @contextmanager
@@ -541,20 +551,6 @@ def _without_collections() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _redistributions() -> list[tuple[Any, str]]:
-    from torch.distributed.tensor import _api, _dispatch, _redistribute
-
-    name = "redistribute_local_tensor"
-    return [(module, name) for module in (_api, _dispatch, _redistribute) if hasattr(module, name)]
-
-
-def _propagations() -> list[tuple[Any, str]]:
-    from torch.distributed.tensor._sharding_prop import ShardingPropagator
-
-    names = ("_propagate_tensor_meta_non_cached", "propagate_op_sharding_non_cached")
-    return [(ShardingPropagator, name) for name in names if hasattr(ShardingPropagator, name)]
 
 
 def _placement_on(spec: Any, axis: str) -> Placement | None:

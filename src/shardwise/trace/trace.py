@@ -12,13 +12,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllocMixin
 from torch.distributed.tensor import DTensor
 
 from shardwise.core.case import StepSettings
@@ -51,6 +45,14 @@ from shardwise.parallel.ownership import RowOwnership, route
 from shardwise.parallel.parameters import fill
 from shardwise.parallel.resolve import resolve
 from shardwise.step.train import TrainStep, mixed_precision, recompute_layers, shard_with_fsdp
+from shardwise.torch_private import (
+    FSDP_ALLOCATION,
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    check,
+    local_part,
+)
 from shardwise.trace.extend import LONG, SHORT, NotPeriodicError, extended
 from shardwise.trace.fakes import TARGETS, fake_world
 from shardwise.trace.layers import Layers, find_layers
@@ -78,6 +80,7 @@ def trace(
     step runs, sharded and filled with fakes. device: "cpu" (as gloo ranks run it)
     or "cuda" (as NCCL ranks would). Raises the InputErrors of parallelize(), ModelError and OptionError; RunError inside a process group.
     """
+    check()
     if device not in TARGETS:
         raise OptionError(f'device is "{device}". Allowed: {", ".join(TARGETS)}.')
     if not 0 <= rank < mesh.world_size:
@@ -305,10 +308,9 @@ def fill_with_fakes(model: nn.Module, fake_mode: FakeTensorMode) -> None:
 
     fill(model, whole, {})
     for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                with fake_mode:
-                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            with fake_mode:
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 def _trace_step(job: _Job, model: nn.Module, fake_mode: FakeTensorMode) -> _Traced:
@@ -340,7 +342,7 @@ def _trace_step(job: _Job, model: nn.Module, fake_mode: FakeTensorMode) -> _Trac
         for number, kind in kinds.items():
             resident[kind] += recorder.storages[number].n_bytes
         for parameter in model.parameters():
-            kept = recorder.storage_of(_local(parameter.grad)) if parameter.grad is not None else None
+            kept = recorder.storage_of(local_part(parameter.grad)) if parameter.grad is not None else None
             if kept is not None:
                 kinds.setdefault(kept, MemoryKind.GRADIENT)
     routes = _Routes(job, model, ids)
@@ -358,7 +360,7 @@ def _fake_buffers_of_fsdp(recorder: Recorder) -> Iterator[None]:
     def allocate(_: object, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return recorder.made_on_device(torch.empty, tuple(size), {"dtype": dtype})  # type: ignore[no-any-return]
 
-    with patch.object(DefaultAllocMixin, "allocate", allocate):
+    with patch.object(*FSDP_ALLOCATION, allocate):
         yield
 
 
@@ -418,7 +420,7 @@ def _never_made(step: TrainStep) -> Iterator[Tensor]:
     for parameter in step.model.parameters():
         if parameter.grad is None:
             yield from (
-                _local(value)
+                local_part(value)
                 for value in step.optimizer.state.pop(parameter, {}).values()
                 if isinstance(value, Tensor)
             )
@@ -428,13 +430,13 @@ def _resident_kinds(recorder: Recorder, model: nn.Module, step: TrainStep) -> di
     """Storage number -> kind, of what lives from step to step."""
     kinds: dict[int, MemoryKind] = {}
     for parameter in model.parameters():
-        kinds[recorder.saw(_local(parameter), "parameter")] = MemoryKind.PARAMETER
+        kinds[recorder.saw(local_part(parameter), "parameter")] = MemoryKind.PARAMETER
     for buffer in model.buffers():
-        kinds.setdefault(recorder.saw(_local(buffer), "buffer"), MemoryKind.BUFFER)
+        kinds.setdefault(recorder.saw(local_part(buffer), "buffer"), MemoryKind.BUFFER)
     for state in step.optimizer.state.values():
         for value in state.values():
             if isinstance(value, Tensor):
-                kinds[recorder.saw(_local(value), "optimizer")] = MemoryKind.OPTIMIZER
+                kinds[recorder.saw(local_part(value), "optimizer")] = MemoryKind.OPTIMIZER
     return kinds
 
 
@@ -557,10 +559,10 @@ def _holdings(model: nn.Module, step: TrainStep, job: _Job) -> tuple[Holding, ..
                 module=module,
                 dtype=str(parameter.dtype).removeprefix("torch."),
                 shape=tuple(parameter.shape),
-                local_shape=tuple(_local(parameter).shape),
+                local_shape=tuple(local_part(parameter).shape),
                 placement=_placements(parameter, job.mesh),
                 parameter_bytes=_n_bytes(parameter),
-                grad_shape=tuple(_local(gradient).shape) if gradient is not None else None,
+                grad_shape=tuple(local_part(gradient).shape) if gradient is not None else None,
                 grad_placement=_placements(gradient, job.mesh) if gradient is not None else None,
                 gradient_bytes=_n_bytes(gradient) if gradient is not None else 0,
                 optimizer_bytes=sum(_n_bytes(value) for value in state.values() if isinstance(value, Tensor)),
@@ -580,10 +582,6 @@ def _placements(tensor: Tensor, mesh: Mesh) -> tuple[Placement, ...]:
     return tuple(by_axis.get(name, Replicate()) for name, _ in mesh.axes)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
 def _n_bytes(tensor: Tensor) -> int:
-    local = _local(tensor)
+    local = local_part(tensor)
     return local.numel() * local.element_size()

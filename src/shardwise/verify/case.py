@@ -13,7 +13,6 @@ from datetime import timedelta
 
 import msgspec
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -33,6 +32,7 @@ from shardwise.parallel.loss import IGNORED
 from shardwise.parallel.parameters import part_of_dtensor
 from shardwise.parallel.resolve import tied_parameters
 from shardwise.step.build import device_mesh
+from shardwise.torch_private import default_store
 from shardwise.verify.observe import LogitsError, ModuleError, local
 from shardwise.verify.proof import Unsharded, prove, unsharded
 from shardwise.verify.reasons import ungathered, with_ties
@@ -115,7 +115,7 @@ def run(context: RankContext, payload: bytes) -> bytes:
 
 def _all_came(context: RankContext, number: int) -> bool:
     """Whether all ranks are done with the case. A rank that stays in a collective which another has left doesn't come."""
-    store = dist.distributed_c10d._get_default_store()
+    store = default_store()
     store.set(f"verified/{number}/{context.rank}", "")
     try:
         store.wait(

@@ -23,7 +23,6 @@ from math import prod
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import PlanError, ShardwiseError
@@ -36,6 +35,7 @@ from shardwise.core.shown import shown
 from shardwise.models.source import ModelSource
 from shardwise.parallel.apply import applied_to
 from shardwise.parallel.loss import DTensorLoss, PlainLoss
+from shardwise.torch_private import DataDependentOutputException, DynamicOutputShapeException
 from shardwise.trace.layers import find_layers
 from shardwise.trace.lineage import Cut, Lineage, Meeting, Shape, TooLongError, Watch
 from shardwise.trace.trace import trace

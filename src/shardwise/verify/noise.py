@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from shardwise.torch_private import TorchDispatchMode
 
 aten = torch.ops.aten
 

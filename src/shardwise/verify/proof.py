@@ -21,7 +21,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import _StridedShard
 
 from shardwise.core.errors import RunError
 from shardwise.core.finding import Finding, FindingKind
@@ -34,6 +33,7 @@ from shardwise.parallel.loss import Loss, PlainLoss, VocabParallelLoss
 from shardwise.parallel.ownership import RowOwnership
 from shardwise.parallel.parameters import part_of_dtensor
 from shardwise.step.train import TrainStep
+from shardwise.torch_private import StridedShard
 from shardwise.verify.exchange import all_largest, gathered, gathered_ints, largest
 from shardwise.verify.noise import NoDropout
 from shardwise.verify.observe import SEED, Call, ModuleError, Observed, local, observe
@@ -414,7 +414,7 @@ def _recut(
         ):
             continue
         placement, kept = parameter.placements[0], parameter.to_local().detach()
-        if not placement.is_shard() and not isinstance(placement, _StridedShard):
+        if not placement.is_shard() and not isinstance(placement, StridedShard):
             continue
         dim = placement.dim  # type: ignore[attr-defined]
         for parts in (2, 3, 1):

@@ -13,6 +13,7 @@ from shardwise.core.plan import AnyPlan, Plan, suggest_pattern
 from shardwise.core.verification import Sharded
 from shardwise.parallel.apply import applied_to
 from shardwise.parallel.resolve import last_linear
+from shardwise.torch_private import AnyDropout
 
 ENOUGH_INSIDE = 0.10
 """Share of the parameters outside embedding and head that must be sharded; a plan below it saves hardly anything, and proves nothing."""
@@ -152,11 +153,7 @@ def dropout(model: nn.Module) -> list[Finding]:
 
 
 def _dropouts(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    return (
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.dropout._DropoutNd)
-    )
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, AnyDropout))
 
 
 def _some(names: list[str]) -> str:

@@ -1,0 +1,213 @@
+"""PyTorch's private names, all of those that Shardwise uses, and whether this PyTorch has them.
+
+Nobody else writes one. A name that a version lacks doesn't break the import: check() says in one line what is missing, and in which version,
+before anything is traced, sharded or timed. To follow a new version, mend the name here.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from shardwise.core.errors import TorchError
+
+_missing: list[str] = []
+
+
+class _Absent:
+    """What stands for a name that this PyTorch hasn't."""
+
+
+def _find(module: str, path: str) -> Any:
+    """module.path, or _Absent, which is noted."""
+    try:
+        found: Any = importlib.import_module(module)
+        for name in path.split("."):
+            found = getattr(found, name)
+    except (ImportError, AttributeError):
+        _missing.append(f"{module}.{path}")
+        return _Absent
+    return found
+
+
+def check() -> None:
+    """Raises TorchError where this PyTorch lacks a name."""
+    if _missing:
+        raise TorchError(complaint(torch.__version__, _missing))
+
+
+def complaint(version: str, missing: list[str]) -> str:
+    """One line: what PyTorch `version` lacks."""
+    return (
+        f"torch {version} has no {', '.join(missing)}, which Shardwise uses. "
+        "Use a version that it is tested with (README), or a newer Shardwise."
+    )
+
+
+# ------------------------------------------------------------------------------------------ the dispatcher
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
+    from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
+    from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+    from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor as AsyncCollectiveTensor
+    from torch.distributed.tensor.placement_types import _StridedShard
+    from torch.nn.modules.dropout import _DropoutNd
+    from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+    StridedShard = _StridedShard
+    AnyDropout = _DropoutNd
+else:
+    TorchDispatchMode = _find("torch.utils._python_dispatch", "TorchDispatchMode")
+    FakeTensor = _find("torch._subclasses.fake_tensor", "FakeTensor")
+    FakeTensorMode = _find("torch._subclasses.fake_tensor", "FakeTensorMode")
+    DataDependentOutputException = _find("torch._subclasses.fake_tensor", "DataDependentOutputException")
+    DynamicOutputShapeException = _find("torch._subclasses.fake_tensor", "DynamicOutputShapeException")
+    AsyncCollectiveTensor = _find("torch.distributed._functional_collectives", "AsyncCollectiveTensor")
+    StridedShard = _find("torch.distributed.tensor.placement_types", "_StridedShard")
+    AnyDropout = _find("torch.nn.modules.dropout", "_DropoutNd")
+
+has_kernel: Callable[[str, str], bool] = _find("torch._C", "_dispatch_has_kernel_for_dispatch_key")
+"""(op, dispatch key) -> whether there is a kernel."""
+all_schemas: Callable[[], list[Any]] = _find("torch._C", "_jit_get_all_schemas")
+device_factories: Callable[[], Any] = _find("torch.utils._device", "_device_constructors")
+"""Functions that make a tensor where their `device` says."""
+_disable_torch_function = _find("torch._C", "DisableTorchFunction")
+_cpu_key = _find("torch._C", "DispatchKey.CPU")
+
+
+def schema_of(func: Any) -> Any:
+    """Of a dispatcher op."""
+    return func._schema
+
+
+def call_cpu_kernel(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls a dispatcher op's kernel for a CPU with the tensors as they are, fake ones too."""
+    with _disable_torch_function():
+        return func._op_dk(_cpu_key, *args, **kwargs)
+
+
+def forget_library(library: torch.library.Library) -> None:
+    """Takes back what a Library registered."""
+    library._destroy()
+
+
+# --------------------------------------------------------------------------------------------- autograd
+
+graph_task: Callable[[], int] = _find("torch._C", "_current_graph_task_id")
+current_node: Callable[[], Any] = _find("torch._C", "_current_autograd_node")
+"""None outside a backward and at its end, whatever its stub says."""
+next_sequence: Callable[[], int] = _find("torch._C", "_autograd._get_sequence_nr")
+NO_SEQUENCE = 2**63
+"""From here on a node's sequence number is none: AccumulateGrad has none."""
+_queue_callback = _find("torch.autograd", "Variable._execution_engine.queue_callback")
+
+
+def in_backward() -> bool:
+    return graph_task() != -1
+
+
+def sequence_of(node: Any) -> int:
+    """When an autograd node was made, as next_sequence() counted then."""
+    number: int = node._sequence_nr()
+    return number
+
+
+def after_backward(call: Callable[[], None]) -> None:
+    """Runs `call` at the end of the backward that is running."""
+    _queue_callback(call)
+
+
+def is_profiling() -> bool:
+    profiler: Any = torch.autograd.profiler
+    return bool(profiler._is_profiler_enabled)
+
+
+# ------------------------------------------------------------------------------------ tensors and modules
+
+foreach_norm: Callable[..., tuple[Tensor, ...]] = _find("torch", "_foreach_norm")
+foreach_mul_: Callable[..., None] = _find("torch", "_foreach_mul_")
+fused_adamw_: Callable[..., None] = _find("torch", "_fused_adamw_")
+softmax_backward: Callable[..., Tensor] = _find("torch", "_softmax_backward_data")
+cuda_sleep: Callable[[int], None] = _find("torch.cuda", "_sleep")
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """A storage's identity: equal for all tensors that share it."""
+    key: int = storage._cdata
+    return key
+
+
+def hooks_of(parameter: Tensor) -> tuple[list[Any], list[Any]]:
+    """(hooks on its gradient, hooks after that is accumulated)."""
+    after = getattr(parameter, "_post_accumulate_grad_hooks", None)
+    return list((parameter._backward_hooks or {}).values()), list((after or {}).values())
+
+
+def set_hooks_again(parameter: Tensor) -> None:
+    """Module.to() leaves the dict of hooks behind without its tensor, which then calls none; set again, it is the new tensor's."""
+    if parameter._backward_hooks is not None:
+        parameter._backward_hooks = parameter._backward_hooks
+
+
+def hook_counts(module: nn.Module) -> tuple[int, ...]:
+    """How many hooks a module has of each kind."""
+    return tuple(len(getattr(module, hooks)) for hooks in _HOOKS)
+
+
+# ------------------------------------------------------------------------------- process groups and DTensor
+
+FakeStore = _find("torch.testing._internal.distributed.fake_pg", "FakeStore")
+default_store: Callable[[], Any] = _find("torch.distributed.distributed_c10d", "_get_default_store")
+group_named: Callable[[str], torch.distributed.ProcessGroup] = _find(
+    "torch.distributed.distributed_c10d", "_resolve_process_group"
+)
+local_shape_and_offset: Callable[..., tuple[tuple[int, ...], tuple[int, ...]]] = _find(
+    "torch.distributed.tensor._utils", "compute_local_shape_and_global_offset"
+)
+_dtensor = _find("torch.distributed.tensor", "DTensor")
+_clear_sharding_cache = _find("torch.distributed.tensor.debug", "_clear_sharding_prop_cache")
+_transform_infos = _find("torch.distributed.tensor._redistribute", "_gen_transform_infos")
+_propagator = _find("torch.distributed.tensor._sharding_prop", "ShardingPropagator")
+_fsdp_buffers = _find("torch.distributed.fsdp._fully_shard._fsdp_collectives", "DefaultAllocMixin")
+_placements = _find("torch.distributed.tensor", "placement_types")
+ALL_TO_ALL = (_placements, "shard_dim_alltoall")
+"""Where DTensor swaps the dim that is cut: a gather of everything on a CPU."""
+FSDP_ALLOCATION = (_fsdp_buffers, "allocate")
+"""Where FSDP2 takes its communication buffers from the device."""
+
+
+def _places(owners: list[Any], *names: str) -> list[tuple[Any, str]]:
+    """Those of the owners' names that there are; at least one must be."""
+    places = [(owner, name) for owner in owners for name in names if hasattr(owner, name)]
+    if not places:
+        _missing.append(" or ".join(names))
+    return places
+
+
+REDISTRIBUTIONS = _places(
+    [
+        importlib.import_module(f"torch.distributed.tensor.{module}")
+        for module in ("_api", "_dispatch", "_redistribute")
+    ],
+    "redistribute_local_tensor",
+)
+"""Where DTensor changes a placement: (local tensor, spec before, spec after, ...)."""
+PROPAGATIONS = _places([_propagator], "_propagate_tensor_meta_non_cached", "propagate_op_sharding_non_cached")
+"""Where DTensor runs an op at its global shape to learn the shape of its result."""
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor; a plain one is that itself."""
+    return tensor._local_tensor if isinstance(tensor, _dtensor) else tensor
+
+
+def forget_meshes() -> None:
+    """DTensor caches what it works out by mesh, and equal meshes count as one: the shapes and groups of one rank would be another's."""
+    _clear_sharding_cache()
+    _transform_infos.cache_clear()
+    _dtensor._op_dispatcher.sharding_propagator._propagate_tensor_meta_cached.cache_clear()
