@@ -1,7 +1,13 @@
-"""The small programs whose texts are kept here, and the command that accepts new ones: python -m tests.golden.programs (make golden)."""
+"""The small programs whose texts are kept here, and the command that accepts new ones: python -m tests.golden.programs (make golden).
+
+The texts here are those of torch BASE. Where another version runs other ops, its text stands in a folder of its name (2.15/), and only
+there: a program that is the same under both has one text.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from shardwise.core.case import StepSettings
 from shardwise.core.mesh import Mesh
@@ -14,6 +20,8 @@ from shardwise.report.explain.program_text import program_text
 from shardwise.trace.trace import trace
 
 HERE = Path(__file__).parent
+BASE = "2.13"
+VERSION = ".".join(torch.__version__.split(".")[:2])
 PLANS = ("rowwise", "colwise", "routed", "rowwise@dtensor")
 DEVICES = ("cpu", "cuda")
 # every size another number, so that a line tells which it has
@@ -30,9 +38,28 @@ class Small:
     device: str
 
     @property
-    def path(self) -> Path:
+    def name(self) -> str:
         family = "" if self.spec is SPEC else f"{self.spec.family}-"
-        return HERE / f"{family}{self.plan.replace('@', '-by-')}-{self.device}.txt"
+        return f"{family}{self.plan.replace('@', '-by-')}-{self.device}.txt"
+
+    def path(self, version: str = VERSION) -> Path:
+        """Of the text that holds for a version of torch."""
+        own = HERE / version / self.name
+        return own if own.exists() else HERE / self.name
+
+    def accept(self, text: str, version: str = VERSION) -> Path | None:
+        """Makes `text` the one that holds for the version; what was written, if anything was."""
+        base, own = HERE / self.name, HERE / version / self.name
+        if version == BASE:
+            own = base
+        elif base.exists() and base.read_text() == text:
+            own.unlink(missing_ok=True)
+            return None
+        if own.exists() and own.read_text() == text:
+            return None
+        own.parent.mkdir(exist_ok=True)
+        own.write_text(text)
+        return own
 
     def program(self) -> Program:
         settings = StepSettings(3, 16, dtype="bfloat16" if self.device == "cuda" else "float32")
@@ -51,9 +78,8 @@ PROGRAMS = (
 
 def main() -> None:
     for program in PROGRAMS:
-        path, text = program.path, program.text()
-        if not path.exists() or path.read_text() != text:
-            path.write_text(text)
+        path = program.accept(program.text())
+        if path is not None:
             print(f"wrote {path.relative_to(Path.cwd())}")
 
 
