@@ -19,7 +19,8 @@ from shardwise.files.machine_file import machine_from_toml
 from shardwise.files.machine_text import to_toml
 from shardwise.predict.costs import collective_s, fresh_memory_s
 from shardwise.predict.curves import curve, median_curve, monotone
-from shardwise.predict.fit import Hardware, fit
+from shardwise.predict.draft import Hardware
+from shardwise.predict.fit import fit
 from shardwise.predict.search import minimise
 from shardwise.predict.work import work_of
 

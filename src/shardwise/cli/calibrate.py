@@ -193,7 +193,7 @@ class _Run:
     def _hardware(self, reports: "Sequence[CalibrateReport]", share: float, started: datetime) -> "Hardware":
         from shardwise.launch.context import backend_of
         from shardwise.launch.environment import describe
-        from shardwise.predict.fit import Hardware
+        from shardwise.predict.draft import Hardware
 
         where = describe(
             "calibrate",
@@ -263,7 +263,7 @@ class _Run:
 
 
 if TYPE_CHECKING:
-    from shardwise.predict.fit import Hardware
+    from shardwise.predict.draft import Hardware
 
 
 def _failures(reports: "Sequence[CalibrateReport]") -> list[str]:

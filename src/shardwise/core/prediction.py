@@ -11,7 +11,8 @@ from shardwise.core.program import MemoryKind
 
 
 class Term(StrEnum):
-    """A summand of the step. The first five are work of the device, the next two communication that no work hides."""
+    """A summand of the step. The first five are work of the device, the next two communication that no work
+    hides."""
 
     MATMUL = "matmul"
     ATTENTION = "attention"
@@ -29,16 +30,18 @@ COMPUTE_TERMS = (Term.MATMUL, Term.ATTENTION, Term.KERNELS, Term.EMBEDDING, Term
 
 
 class AttentionKernel(StrEnum):
-    """fused: flash, memory-efficient or cuDNN attention, as PyTorch chooses. unfused: matmuls and softmax over whole score matrices, as
-    trainers ran it before 2022 (and PyTorch does where no fused kernel takes the shapes)."""
+    """fused: flash, memory-efficient or cuDNN attention, as PyTorch chooses. unfused: matmuls and softmax
+    over whole score matrices, as trainers ran it before 2022 (and PyTorch does where no fused kernel takes
+    the shapes)."""
 
     FUSED = "fused"
     UNFUSED = "unfused"
 
 
 class Precision(StrEnum):
-    """What states are kept in. traced: as the Program keeps them (FSDP's mixed precision is in it). master: parameters in its dtype;
-    gradients, master weights and AdamW's state in float32 (Megatron's mixed precision)."""
+    """What states are kept in. traced: as the Program keeps them (FSDP's mixed precision is in it). master:
+    parameters in its dtype; gradients, master weights and AdamW's state in float32 (Megatron's mixed
+    precision)."""
 
     TRACED = "traced"
     MASTER = "master"
@@ -46,18 +49,19 @@ class Precision(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """How a traced micro-batch's Program becomes a whole step, and what is assumed of the run. A choice per field,
-    each stated in the result.
+    """How a traced micro-batch's Program becomes a whole step, and what is assumed of the run. A choice per
+    field, each stated in the result.
 
-    mesh: None for the Program's own. Its context ranks share each sequence (the Program's is one rank's part), and with
-    the data-parallel ranks the reduction of gradients and FSDP's shards. micro_batches: per step. chunks: of layers
-    that a stage holds (interleaved). attention: None where the Program's own op says. recompute_attention: the unfused
-    attention between its projections runs again in the backward (Korthikanti et al. 2022); a layer's recompute is the
-    Program's. compiled: kernels bound by memory fused between matmuls. compiled_loss: the loss is one such kernel each
-    way, and keeps the logits alone. matmul_dtype: "float8" where linear layers multiply in it. overlap_data: whether
-    gradients of whole replicas are reduced beside the backward. overlap_tensor: whether tensor-parallel collectives
-    run beside the matmul that makes or takes them. optimizer_shards: ranks that share the optimizer's state and work
-    (ZeRO-1). without: terms that are switched off.
+    mesh: None for the Program's own. Its context ranks share each sequence (the Program's is one rank's
+    part), and with the data-parallel ranks the reduction of gradients and FSDP's shards. micro_batches: per
+    step. chunks: of layers that a stage holds (interleaved). attention: None where the Program's own op says.
+    recompute_attention: the unfused attention between its projections runs again in the backward (Korthikanti
+    et al. 2022); a layer's recompute is the Program's. compiled: kernels bound by memory fused between
+    matmuls. compiled_loss: the loss is one such kernel each way, and keeps the logits alone. matmul_dtype:
+    "float8" where linear layers multiply in it. overlap_data: whether gradients of whole replicas are reduced
+    beside the backward. overlap_tensor: whether tensor-parallel collectives run beside the matmul that makes
+    or takes them. optimizer_shards: ranks that share the optimizer's state and work (ZeRO-1). without: terms
+    that are switched off.
     """
 
     mesh: Mesh | None = None
@@ -87,8 +91,9 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class MemoryForecast:
-    """One rank's memory (of the fullest stage). by_kind: at the peak, adding up to active_bytes. reserved_bytes: what the allocator would hold;
-    device_bytes: with what the process holds beside. fits: in the machine's memory."""
+    """One rank's memory (of the fullest stage). by_kind: at the peak, adding up to active_bytes.
+    reserved_bytes: what the allocator would hold; device_bytes: with what the process holds beside. fits: in
+    the machine's memory."""
 
     active_bytes: float
     by_kind: tuple[tuple[MemoryKind, float], ...]

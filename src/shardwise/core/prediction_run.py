@@ -1,4 +1,5 @@
-"""PredictionRun: what one `shardwise predict` found: plans on one machine, the first being what the others are held against. Standard library."""
+"""PredictionRun: what one `shardwise predict` found: plans on one machine, the first being what the others
+are held against. Standard library."""
 
 from dataclasses import dataclass
 
@@ -7,12 +8,14 @@ from shardwise.core.machine import Constant
 from shardwise.core.prediction import Prediction, Term
 
 LAUNCH_BOUND = 0.05
-"""From this share of the step on, waiting for launches is flagged: it is what compiling or CUDA graphs could win."""
+"""From this share of the step on, waiting for launches is flagged: it is what compiling or CUDA graphs could
+win."""
 
 
 @dataclass(frozen=True, slots=True)
 class MachineFacts:
-    """What a reader of a prediction needs to know of its machine. constants: all of its numbers as written, with their sources."""
+    """What a reader of a prediction needs to know of its machine. constants: all of its numbers as written,
+    with their sources."""
 
     name: str
     about: str
@@ -32,7 +35,8 @@ class MachineFacts:
 
 @dataclass(frozen=True, slots=True)
 class LaunchBound:
-    """A kind of module whose device waits for the host to issue its work: seconds of a micro-batch (or of the step's end) in one phase."""
+    """A kind of module whose device waits for the host to issue its work: seconds of a micro-batch (or of the
+    step's end) in one phase."""
 
     module: str
     phase: str
@@ -41,7 +45,8 @@ class LaunchBound:
 
 @dataclass(frozen=True, slots=True)
 class PlanDifference:
-    """A plan against the first. ratio: its step over the first's. term: the one whose seconds differ most, by term_s (more is slower)."""
+    """A plan against the first. ratio: its step over the first's. term: the one whose seconds differ most, by
+    term_s (more is slower)."""
 
     plan: str
     ratio: float
@@ -51,7 +56,8 @@ class PlanDifference:
 
 @dataclass(frozen=True, slots=True)
 class PredictionRun:
-    """settings: of the whole step, its batch over all ranks. launch_bound: of each prediction, largest first."""
+    """settings: of the whole step, its batch over all ranks. launch_bound: of each prediction, largest
+    first."""
 
     machine: MachineFacts
     settings: StepSettings

@@ -1,4 +1,5 @@
-"""Sweep: predictions of one model over meshes, stages and micro-batches on a number of devices, best first. Standard library."""
+"""Sweep: predictions of one model over meshes, stages and micro-batches on a number of devices, best first.
+Standard library."""
 
 from dataclasses import dataclass
 
@@ -10,8 +11,8 @@ from shardwise.core.prediction_run import MachineFacts
 
 @dataclass(frozen=True, slots=True)
 class SweepPoint:
-    """One way to use the devices. micro_batch: sequences of a data-parallel rank at a time; micro_batches: of them, in
-    a step. terms: seconds, adding up to step_s."""
+    """One way to use the devices. micro_batch: sequences of a data-parallel rank at a time; micro_batches: of
+    them, in a step. terms: seconds, adding up to step_s."""
 
     plan: str
     axes: tuple[tuple[str, int], ...]
@@ -50,9 +51,9 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """points: those that fit first, each part by throughput. settings: batch is 0 where it follows from each point.
-    setup: its mesh has the axes that all points share. traces: Programs that were traced; all others were derived
-    from them."""
+    """points: those that fit first, each part by throughput. settings: batch is 0 where it follows from each
+    point. setup: its mesh has the axes that all points share. traces: Programs that were traced; all others
+    were derived from them."""
 
     model: str
     machine: MachineFacts

@@ -1,5 +1,5 @@
-"""What can't be: a setup that doesn't fit the Program, the mesh or the machine, said in one line before anything is
-predicted."""
+"""What can't be: a setup that doesn't fit the Program, the mesh or the machine, said in one line before
+anything is predicted."""
 
 from shardwise.core.errors import OptionError
 from shardwise.core.machine import Machine

@@ -1,4 +1,5 @@
-"""Predictions side by side: each further plan against the first, and the term that makes the most difference."""
+"""Predictions side by side: each further plan against the first, and the term that makes the most
+difference."""
 
 from collections.abc import Sequence
 

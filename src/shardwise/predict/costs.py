@@ -1,11 +1,13 @@
-"""What one item of a Program costs on a Machine: seconds on the device, seconds of the host that issues it, and the term it counts to.
+"""What one item of a Program costs on a Machine: seconds on the device, seconds of the host that issues it,
+and the term it counts to.
 
     matmul       the machine's tiles and waves, and never less than its bytes take
-    attention    FLOPs over the fused kernel's rate; unfused: its matmuls, and the score matrix B N S S read or written by each kernel between
-                 (forward: softmax 2 times, dropout 2; backward: softmax 3, dropout 2; Korthikanti et al. 2022, section 4.1, figure 3)
+    attention    FLOPs over the fused kernel's rate; unfused: its matmuls, and the score matrix B N S S read
+                 or written by each kernel between (forward: softmax 2 times, dropout 2; backward: softmax 3,
+                 dropout 2; Korthikanti et al. 2022, section 4.1, figure 3)
     look-ups     by elements or bytes, whichever is slower
-    collectives  the link's rates of that kind; one that none was measured for takes its start and bandwidth, a reduce
-                 the rates of a broadcast; a recv waits for what the other rank sends
+    collectives  the link's rates of that kind; one that none was measured for takes its start and bandwidth,
+                 a reduce the rates of a broadcast; a recv waits for what the other rank sends
     all others   bytes over the rate of that op, else of its kind, else the default
 
 What this file does not know: what runs beside what.
@@ -27,13 +29,14 @@ FUSED_TRAFFIC = 0.5
 """Share of eager traffic that is left where a compiler fuses kernels between matmuls."""
 
 FUSED_LOSS_TRAFFIC = 0.2
-"""The same of a loss: two reads of the logits forward, one and a write backward, 8 of the 40 bytes that eager kernels move for a logit in half
-precision (to float32 6, log-softmax 8, its gradient 4 + 12, to half 6, fill 4). Of logits in float32 it would be 16 of 28, and is counted too low."""
+"""The same of a loss: two reads of the logits forward, one and a write backward, 8 of the 40 bytes that eager
+kernels move for a logit in half precision (to float32 6, log-softmax 8, its gradient 4 + 12, to half 6, fill
+4). Of logits in float32 it would be 16 of 28, and is counted too low."""
 
 TENSOR_HIDDEN = 0.26
-"""Of all-gathers and reduce-scatters that are cut up to run beside the matmul that takes or makes them, the share that is hidden. Fitted to the
-six pairs of rows with and without async TP that torchtitan published: median of what it saved over what is predicted for them
-(hidden_share in benchmarks/published_results.py)."""
+"""Of all-gathers and reduce-scatters that are cut up to run beside the matmul that takes or makes them, the
+share that is hidden. Fitted to the six pairs of rows with and without async TP that torchtitan published:
+median of what it saved over what is predicted for them (hidden_share in benchmarks/published_results.py)."""
 
 _CHUNKED = (CollectiveKind.ALL_GATHER, CollectiveKind.REDUCE_SCATTER)
 _BACKWARD = (Phase.BACKWARD,)
@@ -140,7 +143,8 @@ def _attention(op: Op, machine: Machine, setup: Setup, issue_s: float) -> Cost:
     unfused = setup.attention is AttentionKernel.UNFUSED or op.kind is OpKind.UNKNOWN or rate is None
     if not unfused:
         assert rate is not None
-        # one of c ranks meets the keys of all of them: c times the FLOPs of its own part alone, half of which is masked either way
+        # one of c ranks meets the keys of all of them: c times the FLOPs of its own part alone, half of which
+        # is masked either way
         seconds = rate.time_s(op.flops * setup.context, q.shape[-2] * setup.context, backward=backward)
         return Cost(seconds, issue_s, Term.ATTENTION)
     seconds = _unfused_s(machine, q, k, backward=backward)
@@ -179,8 +183,9 @@ def collective_cost(item: Collective, machine: Machine, setup: Setup, stride: in
 def collective_s(
     machine: Machine, kind: CollectiveKind, sent: float, payload: float, stride: int, size: int
 ) -> float:
-    """Seconds in which each of `size` ranks, `stride` apart, sends `sent` bytes. Over several nodes a ring passes every node's NICs: of L local
-    ranks each has one, so the ring runs at L NICs' rate, and never faster than the link within."""
+    """Seconds in which each of `size` ranks, `stride` apart, sends `sent` bytes. Over several nodes a ring
+    passes every node's NICs: of L local ranks each has one, so the ring runs at L NICs' rate, and never
+    faster than the link within."""
     if size == 1:
         return 0.0
     local = local_ranks(stride, size, machine.devices_per_node)

@@ -14,7 +14,8 @@ Times = Sequence[tuple[float, float]]
 
 
 def curve(times: Times) -> Points:
-    """Samples (size, seconds) as a curve: like sizes as their median, then made monotone by pooling neighbours that fall."""
+    """Samples (size, seconds) as a curve: like sizes as their median, then made monotone by pooling
+    neighbours that fall."""
     ordered = sorted((size, seconds) for size, seconds in times if size > 0 and seconds > 0)
     groups: list[list[tuple[float, float]]] = []
     for size, seconds in ordered:
@@ -34,7 +35,8 @@ def curve(times: Times) -> Points:
 
 
 def monotone(values: NDArray[np.float64], weights: Sequence[float]) -> list[float]:
-    """The non-decreasing sequence nearest to `values` in squares: pool adjacent violators (Barlow et al. 1972)."""
+    """The non-decreasing sequence nearest to `values` in squares: pool adjacent violators (Barlow et al.
+    1972)."""
     pools: list[tuple[float, float, int]] = []
     for value, weight in zip(values, weights, strict=True):
         mean, total, count = float(value), float(weight), 1

@@ -1,101 +1,50 @@
 """fit(): Samples -> Machine. No torch.
 
+    kernels      by op a curve over bytes, and look-ups on a GPU: fit_kernels.py
     matmul       one start, one extra_k, and a share of the peak for each tile, by the smallest median
                  |log(fitted / measured)|
-    kernels      by op a curve over bytes; the median of its kind's ops for an op that wasn't timed
-    look-ups     on a GPU a start and the slower of two rates, by bytes and by elements
     attention    rates forward and backward, the sequence at which half is reached, a start; the same way
     collectives  by kind and number of ranks a curve over what a rank sends
     launch       a phase of small steps, without what its kernels take, over the ops of its traced Program
 
-On a CPU, kernels and launches were timed in the thread's own seconds while all ranks ran; they are divided by the
-share of a core that a rank got. `fresh memory` is what a tensor costs beside its op where the allocator takes it anew
-from the system, long after it gave it back.
-"""
+On a CPU, kernels and launches were timed in the thread's own seconds while all ranks ran; they are divided by
+the share of a core that a rank got. `fresh memory` is what a tensor costs beside its op where the allocator
+takes it anew from the system, long after it gave it back."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 
 from shardwise.core.collective import TIMED
 from shardwise.core.machine import (
-    DEFAULT,
-    FRESH,
     UNKNOWN_LINK,
     AttentionRate,
     CollectiveRate,
-    Constant,
-    KernelRate,
     Launch,
     Link,
     Machine,
     MatmulRate,
-    Points,
     Tile,
-    on_curve,
 )
 from shardwise.core.prediction import Setup
 from shardwise.core.program import Op, OpKind, Phase, Program
 from shardwise.core.sample import Sample
 from shardwise.files.machine_file import machine_from_toml
-from shardwise.files.machine_text import constant, to_toml
+from shardwise.files.machine_text import to_toml
 from shardwise.predict.costs import op_cost
-from shardwise.predict.curves import Times, curve, median_curve, residual, rounded
-from shardwise.predict.search import Vector, log_errors, minimise, rough
+from shardwise.predict.curves import curve, rounded
+from shardwise.predict.draft import ASKED, Draft, Hardware, Value, columns
+from shardwise.predict.fit_kernels import bandwidth, kernels
+from shardwise.predict.search import Vector, fitted
 
 GPU_TILES = ((128, 256), (128, 128), (64, 128), (64, 64))
 CPU_TILES = ((16, 16),)
 PEAK_OVER_BEST = {"cuda": 1.1, "cpu": 1.02}
-FEWEST = {"matmul": 3, "attention": 2, "look-ups": 6}
-SHOWN = 0.5  # of the op's own time: less is noise
-NOTHING_S = 1e-9
-ASKED = "measured: what the system says"
-COPY_OPS = ("aten::clone", "aten::cat")
+FEWEST_MATMULS = 3
 MATMUL, LAUNCH = "matmul", "launch"
-PLAIN_DTYPE = "float32"
-
-Value = float | Sequence[Sequence[float]]
-
-
-@dataclass(frozen=True, slots=True)
-class Hardware:
-    """What isn't measured but asked of the system. units: multiprocessors; 1 on a CPU. share: of a core that each rank got."""
-
-    name: str
-    device: str
-    about: str
-    devices_per_node: int
-    memory_bytes: float
-    context_bytes: float
-    units: int = 1
-    share: float = 1.0
-
-
-@dataclass(slots=True)
-class _Draft:
-    """Constants as they are noted."""
-
-    hardware: Hardware
-    constants: list[Constant] = field(default_factory=list)
-
-    def note(self, path: str, value: Value, unit: str, source: str, fitted: str | None = None) -> None:
-        self.constants.append(constant(path, value, unit, source, fitted))
-
-    def note_fit(
-        self, path: str, what: str, count: int, error: float, values: Mapping[str, tuple[Value, str]]
-    ) -> None:
-        """values: name -> (value, unit), fitted together to `count` samples of `what`. error: their median residual."""
-        source = f"measured: {what}, {count} samples, median residual {error:.1%}"
-        if self.hardware.share < 0.995 and not path.startswith("links"):
-            source += f"; a rank got {self.hardware.share:.0%} of its core"
-        for name, (value, unit) in values.items():
-            self.note(f"{path}.{name}", value, unit, source, f"the {count} samples of {what}")
-
-    def note_curve(self, path: str, what: str, times: Times, points: Points, unit: str) -> None:
-        self.note_fit(path, what, len(times), residual(times, points), {"points": (points, unit)})
 
 
 def fit(
@@ -104,12 +53,12 @@ def fit(
     programs: Mapping[str, Program] | None = None,
     base: Machine | None = None,
 ) -> Machine:
-    """programs: of the steps whose launches were timed, by the first word of their samples' names. base: a machine
-    whose links are taken where none were measured. Raises AssertionError where there is no matmul or no kernel among
-    the samples."""
-    draft = _Draft(hardware)
+    """programs: of the steps whose launches were timed, by the first word of their samples' names. base: a
+    machine whose links are taken where none were measured. Raises AssertionError where no matmul or no kernel
+    is among the samples."""
+    draft = Draft(hardware)
     scaled = [_scaled(sample, hardware) for sample in samples]
-    kernels = _kernels(draft, scaled)
+    rates = kernels(draft, scaled)
     matmuls = _matmuls(draft, scaled)
     assert matmuls, "no matmul to fit"
     machine = Machine(
@@ -118,12 +67,12 @@ def fit(
         about=hardware.about,
         devices_per_node=hardware.devices_per_node,
         memory_bytes=float(hardware.memory_bytes),
-        memory_bytes_per_s=_bandwidth(draft, scaled),
+        memory_bytes_per_s=bandwidth(draft, scaled),
         context_bytes=float(hardware.context_bytes),
         power_w=None,
         matmuls=matmuls,
         attentions=_attentions(draft, scaled),
-        kernels=kernels,
+        kernels=rates,
         launch=Launch(0.0, 0.0, 0.0),
         within=_within(draft, scaled, base),
         between=base.between if base is not None else None,
@@ -146,138 +95,12 @@ def _scaled(sample: Sample, hardware: Hardware) -> Sample:
     return replace(sample, **times)
 
 
-def _searched(
-    times: Callable[[Vector], Vector], seconds: Vector, *starts: Sequence[float]
-) -> tuple[list[float], float]:
-    """The parameters with which `times` meets the seconds best, searched from each start; and the median residual."""
-    tried = [
-        minimise(lambda parameters: rough(log_errors(times(parameters), seconds)), np.array(start))
-        for start in starts
-    ]
-    best, _ = min(tried, key=lambda pair: pair[1])
-    return [rounded(value) for value in best], float(np.median(log_errors(times(best), seconds)))
-
-
-def _kernels(draft: _Draft, samples: Sequence[Sample]) -> tuple[tuple[str, KernelRate], ...]:
-    timed, kinds = _kernel_times(draft, samples)
-    curves: dict[str, tuple[Points, Times]] = {name: (curve(times), times) for name, times in timed.items()}
-    later = [(float(sample.write_bytes), sample.seconds) for sample in samples if sample.name == FRESH]
-    fresh = _fresh(later, curves["aten::zeros_like"][0]) if later and "aten::zeros_like" in curves else None
-    if fresh is not None:
-        curves[FRESH] = fresh
-    for kind in dict.fromkeys(kinds.values()):
-        plain = [name for name in kinds if kinds[name] == kind and " " not in name]
-        making = [name for name in plain if not name.endswith("_")] or plain
-        if making:
-            curves[kind] = _middle([curves[name] for name in making])
-    common = [curves[kind] for kind in (OpKind.ELEMENTWISE, OpKind.COPY, OpKind.REDUCTION) if kind in curves]
-    curves[DEFAULT] = _middle(common or list(curves.values()))
-    rates = _look_ups(draft, samples) if draft.hardware.device == "cuda" else {}
-    for name, (points, times) in curves.items():
-        if name not in rates:
-            draft.note_curve(f"kernels.{name}", name.removeprefix("aten::"), times, points, "bytes, s")
-    by_curve = {name: KernelRate(points=points) for name, (points, _) in curves.items() if name not in rates}
-    return (*rates.items(), *by_curve.items())
-
-
-def _kernel_times(draft: _Draft, samples: Sequence[Sample]) -> tuple[dict[str, Times], dict[str, str]]:
-    """(bytes, seconds) of each op that moves memory, and its kind."""
-    times: dict[str, list[tuple[float, float]]] = {}
-    kinds: dict[str, str] = {}
-    moving = set(OpKind) - {OpKind.MATMUL, OpKind.ATTENTION}
-    for sample in samples:
-        if sample.what not in moving or sample.name == FRESH:
-            continue
-        name = sample.name.partition(" ")[0]
-        if draft.hardware.device == "cpu" and sample.dtype != PLAIN_DTYPE:
-            name = f"{name} {sample.dtype}"
-        times.setdefault(name, []).append((float(sample.n_bytes), sample.seconds))
-        kinds[name] = sample.what
-    return dict(times), kinds
-
-
-def _middle(curves: Sequence[tuple[Points, Times]]) -> tuple[Points, Times]:
-    """The median curve, and all that was timed."""
-    return median_curve([points for points, _ in curves]), [time for _, times in curves for time in times]
-
-
-def _columns(samples: Sequence[Sample], *names: str) -> list[Vector]:
-    return [np.array([getattr(sample, name) for sample in samples], np.float64) for name in names]
-
-
-def _look_ups(draft: _Draft, samples: Sequence[Sample]) -> dict[str, KernelRate]:
-    """Embeddings on a GPU, which elements may bound and not bytes: a start, and the slower of two rates."""
-    rates: dict[str, KernelRate] = {}
-    for op in ("aten::embedding", "aten::embedding_dense_backward"):
-        mine = [sample for sample in samples if sample.name.partition(" ")[0] == op]
-        if len(mine) >= FEWEST["look-ups"]:
-            rates[op] = _look_up(draft, op, mine, _bandwidth_of(samples))
-    return rates
-
-
-def _look_up(draft: _Draft, op: str, samples: Sequence[Sample], most_bytes_per_s: float) -> KernelRate:
-    n_bytes, seconds = _columns(samples, "n_bytes", "seconds")
-    width = 0 if "backward" in op else 2
-    elements = np.array([sample.shape[1] * sample.shape[width] for sample in samples], np.float64)
-
-    def times(parameters: Vector) -> Vector:
-        start_s, bytes_per_s, elements_per_s = parameters
-        total: Vector = start_s + np.maximum(n_bytes / bytes_per_s, elements / elements_per_s)
-        return total
-
-    start = (seconds.min() / 2, (n_bytes / seconds).max(), (elements / seconds).max())
-    (start_s, bytes_per_s, elements_per_s), error = _searched(times, seconds, start)
-    bytes_per_s = min(bytes_per_s, most_bytes_per_s)
-    values = {
-        "start": (start_s * 1e6, "us"),
-        "rate": (bytes_per_s / 1e9, "GB/s"),
-        "elements": (elements_per_s / 1e9, "Gelement/s"),
-    }
-    draft.note_fit(f"kernels.{op}", op.removeprefix("aten::"), len(samples), error, values)
-    return KernelRate(start_s, bytes_per_s, elements_per_s)
-
-
-def _fresh(later: Times, at_once: Points) -> tuple[Points, Times] | None:
-    """What zeros in memory handed out anew cost above those in memory that was given back just before, which is in
-    every op's curve. None where no size shows it; nothing below the sizes that do."""
-    more = sorted((size, seconds - on_curve(at_once, size)) for size, seconds in later)
-    shown = [seconds > SHOWN * on_curve(at_once, size) for size, seconds in more]
-    if not shown[-1]:
-        return None
-    first = max((at + 1 for at, is_shown in enumerate(shown) if not is_shown), default=0)
-    kept = more[first:]
-    below = more[first - 1][0] if first else kept[0][0] / 2
-    return ((below, NOTHING_S), *curve(kept)), kept
-
-
-def _bandwidth(draft: _Draft, samples: Sequence[Sample]) -> float:
-    best = _fastest_copy(samples)
-    what = f"measured: {best.name.removeprefix('aten::')} of {best.n_bytes >> 20} MiB, read and written"
-    draft.note("memory.bandwidth", _bandwidth_of(samples) / 1e9, "GB/s per device", what)
-    return _bandwidth_of(samples)
-
-
-def _bandwidth_of(samples: Sequence[Sample]) -> float:
-    best = _fastest_copy(samples)
-    return rounded(best.n_bytes / best.seconds)
-
-
-def _fastest_copy(samples: Sequence[Sample]) -> Sample:
-    """Of the copies at least half as large as the largest, which no cache holds; of any op where none was copied."""
-    moving = set(OpKind)
-    moved = [each for each in samples if each.what in moving and each.n_bytes and each.name != FRESH]
-    copies = [sample for sample in moved if sample.name.partition(" ")[0] in COPY_OPS] or moved
-    largest = max(sample.n_bytes for sample in copies)
-    large = [sample for sample in copies if sample.n_bytes >= largest / 2]
-    return max(large, key=lambda sample: sample.n_bytes / sample.seconds)
-
-
-def _matmuls(draft: _Draft, samples: Sequence[Sample]) -> tuple[tuple[str, MatmulRate], ...]:
+def _matmuls(draft: Draft, samples: Sequence[Sample]) -> tuple[tuple[str, MatmulRate], ...]:
     by_dtype = _by_dtype(samples, MATMUL)
     return tuple(
         (dtype, _matmul(draft, dtype, mine))
         for dtype, mine in by_dtype.items()
-        if len(mine) >= FEWEST["matmul"]
+        if len(mine) >= FEWEST_MATMULS
     )
 
 
@@ -289,9 +112,9 @@ def _by_dtype(samples: Sequence[Sample], what: str) -> dict[str, list[Sample]]:
     return found
 
 
-def _matmul(draft: _Draft, dtype: str, samples: Sequence[Sample]) -> MatmulRate:
+def _matmul(draft: Draft, dtype: str, samples: Sequence[Sample]) -> MatmulRate:
     device, units = draft.hardware.device, draft.hardware.units
-    shapes, seconds = _columns(samples, "shape", "seconds")
+    shapes, seconds = columns(samples, "shape", "seconds")
     peak = rounded(float((2 * shapes.prod(1) / seconds).max()) * PEAK_OVER_BEST[device])
     tiles = GPU_TILES if device == "cuda" else CPU_TILES
     batch, m, n, k = shapes.T
@@ -309,7 +132,7 @@ def _matmul(draft: _Draft, dtype: str, samples: Sequence[Sample]) -> MatmulRate:
     # a share that has run into 1 doesn't find back: from several sides
     sides = product((0.5, 4.0, 60.0), (0.6, 0.8, 0.9))
     starts = [(float(seconds.min()) / 2, extra, *([share] * len(tiles))) for extra, share in sides]
-    (start_s, extra_k, *shares), error = _searched(times, seconds, *starts)
+    (start_s, extra_k, *shares), error = fitted(times, seconds, *starts)
     kept = tuple(Tile(*tile, min(1.0, share)) for tile, share in zip(tiles, shares, strict=True))
     path, what = f"matmul.{dtype}", f"{dtype} matmuls"
     fastest = f"measured: {PEAK_OVER_BEST[device]:g} x the fastest of {len(samples)} {what}"
@@ -324,19 +147,19 @@ def _matmul(draft: _Draft, dtype: str, samples: Sequence[Sample]) -> MatmulRate:
     return MatmulRate(peak, units, kept, start_s, extra_k)
 
 
-def _attentions(draft: _Draft, samples: Sequence[Sample]) -> tuple[tuple[str, AttentionRate], ...]:
+def _attentions(draft: Draft, samples: Sequence[Sample]) -> tuple[tuple[str, AttentionRate], ...]:
     rates = []
     for dtype, mine in _by_dtype(samples, OpKind.ATTENTION).items():
         if draft.hardware.device == "cuda" and dtype == "float32":  # grouped heads have no fused kernel there
             mine = [sample for sample in mine if sample.shape[1] == sample.shape[2]]
         backward = sum("backward" in sample.name for sample in mine)
-        if min(backward, len(mine) - backward) >= FEWEST["attention"] // 2:
+        if min(backward, len(mine) - backward) >= 1:
             rates.append((dtype, _attention(draft, dtype, mine)))
     return tuple(rates)
 
 
-def _attention(draft: _Draft, dtype: str, samples: Sequence[Sample]) -> AttentionRate:
-    flops, seconds = _columns(samples, "flops", "seconds")
+def _attention(draft: Draft, dtype: str, samples: Sequence[Sample]) -> AttentionRate:
+    flops, seconds = columns(samples, "flops", "seconds")
     sequence = np.array([sample.shape[3] for sample in samples], np.float64)
     backward = np.array(["backward" in sample.name for sample in samples])
 
@@ -346,7 +169,7 @@ def _attention(draft: _Draft, dtype: str, samples: Sequence[Sample]) -> Attentio
 
     rates = flops / seconds
     start = (rates[~backward].max(), rates[backward].max(), 100.0, seconds.min() / 2)
-    (ahead, back, half, start_s), error = _searched(times, seconds, start)
+    (ahead, back, half, start_s), error = fitted(times, seconds, start)
     values = {
         "forward": (ahead / 1e9, "GFLOP/s"),
         "backward": (back / 1e9, "GFLOP/s"),
@@ -357,7 +180,7 @@ def _attention(draft: _Draft, dtype: str, samples: Sequence[Sample]) -> Attentio
     return AttentionRate(ahead, back, half, start_s)
 
 
-def _within(draft: _Draft, samples: Sequence[Sample], base: Machine | None) -> Link:
+def _within(draft: Draft, samples: Sequence[Sample], base: Machine | None) -> Link:
     mine = [sample for sample in samples if sample.what in TIMED]
     if not mine:
         if base is None:
@@ -391,7 +214,7 @@ def _within(draft: _Draft, samples: Sequence[Sample], base: Machine | None) -> L
 
 
 def _launch(
-    draft: _Draft, samples: Sequence[Sample], machine: Machine, programs: Mapping[str, Program]
+    draft: Draft, samples: Sequence[Sample], machine: Machine, programs: Mapping[str, Program]
 ) -> Launch:
     known = {sample.name: sample for sample in samples if sample.what == LAUNCH}
     collective = known.get("collective")
@@ -419,8 +242,8 @@ def _launch(
 def _issue_s(
     sample: Sample, program: Program, phase: Phase, machine: Machine, collective_s: float
 ) -> tuple[float, int]:
-    """Seconds of the host per op, and how many ops there were. Collectives are counted by themselves, and on a CPU what
-    the kernels take is not the host's issuing."""
+    """Seconds of the host per op, and how many ops there were. Collectives are counted by themselves, and on
+    a CPU what the kernels take is not the host's issuing."""
     ops: list[Op] = [op for op in program.ops() if op.phase is phase]
     kernels_s = sum(op_cost(op, machine, Setup()).device_s for op in ops) if machine.device == "cpu" else 0.0
     collectives = sum(each.phase is phase for each in program.collectives())

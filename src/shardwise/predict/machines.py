@@ -1,4 +1,5 @@
-"""The machines that a command can name: files that come with Shardwise, or a file of the user's. Opens files, bounded in size."""
+"""The machines that a command can name: files that come with Shardwise, or a file of the user's. Opens files,
+bounded in size."""
 
 from importlib import resources
 from pathlib import Path
@@ -22,7 +23,8 @@ def machine_names() -> tuple[str, ...]:
 
 
 def machine_text(name: str) -> str:
-    """The TOML of a machine that comes with Shardwise. Raises MachineError with the nearest name and all that there are."""
+    """The TOML of a machine that comes with Shardwise. Raises MachineError with the nearest name and all that
+    there are."""
     known = machine_names()
     if name not in known:
         begins = next((each for each in known if name and each.startswith(name)), None)

@@ -1,15 +1,17 @@
-"""A rank's memory: the Program's peak, with its states in another precision, scaled to a stage of a pipeline and to other sizes of the mesh.
+"""A rank's memory: the Program's peak, with its states in another precision, scaled to a stage of a pipeline
+and to other sizes of the mesh.
 
     traced     the peak of everything, as tensors came and went
-    otherwise  states live all the time, in the bytes per parameter below, reduced in the buffers that they live in; and the peak of
-               everything else in forward and backward
+    otherwise  states live all the time, in the bytes per parameter below, reduced in the buffers that they
+               live in; and the peak of everything else in forward and backward
     loss       where a compiler fuses it, without its storages in float32: logits, and their gradient
     reserved   active x RESERVED_OVER_ACTIVE: what the caching allocator rounds and can't reuse
     device     reserved and what the process holds beside tensors (context, libraries, communicators)
 
-Bytes per parameter in half precision: master 2 + 4 + 12 (parameter, gradient, master weight and two moments; Rajbhandari et al. 2020, section
-3.1). 1F1B holds p micro-batches' activations on the first stage, the interleaved schedule 1 + (p-1)/(p v) times as much
-(Narayanan et al. 2021, section 2.2; Korthikanti et al. 2022, section 4.2.3).
+Bytes per parameter in half precision: master 2 + 4 + 12 (parameter, gradient, master weight and two moments;
+Rajbhandari et al. 2020, section 3.1). 1F1B holds p micro-batches' activations on the first stage, the
+interleaved schedule 1 + (p-1)/(p v) times as much (Narayanan et al. 2021, section 2.2; Korthikanti et al.
+2022, section 4.2.3).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -24,12 +26,13 @@ from shardwise.core.program import LOSS_MODULE, MemoryChange, MemoryKind, Op, Ph
 from shardwise.predict.work import further_shards
 
 RESERVED_OVER_ACTIVE = 1.16
-"""Median of 24 steps on an H100 and an H200 that hold more than 5 GiB (from 1.04 to 1.56), with the allocator's defaults. Source:
-benchmarks/data/h100-steps.json and h200-steps.json (reserved_over_active in benchmarks/measured_steps.py)."""
+"""Median of 24 steps on an H100 and an H200 that hold more than 5 GiB (from 1.04 to 1.56), with the
+allocator's defaults. Source: benchmarks/data/h100-steps.json and h200-steps.json (reserved_over_active in
+benchmarks/measured_steps.py)."""
 
 MADE_AGAIN = ("aten::silu",)
-"""What a compiler makes again in the backward instead of keeping it: of the ops between a SwiGLU's matmuls. Source: the compiled step in
-benchmarks/data/h100-steps.json, whose active memory is met so."""
+"""What a compiler makes again in the backward instead of keeping it: of the ops between a SwiGLU's matmuls.
+Source: the compiled step in benchmarks/data/h100-steps.json, whose active memory is met so."""
 
 _ONCE = (Phase.REDUCE, Phase.CLIP, Phase.OPTIMIZER)
 STATES = (MemoryKind.PARAMETER, MemoryKind.GRADIENT, MemoryKind.OPTIMIZER)
@@ -79,8 +82,9 @@ def peak_by_kind(
     setup: Setup,
     scales: Mapping[MemoryKind, float] = MappingProxyType({}),
 ) -> ByKind:
-    """What lives, as traced, at the moment at which the kinds that count hold most, each scaled: with other shards the peak is elsewhere. A block
-    that repeats is walked once: its peak is in its last repeat where it leaves more than it found, else in its first."""
+    """What lives, as traced, at the moment at which the kinds that count hold most, each scaled: with other
+    shards the peak is elsewhere. A block that repeats is walked once: its peak is in its last repeat where it
+    leaves more than it found, else in its first."""
     all_kinds = tuple(MemoryKind)
     live = np.zeros(len(all_kinds))
     for kind, n_bytes in program.resident:
@@ -124,8 +128,9 @@ def _rows(program: Program, setup: Setup) -> Iterable[_Row]:
 
 
 def _fused_loss(program: Program) -> dict[tuple[int, int], int]:
-    """(block, item) -> bytes of the loss's storages where a compiler fuses it: the logits are kept as they are for the backward, which makes their
-    gradient at once. Without the copies in float32, the probabilities and what lies between them, which no kernel writes out then.
+    """(block, item) -> bytes of the loss's storages where a compiler fuses it: the logits are kept as they
+    are for the backward, which makes their gradient at once. Without the copies in float32, the probabilities
+    and what lies between them, which no kernel writes out then.
     """
     logits_bytes = 0
     large: list[tuple[tuple[int, int], MemoryChange]] = []

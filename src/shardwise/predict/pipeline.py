@@ -1,10 +1,13 @@
 """Pipeline schedules: from each stage's forward and backward of one micro-batch to the whole step.
 
-    1F1B (PipeDream-flush)  stage s runs p - s forwards, then one backward and one forward in turns, then the backwards that are left
-    interleaved             each stage holds v chunks of layers: the bubble shrinks to 1/v of (p - 1) micro-batches
+    1F1B (PipeDream-flush)  stage s runs p - s forwards, then one backward and one forward in turns, then the
+                            backwards that are left
+    interleaved             each stage holds v chunks of layers: the bubble shrinks to 1/v of (p - 1)
+                            micro-batches
 
-Source: Narayanan et al. 2021 (arXiv 2104.04473), sections 2.2.1 and 2.2.2. 1F1B is played through, event by event, until it repeats;
-interleaved is the paper's formula. An activation reaches the next stage `transfer_s` after it was made.
+Source: Narayanan et al. 2021 (arXiv 2104.04473), sections 2.2.1 and 2.2.2. 1F1B is played through, event by
+event, until it repeats; interleaved is the paper's formula. An activation reaches the next stage `transfer_s`
+after it was made.
 """
 
 from collections.abc import Sequence
@@ -88,7 +91,8 @@ def _needs(stage: int, backward: bool, index: int, p: int) -> tuple[int, bool, i
 
 
 def layers_of_stages(n_layers: int, stages: int) -> list[tuple[int, int]]:
-    """(first layer, number) of each stage: even, and what is left over goes to the middle, since the ends hold embedding and head."""
+    """(first layer, number) of each stage: even, and what is left over goes to the middle, since the ends
+    hold embedding and head."""
     base, extra = divmod(n_layers, stages)
     order = sorted(range(stages), key=lambda stage: abs(stage - (stages - 1) / 2))
     counts = [base + (stage in order[:extra]) for stage in range(stages)]

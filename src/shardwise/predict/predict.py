@@ -1,7 +1,9 @@
-"""predict(): a traced micro-batch's Program and a Machine -> how long a step takes, term by term, and what it holds.
+"""predict(): a traced micro-batch's Program and a Machine -> how long a step takes, term by term, and what it
+holds.
 
-A Program of one micro-batch stands for all of them; its gradient reduction, clipping and optimizer run once. A pipeline's stage runs the items
-of its layers, the first stage also what comes before them, the last what comes after.
+A Program of one micro-batch stands for all of them; its gradient reduction, clipping and optimizer run once.
+A pipeline's stage runs the items of its layers, the first stage also what comes before them, the last what
+comes after.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +22,8 @@ from shardwise.predict.streams import run
 from shardwise.predict.work import AFTER, BEFORE, TERMS, Work, further_shards, mesh_of, work_of
 
 SLOWED_BESIDE = 0.189
-"""How much longer compute takes while collectives run beside it: mean over A100, H100 and MI250. Source: arXiv 2507.03114 (most: 40 %)."""
+"""How much longer compute takes while collectives run beside it: mean over A100, H100 and MI250. Source:
+arXiv 2507.03114 (most: 40 %)."""
 
 FORWARDS = (Phase.FORWARD, Phase.LOSS)
 BACKWARDS = (Phase.BACKWARD, Phase.RECOMPUTE)
@@ -120,7 +123,8 @@ def _stage(work: Work, first: int, count: int, setup: Setup, index: int, togethe
     layers, *passes = passes_of(work, first, count, setup, index)
     times, terms = [], dict.fromkeys(Term, 0.0)
     for part in passes:
-        # the host runs ahead of the device over micro-batches: what it falls behind in the second time is what each further one waits
+        # the host runs ahead of the device over micro-batches: what it falls behind in the second time is
+        # what each further one waits
         twice = run(part.repeated(2), together=together)
         length = (
             twice.length_s - float(twice.end_s[: len(part)].max(initial=0.0))
@@ -132,7 +136,8 @@ def _stage(work: Work, first: int, count: int, setup: Setup, index: int, togethe
 
 
 def _add_terms(terms: dict[Term, float], part: Work, length_s: float, together: bool) -> float:
-    """The items' own seconds by term; the difference to the length is waiting for launches. Returns what communication beside it adds to it."""
+    """The items' own seconds by term; the difference to the length is waiting for launches. Returns what
+    communication beside it adds to it."""
     own = part.device_s + (part.host_s if together else 0.0)
     sums = {term: float(own[part.term == index].sum()) for index, term in enumerate(TERMS)}
     busy = sum(seconds for term, seconds in sums.items() if term is not Term.DATA)
@@ -185,7 +190,8 @@ def transfer_s(program: Program, machine: Machine, setup: Setup) -> float:
 
 
 def boundary_bytes(program: Program) -> int:
-    """Of the activation between two layers, as one rank holds it: the first layer's first input of three dims or more, as no shard of FSDP's has."""
+    """Of the activation between two layers, as one rank holds it: the first layer's first input of three dims
+    or more, as no shard of FSDP's has."""
     if program.layers is None:
         return 0
     prefix = f"{program.layers[0]}.0"

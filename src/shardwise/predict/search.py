@@ -1,12 +1,15 @@
-"""A small search without derivatives: each parameter in turn a step up or down while that helps, steps halving. numpy only.
+"""A small search without derivatives: each parameter in turn a step up or down while that helps, steps
+halving.
 
-For a handful of positive parameters and a cost that is cheap, rough and has kinks, such as a median. Hooke & Jeeves 1961, in logarithms.
-"""
+For a handful of positive parameters and a cost that is cheap, rough and has kinks, such as a median. Hooke &
+Jeeves 1961, in logarithms."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
+from shardwise.predict.curves import rounded
 
 Vector = NDArray[np.float64]
 
@@ -53,3 +56,16 @@ def log_errors(predicted: Vector, measured: Vector) -> Vector:
 def rough(errors: Vector) -> float:
     """What a fit minimises: the median, and a little of the mean, so that the other half isn't forgotten."""
     return float(np.median(errors) + 0.1 * np.mean(np.minimum(errors, 2.0)))
+
+
+def fitted(
+    times: Callable[[Vector], Vector], seconds: Vector, *starts: Sequence[float]
+) -> tuple[list[float], float]:
+    """The parameters with which `times` meets the seconds best, from any of the starts; and the median
+    residual."""
+    tried = [
+        minimise(lambda parameters: rough(log_errors(times(parameters), seconds)), np.array(start))
+        for start in starts
+    ]
+    best, _ = min(tried, key=lambda pair: pair[1])
+    return [rounded(value) for value in best], float(np.median(log_errors(times(best), seconds)))

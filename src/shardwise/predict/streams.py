@@ -1,13 +1,16 @@
-"""When each item of a row of work runs: the host issues in order, the device's compute stream and its communication streams follow.
+"""When each item of a row of work runs: the host issues in order, the device's compute stream and its
+communication streams follow.
 
-    compute stream   starts an item when the one before it ended, the host has issued it, and what it needs has arrived
+    compute stream   starts an item when the one before it ended, the host has issued it, and what it needs
+                     has arrived
     tp collectives   take part in the compute stream's order: what follows needs their result
-    data collectives run beside it on a stream of their own. An all-gather of a layer's parameters begins with the compute of the layer
-                     that runs before it, and the layer's compute waits for its end; a reduce-scatter or all-reduce (of gradients) begins
-                     when what comes before it has been computed, and nothing waits for it but the optimizer (PyTorch FSDP2's prefetching)
+    FSDP's own       run beside it on a stream of their own. An all-gather of a layer's parameters begins with
+                     the compute of the layer that runs before it, and the layer's compute waits for its end; a
+                     reduce-scatter or all-reduce (of gradients) begins when what comes before it has been
+                     computed, and nothing waits for it but the optimizer (PyTorch FSDP2's prefetching)
 
-Between data collectives, ends follow from a running maximum: end[i] = S[i] + max over j <= i of (issued[j] - S[j-1]), S being the sum of
-durations. No loop over items.
+Between data collectives, ends follow from a running maximum: end[i] = S[i] + max over j <= i of (issued[j] -
+S[j-1]), S being the sum of durations. No loop over items.
 """
 
 from dataclasses import dataclass
@@ -23,7 +26,8 @@ from shardwise.predict.work import PHASES, Seconds, Work
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Starts and ends of each item, seconds from the moment at which the host begins. issued_s: when the host had issued it."""
+    """Starts and ends of each item, seconds from the moment at which the host begins. issued_s: when the host
+    had issued it."""
 
     start_s: Seconds
     end_s: Seconds
@@ -42,7 +46,8 @@ def run(
     together: bool = False,
     all_wait: bool = False,
 ) -> Run:
-    """Runs the work once. together: host and device are one (a CPU): issuing is part of the item. all_wait: nothing runs beside compute."""
+    """Runs the work once. together: host and device are one (a CPU): issuing is part of the item. all_wait:
+    nothing runs beside compute."""
     if together:
         ends = np.cumsum(work.device_s + work.host_s) + max(host_free_s, device_free_s)
         return Run(ends - work.device_s, ends, ends - work.device_s)
@@ -91,7 +96,8 @@ def _beside(work: Work) -> NDArray[np.bool_]:
 
 
 def _needed_by(work: Work, at: int) -> int:
-    """The layer whose parameters a backward's all-gather brings: a layer fetches those of the layer that comes after it."""
+    """The layer whose parameters a backward's all-gather brings: a layer fetches those of the layer that
+    comes after it."""
     others = np.flatnonzero(work.layer[at:] != work.layer[at])
     return int(work.layer[at + others[0]]) if len(others) else int(work.layer[at])
 

@@ -9,8 +9,9 @@ DATA_ROLES = (Role.SHARDS_PARAMETERS, Role.REPLICATES)
 
 
 def meshes(devices: int, devices_per_node: int, context: int = 1) -> tuple[Mesh, ...]:
-    """All pp x fsdp or dp x tp of `devices`: tp inside a node and dividing it, the rest any divisors. context: ranks
-    that share a sequence, which reduce gradients with the data-parallel ones; devices are a multiple of it."""
+    """All pp x fsdp or dp x tp of `devices`: tp inside a node and dividing it, the rest any divisors.
+    context: ranks that share a sequence, which reduce gradients with the data-parallel ones; devices are a
+    multiple of it."""
     found = []
     for tp in _divisors(devices // context):
         if tp > devices_per_node or devices_per_node % tp:
@@ -27,7 +28,8 @@ def meshes(devices: int, devices_per_node: int, context: int = 1) -> tuple[Mesh,
 
 
 def shares_programs(mesh: Mesh) -> tuple[tuple[str, ...], int]:
-    """What meshes have in common that share their Programs: they differ in stages and in the size of the data axis."""
+    """What meshes have in common that share their Programs: they differ in stages and in the size of the data
+    axis."""
     data = tuple(axis.name for axis in AXES if axis.splits_batch and axis.name in dict(mesh.axes))
     return data, mesh.tp
 

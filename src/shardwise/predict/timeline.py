@@ -1,13 +1,17 @@
-"""The predicted step as a Timeline, the noun that a profile is read into: one micro-batch of the busiest stage and the step's end, op by op.
+"""The predicted step as a Timeline, the noun that a profile is read into: one micro-batch of the busiest
+stage and the step's end, op by op.
 
     host thread            when the host issues each op and collective
     compute                the device's ops
-    communication AXIS     collectives over one axis; the last rank arrives when they start, since waiting isn't modelled
+    communication AXIS     collectives over one axis; the last rank arrives when they start, since waiting
+                           isn't modelled
 
-Of a pipeline, each stage has a Timeline of its own besides, with a span for each micro-batch's forward and backward (pipeline_timelines).
+Of a pipeline, each stage has a Timeline of its own besides, with a span for each micro-batch's forward and
+backward (pipeline_timelines).
 
-What it leaves out: that compute slows down beside communication (Term.SLOWED) and that gradients over dp may be reduced beside the backward
-are numbers without a place; the micro-batch begins with nothing in flight, as the step's first does.
+What it leaves out: that compute slows down beside communication (Term.SLOWED) and that gradients over dp may
+be reduced beside the backward are numbers without a place; the micro-batch begins with nothing in flight, as
+the step's first does.
 """
 
 from collections import defaultdict
@@ -50,7 +54,8 @@ def timeline_of(program: Program, machine: Machine, setup: Setup) -> Timeline:
 
 
 def launch_bound(program: Program, machine: Machine, setup: Setup) -> tuple[LaunchBound, ...]:
-    """Kinds of modules before whose work the device waits for the host, those that it waits for longest first."""
+    """Kinds of modules before whose work the device waits for the host, those that it waits for longest
+    first."""
     if machine.device == "cpu":
         return ()
     prefix = program.layers[0] if program.layers is not None else None
@@ -69,8 +74,9 @@ def launch_bound(program: Program, machine: Machine, setup: Setup) -> tuple[Laun
 
 
 def pipeline_timelines(program: Program, machine: Machine, setup: Setup) -> tuple[Timeline, ...]:
-    """One per stage: a span for each pass as 1F1B places it, and what the step's first passes are cut to where there are more than
-    MOST_PASSES. Empty without a pipeline, and for the interleaved schedule, whose formula places nothing."""
+    """One per stage: a span for each pass as 1F1B places it, and what the step's first passes are cut to
+    where there are more than MOST_PASSES. Empty without a pipeline, and for the interleaved schedule, whose
+    formula places nothing."""
     if setup.stages == 1 or setup.chunks > 1:
         return ()
     work = without(work_of(program, machine, setup), setup.without)
@@ -260,7 +266,8 @@ class _Writer:
 
 
 def _axis_of(work: Work) -> NDArray[np.int64]:
-    """Per row: 0 for an op, else 1 + the index of the collective's axis. Work's own column says on which stream it runs."""
+    """Per row: 0 for an op, else 1 + the index of the collective's axis. Work's own column says on which
+    stream it runs."""
     by_item = [
         1 + work.axes.index(item.call.axis) if isinstance(item, Collective) else 0 for item in work.items
     ]

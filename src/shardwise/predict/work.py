@@ -1,7 +1,8 @@
-"""Work: a Program's ops and collectives as columns, each with its cost on a machine, in the order in which the host issues them.
+"""Work: a Program's ops and collectives as columns, each with its cost on a machine, in the order in which
+the host issues them.
 
-A block of equal layers is costed once and repeated. Where an item stands in the model tells which stage of a pipeline runs it: its layer, or
-before the first one, or after the last.
+A block of equal layers is costed once and repeated. Where an item stands in the model tells which stage of a
+pipeline runs it: its layer, or before the first one, or after the last.
 """
 
 from collections.abc import Callable
@@ -27,8 +28,8 @@ Seconds = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Columns, one row an item. axis: 0 for the device's compute stream, else 1 + the index in `axes` of the collective's axis.
-    template: into `items`, whose names the row has, apart from its layer."""
+    """Columns, one row an item. axis: 0 for the device's compute stream, else 1 + the index in `axes` of the
+    collective's axis. template: into `items`, whose names the row has, apart from its layer."""
 
     device_s: Seconds
     host_s: Seconds
@@ -81,7 +82,8 @@ def groups_off_mesh(program: Program) -> dict[str, int]:
 
 
 def group_sizes(program: Program, setup: Setup) -> dict[str, int]:
-    """Ranks over which the collectives of each of the Program's axes go: context ranks join the axis that reduces."""
+    """Ranks over which the collectives of each of the Program's axes go: context ranks join the axis that
+    reduces."""
     mesh, traced = mesh_of(program, setup), Mesh(program.axes)
     sizes = {name: mesh.size(name) for name, _ in program.axes}
     axis = traced.reducing_axis
@@ -91,8 +93,8 @@ def group_sizes(program: Program, setup: Setup) -> dict[str, int]:
 
 
 def further_shards(program: Program, setup: Setup) -> float:
-    """Into how many parts the traced rank's shard of the parameters is cut, where FSDP's axis is larger than the
-    traced one."""
+    """Into how many parts the traced rank's shard of the parameters is cut, where FSDP's axis is larger than
+    the traced one."""
     return group_sizes(program, setup).get(SHARDS_AXIS, 1) / Mesh(program.axes).fsdp
 
 
@@ -187,7 +189,8 @@ def _block(
 
 
 def _placed(layer: NDArray[np.int32], phase: NDArray[np.float64]) -> NDArray[np.int32]:
-    """What lies outside the layers is before or after them: in the forward by whether a layer ran already, in the backward the reverse."""
+    """What lies outside the layers is before or after them: in the forward by whether a layer ran already, in
+    the backward the reverse."""
     backward = np.isin(phase, [PHASES.index(each) for each in (Phase.BACKWARD, Phase.RECOMPUTE)])
     inside = layer >= 0
     placed = layer.copy()

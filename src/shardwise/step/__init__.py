@@ -1,1 +1,2 @@
-"""ONE training step: loss, backward, gradient reduction, clipping, optimizer. What is measured is what is verified."""
+"""ONE training step: loss, backward, gradient reduction, clipping, optimizer. What is measured is what is
+verified."""

@@ -1,4 +1,5 @@
-"""From a spec and a plan to a model on this rank, filled and ready for a TrainStep; no rank ever holds more than one whole parameter."""
+"""From a spec and a plan to a model on this rank, filled and ready for a TrainStep; no rank ever holds more
+than one whole parameter."""
 
 from collections.abc import Callable
 
@@ -36,8 +37,9 @@ def build_model(
     compiled: bool = False,
     on_parameter: Callable[[str, Tensor], None] | None = None,
 ) -> nn.Module:
-    """The model under `plan` (None: no tensor parallelism), with the initial weights of `seed`. policy: FSDP's mixed precision. recompute: see
-    recompute_layers. on_parameter: shown each whole initial parameter."""
+    """The model under `plan` (None: no tensor parallelism), with the initial weights of `seed`. policy:
+    FSDP's mixed precision. recompute: see recompute_layers. on_parameter: shown each whole initial
+    parameter."""
     model = spec.build("meta", dtype)
     if plan is not None:
         assert mesh is not None

@@ -1,8 +1,8 @@
 """Gradient clipping by the global norm, with one all-reduce of one number per mesh.
 
-Norm = sqrt of the sum over all elements of the whole gradient, each counted once: a rank adds the squares of its part of a sharded
-gradient; of a replicated one only the rank at coordinate 0 of the replicated axes does. torch.nn.utils.clip_grad_norm_ gives the same
-number with one all-reduce per parameter.
+Norm = sqrt of the sum over all elements of the whole gradient, each counted once: a rank adds the squares of
+its part of a sharded gradient; of a replicated one only the rank at coordinate 0 of the replicated axes does.
+torch.nn.utils.clip_grad_norm_ gives the same number with one all-reduce per parameter.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,8 @@ from shardwise.torch_private import foreach_mul_, foreach_norm
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scales all gradients in place so that their global norm is at most max_norm; returns the norm before, a scalar tensor.
+    """Scales all gradients in place so that their global norm is at most max_norm; returns the norm before, a
+    scalar tensor.
 
     Every DTensor gradient must be on one mesh and hold no Partial placement.
     """

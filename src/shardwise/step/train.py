@@ -1,11 +1,12 @@
 """The training step: gradients of one global batch (in micro-batches), reduced, clipped, one AdamW step.
 
-Loss: mean over the valid labels of the global batch; each data-parallel rank and each micro-batch adds its summand, so uneven valid
-tokens weigh as they do on one process. Axes: `fsdp` reduces inside the backward (sums); `dp` all-reduces flattened gradients after it.
+Loss: mean over the valid labels of the global batch; each data-parallel rank and each micro-batch adds its
+summand, so uneven valid tokens weigh as they do on one process. Axes: `fsdp` reduces inside the backward
+(sums); `dp` all-reduces flattened gradients after it.
 
-The two engines differ in clipping only: native gradients, and those of a model of which a part is sharded, go through clip_gradients (one
-all-reduce per axis); where PyTorch's own styles have made every parameter a DTensor, torch.nn.utils.clip_grad_norm_ and full_tensor()
-clip, as torchtitan did in 2025.
+The two engines differ in clipping only: native gradients, and those of a model of which a part is sharded, go
+through clip_gradients (one all-reduce per axis); where PyTorch's own styles have made every parameter a
+DTensor, torch.nn.utils.clip_grad_norm_ and full_tensor() clip, as torchtitan did in 2025.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -39,7 +40,8 @@ from shardwise.step.clipping import clip_gradients
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Scalar tensors, equal on all ranks: the global batch's mean loss, and the gradient norm before clipping."""
+    """Scalar tensors, equal on all ranks: the global batch's mean loss, and the gradient norm before
+    clipping."""
 
     loss: Tensor
     gradient_norm: Tensor
@@ -58,8 +60,9 @@ _KEPT = frozenset(
 
 
 def recompute_layers(layers: Iterable[nn.Module], what: str = "full") -> None:
-    """Activation checkpointing of each of these modules, which keeps its input. full: runs all of it again in the backward. selective-ops: all
-    but fused attention, reduce-scatters of functional collectives and every second matmul, the rule of torchtitan's "selective" by "op" of 2024.
+    """Activation checkpointing of each of these modules, which keeps its input. full: runs all of it again in
+    the backward. selective-ops: all but fused attention, reduce-scatters of functional collectives and every
+    second matmul, the rule of torchtitan's "selective" by "op" of 2024.
     """
     contexts = {"full": noop_context_fn, "selective-ops": _selective}[what]
     for layer in layers:
@@ -90,7 +93,8 @@ def mixed_precision(settings: StepSettings) -> MixedPrecisionPolicy:
 def shard_with_fsdp(
     model: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy
 ) -> None:
-    """FSDP2 over a 1-D mesh, a unit per layer, summing gradients (the step's loss is normalised over the global batch already)."""
+    """FSDP2 over a 1-D mesh, a unit per layer, summing gradients (the step's loss is normalised over the
+    global batch already)."""
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -105,8 +109,8 @@ def shard_with_fsdp(
 class TrainStep:
     """One optimizer step of a model, called with the micro-batches of this rank's part of the global batch.
 
-    mesh: the device mesh with the model's axes, or None for one process. loss: in place of the one that goes with the model's logits. on_phase:
-    told each phase as it begins.
+    mesh: the device mesh with the model's axes, or None for one process. loss: in place of the one that goes
+    with the model's logits. on_phase: told each phase as it begins.
     """
 
     def __init__(
@@ -133,7 +137,8 @@ class TrainStep:
         self._replicas = groups.get(REPLICAS_AXIS)
 
     def gradients(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Leaves the global batch's gradients in `.grad` (of this rank's shards) and returns the global mean loss, a scalar tensor."""
+        """Leaves the global batch's gradients in `.grad` (of this rank's shards) and returns the global mean
+        loss, a scalar tensor."""
         device = next(self.model.parameters()).device
         labels = [labels_BS.to(device, non_blocking=True) for _, labels_BS in micro_batches]
         valid = torch.stack([count_valid(labels_BS) for labels_BS in labels]).sum()
@@ -182,7 +187,8 @@ def _groups_of_several(mesh: DeviceMesh | None) -> dict[str, dist.ProcessGroup]:
 
 
 def _groups(model: nn.Module) -> list[dict[str, list[nn.Parameter]]]:
-    """Parameter groups: a fused optimizer takes no mixture of DTensors and plain tensors, which other libraries' plans leave."""
+    """Parameter groups: a fused optimizer takes no mixture of DTensors and plain tensors, which other
+    libraries' plans leave."""
     groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for parameter in model.parameters():
         groups[not isinstance(parameter, DTensor)].append(parameter)
@@ -206,7 +212,8 @@ def _finish_partial(model: nn.Module) -> None:
 
 
 def _sum_gradients(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """All-reduces the local gradients over whole replicas of the model, one flattened all-reduce per dtype."""
+    """All-reduces the local gradients over whole replicas of the model, one flattened all-reduce per
+    dtype."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for parameter in model.parameters():
         if parameter.grad is not None:
