@@ -54,10 +54,10 @@ from shardwise.profiles.picture import picture
 from shardwise.profiles.ranks import read_ranks, trace_files
 from shardwise.profiles.run import profile_run
 from shardwise.report.common.deliver import show
+from shardwise.report.common.formats.terminal import drawn
+from shardwise.report.common.room import room_of
 from shardwise.report.compare.html import comparison_html
-from shardwise.report.compare.terminal import comparison_tables
 from shardwise.report.diff.html import difference_html
-from shardwise.report.diff.terminal import render_difference
 from shardwise.report.explain.html import explanation_html
 from shardwise.report.explain.terminal import explanation_renderables
 from shardwise.report.predict.html import prediction_html
@@ -344,8 +344,9 @@ def compare_output() -> str:
     """What `shardwise compare` printed for the example, without colour; the table of collectives is left to
     the report."""
     comparison = read_document(EXAMPLE.read_bytes(), Comparison, str(EXAMPLE))
-    parts = [_printed(table) for table in comparison_tables(comparison, WIDTH)]
-    return _fenced("".join(part for part in parts if not part.lstrip().startswith("Collectives")))
+    blocks = room_of(comparison).report(comparison).blocks
+    parts = [_printed(drawn(block, WIDTH)) for block in blocks]
+    return _fenced("\n".join(part for part in parts if not part.lstrip().startswith("Collectives")))
 
 
 def explain_output() -> str:
@@ -371,7 +372,7 @@ def diff_output() -> str:
     """The first part of what `shardwise diff` printed, for docs/diff.md."""
     difference = read_document(DIFFERED.read_bytes(), Difference, str(DIFFERED))
     console = Console(file=io.StringIO(), width=WIDTH, record=True)
-    render_difference(difference, console)
+    show(difference, "terminal", console)
     printed = console.export_text().partition(f"Collectives of {difference.first.label}")[0]
     return "```\n" + "\n".join(line.rstrip() for line in printed.splitlines()).strip() + "\n...\n```\n"
 

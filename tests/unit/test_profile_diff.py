@@ -19,8 +19,8 @@ from shardwise.profiles.diff import diff, run_words
 from shardwise.profiles.picture import picture
 from shardwise.profiles.ranks import read_ranks
 from shardwise.profiles.run import profile_run
+from shardwise.report.common.deliver import show
 from shardwise.report.diff.html import difference_html, run_html
-from shardwise.report.diff.terminal import render_difference, render_run
 from tests.unit.chrome_trace import all_reduce, event, kernel, launch, step, write
 
 
@@ -218,7 +218,7 @@ def test_what_is_faster_than_the_links_is_flagged(tmp_path: Path) -> None:
     run = profiled(tmp_path / "a", "A", fast)
     assert (run.too_fast, run.link_bytes_per_s) == (1, 450e9)
     console = Console(record=True, width=300)
-    render_run(run, run_words(run), console)
+    show(run, "terminal", console)
     assert "1 collectives seem faster than the device's links (450 GB/s a direction)" in console.export_text()
     assert profiled(tmp_path / "b", "B", [[all_reduce(100, 100)], [all_reduce(100, 100)]]).too_fast == 0
 
@@ -234,7 +234,7 @@ def test_a_run_without_any_work_is_refused(tmp_path: Path) -> None:
 def test_launches_that_left_no_kernel_and_lost_events_are_said(tmp_path: Path) -> None:
     run = profiled(tmp_path / "a", "A", [[*A, launch(50, 77), kernel("broken", 5, 0)]])
     console = Console(record=True, width=120)
-    render_run(run, run_words(run), console)
+    show(run, "terminal", console)
     text = console.export_text()
     assert "1 of 5 launches left no kernel in the file" in text
     assert "lost: 1 x events without a time or a duration" in text
@@ -243,7 +243,7 @@ def test_launches_that_left_no_kernel_and_lost_events_are_said(tmp_path: Path) -
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
 def test_the_terminal_shows_both_at_any_width(two: Difference, width: int) -> None:
     console = Console(record=True, width=width)
-    render_difference(two, console)
+    show(two, "terminal", console)
     assert max(map(len, console.export_text().splitlines())) <= width
 
 
@@ -282,9 +282,9 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     both, page = hostile(tmp_path)
     assert HOSTILE not in page
     assert "&lt;/script&gt;&lt;img" in page
-    assert "<img" not in run_html(both.first, run_words(both.first), [])
+    assert "<img" not in run_html(both.first)
     console = Console(record=True, width=120)
-    render_difference(both, console)
+    show(both, "terminal", console)
     assert "[bold red]x[/]" in console.export_text()
     assert "\x1b[31m" not in console.export_text()
 
@@ -360,7 +360,7 @@ def test_whatever_two_ranks_recorded_is_told_or_refused_in_words(
     both = diff(run, alone)
     assert_the_books_balance(both)
     console = Console(record=True, width=90)
-    render_difference(both, console)
-    render_run(run, run_words(run), console)
+    show(both, "terminal", console)
+    show(run, "terminal", console)
     assert "<img" not in difference_html(both, [])
     assert read_document(write_document(both), Difference) == both

@@ -16,11 +16,11 @@ from shardwise.core.errors import InputError
 from shardwise.core.measurement import Comparison, Ratio
 from shardwise.files.document import read_document, write_document
 from shardwise.report.common import units
+from shardwise.report.common.deliver import show
 from shardwise.report.common.page import script_json
 from shardwise.report.common.plain import plain
 from shardwise.report.compare.html import comparison_html, short_name
 from shardwise.report.compare.rows import comparison_rows, not_measured
-from shardwise.report.compare.terminal import render_comparison
 from tests.unit.comparison_example import (
     HOSTILE_MARKUP,
     HOSTILE_NAME,
@@ -37,7 +37,7 @@ def rendered(comparison: Comparison, width: int, *, colour: bool = False) -> str
         width=width, force_terminal=colour, color_system="standard" if colour else None, record=False
     )
     with console.capture() as captured:
-        render_comparison(comparison, console)
+        show(comparison, "terminal", console)
     return captured.get()
 
 
@@ -214,7 +214,7 @@ def test_the_terminal_shows_every_plan_at_every_width(width: int, colour: bool) 
     output = rendered(example(plans), width, colour=colour)
     visible = re.sub(r"\x1b\[[0-9;]*m", "", output)
     for plan in (*plans, "rowwise (again)"):
-        assert re.search(rf"^ {re.escape(plan)} +\d+ ms ", visible, flags=re.MULTILINE), plan
+        assert re.search(rf"^{re.escape(plan)} +\d+ ms ", visible, flags=re.MULTILINE), plan
     assert ("\x1b[" in output) is colour
     assert max(len(line) for line in visible.splitlines()) <= width
     assert "noise (A/A)" in visible
@@ -329,7 +329,7 @@ def test_the_page_says_what_was_not_measured_and_warns_of_gloo_only_on_gloo() ->
 
 def test_report_imports_no_torch() -> None:
     code = (
-        "import sys, shardwise.report.compare.html, shardwise.files.document, shardwise.report.compare.terminal; "
+        "import sys, shardwise.report.compare.html, shardwise.files.document, shardwise.report.compare.tables; "
         "print([name for name in ('torch', 'numpy') if name in sys.modules])"
     )
     assert (

@@ -5,19 +5,33 @@ import io
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from shardwise.profiles.diff import diff
 from shardwise.report.common.deliver import show
 from shardwise.report.common.formats import format_named, formats
 from shardwise.report.common.plain import plain
 from shardwise.report.common.room import room_of
 from shardwise.report.common.table import Report, RowKind, Words
+from tests.unit import comparison_example as compared
 from tests.unit import test_verify_report as verified
+from tests.unit.test_profile_diff import A, B, profiled
 
+with TemporaryDirectory() as folder:
+    RUN, OTHER_RUN = (
+        profiled(Path(folder) / label[:1], label, [made]) for label, made in (("a/long_name", A), ("B", B))
+    )
 RESULTS = {
+    "compare": compared.example(),
+    "compare on cuda": compared.cuda_example(),
+    "compare one module": compared.module_only_example(),
+    "diff": diff(RUN, OTHER_RUN),
+    "diff of one run": RUN,
     "verify": verified.run(
         *(each for each in (verified.RIGHT, verified.WRONG, verified.CRASH, verified.LITTLE))
     ),
@@ -43,13 +57,14 @@ def texts(report: Report) -> Iterator[str]:
         if isinstance(block, Words):
             yield from (f"{line.lead} {line.text}" for line in block.lines)
             continue
-        yield from (column.name for column in block.columns if block.headed)
-        for row in block.rows:
+        table = block.cut(block.short)
+        yield from (column.name for column in table.columns if block.headed)
+        for row in table.rows:
             yield from (f"{line.lead} {line.text}" for line in row.below)
-            for cell, column in zip(row.cells, block.columns, strict=row.kind is not RowKind.HEADING):
+            for cell, column in zip(row.cells, table.columns, strict=row.kind is not RowKind.HEADING):
                 yield cell.read(column)
                 yield cell.about
-        yield from (f"{note.lead} {note.text}" for note in block.notes)
+        yield from (f"{note.lead} {note.text}" for note in table.notes)
 
 
 @pytest.mark.parametrize("width", [80, 100, 200])

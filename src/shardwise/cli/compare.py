@@ -427,25 +427,21 @@ class _Run:
     ) -> int:
         """Terminal or JSON first, then files: a disk that is full by now loses nothing that was measured."""
         from shardwise.files.document import write_document
-        from shardwise.report.compare.html import comparison_html
-        from shardwise.report.compare.terminal import render_comparison
+        from shardwise.report.common.deliver import show, write_all
 
-        document = write_document(comparison)
         findings = _findings(report)
-        if self.as_json:
-            sys.stdout.buffer.write(document)
-            sys.stdout.buffer.flush()
-        elif findings:
+        if self.as_json or not findings:
+            show(comparison, "json" if self.as_json else "terminal", self.console)
+        else:
             for finding in findings:
                 self.console.print(_sentence(*finding), markup=False, highlight=False, soft_wrap=True)
-        else:
-            render_comparison(comparison, self.console)
-        folder.write("comparison.json", document)
         if comparison.measurements:
             for name, content in pages.items():
                 folder.write(name, content)
-            page = folder.write("report.html", comparison_html(comparison))
+            page = write_all(comparison, folder)
             self.console.print(f"\nReport: {page}", markup=False, highlight=False, soft_wrap=True)
+        else:
+            folder.write("comparison.json", write_document(comparison))
         return 1 if findings else 0
 
 

@@ -1,8 +1,6 @@
 """`shardwise diff`: read the profiles of all ranks of one run or two, and say where the time went."""
 
-import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +11,6 @@ from shardwise.core.errors import OptionError
 
 if TYPE_CHECKING:
     from shardwise.cli.progress import ProgressLine
-    from shardwise.core.difference import Difference, RunProfile, StepPicture
     from shardwise.core.timeline import Timeline
 
 _OUTPUT = "Output"
@@ -111,12 +108,12 @@ def _read(path: Path, workers: int | None, progress: "ProgressLine") -> "Sequenc
 def _deliver(
     names: list[str], read: "list[Sequence[Timeline]]", console: Console, *, as_json: bool, out: Path | None
 ) -> int:
-    from shardwise.files.document import write_document
+    from shardwise.files.perfetto import perfetto_trace
     from shardwise.profiles.collectives import share
     from shardwise.profiles.diff import diff as compare
-    from shardwise.profiles.diff import run_words
+    from shardwise.profiles.picture import picture
     from shardwise.profiles.run import profile_run
-    from shardwise.report.diff.terminal import render_difference, render_run
+    from shardwise.report.common.deliver import deliver
 
     shared = [share(timelines) for timelines in read]
     runs = [
@@ -124,61 +121,24 @@ def _deliver(
         for name, (timelines, sharing) in zip(names, shared, strict=True)
     ]
     both = compare(*runs) if len(runs) == 2 else None
-    document = write_document(both) if both is not None else write_document(runs[0])
-    if as_json:
-        sys.stdout.buffer.write(document)
-        sys.stdout.buffer.flush()
-    elif both is not None:
-        render_difference(both, console)
-    else:
-        render_run(runs[0], run_words(runs[0]), console)
-    if out is not None:
-        _write(out, names, [timelines for timelines, _ in shared], runs, both, document, console)
+    timelines = [timelines for timelines, _ in shared]
+    traces: dict[str, str] = {}
+
+    def beside() -> dict[str, bytes | str]:
+        made: dict[str, bytes | str] = {}
+        for side, name, each in zip("ab", names, timelines, strict=False):
+            made[f"aligned-{side}.json.gz"] = perfetto_trace(each)
+            traces[name] = f"aligned-{side}.json.gz"
+        return made
+
+    def page() -> dict[str, object]:
+        drawn = (picture(name, each) for name, each in zip(names, timelines, strict=True))
+        return {"pictures": [each for each in drawn if each is not None]}
+
+    how = "json" if as_json else "terminal"
+    deliver(both or runs[0], how, console, out, settings={"runs": names}, beside=beside, page=page)
+    for name, trace in traces.items():
+        assert out is not None
+        told = f"All ranks of {name} on one clock, for ui.perfetto.dev: {out / trace}"
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
     return 0
-
-
-def _write(
-    out: Path,
-    names: list[str],
-    timelines: "list[tuple[Timeline, ...]]",
-    runs: "list[RunProfile]",
-    both: "Difference | None",
-    document: bytes,
-    console: Console,
-) -> None:
-    import msgspec
-
-    from shardwise.files.perfetto import perfetto_trace
-    from shardwise.files.run_folder import RunFolder
-    from shardwise.profiles.diff import run_words
-    from shardwise.profiles.picture import picture
-    from shardwise.report.diff.html import difference_html, run_html
-
-    pictures: list[StepPicture] = [
-        found
-        for name, each in zip(names, timelines, strict=True)
-        if (found := picture(name, each)) is not None
-    ]
-    with RunFolder(out, "diff", datetime.now(UTC), has_events=False) as folder:
-        folder.write(
-            "settings.json", msgspec.json.format(msgspec.json.encode({"runs": names}), indent=2) + b"\n"
-        )
-        folder.write("diff.json", document)
-        traces = [
-            folder.write(f"aligned-{side}.json.gz", perfetto_trace(each))
-            for side, each in zip("ab", timelines, strict=False)
-        ]
-        page = (
-            difference_html(both, pictures)
-            if both is not None
-            else run_html(runs[0], run_words(runs[0]), pictures)
-        )
-        path = folder.write("diff.html", page)
-    console.print(f"\nPage: {path}", markup=False, highlight=False, soft_wrap=True)
-    for name, trace in zip(names, traces, strict=False):
-        console.print(
-            f"All ranks of {name} on one clock, for ui.perfetto.dev: {trace}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )

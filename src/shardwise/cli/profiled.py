@@ -42,7 +42,7 @@ def profiled_plans(
         )
         for run in runs
     )
-    pages = {f"profile-{folder_name(labels[0])}.html": run_html(runs[0], run_words(runs[0]), pictures[0])}
+    pages = {f"profile-{folder_name(labels[0])}.html": run_html(runs[0], pictures[0])}
     for run, drawings in zip(runs[1:], pictures[1:], strict=True):
         pages[f"diff-{folder_name(run.label)}.html"] = difference_html(
             diff(runs[0], run), pictures[0] + drawings

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from shardwise.core.plan import suggest
 from shardwise.files.document import settings_document
 from shardwise.files.run_folder import RunFolder
 from shardwise.report.common.formats import format_named, formats
-from shardwise.report.common.room import Room, room_of
+from shardwise.report.common.room import room_of
 
 TERMINAL = "terminal"
 Files = Mapping[str, bytes | str]
@@ -33,42 +32,39 @@ def deliver(
     *,
     settings: object = None,
     beside: Callable[[], Files] = dict,
-    page: Callable[[], str] | None = None,
+    page: Callable[[], Mapping[str, object]] = dict,
 ) -> None:
     """The result on stdout as `form` says; with `out`, a run folder of settings.json, what stands `beside`, and the result in every format.
 
-    console: where a terminal's report and the page's path go. page: the HTML page, where it needs more than the result.
+    console: where a terminal's report and the page's path go. page: what the HTML page needs besides the result.
     """
     room = room_of(result)
-    if page is not None:
-        room = replace(room, page=lambda _: page())
-    show(result, form, console, room)
+    show(result, form, console)
     if out is None:
         return
     with RunFolder(out, room.name, datetime.now(UTC), has_events=False) as folder:
         folder.write("settings.json", settings_document(settings))
         for name, content in beside().items():
             folder.write(name, content)
-        path = write_all(result, folder, room)
+        path = write_all(result, folder, **page())
     console.print(f"\nPage: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
-def show(result: object, form: str, console: Console, room: Room | None = None) -> None:
+def show(result: object, form: str, console: Console) -> None:
     """On stdout: drawn for the console, or the format's texts one after another."""
     check_format(form)
     module = format_named(form)
-    room = room or room_of(result)
     if form == TERMINAL:
-        module.show(room, result, console)
+        module.show(room_of(result), result, console)
         return
-    sys.stdout.buffer.write(b"\n".join(module.files(room, result).values()))
+    sys.stdout.buffer.write(b"\n".join(module.files(room_of(result), result).values()))
     sys.stdout.buffer.flush()
 
 
-def write_all(result: object, folder: RunFolder, room: Room | None = None) -> Path:
+def write_all(result: object, folder: RunFolder, **page: object) -> Path:
     """The result in every format; returns the page's path."""
-    room = room or room_of(result)
+    room = room_of(result)
     for form in formats():
-        for name, content in format_named(form).files(room, result).items():
+        for name, content in format_named(form).files(room, result, **page).items():
             folder.write(name, content)
     return folder.path / f"{room.name}.html"

@@ -12,18 +12,30 @@ from shardwise.report.common.table import Report
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """result: the noun. name: of its page and tables in a run folder; document: of its JSON file. report: its tables and words; page: all of it."""
+    """result: the noun. name: of its page and its Markdown in a run folder; document: of its JSON file.
+
+    report_of, page_of: `module:function` of the result, imported when they are asked for.
+    """
 
     result: type
     name: str
     document: str
-    report: Callable[[Any], Report]
-    page: Callable[[Any], str]
+    report_of: str
+    page_of: str
+
+    def report(self, result: object) -> Report:
+        """Its tables and words."""
+        made = _function(self.report_of)(result)
+        assert isinstance(made, Report)
+        return made
+
+    def page(self, result: object, **more: object) -> str:
+        """The HTML page. more: what only the page needs."""
+        return str(_function(self.page_of)(result, **more))
 
 
 @cache
-def rooms() -> dict[type, Room]:
-    """Of every room under report/."""
+def _rooms() -> dict[type, Room]:
     import shardwise.report
 
     found: dict[type, Room] = {}
@@ -34,4 +46,10 @@ def rooms() -> dict[type, Room]:
 
 
 def room_of(result: object) -> Room:
-    return rooms()[type(result)]
+    return _rooms()[type(result)]
+
+
+def _function(name: str) -> Callable[..., Any]:
+    module, _, function = name.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found

@@ -4,13 +4,15 @@ A cell holds a value (SI units: bytes, seconds) and a column says how it reads, 
 Texts may come from a user's files: whoever draws them shows control characters as escapes.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from shardwise.report.common.units import TEXT, Format
 
 Value = str | int | float | None
+ABSENT = "–"
+"""Of a number that others in the column have: a cell has no room for "not measured"."""
 
 
 class Tone(StrEnum):
@@ -26,23 +28,26 @@ class Tone(StrEnum):
 
 
 class RowKind(StrEnum):
-    """heading: a title over the rows below it; total: a sum, apart from the others; repeat: the first once more (A/A)."""
+    """heading: a title over the rows below it; total: a sum, apart from the others; repeat: the first once more (A/A); rest: what stands
+    for rows that are left out."""
 
     BODY = "body"
     HEADING = "heading"
     TOTAL = "total"
     REPEAT = "repeat"
+    REST = "rest"
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
     """name: as its head reads. wraps: its texts may run over several lines. spills: where there is no room for all columns, it goes to a
-    line under the row. A column of numbers stands at the right."""
+    line under the row. sums: its values add up. A column of numbers stands at the right."""
 
     name: str
     format: Format = TEXT
     wraps: bool = False
     spills: bool = False
+    sums: bool = False
 
     @property
     def is_number(self) -> bool:
@@ -89,7 +94,7 @@ class Row:
 @dataclass(frozen=True, slots=True)
 class Table:
     """key: its name in file names and pages. sorts: whether a reader may want other orders than this one. headed: whether a reader needs the
-    columns' names."""
+    columns' names. short, long: how many rows a terminal and a page show; a CSV file has all."""
 
     key: str
     title: str
@@ -98,6 +103,42 @@ class Table:
     notes: tuple[Line, ...] = ()
     sorts: bool = False
     headed: bool = True
+    short: int | None = None
+    long: int | None = None
+
+    def cut(self, most: int | None) -> "Table":
+        """What a reader sees: no column in which all cells are empty, and of the rows `most`, with one for the others: how many, and what
+        adds up."""
+        empty = {
+            index
+            for index in range(1, len(self.columns))
+            if all(_is_empty(each, index) for each in self.rows)
+        }
+        table = self._without(empty) if self.rows else self
+        return table._with(most)
+
+    def _without(self, empty: set[int]) -> "Table":
+        columns = tuple(column for index, column in enumerate(self.columns) if index not in empty)
+        rows = tuple(
+            replace(each, cells=tuple(cell for index, cell in enumerate(each.cells) if index not in empty))
+            for each in self.rows
+        )
+        return replace(self, columns=columns, rows=rows)
+
+    def _with(self, most: int | None) -> "Table":
+        body = [each for each in self.rows if each.kind in (RowKind.BODY, RowKind.REPEAT)]
+        if most is None or len(body) <= most:
+            return self
+        left_out = body[most:]
+        kept = tuple(each for each in self.rows if each not in left_out)
+        first = next(index for index, column in enumerate(self.columns) if not column.is_number)
+        cells = tuple(
+            Cell(_sum(each.cells[index].value for each in left_out), tone=Tone.QUIET)
+            if column.sums
+            else Cell(f"{len(left_out)} more" if index == first else None, text=None, tone=Tone.QUIET)
+            for index, column in enumerate(self.columns)
+        )
+        return replace(self, rows=(*kept, Row(cells, RowKind.REST)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,3 +174,15 @@ def row(*cells: Cell | Value, kind: RowKind = RowKind.BODY, below: tuple[Line, .
 def heading(title: str) -> Row:
     """A title over the rows below it."""
     return Row((Cell(title),), RowKind.HEADING)
+
+
+def _is_empty(found: Row, index: int) -> bool:
+    """An absent value, or a dash for it."""
+    if found.kind is RowKind.HEADING:
+        return True
+    cell = found.cells[index]
+    return cell.value in (None, "") and cell.text in (None, "", ABSENT)
+
+
+def _sum(values: Iterable[Value]) -> float:
+    return sum(value for value in values if isinstance(value, int | float))

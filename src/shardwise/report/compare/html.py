@@ -2,26 +2,24 @@
 
 The page's own content security policy lets it load nothing and run only the two scripts that were put into it (by their SHA-256), so
 a name that came from a user's file stays text even where escaping should fail. Computes nothing but units; what the charts look like
-is in comparison.js, their colours are in comparison.css.
+is in comparison.js, their colours are in common/page.css.
 """
 
 import dataclasses
 from dataclasses import dataclass
 
-from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from shardwise.core.measurement import Comparison
 from shardwise.report.common import units
-from shardwise.report.common.page import csp_hash, page_environment, script_json, template_source
-from shardwise.report.compare.rows import Row, comparison_rows, measured_module, not_measured
-from shardwise.report.diff.rows import part_stacks, parts_of
+from shardwise.report.common.page import draw, script_json
+from shardwise.report.compare import tables
+from shardwise.report.compare.rows import Row, comparison_rows, measured_module
+from shardwise.report.compare.tables import HUES
+from shardwise.report.diff.html import part_chart
 
 # What fits beside a bar on a phone; the whole name is in the tables and in the hover text.
 SHORT_NAME = 20
-
-# Hues in comparison.css; further plans start again from the first.
-HUES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,41 +76,19 @@ class ChartData:
 def comparison_html(comparison: Comparison) -> str:
     """The whole page. About 5 MB, nearly all of it plotly.js."""
     rows = comparison_rows(comparison)
-    environment = page_environment()
-    environment.globals.update(
-        bytes=units.format_bytes,
-        seconds=units.format_seconds,
-        count=units.format_count,
-        ratio=units.format_ratio,
-        interval=units.format_interval,
-        confidence=units.format_confidence,
-        error=units.format_error,
-        number=units.format_number,
-    )
-    plotly_js = get_plotlyjs()
-    charts_js = template_source(environment, "compare/comparison.js")
-    template = environment.get_template("compare/comparison.html.j2")
-    return template.render(
+    return draw(
+        "compare/comparison.html.j2",
+        ("diff/diff.css",),
+        (get_plotlyjs(), "compare/comparison.js"),
         comparison=comparison,
         rows=rows,
-        hues=HUES,
+        tables=tables,
         names=[row.label for row in rows if not row.is_repeat],
         reference=rows[0].label if rows else "",
         interval_of=next((row.ratio for row in rows if row.ratio is not None), None),
         module=measured_module(comparison),
         has_findings=any(row.measurement.agreement and row.measurement.agreement.findings for row in rows),
-        not_measured=not_measured(comparison),
-        css=Markup(
-            "".join(
-                template_source(environment, name)
-                for name in ("common/page.css", "common/bars.css", "diff/diff.css")
-            )
-        ),
-        stacks=part_stacks([(profile.label, profile.parts) for profile in comparison.profiles]),
-        parts=parts_of([profile.parts for profile in comparison.profiles]),
-        plotly_js=Markup(plotly_js),
-        charts_js=Markup(charts_js),
-        script_hashes=Markup(" ".join(csp_hash(script) for script in (plotly_js, charts_js))),
+        stacks=part_chart([(profile.label, profile.parts) for profile in comparison.profiles]),
         data=script_json(_chart_data(comparison, rows)),
     )
 

@@ -1,4 +1,4 @@
-"""One profiled run, or two side by side -> one HTML file that needs no network; the rules of report/page.py hold. Computes widths only.
+"""One profiled run, or two side by side -> one HTML file that needs no network. Computes widths only.
 
 The lanes are an SVG of plain rectangles. The page's script only sorts tables.
 """
@@ -6,16 +6,17 @@ The lanes are an SVG of plain rectangles. The page's script only sorts tables.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup
-
 from shardwise.core.difference import Bar, Difference, RunProfile, StepPicture
-from shardwise.report.common.page import csp_hash, page_environment, template_source
+from shardwise.core.parts import PARTS, Parts, parts_of
+from shardwise.profiles.diff import run_words
+from shardwise.report.common.chart import Chart, Key, Stack, chart
+from shardwise.report.common.chart import Part as BarPart
+from shardwise.report.common.page import draw
 from shardwise.report.common.units import format_seconds
-from shardwise.report.diff import rows
+from shardwise.report.diff import rows, tables
 
 _WIDTH = 1000.0
 _ROW, _THIN, _GAP, _LEFT, _TOP = 26, 9, 14, 62, 20
-_LINES, _CPU_LINES = 60, 25
 _TICKS = 5
 
 
@@ -50,12 +51,12 @@ class Drawing:
     left_out: int
 
 
-def run_html(run: RunProfile, words: Sequence[str], pictures: Sequence[StepPicture]) -> str:
+def run_html(run: RunProfile, pictures: Sequence[StepPicture] = ()) -> str:
     """The page of one run."""
-    return _page((run,), tuple(words), None, pictures)
+    return _page((run,), run_words(run), None, pictures)
 
 
-def difference_html(difference: Difference, pictures: Sequence[StepPicture]) -> str:
+def difference_html(difference: Difference, pictures: Sequence[StepPicture] = ()) -> str:
     """The page of two runs."""
     return _page((difference.first, difference.second), difference.verdict, difference, pictures)
 
@@ -66,28 +67,30 @@ def _page(
     difference: Difference | None,
     pictures: Sequence[StepPicture],
 ) -> str:
-    environment = page_environment()
-    environment.globals.update(rows=rows, time=rows.time, signed=rows.signed)
-    script = template_source(environment, "common/page.js")
-    css = "".join(
-        template_source(environment, name)
-        for name in ("common/page.css", "common/bars.css", "explain/explain.css", "diff/diff.css")
-    )
     longest = max((picture.length_ns for picture in pictures), default=1)
-    return environment.get_template("diff/diff.html.j2").render(
+    return draw(
+        "diff/diff.html.j2",
+        ("explain/explain.css", "diff/diff.css"),
         runs=runs,
         words=words,
         difference=difference,
-        part_rows=rows.part_rows(runs),
-        stacks=rows.part_stacks([(run.label, run.parts) for run in runs]),
+        rows=rows,
+        tables=tables,
+        stacks=part_chart([(run.label, run.parts) for run in runs]),
         drawings=[_drawing(picture, longest) for picture in pictures],
-        parts=rows.parts_of([run.parts for run in runs]),
-        most_lines=_LINES,
-        most_cpu=_CPU_LINES,
-        css=Markup(css),
-        script=Markup(script),
-        script_hash=Markup(csp_hash(script)),
+        parts=parts_of(run.parts for run in runs),
+        all_parts=PARTS,
     )
+
+
+def part_chart(runs: Sequence[tuple[str, Parts]]) -> Chart:
+    """A bar for each (label, parts), on one scale."""
+    stacks = []
+    for label, found in runs:
+        cut = tuple(BarPart(f"p-{part.key}", part.label, part.ns(found)) for part in PARTS if part.ns(found))
+        stacks.append(Stack(label, cut))
+    keys = [Key(f"p-{part.key}", part.label) for part in parts_of(found for _, found in runs)]
+    return chart(stacks, tables.NS, keys, shares=True)
 
 
 def _drawing(picture: StepPicture, longest_ns: int) -> Drawing:

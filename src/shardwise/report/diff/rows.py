@@ -1,106 +1,7 @@
 """RunProfile and Difference -> rows of text for terminal and page alike. Computes shares and signs, nothing else."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from shardwise.core.difference import CollectiveUse, Difference, Line, RunProfile, Use, Work
-from shardwise.core.parts import Parts
+from shardwise.core.difference import CollectiveUse, Difference, Line, RunProfile, Work
 from shardwise.report.common.units import NOT_MEASURED, format_seconds
-
-PARTS = (
-    ("compute", "compute"),
-    ("exposed_waiting", "exposed waiting for ranks"),
-    ("exposed_transfer", "exposed transfer"),
-    ("exposed_communication", "exposed communication, not split"),
-    ("exposed_copy", "exposed copies"),
-    ("cpu_bound_idle", "idle: the CPU was behind"),
-    ("other_idle", "other idle"),
-)
-MEANINGS = {
-    "compute": "kernels that are neither communication nor copies",
-    "exposed_waiting": "in a collective before its last rank came, with no compute beside it",
-    "exposed_transfer": "in a collective after its last rank came, with no compute beside it",
-    "exposed_communication": "in a collective of which it isn't known when the last rank came, with no compute beside it",
-    "exposed_copy": "copies and fills with nothing beside them",
-    "cpu_bound_idle": "nothing runs, and the next work had not been launched yet",
-    "other_idle": "nothing runs, though the next work had been launched",
-    "idle": "nothing runs",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class PartRow:
-    """One part of the step in one run or two."""
-
-    key: str
-    label: str
-    ns: tuple[float, ...]
-    share: tuple[float, ...]
-
-    @property
-    def delta_ns(self) -> float:
-        return self.ns[-1] - self.ns[0]
-
-
-def part_rows(runs: Sequence[RunProfile]) -> list[PartRow]:
-    """Parts that some run has."""
-    rows = []
-    for key, label in parts_of([run.parts for run in runs]):
-        values = tuple(part_ns(run.parts, key) for run in runs)
-        rows.append(
-            PartRow(
-                key,
-                label,
-                values,
-                tuple(value / run.step_ns for value, run in zip(values, runs, strict=True)),
-            )
-        )
-    return rows
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A part in a stacked bar; percent: of the longest bar."""
-
-    key: str
-    label: str
-    text: str
-    percent: float
-
-
-@dataclass(frozen=True, slots=True)
-class Stack:
-    """A run's step as one stacked bar."""
-
-    label: str
-    total: str
-    segments: tuple[Segment, ...]
-
-
-def part_stacks(runs: Sequence[tuple[str, Parts]]) -> list[Stack]:
-    """A bar for each (label, parts), on one scale."""
-    longest = max((parts.total_ns for _, parts in runs), default=0) or 1
-    return [
-        Stack(
-            label,
-            time(parts.total_ns),
-            tuple(
-                Segment(key, name, f"{time(ns)} ({100 * ns / parts.total_ns:.1f} %)", 100 * ns / longest)
-                for key, name in PARTS
-                if (ns := part_ns(parts, key))
-            ),
-        )
-        for label, parts in runs
-    ]
-
-
-def parts_of(found: Sequence[Parts]) -> list[tuple[str, str]]:
-    """(key, label) of the parts that some of them have."""
-    return [(key, label) for key, label in PARTS if any(part_ns(parts, key) for parts in found)]
-
-
-def part_ns(parts: Parts, key: str) -> float:
-    return float(getattr(parts, f"{key}_ns"))
 
 
 def time(ns: float | None) -> str:
@@ -109,11 +10,6 @@ def time(ns: float | None) -> str:
 
 def signed(ns: float) -> str:
     return "0" if ns == 0 else f"{'+' if ns > 0 else '-'}{format_seconds(abs(ns) / 1e9)}"
-
-
-def calls(use: Use) -> str:
-    """2, 0.5, 217; never 216.99999."""
-    return f"{use.count:.4g}"
 
 
 def collective_name(op: str) -> str:

@@ -13,7 +13,7 @@ from shardwise.report.common.table import Cell, Column, Row, RowKind, Table
 _FORMULA = ("=", "+", "-", "@")
 
 
-def files(room: Room, result: object) -> dict[str, bytes]:
+def files(room: Room, result: object, **page: object) -> dict[str, bytes]:
     tables = room.report(result).tables()
     return {f"tables/{table.key}.csv": _written(table).encode() for table in tables}
 

@@ -4,5 +4,5 @@ from shardwise.files.document import write_document
 from shardwise.report.common.room import Room
 
 
-def files(room: Room, result: object) -> dict[str, bytes]:
+def files(room: Room, result: object, **page: object) -> dict[str, bytes]:
     return {f"{room.document}.json": write_document(result)}

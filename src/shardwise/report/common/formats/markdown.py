@@ -9,9 +9,12 @@ from shardwise.report.common.table import Cell, Column, Line, Row, RowKind, Tabl
 _STRONG = frozenset({Tone.STRONG, Tone.BAD, Tone.HEADING})
 
 
-def files(room: Room, result: object) -> dict[str, bytes]:
+def files(room: Room, result: object, **page: object) -> dict[str, bytes]:
     report = room.report(result)
-    blocks = [_table(block) if isinstance(block, Table) else _words(block) for block in report.blocks]
+    blocks = [
+        _table(block.cut(block.short)) if isinstance(block, Table) else _words(block)
+        for block in report.blocks
+    ]
     return {f"{room.name}.md": "\n\n".join([f"## {_text(report.title)}", *blocks, ""]).encode()}
 
 

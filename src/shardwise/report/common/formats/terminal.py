@@ -12,7 +12,7 @@ from rich.text import Text
 from shardwise.report.common.layout import GAP, Part, lay_out, wrap
 from shardwise.report.common.plain import plain
 from shardwise.report.common.room import Room
-from shardwise.report.common.table import Cell, Column, Line, Row, RowKind, Table, Tone, Words
+from shardwise.report.common.table import Block, Cell, Column, Line, Row, RowKind, Table, Tone, Words
 
 _STYLES = {
     Tone.PLAIN: "",
@@ -23,26 +23,31 @@ _STYLES = {
     Tone.QUIET: "dim",
     Tone.HEADING: "bold cyan",
 }
-_KINDS = {RowKind.TOTAL: "bold", RowKind.REPEAT: "dim", RowKind.HEADING: "bold cyan", RowKind.BODY: ""}
+_KINDS = {
+    RowKind.TOTAL: "bold",
+    RowKind.REPEAT: "dim",
+    RowKind.HEADING: "bold cyan",
+    RowKind.REST: "dim",
+    RowKind.BODY: "",
+}
 _INDENT = 2
 
 
-def files(room: Room, result: object) -> dict[str, bytes]:
+def files(room: Room, result: object, **page: object) -> dict[str, bytes]:
     """A run folder has none: a terminal's width is its own."""
     return {}
 
 
 def show(room: Room, result: object, console: Console) -> None:
-    for drawn in drawn_blocks(room, result, console.width):
-        console.print(drawn)
-
-
-def drawn_blocks(room: Room, result: object, width: int) -> Iterator[RenderableType]:
-    """What stands below one another, for `width` columns."""
     for index, block in enumerate(room.report(result).blocks):
         if index:
-            yield Text()
-        yield from _words(block, width) if isinstance(block, Words) else _table(block, width)
+            console.print()
+        console.print(drawn(block, console.width))
+
+
+def drawn(block: Block, width: int) -> RenderableType:
+    """A block for `width` columns."""
+    return Group(*(_words(block, width) if isinstance(block, Words) else _table(block, width)))
 
 
 def _words(words: Words, width: int) -> Iterator[RenderableType]:
@@ -77,6 +82,7 @@ def _sentence(line: Line, width: int, mark: str = "", style: str = "") -> Render
 
 
 def _table(table: Table, width: int) -> Iterator[RenderableType]:
+    table = table.cut(table.short)
     if table.title:
         yield _title(table.title)
     texts = [
