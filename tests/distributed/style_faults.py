@@ -395,7 +395,7 @@ FAULTS = (
         _with_norms(NO_SP["rowwise"], StyleName.SEQUENCE_PARALLEL),
         NORMS,
         only=True,
-        says="2 times the unsharded one: it was summed where every rank had the whole",
+        says="2 times the unsharded one: summed where every rank had the whole",
     ),
     Fault(
         "sequence_parallel norm: no gradient arrives",
@@ -404,7 +404,7 @@ FAULTS = (
         NORMS,
         partial(patch.object, native, "_weight", _detached),
         only=True,
-        says="no gradient arrived on some rank",
+        says="no gradient arrives on some rank",
     ),
     Fault(
         "gather_input: gradient cut though partial",

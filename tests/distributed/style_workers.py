@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor
 
 from shardwise.core.collective import Origin
 from shardwise.core.errors import PlanError
-from shardwise.core.finding import Agreement
 from shardwise.core.mesh import Mesh
 from shardwise.core.placement import Partial, Replicate, Shard
-from shardwise.core.plan import Engine, Plan
+from shardwise.core.plan import Plan
+from shardwise.core.verification import Agreement
 from shardwise.launch import RankContext
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel import collectives
@@ -28,7 +28,9 @@ from shardwise.parallel.recorder import CollectiveRecorder
 from shardwise.step import clipping
 from shardwise.step.build import build_model, device_mesh
 from shardwise.step.train import TrainStep
-from shardwise.verify.agreement import Reference, agreement, reference
+from shardwise.verify import expected as expectation
+from shardwise.verify.observe import Portion
+from shardwise.verify.proof import gradient_errors, prove
 from shardwise.verify.ranks import disagreements, replicated_parameters
 from tests.distributed.style_cases import (
     BATCH,
@@ -57,7 +59,11 @@ class Unsharded:
     state: dict[str, Tensor]
     ids_BS: Tensor  # noqa: N815
     labels_BS: Tensor  # noqa: N815
-    whole: Reference
+    expected: expectation.Unsharded
+
+    @property
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: each for name, each in self.expected.observed.gradients.items() if each is not None}
 
 
 def _model_of(config: Config) -> nn.Module:
@@ -85,7 +91,8 @@ def unsharded(config: Config, kind: Ids, device: torch.device) -> Unsharded:
     labels_BS[0, :7] = -100
     labels_BS = labels_BS.to(device)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    return Unsharded(state, ids_BS, labels_BS, reference(model, ids_BS.to(device), labels_BS))
+    expected = expectation.unsharded(model, [(ids_BS, labels_BS)], parts=2, with_steps=False)
+    return Unsharded(state, ids_BS, labels_BS, expected)
 
 
 def sharded(config: Config, plan: Plan, mesh: DeviceMesh, state: dict[str, Tensor]) -> nn.Module:
@@ -96,23 +103,15 @@ def sharded(config: Config, plan: Plan, mesh: DeviceMesh, state: dict[str, Tenso
 
 def compare(case: Case, mesh: DeviceMesh, device: torch.device) -> Agreement:
     base = unsharded(case.config, case.ids, device)
+
+    def whole() -> nn.Module:
+        model = _model_of(case.config).double().to(device)
+        model.load_state_dict(base.state)
+        return model
+
     model = sharded(case.config, case.plan, mesh, base.state)
-    ids_BS = base.ids_BS.to(device) if case.plan.engine is Engine.DTENSOR else base.ids_BS
-    if case.backwards == 1:
-        return agreement(model, ids_BS, base.labels_BS, base.whole, layers=2)
-    whole = Reference(
-        base.whole.loss, {name: gradient * case.backwards for name, gradient in base.whole.gradients.items()}
-    )
-
-    def run() -> Tensor:
-        loss_function = loss_of(model)
-        for _ in range(case.backwards):
-            loss = loss_function(model(ids_BS), base.labels_BS)
-            with loss_function.backward_context():
-                loss.backward()
-        return loss
-
-    return agreement(model, ids_BS, base.labels_BS, whole, layers=2, run=run)
+    portion = Portion(mesh, micro_batches=case.backwards)
+    return Agreement.of(*prove(model, base.expected, whole, portion), plan=case.plan.name, layers=2)
 
 
 def _run_cases(context: RankContext, mesh: DeviceMesh) -> dict[str, dict[str, Any]]:
@@ -243,26 +242,15 @@ def clip_errors(context: RankContext, mesh: DeviceMesh) -> dict[str, float]:
         loss_of(model)(model(base.ids_BS), base.labels_BS).backward()
         max_norm = 0.05  # far below the norm, so that everything is scaled
         norm = clipping.clip_gradients(model.parameters(), max_norm)
-        parameters = [nn.Parameter(torch.empty_like(gradient)) for gradient in base.whole.gradients.values()]
-        for parameter, gradient in zip(parameters, base.whole.gradients.values(), strict=True):
+        parameters = [nn.Parameter(torch.empty_like(gradient)) for gradient in base.gradients.values()]
+        for parameter, gradient in zip(parameters, base.gradients.values(), strict=True):
             parameter.grad = gradient.clone()
         expected = nn.utils.clip_grad_norm_(parameters, max_norm)
-        clipped = Reference(
-            base.whole.loss,
-            {n: p.grad for n, p in zip(base.whole.gradients, parameters, strict=True) if p.grad is not None},
-        )
-        found = agreement(
-            model, base.ids_BS, base.labels_BS, clipped, layers=2, run=partial(_again, model, base, max_norm)
-        )
-        errors[plan.name] = max(abs(float(norm / expected) - 1), found.worst_gradient_error, found.loss_error)
+        clipped = {name: each.grad for name, each in zip(base.gradients, parameters, strict=True)}
+        gradients = {name: each.grad for name, each in model.named_parameters()}
+        off = gradient_errors(model, gradients, clipped, {})
+        errors[plan.name] = max(abs(float(norm / expected) - 1), *(each.relative for each in off.values()))
     return errors
-
-
-def _again(model: nn.Module, base: Unsharded, max_norm: float) -> Tensor:
-    loss = loss_of(model)(model(base.ids_BS), base.labels_BS)
-    loss.backward()
-    clipping.clip_gradients(model.parameters(), max_norm)
-    return loss
 
 
 def _steps(plan: Plan | None, mesh: DeviceMesh | None, device: torch.device, part: int, parts: int) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveKind
-from shardwise.core.finding import Agreement, Finding, FindingKind
+from shardwise.core.finding import Finding, FindingKind
 from shardwise.core.measurement import (
     CollectiveUse,
     Comparison,
@@ -18,6 +18,7 @@ from shardwise.core.measurement import (
     Standing,
     TextSummary,
 )
+from shardwise.core.verification import Agreement
 
 HOSTILE_NAME = "</script><img src=x onerror=alert(1)>"
 HOSTILE_MARKUP = "[bold red]x[/] \x1b[31m\u2028<!--"
@@ -142,8 +143,27 @@ def wrong_agreement(label: str) -> Agreement:
         0.5,
         0.5,
     )
+    return agreement(label, math.nan, "layers.0.attention_norm.weight", 0.5, (finding,))
+
+
+def agreement(
+    label: str, loss_error: float, worst: str, error: float, findings: tuple[Finding, ...] = ()
+) -> Agreement:
     return Agreement(
-        label, "float64", 2, 21, math.nan, "layers.0.attention_norm.weight", 0.5, 1e-9, (finding,)
+        plan=label,
+        dtype="float64",
+        layers=2,
+        noise=1.1e-16,
+        tolerance=1e-9,
+        output_error=2.3e-16,
+        loss_error=loss_error,
+        parameters_compared=21,
+        worst_gradient=worst,
+        worst_gradient_error=error,
+        steps=0,
+        norm_error=None,
+        weights_error=None,
+        findings=findings,
     )
 
 
@@ -196,7 +216,7 @@ def _measurement(label: str, plan_name: str, position: int, repeats: str | None)
             tuple(0.041 * 0.85**position * numbers.uniform(0.95, 1.05) for _ in range(21)),
             tuple(0.083 * 0.87**position * numbers.uniform(0.95, 1.05) for _ in range(21)),
         ),
-        agreement=Agreement(label, "float64", 2, 21, 3.1e-16, "tok_embeddings.weight", 2.2e-15, 1e-9),
+        agreement=agreement(label, 3.1e-16, "tok_embeddings.weight", 2.2e-15),
     )
 
 

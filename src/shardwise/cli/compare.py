@@ -30,10 +30,11 @@ from shardwise.cli.options import (
 from shardwise.cli.profiled import profiled_plans
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
-from shardwise.core.finding import Agreement, Finding
+from shardwise.core.finding import Finding
 from shardwise.core.measurement import Comparison, StepProfile
 from shardwise.core.mesh import RUN, Mesh, check_carried
 from shardwise.core.plan import Plan, suggest
+from shardwise.core.verification import Agreement
 
 if TYPE_CHECKING:
     from shardwise.cli.compare_ranks import CompareJob
@@ -374,7 +375,7 @@ class _Run:
             on_event=on_event,
             threads_per_rank=_threads(self.request),
         )
-        return [msgspec.json.decode(result, type=RankReport) for result in results]
+        return [msgspec.msgpack.decode(result, type=RankReport) for result in results]
 
     def _comparison(
         self, reports: "list[RankReport]", stream: "TokenStream", started: datetime

@@ -10,24 +10,27 @@ from pathlib import Path
 import msgspec
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.core.case import StepSettings
-from shardwise.core.finding import Agreement, Finding
+from shardwise.core.finding import Finding
 from shardwise.core.mesh import TENSOR_AXIS, Mesh, sees_other_tokens
 from shardwise.core.plan import Plan
+from shardwise.core.verification import Agreement
 from shardwise.launch import RankContext
 from shardwise.launch.environment import VARIABLES
 from shardwise.measure.profile import WARM_UP
 from shardwise.measure.record import RankRecord, RankReport
 from shardwise.measure.rounds import run_rounds
 from shardwise.measure.subject import MicroBatches, ModuleAlone, Subject
-from shardwise.models.specs import ModelSpec, get_spec
+from shardwise.models.specs import get_spec
 from shardwise.step.build import build_model, device_mesh
-from shardwise.step.train import TrainStep
 from shardwise.text.batches import Batches
 from shardwise.text.stream import TokenStream
-from shardwise.verify.agreement import Reference, agreement, reference
+from shardwise.verify.expected import shake, unsharded
+from shardwise.verify.observe import Portion
+from shardwise.verify.proof import prove
 from shardwise.verify.ranks import digest, disagreeing_digests, disagreements, replicated_parameters
 
 CHECK_TOKENS = 128
@@ -75,11 +78,13 @@ def pack(job: CompareJob, stream: TokenStream | None) -> bytes:
 
 
 def run(context: RankContext, payload: bytes) -> bytes:
-    """Entry of every rank: returns a RankReport as JSON."""
+    """Entry of every rank: returns a RankReport in msgpack."""
     head, _, body = payload.partition(b"\n")
     job = msgspec.json.decode(head, type=CompareJob)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    return msgspec.json.encode(_Run(context, job, _broadcast(body, context)).report())
+    return msgspec.msgpack.encode(
+        _Run(context, job, _broadcast(body, context)).report()
+    )  # an error may be infinite, which JSON has no word for
 
 
 class _Run:
@@ -130,39 +135,39 @@ class _Run:
         return RankReport(tuple(records), findings, agreements, tuple(self._notes()), rank_variables())
 
     def _check(self) -> tuple[Agreement, ...]:
-        """Every plan's loss and gradients against the unsharded model's, in float64, over the step's own micro-batches."""
+        """Every plan proved as `verify` proves it, in float64, over the step's own portions; without the optimizer's steps, for AdamW's state of
+        the whole model would need three times the memory on every rank."""
         job, spec = self.job, self.spec.with_layers(self.job.check_layers)
-        batch = self.shape.data_parallel * job.settings.accumulation
-        batches = Batches(self.batches.stream, batch, check_sequence(job.settings.seq, self.shape.tp))
-        whole = batches.at(0)
-        device = self.context.device
-        expected = self._reference(spec, whole.ids_BS, whole.labels_BS)
-        found = []
-        for label, plan in zip(job.labels, self.plans, strict=False):
-            self._note(f'check of "{label}" against the unsharded model')
-            model = build_model(
+        portion = Portion(
+            self.mesh, _data_place(self.mesh), self.shape.data_parallel, job.settings.accumulation
+        )
+        seq = check_sequence(job.settings.seq, self.shape.tp)
+        batch = Batches(self.batches.stream, portion.places * portion.micro_batches, seq).at(0)
+
+        def build(plan: Plan | None) -> nn.Module:
+            return build_model(
                 spec,
                 plan,
-                self.mesh,
+                self.mesh if plan is not None else None,
                 dtype=torch.float64,
-                device=device,
+                device=self.context.device,
                 seed=job.settings.seed,
                 recompute=job.settings.recompute,
+                on_parameter=shake,
             )
-            step = TrainStep(model, mesh=self.mesh)
-            parts = self._micro_batches(batches, 0)
-            run = partial(step.gradients, parts)
-            found.append(
-                agreement(model, whole.ids_BS, whole.labels_BS, expected, layers=job.check_layers, run=run)
-            )
-            self._advance(f"checked {label}", label)
-        return tuple(found)
 
-    def _reference(self, spec: ModelSpec, ids_BS: torch.Tensor, labels_BS: torch.Tensor) -> Reference:
         self._note("unsharded reference")
-        device = self.context.device
-        model = build_model(spec, None, None, dtype=torch.float64, device=device, seed=self.job.settings.seed)
-        return reference(model, ids_BS.to(device), labels_BS.to(device))
+        whole = partial(build, None)
+        expected = unsharded(
+            whole(), [(batch.ids_BS, batch.labels_BS)], parts=self.shape.tp, with_steps=False
+        )
+        agreements = []
+        for label, plan in zip(job.labels, self.plans, strict=False):
+            self._note(f'check of "{label}" against the unsharded model')
+            proof, findings = prove(build(plan), expected, whole, portion)
+            agreements.append(Agreement.of(proof, findings, plan=plan.name, layers=job.check_layers))
+            self._advance(f"checked {label}", label)
+        return tuple(agreements)
 
     def _build(self) -> tuple[list[Subject], list[tuple[str, int]]]:
         """All subjects, each after its first step; and digests of the whole initial parameters."""

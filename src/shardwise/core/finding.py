@@ -65,25 +65,3 @@ class Finding:
     advice: str | None = None
     cause: Cause | None = None
     rule: RuleRef | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """How well a sharded model agrees with the unsharded one: worst relative error over the loss and every gradient.
-
-    `layers` is the depth of the model that was compared; it is smaller than the model's where the unsharded one would not fit.
-    """
-
-    plan: str
-    dtype: str
-    layers: int
-    parameters_compared: int
-    loss_error: float
-    worst_gradient: str
-    worst_gradient_error: float
-    tolerance: float
-    findings: tuple[Finding, ...] = ()
-
-    @property
-    def agrees(self) -> bool:
-        return not self.findings

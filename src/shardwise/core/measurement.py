@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveKind
-from shardwise.core.finding import Agreement
 from shardwise.core.parts import Parts
+from shardwise.core.verification import Agreement
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Verification: what a proof of one plan on one model found, or why there is none."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 
 from shardwise.core.finding import Finding, FindingKind
@@ -59,6 +59,26 @@ class Proof:
     steps: int
     norm_error: float | None
     weights_error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement(Proof):
+    """A proof as `compare` makes it of each plan before it is timed, without the optimizer's steps.
+
+    layers: the depth of the model that was proved; smaller than the model's where the unsharded one would not fit.
+    """
+
+    plan: str
+    layers: int
+    findings: tuple[Finding, ...] = ()
+
+    @classmethod
+    def of(cls, proof: Proof, findings: tuple[Finding, ...], *, plan: str, layers: int) -> "Agreement":
+        return cls(**asdict(proof), plan=plan, layers=layers, findings=findings)
+
+    @property
+    def agrees(self) -> bool:
+        return not self.findings
 
 
 @dataclass(frozen=True, slots=True)

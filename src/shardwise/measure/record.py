@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from shardwise.core.collective import CollectiveCall, CollectiveKind
-from shardwise.core.finding import Agreement, Finding
+from shardwise.core.finding import Finding
 from shardwise.core.measurement import CollectiveUse, Measurement, MemoryUse, ModuleTimes
+from shardwise.core.verification import Agreement
 
 
 @dataclass(frozen=True, slots=True)

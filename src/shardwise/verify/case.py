@@ -13,7 +13,7 @@ from datetime import timedelta
 
 import msgspec
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -33,8 +33,10 @@ from shardwise.parallel.parameters import part_of_dtensor
 from shardwise.parallel.resolve import tied_parameters
 from shardwise.step.build import device_mesh
 from shardwise.torch_private import default_store
-from shardwise.verify.observe import LogitsError, ModuleError, local
-from shardwise.verify.proof import Unsharded, prove, unsharded
+from shardwise.verify.expected import Unsharded, shake, unsharded
+from shardwise.verify.held import local
+from shardwise.verify.observe import Batch, LogitsError, ModuleError, Portion
+from shardwise.verify.proof import prove
 from shardwise.verify.reasons import ungathered, with_ties
 from shardwise.verify.static import of_model, untied
 
@@ -144,7 +146,7 @@ class _Examination:
     def verification(self) -> Verification:
         try:
             source = self._source()
-            expected, batches, make = self._unsharded(source)
+            expected, make = self._unsharded(source)
         except (ShardwiseError, RuntimeError) as error:
             if isinstance(error, InputError) and not self._case.model.startswith("hf:"):
                 raise
@@ -159,7 +161,7 @@ class _Examination:
             return self._crashed("", error)
         sharded, findings = self._looked_at(model)
         try:
-            proof, differences = prove(model, expected, make, batches, self._mesh)
+            proof, differences = prove(model, expected, make, Portion(self._mesh))
         except LogitsError as error:
             return self._answer((*ungathered(str(error)), *findings), None, sharded, str(error))
         except ModuleError as error:
@@ -220,10 +222,8 @@ class _Examination:
         sharded, findings = of_model(named, self._plan, self._tp)
         return sharded, [*untied(self._ties, model), *findings]
 
-    def _unsharded(
-        self, source: ModelSource
-    ) -> tuple[Unsharded | str, list[tuple[Tensor, Tensor]], Callable[[], nn.Module]]:
-        """(what it gives, or why there is nothing to prove; the batches; how to make it again)"""
+    def _unsharded(self, source: ModelSource) -> tuple[Unsharded | str, Callable[[], nn.Module]]:
+        """(what it gives, or why there is nothing to prove; how to make it again)"""
         failures = []
         for name in [self._case.dtype] if self._case.dtype else ["float64", "float32"]:
             dtype: torch.dtype = getattr(torch, name)
@@ -235,26 +235,25 @@ class _Examination:
             self._parameters = sum(parameter.numel() for parameter in model.parameters())
             self._ties = set(tied_parameters(model).values())
             if self._plan is TheirPlan.HF and not getattr(model, "tp_plan", None):
-                return NO_PLAN, [], make
-            batches = self._batches(model)
+                return NO_PLAN, make
             try:
-                return unsharded(model, batches, self._tp), batches, make
+                return unsharded(model, self._batches(model), parts=self._tp), make
             except (ModuleError, RunError) as error:
                 failures.append(f"in {name}, {shown(error, 300)}")
-        return f"unsharded {' '.join(failures)}", [], make
+        return f"unsharded {' '.join(failures)}", make
 
-    def _batches(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    def _batches(self, model: nn.Module) -> list[Batch]:
         """Two batches of random ids, and as labels what follows each; one label is ignored."""
         generator = torch.Generator().manual_seed(SEED + 1)
         vocab = vocab_size_of(model)
         first = FIRST_ID if self._case.model.startswith("hf:") and vocab > 2 * FIRST_ID else 0
-        found = []
+        batches = []
         for _ in range(2):
             ids = torch.randint(first, vocab, (self._job.batch, self._job.seq + 1), generator=generator)
             labels = ids[:, 1:].clone()
             labels[0, self._job.seq // 3] = IGNORED
-            found.append((ids[:, :-1].contiguous().to(self._device), labels.to(self._device)))
-        return found
+            batches.append((ids[:, :-1].contiguous().to(self._device), labels.to(self._device)))
+        return batches
 
     def _sharded(self, source: ModelSource, make: Callable[[], nn.Module]) -> nn.Module:
         if self._plan is TheirPlan.UNSHARDED:
@@ -285,21 +284,11 @@ class _Examination:
 
 
 def seeded(source: ModelSource, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The model with weights that no two parameters share by accident, the same on every rank: its own initialisation, shaken.
-
-    A norm that is all ones, or a bias of zeros, has a gradient that a wrong plan can get right.
-    """
+    """The model with weights that no two parameters share by accident, the same on every rank: its own initialisation, shaken."""
     torch.manual_seed(SEED)
     model = source.build(dtype=dtype, device="cpu")
-    generator = torch.Generator().manual_seed(SEED + 2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            std = min(0.1, parameter.shape[-1] ** -0.5) if parameter.dim() > 1 else 0.1
-            parameter.add_(
-                (std * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)).to(
-                    parameter.dtype
-                )
-            )
+    for name, parameter in model.named_parameters():
+        shake(name, parameter)
     return model.to(device).train()
 
 

@@ -1,4 +1,7 @@
-"""What one run of a model gives: its logits, loss and gradients; and, where something is wrong, what each module gave and got back."""
+"""What one run of the training step gives: logits, loss and gradients; and, where something is wrong, what each module gave and got back.
+
+It is the step that is timed (step/train.py): data-parallel ranks, micro-batches, FSDP and recompute are run as they are there.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -6,21 +9,58 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.core.errors import RunError
+from shardwise.core.mesh import TENSOR_AXIS
+from shardwise.core.program import Phase
 from shardwise.core.shown import told
-from shardwise.parallel.apply import loss_of
+from shardwise.parallel.apply import applied_to, is_applied
 from shardwise.parallel.loss import DTensorLoss, PlainLoss
+from shardwise.step.train import TrainStep
+from shardwise.verify.held import local
 from shardwise.verify.noise import NoDropout, SplitMatmuls
 
 SEED = 0
 
+Batch = tuple[Tensor, Tensor]
+"""Ids and labels, [B, S] each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """What this rank computes of a global batch: part `place` of `places`, in micro-batches. Without a mesh: one process, all of it."""
+
+    mesh: DeviceMesh | None = None
+    place: int = 0
+    places: int = 1
+    micro_batches: int = 1
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup:
+        assert self.mesh is not None
+        return self.mesh.get_group(TENSOR_AXIS)
+
+    def of(self, whole: Tensor) -> list[Tensor]:
+        """The micro-batches of a tensor whose first dim is the global batch."""
+        return list(whole.chunk(self.places)[self.place].chunk(self.micro_batches))
+
+    def batches(self, batch: Batch, model: nn.Module) -> list[Batch]:
+        """Those of ids and labels. A model that isn't sharded takes ids on its device; others may want them on the host, for routes."""
+        ids_BS, labels_BS = batch
+        if not is_applied(model):
+            ids_BS = ids_BS.to(next(model.parameters()).device)
+        return list(zip(self.of(ids_BS), self.of(labels_BS), strict=True))
+
+
+ALONE = Portion()
+
 
 @dataclass(slots=True)
 class Call:
-    """One call of a module: its (first) output and the gradient that came back to it, as this rank has them."""
+    """One call of a module in the forward: its (first) output and the gradient that came back to it, as this rank has them."""
 
     module: str
     output: Tensor | None = None
@@ -29,66 +69,14 @@ class Call:
 
 @dataclass(slots=True)
 class Observed:
-    """gradients: by parameter name, None where none arrived. calls: in the order in which they ended; empty unless asked for.
-
-    coarsest: see SplitMatmuls; None unless the matmuls were split.
-    """
+    """logits: of this rank's portion. gradients: by parameter name, None where none arrived. calls: in the order in which they ended; empty
+    unless asked for. coarsest: see SplitMatmuls; None unless the matmuls were split."""
 
     logits: Tensor
     loss: float
     gradients: dict[str, Tensor | None]
     calls: list[Call] = field(default_factory=list)
     coarsest: torch.dtype | None = None
-
-
-def observe(
-    model: nn.Module,
-    ids_BS: Tensor,
-    labels_BS: Tensor,
-    *,
-    split: int = 1,
-    trail: bool = False,
-    width: int | None = None,
-) -> Observed:
-    """One forward and backward, without dropout. split: see SplitMatmuls. width: of whole logits.
-
-    Raises ModuleError with the module in which it failed, and LogitsError where a loss for whole logits gets a part of them.
-    """
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(SEED)
-    calls: list[Call] = []
-    loss_function = loss_of(model)
-    splitting = SplitMatmuls(split) if split > 1 else None
-    with ExitStack() as stack:
-        stack.enter_context(NoDropout())
-        if splitting is not None:
-            stack.enter_context(splitting)
-        if trail:
-            stack.enter_context(_recorded(model, calls))
-        with _named(model):
-            logits = model(ids_BS)
-        if (
-            width is not None
-            and logits.shape[-1] != width
-            and isinstance(loss_function, PlainLoss | DTensorLoss)
-        ):
-            raise LogitsError(int(logits.shape[-1]), width)
-        try:
-            loss = loss_function(logits, labels_BS)
-            with loss_function.backward_context():
-                loss.backward()
-        except Exception as error:
-            raise ModuleError("", f"the backward raised {told(error)}") from error
-    gradients = {
-        name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
-    return Observed(
-        local(logits.detach()),
-        float(local(loss.detach())),
-        gradients,
-        calls,
-        splitting.coarsest if splitting is not None else None,
-    )
 
 
 class ModuleError(RunError):
@@ -104,64 +92,112 @@ class LogitsError(RunError):
 
     def __init__(self, width: int, whole: int) -> None:
         super().__init__(
-            f"the logits are {width} wide on a rank, the unsharded model's {whole}, and the loss takes them for whole"
+            f"the logits are {width} wide on a rank, the unsharded model's {whole}, "
+            "and the loss takes them for whole"
         )
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def observe(
+    model: nn.Module,
+    batch: Batch,
+    portion: Portion = ALONE,
+    *,
+    split: int = 1,
+    trail: bool = False,
+    width: int | None = None,
+) -> Observed:
+    """The gradients of one global batch, without dropout. split: see SplitMatmuls. width: of whole logits.
+
+    Raises ModuleError with the module in which it failed, and LogitsError where a loss for whole logits gets a part of them.
+    """
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(SEED)
+    watch = _Watch(model, width)
+    splitting = SplitMatmuls(split) if split > 1 else None
+    step = TrainStep(model, mesh=portion.mesh, on_phase=watch.enter_phase)
+    with ExitStack() as stack:
+        stack.enter_context(NoDropout())
+        if splitting is not None:
+            stack.enter_context(splitting)
+        stack.enter_context(watch.hooked(trail=trail))
+        try:
+            loss = step.gradients(portion.batches(batch, model))
+        except LogitsError:
+            raise
+        except Exception as error:
+            raise watch.failure(error) from error
+    gradients = {name: each.grad for name, each in model.named_parameters() if each.requires_grad}
+    return Observed(
+        torch.cat(watch.logits),
+        float(local(loss)),
+        gradients,
+        watch.calls,
+        splitting.coarsest if splitting is not None else None,
+    )
 
 
-@contextmanager
-def _named(model: nn.Module) -> Iterator[None]:
-    """What a forward raises becomes a ModuleError."""
-    stack: list[str] = []
-    handles = []
-    for name, module in model.named_modules():
+class _Watch:
+    """Sees the logits, the module that is being called, and, with a trail, what each module gives and gets back. width: see observe()."""
 
-        def enter(*_: Any, name: str = name) -> None:
-            stack.append(name)
+    def __init__(self, model: nn.Module, width: int | None) -> None:
+        self.logits: list[Tensor] = []
+        self.calls: list[Call] = []
+        self._model = model
+        self._width = width if isinstance(applied_to(model).loss, PlainLoss | DTensorLoss) else None
+        self._phase = Phase.FORWARD
+        self._open: list[str] = []
 
-        def leave(*_: Any) -> None:
-            stack.pop()
+    def enter_phase(self, phase: Phase) -> None:
+        self._phase = phase
+        self._open.clear()  # a recomputed forward ends early, and leaves its modules open
 
-        handles.append(module.register_forward_pre_hook(enter, prepend=True))
-        handles.append(module.register_forward_hook(leave))
-    try:
-        yield
-    except Exception as error:
-        where = stack[-1] if stack else ""
-        raise ModuleError(where, f"{where or 'the model'} raised {told(error)}") from error
-    finally:
-        for handle in handles:
-            handle.remove()
+    def failure(self, error: Exception) -> ModuleError:
+        if self._phase is not Phase.FORWARD:
+            return ModuleError("", f"the backward raised {told(error)}")
+        where = self._open[-1] if self._open else ""
+        return ModuleError(where, f"{where or 'the model'} raised {told(error)}")
 
+    @contextmanager
+    def hooked(self, *, trail: bool) -> Iterator[None]:
+        handles = []
+        for name, module in self._model.named_modules():
 
-@contextmanager
-def _recorded(model: nn.Module, calls: list[Call]) -> Iterator[None]:
-    handles = []
-    for name, module in model.named_modules():
+            def enter(*_: Any, name: str = name) -> None:
+                self._open.append(name)
 
-        def seen(_: nn.Module, __: Any, output: object, *, name: str = name) -> None:
-            call = Call(name)
-            calls.append(call)
-            tensor = _first_tensor(output)
-            if tensor is not None:
-                call.output = local(tensor.detach()).clone()
-                if tensor.requires_grad:
-                    tensor.register_hook(lambda gradient: _keep(call, gradient))
+            def leave(_: nn.Module, __: Any, output: object, *, name: str = name) -> None:
+                if self._phase is Phase.FORWARD:  # not in a recomputed one
+                    self._open.pop()
+                    if trail:
+                        self._take_note(name, output)
 
-        handles.append(module.register_forward_hook(seen))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+            handles.append(module.register_forward_pre_hook(enter, prepend=True))
+            handles.append(module.register_forward_hook(leave))
+        handles.append(self._model.register_forward_hook(self._take_logits))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
+    def _take_logits(self, _: nn.Module, __: Any, logits: Tensor) -> None:
+        if self._width is not None and logits.shape[-1] != self._width:
+            raise LogitsError(int(logits.shape[-1]), self._width)
+        self.logits.append(local(logits.detach()))
 
-def _keep(call: Call, gradient: Tensor) -> None:
-    call.gradient = local(gradient.detach()).clone()
+    def _take_note(self, name: str, output: object) -> None:
+        call = Call(name)
+        self.calls.append(call)
+        tensor = _first_tensor(output)
+        if tensor is None:
+            return
+        call.output = local(tensor.detach()).clone()
+
+        def came_back(gradient: Tensor) -> None:
+            call.gradient = local(gradient.detach()).clone()
+
+        if tensor.requires_grad:
+            tensor.register_hook(came_back)
 
 
 def _first_tensor(output: object) -> Tensor | None:
@@ -170,5 +206,6 @@ def _first_tensor(output: object) -> Tensor | None:
     if isinstance(output, dict):
         output = tuple(output.values())
     if isinstance(output, Sequence) and not isinstance(output, str):
-        return next((found for found in map(_first_tensor, output) if found is not None), None)
+        tensors = (_first_tensor(each) for each in output)
+        return next((tensor for tensor in tensors if tensor is not None), None)
     return None

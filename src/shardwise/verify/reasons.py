@@ -5,13 +5,14 @@ first (does its own relation name a fault?), then whether the gradient that came
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from shardwise.core.finding import Cause, Finding, FindingKind
 from shardwise.core.rule import RuleRef
 from shardwise.parallel.apply import applied_to
+from shardwise.verify.expected import Differences
 from shardwise.verify.relation import Related, Relation
 
 
@@ -26,20 +27,17 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """All that is known of a wrong run. output: of the logits, if they are wrong. gradients: of the parameters that are wrong, with `errors`.
+    """All that is known of a wrong run. output: of the logits, if they are wrong. gradients: of the parameters whose gradients are wrong.
 
     seen: calls in the order in which they ended; empty where the sharded model's calls aren't the unsharded one's. recut: what a trial found.
     """
 
     model: nn.Module
     n_ranks: int
-    tolerance: float
+    differences: Differences
     output: Related | None
-    output_error: float
-    loss_error: float
-    errors: dict[str, float]
     gradients: dict[str, Related]
-    seen: Sequence[Seen] = field(default=())
+    seen: Sequence[Seen] = ()
     recut: "Recut | None" = None
 
     @property
@@ -73,23 +71,17 @@ ADVICE = {
 
 def explain_differences(evidence: Evidence) -> list[Finding]:
     """A finding for the output or loss if they differ, and one for each wrong gradient: faults first, then what follows from them."""
-    forward = evidence.first_wrong_output
-    found: list[Finding] = []
-    if not evidence.output_error <= evidence.tolerance:
-        found.append(_output_finding(evidence, forward))
-    elif not evidence.loss_error <= evidence.tolerance:
-        found.append(
-            Finding(
-                FindingKind.LOSS_DIFFERS,
-                "loss",
-                "the outputs are right and the loss isn't",
-                evidence.loss_error,
-            )
-        )
+    differences, forward = evidence.differences, evidence.first_wrong_output
+    findings: list[Finding] = []
+    if differences.is_output_wrong:
+        findings.append(_output_finding(evidence, forward))
+    elif differences.is_loss_wrong:
+        reason = "the outputs are right and the loss isn't"
+        findings.append(Finding(FindingKind.LOSS_DIFFERS, "loss", reason, differences.loss))
     backward = _last_wrong_gradient(evidence)
-    findings = [_gradient_finding(evidence, name, forward, backward) for name in evidence.errors]
-    findings.sort(key=lambda finding: finding.cause is Cause.FOLLOWS or finding.cause is Cause.FORWARD)
-    return found + findings
+    of_gradients = [_gradient_finding(evidence, name, forward, backward) for name in evidence.gradients]
+    of_gradients.sort(key=lambda finding: finding.cause is Cause.FOLLOWS or finding.cause is Cause.FORWARD)
+    return findings + of_gradients
 
 
 def with_ties(findings: Iterable[Finding], untied: Iterable[Finding]) -> list[Finding]:
@@ -182,8 +174,7 @@ def _is_wrong(related: Related | None) -> bool:
 
 def _last_wrong_gradient(evidence: Evidence) -> int | None:
     """The call nearest to the loss whose gradient is wrong."""
-    found = [at for at, call in enumerate(evidence.seen) if _is_wrong(call.gradient)]
-    return max(found, default=None)
+    return max((at for at, call in enumerate(evidence.seen) if _is_wrong(call.gradient)), default=None)
 
 
 def _output_finding(evidence: Evidence, forward: Seen | None) -> Finding:
@@ -196,15 +187,8 @@ def _output_finding(evidence: Evidence, forward: Seen | None) -> Finding:
     else:
         cause, reason = _forward_fault(evidence, forward)
     rule = rule_of(evidence.model, forward.module) if forward is not None else None
-    return Finding(
-        FindingKind.OUTPUT_DIFFERS,
-        "output",
-        reason,
-        evidence.output_error,
-        advice=ADVICE.get(cause),
-        cause=cause,
-        rule=rule,
-    )
+    error, advice = evidence.differences.output, ADVICE.get(cause)
+    return Finding(FindingKind.OUTPUT_DIFFERS, "output", reason, error, advice=advice, cause=cause, rule=rule)
 
 
 def _forward_fault(evidence: Evidence, forward: Seen) -> tuple[Cause, str]:
@@ -262,79 +246,45 @@ def _output_words(related: Related | None) -> str:
 
 
 def _gradient_finding(evidence: Evidence, name: str, forward: Seen | None, backward: int | None) -> Finding:
-    related = evidence.gradients[name]
+    related, error = evidence.gradients[name], evidence.differences.wrong_gradients[name]
+    is_missing = related.relation is Relation.MISSING
+    cause, reason = _own_fault(related, evidence.n_ranks)
     if evidence.recut is not None and evidence.recut.parameter == name:
-        reason = evidence.recut.reason
-        rule = rule_of(evidence.model, name)
-        advice = ADVICE[Cause.CUT_AS_ONE]
-        return Finding(
-            FindingKind.GRADIENT_DIFFERS,
-            name,
-            reason,
-            evidence.errors[name],
-            related.factor,
-            advice,
-            Cause.CUT_AS_ONE,
-            rule,
-        )
-    cause, reason = _own_fault(related, evidence)
-    kind = (
-        FindingKind.GRADIENT_MISSING if related.relation is Relation.MISSING else FindingKind.GRADIENT_DIFFERS
-    )
-    if cause is Cause.UNKNOWN or cause is Cause.SUMMED_TOO_OFTEN or cause is Cause.AVERAGED:
-        passed = _passed_on(evidence, name, forward, backward)
-        if passed is not None:
-            cause, reason = passed
-    return Finding(
-        kind,
-        name,
-        reason,
-        evidence.errors[name],
-        related.factor,
-        ADVICE.get(cause),
-        cause,
-        rule_of(evidence.model, name),
-    )
+        cause, reason, is_missing = Cause.CUT_AS_ONE, evidence.recut.reason, False
+    elif cause in (Cause.UNKNOWN, Cause.SUMMED_TOO_OFTEN, Cause.AVERAGED):
+        cause, reason = _passed_on(evidence, name, forward, backward) or (cause, reason)
+    kind = FindingKind.GRADIENT_MISSING if is_missing else FindingKind.GRADIENT_DIFFERS
+    rule = rule_of(evidence.model, name)
+    return Finding(kind, name, reason, error, related.factor, ADVICE.get(cause), cause, rule)
 
 
-def _own_fault(related: Related, evidence: Evidence) -> tuple[Cause, str]:
-    n = evidence.n_ranks
+def _own_fault(related: Related, n_ranks: int) -> tuple[Cause, str]:
+    times = f"{_times(related.factor)} the unsharded one"
     match related.relation:
         case Relation.MISSING:
             return Cause.NOTHING_ARRIVES, "no gradient arrives on some rank"
         case Relation.ZERO:
             return Cause.NOTHING_ARRIVES, "its gradient is zero, and the unsharded one isn't"
         case Relation.PARTS if related.factor is None:
-            return (
-                Cause.PARTS_NOT_SUMMED,
-                f"each of {n} ranks computes a part of its gradient, and nothing sums them",
-            )
+            reason = f"each of {n_ranks} ranks computes a part of its gradient, and nothing sums them"
+            return Cause.PARTS_NOT_SUMMED, reason
         case Relation.PARTS:
-            return Cause.PARTS_NOT_SUMMED, (
-                f"the ranks' gradients differ, nothing sums them, and their sum is {_times(related.factor)} the unsharded one"
-            )
+            reason = f"the ranks' gradients differ, nothing sums them, and their sum is {times}"
+            return Cause.PARTS_NOT_SUMMED, reason
         case Relation.MULTIPLE if related.factor is not None and abs(related.factor) > 1:
-            return (
-                Cause.SUMMED_TOO_OFTEN,
-                f"its gradient is {_times(related.factor)} the unsharded one: summed where every rank had the whole",
-            )
+            return Cause.SUMMED_TOO_OFTEN, f"its gradient is {times}: summed where every rank had the whole"
         case Relation.MULTIPLE:
-            return (
-                Cause.AVERAGED,
-                f"its gradient is {_times(related.factor)} the unsharded one: averaged, or parts that were not summed",
-            )
+            return Cause.AVERAGED, f"its gradient is {times}: averaged, or parts that were not summed"
         case Relation.SHIFTED:
             return Cause.WRONG_SHARD, "each rank has the gradient of another rank's part"
         case Relation.ONE_OF_SEVERAL:
-            return (
-                Cause.CUT_AS_ONE,
-                f"it holds {related.factor:.0f} weights, which must each be cut by itself; it is cut as one",
+            reason = (
+                f"it holds {related.factor:.0f} weights, which must each be cut by itself; it is cut as one"
             )
+            return Cause.CUT_AS_ONE, reason
         case Relation.SHARDED | Relation.WHOLE:
-            return (
-                Cause.CUT_AS_ONE,
-                "each rank's gradient is right for a plain cut, and the parameter isn't cut so",
-            )
+            reason = "each rank's gradient is right for a plain cut, and the parameter isn't cut so"
+            return Cause.CUT_AS_ONE, reason
         case Relation.UNEQUAL:
             return Cause.UNKNOWN, "every rank holds it whole, and its gradient isn't equal on them"
         case _:
@@ -345,20 +295,16 @@ def _passed_on(
     evidence: Evidence, name: str, forward: Seen | None, backward: int | None
 ) -> tuple[Cause, str] | None:
     """Where what came to the parameter's module was wrong already."""
-    if forward is not None and not evidence.output_error <= evidence.tolerance:
-        return (
-            Cause.FORWARD,
-            f"the forward is wrong from {_named(forward.module)} on, and so is what comes back",
-        )
+    if forward is not None and evidence.differences.is_output_wrong:
+        where = _named(forward.module)
+        return Cause.FORWARD, f"the forward is wrong from {where} on, and so is what comes back"
     module = name.rpartition(".")[0]
     own = next((at for at, call in enumerate(evidence.seen) if call.module == module), None)
     if own is None or backward is None or own >= backward:
         return None
     source = evidence.seen[backward]
-    return (
-        Cause.FOLLOWS,
-        f"the gradient that comes down to it is wrong from {_named(source.module)} on: {_gradient_words(source.gradient)}",
-    )
+    where, words = _named(source.module), _gradient_words(source.gradient)
+    return Cause.FOLLOWS, f"the gradient that comes down to it is wrong from {where} on: {words}"
 
 
 def _named(module: str) -> str:

@@ -1,0 +1,98 @@
+"""Two verbs, one answer: what compare's check says of a plan is what verify says of it, on every mesh and through the step that is timed."""
+
+from dataclasses import replace
+from functools import lru_cache
+
+import msgspec
+import pytest
+
+from shardwise.cli.compare_ranks import CompareJob, pack
+from shardwise.core.case import StepSettings
+from shardwise.core.finding import Cause, Finding
+from shardwise.core.mesh import Mesh
+from shardwise.core.plan import Plan, Rule, Style, StyleName
+from shardwise.core.verification import Agreement
+from shardwise.launch import run_ranks
+from shardwise.measure.record import RankReport
+from shardwise.parallel.builtin import builtin_plan
+from shardwise.text.stream import load_tokens
+from shardwise.verify.case import Case
+from shardwise.verify.run import verify
+
+MODEL = "llama3-debug?n_layers=2,hidden=96,n_heads=12,n_kv_heads=4,vocab_size=512"
+NORMS = ("layers.*.attention_norm", "layers.*.ffn_norm", "norm")
+
+
+def with_norms(plan: Plan, name: str, style: StyleName) -> Plan:
+    rules = (Rule(rule.pattern, Style(style)) if rule.pattern in NORMS else rule for rule in plan.rules)
+    return replace(plan, name=name, rules=tuple(rules))
+
+
+FAULTY = (
+    with_norms(builtin_plan("rowwise"), "norms-not-summed", StyleName.REPLICATE),
+    with_norms(builtin_plan("colwise", sequence_parallel=False), "norms-summed", StyleName.SEQUENCE_PARALLEL),
+)
+
+
+@lru_cache
+def agreements(mesh: str, settings: StepSettings) -> tuple[Agreement, ...]:
+    """What compare's ranks say of rowwise, and of each of FAULTY."""
+    plans = (builtin_plan("rowwise"), *FAULTY)
+    labels = tuple(plan.name for plan in plans)
+    job = CompareJob(
+        model=MODEL,
+        mesh=mesh,
+        plans=tuple(plan.to_toml() for plan in plans),
+        labels=labels,
+        settings=settings,
+        rounds=1,
+        warmup=0,
+        module=None,
+        module_only=False,
+        check_layers=2,
+        repeat_first=False,
+    )
+    stream = load_tokens(vocab_size=512, random_ids=True)
+    (report, *_) = run_ranks(
+        "shardwise.cli.compare_ranks:run",
+        pack(job, stream),
+        world_size=Mesh.parse(mesh).world_size,
+        device_type="cpu",
+        timeout_s=120,
+    )
+    return msgspec.msgpack.decode(report, type=RankReport).agreements
+
+
+def told(findings: tuple[Finding, ...]) -> list[tuple[object, ...]]:
+    return [
+        (finding.kind, finding.subject, finding.cause, finding.reason, finding.advice, finding.rule)
+        for finding in findings
+    ]
+
+
+@pytest.mark.parametrize("number", range(len(FAULTY)), ids=[plan.name for plan in FAULTY])
+def test_compare_and_verify_find_the_same_in_a_faulty_plan(number: int) -> None:
+    plan = FAULTY[number]
+    (verified,) = verify(
+        [Case(MODEL, plan.to_toml(), plan.name, twin=False)], mesh=Mesh.parse("tp=2"), seq=32
+    )
+    compared = agreements("tp=2", StepSettings(batch=1, seq=32))[1 + number]
+    assert told(compared.findings) == told(verified.wrong)
+    cause = (Cause.PARTS_NOT_SUMMED, Cause.SUMMED_TOO_OFTEN)[number]
+    assert {finding.cause for finding in compared.findings} == {cause}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "settings"),
+    [
+        ("dp=2,tp=2", StepSettings(batch=4, seq=32, accumulation=2)),
+        ("fsdp=2,tp=2", StepSettings(batch=2, seq=32, recompute="full")),
+    ],
+    ids=["data-parallel ranks and micro-batches", "fsdp and recompute"],
+)
+def test_the_causes_are_the_same_through_every_step_that_is_timed(mesh: str, settings: StepSettings) -> None:
+    alone = agreements("tp=2", StepSettings(batch=1, seq=32))
+    right, *wrong = agreements(mesh, settings)
+    assert right.agrees
+    for one, other in zip(alone[1:], wrong, strict=True):
+        assert told(one.findings) == told(other.findings)
