@@ -132,7 +132,8 @@ def test_a_plan_that_trains_another_model_is_an_answer_of_no(tmp_path: Path) -> 
     ended = shardwise("compare", "rowwise", "wrong.toml", *SMALL, "--out", "run", cwd=tmp_path)
     assert ended.returncode == 1, ended.stderr
     assert (
-        "norms-not-reduced: layers.0.attention_norm.weight: its gradient is 1/2 of the unsharded one: parts were not summed"
+        'norms-not-reduced: layers.0.attention_norm.weight, rule "layers.*.attention_norm" (replicate): '
+        "each of 2 ranks computes a part of its gradient, and nothing sums them (relative error"
         in ended.stdout
     )
     assert "Nothing was timed." in ended.stdout

@@ -143,27 +143,8 @@ def wrong_agreement(label: str) -> Agreement:
         0.5,
         0.5,
     )
-    return agreement(label, math.nan, "layers.0.attention_norm.weight", 0.5, (finding,))
-
-
-def agreement(
-    label: str, loss_error: float, worst: str, error: float, findings: tuple[Finding, ...] = ()
-) -> Agreement:
     return Agreement(
-        plan=label,
-        dtype="float64",
-        layers=2,
-        noise=1.1e-16,
-        tolerance=1e-9,
-        output_error=2.3e-16,
-        loss_error=loss_error,
-        parameters_compared=21,
-        worst_gradient=worst,
-        worst_gradient_error=error,
-        steps=0,
-        norm_error=None,
-        weights_error=None,
-        findings=findings,
+        label, "float64", 2, 21, math.nan, "layers.0.attention_norm.weight", 0.5, 1e-9, (finding,)
     )
 
 
@@ -216,7 +197,7 @@ def _measurement(label: str, plan_name: str, position: int, repeats: str | None)
             tuple(0.041 * 0.85**position * numbers.uniform(0.95, 1.05) for _ in range(21)),
             tuple(0.083 * 0.87**position * numbers.uniform(0.95, 1.05) for _ in range(21)),
         ),
-        agreement=agreement(label, 3.1e-16, "tok_embeddings.weight", 2.2e-15),
+        agreement=Agreement(label, "float64", 2, 21, 3.1e-16, "tok_embeddings.weight", 2.2e-15, 1e-9),
     )
 
 

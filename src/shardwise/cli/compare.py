@@ -465,13 +465,17 @@ def _findings(report: "RankReport") -> list[tuple[str, Finding, Agreement | None
 
 
 def _sentence(plan: str, finding: Finding, agreement: Agreement | None) -> str:
-    size = "" if finding.relative_error is None else f" (relative error {finding.relative_error:.3g}"
-    if size and finding.ratio is not None:
-        size += f", ratio {finding.ratio:.6g}"
-    allowed = (
-        f", allowed {agreement.tolerance:.0e})" if size and agreement is not None else (")" if size else "")
-    )
-    return f"{plan}: {finding.subject}: {finding.reason}{size}{allowed}. Nothing was timed."
+    numbers = []
+    if finding.relative_error is not None:
+        numbers.append(f"relative error {finding.relative_error:.3g}")
+        if finding.ratio is not None:
+            numbers.append(f"ratio {finding.ratio:.6g}")
+        if agreement is not None:
+            numbers.append(f"allowed {agreement.tolerance:.0e}")
+    rule = f", rule {finding.rule}" if finding.rule else ""
+    size = f" ({', '.join(numbers)})" if numbers else ""
+    advice = f" {finding.advice}" if finding.advice else ""
+    return f"{plan}: {finding.subject}{rule}: {finding.reason}{size}.{advice} Nothing was timed."
 
 
 def _check_positive(option: str, value: float) -> None:

@@ -1,6 +1,6 @@
 """Verification: what a proof of one plan on one model found, or why there is none."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 
 from shardwise.core.finding import Finding, FindingKind
@@ -45,7 +45,9 @@ class Sharded:
 class Proof:
     """The numbers of a proof; errors are relative. noise: what summing each matmul in tp parts does to the unsharded model.
 
-    weights_error: the largest over all parameters after `steps` optimizer steps with clipping; None where the gradients differ already.
+    worst_gradient_error: of a gradient that is right, the rounding in it counts by its share of what is allowed, so it is within the
+    tolerance. weights_error: the largest over all parameters after `steps` optimizer steps with clipping; None where the gradients differ
+    already.
     """
 
     dtype: str
@@ -62,19 +64,30 @@ class Proof:
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement(Proof):
-    """A proof as `compare` makes it of each plan before it is timed, without the optimizer's steps.
+class Agreement:
+    """The numbers of a proof as `compare` makes it of a plan before it is timed: without the optimizer's steps.
 
-    layers: the depth of the model that was proved; smaller than the model's where the unsharded one would not fit.
+    layers: the depth of the model that was proved; smaller than the model's where the unsharded one would not fit. output_error, noise: as
+    a Proof has them; None in documents of before.
     """
 
     plan: str
+    dtype: str
     layers: int
+    parameters_compared: int
+    loss_error: float
+    worst_gradient: str
+    worst_gradient_error: float
+    tolerance: float
     findings: tuple[Finding, ...] = ()
+    output_error: float | None = None
+    noise: float | None = None
 
     @classmethod
     def of(cls, proof: Proof, findings: tuple[Finding, ...], *, plan: str, layers: int) -> "Agreement":
-        return cls(**asdict(proof), plan=plan, layers=layers, findings=findings)
+        names = {each.name for each in fields(cls)} & {each.name for each in fields(proof)}
+        numbers = {name: getattr(proof, name) for name in names}
+        return cls(**numbers, plan=plan, layers=layers, findings=findings)
 
     @property
     def agrees(self) -> bool:

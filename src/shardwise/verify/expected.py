@@ -97,12 +97,17 @@ class Differences:
         return {name: error.relative for name, error in self.gradients.items() if error.is_wrong}
 
     @property
-    def worst_gradient(self) -> str:
-        """The parameter that is furthest off; where none is wrong, the one that is nearest to what is allowed."""
+    def worst_gradient(self) -> tuple[str, float]:
+        """The parameter that is furthest off, and how far; where none is wrong, the one that is nearest to what is allowed. Rounding, which may
+        be as large as a gradient that is nothing else, counts by its share of what is allowed: so right is what is within the tolerance."""
+        if not self.gradients:
+            return "", 0.0
         by_error = {
             name: (error.is_wrong and error.relative, error.share) for name, error in self.gradients.items()
         }
-        return max(by_error, key=lambda name: by_error[name], default="")
+        name = max(by_error, key=lambda each: by_error[each])
+        worst = self.gradients[name]
+        return name, worst.relative if worst.is_wrong else min(worst.relative, worst.share * self.tolerance)
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ def prove(
         findings += disagreements(what, replicated_parameters(model).items(), portion.tp_group)
     else:
         findings = []
-    worst = differences.worst_gradient
+    worst, worst_error = differences.worst_gradient
     proof = Proof(
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         noise=expected.noise,
@@ -58,7 +58,7 @@ def prove(
         loss_error=differences.loss,
         parameters_compared=len(differences.gradients),
         worst_gradient=worst,
-        worst_gradient_error=differences.gradients[worst].relative if worst else 0.0,
+        worst_gradient_error=worst_error,
         steps=len(expected.norms),
         norm_error=norm_error,
         weights_error=weights_error,
