@@ -1,26 +1,64 @@
-"""The installed command as a process, as a user starts it; and its ranks, found by process id."""
+"""The command as a user starts it: in this process, which is quick, or in one of its own; and its ranks, found by process id."""
 
+import io
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import chdir, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from shardwise.cli.main import _run
+
 SHARDWISE = str(Path(sys.executable).with_name("shardwise"))
 SMALL = ("--seq", "32", "--batch", "2", "--rounds", "2", "--warmup", "0")
-GRACE_S = 10.0
+# Nothing here is timed: how long a test waits for what must come, on a machine that may be busy.
+PATIENCE_S = 200.0
 
 
-def shardwise(
-    *args: str, cwd: Path | None = None, timeout_s: float = 240.0
-) -> subprocess.CompletedProcess[str]:
-    """Runs the command to its end."""
-    return subprocess.run(
-        [SHARDWISE, *args], capture_output=True, text=True, timeout=timeout_s, cwd=cwd, check=False
-    )
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a command ended, and what it wrote."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def shardwise(*args: str, cwd: Path | None = None) -> Ended:
+    """Runs the command to its end in this process: all but the installed script itself, and without importing PyTorch anew."""
+    stdout, stderr = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    with _as_a_process(cwd), redirect_stdout(stdout), redirect_stderr(stderr):
+        code = _run(list(args))
+    return Ended(code, *(_written(stream) for stream in (stdout, stderr)))
+
+
+@contextmanager
+def _as_a_process(cwd: Path | None) -> Iterator[None]:
+    """A user's modules are looked for beside where the command starts, and forgotten when it has ended."""
+    path, modules = sys.path.copy(), sys.modules.copy()
+    with chdir(cwd) if cwd else nullcontext():
+        try:
+            yield
+        finally:
+            sys.path[:] = path
+            for name in sys.modules.keys() - modules.keys():
+                if cwd and (getattr(sys.modules[name], "__file__", None) or "").startswith(str(cwd)):
+                    del sys.modules[name]
+
+
+def _written(stream: io.TextIOWrapper) -> str:
+    stream.flush()
+    return stream.buffer.getvalue().decode()  # type: ignore[attr-defined,no-any-return]
+
+
+def shardwise_process(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs the installed script to its end."""
+    return subprocess.run([SHARDWISE, *args], capture_output=True, text=True, cwd=cwd, check=False)
 
 
 def start(*args: str, cwd: Path) -> subprocess.Popen[str]:
@@ -41,11 +79,20 @@ def hear_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
+def children_of(parent: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The processes that a started command has now, theirs too."""
+    try:
+        return list(psutil.Process(parent.pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
+
+
 def ranks_of(parent: subprocess.Popen[str]) -> list[psutil.Process]:
     """The ranks that a started command has now, by rank."""
-    children = psutil.Process(parent.pid).children(recursive=True)
-    found = [child for child in children if "shardwise.launch.rank" in " ".join(_command_line(child))]
-    return sorted(found, key=lambda child: child.create_time())
+    ranks = [
+        child for child in children_of(parent) if "shardwise.launch.rank" in " ".join(_command_line(child))
+    ]
+    return sorted(ranks, key=lambda child: child.create_time())
 
 
 def _command_line(process: psutil.Process) -> Sequence[str]:
@@ -55,19 +102,32 @@ def _command_line(process: psutil.Process) -> Sequence[str]:
         return ()
 
 
-def wait_for_rounds(out: Path, parent: subprocess.Popen[str], timeout_s: float = 120.0) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Returns as soon as it holds."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline_s, "it never came to hold"
+        time.sleep(0.05)
+
+
+def wait_for_rounds(out: Path, parent: subprocess.Popen[str]) -> None:
     """Until a run has timed its first step, so that what follows happens in mid-run."""
-    deadline_s = time.monotonic() + timeout_s
     events = out / "events.jsonl"
-    while time.monotonic() < deadline_s and parent.poll() is None:
-        if events.exists() and '"round 1 of' in events.read_text():
+    wait_until(lambda: parent.poll() is not None or (events.exists() and '"round 1 of' in events.read_text()))
+    assert parent.poll() is None, f"the run never reached its rounds: {parent.communicate()}"
+
+
+def wait_for_line(parent: subprocess.Popen[str], text: str) -> None:
+    """Until a started command says this on stderr."""
+    assert parent.stderr
+    said = []
+    for line in parent.stderr:
+        if text in line:
             return
-        time.sleep(0.1)
-    raise AssertionError(
-        f"the run never reached its rounds: {parent.communicate() if parent.poll() is not None else 'too slow'}"
-    )
+        said.append(line)
+    raise AssertionError(f"it never said {text!r}: {said}")
 
 
-def gone(processes: Sequence[psutil.Process], within_s: float = GRACE_S) -> bool:
-    """Whether all of them ended within the time."""
-    return not psutil.wait_procs(processes, timeout=within_s)[1]
+def gone(processes: Sequence[psutil.Process]) -> bool:
+    """Whether all of them end."""
+    return not psutil.wait_procs(processes, timeout=PATIENCE_S)[1]

@@ -3,15 +3,15 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from shardwise.core.collective import CollectiveKind
 from shardwise.core.sample import Sample
 from shardwise.files.machine_file import machine_from_toml
-from tests.e2e.command import GRACE_S, gone, ranks_of, shardwise, start
+from tests.e2e.command import PATIENCE_S, gone, ranks_of, shardwise, start, wait_for_line
 
 
 def test_a_quick_calibration_of_two_ranks_writes_a_file_that_is_read_again(tmp_path: Path) -> None:
@@ -40,7 +40,10 @@ def test_a_quick_calibration_of_two_ranks_writes_a_file_that_is_read_again(tmp_p
     assert document["failed"] == []
     assert "Measured with --quick" in document["notes"][0]
     written = msgspec.json.decode(samples.read_bytes())
-    assert len(msgspec.convert(written["samples"], tuple[Sample, ...])) == document["sample_count"] > 80
+    kept = msgspec.convert(written["samples"], tuple[Sample, ...])
+    assert len(kept) == document["sample_count"]
+    # how many kernels there was time for is the machine's to say; the telling ones come first, and the rest has no limit
+    assert {each.what for each in kept} >= {"matmul", "launch", *map(str, CollectiveKind)}
     assert "left)" in ended.stderr
     assert sorted(each.name for each in tmp_path.iterdir()) == ["here.json", "here.toml"]
 
@@ -92,12 +95,11 @@ def test_bad_input_ends_with_2_and_one_line_before_anything_is_measured(
 
 def test_ctrl_c_ends_with_130_and_leaves_no_rank_and_no_file(tmp_path: Path) -> None:
     running = start("calibrate", "--ranks", "2", "--device", "cpu", cwd=tmp_path)
-    deadline_s = time.monotonic() + 60
-    while len(ranks := ranks_of(running)) < 2 and time.monotonic() < deadline_s:
-        time.sleep(0.1)
-    time.sleep(3.0)
+    wait_for_line(running, "(0 of ")
+    ranks = ranks_of(running)
+    assert len(ranks) == 2
     os.kill(running.pid, signal.SIGINT)
-    _, said = running.communicate(timeout=GRACE_S)
+    _, said = running.communicate(timeout=PATIENCE_S)
     assert running.returncode == 130
     assert "stopped by Ctrl-C; no rank was left behind." in said
     assert gone(ranks)

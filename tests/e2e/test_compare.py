@@ -14,12 +14,21 @@ import pytest
 
 from shardwise.core.measurement import Comparison
 from shardwise.files.document import read_document
-from tests.e2e.command import GRACE_S, SMALL, gone, ranks_of, shardwise, start, wait_for_rounds
+from tests.e2e.command import (
+    PATIENCE_S,
+    SMALL,
+    gone,
+    ranks_of,
+    shardwise,
+    shardwise_process,
+    start,
+    wait_for_rounds,
+)
 from tests.e2e.test_report_html import WHOLE_STEP_CHARTS, Elements, browser, visit
 
 __all__ = ["browser"]  # the fixture
 
-LONG = ("rowwise", "colwise", "--seq", "64", "--batch", "2", "--rounds", "5000", "--no-check")
+LONG = ("rowwise", "colwise", "--seq", "64", "--batch", "2", "--rounds", "1000000", "--no-check")
 WRONG_PLAN = """\
 name = "norms-not-reduced"
 [rules]
@@ -44,7 +53,7 @@ name = "norms-not-reduced"
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison, str]:
     """One whole run of four plans: its folder, what --json gave, and stderr."""
     out = tmp_path_factory.mktemp("run") / "compare"
-    ended = shardwise(
+    ended = shardwise_process(
         "compare", "rowwise", "colwise", "routed", "rowwise@dtensor", *SMALL, "--json", "--out", str(out)
     )
     assert ended.returncode == 0, ended.stderr
@@ -189,7 +198,6 @@ def test_torchrun_ranks_are_used_as_they_are_and_one_of_them_speaks(tmp_path: Pa
         [*command, "compare", "rowwise", "colwise", *SMALL, "--json", "--out", str(tmp_path / "run")],
         capture_output=True,
         text=True,
-        timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )
@@ -277,7 +285,7 @@ def test_a_killed_rank_is_named_and_nothing_is_left_behind(tmp_path: Path) -> No
     ranks = ranks_of(parent)
     assert len(ranks) == 2
     ranks[1].kill()
-    _, stderr = parent.communicate(timeout=GRACE_S)
+    _, stderr = parent.communicate(timeout=PATIENCE_S)
     assert parent.returncode == 3
     assert stderr.splitlines()[-1].startswith("shardwise: rank 1 was killed by SIGKILL (signal 9) during")
     assert gone(ranks)
@@ -289,7 +297,7 @@ def test_ctrl_c_ends_all_ranks(tmp_path: Path) -> None:
     ranks = ranks_of(parent)
     parent.send_signal(signal.SIGINT)
     try:
-        _, stderr = parent.communicate(timeout=GRACE_S)
+        _, stderr = parent.communicate(timeout=PATIENCE_S)
     finally:
         parent.kill()
         parent.wait()
@@ -305,24 +313,23 @@ def test_a_full_disk_for_the_run_folder_ends_the_run_at_once(tmp_path: Path) -> 
     out = tmp_path / "run"
     out.mkdir()
     (out / "events.jsonl").symlink_to("/dev/full")
-    began_s = time.monotonic()
     parent = start("compare", *LONG, "--out", "run", cwd=tmp_path)
-    ranks: list[psutil.Process] = []
-    while parent.poll() is None and time.monotonic() - began_s < 120:
-        ranks = ranks_of(parent) or ranks
+    ranks: set[psutil.Process] = set()
+    while parent.poll() is None:
+        ranks.update(ranks_of(parent))
         time.sleep(0.05)
-    _, stderr = parent.communicate(timeout=GRACE_S)
+    _, stderr = parent.communicate(timeout=PATIENCE_S)
     assert parent.returncode == 3
     assert stderr.splitlines()[-1] == (
         "shardwise: can't write run/events.jsonl: No space left on device. All ranks were stopped. "
         "Free space there, or choose another folder with --out."
     )
-    assert gone(ranks)
+    assert gone(list(ranks))
 
 
 def test_two_compares_at_once_leave_each_other_alone(tmp_path: Path) -> None:
     both = [start("compare", "rowwise", "colwise", *SMALL, "--json", cwd=tmp_path) for _ in range(2)]
-    documents = [parent.communicate(timeout=240)[0] for parent in both]
+    documents = [parent.communicate(timeout=2 * PATIENCE_S)[0] for parent in both]
     assert [parent.returncode for parent in both] == [0, 0]
     for document in documents:
         assert len(json.loads(document)["measurements"]) == 3

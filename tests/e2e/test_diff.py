@@ -4,15 +4,13 @@ import gzip
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from shardwise.core.measurement import Comparison
 from shardwise.files.document import read_document
-from tests.e2e.command import GRACE_S, SMALL, gone, shardwise, start
+from tests.e2e.command import PATIENCE_S, SMALL, children_of, gone, shardwise, start, wait_until
 from tests.e2e.test_report_html import Elements, browser, visit
 from tests.e2e.test_walkthrough_html import driven, seen_by
 from tests.unit.chrome_trace import all_reduce, kernel, write
@@ -105,17 +103,14 @@ def test_ctrl_c_while_reading_leaves_no_process(tmp_path: Path) -> None:
             rank=rank,
         )
     running = start("diff", str(tmp_path), "--workers", "2", cwd=tmp_path)
-    children: list[psutil.Process] = []
-    deadline_s = time.monotonic() + 60
-    while len(children) < 3 and time.monotonic() < deadline_s and running.poll() is None:
-        children = psutil.Process(running.pid).children(recursive=True)
-        time.sleep(0.02)
+    wait_until(lambda: len(children_of(running)) >= 3 or running.poll() is not None)
+    children = children_of(running)
     assert len(children) >= 3, "the readers never started"
     os.kill(running.pid, signal.SIGINT)
-    _, stderr = running.communicate(timeout=60)
+    _, stderr = running.communicate(timeout=PATIENCE_S)
     assert running.returncode == 130
     assert "Traceback" not in stderr
-    assert gone(children, GRACE_S)
+    assert gone(children)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import shardwise
+from tests.e2e.command import shardwise, shardwise_process
 from tests.e2e.test_report_html import browser, visit
 
 __all__ = ["browser"]  # the fixture
@@ -211,7 +211,7 @@ def test_help_shows_examples() -> None:
 
 def test_only_our_own_lines_are_on_the_terminal(tmp_path: Path) -> None:
     """DTensor would warn of the two all-reduces that clipping takes on two axes."""
-    ended = shardwise(
+    ended = shardwise_process(
         "explain", "rowwise@dtensor", *SMALL, "--mesh", "fsdp=2,tp=2", "--batch", "2", cwd=tmp_path
     )
     assert ended.returncode == 0, ended.stderr

@@ -5,13 +5,11 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.e2e.command import shardwise, start
+from tests.e2e.command import PATIENCE_S, children_of, gone, shardwise, start, wait_until
 
 SMALL = ("--model", "llama3-debug", "--mesh", "tp=2", "--seq", "32")
 
@@ -106,9 +104,7 @@ def test_a_saved_program_is_predicted_at_other_sizes_without_torch(saved: Path) 
         f"code = _run(['predict', '--program', {str(saved)!r}, '--mesh', 'pp=2,fsdp=512,tp=2', '--accumulation', '4', '--json']); "
         "print(code, 'torch' in sys.modules, file=sys.stderr)"
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stderr == "0 False\n"
     document = json.loads(ended.stdout)
     (prediction,) = document["predictions"]
@@ -175,16 +171,13 @@ def test_ctrl_c_leaves_no_process_of_a_sweep(tmp_path: Path) -> None:
     running = start(
         "predict", "--sweep", "--devices", "8", "--model", "llama3-debug", "--seq", "32", cwd=tmp_path
     )
-    deadline_s = time.monotonic() + 60
-    children: list[psutil.Process] = []
-    while time.monotonic() < deadline_s and len(children) < 2:
-        children = psutil.Process(running.pid).children(recursive=True)
-        time.sleep(0.1)
+    wait_until(lambda: len(children_of(running)) >= 2 or running.poll() is not None)
+    children = children_of(running)
     running.send_signal(signal.SIGINT)
-    _, errors = running.communicate(timeout=60)
+    _, errors = running.communicate(timeout=PATIENCE_S)
     assert running.returncode == 130, errors
     assert "Traceback" not in errors
-    assert not psutil.wait_procs(children, timeout=10)[1]
+    assert gone(children)
 
 
 REFUSED = [

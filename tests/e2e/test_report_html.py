@@ -109,7 +109,6 @@ def visit(browser: str, page: str, directory: Path, *options: str) -> Visit:
         ],
         capture_output=True,
         encoding="utf-8",
-        timeout=180,
         check=True,
     )
     written = json.loads(log.read_text(encoding="utf-8"))

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from shardwise.core.verification import Verdict, VerificationRun
 from shardwise.files.document import read_document
 from shardwise.report.verify.html import verification_html
 from shardwise.testing import assert_plan_trains_right
-from tests.e2e.command import GRACE_S, gone, ranks_of, shardwise, start
+from tests.e2e.command import PATIENCE_S, gone, ranks_of, shardwise, start, wait_until
 from tests.e2e.test_report_html import Elements, browser, visit
 from tests.unit.test_verify_report import CRASH, HOSTILE, LITTLE, RIGHT, SKIPPED, WRONG, run
 
@@ -122,12 +121,11 @@ def test_bad_input_is_told_in_a_line(given: tuple[str, ...], said: str) -> None:
 
 def test_ctrl_c_leaves_no_rank_behind(tmp_path: Path) -> None:
     process = start("verify", cwd=tmp_path)
-    deadline_s = time.monotonic() + 60
-    while len(ranks := ranks_of(process)) < 2 and time.monotonic() < deadline_s:
-        time.sleep(0.1)
+    wait_until(lambda: len(ranks_of(process)) == 2 or process.poll() is not None)
+    ranks = ranks_of(process)
     assert len(ranks) == 2
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=GRACE_S)
+    process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
     assert gone(ranks)
 
@@ -147,7 +145,6 @@ def test_torchrun_ranks_are_used_as_they_are_and_one_of_them_speaks() -> None:
         [*command, "rowwise", "colwise", "--size", "small", "--json"],
         capture_output=True,
         text=True,
-        timeout=90,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )
