@@ -27,12 +27,14 @@ ALL_CASES = [
 
 @pytest.mark.parametrize(("world_size", "case"), ALL_CASES)
 def test_a_sharded_model_equals_the_unsharded_one(world_size: int, case: Case) -> None:
-    assert_as_expected(case, part(world_size, "cases", "cuda")[case.name])
+    assert_as_expected(case, part(world_size, "cases", "cuda", telling=case.is_telling)[case.name])
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_no_case_is_lost(world_size: int) -> None:
-    assert list(part(world_size, "cases", "cuda")) == [case.name for case in cases(world_size)]
+    for telling in (True, False):
+        names = [case.name for case in cases(world_size) if case.is_telling == telling]
+        assert list(part(world_size, "cases", "cuda", telling=telling)) == names
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)

@@ -7,21 +7,21 @@ from typing import Any
 import pytest
 
 from shardwise.launch import run_ranks
-from tests.distributed.style_cases import Case
+from tests.distributed.style_cases import Case, is_telling
 
 TOLERANCE = 1e-10
 
 
 @lru_cache
-def answer(world_size: int, device_type: str) -> dict[str, Any]:
+def answer(world_size: int, device_type: str, *, telling: bool) -> dict[str, Any]:
     """What rank 0 says; a launch that fails is not tried again for each case."""
     try:
         results = run_ranks(
             "tests.distributed.style_workers:run",
-            b"",
+            b"telling" if telling else b"rest",
             world_size=world_size,
             device_type=device_type,
-            timeout_s=120,
+            timeout_s=300,
         )
     except Exception as error:
         return {"failed": str(error)}
@@ -31,9 +31,11 @@ def answer(world_size: int, device_type: str) -> dict[str, Any]:
     return answers[0]  # type: ignore[no-any-return]
 
 
-def part(world_size: int, name: str, device_type: str = "cpu") -> Any:
-    """One part of the answer; fails the test that asks where the launch failed."""
-    found = answer(world_size, device_type)
+def part(world_size: int, name: str, device_type: str = "cpu", *, telling: bool | None = None) -> Any:
+    """One part of the answer; fails the test that asks where the launch failed. telling: of the cases, those or the rest."""
+    found = answer(
+        world_size, device_type, telling=is_telling(name, world_size) if telling is None else telling
+    )
     if "failed" in found:
         pytest.fail(f"the launch of {world_size} ranks failed: {found['failed']}")
     return found[name]

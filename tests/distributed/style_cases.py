@@ -18,6 +18,27 @@ WITH_SEQUENCE_PARALLEL = ("rowwise", "colwise", "routed", "routed-interleaved", 
 WITHOUT = ("rowwise", "colwise", "replicated")
 # per number of ranks, the meshes on which training steps are compared
 MESHES = {1: ("tp=1",), 2: ("tp=2", "dp=2", "fsdp=2"), 3: ("tp=3",), 4: ("tp=4", "dp=2,tp=2", "fsdp=2,tp=2")}
+# per number of ranks, how the names of the cases begin that show every behaviour: tables that the ranks divide, don't divide, or can't all
+# have a row of; the rest of the matrix runs in `make test-all` only
+TELLING = {
+    1: ("llama V=257 untied padding=None",),
+    2: (
+        "llama V=257 untied padding=None",
+        "llama V=5 tied padding=3",
+        "llama hot ids",
+        "llama few ids",
+        "llama reduce_scatter",
+        "llama backward twice",
+        "llama V=32000 tied",
+        "llama V=257 4 KV heads padding=None",
+        "llama V=257 12 KV heads padding=3",
+        "mlp",
+        "gpt tied",
+        "gpt untied: rowwise@dtensor",
+    ),
+    3: ("llama V=257 untied padding=3", "llama V=5 tied padding=None", "llama 4 KV heads", "mlp"),
+    4: ("llama V=257 tied padding=3", "llama V=5 untied padding=None"),
+}
 
 
 class Ids(StrEnum):
@@ -42,9 +63,32 @@ class MlpConfig:
 Config = LlamaConfig | GPTConfig | MlpConfig
 
 
+def is_telling(part: str, world_size: int) -> bool:
+    """Whether `make test` runs a part of what the ranks do on this many of them. Where a dim doesn't divide, three ranks tell more than four;
+    four are needed for two axes."""
+    if part.startswith("steps "):
+        return part in (
+            "steps tp=1",
+            "steps tp=2",
+            "steps dp=2",
+            "steps fsdp=2",
+            "steps tp=3",
+            "steps dp=2,tp=2",
+            "steps fsdp=2,tp=2",
+        )
+    return world_size in {
+        "laws": (2, 3),
+        "clip": (1, 2),
+        "recorded": (2,),
+        "state_dict": (2, 3),
+        "ranks": (2, 3),
+    }.get(part, (1, 2, 3, 4))
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`refused`: the error that parallelize() must raise. `backwards`: how often gradients are added up."""
+    """`refused`: the error that parallelize() must raise. `backwards`: how often gradients are added up. is_telling: whether `make test`
+    runs it too."""
 
     name: str
     config: Config
@@ -52,6 +96,7 @@ class Case:
     ids: Ids = Ids.RANDOM
     backwards: int = 1
     refused: str | None = None
+    is_telling: bool = True
 
     def model(self) -> nn.Module:
         match self.config:
@@ -235,7 +280,7 @@ def cases(world_size: int) -> tuple[Case, ...]:
     if world_size == 2:
         found += _dtensor_cases()
     assert len({case.name for case in found}) == len(found)
-    return tuple(found)
+    return tuple(replace(case, is_telling=case.name.startswith(TELLING[world_size])) for case in found)
 
 
 def _llama_cases() -> Iterator[Case]:

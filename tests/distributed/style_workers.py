@@ -43,6 +43,7 @@ from tests.distributed.style_cases import (
     Mlp,
     MlpConfig,
     cases,
+    is_telling,
     llama,
     llama_plans,
     mlp_plans,
@@ -114,9 +115,11 @@ def compare(case: Case, mesh: DeviceMesh, device: torch.device) -> Agreement:
     return Agreement.of(*prove(model, base.expected, whole, portion), plan=case.plan.name, layers=2)
 
 
-def _run_cases(context: RankContext, mesh: DeviceMesh) -> dict[str, dict[str, Any]]:
+def _run_cases(context: RankContext, mesh: DeviceMesh, *, telling: bool) -> dict[str, dict[str, Any]]:
     outcomes: dict[str, dict[str, Any]] = {}
     for case in cases(context.world_size):
+        if case.is_telling != telling:
+            continue
         context.note(case.name)
         try:
             outcomes[case.name] = {"agreement": asdict(compare(case, mesh, context.device))}
@@ -387,9 +390,10 @@ def interleaved_table(context: RankContext, mesh: DeviceMesh) -> list[int]:
 
 
 def run(context: RankContext, payload: bytes) -> bytes:
-    """Everything for one number of ranks."""
+    """For one number of ranks what is telling, or (payload "rest") the rest of the matrix."""
     mesh = init_device_mesh(context.device.type, (context.world_size,), mesh_dim_names=("tp",))
-    answer: dict[str, Any] = {"cases": _run_cases(context, mesh)}
+    telling = payload != b"rest"
+    answer: dict[str, Any] = {"cases": _run_cases(context, mesh, telling=telling)}
     parts: dict[str, Callable[[], Any]] = {
         "laws": partial(laws, context, mesh),
         "clip": partial(clip_errors, context, mesh),
@@ -400,9 +404,10 @@ def run(context: RankContext, payload: bytes) -> bytes:
         **{f"steps {text}": partial(step_errors, context, text) for text in MESHES[context.world_size]},
     }
     for name, part in parts.items():
-        context.note(name)
-        answer[name] = part()
-    if context.world_size == 2:
+        if is_telling(name, context.world_size) == telling:
+            context.note(name)
+            answer[name] = part()
+    if context.world_size == 2 and telling:
         answer["faults"] = _run_faults(context, mesh)
         for name, (part_name, plant) in PART_FAULTS.items():
             context.note(name)
