@@ -1,17 +1,21 @@
 # Everyday commands. Each sets up .venv by itself; it needs Python 3.11 or newer and nothing else.
 PYTHON ?= python3
 VENV := .venv
+# the version that the tests run on; another one in a VENV of its own: make test TORCH=2.14.1 VENV=.venv-newest
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+NEWEST_TORCH := 2.14.1
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 ALL_CORES := --numprocesses auto --dist worksteal
 FILES_AT_ONCE := --numprocesses auto --dist loadfile
+TELLING := -m "not full"
 
 .DEFAULT_GOAL := help
-.PHONY: help compare explain verify diff predict test check lint golden bench docs format clean
+.PHONY: help compare explain verify diff predict test test-all test-newest check lint wheel golden bench docs format clean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo '  ARGS="..." is passed on: make compare ARGS="rowwise colwise --seq 1024"'
 
 $(READY): pyproject.toml constraints.txt
@@ -19,7 +23,8 @@ $(READY): pyproject.toml constraints.txt
 		{ echo "shardwise needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12 ..."; exit 2; }
 	@echo "setting up $(VENV) (once; torch is large)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt >$(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	@touch $@
 
 compare: $(READY) ## run the sharding plans on real ranks and say which is better (about three minutes)
@@ -37,12 +42,24 @@ diff: $(READY) ## say where the time of profiled steps went: make diff ARGS="run
 predict: $(READY) ## say what a step would take on a machine that you needn't have (seconds)
 	$(BIN)/shardwise predict $(ARGS)
 
-test: $(READY) ## all tests, on all cores; those that start ranks or a browser a file at a time, for they share a launch (15 to 25 minutes on 2 cores)
+test: $(READY) ## the tests that show every behaviour, on all cores (about eight minutes on 2)
+	$(BIN)/python -m pytest tests/unit tests/golden tests/programs $(TELLING) $(ALL_CORES) $(ARGS)
+	$(BIN)/python -m pytest tests/distributed tests/e2e tests/cuda $(TELLING) $(FILES_AT_ONCE) $(ARGS)
+
+test-all: $(READY) ## all tests: the full matrices too, as CI runs them
 	$(BIN)/python -m pytest tests/unit tests/golden tests/programs $(ALL_CORES) $(ARGS)
 	$(BIN)/python -m pytest tests/distributed tests/e2e tests/cuda $(FILES_AT_ONCE) $(ARGS)
 
+test-newest: ## make test on the newest torch that shardwise is for, in .venv-newest
+	$(MAKE) test TORCH=$(NEWEST_TORCH) VENV=.venv-newest
+
 check: lint ## lint, the unit tests and the golden files: about two minutes
 	$(BIN)/python -m pytest tests/unit tests/golden -q $(ALL_CORES) $(ARGS)
+
+wheel: $(READY) ## build the wheel and try it in an empty venv, away from the repo (minutes: it installs torch)
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist . >/dev/null
+	PYTHON=$(PYTHON) .ci/wheel dist/*.whl
 
 golden: $(READY) ## accept what small programs are now; read the diff
 	$(BIN)/python -m tests.golden.programs
@@ -78,4 +95,4 @@ format: $(READY) ## format and sort imports
 	$(BIN)/ruff format .
 
 clean: ## remove what the other commands made
-	rm -rf $(VENV) runs site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-newest build dist runs site .mypy_cache .ruff_cache .pytest_cache .hypothesis
