@@ -23,6 +23,9 @@ class Use:
     def __add__(self, other: "Use") -> "Use":
         return Use(self.count + other.count, self.ns + other.ns)
 
+    def per(self, steps: int) -> "Use":
+        return Use(self.count / steps, self.ns / steps)
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Work:

@@ -1,7 +1,7 @@
 """What an event is, by its category and name. Categories decide first: a CPU op can carry a stream.
 
-Sources: Kineto's activity types (libkineto/include/ActivityType.h) and their older spellings; kernel names as NCCL, RCCL, vLLM,
-FlashInfer, DeepEP, NVSHMEM and MSCCL give them.
+Sources: Kineto's activity types (libkineto/include/ActivityType.h) and their older spellings; kernel names as
+NCCL, RCCL, vLLM, FlashInfer, DeepEP, NVSHMEM and MSCCL give them.
 """
 
 import re
@@ -28,7 +28,8 @@ _BY_CATEGORY = {
 }
 
 _COMMUNICATES = re.compile(
-    r"nccl|rccl|msccl|nvshmem|cross_device_reduce|multimem_|deep_ep::.{0,200}(?:dispatch|combine)|all_?reduce_fusion|"
+    r"nccl|rccl|msccl|nvshmem|cross_device_reduce|multimem_|deep_ep::.{0,200}(?:dispatch|combine)|"
+    r"all_?reduce_fusion|"
     r"(?:all_?reduce|all_?gather|reduce_?scatter|all_?to_?all).{0,200}kernel|memcpy ptop|one_shot_|two_shot_",
     re.IGNORECASE,
 )
@@ -70,7 +71,8 @@ DTYPE_BYTES = {
     "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1,
 }  # fmt: skip
 
-# bytes per second that one GPU's links carry in one direction: NVLink 2 to 5 and Infinity Fabric, by the makers' data sheets of these products
+# bytes per second that one GPU's links carry in one direction: NVLink 2 to 5 and Infinity Fabric, by the
+# makers' data sheets of these products
 LINK_BYTES_PER_S = (
     ("V100", 150e9),
     ("A100", 300e9),
@@ -106,7 +108,8 @@ def communicates(name: str) -> bool:
 
 
 def collective_op(name: str) -> str:
-    """A collective's name as PyTorch, NCCL or a kernel spells it -> "all_reduce", ...; UNKNOWN where it says nothing."""
+    """A collective's name as PyTorch, NCCL or a kernel spells it -> "all_reduce", ...; UNKNOWN where it says
+    nothing."""
     plain = name.replace("(anonymous namespace)", "").partition("(")[0].partition("<")[0]
     letters = re.sub(r"[^a-z]", "", plain.lower().removeprefix("nccldevkernel_").removeprefix("ncclkernel_"))
     for part, op in _OPS:
@@ -130,25 +133,27 @@ def waits(name: str) -> bool:
     return name.startswith(_WAITS)
 
 
-_CLASSES = (
-    ("attention", re.compile(r"scaled_dot_product|flash|fmha|attention|attn", re.IGNORECASE)),
-    ("convolution", re.compile(r"conv(?:olution|2d|_)|miopen|winograd|implicit_gemm", re.IGNORECASE)),
-    ("matmul", re.compile(r"::(?:add)?(?:mm|bmm|matmul|linear|baddbmm|einsum|_scaled_mm)\b|gemm|cutlass|Cijk|nvjet|cublas|matmul", re.IGNORECASE)),
-    ("norm", re.compile(r"norm", re.IGNORECASE)),
-    ("embedding", re.compile(r"embedding|index_select|gather", re.IGNORECASE)),
-    ("optimizer", re.compile(r"_foreach|fused_adam|multi_tensor|optimizer|adam", re.IGNORECASE)),
-    ("softmax and loss", re.compile(r"softmax|nll|cross_entropy|loss", re.IGNORECASE)),
-    ("copy", re.compile(r"::(?:copy_|contiguous|clone|cat|_to_copy|to|fill_|zero_)\b|copy|memcpy|memset|CatArray", re.IGNORECASE)),
-    ("reduction", re.compile(r"::(?:sum|mean|max|min|argmax|cumsum|any|all)\b|reduce_kernel", re.IGNORECASE)),
-)  # fmt: skip
+_CLASSES = {
+    "attention": r"scaled_dot_product|flash|fmha|attention|attn",
+    "convolution": r"conv(?:olution|2d|_)|miopen|winograd|implicit_gemm",
+    "matmul": r"::(?:add)?(?:mm|bmm|matmul|linear|baddbmm|einsum|_scaled_mm)\b|gemm|cutlass|Cijk|nvjet|cublas|"
+    r"matmul",
+    "norm": r"norm",
+    "embedding": r"embedding|index_select|gather",
+    "optimizer": r"_foreach|fused_adam|multi_tensor|optimizer|adam",
+    "softmax and loss": r"softmax|nll|cross_entropy|loss",
+    "copy": r"::(?:copy_|contiguous|clone|cat|_to_copy|to|fill_|zero_)\b|copy|memcpy|memset|CatArray",
+    "reduction": r"::(?:sum|mean|max|min|argmax|cumsum|any|all)\b|reduce_kernel",
+}
 _ONLY_COPIES = re.compile(r"^aten::(?:copy_|contiguous|clone|cat|_to_copy|to)$")
 
 
 def class_of(op: str, kernel: str) -> str:
-    """What kind of work it is, by the op that called for it, else by its own name: what unlike kernels have in common."""
+    """What kind of work it is, by the op that called for it, else by its own name: what unlike kernels have
+    in common."""
     for text in (op, kernel):
-        for name, pattern in _CLASSES:
-            if text and pattern.search(text):
+        for name, pattern in _CLASSES.items():
+            if text and re.search(pattern, text, re.IGNORECASE):
                 return name
     return "elementwise and other"
 
@@ -159,7 +164,8 @@ def only_copies(op: str) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """A kernel's name without its return type, its template arguments and its parameters: what two builds have in common."""
+    """A kernel's name without its return type, its template arguments and its parameters: what two builds
+    have in common."""
     bare = name.replace("(anonymous namespace)::", "").replace("{anonymous}::", "").removeprefix("void ")
     if bare.startswith(("Mem", "Cijk_", "triton_", "ampere_", "sm80_", "sm90_", "sm100_", "nvjet_")):
         return bare
@@ -175,7 +181,8 @@ def plain_name(name: str) -> str:
 
 
 def short_name(name: str, most: int = 60) -> str:
-    """plain_name without its namespaces, cut to `most` characters; ranges and ops stay whole but for the cut."""
+    """plain_name without its namespaces, cut to `most` characters; ranges and ops stay whole but for the
+    cut."""
     plain = name
     if "<" in name or name.endswith(")"):
         plain = plain_name(name)

@@ -1,8 +1,9 @@
 """Puts the ranks of a run on one clock, by the symmetric collectives that they share.
 
-Ends fall together: the median of what is between a rank's ends and the others' is its offset. But ranks that share a busy machine leave late,
-often the same one, and such a median makes a collective impossible, in which a rank leaves before the last has come. Each collective bounds
-an offset from both sides, and so does each barrier; of the offsets with which most are possible, the one nearest to the median is taken.
+Ends fall together: the median of what is between a rank's ends and the others' is its offset. But ranks that
+share a busy machine leave late, often the same one, and such a median makes a collective impossible, in which
+a rank leaves before the last has come. Each collective bounds an offset from both sides, and so does each
+barrier; of the offsets with which most are possible, the one nearest to the median is taken.
 """
 
 from collections import defaultdict
@@ -57,8 +58,8 @@ def _pair_by_pair(ranks: Sequence[int], collectives: Sequence[Times]) -> dict[in
                     for rank, (_, end) in times.items():
                         if rank not in offsets:
                             differences[rank].append(end - times[known][1])
-            for rank, found in sorted(differences.items()):
-                offsets[rank] = offsets[known] + median_low(found)
+            for rank, apart_ns in sorted(differences.items()):
+                offsets[rank] = offsets[known] + median_low(apart_ns)
                 frontier.append(rank)
     return offsets
 

@@ -1,11 +1,13 @@
-"""Matches collectives over the ranks of a run, corrects the ranks' clocks by them, and says who came last and why.
+"""Matches collectives over the ranks of a run, corrects the ranks' clocks by them, and says who came last and
+why.
 
-Matched by the process group's sequence numbers where the files have them; else, per group and step, by order: the ranks' lists of
-(op, dtype, elements) are aligned, for capture windows differ. A set in which a rank leaves before the last has come is refused.
+Matched by the process group's sequence numbers where the files have them; else, per group and step, by order:
+the ranks' lists of (op, dtype, elements) are aligned, for capture windows differ. A set in which a rank
+leaves before the last has come is refused.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 
@@ -36,6 +38,7 @@ class _Call:
     origin: str
     dtype: str
     elements: int
+    full_bytes: int
     sequence: int
     step: int | None
     start_ns: int
@@ -48,11 +51,13 @@ class _Call:
 
 
 def share(timelines: Sequence[Timeline]) -> tuple[tuple[Timeline, ...], Sharing]:
-    """(the Timelines on one clock, with the arrivals filled in; what was found). timelines: one per rank, on one origin."""
+    """(the Timelines on one clock, with the arrivals filled in; what they share). timelines: one per rank, on
+    one origin."""
     if len(timelines) < 2:
         count = sum(len(timeline.collectives) for timeline in timelines)
-        why = "one rank's file only: when the others arrived isn't in it, so waiting can't be told from transfer"
-        return tuple(timelines), Sharing((), (), (Refused(count, why),) if count else ())
+        why = "when the others arrived isn't in it, so waiting can't be told from transfer"
+        refusals = (Refused(count, f"one rank's file only: {why}"),) if count else ()
+        return tuple(timelines), Sharing((), (), refusals)
     refused: Counter[str] = Counter()
     matched = _matched(timelines, refused)
     clocks = correct(
@@ -61,39 +66,38 @@ def share(timelines: Sequence[Timeline]) -> tuple[tuple[Timeline, ...], Sharing]
         _times(matched, {"barrier"}),
     )
     offsets = {clock.rank: clock.offset_ns or 0 for clock in clocks}
-    placed = [timeline.shifted(-offsets[timeline.ranks[0]]) for timeline in timelines]
-    by_rank = {timeline.ranks[0]: timeline for timeline in placed}
-    arrivals = {
-        rank: np.full(len(timeline.collectives), NONE, np.int64) for rank, timeline in by_rank.items()
-    }
-    found = []
+    placed = {timeline.ranks[0]: timeline.shifted(-offsets[timeline.ranks[0]]) for timeline in timelines}
+    arrivals = {rank: np.full(len(timeline.collectives), NONE, np.int64) for rank, timeline in placed.items()}
+    possible = []
     for group, calls in matched:
-        members = tuple(
-            Member(call.rank, call.span, call.start_ns - offsets[call.rank], call.end_ns - offsets[call.rank])
-            for call in calls
-        )
-        shared = _shared(group, calls, members, by_rank)
-        if shared.op not in SYMMETRIC:
-            refused[
-                f"{shared.op}: its ranks end at different times, so waiting can't be told from transfer"
-            ] += 1
-        elif not shared.is_possible:
-            refused["a rank leaves before the last one comes: a wrong match, or a clock that drifts"] += 1
-        else:
-            for call in calls:
-                arrivals[call.rank][call.row] = shared.arrival_ns
-            found.append(shared)
-    filled = tuple(
-        replace(timeline, collectives=replace(timeline.collectives, arrival_ns=arrivals[timeline.ranks[0]]))
-        for timeline in placed
-    )
-    found.sort(key=lambda shared: shared.arrival_ns)
-    worst = sorted(range(len(found)), key=lambda at: -found[at].total_waiting_ns)[:_MOST_BLAMED]
+        shared = _shared(group, calls, offsets)
+        why = _why_not_split(shared)
+        if why:
+            refused[why] += 1
+            continue
+        possible.append(shared)
+        for call in calls:
+            arrivals[call.rank][call.row] = shared.arrival_ns
+    possible.sort(key=lambda shared: shared.arrival_ns)
+    worst = sorted(range(len(possible)), key=lambda at: -possible[at].total_waiting_ns)[:_MOST_BLAMED]
     for at in worst:
-        found[at] = replace(found[at], blame=_blame(found[at], by_rank[found[at].last_rank]))
-    return filled, Sharing(
-        tuple(found), clocks, tuple(Refused(count, why) for why, count in refused.most_common())
+        late = possible[at]
+        possible[at] = replace(late, blame=_blame(late, placed[late.last_rank]))
+    filled = tuple(
+        replace(timeline, collectives=replace(timeline.collectives, arrival_ns=arrivals[rank]))
+        for rank, timeline in placed.items()
     )
+    because = tuple(Refused(count, why) for why, count in refused.most_common())
+    return filled, Sharing(tuple(possible), clocks, because)
+
+
+def _why_not_split(shared: SharedCollective) -> str:
+    """Why its waiting can't be told from its transfer; "" where it can."""
+    if shared.op not in SYMMETRIC:
+        return f"{shared.op}: its ranks end at different times, so waiting can't be told from transfer"
+    if not shared.is_possible:
+        return "a rank leaves before the last one comes: a wrong match, or a clock that drifts"
+    return ""
 
 
 # --------------------------------------------------------------------------------------------- matching
@@ -108,42 +112,40 @@ def _matched(timelines: Sequence[Timeline], refused: Counter[str]) -> list[tuple
             by_group[group][timeline.ranks[0]] = calls
     matched = []
     for (name, ranks), calls_by_rank in by_group.items():
-        present = [rank for rank in ranks if rank in calls_by_rank]
         if len(ranks) == 1:
             continue
         absent = [rank for rank in ranks if rank not in everyone]
+        count = sum(len(calls) for calls in calls_by_rank.values())
         if absent:
-            count = sum(len(calls) for calls in calls_by_rank.values())
             refused[f"the files of ranks {_listed(absent)} are missing, which are in the same group"] += count
-            continue
-        if len(present) < len(ranks):
-            count = sum(len(calls) for calls in calls_by_rank.values())
+        elif not calls_by_rank.keys() >= set(ranks):
             refused["only some of the group's ranks recorded it"] += count
-            continue
-        matched += [(name, calls) for calls in _sets([calls_by_rank[rank] for rank in ranks], refused)]
+        else:
+            matched += [(name, calls) for calls in _sets([calls_by_rank[rank] for rank in ranks], refused)]
     return matched
 
 
 def _calls(timeline: Timeline, everyone: tuple[int, ...]) -> dict[tuple[str, tuple[int, ...]], list[_Call]]:
-    """A rank's collectives by group, in order of time. A group whose ranks the file doesn't say is taken for everyone."""
-    spans, found, rank = timeline.spans, timeline.collectives, timeline.ranks[0]
-    windows = timeline.windows
+    """A rank's collectives by group, in order of time. A group whose ranks the file doesn't say is taken for
+    everyone."""
+    spans, rows, rank = timeline.spans, timeline.collectives, timeline.ranks[0]
     calls: dict[tuple[str, tuple[int, ...]], list[_Call]] = defaultdict(list)
-    for row in np.argsort(spans.start_ns[found.span], kind="stable").tolist():
-        span = int(found.span[row])
-        group = timeline.groups[found.group[row]]
+    for row in np.argsort(spans.start_ns[rows.span], kind="stable").tolist():
+        span = int(rows.span[row])
+        group = timeline.groups[rows.group[row]]
         start_ns = int(spans.start_ns[span])
-        step = next((window.step for window in windows if window.start_ns <= start_ns < window.end_ns), None)
+        steps = (window.step for window in timeline.windows if window.start_ns <= start_ns < window.end_ns)
         call = _Call(
             rank=rank,
             row=row,
             span=span,
-            op=timeline.names[found.op[row]],
-            origin="" if found.origin[row] == NONE else timeline.names[found.origin[row]],
-            dtype=timeline.names[found.dtype[row]],
-            elements=int(found.elements[row]),
-            sequence=int(found.sequence[row]),
-            step=step,
+            op=timeline.names[rows.op[row]],
+            origin="" if rows.origin[row] == NONE else timeline.names[rows.origin[row]],
+            dtype=timeline.names[rows.dtype[row]],
+            elements=int(rows.elements[row]),
+            full_bytes=int(rows.full_bytes[row]),
+            sequence=int(rows.sequence[row]),
+            step=next(steps, None),
             start_ns=start_ns,
             end_ns=int(spans.end_ns[span]),
         )
@@ -201,22 +203,22 @@ def _times(matched: Sequence[tuple[str, list[_Call]]], ops: Container[str]) -> l
     ]
 
 
-def _shared(
-    group: str, calls: Sequence[_Call], members: tuple[Member, ...], by_rank: dict[int, Timeline]
-) -> SharedCollective:
+def _shared(group: str, calls: Sequence[_Call], offsets: Mapping[int, int]) -> SharedCollective:
     first = calls[0]
-    sizes = [int(by_rank[call.rank].collectives.full_bytes[call.row]) for call in calls]
-    full = max(sizes) if NONE not in sizes else None
-    n = len(members)
-    wire = None
-    if full is not None and first.op in SYMMETRIC:
-        wire = wire_bytes(CollectiveKind(first.op), full, n)
-    return SharedCollective(
-        first.op, first.origin, group, tuple(call.rank for call in calls), first.step, members, full, wire
+    members = tuple(
+        Member(call.rank, call.span, call.start_ns - offsets[call.rank], call.end_ns - offsets[call.rank])
+        for call in calls
     )
+    sizes = [call.full_bytes for call in calls]
+    full = None if NONE in sizes else max(sizes)
+    is_sized = full is not None and first.op in SYMMETRIC
+    wire = wire_bytes(CollectiveKind(first.op), full or 0, len(calls)) if is_sized else None
+    ranks = tuple(call.rank for call in calls)
+    return SharedCollective(first.op, first.origin, group, ranks, first.step, members, full, wire)
 
 
-# --------------------------------------------------------------------------------------------- who was late, and why
+# --------------------------------------------------------------------------------------------- who was late,
+# and why
 
 
 def _blame(shared: SharedCollective, timeline: Timeline) -> Blame | None:
@@ -229,14 +231,15 @@ def _blame(shared: SharedCollective, timeline: Timeline) -> Blame | None:
     near = (spans.start_ns < end_ns) & (spans.end_ns > begin_ns)
     near[own] = False
     works = np.flatnonzero(near & (spans.kind <= SpanKind.COPY))
-    busy = Counter[int]()
-    for span in works.tolist():
-        busy[span] += _within(int(spans.start_ns[span]), int(spans.end_ns[span]), begin_ns, end_ns)
     device_ns = total_ns(clip(union(spans.start_ns[works], spans.end_ns[works]), begin_ns, end_ns))
-    if 2 * device_ns >= end_ns - begin_ns:
-        doing, ns = _most(timeline, busy)
-        return Blame(short_name(doing), ns, end_ns - begin_ns)
-    return _blame_cpu(timeline, own, near, begin_ns, end_ns)
+    if 2 * device_ns < end_ns - begin_ns:
+        return _blame_cpu(timeline, own, near, begin_ns, end_ns)
+    busy = Counter[str]()
+    for span in works.tolist():
+        start_ns, stop_ns = int(spans.start_ns[span]), int(spans.end_ns[span])
+        busy[timeline.name(span)] += _within(start_ns, stop_ns, begin_ns, end_ns)
+    doing, ns = busy.most_common(1)[0]
+    return Blame(short_name(doing), ns, end_ns - begin_ns)
 
 
 def _blame_cpu(timeline: Timeline, own: int, near: NDArray[np.bool_], begin_ns: int, end_ns: int) -> Blame:
@@ -245,30 +248,19 @@ def _blame_cpu(timeline: Timeline, own: int, near: NDArray[np.bool_], begin_ns: 
     caller = int(spans.parent[own])
     lane = int(spans.lane[caller]) if caller != NONE else _busiest_thread(timeline)
     on_thread = np.flatnonzero(near & (spans.lane == lane) & (spans.kind >= SpanKind.OP))
-    inside: Counter[int] = Counter()
+    in_ops, in_ranges = Counter[str](), Counter[str]()
     for span, start_ns, stop_ns in own_segments(spans, on_thread):
-        inside[span] += max(0, _within(start_ns, stop_ns, begin_ns, end_ns))
-    nothing_ns = end_ns - begin_ns - sum(inside.values())
-    ranges = Counter({span: ns for span, ns in inside.items() if _is_no_op(timeline, span)})
-    nothing_ns += sum(ranges.values())
-    ops = Counter({span: ns for span, ns in inside.items() if span not in ranges})
-    doing, ns = _most(timeline, ops) if ops else ("", 0)
+        inside = in_ranges if spans.kind[span] == SpanKind.RANGE else in_ops
+        inside[timeline.name(span)] += max(0, _within(start_ns, stop_ns, begin_ns, end_ns))
+    waited_ns = end_ns - begin_ns
+    nothing_ns = waited_ns - sum(in_ops.values())
+    doing, ns = in_ops.most_common(1)[0] if in_ops else ("", 0)
     if ns >= nothing_ns:
-        return Blame(f"its CPU in {short_name(doing)}", ns, end_ns - begin_ns, is_cpu=True)
-    named = Counter(
-        {span: ns for span, ns in ranges.items() if not timeline.name(span).startswith(_NO_PLACE)}
-    )
-    where = f" inside {_most(timeline, named)[0]}" if named else ""
-    return Blame(
-        f"its CPU in no recorded op{where}: Python, a sleep, or not scheduled",
-        nothing_ns,
-        end_ns - begin_ns,
-        is_cpu=True,
-    )
-
-
-def _is_no_op(timeline: Timeline, span: int) -> bool:
-    return bool(timeline.spans.kind[span] == SpanKind.RANGE)
+        return Blame(f"its CPU in {short_name(doing)}", ns, waited_ns, is_cpu=True)
+    places = [name for name, _ in in_ranges.most_common() if not name.startswith(_NO_PLACE)]
+    where = f" inside {places[0]}" if places else ""
+    said = f"its CPU in no recorded op{where}: Python, a sleep, or not scheduled"
+    return Blame(said, nothing_ns, waited_ns, is_cpu=True)
 
 
 def _busiest_thread(timeline: Timeline) -> int:
@@ -279,14 +271,6 @@ def _busiest_thread(timeline: Timeline) -> int:
 
 def _within(start_ns: int, stop_ns: int, begin_ns: int, end_ns: int) -> int:
     return min(stop_ns, end_ns) - max(start_ns, begin_ns)
-
-
-def _most(timeline: Timeline, found: Counter[int]) -> tuple[str, int]:
-    """(name, nanoseconds) of the name that takes the most of it."""
-    sums: Counter[str] = Counter()
-    for span, ns in found.items():
-        sums[timeline.name(span)] += ns
-    return sums.most_common(1)[0]
 
 
 def _listed(ranks: Sequence[int]) -> str:

@@ -1,4 +1,5 @@
-"""A trace file as a stream of text in pieces, whatever it is packed in; what isn't a Chrome trace is named and refused.
+"""A trace file as a stream of text in pieces, whatever it is packed in; what isn't a Chrome trace is named
+and refused.
 
 Nothing here holds more than a piece. A damaged or cut gzip file gives what can be unpacked, and says so.
 """
@@ -18,6 +19,7 @@ MOST_BYTES = 64 << 30
 
 _GZIP_MEMBER = 31
 _DAMAGED = cast(type[Exception], isal_zlib.error)
+_GIVE_CHROME = "Give the Chrome JSON that torch.profiler's export_chrome_trace writes"
 _REFUSED = (
     (b"\x28\xb5\x2f\xfd", "a zstd file", "Unpack it with `zstd -d`"),
     (b"PK\x03\x04", "a zip file", "Unpack it"),
@@ -28,17 +30,9 @@ _REFUSED = (
         "an SQLite file (Nsight Systems or rocpd)",
         "Record with torch.profiler and export_chrome_trace",
     ),
-    (
-        b"\x0a",
-        "a Perfetto protobuf trace (.pftrace)",
-        "Give the Chrome JSON that torch.profiler's export_chrome_trace writes",
-    ),
-    (
-        b"\x80\x04",
-        "a Python pickle, which can run code",
-        "Give the Chrome JSON that torch.profiler's export_chrome_trace writes",
-    ),
-    (b"\x89HDF", "an HDF5 file", "Give the Chrome JSON that torch.profiler's export_chrome_trace writes"),
+    (b"\x0a", "a Perfetto protobuf trace (.pftrace)", _GIVE_CHROME),
+    (b"\x80\x04", "a Python pickle, which can run code", _GIVE_CHROME),
+    (b"\x89HDF", "an HDF5 file", _GIVE_CHROME),
 )
 
 
@@ -71,14 +65,14 @@ def text_pieces(path: Path, damage: Damage) -> Iterator[bytes]:
                 is_first = False
                 seen += len(piece)
                 if seen > MOST_BYTES:
+                    most = f"{MOST_BYTES >> 30} GiB"
                     raise TraceError(
-                        f"{path}: unpacks to more than {MOST_BYTES >> 30} GiB. Is it a trace? Record fewer steps."
+                        f"{path}: unpacks to more than {most}. Is it a trace? Record fewer steps."
                     )
                 yield piece
             if is_first:
-                raise TraceError(
-                    f"{path}: {'nothing can be unpacked: ' + damage.reason if damage.reason else 'the file is empty'}."
-                )
+                why = f"nothing can be unpacked: {damage.reason}" if damage.reason else "the file is empty"
+                raise TraceError(f"{path}: {why}.")
     except OSError as error:
         raise TraceError(f"{path}: can't be read: {error.strerror or error}.") from None
 
@@ -93,7 +87,8 @@ def _refuse_others(path: Path, start: bytes) -> None:
         raise TraceError(f"{path}: is a tar archive. Unpack it, and give the folder.")
     shown = start.lstrip()[:12].decode("ascii", "replace")
     raise TraceError(
-        f"{path}: is no Chrome trace: it begins with {shown!r}, not with {{ or [. Give torch.profiler's JSON, plain or gzip."
+        f"{path}: is no Chrome trace: it begins with {shown!r}, not with {{ or [. "
+        "Give torch.profiler's JSON, plain or gzip."
     )
 
 

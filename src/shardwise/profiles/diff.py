@@ -1,4 +1,5 @@
-"""Two RunProfiles -> Difference: the same work found in both, and a verdict that claims no more than the traces show."""
+"""Two RunProfiles -> Difference: the same work found in both, and a verdict that claims no more than the
+traces show."""
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
@@ -7,14 +8,22 @@ from shardwise.core.difference import CollectiveUse, Difference, Line, Matched, 
 
 _WORTH_SAYING = 0.02  # of a step
 _NAMES_SHOWN = 6
+_PART_NAMES = {
+    "compute_ns": "compute",
+    "exposed_transfer_ns": "exposed transfer",
+    "exposed_communication_ns": "exposed communication, not split",
+    "exposed_waiting_ns": "exposed waiting",
+    "exposed_copy_ns": "exposed copies",
+    "cpu_bound_idle_ns": "idle because the CPU had not launched the next work",
+    "other_idle_ns": "other idle",
+}
 
 
 def diff(first: RunProfile, second: RunProfile) -> Difference:
     """second against first."""
-    cpu_first, cpu_second = dict(first.cpu.by_op), dict(second.cpu.by_op)
+    cpu = [dict(run.cpu.by_op) for run in (first, second)]
     cpu_lines = [
-        (name, cpu_first.get(name, Use()), cpu_second.get(name, Use()))
-        for name in cpu_first.keys() | cpu_second.keys()
+        (name, cpu[0].get(name, Use()), cpu[1].get(name, Use())) for name in cpu[0].keys() | cpu[1].keys()
     ]
     cpu_lines.sort(key=lambda line: (-abs(line[2].ns - line[1].ns), line[0]))
     lines = sorted(
@@ -102,46 +111,30 @@ def _names(uses: dict[Work, Use]) -> tuple[str, ...]:
 
 def _verdict(first: RunProfile, second: RunProfile) -> Iterable[str]:
     step = first.step_ns
-    change = second.step_ns - step
     if step <= 0:
         return
-    ratio = second.step_ns / step
-    relation = (
-        "takes as long" if abs(change) < _WORTH_SAYING * step else "is slower" if change > 0 else "is faster"
-    )
+    change = second.step_ns - step
+    relation = "is slower" if change > 0 else "is faster"
+    if abs(change) < _WORTH_SAYING * step:
+        relation = "takes as long"
     yield (
-        f"{second.label} {relation}: {ms(second.step_ns)} a step against {ms(step)} of {first.label}, {ratio:.2f} times."
-        + _spread(first, second)
+        f"{second.label} {relation}: {ms(second.step_ns)} a step against {ms(step)} of {first.label}, "
+        f"{second.step_ns / step:.2f} times.{_spread(first, second)}"
     )
     delta = second.parts - first.parts
-    named = (
-        ("compute", delta.compute_ns),
-        ("exposed transfer", delta.exposed_transfer_ns),
-        ("exposed communication, not split", delta.exposed_communication_ns),
-        ("exposed waiting", delta.exposed_waiting_ns),
-        ("exposed copies", delta.exposed_copy_ns),
-        ("idle because the CPU had not launched the next work", delta.cpu_bound_idle_ns),
-        ("other idle", delta.other_idle_ns),
-    )
+    parts = [(name, getattr(delta, field)) for field, name in _PART_NAMES.items()]
     large = sorted(
-        (part for part in named if abs(part[1]) >= _WORTH_SAYING * step), key=lambda part: -abs(part[1])
+        (each for each in parts if abs(each[1]) >= _WORTH_SAYING * step), key=lambda each: -abs(each[1])
     )
     if large:
-        yield (
-            "The change is "
-            + ", ".join(f"{signed_ms(ns)} {name}" for name, ns in large)
-            + "; the rest is smaller than 2 % of a step."
-        )
+        changes = ", ".join(f"{signed_ms(ns)} {name}" for name, ns in large)
+        yield f"The change is {changes}; the rest is smaller than 2 % of a step."
     else:
         yield "No part of the step changes by 2 % of it."
     by_class = _class_changes(first, second)
-    worth = [(name, ns) for name, ns in by_class if abs(ns) >= _WORTH_SAYING / 2 * step][:5]
+    worth = [f"{name} {signed_ms(ns)}" for name, ns in by_class if abs(ns) >= _WORTH_SAYING / 2 * step]
     if worth:
-        yield (
-            "By kind of work, hidden or not: "
-            + ", ".join(f"{name} {signed_ms(ns)}" for name, ns in worth)
-            + "."
-        )
+        yield f"By kind of work, hidden or not: {', '.join(worth[:5])}."
     for run in (first, second):
         yield from collective_words(run)
 
@@ -151,9 +144,9 @@ def _class_changes(first: RunProfile, second: RunProfile) -> list[tuple[str, flo
     change: dict[str, float] = defaultdict(float)
     for run, sign in ((first, -1), (second, 1)):
         for work, use in run.work:
-            change[
-                f"{work.name.replace('_', '-')}s" if work.of_class == "communication" else work.of_class
-            ] += sign * use.ns
+            is_collective = work.of_class == "communication"
+            name = f"{work.name.replace('_', '-')}s" if is_collective else work.of_class
+            change[name] += sign * use.ns
     return sorted(change.items(), key=lambda pair: (-abs(pair[1]), pair[0]))
 
 
@@ -161,29 +154,25 @@ def run_words(run: RunProfile) -> tuple[str, ...]:
     """One run by itself, in words."""
     if run.step_ns <= 0:
         return ()
-    hidden = (
-        f", {100 * run.overlap_share:.1f} % of them hidden behind compute"
-        if run.overlap_share is not None
-        else ""
-    )
+    parts, share = run.parts, run.overlap_share
+    hidden = "" if share is None else f", {100 * share:.1f} % of them hidden behind compute"
     return (
-        f"A step takes {ms(run.step_ns)}: {100 * run.parts.compute_ns / run.step_ns:.1f} % compute, "
-        f"{100 * run.parts.exposed_ns / run.step_ns:.1f} % exposed communication. Collectives take {ms(run.communication_ns)}{hidden}.",
+        f"A step takes {ms(run.step_ns)}: {100 * parts.compute_ns / run.step_ns:.1f} % compute, "
+        f"{100 * parts.exposed_ns / run.step_ns:.1f} % exposed communication. "
+        f"Collectives take {ms(run.communication_ns)}{hidden}.",
         *collective_words(run, prefix=""),
     )
 
 
 def _spread(first: RunProfile, second: RunProfile) -> str:
-    ranges = []
-    for run in (first, second):
-        lengths = [step.length_ns for step in run.steps]
-        ranges.append((min(lengths), max(lengths)))
     if min(len(first.steps), len(second.steps)) < 2:
         return " One window on a side: how much steps differ by themselves isn't known."
-    (low_1, high_1), (low_2, high_2) = ranges
+    lengths = [[step.length_ns for step in run.steps] for run in (first, second)]
+    (low_1, high_1), (low_2, high_2) = [(min(each), max(each)) for each in lengths]
+    ranges = f"({ms(low_1)} to {ms(high_1)}, {ms(low_2)} to {ms(high_2)})"
     if low_1 <= high_2 and low_2 <= high_1:
-        return f" Their steps overlap ({ms(low_1)} to {ms(high_1)}, {ms(low_2)} to {ms(high_2)}): take it with care."
-    return f" Their steps don't overlap ({ms(low_1)} to {ms(high_1)}, {ms(low_2)} to {ms(high_2)})."
+        return f" Their steps overlap {ranges}: take it with care."
+    return f" Their steps don't overlap {ranges}."
 
 
 def collective_words(run: RunProfile, *, prefix: str | None = None) -> Iterable[str]:
@@ -193,19 +182,17 @@ def collective_words(run: RunProfile, *, prefix: str | None = None) -> Iterable[
     for each in large:
         if each.waiting_ns is not None and each.transfer_ns is not None:
             yield f"{start}{_split(each, each.waiting_ns, each.transfer_ns)}"
-    whole = [each for each in large if each.waiting_ns is None]
+    whole = [_named(each) for each in large if each.waiting_ns is None]
     if whole:
-        why = (
-            run.sharing.refused[0].why
-            if run.sharing.refused
-            else "its calls could not be matched over the ranks"
-        )
-        yield f"{start}{', '.join(map(_named, whole))} a step. Waiting and transfer can't be told apart: {why}."
+        refused = run.sharing.refused
+        why = refused[0].why if refused else "its calls could not be matched over the ranks"
+        yield f"{start}{', '.join(whole)} a step. Waiting and transfer can't be told apart: {why}."
 
 
 def _named(each: CollectiveUse) -> str:
     asked = f" of {each.origin}" if each.origin else ""
-    return f"{each.op.replace('_', '-')}{asked} {ms(each.use.ns)} ({each.use.count:.3g} call{'' if each.use.count == 1 else 's'})"
+    calls = f"{each.use.count:.3g} call{'' if each.use.count == 1 else 's'}"
+    return f"{each.op.replace('_', '-')}{asked} {ms(each.use.ns)} ({calls})"
 
 
 def _split(each: CollectiveUse, waiting_ns: float, transfer_ns: float) -> str:
@@ -213,18 +200,14 @@ def _split(each: CollectiveUse, waiting_ns: float, transfer_ns: float) -> str:
     if each.late is not None:
         rank, share, doing = each.late
         late = f", {'all' if share > 0.995 else f'{100 * share:.0f} %'} of it for rank {rank}"
-        late += (
-            f", which was in {doing}"
-            if doing and not doing.startswith("its CPU")
-            else f", {doing}"
-            if doing
-            else ""
-        )
-    speed = ""
-    if each.bus_bytes_per_s is not None:
-        speed = f", at {'most ' if each.is_bound else ''}{each.bus_bytes_per_s / 1e9:.3g} GB/s (bus)"
-    bound = "at least " if each.is_bound else ""
-    return f"{_named(each)} a step: {ms(waiting_ns)} before the last rank came{late}; {bound}{ms(transfer_ns)} transfer{speed}."
+        if doing:
+            late += f", {doing}" if doing.startswith("its CPU") else f", which was in {doing}"
+    bound, most = ("at least ", "most ") if each.is_bound else ("", "")
+    speed = "" if each.bus_bytes_per_s is None else f", at {most}{each.bus_bytes_per_s / 1e9:.3g} GB/s (bus)"
+    return (
+        f"{_named(each)} a step: {ms(waiting_ns)} before the last rank came{late}; "
+        f"{bound}{ms(transfer_ns)} transfer{speed}."
+    )
 
 
 def ms(ns: float) -> str:

@@ -1,10 +1,12 @@
-"""The text of a Chrome trace -> its events, typed, in batches, and its header: streamed, with bounds, past damage.
+"""The text of a Chrome trace -> its events, typed, in batches, and its header: streamed, with bounds, past
+damage.
 
-The fast way decodes a few MiB of events at once. Where that fails, events are decoded one by one; what is still not JSON is mended where the
-way is known (control characters, invalid UTF-8, bare quotes in a name), else counted as lost. The header is what stands around
-`traceEvents`, before it or after it.
+The fast way decodes a few MiB of events at once. Where that fails, events are decoded one by one; what is
+still not JSON is mended where the way is known (control characters, invalid UTF-8, bare quotes in a name),
+else counted as lost. The header is what stands around `traceEvents`, before it or after it.
 
-Pieces are cut before an event's first key: `}, {"ph"` can't stand inside a JSON string, since its quote would be escaped.
+Pieces are cut before an event's first key: `}, {"ph"` can't stand inside a JSON string, since its quote would
+be escaped.
 """
 
 import re
@@ -23,7 +25,8 @@ Scalar = int | str | float | bool | None
 
 
 class Args(msgspec.Struct, gc=False):
-    """What is read of an event's args. Sizes as the profiler writes them: elements, not bytes, but for copies."""
+    """What is read of an event's args. Sizes as the profiler writes them: elements, not bytes, but for
+    copies."""
 
     external_id: Scalar = msgspec.field(name="External id", default=None)
     old_external_id: Scalar = msgspec.field(name="external id", default=None)
@@ -85,6 +88,11 @@ class Header(msgspec.Struct, gc=False):
     base_ns: int | str | None = msgspec.field(name="baseTimeNanoseconds", default=None)
     devices: list[Device] = msgspec.field(name="deviceProperties", default_factory=list)
 
+    @property
+    def job(self) -> Distributed:
+        """What it says of all ranks."""
+        return self.distributed or Distributed()
+
 
 _DECODE = msgspec.json.Decoder(list[Event])
 _DECODE_EXACTLY = msgspec.json.Decoder(list[ExactEvent])
@@ -119,7 +127,7 @@ class EventStream:
         self._buffer = b""
         self._head = b""
         self._is_bare = False
-        self._found = False
+        self._has_array = False
 
     def __iter__(self) -> Iterator[list[Any]]:
         """Lists of Event or ExactEvent."""
@@ -163,7 +171,7 @@ class EventStream:
                     if opens is not None:
                         self._head = self._buffer[: token.start()]
                         self._buffer = self._buffer[opens.end() :]
-                        self._found = True
+                        self._has_array = True
                         return True
             if len(self._buffer) > MOST_HEADER_BYTES or not self._more():
                 self._head, self._buffer = self._buffer, b""
@@ -223,7 +231,8 @@ class EventStream:
             reach *= 8
 
     def _last(self) -> Iterator[list[Any]]:
-        """What is left when the file has ended: the last event, the end of the array, the rest of the header."""
+        """What is left when the file has ended: the last event, the end of the array, the rest of the
+        header."""
         end, is_array_end = yield from self._one_by_one(self._buffer, is_last=True)
         if is_array_end:
             self._keep_tail(end)
@@ -246,16 +255,16 @@ class EventStream:
     def _one_by_one(
         self, text: bytes, *, is_last: bool = False
     ) -> Generator[list[Any], None, tuple[int, bool]]:
-        """Yields what can be read; returns (how far it read, whether the array ends there). Before the file's end it leaves what may be the
-        first part of an event."""
-        found: list[Any] = []
+        """Yields what can be read; returns (how far it read, whether the array ends there). Before the file's
+        end it leaves what may be the first part of an event."""
+        readable: list[Any] = []
         cuts = [*((cut.start() + 1, cut.end()) for cut in _BETWEEN.finditer(text)), (len(text), len(text))]
         start, at = 0, 0
         while at < len(cuts):
             ends = [end for end, _ in cuts[at : at + _MOST_JOINED] if end - start <= MOST_EVENT_BYTES]
             events, taken, array_end = self._first(text, start, ends, is_last=is_last)
             if array_end is not None:
-                yield found + events
+                yield readable + events
                 return array_end, True
             if (
                 not taken
@@ -267,7 +276,7 @@ class EventStream:
             if not taken:
                 events, taken = self._first_mended(text, start, ends)
             if taken:
-                found += events
+                readable += events
             elif piece := text[start : cuts[at][0]].strip():
                 if is_last and at == len(cuts) - 1:
                     self.lost["cut off at the end of the file"] += 1
@@ -275,13 +284,14 @@ class EventStream:
                     self.lost["not JSON"] += 1
             start = cuts[at + max(1, taken) - 1][1]
             at += max(1, taken)
-        yield found
+        yield readable
         return start, False
 
     def _first(
         self, text: bytes, start: int, ends: list[int], *, is_last: bool
     ) -> tuple[list[Any], int, int | None]:
-        """(the event at start, how many pieces it takes; 0: none; where the array ends, if it ends after it)."""
+        """(the event at start, how many pieces it takes; 0: none; where the array ends, if it ends after
+        it)."""
         for taken, end in enumerate(ends, 1):
             piece = text[start:end]
             events = self._decoded(piece)
@@ -328,7 +338,7 @@ class EventStream:
 
     def _keep_tail(self, end: int) -> None:
         self._buffer = self._buffer[end:]
-        self._found = True
+        self._has_array = True
         while len(self._buffer) <= MOST_HEADER_BYTES and self._more():
             pass
 
@@ -337,7 +347,9 @@ class EventStream:
             return
         tail = self._buffer if len(self._buffer) <= MOST_HEADER_BYTES else b""
         joined = (
-            self._head + b'"traceEvents":[]' + (tail if tail.strip() else b"}") if self._found else self._head
+            self._head + b'"traceEvents":[]' + (tail if tail.strip() else b"}")
+            if self._has_array
+            else self._head
         )
         for text in (joined, self._head.rstrip().rstrip(b",") + b"}"):
             try:
@@ -356,7 +368,8 @@ def _is_late(event: Event) -> bool:
 
 
 def _with_quotes_escaped(text: bytes) -> bytes:
-    """The event with its name's bare quotes escaped: from the first name on, to the first thing that can stand after one."""
+    """The event with its name's bare quotes escaped: from the first name on, to the first thing that can
+    stand after one."""
     begins = _NAME_BEGINS.search(text)
     ends = _NAME_ENDS.search(text, begins.end()) if begins is not None else None
     if begins is None or ends is None:

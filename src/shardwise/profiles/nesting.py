@@ -23,7 +23,7 @@ def parents(
     previous = NONE
     for at in range(0, len(order), _AT_ONCE):
         part = order[at : at + _AT_ONCE]
-        found = []
+        around = []
         for index, on, begin, end in zip(
             part.tolist(), lane[part].tolist(), start_ns[part].tolist(), end_ns[part].tolist(), strict=True
         ):
@@ -34,15 +34,16 @@ def parents(
             while ends and ends[-1] <= begin:
                 ends.pop()
                 inner.pop()
-            found.append(inner[-1] if inner else NONE)
+            around.append(inner[-1] if inner else NONE)
             ends.append(end)
             inner.append(index)
-        parent[part] = found
+        parent[part] = around
     return parent
 
 
 def own_segments(spans: Spans, chosen: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
-    """(span, start, end) of the time that each chosen CPU span has for itself, without those inside it. Together: their union, a thread."""
+    """(span, start, end) of the time that each chosen CPU span has for itself, without those inside it.
+    Together: their union, a thread."""
     order = chosen[np.lexsort((-spans.end_ns[chosen], spans.start_ns[chosen], spans.lane[chosen]))]
     stack: list[tuple[int, int, int]] = []  # (end, op, from when on it has the time for itself)
 

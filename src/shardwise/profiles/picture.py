@@ -1,4 +1,5 @@
-"""A run's most ordinary step as a picture: what every instant of every rank is booked on, joined to what a page can draw."""
+"""A run's most ordinary step as a picture: what every instant of every rank is booked on, joined to what a
+page can draw."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -54,19 +55,22 @@ def _row(rank: int, sets: WorkSets, window: tuple[int, int], origin_ns: int, lea
         for part, intervals in zip(_PARTS, cut, strict=True)
         for bar in _bars(part, intervals, origin_ns, least_ns)
     ]
-    shown = (
-        ("exposed_waiting", sets.waiting),
-        ("exposed_communication", sets.unsplit),
-        ("exposed_transfer", sets.transfer),
-    )
+    shown = {
+        "exposed_waiting": sets.waiting,
+        "exposed_communication": sets.unsplit,
+        "exposed_transfer": sets.transfer,
+    }
     communication = [
-        bar for part, found in shown for bar in _bars(part, clip(found, begin, end), origin_ns, least_ns)
+        bar
+        for part, intervals in shown.items()
+        for bar in _bars(part, clip(intervals, begin, end), origin_ns, least_ns)
     ]
     return PictureRow(rank, tuple(sorted(parts, key=lambda bar: bar.start_ns)), tuple(communication))
 
 
 def _bars(part: str, intervals: Intervals, origin_ns: int, least_ns: int) -> list[Bar]:
-    """Gaps and bars too short to be seen are left out, in this order: a row of many short ones stays a row."""
+    """Gaps and bars too short to be seen are left out, in this order: a row of many short ones stays a
+    row."""
     if not len(intervals):
         return []
     gaps = complement(intervals, int(intervals[0, 0]), int(intervals[-1, 1]))

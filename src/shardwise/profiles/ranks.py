@@ -1,7 +1,7 @@
 """The trace files of a run's ranks: found, read by a process each, and put on one origin of time."""
 
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -29,80 +29,77 @@ MOST_FILES = 4096
 
 
 def trace_files(path: Path) -> tuple[Path, ...]:
-    """The file itself; or a folder's trace files, sorted; or those of its folder `traces`. Raises TraceError where there are none."""
+    """The file itself; or a folder's trace files, sorted; or those of its folder `traces`. Raises TraceError
+    where there are none."""
     if not path.exists():
         raise TraceError(f"{path}: there is no such file or folder.")
     if path.is_file():
         return (path,)
     inner = path / TRACE_FOLDER
     folder = inner if inner.is_dir() else path
-    found = sorted(
-        each
-        for each in folder.iterdir()
-        if each.is_file() and _TRACES.search(each.name) and each.name not in _NOT_TRACES
-    )
-    if not found:
+    files = [each for each in folder.iterdir() if each.is_file() and _TRACES.search(each.name)]
+    traces = sorted(each for each in files if each.name not in _NOT_TRACES)
+    if not traces:
         plans = sorted(each.name for each in folder.iterdir() if each.is_dir()) if inner.is_dir() else []
-        hint = (
-            f" It has the plans {', '.join(plans)}: give one, such as {folder / plans[0]}." if plans else ""
-        )
+        hint = "Give a trace file, or a folder with one file per rank."
+        if plans:
+            hint = f"It has the plans {', '.join(plans)}: give one, such as {folder / plans[0]}."
+        raise TraceError(f"{folder}: no file in it ends in .json or .json.gz. {hint}")
+    if len(traces) > MOST_FILES:
         raise TraceError(
-            f"{folder}: no file in it ends in .json or .json.gz.{hint or ' Give a trace file, or a folder with one file per rank.'}"
+            f"{folder}: has {len(traces):,} trace files; at most {MOST_FILES:,} are read. "
+            "Give a folder with one file per rank."
         )
-    if len(found) > MOST_FILES:
-        raise TraceError(
-            f"{folder}: has {len(found):,} trace files; at most {MOST_FILES:,} are read. Give a folder with one file per rank."
-        )
-    return tuple(found)
+    return tuple(traces)
 
 
 def read_ranks(
     files: Sequence[Path], *, workers: int | None = None, on_read: Callable[[Path], None] = lambda _: None
 ) -> tuple[Timeline, ...]:
-    """A Timeline per file, by rank, on one origin. workers: how many processes read at once; by default as many as there are cores.
+    """A Timeline per file, by rank, on one origin. workers: how many processes read at once; by default as
+    many as there are cores.
 
     Raises TraceError where a file can't be read, or where two files are of the same rank.
     """
     wanted = min(len(files), workers or cpu_count() or 1)
     if wanted <= 1:
-        found = []
+        timelines = []
         for number, file in enumerate(files):
-            found.append(read_timeline(file, rank=number))
+            timelines.append(read_timeline(file, rank=number))
             on_read(file)
     else:
-        found = _read_at_once(files, wanted, on_read)
-    by_rank = Counter(rank for timeline in found for rank in timeline.ranks)
-    for file, timeline in zip(files, found, strict=True):
-        if by_rank[timeline.ranks[0]] > 1:
-            others = [
-                other.name for other, each in zip(files, found, strict=True) if each.ranks == timeline.ranks
-            ]
+        timelines = _read_at_once(files, wanted, on_read)
+    by_rank: dict[tuple[int, ...], list[Path]] = defaultdict(list)
+    for file, timeline in zip(files, timelines, strict=True):
+        by_rank[timeline.ranks].append(file)
+    for ranks, same in by_rank.items():
+        if len(same) > 1:
             raise TraceError(
-                f"{file.parent}: {len(others)} files are of rank {timeline.ranks[0]}: {', '.join(others[:4])}. "
+                f"{same[0].parent}: {len(same)} files are of rank {ranks[0]}: "
+                f"{', '.join(file.name for file in same[:4])}. "
                 "Keep one file per rank; steps of one rank belong in one file."
             )
-    first_ns = min(timeline.origin_ns for timeline in found)
-    placed = [_from_origin(timeline, first_ns) for timeline in found]
-    return tuple(sorted(placed, key=lambda timeline: timeline.ranks[0]))
+    first_ns = min(timeline.origin_ns for timeline in timelines)
+    placed = [
+        replace(timeline.shifted(timeline.origin_ns - first_ns), origin_ns=first_ns) for timeline in timelines
+    ]
+    return tuple(sorted(placed, key=lambda timeline: timeline.ranks))
 
 
 def _read_at_once(files: Sequence[Path], workers: int, on_read: Callable[[Path], None]) -> list[Timeline]:
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         waiting = {pool.submit(read_timeline, file, rank=number): number for number, file in enumerate(files)}
-        found: dict[int, Timeline] = {}
+        by_number: dict[int, Timeline] = {}
         try:
             for done in as_completed(waiting):
-                found[waiting[done]] = done.result()
+                by_number[waiting[done]] = done.result()
                 on_read(files[waiting[done]])
         except BrokenProcessPool:
             raise RunError(
-                "a process that read a trace was killed: out of memory? Read fewer ranks at once with --workers 1."
+                "a process that read a trace was killed: out of memory? "
+                "Read fewer ranks at once with --workers 1."
             ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return [found[number] for number in range(len(files))]
-
-
-def _from_origin(timeline: Timeline, origin_ns: int) -> Timeline:
-    return replace(timeline.shifted(timeline.origin_ns - origin_ns), origin_ns=origin_ns)
+    return [by_number[number] for number in range(len(files))]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from shardwise.core.decomposition import Decomposition, decompose
+from shardwise.core.decomposition import decompose
 from shardwise.core.difference import CollectiveUse, CpuUse, RunProfile, StepOfRank, Use, Work
 from shardwise.core.errors import TraceError
 from shardwise.core.intervals import clip, covered_ns, total_ns, union
@@ -24,62 +24,46 @@ _STEP_MARK = "ProfilerStep#"
 
 
 @dataclass(slots=True)
-class _Sum:
-    count: float = 0
-    ns: float = 0
-
-    def add(self, count: float, ns: float) -> None:
-        self.count += count
-        self.ns += ns
-
-    def per(self, windows: int) -> Use:
-        return Use(self.count / windows, self.ns / windows)
-
-
-@dataclass(slots=True)
 class _Books:
     """Sums over all windows of all ranks."""
 
-    work: dict[Work, _Sum] = field(default_factory=lambda: defaultdict(_Sum))
-    collectives: dict[tuple[str, str], _Sum] = field(default_factory=lambda: defaultdict(_Sum))
+    work: dict[Work, Use] = field(default_factory=lambda: defaultdict(Use))
     lines_ns: int = 0
     busy_ns: int = 0
 
 
 def profile_run(label: str, timelines: Sequence[Timeline], sharing: Sharing) -> RunProfile:
-    """timelines: one per rank, as collectives.share() gives them. Raises TraceError where no work was recorded."""
-    found = [each for timeline in timelines for each in decompose(timeline)]
-    if not found:
+    """timelines: one per rank, as collectives.share() gives them. Raises TraceError where no work was
+    recorded."""
+    steps = [each for timeline in timelines for each in decompose(timeline)]
+    if not steps:
         raise TraceError(
-            f"{label}: no kernel and no CPU op was recorded. Record with ProfilerActivity.CPU, and CUDA where there is a GPU."
+            f"{label}: no kernel and no CPU op was recorded. "
+            "Record with ProfilerActivity.CPU, and CUDA where there is a GPU."
         )
-    n = len(found)
+    n = len(steps)
     books = _Books()
-    link = link_of(dict(timelines[0].facts).get("device", ""))
     for timeline in timelines:
         _book_work(timeline, books)
-    parts = sum((each.parts for each in found), Parts()).scaled(1 / n)
+    work = sorted(books.work.items(), key=lambda pair: (-pair[1].ns, pair[0]))
+    link = link_of(dict(timelines[0].facts).get("device", ""))
+    launches = [timeline.launches_without_kernel for timeline in timelines]
     return RunProfile(
         label=label,
         facts=timelines[0].facts,
         ranks=tuple(timeline.ranks[0] for timeline in timelines),
         steps=tuple(
             StepOfRank(each.window.rank, each.window.step, each.window.length_ns, each.parts)
-            for each in found
+            for each in steps
         ),
         has_device=any(lane.is_device for timeline in timelines for lane in timeline.lanes),
-        parts=parts,
-        communication_ns=sum(each.communication_ns for each in found) / n,
-        overlap_ns=sum(each.overlap_ns for each in found) / n,
+        parts=sum((each.parts for each in steps), Parts()).scaled(1 / n),
+        communication_ns=sum(each.communication_ns for each in steps) / n,
+        overlap_ns=sum(each.overlap_ns for each in steps) / n,
         lines_ns=books.lines_ns / n,
         busy_ns=books.busy_ns / n,
-        work=tuple(
-            sorted(
-                ((work, total.per(n)) for work, total in books.work.items()),
-                key=lambda pair: (-pair[1].ns, pair[0]),
-            )
-        ),
-        collectives=_collective_uses(books, found, sharing, n),
+        work=tuple((each, use.per(n)) for each, use in work),
+        collectives=_collective_uses(books, [each.window for each in steps], sharing),
         cpu=_cpu_use(timelines),
         sharing=sharing,
         link_bytes_per_s=link,
@@ -87,10 +71,7 @@ def profile_run(label: str, timelines: Sequence[Timeline], sharing: Sharing) -> 
             link is not None and (each.bus_bytes_per_s or 0.0) > link for each in sharing.collectives
         ),
         losses=_losses(timelines),
-        without_kernel=(
-            sum(timeline.launches_without_kernel[0] for timeline in timelines),
-            sum(timeline.launches_without_kernel[1] for timeline in timelines),
-        ),
+        without_kernel=(sum(without for without, _ in launches), sum(count for _, count in launches)),
     )
 
 
@@ -136,31 +117,21 @@ def _book_work(timeline: Timeline, books: _Books) -> None:
         counts = np.bincount(group, weights=starts, minlength=len(known))
         for work, its_ns, count in zip(known, ns.tolist(), counts.tolist(), strict=True):
             if its_ns or count:
-                books.work[work].add(count, its_ns)
-                if work.kind == SpanKind.COLLECTIVE.name:
-                    books.collectives[work.name, work.op].add(count, its_ns)
+                books.work[work] += Use(count, its_ns)
         books.lines_ns += int(inside.sum())
         books.busy_ns += total_ns(clip(busy, window.start_ns, window.end_ns))
 
 
 def _work(timeline: Timeline, row: list[int]) -> Work:
-    kind, name, op, shapes, is_copy, collective = row[:6]
-    op_name = "" if op == NONE else timeline.names[op]
+    kind, name, op, shapes, is_copy, collective, origin = row
+    text = ("" if number == NONE else timeline.names[number] for number in (op, shapes, origin))
+    op_name, shapes_text, asked = text
     if collective != NONE:
-        origin = row[6]
-        asked = "" if origin == NONE else _LAYER.sub(".*", timeline.names[origin])
-        return Work(SpanKind.COLLECTIVE.name, asked, "", timeline.names[collective], "communication", False)
+        what = timeline.names[collective]
+        return Work(SpanKind.COLLECTIVE.name, _LAYER.sub(".*", asked), "", what, "communication", False)
     kernel = plain_name(timeline.names[name])
-    what = SpanKind(kind)
-    moves = bool(is_copy) or (what is SpanKind.COPY and "DtoD" in kernel)
-    return Work(
-        what.name,
-        op_name,
-        "" if shapes == NONE else timeline.names[shapes],
-        kernel,
-        class_of(op_name, kernel),
-        moves,
-    )
+    moves = bool(is_copy) or (kind == SpanKind.COPY and "DtoD" in kernel)
+    return Work(SpanKind(kind).name, op_name, shapes_text, kernel, class_of(op_name, kernel), moves)
 
 
 def _of_collectives(timeline: Timeline, column: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -201,38 +172,37 @@ def _inside_copies(timeline: Timeline) -> NDArray[np.bool_]:
 # --------------------------------------------------------------------------------------------- collectives
 
 
-def _collective_uses(
-    books: _Books, found: list[Decomposition], sharing: Sharing, n: int
-) -> tuple[CollectiveUse, ...]:
-    """waiting and transfer as far as the sets are known: scaled to all of the op's time only where they cover it."""
-    by_op: dict[tuple[str, str], list[SharedCollective]] = defaultdict(list)
-    windows = [each.window for each in found]
+def _collective_uses(books: _Books, windows: Sequence[Window], sharing: Sharing) -> tuple[CollectiveUse, ...]:
+    """waiting and transfer as far as the sets are known: scaled to all of the op's time only where they cover
+    it."""
+    n = len(windows)
+    shared_by_op: dict[tuple[str, str], list[SharedCollective]] = defaultdict(list)
     for shared in sharing.collectives:
-        by_op[shared.op, _LAYER.sub(".*", shared.origin)].append(shared)
+        if _is_inside(shared, windows):
+            shared_by_op[shared.op, _LAYER.sub(".*", shared.origin)].append(shared)
+    totals: dict[tuple[str, str], Use] = defaultdict(Use)
+    for work, use in books.work.items():
+        if work.kind == SpanKind.COLLECTIVE.name:
+            totals[work.name, work.op] += use
     uses = []
-    for (op, origin), total in sorted(books.collectives.items(), key=lambda pair: -pair[1].ns):
-        known = [each for each in by_op.get((op, origin), []) if _is_inside(each, windows)]
+    for (op, origin), total in sorted(totals.items(), key=lambda pair: -pair[1].ns):
+        known = shared_by_op.get((op, origin), [])
         if not known:
             uses.append(CollectiveUse(op, origin, total.per(n), None, None, None, None))
             continue
-        waiting = sum(each.total_waiting_ns for each in known)
-        wire = [each.wire_bytes for each in known]
-        transfer = sum(each.transfer_ns for each in known)
-        known_bytes = sum(each for each in wire if each is not None) if None not in wire else None
+        waiting_ns = sum(each.total_waiting_ns for each in known)
+        own_ns = sum(each.total_ns - each.total_waiting_ns for each in known)
+        speed = _bus_bytes_per_s(known)
         uses.append(
-            CollectiveUse(
-                op=op,
-                origin=origin,
-                use=total.per(n),
-                waiting_ns=waiting / n,
-                transfer_ns=sum(each.total_ns - each.total_waiting_ns for each in known) / n,
-                bus_bytes_per_s=known_bytes / (transfer / 1e9)
-                if known_bytes is not None and transfer > 0
-                else None,
-                late=_latest(known),
-            )
+            CollectiveUse(op, origin, total.per(n), waiting_ns / n, own_ns / n, speed, _latest(known))
         )
     return tuple(uses)
+
+
+def _bus_bytes_per_s(known: Sequence[SharedCollective]) -> float | None:
+    wire = [each.wire_bytes for each in known if each.wire_bytes is not None]
+    transfer_ns = sum(each.transfer_ns for each in known)
+    return sum(wire) / (transfer_ns / 1e9) if len(wire) == len(known) and transfer_ns > 0 else None
 
 
 def _is_inside(shared: SharedCollective, windows: Sequence[Window]) -> bool:
@@ -262,38 +232,33 @@ def _latest(shared: Sequence[SharedCollective]) -> tuple[int, float, str] | None
 
 
 def _cpu_use(timelines: Sequence[Timeline]) -> CpuUse:
-    ops, launches = _Sum(), _Sum()
-    by_op: dict[str, _Sum] = defaultdict(_Sum)
+    ops, launches = Use(), Use()
+    by_op: dict[str, Use] = defaultdict(Use)
     n = 0
     for timeline in timelines:
-        spans = timeline.spans
-        names = timeline.names
-        chosen = np.flatnonzero(spans.kind == SpanKind.OP)
-        calls = np.flatnonzero(spans.kind == SpanKind.LAUNCH)
-        windows = _cpu_windows(timeline)
+        spans, names = timeline.spans, timeline.names
+        windows = np.array(_cpu_windows(timeline), np.int64).reshape(-1, 2)
         n += len(windows)
-        for begin_ns, end_ns in windows:
-            within = (spans.start_ns >= begin_ns) & (spans.start_ns < end_ns)
-            counted = chosen[within[chosen]]
-            ops.count += len(counted)
-            for name, count in zip(*np.unique(spans.name[counted], return_counts=True), strict=True):
-                by_op[names[int(name)]].count += int(count)
-            launched = calls[within[calls]]
-            launches.add(len(launched), int((spans.end_ns[launched] - spans.start_ns[launched]).sum()))
+        within = np.zeros(len(spans), np.int64)
+        for begin_ns, end_ns in windows.tolist():
+            within += (spans.start_ns >= begin_ns) & (spans.start_ns < end_ns)
+        chosen = np.flatnonzero(spans.kind == SpanKind.OP)
+        calls = np.flatnonzero((spans.kind == SpanKind.LAUNCH) & (within > 0))
+        took_ns = (spans.end_ns[calls] - spans.start_ns[calls]) * within[calls]
+        launches += Use(int(within[calls].sum()), int(took_ns.sum()))
         segments = np.array(list(own_segments(spans, chosen)), np.int64).reshape(-1, 3)
-        marked = np.array(windows, np.int64).reshape(-1, 2)
-        inside_ns = covered_ns(union(marked[:, 0], marked[:, 1]), segments[:, 1], segments[:, 2])
-        ops.ns += int(inside_ns.sum())
-        numbers, which = np.unique(spans.name[segments[:, 0]], return_inverse=True)
-        totals = np.zeros(len(numbers), np.int64)
-        np.add.at(totals, which, inside_ns)
-        for number, total_of_name in zip(numbers.tolist(), totals.tolist(), strict=True):
-            by_op[names[number]].ns += total_of_name
+        own_ns = covered_ns(union(windows[:, 0], windows[:, 1]), segments[:, 1], segments[:, 2])
+        counts = np.zeros(len(names), np.int64)
+        sums_ns = np.zeros(len(names), np.int64)
+        np.add.at(counts, spans.name[chosen], within[chosen])
+        np.add.at(sums_ns, spans.name[segments[:, 0]], own_ns)
+        for number in np.union1d(np.flatnonzero(counts), spans.name[segments[:, 0]]).tolist():
+            use = Use(int(counts[number]), int(sums_ns[number]))
+            ops += use
+            by_op[names[number]] += use
     n = max(1, n)
-    lines = sorted(
-        ((name, total.per(n)) for name, total in by_op.items()), key=lambda pair: (-pair[1].ns, pair[0])
-    )
-    return CpuUse(ops.per(n), launches.per(n), tuple(lines))
+    lines = sorted(by_op.items(), key=lambda pair: (-pair[1].ns, pair[0]))
+    return CpuUse(ops.per(n), launches.per(n), tuple((name, use.per(n)) for name, use in lines))
 
 
 def _cpu_windows(timeline: Timeline) -> list[tuple[int, int]]:
