@@ -29,6 +29,7 @@ from shardwise.parallel import collectives, parameters
 from shardwise.parallel.apply import parallelize
 from shardwise.parallel.builtin import builtin_plan
 from shardwise.parallel.engines import native
+from shardwise.parallel.styles import gather_input
 
 CRASHES, HARMLESS = "crashes", "harmless"
 CONFIG = LlamaConfig(vocab_size=128, hidden=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_hidden=96)
@@ -181,7 +182,7 @@ def input_not_summed(module: str) -> Tamper:
         inner = model.get_submodule(module).forward
 
         def forward(*args: object) -> object:
-            with mock.patch.object(native, "gather_input", wrong):
+            with mock.patch.object(gather_input, "gather_input", wrong):
                 return inner(*args)
 
         model.get_submodule(module).forward = forward

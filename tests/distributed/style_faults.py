@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from shardwise.core.placement import Shard
 from shardwise.core.plan import Family, Plan, ReduceScatter, Rule, Style, StyleName
-from shardwise.parallel import collectives, embedding, loss, parameters
+from shardwise.parallel import collectives, embedding, layers, loss, parameters
 from shardwise.parallel import ownership as ownership_room
 from shardwise.parallel.builtin import builtin_plan
-from shardwise.parallel.engines import native
+from shardwise.parallel.embedding import EmbeddingShard
 from shardwise.parallel.ownership import Route
+from shardwise.parallel.styles import colwise, replicated, routed, rowwise
 from shardwise.step import clipping, train
 from shardwise.verify import ranks
 from tests.distributed.style_cases import Config, MlpConfig, gpt, llama, mlp_plans
@@ -156,8 +157,10 @@ def _without_positions(self: Any, model: nn.Module, places: Any, axis: Any, orig
     )
 
 
-def _first_ids(self: embedding.EmbeddingShard, ids_BS: Tensor, weight: Tensor) -> Tensor:
-    first: Tensor = ids_BS.chunk(self.site.axis.size, 1)[0]
+def _first_ids(
+    _: replicated.ReplicatedTable, shard: EmbeddingShard, ids_BS: Tensor, weight: Tensor
+) -> Tensor:
+    first: Tensor = ids_BS.chunk(shard.site.axis.size, 1)[0]
     return torch.nn.functional.embedding(first, weight)
 
 
@@ -195,8 +198,8 @@ def _table_gradient_lost(ctx: Any, grad: Tensor) -> Any:
     return right.roll(1, split_dim), None, None, None, None, None
 
 
-def _detached(module: Any, grad: Any) -> Tensor:
-    return module.weight.to_local().detach()  # type: ignore[no-any-return]
+def _detached(parameter: Any, grad: Any) -> Tensor:
+    return parameter.to_local().detach()  # type: ignore[no-any-return]
 
 
 def _with_norms(plan: Plan, style: StyleName) -> Plan:
@@ -220,7 +223,7 @@ FAULTS = (
         llama(),
         SP["rowwise"],
         TABLE,
-        _rows_shifted(embedding._LookUpOwn),
+        _rows_shifted(rowwise._LookUpOwn),
         only=True,
     ),
     Fault(
@@ -228,7 +231,7 @@ FAULTS = (
         llama(padding_idx=3),
         SP["rowwise"],
         TABLE,
-        partial(patch.object, embedding.EmbeddingShard, "_padding_row", lambda self: None),
+        partial(patch.object, EmbeddingShard, "padding_row", lambda self: None),
         only=True,
     ),
     Fault(
@@ -252,7 +255,7 @@ FAULTS = (
         llama(),
         SP["colwise"],
         TABLE,
-        _rows_shifted(embedding._LookUpSlices),
+        _rows_shifted(colwise._LookUpSlices),
         only=True,
     ),
     Fault(
@@ -284,7 +287,7 @@ FAULTS = (
         llama(),
         SP["routed"],
         TABLE,
-        partial(patch.object, embedding, "route", _wrong_row),
+        partial(patch.object, routed, "route", _wrong_row),
         loss_exact=False,
     ),
     Fault(
@@ -362,7 +365,7 @@ FAULTS = (
         gpt(),
         builtin_plan("rowwise", family=Family.GPT),
         frozenset({"pos_embeddings.weight"}),
-        partial(patch.object, embedding.EmbeddingShard, "_replicated", _first_ids),
+        partial(patch.object, replicated.ReplicatedTable, "look_up", _first_ids),
         loss_exact=False,
     ),
     Fault(
@@ -402,7 +405,7 @@ FAULTS = (
         llama(),
         SP["rowwise"],
         NORMS,
-        partial(patch.object, native, "_weight", _detached),
+        partial(patch.object, layers, "local_or_none", _detached),
         only=True,
         says="no gradient arrives on some rank",
     ),
@@ -478,7 +481,7 @@ PART_FAULTS: dict[str, tuple[str, Planting]] = {
     "nothing is clipped": ("steps tp=2", partial(patch.object, train, "clip_gradients", _unclipped)),
     "interleaved rows are saved as they are kept": (
         "state_dict",
-        partial(patch.object, native, "keep_rows_in_order", _no_order),
+        partial(patch.object, embedding, "keep_rows_in_order", _no_order),
     ),
     "digests don't see": ("ranks", partial(patch.object, ranks, "digest", lambda tensor: int(tensor.sum()))),
 }

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from shardwise.core.errors import PlanError
 from shardwise.core.placement import Partial, Placement, Replicate, Shard, format_placement, parse_placement
 from shardwise.core.plan import (
-    _ARGUMENTS,
     Engine,
     Ownership,
     Plan,
@@ -32,7 +31,7 @@ MODULES = st.lists(st.text("abc_01", min_size=1, max_size=4), min_size=1, max_si
 @st.composite
 def styles(draw: st.DrawFn) -> Style:
     name = draw(st.sampled_from(StyleName))
-    allowed = _ARGUMENTS[name]
+    allowed = name.arguments
     return Style(
         name,
         input=draw(st.none() | PLACEMENTS) if allowed & {"input", "from"} else None,

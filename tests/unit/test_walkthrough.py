@@ -18,9 +18,10 @@ from shardwise.core.collective import CollectiveKind
 from shardwise.core.errors import OptionError, RunError
 from shardwise.core.plan import Style
 from shardwise.core.walkthrough import Content, Matrix, Phase, Role, Step, StepKind, Transfer, Walkthrough
-from shardwise.parallel import collectives, embedding, ownership
+from shardwise.parallel import collectives, ownership
 from shardwise.parallel.embedding import EmbeddingShard
 from shardwise.parallel.parameters import PartialGradients
+from shardwise.parallel.styles import routed, rowwise
 from shardwise.parallel.watch import show
 from shardwise.report.walkthrough.html import walkthrough_html
 from shardwise.report.walkthrough.terminal import format_value, render_walkthrough
@@ -198,17 +199,17 @@ def test_the_mask_leaves_zero_rows_where_another_rank_owns_the_id() -> None:
                 assert (row.role is Role.ZERO) == (row.owner != rank) == (not any(row.values))
 
 
-def unmasked(self: EmbeddingShard, weight: Tensor, ids: Tensor) -> Tensor:
+def unmasked(shard: EmbeddingShard, weight: Tensor, ids: Tensor) -> Tensor:
     """A rowwise look-up that forgot its mask."""
-    rows = self.ownership.local(ids)
-    show("own_rows", torch.where(self.ownership.owner(ids) == self.site.axis.rank, rows, -1))
+    rows = shard.ownership.local(ids)
+    show("own_rows", torch.where(shard.ownership.owner(ids) == shard.site.axis.rank, rows, -1))
     return torch.nn.functional.embedding(rows, weight)
 
 
 def test_a_forgotten_mask_is_seen_in_the_record_and_in_every_rendering(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(EmbeddingShard, "_look_up_own", unmasked)
+    monkeypatch.setattr(rowwise, "look_up_own", unmasked)
     record = record_walkthrough("embedding/rowwise")
     result = record.step(StepKind.RESULT, FORWARD)
     assert result.difference is not None
@@ -257,7 +258,7 @@ def test_a_rank_that_fails_ends_the_others_and_its_error_is_raised(monkeypatch: 
 
     real = ownership.route
     monkeypatch.setattr(
-        embedding, "route", lambda ids, ownership, rank: (fails if rank == 1 else real)(ids, ownership, rank)
+        routed, "route", lambda ids, ownership, rank: (fails if rank == 1 else real)(ids, ownership, rank)
     )
     before = threading.active_count()
     with pytest.raises(ZeroDivisionError, match="rank 1"):

@@ -222,6 +222,7 @@ class _Run:
     compress: bool
 
     def program(self, plan: AnyPlan, progress: "ProgressLine") -> "Program":
+        from shardwise.parallel.styles import is_decided_by_data
         from shardwise.trace.trace import trace
 
         return trace(
@@ -233,8 +234,8 @@ class _Run:
             rank=self.rank,
             ids=token_ids(
                 self.source,
-                plan,
                 self.settings,
+                is_decided_by_data(plan),
                 progress.say,
                 files=self.files,
                 tokenizer=self.tokenizer,

@@ -47,16 +47,29 @@ class Family(StrEnum):
 
 
 class StyleName(StrEnum):
-    """What a rule does to a module. Embedding: rowwise, colwise, routed, replicated. Linear: colwise, rowwise, replicate.
-    Norm: sequence_parallel, replicate. Any module: gather_input."""
+    """What a rule does to a module, and the arguments that a plan may give with it. All else that is known of a style
+    its own file says: parallel/styles/NAME.py."""
 
-    ROWWISE = "rowwise"
-    COLWISE = "colwise"
-    ROUTED = "routed"
-    REPLICATED = "replicated"
+    arguments: frozenset[str]
+
+    def __new__(cls, name: str, *arguments: str) -> Self:
+        member = str.__new__(cls, name)
+        member._value_ = name
+        member.arguments = frozenset(arguments)
+        return member
+
+    ROWWISE = "rowwise", "input", "output"
+    COLWISE = "colwise", "input", "output"
+    ROUTED = "routed", "ownership"
+    REPLICATED = "replicated", "output"
     SEQUENCE_PARALLEL = "sequence_parallel"
-    GATHER_INPUT = "gather_input"
+    GATHER_INPUT = "gather_input", "from"
     REPLICATE = "replicate"
+
+    @property
+    def input_key(self) -> str:
+        """What a plan calls the placement of its input."""
+        return "from" if "from" in self.arguments else "input"
 
 
 class Ownership(StrEnum):
@@ -78,17 +91,6 @@ class ReduceScatter(StrEnum):
     PAIRWISE = "pairwise"
 
 
-_ARGUMENTS: dict[StyleName, frozenset[str]] = {
-    StyleName.ROWWISE: frozenset({"input", "output"}),
-    StyleName.COLWISE: frozenset({"input", "output"}),
-    StyleName.ROUTED: frozenset({"ownership"}),
-    StyleName.REPLICATED: frozenset({"output"}),
-    StyleName.SEQUENCE_PARALLEL: frozenset(),
-    StyleName.GATHER_INPUT: frozenset({"from"}),
-    StyleName.REPLICATE: frozenset(),
-}
-
-
 @dataclass(frozen=True, slots=True)
 class Style:
     """A style and its arguments; None means the style's own default for the kind of module it meets (see docs/plans.md)."""
@@ -99,19 +101,7 @@ class Style:
     ownership: Ownership = Ownership.CONTIGUOUS
 
     def __post_init__(self) -> None:
-        allowed = _ARGUMENTS[self.name]
-        input_key = "from" if self.name is StyleName.GATHER_INPUT else "input"
-        given = {
-            key
-            for key, is_given in (
-                (input_key, self.input is not None),
-                ("output", self.output is not None),
-                ("ownership", self.ownership is not Ownership.CONTIGUOUS),
-            )
-            if is_given
-        }
-        for key in sorted(given - allowed):
-            raise PlanError(_no_such_argument(self.name, key))
+        _refuse_unknown(self.name, sorted(self._given()))
 
     @classmethod
     def from_value(cls, value: object) -> Self:
@@ -124,28 +114,18 @@ class Style:
             )
         arguments = dict(value)
         name = _style_name(arguments.pop("style", None))
-        for key in arguments:
-            if key not in _ARGUMENTS[name]:
-                raise PlanError(_no_such_argument(name, str(key)))
+        _refuse_unknown(name, arguments)
         return cls(
             name,
-            input=_placement(arguments, "from" if name is StyleName.GATHER_INPUT else "input"),
+            input=_placement(arguments, name.input_key),
             output=_placement(arguments, "output"),
             ownership=_choice(Ownership, arguments.get("ownership", Ownership.CONTIGUOUS), "ownership"),
         )
 
     def to_value(self) -> str | dict[str, str]:
         """The inverse of from_value."""
-        arguments: dict[str, str] = {}
-        if self.input is not None:
-            arguments["from" if self.name is StyleName.GATHER_INPUT else "input"] = format_placement(
-                self.input
-            )
-        if self.output is not None:
-            arguments["output"] = format_placement(self.output)
-        if self.ownership is not Ownership.CONTIGUOUS:
-            arguments["ownership"] = str(self.ownership)
-        return {"style": str(self.name), **arguments} if arguments else str(self.name)
+        given = self._given()
+        return {"style": str(self.name), **given} if given else str(self.name)
 
     def __str__(self) -> str:
         return f"{self.name}({self.arguments})" if self.arguments else str(self.name)
@@ -153,10 +133,14 @@ class Style:
     @property
     def arguments(self) -> str:
         """Those that are given, for people: `input=shard(1), output=replicate`."""
-        value = self.to_value()
-        if isinstance(value, str):
-            return ""
-        return ", ".join(f"{key}={given}" for key, given in value.items() if key != "style")
+        return ", ".join(f"{key}={value}" for key, value in self._given().items())
+
+    def _given(self) -> dict[str, str]:
+        """The arguments that are given, as a plan file has them."""
+        placements = {self.name.input_key: self.input, "output": self.output}
+        given = {key: format_placement(value) for key, value in placements.items() if value is not None}
+        is_default = self.ownership is Ownership.CONTIGUOUS
+        return given if is_default else {**given, "ownership": str(self.ownership)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,9 +307,11 @@ def _placement(arguments: Mapping[str, object], key: str) -> Placement | None:
         raise PlanError(f"{key}: {error}") from None
 
 
-def _no_such_argument(name: StyleName, key: str) -> str:
-    allowed = ", ".join(sorted(_ARGUMENTS[name])) or "none"
-    return f'style {name} takes no argument "{key}". Allowed: {allowed}.'
+def _refuse_unknown(name: StyleName, arguments: Iterable[object]) -> None:
+    for key in arguments:
+        if key not in name.arguments:
+            allowed = ", ".join(sorted(name.arguments)) or "none"
+            raise PlanError(f'style {name} takes no argument "{key}". Allowed: {allowed}.')
 
 
 def _quote(text: str) -> str:

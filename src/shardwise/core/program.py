@@ -109,7 +109,8 @@ class ByData:
 class Collective:
     """One collective: the call, the module that caused it and what that is, the rule there, and the change of placement.
 
-    None: nobody told. by_data is None where shapes alone decide what is sent.
+    None: nobody told. by_data is None where shapes alone decide what is sent. reason: what its style says of it, where
+    the placements don't say all.
     """
 
     call: CollectiveCall
@@ -119,6 +120,7 @@ class Collective:
     after: Placement | None = None
     by_data: ByData | None = None
     module_kind: ModuleKind | None = None
+    reason: str | None = None
 
     @property
     def phase(self) -> Phase:

@@ -7,11 +7,7 @@ from shardwise.core.collective import CollectiveKind
 from shardwise.core.mesh import Role, role_of
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.core.program import REPLICATED_PARAMETERS, Collective, Op, Phase
-from shardwise.core.rule import ModuleKind
 from shardwise.explain.words import named
-
-# ours, and what transformers calls the same
-_ROWWISE_TABLES = frozenset({"rowwise", "embedding_rowwise"})
 
 
 def carries_out(collective: Collective) -> CollectiveKind:
@@ -54,19 +50,8 @@ def reason_of(collective: Collective) -> str:
             "Norms, and whatever else every rank holds whole, see each rank's part of the sequence, so each rank has a summand of their gradients: "
             "all of them are summed in one go."
         )
-    backward = phase is Phase.BACKWARD
-    if _looks_up(collective) and (style in _ROWWISE_TABLES or (style is None and _sums(collective))):
-        if backward:
-            return "Every rank owns some rows of the table, and any token may have used one of them: each needs the gradient of all tokens."
-        return "Each rank looked up the ids of its own rows and has zeros for all others: the sum over the ranks is the embedding."
-    if _looks_up(collective) and style == "colwise":
-        if backward:
-            return "Whole rows of the own tokens' gradient become slices of all tokens: each rank owns a slice of every row."
-        return "Each rank looked up its slice of every token's row: slices of all tokens are swapped for whole rows of the own tokens."
-    if style == "routed":
-        if backward:
-            return "What a rank received it sends back as gradient, so that owners can add up the gradients of their rows."
-        return "Owners send each distinct row once to every rank whose part of the sequence has the word."
+    if collective.reason is not None:
+        return collective.reason
     return _by_placement(collective, style)
 
 
@@ -154,13 +139,3 @@ def _subject(name: str) -> str:
 def _last(module: str) -> str:
     parts = [part for part in module.split(".") if part != "*" and not part.isdecimal()]
     return parts[-1] if parts else ""
-
-
-def _looks_up(collective: Collective) -> bool:
-    return collective.module_kind is ModuleKind.EMBEDDING
-
-
-def _sums(collective: Collective) -> bool:
-    """Whether the output of a module is a sum over ranks: on the way back, whether its gradient is needed whole."""
-    backward = collective.phase is Phase.BACKWARD
-    return collective.after == Replicate() if backward else collective.before == Partial()

@@ -42,7 +42,7 @@ def builtin_plan(name: str, *, sequence_parallel: bool = True, family: Family = 
     embedding_name, _, engine = name.partition("@")
     embedding = _EMBEDDINGS[embedding_name]
     if not sequence_parallel:
-        if embedding.name is StyleName.ROUTED:
+        if "output" not in embedding.name.arguments:
             raise PlanError(
                 f'plan "{name}" isn\'t offered without sequence parallelism: without it every rank needs every row. '
                 "Use rowwise, colwise or replicated."

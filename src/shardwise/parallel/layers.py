@@ -1,87 +1,27 @@
-"""Linear, norm and input styles of the native engine, as functions of plain local tensors.
+"""What the native engine's styles of linear layers, norms and containers share, as functions of plain local tensors.
 
-Shapes: activations [B, S, H] or [B, S/T, H] (sequence parallel); a colwise weight is [out/T, in], a rowwise one [out, in/T].
-
-    style         input                             output                         gradient of the weight / of a rowwise bias
-    colwise       replicate: its gradient is summed shard(-1): as computed         own rows
-                  over the ranks (fan_out); shard(1):   replicate: gathered
-                  gathered, its gradient reduce-
-                  scattered; below a gather_input:
-                  taken as it is
-    rowwise       shard(-1): taken as it is;        replicate: all-reduced         own columns / whole
-                  replicate: own slice                shard(1): reduce-scattered     own columns / a part, by the own tokens
-    gather_input  shard(1): gathered; replicate: as it is. The gradient of what stands inside is Partial: it is reduce-scattered or summed.
+Shapes: activations [B, S, H] or [B, S/T, H] (sequence parallel).
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from shardwise.core.errors import PlanError
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.parallel import collectives
 from shardwise.parallel.axis import Site
+from shardwise.parallel.parameters import local_weight
+from shardwise.parallel.sharder import Assignment, Fit, Sharder, Work, check_no_empty_shard, divisors
 
 SEQUENCE_DIM = 1
 
 
-@dataclass(frozen=True, slots=True)
-class ColwiseLinear:
-    """input is None below a gather_input: whole already, its gradient summed there."""
-
-    site: Site
-    input: Placement | None
-    output: Placement
-    out_features: int
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        axis = self.site.axis
-        if self.input is not None:
-            x = gather_input(x, self.input, self.site)
-        y = F.linear(x, weight, bias)
-        if self.output == Shard(-1):
-            return y
-        return collectives.all_gather(
-            y,
-            -1,
-            axis,
-            full_size=self.out_features,
-            grad_placement=Replicate(),
-            origin=self.site.origin(Shard(-1), Replicate()),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class RowwiseLinear:
-    site: Site
-    input: Placement
-    output: Placement
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        axis = self.site.axis
-        if self.input == Replicate():
-            x = collectives.split(
-                x, -1, axis, grad_placement=Shard(-1), origin=self.site.origin(Replicate(), Shard(-1))
-            )
-        y = F.linear(x, weight)
-        if self.output == Shard(SEQUENCE_DIM):
-            check_sequence(y.shape[SEQUENCE_DIM], self.site)
-            y = collectives.reduce_scatter(
-                y,
-                SEQUENCE_DIM,
-                axis,
-                grad_placement=Shard(SEQUENCE_DIM),
-                origin=self.site.origin(Partial(), Shard(SEQUENCE_DIM)),
-            )
-        else:
-            y = collectives.all_reduce(
-                y, axis, grad_placement=Replicate(), origin=self.site.origin(Partial(), Replicate())
-            )
-        return y if bias is None else y + bias
-
-
 def gather_input(x: Tensor, before: Placement, site: Site) -> Tensor:
-    """Makes x whole for work of which every rank does a part: Shard(1) -> Replicate, or Replicate as it is; gradients are summed."""
+    """Makes x whole for work of which every rank does a part: Shard(1) -> Replicate, or Replicate as it is;
+    gradients are summed."""
     if before == Shard(SEQUENCE_DIM):
         return collectives.all_gather(
             x,
@@ -96,11 +36,77 @@ def gather_input(x: Tensor, before: Placement, site: Site) -> Tensor:
     )
 
 
-def check_sequence(size: int, site: Site) -> None:
-    """Sequence parallelism cuts the sequence in equal parts."""
-    if size % site.axis.size:
-        from shardwise.core.errors import PlanError
+def local_or_none(parameter: Tensor | None, grad: Placement) -> Tensor | None:
+    """local_weight() of a bias, or of a norm's weight, which may be left out."""
+    return None if parameter is None else local_weight(parameter, grad)
 
-        raise PlanError(
-            f"{site.module}: rule {site.rule} cuts a sequence of {size} over tp={site.axis.size}. Use a multiple of {site.axis.size}."
-        )
+
+class LinearSharder(Sharder):
+    """What all styles that cut a linear layer check: heads that stay whole, and parts that aren't empty."""
+
+    what: ClassVar[str]
+
+    def check(self, assignment: Assignment, fit: Fit) -> None:
+        module = assignment.module
+        assert isinstance(module, nn.Linear)
+        assert self.cut_dim is not None
+        width = module.weight.shape[self.cut_dim]
+        parent_name, _, _ = assignment.name.rpartition(".")
+        parent = fit.modules.get(parent_name)
+        per_head = _features_per_head(module, parent, self.cut_dim)
+        if per_head and width % per_head == 0 and (width // per_head) % fit.tp:
+            heads = width // per_head
+            what = "KV heads" if _is_narrower(module, parent, self.cut_dim) else "heads"
+            raise PlanError(
+                f"rule {assignment.rule} splits {heads} {what} of {parent_name} over tp={fit.tp}. "
+                f"Use tp in {divisors(heads)}."
+            )
+        check_no_empty_shard(assignment, fit, width, self.what)
+
+
+def _features_per_head(module: nn.Linear, parent: nn.Module | None, cut_dim: int) -> int:
+    """Of the dim that is cut; 0 where the module around it doesn't say. A projection that gives several times what
+    its sibling takes back has so many tensors of a head side by side, such as query, key and value."""
+    head_dim = getattr(parent, "head_dim", None)
+    if not isinstance(head_dim, int) or parent is None:
+        return 0
+    taken_back = max((other.in_features for other in _siblings(module, parent)), default=0)
+    is_fused = cut_dim == 0 and taken_back and module.out_features % taken_back == 0
+    return head_dim * (module.out_features // taken_back if is_fused else 1)
+
+
+def _is_narrower(module: nn.Linear, parent: nn.Module | None, cut_dim: int) -> bool:
+    """Whether it gives less than another projection of the same input: keys and values that heads share."""
+    alike = [o for o in _siblings(module, parent) if o.in_features == module.in_features]
+    return cut_dim == 0 and any(other.out_features > module.out_features for other in alike)
+
+
+def _siblings(module: nn.Linear, parent: nn.Module | None) -> list[nn.Linear]:
+    children = parent.children() if parent is not None else ()
+    return [child for child in children if isinstance(child, nn.Linear) and child is not module]
+
+
+def apply_to_norm(assignment: Assignment, work: Work, grad: Placement) -> None:
+    """A norm whose parameters every rank holds whole. grad: Partial where each rank sees a part of the tokens."""
+    module = assignment.module
+    work.keep_whole(module, grad)
+    module.forward = norm_forward(module, grad)
+
+
+def norm_forward(module: nn.Module, grad: Placement) -> Callable[[Tensor], Tensor]:
+    """The forward on local tensors."""
+    match module:
+        case nn.RMSNorm():
+            return lambda x: F.rms_norm(
+                x, module.normalized_shape, local_or_none(module.weight, grad), module.eps
+            )
+        case nn.LayerNorm():
+            return lambda x: F.layer_norm(
+                x,
+                module.normalized_shape,
+                local_or_none(module.weight, grad),
+                local_or_none(module.bias, grad),
+                module.eps,
+            )
+        case _:
+            raise AssertionError(f"{type(module).__name__} is no norm")

@@ -5,7 +5,7 @@ from torch import nn
 
 from shardwise.core.errors import OptionError
 from shardwise.core.mesh import Mesh
-from shardwise.core.plan import Engine, Plan, StyleName
+from shardwise.core.plan import Engine, Plan
 from shardwise.parallel.collectives import chunk_sizes
 from shardwise.parallel.resolve import resolve
 
@@ -19,7 +19,7 @@ def state_bytes(model: nn.Module, plan: Plan, mesh: Mesh, dtype: torch.dtype) ->
     for assignment in resolve(model, plan, tp=mesh.tp, fsdp=mesh.fsdp):
         for name, parameter in assignment.module.named_parameters(recurse=False):
             whole = parameter.numel()
-            dim = _sharded_dim(assignment.module, assignment.rule.style.name)
+            dim = assignment.sharder.cut_dim
             share = (
                 chunk_sizes(parameter.shape[dim], mesh.tp)[0] / parameter.shape[dim]
                 if dim is not None and dim < parameter.dim()
@@ -31,13 +31,9 @@ def state_bytes(model: nn.Module, plan: Plan, mesh: Mesh, dtype: torch.dtype) ->
     )
     total = 4 * parameters
     if plan.engine is Engine.DTENSOR and mesh.fsdp == 1:
-        # its rowwise embedding leaves a gradient of the whole table on every rank
         for assignment in resolve(model, plan, tp=mesh.tp):
-            if (
-                isinstance(assignment.module, nn.Embedding)
-                and assignment.rule.style.name is StyleName.ROWWISE
-            ):
-                total += assignment.module.weight.numel() * (1 - 1 / mesh.tp)
+            if assignment.sharder.twin_keeps_whole_gradient:
+                total += assignment.module.get_parameter("weight").numel() * (1 - 1 / mesh.tp)
     return int(total * dtype.itemsize)
 
 
@@ -72,14 +68,6 @@ def refuse_too_large(
             f"{what} {parts}, {_gib(needed)} for {mesh.world_size} ranks with {copies} plans held at once; this machine has "
             f"{_gib(available)} available and no GPU in use. Use a smaller model, fewer plans, or a machine that holds it."
         )
-
-
-def _sharded_dim(module: nn.Module, style: StyleName) -> int | None:
-    if isinstance(module, nn.Embedding):
-        return {StyleName.ROWWISE: 0, StyleName.ROUTED: 0, StyleName.COLWISE: 1}.get(style)
-    if isinstance(module, nn.Linear):
-        return {StyleName.COLWISE: 0, StyleName.ROWWISE: 1}.get(style)
-    return None
 
 
 def _gib(n_bytes: float) -> str:

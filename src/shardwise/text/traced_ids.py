@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardwise.core.case import StepSettings
-from shardwise.core.plan import AnyPlan, Plan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,16 +14,17 @@ if TYPE_CHECKING:
 
 def token_ids(
     source: "ModelSource",
-    plan: AnyPlan,
     settings: StepSettings,
+    needs_text: bool,
     progress: Callable[[str], None],
     *,
     files: Sequence[Path] = (),
     tokenizer: Path | None = None,
     random_ids: bool = False,
 ) -> "Tensor | None":
-    """Ids [B, S] of real text where the plan decides by them or the user gave some; None: the tracer draws uniform ones."""
-    if not files and (random_ids or not is_routed(plan)):
+    """Ids [B, S] of real text where it is needed (the plan decides by them) or the user gave some; None: the tracer
+    draws uniform ones."""
+    if not files and (random_ids or not needs_text):
         return None
     import torch
 
@@ -41,8 +41,3 @@ def token_ids(
         progress=progress,
     )
     return Batches(stream, settings.batch, settings.seq).at(0).ids_BS
-
-
-def is_routed(plan: AnyPlan) -> bool:
-    """Whether token ids decide what the plan sends."""
-    return isinstance(plan, Plan) and any(str(rule.style.name) == "routed" for rule in plan.rules)

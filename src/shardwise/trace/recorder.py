@@ -27,7 +27,6 @@ from shardwise.core.placement import Placement
 from shardwise.core.program import LOSS_MODULE, Collective, Op, OpKind, Phase, TensorSpec
 from shardwise.core.rule import RuleRef
 from shardwise.parallel.collectives import issuing
-from shardwise.parallel.kinds import kind_of as module_kind_of
 from shardwise.parallel.recorder import FUSED, is_collective, read_calls
 from shardwise.torch_private import (
     NO_SEQUENCE,
@@ -188,9 +187,6 @@ class Recorder(TorchDispatchMode):
         self._change: tuple[Any, Any] | None = None
         self._names = {
             id(module): name for name, module in model.named_modules(remove_duplicate=False) if name
-        }
-        self._kinds = {
-            name: module_kind_of(module) for name, module in model.named_modules(remove_duplicate=False)
         }
         self._parameters = {
             id(parameter): name.rpartition(".")[0] for name, parameter in model.named_parameters()
@@ -361,17 +357,14 @@ class Recorder(TorchDispatchMode):
         issue = issuing()
         if issue is not None:
             origin = issue.origin
-            kind = self._kinds.get(origin.module)
-            self.events.append(
-                Collective(call, origin.module, origin.rule, origin.before, origin.after, module_kind=kind)
-            )
+            self.events.append(Collective(call, origin.module, origin.rule, origin.before, origin.after))
             if issue.by_data:
                 self.decided_by_data.append(len(self.events) - 1)
             return
         module = self._module()
         before, after = self._placements(call.axis, call.kind)
         rule = self._rule_of(module) if call.axis == TENSOR_AXIS and module != LOSS_MODULE else None
-        self.events.append(Collective(call, module, rule, before, after, module_kind=self._kinds.get(module)))
+        self.events.append(Collective(call, module, rule, before, after))
 
     def _placements(self, axis: str, kind: CollectiveKind) -> tuple[Placement | None, Placement | None]:
         if self._change is not None:

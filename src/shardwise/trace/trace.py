@@ -57,6 +57,7 @@ from shardwise.trace.extend import LONG, SHORT, NotPeriodicError, extended
 from shardwise.trace.fakes import TARGETS, fake_world
 from shardwise.trace.layers import Layers, find_layers
 from shardwise.trace.recorder import Came, Recorder, Storage, Went, from_torch
+from shardwise.trace.told import told as told_by_modules
 
 
 def trace(
@@ -347,7 +348,7 @@ def _trace_step(job: _Job, model: nn.Module, fake_mode: FakeTensorMode) -> _Trac
                 kinds.setdefault(kept, MemoryKind.GRADIENT)
     routes = _Routes(job, model, ids)
     return _Traced(
-        tuple(_items(recorder, kinds, set(kinds) - _made(recorder), routes)),
+        tuple(told_by_modules(_items(recorder, kinds, set(kinds) - _made(recorder), routes), model)),
         _holdings(model, step, job),
         resident,
     )

@@ -54,6 +54,7 @@ def trace_program(
     progress: "Callable[[str], None]",
 ) -> "Program":
     """Raises the tracer's InputErrors."""
+    from shardwise.parallel.styles import is_decided_by_data
     from shardwise.text.traced_ids import token_ids
     from shardwise.trace.trace import trace
 
@@ -68,5 +69,5 @@ def trace_program(
         recompute=micro_batch.recompute,
         seed=micro_batch.seed,
     )
-    ids = token_ids(source, plan, settings, progress, random_ids=micro_batch.random_ids)
+    ids = token_ids(source, settings, is_decided_by_data(plan), progress, random_ids=micro_batch.random_ids)
     return trace(source, plan, small, settings, device=device, ids=ids, progress=progress)

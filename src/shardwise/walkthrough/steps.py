@@ -23,7 +23,7 @@ from shardwise.core.walkthrough import (
     StepKind,
     Transfer,
 )
-from shardwise.parallel.embedding import NO_ROW
+from shardwise.parallel.styles.rowwise import NO_ROW
 from shardwise.walkthrough.layout import Layout, Place
 from shardwise.walkthrough.run import Run
 from shardwise.walkthrough.subject import Wire

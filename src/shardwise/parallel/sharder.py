@@ -1,0 +1,173 @@
+"""Sharder: what one style does to one class of modules, and what it is given to do it with.
+
+A style is a file of styles/, with a Sharder for each class of modules that it takes. Checks, engines and the
+tracer ask it; none of them knows a style by its name.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import nn
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from shardwise.core.errors import PlanError
+from shardwise.core.placement import Partial, Placement, Replicate, Shard
+from shardwise.core.plan import Rule, Style
+from shardwise.parallel.axis import Axis, Site
+from shardwise.parallel.collectives import chunk_sizes
+from shardwise.parallel.loss import Loss, PlainLoss
+from shardwise.parallel.ownership import RowOwnership
+from shardwise.parallel.parameters import shard_parameter, take_whole_tensors
+
+if TYPE_CHECKING:
+    from shardwise.parallel.embedding import EmbeddingShard
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Assignment:
+    """One module, the rule that holds for it, and what the rule's style does to it. is_input_whole: a module around
+    it gathers the input."""
+
+    name: str
+    module: nn.Module
+    rule: Rule
+    sharder: "Sharder"
+    is_input_whole: bool = False
+
+    @property
+    def style(self) -> Style:
+        return self.rule.style
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fit:
+    """What a plan must fit: the model's modules by name, the tp ranks, the ranks on axes that shard parameters
+    further, and the length of the sequences where it is known."""
+
+    modules: Mapping[str, nn.Module]
+    tp: int
+    fsdp: int = 1
+    seq: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reasons:
+    """Why a module under a style issues a collective: a sentence for the forward, and one for the backward."""
+
+    forward: str
+    backward: str
+
+
+@dataclass(slots=True)
+class Work:
+    """What the native engine collects while it applies a plan: parameters that took the place of whole ones (by
+    the whole one's id), the tables among them, those whose gradient is a part on each rank, and the loss.
+
+    head: the linear layer that gives the logits.
+    """
+
+    axis: Axis
+    head: nn.Module | None
+    sharded: dict[int, nn.Parameter] = field(default_factory=dict)
+    tables: dict[int, "EmbeddingShard"] = field(default_factory=dict)
+    partial: list[tuple[nn.Module, str]] = field(default_factory=list)
+    row_order: dict[str, RowOwnership] = field(default_factory=dict)
+    loss: Loss = field(default_factory=PlainLoss)
+
+    def site(self, assignment: Assignment) -> Site:
+        return Site(assignment.name, assignment.rule.ref, self.axis)
+
+    def replace(
+        self,
+        module: nn.Module,
+        name: str,
+        placement: Placement,
+        grad: Placement,
+        table: "EmbeddingShard | None" = None,
+    ) -> None:
+        """Puts a DTensor parameter in a whole one's place; a tied one is replaced once and shared again."""
+        whole = getattr(module, name)
+        if whole is None:
+            return
+        if id(whole) not in self.sharded:
+            ownership = table.ownership if table is not None else None
+            self.sharded[id(whole)] = shard_parameter(whole, placement, self.axis, ownership)
+            if table is not None:
+                self.tables[id(whole)] = table
+            if grad == Partial():
+                self.partial.append((module, name))
+        setattr(module, name, self.sharded[id(whole)])
+
+    def keep_whole(self, module: nn.Module, grad: Placement) -> None:
+        """All parameters of a module on every rank."""
+        for name, _ in list(module.named_parameters(recurse=False)):
+            self.replace(module, name, Replicate(), grad)
+        take_whole_tensors(module)
+
+
+class Sharder:
+    """One style on one class of modules.
+
+    inputs, outputs: the placements that a rule may give for them; the first is the default. cut_dim: the dim of
+    the weight of which each rank has a part; None: each has all of it. gathers_input: what it takes is whole for
+    all modules inside. decided_by_data: token ids decide what is sent. takes_tied_table: for a head that shares
+    its weight with the embedding. twin_keeps_whole_gradient: PyTorch's own style leaves the gradient of the
+    whole weight on every rank.
+    """
+
+    inputs: ClassVar[tuple[Placement, ...]] = ()
+    outputs: ClassVar[tuple[Placement, ...]] = ()
+    cut_dim: ClassVar[int | None] = None
+    gathers_input: ClassVar[bool] = False
+    decided_by_data: ClassVar[bool] = False
+    takes_tied_table: ClassVar[bool] = False
+    twin_keeps_whole_gradient: ClassVar[bool] = False
+    reasons: ClassVar[Reasons | None] = None
+
+    def input_of(self, style: Style) -> Placement:
+        return style.input or self.inputs[0]
+
+    def output_of(self, style: Style) -> Placement:
+        return style.output or self.outputs[0]
+
+    def cuts_sequence(self, style: Style) -> bool:
+        return bool(self.outputs) and self.output_of(style) == Shard(1)
+
+    def check(self, assignment: Assignment, fit: Fit) -> None:
+        """Raises PlanError where the module's sizes or options don't suit the style."""
+
+    def check_below_gather_input(self, assignment: Assignment) -> None:
+        """Raises PlanError for what would train wrong without a word where every rank has the whole input and
+        computes a part of its gradient."""
+
+    def apply(self, assignment: Assignment, work: Work) -> None:
+        """Shards the module in place for the native engine."""
+        raise NotImplementedError
+
+    def twin(self, assignment: Assignment, *, keeps_dtensor: bool) -> ParallelStyle | None:
+        """PyTorch's own style for the same; None where there is none. keeps_dtensor: of a head, whose loss wants it."""
+        return None
+
+
+def refuse_below_gather_input(assignment: Assignment, advice: str) -> None:
+    """Raises the PlanError of check_below_gather_input()."""
+    raise PlanError(
+        f"rule {assignment.rule}: {assignment.name} is below a gather_input, where each rank's gradient is a part of "
+        f"the sum. {advice}"
+    )
+
+
+def check_no_empty_shard(assignment: Assignment, fit: Fit, size: int, what: str) -> None:
+    """FSDP can't cut what isn't there."""
+    if fit.fsdp > 1 and 0 in chunk_sizes(size, fit.tp):
+        raise PlanError(
+            f"rule {assignment.rule} leaves a rank without {what} of {assignment.name} ({size} over tp={fit.tp}), "
+            f"which FSDP can't shard further. Use tp of at most {size}, or no fsdp axis."
+        )
+
+
+def divisors(number: int) -> str:
+    """`{1, 2, 4}`: the tp sizes that divide a number."""
+    fitting = (str(tp) for tp in range(1, min(number, 256) + 1) if number % tp == 0)
+    return "{" + ", ".join(fitting) + "}"

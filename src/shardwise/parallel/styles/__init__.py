@@ -1,0 +1,57 @@
+"""The styles, one file each: NAME.py is the style NAME, and its SHARDERS say what it does to which class of modules.
+
+The list is what lies in this folder. A class of modules is taken as it is, not its subclasses, whose forward may be
+another; nn.Module stands for all that no other style takes.
+"""
+
+import pkgutil
+from collections.abc import Mapping
+from importlib import import_module
+
+from torch import nn
+
+from shardwise.core.plan import AnyPlan, Plan, StyleName
+from shardwise.core.rule import RuleRef
+from shardwise.parallel.sharder import Reasons, Sharder
+
+STYLES: Mapping[StyleName, Mapping[type[nn.Module], Sharder]] = {
+    StyleName(found.name): import_module(f"{__name__}.{found.name}").SHARDERS
+    for found in pkgutil.iter_modules(__path__)
+}
+_TAKEN = dict.fromkeys(kind for sharders in STYLES.values() for kind in sharders)
+SHARDABLE = tuple(kind for kind in _TAKEN if kind is not nn.Module)
+"""The classes of modules that some style takes for what they are."""
+# another library's names of styles that are ours
+_ALSO = {"embedding_rowwise": StyleName.ROWWISE}
+
+
+def sharder_of(style: StyleName, module: nn.Module) -> Sharder | None:
+    """What a style does to a module; None where it doesn't take it."""
+    kind = type(module)
+    return STYLES[style].get(kind if kind in SHARDABLE else nn.Module)
+
+
+def styles_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of the styles that take a module for what it is, sorted."""
+    return tuple(sorted(style for style, sharders in STYLES.items() if type(module) in sharders))
+
+
+def is_decided_by_data(plan: AnyPlan) -> bool:
+    """Whether token ids decide what a plan sends."""
+    return isinstance(plan, Plan) and any(
+        sharder.decided_by_data for rule in plan.rules for sharder in STYLES[rule.style.name].values()
+    )
+
+
+def reasons_of(module: nn.Module, rule: RuleRef | None, cut_dim: int | None) -> Reasons | None:
+    """Why a module issues collectives: by its rule's style, whoever carries it out, or where no rule is known by
+    the dim of its weight that is cut."""
+    for style, sharders in STYLES.items():
+        for kind, sharder in sharders.items():
+            if rule is not None:
+                is_its = _ALSO.get(rule.style, rule.style) == style
+            else:
+                is_its = sharder.cut_dim == cut_dim and not sharder.decided_by_data
+            if is_its and sharder.reasons is not None and isinstance(module, kind):
+                return sharder.reasons
+    return None
