@@ -15,8 +15,8 @@ def check_setup(program: Program, machine: Machine, setup: Setup) -> None:
     """Raises OptionError."""
     if program.device != machine.device:
         raise OptionError(
-            f"the program is of device {program.device}, and machine {machine.name} is of device {machine.device}. "
-            "Trace it for that device, or choose another machine."
+            f"the program is of device {program.device}, and machine {machine.name} is of device "
+            f"{machine.device}. Trace it for that device, or choose another machine."
         )
     mesh = mesh_of(program, setup)
     _check_axes(program, setup, mesh)
@@ -29,20 +29,21 @@ def _check_axes(program: Program, setup: Setup, mesh: Mesh) -> None:
     traced = Mesh(program.axes)
     if mesh.tp != traced.tp:
         raise OptionError(
-            f"the program was traced at tp={traced.tp}, and the mesh has tp={mesh.tp}. Only dp and fsdp can be rescaled."
+            f"the program was traced at tp={traced.tp}, and the mesh has tp={mesh.tp}. "
+            "Only dp and fsdp can be rescaled."
         )
     groups = group_sizes(program, setup)
     for name in (axis.name for axis in AXES if axis.splits_batch):
         if (groups.get(name, mesh.size(name)) > 1) != (traced.size(name) > 1):
             raise OptionError(
-                f"the program was traced at {name}={traced.size(name)}, and the mesh has {name}={mesh.size(name)}. "
-                "An axis can be rescaled, not added or taken away: 1 stays 1."
+                f"the program was traced at {name}={traced.size(name)}, and the mesh has "
+                f"{name}={mesh.size(name)}. An axis can be rescaled, not added or taken away: 1 stays 1."
             )
     axis = traced.reducing_axis
     if mesh.context > 1 and axis is not None and traced.size(axis) == 1:
         raise OptionError(
-            f"mesh {mesh}: the program was traced at {axis}=1, without reducing its gradients over other ranks. "
-            f"Trace it with cp={mesh.context}."
+            f"mesh {mesh}: the program was traced at {axis}=1, without reducing its gradients over other "
+            f"ranks. Trace it with cp={mesh.context}."
         )
 
 
@@ -54,12 +55,13 @@ def _check_precision(program: Program, setup: Setup) -> None:
         )
     if setup.recompute_attention and program.settings.recompute != "none":
         raise OptionError(
-            "--recompute selective: the program's layers run again as a whole. Take a program without recompute."
+            "--recompute selective: the program's layers run again as a whole. "
+            "Take a program without recompute."
         )
     if setup.recompute_attention and setup.attention is not AttentionKernel.UNFUSED:
         raise OptionError(
-            "--recompute selective: is of unfused attention. Add --attention unfused; fused kernels make their "
-            "scores again anyway."
+            "--recompute selective: is of unfused attention. Add --attention unfused; fused kernels make "
+            "their scores again anyway."
         )
 
 
@@ -68,12 +70,14 @@ def _check_stages(program: Program, setup: Setup) -> None:
     if stages == 1:
         if chunks > 1:
             raise OptionError(
-                f"--chunks {chunks}: chunks of layers are of a pipeline's stages. Use a mesh with pp=2 or more."
+                f"--chunks {chunks}: chunks of layers are of a pipeline's stages. "
+                "Use a mesh with pp=2 or more."
             )
         return
     if program.layers is None:
         raise OptionError(
-            f"pp={stages}: {program.model} has no row of equal layers that could be cut into stages. Use pp=1."
+            f"pp={stages}: {program.model} has no row of equal layers that could be cut into stages. "
+            "Use pp=1."
         )
     n_layers = program.layers[1]
     if stages * chunks > n_layers:
@@ -85,8 +89,8 @@ def _check_stages(program: Program, setup: Setup) -> None:
     if chunks > 1 and setup.micro_batches % stages:
         rounds = -(-setup.micro_batches // stages)
         raise OptionError(
-            f"--chunks {chunks}: the interleaved schedule takes micro-batches in rounds of {stages} stages, and "
-            f"{setup.micro_batches} is no multiple. Use --accumulation {rounds * stages}."
+            f"--chunks {chunks}: the interleaved schedule takes micro-batches in rounds of {stages} stages, "
+            f"and {setup.micro_batches} is no multiple. Use --accumulation {rounds * stages}."
         )
 
 
@@ -95,6 +99,6 @@ def check_devices(machine: Machine, mesh: Mesh) -> None:
     if machine.between is None and mesh.world_size > machine.devices_per_node:
         raise OptionError(
             f"mesh {mesh} is {mesh.world_size} devices, and machine {machine.name} is one node of "
-            f"{machine.devices_per_node}: it has no link between nodes. Use at most {machine.devices_per_node}, or a "
-            "machine with [links.between]."
+            f"{machine.devices_per_node}: it has no link between nodes. Use at most "
+            f"{machine.devices_per_node}, or a machine with [links.between]."
         )

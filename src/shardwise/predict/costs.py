@@ -39,8 +39,8 @@ share that is hidden. Fitted to the six pairs of rows with and without async TP 
 median of what it saved over what is predicted for them (hidden_share in benchmarks/published_results.py)."""
 
 _CHUNKED = (CollectiveKind.ALL_GATHER, CollectiveKind.REDUCE_SCATTER)
-_BACKWARD = (Phase.BACKWARD,)
 _FUSIBLE = (OpKind.ELEMENTWISE, OpKind.NORM, OpKind.SOFTMAX, OpKind.REDUCTION, OpKind.COPY, OpKind.FILL)
+_OTHER_HALF = {"float16": "bfloat16", "bfloat16": "float16"}
 _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 
 
@@ -56,7 +56,7 @@ class Cost:
 
 def op_cost(op: Op, machine: Machine, setup: Setup) -> Cost:
     """Of one op on its stream."""
-    backward = op.phase in _BACKWARD
+    backward = op.phase is Phase.BACKWARD
     issue_s = machine.launch.backward_s if backward else machine.launch.forward_s
     if op.on_host:
         return Cost(0.0, issue_s, Term.LAUNCH)
@@ -97,9 +97,8 @@ def _matmul_s(op: Op, machine: Machine, setup: Setup) -> float:
         share = max(tile.share for tile in rate.tiles) if rate is not None else 1.0
         seconds = op.flops / (rate.peak_flops * share) if rate is not None else 0.0
     else:
-        seconds = _product_s(
-            machine, setup.matmul_dtype if setup.matmul_dtype and dims[0] == 1 else dtype, *dims
-        )
+        is_linear = dims[0] == 1
+        seconds = _product_s(machine, (is_linear and setup.matmul_dtype) or dtype, *dims)
     seconds = max(seconds, machine.kernel("matmul bytes", "copy").time_s(op.read_bytes + op.write_bytes))
     return seconds + fresh_memory_s(op, machine)
 
@@ -113,13 +112,8 @@ def fresh_memory_s(op: Op, machine: Machine) -> float:
 
 
 def _product_s(machine: Machine, dtype: str, batch: int, m: int, n: int, k: int) -> float:
-    rate = machine.matmul(dtype)
-    if rate is None and dtype in ("float16", "bfloat16"):
-        rate = machine.matmul("bfloat16" if dtype == "float16" else "float16")
-    if rate is None:
-        rate = machine.matmul("float32")
-    if rate is None:
-        rate = machine.matmuls[0][1]
+    rates = (machine.matmul(each) for each in (dtype, _OTHER_HALF.get(dtype, dtype), "float32"))
+    rate = next((rate for rate in rates if rate is not None), machine.matmuls[0][1])
     return rate.time_s(batch, m, n, k)
 
 
@@ -202,7 +196,8 @@ def collective_s(
 def _within_s(link: Link, kind: CollectiveKind, sent: float, ranks: int) -> float:
     if not link.is_known:
         raise MachineError(
-            "the machine's file has no link: none was measured. Calibrate with --base MACHINE, whose links are then taken."
+            "the machine's file has no link: none was measured. "
+            "Calibrate with --base MACHINE, whose links are then taken."
         )
     rate = link.rate(CollectiveKind.BROADCAST if kind is CollectiveKind.REDUCE else kind, ranks)
     return rate.time_s(sent) if rate is not None else link.start_s + sent / link.bytes_per_s

@@ -127,7 +127,8 @@ def _matmul(draft: Draft, dtype: str, samples: Sequence[Sample]) -> MatmulRate:
     def times(parameters: Vector) -> Vector:
         start_s, extra_k, *shares = parameters
         each = work * (k + extra_k) * units / (peak * np.minimum(np.array(shares), 1.0)[:, None])
-        return each.min(0) + start_s  # type: ignore[no-any-return]
+        total: Vector = each.min(0) + start_s
+        return total
 
     # a share that has run into 1 doesn't find back: from several sides
     sides = product((0.5, 4.0, 60.0), (0.6, 0.8, 0.9))
@@ -165,7 +166,8 @@ def _attention(draft: Draft, dtype: str, samples: Sequence[Sample]) -> Attention
 
     def times(parameters: Vector) -> Vector:
         ahead, back, half, start_s = parameters
-        return flops / np.where(backward, back, ahead) * (1 + half / sequence) + start_s  # type: ignore[no-any-return]
+        total: Vector = flops / np.where(backward, back, ahead) * (1 + half / sequence) + start_s
+        return total
 
     rates = flops / seconds
     start = (rates[~backward].max(), rates[backward].max(), 100.0, seconds.min() / 2)

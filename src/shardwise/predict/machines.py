@@ -30,8 +30,8 @@ def machine_text(name: str) -> str:
         begins = next((each for each in known if name and each.startswith(name)), None)
         nearest = f' Did you mean "{begins}"?' if begins is not None else suggest(name[:80], known)
         raise MachineError(
-            f'unknown machine "{shown(name)}".{nearest} Known: {", ".join(known)}; or the path of a .toml file, '
-            "as `shardwise calibrate` writes."
+            f'unknown machine "{shown(name)}".{nearest} Known: {", ".join(known)}; '
+            "or the path of a .toml file, as `shardwise calibrate` writes."
         )
     return (resources.files("shardwise") / "machines" / f"{name}{SUFFIX}").read_text(encoding="utf-8")
 

@@ -5,8 +5,8 @@ communication streams follow.
                      has arrived
     tp collectives   take part in the compute stream's order: what follows needs their result
     FSDP's own       run beside it on a stream of their own. An all-gather of a layer's parameters begins with
-                     the compute of the layer that runs before it, and the layer's compute waits for its end; a
-                     reduce-scatter or all-reduce (of gradients) begins when what comes before it has been
+                     the compute of the layer that runs before it, and the layer's compute waits for its end;
+                     a reduce-scatter or all-reduce (of gradients) begins when what comes before it has been
                      computed, and nothing waits for it but the optimizer (PyTorch FSDP2's prefetching)
 
 Between data collectives, ends follow from a running maximum: end[i] = S[i] + max over j <= i of (issued[j] -
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.mesh import SHARDS_AXIS
 from shardwise.core.program import Collective, Phase
-from shardwise.predict.work import PHASES, Seconds, Work
+from shardwise.predict.work import Seconds, Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,24 +38,17 @@ class Run:
         return float(self.end_s.max(initial=0.0))
 
 
-def run(
-    work: Work,
-    *,
-    host_free_s: float = 0.0,
-    device_free_s: float = 0.0,
-    together: bool = False,
-    all_wait: bool = False,
-) -> Run:
-    """Runs the work once. together: host and device are one (a CPU): issuing is part of the item. all_wait:
-    nothing runs beside compute."""
-    if together:
-        ends = np.cumsum(work.device_s + work.host_s) + max(host_free_s, device_free_s)
+def run(work: Work) -> Run:
+    """Runs the work once."""
+    if work.together:
+        ends = np.cumsum(work.device_s + work.host_s)
         return Run(ends - work.device_s, ends, ends - work.device_s)
-    issued = host_free_s + np.cumsum(work.host_s)
+    issued = np.cumsum(work.host_s)
     start, end = np.zeros(len(work)), np.zeros(len(work))
-    beside = np.flatnonzero(_beside(work)) if not all_wait else np.array([], np.int64)
+    beside = np.flatnonzero(_beside(work))
     in_backward = work.in_phases(Phase.BACKWARD, Phase.RECOMPUTE)
-    free, comm_free, layer_start, first = device_free_s, device_free_s, device_free_s, 0
+    free = comm_free = layer_start = 0.0
+    first = 0
     arrives: dict[int, float] = {}  # when a layer's parameters are there
     for at in [*beside, len(work)]:
         if at > first:
@@ -91,8 +84,7 @@ def _beside(work: Work) -> NDArray[np.bool_]:
     """Collectives over data-parallel axes that belong to layers (FSDP's): in forward and backward."""
     data = np.array([name == SHARDS_AXIS for name in ("", *work.axes)])[work.axis]
     inside = work.in_phases(Phase.FORWARD, Phase.BACKWARD, Phase.RECOMPUTE)
-    large = work.device_s > 0
-    return data & inside & large & ~np.isin(work.phase, [PHASES.index(Phase.LOSS)])
+    return data & inside & (work.device_s > 0)
 
 
 def _needed_by(work: Work, at: int) -> int:
@@ -103,5 +95,5 @@ def _needed_by(work: Work, at: int) -> int:
 
 
 def _gathers(work: Work, at: int) -> bool:
-    item = work.items[int(work.template[at])]
+    item = work.item(at)
     return isinstance(item, Collective) and item.call.kind is CollectiveKind.ALL_GATHER

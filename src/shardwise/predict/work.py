@@ -17,19 +17,31 @@ from shardwise.core.machine import Machine
 from shardwise.core.mesh import SHARDS_AXIS, Mesh
 from shardwise.core.prediction import Setup, Term
 from shardwise.core.program import Block, Collective, Op, Phase, Program, layer_index
-from shardwise.predict.costs import collective_cost, op_cost
+from shardwise.predict.costs import Cost, collective_cost, op_cost
 
 TERMS = tuple(Term)
 PHASES = tuple(Phase)
 BEFORE, AFTER = -1, -2
 
 Seconds = NDArray[np.float64]
+# of Work, in the order in which _Costing makes them
+COLUMNS = {
+    "device_s": np.float64,
+    "host_s": np.float64,
+    "term": np.int8,
+    "phase": np.int8,
+    "axis": np.int8,
+    "layer": np.int32,
+    "template": np.int32,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
     """Columns, one row an item. axis: 0 for the device's compute stream, else 1 + the index in `axes` of the
-    collective's axis. template: into `items`, whose names the row has, apart from its layer."""
+    collective's axis. template: into `items`, whose names the row has, apart from its layer. together: host
+    and device are one (a CPU), so issuing is part of the item. unknown: ops and collectives whose cost nobody
+    knows."""
 
     device_s: Seconds
     host_s: Seconds
@@ -41,33 +53,40 @@ class Work:
     items: tuple[Op | Collective, ...]
     axes: tuple[str, ...]
     unknown: tuple[str, ...]
+    together: bool
 
     def __len__(self) -> int:
         return len(self.device_s)
 
+    def item(self, row: int) -> Op | Collective:
+        """What the row is, of the layer that was traced."""
+        return self.items[int(self.template[row])]
+
     def where(self, chosen: NDArray[np.bool_]) -> "Work":
         """The rows chosen."""
-        return self.mapped(lambda column: column[chosen])
+        return self._mapped(lambda column: column[chosen])
 
     def repeated(self, times: int) -> "Work":
         """All rows, several times over."""
-        return self.mapped(lambda column: np.tile(column, times))
+        return self._mapped(lambda column: np.tile(column, times))
 
-    def mapped(self, change: Callable[[NDArray[Any]], NDArray[Any]]) -> "Work":
-        """Every column changed in the same way."""
-        return replace(
-            self,
-            device_s=change(self.device_s),
-            host_s=change(self.host_s),
-            term=change(self.term),
-            phase=change(self.phase),
-            axis=change(self.axis),
-            layer=change(self.layer),
-            template=change(self.template),
-        )
+    def _mapped(self, change: Callable[[NDArray[Any]], NDArray[Any]]) -> "Work":
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in COLUMNS}
+        return replace(self, **changed)
 
     def in_phases(self, *phases: Phase) -> NDArray[np.bool_]:
         return np.isin(self.phase, [PHASES.index(phase) for phase in phases])
+
+    def without(self, terms: tuple[Term, ...]) -> "Work":
+        """The same with the items of some terms costing nothing."""
+        off = np.isin(self.term, [TERMS.index(term) for term in terms])
+        host_s = np.zeros_like(self.host_s) if Term.LAUNCH in terms else self.host_s
+        return replace(self, device_s=np.where(off, 0.0, self.device_s), host_s=host_s)
+
+    def by_term(self) -> dict[Term, float]:
+        """The items' own seconds."""
+        own_s = self.device_s + (self.host_s if self.together else 0.0)
+        return {term: float(own_s[self.term == index].sum()) for index, term in enumerate(TERMS)}
 
 
 def mesh_of(program: Program, setup: Setup) -> Mesh:
@@ -75,10 +94,9 @@ def mesh_of(program: Program, setup: Setup) -> Mesh:
     return setup.mesh or Mesh(program.axes)
 
 
-def groups_off_mesh(program: Program) -> dict[str, int]:
-    """Groups that are no axis of the mesh, and their sizes."""
-    calls = (item.call for block in program.blocks for item in block.items if isinstance(item, Collective))
-    return {call.axis: call.axis_size for call in calls if is_off_mesh(call.axis)}
+def layers_of(program: Program) -> tuple[str | None, int]:
+    """(prefix, number) of the row of equal layers; (None, 0) where there is none."""
+    return program.layers or (None, 0)
 
 
 def group_sizes(program: Program, setup: Setup) -> dict[str, int]:
@@ -100,95 +118,85 @@ def further_shards(program: Program, setup: Setup) -> float:
 
 def work_of(program: Program, machine: Machine, setup: Setup) -> Work:
     """All items of one step."""
-    axes = tuple(name for name, _ in program.axes)
-    sizes = group_sizes(program, setup)
-    strides, stride = {}, 1
-    for name in reversed(axes):
-        strides[name] = stride
-        stride *= sizes[name]
-    for name, size in groups_off_mesh(
-        program
-    ).items():  # nobody tells how far apart its ranks are: as far as can be
-        axes = (*axes, name)
-        sizes[name], strides[name] = size, max(1, stride // size)
-    prefix = program.layers[0] if program.layers is not None else None
     if program.engine == "dtensor":
         machine = replace(machine, launch=machine.launch.of_dtensor())
-    rows: list[tuple[NDArray[np.float64], ...]] = []
-    items: list[Op | Collective] = []
-    unknown: set[str] = set()
-    for block in program.blocks:
-        columns, kept, strange = _block(block, prefix, machine, setup, axes, strides, sizes, len(items))
-        rows.append(columns)
-        items.extend(kept)
-        unknown |= strange
-    device, host, term, phase, axis, layer, template = (
-        np.concatenate(column) for column in zip(*rows, strict=True)
-    )
+    costing = _Costing(machine, setup, layers_of(program)[0], _groups(program, setup))
+    blocks = [costing.block(block) for block in program.blocks]
+    columns = [np.concatenate(column) for column in zip(*blocks, strict=True)]
+    made = {name: column.astype(kind) for (name, kind), column in zip(COLUMNS.items(), columns, strict=True)}
+    made["layer"] = _placed(made["layer"], made["phase"])
     return Work(
-        device,
-        host,
-        term.astype(np.int8),
-        phase.astype(np.int8),
-        axis.astype(np.int8),
-        _placed(layer.astype(np.int32), phase),
-        template.astype(np.int32),
-        tuple(items),
-        axes,
-        tuple(sorted(unknown)),
+        **made,
+        items=tuple(costing.items),
+        axes=tuple(costing.groups),
+        unknown=tuple(sorted(costing.unknown)),
+        together=machine.device == "cpu",
     )
 
 
-def _block(
-    block: Block,
-    prefix: str | None,
-    machine: Machine,
-    setup: Setup,
-    axes: tuple[str, ...],
-    strides: dict[str, int],
-    sizes: dict[str, int],
-    first: int,
-) -> tuple[tuple[NDArray[np.float64], ...], list[Op | Collective], set[str]]:
-    rows, kept, unknown = [], [], set()
-    for item in block.items:
+def _groups(program: Program, setup: Setup) -> dict[str, tuple[int, int]]:
+    """(stride, size) of each axis's groups, and of those that are no axis: nobody tells how far apart their
+    ranks are, so as far as can be."""
+    sizes = group_sizes(program, setup)
+    groups, stride = {}, 1
+    for name in reversed(sizes):
+        groups[name] = (stride, sizes[name])
+        stride *= sizes[name]
+    groups = {name: groups[name] for name in sizes}
+    for block in program.blocks:
+        for item in block.items:
+            if isinstance(item, Collective) and is_off_mesh(item.call.axis):
+                size = item.call.axis_size
+                groups[item.call.axis] = (max(1, stride // size), size)
+    return groups
+
+
+class _Costing:
+    """Makes columns of blocks, and collects the items that they stand for."""
+
+    def __init__(
+        self, machine: Machine, setup: Setup, prefix: str | None, groups: dict[str, tuple[int, int]]
+    ) -> None:
+        self.machine = machine
+        self.setup = setup
+        self.prefix = prefix
+        self.groups = groups
+        self.items: list[Op | Collective] = []
+        self.unknown: set[str] = set()
+        self._streams = {name: 1 + index for index, name in enumerate(groups)}
+
+    def block(self, block: Block) -> tuple[NDArray[np.float64], ...]:
+        first, rows = len(self.items), []
+        for item in block.items:
+            if isinstance(item, Op | Collective):
+                cost, axis = self._cost(item)
+                index = layer_index(item.module, self.prefix)
+                term, phase = TERMS.index(cost.term), PHASES.index(item.phase)
+                layer = BEFORE if index is None else index
+                rows.append((cost.device_s, cost.host_s, term, phase, axis, layer))
+                self.items.append(item)
+        table = np.array(rows, np.float64).reshape(-1, 6)
+        tiled = np.tile(table, (block.times, 1))
+        if block.times > 1:
+            shift = np.repeat(np.arange(block.times) * block.stride, len(table))
+            tiled[:, 5] += np.where(tiled[:, 5] >= 0, shift, 0)
+        template = np.tile(np.arange(first, len(self.items), dtype=np.float64), block.times)
+        return (*tiled.T, template)
+
+    def _cost(self, item: Op | Collective) -> tuple[Cost, int]:
+        """With the stream on which it runs."""
         if isinstance(item, Op):
-            cost, axis = op_cost(item, machine, setup), 0
-            if not cost.known:
-                unknown.add(item.name)
-        elif isinstance(item, Collective):
-            name = item.call.axis
-            cost, axis = (
-                collective_cost(
-                    item, machine, setup, strides.get(name, 1), sizes.get(name, item.call.axis_size)
-                ),
-                1 + axes.index(name),
-            )
-            if not cost.known:
-                unknown.add(item.call.op)
+            cost, stream, name = op_cost(item, self.machine, self.setup), 0, item.name
         else:
-            continue
-        index = layer_index(item.module, prefix)
-        rows.append(
-            (
-                cost.device_s,
-                cost.host_s,
-                TERMS.index(cost.term),
-                PHASES.index(item.phase),
-                axis,
-                BEFORE if index is None else index,
-            )
-        )
-        kept.append(item)
-    table = np.array(rows, np.float64).reshape(-1, 6)
-    tiled = np.tile(table, (block.times, 1))
-    if block.times > 1:
-        shift = np.repeat(np.arange(block.times) * block.stride, len(table))
-        tiled[:, 5] += np.where(tiled[:, 5] >= 0, shift, 0)
-    template = np.tile(np.arange(first, first + len(kept), dtype=np.float64), block.times)
-    return (*tiled.T, template), kept, unknown
+            axis = item.call.axis
+            cost = collective_cost(item, self.machine, self.setup, *self.groups[axis])
+            stream, name = self._streams[axis], item.call.op
+        if not cost.known:
+            self.unknown.add(name)
+        return cost, stream
 
 
-def _placed(layer: NDArray[np.int32], phase: NDArray[np.float64]) -> NDArray[np.int32]:
+def _placed(layer: NDArray[np.int32], phase: NDArray[np.int8]) -> NDArray[np.int32]:
     """What lies outside the layers is before or after them: in the forward by whether a layer ran already, in
     the backward the reverse."""
     backward = np.isin(phase, [PHASES.index(each) for each in (Phase.BACKWARD, Phase.RECOMPUTE)])
