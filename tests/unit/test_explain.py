@@ -169,15 +169,6 @@ def test_modules_that_each_gather_the_same_input_are_found_with_the_advice() -> 
         assert FindingKind.COLLECTIVES_REPEAT not in kinds(explanation_of(name))
 
 
-def test_a_replicated_table_in_a_model_that_is_mostly_table_is_little_sharded() -> None:
-    wide = ModelSpec("wide", replace(SPEC.config, vocab_size=9600, tied=True), "")
-    explanation = explain(trace(wide, builtin_plan("replicated"), Mesh.parse("tp=2"), SETTINGS))
-    finding = next(f for f in explanation.findings if f.kind is FindingKind.LITTLE_IS_SHARDED)
-    assert explanation.sharded_share < 0.5
-    assert "tok_embeddings.weight" in finding.reason
-    assert FindingKind.LITTLE_IS_SHARDED not in kinds(explanation_of("rowwise"))
-
-
 def collective(before: Placement, after: Placement, kind: CollectiveKind, module: str = "m.w") -> Collective:
     return Collective(
         CollectiveCall(kind, "tp", 2, "float32", 64, 32.0, "forward"), module, None, before, after

@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from shardwise.core.finding import Cause, Finding, FindingKind
-from shardwise.core.verification import Proof, Sharded, Verdict, Verification, VerificationRun
+from shardwise.core.sharded import Sharded
+from shardwise.core.verification import Proof, Verdict, Verification, VerificationRun
 from shardwise.files.document import read_document, write_document
 from shardwise.report.common.deliver import show
 from shardwise.report.verify import rows

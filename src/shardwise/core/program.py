@@ -190,7 +190,7 @@ class Holding:
     """One parameter and what this rank keeps of it. grad_placement and grad_shape are those that the optimizer meets (None: no gradient).
 
     Placements are by mesh axis, in the mesh's order; a parameter that is no DTensor is Replicate on all axes. `shared`: a tied parameter's
-    other names.
+    other names. is_outer: whether it is an embedding's or the head's.
     """
 
     name: str
@@ -207,6 +207,7 @@ class Holding:
     rule: RuleRef | None = None
     shared: tuple[str, ...] = ()
     module_kind: ModuleKind | None = None
+    is_outer: bool = False
 
     @property
     def is_sharded(self) -> bool:

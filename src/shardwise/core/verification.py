@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 
 from shardwise.core.finding import Finding, FindingKind
+from shardwise.core.sharded import Sharded
 
 
 class Verdict(StrEnum):
@@ -21,24 +22,6 @@ class Verdict(StrEnum):
     def is_no(self) -> bool:
         """Whether the answer to "does this plan train the right model" is no."""
         return self in (Verdict.WRONG, Verdict.NEARLY_NOTHING, Verdict.CRASHES, Verdict.SUSPECTED)
-
-
-@dataclass(frozen=True, slots=True)
-class Sharded:
-    """How many parameters (elements) there are, and how many of them a rank doesn't hold whole; in all, and outside embedding and head."""
-
-    total: int
-    sharded: int
-    inner_total: int
-    inner_sharded: int
-
-    @property
-    def share(self) -> float:
-        return self.sharded / self.total if self.total else 0.0
-
-    @property
-    def inner_share(self) -> float:
-        return self.inner_sharded / self.inner_total if self.inner_total else 0.0
 
 
 @dataclass(frozen=True, slots=True)

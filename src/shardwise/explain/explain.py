@@ -26,7 +26,7 @@ from shardwise.core.program import (
     any_layer,
     memory_peak,
 )
-from shardwise.explain.findings import findings_of, sharded_share
+from shardwise.explain.findings import findings_of, sharded
 from shardwise.explain.reasons import carries_out, copy_reason, reason_of
 
 # Ops that don't part a copy from the collective that it is for: views and sums cost no buffer of their own.
@@ -58,7 +58,7 @@ def explain(program: Program) -> Explanation:
             RuleSummary(use.pattern, str(use), len(use.modules), use.modules[0] if use.modules else "")
             for use in program.rules
         ),
-        sharded_share=sharded_share(program.holdings),
+        sharded_share=sharded(program).share,
         held=tuple(
             (kind, program.held(kind))
             for kind in (MemoryKind.PARAMETER, MemoryKind.GRADIENT, MemoryKind.OPTIMIZER)

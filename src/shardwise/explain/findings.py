@@ -6,7 +6,8 @@ what exchanges data in a way that no table knows.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import prod
 
 from shardwise.core.collective import CollectiveKind
@@ -14,21 +15,18 @@ from shardwise.core.explanation import CollectiveGroup, HoldingGroup
 from shardwise.core.finding import Finding, FindingKind
 from shardwise.core.mesh import TENSOR_AXIS, Mesh
 from shardwise.core.placement import Partial, Replicate, Shard
-from shardwise.core.program import Collective, Holding, Item, Op, OpKind, Phase, Program, any_layer
+from shardwise.core.program import Collective, Item, Op, OpKind, Phase, Program, any_layer
 from shardwise.core.rule import ModuleKind
+from shardwise.core.sharded import Sharded
 from shardwise.explain.words import named, size
 
-# Below this share of sharded parameters a plan is said to shard little: a rank then holds more than half of the model whatever the axis.
-ENOUGH_SHARDED = 0.5
 # Copies for collectives are said where they move at least this share of what goes over the wire.
 WORTH_SAYING = 0.01
 
 
-def sharded_share(holdings: Iterable[Holding]) -> float:
-    """Share of the parameters' elements that are in tensors of which this rank keeps a part only, 0 to 1."""
-    holdings = list(holdings)
-    whole = sum(prod(holding.shape) for holding in holdings)
-    return sum(prod(holding.shape) for holding in holdings if holding.is_sharded) / whole if whole else 0.0
+def sharded(program: Program) -> Sharded:
+    """What of the parameters a rank doesn't hold whole."""
+    return Sharded.of((prod(each.shape), each.is_sharded, each.is_outer) for each in program.holdings)
 
 
 def findings_of(
@@ -113,22 +111,12 @@ def _idle_rules(program: Program) -> Iterator[Finding]:
 
 
 def _little_sharded(program: Program) -> Iterator[Finding]:
-    share, tp = sharded_share(program.holdings), Mesh(program.axes).tp
-    if tp > 1 and share < ENOUGH_SHARDED:
-        whole = max(
-            (h for h in program.holdings if not h.is_sharded), key=lambda h: h.parameter_bytes, default=None
+    for finding in sharded(program).findings(Mesh(program.axes).tp):
+        largest = max(
+            (each for each in program.holdings if not each.is_sharded), key=lambda each: each.parameter_bytes
         )
-        largest = (
-            f"; the largest that every rank holds whole is {whole.name}, {size(whole.parameter_bytes)}"
-            if whole
-            else ""
-        )
-        yield Finding(
-            FindingKind.LITTLE_IS_SHARDED,
-            program.plan,
-            f"{share:.1%} of the parameters are sharded over tp={tp}{largest}",
-            advice=f"Below {ENOUGH_SHARDED:.0%} a plan saves little memory and work; see which rules match what.",
-        )
+        whole = f"the largest that every rank holds whole is {largest.name}, {size(largest.parameter_bytes)}"
+        yield replace(finding, reason=f"{finding.reason}; {whole}")
 
 
 def _repeats(program: Program, items: Sequence[Item]) -> Iterator[Finding]:

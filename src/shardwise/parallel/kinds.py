@@ -3,6 +3,7 @@
 from torch import nn
 
 from shardwise.core.rule import ModuleKind
+from shardwise.parallel.resolve import last_linear
 
 
 def kind_of(module: nn.Module) -> ModuleKind:
@@ -16,3 +17,10 @@ def kind_of(module: nn.Module) -> ModuleKind:
     if own and not holds_modules and all(parameter.dim() == 1 for parameter in own):
         return ModuleKind.NORM
     return ModuleKind.CONTAINER if holds_modules and not own else ModuleKind.OTHER
+
+
+def outer_parameters(model: nn.Module) -> frozenset[nn.Parameter]:
+    """Those of embeddings, and of the head: the module that a Hugging Face model calls so, else the last linear layer."""
+    head = getattr(model, "get_output_embeddings", lambda: None)() or last_linear(model)
+    outer = (module for module in model.modules() if isinstance(module, nn.Embedding) or module is head)
+    return frozenset(parameter for module in outer for parameter in module.parameters())

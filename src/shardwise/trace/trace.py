@@ -40,7 +40,7 @@ from shardwise.core.shown import shown, told
 from shardwise.models.source import ModelSource, vocab_size_of
 from shardwise.parallel.any_plan import apply_any
 from shardwise.parallel.apply import applied_to
-from shardwise.parallel.kinds import kind_of
+from shardwise.parallel.kinds import kind_of, outer_parameters
 from shardwise.parallel.ownership import RowOwnership, route
 from shardwise.parallel.parameters import fill
 from shardwise.parallel.resolve import resolve
@@ -548,7 +548,7 @@ def _holdings(model: nn.Module, step: TrainStep, job: _Job) -> tuple[Holding, ..
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
         parameters[id(parameter)] = parameter
-    found = []
+    outer, found = outer_parameters(model), []
     for key, parameter in parameters.items():
         name, *shared = names[key]
         module = name.rpartition(".")[0]
@@ -570,6 +570,7 @@ def _holdings(model: nn.Module, step: TrainStep, job: _Job) -> tuple[Holding, ..
                 rule=job.rule_of(module),
                 shared=tuple(shared),
                 module_kind=kind_of(model.get_submodule(module)),
+                is_outer=parameter in outer,
             )
         )
     return tuple(found)

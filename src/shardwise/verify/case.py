@@ -21,8 +21,9 @@ from shardwise.core.errors import InputError, ModelError, OptionError, RunError,
 from shardwise.core.finding import Finding, FindingKind
 from shardwise.core.mesh import TENSOR_AXIS, Mesh
 from shardwise.core.plan import AnyPlan, Plan, TheirPlan
+from shardwise.core.sharded import Sharded
 from shardwise.core.shown import shown, told
-from shardwise.core.verification import Proof, Sharded, Verification
+from shardwise.core.verification import Proof, Verification
 from shardwise.launch import RankContext
 from shardwise.models.factory import sharding_factory
 from shardwise.models.source import ModelSource, find_model, vocab_size_of

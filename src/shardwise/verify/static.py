@@ -10,19 +10,16 @@ from torch.distributed.tensor import DTensor
 from shardwise.core.finding import Cause, Finding, FindingKind
 from shardwise.core.foreign import ForeignRule
 from shardwise.core.plan import AnyPlan, Plan, suggest_pattern
-from shardwise.core.verification import Sharded
+from shardwise.core.sharded import Sharded
 from shardwise.parallel.apply import applied_to
-from shardwise.parallel.resolve import last_linear
+from shardwise.parallel.kinds import outer_parameters
 from shardwise.torch_private import AnyDropout
-
-ENOUGH_INSIDE = 0.10
-"""Share of the parameters outside embedding and head that must be sharded; a plan below it saves hardly anything, and proves nothing."""
 
 
 def of_model(model: nn.Module, plan: AnyPlan, tp: int) -> tuple[Sharded, list[Finding]]:
     """How much of a model that `plan` has sharded is sharded, and all that is found in it but ties."""
     sharded = count(model)
-    findings = [*little_sharded(sharded, tp), *dropout(model)]
+    findings = [*sharded.findings(tp), *dropout(model)]
     foreign = applied_to(model).foreign
     if foreign is not None:
         findings += [*undivided_heads(model, foreign.rules, tp), *idle_rules(model, foreign.rules)]
@@ -33,25 +30,13 @@ def of_model(model: nn.Module, plan: AnyPlan, tp: int) -> tuple[Sharded, list[Fi
 
 def count(model: nn.Module) -> Sharded:
     """What of a sharded model's parameters a rank doesn't hold whole."""
-    head = getattr(model, "get_output_embeddings", lambda: None)() or last_linear(model)
-    outer = {
-        id(p)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding) or module is head
-        for p in module.parameters()
-    }
-    total = sharded = inner_total = inner_sharded = 0
-    for parameter in model.parameters():
-        is_cut = isinstance(parameter, DTensor) and not all(
-            placement.is_replicate() for placement in parameter.placements
-        )
-        size = parameter.numel()
-        total += size
-        sharded += size * is_cut
-        if id(parameter) not in outer:
-            inner_total += size
-            inner_sharded += size * is_cut
-    return Sharded(total, sharded, inner_total, inner_sharded)
+    outer = outer_parameters(model)
+    return Sharded.of((each.numel(), _is_cut(each), each in outer) for each in model.parameters())
+
+
+def _is_cut(parameter: nn.Parameter) -> bool:
+    placements = parameter.placements if isinstance(parameter, DTensor) else ()
+    return not all(placement.is_replicate() for placement in placements)
 
 
 def shadowed_rules(model: nn.Module, plan: Plan) -> list[Finding]:
@@ -85,15 +70,6 @@ def idle_rules(model: nn.Module, rules: Iterable[ForeignRule]) -> list[Finding]:
                 Finding(FindingKind.RULE_MATCHES_NOTHING, rule.pattern, reason, advice=advice, rule=rule)
             )
     return found
-
-
-def little_sharded(sharded: Sharded, tp: int) -> list[Finding]:
-    """Whether nearly all of the model is on every rank."""
-    if tp == 1 or sharded.inner_share >= ENOUGH_INSIDE:
-        return []
-    reason = f"{sharded.inner_share:.1%} of the parameters outside embedding and head are sharded over tp={tp}, and {sharded.share:.1%} of all of them"
-    advice = f"Below {ENOUGH_INSIDE:.0%} each rank does nearly all of the work: shardwise explain says which rules match what."
-    return [Finding(FindingKind.LITTLE_IS_SHARDED, "plan", reason, advice=advice)]
 
 
 def untied(ties: Iterable[tuple[str, ...]], model: nn.Module) -> list[Finding]:

@@ -15,8 +15,9 @@ from shardwise.core.errors import InputError, ModelError, OptionError, Shardwise
 from shardwise.core.finding import Finding, FindingKind
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import AnyPlan, Plan, TheirPlan
+from shardwise.core.sharded import Sharded
 from shardwise.core.shown import shown, told
-from shardwise.core.verification import Sharded, Verdict, Verification
+from shardwise.core.verification import Verdict, Verification
 from shardwise.models.factory import sharding_factory
 from shardwise.models.source import ModelSource, find_model
 from shardwise.parallel.any_plan import apply_any
