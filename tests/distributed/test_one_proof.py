@@ -6,7 +6,6 @@ from functools import lru_cache
 import msgspec
 import pytest
 
-from shardwise.cli.compare_ranks import CompareJob, pack
 from shardwise.core.case import StepSettings
 from shardwise.core.finding import Cause, Finding
 from shardwise.core.mesh import Mesh
@@ -16,6 +15,7 @@ from shardwise.launch import run_ranks
 from shardwise.measure.record import RankReport
 from shardwise.parallel.builtin import builtin_plan
 from shardwise.text.stream import load_tokens
+from shardwise.verbs.compare_ranks import CompareJob, pack
 from shardwise.verify.case import Case
 from shardwise.verify.run import verify
 
@@ -54,7 +54,7 @@ def agreements(mesh: str, settings: StepSettings) -> tuple[Agreement, ...]:
     )
     stream = load_tokens(vocab_size=512, random_ids=True)
     (report, *_) = run_ranks(
-        "shardwise.cli.compare_ranks:run",
+        "shardwise.verbs.compare_ranks:run",
         pack(job, stream),
         world_size=Mesh.parse(mesh).world_size,
         device_type="cpu",

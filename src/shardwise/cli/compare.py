@@ -37,12 +37,12 @@ from shardwise.core.plan import Plan, suggest
 from shardwise.core.verification import Agreement
 
 if TYPE_CHECKING:
-    from shardwise.cli.compare_ranks import CompareJob
     from shardwise.cli.progress import ProgressLine
     from shardwise.files.run_folder import RunFolder
     from shardwise.measure.record import RankReport
     from shardwise.models.specs import ModelSpec
     from shardwise.text.stream import TokenStream
+    from shardwise.verbs.compare_ranks import CompareJob
 
 TRACES = "traces"
 DEFAULT_PLANS = ["rowwise", "colwise", "routed", "rowwise@dtensor", "colwise@dtensor"]
@@ -269,9 +269,9 @@ class _Request:
         repeat: bool,
         profile_steps: int,
     ) -> "_Request":
-        from shardwise.cli.compare_ranks import CompareJob
         from shardwise.models.specs import get_spec
         from shardwise.parallel.plans import load_plans
+        from shardwise.verbs.compare_ranks import CompareJob
 
         spec = get_spec(model)
         check_carried(mesh, "compare", RUN)
@@ -362,12 +362,12 @@ class _Run:
     def _launch(
         self, stream: "TokenStream | None", on_event: Callable[[bytes], None], traces: Path | None
     ) -> "list[RankReport]":
-        from shardwise.cli.compare_ranks import pack
         from shardwise.launch import run_ranks
         from shardwise.measure.record import RankReport
+        from shardwise.verbs.compare_ranks import pack
 
         results = run_ranks(
-            "shardwise.cli.compare_ranks:run",
+            "shardwise.verbs.compare_ranks:run",
             pack(replace(self.request.job, traces=str(traces or "")), stream),
             world_size=self.request.mesh.world_size,
             device_type=self.request.device_type,
@@ -448,7 +448,7 @@ class _Run:
 
 def _on_event(folder: "RunFolder", progress: "ProgressLine", event: bytes) -> None:
     """To disk first: nothing that was measured is lost."""
-    from shardwise.cli.compare_ranks import Progress
+    from shardwise.verbs.compare_ranks import Progress
 
     folder.append_event(event)
     step = msgspec.json.decode(event, type=Progress)

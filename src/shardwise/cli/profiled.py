@@ -14,13 +14,13 @@ def profiled_plans(
     labels: Sequence[str], traces: Path, say: Callable[[str], None]
 ) -> tuple[tuple[StepProfile, ...], dict[str, str]]:
     """(of each plan, {file name: page}). Raises TraceError where a trace can't be read."""
-    from shardwise.cli.compare_ranks import folder_name
     from shardwise.profiles.collectives import share
     from shardwise.profiles.diff import diff, run_words
     from shardwise.profiles.picture import picture
     from shardwise.profiles.ranks import read_ranks, trace_files
     from shardwise.profiles.run import profile_run
     from shardwise.report.diff.html import difference_html, run_html
+    from shardwise.verbs.compare_ranks import folder_name
 
     runs: list[RunProfile] = []
     pictures: list[list[StepPicture]] = []
