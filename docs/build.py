@@ -61,7 +61,6 @@ from shardwise.report.diff.html import difference_html
 from shardwise.report.explain.html import explanation_html
 from shardwise.report.explain.terminal import explanation_renderables
 from shardwise.report.predict.html import prediction_html
-from shardwise.report.predict.terminal import render_prediction
 from shardwise.report.verify.html import verification_html
 from shardwise.report.walkthrough.html import walkthrough_html
 from shardwise.walkthrough.record import record_walkthrough
@@ -266,7 +265,7 @@ def predict_json_reference() -> str:
 def predict_output() -> str:
     """docs/predict.md's example, as the terminal shows its file."""
     console = Console(width=WIDTH, file=io.StringIO(), record=True, no_color=True)
-    render_prediction(read_document(PREDICTED.read_bytes(), PredictionRun, str(PREDICTED)), console)
+    show(read_document(PREDICTED.read_bytes(), PredictionRun, str(PREDICTED)), "terminal", console)
     return _fenced(console.export_text())
 
 

@@ -61,9 +61,9 @@ def test_every_bar_has_its_size_and_the_capacity_is_a_line(browser: str, tmp_pat
 def test_a_click_sorts_the_sweep(browser: str, tmp_path: Path) -> None:
     script = """
     const table = document.querySelector("table[data-sortable]");
-    const note = () => seen.push([...table.tBodies[0].rows].map((row) => row.cells[5].textContent.trim()));
+    const note = () => seen.push([...table.tBodies[0].rows].map((row) => row.cells[4].textContent.trim()));
     note();
-    table.tHead.rows[0].cells[5].querySelector("button").click();
+    table.tHead.rows[0].cells[4].querySelector("button").click();
     note();
     """
     as_it_was, sorted_rows = seen_by(visit(browser, driven(PAGES["sweep"], script), tmp_path).dom)

@@ -12,8 +12,8 @@ from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import AttentionKernel, Precision, Setup, Term
 from shardwise.core.prediction_run import PredictionRun
 from shardwise.files.document import read_document, write_document
+from shardwise.report.common.deliver import show
 from shardwise.report.predict import rows
-from shardwise.report.predict.terminal import render_prediction
 from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME
 from tests.unit.prediction_example import MEMORY, TERMS, TOO_MUCH, hostile_run, prediction, run_of, two_plans
 
@@ -24,7 +24,7 @@ WIDTHS = (80, 100, 150)
 def printed(run: PredictionRun, width: int = 100, *, colour: bool = False) -> str:
     console = Console(width=width, force_terminal=colour, color_system="standard" if colour else None)
     with console.capture() as captured:
-        render_prediction(run, console)
+        show(run, "terminal", console)
     return captured.get()
 
 
@@ -54,7 +54,10 @@ def test_what_waits_for_launches_is_flagged_from_the_threshold_on() -> None:
 def test_several_plans_stand_side_by_side_in_the_order_given() -> None:
     shown = words(printed(two_plans(), 120))
     assert "rowwise 100 ms 1 " in shown
-    assert "colwise 105 ms 1.045 19.6 k 83.8 GiB doesn't fit +5.00 ms tensor-parallel communication" in shown
+    assert (
+        "colwise 105 ms 1.045 19.6 k 83.8 GiB doesn't fit: 9.31 GiB too much +5.00 ms tensor-parallel communication"
+        in shown
+    )
 
 
 def test_a_term_that_was_switched_off_is_called_off_and_not_0() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from dataclasses import replace
@@ -18,8 +19,8 @@ from shardwise.files.document import read_document, write_document
 from shardwise.launch.workers import on_processes
 from shardwise.predict.machines import load_machine
 from shardwise.predict.sweep import best_first, meshes, shares_programs
+from shardwise.report.common.deliver import show
 from shardwise.report.predict.sweep_html import sweep_html
-from shardwise.report.predict.sweep_terminal import render_sweep
 from shardwise.verbs.programs import MicroBatch
 from shardwise.verbs.sweep import SweepTask, _wanted
 from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME
@@ -48,7 +49,7 @@ def hostile_sweep(text: str) -> Sweep:
 def printed(sweep: Sweep, top: int = 20, width: int = 80) -> str:
     console = Console(width=width)
     with console.capture() as captured:
-        render_sweep(sweep, console, top)
+        show(sweep, "terminal", console, top)
     return captured.get()
 
 
@@ -94,11 +95,12 @@ def test_the_table_has_the_best_and_says_what_it_leaves_out() -> None:
     assert "Best of 31, of which 30 fit: pp=2,fsdp=2,tp=4, 1 x 4: 80.6 tokens/s per device" in " ".join(
         shown.split()
     )
-    assert shown.count("pp=2,fsdp=2,tp=4   ") == 3
-    assert "28 more; --top shows more" in shown
+    assert len(re.findall("^pp=2,fsdp=2,tp=4  ", shown, flags=re.MULTILINE)) == 3
+    assert re.search("^28 more$", shown, flags=re.MULTILINE)
+    assert "--top shows more rows" in " ".join(shown.split())
     assert "7 left out under rowwise: no" in shown
     assert "15 % tp sends" in shown
-    assert "doesn't fit" in printed(sweep, top=31)
+    assert re.search(r" no +15 % tp", printed(sweep, top=31))
 
 
 def test_a_sweep_in_which_nothing_fits_says_so() -> None:

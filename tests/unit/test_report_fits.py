@@ -17,9 +17,11 @@ from shardwise.report.common.deliver import show
 from shardwise.report.common.formats import format_named, formats
 from shardwise.report.common.plain import plain
 from shardwise.report.common.room import room_of
-from shardwise.report.common.table import Report, RowKind, Words
+from shardwise.report.common.table import Report, RowKind, Table, Words
 from tests.unit import comparison_example as compared
+from tests.unit import prediction_example as predicted
 from tests.unit import test_verify_report as verified
+from tests.unit.test_predict_sweep import point, sweep_of
 from tests.unit.test_profile_diff import A, B, profiled
 
 with TemporaryDirectory() as folder:
@@ -32,6 +34,9 @@ RESULTS = {
     "compare one module": compared.module_only_example(),
     "diff": diff(RUN, OTHER_RUN),
     "diff of one run": RUN,
+    "predict": predicted.run_of(),
+    "predict two plans": predicted.two_plans(),
+    "predict sweep": sweep_of(point(300), point(200, plan="colwise"), point(900, memory=predicted.TOO_MUCH)),
     "verify": verified.run(
         *(each for each in (verified.RIGHT, verified.WRONG, verified.CRASH, verified.LITTLE))
     ),
@@ -95,15 +100,16 @@ def test_a_csv_file_has_every_row_and_the_head_names_each_column(result: object)
         head, *rows = csv.reader(io.StringIO(content.decode()))
         assert len(rows) == sum(row.kind is not RowKind.HEADING for row in table.rows)
         assert {len(row) for row in rows} <= {len(head)}
-        assert all(any(column.name in name for name in head) for column in table.columns)
+        assert all(any(column.name in name for name in head) for column in table.without_bars().columns)
 
 
 @each_result
 def test_markdown_has_a_line_for_each_row_of_each_table(result: object) -> None:
     room = room_of(result)
+    blocks = [block for block in room.report(result).blocks if isinstance(block, Table)]
     (content,) = format_named("markdown").files(room, result).values()
     lines = [line for line in content.decode().splitlines() if line.startswith("| ")]
-    assert len(lines) == sum(2 + len(table.rows) for table in room.report(result).tables())
+    assert len(lines) == sum(2 + len(table.cut(table.short).rows) for table in blocks)
 
 
 def test_the_formats_are_the_modules_that_there_are() -> None:

@@ -1,9 +1,7 @@
 """`shardwise predict`: time and memory of plans on a machine that needn't be there, term by term."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -494,40 +492,19 @@ def _sweep(
     out: Path | None,
 ) -> int:
     from shardwise.cli.progress import ProgressLine
-    from shardwise.files.document import write_document
-    from shardwise.report.predict.sweep_html import sweep_html
-    from shardwise.report.predict.sweep_terminal import render_sweep
+    from shardwise.report.common.deliver import deliver
 
     with ProgressLine() as progress:
         found = sweep_over(task, plans, devices, progress.advance)
-    document = write_document(found)
-    if as_json:
-        sys.stdout.buffer.write(document)
-        sys.stdout.buffer.flush()
-    else:
-        render_sweep(found, console, top)
-    if out is not None:
-        from shardwise.files.run_folder import RunFolder
-
-        with RunFolder(out, "predict", datetime.now(UTC), has_events=False) as folder:
-            asked = {
-                "model": task.model,
-                "plans": list(plans),
-                "devices": devices,
-                "machine": found.machine.name,
-                "setup": task.setup,
-            }
-            folder.write("settings.json", _document(asked))
-            folder.write("sweep.json", document)
-            page = folder.write("sweep.html", sweep_html(found))
-        console.print(f"\nPage: {page}", markup=False, highlight=False, soft_wrap=True)
+    asked = {
+        "model": task.model,
+        "plans": list(plans),
+        "devices": devices,
+        "machine": found.machine.name,
+        "setup": task.setup,
+    }
+    deliver(found, "json" if as_json else "terminal", console, out, settings=asked, most=top)
     return 0 if any(point.fits for point in found.points) else 1
-
-
-def _document(asked: dict[str, object]) -> bytes:
-    import msgspec
-
-    return msgspec.json.format(msgspec.json.encode(asked), indent=2) + b"\n"
 
 
 def _saved_step(program: "Program", machine: "Machine", setup: Setup) -> Step:
@@ -585,18 +562,33 @@ def _label(plan: str, before: Sequence[Step]) -> str:
 def _deliver(
     machine: "Machine", steps: Sequence[Step], console: Console, *, as_json: bool, out: Path | None
 ) -> int:
-    from shardwise.files.document import write_document
-    from shardwise.report.predict.terminal import render_prediction
+    from shardwise.report.common.deliver import deliver
 
     run = _predicted(machine, steps)
-    document = write_document(run)
-    if as_json:
-        sys.stdout.buffer.write(document)
-        sys.stdout.buffer.flush()
-    else:
-        render_prediction(run, console)
-    if out is not None:
-        _write(out, run, machine, steps, document, console)
+    first = run.predictions[0]
+    asked = {
+        "model": first.model,
+        "plans": [prediction.plan for prediction in run.predictions],
+        "mesh": str(Mesh(first.axes)),
+        "machine": run.machine.name,
+        "settings": run.settings,
+        "setup": first.setup,
+    }
+    labels: dict[str, str] = {}
+
+    def beside() -> dict[str, bytes]:
+        made = {}
+        for name, label, trace in _traces(machine, steps):
+            made[name] = trace
+            labels[name] = label
+        return made
+
+    how = "json" if as_json else "terminal"
+    deliver(run, how, console, out, settings=asked, beside=beside)
+    for name, label in labels.items():
+        assert out is not None
+        told = f"{shown(label)}, for ui.perfetto.dev: {out / name}"
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
     return 0 if run.fits else 1
 
 
@@ -618,54 +610,17 @@ def _predicted(machine: "Machine", steps: Sequence[Step]) -> "PredictionRun":
     )
 
 
-def _write(
-    out: Path,
-    run: "PredictionRun",
-    machine: "Machine",
-    steps: Sequence[Step],
-    document: bytes,
-    console: Console,
-) -> None:
+def _traces(machine: "Machine", steps: Sequence[Step]) -> Iterator[tuple[str, str, bytes]]:
+    """(file name, what it is, a trace for Perfetto) of each plan, and of its stages."""
     from shardwise.files.perfetto import perfetto_trace
-    from shardwise.files.run_folder import RunFolder
     from shardwise.predict.timeline import pipeline_timelines, timeline_of
-    from shardwise.report.predict.html import prediction_html
 
-    first = run.predictions[0]
-    asked = {
-        "model": first.model,
-        "plans": [prediction.plan for prediction in run.predictions],
-        "mesh": str(Mesh(first.axes)),
-        "machine": run.machine.name,
-        "settings": run.settings,
-        "setup": first.setup,
-    }
-    with RunFolder(out, "predict", datetime.now(UTC), has_events=False) as folder:
-        folder.write("settings.json", _document(asked))
-        folder.write("prediction.json", document)
-        traces = []
-        for step, letter in zip(steps, _letters(), strict=False):
-            inside = (step.program, machine, step.setup)
-            traces.append(
-                (
-                    step.label,
-                    folder.write(f"timeline-{letter}.json.gz", perfetto_trace([timeline_of(*inside)])),
-                )
-            )
-            passes = pipeline_timelines(*inside)
-            if passes:
-                traces.append(
-                    (
-                        f"{step.label}'s stages",
-                        folder.write(f"stages-{letter}.json.gz", perfetto_trace(passes)),
-                    )
-                )
-        page = folder.write("predict.html", prediction_html(run))
-    console.print(f"\nPage: {page}", markup=False, highlight=False, soft_wrap=True)
-    for label, trace in traces:
-        console.print(
-            f"{shown(label)}, for ui.perfetto.dev: {trace}", markup=False, highlight=False, soft_wrap=True
-        )
+    for step, letter in zip(steps, _letters(), strict=False):
+        inside = (step.program, machine, step.setup)
+        yield f"timeline-{letter}.json.gz", step.label, perfetto_trace([timeline_of(*inside)])
+        passes = pipeline_timelines(*inside)
+        if passes:
+            yield f"stages-{letter}.json.gz", f"{step.label}'s stages", perfetto_trace(passes)
 
 
 def _letters() -> Iterator[str]:

@@ -33,13 +33,15 @@ def deliver(
     settings: object = None,
     beside: Callable[[], Files] = dict,
     page: Callable[[], Mapping[str, object]] = dict,
+    most: int | None = None,
 ) -> None:
     """The result on stdout as `form` says; with `out`, a run folder of settings.json, what stands `beside`, and the result in every format.
 
     console: where a terminal's report and the page's path go. page: what the HTML page needs besides the result.
+    most: how many rows a terminal shows of a table that has many.
     """
     room = room_of(result)
-    show(result, form, console)
+    show(result, form, console, most)
     if out is None:
         return
     with RunFolder(out, room.name, datetime.now(UTC), has_events=False) as folder:
@@ -50,12 +52,12 @@ def deliver(
     console.print(f"\nPage: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
-def show(result: object, form: str, console: Console) -> None:
+def show(result: object, form: str, console: Console, most: int | None = None) -> None:
     """On stdout: drawn for the console, or the format's texts one after another."""
     check_format(form)
     module = format_named(form)
     if form == TERMINAL:
-        module.show(room_of(result), result, console)
+        module.show(room_of(result), result, console, most)
         return
     sys.stdout.buffer.write(b"\n".join(module.files(room_of(result), result).values()))
     sys.stdout.buffer.flush()

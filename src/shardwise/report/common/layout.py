@@ -1,12 +1,13 @@
 """A Table laid out for so many columns of characters: which columns fit, how wide, and where texts break. No label is cut, no word broken.
 
-First every column is as wide as its longest text. Where that is too wide, columns that wrap do, at spaces; then columns that spill go under
-their row, the last first; then names break after a dot, a dash and the like; and at last the table comes in parts, each with the first column.
+First every column is as wide as its longest text. Where that is too wide, columns that wrap do, at spaces, and columns that spill go under
+their row, the last first; then what wraps gives way step by step; and at last the table comes in parts, each with the first column.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 from rich.cells import cell_len, chop_cells
 
@@ -31,18 +32,28 @@ class Part:
     spilled: tuple[int, ...]
 
 
+class Squeeze(IntEnum):
+    """How far columns give way, each step with those before it: sentences may be a word a line; names break after a dot, a dash and the
+    like; so do heads."""
+
+    NONE = 0
+    SENTENCES = 1
+    NAMES = 2
+    HEADS = 3
+
+
 def lay_out(table: Table, texts: Sequence[Sequence[str]], width: int) -> list[Part]:
     """texts: of the head and then of each row, a text per column (a heading has its title alone, and takes no column's room)."""
     columns = tuple(range(len(table.columns)))
     spilling = [index for index in columns if table.columns[index].spills]
     whole = [line for line in texts if len(line) == len(columns)]
-    for breaks_names in (False, True):
-        natural, least = _widths(table, whole, breaks_names)
+    for squeeze in Squeeze:
+        natural, least = _widths(table, whole, squeeze)
         for kept in range(len(spilling), -1, -1):
             spilled = tuple(spilling[kept:])
             side = tuple(index for index in columns if index not in spilled)
             if sum(least[index] for index in side) + GAP * (len(side) - 1) <= width:
-                return [Part(side, _share(side, natural, least, width), spilled)]
+                return [_part(side, natural, least, width, spilled)]
     return _parts(side, natural, least, width, spilled)
 
 
@@ -67,19 +78,18 @@ def _part(
     return Part(side, _share(side, natural, least, width), spilled)
 
 
-def _widths(table: Table, texts: list[Sequence[str]], breaks_names: bool) -> tuple[list[int], list[int]]:
+def _widths(table: Table, texts: list[Sequence[str]], squeeze: Squeeze) -> tuple[list[int], list[int]]:
     """(as wide as the longest text, as narrow as it may be) of each column. A head always wraps."""
     natural, least = [], []
     for index, column in enumerate(table.columns):
         head, *cells = (line[index] for line in texts)
-        lines = [cell_len(line) for text in cells for line in text.split("\n")]
-        longest = max(lines, default=0)
-        narrowest = _longest_word(head, breaks_names)
+        longest = max((cell_len(line) for text in cells for line in text.split("\n")), default=0)
+        narrowest = longest
         if column.wraps:
-            words = max((_longest_word(text, breaks_names) for text in cells), default=0)
-            narrowest = max(narrowest, words, min(longest, SENTENCE) if not breaks_names else 0)
-        else:
-            narrowest = max(narrowest, longest)
+            narrowest = max((_longest_word(text, squeeze >= Squeeze.NAMES) for text in cells), default=0)
+            if squeeze is Squeeze.NONE:
+                narrowest = max(narrowest, min(longest, SENTENCE))
+        narrowest = max(narrowest, _longest_word(head, squeeze is Squeeze.HEADS))
         natural.append(max(longest, narrowest))
         least.append(narrowest)
     return natural, least

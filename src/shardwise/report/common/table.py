@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from shardwise.report.common.units import TEXT, Format
+from shardwise.report.common.units import BAR, TEXT, Format
 
 Value = str | int | float | None
 ABSENT = "–"
@@ -51,7 +51,7 @@ class Column:
 
     @property
     def is_number(self) -> bool:
-        return self.format is not TEXT
+        return self.format not in (TEXT, BAR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,8 @@ class Cell:
     href: str = ""
 
     def read(self, column: Column) -> str:
+        if self.text is None and isinstance(self.value, str):
+            return self.value
         return self.text if self.text is not None else column.format.text(self.value)
 
 
@@ -117,6 +119,10 @@ class Table:
         table = self._without(empty) if self.rows else self
         return table._with(most)
 
+    def without_bars(self) -> "Table":
+        """For whom a bar of characters is none."""
+        return self._without({index for index, column in enumerate(self.columns) if column.format is BAR})
+
     def _without(self, empty: set[int]) -> "Table":
         columns = tuple(column for index, column in enumerate(self.columns) if index not in empty)
         rows = tuple(
@@ -157,13 +163,15 @@ Block = Table | Words
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All that a verb tells, in the order in which one reads it."""
+    """All that a verb tells, in the order in which one reads it. appendix: tables for which only a page and files have room."""
 
     title: str
     blocks: tuple[Block, ...]
+    appendix: tuple[Table, ...] = ()
 
     def tables(self) -> Iterator[Table]:
-        return (block for block in self.blocks if isinstance(block, Table))
+        yield from (block for block in self.blocks if isinstance(block, Table))
+        yield from self.appendix
 
 
 def row(*cells: Cell | Value, kind: RowKind = RowKind.BODY, below: tuple[Line, ...] = ()) -> Row:

@@ -162,3 +162,5 @@ FLOPS = Format(format_flops, "FLOP")
 RATIO = Format(format_ratio)
 PERCENT = Format(lambda share: f"{100 * share:.1f} %", "share")
 ERROR = Format(format_error, "relative")
+BAR = Format(lambda share: "█" * round(20 * share) or ("▏" if share else ""))
+"""Of a share of the longest: characters, which only a terminal shows."""

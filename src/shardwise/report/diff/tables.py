@@ -23,7 +23,8 @@ def run_report(run: RunProfile) -> Report:
         _about([run]), _words(run_words(run)), parts_table([run]), *collectives_tables([run]), work_table(run), cpu_table([run]),
         *_cautions([run]),
     ]  # fmt: skip
-    return Report(f"Where the time went: {run.label}", tuple(block for block in blocks if block is not None))
+    title = f"Where the time went: {run.label}"
+    return Report(title, tuple(block for block in blocks if block is not None), shared_tables([run]))
 
 
 def difference_report(difference: Difference) -> Report:
@@ -34,7 +35,7 @@ def difference_report(difference: Difference) -> Report:
         *collectives_tables(runs), *copies_tables(difference), cpu_table(runs), *cpu_lines_tables(difference), *_cautions(runs),
     ]  # fmt: skip
     title = f"Where the time went: {runs[1].label} against {runs[0].label}"
-    return Report(title, tuple(block for block in blocks if block is not None))
+    return Report(title, tuple(block for block in blocks if block is not None), shared_tables(runs))
 
 
 def _about(runs: Sequence[RunProfile]) -> Words:
@@ -206,8 +207,15 @@ def _collective(use: CollectiveUse) -> Row:
     )
 
 
-def shared_table(run: RunProfile) -> Table:
-    """Each collective on all its ranks: the page and the CSV files have it, a terminal hasn't the room."""
+def shared_tables(runs: Sequence[RunProfile]) -> tuple[Table, ...]:
+    """Each collective of a run, on all its ranks."""
+    sides = ("",) if len(runs) == 1 else ("-a", "-b")
+    return tuple(
+        shared_table(run, side) for run, side in zip(runs, sides, strict=True) if run.sharing.collectives
+    )
+
+
+def shared_table(run: RunProfile, side: str) -> Table:
     columns = (
         Column("Step", NUMBER),
         Column("Collective", wraps=True),
@@ -218,7 +226,14 @@ def shared_table(run: RunProfile) -> Table:
         Column("The last one was in", wraps=True),
     )
     body = tuple(map(_shared, run.sharing.collectives))
-    return Table("each", f"Each collective of {run.label}", columns, body, sorts=True, long=200)
+    return Table(
+        f"each{side}",
+        f"Each collective of {run.label}, on all its ranks",
+        columns,
+        body,
+        sorts=True,
+        long=200,
+    )
 
 
 def _shared(each: SharedCollective) -> Row:

@@ -87,12 +87,13 @@ def memory_levels(memory: MemoryForecast) -> tuple[tuple[str, float], ...]:
 
 def fit_text(memory: MemoryForecast) -> str:
     """`fits, 12.3 GiB left`, or `doesn't fit: 4.50 GiB too much`."""
+    return f"fits, {spare_text(memory)}" if memory.fits else f"doesn't fit: {spare_text(memory)}"
+
+
+def spare_text(memory: MemoryForecast) -> str:
+    """`12.3 GiB left`, or `4.50 GiB too much`."""
     spare = memory.capacity_bytes - memory.device_bytes
-    return (
-        f"fits, {format_bytes(spare)} left"
-        if memory.fits
-        else f"doesn't fit: {format_bytes(-spare)} too much"
-    )
+    return f"{format_bytes(spare)} left" if memory.fits else f"{format_bytes(-spare)} too much"
 
 
 def rate_text(prediction: Prediction) -> str:
@@ -202,6 +203,21 @@ def _recomputed(settings: StepSettings, setup: Setup) -> str:
 def is_launch_bound(prediction: Prediction) -> bool:
     """Whether waiting for launches is worth a flag."""
     return dict(prediction.terms).get(Term.LAUNCH, 0.0) >= LAUNCH_BOUND * prediction.step_s > 0.0
+
+
+def launch_bound(run: PredictionRun) -> list[tuple[str, str]]:
+    """(plan, what is flagged) of those that are; without the name of a plan that is alone."""
+    waits = run.launch_bound or ((),) * len(run.predictions)
+    alone = len(run.predictions) == 1
+    return [
+        ("" if alone else f"{plan_name(prediction)}:", launch_text(prediction, stretches))
+        for prediction, stretches in zip(run.predictions, waits, strict=True)
+        if is_launch_bound(prediction)
+    ]
+
+
+def plan_name(prediction: Prediction) -> str:
+    return name(prediction.plan, "(no plan)")
 
 
 def launch_text(prediction: Prediction, stretches: Sequence[LaunchBound]) -> str:

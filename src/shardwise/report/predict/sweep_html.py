@@ -1,50 +1,47 @@
-"""Sweep -> one HTML file that needs no network; the rules of report/page.py hold. Computes nothing but the widths of bars."""
+"""Sweep -> one HTML page: the best as bars, all in a table. Computes nothing but the widths of bars."""
 
 from shardwise.core.prediction import Term
 from shardwise.core.sweep import Sweep
-from shardwise.report.common.units import format_count, format_seconds
-from shardwise.report.explain.html import Bar, Chart, Key, Segment
-from shardwise.report.predict import sweep_rows
-from shardwise.report.predict.html import page_parts, percent, predict_environment
+from shardwise.report.common.chart import Chart, Key, Part, Stack, chart
+from shardwise.report.common.page import draw
+from shardwise.report.common.units import Format, format_count, format_seconds
+from shardwise.report.predict import rows, sweep_rows, sweep_tables, tables
+from shardwise.report.predict.html import SHEETS
 
 # terms below it would be slivers, and their names most of the page
 LEAST_SHARE = 0.005
 
 
 def sweep_html(sweep: Sweep) -> str:
-    """The whole page: the best as bars, all in a table."""
-    environment = predict_environment()
-    environment.globals.update(sweep_rows=sweep_rows)
-    return environment.get_template("predict/sweep.html.j2").render(
-        sweep=sweep, best=best_chart(sweep), has_plans=sweep_rows.has_plans(sweep), **page_parts(environment)
+    return draw(
+        "predict/sweep.html.j2",
+        SHEETS,
+        sweep=sweep,
+        rows=rows,
+        sweep_rows=sweep_rows,
+        sweep_tables=sweep_tables,
+        tables=tables,
+        best=best_chart(sweep),
     )
 
 
 def best_chart(sweep: Sweep) -> Chart:
-    """Of those that fit: a device's time for a thousand tokens, by term, all on one scale."""
+    """Of those that fit: a device's time for equally many tokens, by term, all on one scale."""
     points = [point for point in sweep.points if point.fits][: sweep_rows.BARS]
     has_plans = sweep_rows.has_plans(sweep)
-    longest = max((1 / point.tokens_per_s_per_device for point in points), default=1.0)
-    used: list[Term] = [
-        term
-        for term in Term
-        if any(dict(point.terms).get(term, 0.0) >= LEAST_SHARE * point.step_s for point in points)
-    ]
-    bars = []
+    used: list[Term] = []
+    stacks = []
     for point in points:
-        per_token_s = 1 / point.tokens_per_s_per_device / point.step_s
-        found = [(term, seconds) for term, seconds in point.terms if seconds >= LEAST_SHARE * point.step_s]
-        segments = tuple(
-            Segment(
-                f"t-{term.name.lower()}",
-                term.value,
-                f"{100 * seconds / point.step_s:.1f} %",
-                percent(seconds * per_token_s, longest),
-            )
-            for term, seconds in found
+        token_s = 1 / point.tokens_per_s_per_device
+        shares = [(term, seconds / point.step_s) for term, seconds in point.terms]
+        told = [(term, share) for term, share in shares if share >= LEAST_SHARE]
+        used += [term for term, _ in told]
+        parts = (
+            Part(f"t-{term.name.lower()}", f"{term.value} {100 * share:.1f} %", share * token_s)
+            for term, share in told
         )
-        total = f"{format_count(point.tokens_per_s_per_device)}/s"
-        bars.append(
-            Bar(f"{sweep_rows.label(point, has_plans)}: {format_seconds(point.step_s)}", segments, total)
-        )
-    return Chart(tuple(bars), tuple(Key(f"t-{term.name.lower()}", term.value) for term in used))
+        label = f"{sweep_rows.label(point, has_plans)}: {format_seconds(point.step_s)}"
+        stacks.append(Stack(label, tuple(parts), f"{format_count(point.tokens_per_s_per_device)}/s"))
+    keys = [Key(f"t-{term.name.lower()}", term.value) for term in Term if term in used]
+    longest = max((1 / point.tokens_per_s_per_device for point in points), default=1.0)
+    return chart(stacks, Format(lambda _: ""), keys, scale=longest)

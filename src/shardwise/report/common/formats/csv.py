@@ -15,7 +15,7 @@ _FORMULA = ("=", "+", "-", "@")
 
 def files(room: Room, result: object, **page: object) -> dict[str, bytes]:
     tables = room.report(result).tables()
-    return {f"tables/{table.key}.csv": _written(table).encode() for table in tables}
+    return {f"tables/{table.key}.csv": _written(table.without_bars()).encode() for table in tables}
 
 
 def _written(table: Table) -> str:

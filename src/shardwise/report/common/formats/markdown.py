@@ -12,7 +12,7 @@ _STRONG = frozenset({Tone.STRONG, Tone.BAD, Tone.HEADING})
 def files(room: Room, result: object, **page: object) -> dict[str, bytes]:
     report = room.report(result)
     blocks = [
-        _table(block.cut(block.short)) if isinstance(block, Table) else _words(block)
+        _table(block.without_bars().cut(block.short)) if isinstance(block, Table) else _words(block)
         for block in report.blocks
     ]
     return {f"{room.name}.md": "\n\n".join([f"## {_text(report.title)}", *blocks, ""]).encode()}

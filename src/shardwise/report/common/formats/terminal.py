@@ -38,16 +38,19 @@ def files(room: Room, result: object, **page: object) -> dict[str, bytes]:
     return {}
 
 
-def show(room: Room, result: object, console: Console) -> None:
+def show(room: Room, result: object, console: Console, most: int | None = None) -> None:
+    """most: rows of tables that show the largest of many; by default each table's own number."""
     for index, block in enumerate(room.report(result).blocks):
         if index:
             console.print()
-        console.print(drawn(block, console.width))
+        console.print(drawn(block, console.width, most))
 
 
-def drawn(block: Block, width: int) -> RenderableType:
+def drawn(block: Block, width: int, most: int | None = None) -> RenderableType:
     """A block for `width` columns."""
-    return Group(*(_words(block, width) if isinstance(block, Words) else _table(block, width)))
+    if isinstance(block, Words):
+        return Group(*_words(block, width))
+    return Group(*_table(block.cut(block.short and (most or block.short)), width))
 
 
 def _words(words: Words, width: int) -> Iterator[RenderableType]:
@@ -82,7 +85,6 @@ def _sentence(line: Line, width: int, mark: str = "", style: str = "") -> Render
 
 
 def _table(table: Table, width: int) -> Iterator[RenderableType]:
-    table = table.cut(table.short)
     if table.title:
         yield _title(table.title)
     texts = [
