@@ -24,7 +24,7 @@ from shardwise.core.collective import CollectiveKind
 from shardwise.core.errors import PlanError
 from shardwise.core.machine import FRESH
 from shardwise.core.program import OpKind
-from shardwise.core.sample import Sample
+from shardwise.core.sample import Failed, Sample
 from shardwise.launch.context import RankContext
 from shardwise.parallel.builtin import builtin_plan
 from shardwise.step.build import device_mesh
@@ -54,13 +54,6 @@ class Progress(msgspec.Struct, frozen=True):
     total: int
     text: str
     left_s: float | None
-
-
-class Failed(msgspec.Struct, frozen=True):
-    """A case that was left out, and why."""
-
-    case: str
-    reason: str
 
 
 class CalibrateReport(msgspec.Struct, frozen=True):

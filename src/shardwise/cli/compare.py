@@ -325,20 +325,20 @@ class _Run:
             self._launch(None, lambda _: None, None)
             return 0
         with ProgressLine() as progress:
-            progress.say("reading text")
-            stream = self._tokens(files, tokenizer, random_ids, progress.say)
+            progress("reading text")
+            stream = self._tokens(files, tokenizer, random_ids, progress)
             with RunFolder(out, "compare", started) as folder:
                 folder.write(
                     "settings.json", msgspec.json.format(msgspec.json.encode(self.request.job), indent=2)
                 )
-                progress.say(f"starting {self.request.mesh.world_size} ranks")
+                progress(f"starting {self.request.mesh.world_size} ranks")
                 traces = folder.path.resolve() / TRACES if self.request.job.profile_steps else None
                 reports = self._launch(stream, partial(_on_event, folder, progress), traces)
                 comparison = self._comparison(reports, stream, started)
                 profiles: tuple[StepProfile, ...] = ()
                 pages: dict[str, str] = {}
                 if traces is not None and comparison.measurements:
-                    profiles, pages = profiled_plans(self.request.job.labels, traces, progress.say)
+                    profiles, pages = profiled_plans(self.request.job.labels, traces, progress)
         return self._deliver(replace(comparison, profiles=profiles), reports[0], folder, pages)
 
     def _tokens(
@@ -402,9 +402,7 @@ class _Run:
             shlex.join(["shardwise", *sys.argv[1:]]),
             started.isoformat(timespec="seconds"),
             device_type=self.request.device_type,
-            backend=backend,
             world_size=self.request.mesh.world_size,
-            threads=_threads(self.request),
         )
         return Comparison(
             model=self.request.spec.name,
@@ -452,7 +450,7 @@ def _on_event(folder: "RunFolder", progress: "ProgressLine", event: bytes) -> No
 
     folder.append_event(event)
     step = msgspec.json.decode(event, type=Progress)
-    progress.advance(step.done, step.total, step.text)
+    progress(step.text, step.done, step.total)
 
 
 def _findings(report: "RankReport") -> list[tuple[str, Finding, Agreement | None]]:

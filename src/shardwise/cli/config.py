@@ -1,46 +1,38 @@
-"""`--config FILE`: a command's options as TOML. What is given on the command line wins."""
+"""`--config FILE`: a case file, whose values become the defaults of a command's options. The command line wins."""
 
-import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import typer
 
 from shardwise.core.errors import OptionError
-from shardwise.core.plan import suggest
+from shardwise.files.case import read_case
 
 
 def read_config(context: typer.Context, value: str | None) -> str | None:
     """Eager callback of --config: makes the file's values the options' defaults."""
     if value is None:
         return None
-    name, text = _find(value)
-    try:
-        table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise OptionError(f"--config {name}: not valid TOML: {error}.") from None
-    known = {_option_name(parameter): str(parameter.name) for parameter in context.command.params}
-    for no_key in ("config", "help"):
-        known.pop(no_key, None)
+    from shardwise.cli.main import verbs
+
+    known = {name: what.own_keys() for name, what in verbs().items()}
+    verb = str(context.command.name)
+    parameters = {_key(parameter.opts[0]): parameter for parameter in context.command.params}
+    name, text = _read(value)
+    own = {"json", "out", *known.get(verb, parameters)} & set(parameters)
     defaults = {}
-    for key, given in table.items():
-        option = key.replace("-", "_")
-        if option not in known:
-            raise OptionError(
-                f'--config {name}: unknown key "{key}".{suggest(option, known)} Allowed: {", ".join(sorted(known))}.'
-            )
-        if isinstance(given, dict):
-            raise OptionError(f"--config {name}: {key} is a table. Write a plain value.")
-        defaults[known[option]] = [str(item) for item in given] if isinstance(given, list) else given
+    for key, given in read_case(text, f"--config {name}", verb, own, known).items():
+        if key in parameters:
+            is_many = parameters[key].multiple or parameters[key].nargs == -1
+            items = [str(item) for item in given] if isinstance(given, list) else [given]
+            defaults[parameters[key].name] = items if is_many else items[0]
     context.default_map = {**(context.default_map or {}), **defaults}
     return value
 
 
-def _option_name(parameter: Any) -> str:
+def _key(option: str) -> str:
     """`--random-ids` -> random_ids; an argument by its name."""
-    option = str(parameter.opts[0])
-    return option.removeprefix("--").replace("-", "_") if option.startswith("--") else str(parameter.name)
+    return option.removeprefix("--").replace("-", "_")
 
 
 def shipped_configs() -> list[str]:
@@ -51,7 +43,7 @@ def shipped_configs() -> list[str]:
     )
 
 
-def _find(value: str) -> tuple[str, str]:
+def _read(value: str) -> tuple[str, str]:
     """(what to call it, text) of a file, or of a shipped config by name."""
     path = Path(value)
     shipped = shipped_configs()

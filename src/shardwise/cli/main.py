@@ -4,17 +4,25 @@
 """
 
 import gc
+import importlib
 import os
+import pkgutil
 import signal
 import sys
-from typing import Annotated, NoReturn
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+import shardwise.cli
 from shardwise import __version__
-from shardwise.cli import calibrate, compare, diff, explain, lists, predict, verify
 from shardwise.core.errors import InputError, ShardwiseError
 
+if TYPE_CHECKING:
+    from shardwise.cli.asked import Command
+
+VERBS = ("compare", "explain", "verify", "diff", "predict", "calibrate")
 _CTRL_C = 128 + signal.SIGINT
 # new objects between two looks for garbage; with Python's 700, importing PyTorch spends a tenth of its time on it
 _FEW_COLLECTIONS = 200_000
@@ -28,15 +36,25 @@ app = typer.Typer(
     help="How to shard a PyTorch model over devices, and the proof.",
     epilog="Start with: shardwise compare rowwise colwise routed",
 )
-app.command("compare")(compare.compare)
-app.command("explain")(explain.explain)
-app.command("verify")(verify.verify)
-app.command("diff")(diff.diff)
-app.command("calibrate")(calibrate.calibrate)
-app.command("predict")(predict.predict)
-app.command("models")(lists.models)
-app.command("plans")(lists.plans)
-app.command("machines")(lists.machines)
+
+
+@cache
+def commands() -> dict[str, Callable[..., Any]]:
+    """Every module beside this one that holds a function of its own name: the verbs in the order of a reader's
+    questions, then the others."""
+    names = [module.name for module in pkgutil.iter_modules(shardwise.cli.__path__)]
+    names.sort(key=lambda name: (VERBS.index(name) if name in VERBS else len(VERBS), name))
+    modules = {name: importlib.import_module(f"shardwise.cli.{name}") for name in names if name != "main"}
+    return {name: getattr(module, name) for name, module in modules.items() if hasattr(module, name)}
+
+
+def verbs() -> dict[str, "Command"]:
+    """What each command that is made of nouns asks for."""
+    return {name: made.command for name, made in commands().items() if hasattr(made, "command")}
+
+
+for _name, _made in commands().items():
+    app.command(_name)(_made)
 
 
 def _version(wanted: bool) -> None:

@@ -495,7 +495,7 @@ def _sweep(
     from shardwise.report.common.deliver import deliver
 
     with ProgressLine() as progress:
-        found = sweep_over(task, plans, devices, progress.advance)
+        found = sweep_over(task, plans, devices, lambda done, total, text: progress(text, done, total))
     asked = {
         "model": task.model,
         "plans": list(plans),
@@ -544,7 +544,7 @@ def _traced_steps(asked: _Asked, plans: Sequence[str], machine: "Machine") -> li
         ]
         steps: list[Step] = []
         for plan in loaded:
-            program = trace_program(source, plan, asked.mesh, micro_batch, machine.device, progress.say)
+            program = trace_program(source, plan, asked.mesh, micro_batch, machine.device, progress)
             check_setup(program, machine, asked.setup)
             steps.append(Step(_label(program.plan, steps), program, asked.setup, asked.settings))
     return steps

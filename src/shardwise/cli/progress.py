@@ -14,6 +14,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+_LINES = 20
+
 
 class ProgressLine:
     """`total` units of work, unknown until the first event."""
@@ -33,24 +35,22 @@ class ProgressLine:
             )
             self._task = self._bar.add_task("starting ranks", total=None)
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether lines are printed: a bar counts and guesses the time left by itself."""
-        return self._bar is None
-
-    def say(self, text: str) -> None:
-        """A new phase."""
+    def __call__(self, text: str, done: int = 0, total: int = 0, left_s: float | None = None) -> None:
+        """See verbs/progress.py. Plain lines of many units are few: every so manieth, with their number."""
         if self._bar is not None:
             self._bar.update(self._task, description=text)
-        elif text != self._last:
+            if total:
+                self._bar.update(self._task, completed=done, total=total)
+        elif total <= _LINES * _LINES and left_s is None:
+            self._print(text)
+        elif done % max(1, total // _LINES) == 0:
+            left = f", {left_s:.0f} s left" if left_s is not None else ""
+            self._print(f"{text} ({done} of {total}{left})")
+
+    def _print(self, text: str) -> None:
+        if text != self._last:
             print(f"shardwise: {text}", file=sys.stderr, flush=True)
             self._last = text
-
-    def advance(self, done: int, total: int, text: str) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total, description=text)
-        else:
-            self.say(text)
 
     def __enter__(self) -> Self:
         if self._bar is not None:

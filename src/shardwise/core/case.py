@@ -1,35 +1,73 @@
-"""What is asked of a verb: the model, the mesh, the plans, the training step, the text, the machine. One noun for all verbs.
+"""What is asked of a verb: the model, the mesh, the plans, the training step, the text, the machine. One noun for all.
 
-Only what one verb knows (rounds, against, stages, ...) is that verb's own. What needs the model (positions, divisibility) the verb checks.
+Only what one verb knows (rounds, against, ...) is that verb's own. What needs the model (positions, divisibility) the
+verb checks. Each field says what it is once: commands make options of it, case files comments.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Self
 
 from shardwise.core.errors import OptionError
-from shardwise.core.mesh import Mesh, Role
+from shardwise.core.mesh import SHARDS_AXIS, Mesh
+from shardwise.core.option import Asked, Option, check_options, options_of
+from shardwise.core.plan import suggest
+
+MODEL, STEP = "Model and mesh", "Training step"
+DTYPES = ("float32", "bfloat16", "float64")
+RECOMPUTE = ("none", "selective-ops", "full")
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True, slots=True)
 class StepSettings:
     """The training step that every plan runs: the same data, loss, clipping and optimizer (AdamW).
 
-    batch: sequences per optimizer step over all ranks; accumulation: micro-batches that it is cut into.
-    param_dtype, reduce_dtype: FSDP's mixed precision, as PyTorch's MixedPrecisionPolicy has it: what parameters are
-    gathered and layers computed in (None: dtype), and what gradients are reduced in (None: as computed); shards,
-    their gradients and the optimizer's state stay in dtype.
+    batch: sequences per optimizer step over all ranks; accumulation: micro-batches that it is cut into; batch and seq
+    are 0 where a verb is to choose. param_dtype, reduce_dtype: FSDP's mixed precision, as PyTorch's
+    MixedPrecisionPolicy has it: what parameters are gathered and layers computed in (None: dtype), and what gradients
+    are reduced in (None: as computed); shards, their gradients and the optimizer's state stay in dtype.
     """
 
-    batch: int
-    seq: int
-    dtype: str = "float32"
-    param_dtype: str | None = None
-    reduce_dtype: str | None = None
-    accumulation: int = 1
-    recompute: str = "none"
+    batch: Annotated[int, Option("Sequences per optimizer step over all ranks.", STEP, 1)] = 0
+    seq: Annotated[int, Option("Tokens per sequence.", STEP, 1)] = 0
+    dtype: Annotated[
+        str,
+        Option(f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.", STEP, choices=DTYPES),
+    ] = "float32"
+    param_dtype: Annotated[
+        str | None,
+        Option(
+            "What FSDP gathers parameters in, and layers compute in (MixedPrecisionPolicy).",
+            STEP,
+            choices=DTYPES,
+            shown="the --dtype",
+        ),
+    ] = None
+    reduce_dtype: Annotated[
+        str | None,
+        Option("What FSDP reduces gradients in.", STEP, choices=DTYPES, shown="what layers compute in"),
+    ] = None
+    accumulation: Annotated[int, Option("Micro-batches that a step's batch is cut into.", STEP, 1)] = 1
+    recompute: Annotated[
+        str,
+        Option(
+            "Activation checkpointing of each layer: none, selective-ops (all but fused attention and every "
+            "second matmul) or full.",
+            STEP,
+            choices=RECOMPUTE,
+        ),
+    ] = "none"
     compiled: bool = False
-    learning_rate: float = 3e-4
-    max_norm: float = 1.0
-    seed: int = 0
+    learning_rate: Annotated[float, Option("AdamW's.", STEP)] = 3e-4
+    max_norm: Annotated[float, Option("Gradients are clipped to this global norm.", STEP)] = 1.0
+    seed: Annotated[int, Option("Of the initial weights and of random ids.", STEP, 0)] = 0
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        for option, value in (("--learning-rate", self.learning_rate), ("--max-norm", self.max_norm)):
+            if not 0 < value < float("inf"):
+                raise OptionError(f"{option} is {value}. Use a number above 0.")
 
     @property
     def tokens(self) -> int:
@@ -51,12 +89,16 @@ class StepSettings:
 
 @dataclass(frozen=True, slots=True)
 class TextSource:
-    """Where token ids come from: text files or folders (none: Python's own documentation), cut by a tokenizer.json (None: one is trained
-    on the text); or, with random_ids, nowhere: uniform random ids."""
+    """Where token ids come from: text files or folders, cut by a tokenizer; or uniform random ids."""
 
-    files: tuple[str, ...] = ()
-    tokenizer: str | None = None
-    random_ids: bool = False
+    files: Annotated[
+        tuple[str, ...],
+        Option("Your text files or folders; by default Python's own documentation.", STEP, key="text"),
+    ] = ()
+    tokenizer: Annotated[
+        str | None, Option("Your tokenizer.json; by default one is trained on the text.", STEP)
+    ] = None
+    random_ids: Annotated[bool, Option("Uniform random ids instead of text.", STEP)] = False
 
     def __post_init__(self) -> None:
         if self.random_ids and (self.files or self.tokenizer is not None):
@@ -67,16 +109,87 @@ class TextSource:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What is asked. plans: as a user names them, the first being what others are held against; none: what suits the model.
+    """What is asked. plans: as a user names them, the first being what others are held against; none: what suits the
+    model. machine: None where a verb is to choose."""
 
-    machine: of `shardwise machines`, or a file; None: the verb's own choice. device: auto, cpu or cuda. sequence_parallel: of built-in plans.
-    """
-
-    model: str = "llama3-debug"
-    mesh: Mesh = field(default_factory=lambda: Mesh.of({Role.CUTS_TENSORS: 2}))
-    plans: tuple[str, ...] = ()
-    step: StepSettings = field(default_factory=lambda: StepSettings(batch=4, seq=256))
+    model: Annotated[
+        str, Option("A model of `shardwise models`, hf:TYPE, hf:PATH or package.module:factory.", MODEL)
+    ]
+    mesh: Annotated[Mesh, Option("Axes of ranks: tp, with dp or fsdp before it, such as fsdp=2,tp=2.", MODEL)]
+    plans: Annotated[
+        tuple[str, ...],
+        Option(
+            "Built-in plans or .toml files; the first is what the others are held against.", is_argument=True
+        ),
+    ] = ()
+    step: StepSettings = StepSettings()
     text: TextSource = TextSource()
-    machine: str | None = None
-    device: str = "auto"
-    sequence_parallel: bool = True
+    machine: Annotated[
+        str | None, Option("A machine of `shardwise machines`, or a .toml file of yours.", MODEL)
+    ] = None
+    device: Annotated[
+        str, Option("auto, cpu or cuda; auto takes GPUs where there are enough.", MODEL, choices=DEVICES)
+    ] = "auto"
+    sequence_parallel: Annotated[
+        bool, Option("Activations cut along the sequence between blocks.", MODEL)
+    ] = True
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        self._check_precision()
+        parts = self.mesh.data_parallel * self.step.accumulation
+        if self.step.batch % parts:
+            raise OptionError(
+                f"--batch {self.step.batch} can't be cut into {self.mesh.data_parallel} data-parallel parts of "
+                f"{self.step.accumulation} micro-batches. Use a multiple of {parts}."
+            )
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """A case from plain values by their keys in case files: Case.of(model="llama3-8b", mesh="tp=8", seq=4096).
+        None stands for a key that isn't given. Raises OptionError for an unknown key."""
+        known = {asked.key for asked in SHARED}
+        for key in values:
+            if key not in known:
+                raise OptionError(
+                    f'case: unknown key "{key}".{suggest(key, known)} Allowed: {", ".join(sorted(known))}.'
+                )
+        for key in ("model", "mesh"):
+            if values.get(key) is None:
+                raise OptionError(f"case: {key} is missing. Give one, such as {_EXAMPLES[key]}.")
+        step = StepSettings(**_fields(StepSettings, values))
+        return cls(**_fields(cls, values), step=step, text=TextSource(**_fields(TextSource, values)))
+
+    def _check_precision(self) -> None:
+        """Mixed precision is FSDP's."""
+        is_sharded = SHARDS_AXIS in dict(self.mesh.axes) and self.mesh.fsdp * self.mesh.context > 1
+        for option, value in (
+            ("--param-dtype", self.step.param_dtype),
+            ("--reduce-dtype", self.step.reduce_dtype),
+        ):
+            if value is not None and not is_sharded:
+                raise OptionError(
+                    f"{option} {value}: is FSDP's mixed precision, and mesh {self.mesh} has no fsdp ranks. "
+                    "Add fsdp=2 or more, or use --dtype."
+                )
+
+
+SHARED: tuple[Asked, ...] = tuple(
+    asked for noun in (Case, StepSettings, TextSource) for asked in options_of(noun)
+)
+"""All that verbs share, flat."""
+_EXAMPLES = {"model": 'model="llama3-debug"', "mesh": 'mesh="tp=2"'}
+
+
+def _fields(noun: type, values: dict[str, Any]) -> dict[str, Any]:
+    """A noun's fields among flat values."""
+    given = {asked.field: (asked, values.get(asked.key)) for asked in options_of(noun)}
+    return {field: _made(asked, value) for field, (asked, value) in given.items() if value is not None}
+
+
+def _made(asked: Asked, value: Any) -> Any:
+    if asked.kind is Mesh:
+        return value if isinstance(value, Mesh) else Mesh.parse(value)
+    if asked.is_many:
+        return (str(value),) if isinstance(value, str | Path) else tuple(str(each) for each in value)
+    return str(value) if isinstance(value, Path) else value

@@ -1,15 +1,18 @@
-"""Sample: one kernel, collective or launch as it was timed on a machine. What a machine file is fitted to. Standard library only."""
+"""Sample: one kernel, collective or launch as it was timed on a machine; Calibration: what is fitted to all of them."""
 
 from dataclasses import dataclass
+
+from shardwise.core.machine import Machine
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """`seconds`: the median of `repeats` timings, between the quartiles `low_s` and `high_s`.
 
-    what: an OpKind, a CollectiveKind or "launch". name: the op ("aten::mm"), with what sets it apart ("tn", "causal"). shape: a matmul's
-    (batch, m, n, k), an attention's (batch, heads, KV heads, sequence, head dim), else what the op's docstring says. read_bytes, write_bytes,
-    flops: as core/program.py counts them. ranks: that took part, or that ran the same beside it.
+    what: an OpKind, a CollectiveKind or "launch". name: the op ("aten::mm"), with what sets it apart ("tn", "causal").
+    shape: a matmul's (batch, m, n, k), an attention's (batch, heads, KV heads, sequence, head dim), else what the op's
+    docstring says. read_bytes, write_bytes, flops: as core/program.py counts them. ranks: that took part, or that ran
+    the same beside it.
     """
 
     what: str
@@ -28,3 +31,23 @@ class Sample:
     @property
     def n_bytes(self) -> int:
         return self.read_bytes + self.write_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A case that was left out, and why."""
+
+    case: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A machine as it was measured. notes: what a reader must know of what was not."""
+
+    machine: Machine
+    ranks: int
+    samples: tuple[Sample, ...]
+    failed: tuple[Failed, ...]
+    notes: tuple[str, ...]
+    schema_version: int = 1

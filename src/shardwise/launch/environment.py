@@ -6,6 +6,7 @@ from importlib import metadata
 from pathlib import Path
 
 from shardwise.core.measurement import Environment
+from shardwise.launch.context import backend_of
 
 VARIABLES = (
     "OMP_NUM_THREADS",
@@ -22,15 +23,40 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def ranks_here(world_size: int) -> int:
+    """Ranks on this host: all of them, unless torchrun says otherwise."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+
+
+def device_type(device: str, world_size: int) -> str:
+    """cpu or cuda; "auto" is cuda where there is a GPU for every rank on this host."""
+    import torch
+
+    if device != "auto":
+        return device
+    is_there = torch.cuda.is_available() and torch.cuda.device_count() >= ranks_here(world_size)
+    return "cuda" if is_there else "cpu"
+
+
+def threads_per_rank(world_size: int) -> int:
+    """An equal part of this host's cores."""
+    return max(1, cores() // ranks_here(world_size))
+
+
 def available_memory() -> int | None:
     """Bytes of memory that programs can still have; None where the system doesn't tell. Source: proc(5), /proc/meminfo."""
     return _meminfo("MemAvailable")
 
 
 def describe(
-    command: str, started: str, *, device_type: str, backend: str, world_size: int, threads: int
+    command: str,
+    started: str,
+    *,
+    device_type: str,
+    world_size: int,
+    variables: tuple[tuple[str, str], ...] = (),
 ) -> Environment:
-    """This machine, for a run of `world_size` ranks."""
+    """This machine, for a run of `world_size` ranks. variables: of the ranks' environment."""
     import torch
 
     versions = [
@@ -49,13 +75,13 @@ def describe(
         started=started,
         machine=f"{_processor()}, {platform.system()} {platform.release()}",
         device=device,
-        backend=backend,
+        backend=backend_of(device_type),
         world_size=world_size,
-        threads_per_rank=threads,
+        threads_per_rank=threads_per_rank(world_size),
         cores=cores(),
         memory_bytes=_meminfo("MemTotal"),
         versions=tuple(versions),
-        variables=(),
+        variables=variables,
     )
 
 

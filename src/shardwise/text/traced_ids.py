@@ -1,43 +1,48 @@
 """The token ids that a traced step meets: what explain and predict share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardwise.core.case import StepSettings
+from shardwise.core.case import StepSettings, TextSource
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from shardwise.models.source import ModelSource
+    from shardwise.text.stream import TokenStream
 
 
 def token_ids(
     source: "ModelSource",
     settings: StepSettings,
     needs_text: bool,
+    text: TextSource,
     progress: Callable[[str], None],
-    *,
-    files: Sequence[Path] = (),
-    tokenizer: Path | None = None,
-    random_ids: bool = False,
 ) -> "Tensor | None":
     """Ids [B, S] of real text where it is needed (the plan decides by them) or the user gave some; None: the tracer
     draws uniform ones."""
-    if not files and (random_ids or not needs_text):
+    if not text.files and (text.random_ids or not needs_text):
         return None
     import torch
 
     from shardwise.models.source import vocab_size_of
     from shardwise.text.batches import Batches
+
+    vocab_size = source.vocab_size or vocab_size_of(source.build(dtype=torch.float32))
+    stream = stream_of(text, vocab_size, settings.seed, progress)
+    return Batches(stream, settings.batch, settings.seq).at(0).ids_BS
+
+
+def stream_of(text: TextSource, vocab_size: int, seed: int, progress: Callable[[str], None]) -> "TokenStream":
+    """The text as ids below vocab_size. Raises TextError and OptionError."""
     from shardwise.text.stream import load_tokens
 
-    stream = load_tokens(
-        vocab_size=source.vocab_size or vocab_size_of(source.build(dtype=torch.float32)),
-        files=files,
-        tokenizer=tokenizer,
-        random_ids=random_ids,
-        seed=settings.seed,
+    return load_tokens(
+        vocab_size=vocab_size,
+        files=[Path(name) for name in text.files],
+        tokenizer=None if text.tokenizer is None else Path(text.tokenizer),
+        random_ids=text.random_ids,
+        seed=seed,
         progress=progress,
     )
-    return Batches(stream, settings.batch, settings.seq).at(0).ids_BS

@@ -6,7 +6,7 @@ A step over 4096 ranks then costs the trace of two. Programs can be saved, and r
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shardwise.core.case import StepSettings
+from shardwise.core.case import StepSettings, TextSource
 from shardwise.core.mesh import AXES, Mesh
 from shardwise.core.plan import AnyPlan
 
@@ -69,5 +69,6 @@ def trace_program(
         recompute=micro_batch.recompute,
         seed=micro_batch.seed,
     )
-    ids = token_ids(source, settings, is_decided_by_data(plan), progress, random_ids=micro_batch.random_ids)
+    text = TextSource(random_ids=micro_batch.random_ids)
+    ids = token_ids(source, settings, is_decided_by_data(plan), text, progress)
     return trace(source, plan, small, settings, device=device, ids=ids, progress=progress)

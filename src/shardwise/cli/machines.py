@@ -1,0 +1,56 @@
+"""`shardwise machines`: the machines that predict knows, or one of them as TOML."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from shardwise.cli.models import Json
+from shardwise.cli.output import write_json
+
+
+def machines(
+    show: Annotated[
+        str | None,
+        typer.Option(help="Print this machine as a TOML file, to start your own from.", show_default="none"),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List the machines that predict knows, or print one as TOML: every constant with its unit and source.
+
+    [dim]shardwise machines --show h100-sxm-80gb > mine.toml[/]
+    """
+    from shardwise.predict.machines import load_machine, machine_names, machine_text
+
+    if show is not None:
+        typer.echo(machine_text(show), nl=False)
+        return
+    found = [load_machine(name) for name in machine_names()]
+    peaks = [
+        rate.peak_flops if (rate := machine.matmul("bfloat16")) is not None else None for machine in found
+    ]
+    if json:
+        rows = [
+            {
+                "name": machine.name,
+                "about": machine.about,
+                "device": machine.device,
+                "devices_per_node": machine.devices_per_node,
+                "bfloat16_peak_flops": peak,
+                "memory_bytes": machine.memory_bytes,
+                "memory_bytes_per_s": machine.memory_bytes_per_s,
+            }
+            for machine, peak in zip(found, peaks, strict=True)
+        ]
+        write_json({"schema_version": 1, "machines": rows})
+        return
+    table = Table(Column("machine", no_wrap=True), Column("devices\nper node", justify="right"), Column("bfloat16 peak\nTFLOP/s", justify="right"),
+                  Column("memory\nGB", justify="right"), Column("TB/s", justify="right"), "about", box=None)  # fmt: skip
+    for machine, peak in zip(found, peaks, strict=True):
+        tera = "–" if peak is None else f"{peak / 1e12:,.0f}"
+        table.add_row(
+            machine.name, str(machine.devices_per_node), tera, f"{machine.memory_bytes / 1e9:g}", f"{machine.memory_bytes_per_s / 1e12:.2f}",
+            machine.about,
+        )  # fmt: skip
+    Console().print(table)

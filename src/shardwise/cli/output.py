@@ -1,0 +1,86 @@
+"""Where a command's answer goes: the terminal, or one JSON document, and a folder where one is asked for."""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from shardwise.files.run_folder import RunFolder
+    from shardwise.report.common.deliver import Files
+
+OUTPUT = "Output"
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """as_json: only the document goes to stdout. out: the folder of the run, or None."""
+
+    as_json: bool
+    out: Path | None
+
+    @property
+    def console(self) -> Console:
+        return Console(stderr=self.as_json)
+
+    def show(self, document: bytes, draw: Callable[[Console], None]) -> None:
+        """The answer, as JSON or drawn."""
+        if not self.as_json:
+            draw(self.console)
+            return
+        write(document)
+
+    def deliver(
+        self,
+        result: object,
+        settings: object = None,
+        beside: "Callable[[], Files]" = dict,
+        page: Callable[[], Mapping[str, object]] = dict,
+    ) -> None:
+        """The answer as data, and everything in the folder where one is asked for: see report/common/deliver.py."""
+        from shardwise.report.common.deliver import deliver
+
+        form = "json" if self.as_json else "terminal"
+        deliver(result, form, self.console, self.out, settings=settings, beside=beside, page=page)
+
+    def say(self, line: str) -> None:
+        """A line beside the answer, as it is."""
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def say_file(self, what: str, name: str) -> None:
+        """Where a file of the folder is, if there is one."""
+        if self.out is not None:
+            self.say(f"{what}: {self.out / name}")
+
+    def keep(
+        self, command: str, asked: object, write: "Callable[[RunFolder], Path]", anchor: str = ""
+    ) -> None:
+        """In the folder, where there is one: what was asked, and what `write` puts beside it; it returns the page."""
+        if self.out is None:
+            return
+        from shardwise.files.run_folder import RunFolder
+
+        with RunFolder(self.out, command, datetime.now(UTC), has_events=False) as folder:
+            folder.write("settings.json", pretty(asked))
+            page = write(folder)
+        self.say(f"\nPage: {page}{anchor}")
+
+
+def write_json(value: Any) -> None:
+    """One document on stdout."""
+    write(pretty(value))
+
+
+def write(document: bytes) -> None:
+    sys.stdout.buffer.write(document)
+    sys.stdout.buffer.flush()
+
+
+def pretty(value: Any) -> bytes:
+    """A JSON document for a reader, with a newline at its end."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"

@@ -1,0 +1,56 @@
+"""`shardwise plans`: the built-in plans, or one of them as TOML."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from shardwise.cli.models import Json
+from shardwise.cli.output import write_json
+from shardwise.core.plan import Family
+from shardwise.parallel.builtin import ABOUT, builtin_plan
+
+
+def plans(
+    name: Annotated[
+        str | None, typer.Argument(help="Print this plan as a TOML file, to start your own from.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="For this model of `shardwise models`.", show_default="a Llama")
+    ] = None,
+    sequence_parallel: Annotated[
+        bool,
+        typer.Option(
+            "--sequence-parallel/--no-sequence-parallel",
+            help="Activations cut along the sequence between blocks.",
+        ),
+    ] = True,
+    json: Json = False,
+) -> None:
+    """List the built-in plans, or print one as TOML.
+
+    [dim]shardwise plans rowwise > mine.toml[/]
+    [dim]shardwise plans colwise --model gpt3-175b > mine.toml[/]
+    """
+    if name is not None:
+        typer.echo(
+            builtin_plan(name, sequence_parallel=sequence_parallel, family=_family(model)).to_toml(), nl=False
+        )
+    elif json:
+        write_json(
+            {"schema_version": 1, "plans": [{"name": plan, "about": about} for plan, about in ABOUT.items()]}
+        )
+    else:
+        table = Table("plan", "about", box=None)
+        for plan, about in ABOUT.items():
+            table.add_row(plan, about)
+        Console().print(table)
+
+
+def _family(model: str | None) -> Family:
+    if model is None:
+        return Family.LLAMA
+    from shardwise.models.specs import get_spec
+
+    return get_spec(model).family

@@ -1,0 +1,94 @@
+"""Case files: TOML with what all verbs share at the top, and a table per verb for what only that one knows.
+
+    model = "llama3-8b"
+    mesh = "tp=8"
+
+    [compare]
+    rounds = 40
+
+A verb reads the top and its own table; of other verbs' tables it needs to know only that they are there.
+"""
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from shardwise.core.case import SHARED, Case
+from shardwise.core.errors import OptionError
+from shardwise.core.option import Asked
+from shardwise.core.plan import suggest
+
+_SHARED = frozenset(asked.key for asked in SHARED)
+WHAT = """\
+# A case: what shardwise is asked. Any verb takes it: shardwise compare --config THIS_FILE.
+# Options on the command line win. A key that is commented out is the verb's to choose.
+"""
+
+
+def read_case(
+    text: str, source: str, verb: str, own: Iterable[str], verbs: Mapping[str, Iterable[str]]
+) -> dict[str, Any]:
+    """What a verb finds in a case file, by key; its table's values win over those at the top.
+
+    source: what messages call the file. own: keys that only this verb knows; they may stand at the top too, as they
+    did before there were tables, but for those that all verbs share by another meaning. verbs: the keys of every verb. Raises OptionError for what no verb knows.
+    """
+    try:
+        table = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise OptionError(f"{source}: not valid TOML: {error}.") from None
+    own = frozenset(own)
+    top = {key.replace("-", "_"): value for key, value in table.items()}
+    mine = top.pop(verb) if isinstance(top.get(verb), dict) else {}
+    top = {key: value for key, value in top.items() if not (key in verbs and isinstance(value, dict))}
+    mine = {key.replace("-", "_"): value for key, value in mine.items()}
+    for where, values in ((source, top), (f"{source}: [{verb}]", mine)):
+        for key, value in values.items():
+            if key not in _SHARED | own:
+                raise OptionError(f"{where}: {_unknown(key, verb, own, verbs)}")
+            if isinstance(value, dict):
+                raise OptionError(f"{where}: {key} is a table. Write a plain value.")
+    shared = {key: value for key, value in top.items() if not (key in _SHARED and key in own)}
+    return {**shared, **mine}
+
+
+def _unknown(key: str, verb: str, own: frozenset[str], verbs: Mapping[str, Iterable[str]]) -> str:
+    theirs = [name for name, keys in verbs.items() if key in keys]
+    if theirs:
+        return f'"{key}" is no key of {verb}. Write it in a table: [{theirs[0]}].'
+    allowed = sorted(_SHARED | own)
+    return f'unknown key "{key}".{suggest(key, (*allowed, *verbs))} Allowed: {", ".join(allowed)}.'
+
+
+def case_text(case: Case, given: Iterable[str], verbs: Mapping[str, Iterable[Asked]]) -> str:
+    """A case as a file: each key with what it is. given: keys with a value; the others are commented out, as are
+    those of each verb's table."""
+    values = _flat(case)
+    lines = [WHAT]
+    for asked in SHARED:
+        lines.append(_line(asked, values[asked.key], is_given=asked.key in given))
+    for verb, keys in verbs.items():
+        lines += ["", f"# [{verb}]", *(_line(asked, asked.default, is_given=False) for asked in keys)]
+    return "\n".join(lines) + "\n"
+
+
+def _flat(case: Case) -> dict[str, Any]:
+    nouns = (case, case.step, case.text)
+    return {
+        asked.key: next(getattr(noun, asked.field) for noun in nouns if hasattr(noun, asked.field))
+        for asked in SHARED
+    }
+
+
+def _line(asked: Asked, value: Any, *, is_given: bool) -> str:
+    shown = _toml(value) if value not in (None, ()) else '""'
+    default = f" Default: {asked.option.shown}." if asked.option.shown and not is_given else ""
+    return f"{'' if is_given else '# '}{asked.key} = {shown}  # {asked.option.about}{default}"
+
+
+def _toml(value: Any) -> str:
+    """JSON's strings, numbers and truth values are TOML too."""
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(_toml(each) for each in value)}]"
+    return json.dumps(value if isinstance(value, bool | int | float) else str(value), ensure_ascii=False)

@@ -1,0 +1,13 @@
+"""How a verb says how far it is."""
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Called with each new phase, or with units of work that are done of a total; left_s: seconds to go, if known."""
+
+    def __call__(self, text: str, done: int = 0, total: int = 0, left_s: float | None = None) -> None: ...
+
+
+def silent(text: str, done: int = 0, total: int = 0, left_s: float | None = None) -> None:
+    """Nobody listens."""
