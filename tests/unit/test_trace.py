@@ -39,8 +39,8 @@ from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec, get_spec
 from shardwise.parallel.apply import parallelize
 from shardwise.parallel.builtin import builtin_names, builtin_plan
-from shardwise.trace.fakes import fake_world
-from shardwise.trace.trace import fill_with_fakes, trace
+from shardwise.trace.fakes import fake_world, fill_with_fakes
+from shardwise.trace.trace import trace
 
 VOCAB, HIDDEN, FFN = 96, 48, 64
 BATCH, SEQ = 4, 16

@@ -126,18 +126,18 @@ def read_calls(
             call(_KINDS[op], _bytes([tensor]), [tensor]) for op, tensor in zip(ops, tensors, strict=True)
         )
     kind = _KINDS.get(base, CollectiveKind.UNKNOWN)
-    tensors = _tensors(args)
+    tensors = tensors_in(args)
     if kind is CollectiveKind.BARRIER:
         return (call(kind, 0, tensors),)
     if base in _WHOLE:
-        sent = _tensors(args[_WHOLE[base]])
+        sent = tensors_in(args[_WHOLE[base]])
         return (call(kind, _bytes(sent), sent, _sent_to_others(sent, args, group.rank() if group else 0)),)
     if base in _PART:
-        full = size * _bytes(_tensors(args[_PART[base]]))
+        full = size * _bytes(tensors_in(args[_PART[base]]))
     elif base in _PART_IS_RESULT:
-        full = size * _bytes(_tensors(out))
+        full = size * _bytes(tensors_in(out))
     else:
-        full = max((_bytes(_tensors(argument)) for argument in args), default=0)
+        full = max((_bytes(tensors_in(argument)) for argument in args), default=0)
     return (call(kind, full, tensors),)
 
 
@@ -197,12 +197,15 @@ def _unboxed(argument: torch.ScriptObject) -> Any:
         return None
 
 
-def _tensors(argument: Any) -> list[Tensor]:
-    if isinstance(argument, Tensor):
-        return [argument]
-    if isinstance(argument, (list, tuple)):
-        return [tensor for item in argument for tensor in _tensors(item)]
-    return []
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in a value, however deep in lists and dicts."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [tensor for item in value for tensor in tensors_in(item)]
 
 
 def _are_ints(values: Any) -> bool:

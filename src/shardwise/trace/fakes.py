@@ -20,13 +20,15 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shardwise.core.errors import RunError
 from shardwise.core.mesh import Mesh
 from shardwise.parallel.axis import Target, as_if_on
-from shardwise.torch_private import ALL_TO_ALL, FakeStore, forget_library, forget_meshes
+from shardwise.parallel.parameters import fill
+from shardwise.torch_private import ALL_TO_ALL, FakeStore, FakeTensorMode, forget_library, forget_meshes
 
 TARGETS = {"cpu": Target("cpu", "gloo"), "cuda": Target("cuda", "nccl")}
 
@@ -56,6 +58,21 @@ def fake_world(mesh: Mesh, *, rank: int, device: str) -> Iterator[DeviceMesh]:
     finally:
         dist.destroy_process_group()
         forget_meshes()
+
+
+def fill_with_fakes(model: nn.Module, fake_mode: FakeTensorMode) -> None:
+    """Gives every parameter and buffer a fake tensor of its shape on "cpu"."""
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+    def whole(name: str, shape: torch.Size) -> torch.Tensor:
+        with fake_mode:
+            return torch.empty(shape, dtype=dtypes[name])
+
+    fill(model, whole, {})
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            with fake_mode:
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 @contextmanager

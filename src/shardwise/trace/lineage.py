@@ -18,6 +18,7 @@ from torch.distributed.tensor import Shard as TorchShard
 from torch.overrides import TorchFunctionMode
 
 from shardwise.core.errors import ModelError
+from shardwise.parallel.recorder import tensors_in
 from shardwise.torch_private import AsyncCollectiveTensor, local_part, storage_key
 
 Shape = tuple[int, ...]
@@ -101,7 +102,7 @@ class Watch(TorchFunctionMode):
 
     def _looked_up(self, _: nn.Module, __: Any, output: Any) -> None:
         """An activation, even where a style makes it of rows alone, by ids that lie on the host."""
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             self._made_of.pop(_storage(tensor), None)
 
     def _end(self, _: nn.Module, __: Any, logits: Any) -> None:
@@ -114,9 +115,9 @@ class Watch(TorchFunctionMode):
         if self._is_on:
             if time.monotonic() > self._deadline_s:
                 raise TooLongError(f"its forward takes more than {self._limit_s:g} s to trace.")
-            outputs = _tensors(out)
+            outputs = tensors_in(out)
             if outputs:
-                self._see(_tensors((args, kwargs)), outputs, is_choice=func in _CHOICES)
+                self._see(tensors_in((args, kwargs)), outputs, is_choice=func in _CHOICES)
         return out
 
     def _see(self, inputs: list[Tensor], outputs: list[Tensor], *, is_choice: bool) -> None:
@@ -187,15 +188,3 @@ def _storage(tensor: Tensor) -> int:
     while isinstance(tensor, DTensor | AsyncCollectiveTensor):
         tensor = local_part(tensor) if isinstance(tensor, DTensor) else tensor.elem
     return storage_key(tensor.untyped_storage())
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    match value:
-        case Tensor():
-            return [value]
-        case list() | tuple():
-            return [tensor for item in value for tensor in _tensors(item)]
-        case dict():
-            return _tensors(list(value.values()))
-        case _:
-            return []

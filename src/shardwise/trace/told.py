@@ -11,7 +11,7 @@ from shardwise.core.placement import Shard
 from shardwise.core.program import Collective, Item, Phase
 from shardwise.parallel.kinds import kind_of
 from shardwise.parallel.styles import reasons_of
-from shardwise.trace.recorder import from_torch
+from shardwise.trace.placements import from_torch
 
 
 def told(items: Iterable[Item], model: nn.Module) -> Iterator[Item]:

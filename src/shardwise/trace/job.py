@@ -1,0 +1,135 @@
+"""Job: what is to be traced, and how its model, its rules and its batch are made."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardwise.core.case import StepSettings
+from shardwise.core.errors import OptionError
+from shardwise.core.mesh import SHARDS_AXIS, Mesh
+from shardwise.core.plan import AnyPlan, Plan, TheirPlan
+from shardwise.core.program import RuleUse
+from shardwise.core.rule import RuleRef
+from shardwise.models.source import ModelSource
+from shardwise.parallel.any_plan import apply_any
+from shardwise.step.train import mixed_precision, recompute_layers, shard_with_fsdp
+from shardwise.torch_private import FakeTensorMode
+from shardwise.trace.fakes import fill_with_fakes
+from shardwise.trace.layers import Layers
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One rank's step. device_mesh: of the fake world. on_model: told each model before its step runs, sharded and filled with fakes."""
+
+    source: ModelSource
+    plan: AnyPlan
+    mesh: Mesh
+    settings: StepSettings
+    device: str
+    rank: int
+    ids: Tensor | None
+    device_mesh: DeviceMesh
+    on_model: Callable[[nn.Module], None]
+
+    @property
+    def plan_name(self) -> str:
+        return self.plan.name if isinstance(self.plan, Plan) else str(self.plan)
+
+    @property
+    def engine(self) -> str:
+        """Who carries the plan out."""
+        match self.plan:
+            case Plan(engine=engine):
+                return str(engine)
+            case TheirPlan.HF:
+                return "transformers"
+            case TheirPlan.OWN:
+                return "dtensor"
+            case TheirPlan.UNSHARDED:
+                return "none"
+
+    def build(self) -> nn.Module:
+        """The model on the meta device, as it was made; sharded only where the plan is the factory's own."""
+        dtype: torch.dtype = getattr(torch, self.settings.dtype)
+        if self.plan is TheirPlan.OWN:
+            from shardwise.models.factory import sharding_factory
+
+            return sharding_factory(self.source).build(dtype=dtype, mesh=self.device_mesh)
+        return self.source.build(dtype=dtype)
+
+    def shard(self, model: nn.Module, layers: Layers | None, fake_mode: FakeTensorMode) -> None:
+        """Makes a built model what trains on this rank, of fake tensors."""
+        apply_any(model, self.plan, self.device_mesh)
+        fill_with_fakes(model, fake_mode)
+        layer_modules = list(layers.modules(model)) if layers is not None else []
+        if self.settings.recompute != "none":
+            recompute_layers(layer_modules, self.settings.recompute)
+        if self.mesh.fsdp > 1:
+            precision = mixed_precision(self.settings)
+            shard_with_fsdp(model, layer_modules, self.device_mesh[SHARDS_AXIS], precision)
+        model.train()
+        self.on_model(model)
+
+    def micro_batches(self, vocab_size: int) -> list[Tensor]:
+        """Ids of this rank's micro-batches, real, on the host."""
+        settings = self.settings
+        ids_BS = self.ids
+        if ids_BS is None:
+            generator = torch.Generator().manual_seed(settings.seed)
+            ids_BS = torch.randint(vocab_size, (settings.batch, settings.seq), generator=generator)
+        if tuple(ids_BS.shape) != (settings.batch, settings.seq):
+            raise OptionError(
+                f"ids have shape {tuple(ids_BS.shape)}; the batch is {settings.batch} x {settings.seq}."
+            )
+        parts = self.mesh.data_parallel
+        if settings.batch % (parts * settings.accumulation):
+            raise OptionError(
+                f"--batch {settings.batch} can't be cut into {parts} data-parallel parts of {settings.accumulation} "
+                f"micro-batches. Use a multiple of {parts * settings.accumulation}."
+            )
+        own = ids_BS.chunk(parts)[self.rank // self.mesh.tp]
+        return list(own.chunk(settings.accumulation))
+
+
+def rules_of(plan: AnyPlan, model: nn.Module) -> tuple[RuleUse, ...]:
+    """The plan's rules and the modules (or parameters) of the unsharded model that each holds for."""
+    match plan:
+        case Plan():
+            by_rule: dict[str, list[str]] = {rule.pattern: [] for rule in plan.rules}
+            for name, _ in model.named_modules():
+                rule = plan.rule_for(name) if name else None
+                if rule is not None:
+                    by_rule[rule.pattern].append(name)
+            return tuple(
+                RuleUse(
+                    rule.pattern, str(rule.style.name), tuple(by_rule[rule.pattern]), rule.style.arguments
+                )
+                for rule in plan.rules
+            )
+        case TheirPlan.HF:
+            from shardwise.parallel.engines.hugging_face import hugging_face_rules
+
+            return tuple(
+                RuleUse(use.rule.pattern, use.rule.style, use.modules or use.parameters)
+                for use in hugging_face_rules(model)
+            )
+        case TheirPlan.UNSHARDED | TheirPlan.OWN:
+            return ()
+
+
+def nearest_rule(rules: tuple[RuleUse, ...]) -> Callable[[str], RuleRef | None]:
+    """The rule of a module, or of the nearest module around it."""
+    by_module = {name: use.rule for use in rules for name in use.modules}
+
+    @cache
+    def rule_of(module: str) -> RuleRef | None:
+        if not module or module in by_module:
+            return by_module.get(module)
+        return rule_of(module.rpartition(".")[0])
+
+    return rule_of

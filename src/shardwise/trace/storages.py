@@ -1,0 +1,118 @@
+"""Which storages there are while a step runs: who made each, and when it came and went."""
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from shardwise.core.program import Collective, Op, Phase
+from shardwise.torch_private import storage_key
+from shardwise.trace.place import Place
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """One storage that was seen: its size, and who made it."""
+
+    n_bytes: int
+    phase: Phase
+    module: str
+    maker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Came:
+    """The storage with this number exists from here on."""
+
+    storage: int
+
+
+@dataclass(frozen=True, slots=True)
+class Went:
+    storage: int
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """A collective whose splits the batch decides."""
+
+    collective: Collective
+
+
+Event = Op | Collective | Routed | Came | Went
+
+
+class Log:
+    """`events` in order, from the moment at which `is_on`; before that storages are seen, and nothing is written down."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.is_on = False
+
+    def add(self, event: Event) -> None:
+        if self.is_on:
+            self.events.append(event)
+
+
+class Storages:
+    """`seen`: by number."""
+
+    def __init__(self, log: Log, place: Place) -> None:
+        self.seen: list[Storage] = []
+        self._log = log
+        self._place = place
+        self._live: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
+
+    def number_of(self, tensor: Tensor) -> int | None:
+        """Of a plain tensor's storage, if it was seen."""
+        known = self._live.get(storage_key(tensor.untyped_storage()))
+        return known[0] if known else None
+
+    def note(self, tensor: Tensor, maker: str) -> int:
+        """The number of a tensor's storage, which is noted unless it is known."""
+        known = self.number_of(tensor)
+        storage = tensor.untyped_storage()
+        return self._add(storage, storage.nbytes(), maker) if known is None else known
+
+    def note_all(self, tensors: Sequence[Tensor], maker: str) -> None:
+        for tensor in tensors:
+            self.note(tensor, maker)
+
+    def _add(self, storage: torch.UntypedStorage, n_bytes: int, maker: str) -> int:
+        key, number = storage_key(storage), len(self.seen)
+        module = self._place.module if self._log.is_on else ""
+        self.seen.append(Storage(n_bytes, self._place.phase, module, maker))
+        self._live[key] = (number, weakref.ref(storage, lambda _: self._gone(key, number)))
+        self._log.add(Came(number))
+        return number
+
+    def _gone(self, key: int, number: int) -> None:
+        if self._live.get(key, (None,))[0] == number:
+            del self._live[key]
+            self._log.add(Went(number))
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Follows storages that are resized: so FSDP2 frees and makes them."""
+        original = torch.UntypedStorage.resize_
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+            before = storage.nbytes()
+            result = original(storage, size)
+            key = storage_key(storage)
+            known = self._live.get(key)
+            if known is not None and storage.nbytes() != before:
+                self._gone(key, known[0])
+                if size:
+                    self._add(storage, size, "resize_")
+                else:  # empty, but known: it isn't made anew when it is seen again
+                    self._live[key] = (-1, weakref.ref(storage, lambda _: self._live.pop(key, None)))
+            return result
+
+        with patch.object(torch.UntypedStorage, "resize_", resize_):
+            yield
