@@ -6,7 +6,7 @@ import msgspec
 import torch
 
 from shardwise.calibrate import kernels
-from shardwise.calibrate.kernels import Case, Work
+from shardwise.calibrate.case import Case, Draw, Work
 from shardwise.calibrate.ranks import CalibrateJob, measure
 from shardwise.launch import RankContext
 
@@ -14,14 +14,14 @@ GOOD = kernels.matmul(64, 64, 64, "float32", "tn")
 
 
 def _fails(error: Exception) -> Case:
-    def make(device: torch.device) -> Work:
+    def make(draw: Draw) -> Work:
         raise error
 
     return replace(GOOD, variant=type(error).__name__, make=make)
 
 
 def _fails_when_called() -> Case:
-    def make(device: torch.device) -> Work:
+    def make(draw: Draw) -> Work:
         x = torch.ones(2, 3)
         return Work(lambda: x @ x, (x, x), (x,))
 

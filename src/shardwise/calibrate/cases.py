@@ -1,23 +1,25 @@
 """Which kernels calibrate times on a device, the telling ones first: who runs out of time has them.
 
-Sizes are of no model in particular: linear layers from 64 to 16384 wide, rows of tokens from 64 up, tensors from what a cache holds to what
-only memory does.
+Sizes are of no model in particular: linear layers from 64 to 16384 wide, rows of tokens from 64 up, tensors
+from what a cache holds to what only memory does.
 """
 
 from collections.abc import Iterator
 from itertools import product
 
 from shardwise.calibrate import kernels
-from shardwise.calibrate.kernels import Case
+from shardwise.calibrate.case import Case
 
 LAYOUTS = ("tn", "nn", "nt")
 
 # (n, k) of linear layers, whole and cut over tp
 LINEARS = (
-    (4096, 4096), (6144, 4096), (14336, 4096), (4096, 14336), (512, 4096), (128, 4096), (4096, 512), (1792, 4096), (4096, 1792),
-    (16032, 4096), (128256, 4096), (8192, 8192), (10240, 8192), (28672, 8192), (8192, 28672), (1024, 8192), (8192, 1024), (3584, 8192),
-    (8192, 3584), (16032, 8192), (1024, 1024), (4096, 1024), (1024, 4096), (2048, 2048), (8192, 2048), (2048, 8192), (3072, 3072),
-    (9216, 3072), (12288, 3072), (3072, 12288), (16384, 16384), (2048, 16384), (16384, 2048), (768, 3072), (1536, 6144), (12288, 12288),
+    (4096, 4096), (6144, 4096), (14336, 4096), (4096, 14336), (512, 4096), (128, 4096), (4096, 512),
+    (1792, 4096), (4096, 1792), (16032, 4096), (128256, 4096), (8192, 8192), (10240, 8192), (28672, 8192),
+    (8192, 28672), (1024, 8192), (8192, 1024), (3584, 8192), (8192, 3584), (16032, 8192), (1024, 1024),
+    (4096, 1024), (1024, 4096), (2048, 2048), (8192, 2048), (2048, 8192), (3072, 3072), (9216, 3072),
+    (12288, 3072), (3072, 12288), (16384, 16384), (2048, 16384), (16384, 2048), (768, 3072), (1536, 6144),
+    (12288, 12288),
 )  # fmt: skip
 # batch, m, n, k of attention without a fused kernel
 SCORES = (
@@ -29,7 +31,8 @@ SCORES = (
 )
 # rows, width, which rows are met
 TABLES = (
-    (128256, 512, "any"), (16032, 4096, "one"), (16032, 4096, "any"), (128256, 4096, "any"), (50304, 1024, "any"), (16032, 8192, "one"),
+    (128256, 512, "any"), (16032, 4096, "one"), (16032, 4096, "any"), (128256, 4096, "any"),
+    (50304, 1024, "any"), (16032, 8192, "one"),
 )  # fmt: skip
 NOT_ON_CPU = ("aten::_fused_rms_norm_backward",)
 MOST_FLOPS = {"cpu": 2.0e10, "cuda": 1.6e13}
@@ -37,8 +40,9 @@ MOST_FLOPS = {"cpu": 2.0e10, "cuda": 1.6e13}
 
 def cases_for(device_type: str, *, quick: bool = False) -> list[Case]:
     """quick: a few of each, to see that all of it works."""
-    found = _quick(device_type) if quick else _cuda() if device_type == "cuda" else _cpu()
-    return [case for case in found if device_type != "cpu" or case.op not in NOT_ON_CPU]
+    by_device = {"cuda": _cuda, "cpu": _cpu}
+    cases = _quick(device_type) if quick else by_device[device_type]()
+    return [case for case in cases if device_type != "cpu" or case.op not in NOT_ON_CPU]
 
 
 def _quick(device_type: str) -> Iterator[Case]:
@@ -55,8 +59,9 @@ def _quick(device_type: str) -> Iterator[Case]:
 
 
 def _cpu() -> Iterator[Case]:
-    """float32 first, and its matmuls, which make most of a step, at the end again: a machine that others share changes its pace. Up to sizes that no
-    cache holds and whose memory the allocator takes afresh each time."""
+    """float32 first, and its matmuls, which make most of a step, at the end again: a machine that others
+    share changes its pace. Up to sizes that no cache holds and whose memory the allocator takes afresh each
+    time."""
     for dtype in ("float32", "bfloat16"):
         yield from _cpu_matmuls(dtype)
         yield from _cpu_others(dtype)

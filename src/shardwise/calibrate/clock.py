@@ -1,10 +1,12 @@
 """How one kernel is timed.
 
-GPU   inside a CUDA graph, so that no launch is in it. What can't be captured (attention draws from the random generator, and a capture
-      that fails leaves the generator broken) runs between two events behind a sleep that lets the host run ahead
-CPU   with inputs where a step finds them, in the caches that cores share but not in the core's own (other memory is written between
-      calls); by this thread's own seconds, which other processes on the same cores don't lengthen; `own_s` over `wall_s` tells what share of a
-      core the rank got, and who adds the samples up divides by it. With several threads, by the wall clock
+GPU   inside a CUDA graph, so that no launch is in it. What can't be captured (attention draws from the random
+      generator, and a capture that fails leaves the generator broken) runs between two events behind a sleep
+      that lets the host run ahead
+CPU   with inputs where a step finds them, in the caches that cores share but not in the core's own (other
+      memory is written between calls); by this thread's own seconds, which other processes on the same cores
+      don't lengthen; `own_s` over `wall_s` tells what share of a core the rank got, and who adds the samples up
+      divides by it. With several threads, by the wall clock
 """
 
 import time
@@ -27,7 +29,8 @@ AHEAD_CYCLES = 4_000_000  # of a GPU's clock, some 2 ms: what the host needs to 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of one call: the median, and the quartiles around it. own_s, wall_s: of all calls together, by this thread and by the wall."""
+    """Seconds of one call: the median, and the quartiles around it. own_s, wall_s: of all calls together, by
+    this thread and by the wall."""
 
     seconds: float
     low_s: float
@@ -44,15 +47,16 @@ def timing_of(times_s: list[float], wall_s: float = 0.0) -> Timing:
 
 
 def time_kernel(call: Callable[[], object], device: torch.device, *, graph: bool = True) -> Timing:
-    """One call's time on the device. The call must do the same work each time and keep nothing that it allocates. graph: False where it
-    can't be captured."""
+    """One call's time on the device. The call must do the same work each time and keep nothing that it
+    allocates. graph: False where it can't be captured."""
     if device.type != "cuda":
         return _on_cpu(call)
     return _on_cuda(call, graph=graph)
 
 
 def host_clock(device: torch.device) -> Callable[[], float]:
-    """Seconds of the host's work: this thread's own on a CPU, where one thread does it all; else the wall clock."""
+    """Seconds of the host's work: this thread's own on a CPU, where one thread does it all; else the wall
+    clock."""
     return time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
@@ -93,9 +97,8 @@ def _on_cuda(call: Callable[[], object], *, graph: bool) -> Timing:
 
 def _captured(call: Callable[[], object]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(
-        graph, capture_error_mode="thread_local"
-    ):  # NCCL's watchdog may ask for events meanwhile
+    # thread_local: NCCL's watchdog may ask for events meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(CALLS):
             call()
     return graph.replay
@@ -110,7 +113,8 @@ def _issued(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def between_events(call: Callable[[], object], *, behind: bool) -> float:
-    """Seconds of the current stream. behind: the device sleeps before the first event, so that the calls are issued when it passes."""
+    """Seconds of the current stream. behind: the device sleeps before the first event, so that the calls are
+    issued when it passes."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     if behind:
         cuda_sleep(AHEAD_CYCLES)

@@ -1,7 +1,9 @@
-"""What the host takes to issue a step's ops: a transformer so small that its kernels take next to nothing, stepped and timed phase by phase.
+"""What the host takes to issue a step's ops: a transformer so small that its kernels take next to nothing,
+stepped and timed phase by phase.
 
-Who fits divides each phase by the ops of its traced Program, and on a CPU takes off what its kernels cost. Waiting for other ranks is not in
-it: on a CPU the thread's own seconds count, on a GPU the host waits for nothing. A differentiable collective is measured on its own.
+Who fits divides each phase by the ops of its traced Program, and on a CPU takes off what its kernels cost.
+Waiting for other ranks is not in it: on a CPU the thread's own seconds count, on a GPU the host waits for
+nothing. A differentiable collective is measured on its own.
 """
 
 from collections.abc import Callable
@@ -80,8 +82,8 @@ def time_phases(
 
 
 def time_differentiable(axis: Axis, device: torch.device) -> Sample:
-    """The host's seconds to issue an all-gather of a few bytes through parallel/collectives.py, beside what the collective itself takes (on a
-    CPU the host is what carries it out)."""
+    """The host's seconds to issue an all-gather of a few bytes through parallel/collectives.py, beside what
+    the collective itself takes (on a CPU the host is what carries it out)."""
     x = torch.zeros(8, device=device, requires_grad=True)
     full = 8 * axis.size
 
@@ -90,21 +92,16 @@ def time_differentiable(axis: Axis, device: torch.device) -> Sample:
 
     flat = x.detach()
     out = torch.empty(full, device=device)
-    if axis.size > 1:
-        wrapped = _host_s(whole, device)
-        if device.type == "cpu":
-            wrapped = [
-                one - two
-                for one, two in zip(
-                    wrapped,
-                    _host_s(lambda: collectives.gather_now(flat, 0, axis, full, ORIGIN), device),
-                    strict=True,
-                )
-            ]
-    else:  # one rank's all-gather does nothing: what the autograd function takes, and what the call below it takes
-        raw = _host_s(lambda: collectives._all_gather_into(out, flat, group=axis.group), device)
-        wrapped = [one + two for one, two in zip(_host_s(whole, device), raw, strict=True)]
-    return _sample("collective", [max(each, 0.0) for each in wrapped], axis.size)
+    took_s = _host_s(whole, device)
+    if (
+        axis.size == 1
+    ):  # one rank's all-gather does nothing: what the autograd function takes, and the call below it
+        below_s = _host_s(lambda: collectives._all_gather_into(out, flat, group=axis.group), device)
+        took_s = [one + two for one, two in zip(took_s, below_s, strict=True)]
+    elif device.type == "cpu":
+        itself_s = _host_s(lambda: collectives.gather_now(flat, 0, axis, full, ORIGIN), device)
+        took_s = [one - two for one, two in zip(took_s, itself_s, strict=True)]
+    return _sample("collective", [max(each, 0.0) for each in took_s], axis.size)
 
 
 def _host_s(call: Callable[[], object], device: torch.device) -> list[float]:
@@ -133,14 +130,5 @@ def mesh_of(ranks: int) -> Mesh:
 def _sample(name: str, times: list[float], ranks: int) -> Sample:
     ordered = sorted(times)
     quarter = len(ordered) // 4
-    return Sample(
-        "launch",
-        name,
-        "",
-        (),
-        median(ordered),
-        ordered[quarter],
-        ordered[-1 - quarter],
-        len(ordered),
-        ranks=ranks,
-    )
+    spread = (median(ordered), ordered[quarter], ordered[-1 - quarter], len(ordered))
+    return Sample("launch", name, "", (), *spread, ranks=ranks)

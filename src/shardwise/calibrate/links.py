@@ -1,7 +1,8 @@
 """Collectives by kind, size and group, through the functions that the native engine uses.
 
-On a CPU a rank works for a moment before each one, as a step does, and the wall clock counts: so waiting for ranks that come later, and for
-the system to wake a rank up, are in the times. On GPUs: between events, several in a row.
+On a CPU a rank works for a moment before each one, as a step does, and the wall clock counts: so waiting for
+ranks that come later, and for the system to wake a rank up, are in the times. On GPUs: between events,
+several in a row.
 """
 
 import time
@@ -40,19 +41,13 @@ class Group:
 
 def groups(world_size: int, device_type: str) -> list[Group]:
     """Of 2, 4, 8, ... and all ranks. Every rank must call it."""
-    sizes = sorted(
-        {size for size in (2**power for power in range(1, 11)) if size < world_size} | {world_size}
-    )
-    found = []
-    for size in sizes:
-        if size < 2:
-            continue
+    sizes = {2**power for power in range(1, 11)}
+    made = []
+    for size in sorted({size for size in sizes if size < world_size} | {world_size} - {1}):
         mesh = DeviceMesh(device_type, list(range(size)), mesh_dim_names=(AXIS,))
-        inside = dist.get_rank() < size
-        found.append(
-            Group(size, replace(Axis.of(mesh, AXIS), pairwise_reduce_scatter=False) if inside else None)
-        )
-    return found
+        axis = Axis.of(mesh, AXIS) if dist.get_rank() < size else None
+        made.append(Group(size, axis and replace(axis, pairwise_reduce_scatter=False)))
+    return made
 
 
 def sizes_for(device_type: str, *, quick: bool) -> list[int]:

@@ -1,13 +1,15 @@
-"""What each rank does for `shardwise calibrate`: kernels (all ranks at once, as steps run), then issuing, then collectives.
+"""What each rank does for `shardwise calibrate`: kernels (all ranks at once, as steps run), then issuing,
+then collectives.
 
-Ranks agree before each case, so that they run it together and stop together when the time for kernels is over. A case that fails is noted
-and left out.
+Ranks agree before each case, so that they run it together and stop together when the time for kernels is
+over. A case that fails is noted and left out.
 """
 
 import os
 import resource
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
@@ -17,9 +19,9 @@ import torch
 import torch.distributed as dist
 
 from shardwise.calibrate import issuing, links
+from shardwise.calibrate.case import Case, timed_case
 from shardwise.calibrate.cases import cases_for
 from shardwise.calibrate.clock import host_clock
-from shardwise.calibrate.kernels import Case, timed_case
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.errors import PlanError
 from shardwise.core.machine import FRESH
@@ -57,8 +59,9 @@ class Progress(msgspec.Struct, frozen=True):
 
 
 class CalibrateReport(msgspec.Struct, frozen=True):
-    """One rank's samples. share: of a core that the rank got while kernels ran. left_out: cases that there was no time for. memory_bytes: of
-    its device; context_bytes: held beside tensors; units: multiprocessors, 1 on a CPU."""
+    """One rank's samples. share: of a core that the rank got while kernels ran. left_out: cases that there
+    was no time for. memory_bytes: of its device; context_bytes: held beside tensors; units: multiprocessors,
+    1 on a CPU."""
 
     samples: tuple[Sample, ...]
     failed: tuple[Failed, ...]
@@ -138,10 +141,13 @@ class _Calibration:
             for number, case in enumerate(cases):
                 if self._all_agree(time.monotonic() > deadline_s):
                     return len(cases) - number
-                what = (
-                    f"{case.op.removeprefix('aten::')} {case.variant}".strip()
-                    + f" {case.dtype} {'x'.join(map(str, case.shape))}"
+                words = (
+                    case.op.removeprefix("aten::"),
+                    case.variant,
+                    case.dtype,
+                    "x".join(map(str, case.shape)),
                 )
+                what = " ".join(filter(None, words))
                 self._say(number, what, deadline_s)
                 self._kernel(case, what)
                 if self.device.type == "cpu":
@@ -195,14 +201,13 @@ class _Calibration:
         """Whether any rank's time is over. Ranks meet here."""
         if self.context.world_size == 1:
             return over
-        found = torch.tensor(int(over), device=self.device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return bool(found.item())
+        any_over = torch.tensor(int(over), device=self.device)
+        dist.all_reduce(any_over, op=dist.ReduceOp.MAX)
+        return bool(any_over.item())
 
     def _note_failure(self, what: str, error: Exception) -> None:
-        self.failed.append(
-            Failed(what, f"{type(error).__name__}: {' '.join(str(error).split())[:SAID]}".removesuffix(": "))
-        )
+        said = " ".join(str(error).split())[:SAID]
+        self.failed.append(Failed(what, f"{type(error).__name__}: {said}".removesuffix(": ")))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -210,9 +215,7 @@ class _Calibration:
         spent_s = time.monotonic() - self.began_s
         left_s = spent_s / done * (self.total - done) if done >= 10 else None
         if left_s is not None and deadline_s is not None:
-            left_s = min(
-                left_s, max(0.0, deadline_s - time.monotonic()) + spent_s / done * (self.total - done) * 0.2
-            )
+            left_s = min(left_s, max(0.0, deadline_s - time.monotonic()) + left_s * 0.2)
         self._report(done, text, left_s)
 
     def _report(self, done: int, text: str, left_s: float | None) -> None:
@@ -222,8 +225,9 @@ class _Calibration:
 
 
 class FreshMemory:
-    """Times zeros in memory that the system hands out anew, each time a while after it was given back, as in a step. (Handed out again at once
-    it is cheap. A while later its pages may have gone back to the system, or to the machine below a virtual one.)"""
+    """Times zeros in memory that the system hands out anew, each time a while after it was given back, as in
+    a step. (Handed out again at once it is cheap. A while later its pages may have gone back to the system,
+    or to the machine below a virtual one.)"""
 
     def __init__(self) -> None:
         self._times: dict[int, list[float]] = {n_bytes: [] for n_bytes in FRESH_BYTES}
@@ -244,45 +248,35 @@ class FreshMemory:
 
     def samples(self, ranks: int) -> list[Sample]:
         """The mean counts: a step meets them all."""
-        return [
-            Sample(
-                str(OpKind.FILL),
-                FRESH,
-                "uint8",
-                (n_bytes,),
-                fmean(times),
-                min(times),
-                max(times),
-                len(times),
-                write_bytes=n_bytes,
-                ranks=ranks,
-            )
-            for n_bytes, times in self._times.items()
-            if times
-        ]
+        samples = []
+        for n_bytes, times in self._times.items():
+            if times:
+                seen = (fmean(times), min(times), max(times), len(times))
+                sample = Sample(OpKind.FILL.value, FRESH, "uint8", (n_bytes,), *seen, write_bytes=n_bytes)
+                samples.append(replace(sample, ranks=ranks))
+        return samples
 
 
 def _settle_allocator() -> None:
-    """After some freed tensor just below glibc's largest threshold (32 MiB) it takes smaller ones from what it holds, as in a run's later
-    steps; larger ones come afresh from the system each time (mallopt(3), M_MMAP_THRESHOLD)."""
+    """After some freed tensor just below glibc's largest threshold (32 MiB) it takes smaller ones from what
+    it holds, as in a run's later steps; larger ones come afresh from the system each time (mallopt(3),
+    M_MMAP_THRESHOLD)."""
     torch.ones(31 << 20, dtype=torch.uint8)
 
 
 def merged(reports: Sequence[CalibrateReport]) -> tuple[tuple[Sample, ...], float]:
     """All ranks' samples of one thing as one, the mean; and the mean share of a core."""
-    by_thing: dict[tuple[str, str, str, tuple[int, ...], int], list[Sample]] = {}
+    by_thing: dict[tuple[object, ...], list[Sample]] = defaultdict(list)
     for report in reports:
         for sample in report.samples:
-            by_thing.setdefault(
-                (sample.what, sample.name, sample.dtype, sample.shape, sample.ranks), []
-            ).append(sample)
+            by_thing[sample.what, sample.name, sample.dtype, sample.shape, sample.ranks].append(sample)
     samples = tuple(
         replace(
-            found[0],
-            seconds=fmean(sample.seconds for sample in found),
-            low_s=min(sample.low_s for sample in found),
-            high_s=max(sample.high_s for sample in found),
+            alike[0],
+            seconds=fmean(sample.seconds for sample in alike),
+            low_s=min(sample.low_s for sample in alike),
+            high_s=max(sample.high_s for sample in alike),
         )
-        for found in by_thing.values()
+        for alike in by_thing.values()
     )
     return samples, fmean(report.share for report in reports)
