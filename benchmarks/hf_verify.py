@@ -19,7 +19,7 @@ from shardwise.core.mesh import Mesh
 from shardwise.core.plan import TheirPlan
 from shardwise.core.verification import Verification, VerificationRun
 from shardwise.report.verify import rows
-from shardwise.verify.case import NO_PLAN, Case
+from shardwise.verify.claim import NO_PLAN, Claim
 from shardwise.verify.run import BATCH, SEQ, verify
 
 MESH = Mesh((("tp", 2),))
@@ -51,7 +51,7 @@ def main() -> int:
         )
 
     found = verify(
-        [Case(f"hf:{name}", str(TheirPlan.HF), str(TheirPlan.HF)) for name in types],
+        [Claim(f"hf:{name}", str(TheirPlan.HF), str(TheirPlan.HF)) for name in types],
         mesh=MESH,
         on_answer=show,
     )

@@ -23,7 +23,7 @@ from shardwise.core.mesh import Mesh
 from shardwise.core.verification import Verdict, Verification
 from shardwise.launch import run_ranks
 from shardwise.report.verify import rows
-from shardwise.verify.case import Case
+from shardwise.verify.claim import Claim
 from shardwise.verify.run import verify
 
 MESH = Mesh((("tp", 2),))
@@ -88,7 +88,7 @@ def main() -> int:
             flush=True,
         )
 
-    verify([Case(f"benchmarks.mutants:{name}", "own", name) for name in names], mesh=MESH, on_answer=show)
+    verify([Claim(f"benchmarks.mutants:{name}", "own", name) for name in names], mesh=MESH, on_answer=show)
     versions = tuple((name, version(name)) for name in ("shardwise", "torch"))
     seconds = round(time.perf_counter() - began, 1)
     run = Run(

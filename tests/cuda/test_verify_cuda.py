@@ -7,7 +7,7 @@ from shardwise.core.finding import Cause
 from shardwise.core.mesh import Mesh
 from shardwise.core.verification import Verdict
 from shardwise.parallel.builtin import builtin_names, builtin_plan
-from shardwise.verify.case import Case
+from shardwise.verify.claim import Claim
 from shardwise.verify.run import verify
 
 GPUS = torch.cuda.device_count()
@@ -16,10 +16,10 @@ MODELS = "tests.distributed.verify_models:"
 
 @pytest.mark.skipif(GPUS < 2, reason=f"2 ranks on NCCL need 2 GPUs; this machine has {GPUS}")
 def test_right_plans_are_right_and_a_wrong_one_is_told_on_nccl() -> None:
-    cases = [Case("llama3-8b", builtin_plan(name).to_toml(), name, twin=True) for name in builtin_names()]
+    cases = [Claim("llama3-8b", builtin_plan(name).to_toml(), name, twin=True) for name in builtin_names()]
     cases += [
-        Case(f"{MODELS}by_hand_right", "own", "right"),
-        Case(f"{MODELS}by_hand_slope_not_summed", "own", "wrong"),
+        Claim(f"{MODELS}by_hand_right", "own", "right"),
+        Claim(f"{MODELS}by_hand_slope_not_summed", "own", "wrong"),
     ]
     *right, wrong = verify(cases, mesh=Mesh.parse("tp=2"), device_type="cuda", timeout_s=300)
     for each in right:

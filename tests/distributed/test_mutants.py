@@ -5,7 +5,7 @@ import pytest
 from benchmarks.mutants import HARMLESS, MUTANTS
 from benchmarks.verify_mutants import MESH, reasons, truths
 from shardwise.core.verification import Verdict, Verification
-from shardwise.verify.case import Case
+from shardwise.verify.claim import Claim
 from shardwise.verify.run import verify
 
 NAMES = (
@@ -33,7 +33,7 @@ NAMES = (
 @pytest.fixture(scope="module")
 def found() -> dict[str, Verification]:
     answers = verify(
-        [Case(f"benchmarks.mutants:{name}", "own", name) for name in NAMES], mesh=MESH, timeout_s=60
+        [Claim(f"benchmarks.mutants:{name}", "own", name) for name in NAMES], mesh=MESH, timeout_s=60
     )
     return {answer.plan: answer for answer in answers}
 

@@ -16,7 +16,7 @@ from shardwise.measure.record import RankReport
 from shardwise.parallel.builtin import builtin_plan
 from shardwise.text.stream import load_tokens
 from shardwise.verbs.compare_ranks import CompareJob, pack
-from shardwise.verify.case import Case
+from shardwise.verify.claim import Claim
 from shardwise.verify.run import verify
 
 MODEL = "llama3-debug?n_layers=2,hidden=96,n_heads=12,n_kv_heads=4,vocab_size=512"
@@ -74,7 +74,7 @@ def told(findings: tuple[Finding, ...]) -> list[tuple[object, ...]]:
 def test_compare_and_verify_find_the_same_in_a_faulty_plan(number: int) -> None:
     plan = FAULTY[number]
     (verified,) = verify(
-        [Case(MODEL, plan.to_toml(), plan.name, twin=False)], mesh=Mesh.parse("tp=2"), seq=32
+        [Claim(MODEL, plan.to_toml(), plan.name, twin=False)], mesh=Mesh.parse("tp=2"), seq=32
     )
     compared = agreements("tp=2", StepSettings(batch=1, seq=32))[1 + number]
     assert told(compared.findings) == told(verified.wrong)

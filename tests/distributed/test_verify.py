@@ -8,7 +8,7 @@ from shardwise.core.rule import RuleRef
 from shardwise.core.verification import Verdict, Verification
 from shardwise.models.source import find_model
 from shardwise.parallel.builtin import builtin_names, builtin_plan
-from shardwise.verify.case import Case
+from shardwise.verify.claim import Claim
 from shardwise.verify.run import verify
 
 pytest.importorskip(
@@ -46,9 +46,9 @@ SHIPPED = ("apertus", "gpt_oss", "bert", "lfm2")
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Verification]:
-    cases = [Case(MODELS + name, "hf", name) for name in OF_TRANSFORMERS]
-    cases += [Case(MODELS + name, "own", name) for name in BY_HAND]
-    cases += [Case(f"hf:{name}", "hf", name) for name in SHIPPED]
+    cases = [Claim(MODELS + name, "hf", name) for name in OF_TRANSFORMERS]
+    cases += [Claim(MODELS + name, "own", name) for name in BY_HAND]
+    cases += [Claim(f"hf:{name}", "hf", name) for name in SHIPPED]
     answers = verify(cases, mesh=Mesh.parse("tp=2"), timeout_s=60)
     assert [answer.model for answer in answers] == [case.model for case in cases]
     return {answer.plan: answer for answer in answers}
@@ -251,12 +251,12 @@ def offered(name: str, sequence_parallel: bool) -> bool:
     return sequence_parallel or not name.startswith("routed")
 
 
-def built_in_cases(model: str, *, tied: bool, parallels: tuple[bool, ...]) -> list[Case]:
+def built_in_cases(model: str, *, tied: bool, parallels: tuple[bool, ...]) -> list[Claim]:
     """Each built-in plan of the model's family; PyTorch's own styles, which would untie a tied head, for an untied one only. parallels: with
     sequence parallelism, without."""
     family = find_model(model).family
     return [
-        Case(
+        Claim(
             model,
             builtin_plan(name, sequence_parallel=parallel, family=family).to_toml(),
             f"{name} {parallel}",

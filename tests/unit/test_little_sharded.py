@@ -12,7 +12,7 @@ from shardwise.explain.explain import explain
 from shardwise.models.specs import get_spec
 from shardwise.parallel.builtin import builtin_plan
 from shardwise.trace.trace import trace
-from shardwise.verify.case import Case
+from shardwise.verify.claim import Claim
 from shardwise.verify.without_ranks import check
 
 MOSTLY_TABLE = "llama3-debug?n_layers=2,hidden=48,n_heads=4,n_kv_heads=2,vocab_size=9600,tied=true"
@@ -40,7 +40,7 @@ def explained_as_little(model: str, plan: Plan) -> bool:
 
 
 def checked_as_little(model: str, plan: Plan) -> bool:
-    (verification,) = check([Case(model, plan.to_toml(), plan.name)], mesh=TP, batch=1, seq=16)
+    (verification,) = check([Claim(model, plan.to_toml(), plan.name)], mesh=TP, batch=1, seq=16)
     return FindingKind.LITTLE_IS_SHARDED in {finding.kind for finding in verification.findings}
 
 

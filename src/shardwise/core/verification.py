@@ -87,13 +87,13 @@ class Verification:
     model: str
     plan: str
     tp: int
-    twin: str
-    parameters: int | None
-    sharded: Sharded | None
-    proof: Proof | None
-    findings: tuple[Finding, ...]
-    note: str
-    seconds: float
+    twin: str = ""
+    parameters: int | None = None
+    sharded: Sharded | None = None
+    proof: Proof | None = None
+    findings: tuple[Finding, ...] = ()
+    note: str = ""
+    seconds: float = 0.0
     is_static: bool = False
 
     @property

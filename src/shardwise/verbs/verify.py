@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from shardwise.core.case import Case
 from shardwise.core.errors import OptionError
 from shardwise.core.option import Option, check_options
-from shardwise.core.plan import Plan, TheirPlan
+from shardwise.core.plan import TheirPlan
 from shardwise.core.verification import Verification, VerificationRun
 from shardwise.verbs.checks import check_seq, default_plan
 from shardwise.verbs.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from shardwise.verify.case import Case as Proof
+    from shardwise.verify.claim import Claim
 
 PANEL = "Proof"
 
@@ -71,22 +71,22 @@ def verify(
     options = options or VerifyOptions()
     started = datetime.now(UTC).isoformat(timespec="seconds")
     _check_mesh(case, options)
-    proofs = [proof for model in models or (case.model,) for proof in _proofs(case, model, options)]
+    claims = [claim for model in models or (case.model,) for claim in _claims(case, model, options)]
     done = 0
 
     def on_answer(answer: Verification) -> None:
         nonlocal done
         done += 1
-        progress(f"{answer.model} under {answer.plan}: {answer.verdict}", done, len(proofs))
+        progress(f"{answer.model} under {answer.plan}: {answer.verdict}", done, len(claims))
 
     progress("tracing" if options.static else "starting ranks")
     size: dict[str, Any] = {"mesh": case.mesh, "batch": options.batch, "seq": options.seq}
     if options.static:
         device = "none"
-        answers = check(proofs, **size, on_answer=on_answer) if is_main() else ()
+        answers = check(claims, **size, on_answer=on_answer) if is_main() else ()
     else:
         device = device_type(case.device, case.mesh.world_size)
-        answers = prove(proofs, **size, device_type=device, timeout_s=options.timeout, on_answer=on_answer)
+        answers = prove(claims, **size, device_type=device, timeout_s=options.timeout, on_answer=on_answer)
     return VerificationRun(
         str(case.mesh), device, options.batch, options.seq, started, tuple(_versions()), answers
     )
@@ -105,11 +105,11 @@ def _check_mesh(case: Case, options: VerifyOptions) -> None:
         )
 
 
-def _proofs(case: Case, model: str, options: VerifyOptions) -> "Iterator[Proof]":
+def _claims(case: Case, model: str, options: VerifyOptions) -> "Iterator[Claim]":
     """One model under each plan, looked at here, so that a typo costs no ranks."""
     from shardwise.models.source import find_model
     from shardwise.parallel.plans import load_any_plan
-    from shardwise.verify.case import Case as Proof
+    from shardwise.verify.claim import Claim
 
     source = find_model(model)
     check_seq(options.seq, source)
@@ -119,8 +119,7 @@ def _proofs(case: Case, model: str, options: VerifyOptions) -> "Iterator[Proof]"
         plan = load_any_plan(name, sequence_parallel=case.sequence_parallel, family=source.family)
         if plan is TheirPlan.UNSHARDED:
             raise OptionError('plan "unsharded" has nothing to verify. Name a plan that shards.')
-        text, label = (plan.to_toml(), plan.name) if isinstance(plan, Plan) else (str(plan), str(plan))
-        yield Proof(model, text, label, small, dtype)
+        yield Claim.of(model, plan, twin=small, dtype=dtype)
 
 
 def _versions() -> Iterator[tuple[str, str]]:

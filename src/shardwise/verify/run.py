@@ -1,16 +1,16 @@
-"""Starts the ranks that prove plans right or wrong, and starts them again where one case took them down. All cases share a launch: it costs seconds."""
+"""Starts the ranks that prove plans right or wrong, and starts them again where one claim took them down. All claims share a launch: it
+costs seconds."""
 
 from collections.abc import Callable, Sequence
 
 import msgspec
 
 from shardwise.core.errors import RunError
-from shardwise.core.finding import Finding, FindingKind
 from shardwise.core.mesh import Mesh
-from shardwise.core.shown import shown
 from shardwise.core.verification import Verification
 from shardwise.launch import is_main, joined, run_ranks
-from shardwise.verify.case import Answer, Case, Job
+from shardwise.verify.claim import Claim
+from shardwise.verify.examine import Answer, Job
 from shardwise.verify.without_ranks import informed
 
 BATCH, SEQ = 2, 16
@@ -18,7 +18,7 @@ TIMEOUT_S = 120.0
 
 
 def verify(
-    cases: Sequence[Case],
+    claims: Sequence[Claim],
     *,
     mesh: Mesh,
     device_type: str = "cpu",
@@ -27,11 +27,11 @@ def verify(
     timeout_s: float = TIMEOUT_S,
     on_answer: Callable[[Verification], None] = lambda _: None,
 ) -> tuple[Verification, ...]:
-    """A Verification for each case, in order; under torchrun on rank 0 only, () elsewhere. on_answer: told each as it comes, without
-    what a trace adds to one that isn't right. seq: a multiple of tp.
+    """A Verification for each claim, in order; under torchrun on rank 0 only, () elsewhere. on_answer: told each as it comes, without what a
+    trace adds to one that isn't right. seq: a multiple of tp.
 
-    timeout_s: without a sign of life, a case is given up, and is said to crash. Raises the InputErrors of the model and plan; RunError for a case
-    that takes torchrun's ranks down, which can't be started anew from here.
+    timeout_s: without a sign of life, a claim is given up, and is said to crash. Raises the InputErrors of the model and plan; RunError for a
+    claim that takes torchrun's ranks down, which can't be started anew from here.
     """
     answers: dict[int, Verification] = {}
 
@@ -42,13 +42,12 @@ def verify(
             answers[answer.number] = answer.verification
             on_answer(answer.verification)
 
-    while len(answers) < len(cases):
+    while len(answers) < len(claims):
         first = len(answers)
-        job = Job(tuple(cases), first, str(mesh), batch, seq)
         try:
             run_ranks(
-                "shardwise.verify.case:run",
-                msgspec.json.encode(job),
+                "shardwise.verify.examine:run",
+                msgspec.json.encode(Job(tuple(claims), first, mesh, batch, seq)),
                 world_size=mesh.world_size,
                 device_type=device_type,
                 timeout_s=timeout_s,
@@ -58,24 +57,14 @@ def verify(
             if type(error) is not RunError or joined():
                 raise
             if len(answers) == first:  # nobody could say what it was
-                case = cases[first]
-                text = shown(error, 300)
-                answers[first] = Verification(
-                    case.model,
-                    case.label,
-                    mesh.tp,
-                    "",
-                    None,
-                    None,
-                    None,
-                    (Finding(FindingKind.CRASHES, "model", text),),
-                    text,
-                    0.0,
-                )
+                claim = claims[first]
+                answers[first] = claim.crashed(Verification(claim.model, claim.label, mesh.tp), error)
                 on_answer(answers[first])
         if not is_main():
             return ()
-    proved = [answers[number] for number in range(len(cases))]
+    proved = [answers[number] for number in range(len(claims))]
     if joined():  # a trace needs a process that is no rank
         return tuple(proved)
-    return tuple(informed(each, case, batch=batch, seq=seq) for each, case in zip(proved, cases, strict=True))
+    return tuple(
+        informed(each, claim, batch=batch, seq=seq) for each, claim in zip(proved, claims, strict=True)
+    )

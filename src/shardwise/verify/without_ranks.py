@@ -1,7 +1,7 @@
 """What is known of plans without starting a rank: the static checks by themselves, and what they add where a proof has no reason of its own.
 
-The model is taken as it was named, whatever its size and tp: its parameters are counted on the meta device, and its step is traced on fake tensors;
-its small twin's, where its own can't be.
+The model is taken as it was named, whatever its size and tp: its parameters are counted on the meta device, and its step is traced on fake
+tensors; its small twin's, where its own can't be.
 """
 
 import time
@@ -11,106 +11,99 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from shardwise.core.errors import InputError, ModelError, OptionError, ShardwiseError
-from shardwise.core.finding import Finding, FindingKind
+from shardwise.core.errors import ModelError, ShardwiseError
+from shardwise.core.finding import Finding
 from shardwise.core.mesh import Mesh
-from shardwise.core.plan import AnyPlan, Plan, TheirPlan
+from shardwise.core.plan import AnyPlan, TheirPlan
 from shardwise.core.sharded import Sharded
-from shardwise.core.shown import shown, told
+from shardwise.core.shown import shown
 from shardwise.core.verification import Verdict, Verification
 from shardwise.models.factory import sharding_factory
 from shardwise.models.source import ModelSource, find_model
 from shardwise.parallel.any_plan import apply_any
 from shardwise.parallel.resolve import tied_parameters
 from shardwise.trace.fakes import fake_world
-from shardwise.verify.case import FAILURES, NO_PLAN, Case, plan_of
+from shardwise.verify.claim import NO_PLAN, TWIN, Claim
 from shardwise.verify.foresight import foresee
 from shardwise.verify.reasons import is_unexplained, with_suspicions
 from shardwise.verify.static import of_model, untied
 
 
 def check(
-    cases: Sequence[Case],
+    claims: Sequence[Claim],
     *,
     mesh: Mesh,
     batch: int,
     seq: int,
     on_answer: Callable[[Verification], None] = lambda _: None,
 ) -> tuple[Verification, ...]:
-    """A Verification without a proof for each case. Raises the InputErrors of the model and plan; RunError inside a process group."""
-    found = []
-    for case in cases:
+    """A Verification without a proof for each claim. Raises the InputErrors of the model and plan; RunError inside a process group."""
+    answers = []
+    for claim in claims:
         began = time.perf_counter()
-        answer = _checked(case, mesh, batch, seq)
-        found.append(replace(answer, seconds=round(time.perf_counter() - began, 2)))
-        on_answer(found[-1])
-    return tuple(found)
+        answer = _checked(claim, mesh, batch, seq)
+        answers.append(replace(answer, seconds=round(time.perf_counter() - began, 2)))
+        on_answer(answers[-1])
+    return tuple(answers)
 
 
-def informed(proved: Verification, case: Case, *, batch: int, seq: int) -> Verification:
-    """The same, with the reasons that a trace suspects for what the proof found wrong without one, or crashed over. What the proof found right is right."""
+def informed(proved: Verification, claim: Claim, *, batch: int, seq: int) -> Verification:
+    """The same, with the reasons that a trace suspects for what the proof found wrong without one, or crashed over. What the proof found
+    right is right."""
     has_crashed = proved.verdict is Verdict.CRASHES
     if not has_crashed and not any(is_unexplained(finding) for finding in proved.findings):
         return proved
     try:
-        source: ModelSource | None = find_model(case.model)
+        source: ModelSource | None = find_model(claim.model)
         if proved.twin and source is not None:
             source = source.small(proved.tp)
         if source is None:
             return proved
-        suspicions = foresee(source, plan_of(case.plan), proved.tp, batch=batch, seq=seq).findings
+        suspicions = foresee(source, claim.parsed_plan, proved.tp, batch=batch, seq=seq).findings
     except ShardwiseError:
         return proved
     return replace(proved, findings=tuple(with_suspicions(proved.findings, suspicions, add=has_crashed)))
 
 
-def _checked(case: Case, mesh: Mesh, batch: int, seq: int) -> Verification:
-    plan = plan_of(case.plan)
-    nothing = Verification(case.model, case.label, mesh.tp, "", None, None, None, (), "", 0.0, is_static=True)
+def _checked(claim: Claim, mesh: Mesh, batch: int, seq: int) -> Verification:
+    plan = claim.parsed_plan
+    answer = Verification(claim.model, claim.label, mesh.tp, is_static=True)
     try:
-        source, whole, twin = _built(case, mesh.tp)
+        source, whole, twin = _built(claim, mesh.tp)
     except ShardwiseError as error:
-        if isinstance(error, InputError) and not case.model.startswith("hf:"):
-            raise
-        return replace(nothing, note=shown(error, 300))
+        return claim.unproved(answer, error)
+    answer = replace(answer, twin=twin)
     if plan is TheirPlan.HF and not getattr(whole, "tp_plan", None):
-        return replace(nothing, twin=twin, note=NO_PLAN)
-    answer = replace(
-        nothing, twin=twin, parameters=sum(parameter.numel() for parameter in whole.parameters())
-    )
+        return replace(answer, note=NO_PLAN)
+    answer = replace(answer, parameters=sum(parameter.numel() for parameter in whole.parameters()))
     try:
         sharded, findings = _counted(source, plan, whole, mesh)
-    except FAILURES as error:
-        if isinstance(error, OptionError) or (isinstance(error, InputError) and isinstance(plan, Plan)):
-            raise
+    except Exception as error:  # a plan, and the code that it puts into a model, may raise anything
         if isinstance(error, ModelError) and plan is TheirPlan.OWN:
             return replace(answer, note=shown(error, 300))
-        text = shown(error, 300) if isinstance(error, ShardwiseError) else told(error, 300)
-        return replace(answer, findings=(Finding(FindingKind.CRASHES, "model", text),), note=text)
+        return claim.crashed(answer, error)
     foresight = foresee(source, plan, mesh.tp, batch=batch, seq=seq)
-    small = source.small(mesh.tp) if foresight.note and not twin and case.twin is None else None
+    small = source.small(mesh.tp) if foresight.note and not twin and claim.twin is None else None
     if small is not None:  # as defaults that leave a size open want it
-        answer = replace(answer, twin="its small twin")
+        answer = replace(answer, twin=TWIN)
         foresight = foresee(small, plan, mesh.tp, batch=batch, seq=seq)
-    note = (
-        f"Its step can't be traced, so only its parameters were looked at: {foresight.note}"
-        if foresight.note
-        else ""
-    )
+    note = "Its step can't be traced, so only its parameters were looked at: "
+    note = f"{note}{foresight.note}" if foresight.note else ""
     return replace(answer, sharded=sharded, findings=(*foresight.findings, *findings), note=note)
 
 
-def _built(case: Case, tp: int) -> tuple[ModelSource, nn.Module, str]:
-    """The source, its model on the meta device, and what it is instead of the model as named: its twin if that is asked for, or all that can be built."""
-    source = find_model(case.model)
-    small = source.small(tp) if case.twin is not False else None
-    if small is None or not case.twin:
+def _built(claim: Claim, tp: int) -> tuple[ModelSource, nn.Module, str]:
+    """The source, its model on the meta device, and what it is instead of the model as named: its twin if that is asked for, or all that
+    can be built."""
+    source = find_model(claim.model)
+    small = source.small(tp) if claim.twin is not False else None
+    if small is None or not claim.twin:
         try:
             return source, source.build(dtype=torch.float32), ""
         except ShardwiseError:
             if small is None:
                 raise
-    return small, small.build(dtype=torch.float32), "its small twin"
+    return small, small.build(dtype=torch.float32), TWIN
 
 
 def _counted(

@@ -1,0 +1,57 @@
+"""What is to be proved, and what an attempt that ended in an error says. Both with ranks (examine.py) and without (without_ranks.py)."""
+
+from dataclasses import dataclass, replace
+
+from shardwise.core.errors import InputError, OptionError, ShardwiseError
+from shardwise.core.finding import Finding, FindingKind
+from shardwise.core.plan import AnyPlan, Plan, TheirPlan
+from shardwise.core.shown import shown, told
+from shardwise.core.verification import Verification
+from shardwise.models.source import HUGGING_FACE
+
+NO_PLAN = "transformers has no tensor-parallel plan for it"
+TWIN = "its small twin"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """That a plan trains the model it should. plan: TOML, or the name of a plan that isn't ours. twin: None takes the small twin where the
+    model is large. dtype: None is float64, then float32."""
+
+    model: str
+    plan: str
+    label: str
+    twin: bool | None = None
+    dtype: str | None = None
+
+    @classmethod
+    def of(cls, model: str, plan: AnyPlan, *, twin: bool | None = None, dtype: str | None = None) -> "Claim":
+        """plan: also an own plan that isn't in a file."""
+        if isinstance(plan, Plan):
+            return cls(model, plan.to_toml(), plan.name, twin, dtype)
+        return cls(model, str(plan), str(plan), twin, dtype)
+
+    @property
+    def parsed_plan(self) -> AnyPlan:
+        return TheirPlan(self.plan) if self.plan in list(TheirPlan) else Plan.from_toml(self.plan)
+
+    def __str__(self) -> str:
+        return f"{self.model} under {self.label}"
+
+    def unproved(self, answer: Verification, error: Exception) -> Verification:
+        """`answer`, where not even the unsharded model could be had. A name that isn't known is the user's to see; what becomes of a type of
+        transformers, of which there are hundreds, is an answer."""
+        if isinstance(error, InputError) and not self.model.startswith(HUGGING_FACE):
+            raise error
+        return replace(answer, note=shown(error, 300))
+
+    def crashed(self, answer: Verification, error: Exception, module: str = "") -> Verification:
+        """`answer`, where the plan, or a step under it, failed in a module. A plan of ours says before it starts what it can't do: its
+        InputErrors are the user's to see."""
+        if isinstance(error, OptionError) or (
+            isinstance(error, InputError) and isinstance(self.parsed_plan, Plan)
+        ):
+            raise error
+        text = shown(error, 300) if isinstance(error, ShardwiseError) else told(error, 300)
+        crash = Finding(FindingKind.CRASHES, module or "model", text)
+        return replace(answer, findings=(crash, *answer.findings), note=text)
