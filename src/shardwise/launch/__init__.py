@@ -1,4 +1,5 @@
-"""Starts and watches ranks on this machine, or joins torchrun's; ends them cleanly. Knows nothing of what the ranks do."""
+"""Starts and watches ranks on this machine, or joins torchrun's; ends them cleanly. Knows nothing of what the
+ranks do."""
 
 from shardwise.launch.context import RankContext
 from shardwise.launch.ranks import Interrupted, run_ranks

@@ -1,7 +1,9 @@
-"""Why a run failed: of all the ranks that ended badly, which did so first, and what to tell the user. Pure; knows nothing of processes.
+"""Why a run failed: of all the ranks that ended badly, which did so first, and what to tell the user. Pure;
+knows nothing of processes.
 
-When one rank dies, the others soon fail as well, on the connection they lost. So the most telling end wins, then the earliest:
-a signal that nobody here sent; an error of the rank's own; an abort or an exit without a word; a lost connection.
+When one rank dies, the others soon fail as well, on the connection they lost. So the most telling end wins,
+then the earliest: a signal that nobody here sent; an error of the rank's own; an abort or an exit without a
+word; a lost connection.
 """
 
 import signal
@@ -10,7 +12,8 @@ from dataclasses import dataclass
 
 from shardwise.core import errors
 
-# What gloo and the store say when the other side is gone (gloo/transport/tcp/pair.cc and the system's own texts).
+# What gloo and the store say when the other side is gone (gloo/transport/tcp/pair.cc and the system's own
+# texts).
 _LOST_CONNECTION = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -43,16 +46,13 @@ class Failure:
         return None
 
     def __str__(self) -> str:
-        return (
-            f"{self.class_names[0]}: {_first_line(self.message)}"
-            if _first_line(self.message)
-            else self.class_names[0]
-        )
+        return f"{self.class_names[0]}: {_first_line(self.message)}".removesuffix(": ")
 
 
 @dataclass(frozen=True, slots=True)
 class BadEnd:
-    """How one rank failed: an exception it reported, or else an exit code without a result (minus the signal, as in subprocess)."""
+    """How one rank failed: an exception it reported, or else an exit code without a result (minus the signal,
+    as in subprocess)."""
 
     rank: int
     time_s: float
@@ -64,13 +64,10 @@ class BadEnd:
 
     @property
     def is_killed(self) -> bool:
-        """By a signal from outside or a crash. Not SIGABRT: that is also how PyTorch ends a rank whose peer is gone."""
-        return (
-            self.failure is None
-            and self.exit_code is not None
-            and self.exit_code < 0
-            and -self.exit_code != signal.SIGABRT
-        )
+        """By a signal from outside or a crash. Not SIGABRT: that is also how PyTorch ends a rank whose peer
+        is gone."""
+        code = self.exit_code or 0
+        return self.failure is None and code < 0 and -code != signal.SIGABRT
 
     @property
     def _weight(self) -> int:
@@ -99,7 +96,8 @@ def error_for(end: BadEnd, *, world_size: int, note: str | None, log: str | None
         number = -end.exit_code
         hint = " If memory ran out, use a smaller --batch or --seq." if number == signal.SIGKILL else ""
         return errors.RunError(
-            f"rank {end.rank} was killed by {_signal_name(number)} (signal {number}){during}.{others}{hint}{output}"
+            f"rank {end.rank} was killed by {_signal_name(number)} (signal {number}){during}."
+            f"{others}{hint}{output}"
         )
     return errors.RunError(
         f"rank {end.rank} ended with exit code {end.exit_code} and no result{during}.{others}{output}"
@@ -132,7 +130,8 @@ def stall_error(ranks: Mapping[int, Silence], *, silent_s: float) -> errors.RunE
         by_state.setdefault(str(silence), []).append(rank)
     states = "; ".join(f"{_ranks(members)}: {state}" for state, members in by_state.items())
     return errors.RunError(
-        f"nothing was heard from any rank for {silent_s:g} s, so they were stopped ({states}). If the work needs longer, raise the timeout."
+        f"nothing was heard from any rank for {silent_s:g} s, so they were stopped ({states}). "
+        "If the work needs longer, raise the timeout."
     )
 
 

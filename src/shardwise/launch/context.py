@@ -1,4 +1,5 @@
-"""What an entry function is given: who it is among the ranks, its device, and how to tell what it is at. Knows nothing of processes."""
+"""What an entry function is given: who it is among the ranks, its device, and how to tell what it is at.
+Knows nothing of processes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,5 +44,6 @@ class RankContext:
         self.send(Kind.EVENT, event)
 
     def note(self, text: str) -> None:
-        """Says what this rank is at, for an error to name. Costs microseconds, and shows that the rank isn't stalled."""
+        """Says what this rank is at, for an error to name. Costs microseconds, and shows that the rank isn't
+        stalled."""
         self.send(Kind.NOTE, text.encode())

@@ -1,6 +1,8 @@
-"""Mail through a torch Store: in memory, so a full disk can't stop it; bytes in, bytes out, never pickle. Knows nothing of processes.
+"""Mail through a torch Store: in memory, so a full disk can't stop it; bytes in, bytes out, never pickle.
+Knows nothing of processes.
 
-A TCPStore refuses values of more than 8 MiB (TCPStoreLibUvBackend.cpp, "Invalid payload size"), so longer ones travel in pieces.
+A TCPStore refuses values of more than 8 MiB (TCPStoreLibUvBackend.cpp, "Invalid payload size"), so longer
+ones travel in pieces.
 """
 
 import struct
@@ -59,7 +61,8 @@ class Outbox:
                 )
 
     def flush(self) -> None:
-        """Returns when the store has what was sent: a push doesn't wait for an answer, a query on the same connection does."""
+        """Returns when the store has what was sent: a push doesn't wait for an answer, a query on the same
+        connection does."""
         self._store.queue_len(_QUEUE)
 
 
@@ -87,7 +90,8 @@ def put(store: "Store", key: str, data: bytes) -> None:
     """Leaves data for every rank to take."""
     pieces = [data[start : start + PIECE_BYTES] for start in range(0, len(data), PIECE_BYTES)]
     for index, piece in enumerate(pieces):
-        store.set(f"{key}/{index}", piece)  # type: ignore[arg-type]  # the stub says str; the binding takes bytes
+        # the stub says str; the binding takes bytes
+        store.set(f"{key}/{index}", piece)  # type: ignore[arg-type]
     store.set(f"{key}/count", str(len(pieces)))
 
 

@@ -1,4 +1,5 @@
-"""One rank: `python -m shardwise.launch.rank package.module:function`, started by ranks.py, which waits for its mail."""
+"""One rank: `python -m shardwise.launch.rank package.module:function`, started by ranks.py, which waits for
+its mail."""
 
 import ctypes
 import faulthandler
@@ -47,30 +48,22 @@ def main(entry: str) -> int:
 def _work(entry: str, assignment: Assignment, outbox: "Outbox", payload: bytes) -> bytes:
     from torch.distributed.distributed_c10d import PrefixStore
 
-    from shardwise.launch.context import RankContext, backend_of
-    from shardwise.launch.entry import device_of, join_group, load
+    from shardwise.launch.entry import context_of, join_group, load
     from shardwise.launch.mail import Kind
     from shardwise.launch.store import connect
 
     function = load(entry)
-    device = device_of(assignment.device_type, assignment.rank)
-    join_group(
-        PrefixStore("group", connect(assignment.store_port, timeout_s=START_S)),
-        device,
+    context = context_of(
+        assignment.device_type,
         rank=assignment.rank,
-        world_size=assignment.world_size,
-        timeout_s=assignment.timeout_s + _GROUP_TIMEOUT_MARGIN_S,
-    )
-    outbox.send(Kind.READY, b"")
-    context = RankContext(
-        rank=assignment.rank,
-        world_size=assignment.world_size,
         local_rank=assignment.rank,
-        device=device,
-        backend=backend_of(assignment.device_type),
+        world_size=assignment.world_size,
         under_torchrun=False,
         send=outbox.send,
     )
+    store = PrefixStore("group", connect(assignment.store_port, timeout_s=START_S))
+    join_group(store, context, timeout_s=assignment.timeout_s + _GROUP_TIMEOUT_MARGIN_S)
+    outbox.send(Kind.READY, b"")
     return function(context, payload)
 
 
@@ -91,7 +84,8 @@ def _report(error: BaseException, outbox: "Outbox") -> None:
 
 
 def _die_with(parent_pid: int) -> None:
-    """Has the kernel kill this rank when its parent dies, however that happens; ends it now if that is past. Linux only."""
+    """Has the kernel kill this rank when its parent dies, however that happens; ends it now if that is past.
+    Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:

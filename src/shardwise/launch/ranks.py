@@ -1,8 +1,9 @@
 """Starts ranks on this machine, watches them, and leaves none behind. Knows nothing of what they do.
 
-The ranks are sessions of their own, so a Ctrl-C reaches this process alone. Its handlers only take a signal down and the watching loop acts
-on it, so no rank is started without being known. PyTorch's elastic start_processes does the same work, but it raises from its handlers,
-loses the ranks that it had begun, and waits 30 s for a stopped rank; hence plain subprocess here.
+The ranks are sessions of their own, so a Ctrl-C reaches this process alone. Its handlers only take a signal
+down and the watching loop acts on it, so no rank is started without being known. PyTorch's elastic
+start_processes does the same work, but it raises from its handlers, loses the ranks that it had begun, and
+waits 30 s for a stopped rank; hence plain subprocess here.
 """
 
 import os
@@ -30,7 +31,8 @@ from shardwise.launch.context import backend_of
 from shardwise.launch.mail import Inbox, Kind, Mail, put
 
 _POLL_S = 0.1
-# How long after a failure a more telling one may still come in: a lost connection is reported before the death that caused it is seen.
+# How long after a failure a more telling one may still come in: a lost connection is reported before the
+# death that caused it is seen.
 _SETTLE_S = 1.0
 _TERMINATE_S = 3.0
 _KILL_S = 3.0
@@ -53,15 +55,17 @@ def run_ranks(
     threads_per_rank: int = 1,
     log_dir: Path | None = None,
 ) -> list[bytes]:
-    """What entry ("package.module:function", called with a RankContext and payload) returned on each rank, in order.
+    """What entry ("package.module:function", called with a RankContext and payload) returned on each rank, in
+    order.
 
-    Starts the ranks on this machine. Under torchrun every rank calls this: it runs entry in this process, and only rank 0 gets the results,
-    others []. on_event gets each reported event, in order; what it raises stops the ranks and is raised here. When no rank reports or notes
-    anything for timeout_s, the run is over. Each rank writes into log_dir/rank-N.log; without a log_dir, logs are kept only where an error
-    names one.
+    Starts the ranks on this machine. Under torchrun every rank calls this: it runs entry in this process, and
+    only rank 0 gets the results, others []. on_event gets each reported event, in order; what it raises stops
+    the ranks and is raised here. When no rank reports or notes anything for timeout_s, the run is over. Each
+    rank writes into log_dir/rank-N.log; without a log_dir, logs are kept only where an error names one.
 
-    Raises MeshError for more ranks than GPUs or than torchrun started; the ShardwiseError that a rank raised; RunError for a rank that
-    died, failed or stalled; Interrupted for SIGTERM and SIGHUP, KeyboardInterrupt for Ctrl-C. No rank outlives the call.
+    Raises MeshError for more ranks than GPUs or than torchrun started; the ShardwiseError that a rank raised;
+    RunError for a rank that died, failed or stalled; Interrupted for SIGTERM and SIGHUP, KeyboardInterrupt
+    for Ctrl-C. No rank outlives the call.
     """
     backend_of(device_type)
     handle = on_event or _ignore
@@ -118,26 +122,29 @@ class _Ranks:
         self._heard_s = time.monotonic()
 
     def start(self, entry: str, assignment: Assignment, threads_per_rank: int) -> None:
+        command = [sys.executable, "-P", "-u", "-m", "shardwise.launch.rank", entry]
+        environment = _environment(assignment, threads_per_rank)
         try:
             with self._logs[assignment.rank].open("wb") as log:
-                self._processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-P", "-u", "-m", "shardwise.launch.rank", entry],
-                        env=_environment(assignment, threads_per_rank),
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
+                process = subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
                 )
+                self._processes.append(process)
         except OSError as error:
             raise RunError(
-                f"rank {assignment.rank} can't be started: {error}. Free memory or processes, or use fewer ranks."
+                f"rank {assignment.rank} can't be started: {error}. "
+                "Free memory or processes, or use fewer ranks."
             ) from error
         self._heard_s = time.monotonic()
 
     def look(self, on_event: Callable[[bytes], None]) -> None:
-        """Takes in what happened since the last look. Exits come before mail: a rank that has exited has sent all it had."""
+        """Takes in what happened since the last look. Exits come before mail: a rank that has exited has sent
+        all it had."""
         for rank, process in enumerate(self._processes):
             exit_code = process.poll()
             if exit_code is not None and rank not in self._exits:
@@ -163,7 +170,8 @@ class _Ranks:
                 assert_never(mail.kind)
 
     def raise_for_failure(self) -> None:
-        """Raises once it is clear why the run failed, or that nothing happens any more. How a rank ends after its result doesn't matter."""
+        """Raises once it is clear why the run failed, or that nothing happens any more. How a rank ends after
+        its result doesn't matter."""
         now_s = time.monotonic()
         ends = [end for rank, end in ({**self._exits, **self._failures}).items() if rank not in self.results]
         if ends:
@@ -172,13 +180,11 @@ class _Ranks:
             if cause.is_killed or now_s - self._failed_s >= _SETTLE_S:
                 raise self._error(cause)
             return
-        limit_s = (
-            self._timeout_s if len(self._ready) == len(self._processes) else max(self._timeout_s, START_S)
-        )
+        is_ready = len(self._ready) == len(self._processes)
+        limit_s = self._timeout_s if is_ready else max(self._timeout_s, START_S)
         if now_s - self._heard_s >= limit_s:
-            raise stall_error(
-                {rank: self._silence(rank) for rank in range(len(self._processes))}, silent_s=limit_s
-            )
+            silences = {rank: self._silence(rank) for rank in range(len(self._processes))}
+            raise stall_error(silences, silent_s=limit_s)
 
     def _error(self, cause: BadEnd) -> ShardwiseError:
         latest = max(self._notes.values(), key=lambda mail: mail.sent_s, default=None)
@@ -220,10 +226,12 @@ class _Ranks:
 
 
 def _environment(assignment: Assignment, threads_per_rank: int) -> dict[str, str]:
-    """This process's environment and import path, so that an entry found here is found there. The user's values win, except threads."""
+    """This process's environment and import path, so that an entry that is here is there. The user's values
+    win, except threads."""
     defaults = {"TOKENIZERS_PARALLELISM": "false"}
     if sys.platform == "linux":
-        # Without huge pages the time of a fresh big tensor is that of its page faults; the same for every plan.
+        # Without huge pages the time of a fresh big tensor is that of its page faults; the same for every
+        # plan.
         defaults["THP_MEM_ALLOC_ENABLE"] = "1"
     if assignment.device_type == "cpu":
         # Otherwise gloo looks up the host's own name, which may be slow, wrong or unknown.
@@ -250,7 +258,8 @@ def _check_devices(device_type: str, world_size: int) -> None:
 
 
 def _stopped_by(pid: int) -> int | None:
-    """The signal that stopped (not ended) a child; None if it runs, or where the system can't say. Leaves the child's status for Popen."""
+    """The signal that stopped (not ended) a child; None if it runs, or where the system can't say. Leaves the
+    child's status for Popen."""
     if not hasattr(os, "waitid"):
         return None
     status = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
@@ -283,7 +292,8 @@ def _logs(log_dir: Path | None, world_size: int) -> Iterator[list[Path]]:
 
 @contextmanager
 def _signals_taken_down() -> Iterator[list[signal.Signals]]:
-    """The signals that ask this process to end, as they arrive. One that is ignored stays so (nohup); off the main thread none is taken."""
+    """The signals that ask this process to end, as they arrive. One that is ignored stays so (nohup); off the
+    main thread none is taken."""
     arrived: list[signal.Signals] = []
 
     def take_down(number: int, frame: FrameType | None) -> None:

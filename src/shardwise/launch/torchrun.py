@@ -1,4 +1,5 @@
-"""Ranks that torchrun started, on one host or many; this process is one. torchrun owns signals and ends; here results are exchanged."""
+"""Ranks that torchrun started, on one host or many; this process is one. torchrun owns signals and ends; here
+results are exchanged."""
 
 import functools
 import itertools
@@ -12,8 +13,7 @@ from typing import TYPE_CHECKING
 from shardwise.core.errors import MeshError, RunError, ShardwiseError
 from shardwise.launch.assignment import START_S
 from shardwise.launch.cause import BadEnd, Failure, error_for
-from shardwise.launch.context import RankContext, backend_of
-from shardwise.launch.entry import device_of, join_group, load
+from shardwise.launch.entry import context_of, join_group, load
 from shardwise.launch.mail import Inbox, Kind, Outbox
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ _run_numbers = itertools.count()
 
 
 def joined() -> bool:
-    """Whether torchrun (or whatever sets the same environment) started this process as one rank of several."""
+    """Whether torchrun (or whatever sets the same environment) started this process as one rank of
+    several."""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
@@ -44,13 +45,9 @@ def run(
     on_event: Callable[[bytes], None],
     threads_per_rank: int,
 ) -> list[bytes]:
-    """run_ranks for one of torchrun's ranks: all results on rank 0, [] elsewhere. Other ranks' events reach rank 0 once it is done."""
-    started = int(os.environ["WORLD_SIZE"])
-    if world_size != started:
-        raise MeshError(
-            f"mesh: {world_size} ranks asked for, but torchrun started {started}. "
-            f"Use a mesh of {started} ranks, or start {world_size} with torchrun (--nproc-per-node, --nnodes)."
-        )
+    """run_ranks for one of torchrun's ranks: all results on rank 0, [] elsewhere. Other ranks' events reach
+    rank 0 once it is done."""
+    _check_size(world_size)
     rank = int(os.environ["RANK"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     _check_device(device_type, local_rank)
@@ -73,22 +70,13 @@ def run(
             case _:
                 outbox.send(kind, body)
 
-    device = device_of(device_type, local_rank)
+    context = context_of(
+        device_type, rank=rank, local_rank=local_rank, world_size=world_size, under_torchrun=True, send=send
+    )
     owns_group = not distributed.is_initialized()
     try:
         if owns_group:
-            join_group(
-                PrefixStore("group", store), device, rank=rank, world_size=world_size, timeout_s=timeout_s
-            )
-        context = RankContext(
-            rank=rank,
-            world_size=world_size,
-            local_rank=local_rank,
-            device=device,
-            backend=backend_of(device_type),
-            under_torchrun=True,
-            send=send,
-        )
+            join_group(PrefixStore("group", store), context, timeout_s=timeout_s)
         result = load(entry)(context, payload)
     except ShardwiseError:
         raise
@@ -118,8 +106,9 @@ def _gather(
                 on_event(mail.body)
         missing = sorted(set(range(world_size)) - results.keys())
         if missing and time.monotonic() > deadline_s:
+            ranks = ", ".join(map(str, missing))
             raise RunError(
-                f"no result came from rank {', '.join(map(str, missing))} within {timeout_s:g} s of rank 0's. See torchrun's output."
+                f"no result came from rank {ranks} within {timeout_s:g} s of rank 0's. See torchrun's output."
             )
         time.sleep(_POLL_S)
     return [results[rank] for rank in range(world_size)]
@@ -133,6 +122,16 @@ def _rendezvous() -> "Store":
     store: Store
     store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=START_S)))
     return store
+
+
+def _check_size(world_size: int) -> None:
+    started = int(os.environ["WORLD_SIZE"])
+    if world_size != started:
+        raise MeshError(
+            f"mesh: {world_size} ranks asked for, but torchrun started {started}. "
+            f"Use a mesh of {started} ranks, "
+            f"or start {world_size} with torchrun (--nproc-per-node, --nnodes)."
+        )
 
 
 def _check_device(device_type: str, local_rank: int) -> None:

@@ -1,4 +1,5 @@
-"""Tasks on a few processes, which end with the command: by a signal, an error, or when they are done. Public parts of multiprocessing only."""
+"""Tasks on a few processes, which end with the command: by a signal, an error, or when they are done. Public
+parts of multiprocessing only."""
 
 import gc
 import signal
@@ -18,7 +19,8 @@ _Result = TypeVar("_Result")
 def on_processes(
     function: Callable[[_Task], _Result], tasks: Iterable[_Task], workers: int
 ) -> Iterator[_Result]:
-    """Results as they come. What `function` raises is raised here. Raises RunError where a process was killed."""
+    """Results as they come. What `function` raises is raised here. Raises RunError where a process was
+    killed."""
     waiting = list(tasks)[::-1]
     context = get_context("spawn")
     pairs = [context.Pipe() for _ in range(min(workers, len(waiting)))]

@@ -1,8 +1,9 @@
 """The text room's last stage: batches of a token stream, a pure function of the step, the same on every rank.
 
-Shapes: B sequences in the batch, S tokens in a sequence. The stream is cut into windows of S ids, each with the id that follows it:
-window w is ids[wS : wS + S], its labels are ids[wS + 1 : wS + S + 1]. Step n takes windows nB to nB + B - 1 and starts over after the
-last whole window, so no sequence is short and no label crosses from the stream's end to its start.
+Shapes: B sequences in the batch, S tokens in a sequence. The stream is cut into windows of S ids, each with
+the id that follows it: window w is ids[wS : wS + S], its labels are ids[wS + 1 : wS + S + 1]. Step n takes
+windows nB to nB + B - 1 and starts over after the last whole window, so no sequence is short and no label
+crosses from the stream's end to its start.
 """
 
 from dataclasses import dataclass
@@ -22,13 +23,15 @@ class Batch:
     labels_BS: torch.Tensor  # noqa: N815
 
     def slice(self, index: int, count: int) -> "Batch":
-        """Part `index` of `count` equal parts along B: a data-parallel rank's share, or one micro-batch. Views, not copies."""
+        """Part `index` of `count` equal parts along B: a data-parallel rank's share, or one micro-batch.
+        Views, not copies."""
         batch = self.ids_BS.shape[0]
         assert count >= 1, count
         assert 0 <= index < count, (index, count)
         if batch % count:
             raise OptionError(
-                f"a batch of {batch} sequences can't be cut into {count} equal parts. Use a batch that is a multiple of {count}, "
+                f"a batch of {batch} sequences can't be cut into {count} equal parts. "
+                f"Use a batch that is a multiple of {count}, "
                 f"such as {-(-batch // count) * count}."
             )
         part = slice(index * (batch // count), (index + 1) * (batch // count))
@@ -49,7 +52,8 @@ class Batches:
         tokens = self.stream.summary.tokens
         if tokens < self.seq + 1:
             raise TextError(
-                f"{self.stream.summary.source} has {tokens} tokens, and a sequence of {self.seq} needs {self.seq + 1}. "
+                f"{self.stream.summary.source} has {tokens} tokens, and a sequence of {self.seq} needs "
+                f"{self.seq + 1}. "
                 f"Give more text, or use seq <= {tokens - 1}."
             )
 

@@ -1,8 +1,8 @@
 """The text room's first stage: files, or the standard library's own documentation, as one string.
 
-The built-in corpus is every topic of pydoc_data.topics, then the docstrings and whole-line comments of the standard library's modules,
-parsed from their source and never imported. It is the same wherever sys.version is the same. It is what lets Shardwise run on real text
-without a download; CPython 3.11 has 3.1 MB of it.
+The built-in corpus is every topic of pydoc_data.topics, then the docstrings and whole-line comments of the
+standard library's modules, parsed from their source and never imported. It is the same wherever sys.version
+is the same. It is what lets Shardwise run on real text without a download; CPython 3.11 has 3.1 MB of it.
 """
 
 import ast
@@ -17,7 +17,7 @@ from pathlib import Path
 from shardwise.core.errors import TextError
 
 TEXT_SUFFIXES = frozenset(
-    {
+    [
         ".txt",
         ".md",
         ".rst",
@@ -33,7 +33,7 @@ TEXT_SUFFIXES = frozenset(
         ".rs",
         ".tex",
         ".ts",
-    }
+    ]
 )
 """What is read from a directory; a file that is named itself may have any suffix."""
 
@@ -62,10 +62,9 @@ def load_text(files: Sequence[Path] = ()) -> Corpus:
     if not files:
         return Corpus(_stdlib_text(), STDLIB_SOURCE)
     texts = [text for path in files for text in _texts(path)]
-    named = ", ".join(shown(path) for path in files[:3]) + (
-        f" and {len(files) - 3} more" if len(files) > 3 else ""
-    )
-    return Corpus("\n".join(texts), named)
+    named = ", ".join(shown(path) for path in files[:3])
+    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    return Corpus("\n".join(texts), named + more)
 
 
 def shown(path: Path) -> str:
@@ -75,27 +74,23 @@ def shown(path: Path) -> str:
 
 def _texts(path: Path) -> Iterator[str]:
     if path.is_dir():
-        read = 0
-        for file in _files_below(path, suffixes=TEXT_SUFFIXES, skipped=frozenset()):
-            yield _read(file)
-            read += 1
-        if not read:
+        files = list(_files_below(path, suffixes=TEXT_SUFFIXES, skipped=frozenset()))
+        if not files:
             raise TextError(
-                f'directory "{shown(path)}" holds no text files (*.txt, *.md, *.rst, *.py, ...). Name the files themselves.'
+                f'directory "{shown(path)}" holds no text files (*.txt, *.md, *.rst, *.py, ...). '
+                "Name the files themselves."
             )
+        yield from map(_read, files)
     elif path.is_file():
         text = _read(path)
         if not text.strip():
             raise TextError(f'text file "{shown(path)}" is empty. Leave it out, or give one with text in it.')
         yield text
-    elif path.exists():
-        raise TextError(
-            f'"{shown(path)}" is neither a file nor a directory. Give UTF-8 text files, or directories of them.'
-        )
     else:
-        raise TextError(
-            f'text file "{shown(path)}" doesn\'t exist. Give UTF-8 text files, or directories of them.'
-        )
+        give = "Give UTF-8 text files, or directories of them."
+        if path.exists():
+            raise TextError(f'"{shown(path)}" is neither a file nor a directory. {give}')
+        raise TextError(f'text file "{shown(path)}" doesn\'t exist. {give}')
 
 
 def _read(path: Path) -> str:
@@ -103,12 +98,14 @@ def _read(path: Path) -> str:
         text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except OSError as error:
         raise TextError(
-            f'text file "{shown(path)}" can\'t be read: {error.strerror}. Check its permissions, or leave it out.'
+            f'text file "{shown(path)}" can\'t be read: {error.strerror}. '
+            "Check its permissions, or leave it out."
         ) from None
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise TextError(
-            f'text file "{shown(path)}" is not UTF-8: byte 0x{byte:02x} at offset {error.start}. Convert it to UTF-8, or leave it out.'
+            f'text file "{shown(path)}" is not UTF-8: byte 0x{byte:02x} at offset {error.start}. '
+            "Convert it to UTF-8, or leave it out."
         ) from None
     if "\0" in text:
         raise TextError(
@@ -118,11 +115,13 @@ def _read(path: Path) -> str:
 
 
 def _files_below(root: Path, *, suffixes: frozenset[str], skipped: frozenset[str]) -> Iterator[Path]:
-    """Files by suffix, sorted, a folder's own before its subfolders'; without hidden folders, those in `skipped`, and links to folders."""
+    """Files by suffix, sorted, a folder's own before its subfolders'; without hidden folders, those in
+    `skipped`, and links to folders."""
 
     def refuse(error: OSError) -> None:
         raise TextError(
-            f'directory "{shown(Path(error.filename))}" can\'t be read: {error.strerror}. Check its permissions.'
+            f'directory "{shown(Path(error.filename))}" can\'t be read: {error.strerror}. '
+            "Check its permissions."
         ) from None
 
     for folder, folders, names in os.walk(root, onerror=refuse):
@@ -141,16 +140,16 @@ def _stdlib_text() -> str:
             "this Python comes without its documentation (pydoc_data). Give text files instead."
         ) from None
     parts = [topics[name] for name in sorted(topics)]
-    for path in _files_below(
-        Path(sysconfig.get_path("stdlib")), suffixes=frozenset({".py"}), skipped=_NOT_DOCUMENTATION
-    ):
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    for path in _files_below(stdlib, suffixes=frozenset({".py"}), skipped=_NOT_DOCUMENTATION):
         parts.extend(documentation_of(path.read_bytes()))
     # a docstring may spell a lone surrogate, which no UTF-8 text can hold
     return "\n\n".join(parts).encode("utf-8", "replace").decode("utf-8")
 
 
 def documentation_of(source: bytes) -> list[str]:
-    """A Python module's docstrings, then its whole-line comments; empty for one that isn't UTF-8 or doesn't parse."""
+    """A Python module's docstrings, then its whole-line comments; empty for one that isn't UTF-8 or doesn't
+    parse."""
     try:
         text = source.decode("utf-8")
         with warnings.catch_warnings():
@@ -158,10 +157,9 @@ def documentation_of(source: bytes) -> list[str]:
             tree = ast.parse(text)
     except (SyntaxError, ValueError):
         return []
-    comments = "\n".join(
-        line.strip().lstrip("#").strip() for line in text.splitlines() if line.lstrip().startswith("#")
-    )
-    return [*_docstrings(tree), comments] if comments.strip() else list(_docstrings(tree))
+    lines = (line.strip() for line in text.splitlines())
+    comments = "\n".join(line.lstrip("#").strip() for line in lines if line.startswith("#"))
+    return [*_docstrings(tree), *([comments] if comments.strip() else [])]
 
 
 def _docstrings(node: ast.AST) -> Iterator[str]:

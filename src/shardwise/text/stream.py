@@ -1,8 +1,9 @@
 """The text room's third stage: a stream of token ids with its summary, cached between runs.
 
-A stream's bytes are one line of JSON (core's TextSummary) and then the ids as little-endian int32. That is the cache's file format and
-what rank 0 sends to the other ranks; it holds no pickle, and reading it checks everything that the summary claims. The cache only saves
-time: a file that is damaged is made anew, a directory that can't be written is done without.
+A stream's bytes are one line of JSON (core's TextSummary) and then the ids as little-endian int32. That is
+the cache's file format and what rank 0 sends to the other ranks; it holds no pickle, and reading it checks
+everything that the summary claims. The cache only saves time: a file that is damaged is made anew, a
+directory that can't be written is done without.
 """
 
 import hashlib
@@ -24,13 +25,15 @@ from shardwise.text import tokenizer as bpe
 
 RANDOM_TOKENS = 1 << 20
 _LARGEST_VOCAB = 2**31 - 1
-# counts changes to the built-in text and to how text is cut into pieces: they change the ids, and old cache files must not be found
+# counts changes to the built-in text and to how text is cut into pieces: they change the ids, and old cache
+# files must not be found
 _RECIPE = 1
 
 
 @dataclass(frozen=True, slots=True)
 class TokenStream:
-    """Token ids in order, 1-D int32 and read-only, with a summary that is known to be true of them. Equal by summary: it has the digest."""
+    """Token ids in order, 1-D int32 and read-only, with a summary that is known to be true of them. Equal by
+    summary: it has the digest."""
 
     ids: NDArray[np.int32] = field(compare=False, repr=False)
     summary: TextSummary
@@ -40,13 +43,15 @@ class TokenStream:
             raise TextError(f"token ids are {self.ids.ndim}-D {self.ids.dtype}. Give a 1-D int32 array.")
         if not self.ids.size:
             raise TextError(
-                f"{self.summary.source} gives no tokens with tokenizer {self.summary.tokenizer}. Give more text."
+                f"{self.summary.source} gives no tokens with tokenizer {self.summary.tokenizer}. "
+                "Give more text."
             )
         vocab_size = self.summary.vocab_size
         smallest, largest = int(self.ids.min()), int(self.ids.max())
         if smallest < 0 or largest >= vocab_size:
             raise TextError(
-                f"token ids run from {smallest} to {largest}. vocab_size={vocab_size} allows 0 to {vocab_size - 1}."
+                f"token ids run from {smallest} to {largest}. "
+                f"vocab_size={vocab_size} allows 0 to {vocab_size - 1}."
             )
         facts = (self.ids.size, _distinct(self.ids), _digest(self.ids))
         if facts != (self.summary.tokens, self.summary.distinct_ids, self.summary.digest):
@@ -61,6 +66,10 @@ class TokenStream:
     def of(cls, ids: NDArray[np.int32], *, vocab_size: int, source: str, tokenizer: str) -> "TokenStream":
         """The stream of these ids, summed up here."""
         return cls(ids, TextSummary(source, tokenizer, ids.size, _distinct(ids), vocab_size, _digest(ids)))
+
+    def is_of(self, source: str, tokenizer: str, vocab_size: int) -> bool:
+        summary = self.summary
+        return (summary.source, summary.tokenizer, summary.vocab_size) == (source, tokenizer, vocab_size)
 
     def to_bytes(self) -> bytes:
         return msgspec.json.encode(self.summary) + b"\n" + self.ids.astype("<i4", copy=False).tobytes()
@@ -89,10 +98,12 @@ def load_tokens(
     cache: Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> TokenStream:
-    """Ids below vocab_size of the text in files, or of the built-in corpus; or uniform random ids (only they use the seed).
+    """Ids below vocab_size of the text in files, or of the built-in corpus; or uniform random ids (only they
+    use the seed).
 
-    tokenizer: a tokenizer.json; without one, byte-level BPE is trained on the text. cache: the directory of the cache, or None for the
-    user's own. progress is called with a line for each stage that takes time. TextError or OptionError for what can't be used.
+    tokenizer: a tokenizer.json; without one, byte-level BPE is trained on the text. cache: the directory of
+    the cache, or None for the user's own. progress is called with a line for each stage that takes time.
+    TextError or OptionError for what can't be used.
     """
     if not 1 <= vocab_size <= _LARGEST_VOCAB:
         raise OptionError(f"vocab_size is {vocab_size}. Use 1 to {_LARGEST_VOCAB}.")
@@ -106,49 +117,42 @@ def load_tokens(
     given = corpus.load_text(files) if files else None
     source = given.source if given else corpus.STDLIB_SOURCE
     definition = None if tokenizer is None else bpe.read_file(tokenizer)
-    name = (
-        f"byte-level BPE trained on this text (tokenizers {bpe.TOKENIZERS_VERSION})"
-        if tokenizer is None
-        else corpus.shown(tokenizer)
-    )
-
+    name = f"byte-level BPE trained on this text (tokenizers {bpe.TOKENIZERS_VERSION})"
+    if tokenizer is not None:
+        name = corpus.shown(tokenizer)
     # sys.version stands for the built-in text, so that a cached run reads no source
-    key = _key(
-        source,
-        given.text if given else sys.version,
-        str(vocab_size),
-        name,
-        bpe.TOKENIZERS_VERSION,
-        definition or b"",
-    )
+    text = given.text if given else sys.version
+    key = _key(source, text, str(vocab_size), name, bpe.TOKENIZERS_VERSION, definition or b"")
     directory = cache or _user_cache()
     entry = None if directory is None else directory / f"{key}.tokens"
-    found = None if entry is None else _cached(entry)
-    if found is not None and (found.summary.source, found.summary.tokenizer, found.summary.vocab_size) == (
-        source,
-        name,
-        vocab_size,
-    ):
-        return found
-
+    cached = None if entry is None else _cached(entry)
+    if cached is not None and cached.is_of(source, name, vocab_size):
+        return cached
     if given is None:
         say(f"reading the {source}")
         given = corpus.load_text()
-    size = f"{len(given.text) / 1e6:.1f} million characters"
-    if definition is None:
-        say(f"training a tokenizer of {vocab_size} ids on {size}")
-        made = bpe.train(given.text, vocab_size)
-    else:
-        made = bpe.parse(definition, name)
-    say(f"encoding {size}")
-    ids = bpe.encode(made, given.text, vocab_size=vocab_size, name=name)
-    stream = TokenStream.of(ids, vocab_size=vocab_size, source=source, tokenizer=name)
+    stream = _made(given, definition, name, vocab_size, say)
     if entry is not None:
         try:
             _store(entry, stream.to_bytes())
         except OSError as error:
             say(f"the tokens can't be cached ({error.strerror}), so the next run makes them again")
     return stream
+
+
+def _made(
+    given: corpus.Corpus, definition: bytes | None, name: str, vocab_size: int, say: Callable[[str], None]
+) -> TokenStream:
+    """definition: of a tokenizer; without one, it is trained on the text."""
+    size = f"{len(given.text) / 1e6:.1f} million characters"
+    if definition is None:
+        say(f"training a tokenizer of {vocab_size} ids on {size}")
+        tokenizer = bpe.train(given.text, vocab_size)
+    else:
+        tokenizer = bpe.parse(definition, name)
+    say(f"encoding {size}")
+    ids = bpe.encode(tokenizer, given.text, vocab_size=vocab_size, name=name)
+    return TokenStream.of(ids, vocab_size=vocab_size, source=given.source, tokenizer=name)
 
 
 def _random_stream(vocab_size: int, seed: int) -> TokenStream:

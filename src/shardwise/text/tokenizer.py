@@ -1,8 +1,10 @@
-"""The text room's second stage: a byte-level BPE tokenizer, trained on the text itself or read from a tokenizer.json.
+"""The text room's second stage: a byte-level BPE tokenizer, trained on the text itself or read from a
+tokenizer.json.
 
-Training is deterministic: the `tokenizers` library breaks ties between equally frequent pairs by their ids, and processes with different
-hash seeds and thread counts gave the same tokenizer, byte for byte (tokenizers 0.23.3; the unit tests repeat it). Both stages feed the
-text in the same pieces, cut at line ends, so that memory stays small. Special tokens are never added, padding and truncation are off.
+Training is deterministic: the `tokenizers` library breaks ties between equally frequent pairs by their ids,
+and processes with different hash seeds and thread counts gave the same tokenizer, byte for byte (tokenizers
+0.23.3; the unit tests repeat it). Both stages feed the text in the same pieces, cut at line ends, so that
+memory stays small. Special tokens are never added, padding and truncation are off.
 """
 
 import os
@@ -24,10 +26,12 @@ _PIECE_CHARACTERS = 1 << 16
 
 
 def train(text: str, vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer with at most vocab_size ids, fewer where the text has no more pairs to merge. Nothing is unknown to it."""
+    """A byte-level BPE tokenizer with at most vocab_size ids, fewer where the text has no more pairs to
+    merge. Nothing is unknown to it."""
     if vocab_size < BYTE_ALPHABET:
         raise TextError(
-            f"a byte-level tokenizer needs at least {BYTE_ALPHABET} ids, and the model has vocab_size={vocab_size}. "
+            f"a byte-level tokenizer needs at least {BYTE_ALPHABET} ids, and the model has "
+            f"vocab_size={vocab_size}. "
             f"Use a model with vocab_size >= {BYTE_ALPHABET}, a tokenizer.json of your own, or random ids."
         )
     tokenizer = Tokenizer(models.BPE())
@@ -46,13 +50,12 @@ def read_file(path: Path) -> bytes:
     """The bytes of a tokenizer.json, for `parse` and for a digest of exactly what is parsed."""
     try:
         return path.read_bytes()
-    except FileNotFoundError:
-        raise TextError(
-            f'tokenizer file "{shown(path)}" doesn\'t exist. Give a tokenizer.json of the `tokenizers` library.'
-        ) from None
     except OSError as error:
+        problem = f"can't be read: {error.strerror}"
+        if isinstance(error, FileNotFoundError):
+            problem = "doesn't exist"
         raise TextError(
-            f'tokenizer file "{shown(path)}" can\'t be read: {error.strerror}. Give a tokenizer.json of the `tokenizers` library.'
+            f'tokenizer file "{shown(path)}" {problem}. Give a tokenizer.json of the `tokenizers` library.'
         ) from None
 
 
@@ -63,7 +66,8 @@ def parse(content: bytes, name: str) -> Tokenizer:
     except Exception as error:  # the library raises ValueError or a bare Exception
         reason = " ".join(str(error).removeprefix("Cannot instantiate Tokenizer from buffer: ").split())
         raise TextError(
-            f'tokenizer file "{name}" is not a tokenizer.json: {reason}. Give one of the `tokenizers` library.'
+            f'tokenizer file "{name}" is not a tokenizer.json: {reason}. '
+            "Give one of the `tokenizers` library."
         ) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -81,14 +85,16 @@ def encode(tokenizer: Tokenizer, text: str, *, vocab_size: int, name: str) -> ND
             except Exception as error:  # the library raises a bare Exception
                 reason = " ".join(str(error).split())
                 raise TextError(
-                    f'tokenizer "{name}" can\'t encode the text: {reason}. Use one that covers all characters.'
+                    f'tokenizer "{name}" can\'t encode the text: {reason}. '
+                    "Use one that covers all characters."
                 ) from None
             parts.append(np.array(encoded[0].ids, dtype=np.uint32))
     ids = np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint32)
     largest = int(ids.max(initial=0))
     if largest >= vocab_size:
         raise TextError(
-            f'tokenizer "{name}" yields id {largest}, and the model has vocab_size={vocab_size} (ids 0 to {vocab_size - 1}). '
+            f'tokenizer "{name}" yields id {largest}, and the model has vocab_size={vocab_size} (ids 0 to '
+            f"{vocab_size - 1}). "
             f"Use the model's own tokenizer, or a model with vocab_size >= {largest + 1}."
         )
     return ids.astype(np.int32)
@@ -106,7 +112,8 @@ def _pieces(text: str) -> Iterator[str]:
 
 @contextmanager
 def _single_threaded() -> Iterator[None]:
-    """Keeps the library's thread pool unstarted: Python or the library may warn of it at a later fork, and one thread is as fast here."""
+    """Keeps the library's thread pool unstarted: Python or the library may warn of it at a later fork, and
+    one thread is as fast here."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

@@ -20,8 +20,8 @@ def token_ids(
     text: TextSource,
     progress: Callable[[str], None],
 ) -> "Tensor | None":
-    """Ids [B, S] of real text where it is needed (the plan decides by them) or the user gave some; None: the tracer
-    draws uniform ones."""
+    """Ids [B, S] of real text where it is needed (the plan decides by them) or the user gave some; None: the
+    tracer draws uniform ones."""
     if not text.files and (text.random_ids or not needs_text):
         return None
     import torch
