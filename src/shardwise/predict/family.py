@@ -1,18 +1,19 @@
 """The Program of a micro-batch of any size, from two that were traced: at 2 and at 3 sequences per rank.
 
-Shapes, bytes, FLOPs, memory and wire bytes are straight lines in the number of sequences b, so two traces
-give all. Where they don't stand item by item in the same order, NotAFamilyError: the caller traces each size.
-b = 1 is no part of it: a dim of size 1 makes other tensors contiguous, so PyTorch copies elsewhere; trace it
-by itself. Nor are programs whose collectives the data decides (`routed`): distinct rows don't grow in a line.
-How many rows a masked look-up meets does but for chance; it is rounded to the line through the two batches
-that were traced.
+Shapes, bytes, FLOPs, memory and wire bytes are straight lines in the number of sequences b, so two traces give all.
+Where they don't stand item by item in the same order, NotAFamilyError: the caller traces each size. b = 1 is no part
+of it: a dim of size 1 makes other tensors contiguous, so PyTorch copies elsewhere; trace it by itself. Nor are
+programs whose collectives the data decides (`routed`): distinct rows don't grow in a line. How many rows a masked
+look-up meets does but for chance; it is rounded to the line through the two batches that were traced.
 """
 
+import dataclasses
 from dataclasses import dataclass, replace
+from typing import Any
 
-from shardwise.core.program import Collective, Item, MemoryChange, Op, Program, TensorSpec
+from shardwise.core.program import Collective, Item, Program
 
-SHORT, LONG = 2, 3
+SHORT, LONG = 2, 3  # neighbours: their difference is the slope
 
 
 class NotAFamilyError(Exception):
@@ -27,124 +28,72 @@ class Family:
     long: Program
 
     def __post_init__(self) -> None:
-        shapes = [
-            [(len(block.items), block.times) for block in program.blocks]
-            for program in (self.short, self.long)
-        ]
-        if shapes[0] != shapes[1]:
-            raise NotAFamilyError(f"blocks of {shapes[0]} and {shapes[1]} (items, times)")
-        for a, b in zip(_templates(self.short), _templates(self.long), strict=True):
-            if isinstance(b, Collective) and b.by_data is not None:
-                raise NotAFamilyError(f"token ids decide what {b.module} sends")
-            if _key(a) != _key(b):
-                raise NotAFamilyError(f"{_key(a)} where {LONG} sequences have {_key(b)}")
+        short, long = ([(len(b.items), b.times) for b in each.blocks] for each in (self.short, self.long))
+        if short != long:
+            raise NotAFamilyError(f"blocks of {short} and {long} (items, times)")
+        for item in (item for block in self.long.blocks for item in block.items):
+            if isinstance(item, Collective) and item.by_data is not None:
+                raise NotAFamilyError(f"token ids decide what {item.module} sends")
+        self.at(LONG)
 
     def at(self, sequences: int) -> Program:
         """The Program of `sequences` per data-parallel rank, at least SHORT."""
         if sequences < SHORT:
             raise NotAFamilyError(f"{sequences} sequences: a family begins at {SHORT}")
-        line = _Line(sequences)
+        line, short, long = _Line(sequences), self.short, self.long
         blocks = tuple(
             replace(b, items=tuple(map(line.item, a.items, b.items)))
-            for a, b in zip(self.short.blocks, self.long.blocks, strict=True)
+            for a, b in zip(short.blocks, long.blocks, strict=True)
         )
-        settings = self.long.settings
-        resident = dict(self.short.resident)
-        return replace(
-            self.long,
-            blocks=blocks,
-            settings=replace(settings, batch=line.size(self.short.settings.batch, settings.batch)),
-            resident=tuple(
-                (kind, line.size(resident.get(kind, n_bytes), n_bytes))
-                for kind, n_bytes in self.long.resident
-            ),
-        )
-
-
-def _templates(program: Program) -> list[Item]:
-    return [item for block in program.blocks for item in block.items]
-
-
-def _key(item: Item) -> tuple[object, ...]:
-    """What an item is, whatever its sizes."""
-    match item:
-        case Op():
-            specs = [(spec.dtype, len(spec.shape)) for spec in (*item.inputs, *item.outputs)]
-            return (
-                "op",
-                item.name,
-                item.kind,
-                item.phase,
-                item.module,
-                len(item.inputs),
-                specs,
-                item.on_host,
-            )
-        case Collective():
-            call = item.call
-            return (
-                "collective",
-                call.kind,
-                call.axis,
-                call.axis_size,
-                call.dtype,
-                call.phase,
-                item.module,
-                item.rule,
-                item.by_data is None,
-            )
-        case MemoryChange():
-            return ("memory", item.n_bytes > 0, item.kind, item.phase, item.module, item.maker)
+        settings = replace(long.settings, batch=line.value(short.settings.batch, long.settings.batch))
+        before = dict(short.resident)
+        resident = tuple((kind, line.value(before.get(kind, held), held)) for kind, held in long.resident)
+        return replace(long, blocks=blocks, settings=settings, resident=resident)
 
 
 class _Line:
-    """Values at `sequences`, from those at SHORT and LONG. Equal tensors and items come out as one object,
-    which is quick to compare."""
+    """Values at `sequences`, from those at SHORT and LONG: numbers on their line, all else equal. Equal tensors come
+    out as one object, which is quick to compare."""
 
     def __init__(self, sequences: int) -> None:
         self.more = sequences - LONG
-        self.step = LONG - SHORT
-        self.specs: dict[tuple[TensorSpec, TensorSpec], TensorSpec] = {}
-
-    def size(self, short: int, long: int) -> int:
-        """Never below 0: what the data decides may shrink from one trace to the other."""
-        return max(0, long + (long - short) * self.more // self.step)
-
-    def amount(self, short: float, long: float) -> float:
-        return max(0.0, long + (long - short) * self.more / self.step)
+        self.made: dict[tuple[Any, Any], Any] = {}
 
     def item(self, short: Item, long: Item) -> Item:
+        try:
+            return self.value(short, long)  # type: ignore[no-any-return]
+        except _Differs:
+            raise NotAFamilyError(f"{short} where {LONG} sequences have {long}") from None
+
+    def value(self, short: Any, long: Any) -> Any:
+        """Never on the other side of 0: what the data decides may shrink from one trace to the other."""
         if short is long or short == long:
             return long
-        match short, long:
-            case Op(), Op():
-                return replace(
-                    long,
-                    inputs=tuple(map(self.spec, short.inputs, long.inputs)),
-                    outputs=tuple(map(self.spec, short.outputs, long.outputs)),
-                    flops=self.size(short.flops, long.flops),
-                    read_bytes=self.size(short.read_bytes, long.read_bytes),
-                    write_bytes=self.size(short.write_bytes, long.write_bytes),
-                )
-            case Collective(), Collective():
-                call = replace(
-                    long.call,
-                    payload_bytes=self.size(short.call.payload_bytes, long.call.payload_bytes),
-                    wire_bytes=self.amount(short.call.wire_bytes, long.call.wire_bytes),
-                )
-                return replace(long, call=call)
-            case MemoryChange(), MemoryChange():
-                sign = 1 if long.n_bytes >= 0 else -1
-                return replace(long, n_bytes=sign * self.size(sign * short.n_bytes, sign * long.n_bytes))
+        if type(short) is not type(long):
+            raise _Differs
+        match long:
+            case bool() | str():
+                raise _Differs
+            case int() | float():
+                if short * long < 0:
+                    raise _Differs
+                moved = long + (long - short) * self.more
+                return max(0, moved) if long >= 0 else min(0, moved)
+            case tuple() if len(short) == len(long):
+                return tuple(map(self.value, short, long))
+            case _ if dataclasses.is_dataclass(long):
+                if (short, long) not in self.made:
+                    self.made[short, long] = self._fields(short, long)
+                return self.made[short, long]
             case _:
-                raise NotAFamilyError(f"{_key(short)} and {_key(long)}")
+                raise _Differs
 
-    def spec(self, short: TensorSpec, long: TensorSpec) -> TensorSpec:
-        if short == long:
-            return long
-        found = self.specs.get((short, long))
-        if found is None:
-            found = self.specs[short, long] = TensorSpec(
-                long.dtype, tuple(map(self.size, short.shape, long.shape))
-            )
-        return found
+    def _fields(self, short: Any, long: Any) -> Any:
+        names = [each.name for each in dataclasses.fields(long)]
+        return replace(
+            long, **{name: self.value(getattr(short, name), getattr(long, name)) for name in names}
+        )
+
+
+class _Differs(Exception):  # noqa: N818
+    """In more than a size."""
