@@ -309,7 +309,7 @@ def test_terms_add_up_and_one_that_is_off_is_0() -> None:
 
 def test_the_peak_by_blocks_is_the_peak_item_by_item() -> None:
     peak = memory_peak(PROGRAM)
-    found = peak_by_kind(PROGRAM, lambda _: True, Setup())
+    found = peak_by_kind(PROGRAM, Setup())
     assert {kind: int(n_bytes) for kind, n_bytes in found.items()} == dict(peak.by_kind)
 
 

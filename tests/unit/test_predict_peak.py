@@ -83,9 +83,7 @@ def test_a_compiled_loss_holds_logits_and_their_gradient_and_nothing_in_float32(
     spec = ModelSpec("wide head", LlamaConfig(65_536, 32, 2, 2, 2, 64), "")
     program = trace(spec, TheirPlan.UNSHARDED, Mesh.parse("fsdp=2,tp=1"), settings, device="cuda")
     logits, gathered = 2 * 64 * 65_536 * 2, 2 * 65_536 * 32 * 2  # both tables are gathered then
-    eager, fused = (
-        peak_by_kind(program, lambda _: True, Setup(compiled_loss=fused)) for fused in (False, True)
-    )
+    eager, fused = (peak_by_kind(program, Setup(compiled_loss=fused)) for fused in (False, True))
     assert eager[MemoryKind.ACTIVATION] + eager[MemoryKind.TEMPORARY] == pytest.approx(
         3 * 2 * logits + gathered, rel=0.05
     )

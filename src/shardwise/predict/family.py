@@ -1,10 +1,11 @@
 """The Program of a micro-batch of any size, from two that were traced: at 2 and at 3 sequences per rank.
 
-Shapes, bytes, FLOPs, memory and wire bytes are straight lines in the number of sequences b, so two traces give all.
-Where they don't stand item by item in the same order, NotAFamilyError: the caller traces each size. b = 1 is no part
-of it: a dim of size 1 makes other tensors contiguous, so PyTorch copies elsewhere; trace it by itself. Nor are
-programs whose collectives the data decides (`routed`): distinct rows don't grow in a line. How many rows a masked
-look-up meets does but for chance; it is rounded to the line through the two batches that were traced.
+Shapes, bytes, FLOPs, memory and wire bytes are straight lines in the number of sequences b, so two traces
+give all. Where they don't stand item by item in the same order, NotAFamilyError: the caller traces each size.
+b = 1 is no part of it: a dim of size 1 makes other tensors contiguous, so PyTorch copies elsewhere; trace it
+by itself. Nor are programs whose collectives the data decides (`routed`): distinct rows don't grow in a line.
+How many rows a masked look-up meets does but for chance; it is rounded to the line through the two batches
+that were traced.
 """
 
 import dataclasses
@@ -52,8 +53,8 @@ class Family:
 
 
 class _Line:
-    """Values at `sequences`, from those at SHORT and LONG: numbers on their line, all else equal. Equal tensors come
-    out as one object, which is quick to compare."""
+    """Values at `sequences`, from those at SHORT and LONG: numbers on their line, all else equal. Equal
+    tensors come out as one object, which is quick to compare."""
 
     def __init__(self, sequences: int) -> None:
         self.more = sequences - LONG

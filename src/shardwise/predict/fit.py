@@ -105,11 +105,11 @@ def _matmuls(draft: Draft, samples: Sequence[Sample]) -> tuple[tuple[str, Matmul
 
 
 def _by_dtype(samples: Sequence[Sample], what: str) -> dict[str, list[Sample]]:
-    found: dict[str, list[Sample]] = {}
+    by_dtype: dict[str, list[Sample]] = {}
     for sample in samples:
         if sample.what == what:
-            found.setdefault(sample.dtype, []).append(sample)
-    return found
+            by_dtype.setdefault(sample.dtype, []).append(sample)
+    return by_dtype
 
 
 def _matmul(draft: Draft, dtype: str, samples: Sequence[Sample]) -> MatmulRate:

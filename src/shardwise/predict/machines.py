@@ -47,15 +47,15 @@ def _text(path: Path) -> str:
     where = f"machine file {shown(path)}"
     try:
         with path.open("rb") as file:
-            found = file.read(LARGEST_FILE + 1)
+            data = file.read(LARGEST_FILE + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "can't be a path"
         raise MachineError(
             f"{where}: {reason}. Give the path of a TOML file, or a name of `shardwise machines`."
         ) from None
-    if len(found) > LARGEST_FILE:
+    if len(data) > LARGEST_FILE:
         raise MachineError(f"{where}: is larger than {LARGEST_FILE:,} bytes, and no machine file is.")
     try:
-        return found.decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError:
         raise MachineError(f"{where}: not UTF-8 text.") from None

@@ -14,11 +14,11 @@ interleaved schedule 1 + (p-1)/(p v) times as much (Narayanan et al. 2021, secti
 2022, section 4.2.3).
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shardwise.core.machine import Machine
 from shardwise.core.prediction import MemoryForecast, Precision, Setup
@@ -36,18 +36,18 @@ Source: the compiled step in benchmarks/data/h100-steps.json, whose active memor
 
 _ONCE = (Phase.REDUCE, Phase.CLIP, Phase.OPTIMIZER)
 STATES = (MemoryKind.PARAMETER, MemoryKind.GRADIENT, MemoryKind.OPTIMIZER)
+KINDS = tuple(MemoryKind)
 OF_MASTER = (1.0, 2.0, 6.0)  # of the traced bytes of the parameters: parameter, gradient, optimizer
 
 ByKind = dict[MemoryKind, float]
+Bytes = NDArray[np.float64]
 
 
 def forecast(program: Program, machine: Machine, setup: Setup) -> MemoryForecast:
     """Of the first stage, which holds most activations."""
-    scales = _scales(program, setup)
-    if setup.precision is Precision.TRACED:
-        by_kind = peak_by_kind(program, lambda _: True, setup, scales)
-    else:
-        by_kind = peak_by_kind(program, lambda kind: kind not in STATES, setup, scales)
+    scales, is_traced = _scales(program, setup), setup.precision is Precision.TRACED
+    by_kind = peak_by_kind(program, setup, scales if is_traced else scales | dict.fromkeys(STATES, 0.0))
+    if not is_traced:
         for kind, share in zip(STATES, OF_MASTER, strict=True):
             by_kind[kind] = program.held(MemoryKind.PARAMETER) * share
     by_kind = {kind: n_bytes * scales.get(kind, 1.0) for kind, n_bytes in by_kind.items()}
@@ -58,7 +58,7 @@ def forecast(program: Program, machine: Machine, setup: Setup) -> MemoryForecast
 
 
 def _scales(program: Program, setup: Setup) -> ByKind:
-    """What becomes of a traced byte of each kind in this setup."""
+    """What becomes of a traced byte of each kind in this setup; of those that aren't named, itself."""
     scales = dict.fromkeys(STATES, 1 / (setup.stages * further_shards(program, setup)))
     scales[MemoryKind.OPTIMIZER] /= setup.optimizer_shards
     in_flight = min(setup.micro_batches, setup.stages)
@@ -67,64 +67,51 @@ def _scales(program: Program, setup: Setup) -> ByKind:
     return scales
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One block's changes: bytes and kind of each, in order."""
-
-    n_bytes: "np.ndarray[tuple[int], np.dtype[np.float64]]"
-    kinds: "np.ndarray[tuple[int], np.dtype[np.int8]]"
-    times: int
-
-
 def peak_by_kind(
-    program: Program,
-    counts: Callable[[MemoryKind], bool],
-    setup: Setup,
-    scales: Mapping[MemoryKind, float] = MappingProxyType({}),
+    program: Program, setup: Setup, scales: Mapping[MemoryKind, float] = MappingProxyType({})
 ) -> ByKind:
-    """What lives, as traced, at the moment at which the kinds that count hold most, each scaled: with other
-    shards the peak is elsewhere. A block that repeats is walked once: its peak is in its last repeat where it
-    leaves more than it found, else in its first."""
-    all_kinds = tuple(MemoryKind)
-    live = np.zeros(len(all_kinds))
-    for kind, n_bytes in program.resident:
-        live[all_kinds.index(kind)] += n_bytes
-    weights = np.array([scales.get(kind, 1.0) if counts(kind) else 0.0 for kind in all_kinds])
-    best, best_live = float(live @ weights), live.copy()
-    for row in _rows(program, setup):
-        grows = row.n_bytes * weights[row.kinds]
-        total = float(grows.sum())
-        net = np.bincount(row.kinds, weights=row.n_bytes, minlength=len(all_kinds))
-        before = live + net * (row.times - 1 if total > 0 else 0)
-        if len(grows):
-            running = np.cumsum(grows)
-            top = int(running.argmax())
-            if float(before @ weights) + running[top] > best:
-                upto = np.bincount(
-                    row.kinds[: top + 1], weights=row.n_bytes[: top + 1], minlength=len(all_kinds)
-                )
-                best_live = before + upto
-                best = float(best_live @ weights)
-        live = live + net * row.times
-    return {kind: float(best_live[index]) for index, kind in enumerate(all_kinds) if best_live[index] > 0}
+    """What lives, as traced, at the moment at which all kinds hold most, each scaled (by 1 where it isn't
+    named): with other shards the peak is elsewhere. A block that repeats is walked once: its peak is in its
+    last repeat where it leaves more than it found, else in its first."""
+    resident = dict(program.resident)
+    live = np.array([float(resident.get(kind, 0)) for kind in KINDS])
+    weights = np.array([scales.get(kind, 1.0) for kind in KINDS])
+    best, best_live = float(live @ weights), live
+    for n_bytes, kinds, times in _changes(program, setup):
+        grows = n_bytes * weights[kinds]
+        net = _sums(n_bytes, kinds)
+        before = live + net * (times - 1 if float(grows.sum()) > 0 else 0)
+        running = np.cumsum(grows)
+        if len(grows) and float(before @ weights) + running.max() > best:
+            upto = int(running.argmax()) + 1
+            best_live = before + _sums(n_bytes[:upto], kinds[:upto])
+            best = float(best_live @ weights)
+        live = live + net * times
+    return {kind: float(held) for kind, held in zip(KINDS, best_live, strict=True) if held > 0}
 
 
-def _rows(program: Program, setup: Setup) -> Iterable[_Row]:
-    index = {kind: number for number, kind in enumerate(MemoryKind)}
+def _sums(n_bytes: Bytes, kinds: NDArray[np.int8]) -> Bytes:
+    sums: Bytes = np.bincount(kinds, weights=n_bytes, minlength=len(KINDS)).astype(np.float64)
+    return sums
+
+
+def _changes(program: Program, setup: Setup) -> Iterable[tuple[Bytes, NDArray[np.int8], int]]:
+    """Of each block the bytes and kind of its changes, in order, and how often it repeats."""
     fused = _fused_loss(program) if setup.compiled_loss else {}
     for place, block in enumerate(program.blocks):
-        pairs = [
-            (fused.get((place, at), item.n_bytes), item)
+        changes = [
+            (fused.get((place, at), item.n_bytes), KINDS.index(item.kind))
             for at, item in enumerate(block.items)
-            if isinstance(item, MemoryChange)
+            if isinstance(item, MemoryChange) and _counts(item, setup)
         ]
-        if setup.compiled:
-            pairs = [(n_bytes, change) for n_bytes, change in pairs if change.maker not in MADE_AGAIN]
-        if setup.precision is not Precision.TRACED:
-            pairs = [(n_bytes, change) for n_bytes, change in pairs if change.phase not in _ONCE]
-        changes = [change for _, change in pairs]
-        n_bytes = np.array([n_bytes for n_bytes, _ in pairs], np.float64)
-        yield _Row(n_bytes, np.array([index[change.kind] for change in changes], np.int8), block.times)
+        n_bytes, kinds = np.array(changes, np.float64).reshape(-1, 2).T
+        yield n_bytes, kinds.astype(np.int8), block.times
+
+
+def _counts(change: MemoryChange, setup: Setup) -> bool:
+    if setup.compiled and change.maker in MADE_AGAIN:
+        return False
+    return setup.precision is Precision.TRACED or change.phase not in _ONCE
 
 
 def _fused_loss(program: Program) -> dict[tuple[int, int], int]:
@@ -147,13 +134,12 @@ def _fused_loss(program: Program) -> dict[tuple[int, int], int]:
     last = gradients[-1] if gradients else None
     # where the gradient takes the place of what was kept (the native loss in float32), both are counted there
     kept = logits_bytes if last is not None else 2 * logits_bytes
-    found = {}
+    fused = {}
     for where, change in large:
-        n_bytes = (
-            kept if change.kind is MemoryKind.ACTIVATION else logits_bytes if _is_of(change, last) else 0
-        )
-        found[where] = n_bytes if change.n_bytes > 0 else -n_bytes
-    return found
+        gradient = logits_bytes if _is_of(change, last) else 0
+        n_bytes = kept if change.kind is MemoryKind.ACTIVATION else gradient
+        fused[where] = n_bytes if change.n_bytes > 0 else -n_bytes
+    return fused
 
 
 def _is_of(change: MemoryChange, made: MemoryChange | None) -> bool:

@@ -30,9 +30,9 @@ def minimise(
             for change in (step, -step):
                 tried = at.copy()
                 tried[index] += change
-                found = cost(np.exp(tried))
-                if found < best:
-                    at, best = tried, found
+                now = cost(np.exp(tried))
+                if now < best:
+                    at, best = tried, now
                     break
         if np.array_equal(before, at):
             step /= 2
@@ -40,9 +40,9 @@ def minimise(
                 break
             continue
         ahead = 2 * at - before  # the same way again
-        found = cost(np.exp(ahead))
-        if found < best:
-            at, best = ahead, found
+        now = cost(np.exp(ahead))
+        if now < best:
+            at, best = ahead, now
     return np.exp(at), best
 
 

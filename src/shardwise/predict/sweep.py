@@ -12,7 +12,7 @@ def meshes(devices: int, devices_per_node: int, context: int = 1) -> tuple[Mesh,
     """All pp x fsdp or dp x tp of `devices`: tp inside a node and dividing it, the rest any divisors.
     context: ranks that share a sequence, which reduce gradients with the data-parallel ones; devices are a
     multiple of it."""
-    found = []
+    every = []
     for tp in _divisors(devices // context):
         if tp > devices_per_node or devices_per_node % tp:
             continue
@@ -20,11 +20,11 @@ def meshes(devices: int, devices_per_node: int, context: int = 1) -> tuple[Mesh,
             data = devices // context // tp // stages
             needed = {Role.CUTS_DEPTH: stages, Role.CUTS_SEQUENCE: context}
             sizes = {role: size for role, size in needed.items() if size > 1} | {Role.CUTS_TENSORS: tp}
-            found += [
+            every += [
                 Mesh.of(sizes | ({} if role is None else {role: data}))
                 for role in (DATA_ROLES if data * context > 1 else (None,))
             ]
-    return tuple(found)
+    return tuple(every)
 
 
 def shares_programs(mesh: Mesh) -> tuple[tuple[str, ...], int]:
