@@ -27,6 +27,7 @@ import sys
 import tempfile
 import types
 import typing
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,10 @@ from shardwise.profiles.run import profile_run
 from shardwise.report.common.deliver import show
 from shardwise.report.common.formats.terminal import drawn
 from shardwise.report.common.room import room_of
+from shardwise.report.common.table import Table
 from shardwise.report.compare.html import comparison_html
 from shardwise.report.diff.html import difference_html
 from shardwise.report.explain.html import explanation_html
-from shardwise.report.explain.terminal import explanation_renderables
 from shardwise.report.predict.html import prediction_html
 from shardwise.report.verify.html import verification_html
 from shardwise.report.walkthrough.html import walkthrough_html
@@ -352,8 +353,14 @@ def explain_output() -> str:
     """What `shardwise explain` printed for the example, without colour, down to the collectives of the
     forward."""
     explanation = read_document(EXPLAINED.read_bytes(), Explanation, str(EXPLAINED))
-    printed = "".join(map(_printed, explanation_renderables(explanation, WIDTH)))
-    return _fenced(printed.partition("\n backward: ")[0] + "\n\n ...")
+    printed = []
+    for block in room_of(explanation).report(explanation).blocks:
+        if isinstance(block, Table):
+            forward = tuple(row for row in block.rows if row.cells[1].value == "forward")
+            printed.append(_printed(drawn(replace(block, rows=forward, notes=()), WIDTH)))
+            break
+        printed.append(_printed(drawn(block, WIDTH)))
+    return _fenced("\n".join(printed) + "\n...")
 
 
 def _printed(part: RenderableType) -> str:

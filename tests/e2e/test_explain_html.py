@@ -74,7 +74,7 @@ def test_a_click_sorts_a_table_and_each_reason_stays_under_its_row(browser: str,
     const button = table.tHead.rows[0].cells[2].querySelector("button");
     note("as it was"); button.click(); note(table.tHead.rows[0].cells[2].getAttribute("aria-sort")); reasons();
     button.click(); note(table.tHead.rows[0].cells[2].getAttribute("aria-sort"));
-    table.tHead.rows[0].cells[0].querySelector("button").click(); note(table.tHead.rows[0].cells[0].getAttribute("aria-sort"));
+    table.tHead.rows[0].cells[1].querySelector("button").click(); note(table.tHead.rows[0].cells[1].getAttribute("aria-sort"));
     """
     order = ["x 1", "x 4", "x 4", "x 4", "x 4", "x 1", "x 3", "x 1"]
     found = seen_by(visit(browser, driven(PAGES["one plan"], script), tmp_path).dom)

@@ -76,32 +76,18 @@ def explain(call: Call[_Asked]) -> int:
         return _walk(call, call.own.walk)
     with ProgressLine() as progress:
         done = explain_case(call.case, call.own, progress)
-    from shardwise.core.explanation import Contrast
-    from shardwise.files.document import write_document
-    from shardwise.report.explain.html import contrast_html, explanation_html
-    from shardwise.report.explain.terminal import render_contrast, render_explanation
+    from shardwise.report.explain.program_text import program_text
 
-    answer = done.answer
-    document = write_document(answer)
-    draw = (
-        partial(render_contrast, answer)
-        if isinstance(answer, Contrast)
-        else partial(render_explanation, answer)
+    names = ("program.txt", "against.txt")
+    call.output.deliver(
+        done.answer,
+        _settings(done),
+        beside=lambda: {
+            **dict(zip(names, map(program_text, done.programs), strict=False)),
+            "walkthrough.html": _walkthroughs(),
+        },
+        page=lambda: {"walkthrough_href": "walkthrough.html"},
     )
-    call.output.show(document, draw)
-
-    def write(folder: "RunFolder") -> Path:
-        from shardwise.report.explain.program_text import program_text
-
-        folder.write("explanation.json", document)
-        for name, program in zip(("program.txt", "against.txt"), done.programs, strict=False):
-            folder.write(name, program_text(program))
-        folder.write("walkthrough.html", _walkthroughs())
-        if isinstance(answer, Contrast):
-            return folder.write("explain.html", contrast_html(answer, "walkthrough.html"))
-        return folder.write("explain.html", explanation_html(answer, "walkthrough.html"))
-
-    call.output.keep("explain", _settings(done), write)
     return 0
 
 

@@ -29,7 +29,7 @@
       button.append(...head.childNodes);
       head.append(button);
       button.addEventListener("click", () => {
-        const up = head.getAttribute("aria-sort") ? head.getAttribute("aria-sort") === "descending" : first.rows[0].cells[column].dataset.value === undefined || column === 0;
+        const up = head.getAttribute("aria-sort") ? head.getAttribute("aria-sort") === "descending" : head.classList.contains("text");
         for (const other of heads) other.removeAttribute("aria-sort");
         head.setAttribute("aria-sort", up ? "ascending" : "descending");
         sort(table, column, up);

@@ -51,14 +51,15 @@ class Column:
 
     @property
     def is_number(self) -> bool:
-        return self.format not in (TEXT, BAR)
+        return self.format is not TEXT and self.format is not BAR
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
     """A value and, where the column's format doesn't say it, how it reads. about: quiet, under it.
 
-    On a page: mark is the class of a coloured dot before it, badge that of a frame around it, href what it links to.
+    On a page: mark is the class of a coloured dot before it, badge that of a frame around it, href what it links to, place what it sorts
+    by where that isn't the value.
     """
 
     value: Value = None
@@ -68,6 +69,7 @@ class Cell:
     mark: str = ""
     badge: str = ""
     href: str = ""
+    place: int | None = None
 
     def read(self, column: Column) -> str:
         if self.text is None and isinstance(self.value, str):

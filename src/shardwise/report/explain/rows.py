@@ -10,14 +10,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from shardwise.core.collective import CollectiveKind
-from shardwise.core.explanation import (
-    CollectiveGroup,
-    Contrast,
-    CopyGroup,
-    Explanation,
-    HoldingGroup,
-    PhaseTotals,
-)
+from shardwise.core.explanation import CollectiveGroup, Contrast, Explanation, HoldingGroup, PhaseTotals
 from shardwise.core.finding import Finding
 from shardwise.core.placement import Placement
 from shardwise.core.program import MemoryKind, Phase
@@ -101,6 +94,10 @@ def collective_name(kind: CollectiveKind) -> str:
     return kind.value.replace("_", "-")
 
 
+def plan_name(explanation: Explanation) -> str:
+    return name(explanation.plan, "(no plan)")
+
+
 def carried_out_as(group: CollectiveGroup) -> str | None:
     """`all-to-all + sum` for a reduce-scatter that is carried out so; None for a collective that is what it is."""
     match group.carries_out, group.kind:
@@ -112,12 +109,6 @@ def carried_out_as(group: CollectiveGroup) -> str | None:
             return "all-gather + chunk"
         case _:
             return collective_name(group.kind)
-
-
-def collective_title(group: CollectiveGroup) -> str:
-    """`reduce-scatter (as all-to-all + sum)`."""
-    way = carried_out_as(group)
-    return collective_name(group.carries_out) + (f" (as {way})" if way else "")
 
 
 def placement_change(group: CollectiveGroup) -> str:
@@ -136,13 +127,6 @@ def wire_share(group: CollectiveGroup) -> str | None:
     shares = {"none": 0.0, "all": 1.0, f"{n - 1}/{n}": (n - 1) / n, f"2 x {n - 1}/{n}": 2 * (n - 1) / n}
     # a splitting into parts that differ by a row is no simple fraction
     return next((text for text, value in shares.items() if math.isclose(share, value, rel_tol=1e-9)), None)
-
-
-def payload_text(group: CollectiveGroup) -> str:
-    """`7/8 of 128 MiB`: what is sent of the payload."""
-    share = wire_share(group)
-    payload = format_bytes(group.payload_bytes)
-    return f"payload {payload}" if share is None else f"{share} of {payload}"
 
 
 def rule_text(group: CollectiveGroup) -> str | None:
@@ -201,11 +185,6 @@ def tally(groups: Iterable[CollectiveGroup]) -> Tally:
 def layer_tally(explanation: Explanation) -> Tally:
     """Forward and backward together."""
     return tally(group for group in explanation.collectives if group.phase in LAYER_PHASES)
-
-
-def edge_tally(explanation: Explanation) -> Tally:
-    """All other phases: loss, gradients over replicas, clipping, optimizer."""
-    return tally(group for group in explanation.collectives if group.phase not in LAYER_PHASES)
 
 
 def memory_rows(explanation: Explanation) -> tuple[MemoryRow, ...]:
@@ -277,16 +256,6 @@ def shape_text(shape: Sequence[int]) -> str:
     return f"[{', '.join(map(str, shape))}]" if shape else "scalar"
 
 
-def shape_change(group: HoldingGroup) -> str:
-    """`[4096, 4096] -> [512, 4096]`; `[4096], whole` where this rank keeps all of it."""
-    whole = shape_text(group.shape)
-    return (
-        f"{whole}, whole"
-        if group.shape == group.local_shape
-        else f"{whole} -> {shape_text(group.local_shape)}"
-    )
-
-
 def placements_text(placements: Sequence[Placement], axes: Sequence[tuple[str, int]]) -> str:
     """`Shard(0)` on one axis; `dp: Replicate, tp: Shard(0)` on several."""
     if len(placements) == 1:
@@ -317,14 +286,6 @@ def gradient_differs(group: HoldingGroup) -> bool:
     if group.grad_placement is None:
         return False
     return group.grad_placement != group.placement or group.grad_shape not in (None, group.local_shape)
-
-
-def largest_copies(
-    explanation: Explanation, limit: int
-) -> tuple[tuple[CopyGroup, ...], tuple[CopyGroup, ...]]:
-    """(the `limit` groups that write most, the rest)."""
-    ordered = sorted(explanation.copies, key=lambda group: -group.total_bytes)
-    return tuple(ordered[:limit]), tuple(ordered[limit:])
 
 
 def contrast_findings(contrast: Contrast) -> tuple[tuple[str, Finding], ...]:
