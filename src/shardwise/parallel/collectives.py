@@ -234,13 +234,11 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         dim, axis, grad_placement, origin = ctx.saved
-        whole = grad_placement != Partial()
-        out = (
-            _own_chunk(grad, dim, axis)
-            if whole
-            else scatter_sum_now(grad, dim, axis, origin.turned(Partial(), origin.before))
-        )
-        return out, None, None, None, None, None
+        if grad_placement == Partial():
+            own = scatter_sum_now(grad, dim, axis, origin.turned(Partial(), origin.before))
+        else:
+            own = _own_chunk(grad, dim, axis)
+        return own, None, None, None, None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
@@ -252,12 +250,8 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         dim, axis, full_size, origin = ctx.saved
-        return (
-            gather_now(grad, dim, axis, full_size, origin.turned(origin.after, Replicate())),
-            None,
-            None,
-            None,
-        )
+        whole = gather_now(grad, dim, axis, full_size, origin.turned(origin.after, Replicate()))
+        return whole, None, None, None
 
 
 class _AllReduce(torch.autograd.Function):
@@ -292,12 +286,8 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         dim, axis, full_size, origin = ctx.saved
-        return (
-            gather_now(grad, dim, axis, full_size, origin.turned(origin.after, Replicate())),
-            None,
-            None,
-            None,
-        )
+        whole = gather_now(grad, dim, axis, full_size, origin.turned(origin.after, Replicate()))
+        return whole, None, None, None
 
 
 class _AllToAll(torch.autograd.Function):
@@ -318,12 +308,7 @@ class _AllToAll(torch.autograd.Function):
 class _ExchangeRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        rows: Tensor,
-        send_splits: tuple[int, ...],
-        receive_splits: tuple[int, ...],
-        axis: Axis,
-        origin: Origin,
+        ctx: Any, rows: Tensor, send_splits: Any, receive_splits: Any, axis: Axis, origin: Origin
     ) -> Tensor:
         ctx.saved = (send_splits, receive_splits, axis, origin)
         return swap_rows_now(rows, send_splits, receive_splits, axis, origin, by_data=True)
@@ -332,13 +317,8 @@ class _ExchangeRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         send_splits, receive_splits, axis, origin = ctx.saved
         turned = origin.turned(origin.after, origin.before)
-        return (
-            swap_rows_now(grad, receive_splits, send_splits, axis, turned, by_data=True),
-            None,
-            None,
-            None,
-            None,
-        )
+        back = swap_rows_now(grad, receive_splits, send_splits, axis, turned, by_data=True)
+        return back, None, None, None, None
 
 
 def _own_chunk(x: Tensor, dim: int, axis: Axis) -> Tensor:
@@ -356,9 +336,8 @@ def _labelled(kind: CollectiveKind, origin: Origin, *, by_data: bool = False) ->
     token = _issuing.set(Issue(origin, by_data))
     try:
         if is_profiling():
-            label = f"shardwise.{kind}|{origin}".replace(
-                '"', "'"
-            )  # Kineto writes names as they are: a quote would break its JSON
+            # Kineto writes names as they are: a quote would break its JSON
+            label = f"shardwise.{kind}|{origin}".replace('"', "'")
             with torch.profiler.record_function(label):
                 yield
         else:

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor.parallel import ParallelStyle
 
 from shardwise.core.errors import InputError, PlanError
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
@@ -20,7 +21,7 @@ from shardwise.core.plan import Ownership
 from shardwise.parallel import collectives
 from shardwise.parallel.axis import Site
 from shardwise.parallel.ownership import RowOwnership
-from shardwise.parallel.parameters import keep_rows_in_order, local_weight, take_whole_tensors
+from shardwise.parallel.parameters import keep_rows_in_order, local_weight, take_whole_tensors, to_torch
 from shardwise.parallel.sharder import Assignment, Fit, Sharder, Work, check_no_empty_shard
 
 
@@ -29,13 +30,18 @@ class TableSharder(Sharder):
 
     outputs = (Shard(1), Replicate())
 
+    def twin(self, assignment: Assignment, *, keeps_dtensor: bool) -> ParallelStyle | None:
+        output = to_torch(self.output_of(assignment.style))
+        if self.twin_style is None:
+            return None
+        return self.twin_style(input_layouts=to_torch(Replicate()), output_layouts=output)
+
     def look_up(self, shard: "EmbeddingShard", ids_BS: Tensor, weight: Tensor) -> Tensor:
         """ids [B, S] and the local table -> [B, S/T, H] under sequence parallelism, else [B, S, H]."""
         raise NotImplementedError
 
     def check(self, assignment: Assignment, fit: Fit) -> None:
         module, rule, name = assignment.module, assignment.rule, assignment.name
-        assert isinstance(module, nn.Embedding)
         if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
             raise PlanError(
                 f"rule {rule}: {name} uses max_norm, sparse or scale_grad_by_freq, which no style carries out. "
@@ -51,13 +57,12 @@ class TableSharder(Sharder):
 
     def apply(self, assignment: Assignment, work: Work) -> None:
         module, style = assignment.module, assignment.style
-        assert isinstance(module, nn.Embedding)
         ownership = RowOwnership(module.num_embeddings, work.axis.size, style.ownership)
         sequence_parallel = self.cuts_sequence(style)
         shard = EmbeddingShard(work.site(assignment), self, ownership, module.padding_idx, sequence_parallel)
         work.replace(module, "weight", shard.weight_placement, shard.grad_placement, shard)
         shard.order_rows(assignment, work)
-        module.forward = lambda ids: shard(ids, local_weight(module.weight, shard.grad_placement))  # type: ignore[method-assign, assignment]
+        module.forward = lambda ids: shard(ids, local_weight(module.weight, shard.grad_placement))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,14 +3,13 @@
 Shapes: activations [B, S, H] or [B, S/T, H] (sequence parallel).
 """
 
-from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardwise.core.errors import PlanError
-from shardwise.core.placement import Partial, Placement, Replicate, Shard
+from shardwise.core.placement import Partial, Placement, Replicate
 from shardwise.parallel import collectives
 from shardwise.parallel.axis import Site
 from shardwise.parallel.parameters import local_weight
@@ -22,17 +21,12 @@ SEQUENCE_DIM = 1
 def gather_input(x: Tensor, before: Placement, site: Site) -> Tensor:
     """Makes x whole for work of which every rank does a part: Shard(1) -> Replicate, or Replicate as it is;
     gradients are summed."""
-    if before == Shard(SEQUENCE_DIM):
-        return collectives.all_gather(
-            x,
-            SEQUENCE_DIM,
-            site.axis,
-            full_size=x.shape[SEQUENCE_DIM] * site.axis.size,
-            grad_placement=Partial(),
-            origin=site.origin(Shard(SEQUENCE_DIM), Replicate()),
-        )
-    return collectives.fan_out(
-        x, site.axis, grad_placement=Partial(), origin=site.origin(Replicate(), Replicate())
+    axis, origin = site.axis, site.origin(before, Replicate())
+    if before == Replicate():
+        return collectives.fan_out(x, axis, grad_placement=Partial(), origin=origin)
+    full = x.shape[SEQUENCE_DIM] * axis.size
+    return collectives.all_gather(
+        x, SEQUENCE_DIM, axis, full_size=full, grad_placement=Partial(), origin=origin
     )
 
 
@@ -42,13 +36,12 @@ def local_or_none(parameter: Tensor | None, grad: Placement) -> Tensor | None:
 
 
 class LinearSharder(Sharder):
-    """What all styles that cut a linear layer check: heads that stay whole, and parts that aren't empty."""
+    """What all styles that cut a linear layer share: heads stay whole, and parts aren't empty."""
 
     what: ClassVar[str]
 
     def check(self, assignment: Assignment, fit: Fit) -> None:
         module = assignment.module
-        assert isinstance(module, nn.Linear)
         assert self.cut_dim is not None
         width = module.weight.shape[self.cut_dim]
         parent_name, _, _ = assignment.name.rpartition(".")
@@ -89,24 +82,13 @@ def _siblings(module: nn.Linear, parent: nn.Module | None) -> list[nn.Linear]:
 def apply_to_norm(assignment: Assignment, work: Work, grad: Placement) -> None:
     """A norm whose parameters every rank holds whole. grad: Partial where each rank sees a part of the tokens."""
     module = assignment.module
+    is_rms = isinstance(module, nn.RMSNorm)
+    norm: Any = F.rms_norm if is_rms else F.layer_norm
+    names = ("weight",) if is_rms else ("weight", "bias")
     work.keep_whole(module, grad)
-    module.forward = norm_forward(module, grad)
 
+    def forward(x: Tensor) -> Tensor:
+        own = (local_or_none(getattr(module, name), grad) for name in names)
+        return norm(x, module.normalized_shape, *own, module.eps)  # type: ignore[no-any-return]
 
-def norm_forward(module: nn.Module, grad: Placement) -> Callable[[Tensor], Tensor]:
-    """The forward on local tensors."""
-    match module:
-        case nn.RMSNorm():
-            return lambda x: F.rms_norm(
-                x, module.normalized_shape, local_or_none(module.weight, grad), module.eps
-            )
-        case nn.LayerNorm():
-            return lambda x: F.layer_norm(
-                x,
-                module.normalized_shape,
-                local_or_none(module.weight, grad),
-                local_or_none(module.bias, grad),
-                module.eps,
-            )
-        case _:
-            raise AssertionError(f"{type(module).__name__} is no norm")
+    module.forward = forward

@@ -4,9 +4,9 @@ A style is a file of styles/, with a Sharder for each class of modules that it t
 tracer ask it; none of them knows a style by its name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
@@ -30,7 +30,7 @@ class Assignment:
     it gathers the input."""
 
     name: str
-    module: nn.Module
+    module: Any  # of a class that the sharder takes
     rule: Rule
     sharder: "Sharder"
     is_input_whole: bool = False
@@ -112,8 +112,9 @@ class Sharder:
     inputs, outputs: the placements that a rule may give for them; the first is the default. cut_dim: the dim of
     the weight of which each rank has a part; None: each has all of it. gathers_input: what it takes is whole for
     all modules inside. decided_by_data: token ids decide what is sent. takes_tied_table: for a head that shares
-    its weight with the embedding. twin_keeps_whole_gradient: PyTorch's own style leaves the gradient of the
-    whole weight on every rank.
+    its weight with the embedding. below_gather_input: what to do instead, where what a style takes for whole is
+    each rank's part of a sum. twin_style: PyTorch's own style for the same. twin_keeps_whole_gradient: and whether
+    that leaves the gradient of the whole weight on every rank.
     """
 
     inputs: ClassVar[tuple[Placement, ...]] = ()
@@ -122,6 +123,8 @@ class Sharder:
     gathers_input: ClassVar[bool] = False
     decided_by_data: ClassVar[bool] = False
     takes_tied_table: ClassVar[bool] = False
+    below_gather_input: ClassVar[str | None] = None
+    twin_style: ClassVar[Callable[..., ParallelStyle] | None] = None
     twin_keeps_whole_gradient: ClassVar[bool] = False
     reasons: ClassVar[Reasons | None] = None
 
@@ -140,14 +143,17 @@ class Sharder:
     def check_below_gather_input(self, assignment: Assignment) -> None:
         """Raises PlanError for what would train wrong without a word where every rank has the whole input and
         computes a part of its gradient."""
+        if self.below_gather_input is not None:
+            refuse_below_gather_input(assignment, self.below_gather_input)
 
     def apply(self, assignment: Assignment, work: Work) -> None:
         """Shards the module in place for the native engine."""
         raise NotImplementedError
 
     def twin(self, assignment: Assignment, *, keeps_dtensor: bool) -> ParallelStyle | None:
-        """PyTorch's own style for the same; None where there is none. keeps_dtensor: of a head, whose loss wants it."""
-        return None
+        """PyTorch's own style for the same, made; None where there is none. keeps_dtensor: of a head, whose loss
+        wants it."""
+        return None if self.twin_style is None else self.twin_style()
 
 
 def refuse_below_gather_input(assignment: Assignment, advice: str) -> None:

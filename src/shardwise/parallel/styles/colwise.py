@@ -30,6 +30,7 @@ from shardwise.parallel.sharder import Assignment, Fit, Reasons, Work, divisors
 
 class ColwiseTable(TableSharder):
     cut_dim = 1
+    twin_style = ColwiseParallel
     reasons = Reasons(
         "Each rank looked up its slice of every token's row: slices of all tokens are swapped for whole rows of the own "
         "tokens.",
@@ -39,7 +40,6 @@ class ColwiseTable(TableSharder):
     def check(self, assignment: Assignment, fit: Fit) -> None:
         super().check(assignment, fit)
         module = assignment.module
-        assert isinstance(module, nn.Embedding)
         if module.embedding_dim % fit.tp:
             raise PlanError(
                 f"rule {assignment.rule} splits hidden {module.embedding_dim} of {assignment.name} over tp={fit.tp}. "
@@ -58,9 +58,6 @@ class ColwiseTable(TableSharder):
         own_NH: Tensor = _LookUpSlices.apply(weight, ids_TBL.flatten(1), shard.padding_idx, shard.site)
         return own_NH.view(ids_BS.shape[0], -1, own_NH.shape[1])
 
-    def twin(self, assignment: Assignment, *, keeps_dtensor: bool) -> ParallelStyle:
-        return ColwiseParallel(output_layouts=to_torch(self.output_of(assignment.style)))
-
 
 class ColwiseLinear(LinearSharder):
     inputs = (Replicate(), Shard(1))
@@ -78,7 +75,6 @@ class ColwiseLinear(LinearSharder):
 
     def apply(self, assignment: Assignment, work: Work) -> None:
         module, site = assignment.module, work.site(assignment)
-        assert isinstance(module, nn.Linear)
         before = None if assignment.is_input_whole else self.input_of(assignment.style)
         after = self.output_of(assignment.style)
         table = work.tables.get(id(module.weight))
@@ -97,8 +93,8 @@ class ColwiseLinear(LinearSharder):
                 y, -1, site.axis, full_size=full, grad_placement=Replicate(), origin=origin
             )
 
-        module.forward = forward  # type: ignore[method-assign, assignment]
-        if after == Shard(-1) and module is work.head:
+        module.forward = forward
+        if after == Shard(-1) and assignment.module is work.head:
             is_cut_by_rows = table is not None and table.weight_placement == Shard(0)
             own = table.ownership if table is not None and is_cut_by_rows else None
             work.loss = VocabParallelLoss(site, own or RowOwnership(module.out_features, work.axis.size))
@@ -116,7 +112,6 @@ SHARDERS = {nn.Linear: ColwiseLinear(), nn.Embedding: ColwiseTable()}
 def _rows_of(assignment: Assignment, table: EmbeddingShard | None, work: Work) -> Callable[[], Tensor]:
     """How a linear layer gets its own rows of its weight: they are there, or the table that it is tied to has them."""
     module = assignment.module
-    assert isinstance(module, nn.Linear)
     if table is None:
         take_whole_tensors(module)
         return lambda: local_weight(module.weight, Shard(0))

@@ -10,7 +10,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from shardwise.core.placement import Replicate
 from shardwise.parallel.layers import apply_to_norm, local_or_none
 from shardwise.parallel.parameters import local_weight
-from shardwise.parallel.sharder import Assignment, Sharder, Work, refuse_below_gather_input
+from shardwise.parallel.sharder import Assignment, Sharder, Work
 
 
 class _Replicated(ParallelStyle):
@@ -32,30 +32,23 @@ class _Replicated(ParallelStyle):
 
 
 class WholeLinear(Sharder):
-    def check_below_gather_input(self, assignment: Assignment) -> None:
-        refuse_below_gather_input(assignment, "Allowed there: colwise, rowwise.")
+    twin_style = _Replicated
+    below_gather_input = "Allowed there: colwise, rowwise."
 
     def apply(self, assignment: Assignment, work: Work) -> None:
         module = assignment.module
-        assert isinstance(module, nn.Linear)
         work.keep_whole(module, Replicate())
-        module.forward = lambda x: F.linear(  # type: ignore[method-assign, assignment]
+        module.forward = lambda x: F.linear(
             x, local_weight(module.weight, Replicate()), local_or_none(module.bias, Replicate())
         )
 
-    def twin(self, assignment: Assignment, *, keeps_dtensor: bool) -> ParallelStyle:
-        return _Replicated()
-
 
 class WholeNorm(Sharder):
-    def check_below_gather_input(self, assignment: Assignment) -> None:
-        refuse_below_gather_input(assignment, "Use sequence_parallel, which sums the parts.")
+    twin_style = _Replicated
+    below_gather_input = "Use sequence_parallel, which sums the parts."
 
     def apply(self, assignment: Assignment, work: Work) -> None:
         apply_to_norm(assignment, work, Replicate())
-
-    def twin(self, assignment: Assignment, *, keeps_dtensor: bool) -> ParallelStyle:
-        return _Replicated()
 
 
 SHARDERS = {nn.Linear: WholeLinear(), **dict.fromkeys((nn.RMSNorm, nn.LayerNorm), WholeNorm())}

@@ -28,6 +28,7 @@ NO_ROW = -1
 
 class RowwiseTable(TableSharder):
     cut_dim = 0
+    twin_style = RowwiseParallel
     twin_keeps_whole_gradient = True
     reasons = Reasons(
         "Each rank looked up the ids of its own rows and has zeros for all others: the sum over the ranks is the "
@@ -47,10 +48,6 @@ class RowwiseTable(TableSharder):
         own_1BLH = collectives.reduce_scatter(own_TBLH, 0, axis, grad_placement=Shard(0), origin=origin)
         return own_1BLH.view(ids_BS.shape[0], -1, weight.shape[1])
 
-    def twin(self, assignment: Assignment, *, keeps_dtensor: bool) -> ParallelStyle:
-        output = to_torch(self.output_of(assignment.style))
-        return RowwiseParallel(input_layouts=to_torch(Replicate()), output_layouts=output)
-
 
 class RowwiseLinear(LinearSharder):
     inputs = (Shard(-1), Replicate())
@@ -64,7 +61,6 @@ class RowwiseLinear(LinearSharder):
 
     def apply(self, assignment: Assignment, work: Work) -> None:
         module, site = assignment.module, work.site(assignment)
-        assert isinstance(module, nn.Linear)
         before, after = self.input_of(assignment.style), self.output_of(assignment.style)
         bias_grad: Placement = Partial() if after == Shard(SEQUENCE_DIM) else Replicate()
         work.replace(module, "weight", Shard(1), Shard(1))
@@ -79,7 +75,7 @@ class RowwiseLinear(LinearSharder):
             bias = local_or_none(module.bias, bias_grad)
             return y if bias is None else y + bias
 
-        module.forward = forward  # type: ignore[method-assign, assignment]
+        module.forward = forward
 
     def twin(self, assignment: Assignment, *, keeps_dtensor: bool) -> ParallelStyle:
         before, after = self.input_of(assignment.style), self.output_of(assignment.style)
