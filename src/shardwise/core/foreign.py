@@ -7,7 +7,8 @@ from shardwise.core.rule import RuleRef
 
 @dataclass(frozen=True, slots=True)
 class ForeignRule:
-    """One rule as that library has it, and the names of the model's modules and parameters that it was applied to."""
+    """One rule as that library has it, and the names of the model's modules and parameters that it was
+    applied to."""
 
     rule: RuleRef
     modules: tuple[str, ...] = ()
@@ -20,7 +21,8 @@ class ForeignRule:
 
 @dataclass(frozen=True, slots=True)
 class ForeignPlan:
-    """The rules in that library's order, those that matched nothing included; of two that match a name, its own logic chose."""
+    """The rules in that library's order, those that matched nothing included; of two that match a name, its
+    own logic chose."""
 
     name: str
     rules: tuple[ForeignRule, ...]

@@ -1,7 +1,9 @@
-"""Plan: a named set of rules (pattern of module names -> style), as data. TOML text in and out; no files are opened here.
+"""Plan: a named set of rules (pattern of module names -> style), as data. TOML text in and out; no files are
+opened here.
 
-Patterns are dotted module names; `*` stands for one level, `**` for any number of levels. Where two rules match a module, the
-later one holds. What a style does to tensors is in parallel/; this file knows only which arguments a style takes.
+Patterns are dotted module names; `*` stands for one level, `**` for any number of levels. Where two rules
+match a module, the later one holds. What a style does to tensors is in parallel/; this file knows only which
+arguments a style takes.
 """
 
 import difflib
@@ -31,8 +33,9 @@ class Engine(StrEnum):
 
 
 class TheirPlan(StrEnum):
-    """What can stand in a plan's place where the rules aren't ours. unsharded: one rank holds the whole model. hf: a Hugging Face model's
-    own tp_plan, carried out by transformers. own: the model came sharded from the user's factory."""
+    """What can stand in a plan's place where the rules aren't ours. unsharded: one rank holds the whole
+    model. hf: a Hugging Face model's own tp_plan, carried out by transformers. own: the model came sharded
+    from the user's factory."""
 
     UNSHARDED = "unsharded"
     HF = "hf"
@@ -47,8 +50,8 @@ class Family(StrEnum):
 
 
 class StyleName(StrEnum):
-    """What a rule does to a module, and the arguments that a plan may give with it. All else that is known of a style
-    its own file says: parallel/styles/NAME.py."""
+    """What a rule does to a module, and the arguments that a plan may give with it. All else that is known of
+    a style its own file says: parallel/styles/NAME.py."""
 
     arguments: frozenset[str]
 
@@ -73,7 +76,8 @@ class StyleName(StrEnum):
 
 
 class Ownership(StrEnum):
-    """Which rank owns which row of a routed table: contiguous chunks, or dealt round-robin (against the hot rank)."""
+    """Which rank owns which row of a routed table: contiguous chunks, or dealt round-robin (against the hot
+    rank)."""
 
     CONTIGUOUS = "contiguous"
     INTERLEAVED = "interleaved"
@@ -82,8 +86,8 @@ class Ownership(StrEnum):
 class ReduceScatter(StrEnum):
     """How the native engine carries out a reduce-scatter.
 
-    backend: the process group's own. pairwise: an all-to-all and a local sum, which sends (n-1)/n of the tensor (gloo's own sends
-    as much as an all-reduce). auto: pairwise on gloo, backend elsewhere.
+    backend: the process group's own. pairwise: an all-to-all and a local sum, which sends (n-1)/n of the
+    tensor (gloo's own sends as much as an all-reduce). auto: pairwise on gloo, backend elsewhere.
     """
 
     AUTO = "auto"
@@ -93,7 +97,8 @@ class ReduceScatter(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """A style and its arguments; None means the style's own default for the kind of module it meets (see docs/plans.md)."""
+    """A style and its arguments; None means the style's own default for the kind of module it meets (see
+    docs/plans.md)."""
 
     name: StyleName
     input: Placement | None = None
@@ -315,5 +320,6 @@ def _refuse_unknown(name: StyleName, arguments: Iterable[object]) -> None:
 
 
 def _quote(text: str) -> str:
-    """A TOML basic string: JSON's, but for surrogate pairs, which TOML hasn't, and DEL, which it wants escaped."""
+    """A TOML basic string: JSON's, but for surrogate pairs, which TOML hasn't, and DEL, which it wants
+    escaped."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

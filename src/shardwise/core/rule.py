@@ -1,4 +1,5 @@
-"""What a rule of a plan was to a module, as values: RuleRef says which rule and which style, ModuleKind what the module is."""
+"""What a rule of a plan was to a module, as values: RuleRef says which rule and which style, ModuleKind what
+the module is."""
 
 from dataclasses import dataclass
 from enum import StrEnum

@@ -1,6 +1,7 @@
-"""contrast(): two Explanations of the same model, mesh and step -> what each plan does that the other doesn't, and what it comes to."""
+"""contrast(): two Explanations of the same model, mesh and step -> what each plan does that the other
+doesn't, and what it comes to."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 from shardwise.core.errors import OptionError
 from shardwise.core.explanation import CollectiveGroup, Contrast, Explanation
@@ -13,7 +14,8 @@ def contrast(first: Explanation, second: Explanation) -> Contrast:
     for what in ("model", "axes", "settings", "device", "rank"):
         if getattr(first, what) != getattr(second, what):
             raise OptionError(
-                f"two plans are compared on the same {what}: {getattr(first, what)} is not {getattr(second, what)}."
+                f"two plans are compared on the same {what}: {getattr(first, what)} is not "
+                f"{getattr(second, what)}."
             )
     ours, theirs = _by_place(first), _by_place(second)
     only_first = tuple(group for key, groups in ours.items() if key not in theirs for group in groups)
@@ -25,14 +27,8 @@ def contrast(first: Explanation, second: Explanation) -> Contrast:
         for a, b in zip(groups, theirs[key], strict=False)
         if _sizes(a) != _sizes(b)
     )
-    return Contrast(
-        first,
-        second,
-        only_first,
-        only_second,
-        different,
-        tuple(_lines(first, second, only_first, only_second)),
-    )
+    lines = tuple(_lines(first, second, (only_first, only_second)))
+    return Contrast(first, second, only_first, only_second, different, lines)
 
 
 _Key = tuple[str, str, str, Phase]
@@ -49,57 +45,31 @@ def _sizes(group: CollectiveGroup) -> tuple[int, int, float]:
     return group.count, group.payload_bytes, group.wire_bytes
 
 
+def _measures(explanation: Explanation) -> Iterator[tuple[str, str, float, str]]:
+    """(of one plan, of both, how much, of what) of what is said of a plan, bytes but for the collectives."""
+    held = dict(explanation.held)
+    yield "sends", "send", explanation.wire_bytes, "over the wire in a step"
+    yield "holds", "hold", held[MemoryKind.PARAMETER], "of parameters"
+    yield "holds", "hold", held[MemoryKind.GRADIENT], "of gradients"
+    yield "holds", "hold", held[MemoryKind.OPTIMIZER], "of optimizer state"
+    yield "needs", "need", explanation.peak.n_bytes, "at the peak"
+    yield "issues", "issue", sum(group.count for group in explanation.collectives), "collectives"
+    yield "copies", "copy", sum(group.total_bytes for group in explanation.copies), "in a step"
+
+
 def _lines(
-    first: Explanation,
-    second: Explanation,
-    only_first: tuple[CollectiveGroup, ...],
-    only_second: tuple[CollectiveGroup, ...],
-) -> list[str]:
-    lines = [_compared("sends", first, second, lambda e: e.wire_bytes, "over the wire in a step")]
-    for kind, what in (
-        (MemoryKind.PARAMETER, "parameters"),
-        (MemoryKind.GRADIENT, "gradients"),
-        (MemoryKind.OPTIMIZER, "optimizer state"),
-    ):
-        lines.append(_compared("holds", first, second, lambda e, kind=kind: dict(e.held)[kind], f"of {what}"))  # type: ignore[misc]
-    lines.append(_compared("needs", first, second, lambda e: e.peak.n_bytes, "at the peak"))
-    lines.append(
-        _compared(
-            "issues",
-            first,
-            second,
-            lambda e: sum(g.count for g in e.collectives),
-            "collectives",
-            as_bytes=False,
-        )
-    )
-    lines.append(
-        _compared("copies", first, second, lambda e: sum(g.total_bytes for g in e.copies), "in a step")
-    )
-    for explanation, only in ((first, only_first), (second, only_second)):
-        places = dict.fromkeys(
-            f"{named(group.carries_out)} in {group.module or 'the step'} ({group.phase})" for group in only
-        )
-        if places:
-            shown = list(places)
-            lines.append(
-                f"Only {explanation.plan} has: {'; '.join(shown[:6])}{'; ...' if len(shown) > 6 else ''}."
-            )
-    return lines
-
-
-def _compared(
-    verb: str,
-    first: Explanation,
-    second: Explanation,
-    of: Callable[[Explanation], float],
-    what: str,
-    *,
-    as_bytes: bool = True,
-) -> str:
-    a, b = of(first), of(second)
-    shown = size if as_bytes else (lambda value: f"{value:,.0f}")
-    if a == b:
-        return f"Both {verb.removesuffix('s') if verb != 'copies' else 'copy'} {shown(a)} {what}."
-    ratio = f", {relation(a, b)}" if a and b else ""
-    return f"{first.plan} {verb} {shown(a)} {what}; {second.plan} {shown(b)}{ratio}."
+    first: Explanation, second: Explanation, only: tuple[tuple[CollectiveGroup, ...], ...]
+) -> Iterator[str]:
+    """only: the collectives that each has and the other hasn't."""
+    for (verb, of_both, a, what), (_, _, b, _) in zip(_measures(first), _measures(second), strict=True):
+        shown = size if what != "collectives" else "{:,.0f}".format
+        if a == b:
+            yield f"Both {of_both} {shown(a)} {what}."
+            continue
+        ratio = f", {relation(a, b)}" if a and b else ""
+        yield f"{first.plan} {verb} {shown(a)} {what}; {second.plan} {shown(b)}{ratio}."
+    for explanation, groups in zip((first, second), only, strict=True):
+        places = (f"{named(g.carries_out)} in {g.module or 'the step'} ({g.phase})" for g in groups)
+        told = list(dict.fromkeys(places))
+        if told:
+            yield f"Only {explanation.plan} has: {'; '.join(told[:6])}{'; ...' if len(told) > 6 else ''}."

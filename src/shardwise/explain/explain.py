@@ -1,7 +1,10 @@
-"""explain(): Program -> Explanation. Groups what differs in nothing but its layer, adds reasons and findings; no torch, no I/O."""
+"""explain(): Program -> Explanation. Groups what differs in nothing but its layer, adds reasons and findings;
+no torch, no I/O."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 from shardwise.core.explanation import (
     CollectiveGroup,
@@ -31,6 +34,7 @@ from shardwise.explain.reasons import carries_out, copy_reason, reason_of
 
 # Ops that don't part a copy from the collective that it is for: views and sums cost no buffer of their own.
 NEAR = 3
+_Group = TypeVar("_Group", CollectiveGroup, CopyGroup, HoldingGroup)
 
 
 def explain(program: Program) -> Explanation:
@@ -39,7 +43,7 @@ def explain(program: Program) -> Explanation:
     neighbours = list(_copies_and_neighbours(items))
     collectives = _collective_groups(items, neighbours)
     peak = memory_peak(program)
-    holdings = _holding_groups(program.holdings)
+    holdings = _counted(map(_holding_group, program.holdings))
     return Explanation(
         model=program.model,
         parameters=program.parameters,
@@ -52,7 +56,7 @@ def explain(program: Program) -> Explanation:
         layers=program.layers,
         collectives=collectives,
         copies=_copy_groups(neighbours),
-        phases=_phase_totals(items),
+        phases=tuple(_phase_totals(items)),
         holdings=holdings,
         rules=tuple(
             RuleSummary(use.pattern, str(use), len(use.modules), use.modules[0] if use.modules else "")
@@ -71,7 +75,8 @@ def explain(program: Program) -> Explanation:
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
-    """A copy, the collective that reads it (before) and the one whose result it copies (after), by their places in the step."""
+    """A copy, the collective that reads it (before) and the one whose result it copies (after), by their
+    places in the step."""
 
     op: Op
     before: int | None
@@ -113,90 +118,77 @@ def _collective_at(items: Sequence[Item], index: int | None) -> Collective | Non
     return item if isinstance(item, Collective) else None
 
 
+def _counted(groups: Iterable[_Group]) -> tuple[_Group, ...]:
+    """Equal groups as one, with how many there are."""
+    return tuple(replace(group, count=count) for group, count in Counter(groups).items())
+
+
 def _collective_groups(items: Sequence[Item], copies: Sequence[_Copy]) -> tuple[CollectiveGroup, ...]:
-    copied: dict[int, int] = {}
+    copied: Counter[int] = Counter()
     for copy in copies:
         for index in (copy.before, copy.after):
             if index is not None:
-                copied[index] = copied.get(index, 0) + copy.op.write_bytes
-    groups: dict[CollectiveGroup, int] = {}
-    for index, item in enumerate(items):
-        if isinstance(item, Collective):
-            call = item.call
-            group = CollectiveGroup(
-                kind=call.kind,
-                carries_out=carries_out(item),
-                axis=call.axis,
-                axis_size=call.axis_size,
-                phase=item.phase,
-                module=any_layer(item.module),
-                rule=item.rule,
-                before=item.before,
-                after=item.after,
-                dtype=call.dtype,
-                count=1,
-                payload_bytes=call.payload_bytes,
-                wire_bytes=call.wire_bytes,
-                copied_bytes=copied.get(index, 0),
-                by_data=item.by_data,
-                reason=reason_of(item),
-            )
-            groups[group] = groups.get(group, 0) + 1
-    return tuple(replace(group, count=count) for group, count in groups.items())
+                copied[index] += copy.op.write_bytes
+    collectives = ((index, item) for index, item in enumerate(items) if isinstance(item, Collective))
+    return _counted(_collective_group(item, copied[index]) for index, item in collectives)
+
+
+def _collective_group(item: Collective, copied_bytes: int) -> CollectiveGroup:
+    call = item.call
+    return CollectiveGroup(
+        kind=call.kind,
+        carries_out=carries_out(item),
+        axis=call.axis,
+        axis_size=call.axis_size,
+        phase=item.phase,
+        module=any_layer(item.module),
+        rule=item.rule,
+        before=item.before,
+        after=item.after,
+        dtype=call.dtype,
+        count=1,
+        payload_bytes=call.payload_bytes,
+        wire_bytes=call.wire_bytes,
+        copied_bytes=copied_bytes,
+        by_data=item.by_data,
+        reason=reason_of(item),
+    )
 
 
 def _copy_groups(copies: Sequence[_Copy]) -> tuple[CopyGroup, ...]:
-    groups: dict[CopyGroup, int] = {}
-    for copy in copies:
-        op = copy.op
-        spec = op.outputs[0] if op.outputs else op.inputs[0]
-        group = CopyGroup(
-            op.name, op.phase, any_layer(op.module), spec.shape, spec.dtype, 1, op.write_bytes, copy.reason
-        )
-        groups[group] = groups.get(group, 0) + 1
-    found = (replace(group, count=count) for group, count in groups.items())
-    return tuple(sorted(found, key=lambda group: -group.total_bytes))
+    groups = _counted(map(_copy_group, copies))
+    return tuple(sorted(groups, key=lambda group: -group.total_bytes))
 
 
-def _phase_totals(items: Sequence[Item]) -> tuple[PhaseTotals, ...]:
-    found = []
+def _copy_group(copy: _Copy) -> CopyGroup:
+    op = copy.op
+    spec, module = (op.outputs or op.inputs)[0], any_layer(op.module)
+    return CopyGroup(op.name, op.phase, module, spec.shape, spec.dtype, 1, op.write_bytes, copy.reason)
+
+
+def _phase_totals(items: Sequence[Item]) -> Iterator[PhaseTotals]:
     for phase in Phase:
         ops = [item for item in items if isinstance(item, Op) and item.phase is phase]
         calls = [item.call for item in items if isinstance(item, Collective) and item.phase is phase]
         if ops or calls:
-            found.append(
-                PhaseTotals(
-                    phase,
-                    ops=len(ops),
-                    unknown_ops=sum(op.kind is OpKind.UNKNOWN for op in ops),
-                    flops=sum(op.flops for op in ops),
-                    moved_bytes=sum(op.read_bytes + op.write_bytes for op in ops),
-                    collectives=len(calls),
-                    wire_bytes=sum(call.wire_bytes for call in calls),
-                )
+            yield PhaseTotals(
+                phase,
+                ops=len(ops),
+                unknown_ops=sum(op.kind is OpKind.UNKNOWN for op in ops),
+                flops=sum(op.flops for op in ops),
+                moved_bytes=sum(op.read_bytes + op.write_bytes for op in ops),
+                collectives=len(calls),
+                wire_bytes=sum(call.wire_bytes for call in calls),
             )
-    return tuple(found)
 
 
-def _holding_groups(holdings: Sequence[Holding]) -> tuple[HoldingGroup, ...]:
-    groups: dict[HoldingGroup, int] = {}
-    for h in holdings:
-        group = HoldingGroup(
-            any_layer(h.name),
-            1,
-            h.dtype,
-            h.shape,
-            h.local_shape,
-            h.placement,
-            h.grad_placement,
-            h.grad_shape,
-            h.parameter_bytes,
-            h.gradient_bytes,
-            h.optimizer_bytes,
-            h.rule,
-        )
-        groups[group] = groups.get(group, 0) + 1
-    return tuple(replace(group, count=count) for group, count in groups.items())
+# what a group has of the parameters in it, beside their names and their number
+_OF_HOLDING = [field.name for field in fields(HoldingGroup) if field.name not in ("name", "count")]
+
+
+def _holding_group(holding: Holding) -> HoldingGroup:
+    alike = {name: getattr(holding, name) for name in _OF_HOLDING}
+    return HoldingGroup(name=any_layer(holding.name), count=1, **alike)
 
 
 def _grouped_holders(peak: MemoryPeak) -> tuple[Holder, ...]:
@@ -205,5 +197,5 @@ def _grouped_holders(peak: MemoryPeak) -> tuple[Holder, ...]:
         key = (holder.kind, holder.phase, any_layer(holder.module), holder.maker)
         n_bytes, count = groups.get(key, (0, 0))
         groups[key] = (n_bytes + holder.n_bytes, count + holder.count)
-    found = [Holder(*key, n_bytes, count) for key, (n_bytes, count) in groups.items()]
-    return tuple(sorted(found, key=lambda holder: -holder.n_bytes))
+    holders = (Holder(*key, n_bytes, count) for key, (n_bytes, count) in groups.items())
+    return tuple(sorted(holders, key=lambda holder: -holder.n_bytes))

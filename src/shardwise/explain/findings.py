@@ -1,8 +1,10 @@
-"""Findings of a Program: what a plan does that its author may not know, each with the numbers that show it and what to do.
+"""Findings of a Program: what a plan does that its author may not know, each with the numbers that show it
+and what to do.
 
-What is looked for: gradients that aren't sharded as their parameters; Partial gradients, reduced again by whoever meets them; rules that match
-nothing; little that is sharded; copies made for collectives; collectives that repeat or undo one another; ops that the catalogue doesn't know;
-what exchanges data in a way that no table knows.
+What is looked for: gradients that aren't sharded as their parameters; Partial gradients, reduced again by
+whoever meets them; rules that match nothing; little that is sharded; copies made for collectives; collectives
+that repeat or undo one another; ops that the catalogue doesn't know; what exchanges data in a way that no
+table knows.
 """
 
 from collections import Counter
@@ -60,16 +62,20 @@ def _gradients(program: Program, holdings: Sequence[HoldingGroup]) -> Iterator[F
             yield Finding(
                 FindingKind.GRADIENT_NOT_AS_PARAMETER,
                 holding.name,
-                f"its gradient is {_list(holding.grad_placement)} {list(holding.grad_shape)}, {_times(times)} its shard {list(holding.local_shape)}: "
-                f"{size(holding.gradient_bytes)} on every rank where {size(holding.gradient_bytes / times)} would do"
-                + (f", in each of {holding.count}" if holding.count > 1 else ""),
+                f"its gradient is {_list(holding.grad_placement)} {list(holding.grad_shape)}, "
+                f"{_times(times)} its shard {list(holding.local_shape)}: {size(holding.gradient_bytes)} on "
+                f"every rank where {size(holding.gradient_bytes / times)} "
+                "would do" + (f", in each of {holding.count}" if holding.count > 1 else ""),
                 advice=_advice_for_gradient(holding, is_table=holding.name in tables),
             )
 
 
 def _advice_for_gradient(holding: HoldingGroup, *, is_table: bool) -> str:
     if is_table and Shard(0) in holding.placement:
-        return "DTensor's embedding backward has no rowwise rule. The native engine keeps the shard's rows only; colwise keeps its columns."
+        return (
+            "DTensor's embedding backward has no rowwise rule. The native engine keeps the shard's rows "
+            "only; colwise keeps its columns."
+        )
     return "Look for an op whose backward gathers it."
 
 
@@ -95,7 +101,8 @@ def _partial_gradients(holdings: Sequence[HoldingGroup], items: Sequence[Item]) 
         ", ".join(holding.name for holding in partial[:3]) + (", ..." if len(partial) > 3 else ""),
         f"{count} gradients stay Partial after the backward, so whatever uses one reduces it again"
         + (f": {where}, the norm's own among them" if where else ""),
-        advice="Reduce them once at the end of the backward, as the native engine does in one flattened all-reduce.",
+        advice="Reduce them once at the end of the backward, as the native engine does in one flattened "
+        "all-reduce.",
     )
 
 
@@ -164,8 +171,9 @@ def _repeats(program: Program, items: Sequence[Item]) -> Iterator[Finding]:
     yield Finding(
         FindingKind.COLLECTIVES_REPEAT,
         ", ".join(parents),
-        f"each gathers the same input for itself ({each}): {per_layer} in the forward, {size(extra)} more on the wire per rank and step, and as "
-        "much again in the backward, where each sums its own part of the gradient",
+        f"each gathers the same input for itself ({each}): {per_layer} in the forward, {size(extra)} more on "
+        "the wire per rank and step, and as much again in the backward, where each sums its own part of the "
+        "gradient",
         advice="Gather once for all: give "
         + " and ".join(f'"{parent}"' for parent in parents)
         + " the style gather_input, and leave input out below it.",
@@ -202,7 +210,8 @@ def _cancels(items: Sequence[Item]) -> Iterator[Finding]:
         yield Finding(
             FindingKind.COLLECTIVES_CANCEL,
             second,
-            f"its {undone} undoes the {gathered} of {first} with nothing computed between them, {count} times a step",
+            f"its {undone} undoes the {gathered} of {first} with nothing computed between them, {count} "
+            "times a step",
             advice="Let both agree on the placement between them.",
         )
 
@@ -217,9 +226,11 @@ def _copies(collectives: Sequence[CollectiveGroup]) -> Iterator[Finding]:
     yield Finding(
         FindingKind.COPIES_FOR_COLLECTIVES,
         worst.module or "gradients",
-        f"{size(total)} a step are copied into or out of collectives' buffers, {total / wire:.2g} times what goes over the wire; most of it for the "
-        f"{named(worst.carries_out)} of {worst.module or 'all gradients'} ({worst.phase})",
-        advice="A placement that cuts the outermost dim, or a look-up in the order of the destinations, needs none.",
+        f"{size(total)} a step are copied into or out of collectives' buffers, {total / wire:.2g} times what "
+        f"goes over the wire; most of it for the {named(worst.carries_out)} of "
+        f"{worst.module or 'all gradients'} ({worst.phase})",
+        advice="A placement that cuts the outermost dim, or a look-up in the order of the destinations, "
+        "needs none.",
     )
 
 
@@ -230,8 +241,8 @@ def _unknown(items: Sequence[Item]) -> Iterator[Finding]:
         yield Finding(
             FindingKind.OPS_UNKNOWN,
             "ops",
-            f"{sum(names.values())} ops are unknown on this device, and their FLOPs and kind with them: {shown}"
-            + (", ..." if len(names) > 3 else ""),
+            f"{sum(names.values())} ops are unknown on this device, and their FLOPs and kind with them: "
+            f"{shown}" + (", ..." if len(names) > 3 else ""),
             advice="Their shapes and bytes are exact. Half precision has fused attention on every device.",
         )
 
@@ -250,7 +261,8 @@ def _unknown_collectives(items: Sequence[Item]) -> Iterator[Finding]:
             f"{len(calls)} collectives are unknown, and what they send with them: {shown}"
             + (", ..." if len(names) > 3 else "")
             + f", the first in {first.phase}",
-            advice="Counted as if each sent its largest argument once. Check them against the library that they come from.",
+            advice="Counted as if each sent its largest argument once. Check them against the library that "
+            "they come from.",
         )
 
 

@@ -14,7 +14,8 @@ def size(n_bytes: float) -> str:
 
 
 def relation(first: float, second: float) -> str:
-    """How much the second is of the first: "1.32 times as much", "68.6 % of that", "about the same" within half a percent."""
+    """How much the second is of the first: "1.32 times as much", "68.6 % of that", "about the same" within
+    half a percent."""
     ratio = second / first
     if abs(ratio - 1) < _ALIKE:
         return "about the same"

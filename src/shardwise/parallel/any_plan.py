@@ -1,4 +1,5 @@
-"""Carries out whatever stands for a plan: one of ours, transformers' own, or none where the factory has sharded the model itself."""
+"""Carries out whatever stands for a plan: one of ours, transformers' own, or none where the factory has
+sharded the model itself."""
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -9,7 +10,8 @@ from shardwise.parallel.loss import DTensorLoss
 
 
 def apply_any(model: nn.Module, plan: AnyPlan, mesh: DeviceMesh) -> nn.Module:
-    """Shards `model` in place over the "tp" axis of `mesh`, and returns it. Raises what parallelize() and parallelize_hugging_face() raise."""
+    """Shards `model` in place over the "tp" axis of `mesh`, and returns it. Raises what parallelize() and
+    parallelize_hugging_face() raise."""
     match plan:
         case Plan():
             parallelize(model, plan, mesh)

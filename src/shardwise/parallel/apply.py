@@ -1,4 +1,5 @@
-"""The way in from Python: `parallelize(model, plan, mesh)` on a user's own module, and the loss that goes with its logits."""
+"""The way in from Python: `parallelize(model, plan, mesh)` on a user's own module, and the loss that goes
+with its logits."""
 
 import math
 from dataclasses import dataclass, field
@@ -23,7 +24,8 @@ _ATTRIBUTE = "_shardwise"
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What parallelize() did to a model. row_order: parameters whose rows are interleaved. foreign: another library's plan instead."""
+    """What parallelize() did to a model. row_order: parameters whose rows are interleaved. foreign: another
+    library's plan instead."""
 
     plan: Plan | None
     loss: Loss
@@ -34,12 +36,15 @@ class Applied:
 def parallelize(model: nn.Module, plan: Plan | str, mesh: DeviceMesh) -> nn.Module:
     """Shards `model` in place over the "tp" axis of `mesh`, and returns it.
 
-    plan: a Plan, or the name of a built-in one (of GPT's rules where the model has its pos_embeddings, else of Llama's). mesh: a DeviceMesh with an axis named "tp"; give the whole mesh, not its tp part, for then
-    what can't be combined with its other axes is refused here ("dp" holds whole replicas, any other may shard parameters further). Every
-    rank must hold the same weights (or all of them meta). Parameters become DTensors, so FSDP2 (`fully_shard`, applied afterwards over
-    another axis), optimizers (made afterwards) and torch.distributed.checkpoint compose. Sharded logits want `loss_of(model)`.
+    plan: a Plan, or the name of a built-in one (of GPT's rules where the model has its pos_embeddings, else
+    of Llama's). mesh: a DeviceMesh with an axis named "tp"; give the whole mesh, not its tp part, for then
+    what can't be combined with its other axes is refused here ("dp" holds whole replicas, any other may shard
+    parameters further). Every rank must hold the same weights (or all of them meta). Parameters become
+    DTensors, so FSDP2 (`fully_shard`, applied afterwards over another axis), optimizers (made afterwards) and
+    torch.distributed.checkpoint compose. Sharded logits want `loss_of(model)`.
 
-    Raises PlanError, before anything is changed, where the plan doesn't fit the model; MeshError where the mesh has no "tp" axis.
+    Raises PlanError, before anything is changed, where the plan doesn't fit the model; MeshError where the
+    mesh has no "tp" axis.
     """
     check()
     if isinstance(plan, str):
@@ -93,5 +98,6 @@ def is_applied(model: nn.Module) -> bool:
 
 
 def loss_of(model: nn.Module) -> Loss:
-    """Cross-entropy for the model's logits, whether they are whole or this rank's part of the vocabulary: see loss.Loss."""
+    """Cross-entropy for the model's logits, whether they are whole or this rank's part of the vocabulary: see
+    loss.Loss."""
     return applied_to(model).loss

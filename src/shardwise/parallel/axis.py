@@ -27,7 +27,8 @@ _target: ContextVar[Target | None] = ContextVar("target", default=None)
 
 @contextmanager
 def as_if_on(target: Target) -> Iterator[None]:
-    """Models that are sharded inside choose their way for `target`, whatever the mesh is made of: for tracing without that device."""
+    """Models that are sharded inside choose their way for `target`, whatever the mesh is made of: for tracing
+    without that device."""
     token = _target.set(target)
     try:
         yield

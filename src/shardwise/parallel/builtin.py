@@ -1,5 +1,6 @@
-"""Built-in plans for models with the module names of models/llama.py or models/gpt.py. They differ only where their names say so: in the
-embedding, and in the engine; and in the rules of the modules that one family has and the other hasn't."""
+"""Built-in plans for models with the module names of models/llama.py or models/gpt.py. They differ only where
+their names say so: in the embedding, and in the engine; and in the rules of the modules that one family has
+and the other hasn't."""
 
 from dataclasses import replace
 from typing import assert_never
@@ -37,15 +38,16 @@ def builtin_plan(name: str, *, sequence_parallel: bool = True, family: Family = 
     """
     if name not in ABOUT:
         raise PlanError(
-            f'unknown plan "{name}".{suggest(name, ABOUT)} Known: {", ".join(ABOUT)}; or the path of a .toml file.'
+            f'unknown plan "{name}".{suggest(name, ABOUT)} Known: {", ".join(ABOUT)}; or the path of a .toml '
+            "file."
         )
     embedding_name, _, engine = name.partition("@")
     embedding = _EMBEDDINGS[embedding_name]
     if not sequence_parallel:
         if "output" not in embedding.name.arguments:
             raise PlanError(
-                f'plan "{name}" isn\'t offered without sequence parallelism: without it every rank needs every row. '
-                "Use rowwise, colwise or replicated."
+                f'plan "{name}" isn\'t offered without sequence parallelism: without it every rank needs '
+                "every row. Use rowwise, colwise or replicated."
             )
         embedding = replace(embedding, output=Replicate())
     plan_name = name if sequence_parallel else f"{name} (no sequence parallelism)"

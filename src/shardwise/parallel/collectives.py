@@ -1,7 +1,9 @@
-"""Differentiable collectives on plain local tensors: each says what it does to a placement, and is told what its gradient is.
+"""Differentiable collectives on plain local tensors: each says what it does to a placement, and is told what
+its gradient is.
 
-`grad_placement` has no default: the backward of an all-gather is a reduce-scatter if the consumer's gradient is Partial (each rank
-computed a part), and a slice if it is Replicate (each rank computed the whole); nothing in the tensor tells which.
+`grad_placement` has no default: the backward of an all-gather is a reduce-scatter if the consumer's gradient
+is Partial (each rank computed a part), and a slice if it is Replicate (each rank computed the whole); nothing
+in the tensor tells which.
 
     function         before -> after         grad_placement   backward
     all_gather       Shard(d) -> Replicate   Partial          reduce_scatter
@@ -13,9 +15,10 @@ computed a part), and a slice if it is Replicate (each rank computed the whole);
     all_to_all       Shard(i) -> Shard(j)    Shard(j)         all_to_all back
     exchange_rows    rows to their askers    Shard(0)         exchange_rows back
 
-All ranks of the axis must call in the same order. Sizes: a sharded dim is cut as torch.chunk cuts it; where chunks differ, all_gather
-and split pad on the wire. With an active profiler each collective is a range named `shardwise.KIND|ORIGIN`; a tracer below, at the
-dispatcher, asks `issuing()` who wants the collective that it sees.
+All ranks of the axis must call in the same order. Sizes: a sharded dim is cut as torch.chunk cuts it; where
+chunks differ, all_gather and split pad on the wire. With an active profiler each collective is a range named
+`shardwise.KIND|ORIGIN`; a tracer below, at the dispatcher, asks `issuing()` who wants the collective that it
+sees.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,7 +43,8 @@ _reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.redu
 
 @dataclass(frozen=True, slots=True)
 class Issue:
-    """A collective that is being issued: for whom, and whether its splits depend on the data, not on shapes alone."""
+    """A collective that is being issued: for whom, and whether its splits depend on the data, not on shapes
+    alone."""
 
     origin: Origin
     by_data: bool
@@ -55,7 +59,8 @@ def issuing() -> Issue | None:
 
 
 def chunk_sizes(size: int, parts: int) -> list[int]:
-    """Sizes of `parts` chunks of `size` as torch.chunk and DTensor cut: all ceil(size/parts) but the last ones, which may be empty."""
+    """Sizes of `parts` chunks of `size` as torch.chunk and DTensor cut: all ceil(size/parts) but the last
+    ones, which may be empty."""
     full = -(-size // parts)
     return [max(0, min(full, size - full * part)) for part in range(parts)]
 
@@ -65,31 +70,36 @@ def all_gather(
 ) -> Tensor:
     """Shard(dim) -> Replicate; `full_size` is the whole size of `dim`."""
     _expect(grad_placement, (Partial(), Replicate()), "all_gather")
-    return _AllGather.apply(x, dim % x.dim(), axis, full_size, grad_placement, origin)  # type: ignore[no-any-return]
+    out: Tensor = _AllGather.apply(x, dim % x.dim(), axis, full_size, grad_placement, origin)
+    return out
 
 
 def reduce_scatter(x: Tensor, dim: int, axis: Axis, *, grad_placement: Placement, origin: Origin) -> Tensor:
     """Partial -> Shard(dim); the size of `dim` must be a multiple of the axis."""
     _expect(grad_placement, (Shard(dim),), "reduce_scatter")
-    return _ReduceScatter.apply(x, dim % x.dim(), axis, origin)  # type: ignore[no-any-return]
+    out: Tensor = _ReduceScatter.apply(x, dim % x.dim(), axis, origin)
+    return out
 
 
 def all_reduce(x: Tensor, axis: Axis, *, grad_placement: Placement, origin: Origin) -> Tensor:
     """Partial -> Replicate."""
     _expect(grad_placement, (Replicate(),), "all_reduce")
-    return _AllReduce.apply(x, axis, origin)  # type: ignore[no-any-return]
+    out: Tensor = _AllReduce.apply(x, axis, origin)
+    return out
 
 
 def fan_out(x: Tensor, axis: Axis, *, grad_placement: Placement, origin: Origin) -> Tensor:
     """Replicate -> Replicate: does nothing forward; sums the parts of the gradient backward."""
     _expect(grad_placement, (Partial(),), "fan_out")
-    return _FanOut.apply(x, axis, origin)  # type: ignore[no-any-return]
+    out: Tensor = _FanOut.apply(x, axis, origin)
+    return out
 
 
 def split(x: Tensor, dim: int, axis: Axis, *, grad_placement: Placement, origin: Origin) -> Tensor:
     """Replicate -> Shard(dim), a view of the own chunk; the gradient is gathered whole."""
     _expect(grad_placement, (Shard(dim),), "split")
-    return _Split.apply(x, dim % x.dim(), axis, origin)  # type: ignore[no-any-return]
+    out: Tensor = _Split.apply(x, dim % x.dim(), axis, origin)
+    return out
 
 
 def all_to_all(
@@ -102,9 +112,11 @@ def all_to_all(
     grad_placement: Placement,
     origin: Origin,
 ) -> Tensor:
-    """Shard(concat_dim) -> Shard(split_dim): cuts split_dim (any size), joins concat_dim, whose whole size is `full_size`."""
+    """Shard(concat_dim) -> Shard(split_dim): cuts split_dim (any size), joins concat_dim, whose whole size is
+    `full_size`."""
     _expect(grad_placement, (Shard(split_dim),), "all_to_all")
-    return _AllToAll.apply(x, split_dim % x.dim(), concat_dim % x.dim(), full_size, axis, origin)  # type: ignore[no-any-return]
+    out: Tensor = _AllToAll.apply(x, split_dim % x.dim(), concat_dim % x.dim(), full_size, axis, origin)
+    return out
 
 
 def exchange_rows(
@@ -118,7 +130,8 @@ def exchange_rows(
 ) -> Tensor:
     """[sum(send_splits), H], sorted by destination -> [sum(receive_splits), H], sorted by source."""
     _expect(grad_placement, (Shard(0),), "exchange_rows")
-    return _ExchangeRows.apply(rows, tuple(send_splits), tuple(receive_splits), axis, origin)  # type: ignore[no-any-return]
+    out: Tensor = _ExchangeRows.apply(rows, tuple(send_splits), tuple(receive_splits), axis, origin)
+    return out
 
 
 def gather_now(x: Tensor, dim: int, axis: Axis, full_size: int, origin: Origin) -> Tensor:
@@ -157,7 +170,8 @@ def scatter_sum_now(x: Tensor, dim: int, axis: Axis, origin: Origin) -> Tensor:
 
 
 def _sum_pairwise(blocks: Tensor, axis: Axis, origin: Origin) -> Tensor:
-    """Sum over ranks of the block that is this rank's: an all-to-all of the others', and a local sum. The own block isn't moved."""
+    """Sum over ranks of the block that is this rank's: an all-to-all of the others', and a local sum. The own
+    block isn't moved."""
     others = [blocks[rank] for rank in range(axis.size) if rank != axis.rank]
     received = swap_others_now(
         torch.stack(others) if len(others) > 1 else others[0].unsqueeze(0), axis, origin
@@ -176,7 +190,8 @@ def sum_now(x: Tensor, axis: Axis, origin: Origin) -> Tensor:
 
 
 def swap_others_now(blocks: Tensor, axis: Axis, origin: Origin) -> Tensor:
-    """[n - 1, ...], a block for every other rank in order -> [n - 1, ...], one from every other rank in order; no gradient."""
+    """[n - 1, ...], a block for every other rank in order -> [n - 1, ...], one from every other rank in
+    order; no gradient."""
     splits = [int(rank != axis.rank) for rank in range(axis.size)]
     return swap_rows_now(blocks, splits, splits, axis, origin)
 

@@ -1,11 +1,13 @@
-"""What the embedding styles of the native engine share: a sharded table, whose rows are whose, and how its ids come in.
+"""What the embedding styles of the native engine share: a sharded table, whose rows are whose, and how its
+ids come in.
 
-Suffixes: B batch, S sequence, H hidden, T ranks of the axis (a block per destination or source), L the own part of S.
-Under sequence parallelism every style leaves [B, S/T, H]; look-ups are made in the order of their destination, so that
-what goes over the wire is contiguous already. Ids are the same on every rank of the axis; give them on the host where
-you can: then nothing waits for the device to learn which rows are its own.
+Suffixes: B batch, S sequence, H hidden, T ranks of the axis (a block per destination or source), L the own
+part of S. Under sequence parallelism every style leaves [B, S/T, H]; look-ups are made in the order of their
+destination, so that what goes over the wire is contiguous already. Ids are the same on every rank of the
+axis; give them on the host where you can: then nothing waits for the device to learn which rows are its own.
 
-A gradient row is added to the table only where this rank owns the id and the id isn't padding_idx (F.embedding's rule).
+A gradient row is added to the table only where this rank owns the id and the id isn't padding_idx
+(F.embedding's rule).
 """
 
 from collections.abc import Callable
@@ -44,14 +46,15 @@ class TableSharder(Sharder):
         module, rule, name = assignment.module, assignment.rule, assignment.name
         if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
             raise PlanError(
-                f"rule {rule}: {name} uses max_norm, sparse or scale_grad_by_freq, which no style carries out. "
-                "Switch them off."
+                f"rule {rule}: {name} uses max_norm, sparse or scale_grad_by_freq, which no style carries "
+                "out. Switch them off."
             )
         if self.cut_dim == 0:
             check_no_empty_shard(assignment, fit, module.num_embeddings, "rows")
         if rule.style.ownership is Ownership.INTERLEAVED and fit.fsdp > 1:
             raise PlanError(
-                f"rule {rule} interleaves the rows of {name}, and no checkpoint could tell their order once FSDP cuts "
+                f"rule {rule} interleaves the rows of {name}, and no checkpoint could tell their order once "
+                "FSDP cuts "
                 'them again. Use ownership = "contiguous", or no fsdp axis.'
             )
 
@@ -81,7 +84,8 @@ class EmbeddingShard:
 
     @property
     def grad_placement(self) -> Placement:
-        """What one rank's gradient of its table is: a part of the sum where it looked up a part of the tokens only."""
+        """What one rank's gradient of its table is: a part of the sum where it looked up a part of the tokens
+        only."""
         is_part = self.sharder.cut_dim is None and self.sequence_parallel
         return Partial() if is_part else self.weight_placement
 
@@ -94,8 +98,8 @@ class EmbeddingShard:
         n_ranks = self.site.axis.size
         if self.sequence_parallel and ids_BS.shape[1] % n_ranks:
             raise InputError(
-                f"{self.site.module}: sequence {ids_BS.shape[1]} is no multiple of tp={n_ranks}, "
-                "which sequence parallelism needs."
+                f"{self.site.module}: sequence {ids_BS.shape[1]} is no multiple of tp={n_ranks}, which "
+                "sequence parallelism needs."
             )
         return self.sharder.look_up(self, ids_BS, weight)
 

@@ -20,7 +20,8 @@ def kind_of(module: nn.Module) -> ModuleKind:
 
 
 def outer_parameters(model: nn.Module) -> frozenset[nn.Parameter]:
-    """Those of embeddings, and of the head: the module that a Hugging Face model calls so, else the last linear layer."""
+    """Those of embeddings, and of the head: the module that a Hugging Face model calls so, else the last
+    linear layer."""
     head = getattr(model, "get_output_embeddings", lambda: None)() or last_linear(model)
     outer = (module for module in model.modules() if isinstance(module, nn.Embedding) or module is head)
     return frozenset(parameter for module in outer for parameter in module.parameters())

@@ -1,4 +1,5 @@
-"""What the native engine's styles of linear layers, norms and containers share, as functions of plain local tensors.
+"""What the native engine's styles of linear layers, norms and containers share, as functions of plain local
+tensors.
 
 Shapes: activations [B, S, H] or [B, S/T, H] (sequence parallel).
 """
@@ -51,15 +52,15 @@ class LinearSharder(Sharder):
             heads = width // per_head
             what = "KV heads" if _is_narrower(module, parent, self.cut_dim) else "heads"
             raise PlanError(
-                f"rule {assignment.rule} splits {heads} {what} of {parent_name} over tp={fit.tp}. "
-                f"Use tp in {divisors(heads)}."
+                f"rule {assignment.rule} splits {heads} {what} of {parent_name} over tp={fit.tp}. Use tp in "
+                f"{divisors(heads)}."
             )
         check_no_empty_shard(assignment, fit, width, self.what)
 
 
 def _features_per_head(module: nn.Linear, parent: nn.Module | None, cut_dim: int) -> int:
-    """Of the dim that is cut; 0 where the module around it doesn't say. A projection that gives several times what
-    its sibling takes back has so many tensors of a head side by side, such as query, key and value."""
+    """Of the dim that is cut; 0 where the module around it doesn't say. A projection that gives several times
+    what its sibling takes back has so many tensors of a head side by side, such as query, key and value."""
     head_dim = getattr(parent, "head_dim", None)
     if not isinstance(head_dim, int) or parent is None:
         return 0
@@ -80,7 +81,8 @@ def _siblings(module: nn.Linear, parent: nn.Module | None) -> list[nn.Linear]:
 
 
 def apply_to_norm(assignment: Assignment, work: Work, grad: Placement) -> None:
-    """A norm whose parameters every rank holds whole. grad: Partial where each rank sees a part of the tokens."""
+    """A norm whose parameters every rank holds whole. grad: Partial where each rank sees a part of the
+    tokens."""
     module = assignment.module
     is_rms = isinstance(module, nn.RMSNorm)
     norm: Any = F.rms_norm if is_rms else F.layer_norm

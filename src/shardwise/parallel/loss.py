@@ -1,12 +1,15 @@
-"""Cross-entropy for both engines, normalised over the valid labels of the global batch; sharded logits are never gathered.
+"""Cross-entropy for both engines, normalised over the valid labels of the global batch; sharded logits are
+never gathered.
 
-Vocabulary-parallel, T ranks, each with logits [N, V/T] of every token (N = B x S tokens). With m_r, s_r the local maximum and sum of
-exponentials, every rank sends (lse_r = m_r + log s_r, x_r = the label's logit or 0) in one all-gather of 2 N floats, and then
+Vocabulary-parallel, T ranks, each with logits [N, V/T] of every token (N = B x S tokens). With m_r, s_r the
+local maximum and sum of exponentials, every rank sends (lse_r = m_r + log s_r, x_r = the label's logit or 0)
+in one all-gather of 2 N floats, and then
 
     lse = logsumexp_r(lse_r),  loss = sum over valid tokens of (lse - sum_r x_r) / valid
     d loss / d logit = (exp(logit - lse) - [logit is the label's]) / valid
 
-Softmax runs in float32 at least. Source of the scheme: Shoeybi et al. 2019 (Megatron-LM), section 3, which sends three all-reduces.
+Softmax runs in float32 at least. Source of the scheme: Shoeybi et al. 2019 (Megatron-LM), section 3, which
+sends three all-reduces.
 """
 
 from collections.abc import Iterator
@@ -30,8 +33,9 @@ IGNORED = -100
 class Loss(Protocol):
     """Mean cross-entropy of logits [B, S, V or V/T] and labels [B, S] (IGNORED ones don't count).
 
-    valid: labels that count in the whole global batch, where this rank sees a part of it (data parallel, micro-batches); by default
-    those of `labels`. The result is this rank's summand of the global mean. Run the backward inside `backward_context()`.
+    valid: labels that count in the whole global batch, where this rank sees a part of it (data parallel,
+    micro-batches); by default those of `labels`. The result is this rank's summand of the global mean. Run
+    the backward inside `backward_context()`.
     """
 
     def __call__(self, logits: Tensor, labels_BS: Tensor, valid: Tensor | int | None = None) -> Tensor: ...
@@ -70,7 +74,8 @@ class VocabParallelLoss:
         expected = self.ownership.rows_of(self.site.axis.rank)
         if logits.shape[-1] != expected:
             raise AssertionError(
-                f"loss: logits have {logits.shape[-1]} columns, this rank's part of the vocabulary has {expected}"
+                f"loss: logits have {logits.shape[-1]} columns, this rank's part of the vocabulary has "
+                f"{expected}"
             )
         if valid is None:
             valid = count_valid(labels_BS)
@@ -115,7 +120,8 @@ class DTensorLoss:
 
 
 def _weights(logits_NV: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(w [N, V/T], c [N], lse [N]) in `dtype`: exp(logit) = w exp(c), and lse = logsumexp of each row. w is the only new tensor of its size."""
+    """(w [N, V/T], c [N], lse [N]) in `dtype`: exp(logit) = w exp(c), and lse = logsumexp of each row. w is
+    the only new tensor of its size."""
     if logits_NV.dtype == dtype:
         probabilities_NV = torch.softmax(logits_NV, dim=1)
         # the largest logit has probability 1/s_r, so lse_r = m_r + log s_r needs no pass of its own

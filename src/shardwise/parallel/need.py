@@ -9,12 +9,14 @@ from shardwise.core.plan import Engine, Plan
 from shardwise.parallel.collectives import chunk_sizes
 from shardwise.parallel.resolve import resolve
 
-# a rank's own footprint beside tensors: the interpreter with torch loaded, measured as VmRSS after import on Linux
+# a rank's own footprint beside tensors: the interpreter with torch loaded, measured as VmRSS after import on
+# Linux
 _PROCESS_BYTES = 300 * 2**20
 
 
 def state_bytes(model: nn.Module, plan: Plan, mesh: Mesh, dtype: torch.dtype) -> int:
-    """Parameters, gradients and AdamW's two moments of the largest rank, exact up to uneven shards of FSDP; activations come on top."""
+    """Parameters, gradients and AdamW's two moments of the largest rank, exact up to uneven shards of FSDP;
+    activations come on top."""
     sharded: dict[str, float] = {}
     for assignment in resolve(model, plan, tp=mesh.tp, fsdp=mesh.fsdp):
         for name, parameter in assignment.module.named_parameters(recurse=False):
@@ -65,8 +67,9 @@ def refuse_too_large(
     needed = mesh.world_size * (copies * state + _PROCESS_BYTES)
     if available is not None and needed > available:
         raise OptionError(
-            f"{what} {parts}, {_gib(needed)} for {mesh.world_size} ranks with {copies} plans held at once; this machine has "
-            f"{_gib(available)} available and no GPU in use. Use a smaller model, fewer plans, or a machine that holds it."
+            f"{what} {parts}, {_gib(needed)} for {mesh.world_size} ranks with {copies} plans held at once; "
+            f"this machine has {_gib(available)} available and no GPU in use. Use a smaller model, fewer "
+            "plans, or a machine that holds it."
         )
 
 

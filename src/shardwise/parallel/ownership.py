@@ -1,12 +1,15 @@
-"""Which rank owns which row of a table, and where it keeps it; and the route that rows take to the ranks that need them.
+"""Which rank owns which row of a table, and where it keeps it; and the route that rows take to the ranks that
+need them.
 
 Pure functions of host-side ids: no collectives, no devices. t ranks, V rows.
 
-contiguous: rank r owns the r-th chunk, as torch.chunk cuts V. interleaved: rows are dealt round-robin, id % t where t divides V, with
-the same number of rows per rank as contiguous has (a rank that is full is passed over), so that a DTensor's shard sizes hold.
+contiguous: rank r owns the r-th chunk, as torch.chunk cuts V. interleaved: rows are dealt round-robin, id % t
+where t divides V, with the same number of rows per rank as contiguous has (a rank that is full is passed
+over), so that a DTensor's shard sizes hold.
 
-The route (for sequence parallelism: rank d needs the d-th part of every sequence) sends each distinct row once to each rank that needs
-it. Formula of what rank r sends: H x sum over d != r of |distinct ids of part d that r owns|.
+The route (for sequence parallelism: rank d needs the d-th part of every sequence) sends each distinct row
+once to each rank that needs it. Formula of what rank r sends: H x sum over d != r of |distinct ids of part d
+that r owns|.
 """
 
 from dataclasses import dataclass
@@ -74,8 +77,9 @@ def _deal(vocab_size: int, axis_size: int) -> tuple[Tensor, Tensor]:
 class Route:
     """What one rank sends and receives for one batch of ids.
 
-    send_rows: local rows to send, sorted by destination; send_splits[d]: how many go to rank d. receive_splits[s]: how many come from
-    rank s. expand: for every token of the own part, flattened, its row among the received ones.
+    send_rows: local rows to send, sorted by destination; send_splits[d]: how many go to rank d.
+    receive_splits[s]: how many come from rank s. expand: for every token of the own part, flattened, its row
+    among the received ones.
     """
 
     send_rows: Tensor

@@ -1,9 +1,10 @@
-"""Parameters of the native engine: DTensors cut from whole tensors, the order of their rows in checkpoints, and the reduction of
-the gradients of replicated parameters of which every rank computed a part.
+"""Parameters of the native engine: DTensors cut from whole tensors, the order of their rows in checkpoints,
+and the reduction of the gradients of replicated parameters of which every rank computed a part.
 
-An interleaved table keeps its rows in another order than a DTensor's shards say. state_dict() gives them back in the order of their
-ids (an all-to-all of rows; all ranks must call it), load_state_dict() takes that order, so checkpoints know nothing of ownership.
-An optimizer's state follows the rows as they are kept: resume it with the same plan and tp size.
+An interleaved table keeps its rows in another order than a DTensor's shards say. state_dict() gives them back
+in the order of their ids (an all-to-all of rows; all ranks must call it), load_state_dict() takes that order,
+so checkpoints know nothing of ownership. An optimizer's state follows the rows as they are kept: resume it
+with the same plan and tp size.
 """
 
 from collections.abc import Callable, Collection, Iterable
@@ -91,10 +92,11 @@ def local_weight(parameter: Tensor, grad_placement: Placement) -> Tensor:
 def fill(
     model: nn.Module, whole_of: Callable[[str, torch.Size], Tensor], row_order: dict[str, RowOwnership]
 ) -> None:
-    """Gives every parameter its values: `whole_of(name, shape)` returns the whole tensor, of which this rank keeps its part.
+    """Gives every parameter its values: `whole_of(name, shape)` returns the whole tensor, of which this rank
+    keeps its part.
 
-    Meta parameters become real on the device of what `whole_of` returns, and keep the hooks that a factory has put on them. row_order: parameters
-    whose rows are interleaved.
+    Meta parameters become real on the device of what `whole_of` returns, and keep the hooks that a factory
+    has put on them. row_order: parameters whose rows are interleaved.
     """
     replaced: dict[int, nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
@@ -155,8 +157,9 @@ def keep_rows_in_order(module: nn.Module, ownership: RowOwnership, axis: Axis, o
     def check_mesh(kept: DTensor) -> None:
         if kept.device_mesh.size() > axis.size:
             raise PlanError(
-                f"{origin.module}: rule {origin.rule} interleaves its rows, and FSDP has cut them again over a mesh of "
-                f'{kept.device_mesh.shape}, so no checkpoint can tell their order. Use ownership = "contiguous".'
+                f"{origin.module}: rule {origin.rule} interleaves its rows, and FSDP has cut them again over "
+                f"a mesh of {kept.device_mesh.shape}, so no checkpoint can tell their order. Use ownership = "
+                '"contiguous".'
             )
 
     def in_order_of_ids(kept: DTensor) -> DTensor:
@@ -207,7 +210,8 @@ def take_whole_tensors(module: nn.Module) -> None:
 
 
 def refuse_untied(model: nn.Module, ties: Collection[tuple[str, ...]]) -> None:
-    """Ends a forward with a ModelError once parameters that are one now have become several, which would train apart unnoticed."""
+    """Ends a forward with a ModelError once parameters that are one now have become several, which would
+    train apart unnoticed."""
     places = [
         [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
         for names in ties
@@ -217,23 +221,27 @@ def refuse_untied(model: nn.Module, ties: Collection[tuple[str, ...]]) -> None:
         for names, tied in zip(ties, places, strict=True):
             if len({id(getattr(module, name)) for module, name in tied}) > 1:
                 raise ModelError(
-                    f"{' and '.join(names)} were one parameter when the model was sharded, and are several now, as "
-                    f"load_state_dict(assign=True) leaves them. Tie them again: model.{names[1]} = model.{names[0]}."
+                    f"{' and '.join(names)} were one parameter when the model was sharded, and are several "
+                    f"now, as load_state_dict(assign=True) leaves them. Tie them again: model.{names[1]} = "
+                    f"model.{names[0]}."
                 )
 
     if places:
         model.register_forward_pre_hook(before_forward)
 
 
-# Module.to() swaps what is in a parameter, hooks and attributes alike, and keeps the object: an attribute tells when the hook is gone
+# Module.to() swaps what is in a parameter, hooks and attributes alike, and keeps the object: an attribute
+# tells when the hook is gone
 _WATCHED = "_shardwise_watched"
 
 
 class PartialGradients:
-    """Sums, at the end of every backward, the gradients of replicated parameters of which each rank computed a part.
+    """Sums, at the end of every backward, the gradients of replicated parameters of which each rank computed
+    a part.
 
-    One flattened all-reduce per dtype. Afterwards `.grad` is Replicate, like its parameter; what earlier backwards had accumulated is
-    added to. Parameters that FSDP2 manages are left alone: FSDP2 sums their Partial gradients itself.
+    One flattened all-reduce per dtype. Afterwards `.grad` is Replicate, like its parameter; what earlier
+    backwards had accumulated is added to. Parameters that FSDP2 manages are left alone: FSDP2 sums their
+    Partial gradients itself.
     """
 
     def __init__(
@@ -243,13 +251,15 @@ class PartialGradients:
         self._hooks: dict[tuple[nn.Module, str], RemovableHandle | None] = dict.fromkeys(parameters)
         self._axis = axis
         self._origin = origin
-        # by graph task, since a reentrant checkpoint runs a backward inside a backward: parameters, and what they had accumulated before
+        # by graph task, since a reentrant checkpoint runs a backward inside a backward: parameters, and what
+        # they had accumulated before
         self._backwards: dict[int, list[tuple[nn.Parameter, DTensor | None]]] = {}
         self.watch()
         model.register_forward_pre_hook(lambda *_: self.watch())
 
     def watch(self) -> None:
-        """Hooks the parameters as they are now: they may have been replaced since (filled, moved off meta, wrapped by FSDP2) or unfrozen."""
+        """Hooks the parameters as they are now: they may have been replaced since (filled, moved off meta,
+        wrapped by FSDP2) or unfrozen."""
         places = [(place, getattr(*place)) for place in self._hooks]
         new = [
             (place, p)

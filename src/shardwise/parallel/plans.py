@@ -9,7 +9,8 @@ from shardwise.parallel.builtin import builtin_plan
 
 
 def load_plans(names: Sequence[str], *, sequence_parallel: bool, family: Family) -> list[tuple[str, Plan]]:
-    """(label, plan) for each name, built-in ones for a family of models; labels are told apart where two plans share one."""
+    """(label, plan) for each name, built-in ones for a family of models; labels are told apart where two
+    plans share one."""
     found: list[tuple[str, Plan]] = []
     for name in names:
         plan = _load(name, sequence_parallel, family)

@@ -1,7 +1,8 @@
-"""Which rule holds for which module, and whether the model can carry the plan: every check that needs no process group.
+"""Which rule holds for which module, and whether the model can carry the plan: every check that needs no
+process group.
 
-Runs on a meta model as well as on a real one, so that a command refuses a plan before it starts a rank. What only one style
-wants its own file says: styles/.
+Runs on a meta model as well as on a real one, so that a command refuses a plan before it starts a rank. What
+only one style wants its own file says: styles/.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,9 +22,11 @@ from shardwise.torch_private import AnyDropout
 def resolve(
     model: nn.Module, plan: Plan, *, tp: int, seq: int | None = None, fsdp: int = 1
 ) -> tuple[Assignment, ...]:
-    """The rule of every module that has one, in the model's order. Raises PlanError for a plan that the model can't carry.
+    """The rule of every module that has one, in the model's order. Raises PlanError for a plan that the model
+    can't carry.
 
-    seq: the length that will be used, where it is known; fsdp: the ranks on axes that shard parameters further.
+    seq: the length that will be used, where it is known; fsdp: the ranks on axes that shard parameters
+    further.
     """
     fit = Fit({name: module for name, module in model.named_modules() if name}, tp, fsdp, seq)
     try:
@@ -71,8 +74,8 @@ def _assignments(plan: Plan, fit: Fit) -> Iterator[Assignment]:
         _check_arguments(assignment)
         if fit.seq is not None and fit.seq % fit.tp and sharder.cuts_sequence(rule.style):
             raise PlanError(
-                f"rule {rule} cuts the sequence, and {fit.seq} is no multiple of tp={fit.tp}. "
-                f"Use a sequence that is a multiple of {fit.tp}, or a plan without sequence parallelism."
+                f"rule {rule} cuts the sequence, and {fit.seq} is no multiple of tp={fit.tp}. Use a sequence "
+                f"that is a multiple of {fit.tp}, or a plan without sequence parallelism."
             )
         if plan.engine is Engine.DTENSOR and sharder.twin(assignment, keeps_dtensor=False) is None:
             raise PlanError(
@@ -117,13 +120,14 @@ def _check_arguments(assignment: Assignment) -> None:
         if "from" in given.name.arguments:
             raise PlanError(f"rule {assignment.rule}: from is {value}. Allowed: {shown}.")
         raise PlanError(
-            f"rule {assignment.rule}: {what} is {str(value).lower()}. "
-            f"Allowed for {type(assignment.module).__name__}: {shown}."
+            f"rule {assignment.rule}: {what} is {str(value).lower()}. Allowed for "
+            f"{type(assignment.module).__name__}: {shown}."
         )
 
 
 def _check_equal_parts(assignment: Assignment, *, is_head: bool, tp: int) -> None:
-    """PyTorch's own styles fail in mid forward where two layers meet in an uneven shard, and hang where one is empty."""
+    """PyTorch's own styles fail in mid forward where two layers meet in an uneven shard, and hang where one
+    is empty."""
     rule, module, name = assignment.rule, assignment.module, assignment.name
     if not isinstance(module, nn.Linear | nn.Embedding):
         return
@@ -132,12 +136,13 @@ def _check_equal_parts(assignment: Assignment, *, is_head: bool, tp: int) -> Non
         if dim is not None and module.weight.shape[dim] % tp:
             width = module.weight.shape[dim]
             raise PlanError(
-                f"rule {rule} splits {width} of {name} over tp={tp}, and PyTorch's own styles need equal parts. "
-                f"Use tp in {divisors(width)}."
+                f"rule {rule} splits {width} of {name} over tp={tp}, and PyTorch's own styles need equal "
+                f"parts. Use tp in {divisors(width)}."
             )
     elif 0 in chunk_sizes(rows, tp):
         raise PlanError(
-            f"rule {rule} leaves a rank without rows of {name} ({rows} over tp={tp}). Use tp of at most {rows}."
+            f"rule {rule} leaves a rank without rows of {name} ({rows} over tp={tp}). Use tp of at most "
+            f"{rows}."
         )
 
 

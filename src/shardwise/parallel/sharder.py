@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Assignment:
-    """One module, the rule that holds for it, and what the rule's style does to it. is_input_whole: a module around
-    it gathers the input."""
+    """One module, the rule that holds for it, and what the rule's style does to it. is_input_whole: a module
+    around it gathers the input."""
 
     name: str
     module: Any  # of a class that the sharder takes
@@ -42,8 +42,8 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fit:
-    """What a plan must fit: the model's modules by name, the tp ranks, the ranks on axes that shard parameters
-    further, and the length of the sequences where it is known."""
+    """What a plan must fit: the model's modules by name, the tp ranks, the ranks on axes that shard
+    parameters further, and the length of the sequences where it is known."""
 
     modules: Mapping[str, nn.Module]
     tp: int
@@ -61,8 +61,8 @@ class Reasons:
 
 @dataclass(slots=True)
 class Work:
-    """What the native engine collects while it applies a plan: parameters that took the place of whole ones (by
-    the whole one's id), the tables among them, those whose gradient is a part on each rank, and the loss.
+    """What the native engine collects while it applies a plan: parameters that took the place of whole ones
+    (by the whole one's id), the tables among them, those whose gradient is a part on each rank, and the loss.
 
     head: the linear layer that gives the logits.
     """
@@ -109,12 +109,12 @@ class Work:
 class Sharder:
     """One style on one class of modules.
 
-    inputs, outputs: the placements that a rule may give for them; the first is the default. cut_dim: the dim of
-    the weight of which each rank has a part; None: each has all of it. gathers_input: what it takes is whole for
-    all modules inside. decided_by_data: token ids decide what is sent. takes_tied_table: for a head that shares
-    its weight with the embedding. below_gather_input: what to do instead, where what a style takes for whole is
-    each rank's part of a sum. twin_style: PyTorch's own style for the same. twin_keeps_whole_gradient: and whether
-    that leaves the gradient of the whole weight on every rank.
+    inputs, outputs: the placements that a rule may give for them; the first is the default. cut_dim: the dim
+    of the weight of which each rank has a part; None: each has all of it. gathers_input: what it takes is
+    whole for all modules inside. decided_by_data: token ids decide what is sent. takes_tied_table: for a head
+    that shares its weight with the embedding. below_gather_input: what to do instead, where what a style
+    takes for whole is each rank's part of a sum. twin_style: PyTorch's own style for the same.
+    twin_keeps_whole_gradient: and whether that leaves the gradient of the whole weight on every rank.
     """
 
     inputs: ClassVar[tuple[Placement, ...]] = ()
@@ -151,16 +151,16 @@ class Sharder:
         raise NotImplementedError
 
     def twin(self, assignment: Assignment, *, keeps_dtensor: bool) -> ParallelStyle | None:
-        """PyTorch's own style for the same, made; None where there is none. keeps_dtensor: of a head, whose loss
-        wants it."""
+        """PyTorch's own style for the same, made; None where there is none. keeps_dtensor: of a head, whose
+        loss wants it."""
         return None if self.twin_style is None else self.twin_style()
 
 
 def refuse_below_gather_input(assignment: Assignment, advice: str) -> None:
     """Raises the PlanError of check_below_gather_input()."""
     raise PlanError(
-        f"rule {assignment.rule}: {assignment.name} is below a gather_input, where each rank's gradient is a part of "
-        f"the sum. {advice}"
+        f"rule {assignment.rule}: {assignment.name} is below a gather_input, where each rank's gradient is a "
+        f"part of the sum. {advice}"
     )
 
 
@@ -168,8 +168,8 @@ def check_no_empty_shard(assignment: Assignment, fit: Fit, size: int, what: str)
     """FSDP can't cut what isn't there."""
     if fit.fsdp > 1 and 0 in chunk_sizes(size, fit.tp):
         raise PlanError(
-            f"rule {assignment.rule} leaves a rank without {what} of {assignment.name} ({size} over tp={fit.tp}), "
-            f"which FSDP can't shard further. Use tp of at most {size}, or no fsdp axis."
+            f"rule {assignment.rule} leaves a rank without {what} of {assignment.name} ({size} over "
+            f"tp={fit.tp}), which FSDP can't shard further. Use tp of at most {size}, or no fsdp axis."
         )
 
 

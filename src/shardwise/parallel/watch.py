@@ -1,4 +1,5 @@
-"""What a style shows of its inside while it works, for whoever watches; when nobody does, that costs one look at a variable."""
+"""What a style shows of its inside while it works, for whoever watches; when nobody does, that costs one look
+at a variable."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

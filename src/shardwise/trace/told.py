@@ -1,4 +1,5 @@
-"""What modules and styles tell of the collectives that a trace has seen: what the module is, and why it issues one."""
+"""What modules and styles tell of the collectives that a trace has seen: what the module is, and why it
+issues one."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace

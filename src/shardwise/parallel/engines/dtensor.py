@@ -1,5 +1,5 @@
-"""The dtensor engine: a plan carried out by PyTorch's own ParallelStyles, as torchtitan's 2025 plan had them. A peer is not
-mended."""
+"""The dtensor engine: a plan carried out by PyTorch's own ParallelStyles, as torchtitan's 2025 plan had them.
+A peer is not mended."""
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh

@@ -1,8 +1,10 @@
-"""Plan `hf`: the tensor-parallel plan that a Hugging Face model brings along, carried out by transformers itself. A peer is not mended.
+"""Plan `hf`: the tensor-parallel plan that a Hugging Face model brings along, carried out by transformers
+itself. A peer is not mended.
 
-transformers merges config.base_model_tp_plan, the class's _tp_plan and an embedding rule of its own, expands `*` to the layers that
-there are, and shards parameters and replaces forwards in place. That is what from_pretrained(distributed_config=...) does before it
-loads weights, and it ties tied weights again afterwards; so do we. Its styles: transformers/distributed/tensor_parallel.py.
+transformers merges config.base_model_tp_plan, the class's _tp_plan and an embedding rule of its own, expands
+`*` to the layers that there are, and shards parameters and replaces forwards in place. That is what
+from_pretrained(distributed_config=...) does before it loads weights, and it ties tied weights again
+afterwards; so do we. Its styles: transformers/distributed/tensor_parallel.py.
 """
 
 import re
@@ -25,10 +27,12 @@ ABOUT = "the Hugging Face model's own tensor-parallel plan, carried out by trans
 
 
 def parallelize_hugging_face(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Shards a transformers model (real, meta or fake) in place over the "tp" axis of `mesh`, and returns it; see parallelize().
+    """Shards a transformers model (real, meta or fake) in place over the "tp" axis of `mesh`, and returns it;
+    see parallelize().
 
-    applied_to(model).foreign then holds the rules. Raises PlanError, before anything is changed, for a model without a plan of its
-    own; PlanError too where transformers can't carry it out, and the model is then of no use.
+    applied_to(model).foreign then holds the rules. Raises PlanError, before anything is changed, for a model
+    without a plan of its own; PlanError too where transformers can't carry it out, and the model is then of
+    no use.
     """
     rules = hugging_face_rules(model)
     loss = apply_hugging_face(model, mesh)
@@ -55,7 +59,8 @@ def hugging_face_rules(model: nn.Module) -> tuple[ForeignRule, ...]:
 
 
 def apply_hugging_face(model: nn.Module, mesh: DeviceMesh) -> Loss:
-    """Has transformers shard `model` in place over the "tp" axis. Returns the loss for its logits, which must be whole."""
+    """Has transformers shard `model` in place over the "tp" axis. Returns the loss for its logits, which must
+    be whole."""
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
     plan = _own_plan(model)
@@ -85,7 +90,8 @@ def apply_hugging_face(model: nn.Module, mesh: DeviceMesh) -> Loss:
     untied = tied - _tied(model)
     if untied:
         raise PlanError(
-            f'plan "{PLAN_NAME}": {" and ".join(sorted(min(untied, key=sorted)))} were one parameter, and are several when sharded.'
+            f'plan "{PLAN_NAME}": {" and ".join(sorted(min(untied, key=sorted)))} were one parameter, and '
+            "are several when sharded."
         )
     return PlainLoss()
 
@@ -94,12 +100,13 @@ def _own_plan(model: nn.Module) -> dict[str, str]:
     plan = getattr(model, "tp_plan", None)
     if not hasattr(model, "_expand_parallel_plan") or plan is None:
         raise PlanError(
-            f'plan "{PLAN_NAME}": {shown(type(model).__name__)} is no Hugging Face model. Use it with --model hf:TYPE, or name another plan.'
+            f'plan "{PLAN_NAME}": {shown(type(model).__name__)} is no Hugging Face model. Use it with '
+            "--model hf:TYPE, or name another plan."
         )
     if not plan:
         raise PlanError(
-            f'plan "{PLAN_NAME}": transformers has no tensor-parallel plan for {shown(type(model).__name__)}. Explain it without a plan, or '
-            "shard it by one of your own."
+            f'plan "{PLAN_NAME}": transformers has no tensor-parallel plan for '
+            f"{shown(type(model).__name__)}. Explain it without a plan, or shard it by one of your own."
         )
     return dict(plan)
 
@@ -119,13 +126,14 @@ def _refuse_sharded_logits(model: Any, expanded: dict[str, str]) -> None:
     name = next((name for name, module in model.named_modules() if module is head), None)
     if head is not None and expanded.get(str(name)) == "colwise":
         raise PlanError(
-            f'plan "{PLAN_NAME}": its head {name} is colwise, so each rank would hold a part of the logits and none could tell the loss. '
-            "transformers' own plans say colwise_gather_output."
+            f'plan "{PLAN_NAME}": its head {name} is colwise, so each rank would hold a part of the logits '
+            "and none could tell the loss. transformers' own plans say colwise_gather_output."
         )
 
 
 def _part(model: nn.Module, tied: set[frozenset[str]]) -> None:
-    """Gives each of a parameter's places an nn.Parameter of its own on the same memory: transformers shards before it ties."""
+    """Gives each of a parameter's places an nn.Parameter of its own on the same memory: transformers shards
+    before it ties."""
     for names in tied:
         for name in sorted(names)[1:]:
             module_name, _, own_name = name.rpartition(".")

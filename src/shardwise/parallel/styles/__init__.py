@@ -1,7 +1,8 @@
-"""The styles, one file each: NAME.py is the style NAME, and its SHARDERS say what it does to which class of modules.
+"""The styles, one file each: NAME.py is the style NAME, and its SHARDERS say what it does to which class of
+modules.
 
-The list is what lies in this folder. A class of modules is taken as it is, not its subclasses, whose forward may be
-another; nn.Module stands for all that no other style takes.
+The list is what lies in this folder. A class of modules is taken as it is, not its subclasses, whose forward
+may be another; nn.Module stands for all that no other style takes.
 """
 
 import pkgutil
@@ -44,8 +45,8 @@ def is_decided_by_data(plan: AnyPlan) -> bool:
 
 
 def reasons_of(module: nn.Module, rule: RuleRef | None, cut_dim: int | None) -> Reasons | None:
-    """Why a module issues collectives: by its rule's style, whoever carries it out, or where no rule is known by
-    the dim of its weight that is cut."""
+    """Why a module issues collectives: by its rule's style, whoever carries it out, or where no rule is known
+    by the dim of its weight that is cut."""
     for style, sharders in STYLES.items():
         for kind, sharder in sharders.items():
             if rule is not None:

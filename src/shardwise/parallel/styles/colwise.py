@@ -1,8 +1,8 @@
 """colwise: each rank has a part of what a weight gives.
 
 embedding  own columns of the table: each rank looks up its slice of every token's row, in the order of their
-           destination, and slices are swapped for whole rows of the own tokens; all-gathered where `output` is
-           replicate
+           destination, and slices are swapped for whole rows of the own tokens; all-gathered where `output`
+           is replicate
 linear     own rows [out/T, in]. `input` replicate: its gradient is summed over the ranks; shard(1): gathered,
            its gradient reduce-scattered; below a gather_input it is taken as it is. `output` shard(-1): as
            computed; replicate: gathered. The head's logits stay cut, for a loss that takes them so.
@@ -32,9 +32,10 @@ class ColwiseTable(TableSharder):
     cut_dim = 1
     twin_style = ColwiseParallel
     reasons = Reasons(
-        "Each rank looked up its slice of every token's row: slices of all tokens are swapped for whole rows of the own "
-        "tokens.",
-        "Whole rows of the own tokens' gradient become slices of all tokens: each rank owns a slice of every row.",
+        "Each rank looked up its slice of every token's row: slices of all tokens are swapped for whole rows "
+        "of the own tokens.",
+        "Whole rows of the own tokens' gradient become slices of all tokens: each rank owns a slice of every "
+        "row.",
     )
 
     def check(self, assignment: Assignment, fit: Fit) -> None:
@@ -42,8 +43,8 @@ class ColwiseTable(TableSharder):
         module = assignment.module
         if module.embedding_dim % fit.tp:
             raise PlanError(
-                f"rule {assignment.rule} splits hidden {module.embedding_dim} of {assignment.name} over tp={fit.tp}. "
-                f"Use tp in {divisors(module.embedding_dim)}."
+                f"rule {assignment.rule} splits hidden {module.embedding_dim} of {assignment.name} over "
+                f"tp={fit.tp}. Use tp in {divisors(module.embedding_dim)}."
             )
 
     def look_up(self, shard: EmbeddingShard, ids_BS: Tensor, weight: Tensor) -> Tensor:
@@ -69,8 +70,8 @@ class ColwiseLinear(LinearSharder):
     def check_below_gather_input(self, assignment: Assignment) -> None:
         if self.input_of(assignment.style) == Shard(SEQUENCE_DIM):
             raise PlanError(
-                f"rule {assignment.rule}: input is shard(1), but a gather_input above {assignment.name} has made it "
-                "whole. Leave input out."
+                f"rule {assignment.rule}: input is shard(1), but a gather_input above {assignment.name} has "
+                "made it whole. Leave input out."
             )
 
     def apply(self, assignment: Assignment, work: Work) -> None:
@@ -110,7 +111,8 @@ SHARDERS = {nn.Linear: ColwiseLinear(), nn.Embedding: ColwiseTable()}
 
 
 def _rows_of(assignment: Assignment, table: EmbeddingShard | None, work: Work) -> Callable[[], Tensor]:
-    """How a linear layer gets its own rows of its weight: they are there, or the table that it is tied to has them."""
+    """How a linear layer gets its own rows of its weight: they are there, or the table that it is tied to has
+    them."""
     module = assignment.module
     if table is None:
         take_whole_tensors(module)
@@ -121,7 +123,8 @@ def _rows_of(assignment: Assignment, table: EmbeddingShard | None, work: Work) -
 
 
 class _LookUpSlices(torch.autograd.Function):
-    """Slices of rows for every rank, whole rows of the own tokens back: ids [T, N] and columns [V, h] -> [N, T x h].
+    """Slices of rows for every rank, whole rows of the own tokens back: ids [T, N] and columns [V, h] -> [N,
+    T x h].
 
     What a rank needs of its own columns never takes part in the all-to-all: it is looked up into its place.
     """
@@ -154,7 +157,8 @@ class _LookUpSlices(torch.autograd.Function):
             received = collectives.swap_others_now(slices, site.axis, site.origin(Shard(1), Shard(2)))
         received_Mh = received.flatten(0, 1)
         if site.axis.device_type == "cpu":
-            # added from where it lies: on a CPU fresh memory for both parts side by side would cost more than the adding
+            # added from where it lies: on a CPU fresh memory for both parts side by side would cost more than
+            # the adding
             grad_weight = (
                 own_Nh.new_zeros(n_rows, own_Nh.shape[1])
                 .index_add_(0, own_ids, own_Nh)

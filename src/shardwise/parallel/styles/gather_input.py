@@ -1,6 +1,6 @@
-"""gather_input: makes the input of a module that holds others whole, once for all of them. `from` says what it is before:
-shard(1) is gathered, replicate is whole already. Inside, each rank's gradient is a part of the sum: it is
-reduce-scattered or summed."""
+"""gather_input: makes the input of a module that holds others whole, once for all of them. `from` says what
+it is before: shard(1) is gathered, replicate is whole already. Inside, each rank's gradient is a part of the
+sum: it is reduce-scattered or summed."""
 
 import inspect
 

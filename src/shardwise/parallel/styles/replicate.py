@@ -1,4 +1,5 @@
-"""replicate: nothing is cut and nothing is sent; each rank has the module whole and computes what it would alone."""
+"""replicate: nothing is cut and nothing is sent; each rank has the module whole and computes what it would
+alone."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from shardwise.parallel.sharder import Assignment, Sharder, Work
 
 
 class _Replicated(ParallelStyle):
-    """Parameters as Replicate DTensors, plain tensors in and out: what a module outside sequence parallelism needs."""
+    """Parameters as Replicate DTensors, plain tensors in and out: what a module outside sequence parallelism
+    needs."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         def to_dtensor(_: nn.Module, inputs: tuple[object, ...], mesh: DeviceMesh) -> tuple[object, ...]:
@@ -28,7 +30,8 @@ class _Replicated(ParallelStyle):
         def to_local(_: nn.Module, output: DTensor, __: DeviceMesh) -> Tensor:
             return output.to_local()
 
-        return distribute_module(module, device_mesh, None, to_dtensor, to_local)  # type: ignore[arg-type]  # its hooks may return values
+        # its hooks may return values, whatever its types say
+        return distribute_module(module, device_mesh, None, to_dtensor, to_local)  # type: ignore[arg-type]
 
 
 class WholeLinear(Sharder):

@@ -1,4 +1,5 @@
-"""replicated: each rank has the whole table and looks up its own part of the sequence; the table's gradient is summed."""
+"""replicated: each rank has the whole table and looks up its own part of the sequence; the table's gradient
+is summed."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,5 +1,6 @@
-"""routed: each rank owns rows of the vocabulary, and sends each distinct row once to every rank whose part of the
-sequence has the word. Which rows those are the token ids decide; see ownership.py. `ownership` says who owns which."""
+"""routed: each rank owns rows of the vocabulary, and sends each distinct row once to every rank whose part of
+the sequence has the word. Which rows those are the token ids decide; see ownership.py. `ownership` says who
+owns which."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ class RoutedTable(TableSharder):
     decided_by_data = True
     reasons = Reasons(
         "Owners send each distinct row once to every rank whose part of the sequence has the word.",
-        "What a rank received it sends back as gradient, so that owners can add up the gradients of their rows.",
+        "What a rank received it sends back as gradient, so that owners can add up the gradients of their "
+        "rows.",
     )
 
     def look_up(self, shard: EmbeddingShard, ids_BS: Tensor, weight: Tensor) -> Tensor:

@@ -31,10 +31,10 @@ class RowwiseTable(TableSharder):
     twin_style = RowwiseParallel
     twin_keeps_whole_gradient = True
     reasons = Reasons(
-        "Each rank looked up the ids of its own rows and has zeros for all others: the sum over the ranks is the "
-        "embedding.",
-        "Every rank owns some rows of the table, and any token may have used one of them: each needs the gradient of "
-        "all tokens.",
+        "Each rank looked up the ids of its own rows and has zeros for all others: the sum over the ranks is "
+        "the embedding.",
+        "Every rank owns some rows of the table, and any token may have used one of them: each needs the "
+        "gradient of all tokens.",
     )
 
     def look_up(self, shard: EmbeddingShard, ids_BS: Tensor, weight: Tensor) -> Tensor:
@@ -93,8 +93,8 @@ def _summed(y: Tensor, after: Placement, site: Site) -> Tensor:
     size = y.shape[SEQUENCE_DIM]
     if size % axis.size:
         raise PlanError(
-            f"{site.module}: rule {site.rule} cuts a sequence of {size} over tp={axis.size}. "
-            f"Use a multiple of {axis.size}."
+            f"{site.module}: rule {site.rule} cuts a sequence of {size} over tp={axis.size}. Use a multiple "
+            f"of {axis.size}."
         )
     return collectives.reduce_scatter(y, SEQUENCE_DIM, axis, grad_placement=after, origin=origin)
 

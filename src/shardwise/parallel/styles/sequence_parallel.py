@@ -1,4 +1,5 @@
-"""sequence_parallel: a norm of each rank's own part of the sequence; its weights are whole, their gradients are summed."""
+"""sequence_parallel: a norm of each rank's own part of the sequence; its weights are whole, their gradients
+are summed."""
 
 from torch import nn
 from torch.distributed.tensor.parallel import SequenceParallel
