@@ -35,7 +35,6 @@ from typing import Any
 import typer
 from rich.console import Console, RenderableType
 
-from shardwise.cli.compare import TRACES
 from shardwise.cli.main import app
 from shardwise.core.difference import Difference, RunProfile
 from shardwise.core.explanation import Contrast, Explanation
@@ -64,6 +63,7 @@ from shardwise.report.explain.html import explanation_html
 from shardwise.report.predict.html import prediction_html
 from shardwise.report.verify.html import verification_html
 from shardwise.report.walkthrough.html import walkthrough_html
+from shardwise.verbs.compare import TRACES
 from shardwise.walkthrough.record import record_walkthrough
 from shardwise.walkthrough.words import explain_walkthrough
 

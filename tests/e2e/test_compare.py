@@ -232,14 +232,12 @@ REFUSED = [
      "Try: shardwise --help."),
     (("--module", "tok_embedding"), '--module: llama3-debug has no module "tok_embedding". Did you mean "tok_embeddings"? '
      "It has tok_embeddings, layers, layers.0, norm, output, ..."),
-    (("--compile",), "--compile isn't offered yet: the styles' collectives would have to be known to the compiler, and a step that compiles "
-     "around them isn't the step that was checked. Leave it out."),
     (("--config", "no.toml"), "--config no.toml: No such file or directory. Give a TOML file, or one of those shipped: llama3_8b_tp8."),
     (("no-plan.toml",), "plan file no-plan.toml: No such file or directory. Give the path of a TOML file, or a built-in plan's name."),
     (("broken.toml",), "broken.toml: not valid TOML: Expected '=' after a key in a key/value pair (at line 1, column 6)."),
     (("typo.toml",), 'plan "typo": rule "layers.*.atention.wq" (colwise) matched nothing; did you mean "layers.*.attention.wq"?'),
-    (("--config", "bad.toml"), '--config bad.toml: unknown key "batsh". Did you mean "batch"? Allowed: accumulation, batch, check, compile, device, '
-     "dtype, json, learning_rate, max_norm, mesh, model, module, out, param_dtype, plans, profile, profile_steps, random_ids, recompute, reduce_dtype, repeat, "
+    (("--config", "bad.toml"), '--config bad.toml: unknown key "batsh". Did you mean "batch"? Allowed: accumulation, batch, check, device, '
+     "dtype, json, learning_rate, machine, max_norm, mesh, model, module, out, param_dtype, plans, profile, profile_steps, random_ids, recompute, reduce_dtype, repeat, "
      "rounds, seed, seq, sequence_parallel, text, timeout, tokenizer, warmup."),
     (("--param-dtype", "bfloat16"), "--param-dtype bfloat16: is FSDP's mixed precision, and mesh tp=2 has no fsdp ranks. Add fsdp=2 or more, or use --dtype."),
     (("--learning-rate", "-1"), "--learning-rate is -1.0. Use a number above 0."),

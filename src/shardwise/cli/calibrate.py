@@ -58,7 +58,7 @@ def calibrate(call: Call[_Asked]) -> int:
     document = _document(done, out)
     if samples is not None:
         _write(samples, msgspec.json.encode({**document, "samples": done.samples}) + b"\n")
-    call.output.show(pretty(document), lambda console: _draw(console, done, out))
+    call.output.draw(pretty(document), lambda console: _draw(console, done, out))
     return 0
 
 

@@ -110,7 +110,7 @@ def _walk(call: Call[_Asked], what: str) -> int:
 
     recorded = walk(call.case, what)
     document = pretty({"schema_version": 1, "walkthrough": recorded})
-    call.output.show(document, partial(render_walkthrough, explain_walkthrough(recorded)))
+    call.output.draw(document, partial(render_walkthrough, explain_walkthrough(recorded)))
 
     def write(folder: "RunFolder") -> Path:
         return folder.write("walkthrough.html", _walkthroughs())

@@ -17,6 +17,7 @@ import typer
 
 import shardwise.cli
 from shardwise import __version__
+from shardwise.cli.output import speaks
 from shardwise.core.errors import InputError, ShardwiseError
 
 if TYPE_CHECKING:
@@ -90,25 +91,20 @@ def _run(args: list[str] | None) -> int:
     try:
         code = int(command.main(args, prog_name="shardwise", standalone_mode=False) or 0)
     except ShardwiseError as error:
-        if not isinstance(error, InputError) or _speaks():
+        if not isinstance(error, InputError) or speaks():
             _say(str(error))
         return error.exit_code
     except typer.TyperException as error:
         message = error.format_message()
         if not message:  # no arguments at all: the help has been shown
             return error.exit_code
-        if _speaks():
+        if speaks():
             end = "" if message.endswith((".", "?")) else "."
             _say(f"{' '.join(message.split())}{end} Try: shardwise --help.")
         return error.exit_code
     if code == _CTRL_C:  # typer has caught it
         _say("stopped by Ctrl-C; no rank was left behind.")
     return code
-
-
-def _speaks() -> bool:
-    """Whether this process tells the user: of torchrun's ranks one does."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _say(message: str) -> None:

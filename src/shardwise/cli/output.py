@@ -1,5 +1,6 @@
 """Where a command's answer goes: the terminal, or one JSON document, and a folder where one is asked for."""
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,12 +29,22 @@ class Output:
     def console(self) -> Console:
         return Console(stderr=self.as_json)
 
-    def show(self, document: bytes, draw: Callable[[Console], None]) -> None:
+    def draw(self, document: bytes, draw: Callable[[Console], None]) -> None:
         """The answer, as JSON or drawn."""
         if not self.as_json:
             draw(self.console)
             return
         write(document)
+
+    @property
+    def form(self) -> str:
+        return "json" if self.as_json else "terminal"
+
+    def show(self, result: object) -> None:
+        """The answer as data: see report/common/deliver.py."""
+        from shardwise.report.common.deliver import show
+
+        show(result, self.form, self.console)
 
     def deliver(
         self,
@@ -42,11 +53,10 @@ class Output:
         beside: "Callable[[], Files]" = dict,
         page: Callable[[], Mapping[str, object]] = dict,
     ) -> None:
-        """The answer as data, and everything in the folder where one is asked for: see report/common/deliver.py."""
+        """The same, and everything in the folder where one is asked for."""
         from shardwise.report.common.deliver import deliver
 
-        form = "json" if self.as_json else "terminal"
-        deliver(result, form, self.console, self.out, settings=settings, beside=beside, page=page)
+        deliver(result, self.form, self.console, self.out, settings=settings, beside=beside, page=page)
 
     def say(self, line: str) -> None:
         """A line beside the answer, as it is."""
@@ -84,3 +94,8 @@ def write(document: bytes) -> None:
 def pretty(value: Any) -> bytes:
     """A JSON document for a reader, with a newline at its end."""
     return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+
+
+def speaks() -> bool:
+    """Whether this process tells the user: of torchrun's ranks one does."""
+    return os.environ.get("RANK", "0") == "0"

@@ -14,6 +14,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from shardwise.cli.output import speaks
+
 _LINES = 20
 
 
@@ -23,7 +25,8 @@ class ProgressLine:
     def __init__(self) -> None:
         self._bar: Progress | None = None
         self._last = ""
-        if sys.stderr.isatty():
+        self._speaks = speaks()
+        if self._speaks and sys.stderr.isatty():
             self._bar = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
@@ -48,7 +51,7 @@ class ProgressLine:
             self._print(f"{text} ({done} of {total}{left})")
 
     def _print(self, text: str) -> None:
-        if text != self._last:
+        if self._speaks and text != self._last:
             print(f"shardwise: {text}", file=sys.stderr, flush=True)
             self._last = text
 

@@ -58,7 +58,6 @@ class StepSettings:
             choices=RECOMPUTE,
         ),
     ] = "none"
-    compiled: bool = False
     learning_rate: Annotated[float, Option("AdamW's.", STEP)] = 3e-4
     max_norm: Annotated[float, Option("Gradients are clipped to this global norm.", STEP)] = 1.0
     seed: Annotated[int, Option("Of the initial weights and of random ids.", STEP, 0)] = 0

@@ -81,7 +81,6 @@ class Subject:
             seed=settings.seed,
             policy=mixed_precision(settings),
             recompute=settings.recompute,
-            compiled=settings.compiled,
             on_parameter=on_parameter,
         )
         groups = {str(mesh.get_group(name).group_name): name for name in mesh.mesh_dim_names or ()}
@@ -97,14 +96,11 @@ class Subject:
     def _note_phase(self, phase: Phase) -> None:
         self._recorder.phase = str(phase)
 
-    def first_step(self, micro_batches: MicroBatches, *, record: bool = True) -> None:
-        """A step that isn't timed. record: count its collectives (not offered below torch.compile, which would see the recorder)."""
+    def first_step(self, micro_batches: MicroBatches) -> None:
+        """A step that isn't timed; its collectives are counted."""
         self._peak.reset_peak()
         before = sent_bytes()
-        if record:
-            with self._recorder:
-                result = self._step(micro_batches)
-        else:
+        with self._recorder:
             result = self._step(micro_batches)
         after = sent_bytes()
         self.memory = self._peak.use(kept_bytes(self.model, self._step.optimizer))

@@ -183,7 +183,7 @@ class _Run:
                 self.context.device,
                 on_parameter=lambda name, whole: initial.append((name, digest(whole))),
             )
-            subject.first_step(self._micro_batches(self.batches, 0), record=not self.job.settings.compiled)
+            subject.first_step(self._micro_batches(self.batches, 0))
             subjects.append(subject)
             if self._parked(subject):
                 subject.park()

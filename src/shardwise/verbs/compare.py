@@ -1,0 +1,376 @@
+"""compare: plans -> Comparison: each proved against the unsharded model, then timed in rounds beside the others."""
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from shardwise.core.case import Case
+from shardwise.core.difference import RunProfile, StepPicture
+from shardwise.core.errors import OptionError
+from shardwise.core.finding import Finding
+from shardwise.core.measurement import Comparison, StepProfile
+from shardwise.core.mesh import RUN, Mesh, check_carried
+from shardwise.core.option import Option, check_options
+from shardwise.core.plan import Plan, suggest
+from shardwise.core.verification import Agreement
+from shardwise.files.run_folder import RunFolder
+from shardwise.verbs.checks import check_seq
+from shardwise.verbs.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from shardwise.measure.record import RankReport
+    from shardwise.models.specs import ModelSpec
+    from shardwise.text.stream import TokenStream
+    from shardwise.verbs.compare_ranks import CompareJob
+
+TRACES = "traces"
+DEFAULT_PLANS = ("rowwise", "colwise", "routed", "rowwise@dtensor", "colwise@dtensor")
+BATCH, SEQ = 4, 256
+PANEL = "Measuring"
+TIMED_BESIDE = "tok_embeddings"
+
+
+@dataclass(frozen=True, slots=True)
+class CompareOptions:
+    """What only compare knows."""
+
+    rounds: Annotated[int, Option("Timed steps of every plan, interleaved.", PANEL, 1)] = 20
+    warmup: Annotated[
+        int, Option("Steps of every plan before the clock starts, after a first one.", PANEL, 0)
+    ] = 1
+    module: Annotated[
+        str | None, Option("Measure this module alone, forward and backward, such as tok_embeddings.", PANEL)
+    ] = None
+    check: Annotated[
+        bool, Option("First compare loss and every gradient with the unsharded model.", PANEL)
+    ] = True
+    repeat: Annotated[bool, Option("Run the first plan twice, to show the noise.", PANEL)] = True
+    profile: Annotated[
+        bool, Option("After the rounds, record some steps of each plan and say where their time went.", PANEL)
+    ] = False
+    profile_steps: Annotated[int, Option("Steps that --profile records of each plan.", PANEL, 1)] = 3
+    timeout: Annotated[
+        float, Option("Seconds without any sign of life after which the run is given up.", PANEL, 1)
+    ] = 600.0
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """answer: None on torchrun's other ranks. folder: where the events went. runs, pictures: of the profiles."""
+
+    answer: Comparison | None
+    folder: RunFolder | None = None
+    runs: tuple[RunProfile, ...] = ()
+    pictures: tuple[tuple[StepPicture, ...], ...] = ()
+
+
+def compare(
+    case: Case,
+    options: CompareOptions | None = None,
+    progress: Progress = silent,
+    *,
+    open_folder: Callable[[], RunFolder] | None = None,
+) -> Compared:
+    """Starts the mesh's ranks on this machine, or uses torchrun's. Everything that needs no ranks is checked first:
+    InputError for names, sizes, and what can't fit. An answer without measurements says what is wrong.
+
+    open_folder: called once all is checked; the folder gets settings.json and events.jsonl as they come, and profiles.
+    """
+    from shardwise.launch import is_main
+
+    options = options or CompareOptions()
+    run = _Run.checked(case, options)
+    if not is_main():
+        run.launch(None, lambda _: None)
+        return Compared(None)
+    if options.profile and open_folder is None:
+        raise OptionError("--profile writes traces. Give a folder for them.")
+    started = datetime.now(UTC)
+    progress("reading text")
+    stream = run.tokens(progress)
+    folder = open_folder() if open_folder is not None else None
+    with folder or nullcontext():
+        if folder is not None and options.profile:
+            run = run.with_traces(folder.path.resolve() / TRACES)
+        reports = run.measured(stream, folder, progress)
+        comparison = run.comparison(reports, stream, started)
+        if not options.profile or not comparison.measurements:
+            return Compared(comparison, folder)
+        runs, pictures = run.profiled(progress)
+    profiles = tuple(run.step_profile(each) for each in runs)
+    return Compared(replace(comparison, profiles=profiles), folder, runs, pictures)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What was asked, checked as far as that goes without ranks."""
+
+    case: Case
+    options: CompareOptions
+    spec: "ModelSpec"
+    device_type: str
+    job: "CompareJob"
+
+    @classmethod
+    def checked(cls, case: Case, options: CompareOptions) -> "_Run":
+        from shardwise.launch.environment import device_type
+        from shardwise.models.specs import get_spec
+        from shardwise.parallel.plans import load_plans
+        from shardwise.verbs.compare_ranks import CompareJob
+
+        spec, mesh = get_spec(case.model), case.mesh
+        check_carried(mesh, "compare", RUN)
+        step = replace(case.step, batch=case.step.batch or BATCH, seq=case.step.seq or SEQ)
+        case = replace(case, step=step)
+        # PyTorch's own styles would untie a head
+        defaults = [name for name in DEFAULT_PLANS if not (spec.config.tied and name.endswith("@dtensor"))]
+        labelled = load_plans(
+            case.plans or defaults, sequence_parallel=case.sequence_parallel, family=spec.family
+        )
+        check_seq(step.seq, spec)
+        device = device_type(case.device, mesh.world_size)
+        _check_fit(spec, [plan for _, plan in labelled], case, device, options.repeat)
+        if options.module is not None:
+            _check_module(spec, options.module, mesh)
+        job = CompareJob(
+            model=spec.name,
+            mesh=str(mesh),
+            plans=tuple(plan.to_toml() for _, plan in labelled),
+            labels=tuple(label for label, _ in labelled),
+            settings=step,
+            rounds=options.rounds,
+            warmup=options.warmup,
+            module=options.module or (None if mesh.fsdp > 1 else TIMED_BESIDE),
+            module_only=options.module is not None,
+            check_layers=_check_layers(spec, mesh, device) if options.check else 0,
+            repeat_first=options.repeat,
+            profile_steps=options.profile_steps if options.profile else 0,
+        )
+        return cls(case, options, spec, device, job)
+
+    def with_traces(self, traces: Path) -> "_Run":
+        return replace(self, job=replace(self.job, traces=str(traces)))
+
+    def tokens(self, progress: Progress) -> "TokenStream":
+        from shardwise.text.batches import Batches
+        from shardwise.text.traced_ids import stream_of
+
+        step = self.case.step
+        stream = stream_of(self.case.text, self.spec.vocab_size, step.seed, progress)
+        Batches(stream, step.batch, step.seq)  # too short a text is found here, not on the ranks
+        return stream
+
+    def measured(
+        self, stream: "TokenStream", folder: RunFolder | None, progress: Progress
+    ) -> "list[RankReport]":
+        """To disk first: nothing that was measured is lost."""
+        import msgspec
+
+        from shardwise.verbs.compare_ranks import Progress as Told
+
+        if folder is not None:
+            asked = replace(self.job, traces="")
+            folder.write("settings.json", msgspec.json.format(msgspec.json.encode(asked), indent=2))
+
+        def on_event(event: bytes) -> None:
+            if folder is not None:
+                folder.append_event(event)
+            told = msgspec.json.decode(event, type=Told)
+            progress(told.text, told.done, told.total)
+
+        progress(f"starting {self.case.mesh.world_size} ranks")
+        return self.launch(stream, on_event)
+
+    def launch(self, stream: "TokenStream | None", on_event: Callable[[bytes], None]) -> "list[RankReport]":
+        import msgspec
+
+        from shardwise.launch import run_ranks
+        from shardwise.launch.environment import threads_per_rank
+        from shardwise.measure.record import RankReport
+        from shardwise.verbs.compare_ranks import pack
+
+        results = run_ranks(
+            "shardwise.verbs.compare_ranks:run",
+            pack(self.job, stream),
+            world_size=self.case.mesh.world_size,
+            device_type=self.device_type,
+            timeout_s=self.options.timeout,
+            on_event=on_event,
+            threads_per_rank=threads_per_rank(self.case.mesh.world_size),
+        )
+        return [msgspec.msgpack.decode(result, type=RankReport) for result in results]
+
+    def comparison(self, reports: "list[RankReport]", stream: "TokenStream", started: datetime) -> Comparison:
+        from shardwise.launch.environment import describe
+        from shardwise.measure.record import merge
+        from shardwise.measure.verdict import noise_of, notes, standings, verdict
+
+        job = self.job
+        environment = describe(
+            shlex.join(["shardwise", *sys.argv[1:]]),
+            started.isoformat(timespec="seconds"),
+            device_type=self.device_type,
+            world_size=self.case.mesh.world_size,
+            variables=reports[0].variables,
+        )
+        measurements = merge(reports)
+        comparison = Comparison(
+            model=self.spec.name,
+            parameters=self.spec.config.n_parameters,
+            mesh=job.mesh,
+            settings=job.settings,
+            module=job.module if job.module_only else None,
+            rounds=job.rounds,
+            warmup=1 + job.warmup,
+            environment=environment,
+            text=stream.summary,
+            measurements=measurements,
+            standings=(),
+            noise=None,
+            verdict=tuple(_wrong(reports[0])),
+            notes=(*notes(measurements), *reports[0].notes, *_text_notes(stream)),
+        )
+        if not measurements:
+            return comparison
+        standing = standings(measurements, None if job.module_only else job.settings.tokens)
+        what = f"{job.module} forward and backward" if job.module_only else "step"
+        lines = verdict(measurements, standing, what=what, backend=environment.backend)
+        noise = noise_of(measurements, standing)
+        return replace(comparison, standings=standing, noise=noise, verdict=lines)
+
+    def profiled(
+        self, progress: Progress
+    ) -> tuple[tuple[RunProfile, ...], tuple[tuple[StepPicture, ...], ...]]:
+        """Where each plan's step went. Raises TraceError where a trace can't be read."""
+        from shardwise.profiles.collectives import share
+        from shardwise.profiles.picture import picture
+        from shardwise.profiles.ranks import read_ranks, trace_files
+        from shardwise.profiles.run import profile_run
+
+        runs, pictures = [], []
+        for label in self.job.labels:
+            progress(f"reading the profiles of {label}")
+            timelines, sharing = share(read_ranks(trace_files(self._traces_of(label))))
+            runs.append(profile_run(label, timelines, sharing))
+            drawn = picture(label, timelines)
+            pictures.append((drawn,) if drawn is not None else ())
+        return tuple(runs), tuple(pictures)
+
+    def step_profile(self, run: RunProfile) -> StepProfile:
+        from shardwise.profiles.diff import run_words
+
+        return StepProfile(
+            label=run.label,
+            steps=len({step.step for step in run.steps}),
+            parts=run.parts,
+            communication_ns=run.communication_ns,
+            overlap_ns=run.overlap_ns,
+            words=run_words(run),
+            traces=str(self._traces_of(run.label)),
+        )
+
+    def _traces_of(self, label: str) -> Path:
+        from shardwise.verbs.compare_ranks import folder_name
+
+        return Path(self.job.traces) / folder_name(label)
+
+
+def _wrong(report: "RankReport") -> Iterator[str]:
+    """Every reason why the answer is no."""
+    for finding in report.findings:
+        yield _sentence("all plans", finding, None)
+    for agreement in report.agreements:
+        for finding in agreement.findings:
+            yield _sentence(agreement.plan, finding, agreement)
+
+
+def _sentence(plan: str, finding: Finding, agreement: Agreement | None) -> str:
+    numbers = []
+    if finding.relative_error is not None:
+        numbers.append(f"relative error {finding.relative_error:.3g}")
+        if finding.ratio is not None:
+            numbers.append(f"ratio {finding.ratio:.6g}")
+        if agreement is not None:
+            numbers.append(f"allowed {agreement.tolerance:.0e}")
+    rule = f", rule {finding.rule}" if finding.rule else ""
+    size = f" ({', '.join(numbers)})" if numbers else ""
+    advice = f" {finding.advice}" if finding.advice else ""
+    return f"{plan}: {finding.subject}{rule}: {finding.reason}{size}.{advice} Nothing was timed."
+
+
+def _check_module(spec: "ModelSpec", module: str, mesh: Mesh) -> None:
+    names = [name for name, _ in spec.build().named_modules() if name]
+    if module not in names:
+        shown = names[:3] + [name for name in names[3:] if "." not in name]
+        raise OptionError(
+            f'--module: {spec.name} has no module "{module}".{suggest(module, names)} '
+            f"It has {', '.join(shown)}, ..."
+        )
+    if mesh.fsdp > 1:
+        raise OptionError(
+            f"--module {module}: FSDP gathers a module's parameters for a whole layer, so one can't be timed "
+            "alone. Use tp or dp."
+        )
+
+
+def _check_fit(spec: "ModelSpec", plans: list[Plan], case: Case, device_type: str, repeat: bool) -> None:
+    """Every plan against the model, then the machine against what they need."""
+    import torch
+
+    from shardwise.launch.environment import available_memory, ranks_here
+    from shardwise.parallel.need import refuse_too_large
+    from shardwise.parallel.resolve import resolve
+
+    model, mesh = spec.build(), case.mesh
+    for plan in plans:
+        resolve(model, plan, tp=mesh.tp, seq=case.step.seq, fsdp=mesh.fsdp)
+    is_one_host = ranks_here(mesh.world_size) == mesh.world_size
+    refuse_too_large(
+        model,
+        spec.name,
+        plans,
+        mesh,
+        getattr(torch, case.step.dtype),
+        device_type=device_type,
+        copies=len(plans) + repeat,
+        available=available_memory() if is_one_host else None,
+    )
+
+
+def _check_layers(spec: "ModelSpec", mesh: Mesh, device_type: str) -> int:
+    """Depth at which the unsharded model fits beside a sharded one, in float64: weights and gradients of both, on
+    every rank of a device."""
+    import torch
+
+    from shardwise.launch.environment import available_memory, ranks_here
+
+    if device_type == "cuda":
+        room = torch.cuda.get_device_properties(0).total_memory * 0.7
+    else:
+        room = (available_memory() or 2**33) * 0.5 / ranks_here(mesh.world_size)
+    for layers in (spec.config.n_layers, 2, 1):
+        parameters = spec.with_layers(layers).config.n_parameters
+        if 16 * parameters * (1 + 1 / mesh.tp) <= room:
+            return layers
+    raise OptionError(
+        f"--check: not even one layer of {spec.name} fits unsharded in float64 here. "
+        "Leave the check out with --no-check."
+    )
+
+
+def _text_notes(stream: "TokenStream") -> Iterator[str]:
+    highest, vocab_size = int(stream.ids.max()), stream.summary.vocab_size
+    if highest < 0.9 * vocab_size:
+        yield (
+            f"The text's ids end at {highest:,} of {vocab_size:,}: the tokenizer found no more pairs to merge. The "
+            "upper part of the table is never looked up, which concentrates rowwise and contiguous routed look-ups "
+            "on the first ranks."
+        )
