@@ -20,7 +20,7 @@ from shardwise.core.plan import TheirPlan
 from shardwise.core.verification import Verification, VerificationRun
 from shardwise.report.verify import rows
 from shardwise.verify.claim import NO_PLAN, Claim
-from shardwise.verify.run import BATCH, SEQ, verify
+from shardwise.verify.run import SETTINGS, verify
 
 MESH = Mesh((("tp", 2),))
 
@@ -59,7 +59,13 @@ def main() -> int:
     without = tuple(each.model.removeprefix("hf:") for each in found if each.note == NO_PLAN)
     versions = tuple((name, version(name)) for name in ("shardwise", "torch", "transformers"))
     run = VerificationRun(
-        str(MESH), "cpu", BATCH, SEQ, started.isoformat(timespec="seconds"), versions, with_plan
+        str(MESH),
+        "cpu",
+        SETTINGS.batch,
+        SETTINGS.seq,
+        started.isoformat(timespec="seconds"),
+        versions,
+        with_plan,
     )
     sweep = Sweep(command_line("benchmarks.hf_verify"), round(time.perf_counter() - began, 1), run, without)
     print(summary(sweep))

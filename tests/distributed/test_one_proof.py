@@ -74,7 +74,9 @@ def told(findings: tuple[Finding, ...]) -> list[tuple[object, ...]]:
 def test_compare_and_verify_find_the_same_in_a_faulty_plan(number: int) -> None:
     plan = FAULTY[number]
     (verified,) = verify(
-        [Claim(MODEL, plan.to_toml(), plan.name, twin=False)], mesh=Mesh.parse("tp=2"), seq=32
+        [Claim(MODEL, plan.to_toml(), plan.name, twin=False)],
+        mesh=Mesh.parse("tp=2"),
+        settings=StepSettings(2, 32),
     )
     compared = agreements("tp=2", StepSettings(batch=1, seq=32))[1 + number]
     assert told(compared.findings) == told(verified.wrong)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from shardwise.core.case import StepSettings
 from shardwise.core.finding import Cause, Finding, FindingKind
 from shardwise.core.mesh import Mesh
 from shardwise.core.rule import RuleRef
@@ -278,7 +279,7 @@ def test_every_built_in_plan_of_both_engines_is_right(tp: int) -> None:
         ("gpt-debug", True),
     )
     cases = [case for model, tied in models for case in built_in_cases(model, tied=tied, parallels=parallels)]
-    answers = verify(cases, mesh=Mesh((("tp", tp),)), seq=4 * tp, timeout_s=90)
+    answers = verify(cases, mesh=Mesh((("tp", tp),)), settings=StepSettings(2, 4 * tp), timeout_s=90)
     assert len(answers) == (12 + 8 + 12 + 8 if tp == 2 else 7 + 5 + 7 + 5)
     for each in answers:
         assert each.verdict is Verdict.RIGHT, (each.model, each.plan, each.findings, each.note)

@@ -215,7 +215,7 @@ def test_a_weight_that_is_cut_as_one_is_the_reason_of_a_wrong_output() -> None:
 
 def seen(model: str, plan: AnyPlan, tp: int = 2, *, small: bool = False) -> Foresight:
     source = find_model(model)
-    return foresee((source.small(tp) if small else None) or source, plan, tp, batch=2, seq=4 * tp)
+    return foresee((source.small(tp) if small else None) or source, plan, tp, StepSettings(2, 4 * tp))
 
 
 def told(found: Foresight) -> dict[str, str]:
@@ -353,7 +353,7 @@ def slow_when_sharded(mesh: object = None) -> nn.Module:
 
 
 def test_a_forward_that_takes_too_long_is_given_up_and_not_suspected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shardwise.verify.foresight.LIMIT_S", 2.0)
+    monkeypatch.setattr("shardwise.verify.rehearsal.LIMIT_S", 2.0)
     assert seen(f"{__name__}:slow_when_sharded", TheirPlan.OWN) == Foresight(
         (), "its forward takes more than 2 s to trace."
     )

@@ -40,7 +40,7 @@ def explained_as_little(model: str, plan: Plan) -> bool:
 
 
 def checked_as_little(model: str, plan: Plan) -> bool:
-    (verification,) = check([Claim(model, plan.to_toml(), plan.name)], mesh=TP, batch=1, seq=16)
+    (verification,) = check([Claim(model, plan.to_toml(), plan.name)], mesh=TP, settings=StepSettings(1, 16))
     return FindingKind.LITTLE_IS_SHARDED in {finding.kind for finding in verification.findings}
 
 

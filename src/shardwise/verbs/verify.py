@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-from shardwise.core.case import Case
+from shardwise.core.case import Case, StepSettings
 from shardwise.core.errors import OptionError
 from shardwise.core.option import Option, check_options
 from shardwise.core.plan import TheirPlan
@@ -80,15 +80,22 @@ def verify(
         progress(f"{answer.model} under {answer.plan}: {answer.verdict}", done, len(claims))
 
     progress("tracing" if options.static else "starting ranks")
-    size: dict[str, Any] = {"mesh": case.mesh, "batch": options.batch, "seq": options.seq}
+    mesh, settings = case.mesh, StepSettings(options.batch, options.seq)
     if options.static:
         device = "none"
-        answers = check(claims, **size, on_answer=on_answer) if is_main() else ()
+        answers = check(claims, mesh=mesh, settings=settings, on_answer=on_answer) if is_main() else ()
     else:
         device = device_type(case.device, case.mesh.world_size)
-        answers = prove(claims, **size, device_type=device, timeout_s=options.timeout, on_answer=on_answer)
+        answers = prove(
+            claims,
+            mesh=mesh,
+            settings=settings,
+            device_type=device,
+            timeout_s=options.timeout,
+            on_answer=on_answer,
+        )
     return VerificationRun(
-        str(case.mesh), device, options.batch, options.seq, started, tuple(_versions()), answers
+        str(mesh), device, options.batch, options.seq, started, tuple(_versions()), answers
     )
 
 

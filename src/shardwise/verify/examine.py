@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from shardwise.core.case import StepSettings
 from shardwise.core.errors import ModelError, OptionError, RunError, ShardwiseError
 from shardwise.core.finding import Finding, FindingKind
 from shardwise.core.mesh import Mesh
@@ -58,8 +59,7 @@ class Job:
     claims: tuple[Claim, ...]
     first: int
     mesh: Mesh
-    batch: int
-    seq: int
+    settings: StepSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,11 +191,11 @@ class _Examination:
         generator = torch.Generator().manual_seed(SEED + 1)
         vocab = vocab_size_of(model)
         first = FIRST_ID if self._claim.model.startswith(HUGGING_FACE) and vocab > 2 * FIRST_ID else 0
-        batches = []
+        batches, settings = [], self._job.settings
         for _ in range(2):
-            ids = torch.randint(first, vocab, (self._job.batch, self._job.seq + 1), generator=generator)
+            ids = torch.randint(first, vocab, (settings.batch, settings.seq + 1), generator=generator)
             labels = ids[:, 1:].clone()
-            labels[0, self._job.seq // 3] = IGNORED
+            labels[0, settings.seq // 3] = IGNORED
             batches.append((ids[:, :-1].contiguous().to(self._device), labels.to(self._device)))
         return batches
 

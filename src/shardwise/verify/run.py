@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from shardwise.core.case import StepSettings
 from shardwise.core.errors import RunError
 from shardwise.core.mesh import Mesh
 from shardwise.core.verification import Verification
@@ -13,7 +14,7 @@ from shardwise.verify.claim import Claim
 from shardwise.verify.examine import Answer, Job
 from shardwise.verify.without_ranks import informed
 
-BATCH, SEQ = 2, 16
+SETTINGS = StepSettings(batch=2, seq=16)
 TIMEOUT_S = 120.0
 
 
@@ -22,13 +23,12 @@ def verify(
     *,
     mesh: Mesh,
     device_type: str = "cpu",
-    batch: int = BATCH,
-    seq: int = SEQ,
+    settings: StepSettings = SETTINGS,
     timeout_s: float = TIMEOUT_S,
     on_answer: Callable[[Verification], None] = lambda _: None,
 ) -> tuple[Verification, ...]:
     """A Verification for each claim, in order; under torchrun on rank 0 only, () elsewhere. on_answer: told each as it comes, without what a
-    trace adds to one that isn't right. seq: a multiple of tp.
+    trace adds to one that isn't right. settings: batch and seq, a multiple of tp.
 
     timeout_s: without a sign of life, a claim is given up, and is said to crash. Raises the InputErrors of the model and plan; RunError for a
     claim that takes torchrun's ranks down, which can't be started anew from here.
@@ -47,7 +47,7 @@ def verify(
         try:
             run_ranks(
                 "shardwise.verify.examine:run",
-                msgspec.json.encode(Job(tuple(claims), first, mesh, batch, seq)),
+                msgspec.json.encode(Job(tuple(claims), first, mesh, settings)),
                 world_size=mesh.world_size,
                 device_type=device_type,
                 timeout_s=timeout_s,
@@ -65,6 +65,4 @@ def verify(
     proved = [answers[number] for number in range(len(claims))]
     if joined():  # a trace needs a process that is no rank
         return tuple(proved)
-    return tuple(
-        informed(each, claim, batch=batch, seq=seq) for each, claim in zip(proved, claims, strict=True)
-    )
+    return tuple(informed(each, claim, settings) for each, claim in zip(proved, claims, strict=True))

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from shardwise.core.case import StepSettings
 from shardwise.core.errors import ModelError, ShardwiseError
 from shardwise.core.finding import Finding
 from shardwise.core.mesh import Mesh
@@ -33,21 +34,20 @@ def check(
     claims: Sequence[Claim],
     *,
     mesh: Mesh,
-    batch: int,
-    seq: int,
+    settings: StepSettings,
     on_answer: Callable[[Verification], None] = lambda _: None,
 ) -> tuple[Verification, ...]:
     """A Verification without a proof for each claim. Raises the InputErrors of the model and plan; RunError inside a process group."""
     answers = []
     for claim in claims:
         began = time.perf_counter()
-        answer = _checked(claim, mesh, batch, seq)
+        answer = _checked(claim, mesh, settings)
         answers.append(replace(answer, seconds=round(time.perf_counter() - began, 2)))
         on_answer(answers[-1])
     return tuple(answers)
 
 
-def informed(proved: Verification, claim: Claim, *, batch: int, seq: int) -> Verification:
+def informed(proved: Verification, claim: Claim, settings: StepSettings) -> Verification:
     """The same, with the reasons that a trace suspects for what the proof found wrong without one, or crashed over. What the proof found
     right is right."""
     has_crashed = proved.verdict is Verdict.CRASHES
@@ -59,13 +59,13 @@ def informed(proved: Verification, claim: Claim, *, batch: int, seq: int) -> Ver
             source = source.small(proved.tp)
         if source is None:
             return proved
-        suspicions = foresee(source, claim.parsed_plan, proved.tp, batch=batch, seq=seq).findings
+        suspicions = foresee(source, claim.parsed_plan, proved.tp, settings).findings
     except ShardwiseError:
         return proved
     return replace(proved, findings=tuple(with_suspicions(proved.findings, suspicions, add=has_crashed)))
 
 
-def _checked(claim: Claim, mesh: Mesh, batch: int, seq: int) -> Verification:
+def _checked(claim: Claim, mesh: Mesh, settings: StepSettings) -> Verification:
     plan = claim.parsed_plan
     answer = Verification(claim.model, claim.label, mesh.tp, is_static=True)
     try:
@@ -82,11 +82,11 @@ def _checked(claim: Claim, mesh: Mesh, batch: int, seq: int) -> Verification:
         if isinstance(error, ModelError) and plan is TheirPlan.OWN:
             return replace(answer, note=shown(error, 300))
         return claim.crashed(answer, error)
-    foresight = foresee(source, plan, mesh.tp, batch=batch, seq=seq)
+    foresight = foresee(source, plan, mesh.tp, settings)
     small = source.small(mesh.tp) if foresight.note and not twin and claim.twin is None else None
     if small is not None:  # as defaults that leave a size open want it
         answer = replace(answer, twin=TWIN)
-        foresight = foresee(small, plan, mesh.tp, batch=batch, seq=seq)
+        foresight = foresee(small, plan, mesh.tp, settings)
     note = "Its step can't be traced, so only its parameters were looked at: "
     note = f"{note}{foresight.note}" if foresight.note else ""
     return replace(answer, sharded=sharded, findings=(*foresight.findings, *findings), note=note)
