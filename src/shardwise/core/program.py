@@ -39,6 +39,13 @@ class Phase(StrEnum):
     OPTIMIZER = "optimizer"
 
 
+# the parts of a step: a micro-batch's passes, what runs once for all of them, and where layers run
+FORWARDS = (Phase.FORWARD, Phase.LOSS)
+BACKWARDS = (Phase.BACKWARD, Phase.RECOMPUTE)
+ONCE = (Phase.REDUCE, Phase.CLIP, Phase.OPTIMIZER)
+IN_LAYERS = (Phase.FORWARD, *BACKWARDS)
+
+
 class OpKind(StrEnum):
     """What bounds an op: matmul and attention by arithmetic, the others by memory. unknown: not in the catalogue of ops."""
 

@@ -21,7 +21,7 @@ from shardwise.core.errors import MachineError
 from shardwise.core.machine import FRESH, Link, Machine, local_ranks
 from shardwise.core.mesh import TENSOR_AXIS
 from shardwise.core.prediction import AttentionKernel, Setup, Term
-from shardwise.core.program import LOSS_MODULE, Collective, Op, OpKind, Phase, TensorSpec
+from shardwise.core.program import LOSS_MODULE, ONCE, Collective, Op, OpKind, Phase, TensorSpec
 
 SCORE_PASSES = {False: 4, True: 5}  # forward, backward
 UNFUSED_LAUNCHES = {False: 6, True: 10}
@@ -60,7 +60,7 @@ def op_cost(op: Op, machine: Machine, setup: Setup) -> Cost:
     issue_s = machine.launch.backward_s if backward else machine.launch.forward_s
     if op.on_host:
         return Cost(0.0, issue_s, Term.LAUNCH)
-    if op.phase in (Phase.CLIP, Phase.OPTIMIZER, Phase.REDUCE):
+    if op.phase in ONCE:
         return Cost(_kernel_s(op, machine), issue_s, Term.OPTIMIZER)
     match op.kind:
         case OpKind.MATMUL:

@@ -14,7 +14,7 @@ import numpy as np
 from shardwise.core.machine import Machine, local_ranks
 from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import Setup, Term
-from shardwise.core.program import Phase, Program
+from shardwise.core.program import BACKWARDS, FORWARDS, ONCE, Program
 from shardwise.predict.pipeline import StageTimes, layers_of_stages
 from shardwise.predict.streams import run
 from shardwise.predict.work import AFTER, BEFORE, Work, further_shards, layers_of, mesh_of, work_of
@@ -22,10 +22,6 @@ from shardwise.predict.work import AFTER, BEFORE, Work, further_shards, layers_o
 SLOWED_BESIDE = 0.189
 """How much longer compute takes while collectives run beside it: mean over A100, H100 and MI250. Source:
 arXiv 2507.03114 (most: 40 %)."""
-
-FORWARDS = (Phase.FORWARD, Phase.LOSS)
-BACKWARDS = (Phase.BACKWARD, Phase.RECOMPUTE)
-ONCE = (Phase.REDUCE, Phase.CLIP, Phase.OPTIMIZER)
 
 
 @dataclass(frozen=True, slots=True)

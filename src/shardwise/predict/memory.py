@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from shardwise.core.machine import Machine
 from shardwise.core.prediction import MemoryForecast, Precision, Setup
-from shardwise.core.program import LOSS_MODULE, MemoryChange, MemoryKind, Op, Phase, Program
+from shardwise.core.program import LOSS_MODULE, ONCE, MemoryChange, MemoryKind, Op, Phase, Program
 from shardwise.predict.work import further_shards
 
 RESERVED_OVER_ACTIVE = 1.16
@@ -34,7 +34,6 @@ MADE_AGAIN = ("aten::silu",)
 """What a compiler makes again in the backward instead of keeping it: of the ops between a SwiGLU's matmuls.
 Source: the compiled step in benchmarks/data/h100-steps.json, whose active memory is met so."""
 
-_ONCE = (Phase.REDUCE, Phase.CLIP, Phase.OPTIMIZER)
 STATES = (MemoryKind.PARAMETER, MemoryKind.GRADIENT, MemoryKind.OPTIMIZER)
 KINDS = tuple(MemoryKind)
 OF_MASTER = (1.0, 2.0, 6.0)  # of the traced bytes of the parameters: parameter, gradient, optimizer
@@ -111,7 +110,7 @@ def _changes(program: Program, setup: Setup) -> Iterable[tuple[Bytes, NDArray[np
 def _counts(change: MemoryChange, setup: Setup) -> bool:
     if setup.compiled and change.maker in MADE_AGAIN:
         return False
-    return setup.precision is Precision.TRACED or change.phase not in _ONCE
+    return setup.precision is Precision.TRACED or change.phase not in ONCE
 
 
 def _fused_loss(program: Program) -> dict[tuple[int, int], int]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.mesh import SHARDS_AXIS
-from shardwise.core.program import Collective, Phase
+from shardwise.core.program import BACKWARDS, IN_LAYERS, Collective, Phase
 from shardwise.predict.work import Seconds, Work
 
 
@@ -46,7 +46,7 @@ def run(work: Work) -> Run:
     issued = np.cumsum(work.host_s)
     start, end = np.zeros(len(work)), np.zeros(len(work))
     beside = np.flatnonzero(_beside(work))
-    in_backward = work.in_phases(Phase.BACKWARD, Phase.RECOMPUTE)
+    in_backward = work.in_phases(*BACKWARDS)
     free = comm_free = layer_start = 0.0
     first = 0
     arrives: dict[int, float] = {}  # when a layer's parameters are there
@@ -83,7 +83,7 @@ def _in_order(durations: Seconds, issued: NDArray[np.float64], free_s: float) ->
 def _beside(work: Work) -> NDArray[np.bool_]:
     """Collectives over data-parallel axes that belong to layers (FSDP's): in forward and backward."""
     data = np.array([name == SHARDS_AXIS for name in ("", *work.axes)])[work.axis]
-    inside = work.in_phases(Phase.FORWARD, Phase.BACKWARD, Phase.RECOMPUTE)
+    inside = work.in_phases(*IN_LAYERS)
     return data & inside & (work.device_s > 0)
 
 

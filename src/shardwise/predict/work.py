@@ -16,7 +16,7 @@ from shardwise.core.collective import is_off_mesh
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import SHARDS_AXIS, Mesh
 from shardwise.core.prediction import Setup, Term
-from shardwise.core.program import Block, Collective, Op, Phase, Program, layer_index
+from shardwise.core.program import BACKWARDS, Block, Collective, Op, Phase, Program, layer_index
 from shardwise.predict.costs import Cost, collective_cost, op_cost
 
 TERMS = tuple(Term)
@@ -199,7 +199,7 @@ class _Costing:
 def _placed(layer: NDArray[np.int32], phase: NDArray[np.int8]) -> NDArray[np.int32]:
     """What lies outside the layers is before or after them: in the forward by whether a layer ran already, in
     the backward the reverse."""
-    backward = np.isin(phase, [PHASES.index(each) for each in (Phase.BACKWARD, Phase.RECOMPUTE)])
+    backward = np.isin(phase, [PHASES.index(each) for each in BACKWARDS])
     inside = layer >= 0
     placed = layer.copy()
     for part, early, late in ((~backward, BEFORE, AFTER), (backward, AFTER, BEFORE)):

@@ -16,6 +16,7 @@ from difflib import SequenceMatcher
 
 from shardwise.core.collective import CollectiveCall
 from shardwise.core.program import (
+    IN_LAYERS,
     Block,
     Collective,
     Item,
@@ -76,7 +77,7 @@ def _parts(items: Sequence[Item], prefix: str, count: int) -> list[_Part]:
         (index, layer, _is_backward(item.phase))
         for index, item in enumerate(items)
         if not isinstance(item, MemoryChange) and (layer := layer_index(item.module, prefix)) is not None
-        if item.phase in (Phase.FORWARD, Phase.BACKWARD, Phase.RECOMPUTE)
+        if item.phase in IN_LAYERS
     ]
     parts: list[_Part] = []
     done = at = 0
