@@ -190,6 +190,8 @@ REFUSED = [
     (("--seq", "33", "--mesh", "cp=2"), "--seq 33 can't be cut into 2 parts for cp=2."),
     (("--mesh", "ep=2,tp=2"), "mesh ep=2,tp=2: predict can't carry ep yet. Use the axes pp, dp, fsdp, cp, tp."),
     (("--mesh", "pp=7,tp=1"), "pp=7: llama3-debug has 6 layers, and can't be cut into 7 stages. Use at most pp=6."),
+    (("--stages", "2"), "stages and context ranks are axes of the mesh."),
+    (("--context", "2"), "stages and context ranks are axes of the mesh."),
     (("--chunks", "2"), "--chunks 2: chunks of layers are of a pipeline's stages."),
     (("--attention", "flash"), '--attention is "flash". Allowed: fused, unfused.'),
     (("--matmul-dtype", "float4"), '--matmul-dtype is "float4". Did you mean "float8"?'),

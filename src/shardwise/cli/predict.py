@@ -63,7 +63,8 @@ _MODEL, _RUN, _SWEEP, _OUTPUT = "Model and mesh", "How it runs", "Sweep", "Outpu
 def _in_the_mesh(value: str | None) -> None:
     if value is not None:
         raise OptionError(
-            "stages and context ranks are axes of the mesh. Instead of --stages 8 --context 2 write --mesh pp=8,cp=2,tp=8."
+            "stages and context ranks are axes of the mesh. "
+            "Instead of --stages 8 --context 2 write --mesh pp=8,cp=2,tp=8."
         )
 
 
