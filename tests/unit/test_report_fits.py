@@ -12,6 +12,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from shardwise.cli.main import run
 from shardwise.profiles.diff import diff
 from shardwise.report.common.deliver import show
 from shardwise.report.common.formats import format_named, formats
@@ -127,3 +128,15 @@ def test_a_name_that_looks_like_a_formula_or_markup_stays_text() -> None:
     assert "'=HYPERLINK(1)" in format_named("csv").files(room, hostile)["tables/cases.csv"].decode()
     (content,) = format_named("markdown").files(room, hostile).values()
     assert r"=HYPERLINK(1)&lt;b&gt;\|\*x\*" in content.decode()
+
+
+def test_a_format_that_there_is_not_is_refused_before_anything_runs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for asked, said in (
+        (["--format", "yaml"], '--format is "yaml".'),
+        (["--format", "csv", "--json"], "--json and --format csv don't go together. Leave one out."),
+    ):
+        with pytest.raises(SystemExit):
+            run(["verify", "rowwise", *asked])
+        assert said in capsys.readouterr().err

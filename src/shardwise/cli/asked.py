@@ -9,15 +9,17 @@ from typing import Annotated, Any, Generic, TypeVar
 import typer
 
 from shardwise.cli.config import read_config
-from shardwise.cli.output import OUTPUT, Output
+from shardwise.cli.output import JSON, OUTPUT, TERMINAL, Output
 from shardwise.core.case import SHARED, Case
 from shardwise.core.errors import OptionError
 from shardwise.core.mesh import Mesh
 from shardwise.core.option import Asked, options_of
+from shardwise.report.common.formats import formats
 
 Own = TypeVar("Own")
 CONFIG = "A case file (see shardwise case), or the name of a shipped one (llama3_8b_tp8)."
-JSON = "One JSON document on stdout, nothing else."
+AS_JSON = "One JSON document on stdout, nothing else."
+FORMAT = f"How the answer is written to stdout: {', '.join(formats())}."
 ALL = tuple(asked.key for asked in SHARED)
 RUN = tuple(key for key in ALL if key != "machine")
 TRACED = tuple(key for key in RUN if key not in ("learning_rate", "max_norm"))
@@ -81,8 +83,10 @@ class Command:
         config = typer.Option(help=CONFIG, callback=read_config, is_eager=True)
         made.insert(arguments, _keyword("config", Annotated[str | None, config], None))
         if self.has_json:
-            as_json = typer.Option("--json", help=JSON, rich_help_panel=OUTPUT)
+            as_json = typer.Option("--json", help=AS_JSON, rich_help_panel=OUTPUT)
             made.append(_keyword("as_json", Annotated[bool, as_json], False))
+            form = typer.Option("--format", help=FORMAT, rich_help_panel=OUTPUT)
+            made.append(_keyword("form", Annotated[str, form], TERMINAL))
         if self.out:
             out = typer.Option(help=self.out, show_default=self.out_shown, rich_help_panel=OUTPUT)
             made.append(_keyword("out", Annotated[Path | None, out], None))
@@ -108,7 +112,8 @@ class Command:
         return _keyword(asked.key, Annotated[kind, made], default)
 
     def call(self, context: typer.Context, values: dict[str, Any]) -> Call[Any]:
-        output = Output(values.pop("as_json", False), values.pop("out", None))
+        form = values.pop("form", TERMINAL)
+        output = Output(_form(form, values.pop("as_json", False)), values.pop("out", None))
         values.pop("config")
         given = frozenset(key for key in values if _is_given(context, key))
         self.prepare(values)
@@ -138,6 +143,18 @@ def command(what: Command) -> Callable[[Callable[[Call[Any]], int]], Callable[..
         return run
 
     return decorate
+
+
+def _form(form: str, as_json: bool) -> str:
+    """Raises OptionError for a format that there isn't, before anything runs."""
+    if form == TERMINAL:
+        return JSON if as_json else form
+    from shardwise.report.common.deliver import check_format
+
+    check_format(form)
+    if as_json and form != JSON:
+        raise OptionError(f"--json and --format {form} don't go together. Leave one out.")
+    return form
 
 
 def refuse(given: Iterable[str], keys: Iterable[str], why: str) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from shardwise.cli.asked import RUN, Call, Command, Shown, command
+from shardwise.cli.output import TERMINAL
 from shardwise.cli.progress import ProgressLine
 from shardwise.files.run_folder import RunFolder
 from shardwise.verbs.compare import BATCH, DEFAULT_PLANS, SEQ, Compared, CompareOptions
@@ -50,11 +51,11 @@ def compare(call: Call[CompareOptions]) -> int:
     from shardwise.report.common.deliver import write_all
 
     # terminal or JSON first, then files: a disk that is full by now loses nothing that was measured
-    if call.output.as_json or done.answer.measurements:
+    if call.output.form != TERMINAL or done.answer.measurements:
         call.output.show(done.answer)
     if not done.answer.measurements:
         done.folder.write("comparison.json", write_document(done.answer))
-        for line in done.answer.verdict if not call.output.as_json else ():
+        for line in done.answer.verdict if call.output.form == TERMINAL else ():
             call.output.say(line)
         return 1
     for name, page in _pages(done):

@@ -1,4 +1,4 @@
-"""Where a command's answer goes: the terminal, or one JSON document, and a folder where one is asked for."""
+"""Where a command's answer goes: stdout in one format, and a folder where one is asked for."""
 
 import os
 import sys
@@ -11,34 +11,35 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from rich.console import Console
 
+from shardwise.core.errors import OptionError
+
 if TYPE_CHECKING:
     from shardwise.files.run_folder import RunFolder
     from shardwise.report.common.deliver import Files
 
 OUTPUT = "Output"
+TERMINAL, JSON = "terminal", "json"
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """as_json: only the document goes to stdout. out: the folder of the run, or None."""
+    """form: how the answer goes to stdout; but for the terminal's, nothing else goes there. out: the folder of the run, or None."""
 
-    as_json: bool
+    form: str
     out: Path | None
 
     @property
     def console(self) -> Console:
-        return Console(stderr=self.as_json)
+        return Console(stderr=self.form != TERMINAL)
 
     def draw(self, document: bytes, draw: Callable[[Console], None]) -> None:
         """The answer, as JSON or drawn."""
-        if not self.as_json:
+        if self.form not in (TERMINAL, JSON):
+            raise OptionError(f"--format {self.form}: this answer has no tables. Use {TERMINAL} or {JSON}.")
+        if self.form == TERMINAL:
             draw(self.console)
             return
         write(document)
-
-    @property
-    def form(self) -> str:
-        return "json" if self.as_json else "terminal"
 
     def show(self, result: object) -> None:
         """The answer as data: see report/common/deliver.py."""

@@ -41,13 +41,15 @@ class RowKind(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Column:
     """name: as its head reads. wraps: its texts may run over several lines. spills: where there is no room for all columns, it goes to a
-    line under the row. sums: its values add up. A column of numbers stands at the right."""
+    line under the row. sums: its values add up. of: whose numbers these are, where the column before it says so already: a file names it. A
+    column of numbers stands at the right."""
 
     name: str
     format: Format = TEXT
     wraps: bool = False
     spills: bool = False
     sums: bool = False
+    of: str = ""
 
     @property
     def is_number(self) -> bool:

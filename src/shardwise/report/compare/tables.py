@@ -213,7 +213,7 @@ def profile_blocks(comparison: Comparison) -> list[Block]:
     columns = [
         column
         for profile in profiles
-        for column in (Column(profile.label, NS), Column(f"{profile.label}, of the step", PERCENT))
+        for column in (Column(profile.label, NS), Column("of the step", PERCENT, of=profile.label))
     ]
     body = [
         row(
@@ -245,7 +245,6 @@ def agreement_table(comparison: Comparison) -> Table:
         Column("in the gradient of", wraps=True),
         Column("loss error", ERROR, spills=True),
         Column("tolerance", ERROR),
-        Column("gradients", NUMBER, spills=True),
         Column("compared in"),
     )
     body = tuple(
@@ -261,7 +260,7 @@ def agreement_table(comparison: Comparison) -> Table:
 def _agreement(measurement: Measurement) -> "tuple[Cell | float | str | None, ...]":
     found = measurement.agreement
     if found is None:
-        return (Cell(None, ABSENT), None, None, None, None, None)
+        return (Cell(None, ABSENT), None, None, None, None)
     error = format_error(found.worst_gradient_error)
     return (
         Cell(found.worst_gradient_error, f"{error} ok", Tone.GOOD)
@@ -270,7 +269,6 @@ def _agreement(measurement: Measurement) -> "tuple[Cell | float | str | None, ..
         found.worst_gradient,
         found.loss_error,
         found.tolerance,
-        found.parameters_compared,
         f"{found.dtype}, {found.layers} layer{'s' if found.layers != 1 else ''}",
     )
 

@@ -64,7 +64,7 @@ def _by_run(runs: Sequence[RunProfile], more: str, form: Format) -> list[Column]
     return [
         column
         for run in runs
-        for column in (Column(run.label, NS), Column(f"{run.label}, {more}" if len(runs) > 1 else more, form))
+        for column in (Column(run.label, NS), Column(more, form, of=run.label if len(runs) > 1 else ""))
     ]
 
 
@@ -98,7 +98,7 @@ def _two(first: str, difference: Difference, *, changes: bool = True) -> tuple[C
     columns = [
         column
         for label in labels
-        for column in (Column(f"{label}, calls", CALLS), Column(label, NS, sums=True))
+        for column in (Column("calls", CALLS, of=label), Column(label, NS, sums=True))
     ]
     return (Column(first, wraps=True), *columns, *((CHANGE,) if changes else ()))
 

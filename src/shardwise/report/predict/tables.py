@@ -94,7 +94,7 @@ def terms_table(predictions: Sequence[Prediction]) -> Table:
     columns = [Column("Term", wraps=True)]
     for each in predictions:
         label = "time" if alone else rows.plan_name(each)
-        columns += [Column(label, SECONDS), Column("share" if alone else f"{label}, share", PERCENT)]
+        columns += [Column(label, SECONDS), Column("share", PERCENT, of="" if alone else label)]
     terms = rows.term_rows(predictions)
     largest = max((term.shares[0] for term in terms), default=0.0)
     body = []

@@ -44,8 +44,8 @@ def _written(table: Table) -> str:
 
 
 def _name(column: Column) -> str:
-    unit = column.format.unit
-    return f"{column.name} ({unit})" if unit else column.name
+    name = f"{column.of}, {column.name}" if column.of else column.name
+    return f"{name} ({column.format.unit})" if column.format.unit else name
 
 
 def _about(row: Row, index: int) -> str:
