@@ -21,9 +21,13 @@ __all__ = ["browser"]
 # what a person could see and do: the steps in sight, keys, and what a screen reader is told
 PERSON = """
 const seen = [];
-const shown = () => [...document.querySelectorAll(".step")].filter((step) => step.getClientRects().length).map((step) => step.dataset.address);
-const look = (what) => seen.push([what, shown().join(" "), decodeURI(location.hash), document.getElementById("live").textContent]);
-const press = (key, more = {}) => document.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true, ...more }));
+const inSight = (step) => step.getClientRects().length;
+const steps = () => [...document.querySelectorAll(".step")].filter(inSight);
+const shown = () => steps().map((step) => step.dataset.address);
+const live = () => document.getElementById("live").textContent;
+const look = (what) => seen.push([what, shown().join(" "), decodeURI(location.hash), live()]);
+const press = (key, more = {}) =>
+    document.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true, ...more }));
 const wait = () => new Promise((done) => setTimeout(done, 50));
 const told = () => { document.body.dataset.seen = JSON.stringify(seen); };
 """
@@ -85,14 +89,16 @@ def test_keys_go_through_every_step_forward_and_back(
 def test_a_step_is_read_out_and_the_address_follows_it(
     browser: str, tmp_path: Path, walkthroughs: list[Explained]
 ) -> None:
-    script = 'await wait(); press("ArrowRight"); look("second"); document.getElementById("next").click(); look("third");'
+    script = """
+    await wait(); press("ArrowRight"); look("second"); document.getElementById("next").click(); look("third");
+    """
     seen = seen_by(visit(browser, driven(walkthrough_html(walkthroughs), script), tmp_path).dom)
     for number, (_, shown, address, live) in enumerate(seen, start=2):
         step = walkthroughs[0].steps[number - 1]
         assert shown == f"embedding/rowwise/{number}"
         assert address == f"#embedding/rowwise/{number}"
         assert live.startswith(
-            f"Step {number} of {len(walkthroughs[0].steps) + 1} · forward. {step.title}. {step.words[0]}"
+            f"Step {number} of {len(walkthroughs[0].steps) + 1} · forward. {step.title}. {step.words}"
         )
 
 
@@ -102,7 +108,8 @@ def test_every_step_of_every_walk_through_can_be_reached_by_its_address(
     addresses = [
         f"{walk.subject}/{number}" for walk in walkthroughs for number in range(1, len(walk.steps) + 2)
     ]
-    script = f"for (const address of {json.dumps(addresses)}) {{ location.hash = address; await wait(); look(address); }}"
+    visits = "{ location.hash = address; await wait(); look(address); }"
+    script = f"for (const address of {json.dumps(addresses)}) {visits}"
     visited = visit(browser, driven(walkthrough_html(walkthroughs), script), tmp_path)
     assert visited.console == ()
     assert visited.requests == ()
@@ -132,7 +139,8 @@ def test_arrows_join_the_block_that_leaves_to_the_block_that_comes(
 ) -> None:
     script = """
     location.hash = "embedding/rowwise/5"; await wait();
-    for (const group of document.querySelectorAll(".step.now .arrows g")) seen.push([group.getAttribute("class"), String(group.querySelector(".stays") !== null)]);
+    for (const group of document.querySelectorAll(".step.now .arrows g"))
+        seen.push([group.getAttribute("class"), String(group.querySelector(".stays") !== null)]);
     """
     found = seen_by(visit(browser, driven(walkthrough_html(walkthroughs), script), tmp_path).dom)
     assert sorted(found) == [["r0", "false"], ["r0", "true"], ["r1", "false"], ["r1", "true"]]
@@ -155,7 +163,8 @@ def test_nothing_is_wider_than_the_screen(
     # a window is at least 500 pixels wide; a frame can be as narrow as a phone
     frame = (
         f'<!doctype html><iframe src="walk.html" style="width:{width}px;height:900px;border:0"></iframe>'
-        '<script>addEventListener("message", (event) => { document.body.dataset.seen = event.data; });</script>'
+        '<script>addEventListener("message", (event) => { document.body.dataset.seen = event.data; '
+        "});</script>"
     )
     assert seen_by(visit(browser, frame, tmp_path).dom) == [
         ["all", str(sum(len(walk.steps) + 1 for walk in walkthroughs))]
@@ -165,10 +174,7 @@ def test_nothing_is_wider_than_the_screen(
 def test_without_its_script_every_step_is_in_sight(
     browser: str, tmp_path: Path, walkthroughs: list[Explained]
 ) -> None:
-    page = driven(
-        walkthrough_html(walkthroughs),
-        'seen.push(["steps", String([...document.querySelectorAll(".step")].filter((s) => s.getClientRects().length).length)]);',
-    )
+    page = driven(walkthrough_html(walkthroughs), 'seen.push(["steps", String(steps().length)]);')
     without = re.sub(r"<script>\"use strict\".*?</script>", "", page, count=1, flags=re.DOTALL)
     assert without != page
     assert seen_by(visit(browser, without, tmp_path).dom) == [
@@ -194,7 +200,10 @@ def test_a_hostile_module_name_is_text_and_nothing_else(browser: str, tmp_path: 
 def test_a_script_that_slips_into_the_page_does_not_run(
     browser: str, tmp_path: Path, walkthroughs: list[Explained]
 ) -> None:
-    slipped = '<img src=x onerror="document.body.dataset.slipped = 1"><script>document.body.dataset.slipped = 2</script>'
+    slipped = (
+        '<img src=x onerror="document.body.dataset.slipped = 1">'
+        "<script>document.body.dataset.slipped = 2</script>"
+    )
     visited = visit(
         browser, walkthrough_html(walkthroughs[:1]).replace("</main>", f"</main>{slipped}"), tmp_path
     )

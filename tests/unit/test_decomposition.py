@@ -28,7 +28,8 @@ def test_what_runs_at_once_counts_once_by_priority(tmp_path: Path) -> None:
 
 
 def test_idle_before_the_launch_of_the_next_work_is_the_cpu_s(tmp_path: Path) -> None:
-    """Idle from 100 to 200: the next work was launched at 130. From 250 to 300: it had been launched long before."""
+    """Idle from 100 to 200: the next work was launched at 130. From 250 to 300: it had been launched long
+    before."""
     found = parts(
         tmp_path,
         [

@@ -68,5 +68,6 @@ def test_silent_ranks_in_the_same_state_share_a_mention() -> None:
     assert str(stall_error(ranks, silent_s=90.0)) == (
         'nothing was heard from any rank for 90 s, so they were stopped (ranks 0, 2: last at "step 3"; '
         'rank 1: stopped by SIGSTOP, last at "step 2"; '
-        "rank 3: hasn't joined the others; rank 4: done; rank 5: no note yet). If the work needs longer, raise the timeout."
+        "rank 3: hasn't joined the others; rank 4: done; rank 5: no note yet). "
+        "If the work needs longer, raise the timeout."
     )

@@ -1,4 +1,5 @@
-"""Two profiled runs side by side: the same work found in both, books that balance, words that claim no more than the traces show."""
+"""Two profiled runs side by side: the same work found in both, books that balance, words that claim no more
+than the traces show."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -161,7 +162,8 @@ def test_several_steps_are_averaged_and_their_spread_is_said(tmp_path: Path) -> 
 
 
 def waiting_run(folder: Path, label: str, *, late_us: float) -> RunProfile:
-    """Two ranks; rank 1's device is busy late_us longer before an all-reduce that takes 10 us when both are there."""
+    """Two ranks; rank 1's device is busy late_us longer before an all-reduce that takes 10 us when both are
+    there."""
     ranks = []
     for rank in (0, 1):
         begin = 100 + (late_us if rank else 0)
@@ -172,7 +174,8 @@ def waiting_run(folder: Path, label: str, *, late_us: float) -> RunProfile:
 def test_the_verdict_splits_waiting_from_transfer_and_names_the_late_rank(tmp_path: Path) -> None:
     both = diff(waiting_run(tmp_path / "a", "A", late_us=0), waiting_run(tmp_path / "b", "B", late_us=890))
     assert both.verdict[-1] == (
-        "B: all-reduce 0.455 ms (1 call) a step: 0.445 ms before the last rank came, all of it for rank 1, which was in gemm; "
+        "B: all-reduce 0.455 ms (1 call) a step: 0.445 ms before the last rank came, all of it for rank 1, "
+        "which was in gemm; "
         "10 µs transfer, at 100 GB/s (bus)."
     )
     assert both.second.collectives[0].waiting_ns == 445_000
@@ -182,7 +185,8 @@ def test_the_verdict_splits_waiting_from_transfer_and_names_the_late_rank(tmp_pa
 def test_one_rank_s_words_say_why_there_is_no_split(tmp_path: Path) -> None:
     run = profiled(tmp_path / "a", "A", [[kernel("gemm", 0, 50), all_reduce(60, 40)]])
     assert run_words(run)[1] == (
-        "all-reduce 40 µs (1 call) a step. Waiting and transfer can't be told apart: one rank's file only: when the others arrived isn't "
+        "all-reduce 40 µs (1 call) a step. Waiting and transfer can't be told apart: one rank's file only: "
+        "when the others arrived isn't "
         "in it, so waiting can't be told from transfer."
     )
 
@@ -227,7 +231,8 @@ def test_a_run_without_any_work_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TraceError) as caught:
         profiled(tmp_path / "a", "A", [[step(0, 0, 10), launch(5, 3)]])
     assert str(caught.value) == (
-        "A: no kernel and no CPU op was recorded. Record with ProfilerActivity.CPU, and CUDA where there is a GPU."
+        "A: no kernel and no CPU op was recorded. "
+        "Record with ProfilerActivity.CPU, and CUDA where there is a GPU."
     )
 
 
@@ -330,14 +335,18 @@ ODD_EVENTS = st.lists(
         lambda cat, name, at, length, tid, args: event(cat, name, at, length, tid=tid, args=args),
         st.sampled_from(["kernel", "cpu_op", "cuda_runtime", "user_annotation", "gpu_memcpy"]),
         st.sampled_from(
-            ["ncclDevKernel_AllReduce", "gemm", "gloo:all_reduce", "c10d::allreduce_", "ProfilerStep#1", "ProfilerStep#2", "shardwise.x|y (z",
-             "module: a.0.b", "aten::copy_", "", "\u202e\x00", "x" * 300]
+            ["ncclDevKernel_AllReduce", "gemm", "gloo:all_reduce", "c10d::allreduce_", "ProfilerStep#1",
+             "ProfilerStep#2", "shardwise.x|y (z", "module: a.0.b", "aten::copy_", "",
+             "\u202e\x00", "x" * 300]
         ),
         st.integers(-5, 60),
         st.integers(0, 60),
         st.integers(0, 2),
         st.dictionaries(
-            st.sampled_from(["correlation", "External id", "Input Dims", "Seq", "In msg nelems", "dtype", "Process Group Name", "Collective name"]),
+            st.sampled_from(
+                ["correlation", "External id", "Input Dims", "Seq", "In msg nelems", "dtype",
+                 "Process Group Name", "Collective name"]
+            ),
             st.sampled_from([0, 1, 2, "Float", "allreduce", [[2, 3]], [], None, -7, "x"]),
             max_size=4,
         ),

@@ -160,7 +160,8 @@ def test_steps_on_the_device_begin_with_the_first_work_that_they_launched(tmp_pa
             [
                 step(4, 0, 100), launch(10, 1), launch(90, 2),
                 step(5, 100, 100), launch(110, 3),
-                kernel("a", 20, 50, correlation=1), kernel("b", 120, 50, correlation=2), kernel("c", 180, 70, correlation=3),
+                kernel("a", 20, 50, correlation=1), kernel("b", 120, 50, correlation=2),
+                kernel("c", 180, 70, correlation=3),
             ],
         )
     )  # fmt: skip
@@ -216,7 +217,8 @@ def test_on_a_cpu_work_is_what_ops_do_themselves_and_not_what_waits(tmp_path: Pa
 def test_what_blocks_in_a_collective_is_no_work_of_the_function_around_it(
     tmp_path: Path, says_so: bool
 ) -> None:
-    """An autograd function is an op; our own ranges say where it waits, else the time right after the call does."""
+    """An autograd function is an op; our own ranges say where it waits, else the time right after the call
+    does."""
     asked = "shardwise.all_reduce|wo ('wo' (rowwise)): Partial -> Replicate"
     found = read_timeline(
         write(
@@ -282,7 +284,8 @@ def test_times_are_exact_to_the_nanosecond(tmp_path: Path, ts: str, expected_ns:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_nanoseconds_survive_the_text(tmp_path: Path, times: list[tuple[int, int]]) -> None:
     lines = [
-        f'{{"ph": "X", "cat": "kernel", "name": "k", "pid": 0, "tid": 7, "ts": {start // 1000}.{start % 1000:03}, "dur": {length // 1000}.{length % 1000:03}}}'
+        f'{{"ph": "X", "cat": "kernel", "name": "k", "pid": 0, "tid": 7, "ts": '
+        f'{start // 1000}.{start % 1000:03}, "dur": {length // 1000}.{length % 1000:03}}}'
         for start, length in times
     ]
     path = tmp_path / "t.json"
@@ -293,7 +296,8 @@ def test_nanoseconds_survive_the_text(tmp_path: Path, times: list[tuple[int, int
     assert (found.spans.end_ns - found.spans.start_ns).tolist() == [length for _, length in times]
 
 
-# --------------------------------------------------------------------------------------------- forms and damage
+# --------------------------------------------------------------------------------------------- forms and
+# damage
 
 
 def some(count: int) -> list[dict[str, Any]]:
@@ -408,14 +412,21 @@ def test_work_without_a_duration_is_dropped_and_counted(tmp_path: Path) -> None:
     assert [(loss.count, loss.what) for loss in found.losses] == [(4, "events without a time or a duration")]
 
 
+GIVE_CHROME = "Give the Chrome JSON that torch.profiler's export_chrome_trace writes."
+
+
 @pytest.mark.parametrize(
     ("start", "message"),
     [
         (b"", "the file is empty."),
-        (b"hello", "is no Chrome trace: it begins with 'hello', not with { or [. Give torch.profiler's JSON, plain or gzip."),
+        (
+            b"hello",
+            "is no Chrome trace: it begins with 'hello', not with { or [. "
+            "Give torch.profiler's JSON, plain or gzip.",
+        ),
         (b"\x28\xb5\x2f\xfd123", "is a zstd file, which isn't read. Unpack it with `zstd -d`."),
-        (b"\x0a\x05\x01\x02", "is a Perfetto protobuf trace (.pftrace), which isn't read. Give the Chrome JSON that torch.profiler's export_chrome_trace writes."),
-        (b"\x80\x04\x95", "is a Python pickle, which can run code, which isn't read. Give the Chrome JSON that torch.profiler's export_chrome_trace writes."),
+        (b"\x0a\x05\x01\x02", f"is a Perfetto protobuf trace (.pftrace), which isn't read. {GIVE_CHROME}"),
+        (b"\x80\x04\x95", f"is a Python pickle, which can run code, which isn't read. {GIVE_CHROME}"),
         (b"{}", "has no event that a Timeline is made of. Record with torch.profiler."),
         (b'{"traceEvents": []}', "has no event that a Timeline is made of. Record with torch.profiler."),
         (b"[", "has no event that a Timeline is made of. Record with torch.profiler."),
@@ -486,7 +497,8 @@ def test_endless_different_names_are_refused_and_long_ones_cut(
     )
     with pytest.raises(
         TraceError,
-        match=r"many\.json: has more than 100,000,000 spans, or 0 MiB of different names\. Record fewer steps\.",
+        match=r"many\.json: has more than 100,000,000 spans, or 0 MiB of different names\. "
+        r"Record fewer steps\.",
     ):
         read_timeline(many)
 
@@ -500,8 +512,16 @@ def test_a_gzip_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 SAMPLE = json.dumps(
-    document([step(1, 0, 90), event("cpu_op", "aten::mm", 1, 9, args={"Input Dims": [[2, 2]]}), launch(3, 1), kernel("k", 20, 5, correlation=1), all_reduce(30, 9)]),
-).encode()  # fmt: skip
+    document(
+        [
+            step(1, 0, 90),
+            event("cpu_op", "aten::mm", 1, 9, args={"Input Dims": [[2, 2]]}),
+            launch(3, 1),
+            kernel("k", 20, 5, correlation=1),
+            all_reduce(30, 9),
+        ]
+    )
+).encode()
 
 
 @given(
@@ -535,19 +555,26 @@ JSON = st.recursive(
     max_leaves=8,
 )
 KEYS = st.sampled_from(
-    ["ph", "cat", "name", "pid", "tid", "ts", "dur", "args", "External id", "correlation", "stream", "Input Dims", "Input type", "bytes",
-     "Collective name", "In msg nelems", "dtype", "Process Group Name", "Process Group Ranks", "Seq"]
+    ["ph", "cat", "name", "pid", "tid", "ts", "dur", "args", "External id", "correlation", "stream",
+     "Input Dims", "Input type", "bytes", "Collective name", "In msg nelems", "dtype", "Process Group Name",
+     "Process Group Ranks", "Seq"]
 )  # fmt: skip
 GOOD = {"ph": "X", "cat": "kernel", "name": "ncclKernel", "pid": 0, "tid": 1, "ts": 5, "dur": 2}
 
 
 @given(
     st.lists(
-        st.tuples(st.dictionaries(KEYS, JSON, max_size=4), st.dictionaries(KEYS, JSON, max_size=4), st.sampled_from(["kernel", "cpu_op", "cuda_runtime", "user_annotation"])),
+        st.tuples(
+            st.dictionaries(KEYS, JSON, max_size=4),
+            st.dictionaries(KEYS, JSON, max_size=4),
+            st.sampled_from(["kernel", "cpu_op", "cuda_runtime", "user_annotation"]),
+        ),
         max_size=5,
     ),
-    st.dictionaries(st.sampled_from(["distributedInfo", "baseTimeNanoseconds", "deviceProperties"]), JSON, max_size=2),
-)  # fmt: skip
+    st.dictionaries(
+        st.sampled_from(["distributedInfo", "baseTimeNanoseconds", "deviceProperties"]), JSON, max_size=2
+    ),
+)
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_events_of_any_types_give_a_timeline_or_the_readers_own_error(
     tmp_path: Path, odd: list[tuple[dict[str, Any], dict[str, Any], str]], header: dict[str, Any]

@@ -1,4 +1,5 @@
-"""The reader and the analysis on real profiles of other people, where they are at hand: published figures, and figures counted by hand."""
+"""The reader and the analysis on real profiles of other people, where they are at hand: published figures,
+and figures counted by hand."""
 
 from pathlib import Path
 

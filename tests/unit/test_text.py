@@ -24,7 +24,8 @@ from shardwise.text.stream import RANDOM_TOKENS, TokenStream, load_tokens
 PROSE = "The quick brown fox jumps over the lazy dog.\nAnother line, with ümläuts and 漢字 and 🦊.\n" * 50
 TRAINED = bpe.train(PROSE, 300)
 WORD_LEVEL = (
-    '{"version":"1.0","truncation":{"direction":"Right","max_length":2,"strategy":"LongestFirst","stride":0},"padding":null,"added_tokens":[],'
+    '{"version":"1.0","truncation":{"direction":"Right","max_length":2,"strategy":"LongestFirst","stride":0},'
+    '"padding":null,"added_tokens":[],'
     '"normalizer":null,"pre_tokenizer":{"type":"Whitespace"},"post_processor":null,"decoder":null,'
     '"model":{"type":"WordLevel","vocab":{"a":0,"b":1,"rare":900,"?":2},"unk_token":"?"}}'
 )
@@ -72,7 +73,8 @@ def test_the_built_in_corpus_is_megabytes_the_same_in_every_process_and_imports_
     assert places == sorted(places)
     code = (
         "import hashlib, sys; from shardwise.text.corpus import load_text;"
-        "print(hashlib.sha256(load_text().text.encode()).hexdigest(), 'this' in sys.modules, 'antigravity' in sys.modules)"
+        "print(hashlib.sha256(load_text().text.encode()).hexdigest(), 'this' in sys.modules, 'antigravity' "
+        "in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
@@ -191,7 +193,8 @@ def test_long_text_is_encoded_whole_though_it_is_cut_into_pieces() -> None:
 
 def test_training_gives_the_same_tokenizer_in_every_process() -> None:
     code = (
-        "import hashlib; from shardwise.text.corpus import documentation_of; from shardwise.text.tokenizer import train; import argparse, pathlib;"
+        "import hashlib; from shardwise.text.corpus import documentation_of; "
+        "from shardwise.text.tokenizer import train; import argparse, pathlib;"
         "text = '\\n'.join(documentation_of(pathlib.Path(argparse.__file__).read_bytes()));"
         "print(hashlib.sha256(train(text, 2000).to_str().encode()).hexdigest())"
     )
@@ -511,9 +514,9 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
     batch = Batch(torch.zeros(3, 2), torch.zeros(3, 2))
     with pytest.raises(OptionError) as caught:
         batch.slice(0, 2)
-    assert (
-        str(caught.value)
-        == "a batch of 3 sequences can't be cut into 2 equal parts. Use a batch that is a multiple of 2, such as 4."
+    assert str(caught.value) == (
+        "a batch of 3 sequences can't be cut into 2 equal parts. "
+        "Use a batch that is a multiple of 2, such as 4."
     )
 
 

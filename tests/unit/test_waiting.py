@@ -1,4 +1,5 @@
-"""Collectives over ranks: matching, clocks, waiting against transfer, blame; made traces of which everything is known."""
+"""Collectives over ranks: matching, clocks, waiting against transfer, blame; made traces of which everything
+is known."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ WIRE_US = 10
 def run(
     folder: Path, arrivals_us: list[list[float]], *, offsets_us: list[float] | None = None, **args: Any
 ) -> tuple[Timeline, ...]:
-    """Ranks that arrive at each collective as told (arrivals_us[collective][rank]) and leave together, WIRE_US after the last."""
+    """Ranks that arrive at each collective as told (arrivals_us[collective][rank]) and leave together,
+    WIRE_US after the last."""
     world = len(arrivals_us[0])
     for rank in range(world):
         shift = offsets_us[rank] if offsets_us else 0
@@ -185,7 +187,8 @@ def test_files_of_a_group_s_other_ranks_that_are_missing_are_named(tmp_path: Pat
 
 
 def test_ends_that_are_late_on_the_same_rank_make_no_collective_impossible(tmp_path: Path) -> None:
-    """Ranks of one busy machine: rank 0 mostly leaves 50 us late, so the median end alone would shift rank 1 by as much."""
+    """Ranks of one busy machine: rank 0 mostly leaves 50 us late, so the median end alone would shift rank 1
+    by as much."""
     for rank, leaves in enumerate(([160, 260, 360, 410, 510], [110, 210, 310, 410, 510])):
         arrives = [[0, 0, 0, 320, 400], [100, 200, 300, 400, 500]][rank]
         events = [all_reduce(at, end - at, ranks=(0, 1)) for at, end in zip(arrives, leaves, strict=True)]
@@ -199,7 +202,8 @@ def test_ends_that_are_late_on_the_same_rank_make_no_collective_impossible(tmp_p
 
 
 def test_a_barrier_bounds_a_clock_though_its_ranks_leave_apart() -> None:
-    """Rank 1 leaves its only collective 50 us late, so its clock seems 50 us ahead; but it left the barrier 40 us after rank 0 came."""
+    """Rank 1 leaves its only collective 50 us late, so its clock seems 50 us ahead; but it left the barrier
+    40 us after rank 0 came."""
     collective = {0: (0, 100_000), 1: (0, 150_000)}
     assert correct([0, 1], [collective])[1].offset_ns == 50_000
     ahead = {0: (300_000, 370_000), 1: (200_000, 340_000)}
@@ -297,7 +301,8 @@ def test_two_files_of_one_rank_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TraceError) as caught:
         read_ranks(trace_files(tmp_path), workers=1)
     assert str(caught.value) == (
-        f"{tmp_path}: 2 files are of rank 4: a.json, b.json. Keep one file per rank; steps of one rank belong in one file."
+        f"{tmp_path}: 2 files are of rank 4: a.json, b.json. Keep one file per rank; "
+        "steps of one rank belong in one file."
     )
 
 

@@ -5,8 +5,8 @@ GPU   inside a CUDA graph, so that no launch is in it. What can't be captured (a
       that lets the host run ahead
 CPU   with inputs where a step finds them, in the caches that cores share but not in the core's own (other
       memory is written between calls); by this thread's own seconds, which other processes on the same cores
-      don't lengthen; `own_s` over `wall_s` tells what share of a core the rank got, and who adds the samples up
-      divides by it. With several threads, by the wall clock
+      don't lengthen; `own_s` over `wall_s` tells what share of a core the rank got, and who adds the samples
+      up divides by it. With several threads, by the wall clock
 """
 
 import time

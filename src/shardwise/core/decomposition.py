@@ -1,16 +1,20 @@
 """Decomposition: a step's window split into parts that add up to it, to the nanosecond.
 
-In order of priority, so that no instant counts twice (intervals are half-open; all streams of a rank's device together):
+In order of priority, so that no instant counts twice (intervals are half-open; all streams of a rank's device
+together):
 
     compute                kernels that are neither communication nor copies
     exposed transfer       a collective after its last rank arrived (A), and no compute
-    exposed communication  a collective of which A isn't known (one rank's file, broadcasts, sets that don't match), and no compute
+    exposed communication  a collective of which A isn't known (one rank's file, broadcasts, sets that don't
+                           match), and no compute
     exposed waiting        a collective before A, and neither of these
     exposed copy           copies and fills, and none of these
     CPU-bound idle         nothing runs, and the work that runs next had not been launched yet
-    other idle             nothing runs, though the work that runs next had been launched; and what no launch is known of
+    other idle             nothing runs, though the work that runs next had been launched; and what no launch
+                           is known of
 
-exposed transfer + communication + waiting = |U(comm)| - |U(comm) & U(compute)|, the usual "exposed communication".
+exposed transfer + communication + waiting = |U(comm)| - |U(comm) & U(compute)|, the usual "exposed
+communication".
 """
 
 from dataclasses import dataclass
@@ -25,7 +29,8 @@ from shardwise.core.timeline import NONE, SpanKind, Timeline, Window
 
 @dataclass(frozen=True, slots=True)
 class Decomposition:
-    """A window's parts, and the unions that people ask for besides. communication_ns and compute_ns overlap by overlap_ns."""
+    """A window's parts, and the unions that people ask for besides. communication_ns and compute_ns overlap
+    by overlap_ns."""
 
     window: Window
     parts: Parts
@@ -41,7 +46,8 @@ class Decomposition:
 
 @dataclass(frozen=True, slots=True)
 class WorkSets:
-    """When a rank computes, communicates (before and after the last rank arrived, and where that isn't known) and copies."""
+    """When a rank computes, communicates (before and after the last rank arrived, and where that isn't known)
+    and copies."""
 
     compute: Intervals
     transfer: Intervals
@@ -52,7 +58,7 @@ class WorkSets:
 
 def work_sets(timeline: Timeline, rank: int) -> WorkSets:
     """Of one rank, over all its lanes."""
-    spans, found = timeline.spans, timeline.collectives
+    spans, collectives = timeline.spans, timeline.collectives
     own = timeline.of_rank(rank)
 
     def of(kind: SpanKind) -> Intervals:
@@ -60,7 +66,7 @@ def work_sets(timeline: Timeline, rank: int) -> WorkSets:
         return union(spans.start_ns[chosen], spans.end_ns[chosen])
 
     arrival_ns = np.full(len(spans), NONE, np.int64)
-    arrival_ns[found.span] = found.arrival_ns
+    arrival_ns[collectives.span] = collectives.arrival_ns
     collective = own & (spans.kind == SpanKind.COLLECTIVE)
     known = collective & (arrival_ns != NONE)
     unknown = collective & (arrival_ns == NONE)
@@ -90,13 +96,9 @@ def _of_rank(
     works = timeline.of_rank(rank) & (spans.kind <= SpanKind.COPY)
     order = np.argsort(spans.start_ns[works], kind="stable")
     start_ns, launched_ns = spans.start_ns[works][order], spans.launched_ns[works][order]
-    communication = union(
-        *(
-            np.concatenate([each[:, side] for each in (sets.transfer, sets.unsplit, sets.waiting)])
-            for side in (0, 1)
-        )
-    )
-    found = []
+    begins, ends = np.concatenate((sets.transfer, sets.unsplit, sets.waiting)).T
+    communication = union(begins, ends)
+    decompositions = []
     for window in windows:
         lo, hi = window.start_ns, window.end_ns
         by_priority = (sets.compute, sets.transfer, sets.unsplit, sets.waiting, sets.copy)
@@ -105,16 +107,14 @@ def _of_rank(
         compute, transfer, unsplit, waiting, copy = map(total_ns, busy)
         parts = Parts(compute, transfer, unsplit, waiting, copy, cpu_bound_ns, total_ns(idle) - cpu_bound_ns)
         inside = total_ns(clip(communication, lo, hi))
-        found.append(
-            Decomposition(
-                window, parts, inside, inside - int(parts.exposed_ns), total_ns(clip(sets.copy, lo, hi))
-            )
-        )
-    return found
+        copy_ns = total_ns(clip(sets.copy, lo, hi))
+        decompositions.append(Decomposition(window, parts, inside, inside - int(parts.exposed_ns), copy_ns))
+    return decompositions
 
 
 def _not_yet_launched_ns(idle: Intervals, start_ns: NDArray[np.int64], launched_ns: NDArray[np.int64]) -> int:
-    """Idle time before the launch of the work that starts next. Work of which no launch is known blames nobody."""
+    """Idle time before the launch of the work that starts next. Work of which no launch is known blames
+    nobody."""
     following = np.searchsorted(start_ns, idle[:, 1])
     exists = following < len(start_ns)
     gaps, following = idle[exists], following[exists]

@@ -1,4 +1,5 @@
-"""A profiled run in numbers per step, and two of them side by side. Nouns and their arithmetic; profiles/ fills them.
+"""A profiled run in numbers per step, and two of them side by side. Nouns and their arithmetic; profiles/
+fills them.
 
 All times are nanoseconds per step of one rank: means over the run's (rank, step) windows. The books balance:
 
@@ -29,9 +30,11 @@ class Use:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Work:
-    """What a kernel is known by: its kind, the CPU op (of a collective: the module) that called for it with the shapes that went in, and its name without templates.
+    """What a kernel is known by: its kind, the CPU op (of a collective: the module) that called for it with
+    the shapes that went in, and its name without templates.
 
-    of_class: matmul, norm, ...: what unlike kernels for the same thing have in common. is_copy: something only moves or is laid out anew.
+    of_class: matmul, norm, ...: what unlike kernels for the same thing have in common. is_copy: something
+    only moves or is laid out anew.
     """
 
     kind: str
@@ -44,9 +47,11 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class CollectiveUse:
-    """Collectives of one op that one module asked for ("layers.*.attention"; "" where that isn't known), per step of one rank. waiting, transfer: None where they can't be told apart.
+    """Collectives of one op that one module asked for ("layers.*.attention"; "" where that isn't known), per
+    step of one rank. waiting, transfer: None where they can't be told apart.
 
-    late: (rank, share of the waiting that it caused, what it was doing most) of the rank that caused the most.
+    late: (rank, share of the waiting that it caused, what it was doing most) of the rank that caused the
+    most.
     """
 
     op: str
@@ -64,7 +69,8 @@ class CollectiveUse:
 
 @dataclass(frozen=True, slots=True)
 class CpuUse:
-    """CPU work per step of one rank: ops, the time they take without those inside them, and launches. by_op: name -> Use (self time)."""
+    """CPU work per step of one rank: ops, the time they take without those inside them, and launches. by_op:
+    name -> Use (self time)."""
 
     ops: Use
     launches: Use
@@ -83,7 +89,9 @@ class StepOfRank:
 
 @dataclass(frozen=True, slots=True)
 class RunProfile:
-    """One run. too_fast: collectives whose bus bandwidth is above link_bytes_per_s, what the device's links carry. parts: the mean window. lines_ns: all work, summed; busy_ns: its union. without_kernel: launches that left no kernel."""
+    """One run. too_fast: collectives whose bus bandwidth is above link_bytes_per_s, what the device's links
+    carry. parts: the mean window. lines_ns: all work, summed; busy_ns: its union. without_kernel: launches
+    that left no kernel."""
 
     label: str
     facts: tuple[tuple[str, str], ...]
@@ -121,7 +129,8 @@ class RunProfile:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A stretch of a picture's row. part: a field of Parts without its unit ("exposed_waiting"), or "communication"."""
+    """A stretch of a picture's row. part: a field of Parts without its unit ("exposed_waiting"), or
+    "communication"."""
 
     part: str
     start_ns: int
@@ -181,7 +190,8 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """second against first. lines: all work, largest change first; their deltas add up to lines_delta_ns. verdict: in words."""
+    """second against first. lines: all work, largest change first; their deltas add up to lines_delta_ns.
+    verdict: in words."""
 
     first: RunProfile
     second: RunProfile

@@ -14,7 +14,8 @@ EMPTY: Intervals = np.empty((0, 2), np.int64)
 
 
 def union(start_ns: NDArray[np.int64], end_ns: NDArray[np.int64]) -> Intervals:
-    """The set that spans cover, in any order, overlapping or not; spans that end before they start, or at once, cover nothing."""
+    """The set that spans cover, in any order, overlapping or not; spans that end before they start, or at
+    once, cover nothing."""
     covers = end_ns > start_ns
     start_ns, end_ns = start_ns[covers], end_ns[covers]
     if not len(start_ns):
@@ -72,7 +73,8 @@ def without(first: Intervals, second: Intervals) -> Intervals:
 
 
 def layers(sets: Sequence[Intervals], start_ns: int, end_ns: int) -> list[Intervals]:
-    """The window cut by priority: of each set what no earlier set covers; last, what none covers. Together they are the window, exactly."""
+    """The window cut by priority: of each set what no earlier set covers; last, what none covers. Together
+    they are the window, exactly."""
     edges = np.unique(
         np.concatenate(
             [np.array([start_ns, end_ns], np.int64), *(clip(each, start_ns, end_ns).ravel() for each in sets)]

@@ -1,4 +1,5 @@
-"""Sample: one kernel, collective or launch as it was timed on a machine; Calibration: what is fitted to all of them."""
+"""Sample: one kernel, collective or launch as it was timed on a machine; Calibration: what is fitted to all
+of them."""
 
 from dataclasses import dataclass
 
@@ -9,10 +10,10 @@ from shardwise.core.machine import Machine
 class Sample:
     """`seconds`: the median of `repeats` timings, between the quartiles `low_s` and `high_s`.
 
-    what: an OpKind, a CollectiveKind or "launch". name: the op ("aten::mm"), with what sets it apart ("tn", "causal").
-    shape: a matmul's (batch, m, n, k), an attention's (batch, heads, KV heads, sequence, head dim), else what the op's
-    docstring says. read_bytes, write_bytes, flops: as core/program.py counts them. ranks: that took part, or that ran
-    the same beside it.
+    what: an OpKind, a CollectiveKind or "launch". name: the op ("aten::mm"), with what sets it apart ("tn",
+    "causal"). shape: a matmul's (batch, m, n, k), an attention's (batch, heads, KV heads, sequence, head
+    dim), else what the op's docstring says. read_bytes, write_bytes, flops: as core/program.py counts them.
+    ranks: that took part, or that ran the same beside it.
     """
 
     what: str

@@ -1,7 +1,9 @@
-"""Timeline: what every rank's CPU threads and device streams did, when: columns of spans. Read from profiles, or predicted.
+"""Timeline: what every rank's CPU threads and device streams did, when: columns of spans. Read from profiles,
+or predicted.
 
-A Timeline says what happened. Waiting, exposure and idle need several lanes at once: core/decomposition.py finds them.
-What wasn't recorded is absent (NONE in a column) and never 0. Times are whole nanoseconds since `origin_ns`.
+A Timeline says what happened. Waiting, exposure and idle need several lanes at once: core/decomposition.py
+finds them. What wasn't recorded is absent (NONE in a column) and never 0. Times are whole nanoseconds since
+`origin_ns`.
 """
 
 from collections.abc import Sequence
@@ -17,7 +19,8 @@ NONE = -1
 
 
 class SpanKind(IntEnum):
-    """What a span is. COMPUTE, COLLECTIVE and COPY (the first three) are work; OP, LAUNCH and RANGE are what the CPU says of it."""
+    """What a span is. COMPUTE, COLLECTIVE and COPY (the first three) are work; OP, LAUNCH and RANGE are what
+    the CPU says of it."""
 
     COMPUTE = 0
     COLLECTIVE = 1
@@ -29,7 +32,8 @@ class SpanKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """A CPU thread or a device's stream of one rank. count: how many ranks it stands for (a predicted lane may stand for many)."""
+    """A CPU thread or a device's stream of one rank. count: how many ranks it stands for (a predicted lane
+    may stand for many)."""
 
     rank: int
     is_device: bool
@@ -40,8 +44,8 @@ class Lane:
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """Columns, one row a span. name, shapes: into Timeline.names. launched_ns: when the CPU called for it. parent: the span of the CPU op
-    in which it was called for. n_bytes: of a copy."""
+    """Columns, one row a span. name, shapes: into Timeline.names. launched_ns: when the CPU called for it.
+    parent: the span of the CPU op in which it was called for. n_bytes: of a copy."""
 
     lane: NDArray[np.int32]
     kind: NDArray[np.int8]
@@ -59,7 +63,8 @@ class Spans:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The ranks of a process group; ranks None: the file doesn't say. name: as the file calls it ("" where it doesn't)."""
+    """The ranks of a process group; ranks None: the file doesn't say. name: as the file calls it ("" where it
+    doesn't)."""
 
     name: str
     ranks: tuple[int, ...] | None
@@ -67,9 +72,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Collectives:
-    """Columns, one row a collective span. op, dtype, origin: into Timeline.names ("all_reduce"; origin: the module that asked). group: into Timeline.groups. full_bytes: of the
-    whole tensor, as core/collective.py means it. arrival_ns: when the last rank came, on this rank's clock; set once the ranks were
-    put together."""
+    """Columns, one row a collective span. op, dtype, origin: into Timeline.names ("all_reduce"; origin: the
+    module that asked). group: into Timeline.groups. full_bytes: of the whole tensor, as core/collective.py
+    means it. arrival_ns: when the last rank came, on this rank's clock; set once the ranks were put
+    together."""
 
     span: NDArray[np.int32]
     op: NDArray[np.int32]
@@ -101,7 +107,8 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """Lanes and spans of one or more ranks. facts: what the file says of itself, such as the device's name."""
+    """Lanes and spans of one or more ranks. facts: what the file says of itself, such as the device's
+    name."""
 
     lanes: tuple[Lane, ...]
     names: tuple[str, ...]
@@ -136,7 +143,7 @@ class Timeline:
 
     def shifted(self, offset_ns: int) -> "Timeline":
         """The same with every time later by offset_ns."""
-        spans, found = self.spans, self.collectives
+        spans, collectives = self.spans, self.collectives
         return replace(
             self,
             spans=replace(
@@ -145,7 +152,7 @@ class Timeline:
                 end_ns=spans.end_ns + offset_ns,
                 launched_ns=_shift(spans.launched_ns, offset_ns),
             ),
-            collectives=replace(found, arrival_ns=_shift(found.arrival_ns, offset_ns)),
+            collectives=replace(collectives, arrival_ns=_shift(collectives.arrival_ns, offset_ns)),
             windows=tuple(
                 replace(window, start_ns=window.start_ns + offset_ns, end_ns=window.end_ns + offset_ns)
                 for window in self.windows

@@ -1,14 +1,17 @@
-"""Collectives as all their ranks saw them: who came last, how long the others waited, how long the data took. Nouns and their arithmetic.
+"""Collectives as all their ranks saw them: who came last, how long the others waited, how long the data took.
+Nouns and their arithmetic.
 
-For one collective over ranks r, each in it during [s_r, e_r) on a common clock, A = max s_r is when the last rank arrived:
+For one collective over ranks r, each in it during [s_r, e_r) on a common clock, A = max s_r is when the last
+rank arrived:
 
     waiting_r  = clip(A - s_r, 0, e_r - s_r)
     transfer_r = (e_r - s_r) - waiting_r
     transfer   = median e_r - A
 
-Ends of symmetric collectives (all-reduce, all-gather, reduce-scatter, all-to-all) are taken for simultaneous; of the others there is no split.
-In an all-to-all, pairs that are there early move data before A: transfer is a lower bound, and the bandwidth an upper one.
-Bus bandwidth: wire bytes by core/collective.py's formulas over transfer, as nccl-tests counts it.
+Ends of symmetric collectives (all-reduce, all-gather, reduce-scatter, all-to-all) are taken for simultaneous;
+of the others there is no split. In an all-to-all, pairs that are there early move data before A: transfer is
+a lower bound, and the bandwidth an upper one. Bus bandwidth: wire bytes by core/collective.py's formulas over
+transfer, as nccl-tests counts it.
 """
 
 from dataclasses import dataclass
@@ -27,7 +30,8 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Blame:
-    """What the last rank did between the first rank's arrival and its own (window_ns): what most, and for how long of it.
+    """What the last rank did between the first rank's arrival and its own (window_ns): what most, and for how
+    long of it.
 
     is_cpu: its device had nothing to do most of that time, and this is what its CPU was in.
     """
@@ -40,7 +44,8 @@ class Blame:
 
 @dataclass(frozen=True, slots=True)
 class SharedCollective:
-    """One collective on all its ranks. origin: the module that asked, or "". step: of the profile, or None. full_bytes, wire_bytes: None where the files don't say."""
+    """One collective on all its ranks. origin: the module that asked, or "". step: of the profile, or None.
+    full_bytes, wire_bytes: None where the files don't say."""
 
     op: str
     origin: str
@@ -62,7 +67,8 @@ class SharedCollective:
 
     @property
     def is_possible(self) -> bool:
-        """No rank can leave before the last has come; a set that says so is a wrong match, or has a wrong clock."""
+        """No rank can leave before the last has come; a set that says so is a wrong match, or has a wrong
+        clock."""
         return min(member.end_ns for member in self.members) >= self.arrival_ns
 
     @property
@@ -99,8 +105,8 @@ class SharedCollective:
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """What was taken off a rank's times. spread_ns: in half of its collectives, first and last end of all ranks then lie no
-    further apart; None: no common collective."""
+    """What was taken off a rank's times. spread_ns: in half of its collectives, first and last end of all
+    ranks then lie no further apart; None: no common collective."""
 
     rank: int
     offset_ns: int | None
@@ -118,7 +124,8 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Collectives of which no split is given: how many (sets, or calls where no set could be made), and why."""
+    """Collectives of which no split is given: how many (sets, or calls where no set could be made), and
+    why."""
 
     count: int
     why: str

@@ -136,8 +136,8 @@ def waits(name: str) -> bool:
 _CLASSES = {
     "attention": r"scaled_dot_product|flash|fmha|attention|attn",
     "convolution": r"conv(?:olution|2d|_)|miopen|winograd|implicit_gemm",
-    "matmul": r"::(?:add)?(?:mm|bmm|matmul|linear|baddbmm|einsum|_scaled_mm)\b|gemm|cutlass|Cijk|nvjet|cublas|"
-    r"matmul",
+    "matmul": r"::(?:add)?(?:mm|bmm|matmul|linear|baddbmm|einsum|_scaled_mm)\b|gemm|cutlass|Cijk|nvjet|"
+    r"cublas|matmul",
     "norm": r"norm",
     "embedding": r"embedding|index_select|gather",
     "optimizer": r"_foreach|fused_adam|multi_tensor|optimizer|adam",

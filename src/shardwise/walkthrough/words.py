@@ -100,7 +100,8 @@ def explain_walkthrough(walkthrough: Walkthrough) -> Explained:
         name=name.replace("_", " "),
         title=subject.title,
         lead=(
-            f"{walkthrough.module}: a toy of it on {ranks} ranks. Every number below was recorded while the style "
+            f"{walkthrough.module}: a toy of it on {ranks} ranks. "
+            "Every number below was recorded while the style "
             "really ran; none is typed in."
         ),
         ranks=ranks,
