@@ -19,6 +19,7 @@ from operator import or_
 from typing import Self, TypeVar
 
 from shardwise.core.errors import PlanError
+from shardwise.core.layer_name import any_layer
 from shardwise.core.placement import Placement, format_placement, parse_placement
 from shardwise.core.rule import RuleRef
 
@@ -268,8 +269,8 @@ AnyPlan = Plan | TheirPlan
 
 def suggest_pattern(pattern: str, modules: Iterable[str]) -> str | None:
     """The module pattern nearest to a mistyped one, layer numbers as `*`; None if nothing is near."""
-    candidates = sorted({re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in modules if name})
-    near = difflib.get_close_matches(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", pattern), candidates, n=1, cutoff=0.5)
+    candidates = sorted({any_layer(name) for name in modules if name})
+    near = difflib.get_close_matches(any_layer(pattern), candidates, n=1, cutoff=0.5)
     return near[0] if near else None
 
 

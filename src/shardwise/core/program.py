@@ -11,13 +11,13 @@ step. Its parameters and optimizer state exist before the first item: the step i
 What this file does not know: time, and what an allocator adds (rounding, fragmentation).
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveCall
+from shardwise.core.layer_name import moved_name
 from shardwise.core.placement import Placement
 from shardwise.core.rule import ModuleKind, RuleRef
 
@@ -167,29 +167,6 @@ def moved(item: Item, prefix: str | None, by: int) -> Item:
     """The same item in the layer that comes `by` layers later."""
     module = moved_name(item.module, prefix, by)
     return item if module == item.module else replace(item, module=module)
-
-
-def moved_name(name: str, prefix: str | None, by: int) -> str:
-    """`layers.1.attention` -> `layers.7.attention` for prefix "layers" and by 6; names outside the layers as they are."""
-    index = layer_index(name, prefix)
-    if index is None or by == 0:
-        return name
-    assert prefix is not None
-    tail = name[len(prefix) + 1 + len(str(index)) :]
-    return f"{prefix}.{index + by}{tail}"
-
-
-def any_layer(name: str) -> str:
-    """`layers.7.attention` -> `layers.*.attention`: a name as a plan's pattern has it."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
-
-
-def layer_index(name: str, prefix: str | None) -> int | None:
-    """7 for `layers.7.attention` and prefix "layers"; None outside the layers."""
-    if prefix is None or not name.startswith(f"{prefix}."):
-        return None
-    number = name[len(prefix) + 1 :].partition(".")[0]
-    return int(number) if number.isdecimal() else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from shardwise.core.explanation import (
     PhaseTotals,
     RuleSummary,
 )
+from shardwise.core.layer_name import any_layer
 from shardwise.core.program import (
     Collective,
     Holder,
@@ -26,7 +27,6 @@ from shardwise.core.program import (
     OpKind,
     Phase,
     Program,
-    any_layer,
     memory_peak,
 )
 from shardwise.explain.findings import findings_of, sharded

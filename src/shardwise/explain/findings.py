@@ -15,9 +15,10 @@ from math import prod
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.explanation import CollectiveGroup, HoldingGroup
 from shardwise.core.finding import Finding, FindingKind
+from shardwise.core.layer_name import any_layer
 from shardwise.core.mesh import TENSOR_AXIS, Mesh
 from shardwise.core.placement import Partial, Replicate, Shard
-from shardwise.core.program import Collective, Item, Op, OpKind, Phase, Program, any_layer
+from shardwise.core.program import Collective, Item, Op, OpKind, Phase, Program
 from shardwise.core.rule import ModuleKind
 from shardwise.core.sharded import Sharded
 from shardwise.explain.words import named, size

@@ -13,6 +13,7 @@ from msgspec import Meta
 from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveCall, is_off_mesh
 from shardwise.core.errors import InputError, MeshError
+from shardwise.core.layer_name import layer_index
 from shardwise.core.mesh import Mesh
 from shardwise.core.program import (
     Block,
@@ -25,7 +26,6 @@ from shardwise.core.program import (
     Phase,
     Program,
     TensorSpec,
-    layer_index,
 )
 from shardwise.core.shown import shown
 from shardwise.files.document import Form, Mismatch, read, written

@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from shardwise.core.layer_name import any_layer, layer_index, moved_name
 from shardwise.core.machine import Machine
 from shardwise.core.prediction import Setup
 from shardwise.core.prediction_run import LaunchBound
-from shardwise.core.program import Collective, Program, any_layer, layer_index, moved_name
+from shardwise.core.program import Collective, Program
 from shardwise.core.timeline import NONE, Collectives, Group, Lane, SpanKind, Spans, Timeline, Window
 from shardwise.predict.layout import Layout, lay_out
 from shardwise.predict.pipeline import Pass, one_f_one_b

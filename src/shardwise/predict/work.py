@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardwise.core.collective import is_off_mesh
+from shardwise.core.layer_name import layer_index
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import SHARDS_AXIS, Mesh
 from shardwise.core.prediction import Setup, Term
-from shardwise.core.program import BACKWARDS, Block, Collective, Op, Phase, Program, layer_index
+from shardwise.core.program import BACKWARDS, Block, Collective, Op, Phase, Program
 from shardwise.predict.costs import Cost, collective_cost, op_cost
 
 TERMS = tuple(Term)

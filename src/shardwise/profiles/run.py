@@ -1,6 +1,5 @@
 """The Timelines of a run's ranks -> RunProfile: numbers per step."""
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from shardwise.core.decomposition import decompose
 from shardwise.core.difference import CollectiveUse, CpuUse, RunProfile, StepOfRank, Use, Work
 from shardwise.core.errors import TraceError
 from shardwise.core.intervals import clip, covered_ns, total_ns, union
+from shardwise.core.layer_name import any_layer
 from shardwise.core.parts import Parts
 from shardwise.core.timeline import NONE, SpanKind, Timeline, Window
 from shardwise.core.waiting import Loss, SharedCollective, Sharing
@@ -19,7 +19,6 @@ from shardwise.profiles.classify import class_of, link_of, only_copies, plain_na
 from shardwise.profiles.nesting import own_segments
 
 # a layer's number: equal layers are one line
-_LAYER = re.compile(r"\.\d+\b")
 _STEP_MARK = "ProfilerStep#"
 
 
@@ -128,7 +127,7 @@ def _work(timeline: Timeline, row: list[int]) -> Work:
     op_name, shapes_text, asked = text
     if collective != NONE:
         what = timeline.names[collective]
-        return Work(SpanKind.COLLECTIVE.name, _LAYER.sub(".*", asked), "", what, "communication", False)
+        return Work(SpanKind.COLLECTIVE.name, any_layer(asked), "", what, "communication", False)
     kernel = plain_name(timeline.names[name])
     moves = bool(is_copy) or (kind == SpanKind.COPY and "DtoD" in kernel)
     return Work(SpanKind(kind).name, op_name, shapes_text, kernel, class_of(op_name, kernel), moves)
@@ -179,7 +178,7 @@ def _collective_uses(books: _Books, windows: Sequence[Window], sharing: Sharing)
     shared_by_op: dict[tuple[str, str], list[SharedCollective]] = defaultdict(list)
     for shared in sharing.collectives:
         if _is_inside(shared, windows):
-            shared_by_op[shared.op, _LAYER.sub(".*", shared.origin)].append(shared)
+            shared_by_op[shared.op, any_layer(shared.origin)].append(shared)
     totals: dict[tuple[str, str], Use] = defaultdict(Use)
     for work, use in books.work.items():
         if work.kind == SpanKind.COLLECTIVE.name:

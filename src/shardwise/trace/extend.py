@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 
 from shardwise.core.collective import CollectiveCall
+from shardwise.core.layer_name import layer_index, moved_name
 from shardwise.core.program import (
     IN_LAYERS,
     Block,
@@ -24,9 +25,7 @@ from shardwise.core.program import (
     Op,
     Phase,
     TensorSpec,
-    layer_index,
     moved,
-    moved_name,
 )
 
 SHORT, LONG = 3, 4

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from shardwise.core.layer_name import layer_index, moved_name
 from shardwise.core.mesh import Mesh
-from shardwise.core.program import Holding, layer_index, moved_name
+from shardwise.core.program import Holding
 from shardwise.core.rule import RuleRef
 from shardwise.parallel.kinds import kind_of, outer_parameters
 from shardwise.step.train import TrainStep

@@ -7,7 +7,6 @@ from_pretrained(distributed_config=...) does before it loads weights, and it tie
 afterwards; so do we. Its styles: transformers/distributed/tensor_parallel.py.
 """
 
-import re
 from typing import Any
 
 from torch import nn
@@ -16,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from shardwise.core.errors import MeshError, PlanError
 from shardwise.core.foreign import ForeignPlan, ForeignRule
+from shardwise.core.layer_name import any_layer
 from shardwise.core.mesh import TENSOR_AXIS
 from shardwise.core.rule import RuleRef
 from shardwise.core.shown import shown, told
@@ -47,7 +47,7 @@ def hugging_face_rules(model: nn.Module) -> tuple[ForeignRule, ...]:
     parameters: dict[str, list[str]] = {pattern: [] for pattern in plan}
     is_module = {name for name, _ in model.named_modules()}
     for name in _expanded(model, plan):
-        pattern = _with_stars(name)
+        pattern = any_layer(name)
         if name in is_module:
             modules[pattern].append(name)
         else:  # a module's rule holds for the parameters that it owns
@@ -115,10 +115,6 @@ def _expanded(model: Any, plan: dict[str, str]) -> dict[str, str]:
     """Concrete module or parameter name -> style, in the order in which transformers applies them."""
     expanded: dict[str, str] = model._expand_parallel_plan(plan)
     return expanded
-
-
-def _with_stars(name: str) -> str:
-    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def _refuse_sharded_logits(model: Any, expanded: dict[str, str]) -> None:

@@ -6,6 +6,7 @@ groups of three. Names come from a user's model; those that don't print are esca
 
 from collections.abc import Iterable, Iterator
 
+from shardwise.core.layer_name import layer_index
 from shardwise.core.placement import Placement
 from shardwise.core.program import (
     Block,
@@ -17,7 +18,6 @@ from shardwise.core.program import (
     Op,
     Phase,
     Program,
-    layer_index,
     memory_peak,
 )
 from shardwise.core.shown import shown

@@ -1,9 +1,9 @@
 """Verifications as rows of text, for the terminal and the page alike; nothing here knows of either."""
 
-import re
 from dataclasses import dataclass
 
 from shardwise.core.finding import Cause, Finding, FindingKind
+from shardwise.core.layer_name import any_layer
 from shardwise.core.verification import Verdict, Verification, VerificationRun
 
 # findings that only say that something above or below them is wrong
@@ -183,7 +183,7 @@ def grouped(findings: list[Finding]) -> list[Group]:
     """Equal findings of several layers as one, in the order of the first."""
     groups: dict[tuple[str, ...], list[Finding]] = {}
     for finding in findings:
-        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", finding.subject)
+        pattern = any_layer(finding.subject)
         key = (pattern, finding.kind, str(finding.cause), finding.reason, str(finding.rule))
         groups.setdefault(key, []).append(finding)
     return [
