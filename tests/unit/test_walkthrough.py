@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.errors import OptionError, RunError
@@ -20,6 +20,7 @@ from shardwise.core.plan import Style
 from shardwise.core.walkthrough import Content, Matrix, Phase, Role, Step, StepKind, Transfer, Walkthrough
 from shardwise.parallel import collectives, ownership
 from shardwise.parallel.embedding import EmbeddingShard
+from shardwise.parallel.kinds import kind_of
 from shardwise.parallel.parameters import PartialGradients
 from shardwise.parallel.styles import routed, rowwise
 from shardwise.parallel.watch import show
@@ -443,19 +444,23 @@ def test_a_number_is_short_enough_to_stand_among_others(value: float | None, tex
     assert format_value(value) == text
 
 
+class Table(nn.Embedding):
+    """A table of somebody else's."""
+
+
 @pytest.mark.parametrize(
-    ("module_type", "style", "subject"),
+    ("module", "style", "subject"),
     [
-        ("Linear", {"style": "rowwise", "output": "replicate"}, "linear/rowwise"),
-        ("Embedding", "routed", "embedding/routed"),
-        ("Embedding", {"style": "routed", "ownership": "interleaved"}, "embedding/routed-interleaved"),
-        ("LayerNorm", "sequence_parallel", "norm/sequence_parallel"),
-        ("Linear", "gather_input", None),
-        ("Conv2d", "rowwise", None),
+        (nn.Linear(2, 2), {"style": "rowwise", "output": "replicate"}, "linear/rowwise"),
+        (nn.Embedding(2, 2), "routed", "embedding/routed"),
+        (Table(2, 2), {"style": "routed", "ownership": "interleaved"}, "embedding/routed-interleaved"),
+        (nn.LayerNorm(2), "sequence_parallel", "norm/sequence_parallel"),
+        (nn.Linear(2, 2), "gather_input", None),
+        (nn.Conv2d(1, 1, 1), "rowwise", None),
     ],
 )
-def test_a_walk_through_is_looked_up_by_module_and_style_and_there_may_be_none(
-    module_type: str, style: object, subject: str | None
+def test_a_walk_through_is_looked_up_by_what_a_module_is_and_its_style_and_there_may_be_none(
+    module: nn.Module, style: object, subject: str | None
 ) -> None:
-    about = subject_of(module_type, Style.from_value(style))
+    about = subject_of(kind_of(module), Style.from_value(style))
     assert (about and about.name) == subject

@@ -28,6 +28,7 @@ def _subject(case: Case, what: str) -> tuple[str, str | None]:
     import torch
 
     from shardwise.models.source import find_model
+    from shardwise.parallel.kinds import kind_of
     from shardwise.parallel.plans import load_any_plan
 
     source = find_model(case.model)
@@ -40,11 +41,9 @@ def _subject(case: Case, what: str) -> tuple[str, str | None]:
             f'--walk: {case.model} has no module "{what[:80]}".{hint} Or name one of {names}, loss.'
         )
     rule = plan.rule_for(what) if isinstance(plan, Plan) else None
-    module_type = type(modules[what]).__name__
-    subject = None if rule is None else subject_of(module_type, rule.style)
+    subject = None if rule is None else subject_of(kind_of(modules[what]), rule.style)
     if subject is None:
         style = "no style" if rule is None else rule.style.name
-        raise OptionError(
-            f"--walk: {what}, a {module_type} under {style}, has no walk-through. There are: {names}, loss."
-        )
+        shown = f"{type(modules[what]).__name__} under {style}"
+        raise OptionError(f"--walk: {what}, a {shown}, has no walk-through. There are: {names}, loss.")
     return subject.name, what

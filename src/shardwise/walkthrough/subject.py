@@ -18,10 +18,8 @@ from typing import Any
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.errors import OptionError
 from shardwise.core.plan import Style, suggest
+from shardwise.core.rule import ModuleKind
 from shardwise.core.walkthrough import Phase, Role, StepKind
-
-# a module's type -> the kind of toy that stands for it
-_KINDS = {"Embedding": "embedding", "Linear": "linear", "RMSNorm": "norm", "LayerNorm": "norm"}
 
 
 class Cut(StrEnum):
@@ -108,12 +106,11 @@ def subject_named(name: str) -> Subject:
     return subjects()[name]
 
 
-def subject_of(module_type: str, style: Style) -> Subject | None:
-    """The walk-through of a module's type under a style, if there is one; placements make no difference to
-    it."""
+def subject_of(kind: ModuleKind, style: Style) -> Subject | None:
+    """The walk-through of a kind of module under a style, if there is one; placements make no difference to it."""
     for subject in subjects().values():
         is_same = (subject.style.name, subject.style.ownership) == (style.name, style.ownership)
-        if is_same and subject.kind == _KINDS.get(module_type):
+        if is_same and subject.kind == kind:
             return subject
     return None
 
