@@ -134,7 +134,7 @@ def test_a_format_that_there_is_not_is_refused_before_anything_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for asked, said in (
-        (["--format", "yaml"], '--format is "yaml".'),
+        (["--format", "papyrus"], '--format is "papyrus".'),
         (["--format", "csv", "--json"], "--json and --format csv don't go together. Leave one out."),
     ):
         with pytest.raises(SystemExit):
