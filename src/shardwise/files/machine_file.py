@@ -16,7 +16,7 @@ Bandwidths, capacities and power say per = "device" or per = "node". Every value
 import json
 import math
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -39,50 +39,39 @@ from shardwise.core.machine import (
 )
 from shardwise.core.plan import suggest
 from shardwise.core.shown import shown
+from shardwise.files.machine_fields import (
+    ATTENTION,
+    CAP,
+    COLLECTIVE,
+    KERNEL,
+    KERNEL_RATE,
+    LAUNCH,
+    LINK,
+    MATMUL,
+    MEMORY,
+    TIME,
+    Field,
+    Quantity,
+)
 
 DEVICES = ("cuda", "cpu")
 ANY = "any"
-LAUNCH_FIELDS = ("forward", "backward", "collective")
-DTENSOR_FIELDS = ("dtensor_forward", "dtensor_backward")
+_WRITE = 'Write {} = {{ value = ..., unit = "...", source = "..." }}.'
 
 
-@dataclass(frozen=True, slots=True)
-class Quantity:
-    """What a constant is: its units with their size in SI, and the range in which it is plausible, in SI."""
-
-    units: tuple[tuple[str, float], ...]
-    low: float
-    high: float
-    shared: bool = False  # can be stated per node: must say per which
-
-    def shown(self, value: float) -> str:
-        name, size = next(
-            ((name, size) for name, size in reversed(self.units) if value >= size), self.units[0]
-        )
-        return f"{value / size:g} {name}"
-
-
-_SECONDS = (("ns", 1e-9), ("us", 1e-6), ("ms", 1e-3), ("s", 1.0))
-_PER_SECOND = (("MB/s", 1e6), ("GB/s", 1e9), ("TB/s", 1e12))
-_FLOPS = (("GFLOP/s", 1e9), ("TFLOP/s", 1e12))
-_BYTES = (("MB", 1e6), ("MiB", 2.0**20), ("GB", 1e9), ("GiB", 2.0**30))
-_ONE = (("1", 1.0),)
-
-CAPACITY = Quantity(_BYTES, 1e8, 4e12, shared=True)
-HELD = Quantity(_BYTES, 0.0, 2e10, shared=True)
-BANDWIDTH = Quantity(_PER_SECOND, 1e7, 5e13, shared=True)
-LINK_BANDWIDTH = Quantity(_PER_SECOND, 1e7, 4e12, shared=True)
-COLLECTIVE_RATE = Quantity(_PER_SECOND, 1e7, 4e12)
-POWER = Quantity((("W", 1.0),), 1.0, 20_000.0, shared=True)
-PEAK = Quantity(_FLOPS, 1e9, 5e16, shared=True)
-RATE = Quantity(_FLOPS, 1e8, 5e16)
-START = Quantity(_SECONDS, 0.0, 0.05)
-TIME = Quantity(_SECONDS, 0.0, 100.0)
-KERNEL_RATE = Quantity(_PER_SECOND, 1e7, 5e13)
-ELEMENTS = Quantity((("Gelement/s", 1e9),), 1e7, 1e14)
-UNITS = Quantity(_ONE, 1, 100_000)
-EXTRA_K = Quantity(_ONE, 0.0, 100_000.0)
-TOKENS = Quantity((("tokens", 1.0),), 0.0, 1e6)
+_ROOT = (
+    "name",
+    "device",
+    "about",
+    "devices_per_node",
+    "memory",
+    "power",
+    "matmul",
+    "attention",
+    "kernels",
+    "launch",
+    "links",
+)
 
 
 def machine_from_toml(text: str, source: str = "machine") -> Machine:
@@ -103,60 +92,36 @@ class _Reader:
 
     def machine(self) -> Machine:
         root = _Section(self, "", self.table)
-        known = (
-            "name",
-            "device",
-            "about",
-            "devices_per_node",
-            "memory",
-            "power",
-            "matmul",
-            "attention",
-            "kernels",
-            "launch",
-            "links",
-        )
-        root.only(known)
+        root.only(_ROOT)
         device = root.text("device")
         if device not in DEVICES:
             raise self.error("device", f'is "{shown(device)}"', f"Allowed: {', '.join(DEVICES)}.")
         self.devices = root.whole("devices_per_node", 1, 1024)
-        memory = root.section("memory", ("capacity", "bandwidth", "context"))
-        links = (
-            root.section("links", ("within", "between"))
-            if "links" in self.table or self.devices > 1
-            else None
-        )
-        bandwidth = memory.constant("bandwidth", BANDWIDTH)
-        power = root.section("power", ("cap",)).constant("cap", POWER) if "power" in self.table else None
+        has_links = "links" in self.table or self.devices > 1
+        links = root.section("links", ("within", "between")) if has_links else None
+        memory = root.section("memory").numbers(MEMORY)
+        power = root.section("power").numbers(CAP) if "power" in self.table else {"power_w": None}
+        bandwidth = memory["memory_bytes_per_s"]
         kernels = tuple((name, _kernel(part, bandwidth, device)) for name, part in root.sections("kernels"))
         if DEFAULT not in dict(kernels):
-            raise self.error(
-                f"kernels.{DEFAULT}",
-                "is missing",
-                "It serves every op that has no rate of its own: give its start and rate.",
-            )
-        launch = root.section("launch", (*LAUNCH_FIELDS, *DTENSOR_FIELDS))
+            advice = "It serves every op that has no rate of its own: give its start and rate."
+            raise self.error(f"kernels.{DEFAULT}", "is missing", advice)
         return Machine(
             name=root.text("name"),
             device=device,
             about=root.text("about"),
             devices_per_node=self.devices,
-            memory_bytes=memory.constant("capacity", CAPACITY),
-            memory_bytes_per_s=bandwidth,
-            context_bytes=memory.constant("context", HELD),
-            power_w=power,
-            matmuls=tuple((dtype, _matmul(part)) for dtype, part in root.sections("matmul")),
-            attentions=tuple((dtype, _attention(part)) for dtype, part in root.sections("attention")),
+            **memory,
+            **power,
             kernels=kernels,
-            launch=Launch(
-                *(launch.constant(name, START) for name in LAUNCH_FIELDS),
-                *(launch.constant(name, START) if name in launch.table else None for name in DTENSOR_FIELDS),
+            launch=Launch(**root.section("launch").numbers(LAUNCH)),
+            matmuls=tuple((dtype, _matmul(part)) for dtype, part in root.sections("matmul")),
+            attentions=tuple(
+                (dtype, AttentionRate(**part.numbers(ATTENTION)))
+                for dtype, part in root.sections("attention")
             ),
-            within=_link(links.section("within", None)) if links is not None else UNKNOWN_LINK,
-            between=_link(links.section("between", None))
-            if links is not None and "between" in links.table
-            else None,
+            within=_link(links.section("within")) if links is not None else UNKNOWN_LINK,
+            between=_link(links.section("between")) if links and "between" in links.table else None,
             constants=tuple(self.constants),
         )
 
@@ -199,7 +164,7 @@ class _Section:
             raise self.reader.error(self.at(key), found, f"Write a whole number from {low} to {high}.")
         return value
 
-    def section(self, key: str, known: tuple[str, ...] | None) -> "_Section":
+    def section(self, key: str, known: tuple[str, ...] = ()) -> "_Section":
         value = self.table.get(key)
         if not isinstance(value, dict):
             raise self.reader.error(
@@ -208,38 +173,43 @@ class _Section:
                 "A machine file needs that table; `shardwise machines --show NAME` prints one.",
             )
         part = _Section(self.reader, self.at(key), value)
-        if known is not None:
+        if known:
             part.only(known)
         return part
+
+    def numbers(self, fields: Sequence[Field], *others: str) -> dict[str, Any]:
+        """The constants by attribute; `others` are keys that the caller reads."""
+        self.only((*(each.key for each in fields), *others))
+        return {
+            each.attribute: self.constant(each.key, each.quantity)
+            if each.is_needed or each.key in self.table
+            else each.default
+            for each in fields
+        }
 
     def sections(self, key: str) -> Iterator[tuple[str, "_Section"]]:
         value = self.table.get(key, {})
         if not isinstance(value, dict):
             raise self.reader.error(self.at(key), "is no table", f"Write [{self.at(key)}.NAME].")
         for name in value:
-            yield name, _Section(self.reader, self.at(key), value).section(name, None)
+            yield name, _Section(self.reader, self.at(key), value).section(name)
 
-    def constant(self, key: str, quantity: Quantity, default: float | None = None) -> float:
+    def constant(self, key: str, quantity: Quantity) -> float:
         """One number in SI."""
-        value, scale = self._read(key, quantity, default)
-        if value is None:
-            assert default is not None
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        value, scale = self._read(key, quantity)
+        if not _is_number(value):
             raise self.reader.error(f"{self.at(key)}.value", f"is {shown(str(value))}", "Write a number.")
         return self.plausible(key, float(value) * scale, quantity)
 
     def plausible(self, key: str, value: float, quantity: Quantity) -> float:
         if not quantity.low <= value <= quantity.high:
-            between = f"Plausible: {quantity.shown(quantity.low)} to {quantity.shown(quantity.high)}."
-            raise self.reader.error(
-                self.at(key), f"is {quantity.shown(value)}", f"{between} Is its unit right?"
-            )
+            advice = f"{quantity.plausible} Is its unit right?"
+            raise self.reader.error(self.at(key), f"is {quantity.shown(value)}", advice)
         return value
 
     def rows(self, key: str, width: int) -> list[list[float]]:
         """A constant that is a table of numbers, as it is written."""
-        value, _ = self._read(key, None, None)
+        value, _ = self._read(key, None)
         found = value if isinstance(value, list) else []
         if not found or not all(
             isinstance(row, list) and len(row) == width and all(map(_is_number, row)) for row in found
@@ -264,24 +234,14 @@ class _Section:
             raise self.reader.error(self.at(key), "doesn't grow", "Sort its points by size, each size once.")
         return found
 
-    def _read(self, key: str, quantity: Quantity | None, default: float | None) -> tuple[Any, float]:
+    def _read(self, key: str, quantity: Quantity | None) -> tuple[Any, float]:
         """The value as written, and what its unit is in SI (per device). Notes the constant."""
         path, entry = self.at(key), self.table.get(key)
+        plausible = "" if quantity is None else f" {quantity.plausible}"
         if entry is None:
-            if default is not None:
-                return None, 1.0
-            allowed = (
-                f" Plausible: {quantity.shown(quantity.low)} to {quantity.shown(quantity.high)}."
-                if quantity is not None
-                else ""
-            )
-            raise self.reader.error(
-                path, "is missing", f'Write {key} = {{ value = ..., unit = "...", source = "..." }}.{allowed}'
-            )
+            raise self.reader.error(path, "is missing", f"{_WRITE.format(key)}{plausible}")
         if not isinstance(entry, dict):
-            raise self.reader.error(
-                path, "has no source", f'Write {key} = {{ value = ..., unit = "...", source = "..." }}.'
-            )
+            raise self.reader.error(path, "has no source", _WRITE.format(key))
         part = _Section(self.reader, path, entry)
         part.only(("value", "unit", "per", "source", "fitted"))
         if "value" not in entry:
@@ -289,11 +249,8 @@ class _Section:
         unit, source, scale = part.text("unit"), part.text("source"), 1.0
         if quantity is not None:
             if unit not in dict(quantity.units):
-                raise self.reader.error(
-                    f"{path}.unit", f'is "{shown(unit)}"',
-                    f"Allowed: {', '.join(name for name, _ in quantity.units)}. "
-                    f"Plausible: {quantity.shown(quantity.low)} to {quantity.shown(quantity.high)}.",
-                )  # fmt: skip
+                allowed = f"Allowed: {', '.join(dict(quantity.units))}.{plausible}"
+                raise self.reader.error(f"{path}.unit", f'is "{shown(unit)}"', allowed)
             scale = dict(quantity.units)[unit]
             if quantity.shared:
                 per = part.text("per")
@@ -323,102 +280,65 @@ def whole_if(number: float) -> float:
 
 
 def _matmul(part: _Section) -> MatmulRate:
-    part.only(("peak", "units", "tiles", "start", "extra_k"))
+    found = part.numbers(MATMUL, "tiles")
     tiles = []
     for rows, columns, share in part.rows("tiles", 3):
         if not (1 <= rows <= 4096 and 1 <= columns <= 4096):
-            raise part.reader.error(
-                part.at("tiles"), f"has a tile of {rows:g} x {columns:g}", "Plausible: 1 to 4096 each way."
-            )
+            told = f"has a tile of {rows:g} x {columns:g}"
+            raise part.reader.error(part.at("tiles"), told, "Plausible: 1 to 4096 each way.")
         if not 0 < share <= 1:
-            raise part.reader.error(
-                part.at("tiles"),
-                f"has a share of {share:g}",
-                "Plausible: above 0, to 1: no kernel beats the peak.",
-            )
+            advice = "Plausible: above 0, to 1: no kernel beats the peak."
+            raise part.reader.error(part.at("tiles"), f"has a share of {share:g}", advice)
         tiles.append(Tile(int(rows), int(columns), share))
-    return MatmulRate(
-        part.constant("peak", PEAK),
-        int(part.constant("units", UNITS)),
-        tuple(tiles),
-        part.constant("start", START),
-        part.constant("extra_k", EXTRA_K),
-    )
-
-
-def _attention(part: _Section) -> AttentionRate:
-    part.only(("forward", "backward", "half_sequence", "start"))
-    return AttentionRate(
-        part.constant("forward", RATE),
-        part.constant("backward", RATE),
-        part.constant("half_sequence", TOKENS),
-        part.constant("start", START),
-    )
+    found["units"] = int(found["units"])
+    return MatmulRate(tiles=tuple(tiles), **found)
 
 
 def _kernel(part: _Section, memory_bytes_per_s: float, device: str) -> KernelRate:
-    part.only(("start", "rate", "elements", "points"))
+    part.only((*(each.key for each in KERNEL), "points"))
     if "points" in part.table:
         return KernelRate(points=part.points("points", TIME))
-    rate = part.constant("rate", KERNEL_RATE)
-    if device == "cuda" and rate > memory_bytes_per_s:
-        raise part.reader.error(
-            part.at("rate"), f"is {KERNEL_RATE.shown(rate)}",
-            f"The memory's bandwidth is {KERNEL_RATE.shown(memory_bytes_per_s)}: nothing that comes from it is faster.",
-        )  # fmt: skip
-    return KernelRate(part.constant("start", START), rate, part.constant("elements", ELEMENTS, math.inf))
+    kernel = KernelRate(**part.numbers(KERNEL))
+    if device == "cuda" and kernel.bytes_per_s > memory_bytes_per_s:
+        most = KERNEL_RATE.shown(memory_bytes_per_s)
+        advice = f"The memory's bandwidth is {most}: nothing that comes from it is faster."
+        raise part.reader.error(part.at("rate"), f"is {KERNEL_RATE.shown(kernel.bytes_per_s)}", advice)
+    return kernel
 
 
 def _link(part: _Section) -> Link:
     kinds = (ANY, *TIMED)
-    part.only(("bandwidth", "reach", "start", "start_per_hop", *kinds))
-    bandwidth = part.constant("bandwidth", LINK_BANDWIDTH)
+    numbers = part.numbers(LINK, "reach", *kinds)
+    bandwidth = numbers["bytes_per_s"]
     rates = []
     for kind in kinds:
         entries = part.table.get(kind)
         if entries is None:
             continue
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise part.reader.error(
-                part.at(kind),
-                "is no list of tables",
-                f"Write [[{part.at(kind)}]] with ranks, start and rate.",
-            )
-        found = [
+            advice = f"Write [[{part.at(kind)}]] with ranks, start and rate."
+            raise part.reader.error(part.at(kind), "is no list of tables", advice)
+        measured = [
             _collective(_Section(part.reader, f"{part.at(kind)}[{index}]", entry), bandwidth)
             for index, entry in enumerate(entries)
         ]
-        rates.append(
-            (None if kind == ANY else CollectiveKind(kind), tuple(sorted(found, key=lambda rate: rate.ranks)))
-        )
+        by_size = tuple(sorted(measured, key=lambda rate: rate.ranks))
+        rates.append((None if kind == ANY else CollectiveKind(kind), by_size))
     reach = tuple((float(x), float(y)) for x, y in part.rows("reach", 2)) if "reach" in part.table else ()
     if any(x <= 0 or not 0 < y <= 1 for x, y in reach):
-        raise part.reader.error(
-            part.at("reach"),
-            "has a share outside 0 to 1",
-            "Write rows of message bytes and the share of bandwidth there.",
-        )
-    return Link(
-        bandwidth,
-        tuple(rates),
-        reach,
-        part.constant("start", START, 0.0),
-        part.constant("start_per_hop", START, 0.0),
-    )
+        advice = "Write rows of message bytes and the share of bandwidth there."
+        raise part.reader.error(part.at("reach"), "has a share outside 0 to 1", advice)
+    return Link(rates=tuple(rates), reach=reach, **numbers)
 
 
 def _collective(part: _Section, bandwidth: float) -> CollectiveRate:
-    part.only(("ranks", "start", "rate", "points"))
+    part.only(("ranks", *(each.key for each in COLLECTIVE), "points"))
     ranks = part.whole("ranks", 2, 1_000_000)
     if "points" in part.table:
         return CollectiveRate(ranks, 0.0, math.inf, part.points("points", TIME))
-    rate = part.constant("rate", COLLECTIVE_RATE)
-    if (
-        rate > 2 * bandwidth
-    ):  # a switch that reduces on the way can beat a ring's formula, and by no more than this
-        raise part.reader.error(
-            part.at("rate"),
-            f"is {KERNEL_RATE.shown(rate)}",
-            f"The link's bandwidth is {KERNEL_RATE.shown(bandwidth)} one way: at most twice that.",
-        )
-    return CollectiveRate(ranks, part.constant("start", START), rate)
+    rate = CollectiveRate(ranks, **part.numbers(COLLECTIVE, "ranks"))
+    # a switch that reduces on the way can beat a ring's formula, and by no more than this
+    if rate.bytes_per_s > 2 * bandwidth:
+        advice = f"The link's bandwidth is {KERNEL_RATE.shown(bandwidth)} one way: at most twice that."
+        raise part.reader.error(part.at("rate"), f"is {KERNEL_RATE.shown(rate.bytes_per_s)}", advice)
+    return rate

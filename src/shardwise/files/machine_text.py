@@ -4,22 +4,13 @@ Values are written with as many digits as give them back, in the unit of their C
 """
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from shardwise.core.machine import (
-    AttentionRate,
-    CollectiveRate,
-    Constant,
-    KernelRate,
-    Link,
-    Machine,
-    MatmulRate,
-    Points,
-)
-from shardwise.files import machine_file as fields
-from shardwise.files.machine_file import ANY, Quantity
+from shardwise.core.machine import Constant, Link, Machine
+from shardwise.files import machine_fields as fields
+from shardwise.files.machine_fields import Field, Quantity
+from shardwise.files.machine_file import ANY, whole_if, written
 
 
 def to_toml(machine: Machine) -> str:
@@ -33,7 +24,7 @@ def constant(
     """A Constant as reading the file gives it. value: in that unit."""
     return Constant(
         path,
-        fields.written([list(row) for row in value] if isinstance(value, Sequence) else value),
+        written([list(row) for row in value] if isinstance(value, Sequence) else value),
         unit,
         source,
         fitted,
@@ -46,77 +37,49 @@ class _Writer:
 
     def lines(self) -> Iterator[str]:
         machine = self.machine
-        yield f"name = {_text(machine.name)}"
-        yield f"device = {_text(machine.device)}"
-        yield f"about = {_text(machine.about)}"
+        for key in ("name", "device", "about"):
+            yield f"{key} = {_text(getattr(machine, key))}"
         yield f"devices_per_node = {machine.devices_per_node}"
-        yield from ("", "[memory]")
-        yield self.one("memory.capacity", machine.memory_bytes, fields.CAPACITY)
-        yield self.one("memory.bandwidth", machine.memory_bytes_per_s, fields.BANDWIDTH)
-        yield self.one("memory.context", machine.context_bytes, fields.HELD)
+        yield from self.section("memory", "memory", machine, fields.MEMORY)
         if machine.power_w is not None:
-            yield from ("", "[power]", self.one("power.cap", machine.power_w, fields.POWER))
+            yield from self.section("power", "power", machine, fields.CAP)
         for dtype, matmul in machine.matmuls:
-            yield from ("", f"[matmul.{_key(dtype)}]", *self.matmul(f"matmul.{dtype}", matmul))
+            yield from self.section(f"matmul.{_key(dtype)}", f"matmul.{dtype}", matmul, fields.MATMUL)
+            tiles = [(tile.rows, tile.columns, tile.share) for tile in matmul.tiles]
+            yield self.many(f"matmul.{dtype}.tiles", tiles)
         for dtype, attention in machine.attentions:
-            yield from ("", f"[attention.{_key(dtype)}]", *self.attention(f"attention.{dtype}", attention))
+            path = f"attention.{dtype}"
+            yield from self.section(f"attention.{_key(dtype)}", path, attention, fields.ATTENTION)
         for name, kernel in machine.kernels:
-            yield from ("", f"[kernels.{_key(name)}]", *self.kernel(f"kernels.{name}", kernel))
-        yield from ("", "[launch]")
-        for name in (*fields.LAUNCH_FIELDS, *fields.DTENSOR_FIELDS):
-            seconds = getattr(machine.launch, f"{name}_s")
-            if seconds is not None:
-                yield self.one(f"launch.{name}", seconds, fields.START)
+            yield from self.section(f"kernels.{_key(name)}", f"kernels.{name}", kernel, fields.KERNEL)
+        yield from self.section("launch", "launch", machine.launch, fields.LAUNCH)
         if machine.within.is_known:
             yield from self.link("links.within", machine.within)
         if machine.between is not None:
             yield from self.link("links.between", machine.between)
 
-    def matmul(self, path: str, rate: MatmulRate) -> Iterator[str]:
-        yield self.one(f"{path}.peak", rate.peak_flops, fields.PEAK)
-        yield self.one(f"{path}.units", rate.units, fields.UNITS)
-        yield self.many(f"{path}.tiles", [(tile.rows, tile.columns, tile.share) for tile in rate.tiles])
-        yield self.one(f"{path}.start", rate.start_s, fields.START)
-        yield self.one(f"{path}.extra_k", rate.extra_k, fields.EXTRA_K)
+    def section(self, head: str, path: str, noun: object, each: Sequence[Field]) -> Iterator[str]:
+        yield from ("", f"[{head}]", *self.constants(path, noun, each))
 
-    def attention(self, path: str, rate: AttentionRate) -> Iterator[str]:
-        yield self.one(f"{path}.forward", rate.forward_flops, fields.RATE)
-        yield self.one(f"{path}.backward", rate.backward_flops, fields.RATE)
-        yield self.one(f"{path}.half_sequence", rate.half_sequence, fields.TOKENS)
-        yield self.one(f"{path}.start", rate.start_s, fields.START)
-
-    def kernel(self, path: str, rate: KernelRate) -> Iterator[str]:
-        if rate.points:
-            yield self.points(f"{path}.points", rate.points)
+    def constants(self, path: str, noun: object, each: Sequence[Field]) -> Iterator[str]:
+        """A measured curve instead of the numbers, where there is one; what may be left out only where it was told or says something."""
+        if getattr(noun, "points", ()):
+            yield self.many(f"{path}.points", noun.points)  # type: ignore[attr-defined]
             return
-        yield self.one(f"{path}.start", rate.start_s, fields.START)
-        yield self.one(f"{path}.rate", rate.bytes_per_s, fields.KERNEL_RATE)
-        if math.isfinite(rate.elements_per_s):
-            yield self.one(f"{path}.elements", rate.elements_per_s, fields.ELEMENTS)
+        for one in each:
+            value = getattr(noun, one.attribute)
+            if one.is_needed or value != one.default or self.known(f"{path}.{one.key}") is not None:
+                yield self.one(f"{path}.{one.key}", value, one.quantity)
 
     def link(self, path: str, link: Link) -> Iterator[str]:
-        yield from ("", f"[{path}]", self.one(f"{path}.bandwidth", link.bytes_per_s, fields.LINK_BANDWIDTH))
+        yield from self.section(path, path, link, fields.LINK)
         if link.reach:
-            yield self.points(f"{path}.reach", link.reach)
-        for name, seconds in (("start", link.start_s), ("start_per_hop", link.start_per_hop_s)):
-            if seconds or self.known(f"{path}.{name}") is not None:
-                yield self.one(f"{path}.{name}", seconds, fields.START)
+            yield self.many(f"{path}.reach", link.reach)
         for kind, rates in link.rates:
             name = ANY if kind is None else str(kind)
             for index, rate in enumerate(rates):
-                yield from (
-                    "",
-                    f"[[{path}.{name}]]",
-                    f"ranks = {rate.ranks}",
-                    *self.collective(f"{path}.{name}[{index}]", rate),
-                )
-
-    def collective(self, path: str, rate: CollectiveRate) -> Iterator[str]:
-        if rate.points:
-            yield self.points(f"{path}.points", rate.points)
-            return
-        yield self.one(f"{path}.start", rate.start_s, fields.START)
-        yield self.one(f"{path}.rate", rate.bytes_per_s, fields.COLLECTIVE_RATE)
+                yield from ("", f"[[{path}.{name}]]", f"ranks = {rate.ranks}")
+                yield from self.constants(f"{path}.{name}[{index}]", rate, fields.COLLECTIVE)
 
     def known(self, path: str) -> Constant | None:
         return next((each for each in self.machine.constants if each.path == path), None)
@@ -132,15 +95,7 @@ class _Writer:
     def many(self, path: str, rows: Sequence[Sequence[float]]) -> str:
         told = self.known(path)
         assert told is not None, f"{path} has no source"
-        return self.line(
-            path,
-            json.dumps([[fields.whole_if(each) for each in row] for row in rows]),
-            _text(told.unit),
-            told,
-        )
-
-    def points(self, path: str, points: Points) -> str:
-        return self.many(path, points)
+        return self.line(path, written([list(row) for row in rows]), _text(told.unit), told)
 
     def line(self, path: str, value: str, unit: str, told: Constant) -> str:
         fitted = f", fitted = {_text(told.fitted)}" if told.fitted is not None else ""
@@ -154,7 +109,7 @@ def _shortest(value: float, scale: float) -> str:
         text = f"{in_unit:.{digits}g}"
         if float(text) * scale == value:
             break
-    return repr(fields.whole_if(float(text)))
+    return repr(whole_if(float(text)))
 
 
 def _text(text: str) -> str:

@@ -16,6 +16,7 @@ from shardwise.report.common.table import (
     Table,
     Tone,
     Words,
+    numbers,
     row,
 )
 from shardwise.report.common.units import (
@@ -108,8 +109,7 @@ def time_table(comparison: Comparison) -> Table:
         Column("step, median" if comparison.module is None else "fwd+bwd, median", SECONDS),
         Column(f"time over {first} [interval]", RATIO),
         Column("tokens per s", COUNT),
-        Column("module forward", SECONDS),
-        Column("module backward", SECONDS),
+        *numbers(SECONDS, "module forward", "module backward"),
     )
     cells = [
         (
@@ -146,14 +146,17 @@ def _time_notes(comparison: Comparison) -> Iterator[Line]:
 
 def memory_table(comparison: Comparison) -> Table:
     columns = (
-        Column("parameters", BYTES),
-        Column("gradients", BYTES),
-        Column("optimizer", BYTES),
-        Column("wire, formula", BYTES),
-        Column("sent, measured", BYTES),
-        Column("peak active", BYTES),
-        Column("peak reserved", BYTES),
-        Column("peak resident", BYTES),
+        *numbers(
+            BYTES,
+            "parameters",
+            "gradients",
+            "optimizer",
+            "wire, formula",
+            "sent, measured",
+            "peak active",
+            "peak reserved",
+            "peak resident",
+        ),
     )
     cells = [
         tuple(
@@ -190,8 +193,7 @@ def collectives_table(comparison: Comparison) -> Table:
         Column("phase"),
         Column("calls", NUMBER),
         Column("payload", BYTES, spills=True),
-        Column("wire, mean", BYTES),
-        Column("wire, largest rank", BYTES),
+        *numbers(BYTES, "wire, mean", "wire, largest rank"),
     )
     body = []
     for each in comparison_rows(comparison):

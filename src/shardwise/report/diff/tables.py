@@ -7,7 +7,19 @@ from shardwise.core.difference import Line as WorkLine
 from shardwise.core.parts import parts_of
 from shardwise.core.waiting import SharedCollective
 from shardwise.profiles.diff import run_words
-from shardwise.report.common.table import Cell, Column, Line, Report, Row, RowKind, Table, Tone, Words, row
+from shardwise.report.common.table import (
+    Cell,
+    Column,
+    Line,
+    Report,
+    Row,
+    RowKind,
+    Table,
+    Tone,
+    Words,
+    numbers,
+    row,
+)
 from shardwise.report.common.units import NUMBER, PERCENT, Format
 from shardwise.report.diff import rows
 
@@ -171,8 +183,7 @@ def collectives_table(run: RunProfile, name: str) -> Table:
         Column("Collective", wraps=True),
         Column("calls", CALLS),
         Column("in it", NS, sums=True),
-        Column("before the last came", NS),
-        Column("transfer", NS),
+        *numbers(NS, "before the last came", "transfer"),
         Column("bus", SPEED),
         Column("Waited for", wraps=True, spills=True),
     )
@@ -219,10 +230,8 @@ def shared_table(run: RunProfile, side: str) -> Table:
     columns = (
         Column("Step", NUMBER),
         Column("Collective", wraps=True),
-        Column("Ranks", NUMBER),
-        Column("Last rank", NUMBER),
-        Column("Longest wait", NS),
-        Column("Transfer", NS),
+        *numbers(NUMBER, "Ranks", "Last rank"),
+        *numbers(NS, "Longest wait", "Transfer"),
         Column("The last one was in", wraps=True),
     )
     body = tuple(map(_shared, run.sharing.collectives))

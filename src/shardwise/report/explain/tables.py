@@ -18,7 +18,9 @@ from shardwise.report.common.table import (
     Tone,
     Words,
     heading,
+    numbers,
     row,
+    texts,
 )
 from shardwise.report.common.units import (
     BAR,
@@ -215,9 +217,7 @@ def holdings_table(one: Explanation, side: str = "") -> Table:
         Column("the rank's part", spills=True),
         Column("placement", spills=True),
         Column("gradient", spills=True),
-        Column("Parameters", BYTES),
-        Column("Gradients", BYTES),
-        Column("Optimizer", BYTES),
+        *numbers(BYTES, "Parameters", "Gradients", "Optimizer"),
         Column("In all", BYTES, spills=True),
     )
     body = [_holding(group, one) for group in one.holdings]
@@ -268,8 +268,7 @@ def holders_tables(one: Explanation, side: str = "") -> list[Table]:
     if not one.peak.holders:
         return []
     columns = (
-        Column("Made in", wraps=True),
-        Column("By", wraps=True),
+        *texts("Made in", "By"),
         Column("Phase"),
         Column("Kind"),
         Column("Tensors", NUMBER, sums=True),
@@ -293,8 +292,7 @@ def holders_tables(one: Explanation, side: str = "") -> list[Table]:
 def work_table(one: Explanation, side: str = "") -> Table:
     columns = (
         Column("Phase"),
-        Column("ops", COUNT),
-        Column("unknown ops", COUNT),
+        *numbers(COUNT, "ops", "unknown ops"),
         Column("FLOPs", FLOPS),
         Column("bytes moved by ops", BYTES),
         Column("collectives", COUNT),
@@ -344,8 +342,7 @@ def copies_table(one: Explanation, side: str = "") -> Block:
     columns = (
         Column("In", wraps=True),
         Column("Phase"),
-        Column("Op", wraps=True),
-        Column("Tensor", wraps=True),
+        *texts("Op", "Tensor"),
         Column("Times", NUMBER, sums=True),
         Column("In all", BYTES, sums=True),
     )
@@ -371,8 +368,7 @@ def rules_table(one: Explanation, side: str = "") -> Block:
     if not one.rules:
         return Words((Line("None."),), title)
     columns = (
-        Column("pattern", wraps=True),
-        Column("style", wraps=True),
+        *texts("pattern", "style"),
         Column("modules", NUMBER),
         Column("the first of them", wraps=True, spills=True),
     )
