@@ -10,12 +10,13 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 from itertools import accumulate
-from operator import or_
+from operator import and_, or_
 from typing import Self, TypeVar
 
 from shardwise.core.errors import PlanError
@@ -113,13 +114,13 @@ class Style:
     def from_value(cls, value: object) -> Self:
         """A style as a plan file has it: a name, or a table with `style` and arguments. Raises PlanError."""
         if isinstance(value, str):
-            return cls(_style_name(value))
+            return cls(_choice(StyleName, value, "style"))
         if not isinstance(value, Mapping):
             raise PlanError(
                 f'a style is a name or a table such as {{ style = "rowwise" }}, not {value!r:.80}.'
             )
         arguments = dict(value)
-        name = _style_name(arguments.pop("style", None))
+        name = _choice(StyleName, arguments.pop("style", None), "style")
         _refuse_unknown(name, arguments)
         return cls(
             name,
@@ -169,13 +170,8 @@ class Rule:
             if level is None:
                 reached = list(accumulate(reached, or_))
             else:
-                reached = [
-                    False,
-                    *(
-                        before and level.fullmatch(name) is not None
-                        for before, name in zip(reached, names, strict=False)
-                    ),
-                ]
+                takes = [level.fullmatch(name) is not None for name in names]
+                reached = [False, *map(and_, reached, takes)]
         return reached[-1]
 
     @property
@@ -210,37 +206,25 @@ class Plan:
     @classmethod
     def from_toml(cls, text: str, source: str = "plan") -> Self:
         """Reads a plan file's text. Raises PlanError, which names `source` and the line or rule."""
-        try:
-            table = tomllib.loads(text)
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
-            raise PlanError(f"{source}: not valid TOML: {error}.") from None
-        known = {"name", "engine", "reduce_scatter", "rules"}
-        for key in table:
-            if key not in known:
-                raise PlanError(f'{source}: unknown key "{key}". Allowed: {", ".join(sorted(known))}.')
-        rules = table.get("rules")
-        if not isinstance(rules, dict):
-            raise PlanError(
-                f'{source}: no [rules] table. Write [rules] and then "MODULE.PATTERN" = "STYLE" lines.'
-            )
-        name = table.get("name", source)
-        if not isinstance(name, str):
-            raise PlanError(f"{source}: name is {name!r:.40}. Write it in quotes.")
-        parsed = []
-        for pattern, value in rules.items():
+        with _inside(source):
             try:
-                parsed.append(Rule(pattern, Style.from_value(value)))
-            except PlanError as error:
-                raise PlanError(f'{source}: rule "{pattern}": {error}') from None
-        try:
-            return cls(
-                name,
-                tuple(parsed),
-                _choice(Engine, table.get("engine", Engine.NATIVE), "engine"),
-                _choice(ReduceScatter, table.get("reduce_scatter", ReduceScatter.AUTO), "reduce_scatter"),
+                table = tomllib.loads(text)
+            except (tomllib.TOMLDecodeError, RecursionError) as error:
+                raise PlanError(f"not valid TOML: {error}.") from None
+            known = ("engine", "name", "reduce_scatter", "rules")
+            for key in table:
+                if key not in known:
+                    raise PlanError(f'unknown key "{key}". Allowed: {", ".join(known)}.')
+            rules, name = table.get("rules"), table.get("name", source)
+            if not isinstance(rules, dict):
+                raise PlanError('no [rules] table. Write [rules] and then "MODULE.PATTERN" = "STYLE" lines.')
+            if not isinstance(name, str):
+                raise PlanError(f"name is {name!r:.40}. Write it in quotes.")
+            engine = _choice(Engine, table.get("engine", Engine.NATIVE), "engine")
+            scatter = _choice(
+                ReduceScatter, table.get("reduce_scatter", ReduceScatter.AUTO), "reduce_scatter"
             )
-        except PlanError as error:
-            raise PlanError(f"{source}: {error}") from None
+            return cls(name, tuple(_rule(*item) for item in rules.items()), engine, scatter)
 
     def to_toml(self) -> str:
         """The plan as a file's text: from_toml(to_toml()) is the same plan."""
@@ -250,11 +234,7 @@ class Plan:
         lines.append("[rules]")
         for rule in self.rules:
             value = rule.style.to_value()
-            shown = (
-                "{ " + ", ".join(f"{k} = {_quote(v)}" for k, v in value.items()) + " }"
-                if isinstance(value, dict)
-                else _quote(value)
-            )
+            shown = _quote(value) if isinstance(value, str) else _inline_table(value)
             lines.append(f"{_quote(rule.pattern)} = {shown}")
         return "\n".join(lines) + "\n"
 
@@ -289,8 +269,18 @@ def _levels(pattern: str) -> tuple[re.Pattern[str] | None, ...]:
     )
 
 
-def _style_name(value: object) -> StyleName:
-    return _choice(StyleName, value, "style")
+@contextmanager
+def _inside(where: str) -> Iterator[None]:
+    """A PlanError from inside says where it was."""
+    try:
+        yield
+    except PlanError as error:
+        raise PlanError(f"{where}: {error}") from None
+
+
+def _rule(pattern: str, value: object) -> Rule:
+    with _inside(f'rule "{pattern}"'):
+        return Rule(pattern, Style.from_value(value))
 
 
 def _choice(kind: type[E], value: object, what: str) -> E:
@@ -324,3 +314,7 @@ def _quote(text: str) -> str:
     """A TOML basic string: JSON's, but for surrogate pairs, which TOML hasn't, and DEL, which it wants
     escaped."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _inline_table(table: Mapping[str, str]) -> str:
+    return "{ " + ", ".join(f"{key} = {_quote(value)}" for key, value in table.items()) + " }"

@@ -10,9 +10,10 @@ table knows.
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 from math import prod
 
-from shardwise.core.collective import CollectiveKind
+from shardwise.core.collective import CollectiveCall, CollectiveKind
 from shardwise.core.explanation import CollectiveGroup, HoldingGroup
 from shardwise.core.finding import Finding, FindingKind
 from shardwise.core.layer_name import any_layer
@@ -64,7 +65,7 @@ def _gradients(program: Program, holdings: Sequence[HoldingGroup]) -> Iterator[F
                 FindingKind.GRADIENT_NOT_AS_PARAMETER,
                 holding.name,
                 f"its gradient is {_list(holding.grad_placement)} {list(holding.grad_shape)}, "
-                f"{_times(times)} its shard {list(holding.local_shape)}: {size(holding.gradient_bytes)} on "
+                f"{times:g} times its shard {list(holding.local_shape)}: {size(holding.gradient_bytes)} on "
                 f"every rank where {size(holding.gradient_bytes / times)} "
                 "would do" + (f", in each of {holding.count}" if holding.count > 1 else ""),
                 advice=_advice_for_gradient(holding, is_table=holding.name in tables),
@@ -81,21 +82,12 @@ def _advice_for_gradient(holding: HoldingGroup, *, is_table: bool) -> str:
 
 
 def _partial_gradients(holdings: Sequence[HoldingGroup], items: Sequence[Item]) -> Iterator[Finding]:
-    partial = [
-        holding
-        for holding in holdings
-        if holding.grad_placement is not None and Partial() in holding.grad_placement
-    ]
+    partial = [holding for holding in holdings if Partial() in (holding.grad_placement or ())]
     if not partial:
         return
     count = sum(holding.count for holding in partial)
-    by_phase = Counter(
-        item.phase
-        for item in items
-        if isinstance(item, Collective)
-        and item.phase in (Phase.CLIP, Phase.OPTIMIZER)
-        and item.call.axis == TENSOR_AXIS
-    )
+    over_tp = (item for item in items if isinstance(item, Collective) and item.call.axis == TENSOR_AXIS)
+    by_phase = Counter(item.phase for item in over_tp if item.phase in (Phase.CLIP, Phase.OPTIMIZER))
     where = " and ".join(f"{number} all-reduces in {phase}" for phase, number in by_phase.items())
     yield Finding(
         FindingKind.PARTIAL_GRADIENT,
@@ -120,55 +112,32 @@ def _idle_rules(program: Program) -> Iterator[Finding]:
 
 def _little_sharded(program: Program) -> Iterator[Finding]:
     for finding in sharded(program).findings(Mesh(program.axes).tp):
-        largest = max(
-            (each for each in program.holdings if not each.is_sharded), key=lambda each: each.parameter_bytes
-        )
+        whole_ones = (each for each in program.holdings if not each.is_sharded)
+        largest = max(whole_ones, key=lambda each: each.parameter_bytes)
         whole = f"the largest that every rank holds whole is {largest.name}, {size(largest.parameter_bytes)}"
         yield replace(finding, reason=f"{finding.reason}; {whole}")
 
 
 def _repeats(program: Program, items: Sequence[Item]) -> Iterator[Finding]:
     """Modules side by side that each gather an input of the same size, one after the other."""
-    runs: Counter[tuple[str, tuple[str, ...], int, float, int]] = Counter()
-    run: list[Collective] = []
-
-    def close() -> None:
-        names = tuple(dict.fromkeys(_last(item.module) for item in run))
-        if len(names) > 1:
-            call = run[0].call
-            runs[
-                any_layer(_parent(run[0].module)), names, call.payload_bytes, call.wire_bytes, call.axis_size
-            ] += 1
-        run.clear()
-
-    for item in items:
-        if not isinstance(item, Collective) or item.phase is not Phase.FORWARD:
-            continue
-        is_gather = (
-            item.call.kind is CollectiveKind.ALL_GATHER
-            and item.call.axis == TENSOR_AXIS
-            and isinstance(item.before, Shard)
-        )
-        if run and not (
-            is_gather and _parent(item.module) == _parent(run[0].module) and item.call == run[0].call
-        ):
-            close()
-        if is_gather and item.after == Replicate():
-            run.append(item)
-    close()
+    runs: Counter[tuple[str, tuple[str, ...], float]] = Counter()
+    forward = (item for item in items if isinstance(item, Collective) and item.phase is Phase.FORWARD)
+    for gather, alike in groupby(forward, _gather):
+        names = tuple(dict.fromkeys(_last(item.module) for item in alike if item.after == Replicate()))
+        if gather is not None and len(names) > 1:
+            parent, call = gather
+            runs[any_layer(parent), names, call.wire_bytes] += 1
     if not runs:
         return
     layers = program.layers[1] if program.layers is not None else 1
-    made = sum(len(names) * count for (_, names, *_), count in runs.items())
+    made = sum(len(names) * count for (_, names, _), count in runs.items())
     enough = sum(runs.values())
-    extra = sum((len(names) - 1) * wire * count for (_, names, _, wire, _), count in runs.items())
+    extra = sum((len(names) - 1) * wire * count for (_, names, wire), count in runs.items())
     parents = list(dict.fromkeys(parent for parent, *_ in runs))
-    each = "; ".join(f"{', '.join(names)} in {parent}" for parent, names, *_ in runs)
-    per_layer = (
-        f"{made // layers} all-gathers per layer against {enough // layers}"
-        if made % layers == enough % layers == 0
-        else (f"{made} all-gathers against {enough}")
-    )
+    each = "; ".join(f"{', '.join(names)} in {parent}" for parent, names, _ in runs)
+    is_even = made % layers == enough % layers == 0
+    against = f"{made} all-gathers against {enough}"
+    per_layer = f"{made // layers} all-gathers per layer against {enough // layers}" if is_even else against
     yield Finding(
         FindingKind.COLLECTIVES_REPEAT,
         ", ".join(parents),
@@ -181,32 +150,25 @@ def _repeats(program: Program, items: Sequence[Item]) -> Iterator[Finding]:
     )
 
 
+def _gather(collective: Collective) -> tuple[str, CollectiveCall] | None:
+    """The module around one that gathers its input over the tensor axis, and the call."""
+    call = collective.call
+    is_gather = call.kind is CollectiveKind.ALL_GATHER and call.axis == TENSOR_AXIS
+    return (_parent(collective.module), call) if is_gather and isinstance(collective.before, Shard) else None
+
+
 def _cancels(items: Sequence[Item]) -> Iterator[Finding]:
     """A collective that undoes the one before it, with nothing computed between them."""
     found: Counter[tuple[str, str, str, str]] = Counter()
     last: Collective | None = None
     for item in items:
-        match item:
-            case Collective():
-                if (
-                    last is not None
-                    and last.call.axis == item.call.axis
-                    and last.phase is item.phase
-                    and last.before is not None
-                    and (last.before, last.after) == (item.after, item.before)
-                    and last.call.payload_bytes == item.call.payload_bytes
-                ):
-                    found[
-                        any_layer(last.module),
-                        any_layer(item.module),
-                        named(last.call.kind),
-                        named(item.call.kind),
-                    ] += 1
-                last = item
-            case Op(kind=kind) if kind not in (OpKind.COPY, OpKind.FILL):
-                last = None
-            case _:
-                pass
+        if isinstance(item, Collective):
+            if last is not None and _undoes(item, last):
+                modules = any_layer(last.module), any_layer(item.module)
+                found[*modules, named(last.call.kind), named(item.call.kind)] += 1
+            last = item
+        elif isinstance(item, Op) and item.kind not in (OpKind.COPY, OpKind.FILL):
+            last = None
     for (first, second, gathered, undone), count in found.items():
         yield Finding(
             FindingKind.COLLECTIVES_CANCEL,
@@ -215,6 +177,13 @@ def _cancels(items: Sequence[Item]) -> Iterator[Finding]:
             "times a step",
             advice="Let both agree on the placement between them.",
         )
+
+
+def _undoes(second: Collective, first: Collective) -> bool:
+    is_same = first.call.axis == second.call.axis and first.phase is second.phase
+    sizes_match = first.call.payload_bytes == second.call.payload_bytes
+    is_back = first.before is not None and (first.before, first.after) == (second.after, second.before)
+    return is_same and sizes_match and is_back
 
 
 def _copies(collectives: Sequence[CollectiveGroup]) -> Iterator[Finding]:
@@ -238,33 +207,33 @@ def _copies(collectives: Sequence[CollectiveGroup]) -> Iterator[Finding]:
 def _unknown(items: Sequence[Item]) -> Iterator[Finding]:
     names = Counter(item.name for item in items if isinstance(item, Op) and item.kind is OpKind.UNKNOWN)
     if names:
-        shown = ", ".join(f"{name} ({count})" for name, count in names.most_common(3))
         yield Finding(
             FindingKind.OPS_UNKNOWN,
             "ops",
             f"{sum(names.values())} ops are unknown on this device, and their FLOPs and kind with them: "
-            f"{shown}" + (", ..." if len(names) > 3 else ""),
+            f"{_most_common(names)}",
             advice="Their shapes and bytes are exact. Half precision has fused attention on every device.",
         )
 
 
 def _unknown_collectives(items: Sequence[Item]) -> Iterator[Finding]:
-    calls = [
-        item for item in items if isinstance(item, Collective) and item.call.kind is CollectiveKind.UNKNOWN
-    ]
+    collectives = [item for item in items if isinstance(item, Collective)]
+    calls = [item for item in collectives if item.call.kind is CollectiveKind.UNKNOWN]
     if calls:
-        names = Counter(item.call.op for item in calls)
-        shown = ", ".join(f"{name} ({count})" for name, count in names.most_common(3))
-        first = calls[0]
+        names, first = Counter(item.call.op for item in calls), calls[0]
         yield Finding(
             FindingKind.COLLECTIVES_UNKNOWN,
             first.module or "the step",
-            f"{len(calls)} collectives are unknown, and what they send with them: {shown}"
-            + (", ..." if len(names) > 3 else "")
-            + f", the first in {first.phase}",
+            f"{len(calls)} collectives are unknown, and what they send with them: {_most_common(names)}, the "
+            f"first in {first.phase}",
             advice="Counted as if each sent its largest argument once. Check them against the library that "
             "they come from.",
         )
+
+
+def _most_common(names: Counter[str]) -> str:
+    shown = ", ".join(f"{name} ({count})" for name, count in names.most_common(3))
+    return shown + (", ..." if len(names) > 3 else "")
 
 
 def _parent(module: str) -> str:
@@ -277,7 +246,3 @@ def _last(module: str) -> str:
 
 def _list(placements: Sequence[object]) -> str:
     return ", ".join(map(str, placements))
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:g} times"
