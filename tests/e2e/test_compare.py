@@ -237,7 +237,7 @@ REFUSED = [
     (("broken.toml",), "broken.toml: not valid TOML: Expected '=' after a key in a key/value pair (at line 1, column 6)."),
     (("typo.toml",), 'plan "typo": rule "layers.*.atention.wq" (colwise) matched nothing; did you mean "layers.*.attention.wq"?'),
     (("--config", "bad.toml"), '--config bad.toml: unknown key "batsh". Did you mean "batch"? Allowed: accumulation, batch, check, device, '
-     "dtype, json, learning_rate, machine, max_norm, mesh, model, module, out, param_dtype, plans, profile, profile_steps, random_ids, recompute, reduce_dtype, repeat, "
+     "dtype, format, json, learning_rate, machine, max_norm, mesh, model, module, out, param_dtype, plans, profile, profile_steps, random_ids, recompute, reduce_dtype, repeat, "
      "rounds, seed, seq, sequence_parallel, text, timeout, tokenizer, warmup."),
     (("--param-dtype", "bfloat16"), "--param-dtype bfloat16: is FSDP's mixed precision, and mesh tp=2 has no fsdp ranks. Add fsdp=2 or more, or use --dtype."),
     (("--learning-rate", "-1"), "--learning-rate is -1.0. Use a number above 0."),

@@ -57,7 +57,7 @@ def test_a_mistake_in_a_case_file_is_named_in_one_line(text: str, message: str) 
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("verb", ["compare", "explain", "verify"])
+@pytest.mark.parametrize("verb", ["compare", "explain", "predict", "verify"])
 def test_the_shipped_case_is_taken_by_every_verb_that_takes_a_case(verb: str) -> None:
     known = {name: what.own_keys() for name, what in verbs().items()}
     found = read_case(SHIPPED.read_text(), "llama3_8b_tp8", verb, known[verb], known)
@@ -75,7 +75,7 @@ def test_explain_takes_the_case_that_its_help_offers(tmp_path: Path) -> None:
 
 
 def test_every_verb_offers_a_case_file() -> None:
-    assert {"compare", "explain", "verify", "diff", "calibrate"} <= set(verbs())
+    assert {"compare", "explain", "verify", "diff", "predict", "calibrate"} <= set(verbs())
 
 
 def test_a_written_case_is_the_same_case_when_it_is_read() -> None:
@@ -102,7 +102,7 @@ def test_a_case_is_valid_from_birth() -> None:
             "--batch 3 can't be cut into 2 data-parallel parts of 1 micro-batches. Use a multiple of 2.",
         ),
         ({"dtype": "float16"}, '--dtype is "float16". Did you mean "bfloat16"?'),
-        ({"reduce_dtype": "float32"}, "--reduce-dtype float32: is FSDP's mixed precision"),
+        ({"learning_rate": 0.0}, "--learning-rate is 0.0. Use a number above 0."),
     ):
         with pytest.raises(OptionError) as refused:
             replace(case, step=replace(case.step, **wrong))

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from shardwise.core.case import StepSettings
+from shardwise.core.case import Case, StepSettings
 from shardwise.core.errors import OptionError, RunError
 from shardwise.core.prediction import MemoryForecast, Setup, Term
 from shardwise.core.sweep import Refusal, Sweep, SweepPoint
@@ -21,7 +21,6 @@ from shardwise.predict.machines import load_machine
 from shardwise.predict.sweep import best_first, meshes, shares_programs
 from shardwise.report.common.deliver import show
 from shardwise.report.predict.sweep_html import sweep_html
-from shardwise.verbs.programs import MicroBatch
 from shardwise.verbs.sweep import SweepTask, _wanted
 from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME
 from tests.unit.prediction_example import MACHINE, MEMORY, TERMS, TOO_MUCH
@@ -69,10 +68,8 @@ def test_meshes_use_every_device_and_keep_tp_inside_a_node() -> None:
 
 
 def test_a_sweep_in_mixed_precision_leaves_out_meshes_without_fsdp() -> None:
-    micro_batch = MicroBatch(0, 8, "float32", "bfloat16", "float32", "none")
-    task = SweepTask(
-        "m", "p", True, micro_batch, (1, 2), None, meshes(4, 8), Setup(), load_machine("h100-sxm-80gb")
-    )
+    case = Case.of(model="m", mesh="tp=1", plans="p", seq=8, param_dtype="bfloat16", reduce_dtype="float32")
+    task = SweepTask(case, (1, 2), meshes(4, 8), Setup(), load_machine("h100-sxm-80gb"))
     wanted, refused = _wanted(task)
     assert {shares_programs(mesh)[0] for mesh, _, _ in wanted} == {("fsdp",)}
     ((reason, count),) = refused.items()

@@ -107,7 +107,12 @@ class Command:
         if option.is_argument:
             return _keyword(asked.key, Annotated[kind, typer.Argument(**about)], default)
         panel = self.panels.get(asked.key, option.panel)
-        about |= {"min": option.least, "max": option.most, "rich_help_panel": panel}
+        about |= {
+            "min": option.least,
+            "max": option.most,
+            "rich_help_panel": panel,
+            "hidden": option.is_hidden,
+        }
         made = typer.Option(asked.flag, **about)
         return _keyword(asked.key, Annotated[kind, made], default)
 
@@ -122,6 +127,7 @@ class Command:
             for asked in options_of(self.options)
             if (value := values.pop(asked.key)) is not None
         }
+        own |= {key: values.pop(key) for key in set(values) - set(ALL)}
         return Call(self._case(values), self.options(**own), output, given)
 
     def _case(self, values: dict[str, Any]) -> Case:
@@ -159,8 +165,10 @@ def _form(form: str, as_json: bool) -> str:
 
 def refuse(given: Iterable[str], keys: Iterable[str], why: str) -> None:
     """Raises OptionError for one of these keys that the user gave."""
-    for key in sorted(set(given) & set(keys), key=tuple(keys).index):
-        raise OptionError(f"--{key.replace('_', '-')}: {why}.")
+    for key in keys:
+        if key in given:
+            flags = {asked.key: asked.key for asked in SHARED if asked.option.is_argument}
+            raise OptionError(f"{flags.get(key, '--' + key.replace('_', '-'))}: {why}.")
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

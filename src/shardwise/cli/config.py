@@ -19,7 +19,7 @@ def read_config(context: typer.Context, value: str | None) -> str | None:
     verb = str(context.command.name)
     parameters = {_key(parameter.opts[0]): parameter for parameter in context.command.params}
     name, text = _read(value)
-    own = {"json", "out", *known.get(verb, parameters)} & set(parameters)
+    own = {"format", "json", "out", *known.get(verb, parameters)} & set(parameters)
     defaults = {}
     for key, given in read_case(text, f"--config {name}", verb, own, known).items():
         if key in parameters:

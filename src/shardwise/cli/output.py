@@ -53,11 +53,14 @@ class Output:
         settings: object = None,
         beside: "Callable[[], Files]" = dict,
         page: Callable[[], Mapping[str, object]] = dict,
+        most: int | None = None,
     ) -> None:
         """The same, and everything in the folder where one is asked for."""
         from shardwise.report.common.deliver import deliver
 
-        deliver(result, self.form, self.console, self.out, settings=settings, beside=beside, page=page)
+        deliver(
+            result, self.form, self.console, self.out, settings=settings, beside=beside, page=page, most=most
+        )
 
     def say(self, line: str) -> None:
         """A line beside the answer, as it is."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 from shardwise.core.errors import OptionError
-from shardwise.core.mesh import SHARDS_AXIS, Mesh
+from shardwise.core.mesh import Mesh
 from shardwise.core.option import Asked, Option, check_options, options_of
 from shardwise.core.plan import suggest
 
@@ -135,7 +135,6 @@ class Case:
 
     def __post_init__(self) -> None:
         check_options(self)
-        self._check_precision()
         parts = self.mesh.data_parallel * self.step.accumulation
         if self.step.batch % parts:
             raise OptionError(
@@ -158,19 +157,6 @@ class Case:
                 raise OptionError(f"case: {key} is missing. Give one, such as {_EXAMPLES[key]}.")
         step = StepSettings(**_fields(StepSettings, values))
         return cls(**_fields(cls, values), step=step, text=TextSource(**_fields(TextSource, values)))
-
-    def _check_precision(self) -> None:
-        """Mixed precision is FSDP's."""
-        is_sharded = SHARDS_AXIS in dict(self.mesh.axes) and self.mesh.fsdp * self.mesh.context > 1
-        for option, value in (
-            ("--param-dtype", self.step.param_dtype),
-            ("--reduce-dtype", self.step.reduce_dtype),
-        ):
-            if value is not None and not is_sharded:
-                raise OptionError(
-                    f"{option} {value}: is FSDP's mixed precision, and mesh {self.mesh} has no fsdp ranks. "
-                    "Add fsdp=2 or more, or use --dtype."
-                )
 
 
 SHARED: tuple[Asked, ...] = tuple(

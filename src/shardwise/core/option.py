@@ -18,7 +18,7 @@ class Option:
     """about: what it is, in a sentence. panel: where a command's help shows it. least, most: bounds, both
     allowed; a default may lie outside.
     flag: as a command takes it, where it isn't --name. shown: the default in words, where the value doesn't say it.
-    key: in case files, where it isn't the field's name. is_argument: given by its place."""
+    key: in case files, where it isn't the field's name. is_argument: given by its place. is_hidden: only to be refused by name."""
 
     about: str
     panel: str | None = None
@@ -29,6 +29,7 @@ class Option:
     shown: str = ""
     key: str = ""
     is_argument: bool = False
+    is_hidden: bool = False
 
 
 @dataclass(frozen=True, slots=True)

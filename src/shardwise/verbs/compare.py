@@ -19,7 +19,7 @@ from shardwise.core.option import Option, check_options
 from shardwise.core.plan import Plan, suggest
 from shardwise.core.verification import Agreement
 from shardwise.files.run_folder import RunFolder
-from shardwise.verbs.checks import check_seq
+from shardwise.verbs.checks import check_precision, check_seq
 from shardwise.verbs.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -128,6 +128,7 @@ class _Run:
 
         spec, mesh = get_spec(case.model), case.mesh
         check_carried(mesh, "compare", RUN)
+        check_precision(case)
         step = replace(case.step, batch=case.step.batch or BATCH, seq=case.step.seq or SEQ)
         case = replace(case, step=step)
         # PyTorch's own styles would untie a head

@@ -1,12 +1,11 @@
-"""What predict takes from the tracer: one micro-batch's Program on a mesh whose data-parallel axes are two ranks at most, to be rescaled.
+"""What predict takes from the tracer: one micro-batch's Program on a mesh whose data-parallel axes are two ranks at
+most, to be rescaled. A step over 4096 ranks then costs the trace of two."""
 
-A step over 4096 ranks then costs the trace of two. Programs can be saved, and read without torch.
-"""
-
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from shardwise.core.case import StepSettings, TextSource
+from shardwise.core.errors import OptionError
 from shardwise.core.mesh import AXES, Mesh
 from shardwise.core.plan import AnyPlan
 
@@ -19,19 +18,16 @@ if TYPE_CHECKING:
 TRACED_DATA_RANKS = 2
 
 
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """One rank's part of a step, as it is traced. batch: sequences per data-parallel rank; seq: one rank's tokens of
-    each. param_dtype, reduce_dtype: of FSDP, where the mesh has it."""
-
-    batch: int
-    seq: int
-    dtype: str
-    param_dtype: str | None
-    reduce_dtype: str | None
-    recompute: str
-    seed: int = 0
-    random_ids: bool = False
+def micro_batch(settings: StepSettings, mesh: Mesh) -> StepSettings:
+    """One data-parallel rank's part of a step, as it is traced: its sequences of one micro-batch, one context rank's
+    tokens of each. Raises OptionError for a sequence that can't be cut into equal parts."""
+    context = mesh.context
+    if settings.seq % context:
+        raise OptionError(
+            f"--seq {settings.seq} can't be cut into {context} parts for cp={context}. Use a multiple of it."
+        )
+    batch = settings.batch // (mesh.data_parallel * settings.accumulation)
+    return replace(settings, batch=batch, seq=settings.seq // context, accumulation=1)
 
 
 def traced_mesh(mesh: Mesh) -> Mesh:
@@ -49,26 +45,19 @@ def trace_program(
     source: "ModelSource",
     plan: AnyPlan,
     mesh: Mesh,
-    micro_batch: MicroBatch,
+    part: StepSettings,
+    text: TextSource,
     device: str,
     progress: "Callable[[str], None]",
 ) -> "Program":
-    """Raises the tracer's InputErrors."""
+    """part: a data-parallel rank's, as micro_batch() gives it. Raises the tracer's InputErrors."""
     from shardwise.parallel.styles import is_decided_by_data
     from shardwise.text.traced_ids import token_ids
     from shardwise.trace.trace import trace
 
     small = traced_mesh(mesh)
-    is_fsdp = small.fsdp > 1
-    settings = StepSettings(
-        batch=micro_batch.batch * small.data_parallel,
-        seq=micro_batch.seq,
-        dtype=micro_batch.dtype,
-        param_dtype=micro_batch.param_dtype if is_fsdp else None,
-        reduce_dtype=micro_batch.reduce_dtype if is_fsdp else None,
-        recompute=micro_batch.recompute,
-        seed=micro_batch.seed,
-    )
-    text = TextSource(random_ids=micro_batch.random_ids)
+    settings = replace(part, batch=part.batch * small.data_parallel)
+    if small.fsdp == 1:
+        settings = replace(settings, param_dtype=None, reduce_dtype=None)
     ids = token_ids(source, settings, is_decided_by_data(plan), text, progress)
     return trace(source, plan, small, settings, device=device, ids=ids, progress=progress)

@@ -1,14 +1,13 @@
-"""`shardwise predict --sweep`: every mesh, number of stages and micro-batch on a number of devices. Few Programs are traced, the others derived."""
+"""sweep: plans on a number of devices -> Sweep: every mesh and micro-batch. Few Programs are traced, the others derived."""
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from shardwise.core.case import StepSettings
+from shardwise.core.case import Case
 from shardwise.core.errors import InputError, OptionError
 from shardwise.core.machine import Machine
-from shardwise.core.mesh import SHARDS_AXIS, Mesh, Role
+from shardwise.core.mesh import PREDICTED, SHARDS_AXIS, Mesh, Role, check_carried
 from shardwise.core.prediction import Setup
 from shardwise.core.program import Program
 from shardwise.core.shown import shown
@@ -19,26 +18,31 @@ from shardwise.predict.contrast import facts_of
 from shardwise.predict.family import LONG, SHORT, Family, NotAFamilyError
 from shardwise.predict.predict import predict
 from shardwise.predict.sweep import best_first, meshes, shares_programs
-from shardwise.verbs.programs import MicroBatch, trace_program
+from shardwise.verbs.checks import default_plan
+from shardwise.verbs.predict import MACHINE, SEQ, PredictOptions
+from shardwise.verbs.programs import micro_batch, trace_program
+from shardwise.verbs.progress import Progress, silent
 
 MOST_DEVICES = 1_000_000
 MOST_POINTS = 20_000
 MICRO_BATCHES = (1, 2, 4, 8)
+DOING = "tracing and predicting"
+
+
+@dataclass(frozen=True, slots=True)
+class SweepOptions:
+    """devices: None for one node of the machine. micro_batches: sizes, in sequences of a data-parallel rank at a time."""
+
+    devices: int | None = None
+    micro_batches: tuple[int, ...] = MICRO_BATCHES
 
 
 @dataclass(frozen=True, slots=True)
 class SweepTask:
-    """One plan on meshes that share their Programs.
+    """One plan, the case's, on meshes that share their Programs. sizes: of micro-batches."""
 
-    batch: of the whole step, or None where each point has `setup.micro_batches`. micro_batches: sizes.
-    """
-
-    model: str
-    plan: str
-    sequence_parallel: bool
-    micro_batch: MicroBatch
-    micro_batches: tuple[int, ...]
-    batch: int | None
+    case: Case
+    sizes: tuple[int, ...]
     meshes: tuple[Mesh, ...]
     setup: Setup
     machine: Machine
@@ -55,60 +59,74 @@ class SweepResult:
 
 
 def sweep(
-    asked: SweepTask,
-    plans: Sequence[str],
-    devices: int,
-    progress: Callable[[int, int, str], None],
+    case: Case,
+    options: SweepOptions | None = None,
+    run: PredictOptions | None = None,
+    progress: Progress = silent,
     *,
     workers: int | None = None,
 ) -> Sweep:
-    """asked: without plan and meshes. Raises InputErrors of the model or a plan that hold for every mesh, OptionError,
-    RunError."""
-    if not 1 <= devices <= MOST_DEVICES:
-        raise OptionError(f"--devices {devices}: use 1 to {MOST_DEVICES:,}.")
-    machine, context = asked.machine, asked.setup.context
-    if asked.setup.mesh is not None and asked.setup.mesh.world_size > context:
+    """The case's plans over all meshes. Of the case's own mesh only context ranks count; without a batch each point has
+    the case's accumulation. run: what predict assumes. Raises InputErrors of the model or a plan that hold for every
+    mesh, OptionError, RunError."""
+    from shardwise.predict.machines import load_machine
+
+    options, machine = options or SweepOptions(), load_machine(case.machine or MACHINE)
+    check_carried(case.mesh, "predict", PREDICTED)
+    context = case.mesh.context
+    setup = (run or PredictOptions()).setup(case.mesh if context > 1 else None, case.step.accumulation)
+    if case.mesh.world_size > context:
         raise OptionError(
-            f"--mesh {asked.setup.mesh}: a sweep goes over all axes but cp. Give cp alone, or leave it out."
+            f"--mesh {case.mesh}: a sweep goes over all axes but cp. Give cp alone, or leave it out."
         )
-    check_devices(machine, Mesh.of({Role.CUTS_TENSORS: devices}))
-    if devices % context:
-        raise OptionError(f"--devices {devices} can't be cut into cp={context}. Use a multiple of it.")
-    all_meshes = meshes(devices, machine.devices_per_node, context)
-    count = len(all_meshes) * len(plans) * len(asked.micro_batches)
+    settings = replace(case.step, seq=case.step.seq or SEQ)
+    micro_batch(settings, case.mesh)
+    devices = options.devices or machine.devices_per_node
+    found = _meshes(devices, machine, context)
+    case = replace(case, step=settings, plans=case.plans or (default_plan(case.model),))
+    count = sum(map(len, found)) * len(case.plans) * len(options.micro_batches)
     if count > MOST_POINTS:
         raise OptionError(
             f"--sweep: is over {count:,} points; at most {MOST_POINTS:,}. Give fewer plans or --micro-batches."
         )
-    kinds: dict[object, list[Mesh]] = {}
-    for mesh in all_meshes:
-        kinds.setdefault(shares_programs(mesh), []).append(mesh)
-    tasks = [replace(asked, plan=plan, meshes=tuple(alike)) for plan in plans for alike in kinds.values()]
+    tasks = [
+        SweepTask(replace(case, plans=(plan,)), options.micro_batches, alike, setup, machine)
+        for plan in case.plans
+        for alike in found
+    ]
     # those that take longest first, so that no process ends long before the other
     tasks.sort(key=lambda task: -len(task.meshes))
-    points: list[SweepPoint] = []
+    results = []
+    progress(DOING, 0, len(tasks))
+    for result in on_processes(run_task, tasks, workers or min(len(tasks), os.cpu_count() or 1)):
+        results.append(result)
+        progress(DOING, len(results), len(tasks))
     refused: Counter[tuple[str, str]] = Counter()
-    traces = 0
-    progress(0, len(tasks), "tracing and predicting")
-    for done, result in enumerate(
-        on_processes(run_task, tasks, workers or min(len(tasks), os.cpu_count() or 1)), 1
-    ):
-        points += result.points
+    for result in results:
         refused.update({(result.plan, reason): number for reason, number in result.refused})
-        traces += result.traces
-        progress(done, len(tasks), "tracing and predicting")
-    settings = StepSettings(
-        asked.batch or 0,
-        asked.micro_batch.seq * context,
-        dtype=asked.micro_batch.dtype,
-        param_dtype=asked.micro_batch.param_dtype,
-        reduce_dtype=asked.micro_batch.reduce_dtype,
-        recompute=asked.micro_batch.recompute,
-    )
-    refusals = tuple(Refusal(plan, reason, number) for (plan, reason), number in refused.items())
     return Sweep(
-        asked.model, facts_of(machine), devices, settings, asked.setup, best_first(points), refusals, traces
+        case.model,
+        facts_of(machine),
+        devices,
+        replace(settings, accumulation=1),
+        setup,
+        best_first([point for result in results for point in result.points]),
+        tuple(Refusal(plan, reason, number) for (plan, reason), number in refused.items()),
+        sum(result.traces for result in results),
     )
+
+
+def _meshes(devices: int, machine: Machine, context: int) -> list[tuple[Mesh, ...]]:
+    """All meshes on so many devices, those together that share their Programs."""
+    if not 1 <= devices <= MOST_DEVICES:
+        raise OptionError(f"--devices {devices}: use 1 to {MOST_DEVICES:,}.")
+    check_devices(machine, Mesh.of({Role.CUTS_TENSORS: devices}))
+    if devices % context:
+        raise OptionError(f"--devices {devices} can't be cut into cp={context}. Use a multiple of it.")
+    kinds: dict[object, list[Mesh]] = {}
+    for mesh in meshes(devices, machine.devices_per_node, context):
+        kinds.setdefault(shares_programs(mesh), []).append(mesh)
+    return [tuple(alike) for alike in kinds.values()]
 
 
 def run_task(task: SweepTask) -> SweepResult:
@@ -136,23 +154,22 @@ def run_task(task: SweepTask) -> SweepResult:
 
 def _wanted(task: SweepTask) -> tuple[list[tuple[Mesh, int, int]], Counter[str]]:
     """(mesh, size of a micro-batch, number of them), and why others aren't."""
-    found, refused = [], Counter[str]()
-    is_mixed = task.micro_batch.param_dtype is not None or task.micro_batch.reduce_dtype is not None
+    wanted, refused, step = [], Counter[str](), task.case.step
+    is_mixed = step.param_dtype is not None or step.reduce_dtype is not None
     for mesh in task.meshes:
-        for size in task.micro_batches:
+        for size in task.sizes:
+            at_once = mesh.data_parallel * size
             if is_mixed and SHARDS_AXIS not in dict(mesh.axes):
                 refused[
                     "--param-dtype and --reduce-dtype are FSDP's mixed precision, and the mesh has no fsdp axis"
                 ] += 1
-            elif task.batch is None:
-                found.append((mesh, size, task.setup.micro_batches))
-            elif task.batch % (mesh.data_parallel * size):
+            elif step.batch % at_once:
                 refused[
-                    f"--batch {task.batch} can't be cut into equal micro-batches of each data-parallel rank"
+                    f"--batch {step.batch} can't be cut into equal micro-batches of each data-parallel rank"
                 ] += 1
             else:
-                found.append((mesh, size, task.batch // (mesh.data_parallel * size)))
-    return found, refused
+                wanted.append((mesh, size, step.batch // at_once or task.setup.micro_batches))
+    return wanted, refused
 
 
 def _of_all_sizes(reason: str) -> str:
@@ -161,19 +178,21 @@ def _of_all_sizes(reason: str) -> str:
 
 
 class _Programs:
-    """The Programs of a task's micro-batches: few are traced. Raises ModelError and PlanError for names that mean nothing."""
+    """The Programs of a task's micro-batches: few are traced. Raises ModelError and PlanError for names that mean
+    nothing."""
 
     def __init__(self, task: SweepTask, sizes: tuple[int, ...]) -> None:
         from shardwise.models.source import find_model
         from shardwise.parallel.plans import load_any_plan
 
         self.task = task
-        self._source = find_model(task.model)
+        (name,) = task.case.plans
+        self._source = find_model(task.case.model)
         self._plan = load_any_plan(
-            task.plan, sequence_parallel=task.sequence_parallel, family=self._source.family
+            name, sequence_parallel=task.case.sequence_parallel, family=self._source.family
         )
         self.traces = 0
-        self.label = task.plan
+        self.label = name
         self._found: dict[int, Program] = {}
         self._family: Family | None = None
         self._failed: InputError | None = None
@@ -209,9 +228,9 @@ class _Programs:
             return self._traced(size)
 
     def _traced(self, size: int) -> Program:
-        task = self.task
+        task, mesh = self.task, self.task.meshes[0]
         self.traces += 1
-        micro_batch = replace(task.micro_batch, batch=size)
+        part = replace(micro_batch(task.case.step, mesh), batch=size)
         return trace_program(
-            self._source, self._plan, task.meshes[0], micro_batch, task.machine.device, lambda _: None
+            self._source, self._plan, mesh, part, task.case.text, task.machine.device, silent
         )

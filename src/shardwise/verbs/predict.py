@@ -1,0 +1,210 @@
+"""predict: plans on a machine -> PredictionRun: time and memory, term by term, of a traced or a saved micro-batch."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any
+
+from shardwise.core.case import Case, StepSettings
+from shardwise.core.errors import OptionError
+from shardwise.core.machine import Machine
+from shardwise.core.mesh import PREDICTED, Mesh, check_carried
+from shardwise.core.option import Option, check_options
+from shardwise.core.plan import suggest
+from shardwise.core.prediction import AttentionKernel, Precision, Setup, Term
+from shardwise.core.prediction_run import PredictionRun
+from shardwise.core.program import Program
+from shardwise.core.shown import shown
+from shardwise.core.timeline import Timeline
+from shardwise.verbs.checks import check_precision, check_seq, default_plan
+from shardwise.verbs.progress import Progress, silent
+
+MACHINE = "h100-sxm-80gb"
+SEQ = 8192
+HOW = "How it runs"
+TERM_NAMES = {term.name.lower(): term for term in Term}
+
+
+@dataclass(frozen=True, slots=True)
+class PredictOptions:
+    """What is assumed of the run, beside the case: see core/prediction.py's Setup. recompute_attention: the unfused
+    attention between its projections runs again in the backward."""
+
+    chunks: Annotated[
+        int, Option("Of layers that each stage holds: more than 1 is the interleaved schedule.", HOW, 1)
+    ] = 1
+    attention: Annotated[
+        str | None,
+        Option("fused or unfused.", HOW, choices=tuple(AttentionKernel), shown="as the traced op says"),
+    ] = None
+    recompute_attention: bool = False
+    compiled: Annotated[
+        bool, Option("Kernels between matmuls fused by a compiler.", HOW, flag="--compiled/--eager")
+    ] = False
+    compiled_loss: Annotated[
+        bool,
+        Option(
+            "The loss is fused too: no copy of the logits in float32.",
+            HOW,
+            flag="--compiled-loss/--eager-loss",
+        ),
+    ] = False
+    matmul_dtype: Annotated[
+        str | None,
+        Option("What linear layers multiply in: float8.", HOW, choices=("float8",), shown="the --dtype"),
+    ] = None
+    overlap_data: Annotated[bool, Option("Gradients over dp are reduced beside the backward.", HOW)] = False
+    overlap_tensor: Annotated[
+        bool, Option("Collectives over tp run beside the matmul that needs them.", HOW)
+    ] = False
+    precision: Annotated[
+        str,
+        Option(
+            "What states are kept in: traced (the --dtype), or master (float32 beside it, as Megatron).",
+            HOW,
+            choices=tuple(Precision),
+        ),
+    ] = "traced"
+    optimizer_shards: Annotated[
+        int, Option("Ranks that share the optimizer's state and work (ZeRO-1).", HOW, 1)
+    ] = 1
+    without: Annotated[
+        tuple[str, ...], Option(f"Terms to switch off: {', '.join(TERM_NAMES)}.", HOW, shown="none")
+    ] = ()
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        _terms(self.without)
+
+    def setup(self, mesh: Mesh | None, micro_batches: int) -> Setup:
+        own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(PredictOptions)}
+        own |= {"precision": Precision(self.precision), "without": _terms(self.without)}
+        if self.attention is not None:
+            own["attention"] = AttentionKernel(self.attention)
+        return Setup(mesh, micro_batches, **own)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A Program with what makes a whole step of it. label: the plan's, told apart from others of its name."""
+
+    label: str
+    program: Program
+    setup: Setup
+    settings: StepSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """answer: of all steps on the machine."""
+
+    answer: PredictionRun
+    machine: Machine
+    steps: tuple[Step, ...]
+
+    def timelines(self) -> Iterable[tuple[str, str, Sequence[Timeline]]]:
+        """(name, what it is, ranks) of each plan's step, and of its pipeline's stages."""
+        from shardwise.predict.timeline import pipeline_timelines, timeline_of
+
+        for number, step in enumerate(self.steps):
+            letter = f"{number // 26 or ''}{chr(ord('a') + number % 26)}"
+            yield f"timeline-{letter}", step.label, [timeline_of(step.program, self.machine, step.setup)]
+            passes = pipeline_timelines(step.program, self.machine, step.setup)
+            if passes:
+                yield f"stages-{letter}", f"{step.label}'s stages", passes
+
+
+def predict(case: Case, options: PredictOptions | None = None, progress: Progress = silent) -> Predicted:
+    """Each of the case's plans, traced as one micro-batch on fake tensors. machine: h100-sxm-80gb by default. batch by
+    default: a sequence per data-parallel rank and micro-batch; seq: 8192. Raises InputError for names that aren't
+    known, and for what doesn't fit together."""
+    from shardwise.models.source import find_model
+    from shardwise.parallel.plans import load_any_plan
+    from shardwise.predict.check import check_devices, check_setup
+    from shardwise.predict.machines import load_machine
+    from shardwise.verbs.programs import micro_batch, trace_program
+
+    options, machine = options or PredictOptions(), load_machine(case.machine or MACHINE)
+    check_carried(case.mesh, "predict", PREDICTED)
+    check_precision(case)
+    batch = case.step.batch or case.mesh.data_parallel * case.step.accumulation
+    settings = replace(case.step, batch=batch, seq=case.step.seq or SEQ)
+    setup = options.setup(case.mesh, settings.accumulation)
+    traced = micro_batch(settings, case.mesh)
+    check_devices(machine, case.mesh)
+    source = find_model(case.model)
+    check_seq(settings.seq, source)
+    plans = [
+        load_any_plan(name, sequence_parallel=case.sequence_parallel, family=source.family)
+        for name in case.plans or (default_plan(case.model),)
+    ]
+    steps: list[Step] = []
+    for plan in plans:
+        program = trace_program(source, plan, case.mesh, traced, case.text, machine.device, progress)
+        check_setup(program, machine, setup)
+        steps.append(Step(_label(program.plan, steps), program, setup, settings))
+    return _predicted(machine, steps)
+
+
+def predict_program(
+    program: Program,
+    machine: str = MACHINE,
+    options: PredictOptions | None = None,
+    mesh: Mesh | None = None,
+    micro_batches: int = 1,
+) -> Predicted:
+    """A saved Program, which needs no torch. mesh: None for the Program's own."""
+    from shardwise.predict.check import check_setup
+    from shardwise.predict.machines import load_machine
+
+    found, small, traced = load_machine(machine), Mesh(program.axes), program.settings
+    if mesh is not None:
+        check_carried(mesh, "predict", PREDICTED)
+    setup = (options or PredictOptions()).setup(mesh, micro_batches)
+    check_setup(program, found, setup)
+    whole = setup.mesh or small
+    share = traced.batch // (small.data_parallel * traced.accumulation)
+    settings = replace(
+        traced,
+        batch=max(1, share * whole.data_parallel * setup.micro_batches),
+        seq=traced.seq * setup.context,
+        accumulation=setup.micro_batches,
+    )
+    return _predicted(found, [Step(program.plan, program, setup, settings)])
+
+
+def _predicted(machine: Machine, steps: Sequence[Step]) -> Predicted:
+    from shardwise.predict.contrast import differences, facts_of
+    from shardwise.predict.predict import predict as predict_step
+    from shardwise.predict.timeline import launch_bound
+
+    predictions = []
+    for step in steps:
+        prediction = predict_step(step.program, machine, step.setup)
+        if not prediction.step_s > 0:
+            raise OptionError("--without: nothing is left of the step. Switch fewer terms off.")
+        predictions.append(replace(prediction, plan=step.label))
+    waits = tuple(launch_bound(step.program, machine, step.setup) for step in steps)
+    apart = differences(predictions)
+    run = PredictionRun(facts_of(machine), steps[0].settings, tuple(predictions), apart, waits)
+    return Predicted(run, machine, tuple(steps))
+
+
+def _terms(given: Sequence[str]) -> tuple[Term, ...]:
+    """`launch`, or several with commas between."""
+    names = [part.strip() for each in given for part in each.split(",")]
+    for name in names:
+        if name not in TERM_NAMES:
+            raise OptionError(
+                f'--without: unknown term "{shown(name)}".{suggest(name[:80], TERM_NAMES)} '
+                f"Allowed: {', '.join(TERM_NAMES)}."
+            )
+    return tuple(term for name, term in TERM_NAMES.items() if name in names)
+
+
+def _label(plan: str, before: Sequence[Step]) -> str:
+    """plan, "plan #2", ..."""
+    known = {step.label for step in before}
+    label, number = plan, 2
+    while label in known:
+        label, number = f"{plan} #{number}", number + 1
+    return label
