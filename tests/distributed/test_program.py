@@ -16,20 +16,21 @@ from shardwise.parallel.builtin import builtin_names
 from shardwise.trace.trace import trace
 from tests.distributed.c10d_log import Issued
 from tests.distributed.program_workers import Case, cases
+from tests.matrix import thinned
 
 ALL_CASES = [case for world_size in (2, 3, 4) for case in cases(world_size)]
 
 
 @lru_cache
-def answers(world_size: int) -> tuple[dict[str, list[Issued]], ...] | str:
-    """Per rank: what it issued in each case. Or why the launch failed: it isn't tried again for each case."""
+def answers(world_size: int, *, telling: bool) -> tuple[dict[str, list[Issued]], ...] | str:
+    """Per rank: what it issued in each case, of the telling ones or the rest. Or why the launch failed: it isn't tried again for each case."""
     try:
         results = run_ranks(
             "tests.distributed.program_workers:collectives",
-            b"",
+            b"telling" if telling else b"rest",
             world_size=world_size,
             device_type="cpu",
-            timeout_s=120,
+            timeout_s=300,
         )
     except ShardwiseError as error:
         return str(error)
@@ -37,7 +38,7 @@ def answers(world_size: int) -> tuple[dict[str, list[Issued]], ...] | str:
 
 
 def issued(case: Case) -> list[list[Issued]]:
-    found = answers(case.world_size)
+    found = answers(case.world_size, telling=case.is_telling)
     if isinstance(found, str):
         pytest.fail(f"the launch of {case.world_size} ranks failed: {found}")
     return [answer[case.name] for answer in found]
@@ -45,12 +46,12 @@ def issued(case: Case) -> list[list[Issued]]:
 
 @lru_cache(maxsize=4)
 def programs(case: Case) -> tuple[Program, ...]:
-    """Of every rank, for the ids that the real ranks get."""
+    """Of the first rank and the last, for the ids that the real ranks get."""
     mesh = Mesh.parse(case.mesh)
     ids_BS = case.ids()
     return tuple(
         trace(case.spec, case.make_plan(), mesh, case.settings, rank=rank, ids=ids_BS)
-        for rank in range(mesh.world_size)
+        for rank in (0, mesh.world_size - 1)
     )
 
 
@@ -63,16 +64,19 @@ def as_issued(collective: Collective) -> Issued:
     )
 
 
-@pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", thinned(ALL_CASES, lambda case: case.is_telling), ids=lambda case: case.name)
 def test_real_ranks_issue_the_programs_collectives(case: Case) -> None:
-    for real, program in zip(issued(case), programs(case), strict=True):
+    real = issued(case)
+    for program in programs(case):
         expected = [as_issued(collective) for collective in program.collectives()]
-        assert real == expected, f"rank {program.rank}"
-        assert real
+        assert real[program.rank] == expected, f"rank {program.rank}"
+        assert expected
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in ALL_CASES if case.plan.startswith("routed")], ids=lambda case: case.name
+    "case",
+    thinned([case for case in ALL_CASES if case.plan.startswith("routed")], lambda case: case.is_telling),
+    ids=lambda case: case.name,
 )
 def test_what_the_batch_decides_is_told_for_all_ranks_as_they_send_it(case: Case) -> None:
     real, traced = issued(case), programs(case)
