@@ -11,6 +11,7 @@ from shardwise.models.source import find_model
 from shardwise.parallel.builtin import builtin_names, builtin_plan
 from shardwise.verify.claim import Claim
 from shardwise.verify.run import verify
+from tests.matrix import FULL
 
 pytest.importorskip(
     "transformers",
@@ -50,7 +51,7 @@ def found() -> dict[str, Verification]:
     cases = [Claim(MODELS + name, "hf", name) for name in OF_TRANSFORMERS]
     cases += [Claim(MODELS + name, "own", name) for name in BY_HAND]
     cases += [Claim(f"hf:{name}", "hf", name) for name in SHIPPED]
-    answers = verify(cases, mesh=Mesh.parse("tp=2"), timeout_s=60)
+    answers = verify(cases, mesh=Mesh.parse("tp=2"), timeout_s=300)
     assert [answer.model for answer in answers] == [case.model for case in cases]
     return {answer.plan: answer for answer in answers}
 
@@ -269,18 +270,26 @@ def built_in_cases(model: str, *, tied: bool, parallels: tuple[bool, ...]) -> li
     ]
 
 
-@pytest.mark.parametrize("tp", [2, 3, 4])
-def test_every_built_in_plan_of_both_engines_is_right(tp: int) -> None:
-    parallels = (True, False) if tp == 2 else (True,)
-    models = (
-        ("llama3-8b", False),
-        ("llama3-8b?tied=true", True),
-        ("gpt-debug?tied=false", False),
-        ("gpt-debug", True),
-    )
+LLAMA, GPT = ("llama3-8b", False), ("gpt-debug?tied=false", False)
+TIED_LLAMA, TIED_GPT = ("llama3-8b?tied=true", True), ("gpt-debug", True)
+
+
+@pytest.mark.parametrize(
+    ("tp", "models", "parallels", "expected"),
+    [
+        (2, (LLAMA, TIED_GPT), (True, False), 12 + 8),
+        (3, (TIED_LLAMA, GPT), (True,), 5 + 7),
+        pytest.param(2, (TIED_LLAMA, GPT), (True, False), 8 + 12, marks=FULL),
+        pytest.param(3, (LLAMA, TIED_GPT), (True,), 7 + 5, marks=FULL),
+        pytest.param(4, (LLAMA, TIED_LLAMA, GPT, TIED_GPT), (True,), 7 + 5 + 7 + 5, marks=FULL),
+    ],
+)
+def test_every_built_in_plan_of_both_engines_is_right(
+    tp: int, models: tuple[tuple[str, bool], ...], parallels: tuple[bool, ...], expected: int
+) -> None:
     cases = [case for model, tied in models for case in built_in_cases(model, tied=tied, parallels=parallels)]
-    answers = verify(cases, mesh=Mesh((("tp", tp),)), settings=StepSettings(2, 4 * tp), timeout_s=90)
-    assert len(answers) == (12 + 8 + 12 + 8 if tp == 2 else 7 + 5 + 7 + 5)
+    answers = verify(cases, mesh=Mesh((("tp", tp),)), settings=StepSettings(2, 4 * tp), timeout_s=300)
+    assert len(answers) == expected
     for each in answers:
         assert each.verdict is Verdict.RIGHT, (each.model, each.plan, each.findings, each.note)
         assert each.proof is not None
