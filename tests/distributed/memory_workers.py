@@ -23,9 +23,10 @@ from shardwise.parallel.builtin import builtin_plan
 from shardwise.step.build import build_model, device_mesh
 from shardwise.step.train import TrainStep
 
-MODEL, MESH = "llama3-debug", "tp=2"
+MODEL, MESH = "llama3-debug?n_layers=2,vocab_size=8000", "tp=2"
 _SECOND_STEP = "the second step"
-_A_MOMENT_S = 0.001
+# for gloo's threads, which on a busy machine wait for a core
+_A_MOMENT_S = 0.02
 
 
 class Case(msgspec.Struct, frozen=True):
