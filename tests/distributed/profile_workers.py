@@ -1,7 +1,8 @@
-"""Ranks that record a profile in which one of them comes late to a collective, by a sleep whose length is known."""
+"""Ranks that record a profile in which one of them comes late to a collective, and note by a clock that they share when each came."""
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 import torch
@@ -22,7 +23,8 @@ class Job(msgspec.Struct):
 
 
 def record(context: RankContext, payload: bytes) -> bytes:
-    """Runs the steps; the trace is in the job's folder."""
+    """Runs the steps; the trace is in the job's folder. Returns when this rank came to the barrier before each collective of the marked steps,
+    and to the collective, in ns."""
     job = msgspec.json.decode(payload, type=Job)
     world = context.world_size
     model = torch.nn.Sequential(torch.nn.Linear(32, 32)).to(context.device)
@@ -35,14 +37,28 @@ def record(context: RankContext, payload: bytes) -> bytes:
         lambda: gather(out, part),
         lambda: dist.all_to_all_single(out, x),
     ]
+    came_ns: list[int] = []
     with record_profile(job.folder, model) as recorder:
         for step in range(WARM_UP + STEPS):
             with recorder.step():
                 model(torch.ones(4, 32, device=context.device))
-                for late, collective in zip(job.late, collectives, strict=True):
+                for number, (late, collective) in enumerate(zip(job.late, collectives, strict=True)):
+                    came_ns.append(time.monotonic_ns())
                     dist.barrier()
+                    meeting = Path(f"{job.folder}-{step}-{number}")
                     if context.rank == late and step >= WARM_UP:
                         with torch.profiler.record_function("the planted sleep"):
+                            _wait_for(meeting, world - 1)
                             time.sleep(SLEEP_S)
+                    else:
+                        meeting.mkdir(exist_ok=True)
+                        (meeting / str(context.rank)).touch()
+                    came_ns.append(time.monotonic_ns())
                     collective()
-    return b""
+    return msgspec.json.encode(came_ns[2 * len(collectives) * WARM_UP :])
+
+
+def _wait_for(meeting: Path, others: int) -> None:
+    """Until the other ranks are about to begin: however slow they are, this one comes last."""
+    while not meeting.is_dir() or len(list(meeting.iterdir())) < others:
+        time.sleep(0.01)
