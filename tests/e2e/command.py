@@ -15,7 +15,8 @@ import psutil
 from shardwise.cli.main import _run
 
 SHARDWISE = str(Path(sys.executable).with_name("shardwise"))
-SMALL = ("--seq", "32", "--batch", "2", "--rounds", "2", "--warmup", "0")
+MODEL = "llama3-debug?n_layers=2,vocab_size=4000"
+SMALL = ("--model", MODEL, "--seq", "32", "--batch", "2", "--rounds", "2", "--warmup", "0")
 # Nothing here is timed: how long a test waits for what must come, on a machine that may be busy.
 PATIENCE_S = 200.0
 

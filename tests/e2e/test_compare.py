@@ -15,6 +15,7 @@ import pytest
 from shardwise.core.measurement import Comparison
 from shardwise.files.document import read_document
 from tests.e2e.command import (
+    MODEL,
     PATIENCE_S,
     SMALL,
     gone,
@@ -28,7 +29,19 @@ from tests.e2e.test_report_html import WHOLE_STEP_CHARTS, Elements, browser, vis
 
 __all__ = ["browser"]  # the fixture
 
-LONG = ("rowwise", "colwise", "--seq", "64", "--batch", "2", "--rounds", "1000000", "--no-check")
+LONG = (
+    "rowwise",
+    "colwise",
+    "--model",
+    MODEL,
+    "--seq",
+    "64",
+    "--batch",
+    "2",
+    "--rounds",
+    "1000000",
+    "--no-check",
+)
 WRONG_PLAN = """\
 name = "norms-not-reduced"
 [rules]
@@ -74,8 +87,8 @@ def test_every_plan_was_checked_against_the_unsharded_model(run: tuple[Path, Com
     for measurement in run[1].measurements:
         assert measurement.agreement is not None
         assert measurement.agreement.agrees
-        assert measurement.agreement.layers == 6
-        assert measurement.agreement.parameters_compared == 57
+        assert measurement.agreement.layers == 2
+        assert measurement.agreement.parameters_compared == 21
         assert measurement.agreement.worst_gradient_error < 1e-10
 
 
@@ -91,7 +104,7 @@ def test_memory_is_exact_and_shows_the_full_vocabulary_gradient_of_dtensor(
     run: tuple[Path, Comparison, str],
 ) -> None:
     by_label = {measurement.label: measurement.memory for measurement in run[1].measurements}
-    vocab, hidden, layers, ffn, kv = 32_000, 384, 6, 1024, 128
+    vocab, hidden, layers, ffn, kv = 4_000, 384, 2, 1024, 128
     sharded = 2 * vocab * hidden + layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * ffn)
     expected = 4 * (sharded // 2 + hidden * (2 * layers + 1))
     for label in ("rowwise", "colwise", "routed"):
@@ -183,7 +196,7 @@ def test_the_options_of_a_step_work_together_and_every_plan_agrees(
 
 def test_a_config_file_gives_the_options_and_the_command_line_wins(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(
-        'plans = ["colwise"]\nmesh = "tp=1"\nseq = 16\nbatch = 1\nrounds = 1\nwarmup = 0\nrepeat = false\n'
+        f'model = "{MODEL}"\nplans = ["colwise"]\nmesh = "tp=1"\nseq = 16\nbatch = 1\nrounds = 1\nwarmup = 0\nrepeat = false\n'
     )
     ended = shardwise("compare", "--config", "mine.toml", "--rounds", "2", "--json", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
