@@ -21,8 +21,7 @@ REPEATED = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A call ready to be timed, with the tensors that it reads (as the op takes them), makes, and writes in
-    place."""
+    """A call to time, with the tensors that it reads (as the op takes them), makes and writes in place."""
 
     call: Callable[[], object]
     inputs: tuple[Tensor, ...]
@@ -63,8 +62,7 @@ Make = Callable[[Draw], Work]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One kernel to time. op: its name in the catalogue; variant: what sets it apart from others of that
-    op."""
+    """One kernel to time. op: its catalogue name; variant: what sets it apart from others of that op."""
 
     op: str
     variant: str

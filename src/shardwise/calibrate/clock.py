@@ -55,8 +55,7 @@ def time_kernel(call: Callable[[], object], device: torch.device, *, graph: bool
 
 
 def host_clock(device: torch.device) -> Callable[[], float]:
-    """Seconds of the host's work: this thread's own on a CPU, where one thread does it all; else the wall
-    clock."""
+    """Seconds of the host's work: this thread's own where one CPU thread does it all, else the wall's."""
     return time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
@@ -113,8 +112,7 @@ def _issued(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def between_events(call: Callable[[], object], *, behind: bool) -> float:
-    """Seconds of the current stream. behind: the device sleeps before the first event, so that the calls are
-    issued when it passes."""
+    """Seconds of the current stream. behind: the device sleeps first, so that calls are issued in time."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     if behind:
         cuda_sleep(AHEAD_CYCLES)

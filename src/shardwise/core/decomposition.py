@@ -29,8 +29,7 @@ from shardwise.core.timeline import NONE, SpanKind, Timeline, Window
 
 @dataclass(frozen=True, slots=True)
 class Decomposition:
-    """A window's parts, and the unions that people ask for besides. communication_ns and compute_ns overlap
-    by overlap_ns."""
+    """A window's parts, and its unions; communication_ns and compute_ns overlap by overlap_ns."""
 
     window: Window
     parts: Parts
@@ -46,8 +45,7 @@ class Decomposition:
 
 @dataclass(frozen=True, slots=True)
 class WorkSets:
-    """When a rank computes, communicates (before and after the last rank arrived, and where that isn't known)
-    and copies."""
+    """When a rank computes, transfers, waits, communicates where these can't be told apart, and copies."""
 
     compute: Intervals
     transfer: Intervals
@@ -113,8 +111,7 @@ def _of_rank(
 
 
 def _not_yet_launched_ns(idle: Intervals, start_ns: NDArray[np.int64], launched_ns: NDArray[np.int64]) -> int:
-    """Idle time before the launch of the work that starts next. Work of which no launch is known blames
-    nobody."""
+    """Idle time before the launch of the work that starts next, where a launch is known."""
     following = np.searchsorted(start_ns, idle[:, 1])
     exists = following < len(start_ns)
     gaps, following = idle[exists], following[exists]

@@ -129,8 +129,7 @@ class RunProfile:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A stretch of a picture's row. part: a field of Parts without its unit ("exposed_waiting"), or
-    "communication"."""
+    """A stretch of a picture's row. part: a field of Parts ("exposed_waiting"), or "communication"."""
 
     part: str
     start_ns: int
@@ -190,8 +189,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """second against first. lines: all work, largest change first; their deltas add up to lines_delta_ns.
-    verdict: in words."""
+    """second against first. lines: all work, largest change first. verdict: in words."""
 
     first: RunProfile
     second: RunProfile

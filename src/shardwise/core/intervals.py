@@ -14,8 +14,7 @@ EMPTY: Intervals = np.empty((0, 2), np.int64)
 
 
 def union(start_ns: NDArray[np.int64], end_ns: NDArray[np.int64]) -> Intervals:
-    """The set that spans cover, in any order, overlapping or not; spans that end before they start, or at
-    once, cover nothing."""
+    """The set that spans cover, in any order; spans that end before they start cover nothing."""
     covers = end_ns > start_ns
     start_ns, end_ns = start_ns[covers], end_ns[covers]
     if not len(start_ns):

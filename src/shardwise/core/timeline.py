@@ -32,8 +32,7 @@ class SpanKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """A CPU thread or a device's stream of one rank. count: how many ranks it stands for (a predicted lane
-    may stand for many)."""
+    """A CPU thread or a device's stream of one rank. count: how many ranks a predicted lane stands for."""
 
     rank: int
     is_device: bool
@@ -63,8 +62,7 @@ class Spans:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The ranks of a process group; ranks None: the file doesn't say. name: as the file calls it ("" where it
-    doesn't)."""
+    """A process group's ranks (None: the file doesn't say); name: as the file calls it, or ""."""
 
     name: str
     ranks: tuple[int, ...] | None
@@ -107,8 +105,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """Lanes and spans of one or more ranks. facts: what the file says of itself, such as the device's
-    name."""
+    """Lanes and spans of one or more ranks. facts: what the file says of itself, such as its device."""
 
     lanes: tuple[Lane, ...]
     names: tuple[str, ...]

@@ -67,8 +67,7 @@ class SharedCollective:
 
     @property
     def is_possible(self) -> bool:
-        """No rank can leave before the last has come; a set that says so is a wrong match, or has a wrong
-        clock."""
+        """No rank can leave before the last has come; else the match or a clock is wrong."""
         return min(member.end_ns for member in self.members) >= self.arrival_ns
 
     @property
@@ -124,8 +123,7 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Collectives of which no split is given: how many (sets, or calls where no set could be made), and
-    why."""
+    """Collectives that aren't split: how many (sets, or calls where no set could be made), and why."""
 
     count: int
     why: str

@@ -95,8 +95,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """columns: their numbers in the whole tensor; () where they have none. column_owners: the rank that owns
-    each column, if any."""
+    """columns: their numbers in the whole tensor; column_owners: their ranks; () where they have none."""
 
     content: Content
     columns: tuple[int, ...]
@@ -179,8 +178,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What one rank keeps: shapes and bytes of its part of the parameter and of the gradient (of the logits,
-    for a loss)."""
+    """What one rank keeps of the parameter and of the gradient (for a loss, of the logits)."""
 
     rank: int
     parameter_shape: tuple[int, ...]
@@ -191,8 +189,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """vocabulary: rows of a table or columns of logits; features: of a linear's output; None where the module
-    has no such thing."""
+    """vocabulary: rows of a table, columns of logits; features: of a linear's output; None for others."""
 
     ranks: int
     batch: int

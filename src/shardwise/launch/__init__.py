@@ -1,5 +1,4 @@
-"""Starts and watches ranks on this machine, or joins torchrun's; ends them cleanly. Knows nothing of what the
-ranks do."""
+"""Starts and watches ranks on this machine, or joins torchrun's. Knows nothing of what they do."""
 
 from shardwise.launch.context import RankContext
 from shardwise.launch.ranks import Interrupted, run_ranks

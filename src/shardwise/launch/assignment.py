@@ -23,8 +23,7 @@ class Assignment:
     timeout_s: float
 
     def environment(self) -> dict[str, str]:
-        """Also sets the names that libraries look for, but no MASTER_ADDR: the process group is joined
-        already."""
+        """Also what libraries look for, but no MASTER_ADDR: the process group is joined already."""
         return {
             _VARIABLE: json.dumps(asdict(self)),
             "RANK": str(self.rank),

@@ -51,8 +51,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class BadEnd:
-    """How one rank failed: an exception it reported, or else an exit code without a result (minus the signal,
-    as in subprocess)."""
+    """How one rank failed: its exception, or an exit code without a result (a signal is negative)."""
 
     rank: int
     time_s: float
@@ -64,8 +63,7 @@ class BadEnd:
 
     @property
     def is_killed(self) -> bool:
-        """By a signal from outside or a crash. Not SIGABRT: that is also how PyTorch ends a rank whose peer
-        is gone."""
+        """By a signal or a crash. Not SIGABRT: so PyTorch also ends a rank whose peer is gone."""
         code = self.exit_code or 0
         return self.failure is None and code < 0 and -code != signal.SIGABRT
 

@@ -1,5 +1,4 @@
-"""What an entry function is given: who it is among the ranks, its device, and how to tell what it is at.
-Knows nothing of processes."""
+"""What an entry function is given: its rank, its device, and how to tell what it is at."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +43,5 @@ class RankContext:
         self.send(Kind.EVENT, event)
 
     def note(self, text: str) -> None:
-        """Says what this rank is at, for an error to name. Costs microseconds, and shows that the rank isn't
-        stalled."""
+        """Says what this rank is at, for an error to name; it also shows that the rank isn't stalled."""
         self.send(Kind.NOTE, text.encode())

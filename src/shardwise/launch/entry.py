@@ -36,8 +36,7 @@ def context_of(
 
 
 def join_group(store: "Store", context: RankContext, *, timeout_s: float) -> None:
-    """Joins the default process group through store; on cuda makes device the current one. Waits for all
-    ranks."""
+    """Joins the default process group; on cuda makes device the current one. Waits for all ranks."""
     import torch
     from torch import distributed
 

@@ -44,8 +44,7 @@ def threads_per_rank(world_size: int) -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes of memory that programs can still have; None where the system doesn't tell. Source: proc(5),
-    /proc/meminfo."""
+    """Bytes that programs can still have; None where the system doesn't tell. Source: proc(5), meminfo."""
     return _meminfo("MemAvailable")
 
 

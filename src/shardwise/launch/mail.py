@@ -61,8 +61,7 @@ class Outbox:
                 )
 
     def flush(self) -> None:
-        """Returns when the store has what was sent: a push doesn't wait for an answer, a query on the same
-        connection does."""
+        """Returns when the store has it all: a push waits for no answer, a query on its connection does."""
         self._store.queue_len(_QUEUE)
 
 

@@ -1,5 +1,4 @@
-"""One rank: `python -m shardwise.launch.rank package.module:function`, started by ranks.py, which waits for
-its mail."""
+"""One rank: `python -m shardwise.launch.rank MODULE:FUNCTION`, started by ranks.py, which waits for mail."""
 
 import ctypes
 import faulthandler
@@ -84,8 +83,7 @@ def _report(error: BaseException, outbox: "Outbox") -> None:
 
 
 def _die_with(parent_pid: int) -> None:
-    """Has the kernel kill this rank when its parent dies, however that happens; ends it now if that is past.
-    Linux only."""
+    """Has Linux kill this rank when its parent dies, however that is; ends it now if that is past."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:

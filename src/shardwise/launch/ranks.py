@@ -143,8 +143,7 @@ class _Ranks:
         self._heard_s = time.monotonic()
 
     def look(self, on_event: Callable[[bytes], None]) -> None:
-        """Takes in what happened since the last look. Exits come before mail: a rank that has exited has sent
-        all it had."""
+        """Takes in what is new. Exits come before mail: a rank that has exited has sent all it had."""
         for rank, process in enumerate(self._processes):
             exit_code = process.poll()
             if exit_code is not None and rank not in self._exits:
@@ -226,8 +225,7 @@ class _Ranks:
 
 
 def _environment(assignment: Assignment, threads_per_rank: int) -> dict[str, str]:
-    """This process's environment and import path, so that an entry that is here is there. The user's values
-    win, except threads."""
+    """This process's environment and import path; but for threads the user's values win."""
     defaults = {"TOKENIZERS_PARALLELISM": "false"}
     if sys.platform == "linux":
         # Without huge pages the time of a fresh big tensor is that of its page faults; the same for every

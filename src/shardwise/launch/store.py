@@ -1,5 +1,4 @@
-"""The store between this machine's ranks and the one that started them: hosted there, in memory, reachable
-from this machine only."""
+"""The store between ranks and the process that started them: in its memory, on this machine only."""
 
 import socket
 from datetime import timedelta
@@ -12,8 +11,7 @@ _LOOPBACK = "127.0.0.1"
 
 
 def host() -> tuple["Store", int]:
-    """A new store and its port. A socket that already listens is handed over, so that no other run can take
-    the port in between."""
+    """A new store and its port. Its socket listens already, so no other run can take the port."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     listening = socket.create_server((_LOOPBACK, 0))

@@ -1,5 +1,4 @@
-"""Ranks that torchrun started, on one host or many; this process is one. torchrun owns signals and ends; here
-results are exchanged."""
+"""Ranks that torchrun started, on one host or many; torchrun owns signals and ends."""
 
 import functools
 import itertools
@@ -25,8 +24,7 @@ _run_numbers = itertools.count()
 
 
 def joined() -> bool:
-    """Whether torchrun (or whatever sets the same environment) started this process as one rank of
-    several."""
+    """Whether torchrun (or what sets the same environment) started this process as one of several ranks."""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
@@ -45,8 +43,7 @@ def run(
     on_event: Callable[[bytes], None],
     threads_per_rank: int,
 ) -> list[bytes]:
-    """run_ranks for one of torchrun's ranks: all results on rank 0, [] elsewhere. Other ranks' events reach
-    rank 0 once it is done."""
+    """run_ranks for one of torchrun's: rank 0 gets all results, and others' events once it is done."""
     _check_size(world_size)
     rank = int(os.environ["RANK"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

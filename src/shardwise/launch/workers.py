@@ -19,8 +19,7 @@ _Result = TypeVar("_Result")
 def on_processes(
     function: Callable[[_Task], _Result], tasks: Iterable[_Task], workers: int
 ) -> Iterator[_Result]:
-    """Results as they come. What `function` raises is raised here. Raises RunError where a process was
-    killed."""
+    """Results as they come. Raises what `function` raises; RunError where a process was killed."""
     waiting = list(tasks)[::-1]
     context = get_context("spawn")
     pairs = [context.Pipe() for _ in range(min(workers, len(waiting)))]

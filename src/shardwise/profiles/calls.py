@@ -1,5 +1,4 @@
-"""What a rank's collectives were, by their args, their kernels' names and who called for them: one row
-each."""
+"""What a rank's collectives were, by their args, their kernels and who called for them: a row each."""
 
 import re
 from collections.abc import Iterator
@@ -105,8 +104,7 @@ def _asked(name: str) -> str | None:
 
 
 def _op(args: Args, kernel: str, callers: list[str]) -> str:
-    """As the args say; else as callers do, for gloo carries out a reduce-scatter as an all-to-all; else the
-    kernel."""
+    """As the args say; else the callers (gloo's reduce-scatter is an all-to-all); else the kernel."""
     said = [] if args.collective is None else [str(args.collective)]
     issuers = [name.partition("|")[0] for name in callers if classify.issues_collective(name)]
     for name in (*said, *(issuer.rpartition(":")[2].rpartition(".")[2] for issuer in issuers)):
@@ -117,8 +115,7 @@ def _op(args: Args, kernel: str, callers: list[str]) -> str:
 
 
 def _elements(args: Args, kernel: str, op: str, gathering: int | None) -> tuple[int, int, str]:
-    """(elements in, elements out, dtype); NONE and "" where the file doesn't say. gathering: ranks of an
-    all-gather."""
+    """(elements in and out, dtype); NONE and "" where they aren't said. gathering: an all-gather's ranks."""
     elements_in, elements_out = integer(args.elements_in), integer(args.elements_out)
     dtype = "" if args.dtype is None else str(args.dtype)
     if elements_in == NONE and kernel.startswith("gloo:"):

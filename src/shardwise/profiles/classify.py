@@ -108,8 +108,7 @@ def communicates(name: str) -> bool:
 
 
 def collective_op(name: str) -> str:
-    """A collective's name as PyTorch, NCCL or a kernel spells it -> "all_reduce", ...; UNKNOWN where it says
-    nothing."""
+    """A collective's name as PyTorch, NCCL or a kernel spells it -> "all_reduce", ...; else UNKNOWN."""
     plain = name.replace("(anonymous namespace)", "").partition("(")[0].partition("<")[0]
     letters = re.sub(r"[^a-z]", "", plain.lower().removeprefix("nccldevkernel_").removeprefix("ncclkernel_"))
     for part, op in _OPS:
@@ -149,8 +148,7 @@ _ONLY_COPIES = re.compile(r"^aten::(?:copy_|contiguous|clone|cat|_to_copy|to)$")
 
 
 def class_of(op: str, kernel: str) -> str:
-    """What kind of work it is, by the op that called for it, else by its own name: what unlike kernels have
-    in common."""
+    """What kind of work it is, by the op that called for it, else by its own name."""
     for text in (op, kernel):
         for name, pattern in _CLASSES.items():
             if text and re.search(pattern, text, re.IGNORECASE):
@@ -164,8 +162,7 @@ def only_copies(op: str) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """A kernel's name without its return type, its template arguments and its parameters: what two builds
-    have in common."""
+    """A kernel's name without return type, template arguments and parameters, which builds differ in."""
     bare = name.replace("(anonymous namespace)::", "").replace("{anonymous}::", "").removeprefix("void ")
     if bare.startswith(("Mem", "Cijk_", "triton_", "ampere_", "sm80_", "sm90_", "sm100_", "nvjet_")):
         return bare
@@ -181,8 +178,7 @@ def plain_name(name: str) -> str:
 
 
 def short_name(name: str, most: int = 60) -> str:
-    """plain_name without its namespaces, cut to `most` characters; ranges and ops stay whole but for the
-    cut."""
+    """plain_name without its namespaces, cut to `most` characters; ranges and ops are only cut."""
     plain = name
     if "<" in name or name.endswith(")"):
         plain = plain_name(name)

@@ -126,8 +126,7 @@ def _matched(timelines: Sequence[Timeline], refused: Counter[str]) -> list[tuple
 
 
 def _calls(timeline: Timeline, everyone: tuple[int, ...]) -> dict[tuple[str, tuple[int, ...]], list[_Call]]:
-    """A rank's collectives by group, in order of time. A group whose ranks the file doesn't say is taken for
-    everyone."""
+    """A rank's collectives by group, in time's order. A group of unknown ranks is taken for everyone."""
     spans, rows, rank = timeline.spans, timeline.collectives, timeline.ranks[0]
     calls: dict[tuple[str, tuple[int, ...]], list[_Call]] = defaultdict(list)
     for row in np.argsort(spans.start_ns[rows.span], kind="stable").tolist():

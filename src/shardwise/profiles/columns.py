@@ -55,8 +55,7 @@ class _Shapes(dict[bytes, int]):
 
 
 class Columns:
-    """Batches of events as columns. collectives: (span, args). lanes: (is it the CPU's, process, thread) by
-    number."""
+    """Batches of events as columns. collectives: (span, args). lanes: (is a CPU's, process, thread)."""
 
     def __init__(self) -> None:
         self.n = 0

@@ -54,8 +54,7 @@ def _own_work(timeline: Timeline) -> NDArray[np.int64]:
 
 
 def _inside(spans: Spans, outer: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """Which spans begin inside one of `outer` on the same lane: what a backend's worker thread does is its
-    collective's."""
+    """Which spans begin inside one of `outer` on its lane: a worker thread's work is its collective's."""
     inside = np.zeros(len(spans), np.bool_)
     outer = outer[np.argsort(spans.start_ns[outer], kind="stable")]
     for lane in np.unique(spans.lane[outer]):

@@ -1,5 +1,4 @@
-"""Two RunProfiles -> Difference: the same work found in both, and a verdict that claims no more than the
-traces show."""
+"""Two RunProfiles -> Difference: the same work found in both, and a verdict in words."""
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable

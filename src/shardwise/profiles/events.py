@@ -25,8 +25,7 @@ Scalar = int | str | float | bool | None
 
 
 class Args(msgspec.Struct, gc=False):
-    """What is read of an event's args. Sizes as the profiler writes them: elements, not bytes, but for
-    copies."""
+    """What is read of an event's args. Sizes are elements, as the profiler writes them, but for copies."""
 
     external_id: Scalar = msgspec.field(name="External id", default=None)
     old_external_id: Scalar = msgspec.field(name="external id", default=None)
@@ -203,18 +202,15 @@ class EventStream:
             if batch is not None:
                 self._buffer = self._buffer[rest:]
                 yield batch
-                if not self._more() and self._last_cut() is None:
-                    yield from self._last()
-                    return
-            else:
-                end, is_array_end = yield from self._one_by_one(self._buffer[: brace + 1])
-                if is_array_end:
-                    self._keep_tail(end)
-                    return
-                self._buffer = self._buffer[end if end < brace + 1 else rest :]
-                if end < brace + 1 and not self._more():
-                    yield from self._last()
-                    return
+                continue
+            end, is_array_end = yield from self._one_by_one(self._buffer[: brace + 1])
+            if is_array_end:
+                self._keep_tail(end)
+                return
+            self._buffer = self._buffer[end if end < brace + 1 else rest :]
+            if end < brace + 1 and not self._more():
+                yield from self._last()
+                return
 
     def _last_cut(self) -> tuple[int, int] | None:
         """(where the last whole event's brace stands, where the next event begins)."""
@@ -231,8 +227,7 @@ class EventStream:
             reach *= 8
 
     def _last(self) -> Iterator[list[Any]]:
-        """What is left when the file has ended: the last event, the end of the array, the rest of the
-        header."""
+        """What is left at the file's end: the last event, the array's end, the rest of the header."""
         end, is_array_end = yield from self._one_by_one(self._buffer, is_last=True)
         if is_array_end:
             self._keep_tail(end)
@@ -290,8 +285,7 @@ class EventStream:
     def _first(
         self, text: bytes, start: int, ends: list[int], *, is_last: bool
     ) -> tuple[list[Any], int, int | None]:
-        """(the event at start, how many pieces it takes; 0: none; where the array ends, if it ends after
-        it)."""
+        """(the event at start, of how many pieces (0: none), where the array ends, if after it)."""
         for taken, end in enumerate(ends, 1):
             piece = text[start:end]
             events = self._decoded(piece)
@@ -368,8 +362,7 @@ def _is_late(event: Event) -> bool:
 
 
 def _with_quotes_escaped(text: bytes) -> bytes:
-    """The event with its name's bare quotes escaped: from the first name on, to the first thing that can
-    stand after one."""
+    """The event with its name's bare quotes escaped, up to the first thing that can follow a name."""
     begins = _NAME_BEGINS.search(text)
     ends = _NAME_ENDS.search(text, begins.end()) if begins is not None else None
     if begins is None or ends is None:

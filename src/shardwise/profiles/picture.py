@@ -1,5 +1,4 @@
-"""A run's most ordinary step as a picture: what every instant of every rank is booked on, joined to what a
-page can draw."""
+"""A run's most ordinary step as a picture: what each instant of each rank is booked on."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -69,8 +68,7 @@ def _row(rank: int, sets: WorkSets, window: tuple[int, int], origin_ns: int, lea
 
 
 def _bars(part: str, intervals: Intervals, origin_ns: int, least_ns: int) -> list[Bar]:
-    """Gaps and bars too short to be seen are left out, in this order: a row of many short ones stays a
-    row."""
+    """Gaps and bars too short to be seen are left out, in this order: many short ones stay a row."""
     if not len(intervals):
         return []
     gaps = complement(intervals, int(intervals[0, 0]), int(intervals[-1, 1]))

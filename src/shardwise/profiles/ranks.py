@@ -29,8 +29,7 @@ MOST_FILES = 4096
 
 
 def trace_files(path: Path) -> tuple[Path, ...]:
-    """The file itself; or a folder's trace files, sorted; or those of its folder `traces`. Raises TraceError
-    where there are none."""
+    """The file; or a folder's trace files, sorted, or its `traces` folder's. Raises TraceError for none."""
     if not path.exists():
         raise TraceError(f"{path}: there is no such file or folder.")
     if path.is_file():

@@ -32,8 +32,7 @@ class _Books:
 
 
 def profile_run(label: str, timelines: Sequence[Timeline], sharing: Sharing) -> RunProfile:
-    """timelines: one per rank, as collectives.share() gives them. Raises TraceError where no work was
-    recorded."""
+    """timelines: one per rank, as collectives.share() gives them. Raises TraceError for no work."""
     steps = [each for timeline in timelines for each in decompose(timeline)]
     if not steps:
         raise TraceError(
@@ -172,8 +171,7 @@ def _inside_copies(timeline: Timeline) -> NDArray[np.bool_]:
 
 
 def _collective_uses(books: _Books, windows: Sequence[Window], sharing: Sharing) -> tuple[CollectiveUse, ...]:
-    """waiting and transfer as far as the sets are known: scaled to all of the op's time only where they cover
-    it."""
+    """Waiting and transfer are of the sets that are known, which may be less than all of the op's time."""
     n = len(windows)
     shared_by_op: dict[tuple[str, str], list[SharedCollective]] = defaultdict(list)
     for shared in sharing.collectives:

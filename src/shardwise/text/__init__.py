@@ -1,2 +1,1 @@
-"""Real text -> tokens -> batches, the same for every rank and every verb. Knows nothing of ranks, models or
-plans."""
+"""Real text -> tokens -> batches, the same for every rank and verb. Knows no ranks, models or plans."""

@@ -23,8 +23,7 @@ class Batch:
     labels_BS: torch.Tensor  # noqa: N815
 
     def slice(self, index: int, count: int) -> "Batch":
-        """Part `index` of `count` equal parts along B: a data-parallel rank's share, or one micro-batch.
-        Views, not copies."""
+        """Part `index` of `count` equal parts along B: a rank's share, a micro-batch. Views, not copies."""
         batch = self.ids_BS.shape[0]
         assert count >= 1, count
         assert 0 <= index < count, (index, count)

@@ -148,8 +148,7 @@ def _stdlib_text() -> str:
 
 
 def documentation_of(source: bytes) -> list[str]:
-    """A Python module's docstrings, then its whole-line comments; empty for one that isn't UTF-8 or doesn't
-    parse."""
+    """A Python module's docstrings, then its whole-line comments; none where it doesn't parse."""
     try:
         text = source.decode("utf-8")
         with warnings.catch_warnings():

@@ -1,2 +1,1 @@
-"""Walk-throughs: a style run for real on a toy and a few ranks, recorded number by number, and told in
-words."""
+"""Walk-throughs: a style run for real on a toy and a few ranks, recorded, and told in words."""

@@ -18,8 +18,7 @@ from shardwise.walkthrough.toy import Rows, Toy
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Of a matrix in its whole tensor: the tokens and items of its rows, and its columns, as far as they have
-    numbers."""
+    """Of a matrix in its whole tensor: its rows' tokens and items, and its columns, as far as numbered."""
 
     tokens: Sequence[int] | None = None
     items: Sequence[int | None] | None = None

@@ -1,5 +1,4 @@
-"""Runs a style for real on a toy module and a few ranks, and records what every rank has at each step: a
-Walkthrough."""
+"""Runs a style for real on a toy and a few ranks, and records what each rank has at each step."""
 
 from shardwise.core.errors import OptionError
 from shardwise.core.walkthrough import Held, Sizes, Walkthrough

@@ -152,8 +152,7 @@ class Steps:
     # what travels
 
     def _check_collectives(self, phase: Phase) -> None:
-        """Raises RunError unless every rank issued the one collective of a phase, or none where there is
-        none."""
+        """Raises RunError unless every rank issued the phase's one collective, or none where none is."""
         wire = self.toy.subject.wire(phase)
         for rank, run in enumerate(self.runs):
             kinds = [exchanged.kind for exchanged in run.exchanges[phase]]

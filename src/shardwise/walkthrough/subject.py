@@ -23,8 +23,7 @@ from shardwise.core.walkthrough import Phase, Role, StepKind
 
 
 class Cut(StrEnum):
-    """Along which dim the ranks have a tensor cut: rows are tokens, or a parameter's own; columns are
-    features."""
+    """How the ranks have a tensor cut: by rows (tokens, or a parameter's own) or by columns (features)."""
 
     ROWS = "rows"
     COLUMNS = "columns"

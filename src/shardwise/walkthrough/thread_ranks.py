@@ -110,8 +110,7 @@ class _ThreadGroup(dist.ProcessGroup):
 
 
 class _ThreadMesh(DeviceMesh):
-    """A mesh "tp" of one thread's group. Its identity is itself, so that nothing cached for one rank or run
-    is taken for another's."""
+    """A mesh "tp" of one thread's group, equal to itself alone: no cache takes it for another's."""
 
     def __init__(self, group: _ThreadGroup, rank: int, size: int) -> None:
         super().__init__(

@@ -24,8 +24,7 @@ DTYPE = torch.float32
 
 
 class Rows(Enum):
-    """What the rows of a tensor are. ITEMS: a parameter's own, such as the ids of a table. ONE: it has just
-    one."""
+    """What the rows of a tensor are. ITEMS: a parameter's own, such as a table's ids. ONE: it has one."""
 
     TOKENS = auto()
     ITEMS = auto()
@@ -33,8 +32,7 @@ class Rows(Enum):
 
 
 class Toy:
-    """A module on T ranks, its input, and the gradient of its output. Its subclasses are the kinds of
-    modules."""
+    """A module on T ranks, its input, and its output's gradient. A subclass for each kind of module."""
 
     tokens_per_rank = 2
     vocabulary: int | None = None
@@ -118,8 +116,7 @@ class NormToy(Toy):
 
 
 class LossToy(Toy):
-    """A head over one-hot tokens: its weight is the table of logits, which stand for the parameter from there
-    on."""
+    """A head over one-hot tokens: its weight is the table of logits, which is the parameter here."""
 
     vocabulary = VOCABULARY
     parameter_rows = Rows.TOKENS

@@ -1,5 +1,4 @@
-"""Walkthrough -> the same with words: Explained. The words are those of the subject's file, its names filled
-in. Imports no torch."""
+"""Walkthrough -> Explained: the words of the subject's file, with its names filled in. No torch."""
 
 from dataclasses import dataclass, replace
 from itertools import count
@@ -50,8 +49,7 @@ class ExplainedTransfer:
 
 @dataclass(frozen=True, slots=True)
 class ExplainedStep:
-    """wire: what the collective is called and does. agreement: what the comparison with the unsharded module
-    said."""
+    """wire: what the collective is called and does. agreement: how it compares with the unsharded module."""
 
     title: str
     words: str
@@ -286,8 +284,7 @@ def _summary(walkthrough: Walkthrough, subject: Subject) -> Summary:
 
 @dataclass(frozen=True, slots=True)
 class Formula:
-    """Bytes that one rank sends in a phase. bound: the data decides, and this is the most (averaged over the
-    ranks)."""
+    """Bytes that one rank sends in a phase. bound: the data decides, and this is the most, on average."""
 
     text: str
     bytes: float

@@ -30,8 +30,7 @@ class Key:
 
 
 def walkthrough_html(walkthroughs: Sequence[Explained]) -> str:
-    """The whole page, with a tab for each walk-through. `#embedding/rowwise/5` behind its address opens step
-    5 of that one."""
+    """The page, with a tab for each walk-through; `#embedding/rowwise/5` opens step 5 of that one."""
     environment = page_environment()
     environment.globals.update(
         value=format_value,
