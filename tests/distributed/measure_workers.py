@@ -6,7 +6,7 @@ import torch
 from shardwise.core.case import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.launch import RankContext
-from shardwise.measure.subject import ModuleAlone, Subject
+from shardwise.measure.subject import Subject
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_plan
@@ -45,7 +45,8 @@ def alone(context: RankContext, payload: bytes) -> bytes:
         subject.first_step([(ids, ids + 1)])
         before = [parameter.detach().clone() for parameter in subject.model.parameters()]
         for name in ("tok_embeddings", "layers.1.attention", "layers.0.attention_norm", "output"):
-            times.append(subject.timed_module(ModuleAlone(subject.model, name, (ids, ids + 1))))
+            subject.take_alone(name, (ids, ids + 1))
+            times.append(subject.timed_module())
         for old, new in zip(before, subject.model.parameters(), strict=True):
             assert torch.equal(getattr(old, "_local_tensor", old), getattr(new, "_local_tensor", new))
     return msgspec.json.encode(times)

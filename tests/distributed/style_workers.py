@@ -27,9 +27,9 @@ from shardwise.parallel.builtin import builtin_plan
 from shardwise.parallel.recorder import CollectiveRecorder
 from shardwise.step import clipping
 from shardwise.step.build import build_model, device_mesh
+from shardwise.step.portion import Portion
 from shardwise.step.train import TrainStep
 from shardwise.verify import expected as expectation
-from shardwise.verify.observe import Portion
 from shardwise.verify.proof import gradient_errors, prove
 from shardwise.verify.ranks import disagreements, replicated_parameters
 from tests.distributed.style_cases import (

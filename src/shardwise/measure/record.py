@@ -1,7 +1,7 @@
 """What one rank brings home of one plan's run, and how the ranks' records become Measurements. Pure: no torch, no processes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import fmean
 
 from shardwise.core.collective import CollectiveCall, CollectiveKind
@@ -115,18 +115,10 @@ def _slowest(per_rank: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
 
 
 def _largest(memories: Sequence[MemoryUse]) -> MemoryUse:
-    def most(values: Sequence[int | None]) -> int | None:
-        known = [value for value in values if value is not None]
-        return max(known) if known else None
+    def most(name: str) -> int | None:
+        return max((n for n in (getattr(each, name) for each in memories) if n is not None), default=None)
 
-    return MemoryUse(
-        parameter_bytes=max(m.parameter_bytes for m in memories),
-        gradient_bytes=max(m.gradient_bytes for m in memories),
-        optimizer_bytes=max(m.optimizer_bytes for m in memories),
-        active_bytes=most([m.active_bytes for m in memories]),
-        reserved_bytes=most([m.reserved_bytes for m in memories]),
-        resident_bytes=most([m.resident_bytes for m in memories]),
-    )
+    return MemoryUse(*(most(each.name) for each in fields(MemoryUse)))  # type: ignore[arg-type]  # some are always there
 
 
 def _merge_traffic(records: Sequence[RankRecord]) -> tuple[CollectiveUse, ...]:

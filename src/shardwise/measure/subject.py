@@ -23,17 +23,16 @@ from shardwise.measure.sockets import sent_bytes
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.recorder import CollectiveRecorder
 from shardwise.step.build import build_model
+from shardwise.step.portion import MicroBatches
 from shardwise.step.train import StepResult, TrainStep, mixed_precision
 
 MODULE_RUNS = 3
 
-MicroBatches = Sequence[tuple[Tensor, Tensor]]
-
 
 def clock(device: torch.device, work: Callable[[], object]) -> float:
     """Seconds that `work` takes on this rank, all ranks starting together. On CUDA: by events on the current stream."""
+    dist.barrier()
     if device.type == "cuda":
-        dist.barrier()
         torch.cuda.synchronize(device)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -41,7 +40,6 @@ def clock(device: torch.device, work: Callable[[], object]) -> float:
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
-    dist.barrier()
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
@@ -67,6 +65,7 @@ class Subject:
         self.gradient_norms: list[float] = []
         self.module_forward_s: list[float] = []
         self.module_backward_s: list[float] = []
+        self.alone: ModuleAlone | None = None
         self.memory: MemoryUse | None = None
         self.traffic: tuple[Traffic, ...] = ()
         self.sent_bytes: int | None = None
@@ -131,18 +130,33 @@ class Subject:
         self.losses.append(float(result.loss.item()))
         self.gradient_norms.append(float(result.gradient_norm.item()))
 
-    def timed_module(self, alone: "ModuleAlone", *, keep: bool = True) -> float:
-        """A module alone, forward and backward, the median of a few runs of each (it takes milliseconds); seconds of both together."""
-        runs = [alone.run(self.device) for _ in range(MODULE_RUNS)]
-        forward_s, backward_s = (float(median(times)) for times in zip(*runs, strict=True))
-        if keep:
-            self.module_forward_s.append(forward_s)
-            self.module_backward_s.append(backward_s)
+    def take_alone(self, module: str, micro_batch: tuple[Tensor, Tensor]) -> None:
+        """Takes a module to be timed alone, with its inputs of a real step, and warms it up."""
+        self.alone = ModuleAlone(self.model, module, micro_batch)
+        self._module_runs(self.alone)
+
+    def timed_module(self) -> float:
+        """The module that was taken, forward and backward, the median of a few runs of each (it takes milliseconds); seconds of both
+        together; 0 where none was taken."""
+        if self.alone is None:
+            return 0.0
+        forward_s, backward_s = self._module_runs(self.alone)
+        self.module_forward_s.append(forward_s)
+        self.module_backward_s.append(backward_s)
         return forward_s + backward_s
 
+    def _module_runs(self, alone: "ModuleAlone") -> tuple[float, float]:
+        forwards_s, backwards_s = zip(*(alone.run(self.device) for _ in range(MODULE_RUNS)), strict=True)
+        return median(forwards_s), median(backwards_s)
+
     @property
-    def is_parked(self) -> bool:
-        return self._parked is not None
+    def needed_bytes(self) -> tuple[int, int] | None:
+        """(what it keeps between steps, the most that was active in its first step); None where nobody counts that."""
+        memory = self.memory
+        if memory is None or memory.active_bytes is None:
+            return None
+        kept = memory.parameter_bytes + memory.gradient_bytes + memory.optimizer_bytes
+        return kept, memory.active_bytes
 
     def park(self) -> None:
         """Moves everything this subject keeps to host memory, for where not all plans fit on the device at once."""

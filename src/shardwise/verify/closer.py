@@ -11,11 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from shardwise.step.portion import Portion
 from shardwise.torch_private import StridedShard
 from shardwise.verify.exchange import all_agree, gathered, gathered_ints, largest
 from shardwise.verify.expected import Differences, Unsharded
 from shardwise.verify.held import held_over_tp, local, size
-from shardwise.verify.observe import Call, Observed, Portion, observe
+from shardwise.verify.observe import Call, Observed, observe
 from shardwise.verify.reasons import Evidence, Recut, Seen
 from shardwise.verify.relation import Related, cut_apart, relate
 

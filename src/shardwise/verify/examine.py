@@ -34,11 +34,12 @@ from shardwise.parallel.loss import IGNORED
 from shardwise.parallel.parameters import part_of_dtensor
 from shardwise.parallel.resolve import tied_parameters
 from shardwise.step.build import device_mesh
+from shardwise.step.portion import Portion
 from shardwise.torch_private import default_store
 from shardwise.verify.claim import NO_PLAN, TWIN, Claim
 from shardwise.verify.expected import Unsharded, shake, unsharded
 from shardwise.verify.held import local
-from shardwise.verify.observe import Batch, LogitsError, ModuleError, Portion
+from shardwise.verify.observe import Batch, LogitsError, ModuleError
 from shardwise.verify.proof import prove
 from shardwise.verify.reasons import ungathered, with_ties
 from shardwise.verify.static import of_model, untied

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from shardwise.core.errors import RunError
 from shardwise.core.shown import told
+from shardwise.step.portion import Portion
 from shardwise.step.train import TrainStep
 from shardwise.verify.held import local, relative, size
 from shardwise.verify.noise import NoDropout
-from shardwise.verify.observe import ALONE, SEED, Batch, ModuleError, Observed, Portion, observe
+from shardwise.verify.observe import ALONE, SEED, Batch, ModuleError, Observed, micro_batches, observe
 
 MOST_TOLERANCE = 1e-2
 LEAST_TOLERANCE = {
@@ -171,7 +172,7 @@ def trained(
         for number in range(STEPS):
             torch.manual_seed(SEED + number)
             try:
-                result = step(portion.batches(batches[number % len(batches)], model))
+                result = step(micro_batches(batches[number % len(batches)], model, portion))
             except Exception as error:
                 raise ModuleError("", f"a training step raised {told(error)}") from error
             norms.append(float(result.gradient_norm))

@@ -9,16 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.core.errors import RunError
-from shardwise.core.mesh import TENSOR_AXIS
 from shardwise.core.program import Phase
 from shardwise.core.shown import told
 from shardwise.parallel.apply import applied_to, is_applied
 from shardwise.parallel.loss import DTensorLoss, PlainLoss
+from shardwise.step.portion import MicroBatches, Portion
 from shardwise.step.train import TrainStep
 from shardwise.verify.held import local
 from shardwise.verify.noise import NoDropout, SplitMatmuls
@@ -28,34 +26,15 @@ SEED = 0
 Batch = tuple[Tensor, Tensor]
 """Ids and labels, [B, S] each."""
 
-
-@dataclass(frozen=True, slots=True)
-class Portion:
-    """What this rank computes of a global batch: part `place` of `places`, in micro-batches. Without a mesh: one process, all of it."""
-
-    mesh: DeviceMesh | None = None
-    place: int = 0
-    places: int = 1
-    micro_batches: int = 1
-
-    @property
-    def tp_group(self) -> dist.ProcessGroup:
-        assert self.mesh is not None
-        return self.mesh.get_group(TENSOR_AXIS)
-
-    def of(self, whole: Tensor) -> list[Tensor]:
-        """The micro-batches of a tensor whose first dim is the global batch."""
-        return list(whole.chunk(self.places)[self.place].chunk(self.micro_batches))
-
-    def batches(self, batch: Batch, model: nn.Module) -> list[Batch]:
-        """Those of ids and labels. A model that isn't sharded takes ids on its device; others may want them on the host, for routes."""
-        ids_BS, labels_BS = batch
-        if not is_applied(model):
-            ids_BS = ids_BS.to(next(model.parameters()).device)
-        return list(zip(self.of(ids_BS), self.of(labels_BS), strict=True))
-
-
 ALONE = Portion()
+
+
+def micro_batches(batch: Batch, model: nn.Module, portion: Portion) -> MicroBatches:
+    """Of a global batch. A model that isn't sharded takes ids on its device; others may want them on the host, for routes."""
+    ids_BS, labels_BS = batch
+    if not is_applied(model):
+        ids_BS = ids_BS.to(next(model.parameters()).device)
+    return portion.cut(ids_BS, labels_BS)
 
 
 @dataclass(slots=True)
@@ -121,7 +100,7 @@ def observe(
             stack.enter_context(splitting)
         stack.enter_context(watch.hooked(trail=trail))
         try:
-            loss = step.gradients(portion.batches(batch, model))
+            loss = step.gradients(micro_batches(batch, model, portion))
         except LogitsError:
             raise
         except Exception as error:

@@ -15,11 +15,12 @@ from shardwise.core.finding import Finding, FindingKind
 from shardwise.core.verification import Proof
 from shardwise.parallel.apply import applied_to
 from shardwise.parallel.loss import Loss, PlainLoss, VocabParallelLoss
+from shardwise.step.portion import Portion
 from shardwise.verify.closer import evidence
 from shardwise.verify.exchange import gathered_ints, largest
 from shardwise.verify.expected import STEPS, Differences, GradientError, Unsharded, trained
 from shardwise.verify.held import distances, relative, size
-from shardwise.verify.observe import Observed, Portion, observe
+from shardwise.verify.observe import Observed, observe
 from shardwise.verify.ranks import disagreements, replicated_parameters
 from shardwise.verify.reasons import explain_differences
 
