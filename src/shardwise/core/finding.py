@@ -32,7 +32,8 @@ class FindingKind(StrEnum):
 
 
 class Cause(StrEnum):
-    """Why a sharded model's gradient, output or weight isn't the unsharded one's, as far as the numbers tell."""
+    """Why a sharded model's gradient, output or weight isn't the unsharded one's, as far as the numbers
+    tell."""
 
     PARTS_NOT_SUMMED = "parts_not_summed"  # each rank has a part of it, and nobody sums them
     SUMMED_TOO_OFTEN = "summed_too_often"  # wholes were summed: it is a multiple
@@ -53,8 +54,9 @@ class Finding:
     """`subject`: the parameter (or "loss", "ids") that is wrong. `reason`: one sentence for people.
 
     relative_error: ||sharded - unsharded|| / ||unsharded|| (None where the finding isn't about a size).
-    ratio: least-squares factor between them, <s,u>/<u,u>: 2.0 or 1/tp tells its own story. advice: what to do, a sentence.
-    cause: of a difference, where the numbers tell. rule: the plan's rule that holds for the subject.
+    ratio: least-squares factor between them, <s,u>/<u,u>: 2.0 or 1/tp tells its own story. advice: what to
+    do, a sentence. cause: of a difference, where the numbers tell. rule: the plan's rule that holds for the
+    subject.
     """
 
     kind: FindingKind

@@ -12,12 +12,14 @@ ENOUGH_INSIDE = 0.10
 
 @dataclass(frozen=True, slots=True)
 class Sharded:
-    """How many parameters (elements) there are, and how many of them a rank doesn't hold whole; in all, and outside embedding and head.
+    """How many parameters (elements) there are, and how many of them a rank doesn't hold whole; in all, and
+    outside embedding and head.
 
-    Little is sharded where less than ENOUGH_INSIDE of the inner ones are. They are where the work is; a table is looked up, and whether to cut
-    it is a choice that a right plan may make either way: under `replicated` half of a small model may be its table. A plan below the threshold
-    cuts next to nothing between embedding and head, as one whose patterns match nothing there: each rank does nearly all of the work, and that
-    every gradient is right proves nothing.
+    Little is sharded where less than ENOUGH_INSIDE of the inner ones are. They are where the work is; a table
+    is looked up, and whether to cut it is a choice that a right plan may make either way: under `replicated`
+    half of a small model may be its table. A plan below the threshold cuts next to nothing between embedding
+    and head, as one whose patterns match nothing there: each rank does nearly all of the work, and that every
+    gradient is right proves nothing.
     """
 
     total: int
@@ -27,7 +29,8 @@ class Sharded:
 
     @classmethod
     def of(cls, parameters: Iterable[tuple[int, bool, bool]]) -> Self:
-        """parameters: (elements, whether a rank keeps a part only, whether they are an embedding's or the head's) of each."""
+        """parameters: (elements, whether a rank keeps a part only, whether they are an embedding's or the
+        head's) of each."""
         total = sharded = inner_total = inner_sharded = 0
         for elements, is_cut, is_outer in parameters:
             total += elements

@@ -26,11 +26,12 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """The numbers of a proof; errors are relative. noise: what summing each matmul in tp parts does to the unsharded model.
+    """The numbers of a proof; errors are relative. noise: what summing each matmul in tp parts does to the
+    unsharded model.
 
-    worst_gradient_error: of a gradient that is right, the rounding in it counts by its share of what is allowed, so it is within the
-    tolerance. weights_error: the largest over all parameters after `steps` optimizer steps with clipping; None where the gradients differ
-    already.
+    worst_gradient_error: of a gradient that is right, the rounding in it counts by its share of what is
+    allowed, so it is within the tolerance. weights_error: the largest over all parameters after `steps`
+    optimizer steps with clipping; None where the gradients differ already.
     """
 
     dtype: str
@@ -48,10 +49,11 @@ class Proof:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """The numbers of a proof as `compare` makes it of a plan before it is timed: without the optimizer's steps.
+    """The numbers of a proof as `compare` makes it of a plan before it is timed: without the optimizer's
+    steps.
 
-    layers: the depth of the model that was proved; smaller than the model's where the unsharded one would not fit. output_error, noise: as
-    a Proof has them; None in documents of before.
+    layers: the depth of the model that was proved; smaller than the model's where the unsharded one would not
+    fit. output_error, noise: as a Proof has them; None in documents of before.
     """
 
     plan: str
@@ -79,7 +81,8 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """One model under one plan. model: as named. twin: what was run instead, if it isn't the model itself. note: why it was skipped or crashed.
+    """One model under one plan. model: as named. twin: what was run instead, if it isn't the model itself.
+    note: why it was skipped or crashed.
 
     is_static: nothing was run, and the findings are those of the static checks.
     """

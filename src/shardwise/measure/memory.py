@@ -1,7 +1,8 @@
 """One rank's memory: exact sizes of what it keeps, and the peak around a step.
 
-On CUDA: active and reserved bytes of torch.cuda.memory_stats. On a CPU: the resident set (VmRSS, VmHWM of /proc/self/status), whose peak
-is reset before the step; what freed blocks an allocator keeps counts as resident, so the growth is an upper bound.
+On CUDA: active and reserved bytes of torch.cuda.memory_stats. On a CPU: the resident set (VmRSS, VmHWM of
+/proc/self/status), whose peak is reset before the step; what freed blocks an allocator keeps counts as
+resident, so the growth is an upper bound.
 """
 
 import ctypes

@@ -1,7 +1,9 @@
-"""Records a few steps on this rank with torch.profiler, so that `shardwise diff` can say where their time went: one file a rank.
+"""Records a few steps on this rank with torch.profiler, so that `shardwise diff` can say where their time
+went: one file a rank.
 
-Steps are marked `ProfilerStep#N`, modules are ranges `module: NAME` in the forward, and our own collectives are ranges with the module that
-asked and why (parallel/collectives.py). gloo marks its own; NCCL's are kernels with PyTorch's metadata.
+Steps are marked `ProfilerStep#N`, modules are ranges `module: NAME` in the forward, and our own collectives
+are ranges with the module that asked and why (parallel/collectives.py). gloo marks its own; NCCL's are
+kernels with PyTorch's metadata.
 """
 
 from collections.abc import Iterator
@@ -29,7 +31,8 @@ class StepRecorder:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """One step. Waits for the device before it and after it, so that a step's work lies within its mark."""
+        """One step. Waits for the device before it and after it, so that a step's work lies within its
+        mark."""
         number = self._seen - WARM_UP
         self._seen += 1
         if self._device.type == "cuda":
@@ -74,7 +77,8 @@ def record_profile(folder: str | Path, model: nn.Module | None = None) -> Iterat
 
 @contextmanager
 def _marked(model: nn.Module) -> Iterator[None]:
-    """Each module's forward as a range; the hooks are taken off at the end. A forward that raises leaves its range open until then."""
+    """Each module's forward as a range; the hooks are taken off at the end. A forward that raises leaves its
+    range open until then."""
     handles = []
     open_ranges: list[Any] = []
     for name, module in model.named_modules():

@@ -1,8 +1,10 @@
-"""What one rank brings home of one plan's run, and how the ranks' records become Measurements. Pure: no torch, no processes."""
+"""What one rank brings home of one plan's run, and how the ranks' records become Measurements. Pure: no
+torch, no processes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from statistics import fmean
+from typing import Any
 
 from shardwise.core.collective import CollectiveCall, CollectiveKind
 from shardwise.core.finding import Finding
@@ -63,7 +65,8 @@ class RankRecord:
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
-    """All that one rank returns: a record per plan in order, and findings that ended the run before it measured.
+    """All that one rank returns: a record per plan in order, and findings that ended the run before it
+    measured.
 
     variables: what the rank's environment says of threads, allocator and network.
     """
@@ -76,7 +79,8 @@ class RankReport:
 
 
 def merge(reports: Sequence[RankReport]) -> tuple[Measurement, ...]:
-    """Records of all ranks -> one Measurement per plan. A round's time is its slowest rank's; memory is the largest rank's."""
+    """Records of all ranks -> one Measurement per plan. A round's time is its slowest rank's; memory is the
+    largest rank's."""
     return tuple(_merge_one(records) for records in zip(*(report.records for report in reports), strict=True))
 
 
@@ -118,7 +122,8 @@ def _largest(memories: Sequence[MemoryUse]) -> MemoryUse:
     def most(name: str) -> int | None:
         return max((n for n in (getattr(each, name) for each in memories) if n is not None), default=None)
 
-    return MemoryUse(*(most(each.name) for each in fields(MemoryUse)))  # type: ignore[arg-type]  # some are always there
+    values: list[Any] = [most(each.name) for each in fields(MemoryUse)]
+    return MemoryUse(*values)
 
 
 def _merge_traffic(records: Sequence[RankRecord]) -> tuple[CollectiveUse, ...]:

@@ -1,4 +1,5 @@
-"""Interleaved rounds: every plan once per round, the starting place rotating, so that drift and order fall on all alike."""
+"""Interleaved rounds: every plan once per round, the starting place rotating, so that drift and order fall on
+all alike."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +15,8 @@ ROOM = 0.85
 
 
 class Turns:
-    """Subjects that share a device: all on it at once, or, where all of them with one's working memory would not fit, one at a time while the
-    others wait in host memory."""
+    """Subjects that share a device: all on it at once, or, where all of them with one's working memory would
+    not fit, one at a time while the others wait in host memory."""
 
     def __init__(self, device: torch.device, n_subjects: int) -> None:
         self._device = device
@@ -53,9 +54,11 @@ def run_rounds(
     turns: Turns,
     on_timed: Callable[[int, int, float], None],
 ) -> None:
-    """Times every subject in every round: a whole step (unless module_only) and its module alone, where it has one.
+    """Times every subject in every round: a whole step (unless module_only) and its module alone, where it
+    has one.
 
-    batch_at(step): this rank's micro-batches, the same for all subjects. on_timed(round, subject's index, this rank's seconds) after each.
+    batch_at(step): this rank's micro-batches, the same for all subjects. on_timed(round, subject's index,
+    this rank's seconds) after each.
     """
     for round_ in range(rounds):
         for place in range(len(subjects)):

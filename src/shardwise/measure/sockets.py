@@ -1,7 +1,8 @@
-"""Bytes that this process's own TCP sockets have sent: what gloo really puts on the wire, undisturbed by other processes.
+"""Bytes that this process's own TCP sockets have sent: what gloo really puts on the wire, undisturbed by
+other processes.
 
-Linux tells it per socket: struct tcp_info, field tcpi_bytes_sent (8 bytes at offset 200, Linux 4.19 and later; include/uapi/linux/tcp.h).
-The rendezvous store's few bytes are in it too.
+Linux tells it per socket: struct tcp_info, field tcpi_bytes_sent (8 bytes at offset 200, Linux 4.19 and
+later; include/uapi/linux/tcp.h). The rendezvous store's few bytes are in it too.
 """
 
 import os

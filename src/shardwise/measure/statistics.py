@@ -1,8 +1,8 @@
 """Paired ratios and their intervals. Standard library only; assumes no distribution.
 
-Two plans measured in the same round saw the same machine; their ratio is paired. The interval of the median is made of order statistics:
-for n sorted pairs, [x_(k), x_(n+1-k)] holds the median with probability 1 - 2 P(Binomial(n, 1/2) < k).
-Source: David & Nagaraja, Order Statistics, 2003, section 7.1.
+Two plans measured in the same round saw the same machine; their ratio is paired. The interval of the median
+is made of order statistics: for n sorted pairs, [x_(k), x_(n+1-k)] holds the median with probability 1 - 2
+P(Binomial(n, 1/2) < k). Source: David & Nagaraja, Order Statistics, 2003, section 7.1.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,8 @@ CONFIDENCE = 0.95
 
 
 def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
-    """(low, high, confidence reached). With fewer than 6 values no pair of them reaches 0.95; then it is [min, max] and what that reaches."""
+    """(low, high, confidence reached). With fewer than 6 values no pair of them reaches 0.95; then it is
+    [min, max] and what that reaches."""
     ordered = sorted(values)
     n = len(ordered)
     if not n:

@@ -1,4 +1,5 @@
-"""Subject: one plan's model on this rank, ready to be stepped, timed and weighed; and one module of it, timed alone."""
+"""Subject: one plan's model on this rank, ready to be stepped, timed and weighed; and one module of it, timed
+alone."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +31,8 @@ MODULE_RUNS = 3
 
 
 def clock(device: torch.device, work: Callable[[], object]) -> float:
-    """Seconds that `work` takes on this rank, all ranks starting together. On CUDA: by events on the current stream."""
+    """Seconds that `work` takes on this rank, all ranks starting together. On CUDA: by events on the current
+    stream."""
     dist.barrier()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -46,7 +48,8 @@ def clock(device: torch.device, work: Callable[[], object]) -> float:
 
 
 class Subject:
-    """Builds the model, and on its first step also learns its memory, its collectives and the bytes its sockets sent."""
+    """Builds the model, and on its first step also learns its memory, its collectives and the bytes its
+    sockets sent."""
 
     def __init__(
         self,
@@ -120,7 +123,8 @@ class Subject:
         return seconds
 
     def profiled_steps(self, folder: str, batches: Sequence[MicroBatches]) -> None:
-        """Steps under the profiler, not timed; this rank's trace goes into `folder`. The first WARM_UP of them are not marked."""
+        """Steps under the profiler, not timed; this rank's trace goes into `folder`. The first WARM_UP of
+        them are not marked."""
         with record_profile(folder, self.model) as recorder:
             for micro_batches in batches:
                 with recorder.step():
@@ -136,8 +140,8 @@ class Subject:
         self._module_runs(self.alone)
 
     def timed_module(self) -> float:
-        """The module that was taken, forward and backward, the median of a few runs of each (it takes milliseconds); seconds of both
-        together; 0 where none was taken."""
+        """The module that was taken, forward and backward, the median of a few runs of each (it takes
+        milliseconds); seconds of both together; 0 where none was taken."""
         if self.alone is None:
             return 0.0
         forward_s, backward_s = self._module_runs(self.alone)
@@ -151,7 +155,8 @@ class Subject:
 
     @property
     def needed_bytes(self) -> tuple[int, int] | None:
-        """(what it keeps between steps, the most that was active in its first step); None where nobody counts that."""
+        """(what it keeps between steps, the most that was active in its first step); None where nobody counts
+        that."""
         memory = self.memory
         if memory is None or memory.active_bytes is None:
             return None
@@ -159,7 +164,8 @@ class Subject:
         return kept, memory.active_bytes
 
     def park(self) -> None:
-        """Moves everything this subject keeps to host memory, for where not all plans fit on the device at once."""
+        """Moves everything this subject keeps to host memory, for where not all plans fit on the device at
+        once."""
         if self._parked is not None:
             return
         self._step.optimizer.zero_grad(set_to_none=True)
@@ -190,7 +196,8 @@ class Subject:
 
 
 class ModuleAlone:
-    """One module of a sharded model, with the inputs that it gets in a real step and a random gradient for its output.
+    """One module of a sharded model, with the inputs that it gets in a real step and a random gradient for
+    its output.
 
     Its collectives are in its time, the waiting for other modules' isn't: ranks start each half together.
     """
@@ -214,7 +221,8 @@ class ModuleAlone:
             after.remove()
         if self._grad is None:
             raise OptionError(
-                f"--module {name}: takes no part in the forward, or gives no single tensor. Choose another module."
+                f"--module {name}: takes no part in the forward, or gives no single tensor. "
+                "Choose another module."
             )
 
     def _take_inputs(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

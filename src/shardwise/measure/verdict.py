@@ -1,4 +1,5 @@
-"""From measurements to an answer in words: each plan against the first, the noise, and what the numbers do not say."""
+"""From measurements to an answer in words: each plan against the first, the noise, and what the numbers do
+not say."""
 
 from collections.abc import Sequence
 from statistics import median
@@ -9,7 +10,8 @@ from shardwise.measure.statistics import CONFIDENCE, paired_ratio
 
 
 def standings(measurements: Sequence[Measurement], tokens: int | None) -> tuple[Standing, ...]:
-    """Every plan's median time and ratio to the first. tokens: of one step over all ranks; None where a module alone was measured."""
+    """Every plan's median time and ratio to the first. tokens: of one step over all ranks; None where a
+    module alone was measured."""
     first = measurements[0]
     return tuple(
         Standing(
@@ -31,96 +33,93 @@ def _module_ratio(m: Measurement, first: Measurement) -> Ratio | None:
     return paired_ratio(m.module_times.total_s, first.module_times.total_s)
 
 
-def noise_of(measurements: Sequence[Measurement], found: Sequence[Standing]) -> Ratio | None:
+def noise_of(measurements: Sequence[Measurement], compared: Sequence[Standing]) -> Ratio | None:
     """The ratio of the first plan's second run to its first."""
-    return next((s.ratio for m, s in zip(measurements, found, strict=True) if m.repeats is not None), None)
+    return next((s.ratio for m, s in zip(measurements, compared, strict=True) if m.repeats is not None), None)
 
 
 def verdict(
-    measurements: Sequence[Measurement], found: Sequence[Standing], *, what: str, backend: str
+    measurements: Sequence[Measurement], compared: Sequence[Standing], *, what: str, backend: str
 ) -> tuple[str, ...]:
-    """One sentence per plan against the first, the noise floor, and on gloo why the ranking need not hold elsewhere."""
-    noise = noise_of(measurements, found)
-    first = found[0].label
-    lines = []
-    for measurement, standing in zip(measurements, found, strict=True):
-        if standing.ratio is not None and measurement.repeats is None:
-            lines.append(_against(standing.label, first, standing.ratio, noise, what))
-    lines += _module_lines(measurements, found)
+    """One sentence per plan against the first, the noise floor, and on gloo why the ranking need not hold
+    elsewhere."""
+    noise = noise_of(measurements, compared)
+    first, *others = compared
+    again = {measurement.label for measurement in measurements if measurement.repeats is not None}
+    plans = [each for each in others if each.label not in again]
+    lines = [_against(each.label, first.label, each.ratio, noise, what) for each in plans if each.ratio]
+    module = next((m.module_times.module for m in measurements if m.module_times is not None), None)
+    module_noise = next((each.module_ratio for each in others if each.label in again), None)
+    for (
+        each
+    ) in plans:  # timed alone, beside whole steps: where the plans differ most, least hidden by the rest
+        if each.module_ratio is not None:
+            words = _against(each.label, first.label, each.module_ratio, module_noise, "forward and backward")
+            lines.append(f"{module} alone: {words}")
     if noise is not None:
-        shown = f"{first} against itself: {_interval(noise)}"
-        if noise.holds_one or noise.confidence < CONFIDENCE:
-            lines.append(f"Noise floor: {shown}.")
-        else:
-            lines.append(
-                f"Noise floor: {shown}. It leaves out 1, so this machine was not quiet: differences of this size mean nothing here."
-            )
+        loud = (
+            ""
+            if noise.holds_one or noise.confidence < CONFIDENCE
+            else " It leaves out 1, so this machine was not quiet: differences of this size mean nothing "
+            "here."
+        )
+        lines.append(f"Noise floor: {first.label} against itself: {_interval(noise)}.{loud}")
     if backend == "gloo":
         lines.append(
-            "Measured on gloo over loopback: the ranking need not hold on NCCL. There the wire is faster by far, look-ups and copies run on "
-            "the GPU, DTensor uses a real all-to-all (on a CPU it gathers everything instead), and reduce-scatter is a ring (gloo's own sends "
-            "twice as much)."
+            "Measured on gloo over loopback: the ranking need not hold on NCCL. There the wire is faster by "
+            "far, look-ups and copies run on the GPU, DTensor uses a real all-to-all (on a CPU it gathers "
+            "everything instead), and reduce-scatter is a ring (gloo's own sends twice as much)."
         )
     return tuple(lines)
-
-
-def _module_lines(measurements: Sequence[Measurement], found: Sequence[Standing]) -> list[str]:
-    """The module timed alone beside whole steps: where the plans differ most, and least hidden by the rest."""
-    module = next((m.module_times.module for m in measurements if m.module_times is not None), None)
-    noise = next(
-        (s.module_ratio for m, s in zip(measurements, found, strict=True) if m.repeats is not None), None
-    )
-    return [
-        f"{module} alone: " + _against(s.label, found[0].label, s.module_ratio, noise, "forward and backward")
-        for m, s in zip(measurements, found, strict=True)
-        if s.module_ratio is not None and m.repeats is None
-    ]
 
 
 def notes(measurements: Sequence[Measurement]) -> tuple[str, ...]:
     """What the exact sizes show beside the times."""
     lines = []
-    for m in measurements:
-        if m.repeats is None and m.memory.gradient_bytes > m.memory.parameter_bytes:
+    plans = [each for each in measurements if each.repeats is None]
+    for plan in plans:
+        gradients, parameters = plan.memory.gradient_bytes, plan.memory.parameter_bytes
+        if gradients > parameters:
             lines.append(
-                f"{m.label}: gradients take {m.memory.gradient_bytes / 2**20:.0f} MiB on a rank where its parameters take "
-                f"{m.memory.parameter_bytes / 2**20:.0f} MiB: some gradient is not sharded as its parameter is."
+                f"{plan.label}: gradients take {gradients / 2**20:.0f} MiB on a rank where its parameters "
+                f"take {parameters / 2**20:.0f} MiB: some gradient is not sharded as its parameter is."
             )
-        mean = m.wire_bytes
-        if m.repeats is None and mean and m.wire_bytes_largest_rank > 1.1 * mean:
+        mean, largest = plan.wire_bytes, plan.wire_bytes_largest_rank
+        if mean and largest > 1.1 * mean:
             lines.append(
-                f"{m.label}: the rank that sends most sends {m.wire_bytes_largest_rank / mean:.2f} times the mean; the slowest rank sets the time."
+                f"{plan.label}: the rank that sends most sends {largest / mean:.2f} times the mean; "
+                "the slowest rank sets the time."
             )
-    pairwise = [m.label for m in measurements if m.repeats is None and _pairwise_reduce_scatter(m)]
+    pairwise = ", ".join(plan.label for plan in plans if _pairwise_reduce_scatter(plan))
     if pairwise:
         lines.append(
-            f"{', '.join(pairwise)}: reduce-scatters are carried out as an all-to-all and a local sum, (n-1)/n on the wire; gloo's own, "
-            "which PyTorch's styles use, sends twice that at 2 ranks."
+            f"{pairwise}: reduce-scatters are carried out as an all-to-all and a local sum, (n-1)/n on the "
+            "wire; gloo's own, which PyTorch's styles use, sends twice that at 2 ranks."
         )
     return tuple(lines)
 
 
 def _pairwise_reduce_scatter(m: Measurement) -> bool:
     kinds = {use.kind for use in m.collectives}
-    return (
-        m.engine == "native"
-        and CollectiveKind.ALL_TO_ALL in kinds
-        and CollectiveKind.REDUCE_SCATTER not in kinds
-    )
+    is_sum_of_parts = CollectiveKind.ALL_TO_ALL in kinds and CollectiveKind.REDUCE_SCATTER not in kinds
+    return m.engine == "native" and is_sum_of_parts
 
 
 def _against(label: str, first: str, ratio: Ratio, noise: Ratio | None, what: str) -> str:
+    size = f"{_interval(ratio)} of its time per {what}"
     if ratio.confidence < CONFIDENCE:
-        return f"{label} against {first}: {_interval(ratio)} of its time per {what}. Too few rounds to tell a difference; use --rounds 6 or more."
+        return (
+            f"{label} against {first}: {size}. Too few rounds to tell a difference; use --rounds 6 or more."
+        )
     if ratio.holds_one:
-        return f"No difference seen between {label} and {first}: {_interval(ratio)} of its time per {what}."
-    word = "faster" if ratio.median < 1 else "slower"
-    percent = abs(1 - ratio.median) * 100
-    line = f"{label} is {word} than {first}: {_interval(ratio)} of its time per {what}, {percent:.0f} % {'less' if ratio.median < 1 else 'more'}."
+        return f"No difference seen between {label} and {first}: {size}."
+    word, more = ("faster", "less") if ratio.median < 1 else ("slower", "more")
+    line = f"{label} is {word} than {first}: {size}, {abs(1 - ratio.median) * 100:.0f} % {more}."
     if noise is not None and noise.low <= ratio.median <= noise.high:
         line += " That is within this machine's noise."
     return line
 
 
 def _interval(ratio: Ratio) -> str:
-    return f"{ratio.median:.3f} ({ratio.confidence * 100:.0f} % interval {ratio.low:.3f} to {ratio.high:.3f}, {ratio.pairs} pairs)"
+    confidence = f"{ratio.confidence * 100:.0f} % interval {ratio.low:.3f} to {ratio.high:.3f}"
+    return f"{ratio.median:.3f} ({confidence}, {ratio.pairs} pairs)"

@@ -15,7 +15,8 @@ MicroBatches = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Portion:
-    """Part `place` of `places` equal ones along the batch, in so many micro-batches. Without a mesh: one process, all of it."""
+    """Part `place` of `places` equal ones along the batch, in so many micro-batches. Without a mesh: one
+    process, all of it."""
 
     mesh: DeviceMesh | None = None
     place: int = 0

@@ -1,4 +1,5 @@
-"""What one rank of `shardwise compare` does: checks every plan, builds them all, times them in rounds, brings a report home."""
+"""What one rank of `shardwise compare` does: checks every plan, builds them all, times them in rounds, brings
+a report home."""
 
 import os
 import re
@@ -47,10 +48,12 @@ class Entrant:
 
 @dataclass(frozen=True, slots=True)
 class CompareJob:
-    """All that a rank needs to know, as JSON. plans: TOML texts. repeat_first: run the first plan a second time, for the noise floor.
+    """All that a rank needs to know, as JSON. plans: TOML texts. repeat_first: run the first plan a second
+    time, for the noise floor.
 
-    module: timed alone beside the steps, or, with module_only, instead of them. check_layers: depth of the checked model; 0: no check.
-    profile_steps: of each plan, recorded after the last round; 0: none. traces: folder for them (rank 0's counts), a folder for each plan.
+    module: timed alone beside the steps, or, with module_only, instead of them. check_layers: depth of the
+    checked model; 0: no check. profile_steps: of each plan, recorded after the last round; 0: none. traces:
+    folder for them (rank 0's counts), a folder for each plan.
     """
 
     model: str
@@ -102,7 +105,8 @@ def pack(job: CompareJob, stream: TokenStream | None) -> bytes:
 
 
 def run(context: RankContext, payload: bytes) -> bytes:
-    """Entry of every rank: returns a RankReport in msgpack, for an error may be infinite, which JSON has no word for."""
+    """Entry of every rank: returns a RankReport in msgpack, for an error may be infinite, which JSON has no
+    word for."""
     head, _, body = payload.partition(b"\n")
     job = msgspec.json.decode(head, type=CompareJob)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -145,8 +149,9 @@ class _Run:
         return RankReport(records, findings, checked, tuple(self._notes()), tuple(_variables()))
 
     def _check(self) -> dict[str, Agreement]:
-        """Every plan, by its label, proved as `verify` proves it, in float64, over the step's own portions; without the optimizer's steps, for
-        AdamW's state of the whole model would need three times the memory on every rank."""
+        """Every plan, by its label, proved as `verify` proves it, in float64, over the step's own portions;
+        without the optimizer's steps, for AdamW's state of the whole model would need three times the memory
+        on every rank."""
         job, portion = self.job, self.portion
         spec, tp = self.spec.with_layers(job.check_layers), portion.tp_group.size()
         # a multiple of tp, as sequence parallelism needs

@@ -1,4 +1,5 @@
-"""What is to be proved, and what an attempt that ended in an error says. Both with ranks (examine.py) and without (without_ranks.py)."""
+"""What is to be proved, and what an attempt that ended in an error says. Both with ranks (examine.py) and
+without (without_ranks.py)."""
 
 from dataclasses import dataclass, replace
 
@@ -15,8 +16,8 @@ TWIN = "its small twin"
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """That a plan trains the model it should. plan: TOML, or the name of a plan that isn't ours. twin: None takes the small twin where the
-    model is large. dtype: None is float64, then float32."""
+    """That a plan trains the model it should. plan: TOML, or the name of a plan that isn't ours. twin: None
+    takes the small twin where the model is large. dtype: None is float64, then float32."""
 
     model: str
     plan: str
@@ -39,15 +40,15 @@ class Claim:
         return f"{self.model} under {self.label}"
 
     def unproved(self, answer: Verification, error: Exception) -> Verification:
-        """`answer`, where not even the unsharded model could be had. A name that isn't known is the user's to see; what becomes of a type of
-        transformers, of which there are hundreds, is an answer."""
+        """`answer`, where not even the unsharded model could be had. A name that isn't known is the user's to
+        see; what becomes of a type of transformers, of which there are hundreds, is an answer."""
         if isinstance(error, InputError) and not self.model.startswith(HUGGING_FACE):
             raise error
         return replace(answer, note=shown(error, 300))
 
     def crashed(self, answer: Verification, error: Exception, module: str = "") -> Verification:
-        """`answer`, where the plan, or a step under it, failed in a module. A plan of ours says before it starts what it can't do: its
-        InputErrors are the user's to see."""
+        """`answer`, where the plan, or a step under it, failed in a module. A plan of ours says before it
+        starts what it can't do: its InputErrors are the user's to see."""
         if isinstance(error, OptionError) or (
             isinstance(error, InputError) and isinstance(self.parsed_plan, Plan)
         ):

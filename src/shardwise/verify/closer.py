@@ -1,6 +1,8 @@
-"""Looking closer, where something is wrong: both models once more with an eye on every module, and all ranks' pieces of what differs.
+"""Looking closer, where something is wrong: both models once more with an eye on every module, and all ranks'
+pieces of what differs.
 
-Data-parallel ranks look at their own portions, so a tensor-parallel group finds its own evidence; what all must do together they agree on.
+Data-parallel ranks look at their own portions, so a tensor-parallel group finds its own evidence; what all
+must do together they agree on.
 """
 
 from collections.abc import Sequence
@@ -24,7 +26,8 @@ from shardwise.verify.relation import Related, cut_apart, relate
 def evidence(
     model: nn.Module, whole_model: nn.Module, expected: Unsharded, differences: Differences, portion: Portion
 ) -> Evidence:
-    """How what the ranks hold relates to the whole: wrong gradients, the logits, each module's outputs and what came back to them."""
+    """How what the ranks hold relates to the whole: wrong gradients, the logits, each module's outputs and
+    what came back to them."""
     group, batch = portion.tp_group, expected.batches[0]
     whole = observe(whole_model, batch, portion, trail=True)
     sharded = observe(model, batch, portion, trail=True)
@@ -88,7 +91,8 @@ def _seen(
 def _recut(
     model: nn.Module, weights: dict[str, Tensor], expected: Unsharded, at: int, call: Call, portion: Portion
 ) -> Recut | None:
-    """Cuts each sharded parameter of the first wrong module in another way, for a trial, and looks whether the module is then right."""
+    """Cuts each sharded parameter of the first wrong module in another way, for a trial, and looks whether
+    the module is then right."""
     group = portion.tp_group
     n, rank = dist.get_world_size(group), dist.get_rank(group)
     for own_name, parameter in model.get_submodule(call.module).named_parameters(recurse=False):

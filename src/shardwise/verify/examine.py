@@ -1,8 +1,9 @@
-"""One claim, on this rank: the model built twice with the same weights, proved, counted; and many claims after each other.
+"""One claim, on this rank: the model built twice with the same weights, proved, counted; and many claims
+after each other.
 
-float64 first; a model that mixes dtypes so that it doesn't run in it is proved in float32. Too large a model is proved by its small twin. A
-claim that fails on all ranks alike has that for its answer; where a rank fails alone the others hang in a collective, so the whole launch
-ends, and run.py starts another for what is left.
+float64 first; a model that mixes dtypes so that it doesn't run in it is proved in float32. Too large a model
+is proved by its small twin. A claim that fails on all ranks alike has that for its answer; where a rank fails
+alone the others hang in a collective, so the whole launch ends, and run.py starts another for what is left.
 """
 
 import time
@@ -98,7 +99,8 @@ def run(context: RankContext, payload: bytes) -> bytes:
 
 
 def _all_came(context: RankContext, number: int) -> bool:
-    """Whether all ranks are done with the claim. A rank that stays in a collective which another has left doesn't come."""
+    """Whether all ranks are done with the claim. A rank that stays in a collective which another has left
+    doesn't come."""
     store = default_store()
     keys = [f"verified/{number}/{rank}" for rank in range(context.world_size)]
     store.set(keys[context.rank], "")
@@ -156,8 +158,8 @@ class _Examination:
         return small
 
     def _looked_at(self, model: nn.Module) -> tuple[Sharded, list[Finding]]:
-        """How much of the model is sharded, and what is found without running it: of the model as it was named, if it can be built without
-        weights; else of the one that is proved."""
+        """How much of the model is sharded, and what is found without running it: of the model as it was
+        named, if it can be built without weights; else of the one that is proved."""
         named = model
         if self._known.twin:
             with suppress(ShardwiseError, RuntimeError):
@@ -217,8 +219,9 @@ class _Examination:
             if name not in values or parameter.shape != values[name].shape:
                 of_whole = list(values[name].shape) if name in values else "none of that name"
                 raise ModelError(
-                    f'plan "own": parameter {name} is {list(parameter.shape)}, the unsharded model has {of_whole}. '
-                    "Make sharded parameters DTensors of the whole's shape, under the same names."
+                    f'plan "own": parameter {name} is {list(parameter.shape)}, the unsharded model has '
+                    f"{of_whole}. Make sharded parameters DTensors of the whole's shape, under the same "
+                    "names."
                 )
             with torch.no_grad():  # in place: hooks that the factory has put on its parameters stay
                 kept = values[name].detach()
@@ -229,7 +232,8 @@ class _Examination:
 
 
 def seeded(source: ModelSource, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The model with weights that no two parameters share by accident, the same on every rank: its own initialisation, shaken."""
+    """The model with weights that no two parameters share by accident, the same on every rank: its own
+    initialisation, shaken."""
     torch.manual_seed(SEED)
     model = source.build(dtype=dtype, device="cpu")
     for name, parameter in model.named_parameters():

@@ -4,10 +4,10 @@ For a parameter with whole gradient g, and n what SplitMatmuls makes of it, a sh
 
     max(8 eps G, min(max(1000 ||n - g||, least ||g||), MOST_TOLERANCE ||g||))
 
-with G the norm of all gradients together and eps of the coarsest dtype that the model computes in: below 8 eps G a gradient is rounding (a
-key's bias, where softmax takes no notice of it). least: LEAST_TOLERANCE of that dtype. A wrong reduction is off by 1e-2 and more. Outputs
-and loss are compared in the same way, without the first term. Where 1000 x noise of the outputs is above MOST_TOLERANCE, nothing can be
-proved.
+with G the norm of all gradients together and eps of the coarsest dtype that the model computes in: below 8
+eps G a gradient is rounding (a key's bias, where softmax takes no notice of it). least: LEAST_TOLERANCE of
+that dtype. A wrong reduction is off by 1e-2 and more. Outputs and loss are compared in the same way, without
+the first term. Where 1000 x noise of the outputs is above MOST_TOLERANCE, nothing can be proved.
 """
 
 from collections.abc import Sequence
@@ -38,10 +38,12 @@ STEPS = 2
 
 @dataclass(frozen=True, slots=True)
 class Unsharded:
-    """What the unsharded model gives, and how sure that is. batches: the first is compared; the steps take all of them in turn.
+    """What the unsharded model gives, and how sure that is. batches: the first is compared; the steps take
+    all of them in turn.
 
-    noise: relative, the largest. tolerance: of outputs and loss, relative. allowed: how far each parameter's gradient may be off, absolute.
-    norms: gradient norms before clipping, one for each optimizer step; after: the parameters after them. Both are empty without steps.
+    noise: relative, the largest. tolerance: of outputs and loss, relative. allowed: how far each parameter's
+    gradient may be off, absolute. norms: gradient norms before clipping, one for each optimizer step; after:
+    the parameters after them. Both are empty without steps.
     """
 
     observed: Observed
@@ -54,7 +56,8 @@ class Unsharded:
     norms: tuple[float, ...]
 
     def is_told(self, name: str) -> bool:
-        """Whether a parameter's gradient is well above its noise. AdamW divides by its size, so that noise would become a whole step."""
+        """Whether a parameter's gradient is well above its noise. AdamW divides by its size, so that noise
+        would become a whole step."""
         gradient = self.observed.gradients.get(name)
         return gradient is None or self.allowed[name] <= MOST_TOLERANCE * size(gradient)
 
@@ -73,7 +76,8 @@ class GradientError:
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """How far a sharded model is off, the largest over the ranks. output, loss: relative, and right up to `tolerance`."""
+    """How far a sharded model is off, the largest over the ranks. output, loss: relative, and right up to
+    `tolerance`."""
 
     output: float
     loss: float
@@ -99,8 +103,9 @@ class Differences:
 
     @property
     def worst_gradient(self) -> tuple[str, float]:
-        """The parameter that is furthest off, and how far; where none is wrong, the one that is nearest to what is allowed. Rounding, which may
-        be as large as a gradient that is nothing else, counts by its share of what is allowed: so right is what is within the tolerance."""
+        """The parameter that is furthest off, and how far; where none is wrong, the one that is nearest to
+        what is allowed. Rounding, which may be as large as a gradient that is nothing else, counts by its
+        share of what is allowed: so right is what is within the tolerance."""
         if not self.gradients:
             return "", 0.0
         by_error = {
@@ -113,8 +118,8 @@ class Differences:
 
 @torch.no_grad()
 def shake(name: str, whole: Tensor) -> None:
-    """Adds noise to a parameter's weights, the same on every rank: a norm that is all ones, or a bias of zeros, has a gradient that a wrong
-    plan can get right."""
+    """Adds noise to a parameter's weights, the same on every rank: a norm that is all ones, or a bias of
+    zeros, has a gradient that a wrong plan can get right."""
     generator = torch.Generator(whole.device).manual_seed(crc32(name.encode()))
     std = min(0.1, whole.shape[-1] ** -0.5) if whole.dim() > 1 else 0.1
     noise = torch.empty(whole.shape, dtype=torch.float32, device=whole.device).normal_(
@@ -126,7 +131,8 @@ def shake(name: str, whole: Tensor) -> None:
 def unsharded(
     model: nn.Module, batches: Sequence[Batch], *, parts: int, with_steps: bool = True
 ) -> Unsharded:
-    """Runs the model whole: once as it is, once with its matmuls split, then STEPS optimizer steps of a copy. The model stays as it is.
+    """Runs the model whole: once as it is, once with its matmuls split, then STEPS optimizer steps of a copy.
+    The model stays as it is.
 
     Raises RunError where it can't be run, gives something that isn't finite, or is too noisy.
     """
@@ -153,8 +159,8 @@ def unsharded(
     tolerance = max(least, 1000 * output_noise)
     if not tolerance <= MOST_TOLERANCE:
         raise RunError(
-            f"the unsharded model differs from itself by {output_noise:.1e} when its matmuls are summed in parts: "
-            "too much to tell a wrong plan by."
+            f"the unsharded model differs from itself by {output_noise:.1e} when its matmuls are summed in "
+            "parts: too much to tell a wrong plan by."
         )
     max_norm = total / 2
     after, norms = trained(deepcopy(model), batches, ALONE, max_norm) if with_steps else ({}, ())

@@ -1,21 +1,21 @@
-"""What can be foreseen of a plan without a rank: from one training step, traced unsharded and sharded on fake tensors, and the shapes in
-both.
+"""What can be foreseen of a plan without a rank: from one training step, traced unsharded and sharded on fake
+tensors, and the shapes in both.
 
-    fault                          evidence
-    several weights cut as one     what a parameter gives is taken apart along the dim of which this rank has the n-th part, and the
-                                   parameter is cut plainly
-    parts that nobody sums         a parameter that every rank holds whole meets n times smaller activations than unsharded, and nothing
-                                   of its size is sent
-    wholes that are summed         such a parameter meets DTensors that stand for n times more than there is, or whole ones under a
-                                   sequence-parallel rule
-    nothing arrives                a parameter has a gradient unsharded, and none when sharded
-    logits that nobody gathers     they are n times narrower, and the loss takes them for whole
-    sizes that don't divide        a parameter is cut unevenly, and the step of the first or the last rank fails, or the two send unequal
-                                   amounts
+    several weights cut as one   what a parameter gives is taken apart along the dim of which this rank has
+                                 the n-th part, and the parameter is cut plainly
+    parts that nobody sums       a parameter that every rank holds whole meets n times smaller activations
+                                 than unsharded, and nothing of its size is sent
+    wholes that are summed       such a parameter meets DTensors that stand for n times more than there is, or
+                                 whole ones under a sequence-parallel rule
+    nothing arrives              a parameter has a gradient unsharded, and none when sharded
+    logits nobody gathers        they are n times narrower, and the loss takes them for whole
+    sizes that don't divide      a parameter is cut unevenly, and the step of the first or the last rank
+                                 fails, or the two send unequal amounts
 
-n: ranks. A cut of every second row, as of interleaved weights, is right, and so is one along another dim, as that of each head. These are
-suspicions: whoever runs the plan knows better (run.py). What this file does not see: values, so neither a wrong factor nor a wrong rank's
-part; a gradient that is a part though its parameter meets whole activations.
+n: ranks. A cut of every second row, as of interleaved weights, is right, and so is one along another dim, as
+that of each head. These are suspicions: whoever runs the plan knows better (run.py). What this file does not
+see: values, so neither a wrong factor nor a wrong rank's part; a gradient that is a part though its parameter
+meets whole activations.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -46,8 +46,8 @@ class Foresight:
 
 
 def foresee(source: ModelSource, plan: AnyPlan, tp: int, settings: StepSettings) -> Foresight:
-    """Traces the step unsharded and as rank 0 of tp, of as many layers as hold one of each kind. Raises the InputErrors of a plan that is
-    refused."""
+    """Traces the step unsharded and as rank 0 of tp, of as many layers as hold one of each kind. Raises the
+    InputErrors of a plan that is refused."""
     first = None
     # other layers, or a rule, may want one that was left out
     for depth in dict.fromkeys((depth_of_each_kind(source), None)):
@@ -69,7 +69,8 @@ def foresee(source: ModelSource, plan: AnyPlan, tp: int, settings: StepSettings)
 
 
 def suspicions(whole: Step, first: Step, last: Step | None, tp: int) -> Iterator[Finding]:
-    """All that the steps of rank 0 and, where parameters are cut unevenly, of the last rank show beside the unsharded one."""
+    """All that the steps of rank 0 and, where parameters are cut unevenly, of the last rank show beside the
+    unsharded one."""
     yield from _narrow_logits(whole.lineage, first, tp)
     suspected = [
         *cut_as_one(whole.lineage, first.lineage, tp),
@@ -104,8 +105,8 @@ def cut_as_one(whole: Lineage, part: Lineage, tp: int) -> Iterator[Finding]:
         if wrong is not None:
             before, after = (f"{_shapes([cut.before])} into {_shapes(cut.pieces)}" for cut in wrong)
             reason = (
-                f"what it gives is taken apart ({before}), so several weights lie in it, and it is cut as one: "
-                f"what a rank takes apart ({after}) are other parts"
+                f"what it gives is taken apart ({before}), so several weights lie in it, and it is cut as "
+                f"one: what a rank takes apart ({after}) are other parts"
             )
             yield _suspected(name, Cause.CUT_AS_ONE, reason)
 
@@ -123,7 +124,8 @@ def _is_apart(whole: Cut, part: Cut, tp: int) -> bool:
 
 
 def _is_regrouped(whole: Cut, part: Cut) -> bool:
-    """Whether the last dim is unfolded into more, of which the outermost, that a chunk is a part of, is as large on a rank as in the whole."""
+    """Whether the last dim is unfolded into more, of which the outermost, that a chunk is a part of, is as
+    large on a rank as in the whole."""
     (outer,), (inner,) = whole.pieces, part.pieces
     for at, size in enumerate(outer):
         if size > 1 and prod(outer[at:]) == whole.before[-1]:
@@ -134,7 +136,8 @@ def _is_regrouped(whole: Cut, part: Cut) -> bool:
 def summed_too_often(
     whole: Lineage, part: Lineage, on_all: frozenset[str], sequence_parallel: frozenset[str], tp: int
 ) -> Iterator[Finding]:
-    """Parameters that every rank holds whole and that take what every rank has whole for a part. sequence_parallel: those whose rule says so."""
+    """Parameters that every rank holds whole and that take what every rank has whole for a part.
+    sequence_parallel: those whose rule says so."""
     met = _met(whole)
     for name in sorted(on_all & met.keys()):
         meetings = (meeting for meeting in part.meetings if meeting.parameter == name)
@@ -146,7 +149,8 @@ def summed_too_often(
 
 
 def _taken_for_part(meeting: Meeting, met: set[Shape], says_part: bool, tp: int) -> str | None:
-    """met: the shapes that the parameter meets in the unsharded model. says_part: whether its rule takes its input for a part."""
+    """met: the shapes that the parameter meets in the unsharded model. says_part: whether its rule takes its
+    input for a part."""
     if meeting.of_dtensors:
         claimed = _first_cut((shape for shape in meeting.shapes if shape not in met), met, tp)
         if claimed is None:
@@ -163,9 +167,11 @@ def _taken_for_part(meeting: Meeting, met: set[Shape], says_part: bool, tp: int)
 def parts_not_summed(
     whole: Lineage, part: Lineage, program: Program, modules: Collection[str], tp: int
 ) -> Iterator[Finding]:
-    """Parameters that every rank holds whole, that meet a part of the activations on each, and whose gradients nobody sums.
+    """Parameters that every rank holds whole, that meet a part of the activations on each, and whose
+    gradients nobody sums.
 
-    modules: of the model. What is sent for none of them is many gradients at once; where it is large enough, all of them.
+    modules: of the model. What is sent for none of them is many gradients at once; where it is large enough,
+    all of them.
     """
     met, now = _met(whole), _met(part)
     calls = [
@@ -219,7 +225,7 @@ def _narrow_logits(whole: Lineage, first: Step, tp: int) -> Sequence[Finding]:
     return ungathered(str(LogitsError(logits[-1], expected[-1])))
 
 
-# ------------------------------------------------------------------------------------------ sizes that don't divide
+# ------------------------------------------------------------------------------ sizes that don't divide
 
 
 def uneven(step: Step, tp: int) -> dict[str, tuple[int, int]]:

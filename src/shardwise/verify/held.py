@@ -1,4 +1,5 @@
-"""What a rank holds of a parameter or gradient, against the whole of it, which every rank has: so only numbers go between the ranks."""
+"""What a rank holds of a parameter or gradient, against the whole of it, which every rank has: so only
+numbers go between the ranks."""
 
 from collections.abc import Mapping
 
@@ -26,7 +27,8 @@ def size(tensor: Tensor) -> float:
 
 
 def relative(tensor: Tensor, whole: Tensor) -> float:
-    """How far it is off the whole, by the whole's size; absolute where that is 0, infinite where the shapes differ."""
+    """How far it is off the whole, by the whole's size; absolute where that is 0, infinite where the shapes
+    differ."""
     if tensor.shape != whole.shape:
         return float("inf")
     return size(tensor.double() - whole.double()) / (size(whole) or 1.0)
@@ -36,9 +38,11 @@ def relative(tensor: Tensor, whole: Tensor) -> float:
 def distances(
     model: nn.Module, tensors: Mapping[str, Tensor | None], whole: Mapping[str, Tensor | None]
 ) -> dict[str, float]:
-    """||s - g|| of each parameter's tensor s, over all ranks' parts of it; of a part that several ranks hold, the mean of their squares.
+    """||s - g|| of each parameter's tensor s, over all ranks' parts of it; of a part that several ranks hold,
+    the mean of their squares.
 
-    All ranks call it. None and zeros are the same to every weight; infinite where one side alone has something, or a rank holds no number.
+    All ranks call it. None and zeros are the same to every weight; infinite where one side alone has
+    something, or a rank holds no number.
     """
     squares = []
     for name, expected in whole.items():
@@ -67,7 +71,8 @@ def _square(tensor: Tensor, whole: Tensor, model: nn.Module, ownership: RowOwner
 
 
 def held_over_tp(tensor: Tensor | None, model: nn.Module) -> Tensor | None:
-    """What the ranks of this one's data-parallel group hold together, so what a rank of tp alone would hold. All ranks call it."""
+    """What the ranks of this one's data-parallel group hold together, so what a rank of tp alone would hold.
+    All ranks call it."""
     if not isinstance(tensor, DTensor):
         return tensor
     if _is_partial(tensor):
@@ -81,12 +86,14 @@ def _is_partial(tensor: DTensor) -> bool:
 
 
 def _is_unpromised_part(tensor: DTensor, model: nn.Module) -> bool:
-    """A Partial gradient of the native engine, which promises none: it is taken as it is, and differs. Others' stand for their sum."""
+    """A Partial gradient of the native engine, which promises none: it is taken as it is, and differs.
+    Others' stand for their sum."""
     plan = applied_to(model).plan
     return _is_partial(tensor) and plan is not None and plan.engine is Engine.NATIVE
 
 
 def _stands_for_whole(tensor: DTensor, model: nn.Module) -> bool:
-    """Whether only all ranks together know what it is: a sum, or several weights in one, each cut by itself."""
+    """Whether only all ranks together know what it is: a sum, or several weights in one, each cut by
+    itself."""
     is_strided = tensor.device_mesh.ndim == 1 and isinstance(tensor.placements[0], StridedShard)
     return is_strided or (_is_partial(tensor) and not _is_unpromised_part(tensor, model))

@@ -1,7 +1,9 @@
-"""The model's own noise: what rounding alone does to its loss and gradients when sums are taken in another order.
+"""The model's own noise: what rounding alone does to its loss and gradients when sums are taken in another
+order.
 
-A sharded model sums each matmul's inner dim in as many parts as there are ranks. SplitMatmuls does the same to an unsharded one, forward and
-backward, so the difference that it makes is the difference that a right plan may make.
+A sharded model sums each matmul's inner dim in as many parts as there are ranks. SplitMatmuls does the same
+to an unsharded one, forward and backward, so the difference that it makes is the difference that a right plan
+may make.
 """
 
 from collections.abc import Callable
@@ -17,9 +19,11 @@ aten = torch.ops.aten
 
 
 class SplitMatmuls(TorchDispatchMode):
-    """Inside, every matmul's inner dim is summed in `parts` parts. coarsest: the shortest dtype that a value was rounded to on the way.
+    """Inside, every matmul's inner dim is summed in `parts` parts. coarsest: the shortest dtype that a value
+    was rounded to on the way.
 
-    Models take norms, routers and losses in float32 whatever dtype they are in; a sum of such values over ranks is rounded as float32 is.
+    Models take norms, routers and losses in float32 whatever dtype they are in; a sum of such values over
+    ranks is rounded as float32 is.
     """
 
     def __init__(self, parts: int) -> None:
@@ -67,7 +71,8 @@ def _is_rounding(before: torch.dtype, after: torch.dtype | None) -> bool:
 
 
 class NoDropout(TorchFunctionMode):
-    """Inside, nothing is dropped, though the model is in train mode: masks are random, and no two runs could be compared."""
+    """Inside, nothing is dropped, though the model is in train mode: masks are random, and no two runs could
+    be compared."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -1,6 +1,8 @@
-"""What one run of the training step gives: logits, loss and gradients; and, where something is wrong, what each module gave and got back.
+"""What one run of the training step gives: logits, loss and gradients; and, where something is wrong, what
+each module gave and got back.
 
-It is the step that is timed (step/train.py): data-parallel ranks, micro-batches, FSDP and recompute are run as they are there.
+It is the step that is timed (step/train.py): data-parallel ranks, micro-batches, FSDP and recompute are run
+as they are there.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +32,8 @@ ALONE = Portion()
 
 
 def micro_batches(batch: Batch, model: nn.Module, portion: Portion) -> MicroBatches:
-    """Of a global batch. A model that isn't sharded takes ids on its device; others may want them on the host, for routes."""
+    """Of a global batch. A model that isn't sharded takes ids on its device; others may want them on the
+    host, for routes."""
     ids_BS, labels_BS = batch
     if not is_applied(model):
         ids_BS = ids_BS.to(next(model.parameters()).device)
@@ -39,7 +42,8 @@ def micro_batches(batch: Batch, model: nn.Module, portion: Portion) -> MicroBatc
 
 @dataclass(slots=True)
 class Call:
-    """One call of a module in the forward: its (first) output and the gradient that came back to it, as this rank has them."""
+    """One call of a module in the forward: its (first) output and the gradient that came back to it, as this
+    rank has them."""
 
     module: str
     output: Tensor | None = None
@@ -48,8 +52,9 @@ class Call:
 
 @dataclass(slots=True)
 class Observed:
-    """logits: of this rank's portion. gradients: by parameter name, None where none arrived. calls: in the order in which they ended; empty
-    unless asked for. coarsest: see SplitMatmuls; None unless the matmuls were split."""
+    """logits: of this rank's portion. gradients: by parameter name, None where none arrived. calls: in the
+    order in which they ended; empty unless asked for. coarsest: see SplitMatmuls; None unless the matmuls
+    were split."""
 
     logits: Tensor
     loss: float
@@ -87,7 +92,8 @@ def observe(
 ) -> Observed:
     """The gradients of one global batch, without dropout. split: see SplitMatmuls. width: of whole logits.
 
-    Raises ModuleError with the module in which it failed, and LogitsError where a loss for whole logits gets a part of them.
+    Raises ModuleError with the module in which it failed, and LogitsError where a loss for whole logits gets
+    a part of them.
     """
     model.zero_grad(set_to_none=True)
     torch.manual_seed(SEED)
@@ -116,7 +122,8 @@ def observe(
 
 
 class _Watch:
-    """Sees the logits, the module that is being called, and, with a trail, what each module gives and gets back. width: see observe()."""
+    """Sees the logits, the module that is being called, and, with a trail, what each module gives and gets
+    back. width: see observe()."""
 
     def __init__(self, model: nn.Module, width: int | None) -> None:
         self.logits: list[Tensor] = []

@@ -1,8 +1,9 @@
-"""The proof, on real ranks: the same weights, unsharded against sharded. Outputs, loss and every gradient, then steps of the optimizer.
+"""The proof, on real ranks: the same weights, unsharded against sharded. Outputs, loss and every gradient,
+then steps of the optimizer.
 
-`verify` and `compare` both come here. Every rank runs the unsharded model whole, so what ranks tell each other is a few numbers per
-parameter. Only where something is wrong do they exchange what they hold, and run both models once more with an eye on every module:
-closer.py. How far a right plan may be off: expected.py.
+`verify` and `compare` both come here. Every rank runs the unsharded model whole, so what ranks tell each
+other is a few numbers per parameter. Only where something is wrong do they exchange what they hold, and run
+both models once more with an eye on every module: closer.py. How far a right plan may be off: expected.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,15 +26,15 @@ from shardwise.verify.ranks import disagreements, replicated_parameters
 from shardwise.verify.reasons import explain_differences
 
 WEIGHTS_TOLERANCE = 1e-4
-"""After the steps, relative: an element of a gradient may be noise where the whole isn't. A wrong norm or a forgotten parameter is off by
-1e-2."""
+"""After the steps, relative: an element of a gradient may be noise where the whole isn't. A wrong norm or a
+forgotten parameter is off by 1e-2."""
 
 
 def prove(
     model: nn.Module, expected: Unsharded, remake: Callable[[], nn.Module], portion: Portion
 ) -> tuple[Proof, tuple[Finding, ...]]:
-    """Compares the sharded `model` with what the unsharded one gave. All ranks must call it; all get the same answer, but for the reasons that
-    data-parallel ranks read off their own portions.
+    """Compares the sharded `model` with what the unsharded one gave. All ranks must call it; all get the same
+    answer, but for the reasons that data-parallel ranks read off their own portions.
 
     remake: makes the unsharded model again, with the same weights, where it has to be looked at more closely.
     """
@@ -95,7 +96,8 @@ def gradient_errors(
 
 
 def _output_error(logits: Tensor, whole: Tensor, loss: Loss, portion: Portion) -> float:
-    """loss: it knows which columns of the whole logits a rank has, which are dealt out where the head is tied to an interleaved table."""
+    """loss: it knows which columns of the whole logits a rank has, which are dealt out where the head is tied
+    to an interleaved table."""
     whole = torch.cat(portion.of(whole))
     sizes = gathered_ints(logits.shape[-1], portion.tp_group)
     rank = dist.get_rank(portion.tp_group)
@@ -110,7 +112,8 @@ def _output_error(logits: Tensor, whole: Tensor, loss: Loss, portion: Portion) -
 
 
 def _after_steps(model: nn.Module, expected: Unsharded, portion: Portion) -> tuple[dict[str, float], float]:
-    """How far each parameter that can be told, and the gradient norms, are off the unsharded ones after the optimizer's steps; relative."""
+    """How far each parameter that can be told, and the gradient norms, are off the unsharded ones after the
+    optimizer's steps; relative."""
     after, norms = trained(model, expected.batches, portion, expected.max_norm)
     pairs = zip(norms, expected.norms, strict=True)
     norm_error = largest(max(abs(norm - whole) / whole for norm, whole in pairs))

@@ -1,8 +1,10 @@
-"""What must be equal on all ranks: ids, initial weights, replicated parameters. Compared by digest; all ranks must call.
+"""What must be equal on all ranks: ids, initial weights, replicated parameters. Compared by digest; all ranks
+must call.
 
-Digest of a tensor with bits b_i read as integers: sum over i of b_i x m_i mod 2^64, with m_i an odd number that depends on i in no simple way
-(multipliers in arithmetic progression would give values at places 0 and 5 the digest of the same values at places 2 and 3). It is
-order-sensitive, exact on every device, and no secret: it finds ranks that drifted apart, not forgeries.
+Digest of a tensor with bits b_i read as integers: sum over i of b_i x m_i mod 2^64, with m_i an odd number
+that depends on i in no simple way (multipliers in arithmetic progression would give values at places 0 and 5
+the digest of the same values at places 2 and 3). It is order-sensitive, exact on every device, and no secret:
+it finds ranks that drifted apart, not forgeries.
 """
 
 from collections.abc import Iterable
@@ -47,13 +49,13 @@ def _multipliers(places: Tensor) -> Tensor:
 
 def replicated_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Local tensors of the parameters that every rank of the tp axis holds whole."""
-    found: dict[str, Tensor] = {}
+    replicated: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, DTensor):
-            found[name] = parameter
+            replicated[name] = parameter
         elif isinstance(parameter.placements[-1], Replicate):  # the tp axis is the last
-            found[name] = parameter.to_local()
-    return found
+            replicated[name] = parameter.to_local()
+    return replicated
 
 
 def disagreements(

@@ -1,10 +1,12 @@
-"""Why a sharded model isn't the unsharded one: from how the ranks' pieces relate to the whole, to a sentence with the rule.
+"""Why a sharded model isn't the unsharded one: from how the ranks' pieces relate to the whole, to a sentence
+with the rule.
 
-A difference is passed on: in the forward to every later module, in the backward to every earlier one. So each wrong gradient is asked for itself
-first (does its own relation name a fault?), then whether the gradient that came to its module, or the module's output, was wrong before it.
+A difference is passed on: in the forward to every later module, in the backward to every earlier one. So each
+wrong gradient is asked for itself first (does its own relation name a fault?), then whether the gradient that
+came to its module, or the module's output, was wrong before it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -18,7 +20,8 @@ from shardwise.verify.relation import Related, Relation
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A module's call: how its output on the ranks, and the gradient that came back to it, relate to the unsharded ones. None: it has none."""
+    """A module's call: how its output on the ranks, and the gradient that came back to it, relate to the
+    unsharded ones. None: it has none."""
 
     module: str
     output: Related | None
@@ -27,9 +30,11 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """All that is known of a wrong run. output: of the logits, if they are wrong. gradients: of the parameters whose gradients are wrong.
+    """All that is known of a wrong run. output: of the logits, if they are wrong. gradients: of the
+    parameters whose gradients are wrong.
 
-    seen: calls in the order in which they ended; empty where the sharded model's calls aren't the unsharded one's. recut: what a trial found.
+    seen: calls in the order in which they ended; empty where the sharded model's calls aren't the unsharded
+    one's. recut: what a trial found.
     """
 
     model: nn.Module
@@ -47,7 +52,8 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Recut:
-    """A parameter that makes its module right when it is cut in another way. parts: as so many tensors, each by itself; 1: as one."""
+    """A parameter that makes its module right when it is cut in another way. parts: as so many tensors, each
+    by itself; 1: as one."""
 
     parameter: str
     parts: int
@@ -55,22 +61,33 @@ class Recut:
     @property
     def reason(self) -> str:
         if self.parts == 1:
-            return "it is one weight, and it is cut as if several lay in it, each by itself; cut as one, its module is right"
-        return f"{self.parts} weights lie in it, and it is cut as if it were one; with each cut by itself, its module is right"
+            how, other = (
+                "it is one weight, and it is cut as if several lay in it, each by itself",
+                "cut as one",
+            )
+        else:
+            how = f"{self.parts} weights lie in it, and it is cut as if it were one"
+            other = "with each cut by itself"
+        return f"{how}; {other}, its module is right"
 
 
 ADVICE = {
-    Cause.PARTS_NOT_SUMMED: "Sum them over tp; of a gradient, replicated_with_grad_allreduce in a plan of transformers does that.",
-    Cause.SUMMED_TOO_OFTEN: "Leave out the sum; or, where the style takes its input for a part, such as of the sequence, give it one.",
+    Cause.PARTS_NOT_SUMMED: "Sum them over tp; of a gradient, replicated_with_grad_allreduce in a plan of "
+    "transformers does that.",
+    Cause.SUMMED_TOO_OFTEN: "Leave out the sum; or, where the style takes its input for a part, such as of "
+    "the sequence, give it one.",
     Cause.AVERAGED: "Sum the parts instead of averaging them, and don't divide a whole.",
-    Cause.CUT_AS_ONE: "Cut each weight by itself; in a plan of transformers, packed_colwise and packed_rowwise do that.",
-    Cause.NOT_GATHERED: "Gather the logits (colwise_gather_output in a plan of transformers), or take a vocabulary-parallel loss.",
+    Cause.CUT_AS_ONE: "Cut each weight by itself; in a plan of transformers, packed_colwise and "
+    "packed_rowwise do that.",
+    Cause.NOT_GATHERED: "Gather the logits (colwise_gather_output in a plan of transformers), or take a "
+    "vocabulary-parallel loss.",
     Cause.WRONG_SHARD: "Let rank r hold the r-th chunk, as DTensor's Shard does.",
 }
 
 
 def explain_differences(evidence: Evidence) -> list[Finding]:
-    """A finding for the output or loss if they differ, and one for each wrong gradient: faults first, then what follows from them."""
+    """A finding for the output or loss if they differ, and one for each wrong gradient: faults first, then
+    what follows from them."""
     differences, forward = evidence.differences, evidence.first_wrong_output
     findings: list[Finding] = []
     if differences.is_output_wrong:
@@ -96,7 +113,8 @@ def with_ties(findings: Iterable[Finding], untied: Iterable[Finding]) -> list[Fi
 
 
 def is_unexplained(finding: Finding) -> bool:
-    """Whether the numbers of a proof leave open why it is wrong: of a gradient, or of the module that is the first to give another output."""
+    """Whether the numbers of a proof leave open why it is wrong: of a gradient, or of the module that is the
+    first to give another output."""
     return finding.cause is Cause.UNKNOWN or (
         finding.kind is FindingKind.OUTPUT_DIFFERS and finding.cause is Cause.FORWARD
     )
@@ -105,45 +123,34 @@ def is_unexplained(finding: Finding) -> bool:
 def with_suspicions(
     findings: Sequence[Finding], suspicions: Iterable[Finding], *, add: bool = False
 ) -> list[Finding]:
-    """What a trace suspects, as the reason of what is wrong and has none. add: where nothing was proved, suspicions of anything else too."""
+    """What a trace suspects, as the reason of what is wrong and has none. add: where nothing was proved,
+    suspicions of anything else too."""
     by_name = {each.subject: each for each in suspicions if each.kind is not FindingKind.CRASHES}
     wrong = {finding.subject for finding in findings}
-    cut = next(
-        (each for each in by_name.values() if each.cause is Cause.CUT_AS_ONE and each.subject in wrong), None
-    )
-    found = []
+    cuts = (each for each in by_name.values() if each.cause is Cause.CUT_AS_ONE)
+    cut = next((each for each in cuts if each.subject in wrong), None)
+    informed = []
     for finding in findings:
         own = by_name.get(finding.subject)
-        if finding.kind is FindingKind.OUTPUT_DIFFERS and is_unexplained(finding) and cut is not None:
-            finding = replace(
-                finding,
-                cause=cut.cause,
-                reason=f"{finding.reason}. {cut.subject}: {cut.reason}",
-                advice=cut.advice,
-            )
-        elif own is not None and (
-            finding.cause is Cause.UNKNOWN or (finding.cause is Cause.FORWARD and own is cut)
-        ):
+        is_own = finding.cause is Cause.UNKNOWN or (finding.cause is Cause.FORWARD and own is cut)
+        if cut is not None and finding.kind is FindingKind.OUTPUT_DIFFERS and is_unexplained(finding):
+            reason = f"{finding.reason}. {cut.subject}: {cut.reason}"
+            finding = replace(finding, cause=cut.cause, reason=reason, advice=cut.advice)
+        elif own is not None and is_own:
             finding = replace(finding, cause=own.cause, reason=own.reason, advice=own.advice)
-        found.append(finding)
-    return found + [each for name, each in by_name.items() if add and name not in wrong]
+        informed.append(finding)
+    return informed + [each for name, each in by_name.items() if add and name not in wrong]
 
 
 def ungathered(reason: str) -> tuple[Finding, ...]:
     """Logits that no loss could be taken of."""
-    return (
-        Finding(
-            FindingKind.OUTPUT_DIFFERS,
-            "output",
-            reason,
-            advice=ADVICE[Cause.NOT_GATHERED],
-            cause=Cause.NOT_GATHERED,
-        ),
-    )
+    cause = Cause.NOT_GATHERED
+    return (Finding(FindingKind.OUTPUT_DIFFERS, "output", reason, advice=ADVICE[cause], cause=cause),)
 
 
 def rule_of(model: nn.Module, name: str) -> RuleRef | None:
-    """The rule that holds for a parameter or module, or for the nearest module around it that has one; as the plan's user wrote it."""
+    """The rule that holds for a parameter or module, or for the nearest module around it that has one; as the
+    plan's user wrote it."""
     applied = applied_to(model)
     while name:
         if applied.foreign is not None:
@@ -165,7 +172,8 @@ _WRONG = frozenset({Relation.MULTIPLE, Relation.UNEQUAL, Relation.ZERO, Relation
 
 
 def _is_wrong(related: Related | None) -> bool:
-    """Whether an activation can't be right. What lies cut in an order of its own, as heads or experts do, isn't known to be wrong."""
+    """Whether an activation can't be right. What lies cut in an order of its own, as heads or experts do,
+    isn't known to be wrong."""
     if related is None:
         return False
     is_comparable = related.dim is None and related.error < float("inf")
@@ -193,17 +201,14 @@ def _output_finding(evidence: Evidence, forward: Seen | None) -> Finding:
 
 def _forward_fault(evidence: Evidence, forward: Seen) -> tuple[Cause, str]:
     """Of the first module whose output can't be right, or of what it was given."""
-    reason = (
-        f"the first module whose output differs is {_named(forward.module)}: {_output_words(forward.output)}"
-    )
+    words = _words(forward.output, _OUTPUT_WORDS, "its output")
+    reason = f"the first module whose output differs is {_named(forward.module)}: {words}"
     if evidence.recut is not None:
         return Cause.CUT_AS_ONE, f"{reason}. {evidence.recut.parameter}: {evidence.recut.reason}"
     parts = _parts_before(evidence, forward)
     if parts is not None:
-        return (
-            Cause.PARTS_NOT_SUMMED,
-            f"{parts} gives each rank a part of a sum, and nothing sums them; {reason}",
-        )
+        sums = f"{parts} gives each rank a part of a sum, and nothing sums them"
+        return Cause.PARTS_NOT_SUMMED, f"{sums}; {reason}"
     assert forward.output is not None
     match forward.output.relation:
         case Relation.SHIFTED:
@@ -217,29 +222,15 @@ def _forward_fault(evidence: Evidence, forward: Seen) -> tuple[Cause, str]:
 
 
 def _parts_before(evidence: Evidence, forward: Seen) -> str | None:
-    """The module whose output, the last before the first wrong one, is a part on each rank; the innermost where modules hand it on."""
-    found = None
+    """The module whose output, the last before the first wrong one, is a part on each rank; the innermost
+    where modules hand it on."""
+    parts = None
     for call in reversed(evidence.seen[: evidence.seen.index(forward)]):
         if call.output is not None:
             if call.output.relation is not Relation.PARTS:
                 break
-            found = call.module
-    return found
-
-
-def _output_words(related: Related | None) -> str:
-    match related.relation if related is not None else None:
-        case Relation.MULTIPLE:
-            assert related is not None
-            return f"its output is {_times(related.factor)} the unsharded one"
-        case Relation.UNEQUAL:
-            return "its output isn't equal on all ranks"
-        case Relation.ZERO:
-            return "its output is zero"
-        case Relation.SHIFTED:
-            return "each rank has another rank's part"
-        case _:
-            return "its output isn't the unsharded one"
+            parts = call.module
+    return parts
 
 
 # ------------------------------------------------------------------------------------- each gradient
@@ -303,7 +294,7 @@ def _passed_on(
     if own is None or backward is None or own >= backward:
         return None
     source = evidence.seen[backward]
-    where, words = _named(source.module), _gradient_words(source.gradient)
+    where, words = _named(source.module), _words(source.gradient, _GRADIENT_WORDS, "there it")
     return Cause.FOLLOWS, f"the gradient that comes down to it is wrong from {where} on: {words}"
 
 
@@ -311,17 +302,23 @@ def _named(module: str) -> str:
     return module or "the model itself"
 
 
-def _gradient_words(related: Related | None) -> str:
-    match related.relation if related is not None else None:
-        case Relation.MULTIPLE:
-            assert related is not None
-            return f"there it is {_times(related.factor)} the unsharded one"
-        case Relation.UNEQUAL:
-            return "there it isn't equal on all ranks, nor a part of a sum"
-        case Relation.ZERO:
-            return "there it is zero"
-        case _:
-            return "there it isn't the unsharded one"
+_OUTPUT_WORDS = {
+    Relation.UNEQUAL: "its output isn't equal on all ranks",
+    Relation.ZERO: "its output is zero",
+    Relation.SHIFTED: "each rank has another rank's part",
+}
+_GRADIENT_WORDS = {
+    Relation.UNEQUAL: "there it isn't equal on all ranks, nor a part of a sum",
+    Relation.ZERO: "there it is zero",
+}
+
+
+def _words(related: Related | None, by_relation: Mapping[Relation, str], what: str) -> str:
+    if related is None:
+        return f"{what} isn't the unsharded one"
+    if related.relation is Relation.MULTIPLE:
+        return f"{what} is {_times(related.factor)} the unsharded one"
+    return by_relation.get(related.relation, f"{what} isn't the unsharded one")
 
 
 def _times(factor: float | None) -> str:

@@ -1,4 +1,5 @@
-"""One training step of a model, traced without ranks and watched: what foresight.py compares, unsharded and sharded."""
+"""One training step of a model, traced without ranks and watched: what foresight.py compares, unsharded and
+sharded."""
 
 import logging
 import re
@@ -37,7 +38,8 @@ class Step:
 
     @property
     def failure(self) -> str:
-        """What the trace said, without the names of plan and model, which stand above it, and without its advice."""
+        """What the trace said, without the names of plan and model, which stand above it, and without its
+        advice."""
         text = str(self.error)
         if self.error is not None and self.error.__cause__ is not None:
             text = re.sub(r'^(plan "[^"]*": )?model "[^"]*": | See whether it .*$', "", text)
@@ -76,7 +78,8 @@ class Step:
         return isinstance(plan, Plan) and isinstance(self.error, PlanError) and self.error.__cause__ is None
 
     def is_untraceable_under(self, plan: AnyPlan) -> bool:
-        """Whether it fails because there is no data or no time; or can't be built without weights, as a factory that shards itself may not."""
+        """Whether it fails because there is no data or no time; or can't be built without weights, as a
+        factory that shards itself may not."""
         cause = self.error.__cause__ if self.error is not None else None
         has_no_data = isinstance(cause, DataDependentOutputException | DynamicOutputShapeException)
         is_too_long = isinstance(self.error, TooLongError)

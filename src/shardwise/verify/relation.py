@@ -1,7 +1,9 @@
-"""How the tensors that the ranks hold relate to the whole one of the unsharded model: equal, cut, parts of a sum, a multiple, or none of these.
+"""How the tensors that the ranks hold relate to the whole one of the unsharded model: equal, cut, parts of a
+sum, a multiple, or none of these.
 
-Each wrong reduction has a relation of its own, so the relation is the reason: where every rank has a part and nobody sums them, the sum of what
-they have is the whole; where wholes were summed, each has n times it; a shard of the wrong rank is right one place further.
+Each wrong reduction has a relation of its own, so the relation is the reason: where every rank has a part and
+nobody sums them, the sum of what they have is the whole; where wholes were summed, each has n times it; a
+shard of the wrong rank is right one place further.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +33,8 @@ Far = Callable[[Sequence[Tensor]], float]
 
 @dataclass(frozen=True, slots=True)
 class Related:
-    """error: relative to the whole, ||piece - expected|| / ||whole||, the largest over the ranks, under the relation found."""
+    """error: relative to the whole, ||piece - expected|| / ||whole||, the largest over the ranks, under the
+    relation found."""
 
     relation: Relation
     error: float
@@ -45,7 +48,8 @@ class Related:
 
 
 def relate(pieces: Sequence[Tensor | None], whole: Tensor, *, tolerance: float) -> Related:
-    """pieces: one tensor a rank, by rank. All must be on one device; they are compared in float64, with errors relative to the whole's norm."""
+    """pieces: one tensor a rank, by rank. All must be on one device; they are compared in float64, with
+    errors relative to the whole's norm."""
     whole = whole.double()
     norm = float(whole.norm())
     scale = norm or 1.0
@@ -116,7 +120,8 @@ def _relate_cut(
 
 
 def cut_apart(whole: Tensor, dim: int, several: int, n: int, rank: int) -> Tensor:
-    """What one of n ranks holds where `several` equal tensors lie in one along dim and each is cut by itself; 1: cut as one. It must divide."""
+    """What one of n ranks holds where `several` equal tensors lie in one along dim and each is cut by itself;
+    1: cut as one. It must divide."""
     return torch.cat([part.chunk(n, dim)[rank] for part in whole.chunk(several, dim)], dim)
 
 

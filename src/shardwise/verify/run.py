@@ -1,5 +1,5 @@
-"""Starts the ranks that prove plans right or wrong, and starts them again where one claim took them down. All claims share a launch: it
-costs seconds."""
+"""Starts the ranks that prove plans right or wrong, and starts them again where one claim took them down. All
+claims share a launch: it costs seconds."""
 
 from collections.abc import Callable, Sequence
 
@@ -27,11 +27,13 @@ def verify(
     timeout_s: float = TIMEOUT_S,
     on_answer: Callable[[Verification], None] = lambda _: None,
 ) -> tuple[Verification, ...]:
-    """A Verification for each claim, in order; under torchrun on rank 0 only, () elsewhere. on_answer: told each as it comes, without what a
-    trace adds to one that isn't right. settings: batch and seq, a multiple of tp.
+    """A Verification for each claim, in order; under torchrun on rank 0 only, () elsewhere. on_answer: told
+    each as it comes, without what a trace adds to one that isn't right. settings: batch and seq, a multiple
+    of tp.
 
-    timeout_s: without a sign of life, a claim is given up, and is said to crash. Raises the InputErrors of the model and plan; RunError for a
-    claim that takes torchrun's ranks down, which can't be started anew from here.
+    timeout_s: without a sign of life, a claim is given up, and is said to crash. Raises the InputErrors of
+    the model and plan; RunError for a claim that takes torchrun's ranks down, which can't be started anew
+    from here.
     """
     answers: dict[int, Verification] = {}
 

@@ -1,4 +1,5 @@
-"""What can be said of a plan before anything runs: from the model as it was named (without weights), the plan, and the number of ranks."""
+"""What can be said of a plan before anything runs: from the model as it was named (without weights), the
+plan, and the number of ranks."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -39,48 +40,39 @@ def _is_cut(parameter: nn.Parameter) -> bool:
     return not all(placement.is_replicate() for placement in placements)
 
 
-def shadowed_rules(model: nn.Module, plan: Plan) -> list[Finding]:
+def shadowed_rules(model: nn.Module, plan: Plan) -> Iterator[Finding]:
     """Rules that match modules and hold for none, since later ones match them all."""
     names = [name for name, _ in model.named_modules() if name]
     holds = {name: plan.rule_for(name) for name in names}
-    found = []
     for rule in plan.rules:
         matched = [name for name in names if rule.matches(name)]
         if matched and all(holds[name] is not rule for name in matched):
             others = ", ".join(dict.fromkeys(str(holds[name]) for name in matched))
-            reason = f"the rule holds for no module: what it matches, {_some(matched)}, later rules match too: {others}"
+            what = f"what it matches, {_some(matched)}, later rules match too: {others}"
             advice = "Of several rules the last that matches holds: move it down, or take it out."
-            found.append(
-                Finding(FindingKind.RULE_IS_SHADOWED, rule.pattern, reason, advice=advice, rule=rule.ref)
-            )
-    return found
+            reason = f"the rule holds for no module: {what}"
+            yield Finding(FindingKind.RULE_IS_SHADOWED, rule.pattern, reason, advice=advice, rule=rule.ref)
 
 
-def idle_rules(model: nn.Module, rules: Iterable[ForeignRule]) -> list[Finding]:
+def idle_rules(model: nn.Module, rules: Iterable[ForeignRule]) -> Iterator[Finding]:
     """Another library's rules that match nothing. Our own engine refuses those."""
     names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
-    found = []
-    for use in rules:
-        rule = use.rule
-        if not use.matches:
-            near = suggest_pattern(rule.pattern, names)
-            advice = f'Did you mean "{near}"?' if near is not None and near != rule.pattern else None
-            reason = f"the rule ({rule.style}) matches no module or parameter"
-            found.append(
-                Finding(FindingKind.RULE_MATCHES_NOTHING, rule.pattern, reason, advice=advice, rule=rule)
-            )
-    return found
+    for rule in (use.rule for use in rules if not use.matches):
+        near = suggest_pattern(rule.pattern, names)
+        advice = f'Did you mean "{near}"?' if near is not None and near != rule.pattern else None
+        reason = f"the rule ({rule.style}) matches no module or parameter"
+        yield Finding(FindingKind.RULE_MATCHES_NOTHING, rule.pattern, reason, advice=advice, rule=rule)
 
 
-def untied(ties: Iterable[tuple[str, ...]], model: nn.Module) -> list[Finding]:
-    """Parameters that are one in the unsharded model, under the names of each of `ties`, and several in the sharded one."""
-    found = []
+def untied(ties: Iterable[tuple[str, ...]], model: nn.Module) -> Iterator[Finding]:
+    """Parameters that are one in the unsharded model, under the names of each of `ties`, and several in the
+    sharded one."""
     after = dict(model.named_parameters(remove_duplicate=False))
-    for names in sorted(ties):
-        if len({id(after[name]) for name in names if name in after}) > 1:
-            reason = f"it is one parameter with {', '.join(names[1:])}, and several when sharded, which train apart"
-            found.append(Finding(FindingKind.UNTIED, names[0], reason, cause=Cause.UNTIED))
-    return found
+    for name, *others in sorted(ties):
+        if len({id(after[each]) for each in (name, *others) if each in after}) > 1:
+            one = f"it is one parameter with {', '.join(others)}"
+            reason = f"{one}, and several when sharded, which train apart"
+            yield Finding(FindingKind.UNTIED, name, reason, cause=Cause.UNTIED)
 
 
 _HEAD_COUNTS = (
@@ -89,28 +81,27 @@ _HEAD_COUNTS = (
 )
 
 
-def undivided_heads(model: nn.Module, rules: Iterable[ForeignRule], tp: int) -> list[Finding]:
-    """Heads that the ranks can't share out evenly, where a rule cuts the projection that makes them. By a Hugging Face configuration."""
+def undivided_heads(model: nn.Module, rules: Iterable[ForeignRule], tp: int) -> Iterator[Finding]:
+    """Heads that the ranks can't share out evenly, where a rule cuts the projection that makes them. By a
+    Hugging Face configuration."""
     config: Any = getattr(model, "config", None)
     part: Any = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    found = []
     for key, what, projections in _HEAD_COUNTS:
         count = _number(part, key)
         cuts = (use for use in rules if use.rule.style == "colwise" and use.modules)
         use = next((use for use in cuts if re.search(projections, use.modules[0])), None)
         if count is not None and count % tp and use is not None:
-            reason = (
-                f"tp={tp} doesn't divide the {count} {what}, and the rule cuts the projection that makes them"
-            )
-            advice = f"Use tp in {{{', '.join(str(n) for n in range(1, count + 1) if count % n == 0)}}}, or leave the projection whole."
-            found.append(
-                Finding(FindingKind.HEADS_NOT_DIVISIBLE, use.modules[0], reason, advice=advice, rule=use.rule)
-            )
-    return found
+            cut = "the rule cuts the projection that makes them"
+            reason = f"tp={tp} doesn't divide the {count} {what}, and {cut}"
+            divisors = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+            advice = f"Use tp in {{{divisors}}}, or leave the projection whole."
+            where = use.modules[0]
+            yield Finding(FindingKind.HEADS_NOT_DIVISIBLE, where, reason, advice=advice, rule=use.rule)
 
 
 def _number(config: Any, key: str) -> int | None:
-    """A configuration's number; None where there is none, or one for each layer (asking for which transformers refuses in its own way)."""
+    """A configuration's number; None where there is none, or one for each layer (asking for which
+    transformers refuses in its own way)."""
     try:
         value = getattr(config, key, None)
     except Exception:
@@ -118,18 +109,16 @@ def _number(config: Any, key: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def dropout(model: nn.Module) -> list[Finding]:
-    """Dropout that is on. Each rank draws its masks itself, and activations that all ranks hold need the same ones."""
-    on = [name for name, module in _dropouts(model) if module.p > 0]
-    if not on:
-        return []
-    reason = f"{len(on)} dropout modules are on ({_some(on)}); each rank draws its own masks, and of what all ranks hold they must be equal"
-    advice = "Seed all tp ranks alike, or set the dropout to 0. A proof runs without any."
-    return [Finding(FindingKind.DROPOUT_MAY_DIFFER, on[0], reason, advice=advice)]
-
-
-def _dropouts(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, AnyDropout))
+def dropout(model: nn.Module) -> Iterator[Finding]:
+    """Dropout that is on. Each rank draws its masks itself, and activations that all ranks hold need the same
+    ones."""
+    dropouts: Any = ((name, each) for name, each in model.named_modules() if isinstance(each, AnyDropout))
+    on = [name for name, module in dropouts if module.p > 0]
+    if on:
+        masks = "each rank draws its own masks, and of what all ranks hold they must be equal"
+        reason = f"{len(on)} dropout modules are on ({_some(on)}); {masks}"
+        advice = "Seed all tp ranks alike, or set the dropout to 0. A proof runs without any."
+        yield Finding(FindingKind.DROPOUT_MAY_DIFFER, on[0], reason, advice=advice)
 
 
 def _some(names: list[str]) -> str:

@@ -1,7 +1,8 @@
-"""What is known of plans without starting a rank: the static checks by themselves, and what they add where a proof has no reason of its own.
+"""What is known of plans without starting a rank: the static checks by themselves, and what they add where a
+proof has no reason of its own.
 
-The model is taken as it was named, whatever its size and tp: its parameters are counted on the meta device, and its step is traced on fake
-tensors; its small twin's, where its own can't be.
+The model is taken as it was named, whatever its size and tp: its parameters are counted on the meta device,
+and its step is traced on fake tensors; its small twin's, where its own can't be.
 """
 
 import time
@@ -37,7 +38,8 @@ def check(
     settings: StepSettings,
     on_answer: Callable[[Verification], None] = lambda _: None,
 ) -> tuple[Verification, ...]:
-    """A Verification without a proof for each claim. Raises the InputErrors of the model and plan; RunError inside a process group."""
+    """A Verification without a proof for each claim. Raises the InputErrors of the model and plan; RunError
+    inside a process group."""
     answers = []
     for claim in claims:
         began = time.perf_counter()
@@ -48,8 +50,8 @@ def check(
 
 
 def informed(proved: Verification, claim: Claim, settings: StepSettings) -> Verification:
-    """The same, with the reasons that a trace suspects for what the proof found wrong without one, or crashed over. What the proof found
-    right is right."""
+    """The same, with the reasons that a trace suspects for what the proof found wrong without one, or crashed
+    over. What the proof found right is right."""
     has_crashed = proved.verdict is Verdict.CRASHES
     if not has_crashed and not any(is_unexplained(finding) for finding in proved.findings):
         return proved
@@ -93,8 +95,8 @@ def _checked(claim: Claim, mesh: Mesh, settings: StepSettings) -> Verification:
 
 
 def _built(claim: Claim, tp: int) -> tuple[ModelSource, nn.Module, str]:
-    """The source, its model on the meta device, and what it is instead of the model as named: its twin if that is asked for, or all that
-    can be built."""
+    """The source, its model on the meta device, and what it is instead of the model as named: its twin if
+    that is asked for, or all that can be built."""
     source = find_model(claim.model)
     small = source.small(tp) if claim.twin is not False else None
     if small is None or not claim.twin:
