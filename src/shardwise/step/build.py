@@ -19,9 +19,8 @@ from shardwise.step.train import recompute_layers, shard_with_fsdp
 
 def device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
     """The process group's ranks in the shape of `mesh`."""
-    return init_device_mesh(
-        device_type, tuple(size for _, size in mesh.axes), mesh_dim_names=tuple(name for name, _ in mesh.axes)
-    )
+    names, sizes = zip(*mesh.axes, strict=True)
+    return init_device_mesh(device_type, sizes, mesh_dim_names=names)
 
 
 def build_model(

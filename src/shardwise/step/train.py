@@ -71,9 +71,8 @@ def recompute_layers(layers: Iterable[nn.Module], what: str = "full") -> None:
 
 def _selective() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Contexts of one layer's forward and of its second one."""
-    matmuls = {
-        again: count(1) for again in (False, True)
-    }  # PyTorch before 2.13 asks in the second forward too
+    # PyTorch before 2.13 asks in the second forward too
+    matmuls = {again: count(1) for again in (False, True)}
 
     def policy(context: SelectiveCheckpointContext, op: object, *_: object, **__: object) -> CheckpointPolicy:
         kept = next(matmuls[context.is_recompute]) % 2 == 1 if op in _MATMULS else op in _KEPT
@@ -84,10 +83,8 @@ def _selective() -> tuple[AbstractContextManager[None], AbstractContextManager[N
 
 def mixed_precision(settings: StepSettings) -> MixedPrecisionPolicy:
     """FSDP's, as the settings name it."""
-    param_dtype, reduce_dtype = (
-        getattr(torch, name) if name else None for name in (settings.param_dtype, settings.reduce_dtype)
-    )
-    return MixedPrecisionPolicy(param_dtype, reduce_dtype)
+    names = (settings.param_dtype, settings.reduce_dtype)
+    return MixedPrecisionPolicy(*(getattr(torch, name) if name else None for name in names))
 
 
 def shard_with_fsdp(
@@ -101,9 +98,8 @@ def shard_with_fsdp(
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(
-                True
-            )  # else the factor goes to the backend, and gloo knows none
+            # else the factor goes to the backend, and gloo knows none
+            module.set_force_sum_reduction_for_comms(True)
 
 
 class TrainStep:
