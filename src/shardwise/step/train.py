@@ -84,7 +84,8 @@ def _selective() -> tuple[AbstractContextManager[None], AbstractContextManager[N
 def mixed_precision(settings: StepSettings) -> MixedPrecisionPolicy:
     """FSDP's, as the settings name it."""
     names = (settings.param_dtype, settings.reduce_dtype)
-    return MixedPrecisionPolicy(*(getattr(torch, name) if name else None for name in names))
+    param_dtype, reduce_dtype = (getattr(torch, name) if name else None for name in names)
+    return MixedPrecisionPolicy(param_dtype, reduce_dtype)
 
 
 def shard_with_fsdp(
