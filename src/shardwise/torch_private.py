@@ -1,12 +1,13 @@
 """PyTorch's private names, all of those that Shardwise uses, and whether this PyTorch has them.
 
-Nobody else writes one. A name that a version lacks doesn't break the import: check() says in one line what is missing, and in which version,
-before anything is traced, sharded or timed. To follow a new version, mend the name here.
+Nobody else writes one. A name that a version lacks doesn't break the import: check() says in one line what is
+missing, and in which version, before anything is traced, sharded or timed. To follow a new version, mend the
+name here.
 """
 
 import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,13 @@ class _Absent:
 def _find(module: str, path: str) -> Any:
     """module.path, or _Absent, which is noted."""
     try:
-        found: Any = importlib.import_module(module)
+        owner: Any = importlib.import_module(module)
         for name in path.split("."):
-            found = getattr(found, name)
+            owner = getattr(owner, name)
     except (ImportError, AttributeError):
         _missing.append(f"{module}.{path}")
         return _Absent
-    return found
+    return owner
 
 
 def check() -> None:
@@ -48,7 +49,7 @@ def complaint(version: str, missing: list[str]) -> str:
 
 # ------------------------------------------------------------------------------------------ the dispatcher
 
-if TYPE_CHECKING:
+try:  # classes, which others inherit from and ask for
     from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
     from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
     from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
@@ -57,22 +58,15 @@ if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import _StridedShard
     from torch.nn.modules.dropout import _DropoutNd
     from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
-
-    StridedShard = _StridedShard
-    AnyDropout = _DropoutNd
-else:
-    TorchDispatchMode = _find("torch.utils._python_dispatch", "TorchDispatchMode")
-    FakeTensor = _find("torch._subclasses.fake_tensor", "FakeTensor")
-    FakeTensorMode = _find("torch._subclasses.fake_tensor", "FakeTensorMode")
-    DataDependentOutputException = _find("torch._subclasses.fake_tensor", "DataDependentOutputException")
-    DynamicOutputShapeException = _find("torch._subclasses.fake_tensor", "DynamicOutputShapeException")
-    AsyncCollectiveTensor = _find("torch.distributed._functional_collectives", "AsyncCollectiveTensor")
-    StridedShard = _find("torch.distributed.tensor.placement_types", "_StridedShard")
-    AnyDropout = _find("torch.nn.modules.dropout", "_DropoutNd")
+except ImportError as error:
+    quoted = str(error).split("'")[
+        1::2
+    ]  # cannot import name 'x' from 'torch.y', or No module named 'torch.y'
+    raise TorchError(complaint(torch.__version__, [".".join(quoted[1::-1])])) from None
+StridedShard, AnyDropout = _StridedShard, _DropoutNd
 
 has_kernel: Callable[[str, str], bool] = _find("torch._C", "_dispatch_has_kernel_for_dispatch_key")
 """(op, dispatch key) -> whether there is a kernel."""
-all_schemas: Callable[[], list[Any]] = _find("torch._C", "_jit_get_all_schemas")
 device_factories: Callable[[], Any] = _find("torch.utils._device", "_device_constructors")
 """Functions that make a tensor where their `device` says."""
 _disable_torch_function = _find("torch._C", "DisableTorchFunction")
@@ -149,7 +143,8 @@ def hooks_of(parameter: Tensor) -> tuple[list[Any], list[Any]]:
 
 
 def set_hooks_again(parameter: Tensor) -> None:
-    """Module.to() leaves the dict of hooks behind without its tensor, which then calls none; set again, it is the new tensor's."""
+    """Module.to() leaves the dict of hooks behind without its tensor, which then calls none; set again, it is
+    the new tensor's."""
     if parameter._backward_hooks is not None:
         parameter._backward_hooks = parameter._backward_hooks
 
@@ -207,7 +202,8 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def forget_meshes() -> None:
-    """DTensor caches what it works out by mesh, and equal meshes count as one: the shapes and groups of one rank would be another's."""
+    """DTensor caches what it works out by mesh, and equal meshes count as one: the shapes and groups of one
+    rank would be another's."""
     _clear_sharding_cache()
     _transform_infos.cache_clear()
     _dtensor._op_dispatcher.sharding_propagator._propagate_tensor_meta_cached.cache_clear()

@@ -1,7 +1,8 @@
-"""The small programs whose texts are kept here, and the command that accepts new ones: python -m tests.golden.programs (make golden).
+"""The small programs whose texts are kept here, and the command that accepts new ones: python -m
+tests.golden.programs (make golden).
 
-The texts here are those of torch BASE. Where another version runs other ops, its text stands in a folder of its name (2.15/), and only
-there: a program that is the same under both has one text.
+The texts here are those of torch BASE. Where another version runs other ops, its text stands in a folder of
+its name (2.15/), and only there: a program that is the same under both has one text.
 """
 
 from dataclasses import dataclass

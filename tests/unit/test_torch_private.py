@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from shardwise import torch_private
@@ -79,18 +80,32 @@ def test_what_a_torch_lacks_is_said_in_one_line_with_its_version() -> None:
     assert issubclass(TorchError, InputError)
 
 
-def test_a_torch_that_lacks_names_is_refused_when_a_verb_begins() -> None:
+@pytest.mark.parametrize(
+    ("removal", "lacks"),
+    [
+        (
+            "del torch._C._current_graph_task_id\n"
+            "from torch.distributed.tensor import _api, _dispatch, _redistribute\n"
+            "for each in (_api, _dispatch, _redistribute):\n"
+            "    each.__dict__.pop('redistribute_local_tensor', None)",
+            "torch._C._current_graph_task_id, redistribute_local_tensor",
+        ),
+        (
+            "del torch.utils._python_dispatch.TorchDispatchMode",
+            "torch.utils._python_dispatch.TorchDispatchMode",
+        ),
+    ],
+)
+def test_a_torch_that_lacks_names_is_refused_when_a_verb_begins(removal: str, lacks: str) -> None:
     code = (
-        "import torch, torch.distributed.fsdp\n"
-        "from torch.distributed.tensor import _api, _dispatch, _redistribute\n"
-        "del torch._C._current_graph_task_id\n"
-        "for each in (_api, _dispatch, _redistribute):\n"
-        "    each.__dict__.pop('redistribute_local_tensor', None)\n"
+        f"import torch, torch.distributed.fsdp, torch.distributed.tensor.debug\n{removal}\n"
         "from shardwise.core.errors import TorchError\n"
-        "from shardwise.parallel.apply import parallelize\n"
-        "try:\n    parallelize(torch.nn.Linear(1, 1), 'rowwise', None)\nexcept TorchError as error:\n    print(error)"
+        "try:\n"
+        "    from shardwise.parallel.apply import parallelize\n"
+        "    parallelize(torch.nn.Linear(1, 1), 'rowwise', None)\n"
+        "except TorchError as error:\n"
+        "    print(error)"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    lacks = "torch._C._current_graph_task_id, redistribute_local_tensor"
     assert answer.startswith(f"torch {torch.__version__} has no {lacks}, which Shardwise uses.")
     assert answer.count("\n") == 1

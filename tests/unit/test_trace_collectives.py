@@ -1,4 +1,5 @@
-"""Every way in which a model's own code may exchange data is in its Program: with its kind, its bytes, and its place."""
+"""Every way in which a model's own code may exchange data is in its Program: with its kind, its bytes, and
+its place."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -233,7 +234,8 @@ def test_what_no_table_knows_has_bytes_a_place_and_a_finding(strange: Callable[[
     finding = explain(program).findings[-1]
     assert (finding.kind, finding.subject) == (FindingKind.COLLECTIVES_UNKNOWN, "middle")
     assert finding.reason == (
-        "1 collectives are unknown, and what they send with them: shardwise_test::swirl (1), the first in forward"
+        "1 collectives are unknown, and what they send with them: shardwise_test::swirl (1), "
+        "the first in forward"
     )
     assert program_from_json(program_json(program), "p.json") == program
 

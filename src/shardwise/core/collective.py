@@ -1,22 +1,25 @@
 """Collectives as data: which one, who asked and why, and what one rank sends by the named algorithm.
 
-Notation: n ranks; `full` is the whole tensor that the collective is about (the input of a reduce-scatter or scatter,
-the output of an all-gather or gather, the tensor of an all-reduce, reduce, broadcast, send or recv, one rank's input of
-an all-to-all). `wire bytes` is what one rank sends.
+Notation: n ranks; `full` is the whole tensor that the collective is about (the input of a reduce-scatter or
+scatter, the output of an all-gather or gather, the tensor of an all-reduce, reduce, broadcast, send or recv,
+one rank's input of an all-to-all). `wire bytes` is what one rank sends.
 
     all-reduce      ring      2 (n-1)/n x full      Patarasuk & Yuan 2009
     all-gather      ring        (n-1)/n x full      Chan et al. 2007
     reduce-scatter  ring        (n-1)/n x full      Chan et al. 2007
-    all-to-all      pairwise    (n-1)/n x full      each rank keeps its own n-th; with uneven splits, what it sends to others
-    broadcast       pipeline          1 x full      the root sends once down the ring; counted for every rank
-    reduce          pipeline          1 x full      a broadcast the other way round (Chan et al. 2007); counted for every rank
-    gather, scatter direct      (n-1)/n x full      what passes the root's link (Chan et al. 2007); counted for every rank
+    all-to-all      pairwise    (n-1)/n x full      with uneven splits, what the rank sends to others
+    broadcast       pipeline          1 x full      Chan et al. 2007: once down the ring
+    reduce          pipeline          1 x full      Chan et al. 2007: a broadcast the other way round
+    gather, scatter direct      (n-1)/n x full      Chan et al. 2007: what passes the root's link
     send                              1 x full      to one other rank
     recv                              0             the other rank sends it
     barrier                           0             it carries no data
-    unknown                           1 x full      nobody knows the algorithm: every byte of the largest argument, once
+    unknown                           1 x full      nobody knows the algorithm: the largest argument, once
 
-What this file does not know: time. Backends may send more than the formula (gloo's reduce-scatter sends twice as much).
+Where ranks differ (a root), the most that one of them sends or receives is counted for all.
+
+What this file does not know: time. Backends may send more than the formula (gloo's reduce-scatter sends twice
+as much).
 """
 
 from collections.abc import Iterable
@@ -56,7 +59,7 @@ TIMED = (
 
 
 def wire_bytes(kind: CollectiveKind, full_bytes: int, axis_size: int) -> float:
-    """Bytes that each of `axis_size` ranks sends for a tensor of `full_bytes`, by the formula in the table above."""
+    """Bytes that each of `axis_size` ranks sends for a tensor of `full_bytes`, by the table above."""
     if axis_size == 1:
         return 0.0
     share = (axis_size - 1) / axis_size
@@ -83,7 +86,8 @@ _OFF_MESH = "ranks "
 
 
 def off_mesh(ranks: Iterable[int]) -> str:
-    """What stands for an axis where a group is none of the mesh: "ranks 0-3", "ranks 0, 2, 5"; "ranks ?" where nobody tells."""
+    """Stands for an axis where a group is none of the mesh: "ranks 0-3", "ranks 0, 2, 5"; "ranks ?" where
+    nobody tells."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][-1] + 1:
@@ -100,8 +104,8 @@ def is_off_mesh(axis: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Who asked for a collective and why: module, rule (None: no rule of the plan asked), and the change of placement that it
-    carries out."""
+    """Who asked for a collective and why: module, rule (None: no rule of the plan asked), and the change of
+    placement that it carries out."""
 
     module: str
     rule: RuleRef | None
@@ -121,9 +125,9 @@ class Origin:
 class CollectiveCall:
     """One collective as one rank issued it.
 
-    payload_bytes: the `full` tensor of the table above as this rank sees it. wire_bytes: what this rank sends; for an
-    all-to-all with uneven splits the bytes that really go to others. axis: of the mesh, or what off_mesh() says.
-    op: the dispatcher's name, where the kind is unknown.
+    payload_bytes: the `full` tensor of the table above as this rank sees it. wire_bytes: what this rank
+    sends; for an all-to-all with uneven splits the bytes that really go to others. axis: of the mesh, or what
+    off_mesh() says. op: the dispatcher's name, where the kind is unknown.
     """
 
     kind: CollectiveKind

@@ -1,8 +1,8 @@
-"""Records the collectives that a block of code really issues, on both engines: below every style, at PyTorch's dispatcher.
+"""Records the collectives that a block of code really issues, below every engine, at PyTorch's dispatcher.
 
-An op is a collective where its schema takes a process group, or where it stands in a namespace whose ops do (namespaces
-of symmetric memory move data between ranks by tensors alone). What the tables here don't name is `unknown`, never left
-out. Sizes are this rank's; wire bytes by the formulas of core/collective.py.
+An op is a collective where its schema takes a process group, or where it stands in a namespace whose ops do
+(namespaces of symmetric memory move data between ranks by tensors alone). What the tables here don't name is
+`unknown`, never left out. Sizes are this rank's; wire bytes by the formulas of core/collective.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,36 +22,41 @@ NAMESPACES = frozenset(
 )
 # Ops of those namespaces that move nothing between ranks
 _LOCAL_NAMES = (
-    "wait_tensor _wrap_tensor_autograd check_for_nan mesh_get_process_group _rendezvous memset32_ get_remote_tensors "
-    "stream_write_value32_ nvshmem_wait_for_signal nccl_wait_for_signal nccl_wait_signal _async_input_mm"
+    "wait_tensor _wrap_tensor_autograd check_for_nan mesh_get_process_group _rendezvous "
+    "memset32_ get_remote_tensors stream_write_value32_ nvshmem_wait_for_signal "
+    "nccl_wait_for_signal nccl_wait_signal _async_input_mm"
 )
 LOCAL = frozenset(_LOCAL_NAMES.split())
 _NAMES: dict[CollectiveKind, str] = {
     CollectiveKind.ALL_REDUCE: (
-        "allreduce_ allreduce_coalesced_ all_reduce all_reduce_ all_reduce_coalesced all_reduce_coalesced_ "
-        "one_shot_all_reduce one_shot_all_reduce_out one_shot_all_reduce_copy one_shot_all_reduce_copy_out "
-        "two_shot_all_reduce_ two_shot_all_reduce_out multimem_all_reduce_ multimem_one_shot_all_reduce "
-        "multimem_one_shot_all_reduce_out"
+        "allreduce_ allreduce_coalesced_ all_reduce all_reduce_ all_reduce_coalesced "
+        "all_reduce_coalesced_ one_shot_all_reduce one_shot_all_reduce_out one_shot_all_reduce_copy "
+        "one_shot_all_reduce_copy_out two_shot_all_reduce_ two_shot_all_reduce_out "
+        "multimem_all_reduce_ multimem_one_shot_all_reduce multimem_one_shot_all_reduce_out"
     ),
     CollectiveKind.ALL_GATHER: (
-        "_allgather_base_ allgather_ allgather_coalesced_ allgather_into_tensor_coalesced_ all_gather_into_tensor "
-        "all_gather_into_tensor_out all_gather_into_tensor_coalesced multimem_all_gather_out "
-        "_low_contention_all_gather fused_all_gather_matmul fused_all_gather_scaled_matmul"
+        "_allgather_base_ allgather_ allgather_coalesced_ allgather_into_tensor_coalesced_ "
+        "all_gather_into_tensor all_gather_into_tensor_out all_gather_into_tensor_coalesced "
+        "multimem_all_gather_out _low_contention_all_gather fused_all_gather_matmul "
+        "fused_all_gather_scaled_matmul"
     ),
     CollectiveKind.REDUCE_SCATTER: (
-        "_reduce_scatter_base_ reduce_scatter_ reduce_scatter_tensor_coalesced_ reduce_scatter_tensor "
-        "reduce_scatter_tensor_out reduce_scatter_tensor_coalesced reduce_scatter_out nccl_reduce_scatter_offset "
-        "_low_contention_reduce_scatter fused_matmul_reduce_scatter fused_scaled_matmul_reduce_scatter"
+        "_reduce_scatter_base_ reduce_scatter_ reduce_scatter_tensor_coalesced_ "
+        "reduce_scatter_tensor reduce_scatter_tensor_out reduce_scatter_tensor_coalesced "
+        "reduce_scatter_out nccl_reduce_scatter_offset _low_contention_reduce_scatter "
+        "fused_matmul_reduce_scatter fused_scaled_matmul_reduce_scatter"
     ),
     CollectiveKind.ALL_TO_ALL: (
-        "alltoall_base_ alltoall_ all_to_all_single shard_dim_alltoall nvshmem_all_to_all all_to_all_vdev "
-        "all_to_all_vdev_2d all_to_all_vdev_2d_offset"
+        "alltoall_base_ alltoall_ all_to_all_single shard_dim_alltoall nvshmem_all_to_all "
+        "all_to_all_vdev all_to_all_vdev_2d all_to_all_vdev_2d_offset"
     ),
     CollectiveKind.BROADCAST: "broadcast_ broadcast nvshmem_broadcast",
     CollectiveKind.REDUCE: "reduce_ tile_reduce multi_root_tile_reduce multimem_one_shot_reduce_out",
     CollectiveKind.GATHER: "gather_",
     CollectiveKind.SCATTER: "scatter_",
-    CollectiveKind.SEND: "send isend nvshmem_put nvshmem_put_with_signal nccl_put nccl_put_signal nccl_put_with_signal",
+    CollectiveKind.SEND: (
+        "send isend nvshmem_put nvshmem_put_with_signal nccl_put nccl_put_signal nccl_put_with_signal"
+    ),
     CollectiveKind.RECV: "recv_ recv_any_source_ irecv nvshmem_get nccl_get",
     CollectiveKind.BARRIER: "barrier monitored_barrier_ _barrier",
 }
@@ -59,7 +64,8 @@ _KINDS = {name: kind for kind, names in _NAMES.items() for name in names.split()
 _BATCH = "batch_p2p_ops"  # sends and receives in one
 KNOWN = frozenset({*_KINDS, _BATCH})
 
-# Where the whole tensor isn't simply the largest argument: the argument that is it, or (in parts) one rank's part of it
+# Where the whole tensor isn't simply the largest argument: the argument that is it, or (in parts) one rank's
+# part of it
 _WHOLE = {"alltoall_base_": 1, "alltoall_": 1, "all_to_all_single": 0, "shard_dim_alltoall": 0}
 _PART = dict.fromkeys(
     (
@@ -95,9 +101,10 @@ def is_collective(func: Any) -> bool:
 def read_calls(
     name: str, args: Sequence[Any], out: Any, axes: Mapping[str, str], phase: str
 ) -> tuple[CollectiveCall, ...]:
-    """The collectives that the dispatcher op `name` (such as "c10d::allreduce_") issues with `args`, giving `out`.
+    """The collectives that a dispatcher op (`name`: "c10d::allreduce_") issues with `args`, giving `out`.
 
-    One, but for a batch of sends and receives. axes: group name -> axis name; other groups are named by their ranks.
+    One, but for a batch of sends and receives. axes: group name -> axis name; other groups are named by their
+    ranks.
     """
     base = name.partition("::")[2]
     group = _group_of(args)
@@ -158,7 +165,8 @@ def _sent_to_others(sent: Sequence[Tensor], args: Sequence[Any], rank: int) -> i
 
 
 class CollectiveRecorder(TorchDispatchMode):
-    """`axes`: group name -> axis name. `phase`: set by the caller; what autograd runs is booked on "backward" whatever it says."""
+    """`axes`: group name -> axis name. `phase`: set by the caller; what autograd runs is booked on "backward"
+    whatever it says."""
 
     def __init__(self, axes: Mapping[str, str]) -> None:
         super().__init__()

@@ -1,11 +1,13 @@
-"""What is known of an op by its name: its kind, its FLOPs, the bytes that it reads and writes, and which op another device runs instead.
+"""What is known of an op by its name: its kind, its FLOPs, the bytes that it reads and writes, and which op
+another device runs instead.
 
-Names are PyTorch's, without overload: "aten::mm". The one table of what differs between devices is CUDA_NAMES; an op that isn't in KINDS is
-of the kind that PyTorch's tags or its name's family say, else `unknown`: it keeps its name, shapes and bytes, and nobody guesses more.
+Names are PyTorch's, without overload: "aten::mm". The one table of what differs between devices is
+CUDA_NAMES; an op that isn't in KINDS is of the kind that PyTorch's tags or its name's family say, else
+`unknown`: it keeps its name, shapes and bytes, and nobody guesses more.
 
-FLOPs: see core/program.py. Sources: matmul 2 m n k (Golub & Van Loan, Matrix Computations, 1.2.4); triangular solve n^2 per right-hand side
-(3.1.2 there); attention forward two matmuls and backward five (Dao et al. 2022, FlashAttention, section 3 and appendix B, which recomputes
-the scores), half of them where causal.
+FLOPs: see core/program.py. Sources: matmul 2 m n k (Golub & Van Loan, Matrix Computations, 1.2.4); triangular
+solve n^2 per right-hand side (3.1.2 there); attention forward two matmuls and backward five (Dao et al. 2022,
+FlashAttention, section 3 and appendix B, which recomputes the scores), half of them where causal.
 """
 
 import re
@@ -84,8 +86,9 @@ _FAMILIES = {
 _FLASH_CPU = "aten::_scaled_dot_product_flash_attention_for_cpu"
 _HALF = frozenset({"bfloat16", "float16"})
 
-# What CUDA runs where a CPU runs something else, and PyTorch chooses by the device below where a tracer without one can steer it.
-# RMSNorm, DTensor's all-to-all and the native engine's own choices differ too; they are steered (trace/fakes.py), so they need no entry.
+# What CUDA runs where a CPU runs something else, and PyTorch chooses by the device below where a tracer
+# without one can steer it. RMSNorm, DTensor's all-to-all and the native engine's own choices differ too; they
+# are steered (trace/fakes.py), so they need no entry.
 CUDA_NAMES: dict[str, dict[str, str]] = {
     _FLASH_CPU: {
         "flash": "aten::_scaled_dot_product_flash_attention",
@@ -96,13 +99,14 @@ CUDA_NAMES: dict[str, dict[str, str]] = {
         "efficient": "aten::_scaled_dot_product_efficient_attention_backward",
     },
 }
-# CUDA may run fused kernels of its own in place of these, which a trace on a CPU doesn't see: native_dropout; attention that a CPU takes
-# apart, as it does where keys and values have other widths
+# CUDA may run fused kernels of its own in place of these, which a trace on a CPU doesn't see: native_dropout;
+# attention that a CPU takes apart, as it does where keys and values have other widths
 CUDA_DIFFERS = frozenset({"aten::bernoulli_", "aten::_safe_softmax"})
 
 
 def kind_of(name: str, device: str, tags: Collection[str] = ()) -> OpKind:
-    """The kind of an op as `device` runs it; one that works in place (`exp_`) or on a list (`_foreach_exp`) is of its plain form's.
+    """The kind of an op as `device` runs it; one that works in place (`exp_`) or on a list (`_foreach_exp`)
+    is of its plain form's.
 
     tags: PyTorch's own of the op ("pointwise", "reduction"), for those that no name here tells.
     """
@@ -119,10 +123,12 @@ def kind_of(name: str, device: str, tags: Collection[str] = ()) -> OpKind:
 
 
 def name_on(name: str, device: str, inputs: Sequence[TensorSpec]) -> str:
-    """The op that `device` runs where a CPU runs `name`; "unknown in place of NAME" where the catalogue can't tell.
+    """The op that `device` runs where a CPU runs `name`; "unknown in place of NAME" where the catalogue can't
+    tell.
 
-    Source of the attention rules: PyTorch's aten/src/ATen/native/transformers/cuda/sdp_utils.cpp: flash attention takes half precision
-    and no mask, the memory-efficient kernel masks and float32 too, but no grouped heads, and neither takes float64.
+    Source of the attention rules: PyTorch's aten/src/ATen/native/transformers/cuda/sdp_utils.cpp: flash
+    attention takes half precision and no mask, the memory-efficient kernel masks and float32 too, but no
+    grouped heads, and neither takes float64.
     """
     if device != "cuda" or name not in CUDA_NAMES:
         return name
@@ -175,7 +181,8 @@ def traffic_of(
     output_bytes: Sequence[int],
     written: Sequence[int],
 ) -> tuple[int, int]:
-    """(bytes read, bytes written). input_bytes, output_bytes: of each tensor; written: those of the inputs that are written in place."""
+    """(bytes read, bytes written). input_bytes, output_bytes: of each tensor; written: those of the inputs
+    that are written in place."""
     read, write = sum(input_bytes), sum(output_bytes) + sum(written)
     match name.removeprefix("aten::"):
         case "embedding":  # the rows that it takes, not the table

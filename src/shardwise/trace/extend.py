@@ -1,18 +1,22 @@
-"""From a step traced with 3 and with 4 equal layers to the step with any number of them, exactly or not at all.
+"""From a step traced with 3 and with 4 equal layers to one with any number of them, exactly or not at all.
 
-The layers' items stand in runs: forward, in the order of the layers, and backward, the other way round. Between runs, and after the last,
-are gaps: embedding, head, loss, clipping, optimizer. Layer 1 of a run (neither first nor last) is the template: a run with n more layers
-has n more of it. A gap may hold lists that grow with the layers (the optimizer's) and items that are there once per layer (an all-reduce
-per norm weight): what 4 layers have and 3 have not is there n more times, and what has another size grows by the same amount again.
+The layers' items stand in runs: forward, in the order of the layers, and backward, the other way round.
+Between runs, and after the last, are gaps: embedding, head, loss, clipping, optimizer. Layer 1 of a run
+(neither first nor last) is the template: a run with n more layers has n more of it. A gap may hold lists that
+grow with the layers (the optimizer's) and items that are there once per layer (an all-reduce per norm
+weight): what 4 layers have and 3 have not is there n more times, and what has another size grows by the same
+amount again.
 
-It is exact because a step is deterministic: if layer 2 runs what layer 1 ran, so does every further one. Checked each time: the run of 3
-layers, extended by one, is the run of 4. What doesn't pass raises NotPeriodicError, and the caller traces every layer.
+It is exact because a step is deterministic: if layer 2 runs what layer 1 ran, so does every further one.
+Checked each time: the run of 3 layers, extended by one, is the run of 4. What doesn't pass raises
+NotPeriodicError, and the caller traces every layer.
 """
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
+from itertools import groupby, zip_longest
 
 from shardwise.core.collective import CollectiveCall
 from shardwise.core.layer_name import layer_index, moved_name
@@ -48,7 +52,7 @@ _Part = _Run | tuple[Item, ...]
 
 
 def extended(short: Sequence[Item], long: Sequence[Item], prefix: str, count: int) -> tuple[Block, ...]:
-    """The blocks of `count` layers (at least LONG) from the items of SHORT and LONG ones. Raises NotPeriodicError."""
+    """The blocks of `count` layers (at least LONG) from items of SHORT and LONG. Raises NotPeriodicError."""
     parts_short, parts_long = _parts(short, prefix, SHORT), _parts(long, prefix, LONG)
     if len(parts_short) != len(parts_long):
         raise NotPeriodicError(
@@ -72,35 +76,44 @@ def extended(short: Sequence[Item], long: Sequence[Item], prefix: str, count: in
 
 def _parts(items: Sequence[Item], prefix: str, count: int) -> list[_Part]:
     """Gaps and runs in turn, beginning and ending with a gap."""
-    places = [
-        (index, layer, _is_backward(item.phase))
-        for index, item in enumerate(items)
-        if not isinstance(item, MemoryChange) and (layer := layer_index(item.module, prefix)) is not None
-        if item.phase in IN_LAYERS
-    ]
+    stretches = list(_stretches_of_layers(items, prefix))
     parts: list[_Part] = []
-    done = at = 0
-    while at < len(places):
-        backward = places[at][2]
+    done = 0
+    while stretches:
+        run, stretches = stretches[:count], stretches[count:]
+        backward = run[0].backward
         order = range(count - 1, -1, -1) if backward else range(count)
-        cuts: list[int] = []
-        end = at
-        for layer in order:
-            if end >= len(places) or places[end][1] != layer or places[end][2] is not backward:
+        for layer, stretch in zip_longest(order, run):
+            if stretch is None or (stretch.layer, stretch.backward) != (layer, backward):
                 raise NotPeriodicError(f"layer {layer} isn't where it was expected")
-            cuts.append(places[end][0])
-            while end < len(places) and places[end][1] == layer and places[end][2] is backward:
-                end += 1
-        stop = places[end - 1][0] + 1
-        parts.append(tuple(items[done : cuts[0]]))
-        parts.append(_Run(tuple(items[cuts[0] : stop]), tuple(cut - cuts[0] for cut in cuts), backward))
-        done, at = stop, end
+        start, stop = run[0].start, run[-1].stop
+        parts.append(tuple(items[done:start]))
+        parts.append(_Run(tuple(items[start:stop]), tuple(each.start - start for each in run), backward))
+        done = stop
     parts.append(tuple(items[done:]))
     return parts
 
 
-def _is_backward(phase: Phase) -> bool:
-    return phase is not Phase.FORWARD
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """Where the items of one layer stand, in one direction."""
+
+    layer: int
+    backward: bool
+    start: int
+    stop: int
+
+
+def _stretches_of_layers(items: Sequence[Item], prefix: str) -> Iterator[_Stretch]:
+    rows = (
+        (layer_index(item.module, prefix), item.phase is not Phase.FORWARD, index)
+        for index, item in enumerate(items)
+        if not isinstance(item, MemoryChange) and item.phase in IN_LAYERS
+    )
+    inside = ((layer, backward, index) for layer, backward, index in rows if layer is not None)
+    for (layer, backward), group in groupby(inside, key=lambda row: row[:2]):
+        indices = [index for *_, index in group]
+        yield _Stretch(layer, backward, indices[0], indices[-1] + 1)
 
 
 def _longer_run(run: _Run, prefix: str, more: int) -> list[Block]:
@@ -109,7 +122,8 @@ def _longer_run(run: _Run, prefix: str, more: int) -> list[Block]:
     template = count - 2 if run.backward else 1  # the layer met last but one, or second: layer 1 both times
     start, stop = run.cuts[template], run.cuts[template + 1]
     if run.backward:
-        # layers count-1 .. 2 come first, `more` further up; then layer 1 as it would be at 1 + more, down to itself; then layer 0
+        # layers count-1 .. 2 come first, `more` further up; then layer 1 as it would be at 1 + more, down to
+        # itself; then layer 0
         before = tuple(moved(item, prefix, more) for item in run.items[:start])
         middle = Block(
             tuple(moved(item, prefix, more) for item in run.items[start:stop]), 1 + more, prefix, -1
@@ -150,7 +164,8 @@ def _longer_gap(short: Sequence[Item], long: Sequence[Item], more: int, prefix: 
     result: list[Item] = []
 
     def repeat(start: int, stop: int) -> None:
-        """The items that SHORT hasn't, and as many again for each further layer, in the order in which layers come there."""
+        """The items that SHORT hasn't, and as many again for each further layer, in the order in which layers
+        come there."""
         for first, last in _stretches(long, keys_long, start, stop):
             order = range(more + 1)
             for by in reversed(order) if _is_descending(long, keys_long, first, last, prefix) else order:
@@ -186,7 +201,8 @@ def _longer_gap(short: Sequence[Item], long: Sequence[Item], more: int, prefix: 
 def _stretches(
     items: Sequence[Item], keys: Sequence[Hashable], start: int, stop: int
 ) -> list[tuple[int, int]]:
-    """New items that stand side by side may belong to two stretches that both grow: one goes on with what is before, one begins what follows."""
+    """New items that stand side by side may belong to two stretches that both grow: one goes on with what is
+    before, one begins what follows."""
 
     def alike(a: int, b: int, count: int) -> bool:
         if a < 0 or b + count > len(items):
@@ -222,7 +238,8 @@ def _sizes(item: Item) -> Hashable:
 
 
 def _longer_item(short: Item, long: Item, more: int, prefix: str) -> Item:
-    """What is there once, whatever the depth: its sizes grow on; what belongs to a layer counted from the last is the last's again."""
+    """What is there once, whatever the depth: its sizes grow on; what belongs to a layer counted from the
+    last is the last's again."""
     if short == long or more == 0:
         return long
     below, above = layer_index(short.module, prefix), layer_index(long.module, prefix)
@@ -273,8 +290,9 @@ def _longer_specs(
 
 
 def _added(short: tuple[TensorSpec, ...], long: tuple[TensorSpec, ...]) -> list[tuple[int, int]] | None:
-    """Where `long` has what `short` lacks: a fused op's lists stand side by side in both, each with a layer's tensors once per layer. What is
-    added must be what stands SHORT times before it; where it ends, nothing tells but that the rest fits."""
+    """Where `long` has what `short` lacks: a fused op's lists stand side by side in both, each with a layer's
+    tensors once per layer. What is added must be what stands SHORT times before it; where it ends, nothing
+    tells but that the rest fits."""
     open_paths: list[tuple[int, int, list[tuple[int, int]]]] = [(0, 0, [])]
     while open_paths:
         at, place, added = open_paths.pop()
@@ -302,8 +320,8 @@ def _line(short: int, long: int, more: int) -> int:
     return long + (long - short) * more
 
 
-def _first_difference(found: Sequence[Item], expected: Sequence[Item]) -> str:
-    for index, (a, b) in enumerate(zip(found, expected, strict=False)):
+def _first_difference(made: Sequence[Item], expected: Sequence[Item]) -> str:
+    for index, (a, b) in enumerate(zip(made, expected, strict=False)):
         if a != b:
             return f"item {index}: {a} where {LONG} layers have {b}"
-    return f"{len(found)} items where {LONG} layers have {len(expected)}"
+    return f"{len(made)} items where {LONG} layers have {len(expected)}"

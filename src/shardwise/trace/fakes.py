@@ -1,12 +1,13 @@
-"""A world without devices: a fake process group, fake tensors, and the choices that PyTorch would make on another device.
+"""A world without devices: a fake process group, fake tensors, and the choices that PyTorch would make on
+another device.
 
-Weights are FakeTensors on "cpu": they have shapes and no memory. Token ids stay real, on the host, because the styles decide by them.
-What comes onto the device (`.to(device)`, or made there) is fake.
+Weights are FakeTensors on "cpu": they have shapes and no memory. Token ids stay real, on the host, because
+the styles decide by them. What comes onto the device (`.to(device)`, or made there) is fake.
 
-Inside `fake_world(...)` of device "cuda", four choices that PyTorch makes by the device below Python are steered: RMSNorm is one fused op,
-DTensor's all-to-all is a real one (on a CPU it gathers everything instead), attention in float32 with grouped heads is taken apart (no fused
-kernel takes it there), and the native engine takes NCCL's way. The rest is mapped by
-name in catalogue.py. All of it is undone on the way out.
+Inside `fake_world(...)` of device "cuda", four choices that PyTorch makes by the device below Python are
+steered: RMSNorm is one fused op, DTensor's all-to-all is a real one (on a CPU it gathers everything instead),
+attention in float32 with grouped heads is taken apart (no fused kernel takes it there), and the native engine
+takes NCCL's way. The rest is mapped by name in catalogue.py. All of it is undone on the way out.
 """
 
 import logging
@@ -41,7 +42,8 @@ def fake_world(mesh: Mesh, *, rank: int, device: str) -> Iterator[DeviceMesh]:
     """
     if dist.is_initialized():
         raise RunError(
-            "trace: this process has joined a process group already. Trace in a process of its own, before init_process_group()."
+            "trace: this process has joined a process group already. Trace in a process of its own, before "
+            "init_process_group()."
         )
     forget_meshes()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=mesh.world_size)
@@ -77,7 +79,8 @@ def fill_with_fakes(model: nn.Module, fake_mode: FakeTensorMode) -> None:
 
 @contextmanager
 def _without_dtensor_s_advice() -> Iterator[None]:
-    """DTensor logs warnings on how a redistribution could be faster. The program shows what it issues; the log would say it in between."""
+    """DTensor logs warnings on how a redistribution could be faster. The program shows what it issues; the
+    log would say it in between."""
     logger = logging.getLogger("torch.distributed.tensor")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -89,7 +92,8 @@ def _without_dtensor_s_advice() -> Iterator[None]:
 
 @contextmanager
 def _fused_rms_norm() -> Iterator[None]:
-    """A CPU takes RMSNorm apart in C++ because it has no kernel for the fused op; with one registered, PyTorch dispatches as on CUDA."""
+    """A CPU takes RMSNorm apart in C++ because it has no kernel for the fused op; with one registered,
+    PyTorch dispatches as on CUDA."""
 
     def never_runs(*_: object) -> None:
         raise AssertionError("a fake tensor has no kernel to run")
@@ -107,9 +111,11 @@ def _fused_rms_norm() -> Iterator[None]:
 
 @contextmanager
 def _attention_as_on_cuda() -> Iterator[None]:
-    """No fused kernel of CUDA's takes float32 with grouped heads, so PyTorch multiplies whole score matrices there; a CPU has a kernel.
+    """No fused kernel of CUDA's takes float32 with grouped heads, so PyTorch multiplies whole score matrices
+    there; a CPU has a kernel.
 
-    Seen on an H100 (torch 2.11): benchmarks/data/h100-steps.json. (A mode instead of the patch isn't there in a recompute.)
+    Seen on an H100 (torch 2.11): benchmarks/data/h100-steps.json. (A mode instead of the patch isn't there in
+    a recompute.)
     """
     original = F.scaled_dot_product_attention
 
@@ -137,7 +143,8 @@ def making_on_device() -> Iterator[None]:
 
 
 def is_made_on_device() -> bool:
-    """Whether a factory op's tensor lies on the device: where the program names it, and the mask of attention that is decomposed."""
+    """Whether a factory op's tensor lies on the device: where the program names it, and the mask of attention
+    that is decomposed."""
     return _on_device.get()
 
 

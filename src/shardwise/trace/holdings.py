@@ -1,4 +1,5 @@
-"""What a rank keeps of each parameter, its gradient and its optimizer state after a traced step; and the same of a deeper model."""
+"""What a rank keeps of each parameter, its gradient and its optimizer state after a traced step; and the same
+of a deeper model."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -45,7 +46,8 @@ def holdings_of(step: TrainStep, mesh: Mesh, rule_of: Callable[[str], RuleRef | 
 
 
 def longer_holdings(holdings: Sequence[Holding], prefix: str, more: int) -> tuple[Holding, ...]:
-    """Those of a model with `more` layers more: layer 1's stand for those of all layers but the first and the last two."""
+    """Those of a model with `more` layers more: layer 1's stand for those of all layers but the first and the
+    last two."""
     longer: list[Holding] = []
     template = [holding for holding in holdings if layer_index(holding.module, prefix) == 1]
     for holding in holdings:

@@ -24,7 +24,8 @@ from shardwise.trace.layers import Layers
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One rank's step. device_mesh: of the fake world. on_model: told each model before its step runs, sharded and filled with fakes."""
+    """One rank's step. device_mesh: of the fake world. on_model: told each model before its step runs,
+    sharded and filled with fakes."""
 
     source: ModelSource
     plan: AnyPlan
@@ -89,8 +90,8 @@ class Job:
         parts = self.mesh.data_parallel
         if settings.batch % (parts * settings.accumulation):
             raise OptionError(
-                f"--batch {settings.batch} can't be cut into {parts} data-parallel parts of {settings.accumulation} "
-                f"micro-batches. Use a multiple of {parts * settings.accumulation}."
+                f"--batch {settings.batch} can't be cut into {parts} data-parallel parts of "
+                f"{settings.accumulation} micro-batches. Use a multiple of {parts * settings.accumulation}."
             )
         own = ids_BS.chunk(parts)[self.rank // self.mesh.tp]
         return list(own.chunk(settings.accumulation))

@@ -1,7 +1,9 @@
-"""The repeated layers of a model: which nn.ModuleList holds them, and whether they are equal, so that one can stand for all.
+"""The repeated layers of a model: which nn.ModuleList holds them, and whether they are equal, so that one can
+stand for all.
 
-Equal: the same modules of the same types with the same plain attributes, hooks, parameters and buffers (names, shapes, dtypes). A layer's
-own number doesn't count. What a forward does with such a number isn't seen here; extend.py compares what really ran.
+Equal: the same modules of the same types with the same plain attributes, hooks, parameters and buffers
+(names, shapes, dtypes). A layer's own number doesn't count. What a forward does with such a number isn't seen
+here; extend.py compares what really ran.
 """
 
 from collections.abc import Iterator
@@ -54,9 +56,9 @@ def find_layers(model: nn.Module) -> Layers | None:
                 best = (size, name, module)
     if best is None:
         return None
-    _, name, found = best
-    first = _signature(found[0])
-    return Layers(name, len(found), all(_signature(layer) == first for layer in found[1:]))
+    _, name, layers = best
+    first, *others = map(_signature, layers)
+    return Layers(name, len(layers), all(other == first for other in others))
 
 
 def _signature(layer: nn.Module) -> tuple[object, ...]:

@@ -1,9 +1,12 @@
-"""What meets each parameter in a forward, and how what it gives is taken apart: watched at torch's functions, while trace() runs the step.
+"""What meets each parameter in a forward, and how what it gives is taken apart: watched at torch's functions,
+while trace() runs the step.
 
-Above the dispatcher, since views (`chunk`, `split`, `view`) and what a DTensor stands for are seen only there. A tensor is followed by its storage,
-so that a view, or the local part of a DTensor, is the same as what it was made of.
+Above the dispatcher, since views (`chunk`, `split`, `view`) and what a DTensor stands for are seen only
+there. A tensor is followed by its storage, so that a view, or the local part of a DTensor, is the same as
+what it was made of.
 
-What this file does not know: which of these is wrong. It takes note of shapes; verify/foresight.py compares those of two runs.
+What this file does not know: which of these is wrong. It takes note of shapes; verify/foresight.py compares
+those of two runs.
 """
 
 import time
@@ -31,7 +34,8 @@ class TooLongError(ModelError):
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """A parameter (or what was made of parameters alone) and activations in one function. of_dtensors: the shapes are what DTensors stand for."""
+    """A parameter (or what was made of parameters alone) and activations in one function. of_dtensors: the
+    shapes are what DTensors stand for."""
 
     parameter: str
     shapes: tuple[Shape, ...]
@@ -40,7 +44,8 @@ class Meeting:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What a parameter gave, unfolded (one piece, of more dims) or taken apart (pieces that are smaller in one dim, each in a row of its own)."""
+    """What a parameter gave, unfolded (one piece, of more dims) or taken apart (pieces that are smaller in
+    one dim, each in a row of its own)."""
 
     parameter: str
     before: Shape
@@ -49,7 +54,8 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """One forward, as one rank runs it. cut_plainly: parameters of which rank r holds the r-th chunk. logits: None for none."""
+    """One forward, as one rank runs it. cut_plainly: parameters of which rank r holds the r-th chunk. logits:
+    None for none."""
 
     meetings: tuple[Meeting, ...]
     cuts: tuple[Cut, ...]
@@ -58,7 +64,8 @@ class Lineage:
 
 
 class Watch(TorchFunctionMode):
-    """Watches the forward of the model that attach() is told, while it is entered. limit_s: a forward that takes longer raises TooLongError."""
+    """Watches the forward of the model that attach() is told, while it is entered. limit_s: a forward that
+    takes longer raises TooLongError."""
 
     def __init__(self, limit_s: float = float("inf")) -> None:
         super().__init__()
@@ -86,12 +93,9 @@ class Watch(TorchFunctionMode):
 
     @property
     def lineage(self) -> Lineage:
-        plainly = (
-            {name for name, p in self.model.named_parameters() if _is_cut_plainly(p)}
-            if self.model is not None
-            else set()
-        )
-        return Lineage(tuple(self._meetings), tuple(self._cuts), frozenset(plainly), self._logits)
+        parameters = self.model.named_parameters() if self.model is not None else ()
+        plainly = frozenset(name for name, parameter in parameters if _is_cut_plainly(parameter))
+        return Lineage(tuple(self._meetings), tuple(self._cuts), plainly, self._logits)
 
     def _begin(self, model: nn.Module, _: Any) -> None:
         for buffer in model.buffers():
@@ -125,19 +129,16 @@ class Watch(TorchFunctionMode):
         made_of = [self._made_of.get(_storage(tensor)) for tensor in inputs]
         activations = [tensor for tensor, names in zip(inputs, made_of, strict=True) if names is None]
         parameters = frozenset().union(*(names for names in made_of if names))
-        if not activations or (
-            is_choice and parameters and inputs[0].dim() > 2
-        ):  # an expert's weight is a weight
+        is_experts = is_choice and bool(parameters) and inputs[0].dim() > 2  # an expert's weight is a weight
+        if not activations or is_experts:
             for tensor in outputs:
                 self._made_of.setdefault(_storage(tensor), parameters)
         elif parameters:
             self._meet(parameters, activations)
-            # of a weight and its bias, the weight
-            giver = max(zip(inputs, made_of, strict=True), key=lambda pair: pair[0].dim() if pair[1] else -1)[
-                1
-            ]
+            given = [(tensor.dim(), names) for tensor, names in zip(inputs, made_of, strict=True) if names]
+            _, giver = max(given, key=lambda pair: pair[0])  # of a weight and its bias, the weight
             for tensor in outputs:
-                self._given_by[_storage(tensor)] = min(giver or parameters)
+                self._given_by[_storage(tensor)] = min(giver)
         else:
             givers = {self._given_by.get(_storage(tensor)) for tensor in activations} - {None}
             if len(givers) == 1:
@@ -151,13 +152,10 @@ class Watch(TorchFunctionMode):
     def _pass_on(self, giver: str, activations: list[Tensor], outputs: list[Tensor]) -> None:
         if len(activations) == 1 and not isinstance(activations[0], DTensor):
             (before,) = activations
-            pieces = [
-                tensor for tensor in outputs if _is_unfolded(before, tensor) or _is_piece(before, tensor)
-            ]
+            pieces = [part for part in outputs if _is_unfolded(before, part) or _is_piece(before, part)]
             if pieces:
-                self._cuts.append(
-                    Cut(giver, tuple(before.shape), tuple(tuple(piece.shape) for piece in pieces))
-                )
+                shapes = tuple(tuple(piece.shape) for piece in pieces)
+                self._cuts.append(Cut(giver, tuple(before.shape), shapes))
         for tensor in outputs:
             self._given_by.setdefault(_storage(tensor), giver)
 

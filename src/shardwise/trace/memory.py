@@ -66,7 +66,8 @@ def _change(storage: Storage, kind: MemoryKind, sign: int) -> MemoryChange:
 
 
 def _kinds_by_life(events: list[Event], storages: list[Storage]) -> Kinds:
-    """Activations: made before some op of the backward, in forward, loss or recompute, and gone after it. The rest is temporary."""
+    """Activations: made before some op of the backward, in forward, loss or recompute, and gone after it. The
+    rest is temporary."""
     kinds: Kinds = {}
     came: dict[int, int] = {}
     backward_ops = 0

@@ -1,4 +1,5 @@
-"""An op of PyTorch's dispatcher as an Op: its kind, shapes, FLOPs and bytes, by what it says of itself and the catalogue."""
+"""An op of PyTorch's dispatcher as an Op: its kind, shapes, FLOPs and bytes, by what it says of itself and
+the catalogue."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ ALLOCATIONS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What a dispatcher op says of itself: its name, the positions of the arguments that it writes, PyTorch's tags."""
+    """What a dispatcher op says of itself: its name, the positions of the arguments that it writes, PyTorch's
+    tags."""
 
     name: str
     writes: tuple[int, ...]

@@ -1,7 +1,8 @@
 """Where a step is: its phase, and the module that asks for what runs.
 
-In the forward that is the innermost module whose call runs (its hooks included), in the backward the module in whose forward the running
-autograd node was made (by the node's sequence number), in a recomputed forward the module again.
+In the forward that is the innermost module whose call runs (its hooks included), in the backward the module
+in whose forward the running autograd node was made (by the node's sequence number), in a recomputed forward
+the module again.
 """
 
 from bisect import bisect_right

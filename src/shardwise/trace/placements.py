@@ -1,4 +1,5 @@
-"""Which placement a collective turns into which, where its issuer doesn't say: DTensor's redistributions are watched."""
+"""Which placement a collective turns into which, where its issuer doesn't say: DTensor's redistributions are
+watched."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -71,7 +72,8 @@ def _on_axis(spec: Any, axis: str) -> Placement | None:
 
 
 def from_torch(placement: Any) -> Placement:
-    """PyTorch's placement as ours; what is cut in an order of its own is a Shard here, and every kind of partial value is Partial."""
+    """PyTorch's placement as ours; what is cut in an order of its own is a Shard here, and every kind of
+    partial value is Partial."""
     if placement.is_replicate():
         return Replicate()
     if placement.is_partial():

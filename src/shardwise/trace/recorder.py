@@ -1,7 +1,8 @@
-"""Records what a step does below every engine, at PyTorch's dispatcher: ops, collectives, and storages that come and go.
+"""Records what a step does below every engine, at PyTorch's dispatcher: ops, collectives, and storages that
+come and go.
 
-place.py says who asked, ops.py what an op is, storages.py what lives. The native engine says itself why it issues a collective
-(collectives.issuing()); for others placements.py watches.
+place.py says who asked, ops.py what an op is, storages.py what lives. The native engine says itself why it
+issues a collective (collectives.issuing()); for others placements.py watches.
 """
 
 import gc
@@ -41,8 +42,9 @@ from shardwise.trace.storages import Log, Routed, Storages
 
 
 class Recorder(TorchDispatchMode):
-    """axes: group name -> axis name. device: whose ops the trace is about. rule_of: module name -> its rule, for collectives whose issuer
-    doesn't say. Set `log.is_on` while the step runs; before that, storages only (what is resident)."""
+    """axes: group name -> axis name. device: whose ops the trace is about. rule_of: module name -> its rule,
+    for collectives whose issuer doesn't say. Set `log.is_on` while the step runs; before that, storages only
+    (what is resident)."""
 
     def __init__(
         self,
@@ -79,7 +81,8 @@ class Recorder(TorchDispatchMode):
             yield
 
     def failed_in(self, error: Exception) -> str:
-        """The innermost module out of whose call an error came; in the backward the module of the op before it. Empty: none of them."""
+        """The innermost module out of whose call an error came; in the backward the module of the op before
+        it. Empty: none of them."""
         module = raised_in(error)
         if module is None and self.place.step_phase is Phase.BACKWARD:
             module = next(
@@ -163,7 +166,8 @@ class Recorder(TorchDispatchMode):
 
 
 class _OntoDevice(TorchFunctionMode):
-    """Sends what a program makes on, or moves to, a device to the recorder; what it makes without naming a device stays on the host."""
+    """Sends what a program makes on, or moves to, a device to the recorder; what it makes without naming a
+    device stays on the host."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -198,7 +202,8 @@ def _waits() -> frozenset[Any]:
 
 @lru_cache(maxsize=4096)
 def _has_no_fake(func: Any) -> bool:
-    """Whether PyTorch has a kernel for it and no fake of that: so for torch.distributed's coalesced collectives."""
+    """Whether PyTorch has a kernel for it and no fake of that: so for torch.distributed's coalesced
+    collectives."""
     name = schema_of(func).name
     return name.startswith("c10d::") and not has_kernel(name, "Meta")
 

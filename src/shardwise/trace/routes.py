@@ -1,4 +1,5 @@
-"""What every rank sends where the batch decides: the routes of all ranks, made from the ids as each of them makes its own."""
+"""What every rank sends where the batch decides: the routes of all ranks, made from the ids as each of them
+makes its own."""
 
 from dataclasses import replace
 
@@ -39,7 +40,8 @@ class Routes:
         return replace(collective, by_data=by_data)
 
     def _all_ranks(self, name: str, module: nn.Embedding, index: int, n_ranks: int) -> list[tuple[int, int]]:
-        """(rows that a rank sends to others in the forward, rows that it sends back in the backward), per rank."""
+        """(rows that a rank sends to others in the forward, rows that it sends back in the backward), per
+        rank."""
         if (name, index) not in self._rows:
             plan = applied_to(self._model).plan
             rule = plan.rule_for(name) if plan is not None else None

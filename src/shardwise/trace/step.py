@@ -1,4 +1,4 @@
-"""Runs one step of a sharded model on fake tensors, under the recorder; what came of it, and how it failed."""
+"""Runs one step of a sharded model on fake tensors, under the recorder; what came of it, or how it failed."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,7 +45,8 @@ class Traced:
 def run(
     job: Job, model: nn.Module, layers: Layers | None, rule_of: Callable[[str], RuleRef | None]
 ) -> Traced:
-    """Shards a built model, fills it with fakes, and traces one step. Raises ModelError and PlanError for what goes wrong inside."""
+    """Shards a built model, fills it with fakes, and traces one step. Raises ModelError and PlanError for
+    what goes wrong inside."""
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     job.shard(model, layers, fake_mode)
     device_mesh = job.device_mesh if job.mesh.world_size > 1 else None
@@ -80,7 +81,8 @@ def run(
 
 @contextmanager
 def _fake_buffers_of_fsdp() -> Iterator[None]:
-    """FSDP2 takes its communication buffers from the device, and a trace's device is this host: gigabytes, were they real."""
+    """FSDP2 takes its communication buffers from the device, and a trace's device is this host: gigabytes,
+    were they real."""
 
     def allocate(_: object, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         with making_on_device():
@@ -123,7 +125,8 @@ def _failure(job: Job, recorder: Recorder, error: Exception) -> ModelError | Pla
 def _batch(
     model: nn.Module, recorder: Recorder, ids: list[Tensor], fake_mode: FakeTensorMode
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(ids, labels) of each micro-batch: real ids on the host where the native engine decides by them, else fake ones on the device."""
+    """(ids, labels) of each micro-batch: real ids on the host where the native engine decides by them, else
+    fake ones on the device."""
     plan = applied_to(model).plan
     on_host = plan is not None and plan.engine is Engine.NATIVE
     for ids_BS in ids:
@@ -142,7 +145,8 @@ def _start_optimizer(step: TrainStep) -> None:
 
 
 def _never_made(step: TrainStep) -> Iterator[Tensor]:
-    """Takes away the state of parameters that the step gives no gradient: a real optimizer makes none for them."""
+    """Takes away the state of parameters that the step gives no gradient: a real optimizer makes none for
+    them."""
     for parameter in step.model.parameters():
         if parameter.grad is None:
             state = step.optimizer.state.pop(parameter, {})

@@ -48,7 +48,8 @@ Event = Op | Collective | Routed | Came | Went
 
 
 class Log:
-    """`events` in order, from the moment at which `is_on`; before that storages are seen, and nothing is written down."""
+    """`events` in order, from the moment at which `is_on`; before that storages are seen, and nothing is
+    written down."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []

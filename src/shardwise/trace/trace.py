@@ -1,8 +1,9 @@
-"""trace(): model + plan + mesh -> Program, by running the one training step of step/ on fake tensors over a fake process group.
+"""trace(): model + plan + mesh -> Program, by running the one training step of step/ on fake tensors over a
+fake process group.
 
-What runs is the real module under the real plan, with PyTorch's autograd, DTensor, FSDP2 and AdamW; only memory, kernels and the wire are
-missing. The step is one after the first: optimizer state exists. Equal layers are traced three and four deep and extended (extend.py)
-where that is exact, else all of them.
+What runs is the real module under the real plan, with PyTorch's autograd, DTensor, FSDP2 and AdamW; only
+memory, kernels and the wire are missing. The step is one after the first: optimizer state exists. Equal
+layers are traced three and four deep and extended (extend.py) where that is exact, else all of them.
 """
 
 from collections.abc import Callable
@@ -42,11 +43,12 @@ def trace(
 ) -> Program:
     """The Program of one rank's training step.
 
-    ids: token ids [B, S] of the global batch on the host, B = settings.batch; by default uniform ones, drawn from settings.seed. They
-    decide what routed sends and what a masked look-up meets, nothing else. compress: trace equal layers once. depth: trace a model of
-    only that many of its repeated layers. on_model: told each model before its step runs, sharded and filled with fakes. device: "cpu"
-    (as gloo ranks run it) or "cuda" (as NCCL ranks would). Raises the InputErrors of parallelize(), ModelError and OptionError; RunError
-    inside a process group.
+    ids: token ids [B, S] of the global batch on the host, B = settings.batch; by default uniform ones, drawn
+    from settings.seed. They decide what routed sends and what a masked look-up meets, nothing else. compress:
+    trace equal layers once. depth: trace a model of only that many of its repeated layers. on_model: told
+    each model before its step runs, sharded and filled with fakes. device: "cpu" (as gloo ranks run it) or
+    "cuda" (as NCCL ranks would). Raises the InputErrors of parallelize(), ModelError and OptionError;
+    RunError inside a process group.
     """
     check()
     if device not in TARGETS:
