@@ -39,6 +39,7 @@ from shardwise.cli.main import app
 from shardwise.core.difference import Difference, RunProfile
 from shardwise.core.explanation import Contrast, Explanation
 from shardwise.core.measurement import Comparison
+from shardwise.core.mesh import AXES
 from shardwise.core.placement import Placement
 from shardwise.core.prediction_run import PredictionRun
 from shardwise.core.rule import RuleRef
@@ -102,7 +103,14 @@ def cli_reference() -> str:
         ]
         lines += [_row(parameter) for parameter in offered]
         lines.append("")
+    lines += ["## Axes of a mesh", "", "Outermost first; neighbouring ranks differ in the last one.", ""]
+    lines += ["| axis | is | gradients summed over it | a step runs over it | is predicted over it |"]
+    lines += ["|---|---|---|---|---|"]
+    for axis in AXES:
+        runs, predicted = ("yes" if can else "not yet" for can in (axis.runs, axis.predicted))
+        lines.append(f"| `{axis.name}` | {axis.about} | {axis.gradients} | {runs} | {predicted} |")
     lines += [
+        "",
         "Exit codes: 0 fine; 1 the answer is no (a plan doesn't agree with the unsharded model); 2 the "
         "input is wrong; 3 a rank died or the run could not go on; 130 Ctrl-C.",
         "",

@@ -25,10 +25,10 @@ class Role(StrEnum):
 
 
 class Summed(StrEnum):
-    """Which gradients are summed over an axis. replicated: of what its ranks hold alike, by the styles."""
+    """Which gradients are summed over an axis. Those of what its ranks hold alike the plan's styles sum."""
 
     ALL = "all"
-    REPLICATED = "replicated"
+    REPLICATED = "of what its ranks hold alike"
     NONE = "none"
 
 
@@ -154,10 +154,6 @@ class Mesh:
         sizes = dict(self.axes)
         named = [name for name in (SHARDS_AXIS, REPLICAS_AXIS) if name in sizes]
         return next((name for name in named if sizes[name] > 1), named[0] if named else None)
-
-    def resized(self, sizes: dict[str, int]) -> Self:
-        """The mesh with other sizes of some of its axes."""
-        return type(self)(tuple((name, sizes.get(name, size)) for name, size in self.axes))
 
     def __str__(self) -> str:
         return ",".join(f"{name}={size}" for name, size in self.axes)
