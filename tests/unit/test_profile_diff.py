@@ -81,8 +81,8 @@ def two(tmp_path: Path) -> Difference:
 
 
 def test_work_is_matched_by_op_and_shapes_then_by_name_then_by_class(two: Difference) -> None:
-    found = {(line.matched, line.what): (round(line.first.ns), round(line.second.ns)) for line in two.lines}
-    assert found == {
+    pairs = {(line.matched, line.what): (round(line.first.ns), round(line.second.ns)) for line in two.lines}
+    assert pairs == {
         (Matched.OP, "aten::mm"): (50_000, 80_000),
         (Matched.KERNEL, "at::native::elementwise_kernel in aten::copy_"): (5_000, 10_000),
         (Matched.NAME, "at::native::elementwise_kernel"): (10_000, 12_000),
@@ -255,10 +255,10 @@ def test_the_terminal_shows_both_at_any_width(two: Difference, width: int) -> No
 def test_json_has_every_number_and_its_version_first(two: Difference) -> None:
     document = write_document(two)
     assert document.startswith(b'{\n  "schema_version": 1,')
-    found = msgspec.json.decode(document)
-    assert found["step_delta_ns"] == 42_000
-    assert found["second"]["parts"]["total_ns"] == two.second.step_ns
-    assert {line["matched"] for line in found["lines"]} == {str(line.matched) for line in two.lines}
+    written = msgspec.json.decode(document)
+    assert written["step_delta_ns"] == 42_000
+    assert written["second"]["parts"]["total_ns"] == two.second.step_ns
+    assert {line["matched"] for line in written["lines"]} == {str(line.matched) for line in two.lines}
     assert msgspec.json.decode(write_document(two.first))["label"] == "A"
     assert read_document(document, Difference) == two
     assert read_document(write_document(two.first), RunProfile) == two.first
@@ -318,12 +318,12 @@ def test_the_aligned_trace_has_all_ranks_on_one_clock_and_can_be_read_again(tmp_
     timelines, _ = share(read_ranks([tmp_path / "rank0.json", tmp_path / "rank1.json"], workers=1))
     import gzip
 
-    found = msgspec.json.decode(gzip.decompress(perfetto_trace(timelines)))["traceEvents"]
+    drawn = msgspec.json.decode(gzip.decompress(perfetto_trace(timelines)))["traceEvents"]
     collectives = {
-        each["pid"]: (each["ts"], each["dur"]) for each in found if each.get("cat") == "collective"
+        each["pid"]: (each["ts"], each["dur"]) for each in drawn if each.get("cat") == "collective"
     }
     assert collectives == {0: (90.0, 50.0), 1: (110.0, 30.0)}
-    assert [(each["name"], each["dur"]) for each in found if each.get("cat") in ("waiting", "transfer")] == [
+    assert [(each["name"], each["dur"]) for each in drawn if each.get("cat") in ("waiting", "transfer")] == [
         ("waiting: all_reduce", 20.0),
         ("transfer: all_reduce", 30.0),
         ("transfer: all_reduce", 30.0),

@@ -19,7 +19,7 @@ from tests.unit.chrome_trace import START_US, all_reduce, document, event, kerne
 
 
 def test_a_kernel_is_linked_to_its_launch_and_to_the_op_around_it(tmp_path: Path) -> None:
-    found = read_timeline(
+    timeline = read_timeline(
         write(
             tmp_path / "t.json",
             [
@@ -32,17 +32,19 @@ def test_a_kernel_is_linked_to_its_launch_and_to_the_op_around_it(tmp_path: Path
             ],
         )
     )
-    at = int(np.flatnonzero(found.spans.kind == SpanKind.COMPUTE)[0])
-    assert found.name(at) == "gemm"
-    assert found.spans.launched_ns[at] == 4000
-    assert found.name(int(found.spans.parent[at])) == "aten::addmm"
-    assert found.name(int(found.spans.parent[found.spans.parent[at]])) == "aten::linear"
-    assert found.names[found.spans.shapes[found.spans.parent[at]]].replace(" ", "") == "[[2,3],[3,4]]"
-    assert found.launches_without_kernel == (0, 1)
+    at = int(np.flatnonzero(timeline.spans.kind == SpanKind.COMPUTE)[0])
+    assert timeline.name(at) == "gemm"
+    assert timeline.spans.launched_ns[at] == 4000
+    assert timeline.name(int(timeline.spans.parent[at])) == "aten::addmm"
+    assert timeline.name(int(timeline.spans.parent[timeline.spans.parent[at]])) == "aten::linear"
+    assert (
+        timeline.names[timeline.spans.shapes[timeline.spans.parent[at]]].replace(" ", "") == "[[2,3],[3,4]]"
+    )
+    assert timeline.launches_without_kernel == (0, 1)
 
 
 def test_a_kernel_whose_launch_was_not_recorded_belongs_to_the_op_of_its_external_id(tmp_path: Path) -> None:
-    found = read_timeline(
+    timeline = read_timeline(
         write(
             tmp_path / "t.json",
             [
@@ -51,13 +53,13 @@ def test_a_kernel_whose_launch_was_not_recorded_belongs_to_the_op_of_its_externa
             ],
         )
     )
-    at = int(np.flatnonzero(found.spans.kind == SpanKind.COMPUTE)[0])
-    assert found.name(int(found.spans.parent[at])) == "aten::mm"
-    assert found.spans.launched_ns[at] == NONE
+    at = int(np.flatnonzero(timeline.spans.kind == SpanKind.COMPUTE)[0])
+    assert timeline.name(int(timeline.spans.parent[at])) == "aten::mm"
+    assert timeline.spans.launched_ns[at] == NONE
 
 
 def test_categories_decide_what_is_device_work_not_args(tmp_path: Path) -> None:
-    found = read_timeline(
+    timeline = read_timeline(
         write(
             tmp_path / "t.json",
             [
@@ -74,7 +76,7 @@ def test_categories_decide_what_is_device_work_not_args(tmp_path: Path) -> None:
             ],
         )
     )
-    kinds = [SpanKind(kind).name for kind in found.spans.kind]
+    kinds = [SpanKind(kind).name for kind in timeline.spans.kind]
     assert kinds == ["OP", "COMPUTE", "COPY", "COLLECTIVE", "COPY", "COPY", "COMPUTE", "COMPUTE"]
 
 
@@ -99,15 +101,15 @@ def test_categories_decide_what_is_device_work_not_args(tmp_path: Path) -> None:
     ],
 )
 def test_communication_kernels_are_known_by_name(tmp_path: Path, name: str, op: str) -> None:
-    found = read_timeline(
+    timeline = read_timeline(
         write(tmp_path / "t.json", [kernel(name, 0, 5), kernel("gemm_reduce_scatter_free", 9, 2)])
     )
-    assert found.spans.kind.tolist() == [SpanKind.COLLECTIVE, SpanKind.COMPUTE]
-    assert found.names[found.collectives.op[0]] == op
+    assert timeline.spans.kind.tolist() == [SpanKind.COLLECTIVE, SpanKind.COMPUTE]
+    assert timeline.names[timeline.collectives.op[0]] == op
 
 
 def test_a_collective_without_metadata_is_named_by_who_called_for_it(tmp_path: Path) -> None:
-    found = read_timeline(
+    timeline = read_timeline(
         write(
             tmp_path / "t.json",
             [
@@ -117,7 +119,7 @@ def test_a_collective_without_metadata_is_named_by_who_called_for_it(tmp_path: P
             ],
         )
     )
-    assert found.names[found.collectives.op[0]] == "all_to_all"
+    assert timeline.names[timeline.collectives.op[0]] == "all_to_all"
 
 
 def test_sizes_and_groups_of_collectives_are_read(tmp_path: Path) -> None:
@@ -136,25 +138,25 @@ def test_sizes_and_groups_of_collectives_are_read(tmp_path: Path) -> None:
         20, 2, args={"Process Group Name": "7", "Process Group Ranks": "[0, 1, ..., 63]", "Seq": 12}
     )
     groups = [{"pg_name": "0", "ranks": [0, 1]}, {"pg_name": "7", "ranks": list(range(64))}]
-    found = read_timeline(
+    timeline = read_timeline(
         write(
             tmp_path / "t.json",
             [all_reduce(0, 2), gather, many],
             distributedInfo={"rank": 3, "world_size": 64, "pg_config": groups},
         )
     )
-    assert found.ranks == (3,)
-    assert found.collectives.full_bytes.tolist() == [4096, 64, 4096]
-    assert [found.groups[group].ranks for group in found.collectives.group] == [
+    assert timeline.ranks == (3,)
+    assert timeline.collectives.full_bytes.tolist() == [4096, 64, 4096]
+    assert [timeline.groups[group].ranks for group in timeline.collectives.group] == [
         (0, 1),
         (0, 1),
         tuple(range(64)),
     ]
-    assert found.collectives.sequence.tolist() == [NONE, NONE, 12]
+    assert timeline.collectives.sequence.tolist() == [NONE, NONE, 12]
 
 
 def test_steps_on_the_device_begin_with_the_first_work_that_they_launched(tmp_path: Path) -> None:
-    found = read_timeline(
+    timeline = read_timeline(
         write(
             tmp_path / "t.json",
             [
@@ -165,19 +167,19 @@ def test_steps_on_the_device_begin_with_the_first_work_that_they_launched(tmp_pa
             ],
         )
     )  # fmt: skip
-    assert [(window.step, window.start_ns, window.end_ns) for window in found.windows] == [
+    assert [(window.step, window.start_ns, window.end_ns) for window in timeline.windows] == [
         (4, 20_000, 180_000),
         (5, 180_000, 250_000),
     ]
 
 
 def test_without_marks_all_work_is_one_window(tmp_path: Path) -> None:
-    found = read_timeline(write(tmp_path / "t.json", [kernel("a", 10, 5), kernel("b", 40, 2)]))
-    assert [(window.step, window.length_ns) for window in found.windows] == [(None, 32_000)]
+    timeline = read_timeline(write(tmp_path / "t.json", [kernel("a", 10, 5), kernel("b", 40, 2)]))
+    assert [(window.step, window.length_ns) for window in timeline.windows] == [(None, 32_000)]
 
 
 def test_on_a_cpu_work_is_what_ops_do_themselves_and_not_what_waits(tmp_path: Path) -> None:
-    found = read_timeline(
+    timeline = read_timeline(
         write(
             tmp_path / "t.json",
             [
@@ -199,18 +201,19 @@ def test_on_a_cpu_work_is_what_ops_do_themselves_and_not_what_waits(tmp_path: Pa
             ],
         )
     )
-    works = np.flatnonzero(found.spans.kind == SpanKind.COMPUTE)
+    works = np.flatnonzero(timeline.spans.kind == SpanKind.COMPUTE)
     assert [
-        (found.name(at), int(found.spans.start_ns[at]), int(found.spans.end_ns[at])) for at in works.tolist()
+        (timeline.name(at), int(timeline.spans.start_ns[at]), int(timeline.spans.end_ns[at]))
+        for at in works.tolist()
     ] == [
         ("aten::linear", 10_000, 15_000),
         ("aten::mm", 15_000, 35_000),
         ("aten::linear", 35_000, 40_000),
         ("aten::add", 90_000, 95_000),
     ]
-    assert [found.names[op] for op in found.collectives.op] == ["all_reduce"]
-    assert found.collectives.full_bytes.tolist() == [64]
-    assert found.windows[0].length_ns == 100_000
+    assert [timeline.names[op] for op in timeline.collectives.op] == ["all_reduce"]
+    assert timeline.collectives.full_bytes.tolist() == [64]
+    assert timeline.windows[0].length_ns == 100_000
 
 
 @pytest.mark.parametrize("says_so", [True, False])
@@ -220,7 +223,7 @@ def test_what_blocks_in_a_collective_is_no_work_of_the_function_around_it(
     """An autograd function is an op; our own ranges say where it waits, else the time right after the call
     does."""
     asked = "shardwise.all_reduce|wo ('wo' (rowwise)): Partial -> Replicate"
-    found = read_timeline(
+    timeline = read_timeline(
         write(
             tmp_path / "t.json",
             [
@@ -240,8 +243,8 @@ def test_what_blocks_in_a_collective_is_no_work_of_the_function_around_it(
         )
     )
     works = [
-        (found.name(at), int(found.spans.start_ns[at]))
-        for at in np.flatnonzero(found.spans.kind == SpanKind.COMPUTE).tolist()
+        (timeline.name(at), int(timeline.spans.start_ns[at]))
+        for at in np.flatnonzero(timeline.spans.kind == SpanKind.COMPUTE).tolist()
     ]
     assert works == [
         ("_AllReduce", 0),
@@ -249,9 +252,9 @@ def test_what_blocks_in_a_collective_is_no_work_of_the_function_around_it(
         ("aten::add", 92_000),
         ("_AllReduce", 97_000),
     ]
-    assert (None if found.collectives.origin[0] == NONE else found.names[found.collectives.origin[0]]) == (
-        "wo" if says_so else None
-    )
+    assert (
+        None if timeline.collectives.origin[0] == NONE else timeline.names[timeline.collectives.origin[0]]
+    ) == ("wo" if says_so else None)
 
 
 # --------------------------------------------------------------------------------------------- numbers
@@ -273,11 +276,11 @@ def test_times_are_exact_to_the_nanosecond(tmp_path: Path, ts: str, expected_ns:
     )
     path = tmp_path / "t.json"
     path.write_text(text.replace('"ts": 1000', f'"ts": {ts}', 1))
-    found = read_timeline(path)
-    assert not found.losses
-    assert found.spans.start_ns.tolist() == [0, expected_ns]
-    assert (found.spans.end_ns - found.spans.start_ns).tolist() == [5000, 7000]
-    assert found.origin_ns == 1_700_000_000_000_000_000 + int(whole) * 1000
+    timeline = read_timeline(path)
+    assert not timeline.losses
+    assert timeline.spans.start_ns.tolist() == [0, expected_ns]
+    assert (timeline.spans.end_ns - timeline.spans.start_ns).tolist() == [5000, 7000]
+    assert timeline.origin_ns == 1_700_000_000_000_000_000 + int(whole) * 1000
 
 
 @given(st.lists(st.tuples(st.integers(1, 10**15), st.integers(1, 10**10)), min_size=1, max_size=20))
@@ -290,10 +293,10 @@ def test_nanoseconds_survive_the_text(tmp_path: Path, times: list[tuple[int, int
     ]
     path = tmp_path / "t.json"
     path.write_text(f'{{"traceEvents": [{",".join(lines)}]}}')
-    found = read_timeline(path)
+    timeline = read_timeline(path)
     first = min(start for start, _ in times)
-    assert found.spans.start_ns.tolist() == [start - first for start, _ in times]
-    assert (found.spans.end_ns - found.spans.start_ns).tolist() == [length for _, length in times]
+    assert timeline.spans.start_ns.tolist() == [start - first for start, _ in times]
+    assert (timeline.spans.end_ns - timeline.spans.start_ns).tolist() == [length for _, length in times]
 
 
 # --------------------------------------------------------------------------------------------- forms and
@@ -319,10 +322,10 @@ def test_pieces_of_any_size_give_the_same(
     monkeypatch.setattr(container, "PIECE_BYTES", piece_bytes)
     path = tmp_path / "t.json"
     path.write_text(json.dumps(document(some(7)), indent=indent))
-    found = read_timeline(path)
-    assert names(found) == [f"kernel {number}" for number in range(7)]
-    assert not found.losses
-    assert found.facts[0] == ("device", "NVIDIA H100")
+    timeline = read_timeline(path)
+    assert names(timeline) == [f"kernel {number}" for number in range(7)]
+    assert not timeline.losses
+    assert timeline.facts[0] == ("device", "NVIDIA H100")
 
 
 @pytest.mark.parametrize("header_first", [True, False])
@@ -339,10 +342,10 @@ def test_the_header_may_stand_before_or_after_the_events(tmp_path: Path, header_
     merged = header | traced if header_first else traced | header
     path = tmp_path / "t.json"
     path.write_text(json.dumps(merged))
-    found = read_timeline(path)
-    assert found.ranks == (5,)
-    assert found.origin_ns == 1_000_001_000 + START_US * 1000
-    assert not found.losses
+    timeline = read_timeline(path)
+    assert timeline.ranks == (5,)
+    assert timeline.origin_ns == 1_000_001_000 + START_US * 1000
+    assert not timeline.losses
 
 
 def test_a_bare_array_is_a_trace_too(tmp_path: Path) -> None:
@@ -363,10 +366,10 @@ def test_of_a_truncated_file_what_is_there_is_read_and_the_loss_is_said(
     whole = gzip.compress(text) if packed else text
     path = tmp_path / ("t.json.gz" if packed else "t.json")
     path.write_bytes(whole[: int(len(whole) * share)])
-    found = read_timeline(path)
-    assert 0.5 * share * 400 < len(found.spans) < 400
-    assert names(found) == [f"kernel {number}" for number in range(len(found.spans))]
-    said = {loss.what for loss in found.losses}
+    timeline = read_timeline(path)
+    assert 0.5 * share * 400 < len(timeline.spans) < 400
+    assert names(timeline) == [f"kernel {number}" for number in range(len(timeline.spans))]
+    said = {loss.what for loss in timeline.losses}
     assert "cut off at the end of the file" in said
     assert ("the gzip data ends too early" in said) == packed
 
@@ -375,9 +378,9 @@ def test_several_gzip_members_and_padding_are_one_text(tmp_path: Path) -> None:
     text = json.dumps(document(some(50))).encode()
     path = tmp_path / "t.json.gz"
     path.write_bytes(gzip.compress(text[:1000]) + gzip.compress(text[1000:]) + b"\0" * 40)
-    found = read_timeline(path)
-    assert len(found.spans) == 50
-    assert not found.losses
+    timeline = read_timeline(path)
+    assert len(timeline.spans) == 50
+    assert not timeline.losses
 
 
 def test_a_broken_event_costs_itself_only_and_what_can_be_mended_is(tmp_path: Path) -> None:
@@ -387,16 +390,16 @@ def test_a_broken_event_costs_itself_only_and_what_can_be_mended_is(tmp_path: Pa
     lines[4] = lines[4].replace('"dur"', '"dur" 17')
     path = tmp_path / "t.json"
     path.write_text('{"traceEvents": [' + ",\n".join(lines) + '], "traceName": "x"}')
-    found = read_timeline(path)
-    assert names(found) == ["kernel 0", 'say "hello" twice', "a b c", "kernel 3", "kernel 5"]
-    assert {loss.what: loss.count for loss in found.losses} == {
+    timeline = read_timeline(path)
+    assert names(timeline) == ["kernel 0", 'say "hello" twice', "a b c", "kernel 3", "kernel 5"]
+    assert {loss.what: loss.count for loss in timeline.losses} == {
         "not JSON": 1,
         "mended: control characters, invalid UTF-8 or bare quotes": 2,
     }
 
 
 def test_work_without_a_duration_is_dropped_and_counted(tmp_path: Path) -> None:
-    found = read_timeline(
+    timeline = read_timeline(
         write(
             tmp_path / "t.json",
             [
@@ -408,8 +411,10 @@ def test_work_without_a_duration_is_dropped_and_counted(tmp_path: Path) -> None:
             ],
         )
     )
-    assert names(found) == ["a"]
-    assert [(loss.count, loss.what) for loss in found.losses] == [(4, "events without a time or a duration")]
+    assert names(timeline) == ["a"]
+    assert [(loss.count, loss.what) for loss in timeline.losses] == [
+        (4, "events without a time or a duration")
+    ]
 
 
 GIVE_CHROME = "Give the Chrome JSON that torch.profiler's export_chrome_trace writes."
@@ -451,11 +456,11 @@ def test_a_giant_string_costs_its_event_and_no_memory(
     path.write_text('{"traceEvents": [' + ",".join(lines) + "]}")
     stream = events.EventStream(container.text_pieces(path, container.Damage()))
     most = 0
-    found = []
+    kept = []
     for batch in stream:
         most = max(most, len(stream._buffer))
-        found += [each.name for each in batch]
-    assert found == ["kernel 0", "kernel 1", "kernel 3", "kernel 4"]
+        kept += [each.name for each in batch]
+    assert kept == ["kernel 0", "kernel 1", "kernel 3", "kernel 4"]
     assert stream.lost == {"longer than 0 MiB": 1}
     assert most < 3 << 16
 
@@ -471,9 +476,9 @@ def test_text_made_to_be_slow_is_not(tmp_path: Path, filler: str, in_name: bool)
     lines[1] = lines[1].replace("kernel 1", slow) if in_name else f'{{"ph": "X", {slow}}}'
     path = tmp_path / "t.json"
     path.write_text('{"traceEvents": [' + ",".join(lines) + "]}")
-    found = read_timeline(path)
-    assert names(found)[0] == "kernel 0"
-    assert names(found)[-1] == "kernel 2"
+    timeline = read_timeline(path)
+    assert names(timeline)[0] == "kernel 0"
+    assert names(timeline)[-1] == "kernel 2"
 
 
 def test_deep_nesting_costs_its_event(tmp_path: Path) -> None:
@@ -481,9 +486,9 @@ def test_deep_nesting_costs_its_event(tmp_path: Path) -> None:
     lines[1] = lines[1].replace('"nested"', '"deep": ' + "[" * 100_000 + "]" * 100_000 + ', "nested"')
     path = tmp_path / "t.json"
     path.write_text('{"traceEvents": [' + ",".join(lines) + "]}")
-    found = read_timeline(path)
-    assert names(found) == ["kernel 0", "kernel 2"]
-    assert [loss.what for loss in found.losses] == ["not JSON"]
+    timeline = read_timeline(path)
+    assert names(timeline) == ["kernel 0", "kernel 2"]
+    assert [loss.what for loss in timeline.losses] == ["not JSON"]
 
 
 def test_endless_different_names_are_refused_and_long_ones_cut(
@@ -540,13 +545,13 @@ def test_bytes_changed_at_random_give_a_timeline_or_the_readers_own_error(
     path.write_bytes(text)
     before, container.PIECE_BYTES = container.PIECE_BYTES, piece_bytes
     try:
-        found = read_timeline(path)
+        timeline = read_timeline(path)
     except TraceError:
         return
     finally:
         container.PIECE_BYTES = before
-    assert (found.spans.end_ns >= found.spans.start_ns).all()
-    assert all(0 <= number < len(found.names) for number in found.spans.name.tolist())
+    assert (timeline.spans.end_ns >= timeline.spans.start_ns).all()
+    assert all(0 <= number < len(timeline.names) for number in timeline.spans.name.tolist())
 
 
 JSON = st.recursive(
@@ -582,5 +587,5 @@ def test_events_of_any_types_give_a_timeline_or_the_readers_own_error(
     made = [GOOD | {"cat": cat, "args": args} | changed for changed, args, cat in odd]
     path = tmp_path / "t.json"
     path.write_text(json.dumps(header | {"traceEvents": [GOOD, *made]}))
-    found = read_timeline(path)
-    assert len(found.spans) >= 1
+    timeline = read_timeline(path)
+    assert len(timeline.spans) >= 1

@@ -49,9 +49,9 @@ def _overlap(timeline: Timeline) -> int:
 def test_overlap_and_compute_are_those_that_hta_finds_without_its_rounding(
     file: str, expected: dict[str, float]
 ) -> None:
-    found = whole(read_timeline(TRACES / f"{file}.json.gz"))
+    figures = whole(read_timeline(TRACES / f"{file}.json.gz"))
     for key, value in expected.items():
-        assert found[key] == pytest.approx(value, abs=5e-5 if key == "overlap" else 1e-6), key
+        assert figures[key] == pytest.approx(value, abs=5e-5 if key == "overlap" else 1e-6), key
 
 
 def test_on_b200_custom_all_reduces_are_communication_and_with_them_compute_is_htas() -> None:
@@ -83,9 +83,9 @@ def test_rccl_s_generic_kernels_are_named_by_their_callers() -> None:
 @pytest.mark.parametrize("file", sorted(path.name for path in TRACES.glob("*.json.gz")))
 def test_every_window_is_the_sum_of_its_parts_to_the_nanosecond(file: str) -> None:
     timeline = read_timeline(TRACES / file)
-    found = decompose(timeline)
-    assert found
-    for each in found:
+    steps = decompose(timeline)
+    assert steps
+    for each in steps:
         assert each.parts.total_ns == each.window.length_ns
     assert not timeline.losses
 
@@ -103,15 +103,15 @@ def dlrm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Timeline, ...]:
 def test_on_eight_v100_nearly_all_of_the_collectives_is_waiting_and_the_late_ranks_are_named(
     dlrm: tuple[Timeline, ...],
 ) -> None:
-    _, found = share(dlrm)
-    assert not found.refused
-    assert len(found.collectives) == 8
-    assert sum(len(each.members) for each in found.collectives) == 64
-    assert found.total_ns / 1e6 == pytest.approx(48.5, abs=0.05)
-    assert found.waiting_ns / found.total_ns == pytest.approx(0.965, abs=0.0005)
-    assert (found.total_ns - found.waiting_ns) / 1e6 == pytest.approx(1.7, abs=0.05)
-    assert [each.last_rank for each in found.collectives] == [7, 7, 7, 7, 7, 5, 5, 4]
-    assert [each.op for each in found.collectives].count("all_to_all") == 5
+    _, sharing = share(dlrm)
+    assert not sharing.refused
+    assert len(sharing.collectives) == 8
+    assert sum(len(each.members) for each in sharing.collectives) == 64
+    assert sharing.total_ns / 1e6 == pytest.approx(48.5, abs=0.05)
+    assert sharing.waiting_ns / sharing.total_ns == pytest.approx(0.965, abs=0.0005)
+    assert (sharing.total_ns - sharing.waiting_ns) / 1e6 == pytest.approx(1.7, abs=0.05)
+    assert [each.last_rank for each in sharing.collectives] == [7, 7, 7, 7, 7, 5, 5, 4]
+    assert [each.op for each in sharing.collectives].count("all_to_all") == 5
 
 
 def test_a_shifted_clock_changes_nothing_on_real_ranks(dlrm: tuple[Timeline, ...]) -> None:
@@ -129,5 +129,5 @@ def test_a_shifted_clock_changes_nothing_on_real_ranks(dlrm: tuple[Timeline, ...
 def test_no_clock_correction_of_the_v100_ranks_is_larger_than_their_microsecond(
     dlrm: tuple[Timeline, ...],
 ) -> None:
-    _, found = share(dlrm)
-    assert all(clock.offset_ns is not None and abs(clock.offset_ns) <= 2000 for clock in found.clocks)
+    _, sharing = share(dlrm)
+    assert all(clock.offset_ns is not None and abs(clock.offset_ns) <= 2000 for clock in sharing.clocks)

@@ -477,13 +477,13 @@ sizes = st.integers(1, 6)
 @given(tokens=st.integers(2, 60), batch=sizes, seq=sizes, step=st.integers(0, 1000))
 def test_labels_are_the_ids_shifted_by_one(tokens: int, batch: int, seq: int, step: int) -> None:
     seq = min(seq, tokens - 1)
-    found = Batches(stream_of(list(range(tokens))), batch, seq).at(step)
-    for part in (found.ids_BS, found.labels_BS):
+    made = Batches(stream_of(list(range(tokens))), batch, seq).at(step)
+    for part in (made.ids_BS, made.labels_BS):
         assert part.shape == (batch, seq)
         assert part.dtype == torch.int64
         assert part.is_contiguous()
     # ids count up, so the next token is the next number; a label from over the end would be smaller
-    assert torch.equal(found.labels_BS, found.ids_BS + 1)
+    assert torch.equal(made.labels_BS, made.ids_BS + 1)
 
 
 @settings(deadline=None)

@@ -43,10 +43,10 @@ def run(
     return read_ranks([folder / f"rank{rank}.json" for rank in range(world)], workers=1)
 
 
-def split(found: Sharing) -> list[tuple[int, list[int], int]]:
+def split(sharing: Sharing) -> list[tuple[int, list[int], int]]:
     return [
         (each.last_rank, [each.waiting_ns(member) for member in each.members], each.transfer_ns)
-        for each in found.collectives
+        for each in sharing.collectives
     ]
 
 
@@ -55,9 +55,9 @@ EXPECTED = [(1, [3000, 0, 2000], 10_000), (2, [90_000, 110_000, 0], 10_000), (2,
 
 
 def test_waiting_ends_when_the_last_rank_comes(tmp_path: Path) -> None:
-    timelines, found = share(run(tmp_path, ARRIVALS))
-    assert split(found) == EXPECTED
-    assert [clock.offset_ns for clock in found.clocks] == [0, 0, 0]
+    timelines, sharing = share(run(tmp_path, ARRIVALS))
+    assert split(sharing) == EXPECTED
+    assert [clock.offset_ns for clock in sharing.clocks] == [0, 0, 0]
     first = decompose(timelines[0])[0].parts
     assert (first.exposed_waiting_ns, first.exposed_transfer_ns) == (3000 + 90_000 + 5500, 30_000)
 
@@ -69,14 +69,14 @@ def test_transfer_ends_when_the_middle_rank_leaves(tmp_path: Path) -> None:
         write(
             tmp_path / f"rank{rank}.json", [all_reduce(100, end - 100, ranks=(0, 1, 2)), *others], rank=rank
         )
-    _, found = share(read_ranks(trace_files(tmp_path), workers=1))
-    assert [each.transfer_ns for each in found.collectives] == [50_000] * 5
+    _, sharing = share(read_ranks(trace_files(tmp_path), workers=1))
+    assert [each.transfer_ns for each in sharing.collectives] == [50_000] * 5
 
 
 def test_bus_bandwidth_is_wire_bytes_over_transfer(tmp_path: Path) -> None:
-    _, found = share(run(tmp_path, ARRIVALS))
-    assert found.collectives[0].full_bytes == 4000
-    assert found.collectives[0].bus_bytes_per_s == pytest.approx(2 * 2 / 3 * 4000 / 10e-6)
+    _, sharing = share(run(tmp_path, ARRIVALS))
+    assert sharing.collectives[0].full_bytes == 4000
+    assert sharing.collectives[0].bus_bytes_per_s == pytest.approx(2 * 2 / 3 * 4000 / 10e-6)
 
 
 @given(st.lists(st.integers(-(10**9), 10**9), min_size=3, max_size=3))
@@ -85,9 +85,9 @@ def test_a_shifted_clock_changes_nothing_after_correction(tmp_path: Path, offset
     moved = [
         timeline.shifted(offset) for timeline, offset in zip(run(tmp_path, ARRIVALS), offsets_ns, strict=True)
     ]
-    _, found = share(moved)
-    assert split(found) == EXPECTED
-    assert [clock.offset_ns for clock in found.clocks] == [offset - offsets_ns[0] for offset in offsets_ns]
+    _, sharing = share(moved)
+    assert split(sharing) == EXPECTED
+    assert [clock.offset_ns for clock in sharing.clocks] == [offset - offsets_ns[0] for offset in offsets_ns]
 
 
 @given(
@@ -106,11 +106,11 @@ def test_the_parts_of_any_step_add_up_and_hold_the_waiting(
         ]
         events += [kernel("gemm", at, length) for at, length in work] if rank else []
         write(tmp_path / f"rank{rank}.json", events, rank=rank)
-    timelines, found = share(read_ranks([tmp_path / "rank0.json", tmp_path / "rank1.json"], workers=1))
+    timelines, sharing = share(read_ranks([tmp_path / "rank0.json", tmp_path / "rank1.json"], workers=1))
     for timeline in timelines:
         for each in decompose(timeline):
             assert each.parts.total_ns == each.window.length_ns
-    waiting = [sum(each.waiting_ns(each.members[rank]) for each in found.collectives) for rank in (0, 1)]
+    waiting = [sum(each.waiting_ns(each.members[rank]) for each in sharing.collectives) for rank in (0, 1)]
     assert decompose(timelines[0])[0].parts.exposed_waiting_ns == waiting[0]  # it computes nothing
     assert decompose(timelines[1])[0].parts.exposed_waiting_ns <= waiting[1]
 
@@ -119,10 +119,10 @@ def test_windows_that_differ_are_aligned_by_what_the_calls_are(tmp_path: Path) -
     both = ((10, 512), (100, 600), (200, 512), (300, 700))
     write(tmp_path / "rank0.json", [all_reduce(at, 20, elements=n) for at, n in both[1:]], rank=0)
     write(tmp_path / "rank1.json", [all_reduce(at + 5, 15, elements=n) for at, n in both], rank=1)
-    _, found = share(read_ranks(trace_files(tmp_path), workers=1))
-    assert [each.members[0].start_ns % 1000 for each in found.collectives] == [0, 0, 0]
-    assert [each.last_rank for each in found.collectives] == [1, 1, 1]
-    assert [(each.count, each.why) for each in found.refused] == [
+    _, sharing = share(read_ranks(trace_files(tmp_path), workers=1))
+    assert [each.members[0].start_ns % 1000 for each in sharing.collectives] == [0, 0, 0]
+    assert [each.last_rank for each in sharing.collectives] == [1, 1, 1]
+    assert [(each.count, each.why) for each in sharing.refused] == [
         (1, "not recorded by all ranks of the group")
     ]
 
@@ -138,9 +138,9 @@ def test_sequence_numbers_match_what_order_would_not(tmp_path: Path) -> None:
         [all_reduce(at, 15, args={"Seq": seq}) for at, seq in ((5, 7), (105, 8), (205, 9))],
         rank=1,
     )
-    _, found = share(read_ranks(trace_files(tmp_path), workers=1))
-    assert split(found) == [(1, [5000, 0], 15_000), (1, [5000, 0], 15_000)]
-    assert found.refused[0].count == 1
+    _, sharing = share(read_ranks(trace_files(tmp_path), workers=1))
+    assert split(sharing) == [(1, [5000, 0], 15_000), (1, [5000, 0], 15_000)]
+    assert sharing.refused[0].count == 1
 
 
 def test_a_set_in_which_a_rank_leaves_before_the_last_has_come_is_refused_and_counted(tmp_path: Path) -> None:
@@ -150,9 +150,9 @@ def test_a_set_in_which_a_rank_leaves_before_the_last_has_come_is_refused_and_co
         [all_reduce(100 * at + (60 if at == 2 else 1), 19) for at in range(5)],
         rank=1,
     )
-    timelines, found = share(read_ranks(trace_files(tmp_path), workers=1))
-    assert len(found.collectives) == 4
-    assert [(each.count, each.why) for each in found.refused] == [
+    timelines, sharing = share(read_ranks(trace_files(tmp_path), workers=1))
+    assert len(sharing.collectives) == 4
+    assert [(each.count, each.why) for each in sharing.refused] == [
         (1, "a rank leaves before the last one comes: a wrong match, or a clock that drifts")
     ]
     assert decompose(timelines[0])[0].parts.exposed_communication_ns == 20_000
@@ -162,26 +162,26 @@ def test_of_a_broadcast_waiting_and_transfer_are_not_told_apart(tmp_path: Path) 
     for rank in (0, 1):
         made = [all_reduce(100 + 9 * rank, 20, args={"Collective name": "broadcast"})]
         write(tmp_path / f"rank{rank}.json", made, rank=rank)
-    _, found = share(read_ranks(trace_files(tmp_path), workers=1))
-    assert not found.collectives
+    _, sharing = share(read_ranks(trace_files(tmp_path), workers=1))
+    assert not sharing.collectives
     assert (
-        found.refused[0].why
+        sharing.refused[0].why
         == "broadcast: its ranks end at different times, so waiting can't be told from transfer"
     )
 
 
 def test_one_rank_alone_gets_no_split_and_is_told_why(tmp_path: Path) -> None:
-    timelines, found = share([read_timeline(write(tmp_path / "t.json", [all_reduce(0, 20)]))])
-    assert not found.collectives
-    assert found.refused[0].why.startswith("one rank's file only")
+    timelines, sharing = share([read_timeline(write(tmp_path / "t.json", [all_reduce(0, 20)]))])
+    assert not sharing.collectives
+    assert sharing.refused[0].why.startswith("one rank's file only")
     assert decompose(timelines[0])[0].parts.exposed_communication_ns == 20_000
 
 
 def test_files_of_a_group_s_other_ranks_that_are_missing_are_named(tmp_path: Path) -> None:
     for rank in (0, 1):
         write(tmp_path / f"rank{rank}.json", [all_reduce(0, 20, ranks=(0, 1, 2, 3))], rank=rank)
-    _, found = share(read_ranks(trace_files(tmp_path), workers=1))
-    assert [(each.count, each.why) for each in found.refused] == [
+    _, sharing = share(read_ranks(trace_files(tmp_path), workers=1))
+    assert [(each.count, each.why) for each in sharing.refused] == [
         (2, "the files of ranks 2, 3 are missing, which are in the same group")
     ]
 
@@ -193,11 +193,11 @@ def test_ends_that_are_late_on_the_same_rank_make_no_collective_impossible(tmp_p
         arrives = [[0, 0, 0, 320, 400], [100, 200, 300, 400, 500]][rank]
         events = [all_reduce(at, end - at, ranks=(0, 1)) for at, end in zip(arrives, leaves, strict=True)]
         write(tmp_path / f"rank{rank}.json", events, rank=rank)
-    _, found = share(read_ranks(trace_files(tmp_path), workers=1))
-    assert not found.refused
-    assert [each.last_rank for each in found.collectives] == [1] * 5
+    _, sharing = share(read_ranks(trace_files(tmp_path), workers=1))
+    assert not sharing.refused
+    assert [each.last_rank for each in sharing.collectives] == [1] * 5
     assert (
-        found.clocks[1].offset_ns == -10_000
+        sharing.clocks[1].offset_ns == -10_000
     )  # nearest to the median's -50 us; with more, rank 0 would leave before rank 1 comes
 
 
@@ -217,9 +217,9 @@ def test_a_wrong_clock_of_some_collectives_moves_no_rank(tmp_path: Path) -> None
     for rank in (0, 1):
         events = [all_reduce(100 * at + (30 if rank and at == 4 else 0), 10, ranks=(0, 1)) for at in range(5)]
         write(tmp_path / f"rank{rank}.json", events, rank=rank)
-    _, found = share(read_ranks(trace_files(tmp_path), workers=1))
-    assert [refused.count for refused in found.refused] == [1]
-    assert [clock.offset_ns for clock in found.clocks] == [0, 0]
+    _, sharing = share(read_ranks(trace_files(tmp_path), workers=1))
+    assert [refused.count for refused in sharing.refused] == [1]
+    assert [clock.offset_ns for clock in sharing.clocks] == [0, 0]
 
 
 def test_groups_are_matched_apart_and_their_clocks_hang_together(tmp_path: Path) -> None:
@@ -234,13 +234,13 @@ def test_groups_are_matched_apart_and_their_clocks_hang_together(tmp_path: Path)
         write(tmp_path / f"rank{rank}.json", made, rank=rank)
     timelines = read_ranks(trace_files(tmp_path), workers=1)
     moved = [timeline.shifted(10**9 * rank) for rank, timeline in enumerate(timelines)]
-    _, found = share(moved)
-    assert [(each.group, each.ranks, each.last_rank) for each in found.collectives] == [
+    _, sharing = share(moved)
+    assert [(each.group, each.ranks, each.last_rank) for each in sharing.collectives] == [
         ("tp0", (0, 1), 1),
         ("tp2", (2, 3), 2),
         ("dp", (0, 1, 2, 3), 3),
     ]
-    assert [clock.offset_ns for clock in found.clocks] == [10**9 * rank for rank in range(4)]
+    assert [clock.offset_ns for clock in sharing.clocks] == [10**9 * rank for rank in range(4)]
 
 
 def blamed(folder: Path, late: list[dict[str, Any]]) -> str:
@@ -248,9 +248,9 @@ def blamed(folder: Path, late: list[dict[str, Any]]) -> str:
     write(
         folder / "rank1.json", [*late, launch(999, 3), all_reduce(1000, 20, args={"correlation": 3})], rank=1
     )
-    _, found = share(read_ranks(trace_files(folder), workers=1))
-    assert found.collectives[0].last_rank == 1
-    blame = found.collectives[0].blame
+    _, sharing = share(read_ranks(trace_files(folder), workers=1))
+    assert sharing.collectives[0].last_rank == 1
+    blame = sharing.collectives[0].blame
     assert blame is not None
     assert blame.window_ns == 900_000
     return blame.doing
@@ -287,10 +287,10 @@ def test_files_may_count_from_different_bases(tmp_path: Path) -> None:
     base = 1_700_000_000_000_000_000
     write(tmp_path / "rank0.json", [all_reduce(2_000_100, 30)], rank=0, baseTimeNanoseconds=base)
     write(tmp_path / "rank1.json", [all_reduce(120, 10)], rank=1, baseTimeNanoseconds=base + 2_000_000_000)
-    timelines, found = share(read_ranks(trace_files(tmp_path), workers=1))
+    timelines, sharing = share(read_ranks(trace_files(tmp_path), workers=1))
     assert [timeline.origin_ns for timeline in timelines] == [base + 2_001_100_000] * 2
-    assert [clock.offset_ns for clock in found.clocks] == [0, 0]
-    assert split(found) == [(1, [20_000, 0], 10_000)]
+    assert [clock.offset_ns for clock in sharing.clocks] == [0, 0]
+    assert split(sharing) == [(1, [20_000, 0], 10_000)]
 
 
 def test_two_files_of_one_rank_are_refused(tmp_path: Path) -> None:
