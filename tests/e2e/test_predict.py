@@ -1,4 +1,5 @@
-"""`shardwise predict` and `shardwise machines` as a user meets them: what they print, write and return, and what they say to a mistake."""
+"""`shardwise predict` and `shardwise machines` as a user meets them: what they print, write and return, and
+what they say to a mistake."""
 
 import gzip
 import json

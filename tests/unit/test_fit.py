@@ -50,7 +50,8 @@ def sample(
 
 
 def synthetic(noise: float = NOISE) -> Iterator[Sample]:
-    """Of a machine with MATMUL, ATTENTION, copies at 2 us + bytes / 2 TB/s, and a link at 10 us + sent / 300 GB/s."""
+    """Of a machine with MATMUL, ATTENTION, copies at 2 us + bytes / 2 TB/s, and a link at 10 us + sent / 300
+    GB/s."""
     random = np.random.default_rng(0)
 
     def about(seconds: float) -> float:

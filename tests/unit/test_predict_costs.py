@@ -1,4 +1,5 @@
-"""What items cost, how they run beside each other, how stages play together, and what lives: on a machine made of round numbers."""
+"""What items cost, how they run beside each other, how stages play together, and what lives: on a machine
+made of round numbers."""
 
 from dataclasses import replace
 from itertools import pairwise

@@ -1,4 +1,5 @@
-"""The peak is that of the true mesh and setup: few states of each rank's, context ranks, a compiled loss, what the allocator reserves."""
+"""The peak is that of the true mesh and setup: few states of each rank's, context ranks, a compiled loss,
+what the allocator reserves."""
 
 import json
 from dataclasses import replace

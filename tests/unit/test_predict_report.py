@@ -1,4 +1,5 @@
-"""PredictionRun -> terminal and JSON text, and the words for what was assumed. The page in a real browser: tests/e2e/test_predict_html.py."""
+"""PredictionRun -> terminal and JSON text, and the words for what was assumed. The page in a real browser:
+tests/e2e/test_predict_html.py."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,5 @@
-"""What a sweep goes over, in which order it comes out, how it is shown; and processes that end with the command."""
+"""What a sweep goes over, in which order it comes out, how it is shown; and processes that end with the
+command."""
 
 import json
 import os

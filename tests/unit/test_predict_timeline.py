@@ -1,4 +1,5 @@
-"""The predicted step as a Timeline: what decompose() finds in it is what the terms say, and stages play the schedule."""
+"""The predicted step as a Timeline: what decompose() finds in it is what the terms say, and stages play the
+schedule."""
 
 import functools
 import gzip
@@ -57,7 +58,8 @@ def test_a_timeline_decomposes_into_its_terms(mesh: str, setup: Setup, recompute
     close = functools.partial(pytest.approx, rel=1e-3, abs=2e-6)  # each span is rounded to a nanosecond
     assert parts.total_ns / 1e9 == close(found.step_s - terms[Term.SLOWED])
     assert parts.compute_ns / 1e9 == close(sum(terms[term] for term in COMPUTE_TERMS))
-    # what is gathered before the first layer is neither hidden nor waited for by a rank: which of the two it counts to differs by little
+    # what is gathered before the first layer is neither hidden nor waited for by a rank: which of the two it
+    # counts to differs by little
     idle_ns = parts.cpu_bound_idle_ns + parts.other_idle_ns
     assert (parts.exposed_transfer_ns + idle_ns) / 1e9 == close(
         terms[Term.TENSOR] + terms[Term.DATA] + terms[Term.LAUNCH]

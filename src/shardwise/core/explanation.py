@@ -1,7 +1,9 @@
-"""Explanation: a Program told to people: every collective and copy with its reason, what a rank holds, what lives at the peak, findings.
+"""Explanation: a Program told to people: every collective and copy with its reason, what a rank holds, what
+lives at the peak, findings.
 
-Groups: what differs in nothing but the number of its layer is one group; modules are then named as in plans (`layers.*.attention`), and
-`count` says how often it happens in a step. Bytes of a group are those of one of its members; totals are properties.
+Groups: what differs in nothing but the number of its layer is one group; modules are then named as in plans
+(`layers.*.attention`), and `count` says how often it happens in a step. Bytes of a group are those of one of
+its members; totals are properties.
 """
 
 from dataclasses import dataclass
@@ -16,9 +18,11 @@ from shardwise.core.rule import RuleRef
 
 @dataclass(frozen=True, slots=True)
 class CollectiveGroup:
-    """Equal collectives. reason: why it is there, a sentence. copied_bytes: copied right before or after each, to and from its buffers.
+    """Equal collectives. reason: why it is there, a sentence. copied_bytes: copied right before or after
+    each, to and from its buffers.
 
-    carries_out: the collective that it stands for, where it is another (a reduce-scatter as an all-to-all and a local sum).
+    carries_out: the collective that it stands for, where it is another (a reduce-scatter as an all-to-all and
+    a local sum).
     """
 
     kind: CollectiveKind
@@ -63,7 +67,8 @@ class CopyGroup:
 
 @dataclass(frozen=True, slots=True)
 class PhaseTotals:
-    """All that a rank does in one phase. moved_bytes: read and written by ops. unknown_ops: those that the catalogue doesn't know."""
+    """All that a rank does in one phase. moved_bytes: read and written by ops. unknown_ops: those that the
+    catalogue doesn't know."""
 
     phase: Phase
     ops: int
@@ -110,8 +115,9 @@ class RuleSummary:
 class Explanation:
     """One plan on one mesh, as one rank runs it.
 
-    sharded_share: share of the model's parameters of which this rank keeps a part only, 0 to 1. held: exact bytes of parameters, gradients
-    and optimizer state. peak: see program.memory_peak; its holders are grouped over layers.
+    sharded_share: share of the model's parameters of which this rank keeps a part only, 0 to 1. held: exact
+    bytes of parameters, gradients and optimizer state. peak: see program.memory_peak; its holders are grouped
+    over layers.
     """
 
     model: str
@@ -145,8 +151,8 @@ class Explanation:
 class Contrast:
     """Two plans for the same model, mesh and step, side by side.
 
-    only_first, only_second: collectives that the other hasn't, in the same module and phase. different: those that both have, in other
-    sizes or numbers. lines: what it comes to, in words.
+    only_first, only_second: collectives that the other hasn't, in the same module and phase. different: those
+    that both have, in other sizes or numbers. lines: what it comes to, in words.
     """
 
     first: Explanation

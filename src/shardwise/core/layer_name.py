@@ -4,7 +4,8 @@ import re
 
 
 def moved_name(name: str, prefix: str | None, by: int) -> str:
-    """`layers.1.attention` -> `layers.7.attention` for prefix "layers" and by 6; names outside the layers as they are."""
+    """`layers.1.attention` -> `layers.7.attention` for prefix "layers" and by 6; names outside the layers as
+    they are."""
     index = layer_index(name, prefix)
     if index is None or by == 0:
         return name

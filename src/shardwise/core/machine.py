@@ -1,10 +1,12 @@
-"""Machine: hardware as predict needs it: how fast one device multiplies, moves and launches, and its links. Standard library only.
+"""Machine: hardware as predict needs it: how fast one device multiplies, moves and launches, and its links.
+Standard library only.
 
-Everything is SI and of one device: bytes, seconds, FLOP/s, bytes/s. `machine_file.py` reads and writes it as TOML, where each constant has its
-unit and its source.
+Everything is SI and of one device: bytes, seconds, FLOP/s, bytes/s. `machine_file.py` reads and writes it as
+TOML, where each constant has its unit and its source.
 
-    matmul     waves x tile's time + start: the tiles of [m, n] are dealt to `units` that work side by side, and the last wave counts whole
-               (NVIDIA, Matrix Multiplication Background User's Guide, "Tile and wave quantization"); never less than the bytes take
+    matmul     waves x tile's time + start: the tiles of [m, n] are dealt to `units` that work side by side,
+               and the last wave counts whole (NVIDIA, Matrix Multiplication Background User's Guide, "Tile
+               and wave quantization"); never less than the bytes take
     kernel     start + bytes / rate, or a measured curve, log-log between its points
     attention  FLOPs / rate, where the rate grows with the sequence: rate x S / (S + half_sequence)
     collective start + wire bytes / rate for a group of n ranks on one link, or a measured curve
@@ -23,11 +25,13 @@ Points = tuple[tuple[float, float], ...]
 
 DEFAULT = "default"
 FRESH = "fresh memory"
-"""The kernel that stands for memory which the allocator takes anew from the system: what it costs beside the op, by the tensor's bytes."""
+"""The kernel that stands for memory which the allocator takes anew from the system: what it costs beside the
+op, by the tensor's bytes."""
 
 
 def on_curve(points: Points, x: float) -> float:
-    """Seconds at size x: log-log between two points; the first point's time below it, the last one's rate (per x) beyond it."""
+    """Seconds at size x: log-log between two points; the first point's time below it, the last one's rate
+    (per x) beyond it."""
     sizes = [size for size, _ in points]
     if x <= sizes[0]:
         return points[0][1]
@@ -50,8 +54,8 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class MatmulRate:
-    """Matmuls of one dtype. peak_flops: per second, by the data sheet. units: that work side by side (SMs). extra_k: what a tile costs
-    besides its k, in k. start_s: once per call."""
+    """Matmuls of one dtype. peak_flops: per second, by the data sheet. units: that work side by side (SMs).
+    extra_k: what a tile costs besides its k, in k. start_s: once per call."""
 
     peak_flops: float
     units: int
@@ -74,7 +78,8 @@ class MatmulRate:
 
 @dataclass(frozen=True, slots=True)
 class AttentionRate:
-    """A fused attention kernel of one dtype at long sequences: FLOP/s, counted as core/program.py does (half where causal)."""
+    """A fused attention kernel of one dtype at long sequences: FLOP/s, counted as core/program.py does (half
+    where causal)."""
 
     forward_flops: float
     backward_flops: float
@@ -88,7 +93,8 @@ class AttentionRate:
 
 @dataclass(frozen=True, slots=True)
 class KernelRate:
-    """An op, or a kind of ops, that memory bounds. elements_per_s: where it counts elements instead (look-ups); points: a measured curve."""
+    """An op, or a kind of ops, that memory bounds. elements_per_s: where it counts elements instead
+    (look-ups); points: a measured curve."""
 
     start_s: float = 0.0
     bytes_per_s: float = math.inf
@@ -118,8 +124,9 @@ class CollectiveRate:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What joins devices. bytes_per_s: of one device, one way, by the data sheet. rates: by kind of collective, growing in ranks; those of
-    `None` serve every kind that has none of its own. reach: (message bytes, share of bytes_per_s), where it depends on the size."""
+    """What joins devices. bytes_per_s: of one device, one way, by the data sheet. rates: by kind of
+    collective, growing in ranks; those of `None` serve every kind that has none of its own. reach: (message
+    bytes, share of bytes_per_s), where it depends on the size."""
 
     bytes_per_s: float
     rates: tuple[tuple[CollectiveKind | None, tuple[CollectiveRate, ...]], ...] = ()
@@ -155,8 +162,9 @@ def _between(points: Points, x: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What the host takes to issue one op: while it runs the model's Python (forward), inside autograd (backward), and a collective.
-    dtensor_*: the same where DTensor dispatches the ops; None where nobody measured that."""
+    """What the host takes to issue one op: while it runs the model's Python (forward), inside autograd
+    (backward), and a collective. dtensor_*: the same where DTensor dispatches the ops; None where nobody
+    measured that."""
 
     forward_s: float
     backward_s: float
@@ -176,7 +184,8 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """One line of a machine file: its path, value and unit as written, and where it comes from. fitted: to what, where it was fitted."""
+    """One line of a machine file: its path, value and unit as written, and where it comes from. fitted: to
+    what, where it was fitted."""
 
     path: str
     value: str
@@ -187,7 +196,8 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Equal devices, `devices_per_node` of them joined by `within`, nodes joined by `between` (None: one node only)."""
+    """Equal devices, `devices_per_node` of them joined by `within`, nodes joined by `between` (None: one node
+    only)."""
 
     name: str
     device: str
@@ -218,5 +228,6 @@ class Machine:
 
 
 def local_ranks(stride: int, size: int, devices_per_node: int) -> int:
-    """How many ranks of a group lie on one node: its ranks are `stride` apart, and nodes are filled in order."""
+    """How many ranks of a group lie on one node: its ranks are `stride` apart, and nodes are filled in
+    order."""
     return max(1, min(size, devices_per_node // stride))

@@ -16,8 +16,8 @@ class MemoryUse:
     """One rank's memory; the largest over the ranks where they differ.
 
     parameter, gradient, optimizer: exact, from the tensors. active, reserved: peak over a step, from
-    torch.cuda.memory_stats (None on a CPU). resident: peak growth of the process's resident set from before the
-    model was built to the end of a step (None on CUDA).
+    torch.cuda.memory_stats (None on a CPU). resident: peak growth of the process's resident set from before
+    the model was built to the end of a step (None on CUDA).
     """
 
     parameter_bytes: int
@@ -30,8 +30,8 @@ class MemoryUse:
 
 @dataclass(frozen=True, slots=True)
 class CollectiveUse:
-    """All collectives of one kind, axis and phase in one step: mean over the ranks, and the largest rank's wire
-    bytes."""
+    """All collectives of one kind, axis and phase in one step: mean over the ranks, and the largest rank's
+    wire bytes."""
 
     kind: CollectiveKind
     axis: str
@@ -44,8 +44,8 @@ class CollectiveUse:
 
 @dataclass(frozen=True, slots=True)
 class ModuleTimes:
-    """One module alone, forward and backward, a pair of times per round: each rank's median of a few runs, then the
-    slowest rank's."""
+    """One module alone, forward and backward, a pair of times per round: each rank's median of a few runs,
+    then the slowest rank's."""
 
     module: str
     forward_s: tuple[float, ...]
@@ -58,12 +58,12 @@ class ModuleTimes:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One plan's run. `label` is the plan's name; `repeats` is the label that it repeats, for the run that shows
-    the noise (A/A).
+    """One plan's run. `label` is the plan's name; `repeats` is the label that it repeats, for the run that
+    shows the noise (A/A).
 
-    step_s: one time per round, the slowest rank's. rank_step_s: the same per rank. losses, grad_norms: one per step
-    from the first (warm-up included), equal on all ranks. sent_bytes: what the ranks' sockets sent in one step, mean
-    over ranks (gloo on Linux only).
+    step_s: one time per round, the slowest rank's. rank_step_s: the same per rank. losses, grad_norms: one
+    per step from the first (warm-up included), equal on all ranks. sent_bytes: what the ranks' sockets sent
+    in one step, mean over ranks (gloo on Linux only).
     """
 
     label: str
@@ -90,7 +90,8 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Median of paired ratios and its distribution-free confidence interval (order statistics of the pairs)."""
+    """Median of paired ratios and its distribution-free confidence interval (order statistics of the
+    pairs)."""
 
     median: float
     low: float
@@ -105,7 +106,8 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """One plan against the first: its time over the first plan's, and its throughput. Summary of a Measurement.
+    """One plan against the first: its time over the first plan's, and its throughput. Summary of a
+    Measurement.
 
     module_ratio: the same ratio for the module timed alone, forward and backward together.
     """
@@ -138,7 +140,8 @@ class Environment:
 
 @dataclass(frozen=True, slots=True)
 class TextSummary:
-    """Where the token ids came from. `distinct_ids`: how many of the model's vocabulary occur in the stream."""
+    """Where the token ids came from. `distinct_ids`: how many of the model's vocabulary occur in the
+    stream."""
 
     source: str
     tokenizer: str
@@ -150,11 +153,11 @@ class TextSummary:
 
 @dataclass(frozen=True, slots=True)
 class StepProfile:
-    """Where a plan's step went, by its profiles: `parts` in nanoseconds per step of one rank, mean over `steps` of
-    all ranks.
+    """Where a plan's step went, by its profiles: `parts` in nanoseconds per step of one rank, mean over
+    `steps` of all ranks.
 
-    overlap_ns: how much of communication_ns compute hides. words: what can be said of its collectives. traces: their
-    folder.
+    overlap_ns: how much of communication_ns compute hides. words: what can be said of its collectives.
+    traces: their folder.
     """
 
     label: str
@@ -171,9 +174,9 @@ class Comparison:
     """The answer of `shardwise compare`: every plan's measurement, standing and the verdict in words.
 
     noise: the ratio of the first plan's second run to its first (A/A): what no difference looks like here.
-    module: the one module that was measured (step_s is then its forward and backward), or None for whole steps.
-    warmup: steps before the first round; losses and gradient norms hold them too.
-    profiles: of the plans in their order, where they were recorded.
+    module: the one module that was measured (step_s is then its forward and backward), or None for whole
+    steps. warmup: steps before the first round; losses and gradient norms hold them too. profiles: of the
+    plans in their order, where they were recorded.
     """
 
     model: str

@@ -1,4 +1,5 @@
-"""Placement of a tensor on one mesh axis: Shard(dim), Replicate or Partial (each rank holds a summand). Names as in PyTorch."""
+"""Placement of a tensor on one mesh axis: Shard(dim), Replicate or Partial (each rank holds a summand). Names
+as in PyTorch."""
 
 import re
 from dataclasses import dataclass
@@ -7,7 +8,8 @@ from typing import assert_never
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Cut in equal chunks along `dim` (the last may be smaller or empty, as torch.chunk cuts); -1 is the last dim."""
+    """Cut in equal chunks along `dim` (the last may be smaller or empty, as torch.chunk cuts); -1 is the last
+    dim."""
 
     dim: int
 

@@ -1,12 +1,17 @@
-"""Program: what one rank runs in one training step, as data: ops, collectives and changes of memory, in order. Standard library only.
+"""Program: what one rank runs in one training step, as data: ops, collectives and changes of memory, in
+order. Standard library only.
 
-A program is a row of blocks. A block that stands for several equal layers holds the items of one of them; `items()` gives the whole
-step. Its parameters and optimizer state exist before the first item: the step is one after the first.
+A program is a row of blocks. A block that stands for several equal layers holds the items of one of them;
+`items()` gives the whole step. Its parameters and optimizer state exist before the first item: the step is
+one after the first.
 
-    FLOPs         a matmul of [m, k] and [k, n] counts 2 m k n; attention counts its two (backward: five) matmuls, half where causal;
-                  a triangular solve of [n, n] and [n, k] counts n n k; all else counts 0, being bound by memory
-    read, write   bytes of the tensors that an op takes and makes, each once; a look-up reads the rows that it takes, not the table
-    memory        bytes of storages as tensors hold them; what a kernel needs for itself while it runs is not seen
+    FLOPs         a matmul of [m, k] and [k, n] counts 2 m k n; attention counts its two (backward: five)
+                  matmuls, half where causal; a triangular solve of [n, n] and [n, k] counts n n k; all else
+                  counts 0, being bound by memory
+    read, write   bytes of the tensors that an op takes and makes, each once; a look-up reads the rows that it
+                  takes, not the table
+    memory        bytes of storages as tensors hold them; what a kernel needs for itself while it runs is not
+                  seen
 
 What this file does not know: time, and what an allocator adds (rounding, fragmentation).
 """
@@ -24,11 +29,13 @@ from shardwise.core.rule import ModuleKind, RuleRef
 LOSS_MODULE = "(loss)"
 """What stands for a module where the loss asked."""
 REPLICATED_PARAMETERS = "replicated parameters"
-"""What stands for a module where the gradients of all parameters that every rank holds whole are summed in one go."""
+"""What stands for a module where the gradients of all parameters that every rank holds whole are summed in
+one go."""
 
 
 class Phase(StrEnum):
-    """What a step is doing. recompute: a forward that runs again in the backward; reduce: gradients over whole replicas."""
+    """What a step is doing. recompute: a forward that runs again in the backward; reduce: gradients over
+    whole replicas."""
 
     FORWARD = "forward"
     LOSS = "loss"
@@ -47,7 +54,8 @@ IN_LAYERS = (Phase.FORWARD, *BACKWARDS)
 
 
 class OpKind(StrEnum):
-    """What bounds an op: matmul and attention by arithmetic, the others by memory. unknown: not in the catalogue of ops."""
+    """What bounds an op: matmul and attention by arithmetic, the others by memory. unknown: not in the
+    catalogue of ops."""
 
     MATMUL = "matmul"
     ATTENTION = "attention"
@@ -64,7 +72,8 @@ class OpKind(StrEnum):
 
 
 class MemoryKind(StrEnum):
-    """What a storage is for. activation: made in forward or loss and needed by the backward; temporary: everything else that comes and goes."""
+    """What a storage is for. activation: made in forward or loss and needed by the backward; temporary:
+    everything else that comes and goes."""
 
     PARAMETER = "parameter"
     GRADIENT = "gradient"
@@ -88,7 +97,8 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One kernel launch, or one call that makes several. `on_host`: works on tensors that lie on the host although the device is another."""
+    """One kernel launch, or one call that makes several. `on_host`: works on tensors that lie on the host
+    although the device is another."""
 
     name: str
     kind: OpKind
@@ -104,7 +114,8 @@ class Op:
 
 @dataclass(frozen=True, slots=True)
 class ByData:
-    """Wire bytes of a collective whose splits the data decides: over all ranks for this batch, and the most that any batch could need."""
+    """Wire bytes of a collective whose splits the data decides: over all ranks for this batch, and the most
+    that any batch could need."""
 
     mean_bytes: float
     max_bytes: float
@@ -114,10 +125,11 @@ class ByData:
 
 @dataclass(frozen=True, slots=True)
 class Collective:
-    """One collective: the call, the module that caused it and what that is, the rule there, and the change of placement.
+    """One collective: the call, the module that caused it and what that is, the rule there, and the change of
+    placement.
 
-    None: nobody told. by_data is None where shapes alone decide what is sent. reason: what its style says of it, where
-    the placements don't say all.
+    None: nobody told. by_data is None where shapes alone decide what is sent. reason: what its style says of
+    it, where the placements don't say all.
     """
 
     call: CollectiveCall
@@ -136,7 +148,8 @@ class Collective:
 
 @dataclass(frozen=True, slots=True)
 class MemoryChange:
-    """A storage that comes (n_bytes > 0) or goes (n_bytes < 0). maker: the op, collective or call that made it, in `module`."""
+    """A storage that comes (n_bytes > 0) or goes (n_bytes < 0). maker: the op, collective or call that made
+    it, in `module`."""
 
     n_bytes: int
     kind: MemoryKind
@@ -150,7 +163,8 @@ Item = Op | Collective | MemoryChange
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Items, standing for `times` equal stretches: each further one is `stride` layers of `prefix` away (`layers.1`, `layers.2`, ...)."""
+    """Items, standing for `times` equal stretches: each further one is `stride` layers of `prefix` away
+    (`layers.1`, `layers.2`, ...)."""
 
     items: tuple[Item, ...]
     times: int = 1
@@ -171,10 +185,11 @@ def moved(item: Item, prefix: str | None, by: int) -> Item:
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """One parameter and what this rank keeps of it. grad_placement and grad_shape are those that the optimizer meets (None: no gradient).
+    """One parameter and what this rank keeps of it. grad_placement and grad_shape are those that the
+    optimizer meets (None: no gradient).
 
-    Placements are by mesh axis, in the mesh's order; a parameter that is no DTensor is Replicate on all axes. `shared`: a tied parameter's
-    other names. is_outer: whether it is an embedding's or the head's.
+    Placements are by mesh axis, in the mesh's order; a parameter that is no DTensor is Replicate on all axes.
+    `shared`: a tied parameter's other names. is_outer: whether it is an embedding's or the head's.
     """
 
     name: str
@@ -200,7 +215,8 @@ class Holding:
 
 @dataclass(frozen=True, slots=True)
 class RuleUse:
-    """A rule of the plan and the modules that it holds for. arguments: of its style, as a plan's reader writes them."""
+    """A rule of the plan and the modules that it holds for. arguments: of its style, as a plan's reader
+    writes them."""
 
     pattern: str
     style: str
@@ -217,10 +233,11 @@ class RuleUse:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """The step of one rank. device: the type whose ops these are. resident: what lives before the first item, by kind.
+    """The step of one rank. device: the type whose ops these are. resident: what lives before the first item,
+    by kind.
 
-    axes: (name, size) of the mesh. layers: (prefix, count) of the repeated layers; None where the model has none. compressed: whether
-    equal layers were traced once. notes: what a reader must know, in words.
+    axes: (name, size) of the mesh. layers: (prefix, count) of the repeated layers; None where the model has
+    none. compressed: whether equal layers were traced once. notes: what a reader must know, in words.
     """
 
     model: str
@@ -277,7 +294,8 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPeak:
-    """The moment at which a rank holds most: total bytes, by kind, what lives (largest first), and what it was doing (phase, module, op)."""
+    """The moment at which a rank holds most: total bytes, by kind, what lives (largest first), and what it
+    was doing (phase, module, op)."""
 
     n_bytes: int
     by_kind: tuple[tuple[MemoryKind, int], ...]

@@ -28,7 +28,8 @@ class RuleRef:
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """The inverse of str(), for files. None for other text, such as the "end of backward" of older ones."""
+        """The inverse of str(), for files. None for other text, such as the "end of backward" of older
+        ones."""
         pattern, _, style = text.removeprefix('"').removesuffix(")").rpartition('" (')
         rule = cls(pattern, style)
         return rule if str(rule) == text else None
