@@ -53,7 +53,8 @@ def test_plans_are_put_side_by_side(run: tuple[Path, str]) -> None:
 
 def test_the_folder_holds_the_page_the_data_and_the_steps_for_perfetto(run: tuple[Path, str]) -> None:
     out, printed = run
-    files = ["predict.html", "prediction.json", "settings.json", "timeline-a.json.gz", "timeline-b.json.gz"]
+    files = ["predict.html", "predict.md", "prediction.json", "settings.json", "tables"]
+    files += ["timeline-a.json.gz", "timeline-b.json.gz"]
     assert sorted(path.name for path in out.iterdir()) == files
     document = json.loads((out / "prediction.json").read_bytes())
     assert [prediction["plan"] for prediction in document["predictions"]] == ["rowwise", "colwise"]
@@ -179,6 +180,27 @@ def test_ctrl_c_leaves_no_process_of_a_sweep(tmp_path: Path) -> None:
     assert running.returncode == 130, errors
     assert "Traceback" not in errors
     assert gone(children)
+
+
+def test_diff_reads_the_steps_that_predict_wrote(run: tuple[Path, str], tmp_path: Path) -> None:
+    out, _ = run
+    ended = shardwise("diff", str(out / "timeline-a.json.gz"), str(out / "timeline-b.json.gz"), "--json")
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    predicted = json.loads((out / "prediction.json").read_text())["predictions"]
+    for side, prediction in zip(("first", "second"), predicted, strict=True):
+        assert found[side]["losses"] == []
+        # a profile's step begins with its first work, a predicted one with the host that issues it
+        assert found[side]["step_ns"] * 1e-9 == pytest.approx(prediction["step_s"], rel=0.01)
+    several = shardwise("diff", str(out))
+    assert several.returncode == 2
+    assert several.stderr.endswith(
+        f"{out}: has a step of each plan, timeline-a.json.gz, timeline-b.json.gz. "
+        f"Give one, such as {out}/timeline-a.json.gz.\n"
+    )
+    for name in ("settings.json", "prediction.json", "timeline-a.json.gz"):
+        (tmp_path / name).write_bytes((out / name).read_bytes())
+    assert shardwise("diff", str(tmp_path)).returncode == 0
 
 
 REFUSED = [
