@@ -68,8 +68,4 @@ def hostile_run(text: str) -> PredictionRun:
     machine = replace(MACHINE, name=text, about=text, constants=(Constant(text, text, text, text, text),))
     one = replace(prediction(text), model=text, machine=text, notes=(text,))
     found = run_of(one, replace(one, plan=f"{text} #2"), machine=machine)
-    return replace(
-        found,
-        launch_bound=((LaunchBound(text, "forward", 0.004),),) * 2,
-        settings=replace(found.settings, dtype=text),
-    )
+    return replace(found, launch_bound=((LaunchBound(text, "forward", 0.004),),) * 2)
