@@ -16,8 +16,7 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shardwise.core.errors import MeshError, ModelError, PlanError
-from shardwise.core.foreign import ForeignRule
-from shardwise.core.rule import RuleRef
+from shardwise.core.program import RuleUse
 from shardwise.models.source import find_model, vocab_size_of
 from shardwise.parallel.apply import applied_to, loss_of
 from shardwise.parallel.engines.hugging_face import hugging_face_rules, parallelize_hugging_face
@@ -403,29 +402,27 @@ def test_the_rules_tell_what_each_matched(mesh: DeviceMesh) -> None:
     rules = hugging_face_rules(model)
     parallelize_hugging_face(model, mesh)
     applied = applied_to(model)
-    assert applied.foreign is not None
-    assert (applied.plan, applied.foreign.name, applied.foreign.rules) == (None, "hf", rules)
+    assert (applied.plan, applied.foreign) == (None, rules)
     assert loss_of(model) == PlainLoss()
     by_pattern = {use.rule.pattern: use for use in rules}
-    assert by_pattern["model.layers.*.self_attn.q_proj"] == ForeignRule(
-        RuleRef("model.layers.*.self_attn.q_proj", "colwise"),
+    assert by_pattern["model.layers.*.self_attn.q_proj"] == RuleUse(
+        "model.layers.*.self_attn.q_proj",
+        "colwise",
         ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"),
-        ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.weight"),
     )
     assert by_pattern["lm_head"].rule.style == "colwise_gather_output"
     assert by_pattern["model.embed_tokens"].rule.style == "embedding_rowwise"
-    assert all(rule.matches for rule in rules)
-    use = applied.foreign.rule_for("model.layers.1.mlp.down_proj")
-    assert use is not None
-    assert str(use.rule) == '"model.layers.*.mlp.down_proj" (rowwise)'
-    assert applied.foreign.rule_for("model.norm") is None
+    assert all(use.modules for use in rules)
+    rule = applied.rule_for("model.layers.1.mlp.down_proj.weight")
+    assert str(rule) == '"model.layers.*.mlp.down_proj" (rowwise)'
+    assert applied.rule_for("model.norm") is None
 
 
 def test_a_rule_that_matches_nothing_is_kept_and_says_so() -> None:
     model = built(TINY_LLAMA)
     model._tp_plan["model.layers.*.self_attn.qkv_proj"] = "colwise"
-    idle = [rule for rule in hugging_face_rules(model) if not rule.matches]
-    assert idle == [ForeignRule(RuleRef("model.layers.*.self_attn.qkv_proj", "colwise"))]
+    idle = [use for use in hugging_face_rules(model) if not use.modules]
+    assert idle == [RuleUse("model.layers.*.self_attn.qkv_proj", "colwise", ())]
 
 
 def test_a_tied_head_stays_tied_to_the_sharded_embedding(mesh: DeviceMesh) -> None:

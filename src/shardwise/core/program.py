@@ -215,8 +215,8 @@ class Holding:
 
 @dataclass(frozen=True, slots=True)
 class RuleUse:
-    """A rule of the plan and the modules that it holds for. arguments: of its style, as a plan's reader
-    writes them."""
+    """A rule of the plan and the modules (of another library's also the parameters) that it holds for.
+    arguments: of its style, as a plan's reader writes them."""
 
     pattern: str
     style: str

@@ -9,9 +9,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from shardwise.core.errors import MeshError, PlanError
-from shardwise.core.foreign import ForeignPlan
 from shardwise.core.mesh import TENSOR_AXIS, Role, role_of
 from shardwise.core.plan import Engine, Family, Plan
+from shardwise.core.program import RuleUse
+from shardwise.core.rule import RuleRef
 from shardwise.parallel.builtin import builtin_plan
 from shardwise.parallel.engines.dtensor import apply_dtensor
 from shardwise.parallel.engines.native import apply_native
@@ -30,7 +31,22 @@ class Applied:
     plan: Plan | None
     loss: Loss
     row_order: dict[str, RowOwnership] = field(default_factory=dict)
-    foreign: ForeignPlan | None = None
+    foreign: tuple[RuleUse, ...] | None = None
+
+    def rule_for(self, name: str) -> RuleRef | None:
+        """The rule that holds for a parameter or module, or for the nearest module around it that has one."""
+        while name:
+            rule = self._rule_of(name)
+            if rule is not None:
+                return rule
+            name = name.rpartition(".")[0]
+        return None
+
+    def _rule_of(self, name: str) -> RuleRef | None:
+        if self.foreign is not None:
+            return next((use.rule for use in self.foreign if name in use.modules), None)
+        rule = self.plan.rule_for(name) if self.plan is not None else None
+        return rule.ref if rule is not None else None
 
 
 def parallelize(model: nn.Module, plan: Plan | str, mesh: DeviceMesh) -> nn.Module:

@@ -115,10 +115,7 @@ def rules_of(plan: AnyPlan, model: nn.Module) -> tuple[RuleUse, ...]:
         case TheirPlan.HF:
             from shardwise.parallel.engines.hugging_face import hugging_face_rules
 
-            return tuple(
-                RuleUse(use.rule.pattern, use.rule.style, use.modules or use.parameters)
-                for use in hugging_face_rules(model)
-            )
+            return hugging_face_rules(model)
         case TheirPlan.UNSHARDED | TheirPlan.OWN:
             return ()
 

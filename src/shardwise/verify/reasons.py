@@ -149,20 +149,8 @@ def ungathered(reason: str) -> tuple[Finding, ...]:
 
 
 def rule_of(model: nn.Module, name: str) -> RuleRef | None:
-    """The rule that holds for a parameter or module, or for the nearest module around it that has one; as the
-    plan's user wrote it."""
-    applied = applied_to(model)
-    while name:
-        if applied.foreign is not None:
-            foreign = applied.foreign.rule_for(name)
-            if foreign is not None:
-                return foreign.rule
-        elif applied.plan is not None:
-            rule = applied.plan.rule_for(name)
-            if rule is not None:
-                return rule.ref
-        name = name.rpartition(".")[0]
-    return None
+    """See Applied.rule_for()."""
+    return applied_to(model).rule_for(name)
 
 
 # --------------------------------------------------------------------------------- where it goes wrong

@@ -9,8 +9,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from shardwise.core.finding import Cause, Finding, FindingKind
-from shardwise.core.foreign import ForeignRule
 from shardwise.core.plan import AnyPlan, Plan, suggest_pattern
+from shardwise.core.program import RuleUse
 from shardwise.core.sharded import Sharded
 from shardwise.parallel.apply import applied_to
 from shardwise.parallel.kinds import outer_parameters
@@ -23,7 +23,7 @@ def of_model(model: nn.Module, plan: AnyPlan, tp: int) -> tuple[Sharded, list[Fi
     findings = [*sharded.findings(tp), *dropout(model)]
     foreign = applied_to(model).foreign
     if foreign is not None:
-        findings += [*undivided_heads(model, foreign.rules, tp), *idle_rules(model, foreign.rules)]
+        findings += [*undivided_heads(model, foreign, tp), *idle_rules(model, foreign)]
     if isinstance(plan, Plan):
         findings += shadowed_rules(model, plan)
     return sharded, findings
@@ -54,10 +54,10 @@ def shadowed_rules(model: nn.Module, plan: Plan) -> Iterator[Finding]:
             yield Finding(FindingKind.RULE_IS_SHADOWED, rule.pattern, reason, advice=advice, rule=rule.ref)
 
 
-def idle_rules(model: nn.Module, rules: Iterable[ForeignRule]) -> Iterator[Finding]:
+def idle_rules(model: nn.Module, rules: Iterable[RuleUse]) -> Iterator[Finding]:
     """Another library's rules that match nothing. Our own engine refuses those."""
     names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
-    for rule in (use.rule for use in rules if not use.matches):
+    for rule in (use.rule for use in rules if not use.modules):
         near = suggest_pattern(rule.pattern, names)
         advice = f'Did you mean "{near}"?' if near is not None and near != rule.pattern else None
         reason = f"the rule ({rule.style}) matches no module or parameter"
@@ -81,14 +81,14 @@ _HEAD_COUNTS = (
 )
 
 
-def undivided_heads(model: nn.Module, rules: Iterable[ForeignRule], tp: int) -> Iterator[Finding]:
+def undivided_heads(model: nn.Module, rules: Iterable[RuleUse], tp: int) -> Iterator[Finding]:
     """Heads that the ranks can't share out evenly, where a rule cuts the projection that makes them. By a
     Hugging Face configuration."""
     config: Any = getattr(model, "config", None)
     part: Any = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     for key, what, projections in _HEAD_COUNTS:
         count = _number(part, key)
-        cuts = (use for use in rules if use.rule.style == "colwise" and use.modules)
+        cuts = (use for use in rules if use.style == "colwise" and use.modules)
         use = next((use for use in cuts if re.search(projections, use.modules[0])), None)
         if count is not None and count % tp and use is not None:
             cut = "the rule cuts the projection that makes them"

@@ -14,10 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from shardwise.core.errors import MeshError, PlanError
-from shardwise.core.foreign import ForeignPlan, ForeignRule
 from shardwise.core.layer_name import any_layer
 from shardwise.core.mesh import TENSOR_AXIS
-from shardwise.core.rule import RuleRef
+from shardwise.core.program import RuleUse
 from shardwise.core.shown import shown, told
 from shardwise.parallel.apply import Applied, mark_applied
 from shardwise.parallel.loss import Loss, PlainLoss
@@ -36,12 +35,13 @@ def parallelize_hugging_face(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """
     rules = hugging_face_rules(model)
     loss = apply_hugging_face(model, mesh)
-    mark_applied(model, Applied(None, loss, foreign=ForeignPlan(PLAN_NAME, rules)))
+    mark_applied(model, Applied(None, loss, foreign=rules))
     return model
 
 
-def hugging_face_rules(model: nn.Module) -> tuple[ForeignRule, ...]:
-    """The model's rules and what each is applied to. Raises PlanError for a model without any."""
+def hugging_face_rules(model: nn.Module) -> tuple[RuleUse, ...]:
+    """The model's rules and the modules, or else the parameters, that each is applied to. Raises PlanError
+    for a model without any."""
     plan = _own_plan(model)
     modules: dict[str, list[str]] = {pattern: [] for pattern in plan}
     parameters: dict[str, list[str]] = {pattern: [] for pattern in plan}
@@ -53,7 +53,7 @@ def hugging_face_rules(model: nn.Module) -> tuple[ForeignRule, ...]:
         else:  # a module's rule holds for the parameters that it owns
             parameters[pattern if pattern in plan else pattern.rpartition(".")[0]].append(name)
     return tuple(
-        ForeignRule(RuleRef(pattern, style), tuple(modules[pattern]), tuple(parameters[pattern]))
+        RuleUse(pattern, style, tuple(modules[pattern] or parameters[pattern]))
         for pattern, style in plan.items()
     )
 
