@@ -296,7 +296,7 @@ def test_everything_of_an_explanation_is_shown() -> None:
             "tp=8",
             "rank 0 of 8",
             "cuda",
-            "sequence 2048 = 8192 tokens",
+            "sequence 2,048 = 8,192 tokens",
             "float32",
             EMBEDDING_REASON,
             "layers.*.attention.wo",

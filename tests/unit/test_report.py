@@ -84,8 +84,6 @@ def test_other_quantities_read_well() -> None:
     assert units.format_ratio(None) == "not measured"
     assert units.format_interval(Ratio(0.8418, 0.811, 12.34, 0.95, 9)) == "0.842 [0.811, 12.3]"
     assert units.format_count(812) == "812"
-    assert units.format_rate(44_712.0) == "44.7 k tokens/s"
-    assert units.format_rate(None) == "not measured"
     assert units.format_error(2.13e-7) == "2.1e-07"
     assert units.format_error(math.nan) == "NaN"
     assert units.format_error(0.0) == "0"

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from math import prod
 
 from shardwise.core.collective import CollectiveKind, wire_bytes
+from shardwise.core.dtype import DTYPE_BYTES
 from shardwise.core.errors import MachineError
 from shardwise.core.machine import FRESH, Link, Machine, local_ranks
 from shardwise.core.mesh import TENSOR_AXIS
@@ -41,7 +42,6 @@ median of what it saved over what is predicted for them (hidden_share in benchma
 _CHUNKED = (CollectiveKind.ALL_GATHER, CollectiveKind.REDUCE_SCATTER)
 _FUSIBLE = (OpKind.ELEMENTWISE, OpKind.NORM, OpKind.SOFTMAX, OpKind.REDUCTION, OpKind.COPY, OpKind.FILL)
 _OTHER_HALF = {"float16": "bfloat16", "bfloat16": "float16"}
-_WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ def fresh_memory_s(op: Op, machine: Machine) -> float:
     known = dict(machine.kernels)
     if FRESH not in known:
         return 0.0
-    return sum(known[FRESH].time_s(prod(spec.shape) * _WIDTHS.get(spec.dtype, 4)) for spec in op.outputs)
+    return sum(known[FRESH].time_s(prod(spec.shape) * DTYPE_BYTES.get(spec.dtype, 4)) for spec in op.outputs)
 
 
 def _product_s(machine: Machine, dtype: str, batch: int, m: int, n: int, k: int) -> float:
@@ -155,7 +155,7 @@ def _unfused_s(machine: Machine, q: TensorSpec, k: TensorSpec, *, backward: bool
     scores = _product_s(machine, dtype, batch * heads, sequence, keys, head_dim)
     values = _product_s(machine, dtype, batch * heads, sequence, head_dim, keys)
     matmuls = (2 * scores + 2 * values) if backward else (scores + values)
-    matrix_bytes = batch * heads * sequence * keys * _WIDTHS.get(dtype, 4)
+    matrix_bytes = batch * heads * sequence * keys * DTYPE_BYTES.get(dtype, 4)
     return matmuls + SCORE_PASSES[backward] * machine.kernel("scores", "softmax").time_s(matrix_bytes)
 
 

@@ -11,6 +11,7 @@ from math import prod
 
 import numpy as np
 
+from shardwise.core.dtype import DTYPE_BYTES
 from shardwise.core.machine import Machine, local_ranks
 from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import Setup, Term
@@ -139,5 +140,5 @@ def _boundary_bytes(program: Program) -> int:
     for op in program.ops():
         if op.module.startswith(prefix) and op.inputs and len(op.inputs[0].shape) > 2:
             spec = op.inputs[0]
-            return prod(spec.shape) * {"float32": 4, "float64": 8}.get(spec.dtype, 2)
+            return prod(spec.shape) * DTYPE_BYTES.get(spec.dtype, 2)
     return 0

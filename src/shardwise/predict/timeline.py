@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from shardwise.core.dtype import DTYPE_BYTES
 from shardwise.core.layer_name import any_layer, layer_index, moved_name
 from shardwise.core.machine import Machine
 from shardwise.core.prediction import Setup
@@ -37,7 +38,6 @@ from shardwise.predict.work import PHASES, Work, group_sizes, layers_of
 MOST_PASSES = 20_000
 MOST_LISTED_RANKS = 4096
 MOST_WAITS = 8
-_WIDTHS = {"float64": 8, "float32": 4, "int64": 8, "int32": 4, "bfloat16": 2, "float16": 2}
 
 Columns = dict[str, NDArray[np.int64]]
 
@@ -215,7 +215,7 @@ class _Writer:
                 call, group, span = item.call, int(part.work.axis[row]) - 1, at + int(row)
                 module, op = self._told(part.work, int(row))
                 words = (self.name(op), self.name(call.dtype), self.name(module))
-                elements = call.payload_bytes // _WIDTHS.get(call.dtype, 1)
+                elements = call.payload_bytes // DTYPE_BYTES.get(call.dtype, 1)
                 sizes = (elements, call.payload_bytes, int(spans.start_ns[span]))
                 rows.append((span, *words, group, sequences[group], *sizes))
                 sequences[group] += 1

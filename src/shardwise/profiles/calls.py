@@ -10,6 +10,7 @@ import numpy as np
 from msgspec import UNSET, Raw, UnsetType
 from numpy.typing import NDArray
 
+from shardwise.core.dtype import DTYPE_BYTES
 from shardwise.core.timeline import NONE, Collectives, Group, SpanKind, Spans
 from shardwise.profiles import classify
 from shardwise.profiles.columns import Numbers, integer
@@ -49,7 +50,7 @@ def collectives_of(
         op = _op(args, kernel, callers)
         elements_in, elements_out, dtype = _elements(args, kernel, op, gathering)
         elements = elements_out if op == "all_gather" else elements_in
-        element_bytes = classify.DTYPE_BYTES.get(dtype.lower())
+        element_bytes = DTYPE_BYTES.get(dtype.lower())
         full_bytes = elements * element_bytes if elements != NONE and element_bytes else NONE
         asked = _module(callers)
         origin = NONE if asked is None else numbers[asked]

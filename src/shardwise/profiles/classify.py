@@ -25,8 +25,6 @@ _BY_CATEGORY = {
     "mtia_runtime": SpanKind.LAUNCH,
     "xpu_runtime": SpanKind.LAUNCH,
     "privateuse1_runtime": SpanKind.LAUNCH,
-    # as files/perfetto.py writes a Timeline
-    **{kind.name.lower(): kind for kind in SpanKind},
 }
 
 _COMMUNICATES = re.compile(
@@ -64,14 +62,6 @@ _OPS = (
 UNKNOWN = "unknown collective"
 # all ranks' kernels end when the data has moved: only of these waiting can be told from transfer
 SYMMETRIC = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
-
-DTYPE_BYTES = {
-    "double": 8, "long": 8, "long int": 8, "int64": 8, "float64": 8, "complexfloat": 8,
-    "float": 4, "int": 4, "int32": 4, "float32": 4,
-    "half": 2, "bfloat16": 2, "short": 2, "float16": 2, "c10::half": 2, "c10::bfloat16": 2,
-    "byte": 1, "char": 1, "bool": 1, "uint8": 1, "int8": 1, "signed char": 1, "unsigned char": 1,
-    "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1,
-}  # fmt: skip
 
 # bytes per second that one GPU's links carry in one direction: NVLink 2 to 5 and Infinity Fabric, by the
 # makers' data sheets of these products

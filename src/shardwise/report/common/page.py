@@ -12,7 +12,7 @@ import msgspec
 from markupsafe import Markup, escape
 
 from shardwise.report.common import units
-from shardwise.report.common.plain import name, plain, sentence
+from shardwise.report.common.plain import name, plain, repeats, sentence, step_text
 
 # sorts tables
 _SCRIPT = "common/page.js"
@@ -27,7 +27,7 @@ def draw(
     """
     environment = page_environment()
     environment.globals.update(
-        name=name, sentence=sentence, plain=plain, breakable=breakable, rate=units.format_rate,
+        name=name, sentence=sentence, plain=plain, breakable=breakable, step_text=step_text, repeats=repeats,
         bytes=units.format_bytes, seconds=units.format_seconds, count=units.format_count, flops=units.format_flops,
         ratio=units.format_ratio, share=units.format_share, error=units.format_error, number=units.format_number,
         interval=units.format_interval, confidence=units.format_confidence,

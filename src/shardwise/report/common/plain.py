@@ -2,6 +2,7 @@
 
 import unicodedata
 
+from shardwise.core.case import StepSettings
 from shardwise.core.shown import shown
 
 NAME_CHARACTERS = 96
@@ -30,3 +31,15 @@ def name(text: str, empty: str = "(model)") -> str:
 def sentence(text: str) -> str:
     """A reason, advice or note: as it is, but for control characters and for what nobody would read to its end."""
     return shown(text, SENTENCE_CHARACTERS)
+
+
+def step_text(settings: StepSettings, *more: str) -> str:
+    """`batch 4 x sequence 2,048 = 8,192 tokens a step · float32`, and what else there is to say."""
+    tokens = f"batch {settings.batch:,} x sequence {settings.seq:,} = {settings.tokens:,} tokens a step"
+    return " · ".join((tokens, name(settings.precision, "(dtype)"), *more))
+
+
+def repeats(settings: StepSettings) -> list[str]:
+    """Micro-batches and recompute, where there are any."""
+    micro = [f"{settings.accumulation} micro-batches"] if settings.accumulation > 1 else []
+    return [*micro, *([f"recompute {name(settings.recompute)}"] if settings.recompute != "none" else [])]

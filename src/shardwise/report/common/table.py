@@ -4,12 +4,14 @@ A cell holds a value (SI units: bytes, seconds) and a column says how it reads, 
 Texts may come from a user's files: whoever draws them shows control characters as escapes.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import TypeVar
 
 from shardwise.report.common.units import BAR, TEXT, Format
 
+_Item = TypeVar("_Item")
 Value = str | int | float | None
 ABSENT = "–"
 """Of a number that others in the column have: a cell has no room for "not measured"."""
@@ -191,6 +193,31 @@ class Report:
 def row(*cells: Cell | Value, kind: RowKind = RowKind.BODY, below: tuple[Line, ...] = ()) -> Row:
     """A row of values and cells."""
     return Row(tuple(cell if isinstance(cell, Cell) else Cell(cell) for cell in cells), kind, below)
+
+
+Made = Callable[[_Item], Cell | Value]
+Columns = Sequence[tuple[Column, Made[_Item]]]
+
+
+def tabled(
+    items: Iterable[_Item],
+    columns: Columns[_Item],
+    *totals: Row,
+    below: Callable[[_Item], Iterable[Line]] = lambda _: (),
+    kind: Callable[[_Item], RowKind] = lambda _: RowKind.BODY,
+    key: str,
+    title: str = "",
+    notes: Iterable[Line] = (),
+    sorts: bool = False,
+    short: int | None = None,
+    long: int | None = None,
+) -> Table:
+    """A table of a row per item: each column beside what it holds of an item. totals: rows after them."""
+    body = [
+        row(*(made(item) for _, made in columns), kind=kind(item), below=tuple(below(item))) for item in items
+    ]
+    heads = tuple(column for column, _ in columns)
+    return Table(key, title, heads, (*body, *totals), tuple(notes), sorts, short=short, long=long)
 
 
 def heading(title: str) -> Row:

@@ -108,11 +108,6 @@ def format_share(share: float) -> str:
     return f"{text.rstrip('0').rstrip('.') if '.' in text and 'e' not in text else text} %"
 
 
-def format_rate(tokens_per_s: float | None, absent: str = NOT_MEASURED) -> str:
-    """`44.7 k tokens/s`."""
-    return absent if tokens_per_s is None else f"{format_count(tokens_per_s)} tokens/s"
-
-
 def format_ratio(value: float | None, absent: str = NOT_MEASURED) -> str:
     """Three decimals, since 1 % matters and 0.1 % can be seen: `0.842`; three digits from 10 on."""
     if value is None:

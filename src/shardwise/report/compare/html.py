@@ -6,11 +6,11 @@ is in comparison.js, their colours are in common/page.css.
 """
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from plotly.offline import get_plotlyjs
 
-from shardwise.core.measurement import Comparison
+from shardwise.core.measurement import Comparison, Measurement, MemoryUse
 from shardwise.report.common import units
 from shardwise.report.common.page import draw, script_json
 from shardwise.report.compare import tables
@@ -20,57 +20,6 @@ from shardwise.report.diff.html import part_chart
 
 # What fits beside a bar on a phone; the whole name is in the tables and in the hover text.
 SHORT_NAME = 20
-
-
-@dataclass(frozen=True, slots=True)
-class ChartBar:
-    """One segment of a stacked bar: `value` in the chart's unit, `text` for people."""
-
-    value: float
-    kind: str
-    part: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class ChartMark:
-    """A measured number beside a bar."""
-
-    value: float
-    kind: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class ChartPlan:
-    """One plan's numbers for every chart, scaled to the charts' units."""
-
-    label: str
-    short: str
-    color: int
-    is_repeat: bool
-    step: tuple[float, ...]
-    ratio: tuple[float, float, float] | None
-    ratio_text: str
-    forward: tuple[float, ...]
-    backward: tuple[float, ...]
-    memory: tuple[ChartBar, ...]
-    memory_marks: tuple[ChartMark, ...]
-    wire: tuple[ChartBar, ...]
-    wire_marks: tuple[ChartMark, ...]
-    losses: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ChartData:
-    """What comparison.js draws. Numbers that aren't finite arrive there as null: a gap in the curve."""
-
-    plans: tuple[ChartPlan, ...]
-    noise: tuple[float, float] | None
-    step_unit: str
-    module_unit: str
-    memory_unit: str
-    wire_unit: str
 
 
 def comparison_html(comparison: Comparison) -> str:
@@ -100,88 +49,93 @@ def short_name(name: str) -> str:
     return f"{name[: SHORT_NAME - 9]}…{name[-8:]}"
 
 
-def _chart_data(comparison: Comparison, rows: tuple[Row, ...]) -> ChartData:
+def _chart_data(comparison: Comparison, rows: tuple[Row, ...]) -> dict[str, object]:
+    """What comparison.js draws, scaled to the charts' units. Numbers that aren't finite arrive there as null: a gap in the curve."""
     runs = comparison.measurements
     times = [run.module_times for run in runs if run.module_times is not None]
-    step_unit = units.unit_for((value for run in runs for value in run.step_s), units.SECOND_UNITS)
-    module_unit = units.unit_for(
-        (value for found in times for value in (*found.forward_s, *found.backward_s)), units.SECOND_UNITS
-    )
-    memory_unit = units.unit_for(
+    module_s = (value for found in times for value in (*found.forward_s, *found.backward_s))
+    step = units.unit_for((value for run in runs for value in run.step_s), units.SECOND_UNITS)
+    module = units.unit_for(module_s, units.SECOND_UNITS)
+    memory = units.unit_for(
         (value for run in runs for value in dataclasses.astuple(run.memory)), units.BYTE_UNITS
     )
-    wire_unit = units.unit_for(
+    wire = units.unit_for(
         (value for run in runs for value in (run.wire_bytes, run.sent_bytes)), units.BYTE_UNITS
     )
-    return ChartData(
-        plans=tuple(_chart_plan(row, step_unit, module_unit, memory_unit, wire_unit) for row in rows),
-        noise=(comparison.noise.low, comparison.noise.high) if comparison.noise else None,
-        step_unit=step_unit.name,
-        module_unit=module_unit.name,
-        memory_unit=memory_unit.name,
-        wire_unit=wire_unit.name,
-    )
+    return {
+        "plans": [
+            {
+                "label": row.label,
+                "short": short_name(row.label),
+                "color": row.color % HUES,
+                "is_repeat": row.is_repeat,
+                "step": [value / step.size for value in row.measurement.step_s],
+                **_ratio(row),
+                **_module_times(row.measurement, module),
+                **_memory(row.measurement.memory, memory),
+                **_wire(row.measurement, wire),
+                "losses": row.measurement.losses,
+            }
+            for row in rows
+        ],
+        "noise": (comparison.noise.low, comparison.noise.high) if comparison.noise else None,
+        "step_unit": step.name,
+        "module_unit": module.name,
+        "memory_unit": memory.name,
+        "wire_unit": wire.name,
+    }
 
 
-def _chart_plan(
-    row: Row, step_unit: units.Unit, module_unit: units.Unit, memory_unit: units.Unit, wire_unit: units.Unit
-) -> ChartPlan:
-    run = row.measurement
+def _ratio(row: Row) -> dict[str, object]:
+    if row.is_first:
+        return {"ratio": (1.0, 1.0, 1.0), "ratio_text": "1 (reference)"}
+    ratio = row.ratio
+    shown = (ratio.median, ratio.low, ratio.high) if ratio else None
+    return {"ratio": shown, "ratio_text": units.format_interval(ratio)}
+
+
+def _module_times(run: Measurement, unit: units.Unit) -> dict[str, object]:
     times = run.module_times
+    return {
+        "forward": [value / unit.size for value in times.forward_s] if times else (),
+        "backward": [value / unit.size for value in times.backward_s] if times else (),
+    }
+
+
+def _memory(use: MemoryUse, unit: units.Unit) -> dict[str, object]:
     parts = (
-        ("parameters", run.memory.parameter_bytes),
-        ("gradients", run.memory.gradient_bytes),
-        ("optimizer", run.memory.optimizer_bytes),
+        ("parameters", use.parameter_bytes),
+        ("gradients", use.gradient_bytes),
+        ("optimizer", use.optimizer_bytes),
     )
     peaks = (
-        ("peak active", run.memory.active_bytes),
-        ("peak reserved", run.memory.reserved_bytes),
-        ("peak resident", run.memory.resident_bytes),
+        ("peak active", use.active_bytes),
+        ("peak reserved", use.reserved_bytes),
+        ("peak resident", use.resident_bytes),
     )
-    return ChartPlan(
-        label=run.label,
-        short=short_name(run.label),
-        color=row.color % HUES,
-        is_repeat=row.is_repeat,
-        step=_scaled(run.step_s, step_unit),
-        ratio=(1.0, 1.0, 1.0)
-        if row.is_first
-        else (row.ratio.median, row.ratio.low, row.ratio.high)
-        if row.ratio
-        else None,
-        ratio_text="1 (reference)" if row.is_first else units.format_interval(row.ratio),
-        forward=_scaled(times.forward_s, module_unit) if times else (),
-        backward=_scaled(times.backward_s, module_unit) if times else (),
-        memory=tuple(
-            ChartBar(value / memory_unit.size, kind, "", units.format_bytes(value)) for kind, value in parts
-        ),
-        memory_marks=tuple(
-            ChartMark(value / memory_unit.size, kind, units.format_bytes(value))
-            for kind, value in peaks
-            if value is not None
-        ),
-        wire=tuple(
-            ChartBar(
-                use.wire_bytes / wire_unit.size,
-                use.kind.value,
-                use.phase,
-                f"{units.format_bytes(use.wire_bytes)} in {use.count} calls on {use.axis}; "
-                f"largest rank {units.format_bytes(use.wire_bytes_largest_rank)}",
-            )
-            for use in run.collectives
-        ),
-        wire_marks=(
-            ()
-            if run.sent_bytes is None
-            else (
-                ChartMark(
-                    run.sent_bytes / wire_unit.size, "sent, measured", units.format_bytes(run.sent_bytes)
-                ),
-            )
-        ),
-        losses=run.losses,
-    )
+    return {"memory": _marks(parts, unit), "memory_marks": _marks(peaks, unit)}
 
 
-def _scaled(values: tuple[float, ...], unit: units.Unit) -> tuple[float, ...]:
-    return tuple(value / unit.size for value in values)
+def _marks(sizes: Sequence[tuple[str, float | None]], unit: units.Unit) -> list[dict[str, object]]:
+    """Of what was measured: the value in the chart's unit, and in words."""
+    return [
+        {"value": value / unit.size, "kind": kind, "part": "", "text": units.format_bytes(value)}
+        for kind, value in sizes
+        if value is not None
+    ]
+
+
+def _wire(run: Measurement, unit: units.Unit) -> dict[str, object]:
+    bars = []
+    for use in run.collectives:
+        largest = units.format_bytes(use.wire_bytes_largest_rank)
+        sent = f"{units.format_bytes(use.wire_bytes)} in {use.count} calls on {use.axis}"
+        bars.append(
+            {
+                "value": use.wire_bytes / unit.size,
+                "kind": use.kind.value,
+                "part": use.phase,
+                "text": f"{sent}; largest rank {largest}",
+            }
+        )
+    return {"wire": bars, "wire_marks": _marks([("sent, measured", run.sent_bytes)], unit)}

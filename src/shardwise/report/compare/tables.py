@@ -2,29 +2,29 @@
 
 from collections.abc import Iterator
 
-from shardwise.core.measurement import Comparison, Measurement
-from shardwise.core.parts import parts_of
+from shardwise.core.measurement import Comparison
+from shardwise.report.common.plain import repeats, step_text
 from shardwise.report.common.table import (
     ABSENT,
     Block,
     Cell,
     Column,
+    Columns,
     Line,
     Report,
-    Row,
     RowKind,
     Table,
     Tone,
     Words,
     numbers,
     row,
+    tabled,
 )
 from shardwise.report.common.units import (
     BYTES,
     COUNT,
     ERROR,
     NUMBER,
-    PERCENT,
     RATIO,
     SECONDS,
     format_confidence,
@@ -35,7 +35,7 @@ from shardwise.report.common.units import (
 )
 from shardwise.report.compare.rows import Row as PlanRow
 from shardwise.report.compare.rows import comparison_rows, measured_module, not_measured
-from shardwise.report.diff.tables import NS
+from shardwise.report.diff.tables import cut_steps
 
 # Colours of plans in page.css; further plans start again from the first.
 HUES = 8
@@ -65,36 +65,23 @@ def _headline(comparison: Comparison) -> Words:
     settings, where = comparison.settings, comparison.environment
     ranks = f"{where.world_size} rank{'s' if where.world_size != 1 else ''}"
     first = f"({format_count(comparison.parameters)} parameters) on {comparison.mesh} · {ranks}, {where.backend}, {where.device} · {where.machine}"
-    second = [
-        f"batch {settings.batch} x sequence {settings.seq} = {settings.tokens} tokens a step",
-        settings.precision,
-    ]
-    if settings.accumulation > 1:
-        second.append(f"{settings.accumulation} micro-batches")
-    if settings.recompute != "none":
-        second.append(f"recompute {settings.recompute}")
-    second.append(f"{comparison.rounds} rounds")
-    lines = [Line(first, lead=comparison.model), Line(" · ".join(second))]
+    second = step_text(settings, *repeats(settings), f"{comparison.rounds} rounds")
+    lines = [Line(first, lead=comparison.model), Line(second)]
     if comparison.module is not None:
         lines.append(Line(f"measured: {comparison.module} alone, forward + backward; a step is one of both"))
     return Words(tuple(lines))
 
 
 def _plan(each: PlanRow) -> Cell:
-    about = "noise (A/A)" if each.is_repeat else ""
-    return Cell(
-        each.label,
-        tone=Tone.PLAIN if each.is_repeat else Tone.STRONG,
-        about=about,
-        mark=f"plan-{each.color % HUES}",
-    )
+    tone = Tone.PLAIN if each.is_repeat else Tone.STRONG
+    return Cell(each.label, None, tone, "noise (A/A)" if each.is_repeat else "", f"plan-{each.color % HUES}")
 
 
-def _plan_rows(comparison: Comparison, *cells: "tuple[Cell | float | str | None, ...]") -> tuple[Row, ...]:
-    return tuple(
-        row(_plan(each), *values, kind=RowKind.REPEAT if each.is_repeat else RowKind.BODY)
-        for each, values in zip(comparison_rows(comparison), cells, strict=True)
-    )
+_PLAN = (Column("plan", wraps=True), _plan)
+
+
+def _kind(each: PlanRow) -> RowKind:
+    return RowKind.REPEAT if each.is_repeat else RowKind.BODY
 
 
 def _measured(value: float | None) -> Cell:
@@ -102,87 +89,65 @@ def _measured(value: float | None) -> Cell:
     return Cell(value, None if value is not None else ABSENT)
 
 
+def _interval(each: PlanRow) -> Cell:
+    if each.is_first:
+        return Cell(1.0, "1 (reference)")
+    return Cell(each.ratio.median if each.ratio else None, format_interval(each.ratio, ABSENT))
+
+
 def time_table(comparison: Comparison) -> Table:
     rows = comparison_rows(comparison)
     first = rows[0].label if rows and len(rows[0].label) <= 12 else "the first"
-    columns = (
-        Column("step, median" if comparison.module is None else "fwd+bwd, median", SECONDS),
-        Column(f"time over {first} [interval]", RATIO),
-        Column("tokens per s", COUNT),
-        *numbers(SECONDS, "module forward", "module backward"),
-    )
-    cells = [
+    is_step = comparison.module is None
+    columns: Columns[PlanRow] = (
+        _PLAN,
         (
-            _measured(each.step_s),
-            Cell(1.0, "1 (reference)") if each.is_first else Cell(each.ratio.median if each.ratio else None, format_interval(each.ratio, ABSENT)),
-            _measured(each.tokens_per_s) if comparison.module is None else Cell(),
-            _measured(each.module_forward_s),
-            _measured(each.module_backward_s),
-        )
-        for each in rows
-    ]  # fmt: skip
-    return Table(
-        "time", "Time", (Column("plan", wraps=True), *columns), _plan_rows(comparison, *cells), tuple(_time_notes(comparison))
-    )  # fmt: skip
+            Column("step, median" if is_step else "fwd+bwd, median", SECONDS),
+            lambda each: _measured(each.step_s),
+        ),
+        (Column(f"time over {first} [interval]", RATIO), _interval),
+        (Column("tokens per s", COUNT), lambda each: _measured(each.tokens_per_s) if is_step else None),
+        (Column("module forward", SECONDS), lambda each: _measured(each.module_forward_s)),
+        (Column("module backward", SECONDS), lambda each: _measured(each.module_backward_s)),
+    )
+    return tabled(rows, columns, kind=_kind, key="time", title="Time", notes=_time_notes(comparison))
 
 
 def _time_notes(comparison: Comparison) -> Iterator[Line]:
     rows = comparison_rows(comparison)
     ratio = next((row.ratio for row in rows if row.ratio is not None), None)
     if ratio is not None:
-        yield Line(
-            f"interval: {format_confidence(ratio.confidence)}, from {ratio.pairs} pairs of rounds; an interval that holds 1 shows no difference.",
-            Tone.QUIET,
-        )
+        told = f"{format_confidence(ratio.confidence)}, from {ratio.pairs} pairs of rounds"
+        yield Line(f"interval: {told}; an interval that holds 1 shows no difference.", Tone.QUIET)
     if any(row.is_repeat for row in rows):
-        yield Line(
-            "noise (A/A): the first plan once more. A difference as small as its own means nothing here.",
-            Tone.QUIET,
-        )
+        told = "the first plan once more. A difference as small as its own means nothing here."
+        yield Line(f"noise (A/A): {told}", Tone.QUIET)
     module = measured_module(comparison)
     if module is not None:
         yield Line(f"module: {module}, timed alone.", Tone.QUIET)
 
 
+_MEMORY: Columns[PlanRow] = (
+    _PLAN,
+    (Column("parameters", BYTES), lambda each: each.measurement.memory.parameter_bytes),
+    (Column("gradients", BYTES), lambda each: each.measurement.memory.gradient_bytes),
+    (Column("optimizer", BYTES), lambda each: each.measurement.memory.optimizer_bytes),
+    (Column("wire, formula", BYTES), lambda each: each.measurement.wire_bytes),
+    (Column("sent, measured", BYTES), lambda each: _measured(each.measurement.sent_bytes)),
+    (Column("peak active", BYTES), lambda each: _measured(each.measurement.memory.active_bytes)),
+    (Column("peak reserved", BYTES), lambda each: _measured(each.measurement.memory.reserved_bytes)),
+    (Column("peak resident", BYTES), lambda each: _measured(each.measurement.memory.resident_bytes)),
+)
+
+
 def memory_table(comparison: Comparison) -> Table:
-    columns = (
-        *numbers(
-            BYTES,
-            "parameters",
-            "gradients",
-            "optimizer",
-            "wire, formula",
-            "sent, measured",
-            "peak active",
-            "peak reserved",
-            "peak resident",
-        ),
-    )
-    cells = [
-        tuple(
-            map(
-                _measured,
-                (
-                    run.memory.parameter_bytes, run.memory.gradient_bytes, run.memory.optimizer_bytes, run.wire_bytes, run.sent_bytes,
-                    run.memory.active_bytes, run.memory.reserved_bytes, run.memory.resident_bytes,
-                ),
-            )
-        )
-        for run in comparison.measurements
-    ]  # fmt: skip
-    notes = [
-        Line(
-            "wire: what one rank sends in a step by the ring and pairwise formulas, mean over the ranks.",
-            Tone.QUIET,
-        )
-    ]
+    told = "wire: what one rank sends in a step by the ring and pairwise formulas, mean over the ranks."
+    notes = [Line(told, Tone.QUIET)]
     absent = not_measured(comparison)
     if absent:
         notes.append(Line(f"Not measured in this run: {'; '.join(absent)}.", Tone.QUIET))
     title = "Memory of one rank, and the bytes it sends in a step"
-    return Table(
-        "memory", title, (Column("plan", wraps=True), *columns), _plan_rows(comparison, *cells), tuple(notes)
-    )
+    return tabled(comparison_rows(comparison), _MEMORY, kind=_kind, key="memory", title=title, notes=notes)
 
 
 def collectives_table(comparison: Comparison) -> Table:
@@ -212,28 +177,10 @@ def profile_blocks(comparison: Comparison) -> list[Block]:
     profiles = comparison.profiles
     if not profiles:
         return []
-    columns = [
-        column
-        for profile in profiles
-        for column in (Column(profile.label, NS), Column("of the step", PERCENT, of=profile.label))
-    ]
-    body = [
-        row(
-            Cell(part.label, mark=f"p-{part.key}"),
-            *(
-                value
-                for profile in profiles
-                for value in (part.ns(profile.parts), part.ns(profile.parts) / profile.parts.total_ns)
-            ),
-        )
-        for part in parts_of(profile.parts for profile in profiles)
-    ]
-    totals = (value for profile in profiles for value in (profile.parts.total_ns, None))
-    body.append(row("step", *totals, kind=RowKind.TOTAL))
+    parts = [(profile.label, profile.parts) for profile in profiles]
     title = "Where a step's time goes, by its profiles (mean of all ranks)"
-    table = Table("profiles", title, (Column("Part", wraps=True), *columns), tuple(body))
     lines = tuple(Line(line, lead=f"{profile.label}:") for profile in profiles for line in profile.words)
-    return [table, Words(lines, items=True)] if lines else [table]
+    return [cut_steps("profiles", title, parts), *([Words(lines, items=True)] if lines else [])]
 
 
 def has_agreement(comparison: Comparison) -> bool:
@@ -241,38 +188,38 @@ def has_agreement(comparison: Comparison) -> bool:
 
 
 def agreement_table(comparison: Comparison) -> Table:
-    columns = (
-        Column("plan", wraps=True),
-        Column("gradient error", ERROR),
-        Column("in the gradient of", wraps=True),
-        Column("loss error", ERROR, spills=True),
-        Column("tolerance", ERROR),
-        Column("compared in"),
+    columns: Columns[PlanRow] = (
+        _PLAN,
+        (Column("gradient error", ERROR), _error),
+        (Column("in the gradient of", wraps=True), lambda each: _of(each, "worst_gradient")),
+        (Column("loss error", ERROR, spills=True), lambda each: _of(each, "loss_error")),
+        (Column("tolerance", ERROR), lambda each: _of(each, "tolerance")),
+        (Column("compared in"), _compared_in),
     )
-    body = tuple(
-        row(_plan(each), *_agreement(each.measurement))
-        for each in comparison_rows(comparison)
-        if not each.is_repeat
-    )
-    return Table(
-        "agreement", "Against the unsharded model: worst relative error of all gradients", columns, body
-    )
+    rows = [each for each in comparison_rows(comparison) if not each.is_repeat]
+    title = "Against the unsharded model: worst relative error of all gradients"
+    return tabled(rows, columns, key="agreement", title=title)
 
 
-def _agreement(measurement: Measurement) -> "tuple[Cell | float | str | None, ...]":
-    found = measurement.agreement
+def _of(each: PlanRow, field: str) -> str | float | None:
+    """A field of its agreement, where that was checked."""
+    found: str | float | None = getattr(each.measurement.agreement, field, None)
+    return found
+
+
+def _error(each: PlanRow) -> Cell:
+    found = each.measurement.agreement
     if found is None:
-        return (Cell(None, ABSENT), None, None, None, None)
+        return Cell(None, ABSENT)
     error = format_error(found.worst_gradient_error)
-    return (
-        Cell(found.worst_gradient_error, f"{error} ok", Tone.GOOD)
-        if found.agrees
-        else Cell(found.worst_gradient_error, f"{error} WRONG", Tone.BAD),
-        found.worst_gradient,
-        found.loss_error,
-        found.tolerance,
-        f"{found.dtype}, {found.layers} layer{'s' if found.layers != 1 else ''}",
-    )
+    if found.agrees:
+        return Cell(found.worst_gradient_error, f"{error} ok", Tone.GOOD)
+    return Cell(found.worst_gradient_error, f"{error} WRONG", Tone.BAD)
+
+
+def _compared_in(each: PlanRow) -> str | None:
+    found = each.measurement.agreement
+    return f"{found.dtype}, {found.layers} layer{'s' if found.layers != 1 else ''}" if found else None
 
 
 def _findings(rows: tuple[PlanRow, ...]) -> Iterator[Line]:

@@ -256,6 +256,11 @@ def shape_text(shape: Sequence[int]) -> str:
     return f"[{', '.join(map(str, shape))}]" if shape else "scalar"
 
 
+def part_text(group: HoldingGroup) -> str:
+    """What the rank has of a parameter: its shape, or that it is whole."""
+    return "all of it" if group.shape == group.local_shape else shape_text(group.local_shape)
+
+
 def placements_text(placements: Sequence[Placement], axes: Sequence[tuple[str, int]]) -> str:
     """`Shard(0)` on one axis; `dp: Replicate, tp: Shard(0)` on several."""
     if len(placements) == 1:

@@ -1,39 +1,38 @@
 """Explanation and Contrast -> tables and words: collectives with their reasons, what a rank holds, memory, work, copies, rules, notes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from shardwise.core.explanation import CollectiveGroup, Contrast, CopyGroup, Explanation, HoldingGroup
+from shardwise.core.explanation import (
+    CollectiveGroup,
+    Contrast,
+    CopyGroup,
+    Explanation,
+    HoldingGroup,
+    PhaseTotals,
+    RuleSummary,
+)
 from shardwise.core.finding import Finding
-from shardwise.core.program import MemoryKind
-from shardwise.report.common.plain import name, sentence
+from shardwise.core.program import Holder, MemoryKind
+from shardwise.report.common.plain import name, repeats, sentence, step_text
 from shardwise.report.common.table import (
     Block,
     Cell,
     Column,
+    Columns,
     Line,
     Report,
-    Row,
     RowKind,
     Table,
     Tone,
     Words,
     heading,
-    numbers,
     row,
-    texts,
+    tabled,
 )
-from shardwise.report.common.units import (
-    BAR,
-    BYTES,
-    COUNT,
-    FLOPS,
-    NUMBER,
-    format_bytes,
-    format_count,
-    format_share,
-)
+from shardwise.report.common.units import BAR, BYTES, FLOPS, NUMBER, format_bytes, format_count, format_share
 from shardwise.report.explain import rows
 
+_SUMMED = ("ops", "unknown_ops", "flops", "moved_bytes", "collectives", "wire_bytes")
 _HELD = (MemoryKind.PARAMETER, MemoryKind.GRADIENT, MemoryKind.OPTIMIZER)
 
 
@@ -78,15 +77,7 @@ def _model(explanation: Explanation) -> str:
 def _setting(explanation: Explanation) -> list[Line]:
     settings = explanation.settings
     where = f"mesh {rows.mesh_text(explanation)} · rank {explanation.rank} of {rows.world_size(explanation)} · {name(explanation.device)}"
-    step = [
-        f"batch {settings.batch} x sequence {settings.seq} = {settings.tokens} tokens a step",
-        name(settings.precision),
-    ]
-    if settings.accumulation > 1:
-        step.append(f"{settings.accumulation} micro-batches")
-    if settings.recompute != "none":
-        step.append(f"recompute {name(settings.recompute)}")
-    return [Line(where), Line(" · ".join(step))]
+    return [Line(where), Line(step_text(settings, *repeats(settings)))]
 
 
 def _headline(explanation: Explanation) -> Words:
@@ -137,58 +128,59 @@ def _tallies(explanation: Explanation) -> tuple[Line, ...]:
     return tuple(lines)
 
 
+def _kind(group: CollectiveGroup) -> Cell:
+    way = rows.carried_out_as(group)
+    what = rows.collective_name(group.carries_out)
+    return Cell(what, about=f"as {way}" if way else "", mark=f"k-{group.carries_out.value}")
+
+
+_Group = tuple[int, CollectiveGroup]
+_COLLECTIVES: Columns[_Group] = (
+    (Column("Module", wraps=True), lambda each: _strong(each[1].module, rows.rule_text(each[1]) or "")),
+    (Column("Phase"), lambda each: Cell(each[1].phase.value, place=each[0])),
+    (Column("Times", NUMBER), lambda each: _times(each[1].count)),
+    (Column("Collective", wraps=True), lambda each: _kind(each[1])),
+    (Column("Axis", spills=True), lambda each: name(each[1].axis)),
+    (Column("Placement", spills=True), lambda each: rows.placement_change(each[1])),
+    (
+        Column("Payload", BYTES, spills=True),
+        lambda each: Cell(each[1].payload_bytes, about=name(each[1].dtype)),
+    ),
+    (
+        Column("Sends, each", BYTES),
+        lambda each: Cell(each[1].wire_bytes, about=rows.wire_share(each[1]) or ""),
+    ),
+    (
+        Column("Sends, in all", BYTES, sums=True),
+        lambda each: Cell(each[1].total_wire_bytes, tone=Tone.STRONG),
+    ),
+)
+
+
 def collectives_table(
     groups: Sequence[CollectiveGroup],
     key: str,
     title: str,
-    notes: tuple[Line, ...] = (),
+    notes: Iterable[Line] = (),
     plans: Sequence[str] = (),
 ) -> Table:
     """plans: of each group, where they are of several."""
-    columns: tuple[Column, ...] = (
-        Column("Module", wraps=True),
-        Column("Phase"),
-        Column("Times", NUMBER),
-        Column("Collective", wraps=True),
-        Column("Axis", spills=True),
-        Column("Placement", spills=True),
-        Column("Payload", BYTES, spills=True),
-        Column("Sends, each", BYTES),
-        Column("Sends, in all", BYTES, sums=True),
-    )
-    if plans:
-        columns = (Column("Plan", wraps=True), *columns)
-    body = []
-    for index, group in enumerate(groups):
-        cells = (
-            (Cell(plans[index], tone=Tone.STRONG), *_collective(group, index))
-            if plans
-            else _collective(group, index)
-        )
-        body.append(row(*cells, below=tuple(_why(group))))
-    return Table(key, title, columns, tuple(body), notes, sorts=True)
+    of: Columns[_Group] = ((Column("Plan", wraps=True), lambda each: _strong(plans[each[0]])),)
+    columns: Columns[_Group] = (*of, *_COLLECTIVES) if plans else _COLLECTIVES
+    return tabled(enumerate(groups), columns, below=_why, key=key, title=title, notes=notes, sorts=True)
 
 
-def _collective(group: CollectiveGroup, place: int) -> tuple[Cell, ...]:
-    way = rows.carried_out_as(group)
-    return (
-        Cell(name(group.module), tone=Tone.STRONG, about=rows.rule_text(group) or ""),
-        Cell(group.phase.value, place=place),
-        Cell(group.count, f"x {group.count}"),
-        Cell(
-            rows.collective_name(group.carries_out),
-            about=f"as {way}" if way else "",
-            mark=f"k-{group.carries_out.value}",
-        ),
-        Cell(name(group.axis)),
-        Cell(rows.placement_change(group)),
-        Cell(group.payload_bytes, about=name(group.dtype)),
-        Cell(group.wire_bytes, about=rows.wire_share(group) or ""),
-        Cell(group.total_wire_bytes, tone=Tone.STRONG),
-    )
+def _strong(text: str, about: str = "") -> Cell:
+    """A module's, parameter's or pattern's name."""
+    return Cell(name(text), tone=Tone.STRONG, about=about)
 
 
-def _why(group: CollectiveGroup) -> Iterable[Line]:
+def _times(count: int) -> Cell:
+    return Cell(count, f"x {count}")
+
+
+def _why(each: _Group) -> Iterable[Line]:
+    _, group = each
     by_data = rows.by_data_text(group)
     if by_data is not None:
         yield Line(by_data)
@@ -209,181 +201,135 @@ def tables_of(one: Explanation, side: str = "") -> list[Block]:
     ]
 
 
+def _gradient(group: HoldingGroup, one: Explanation) -> Cell:
+    tone = Tone.CAUTION if rows.gradient_differs(group) else Tone.PLAIN
+    return Cell(rows.gradient_text(group, one.axes), tone=tone)
+
+
 def holdings_table(one: Explanation, side: str = "") -> Table:
-    columns = (
-        Column("Parameter", wraps=True),
-        Column("Count", NUMBER),
-        Column("Whole shape", spills=True),
-        Column("the rank's part", spills=True),
-        Column("placement", spills=True),
-        Column("gradient", spills=True),
-        *numbers(BYTES, "Parameters", "Gradients", "Optimizer"),
-        Column("In all", BYTES, spills=True),
+    columns: Columns[HoldingGroup] = (
+        (Column("Parameter", wraps=True), lambda group: _strong(group.name)),
+        (Column("Count", NUMBER), lambda group: _times(group.count)),
+        (Column("Whole shape", spills=True), lambda group: rows.shape_text(group.shape)),
+        (Column("the rank's part", spills=True), rows.part_text),
+        (Column("placement", spills=True), lambda group: rows.placements_text(group.placement, one.axes)),
+        (Column("gradient", spills=True), lambda group: _gradient(group, one)),
+        (Column("Parameters", BYTES), lambda group: group.count * group.parameter_bytes),
+        (Column("Gradients", BYTES), lambda group: group.count * group.gradient_bytes),
+        (Column("Optimizer", BYTES), lambda group: group.count * group.optimizer_bytes),
+        (Column("In all", BYTES, spills=True), lambda group: group.total_bytes),
     )
-    body = [_holding(group, one) for group in one.holdings]
     held = dict(one.held)
     sizes = (Cell(held.get(kind), None if kind in held else "unknown") for kind in _HELD)
-    if body:
-        body.append(row("in all", *[None] * 5, *sizes, rows.held_bytes(one), kind=RowKind.TOTAL))
+    total = row("in all", *[None] * 5, *sizes, rows.held_bytes(one), kind=RowKind.TOTAL)
     whole = "" if one.sharded_share == 1.0 else ", and the rest whole"
-    note = f"Of {format_share(one.sharded_share)} of the model's parameters the rank holds a part{whole}. Bytes are those of all parameters of a row."
-    notes = (Line(note if body else "No parameters.", Tone.QUIET),)
-    return Table(f"holdings{side}", "What the rank holds", columns, tuple(body), notes, sorts=True)
-
-
-def _holding(group: HoldingGroup, one: Explanation) -> Row:
-    part = "all of it" if group.shape == group.local_shape else rows.shape_text(group.local_shape)
-    differs = rows.gradient_differs(group)
-    sizes = (group.parameter_bytes, group.gradient_bytes, group.optimizer_bytes)
-    return row(
-        Cell(name(group.name), tone=Tone.STRONG),
-        Cell(group.count, f"x {group.count}"),
-        rows.shape_text(group.shape),
-        part,
-        rows.placements_text(group.placement, one.axes),
-        Cell(rows.gradient_text(group, one.axes), tone=Tone.CAUTION if differs else Tone.PLAIN),
-        *(group.count * size for size in sizes),
-        group.total_bytes,
-    )
+    told = f"Of {format_share(one.sharded_share)} of the model's parameters the rank holds a part{whole}."
+    note = Line(f"{told} Bytes are those of all parameters of a row.", Tone.QUIET)
+    notes = [note if one.holdings else Line("No parameters.")]
+    key, title = f"holdings{side}", "What the rank holds"
+    totals = [total] if one.holdings else []
+    return tabled(one.holdings, columns, *totals, key=key, title=title, notes=notes, sorts=True)
 
 
 def memory_table(one: Explanation, side: str = "") -> Table:
-    columns = (Column("Kind"), Column("held", BYTES), Column("at the peak", BYTES), Column("", BAR))
     peak = one.peak.n_bytes
-    body = [
-        row(
-            Cell(rows.KIND_PLURALS[each.kind], mark=f"m-{each.kind.value}"),
-            Cell(each.held, rows.held_text(each)),
-            Cell(each.at_peak, rows.at_peak_text(each)),
-            each.at_peak / peak if peak else None,
-        )
-        for each in rows.memory_rows(one)
-    ]
-    body.append(row("in all", rows.held_bytes(one), peak, None, kind=RowKind.TOTAL))
+    columns: Columns[rows.MemoryRow] = (
+        (Column("Kind"), lambda each: Cell(rows.KIND_PLURALS[each.kind], mark=f"m-{each.kind.value}")),
+        (Column("held", BYTES), lambda each: Cell(each.held, rows.held_text(each))),
+        (Column("at the peak", BYTES), lambda each: Cell(each.at_peak, rows.at_peak_text(each))),
+        (Column("", BAR), lambda each: each.at_peak / peak if peak else None),
+    )
+    total = row("in all", rows.held_bytes(one), peak, None, kind=RowKind.TOTAL)
     note = Line(f"{format_bytes(peak)} at the peak: {rows.peak_text(one)}.", Tone.STRONG)
-    return Table(f"memory{side}", "Memory over the step", columns, tuple(body), (note,))
+    key, title = f"memory{side}", "Memory over the step"
+    return tabled(rows.memory_rows(one), columns, total, key=key, title=title, notes=[note])
 
 
-def holders_tables(one: Explanation, side: str = "") -> list[Table]:
-    if not one.peak.holders:
-        return []
-    columns = (
-        *texts("Made in", "By"),
-        Column("Phase"),
-        Column("Kind"),
-        Column("Tensors", NUMBER, sums=True),
-        Column("In all", BYTES, sums=True),
-    )
-    body = tuple(
-        row(
-            Cell(name(each.module), tone=Tone.STRONG),
-            name(each.maker),
-            each.phase.value,
-            each.kind.value,
-            Cell(each.count, f"x {each.count}"),
-            each.n_bytes,
-        )
-        for each in one.peak.holders
-    )
-    title = "The largest that the step itself adds, at the peak"
-    return [Table(f"holders{side}", title, columns, body, sorts=True, short=6, long=8)]
+_HOLDERS: Columns[Holder] = (
+    (Column("Made in", wraps=True), lambda each: _strong(each.module)),
+    (Column("By", wraps=True), lambda each: name(each.maker)),
+    (Column("Phase"), lambda each: each.phase.value),
+    (Column("Kind"), lambda each: each.kind.value),
+    (Column("Tensors", NUMBER, sums=True), lambda each: _times(each.count)),
+    (Column("In all", BYTES, sums=True), lambda each: each.n_bytes),
+)
+
+
+def holders_tables(one: Explanation, side: str = "") -> Iterator[Table]:
+    key, title = f"holders{side}", "The largest that the step itself adds, at the peak"
+    if one.peak.holders:
+        yield tabled(one.peak.holders, _HOLDERS, key=key, title=title, sorts=True, short=6, long=8)
+
+
+_WORK: Columns[PhaseTotals] = (
+    (Column("Phase"), lambda each: each.phase.value),
+    (Column("ops", NUMBER), lambda each: each.ops),
+    (Column("unknown ops", NUMBER), lambda each: each.unknown_ops or None),
+    (Column("FLOPs", FLOPS), lambda each: each.flops),
+    (Column("bytes moved by ops", BYTES), lambda each: each.moved_bytes),
+    (Column("collectives", NUMBER), lambda each: each.collectives),
+    (Column("sends", BYTES), lambda each: each.wire_bytes),
+)
 
 
 def work_table(one: Explanation, side: str = "") -> Table:
-    columns = (
-        Column("Phase"),
-        *numbers(COUNT, "ops", "unknown ops"),
-        Column("FLOPs", FLOPS),
-        Column("bytes moved by ops", BYTES),
-        Column("collectives", COUNT),
-        Column("sends", BYTES),
-    )
-    totals = [
-        (each.ops, each.unknown_ops or None, each.flops, each.moved_bytes, each.collectives, each.wire_bytes)
-        for each in one.phases
-    ]
-    body = [
-        row(each.phase.value, Cell(values[0], str(values[0])), *values[1:])
-        for each, values in zip(one.phases, totals, strict=True)
-    ]
-    sums = [sum(value or 0 for value in column) or None for column in zip(*totals, strict=True)]
-    if body:
-        ops = Cell(sums[0], str(sums[0] or 0))
-        body.append(
-            row(
-                "in all",
-                ops,
-                sums[1],
-                sums[2] or 0,
-                sums[3] or 0,
-                sums[4] or 0,
-                sums[5] or 0,
-                kind=RowKind.TOTAL,
-            )
-        )
-    notes = [
-        Line(
-            "FLOPs are those of matmuls and attention; all else is bound by memory and counts 0.", Tone.QUIET
-        )
-    ]
-    unknown = ", ".join(
-        f"{each.unknown_ops} in {each.phase.value}" for each in one.phases if each.unknown_ops
-    )
+    phases = one.phases
+    sums = [sum(getattr(each, field) for each in phases) for field in _SUMMED]
+    total = row("in all", sums[0], sums[1] or None, *sums[2:], kind=RowKind.TOTAL)
+    told = "FLOPs are those of matmuls and attention; all else is bound by memory and counts 0."
+    notes = [Line(told, Tone.QUIET)]
+    unknown = ", ".join(f"{each.unknown_ops} in {each.phase.value}" for each in phases if each.unknown_ops)
     if unknown:
         told = f"Not in the catalogue of ops, so their FLOPs are unknown and not in the sums: {unknown}."
         notes.append(Line(told, Tone.CAUTION))
-    return Table(f"work{side}", "Work of the rank in a step", columns, tuple(body), tuple(notes))
+    key, title = f"work{side}", "Work of the rank in a step"
+    return tabled(phases, _WORK, total, key=key, title=title, notes=notes)
+
+
+_COPIES: Columns[CopyGroup] = (
+    (Column("In", wraps=True), lambda group: _strong(group.module)),
+    (Column("Phase"), lambda group: group.phase.value),
+    (Column("Op", wraps=True), lambda group: name(group.op)),
+    (Column("Tensor", wraps=True), lambda group: f"{name(group.dtype)}{rows.shape_text(group.shape)}"),
+    (Column("Times", NUMBER, sums=True), lambda group: _times(group.count)),
+    (Column("In all", BYTES, sums=True), lambda group: Cell(group.total_bytes, tone=Tone.STRONG)),
+)
 
 
 def copies_table(one: Explanation, side: str = "") -> Block:
     title = "Copies"
     if not one.copies:
         return Words((Line("None: no op of the step only copies."),), title)
-    columns = (
-        Column("In", wraps=True),
-        Column("Phase"),
-        *texts("Op", "Tensor"),
-        Column("Times", NUMBER, sums=True),
-        Column("In all", BYTES, sums=True),
-    )
     largest = sorted(one.copies, key=lambda group: -group.total_bytes)
-    return Table(f"copies{side}", title, columns, tuple(map(_copy, largest)), sorts=True, short=6, long=8)
-
-
-def _copy(group: CopyGroup) -> Row:
-    why = (Line(sentence(group.reason), Tone.QUIET),) if group.reason else ()
-    return row(
-        Cell(name(group.module), tone=Tone.STRONG),
-        group.phase.value,
-        name(group.op),
-        f"{name(group.dtype)}{rows.shape_text(group.shape)}",
-        Cell(group.count, f"x {group.count}"),
-        Cell(group.total_bytes, tone=Tone.STRONG),
-        below=why,
+    return tabled(
+        largest, _COPIES, below=_why_copied, key=f"copies{side}", title=title, sorts=True, short=6, long=8
     )
+
+
+def _why_copied(group: CopyGroup) -> Iterable[Line]:
+    return [Line(sentence(group.reason), Tone.QUIET)] if group.reason else []
+
+
+def _modules(rule: RuleSummary) -> Cell:
+    return Cell(rule.modules) if rule.modules else Cell(0, "none", Tone.CAUTION)
+
+
+_RULES: Columns[RuleSummary] = (
+    (Column("pattern", wraps=True), lambda rule: _strong(rule.pattern)),
+    (Column("style", wraps=True), lambda rule: name(rule.style)),
+    (Column("modules", NUMBER), _modules),
+    (
+        Column("the first of them", wraps=True, spills=True),
+        lambda rule: name(rule.example) if rule.modules else None,
+    ),
+)
 
 
 def rules_table(one: Explanation, side: str = "") -> Block:
     title = "Rules of the plan"
     if not one.rules:
         return Words((Line("None."),), title)
-    columns = (
-        *texts("pattern", "style"),
-        Column("modules", NUMBER),
-        Column("the first of them", wraps=True, spills=True),
-    )
-    body = tuple(
-        row(
-            Cell(name(rule.pattern), tone=Tone.STRONG),
-            name(rule.style),
-            Cell(
-                rule.modules, None if rule.modules else "none", Tone.PLAIN if rule.modules else Tone.CAUTION
-            ),
-            name(rule.example) if rule.modules else None,
-        )
-        for rule in one.rules
-    )
-    return Table(f"rules{side}", title, columns, body)
+    return tabled(one.rules, _RULES, key=f"rules{side}", title=title)
 
 
 def _notes(notes: Iterable[str]) -> list[Block]:

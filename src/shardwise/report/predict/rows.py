@@ -111,14 +111,8 @@ def mesh_text(prediction: Prediction) -> str:
     return f"{mesh}: {mesh.world_size:,} device{'s' * (mesh.world_size > 1)}"
 
 
-def step_text(settings: StepSettings, setup: Setup) -> str:
-    parts = [
-        f"batch {settings.batch:,} x sequence {settings.seq:,} = {settings.tokens:,} tokens a step",
-        name(settings.precision, "(dtype)"),
-    ]
-    if setup.micro_batches > 1:
-        parts.append(f"{setup.micro_batches} micro-batches")
-    return " · ".join(parts)
+def micro_batches(setup: Setup) -> list[str]:
+    return [f"{setup.micro_batches} micro-batches"] if setup.micro_batches > 1 else []
 
 
 def machine_text(machine: MachineFacts) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import MemoryForecast, Prediction
 from shardwise.core.prediction_run import MachineFacts, PredictionRun
-from shardwise.report.common.plain import name, sentence
+from shardwise.report.common.plain import name, sentence, step_text
 from shardwise.report.common.table import (
     ABSENT,
     Block,
@@ -47,7 +47,10 @@ def prediction_report(run: PredictionRun) -> Report:
 def _headline(run: PredictionRun) -> Words:
     first = run.predictions[0]
     machine = name(run.machine.name, "(machine)")
-    setting = [Line(f"mesh {rows.mesh_text(first)}"), Line(rows.step_text(run.settings, first.setup))]
+    setting = [
+        Line(f"mesh {rows.mesh_text(first)}"),
+        Line(step_text(run.settings, *rows.micro_batches(first.setup))),
+    ]
     if len(run.predictions) > 1:
         return Words((Line(f"on {machine}: {len(run.predictions)} plans", lead=name(first.model)), *setting))
     said = Line(rows.headline(first), Tone.STRONG if first.memory.fits else Tone.BAD)
