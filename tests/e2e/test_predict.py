@@ -53,7 +53,8 @@ def test_plans_are_put_side_by_side(run: tuple[Path, str]) -> None:
 
 def test_the_folder_holds_the_page_the_data_and_the_steps_for_perfetto(run: tuple[Path, str]) -> None:
     out, printed = run
-    files = ["predict.html", "prediction.json", "settings.json", "timeline-a.json.gz", "timeline-b.json.gz"]
+    files = ["predict.html", "predict.md", "prediction.json", "settings.json", "tables"]
+    files += ["timeline-a.json.gz", "timeline-b.json.gz"]
     assert sorted(path.name for path in out.iterdir()) == files
     document = json.loads((out / "prediction.json").read_bytes())
     assert [prediction["plan"] for prediction in document["predictions"]] == ["rowwise", "colwise"]
@@ -64,7 +65,10 @@ def test_the_folder_holds_the_page_the_data_and_the_steps_for_perfetto(run: tupl
 
 
 def test_mixed_precision_and_context_ranks_are_one_step(tmp_path: Path) -> None:
-    options = "--mesh fsdp=1,cp=2,tp=2 --param-dtype bfloat16 --reduce-dtype float32 --recompute selective-ops --compiled-loss --json"
+    options = (
+        "--mesh fsdp=1,cp=2,tp=2 --param-dtype bfloat16 --reduce-dtype float32 "
+        "--recompute selective-ops --compiled-loss --json"
+    )
     ended = shardwise("predict", "--model", "llama3-debug", "--seq", "64", *options.split(), cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     document = json.loads(ended.stdout)
@@ -102,7 +106,8 @@ def test_a_plan_that_does_not_fit_is_an_answer_of_no() -> None:
 def test_a_saved_program_is_predicted_at_other_sizes_without_torch(saved: Path) -> None:
     code = (
         "import sys, contextlib; from shardwise.cli.main import _run; "
-        f"code = _run(['predict', '--program', {str(saved)!r}, '--mesh', 'pp=2,fsdp=512,tp=2', '--accumulation', '4', '--json']); "
+        f"code = _run(['predict', '--program', {str(saved)!r}, '--mesh', 'pp=2,fsdp=512,tp=2', "
+        "'--accumulation', '4', '--json']); "
         "print(code, 'torch' in sys.modules, file=sys.stderr)"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -181,16 +186,52 @@ def test_ctrl_c_leaves_no_process_of_a_sweep(tmp_path: Path) -> None:
     assert gone(children)
 
 
+def test_diff_reads_the_steps_that_predict_wrote(run: tuple[Path, str], tmp_path: Path) -> None:
+    out, _ = run
+    ended = shardwise("diff", str(out / "timeline-a.json.gz"), str(out / "timeline-b.json.gz"), "--json")
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    predicted = json.loads((out / "prediction.json").read_text())["predictions"]
+    for side, prediction in zip(("first", "second"), predicted, strict=True):
+        assert found[side]["losses"] == []
+        # a profile's step begins with its first work, a predicted one with the host that issues it
+        assert found[side]["step_ns"] * 1e-9 == pytest.approx(prediction["step_s"], rel=0.01)
+    several = shardwise("diff", str(out))
+    assert several.returncode == 2
+    assert several.stderr.endswith(
+        f"{out}: has a step of each plan, timeline-a.json.gz, timeline-b.json.gz. "
+        f"Give one, such as {out}/timeline-a.json.gz.\n"
+    )
+    for name in ("settings.json", "prediction.json", "timeline-a.json.gz"):
+        (tmp_path / name).write_bytes((out / name).read_bytes())
+    assert shardwise("diff", str(tmp_path)).returncode == 0
+
+
 REFUSED = [
     (("rowise",), 'unknown plan "rowise". Did you mean "rowwise"?'),
     (("--machine", "h100"), 'unknown machine "h100". Did you mean "h100-sxm-80gb"?'),
     (("--machine", "no.toml"), "machine file no.toml: No such file or directory."),
-    (("--without", "tensor,lunch"), '--without: unknown term "lunch". Did you mean "launch"? Allowed: matmul,'),
-    (("--without", "matmul,attention,kernels,embedding,optimizer,tensor,data,slowed,launch,bubble"), "--without: nothing is left of the step."),
-    (("--mesh", "dp=2,tp=2", "--batch", "6", "--accumulation", "2"), "--batch 6 can't be cut into 2 data-parallel parts of 2 micro-batches. Use a multiple of 4."),
+    (
+        ("--without", "tensor,lunch"),
+        '--without: unknown term "lunch". Did you mean "launch"? Allowed: matmul,',
+    ),
+    (
+        ("--without", "matmul,attention,kernels,embedding,optimizer,tensor,data,slowed,launch,bubble"),
+        "--without: nothing is left of the step.",
+    ),
+    (
+        ("--mesh", "dp=2,tp=2", "--batch", "6", "--accumulation", "2"),
+        "--batch 6 can't be cut into 2 data-parallel parts of 2 micro-batches. Use a multiple of 4.",
+    ),
     (("--seq", "33", "--mesh", "cp=2"), "--seq 33 can't be cut into 2 parts for cp=2."),
-    (("--mesh", "ep=2,tp=2"), "mesh ep=2,tp=2: predict can't carry ep yet. Use the axes pp, dp, fsdp, cp, tp."),
-    (("--mesh", "pp=7,tp=1"), "pp=7: llama3-debug has 6 layers, and can't be cut into 7 stages. Use at most pp=6."),
+    (
+        ("--mesh", "ep=2,tp=2"),
+        "mesh ep=2,tp=2: predict can't carry ep yet. Use the axes pp, dp, fsdp, cp, tp.",
+    ),
+    (
+        ("--mesh", "pp=7,tp=1"),
+        "pp=7: llama3-debug has 6 layers, and can't be cut into 7 stages. Use at most pp=6.",
+    ),
     (("--stages", "2"), "stages and context ranks are axes of the mesh."),
     (("--context", "2"), "stages and context ranks are axes of the mesh."),
     (("--chunks", "2"), "--chunks 2: chunks of layers are of a pipeline's stages."),
@@ -198,16 +239,28 @@ REFUSED = [
     (("--matmul-dtype", "float4"), '--matmul-dtype is "float4". Did you mean "float8"?'),
     (("--recompute", "ful"), '--recompute is "ful". Did you mean "full"?'),
     (("--precision", "mixed"), '--precision is "mixed".'),
-    (("--mesh", "fsdp=1,tp=2", "--param-dtype", "bfloat16"), "--param-dtype bfloat16: is FSDP's mixed precision, and mesh fsdp=1,tp=2 has no fsdp ranks."),
+    (
+        ("--mesh", "fsdp=1,tp=2", "--param-dtype", "bfloat16"),
+        "--param-dtype bfloat16: is FSDP's mixed precision, and mesh fsdp=1,tp=2 has no fsdp ranks.",
+    ),
     (("--sweep", "--reduce-dtype", "float8"), '--reduce-dtype is "float8". Did you mean'),
     (("--devices", "8"), "--devices: it is a sweep's. Add --sweep, or leave it out."),
-    (("--sweep", "--mesh", "tp=2"), "--mesh tp=2: a sweep goes over all axes but cp. Give cp alone, or leave it out."),
-    (("--sweep", "--micro-batches", "1,0"), '--micro-batches is "1,0". Write sizes with commas between, such as 1,2,4.'),
+    (
+        ("--sweep", "--mesh", "tp=2"),
+        "--mesh tp=2: a sweep goes over all axes but cp. Give cp alone, or leave it out.",
+    ),
+    (
+        ("--sweep", "--micro-batches", "1,0"),
+        '--micro-batches is "1,0". Write sizes with commas between, such as 1,2,4.',
+    ),
     (("--sweep", "rowise", "--devices", "2"), 'unknown plan "rowise". Did you mean "rowwise"?'),
     (("--program", "no.json"), "--program no.json: No such file or directory."),
     (("rowwise", "--program", "no.json"), "plans: a saved program has its own."),
-    (("rowwise", "colwise", "--save-program", "p.json"), "--save-program p.json: is one program's, and 2 plans are given."),
-]  # fmt: skip
+    (
+        ("rowwise", "colwise", "--save-program", "p.json"),
+        "--save-program p.json: is one program's, and 2 plans are given.",
+    ),
+]
 
 
 @pytest.mark.parametrize(

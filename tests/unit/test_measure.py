@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from shardwise.core.collective import CollectiveCall, CollectiveKind
-from shardwise.core.measurement import Measurement, MemoryUse, Ratio
+from shardwise.core.measurement import Measurement, MemoryUse, ModuleTimes, Ratio
 from shardwise.measure.memory import kept_bytes
-from shardwise.measure.record import RankRecord, RankReport, merge, traffic
+from shardwise.measure.record import RankReport, merge, uses_of
 from shardwise.measure.sockets import sent_bytes
 from shardwise.measure.statistics import median_interval, paired_ratio
 from shardwise.measure.verdict import noise_of, notes, standings, verdict
@@ -31,22 +31,23 @@ def record(
     calls: tuple[CollectiveCall, ...] = (),
     sent: int | None = 100,
     gradient_bytes: int = 10,
-) -> RankRecord:
-    return RankRecord(
+) -> Measurement:
+    uses = uses_of(calls)
+    return Measurement(
         label=label,
         repeats=repeats,
         plan_name=label,
         plan_toml="",
         engine="native",
         step_s=step_s,
+        rank_step_s=(step_s,),
         losses=(2.0, 1.0),
-        gradient_norms=(1.0, 1.0),
+        grad_norms=(1.0, 1.0),
         memory=MemoryUse(10, gradient_bytes, 20, resident_bytes=sent),
-        traffic=traffic(calls),
+        collectives=uses,
+        wire_bytes_largest_rank=sum(use.wire_bytes for use in uses),
         sent_bytes=sent,
-        module="tok_embeddings",
-        module_forward_s=step_s,
-        module_backward_s=step_s,
+        module_times=ModuleTimes("tok_embeddings", step_s, step_s),
         agreement=None,
     )
 
@@ -140,8 +141,8 @@ def test_memory_is_the_largest_rank_s_and_what_one_rank_did_not_measure_is_absen
     assert merged.sent_bytes is None
 
 
-def test_traffic_sums_calls_of_one_kind_axis_and_phase() -> None:
-    found = traffic([call(1), call(2, phase="backward"), call(4)])
+def test_uses_sum_calls_of_one_kind_axis_and_phase() -> None:
+    found = uses_of([call(1), call(2, phase="backward"), call(4)])
     assert [(use.phase, use.count, use.wire_bytes, use.payload_bytes) for use in found] == [
         ("forward", 2, 5, 200),
         ("backward", 1, 2, 100),

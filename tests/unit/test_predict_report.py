@@ -46,7 +46,10 @@ def test_one_plan_is_shown_with_its_terms_its_memory_and_what_was_assumed(width:
 
 def test_what_waits_for_launches_is_flagged_from_the_threshold_on() -> None:
     above = prediction(terms={Term.MATMUL: 0.09, Term.LAUNCH: 0.01})
-    said = "Launch-bound: 10.0 % of the step the device waits for the host (flagged from 5 % on). Most of it before layers.*.attention_norm"
+    said = (
+        "Launch-bound: 10.0 % of the step the device waits for the host (flagged from 5 % on). "
+        "Most of it before layers.*.attention_norm"
+    )
     assert said in words(printed(run_of(above), 200))
     below = prediction(terms=TERMS | {Term.LAUNCH: 0.004})
     assert "Launch-bound" not in printed(run_of(below))
@@ -56,8 +59,8 @@ def test_several_plans_stand_side_by_side_in_the_order_given() -> None:
     shown = words(printed(two_plans(), 120))
     assert "rowwise 100 ms 1 " in shown
     assert (
-        "colwise 105 ms 1.045 19.6 k 83.8 GiB doesn't fit: 9.31 GiB too much +5.00 ms tensor-parallel communication"
-        in shown
+        "colwise 105 ms 1.045 19.6 k 83.8 GiB doesn't fit: 9.31 GiB too much +5.00 ms tensor-parallel "
+        "communication" in shown
     )
 
 
@@ -76,11 +79,21 @@ def test_memory_says_by_how_much() -> None:
 def test_every_choice_of_a_setup_is_said() -> None:
     plain = rows.assumptions(StepSettings(1, 8), Setup(), MESH)
     choices = {
-        "micro_batches": 4, "attention": AttentionKernel.UNFUSED, "recompute_attention": True,
-        "compiled": True, "compiled_loss": True, "matmul_dtype": "float8", "overlap_data": True, "overlap_tensor": True, "optimizer_shards": 4, "precision": Precision.MASTER, "without": (Term.LAUNCH,),
-    }  # fmt: skip
+        "micro_batches": 4,
+        "attention": AttentionKernel.UNFUSED,
+        "recompute_attention": True,
+        "compiled": True,
+        "compiled_loss": True,
+        "matmul_dtype": "float8",
+        "overlap_data": True,
+        "overlap_tensor": True,
+        "optimizer_shards": 4,
+        "precision": Precision.MASTER,
+        "without": (Term.LAUNCH,),
+    }
     for field, value in choices.items():
-        assert rows.assumptions(StepSettings(1, 8), Setup(**{field: value}), MESH) != plain, field  # type: ignore[arg-type]
+        setup = Setup(**{field: value})  # type: ignore[arg-type]
+        assert rows.assumptions(StepSettings(1, 8), setup, MESH) != plain, field
 
 
 def test_stages_and_context_ranks_are_said() -> None:

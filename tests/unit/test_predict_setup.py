@@ -87,7 +87,8 @@ REFUSED = [
     ),
     (
         on("pp=2,fsdp=2,tp=4", chunks=2, micro_batches=5),
-        "--chunks 2: the interleaved schedule takes micro-batches in rounds of 2 stages, and 5 is no multiple. "
+        "--chunks 2: the interleaved schedule takes micro-batches in rounds of 2 stages, and 5 is no "
+        "multiple. "
         "Use --accumulation 6.",
     ),
     (
@@ -99,7 +100,8 @@ REFUSED = [
     (on("tp=4"), "the program was traced at fsdp=2, and the mesh has fsdp=1."),
     (
         Setup(precision=Precision.MASTER),
-        "--precision master: keeps float32 beside parameters in half precision, and these are float32. Use --dtype",
+        "--precision master: keeps float32 beside parameters in half precision, and these are float32. Use "
+        "--dtype",
     ),
     (
         Setup(recompute_attention=True),
@@ -122,7 +124,8 @@ def test_context_ranks_need_a_program_that_reduces_its_gradients() -> None:
     with pytest.raises(OptionError) as caught:
         check_setup(alone, machine, on("dp=1,cp=4,tp=4"))
     assert str(caught.value) == (
-        "mesh dp=1,cp=4,tp=4: the program was traced at dp=1, without reducing its gradients over other ranks. "
+        "mesh dp=1,cp=4,tp=4: the program was traced at dp=1, without reducing its gradients over other "
+        "ranks. "
         "Trace it with cp=4."
     )
 

@@ -120,8 +120,28 @@ def test_fitted_constants_are_what_the_newest_run_gives() -> None:
 
 def predicted(measured: float, guessed: float, **changes: object) -> Predicted:
     plain = Predicted(
-        "vtrain-single", "gpt", "A100", 8, 2, 1, 4, 1, 16, 1024, 12, "fp16", "full", measured, guessed, guessed, (("matmul", guessed),), None, "", 1.0, 1.2
-    )  # fmt: skip
+        "vtrain-single",
+        "gpt",
+        "A100",
+        8,
+        2,
+        1,
+        4,
+        1,
+        16,
+        1024,
+        12,
+        "fp16",
+        "full",
+        measured,
+        guessed,
+        guessed,
+        (("matmul", guessed),),
+        None,
+        "",
+        1.0,
+        1.2,
+    )
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 

@@ -32,6 +32,7 @@ from shardwise.trace.trace import trace
 RANKS, BATCH, SEQ, VOCAB, HIDDEN = 4, 2, 4, 11, 6
 HIDDEN_BYTES = BATCH * SEQ * HIDDEN * 4
 ALL = "tp"
+OF_CODE = "The model's own code asks for it, or a library that it calls: no rule of the plan does."
 
 
 class Exchanging(nn.Module):
@@ -185,6 +186,7 @@ def test_what_point_to_point_and_rooted_collectives_exchange_is_explained() -> N
     explanation = explain(traced(exchange))
     groups = [group for group in explanation.collectives if group.module == "middle"]
     assert [str(group.kind) for group in groups] == ["send", "reduce", "gather", "all_reduce"]
+    assert {group.reason for group in groups[:3]} == {OF_CODE}
     assert FindingKind.COLLECTIVES_UNKNOWN not in [finding.kind for finding in explanation.findings]
 
 
@@ -195,6 +197,7 @@ def test_a_group_that_is_no_axis_of_the_mesh_has_a_place_by_its_ranks() -> None:
     program = traced(exchange, mesh="dp=2,tp=2")
     (call,) = in_middle(program)
     assert (call.axis, call.axis_size, call.payload_bytes) == ("ranks 0-1, 3", 3, HIDDEN_BYTES // 2)
+    assert OF_CODE in [group.reason for group in explain(program).collectives if group.axis == call.axis]
     assert program_from_json(program_json(program), "p.json") == program
 
 

@@ -4,7 +4,7 @@ placement and the phase.
 What isn't known is said plainly from the placements, never guessed. Numbers are left to who draws them.
 """
 
-from shardwise.core.collective import CollectiveKind
+from shardwise.core.collective import TIMED, CollectiveKind, is_off_mesh
 from shardwise.core.mesh import Role, role_of
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.core.program import REPLICATED_PARAMETERS, Collective, Op, Phase
@@ -36,6 +36,7 @@ _REPLICATED = (
     "Norms, and whatever else every rank holds whole, see each rank's part of the sequence, so each rank has "
     "a summand of their gradients: all of them are summed in one go."
 )
+_OF_CODE = "The model's own code asks for it, or a library that it calls: no rule of the plan does."
 _OF_COPY = {
     "cat": "Puts tensors side by side in new memory.",
     "stack": "Stacks tensors in new memory.",
@@ -59,9 +60,12 @@ def carries_out(collective: Collective) -> CollectiveKind:
 def reason_of(collective: Collective) -> str:
     """One sentence: by the axis and what the step is doing, where they say all, else by the style or the
     placements."""
-    role, phase = role_of(collective.call.axis), collective.phase
+    call, phase = collective.call, collective.phase
+    if call.kind not in TIMED or is_off_mesh(call.axis):  # no plan's engine issues these
+        return _OF_CODE
+    role = role_of(call.axis)
     if role is Role.SHARDS_PARAMETERS:
-        return _FSDP.get(collective.call.kind, _DATA_PARALLEL)
+        return _FSDP.get(call.kind, _DATA_PARALLEL)
     if role is Role.REPLICATES and phase in _REPLICAS:
         return _REPLICAS[phase]
     if phase in _OF_PHASE:

@@ -61,6 +61,8 @@ def _spans(timeline: Timeline, rank: int, first_ns: int) -> Iterator[dict[str, o
     spans = timeline.spans
     # on a CPU, what the ops do themselves stands in the ops already
     shown = (spans.kind != SpanKind.COMPUTE) | timeline.on_lanes([lane.is_device for lane in timeline.lanes])
+    # work that takes no time by the model can't be seen, and no reader of traces takes it for work
+    shown &= (spans.kind > SpanKind.COPY) | (spans.end_ns > spans.start_ns)
     columns = (
         spans.lane[shown],
         spans.kind[shown],

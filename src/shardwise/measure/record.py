@@ -1,116 +1,72 @@
-"""What one rank brings home of one plan's run, and how the ranks' records become Measurements. Pure: no
-torch, no processes."""
+"""What one rank brings home, and how the ranks' measurements become one of each plan. Pure: no torch, no processes.
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+A rank's own Measurement is one of a single rank: its times are the slowest, its bytes the mean and the largest.
+"""
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
-from shardwise.core.collective import CollectiveCall, CollectiveKind
+from shardwise.core.collective import CollectiveCall
 from shardwise.core.finding import Finding
-from shardwise.core.measurement import CollectiveUse, Measurement, MemoryUse, ModuleTimes
+from shardwise.core.measurement import CollectiveUse, Measurement, MemoryUse
 from shardwise.core.verification import Agreement
 
 
 @dataclass(frozen=True, slots=True)
-class Traffic:
-    """One rank's collectives of one kind, axis and phase in one step."""
-
-    kind: CollectiveKind
-    axis: str
-    phase: str
-    count: int
-    payload_bytes: int
-    wire_bytes: float
-
-
-def traffic(calls: Sequence[CollectiveCall]) -> tuple[Traffic, ...]:
-    """Calls summed by kind, axis and phase, in order of first appearance."""
-    groups: dict[tuple[CollectiveKind, str, str], list[CollectiveCall]] = {}
-    for call in calls:
-        groups.setdefault((call.kind, call.axis, call.phase), []).append(call)
-    return tuple(
-        Traffic(
-            kind,
-            axis,
-            phase,
-            len(group),
-            sum(c.payload_bytes for c in group),
-            sum(c.wire_bytes for c in group),
-        )
-        for (kind, axis, phase), group in groups.items()
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class RankRecord:
-    """One rank's view of one plan's run; times in seconds, one per round."""
-
-    label: str
-    repeats: str | None
-    plan_name: str
-    plan_toml: str
-    engine: str
-    step_s: tuple[float, ...]
-    losses: tuple[float, ...]
-    gradient_norms: tuple[float, ...]
-    memory: MemoryUse
-    traffic: tuple[Traffic, ...]
-    sent_bytes: int | None
-    module: str | None
-    module_forward_s: tuple[float, ...]
-    module_backward_s: tuple[float, ...]
-    agreement: Agreement | None
-
-
-@dataclass(frozen=True, slots=True)
 class RankReport:
-    """All that one rank returns: a record per plan in order, and findings that ended the run before it
-    measured.
+    """All that one rank returns: its Measurement of each plan in order, and findings that ended the run before
+    it measured.
 
     variables: what the rank's environment says of threads, allocator and network.
     """
 
-    records: tuple[RankRecord, ...]
+    measurements: tuple[Measurement, ...]
     findings: tuple[Finding, ...] = ()
     agreements: tuple[Agreement, ...] = ()
     notes: tuple[str, ...] = ()
     variables: tuple[tuple[str, str], ...] = ()
 
 
+def uses_of(calls: Iterable[CollectiveCall]) -> tuple[CollectiveUse, ...]:
+    """One rank's calls summed by kind, axis and phase, in order of first appearance."""
+    return tuple(map(_use, _alike(calls)))
+
+
+def _use(calls: Sequence[CollectiveCall]) -> CollectiveUse:
+    first, payload_bytes = calls[0], sum(call.payload_bytes for call in calls)
+    wire_bytes = sum(call.wire_bytes for call in calls)
+    return CollectiveUse(
+        first.kind, first.axis, first.phase, len(calls), payload_bytes, wire_bytes, wire_bytes
+    )
+
+
 def merge(reports: Sequence[RankReport]) -> tuple[Measurement, ...]:
-    """Records of all ranks -> one Measurement per plan. A round's time is its slowest rank's; memory is the
+    """Measurements of all ranks -> one of each plan. A round's time is its slowest rank's; memory is the
     largest rank's."""
-    return tuple(_merge_one(records) for records in zip(*(report.records for report in reports), strict=True))
+    return tuple(map(_merged, zip(*(report.measurements for report in reports), strict=True)))
 
 
-def _merge_one(records: Sequence[RankRecord]) -> Measurement:
-    first = records[0]
-    totals = [sum(use.wire_bytes for use in record.traffic) for record in records]
-    sent = [record.sent_bytes for record in records if record.sent_bytes is not None]
+def _merged(ranks: Sequence[Measurement]) -> Measurement:
+    first = ranks[0]
+    sent = [each.sent_bytes for each in ranks if each.sent_bytes is not None]
+    modules = [each.module_times for each in ranks if each.module_times is not None]
     times = None
-    if first.module is not None and first.module_forward_s:
-        times = ModuleTimes(
-            first.module,
-            _slowest([record.module_forward_s for record in records]),
-            _slowest([record.module_backward_s for record in records]),
+    if modules:
+        forward_s, backward_s = (
+            [getattr(each, half) for each in modules] for half in ("forward_s", "backward_s")
         )
-    return Measurement(
-        label=first.label,
-        repeats=first.repeats,
-        plan_name=first.plan_name,
-        plan_toml=first.plan_toml,
-        engine=first.engine,
-        step_s=_slowest([record.step_s for record in records]),
-        rank_step_s=tuple(record.step_s for record in records),
-        losses=first.losses,
-        grad_norms=first.gradient_norms,
-        memory=_largest([record.memory for record in records]),
-        collectives=_merge_traffic(records),
-        wire_bytes_largest_rank=max(totals),
-        sent_bytes=fmean(sent) if len(sent) == len(records) else None,
+        times = replace(modules[0], forward_s=_slowest(forward_s), backward_s=_slowest(backward_s))
+    return replace(
+        first,
+        step_s=_slowest([each.step_s for each in ranks]),
+        rank_step_s=tuple(each.step_s for each in ranks),
+        memory=_largest([each.memory for each in ranks]),
+        collectives=_over_ranks([use for each in ranks for use in each.collectives], len(ranks)),
+        wire_bytes_largest_rank=max(each.wire_bytes_largest_rank for each in ranks),
+        sent_bytes=fmean(sent) if len(sent) == len(ranks) else None,
         module_times=times,
-        agreement=first.agreement,
     )
 
 
@@ -126,21 +82,25 @@ def _largest(memories: Sequence[MemoryUse]) -> MemoryUse:
     return MemoryUse(*values)
 
 
-def _merge_traffic(records: Sequence[RankRecord]) -> tuple[CollectiveUse, ...]:
-    by_key: dict[tuple[CollectiveKind, str, str], list[Traffic]] = {}
-    for record in records:
-        for use in record.traffic:
-            by_key.setdefault((use.kind, use.axis, use.phase), []).append(use)
-    n_ranks = len(records)
+def _over_ranks(uses: Iterable[CollectiveUse], n_ranks: int) -> tuple[CollectiveUse, ...]:
     return tuple(
-        CollectiveUse(
-            kind=kind,
-            axis=axis,
-            phase=phase,
-            count=max(use.count for use in uses),
-            payload_bytes=sum(use.payload_bytes for use in uses) / n_ranks,
-            wire_bytes=sum(use.wire_bytes for use in uses) / n_ranks,
-            wire_bytes_largest_rank=max(use.wire_bytes for use in uses),
+        replace(
+            alike[0],
+            count=max(use.count for use in alike),
+            payload_bytes=sum(use.payload_bytes for use in alike) / n_ranks,
+            wire_bytes=sum(use.wire_bytes for use in alike) / n_ranks,
+            wire_bytes_largest_rank=max(use.wire_bytes for use in alike),
         )
-        for (kind, axis, phase), uses in by_key.items()
+        for alike in _alike(uses)
     )
+
+
+Collected = TypeVar("Collected", CollectiveCall, CollectiveUse)
+
+
+def _alike(collected: Iterable[Collected]) -> Iterable[list[Collected]]:
+    """Those of one kind, axis and phase together, in order of first appearance."""
+    groups: dict[Hashable, list[Collected]] = {}
+    for each in collected:
+        groups.setdefault((each.kind, each.axis, each.phase), []).append(each)
+    return groups.values()

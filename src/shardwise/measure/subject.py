@@ -14,12 +14,13 @@ from torch.distributed.tensor import DTensor
 
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
-from shardwise.core.measurement import MemoryUse
+from shardwise.core.measurement import CollectiveUse, Measurement, MemoryUse, ModuleTimes
 from shardwise.core.plan import Plan
 from shardwise.core.program import Phase
+from shardwise.core.verification import Agreement
 from shardwise.measure.memory import PeakMemory, kept_bytes
 from shardwise.measure.profile import record_profile
-from shardwise.measure.record import Traffic, traffic
+from shardwise.measure.record import uses_of
 from shardwise.measure.sockets import sent_bytes
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.recorder import CollectiveRecorder
@@ -70,7 +71,7 @@ class Subject:
         self.module_backward_s: list[float] = []
         self.alone: ModuleAlone | None = None
         self.memory: MemoryUse | None = None
-        self.traffic: tuple[Traffic, ...] = ()
+        self.collectives: tuple[CollectiveUse, ...] = ()
         self.sent_bytes: int | None = None
         self._peak = PeakMemory(device)
         self._parked: list[tuple[Tensor, Tensor]] | None = None
@@ -106,7 +107,7 @@ class Subject:
             result = self._step(micro_batches)
         after = sent_bytes()
         self.memory = self._peak.use(kept_bytes(self.model, self._step.optimizer))
-        self.traffic = traffic(self._recorder.calls)
+        self.collectives = uses_of(self._recorder.calls)
         self.sent_bytes = after - before if before is not None and after is not None else None
         self._keep(result)
 
@@ -133,6 +134,31 @@ class Subject:
     def _keep(self, result: StepResult) -> None:
         self.losses.append(float(result.loss.item()))
         self.gradient_norms.append(float(result.gradient_norm.item()))
+
+    def measurement(self, label: str, repeats: str | None, agreement: Agreement | None) -> Measurement:
+        """What this rank measured."""
+        assert self.memory is not None
+        times = None
+        if self.alone is not None and self.module_forward_s:
+            halves = tuple(self.module_forward_s), tuple(self.module_backward_s)
+            times = ModuleTimes(self.alone.name, *halves)
+        return Measurement(
+            label=label,
+            repeats=repeats,
+            plan_name=self.plan.name,
+            plan_toml=self.plan.to_toml(),
+            engine=str(self.plan.engine),
+            step_s=tuple(self.step_s),
+            rank_step_s=(tuple(self.step_s),),
+            losses=tuple(self.losses),
+            grad_norms=tuple(self.gradient_norms),
+            memory=self.memory,
+            collectives=self.collectives,
+            wire_bytes_largest_rank=sum(use.wire_bytes for use in self.collectives),
+            sent_bytes=self.sent_bytes,
+            module_times=times,
+            agreement=agreement,
+        )
 
     def take_alone(self, module: str, micro_batch: tuple[Tensor, Tensor]) -> None:
         """Takes a module to be timed alone, with its inputs of a real step, and warms it up."""

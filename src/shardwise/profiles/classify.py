@@ -25,6 +25,8 @@ _BY_CATEGORY = {
     "mtia_runtime": SpanKind.LAUNCH,
     "xpu_runtime": SpanKind.LAUNCH,
     "privateuse1_runtime": SpanKind.LAUNCH,
+    # as files/perfetto.py writes a Timeline
+    **{kind.name.lower(): kind for kind in SpanKind},
 }
 
 _COMMUNICATES = re.compile(

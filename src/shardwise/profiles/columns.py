@@ -97,7 +97,7 @@ class Columns:
         start, start_known = _nanoseconds([event.ts for event in events])
         length, length_known = _nanoseconds([event.dur for event in events])
         # a range may be empty; work of no length, or at no time, is a record that was never filled in
-        is_filled = (start != 0) & ((length > 0) | (kind > SpanKind.COPY))
+        is_filled = (kind > SpanKind.COPY) | ((start != 0) & (length > 0))
         good = start_known & length_known & is_filled & (length >= 0) & (length <= _MOST_LENGTH_NS)
         if not good.all():
             self.lost["events without a time or a duration"] += int((~good).sum())

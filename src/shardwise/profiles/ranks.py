@@ -15,34 +15,36 @@ from shardwise.core.timeline import Timeline
 from shardwise.profiles.read import read_timeline
 
 _TRACES = re.compile(r"\.json(\.gz)?$|\.tmp$|\.pftrace$", re.IGNORECASE)
-# what else a run folder holds
-_NOT_TRACES = (
-    "comparison.json",
-    "explanation.json",
-    "events.jsonl",
-    "request.json",
-    "against.json",
-    "diff.json",
-)
+# a run's folder has these settings, and data beside its traces: predict's are one file for each plan's step
+_SETTINGS = "settings.json"
+_STEP = re.compile(r"timeline-\w+\.json\.gz$")
 TRACE_FOLDER = "traces"
 MOST_FILES = 4096
 
 
 def trace_files(path: Path) -> tuple[Path, ...]:
-    """The file; or a folder's trace files, sorted, or its `traces` folder's. Raises TraceError for none."""
+    """The file itself; or a folder's trace files, sorted; or those of its folder `traces`, and of the one plan
+    in it; or the step that predict put into a run's folder. Raises TraceError where there are none, or several
+    plans."""
     if not path.exists():
         raise TraceError(f"{path}: there is no such file or folder.")
     if path.is_file():
         return (path,)
     inner = path / TRACE_FOLDER
     folder = inner if inner.is_dir() else path
-    files = [each for each in folder.iterdir() if each.is_file() and _TRACES.search(each.name)]
-    traces = sorted(each for each in files if each.name not in _NOT_TRACES)
+    plans = sorted(each for each in folder.iterdir() if each.is_dir()) if inner.is_dir() else []
+    if len(plans) == 1:
+        folder, plans = plans[0], []
+    is_trace = _STEP if (folder / _SETTINGS).exists() else _TRACES
+    traces = sorted(each for each in folder.iterdir() if each.is_file() and is_trace.search(each.name))
+    if is_trace is _STEP and len(traces) > 1:
+        listed = ", ".join(each.name for each in traces)
+        raise TraceError(f"{folder}: has a step of each plan, {listed}. Give one, such as {traces[0]}.")
     if not traces:
-        plans = sorted(each.name for each in folder.iterdir() if each.is_dir()) if inner.is_dir() else []
         hint = "Give a trace file, or a folder with one file per rank."
         if plans:
-            hint = f"It has the plans {', '.join(plans)}: give one, such as {folder / plans[0]}."
+            names = ", ".join(each.name for each in plans)
+            hint = f"It has the plans {names}: give one, such as {plans[0]}."
         raise TraceError(f"{folder}: no file in it ends in .json or .json.gz. {hint}")
     if len(traces) > MOST_FILES:
         raise TraceError(

@@ -21,7 +21,7 @@ from shardwise.core.verification import Agreement
 from shardwise.launch import RankContext
 from shardwise.launch.environment import VARIABLES
 from shardwise.measure.profile import WARM_UP
-from shardwise.measure.record import RankRecord, RankReport
+from shardwise.measure.record import RankReport
 from shardwise.measure.rounds import Turns, run_rounds
 from shardwise.measure.subject import Subject
 from shardwise.models.specs import get_spec
@@ -142,11 +142,11 @@ class _Run:
             self._profile(subjects)
             findings = self._drifted(subjects, "replicated parameters at the end")
         pairs = zip(self.entrants, subjects, strict=True) if not findings else ()
-        records = tuple(
-            self._record(entrant, subject, agreements.get(entrant.repeats or entrant.label))
-            for entrant, subject in pairs
+        measurements = tuple(
+            subject.measurement(each.label, each.repeats, agreements.get(each.repeats or each.label))
+            for each, subject in pairs
         )
-        return RankReport(records, findings, checked, tuple(self._notes()), tuple(_variables()))
+        return RankReport(measurements, findings, checked, tuple(self._notes()), tuple(_variables()))
 
     def _check(self) -> dict[str, Agreement]:
         """Every plan, by its label, proved as `verify` proves it, in float64, over the step's own portions;
@@ -251,26 +251,6 @@ class _Run:
         """This rank's portion of a step's global batch; on the host, where routes are computed."""
         batch = self.batches.at(step)
         return self.portion.cut(batch.ids_BS, batch.labels_BS)
-
-    def _record(self, entrant: Entrant, subject: Subject, agreement: Agreement | None) -> RankRecord:
-        assert subject.memory is not None
-        return RankRecord(
-            label=entrant.label,
-            repeats=entrant.repeats,
-            plan_name=entrant.plan.name,
-            plan_toml=entrant.plan.to_toml(),
-            engine=str(entrant.plan.engine),
-            step_s=tuple(subject.step_s),
-            losses=tuple(subject.losses),
-            gradient_norms=tuple(subject.gradient_norms),
-            memory=subject.memory,
-            traffic=subject.traffic,
-            sent_bytes=subject.sent_bytes,
-            module=self.job.module,
-            module_forward_s=tuple(subject.module_forward_s),
-            module_backward_s=tuple(subject.module_backward_s),
-            agreement=agreement,
-        )
 
     def _notes(self) -> Iterator[str]:
         checked, layers = self.job.check_layers, self.spec.config.n_layers
