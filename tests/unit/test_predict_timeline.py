@@ -19,6 +19,7 @@ from shardwise.files.perfetto import perfetto_trace
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_plan
+from shardwise.predict.layout import lay_out
 from shardwise.predict.machines import load_machine
 from shardwise.predict.predict import predict
 from shardwise.predict.timeline import launch_bound, pipeline_timelines, timeline_of
@@ -54,7 +55,7 @@ def test_a_timeline_decomposes_into_its_terms(mesh: str, setup: Setup, recompute
     traced = program(mesh, recompute=recompute)
     found = predict(traced, machine(host), setup)
     terms = dict(found.terms)
-    (parts,) = (one.parts for one in decompose(timeline_of(traced, machine(host), setup)))
+    (parts,) = (one.parts for one in decompose(timeline_of(lay_out(traced, machine(host), setup))))
     close = functools.partial(pytest.approx, rel=1e-3, abs=2e-6)  # each span is rounded to a nanosecond
     assert parts.total_ns / 1e9 == close(found.step_s - terms[Term.SLOWED])
     assert parts.compute_ns / 1e9 == close(sum(terms[term] for term in COMPUTE_TERMS))
@@ -73,13 +74,13 @@ def test_a_timeline_decomposes_into_its_terms(mesh: str, setup: Setup, recompute
 def test_on_a_cpu_all_of_an_op_is_its_own() -> None:
     here = machine(device="cpu")
     found = predict(program("tp=2", "cpu"), here, Setup())
-    (parts,) = (one.parts for one in decompose(timeline_of(program("tp=2", "cpu"), here, Setup())))
+    (parts,) = (one.parts for one in decompose(timeline_of(lay_out(program("tp=2", "cpu"), here, Setup()))))
     assert parts.total_ns / 1e9 == pytest.approx(found.step_s, rel=1e-3)
     assert parts.cpu_bound_idle_ns + parts.other_idle_ns < 0.001 * parts.total_ns
 
 
 def test_a_collective_says_who_asked_what_it_moves_and_that_nobody_waits() -> None:
-    timeline = timeline_of(program("fsdp=2,tp=2"), machine(), Setup(Mesh.parse("fsdp=64,tp=2")))
+    timeline = timeline_of(lay_out(program("fsdp=2,tp=2"), machine(), Setup(Mesh.parse("fsdp=64,tp=2"))))
     found, spans = timeline.collectives, timeline.spans
     assert (spans.kind[found.span] == SpanKind.COLLECTIVE).all()
     assert (found.arrival_ns == spans.start_ns[found.span]).all()
@@ -93,7 +94,7 @@ def test_a_collective_says_who_asked_what_it_moves_and_that_nobody_waits() -> No
 
 
 def test_every_device_span_hangs_on_the_host_span_that_issued_it() -> None:
-    timeline = timeline_of(program("tp=2"), machine("slow"), Setup())
+    timeline = timeline_of(lay_out(program("tp=2"), machine("slow"), Setup()))
     spans = timeline.spans
     on_device = spans.kind <= SpanKind.COPY
     assert (spans.parent[on_device] != NONE).all()
@@ -103,20 +104,20 @@ def test_every_device_span_hangs_on_the_host_span_that_issued_it() -> None:
 
 
 def test_what_the_device_waits_for_is_found_by_module() -> None:
-    waits = launch_bound(program("tp=2"), machine("slow"), Setup())
+    waits = launch_bound(lay_out(program("tp=2"), machine("slow"), Setup()))
     assert any(each.module.startswith("layers.*.") for each in waits)
     assert [each.waits_s for each in waits] == sorted((each.waits_s for each in waits), reverse=True)
     quick = predict(program("tp=2"), machine("fast"), Setup())
     assert (
-        sum(each.waits_s for each in launch_bound(program("tp=2"), machine("fast"), Setup()))
+        sum(each.waits_s for each in launch_bound(lay_out(program("tp=2"), machine("fast"), Setup())))
         <= dict(quick.terms)[Term.LAUNCH] + 1e-9
     )
-    assert launch_bound(program("tp=2", "cpu"), machine(device="cpu"), Setup()) == ()
+    assert launch_bound(lay_out(program("tp=2", "cpu"), machine(device="cpu"), Setup())) == ()
 
 
 def test_stages_play_the_schedule() -> None:
     setup = Setup(Mesh.parse("pp=3,tp=2"), micro_batches=4)
-    found = pipeline_timelines(program("tp=2"), machine(), setup)
+    found = pipeline_timelines(lay_out(program("tp=2"), machine(), setup))
     assert [timeline.lanes[0].process for timeline in found] == ["stage 0", "stage 1", "stage 2"]
     assert [timeline.ranks for timeline in found] == [(0,), (2,), (4,)]
     last = [found[2].name(span) for span in range(8)]
@@ -136,20 +137,22 @@ def test_stages_play_the_schedule() -> None:
 
 def test_a_schedule_of_a_million_micro_batches_is_cut_and_says_so() -> None:
     found = pipeline_timelines(
-        program("tp=2"), machine(), Setup(Mesh.parse("pp=2,tp=2"), micro_batches=1_000_000)
+        lay_out(program("tp=2"), machine(), Setup(Mesh.parse("pp=2,tp=2"), micro_batches=1_000_000))
     )
     assert sum(len(timeline.spans) for timeline in found) <= 20_000
     assert found[0].facts == (("left out", "995000 further micro-batches"),)
 
 
 def test_no_pipeline_and_an_interleaved_one_have_no_passes() -> None:
-    assert pipeline_timelines(program("tp=2"), machine(), Setup()) == ()
+    assert pipeline_timelines(lay_out(program("tp=2"), machine(), Setup())) == ()
     interleaved = Setup(Mesh.parse("pp=2,tp=2"), chunks=2, micro_batches=4)
-    assert pipeline_timelines(program("tp=2"), machine(), interleaved) == ()
+    assert pipeline_timelines(lay_out(program("tp=2"), machine(), interleaved)) == ()
 
 
 def test_the_trace_opens_as_json_with_a_lane_for_host_device_and_communication() -> None:
-    document = json.loads(gzip.decompress(perfetto_trace([timeline_of(program("tp=2"), machine(), Setup())])))
+    document = json.loads(
+        gzip.decompress(perfetto_trace([timeline_of(lay_out(program("tp=2"), machine(), Setup()))]))
+    )
     lanes = {
         event["args"]["name"]
         for event in document["traceEvents"]

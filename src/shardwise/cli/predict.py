@@ -137,7 +137,7 @@ def predict(call: Call[_Asked]) -> int:
     with ProgressLine() as progress:
         done = predict_case(call.case, call.own, progress) if call.own.program is None else _saved(call)
     if save is not None:
-        write_program(done.steps[0].program, save)
+        write_program(done.steps[0].layout.program, save)
     return _deliver(call, done)
 
 

@@ -25,12 +25,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from shardwise.core.dtype import DTYPE_BYTES
 from shardwise.core.layer_name import any_layer, layer_index, moved_name
-from shardwise.core.machine import Machine
-from shardwise.core.prediction import Setup
 from shardwise.core.prediction_run import LaunchBound
-from shardwise.core.program import Collective, Program
+from shardwise.core.program import Collective
 from shardwise.core.timeline import NONE, Collectives, Group, Lane, SpanKind, Spans, Timeline, Window
-from shardwise.predict.layout import Layout, lay_out
+from shardwise.predict.layout import Layout
 from shardwise.predict.pipeline import Pass, one_f_one_b
 from shardwise.predict.streams import Run, run
 from shardwise.predict.work import PHASES, Work, group_sizes, layers_of
@@ -51,19 +49,19 @@ class _Part:
     begin_s: float
 
 
-def timeline_of(program: Program, machine: Machine, setup: Setup) -> Timeline:
+def timeline_of(layout: Layout) -> Timeline:
     """Forward, backward and the step's end of rank 0 of the stage that takes longest: one window."""
-    return _Writer(lay_out(program, machine, setup)).timeline()
+    return _Writer(layout).timeline()
 
 
-def launch_bound(program: Program, machine: Machine, setup: Setup) -> tuple[LaunchBound, ...]:
+def launch_bound(layout: Layout) -> tuple[LaunchBound, ...]:
     """Kinds of modules before whose work the device waits for the host, those that it waits for longest
     first."""
-    if machine.device == "cpu":
+    if layout.work.together:
         return ()
-    prefix, _ = layers_of(program)
+    prefix, _ = layers_of(layout.program)
     waits: dict[tuple[str, str], float] = defaultdict(float)
-    for part in _parts(lay_out(program, machine, setup)):
+    for part in _parts(layout):
         own = np.flatnonzero(part.work.axis == 0)
         start, end, issued = part.run.start_s[own], part.run.end_s[own], part.run.issued_s[own]
         before = np.concatenate([[0.0], np.maximum.accumulate(end)[:-1]]) if len(own) else end
@@ -76,13 +74,13 @@ def launch_bound(program: Program, machine: Machine, setup: Setup) -> tuple[Laun
     return tuple(LaunchBound(module, phase, seconds) for (module, phase), seconds in longest)
 
 
-def pipeline_timelines(program: Program, machine: Machine, setup: Setup) -> tuple[Timeline, ...]:
+def pipeline_timelines(layout: Layout) -> tuple[Timeline, ...]:
     """One per stage: a span for each pass as 1F1B places it, and what the step's first passes are cut to
     where there are more than MOST_PASSES. Empty without a pipeline, and for the interleaved schedule, whose
     formula places nothing."""
+    setup = layout.setup
     if setup.stages == 1 or setup.chunks > 1:
         return ()
-    layout = lay_out(program, machine, setup)
     micro_batches = min(setup.micro_batches, max(1, MOST_PASSES // (2 * setup.stages)))
     passes = one_f_one_b(layout.times, micro_batches, layout.transfer_s)
     ranks = layout.mesh.world_size // setup.stages

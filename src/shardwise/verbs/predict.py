@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from shardwise.core.case import Case, StepSettings
 from shardwise.core.errors import OptionError
@@ -17,6 +17,9 @@ from shardwise.core.shown import shown
 from shardwise.core.timeline import Timeline
 from shardwise.verbs.checks import check_precision, check_seq, default_plan
 from shardwise.verbs.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from shardwise.predict.layout import Layout
 
 MACHINE = "h100-sxm-80gb"
 SEQ = 8192
@@ -85,11 +88,10 @@ class PredictOptions:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A Program with what makes a whole step of it. label: the plan's, told apart from others of its name."""
+    """A plan's step, laid out. label: the plan's, told apart from others of its name."""
 
     label: str
-    program: Program
-    setup: Setup
+    layout: "Layout"
     settings: StepSettings
 
 
@@ -107,8 +109,8 @@ class Predicted:
 
         for number, step in enumerate(self.steps):
             letter = f"{number // 26 or ''}{chr(ord('a') + number % 26)}"
-            yield f"timeline-{letter}", step.label, [timeline_of(step.program, self.machine, step.setup)]
-            passes = pipeline_timelines(step.program, self.machine, step.setup)
+            yield f"timeline-{letter}", step.label, [timeline_of(step.layout)]
+            passes = pipeline_timelines(step.layout)
             if passes:
                 yield f"stages-{letter}", f"{step.label}'s stages", passes
 
@@ -120,6 +122,7 @@ def predict(case: Case, options: PredictOptions | None = None, progress: Progres
     from shardwise.models.source import find_model
     from shardwise.parallel.plans import load_any_plan
     from shardwise.predict.check import check_devices, check_setup
+    from shardwise.predict.layout import lay_out
     from shardwise.predict.machines import load_machine
     from shardwise.verbs.programs import micro_batch, trace_program
 
@@ -141,7 +144,7 @@ def predict(case: Case, options: PredictOptions | None = None, progress: Progres
     for plan in plans:
         program = trace_program(source, plan, case.mesh, traced, case.text, machine.device, progress)
         check_setup(program, machine, setup)
-        steps.append(Step(_label(program.plan, steps), program, setup, settings))
+        steps.append(Step(_label(program.plan, steps), lay_out(program, machine, setup), settings))
     return _predicted(machine, steps)
 
 
@@ -154,6 +157,7 @@ def predict_program(
 ) -> Predicted:
     """A saved Program, which needs no torch. mesh: None for the Program's own."""
     from shardwise.predict.check import check_setup
+    from shardwise.predict.layout import lay_out
     from shardwise.predict.machines import load_machine
 
     found, small, traced = load_machine(machine), Mesh(program.axes), program.settings
@@ -169,21 +173,21 @@ def predict_program(
         seq=traced.seq * setup.context,
         accumulation=setup.micro_batches,
     )
-    return _predicted(found, [Step(program.plan, program, setup, settings)])
+    return _predicted(found, [Step(program.plan, lay_out(program, found, setup), settings)])
 
 
 def _predicted(machine: Machine, steps: Sequence[Step]) -> Predicted:
     from shardwise.predict.contrast import differences, facts_of
-    from shardwise.predict.predict import predict as predict_step
+    from shardwise.predict.predict import prediction_of
     from shardwise.predict.timeline import launch_bound
 
     predictions = []
     for step in steps:
-        prediction = predict_step(step.program, machine, step.setup)
+        prediction = prediction_of(step.layout)
         if not prediction.step_s > 0:
             raise OptionError("--without: nothing is left of the step. Switch fewer terms off.")
         predictions.append(replace(prediction, plan=step.label))
-    waits = tuple(launch_bound(step.program, machine, step.setup) for step in steps)
+    waits = tuple(launch_bound(step.layout) for step in steps)
     apart = differences(predictions)
     run = PredictionRun(facts_of(machine), steps[0].settings, tuple(predictions), apart, waits)
     return Predicted(run, machine, tuple(steps))
