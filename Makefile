@@ -7,9 +7,9 @@ NEWEST_TORCH := 2.14.1
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
-ALL_CORES := --numprocesses auto --dist worksteal
-FILES_AT_ONCE := --numprocesses auto --dist loadfile
-TELLING := -m "not full"
+# A file at a time on each core, for its tests share launches and Programs; the long ones first.
+FILES_AT_ONCE := --numprocesses auto --dist loadfile --no-loadscope-reorder
+TESTS := tests/distributed tests/e2e tests/programs tests/cuda tests/golden tests/unit
 
 .DEFAULT_GOAL := help
 .PHONY: help compare explain verify diff predict test test-all test-newest check lint wheel golden bench docs format clean
@@ -43,18 +43,16 @@ predict: $(READY) ## say what a step would take on a machine that you needn't ha
 	$(BIN)/shardwise predict $(ARGS)
 
 test: $(READY) ## the tests that show every behaviour, on all cores (about eight minutes on 2)
-	$(BIN)/python -m pytest tests/unit tests/golden tests/programs $(TELLING) $(ALL_CORES) $(ARGS)
-	$(BIN)/python -m pytest tests/distributed tests/e2e tests/cuda $(TELLING) $(FILES_AT_ONCE) $(ARGS)
+	$(BIN)/python -m pytest $(TESTS) -m "not full" $(FILES_AT_ONCE) $(ARGS)
 
 test-all: $(READY) ## all tests: the full matrices too, as CI runs them
-	$(BIN)/python -m pytest tests/unit tests/golden tests/programs $(ALL_CORES) $(ARGS)
-	$(BIN)/python -m pytest tests/distributed tests/e2e tests/cuda $(FILES_AT_ONCE) $(ARGS)
+	$(BIN)/python -m pytest $(TESTS) $(FILES_AT_ONCE) $(ARGS)
 
 test-newest: ## make test on the newest torch that shardwise is for, in .venv-newest
 	$(MAKE) test TORCH=$(NEWEST_TORCH) VENV=.venv-newest
 
 check: lint ## lint, the unit tests and the golden files: about two minutes
-	$(BIN)/python -m pytest tests/unit tests/golden -q $(ALL_CORES) $(ARGS)
+	$(BIN)/python -m pytest tests/unit tests/golden -m "not full" -q $(FILES_AT_ONCE) $(ARGS)
 
 wheel: $(READY) ## build the wheel and try it in an empty venv, away from the repo (minutes: it installs torch)
 	rm -rf build dist
