@@ -35,15 +35,18 @@ FAULTY = (
 
 
 @lru_cache
-def agreements(mesh: str, settings: StepSettings) -> tuple[Agreement, ...]:
-    """What compare's ranks say of rowwise, and of each of FAULTY."""
-    plans = (builtin_plan("rowwise"), *FAULTY)
-    labels = tuple(plan.name for plan in plans)
+def agreements(
+    mesh: str,
+    settings: StepSettings,
+    plans: tuple[Plan, ...] = (builtin_plan("rowwise"), *FAULTY),
+    entry: str = "shardwise.verbs.compare_ranks:run",
+) -> tuple[Agreement, ...]:
+    """What compare's ranks say of each plan."""
     job = CompareJob(
         model=MODEL,
         mesh=mesh,
         plans=tuple(plan.to_toml() for plan in plans),
-        labels=labels,
+        labels=tuple(plan.name for plan in plans),
         settings=settings,
         rounds=1,
         warmup=0,
@@ -53,12 +56,9 @@ def agreements(mesh: str, settings: StepSettings) -> tuple[Agreement, ...]:
         repeat_first=False,
     )
     stream = load_tokens(vocab_size=512, random_ids=True)
+    world_size = Mesh.parse(mesh).world_size
     (report, *_) = run_ranks(
-        "shardwise.verbs.compare_ranks:run",
-        pack(job, stream),
-        world_size=Mesh.parse(mesh).world_size,
-        device_type="cpu",
-        timeout_s=120,
+        entry, pack(job, stream), world_size=world_size, device_type="cpu", timeout_s=120
     )
     return msgspec.msgpack.decode(report, type=RankReport).agreements
 
@@ -98,3 +98,15 @@ def test_the_causes_are_the_same_through_every_step_that_is_timed(mesh: str, set
     assert right.agrees
     for one, other in zip(alone[1:], wrong, strict=True):
         assert told(one.findings) == told(other.findings)
+
+
+def test_a_fault_in_weights_that_tp_and_fsdp_both_cut_is_told_as_on_tp_alone() -> None:
+    plans = (builtin_plan("rowwise", sequence_parallel=False),)
+    entry = "tests.distributed.one_proof_workers:summed_twice"
+    settings = StepSettings(batch=2, seq=32)
+    (alone,), (cut_twice,) = (agreements(mesh, settings, plans, entry) for mesh in ("tp=2", "fsdp=2,tp=2"))
+    assert told(alone.findings) == told(cut_twice.findings)
+    by_subject = {finding.subject: finding for finding in cut_twice.findings}
+    assert by_subject["layers.1.feed_forward.w2.weight"].cause is Cause.SUMMED_TOO_OFTEN
+    assert by_subject["layers.1.feed_forward.w2.weight"].ratio == pytest.approx(2)
+    assert by_subject["tok_embeddings.weight"].cause is Cause.FOLLOWS
