@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
 
 from shardwise.core.errors import OptionError, TextError
+from shardwise.step.portion import Portion
 from shardwise.text import tokenizer as bpe
-from shardwise.text.batches import Batch, Batches
+from shardwise.text.batches import Batches
 from shardwise.text.corpus import STDLIB_SOURCE, documentation_of, load_text
 from shardwise.text.stream import RANDOM_TOKENS, TokenStream, load_tokens
 
@@ -499,25 +500,16 @@ def test_steps_go_through_every_whole_window_once_before_any_comes_again(
 
 
 @settings(deadline=None)
-@given(parts=sizes, share=sizes, seq=sizes, step=st.integers(0, 50))
-def test_the_slices_of_all_ranks_make_up_the_global_batch(
-    parts: int, share: int, seq: int, step: int
+@given(places=sizes, micro_batches=sizes, share=sizes, seq=sizes, step=st.integers(0, 50))
+def test_the_portions_of_all_ranks_make_up_the_global_batch(
+    places: int, micro_batches: int, share: int, seq: int, step: int
 ) -> None:
-    batch = Batches(stream_of(list(range(40))), parts * share, seq).at(step)
-    slices = [batch.slice(index, parts) for index in range(parts)]
-    assert all(part.ids_BS.shape == (share, seq) for part in slices)
-    assert torch.equal(torch.cat([part.ids_BS for part in slices]), batch.ids_BS)
-    assert torch.equal(torch.cat([part.labels_BS for part in slices]), batch.labels_BS)
-
-
-def test_a_batch_that_does_not_divide_is_refused() -> None:
-    batch = Batch(torch.zeros(3, 2), torch.zeros(3, 2))
-    with pytest.raises(OptionError) as caught:
-        batch.slice(0, 2)
-    assert str(caught.value) == (
-        "a batch of 3 sequences can't be cut into 2 equal parts. "
-        "Use a batch that is a multiple of 2, such as 4."
-    )
+    batch = Batches(stream_of(list(range(40))), places * micro_batches * share, seq).at(step)
+    portions = [Portion(None, place, places, micro_batches) for place in range(places)]
+    cut = [part for portion in portions for part in portion.cut(batch.ids_BS, batch.labels_BS)]
+    assert all(ids_BS.shape == (share, seq) for ids_BS, _ in cut)
+    assert torch.equal(torch.cat([ids_BS for ids_BS, _ in cut]), batch.ids_BS)
+    assert torch.equal(torch.cat([labels_BS for _, labels_BS in cut]), batch.labels_BS)
 
 
 def test_a_stream_shorter_than_one_sequence_and_its_label_is_refused() -> None:

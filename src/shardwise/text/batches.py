@@ -22,20 +22,6 @@ class Batch:
     ids_BS: torch.Tensor  # noqa: N815
     labels_BS: torch.Tensor  # noqa: N815
 
-    def slice(self, index: int, count: int) -> "Batch":
-        """Part `index` of `count` equal parts along B: a rank's share, a micro-batch. Views, not copies."""
-        batch = self.ids_BS.shape[0]
-        assert count >= 1, count
-        assert 0 <= index < count, (index, count)
-        if batch % count:
-            raise OptionError(
-                f"a batch of {batch} sequences can't be cut into {count} equal parts. "
-                f"Use a batch that is a multiple of {count}, "
-                f"such as {-(-batch // count) * count}."
-            )
-        part = slice(index * (batch // count), (index + 1) * (batch // count))
-        return Batch(self.ids_BS[part], self.labels_BS[part])
-
 
 @dataclass(frozen=True, slots=True)
 class Batches:

@@ -33,7 +33,7 @@ from shardwise.parallel.apply import applied_to
 from shardwise.parallel.loss import DTensorLoss, PlainLoss
 from shardwise.trace.lineage import Cut, Lineage, Meeting, Shape
 from shardwise.verify.observe import LogitsError
-from shardwise.verify.reasons import ADVICE, rule_of, ungathered
+from shardwise.verify.reasons import ADVICE, ungathered
 from shardwise.verify.rehearsal import Step, depth_of_each_kind, rehearsed
 
 
@@ -80,7 +80,7 @@ def suspicions(whole: Step, first: Step, last: Step | None, tp: int) -> Iterator
         suspected += parts_not_summed(whole.lineage, first.lineage, first.program, first.modules, tp)
         suspected += without_gradient(whole.program, first.program)
     for finding in suspected:
-        rule = rule_of(first.model, finding.subject) if first.model is not None else None
+        rule = applied_to(first.model).rule_for(finding.subject) if first.model is not None else None
         yield replace(finding, rule=rule)
     yield from _undivided(first, last, tp)
     if first.error is not None:
@@ -254,7 +254,10 @@ def _undivided(first: Step, last: Step | None, tp: int) -> Iterator[Finding]:
         if failed is None or _around(name) in str(failed.error):
             reason = f"tp={tp} doesn't divide its dim {dim} of {size}, which is cut, and {what}"
             divisors = ", ".join(str(n) for n in range(1, min(size, 64) + 1) if size % n == 0)
-            advice, rule = f"Use tp in {{{divisors}}}, or leave it whole.", rule_of(first.model, name)
+            advice, rule = (
+                f"Use tp in {{{divisors}}}, or leave it whole.",
+                applied_to(first.model).rule_for(name),
+            )
             yield Finding(FindingKind.SIZES_NOT_DIVISIBLE, name, reason, advice=advice, rule=rule)
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from shardwise.core.finding import Cause, Finding, FindingKind
-from shardwise.core.rule import RuleRef
 from shardwise.parallel.apply import applied_to
 from shardwise.verify.expected import Differences
 from shardwise.verify.relation import Related, Relation
@@ -148,11 +147,6 @@ def ungathered(reason: str) -> tuple[Finding, ...]:
     return (Finding(FindingKind.OUTPUT_DIFFERS, "output", reason, advice=ADVICE[cause], cause=cause),)
 
 
-def rule_of(model: nn.Module, name: str) -> RuleRef | None:
-    """See Applied.rule_for()."""
-    return applied_to(model).rule_for(name)
-
-
 # --------------------------------------------------------------------------------- where it goes wrong
 
 
@@ -182,7 +176,7 @@ def _output_finding(evidence: Evidence, forward: Seen | None) -> Finding:
         cause, reason = Cause.UNKNOWN, "the outputs aren't the unsharded model's"
     else:
         cause, reason = _forward_fault(evidence, forward)
-    rule = rule_of(evidence.model, forward.module) if forward is not None else None
+    rule = applied_to(evidence.model).rule_for(forward.module) if forward is not None else None
     error, advice = evidence.differences.output, ADVICE.get(cause)
     return Finding(FindingKind.OUTPUT_DIFFERS, "output", reason, error, advice=advice, cause=cause, rule=rule)
 
@@ -233,7 +227,7 @@ def _gradient_finding(evidence: Evidence, name: str, forward: Seen | None, backw
     elif cause in (Cause.UNKNOWN, Cause.SUMMED_TOO_OFTEN, Cause.AVERAGED):
         cause, reason = _passed_on(evidence, name, forward, backward) or (cause, reason)
     kind = FindingKind.GRADIENT_MISSING if is_missing else FindingKind.GRADIENT_DIFFERS
-    rule = rule_of(evidence.model, name)
+    rule = applied_to(evidence.model).rule_for(name)
     return Finding(kind, name, reason, error, related.factor, ADVICE.get(cause), cause, rule)
 
 
