@@ -1,4 +1,5 @@
-"""Every verb's report in a terminal of any width: no line is wider, no label cut, no word broken. And the other formats hold the same tables."""
+"""Every verb's report in a terminal of any width: no line is wider, no label cut, no word broken. And the
+other formats hold the same tables."""
 
 import csv
 import io

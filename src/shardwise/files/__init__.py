@@ -1,1 +1,2 @@
-"""Bytes <-> nouns: programs, machine files, run folders, traces for Perfetto. Standard library and msgspec; no torch."""
+"""Bytes <-> nouns: programs, machine files, run folders, traces for Perfetto. Standard library and msgspec;
+no torch."""

@@ -1,10 +1,11 @@
-"""Nouns <-> JSON: the one way in which results and Programs are written and read back. No code comes from a file.
+"""Nouns <-> JSON: the one way in which results and Programs are written and read back. No code comes from a
+file.
 
-A dataclass is an object of its fields, a tuple an array, an enum its value, a placement the text of plan files (`shard(1)`), a rule
-`"PATTERN" (STYLE)`. What a dataclass works out from its fields (its properties) is written beside them, for
-readers of the JSON, and ignored when it is read back, as unknown fields are; a field that is missing takes its
-default. JSON has no NaN and no infinity, and null means "not measured", so a number that isn't finite is the
-string "NaN", "Infinity" or "-Infinity", as in the JSON mapping of Protocol Buffers
+A dataclass is an object of its fields, a tuple an array, an enum its value, a placement the text of plan
+files (`shard(1)`), a rule `"PATTERN" (STYLE)`. What a dataclass works out from its fields (its properties) is
+written beside them, for readers of the JSON, and ignored when it is read back, as unknown fields are; a field
+that is missing takes its default. JSON has no NaN and no infinity, and null means "not measured", so a number
+that isn't finite is the string "NaN", "Infinity" or "-Infinity", as in the JSON mapping of Protocol Buffers
 (protobuf.dev/programming-guides/json). Reading is strict about types, and bounded where a Form says so.
 """
 
@@ -49,9 +50,9 @@ _Read = Callable[[object], object]
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """What a kind of document has of its own. tags: dataclasses that stand for one another, and the value of `tag_field` that says which.
-    arrays: dataclasses that are arrays of their fields. limits: of a field (class, name), or of all fields of a type. worked_out: whether
-    properties are written."""
+    """What a kind of document has of its own. tags: dataclasses that stand for one another, and the value of
+    `tag_field` that says which. arrays: dataclasses that are arrays of their fields. limits: of a field
+    (class, name), or of all fields of a type. worked_out: whether properties are written."""
 
     tag_field: str = ""
     tags: Mapping[type, str] = field(default_factory=dict)
@@ -64,7 +65,8 @@ RESULT = Form()
 
 
 def write_document(noun: object) -> bytes:
-    """A result, which has a schema_version, as one document: indented, UTF-8, its version first, a newline at the end."""
+    """A result, which has a schema_version, as one document: indented, UTF-8, its version first, a newline at
+    the end."""
     table = written(noun)
     assert isinstance(table, dict)
     document = {"schema_version": table["schema_version"], **table}
@@ -79,7 +81,8 @@ def settings_document(asked: object) -> bytes:
 def read_document(
     document: bytes, kind: type[_Noun], source: str = "", *, saved: tuple[str, str] | None = None
 ) -> _Noun:
-    """A saved result, to be drawn again. Raises InputError, which names `source`, the field and what it should be."""
+    """A saved result, to be drawn again. Raises InputError, which names `source`, the field and what it
+    should be."""
     command, what = saved or SAVED[kind]
     source = source or what
     advice = f"Give the JSON file that shardwise {command} wrote."
@@ -150,7 +153,8 @@ class Mismatch(Exception):  # noqa: N818
 
 
 def read(value: object, kind: type[_Noun], form: Form = RESULT) -> _Noun:
-    """What `written` made, as the noun that it was. Raises Mismatch; what a noun refuses at its birth passes through."""
+    """What `written` made, as the noun that it was. Raises Mismatch; what a noun refuses at its birth passes
+    through."""
     wanted: typing.Any = kind
     made = _reader(wanted, form)(value)
     assert isinstance(made, kind)
@@ -159,7 +163,8 @@ def read(value: object, kind: type[_Noun], form: Form = RESULT) -> _Noun:
 
 @cache
 def _reader(kind: typing.Any, form: Form) -> _Read:
-    """How values of a kind are read. msgspec has no unions of dataclasses, which a Placement and an Item are."""
+    """How values of a kind are read. msgspec has no unions of dataclasses, which a Placement and an Item
+    are."""
     choices = frozenset(typing.get_args(kind)) if isinstance(kind, types.UnionType) else frozenset({kind})
     plain = choices - {types.NoneType}
     if plain >= _PLACEMENTS:

@@ -1,5 +1,5 @@
-"""What a machine file's constants are: their keys, the nouns' attributes that hold them, their units, and the ranges in which they are
-plausible. What a file's tables are: files/machine_file.py."""
+"""What a machine file's constants are: their keys, the nouns' attributes that hold them, their units, and the
+ranges in which they are plausible. What a file's tables are: files/machine_file.py."""
 
 import math
 from dataclasses import dataclass
@@ -50,8 +50,8 @@ TOKENS = Quantity((("tokens", 1.0),), 0.0, 1e6)
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A constant of a table: its key there, the attribute of the noun that holds it, and what it is. is_needed: else it may be left out,
-    and then is `default`."""
+    """A constant of a table: its key there, the attribute of the noun that holds it, and what it is.
+    is_needed: else it may be left out, and then is `default`."""
 
     key: str
     attribute: str

@@ -1,16 +1,19 @@
-"""A machine as a TOML file's text, and back. Each constant is { value, unit, source }, with `fitted` where it was fitted; no file is opened here.
+"""A machine as a TOML file's text, and back. Each constant is { value, unit, source }, with `fitted` where it
+was fitted; no file is opened here.
 
     name, device ("cuda" or "cpu"), about, devices_per_node
     [memory]               capacity, bandwidth, context (held by the process beside tensors)
     [power]                cap (optional; for the reader: rates hold under it)
     [matmul.DTYPE]         peak, units, tiles (rows, columns, share of peak), start, extra_k
     [attention.DTYPE]      forward, backward, half_sequence, start
-    [kernels.NAME]         start, rate, elements; or points (bytes, seconds). NAME: an op, a kind of ops, or default
+    [kernels.NAME]         start, rate, elements; or points (bytes, seconds). NAME: an op, a kind of ops, default
     [launch]               forward, backward, collective; dtensor_forward, dtensor_backward (optional)
-    [links.within]         (optional where devices_per_node is 1) bandwidth; [[links.within.KIND]] ranks, start, rate or points. KIND: a collective, or any
+    [links.within]         (optional where devices_per_node is 1) bandwidth; [[links.within.KIND]] ranks, start,
+                           rate or points. KIND: a collective, or any
     [links.between]        the same, and reach (message bytes, share of bandwidth), start, start_per_hop
 
-Bandwidths, capacities and power say per = "device" or per = "node". Every value must lie in its field's plausible range: a wrong unit puts it outside.
+Bandwidths, capacities and power say per = "device" or per = "node". Every value must lie in its field's
+plausible range: a wrong unit puts it outside.
 """
 
 import json
@@ -75,7 +78,8 @@ _ROOT = (
 
 
 def machine_from_toml(text: str, source: str = "machine") -> Machine:
-    """Reads a machine file's text. Raises MachineError with the field, what is plausible there, and what to do."""
+    """Reads a machine file's text. Raises MachineError with the field, what is plausible there, and what to
+    do."""
     try:
         table = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:

@@ -1,6 +1,8 @@
-"""A machine as a machine file's text: the inverse of machine_file.machine_from_toml, exactly (constants, units and sources included).
+"""A machine as a machine file's text: the inverse of machine_file.machine_from_toml, exactly (constants,
+units and sources included).
 
-Values are written with as many digits as give them back, in the unit of their Constant where the machine has one.
+Values are written with as many digits as give them back, in the unit of their Constant where the machine has
+one.
 """
 
 import json
@@ -14,7 +16,8 @@ from shardwise.files.machine_file import ANY, whole_if, written
 
 
 def to_toml(machine: Machine) -> str:
-    """Raises AssertionError for a constant without its source: a machine's every number says where it comes from."""
+    """Raises AssertionError for a constant without its source: a machine's every number says where it comes
+    from."""
     return "\n".join(_Writer(machine).lines()) + "\n"
 
 
@@ -62,7 +65,8 @@ class _Writer:
         yield from ("", f"[{head}]", *self.constants(path, noun, each))
 
     def constants(self, path: str, noun: object, each: Sequence[Field]) -> Iterator[str]:
-        """A measured curve instead of the numbers, where there is one; what may be left out only where it was told or says something."""
+        """A measured curve instead of the numbers, where there is one; what may be left out only where it was
+        told or says something."""
         if getattr(noun, "points", ()):
             yield self.many(f"{path}.points", noun.points)  # type: ignore[attr-defined]
             return
@@ -99,7 +103,10 @@ class _Writer:
 
     def line(self, path: str, value: str, unit: str, told: Constant) -> str:
         fitted = f", fitted = {_text(told.fitted)}" if told.fitted is not None else ""
-        return f"{path.rpartition('.')[2]} = {{ value = {value}, unit = {unit}, source = {_text(told.source)}{fitted} }}"
+        return (
+            f"{path.rpartition('.')[2]} = {{ value = {value}, unit = {unit}, source = "
+            f"{_text(told.source)}{fitted} }}"
+        )
 
 
 def _shortest(value: float, scale: float) -> str:

@@ -1,6 +1,8 @@
-"""Timelines of a run's ranks -> one gzip Chrome trace in which all of them stand on one clock: for ui.perfetto.dev or chrome://tracing.
+"""Timelines of a run's ranks -> one gzip Chrome trace in which all of them stand on one clock: for
+ui.perfetto.dev or chrome://tracing.
 
-A process per rank, a thread per lane; on top of a rank, a lane of its own with the time before and after each collective's last arrival.
+A process per rank, a thread per lane; on top of a rank, a lane of its own with the time before and after each
+collective's last arrival.
 """
 
 import gzip
@@ -16,7 +18,8 @@ _WAITING_LANE = 0
 
 
 def perfetto_trace(timelines: Sequence[Timeline]) -> bytes:
-    """The file. Times are microseconds since the first rank's first event, with three decimals: nanoseconds."""
+    """The file. Times are microseconds since the first rank's first event, with three decimals:
+    nanoseconds."""
     packed = BytesIO()
     encoder = msgspec.json.Encoder()
     with gzip.GzipFile(fileobj=packed, mode="wb", compresslevel=5, mtime=0) as file:

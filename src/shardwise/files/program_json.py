@@ -1,8 +1,10 @@
-"""Program <-> one JSON document, so that what was traced once can be predicted anywhere, without torch. No code comes from the file.
+"""Program <-> one JSON document, so that what was traced once can be predicted anywhere, without torch. No
+code comes from the file.
 
-Compact: one line. Items are objects tagged "op", "collective" or "memory"; all else is as files/document.py has it. Nothing is lost:
-program_from_json(program_json(p)) == p. Reading is bounded: sizes, counts, names, and what repeating blocks unfold to. Shapes of matmuls and
-attention must be those that a cost can be worked out from.
+Compact: one line. Items are objects tagged "op", "collective" or "memory"; all else is as files/document.py
+has it. Nothing is lost: program_from_json(program_json(p)) == p. Reading is bounded: sizes, counts, names,
+and what repeating blocks unfold to. Shapes of matmuls and attention must be those that a cost can be worked
+out from.
 """
 
 from typing import Annotated
@@ -154,7 +156,8 @@ def _check_item(item: Item, axes: set[str]) -> None:
         _check_shapes(item)
     elif isinstance(item, Collective) and item.call.axis not in axes and not is_off_mesh(item.call.axis):
         raise _Wrong(
-            f"a collective of {shown(item.module)} is over axis {shown(item.call.axis)}, which the mesh hasn't"
+            f"a collective of {shown(item.module)} is over axis {shown(item.call.axis)}, which the mesh "
+            "hasn't"
         )
 
 
@@ -176,5 +179,6 @@ def _check_shapes(op: Op) -> None:
         return
     if not right:
         raise _Wrong(
-            f"{shown(op.name)} of {shown(op.module)} is {op.kind}, and its inputs are {shown(', '.join(map(str, op.inputs)) or 'none')}"
+            f"{shown(op.name)} of {shown(op.module)} is {op.kind}, and its inputs are "
+            f"{shown(', '.join(map(str, op.inputs)) or 'none')}"
         )

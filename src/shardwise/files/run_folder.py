@@ -1,4 +1,5 @@
-"""The run folder: settings first, events as they come, results at the end. A disk that is full or read-only ends the run at once."""
+"""The run folder: settings first, events as they come, results at the end. A disk that is full or read-only
+ends the run at once."""
 
 from datetime import datetime
 from pathlib import Path
@@ -9,7 +10,8 @@ from shardwise.core.errors import OptionError, RunError
 
 
 class RunFolder:
-    """A new folder for one run. Raises OptionError where it can't be made or holds a run, RunError when writing fails later on.
+    """A new folder for one run. Raises OptionError where it can't be made or holds a run, RunError when
+    writing fails later on.
 
     has_events: whether the run has an events.jsonl, to which append_event() writes.
     """
@@ -55,7 +57,8 @@ class RunFolder:
     def _lost(self, path: Path, error: OSError) -> RunError:
         stopped = "All ranks were stopped. " if self._events is not None else ""
         return RunError(
-            f"can't write {path}: {error.strerror}. {stopped}Free space there, or choose another folder with --out."
+            f"can't write {path}: {error.strerror}. {stopped}Free space there, or choose another folder with "
+            "--out."
         )
 
 

@@ -66,8 +66,8 @@ def chart(
     stacks: Sequence[Stack], unit: Format, keys: Sequence[Key] | None = None, *, scale: float | None = None,
     shares: bool = False,
 ) -> Chart:  # fmt: skip
-    """keys: by default the parts' labels, in the order in which they are met. scale: what fills the width, by default the longest bar.
-    shares: whether each part's share of its bar is told."""
+    """keys: by default the parts' labels, in the order in which they are met. scale: what fills the width, by
+    default the longest bar. shares: whether each part's share of its bar is told."""
     sums = [sum(part.value for part in stack.parts) for stack in stacks]
     full = scale if scale is not None else max(sums, default=0.0)
     bars = []

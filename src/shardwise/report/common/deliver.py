@@ -35,10 +35,11 @@ def deliver(
     page: Callable[[], Mapping[str, object]] = dict,
     most: int | None = None,
 ) -> None:
-    """The result on stdout as `form` says; with `out`, a run folder of settings.json, what stands `beside`, and the result in every format.
+    """The result on stdout as `form` says; with `out`, a run folder of settings.json, what stands `beside`,
+    and the result in every format.
 
-    console: where a terminal's report and the page's path go. page: what the HTML page needs besides the result.
-    most: how many rows a terminal shows of a table that has many.
+    console: where a terminal's report and the page's path go. page: what the HTML page needs besides the
+    result. most: how many rows a terminal shows of a table that has many.
     """
     room = room_of(result)
     show(result, form, console, most)

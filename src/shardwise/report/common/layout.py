@@ -1,7 +1,9 @@
-"""A Table laid out for so many columns of characters: which columns fit, how wide, and where texts break. No label is cut, no word broken.
+"""A Table laid out for so many columns of characters: which columns fit, how wide, and where texts break. No
+label is cut, no word broken.
 
-First every column is as wide as its longest text. Where that is too wide, columns that wrap do, at spaces, and columns that spill go under
-their row, the last first; then what wraps gives way step by step; and at last the table comes in parts, each with the first column.
+First every column is as wide as its longest text. Where that is too wide, columns that wrap do, at spaces,
+and columns that spill go under their row, the last first; then what wraps gives way step by step; and at last
+the table comes in parts, each with the first column.
 """
 
 import re
@@ -25,7 +27,8 @@ _PIECES = re.compile(r"[^\s._/,=:|\-\[\]()]*[._/,=:|\-\[\]()]+|[^\s._/,=:|\-\[\]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Columns that stand side by side (by index, with their widths), and those that are told under each row."""
+    """Columns that stand side by side (by index, with their widths), and those that are told under each
+    row."""
 
     columns: tuple[int, ...]
     widths: tuple[int, ...]
@@ -33,8 +36,8 @@ class Part:
 
 
 class Squeeze(IntEnum):
-    """How far columns give way, each step with those before it: sentences may be a word a line; names break after a dot, a dash and the
-    like; so do heads."""
+    """How far columns give way, each step with those before it: sentences may be a word a line; names break
+    after a dot, a dash and the like; so do heads."""
 
     NONE = 0
     SENTENCES = 1
@@ -43,7 +46,8 @@ class Squeeze(IntEnum):
 
 
 def lay_out(table: Table, texts: Sequence[Sequence[str]], width: int) -> list[Part]:
-    """texts: of the head and then of each row, a text per column (a heading has its title alone, and takes no column's room)."""
+    """texts: of the head and then of each row, a text per column (a heading has its title alone, and takes no
+    column's room)."""
     columns = tuple(range(len(table.columns)))
     spilling = [index for index in columns if table.columns[index].spills]
     whole = [line for line in texts if len(line) == len(columns)]
@@ -115,7 +119,8 @@ def _share(side: tuple[int, ...], natural: list[int], least: list[int], width: i
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Lines of at most `width`: broken at spaces, else after a dot, dash and the like, and only what is longer than that anywhere."""
+    """Lines of at most `width`: broken at spaces, else after a dot, dash and the like, and only what is
+    longer than that anywhere."""
     lines: list[str] = []
     for paragraph in text.split("\n"):
         line = ""

@@ -1,5 +1,6 @@
-"""What every HTML page of ours shares: templates whose text is escaped, tables drawn from data, JSON that is inert, and a policy that lets
-only known scripts run. A page needs no network; each number is in it as text, so it reads and prints without its script.
+"""What every HTML page of ours shares: templates whose text is escaped, tables drawn from data, JSON that is
+inert, and a policy that lets only known scripts run. A page needs no network; each number is in it as text,
+so it reads and prints without its script.
 """
 
 import base64
@@ -27,10 +28,13 @@ def draw(
     """
     environment = page_environment()
     environment.globals.update(
-        name=name, sentence=sentence, plain=plain, breakable=breakable, step_text=step_text, repeats=repeats,
-        bytes=units.format_bytes, seconds=units.format_seconds, count=units.format_count, flops=units.format_flops,
-        ratio=units.format_ratio, share=units.format_share, error=units.format_error, number=units.format_number,
-        interval=units.format_interval, confidence=units.format_confidence,
+        {
+            "name": name, "sentence": sentence, "plain": plain, "breakable": breakable, "step_text": step_text,
+            "repeats": repeats, "bytes": units.format_bytes, "seconds": units.format_seconds,
+            "count": units.format_count, "flops": units.format_flops, "error": units.format_error,
+            "number": units.format_number, "interval": units.format_interval,
+            "confidence": units.format_confidence,
+        }
     )  # fmt: skip
     sources = [
         template_source(environment, each) if each.endswith(".js") and "\n" not in each else each
@@ -75,7 +79,8 @@ def breakable(text: str) -> Markup:
 
 
 def script_json(value: object) -> Markup:
-    """`value` as JSON that is inert inside <script type="application/json">: no character in it can end the element or a line."""
+    """`value` as JSON that is inert inside <script type="application/json">: no character in it can end the
+    element or a line."""
     text = msgspec.json.encode(value).decode()
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

@@ -24,12 +24,14 @@ def plain(text: str) -> str:
 
 
 def name(text: str, empty: str = "(model)") -> str:
-    """A module's, parameter's or plan's name on one line; long ones cut, and the root's empty one in words."""
+    """A module's, parameter's or plan's name on one line; long ones cut, and the root's empty one in
+    words."""
     return shown(text, NAME_CHARACTERS) or empty
 
 
 def sentence(text: str) -> str:
-    """A reason, advice or note: as it is, but for control characters and for what nobody would read to its end."""
+    """A reason, advice or note: as it is, but for control characters and for what nobody would read to its
+    end."""
     return shown(text, SENTENCE_CHARACTERS)
 
 

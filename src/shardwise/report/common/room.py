@@ -1,4 +1,5 @@
-"""What a verb's room offers for its result, and which room a result belongs to: rooms are the packages beside this one that have ROOMS."""
+"""What a verb's room offers for its result, and which room a result belongs to: rooms are the packages beside
+this one that have ROOMS."""
 
 import importlib
 import pkgutil

@@ -1,7 +1,8 @@
 """What a verb tells, as data: tables, and words around them. A format draws them; nothing here knows how.
 
-A cell holds a value (SI units: bytes, seconds) and a column says how it reads, so that a page can sort and a CSV file keeps all digits.
-Texts may come from a user's files: whoever draws them shows control characters as escapes.
+A cell holds a value (SI units: bytes, seconds) and a column says how it reads, so that a page can sort and a
+CSV file keeps all digits. Texts may come from a user's files: whoever draws them shows control characters as
+escapes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,8 +31,8 @@ class Tone(StrEnum):
 
 
 class RowKind(StrEnum):
-    """heading: a title over the rows below it; total: a sum, apart from the others; repeat: the first once more (A/A); rest: what stands
-    for rows that are left out."""
+    """heading: a title over the rows below it; total: a sum, apart from the others; repeat: the first once
+    more (A/A); rest: what stands for rows that are left out."""
 
     BODY = "body"
     HEADING = "heading"
@@ -42,9 +43,9 @@ class RowKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """name: as its head reads. wraps: its texts may run over several lines. spills: where there is no room for all columns, it goes to a
-    line under the row. sums: its values add up. of: whose numbers these are, where the column before it says so already: a file names it. A
-    column of numbers stands at the right."""
+    """name: as its head reads. wraps: its texts may run over several lines. spills: where there is no room
+    for all columns, it goes to a line under the row. sums: its values add up. of: whose numbers these are,
+    where the column before it says so already: a file names it. A column of numbers stands at the right."""
 
     name: str
     format: Format = TEXT
@@ -72,8 +73,8 @@ def numbers(form: Format, *names: str, spills: bool = False, sums: bool = False)
 class Cell:
     """A value and, where the column's format doesn't say it, how it reads. about: quiet, under it.
 
-    On a page: mark is the class of a coloured dot before it, badge that of a frame around it, href what it links to, place what it sorts
-    by where that isn't the value.
+    On a page: mark is the class of a coloured dot before it, badge that of a frame around it, href what it
+    links to, place what it sorts by where that isn't the value.
     """
 
     value: Value = None
@@ -111,8 +112,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """key: its name in file names and pages. sorts: whether a reader may want other orders than this one. headed: whether a reader needs the
-    columns' names. short, long: how many rows a terminal and a page show; a CSV file has all."""
+    """key: its name in file names and pages. sorts: whether a reader may want other orders than this one.
+    headed: whether a reader needs the columns' names. short, long: how many rows a terminal and a page show;
+    a CSV file has all."""
 
     key: str
     title: str
@@ -125,8 +127,8 @@ class Table:
     long: int | None = None
 
     def cut(self, most: int | None) -> "Table":
-        """What a reader sees: no column in which all cells are empty, and of the rows `most`, with one for the others: how many, and what
-        adds up."""
+        """What a reader sees: no column in which all cells are empty, and of the rows `most`, with one for
+        the others: how many, and what adds up."""
         empty = {
             index
             for index in range(1, len(self.columns))
@@ -165,7 +167,8 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """Lines that stand together. boxed: the answer, which a reader must not miss; items: each line is one of a list."""
+    """Lines that stand together. boxed: the answer, which a reader must not miss; items: each line is one of
+    a list."""
 
     lines: tuple[Line, ...]
     title: str = ""
@@ -179,7 +182,8 @@ Block = Table | Words
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All that a verb tells, in the order in which one reads it. appendix: tables for which only a page and files have room."""
+    """All that a verb tells, in the order in which one reads it. appendix: tables for which only a page and
+    files have room."""
 
     title: str
     blocks: tuple[Block, ...]

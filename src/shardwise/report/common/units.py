@@ -1,7 +1,7 @@
 """Numbers as people read them: three significant digits and a unit. Takes SI (bytes, seconds), gives text.
 
-Bytes are binary (1 KiB = 1024 B, IEC 80000-13); seconds and counts are decimal. An absent number is `absent`, in words; a number
-that is not finite says so (NaN, ∞). What this file does not know: what a number means.
+Bytes are binary (1 KiB = 1024 B, IEC 80000-13); seconds and counts are decimal. An absent number is `absent`,
+in words; a number that is not finite says so (NaN, ∞). What this file does not know: what a number means.
 """
 
 import math
@@ -38,7 +38,8 @@ COUNT_UNITS = (Unit("", 1.0), Unit("k", 1e3), Unit("M", 1e6), Unit("B", 1e9), Un
 
 
 def unit_for(values: Iterable[float | None], units: tuple[Unit, ...]) -> Unit:
-    """The unit in which the largest finite value reads best: the largest unit of which it holds at least one."""
+    """The unit in which the largest finite value reads best: the largest unit of which it holds at least
+    one."""
     largest = max((abs(value) for value in values if value is not None and math.isfinite(value)), default=0.0)
     if largest == 0.0:
         return units[0]

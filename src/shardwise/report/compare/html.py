@@ -1,8 +1,10 @@
-"""Comparison -> one HTML file that needs no network: text through jinja2's autoescape, numbers for the charts as inert JSON, plotly.js inlined.
+"""Comparison -> one HTML file that needs no network: text through jinja2's autoescape, numbers for the charts
+as inert JSON, plotly.js inlined.
 
-The page's own content security policy lets it load nothing and run only the two scripts that were put into it (by their SHA-256), so
-a name that came from a user's file stays text even where escaping should fail. Computes nothing but units; what the charts look like
-is in comparison.js, their colours are in common/page.css.
+The page's own content security policy lets it load nothing and run only the two scripts that were put into it
+(by their SHA-256), so a name that came from a user's file stays text even where escaping should fail.
+Computes nothing but units; what the charts look like is in comparison.js, their colours are in
+common/page.css.
 """
 
 import dataclasses
@@ -50,7 +52,8 @@ def short_name(name: str) -> str:
 
 
 def _chart_data(comparison: Comparison, rows: tuple[Row, ...]) -> dict[str, object]:
-    """What comparison.js draws, scaled to the charts' units. Numbers that aren't finite arrive there as null: a gap in the curve."""
+    """What comparison.js draws, scaled to the charts' units. Numbers that aren't finite arrive there as null:
+    a gap in the curve."""
     runs = comparison.measurements
     times = [run.module_times for run in runs if run.module_times is not None]
     module_s = (value for found in times for value in (*found.forward_s, *found.backward_s))

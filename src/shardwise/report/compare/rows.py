@@ -12,7 +12,8 @@ from shardwise.core.measurement import Comparison, Measurement, Ratio, Standing
 class Row:
     """One plan's numbers, side by side.
 
-    color: position of the plan among the distinct plans; the second run of the first plan (`is_repeat`, A/A) has the first's.
+    color: position of the plan among the distinct plans; the second run of the first plan (`is_repeat`, A/A)
+    has the first's.
     """
 
     measurement: Measurement
@@ -69,13 +70,15 @@ def comparison_rows(comparison: Comparison) -> tuple[Row, ...]:
 
 
 def measured_module(comparison: Comparison) -> str | None:
-    """The module whose forward and backward were timed alone: the same for every plan; None where no plan has such times."""
+    """The module whose forward and backward were timed alone: the same for every plan; None where no plan has
+    such times."""
     times = (measurement.module_times for measurement in comparison.measurements)
     return next((found.module for found in times if found is not None), None)
 
 
 def not_measured(comparison: Comparison) -> tuple[str, ...]:
-    """What no plan of this comparison has a number for, in words, so that a report can leave it out and say so."""
+    """What no plan of this comparison has a number for, in words, so that a report can leave it out and say
+    so."""
     runs = comparison.measurements
     peaks_of_runs = [
         (run.memory.active_bytes, run.memory.reserved_bytes, run.memory.resident_bytes) for run in runs

@@ -1,4 +1,5 @@
-"""Comparison -> tables and words: a row per plan, collectives, findings, the verdict. Looks things up, computes nothing."""
+"""Comparison -> tables and words: a row per plan, collectives, findings, the verdict. Looks things up,
+computes nothing."""
 
 from collections.abc import Iterator
 
@@ -64,7 +65,10 @@ def comparison_report(comparison: Comparison) -> Report:
 def _headline(comparison: Comparison) -> Words:
     settings, where = comparison.settings, comparison.environment
     ranks = f"{where.world_size} rank{'s' if where.world_size != 1 else ''}"
-    first = f"({format_count(comparison.parameters)} parameters) on {comparison.mesh} · {ranks}, {where.backend}, {where.device} · {where.machine}"
+    first = (
+        f"({format_count(comparison.parameters)} parameters) on {comparison.mesh} · {ranks}, "
+        f"{where.backend}, {where.device} · {where.machine}"
+    )
     second = step_text(settings, *repeats(settings), f"{comparison.rounds} rounds")
     lines = [Line(first, lead=comparison.model), Line(second)]
     if comparison.module is not None:

@@ -119,5 +119,8 @@ def _drawing(picture: StepPicture, longest_ns: int) -> Drawing:
 
 def _rectangle(bar: Bar, y: float, height: float, scale: float) -> Rectangle:
     width = max(0.35, (bar.end_ns - bar.start_ns) * scale)
-    text = f"{bar.part.replace('_', ' ')}, {format_seconds((bar.end_ns - bar.start_ns) / 1e9)} from {format_seconds(bar.start_ns / 1e9)} on"
+    text = (
+        f"{bar.part.replace('_', ' ')}, {format_seconds((bar.end_ns - bar.start_ns) / 1e9)} from "
+        f"{format_seconds(bar.start_ns / 1e9)} on"
+    )
     return Rectangle(f"p-{bar.part}", f"{_LEFT + bar.start_ns * scale:.2f}", y, f"{width:.2f}", height, text)

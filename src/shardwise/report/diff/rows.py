@@ -1,4 +1,5 @@
-"""RunProfile and Difference -> rows of text for terminal and page alike. Computes shares and signs, nothing else."""
+"""RunProfile and Difference -> rows of text for terminal and page alike. Computes shares and signs, nothing
+else."""
 
 from shardwise.core.difference import CollectiveUse, Difference, Line, RunProfile, Work
 from shardwise.report.common.units import NOT_MEASURED, format_seconds
@@ -94,11 +95,13 @@ def cautions(run: RunProfile) -> list[str]:
     missing, launches = run.without_kernel
     if missing:
         said.append(
-            f"{missing:,} of {launches:,} launches left no kernel in the file: its recording began later, or lost them"
+            f"{missing:,} of {launches:,} launches left no kernel in the file: its recording began later, or "
+            "lost them"
         )
     if run.too_fast and run.link_bytes_per_s is not None:
         said.append(
-            f"{run.too_fast:,} collectives seem faster than the device's links ({run.link_bytes_per_s / 1e9:.0f} GB/s a direction): data moved before the last "
+            f"{run.too_fast:,} collectives seem faster than the device's links "
+            f"({run.link_bytes_per_s / 1e9:.0f} GB/s a direction): data moved before the last "
             "rank came, the switch reduced it, or the sizes in the file are wrong"
         )
     said += [f"{refused.count:,} collectives not split: {refused.why}" for refused in run.sharing.refused]
@@ -106,8 +109,10 @@ def cautions(run: RunProfile) -> list[str]:
     if off:
         most = max(off, key=lambda clock: abs(clock.offset_ns or 0))
         said.append(
-            f"clocks corrected by the ends of {most.collectives:,} collectives: by up to {time(abs(most.offset_ns or 0))} (rank {most.rank}); "
-            f"in half of them the ranks' ends then lie no more than {time(max(clock.spread_ns or 0 for clock in off))} apart"
+            f"clocks corrected by the ends of {most.collectives:,} collectives: by up to "
+            f"{time(abs(most.offset_ns or 0))} (rank {most.rank}); "
+            "in half of them the ranks' ends then lie no more than "
+            f"{time(max(clock.spread_ns or 0 for clock in off))} apart"
         )
     unknown = [clock.rank for clock in run.sharing.clocks if clock.offset_ns is None]
     if unknown:

@@ -1,4 +1,5 @@
-"""RunProfile and Difference -> tables and words: where the time of a step went, and what sets two runs apart."""
+"""RunProfile and Difference -> tables and words: where the time of a step went, and what sets two runs
+apart."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -133,7 +134,8 @@ def _work_cell(line: WorkLine) -> Cell:
 def lines_table(difference: Difference) -> Table:
     where = "the device" if difference.first.has_device else "the CPU"
     note = Line(
-        f"All work on {where}, per step of one rank: by the op that called for it, its shapes and its name; what is "
+        f"All work on {where}, per step of one rank: by the op that called for it, its shapes and its name; "
+        "what is "
         "left by op and shapes, then by name, then by kind of work.",
         Tone.QUIET,
     )
@@ -201,8 +203,10 @@ _COLLECTIVES: Columns[CollectiveUse] = (
     (Column("Waited for", wraps=True, spills=True), rows.late),
 )
 _OF_COLLECTIVES = Line(
-    "Before the last came: from a rank's entry until the last rank of the group entered. Transfer: from then on. In an "
-    "all-to-all, ranks that are there early move data before: its transfer is a lower bound, its speed an upper one.",
+    "Before the last came: from a rank's entry until the last rank of the group entered. Transfer: from then "
+    "on. In an "
+    "all-to-all, ranks that are there early move data before: its transfer is a lower bound, its speed an "
+    "upper one.",
     Tone.QUIET,
 )
 

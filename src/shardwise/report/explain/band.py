@@ -1,8 +1,10 @@
-"""One phase of a step as a row of modules with the collectives between them: before the layers, in each layer, after the layers.
+"""One phase of a step as a row of modules with the collectives between them: before the layers, in each
+layer, after the layers.
 
-The collectives stand in the order of the step. Between them stand the modules that have parameters, in the order in which the model lists
-them: an Explanation doesn't say when a module runs, so a module that the model lists after the last that communicates is left out, and
-where that order contradicts the collectives', no modules are drawn but those that the collectives name.
+The collectives stand in the order of the step. Between them stand the modules that have parameters, in the
+order in which the model lists them: an Explanation doesn't say when a module runs, so a module that the model
+lists after the last that communicates is left out, and where that order contradicts the collectives', no
+modules are drawn but those that the collectives name.
 """
 
 from collections.abc import Sequence
@@ -26,7 +28,8 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """One phase, in the order of the step: the backward begins with what comes after the layers. layers: how many there are, or None."""
+    """One phase, in the order of the step: the backward begins with what comes after the layers. layers: how
+    many there are, or None."""
 
     phase: Phase
     first: tuple[Stop, ...]
@@ -60,7 +63,8 @@ def _band(explanation: Explanation, phase: Phase, groups: list[CollectiveGroup])
         return Band(phase, _stops((*heads, *tails), groups, phase, ""), (), (), None)
     start = in_layer[0]
     inside = [groups[index] for index in in_layer]
-    # a collective of another module between two of a layer's, such as one on a shared embedding, is drawn after them
+    # a collective of another module between two of a layer's, such as one on a shared embedding, is drawn
+    # after them
     after = [group for index, group in enumerate(groups) if index >= start and index not in set(in_layer)]
     return Band(
         phase,
@@ -72,7 +76,8 @@ def _band(explanation: Explanation, phase: Phase, groups: list[CollectiveGroup])
 
 
 def _modules(explanation: Explanation) -> tuple[list[str], list[str], list[str]]:
-    """Modules with parameters, as the model lists them: before the layers, a layer's own children, after the layers."""
+    """Modules with parameters, as the model lists them: before the layers, a layer's own children, after the
+    layers."""
     prefix = None if explanation.layers is None else f"{explanation.layers[0]}.*"
     heads: list[str] = []
     children: list[str] = []
@@ -129,7 +134,8 @@ def _stops(
 
 
 def _is_before(group: CollectiveGroup, phase: Phase) -> bool:
-    """Whether a module has to wait for it: for its whole input, or in backward for the gradient of its output."""
+    """Whether a module has to wait for it: for its whole input, or in backward for the gradient of its
+    output."""
     if group.carries_out is CollectiveKind.ALL_TO_ALL:
         return phase is Phase.BACKWARD
     # a dim behind batch and sequence is one of features: what the module itself made, not what it takes in

@@ -1,5 +1,5 @@
-"""Explanation or Contrast -> one HTML page: charts of plain elements with a width, a picture of a layer, tables. Computes nothing but the
-widths of bars.
+"""Explanation or Contrast -> one HTML page: charts of plain elements with a width, a picture of a layer,
+tables. Computes nothing but the widths of bars.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,8 @@ from shardwise.report.common.units import BYTES
 from shardwise.report.explain import rows, tables
 from shardwise.report.explain.band import bands, largest_wire_bytes
 
-# modules and collectives of a layer that fit beside what comes before and after the layers; more take lines of their own
+# modules and collectives of a layer that fit beside what comes before and after the layers; more take lines
+# of their own
 STOPS_IN_LINE = 9
 
 
@@ -28,7 +29,8 @@ def contrast_html(contrast: Contrast, walkthrough_href: str | None = None) -> st
 
 
 def wire_chart(explanations: Sequence[Explanation]) -> Chart:
-    """Bytes that the rank sends, by phase, cut by what the collectives carry out. Phases in which nothing is sent are left out."""
+    """Bytes that the rank sends, by phase, cut by what the collectives carry out. Phases in which nothing is
+    sent are left out."""
     stacks = []
     for phase in Phase:
         sent = [[group for group in one.collectives if group.phase == phase] for one in explanations]

@@ -1,7 +1,9 @@
-"""A Program as text: the whole step of one rank, op by op, in order; for reading, searching and comparing line by line.
+"""A Program as text: the whole step of one rank, op by op, in order; for reading, searching and comparing
+line by line.
 
-Equal layers that follow one another are written once, with how many there are. Sizes are exact: bytes and FLOPs, with their digits in
-groups of three. Names come from a user's model; those that don't print are escaped.
+Equal layers that follow one another are written once, with how many there are. Sizes are exact: bytes and
+FLOPs, with their digits in groups of three. Names come from a user's model; those that don't print are
+escaped.
 """
 
 from collections.abc import Iterable, Iterator
@@ -37,9 +39,13 @@ def program_text(program: Program) -> str:
 def _heading(program: Program) -> Iterator[str]:
     settings = program.settings
     mesh = ",".join(f"{name}={size}" for name, size in program.axes)
-    yield f"{shown(program.model)} under {shown(program.plan)} ({program.engine}), mesh {mesh}, rank {program.rank}, {program.device}"
     yield (
-        f"batch {settings.batch}, sequence {settings.seq}, {settings.precision}, micro-batches {settings.accumulation}, "
+        f"{shown(program.model)} under {shown(program.plan)} ({program.engine}), mesh {mesh}, rank "
+        f"{program.rank}, {program.device}"
+    )
+    yield (
+        f"batch {settings.batch}, sequence {settings.seq}, {settings.precision}, micro-batches "
+        f"{settings.accumulation}, "
         f"recompute {settings.recompute}"
     )
 
@@ -117,7 +123,10 @@ def _op(op: Op) -> str:
     work = f"{op.flops:,} FLOP, " if op.flops else ""
     host = ", on the host" if op.on_host else ""
     changed = ", ".join(map(str, op.outputs)) or "in place"
-    return f"{op.name}({', '.join(map(str, op.inputs))}) -> {changed}  {op.kind}, {work}reads {op.read_bytes:,} B, writes {op.write_bytes:,} B{host}"
+    return (
+        f"{op.name}({', '.join(map(str, op.inputs))}) -> {changed}  {op.kind}, {work}reads {op.read_bytes:,} "
+        f"B, writes {op.write_bytes:,} B{host}"
+    )
 
 
 def _collective(collective: Collective) -> str:
@@ -128,8 +137,14 @@ def _collective(collective: Collective) -> str:
     by_data = ""
     if collective.by_data is not None:
         data = collective.by_data
-        by_data = f" (the batch decides: mean {data.mean_bytes:,.0f} B, most {data.max_bytes:,.0f} B by rank {data.max_rank} of the axis)"
-    return f"=> {call.kind} on {call.axis} of {call.axis_size}: {call.payload_bytes:,} B of {call.dtype}, sends {sent} B{by_data}{change}{rule}"
+        by_data = (
+            f" (the batch decides: mean {data.mean_bytes:,.0f} B, most {data.max_bytes:,.0f} B by rank "
+            f"{data.max_rank} of the axis)"
+        )
+    return (
+        f"=> {call.kind} on {call.axis} of {call.axis_size}: {call.payload_bytes:,} B of {call.dtype}, sends "
+        f"{sent} B{by_data}{change}{rule}"
+    )
 
 
 def _peak(program: Program) -> Iterator[str]:

@@ -1,7 +1,8 @@
-"""What of an Explanation or a Contrast stands together in a report: groups by phase, sums of what is alike, and the words for them.
+"""What of an Explanation or a Contrast stands together in a report: groups by phase, sums of what is alike,
+and the words for them.
 
-Adds up and looks up, no more. Names that come from a user's files are cut to what a reader can take in. What it does not know: how a row
-is drawn.
+Adds up and looks up, no more. Names that come from a user's files are cut to what a reader can take in. What
+it does not know: how a row is drawn.
 """
 
 import math
@@ -48,7 +49,8 @@ class PhaseRow:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Collectives added up: how many of each kind (by what they carry out), and the bytes that this rank sends for them."""
+    """Collectives added up: how many of each kind (by what they carry out), and the bytes that this rank
+    sends for them."""
 
     counts: tuple[tuple[CollectiveKind, int], ...]
     wire_bytes: float
@@ -67,7 +69,8 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class MemoryRow:
-    """Bytes of one kind: what a rank keeps of it (None where that isn't kept from step to step), and what lives of it at the peak."""
+    """Bytes of one kind: what a rank keeps of it (None where that isn't kept from step to step), and what
+    lives of it at the peak."""
 
     kind: MemoryKind
     held: int | None
@@ -99,7 +102,8 @@ def plan_name(explanation: Explanation) -> str:
 
 
 def carried_out_as(group: CollectiveGroup) -> str | None:
-    """`all-to-all + sum` for a reduce-scatter that is carried out so; None for a collective that is what it is."""
+    """`all-to-all + sum` for a reduce-scatter that is carried out so; None for a collective that is what it
+    is."""
     match group.carries_out, group.kind:
         case carried, kind if carried == kind:
             return None
@@ -119,7 +123,8 @@ def placement_change(group: CollectiveGroup) -> str:
 
 
 def wire_share(group: CollectiveGroup) -> str | None:
-    """What part of the payload a rank sends, where that is one of the formulas' fractions: `7/8`, `2 x 7/8`, `all`, `none`."""
+    """What part of the payload a rank sends, where that is one of the formulas' fractions: `7/8`, `2 x 7/8`,
+    `all`, `none`."""
     n = group.axis_size
     if not group.payload_bytes or not math.isfinite(group.wire_bytes):
         return None
@@ -130,7 +135,8 @@ def wire_share(group: CollectiveGroup) -> str | None:
 
 
 def rule_text(group: CollectiveGroup) -> str | None:
-    """`gather_input` for the rule of the module itself; `rule "layers.*" (fsdp)` for one that holds further out; None for none."""
+    """`gather_input` for the rule of the module itself; `rule "layers.*" (fsdp)` for one that holds further
+    out; None for none."""
     if group.rule is None:
         return None
     return name(group.rule.style) if group.rule.pattern == group.module else f"rule {name(str(group.rule))}"
@@ -142,8 +148,10 @@ def by_data_text(group: CollectiveGroup) -> str | None:
     if found is None:
         return None
     return (
-        f"Decided by the data: this rank sends {format_bytes(group.wire_bytes)}, the ranks {format_bytes(found.mean_bytes)} on average, "
-        f"rank {found.max_rank} most with {format_bytes(found.max_bytes)}; no batch needs more than {format_bytes(found.bound_bytes)}."
+        f"Decided by the data: this rank sends {format_bytes(group.wire_bytes)}, the ranks "
+        f"{format_bytes(found.mean_bytes)} on average, "
+        f"rank {found.max_rank} most with {format_bytes(found.max_bytes)}; no batch needs more than "
+        f"{format_bytes(found.bound_bytes)}."
     )
 
 
@@ -157,7 +165,8 @@ def copied_text(group: CollectiveGroup) -> str | None:
 
 
 def phase_rows(explanation: Explanation) -> tuple[PhaseRow, ...]:
-    """The phases that have ops or collectives, in the order of a step; a forward that runs again stands after the backward."""
+    """The phases that have ops or collectives, in the order of a step; a forward that runs again stands after
+    the backward."""
     totals = {found.phase: found for found in explanation.phases}
     rows = (
         PhaseRow(

@@ -1,4 +1,5 @@
-"""Explanation and Contrast -> tables and words: collectives with their reasons, what a rank holds, memory, work, copies, rules, notes."""
+"""Explanation and Contrast -> tables and words: collectives with their reasons, what a rank holds, memory,
+work, copies, rules, notes."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -76,7 +77,10 @@ def _model(explanation: Explanation) -> str:
 
 def _setting(explanation: Explanation) -> list[Line]:
     settings = explanation.settings
-    where = f"mesh {rows.mesh_text(explanation)} · rank {explanation.rank} of {rows.world_size(explanation)} · {name(explanation.device)}"
+    where = (
+        f"mesh {rows.mesh_text(explanation)} · rank {explanation.rank} of {rows.world_size(explanation)} · "
+        f"{name(explanation.device)}"
+    )
     return [Line(where), Line(step_text(settings, *repeats(settings)))]
 
 
@@ -86,11 +90,15 @@ def _headline(explanation: Explanation) -> Words:
         f"{_model(explanation)} under plan {rows.plan_name(explanation)} · engine {name(explanation.engine)}"
     )
     summary = (
-        f"In one step this rank sends {format_bytes(whole.wire_bytes)} in {whole.count} collectives. It holds "
+        f"In one step this rank sends {format_bytes(whole.wire_bytes)} in {whole.count} collectives. It "
+        "holds "
         f"{format_bytes(rows.held_bytes(explanation))} of parameters, gradients and optimizer state, and "
         f"{format_bytes(explanation.peak.n_bytes)} in all at the peak."
     )
-    how = "Worked out without a device: bytes sent by the algorithms' formulas, memory from the tensors' shapes."
+    how = (
+        "Worked out without a device: bytes sent by the algorithms' formulas, memory from the tensors' "
+        "shapes."
+    )
     return Words(
         (Line(about, Tone.STRONG), *_setting(explanation), Line(summary, Tone.STRONG), Line(how, Tone.QUIET))
     )

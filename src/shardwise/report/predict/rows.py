@@ -1,4 +1,5 @@
-"""What of a PredictionRun stands together in a report: terms with their shares, memory against capacity, and what was assumed, in words.
+"""What of a PredictionRun stands together in a report: terms with their shares, memory against capacity, and
+what was assumed, in words.
 
 Adds up and looks up, no more. What it does not know: how a row is drawn.
 """
@@ -26,7 +27,7 @@ SOURCES_SHOWN = 4
 STRETCHES_SHOWN = 4
 
 MEANINGS = {
-    Term.MATMUL: "matmuls of linear layers: the machine's tiles and waves, and never less than their bytes take",
+    Term.MATMUL: "matmuls of linear layers: the machine's tiles and waves, never less than their bytes take",
     Term.ATTENTION: "attention kernels, forward and backward",
     Term.KERNELS: "norms, activations, residuals, copies: their bytes over the memory's rate",
     Term.EMBEDDING: "look-ups, and the gradients of the rows",
@@ -35,13 +36,14 @@ MEANINGS = {
     Term.DATA: "collectives over dp and fsdp as far as no work hides them",
     Term.SLOWED: "what collectives that run beside it cost compute: they share memory and multiprocessors",
     Term.LAUNCH: "the device has nothing to run, since the host hasn't issued it yet",
-    Term.BUBBLE: "a pipeline's stages wait for one another, and for activations, at the step's beginning and end",
+    Term.BUBBLE: "a pipeline's stages wait for one another and for activations, at the step's beginning and end",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class TermRow:
-    """A term's seconds and share of the step, in each prediction. is_off: switched off, so its 0 is no result."""
+    """A term's seconds and share of the step, in each prediction. is_off: switched off, so its 0 is no
+    result."""
 
     term: Term
     seconds: tuple[float, ...]
@@ -76,7 +78,8 @@ def levels_side_by_side(predictions: Sequence[Prediction]) -> tuple[tuple[str, t
 
 
 def memory_levels(memory: MemoryForecast) -> tuple[tuple[str, float], ...]:
-    """What the tensors take, what the allocator holds for them, what the device has in use, and what it has."""
+    """What the tensors take, what the allocator holds for them, what the device has in use, and what it
+    has."""
     return (
         ("active: tensors at the peak", memory.active_bytes),
         ("reserved by the allocator", memory.reserved_bytes),
@@ -102,7 +105,10 @@ def rate_text(prediction: Prediction) -> str:
 
 
 def headline(prediction: Prediction) -> str:
-    return f"A step takes {format_seconds(prediction.step_s)}: {rate_text(prediction)}. It {fit_text(prediction.memory)}."
+    return (
+        f"A step takes {format_seconds(prediction.step_s)}: {rate_text(prediction)}. It "
+        f"{fit_text(prediction.memory)}."
+    )
 
 
 def mesh_text(prediction: Prediction) -> str:
@@ -121,7 +127,10 @@ def machine_text(machine: MachineFacts) -> str:
     shown = "; ".join(sources[:SOURCES_SHOWN]) + (
         f"; and {len(sources) - SOURCES_SHOWN} sources more" if len(sources) > SOURCES_SHOWN else ""
     )
-    return f"{name(machine.name, '(machine)')} ({sentence(machine.about)}), {len(machine.constants)} constants: {shown}"
+    return (
+        f"{name(machine.name, '(machine)')} ({sentence(machine.about)}), {len(machine.constants)} constants: "
+        f"{shown}"
+    )
 
 
 def assumptions(settings: StepSettings, setup: Setup, mesh: Mesh) -> tuple[str, ...]:
@@ -143,7 +152,8 @@ def assumptions(settings: StepSettings, setup: Setup, mesh: Mesh) -> tuple[str, 
             "" if mesh.reducing_axis else ", nor is reducing gradients over them (without an axis dp or fsdp)"
         )
         lines.append(
-            f"{mesh.context} ranks share each sequence, and each meets all keys: exchanging them is not modelled{reduced}."
+            f"{mesh.context} ranks share each sequence, and each meets all keys: exchanging them is not "
+            f"modelled{reduced}."
         )
     match setup.attention:
         case AttentionKernel.FUSED:
@@ -153,7 +163,8 @@ def assumptions(settings: StepSettings, setup: Setup, mesh: Mesh) -> tuple[str, 
         case None:
             lines.append("Attention is the kernel that the traced op names.")
     lines.append(
-        "Kernels between a layer's matmuls are fused by a compiler, which makes a SwiGLU's silu again instead of keeping it."
+        "Kernels between a layer's matmuls are fused by a compiler, which makes a SwiGLU's silu again "
+        "instead of keeping it."
         if setup.compiled
         else "Kernels run one by one, as eager PyTorch launches them."
     )
@@ -169,7 +180,8 @@ def assumptions(settings: StepSettings, setup: Setup, mesh: Mesh) -> tuple[str, 
             pass
         case Precision.MASTER:
             lines.append(
-                "Gradients, master weights and AdamW's moments are kept in float32 beside the parameters (Megatron's mixed precision)."
+                "Gradients, master weights and AdamW's moments are kept in float32 beside the parameters "
+                "(Megatron's mixed precision)."
             )
         case _:
             assert_never(setup.precision)
@@ -187,8 +199,12 @@ def assumptions(settings: StepSettings, setup: Setup, mesh: Mesh) -> tuple[str, 
 
 def _recomputed(settings: StepSettings, setup: Setup) -> str:
     again = {
-        "none": f"{'Unfused attention runs again' if setup.recompute_attention else 'Nothing is recomputed'} in the backward.",
-        "selective-ops": "Each layer's forward runs again in the backward, but for fused attention and every second matmul.",
+        "none": (
+            f"{'Unfused attention runs again' if setup.recompute_attention else 'Nothing is recomputed'} in "
+            "the backward."
+        ),
+        "selective-ops": "Each layer's forward runs again in the backward, but for fused attention and every "
+        "second matmul.",
         "full": "Each layer's forward runs again in the backward.",
     }
     return again.get(settings.recompute, f"Recompute in the backward: {name(settings.recompute)}.")
@@ -222,7 +238,8 @@ def launch_text(prediction: Prediction, stretches: Sequence[LaunchBound]) -> str
         for each in stretches[:STRETCHES_SHOWN]
     )
     return (
-        f"Launch-bound: {100 * share:.1f} % of the step the device waits for the host (flagged from {100 * LAUNCH_BOUND:.0f} % on)."
+        f"Launch-bound: {100 * share:.1f} % of the step the device waits for the host (flagged from "
+        f"{100 * LAUNCH_BOUND:.0f} % on)."
         + (f" Most of it before {where}." if where else "")
         + (
             ""

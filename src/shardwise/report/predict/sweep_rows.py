@@ -72,7 +72,8 @@ def headline(sweep: Sweep) -> str:
     best = fitting[0]
     return (
         f"Best of {len(sweep.points):,}, of which {len(fitting):,} fit: {label(best, has_plans(sweep))}: "
-        f"{format_count(best.tokens_per_s_per_device)} tokens/s per device, a step takes {format_seconds(best.step_s)}."
+        f"{format_count(best.tokens_per_s_per_device)} tokens/s per device, a step takes "
+        f"{format_seconds(best.step_s)}."
     )
 
 
@@ -86,4 +87,7 @@ def setting_text(sweep: Sweep) -> str:
     batch = (
         f"batch {settings.batch:,}" if settings.batch else f"{count} micro-batch{'es' * (count > 1)} a step"
     )
-    return f"{sweep.devices:,} devices · {batch} · sequence {settings.seq:,} · {name(settings.precision, '(dtype)')}"
+    return (
+        f"{sweep.devices:,} devices · {batch} · sequence {settings.seq:,} · "
+        f"{name(settings.precision, '(dtype)')}"
+    )

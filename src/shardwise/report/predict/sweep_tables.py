@@ -37,7 +37,8 @@ def points_table(sweep: Sweep) -> Table:
         Column("Most time lost", wraps=True),
     )
     note = Line(
-        "Micro-batch: sequences of a data-parallel rank at a time x times a step. --top shows more rows; --json and --out have all.",
+        "Micro-batch: sequences of a data-parallel rank at a time x times a step. --top shows more rows; "
+        "--json and --out have all.",
         Tone.QUIET,
     )
     body = tuple(_point(point, has_plans) for point in sweep.points)

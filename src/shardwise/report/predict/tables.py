@@ -1,4 +1,5 @@
-"""PredictionRun -> tables and words: the step's terms, memory against capacity, what is flagged, what was assumed, and the machine."""
+"""PredictionRun -> tables and words: the step's terms, memory against capacity, what is flagged, what was
+assumed, and the machine."""
 
 from collections.abc import Sequence
 

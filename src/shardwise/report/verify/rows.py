@@ -48,7 +48,8 @@ def verdict_text(each: Verification) -> str:
             assert proof is not None
             start = "Right" if each.verdict is Verdict.RIGHT else "Right, but it shards nearly nothing"
             return (
-                f"{start}: outputs, loss, all {proof.parameters_compared} gradients, and the weights after {proof.steps} clipped optimizer steps are "
+                f"{start}: outputs, loss, all {proof.parameters_compared} gradients, and the weights after "
+                f"{proof.steps} clipped optimizer steps are "
                 "the unsharded model's."
             )
         case Verdict.WRONG:
@@ -170,7 +171,8 @@ def _span(low: str, high: str) -> str:
 
 
 def split(each: Verification) -> tuple[list[Group], list[Group]]:
-    """(faults and notes, what only follows from them). A crash is all there is to say, and the verdict says it."""
+    """(faults and notes, what only follows from them). A crash is all there is to say, and the verdict says
+    it."""
     own = [
         finding
         for finding in each.findings

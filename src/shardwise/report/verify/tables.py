@@ -1,4 +1,5 @@
-"""VerificationRun -> tables and words: the cases in a table, then those in full that aren't right; one case alone always in full."""
+"""VerificationRun -> tables and words: the cases in a table, then those in full that aren't right; one case
+alone always in full."""
 
 from collections.abc import Iterator, Sequence
 

@@ -1,7 +1,8 @@
 """The formats that a result is written in, one file each: the modules beside this one, found by listing them.
 
-A format has `files(room, result, **page)`: the texts that it makes, by file name; `page` is what only a page needs. On a terminal they are written one after another; a format that
-draws for a console has `show(room, result, console)`.
+A format has `files(room, result, **page)`: the texts that it makes, by file name; `page` is what only a page
+needs. On a terminal they are written one after another; a format that draws for a console has `show(room,
+result, console)`.
 """
 
 import importlib

@@ -1,6 +1,8 @@
-"""Each table as a CSV file (RFC 4180): values in SI units with all their digits, the unit in the head. Lines below a row are a last column.
+"""Each table as a CSV file (RFC 4180): values in SI units with all their digits, the unit in the head. Lines
+below a row are a last column.
 
-A text that a spreadsheet would take for a formula begins with an apostrophe, as OWASP advises: names may come from anyone's files.
+A text that a spreadsheet would take for a formula begins with an apostrophe, as OWASP advises: names may come
+from anyone's files.
 """
 
 import csv

@@ -1,4 +1,5 @@
-"""The report for a pull request's comment: words and tables in GitHub's Markdown. Names stay text: nothing in them is read as Markdown or HTML."""
+"""The report for a pull request's comment: words and tables in GitHub's Markdown. Names stay text: nothing in
+them is read as Markdown or HTML."""
 
 import re
 

@@ -1,4 +1,5 @@
-"""The report for a terminal of a given width, with or without colour. Names are shown as text, never read as rich's markup."""
+"""The report for a terminal of a given width, with or without colour. Names are shown as text, never read as
+rich's markup."""
 
 from collections.abc import Iterator, Sequence
 
