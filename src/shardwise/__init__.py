@@ -1,8 +1,20 @@
 """Shardwise: how to shard a PyTorch model over devices, and the proof."""
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from shardwise.api import Result as Result
+    from shardwise.api import calibrate as calibrate
+    from shardwise.api import case as case
+    from shardwise.api import compare as compare
+    from shardwise.api import diff as diff
+    from shardwise.api import explain as explain
+    from shardwise.api import predict as predict
+    from shardwise.api import sweep as sweep
+    from shardwise.api import verify as verify
+    from shardwise.core.case import Case as Case
     from shardwise.core.plan import Plan as Plan
     from shardwise.measure.profile import record_profile as record_profile
     from shardwise.parallel.apply import loss_of as loss_of
@@ -11,14 +23,33 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+_API = ("Result", "calibrate", "case", "compare", "diff", "explain", "predict", "sweep", "verify")
 _LAZY = {
+    **dict.fromkeys(_API, "shardwise.api"),
+    "Case": "shardwise.core.case",
     "Plan": "shardwise.core.plan",
     "builtin_plan": "shardwise.parallel.builtin",
     "loss_of": "shardwise.parallel.apply",
     "parallelize": "shardwise.parallel.apply",
     "record_profile": "shardwise.measure.profile",
 }
-__all__ = ["Plan", "builtin_plan", "loss_of", "parallelize", "record_profile"]
+__all__ = [
+    "Case",
+    "Plan",
+    "Result",
+    "builtin_plan",
+    "calibrate",
+    "case",
+    "compare",
+    "diff",
+    "explain",
+    "loss_of",
+    "parallelize",
+    "predict",
+    "record_profile",
+    "sweep",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> object:
@@ -28,3 +59,14 @@ def __getattr__(name: str) -> object:
     import importlib
 
     return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+class _Package(ModuleType):
+    """Some rooms are called as the verbs are: shardwise.explain is the verb, whatever was imported before."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _LAZY and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,194 @@
+"""The verbs as one calls them from Python: a Case in, a Result out, which a notebook shows as the page that --out writes.
+
+    case = shardwise.case(model="llama3-debug", mesh="tp=2", plans=["rowwise", "colwise"])
+    shardwise.explain(case)
+    shardwise.compare(case, rounds=5).to_html("report.html")
+
+What only one verb knows are keywords, by the names of the command's options. Raised are the errors of
+shardwise.core.errors, of one line each. Ranks and workers are processes that import nothing of the caller's script: it
+needs no `if __name__ == "__main__":`, and a notebook can compare.
+"""
+
+import html
+import io
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from shardwise.core.case import Case
+from shardwise.core.errors import OptionError
+from shardwise.core.mesh import Mesh, Role
+from shardwise.core.plan import suggest
+from shardwise.verbs.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from shardwise.core.difference import Difference, RunProfile
+    from shardwise.core.explanation import Contrast, Explanation
+    from shardwise.core.measurement import Comparison
+    from shardwise.core.prediction_run import PredictionRun
+    from shardwise.core.sample import Calibration
+    from shardwise.core.sweep import Sweep
+    from shardwise.core.verification import VerificationRun
+
+Answer = TypeVar("Answer")
+HEIGHT = 640
+WIDTH = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Result(Generic[Answer]):
+    """What a verb found. answer: the noun, with all numbers. str() gives what a terminal shows."""
+
+    answer: Answer
+    page: Callable[[], Mapping[str, object]] = field(default=dict, repr=False, compare=False)
+
+    def to_json(self) -> str:
+        """The document that the command writes with --json."""
+        return self._text("json")
+
+    def to_html(self, path: str | Path) -> Path:
+        """Writes the page, which needs no network; returns its path."""
+        path = Path(path)
+        path.write_text(self._text("html", **self.page()), encoding="utf-8")
+        return path
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the page in a frame, so that its styles stay its own."""
+        page = html.escape(self._text("html", **self.page()))
+        return f'<iframe srcdoc="{page}" style="width: 100%; height: {HEIGHT}px; border: 0"></iframe>'
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        from shardwise.report.common.deliver import show
+
+        text = io.StringIO()
+        show(self.answer, "terminal", Console(file=text, width=WIDTH, no_color=True))
+        return text.getvalue()
+
+    def _text(self, form: str, **page: object) -> str:
+        from shardwise.report.common.formats import format_named
+        from shardwise.report.common.room import room_of
+
+        (content,) = format_named(form).files(room_of(self.answer), self.answer, **page).values()
+        return bytes(content).decode()
+
+
+def case(**keys: Any) -> Case:
+    """What is asked of a verb, from plain values: case(model="llama3-8b", mesh="tp=8", plans=["rowwise"], seq=4096).
+
+    The keys are those of a case file and of the commands' options: model, mesh, plans, machine, device,
+    sequence_parallel, batch, seq, dtype, param_dtype, reduce_dtype, accumulation, recompute, learning_rate, max_norm,
+    seed, text, tokenizer, random_ids. Raises OptionError for an unknown one.
+    """
+    return Case.of(**{"model": "llama3-debug", "mesh": "tp=2", **keys})
+
+
+def explain(case: Case, *, progress: Progress = silent, **options: Any) -> "Result[Explanation | Contrast]":
+    """What the case's first plan does and why, and `against`, a second plan, beside it. No ranks, no GPU."""
+    from shardwise.verbs.explain import ExplainOptions
+    from shardwise.verbs.explain import explain as run
+
+    return Result(run(case, _made(ExplainOptions, options), progress).answer)
+
+
+def verify(
+    case: Case, *, models: Sequence[str] = (), progress: Progress = silent, **options: Any
+) -> "Result[VerificationRun]":
+    """Whether each of the case's plans trains its model right, or each of `models`: proved on tp ranks of this
+    machine, or with static=True checked without any."""
+    from shardwise.verbs.verify import VerifyOptions
+    from shardwise.verbs.verify import verify as run
+
+    return Result(run(case, _made(VerifyOptions, options), progress, models=models))
+
+
+def compare(
+    case: Case, *, out: str | Path | None = None, progress: Progress = silent, **options: Any
+) -> "Result[Comparison]":
+    """Which of the case's plans is better, and by how much: each proved, then timed on ranks of this machine. An answer
+    without measurements says what is wrong. out: a folder for events as they come, and for the traces of profile=True."""
+    from shardwise.files.run_folder import RunFolder
+    from shardwise.verbs.compare import CompareOptions
+    from shardwise.verbs.compare import compare as run
+
+    started = datetime.now(UTC)
+    folder = None if out is None else (lambda: RunFolder(Path(out), "compare", started))
+    with _no_script():
+        done = run(case, _made(CompareOptions, options), progress, open_folder=folder)
+    assert done.answer is not None, "torchrun's other ranks have no answer"
+    return Result(done.answer)
+
+
+def diff(
+    first: str | Path, second: str | Path | None = None, *, progress: Progress = silent, **options: Any
+) -> "Result[Difference | RunProfile]":
+    """Where the time of a profiled run's steps went, and of a second one's beside it."""
+    from shardwise.verbs.diff import DiffOptions
+    from shardwise.verbs.diff import diff as run
+
+    with _no_script():
+        done = run(first, second, _made(DiffOptions, options), progress)
+    return Result(done.answer, lambda: {"pictures": done.pictures()})
+
+
+def predict(case: Case, *, progress: Progress = silent, **options: Any) -> "Result[PredictionRun]":
+    """Time and memory of each of the case's plans on its machine, term by term. No ranks, no GPU."""
+    from shardwise.verbs.predict import PredictOptions
+    from shardwise.verbs.predict import predict as run
+
+    return Result(run(case, _made(PredictOptions, options), progress).answer)
+
+
+def sweep(
+    case: Case,
+    *,
+    devices: int | None = None,
+    micro_batches: Sequence[int] = (1, 2, 4, 8),
+    progress: Progress = silent,
+    **options: Any,
+) -> "Result[Sweep]":
+    """predict over every mesh of so many devices (by default as many as the case's mesh has), and sizes of
+    micro-batches. Of the case's own mesh only its context ranks are kept."""
+    from shardwise.verbs.predict import PredictOptions
+    from shardwise.verbs.sweep import SweepOptions
+    from shardwise.verbs.sweep import sweep as run
+
+    asked = SweepOptions(devices or case.mesh.world_size, tuple(micro_batches))
+    case = replace(case, mesh=Mesh.of({Role.CUTS_SEQUENCE: case.mesh.context}))
+    with _no_script():
+        return Result(run(case, asked, _made(PredictOptions, options), progress))
+
+
+def calibrate(*, device: str = "auto", progress: Progress = silent, **options: Any) -> "Result[Calibration]":
+    """This machine, measured: answer.machine is what predict takes. Minutes, or with quick=True seconds."""
+    from shardwise.verbs.calibrate import CalibrateOptions
+    from shardwise.verbs.calibrate import calibrate as run
+
+    return Result(run(_made(CalibrateOptions, options), progress, device=device))
+
+
+@contextmanager
+def _no_script() -> Iterator[None]:
+    """multiprocessing's workers import the script that started them; ours have no use for it, and it may have no
+    guard against running twice."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
+
+
+def _made(noun: Any, options: dict[str, Any]) -> Any:
+    """A verb's options. Raises OptionError for one that it doesn't know."""
+    known = [each.name for each in fields(noun)]
+    for name in options:
+        if name not in known:
+            raise OptionError(f'unknown option "{name}".{suggest(name, known)} Allowed: {", ".join(known)}.')
+    return noun(**options)
