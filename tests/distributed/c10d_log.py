@@ -1,8 +1,8 @@
 """What torch.distributed hands to the backend, written down one level below every annotation of ours.
 
-All ways in (dist.all_reduce, functional collectives, FSDP2, DTensor) end in the CPU kernels of the c10d ops; those are replaced by ones that
-write down their arguments and call the original. Nothing here comes from shardwise: kinds, sizes and bytes are told by the kernel and
-its tensors alone.
+All ways in (dist.all_reduce, functional collectives, FSDP2, DTensor) end in the CPU kernels of the c10d ops;
+those are replaced by ones that write down their arguments and call the original. Nothing here comes from
+shardwise: kinds, sizes and bytes are told by the kernel and its tensors alone.
 """
 
 import warnings
@@ -18,10 +18,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Issued:
-    """One collective of one rank. payload_bytes: the whole tensor (a gather's output, a scatter's input, one rank's input of an all-to-all).
+    """One collective of one rank. payload_bytes: the whole tensor (a gather's output, a scatter's input, one
+    rank's input of an all-to-all).
 
-    sent_bytes: what this rank must send at least, by the algorithms that are optimal in bytes; exact for an all-to-all. group: the ranks in
-    it, or a name for them.
+    sent_bytes: what this rank must send at least, by the algorithms that are optimal in bytes; exact for an
+    all-to-all. group: the ranks in it, or a name for them.
     """
 
     kind: str
@@ -114,7 +115,8 @@ def _sent(name: str, kind: str, args: tuple[Any, ...], group: dist.ProcessGroup,
 
 
 def ranks_of(group: dist.ProcessGroup) -> str:
-    """The ranks of a group, as one text. Groups of the same ranks are many: DTensor's caches hand out those of any equal mesh."""
+    """The ranks of a group, as one text. Groups of the same ranks are many: DTensor's caches hand out those
+    of any equal mesh."""
     return " ".join(map(str, dist.get_process_group_ranks(group)))
 
 

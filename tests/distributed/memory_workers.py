@@ -1,4 +1,5 @@
-"""What the ranks of test_program_memory.py run: one real step, weighed by what PyTorch's CPU allocator hands out and takes back."""
+"""What the ranks of test_program_memory.py run: one real step, weighed by what PyTorch's CPU allocator hands
+out and takes back."""
 
 import gc
 import time
@@ -64,7 +65,7 @@ CASES = (
 
 
 class Weighed(msgspec.Struct, frozen=True):
-    """Bytes of one rank: kept after the second step, live when it began, and the most that lived during it."""
+    """Bytes of a rank: kept after the second step, live when it began, and the most that lived during it."""
 
     parameter_bytes: int
     gradient_bytes: int
@@ -85,11 +86,12 @@ def weigh(context: RankContext, payload: bytes) -> bytes:
 
 
 def _weigh(case: Case, mesh: DeviceMesh, context: RankContext) -> Weighed:
-    """The profiler tells of every block that the allocator hands out or takes back, inside kernels too. It watches from before the model is
-    built, so what was handed out and not taken back is what lives, and nothing is counted by hand.
+    """The profiler tells of every block that the allocator hands out or takes back, inside kernels too. It
+    watches from before the model is built, so what was handed out and not taken back is what lives, and
+    nothing is counted by hand.
 
-    It sees the main thread only, and gloo's threads may be the last to let go of a buffer. So each rank gives gloo a moment after every wait,
-    and a block that is handed out again was taken back before, seen or not.
+    It sees the main thread only, and gloo's threads may be the last to let go of a buffer. So each rank gives
+    gloo a moment after every wait, and a block that is handed out again was taken back before, seen or not.
     """
     with (
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
@@ -152,7 +154,8 @@ def _patient(wait: Any) -> Any:
 
 
 class _PatientWaits(TorchDispatchMode):
-    """The same for functional collectives, whose work is let go of inside their wait: what goes in is held a moment longer."""
+    """The same for functional collectives, whose work is let go of inside their wait: what goes in is held a
+    moment longer."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):

@@ -1,6 +1,8 @@
-"""The Program against reality: what real gloo ranks issue in a steady step is what trace() says, call by call, on every rank.
+"""The Program against reality: what real gloo ranks issue in a steady step is what trace() says, call by
+call, on every rank.
 
-The ranks' collectives are written down below PyTorch's own layers (c10d_log.py); one launch for each number of ranks runs all cases.
+The ranks' collectives are written down below PyTorch's own layers (c10d_log.py); one launch for each number
+of ranks runs all cases.
 """
 
 from functools import lru_cache
@@ -23,7 +25,8 @@ ALL_CASES = [case for world_size in (2, 3, 4) for case in cases(world_size)]
 
 @lru_cache
 def answers(world_size: int, *, telling: bool) -> tuple[dict[str, list[Issued]], ...] | str:
-    """Per rank: what it issued in each case, of the telling ones or the rest. Or why the launch failed: it isn't tried again for each case."""
+    """Per rank: what it issued in each case, of the telling ones or the rest. Or why the launch failed: it
+    isn't tried again for each case."""
     try:
         results = run_ranks(
             "tests.distributed.program_workers:collectives",

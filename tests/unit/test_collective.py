@@ -28,7 +28,8 @@ def test_four_ranks_send_what_the_formula_says(kind: CollectiveKind, expected: f
 
 
 def test_the_embedding_of_the_question_sends_eight_times_less_under_colwise() -> None:
-    """Llama 3 8B, TP 8, batch 4, sequence 8192, fp32: a reduce-scatter of the whole, against an all-to-all of an eighth of it."""
+    """Llama 3 8B, TP 8, batch 4, sequence 8192, fp32: a reduce-scatter of the whole, against an all-to-all of
+    an eighth of it."""
     full_bytes = 4 * 8192 * 4096 * 4
     rowwise = wire_bytes(CollectiveKind.REDUCE_SCATTER, full_bytes, 8)
     colwise = wire_bytes(CollectiveKind.ALL_TO_ALL, full_bytes // 8, 8)

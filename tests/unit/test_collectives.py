@@ -1,4 +1,5 @@
-"""What each differentiable collective says of its gradient, and one rank alone. On real ranks: tests/distributed/test_styles.py."""
+"""What each differentiable collective says of its gradient, and one rank alone. On real ranks:
+tests/distributed/test_styles.py."""
 
 import re
 from collections.abc import Callable, Iterator

@@ -1,4 +1,5 @@
-"""What is foreseen of a plan from traces: the rules on invented steps, then planted faults, and what is right beside each, really traced."""
+"""What is foreseen of a plan from traces: the rules on invented steps, then planted faults, and what is right
+beside each, really traced."""
 
 import time
 from dataclasses import replace
@@ -41,7 +42,8 @@ def test_halves_of_what_a_rank_has_a_half_of_are_other_halves() -> None:
     (finding,) = cut_as_one(HALVES, cut((2, 16, 16), (2, 16, 8), (2, 16, 8)), 2)
     assert (finding.kind, finding.subject, finding.cause) == (FindingKind.SUSPECTED, "w", Cause.CUT_AS_ONE)
     assert finding.reason == (
-        "what it gives is taken apart ([2, 16, 32] into [2, 16, 16] + [2, 16, 16]), so several weights lie in it, and it is cut as one: what a rank "
+        "what it gives is taken apart ([2, 16, 32] into [2, 16, 16] + [2, 16, 16]), so several weights lie "
+        "in it, and it is cut as one: what a rank "
         "takes apart ([2, 16, 16] into [2, 16, 8] + [2, 16, 8]) are other parts"
     )
 
@@ -112,9 +114,9 @@ def unsummed(found: Program, part: Lineage) -> list[Finding]:
 def test_a_whole_parameter_that_meets_a_part_on_each_rank_needs_a_sum() -> None:
     (finding,) = unsummed(program(), meets(2, 16, 2, 16))
     assert (finding.subject, finding.cause) == ("norm.weight", Cause.PARTS_NOT_SUMMED)
-    assert (
-        finding.reason
-        == "each of 2 ranks meets it with [2, 16, 2, 16] of [2, 16, 4, 16], a part of its gradient, and nothing sums them"
+    assert finding.reason == (
+        "each of 2 ranks meets it with [2, 16, 2, 16] of [2, 16, 4, 16], a part of its gradient, and nothing "
+        "sums them"
     )
 
 
@@ -157,7 +159,8 @@ def test_a_dtensor_that_stands_for_more_than_there_is_is_a_whole_taken_for_a_par
     )
     assert finding.cause is Cause.SUMMED_TOO_OFTEN
     assert finding.reason == (
-        "it takes [2, 16, 64], which every rank has whole, for a part of [2, 32, 64], and its gradient is summed: 2 times what it is"
+        "it takes [2, 16, 64], which every rank has whole, for a part of [2, 32, 64], and its gradient is "
+        "summed: 2 times what it is"
     )
     assert not list(
         summed_too_often(meets(2, 16, 64), meets(2, 16, 64, of_dtensors=True), on_all, frozenset(), 2)
@@ -184,9 +187,7 @@ def wrong(name: str, cause: Cause, kind: FindingKind = FindingKind.GRADIENT_DIFF
     return Finding(kind, name, "seen", 0.5, cause=cause)
 
 
-def test_a_suspicion_is_the_reason_of_what_is_wrong_without_one_and_is_dropped_where_the_proof_found_none() -> (
-    None
-):
+def test_a_suspicion_is_the_reason_of_what_is_wrong_without_one_and_else_dropped() -> None:
     proved = [wrong("a", Cause.UNKNOWN), wrong("b", Cause.AVERAGED), wrong("c", Cause.FORWARD)]
     suspicions = [suspected(name, Cause.PARTS_NOT_SUMMED) for name in ("a", "b", "c", "right")]
     found = with_suspicions(proved, suspicions)
@@ -300,7 +301,8 @@ def test_a_fault_in_a_plan_of_transformers_is_named_without_a_rank(
 ) -> None:
     pytest.importorskip(
         "transformers",
-        reason="transformers isn't installed, so NOTHING WAS CHECKED under plan hf: pip install shardwise[hf]",
+        reason="transformers isn't installed, so NOTHING WAS CHECKED under plan hf: "
+        "pip install shardwise[hf]",
     )
     assert told(seen(MODELS + name, TheirPlan.HF)) == expected
 
@@ -311,7 +313,8 @@ def test_a_fault_in_a_plan_of_transformers_is_named_without_a_rank(
 def test_no_right_plan_of_transformers_is_suspected(name: str) -> None:
     pytest.importorskip(
         "transformers",
-        reason="transformers isn't installed, so NOTHING WAS CHECKED under plan hf: pip install shardwise[hf]",
+        reason="transformers isn't installed, so NOTHING WAS CHECKED under plan hf: "
+        "pip install shardwise[hf]",
     )
     assert seen(f"hf:{name}", TheirPlan.HF, small=True) == Foresight(())
 
@@ -319,7 +322,8 @@ def test_no_right_plan_of_transformers_is_suspected(name: str) -> None:
 def test_an_uneven_width_that_the_plan_gets_through_with_is_not_suspected() -> None:
     pytest.importorskip(
         "transformers",
-        reason="transformers isn't installed, so NOTHING WAS CHECKED under plan hf: pip install shardwise[hf]",
+        reason="transformers isn't installed, so NOTHING WAS CHECKED under plan hf: "
+        "pip install shardwise[hf]",
     )
     assert seen(
         "hf:llama?intermediate_size=97,vocab_size=101,num_hidden_layers=2", TheirPlan.HF
@@ -331,7 +335,8 @@ def test_what_cannot_be_traced_is_said_and_not_suspected(name: str) -> None:
     found = seen(f"{__name__}:{name}", TheirPlan.OWN)
     assert not found.findings
     assert found.note == (
-        "its forward raised DynamicOutputShapeException: aten.nonzero.default. The data decides what runs there, and a trace has only shapes."
+        "its forward raised DynamicOutputShapeException: aten.nonzero.default. The data decides what runs "
+        "there, and a trace has only shapes."
     )
 
 
@@ -366,7 +371,8 @@ def test_a_forward_that_takes_too_long_is_given_up_and_not_suspected(monkeypatch
 
 
 class SummedByHand(nn.Module):
-    """A scale that meets a part of the sequence on each rank; its gradient is summed in another way than an all-reduce over an axis."""
+    """A scale that meets a part of the sequence on each rank; its gradient is summed in another way than an
+    all-reduce over an axis."""
 
     def __init__(self, mesh: DeviceMesh | None) -> None:
         super().__init__()

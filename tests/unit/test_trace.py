@@ -1,7 +1,8 @@
-"""trace(): the Program of Llama under the built-in plans: what each device runs, the counts that are known, FLOPs by hand, refusals.
+"""trace(): the Program of Llama under the built-in plans: what each device runs, the counts that are known,
+FLOPs by hand, refusals.
 
-Against real ranks: tests/distributed/test_program.py and test_program_memory.py. Equal layers traced once, and whole programs as text:
-tests/programs. Models that aren't ours: test_trace_any_model.py.
+Against real ranks: tests/distributed/test_program.py and test_program_memory.py. Equal layers traced once,
+and whole programs as text: tests/programs. Models that aren't ours: test_trace_any_model.py.
 """
 
 import warnings
@@ -127,14 +128,16 @@ def test_llama3_8b_rowwise_by_dtensor_on_8_ranks_has_the_published_counts() -> N
     ]
     sent = next(c for c in program.collectives() if c.module == "tok_embeddings").call
     assert (sent.payload_bytes, sent.wire_bytes) == (8192 * 4096 * 2, 7 / 8 * 8192 * 4096 * 2)
-    # the loss by hand, the clip's norms (a gradient each kind of placement), AdamW's partial gradients: 65 norms
+    # the loss by hand, the clip's norms (a gradient each kind of placement), AdamW's partial gradients: 65
+    # norms
     assert counts(program, Phase.OPTIMIZER) == {("all_reduce", "optimizer"): 65}
     table = next(holding for holding in program.holdings if holding.name == "tok_embeddings.weight")
     assert table.gradient_bytes == 8 * table.parameter_bytes
 
 
 def test_counts_agree_with_pytorch_s_commdebugmode() -> None:
-    """It counts per functional collective over the whole step; run on fakes, as the trace is, but by PyTorch's own counter."""
+    """It counts per functional collective over the whole step; run on fakes, as the trace is, but by
+    PyTorch's own counter."""
     program = tiny("rowwise@dtensor", "cuda")
     ours = Counter(c.call.kind for c in program.collectives() if c.phase in (Phase.FORWARD, Phase.BACKWARD))
     theirs: Counter[CollectiveKind] = Counter()
@@ -164,7 +167,8 @@ def test_counts_agree_with_pytorch_s_commdebugmode() -> None:
 def test_each_device_has_its_own_ops(device: str) -> None:
     names = Counter(op.name for op in tiny("rowwise", device).ops())
     fused = "aten::_scaled_dot_product_flash_attention_for_cpu"
-    # no fused kernel of CUDA's takes float32 with grouped heads: scores and values are multiplied, forward and backward
+    # no fused kernel of CUDA's takes float32 with grouped heads: scores and values are multiplied, forward
+    # and backward
     assert (names[fused], names["aten::bmm"]) == {"cpu": (3, 0), "cuda": (0, 3 * 6)}[device]
     assert (names["aten::_fused_rms_norm"], names["aten::rsqrt"]) == {"cpu": (0, 7), "cuda": (7, 0)}[device]
     # gloo has no reduce-scatter of its own: the native engine's is an exchange of parts
@@ -258,7 +262,8 @@ def test_memory_comes_and_goes_and_only_gradients_and_logs_stay(plan: str) -> No
     for item in program.items():
         if isinstance(item, MemoryChange):
             left[item.kind] += item.n_bytes
-    # rowwise: ids of other ranks add to one row more, which the gradient's storage has and the gradient hasn't
+    # rowwise: ids of other ranks add to one row more, which the gradient's storage has and the gradient
+    # hasn't
     one_row = 4 * HIDDEN if plan == "rowwise" else 0
     assert left.pop(MemoryKind.GRADIENT) == program.held(MemoryKind.GRADIENT) + one_row
     assert left[MemoryKind.ACTIVATION] == 0
@@ -331,7 +336,8 @@ def test_a_selective_recompute_keeps_attention_and_every_second_matmul(plan: str
             "own",
             {},
             OptionError,
-            'plan "own": tiny doesn\'t shard itself. It is for package.module:factory where the factory takes a mesh.',
+            'plan "own": tiny doesn\'t shard itself. It is for package.module:factory where the factory '
+            "takes a mesh.",
         ),
         (
             "tp=2",

@@ -1,4 +1,5 @@
-"""trace() of models that aren't ours: what goes wrong inside them as one line, what they leave without a gradient, and equal layers once."""
+"""trace() of models that aren't ours: what goes wrong inside them as one line, what they leave without a
+gradient, and equal layers once."""
 
 import contextlib
 from collections.abc import Callable
@@ -95,15 +96,16 @@ def test_an_error_in_a_model_s_own_code_names_the_innermost_module_in_one_line()
         == "model \"own:tiny\": middle raised KeyError: 'width'. See whether it runs with weights."
     )
     assert refusal(lambda: Tiny(fails), PlanError, COLWISE_EMBEDDING, 2) == (
-        'plan "columns": model "own:tiny": middle raised KeyError: \'width\'. See whether it is explained under plan "unsharded".'
+        'plan "columns": model "own:tiny": middle raised KeyError: \'width\'. See whether it is explained '
+        'under plan "unsharded".'
     )
 
 
 def test_an_error_in_the_backward_names_the_phase() -> None:
     message = refusal(lambda: Tiny(Backwards.apply), ModelError)
-    assert (
-        message
-        == 'model "own:tiny": the backward after head raised ValueError: no way... See whether it runs with weights.'
+    assert message == (
+        'model "own:tiny": the backward after head raised ValueError: no way... See whether it runs '
+        "with weights."
     )
 
 
@@ -128,7 +130,8 @@ def test_an_error_that_a_model_catches_itself_is_not_blamed() -> None:
 
 def test_a_model_that_reads_values_off_the_data_is_told_that_a_trace_has_none() -> None:
     assert refusal(lambda: Tiny(lambda hidden_BSH: hidden_BSH * hidden_BSH.sum().item()), ModelError) == (
-        'model "own:tiny": middle raised DataDependentOutputException: aten._local_scalar_dense.default. The data decides what runs there, '
+        'model "own:tiny": middle raised DataDependentOutputException: aten._local_scalar_dense.default. The '
+        "data decides what runs there, "
         "and a trace has only shapes."
     )
 
@@ -181,7 +184,10 @@ def test_equal_layers_of_a_hugging_face_model_traced_once_are_the_whole_program(
     pytest.importorskip(
         "transformers", reason="transformers isn't installed, so no type is traced: pip install shardwise[hf]"
     )
-    small = "vocab_size=65,hidden_size=32,intermediate_size=48,num_attention_heads=4,num_key_value_heads=2,head_dim=8,num_hidden_layers=6"
+    small = (
+        "vocab_size=65,hidden_size=32,intermediate_size=48,num_attention_heads=4,num_key_value_heads=2,"
+        "head_dim=8,num_hidden_layers=6"
+    )
 
     def program(compress: bool) -> Program:
         settings = StepSettings(BATCH, SEQ, dtype="bfloat16")

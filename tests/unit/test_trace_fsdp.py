@@ -1,4 +1,5 @@
-"""FSDP2's own buffers in a trace: fake in the backward's hooks too, and its copies are there in both directions."""
+"""FSDP2's own buffers in a trace: fake in the backward's hooks too, and its copies are there in both
+directions."""
 
 import resource
 from collections import Counter
