@@ -1,14 +1,12 @@
 """`shardwise calibrate`: measures this machine's kernels, launches and collectives; writes a machine file for predict."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 from rich.console import Console
-from rich.table import Table
 
 from shardwise.cli.asked import Call, Command, command
 from shardwise.cli.output import OUTPUT, pretty
@@ -106,20 +104,9 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _draw(console: Console, done: Calibration, out: Path) -> None:
-    title = f"{done.machine.name}: {len(done.samples)} samples"
-    table = Table("what", "value", "where it comes from", title=title, title_justify="left", box=None)
-    # all but the curves, which are long
-    curves = [each for each in done.machine.constants if each.path.endswith(".points")]
-    for each in done.machine.constants:
-        if each not in curves:
-            table.add_row(each.path, f"{each.value} {each.unit}", each.source)
-    console.print(table)
-    console.print(
-        f"and {len(curves)} curves over bytes: kernels, fresh memory, collectives.", highlight=False
-    )
-    _say(console, [*(f"- {note}" for note in done.notes), f"\nMachine file: {out}"])
+    from shardwise.report.common.formats.terminal import drawn
+    from shardwise.report.lists.tables import calibration_table
 
-
-def _say(console: Console, lines: Sequence[str]) -> None:
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    table = calibration_table(done.machine.name, len(done.samples), done.machine.constants, done.notes)
+    console.print(drawn(table, console.width))
+    console.print(f"\nMachine file: {out}", markup=False, highlight=False, soft_wrap=True)

@@ -4,7 +4,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
 
 from shardwise.cli.models import Json
 from shardwise.cli.output import write_json
@@ -22,6 +21,8 @@ def machines(
     [dim]shardwise machines --show h100-sxm-80gb > mine.toml[/]
     """
     from shardwise.predict.machines import load_machine, machine_names, machine_text
+    from shardwise.report.common.formats.terminal import drawn
+    from shardwise.report.lists.tables import machines_table
 
     if show is not None:
         typer.echo(machine_text(show), nl=False)
@@ -45,12 +46,5 @@ def machines(
         ]
         write_json({"schema_version": 1, "machines": rows})
         return
-    table = Table(Column("machine", no_wrap=True), Column("devices\nper node", justify="right"), Column("bfloat16 peak\nTFLOP/s", justify="right"),
-                  Column("memory\nGB", justify="right"), Column("TB/s", justify="right"), "about", box=None)  # fmt: skip
-    for machine, peak in zip(found, peaks, strict=True):
-        tera = "–" if peak is None else f"{peak / 1e12:,.0f}"
-        table.add_row(
-            machine.name, str(machine.devices_per_node), tera, f"{machine.memory_bytes / 1e9:g}", f"{machine.memory_bytes_per_s / 1e12:.2f}",
-            machine.about,
-        )  # fmt: skip
-    Console().print(table)
+    console = Console()
+    console.print(drawn(machines_table(list(zip(found, peaks, strict=True))), console.width))

@@ -4,7 +4,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from shardwise.cli.output import write_json
 
@@ -24,14 +23,19 @@ def models(json: Json = False) -> None:
         namings = [{"form": form, "about": about} for form, about in NAMINGS]
         write_json({"schema_version": 1, "models": rows, "namings": namings})
         return
-    table = Table("model", "parameters", "layers", "hidden", "heads/KV", "vocabulary", box=None)
-    for spec in SPECS.values():
-        c = spec.config
-        sizes = (c.n_parameters, c.n_layers, c.hidden, f"{c.n_heads}/{c.n_kv_heads}", c.vocab_size)
-        table.add_row(spec.name, *(size if isinstance(size, str) else f"{size:,}" for size in sizes))
+    from shardwise.report.common.formats.terminal import drawn
+    from shardwise.report.lists.tables import models_table, named_table
+
     (changed, *not_ours) = NAMINGS
-    also, others = Table("also", "", box=None), Table("for explain and verify, also", "", box=None)
-    also.add_row(*changed)
-    for form, about in not_ours:
-        others.add_row(form, about)
-    Console().print(table, "", also, "", others, sep="\n")
+    sizes = (
+        (spec.name, c.n_parameters, c.n_layers, c.hidden, f"{c.n_heads}/{c.n_kv_heads}", c.vocab_size)
+        for spec in SPECS.values()
+        for c in (spec.config,)
+    )
+    console = Console()
+    for table in (
+        models_table(sizes),
+        named_table([changed], "also", "also"),
+        named_table(not_ours, "for explain and verify, also", "others"),
+    ):
+        console.print(drawn(table, console.width), "")

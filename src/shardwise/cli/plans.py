@@ -4,7 +4,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from shardwise.cli.models import Json
 from shardwise.cli.output import write_json
@@ -42,10 +41,11 @@ def plans(
             {"schema_version": 1, "plans": [{"name": plan, "about": about} for plan, about in ABOUT.items()]}
         )
     else:
-        table = Table("plan", "about", box=None)
-        for plan, about in ABOUT.items():
-            table.add_row(plan, about)
-        Console().print(table)
+        from shardwise.report.common.formats.terminal import drawn
+        from shardwise.report.lists.tables import named_table
+
+        console = Console()
+        console.print(drawn(named_table(ABOUT.items(), "plan", "plans"), console.width))
 
 
 def _family(model: str | None) -> Family:

@@ -1,1 +1,0 @@
-"""A machine, drawn as it was measured."""

@@ -1,0 +1,1 @@
+"""What there is to choose from, as tables: models, plans, machines, and a machine's constants."""
