@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from shardwise.step.portion import Portion
 from shardwise.torch_private import StridedShard
-from shardwise.verify.exchange import all_agree, gathered, gathered_ints, largest
+from shardwise.verify.exchange import all_agree, gathered, gathered_ints, smallest
 from shardwise.verify.expected import Differences, Unsharded
 from shardwise.verify.held import held_over_tp, local, size
 from shardwise.verify.observe import Call, Observed, observe
@@ -39,7 +39,7 @@ def evidence(
     seen = _seen(whole.calls, sharded.calls, expected.tolerance, group)
     known = Evidence(model, dist.get_world_size(group), differences, output, gradients, seen)
     first = known.first_wrong_output
-    at = -int(largest(-float(seen.index(first) if first is not None else len(seen))))
+    at = smallest(seen.index(first) if first is not None else len(seen))
     if at == len(seen):
         return known
     weights = {name: parameter.detach() for name, parameter in whole_model.named_parameters()}

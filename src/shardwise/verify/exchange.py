@@ -18,6 +18,11 @@ def largest(value: float) -> float:
     return _reduced([value], dist.ReduceOp.MAX)[0]
 
 
+def smallest(value: int) -> int:
+    """Of all ranks' numbers."""
+    return -int(largest(-value))
+
+
 def all_summed(values: Sequence[float]) -> list[float]:
     """Sums over all ranks, in one all-reduce; NaN counts as infinite. As many on each rank."""
     return _reduced(values, dist.ReduceOp.SUM)
