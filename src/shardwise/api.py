@@ -1,13 +1,13 @@
-"""The verbs as one calls them from Python: a Case in, a Result out, which a notebook shows as the page that --out writes.
+"""The verbs as one calls them from Python: a Case in, a Result out, which a notebook shows as the page that
+--out writes.
 
     case = shardwise.case(model="llama3-debug", mesh="tp=2", plans=["rowwise", "colwise"])
     shardwise.explain(case)
     shardwise.compare(case, rounds=5).to_html("report.html")
 
 What only one verb knows are keywords, by the names of the command's options. Raised are the errors of
-shardwise.core.errors, of one line each. Ranks and workers are processes that import nothing of the caller's script: it
-needs no `if __name__ == "__main__":`, and a notebook can compare.
-"""
+shardwise.core.errors, of one line each. Ranks and workers are processes that import nothing of the caller's
+script: it needs no `if __name__ == "__main__":`, and a notebook can compare."""
 
 import html
 import io
@@ -80,12 +80,12 @@ class Result(Generic[Answer]):
 
 
 def case(**keys: Any) -> Case:
-    """What is asked of a verb, from plain values: case(model="llama3-8b", mesh="tp=8", plans=["rowwise"], seq=4096).
+    """What is asked of a verb, from plain values: case(model="llama3-8b", mesh="tp=8", plans=["rowwise"],
+    seq=4096).
 
     The keys are those of a case file and of the commands' options: model, mesh, plans, machine, device,
-    sequence_parallel, batch, seq, dtype, param_dtype, reduce_dtype, accumulation, recompute, learning_rate, max_norm,
-    seed, text, tokenizer, random_ids. Raises OptionError for an unknown one.
-    """
+    sequence_parallel, batch, seq, dtype, param_dtype, reduce_dtype, accumulation, recompute, learning_rate,
+    max_norm, seed, text, tokenizer, random_ids. Raises OptionError for an unknown one."""
     return Case.of(**{"model": "llama3-debug", "mesh": "tp=2", **keys})
 
 
@@ -100,8 +100,8 @@ def explain(case: Case, *, progress: Progress = silent, **options: Any) -> "Resu
 def verify(
     case: Case, *, models: Sequence[str] = (), progress: Progress = silent, **options: Any
 ) -> "Result[VerificationRun]":
-    """Whether each of the case's plans trains its model right, or each of `models`: proved on tp ranks of this
-    machine, or with static=True checked without any."""
+    """Whether each of the case's plans trains its model right, or each of `models`: proved on tp ranks of
+    this machine, or with static=True checked without any."""
     from shardwise.verbs.verify import VerifyOptions
     from shardwise.verbs.verify import verify as run
 
@@ -111,8 +111,9 @@ def verify(
 def compare(
     case: Case, *, out: str | Path | None = None, progress: Progress = silent, **options: Any
 ) -> "Result[Comparison]":
-    """Which of the case's plans is better, and by how much: each proved, then timed on ranks of this machine. An answer
-    without measurements says what is wrong. out: a folder for events as they come, and for the traces of profile=True."""
+    """Which of the case's plans is better, and by how much: each proved, then timed on ranks of this machine.
+    An answer without measurements says what is wrong. out: a folder for events as they come, and for the
+    traces of profile=True."""
     from shardwise.files.run_folder import RunFolder
     from shardwise.verbs.compare import CompareOptions
     from shardwise.verbs.compare import compare as run
@@ -175,8 +176,8 @@ def calibrate(*, device: str = "auto", progress: Progress = silent, **options: A
 
 @contextmanager
 def _no_script() -> Iterator[None]:
-    """multiprocessing's workers import the script that started them; ours have no use for it, and it may have no
-    guard against running twice."""
+    """multiprocessing's workers import the script that started them; ours have no use for it, and it may have
+    no guard against running twice."""
     script = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:

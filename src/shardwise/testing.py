@@ -24,13 +24,13 @@ def assert_plan_trains_right(
     device: str = "cpu",
     timeout_s: float = 120.0,
 ) -> None:
-    """What `shardwise verify PLANS --model MODEL --mesh tp=N` does: raises AssertionError, with all that it found, unless
-    every plan is right.
+    """What `shardwise verify PLANS --model MODEL --mesh tp=N` does: raises AssertionError, with all that it
+    found, unless every plan is right.
 
-    model, plans: as the command takes them; no plan means the model's own. small: True takes the small twin, False the
-    model itself, None the twin of a large one. allow_little_sharded: don't mind a plan that shards nearly nothing. A
-    model that can't be run unsharded proves nothing, and fails too. Raises InputError for names that aren't known, and
-    for a plan that doesn't fit the model. Starts tp processes on this machine.
+    model, plans: as the command takes them; no plan means the model's own. small: True takes the small twin,
+    False the model itself, None the twin of a large one. allow_little_sharded: don't mind a plan that shards
+    nearly nothing. A model that can't be run unsharded proves nothing, and fails too. Raises InputError for
+    names that aren't known, and for a plan that doesn't fit the model. Starts tp processes on this machine.
     """
     from shardwise.core.verification import Verdict
     from shardwise.report.common.deliver import show

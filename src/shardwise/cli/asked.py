@@ -1,4 +1,5 @@
-"""A command from nouns: typer's options are made of the Case's fields and of a verb's own, read back into both."""
+"""A command from nouns: typer's options are made of the Case's fields and of a verb's own, read back into
+both."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping

@@ -1,4 +1,5 @@
-"""`shardwise calibrate`: measures this machine's kernels, launches and collectives; writes a machine file for predict."""
+"""`shardwise calibrate`: measures this machine's kernels, launches and collectives; writes a machine file for
+predict."""
 
 import os
 from dataclasses import dataclass
@@ -38,8 +39,9 @@ class _Asked(CalibrateOptions):
 def calibrate(call: Call[_Asked]) -> int:
     """Measure this machine, and write a machine file that predict can use.
 
-    Kernels by type and size, what the host takes to issue an op, fresh memory, and collectives by kind, size and group, through the
-    functions that training steps use; on a CPU while all ranks work at once, as they do in a step. It takes minutes.
+    Kernels by type and size, what the host takes to issue an op, fresh memory, and collectives by kind, size
+    and group, through the functions that training steps use; on a CPU while all ranks work at once, as they
+    do in a step. It takes minutes.
 
     [dim]shardwise calibrate --ranks 2 --out laptop.toml[/]
     [dim]shardwise calibrate --device cuda --name "my H100s" --out h100.toml --samples h100.json[/]
@@ -84,7 +86,8 @@ def _check_writable(path: Path | None) -> None:
         raise OptionError(f"{shown(str(path))} is a folder. Name a file to write.")
     if not path.parent.is_dir():
         raise OptionError(
-            f"{shown(str(path))}: there is no folder {shown(str(path.parent))}. Make it, or name another file."
+            f"{shown(str(path))}: there is no folder {shown(str(path.parent))}. Make it, or name another "
+            "file."
         )
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise OptionError(f"{shown(str(path))} can't be written. Name another file.")
@@ -99,7 +102,8 @@ def _write(path: Path, content: bytes) -> None:
     except OSError as error:
         part.unlink(missing_ok=True)
         raise RunError(
-            f"{shown(str(path))} can't be written: {error.strerror or error}. Free space there, or name another file."
+            f"{shown(str(path))} can't be written: {error.strerror or error}. Free space there, or name "
+            "another file."
         ) from None
 
 

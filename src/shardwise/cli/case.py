@@ -14,7 +14,8 @@ from shardwise.core.option import Asked, options_of
     )
 )
 def case(call: Call[NoOptions]) -> int:
-    """Write a case file: what all verbs share, with a table for what only one of them knows; comments say what each key is.
+    """Write a case file: what all verbs share, with a table for what only one of them knows; comments say
+    what each key is.
 
     Every verb takes it by --config. What isn't given here is in the file too, commented out.
 

@@ -30,8 +30,8 @@ from shardwise.verbs.compare import compare as compare_plans
 def compare(call: Call[CompareOptions]) -> int:
     """Run sharding plans on real ranks and say which is better, and by how much.
 
-    Every plan is checked first: its loss and every gradient must equal the unsharded model's. Then whole training
-    steps are timed in interleaved rounds. The first plan runs twice, so the noise is seen.
+    Every plan is checked first: its loss and every gradient must equal the unsharded model's. Then whole
+    training steps are timed in interleaved rounds. The first plan runs twice, so the noise is seen.
 
     [dim]shardwise compare[/]
     [dim]shardwise compare rowwise colwise --mesh tp=4 --seq 1024 --rounds 20[/]

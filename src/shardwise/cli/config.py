@@ -1,4 +1,5 @@
-"""`--config FILE`: a case file, whose values become the defaults of a command's options. The command line wins."""
+"""`--config FILE`: a case file, whose values become the defaults of a command's options. The command line
+wins."""
 
 from importlib import resources
 from pathlib import Path
@@ -54,7 +55,8 @@ def _read(value: str) -> tuple[str, str]:
         return value, path.read_text(encoding="utf-8")
     except OSError as error:
         raise OptionError(
-            f"--config {value}: {error.strerror}. Give a TOML file, or one of those shipped: {', '.join(shipped)}."
+            f"--config {value}: {error.strerror}. Give a TOML file, or one of those shipped: "
+            f"{', '.join(shipped)}."
         ) from None
     except UnicodeDecodeError:
         raise OptionError(f"--config {value}: not UTF-8 text. Give a TOML file.") from None

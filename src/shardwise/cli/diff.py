@@ -16,7 +16,8 @@ class _Asked(DiffOptions):
     first: Annotated[
         Path,
         Option(
-            "A trace file, a folder with one per rank, or a run folder of compare --profile or predict --out.",
+            "A trace file, a folder with one per rank, or a run folder of compare --profile or predict "
+            "--out.",
             is_argument=True,
         ),
     ]
@@ -32,14 +33,16 @@ class _Asked(DiffOptions):
     )
 )
 def diff(call: Call[_Asked]) -> int:
-    """Read profiles (Kineto or Chrome JSON, plain or gzip) of all ranks, and say where the time of a step went.
+    """Read profiles (Kineto or Chrome JSON, plain or gzip) of all ranks, and say where the time of a step
+    went.
 
-    Each step is split into compute, exposed waiting, exposed transfer, exposed copies and idle time, which add up to it exactly. Waiting can
-    only be told from transfer where the files of all ranks of a group are there. With a second run, what differs is found and said.
+    Each step is split into compute, exposed waiting, exposed transfer, exposed copies and idle time, which
+    add up to it exactly. Waiting can only be told from transfer where the files of all ranks of a group are
+    there. With a second run, what differs is found and said.
 
     [dim]shardwise diff run-a/traces run-b/traces[/]
     [dim]shardwise diff rank0.json.gz[/]
-    [dim]shardwise diff runs/compare-1/traces/rowwise runs/compare-1/traces/colwise --labels rowwise,colwise --out page[/]
+    [dim]shardwise diff runs/compare-1/traces/rowwise runs/compare-1/traces/colwise --out page[/]
     """
     with ProgressLine() as progress:
         done = diff_runs(call.own.first, call.own.second, call.own, progress)

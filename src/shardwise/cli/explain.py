@@ -51,10 +51,12 @@ def _prepare(values: dict[str, Any]) -> None:
             "seq": Shown(f"{LONG_SEQ}, or what the model has positions for"),
         },
         about={
-            "plans": "A built-in plan, a .toml file, hf (a Hugging Face model's own), own (sharded by your factory), or unsharded.",
+            "plans": "A built-in plan, a .toml file, hf (a Hugging Face model's own), own (sharded by your "
+            "factory), or unsharded.",
             "device": "The device type whose ops and collectives are shown: cuda or cpu. None is needed.",
             "seed": "Of the random ids.",
-            "text": "Text files or folders for the token ids; routed plans take Python's own documentation by "
+            "text": "Text files or folders for the token ids; routed plans take Python's own documentation "
+            "by "
             "default, others random ids.",
         },
         out="Folder for the page, the walk-through as a page, the data, and the whole step op by op as text.",
@@ -63,8 +65,9 @@ def _prepare(values: dict[str, Any]) -> None:
 def explain(call: Call[_Asked]) -> int:
     """Show every collective of a plan, why it is there, and what a rank holds: in seconds, without a GPU.
 
-    One training step is run on fake tensors: the real module under the real plan, with no memory and no devices. --against puts a second
-    plan beside it. --walk shows a module at work on small numbers, rank by rank.
+    One training step is run on fake tensors: the real module under the real plan, with no memory and no
+    devices. --against puts a second plan beside it. --walk shows a module at work on small numbers, rank by
+    rank.
 
     [dim]shardwise explain[/]
     [dim]shardwise explain rowwise@dtensor --against rowwise --model llama3-70b --mesh tp=8 --out page[/]

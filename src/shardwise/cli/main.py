@@ -1,7 +1,7 @@
 """The command `shardwise`: puts the commands together, and turns errors into one line and an exit code.
 
-0 fine; 1 the answer is "no"; 2 the user's input is wrong; 3 a rank died or the run could not go on; 130 Ctrl-C.
-"""
+0 fine; 1 the answer is "no"; 2 the user's input is wrong; 3 a rank died or the run could not go on; 130
+Ctrl-C."""
 
 import gc
 import importlib
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 VERBS = ("compare", "explain", "verify", "diff", "predict", "calibrate")
 _CTRL_C = 128 + signal.SIGINT
-# new objects between two looks for garbage; with Python's 700, importing PyTorch spends a tenth of its time on it
+# new objects between two looks for garbage; with Python's 700, a tenth of importing PyTorch's time goes there
 _FEW_COLLECTIONS = 200_000
 
 app = typer.Typer(
@@ -41,8 +41,8 @@ app = typer.Typer(
 
 @cache
 def commands() -> dict[str, Callable[..., Any]]:
-    """Every module beside this one that holds a function of its own name: the verbs in the order of a reader's
-    questions, then the others."""
+    """Every module beside this one that holds a function of its own name: the verbs in the order of a
+    reader's questions, then the others."""
     names = [module.name for module in pkgutil.iter_modules(shardwise.cli.__path__)]
     names.sort(key=lambda name: (VERBS.index(name) if name in VERBS else len(VERBS), name))
     modules = {name: importlib.import_module(f"shardwise.cli.{name}") for name in names if name != "main"}
@@ -77,11 +77,11 @@ def run(args: list[str] | None = None) -> NoReturn:
     """The installed command."""
     gc.set_threshold(_FEW_COLLECTIONS)
     code = _run(args)
-    if (
-        "RANK" in os.environ and "MASTER_ADDR" in os.environ
-    ):  # of torchrun's ranks each ends at once: PyTorch's threads, still running
-        sys.stdout.flush()  # while an interpreter is taken down, can abort it ("terminate called without an active exception"),
-        sys.stderr.flush()  # and torchrun would call that a failure
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        # of torchrun's ranks each ends at once: PyTorch's threads, still running while an interpreter is taken down,
+        # can abort it ("terminate called without an active exception"), and torchrun would call that a failure
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 

@@ -23,7 +23,8 @@ TERMINAL, JSON = "terminal", "json"
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """form: how the answer goes to stdout; but for the terminal's, nothing else goes there. out: the folder of the run, or None."""
+    """form: how the answer goes to stdout; but for the terminal's, nothing else goes there. out: the folder
+    of the run, or None."""
 
     form: str
     out: Path | None
@@ -74,7 +75,8 @@ class Output:
     def keep(
         self, command: str, asked: object, write: "Callable[[RunFolder], Path]", anchor: str = ""
     ) -> None:
-        """In the folder, where there is one: what was asked, and what `write` puts beside it; it returns the page."""
+        """In the folder, where there is one: what was asked, and what `write` puts beside it; it returns the
+        page."""
         if self.out is None:
             return
         from shardwise.files.run_folder import RunFolder

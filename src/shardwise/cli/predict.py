@@ -100,10 +100,13 @@ def _prepare(values: dict[str, Any]) -> None:
             "seq": SEQ,
         },
         about={
-            "plans": "Built-in plans, .toml files, hf, own or unsharded; the first is what the others are held against.",
-            "mesh": "Axes of ranks, such as pp=4,fsdp=8,cp=2,tp=8: pipeline stages (1F1B), data-parallel, context "
+            "plans": "Built-in plans, .toml files, hf, own or unsharded; the first is what the others are "
+            "held against.",
+            "mesh": "Axes of ranks, such as pp=4,fsdp=8,cp=2,tp=8: pipeline stages (1F1B), data-parallel, "
+            "context "
             "and tensor-parallel ranks.",
-            "recompute": "Again in the backward: none, selective (unfused attention), selective-ops (all of a layer "
+            "recompute": "Again in the backward: none, selective (unfused attention), selective-ops (all of "
+            "a layer "
             "but fused attention and every second matmul) or full.",
             "random_ids": "Uniform random ids instead of text, for routed plans.",
         },
@@ -113,13 +116,13 @@ def _prepare(values: dict[str, Any]) -> None:
 def predict(call: Call[_Asked]) -> int:
     """Predict time and memory of plans on a machine that you needn't have, term by term.
 
-    One micro-batch of the real module under the real plan is traced on fake tensors; the machine's constants, each with
-    its source, make times of it. Exit code 1 where a plan doesn't fit in the machine's memory.
+    One micro-batch of the real module under the real plan is traced on fake tensors; the machine's constants,
+    each with its source, make times of it. Exit code 1 where a plan doesn't fit in the machine's memory.
 
     [dim]shardwise predict --dtype bfloat16[/]
-    [dim]shardwise predict rowwise colwise routed --model llama3-70b --mesh fsdp=8,tp=8 --dtype bfloat16 --recompute full[/]
-    [dim]shardwise predict --model gpt3-175b --mesh pp=8,dp=8,tp=8 --accumulation 16 --seq 2048 --dtype bfloat16 --out page[/]
-    [dim]shardwise predict --sweep --devices 64 --model llama3-70b --batch 512 --dtype bfloat16 --recompute full[/]
+    [dim]shardwise predict rowwise colwise routed --model llama3-70b --mesh fsdp=8,tp=8 --dtype bfloat16[/]
+    [dim]shardwise predict --model gpt3-175b --mesh pp=8,dp=8,tp=8 --accumulation 16 --seq 2048 --out page[/]
+    [dim]shardwise predict --sweep --devices 64 --model llama3-70b --batch 512 --dtype bfloat16[/]
     [dim]shardwise predict --save-program 8b.json; shardwise predict --program 8b.json --machine mine.toml[/]
     """
     if call.own.sweep:

@@ -1,4 +1,5 @@
-"""`shardwise verify`: prove on real ranks that a plan trains the model, or name the parameter, the rule and the reason."""
+"""`shardwise verify`: prove on real ranks that a plan trains the model, or name the parameter, the rule and
+the reason."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -26,7 +27,8 @@ class _Asked(VerifyOptions):
         shared=("plans", "model", "mesh", "device", "sequence_parallel"),
         defaults={"plans": Shown("hf for hf:... models, else rowwise"), "mesh": "tp=2", "device": "cpu"},
         about={
-            "plans": "Built-in plans, TOML files, hf (a Hugging Face model's own), own (the factory shards itself).",
+            "plans": "Built-in plans, TOML files, hf (a Hugging Face model's own), own (the factory shards "
+            "itself).",
             "mesh": "The tp axis: that many ranks on this machine.",
             "device": "cpu (gloo), cuda (NCCL), or auto: GPUs where there are enough.",
             "sequence_parallel": "Of built-in plans.",
@@ -35,11 +37,12 @@ class _Asked(VerifyOptions):
     )
 )
 def verify(call: Call[_Asked]) -> int:
-    """Prove on real ranks that a plan trains the model it should: outputs, loss, every gradient, and two optimizer steps.
+    """Prove on real ranks that a plan trains the model it should: outputs, loss, every gradient, and two
+    optimizer steps.
 
-    The same weights run unsharded and sharded. What may differ is what rounding does to the unsharded model itself. What differs more is
-    named: the parameter, the rule, and the most likely reason. Exit code 1 if a plan is wrong, crashes, or shards nearly nothing; with
-    --static, if a check without ranks finds something.
+    The same weights run unsharded and sharded. What may differ is what rounding does to the unsharded model
+    itself. What differs more is named: the parameter, the rule, and the most likely reason. Exit code 1 if a
+    plan is wrong, crashes, or shards nearly nothing; with --static, if a check without ranks finds something.
 
     [dim]shardwise verify rowwise colwise routed[/]
     [dim]shardwise verify --model hf:qwen3 --model hf:apertus[/]

@@ -1,8 +1,9 @@
-"""What is asked of a verb: the model, the mesh, the plans, the training step, the text, the machine. One noun for all.
+"""What is asked of a verb: the model, the mesh, the plans, the training step, the text, the machine. One noun
+for all.
 
-Only what one verb knows (rounds, against, ...) is that verb's own. What needs the model (positions, divisibility) the
-verb checks. Each field says what it is once: commands make options of it, case files comments.
-"""
+Only what one verb knows (rounds, against, ...) is that verb's own. What needs the model (positions,
+divisibility) the verb checks. Each field says what it is once: commands make options of it, case files
+comments."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +24,11 @@ DEVICES = ("auto", "cpu", "cuda")
 class StepSettings:
     """The training step that every plan runs: the same data, loss, clipping and optimizer (AdamW).
 
-    batch: sequences per optimizer step over all ranks; accumulation: micro-batches that it is cut into; batch and seq
-    are 0 where a verb is to choose. param_dtype, reduce_dtype: FSDP's mixed precision, as PyTorch's
-    MixedPrecisionPolicy has it: what parameters are gathered and layers computed in (None: dtype), and what gradients
-    are reduced in (None: as computed); shards, their gradients and the optimizer's state stay in dtype.
-    """
+    batch: sequences per optimizer step over all ranks; accumulation: micro-batches that it is cut into; batch
+    and seq are 0 where a verb is to choose. param_dtype, reduce_dtype: FSDP's mixed precision, as PyTorch's
+    MixedPrecisionPolicy has it: what parameters are gathered and layers computed in (None: dtype), and what
+    gradients are reduced in (None: as computed); shards, their gradients and the optimizer's state stay in
+    dtype."""
 
     batch: Annotated[int, Option("Sequences per optimizer step over all ranks.", STEP, 1)] = 0
     seq: Annotated[int, Option("Tokens per sequence.", STEP, 1)] = 0
@@ -108,8 +109,8 @@ class TextSource:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What is asked. plans: as a user names them, the first being what others are held against; none: what suits the
-    model. machine: None where a verb is to choose."""
+    """What is asked. plans: as a user names them, the first being what others are held against; none: what
+    suits the model. machine: None where a verb is to choose."""
 
     model: Annotated[
         str, Option("A model of `shardwise models`, hf:TYPE, hf:PATH or package.module:factory.", MODEL)
@@ -138,14 +139,15 @@ class Case:
         parts = self.mesh.data_parallel * self.step.accumulation
         if self.step.batch % parts:
             raise OptionError(
-                f"--batch {self.step.batch} can't be cut into {self.mesh.data_parallel} data-parallel parts of "
+                f"--batch {self.step.batch} can't be cut into {self.mesh.data_parallel} data-parallel parts "
+                "of "
                 f"{self.step.accumulation} micro-batches. Use a multiple of {parts}."
             )
 
     @classmethod
     def of(cls, **values: Any) -> Self:
-        """A case from plain values by their keys in case files: Case.of(model="llama3-8b", mesh="tp=8", seq=4096).
-        None stands for a key that isn't given. Raises OptionError for an unknown key."""
+        """A case from plain values by their keys in case files: Case.of(model="llama3-8b", mesh="tp=8",
+        seq=4096). None stands for a key that isn't given. Raises OptionError for an unknown key."""
         known = {asked.key for asked in SHARED}
         for key in values:
             if key not in known:

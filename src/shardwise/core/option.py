@@ -1,4 +1,5 @@
-"""How a noun's field is asked for: in words, and within which bounds. Commands make options of it, case files comments.
+"""How a noun's field is asked for: in words, and within which bounds. Commands make options of it, case files
+comments.
 
 A field that a user may choose is `name: Annotated[type, Option("what it is")] = default`.
 """
@@ -16,9 +17,9 @@ from shardwise.core.plan import suggest
 @dataclass(frozen=True, slots=True)
 class Option:
     """about: what it is, in a sentence. panel: where a command's help shows it. least, most: bounds, both
-    allowed; a default may lie outside.
-    flag: as a command takes it, where it isn't --name. shown: the default in words, where the value doesn't say it.
-    key: in case files, where it isn't the field's name. is_argument: given by its place. is_hidden: only to be refused by name."""
+    allowed; a default may lie outside. flag: as a command takes it, where it isn't --name. shown: the default
+    in words, where the value doesn't say it. key: in case files, where it isn't the field's name.
+    is_argument: given by its place. is_hidden: only to be refused by name."""
 
     about: str
     panel: str | None = None

@@ -31,9 +31,9 @@ def read_case(
 ) -> dict[str, Any]:
     """What a verb finds in a case file, by key; its table's values win over those at the top.
 
-    source: what messages call the file. own: keys that only this verb knows; they may stand at the top too, as they
-    did before there were tables, but for those that all verbs share by another meaning. verbs: the keys of every verb. Raises OptionError for what no verb knows.
-    """
+    source: what messages call the file. own: keys that only this verb knows; they may stand at the top too,
+    as they did before there were tables, but for those that all verbs share by another meaning. verbs: the
+    keys of every verb. Raises OptionError for what no verb knows."""
     try:
         table = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
@@ -62,8 +62,8 @@ def _unknown(key: str, verb: str, own: frozenset[str], verbs: Mapping[str, Itera
 
 
 def case_text(case: Case, given: Iterable[str], verbs: Mapping[str, Iterable[Asked]]) -> str:
-    """A case as a file: each key with what it is. given: keys with a value; the others are commented out, as are
-    those of each verb's table."""
+    """A case as a file: each key with what it is. given: keys with a value; the others are commented out, as
+    are those of each verb's table."""
     values = _flat(case)
     lines = [WHAT]
     for asked in SHARED:

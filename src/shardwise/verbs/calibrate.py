@@ -1,4 +1,5 @@
-"""calibrate: this machine -> Calibration: its kernels, launches and collectives, timed on all ranks at once."""
+"""calibrate: this machine -> Calibration: its kernels, launches and collectives, timed on all ranks at
+once."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,8 @@ class CalibrateOptions:
     base: Annotated[
         str | None,
         Option(
-            "A machine of `shardwise machines`, or a file: its links are taken where one rank has none to measure.",
+            "A machine of `shardwise machines`, or a file: its links are taken where one rank has none to "
+            "measure.",
             WHAT,
         ),
     ] = None
@@ -62,8 +64,8 @@ class CalibrateOptions:
 def calibrate(
     options: CalibrateOptions | None = None, progress: Progress = silent, *, device: str = "auto"
 ) -> Calibration:
-    """Takes minutes. device: auto takes GPUs where there are any. Raises InputError for a base that isn't known, RunError
-    where not even a matmul could be timed."""
+    """Takes minutes. device: auto takes GPUs where there are any. Raises InputError for a base that isn't
+    known, RunError where not even a matmul could be timed."""
     from shardwise.calibrate.ranks import merged
     from shardwise.predict.fit import fit
     from shardwise.predict.machines import load_machine
@@ -157,7 +159,8 @@ class _Run:
         versions = ", ".join(f"{name} {version}" for name, version in where.versions)
         about = (
             f"Measured {started:%Y-%m-%d} by calibrate{' --quick' if self.options.quick else ''} with "
-            f"{self.world_size} ranks of {where.threads_per_rank} threads ({where.backend}), {share:.0%} of a core "
+            f"{self.world_size} ranks of {where.threads_per_rank} threads ({where.backend}), {share:.0%} of "
+            "a core "
             f"each. {where.device} on {where.machine}, {where.cores} cores; {versions}."
         )
         return Hardware(
@@ -189,12 +192,14 @@ class _Run:
                 else (f"taken from {self.base.name}", "")
             )
             yield (
-                f"Collectives were not measured, one rank having nobody to talk to; the links are {links}.{advice}"
+                "Collectives were not measured, one rank having nobody to talk to; the links are "
+                f"{links}.{advice}"
             )
         share = min(report.share for report in reports)
         if share < BUSY:
             yield (
-                f"A rank got {share:.0%} of a core while it was measured: this machine is busy, and times hold while "
+                f"A rank got {share:.0%} of a core while it was measured: this machine is busy, and times "
+                "hold while "
                 "it is as busy."
             )
 

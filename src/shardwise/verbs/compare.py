@@ -1,4 +1,5 @@
-"""compare: plans -> Comparison: each proved against the unsharded model, then timed in rounds beside the others."""
+"""compare: plans -> Comparison: each proved against the unsharded model, then timed in rounds beside the
+others."""
 
 import shlex
 import sys
@@ -64,7 +65,8 @@ class CompareOptions:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """answer: None on torchrun's other ranks. folder: where the events went. runs, pictures: of the profiles."""
+    """answer: None on torchrun's other ranks. folder: where the events went. runs, pictures: of the
+    profiles."""
 
     answer: Comparison | None
     folder: RunFolder | None = None
@@ -79,11 +81,11 @@ def compare(
     *,
     open_folder: Callable[[], RunFolder] | None = None,
 ) -> Compared:
-    """Starts the mesh's ranks on this machine, or uses torchrun's. Everything that needs no ranks is checked first:
-    InputError for names, sizes, and what can't fit. An answer without measurements says what is wrong.
+    """Starts the mesh's ranks on this machine, or uses torchrun's. Everything that needs no ranks is checked
+    first: InputError for names, sizes, and what can't fit. An answer without measurements says what is wrong.
 
-    open_folder: called once all is checked; the folder gets settings.json and events.jsonl as they come, and profiles.
-    """
+    open_folder: called once all is checked; the folder gets settings.json and events.jsonl as they come, and
+    profiles."""
     from shardwise.launch import is_main
 
     options = options or CompareOptions()
@@ -347,8 +349,8 @@ def _check_fit(spec: "ModelSpec", plans: list[Plan], case: Case, device_type: st
 
 
 def _check_layers(spec: "ModelSpec", mesh: Mesh, device_type: str) -> int:
-    """Depth at which the unsharded model fits beside a sharded one, in float64: weights and gradients of both, on
-    every rank of a device."""
+    """Depth at which the unsharded model fits beside a sharded one, in float64: weights and gradients of
+    both, on every rank of a device."""
     import torch
 
     from shardwise.launch.environment import available_memory, ranks_here
@@ -371,7 +373,9 @@ def _text_notes(stream: "TokenStream") -> Iterator[str]:
     highest, vocab_size = int(stream.ids.max()), stream.summary.vocab_size
     if highest < 0.9 * vocab_size:
         yield (
-            f"The text's ids end at {highest:,} of {vocab_size:,}: the tokenizer found no more pairs to merge. The "
-            "upper part of the table is never looked up, which concentrates rowwise and contiguous routed look-ups "
+            f"The text's ids end at {highest:,} of {vocab_size:,}: the tokenizer found no more pairs to "
+            "merge. The "
+            "upper part of the table is never looked up, which concentrates rowwise and contiguous routed "
+            "look-ups "
             "on the first ranks."
         )

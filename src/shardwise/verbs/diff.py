@@ -49,8 +49,8 @@ def diff(
     options: DiffOptions | None = None,
     progress: Progress = silent,
 ) -> Diffed:
-    """Trace files, folders with one per rank, or run folders of compare --profile or predict --out. Raises InputError
-    for what can't be read."""
+    """Trace files, folders with one per rank, or run folders of compare --profile or predict --out. Raises
+    InputError for what can't be read."""
     from shardwise.profiles.collectives import share
     from shardwise.profiles.diff import diff as between
     from shardwise.profiles.run import profile_run

@@ -1,4 +1,5 @@
-"""explain: a plan -> Explanation; a second one beside it -> Contrast. One step is traced on fake tensors; no device."""
+"""explain: a plan -> Explanation; a second one beside it -> Contrast. One step is traced on fake tensors; no
+device."""
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
@@ -40,9 +41,9 @@ class Explained:
 
 
 def explain(case: Case, options: ExplainOptions | None = None, progress: Progress = silent) -> Explained:
-    """The case's first plan, and options.against beside it. device: "auto" is cuda, of which none is needed. batch and
-    seq by default: a sequence per data-parallel rank and micro-batch, of 8192 tokens or what the model takes.
-    Raises InputError for names that aren't known, and for a plan that doesn't fit the model."""
+    """The case's first plan, and options.against beside it. device: "auto" is cuda, of which none is needed.
+    batch and seq by default: a sequence per data-parallel rank and micro-batch, of 8192 tokens or what the
+    model takes. Raises InputError for names that aren't known, and for a plan that doesn't fit the model."""
     from shardwise.explain.contrast import contrast
     from shardwise.explain.explain import explain as explain_program
     from shardwise.models.source import find_model

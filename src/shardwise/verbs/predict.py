@@ -1,4 +1,5 @@
-"""predict: plans on a machine -> PredictionRun: time and memory, term by term, of a traced or a saved micro-batch."""
+"""predict: plans on a machine -> PredictionRun: time and memory, term by term, of a traced or a saved
+micro-batch."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -29,8 +30,8 @@ TERM_NAMES = {term.name.lower(): term for term in Term}
 
 @dataclass(frozen=True, slots=True)
 class PredictOptions:
-    """What is assumed of the run, beside the case: see core/prediction.py's Setup. recompute_attention: the unfused
-    attention between its projections runs again in the backward."""
+    """What is assumed of the run, beside the case: see core/prediction.py's Setup. recompute_attention: the
+    unfused attention between its projections runs again in the backward."""
 
     chunks: Annotated[
         int, Option("Of layers that each stage holds: more than 1 is the interleaved schedule.", HOW, 1)
@@ -116,9 +117,9 @@ class Predicted:
 
 
 def predict(case: Case, options: PredictOptions | None = None, progress: Progress = silent) -> Predicted:
-    """Each of the case's plans, traced as one micro-batch on fake tensors. machine: h100-sxm-80gb by default. batch by
-    default: a sequence per data-parallel rank and micro-batch; seq: 8192. Raises InputError for names that aren't
-    known, and for what doesn't fit together."""
+    """Each of the case's plans, traced as one micro-batch on fake tensors. machine: h100-sxm-80gb by default.
+    batch by default: a sequence per data-parallel rank and micro-batch; seq: 8192. Raises InputError for
+    names that aren't known, and for what doesn't fit together."""
     from shardwise.models.source import find_model
     from shardwise.parallel.plans import load_any_plan
     from shardwise.predict.check import check_devices, check_setup

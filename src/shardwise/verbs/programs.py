@@ -1,5 +1,5 @@
-"""What predict takes from the tracer: one micro-batch's Program on a mesh whose data-parallel axes are two ranks at
-most, to be rescaled. A step over 4096 ranks then costs the trace of two."""
+"""What predict takes from the tracer: one micro-batch's Program on a mesh whose data-parallel axes are two
+ranks at most, to be rescaled. A step over 4096 ranks then costs the trace of two."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -19,8 +19,8 @@ TRACED_DATA_RANKS = 2
 
 
 def micro_batch(settings: StepSettings, mesh: Mesh) -> StepSettings:
-    """One data-parallel rank's part of a step, as it is traced: its sequences of one micro-batch, one context rank's
-    tokens of each. Raises OptionError for a sequence that can't be cut into equal parts."""
+    """One data-parallel rank's part of a step, as it is traced: its sequences of one micro-batch, one context
+    rank's tokens of each. Raises OptionError for a sequence that can't be cut into equal parts."""
     context = mesh.context
     if settings.seq % context:
         raise OptionError(
@@ -31,8 +31,8 @@ def micro_batch(settings: StepSettings, mesh: Mesh) -> StepSettings:
 
 
 def traced_mesh(mesh: Mesh) -> Mesh:
-    """The mesh that a step runs on, with data-parallel axes of two ranks at most; context ranks are on the axis that
-    they reduce gradients over."""
+    """The mesh that a step runs on, with data-parallel axes of two ranks at most; context ranks are on the
+    axis that they reduce gradients over."""
     sizes = {axis.role: mesh.size(axis.name) for axis in AXES if axis.runs and axis.name in dict(mesh.axes)}
     for axis in AXES:
         if axis.splits_batch and axis.role in sizes:

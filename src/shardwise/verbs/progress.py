@@ -4,7 +4,8 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called with each new phase, or with units of work that are done of a total; left_s: seconds to go, if known."""
+    """Called with each new phase, or with units of work that are done of a total; left_s: seconds to go, if
+    known."""
 
     def __call__(self, text: str, done: int = 0, total: int = 0, left_s: float | None = None) -> None: ...
 

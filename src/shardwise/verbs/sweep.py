@@ -1,4 +1,5 @@
-"""sweep: plans on a number of devices -> Sweep: every mesh and micro-batch. Few Programs are traced, the others derived."""
+"""sweep: plans on a number of devices -> Sweep: every mesh and micro-batch. Few Programs are traced, the
+others derived."""
 
 import os
 from collections import Counter
@@ -31,7 +32,8 @@ DOING = "tracing and predicting"
 
 @dataclass(frozen=True, slots=True)
 class SweepOptions:
-    """devices: None for one node of the machine. micro_batches: sizes, in sequences of a data-parallel rank at a time."""
+    """devices: None for one node of the machine. micro_batches: sizes, in sequences of a data-parallel rank
+    at a time."""
 
     devices: int | None = None
     micro_batches: tuple[int, ...] = MICRO_BATCHES
@@ -66,9 +68,9 @@ def sweep(
     *,
     workers: int | None = None,
 ) -> Sweep:
-    """The case's plans over all meshes. Of the case's own mesh only context ranks count; without a batch each point has
-    the case's accumulation. run: what predict assumes. Raises InputErrors of the model or a plan that hold for every
-    mesh, OptionError, RunError."""
+    """The case's plans over all meshes. Of the case's own mesh only context ranks count; without a batch each
+    point has the case's accumulation. run: what predict assumes. Raises InputErrors of the model or a plan
+    that hold for every mesh, OptionError, RunError."""
     from shardwise.predict.machines import load_machine
 
     options, machine = options or SweepOptions(), load_machine(case.machine or MACHINE)
@@ -87,7 +89,8 @@ def sweep(
     count = sum(map(len, found)) * len(case.plans) * len(options.micro_batches)
     if count > MOST_POINTS:
         raise OptionError(
-            f"--sweep: is over {count:,} points; at most {MOST_POINTS:,}. Give fewer plans or --micro-batches."
+            f"--sweep: is over {count:,} points; at most {MOST_POINTS:,}. Give fewer plans or "
+            "--micro-batches."
         )
     tasks = [
         SweepTask(replace(case, plans=(plan,)), options.micro_batches, alike, setup, machine)
@@ -161,7 +164,8 @@ def _wanted(task: SweepTask) -> tuple[list[tuple[Mesh, int, int]], Counter[str]]
             at_once = mesh.data_parallel * size
             if is_mixed and SHARDS_AXIS not in dict(mesh.axes):
                 refused[
-                    "--param-dtype and --reduce-dtype are FSDP's mixed precision, and the mesh has no fsdp axis"
+                    "--param-dtype and --reduce-dtype are FSDP's mixed precision, and the mesh has no fsdp "
+                    "axis"
                 ] += 1
             elif step.batch % at_once:
                 refused[
@@ -178,8 +182,8 @@ def _of_all_sizes(reason: str) -> str:
 
 
 class _Programs:
-    """The Programs of a task's micro-batches: few are traced. Raises ModelError and PlanError for names that mean
-    nothing."""
+    """The Programs of a task's micro-batches: few are traced. Raises ModelError and PlanError for names that
+    mean nothing."""
 
     def __init__(self, task: SweepTask, sizes: tuple[int, ...]) -> None:
         from shardwise.models.source import find_model

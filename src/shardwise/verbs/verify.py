@@ -1,4 +1,5 @@
-"""verify: plans on models -> VerificationRun: proved right on real ranks, or what is wrong and why; or checked without."""
+"""verify: plans on models -> VerificationRun: proved right on real ranks, or what is wrong and why; or
+checked without."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ class VerifyOptions:
     size: Annotated[
         str,
         Option(
-            "small: a twin with the same modules at small sizes. given: the model itself. auto: the twin of a "
+            "small: a twin with the same modules at small sizes. given: the model itself. auto: the twin of "
+            "a "
             "large model.",
             PANEL,
             choices=("auto", "given", "small"),
@@ -61,8 +63,9 @@ def verify(
     *,
     models: Sequence[str] = (),
 ) -> VerificationRun:
-    """The case's model, or each of `models`, under each of its plans; no plan means the model's own. Starts tp ranks
-    on this machine, or uses torchrun's: its rank 0 has the answers. Raises InputError for names that aren't known."""
+    """The case's model, or each of `models`, under each of its plans; no plan means the model's own. Starts
+    tp ranks on this machine, or uses torchrun's: its rank 0 has the answers. Raises InputError for names that
+    aren't known."""
     from shardwise.launch import is_main
     from shardwise.launch.environment import device_type
     from shardwise.verify.run import verify as prove

@@ -1,4 +1,5 @@
-"""walk: a module of a model under a plan -> Walkthrough: how its style works, on small numbers, rank by rank."""
+"""walk: a module of a model under a plan -> Walkthrough: how its style works, on small numbers, rank by
+rank."""
 
 from shardwise.core.case import Case
 from shardwise.core.errors import OptionError
@@ -8,8 +9,8 @@ from shardwise.verbs.checks import default_plan
 
 
 def walk(case: Case, what: str) -> Walkthrough:
-    """what: a module of the case's model under its first plan, a subject's name (embedding/rowwise), or loss. Raises
-    InputError for a module that isn't there, or has no walk-through."""
+    """what: a module of the case's model under its first plan, a subject's name (embedding/rowwise), or loss.
+    Raises InputError for a module that isn't there, or has no walk-through."""
     from shardwise.walkthrough.record import record_walkthrough
 
     subject, module = _subject(case, what)
