@@ -38,7 +38,8 @@ _NAMES: dict[CollectiveKind, str] = {
         "_allgather_base_ allgather_ allgather_coalesced_ allgather_into_tensor_coalesced_ "
         "all_gather_into_tensor all_gather_into_tensor_out all_gather_into_tensor_coalesced "
         "multimem_all_gather_out _low_contention_all_gather fused_all_gather_matmul "
-        "fused_all_gather_scaled_matmul"
+        "fused_all_gather_scaled_matmul "
+        "_low_contention_all_gather_ce_multicast _low_contention_all_gather_ce_multicast_out"
     ),
     CollectiveKind.REDUCE_SCATTER: (
         "_reduce_scatter_base_ reduce_scatter_ reduce_scatter_tensor_coalesced_ "
@@ -48,16 +49,17 @@ _NAMES: dict[CollectiveKind, str] = {
     ),
     CollectiveKind.ALL_TO_ALL: (
         "alltoall_base_ alltoall_ all_to_all_single shard_dim_alltoall nvshmem_all_to_all "
-        "all_to_all_vdev all_to_all_vdev_2d all_to_all_vdev_2d_offset"
+        "all_to_all_vdev all_to_all_vdev_2d all_to_all_vdev_2d_offset "
+        "nccl_all_to_all_nd"
     ),
-    CollectiveKind.BROADCAST: "broadcast_ broadcast nvshmem_broadcast",
+    CollectiveKind.BROADCAST: "broadcast_ broadcast nvshmem_broadcast memcpy_to_multicast_",
     CollectiveKind.REDUCE: "reduce_ tile_reduce multi_root_tile_reduce multimem_one_shot_reduce_out",
-    CollectiveKind.GATHER: "gather_",
+    CollectiveKind.GATHER: "gather_ gather_into_tensor_",
     CollectiveKind.SCATTER: "scatter_",
     CollectiveKind.SEND: (
         "send isend nvshmem_put nvshmem_put_with_signal nccl_put nccl_put_signal nccl_put_with_signal"
     ),
-    CollectiveKind.RECV: "recv_ recv_any_source_ irecv nvshmem_get nccl_get",
+    CollectiveKind.RECV: "recv_ recv_any_source_ irecv nvshmem_get nvshmem_get_out nccl_get nccl_get_out",
     CollectiveKind.BARRIER: "barrier monitored_barrier_ _barrier",
 }
 _KINDS = {name: kind for kind, names in _NAMES.items() for name in names.split()}
@@ -66,19 +68,23 @@ KNOWN = frozenset({*_KINDS, _BATCH})
 
 # Where the whole tensor isn't simply the largest argument: the argument that is it, or (in parts) one rank's
 # part of it
-_WHOLE = {"alltoall_base_": 1, "alltoall_": 1, "all_to_all_single": 0, "shard_dim_alltoall": 0}
+_WHOLE = {"alltoall_base_": 1, "alltoall_": 1, "memcpy_to_multicast_": 1} | dict.fromkeys(
+    ("all_to_all_single", "shard_dim_alltoall", "nccl_all_to_all_nd"), 0
+)
 _PART = dict.fromkeys(
     (
         "all_gather_into_tensor",
         "all_gather_into_tensor_out",
         "all_gather_into_tensor_coalesced",
         "_low_contention_all_gather",
+        "_low_contention_all_gather_ce_multicast",
+        "_low_contention_all_gather_ce_multicast_out",
         "fused_all_gather_matmul",
         "fused_all_gather_scaled_matmul",
         "scatter_",
     ),
     0,
-) | {"gather_": 1}
+) | {"gather_": 1, "gather_into_tensor_": 1}
 # A collective and a matmul in one: the matmul's result is one rank's part of what is summed
 _PART_IS_RESULT = frozenset({"fused_matmul_reduce_scatter", "fused_scaled_matmul_reduce_scatter"})
 FUSED = frozenset(name for name in KNOWN if name.startswith("fused_"))
