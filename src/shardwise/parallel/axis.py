@@ -38,7 +38,7 @@ def as_if_on(target: Target) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """`mesh` is 1-D. `pairwise_reduce_scatter`: carry a reduce-scatter out as an all-to-all and a local sum."""
+    """`mesh` is 1-D. `pairwise_reduce_scatter`: carry one out as an all-to-all and a local sum."""
 
     name: str
     mesh: DeviceMesh

@@ -54,8 +54,7 @@ class TableSharder(Sharder):
         if rule.style.ownership is Ownership.INTERLEAVED and fit.fsdp > 1:
             raise PlanError(
                 f"rule {rule} interleaves the rows of {name}, and no checkpoint could tell their order once "
-                "FSDP cuts "
-                'them again. Use ownership = "contiguous", or no fsdp axis.'
+                'FSDP cuts them again. Use ownership = "contiguous", or no fsdp axis.'
             )
 
     def apply(self, assignment: Assignment, work: Work) -> None:

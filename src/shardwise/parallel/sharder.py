@@ -53,7 +53,7 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class Reasons:
-    """Why a module under a style issues a collective: a sentence for the forward, and one for the backward."""
+    """Why a module under a style issues a collective: a sentence for the forward, one for the backward."""
 
     forward: str
     backward: str

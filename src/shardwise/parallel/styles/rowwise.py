@@ -110,7 +110,7 @@ def look_up_own(shard: EmbeddingShard, weight: Tensor, ids: Tensor) -> Tensor:
 
 
 class _LookUpOwn(torch.autograd.Function):
-    """Rows of a table shard, zeros where `rows` is NO_ROW; no gradient goes to `grad_rows` that are NO_ROW."""
+    """Rows of a table shard, zeros where `rows` is NO_ROW; no gradient goes where `grad_rows` is NO_ROW."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, rows: Tensor, grad_rows: Tensor) -> Tensor:
