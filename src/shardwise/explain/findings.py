@@ -224,8 +224,8 @@ def _unknown_collectives(items: Sequence[Item]) -> Iterator[Finding]:
         yield Finding(
             FindingKind.COLLECTIVES_UNKNOWN,
             first.module or "the step",
-            f"{len(calls)} collectives are unknown, and what they send with them: {_most_common(names)}, the "
-            f"first in {first.phase}",
+            f"nobody knows what {len(calls)} of the collectives send: {_most_common(names)}, the first in "
+            f"{first.phase}",
             advice="Counted as if each sent its largest argument once. Check them against the library that "
             "they come from.",
         )
