@@ -119,7 +119,7 @@ class Command:
 
     def call(self, context: typer.Context, values: dict[str, Any]) -> Call[Any]:
         form = values.pop("form", TERMINAL)
-        output = Output(_form(form, values.pop("as_json", False)), values.pop("out", None))
+        output = Output(_form(form, values.pop("as_json", False)), values.pop("out") if self.out else None)
         values.pop("config")
         given = frozenset(key for key in values if _is_given(context, key))
         self.prepare(values)

@@ -111,6 +111,7 @@ def _draw(console: Console, done: Calibration, out: Path) -> None:
     from shardwise.report.common.formats.terminal import drawn
     from shardwise.report.lists.tables import calibration_table
 
-    table = calibration_table(done.machine.name, len(done.samples), done.machine.constants, done.notes)
+    table = calibration_table(done.machine.name, len(done.samples), done.machine.constants)
     console.print(drawn(table, console.width))
-    console.print(f"\nMachine file: {out}", markup=False, highlight=False, soft_wrap=True)
+    for line in (*(f"- {note}" for note in done.notes), f"\nMachine file: {out}"):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

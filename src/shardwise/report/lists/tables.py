@@ -47,7 +47,7 @@ def machines_table(machines: Sequence[tuple[Machine, float | None]]) -> Table:
     return tabled(machines, columns, key="machines")
 
 
-def calibration_table(name: str, samples: int, constants: Sequence[Constant], notes: Iterable[str]) -> Table:
+def calibration_table(name: str, samples: int, constants: Sequence[Constant]) -> Table:
     """A machine as it was measured: all but the curves, which are long."""
     columns: Columns[Constant] = (
         (Column("what", wraps=True), lambda each: each.path),
@@ -56,8 +56,5 @@ def calibration_table(name: str, samples: int, constants: Sequence[Constant], no
     )
     single = [each for each in constants if not each.path.endswith(".points")]
     curves = len(constants) - len(single)
-    told = [
-        f"and {curves} curves over bytes: kernels, fresh memory, collectives.",
-        *(f"- {note}" for note in notes),
-    ]
-    return tabled(single, columns, key="constants", title=f"{name}: {samples} samples", notes=map(Line, told))
+    told = Line(f"and {curves} curves over bytes: kernels, fresh memory, collectives.")
+    return tabled(single, columns, key="constants", title=f"{name}: {samples} samples", notes=[told])
