@@ -40,12 +40,12 @@ HEIGHT = 640
 WIDTH = 100
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Result(Generic[Answer]):
-    """What a verb found. answer: the noun, with all numbers. str() gives what a terminal shows."""
+    """What a verb found. answer: the noun, with all numbers. str() and a prompt show what a terminal shows."""
 
     answer: Answer
-    page: Callable[[], Mapping[str, object]] = field(default=dict, repr=False, compare=False)
+    page: Callable[[], Mapping[str, object]] = field(default=dict, compare=False)
 
     def to_json(self) -> str:
         """The document that the command writes with --json."""
@@ -70,6 +70,9 @@ class Result(Generic[Answer]):
         text = io.StringIO()
         show(self.answer, "terminal", Console(file=text, width=WIDTH, no_color=True))
         return text.getvalue()
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def _text(self, form: str, **page: object) -> str:
         from shardwise.report.common.formats import format_named
