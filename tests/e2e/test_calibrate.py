@@ -53,10 +53,8 @@ def test_one_rank_says_that_it_has_measured_no_link_and_takes_a_bases(tmp_path: 
         "calibrate", "--quick", "--ranks", "1", "--device", "cpu", "--base", "h100-sxm-80gb", cwd=tmp_path
     )
     assert ended.returncode == 0, ended.stderr
-    assert (
-        "Collectives were not measured, one rank having nobody to talk to; the links are taken from"
-        in ended.stdout
-    )
+    said = "Collectives were not measured, one rank having nobody to talk to; the links are taken from"
+    assert said in " ".join(ended.stdout.split())
     machine = machine_from_toml((tmp_path / "machine.toml").read_text())
     assert machine.within.is_known
     assert all(

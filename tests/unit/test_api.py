@@ -11,6 +11,8 @@ import pytest
 import shardwise
 from shardwise.core.errors import OptionError
 from shardwise.core.explanation import Contrast, Explanation
+from shardwise.core.sample import Calibration
+from shardwise.predict.machines import load_machine
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,14 @@ def test_an_option_that_a_verb_doesn_t_know_is_one_line(case: shardwise.Case) ->
     with pytest.raises(OptionError) as refused:
         shardwise.predict(case, overlap=True)
     assert str(refused.value).startswith('unknown option "overlap". Did you mean "overlap_data"? Allowed: ')
+
+
+def test_what_calibrate_measured_is_shown_as_the_others_are(tmp_path: Path) -> None:
+    machine = load_machine("h100-sxm-80gb")
+    result = shardwise.Result(Calibration(machine, 2, (), (), ("a note <b>",)))
+    assert json.loads(result.to_json())["machine"]["name"] == "h100-sxm-80gb"
+    assert "a note &lt;b&gt;" in result.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "- a note <b>" in str(result)
 
 
 def test_a_verb_is_the_verb_also_after_the_room_of_its_name_was_imported() -> None:

@@ -123,11 +123,11 @@ class Command:
         values.pop("config")
         given = frozenset(key for key in values if _is_given(context, key))
         self.prepare(values)
-        own = {
-            asked.field: tuple(value) if isinstance(value, list) else value
-            for asked in options_of(self.options)
-            if (value := values.pop(asked.key)) is not None
-        }
+        own = {}
+        for asked in options_of(self.options):
+            value = values.pop(asked.key)
+            if value is not None:
+                own[asked.field] = tuple(value) if isinstance(value, list) else value
         own |= {key: values.pop(key) for key in set(values) - set(ALL)}
         return Call(self._case(values), self.options(**own), output, given)
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
-from rich.console import Console
 
 from shardwise.cli.asked import Call, Command, command
-from shardwise.cli.output import OUTPUT, pretty
+from shardwise.cli.output import JSON, OUTPUT, write_json
 from shardwise.cli.progress import ProgressLine
 from shardwise.core.errors import OptionError, RunError
 from shardwise.core.option import Option
@@ -58,7 +57,11 @@ def calibrate(call: Call[_Asked]) -> int:
     document = _document(done, out)
     if samples is not None:
         _write(samples, msgspec.json.encode({**document, "samples": done.samples}) + b"\n")
-    call.output.draw(pretty(document), lambda console: _draw(console, done, out))
+    if call.output.form == JSON:
+        write_json(document)
+    else:
+        call.output.show(done)
+        call.output.say(f"\nMachine file: {out}")
     return 0
 
 
@@ -105,13 +108,3 @@ def _write(path: Path, content: bytes) -> None:
             f"{shown(str(path))} can't be written: {error.strerror or error}. Free space there, or name "
             "another file."
         ) from None
-
-
-def _draw(console: Console, done: Calibration, out: Path) -> None:
-    from shardwise.report.common.formats.terminal import drawn
-    from shardwise.report.lists.tables import calibration_table
-
-    table = calibration_table(done.machine.name, len(done.samples), done.machine.constants)
-    console.print(drawn(table, console.width))
-    for line in (*(f"- {note}" for note in done.notes), f"\nMachine file: {out}"):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)

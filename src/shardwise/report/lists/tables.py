@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Sequence
 
 from shardwise.core.machine import Constant, Machine
-from shardwise.report.common.table import Column, Columns, Line, Table, tabled
+from shardwise.core.sample import Calibration
+from shardwise.report.common.page import draw
+from shardwise.report.common.table import Column, Columns, Line, Report, Table, Words, tabled
 from shardwise.report.common.units import Format
 
 _WHOLE = Format("{:,}".format)
@@ -47,14 +49,28 @@ def machines_table(machines: Sequence[tuple[Machine, float | None]]) -> Table:
     return tabled(machines, columns, key="machines")
 
 
-def calibration_table(name: str, samples: int, constants: Sequence[Constant]) -> Table:
-    """A machine as it was measured: all but the curves, which are long."""
+def calibration_report(done: Calibration) -> Report:
+    """A machine as it was measured."""
+    notes = tuple(Line(note) for note in done.notes)
+    return Report(done.machine.name, (calibration_table(done), Words(notes, items=True)))
+
+
+def calibration_html(done: Calibration) -> str:
+    """The page of a machine as it was measured."""
+    constants = calibration_table(done)
+    return draw("lists/calibration.html.j2", machine=done.machine, constants=constants, notes=done.notes)
+
+
+def calibration_table(done: Calibration) -> Table:
+    """All constants but the curves, which are long."""
     columns: Columns[Constant] = (
         (Column("what", wraps=True), lambda each: each.path),
         (Column("value", wraps=True), lambda each: f"{each.value} {each.unit}"),
         (Column("where it comes from", wraps=True, spills=True), lambda each: each.source),
     )
+    constants = done.machine.constants
     single = [each for each in constants if not each.path.endswith(".points")]
     curves = len(constants) - len(single)
     told = Line(f"and {curves} curves over bytes: kernels, fresh memory, collectives.")
-    return tabled(single, columns, key="constants", title=f"{name}: {samples} samples", notes=[told])
+    title = f"{done.machine.name}: {len(done.samples)} samples"
+    return tabled(single, columns, key="constants", title=title, notes=[told])
