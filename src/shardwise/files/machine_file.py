@@ -164,8 +164,8 @@ class _Section:
     def whole(self, key: str, low: int, high: int) -> int:
         value = self.table.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            found = "is missing" if value is None else f"is {shown(str(value))}"
-            raise self.reader.error(self.at(key), found, f"Write a whole number from {low} to {high}.")
+            what = "is missing" if value is None else f"is {shown(str(value))}"
+            raise self.reader.error(self.at(key), what, f"Write a whole number from {low} to {high}.")
         return value
 
     def section(self, key: str, known: tuple[str, ...] = ()) -> "_Section":
@@ -214,19 +214,19 @@ class _Section:
     def rows(self, key: str, width: int) -> list[list[float]]:
         """A constant that is a table of numbers, as it is written."""
         value, _ = self._read(key, None)
-        found = value if isinstance(value, list) else []
-        if not found or not all(
-            isinstance(row, list) and len(row) == width and all(map(_is_number, row)) for row in found
+        rows = value if isinstance(value, list) else []
+        if not rows or not all(
+            isinstance(row, list) and len(row) == width and all(map(_is_number, row)) for row in rows
         ):
             raise self.reader.error(
                 f"{self.at(key)}.value", "is no table", f"Write rows of {width} numbers, such as [[1, 2]]."
             )
-        return found
+        return rows
 
     def points(self, key: str, quantity: Quantity) -> Points:
         """(bytes, seconds), growing in bytes."""
-        found = tuple((float(x), float(y)) for x, y in self.rows(key, 2))
-        for x, y in found:
+        points = tuple((float(x), float(y)) for x, y in self.rows(key, 2))
+        for x, y in points:
             if x <= 0:
                 raise self.reader.error(self.at(key), f"has a size of {x:g}", "Sizes are positive.")
             self.plausible(key, y, quantity)
@@ -234,9 +234,9 @@ class _Section:
                 raise self.reader.error(
                     self.at(key), f"has {y:g} at {x:g}", "Values of a curve are positive."
                 )
-        if any(a[0] >= b[0] for a, b in pairwise(found)):
+        if any(a[0] >= b[0] for a, b in pairwise(points)):
             raise self.reader.error(self.at(key), "doesn't grow", "Sort its points by size, each size once.")
-        return found
+        return points
 
     def _read(self, key: str, quantity: Quantity | None) -> tuple[Any, float]:
         """The value as written, and what its unit is in SI (per device). Notes the constant."""
@@ -284,7 +284,7 @@ def whole_if(number: float) -> float:
 
 
 def _matmul(part: _Section) -> MatmulRate:
-    found = part.numbers(MATMUL, "tiles")
+    numbers = part.numbers(MATMUL, "tiles")
     tiles = []
     for rows, columns, share in part.rows("tiles", 3):
         if not (1 <= rows <= 4096 and 1 <= columns <= 4096):
@@ -294,8 +294,8 @@ def _matmul(part: _Section) -> MatmulRate:
             advice = "Plausible: above 0, to 1: no kernel beats the peak."
             raise part.reader.error(part.at("tiles"), f"has a share of {share:g}", advice)
         tiles.append(Tile(int(rows), int(columns), share))
-    found["units"] = int(found["units"])
-    return MatmulRate(tiles=tuple(tiles), **found)
+    numbers["units"] = int(numbers["units"])
+    return MatmulRate(tiles=tuple(tiles), **numbers)
 
 
 def _kernel(part: _Section, memory_bytes_per_s: float, device: str) -> KernelRate:

@@ -106,16 +106,16 @@ def _longest_word(text: str, breaks_names: bool) -> int:
 
 def _share(side: tuple[int, ...], natural: list[int], least: list[int], width: int) -> tuple[int, ...]:
     """Each its least, and what is left to those that want more, the narrowest first."""
-    found = {index: least[index] for index in side}
-    left = width - sum(found.values()) - GAP * (len(side) - 1)
+    widths = {index: least[index] for index in side}
+    left = width - sum(widths.values()) - GAP * (len(side) - 1)
     wanting = sorted(
-        (index for index in side if natural[index] > found[index]), key=lambda each: natural[each]
+        (index for index in side if natural[index] > widths[index]), key=lambda each: natural[each]
     )
     for place, index in enumerate(wanting):
-        more = min(natural[index] - found[index], left // (len(wanting) - place))
-        found[index] += more
+        more = min(natural[index] - widths[index], left // (len(wanting) - place))
+        widths[index] += more
         left -= more
-    return tuple(found[index] for index in side)
+    return tuple(widths[index] for index in side)
 
 
 def wrap(text: str, width: int) -> list[str]:

@@ -39,11 +39,11 @@ class Room:
 def _rooms() -> dict[type, Room]:
     import shardwise.report
 
-    found: dict[type, Room] = {}
+    rooms: dict[type, Room] = {}
     for package in pkgutil.iter_modules(shardwise.report.__path__, "shardwise.report."):
         for room in getattr(importlib.import_module(package.name), "ROOMS", ()):
-            found[room.result] = room
-    return found
+            rooms[room.result] = room
+    return rooms
 
 
 def room_of(result: object) -> Room:
@@ -52,5 +52,5 @@ def room_of(result: object) -> Room:
 
 def _function(name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return found
+    called: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return called

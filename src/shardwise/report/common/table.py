@@ -229,11 +229,11 @@ def heading(title: str) -> Row:
     return Row((Cell(title),), RowKind.HEADING)
 
 
-def _is_empty(found: Row, index: int) -> bool:
+def _is_empty(line: Row, index: int) -> bool:
     """An absent value, or a dash for it."""
-    if found.kind is RowKind.HEADING:
+    if line.kind is RowKind.HEADING:
         return True
-    cell = found.cells[index]
+    cell = line.cells[index]
     return cell.value in (None, "") and cell.text in (None, "", ABSENT)
 
 

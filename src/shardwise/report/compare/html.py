@@ -56,7 +56,7 @@ def _chart_data(comparison: Comparison, rows: tuple[Row, ...]) -> dict[str, obje
     a gap in the curve."""
     runs = comparison.measurements
     times = [run.module_times for run in runs if run.module_times is not None]
-    module_s = (value for found in times for value in (*found.forward_s, *found.backward_s))
+    module_s = (value for each in times for value in (*each.forward_s, *each.backward_s))
     step = units.unit_for((value for run in runs for value in run.step_s), units.SECOND_UNITS)
     module = units.unit_for(module_s, units.SECOND_UNITS)
     memory = units.unit_for(

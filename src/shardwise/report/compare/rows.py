@@ -73,7 +73,7 @@ def measured_module(comparison: Comparison) -> str | None:
     """The module whose forward and backward were timed alone: the same for every plan; None where no plan has
     such times."""
     times = (measurement.module_times for measurement in comparison.measurements)
-    return next((found.module for found in times if found is not None), None)
+    return next((each.module for each in times if each is not None), None)
 
 
 def not_measured(comparison: Comparison) -> tuple[str, ...]:

@@ -207,23 +207,27 @@ def agreement_table(comparison: Comparison) -> Table:
 
 def _of(each: PlanRow, field: str) -> str | float | None:
     """A field of its agreement, where that was checked."""
-    found: str | float | None = getattr(each.measurement.agreement, field, None)
-    return found
+    value: str | float | None = getattr(each.measurement.agreement, field, None)
+    return value
 
 
 def _error(each: PlanRow) -> Cell:
-    found = each.measurement.agreement
-    if found is None:
+    agreement = each.measurement.agreement
+    if agreement is None:
         return Cell(None, ABSENT)
-    error = format_error(found.worst_gradient_error)
-    if found.agrees:
-        return Cell(found.worst_gradient_error, f"{error} ok", Tone.GOOD)
-    return Cell(found.worst_gradient_error, f"{error} WRONG", Tone.BAD)
+    error = format_error(agreement.worst_gradient_error)
+    if agreement.agrees:
+        return Cell(agreement.worst_gradient_error, f"{error} ok", Tone.GOOD)
+    return Cell(agreement.worst_gradient_error, f"{error} WRONG", Tone.BAD)
 
 
 def _compared_in(each: PlanRow) -> str | None:
-    found = each.measurement.agreement
-    return f"{found.dtype}, {found.layers} layer{'s' if found.layers != 1 else ''}" if found else None
+    agreement = each.measurement.agreement
+    return (
+        f"{agreement.dtype}, {agreement.layers} layer{'s' if agreement.layers != 1 else ''}"
+        if agreement
+        else None
+    )
 
 
 def _findings(rows: tuple[PlanRow, ...]) -> Iterator[Line]:

@@ -86,10 +86,10 @@ def _page(
 def part_chart(runs: Sequence[tuple[str, Parts]]) -> Chart:
     """A bar for each (label, parts), on one scale."""
     stacks = []
-    for label, found in runs:
-        cut = tuple(BarPart(f"p-{part.key}", part.label, part.ns(found)) for part in PARTS if part.ns(found))
+    for label, parts in runs:
+        cut = tuple(BarPart(f"p-{part.key}", part.label, part.ns(parts)) for part in PARTS if part.ns(parts))
         stacks.append(Stack(label, cut))
-    keys = [Key(f"p-{part.key}", part.label) for part in parts_of(found for _, found in runs)]
+    keys = [Key(f"p-{part.key}", part.label) for part in parts_of(parts for _, parts in runs)]
     return chart(stacks, tables.NS, keys, shares=True)
 
 

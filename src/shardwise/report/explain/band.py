@@ -40,16 +40,16 @@ class Band:
 
 def bands(explanation: Explanation) -> tuple[Band, ...]:
     """A band for each of forward, backward and recompute that has collectives."""
-    found = (
+    by_phase = (
         (phase, [group for group in explanation.collectives if group.phase == phase])
         for phase in LAYER_PHASES
     )
-    return tuple(_band(explanation, phase, groups) for phase, groups in found if groups)
+    return tuple(_band(explanation, phase, groups) for phase, groups in by_phase if groups)
 
 
-def largest_wire_bytes(found: Sequence[Band]) -> float:
+def largest_wire_bytes(drawn: Sequence[Band]) -> float:
     """The most that one collective of these bands sends."""
-    stops = (stop for band in found for stop in (*band.first, *band.layer, *band.last))
+    stops = (stop for band in drawn for stop in (*band.first, *band.layer, *band.last))
     return max((stop.group.wire_bytes for stop in stops if stop.group is not None), default=0.0)
 
 
@@ -95,11 +95,12 @@ def _modules(explanation: Explanation) -> tuple[list[str], list[str], list[str]]
 
 
 def _up_to_last_used(modules: list[str], used: list[str]) -> list[str]:
-    found = list(dict.fromkeys(modules))
+    distinct = list(dict.fromkeys(modules))
     last = max(
-        (index for index, module in enumerate(found) if any(_is_in(one, module) for one in used)), default=-1
+        (index for index, module in enumerate(distinct) if any(_is_in(one, module) for one in used)),
+        default=-1,
     )
-    return found[: last + 1]
+    return distinct[: last + 1]
 
 
 def _stops(

@@ -79,7 +79,7 @@ def _page(
     explanations: tuple[Explanation, ...], contrast: Contrast | None, walkthrough_href: str | None
 ) -> str:
     first = explanations[0]
-    found = rows.contrast_findings(contrast) if contrast else tuple(("", each) for each in first.findings)
+    findings = rows.contrast_findings(contrast) if contrast else tuple(("", each) for each in first.findings)
     # the forwards of two plans stand under each other, then their backwards
     pictures = sorted(
         ((one, band) for one in explanations for band in bands(one)),
@@ -94,7 +94,7 @@ def _page(
         rows=rows,
         tables=tables,
         percent=percent,
-        findings=found,
+        findings=findings,
         wire=wire_chart(explanations),
         memory=memory_chart(explanations),
         pictures=pictures,

@@ -144,14 +144,14 @@ def rule_text(group: CollectiveGroup) -> str | None:
 
 def by_data_text(group: CollectiveGroup) -> str | None:
     """What the data decide, as a sentence; None where shapes alone decide."""
-    found = group.by_data
-    if found is None:
+    by_data = group.by_data
+    if by_data is None:
         return None
     return (
         f"Decided by the data: this rank sends {format_bytes(group.wire_bytes)}, the ranks "
-        f"{format_bytes(found.mean_bytes)} on average, "
-        f"rank {found.max_rank} most with {format_bytes(found.max_bytes)}; no batch needs more than "
-        f"{format_bytes(found.bound_bytes)}."
+        f"{format_bytes(by_data.mean_bytes)} on average, "
+        f"rank {by_data.max_rank} most with {format_bytes(by_data.max_bytes)}; no batch needs more than "
+        f"{format_bytes(by_data.bound_bytes)}."
     )
 
 
@@ -167,7 +167,7 @@ def copied_text(group: CollectiveGroup) -> str | None:
 def phase_rows(explanation: Explanation) -> tuple[PhaseRow, ...]:
     """The phases that have ops or collectives, in the order of a step; a forward that runs again stands after
     the backward."""
-    totals = {found.phase: found for found in explanation.phases}
+    totals = {each.phase: each for each in explanation.phases}
     rows = (
         PhaseRow(
             phase,
@@ -181,13 +181,13 @@ def phase_rows(explanation: Explanation) -> tuple[PhaseRow, ...]:
 
 def tally(groups: Iterable[CollectiveGroup]) -> Tally:
     """The sum over groups."""
-    found = list(groups)
+    together = list(groups)
     counts = {
-        kind: sum(group.count for group in found if group.carries_out == kind) for kind in CollectiveKind
+        kind: sum(group.count for group in together if group.carries_out == kind) for kind in CollectiveKind
     }
     return Tally(
         tuple((kind, count) for kind, count in counts.items() if count),
-        sum(group.total_wire_bytes for group in found),
+        sum(group.total_wire_bytes for group in together),
     )
 
 
@@ -334,7 +334,7 @@ def _collective_rows(first: Explanation, second: Explanation) -> Iterator[Contra
     yield _heading("Sent by the rank")
     for phase in Phase:
         mine, theirs = (
-            [group for group in found.collectives if group.phase == phase] for found in (first, second)
+            [group for group in side.collectives if group.phase == phase] for side in (first, second)
         )
         if mine or theirs:
             yield _bytes_row(phase.value, tally(mine).wire_bytes, tally(theirs).wire_bytes)
@@ -346,33 +346,29 @@ def _memory_contrast(first: Explanation, second: Explanation) -> Iterator[Contra
     kinds = [kind for kind in MemoryKind if kind in one or kind in other]
     yield _heading("Held: parameters, gradients, optimizer state")
     for kind in kinds:
-        held = [found[kind].held if kind in found else None for found in (one, other)]
+        held = [kinds_of[kind].held if kind in kinds_of else None for kinds_of in (one, other)]
         if held != [None, None]:
             yield _bytes_row(KIND_PLURALS[kind], *held)
     yield _bytes_row("in all", held_bytes(first), held_bytes(second))
     yield _heading("At the peak")
     for kind in kinds:
-        at_peak = [found[kind].at_peak if kind in found else 0 for found in (one, other)]
+        at_peak = [kinds_of[kind].at_peak if kind in kinds_of else 0 for kinds_of in (one, other)]
         if any(at_peak):
             yield _bytes_row(KIND_PLURALS[kind], *at_peak)
     yield _bytes_row("in all", first.peak.n_bytes, second.peak.n_bytes)
-    when, other_when = (
-        found.peak.phase.value if found.peak.doing else "at rest" for found in (first, second)
-    )
+    when, other_when = (side.peak.phase.value if side.peak.doing else "at rest" for side in (first, second))
     yield ContrastRow("when", when, other_when)
 
 
 def _work_rows(first: Explanation, second: Explanation) -> Iterator[ContrastRow]:
     yield _heading("Work of the rank")
-    flops = [sum(totals.flops for totals in found.phases) for found in (first, second)]
+    flops = [sum(totals.flops for totals in side.phases) for side in (first, second)]
     yield ContrastRow("FLOPs", format_flops(flops[0]), format_flops(flops[1]), _ratio(*flops))
     yield _bytes_row(
-        "moved by ops", *(sum(totals.moved_bytes for totals in found.phases) for found in (first, second))
+        "moved by ops", *(sum(totals.moved_bytes for totals in side.phases) for side in (first, second))
     )
-    yield _bytes_row(
-        "copied", *(sum(group.total_bytes for group in found.copies) for found in (first, second))
-    )
-    unknown = [sum(totals.unknown_ops for totals in found.phases) for found in (first, second)]
+    yield _bytes_row("copied", *(sum(group.total_bytes for group in side.copies) for side in (first, second)))
+    unknown = [sum(totals.unknown_ops for totals in side.phases) for side in (first, second)]
     if any(unknown):
         yield ContrastRow("unknown ops", str(unknown[0]), str(unknown[1]))
 

@@ -126,12 +126,12 @@ def collectives_blocks(explanation: Explanation) -> list[Block]:
 
 def _tallies(explanation: Explanation) -> tuple[Line, ...]:
     """What each phase comes to; forward and backward together; all."""
-    found = [each for each in rows.phase_rows(explanation) if each.groups]
-    lines = [Line(str(each.tally), lead=f"{each.phase.value}:") for each in found]
-    in_layers = [each.phase.value for each in found if each.phase in rows.LAYER_PHASES]
+    phases = [each for each in rows.phase_rows(explanation) if each.groups]
+    lines = [Line(str(each.tally), lead=f"{each.phase.value}:") for each in phases]
+    in_layers = [each.phase.value for each in phases if each.phase in rows.LAYER_PHASES]
     if len(in_layers) > 1:
         lines.append(Line(str(rows.layer_tally(explanation)), lead=f"{' + '.join(in_layers)}:"))
-    if len(found) > 1:
+    if len(phases) > 1:
         lines.append(Line(str(rows.tally(explanation.collectives)), Tone.STRONG, "in all:"))
     return tuple(lines)
 

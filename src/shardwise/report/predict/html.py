@@ -33,12 +33,12 @@ def prediction_html(run: PredictionRun) -> str:
 
 def term_chart(predictions: Sequence[Prediction]) -> Chart:
     """A bar per plan, all on one scale, so that a shorter step is shorter."""
-    found = rows.term_rows(predictions)
+    terms = rows.term_rows(predictions)
     stacks = []
     for index, prediction in enumerate(predictions):
         parts = tuple(
             Part(f"t-{each.term.name.lower()}", each.term.value, each.seconds[index])
-            for each in found
+            for each in terms
             if each.seconds[index] > 0
         )
         stacks.append(Stack(rows.plan_name(prediction), parts, SECONDS.text(prediction.step_s)))

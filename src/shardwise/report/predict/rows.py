@@ -73,8 +73,8 @@ def memory_rows(memory: MemoryForecast) -> tuple[tuple[str, str, float], ...]:
 
 def levels_side_by_side(predictions: Sequence[Prediction]) -> tuple[tuple[str, tuple[float, ...]], ...]:
     """memory_levels of each prediction, a row a level."""
-    found = zip(*(memory_levels(prediction.memory) for prediction in predictions), strict=True)
-    return tuple((levels[0][0], tuple(n_bytes for _, n_bytes in levels)) for levels in found)
+    side_by_side = zip(*(memory_levels(prediction.memory) for prediction in predictions), strict=True)
+    return tuple((levels[0][0], tuple(n_bytes for _, n_bytes in levels)) for levels in side_by_side)
 
 
 def memory_levels(memory: MemoryForecast) -> tuple[tuple[str, float], ...]:
@@ -257,12 +257,12 @@ def difference_text(difference: PlanDifference) -> str:
 
 def notes(run: PredictionRun) -> tuple[str, ...]:
     """Of all predictions, each once; with the plan's name where it isn't all plans'."""
-    found: dict[str, list[str]] = {}
+    plans_of: dict[str, list[str]] = {}
     for prediction in run.predictions:
         for note in prediction.notes:
-            found.setdefault(note, []).append(prediction.plan)
+            plans_of.setdefault(note, []).append(prediction.plan)
     whole = len(run.predictions)
     return tuple(
         sentence(note if len(plans) == whole else f"{', '.join(plans)}: {note}")
-        for note, plans in found.items()
+        for note, plans in plans_of.items()
     )

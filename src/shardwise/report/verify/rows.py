@@ -77,14 +77,14 @@ def verdict_text(each: Verification) -> str:
 
 def facts(each: Verification) -> list[tuple[str, str]]:
     """What was compared and how exactly: names and values."""
-    found = [
+    told = [
         ("model", f"{each.model}{f', {each.twin}' if each.twin else ''}"),
         ("plan", f"{each.plan} on tp={each.tp}"),
     ]
     if each.parameters is not None:
-        found.append(("parameters", f"{each.parameters:,}"))
+        told.append(("parameters", f"{each.parameters:,}"))
     if each.sharded is not None:
-        found.append(
+        told.append(
             (
                 "sharded",
                 f"{each.sharded.inner_share:.1%} outside embedding and head, {each.sharded.share:.1%} of all",
@@ -92,7 +92,7 @@ def facts(each: Verification) -> list[tuple[str, str]]:
         )
     if each.proof is not None:
         proof = each.proof
-        found += [
+        told += [
             ("computed in", proof.dtype),
             ("the model's own noise", error(proof.noise)),
             ("outputs", f"{error(proof.output_error)} off; allowed {error(proof.tolerance)}"),
@@ -100,13 +100,13 @@ def facts(each: Verification) -> list[tuple[str, str]]:
             ("worst gradient", f"{error(proof.worst_gradient_error)} off: {proof.worst_gradient}"),
         ]
         if proof.weights_error is not None and proof.norm_error is not None:
-            found.append(
+            told.append(
                 (
                     f"after {proof.steps} steps",
                     f"weights {error(proof.weights_error)} off, gradient norm {error(proof.norm_error)}",
                 )
             )
-    return found
+    return told
 
 
 def error(value: float | None) -> str:
@@ -153,17 +153,17 @@ class Group:
     def figures(self) -> tuple[str, ...]:
         """Relative error and ratio; of several the range."""
         errors = [finding.relative_error for finding in self.findings if finding.relative_error is not None]
-        found = [f"{_span(error(min(errors)), error(max(errors)))} off"] if errors else []
+        told = [f"{_span(error(min(errors)), error(max(errors)))} off"] if errors else []
         ratios = [
             finding.ratio
             for finding in self.findings
             if finding.ratio is not None and finding.cause in _TELL_RATIO
         ]
         if ratios:
-            found.append(f"{_span(f'{min(ratios):.6g}', f'{max(ratios):.6g}')} times the unsharded one")
+            told.append(f"{_span(f'{min(ratios):.6g}', f'{max(ratios):.6g}')} times the unsharded one")
         if len(self.findings) > 1:
-            found.append(f"{len(self.findings)} layers")
-        return tuple(found)
+            told.append(f"{len(self.findings)} layers")
+        return tuple(told)
 
 
 def _span(low: str, high: str) -> str:
