@@ -429,10 +429,20 @@ def take_picture(page: str, target: Path, width: int, height: int, address: str 
             "--disable-background-networking",
         ]
         subprocess.run(
-            [browser, *options, "--force-prefers-reduced-motion", f"--user-data-dir={folder}/profile", f"--window-size={width},{height}",
-             "--virtual-time-budget=8000", f"--screenshot={target}", f"{file.as_uri()}#{address}"],
-            check=True, capture_output=True, timeout=120,
-        )  # fmt: skip
+            [
+                browser,
+                *options,
+                "--force-prefers-reduced-motion",
+                f"--user-data-dir={folder}/profile",
+                f"--window-size={width},{height}",
+                "--virtual-time-budget=8000",
+                f"--screenshot={target}",
+                f"{file.as_uri()}#{address}",
+            ],
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
 
 
 def take_walkthrough_pictures() -> None:

@@ -42,7 +42,8 @@ WIDTH = 100
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Result(Generic[Answer]):
-    """What a verb found. answer: the noun, with all numbers. str() and a prompt show what a terminal shows."""
+    """What a verb found. answer: the noun, with all numbers. str() and a prompt show what a terminal
+    shows."""
 
     answer: Answer
     page: Callable[[], Mapping[str, object]] = field(default=dict, compare=False)

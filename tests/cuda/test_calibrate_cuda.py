@@ -1,4 +1,5 @@
-"""calibrate on GPUs that are there: everything is timed, nothing fails, attention included, and the file is read again."""
+"""calibrate on GPUs that are there: everything is timed, nothing fails, attention included, and the file is
+read again."""
 
 import json
 from pathlib import Path

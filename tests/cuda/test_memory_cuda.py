@@ -1,4 +1,5 @@
-"""What the allocator of a real GPU had active at a step's peak, against the traced step: one rank's part, over a process group without communication."""
+"""What the allocator of a real GPU had active at a step's peak, against the traced step: one rank's part,
+over a process group without communication."""
 
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace

@@ -14,7 +14,10 @@ from shardwise.parallel.apply import loss_of
 from shardwise.parallel.engines.hugging_face import parallelize_hugging_face
 from shardwise.step.build import device_mesh
 
-SIZES = "vocab_size=65,hidden_size=32,intermediate_size=48,num_attention_heads=4,num_key_value_heads=2,num_hidden_layers=2"
+SIZES = (
+    "vocab_size=65,hidden_size=32,intermediate_size=48,num_attention_heads=4,num_key_value_heads=2,"
+    "num_hidden_layers=2"
+)
 MODELS = (
     f"hf:llama?{SIZES}",
     f"hf:qwen3?{SIZES},tie_word_embeddings=true",
@@ -24,13 +27,15 @@ MODELS = (
 REFUSED_BY_ITSELF = (
     "hf:doge?num_hidden_layers=1,vocab_size=65",
     f"hf:llama4_text?{SIZES},head_dim=8,intermediate_size_mlp=48,num_local_experts=4",
-    "hf:inkling_text?num_hidden_layers=1,vocab_size=65,hidden_size=64,moe_intermediate_size=48,n_routed_experts=8",
+    "hf:inkling_text?num_hidden_layers=1,vocab_size=65,hidden_size=64,moe_intermediate_size=48,"
+    "n_routed_experts=8",
     f"hf:lfm2?{SIZES}",
 )
 
 
 def against_unsharded(context: RankContext, payload: bytes) -> bytes:
-    """Per model: how far loss and gradients under plan `hf` are from the unsharded model's (relative, the largest), and names of both."""
+    """Per model: how far loss and gradients under plan `hf` are from the unsharded model's (relative, the
+    largest), and names of both."""
     mesh = device_mesh(Mesh.parse("tp=2"), context.device.type)
     generator = torch.Generator().manual_seed(1)
     ids_BS = torch.randint(0, 65, (2, 12), generator=generator)

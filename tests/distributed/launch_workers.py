@@ -31,7 +31,8 @@ def _sum_of_ranks(context: RankContext) -> int:
 
 
 def tour(context: RankContext, payload: bytes) -> bytes:
-    """Everything that goes well: events, notes, a collective, results and payloads larger than the store takes at once."""
+    """Everything that goes well: events, notes, a collective, results and payloads larger than the store
+    takes at once."""
     for index in range(20):
         context.note(f"round {index}")
         if context.rank == 0:

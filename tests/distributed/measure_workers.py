@@ -16,7 +16,8 @@ TINY = ModelSpec("tiny", LlamaConfig(257, 96, 2, 12, 4, 160), "")
 
 
 def park(context: RankContext, payload: bytes) -> bytes:
-    """Losses of a subject that is parked between its steps, those of one that isn't, and the bytes that storages held while parked."""
+    """Losses of a subject that is parked between its steps, those of one that isn't, and the bytes that
+    storages held while parked."""
     mesh = device_mesh(Mesh.parse("tp=2"), context.device.type)
     ids = torch.arange(48).view(2, 24)
     batch = [(ids, ids + 1)]

@@ -1,4 +1,5 @@
-"""Ranks that record a profile in which one of them comes late to a collective, and note by a clock that they share when each came."""
+"""Ranks that record a profile in which one of them comes late to a collective, and note by a clock that they
+share when each came."""
 
 import time
 from collections.abc import Callable
@@ -23,8 +24,8 @@ class Job(msgspec.Struct):
 
 
 def record(context: RankContext, payload: bytes) -> bytes:
-    """Runs the steps; the trace is in the job's folder. Returns when this rank came to the barrier before each collective of the marked steps,
-    and to the collective, in ns."""
+    """Runs the steps; the trace is in the job's folder. Returns when this rank came to the barrier before
+    each collective of the marked steps, and to the collective, in ns."""
     job = msgspec.json.decode(payload, type=Job)
     world = context.world_size
     model = torch.nn.Sequential(torch.nn.Linear(32, 32)).to(context.device)

@@ -54,7 +54,8 @@ class Case(msgspec.Struct, frozen=True):
 
     @property
     def is_telling(self) -> bool:
-        """Whether `make test` runs it too: on two ranks all but twins, on more the plans of the two engines that send the most kinds."""
+        """Whether `make test` runs it too: on two ranks all but twins, on more the plans of the two engines
+        that send the most kinds."""
         if self.mesh == "tp=2":
             return self.sequence_parallel or not self.plan.startswith("colwise")
         if self.mesh == "tp=3":
@@ -145,7 +146,8 @@ def _is_offered_whole(name: str) -> bool:
 
 
 def collectives(context: RankContext, payload: bytes) -> bytes:
-    """Per case, of the telling ones or the rest: what this rank issues in its second step. Groups are named by their axis."""
+    """Per case, of the telling ones or the rest: what this rank issues in its second step. Groups are named
+    by their axis."""
     found: dict[str, list[Issued]] = {}
     for case in cases(context.world_size):
         if case.is_telling == (payload == b"telling"):

@@ -1,4 +1,5 @@
-"""What the ranks of style_workers.py answer: one launch for each number of ranks and device, and what is asserted of a case."""
+"""What the ranks of style_workers.py answer: one launch for each number of ranks and device, and what is
+asserted of a case."""
 
 import json
 from functools import lru_cache
@@ -32,7 +33,8 @@ def answer(world_size: int, device_type: str, *, telling: bool) -> dict[str, Any
 
 
 def part(world_size: int, name: str, device_type: str = "cpu", *, telling: bool | None = None) -> Any:
-    """One part of the answer; fails the test that asks where the launch failed. telling: of the cases, those or the rest."""
+    """One part of the answer; fails the test that asks where the launch failed. telling: of the cases, those
+    or the rest."""
     found = answer(
         world_size, device_type, telling=is_telling(name, world_size) if telling is None else telling
     )

@@ -1,4 +1,5 @@
-"""The cases of test_styles.py as data: a model, a plan, ids and what is expected. The same list in the test and on the ranks."""
+"""The cases of test_styles.py as data: a model, a plan, ids and what is expected. The same list in the test
+and on the ranks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,8 +19,8 @@ WITH_SEQUENCE_PARALLEL = ("rowwise", "colwise", "routed", "routed-interleaved", 
 WITHOUT = ("rowwise", "colwise", "replicated")
 # per number of ranks, the meshes on which training steps are compared
 MESHES = {1: ("tp=1",), 2: ("tp=2", "dp=2", "fsdp=2"), 3: ("tp=3",), 4: ("tp=4", "dp=2,tp=2", "fsdp=2,tp=2")}
-# per number of ranks, how the names of the cases begin that show every behaviour: tables that the ranks divide, don't divide, or can't all
-# have a row of; the rest of the matrix runs in `make test-all` only
+# per number of ranks, how the names of the cases begin that show every behaviour: tables that the ranks
+# divide, don't divide, or can't all have a row of; the rest of the matrix runs in `make test-all` only
 TELLING = {
     1: ("llama V=257 untied padding=None",),
     2: (
@@ -42,7 +43,8 @@ TELLING = {
 
 
 class Ids(StrEnum):
-    """RANDOM: over the whole vocabulary. HOT: one id only, so all fall on one rank. FEW: ids of which the last rank owns none."""
+    """RANDOM: over the whole vocabulary. HOT: one id only, so all fall on one rank. FEW: ids of which the
+    last rank owns none."""
 
     RANDOM = "random"
     HOT = "hot"
@@ -64,8 +66,8 @@ Config = LlamaConfig | GPTConfig | MlpConfig
 
 
 def is_telling(part: str, world_size: int) -> bool:
-    """Whether `make test` runs a part of what the ranks do on this many of them. Where a dim doesn't divide, three ranks tell more than four;
-    four are needed for two axes."""
+    """Whether `make test` runs a part of what the ranks do on this many of them. Where a dim doesn't divide,
+    three ranks tell more than four; four are needed for two axes."""
     if part.startswith("steps "):
         return part in (
             "steps tp=1",
@@ -87,8 +89,8 @@ def is_telling(part: str, world_size: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`refused`: the error that parallelize() must raise. `backwards`: how often gradients are added up. is_telling: whether `make test`
-    runs it too."""
+    """`refused`: the error that parallelize() must raise. `backwards`: how often gradients are added up.
+    is_telling: whether `make test` runs it too."""
 
     name: str
     config: Config
@@ -297,7 +299,8 @@ def _llama_cases() -> Iterator[Case]:
 def _kv_cases(world_size: int) -> Iterator[Case]:
     for plan in llama_plans():
         refused = (
-            f'plan "{plan.name}": rule "layers.*.attention.wk" (colwise) splits 4 KV heads of layers.0.attention over tp=3. Use tp in {{1, 2, 4}}.'
+            f'plan "{plan.name}": rule "layers.*.attention.wk" (colwise) splits 4 KV heads of '
+            f"layers.0.attention over tp=3. Use tp in {{1, 2, 4}}."
             if world_size == 3
             else None
         )
@@ -341,7 +344,10 @@ def _mlp_cases() -> Iterator[Case]:
             tieable = (
                 next(rule for rule in plan.rules if rule.pattern == "head").style.name is StyleName.COLWISE
             )
-            refused = f'plan "{name}": rule "head" (replicate): head is tied to the embedding. Allowed for a tied head: colwise.'
+            refused = (
+                f'plan "{name}": rule "head" (replicate): head is tied to the embedding. Allowed for a '
+                "tied head: colwise."
+            )
             yield Case(f"mlp tied: {name}", MlpConfig(tied=True), plan, refused=None if tieable else refused)
     yield Case(
         "mlp backward twice",
@@ -386,7 +392,8 @@ def _dtensor_cases() -> Iterator[Case]:
             of_gpt = builtin_plan(name, sequence_parallel=sequence_parallel, family=Family.GPT)
             yield Case(f"gpt untied: {plan.name}", gpt(), of_gpt)
             refused = (
-                f'plan "{plan.name}": tok_embeddings.weight and output.weight are tied, and PyTorch\'s own styles would untie them. '
+                f'plan "{plan.name}": tok_embeddings.weight and output.weight are tied, and PyTorch\'s own '
+                "styles would untie them. "
                 'Use engine = "native".'
             )
             yield Case(f"gpt tied: {plan.name}", gpt(tied=True), of_gpt, refused=refused)

@@ -1,6 +1,8 @@
-"""Faults that are planted on the ranks at run time, at least one for each native style, and where the comparison must find them.
+"""Faults that are planted on the ranks at run time, at least one for each native style, and where the
+comparison must find them.
 
-A fault is a patch of Shardwise's own code, or a plan that takes a wrong assumption. Nothing here outlives its `with` block.
+A fault is a patch of Shardwise's own code, or a plan that takes a wrong assumption. Nothing here outlives its
+`with` block.
 """
 
 from collections.abc import Callable, Iterable
@@ -30,8 +32,8 @@ Planting = Callable[[], AbstractContextManager[object]]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """`found_in`: parameters that the findings must name; all of them, where `only`. `loss_exact`: the forward looks right all the same.
-    `says`: what a finding must say."""
+    """`found_in`: parameters that the findings must name; all of them, where `only`. `loss_exact`: the
+    forward looks right all the same. `says`: what a finding must say."""
 
     name: str
     config: Config

@@ -1,4 +1,5 @@
-"""What the ranks of test_styles.py run. All ranks do the same; rank 0's answer is the one that is read, as JSON."""
+"""What the ranks of test_styles.py run. All ranks do the same; rank 0's answer is the one that is read, as
+JSON."""
 
 import json
 from collections import Counter
@@ -55,7 +56,8 @@ ORIGIN = Origin("test", None, Partial(), Replicate())
 
 @dataclass(frozen=True, slots=True)
 class Unsharded:
-    """One unsharded model, run: its weights, the batch (ids on the host, labels on the device) and the answer."""
+    """One unsharded model, run: its weights, the batch (ids on the host, labels on the device) and the
+    answer."""
 
     state: dict[str, Tensor]
     ids_BS: Tensor  # noqa: N815
@@ -86,7 +88,9 @@ def unsharded(config: Config, kind: Ids, device: torch.device) -> Unsharded:
             ids_BS = torch.randint(0, config.vocab_size, (BATCH, SEQ))
         case Ids.HOT:
             ids_BS = torch.ones(BATCH, SEQ, dtype=torch.int64)
-        case Ids.FEW:  # multiples of 12: interleaved, rank 0's for 2, 3 and 4 ranks; small, so that contiguous ones are the first ranks'
+        case Ids.FEW:
+            # multiples of 12: interleaved, rank 0's for 2, 3 and 4 ranks; small, so that contiguous ones are
+            # the first ranks'
             ids_BS = torch.randint(0, config.vocab_size // 24, (BATCH, SEQ)) * 12
     labels_BS = torch.randint(0, config.vocab_size, (BATCH, SEQ))
     labels_BS[0, :7] = -100
@@ -141,7 +145,8 @@ def _run_faults(context: RankContext, mesh: DeviceMesh) -> dict[str, dict[str, A
 
 
 def laws(context: RankContext, mesh: DeviceMesh) -> dict[str, float]:
-    """What two collectives do together and what one of them, or nothing, does: the largest difference, forward and backward."""
+    """What two collectives do together and what one of them, or nothing, does: the largest difference,
+    forward and backward."""
     axis = Axis.of(mesh, "tp")
     t, device = axis.size, context.device
     generator = torch.Generator().manual_seed(3)
@@ -236,7 +241,8 @@ def laws(context: RankContext, mesh: DeviceMesh) -> dict[str, float]:
 
 
 def clip_errors(context: RankContext, mesh: DeviceMesh) -> dict[str, float]:
-    """Per plan: relative difference of the norm, and of every clipped gradient, from torch.nn.utils.clip_grad_norm_ on the unsharded model."""
+    """Per plan: relative difference of the norm, and of every clipped gradient, from
+    torch.nn.utils.clip_grad_norm_ on the unsharded model."""
     errors = {}
     config = llama(tied=True)
     for plan in llama_plans():
@@ -257,7 +263,8 @@ def clip_errors(context: RankContext, mesh: DeviceMesh) -> dict[str, float]:
 
 
 def _steps(plan: Plan | None, mesh: DeviceMesh | None, device: torch.device, part: int, parts: int) -> Tensor:
-    """[3 steps, loss and gradient norm] for one data-parallel part of 4 sequences in 2 micro-batches; two have few valid labels."""
+    """[3 steps, loss and gradient norm] for one data-parallel part of 4 sequences in 2 micro-batches; two
+    have few valid labels."""
     generator = torch.Generator().manual_seed(8)
     ids_BS = torch.randint(0, 260, (4, SEQ), generator=generator)
     labels_BS = torch.randint(0, 260, (4, SEQ), generator=generator)
@@ -286,7 +293,8 @@ def _unsharded_steps(device: torch.device) -> Tensor:
 
 
 def step_errors(context: RankContext, mesh_text: str) -> dict[str, float]:
-    """Per plan: the largest relative difference of 3 steps' losses and gradient norms from those of the unsharded model on one process."""
+    """Per plan: the largest relative difference of 3 steps' losses and gradient norms from those of the
+    unsharded model on one process."""
     mesh_noun = Mesh.parse(mesh_text)
     mesh = device_mesh(mesh_noun, context.device.type)
     expected = _unsharded_steps(context.device)
@@ -302,7 +310,8 @@ def step_errors(context: RankContext, mesh_text: str) -> dict[str, float]:
 
 
 def recorded(context: RankContext, mesh: DeviceMesh) -> dict[str, list[tuple[str, str, int, float]]]:
-    """Per plan: (kind, phase, count, wire bytes) of one forward and backward, as rank 0 issued them. 2 layers, batch 2, sequence 24."""
+    """Per plan: (kind, phase, count, wire bytes) of one forward and backward, as rank 0 issued them. 2
+    layers, batch 2, sequence 24."""
     found = {}
     axes: dict[str, str] = {mesh.get_group("tp").group_name: "tp"}
     for plan in llama_plans():
@@ -321,8 +330,8 @@ def recorded(context: RankContext, mesh: DeviceMesh) -> dict[str, list[tuple[str
 
 
 def state_dict_differences(context: RankContext, mesh: DeviceMesh) -> dict[str, int]:
-    """Per plan: elements of state_dict() that differ from the unsharded model's, and of the local parameters after loading it back, whole
-    and as DTensors, into a model with other weights."""
+    """Per plan: elements of state_dict() that differ from the unsharded model's, and of the local parameters
+    after loading it back, whole and as DTensors, into a model with other weights."""
     found = {}
     for tied, names in ((False, WITH_SEQUENCE_PARALLEL), (True, ("colwise", "routed-interleaved"))):
         config = llama(tied=tied)
@@ -352,7 +361,8 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def disagreeing(context: RankContext, mesh: DeviceMesh) -> dict[str, list[str]]:
-    """Subjects of the findings about tensors that are equal on all ranks, permuted on one, different on one; and about a model's norms."""
+    """Subjects of the findings about tensors that are equal on all ranks, permuted on one, different on one;
+    and about a model's norms."""
     group = mesh.get_group("tp")
     last = context.rank == context.world_size - 1
     same = torch.arange(6.0, device=context.device)
@@ -379,7 +389,8 @@ def disagreeing(context: RankContext, mesh: DeviceMesh) -> dict[str, list[str]]:
 
 
 def interleaved_table(context: RankContext, mesh: DeviceMesh) -> list[int]:
-    """First elements of the table's rows as rank 0 keeps them, where row i of the whole table is filled with i."""
+    """First elements of the table's rows as rank 0 keeps them, where row i of the whole table is filled with
+    i."""
     config = MlpConfig(vocab_size=10)
     model = Mlp(config).double().to(context.device)
     with torch.no_grad():

@@ -1,4 +1,5 @@
-"""calibrate's ranks: what fails is left out and said, what there is no time for too, and the rest is measured."""
+"""calibrate's ranks: what fails is left out and said, what there is no time for too, and the rest is
+measured."""
 
 import msgspec
 import pytest
@@ -37,8 +38,12 @@ def test_a_kernel_that_fails_is_left_out_and_said_on_every_rank_and_the_others_a
         (str(kind), 2) for kind in TIMED
     }
     assert {each.name for each in samples if each.what == "launch"} == {
-        "native forward", "native backward", "dtensor forward", "dtensor backward", "collective",
-    }  # fmt: skip
+        "native forward",
+        "native backward",
+        "dtensor forward",
+        "dtensor backward",
+        "collective",
+    }
     assert all(each.seconds > 0 for each in samples)
 
 

@@ -7,7 +7,8 @@ from shardwise.launch import run_ranks
 
 pytest.importorskip(
     "transformers",
-    reason="transformers isn't installed, so plan hf is NOT compared with the whole model: pip install shardwise[hf]",
+    reason="transformers isn't installed, so plan hf is NOT compared with the whole model: pip install "
+    "shardwise[hf]",
 )
 
 

@@ -1,4 +1,5 @@
-"""Ranks that end well, badly, late or not at all: what the parent returns or says, and that no process is left."""
+"""Ranks that end well, badly, late or not at all: what the parent returns or says, and that no process is
+left."""
 
 import json
 import os
@@ -130,7 +131,8 @@ def test_a_rank_killed_by_sigkill_is_named_and_the_others_are_stopped(temporary_
         launch("say_pid_and_wait", world_size=3, on_event=pids)
     pids.assert_none_left()
     assert str(caught.value).partition(" Its output:")[0] == (
-        'rank 1 was killed by SIGKILL (signal 9) during "round 3 of 12: colwise". The other ranks were stopped. '
+        'rank 1 was killed by SIGKILL (signal 9) during "round 3 of 12: colwise". The other ranks were '
+        "stopped. "
         "If memory ran out, use a smaller --batch or --seq."
     )
     assert caught.value.exit_code == 3
@@ -148,7 +150,8 @@ def test_a_rank_killed_by_sigkill_is_named_and_the_others_are_stopped(temporary_
         (
             "silent exit",
             RunError,
-            'rank 1 ended with exit code 7 and no result during "the check". The other ranks were stopped. Its output: {log}',
+            'rank 1 ended with exit code 7 and no result during "the check". The other ranks were stopped. '
+            "Its output: {log}",
         ),
         pytest.param(
             "no result",
@@ -159,7 +162,8 @@ def test_a_rank_killed_by_sigkill_is_named_and_the_others_are_stopped(temporary_
         (
             "segfault",
             RunError,
-            'rank 1 was killed by SIGSEGV (signal 11) during "the check". The other ranks were stopped. Its output: {log}',
+            'rank 1 was killed by SIGSEGV (signal 11) during "the check". The other ranks were stopped. '
+            "Its output: {log}",
         ),
         pytest.param(
             "terminated",
@@ -199,8 +203,9 @@ def test_a_stopped_rank_ends_the_run_by_the_timeout_and_is_named() -> None:
         launch("say_pid_and_wait", on_event=pids, timeout_s=SHORT_S)
     pids.assert_none_left()
     assert str(caught.value) == (
-        'nothing was heard from any rank for 6 s, so they were stopped (rank 0: last at "round 3 of 12: colwise"; '
-        'rank 1: stopped by SIGSTOP, last at "round 3 of 12: colwise"). If the work needs longer, raise the timeout.'
+        'nothing was heard from any rank for 6 s, so they were stopped (rank 0: last at "round 3 of 12: '
+        'colwise"; rank 1: stopped by SIGSTOP, last at "round 3 of 12: colwise"). If the work needs '
+        "longer, raise the timeout."
     )
 
 
@@ -259,7 +264,8 @@ def test_more_ranks_than_gpus_are_refused() -> None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(
         MeshError,
-        match=r"^mesh: 2 ranks on cuda need 2 GPUs; this machine has 0\. Use the CPU, or more machines through torchrun\.$",
+        match=r"^mesh: 2 ranks on cuda need 2 GPUs; this machine has 0\. Use the CPU, or more machines "
+        r"through torchrun\.$",
     ):
         run_ranks("launch_workers:tour", b"", world_size=2, device_type="cuda", timeout_s=60)
 
@@ -278,7 +284,8 @@ def on_event(event):
     print(event.decode(), flush=True)
 
 try:
-    run_ranks("launch_workers:say_pid_and_wait", b"", world_size=2, device_type="cpu", timeout_s=300, on_event=on_event)
+    name = "launch_workers:say_pid_and_wait"
+    run_ranks(name, b"", world_size=2, device_type="cpu", timeout_s=300, on_event=on_event)
 except KeyboardInterrupt:
     sys.exit(130)
 except ShardwiseError as error:
@@ -353,7 +360,10 @@ assert joined()
 events = []
 
 def run(worker, payload, world_size):
-    return run_ranks("launch_workers:" + worker, payload, world_size=world_size, device_type="cpu", timeout_s=300, on_event=events.append)
+    name = f"launch_workers:{worker}"
+    return run_ranks(
+        name, payload, world_size=world_size, device_type="cpu", timeout_s=300, on_event=events.append
+    )
 
 try:
     run("tour", b"", 3)
@@ -388,7 +398,8 @@ def test_torchruns_ranks_are_joined_and_a_wrong_world_size_is_one_line(tmp_path:
     )
     wrong, results, events = ended.stdout.splitlines()
     assert wrong == (
-        "2 mesh: 3 ranks asked for, but torchrun started 2. Use a mesh of 2 ranks, or start 3 with torchrun (--nproc-per-node, --nnodes)."
+        "2 mesh: 3 ranks asked for, but torchrun started 2. Use a mesh of 2 ranks, or start 3 with "
+        "torchrun (--nproc-per-node, --nnodes)."
     )
     for run, payload_bytes in zip(json.loads(results), (10, 20), strict=True):
         assert [fact["rank"] for fact in run] == [0, 1]

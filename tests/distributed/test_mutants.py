@@ -1,4 +1,5 @@
-"""Some of the mutants of benchmarks/mutants.py, one of each kind: the plain script and verify agree on what is harmful, and verify says why."""
+"""Some of the mutants of benchmarks/mutants.py, one of each kind: the plain script and verify agree on what
+is harmful, and verify says why."""
 
 import pytest
 

@@ -1,4 +1,5 @@
-"""Two verbs, one answer: what compare's check says of a plan is what verify says of it, on every mesh and through the step that is timed."""
+"""Two verbs, one answer: what compare's check says of a plan is what verify says of it, on every mesh and
+through the step that is timed."""
 
 from dataclasses import replace
 from functools import lru_cache

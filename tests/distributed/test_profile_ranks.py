@@ -1,4 +1,5 @@
-"""Profiles that real ranks record: the rank that was slowed down on purpose is blamed, and the waiting is what a clock of theirs says."""
+"""Profiles that real ranks record: the rank that was slowed down on purpose is blamed, and the waiting is
+what a clock of theirs says."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Memory of a Program against a real CPU step: what the allocator handed out (memory_workers.py), and what the rank kept."""
+"""Memory of a Program against a real CPU step: what the allocator handed out (memory_workers.py), and what
+the rank kept."""
 
 from functools import lru_cache
 

@@ -1,5 +1,6 @@
-"""Every native style, and the dtensor engine's plans, on 1 to 4 real ranks: equal to the unsharded model in float64, forward and every
-gradient. One launch per number of ranks runs all cases; planted faults show that the comparison sees."""
+"""Every native style, and the dtensor engine's plans, on 1 to 4 real ranks: equal to the unsharded model in
+float64, forward and every gradient. One launch per number of ranks runs all cases; planted faults show that
+the comparison sees."""
 
 import pytest
 

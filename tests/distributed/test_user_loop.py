@@ -1,4 +1,5 @@
-"""parallelize() in a user's own loop: one process, tensor parallel, FSDP2 above it; checkpoints, optimizers, the meta device; refusals."""
+"""parallelize() in a user's own loop: one process, tensor parallel, FSDP2 above it; checkpoints, optimizers,
+the meta device; refusals."""
 
 import json
 import warnings
@@ -208,13 +209,15 @@ def test_parameters_beside_fsdp_units_are_summed_too(two: Outcomes) -> None:
         ),
         (
             "after fully_shard",
-            'PlanError: plan "writer": words.weight is a DTensor already. Call parallelize() before fully_shard().',
+            'PlanError: plan "writer": words.weight is a DTensor already. Call parallelize() before '
+            "fully_shard().",
         ),
         ("no tp axis", "MeshError: parallelize: the mesh has axes ('fsdp',). Name one of them \"tp\"."),
         (
             "untied",
-            "ModelError: words.weight and head.weight were one parameter when the model was sharded, and are several now, as "
-            "load_state_dict(assign=True) leaves them. Tie them again: model.head.weight = model.words.weight.",
+            "ModelError: words.weight and head.weight were one parameter when the model was sharded, and "
+            "are several now, as load_state_dict(assign=True) leaves them. Tie them again: "
+            "model.head.weight = model.words.weight.",
         ),
     ],
 )
@@ -235,23 +238,25 @@ def test_tensors_of_a_wrong_size_get_pytorchs_own_message(two: Outcomes, case: s
     [
         (
             "interleaved",
-            'PlanError: plan "writer": rule "words" (routed) interleaves the rows of words, and no checkpoint could tell their order once '
-            'FSDP cuts them again. Use ownership = "contiguous", or no fsdp axis.',
+            'PlanError: plan "writer": rule "words" (routed) interleaves the rows of words, and no '
+            'checkpoint could tell their order once FSDP cuts them again. Use ownership = "contiguous", or '
+            "no fsdp axis.",
         ),
         (
             "empty shard",
-            'PlanError: plan "writer": rule "words" (rowwise) leaves a rank without rows of words (1 over tp=2), which FSDP can\'t shard '
+            'PlanError: plan "writer": rule "words" (rowwise) leaves a rank without rows of words (1 over '
+            "tp=2), which FSDP can't shard "
             "further. Use tp of at most 1, or no fsdp axis.",
         ),
         (
             "interleaved state",
-            'PlanError: words: rule "words" (routed) interleaves its rows, and FSDP has cut them again over a mesh of (2, 2), so no '
-            'checkpoint can tell their order. Use ownership = "contiguous".',
+            'PlanError: words: rule "words" (routed) interleaves its rows, and FSDP has cut them again '
+            'over a mesh of (2, 2), so no checkpoint can tell their order. Use ownership = "contiguous".',
         ),
         (
             "interleaved load",
-            'PlanError: words: rule "words" (routed) interleaves its rows, and FSDP has cut them again over a mesh of (2, 2), so no '
-            'checkpoint can tell their order. Use ownership = "contiguous".',
+            'PlanError: words: rule "words" (routed) interleaves its rows, and FSDP has cut them again '
+            'over a mesh of (2, 2), so no checkpoint can tell their order. Use ownership = "contiguous".',
         ),
     ],
 )

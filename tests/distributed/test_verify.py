@@ -1,4 +1,5 @@
-"""verify on real ranks: each silent fault rebuilt small, found and told for what it is; what is right passes; many cases in one launch."""
+"""verify on real ranks: each silent fault rebuilt small, found and told for what it is; what is right passes;
+many cases in one launch."""
 
 import pytest
 
@@ -122,12 +123,14 @@ def test_weights_that_lie_in_one_and_are_cut_as_one_are_found_by_a_trial(
     output, first, *others = each.findings
     assert output.kind is FindingKind.OUTPUT_DIFFERS
     assert output.reason.startswith(
-        "the first module whose output differs is model.layers.0.mlp.experts: its output isn't the unsharded one"
+        "the first module whose output differs is model.layers.0.mlp.experts: its output isn't the "
+        "unsharded one"
     )
     assert (first.subject, first.cause) == ("model.layers.0.mlp.experts.gate_up_proj", Cause.CUT_AS_ONE)
     assert (
         first.reason
-        == "2 weights lie in it, and it is cut as if it were one; with each cut by itself, its module is right"
+        == "2 weights lie in it, and it is cut as if it were one; with each cut by itself, its module is "
+        "right"
     )
     assert {finding.cause for finding in others} == {Cause.FORWARD}
 
@@ -139,7 +142,8 @@ def test_where_the_numbers_give_no_reason_a_trace_gives_its_own(
     output, weight = own_faults(found[name])
     assert (output.kind, output.cause) == (FindingKind.OUTPUT_DIFFERS, Cause.CUT_AS_ONE)
     assert output.reason.startswith(
-        "the first module whose output differs is down: its output isn't the unsharded one. gate_up.weight: what"
+        "the first module whose output differs is down: its output isn't the unsharded one. "
+        "gate_up.weight: what"
     )
     assert (weight.subject, weight.cause) == ("gate_up.weight", Cause.CUT_AS_ONE)
     assert "so several weights lie in it, and it is cut as one" in weight.reason
@@ -254,8 +258,8 @@ def offered(name: str, sequence_parallel: bool) -> bool:
 
 
 def built_in_cases(model: str, *, tied: bool, parallels: tuple[bool, ...]) -> list[Claim]:
-    """Each built-in plan of the model's family; PyTorch's own styles, which would untie a tied head, for an untied one only. parallels: with
-    sequence parallelism, without."""
+    """Each built-in plan of the model's family; PyTorch's own styles, which would untie a tied head, for an
+    untied one only. parallels: with sequence parallelism, without."""
     family = find_model(model).family
     return [
         Claim(

@@ -1,7 +1,9 @@
-"""What the ranks of test_user_loop.py run: a model of our own (the example's) and its loop, FSDP2 above, checkpoints around.
+"""What the ranks of test_user_loop.py run: a model of our own (the example's) and its loop, FSDP2 above,
+checkpoints around.
 
-Every rank computes the unsharded run whole and compares with it; a case returns the differences (Differences), or words. Every launch runs
-many cases, one after the other on all ranks, and returns them by name.
+Every rank computes the unsharded run whole and compares with it; a case returns the differences
+(Differences), or words. Every launch runs many cases, one after the other on all ranks, and returns them by
+name.
 """
 
 import json
@@ -63,8 +65,9 @@ CHECKPOINTS = (Weights(EVEN, False), Weights(UNEVEN, False), Weights(UNEVEN, Tru
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """Largest relative differences from the unsharded run, over the steps and over the final parameters; and how many gradients were not
-    placed as their parameter was (PyTorch's optimizers would still take them, with a collective each)."""
+    """Largest relative differences from the unsharded run, over the steps and over the final parameters; and
+    how many gradients were not placed as their parameter was (PyTorch's optimizers would still take them,
+    with a collective each)."""
 
     loss: float
     norm: float
@@ -74,8 +77,9 @@ class Differences:
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """How a user may write a loop. count_valid: labels that don't count are spread unevenly, so losses are normalised by the whole batch's
-    count and FSDP2 sums; otherwise each part takes its own mean and FSDP2 averages. held_back: FSDP2 reduces in the last micro-batch only."""
+    """How a user may write a loop. count_valid: labels that don't count are spread unevenly, so losses are
+    normalised by the whole batch's count and FSDP2 sums; otherwise each part takes its own mean and FSDP2
+    averages. held_back: FSDP2 reduces in the last micro-batch only."""
 
     steps: int = 3
     first: int = 0
@@ -227,7 +231,8 @@ def compare(weights: Weights, embedding: str, loop: Loop, mesh: DeviceMesh) -> D
 
 
 def through_checkpoint(folder: Path, weights: Weights, embedding: str, mesh: DeviceMesh, name: str) -> bool:
-    """Loads the unsharded checkpoint, says whether the model then computes what the unsharded one does, and writes its own."""
+    """Loads the unsharded checkpoint, says whether the model then computes what the unsharded one does, and
+    writes its own."""
     model = sharded(replace(weights, seed=2), embedding, mesh)
     state = model.state_dict()
     dcp.load(state, checkpoint_id=folder / f"whole-{weights}")
@@ -244,7 +249,8 @@ def computes_the_same(model: Writer, unsharded: Writer) -> bool:
 
 
 def from_whole_tensors(weights: Weights, embedding: str, mesh: DeviceMesh, *, assign: bool = False) -> bool:
-    """load_state_dict() with plain whole tensors: every parameter comes back bit for bit, the caller's dict is as it was, and it computes."""
+    """load_state_dict() with plain whole tensors: every parameter comes back bit for bit, the caller's dict
+    is as it was, and it computes."""
     model, unsharded = sharded(replace(weights, seed=2), embedding, mesh), writer(weights)
     given = unsharded.state_dict()
     model.load_state_dict(given, assign=assign)
@@ -269,8 +275,8 @@ def said(act: Callable[[], object]) -> str:
 
 
 def resumed(folder: Path, embedding: str, mesh: DeviceMesh, *, from_one_process: bool) -> Differences:
-    """Two steps, a checkpoint of model and optimizer, two more steps in a fresh model; against four steps in one go. The first two, and those
-    in one go, are one process's, or these ranks' own."""
+    """Two steps, a checkpoint of model and optimizer, two more steps in a fresh model; against four steps in
+    one go. The first two, and those in one go, are one process's, or these ranks' own."""
     weights, loop = CHECKPOINTS[1], Loop(steps=4)
     path = folder / f"resumed-{embedding}-{mesh.size()}-{from_one_process}"
     on = None if from_one_process else mesh
@@ -323,7 +329,8 @@ def from_meta(folder: Path, weights: Weights, embedding: str, mesh: DeviceMesh) 
 
 
 def after(change: Callable[[Writer], object], mesh: DeviceMesh) -> Differences:
-    """Trains after something was done to the sharded model that replaces or swaps its parameters, or hides them from autograd for a while."""
+    """Trains after something was done to the sharded model that replaces or swaps its parameters, or hides
+    them from autograd for a while."""
     weights = CHECKPOINTS[1]
     model = sharded(weights, "rowwise", mesh)
     change(model)
@@ -331,7 +338,8 @@ def after(change: Callable[[Writer], object], mesh: DeviceMesh) -> Differences:
 
 
 def there_and_back(model: Writer) -> None:
-    """Weights are float32 numbers at first, so this loses nothing; Module.to() swaps what is inside the parameters."""
+    """Weights are float32 numbers at first, so this loses nothing; Module.to() swaps what is inside the
+    parameters."""
     model.float()
     model(global_batch(0, UNEVEN, ignored=False)[0])
     model.double()
@@ -369,7 +377,8 @@ def reloaded_by_assignment(model: Writer) -> None:
 
 
 def gradients_beside_fsdp_units() -> Differences:
-    """Where FSDP2 has the blocks, and the rest of the model is tensor parallel alone: one backward, its gradients as `parameters`."""
+    """Where FSDP2 has the blocks, and the rest of the model is tensor parallel alone: one backward, its
+    gradients as `parameters`."""
 
     def gradients(model: Writer) -> dict[str, Tensor]:
         ids_BS, labels_BS = global_batch(0, UNEVEN, ignored=False)
@@ -394,7 +403,8 @@ def gradients_beside_fsdp_units() -> Differences:
 
 
 def train_step(plan_name: str, mesh_text: str) -> Differences:
-    """shardwise's own step on Llama: clipping, micro-batches, labels that don't count; over the axes of a mesh such as "fsdp=2,tp=2"."""
+    """shardwise's own step on Llama: clipping, micro-batches, labels that don't count; over the axes of a
+    mesh such as "fsdp=2,tp=2"."""
     spec = ModelSpec("tiny", LlamaConfig(UNEVEN, 16, 2, 4, 2, 32), "for tests")
     mesh = device_mesh(Mesh.parse(mesh_text), "cpu")
     outer = mesh[(mesh.mesh_dim_names or ())[0]]

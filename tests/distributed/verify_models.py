@@ -1,4 +1,5 @@
-"""Models with plans that train the wrong model, or crash, each in the way of a fault that was found in a real one."""
+"""Models with plans that train the wrong model, or crash, each in the way of a fault that was found in a real
+one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -174,7 +175,8 @@ def _fail(*_: Any) -> None:
 
 
 class Fused(nn.Module):
-    """A block whose gate and up lie in one weight. layout: halves (gate, then up), unfolded (the same, as a dim of its own), pairs (every second row)."""
+    """A block whose gate and up lie in one weight. layout: halves (gate, then up), unfolded (the same, as a
+    dim of its own), pairs (every second row)."""
 
     def __init__(self, layout: str, width: int = 16) -> None:
         super().__init__()
@@ -253,7 +255,8 @@ def fused_by_head(mesh: DeviceMesh | None = None) -> nn.Module:
 
 
 def by_hand_norm_of_parts(mesh: DeviceMesh | None = None) -> nn.Module:
-    """Right: the norm runs on a part of the sequence, by PyTorch's own styles, which sum its gradient; the slope is summed by a hook."""
+    """Right: the norm runs on a part of the sequence, by PyTorch's own styles, which sum its gradient; the
+    slope is summed by a hook."""
     model = Block()
     if mesh is not None:
         tp = mesh["tp"] if mesh.ndim > 1 else mesh

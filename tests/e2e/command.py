@@ -1,4 +1,5 @@
-"""The command as a user starts it: in this process, which is quick, or in one of its own; and its ranks, found by process id."""
+"""The command as a user starts it: in this process, which is quick, or in one of its own; and its ranks,
+found by process id."""
 
 import io
 import signal
@@ -31,7 +32,8 @@ class Ended:
 
 
 def shardwise(*args: str, cwd: Path | None = None) -> Ended:
-    """Runs the command to its end in this process: all but the installed script itself, and without importing PyTorch anew."""
+    """Runs the command to its end in this process: all but the installed script itself, and without importing
+    PyTorch anew."""
     stdout, stderr = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     with _as_a_process(cwd), redirect_stdout(stdout), redirect_stderr(stderr):
         code = _run(list(args))
@@ -63,7 +65,8 @@ def shardwise_process(*args: str, cwd: Path | None = None) -> subprocess.Complet
 
 
 def start(*args: str, cwd: Path) -> subprocess.Popen[str]:
-    """Starts the command, as from a terminal: with the signals that a test run in the background may ignore."""
+    """Starts the command, as from a terminal: with the signals that a test run in the background may
+    ignore."""
     return subprocess.Popen(
         [SHARDWISE, *args],
         stdout=subprocess.PIPE,

@@ -42,7 +42,8 @@ def test_a_quick_calibration_of_two_ranks_writes_a_file_that_is_read_again(tmp_p
     written = msgspec.json.decode(samples.read_bytes())
     kept = msgspec.convert(written["samples"], tuple[Sample, ...])
     assert len(kept) == document["sample_count"]
-    # how many kernels there was time for is the machine's to say; the telling ones come first, and the rest has no limit
+    # how many kernels there was time for is the machine's to say; the telling ones come first, and the rest
+    # has no limit
     assert {each.what for each in kept} >= {"matmul", "launch", *map(str, TIMED)}
     assert "left)" in ended.stderr
     assert sorted(each.name for each in tmp_path.iterdir()) == ["here.json", "here.toml"]

@@ -1,4 +1,5 @@
-"""`shardwise compare` as a user meets it: what it prints, writes and returns, and how it ends when something goes wrong."""
+"""`shardwise compare` as a user meets it: what it prints, writes and returns, and how it ends when something
+goes wrong."""
 
 import json
 import os
@@ -196,7 +197,8 @@ def test_the_options_of_a_step_work_together_and_every_plan_agrees(
 
 def test_a_config_file_gives_the_options_and_the_command_line_wins(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(
-        f'model = "{MODEL}"\nplans = ["colwise"]\nmesh = "tp=1"\nseq = 16\nbatch = 1\nrounds = 1\nwarmup = 0\nrepeat = false\n'
+        f'model = "{MODEL}"\nplans = ["colwise"]\nmesh = "tp=1"\nseq = 16\nbatch = 1\nrounds = 1\nwarmup = '
+        "0\nrepeat = false\n"
     )
     ended = shardwise("compare", "--config", "mine.toml", "--rounds", "2", "--json", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
@@ -219,43 +221,107 @@ def test_torchrun_ranks_are_used_as_they_are_and_one_of_them_speaks(tmp_path: Pa
 
 
 REFUSED = [
-    (("rowise",), 'unknown plan "rowise". Did you mean "rowwise"? Known: rowwise, colwise, routed, routed-interleaved, replicated, '
-     "rowwise@dtensor, colwise@dtensor; or the path of a .toml file."),
+    (
+        ("rowise",),
+        'unknown plan "rowise". Did you mean "rowwise"? Known: rowwise, colwise, routed, '
+        "routed-interleaved, replicated, "
+        "rowwise@dtensor, colwise@dtensor; or the path of a .toml file.",
+    ),
     (
         ("--model", "lama3-8b"),
-        'unknown model "lama3-8b". Did you mean "llama3-8b"? Known: llama3-debug, llama3-8b, llama3-70b, llama3.1-405b, gpt-debug, gpt3-1.3b, '
+        'unknown model "lama3-8b". Did you mean "llama3-8b"? Known: llama3-debug, llama3-8b, llama3-70b, '
+        "llama3.1-405b, gpt-debug, gpt3-1.3b, "
         "gpt3-6.7b, gpt3-175b, megatron-22b.",
     ),
     (("--bacth", "3"), "No such option: --bacth (Possible options: --batch). Try: shardwise --help."),
     (("--mesh", "tp2"), 'mesh: can\'t read "tp2" in "tp2". Write NAME=SIZE, such as dp=2,tp=4.'),
     (("--mesh", "tp=2,xp=2"), 'mesh: unknown axis "xp". Allowed axes: pp, dp, fsdp, cp, ep, tp.'),
     (("--mesh", "pp=2,tp=2"), "mesh pp=2,tp=2: compare can't carry pp yet. Use the axes dp, fsdp, tp."),
-    (("rowwise", "--seq", "33"), 'plan "rowwise": rule "tok_embeddings" (rowwise) cuts the sequence, and 33 is no multiple of tp=2. '
-     "Use a sequence that is a multiple of 2, or a plan without sequence parallelism."),
-    (("rowwise", "--mesh", "tp=8"), 'plan "rowwise": rule "layers.*.attention.wq" (colwise) splits 12 heads of layers.0.attention over tp=8. '
-     "Use tp in {1, 2, 3, 4, 6, 12}."),
-    (("rowwise", "--mesh", "tp=3", "--seq", "48"), 'plan "rowwise": rule "layers.*.attention.wk" (colwise) splits 4 KV heads of '
-     "layers.0.attention over tp=3. Use tp in {1, 2, 4}."),
-    (("routed", "--no-sequence-parallel"), 'plan "routed" isn\'t offered without sequence parallelism: without it every rank needs every row. '
-     "Use rowwise, colwise or replicated."),
-    (("--dtype", "float16"), '--dtype is "float16". Did you mean "bfloat16"? Allowed: float32, bfloat16, float64.'),
-    (("--recompute", "some"), '--recompute is "some". Did you mean "none"? Allowed: none, selective-ops, full.'),
-    (("--batch", "3", "--mesh", "dp=2,tp=1"), "--batch 3 can't be cut into 2 data-parallel parts of 1 micro-batches. Use a multiple of 2."),
-    (("--batch", "x"), "Invalid value for '--batch': Input should be a valid integer, unable to parse string as an integer. "
-     "Try: shardwise --help."),
-    (("--module", "tok_embedding"), '--module: llama3-debug has no module "tok_embedding". Did you mean "tok_embeddings"? '
-     "It has tok_embeddings, layers, layers.0, norm, output, ..."),
-    (("--config", "no.toml"), "--config no.toml: No such file or directory. Give a TOML file, or one of those shipped: llama3_8b_tp8."),
-    (("no-plan.toml",), "plan file no-plan.toml: No such file or directory. Give the path of a TOML file, or a built-in plan's name."),
-    (("broken.toml",), "broken.toml: not valid TOML: Expected '=' after a key in a key/value pair (at line 1, column 6)."),
-    (("typo.toml",), 'plan "typo": rule "layers.*.atention.wq" (colwise) matched nothing; did you mean "layers.*.attention.wq"?'),
-    (("--config", "bad.toml"), '--config bad.toml: unknown key "batsh". Did you mean "batch"? Allowed: accumulation, batch, check, device, '
-     "dtype, format, json, learning_rate, machine, max_norm, mesh, model, module, out, param_dtype, plans, profile, profile_steps, random_ids, recompute, reduce_dtype, repeat, "
-     "rounds, seed, seq, sequence_parallel, text, timeout, tokenizer, warmup."),
-    (("--param-dtype", "bfloat16"), "--param-dtype bfloat16: is FSDP's mixed precision, and mesh tp=2 has no fsdp ranks. Add fsdp=2 or more, or use --dtype."),
+    (
+        ("rowwise", "--seq", "33"),
+        'plan "rowwise": rule "tok_embeddings" (rowwise) cuts the sequence, and 33 is no multiple of '
+        "tp=2. "
+        "Use a sequence that is a multiple of 2, or a plan without sequence parallelism.",
+    ),
+    (
+        ("rowwise", "--mesh", "tp=8"),
+        'plan "rowwise": rule "layers.*.attention.wq" (colwise) splits 12 heads of layers.0.attention over '
+        "tp=8. "
+        "Use tp in {1, 2, 3, 4, 6, 12}.",
+    ),
+    (
+        ("rowwise", "--mesh", "tp=3", "--seq", "48"),
+        'plan "rowwise": rule "layers.*.attention.wk" (colwise) splits 4 KV heads '
+        "of "
+        "layers.0.attention over tp=3. Use tp in {1, 2, 4}.",
+    ),
+    (
+        ("routed", "--no-sequence-parallel"),
+        'plan "routed" isn\'t offered without sequence parallelism: without it every rank needs every '
+        "row. "
+        "Use rowwise, colwise or replicated.",
+    ),
+    (
+        ("--dtype", "float16"),
+        '--dtype is "float16". Did you mean "bfloat16"? Allowed: float32, bfloat16, float64.',
+    ),
+    (
+        ("--recompute", "some"),
+        '--recompute is "some". Did you mean "none"? Allowed: none, selective-ops, full.',
+    ),
+    (
+        ("--batch", "3", "--mesh", "dp=2,tp=1"),
+        "--batch 3 can't be cut into 2 data-parallel parts of 1 micro-batches. Use a multiple of 2.",
+    ),
+    (
+        ("--batch", "x"),
+        "Invalid value for '--batch': Input should be a valid integer, unable to parse string as an "
+        "integer. Try: shardwise --help.",
+    ),
+    (
+        ("--module", "tok_embedding"),
+        '--module: llama3-debug has no module "tok_embedding". Did you mean '
+        '"tok_embeddings"? '
+        "It has tok_embeddings, layers, layers.0, norm, output, ...",
+    ),
+    (
+        ("--config", "no.toml"),
+        "--config no.toml: No such file or directory. Give a TOML file, or one of those shipped: "
+        "llama3_8b_tp8.",
+    ),
+    (
+        ("no-plan.toml",),
+        "plan file no-plan.toml: No such file or directory. Give the path of a TOML file, or a built-in "
+        "plan's name.",
+    ),
+    (
+        ("broken.toml",),
+        "broken.toml: not valid TOML: Expected '=' after a key in a key/value pair (at line 1, column 6).",
+    ),
+    (
+        ("typo.toml",),
+        'plan "typo": rule "layers.*.atention.wq" (colwise) matched nothing; did you mean '
+        '"layers.*.attention.wq"?',
+    ),
+    (
+        ("--config", "bad.toml"),
+        '--config bad.toml: unknown key "batsh". Did you mean "batch"? Allowed: accumulation, batch, '
+        "check, device, dtype, "
+        "format, json, learning_rate, machine, max_norm, mesh, model, module, out, param_dtype, plans, "
+        "profile, profile_steps, random_ids, recompute, reduce_dtype, repeat, rounds, seed, seq, "
+        "sequence_parallel, text, timeout, tokenizer, warmup.",
+    ),
+    (
+        ("--param-dtype", "bfloat16"),
+        "--param-dtype bfloat16: is FSDP's mixed precision, and mesh tp=2 has no fsdp ranks. Add fsdp=2 or "
+        "more, or use --dtype.",
+    ),
     (("--learning-rate", "-1"), "--learning-rate is -1.0. Use a number above 0."),
-    (("--text", "nowhere.txt"), 'text file "nowhere.txt" doesn\'t exist. Give UTF-8 text files, or directories of them.'),
-]  # fmt: skip
+    (
+        ("--text", "nowhere.txt"),
+        'text file "nowhere.txt" doesn\'t exist. Give UTF-8 text files, or directories of them.',
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +350,8 @@ def test_a_machine_that_cannot_hold_the_thread_s_case_is_told_how_much_it_takes(
     ended = shardwise("compare", "--config", "llama3_8b_tp8", cwd=tmp_path)
     assert ended.returncode == 2
     assert ended.stderr.startswith(
-        'shardwise: llama3-8b under "rowwise@dtensor" on tp=8 needs at least 16.7 GiB per rank (parameters, gradients and AdamW state in '
+        'shardwise: llama3-8b under "rowwise@dtensor" on tp=8 needs at least 16.7 GiB per rank '
+        "(parameters, gradients and AdamW state in "
         "float32; activations come on top)"
     )
     assert not list(tmp_path.iterdir())

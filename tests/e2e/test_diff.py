@@ -1,4 +1,5 @@
-"""`shardwise diff` and `compare --profile` as a user meets them: what they print, write and return; the page in a real headless Chromium."""
+"""`shardwise diff` and `compare --profile` as a user meets them: what they print, write and return; the page
+in a real headless Chromium."""
 
 import gzip
 import json
@@ -74,13 +75,28 @@ def test_one_run_alone_is_told_of_too(both: tuple[str, str]) -> None:
     ("args", "message"),
     [
         (("missing.json",), "missing.json: there is no such file or folder."),
-        (("before", "after", "--labels", "one"), "--labels one: give 2 different names, separated by commas."),
+        (
+            ("before", "after", "--labels", "one"),
+            "--labels one: give 2 different names, separated by commas.",
+        ),
         (("before", "--labels", "a,b"), "--labels a,b: give 1 different name, separated by commas."),
-        (("empty",), "empty: no file in it ends in .json or .json.gz. Give a trace file, or a folder with one file per rank."),
-        (("run",), "run/traces: no file in it ends in .json or .json.gz. It has the plans colwise, rowwise: give one, such as run/traces/colwise."),
-        (("text.json",), "text.json: is no Chrome trace: it begins with 'hello', not with { or [. Give torch.profiler's JSON, plain or gzip."),
+        (
+            ("empty",),
+            "empty: no file in it ends in .json or .json.gz. Give a trace file, or a folder with one file "
+            "per rank.",
+        ),
+        (
+            ("run",),
+            "run/traces: no file in it ends in .json or .json.gz. It has the plans colwise, rowwise: give "
+            "one, such as run/traces/colwise.",
+        ),
+        (
+            ("text.json",),
+            "text.json: is no Chrome trace: it begins with 'hello', not with { or [. Give torch.profiler's "
+            "JSON, plain or gzip.",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_gets_one_clear_line_and_exit_code_2(
     both: tuple[str, str], tmp_path: Path, args: tuple[str, ...], message: str
 ) -> None:
@@ -172,7 +188,8 @@ def test_the_report_of_a_profiled_run_is_drawn_with_its_parts(
 ) -> None:
     script = """
     const parts = [...document.querySelectorAll("section[aria-labelledby=profiles] .bar > span")];
-    seen.push([String(parts.length > 5), String(parts.every((part) => getComputedStyle(part).backgroundColor !== "rgba(0, 0, 0, 0)"))]);
+    seen.push([String(parts.length > 5), 
+      String(parts.every((part) => getComputedStyle(part).backgroundColor !== "rgba(0, 0, 0, 0)"))]);
     """
     page = (recorded / "report.html").read_text()
     seen = visit(browser, driven(page, script), tmp_path)
@@ -189,7 +206,8 @@ def test_the_page_is_drawn_offline_sorts_and_hostile_names_stay_text(browser: st
     const before = first();
     const button = table.tHead.rows[0].cells[0].querySelector("button");
     button.click(); button.click();
-    seen.push([before, first(), String(document.querySelectorAll("svg.lanes rect").length >= 2), String(document.images.length), String(window.alerted || "")]);
+    seen.push([before, first(), String(document.querySelectorAll("svg.lanes rect").length >= 2),
+      String(document.images.length), String(window.alerted || "")]);
     """
     seen = visit(browser, driven(page, script), tmp_path)
     assert seen.console == ()

@@ -1,4 +1,5 @@
-"""The example as a user runs it: as one process and under torchrun; what it prints, and going on from its checkpoints on other ranks."""
+"""The example as a user runs it: as one process and under torchrun; what it prints, and going on from its
+checkpoints on other ranks."""
 
 import os
 import re

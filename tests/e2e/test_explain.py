@@ -1,4 +1,5 @@
-"""`shardwise explain` as a user meets it: what it prints, writes and returns, and what it says to a mistake."""
+"""`shardwise explain` as a user meets it: what it prints, writes and returns, and what it says to a
+mistake."""
 
 import json
 import os
@@ -75,12 +76,14 @@ def test_a_gpt_is_explained_at_another_size_and_at_the_sequence_that_it_has_posi
     [
         (
             ("--model", "gpt-debug?layers=4"),
-            'model "gpt-debug?layers=4": gpt-debug has no "layers". Did you mean "n_layers"? Known: vocab_size, hidden, n_layers, n_heads, '
+            'model "gpt-debug?layers=4": gpt-debug has no "layers". Did you mean "n_layers"? Known: '
+            "vocab_size, hidden, n_layers, n_heads, "
             "ffn_hidden, max_seq, norm_eps, tied.",
         ),
         (
             ("--model", "gpt-debug?tied=false", "--seq", "1032"),
-            '--seq 1032: gpt-debug?tied=false has positions for 1024. Use --seq 1024, or --model "gpt-debug?tied=false,max_seq=1032".',
+            "--seq 1032: gpt-debug?tied=false has positions for 1024. Use --seq 1024, or --model "
+            '"gpt-debug?tied=false,max_seq=1032".',
         ),
     ],
 )
@@ -114,7 +117,8 @@ def test_a_walk_through_shows_the_zero_rows_in_the_terminal() -> None:
 
 def test_a_factory_of_the_user_s_is_explained_unsharded(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
-        "from torch import nn\ndef build():\n    return nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 50))\n"
+        "from torch import nn\ndef build():\n    return nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, "
+        "8), nn.GELU(), nn.Linear(8, 50))\n"
     )
     ended = shardwise(
         "explain",
@@ -137,9 +141,19 @@ def test_a_hostile_config_harms_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "<script>alert(1)<"
     folder.mkdir()
     (folder / "config.json").write_text(
-        json.dumps({"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 64,
-                    "num_attention_heads": 4, "num_key_value_heads": 4, "architectures": ["</script><script>alert(2)</script>"]})
-    )  # fmt: skip
+        json.dumps(
+            {
+                "model_type": "llama",
+                "num_hidden_layers": 2,
+                "hidden_size": 64,
+                "intermediate_size": 64,
+                "vocab_size": 64,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+                "architectures": ["</script><script>alert(2)</script>"],
+            }
+        )
+    )
     out = tmp_path / "out"
     ended = shardwise("explain", *SMALL, "--model", f"hf:./{folder.name}", "--out", str(out), cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
@@ -164,18 +178,41 @@ REFUSED = [
     (("rowise",), 'unknown plan "rowise". Did you mean "rowwise"?'),
     (("--device", "tpu"), '--device is "tpu". Did you mean "cpu"? Allowed: cuda, cpu.'),
     (("--dtype", "float8"), '--dtype is "float8".'),
-    (("--mesh", "tp=3", "--seq", "12"), 'plan "rowwise": rule "layers.*.attention.wk" (colwise) splits 4 KV heads of layers.0.attention over tp=3. Use tp in {1, 2, 4}.'),
-    (("--mesh", "tp=4", "--seq", "33"), 'plan "rowwise": rule "tok_embeddings" (rowwise) cuts the sequence, and 33 is no multiple of tp=4.'),
-    (("--mesh", "dp=2,tp=2", "--batch", "3"), "--batch 3 can't be cut into 2 data-parallel parts of 1 micro-batches. Use a multiple of 2."),
+    (
+        ("--mesh", "tp=3", "--seq", "12"),
+        'plan "rowwise": rule "layers.*.attention.wk" (colwise) splits 4 KV heads of layers.0.attention '
+        "over tp=3. Use tp in {1, 2, 4}.",
+    ),
+    (
+        ("--mesh", "tp=4", "--seq", "33"),
+        'plan "rowwise": rule "tok_embeddings" (rowwise) cuts the sequence, and 33 is no multiple of tp=4.',
+    ),
+    (
+        ("--mesh", "dp=2,tp=2", "--batch", "3"),
+        "--batch 3 can't be cut into 2 data-parallel parts of 1 micro-batches. Use a multiple of 2.",
+    ),
     (("--mesh", "tp=2", "--rank", "2"), "rank 2 is not on mesh tp=2. Use 0 to 1."),
-    (("unsharded", "--mesh", "tp=2"), 'plan "unsharded" shards nothing, and mesh tp=2 has a tp axis. Use tp=1, or another plan.'),
+    (
+        ("unsharded", "--mesh", "tp=2"),
+        'plan "unsharded" shards nothing, and mesh tp=2 has a tp axis. Use tp=1, or another plan.',
+    ),
     (("hf", "--mesh", "tp=2"), 'plan "hf": Llama is no Hugging Face model.'),
-    (("own", "--mesh", "tp=2"), 'plan "own": llama3-debug doesn\'t shard itself. It is for package.module:factory where the factory takes a mesh.'),
+    (
+        ("own", "--mesh", "tp=2"),
+        'plan "own": llama3-debug doesn\'t shard itself. It is for package.module:factory where the '
+        "factory takes a mesh.",
+    ),
     (("--model", "hf:qwen33"), 'model "hf:qwen33":'),
     (("--model", "no.such:thing"), 'model "no.such:thing": no module "no"'),
-    (("--walk", "tok_embedings"), '--walk: llama3-debug has no module "tok_embedings". Did you mean "tok_embeddings"?'),
-    (("--walk", "layers.0.attention"), "--walk: layers.0.attention, a Attention under gather_input, has no walk-through."),
-]  # fmt: skip
+    (
+        ("--walk", "tok_embedings"),
+        '--walk: llama3-debug has no module "tok_embedings". Did you mean "tok_embeddings"?',
+    ),
+    (
+        ("--walk", "layers.0.attention"),
+        "--walk: layers.0.attention, a Attention under gather_input, has no walk-through.",
+    ),
+]
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED, ids=[" ".join(options) for options, _ in REFUSED])
@@ -199,7 +236,8 @@ def test_a_folder_that_can_t_be_written_is_said(tmp_path: Path) -> None:
     ended = shardwise("explain", *SMALL, "--out", str(out))
     assert ended.returncode == 3
     assert ended.stderr.splitlines()[-1] == (
-        f"shardwise: can't write {out}/explanation.json: No space left on device. Free space there, or choose another folder with --out."
+        f"shardwise: can't write {out}/explanation.json: No space left on device. Free space there, or "
+        "choose another folder with --out."
     )
 
 

@@ -1,4 +1,5 @@
-"""The page of explain in a real headless Chromium: it asks the network for nothing, draws its charts, sorts, and fits a phone."""
+"""The page of explain in a real headless Chromium: it asks the network for nothing, draws its charts, sorts,
+and fits a phone."""
 
 from pathlib import Path
 
@@ -44,8 +45,10 @@ def test_every_bar_has_its_size(browser: str, tmp_path: Path) -> None:
     for (const chart of ["chart-wire", "chart-memory"]) {
       const bars = [...document.querySelectorAll(`#${chart} .bar`)];
       const parts = bars.flatMap((bar) => [...bar.children]);
-      const isSeen = parts.every((part) => width(part) >= 2 && getComputedStyle(part).backgroundColor !== "rgba(0, 0, 0, 0)");
-      const fits = bars.every((bar) => [...bar.children].at(-1).getBoundingClientRect().right <= bar.getBoundingClientRect().right + 6);
+      const isSeen = parts.every((part) => width(part) >= 2 &&
+        getComputedStyle(part).backgroundColor !== "rgba(0, 0, 0, 0)");
+      const fits = bars.every((bar) => 
+        [...bar.children].at(-1).getBoundingClientRect().right <= bar.getBoundingClientRect().right + 6);
       seen.push([chart, String(bars.length), String(parts.length), String(isSeen), String(fits)]);
     }
     """
@@ -57,7 +60,8 @@ def test_the_backward_is_drawn_under_the_forward_the_other_way_round(browser: st
     script = """
     const layers = [...document.querySelectorAll(".band .layer")];
     for (const layer of layers) {
-      const stops = [...layer.querySelectorAll(".stop")].sort((a, b) => a.getBoundingClientRect().left - b.getBoundingClientRect().left);
+      const stops = [...layer.querySelectorAll(".stop")].sort((a, b) =>
+        a.getBoundingClientRect().left - b.getBoundingClientRect().left);
       seen.push(stops.map((stop) => (stop.querySelector(".what") || stop).textContent.trim()));
     }
     """
@@ -69,12 +73,16 @@ def test_the_backward_is_drawn_under_the_forward_the_other_way_round(browser: st
 def test_a_click_sorts_a_table_and_each_reason_stays_under_its_row(browser: str, tmp_path: Path) -> None:
     script = """
     const table = document.querySelector("table.groups");
-    const note = (what) => seen.push([what, ...[...table.tBodies].map((body) => body.rows[0].cells[2].textContent.trim())]);
-    const reasons = () => seen.push([String([...table.tBodies].every((body) => body.rows[1].textContent.includes("needs it")))]);
+    const note = (what) => seen.push([what,
+      ...[...table.tBodies].map((body) => body.rows[0].cells[2].textContent.trim())]);
+    const reasons = () => seen.push([
+      String([...table.tBodies].every((body) => body.rows[1].textContent.includes("needs it")))]);
     const button = table.tHead.rows[0].cells[2].querySelector("button");
-    note("as it was"); button.click(); note(table.tHead.rows[0].cells[2].getAttribute("aria-sort")); reasons();
+    note("as it was"); button.click();
+    note(table.tHead.rows[0].cells[2].getAttribute("aria-sort")); reasons();
     button.click(); note(table.tHead.rows[0].cells[2].getAttribute("aria-sort"));
-    table.tHead.rows[0].cells[1].querySelector("button").click(); note(table.tHead.rows[0].cells[1].getAttribute("aria-sort"));
+    table.tHead.rows[0].cells[1].querySelector("button").click();
+    note(table.tHead.rows[0].cells[1].getAttribute("aria-sort"));
     """
     order = ["x 1", "x 4", "x 4", "x 4", "x 4", "x 1", "x 3", "x 1"]
     found = seen_by(visit(browser, driven(PAGES["one plan"], script), tmp_path).dom)
@@ -100,7 +108,8 @@ def test_nothing_is_wider_than_the_screen(browser: str, tmp_path: Path, page: st
     # a window is at least 500 pixels wide; a frame can be as narrow as a phone
     frame = (
         f'<!doctype html><iframe src="explain.html" style="width:{width}px;height:900px;border:0"></iframe>'
-        '<script>addEventListener("message", (event) => { document.body.dataset.seen = event.data; });</script>'
+        '<script>addEventListener("message", (event) => { document.body.dataset.seen = event.data; '
+        "});</script>"
     )
     ((content, screen),) = seen_by(visit(browser, frame, tmp_path).dom)
     assert int(content) <= int(screen)
@@ -122,7 +131,10 @@ def test_a_hostile_name_is_text_and_nothing_else(browser: str, tmp_path: Path, t
 
 
 def test_a_script_that_slips_into_the_page_does_not_run(browser: str, tmp_path: Path) -> None:
-    slipped = '<img src=x onerror="document.body.dataset.slipped = 1"><script>document.body.dataset.slipped = 2</script>'
+    slipped = (
+        '<img src=x onerror="document.body.dataset.slipped = 1"><script>document.body.dataset.slipped = '
+        "2</script>"
+    )
     seen = visit(browser, PAGES["one plan"].replace("</main>", f"</main>{slipped}"), tmp_path)
     assert "data-slipped" not in seen.dom
     assert any("Content Security Policy" in line for line in seen.console)

@@ -1,4 +1,5 @@
-"""The installed script, as a process of its own: what the other files show of a command in their own process holds for it too."""
+"""The installed script, as a process of its own: what the other files show of a command in their own process
+holds for it too."""
 
 import json
 from pathlib import Path

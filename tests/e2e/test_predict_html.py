@@ -1,4 +1,5 @@
-"""The pages of predict in a real headless Chromium: they ask the network for nothing, draw their bars, sort, and fit a phone."""
+"""The pages of predict in a real headless Chromium: they ask the network for nothing, draw their bars, sort,
+and fit a phone."""
 
 from pathlib import Path
 
@@ -47,9 +48,11 @@ def test_every_bar_has_its_size_and_the_capacity_is_a_line(browser: str, tmp_pat
     for (const chart of ["chart-terms", "chart-memory"]) {
       const bars = [...document.querySelectorAll(`#${chart} .bar`)];
       const parts = bars.flatMap((bar) => [...bar.children]);
-      const isSeen = parts.every((part) => box(part).width >= 2 && getComputedStyle(part).backgroundColor !== "rgba(0, 0, 0, 0)");
+      const isSeen = parts.every((part) => box(part).width >= 2 &&
+        getComputedStyle(part).backgroundColor !== "rgba(0, 0, 0, 0)");
       const lines = [...document.querySelectorAll(`#${chart} .limit`)];
-      const places = lines.map((line) => Math.round(100 * (box(line).left - box(bars[0]).left) / box(bars[0]).width));
+      const places = lines.map((line) =>
+        Math.round(100 * (box(line).left - box(bars[0]).left) / box(bars[0]).width));
       seen.push([chart, String(bars.length), String(parts.length), String(isSeen), ...places.map(String)]);
     }
     """
@@ -84,7 +87,8 @@ def test_nothing_is_wider_than_the_screen(browser: str, tmp_path: Path, page: st
     # a window is at least 500 pixels wide; a frame can be as narrow as a phone
     frame = (
         f'<!doctype html><iframe src="predict.html" style="width:{width}px;height:900px;border:0"></iframe>'
-        '<script>addEventListener("message", (event) => { document.body.dataset.seen = event.data; });</script>'
+        '<script>addEventListener("message", (event) => { document.body.dataset.seen = event.data; '
+        "});</script>"
     )
     ((content, screen),) = seen_by(visit(browser, frame, tmp_path).dom)
     assert int(content) <= int(screen)

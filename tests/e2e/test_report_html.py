@@ -1,4 +1,5 @@
-"""The page in a real headless Chromium: it draws, it asks the network for nothing, and names from files stay text."""
+"""The page in a real headless Chromium: it draws, it asks the network for nothing, and names from files stay
+text."""
 
 import json
 import re
@@ -38,7 +39,8 @@ MODULE_CHARTS = {"chart-step", "chart-ratio", "chart-memory", "chart-wire"}
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """What a browser made of a page: its DOM afterwards, its console, and every address that the page asked for."""
+    """What a browser made of a page: its DOM afterwards, its console, and every address that the page asked
+    for."""
 
     dom: str
     console: tuple[str, ...]
@@ -77,7 +79,8 @@ def browser() -> str:
     found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if found is None:
         pytest.skip(
-            f"THE PAGE WAS NOT SEEN BY A BROWSER: none of {', '.join(BROWSERS)} is installed (apt-get install chromium)"
+            f"THE PAGE WAS NOT SEEN BY A BROWSER: none of {', '.join(BROWSERS)} is installed (apt-get "
+            "install chromium)"
         )
     return found
 
@@ -114,7 +117,8 @@ def visit(browser: str, page: str, directory: Path, *options: str) -> Visit:
     written = json.loads(log.read_text(encoding="utf-8"))
     started = written["constants"]["logEventTypes"]["URL_REQUEST_START_JOB"]
     asked = (event.get("params", {}) for event in written["events"] if event["type"] == started)
-    # the browser asks its maker for the time and for updates, whatever the page: those requests come from no origin
+    # the browser asks its maker for the time and for updates, whatever the page: those requests come from no
+    # origin
     requests = tuple(
         found["url"] for found in asked if "url" in found and found["initiator"] != "not an origin"
     )
@@ -164,7 +168,10 @@ def test_a_hostile_name_is_text_and_nothing_else(browser: str, tmp_path: Path) -
 
 
 def test_a_script_that_slips_into_the_page_does_not_run(browser: str, tmp_path: Path) -> None:
-    slipped = '<img src=x onerror="document.body.dataset.slipped = 1"><script>document.body.dataset.slipped = 2</script>'
+    slipped = (
+        '<img src=x onerror="document.body.dataset.slipped = 1"><script>document.body.dataset.slipped = '
+        "2</script>"
+    )
     page = comparison_html(example()).replace("</header>", f"</header>{slipped}")
     seen = visit(browser, page, tmp_path)
     assert "data-slipped" not in seen.dom

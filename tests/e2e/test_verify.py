@@ -1,4 +1,5 @@
-"""`shardwise verify` as a user meets it: exit codes, JSON, bad input, Ctrl-C, the page in a real headless Chromium; and shardwise.testing."""
+"""`shardwise verify` as a user meets it: exit codes, JSON, bad input, Ctrl-C, the page in a real headless
+Chromium; and shardwise.testing."""
 
 import json
 import os
@@ -94,7 +95,8 @@ def test_a_plan_of_the_users_own_is_read_from_its_file(tmp_path: Path) -> None:
         (("unsharded",), 'plan "unsharded" has nothing to verify. Name a plan that shards.'),
         (
             ("--mesh", "dp=2,tp=2"),
-            "--mesh dp=2,tp=2: verify compares one tp axis of two ranks or more with one rank. Use --mesh tp=2.",
+            "--mesh dp=2,tp=2: verify compares one tp axis of two ranks or more with one rank. Use --mesh "
+            "tp=2.",
         ),
         (
             ("--mesh", "tp=1"),

@@ -1,4 +1,5 @@
-"""Equal layers are traced once: the Program from 3 and 4 of them is the one from all of them, item by item, with its memory."""
+"""Equal layers are traced once: the Program from 3 and 4 of them is the one from all of them, item by item,
+with its memory."""
 
 import pytest
 

@@ -1,4 +1,5 @@
-"""A made-up Comparison for tests of the report. NO NUMBER IN HERE WAS MEASURED; none may be quoted anywhere."""
+"""A made-up Comparison for tests of the report. NO NUMBER IN HERE WAS MEASURED; none may be quoted
+anywhere."""
 
 import math
 import random
@@ -27,7 +28,8 @@ MIB = 2**20
 
 
 def example(plans: tuple[str, ...] = ("rowwise", "colwise", "routed"), *, noise: bool = True) -> Comparison:
-    """Whole steps of `plans` on 2 gloo ranks, the first one also as its own A/A pair. The numbers are invented."""
+    """Whole steps of `plans` on 2 gloo ranks, the first one also as its own A/A pair. The numbers are
+    invented."""
     labels = [*plans, f"{plans[0]} (again)"] if noise else list(plans)
     measurements = tuple(
         _measurement(
@@ -58,7 +60,8 @@ def example(plans: tuple[str, ...] = ("rowwise", "colwise", "routed"), *, noise:
         rounds=21,
         warmup=3,
         environment=Environment(
-            command=f"shardwise compare {' '.join(plans)} --model llama3-debug --mesh tp=2 --batch 4 --seq 2048",
+            command=f"shardwise compare {' '.join(plans)} --model llama3-debug --mesh tp=2 --batch 4 --seq "
+            "2048",
             started="2026-01-31T12:00:00+00:00",
             machine="Invented CPU 9000",
             device="cpu",
@@ -161,7 +164,8 @@ def _measurement(label: str, plan_name: str, position: int, repeats: str | None)
         label=label,
         repeats=repeats,
         plan_name=plan_name,
-        plan_toml=f'name = "plan {position}"\nengine = "native"\n[rules]\n"tok_embeddings" = "rowwise"\n"output" = {{ style = "colwise" }}\n',
+        plan_toml=f'name = "plan {position}"\nengine = "native"\n[rules]\n"tok_embeddings" = "rowwise"\n'
+        '"output" = { style = "colwise" }\n',
         engine="native",
         step_s=step_s,
         rank_step_s=(step_s, tuple(value * 0.99 for value in step_s)),

@@ -1,4 +1,5 @@
-"""Explanations to draw: invented, in the proportions of small ones. What real programs are explained as: tests/unit/test_explain.py."""
+"""Explanations to draw: invented, in the proportions of small ones. What real programs are explained as:
+tests/unit/test_explain.py."""
 
 from dataclasses import replace
 
@@ -149,7 +150,8 @@ def explanation(plan: str = "rowwise") -> Explanation:
 
 
 def dtensor_example() -> Explanation:
-    """Two findings, a gradient that is not as its parameter, a reduce-scatter that is an all-to-all, copies around it, nobody told why."""
+    """Two findings, a gradient that is not as its parameter, a reduce-scatter that is an all-to-all, copies
+    around it, nobody told why."""
     whole = explanation("rowwise@dtensor")
     first, *others = whole.collectives
     stands_for = replace(first, kind=CollectiveKind.ALL_TO_ALL, copied_bytes=32 * MIB)
@@ -169,7 +171,8 @@ def dtensor_example() -> Explanation:
 
 
 def alone_example() -> Explanation:
-    """One rank, nothing sent, no layers, no gradient for one parameter, a step that needs no more than it holds."""
+    """One rank, nothing sent, no layers, no gradient for one parameter, a step that needs no more than it
+    holds."""
     whole = explanation("unsharded")
     frozen = replace(whole.holdings[-1], grad_placement=None, grad_shape=None, gradient_bytes=0)
     return replace(
@@ -222,7 +225,8 @@ def hostile_example(text: str) -> Explanation:
 
 
 def contrast_example(first: Explanation | None = None, second: Explanation | None = None) -> Contrast:
-    """rowwise against colwise, unless others are given: they differ in the embedding, and in the size of one collective."""
+    """rowwise against colwise, unless others are given: they differ in the embedding, and in the size of one
+    collective."""
     one, other = first or explanation("rowwise"), second or explanation("colwise")
     different = one.collectives[1:2]
     return Contrast(

@@ -63,7 +63,10 @@ def test_a_verb_is_the_verb_also_after_the_room_of_its_name_was_imported() -> No
 
 
 def test_importing_shardwise_loads_neither_torch_nor_a_room() -> None:
-    loaded = "import shardwise, sys; print([name for name in sys.modules if name.startswith(('torch', 'shardwise.'))])"
+    loaded = (
+        "import shardwise, sys; print([name for name in sys.modules if name.startswith(('torch', "
+        "'shardwise.'))])"
+    )
     ended = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
     assert ended.stdout == "[]\n"
 

@@ -13,7 +13,8 @@ KEEPS_THE_NAMES = SOURCE / "core" / "mesh.py"
 
 
 def deciding_names(tree: ast.AST) -> list[tuple[int, str]]:
-    """(line, name) of each string that is an axis' name and nothing else. A docstring or a sentence never is one."""
+    """(line, name) of each string that is an axis' name and nothing else. A docstring or a sentence never is
+    one."""
     return [
         (node.lineno, node.value)
         for node in ast.walk(tree)

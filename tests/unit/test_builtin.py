@@ -68,7 +68,8 @@ def test_routed_is_not_offered_without_sequence_parallelism(name: str) -> None:
 )
 def test_an_unknown_plan_is_one_line(name: str, hint: str) -> None:
     message = (
-        f'unknown plan "{name}".{hint} Known: rowwise, colwise, routed, routed-interleaved, replicated, rowwise@dtensor, colwise@dtensor; '
+        f'unknown plan "{name}".{hint} Known: rowwise, colwise, routed, routed-interleaved, replicated, '
+        "rowwise@dtensor, colwise@dtensor; "
         "or the path of a .toml file."
     )
     with pytest.raises(PlanError, match=f"^{re.escape(message)}$"):

@@ -1,4 +1,5 @@
-"""A case file is read by every verb: what all share at the top, a table per verb for what only that one knows."""
+"""A case file is read by every verb: what all share at the top, a table per verb for what only that one
+knows."""
 
 import tomllib
 from dataclasses import replace

@@ -1,4 +1,5 @@
-"""Digests of tensors: equal for equal bits, and for nothing else that happens in practice. On real ranks: test_styles.py."""
+"""Digests of tensors: equal for equal bits, and for nothing else that happens in practice. On real ranks:
+test_styles.py."""
 
 from random import Random
 

@@ -1,4 +1,5 @@
-"""The docs: every command, option and public name is told, every page is in the site, and every link leads somewhere."""
+"""The docs: every command, option and public name is told, every page is in the site, and every link leads
+somewhere."""
 
 import inspect
 import re

@@ -158,8 +158,8 @@ def test_modules_that_each_gather_the_same_input_are_found_with_the_advice() -> 
     finding = next(f for f in explain(program).findings if f.kind is FindingKind.COLLECTIVES_REPEAT)
     assert finding.subject == "layers.*.attention, layers.*.feed_forward"
     assert (
-        "(wq, wk, wv in layers.*.attention; w1, w3 in layers.*.feed_forward): 5 all-gathers per layer against 2"
-        in finding.reason
+        "(wq, wk, wv in layers.*.attention; w1, w3 in layers.*.feed_forward): 5 all-gathers per layer "
+        "against 2" in finding.reason
     )
     extra = 3 * LAYERS * (2 * 16 * 48 * 4) / 2 / 2**20
     assert f"{extra:,.3g} MiB more on the wire" in finding.reason

@@ -56,8 +56,8 @@ def test_the_table_says_how_long_each_took_and_what_more_ranks_cost() -> None:
     text = blocks(run(environment()))["benchmark-explain-speed"]
     assert "| `shardwise explain` | 5.0 | 4.0 to 6.0 | 0.50 | at most 8 s, 0.6 GiB | met |" in text
     assert (
-        "- many: 1.00 of the time of a (rounds 1.00 to 1.10; the rounds of a are 0.80 to 1.20 of their own median)"
-        in text
+        "- many: 1.00 of the time of a (rounds 1.00 to 1.10; the rounds of a are 0.80 to 1.20 of their own "
+        "median)" in text
     )
 
 

@@ -1,4 +1,5 @@
-"""Explanation and Contrast -> terminal, JSON and HTML text. The page in a real browser: tests/e2e/test_explain_html.py."""
+"""Explanation and Contrast -> terminal, JSON and HTML text. The page in a real browser:
+tests/e2e/test_explain_html.py."""
 
 import html
 import json
@@ -335,8 +336,8 @@ def test_the_smaller_copies_and_holders_are_summed_up() -> None:
 def test_what_the_data_decide_is_told_with_mean_largest_rank_and_bound() -> None:
     for where, text in every_drawing(explanation("routed")).items():
         assert (
-            "Decided by the data: this rank sends 2.50 MiB, the ranks 3.00 MiB on average, rank 3 most with 5.00 MiB"
-            in text
+            "Decided by the data: this rank sends 2.50 MiB, the ranks 3.00 MiB on average, rank 3 most "
+            "with 5.00 MiB" in text
         ), where
         assert "no batch needs more than 28.0 MiB" in text, where
     assert BY_DATA.max_rank == 3
@@ -554,7 +555,8 @@ def test_json_has_its_version_first_placements_as_in_plans_and_what_is_worked_ou
         ),
         (
             lambda table: table["collectives"][0].update(before="torn"),
-            'e.json: not a saved explanation: "torn" is no placement. Allowed: shard(DIM), replicate, partial - at `$.collectives[0].before`. ',
+            'e.json: not a saved explanation: "torn" is no placement. Allowed: shard(DIM), replicate, '
+            "partial - at `$.collectives[0].before`. ",
         ),
         (
             lambda table: table["collectives"][0].update(before=3),
@@ -592,7 +594,8 @@ def test_unknown_fields_are_ignored() -> None:
 
 def test_drawing_an_explanation_imports_no_torch() -> None:
     program = (
-        "import sys, shardwise.report.explain.html, shardwise.files.document, shardwise.report.explain.tables;"
+        "import sys, shardwise.report.explain.html, shardwise.files.document, "
+        "shardwise.report.explain.tables;"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

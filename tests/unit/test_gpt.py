@@ -1,4 +1,5 @@
-"""The GPT family: exact sizes, the same logits as Hugging Face's, heads that a contiguous part of QKV holds whole, errors, initial weights."""
+"""The GPT family: exact sizes, the same logits as Hugging Face's, heads that a contiguous part of QKV holds
+whole, errors, initial weights."""
 
 import importlib.util
 from dataclasses import replace
@@ -20,7 +21,8 @@ CONFIG = GPTConfig(97, 96, 2, 12, 160, 64)
 
 
 def published(hidden: int, layers: int) -> int:
-    """Narayanan et al. 2021, equation 2, for vocabulary 51,200 and 2048 positions; beside it the last norm, which it leaves out."""
+    """Narayanan et al. 2021, equation 2, for vocabulary 51,200 and 2048 positions; beside it the last norm,
+    which it leaves out."""
     return 12 * layers * hidden**2 + 13 * layers * hidden + (51_200 + 2048) * hidden + 2 * hidden
 
 
@@ -80,7 +82,8 @@ def some_ids() -> Tensor:
 
 
 def hugging_face(model: GPT) -> Any:
-    """The same model as transformers has it, with the same weights: transposed, and all queries before all keys before all values."""
+    """The same model as transformers has it, with the same weights: transposed, and all queries before all
+    keys before all values."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = model.config
@@ -128,7 +131,8 @@ def _hugging_face_name(name: str) -> str:
 
 @pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None,
-    reason="transformers isn't installed, so the logits are NOT compared with Hugging Face's: pip install shardwise[hf]",
+    reason="transformers isn't installed, so the logits are NOT compared with Hugging Face's: pip install "
+    "shardwise[hf]",
 )
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_logits_equal_those_of_transformers(tied: bool) -> None:
@@ -172,7 +176,8 @@ def test_heads_of_a_fused_projection_are_counted_as_heads(tp: int, sizes: str) -
     with pytest.raises(PlanError) as caught:
         resolve(GPT(CONFIG), builtin_plan("rowwise", family=Family.GPT), tp=tp)
     assert str(caught.value) == (
-        f'plan "rowwise": rule "layers.*.attention.wqkv" (colwise) splits 12 heads of layers.0.attention over tp={tp}. Use tp in {sizes}.'
+        'plan "rowwise": rule "layers.*.attention.wqkv" (colwise) splits 12 heads of layers.0.attention '
+        f"over tp={tp}. Use tp in {sizes}."
     )
 
 

@@ -49,8 +49,9 @@ SWEEP = Sweep(
 
 def test_counts_are_of_types_and_of_those_with_a_plan() -> None:
     assert summary(SWEEP) == (
-        "Of the 4 causal language model types, 3 are explained unsharded. 2 of these have a tensor-parallel plan of their own, and 1 are "
-        "explained under it too. 2 are explained both ways, or have no plan. Of 4,800 ops in all these steps the catalogue doesn't know 9."
+        "Of the 4 causal language model types, 3 are explained unsharded. 2 of these have a "
+        "tensor-parallel plan of their own, and 1 are explained under it too. 2 are explained both ways, "
+        "or have no plan. Of 4,800 ops in all these steps the catalogue doesn't know 9."
     )
     assert [row.is_whole for row in SWEEP.rows] == [True, True, False, False]
 
@@ -58,7 +59,8 @@ def test_counts_are_of_types_and_of_those_with_a_plan() -> None:
 def test_tables_show_misses_with_their_reasons_and_no_mark_up_of_others() -> None:
     made = blocks(SWEEP)
     assert (
-        "| yes_type | 2 | yes | yes | 50.0% | 7 | 1,200 | new, odd |\n| planless | 2 | yes | no plan |  |  | 1,200 |  |\n"
+        "| yes_type | 2 | yes | yes | 50.0% | 7 | 1,200 | new, odd |\n| planless | 2 | yes | no plan |  |  "
+        "| 1,200 |  |\n"
         "| miss | 2 | yes | **no** |  |  | 1,200 | new, odd |\n| none |  | **no** | **no** |  |  |  |  |\n"
         in made["benchmark-hf-explain"]
     )

@@ -1,4 +1,5 @@
-"""Hugging Face models as sources, and plan `hf` on a fake process group. Numbers on real ranks: tests/distributed/test_hugging_face.py."""
+"""Hugging Face models as sources, and plan `hf` on a fake process group. Numbers on real ranks:
+tests/distributed/test_hugging_face.py."""
 
 import json
 import sys
@@ -27,7 +28,10 @@ pytest.importorskip(
     reason="transformers isn't installed, so nothing of it is tested: pip install shardwise[hf]",
 )
 
-SMALL = "vocab_size=65,hidden_size=32,intermediate_size=48,num_attention_heads=4,num_key_value_heads=2,num_hidden_layers=2"
+SMALL = (
+    "vocab_size=65,hidden_size=32,intermediate_size=48,num_attention_heads=4,num_key_value_heads=2,"
+    "num_hidden_layers=2"
+)
 TINY_LLAMA = f"hf:llama?{SMALL}"
 DEEP_CONFIG = '{"model_type": "llama", "a": ' * 50_000 + "1" + "}" * 50_000
 
@@ -187,7 +191,8 @@ def test_experts_are_batched_except_in_bfloat16() -> None:
         ),
         (
             "hf:meta-llama/Llama-3.1-8B",
-            "no such file. The hub is never read: download config.json and give its path, or give a type, such as hf:qwen3.",
+            "no such file. The hub is never read: download config.json and give its path, or give a type, "
+            "such as hf:qwen3.",
         ),
         (
             "hf:qwen3?num_hiden_layers=2",
@@ -206,13 +211,13 @@ def test_experts_are_batched_except_in_bfloat16() -> None:
         ),
         (
             "hf:qwen3?vocab_size=0.5",
-            "transformers refuses its configuration: TypeError: Field 'vocab_size' expected int, got float (value: 0.5). Change the "
-            "configuration.",
+            "transformers refuses its configuration: TypeError: Field 'vocab_size' expected int, got float "
+            "(value: 0.5). Change the configuration.",
         ),
         (
             "hf:gpt2?n_embd=64",
-            "transformers can't build it: ValueError: `embed_dim` must be divisible by num_heads (got `embed_dim`: 64 and `num_heads`: 12). "
-            "Change the configuration.",
+            "transformers can't build it: ValueError: `embed_dim` must be divisible by num_heads (got "
+            "`embed_dim`: 64 and `num_heads`: 12). Change the configuration.",
         ),
         (
             "hf:qwen3?num_hidden_layers=1000000000000",
@@ -259,8 +264,8 @@ def test_what_is_wrong_with_a_name_is_one_line(name: str, message: str) -> None:
         ),
         (
             {"model_type": "llama", "num_hidden_layers": "many"},
-            "transformers refuses its configuration: TypeError: Field 'num_hidden_layers' expected int, got str (value: 'many'). Change the "
-            "configuration.",
+            "transformers refuses its configuration: TypeError: Field 'num_hidden_layers' expected int, "
+            "got str (value: 'many'). Change the configuration.",
         ),
     ],
 )
@@ -347,7 +352,8 @@ def test_a_user_s_factory_may_return_a_hugging_face_model(
     (tmp_path / "own_hugging_face.py").write_text(
         "from transformers import LlamaConfig, LlamaForCausalLM\n"
         "def tiny():\n"
-        "    return LlamaForCausalLM(LlamaConfig(vocab_size=65, hidden_size=32, intermediate_size=48, num_hidden_layers=1,\n"
+        "    return LlamaForCausalLM(LlamaConfig(vocab_size=65, hidden_size=32, intermediate_size=48, "
+        "num_hidden_layers=1,\n"
         "                                        num_attention_heads=4))\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -449,7 +455,8 @@ def test_a_model_without_a_plan_of_its_own_is_refused_in_one_line(model_type: st
     with pytest.raises(PlanError) as caught:
         parallelize_hugging_face(model, mesh)
     assert str(caught.value) == (
-        f'plan "hf": transformers has no tensor-parallel plan for {type(model).__name__}. Explain it without a plan, or shard it by one of '
+        f'plan "hf": transformers has no tensor-parallel plan for {type(model).__name__}. Explain it '
+        "without a plan, or shard it by one of "
         "your own."
     )
 
@@ -469,7 +476,8 @@ def test_a_head_that_would_leave_the_logits_cut_is_refused(mesh: DeviceMesh) -> 
     with pytest.raises(PlanError) as caught:
         parallelize_hugging_face(model, mesh)
     assert str(caught.value) == (
-        'plan "hf": its head lm_head is colwise, so each rank would hold a part of the logits and none could tell the loss. transformers\' own '
+        'plan "hf": its head lm_head is colwise, so each rank would hold a part of the logits and none '
+        "could tell the loss. transformers' own "
         "plans say colwise_gather_output."
     )
     assert not any(isinstance(p, DTensor) for p in model.parameters())

@@ -67,7 +67,8 @@ def test_a_constant_or_a_table_missing_says_how_to_write_it() -> None:
     forward = next(line for line in TEXT.splitlines() if line.startswith("forward = ") and '"us"' in line)
     with pytest.raises(
         MachineError,
-        match=r"launch.forward is missing. Write forward = { value = ..., unit = \"...\", source = \"...\" }. Plaus",
+        match=r"launch.forward is missing. Write forward = { value = ..., unit = \"...\", source = \"...\" "
+        r"}. Plaus",
     ):
         machine_from_toml(TEXT.replace(forward, ""), "mine.toml")
     before, _, after = TEXT.partition("[launch]")

@@ -28,7 +28,10 @@ cap = { value = 700, unit = "W", per = "device", source = "sheet" }
 [matmul.bfloat16]
 peak = { value = 989.4, unit = "TFLOP/s", per = "device", source = "sheet" }
 units = { value = 132, unit = "1", source = "sheet" }
-tiles = { value = [[128, 256, 0.7], [64, 64, 0.31]], unit = "rows, columns, share of peak", source = "x", fitted = "435 matmuls" }
+tiles.value = [[128, 256, 0.7], [64, 64, 0.31]]
+tiles.unit = "rows, columns, share of peak"
+tiles.source = "x"
+tiles.fitted = "435 matmuls"
 start = { value = 3.1, unit = "us", source = "x", fitted = "435 matmuls" }
 extra_k = { value = 85, unit = "1", source = "x" }
 [attention.bfloat16]

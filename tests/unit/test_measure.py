@@ -173,7 +173,8 @@ def lines(measurements: tuple[Measurement, ...], backend: str = "nccl") -> list[
 
 def test_a_plan_whose_interval_leaves_out_one_is_called_faster_with_its_numbers() -> None:
     assert lines(plans_of(0.8))[0] == (
-        "colwise is faster than rowwise: 0.800 (98 % interval 0.800 to 0.800, 10 pairs) of its time per step, 20 % less."
+        "colwise is faster than rowwise: 0.800 (98 % interval 0.800 to 0.800, 10 pairs) of its time per "
+        "step, 20 % less."
     )
 
 
@@ -194,8 +195,8 @@ def test_a_noise_floor_that_leaves_out_one_warns() -> None:
 def test_two_rounds_are_too_few_to_claim_anything() -> None:
     few = measured(("a", (1.0, 1.0), None), ("b", (0.5, 0.5), None))
     assert lines(few) == [
-        "b against a: 0.500 (50 % interval 0.500 to 0.500, 2 pairs) of its time per step. Too few rounds to tell a difference; "
-        "use --rounds 6 or more."
+        "b against a: 0.500 (50 % interval 0.500 to 0.500, 2 pairs) of its time per step. Too few rounds "
+        "to tell a difference; use --rounds 6 or more."
     ]
 
 

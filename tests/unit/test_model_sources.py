@@ -110,8 +110,10 @@ def test_a_llama_spec_is_found_by_its_name_and_built_on_meta() -> None:
 
 def test_an_unknown_name_says_how_models_are_named() -> None:
     assert refusal("llama3-8B") == (
-        'unknown model "llama3-8B". Did you mean "llama3-8b"? Known: llama3-debug, llama3-8b, llama3-70b, llama3.1-405b, gpt-debug, '
-        "gpt3-1.3b, gpt3-6.7b, gpt3-175b, megatron-22b; NAME?KEY=VALUE,...; or hf:TYPE, hf:PATH of a config.json, or package.module:factory."
+        'unknown model "llama3-8B". Did you mean "llama3-8b"? Known: llama3-debug, llama3-8b, llama3-70b, '
+        "llama3.1-405b, gpt-debug, "
+        "gpt3-1.3b, gpt3-6.7b, gpt3-175b, megatron-22b; NAME?KEY=VALUE,...; or hf:TYPE, hf:PATH of a "
+        "config.json, or package.module:factory."
     )
 
 
@@ -136,7 +138,8 @@ OTHER_SIZES = {
 @pytest.mark.parametrize("name", OTHER_SIZES)
 def test_numbers_behind_a_specs_name_replace_its_own(name: str) -> None:
     base = get_spec(name.partition("?")[0])
-    assert find_model(name) == replace(base, name=name, config=replace(base.config, **OTHER_SIZES[name]))  # type: ignore[arg-type]
+    config = replace(base.config, **OTHER_SIZES[name])  # type: ignore[arg-type]
+    assert find_model(name) == replace(base, name=name, config=config)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +150,8 @@ def test_numbers_behind_a_specs_name_replace_its_own(name: str) -> None:
         ("n_layers=two", 'can\'t read "n_layers=two". Write KEY=VALUE with a number, true or false.'),
         (
             "layers=4",
-            'gpt3-175b has no "layers". Did you mean "n_layers"? Known: vocab_size, hidden, n_layers, n_heads, ffn_hidden, max_seq, norm_eps, tied.',
+            'gpt3-175b has no "layers". Did you mean "n_layers"? Known: vocab_size, hidden, n_layers, '
+            "n_heads, ffn_hidden, max_seq, norm_eps, tied.",
         ),
         ("n_layers=0", "n_layers is 0. Use a whole number from 1 to 4,096."),
         ("n_layers=4097", "n_layers is 4097. Use a whole number from 1 to 4,096."),
@@ -157,7 +161,8 @@ def test_numbers_behind_a_specs_name_replace_its_own(name: str) -> None:
         ("tied=1", "tied is 1. Use true or false."),
         (
             "hidden=1000",
-            "n_heads is 96 where hidden is 12288, and can't keep that ratio where hidden is 1000. Name it too: n_heads=...",
+            "n_heads is 96 where hidden is 12288, and can't keep that ratio where hidden is 1000. Name it "
+            "too: n_heads=...",
         ),
         ("n_heads=7", "gpt: hidden 12288 is no multiple of 7 heads."),
     ],
@@ -231,21 +236,25 @@ def test_a_factory_that_takes_a_mesh_may_shard_its_model_itself(own_folder: Path
     [
         (
             "own_model:Tiny",
-            'no module "own_model" in this folder or among the installed packages. Run it from the folder of your code, or install your '
+            'no module "own_model" in this folder or among the installed packages. Run it from the folder '
+            "of your code, or install your "
             "package.",
         ),
         (
             "own_models.part:Tiny",
-            'no module "own_models.part" in this folder or among the installed packages. Run it from the folder of your code, or install your '
+            'no module "own_models.part" in this folder or among the installed packages. Run it from the '
+            "folder of your code, or install your "
             "package.",
         ),
         (
             "own_needy:Tiny",
-            "importing own_needy raised ModuleNotFoundError: No module named 'a_package_that_is_not_there'. Try: python -c \"import own_needy\".",
+            "importing own_needy raised ModuleNotFoundError: No module named "
+            "'a_package_that_is_not_there'. Try: python -c \"import own_needy\".",
         ),
         (
             "own_broken:Tiny",
-            'importing own_broken raised ZeroDivisionError: division by zero. Try: python -c "import own_broken".',
+            'importing own_broken raised ZeroDivisionError: division by zero. Try: python -c "import '
+            'own_broken".',
         ),
         (
             "own_leaver:Tiny",
@@ -266,7 +275,8 @@ def test_a_factory_that_takes_a_mesh_may_shard_its_model_itself(own_folder: Path
         ("own_models:empty", "the factory returned NoneType. Return an nn.Module."),
         (
             "own_models:raises",
-            'the factory raised ValueError: no such... Call it by itself, under torch.device("meta"), to see where.',
+            'the factory raised ValueError: no such... Call it by itself, under torch.device("meta"), to '
+            "see where.",
         ),
         (
             "own_models:leaves",
@@ -274,11 +284,13 @@ def test_a_factory_that_takes_a_mesh_may_shard_its_model_itself(own_folder: Path
         ),
         (
             "own_models:needs",
-            'the factory needs an argument "hidden". It may take dtype and mesh; give any other a default, or name a function that takes none.',
+            'the factory needs an argument "hidden". It may take dtype and mesh; give any other a default, '
+            "or name a function that takes none.",
         ),
         (
             "own_models:only_by_place",
-            'the factory needs an argument "dtype". It may take dtype and mesh; give any other a default, or name a function that takes none.',
+            'the factory needs an argument "dtype". It may take dtype and mesh; give any other a default, '
+            "or name a function that takes none.",
         ),
         (
             "own_models:with_mesh",

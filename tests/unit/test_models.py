@@ -15,7 +15,8 @@ from shardwise.models.specs import SPECS, get_spec
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None,
-    reason="transformers isn't installed, so the logits are NOT compared with Hugging Face's: pip install shardwise[hf]",
+    reason="transformers isn't installed, so the logits are NOT compared with Hugging Face's: pip install "
+    "shardwise[hf]",
 )
 
 

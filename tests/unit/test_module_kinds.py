@@ -1,4 +1,5 @@
-"""What a module is, decided by what it does; and reasons that hang on it, for modules whose names say nothing."""
+"""What a module is, decided by what it does; and reasons that hang on it, for modules whose names say
+nothing."""
 
 import pytest
 from torch import Tensor, nn

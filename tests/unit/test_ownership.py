@@ -1,4 +1,5 @@
-"""Who owns which row, and the route of rows to the ranks that need them, for any vocabulary, number of ranks and ids."""
+"""Who owns which row, and the route of rows to the ranks that need them, for any vocabulary, number of ranks
+and ids."""
 
 import pytest
 import torch

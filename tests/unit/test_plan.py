@@ -230,11 +230,13 @@ STYLES = "rowwise, colwise, routed, replicated, sequence_parallel, gather_input,
         ),
         (
             '[rules]\n"a..b" = "rowwise"',
-            'mine.toml: rule "a..b": "a..b" is no pattern. Write a dotted module name; * is one level, ** any number.',
+            'mine.toml: rule "a..b": "a..b" is no pattern. Write a dotted module name; * is one level, ** '
+            "any number.",
         ),
         (
             '[rules]\n"" = "rowwise"',
-            'mine.toml: rule "": "" is no pattern. Write a dotted module name; * is one level, ** any number.',
+            'mine.toml: rule "": "" is no pattern. Write a dotted module name; * is one level, ** any '
+            "number.",
         ),
         (
             '[rules]\n"a" = "colwize"',
@@ -266,7 +268,8 @@ STYLES = "rowwise, colwise, routed, replicated, sequence_parallel, gather_input,
         ),
         (
             '[rules]\n"a" = { style = "routed", ownership = "interleave" }',
-            'mine.toml: rule "a": ownership is "interleave". Did you mean "interleaved"? Allowed: contiguous, interleaved.',
+            'mine.toml: rule "a": ownership is "interleave". Did you mean "interleaved"? Allowed: '
+            "contiguous, interleaved.",
         ),
     ],
 )

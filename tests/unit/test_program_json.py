@@ -95,18 +95,30 @@ REFUSED = [
     (changed("model", value=3), "not a saved program: Expected `str`, got `int` - at `$.model`"),
     (changed("parameters", value=-1), "not a saved program: Expected `int` >= 0 - at `$.parameters`"),
     (changed("parameters", value=2**70), "not a saved program"),
-    (changed("model", value="x" * 5000), "not a saved program: Expected `str` of length <= 1000 - at `$.model`"),
+    (
+        changed("model", value="x" * 5000),
+        "not a saved program: Expected `str` of length <= 1000 - at `$.model`",
+    ),
     (changed("axes", value=[["tp", 2], ["tp", 2]]), "not a saved program: mesh: an axis is named twice"),
     (changed(*place("collective"), "call", "axis", value="pp"), "over axis pp, which the mesh hasn't"),
     (changed("blocks", value=[]), "not a saved program: it has no op"),
     (changed("blocks", REPEATED, "times", value=9999), "is no part of 6 layers, repeated 9999 times"),
-    (changed("blocks", REPEATED, "prefix", value="strata"), "a block repeats layers of strata, and the program's layers are layers"),
+    (
+        changed("blocks", REPEATED, "prefix", value="strata"),
+        "a block repeats layers of strata, and the program's layers are layers",
+    ),
     (changed(*place("matmul"), "inputs", value=[]), "is matmul, and its inputs are none"),
-    (changed(*place("matmul"), "inputs", 0, value=["float32", [-1, 2]]), "not a saved program: Expected `int` >= 0"),
+    (
+        changed(*place("matmul"), "inputs", 0, value=["float32", [-1, 2]]),
+        "not a saved program: Expected `int` >= 0",
+    ),
     (changed(*place("memory"), "n_bytes", value="many"), "not a saved program: Expected `int`, got `str`"),
-    (changed(*place("collective"), "before", value="shard(everything)"), '"shard(everything)" is no placement'),
+    (
+        changed(*place("collective"), "before", value="shard(everything)"),
+        '"shard(everything)" is no placement',
+    ),
     (changed("holdings", 0, "placement", value=["__import__('os')"]), "is no placement"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("document", "message"), REFUSED, ids=[message for _, message in REFUSED])
@@ -126,7 +138,10 @@ def test_blocks_that_unfold_without_end_are_refused(monkeypatch: pytest.MonkeyPa
 
 
 def test_reading_a_program_imports_no_torch() -> None:
-    code = "import sys, shardwise.files.program_json, shardwise.predict.predict, shardwise.predict.machines; print('torch' in sys.modules)"
+    code = (
+        "import sys, shardwise.files.program_json, shardwise.predict.predict, shardwise.predict.machines; "
+        "print('torch' in sys.modules)"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         == "False\n"

@@ -176,7 +176,8 @@ def test_json_keeps_nan_and_infinity_and_a_plan_called_nan() -> None:
     [
         (
             b"{",
-            "run.json: not valid JSON: Input data was truncated. Give the JSON file that shardwise compare wrote.",
+            "run.json: not valid JSON: Input data was truncated. Give the JSON file that shardwise compare "
+            "wrote.",
         ),
         (
             b"[]",
@@ -190,12 +191,13 @@ def test_json_keeps_nan_and_infinity_and_a_plan_called_nan() -> None:
         ),
         (
             write_document(example()).replace(b'"rounds": 21', b'"rounds": "21"'),
-            "run.json: not a saved comparison: Expected `int`, got `str` - at `$.rounds`. Give the JSON file that shardwise compare wrote.",
+            "run.json: not a saved comparison: Expected `int`, got `str` - at `$.rounds`. Give the JSON "
+            "file that shardwise compare wrote.",
         ),
         (
             write_document(example()).replace(b'"median": 0.94', b'"median": null'),
-            "run.json: not a saved comparison: Expected `float`, got `null` - at `$.standings[1].ratio.median`. "
-            "Give the JSON file that shardwise compare wrote.",
+            "run.json: not a saved comparison: Expected `float`, got `null` - at "
+            "`$.standings[1].ratio.median`. Give the JSON file that shardwise compare wrote.",
         ),
     ],
 )
@@ -327,8 +329,8 @@ def test_the_page_says_what_was_not_measured_and_warns_of_gloo_only_on_gloo() ->
 
 def test_report_imports_no_torch() -> None:
     code = (
-        "import sys, shardwise.report.compare.html, shardwise.files.document, shardwise.report.compare.tables; "
-        "print([name for name in ('torch', 'numpy') if name in sys.modules])"
+        "import sys, shardwise.report.compare.html, shardwise.files.document, "
+        "shardwise.report.compare.tables; print([name for name in ('torch', 'numpy') if name in sys.modules])"
     )
     assert (
         subprocess.run(

@@ -1,4 +1,5 @@
-"""Which plans a model can't carry: every refusal word for word, on meta models, and that a refused model is as it was before."""
+"""Which plans a model can't carry: every refusal word for word, on meta models, and that a refused model is
+as it was before."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -31,7 +32,8 @@ def llama(*, vocab_size: int = 32, tied: bool = False, n_kv_heads: int = 4) -> L
 
 
 def changed(name: str, *, engine: Engine = Engine.NATIVE, **styles: Style | None) -> Plan:
-    """A built-in plan with other styles for some patterns (`__` for a dot, `ANY` for a star); None takes a rule away."""
+    """A built-in plan with other styles for some patterns (`__` for a dot, `ANY` for a star); None takes a
+    rule away."""
     new = {pattern.replace("__", ".").replace("ANY", "*"): style for pattern, style in styles.items()}
     rules = [
         Rule(r.pattern, new.pop(r.pattern, r.style) or r.style)
@@ -79,7 +81,8 @@ def mistyped(pattern: str) -> Plan:
         ("layers.7.attention.wq", '; did you mean "layers.*.attention.wq"?'),
         (
             "lm_head",
-            ". The model's modules: tok_embeddings, layers, layers.0, layers.0.attention_norm, layers.0.attention, layers.0.attention.wq, ...",
+            ". The model's modules: tok_embeddings, layers, layers.0, layers.0.attention_norm, "
+            "layers.0.attention, layers.0.attention.wq, ...",
         ),
     ],
 )
@@ -100,11 +103,13 @@ GATHER_FROM_2 = Style(StyleName.GATHER_INPUT, input=Shard(2))
         ),
         (
             changed("replicated", engine=Engine.DTENSOR),
-            'rule "tok_embeddings" (replicated): PyTorch\'s own styles have no "replicated". Use engine = "native".',
+            'rule "tok_embeddings" (replicated): PyTorch\'s own styles have no "replicated". Use engine = '
+            '"native".',
         ),
         (
             changed("rowwise", norm=GATHER_INPUT),
-            'rule "norm" (gather_input) matched norm, a RMSNorm. gather_input is for modules that hold others.',
+            'rule "norm" (gather_input) matched norm, a RMSNorm. gather_input is for modules that hold '
+            "others.",
         ),
         (
             changed("rowwise", layers__ANY__attention=GATHER_FROM_2),
@@ -112,7 +117,8 @@ GATHER_FROM_2 = Style(StyleName.GATHER_INPUT, input=Shard(2))
         ),
         (
             changed("rowwise", layers__ANY__attention=COLWISE),
-            'rule "layers.*.attention" (colwise) matched layers.0.attention, a Attention, which can\'t be sharded. '
+            'rule "layers.*.attention" (colwise) matched layers.0.attention, a Attention, which can\'t be '
+            "sharded. "
             "Shardable: Linear, Embedding, RMSNorm, LayerNorm.",
         ),
         (
@@ -121,7 +127,8 @@ GATHER_FROM_2 = Style(StyleName.GATHER_INPUT, input=Shard(2))
         ),
         (
             changed("rowwise", tok_embeddings=REPLICATE),
-            'rule "tok_embeddings" (replicate) matched tok_embeddings, a Embedding. Its styles: colwise, replicated, routed, rowwise.',
+            'rule "tok_embeddings" (replicate) matched tok_embeddings, a Embedding. Its styles: colwise, '
+            "replicated, routed, rowwise.",
         ),
         (
             changed("rowwise", norm=COLWISE),
@@ -129,7 +136,8 @@ GATHER_FROM_2 = Style(StyleName.GATHER_INPUT, input=Shard(2))
         ),
         (
             changed("rowwise", tok_embeddings=replace(ROWWISE, output=Shard(2))),
-            'rule "tok_embeddings" (rowwise): output is shard(2). Allowed for Embedding: shard(1), replicate.',
+            'rule "tok_embeddings" (rowwise): output is shard(2). Allowed for Embedding: shard(1), '
+            "replicate.",
         ),
         (
             changed("rowwise", tok_embeddings=replace(ROWWISE, input=Replicate())),
@@ -145,11 +153,13 @@ GATHER_FROM_2 = Style(StyleName.GATHER_INPUT, input=Shard(2))
         ),
         (
             changed("rowwise", layers__ANY__attention__wo=replace(ROWWISE, output=Shard(-1))),
-            'rule "layers.*.attention.wo" (rowwise): output is shard(-1). Allowed for Linear: replicate, shard(1).',
+            'rule "layers.*.attention.wo" (rowwise): output is shard(-1). Allowed for Linear: replicate, '
+            "shard(1).",
         ),
         (
             changed("rowwise", layers__ANY__attention__wo=replace(ROWWISE, input=Shard(1))),
-            'rule "layers.*.attention.wo" (rowwise): input is shard(1). Allowed for Linear: shard(-1), replicate.',
+            'rule "layers.*.attention.wo" (rowwise): input is shard(1). Allowed for Linear: shard(-1), '
+            "replicate.",
         ),
         (
             changed("rowwise", norm=None),
@@ -161,17 +171,20 @@ GATHER_FROM_2 = Style(StyleName.GATHER_INPUT, input=Shard(2))
         ),
         (
             changed("rowwise", layers__ANY__attention__wq=replace(COLWISE, input=Shard(1))),
-            'rule "layers.*.attention.wq" (colwise): input is shard(1), but a gather_input above layers.0.attention.wq has made it whole. '
+            'rule "layers.*.attention.wq" (colwise): input is shard(1), but a gather_input above '
+            "layers.0.attention.wq has made it whole. "
             "Leave input out.",
         ),
         (
             changed("rowwise", layers__ANY__attention__wo=replace(ROWWISE, input=Replicate())),
-            'rule "layers.*.attention.wo" (rowwise): layers.0.attention.wo is below a gather_input, where each rank\'s gradient is a part of '
+            'rule "layers.*.attention.wo" (rowwise): layers.0.attention.wo is below a gather_input, where '
+            "each rank's gradient is a part of "
             "the sum. Leave input out, and make the layer before it colwise.",
         ),
         (
             changed("rowwise", layers__ANY__attention__wk=REPLICATE),
-            'rule "layers.*.attention.wk" (replicate): layers.0.attention.wk is below a gather_input, where each rank\'s gradient is a part of '
+            'rule "layers.*.attention.wk" (replicate): layers.0.attention.wk is below a gather_input, '
+            "where each rank's gradient is a part of "
             "the sum. Allowed there: colwise, rowwise.",
         ),
     ],
@@ -188,7 +201,8 @@ def test_a_replicated_norm_below_a_gather_input_is_refused() -> None:
         layer.attention.q_norm = nn.RMSNorm(8, device="meta")
     plan = changed("rowwise", layers__ANY__attention__q_norm=REPLICATE)
     assert refusal(model, plan) == (
-        'plan "mine": rule "layers.*.attention.q_norm" (replicate): layers.0.attention.q_norm is below a gather_input, where each rank\'s '
+        'plan "mine": rule "layers.*.attention.q_norm" (replicate): layers.0.attention.q_norm is below a '
+        "gather_input, where each rank's "
         "gradient is a part of the sum. Use sequence_parallel, which sums the parts."
     )
     resolve(
@@ -201,15 +215,18 @@ def test_a_replicated_norm_below_a_gather_input_is_refused() -> None:
     [
         (
             5,
-            'rule "layers.*.attention.wq" (colwise) splits 12 heads of layers.0.attention over tp=5. Use tp in {1, 2, 3, 4, 6, 12}.',
+            'rule "layers.*.attention.wq" (colwise) splits 12 heads of layers.0.attention over tp=5. Use '
+            "tp in {1, 2, 3, 4, 6, 12}.",
         ),
         (
             3,
-            'rule "layers.*.attention.wk" (colwise) splits 4 KV heads of layers.0.attention over tp=3. Use tp in {1, 2, 4}.',
+            'rule "layers.*.attention.wk" (colwise) splits 4 KV heads of layers.0.attention over tp=3. Use '
+            "tp in {1, 2, 4}.",
         ),
         (
             12,
-            'rule "layers.*.attention.wk" (colwise) splits 4 KV heads of layers.0.attention over tp=12. Use tp in {1, 2, 4}.',
+            'rule "layers.*.attention.wk" (colwise) splits 4 KV heads of layers.0.attention over tp=12. '
+            "Use tp in {1, 2, 4}.",
         ),
     ],
 )
@@ -219,7 +236,8 @@ def test_heads_that_do_not_divide_are_refused(tp: int, message: str) -> None:
 
 def test_llama_3_8b_fits_no_more_than_8_ranks() -> None:
     assert refusal(get_spec("llama3-8b").with_layers(1).build(), builtin_plan("colwise"), tp=16) == (
-        'plan "colwise": rule "layers.*.attention.wk" (colwise) splits 8 KV heads of layers.0.attention over tp=16. Use tp in {1, 2, 4, 8}.'
+        'plan "colwise": rule "layers.*.attention.wk" (colwise) splits 8 KV heads of layers.0.attention '
+        "over tp=16. Use tp in {1, 2, 4, 8}."
     )
 
 
@@ -247,7 +265,8 @@ def test_an_empty_shard_is_refused_with_an_fsdp_axis_only() -> None:
     model = llama(vocab_size=5)
     resolve(model, builtin_plan("rowwise"), tp=4)
     assert refusal(model, builtin_plan("rowwise"), tp=4, fsdp=2) == (
-        'plan "rowwise": rule "tok_embeddings" (rowwise) leaves a rank without rows of tok_embeddings (5 over tp=4), '
+        'plan "rowwise": rule "tok_embeddings" (rowwise) leaves a rank without rows of tok_embeddings (5 '
+        "over tp=4), "
         "which FSDP can't shard further. Use tp of at most 5, or no fsdp axis."
     )
     assert refusal(model, builtin_plan("colwise"), tp=4, fsdp=2) == (
@@ -258,8 +277,9 @@ def test_an_empty_shard_is_refused_with_an_fsdp_axis_only() -> None:
 
 def test_an_interleaved_table_with_an_fsdp_axis_is_refused() -> None:
     assert refusal(llama(), builtin_plan("routed-interleaved"), fsdp=2) == (
-        'plan "routed-interleaved": rule "tok_embeddings" (routed) interleaves the rows of tok_embeddings, and no checkpoint could tell '
-        'their order once FSDP cuts them again. Use ownership = "contiguous", or no fsdp axis.'
+        'plan "routed-interleaved": rule "tok_embeddings" (routed) interleaves the rows of tok_embeddings, '
+        'and no checkpoint could tell their order once FSDP cuts them again. Use ownership = "contiguous", '
+        "or no fsdp axis."
     )
 
 
@@ -268,14 +288,16 @@ def test_embedding_options_that_no_style_carries_out_are_refused(option: dict[st
     model = llama()
     model.tok_embeddings = nn.Embedding(32, 96, device="meta", **option)  # type: ignore[arg-type]
     assert refusal(model, builtin_plan("rowwise")) == (
-        'plan "rowwise": rule "tok_embeddings" (rowwise): tok_embeddings uses max_norm, sparse or scale_grad_by_freq, '
+        'plan "rowwise": rule "tok_embeddings" (rowwise): tok_embeddings uses max_norm, sparse or '
+        "scale_grad_by_freq, "
         "which no style carries out. Switch them off."
     )
 
 
 def test_uneven_widths_are_refused_for_the_dtensor_engine() -> None:
     assert refusal(llama(n_kv_heads=12), builtin_plan("rowwise@dtensor"), tp=3) == (
-        'plan "rowwise@dtensor": rule "layers.*.feed_forward.w1" (colwise) splits 160 of layers.0.feed_forward.w1 over tp=3, '
+        'plan "rowwise@dtensor": rule "layers.*.feed_forward.w1" (colwise) splits 160 of '
+        "layers.0.feed_forward.w1 over tp=3, "
         "and PyTorch's own styles need equal parts. Use tp in {1, 2, 4, 5, 8, 10, 16, 20, 32, 40, 80, 160}."
     )
     resolve(llama(n_kv_heads=12), builtin_plan("rowwise"), tp=3)
@@ -283,27 +305,30 @@ def test_uneven_widths_are_refused_for_the_dtensor_engine() -> None:
 
 def test_an_empty_shard_is_refused_for_the_dtensor_engine() -> None:
     assert refusal(llama(vocab_size=5), builtin_plan("rowwise@dtensor"), tp=4) == (
-        'plan "rowwise@dtensor": rule "tok_embeddings" (rowwise) leaves a rank without rows of tok_embeddings (5 over tp=4). '
+        'plan "rowwise@dtensor": rule "tok_embeddings" (rowwise) leaves a rank without rows of '
+        "tok_embeddings (5 over tp=4). "
         "Use tp of at most 5."
     )
 
 
 def test_tied_weights_are_refused_for_the_dtensor_engine() -> None:
     assert refusal(llama(tied=True), builtin_plan("rowwise@dtensor")) == (
-        'plan "rowwise@dtensor": tok_embeddings.weight and output.weight are tied, and PyTorch\'s own styles would untie them. '
-        'Use engine = "native".'
+        'plan "rowwise@dtensor": tok_embeddings.weight and output.weight are tied, and PyTorch\'s own '
+        'styles would untie them. Use engine = "native".'
     )
 
 
 def test_a_tied_head_must_be_colwise() -> None:
     assert refusal(llama(tied=True), changed("rowwise", output=ROWWISE)) == (
-        'plan "mine": rule "output" (rowwise): output is tied to the embedding. Allowed for a tied head: colwise.'
+        'plan "mine": rule "output" (rowwise): output is tied to the embedding. Allowed for a tied head: '
+        "colwise."
     )
 
 
 def test_a_tied_head_without_a_rule_is_not_covered() -> None:
     assert refusal(llama(tied=True), changed("rowwise", output=None)) == (
-        'plan "mine": no rule covers output, a Linear. Add one: "output" = one of colwise, replicate, rowwise.'
+        'plan "mine": no rule covers output, a Linear. Add one: "output" = one of colwise, replicate, '
+        "rowwise."
     )
 
 
@@ -327,8 +352,8 @@ def test_whole_logits_of_a_tied_interleaved_table_are_refused() -> None:
         output=Style(StyleName.COLWISE, input=Shard(1), output=Replicate()),
     )
     assert refusal(llama(tied=True), plan) == (
-        'plan "mine": rule "output" (colwise): output is tied to an interleaved table, so its whole logits would be out of order. '
-        'Use output = "shard(-1)", or ownership = "contiguous".'
+        'plan "mine": rule "output" (colwise): output is tied to an interleaved table, so its whole logits '
+        'would be out of order. Use output = "shard(-1)", or ownership = "contiguous".'
     )
     resolve(llama(), plan, tp=2)
 
@@ -337,8 +362,8 @@ def test_the_bias_of_a_head_tied_to_an_interleaved_table_is_refused() -> None:
     model = llama(tied=True)
     model.output.bias = nn.Parameter(torch.empty(32, device="meta"))
     assert refusal(model, builtin_plan("routed-interleaved")) == (
-        'plan "routed-interleaved": rule "output" (colwise): output is tied to an interleaved table, and its bias is not dealt out like '
-        'that. Use ownership = "contiguous".'
+        'plan "routed-interleaved": rule "output" (colwise): output is tied to an interleaved table, and '
+        'its bias is not dealt out like that. Use ownership = "contiguous".'
     )
     resolve(model, builtin_plan("routed"), tp=2)
 
@@ -348,7 +373,8 @@ def test_dropout_is_refused_unless_it_drops_nothing(kind: type[nn.Dropout]) -> N
     model = llama()
     model.layers[0].add_module("drop", kind(0.1))
     assert refusal(model, builtin_plan("rowwise")) == (
-        f'plan "rowwise": layers.0.drop is a {kind.__name__}(0.1), whose masks would differ between the ranks. Set its p to 0.'
+        f'plan "rowwise": layers.0.drop is a {kind.__name__}(0.1), whose masks would differ between the '
+        "ranks. Set its p to 0."
     )
     model.layers[0].add_module("drop", kind(0.0))
     resolve(model, builtin_plan("rowwise"), tp=2)
@@ -358,7 +384,8 @@ def test_a_module_with_parameters_of_its_own_is_refused_by_name() -> None:
     model = llama()
     model.layers[1].register_parameter("gate", nn.Parameter(torch.empty(3, device="meta")))
     assert refusal(model, builtin_plan("rowwise")) == (
-        'plan "rowwise": layers.1, a Block, holds parameters of its own, and the native engine knows what to do with '
+        'plan "rowwise": layers.1, a Block, holds parameters of its own, and the native engine knows what '
+        "to do with "
         "Linear, Embedding, RMSNorm, LayerNorm only. Use PyTorch's own styles for it."
     )
 
@@ -367,7 +394,8 @@ def test_parameters_of_the_model_itself_are_refused() -> None:
     model = llama()
     model.register_parameter("positions", nn.Parameter(torch.empty(3, 96, device="meta")))
     assert refusal(model, builtin_plan("rowwise")) == (
-        'plan "rowwise": the model itself, a Llama, holds parameters of its own, and the native engine knows what to do with '
+        'plan "rowwise": the model itself, a Llama, holds parameters of its own, and the native engine '
+        "knows what to do with "
         "Linear, Embedding, RMSNorm, LayerNorm only. Use PyTorch's own styles for it."
     )
 
@@ -454,7 +482,8 @@ def test_a_model_of_dtensors_is_refused(two_ranks: DeviceMesh) -> None:
     model.norm.weight = nn.Parameter(whole)
     with pytest.raises(
         PlanError,
-        match=r'^plan "rowwise": norm\.weight is a DTensor already\. Call parallelize\(\) before fully_shard\(\)\.$',
+        match=r'^plan "rowwise": norm\.weight is a DTensor already\. Call parallelize\(\) before '
+        r"fully_shard\(\)\.$",
     ):
         parallelize(model, "rowwise", two_ranks)
 

@@ -22,7 +22,7 @@ from shardwise.text.batches import Batches
 from shardwise.text.corpus import STDLIB_SOURCE, documentation_of, load_text
 from shardwise.text.stream import RANDOM_TOKENS, TokenStream, load_tokens
 
-PROSE = "The quick brown fox jumps over the lazy dog.\nAnother line, with ümläuts and 漢字 and 🦊.\n" * 50
+PROSE = ("The quick brown fox jumps over the lazy dog.\nAnother line, with ümläuts and 漢字 and 🦊.\n") * 50
 TRAINED = bpe.train(PROSE, 300)
 WORD_LEVEL = (
     '{"version":"1.0","truncation":{"direction":"Right","max_length":2,"strategy":"LongestFirst","stride":0},'

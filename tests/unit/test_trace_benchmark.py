@@ -1,4 +1,5 @@
-"""The benchmark of reading traces: its made file can be read, its results file round trips, and its table tells a miss."""
+"""The benchmark of reading traces: its made file can be read, its results file round trips, and its table
+tells a miss."""
 
 from pathlib import Path
 

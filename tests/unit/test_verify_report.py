@@ -124,14 +124,15 @@ def test_static_answers_say_that_nothing_was_proved() -> None:
         "Nothing found statically; not proved.",
         "Suspected, before anything ran: layers.*.act.alpha: nothing sums it",
         "Not proved, and there is little to prove: 0.0% are sharded",
-        "Nothing found statically; not proved. Its step can't be traced, so only its parameters were looked at: it raised",
+        "Nothing found statically; not proved. Its step can't be traced, so only its parameters were "
+        "looked at: it raised",
         "Skipped, so nothing is proved: there is no plan",
         "Suspected, before anything ran: lm_head raised it",
     ]
     found = " ".join(text(run(*STATIC)).split())
     assert (
-        "1 shards nearly nothing, 2 suspected, 2 not proved, 1 skipped: tp=2, batch 2, 16 tokens each, traced and not run"
-        in found
+        "1 shards nearly nothing, 2 suspected, 2 not proved, 1 skipped: tp=2, batch 2, 16 tokens each, "
+        "traced and not run" in found
     )
     assert "Its step can't be traced" in found
     assert read_document(write_document(run(*STATIC)), VerificationRun) == run(*STATIC)
@@ -179,8 +180,8 @@ def test_the_terminal_tells_one_case_in_full() -> None:
 def test_the_terminal_tells_many_cases_in_a_table_and_those_that_are_not_right_below() -> None:
     found = " ".join(text(run(RIGHT, WRONG, CRASH, SKIPPED, LITTLE)).split())
     assert (
-        "1 right, 1 wrong, 1 shards nearly nothing, 1 crashes, 1 skipped: tp=2 on cpu, batch 2, 16 tokens each, no dropout"
-        in found
+        "1 right, 1 wrong, 1 shards nearly nothing, 1 crashes, 1 skipped: tp=2 on cpu, batch 2, 16 tokens "
+        "each, no dropout" in found
     )
     assert "hf:lfm2 hf crashes What was found: lm_head raised it" in found
     assert "hf:bert hf skipped What was found: there is no plan" in found

@@ -78,8 +78,9 @@ def run(args: list[str] | None = None) -> NoReturn:
     gc.set_threshold(_FEW_COLLECTIONS)
     code = _run(args)
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        # of torchrun's ranks each ends at once: PyTorch's threads, still running while an interpreter is taken down,
-        # can abort it ("terminate called without an active exception"), and torchrun would call that a failure
+        # of torchrun's ranks each ends at once: PyTorch's threads, still running while an interpreter is
+        # taken down, can abort it ("terminate called without an active exception"), and torchrun would call
+        # that a failure
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -6,10 +6,11 @@ was fitted; no file is opened here.
     [power]                cap (optional; for the reader: rates hold under it)
     [matmul.DTYPE]         peak, units, tiles (rows, columns, share of peak), start, extra_k
     [attention.DTYPE]      forward, backward, half_sequence, start
-    [kernels.NAME]         start, rate, elements; or points (bytes, seconds). NAME: an op, a kind of ops, default
+    [kernels.NAME]         start, rate, elements; or points (bytes, seconds). NAME: an op, a kind of
+                           ops, default
     [launch]               forward, backward, collective; dtensor_forward, dtensor_backward (optional)
-    [links.within]         (optional where devices_per_node is 1) bandwidth; [[links.within.KIND]] ranks, start,
-                           rate or points. KIND: a collective, or any
+    [links.within]         (optional where devices_per_node is 1) bandwidth; [[links.within.KIND]] ranks,
+                           start, rate or points. KIND: a collective, or any
     [links.between]        the same, and reach (message bytes, share of bandwidth), start, start_per_hop
 
 Bandwidths, capacities and power say per = "device" or per = "node". Every value must lie in its field's

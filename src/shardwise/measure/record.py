@@ -1,6 +1,8 @@
-"""What one rank brings home, and how the ranks' measurements become one of each plan. Pure: no torch, no processes.
+"""What one rank brings home, and how the ranks' measurements become one of each plan. Pure: no torch, no
+processes.
 
-A rank's own Measurement is one of a single rank: its times are the slowest, its bytes the mean and the largest.
+A rank's own Measurement is one of a single rank: its times are the slowest, its bytes the mean and the
+largest.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
@@ -16,8 +18,8 @@ from shardwise.core.verification import Agreement
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
-    """All that one rank returns: its Measurement of each plan in order, and findings that ended the run before
-    it measured.
+    """All that one rank returns: its Measurement of each plan in order, and findings that ended the run
+    before it measured.
 
     variables: what the rank's environment says of threads, allocator and network.
     """

@@ -23,9 +23,9 @@ MOST_FILES = 4096
 
 
 def trace_files(path: Path) -> tuple[Path, ...]:
-    """The file itself; or a folder's trace files, sorted; or those of its folder `traces`, and of the one plan
-    in it; or the step that predict put into a run's folder. Raises TraceError where there are none, or several
-    plans."""
+    """The file itself; or a folder's trace files, sorted; or those of its folder `traces`, and of the one
+    plan in it; or the step that predict put into a run's folder. Raises TraceError where there are none, or
+    several plans."""
     if not path.exists():
         raise TraceError(f"{path}: there is no such file or folder.")
     if path.is_file():

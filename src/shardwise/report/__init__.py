@@ -1,1 +1,2 @@
-"""Nouns -> terminal tables, JSON and one HTML file. Computes nothing: statistics and verdicts come ready in the noun. No torch."""
+"""Nouns -> terminal tables, JSON and one HTML file. Computes nothing: statistics and verdicts come ready in
+the noun. No torch."""

@@ -159,7 +159,8 @@ def _real_all_to_all() -> Iterator[None]:
         input: torch.Tensor, gather_dim: int, shard_dim: int, mesh: DeviceMesh, mesh_dim: int
     ) -> torch.Tensor:
         group = mesh.get_group(mesh_dim)
-        return torch.ops._dtensor.shard_dim_alltoall(input, gather_dim, shard_dim, group.group_name)  # type: ignore[no-any-return]
+        exchange = torch.ops._dtensor.shard_dim_alltoall
+        return exchange(input, gather_dim, shard_dim, group.group_name)  # type: ignore[no-any-return]
 
     with patch.object(*ALL_TO_ALL, shard_dim_alltoall):
         yield

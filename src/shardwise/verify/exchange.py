@@ -1,4 +1,5 @@
-"""What ranks tell each other: numbers, and tensors of any shape. All ranks of the group (None: of all) call each."""
+"""What ranks tell each other: numbers, and tensors of any shape. All ranks of the group (None: of all) call
+each."""
 
 from collections.abc import Sequence
 
@@ -49,7 +50,8 @@ def gathered_ints(value: int, group: dist.ProcessGroup) -> list[int]:
 
 
 def gathered(tensors: Sequence[Tensor | None], group: dist.ProcessGroup) -> list[list[Tensor | None]]:
-    """All ranks' tensors, by rank, in float64. As many on each rank; shapes may differ, and any may be missing."""
+    """All ranks' tensors, by rank, in float64. As many on each rank; shapes may differ, and any may be
+    missing."""
     # a copy, for a view would be sent with all of its storage
     own = [None if each is None else each.detach().double().cpu().clone() for each in tensors]
     every: list[list[Tensor | None]] = [[] for _ in range(group.size())]

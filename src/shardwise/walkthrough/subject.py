@@ -106,7 +106,8 @@ def subject_named(name: str) -> Subject:
 
 
 def subject_of(kind: ModuleKind, style: Style) -> Subject | None:
-    """The walk-through of a kind of module under a style, if there is one; placements make no difference to it."""
+    """The walk-through of a kind of module under a style, if there is one; placements make no difference to
+    it."""
     for subject in subjects().values():
         is_same = (subject.style.name, subject.style.ownership) == (style.name, style.ownership)
         if is_same and subject.kind == kind:

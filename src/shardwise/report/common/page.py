@@ -29,13 +29,22 @@ def draw(
     environment = page_environment()
     environment.globals.update(
         {
-            "name": name, "sentence": sentence, "plain": plain, "breakable": breakable, "step_text": step_text,
-            "repeats": repeats, "bytes": units.format_bytes, "seconds": units.format_seconds,
-            "count": units.format_count, "flops": units.format_flops, "error": units.format_error,
-            "number": units.format_number, "interval": units.format_interval,
+            "name": name,
+            "sentence": sentence,
+            "plain": plain,
+            "breakable": breakable,
+            "step_text": step_text,
+            "repeats": repeats,
+            "bytes": units.format_bytes,
+            "seconds": units.format_seconds,
+            "count": units.format_count,
+            "flops": units.format_flops,
+            "error": units.format_error,
+            "number": units.format_number,
+            "interval": units.format_interval,
             "confidence": units.format_confidence,
         }
-    )  # fmt: skip
+    )
     sources = [
         template_source(environment, each) if each.endswith(".js") and "\n" not in each else each
         for each in scripts

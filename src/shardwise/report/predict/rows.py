@@ -36,7 +36,8 @@ MEANINGS = {
     Term.DATA: "collectives over dp and fsdp as far as no work hides them",
     Term.SLOWED: "what collectives that run beside it cost compute: they share memory and multiprocessors",
     Term.LAUNCH: "the device has nothing to run, since the host hasn't issued it yet",
-    Term.BUBBLE: "a pipeline's stages wait for one another and for activations, at the step's beginning and end",
+    Term.BUBBLE: "a pipeline's stages wait for one another and for activations, at the step's beginning and "
+    "end",
 }
 
 
