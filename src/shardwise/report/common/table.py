@@ -59,16 +59,6 @@ class Column:
         return self.format is not TEXT and self.format is not BAR
 
 
-def texts(*names: str, spills: bool = False) -> tuple[Column, ...]:
-    """Columns of texts that wrap."""
-    return tuple(Column(name, wraps=True, spills=spills) for name in names)
-
-
-def numbers(form: Format, *names: str, spills: bool = False, sums: bool = False) -> tuple[Column, ...]:
-    """Columns of one kind of numbers."""
-    return tuple(Column(name, form, spills=spills, sums=sums) for name in names)
-
-
 @dataclass(frozen=True, slots=True)
 class Cell:
     """A value and, where the column's format doesn't say it, how it reads. about: quiet, under it.

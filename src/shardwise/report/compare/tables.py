@@ -17,7 +17,6 @@ from shardwise.report.common.table import (
     Table,
     Tone,
     Words,
-    numbers,
     row,
     tabled,
 )
@@ -162,7 +161,8 @@ def collectives_table(comparison: Comparison) -> Table:
         Column("phase"),
         Column("calls", NUMBER),
         Column("payload", BYTES, spills=True),
-        *numbers(BYTES, "wire, mean", "wire, largest rank"),
+        Column("wire, mean", BYTES),
+        Column("wire, largest rank", BYTES),
     )
     body = []
     for each in comparison_rows(comparison):

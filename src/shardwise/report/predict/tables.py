@@ -20,7 +20,6 @@ from shardwise.report.common.table import (
     Value,
     Words,
     row,
-    texts,
 )
 from shardwise.report.common.units import BAR, BYTES, COUNT, PERCENT, RATIO, SECONDS
 from shardwise.report.predict import rows
@@ -146,7 +145,12 @@ def assumed_words(lines: Sequence[str], machine: MachineFacts, *more: str) -> Wo
 
 
 def constants_table(machine: MachineFacts) -> Table:
-    columns = (*texts("Constant", "Value"), Column("Unit"), Column("Source", wraps=True))
+    columns = (
+        Column("Constant", wraps=True),
+        Column("Value", wraps=True),
+        Column("Unit"),
+        Column("Source", wraps=True),
+    )
     body = tuple(
         row(
             sentence(each.path),

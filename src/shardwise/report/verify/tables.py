@@ -4,19 +4,7 @@ alone always in full."""
 from collections.abc import Iterator, Sequence
 
 from shardwise.core.verification import Verdict, Verification, VerificationRun
-from shardwise.report.common.table import (
-    Block,
-    Cell,
-    Column,
-    Line,
-    Report,
-    Row,
-    Table,
-    Tone,
-    Words,
-    row,
-    texts,
-)
+from shardwise.report.common.table import Block, Cell, Column, Line, Report, Row, Table, Tone, Words, row
 from shardwise.report.common.units import Format
 from shardwise.report.verify import rows
 
@@ -48,7 +36,8 @@ def verification_report(run: VerificationRun) -> Report:
 
 def cases_table(verifications: Sequence[Verification]) -> Table:
     columns = (
-        *texts("Model", "Plan"),
+        Column("Model", wraps=True),
+        Column("Plan", wraps=True),
         Column("Verdict"),
         Column("Sharded", _SHARDED),
         Column("Largest error", _ERROR),
