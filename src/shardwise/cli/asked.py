@@ -107,6 +107,8 @@ class Command:
             about["show_default"] = shown
         if option.is_argument:
             return _keyword(asked.key, Annotated[kind, typer.Argument(**about)], default)
+        if kind is bool:
+            about["metavar"] = ""  # "<bool>" beside a flag tells nothing, and cuts the names beside it
         panel = self.panels.get(asked.key, option.panel)
         about |= {
             "min": option.least,
@@ -143,13 +145,19 @@ def command(what: Command) -> Callable[[Callable[[Call[Any]], int]], Callable[..
         def run(typer_context: typer.Context, **values: Any) -> int:
             return body(what.call(typer_context, values))
 
-        run.__doc__, run.__name__, run.__module__ = body.__doc__, body.__name__, body.__module__
+        run.__doc__, run.__name__, run.__module__ = _unwrapped(body), body.__name__, body.__module__
         run.__signature__ = inspect.Signature(what.parameters())  # type: ignore[attr-defined]
         run.__annotations__ = {each.name: each.annotation for each in what.parameters()}
         run.command = what  # type: ignore[attr-defined]
         return run
 
     return decorate
+
+
+def _unwrapped(body: Callable[..., Any]) -> str:
+    """The docstring with each paragraph in one line, for the terminal to wrap; the examples keep theirs."""
+    paragraphs = (inspect.getdoc(body) or "").split("\n\n")
+    return "\n\n".join(each if each.startswith("[dim]") else " ".join(each.split()) for each in paragraphs)
 
 
 def _form(form: str, as_json: bool) -> str:

@@ -23,6 +23,8 @@ def plans(
         typer.Option(
             "--sequence-parallel/--no-sequence-parallel",
             help="Activations cut along the sequence between blocks.",
+            metavar="",
+            rich_help_panel="Built-in plans",
         ),
     ] = True,
     json: Json = False,

@@ -103,8 +103,7 @@ def _prepare(values: dict[str, Any]) -> None:
             "plans": "Built-in plans, .toml files, hf, own or unsharded; the first is what the others are "
             "held against.",
             "mesh": "Axes of ranks, such as pp=4,fsdp=8,cp=2,tp=8: pipeline stages (1F1B), data-parallel, "
-            "context "
-            "and tensor-parallel ranks.",
+            "context and tensor-parallel ranks.",
             "recompute": "Again in the backward: none, selective (unfused attention), selective-ops (all of "
             "a layer "
             "but fused attention and every second matmul) or full.",

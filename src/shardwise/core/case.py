@@ -131,7 +131,7 @@ class Case:
         str, Option("auto, cpu or cuda; auto takes GPUs where there are enough.", MODEL, choices=DEVICES)
     ] = "auto"
     sequence_parallel: Annotated[
-        bool, Option("Activations cut along the sequence between blocks.", MODEL)
+        bool, Option("Activations cut along the sequence between blocks.", "Built-in plans")
     ] = True
 
     def __post_init__(self) -> None:
