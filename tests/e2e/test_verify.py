@@ -87,6 +87,13 @@ def test_a_plan_of_the_users_own_is_read_from_its_file(tmp_path: Path) -> None:
     assert (ended.returncode, json.loads(ended.stdout)["verifications"][0]["verdict"]) == (0, "right")
 
 
+def test_two_plans_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    plan = tmp_path / "mine.toml"
+    plan.write_text(shardwise("plans", "rowwise").stdout)
+    ended = shardwise("verify", "--static", "rowwise", str(plan), "--json")
+    assert [each["plan"] for each in json.loads(ended.stdout)["verifications"]] == ["rowwise", "rowwise #2"]
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -95,6 +95,12 @@ def test_the_command_case_writes_what_it_was_given(tmp_path: Path) -> None:
     assert "# [compare]\n# rounds = 20  # Timed steps of every plan, interleaved." in ended.stdout
 
 
+def test_a_key_that_is_commented_out_shows_a_value_of_its_type(tmp_path: Path) -> None:
+    ended = shardwise("case", cwd=tmp_path)
+    assert ended.stdout.count("# plans = []  #") == ended.stdout.count("# devices = 1  #") == 1
+    assert '# machine = ""  #' in ended.stdout
+
+
 def test_a_case_is_valid_from_birth() -> None:
     case = Case.of(model="llama3-debug", mesh="dp=2,tp=2", batch=4)
     for wrong, message in (

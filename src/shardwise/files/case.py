@@ -12,7 +12,7 @@ A verb reads the top and its own table; of other verbs' tables it needs to know 
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from shardwise.core.case import SHARED, Case
 from shardwise.core.errors import OptionError
@@ -82,9 +82,14 @@ def _flat(case: Case) -> dict[str, Any]:
 
 
 def _line(asked: Asked, value: Any, *, is_given: bool) -> str:
-    shown = _toml(value) if value not in (None, ()) else '""'
+    shown = _toml(_empty(asked) if value is None else value)
     default = f" Default: {asked.option.shown}." if asked.option.shown and not is_given else ""
     return f"{'' if is_given else '# '}{asked.key} = {shown}  # {asked.option.about}{default}"
+
+
+def _empty(asked: Asked) -> Any:
+    """A value of the right type, for a key whose value the verb finds out."""
+    return int(asked.option.least or 0) if int in (asked.kind, *get_args(asked.kind)) else ""
 
 
 def _toml(value: Any) -> str:

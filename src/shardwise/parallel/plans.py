@@ -14,11 +14,16 @@ def load_plans(names: Sequence[str], *, sequence_parallel: bool, family: Family)
     found: list[tuple[str, Plan]] = []
     for name in names:
         plan = _load(name, sequence_parallel, family)
-        label, count = plan.name, 2
-        while label in {known for known, _ in found}:
-            label, count = f"{plan.name} #{count}", count + 1
-        found.append((label, plan))
+        found.append((told_apart(plan.name, [label for label, _ in found]), plan))
     return found
+
+
+def told_apart(name: str, taken: Sequence[str]) -> str:
+    """The plan's name, or `NAME #2` where another plan of the run has it."""
+    label, count = name, 2
+    while label in taken:
+        label, count = f"{name} #{count}", count + 1
+    return label
 
 
 def load_any_plan(name: str, *, sequence_parallel: bool, family: Family) -> AnyPlan:

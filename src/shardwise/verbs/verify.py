@@ -2,7 +2,7 @@
 checked without."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Annotated
@@ -118,18 +118,21 @@ def _check_mesh(case: Case, options: VerifyOptions) -> None:
 def _claims(case: Case, model: str, options: VerifyOptions) -> "Iterator[Claim]":
     """One model under each plan, looked at here, so that a typo costs no ranks."""
     from shardwise.models.source import find_model
-    from shardwise.parallel.plans import load_any_plan
+    from shardwise.parallel.plans import load_any_plan, told_apart
     from shardwise.verify.claim import Claim
 
     source = find_model(model)
     check_seq(options.seq, source)
     small = None if options.size == "auto" else options.size == "small"
     dtype = None if options.dtype == "auto" else options.dtype
+    labels: list[str] = []
     for name in case.plans or (default_plan(model),):
         plan = load_any_plan(name, sequence_parallel=case.sequence_parallel, family=source.family)
         if plan is TheirPlan.UNSHARDED:
             raise OptionError('plan "unsharded" has nothing to verify. Name a plan that shards.')
-        yield Claim.of(model, plan, twin=small, dtype=dtype)
+        claim = Claim.of(model, plan, twin=small, dtype=dtype)
+        labels.append(told_apart(claim.label, labels))
+        yield replace(claim, label=labels[-1])
 
 
 def _versions() -> Iterator[tuple[str, str]]:

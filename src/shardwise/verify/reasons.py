@@ -71,8 +71,8 @@ class Recut:
 
 
 ADVICE = {
-    Cause.PARTS_NOT_SUMMED: "Sum them over tp; of a gradient, replicated_with_grad_allreduce in a plan of "
-    "transformers does that.",
+    Cause.PARTS_NOT_SUMMED: "Sum them over tp; of a gradient, sequence_parallel does that, and "
+    "replicated_with_grad_allreduce in a plan of transformers.",
     Cause.SUMMED_TOO_OFTEN: "Leave out the sum; or, where the style takes its input for a part, such as of "
     "the sequence, give it one.",
     Cause.AVERAGED: "Sum the parts instead of averaging them, and don't divide a whole.",

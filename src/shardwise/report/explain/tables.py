@@ -111,9 +111,8 @@ def findings_words(findings: Sequence[tuple[str, Finding]]) -> list[Block]:
     lines = []
     for label, finding in findings:
         subject = f"{label}: {name(finding.subject)}:" if label else f"{name(finding.subject)}:"
-        lines.append(
-            Line(f"{sentence(finding.reason)} {sentence(finding.advice or '')}".strip(), lead=subject)
-        )
+        said = [f"{sentence(text).removesuffix('.')}." for text in (finding.reason, finding.advice) if text]
+        lines.append(Line(" ".join(said), lead=subject))
     title = "1 finding" if len(findings) == 1 else f"{len(findings)} findings"
     return [Words(tuple(lines), title, Tone.CAUTION, boxed=True, items=True)]
 
