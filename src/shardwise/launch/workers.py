@@ -3,8 +3,10 @@ parts of multiprocessing only."""
 
 import gc
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing import get_context
+from contextlib import contextmanager
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import TypeVar
 
@@ -26,11 +28,12 @@ def on_processes(
     processes = [context.Process(target=_serve, args=(function, theirs), daemon=True) for _, theirs in pairs]
     busy: set[Connection] = set()
     try:
-        for process, (ours, theirs) in zip(processes, pairs, strict=True):
-            process.start()
-            theirs.close()  # so that its end is seen
-            ours.send(waiting.pop())
-            busy.add(ours)
+        with _undisturbed():
+            for process, (ours, theirs) in zip(processes, pairs, strict=True):
+                process.start()
+                theirs.close()  # so that its end is seen
+                ours.send(waiting.pop())
+                busy.add(ours)
         while busy:
             for ready in wait(list(busy)):
                 assert isinstance(ready, Connection)
@@ -56,6 +59,25 @@ def on_processes(
                 process.join()
         for ours, _ in pairs:
             ours.close()
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C is answered when what is inside has been done. A process whose start is broken off, or which is
+    itself told to stop before it can answer, would say so in a traceback."""
+    resource_tracker.ensure_running()  # it unblocks the signal when it starts
+    came: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number)) if is_main else None
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # new processes have it so
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _serve(function: Callable[[_Task], _Result], pipe: Connection) -> None:
