@@ -136,26 +136,7 @@ def machine_text(machine: MachineFacts) -> str:
 
 def assumptions(settings: StepSettings, setup: Setup, mesh: Mesh) -> tuple[str, ...]:
     """What is taken for granted, a sentence each."""
-    lines = ["Every rank arrives at its collectives at once: waiting for late ranks is not modelled."]
-    if mesh.stages > 1:
-        kind = (
-            f"interleaved, {setup.chunks} chunks of layers a stage"
-            if setup.chunks > 1
-            else "one forward, one backward (1F1B)"
-        )
-        lines.append(f"{mesh.stages} stages in the schedule {kind}; layers are dealt evenly.")
-    if setup.micro_batches > 1:
-        lines.append(
-            f"All {setup.micro_batches} micro-batches are equal; gradients are reduced once, after the last."
-        )
-    if mesh.context > 1:
-        reduced = (
-            "" if mesh.reducing_axis else ", nor is reducing gradients over them (without an axis dp or fsdp)"
-        )
-        lines.append(
-            f"{mesh.context} ranks share each sequence, and each meets all keys: exchanging them is not "
-            f"modelled{reduced}."
-        )
+    lines = _of_ranks(setup, mesh)
     match setup.attention:
         case AttentionKernel.FUSED:
             lines.append("Attention is one fused kernel each way.")
@@ -196,6 +177,31 @@ def assumptions(settings: StepSettings, setup: Setup, mesh: Mesh) -> tuple[str, 
     if setup.without:
         lines.append(f"Switched off: {', '.join(setup.without)}.")
     return tuple(lines)
+
+
+def _of_ranks(setup: Setup, mesh: Mesh) -> list[str]:
+    """How stages, micro-batches and context ranks work together."""
+    lines = ["Every rank arrives at its collectives at once: waiting for late ranks is not modelled."]
+    if mesh.stages > 1:
+        kind = (
+            f"interleaved, {setup.chunks} chunks of layers a stage"
+            if setup.chunks > 1
+            else "one forward, one backward (1F1B)"
+        )
+        lines.append(f"{mesh.stages} stages in the schedule {kind}; layers are dealt evenly.")
+    if setup.micro_batches > 1:
+        lines.append(
+            f"All {setup.micro_batches} micro-batches are equal; gradients are reduced once, after the last."
+        )
+    if mesh.context > 1:
+        reduced = (
+            "" if mesh.reducing_axis else ", nor is reducing gradients over them (without an axis dp or fsdp)"
+        )
+        lines.append(
+            f"{mesh.context} ranks share each sequence, and each meets all keys: exchanging them is not "
+            f"modelled{reduced}."
+        )
+    return lines
 
 
 def _recomputed(settings: StepSettings, setup: Setup) -> str:
