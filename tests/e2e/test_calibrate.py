@@ -71,7 +71,8 @@ def test_one_rank_says_that_it_has_measured_no_link_and_takes_a_bases(tmp_path: 
         (("--device", "gpu"), '--device is "gpu". Did you mean "cpu"? Allowed: auto, cpu, cuda.'),
         (
             ("--ranks", "0"),
-            "Invalid value for '--ranks': Input should be greater than or equal to 1. Try: shardwise --help.",
+            "Invalid value for '--ranks': Input should be greater than or equal to 1. "
+            "Try: shardwise calibrate --help.",
         ),
         (("--name", " "), "--name is empty. Give the machine a name."),
         (("--out", "."), ". is a folder. Name a file to write."),

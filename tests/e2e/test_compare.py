@@ -233,7 +233,7 @@ REFUSED = [
         "llama3.1-405b, gpt-debug, gpt3-1.3b, "
         "gpt3-6.7b, gpt3-175b, megatron-22b.",
     ),
-    (("--bacth", "3"), "No such option: --bacth (Possible options: --batch). Try: shardwise --help."),
+    (("--bacth", "3"), "No such option: --bacth (Possible options: --batch). Try: shardwise compare --help."),
     (("--mesh", "tp2"), 'mesh: can\'t read "tp2" in "tp2". Write NAME=SIZE, such as dp=2,tp=4.'),
     (("--mesh", "tp=2,xp=2"), 'mesh: unknown axis "xp". Allowed axes: pp, dp, fsdp, cp, ep, tp.'),
     (("--mesh", "pp=2,tp=2"), "mesh pp=2,tp=2: compare can't carry pp yet. Use the axes dp, fsdp, tp."),
@@ -276,7 +276,7 @@ REFUSED = [
     (
         ("--batch", "x"),
         "Invalid value for '--batch': Input should be a valid integer, unable to parse string as an "
-        "integer. Try: shardwise --help.",
+        "integer. Try: shardwise compare --help.",
     ),
     (
         ("--module", "tok_embedding"),

@@ -74,6 +74,7 @@ def test_one_run_alone_is_told_of_too(both: tuple[str, str]) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        ((), "Missing argument 'first'. Try: shardwise diff --help."),
         (("missing.json",), "missing.json: there is no such file or folder."),
         (
             ("before", "after", "--labels", "one"),

@@ -99,13 +99,15 @@ class Command:
         shown = default.words if isinstance(default, Shown) else option.shown
         is_many = asked.is_many and not (self.one_plan and asked.key == "plans")
         kind: Any = list[str] if is_many else str if asked.is_many or asked.kind is Mesh else asked.kind
-        is_unset = isinstance(default, Shown) or default in (None, ())
+        is_required = option.is_argument and default is None and not asked.is_optional
+        is_unset = not is_required and (isinstance(default, Shown) or default in (None, ()))
         if is_unset or (option.least is not None and default < option.least):
             kind, default = kind | None, None
         about: dict[str, Any] = {"help": self.about.get(asked.key, option.about)}
         if shown:
             about["show_default"] = shown
         if option.is_argument:
+            default = inspect.Parameter.empty if is_required else default
             return _keyword(asked.key, Annotated[kind, typer.Argument(**about)], default)
         if kind is bool:
             about["metavar"] = ""  # "<bool>" beside a flag tells nothing, and cuts the names beside it

@@ -101,7 +101,8 @@ def _run(args: list[str] | None) -> int:
             return error.exit_code
         if speaks():
             end = "" if message.endswith((".", "?")) else "."
-            _say(f"{' '.join(message.split())}{end} Try: shardwise --help.")
+            path = getattr(getattr(error, "ctx", None), "command_path", "shardwise")
+            _say(f"{' '.join(message.split())}{end} Try: {path} --help.")
         return error.exit_code
     if code == _CTRL_C:  # typer has caught it
         _say("stopped by Ctrl-C; no rank was left behind.")

@@ -27,7 +27,7 @@ def trace_files(path: Path) -> tuple[Path, ...]:
     plan in it; or the step that predict put into a run's folder. Raises TraceError where there are none, or
     several plans."""
     if not path.exists():
-        raise TraceError(f"{path}: there is no such file or folder.")
+        raise TraceError(f"{path}: there is no such file or folder. Name a profile, or a folder of them.")
     if path.is_file():
         return (path,)
     inner = path / TRACE_FOLDER
