@@ -75,7 +75,10 @@ def test_one_run_alone_is_told_of_too(both: tuple[str, str]) -> None:
     ("args", "message"),
     [
         ((), "Missing argument 'first'. Try: shardwise diff --help."),
-        (("missing.json",), "missing.json: there is no such file or folder."),
+        (
+            ("missing.json",),
+            "missing.json: there is no such file or folder. Name a profile, or a folder of them.",
+        ),
         (
             ("before", "after", "--labels", "one"),
             "--labels one: give 2 different names, separated by commas.",

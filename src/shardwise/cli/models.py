@@ -11,7 +11,11 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.
 
 
 def models(json: Json = False) -> None:
-    """List the models: shapes and exact parameter counts."""
+    """List the models: shapes and exact parameter counts.
+
+    [dim]shardwise models[/]
+    [dim]shardwise models --json[/]
+    """
     from shardwise.models.source import NAMINGS
     from shardwise.models.specs import SPECS
 
