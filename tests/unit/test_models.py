@@ -66,6 +66,14 @@ def test_building_leaves_the_default_dtype_alone() -> None:
     assert torch.get_default_dtype() is torch.float32
 
 
+@pytest.mark.parametrize("name", ["hf:qwen3", "mypackage.models:build"])
+def test_a_model_that_is_not_ours_is_told_which_commands_take_it(name: str) -> None:
+    with pytest.raises(
+        ModelError, match=f'model "{name}": .* explained, verified and predicted, .* name one of'
+    ):
+        get_spec(name)
+
+
 def test_an_unknown_model_is_one_line() -> None:
     with pytest.raises(ModelError) as caught:
         get_spec("llama3-8B")

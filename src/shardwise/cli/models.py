@@ -40,6 +40,6 @@ def models(json: Json = False) -> None:
     for table in (
         models_table(sizes),
         named_table([changed], "also", "also"),
-        named_table(not_ours, "for explain and verify, also", "others"),
+        named_table(not_ours, "for all but compare, also", "others"),
     ):
         console.print(drawn(table, console.width), "")
