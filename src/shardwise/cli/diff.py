@@ -16,8 +16,8 @@ class _Asked(DiffOptions):
     first: Annotated[
         Path,
         Option(
-            "A trace file, a folder with one per rank, or a run folder of compare --profile or predict "
-            "--out.",
+            "A trace file, a folder with one per rank, a run folder of predict --out, or one of "
+            "compare --profile with one plan; of several plans RUN/traces/PLAN.",
             is_argument=True,
         ),
     ]
