@@ -51,7 +51,9 @@ def test_two_runs_are_put_side_by_side_on_the_terminal(both: tuple[str, str], tm
         "aligned-b.json.gz",
         "diff.html",
         "diff.json",
+        "diff.md",
         "settings.json",
+        "tables",
     ]
     assert json.loads((out / "diff.json").read_text())["second"]["label"] == "after"
     assert json.loads(gzip.decompress((out / "aligned-b.json.gz").read_bytes()))["traceEvents"]

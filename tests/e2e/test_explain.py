@@ -39,9 +39,11 @@ def test_the_folder_holds_the_page_the_walk_through_and_the_data(run: tuple[Path
     assert sorted(path.name for path in out.iterdir()) == [
         "against.txt",
         "explain.html",
+        "explain.md",
         "explanation.json",
         "program.txt",
         "settings.json",
+        "tables",
         "walkthrough.html",
     ]
     assert (

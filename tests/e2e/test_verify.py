@@ -31,8 +31,10 @@ def test_plans_that_are_right_end_with_0_and_leave_a_page_and_the_data(tmp_path:
     assert "2 right: tp=2 on cpu, batch 2, 16 tokens each, no dropout" in ended.stdout
     assert sorted(each.name for each in out.iterdir()) == [
         "settings.json",
+        "tables",
         "verification.json",
         "verify.html",
+        "verify.md",
     ]
     found = read_document((out / "verification.json").read_bytes(), VerificationRun)
     assert [(each.plan, each.verdict) for each in found.verifications] == [
