@@ -17,12 +17,12 @@ from shardwise.core.errors import OptionError, RunError
 from shardwise.core.prediction import MemoryForecast, Setup, Term
 from shardwise.core.sweep import Refusal, Sweep, SweepPoint
 from shardwise.files.document import read_document, write_document
-from shardwise.launch.workers import on_processes
 from shardwise.predict.machines import load_machine
 from shardwise.predict.sweep import best_first, meshes, shares_programs
 from shardwise.report.common.deliver import show
 from shardwise.report.predict.sweep_html import sweep_html
 from shardwise.verbs.sweep import SweepTask, _wanted
+from shardwise.workers import on_processes
 from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME
 from tests.unit.prediction_example import MACHINE, MEMORY, TERMS, TOO_MUCH
 
@@ -122,6 +122,9 @@ def test_hostile_names_stay_text(text: str) -> None:
     assert "<img" not in page
 
 
+KILLED = "a process was killed. Try fewer."
+
+
 def square(number: int) -> int:
     if number < 0:
         raise OptionError(f"{number} is negative")
@@ -131,24 +134,24 @@ def square(number: int) -> int:
 
 
 def test_tasks_on_processes_come_back_and_the_processes_end() -> None:
-    assert sorted(on_processes(square, range(7), 2)) == [0, 1, 4, 9, 16, 25, 36]
+    assert sorted(on_processes(square, range(7), 2, KILLED)) == [0, 1, 4, 9, 16, 25, 36]
     assert not left_over()
 
 
 def test_an_error_of_a_task_is_the_command_s_and_the_processes_end() -> None:
     with pytest.raises(OptionError, match="-1 is negative"):
-        list(on_processes(square, [1, -1, 2], 2))
+        list(on_processes(square, [1, -1, 2], 2, KILLED))
     assert not left_over()
 
 
 def test_a_process_that_is_killed_is_said_and_the_others_end() -> None:
-    with pytest.raises(RunError, match="a process of the sweep was killed"):
-        list(on_processes(square, [1, 13, 2], 2))
+    with pytest.raises(RunError, match="a process was killed"):
+        list(on_processes(square, [1, 13, 2], 2, KILLED))
     assert not left_over()
 
 
 def test_who_stops_early_leaves_no_process() -> None:
-    results = on_processes(square, range(9), 2)
+    results = on_processes(square, range(9), 2, KILLED)
     next(results)
     results.close()  # type: ignore[attr-defined]
     assert not left_over()

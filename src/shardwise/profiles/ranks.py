@@ -3,16 +3,14 @@
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from multiprocessing import get_context
 from os import cpu_count
 from pathlib import Path
 
-from shardwise.core.errors import RunError, TraceError
+from shardwise.core.errors import TraceError
 from shardwise.core.timeline import Timeline
 from shardwise.profiles.read import read_timeline
+from shardwise.workers import on_processes
 
 _TRACES = re.compile(r"\.json(\.gz)?$|\.tmp$|\.pftrace$", re.IGNORECASE)
 # a run's folder has these settings, and data beside its traces: predict's are one file for each plan's step
@@ -88,19 +86,16 @@ def read_ranks(
 
 
 def _read_at_once(files: Sequence[Path], workers: int, on_read: Callable[[Path], None]) -> list[Timeline]:
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(read_timeline, file, rank=number): number for number, file in enumerate(files)}
-        by_number: dict[int, Timeline] = {}
-        try:
-            for done in as_completed(waiting):
-                by_number[waiting[done]] = done.result()
-                on_read(files[waiting[done]])
-        except BrokenProcessPool:
-            raise RunError(
-                "a process that read a trace was killed: out of memory? "
-                "Read fewer ranks at once with --workers 1."
-            ) from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    killed = (
+        "a process that read a trace was killed: out of memory? Read fewer ranks at once with --workers 1."
+    )
+    by_number: dict[int, Timeline] = {}
+    for number, timeline in on_processes(_read_one, enumerate(files), workers, killed):
+        by_number[number] = timeline
+        on_read(files[number])
     return [by_number[number] for number in range(len(files))]
+
+
+def _read_one(numbered: tuple[int, Path]) -> tuple[int, Timeline]:
+    number, file = numbered
+    return number, read_timeline(file, rank=number)

@@ -13,7 +13,6 @@ from shardwise.core.prediction import Setup
 from shardwise.core.program import Program
 from shardwise.core.shown import shown
 from shardwise.core.sweep import Refusal, Sweep, SweepPoint
-from shardwise.launch.workers import on_processes
 from shardwise.predict.check import check_devices, check_setup
 from shardwise.predict.contrast import facts_of
 from shardwise.predict.family import LONG, SHORT, Family, NotAFamilyError
@@ -23,11 +22,13 @@ from shardwise.verbs.checks import default_plan
 from shardwise.verbs.predict import MACHINE, SEQ, PredictOptions
 from shardwise.verbs.programs import micro_batch, trace_program
 from shardwise.verbs.progress import Progress, silent
+from shardwise.workers import on_processes
 
 MOST_DEVICES = 1_000_000
 MOST_POINTS = 20_000
 MICRO_BATCHES = (1, 2, 4, 8)
 DOING = "tracing and predicting"
+_KILLED = "a process of the sweep was killed: out of memory? Sweep over fewer plans at once."
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ def sweep(
     tasks.sort(key=lambda task: -len(task.meshes))
     results = []
     progress(DOING, 0, len(tasks))
-    for result in on_processes(run_task, tasks, workers or min(len(tasks), os.cpu_count() or 1)):
+    for result in on_processes(run_task, tasks, workers or min(len(tasks), os.cpu_count() or 1), _KILLED):
         results.append(result)
         progress(DOING, len(results), len(tasks))
     refused: Counter[tuple[str, str]] = Counter()

@@ -19,9 +19,10 @@ _Result = TypeVar("_Result")
 
 
 def on_processes(
-    function: Callable[[_Task], _Result], tasks: Iterable[_Task], workers: int
+    function: Callable[[_Task], _Result], tasks: Iterable[_Task], workers: int, killed: str
 ) -> Iterator[_Result]:
-    """Results as they come. Raises what `function` raises; RunError where a process was killed."""
+    """Results as they come. Raises what `function` raises; RunError, with the words `killed`, where a process
+    was killed."""
     waiting = list(tasks)[::-1]
     context = get_context("spawn")
     pairs = [context.Pipe() for _ in range(min(workers, len(waiting)))]
@@ -40,9 +41,7 @@ def on_processes(
                 try:
                     worked, result = ready.recv()
                 except (EOFError, OSError):
-                    raise RunError(
-                        "a process of the sweep was killed: out of memory? Sweep over fewer plans at once."
-                    ) from None
+                    raise RunError(killed) from None
                 if not worked:
                     raise result
                 if waiting:
