@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwise.core.errors import PlanError
+from shardwise.core.held import Held
 from shardwise.core.placement import Partial, Placement, Replicate, Shard, format_placement, parse_placement
 from shardwise.core.plan import (
     Engine,
@@ -23,6 +24,13 @@ from shardwise.core.plan import (
 PLACEMENTS: st.SearchStrategy[Placement] = st.one_of(
     st.integers(-9, 9).map(Shard), st.just(Replicate()), st.just(Partial())
 )
+DIMS = st.integers(-9, 9)
+PIECES = st.lists(st.integers(1, 9999), min_size=2, max_size=4).map(tuple)
+NAMES = st.lists(st.text('abc_."é', min_size=1, max_size=4).filter(lambda n: all(n.split("."))), unique=True)
+HELD = st.one_of(
+    st.builds(Held, DIMS.map(Shard), st.just(()) | PIECES),
+    st.builds(Held, st.just(Replicate()), gradient=st.none() | st.just(Partial())),
+)
 LEVELS = st.text("abc_01*", min_size=1, max_size=4)
 PATTERNS = st.lists(LEVELS, min_size=1, max_size=4).map(".".join)
 MODULES = st.lists(st.text("abc_01", min_size=1, max_size=4), min_size=1, max_size=5).map(".".join)
@@ -37,6 +45,10 @@ def styles(draw: st.DrawFn) -> Style:
         input=draw(st.none() | PLACEMENTS) if allowed & {"input", "from"} else None,
         output=draw(st.none() | PLACEMENTS) if "output" in allowed else None,
         ownership=draw(st.sampled_from(Ownership)) if "ownership" in allowed else Ownership.CONTIGUOUS,
+        pieces=draw(st.just(()) | PIECES) if "pieces" in allowed else (),
+        parameters=tuple((key, draw(HELD)) for key in draw(NAMES)) if "parameters" in allowed else (),
+        divide=tuple(draw(NAMES)) if "divide" in allowed else (),
+        gradient=draw(st.none() | st.just(Partial())) if "gradient" in allowed else None,
     )
 
 
@@ -198,7 +210,66 @@ def test_plans_are_equal_by_value() -> None:
     assert len({Plan("p", (rule("a"),)), Plan("p", (rule("a"),))}) == 1
 
 
-STYLES = "rowwise, colwise, routed, replicated, sequence_parallel, gather_input, replicate"
+def test_a_rule_says_how_parameters_are_held_and_what_counts_them() -> None:
+    plan = Plan(
+        "fused",
+        (
+            Rule("h.*.qkv", Style(StyleName.COLWISE, pieces=(3072, 1024, 1024), divide=("nf",))),
+            Rule(
+                "h.*.mixer",
+                Style(
+                    StyleName.LOCAL,
+                    parameters=(
+                        ("A_log", Held(Shard(0))),
+                        ("conv.weight", Held(Shard(0), (8, 2))),
+                        ("scale", Held(Replicate(), gradient=Partial())),
+                    ),
+                    divide=("num_heads", "config.num_attention_heads"),
+                ),
+            ),
+            Rule("h.*.q_norm", Style(StyleName.REPLICATE, gradient=Partial())),
+        ),
+    )
+    assert plan.to_toml() == (
+        'name = "fused"\n'
+        'engine = "native"\n'
+        "[rules]\n"
+        '"h.*.qkv" = { style = "colwise", pieces = "3072+1024+1024", divide = ["nf"] }\n'
+        '"h.*.mixer" = { style = "local", parameters = { A_log = "shard(0)", "conv.weight" = "shard(0: 8+2)"'
+        ', scale = "replicate, gradient partial" }, divide = ["num_heads", "config.num_attention_heads"] }\n'
+        '"h.*.q_norm" = { style = "replicate", gradient = "partial" }\n'
+    )
+    assert Plan.from_toml(plan.to_toml()) == plan
+    assert plan.rules[0].style.arguments == "pieces=3072+1024+1024, divide=nf"
+
+
+@given(plans(), st.dictionaries(PATTERNS, st.text()))
+def test_comments_stand_above_their_rules_and_change_nothing(plan: Plan, comments: dict[str, str]) -> None:
+    told = {**comments, plan.rules[0].pattern: "one class of 32 heads\n\x00 q, k, v"}
+    text = plan.to_toml(comments=told)
+    assert Plan.from_toml(text) == plan
+    assert "[rules]\n# one class of 32 heads\n#   q, k, v\n" in text
+
+
+@given(HELD)
+def test_how_a_parameter_is_held_reads_its_own_text(held: Held) -> None:
+    assert Held.parse(str(held)) == held
+
+
+def test_what_a_parameter_that_is_cut_has_is_no_part() -> None:
+    with pytest.raises(ValueError, match="what is cut is cut alike"):
+        Held(Shard(0), gradient=Partial())
+    with pytest.raises(ValueError, match="whole has no pieces"):
+        Held(Replicate(), (1, 2))
+    assert Held(Replicate(), gradient=Partial()).gradient_placement == Partial()
+    assert Held(Shard(1), (1, 2)).gradient_placement == Shard(1)
+
+
+STYLES = (
+    "rowwise, colwise, routed, replicated, sequence_parallel, gather_input, replicate, local, whole, "
+    "split_input"
+)
+HOW = 'Allowed: "shard(DIM)", "shard(DIM: SIZE+SIZE)" in pieces, "replicate", "replicate, gradient partial".'
 
 
 @pytest.mark.parametrize(
@@ -252,7 +323,8 @@ STYLES = "rowwise, colwise, routed, replicated, sequence_parallel, gather_input,
         ),
         (
             '[rules]\n"a" = { style = "rowwise", out = "shard(1)" }',
-            'mine.toml: rule "a": style rowwise takes no argument "out". Allowed: input, output.',
+            'mine.toml: rule "a": style rowwise takes no argument "out". Allowed: divide, input, output, '
+            "parameters, pieces.",
         ),
         (
             '[rules]\n"a" = { style = "sequence_parallel", output = "shard(1)" }',
@@ -260,7 +332,8 @@ STYLES = "rowwise, colwise, routed, replicated, sequence_parallel, gather_input,
         ),
         (
             '[rules]\n"a" = { style = "gather_input", input = "shard(1)" }',
-            'mine.toml: rule "a": style gather_input takes no argument "input". Allowed: from.',
+            'mine.toml: rule "a": style gather_input takes no argument "input". Allowed: divide, from, '
+            "parameters.",
         ),
         (
             '[rules]\n"a" = { style = "rowwise", output = "shard" }',
@@ -270,6 +343,38 @@ STYLES = "rowwise, colwise, routed, replicated, sequence_parallel, gather_input,
             '[rules]\n"a" = { style = "routed", ownership = "interleave" }',
             'mine.toml: rule "a": ownership is "interleave". Did you mean "interleaved"? Allowed: '
             "contiguous, interleaved.",
+        ),
+        (
+            '[rules]\n"a" = { style = "colwise", pieces = "8" }',
+            'mine.toml: rule "a": pieces: "8" is no list of pieces. Write sizes such as "3072+1024+1024".',
+        ),
+        (
+            '[rules]\n"a" = { style = "colwise", pieces = "8+0" }',
+            'mine.toml: rule "a": pieces: pieces are 8+0. Give two sizes or more, each at least 1.',
+        ),
+        (
+            '[rules]\n"a" = { style = "colwise", parameters = "weight" }',
+            'mine.toml: rule "a": parameters is \'weight\'. Write a table such as { weight = "shard(0)" }.',
+        ),
+        (
+            '[rules]\n"a" = { style = "colwise", parameters = { weight = "cut" } }',
+            f'mine.toml: rule "a": parameters: "weight": "cut" says no way to hold a parameter. {HOW}',
+        ),
+        (
+            '[rules]\n"a" = { style = "local", parameters = { "a..b" = "replicate" } }',
+            'mine.toml: rule "a": parameters: "a..b" is no name. Write a dotted name, from the module on.',
+        ),
+        (
+            '[rules]\n"a" = { style = "local", divide = "heads" }',
+            'mine.toml: rule "a": divide is \'heads\'. Write a list of names such as ["num_heads"].',
+        ),
+        (
+            '[rules]\n"a" = { style = "local", divide = ["heads", "heads"] }',
+            'mine.toml: rule "a": divide has "heads" twice. Keep one.',
+        ),
+        (
+            '[rules]\n"a" = { style = "replicate", gradient = "whole" }',
+            'mine.toml: rule "a": gradient is "whole". Allowed: partial.',
         ),
     ],
 )
@@ -298,15 +403,16 @@ def test_two_rules_with_one_pattern_are_refused() -> None:
         ),
         (
             {"name": StyleName.GATHER_INPUT, "output": Shard(1)},
-            'style gather_input takes no argument "output". Allowed: from.',
+            'style gather_input takes no argument "output". Allowed: divide, from, parameters.',
         ),
         (
             {"name": StyleName.REPLICATE, "input": Shard(1)},
-            'style replicate takes no argument "input". Allowed: none.',
+            'style replicate takes no argument "input". Allowed: gradient.',
         ),
         (
             {"name": StyleName.ROWWISE, "ownership": Ownership.INTERLEAVED},
-            'style rowwise takes no argument "ownership". Allowed: input, output.',
+            'style rowwise takes no argument "ownership". Allowed: divide, input, output, '
+            "parameters, pieces.",
         ),
     ],
 )

@@ -7,7 +7,6 @@ arguments a style takes.
 """
 
 import difflib
-import json
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,9 +19,11 @@ from operator import and_, or_
 from typing import Self, TypeVar
 
 from shardwise.core.errors import PlanError
+from shardwise.core.held import Held, check_pieces, format_pieces, parse_pieces
 from shardwise.core.layer_name import any_layer
-from shardwise.core.placement import Placement, format_placement, parse_placement
+from shardwise.core.placement import Partial, Placement, format_placement, parse_placement
 from shardwise.core.rule import RuleRef
+from shardwise.core.toml_text import TomlValue, comment, quote, toml
 
 E = TypeVar("E", bound=StrEnum)
 
@@ -63,13 +64,16 @@ class StyleName(StrEnum):
         member.arguments = frozenset(arguments)
         return member
 
-    ROWWISE = "rowwise", "input", "output"
-    COLWISE = "colwise", "input", "output"
+    ROWWISE = "rowwise", "input", "output", "pieces", "parameters", "divide"
+    COLWISE = "colwise", "input", "output", "pieces", "parameters", "divide"
     ROUTED = "routed", "ownership"
     REPLICATED = "replicated", "output"
     SEQUENCE_PARALLEL = "sequence_parallel"
-    GATHER_INPUT = "gather_input", "from"
-    REPLICATE = "replicate"
+    GATHER_INPUT = "gather_input", "from", "parameters", "divide"
+    REPLICATE = "replicate", "gradient"
+    LOCAL = "local", "parameters", "divide"
+    WHOLE = "whole"
+    SPLIT_INPUT = "split_input", "parameters", "divide"
 
     @property
     def input_key(self) -> str:
@@ -100,15 +104,32 @@ class ReduceScatter(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Style:
     """A style and its arguments; None means the style's own default for the kind of module it meets (see
-    docs/plans.md)."""
+    docs/plans.md).
+
+    pieces: sizes of what lies one after the other in the dim that is cut. parameters: how parameters are held
+    of which the class doesn't tell it, by their name from the module on. divide: names of integer attributes
+    that count what is cut, from the module on. gradient: Partial where each rank computes a part of it.
+    """
 
     name: StyleName
     input: Placement | None = None
     output: Placement | None = None
     ownership: Ownership = Ownership.CONTIGUOUS
+    pieces: tuple[int, ...] = ()
+    parameters: tuple[tuple[str, Held], ...] = ()
+    divide: tuple[str, ...] = ()
+    gradient: Partial | None = None
 
     def __post_init__(self) -> None:
         _refuse_unknown(self.name, sorted(self._given()))
+        with _as_plan_error("pieces"):
+            check_pieces(self.pieces)
+        for what, names in (("parameters", [name for name, _ in self.parameters]), ("divide", self.divide)):
+            for name in names:
+                if not all(name.split(".")):
+                    raise PlanError(f'{what}: "{name}" is no name. Write a dotted name, from the module on.')
+                if list(names).count(name) > 1:
+                    raise PlanError(f'{what} has "{name}" twice. Keep one.')
 
     @classmethod
     def from_value(cls, value: object) -> Self:
@@ -127,9 +148,13 @@ class Style:
             input=_placement(arguments, name.input_key),
             output=_placement(arguments, "output"),
             ownership=_choice(Ownership, arguments.get("ownership", Ownership.CONTIGUOUS), "ownership"),
+            pieces=_pieces(arguments.get("pieces")),
+            parameters=_parameters(arguments.get("parameters", {})),
+            divide=_names(arguments.get("divide", [])),
+            gradient=_gradient(arguments.get("gradient")),
         )
 
-    def to_value(self) -> str | dict[str, str]:
+    def to_value(self) -> str | dict[str, TomlValue]:
         """The inverse of from_value."""
         given = self._given()
         return {"style": str(self.name), **given} if given else str(self.name)
@@ -140,14 +165,23 @@ class Style:
     @property
     def arguments(self) -> str:
         """Those that are given, for people: `input=shard(1), output=replicate`."""
-        return ", ".join(f"{key}={value}" for key, value in self._given().items())
+        return ", ".join(f"{key}={_shown(value)}" for key, value in self._given().items())
 
-    def _given(self) -> dict[str, str]:
+    def _given(self) -> dict[str, TomlValue]:
         """The arguments that are given, as a plan file has them."""
-        placements = {self.name.input_key: self.input, "output": self.output}
-        given = {key: format_placement(value) for key, value in placements.items() if value is not None}
-        is_default = self.ownership is Ownership.CONTIGUOUS
-        return given if is_default else {**given, "ownership": str(self.ownership)}
+        placements = {self.name.input_key: self.input, "output": self.output, "gradient": self.gradient}
+        given: dict[str, TomlValue] = {
+            key: format_placement(value) for key, value in placements.items() if value is not None
+        }
+        if self.ownership is not Ownership.CONTIGUOUS:
+            given["ownership"] = str(self.ownership)
+        if self.pieces:
+            given["pieces"] = format_pieces(self.pieces)
+        if self.parameters:
+            given["parameters"] = {name: str(held) for name, held in self.parameters}
+        if self.divide:
+            given["divide"] = list(self.divide)
+        return given
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,16 +260,16 @@ class Plan:
             )
             return cls(name, tuple(_rule(*item) for item in rules.items()), engine, scatter)
 
-    def to_toml(self) -> str:
-        """The plan as a file's text: from_toml(to_toml()) is the same plan."""
-        lines = [f"name = {_quote(self.name)}", f'engine = "{self.engine}"']
+    def to_toml(self, comments: Mapping[str, str] | None = None) -> str:
+        """The plan as a file's text: from_toml(to_toml()) is the same plan. comments: what stands above a
+        rule, by its pattern."""
+        lines = [f"name = {quote(self.name)}", f'engine = "{self.engine}"']
         if self.reduce_scatter is not ReduceScatter.AUTO:
             lines.append(f'reduce_scatter = "{self.reduce_scatter}"')
         lines.append("[rules]")
         for rule in self.rules:
-            value = rule.style.to_value()
-            shown = _quote(value) if isinstance(value, str) else _inline_table(value)
-            lines.append(f"{_quote(rule.pattern)} = {shown}")
+            lines += comment((comments or {}).get(rule.pattern, ""))
+            lines.append(f"{quote(rule.pattern)} = {toml(rule.style.to_value())}")
         return "\n".join(lines) + "\n"
 
     def rule_for(self, module: str) -> Rule | None:
@@ -297,10 +331,46 @@ def _placement(arguments: Mapping[str, object], key: str) -> Placement | None:
     value = arguments.get(key)
     if value is None:
         return None
-    try:
+    with _as_plan_error(key):
         return parse_placement(str(value))
+
+
+@contextmanager
+def _as_plan_error(key: str) -> Iterator[None]:
+    """A ValueError from inside as the PlanError of an argument."""
+    try:
+        yield
     except ValueError as error:
         raise PlanError(f"{key}: {error}") from None
+
+
+def _pieces(value: object) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    with _as_plan_error("pieces"):
+        return parse_pieces(str(value))
+
+
+def _parameters(value: object) -> tuple[tuple[str, Held], ...]:
+    if not isinstance(value, Mapping):
+        raise PlanError(f'parameters is {value!r:.80}. Write a table such as {{ weight = "shard(0)" }}.')
+    found = []
+    for name, text in value.items():
+        with _as_plan_error(f'parameters: "{name}"'):
+            found.append((str(name), Held.parse(str(text))))
+    return tuple(found)
+
+
+def _names(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise PlanError(f'divide is {value!r:.80}. Write a list of names such as ["num_heads"].')
+    return tuple(value)
+
+
+def _gradient(value: object) -> Partial | None:
+    if value is None or str(value).strip().lower() == "partial":
+        return None if value is None else Partial()
+    raise PlanError(f'gradient is "{value}". Allowed: partial.')
 
 
 def _refuse_unknown(name: StyleName, arguments: Iterable[object]) -> None:
@@ -310,11 +380,11 @@ def _refuse_unknown(name: StyleName, arguments: Iterable[object]) -> None:
             raise PlanError(f'style {name} takes no argument "{key}". Allowed: {allowed}.')
 
 
-def _quote(text: str) -> str:
-    """A TOML basic string: JSON's, but for surrogate pairs, which TOML hasn't, and DEL, which it wants
-    escaped."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _inline_table(table: Mapping[str, str]) -> str:
-    return "{ " + ", ".join(f"{key} = {_quote(value)}" for key, value in table.items()) + " }"
+def _shown(value: TomlValue) -> str:
+    match value:
+        case str():
+            return value
+        case list():
+            return "+".join(value)
+        case _:
+            return "{" + ", ".join(f"{key}: {held}" for key, held in value.items()) + "}"
