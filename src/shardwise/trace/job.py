@@ -14,12 +14,12 @@ from shardwise.core.mesh import SHARDS_AXIS, Mesh
 from shardwise.core.plan import AnyPlan, Plan, TheirPlan
 from shardwise.core.program import RuleUse
 from shardwise.core.rule import RuleRef
+from shardwise.models.layers import Layers
 from shardwise.models.source import ModelSource
 from shardwise.parallel.any_plan import apply_any
 from shardwise.step.train import mixed_precision, recompute_layers, shard_with_fsdp
 from shardwise.torch_private import FakeTensorMode
 from shardwise.trace.fakes import fill_with_fakes
-from shardwise.trace.layers import Layers
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from shardwise.core.plan import Engine, TheirPlan
 from shardwise.core.program import Holding, Item, MemoryKind, Phase
 from shardwise.core.rule import RuleRef
 from shardwise.core.shown import shown, told
+from shardwise.models.layers import Layers
 from shardwise.models.source import vocab_size_of
 from shardwise.parallel.apply import applied_to
 from shardwise.step.train import TrainStep
@@ -26,7 +27,6 @@ from shardwise.torch_private import (
 from shardwise.trace.fakes import making_on_device
 from shardwise.trace.holdings import holdings_of
 from shardwise.trace.job import Job
-from shardwise.trace.layers import Layers
 from shardwise.trace.memory import gradient_kinds, items_of, resident_bytes, resident_kinds
 from shardwise.trace.recorder import Recorder
 from shardwise.trace.routes import Routes

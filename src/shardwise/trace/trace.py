@@ -16,6 +16,7 @@ from shardwise.core.errors import OptionError
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import AnyPlan, Plan, TheirPlan
 from shardwise.core.program import Block, MemoryKind, Program, RuleUse
+from shardwise.models.layers import Layers, find_layers
 from shardwise.models.source import ModelSource
 from shardwise.parallel.resolve import resolve
 from shardwise.torch_private import check
@@ -23,7 +24,6 @@ from shardwise.trace.extend import LONG, SHORT, NotPeriodicError, extended
 from shardwise.trace.fakes import TARGETS, fake_world
 from shardwise.trace.holdings import longer_holdings
 from shardwise.trace.job import Job, nearest_rule, rules_of
-from shardwise.trace.layers import Layers, find_layers
 from shardwise.trace.step import Traced, run
 
 

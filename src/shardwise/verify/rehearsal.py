@@ -17,9 +17,9 @@ from shardwise.core.mesh import Mesh, Role
 from shardwise.core.plan import AnyPlan, Plan, TheirPlan
 from shardwise.core.program import Program
 from shardwise.core.shown import shown
+from shardwise.models.layers import find_layers
 from shardwise.models.source import ModelSource
 from shardwise.torch_private import DataDependentOutputException, DynamicOutputShapeException
-from shardwise.trace.layers import find_layers
 from shardwise.trace.lineage import Lineage, TooLongError, Watch
 from shardwise.trace.trace import trace
 

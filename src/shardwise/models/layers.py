@@ -3,7 +3,7 @@ stand for all.
 
 Equal: the same modules of the same types with the same plain attributes, hooks, parameters and buffers
 (names, shapes, dtypes). A layer's own number doesn't count. What a forward does with such a number isn't seen
-here; extend.py compares what really ran.
+here; trace/extend.py compares what really ran.
 """
 
 from collections.abc import Iterator
