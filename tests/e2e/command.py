@@ -16,7 +16,8 @@ import psutil
 from shardwise.cli.main import _run
 
 SHARDWISE = str(Path(sys.executable).with_name("shardwise"))
-MODEL = "llama3-debug?n_layers=2,vocab_size=4000"
+# Small, for its layers are checked in float64 on every rank; its name is longer than messages show.
+MODEL = "llama3-debug?n_layers=2,hidden=96,n_heads=12,n_kv_heads=4,ffn_hidden=256,vocab_size=512"
 SMALL = ("--model", MODEL, "--seq", "32", "--batch", "2", "--rounds", "2", "--warmup", "0")
 # Nothing here is timed: how long a test waits for what must come, on a machine that may be busy.
 PATIENCE_S = 200.0

@@ -144,7 +144,7 @@ class _Run:
         if options.module is not None:
             _check_module(spec, options.module, mesh)
         job = CompareJob(
-            model=spec.name,
+            model=case.model,
             mesh=str(mesh),
             plans=tuple(plan.to_toml() for _, plan in labelled),
             labels=tuple(label for label, _ in labelled),
