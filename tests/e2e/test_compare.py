@@ -1,7 +1,6 @@
 """`shardwise compare` as a user meets it: what it prints, writes and returns, and how it ends when something
 goes wrong."""
 
-import json
 import os
 import signal
 import subprocess
@@ -15,18 +14,9 @@ import pytest
 
 from shardwise.core.measurement import Comparison
 from shardwise.files.document import read_document
-from tests.e2e.command import (
-    MODEL,
-    PATIENCE_S,
-    SMALL,
-    gone,
-    ranks_of,
-    shardwise,
-    shardwise_process,
-    start,
-    wait_for_rounds,
-)
+from tests.e2e.command import MODEL, PATIENCE_S, SMALL, gone, ranks_of, shardwise, start, wait_for_rounds
 from tests.e2e.test_report_html import WHOLE_STEP_CHARTS, Elements, browser, visit
+from tests.matrix import FULL
 
 __all__ = ["browser"]  # the fixture
 
@@ -42,6 +32,7 @@ LONG = (
     "--rounds",
     "1000000",
     "--no-check",
+    "--random-ids",
 )
 WRONG_PLAN = """\
 name = "norms-not-reduced"
@@ -63,19 +54,36 @@ name = "norms-not-reduced"
 """
 
 
+FOUR_PLANS = ("rowwise", "colwise", "routed", "rowwise@dtensor")
+WHOLE_SEQUENCES = ("colwise", "rowwise@dtensor", "--no-sequence-parallel", "--recompute", "full")
+BFLOAT16 = ("--dtype", "bfloat16", "--random-ids", "--no-repeat")
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison, str]:
-    """One whole run of four plans: its folder, what --json gave, and stderr."""
-    out = tmp_path_factory.mktemp("run") / "compare"
-    ended = shardwise_process(
-        "compare", "rowwise", "colwise", "routed", "rowwise@dtensor", *SMALL, "--json", "--out", str(out)
-    )
-    assert ended.returncode == 0, ended.stderr
-    return out, read_document(ended.stdout.encode(), Comparison), ended.stderr
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Comparison]]:
+    """Two whole runs that were started at once in one folder: that, and what each gave by --json."""
+    folder = tmp_path_factory.mktemp("both")
+    asked = [FOUR_PLANS, (*WHOLE_SEQUENCES, *BFLOAT16)]
+    parents = [start("compare", *SMALL, *options, "--json", cwd=folder) for options in asked]
+    written = [parent.communicate(timeout=2 * PATIENCE_S) for parent in parents]
+    assert [parent.returncode for parent in parents] == [0, 0], written
+    return folder, [read_document(stdout.encode(), Comparison) for stdout, _ in written]
 
 
-def test_json_is_one_document_with_every_plan_and_the_noise(run: tuple[Path, Comparison, str]) -> None:
-    out, comparison, _ = run
+@pytest.fixture(scope="module")
+def run(both: tuple[Path, list[Comparison]]) -> tuple[Path, Comparison]:
+    """The run of four plans: its folder, and what --json gave."""
+    folder, (comparison, _) = both
+    (out,) = [each for each in (folder / "runs").iterdir() if "rowwise (again)" in logged(each)]
+    return out, comparison
+
+
+def logged(out: Path) -> str:
+    return (out / "comparison.json").read_text()
+
+
+def test_json_is_one_document_with_every_plan_and_the_noise(run: tuple[Path, Comparison]) -> None:
+    out, comparison = run
     assert comparison.schema_version == 1
     labels = [measurement.label for measurement in comparison.measurements]
     assert labels == ["rowwise", "colwise", "routed", "rowwise@dtensor", "rowwise (again)"]
@@ -84,7 +92,7 @@ def test_json_is_one_document_with_every_plan_and_the_noise(run: tuple[Path, Com
     assert read_document((out / "comparison.json").read_bytes(), Comparison) == comparison
 
 
-def test_every_plan_was_checked_against_the_unsharded_model(run: tuple[Path, Comparison, str]) -> None:
+def test_every_plan_was_checked_against_the_unsharded_model(run: tuple[Path, Comparison]) -> None:
     for measurement in run[1].measurements:
         assert measurement.agreement is not None
         assert measurement.agreement.agrees
@@ -93,7 +101,7 @@ def test_every_plan_was_checked_against_the_unsharded_model(run: tuple[Path, Com
         assert measurement.agreement.worst_gradient_error < 1e-10
 
 
-def test_all_plans_train_the_same_model(run: tuple[Path, Comparison, str]) -> None:
+def test_all_plans_train_the_same_model(run: tuple[Path, Comparison]) -> None:
     curves = [measurement.losses for measurement in run[1].measurements]
     assert all(len(curve) == 3 for curve in curves)
     for curve in curves[1:]:
@@ -102,10 +110,10 @@ def test_all_plans_train_the_same_model(run: tuple[Path, Comparison, str]) -> No
 
 
 def test_memory_is_exact_and_shows_the_full_vocabulary_gradient_of_dtensor(
-    run: tuple[Path, Comparison, str],
+    run: tuple[Path, Comparison],
 ) -> None:
     by_label = {measurement.label: measurement.memory for measurement in run[1].measurements}
-    vocab, hidden, layers, ffn, kv = 4_000, 384, 2, 1024, 128
+    vocab, hidden, layers, ffn, kv = 512, 96, 2, 256, 32
     sharded = 2 * vocab * hidden + layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * ffn)
     expected = 4 * (sharded // 2 + hidden * (2 * layers + 1))
     for label in ("rowwise", "colwise", "routed"):
@@ -118,7 +126,7 @@ def test_memory_is_exact_and_shows_the_full_vocabulary_gradient_of_dtensor(
 
 
 def test_gloo_sends_what_the_formula_says_where_the_plan_avoids_its_reduce_scatter(
-    run: tuple[Path, Comparison, str],
+    run: tuple[Path, Comparison],
 ) -> None:
     by_label = {measurement.label: measurement for measurement in run[1].measurements}
     for label in ("rowwise", "colwise", "routed"):
@@ -131,9 +139,7 @@ def test_gloo_sends_what_the_formula_says_where_the_plan_avoids_its_reduce_scatt
     assert dtensor.sent_bytes > 1.3 * dtensor.wire_bytes
 
 
-def test_the_verdict_names_each_plan_and_warns_that_gloo_is_not_nccl(
-    run: tuple[Path, Comparison, str],
-) -> None:
+def test_the_verdict_names_each_plan_and_warns_that_gloo_is_not_nccl(run: tuple[Path, Comparison]) -> None:
     text = "\n".join(run[1].verdict)
     for label in ("colwise", "routed", "rowwise@dtensor", "Noise floor"):
         assert label in text
@@ -141,7 +147,7 @@ def test_the_verdict_names_each_plan_and_warns_that_gloo_is_not_nccl(
 
 
 def test_the_written_report_draws_in_a_browser_and_asks_the_network_for_nothing(
-    run: tuple[Path, Comparison, str], browser: str, tmp_path: Path
+    run: tuple[Path, Comparison], browser: str, tmp_path: Path
 ) -> None:
     seen = visit(browser, (run[0] / "report.html").read_text(encoding="utf-8"), tmp_path)
     drawings = Elements(seen.dom).drawings
@@ -166,16 +172,23 @@ def test_a_plan_that_trains_another_model_is_an_answer_of_no(tmp_path: Path) -> 
 MIXED = ("--param-dtype", "bfloat16", "--reduce-dtype", "float32")
 
 
+def assert_every_plan_agrees(comparison: Comparison) -> None:
+    assert all(m.agreement is not None and m.agreement.agrees for m in comparison.measurements)
+    assert all(len(m.step_s) == 2 for m in comparison.measurements)
+
+
 @pytest.mark.parametrize(
     "options",
     [
         ("rowwise", "rowwise@dtensor", "--mesh", "fsdp=2,tp=2", *MIXED, "--recompute", "selective-ops"),
-        ("routed", "rowwise@dtensor", "--mesh", "dp=2,tp=2", "--batch", "4", "--accumulation", "2"),
-        ("colwise", "rowwise@dtensor", "--no-sequence-parallel", "--recompute", "full"),
-        ("routed-interleaved", "replicated", "--dtype", "bfloat16", "--random-ids"),
-        ("rowwise", "colwise@dtensor", "--module", "layers.1.feed_forward"),
+        ("routed", "rowwise@dtensor", "--mesh", "dp=2,tp=1", "--batch", "4", "--accumulation", "2"),
+        pytest.param(
+            ("routed", "rowwise@dtensor", "--mesh", "dp=2,tp=2", "--batch", "4", "--accumulation", "2"),
+            marks=FULL,
+        ),
+        ("routed-interleaved", "replicated", "--module", "layers.1.feed_forward"),
     ],
-    ids=["fsdp-mixed-selective", "dp-accumulation", "no-sp-recompute", "bfloat16-random", "module"],
+    ids=["fsdp-mixed-selective", "dp-accumulation", "dp-tp-accumulation", "module"],
 )
 def test_the_options_of_a_step_work_together_and_every_plan_agrees(
     options: tuple[str, ...], tmp_path: Path
@@ -183,8 +196,7 @@ def test_the_options_of_a_step_work_together_and_every_plan_agrees(
     ended = shardwise("compare", *SMALL, *options, "--json", "--no-repeat", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     comparison = read_document(ended.stdout.encode(), Comparison)
-    assert all(m.agreement is not None and m.agreement.agrees for m in comparison.measurements)
-    assert all(len(m.step_s) == 2 for m in comparison.measurements)
+    assert_every_plan_agrees(comparison)
     if "--param-dtype" in options:
         assert comparison.settings.precision == "float32, computed in bfloat16, reduced in float32"
     if "--module" in options:
@@ -193,6 +205,15 @@ def test_the_options_of_a_step_work_together_and_every_plan_agrees(
             m.module_times is not None and max(m.step_s) <= max(m.module_times.total_s)
             for m in comparison.measurements
         )
+
+
+def test_whole_sequences_recomputed_in_bfloat16_on_random_ids_agree(
+    both: tuple[Path, list[Comparison]],
+) -> None:
+    _, (_, comparison) = both
+    assert_every_plan_agrees(comparison)
+    assert comparison.settings.precision == "bfloat16"
+    assert comparison.settings.recompute == "full"
 
 
 def test_a_config_file_gives_the_options_and_the_command_line_wins(tmp_path: Path) -> None:
@@ -391,7 +412,7 @@ def test_a_full_disk_for_the_run_folder_ends_the_run_at_once(tmp_path: Path) -> 
     out = tmp_path / "run"
     out.mkdir()
     (out / "events.jsonl").symlink_to("/dev/full")
-    parent = start("compare", *LONG, "--out", "run", cwd=tmp_path)
+    parent = start("compare", *LONG, "--mesh", "tp=1", "--out", "run", cwd=tmp_path)
     ranks: set[psutil.Process] = set()
     while parent.poll() is None:
         ranks.update(ranks_of(parent))
@@ -405,16 +426,15 @@ def test_a_full_disk_for_the_run_folder_ends_the_run_at_once(tmp_path: Path) -> 
     assert gone(list(ranks))
 
 
-def test_two_compares_at_once_leave_each_other_alone(tmp_path: Path) -> None:
-    both = [start("compare", "rowwise", "colwise", *SMALL, "--json", cwd=tmp_path) for _ in range(2)]
-    documents = [parent.communicate(timeout=2 * PATIENCE_S)[0] for parent in both]
-    assert [parent.returncode for parent in both] == [0, 0]
-    for document in documents:
-        assert len(json.loads(document)["measurements"]) == 3
-    assert len(list((tmp_path / "runs").iterdir())) == 2
+def test_two_compares_at_once_leave_each_other_alone(both: tuple[Path, list[Comparison]]) -> None:
+    folder, comparisons = both
+    labels = [[measurement.label for measurement in each.measurements] for each in comparisons]
+    whole = [f"{plan} (no sequence parallelism)" for plan in WHOLE_SEQUENCES[:2]]
+    assert labels == [[*FOUR_PLANS, "rowwise (again)"], whole]
+    assert len(list((folder / "runs").iterdir())) == 2
 
 
-def test_a_folder_that_holds_a_run_is_not_written_over(run: tuple[Path, Comparison, str]) -> None:
+def test_a_folder_that_holds_a_run_is_not_written_over(run: tuple[Path, Comparison]) -> None:
     before = (run[0] / "comparison.json").read_bytes()
     ended = shardwise("compare", "rowwise", *SMALL, "--out", str(run[0]))
     assert ended.returncode == 2
