@@ -1,0 +1,404 @@
+"""What each op says of its tensors' dims: which are one, which are summed away, which nobody may cut.
+
+A rule is a function of a Call. Pointwise ops and reductions are told by PyTorch's own tags; every other op that is
+described has its rule here or in by_data.py; whatever has none makes all its dims uncuttable, by its name.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardwise.dims.factors import (
+    ConflictError,
+    Factor,
+    concatenation,
+    find,
+    leaves,
+    narrow,
+    product,
+    unify,
+    view,
+)
+from shardwise.dims.record import Source, Value
+
+
+@dataclass(slots=True)
+class Call:
+    """An op that has run. arguments: by the schema's names. value_of: the Value of a tensor."""
+
+    name: str
+    overload: str
+    arguments: dict[str, Any]
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    value_of: Callable[[Tensor], Value]
+    sequence: frozenset[Factor]
+    given: dict[int, list[Factor]] = field(default_factory=dict)
+    summed: list[Factor] = field(default_factory=list)
+    blocked: list[tuple[Factor, str]] = field(default_factory=list)
+    conflicts: list[str] = field(default_factory=list)
+    is_linear: bool = False
+    added: Tensor | None = None
+    source: Source = Source.OP
+
+    @property
+    def output(self) -> Tensor:
+        return self.outputs[0]
+
+    def dims(self, tensor: Tensor) -> list[Factor]:
+        return list(self.value_of(tensor).dims)
+
+    def give(self, output: Tensor, dims: Sequence[Factor]) -> None:
+        """Says what an output's dims are. Raises ConflictError where their sizes aren't the output's."""
+        if [dim.size for dim in dims] != list(output.shape):
+            raise ConflictError(f"{list(dims)} for a tensor of {list(output.shape)}")
+        self.given[id(output)] = list(dims)
+
+    def tie(self, a: Factor, b: Factor) -> None:
+        """Makes two dims one; where that can't be, neither may be cut."""
+        try:
+            unify(a, b)
+        except ConflictError as error:
+            self.conflicts.append(str(error))
+            self.block(a, "its dims can't be told apart")
+            self.block(b, "its dims can't be told apart")
+
+    def block(self, factor: Factor, why: str) -> None:
+        if factor.size > 1:
+            self.blocked.append((factor, why))
+
+    def is_of_sequence(self, factor: Factor) -> bool:
+        return any(leaf in self.sequence for leaf in leaves(factor))
+
+
+Rule = Callable[[Call], None]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    def add(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return add
+
+
+def rule_for(func: Any, name: str) -> Rule | None:
+    """The rule of a dispatcher op (`name` without its overload)."""
+    if name in RULES:
+        return RULES[name]
+    if torch.Tag.pointwise in func.tags:
+        return pointwise
+    if torch.Tag.reduction in func.tags:
+        return reduction
+    return None
+
+
+_LINEAR_IN_FIRST = frozenset({"mul", "div", "neg", "_to_copy", "clone", "detach", "alias", "mul_", "div_"})
+
+
+@rule(
+    *("_to_copy", "detach", "alias", "lift_fresh", "copy_", "fill_", "zero_", "floor_divide", "zeros_like"),
+    *("ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_empty_strided", "isin"),
+    *("native_dropout", "bernoulli_", "contiguous", "real", "imag", "conj", "_conj", "complex", "polar"),
+    *("resolve_conj", "resolve_neg", "_fake_quantize", "erf_"),
+)
+def pointwise(call: Call) -> None:
+    """Entry by entry, with broadcasting."""
+    for output in call.outputs:
+        own = call.dims(output) if any(output is each for each in call.inputs) else [None] * output.dim()
+        dims: list[Factor | None] = list(own)
+        for tensor in call.inputs:
+            if tensor is output or tensor.dim() > output.dim():
+                continue
+            ahead = output.dim() - tensor.dim()
+            for at, factor in enumerate(call.dims(tensor), ahead):
+                if factor.size != output.shape[at] or factor.size == 1:
+                    continue
+                mine = dims[at]
+                if mine is None:
+                    dims[at] = factor
+                else:
+                    call.tie(mine, factor)
+        filled = [dim if dim is not None else Factor(size) for dim, size in zip(dims, output.shape, strict=True)]
+        call.give(output, filled)
+    if call.name.endswith("_like"):
+        call.source = Source.FILLED
+    call.is_linear = call.name in _LINEAR_IN_FIRST
+
+
+@rule("tril", "triu", "tril_", "triu_")
+def triangle(call: Call) -> None:
+    pointwise(call)
+    for dim in call.dims(call.inputs[0])[-2:]:
+        call.block(dim, "a triangle of it is taken")
+
+
+@rule("mm", "bmm", "addmm", "baddbmm", "mv", "dot", "addmv")
+def matmul(call: Call) -> None:
+    """[..., a, k] x [..., k, b]: k is summed over."""
+    first, second = call.inputs[-2:]
+    x, y = call.dims(first), call.dims(second)
+    inner = y[-2] if len(y) > 1 else y[-1]
+    call.tie(x[-1], inner)
+    dims = [*x[:-1], *y[-1:]] if len(y) > 1 else x[:-1]
+    if len(x) == 3:
+        call.tie(x[0], y[0])
+    call.give(call.output, dims)
+    call.summed += list(leaves(x[-1]))
+    call.is_linear = len(call.inputs) == 2
+    if len(call.inputs) == 3:
+        added = call.inputs[0]
+        for mine, other in zip(reversed(call.dims(added)), reversed(dims), strict=False):
+            if mine.size == other.size:
+                call.tie(mine, other)
+        call.added = added
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias")
+def viewed(call: Call) -> None:
+    call.give(call.output, view(call.dims(call.inputs[0]), call.output.shape))
+    call.is_linear = True
+
+
+@rule("t", "transpose", "permute", "transpose_", "t_")
+def permuted(call: Call) -> None:
+    dims = call.dims(call.inputs[0])
+    order = list(range(len(dims)))
+    if call.name == "permute":
+        order = [at % len(dims) for at in call.arguments["dims"]]
+    elif len(dims) > 1:
+        a = call.arguments.get("dim0", 0) % len(dims)
+        b = call.arguments.get("dim1", 1) % len(dims)
+        order[a], order[b] = order[b], order[a]
+    call.give(call.output, [dims[at] for at in order])
+    call.is_linear = True
+
+
+@rule("unsqueeze", "unsqueeze_")
+def unsqueezed(call: Call) -> None:
+    dims = call.dims(call.inputs[0])
+    at = call.arguments["dim"] % (len(dims) + 1)
+    call.give(call.output, [*dims[:at], Factor(1), *dims[at:]])
+    call.is_linear = True
+
+
+@rule("squeeze", "squeeze_")
+def squeezed(call: Call) -> None:
+    dims = call.dims(call.inputs[0])
+    asked = call.arguments.get("dim", list(range(len(dims))))
+    chosen = {at % len(dims) for at in ([asked] if isinstance(asked, int) else asked)}
+    call.give(call.output, [dim for at, dim in enumerate(dims) if at not in chosen or dim.size != 1])
+    call.is_linear = True
+
+
+@rule("expand")
+def expanded(call: Call) -> None:
+    dims = call.dims(call.inputs[0])
+    ahead = call.output.dim() - len(dims)
+    own = [Factor(size) for size in call.output.shape]
+    for at, dim in enumerate(dims, ahead):
+        if dim.size == call.output.shape[at]:
+            own[at] = dim
+    call.give(call.output, own)
+    call.is_linear = True
+
+
+@rule("slice", "narrow", "slice_scatter")
+def sliced(call: Call) -> None:
+    source = call.inputs[0]
+    dims, at = call.dims(source), call.arguments["dim"] % source.dim()
+    size, step = source.shape[at], call.arguments.get("step", 1)
+    if call.name == "slice_scatter":
+        pointwise_on = call.dims(source)
+        call.block(dims[at], "a part of it is written")
+        call.give(call.output, pointwise_on)
+        return
+    start, length = _start(call.arguments.get("start"), size), call.output.shape[at]
+    if length != size:
+        dims[at] = _part(call, dims[at], start, length, step)
+    call.give(call.output, dims)
+    call.is_linear = True
+
+
+def _start(start: int | None, size: int) -> int:
+    start = start or 0
+    return max(0, start + size) if start < 0 else min(start, size)
+
+
+def _part(call: Call, factor: Factor, start: int, length: int, step: int) -> Factor:
+    """What a slice leaves of a dim: pieces of a fused dim, or a part that says nothing (of a sequence, or a single
+    entry), whose dim then stays whole."""
+    if step != 1:
+        if factor.size % step == 0 and length == factor.size // step:
+            try:
+                outer, inner = view([factor], [length, step])
+            except ConflictError:
+                pass
+            else:
+                call.block(inner, "every second entry or so is taken")
+                return outer
+        call.block(factor, "every second entry or so is taken")
+        return Factor(length)
+    is_whole_piece = factor.is_sum or not find(factor).is_leaf
+    if call.is_of_sequence(factor) or (min(length, factor.size - length) <= 1 and not is_whole_piece):
+        call.block(factor, "a part of it is taken")
+        return Factor(length)
+    try:
+        return narrow(factor, start, start + length)
+    except ConflictError as error:
+        call.conflicts.append(str(error))
+        call.block(factor, "a part of it is taken, at no boundary of its units")
+        return Factor(length)
+
+
+@rule("select")
+def selected(call: Call) -> None:
+    dims = call.dims(call.inputs[0])
+    at = call.arguments["dim"] % len(dims)
+    call.block(dims[at], "one entry of it is taken")
+    call.give(call.output, dims[:at] + dims[at + 1 :])
+    call.is_linear = True
+
+
+@rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes")
+def split(call: Call) -> None:
+    source = call.inputs[0]
+    at, reached = call.arguments.get("dim", 0) % source.dim(), 0
+    for output in call.outputs:
+        dims = call.dims(source)
+        if output.shape[at] != source.shape[at]:
+            if call.is_of_sequence(dims[at]):
+                call.block(dims[at], "it is taken apart")
+                dims[at] = Factor(output.shape[at])
+            else:
+                dims[at] = narrow(dims[at], reached, reached + output.shape[at])
+        reached += output.shape[at]
+        call.give(output, dims)
+    call.is_linear = True
+
+
+@rule("unbind")
+def unbound(call: Call) -> None:
+    dims = call.dims(call.inputs[0])
+    at = call.arguments.get("dim", 0) % len(dims)
+    call.block(dims[at], "its entries are taken apart")
+    for output in call.outputs:
+        call.give(output, dims[:at] + dims[at + 1 :])
+    call.is_linear = True
+
+
+@rule("cat")
+def concatenated(call: Call) -> None:
+    at = call.arguments.get("dim", 0) % call.output.dim()
+    filled = [tensor for tensor in call.inputs if tensor.numel()]
+    dims = call.dims(filled[0])
+    for tensor in filled[1:]:
+        for where, (mine, other) in enumerate(zip(dims, call.dims(tensor), strict=True)):
+            if where != at:
+                call.tie(mine, other)
+    dims[at] = concatenation([call.dims(tensor)[at] for tensor in filled])
+    call.give(call.output, dims)
+
+
+@rule("stack")
+def stacked(call: Call) -> None:
+    at = call.arguments.get("dim", 0) % call.output.dim()
+    dims = call.dims(call.inputs[0])
+    for tensor in call.inputs[1:]:
+        for mine, other in zip(dims, call.dims(tensor), strict=True):
+            call.tie(mine, other)
+    call.give(call.output, [*dims[:at], Factor(len(call.inputs)), *dims[at:]])
+
+
+@rule("repeat")
+def repeated(call: Call) -> None:
+    dims, times = call.dims(call.inputs[0]), list(call.arguments["repeats"])
+    padded = [Factor(1)] * (len(times) - len(dims)) + dims
+    call.give(
+        call.output,
+        [dim if n == 1 else product([Factor(n), dim]) for dim, n in zip(padded, times, strict=True)],
+    )
+    call.is_linear = True
+
+
+def reduction(call: Call) -> None:
+    """Over the dims that are gone, or have become 1."""
+    source = call.inputs[0]
+    dims = call.dims(source)
+    asked = call.arguments.get("dim")
+    chosen = [asked] if isinstance(asked, int) else list(asked or range(len(dims)))
+    gone = {at % len(dims) for at in chosen} if dims else set()
+    for at in gone:
+        if call.name == "sum":
+            call.summed += list(leaves(dims[at]))
+        else:
+            call.block(dims[at], f"{call.name} is taken over it")
+    kept = [Factor(1) if at in gone else dim for at, dim in enumerate(dims)]
+    for output in call.outputs:
+        same = output.dim() == len(dims)
+        call.give(output, kept if same else [dim for at, dim in enumerate(dims) if at not in gone])
+    call.is_linear = call.name == "sum"
+
+
+RULES.update(
+    dict.fromkeys(
+        ("var_mean", "logsumexp", "norm", "all", "any", "linalg_vector_norm", "std", "var", "prod"), reduction
+    )
+)
+
+
+@rule("max", "min", "argmax", "argmin", "median", "mode", "kthvalue")
+def extreme(call: Call) -> None:
+    (pointwise if call.overload == "other" else reduction)(call)
+
+
+@rule("_softmax", "_safe_softmax", "_log_softmax", "softmax", "log_softmax")
+def softmax(call: Call) -> None:
+    along(call, "softmax is taken over it")
+
+
+@rule("cumsum", "cumprod", "logcumsumexp", "flip", "roll", "cummax", "cummin", "cumsum_")
+def ordered(call: Call) -> None:
+    along(call, f"{call.name} follows its order")
+
+
+def along(call: Call, why: str) -> None:
+    """An op over a dim, or several, that leaves the shape as it is."""
+    dims = call.dims(call.inputs[0])
+    asked = call.arguments.get("dim", call.arguments.get("dims", -1))
+    for at in [asked] if isinstance(asked, int) else asked:
+        call.block(dims[at % len(dims)], why)
+    for output in call.outputs:
+        call.give(output, dims)
+
+
+@rule("native_layer_norm", "_fused_rms_norm")
+def normalized(call: Call) -> None:
+    source, *weights = call.inputs
+    dims, n = call.dims(source), len(call.arguments["normalized_shape"])
+    for dim in dims[len(dims) - n :]:
+        call.block(dim, "statistics are taken over it")
+    for weight in weights:
+        for mine, other in zip(call.dims(weight), dims[len(dims) - n :], strict=True):
+            call.tie(mine, other)
+    for output in call.outputs:
+        kept = [dim if size == dim.size else Factor(1) for dim, size in zip(dims, output.shape, strict=False)]
+        call.give(output, kept)
+
+
+@rule("native_group_norm")
+def group_normalized(call: Call) -> None:
+    source, *weights = call.inputs
+    dims, groups = call.dims(source), call.arguments["group"]
+    outer, inner = view([dims[1]], [groups, dims[1].size // groups])
+    for factor in (inner, *dims[2:]):
+        call.block(factor, "statistics are taken over it")
+    for weight in weights:
+        call.tie(call.dims(weight)[0], dims[1])
+    call.give(call.outputs[0], dims)
+    for output in call.outputs[1:]:
+        call.give(output, [dims[0], outer])

@@ -1,0 +1,350 @@
+"""record_of(): runs a model's forward once on meta tensors and takes down what it does.
+
+Weights and activations are on the meta device and hold nothing. What depends on no weight (ids, positions, masks)
+is computed for real, on the host, so that a branch on a mask, an index by a constant or a loop over a count goes the
+way it goes in training.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from shardwise.core.errors import ModelError
+from shardwise.core.shown import told
+from shardwise.dims import by_data as _by_data
+from shardwise.dims.factors import ConflictError, Factor, find
+from shardwise.dims.record import Entered, Left, Op, Record, SizeUse, Source, Value
+from shardwise.dims.rules import Call, rule_for
+from shardwise.dims.sizes import Length, Size, expression_of, tagged
+from shardwise.torch_private import TorchDispatchMode, schema_of
+
+assert _by_data  # its rules are there once it is imported
+BATCH, SEQ = 2, 24
+# real tensors beyond this are taken for unknown: a trace computes positions and masks, no activations
+_MOST_KNOWN = 2**21
+_GUESS = 1
+
+
+def record_of(model: nn.Module, vocab_size: int, *, batch: int = BATCH, seq: int = SEQ) -> Record:
+    """What `model`, unsharded and on the meta device, does with ids [batch, seq].
+
+    Raises ModelError where its forward fails without data.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(min(8, vocab_size - 1), vocab_size, (batch, seq), generator=generator)
+    recorder = _Recorder(model, ids)
+    with ExitStack() as stack:
+        stack.enter_context(tagged(model))
+        stack.enter_context(recorder.watching_modules())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(recorder)
+        stack.enter_context(_Functions(recorder))
+        try:
+            logits = model(ids)
+        except Exception as error:
+            where = recorder.module or "the model"
+            raise ModelError(f"its forward can't be traced without data: in {where}, {told(error)}") from error
+    if not isinstance(logits, Tensor):
+        raise ModelError(f"its forward gives {type(logits).__name__}, not logits [B, S, V].")
+    recorder.record.logits = recorder.value_of(logits)
+    return recorder.record
+
+
+class _Recorder(TorchDispatchMode):
+    """Stands at the dispatcher: runs each op, on meta tensors or for real, and books it."""
+
+    def __init__(self, model: nn.Module, ids: Tensor) -> None:
+        super().__init__()
+        self.record = Record()
+        self._model = model
+        self._values: dict[int, Value] = {}
+        self._kept: list[Any] = []  # so that no id() is used again
+        self._unknown: set[int] = set()  # real tensors into which something unknown was written
+        self._stack: list[str] = []
+        for name, parameter in model.named_parameters():
+            value = self.record.parameters[name] = self._new(parameter, Source.PARAMETER, name)
+            value.has_gradient = True
+        for name, buffer in model.named_buffers():
+            self.record.buffers[name] = self._new(buffer, Source.BUFFER, name)
+        self.record.ids = self._new(ids, Source.IDS, "")
+        self.record.ids.is_live = True
+
+    @property
+    def module(self) -> str:
+        return self._stack[-1] if self._stack else ""
+
+    def value_of(self, tensor: Tensor) -> Value:
+        found = self._values.get(id(tensor))
+        return found if found is not None else self._new(tensor, Source.FILLED, "")
+
+    def _new(self, tensor: Tensor, source: Source, name: str, dims: list[Factor] | None = None) -> Value:
+        own = dims if dims is not None else [Factor(size) for size in tensor.shape]
+        value = Value(len(self._kept), own, source, name)
+        self._values[id(tensor)] = value
+        self._kept.append(tensor)
+        return value
+
+    @contextmanager
+    def watching_modules(self) -> Iterator[None]:
+        handles = []
+        for name, module in self._model.named_modules():
+            entered, left = self._hooks(name)
+            handles.append(module.register_forward_pre_hook(entered, with_kwargs=True))
+            handles.append(module.register_forward_hook(left, always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        def entered(_: nn.Module, args: Any, kwargs: Any) -> None:
+            self._stack.append(name)
+            self.record.events.append(Entered(name, self._values_in((args, kwargs))))
+
+        def left(_: nn.Module, __: Any, output: Any) -> None:
+            if output is not None:  # after an exception it is none, and the stack says where it was
+                self.record.events.append(Left(name, self._values_in(output)))
+                self._stack.pop()
+
+        return entered, left
+
+    def _values_in(self, tree: Any) -> tuple[Value, ...]:
+        return tuple(self.value_of(leaf) for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = schema_of(func).name.split("::")[1]
+        inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        out = self._run(func, name, inputs, args, kwargs)
+        outputs = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)]
+        if outputs:
+            self._book(func, name, inputs, outputs, args, kwargs)
+        return out
+
+    def _is_known(self, tensor: Tensor) -> bool:
+        return not tensor.is_meta and id(tensor) not in self._unknown
+
+    def _run(self, func: Any, name: str, inputs: list[Tensor], args: Any, kwargs: Any) -> Any:
+        if name == "_local_scalar_dense" and not self._is_known(inputs[0]):
+            self.record.guesses.append(self.module)
+            return _GUESS
+        asks_for_meta = torch.device(kwargs.get("device") or "cpu").type == "meta"
+        if all(map(self._is_known, inputs)):
+            if asks_for_meta or not inputs:
+                kwargs = {**kwargs, "device": "cpu"} if "device" in kwargs else kwargs
+                if not inputs and _numel(args) > _MOST_KNOWN:
+                    kwargs["device"] = "meta"
+            elif sum(tensor.numel() for tensor in inputs) > _MOST_KNOWN:
+                args, kwargs = tree_map(_on_meta, (args, kwargs))
+            return func(*args, **kwargs)
+        written = inputs[0] if func._schema.is_mutable and self._is_written(func, args) else None
+        out = func(*tree_map(_on_meta, args), **{**tree_map(_on_meta, kwargs), **_device(kwargs)})
+        if written is not None and not written.is_meta:
+            self._unknown.add(id(written))
+            return written
+        return written if written is not None else out
+
+    @staticmethod
+    def _is_written(func: Any, args: Any) -> bool:
+        """Whether an op writes into its first argument and returns that."""
+        first = func._schema.arguments[0]
+        is_first = first.alias_info is not None and first.alias_info.is_write
+        return bool(is_first and args and isinstance(args[0], Tensor))
+
+    def _book(
+        self, func: Any, name: str, inputs: list[Tensor], outputs: list[Tensor], args: Any, kwargs: Any
+    ) -> None:
+        arguments = {each.name: each.default_value for each in func._schema.arguments if each.has_default_value()}
+        arguments |= {each.name: value for each, value in zip(func._schema.arguments, args, strict=False)}
+        arguments |= kwargs
+        call = Call(
+            name, func._overloadname, arguments, inputs, outputs, self.value_of, self.record.sequence
+        )
+        described = rule_for(func, name)
+        if described is None:
+            self.record.unknown[name] = self.record.unknown.get(name, 0) + 1
+            self._make_whole(call, f"nobody described what {name} does")
+        else:
+            try:
+                described(call)
+            except (ConflictError, IndexError, KeyError, TypeError, ValueError) as error:
+                call.conflicts.append(str(error))
+                self._make_whole(call, f"{name} doesn't say which of its dims are one")
+        for text in call.conflicts:
+            key = f"{name} in {self.module}: {text}"
+            self.record.conflicts[key] = self.record.conflicts.get(key, 0) + 1
+        self._note(call)
+
+    @staticmethod
+    def _make_whole(call: Call, why: str) -> None:
+        call.given.clear()
+        for tensor in call.inputs:
+            for dim in call.dims(tensor):
+                call.block(dim, why)
+
+    def _note(self, call: Call) -> None:
+        before = tuple(self.value_of(tensor) for tensor in call.inputs)
+        after = []
+        for output in call.outputs:
+            dims = call.given.get(id(output))
+            if any(output is tensor for tensor in call.inputs):
+                after.append(self.value_of(output))
+            else:
+                after.append(self._new(output, call.source, "", dims))
+            after[-1].is_live |= any(value.is_live for value in before)
+            is_real = output.dtype.is_floating_point or output.dtype.is_complex
+            after[-1].has_gradient |= is_real and any(value.has_gradient for value in before)
+        added = self.value_of(call.added) if call.added is not None else None
+        self.record.events.append(
+            Op(
+                call.name, self.module, before, tuple(after), tuple(call.summed), tuple(call.blocked),
+                call.is_linear, added,
+            )
+        )  # fmt: skip
+
+
+class _Functions(TorchFunctionMode):
+    """Stands above torch's functions, where a size is still the object that the forward wrote."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name in ("__get__", "size") and isinstance(out, torch.Size | int) and args:
+            return self._lengths(args[0], out, func, args, kwargs)
+        if isinstance(out, Tensor | tuple | list):
+            self._uses(name, args, kwargs, out)
+        return out
+
+    def _lengths(self, tensor: Any, out: Any, func: Any, args: Any, kwargs: Any) -> Any:
+        if not isinstance(tensor, Tensor) or isinstance(out, bool):
+            return out
+        number = self._recorder.value_of(tensor).number
+        if isinstance(out, torch.Size):
+            return torch.Size(Size.of(size, Length(number, at)) for at, size in enumerate(out))
+        if getattr(func, "__name__", "") == "size":
+            at = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % tensor.dim()
+            return Size.of(out, Length(number, at))
+        return out
+
+    def _uses(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        match name:
+            case "view" | "reshape" | "expand" | "new_zeros" | "new_ones" | "new_empty" | "broadcast_to":
+                sizes = args[1:] or tuple(kwargs.get(key) for key in ("shape", "size") if key in kwargs)
+                self._written(name, out, _listed(sizes))
+            case "zeros" | "ones" | "empty" | "rand" | "randn" | "arange":
+                self._written(name, out, _listed(args or (kwargs.get("size", ()),)))
+            case "full" | "new_full":
+                self._written(name, out, _listed(args[:1] if name == "full" else args[1:2]))
+            case "unflatten":
+                at = args[1] % args[0].dim()
+                sizes = _listed(args[2:] or (kwargs.get("sizes", ()),))
+                self._written(name, out, sizes, first=at)
+            case "split" | "split_with_sizes":
+                self._split(name, args, kwargs, out)
+            case "__getitem__":
+                self._sliced(name, args[0], args[1], out)
+            case "narrow":
+                dim, start, length = args[1] % args[0].dim(), args[2], args[3]
+                self._part(name, args[0], out, dim, dim, start, length)
+
+    def _written(self, name: str, out: Any, sizes: list[Any], first: int = 0) -> None:
+        if not isinstance(out, Tensor) or not all(isinstance(size, int) for size in sizes):
+            return
+        value = self._recorder.value_of(out)
+        for at, size in enumerate(sizes, first):
+            if size > 1 and at < len(value.dims):
+                self._add(SizeUse(name, self._recorder.module, value, at, expression_of(size)))
+
+    def _split(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        tensor, sizes = args[0], args[1] if len(args) > 1 else next(iter(kwargs.values()))
+        dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % tensor.dim()
+        listed = [sizes] * len(out) if isinstance(sizes, int) else list(sizes)
+        start = Size.of(0, 0)
+        for part, size in zip(out, listed, strict=False):
+            self._part(name, tensor, part, dim, dim, start, size)
+            start = start + size
+
+    def _sliced(self, name: str, tensor: Any, index: Any, out: Any) -> None:
+        if not isinstance(tensor, Tensor) or not isinstance(out, Tensor):
+            return
+        items = list(index) if isinstance(index, tuple) else [index]
+        if any(isinstance(item, Tensor | list) for item in items):
+            return
+        taken = sum(item is not None and item is not Ellipsis for item in items)
+        before, after = 0, 0
+        for item in items:
+            if item is Ellipsis:
+                before, after = before + tensor.dim() - taken, after + tensor.dim() - taken
+            elif item is None:
+                after += 1
+            elif isinstance(item, slice):
+                size = tensor.shape[before]
+                if item.step in (None, 1) and (item.start is not None or item.stop is not None):
+                    start = _bound(item.start, 0, size, tensor, before, self._recorder)
+                    stop = _bound(item.stop, size, size, tensor, before, self._recorder)
+                    if int(stop) > int(start):
+                        self._part(name, tensor, out, before, after, start, stop - start)
+                before, after = before + 1, after + 1
+            else:
+                before += 1
+
+    def _part(
+        self, name: str, tensor: Tensor, out: Tensor, dim: int, at: int, start: int, size: int
+    ) -> None:
+        value, of = self._recorder.value_of(out), self._recorder.value_of(tensor).dims[dim]
+        if find(of).size != int(size) and at < len(value.dims):
+            self._add(
+                SizeUse(
+                    name, self._recorder.module, value, at, expression_of(size), of, expression_of(start)
+                )
+            )
+
+    def _add(self, use: SizeUse) -> None:
+        self._recorder.record.sizes.append(use)
+
+
+def _bound(
+    given: int | None, default: int, size: int, tensor: Tensor, dim: int, recorder: _Recorder
+) -> Size:
+    """A slice's bound, as an expression: None and negative numbers count from the dim's end."""
+    length = Size.of(size, Length(recorder.value_of(tensor).number, dim))
+    if given is None:
+        return Size.of(0, 0) if default == 0 else length
+    if given < 0:
+        return length + given  # type: ignore[no-any-return]
+    return length if given >= size else Size.of(int(given), expression_of(given))
+
+
+def _listed(sizes: Any) -> list[Any]:
+    """The sizes of a call that takes them one by one or as one sequence."""
+    if len(sizes) == 1 and isinstance(sizes[0], tuple | list | torch.Size):
+        return list(sizes[0])
+    return list(sizes)
+
+
+def _on_meta(leaf: Any) -> Any:
+    return leaf.to("meta") if isinstance(leaf, Tensor) and not leaf.is_meta else leaf
+
+
+def _device(kwargs: Any) -> dict[str, Any]:
+    return {"device": torch.device("meta")} if kwargs.get("device") is not None else {}
+
+
+def _numel(args: Any) -> int:
+    """About how many entries a factory makes."""
+    sizes = [leaf for leaf in tree_flatten(args)[0] if isinstance(leaf, int) and not isinstance(leaf, bool)]
+    total = 1
+    for size in sizes:
+        total *= max(1, abs(size))
+    return total
