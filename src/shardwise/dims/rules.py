@@ -15,9 +15,9 @@ from shardwise.dims.factors import (
     ConflictError,
     Factor,
     concatenation,
-    find,
     leaves,
     narrow,
+    pieces,
     product,
     unify,
     view,
@@ -219,7 +219,7 @@ def sliced(call: Call) -> None:
         return
     start, length = _start(call.arguments.get("start"), size), call.output.shape[at]
     if length != size:
-        dims[at] = _part(call, dims[at], start, length, step)
+        dims[at] = _part(call, source, dims[at], start, length, step)
     call.give(call.output, dims)
     call.is_linear = True
 
@@ -229,9 +229,9 @@ def _start(start: int | None, size: int) -> int:
     return max(0, start + size) if start < 0 else min(start, size)
 
 
-def _part(call: Call, factor: Factor, start: int, length: int, step: int) -> Factor:
-    """What a slice leaves of a dim: pieces of a fused dim, or a part that says nothing (of a sequence, or a single
-    entry), whose dim then stays whole."""
+def _part(call: Call, source: Tensor, factor: Factor, start: int, length: int, step: int) -> Factor:
+    """What a slice leaves of a dim: pieces of a fused dim; or a part that says nothing of it (of positions and
+    masks, of a sequence, or a single entry), and it then stays whole."""
     if step != 1:
         if factor.size % step == 0 and length == factor.size // step:
             try:
@@ -243,8 +243,9 @@ def _part(call: Call, factor: Factor, start: int, length: int, step: int) -> Fac
                 return outer
         call.block(factor, "every second entry or so is taken")
         return Factor(length)
-    is_whole_piece = factor.is_sum or not find(factor).is_leaf
-    if call.is_of_sequence(factor) or (min(length, factor.size - length) <= 1 and not is_whole_piece):
+    says_nothing = call.is_of_sequence(factor) or not call.value_of(source).has_gradient
+    is_single = min(length, factor.size - length) <= 1
+    if says_nothing or (is_single and not _is_piece(factor, start, start + length)):
         call.block(factor, "a part of it is taken")
         return Factor(length)
     try:
@@ -253,6 +254,15 @@ def _part(call: Call, factor: Factor, start: int, length: int, step: int) -> Fac
         call.conflicts.append(str(error))
         call.block(factor, "a part of it is taken, at no boundary of its units")
         return Factor(length)
+
+
+def _is_piece(factor: Factor, start: int, stop: int) -> bool:
+    """Whether both bounds lie between pieces that are told apart already."""
+    bounds, reached = {0, factor.size}, 0
+    for part in pieces(factor):
+        reached += part.size
+        bounds.add(reached)
+    return start in bounds and stop in bounds
 
 
 @rule("select")
@@ -271,7 +281,7 @@ def split(call: Call) -> None:
     for output in call.outputs:
         dims = call.dims(source)
         if output.shape[at] != source.shape[at]:
-            if call.is_of_sequence(dims[at]):
+            if call.is_of_sequence(dims[at]) or not call.value_of(source).has_gradient:
                 call.block(dims[at], "it is taken apart")
                 dims[at] = Factor(output.shape[at])
             else:

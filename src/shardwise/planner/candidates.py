@@ -1,0 +1,165 @@
+"""Candidates: what of a model could be cut, what cutting it would cost, and why some of it can't be.
+
+A candidate is a leaf: what its dims tie together (all heads of one layer's attention, the inner width of its
+feed-forward). Cutting it cuts every tensor that has it. Each sum over it that the forward takes is then a sum over
+ranks: the cost.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from shardwise.dims.by_data import BY_ID
+from shardwise.dims.factors import ConflictError, Factor, find, layout, leaves
+from shardwise.dims.record import Op, Record, Source, Value
+
+
+@dataclass(slots=True, eq=False)
+class Candidate:
+    """members: (parameter, dim) that have it. sums: elements of partial sums that cutting it leaves, at the real
+    sequence length. obstacles: why it can't be cut; each a reason."""
+
+    leaf: Factor
+    members: list[tuple[str, int]] = field(default_factory=list)
+    sums: float = 0.0
+    obstacles: list[str] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        return frozenset(name for name, _ in self.members)
+
+
+def candidates(record: Record, ranks: int, *, seq: int) -> list[Candidate]:
+    """All of a forward's, obstacles and costs known. seq: the length that the model will see.
+
+    What cutting a leaf costs is each sum over it that the forward takes, and for each tensor without it that enters
+    what has it the sum of that tensor's gradient.
+    """
+    found = _members(record)
+    _note_obstacles(record, found, ranks)
+    _note_sums(record, found, seq)
+    return list(found.values())
+
+
+def choose(record: Record, found: list[Candidate]) -> list[Candidate]:
+    """The candidates to cut: the fewest elements of sums for each parameter element that is cut; no parameter twice,
+    and no tensor in two of its dims."""
+    sizes = {name: math.prod(value.shape) for name, value in record.parameters.items()}
+    together = _tensors_of(record)
+    chosen: list[Candidate] = []
+    covered: set[str] = set()
+    possible = [each for each in found if not each.obstacles]
+
+    def price(each: Candidate) -> float:
+        return each.sums / sum(sizes[name] for name in each.parameters)
+
+    for candidate in sorted(possible, key=lambda each: (price(each), -each.leaf.size)):
+        new = candidate.parameters - covered
+        gain = sum(sizes[name] for name in new)
+        if gain < 0.5 * sum(sizes[name] for name in candidate.parameters):
+            continue
+        mine = together[candidate.leaf]
+        if any(mine & together[other.leaf] for other in chosen):
+            continue
+        chosen.append(candidate)
+        covered |= candidate.parameters
+    return chosen
+
+
+def _members(record: Record) -> dict[Factor, Candidate]:
+    found: dict[Factor, Candidate] = {}
+    for name, value in record.parameters.items():
+        for dim, factor in enumerate(value.dims):
+            for leaf in dict.fromkeys(leaves(factor)):
+                found.setdefault(leaf, Candidate(leaf)).members.append((name, dim))
+    return found
+
+
+def _tensors_of(record: Record) -> defaultdict[Factor, set[int]]:
+    """The tensors that have a leaf, by number."""
+    found: defaultdict[Factor, set[int]] = defaultdict(set)
+    for value in _values(record):
+        for leaf in value.leaves():
+            found[leaf].add(value.number)
+    return found
+
+
+def _values(record: Record) -> Iterator[Value]:
+    yield from record.parameters.values()
+    for op in record.ops:
+        yield from op.outputs
+
+
+def _note_obstacles(record: Record, found: dict[Factor, Candidate], ranks: int) -> None:
+    sequence = record.sequence
+    batch = frozenset(leaves(record.ids.dims[0])) if record.ids is not None else frozenset()
+    for leaf, candidate in found.items():
+        if leaf in sequence or leaf in batch:
+            candidate.obstacles.append("it is the batch's or the sequence's")
+        if leaf.size % ranks:
+            candidate.obstacles.append(f"{ranks} ranks don't divide its {leaf.size}")
+    for op in record.ops:
+        for factor, why in op.blocked:
+            if why != BY_ID:
+                for leaf in leaves(factor):
+                    _note(found, leaf, f"{why} ({_place(op)})")
+        for value in op.inputs:
+            if value.source in (Source.POSITIONS, Source.BUFFER):
+                what = f"buffer {value.name}" if value.name else "a table of positions"
+                for leaf in value.leaves():
+                    _note(found, leaf, f"{what} has it whole ({_place(op)})")
+        for value in (*op.inputs, *op.outputs):
+            for factor in value.dims:
+                _note_twice(found, factor)
+    if record.logits is not None:
+        for leaf in leaves(record.logits.dims[-1]):
+            found.pop(leaf, None)  # the vocabulary, which the head's own rule cuts
+
+
+def _note(found: dict[Factor, Candidate], leaf: Factor, why: str) -> None:
+    candidate = found.get(find(leaf))
+    if candidate is not None and why not in candidate.obstacles:
+        candidate.obstacles.append(why)
+
+
+def _note_twice(found: dict[Factor, Candidate], factor: Factor) -> None:
+    """A leaf that a dim has in two factors of one product."""
+    own = list(leaves(factor))
+    for leaf in {leaf for leaf in own if own.count(leaf) > 1}:
+        try:
+            layout(factor, frozenset({leaf}))
+        except ConflictError:
+            _note(found, leaf, "one dim has it twice")
+
+
+def _place(op: Op) -> str:
+    return f"{op.name} in {op.module or 'the model'}"
+
+
+def _note_sums(record: Record, found: dict[Factor, Candidate], seq: int) -> None:
+    sequence = record.sequence
+    entered: set[tuple[Factor, frozenset[Factor]]] = set()
+    for op in record.ops:
+        for leaf in {find(leaf) for factor in op.summed for leaf in leaves(factor)}:
+            if leaf in found and op.outputs:
+                found[leaf].sums += _elements(op.outputs[0], sequence, seq)
+        own = {leaf for value in (*op.inputs, *op.outputs) for leaf in value.leaves() if leaf in found}
+        for value in op.inputs:
+            if not value.has_gradient or not value.is_live:
+                continue
+            # one gradient is summed once, however many projections of one input it comes from
+            dims = frozenset(value.leaves())
+            for leaf in own - dims:
+                if (leaf, dims) not in entered:
+                    entered.add((leaf, dims))
+                    found[leaf].sums += _elements(value, sequence, seq)
+
+
+def _elements(value: Value, sequence: frozenset[Factor], seq: int) -> float:
+    """Elements of a tensor where the sequence is `seq` long."""
+    total = 1.0
+    for dim in value.dims:
+        own = math.prod(leaf.size for leaf in leaves(dim) if leaf in sequence)
+        total *= dim.size / own * seq if own > 1 else dim.size
+    return total
