@@ -1,0 +1,116 @@
+"""Counts: integer attributes that a forward writes into shapes and that count what is cut, so that a rank's module must
+hold its own number."""
+
+from collections.abc import Iterable
+from itertools import combinations
+
+from shardwise.dims.factors import ConflictError, Factor, layout, leaves, local_size
+from shardwise.dims.record import Op, Record, SizeUse, Value
+from shardwise.dims.sizes import Attribute, Expression, Length, attributes_in, evaluate
+from shardwise.planner.regions import UnfitError
+
+_MOST_TOGETHER = 3
+
+
+def divided(record: Record, cut: frozenset[Factor], ranks: int) -> frozenset[Attribute]:
+    """The attributes of which each rank has 1 / ranks, so that every size that the forward writes is the one that its
+    tensors have there. Raises UnfitError where no choice of attributes makes it so."""
+    sizes = _Sizes(record, cut, ranks)
+    uses = [use for use in record.sizes if sizes.is_told(use)]
+    chosen: frozenset[Attribute] = frozenset()
+    for use in uses:
+        if not sizes.holds(use, chosen):
+            chosen |= _more(sizes, use, chosen)
+    for use in uses:
+        if not sizes.holds(use, chosen):
+            raise UnfitError(_complaint(use, sizes))
+    return chosen
+
+
+def _more(sizes: "_Sizes", use: SizeUse, chosen: frozenset[Attribute]) -> frozenset[Attribute]:
+    free = {*attributes_in(use.size), *attributes_in(use.start)} - chosen
+    possible = sorted(
+        (each for each in free if each.value % sizes.ranks == 0 and "[" not in each.name),
+        key=lambda each: (each.module, each.name),
+    )
+    for n in range(1, min(_MOST_TOGETHER, len(possible)) + 1):
+        for more in combinations(possible, n):
+            if sizes.holds(use, chosen | set(more)):
+                return frozenset(more)
+    raise UnfitError(_complaint(use, sizes))
+
+
+def _complaint(use: SizeUse, sizes: "_Sizes") -> str:
+    return (
+        f"{use.module or 'the model'} writes a size into {use.function} that no attribute gives "
+        f"({sizes.expected(use)} on a rank)"
+    )
+
+
+class _Sizes:
+    """What sizes are on one rank."""
+
+    def __init__(self, record: Record, cut: frozenset[Factor], ranks: int) -> None:
+        self.ranks = ranks
+        self._cut, self._sequence = cut, record.sequence
+        self._values = {value.number: value for value in _values(record)}
+
+    def is_told(self, use: SizeUse) -> bool:
+        """Whether the size is of what is cut, or could be: a sequence's own length follows its tensors."""
+        dim = use.value.dims[use.dim] if use.of is None else use.of
+        return self._sequence.isdisjoint(leaves(dim))
+
+    def expected(self, use: SizeUse) -> int:
+        return self._local(use.value.dims[use.dim])
+
+    def holds(self, use: SizeUse, chosen: frozenset[Attribute]) -> bool:
+        try:
+            if self._evaluate(use.size, chosen) != self.expected(use):
+                return False
+            if use.of is None:
+                return True
+            return self._evaluate(use.start, chosen) == self._prefix(use.of, evaluate(use.start, self._whole))
+        except ConflictError:
+            return False
+
+    def _evaluate(self, expression: Expression, chosen: frozenset[Attribute]) -> int:
+        def value_of(known: Attribute | Length) -> int:
+            if isinstance(known, Attribute):
+                return known.value // self.ranks if known in chosen else known.value
+            return self._local(self._values[known.tensor].dims[known.dim])
+
+        return evaluate(expression, value_of)
+
+    def _whole(self, known: Attribute | Length) -> int:
+        if isinstance(known, Attribute):
+            return known.value
+        return self._values[known.tensor].dims[known.dim].size
+
+    def _local(self, dim: Factor) -> int:
+        return local_size(dim, self._cut, self.ranks)
+
+    def _prefix(self, dim: Factor, start: int) -> int:
+        """Where on a rank the entry `start` of the whole dim stands, or would."""
+        reached, local = 0, 0
+        for piece in layout(dim, self._cut):
+            if reached >= start:
+                break
+            taken = min(piece.size, start - reached)
+            if piece.is_cut and taken % self.ranks:
+                raise ConflictError("a boundary inside a rank's part")
+            local += taken // self.ranks if piece.is_cut else taken
+            reached += piece.size
+        return local
+
+
+
+
+def _values(record: Record) -> Iterable[Value]:
+    yield from record.parameters.values()
+    yield from record.buffers.values()
+    if record.ids is not None:
+        yield record.ids
+    for event in record.events:
+        if isinstance(event, Op):
+            yield from event.inputs
+            yield from event.outputs

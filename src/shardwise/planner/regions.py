@@ -1,0 +1,222 @@
+"""Regions: where a cut begins and ends in the modules of a forward, and what each parameter's gradient then is.
+
+A region is one candidate's: it begins where a tensor that ranks have whole meets a weight of which each has a part,
+and ends where a sum over the cut dim leaves a module (a part of a sum on each rank, which the ranks then add). Going
+in, the gradient is the part: it is summed where the region's input comes in, once for all that use it: at the input
+of the least module that holds the whole region, or else at each module that begins it.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from shardwise.dims.factors import Factor, find, leaves
+from shardwise.dims.record import Entered, Left, Op, Record, Source, Value
+from shardwise.planner.candidates import Candidate
+
+_ADDITIONS = frozenset({"add", "add_"})
+
+
+class UnfitError(Exception):
+    """Why a candidate's region has no place in the modules that there are."""
+
+
+@dataclass(slots=True, eq=False)
+class Region:
+    """begins: modules that make the cut from their whole input; entry: the module at whose input the gradient is
+    summed for all of them, None where each does it itself. ends: modules whose output is a part of a sum."""
+
+    candidate: Candidate
+    begins: list[str] = field(default_factory=list)
+    ends: list[str] = field(default_factory=list)
+    entry: str | None = None
+
+    @property
+    def entries(self) -> list[str]:
+        return [self.entry] if self.entry is not None else self.begins
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One call of a module: its events are [start, stop]. inputs: its tensors, in the order of its arguments."""
+
+    module: str
+    start: int
+    stop: int
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+
+    @property
+    def input(self) -> Value | None:
+        """The activation that a style of its input would change: the first tensor."""
+        return self.inputs[0] if self.inputs else None
+
+
+class Spans:
+    """All calls of modules in a record, and which are around an event."""
+
+    def __init__(self, record: Record) -> None:
+        self.all: list[Span] = []
+        self.around: list[tuple[Span, ...]] = []
+        open_: list[tuple[int, Entered]] = []
+        stops: dict[int, Span] = {}
+        for at, event in enumerate(record.events):
+            if isinstance(event, Entered):
+                open_.append((at, event))
+            elif isinstance(event, Left):
+                start, entered = open_.pop()
+                span = Span(event.module, start, at, entered.inputs, event.outputs)
+                self.all.append(span)
+                stops[start] = span
+        stack: list[Span] = []
+        for at, event in enumerate(record.events):
+            if isinstance(event, Entered):
+                stack.append(stops[at])
+            self.around.append(tuple(stack))
+            if isinstance(event, Left):
+                stack.pop()
+        self.of: defaultdict[str, list[Span]] = defaultdict(list)
+        for span in self.all:
+            self.of[span.module].append(span)
+
+
+def region_of(record: Record, spans: Spans, candidate: Candidate) -> Region:
+    """Where a candidate's cut begins and ends. Raises UnfitError."""
+    region = Region(candidate)
+    leaf = candidate.leaf
+    touched: list[int] = []
+    for at, event in enumerate(record.events):
+        if not isinstance(event, Op) or not _has(event, leaf):
+            continue
+        touched.append(at)
+        if any(find(each) is leaf for factor in event.summed for each in leaves(factor)):
+            _add(region.ends, _where_the_sum_leaves(record, spans, at, leaf))
+        for value in event.inputs:
+            if value.has_gradient and value.is_live and leaf not in set(value.leaves()):
+                _add(region.begins, event.module)
+    calls = [tuple(span.module for span in spans.around[at]) for at in touched]
+    region.entry = _entry(record, spans, region, calls)
+    return region
+
+
+def _add(names: list[str], name: str) -> None:
+    if name not in names:
+        names.append(name)
+
+
+def _has(op: Op, leaf: Factor) -> bool:
+    return any(leaf in value.leaves() for value in (*op.inputs, *op.outputs))
+
+
+def _where_the_sum_leaves(record: Record, spans: Spans, at: int, leaf: Factor) -> str:
+    """The module whose output is the part of a sum that the op at `at` makes. Raises UnfitError where something
+    uses the part before a module has given it out."""
+    op = record.events[at]
+    assert isinstance(op, Op)
+    parts = set(op.outputs)
+    for later in range(at + 1, len(record.events)):
+        event = record.events[later]
+        if isinstance(event, Left) and parts.intersection(event.outputs):
+            return event.module
+        if isinstance(event, Op) and parts.intersection(event.inputs):
+            own_parameters = all(
+                value in parts or (value.has_gradient and not value.is_live) for value in event.inputs
+            )
+            if event.is_linear and event.inputs[0] in parts and leaf not in _leaves_of(event.inputs[1:]):
+                parts.update(event.outputs)
+            elif event.name in _ADDITIONS and own_parameters:
+                parts.update(event.outputs)  # a bias, which one rank adds
+            elif event.name in _ADDITIONS and set(event.inputs) <= parts:
+                parts.update(event.outputs)
+            else:
+                raise UnfitError(
+                    f"{event.module or 'the model'} uses a sum over it ({event.name}) before a module gives it out"
+                )
+    raise UnfitError("a sum over it is what the model gives")
+
+
+def _leaves_of(values: Sequence[Value]) -> set[Factor]:
+    return {leaf for value in values for leaf in value.leaves()}
+
+
+def _entry(record: Record, spans: Spans, region: Region, calls: list[tuple[str, ...]]) -> str | None:
+    """The least module that holds the whole region, if its input is what all that begin it use, and if whatever else
+    it does with that gives a part of the gradient, too; None where one module begins the region by itself."""
+    around = _common(calls)
+    leaf = region.candidate.leaf
+    for module in reversed(around):
+        for span in spans.of[module]:
+            if span.input is None or not (span.input.is_live and span.input.has_gradient):
+                break
+            if any(leaf in value.leaves() for value in (*span.inputs, *span.outputs)):
+                break
+            others = [value for value in span.inputs[1:] if value.is_live and value.has_gradient]
+            if others or gradients_inside(record, spans, span, frozenset({leaf})) != {Kind.PART}:
+                break
+        else:
+            return module if spans.of[module] else None
+    if all(_begins_at_its_input(record, spans, name, leaf) for name in region.begins):
+        return None
+    raise UnfitError("what goes into it is no module's input, so nobody could sum its gradient")
+
+
+def _common(calls: list[tuple[str, ...]]) -> tuple[str, ...]:
+    first, *others = calls
+    depth = len(first)
+    for other in others:
+        same = 0
+        while same < min(depth, len(other)) and first[same] == other[same]:
+            same += 1
+        depth = same
+    return first[:depth]
+
+
+def _begins_at_its_input(record: Record, spans: Spans, module: str, leaf: Factor) -> bool:
+    for span in spans.of[module]:
+        if span.input is None:
+            return False
+        if gradients_inside(record, spans, span, frozenset({leaf})) != {Kind.PART}:
+            return False
+    return bool(module)
+
+
+class Kind:
+    """What one rank's gradient of a tensor is."""
+
+    WHOLE = "whole"
+    PART = "part"
+
+
+def gradients_inside(
+    record: Record, spans: Spans, span: Span, cut: frozenset[Factor]
+) -> set[str]:
+    """What the gradient of a call's input is made of inside the call, where all that it gives has whole ones."""
+    assert span.input is not None
+    kinds: dict[Value, set[str]] = defaultdict(set)
+    for output in span.outputs:
+        kinds[output].add(Kind.WHOLE)
+    for at in range(span.stop, span.start, -1):
+        event = record.events[at]
+        if isinstance(event, Op):
+            pass_back(event, kinds, cut)
+    return kinds[span.input]
+
+
+def pass_back(op: Op, kinds: dict[Value, set[str]], cut: frozenset[Factor]) -> None:
+    """What an op's inputs get, from what its outputs got: a part where the op has a cut leaf that the input lacks."""
+    got = set[str]().union(*(kinds[output] for output in op.outputs if output in kinds))
+    if not got:
+        return
+    own = {leaf for value in (*op.inputs, *op.outputs) for leaf in value.leaves() if leaf in cut}
+    for value in op.inputs:
+        if not value.has_gradient or value is op.added or any(value is output for output in op.outputs):
+            continue
+        kinds[value] |= {Kind.PART} if own.difference(value.leaves()) else got
+
+
+def constants(record: Record) -> Iterator[Value]:
+    """Tensors that the forward makes from no parameter and no id."""
+    for op in record.ops:
+        for value in op.outputs:
+            if value.source in (Source.FILLED, Source.POSITIONS):
+                yield value

@@ -1,0 +1,170 @@
+"""Sequence parallelism: between the first layer and the head each rank has its part of every sequence. What of the
+forward allows that, which modules need the whole sequence, and which are then computed whole on every rank.
+"""
+
+from dataclasses import dataclass, field
+
+from shardwise.core.layer_name import any_layer
+from shardwise.dims.factors import Factor, leaves
+from shardwise.dims.record import Entered, Left, Op, Record, Source, Value
+from shardwise.dims.sizes import Computed, Expression, Length
+from shardwise.planner.regions import Region, Spans, UnfitError
+
+_TRIES = 40
+
+
+@dataclass(slots=True)
+class SequenceCut:
+    """begins: the module whose input is cut; is_at_embedding: the look-up gives the part itself. whole: modules that
+    gather their input and run whole. ops: where ops have a part of the sequence, by their place in the record."""
+
+    begins: str
+    head: str
+    is_at_embedding: bool = False
+    whole: set[str] = field(default_factory=set)
+    ops: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class _Violation(Exception):
+    """An op that needs the whole sequence where each rank has a part of it."""
+
+    at: int
+    why: str
+
+
+def cut_sequence(
+    record: Record, spans: Spans, regions: list[Region], first_layer: str, head: str
+) -> SequenceCut:
+    """Where the sequence can be cut. Raises UnfitError where it can't be."""
+    if not spans.of[first_layer]:
+        raise UnfitError(f"its forward doesn't call {first_layer}")
+    found = SequenceCut(first_layer, head)
+    entries = {name for region in regions for name in region.entries} | {head}
+    for _ in range(_TRIES):
+        walk = _Walk(record, spans, entries, {end for region in regions for end in region.ends}, found)
+        try:
+            found.ops = walk.run()
+        except _Violation as violation:
+            module = _to_be_whole(spans, violation, found, entries)
+            found.whole |= {name for name in spans.of if any_layer(name) == any_layer(module)}
+        else:
+            found.is_at_embedding = _is_embedded_directly(record, spans, first_layer)
+            return found
+    raise UnfitError("too many of its modules need the whole sequence")
+
+
+class _Walk:
+    """One pass over the record with what is cut known."""
+
+    def __init__(
+        self, record: Record, spans: Spans, entries: set[str], ends: set[str], found: SequenceCut
+    ) -> None:
+        self._record, self._spans = record, spans
+        self._entries, self._ends, self._found = entries, ends, found
+        self._sequence = record.sequence
+        self._cut: set[Value] = set()
+        self._ops: set[int] = set()
+        self._restored: list[Value | None] = []
+
+    def run(self) -> set[int]:
+        first = self._spans.of[self._found.begins][0]
+        if first.input is None:
+            raise UnfitError(f"{self._found.begins} is called without a tensor")
+        for at, event in enumerate(self._record.events):
+            if at == first.start:
+                self._cut.add(first.input)
+            match event:
+                case Entered():
+                    self._enter(at, event)
+                case Left():
+                    self._leave(at, event)
+                case Op():
+                    self._op(at, event)
+        return self._ops
+
+    def _has_sequence(self, value: Value) -> bool:
+        return not self._sequence.isdisjoint(value.leaves())
+
+    def _enter(self, at: int, event: Entered) -> None:
+        taken = None
+        if event.module in self._entries or event.module in self._found.whole:
+            inputs = [value for value in event.inputs if value in self._cut]
+            if len(dict.fromkeys(inputs)) > 1:
+                raise _Violation(at - 1, f"{event.module} takes two tensors of the cut sequence")
+            if inputs and inputs[0] is event.inputs[0]:
+                taken = inputs[0]
+                self._cut.discard(taken)
+            elif inputs:
+                raise _Violation(at - 1, f"the sequence isn't the first tensor that {event.module} takes")
+        self._restored.append(taken)
+
+    def _leave(self, at: int, event: Left) -> None:
+        taken = self._restored.pop()
+        if taken is not None:
+            self._cut.add(taken)
+        if event.module in self._ends:
+            self._cut.update(value for value in event.outputs if value.is_live)
+        elif event.module in self._found.whole and taken is not None:
+            live = [value for value in event.outputs if value.is_live and self._has_sequence(value)]
+            self._cut.update(live[:1])
+
+    def _op(self, at: int, op: Op) -> None:
+        cut = [value for value in op.inputs if value in self._cut]
+        if not cut:
+            return
+        self._ops.add(at)
+        for value in op.inputs:
+            if value not in self._cut and self._has_sequence(value) and value.source is not Source.FILLED:
+                raise _Violation(at, f"{op.name} takes a whole sequence beside a part of one")
+        for factor, why in op.blocked:
+            if not self._sequence.isdisjoint(leaves(factor)) and self._is_of(factor, cut):
+                raise _Violation(at, why)
+        if any(not self._sequence.isdisjoint(leaves(factor)) for factor in op.summed):
+            raise _Violation(at, f"{op.name} sums over it")
+        for output in op.outputs:
+            if self._has_sequence(output):
+                self._cut.add(output)
+            else:
+                raise _Violation(at, f"{op.name} gives a tensor without it")
+
+    @staticmethod
+    def _is_of(factor: Factor, values: list[Value]) -> bool:
+        own = set(leaves(factor))
+        return any(not own.isdisjoint(value.leaves()) for value in values)
+
+
+def _to_be_whole(spans: Spans, violation: _Violation, found: SequenceCut, entries: set[str]) -> str:
+    """The module that gets the whole sequence, since one of its ops needs it."""
+    around = spans.around[violation.at]
+    for span in reversed(around):
+        is_layer = span.module == found.begins or any_layer(span.module) == any_layer(found.begins)
+        if is_layer or not span.module or found.begins.startswith(f"{span.module}."):
+            break
+        inside = [name for name in entries if name == span.module or name.startswith(f"{span.module}.")]
+        if not inside and span.module not in found.whole:
+            return span.module
+    where = around[-1].module if around else "the model"
+    raise UnfitError(f"{violation.why}, in {where}, where each rank has a part of the sequence")
+
+
+def _is_embedded_directly(record: Record, spans: Spans, first_layer: str) -> bool:
+    """Whether nothing but the look-up stands before the first layer, and nobody asks how long its output is."""
+    (first, *_) = spans.of[first_layer]
+    before = [event for event in record.events[: first.start] if isinstance(event, Op)]
+    if len(before) != 1 or first.input not in before[0].outputs or before[0].name != "embedding":
+        return False
+    assert first.input is not None
+    number = first.input.number
+    return not any(_asks(use.size, number) or _asks(use.start, number) for use in record.sizes)
+
+
+def _asks(expression: Expression, tensor: int) -> bool:
+    match expression:
+        case Length(number, _):
+            return number == tensor
+        case Computed(_, first, second):
+            return _asks(first, tensor) or _asks(second, tensor)
+    return False
+
+
