@@ -6,11 +6,12 @@ Equal: the same modules of the same types with the same plain attributes, hooks,
 here; trace/extend.py compares what really ran.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
+from shardwise.core.layer_name import layer_index
 from shardwise.torch_private import hook_counts
 
 _OWN_NUMBER = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "idx"})
@@ -33,6 +34,19 @@ class Layers:
         """How many of the first layers hold one of each kind."""
         signatures = [_signature(layer) for layer in self.modules(model)]
         return 1 + max(signatures.index(signature) for signature in signatures)
+
+    def representative(self, model: nn.Module) -> Callable[[str], str]:
+        """The name of a module or parameter -> that of the same one in the first layer of its kind."""
+        signatures = [_signature(layer) for layer in self.modules(model)]
+        first = [signatures.index(signature) for signature in signatures]
+
+        def like(name: str) -> str:
+            index = layer_index(name, self.prefix)
+            if index is None:
+                return name
+            return f"{self.prefix}.{first[index]}{name[len(f'{self.prefix}.{index}') :]}"
+
+        return like
 
     def shorten(self, model: nn.Module, count: int) -> None:
         """Leaves the first `count` layers."""

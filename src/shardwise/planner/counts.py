@@ -23,7 +23,7 @@ def divided(record: Record, cut: frozenset[Factor], ranks: int) -> frozenset[Att
             chosen |= _more(sizes, use, chosen)
     for use in uses:
         if not sizes.holds(use, chosen):
-            raise UnfitError(_complaint(use, sizes))
+            raise UnfitError(_complaint(use, sizes), sizes.cut_in(use))
     return chosen
 
 
@@ -37,7 +37,7 @@ def _more(sizes: "_Sizes", use: SizeUse, chosen: frozenset[Attribute]) -> frozen
         for more in combinations(possible, n):
             if sizes.holds(use, chosen | set(more)):
                 return frozenset(more)
-    raise UnfitError(_complaint(use, sizes))
+    raise UnfitError(_complaint(use, sizes), sizes.cut_in(use))
 
 
 def _complaint(use: SizeUse, sizes: "_Sizes") -> str:
@@ -59,6 +59,10 @@ class _Sizes:
         """Whether the size is of what is cut, or could be: a sequence's own length follows its tensors."""
         dim = use.value.dims[use.dim] if use.of is None else use.of
         return self._sequence.isdisjoint(leaves(dim))
+
+    def cut_in(self, use: SizeUse) -> frozenset[Factor]:
+        dims = [use.value.dims[use.dim], *([use.of] if use.of is not None else [])]
+        return self._cut.intersection(leaf for dim in dims for leaf in leaves(dim))
 
     def expected(self, use: SizeUse) -> int:
         return self._local(use.value.dims[use.dim])

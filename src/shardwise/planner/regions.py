@@ -7,18 +7,23 @@ of the least module that holds the whole region, or else at each module that beg
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shardwise.dims.factors import Factor, find, leaves
-from shardwise.dims.record import Entered, Left, Op, Record, Source, Value
+from shardwise.dims.record import Entered, Left, Op, Record, Value
 from shardwise.planner.candidates import Candidate
 
 _ADDITIONS = frozenset({"add", "add_"})
 
 
 class UnfitError(Exception):
-    """Why a candidate's region has no place in the modules that there are."""
+    """Why a candidate's region has no place in the modules that there are. leaves: those that it is about, where that
+    is known."""
+
+    def __init__(self, why: str, leaves: frozenset[Factor] = frozenset()) -> None:
+        super().__init__(why)
+        self.leaves = leaves
 
 
 @dataclass(slots=True, eq=False)
@@ -212,11 +217,3 @@ def pass_back(op: Op, kinds: dict[Value, set[str]], cut: frozenset[Factor]) -> N
         if not value.has_gradient or value is op.added or any(value is output for output in op.outputs):
             continue
         kinds[value] |= {Kind.PART} if own.difference(value.leaves()) else got
-
-
-def constants(record: Record) -> Iterator[Value]:
-    """Tensors that the forward makes from no parameter and no id."""
-    for op in record.ops:
-        for value in op.outputs:
-            if value.source in (Source.FILLED, Source.POSITIONS):
-                yield value

@@ -1,0 +1,52 @@
+"""MadePlan: a plan that was made from a model's Dims, with a reason for each rule and for what stays whole."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from shardwise.core.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class CutDims:
+    """Dims that are cut together: `units` of them over the ranks. name: what they are called (the module that holds
+    them and what they count). members: (parameter pattern, dim, how it is cut there). begins, ends: modules. gathers:
+    where the input of what begins it is summed in the backward (and gathered, if the sequence is cut)."""
+
+    name: str
+    units: int
+    members: tuple[tuple[str, int, str], ...]
+    begins: tuple[str, ...]
+    ends: tuple[str, ...]
+    gathers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LeftWhole:
+    """A parameter (a pattern of equal ones) that every rank holds whole, and why."""
+
+    pattern: str
+    elements: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class MadePlan:
+    """plan: what `verify`, `compare` and the rest take. comments: pattern of a rule -> why. sharded: share of the
+    model's parameters of which a rank holds its part alone. sequence: where the sequence is cut, in words; why_not:
+    why it isn't."""
+
+    model: str
+    mesh: str
+    plan: Plan
+    comments: Mapping[str, str]
+    cuts: tuple[CutDims, ...]
+    whole: tuple[LeftWhole, ...]
+    parameters: int
+    sharded: float
+    sequence: str | None = None
+    why_not: str | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def to_toml(self) -> str:
+        """The plan as a file's text, each rule under the sentence that says why."""
+        return self.plan.to_toml(comments=self.comments)

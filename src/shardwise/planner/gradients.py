@@ -1,0 +1,100 @@
+"""Gradients: of each parameter that every rank holds whole, whether a rank's backward gives all of its gradient or a
+part of it, once the regions and the cut of the sequence are known."""
+
+from collections import defaultdict
+
+from shardwise.dims.factors import Factor
+from shardwise.dims.record import Entered, Left, Op, Record, Value
+from shardwise.planner.regions import Kind, Region, Span, Spans, UnfitError, pass_back
+from shardwise.planner.sequence import SequenceCut
+
+
+class MixedError(UnfitError):
+    """A tensor gets a part of its gradient from one of its uses and all of it from another."""
+
+    def __init__(self, value: Value, module: str) -> None:
+        self.value, self.module = value, module
+        what = value.name or f"a tensor of {list(value.shape)}"
+        super().__init__(
+            f"{what} gets a part of its gradient from one use and all of it from another, in {module or 'the model'}"
+        )
+
+
+def gradient_kinds(
+    record: Record, spans: Spans, regions: list[Region], sequence: SequenceCut | None
+) -> dict[str, str]:
+    """Parameter -> Kind, for those that get a gradient and aren't cut. Raises MixedError."""
+    cut = frozenset(region.candidate.leaf for region in regions)
+    entries = {name for region in regions for name in region.entries}
+    walk = _Backward(record, spans, cut, entries, sequence)
+    return walk.run()
+
+
+class _Backward:
+    def __init__(
+        self,
+        record: Record,
+        spans: Spans,
+        cut: frozenset[Factor],
+        entries: set[str],
+        sequence: SequenceCut | None,
+    ) -> None:
+        self._record, self._cut, self._entries, self._sequence = record, cut, entries, sequence
+        self._kinds: dict[Value, set[str]] = defaultdict(set)
+        self._saved: list[tuple[Value, set[str]] | None] = []
+        self._at: dict[int, Span] = {span.stop: span for span in spans.all}
+
+    def run(self) -> dict[str, str]:
+        assert self._record.logits is not None
+        self._kinds[self._record.logits].add(Kind.WHOLE)
+        events = self._record.events
+        for at in range(len(events) - 1, -1, -1):
+            match events[at]:
+                case Left():
+                    self._leave(at)
+                case Entered(module):
+                    self._enter(module)
+                case Op() as op:
+                    self._op(at, op)
+        return {
+            name: self._one(value, name)
+            for name, value in self._record.parameters.items()
+            if self._kinds.get(value) and self._cut.isdisjoint(value.leaves())
+        }
+
+    def _op(self, at: int, op: Op) -> None:
+        for output in op.outputs:
+            if output in self._kinds:
+                self._one(output, op.module)
+        cut = self._cut
+        if self._sequence is not None and at in self._sequence.ops:
+            cut = cut | self._record.sequence
+        pass_back(op, self._kinds, cut)
+
+    def _one(self, value: Value, module: str) -> str:
+        kinds = self._kinds[value]
+        if len(kinds) > 1:
+            raise MixedError(value, module)
+        return next(iter(kinds), Kind.WHOLE)
+
+    def _leave(self, at: int) -> None:
+        """Backwards, a call begins where its module is left: what its input gets inside is kept apart."""
+        span = self._at[at]
+        if span.module in self._entries and span.input is not None:
+            self._saved.append((span.input, self._kinds.pop(span.input, set())))
+            # what it gives may be what it was given
+            if any(output is span.input for output in span.outputs):
+                raise MixedError(span.input, span.module)
+        else:
+            self._saved.append(None)
+
+    def _enter(self, module: str) -> None:
+        saved = self._saved.pop()
+        if saved is None:
+            return
+        value, outside = saved
+        inside = self._kinds.pop(value, set())
+        if Kind.WHOLE in inside:
+            raise MixedError(value, module)
+        if inside or outside:
+            self._kinds[value] = outside | ({Kind.WHOLE} if inside else set())

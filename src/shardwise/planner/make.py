@@ -1,0 +1,279 @@
+"""make_plan(): a model and a number of ranks -> a MadePlan: what is cut, by which rules, and why; what stays whole, and
+why."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from shardwise.core.errors import PlanError
+from shardwise.core.layer_name import any_layer
+from shardwise.core.made_plan import CutDims, LeftWhole, MadePlan
+from shardwise.core.mesh import Mesh
+from shardwise.core.placement import Placement, Replicate, Shard
+from shardwise.core.plan import Plan, Style, StyleName
+from shardwise.dims.by_data import BY_ID
+from shardwise.dims.factors import Factor, leaves
+from shardwise.dims.record import Op, Record
+from shardwise.dims.sizes import Attribute
+from shardwise.dims.trace import record_of
+from shardwise.models.layers import Layers, find_layers
+from shardwise.models.source import ModelSource, vocab_size_of
+from shardwise.planner.candidates import Candidate, candidates, choose
+from shardwise.planner.counts import divided
+from shardwise.planner.gradients import MixedError, gradient_kinds
+from shardwise.planner.patterns import everywhere
+from shardwise.planner.regions import Region, Spans, UnfitError, region_of
+from shardwise.planner.rules import Cuts, cut_dim, held, rules_of
+from shardwise.planner.sequence import SequenceCut, cut_sequence
+
+_TRIES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a plan is asked for. sequence: cut it where the model allows it. table: the style of the look-up of ids.
+    seq: the length at which costs are weighed."""
+
+    mesh: Mesh
+    sequence: bool = True
+    table: StyleName = StyleName.ROWWISE
+    seq: int = 4096
+
+
+def make_plan(
+    source: ModelSource, wish: Wish, *, progress: Callable[[str], None] = lambda _: None
+) -> MadePlan:
+    """The plan for a model. Raises ModelError where its forward can't be traced; PlanError where nothing can be cut."""
+    ranks = wish.mesh.tp
+    progress(f"building {source.name}")
+    whole = source.build(dtype=torch.bfloat16)
+    layers = find_layers(whole)
+    model = whole
+    if layers is not None:
+        model = source.build(dtype=torch.bfloat16)
+        layers.shorten(model, min(layers.count, max(2, layers.kinds(whole))))
+    progress("tracing its forward")
+    record = record_of(model, vocab_size_of(model))
+    progress("choosing what to cut")
+    making = _Making(record, model, layers, wish, ranks)
+    cuts, reasons = making.cuts()
+    return _made(source, whole, layers, cuts, making, reasons, wish)
+
+
+class _Making:
+    """The search for cuts that every check lets pass. why_not: of the sequence."""
+
+    def __init__(self, record: Record, model: nn.Module, layers: Layers | None, wish: Wish, ranks: int) -> None:
+        self.record, self.model, self.layers, self.wish, self.ranks = record, model, layers, wish, ranks
+        self.spans = Spans(record)
+        self.candidates = candidates(record, ranks, seq=wish.seq)
+        self.tables = _tables(record, model)
+        self.head, self.head_output = _head(record, model)
+        self.why_not: str | None = None if wish.sequence else "it wasn't asked for"
+
+    def cuts(self) -> tuple[Cuts, dict[str, str]]:
+        """What to cut, and why of other parameters nothing is."""
+        for _ in range(_TRIES):
+            regions = self._regions()
+            try:
+                return self._cuts(regions), self._reasons(regions)
+            except UnfitError as error:
+                self._drop(regions, error)
+        raise PlanError("no choice of what to cut passes every check. Shard it by a plan of your own.")
+
+    def _regions(self) -> list[Region]:
+        while True:
+            chosen = [each for each in choose(self.record, self.candidates) if not self._is_table_s(each)]
+            found = []
+            for candidate in chosen:
+                try:
+                    found.append(region_of(self.record, self.spans, candidate))
+                except UnfitError as error:
+                    candidate.obstacles.append(str(error))
+            if len(found) == len(chosen):
+                return found
+
+    def _is_table_s(self, candidate: Candidate) -> bool:
+        """Rows of a table that is looked up by id: its module's style cuts them."""
+        return any(
+            why == BY_ID and candidate.leaf in set(leaves(factor))
+            for op in self.record.ops
+            for factor, why in op.blocked
+        )
+
+    def _cuts(self, regions: list[Region]) -> Cuts:
+        sequence = self._sequence(regions)
+        counts = divided(self.record, frozenset(region.candidate.leaf for region in regions), self.ranks)
+        try:
+            kinds = gradient_kinds(self.record, self.spans, regions, sequence)
+        except MixedError as error:
+            if sequence is None:
+                raise
+            self.why_not = str(error)
+            sequence = None
+            kinds = gradient_kinds(self.record, self.spans, regions, None)
+        cuts = self._put_together(regions, sequence, counts, kinds)
+        rules_of(cuts)
+        return cuts
+
+    def _sequence(self, regions: list[Region]) -> SequenceCut | None:
+        if self.why_not is not None:
+            return None
+        if self.layers is None or self.head is None:
+            self.why_not = "it has no list of layers" if self.layers is None else "it has no head of its own"
+            return None
+        try:
+            return cut_sequence(self.record, self.spans, regions, f"{self.layers.prefix}.0", self.head)
+        except UnfitError as error:
+            self.why_not = str(error)
+            return None
+
+    def _put_together(
+        self,
+        regions: list[Region],
+        sequence: SequenceCut | None,
+        counts: frozenset[Attribute],
+        kinds: dict[str, str],
+    ) -> Cuts:
+        output: Placement = Shard(1) if sequence is not None and sequence.is_at_embedding else Replicate()
+        arguments = {"output": output} if "output" in self.wish.table.arguments else {}
+        style = Style(self.wish.table, **arguments)
+        return Cuts(
+            self.record, self.model, regions, sequence, counts, kinds,
+            self.tables, self.head, style, self.head_output, self.ranks,
+        )  # fmt: skip
+
+    def _drop(self, regions: list[Region], error: UnfitError) -> None:
+        """Gives up the candidates that an error is about, in every layer; where it doesn't say, the dearest."""
+        guilty = [region for region in regions if region.candidate.leaf in error.leaves]
+        if not guilty:
+            guilty = [region for region in regions if self._fails_alone(region)]
+        if not guilty:
+            guilty = sorted(regions, key=lambda region: region.candidate.sums)[-1:]
+        if not guilty:
+            raise PlanError(f"nothing of it can be cut: {error}.") from error
+        patterns = {_pattern(region.candidate) for region in guilty}
+        for candidate in self.candidates:
+            if _pattern(candidate) in patterns:
+                candidate.obstacles.append(str(error))
+
+    def _fails_alone(self, region: Region) -> bool:
+        try:
+            divided(self.record, frozenset({region.candidate.leaf}), self.ranks)
+            kinds = gradient_kinds(self.record, self.spans, [region], None)
+            rules_of(self._put_together([region], None, frozenset(), kinds))
+        except UnfitError:
+            return True
+        return False
+
+    def _reasons(self, regions: list[Region]) -> dict[str, str]:
+        """Parameter -> why nothing of it is cut: what stood in the way of its largest candidate."""
+        found: dict[str, str] = {}
+        for candidate in sorted(self.candidates, key=lambda each: each.leaf.size):
+            for name in candidate.parameters:
+                if candidate.obstacles:
+                    found[name] = f"{candidate.leaf.size} units: {candidate.obstacles[0]}"
+        cut = {name for region in regions for name in region.candidate.parameters}
+        return {name: why for name, why in found.items() if name not in cut}
+
+
+def _pattern(candidate: Candidate) -> frozenset[tuple[str, int]]:
+    return frozenset((any_layer(name), dim) for name, dim in candidate.members)
+
+
+def _tables(record: Record, model: nn.Module) -> tuple[str, ...]:
+    """Modules that look ids up in a table of their own."""
+    modules = dict(model.named_modules())
+    found = []
+    for op in record.ops:
+        if op.name == "embedding" and op.inputs[-1].is_live and not op.inputs[-1].has_gradient:
+            owned = list(modules[op.module].parameters(recurse=False))
+            if len(owned) == 1 and not any(True for _ in modules[op.module].children()):
+                found.append(op.module)
+    return tuple(dict.fromkeys(found))
+
+
+def _head(record: Record, model: nn.Module) -> tuple[str | None, Placement]:
+    """The module that makes the logits, and what of them it may give: its part where all that follows takes one."""
+    assert record.logits is not None
+    vocabulary = frozenset(leaves(record.logits.dims[-1]))
+    makers = [op for op in record.ops if op.summed and _has(op, vocabulary, outputs=True)]
+    if not makers or len(vocabulary) != 1:
+        return None, Replicate()
+    head = makers[-1].module
+    if not any(True for _ in dict(model.named_modules())[head].parameters(recurse=False)):
+        return None, Replicate()
+    is_taken_as_a_whole = any(
+        why != BY_ID and not vocabulary.isdisjoint(leaves(factor))
+        for op in record.ops
+        for factor, why in op.blocked
+    )
+    return head, Replicate() if is_taken_as_a_whole else Shard(-1)
+
+
+def _has(op: Op, own: frozenset[Factor], *, outputs: bool) -> bool:
+    return any(not own.isdisjoint(value.leaves()) for value in (op.outputs if outputs else op.inputs))
+
+
+def _made(
+    source: ModelSource,
+    whole: nn.Module,
+    layers: Layers | None,
+    cuts: Cuts,
+    making: _Making,
+    reasons: dict[str, str],
+    wish: Wish,
+) -> MadePlan:
+    rules, comments = everywhere(rules_of(cuts), whole, layers)
+    name = f"made for {source.name} at tp={wish.mesh.tp}"
+    sharded, total, left = _shares(whole, layers, cuts, reasons)
+    sequence = None
+    if cuts.sequence is not None:
+        where = "the look-up" if cuts.sequence.is_at_embedding else f"the input of {cuts.sequence.begins}"
+        sequence = f"from {where} to {cuts.head}"
+    return MadePlan(
+        source.name, str(wish.mesh), Plan(name, rules), comments, tuple(_cut_dims(cuts)), left, total,
+        sharded / total, sequence, making.why_not, source.notes,
+    )  # fmt: skip
+
+
+def _shares(
+    whole: nn.Module, layers: Layers | None, cuts: Cuts, reasons: dict[str, str]
+) -> tuple[int, int, tuple[LeftWhole, ...]]:
+    """(elements that are cut, all, what is whole)"""
+    like = layers.representative(whole) if layers is not None else (lambda name: name)
+    total = sharded = 0
+    left: dict[tuple[str, str], int] = {}
+    embedding = {f"{table}.weight" for table in cuts.table}
+    for name, parameter in whole.named_parameters():
+        total += parameter.numel()
+        traced = like(name)
+        is_outer = traced in embedding or traced.rpartition(".")[0] == cuts.head
+        value = cuts.record.parameters.get(traced)
+        if is_outer or (value is not None and cut_dim(value, cuts.leaves) is not None):
+            sharded += parameter.numel()
+        else:
+            key = (any_layer(name), reasons.get(traced, "nothing that is cut comes by it"))
+            left[key] = left.get(key, 0) + parameter.numel()
+    found = (LeftWhole(pattern, n, why) for (pattern, why), n in left.items())
+    return sharded, total, tuple(sorted(found, key=lambda each: -each.elements))
+
+
+def _cut_dims(cuts: Cuts) -> list[CutDims]:
+    found: dict[object, CutDims] = {}
+    for region in cuts.regions:
+        candidate = region.candidate
+        members = tuple(
+            (any_layer(name), dim, str(held(cuts, name))) for name, dim in dict.fromkeys(candidate.members)
+        )
+        begins, ends, gathers = (
+            tuple(map(any_layer, names)) for names in (region.begins, region.ends, region.entries)
+        )
+        where = region.entry or (region.ends or region.begins or [candidate.members[0][0]])[0]
+        made = CutDims(any_layer(where), candidate.leaf.size, members, begins, ends, gathers)
+        found.setdefault((members, begins, ends), made)
+    return list(found.values())
+
+

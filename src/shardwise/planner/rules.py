@@ -1,0 +1,234 @@
+"""Rules: what regions, the cut sequence and the counts mean for each module of the traced model, as styles of a plan."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from shardwise.core.held import Held
+from shardwise.core.placement import Partial, Placement, Replicate, Shard
+from shardwise.core.plan import Style, StyleName
+from shardwise.dims.factors import Factor, Piece, layout
+from shardwise.dims.record import Op, Record, Value
+from shardwise.dims.sizes import Attribute
+from shardwise.planner.regions import Kind, Region, UnfitError
+from shardwise.planner.sequence import SequenceCut
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoned:
+    """A style, and why."""
+
+    style: Style
+    why: str
+
+
+@dataclass(slots=True)
+class Cuts:
+    """All that was decided of a traced model. table: the modules that look ids up; head: the one that makes the
+    logits. kinds: see gradient_kinds()."""
+
+    record: Record
+    model: nn.Module
+    regions: list[Region]
+    sequence: SequenceCut | None
+    counts: frozenset[Attribute]
+    kinds: Mapping[str, str]
+    table: tuple[str, ...]
+    head: str | None
+    table_style: Style
+    head_output: Placement
+    ranks: int
+    leaves: frozenset[Factor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.leaves = frozenset(region.candidate.leaf for region in self.regions)
+
+    @property
+    def between(self) -> Placement:
+        return Shard(1) if self.sequence is not None else Replicate()
+
+
+def rules_of(cuts: Cuts) -> dict[str, Reasoned]:
+    """The style of every module of the traced model that needs one. Raises UnfitError for what no style says."""
+    users = _users(cuts)
+    counts: defaultdict[str, list[str]] = defaultdict(list)
+    for attribute in sorted(cuts.counts, key=lambda each: each.name):
+        counts[attribute.module].append(attribute.name)
+    found: dict[str, Reasoned] = {}
+    for name, module in cuts.model.named_modules():
+        rule = _rule(cuts, name, module, users, tuple(counts.get(name, ())))
+        if rule is not None:
+            found[name] = rule
+    return found
+
+
+def held(cuts: Cuts, name: str) -> Held:
+    """How a parameter is held."""
+    value = cuts.record.parameters[name]
+    cut = cut_dim(value, cuts.leaves)
+    if cut is None:
+        return Held(Replicate(), gradient=Partial() if cuts.kinds.get(name) == Kind.PART else None)
+    dim, pieces = cut
+    for piece in pieces:
+        if not piece.is_cut:
+            own = cuts.leaves.intersection(value.leaves())
+            raise UnfitError(f"{name} would be cut in some of its rows only", own)
+    return Held(Shard(dim), tuple(piece.size for piece in pieces) if len(pieces) > 1 else ())
+
+
+def cut_dim(value: Value, cut: frozenset[Factor]) -> tuple[int, list[Piece]] | None:
+    """The dim of a tensor that is cut, and its pieces."""
+    for dim, factor in enumerate(value.dims):
+        pieces = layout(factor, cut)
+        if any(piece.is_cut for piece in pieces):
+            return dim, pieces
+    return None
+
+
+def _users(cuts: Cuts) -> dict[str, set[str]]:
+    """The modules whose own forward reads a parameter."""
+    names = {id(value): name for name, value in cuts.record.parameters.items()}
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    for op in cuts.record.ops:
+        for value in op.inputs:
+            if id(value) in names:
+                found[names[id(value)]].add(op.module)
+    return found
+
+
+def _rule(
+    cuts: Cuts, name: str, module: nn.Module, users: Mapping[str, set[str]], divide: tuple[str, ...]
+) -> Reasoned | None:
+    own = [f"{name}.{each}".lstrip(".") for each, _ in module.named_parameters(recurse=False)]
+    known = [each for each in own if each in cuts.record.parameters]
+    by_name = _read_by_name(cuts, name, users)
+    if name in cuts.table:
+        return _table_rule(cuts, name)
+    if name == cuts.head:
+        why = "logits stay cut by vocabulary, for a loss that takes them so"
+        return Reasoned(Style(StyleName.COLWISE, input=cuts.between, output=cuts.head_output), why)
+    entries = [region for region in cuts.regions if region.entry == name]
+    parameters = tuple(
+        (each[len(name) + 1 :] if name else each, held(cuts, each)) for each in (*known, *by_name)
+    )
+    if entries and name not in entries[0].begins + entries[0].ends:
+        return _entry_rule(cuts, parameters, divide, entries)
+    if cuts.sequence is not None and name in cuts.sequence.whole:
+        return Reasoned(Style(StyleName.WHOLE), "it needs the whole sequence, and tp cuts nothing in it")
+    begins = [region for region in cuts.regions if name in region.begins and _cuts_any(cuts, known)]
+    ends = [region for region in cuts.regions if name in region.ends]
+    if begins and ends:
+        raise UnfitError(f"{name} begins and ends a cut by itself")
+    if begins:
+        return _colwise(cuts, name, module, begins[0], parameters, divide)
+    if ends:
+        return _rowwise(cuts, name, module, ends[0], parameters, divide)
+    if cuts.sequence is not None and name == cuts.sequence.begins and not cuts.sequence.is_at_embedding:
+        style = Style(StyleName.SPLIT_INPUT, parameters=_cut_ones(parameters), divide=divide)
+        return Reasoned(style, "what stands before asks how long sequences are, so they are cut here")
+    if _cuts_any(cuts, [*known, *by_name]) or divide:
+        style = Style(StyleName.LOCAL, parameters=parameters, divide=divide)
+        return Reasoned(style, "works on what is cut, part by part")
+    return _whole_rule(cuts, name, known) if known else None
+
+
+def _table_rule(cuts: Cuts, name: str) -> Reasoned:
+    is_first = name == cuts.table[0]
+    style = cuts.table_style if is_first else Style(StyleName.ROWWISE, output=Replicate())
+    return Reasoned(style, "a look-up by id: each rank has its part of the table")
+
+
+def _entry_rule(
+    cuts: Cuts, parameters: tuple[tuple[str, Held], ...], divide: tuple[str, ...], entries: list[Region]
+) -> Reasoned:
+    style = Style(StyleName.GATHER_INPUT, input=cuts.between, parameters=parameters, divide=divide)
+    begins = ", ".join(sorted({each.rpartition(".")[2] for region in entries for each in region.begins}))
+    what = "gathered" if cuts.sequence is not None else "taken as it is"
+    return Reasoned(style, f"its input is {what} once for {begins}; the parts of its gradient are summed")
+
+
+def _colwise(
+    cuts: Cuts,
+    name: str,
+    module: nn.Module,
+    region: Region,
+    parameters: tuple[tuple[str, Held], ...],
+    divide: tuple[str, ...],
+) -> Reasoned:
+    entry = cuts.between if region.entry is None or region.entry == name else None
+    pieces, told = _told(module, parameters, 0)
+    style = Style(StyleName.COLWISE, input=entry, pieces=pieces, parameters=told, divide=divide)
+    return Reasoned(style, f"each rank makes its part of {region.candidate.leaf.size} units")
+
+
+def _rowwise(
+    cuts: Cuts,
+    name: str,
+    module: nn.Module,
+    region: Region,
+    parameters: tuple[tuple[str, Held], ...],
+    divide: tuple[str, ...],
+) -> Reasoned:
+    pieces, told = _told(module, parameters, 1)
+    style = Style(StyleName.ROWWISE, output=cuts.between, pieces=pieces, parameters=told, divide=divide)
+    how = "reduce-scattered" if cuts.sequence is not None else "summed"
+    return Reasoned(style, f"takes its part of {region.candidate.leaf.size} units; the parts of the sum are {how}")
+
+
+def _told(
+    module: nn.Module, parameters: tuple[tuple[str, Held], ...], dim: int
+) -> tuple[tuple[int, ...], tuple[tuple[str, Held], ...]]:
+    """(pieces, parameters) that a rule must say: nothing for a linear layer whose weight is cut in its usual dim."""
+    is_linear = type(module).forward is nn.Linear.forward
+    weight = dict(parameters).get("weight")
+    if is_linear and weight is not None and weight.placement == Shard(dim):
+        return weight.pieces, ()
+    return (), _cut_ones(parameters)
+
+
+def _cut_ones(parameters: tuple[tuple[str, Held], ...]) -> tuple[tuple[str, Held], ...]:
+    return tuple((name, how) for name, how in parameters if how != Held(Replicate()))
+
+
+def _whole_rule(cuts: Cuts, name: str, known: list[str]) -> Reasoned:
+    kinds = {cuts.kinds.get(each, Kind.WHOLE) for each in known}
+    if kinds == {Kind.WHOLE}:
+        return Reasoned(Style(StyleName.REPLICATE), "every rank computes the same with it")
+    if len(kinds) > 1:
+        style = Style(
+            StyleName.LOCAL,
+            parameters=tuple((each[len(name) + 1 :] if name else each, held(cuts, each)) for each in known),
+        )
+        return Reasoned(style, "of some of its parameters each rank computes a part of the gradient")
+    if cuts.sequence is not None and _sees_a_part(cuts, name):
+        why = "each rank sees its part of the tokens: the parts of the gradient are summed"
+        return Reasoned(Style(StyleName.SEQUENCE_PARALLEL), why)
+    why = "whole, on what is cut: each rank computes a part of its gradient, which is summed"
+    return Reasoned(Style(StyleName.REPLICATE, gradient=Partial()), why)
+
+
+def _sees_a_part(cuts: Cuts, name: str) -> bool:
+    assert cuts.sequence is not None
+    events = cuts.record.events
+    own = (event for at, event in enumerate(events) if at in cuts.sequence.ops and isinstance(event, Op))
+    return any(op.module == name for op in own)
+
+
+def _cuts_any(cuts: Cuts, names: list[str]) -> bool:
+    return any(cut_dim(cuts.record.parameters[name], cuts.leaves) is not None for name in names)
+
+
+def _read_by_name(cuts: Cuts, module: str, users: Mapping[str, set[str]]) -> list[str]:
+    """Parameters of modules below that a module's own forward reads without calling them, and that a rank can't give
+    it as they are."""
+    return list(_read(cuts, module, users))
+
+
+def _read(cuts: Cuts, module: str, users: Mapping[str, set[str]]) -> Iterator[str]:
+    for name in cuts.record.parameters:
+        owner = name.rpartition(".")[0]
+        is_below = owner != module and (not module or owner.startswith(f"{module}."))
+        if is_below and module in users.get(name, ()):
+            yield name
