@@ -1,4 +1,5 @@
-"""MadePlan: a plan that was made from a model's Dims, with a reason for each rule and for what stays whole."""
+"""MadePlan: a plan that was made from a model's Dims, with a reason for each rule and for what stays
+whole."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,9 +9,10 @@ from shardwise.core.plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class CutDims:
-    """Dims that are cut together: `units` of them over the ranks. name: what they are called (the module that holds
-    them and what they count). members: (parameter pattern, dim, how it is cut there). begins, ends: modules. gathers:
-    where the input of what begins it is summed in the backward (and gathered, if the sequence is cut)."""
+    """Dims that are cut together: `units` of them over the ranks. name: what they are called (the module that
+    holds them and what they count). members: (parameter pattern, dim, how it is cut there). begins, ends:
+    modules. gathers: where the input of what begins it is summed in the backward (and gathered, if the
+    sequence is cut)."""
 
     name: str
     units: int
@@ -31,9 +33,9 @@ class LeftWhole:
 
 @dataclass(frozen=True, slots=True)
 class MadePlan:
-    """plan: what `verify`, `compare` and the rest take. comments: pattern of a rule -> why. sharded: share of the
-    model's parameters of which a rank holds its part alone. sequence: where the sequence is cut, in words; why_not:
-    why it isn't."""
+    """plan: what `verify`, `compare` and the rest take. comments: pattern of a rule -> why. sharded: share of
+    the model's parameters of which a rank holds its part alone. sequence: where the sequence is cut, in
+    words; why_not: why it isn't."""
 
     model: str
     mesh: str

@@ -1,5 +1,5 @@
-"""Rules of ops whose entries go where data says (look-ups, gathers, top-k), of windows and padding, and of ops that
-make tensors from nothing."""
+"""Rules of ops whose entries go where data says (look-ups, gathers, top-k), of windows and padding, and of
+ops that make tensors from nothing."""
 
 import torch
 from torch import Tensor
@@ -27,6 +27,16 @@ def indexed(call: Call) -> None:
     for at in places:
         call.block(dims[at], "its entries are taken by data")
     shapes = [indices[at] for at in places]
+    run = _run(shapes[0]) if len(shapes) == 1 else None
+    if run is not None:
+        # known numbers, one after the other: a slice
+        try:
+            dims[places[0]] = narrow(dims[places[0]], *run)
+        except ConflictError:
+            pass
+        else:
+            call.give(call.output, dims)
+            return
     if any(index.dtype in (torch.bool, torch.uint8) for index in shapes):
         call.give(call.output, [Factor(size) for size in call.output.shape])
         for dim in dims:
@@ -44,6 +54,15 @@ def indexed(call: Call) -> None:
     ahead = [dim for at, dim in enumerate(dims) if at not in places and at < places[0]] if is_together else []
     rest = [dim for at, dim in enumerate(dims) if at not in places][len(ahead) :]
     call.give(call.output, [*ahead, *taken, *rest])
+
+
+def _run(index: Tensor) -> tuple[int, int] | None:
+    """(start, stop) of an index whose numbers are known and follow each other; None for another."""
+    if index.is_meta or index.dim() != 1 or index.dtype == torch.bool or not index.numel():
+        return None
+    start = int(index[0])
+    is_run = start >= 0 and bool((index == torch.arange(start, start + index.numel())).all())
+    return (start, start + index.numel()) if is_run else None
 
 
 @rule("index_put", "index_put_", "_index_put_impl_")
@@ -111,7 +130,8 @@ def grouped(call: Call) -> None:
 
 @rule("convolution", "_convolution", "conv1d", "conv2d", "cudnn_convolution", "mkldnn_convolution")
 def convolution(call: Call) -> None:
-    """[B, channels, ...]: a window runs over the other dims; channels are free where each has its own filter."""
+    """[B, channels, ...]: a window runs over the other dims; channels are free where each has its own
+    filter."""
     source, weight, *bias = call.inputs
     x, filters, groups = call.dims(source), call.dims(weight), call.arguments["groups"]
     for dim in (*x[2:], *filters[2:]):
@@ -213,5 +233,3 @@ def filled(call: Call) -> None:
 def _fresh(call: Call) -> None:
     for output in call.outputs:
         call.give(output, [Factor(size) for size in output.shape])
-
-

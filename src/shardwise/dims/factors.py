@@ -1,9 +1,10 @@
-"""Factors: what a dim of a tensor is made of, and how two dims become one. Plain arithmetic on sizes, no torch.
+"""Factors: what a dim of a tensor is made of, and how two dims become one. Plain arithmetic on sizes, no
+torch.
 
-A factor is a leaf, an ordered product (outer to inner: 8 heads x 128) or an ordered sum of pieces laid one after
-the other (query + key + value). Tying two dims together refines both to common boundaries, so that a leaf is
-the least part that a model treats as one; leaves that are tied are one leaf (a union-find). A dim that can't be
-refined to another's boundaries is a conflict, which the caller books.
+A factor is a leaf, an ordered product (outer to inner: 8 heads x 128) or an ordered sum of pieces laid one
+after the other (query + key + value). Tying two dims together refines both to common boundaries, so that a
+leaf is the least part that a model treats as one; leaves that are tied are one leaf (a union-find). A dim
+that can't be refined to another's boundaries is a conflict, which the caller books.
 """
 
 import math
@@ -62,7 +63,7 @@ def find(factor: Factor) -> Factor:
     while root._parent is not None:
         root = root._parent
     while factor is not root:
-        factor._parent, factor = root, factor._parent  # type: ignore[assignment]  # roots alone have none
+        factor._parent, factor = root, factor._parent
     return root
 
 

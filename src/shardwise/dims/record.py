@@ -22,8 +22,8 @@ class Source(Enum):
 
 @dataclass(slots=True, eq=False)
 class Value:
-    """A tensor of the forward. name: a parameter's or buffer's. has_gradient: parameters went into it, and it can
-    have one. is_live: so did the ids."""
+    """A tensor of the forward. name: a parameter's or buffer's. has_gradient: parameters went into it, and it
+    can have one. is_live: so did the ids."""
 
     number: int
     dims: list[Factor]
@@ -43,10 +43,10 @@ class Value:
 
 @dataclass(slots=True, eq=False)
 class Op:
-    """One op of the dispatcher. summed: factors of inputs that the output has no more, being summed over: where
-    ranks have parts of one, the output is a part of a sum. blocked: factors that no rank may have a part of, and
-    why. is_linear: a part of a sum in (its first input) gives a part of that sum out. added: an input that is
-    added once (a bias)."""
+    """One op of the dispatcher. summed: factors of inputs that the output has no more, being summed over:
+    where ranks have parts of one, the output is a part of a sum. blocked: factors that no rank may have a
+    part of, and why. is_linear: a part of a sum in (its first input) gives a part of that sum out. added: an
+    input that is added once (a bias)."""
 
     name: str
     module: str
@@ -76,8 +76,8 @@ class Left:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SizeUse:
-    """A forward wrote a size: dim `dim` of `value` has `size` entries (and, cut out of a longer one, begins at
-    `start` of `of`)."""
+    """A forward wrote a size: dim `dim` of `value` has `size` entries (and, cut out of a longer one, begins
+    at `start` of `of`)."""
 
     function: str
     module: str
@@ -93,9 +93,9 @@ Event = Op | Entered | Left
 
 @dataclass(slots=True)
 class Record:
-    """One forward. unknown: ops that nobody described, with how often. conflicts: dims that an op ties together
-    and that can't be the same. guesses: where the forward read a number out of a tensor whose values a trace
-    hasn't, by module."""
+    """One forward. unknown: ops that nobody described, with how often. conflicts: dims that an op ties
+    together and that can't be the same. guesses: where the forward read a number out of a tensor whose values
+    a trace hasn't, by module."""
 
     events: list[Event] = field(default_factory=list)
     sizes: list[SizeUse] = field(default_factory=list)

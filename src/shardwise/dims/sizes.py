@@ -1,9 +1,9 @@
-"""Sizes that know where they come from: an integer that a forward reads (a module's attribute, a number of its
-configuration, a tensor's shape) and what Python computes from it.
+"""Sizes that know where they come from: an integer that a forward reads (a module's attribute, a number of
+its configuration, a tensor's shape) and what Python computes from it.
 
-A forward that writes `view(batch, length, self.num_heads, -1)` fails, or is silently wrong, where a rank has half
-the heads. So while a model is traced its integers are Sizes: an int that carries the expression it came from, which
-can be worked out anew for a rank's part.
+A forward that writes `view(batch, length, self.num_heads, -1)` fails, or is silently wrong, where a rank has
+half the heads. So while a model is traced its integers are Sizes: an int that carries the expression it came
+from, which can be worked out anew for a rank's part.
 """
 
 import operator
@@ -118,8 +118,8 @@ def attributes_in(expression: Expression) -> Iterator[Attribute]:
 
 @contextmanager
 def tagged(model: nn.Module) -> Iterator[None]:
-    """Integers that the model's modules hold are Sizes inside. What torch's own modules hold is left alone: it is
-    read by C++ alone or says what their weights say too."""
+    """Integers that the model's modules hold are Sizes inside. What torch's own modules hold is left alone:
+    it is read by C++ alone or says what their weights say too."""
     restored: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for name, module in model.named_modules():

@@ -1,8 +1,8 @@
 """record_of(): runs a model's forward once on meta tensors and takes down what it does.
 
-Weights and activations are on the meta device and hold nothing. What depends on no weight (ids, positions, masks)
-is computed for real, on the host, so that a branch on a mask, an index by a constant or a loop over a count goes the
-way it goes in training.
+Weights and activations are on the meta device and hold nothing. What depends on no weight (ids, positions,
+masks) is computed for real, on the host, so that a branch on a mask, an index by a constant or a loop over a
+count goes the way it goes in training.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,14 +16,14 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from shardwise.core.errors import ModelError
 from shardwise.core.shown import told
-from shardwise.dims import by_data as _by_data
+from shardwise.dims import by_data, views
 from shardwise.dims.factors import ConflictError, Factor, find
 from shardwise.dims.record import Entered, Left, Op, Record, SizeUse, Source, Value
 from shardwise.dims.rules import Call, rule_for
 from shardwise.dims.sizes import Length, Size, expression_of, tagged
 from shardwise.torch_private import TorchDispatchMode, schema_of
 
-assert _by_data  # its rules are there once it is imported
+_RULES_OF = (views, by_data)  # their rules are known once they are imported
 BATCH, SEQ = 2, 24
 # real tensors beyond this are taken for unknown: a trace computes positions and masks, no activations
 _MOST_KNOWN = 2**21
@@ -48,7 +48,9 @@ def record_of(model: nn.Module, vocab_size: int, *, batch: int = BATCH, seq: int
             logits = model(ids)
         except Exception as error:
             where = recorder.module or "the model"
-            raise ModelError(f"its forward can't be traced without data: in {where}, {told(error)}") from error
+            raise ModelError(
+                f"its forward can't be traced without data: in {where}, {told(error)}"
+            ) from error
     if not isinstance(logits, Tensor):
         raise ModelError(f"its forward gives {type(logits).__name__}, not logits [B, S, V].")
     recorder.record.logits = recorder.value_of(logits)
@@ -160,12 +162,12 @@ class _Recorder(TorchDispatchMode):
     def _book(
         self, func: Any, name: str, inputs: list[Tensor], outputs: list[Tensor], args: Any, kwargs: Any
     ) -> None:
-        arguments = {each.name: each.default_value for each in func._schema.arguments if each.has_default_value()}
+        arguments = {
+            each.name: each.default_value for each in func._schema.arguments if each.has_default_value()
+        }
         arguments |= {each.name: value for each, value in zip(func._schema.arguments, args, strict=False)}
         arguments |= kwargs
-        call = Call(
-            name, func._overloadname, arguments, inputs, outputs, self.value_of, self.record.sequence
-        )
+        call = Call(name, func._overloadname, arguments, inputs, outputs, self.value_of, self.record.sequence)
         described = rule_for(func, name)
         if described is None:
             self.record.unknown[name] = self.record.unknown.get(name, 0) + 1
@@ -299,24 +301,18 @@ class _Functions(TorchFunctionMode):
             else:
                 before += 1
 
-    def _part(
-        self, name: str, tensor: Tensor, out: Tensor, dim: int, at: int, start: int, size: int
-    ) -> None:
+    def _part(self, name: str, tensor: Tensor, out: Tensor, dim: int, at: int, start: int, size: int) -> None:
         value, of = self._recorder.value_of(out), self._recorder.value_of(tensor).dims[dim]
         if find(of).size != int(size) and at < len(value.dims):
             self._add(
-                SizeUse(
-                    name, self._recorder.module, value, at, expression_of(size), of, expression_of(start)
-                )
+                SizeUse(name, self._recorder.module, value, at, expression_of(size), of, expression_of(start))
             )
 
     def _add(self, use: SizeUse) -> None:
         self._recorder.record.sizes.append(use)
 
 
-def _bound(
-    given: int | None, default: int, size: int, tensor: Tensor, dim: int, recorder: _Recorder
-) -> Size:
+def _bound(given: int | None, default: int, size: int, tensor: Tensor, dim: int, recorder: _Recorder) -> Size:
     """A slice's bound, as an expression: None and negative numbers count from the dim's end."""
     length = Size.of(size, Length(recorder.value_of(tensor).number, dim))
     if given is None:

@@ -6,7 +6,7 @@ Equal: the same modules of the same types with the same plain attributes, hooks,
 here; trace/extend.py compares what really ran.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -56,13 +56,15 @@ class Layers:
         setattr(model.get_submodule(parent_name), own_name, layers[:count])
 
 
-def find_layers(model: nn.Module) -> Layers | None:
-    """The outermost list of modules that holds the most parameters; None where the model has no such list."""
+def find_layers(model: nn.Module, among: Collection[str] | None = None) -> Layers | None:
+    """The outermost list of modules that holds the most parameters; None where the model has no such list.
+    among: names of modules of which the list's first must be one."""
     best: tuple[int, str, nn.ModuleList] | None = None
     for name, module in model.named_modules():
         if (
             isinstance(module, nn.ModuleList)
             and len(module)
+            and (among is None or f"{name}.0" in among)
             and not (best and name.startswith(f"{best[1]}."))
         ):
             size = sum(parameter.numel() for parameter in module.parameters())

@@ -1,8 +1,8 @@
 """Candidates: what of a model could be cut, what cutting it would cost, and why some of it can't be.
 
 A candidate is a leaf: what its dims tie together (all heads of one layer's attention, the inner width of its
-feed-forward). Cutting it cuts every tensor that has it. Each sum over it that the forward takes is then a sum over
-ranks: the cost.
+feed-forward). Cutting it cuts every tensor that has it. Each sum over it that the forward takes is then a sum
+over ranks: the cost.
 """
 
 import math
@@ -17,8 +17,8 @@ from shardwise.dims.record import Op, Record, Source, Value
 
 @dataclass(slots=True, eq=False)
 class Candidate:
-    """members: (parameter, dim) that have it. sums: elements of partial sums that cutting it leaves, at the real
-    sequence length. obstacles: why it can't be cut; each a reason."""
+    """members: (parameter, dim) that have it. sums: elements of partial sums that cutting it leaves, at the
+    real sequence length. obstacles: why it can't be cut; each a reason."""
 
     leaf: Factor
     members: list[tuple[str, int]] = field(default_factory=list)
@@ -33,8 +33,8 @@ class Candidate:
 def candidates(record: Record, ranks: int, *, seq: int) -> list[Candidate]:
     """All of a forward's, obstacles and costs known. seq: the length that the model will see.
 
-    What cutting a leaf costs is each sum over it that the forward takes, and for each tensor without it that enters
-    what has it the sum of that tensor's gradient.
+    What cutting a leaf costs is each sum over it that the forward takes, and for each tensor without it that
+    enters what has it the sum of that tensor's gradient.
     """
     found = _members(record)
     _note_obstacles(record, found, ranks)
@@ -43,8 +43,8 @@ def candidates(record: Record, ranks: int, *, seq: int) -> list[Candidate]:
 
 
 def choose(record: Record, found: list[Candidate]) -> list[Candidate]:
-    """The candidates to cut: the fewest elements of sums for each parameter element that is cut; no parameter twice,
-    and no tensor in two of its dims."""
+    """The candidates to cut: the fewest elements of sums for each parameter element that is cut; no parameter
+    twice, and no tensor in two of its dims."""
     sizes = {name: math.prod(value.shape) for name, value in record.parameters.items()}
     together = _tensors_of(record)
     chosen: list[Candidate] = []

@@ -1,5 +1,5 @@
-"""Counts: integer attributes that a forward writes into shapes and that count what is cut, so that a rank's module must
-hold its own number."""
+"""Counts: integer attributes that a forward writes into shapes and that count what is cut, so that a rank's
+module must hold its own number."""
 
 from collections.abc import Iterable
 from itertools import combinations
@@ -13,8 +13,8 @@ _MOST_TOGETHER = 3
 
 
 def divided(record: Record, cut: frozenset[Factor], ranks: int) -> frozenset[Attribute]:
-    """The attributes of which each rank has 1 / ranks, so that every size that the forward writes is the one that its
-    tensors have there. Raises UnfitError where no choice of attributes makes it so."""
+    """The attributes of which each rank has 1 / ranks, so that every size that the forward writes is the one
+    that its tensors have there. Raises UnfitError where no choice of attributes makes it so."""
     sizes = _Sizes(record, cut, ranks)
     uses = [use for use in record.sizes if sizes.is_told(use)]
     chosen: frozenset[Attribute] = frozenset()
@@ -105,8 +105,6 @@ class _Sizes:
             local += taken // self.ranks if piece.is_cut else taken
             reached += piece.size
         return local
-
-
 
 
 def _values(record: Record) -> Iterable[Value]:

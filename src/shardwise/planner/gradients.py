@@ -1,5 +1,5 @@
-"""Gradients: of each parameter that every rank holds whole, whether a rank's backward gives all of its gradient or a
-part of it, once the regions and the cut of the sequence are known."""
+"""Gradients: of each parameter that every rank holds whole, whether a rank's backward gives all of its
+gradient or a part of it, once the regions and the cut of the sequence are known."""
 
 from collections import defaultdict
 
@@ -16,7 +16,8 @@ class MixedError(UnfitError):
         self.value, self.module = value, module
         what = value.name or f"a tensor of {list(value.shape)}"
         super().__init__(
-            f"{what} gets a part of its gradient from one use and all of it from another, in {module or 'the model'}"
+            f"{what} gets a part of its gradient from one use and all of it from another, in "
+            f"{module or 'the model'}"
         )
 
 

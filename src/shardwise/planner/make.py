@@ -1,5 +1,5 @@
-"""make_plan(): a model and a number of ranks -> a MadePlan: what is cut, by which rules, and why; what stays whole, and
-why."""
+"""make_plan(): a model and a number of ranks -> a MadePlan: what is cut, by which rules, and why; what stays
+whole, and why."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from shardwise.core.placement import Placement, Replicate, Shard
 from shardwise.core.plan import Plan, Style, StyleName
 from shardwise.dims.by_data import BY_ID
 from shardwise.dims.factors import Factor, leaves
-from shardwise.dims.record import Op, Record
+from shardwise.dims.record import Entered, Op, Record
 from shardwise.dims.sizes import Attribute
 from shardwise.dims.trace import record_of
 from shardwise.models.layers import Layers, find_layers
@@ -33,8 +33,8 @@ _TRIES = 16
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a plan is asked for. sequence: cut it where the model allows it. table: the style of the look-up of ids.
-    seq: the length at which costs are weighed."""
+    """What a plan is asked for. sequence: cut it where the model allows it. table: the style of the look-up
+    of ids. seq: the length at which costs are weighed."""
 
     mesh: Mesh
     sequence: bool = True
@@ -45,7 +45,8 @@ class Wish:
 def make_plan(
     source: ModelSource, wish: Wish, *, progress: Callable[[str], None] = lambda _: None
 ) -> MadePlan:
-    """The plan for a model. Raises ModelError where its forward can't be traced; PlanError where nothing can be cut."""
+    """The plan for a model. Raises ModelError where its forward can't be traced; PlanError where nothing can
+    be cut."""
     ranks = wish.mesh.tp
     progress(f"building {source.name}")
     whole = source.build(dtype=torch.bfloat16)
@@ -56,6 +57,8 @@ def make_plan(
         layers.shorten(model, min(layers.count, max(2, layers.kinds(whole))))
     progress("tracing its forward")
     record = record_of(model, vocab_size_of(model))
+    called = {event.module for event in record.events if isinstance(event, Entered)}
+    layers = find_layers(whole, among=called)
     progress("choosing what to cut")
     making = _Making(record, model, layers, wish, ranks)
     cuts, reasons = making.cuts()
@@ -65,12 +68,18 @@ def make_plan(
 class _Making:
     """The search for cuts that every check lets pass. why_not: of the sequence."""
 
-    def __init__(self, record: Record, model: nn.Module, layers: Layers | None, wish: Wish, ranks: int) -> None:
+    def __init__(
+        self, record: Record, model: nn.Module, layers: Layers | None, wish: Wish, ranks: int
+    ) -> None:
         self.record, self.model, self.layers, self.wish, self.ranks = record, model, layers, wish, ranks
         self.spans = Spans(record)
         self.candidates = candidates(record, ranks, seq=wish.seq)
         self.tables = _tables(record, model)
         self.head, self.head_output = _head(record, model)
+        rows = {f"{table}.weight" for table in self.tables}
+        for each in self.candidates:
+            if not rows.isdisjoint(each.parameters) and not self._is_table_s(each):
+                each.obstacles.append("a table that ids are looked up in has it, and is cut by its rows")
         self.why_not: str | None = None if wish.sequence else "it wasn't asked for"
 
     def cuts(self) -> tuple[Cuts, dict[str, str]]:
@@ -138,15 +147,16 @@ class _Making:
         kinds: dict[str, str],
     ) -> Cuts:
         output: Placement = Shard(1) if sequence is not None and sequence.is_at_embedding else Replicate()
-        arguments = {"output": output} if "output" in self.wish.table.arguments else {}
-        style = Style(self.wish.table, **arguments)
+        takes_output = "output" in self.wish.table.arguments
+        style = Style(self.wish.table, output=output if takes_output else None)
         return Cuts(
             self.record, self.model, regions, sequence, counts, kinds,
             self.tables, self.head, style, self.head_output, self.ranks,
         )  # fmt: skip
 
     def _drop(self, regions: list[Region], error: UnfitError) -> None:
-        """Gives up the candidates that an error is about, in every layer; where it doesn't say, the dearest."""
+        """Gives up the candidates that an error is about, in every layer; where it doesn't say, the
+        dearest."""
         guilty = [region for region in regions if region.candidate.leaf in error.leaves]
         if not guilty:
             guilty = [region for region in regions if self._fails_alone(region)]
@@ -171,7 +181,8 @@ class _Making:
     def _reasons(self, regions: list[Region]) -> dict[str, str]:
         """Parameter -> why nothing of it is cut: what stood in the way of its largest candidate."""
         found: dict[str, str] = {}
-        for candidate in sorted(self.candidates, key=lambda each: each.leaf.size):
+        # the least that a parameter is in says most of it
+        for candidate in sorted(self.candidates, key=lambda each: -len(each.parameters)):
             for name in candidate.parameters:
                 if candidate.obstacles:
                     found[name] = f"{candidate.leaf.size} units: {candidate.obstacles[0]}"
@@ -196,7 +207,8 @@ def _tables(record: Record, model: nn.Module) -> tuple[str, ...]:
 
 
 def _head(record: Record, model: nn.Module) -> tuple[str | None, Placement]:
-    """The module that makes the logits, and what of them it may give: its part where all that follows takes one."""
+    """The module that makes the logits, and what of them it may give: its part where all that follows takes
+    one."""
     assert record.logits is not None
     vocabulary = frozenset(leaves(record.logits.dims[-1]))
     makers = [op for op in record.ops if op.summed and _has(op, vocabulary, outputs=True)]
@@ -226,7 +238,7 @@ def _made(
     reasons: dict[str, str],
     wish: Wish,
 ) -> MadePlan:
-    rules, comments = everywhere(rules_of(cuts), whole, layers)
+    rules, comments = everywhere(rules_of(cuts), dict(making.model.named_modules()), whole, layers)
     name = f"made for {source.name} at tp={wish.mesh.tp}"
     sharded, total, left = _shares(whole, layers, cuts, reasons)
     sequence = None
@@ -275,5 +287,3 @@ def _cut_dims(cuts: Cuts) -> list[CutDims]:
         made = CutDims(any_layer(where), candidate.leaf.size, members, begins, ends, gathers)
         found.setdefault((members, begins, ends), made)
     return list(found.values())
-
-

@@ -1,9 +1,11 @@
-"""Regions: where a cut begins and ends in the modules of a forward, and what each parameter's gradient then is.
+"""Regions: where a cut begins and ends in the modules of a forward, and what each parameter's gradient then
+is.
 
-A region is one candidate's: it begins where a tensor that ranks have whole meets a weight of which each has a part,
-and ends where a sum over the cut dim leaves a module (a part of a sum on each rank, which the ranks then add). Going
-in, the gradient is the part: it is summed where the region's input comes in, once for all that use it: at the input
-of the least module that holds the whole region, or else at each module that begins it.
+A region is one candidate's: it begins where a tensor that ranks have whole meets a weight of which each has a
+part, and ends where a sum over the cut dim leaves a module (a part of a sum on each rank, which the ranks
+then add). Going in, the gradient is the part: it is summed where the region's input comes in, once for all
+that use it: at the input of the least module that holds the whole region, or else at each module that begins
+it.
 """
 
 from collections import defaultdict
@@ -18,8 +20,8 @@ _ADDITIONS = frozenset({"add", "add_"})
 
 
 class UnfitError(Exception):
-    """Why a candidate's region has no place in the modules that there are. leaves: those that it is about, where that
-    is known."""
+    """Why a candidate's region has no place in the modules that there are. leaves: those that it is about,
+    where that is known."""
 
     def __init__(self, why: str, leaves: frozenset[Factor] = frozenset()) -> None:
         super().__init__(why)
@@ -28,8 +30,9 @@ class UnfitError(Exception):
 
 @dataclass(slots=True, eq=False)
 class Region:
-    """begins: modules that make the cut from their whole input; entry: the module at whose input the gradient is
-    summed for all of them, None where each does it itself. ends: modules whose output is a part of a sum."""
+    """begins: modules that make the cut from their whole input; entry: the module at whose input the gradient
+    is summed for all of them, None where each does it itself. ends: modules whose output is a part of a
+    sum."""
 
     candidate: Candidate
     begins: list[str] = field(default_factory=list)
@@ -43,7 +46,8 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One call of a module: its events are [start, stop]. inputs: its tensors, in the order of its arguments."""
+    """One call of a module: its events are [start, stop]. inputs: its tensors, in the order of its
+    arguments."""
 
     module: str
     start: int
@@ -99,6 +103,8 @@ def region_of(record: Record, spans: Spans, candidate: Candidate) -> Region:
         for value in event.inputs:
             if value.has_gradient and value.is_live and leaf not in set(value.leaves()):
                 _add(region.begins, event.module)
+    if not touched:
+        raise UnfitError("the forward doesn't use it")
     calls = [tuple(span.module for span in spans.around[at]) for at in touched]
     region.entry = _entry(record, spans, region, calls)
     return region
@@ -114,8 +120,8 @@ def _has(op: Op, leaf: Factor) -> bool:
 
 
 def _where_the_sum_leaves(record: Record, spans: Spans, at: int, leaf: Factor) -> str:
-    """The module whose output is the part of a sum that the op at `at` makes. Raises UnfitError where something
-    uses the part before a module has given it out."""
+    """The module whose output is the part of a sum that the op at `at` makes. Raises UnfitError where
+    something uses the part before a module has given it out."""
     op = record.events[at]
     assert isinstance(op, Op)
     parts = set(op.outputs)
@@ -135,7 +141,8 @@ def _where_the_sum_leaves(record: Record, spans: Spans, at: int, leaf: Factor) -
                 parts.update(event.outputs)
             else:
                 raise UnfitError(
-                    f"{event.module or 'the model'} uses a sum over it ({event.name}) before a module gives it out"
+                    f"{event.module or 'the model'} uses a sum over it ({event.name}) before a module "
+                    "gives it out"
                 )
     raise UnfitError("a sum over it is what the model gives")
 
@@ -145,8 +152,9 @@ def _leaves_of(values: Sequence[Value]) -> set[Factor]:
 
 
 def _entry(record: Record, spans: Spans, region: Region, calls: list[tuple[str, ...]]) -> str | None:
-    """The least module that holds the whole region, if its input is what all that begin it use, and if whatever else
-    it does with that gives a part of the gradient, too; None where one module begins the region by itself."""
+    """The least module that holds the whole region, if its input is what all that begin it use, and if
+    whatever else it does with that gives a part of the gradient, too; None where one module begins the region
+    by itself."""
     around = _common(calls)
     leaf = region.candidate.leaf
     for module in reversed(around):
@@ -192,10 +200,9 @@ class Kind:
     PART = "part"
 
 
-def gradients_inside(
-    record: Record, spans: Spans, span: Span, cut: frozenset[Factor]
-) -> set[str]:
-    """What the gradient of a call's input is made of inside the call, where all that it gives has whole ones."""
+def gradients_inside(record: Record, spans: Spans, span: Span, cut: frozenset[Factor]) -> set[str]:
+    """What the gradient of a call's input is made of inside the call, where all that it gives has whole
+    ones."""
     assert span.input is not None
     kinds: dict[Value, set[str]] = defaultdict(set)
     for output in span.outputs:
@@ -208,7 +215,8 @@ def gradients_inside(
 
 
 def pass_back(op: Op, kinds: dict[Value, set[str]], cut: frozenset[Factor]) -> None:
-    """What an op's inputs get, from what its outputs got: a part where the op has a cut leaf that the input lacks."""
+    """What an op's inputs get, from what its outputs got: a part where the op has a cut leaf that the input
+    lacks."""
     got = set[str]().union(*(kinds[output] for output in op.outputs if output in kinds))
     if not got:
         return

@@ -1,4 +1,5 @@
-"""Rules: what regions, the cut sequence and the counts mean for each module of the traced model, as styles of a plan."""
+"""Rules: what regions, the cut sequence and the counts mean for each module of the traced model, as styles of
+a plan."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -26,8 +27,8 @@ class Reasoned:
 
 @dataclass(slots=True)
 class Cuts:
-    """All that was decided of a traced model. table: the modules that look ids up; head: the one that makes the
-    logits. kinds: see gradient_kinds()."""
+    """All that was decided of a traced model. table: the modules that look ids up; head: the one that makes
+    the logits. kinds: see gradient_kinds()."""
 
     record: Record
     model: nn.Module
@@ -45,13 +46,15 @@ class Cuts:
     def __post_init__(self) -> None:
         self.leaves = frozenset(region.candidate.leaf for region in self.regions)
 
-    @property
-    def between(self) -> Placement:
-        return Shard(1) if self.sequence is not None else Replicate()
+    def around(self, module: str) -> Placement:
+        """What a module takes and gives, if it isn't told otherwise: a part of the sequence, or all."""
+        is_cut = self.sequence is not None and self.sequence.is_cut_around(module)
+        return Shard(1) if is_cut else Replicate()
 
 
 def rules_of(cuts: Cuts) -> dict[str, Reasoned]:
-    """The style of every module of the traced model that needs one. Raises UnfitError for what no style says."""
+    """The style of every module of the traced model that needs one. Raises UnfitError for what no style
+    says."""
     users = _users(cuts)
     counts: defaultdict[str, list[str]] = defaultdict(list)
     for attribute in sorted(cuts.counts, key=lambda each: each.name):
@@ -108,13 +111,13 @@ def _rule(
         return _table_rule(cuts, name)
     if name == cuts.head:
         why = "logits stay cut by vocabulary, for a loss that takes them so"
-        return Reasoned(Style(StyleName.COLWISE, input=cuts.between, output=cuts.head_output), why)
+        return Reasoned(Style(StyleName.COLWISE, input=cuts.around(name), output=cuts.head_output), why)
     entries = [region for region in cuts.regions if region.entry == name]
     parameters = tuple(
         (each[len(name) + 1 :] if name else each, held(cuts, each)) for each in (*known, *by_name)
     )
     if entries and name not in entries[0].begins + entries[0].ends:
-        return _entry_rule(cuts, parameters, divide, entries)
+        return _entry_rule(cuts, name, parameters, divide, entries)
     if cuts.sequence is not None and name in cuts.sequence.whole:
         return Reasoned(Style(StyleName.WHOLE), "it needs the whole sequence, and tp cuts nothing in it")
     begins = [region for region in cuts.regions if name in region.begins and _cuts_any(cuts, known)]
@@ -141,11 +144,15 @@ def _table_rule(cuts: Cuts, name: str) -> Reasoned:
 
 
 def _entry_rule(
-    cuts: Cuts, parameters: tuple[tuple[str, Held], ...], divide: tuple[str, ...], entries: list[Region]
+    cuts: Cuts,
+    name: str,
+    parameters: tuple[tuple[str, Held], ...],
+    divide: tuple[str, ...],
+    entries: list[Region],
 ) -> Reasoned:
-    style = Style(StyleName.GATHER_INPUT, input=cuts.between, parameters=parameters, divide=divide)
+    style = Style(StyleName.GATHER_INPUT, input=cuts.around(name), parameters=parameters, divide=divide)
     begins = ", ".join(sorted({each.rpartition(".")[2] for region in entries for each in region.begins}))
-    what = "gathered" if cuts.sequence is not None else "taken as it is"
+    what = "gathered" if style.input == Shard(1) else "taken as it is"
     return Reasoned(style, f"its input is {what} once for {begins}; the parts of its gradient are summed")
 
 
@@ -157,7 +164,7 @@ def _colwise(
     parameters: tuple[tuple[str, Held], ...],
     divide: tuple[str, ...],
 ) -> Reasoned:
-    entry = cuts.between if region.entry is None or region.entry == name else None
+    entry = cuts.around(name) if region.entry is None or region.entry == name else None
     pieces, told = _told(module, parameters, 0)
     style = Style(StyleName.COLWISE, input=entry, pieces=pieces, parameters=told, divide=divide)
     return Reasoned(style, f"each rank makes its part of {region.candidate.leaf.size} units")
@@ -172,15 +179,18 @@ def _rowwise(
     divide: tuple[str, ...],
 ) -> Reasoned:
     pieces, told = _told(module, parameters, 1)
-    style = Style(StyleName.ROWWISE, output=cuts.between, pieces=pieces, parameters=told, divide=divide)
-    how = "reduce-scattered" if cuts.sequence is not None else "summed"
-    return Reasoned(style, f"takes its part of {region.candidate.leaf.size} units; the parts of the sum are {how}")
+    style = Style(StyleName.ROWWISE, output=cuts.around(name), pieces=pieces, parameters=told, divide=divide)
+    how = "reduce-scattered" if style.output == Shard(1) else "summed"
+    return Reasoned(
+        style, f"takes its part of {region.candidate.leaf.size} units; the parts of the sum are {how}"
+    )
 
 
 def _told(
     module: nn.Module, parameters: tuple[tuple[str, Held], ...], dim: int
 ) -> tuple[tuple[int, ...], tuple[tuple[str, Held], ...]]:
-    """(pieces, parameters) that a rule must say: nothing for a linear layer whose weight is cut in its usual dim."""
+    """(pieces, parameters) that a rule must say: nothing for a linear layer whose weight is cut in its usual
+    dim."""
     is_linear = type(module).forward is nn.Linear.forward
     weight = dict(parameters).get("weight")
     if is_linear and weight is not None and weight.placement == Shard(dim):
@@ -221,8 +231,8 @@ def _cuts_any(cuts: Cuts, names: list[str]) -> bool:
 
 
 def _read_by_name(cuts: Cuts, module: str, users: Mapping[str, set[str]]) -> list[str]:
-    """Parameters of modules below that a module's own forward reads without calling them, and that a rank can't give
-    it as they are."""
+    """Parameters of modules below that a module's own forward reads without calling them, and that a rank
+    can't give it as they are."""
     return list(_read(cuts, module, users))
 
 

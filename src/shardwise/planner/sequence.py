@@ -1,5 +1,6 @@
-"""Sequence parallelism: between the first layer and the head each rank has its part of every sequence. What of the
-forward allows that, which modules need the whole sequence, and which are then computed whole on every rank.
+"""Sequence parallelism: between the first layer and the head each rank has its part of every sequence. What
+of the forward allows that, which modules need the whole sequence, and which are then computed whole on every
+rank.
 """
 
 from dataclasses import dataclass, field
@@ -15,18 +16,25 @@ _TRIES = 40
 
 @dataclass(slots=True)
 class SequenceCut:
-    """begins: the module whose input is cut; is_at_embedding: the look-up gives the part itself. whole: modules that
-    gather their input and run whole. ops: where ops have a part of the sequence, by their place in the record."""
+    """begins: the module whose input is cut; is_at_embedding: the look-up gives the part itself. whole:
+    modules that gather their input and run whole. covered: those that are called from there to the head. ops:
+    where ops have a part of the sequence, by their place in the record."""
 
     begins: str
     head: str
     is_at_embedding: bool = False
     whole: set[str] = field(default_factory=set)
     ops: set[int] = field(default_factory=set)
+    covered: frozenset[str] = frozenset()
+
+    def is_cut_around(self, module: str) -> bool:
+        """Whether what a module takes and gives is a part of the sequence, if it isn't told otherwise."""
+        is_inside_whole = any(module.startswith(f"{each}.") for each in self.whole)
+        return module in self.covered and not is_inside_whole
 
 
 @dataclass(frozen=True, slots=True)
-class _Violation(Exception):
+class _NeedsWholeError(Exception):
     """An op that needs the whole sequence where each rank has a part of it."""
 
     at: int
@@ -41,11 +49,13 @@ def cut_sequence(
         raise UnfitError(f"its forward doesn't call {first_layer}")
     found = SequenceCut(first_layer, head)
     entries = {name for region in regions for name in region.entries} | {head}
+    first, last = spans.of[first_layer][0], spans.of[head][-1]
+    found.covered = frozenset(span.module for span in spans.all if first.start <= span.start <= last.start)
     for _ in range(_TRIES):
         walk = _Walk(record, spans, entries, {end for region in regions for end in region.ends}, found)
         try:
             found.ops = walk.run()
-        except _Violation as violation:
+        except _NeedsWholeError as violation:
             module = _to_be_whole(spans, violation, found, entries)
             found.whole |= {name for name in spans.of if any_layer(name) == any_layer(module)}
         else:
@@ -65,6 +75,7 @@ class _Walk:
         self._sequence = record.sequence
         self._cut: set[Value] = set()
         self._ops: set[int] = set()
+        self._steady = _steady(record)
         self._restored: list[Value | None] = []
 
     def run(self) -> set[int]:
@@ -91,19 +102,21 @@ class _Walk:
         if event.module in self._entries or event.module in self._found.whole:
             inputs = [value for value in event.inputs if value in self._cut]
             if len(dict.fromkeys(inputs)) > 1:
-                raise _Violation(at - 1, f"{event.module} takes two tensors of the cut sequence")
+                raise _NeedsWholeError(at - 1, f"{event.module} takes two tensors of the cut sequence")
             if inputs and inputs[0] is event.inputs[0]:
                 taken = inputs[0]
                 self._cut.discard(taken)
             elif inputs:
-                raise _Violation(at - 1, f"the sequence isn't the first tensor that {event.module} takes")
+                raise _NeedsWholeError(
+                    at - 1, f"the sequence isn't the first tensor that {event.module} takes"
+                )
         self._restored.append(taken)
 
     def _leave(self, at: int, event: Left) -> None:
         taken = self._restored.pop()
         if taken is not None:
             self._cut.add(taken)
-        if event.module in self._ends:
+        if event.module in self._ends and self._found.is_cut_around(event.module):
             self._cut.update(value for value in event.outputs if value.is_live)
         elif event.module in self._found.whole and taken is not None:
             live = [value for value in event.outputs if value.is_live and self._has_sequence(value)]
@@ -115,18 +128,18 @@ class _Walk:
             return
         self._ops.add(at)
         for value in op.inputs:
-            if value not in self._cut and self._has_sequence(value) and value.source is not Source.FILLED:
-                raise _Violation(at, f"{op.name} takes a whole sequence beside a part of one")
+            if value not in self._cut and self._has_sequence(value) and value not in self._steady:
+                raise _NeedsWholeError(at, f"{op.name} takes a whole sequence beside a part of one")
         for factor, why in op.blocked:
             if not self._sequence.isdisjoint(leaves(factor)) and self._is_of(factor, cut):
-                raise _Violation(at, why)
+                raise _NeedsWholeError(at, why)
         if any(not self._sequence.isdisjoint(leaves(factor)) for factor in op.summed):
-            raise _Violation(at, f"{op.name} sums over it")
+            raise _NeedsWholeError(at, f"{op.name} sums over it")
         for output in op.outputs:
             if self._has_sequence(output):
                 self._cut.add(output)
             else:
-                raise _Violation(at, f"{op.name} gives a tensor without it")
+                raise _NeedsWholeError(at, f"{op.name} gives a tensor without it")
 
     @staticmethod
     def _is_of(factor: Factor, values: list[Value]) -> bool:
@@ -134,29 +147,45 @@ class _Walk:
         return any(not own.isdisjoint(value.leaves()) for value in values)
 
 
-def _to_be_whole(spans: Spans, violation: _Violation, found: SequenceCut, entries: set[str]) -> str:
+def _steady(record: Record) -> set[Value]:
+    """Tensors that are the same along the sequence, whatever its length: filled ones, and what is
+    expanded."""
+    sequence = record.sequence
+    found: set[Value] = set()
+    for op in record.ops:
+        long = [value for value in op.inputs if not sequence.isdisjoint(value.leaves())]
+        is_counted = any(not sequence.isdisjoint(leaves(factor)) for factor, _ in op.blocked)
+        for output in op.outputs:
+            is_made = output.source is Source.FILLED or (output.source is Source.OP and bool(op.inputs))
+            if is_made and not output.is_live and not is_counted and found.issuperset(long):
+                found.add(output)
+    return found
+
+
+def _to_be_whole(spans: Spans, violation: _NeedsWholeError, found: SequenceCut, entries: set[str]) -> str:
     """The module that gets the whole sequence, since one of its ops needs it."""
     around = spans.around[violation.at]
     for span in reversed(around):
         is_layer = span.module == found.begins or any_layer(span.module) == any_layer(found.begins)
         if is_layer or not span.module or found.begins.startswith(f"{span.module}."):
             break
-        inside = [name for name in entries if name == span.module or name.startswith(f"{span.module}.")]
-        if not inside and span.module not in found.whole:
+        if span.module not in entries and span.module not in found.whole:
             return span.module
     where = around[-1].module if around else "the model"
     raise UnfitError(f"{violation.why}, in {where}, where each rank has a part of the sequence")
 
 
 def _is_embedded_directly(record: Record, spans: Spans, first_layer: str) -> bool:
-    """Whether nothing but the look-up stands before the first layer, and nobody asks how long its output is."""
+    """Whether what a look-up gives goes into the first layer as it is and nowhere else before, and nobody
+    asks how long it is."""
     (first, *_) = spans.of[first_layer]
+    taken = first.input
+    assert taken is not None
     before = [event for event in record.events[: first.start] if isinstance(event, Op)]
-    if len(before) != 1 or first.input not in before[0].outputs or before[0].name != "embedding":
-        return False
-    assert first.input is not None
-    number = first.input.number
-    return not any(_asks(use.size, number) or _asks(use.start, number) for use in record.sizes)
+    is_looked_up = any(op.name == "embedding" and taken in op.outputs for op in before)
+    is_used = any(taken in op.inputs for op in before)
+    asks = any(_asks(use.size, taken.number) or _asks(use.start, taken.number) for use in record.sizes)
+    return is_looked_up and not is_used and not asks
 
 
 def _asks(expression: Expression, tensor: int) -> bool:
@@ -166,5 +195,3 @@ def _asks(expression: Expression, tensor: int) -> bool:
         case Computed(_, first, second):
             return _asks(first, tensor) or _asks(second, tensor)
     return False
-
-
