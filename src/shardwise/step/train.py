@@ -9,7 +9,7 @@ through clip_gradients (one all-reduce per axis); where PyTorch's own styles hav
 DTensor, torch.nn.utils.clip_grad_norm_ and full_tensor() clip, as torchtitan did in 2025.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +30,7 @@ from torch.utils.checkpoint import (
 )
 
 from shardwise.core.case import StepSettings
+from shardwise.core.errors import OptionError
 from shardwise.core.mesh import REPLICAS_AXIS, sees_other_tokens
 from shardwise.core.plan import Engine
 from shardwise.core.program import Phase
@@ -59,11 +60,16 @@ _KEPT = frozenset(
 )
 
 
-def recompute_layers(layers: Iterable[nn.Module], what: str = "full") -> None:
+def recompute_layers(layers: Collection[nn.Module] | nn.ModuleList, what: str = "full") -> None:
     """Activation checkpointing of each of these modules, which keeps its input. full: runs all of it again in
     the backward. selective-ops: all but fused attention, reduce-scatters of functional collectives and every
-    second matmul, the rule of torchtitan's "selective" by "op" of 2024.
+    second matmul, the rule of torchtitan's "selective" by "op" of 2024. Raises OptionError for no layers.
     """
+    if not len(layers):
+        raise OptionError(
+            f"--recompute {what}: the model has no nn.ModuleList of layers, which could be recomputed one by "
+            "one. Leave it out."
+        )
     contexts = {"full": noop_context_fn, "selective-ops": _selective}[what]
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=contexts)
@@ -124,9 +130,10 @@ class TrainStep:
         self.model = model
         self.optimizer = torch.optim.AdamW(_groups(model), lr=learning_rate, fused=True)
         self._loss = loss or applied.loss
-        self._torch_clips = _only_dtensors(model) and (
+        self._torch_clips = _are_dtensors_of_one_mesh(model) and (
             applied.plan is None or applied.plan.engine is Engine.DTENSOR
         )
+        self._ids_on_host = applied.plan is not None and applied.plan.engine is Engine.NATIVE
         self._max_norm = max_norm
         self._on_phase = on_phase or (lambda _: None)
         groups = _groups_of_several(mesh)
@@ -144,7 +151,7 @@ class TrainStep:
         total = torch.zeros((), device=device)
         for (ids_BS, _), labels_BS in zip(micro_batches, labels, strict=True):
             self._on_phase(Phase.FORWARD)
-            logits = self.model(ids_BS)
+            logits = self.model(self.placed(ids_BS))
             self._on_phase(Phase.LOSS)
             loss = self._loss(logits, labels_BS, valid)
             del logits  # the backward frees what it can as it goes
@@ -158,6 +165,13 @@ class TrainStep:
         for group in self._data_groups:
             dist.all_reduce(total, group=group)
         return total
+
+    def placed(self, ids_BS: Tensor) -> Tensor:
+        """Token ids where the model wants them: on the host where our embeddings route by them, else on the
+        model's device."""
+        if self._ids_on_host:
+            return ids_BS
+        return ids_BS.to(next(self.model.parameters()).device, non_blocking=True)
 
     def __call__(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> StepResult:
         self.optimizer.zero_grad(set_to_none=True)
@@ -192,8 +206,11 @@ def _groups(model: nn.Module) -> list[dict[str, list[nn.Parameter]]]:
     return [{"params": group} for group in groups if group]
 
 
-def _only_dtensors(model: nn.Module) -> bool:
-    return all(isinstance(parameter, DTensor) for parameter in model.parameters())
+def _are_dtensors_of_one_mesh(model: nn.Module) -> bool:
+    meshes = {
+        parameter.device_mesh if isinstance(parameter, DTensor) else None for parameter in model.parameters()
+    }
+    return len(meshes) == 1 and None not in meshes
 
 
 def _finish_partial(model: nn.Module) -> None:
