@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from shardwise.core.errors import ModelError, OptionError
-from shardwise.core.plan import Family
+from shardwise.core.plan import Family, TheirPlan
 from shardwise.core.shown import shown, told
 from shardwise.models.dtype import default_dtype
 
@@ -58,6 +58,14 @@ class FactoryModel:
     @property
     def notes(self) -> tuple[str, ...]:
         return ()
+
+    @property
+    def default_plan(self) -> str | None:
+        return TheirPlan.OWN if self.takes_mesh else None
+
+    @property
+    def initialises(self) -> bool:
+        return True
 
     @property
     def takes_mesh(self) -> bool:

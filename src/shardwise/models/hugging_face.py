@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.core.errors import ModelError
-from shardwise.core.plan import Family, suggest
+from shardwise.core.plan import Family, TheirPlan, suggest
 from shardwise.core.shown import shown, told
 from shardwise.models.changes import parse_changes
 from shardwise.models.hugging_face_config import (
@@ -81,9 +81,18 @@ class HuggingFaceModel:
             found.append(
                 "Experts run as grouped_mm in bfloat16, which is transformers' default, and as batched_mm "
                 "in other dtypes, since grouped_mm can't be traced in those; batched_mm copies the weights "
-                "that each token meets, and needs far more memory."
+                "that each token meets, and needs far more memory. On real ranks they run one after the "
+                "other."
             )
         return tuple(found)
+
+    @property
+    def default_plan(self) -> str:
+        return TheirPlan.HF
+
+    @property
+    def initialises(self) -> bool:
+        return True
 
     @property
     def has_experts(self) -> bool:

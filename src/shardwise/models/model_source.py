@@ -37,6 +37,15 @@ class ModelSource(Protocol):
         """What a reader of results must know: dropout that is on, parts that are left out. A sentence
         each."""
 
+    @property
+    def initialises(self) -> bool:
+        """Whether build() on a real device gives weights to begin a training with; else they are
+        initial_parameter()'s."""
+
+    @property
+    def default_plan(self) -> str | None:
+        """The name of the plan that shards it where none is named; None where the source doesn't know."""
+
     def small(self, tp: int) -> "ModelSource | None":
         """A model of the same modules at sizes that run anywhere, also sharded over tp ranks; None where
         nobody knows one."""

@@ -61,11 +61,19 @@ def vocab_size_of(model: nn.Module) -> int:
         size = getattr(holder, "vocab_size", None)
         if isinstance(size, int) and not isinstance(size, bool) and size > 0:
             return size
-    own = getattr(model, "get_input_embeddings", lambda: None)()  # transformers' way to tell which it is
-    for module in (own, *model.modules()):
-        if isinstance(module, nn.Embedding):
-            return module.num_embeddings
+    name = embedding_of(model)
+    if name is not None:
+        table: nn.Embedding = model.get_submodule(name)  # type: ignore[assignment]
+        return table.num_embeddings
     raise ModelError(
         f"{shown(type(model).__name__)}: no nn.Embedding tells the vocabulary. Give the model an attribute "
         "vocab_size."
     )
+
+
+def embedding_of(model: nn.Module) -> str | None:
+    """The name of the table that token ids are looked up in: the one that a Hugging Face model calls so, else
+    the first nn.Embedding; None where there is none."""
+    own = getattr(model, "get_input_embeddings", lambda: None)()
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    return next((name for name, table in tables.items() if table is own), next(iter(tables), None))

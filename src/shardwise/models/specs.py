@@ -51,6 +51,14 @@ class ModelSpec:
     def notes(self) -> tuple[str, ...]:
         return ()
 
+    @property
+    def default_plan(self) -> str:
+        return "rowwise"
+
+    @property
+    def initialises(self) -> bool:
+        return False
+
     def build(self, device: torch.device | str = "meta", dtype: torch.dtype = torch.float32) -> Llama | GPT:
         """The model with unfilled weights; on "meta" it holds none."""
         with torch.device(device), default_dtype(dtype):

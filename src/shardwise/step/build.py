@@ -1,20 +1,34 @@
-"""From a spec and a plan to a model on this rank, filled and ready for a TrainStep; no rank ever holds more
-than one whole parameter."""
+"""From a model and a plan to what trains on this rank, filled and ready for a TrainStep.
 
-from collections.abc import Callable
+The model is built without weights, with real buffers (models/skeleton.py), sharded, and then filled parameter
+by parameter, so that beside its own shards a rank holds one whole parameter on the device. On the host it
+holds one whole model while it fills, where that is the model's own initialisation (models/init.py). A model
+whose factory shards it is built as its factory does, and its weights are set in place.
+"""
+
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 
+from shardwise.core.errors import ModelError
 from shardwise.core.mesh import SHARDS_AXIS, Mesh
-from shardwise.core.plan import Plan
-from shardwise.models.init import initial_parameter
-from shardwise.models.specs import ModelSpec
-from shardwise.parallel.apply import applied_to, parallelize
-from shardwise.parallel.parameters import fill
+from shardwise.core.plan import AnyPlan, TheirPlan
+from shardwise.models.factory import sharding_factory
+from shardwise.models.init import draws_its_own, own_weights, weights_by_name
+from shardwise.models.layers import find_layers
+from shardwise.models.model_source import ModelSource
+from shardwise.models.skeleton import build_without_weights
+from shardwise.parallel.any_plan import apply_any
+from shardwise.parallel.apply import applied_to
+from shardwise.parallel.parameters import fill, part_of_dtensor
 from shardwise.step.train import recompute_layers, shard_with_fsdp
+
+Weights = Callable[[str, torch.Size], Tensor]
+"""(name, shape) -> a whole initial parameter."""
 
 
 def device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
@@ -24,8 +38,8 @@ def device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
 
 
 def build_model(
-    spec: ModelSpec,
-    plan: Plan | None,
+    source: ModelSource,
+    plan: AnyPlan | None,
     mesh: DeviceMesh | None,
     *,
     dtype: torch.dtype,
@@ -34,28 +48,80 @@ def build_model(
     policy: MixedPrecisionPolicy | None = None,
     recompute: str = "none",
     compiled: bool = False,
+    depth: int | None = None,
     on_parameter: Callable[[str, Tensor], None] | None = None,
 ) -> nn.Module:
-    """The model under `plan` (None: no tensor parallelism), with the initial weights of `seed`. policy:
-    FSDP's mixed precision. recompute: see recompute_layers. on_parameter: shown each whole initial
-    parameter."""
-    model = spec.build("meta", dtype)
+    """The model under `plan` (None: whole, on one rank) in train mode, with the initial weights of `seed`,
+    which are the same for every plan.
+
+    policy: FSDP's mixed precision. recompute: see recompute_layers. depth: only the first so many of its
+    repeated layers. on_parameter: shown each whole initial parameter, which it may change in place. Raises
+    ModelError, and what apply_any() raises."""
+    model = build_without_weights(source, dtype=dtype, device=device, seed=seed)
+    first_names, shapes = _first_names(model), _shapes(model)
+    own = draws_its_own(source, sum(parameter.numel() for parameter in model.parameters()))
+    draw = own_weights(source, seed=seed, dtype=dtype, device=device) if own else None
+    draw = draw or weights_by_name(seed=seed, dtype=dtype, device=device)
+    if plan is TheirPlan.OWN:
+        assert mesh is not None
+        torch.manual_seed(seed)
+        model = sharding_factory(source).build(dtype=dtype, device=device, mesh=mesh)
+    if depth is not None and (layers := find_layers(model)) is not None:
+        layers.shorten(model, depth)
     if plan is not None:
         assert mesh is not None
-        parallelize(model, plan, mesh)
+        apply_any(model, plan, mesh)
 
     def whole(name: str, shape: torch.Size) -> Tensor:
-        tensor = initial_parameter(name, shape, seed=seed, dtype=dtype, device=device)
+        name = first_names.get(name, name)  # a plan may have given each of its places its own
+        tensor = draw(name, shape)
         if on_parameter is not None:
             on_parameter(name, tensor)
         return tensor
 
-    fill(model, whole, applied_to(model).row_order)
+    if plan is TheirPlan.OWN:
+        set_in_place(model, whole, shapes)
+    else:
+        fill(model, whole, applied_to(model).row_order)
+    found = find_layers(model)
+    layer_modules = list(found.modules(model)) if found is not None else []
     if compiled:
-        for layer in model.layers:
+        for layer in layer_modules:
             layer.compile()
     if recompute != "none":
-        recompute_layers(model.layers, recompute)
+        recompute_layers(layer_modules, recompute)
     if mesh is not None and SHARDS_AXIS in (mesh.mesh_dim_names or ()):
-        shard_with_fsdp(model, model.layers, mesh[SHARDS_AXIS], policy or MixedPrecisionPolicy())
-    return model
+        shard_with_fsdp(model, layer_modules, mesh[SHARDS_AXIS], policy or MixedPrecisionPolicy())
+    return model.train()
+
+
+@torch.no_grad()
+def set_in_place(model: nn.Module, whole_of: Weights, shapes: Mapping[str, torch.Size]) -> None:
+    """Gives a model that its factory has sharded the weights of the whole one, whose parameters have these
+    shapes: hooks that the factory has put on its parameters stay. Raises ModelError for a parameter that the
+    whole one hasn't."""
+    order = applied_to(model).row_order
+    for name, parameter in model.named_parameters():
+        if parameter.shape != shapes.get(name):
+            of_whole = list(shapes[name]) if name in shapes else "none of that name"
+            raise ModelError(
+                f'plan "own": parameter {name} is {list(parameter.shape)}, the unsharded model has '
+                f"{of_whole}. Make sharded parameters DTensors of the whole's shape, under the same names."
+            )
+        whole = whole_of(name, parameter.shape)
+        if isinstance(parameter, DTensor):
+            part = part_of_dtensor(whole, parameter, order.get(name))
+            parameter.to_local().copy_(part.to_local())
+        else:
+            parameter.copy_(whole)
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Of each parameter's names, the one that named_parameters() gives it."""
+    first: dict[nn.Parameter, str] = {}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first.setdefault(parameter, name) for name, parameter in every}
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}

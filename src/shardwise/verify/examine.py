@@ -16,7 +16,6 @@ import msgspec
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import ModelError, OptionError, RunError, ShardwiseError
@@ -30,16 +29,13 @@ from shardwise.launch import RankContext
 from shardwise.models.factory import sharding_factory
 from shardwise.models.source import HUGGING_FACE, ModelSource, find_model, vocab_size_of
 from shardwise.parallel.any_plan import apply_any
-from shardwise.parallel.apply import applied_to
 from shardwise.parallel.loss import IGNORED
-from shardwise.parallel.parameters import part_of_dtensor
 from shardwise.parallel.resolve import tied_parameters
-from shardwise.step.build import device_mesh
+from shardwise.step.build import device_mesh, set_in_place
 from shardwise.step.portion import Portion
 from shardwise.torch_private import default_store
 from shardwise.verify.claim import NO_PLAN, TWIN, Claim
 from shardwise.verify.expected import Unsharded, shake, unsharded
-from shardwise.verify.held import local
 from shardwise.verify.observe import Batch, LogitsError, ModuleError
 from shardwise.verify.proof import prove
 from shardwise.verify.reasons import ungathered, with_ties
@@ -215,19 +211,8 @@ class _Examination:
             dtype=next(whole.parameters()).dtype, device=self._device, mesh=self._mesh
         )
         values = dict(whole.named_parameters(remove_duplicate=False))
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if name not in values or parameter.shape != values[name].shape:
-                of_whole = list(values[name].shape) if name in values else "none of that name"
-                raise ModelError(
-                    f'plan "own": parameter {name} is {list(parameter.shape)}, the unsharded model has '
-                    f"{of_whole}. Make sharded parameters DTensors of the whole's shape, under the same "
-                    "names."
-                )
-            with torch.no_grad():  # in place: hooks that the factory has put on its parameters stay
-                kept = values[name].detach()
-                if isinstance(parameter, DTensor):
-                    kept = local(part_of_dtensor(kept, parameter, applied_to(model).row_order.get(name)))
-                local(parameter).copy_(kept)
+        shapes = {name: value.shape for name, value in values.items()}
+        set_in_place(model, lambda name, _: values[name].detach(), shapes)
         return model
 
 
