@@ -1,12 +1,17 @@
-"""Carries out whatever stands for a plan: one of ours, transformers' own, or none where the factory has
-sharded the model itself."""
+"""Whatever stands for a plan: one of ours, transformers' own, or none where the factory has sharded the model
+itself. How it is carried out, and how it goes to the ranks as text."""
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardwise.core.errors import OptionError
+from shardwise.core.mesh import Mesh
 from shardwise.core.plan import AnyPlan, Plan, TheirPlan
+from shardwise.models.factory import sharding_factory
+from shardwise.models.model_source import ModelSource
 from shardwise.parallel.apply import Applied, is_applied, mark_applied, parallelize
 from shardwise.parallel.loss import DTensorLoss
+from shardwise.parallel.resolve import resolve
 
 
 def apply_any(model: nn.Module, plan: AnyPlan, mesh: DeviceMesh) -> nn.Module:
@@ -25,3 +30,50 @@ def apply_any(model: nn.Module, plan: AnyPlan, mesh: DeviceMesh) -> nn.Module:
         case TheirPlan.UNSHARDED:
             pass
     return model
+
+
+def check_any(source: ModelSource, model: nn.Module, plan: AnyPlan, mesh: Mesh, seq: int) -> None:
+    """Raises what apply_any() would, as far as `model`, unsharded and on the meta device, can tell."""
+    match plan:
+        case Plan():
+            resolve(model, plan, tp=mesh.tp, seq=seq, fsdp=mesh.fsdp)
+        case TheirPlan.HF:
+            from shardwise.parallel.engines.hugging_face import hugging_face_rules
+
+            hugging_face_rules(model)
+        case TheirPlan.OWN:
+            sharding_factory(source)
+        case TheirPlan.UNSHARDED:
+            if mesh.tp > 1:
+                raise OptionError(
+                    f'plan "unsharded" shards nothing, and mesh {mesh} has a tp axis. Use tp=1, or another '
+                    "plan."
+                )
+
+
+def text_of(plan: AnyPlan) -> str:
+    """TOML, or the name of a plan that isn't ours."""
+    return plan.to_toml() if isinstance(plan, Plan) else str(plan)
+
+
+def plan_from(text: str) -> AnyPlan:
+    """What text_of() wrote."""
+    return TheirPlan(text) if text in list(TheirPlan) else Plan.from_toml(text)
+
+
+def name_of(plan: AnyPlan) -> str:
+    """As results call it."""
+    return plan.name if isinstance(plan, Plan) else str(plan)
+
+
+def engine_of(plan: AnyPlan) -> str:
+    """Who carries it out."""
+    match plan:
+        case Plan(engine=engine):
+            return str(engine)
+        case TheirPlan.HF:
+            return "transformers"
+        case TheirPlan.OWN:
+            return "dtensor"
+        case TheirPlan.UNSHARDED:
+            return "none"

@@ -1,11 +1,14 @@
 """What a run needs before it starts: whether a machine can hold it."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from shardwise.core.errors import OptionError
 from shardwise.core.mesh import Mesh
-from shardwise.core.plan import Engine, Plan
+from shardwise.core.plan import AnyPlan, Engine, Plan, TheirPlan
+from shardwise.parallel.any_plan import name_of
 from shardwise.parallel.collectives import chunk_sizes
 from shardwise.parallel.resolve import resolve
 
@@ -14,9 +17,14 @@ from shardwise.parallel.resolve import resolve
 _PROCESS_BYTES = 300 * 2**20
 
 
-def state_bytes(model: nn.Module, plan: Plan, mesh: Mesh, dtype: torch.dtype) -> int:
+def state_bytes(model: nn.Module, plan: AnyPlan, mesh: Mesh, dtype: torch.dtype) -> int:
     """Parameters, gradients and AdamW's two moments of the largest rank, exact up to uneven shards of FSDP;
-    activations come on top."""
+    activations come on top. Of a plan that isn't ours, of which nobody knows what it leaves whole: what it is
+    at the least."""
+    if not isinstance(plan, Plan):
+        whole = sum(parameter.numel() for parameter in model.parameters())
+        parts = mesh.fsdp * (1 if plan is TheirPlan.UNSHARDED else mesh.tp)
+        return int(4 * whole / parts * dtype.itemsize)
     sharded: dict[str, float] = {}
     for assignment in resolve(model, plan, tp=mesh.tp, fsdp=mesh.fsdp):
         for name, parameter in assignment.module.named_parameters(recurse=False):
@@ -42,7 +50,7 @@ def state_bytes(model: nn.Module, plan: Plan, mesh: Mesh, dtype: torch.dtype) ->
 def refuse_too_large(
     model: nn.Module,
     label: str,
-    plans: list[Plan],
+    plans: Sequence[AnyPlan],
     mesh: Mesh,
     dtype: torch.dtype,
     *,
@@ -53,7 +61,7 @@ def refuse_too_large(
     """Raises OptionError where the state alone can't fit. copies: models that are on the device at once."""
     worst = max(plans, key=lambda plan: state_bytes(model, plan, mesh, dtype))
     state = state_bytes(model, worst, mesh, dtype)
-    what = f'{label} under "{worst.name}" on {mesh} needs at least {_gib(state)} per rank'
+    what = f'{label} under "{name_of(worst)}" on {mesh} needs at least {_gib(state)} per rank'
     parts = (
         "(parameters, gradients and AdamW state in "
         + str(dtype).removeprefix("torch.")

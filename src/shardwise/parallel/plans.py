@@ -5,16 +5,17 @@ from pathlib import Path
 
 from shardwise.core.errors import PlanError
 from shardwise.core.plan import AnyPlan, Family, Plan, TheirPlan
+from shardwise.parallel.any_plan import name_of
 from shardwise.parallel.builtin import builtin_plan
 
 
-def load_plans(names: Sequence[str], *, sequence_parallel: bool, family: Family) -> list[tuple[str, Plan]]:
+def load_plans(names: Sequence[str], *, sequence_parallel: bool, family: Family) -> list[tuple[str, AnyPlan]]:
     """(label, plan) for each name, built-in ones for a family of models; labels are told apart where two
     plans share one."""
-    found: list[tuple[str, Plan]] = []
+    found: list[tuple[str, AnyPlan]] = []
     for name in names:
-        plan = _load(name, sequence_parallel, family)
-        found.append((told_apart(plan.name, [label for label, _ in found]), plan))
+        plan = load_any_plan(name, sequence_parallel=sequence_parallel, family=family)
+        found.append((told_apart(name_of(plan), [label for label, _ in found]), plan))
     return found
 
 

@@ -37,23 +37,6 @@ class Job:
     device_mesh: DeviceMesh
     on_model: Callable[[nn.Module], None]
 
-    @property
-    def plan_name(self) -> str:
-        return self.plan.name if isinstance(self.plan, Plan) else str(self.plan)
-
-    @property
-    def engine(self) -> str:
-        """Who carries the plan out."""
-        match self.plan:
-            case Plan(engine=engine):
-                return str(engine)
-            case TheirPlan.HF:
-                return "transformers"
-            case TheirPlan.OWN:
-                return "dtensor"
-            case TheirPlan.UNSHARDED:
-                return "none"
-
     def build(self) -> nn.Module:
         """The model on the meta device, as it was made; sharded only where the plan is the factory's own."""
         dtype: torch.dtype = getattr(torch, self.settings.dtype)

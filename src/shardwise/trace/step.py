@@ -15,6 +15,7 @@ from shardwise.core.rule import RuleRef
 from shardwise.core.shown import shown, told
 from shardwise.models.layers import Layers
 from shardwise.models.source import vocab_size_of
+from shardwise.parallel.any_plan import name_of
 from shardwise.parallel.apply import applied_to
 from shardwise.step.train import TrainStep
 from shardwise.torch_private import (
@@ -119,7 +120,9 @@ def _failure(job: Job, recorder: Recorder, error: Exception) -> ModelError | Pla
         return ModelError(f"{raised} The data decides what runs there, and a trace has only shapes.")
     if job.plan in (TheirPlan.UNSHARDED, TheirPlan.OWN):
         return ModelError(f"{raised} See whether it runs with weights.")
-    return PlanError(f'plan "{job.plan_name}": {raised} See whether it is explained under plan "unsharded".')
+    return PlanError(
+        f'plan "{name_of(job.plan)}": {raised} See whether it is explained under plan "unsharded".'
+    )
 
 
 def _batch(

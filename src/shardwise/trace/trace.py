@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
 from shardwise.core.mesh import Mesh
-from shardwise.core.plan import AnyPlan, Plan, TheirPlan
+from shardwise.core.plan import AnyPlan
 from shardwise.core.program import Block, MemoryKind, Program, RuleUse
 from shardwise.models.layers import Layers, find_layers
 from shardwise.models.source import ModelSource
-from shardwise.parallel.resolve import resolve
+from shardwise.parallel.any_plan import check_any, engine_of, name_of
 from shardwise.torch_private import check
 from shardwise.trace.extend import LONG, SHORT, NotPeriodicError, extended
 from shardwise.trace.fakes import TARGETS, fake_world
@@ -55,10 +55,6 @@ def trace(
         raise OptionError(f'device is "{device}". Allowed: {", ".join(TARGETS)}.')
     if not 0 <= rank < mesh.world_size:
         raise OptionError(f"rank {rank} is not on mesh {mesh}. Use 0 to {mesh.world_size - 1}.")
-    if plan is TheirPlan.UNSHARDED and mesh.tp > 1:
-        raise OptionError(
-            f'plan "unsharded" shards nothing, and mesh {mesh} has a tp axis. Use tp=1, or another plan.'
-        )
     with fake_world(mesh, rank=rank, device=device) as device_mesh:
         progress(f"building {source.name}")
         job = Job(source, plan, mesh, settings, device, rank, ids, device_mesh, on_model)
@@ -90,8 +86,7 @@ def _subject(job: Job, depth: int | None) -> _Subject:
     if depth is not None and layers is not None and depth < layers.count:
         layers.shorten(model, depth)
         layers = find_layers(model)
-    if isinstance(job.plan, Plan):
-        resolve(model, job.plan, tp=job.mesh.tp, seq=job.settings.seq, fsdp=job.mesh.fsdp)
+    check_any(job.source, model, job.plan, job.mesh, job.settings.seq)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return _Subject(model, layers, rules_of(job.plan, model), parameters)
 
@@ -122,8 +117,8 @@ def _program(job: Job, subject: _Subject, traced: Traced, blocks: tuple[Block, .
     layers = subject.layers
     return Program(
         model=job.source.name,
-        plan=job.plan_name,
-        engine=job.engine,
+        plan=name_of(job.plan),
+        engine=engine_of(job.plan),
         device=job.device,
         rank=job.rank,
         axes=job.mesh.axes,

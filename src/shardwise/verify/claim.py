@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 
 from shardwise.core.errors import InputError, OptionError, ShardwiseError
 from shardwise.core.finding import Finding, FindingKind
-from shardwise.core.plan import AnyPlan, Plan, TheirPlan
+from shardwise.core.plan import AnyPlan, Plan
 from shardwise.core.shown import shown, told
 from shardwise.core.verification import Verification
 from shardwise.models.source import HUGGING_FACE
+from shardwise.parallel.any_plan import name_of, plan_from, text_of
 
 NO_PLAN = "transformers has no tensor-parallel plan for it"
 TWIN = "its small twin"
@@ -28,13 +29,11 @@ class Claim:
     @classmethod
     def of(cls, model: str, plan: AnyPlan, *, twin: bool | None = None, dtype: str | None = None) -> "Claim":
         """plan: also an own plan that isn't in a file."""
-        if isinstance(plan, Plan):
-            return cls(model, plan.to_toml(), plan.name, twin, dtype)
-        return cls(model, str(plan), str(plan), twin, dtype)
+        return cls(model, text_of(plan), name_of(plan), twin, dtype)
 
     @property
     def parsed_plan(self) -> AnyPlan:
-        return TheirPlan(self.plan) if self.plan in list(TheirPlan) else Plan.from_toml(self.plan)
+        return plan_from(self.plan)
 
     def __str__(self) -> str:
         return f"{self.model} under {self.label}"
