@@ -53,6 +53,7 @@ def agreements(
         warmup=0,
         module=None,
         module_only=False,
+        check=True,
         check_layers=2,
         repeat_first=False,
     )

@@ -7,8 +7,9 @@ from shardwise.cli.asked import RUN, Call, Command, Shown, command
 from shardwise.cli.output import TERMINAL
 from shardwise.cli.progress import ProgressLine
 from shardwise.files.run_folder import RunFolder
-from shardwise.verbs.compare import BATCH, DEFAULT_PLANS, SEQ, Compared, CompareOptions
+from shardwise.verbs.compare import BATCH, SEQ, Compared, CompareOptions
 from shardwise.verbs.compare import compare as compare_plans
+from shardwise.verbs.compare_checks import DEFAULT_PLANS
 
 
 @command(
@@ -16,13 +17,14 @@ from shardwise.verbs.compare import compare as compare_plans
         CompareOptions,
         shared=RUN,
         defaults={
-            "plans": Shown(f"{' '.join(DEFAULT_PLANS)}; without @dtensor for a model with a tied head"),
+            "plans": Shown(
+                f"{' '.join(DEFAULT_PLANS)}, without @dtensor for a model with a tied head; hf for hf:..."
+            ),
             "model": "llama3-debug",
             "mesh": "tp=2",
             "batch": BATCH,
             "seq": SEQ,
         },
-        about={"model": "A model of `shardwise models`."},
         out="Folder for HTML and data.",
         out_shown="runs/compare-TIME",
     )

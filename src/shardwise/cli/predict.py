@@ -13,7 +13,6 @@ from shardwise.core.errors import OptionError
 from shardwise.core.mesh import Mesh
 from shardwise.core.option import Option, check_choice
 from shardwise.core.shown import shown
-from shardwise.verbs.checks import default_plan
 from shardwise.verbs.predict import MACHINE, SEQ, Predicted, PredictOptions, predict_program
 from shardwise.verbs.predict import predict as predict_case
 
@@ -188,9 +187,10 @@ def _sweep(call: Call[_Asked]) -> int:
     sizes = MICRO_BATCHES if call.own.micro_batches is None else _sizes(call.own.micro_batches)
     with ProgressLine() as progress:
         found = sweep(call.case, SweepOptions(call.own.devices, sizes), call.own, progress)
+    labels = [each.plan for each in found.points] + [each.plan for each in found.refused]
     asked = {
         "model": found.model,
-        "plans": call.case.plans or (default_plan(found.model),),
+        "plans": call.case.plans or tuple(dict.fromkeys(labels)),
         "devices": found.devices,
         "machine": found.machine.name,
         "setup": found.setup,

@@ -53,7 +53,8 @@ class Agreement:
     steps.
 
     layers: the depth of the model that was proved; smaller than the model's where the unsharded one would not
-    fit. output_error, noise: as a Proof has them; None in documents of before.
+    fit, 0 where nobody can count its layers. output_error, noise: as a Proof has them; None in documents of
+    before.
     """
 
     plan: str

@@ -15,14 +15,16 @@ from torch.distributed.tensor import DTensor
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
 from shardwise.core.measurement import CollectiveUse, Measurement, MemoryUse, ModuleTimes
-from shardwise.core.plan import Plan
+from shardwise.core.plan import AnyPlan, Plan
 from shardwise.core.program import Phase
 from shardwise.core.verification import Agreement
 from shardwise.measure.memory import PeakMemory, kept_bytes
 from shardwise.measure.profile import record_profile
 from shardwise.measure.record import uses_of
 from shardwise.measure.sockets import sent_bytes
-from shardwise.models.specs import ModelSpec
+from shardwise.models.model_source import ModelSource
+from shardwise.parallel.any_plan import engine_of, name_of
+from shardwise.parallel.apply import applied_to
 from shardwise.parallel.recorder import CollectiveRecorder
 from shardwise.step.build import build_model
 from shardwise.step.portion import MicroBatches
@@ -54,8 +56,8 @@ class Subject:
 
     def __init__(
         self,
-        spec: ModelSpec,
-        plan: Plan,
+        source: ModelSource,
+        plan: AnyPlan,
         mesh: DeviceMesh,
         settings: StepSettings,
         device: torch.device,
@@ -76,7 +78,7 @@ class Subject:
         self._peak = PeakMemory(device)
         self._parked: list[tuple[Tensor, Tensor]] | None = None
         self.model = build_model(
-            spec,
+            source,
             plan,
             mesh,
             dtype=getattr(torch, settings.dtype),
@@ -145,9 +147,9 @@ class Subject:
         return Measurement(
             label=label,
             repeats=repeats,
-            plan_name=self.plan.name,
-            plan_toml=self.plan.to_toml(),
-            engine=str(self.plan.engine),
+            plan_name=name_of(self.plan),
+            plan_toml=_as_text(self.plan, self.model),
+            engine=engine_of(self.plan),
             step_s=tuple(self.step_s),
             rank_step_s=(tuple(self.step_s),),
             losses=tuple(self.losses),
@@ -162,7 +164,7 @@ class Subject:
 
     def take_alone(self, module: str, micro_batch: tuple[Tensor, Tensor]) -> None:
         """Takes a module to be timed alone, with its inputs of a real step, and warms it up."""
-        self.alone = ModuleAlone(self.model, module, micro_batch)
+        self.alone = ModuleAlone(self.model, module, self._step.placed(micro_batch[0]))
         self._module_runs(self.alone)
 
     def timed_module(self) -> float:
@@ -228,7 +230,7 @@ class ModuleAlone:
     Its collectives are in its time, the waiting for other modules' isn't: ranks start each half together.
     """
 
-    def __init__(self, model: nn.Module, name: str, micro_batch: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, model: nn.Module, name: str, ids_BS: Tensor) -> None:
         try:
             self._module = model.get_submodule(name)
         except AttributeError:
@@ -241,7 +243,7 @@ class ModuleAlone:
         after = self._module.register_forward_hook(self._take_output)
         try:
             with torch.no_grad():
-                model(micro_batch[0])
+                model(ids_BS)
         finally:
             before.remove()
             after.remove()
@@ -284,6 +286,14 @@ class ModuleAlone:
             if isinstance(value, Tensor):
                 value.grad = None
         return forward_s, backward_s
+
+
+def _as_text(plan: AnyPlan, model: nn.Module) -> str:
+    """The plan's TOML; of one that isn't ours, its rules as a comment."""
+    if isinstance(plan, Plan):
+        return plan.to_toml()
+    rules = "".join(f"#   {use.pattern}: {use.style}\n" for use in applied_to(model).foreign or ())
+    return f"# {plan}, carried out by {engine_of(plan)}{':' if rules else ''}\n{rules}"
 
 
 def _leaf(value: object) -> object:

@@ -81,8 +81,8 @@ def notes(measurements: Sequence[Measurement]) -> tuple[str, ...]:
         gradients, parameters = plan.memory.gradient_bytes, plan.memory.parameter_bytes
         if gradients > parameters:
             lines.append(
-                f"{plan.label}: gradients take {gradients / 2**20:.0f} MiB on a rank where its parameters "
-                f"take {parameters / 2**20:.0f} MiB: some gradient is not sharded as its parameter is."
+                f"{plan.label}: gradients take {_mib(gradients)} on a rank where its parameters take "
+                f"{_mib(parameters)}: some gradient is not sharded as its parameter is."
             )
         mean, largest = plan.wire_bytes, plan.wire_bytes_largest_rank
         if mean and largest > 1.1 * mean:
@@ -97,6 +97,10 @@ def notes(measurements: Sequence[Measurement]) -> tuple[str, ...]:
             "wire; gloo's own, which PyTorch's styles use, sends twice that at 2 ranks."
         )
     return tuple(lines)
+
+
+def _mib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:.0f} MiB" if n_bytes >= 10 * 2**20 else f"{n_bytes / 2**10:,.0f} KiB"
 
 
 def _pairwise_reduce_scatter(m: Measurement) -> bool:

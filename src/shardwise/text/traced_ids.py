@@ -34,10 +34,25 @@ def token_ids(
     return Batches(stream, settings.batch, settings.seq).at(0).ids_BS
 
 
+def why_no_text(text: TextSource, vocab_size: int) -> str | None:
+    """Why ids are random though nobody asked for that; None where they aren't. For text files that the user
+    names there is no way out: load_tokens() says what it needs."""
+    from shardwise.text.tokenizer import BYTE_ALPHABET
+
+    if text.random_ids or text.files or text.tokenizer is not None or vocab_size >= BYTE_ALPHABET:
+        return None
+    has = f"and the model has {vocab_size}"
+    return f"Token ids are random: a tokenizer of bytes needs {BYTE_ALPHABET} ids, {has}."
+
+
 def stream_of(text: TextSource, vocab_size: int, seed: int, progress: Callable[[str], None]) -> "TokenStream":
-    """The text as ids below vocab_size. Raises TextError and OptionError."""
+    """The text as ids below vocab_size; random ones where why_no_text() has a reason. Raises TextError and
+    OptionError."""
     from shardwise.text.stream import load_tokens
 
+    if (why := why_no_text(text, vocab_size)) is not None:
+        progress(why)
+        text = TextSource(random_ids=True)
     return load_tokens(
         vocab_size=vocab_size,
         files=[Path(name) for name in text.files],

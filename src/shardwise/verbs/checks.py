@@ -3,17 +3,33 @@
 from typing import TYPE_CHECKING
 
 from shardwise.core.case import Case
-from shardwise.core.errors import OptionError
+from shardwise.core.errors import OptionError, PlanError
 from shardwise.core.mesh import SHARDS_AXIS
-from shardwise.core.plan import TheirPlan
 
 if TYPE_CHECKING:
     from shardwise.models.source import ModelSource
 
+ROWWISE = "rowwise"
 
-def default_plan(model: str) -> str:
-    """A Hugging Face model's own plan, rowwise for all others."""
-    return str(TheirPlan.HF) if model.startswith("hf:") else "rowwise"
+
+def default_plan(source: "ModelSource") -> str:
+    """What is taken where no plan is named: the source's own, else rowwise. Raises OptionError for a model
+    that it says nothing of."""
+    import torch
+
+    from shardwise.parallel.builtin import builtin_plan
+    from shardwise.parallel.resolve import resolve
+
+    if source.default_plan is not None:
+        return source.default_plan
+    try:
+        resolve(source.build(dtype=torch.float32), builtin_plan(ROWWISE, family=source.family), tp=1)
+    except PlanError:
+        raise OptionError(
+            f"no plan is named, and the built-in ones' rules aren't for {source.name}. Name a .toml file of "
+            f"yours; `shardwise plans {ROWWISE}` prints one to start from."
+        ) from None
+    return ROWWISE
 
 
 def check_seq(seq: int, source: "ModelSource") -> None:

@@ -15,25 +15,25 @@ from shardwise.core.difference import RunProfile, StepPicture
 from shardwise.core.errors import OptionError
 from shardwise.core.finding import Finding
 from shardwise.core.measurement import Comparison, StepProfile
-from shardwise.core.mesh import RUN, Mesh, check_carried
+from shardwise.core.mesh import RUN, check_carried
 from shardwise.core.option import Option, check_options
-from shardwise.core.plan import Plan, suggest
 from shardwise.core.verification import Agreement
 from shardwise.files.run_folder import RunFolder
 from shardwise.verbs.checks import check_precision, check_seq
+from shardwise.verbs.compare_checks import check_depth, check_fit, check_module, default_plans
 from shardwise.verbs.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from shardwise.measure.record import RankReport
-    from shardwise.models.specs import ModelSpec
+    from shardwise.models.source import ModelSource
     from shardwise.text.stream import TokenStream
     from shardwise.verbs.compare_ranks import CompareJob
 
 TRACES = "traces"
-DEFAULT_PLANS = ("rowwise", "colwise", "routed", "rowwise@dtensor", "colwise@dtensor")
 BATCH, SEQ = 4, 256
 PANEL = "Measuring"
-TIMED_BESIDE = "tok_embeddings"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,61 +113,68 @@ def compare(
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """What was asked, checked as far as that goes without ranks."""
+    """What was asked, checked as far as that goes without ranks. model: whole, on the meta device."""
 
     case: Case
     options: CompareOptions
-    spec: "ModelSpec"
+    source: "ModelSource"
+    model: "nn.Module"
     device_type: str
     job: "CompareJob"
 
     @classmethod
     def checked(cls, case: Case, options: CompareOptions) -> "_Run":
+        import torch
+
         from shardwise.launch.environment import device_type
-        from shardwise.models.specs import get_spec
+        from shardwise.models.source import embedding_of, find_model
+        from shardwise.parallel.any_plan import text_of
         from shardwise.parallel.plans import load_plans
         from shardwise.verbs.compare_ranks import CompareJob
 
-        spec, mesh = get_spec(case.model), case.mesh
+        source, mesh = find_model(case.model), case.mesh
         check_carried(mesh, "compare", RUN)
         check_precision(case)
         step = replace(case.step, batch=case.step.batch or BATCH, seq=case.step.seq or SEQ)
         case = replace(case, step=step)
-        # PyTorch's own styles would untie a head
-        defaults = [name for name in DEFAULT_PLANS if not (spec.config.tied and name.endswith("@dtensor"))]
+        check_seq(step.seq, source)
         labelled = load_plans(
-            case.plans or defaults, sequence_parallel=case.sequence_parallel, family=spec.family
+            case.plans or default_plans(source),
+            sequence_parallel=case.sequence_parallel,
+            family=source.family,
         )
-        check_seq(step.seq, spec)
+        model = source.build(dtype=getattr(torch, step.dtype))
         device = device_type(case.device, mesh.world_size)
-        _check_fit(spec, [plan for _, plan in labelled], case, device, options.repeat)
+        check_fit(source, model, [plan for _, plan in labelled], case, device, options.repeat)
         if options.module is not None:
-            _check_module(spec, options.module, mesh)
+            check_module(model, source.name, options.module, mesh)
         job = CompareJob(
             model=case.model,
             mesh=str(mesh),
-            plans=tuple(plan.to_toml() for _, plan in labelled),
+            plans=tuple(text_of(plan) for _, plan in labelled),
             labels=tuple(label for label, _ in labelled),
             settings=step,
             rounds=options.rounds,
             warmup=options.warmup,
-            module=options.module or (None if mesh.fsdp > 1 else TIMED_BESIDE),
+            module=options.module or (None if mesh.fsdp > 1 else embedding_of(model)),
             module_only=options.module is not None,
-            check_layers=_check_layers(spec, mesh, device) if options.check else 0,
+            check=options.check,
+            check_layers=check_depth(source, model, mesh, device) if options.check else 0,
             repeat_first=options.repeat,
             profile_steps=options.profile_steps if options.profile else 0,
         )
-        return cls(case, options, spec, device, job)
+        return cls(case, options, source, model, device, job)
 
     def with_traces(self, traces: Path) -> "_Run":
         return replace(self, job=replace(self.job, traces=str(traces)))
 
     def tokens(self, progress: Progress) -> "TokenStream":
+        from shardwise.models.source import vocab_size_of
         from shardwise.text.batches import Batches
         from shardwise.text.traced_ids import stream_of
 
         step = self.case.step
-        stream = stream_of(self.case.text, self.spec.vocab_size, step.seed, progress)
+        stream = stream_of(self.case.text, vocab_size_of(self.model), step.seed, progress)
         Batches(stream, step.batch, step.seq)  # too short a text is found here, not on the ranks
         return stream
 
@@ -226,8 +233,8 @@ class _Run:
         )
         measurements = merge(reports)
         comparison = Comparison(
-            model=self.spec.name,
-            parameters=self.spec.config.n_parameters,
+            model=self.source.name,
+            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             mesh=job.mesh,
             settings=job.settings,
             module=job.module if job.module_only else None,
@@ -239,7 +246,7 @@ class _Run:
             standings=(),
             noise=None,
             verdict=tuple(_wrong(reports[0])),
-            notes=(*notes(measurements), *reports[0].notes, *_text_notes(stream)),
+            notes=(*notes(measurements), *reports[0].notes, *self._notes(stream)),
         )
         if not measurements:
             return comparison
@@ -248,6 +255,31 @@ class _Run:
         lines = verdict(measurements, standing, what=what, backend=environment.backend)
         noise = noise_of(measurements, standing)
         return replace(comparison, standings=standing, noise=noise, verdict=lines)
+
+    def _notes(self, stream: "TokenStream") -> Iterator[str]:
+        """What a reader must know of the model, and of its ids."""
+        from shardwise.models.init import MOST_OWN, draws_its_own
+        from shardwise.models.layers import find_layers
+        from shardwise.models.source import vocab_size_of
+        from shardwise.text.traced_ids import why_no_text
+
+        yield from self.source.notes
+        layers, checked = find_layers(self.model), self.job.check_layers
+        if layers is not None and 0 < checked < layers.count:
+            yield (
+                f"The check against the unsharded model ran on {checked} of {layers.count} layers at full "
+                "width: the whole model unsharded would not fit here."
+            )
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        if self.source.initialises and not draws_its_own(self.source, parameters):
+            yield (
+                "Initial weights are random ones by the parameters' names: the model's own initialisation "
+                f"would need it whole on every rank, which is done up to {MOST_OWN / 1e6:.0f} M parameters."
+            )
+        if (why := why_no_text(self.case.text, vocab_size_of(self.model))) is not None:
+            yield why
+        else:
+            yield from _text_notes(stream)
 
     def profiled(
         self, progress: Progress
@@ -307,66 +339,6 @@ def _sentence(plan: str, finding: Finding, agreement: Agreement | None) -> str:
     size = f" ({', '.join(numbers)})" if numbers else ""
     advice = f" {finding.advice}" if finding.advice else ""
     return f"{plan}: {finding.subject}{rule}: {finding.reason}{size}.{advice} Nothing was timed."
-
-
-def _check_module(spec: "ModelSpec", module: str, mesh: Mesh) -> None:
-    names = [name for name, _ in spec.build().named_modules() if name]
-    if module not in names:
-        shown = names[:3] + [name for name in names[3:] if "." not in name]
-        raise OptionError(
-            f'--module: {spec.name} has no module "{module}".{suggest(module, names)} '
-            f"It has {', '.join(shown)}, ..."
-        )
-    if mesh.fsdp > 1:
-        raise OptionError(
-            f"--module {module}: FSDP gathers a module's parameters for a whole layer, so one can't be timed "
-            "alone. Use tp or dp."
-        )
-
-
-def _check_fit(spec: "ModelSpec", plans: list[Plan], case: Case, device_type: str, repeat: bool) -> None:
-    """Every plan against the model, then the machine against what they need."""
-    import torch
-
-    from shardwise.launch.environment import available_memory, ranks_here
-    from shardwise.parallel.need import refuse_too_large
-    from shardwise.parallel.resolve import resolve
-
-    model, mesh = spec.build(), case.mesh
-    for plan in plans:
-        resolve(model, plan, tp=mesh.tp, seq=case.step.seq, fsdp=mesh.fsdp)
-    is_one_host = ranks_here(mesh.world_size) == mesh.world_size
-    refuse_too_large(
-        model,
-        spec.name,
-        plans,
-        mesh,
-        getattr(torch, case.step.dtype),
-        device_type=device_type,
-        copies=len(plans) + repeat,
-        available=available_memory() if is_one_host else None,
-    )
-
-
-def _check_layers(spec: "ModelSpec", mesh: Mesh, device_type: str) -> int:
-    """Depth at which the unsharded model fits beside a sharded one, in float64: weights and gradients of
-    both, on every rank of a device."""
-    import torch
-
-    from shardwise.launch.environment import available_memory, ranks_here
-
-    if device_type == "cuda":
-        room = torch.cuda.get_device_properties(0).total_memory * 0.7
-    else:
-        room = (available_memory() or 2**33) * 0.5 / ranks_here(mesh.world_size)
-    for layers in (spec.config.n_layers, 2, 1):
-        parameters = spec.with_layers(layers).config.n_parameters
-        if 16 * parameters * (1 + 1 / mesh.tp) <= room:
-            return layers
-    raise OptionError(
-        f"--check: not even one layer of {spec.name} fits unsharded in float64 here. "
-        "Leave the check out with --no-check."
-    )
 
 
 def _text_notes(stream: "TokenStream") -> Iterator[str]:

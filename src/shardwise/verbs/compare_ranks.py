@@ -3,7 +3,7 @@ a report home."""
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,12 +11,14 @@ from pathlib import Path
 import msgspec
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from shardwise.core.case import StepSettings
+from shardwise.core.errors import OptionError, RunError
 from shardwise.core.finding import Finding
 from shardwise.core.mesh import Mesh
-from shardwise.core.plan import Plan
+from shardwise.core.plan import AnyPlan
+from shardwise.core.shown import shown
 from shardwise.core.verification import Agreement
 from shardwise.launch import RankContext
 from shardwise.launch.environment import VARIABLES
@@ -24,14 +26,19 @@ from shardwise.measure.profile import WARM_UP
 from shardwise.measure.record import RankReport
 from shardwise.measure.rounds import Turns, run_rounds
 from shardwise.measure.subject import Subject
-from shardwise.models.specs import get_spec
+from shardwise.models.source import find_model
+from shardwise.parallel.any_plan import name_of, plan_from
+from shardwise.parallel.resolve import tied_parameters
 from shardwise.step.build import build_model, device_mesh
 from shardwise.step.portion import MicroBatches, Portion
 from shardwise.text.batches import Batches
 from shardwise.text.stream import TokenStream
-from shardwise.verify.expected import shake, unsharded
+from shardwise.verify.expected import Unsharded, shake, unsharded
+from shardwise.verify.observe import ModuleError
 from shardwise.verify.proof import prove
 from shardwise.verify.ranks import digest, disagreeing_digests, disagreements, replicated_parameters
+from shardwise.verify.reasons import with_ties
+from shardwise.verify.static import untied
 
 CHECK_TOKENS = 128
 """Tokens per sequence of the check: enough for every kind of position, few enough for float64 on a laptop."""
@@ -42,7 +49,7 @@ class Entrant:
     """A plan that is timed. repeats: the label of the one that it is a second run of."""
 
     label: str
-    plan: Plan
+    plan: AnyPlan
     repeats: str | None = None
 
 
@@ -51,9 +58,9 @@ class CompareJob:
     """All that a rank needs to know, as JSON. plans: TOML texts. repeat_first: run the first plan a second
     time, for the noise floor.
 
-    module: timed alone beside the steps, or, with module_only, instead of them. check_layers: depth of the
-    checked model; 0: no check. profile_steps: of each plan, recorded after the last round; 0: none. traces:
-    folder for them (rank 0's counts), a folder for each plan.
+    module: timed alone beside the steps, or, with module_only, instead of them. check: prove each plan first,
+    at a depth of check_layers; 0 where the model isn't counted in layers. profile_steps: of each plan,
+    recorded after the last round; 0: none. traces: folder for them (rank 0's counts), a folder for each plan.
     """
 
     model: str
@@ -65,6 +72,7 @@ class CompareJob:
     warmup: int
     module: str | None
     module_only: bool
+    check: bool
     check_layers: int
     repeat_first: bool
     profile_steps: int = 0
@@ -73,7 +81,7 @@ class CompareJob:
     @property
     def entrants(self) -> tuple[Entrant, ...]:
         """The plans, and the first again where it is repeated."""
-        once = tuple(map(Entrant, self.labels, map(Plan.from_toml, self.plans)))
+        once = tuple(map(Entrant, self.labels, map(plan_from, self.plans)))
         first = once[0]
         return (
             (*once, Entrant(f"{first.label} (again)", first.plan, first.label)) if self.repeat_first else once
@@ -84,7 +92,7 @@ class CompareJob:
         """Of work, as progress counts it."""
         n_plans = len(self.plans)
         steps = (n_plans + self.repeat_first) * (1 + self.warmup + self.rounds)
-        return n_plans * bool(self.check_layers) + steps + n_plans * bool(self.profile_steps)
+        return n_plans * self.check + steps + n_plans * bool(self.profile_steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +127,7 @@ class _Run:
         self.context = context
         self.job = job
         self.entrants = job.entrants
-        self.spec = get_spec(job.model)
+        self.source = find_model(job.model)
         self.mesh = device_mesh(Mesh.parse(job.mesh), context.device.type)
         self.portion = Portion.on(self.mesh, job.settings.accumulation)
         self.batches = Batches(stream, job.settings.batch, job.settings.seq)
@@ -130,7 +138,7 @@ class _Run:
         group = self.portion.tp_group
         ids = torch.from_numpy(self.batches.stream.ids.copy())
         findings = disagreements("token ids", [("ids", ids)], group)
-        agreements = self._check() if self.job.check_layers and not findings else {}
+        agreements = self._check() if self.job.check and not findings else {}
         checked = tuple(agreements.values())
         if findings or not all(agreement.agrees for agreement in checked):
             return RankReport((), findings, checked)
@@ -146,40 +154,62 @@ class _Run:
             subject.measurement(each.label, each.repeats, agreements.get(each.repeats or each.label))
             for each, subject in pairs
         )
-        return RankReport(measurements, findings, checked, tuple(self._notes()), tuple(_variables()))
+        return RankReport(measurements, findings, checked, variables=tuple(_variables()))
 
     def _check(self) -> dict[str, Agreement]:
         """Every plan, by its label, proved as `verify` proves it, in float64, over the step's own portions;
         without the optimizer's steps, for AdamW's state of the whole model would need three times the memory
         on every rank."""
         job, portion = self.job, self.portion
-        spec, tp = self.spec.with_layers(job.check_layers), portion.tp_group.size()
+        tp = portion.tp_group.size()
         # a multiple of tp, as sequence parallelism needs
         seq = min(job.settings.seq, max(tp, CHECK_TOKENS // tp * tp))
         batch = Batches(self.batches.stream, portion.smallest_batch, seq).at(0)
 
-        def build(plan: Plan | None) -> nn.Module:
-            return build_model(
-                spec,
-                plan,
-                self.mesh if plan is not None else None,
-                dtype=torch.float64,
-                device=self.context.device,
-                seed=job.settings.seed,
-                recompute=job.settings.recompute,
-                on_parameter=shake,
-            )
-
         self.context.note("unsharded reference")
+        expected, build = self._unsharded([(batch.ids_BS, batch.labels_BS)], tp)
         whole = partial(build, None)
-        expected = unsharded(whole(), [(batch.ids_BS, batch.labels_BS)], parts=tp, with_steps=False)
+        ties = set(tied_parameters(whole()).values())
         agreements = {}
         for label, plan in ((each.label, each.plan) for each in self.entrants if each.repeats is None):
             self.context.note(f'check of "{label}" against the unsharded model')
-            proof, findings = prove(build(plan), expected, whole, portion)
-            agreements[label] = Agreement.of(proof, findings, plan=plan.name, layers=job.check_layers)
+            model = build(plan)
+            try:
+                proof, findings = prove(model, expected, whole, portion)
+            except RunError as error:
+                raise RunError(f'plan "{label}": {error} Nothing was timed.') from None
+            findings = tuple(with_ties(findings, untied(ties, model)))
+            agreements[label] = Agreement.of(proof, findings, plan=name_of(plan), layers=job.check_layers)
             self._advance(f"checked {label}", label)
         return agreements
+
+    def _unsharded(
+        self, batches: list[tuple[Tensor, Tensor]], tp: int
+    ) -> tuple[Unsharded, Callable[[AnyPlan | None], nn.Module]]:
+        """(what the unsharded model gives; how to make it again, and sharded): in float64, or in float32 for
+        one that doesn't run in that. Raises RunError where it runs in neither."""
+        job, failures = self.job, []
+
+        def build(plan: AnyPlan | None, dtype: torch.dtype) -> nn.Module:
+            return build_model(
+                self.source,
+                plan,
+                self.mesh if plan is not None else None,
+                dtype=dtype,
+                device=self.context.device,
+                seed=job.settings.seed,
+                recompute=job.settings.recompute,
+                depth=job.check_layers or None,
+                on_parameter=shake,
+            )
+
+        for dtype in (torch.float64, torch.float32):
+            build_in = partial(build, dtype=dtype)
+            try:
+                return unsharded(build_in(None), batches, parts=tp, with_steps=False), build_in
+            except (ModuleError, RunError) as error:
+                failures.append(f"in {str(dtype).removeprefix('torch.')}, {shown(error, 300)}")
+        raise RunError(f"the check, unsharded {' '.join(failures)} Leave the check out with --no-check.")
 
     def _build(self) -> tuple[list[Subject], list[tuple[str, int]]]:
         """All subjects, each after its first step; and digests of the whole initial parameters."""
@@ -188,7 +218,7 @@ class _Run:
         for entrant in self.entrants:
             self.context.note(f'first step of "{entrant.label}"')
             subject = Subject(
-                self.spec,
+                self.source,
                 entrant.plan,
                 self.mesh,
                 self.job.settings,
@@ -209,7 +239,7 @@ class _Run:
                 subject.warm_up(self._batch(step))
                 self._advance(f"warmed up {label}", label)
             if job.module is not None:
-                subject.take_alone(job.module, self._batch(0)[0])
+                self._take_alone(subject, job.module)
         run_rounds(
             subjects,
             job.rounds,
@@ -219,6 +249,14 @@ class _Run:
             turns=self.turns,
             on_timed=self._on_timed,
         )
+
+    def _take_alone(self, subject: Subject, module: str) -> None:
+        """Where nobody asked for the module, one that can't be timed alone is left out."""
+        try:
+            subject.take_alone(module, self._batch(0)[0])
+        except OptionError:
+            if self.job.module_only:
+                raise
 
     def _profile(self, subjects: Sequence[Subject]) -> None:
         """A few steps of each plan under the profiler, after the clock has stopped for good."""
@@ -251,14 +289,6 @@ class _Run:
         """This rank's portion of a step's global batch; on the host, where routes are computed."""
         batch = self.batches.at(step)
         return self.portion.cut(batch.ids_BS, batch.labels_BS)
-
-    def _notes(self) -> Iterator[str]:
-        checked, layers = self.job.check_layers, self.spec.config.n_layers
-        if 0 < checked < layers:
-            yield (
-                f"The check against the unsharded model ran on {checked} of {layers} layers at full width: "
-                "the whole model unsharded would not fit here."
-            )
 
     def _on_timed(self, round_: int, index: int, seconds: float) -> None:
         label, text = self.entrants[index].label, f"round {round_ + 1} of {self.job.rounds}"

@@ -56,7 +56,8 @@ def explain(case: Case, options: ExplainOptions | None = None, progress: Progres
     source = find_model(case.model)
     case = _with_sizes(case, source)
     check_seq(case.step.seq, source)
-    names = [(*case.plans, default_plan(case.model))[0], *([options.against] if options.against else [])]
+    names = [case.plans[0] if case.plans else default_plan(source)]
+    names += [options.against] if options.against else []
     plans = [
         load_any_plan(name, sequence_parallel=case.sequence_parallel, family=source.family) for name in names
     ]

@@ -139,7 +139,7 @@ def predict(case: Case, options: PredictOptions | None = None, progress: Progres
     check_seq(settings.seq, source)
     plans = [
         load_any_plan(name, sequence_parallel=case.sequence_parallel, family=source.family)
-        for name in case.plans or (default_plan(case.model),)
+        for name in case.plans or (default_plan(source),)
     ]
     steps: list[Step] = []
     for plan in plans:

@@ -18,7 +18,7 @@ from shardwise.predict.contrast import facts_of
 from shardwise.predict.family import LONG, SHORT, Family, NotAFamilyError
 from shardwise.predict.predict import predict
 from shardwise.predict.sweep import best_first, meshes, shares_programs
-from shardwise.verbs.checks import default_plan
+from shardwise.verbs.checks import check_seq, default_plan
 from shardwise.verbs.predict import MACHINE, SEQ, PredictOptions
 from shardwise.verbs.programs import micro_batch, trace_program
 from shardwise.verbs.progress import Progress, silent
@@ -72,6 +72,7 @@ def sweep(
     """The case's plans over all meshes. Of the case's own mesh only context ranks count; without a batch each
     point has the case's accumulation. run: what predict assumes. Raises InputErrors of the model or a plan
     that hold for every mesh, OptionError, RunError."""
+    from shardwise.models.source import find_model
     from shardwise.predict.machines import load_machine
 
     options, machine = options or SweepOptions(), load_machine(case.machine or MACHINE)
@@ -86,7 +87,9 @@ def sweep(
     micro_batch(settings, case.mesh)
     devices = options.devices or machine.devices_per_node
     found = _meshes(devices, machine, context)
-    case = replace(case, step=settings, plans=case.plans or (default_plan(case.model),))
+    source = find_model(case.model)
+    check_seq(settings.seq, source)
+    case = replace(case, step=settings, plans=case.plans or (default_plan(source),))
     count = sum(map(len, found)) * len(case.plans) * len(options.micro_batches)
     if count > MOST_POINTS:
         raise OptionError(

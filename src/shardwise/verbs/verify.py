@@ -126,7 +126,7 @@ def _claims(case: Case, model: str, options: VerifyOptions) -> "Iterator[Claim]"
     small = None if options.size == "auto" else options.size == "small"
     dtype = None if options.dtype == "auto" else options.dtype
     labels: list[str] = []
-    for name in case.plans or (default_plan(model),):
+    for name in case.plans or (default_plan(source),):
         plan = load_any_plan(name, sequence_parallel=case.sequence_parallel, family=source.family)
         if plan is TheirPlan.UNSHARDED:
             raise OptionError('plan "unsharded" has nothing to verify. Name a plan that shards.')

@@ -33,7 +33,7 @@ def _subject(case: Case, what: str) -> tuple[str, str | None]:
     from shardwise.parallel.plans import load_any_plan
 
     source = find_model(case.model)
-    name = (*case.plans, default_plan(case.model))[0]
+    name = case.plans[0] if case.plans else default_plan(source)
     plan = load_any_plan(name, sequence_parallel=case.sequence_parallel, family=source.family)
     modules = dict(source.build(dtype=torch.float32).named_modules())
     if what not in modules:

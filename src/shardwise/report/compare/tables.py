@@ -223,11 +223,10 @@ def _error(each: PlanRow) -> Cell:
 
 def _compared_in(each: PlanRow) -> str | None:
     agreement = each.measurement.agreement
-    return (
-        f"{agreement.dtype}, {agreement.layers} layer{'s' if agreement.layers != 1 else ''}"
-        if agreement
-        else None
-    )
+    if agreement is None:
+        return None
+    layers = f", {agreement.layers} layer{'s' if agreement.layers != 1 else ''}" if agreement.layers else ""
+    return f"{agreement.dtype}{layers}"
 
 
 def _findings(rows: tuple[PlanRow, ...]) -> Iterator[Line]:
