@@ -7,7 +7,9 @@ from rich.console import Console
 
 from shardwise.cli.models import Json
 from shardwise.cli.output import write_json
+from shardwise.core.errors import ModelError
 from shardwise.core.plan import Family
+from shardwise.core.shown import shown
 from shardwise.parallel.builtin import ABOUT, builtin_plan
 
 
@@ -53,6 +55,11 @@ def plans(
 def _family(model: str | None) -> Family:
     if model is None:
         return Family.LLAMA
-    from shardwise.models.specs import get_spec
+    from shardwise.models.specs import SPECS, get_spec
 
+    if ":" in model:  # hf:TYPE, hf:PATH or package.module:factory
+        raise ModelError(
+            f'model "{shown(model)}": the built-in plans are for {", ".join(SPECS)}. Take one of these to '
+            "start from, and name your own model's modules."
+        )
     return get_spec(model).family

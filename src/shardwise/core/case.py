@@ -119,7 +119,9 @@ class Case:
     plans: Annotated[
         tuple[str, ...],
         Option(
-            "Built-in plans or .toml files; the first is what the others are held against.", is_argument=True
+            "Built-in plans, .toml files, hf (a Hugging Face model's own), own (the factory shards itself) or "
+            "unsharded; the first is what the others are held against.",
+            is_argument=True,
         ),
     ] = ()
     step: StepSettings = StepSettings()

@@ -163,11 +163,6 @@ def get_spec(text: str) -> ModelSpec:
     """The spec of NAME or NAME?KEY=VALUE,... Raises ModelError with the nearest name and all that are
     known."""
     name, has_query, query = text.partition("?")
-    if name not in SPECS and ":" in name:  # hf:TYPE, hf:PATH or package.module:factory
-        raise ModelError(
-            f'model "{shown(name)}": a model of your own or of Hugging Face can be explained, verified and '
-            f"predicted, and nothing else yet. Here name one of {', '.join(SPECS)}."
-        )
     if name not in SPECS:
         raise ModelError(
             f'unknown model "{shown(name)}".{suggest(name[:80], SPECS)} Known: {", ".join(SPECS)}.'
