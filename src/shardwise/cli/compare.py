@@ -18,7 +18,8 @@ from shardwise.verbs.compare_checks import DEFAULT_PLANS
         shared=RUN,
         defaults={
             "plans": Shown(
-                f"{' '.join(DEFAULT_PLANS)}, without @dtensor for a model with a tied head; hf for hf:..."
+                f"{' '.join(DEFAULT_PLANS)}, without @dtensor for a model with a tied head; hf for hf:..., "
+                "own for a factory that takes a mesh"
             ),
             "model": "llama3-debug",
             "mesh": "tp=2",

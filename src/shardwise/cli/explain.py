@@ -10,6 +10,7 @@ from shardwise.cli.output import pretty
 from shardwise.cli.progress import ProgressLine
 from shardwise.core.mesh import Mesh
 from shardwise.core.option import Option, check_choice
+from shardwise.verbs.checks import DEFAULT_PLAN
 from shardwise.verbs.explain import LONG_SEQ, Explained, ExplainOptions
 from shardwise.verbs.explain import explain as explain_case
 
@@ -43,7 +44,7 @@ def _prepare(values: dict[str, Any]) -> None:
         prepare=_prepare,
         one_plan=True,
         defaults={
-            "plans": Shown("rowwise; hf for an hf: model"),
+            "plans": Shown(DEFAULT_PLAN),
             "model": "llama3-8b",
             "mesh": "tp=8",
             "device": "cuda",

@@ -13,6 +13,7 @@ from shardwise.core.errors import OptionError
 from shardwise.core.mesh import Mesh
 from shardwise.core.option import Option, check_choice
 from shardwise.core.shown import shown
+from shardwise.verbs.checks import DEFAULT_PLAN
 from shardwise.verbs.predict import MACHINE, SEQ, Predicted, PredictOptions, predict_program
 from shardwise.verbs.predict import predict as predict_case
 
@@ -91,7 +92,7 @@ def _prepare(values: dict[str, Any]) -> None:
         ),
         prepare=_prepare,
         defaults={
-            "plans": Shown("rowwise; hf for an hf: model"),
+            "plans": Shown(DEFAULT_PLAN),
             "model": "llama3-8b",
             "mesh": Shown("tp=8; the program's own with --program"),
             "machine": MACHINE,

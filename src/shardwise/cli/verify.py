@@ -7,6 +7,7 @@ from typing import Annotated
 from shardwise.cli.asked import Call, Command, Shown, command
 from shardwise.cli.progress import ProgressLine
 from shardwise.core.option import Option
+from shardwise.verbs.checks import DEFAULT_PLAN
 from shardwise.verbs.verify import VerifyOptions
 from shardwise.verbs.verify import verify as prove
 
@@ -25,7 +26,7 @@ class _Asked(VerifyOptions):
     Command(
         _Asked,
         shared=("plans", "model", "mesh", "device", "sequence_parallel"),
-        defaults={"plans": Shown("hf for hf:... models, else rowwise"), "mesh": "tp=2", "device": "cpu"},
+        defaults={"plans": Shown(DEFAULT_PLAN), "mesh": "tp=2", "device": "cpu"},
         about={
             "plans": "Built-in plans, TOML files, hf (a Hugging Face model's own), own (the factory shards "
             "itself).",

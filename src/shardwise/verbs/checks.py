@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from shardwise.models.source import ModelSource
 
 ROWWISE = "rowwise"
+DEFAULT_PLAN = f"{ROWWISE}; hf for hf:..., own for a factory that takes a mesh"
+"""default_plan() in words."""
 
 
 def default_plan(source: "ModelSource") -> str:
