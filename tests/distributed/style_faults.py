@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from shardwise.core.placement import Shard
 from shardwise.core.plan import Family, Plan, ReduceScatter, Rule, Style, StyleName
-from shardwise.parallel import collectives, embedding, layers, loss, parameters
+from shardwise.parallel import checkpoints, collectives, loss, own_forward, parameters
 from shardwise.parallel import ownership as ownership_room
 from shardwise.parallel.builtin import builtin_plan
 from shardwise.parallel.embedding import EmbeddingShard
@@ -407,7 +407,7 @@ FAULTS = (
         llama(),
         SP["rowwise"],
         NORMS,
-        partial(patch.object, layers, "local_or_none", _detached),
+        partial(patch.object, own_forward, "local_weight", _detached),
         only=True,
         says="no gradient arrives on some rank",
     ),
@@ -453,10 +453,6 @@ def _unclipped(gradients: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     return torch.zeros((), dtype=torch.float64, device=next(iter(gradients)).device)
 
 
-def _no_order(module: nn.Module, *_: Any) -> None:
-    parameters.take_whole_tensors(module)
-
-
 # which part of the answer (see style_workers.run) each of these faults must spoil
 PART_FAULTS: dict[str, tuple[str, Planting]] = {
     "a reduce-scatter doesn't sum": (
@@ -483,7 +479,7 @@ PART_FAULTS: dict[str, tuple[str, Planting]] = {
     "nothing is clipped": ("steps tp=2", partial(patch.object, train, "clip_gradients", _unclipped)),
     "interleaved rows are saved as they are kept": (
         "state_dict",
-        partial(patch.object, embedding, "keep_rows_in_order", _no_order),
+        partial(patch.object, checkpoints, "keep_in_order", _nothing),
     ),
     "digests don't see": ("ranks", partial(patch.object, ranks, "digest", lambda tensor: int(tensor.sum()))),
 }

@@ -333,7 +333,7 @@ HOW = 'Allowed: "shard(DIM)", "shard(DIM: SIZE+SIZE)" in pieces, "replicate", "r
         (
             '[rules]\n"a" = { style = "gather_input", input = "shard(1)" }',
             'mine.toml: rule "a": style gather_input takes no argument "input". Allowed: divide, from, '
-            "parameters.",
+            "output, parameters.",
         ),
         (
             '[rules]\n"a" = { style = "rowwise", output = "shard" }',
@@ -402,8 +402,8 @@ def test_two_rules_with_one_pattern_are_refused() -> None:
             'style routed takes no argument "output". Allowed: ownership.',
         ),
         (
-            {"name": StyleName.GATHER_INPUT, "output": Shard(1)},
-            'style gather_input takes no argument "output". Allowed: divide, from, parameters.',
+            {"name": StyleName.SPLIT_INPUT, "output": Shard(1)},
+            'style split_input takes no argument "output". Allowed: divide, parameters.',
         ),
         (
             {"name": StyleName.REPLICATE, "input": Shard(1)},

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate as TorchReplicate
 from torch.distributed.tensor import distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shardwise.core.errors import MeshError, PlanError
+from shardwise.core.held import Held
 from shardwise.core.placement import Partial, Replicate, Shard
 from shardwise.core.plan import Engine, Ownership, Plan, Rule, Style, StyleName
 from shardwise.models.llama import Llama, LlamaConfig
@@ -99,12 +100,13 @@ GATHER_FROM_2 = Style(StyleName.GATHER_INPUT, input=Shard(2))
     [
         (
             changed("routed", engine=Engine.DTENSOR),
-            'rule "tok_embeddings" (routed): PyTorch\'s own styles have no "routed". Use engine = "native".',
+            'rule "tok_embeddings" (routed): PyTorch\'s own styles have no "routed" for tok_embeddings, a '
+            'Embedding. Use engine = "native".',
         ),
         (
             changed("replicated", engine=Engine.DTENSOR),
-            'rule "tok_embeddings" (replicated): PyTorch\'s own styles have no "replicated". Use engine = '
-            '"native".',
+            'rule "tok_embeddings" (replicated): PyTorch\'s own styles have no "replicated" for '
+            'tok_embeddings, a Embedding. Use engine = "native".',
         ),
         (
             changed("rowwise", norm=GATHER_INPUT),
@@ -117,22 +119,24 @@ GATHER_FROM_2 = Style(StyleName.GATHER_INPUT, input=Shard(2))
         ),
         (
             changed("rowwise", layers__ANY__attention=COLWISE),
-            'rule "layers.*.attention" (colwise) matched layers.0.attention, a Attention, which can\'t be '
-            "sharded. "
-            "Shardable: Linear, Embedding, RMSNorm, LayerNorm.",
+            'rule "layers.*.attention" (colwise) matched layers.0.attention, a Attention, whose class '
+            "doesn't tell how its parameters are cut. Say it: "
+            'parameters = { "inner.weight" = "shard(DIM)" }.',
         ),
         (
             changed("rowwise", output=ROUTED),
-            'rule "output" (routed) matched output, a Linear. Its styles: colwise, replicate, rowwise.',
+            'rule "output" (routed) matched output, a Linear. Its styles: colwise, local, replicate, '
+            "rowwise, sequence_parallel, whole.",
         ),
         (
-            changed("rowwise", tok_embeddings=REPLICATE),
-            'rule "tok_embeddings" (replicate) matched tok_embeddings, a Embedding. Its styles: colwise, '
-            "replicated, routed, rowwise.",
+            changed("rowwise", tok_embeddings=Style(StyleName.SEQUENCE_PARALLEL)),
+            'rule "tok_embeddings" (sequence_parallel) matched tok_embeddings, a Embedding. Its styles: '
+            "colwise, local, replicate, replicated, routed, rowwise, whole.",
         ),
         (
             changed("rowwise", norm=COLWISE),
-            'rule "norm" (colwise) matched norm, a RMSNorm. Its styles: replicate, sequence_parallel.',
+            'rule "norm" (colwise) matched norm, a RMSNorm. Its styles: local, replicate, '
+            "sequence_parallel, whole.",
         ),
         (
             changed("rowwise", tok_embeddings=replace(ROWWISE, output=Shard(2))),
@@ -163,11 +167,13 @@ GATHER_FROM_2 = Style(StyleName.GATHER_INPUT, input=Shard(2))
         ),
         (
             changed("rowwise", norm=None),
-            'no rule covers norm, a RMSNorm. Add one: "norm" = one of replicate, sequence_parallel.',
+            'no rule covers norm, a RMSNorm. Add one: "norm" = one of local, replicate, sequence_parallel, '
+            "whole.",
         ),
         (
             changed("rowwise", output=None),
-            'no rule covers output, a Linear. Add one: "output" = one of colwise, replicate, rowwise.',
+            'no rule covers output, a Linear. Add one: "output" = one of colwise, local, replicate, '
+            "rowwise, sequence_parallel, whole.",
         ),
         (
             changed("rowwise", layers__ANY__attention__wq=replace(COLWISE, input=Shard(1))),
@@ -185,7 +191,7 @@ GATHER_FROM_2 = Style(StyleName.GATHER_INPUT, input=Shard(2))
             changed("rowwise", layers__ANY__attention__wk=REPLICATE),
             'rule "layers.*.attention.wk" (replicate): layers.0.attention.wk is below a gather_input, '
             "where each rank's gradient is a part of "
-            "the sum. Allowed there: colwise, rowwise.",
+            'the sum. Add gradient = "partial", which sums the parts.',
         ),
     ],
 )
@@ -203,11 +209,10 @@ def test_a_replicated_norm_below_a_gather_input_is_refused() -> None:
     assert refusal(model, plan) == (
         'plan "mine": rule "layers.*.attention.q_norm" (replicate): layers.0.attention.q_norm is below a '
         "gather_input, where each rank's "
-        "gradient is a part of the sum. Use sequence_parallel, which sums the parts."
+        'gradient is a part of the sum. Add gradient = "partial", which sums the parts.'
     )
-    resolve(
-        model, changed("rowwise", layers__ANY__attention__q_norm=Style(StyleName.SEQUENCE_PARALLEL)), tp=2
-    )
+    for right in (replace(REPLICATE, gradient=Partial()), Style(StyleName.SEQUENCE_PARALLEL)):
+        resolve(model, changed("rowwise", layers__ANY__attention__q_norm=right), tp=2)
 
 
 @pytest.mark.parametrize(
@@ -327,18 +332,22 @@ def test_a_tied_head_must_be_colwise() -> None:
 
 def test_a_tied_head_without_a_rule_is_not_covered() -> None:
     assert refusal(llama(tied=True), changed("rowwise", output=None)) == (
-        'plan "mine": no rule covers output, a Linear. Add one: "output" = one of colwise, replicate, '
-        "rowwise."
+        'plan "mine": no rule covers output, a Linear. Add one: "output" = one of colwise, local, '
+        "replicate, rowwise, sequence_parallel, whole."
     )
 
 
-def test_other_ties_are_refused() -> None:
+def test_tied_weights_that_are_held_alike_are_taken_and_others_refused() -> None:
     model = llama()
     first, second = model.layers
     first.feed_forward.w1.weight = second.feed_forward.w1.weight  # type: ignore[union-attr]
-    assert refusal(model, builtin_plan("rowwise")) == (
-        'plan "rowwise": layers.0.feed_forward.w1.weight and layers.1.feed_forward.w1.weight are tied. '
-        "Only an embedding tied to one linear head can be sharded."
+    resolve(model, builtin_plan("rowwise"), tp=2)
+    whole = replace(REPLICATE, gradient=Partial())
+    plan = Plan("mine", (*builtin_plan("rowwise").rules, Rule("layers.1.feed_forward.w1", whole)))
+    assert refusal(model, plan) == (
+        'plan "mine": layers.0.feed_forward.w1.weight and layers.1.feed_forward.w1.weight are tied, and rule '
+        '"layers.*.feed_forward.w1" (colwise) holds it as shard(0), rule "layers.1.feed_forward.w1" '
+        "(replicate) as replicate, gradient partial. Hold it alike."
     )
 
 
@@ -380,36 +389,160 @@ def test_dropout_is_refused_unless_it_drops_nothing(kind: type[nn.Dropout]) -> N
     resolve(model, builtin_plan("rowwise"), tp=2)
 
 
-def test_a_module_with_parameters_of_its_own_is_refused_by_name() -> None:
+def test_parameters_of_a_module_that_holds_others_want_a_rule() -> None:
     model = llama()
     model.layers[1].register_parameter("gate", nn.Parameter(torch.empty(3, device="meta")))
     assert refusal(model, builtin_plan("rowwise")) == (
-        'plan "rowwise": layers.1, a Block, holds parameters of its own, and the native engine knows what '
-        "to do with "
-        "Linear, Embedding, RMSNorm, LayerNorm only. Use PyTorch's own styles for it."
+        'plan "rowwise": no rule covers gate of layers.1, a Block. Add one: "layers.1" = { style = "local", '
+        'parameters = { gate = "shard(DIM)" } }, or "replicate" where it isn\'t cut.'
     )
+    gate = Style(StyleName.LOCAL, parameters=(("gate", Held(Replicate())),))
+    resolve(model, Plan("p", (*builtin_plan("rowwise").rules, Rule("layers.1", gate))), tp=2)
 
 
-def test_parameters_of_the_model_itself_are_refused() -> None:
+def test_parameters_of_the_model_itself_want_a_rule() -> None:
     model = llama()
     model.register_parameter("positions", nn.Parameter(torch.empty(3, 96, device="meta")))
     assert refusal(model, builtin_plan("rowwise")) == (
-        'plan "rowwise": the model itself, a Llama, holds parameters of its own, and the native engine '
-        "knows what to do with "
-        "Linear, Embedding, RMSNorm, LayerNorm only. Use PyTorch's own styles for it."
+        'plan "rowwise": no rule covers positions of the model itself, a Llama. Add one: "." = { style = '
+        '"local", parameters = { positions = "shard(DIM)" } }, or "replicate" where it isn\'t cut.'
     )
+    resolve(model, Plan("p", (*builtin_plan("rowwise").rules, Rule(".", REPLICATE))), tp=2)
 
 
-def test_a_subclass_of_a_shardable_module_is_refused() -> None:
-    class Scaled(nn.Linear):
+def test_a_subclass_is_taken_for_its_class_where_it_has_its_forward() -> None:
+    class Named(nn.Linear):
         pass
 
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    for kind, sharder in ((Named, "ColwiseLinear"), (Scaled, "ColwiseLeaf")):
+        model = llama()
+        model.output = kind(96, 32, bias=False, device="meta")
+        *_, head = resolve(model, builtin_plan("rowwise"), tp=2)
+        assert type(head.sharder).__name__ == sharder
+        assert head.held == {"weight": Held(Shard(0))}
+
+
+class Fused(nn.Module):
+    """Query, key and value in one weight, laid [in, out]; its heads are counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 6
+        self.config = LlamaConfig(8, 96, 1, 12, 12, 8)
+        self.weight = nn.Parameter(torch.empty(96, 96 + 48 + 48, device="meta"))
+
+
+def with_fused(**arguments: object) -> tuple[nn.Module, Plan]:
     model = llama()
-    model.output = Scaled(96, 32, bias=False, device="meta")
-    assert refusal(model, builtin_plan("rowwise")) == (
-        'plan "rowwise": rule "output" (colwise) matched output, a Scaled, which can\'t be sharded. '
-        "Shardable: Linear, Embedding, RMSNorm, LayerNorm."
+    for layer in model.layers:
+        layer.fused = Fused()
+    style = Style(StyleName.LOCAL, **arguments)  # type: ignore[arg-type]
+    return model, Plan("p", (*builtin_plan("rowwise").rules, Rule("layers.*.fused", style)))
+
+
+def held_as(text: str) -> dict[str, object]:
+    return {"parameters": (("weight", Held.parse(text)),)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"parameters": (("wieght", Held(Shard(0))),)},
+            "parameters names wieght of layers.0.fused, a Fused, which has no such parameter. Did you mean "
+            '"weight"? It has: weight.',
+        ),
+        (
+            held_as("shard(2)"),
+            "cuts weight of layers.0.fused along dim 2, and it has shape [96, 192]. Name one of its dims.",
+        ),
+        (
+            held_as("shard(1: 96+48)"),
+            "cuts weight of layers.0.fused in pieces 96+48, which are 144 together, and dim 1 has 192. Give "
+            "pieces that add up to it.",
+        ),
+        (
+            held_as("shard(1: 95+97)"),
+            "cuts weight of layers.0.fused in pieces 95+97, and 95 is no multiple of tp=2. Use tp in {1, 5, "
+            "19, 95}.",
+        ),
+        (
+            held_as("shard(1: 96+48+48)") | {"divide": ("haeds",)},
+            'divide names haeds of layers.0.fused, and Fused has no haeds. Did you mean "heads"? Its counts: '
+            "heads.",
+        ),
+        (
+            held_as("shard(1: 96+48+48)") | {"divide": ("config.n_head",)},
+            "divide names config.n_head of layers.0.fused, and LlamaConfig has no n_head. Did you mean "
+            '"n_heads"? Its counts: ffn_hidden, hidden, n_heads, n_kv_heads, n_layers, vocab_size.',
+        ),
+        (
+            held_as("shard(1: 96+48+48)") | {"divide": ("config",)},
+            "divide names config of layers.0.fused, which is LlamaConfig(vocab_size=8, hidden=96, n_l. Name "
+            "an integer that counts what is cut.",
+        ),
+    ],
+)
+def test_what_a_rule_says_of_parameters_and_counts_must_be_so(
+    arguments: dict[str, object], message: str
+) -> None:
+    model, plan = with_fused(**arguments)
+    separator = " " if message.startswith("cuts") else ": "
+    assert refusal(model, plan) == f'plan "p": rule "layers.*.fused" (local){separator}{message}'
+
+
+def test_counts_that_do_not_divide_are_refused() -> None:
+    model, plan = with_fused(**held_as("shard(1: 96+48+48)"), divide=("heads",))
+    assert refusal(model, plan, tp=4).endswith(
+        "divide names heads of layers.0.fused, 6 over tp=4. Use tp in {1, 2, 3, 6}."
     )
+
+
+def test_a_parameter_that_two_rules_hold_is_held_alike() -> None:
+    model = llama()
+    for style, held in (("shard(0)", True), ("shard(1)", False)):
+        around = Style(StyleName.GATHER_INPUT, parameters=(("wq.weight", Held.parse(style)),))
+        plan = changed("rowwise", layers__ANY__attention=around)
+        if held:
+            resolve(model, plan, tp=2)
+            continue
+        assert refusal(model, plan) == (
+            'plan "mine": rule "layers.*.attention" (gather_input) holds layers.0.attention.wq.weight as '
+            'shard(1), and rule "layers.*.attention.wq" (colwise) as shard(0). Say it once, or alike.'
+        )
+
+
+def test_what_is_whole_inside_a_gather_input_says_that_its_gradient_is_a_part() -> None:
+    model = llama()
+    for layer in model.layers:
+        assert isinstance(layer.attention, nn.Module)
+        layer.attention.register_parameter("temperature", nn.Parameter(torch.empty((), device="meta")))
+    around = Style(StyleName.GATHER_INPUT, parameters=(("temperature", Held(Replicate())),))
+    assert refusal(model, changed("rowwise", layers__ANY__attention=around)) == (
+        'plan "mine": rule "layers.*.attention" (gather_input): temperature of layers.0.attention is whole '
+        "where each rank's gradient is a part of the sum. Write "
+        '"replicate, gradient partial", which sums them.'
+    )
+
+
+def test_whole_holds_for_what_is_inside_without_a_rule() -> None:
+    inside = ("attention.wq", "attention.wk", "attention.wv", "attention.wo")
+    rules = [
+        rule
+        for rule in builtin_plan("rowwise").rules
+        if not f"{rule.pattern}.".startswith("layers.*.attention.")
+    ]
+    plan = Plan("p", (*rules, Rule("layers.*.attention", Style(StyleName.WHOLE))))
+    found = {each.name: each for each in resolve(llama(), plan, tp=2)}
+    assert found["layers.1.attention"].below == tuple(name.partition(".")[2] for name in inside)
+    assert found["layers.1.attention"].held == {
+        f"{name.partition('.')[2]}.weight": Held(Replicate()) for name in inside
+    }
+    assert "layers.1.attention.wq" not in found
 
 
 def test_every_module_of_a_fitting_plan_gets_its_rule_in_the_models_order() -> None:

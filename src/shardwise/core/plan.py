@@ -1,7 +1,8 @@
 """Plan: a named set of rules (pattern of module names -> style), as data. TOML text in and out; no files are
 opened here.
 
-Patterns are dotted module names; `*` stands for one level, `**` for any number of levels. Where two rules
+Patterns are dotted module names; `*` stands for one level, `**` for any number of levels, `.` alone for the
+model itself. Where two rules
 match a module, the later one holds. What a style does to tensors is in parallel/; this file knows only which
 arguments a style takes.
 """
@@ -26,6 +27,8 @@ from shardwise.core.rule import RuleRef
 from shardwise.core.toml_text import TomlValue, comment, quote, toml
 
 E = TypeVar("E", bound=StrEnum)
+ROOT = "."
+"""The pattern of the model itself, for parameters of its own."""
 
 
 class Engine(StrEnum):
@@ -69,10 +72,10 @@ class StyleName(StrEnum):
     ROUTED = "routed", "ownership"
     REPLICATED = "replicated", "output"
     SEQUENCE_PARALLEL = "sequence_parallel"
-    GATHER_INPUT = "gather_input", "from", "parameters", "divide"
+    GATHER_INPUT = "gather_input", "from", "output", "parameters", "divide"
     REPLICATE = "replicate", "gradient"
     LOCAL = "local", "parameters", "divide"
-    WHOLE = "whole"
+    WHOLE = "whole", "input", "output"
     SPLIT_INPUT = "split_input", "parameters", "divide"
 
     @property
@@ -192,12 +195,15 @@ class Rule:
     style: Style
 
     def __post_init__(self) -> None:
-        if not self.pattern or not all(self.pattern.split(".")):
+        if self.pattern != ROOT and (not self.pattern or not all(self.pattern.split("."))):
             raise PlanError(
                 f'"{self.pattern}" is no pattern. Write a dotted module name; * is one level, ** any number.'
             )
 
     def matches(self, module: str) -> bool:
+        """module: its name, "" for the model itself."""
+        if not module or self.pattern == ROOT:
+            return not module and self.pattern == ROOT
         names = module.split(".")
         reached = [True] + [False] * len(names)  # whether the levels so far take the first i names
         for level in _levels(self.pattern):

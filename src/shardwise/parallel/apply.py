@@ -17,7 +17,7 @@ from shardwise.parallel.builtin import builtin_plan
 from shardwise.parallel.engines.dtensor import apply_dtensor
 from shardwise.parallel.engines.native import apply_native
 from shardwise.parallel.loss import Loss, PlainLoss
-from shardwise.parallel.ownership import RowOwnership
+from shardwise.parallel.ownership import Order
 from shardwise.torch_private import check
 
 _ATTRIBUTE = "_shardwise"
@@ -25,12 +25,12 @@ _ATTRIBUTE = "_shardwise"
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What parallelize() did to a model. row_order: parameters whose rows are interleaved. foreign: another
-    library's plan instead."""
+    """What parallelize() did to a model. row_order: the order in which parameters are kept that aren't kept
+    in their own. foreign: another library's plan instead."""
 
     plan: Plan | None
     loss: Loss
-    row_order: dict[str, RowOwnership] = field(default_factory=dict)
+    row_order: dict[str, Order] = field(default_factory=dict)
     foreign: tuple[RuleUse, ...] | None = None
 
     def rule_for(self, name: str) -> RuleRef | None:
@@ -40,7 +40,7 @@ class Applied:
             if rule is not None:
                 return rule
             name = name.rpartition(".")[0]
-        return None
+        return self._rule_of("")
 
     def _rule_of(self, name: str) -> RuleRef | None:
         if self.foreign is not None:

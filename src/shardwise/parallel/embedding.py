@@ -18,12 +18,14 @@ from torch import Tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from shardwise.core.errors import InputError, PlanError
+from shardwise.core.held import Held
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.core.plan import Ownership
 from shardwise.parallel import collectives
 from shardwise.parallel.axis import Site
-from shardwise.parallel.ownership import RowOwnership
-from shardwise.parallel.parameters import keep_rows_in_order, local_weight, take_whole_tensors, to_torch
+from shardwise.parallel.counts import divide_counts
+from shardwise.parallel.ownership import Order, RowOwnership
+from shardwise.parallel.parameters import local_weight, to_torch
 from shardwise.parallel.sharder import Assignment, Fit, Sharder, Work, check_no_empty_shard
 
 
@@ -44,11 +46,7 @@ class TableSharder(Sharder):
 
     def check(self, assignment: Assignment, fit: Fit) -> None:
         module, rule, name = assignment.module, assignment.rule, assignment.name
-        if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
-            raise PlanError(
-                f"rule {rule}: {name} uses max_norm, sparse or scale_grad_by_freq, which no style carries "
-                "out. Switch them off."
-            )
+        check_table_options(assignment)
         if self.cut_dim == 0:
             check_no_empty_shard(assignment, fit, module.num_embeddings, "rows")
         if rule.style.ownership is Ownership.INTERLEAVED and fit.fsdp > 1:
@@ -57,13 +55,28 @@ class TableSharder(Sharder):
                 'FSDP cuts them again. Use ownership = "contiguous", or no fsdp axis.'
             )
 
+    def held(self, assignment: Assignment) -> dict[str, Held]:
+        if self.cut_dim is not None:
+            return {"weight": Held(Shard(self.cut_dim))}
+        # each rank looked up a part of the tokens only
+        return {
+            "weight": Held(Replicate(), gradient=Partial() if self.cuts_sequence(assignment.style) else None)
+        }
+
     def apply(self, assignment: Assignment, work: Work) -> None:
         module, style = assignment.module, assignment.style
         ownership = RowOwnership(module.num_embeddings, work.axis.size, style.ownership)
         sequence_parallel = self.cuts_sequence(style)
-        shard = EmbeddingShard(work.site(assignment), self, ownership, module.padding_idx, sequence_parallel)
-        work.replace(module, "weight", shard.weight_placement, shard.grad_placement, shard)
-        shard.order_rows(assignment, work)
+        shard = EmbeddingShard(
+            work.site(assignment),
+            self,
+            ownership,
+            module.padding_idx,
+            sequence_parallel,
+            self.held(assignment)["weight"],
+        )
+        work.hold(assignment, shard)
+        divide_counts(assignment, work.axis.size)
         module.forward = lambda ids: shard(ids, local_weight(module.weight, shard.grad_placement))
 
 
@@ -76,17 +89,22 @@ class EmbeddingShard:
     ownership: RowOwnership
     padding_idx: int | None
     sequence_parallel: bool
+    held: Held
 
     @property
     def weight_placement(self) -> Placement:
-        return Replicate() if self.sharder.cut_dim is None else Shard(self.sharder.cut_dim)
+        return self.held.placement
 
     @property
     def grad_placement(self) -> Placement:
-        """What one rank's gradient of its table is: a part of the sum where it looked up a part of the tokens
-        only."""
-        is_part = self.sharder.cut_dim is None and self.sequence_parallel
-        return Partial() if is_part else self.weight_placement
+        """What one rank's gradient of its table is."""
+        return self.held.gradient_placement
+
+    @property
+    def order(self) -> Order | None:
+        """The order of its rows, where that isn't theirs."""
+        is_interleaved = self.ownership.kind is Ownership.INTERLEAVED and self.site.axis.size > 1
+        return self.ownership if is_interleaved else None
 
     def __call__(self, ids_BS: Tensor, weight: Tensor) -> Tensor:
         """See TableSharder.look_up."""
@@ -101,15 +119,6 @@ class EmbeddingShard:
                 "sequence parallelism needs."
             )
         return self.sharder.look_up(self, ids_BS, weight)
-
-    def order_rows(self, assignment: Assignment, work: Work) -> None:
-        """Lets checkpoints of a module that has this table speak of rows in the order of their ids."""
-        if self.ownership.kind is Ownership.INTERLEAVED and work.axis.size > 1:
-            origin = work.site(assignment).origin(Shard(0), Shard(0))
-            keep_rows_in_order(assignment.module, self.ownership, work.axis, origin)
-            work.row_order[f"{assignment.name}.weight"] = self.ownership
-        else:
-            take_whole_tensors(assignment.module)
 
     def rows_for_head(self, site: Site, n_rows: int, hidden: int) -> Callable[[Tensor], Tensor]:
         """How a head that is tied to this table gets its rows [V/T, H]; gradients go back the same way."""
@@ -138,6 +147,17 @@ class EmbeddingShard:
         padding = torch.tensor(self.padding_idx)
         is_own = int(self.ownership.owner(padding)) == self.site.axis.rank
         return int(self.ownership.local(padding)) if is_own else None
+
+
+def check_table_options(assignment: Assignment) -> None:
+    """Raises PlanError for what a table does beside looking up, of any class."""
+    if any(
+        getattr(assignment.module, option, None) for option in ("max_norm", "sparse", "scale_grad_by_freq")
+    ):
+        raise PlanError(
+            f"rule {assignment.rule}: {assignment.shown} uses max_norm, sparse or scale_grad_by_freq, which "
+            "no style carries out. Switch them off."
+        )
 
 
 def by_destination(ids_BS: Tensor, n_ranks: int) -> Tensor:

@@ -3,7 +3,7 @@
 from torch import nn
 
 from shardwise.core.rule import ModuleKind
-from shardwise.parallel.resolve import last_linear
+from shardwise.parallel.resolve import head_of
 
 
 def kind_of(module: nn.Module) -> ModuleKind:
@@ -20,8 +20,7 @@ def kind_of(module: nn.Module) -> ModuleKind:
 
 
 def outer_parameters(model: nn.Module) -> frozenset[nn.Parameter]:
-    """Those of embeddings, and of the head: the module that a Hugging Face model calls so, else the last
-    linear layer."""
-    head = getattr(model, "get_output_embeddings", lambda: None)() or last_linear(model)
+    """Those of embeddings, and of the head."""
+    head = head_of(model)
     outer = (module for module in model.modules() if isinstance(module, nn.Embedding) or module is head)
     return frozenset(parameter for module in outer for parameter in module.parameters())

@@ -4,17 +4,18 @@ tensors.
 Shapes: activations [B, S, H] or [B, S/T, H] (sequence parallel).
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from shardwise.core.errors import PlanError
-from shardwise.core.placement import Partial, Placement, Replicate
+from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.parallel import collectives
 from shardwise.parallel.axis import Site
+from shardwise.parallel.ownership import Order
 from shardwise.parallel.parameters import local_weight
-from shardwise.parallel.sharder import Assignment, Fit, Sharder, Work, check_no_empty_shard, divisors
+from shardwise.parallel.sharder import Assignment, Fit, Sharder, check_no_empty_shard, divisors
 
 SEQUENCE_DIM = 1
 
@@ -36,6 +37,35 @@ def local_or_none(parameter: Tensor | None, grad: Placement) -> Tensor | None:
     return None if parameter is None else local_weight(parameter, grad)
 
 
+def refuse_uneven_sequence(x: Tensor, site: Site) -> None:
+    """Raises PlanError for a whole sequence that the ranks can't share out evenly."""
+    size = x.shape[SEQUENCE_DIM] if x.dim() > SEQUENCE_DIM else 1
+    if size % site.axis.size:
+        raise PlanError(
+            f"{site.module}: rule {site.rule} cuts a sequence of {size} over tp={site.axis.size}. Use a "
+            f"multiple of {site.axis.size}."
+        )
+
+
+def gather_features(y: Tensor, full: int, order: Order | None, site: Site, grad: Placement) -> Tensor:
+    """Shard(-1) -> Replicate, in the model's own order where ranks have theirs in another."""
+    origin = site.origin(Shard(-1), Replicate())
+    whole = collectives.all_gather(y, -1, site.axis, full_size=full, grad_placement=grad, origin=origin)
+    if order is None:
+        return whole
+    kept = torch.cat([order.ids_of(rank) for rank in range(order.axis_size)])
+    return whole.index_select(-1, torch.argsort(kept).to(whole.device))
+
+
+def sum_parts(y: Tensor, after: Placement, site: Site) -> Tensor:
+    """Summands to their sum, or to the own part of it."""
+    axis, origin = site.axis, site.origin(Partial(), after)
+    if after == Replicate():
+        return collectives.all_reduce(y, axis, grad_placement=Replicate(), origin=origin)
+    refuse_uneven_sequence(y, site)
+    return collectives.reduce_scatter(y, SEQUENCE_DIM, axis, grad_placement=after, origin=origin)
+
+
 class LinearSharder(Sharder):
     """What all styles that cut a linear layer share: heads stay whole, and parts aren't empty."""
 
@@ -47,25 +77,29 @@ class LinearSharder(Sharder):
         width = module.weight.shape[self.cut_dim]
         parent_name, _, _ = assignment.name.rpartition(".")
         parent = fit.modules.get(parent_name)
-        per_head = _features_per_head(module, parent, self.cut_dim)
-        if per_head and width % per_head == 0 and (width // per_head) % fit.tp:
-            heads = width // per_head
-            what = "KV heads" if _is_narrower(module, parent, self.cut_dim) else "heads"
-            raise PlanError(
-                f"rule {assignment.rule} splits {heads} {what} of {parent_name} over tp={fit.tp}. Use tp in "
-                f"{divisors(heads)}."
-            )
+        pieces = assignment.style.pieces
+        per_head = _features_per_head(module, parent, self.cut_dim, is_in_pieces=bool(pieces))
+        for size in pieces or (width,):
+            if per_head and size % per_head == 0 and (size // per_head) % fit.tp:
+                heads = size // per_head
+                is_kv = size < max(pieces, default=0) or _is_narrower(module, parent, self.cut_dim)
+                raise PlanError(
+                    f"rule {assignment.rule} splits {heads} {'KV heads' if is_kv else 'heads'} of "
+                    f"{parent_name} over tp={fit.tp}. Use tp in {divisors(heads)}."
+                )
         check_no_empty_shard(assignment, fit, width, self.what)
 
 
-def _features_per_head(module: nn.Linear, parent: nn.Module | None, cut_dim: int) -> int:
+def _features_per_head(
+    module: nn.Linear, parent: nn.Module | None, cut_dim: int, *, is_in_pieces: bool
+) -> int:
     """Of the dim that is cut; 0 where the module around it doesn't say. A projection that gives several times
     what its sibling takes back has so many tensors of a head side by side, such as query, key and value."""
     head_dim = getattr(parent, "head_dim", None)
     if not isinstance(head_dim, int) or parent is None:
         return 0
     taken_back = max((other.in_features for other in _siblings(module, parent)), default=0)
-    is_fused = cut_dim == 0 and taken_back and module.out_features % taken_back == 0
+    is_fused = not is_in_pieces and cut_dim == 0 and taken_back and module.out_features % taken_back == 0
     return head_dim * (module.out_features // taken_back if is_fused else 1)
 
 
@@ -78,19 +112,3 @@ def _is_narrower(module: nn.Linear, parent: nn.Module | None, cut_dim: int) -> b
 def _siblings(module: nn.Linear, parent: nn.Module | None) -> list[nn.Linear]:
     children = parent.children() if parent is not None else ()
     return [child for child in children if isinstance(child, nn.Linear) and child is not module]
-
-
-def apply_to_norm(assignment: Assignment, work: Work, grad: Placement) -> None:
-    """A norm whose parameters every rank holds whole. grad: Partial where each rank sees a part of the
-    tokens."""
-    module = assignment.module
-    is_rms = isinstance(module, nn.RMSNorm)
-    norm: Any = F.rms_norm if is_rms else F.layer_norm
-    names = ("weight",) if is_rms else ("weight", "bias")
-    work.keep_whole(module, grad)
-
-    def forward(x: Tensor) -> Tensor:
-        own = (local_or_none(getattr(module, name), grad) for name in names)
-        return norm(x, module.normalized_shape, *own, module.eps)  # type: ignore[no-any-return]
-
-    module.forward = forward

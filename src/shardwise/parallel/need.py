@@ -7,8 +7,10 @@ from torch import nn
 
 from shardwise.core.errors import OptionError
 from shardwise.core.mesh import Mesh
+from shardwise.core.placement import Shard
 from shardwise.core.plan import AnyPlan, Engine, Plan, TheirPlan
 from shardwise.parallel.any_plan import name_of
+from shardwise.parallel.claims import claims
 from shardwise.parallel.collectives import chunk_sizes
 from shardwise.parallel.resolve import resolve
 
@@ -26,16 +28,12 @@ def state_bytes(model: nn.Module, plan: AnyPlan, mesh: Mesh, dtype: torch.dtype)
         parts = mesh.fsdp * (1 if plan is TheirPlan.UNSHARDED else mesh.tp)
         return int(4 * whole / parts * dtype.itemsize)
     sharded: dict[str, float] = {}
-    for assignment in resolve(model, plan, tp=mesh.tp, fsdp=mesh.fsdp):
-        for name, parameter in assignment.module.named_parameters(recurse=False):
-            whole = parameter.numel()
-            dim = assignment.sharder.cut_dim
-            share = (
-                chunk_sizes(parameter.shape[dim], mesh.tp)[0] / parameter.shape[dim]
-                if dim is not None and dim < parameter.dim()
-                else 1.0
-            )
-            sharded[f"{assignment.name}.{name}"] = whole * share
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for name, claim in claims(resolve(model, plan, tp=mesh.tp, fsdp=mesh.fsdp)).items():
+        placement = claim.held.placement
+        if isinstance(placement, Shard) and name in named:
+            size = named[name].shape[placement.dim]
+            sharded[name] = named[name].numel() * chunk_sizes(size, mesh.tp)[0] / size
     parameters = (
         sum(sharded.get(name, parameter.numel()) for name, parameter in model.named_parameters()) / mesh.fsdp
     )

@@ -1,11 +1,11 @@
-"""Which rank owns which row of a table, and where it keeps it; and the route that rows take to the ranks that
-need them.
+"""Which rank owns which row of a table, or which part of a weight in pieces, and where it keeps it; and the
+route that rows take to the ranks that need them.
 
 Pure functions of host-side ids: no collectives, no devices. t ranks, V rows.
 
 contiguous: rank r owns the r-th chunk, as torch.chunk cuts V. interleaved: rows are dealt round-robin, id % t
 where t divides V, with the same number of rows per rank as contiguous has (a rank that is full is passed
-over), so that a DTensor's shard sizes hold.
+over), so that a DTensor's shard sizes hold. pieces: each rank has its chunk of each.
 
 The route (for sequence parallelism: rank d needs the d-th part of every sequence) sends each distinct row
 once to each rank that needs it. Formula of what rank r sends: H x sum over d != r of |distinct ids of part d
@@ -14,12 +14,45 @@ that r owns|.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from shardwise.core.plan import Ownership
 from shardwise.parallel.collectives import chunk_sizes
+
+
+class Order(Protocol):
+    """Which indices of a dim of `size` each rank of an axis keeps, and in which order; each as many as
+    torch.chunk gives it, so that a DTensor's shard sizes hold."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def axis_size(self) -> int: ...
+    def ids_of(self, rank: int) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PieceOrder:
+    """Of a dim that is several pieces laid one after the other: each rank keeps its chunk of each piece.
+    Every piece must divide by the axis."""
+
+    pieces: tuple[int, ...]
+    axis_size: int
+    dim: int = 0
+
+    @property
+    def size(self) -> int:
+        return sum(self.pieces)
+
+    def ids_of(self, rank: int) -> Tensor:
+        """The indices that a rank keeps: ascending."""
+        pieces = torch.arange(self.size).split(self.pieces)
+        return torch.cat([piece.chunk(self.axis_size)[rank] for piece in pieces])
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +62,14 @@ class RowOwnership:
     vocab_size: int
     axis_size: int
     kind: Ownership = Ownership.CONTIGUOUS
+
+    @property
+    def size(self) -> int:
+        return self.vocab_size
+
+    @property
+    def dim(self) -> int:
+        return 0
 
     def rows_of(self, rank: int) -> int:
         return chunk_sizes(self.vocab_size, self.axis_size)[rank]

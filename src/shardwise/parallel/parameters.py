@@ -1,13 +1,7 @@
-"""Parameters of the native engine: DTensors cut from whole tensors, the order of their rows in checkpoints,
-and the reduction of the gradients of replicated parameters of which every rank computed a part.
+"""Parameters of the native engine: DTensors cut from whole tensors, in the order in which ranks keep them,
+and the reduction of the gradients of replicated parameters of which every rank computed a part."""
 
-An interleaved table keeps its rows in another order than a DTensor's shards say. state_dict() gives them back
-in the order of their ids (an all-to-all of rows; all ranks must call it), load_state_dict() takes that order,
-so checkpoints know nothing of ownership. An optimizer's state follows the rows as they are kept: resume it
-with the same plan and tp size.
-"""
-
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,12 +14,11 @@ from torch.distributed.tensor import Shard as TorchShard
 from torch.utils.hooks import RemovableHandle
 
 from shardwise.core.collective import Origin
-from shardwise.core.errors import ModelError, PlanError
+from shardwise.core.errors import ModelError
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
-from shardwise.core.plan import Ownership
 from shardwise.parallel.axis import Axis
-from shardwise.parallel.collectives import chunk_sizes, sum_now, swap_rows_now
-from shardwise.parallel.ownership import RowOwnership
+from shardwise.parallel.collectives import chunk_sizes, sum_now
+from shardwise.parallel.ownership import Order
 from shardwise.torch_private import (
     after_backward,
     graph_task,
@@ -54,13 +47,11 @@ def as_dtensor(local: Tensor, whole: torch.Size, placement: Placement, axis: Axi
     )
 
 
-def own_part(
-    whole: Tensor, placement: Placement, axis: Axis, ownership: RowOwnership | None = None
-) -> Tensor:
+def own_part(whole: Tensor, placement: Placement, axis: Axis, order: Order | None = None) -> Tensor:
     """This rank's part of a whole tensor, as memory of its own."""
     match placement:
-        case Shard(0) if ownership is not None and ownership.kind is Ownership.INTERLEAVED:
-            return whole.index_select(0, ownership.ids_of(axis.rank).to(whole.device))
+        case Shard(dim) if order is not None:
+            return whole.index_select(dim, order.ids_of(axis.rank).to(whole.device))
         case Shard(dim):
             sizes = chunk_sizes(whole.shape[dim], axis.size)
             return whole.narrow(dim, sum(sizes[: axis.rank]), sizes[axis.rank]).clone(
@@ -71,32 +62,35 @@ def own_part(
 
 
 def shard_parameter(
-    parameter: nn.Parameter, placement: Placement, axis: Axis, ownership: RowOwnership | None
+    parameter: nn.Parameter, placement: Placement, axis: Axis, order: Order | None
 ) -> nn.Parameter:
     """The DTensor parameter that takes the place of a whole one (real or meta)."""
     if isinstance(parameter, DTensor):
         raise AssertionError("the parameter is a DTensor already")
-    local = own_part(parameter.detach(), placement, axis, ownership)
+    local = own_part(parameter.detach(), placement, axis, order)
     return nn.Parameter(
         as_dtensor(local, parameter.shape, placement, axis), requires_grad=parameter.requires_grad
     )
 
 
 def local_weight(parameter: Tensor, grad_placement: Placement) -> Tensor:
-    """The local tensor of a parameter for use in a forward, telling autograd what its gradient will be."""
+    """The local tensor of a parameter for use in a forward, telling autograd what its gradient will be. A
+    module around may have put it there already."""
     if not isinstance(parameter, DTensor):
-        raise AssertionError("the parameter is no DTensor: was it replaced after parallelize()?")
+        if type(parameter) is nn.Parameter:  # isinstance takes a DTensor's local tensor for one, too
+            raise AssertionError("the parameter is no DTensor: was it replaced after parallelize()?")
+        return parameter
     return parameter.to_local(grad_placements=[to_torch(grad_placement)])
 
 
 def fill(
-    model: nn.Module, whole_of: Callable[[str, torch.Size], Tensor], row_order: dict[str, RowOwnership]
+    model: nn.Module, whole_of: Callable[[str, torch.Size], Tensor], row_order: Mapping[str, Order]
 ) -> None:
     """Gives every parameter its values: `whole_of(name, shape)` returns the whole tensor, of which this rank
     keeps its part.
 
     Meta parameters become real on the device of what `whole_of` returns, and keep the hooks that a factory
-    has put on them. row_order: parameters whose rows are interleaved.
+    has put on them. row_order: of parameters that aren't kept in their own.
     """
     replaced: dict[int, nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
@@ -120,93 +114,27 @@ def _move_hooks(before: nn.Parameter, after: nn.Parameter) -> None:
         after.register_post_accumulate_grad_hook(hook)
 
 
-def _part_for(parameter: Tensor, whole: Tensor, ownership: RowOwnership | None) -> Tensor:
+def _part_for(parameter: Tensor, whole: Tensor, order: Order | None) -> Tensor:
     if not isinstance(parameter, DTensor):
         return whole
-    return part_of_dtensor(whole, parameter, ownership)
+    return part_of_dtensor(whole, parameter, order)
 
 
-def part_of_dtensor(whole: Tensor, like: DTensor, ownership: RowOwnership | None = None) -> DTensor:
+def part_of_dtensor(whole: Tensor, like: DTensor, order: Order | None = None) -> DTensor:
     """A whole tensor cut as `like` is cut, on any mesh. Partial axes can't be cut."""
-    if ownership is not None and ownership.kind is Ownership.INTERLEAVED:
-        whole = whole.index_select(
-            0, torch.cat([ownership.ids_of(rank) for rank in range(ownership.axis_size)]).to(whole.device)
-        )
+    if order is not None:
+        ids = torch.cat([order.ids_of(rank) for rank in range(order.axis_size)])
+        whole = whole.index_select(order.dim, ids.to(whole.device))
     shape, offset = local_shape_and_offset(like.shape, like.device_mesh, like.placements)
     part = whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
-    return _as_part_like(part.clone(memory_format=torch.contiguous_format), like)
+    return as_part_like(part.clone(memory_format=torch.contiguous_format), like)
 
 
-def _as_part_like(local: Tensor, like: DTensor) -> DTensor:
+def as_part_like(local: Tensor, like: DTensor) -> DTensor:
+    """A local tensor as this rank's part of what is cut as `like` is."""
     return DTensor.from_local(
         local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
-
-
-def keep_rows_in_order(module: nn.Module, ownership: RowOwnership, axis: Axis, origin: Origin) -> None:
-    """Makes state_dict() and load_state_dict() of `module.weight` speak of rows in the order of their ids."""
-    own_ids = ownership.ids_of(axis.rank)
-    sizes = chunk_sizes(ownership.vocab_size, axis.size)
-    first = sum(sizes[: axis.rank])
-    to_chunk = torch.bincount(own_ids // max(1, sizes[0]), minlength=axis.size).tolist()
-    chunk_ids = torch.arange(first, first + sizes[axis.rank])
-    owners = ownership.owner(chunk_ids)
-    order = torch.argsort(owners, stable=True)
-    to_owner = torch.bincount(owners, minlength=axis.size).tolist()
-
-    def check_mesh(kept: DTensor) -> None:
-        if kept.device_mesh.size() > axis.size:
-            raise PlanError(
-                f"{origin.module}: rule {origin.rule} interleaves its rows, and FSDP has cut them again over "
-                f"a mesh of {kept.device_mesh.shape}, so no checkpoint can tell their order. Use ownership = "
-                '"contiguous".'
-            )
-
-    def in_order_of_ids(kept: DTensor) -> DTensor:
-        check_mesh(kept)
-        received = swap_rows_now(kept.to_local(), to_chunk, to_owner, axis, origin)
-        natural = torch.empty_like(received)
-        natural[order.to(received.device)] = received
-        return as_dtensor(natural, kept.shape, Shard(0), axis)
-
-    def as_kept(natural: Tensor, kept: DTensor) -> DTensor:
-        check_mesh(kept)
-        if not isinstance(natural, DTensor):
-            return _as_part_like(natural.index_select(0, own_ids.to(natural.device)), kept)
-        sorted_rows = natural.to_local()[order.to(natural.device)]
-        return _as_part_like(swap_rows_now(sorted_rows, to_owner, to_chunk, axis, origin), kept)
-
-    def after_state_dict(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
-        state[f"{prefix}weight"] = in_order_of_ids(state[f"{prefix}weight"].detach())
-
-    def before_load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        kept, natural = module.weight, state.get(f"{prefix}weight")
-        assert isinstance(kept, DTensor)
-        if (
-            natural is not None and natural.shape == kept.shape
-        ):  # a wrong shape gets load_state_dict's own message
-            state[f"{prefix}weight"] = as_kept(natural.detach(), kept)
-
-    module.register_state_dict_post_hook(after_state_dict)
-    module.register_load_state_dict_pre_hook(before_load)
-
-
-def take_whole_tensors(module: nn.Module) -> None:
-    """Lets load_state_dict() take plain whole tensors too, of which each rank keeps its part."""
-
-    def before_load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        for name, parameter in module.named_parameters(recurse=False):
-            value = state.get(f"{prefix}{name}")
-            if (
-                not isinstance(parameter, DTensor)
-                or not isinstance(value, Tensor)
-                or isinstance(value, DTensor)
-            ):
-                continue
-            if value.shape == parameter.shape:  # a wrong shape gets load_state_dict's own message
-                state[f"{prefix}{name}"] = part_of_dtensor(value, parameter)
-
-    module.register_load_state_dict_pre_hook(before_load)
 
 
 def refuse_untied(model: nn.Module, ties: Collection[tuple[str, ...]]) -> None:

@@ -6,17 +6,17 @@ only one style wants its own file says: styles/.
 """
 
 from collections.abc import Iterator, Mapping
-from itertools import islice
 
 from torch import nn
 
 from shardwise.core.errors import PlanError
-from shardwise.core.placement import Replicate
-from shardwise.core.plan import Engine, Ownership, Plan, Rule, suggest_pattern
+from shardwise.core.placement import Partial, Replicate
+from shardwise.core.plan import Engine, Plan, Rule, suggest_pattern
+from shardwise.parallel.claims import check_held, check_none_forgotten, check_ties, claims
 from shardwise.parallel.collectives import chunk_sizes
+from shardwise.parallel.counts import check_counts
 from shardwise.parallel.sharder import Assignment, Fit, Sharder, divisors
-from shardwise.parallel.styles import SHARDABLE, STYLES, sharder_of, styles_of
-from shardwise.torch_private import AnyDropout
+from shardwise.parallel.styles import STYLES, sharder_of, styles_of
 
 
 def resolve(
@@ -28,14 +28,18 @@ def resolve(
     seq: the length that will be used, where it is known; fsdp: the ranks on axes that shard parameters
     further.
     """
-    fit = Fit({name: module for name, module in model.named_modules() if name}, tp, fsdp, seq)
+    fit = Fit(dict(model.named_modules()), tp, fsdp, seq)
     try:
         for rule in plan.rules:
             _check_matches(rule, fit.modules)
-        assignments = tuple(_assignments(plan, fit))
+        assignments = tuple(_assignments(model, plan, fit))
+        held = claims(assignments)
         if plan.engine is Engine.NATIVE:
-            _check_native(model, assignments, fit)
-        _check_ties(model, assignments, plan.engine)
+            for assignment in assignments:
+                if assignment.is_input_whole:
+                    assignment.sharder.check_below_gather_input(assignment)
+            check_none_forgotten(model, held, {each.name: each for each in assignments})
+        check_ties(tied_parameters(model), held, plan.engine)
     except PlanError as error:
         raise PlanError(f'plan "{plan.name}": {error}') from None
     return assignments
@@ -49,42 +53,85 @@ def tied_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {name: tuple(group) for group in names.values() if len(group) > 1 for name in group}
 
 
-def last_linear(model: nn.Module) -> nn.Module | None:
-    """The head: the linear layer that the model registered last."""
-    return next((module for module in reversed(list(model.modules())) if isinstance(module, nn.Linear)), None)
+def head_of(model: nn.Module) -> nn.Module | None:
+    """The head: what a Hugging Face model calls so, else the module that owns a matrix, is no embedding, and
+    was registered last."""
+    named: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
+    if named is not None:
+        return named
+    return next(
+        (
+            module
+            for module in reversed(list(model.modules()))
+            if not isinstance(module, nn.Embedding)
+            and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+        ),
+        None,
+    )
 
 
 def below_gather_input(name: str, plan: Plan) -> bool:
-    """Whether an enclosing module makes the input whole."""
+    """Whether the modules around one make what is whole have a part of its gradient on each rank."""
     parts = name.split(".")
-    rules = (plan.rule_for(".".join(parts[:depth])) for depth in range(1, len(parts)))
-    styles = (STYLES[rule.style.name] for rule in rules if rule is not None)
-    return any(sharder.gathers_input for sharders in styles for sharder in sharders.values())
+    around = ["", *(".".join(parts[:depth]) for depth in range(1, len(parts)))] if name else []
+    inside: Partial | Replicate | None = None
+    for rule in map(plan.rule_for, around):
+        sharders = STYLES[rule.style.name].values() if rule is not None else ()
+        inside = next((each.gradients_inside for each in sharders if each.gradients_inside), inside)
+    return inside == Partial()
 
 
-def _assignments(plan: Plan, fit: Fit) -> Iterator[Assignment]:
+def _assignments(model: nn.Module, plan: Plan, fit: Fit) -> Iterator[Assignment]:
     """Each module with its rule, as soon as it is known to suit the module."""
-    head = [module for module in fit.modules.values() if isinstance(module, nn.Linear)][-1:]
+    head = head_of(model)
     for name, module in fit.modules.items():
         rule = plan.rule_for(name)
         if rule is None:
             continue
         sharder = _sharder(rule, name, module)
-        assignment = Assignment(name, module, rule, sharder, below_gather_input(name, plan))
+        below = tuple(_without_rules(name, module, plan)) if sharder.holds_below else ()
+        assignment = Assignment(name, module, rule, sharder, below_gather_input(name, plan), below)
         _check_arguments(assignment)
         if fit.seq is not None and fit.seq % fit.tp and sharder.cuts_sequence(rule.style):
             raise PlanError(
                 f"rule {rule} cuts the sequence, and {fit.seq} is no multiple of tp={fit.tp}. Use a sequence "
                 f"that is a multiple of {fit.tp}, or a plan without sequence parallelism."
             )
-        if plan.engine is Engine.DTENSOR and sharder.twin(assignment, keeps_dtensor=False) is None:
-            raise PlanError(
-                f'rule {rule}: PyTorch\'s own styles have no "{rule.style.name}". Use engine = "native".'
-            )
-        sharder.check(assignment, fit)
         if plan.engine is Engine.DTENSOR:
-            _check_equal_parts(assignment, is_head=module in head, tp=fit.tp)
+            _check_twin(assignment)
+        sharder.check(assignment, fit)
+        check_held(assignment, fit)
+        check_counts(assignment, fit.tp)
+        if plan.engine is Engine.DTENSOR:
+            _check_equal_parts(assignment, is_head=module is head, tp=fit.tp)
         yield assignment
+
+
+def _without_rules(name: str, module: nn.Module, plan: Plan) -> Iterator[str]:
+    """Modules inside, by their name from it on, that own parameters and have no rule."""
+    for path, inner in module.named_modules():
+        has_own = any(True for _ in inner.parameters(recurse=False))
+        if path and has_own and plan.rule_for(f"{name}.{path}" if name else path) is None:
+            yield path
+
+
+def _check_twin(assignment: Assignment) -> None:
+    """PyTorch's own styles have no such style, or not these arguments."""
+    rule, style = assignment.rule, assignment.style
+    if assignment.sharder.twin(assignment, keeps_dtensor=False) is None:
+        raise PlanError(
+            f'rule {rule}: PyTorch\'s own styles have no "{style.name}" for {assignment.shown}, a '
+            f'{assignment.kind}. Use engine = "native".'
+        )
+    ours = {
+        "pieces": style.pieces,
+        "parameters": style.parameters,
+        "divide": style.divide,
+        "gradient": style.gradient,
+    }
+    given = [key for key, value in ours.items() if value]
+    if given:
+        raise PlanError(f'rule {rule}: PyTorch\'s own styles take no {given[0]}. Use engine = "native".')
 
 
 def _check_matches(rule: Rule, modules: Mapping[str, nn.Module]) -> None:
@@ -96,16 +143,14 @@ def _check_matches(rule: Rule, modules: Mapping[str, nn.Module]) -> None:
 
 
 def _sharder(rule: Rule, name: str, module: nn.Module) -> Sharder:
-    sharder = sharder_of(rule.style.name, module)
+    style = rule.style
+    sharder = sharder_of(style, module)
     if sharder is not None:
         return sharder
-    kind = type(module)
-    matched = f"rule {rule} matched {name}, a {kind.__name__}"
-    if nn.Module in STYLES[rule.style.name]:
-        raise PlanError(f"{matched}. {rule.style.name} is for modules that hold others.")
-    if kind in SHARDABLE:
-        raise PlanError(f"{matched}. Its styles: {', '.join(styles_of(module))}.")
-    raise PlanError(f"{matched}, which can't be sharded. Shardable: {_SHARDABLE_NAMES}.")
+    matched = f"rule {rule} matched {name}, a {type(module).__name__}"
+    if all(other.holds_others for other in STYLES[style.name].values()):
+        raise PlanError(f"{matched}. {style.name} is for modules that hold others.")
+    raise PlanError(f"{matched}. Its styles: {', '.join(styles_of(module))}.")
 
 
 def _check_arguments(assignment: Assignment) -> None:
@@ -146,73 +191,6 @@ def _check_equal_parts(assignment: Assignment, *, is_head: bool, tp: int) -> Non
         )
 
 
-def _check_native(model: nn.Module, assignments: tuple[Assignment, ...], fit: Fit) -> None:
-    for assignment in assignments:
-        if assignment.is_input_whole:
-            assignment.sharder.check_below_gather_input(assignment)
-    covered = {assignment.name for assignment in assignments}
-    for name, module in {"the model itself": model, **fit.modules}.items():
-        kind = type(module).__name__
-        if isinstance(module, AnyDropout) and module.p > 0:
-            raise PlanError(
-                f"{name} is a {kind}({module.p}), whose masks would differ between the ranks. Set its p to 0."
-            )
-        if not any(True for _ in module.parameters(recurse=False)):
-            continue
-        if type(module) not in SHARDABLE:
-            raise PlanError(
-                f"{name}, a {kind}, holds parameters of its own, and the native engine knows what to do with "
-                f"{_SHARDABLE_NAMES} only. Use PyTorch's own styles for it."
-            )
-        if name not in covered:
-            choices = ", ".join(styles_of(module))
-            raise PlanError(f'no rule covers {name}, a {kind}. Add one: "{name}" = one of {choices}.')
-
-
-def _check_ties(model: nn.Module, assignments: tuple[Assignment, ...], engine: Engine) -> None:
-    by_name = {assignment.name: assignment for assignment in assignments}
-    for group in set(tied_parameters(model).values()):
-        modules = (name.rpartition(".")[0] for name in group)
-        owners = [by_name[name] for name in modules if name in by_name]
-        if not owners:
-            continue
-        names = " and ".join(group)
-        if engine is Engine.DTENSOR:
-            raise PlanError(
-                f'{names} are tied, and PyTorch\'s own styles would untie them. Use engine = "native".'
-            )
-        head = next((owner for owner in owners if type(owner.module) is nn.Linear), None)
-        if (
-            head is None
-            or {type(owner.module) for owner in owners} != {nn.Embedding, nn.Linear}
-            or len(owners) > 2
-        ):
-            raise PlanError(f"{names} are tied. Only an embedding tied to one linear head can be sharded.")
-        _check_tied_head(head, any(owner.style.ownership is Ownership.INTERLEAVED for owner in owners))
-
-
-def _check_tied_head(head: Assignment, is_interleaved: bool) -> None:
-    """is_interleaved: the rows of the table that it shares."""
-    where = f"rule {head.rule}: {head.name} is tied to"
-    if not head.sharder.takes_tied_table:
-        raise PlanError(f"{where} the embedding. Allowed for a tied head: {_TIED_HEADS}.")
-    if is_interleaved and head.sharder.output_of(head.style) == Replicate():
-        raise PlanError(
-            f"{where} an interleaved table, so its whole logits would be out of order. "
-            'Use output = "shard(-1)", or ownership = "contiguous".'
-        )
-    if is_interleaved and head.module.bias is not None:
-        raise PlanError(
-            f"{where} an interleaved table, and its bias is not dealt out like that. "
-            'Use ownership = "contiguous".'
-        )
-
-
-_SHARDABLE_NAMES = ", ".join(kind.__name__ for kind in SHARDABLE)
-_TIED_HEADS = ", ".join(
-    style for style, sharders in STYLES.items() for sharder in sharders.values() if sharder.takes_tied_table
-)
-
-
-def _some(names: Mapping[str, nn.Module]) -> str:
-    return ", ".join(islice(names, 6)) + (", ..." if len(names) > 6 else "")
+def _some(modules: Mapping[str, nn.Module]) -> str:
+    names = [name for name in modules if name]
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")

@@ -8,17 +8,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from shardwise.core.errors import PlanError
+from shardwise.core.held import Held
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.core.plan import Rule, Style
 from shardwise.parallel.axis import Axis, Site
 from shardwise.parallel.collectives import chunk_sizes
 from shardwise.parallel.loss import Loss, PlainLoss
-from shardwise.parallel.ownership import RowOwnership
-from shardwise.parallel.parameters import shard_parameter, take_whole_tensors
+from shardwise.parallel.ownership import Order, PieceOrder
+from shardwise.parallel.parameters import shard_parameter
 
 if TYPE_CHECKING:
     from shardwise.parallel.embedding import EmbeddingShard
@@ -27,17 +29,33 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True, eq=False)
 class Assignment:
     """One module, the rule that holds for it, and what the rule's style does to it. is_input_whole: a module
-    around it gathers the input."""
+    around it gathers the input. below: modules inside, by their name from this one on, that have no rule of
+    their own and for which this one holds too."""
 
     name: str
     module: Any  # of a class that the sharder takes
     rule: Rule
     sharder: "Sharder"
     is_input_whole: bool = False
+    below: tuple[str, ...] = ()
 
     @property
     def style(self) -> Style:
         return self.rule.style
+
+    @property
+    def shown(self) -> str:
+        return self.name or "the model itself"
+
+    @property
+    def kind(self) -> str:
+        """The module's class, for people."""
+        return type(self.module).__name__
+
+    @property
+    def held(self) -> dict[str, Held]:
+        """How parameters are held, by their name from the module on."""
+        return self.sharder.held(self)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,9 +80,10 @@ class Reasons:
 @dataclass(slots=True)
 class Work:
     """What the native engine collects while it applies a plan: parameters that took the place of whole ones
-    (by the whole one's id), the tables among them, those whose gradient is a part on each rank, and the loss.
+    (by the whole one's id), the tables among them, those whose gradient is a part on each rank, the orders of
+    those that aren't kept in their own (by the new one's id), and the loss.
 
-    head: the linear layer that gives the logits.
+    head: the module that gives the logits.
     """
 
     axis: Axis
@@ -72,46 +91,48 @@ class Work:
     sharded: dict[int, nn.Parameter] = field(default_factory=dict)
     tables: dict[int, "EmbeddingShard"] = field(default_factory=dict)
     partial: list[tuple[nn.Module, str]] = field(default_factory=list)
-    row_order: dict[str, RowOwnership] = field(default_factory=dict)
+    orders: dict[int, tuple[Order, Site]] = field(default_factory=dict)
     loss: Loss = field(default_factory=PlainLoss)
 
     def site(self, assignment: Assignment) -> Site:
         return Site(assignment.name, assignment.rule.ref, self.axis)
 
-    def replace(
-        self,
-        module: nn.Module,
-        name: str,
-        placement: Placement,
-        grad: Placement,
-        table: "EmbeddingShard | None" = None,
-    ) -> None:
-        """Puts a DTensor parameter in a whole one's place; a tied one is replaced once and shared again."""
-        whole = getattr(module, name)
-        if whole is None:
-            return
-        if id(whole) not in self.sharded:
-            ownership = table.ownership if table is not None else None
-            self.sharded[id(whole)] = shard_parameter(whole, placement, self.axis, ownership)
-            if table is not None:
-                self.tables[id(whole)] = table
-            if grad == Partial():
-                self.partial.append((module, name))
-        setattr(module, name, self.sharded[id(whole)])
+    def hold(self, assignment: Assignment, table: "EmbeddingShard | None" = None) -> None:
+        """Puts DTensor parameters in the places of the whole ones that the assignment says how to hold; a
+        tied one is replaced once and shared again."""
+        for path, held in assignment.held.items():
+            module_name, _, name = path.rpartition(".")
+            module = assignment.module.get_submodule(module_name)
+            whole = getattr(module, name)
+            if whole is None or isinstance(whole, DTensor):  # a container and its module may both say how
+                continue
+            if id(whole) not in self.sharded:
+                order = table.order if table is not None else self._order_of(held, whole)
+                new = shard_parameter(whole, held.placement, self.axis, order)
+                self.sharded[id(whole)] = new
+                if table is not None:
+                    self.tables[id(new)] = table
+                if order is not None:
+                    self.orders[id(new)] = order, self.site(assignment)
+                if held.gradient_placement == Partial():
+                    self.partial.append((module, name))
+            setattr(module, name, self.sharded[id(whole)])
 
-    def keep_whole(self, module: nn.Module, grad: Placement) -> None:
-        """All parameters of a module on every rank."""
-        for name, _ in list(module.named_parameters(recurse=False)):
-            self.replace(module, name, Replicate(), grad)
-        take_whole_tensors(module)
+    def _order_of(self, held: Held, whole: Tensor) -> Order | None:
+        if not held.pieces or self.axis.size == 1 or not isinstance(held.placement, Shard):
+            return None
+        return PieceOrder(held.pieces, self.axis.size, held.placement.dim % whole.dim())
 
 
 class Sharder:
     """One style on one class of modules.
 
     inputs, outputs: the placements that a rule may give for them; the first is the default. cut_dim: the dim
-    of the weight of which each rank has a part; None: each has all of it. gathers_input: what it takes is
-    whole for all modules inside. decided_by_data: token ids decide what is sent. takes_tied_table: for a head
+    of the weight of which each rank has a part; None: each has all of it, or the class doesn't tell.
+    gradients_inside: what a whole tensor's gradient is on each rank inside the module: Partial where all that
+    is inside does a part of the work, Replicate where each rank does all of it, None: as around it.
+    holds_below: modules inside without a rule of their own are held as this one says. holds_others: it is for
+    modules that hold others. decided_by_data: token ids decide what is sent. takes_tied_table: for a head
     that shares its weight with the embedding. below_gather_input: what to do instead, where what a style
     takes for whole is each rank's part of a sum. twin_style: PyTorch's own style for the same.
     twin_keeps_whole_gradient: and whether that leaves the gradient of the whole weight on every rank.
@@ -120,13 +141,20 @@ class Sharder:
     inputs: ClassVar[tuple[Placement, ...]] = ()
     outputs: ClassVar[tuple[Placement, ...]] = ()
     cut_dim: ClassVar[int | None] = None
-    gathers_input: ClassVar[bool] = False
+    gradients_inside: ClassVar[Partial | Replicate | None] = None
+    holds_below: ClassVar[bool] = False
+    holds_others: ClassVar[bool] = False
     decided_by_data: ClassVar[bool] = False
     takes_tied_table: ClassVar[bool] = False
     below_gather_input: ClassVar[str | None] = None
     twin_style: ClassVar[Callable[..., ParallelStyle] | None] = None
     twin_keeps_whole_gradient: ClassVar[bool] = False
     reasons: ClassVar[Reasons | None] = None
+
+    def held(self, assignment: Assignment) -> dict[str, Held]:
+        """How the module's parameters are held, by their name from the module on; those that aren't named
+        need another rule."""
+        raise NotImplementedError
 
     def input_of(self, style: Style) -> Placement:
         return style.input or self.inputs[0]

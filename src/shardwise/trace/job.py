@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
 from shardwise.core.mesh import SHARDS_AXIS, Mesh
-from shardwise.core.plan import AnyPlan, Plan, TheirPlan
+from shardwise.core.plan import ROOT, AnyPlan, Plan, TheirPlan
 from shardwise.core.program import RuleUse
 from shardwise.core.rule import RuleRef
 from shardwise.models.layers import Layers
@@ -86,9 +86,9 @@ def rules_of(plan: AnyPlan, model: nn.Module) -> tuple[RuleUse, ...]:
         case Plan():
             by_rule: dict[str, list[str]] = {rule.pattern: [] for rule in plan.rules}
             for name, _ in model.named_modules():
-                rule = plan.rule_for(name) if name else None
+                rule = plan.rule_for(name)
                 if rule is not None:
-                    by_rule[rule.pattern].append(name)
+                    by_rule[rule.pattern].append(name or ROOT)
             return tuple(
                 RuleUse(
                     rule.pattern, str(rule.style.name), tuple(by_rule[rule.pattern]), rule.style.arguments

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from shardwise.core.plan import Engine
 from shardwise.parallel.apply import applied_to
-from shardwise.parallel.ownership import RowOwnership
+from shardwise.parallel.ownership import Order
 from shardwise.parallel.parameters import part_of_dtensor
 from shardwise.torch_private import StridedShard
 from shardwise.verify.exchange import all_summed
@@ -55,7 +55,7 @@ def distances(
     return {name: square**0.5 for name, square in zip(whole, all_summed(squares), strict=True)}
 
 
-def _square(tensor: Tensor, whole: Tensor, model: nn.Module, ownership: RowOwnership | None) -> float:
+def _square(tensor: Tensor, whole: Tensor, model: nn.Module, order: Order | None) -> float:
     """||s - g||^2 of this rank's part, over the number of ranks that hold the same one."""
     n_parts = 1
     if isinstance(tensor, DTensor) and _stands_for_whole(tensor, model):
@@ -63,7 +63,7 @@ def _square(tensor: Tensor, whole: Tensor, model: nn.Module, ownership: RowOwner
     elif isinstance(tensor, DTensor) and not _is_unpromised_part(tensor, model):
         for axis, placement in enumerate(tensor.placements):
             n_parts *= 1 if placement.is_replicate() else tensor.device_mesh.size(axis)
-        whole = part_of_dtensor(whole, tensor, ownership).to_local()
+        whole = part_of_dtensor(whole, tensor, order).to_local()
     held = local(tensor)
     if held.shape != whole.shape:
         return float("inf")

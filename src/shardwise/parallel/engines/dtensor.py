@@ -9,7 +9,7 @@ from shardwise.core.mesh import TENSOR_AXIS
 from shardwise.core.placement import Shard
 from shardwise.core.plan import Plan
 from shardwise.parallel.loss import DTensorLoss, Loss, PlainLoss
-from shardwise.parallel.resolve import last_linear, resolve
+from shardwise.parallel.resolve import head_of, resolve
 
 
 def apply_dtensor(model: nn.Module, plan: Plan, mesh: DeviceMesh, *, fsdp: int) -> Loss:
@@ -17,7 +17,7 @@ def apply_dtensor(model: nn.Module, plan: Plan, mesh: DeviceMesh, *, fsdp: int) 
     fsdp: see resolve()."""
     tp_mesh = mesh[TENSOR_AXIS] if mesh.ndim > 1 else mesh
     assignments = resolve(model, plan, tp=tp_mesh.size(), fsdp=fsdp)
-    head = last_linear(model)
+    head = head_of(model)
     loss: Loss = PlainLoss()
     twins: dict[str, ParallelStyle] = {}
     for assignment in assignments:

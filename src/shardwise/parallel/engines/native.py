@@ -9,25 +9,26 @@ from shardwise.core.placement import Partial, Replicate
 from shardwise.core.plan import Plan
 from shardwise.core.program import REPLICATED_PARAMETERS
 from shardwise.parallel.axis import Axis
+from shardwise.parallel.checkpoints import speak_of_whole_tensors
 from shardwise.parallel.loss import Loss
-from shardwise.parallel.ownership import RowOwnership
+from shardwise.parallel.ownership import Order
 from shardwise.parallel.parameters import PartialGradients, refuse_untied
-from shardwise.parallel.resolve import last_linear, resolve, tied_parameters
+from shardwise.parallel.resolve import head_of, resolve, tied_parameters
 from shardwise.parallel.sharder import Work
 
 
 def apply_native(
     model: nn.Module, plan: Plan, mesh: DeviceMesh, *, fsdp: int
-) -> tuple[Loss, dict[str, RowOwnership]]:
-    """Shards `model` in place. Returns the loss for its logits and the parameters whose rows are interleaved.
-    fsdp: see resolve()."""
+) -> tuple[Loss, dict[str, Order]]:
+    """Shards `model` in place. Returns the loss for its logits, and the order of the parameters that aren't
+    kept in their own. fsdp: see resolve()."""
     axis = Axis.of(mesh, TENSOR_AXIS, plan.reduce_scatter)
     assignments = resolve(model, plan, tp=axis.size, fsdp=fsdp)
-    work = Work(axis, last_linear(model))
+    work = Work(axis, head_of(model))
     # an embedding decides how a weight that it shares with the head is cut
     for assignment in sorted(assignments, key=lambda a: not isinstance(a.module, nn.Embedding)):
         assignment.sharder.apply(assignment, work)
     origin = Origin(REPLICATED_PARAMETERS, None, Partial(), Replicate())
     PartialGradients(model, work.partial, axis, origin)
     refuse_untied(model, set(tied_parameters(model).values()))
-    return work.loss, work.row_order
+    return work.loss, speak_of_whole_tensors(model, work.orders)

@@ -1,8 +1,8 @@
 """The styles, one file each: NAME.py is the style NAME, and its SHARDERS say what it does to which class of
 modules.
 
-The list is what lies in this folder. A class of modules is taken as it is, not its subclasses, whose forward
-may be another; nn.Module stands for all that no other style takes.
+The list is what lies in this folder. A subclass is taken for its class where it inherits that one's forward;
+nn.Module stands for whatever has a forward of its own.
 """
 
 import pkgutil
@@ -11,7 +11,7 @@ from importlib import import_module
 
 from torch import nn
 
-from shardwise.core.plan import AnyPlan, Plan, StyleName
+from shardwise.core.plan import AnyPlan, Plan, Style, StyleName
 from shardwise.core.rule import RuleRef
 from shardwise.parallel.sharder import Reasons, Sharder
 
@@ -26,15 +26,27 @@ SHARDABLE = tuple(kind for kind in _TAKEN if kind is not nn.Module)
 _ALSO = {"embedding_rowwise": StyleName.ROWWISE}
 
 
-def sharder_of(style: StyleName, module: nn.Module) -> Sharder | None:
-    """What a style does to a module; None where it doesn't take it."""
-    kind = type(module)
-    return STYLES[style].get(kind if kind in SHARDABLE else nn.Module)
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class that a module is taken for: one of SHARDABLE where it computes what that class does, else
+    nn.Module."""
+    has_own_forward = "forward" in vars(module)
+    for kind in SHARDABLE:
+        is_its = isinstance(module, kind) and type(module).forward is kind.forward and not has_own_forward
+        if is_its and "weight" in module._parameters and module._parameters.keys() <= {"weight", "bias"}:
+            return kind
+    return nn.Module
+
+
+def sharder_of(style: Style, module: nn.Module) -> Sharder | None:
+    """What a style does to a module; None where it doesn't take it. A rule that says how parameters are held
+    speaks of a module whose class doesn't tell."""
+    return STYLES[style.name].get(nn.Module if style.parameters else class_of(module))
 
 
 def styles_of(module: nn.Module) -> tuple[str, ...]:
     """The names of the styles that take a module for what it is, sorted."""
-    return tuple(sorted(style for style, sharders in STYLES.items() if type(module) in sharders))
+    kind = class_of(module)
+    return tuple(sorted(style for style, sharders in STYLES.items() if kind in sharders))
 
 
 def is_decided_by_data(plan: AnyPlan) -> bool:

@@ -6,10 +6,14 @@ embedding  own columns of the table: each rank looks up its slice of every token
 linear     own rows [out/T, in]. `input` replicate: its gradient is summed over the ranks; shard(1): gathered,
            its gradient reduce-scattered; below a gather_input it is taken as it is. `output` shard(-1): as
            computed; replicate: gathered. The head's logits stay cut, for a loss that takes them so.
+any other  as linear, by its own forward on what `parameters` says is cut; one that is a subclass of either is
+           cut as they are. What gives rows by ids, as a scaled embedding does, is cut by columns
+
+`pieces`: what a weight gives is several things laid one after the other, and each rank has its part of each.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +21,26 @@ from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle
 
 from shardwise.core.errors import PlanError
-from shardwise.core.placement import Replicate, Shard
+from shardwise.core.held import Held
+from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.parallel import collectives
 from shardwise.parallel.axis import Site
+from shardwise.parallel.counts import divide_counts
 from shardwise.parallel.embedding import EmbeddingShard, TableSharder, by_destination
-from shardwise.parallel.layers import SEQUENCE_DIM, LinearSharder, gather_input, local_or_none
+from shardwise.parallel.layers import (
+    SEQUENCE_DIM,
+    LinearSharder,
+    gather_features,
+    gather_input,
+    local_or_none,
+    refuse_uneven_sequence,
+)
+from shardwise.parallel.leaves import CutLeaf, hold_and_run_on_local, own_names
 from shardwise.parallel.loss import VocabParallelLoss
-from shardwise.parallel.ownership import RowOwnership
-from shardwise.parallel.parameters import local_weight, take_whole_tensors, to_torch
-from shardwise.parallel.sharder import Assignment, Fit, Reasons, Work, divisors
+from shardwise.parallel.own_forward import Change, change_first_output, change_first_tensor, wrap
+from shardwise.parallel.ownership import PieceOrder, RowOwnership
+from shardwise.parallel.parameters import local_weight, to_torch
+from shardwise.parallel.sharder import Assignment, Fit, Reasons, Sharder, Work, divisors
 
 
 class ColwiseTable(TableSharder):
@@ -68,34 +83,24 @@ class ColwiseLinear(LinearSharder):
     takes_tied_table = True
 
     def check_below_gather_input(self, assignment: Assignment) -> None:
-        if self.input_of(assignment.style) == Shard(SEQUENCE_DIM):
-            raise PlanError(
-                f"rule {assignment.rule}: input is shard(1), but a gather_input above {assignment.name} has "
-                "made it whole. Leave input out."
-            )
+        _refuse_to_gather_again(self, assignment)
+
+    def held(self, assignment: Assignment) -> dict[str, Held]:
+        return dict.fromkeys(own_names(assignment.module), Held(Shard(0), assignment.style.pieces))
 
     def apply(self, assignment: Assignment, work: Work) -> None:
         module, site = assignment.module, work.site(assignment)
-        before = None if assignment.is_input_whole else self.input_of(assignment.style)
-        after = self.output_of(assignment.style)
+        work.hold(assignment)
+        divide_counts(assignment, work.axis.size)
         table = work.tables.get(id(module.weight))
-        work.replace(module, "weight", Shard(0), Shard(0))
-        work.replace(module, "bias", Shard(0), Shard(0))
         own_rows = _rows_of(assignment, table, work)
+        before, after = _ways(self, assignment, site, work)
 
         def forward(x: Tensor) -> Tensor:
-            if before is not None:
-                x = gather_input(x, before, site)
-            y = F.linear(x, own_rows(), local_or_none(module.bias, Shard(0)))
-            if after == Shard(-1):
-                return y
-            full, origin = module.out_features, site.origin(Shard(-1), Replicate())
-            return collectives.all_gather(
-                y, -1, site.axis, full_size=full, grad_placement=Replicate(), origin=origin
-            )
+            return after(F.linear(before(x), own_rows(), local_or_none(module.bias, Shard(0))))
 
         module.forward = forward
-        if after == Shard(-1) and assignment.module is work.head:
+        if self.output_of(assignment.style) == Shard(-1) and assignment.module is work.head:
             is_cut_by_rows = table is not None and table.weight_placement == Shard(0)
             own = table.ownership if table is not None and is_cut_by_rows else None
             work.loss = VocabParallelLoss(site, own or RowOwnership(module.out_features, work.axis.size))
@@ -107,7 +112,77 @@ class ColwiseLinear(LinearSharder):
         )
 
 
-SHARDERS = {nn.Linear: ColwiseLinear(), nn.Embedding: ColwiseTable()}
+class ColwiseLeaf(CutLeaf):
+    """By the module's own forward."""
+
+    inputs = ColwiseLinear.inputs
+    outputs = (*ColwiseLinear.outputs, Shard(SEQUENCE_DIM))
+    takes_tied_table = True
+    by_class: ClassVar = {
+        nn.Linear: dict.fromkeys(("weight", "bias"), Held(Shard(0))),
+        nn.Embedding: {"weight": Held(Shard(1))},
+    }
+
+    def check_below_gather_input(self, assignment: Assignment) -> None:
+        _refuse_to_gather_again(self, assignment)
+
+    def apply(self, assignment: Assignment, work: Work) -> None:
+        hold_and_run_on_local(assignment, work)
+        site = work.site(assignment)
+        before, after = _ways(self, assignment, site, work)
+
+        def around(inner: Any, *args: Any, **kwargs: Any) -> Any:
+            args, kwargs = change_first_tensor(args, kwargs, before, site)
+            return change_first_output(inner(*args, **kwargs), after, site)
+
+        wrap(assignment.module, around)
+        if self.output_of(assignment.style) == Shard(-1) and assignment.module is work.head:
+            work.loss = VocabParallelLoss(site, RowOwnership(_features(assignment), work.axis.size))
+
+
+SHARDERS = {nn.Linear: ColwiseLinear(), nn.Embedding: ColwiseTable(), nn.Module: ColwiseLeaf()}
+
+
+def _refuse_to_gather_again(sharder: Sharder, assignment: Assignment) -> None:
+    if sharder.input_of(assignment.style) == Shard(SEQUENCE_DIM):
+        raise PlanError(
+            f"rule {assignment.rule}: input is shard(1), but a gather_input above {assignment.name} has "
+            "made it whole. Leave input out."
+        )
+
+
+def _features(assignment: Assignment) -> int:
+    """How many features all ranks give together: what the first parameter that is cut has of them."""
+    for name, held in assignment.held.items():
+        if isinstance(held.placement, Shard):
+            return int(assignment.module.get_parameter(name).shape[held.placement.dim])
+    raise AssertionError("CutLeaf.check() refuses what is not cut")
+
+
+def _ways(sharder: Sharder, assignment: Assignment, site: Site, work: Work) -> tuple[Change, Change]:
+    """What is done to the input, and to what comes out. Ids have no gradient, and are the same everywhere."""
+    before = None if assignment.is_input_whole else sharder.input_of(assignment.style)
+    after, features = sharder.output_of(assignment.style), _features(assignment)
+    pieces = next((held.pieces for held in assignment.held.values() if held.pieces), ())
+    order = PieceOrder(pieces, work.axis.size) if pieces and work.axis.size > 1 else None
+    # below a gather_input whatever is whole has a part of its gradient on each rank
+    grad: Placement = Partial() if assignment.is_input_whole else Replicate()
+
+    def into(x: Tensor) -> Tensor:
+        return x if before is None or not x.is_floating_point() else gather_input(x, before, site)
+
+    def out(y: Tensor) -> Tensor:
+        if after == Shard(-1):
+            return y
+        if after == Replicate():
+            return gather_features(y, features, order, site, grad)
+        refuse_uneven_sequence(y, site)
+        origin = site.origin(Shard(-1), after)
+        return collectives.all_to_all(
+            y, SEQUENCE_DIM, -1, site.axis, full_size=features, grad_placement=after, origin=origin
+        )
+
+    return into, out
 
 
 def _rows_of(assignment: Assignment, table: EmbeddingShard | None, work: Work) -> Callable[[], Tensor]:
@@ -115,9 +190,7 @@ def _rows_of(assignment: Assignment, table: EmbeddingShard | None, work: Work) -
     them."""
     module = assignment.module
     if table is None:
-        take_whole_tensors(module)
         return lambda: local_weight(module.weight, Shard(0))
-    table.order_rows(assignment, work)
     to_rows = table.rows_for_head(work.site(assignment), module.out_features, module.in_features)
     return lambda: to_rows(local_weight(module.weight, table.grad_placement))
 

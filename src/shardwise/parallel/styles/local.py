@@ -1,7 +1,8 @@
-"""local: not there yet; see core/plan.py."""
+"""local: a module whose input stays as it is. `parameters` says how those are held that it owns, or reads by
+name of modules inside; `divide` which of its counts are of what is cut."""
 
 from torch import nn
 
-from shardwise.parallel.sharder import Sharder
+from shardwise.parallel.leaves import HoldingContainer
 
-SHARDERS: dict[type[nn.Module], Sharder] = {}
+SHARDERS = dict.fromkeys((nn.Module, nn.Linear, nn.Embedding, nn.RMSNorm, nn.LayerNorm), HoldingContainer())

@@ -1,17 +1,15 @@
-"""replicate: nothing is cut and nothing is sent; each rank has the module whole and computes what it would
-alone."""
+"""replicate: nothing is cut and nothing is sent; each rank has the module's own parameters whole and computes
+what it would alone. `gradient` partial: on what only a part of the work is for (queries of the own heads), so
+that its gradient is a part, which is summed."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_module
 from torch.distributed.tensor import Replicate as TorchReplicate
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from shardwise.core.placement import Replicate
-from shardwise.parallel.layers import apply_to_norm, local_or_none
-from shardwise.parallel.parameters import local_weight
-from shardwise.parallel.sharder import Assignment, Sharder, Work
+from shardwise.parallel.leaves import WholeLeaf
+from shardwise.parallel.sharder import Sharder
 
 
 class _Replicated(ParallelStyle):
@@ -34,24 +32,13 @@ class _Replicated(ParallelStyle):
         return distribute_module(module, device_mesh, None, to_dtensor, to_local)  # type: ignore[arg-type]
 
 
-class WholeLinear(Sharder):
+class Replicated(WholeLeaf):
+    """Of a class for which PyTorch's engine has this twin."""
+
     twin_style = _Replicated
-    below_gather_input = "Allowed there: colwise, rowwise."
-
-    def apply(self, assignment: Assignment, work: Work) -> None:
-        module = assignment.module
-        work.keep_whole(module, Replicate())
-        module.forward = lambda x: F.linear(
-            x, local_weight(module.weight, Replicate()), local_or_none(module.bias, Replicate())
-        )
 
 
-class WholeNorm(Sharder):
-    twin_style = _Replicated
-    below_gather_input = "Use sequence_parallel, which sums the parts."
-
-    def apply(self, assignment: Assignment, work: Work) -> None:
-        apply_to_norm(assignment, work, Replicate())
-
-
-SHARDERS = {nn.Linear: WholeLinear(), **dict.fromkeys((nn.RMSNorm, nn.LayerNorm), WholeNorm())}
+SHARDERS: dict[type[nn.Module], Sharder] = {
+    **dict.fromkeys((nn.Module, nn.Embedding), WholeLeaf()),
+    **dict.fromkeys((nn.Linear, nn.RMSNorm, nn.LayerNorm), Replicated()),
+}

@@ -4,9 +4,15 @@ embedding  own rows of the vocabulary: each rank looks up the ids that it owns a
            reduce-scattered over the sequence, or all-reduced where `output` is replicate
 linear     own columns [out, in/T]; `input` shard(-1): taken as it is, replicate: the own slice of it;
            `output` replicate: all-reduced, shard(1): reduce-scattered, so that a bias's gradient is a part
+any other  as linear, by its own forward on what `parameters` says is cut; one that is a subclass of either is
+           cut as they are. What takes ids (a scaled embedding) gets the own rows' ids, and zeros come out for
+           the others. A parameter that is "replicate" is taken for a bias, which is added to the sum: rank 0
+           adds it, others add zeros. What multiplies, each rank's part too, is "replicate, gradient partial"
+
+`pieces`: the input is several things laid one after the other, and each rank has its part of each.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +20,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel
 
 from shardwise.core.errors import PlanError
+from shardwise.core.held import Held
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.parallel import collectives
 from shardwise.parallel.axis import Site
-from shardwise.parallel.embedding import EmbeddingShard, TableSharder, by_destination
-from shardwise.parallel.layers import SEQUENCE_DIM, LinearSharder, local_or_none
-from shardwise.parallel.parameters import local_weight, take_whole_tensors, to_torch
-from shardwise.parallel.sharder import Assignment, Reasons, Work, refuse_below_gather_input
+from shardwise.parallel.counts import divide_counts
+from shardwise.parallel.embedding import EmbeddingShard, TableSharder, by_destination, check_table_options
+from shardwise.parallel.layers import SEQUENCE_DIM, LinearSharder, local_or_none, sum_parts
+from shardwise.parallel.leaves import CutLeaf, held_for_sum, own_names, uses_of, wholes
+from shardwise.parallel.own_forward import change_first_output, change_first_tensor, on_local, wrap
+from shardwise.parallel.parameters import local_weight, to_torch
+from shardwise.parallel.sharder import Assignment, Fit, Reasons, Sharder, Work, refuse_below_gather_input
 from shardwise.parallel.watch import show
 
 NO_ROW = -1
@@ -56,22 +66,24 @@ class RowwiseLinear(LinearSharder):
     what = "columns"
 
     def check_below_gather_input(self, assignment: Assignment) -> None:
-        if self.input_of(assignment.style) == Replicate():
-            refuse_below_gather_input(assignment, "Leave input out, and make the layer before it colwise.")
+        _refuse_whole_input(self, assignment)
+
+    def held(self, assignment: Assignment) -> dict[str, Held]:
+        is_cut_after = self.output_of(assignment.style) == Shard(SEQUENCE_DIM)
+        bias = Held(Replicate(), gradient=Partial() if is_cut_after else None)
+        ways = {"weight": Held(Shard(1), assignment.style.pieces), "bias": bias}
+        return {name: ways[name] for name in own_names(assignment.module)}
 
     def apply(self, assignment: Assignment, work: Work) -> None:
         module, site = assignment.module, work.site(assignment)
+        work.hold(assignment)
+        divide_counts(assignment, work.axis.size)
         before, after = self.input_of(assignment.style), self.output_of(assignment.style)
         bias_grad: Placement = Partial() if after == Shard(SEQUENCE_DIM) else Replicate()
-        work.replace(module, "weight", Shard(1), Shard(1))
-        work.replace(module, "bias", Replicate(), bias_grad)
-        take_whole_tensors(module)
 
         def forward(x: Tensor) -> Tensor:
-            if before == Replicate():
-                origin = site.origin(Replicate(), Shard(-1))
-                x = collectives.split(x, -1, site.axis, grad_placement=Shard(-1), origin=origin)
-            y = _summed(F.linear(x, local_weight(module.weight, Shard(1))), after, site)
+            x = _own_features(x, before, site)
+            y = sum_parts(F.linear(x, local_weight(module.weight, Shard(1))), after, site)
             bias = local_or_none(module.bias, bias_grad)
             return y if bias is None else y + bias
 
@@ -82,21 +94,89 @@ class RowwiseLinear(LinearSharder):
         return RowwiseParallel(input_layouts=to_torch(before), output_layouts=to_torch(after))
 
 
-SHARDERS = {nn.Linear: RowwiseLinear(), nn.Embedding: RowwiseTable()}
+class RowwiseLeaf(CutLeaf):
+    """By the module's own forward."""
+
+    inputs = RowwiseLinear.inputs
+    outputs = RowwiseLinear.outputs
+    by_class: ClassVar = {
+        nn.Linear: {"weight": Held(Shard(1)), "bias": Held(Replicate())},
+        nn.Embedding: {"weight": Held(Shard(0))},
+    }
+
+    def held(self, assignment: Assignment) -> dict[str, Held]:
+        return held_for_sum(super().held(assignment))
+
+    def check(self, assignment: Assignment, fit: Fit) -> None:
+        super().check(assignment, fit)
+        check_table_options(assignment)
+        if assignment.style.pieces and self.input_of(assignment.style) == Replicate():
+            raise PlanError(
+                f"rule {assignment.rule}: pieces want the own part of the input. Leave input out."
+            )
+
+    def check_below_gather_input(self, assignment: Assignment) -> None:
+        _refuse_whole_input(self, assignment)
+
+    def apply(self, assignment: Assignment, work: Work) -> None:
+        module, site, style = assignment.module, work.site(assignment), assignment.style
+        before, after = self.input_of(style), self.output_of(style)
+        work.hold(assignment)
+        divide_counts(assignment, work.axis.size)
+        uses = uses_of(assignment, wholes(super().held(assignment)))
+        once_anyway = uses_of(assignment)  # by the owner of a row
+        rows = _own_rows(assignment, work)
+
+        def around(inner: Any, *args: Any, **kwargs: Any) -> Any:
+            taken: list[Tensor] = []
+
+            def own(x: Tensor) -> Tensor:
+                if x.is_floating_point():
+                    return _own_features(x, before, site)
+                taken.append(x)
+                return (x - rows.start).clamp(0, len(rows) - 1)
+
+            def summed(y: Tensor) -> Tensor:
+                if taken:
+                    is_own = (taken[0] >= rows.start) & (taken[0] < rows.stop)
+                    y = torch.where(is_own.unsqueeze(-1).to(y.device), y, 0)
+                return sum_parts(y, after, site)
+
+            args, kwargs = change_first_tensor(args, kwargs, own, site)
+            with on_local(once_anyway if taken else uses, work.axis):
+                output = inner(*args, **kwargs)
+            return change_first_output(output, summed, site)
+
+        wrap(module, around)
+        padding = getattr(module, "padding_idx", None)
+        if isinstance(padding, int):  # of the local table from here on
+            module.padding_idx = padding - rows.start if padding in rows else None
 
 
-def _summed(y: Tensor, after: Placement, site: Site) -> Tensor:
-    """Summands to their sum, or to the own part of it."""
-    axis, origin = site.axis, site.origin(Partial(), after)
-    if after == Replicate():
-        return collectives.all_reduce(y, axis, grad_placement=Replicate(), origin=origin)
-    size = y.shape[SEQUENCE_DIM]
-    if size % axis.size:
-        raise PlanError(
-            f"{site.module}: rule {site.rule} cuts a sequence of {size} over tp={axis.size}. Use a multiple "
-            f"of {axis.size}."
-        )
-    return collectives.reduce_scatter(y, SEQUENCE_DIM, axis, grad_placement=after, origin=origin)
+SHARDERS = {nn.Linear: RowwiseLinear(), nn.Embedding: RowwiseTable(), nn.Module: RowwiseLeaf()}
+
+
+def _own_rows(assignment: Assignment, work: Work) -> range:
+    """The ids whose rows this rank has, of what is cut in rows."""
+    for name, held in assignment.held.items():
+        if isinstance(held.placement, Shard):
+            axis, size = work.axis, assignment.module.get_parameter(name).shape[held.placement.dim]
+            sizes = collectives.chunk_sizes(size, axis.size)
+            first = sum(sizes[: axis.rank])
+            return range(first, first + sizes[axis.rank])
+    raise AssertionError("CutLeaf.check() refuses what is not cut")
+
+
+def _refuse_whole_input(sharder: Sharder, assignment: Assignment) -> None:
+    if sharder.input_of(assignment.style) == Replicate():
+        refuse_below_gather_input(assignment, "Leave input out, and make the layer before it colwise.")
+
+
+def _own_features(x: Tensor, before: Placement, site: Site) -> Tensor:
+    if before != Replicate():
+        return x
+    origin = site.origin(Replicate(), Shard(-1))
+    return collectives.split(x, -1, site.axis, grad_placement=Shard(-1), origin=origin)
 
 
 def look_up_own(shard: EmbeddingShard, weight: Tensor, ids: Tensor) -> Tensor:

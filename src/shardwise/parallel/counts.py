@@ -1,0 +1,76 @@
+"""Integer attributes that count what is cut (`num_heads`): each module that reads one gets its value for the
+local part.
+
+A dotted name goes through modules as they are, and through anything else (a configuration that many modules
+share) on a shallow copy that this module alone then has.
+"""
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from shardwise.core.errors import PlanError
+from shardwise.core.plan import suggest
+from shardwise.parallel.sharder import Assignment, divisors
+
+
+def check_counts(assignment: Assignment, tp: int) -> None:
+    """Raises PlanError for a name that isn't there, isn't a count, can't be set or doesn't divide by tp."""
+    for name in assignment.style.divide:
+        where = f"rule {assignment.rule}: divide names {name} of {assignment.shown}"
+        owner: Any = assignment.module
+        *path, last = name.split(".")
+        for step in (*path, last):
+            if not hasattr(owner, step):
+                known = [key for key, value in _attributes(owner).items() if _is_count(value)]
+                raise PlanError(
+                    f"{where}, and {type(owner).__name__} has no {step}.{suggest(step, known)} Its counts: "
+                    f"{', '.join(sorted(known)) or 'none'}."
+                )
+            owner, before = getattr(owner, step), owner
+        if not _is_count(owner):
+            raise PlanError(f"{where}, which is {owner!r:.40}. Name an integer that counts what is cut.")
+        if owner % tp:
+            raise PlanError(f"{where}, {owner} over tp={tp}. Use tp in {divisors(owner)}.")
+        try:
+            set_count(before if isinstance(before, nn.Module) else copy.copy(before), last, owner)
+        except Exception as error:
+            raise PlanError(f"{where}, which can't be set: {str(error).splitlines()[0]:.80}") from None
+
+
+def divide_counts(assignment: Assignment, tp: int) -> None:
+    """Sets them, after check_counts()."""
+    copies: dict[tuple[int, str], Any] = {}
+    for name in assignment.style.divide:
+        owner: Any = assignment.module
+        *path, last = name.split(".")
+        for step in path:
+            inner = getattr(owner, step)
+            if not isinstance(inner, nn.Module):
+                key = (id(owner), step)
+                if key not in copies:
+                    copies[key] = copy.copy(inner)
+                    set_count(owner, step, copies[key])
+                inner = copies[key]
+            owner = inner
+        set_count(owner, last, getattr(owner, last) // tp)
+
+
+def set_count(owner: Any, name: str, value: Any) -> None:
+    """Sets an attribute, of a frozen dataclass too."""
+    try:
+        setattr(owner, name, value)
+    except AttributeError:
+        if not hasattr(owner, "__dataclass_fields__"):
+            raise
+        object.__setattr__(owner, name, value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _attributes(owner: object) -> dict[str, object]:
+    fields = getattr(owner, "__dataclass_fields__", ())
+    return {**getattr(owner, "__dict__", {}), **{name: getattr(owner, name, None) for name in fields}}

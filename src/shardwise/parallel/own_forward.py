@@ -1,0 +1,105 @@
+"""A module's own forward, whatever its class, on local tensors: for the time of a call its parameters are
+this rank's plain tensors, and afterwards the DTensors that they were.
+
+They are swapped at each call, so that a recomputed forward and FSDP2, which puts its own in their place just
+before, have it right too. What is local already (a module around reads it by name) stays as it is.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from shardwise.core.errors import PlanError
+from shardwise.core.placement import Placement
+from shardwise.parallel.axis import Axis, Site
+from shardwise.parallel.parameters import local_weight
+
+Change = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Use:
+    """A parameter as a forward uses it: the module that owns it, and what each rank's gradient of it is.
+    is_added_once: it is added to what is summed over the ranks, so rank 0 has it and others have zeros."""
+
+    module: nn.Module
+    name: str
+    gradient: Placement
+    is_added_once: bool = False
+
+
+@contextmanager
+def on_local(uses: Sequence[Use], axis: Axis) -> Iterator[None]:
+    """Parameters are local tensors inside."""
+    found: list[tuple[dict[str, Any], str, Tensor]] = []
+    try:
+        for use in uses:
+            parameters: dict[str, Any] = use.module._parameters
+            parameter = parameters[use.name]
+            # cut further over another axis: FSDP2 makes it whole in that module's own call
+            if parameter is None or (isinstance(parameter, DTensor) and parameter.device_mesh.ndim > 1):
+                continue
+            local = local_weight(parameter, use.gradient)
+            if use.is_added_once and axis.rank:
+                local = local * 0
+            found.append((parameters, use.name, parameter))
+            parameters[use.name] = local
+        yield
+    finally:
+        for parameters, name, parameter in reversed(found):
+            parameters[name] = parameter
+
+
+def wrap(module: nn.Module, around: Callable[..., Any]) -> None:
+    """Gives a module a forward that calls around(its former forward, *args, **kwargs), and looks like the
+    former one."""
+    inner = module.forward
+
+    @functools.wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return around(inner, *args, **kwargs)
+
+    module.forward = forward
+
+
+def run_on_local(module: nn.Module, uses: Sequence[Use], axis: Axis) -> None:
+    """Gives a module its own forward with these parameters as local tensors."""
+
+    def around(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with on_local(uses, axis):
+            return inner(*args, **kwargs)
+
+    wrap(module, around)
+
+
+def change_first_tensor(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Change, site: Site
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments, the first tensor among them changed: that at the first position, or else the first
+    keyword's, as Hugging Face calls. Raises PlanError where there is none."""
+    if args and isinstance(args[0], Tensor):
+        return (change(args[0]), *args[1:]), kwargs
+    for key, value in kwargs.items():
+        if isinstance(value, Tensor):
+            return args, {**kwargs, key: change(value)}
+    raise PlanError(f"{site.module}: rule {site.rule} found no tensor among the module's inputs.")
+
+
+def change_first_output(output: Any, change: Change, site: Site) -> Any:
+    """What a module gives, its first tensor changed. Raises PlanError where there is none."""
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, tuple):
+        for index, value in enumerate(output):
+            if isinstance(value, Tensor):
+                items = (*output[:index], change(value), *output[index + 1 :])
+                return type(output)(*items) if hasattr(output, "_fields") else items
+    raise PlanError(
+        f"{site.module}: rule {site.rule} takes a module that gives a tensor, or a tuple with one, and this "
+        f"gives {type(output).__name__}."
+    )
