@@ -58,10 +58,13 @@ def sizes_for(device_type: str, *, quick: bool) -> list[int]:
     return [1 << power for power in range(10, most + 1, 2)]
 
 
-def time_collective(kind: CollectiveKind, full_bytes: int, axis: Axis, device: torch.device) -> Sample:
-    """This rank's time. All ranks of the axis must call it."""
+def time_collective(
+    kind: CollectiveKind, full_bytes: int, axis: Axis, device: torch.device, *, quick: bool = False
+) -> Sample:
+    """This rank's time. All ranks of the axis must call it. quick: as few calls as make a time."""
     call, payload, sent = _prepared(kind, full_bytes // 4, axis, device)
-    timing = _on_cuda(call, axis) if device.type == "cuda" else _on_cpu(call, axis)
+    most = FEWEST_REPEATS if quick else MOST_REPEATS
+    timing = _on_cuda(call, axis, most) if device.type == "cuda" else _on_cpu(call, axis, most)
     return Sample(
         what=str(kind),
         name=str(kind),
@@ -109,33 +112,33 @@ def _broadcast(whole: Tensor, axis: Axis) -> Tensor:
     return whole
 
 
-def _on_cpu(call: Callable[[], Tensor], axis: Axis) -> Timing:
+def _on_cpu(call: Callable[[], Tensor], axis: Axis, most: int) -> Timing:
     """The mean counts, not the median: a step meets the slow ones too."""
     work = torch.zeros(WORK, WORK)
     call()
     times = []
-    for _ in range(_repeats(_wall(call), axis)):
+    for _ in range(_repeats(_wall(call), axis, most)):
         torch.mm(work, work)
         times.append(_wall(call))
     return replace(timing_of(times), seconds=trimmed_mean(times))
 
 
-def _on_cuda(call: Callable[[], Tensor], axis: Axis) -> Timing:
+def _on_cuda(call: Callable[[], Tensor], axis: Axis, most: int) -> Timing:
     def calls() -> None:
         for _ in range(CALLS):
             call()
 
     calls()
     torch.cuda.synchronize()
-    repeats = _repeats(between_events(calls, behind=True), axis)
+    repeats = _repeats(between_events(calls, behind=True), axis, most)
     return timing_of([between_events(calls, behind=True) / CALLS for _ in range(repeats)])
 
 
-def _repeats(once_s: float, axis: Axis) -> int:
+def _repeats(once_s: float, axis: Axis, most: int) -> int:
     """How often to time what takes this rank once_s; the same on all of them."""
     slowest = torch.tensor(once_s, device=axis.device_type)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=axis.group)
-    return min(MOST_REPEATS, max(FEWEST_REPEATS, round(ENOUGH_S / max(slowest.item(), 1e-6))))
+    return min(most, max(FEWEST_REPEATS, round(ENOUGH_S / max(slowest.item(), 1e-6))))
 
 
 def trimmed_mean(times: list[float]) -> float:

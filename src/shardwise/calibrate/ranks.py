@@ -194,7 +194,9 @@ class _Calibration:
             self._report(done + number, f"{kind} of {full_bytes >> 10} KiB over {group.size} ranks", left_s)
             dist.barrier()
             if group.axis is not None:
-                self.samples.append(links.time_collective(kind, full_bytes, group.axis, self.device))
+                self.samples.append(
+                    links.time_collective(kind, full_bytes, group.axis, self.device, quick=self.job.quick)
+                )
         dist.barrier()
 
     def _all_agree(self, over: bool) -> bool:
