@@ -1,5 +1,5 @@
 """Two verbs, one answer: what compare's check says of a plan is what verify says of it, on every mesh and
-through the step that is timed."""
+through the step that is timed. One launch for each number of ranks asks all of it."""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -11,7 +11,7 @@ from shardwise.core.case import StepSettings
 from shardwise.core.finding import Cause, Finding
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import Plan, Rule, Style, StyleName
-from shardwise.core.verification import Agreement
+from shardwise.core.verification import Agreement, Verification
 from shardwise.launch import run_ranks
 from shardwise.measure.record import RankReport
 from shardwise.parallel.builtin import builtin_plan
@@ -19,6 +19,7 @@ from shardwise.text.stream import load_tokens
 from shardwise.verbs.compare_ranks import CompareJob, pack
 from shardwise.verify.claim import Claim
 from shardwise.verify.run import verify
+from tests.distributed.one_proof_workers import Asked
 
 MODEL = "llama3-debug?n_layers=2,hidden=96,n_heads=12,n_kv_heads=4,vocab_size=512"
 NORMS = ("layers.*.attention_norm", "layers.*.ffn_norm", "norm")
@@ -35,15 +36,49 @@ FAULTY = (
 )
 
 
+RIGHT_AND_FAULTY = (builtin_plan("rowwise"), *FAULTY)
+WHOLE = (builtin_plan("rowwise", sequence_parallel=False),)
+ON_TP = StepSettings(batch=1, seq=32)
+ACCUMULATED = StepSettings(batch=4, seq=32, accumulation=2)
+RECOMPUTED = StepSettings(batch=2, seq=32, recompute="full")
+# what compare is asked on so many ranks, by a name
+ASKED = {
+    2: {
+        "tp": ("tp=2", ON_TP, RIGHT_AND_FAULTY, False),
+        "tp, summed twice": ("tp=2", StepSettings(batch=2, seq=32), WHOLE, True),
+    },
+    4: {
+        "data-parallel ranks and micro-batches": ("dp=2,tp=2", ACCUMULATED, RIGHT_AND_FAULTY, False),
+        "fsdp and recompute": ("fsdp=2,tp=2", RECOMPUTED, RIGHT_AND_FAULTY, False),
+        "fsdp, summed twice": ("fsdp=2,tp=2", StepSettings(batch=2, seq=32), WHOLE, True),
+    },
+}
+
+
 @lru_cache
-def agreements(
-    mesh: str,
-    settings: StepSettings,
-    plans: tuple[Plan, ...] = (builtin_plan("rowwise"), *FAULTY),
-    entry: str = "shardwise.verbs.compare_ranks:run",
-) -> tuple[Agreement, ...]:
-    """What compare's ranks say of each plan."""
-    job = CompareJob(
+def agreements(world_size: int) -> dict[str, tuple[Agreement, ...]]:
+    """What compare's ranks say of each plan, by what they are asked."""
+    stream = load_tokens(vocab_size=512, random_ids=True)
+    asked = [
+        Asked(pack(job(mesh, settings, plans), stream), summed_twice)
+        for mesh, settings, plans, summed_twice in ASKED[world_size].values()
+    ]
+    (of_first, *_) = run_ranks(
+        "tests.distributed.one_proof_workers:each",
+        msgspec.msgpack.encode(asked),
+        world_size=world_size,
+        device_type="cpu",
+        timeout_s=120,
+    )
+    reports = [
+        msgspec.msgpack.decode(report, type=RankReport)
+        for report in msgspec.msgpack.decode(of_first, type=list[bytes])
+    ]
+    return {name: report.agreements for name, report in zip(ASKED[world_size], reports, strict=True)}
+
+
+def job(mesh: str, settings: StepSettings, plans: tuple[Plan, ...]) -> CompareJob:
+    return CompareJob(
         model=MODEL,
         mesh=mesh,
         plans=tuple(plan.to_toml() for plan in plans),
@@ -57,12 +92,13 @@ def agreements(
         check_layers=2,
         repeat_first=False,
     )
-    stream = load_tokens(vocab_size=512, random_ids=True)
-    world_size = Mesh.parse(mesh).world_size
-    (report, *_) = run_ranks(
-        entry, pack(job, stream), world_size=world_size, device_type="cpu", timeout_s=120
-    )
-    return msgspec.msgpack.decode(report, type=RankReport).agreements
+
+
+@lru_cache
+def verified() -> tuple[Verification, ...]:
+    """What verify says of the faulty plans."""
+    claims = [Claim(MODEL, plan.to_toml(), plan.name, twin=False) for plan in FAULTY]
+    return tuple(verify(claims, mesh=Mesh.parse("tp=2"), settings=StepSettings(2, 32)))
 
 
 def told(findings: tuple[Finding, ...]) -> list[tuple[object, ...]]:
@@ -74,39 +110,22 @@ def told(findings: tuple[Finding, ...]) -> list[tuple[object, ...]]:
 
 @pytest.mark.parametrize("number", range(len(FAULTY)), ids=[plan.name for plan in FAULTY])
 def test_compare_and_verify_find_the_same_in_a_faulty_plan(number: int) -> None:
-    plan = FAULTY[number]
-    (verified,) = verify(
-        [Claim(MODEL, plan.to_toml(), plan.name, twin=False)],
-        mesh=Mesh.parse("tp=2"),
-        settings=StepSettings(2, 32),
-    )
-    compared = agreements("tp=2", StepSettings(batch=1, seq=32))[1 + number]
-    assert told(compared.findings) == told(verified.wrong)
+    compared = agreements(2)["tp"][1 + number]
+    assert told(compared.findings) == told(verified()[number].wrong)
     cause = (Cause.PARTS_NOT_SUMMED, Cause.SUMMED_TOO_OFTEN)[number]
     assert {finding.cause for finding in compared.findings} == {cause}
 
 
-@pytest.mark.parametrize(
-    ("mesh", "settings"),
-    [
-        ("dp=2,tp=2", StepSettings(batch=4, seq=32, accumulation=2)),
-        ("fsdp=2,tp=2", StepSettings(batch=2, seq=32, recompute="full")),
-    ],
-    ids=["data-parallel ranks and micro-batches", "fsdp and recompute"],
-)
-def test_the_causes_are_the_same_through_every_step_that_is_timed(mesh: str, settings: StepSettings) -> None:
-    alone = agreements("tp=2", StepSettings(batch=1, seq=32))
-    right, *wrong = agreements(mesh, settings)
+@pytest.mark.parametrize("name", ["data-parallel ranks and micro-batches", "fsdp and recompute"])
+def test_the_causes_are_the_same_through_every_step_that_is_timed(name: str) -> None:
+    right, *wrong = agreements(4)[name]
     assert right.agrees
-    for one, other in zip(alone[1:], wrong, strict=True):
+    for one, other in zip(agreements(2)["tp"][1:], wrong, strict=True):
         assert told(one.findings) == told(other.findings)
 
 
 def test_a_fault_in_weights_that_tp_and_fsdp_both_cut_is_told_as_on_tp_alone() -> None:
-    plans = (builtin_plan("rowwise", sequence_parallel=False),)
-    entry = "tests.distributed.one_proof_workers:summed_twice"
-    settings = StepSettings(batch=2, seq=32)
-    (alone,), (cut_twice,) = (agreements(mesh, settings, plans, entry) for mesh in ("tp=2", "fsdp=2,tp=2"))
+    (alone,), (cut_twice,) = agreements(2)["tp, summed twice"], agreements(4)["fsdp, summed twice"]
     assert told(alone.findings) == told(cut_twice.findings)
     by_subject = {finding.subject: finding for finding in cut_twice.findings}
     assert by_subject["layers.1.feed_forward.w2.weight"].cause is Cause.SUMMED_TOO_OFTEN

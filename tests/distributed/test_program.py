@@ -5,7 +5,7 @@ The ranks' collectives are written down below PyTorch's own layers (c10d_log.py)
 of ranks runs all cases.
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import msgspec
 import pytest
@@ -47,7 +47,7 @@ def issued(case: Case) -> list[list[Issued]]:
     return [answer[case.name] for answer in found]
 
 
-@lru_cache(maxsize=4)
+@cache
 def programs(case: Case) -> tuple[Program, ...]:
     """Of the first rank and the last, for the ids that the real ranks get."""
     mesh = Mesh.parse(case.mesh)

@@ -36,11 +36,10 @@ def test_a_sharded_model_equals_the_unsharded_one(world_size: int, case: Case) -
             (1, True, 8),
             (2, True, 85),
             (3, True, 44),
-            (4, True, 16),
             (1, False, 127),
             (2, False, 75),
             (3, False, 91),
-            (4, False, 124),
+            (4, False, 140),
         ],
         lambda _, telling, __: telling,
     ),
@@ -124,7 +123,11 @@ def test_checkpoints_hold_rows_in_the_order_of_their_ids_and_load_bit_for_bit(wo
 
 
 @pytest.mark.parametrize(
-    ("world_size", "rows"), [(1, list(range(10))), (2, [0, 2, 4, 6, 8]), (3, [0, 3, 6, 8]), (4, [0, 4, 7])]
+    ("world_size", "rows"),
+    thinned(
+        [(1, list(range(10))), (2, [0, 2, 4, 6, 8]), (3, [0, 3, 6, 8]), (4, [0, 4, 7])],
+        lambda world_size, _: is_telling("interleaved", world_size),
+    ),
 )
 def test_an_interleaved_table_deals_its_rows_round_robin(world_size: int, rows: list[int]) -> None:
     assert part(world_size, "interleaved") == rows
