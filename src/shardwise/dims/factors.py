@@ -241,7 +241,7 @@ def _split(factor: Factor, outer: int) -> tuple[Factor, Factor]:
             groups = [concatenation(parts[at * each : (at + 1) * each]) for at in range(outer)]
             for group in groups[1:]:
                 unify(groups[0], group)
-            return Factor(outer), find(groups[0])
+            return _ones(outer), find(groups[0])
         raise ConflictError(f"pieces {[part.size for part in parts]} by {inner}")
     common, outers = Factor(inner), []
     for part in parts:
@@ -249,6 +249,11 @@ def _split(factor: Factor, outer: int) -> tuple[Factor, Factor]:
         unify(second, common)
         outers.append(first)
     return concatenation(outers), find(common)
+
+
+def _ones(n: int) -> Factor:
+    """What counts n equal pieces, each a tensor of its own: no leaf, since no rank can have a part of it."""
+    return concatenation([Factor(1) for _ in range(n)])
 
 
 def _cut_at(factor: Factor, at: int) -> tuple[Factor, Factor]:
@@ -313,8 +318,5 @@ def _unify_sum_and_product(sum_: Factor, product_: Factor) -> None:
         outer, rest = _split(sum_, outermost.size) if outermost.size > 1 else (outermost, sum_)
         unify(outer, outermost)
         unify(rest, product(others))
-    elif len(parts) == outermost.size and len({part.size for part in parts}) == 1:
-        for part in parts:
-            unify(part, product(others))
     else:
         raise ConflictError(f"{product_} and {sum_}")
