@@ -13,32 +13,39 @@ from dataclasses import dataclass, field
 from shardwise.dims.by_data import BY_ID
 from shardwise.dims.factors import ConflictError, Factor, find, layout, leaves
 from shardwise.dims.record import Op, Record, Source, Value
+from shardwise.dims.spans import Spans
 
 
 @dataclass(slots=True, eq=False)
 class Candidate:
     """members: (parameter, dim) that have it. sums: elements of partial sums that cutting it leaves, at the
-    real sequence length. obstacles: why it can't be cut; each a reason."""
+    real sequence length. obstacles: why it can't be cut; each a reason. gathered: modules that need all of it
+    (they take statistics over it): they gather it, run whole, and give their part of what they make."""
 
     leaf: Factor
     members: list[tuple[str, int]] = field(default_factory=list)
     sums: float = 0.0
     obstacles: list[str] = field(default_factory=list)
+    gathered: set[str] = field(default_factory=set)
+
+    def cut_at(self, spans: Spans, at: int) -> frozenset[Factor]:
+        """The leaf, where it is cut at an event of the record."""
+        return frozenset() if spans.are_around(at, self.gathered) else frozenset({self.leaf})
 
     @property
     def parameters(self) -> frozenset[str]:
         return frozenset(name for name, _ in self.members)
 
 
-def candidates(record: Record, ranks: int, *, seq: int) -> list[Candidate]:
+def candidates(record: Record, spans: Spans, ranks: int, *, seq: int) -> list[Candidate]:
     """All of a forward's, obstacles and costs known. seq: the length that the model will see.
 
     What cutting a leaf costs is each sum over it that the forward takes, and for each tensor without it that
     enters what has it the sum of that tensor's gradient.
     """
     found = _members(record)
-    _note_obstacles(record, found, ranks)
-    _note_sums(record, found, seq)
+    _note_obstacles(record, spans, found, ranks)
+    _note_sums(record, spans, found, seq)
     return list(found.values())
 
 
@@ -91,7 +98,7 @@ def _values(record: Record) -> Iterator[Value]:
         yield from op.outputs
 
 
-def _note_obstacles(record: Record, found: dict[Factor, Candidate], ranks: int) -> None:
+def _note_obstacles(record: Record, spans: Spans, found: dict[Factor, Candidate], ranks: int) -> None:
     sequence = record.sequence
     batch = frozenset(leaves(record.ids.dims[0])) if record.ids is not None else frozenset()
     for leaf, candidate in found.items():
@@ -103,7 +110,8 @@ def _note_obstacles(record: Record, found: dict[Factor, Candidate], ranks: int) 
         for factor, why in op.blocked:
             if why != BY_ID:
                 for leaf in leaves(factor):
-                    _note(found, leaf, f"{why} ({_place(op)})")
+                    if not _gathers(spans, op.module, found.get(find(leaf))):
+                        _note(found, leaf, f"{why} ({_place(op)})")
         for value in op.inputs:
             if value.source in (Source.POSITIONS, Source.BUFFER):
                 what = f"buffer {value.name}" if value.name else "a table of positions"
@@ -115,6 +123,25 @@ def _note_obstacles(record: Record, found: dict[Factor, Candidate], ranks: int) 
     if record.logits is not None:
         for leaf in leaves(record.logits.dims[-1]):
             found.pop(leaf, None)  # the vocabulary, which the head's own rule cuts
+
+
+def _gathers(spans: Spans, module: str, candidate: Candidate | None) -> bool:
+    """Whether a module without others inside takes and gives the candidate as its last dim, and so can have
+    all of it for the time of its call. Takes note of it."""
+    if candidate is None or not module or any(name.startswith(f"{module}.") for name in spans.of):
+        return False
+    for span in spans.of[module]:
+        for value in (*span.inputs, *span.outputs):
+            own = [dim for dim in value.dims if candidate.leaf in set(leaves(dim))]
+            is_last = bool(own) and own[0] is value.dims[-1] and len(own) == 1
+            if not is_last or [piece.is_cut for piece in layout(own[0], frozenset({candidate.leaf}))] != [
+                True
+            ]:
+                return False
+        if len(span.inputs) != 1 or len(span.outputs) != 1:
+            return False
+    candidate.gathered.add(module)
+    return True
 
 
 def _note(found: dict[Factor, Candidate], leaf: Factor, why: str) -> None:
@@ -137,14 +164,21 @@ def _place(op: Op) -> str:
     return f"{op.name} in {op.module or 'the model'}"
 
 
-def _note_sums(record: Record, found: dict[Factor, Candidate], seq: int) -> None:
+def _note_sums(record: Record, spans: Spans, found: dict[Factor, Candidate], seq: int) -> None:
     sequence = record.sequence
     entered: set[tuple[Factor, frozenset[Factor]]] = set()
-    for op in record.ops:
+    for candidate in found.values():
+        for module in candidate.gathered:
+            # gathered on the way in, and its gradient on the way back
+            candidate.sums += sum(2 * _elements(span.inputs[0], sequence, seq) for span in spans.of[module])
+    for at, op in enumerate(record.events):
+        if not isinstance(op, Op):
+            continue
         for leaf in {find(leaf) for factor in op.summed for leaf in leaves(factor)}:
-            if leaf in found and op.outputs:
+            if leaf in found and op.outputs and found[leaf].cut_at(spans, at):
                 found[leaf].sums += _elements(op.outputs[0], sequence, seq)
         own = {leaf for value in (*op.inputs, *op.outputs) for leaf in value.leaves() if leaf in found}
+        own = {leaf for leaf in own if found[leaf].cut_at(spans, at)}
         for value in op.inputs:
             if not value.has_gradient or not value.is_live:
                 continue

@@ -1,21 +1,21 @@
 """Counts: integer attributes that a forward writes into shapes and that count what is cut, so that a rank's
 module must hold its own number."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 
 from shardwise.dims.factors import ConflictError, Factor, layout, leaves, local_size
 from shardwise.dims.record import Op, Record, SizeUse, Value
 from shardwise.dims.sizes import Attribute, Expression, Length, attributes_in, evaluate
-from shardwise.planner.regions import UnfitError
+from shardwise.planner.regions import Region, UnfitError
 
 _MOST_TOGETHER = 3
 
 
-def divided(record: Record, cut: frozenset[Factor], ranks: int) -> frozenset[Attribute]:
+def divided(record: Record, regions: Sequence[Region], ranks: int) -> frozenset[Attribute]:
     """The attributes of which each rank has 1 / ranks, so that every size that the forward writes is the one
     that its tensors have there. Raises UnfitError where no choice of attributes makes it so."""
-    sizes = _Sizes(record, cut, ranks)
+    sizes = _Sizes(record, regions, ranks)
     uses = [use for use in record.sizes if sizes.is_told(use)]
     chosen: frozenset[Attribute] = frozenset()
     for use in uses:
@@ -50,15 +50,17 @@ def _complaint(use: SizeUse, sizes: "_Sizes") -> str:
 class _Sizes:
     """What sizes are on one rank."""
 
-    def __init__(self, record: Record, cut: frozenset[Factor], ranks: int) -> None:
+    def __init__(self, record: Record, regions: Sequence[Region], ranks: int) -> None:
         self.ranks = ranks
-        self._cut, self._sequence = cut, record.sequence
+        self._cut = frozenset(region.candidate.leaf for region in regions)
+        self._gathered = set[str]().union(*(region.candidate.gathered for region in regions))
+        self._sequence = record.sequence
         self._values = {value.number: value for value in _values(record)}
 
     def is_told(self, use: SizeUse) -> bool:
         """Whether the size is of what is cut, or could be: a sequence's own length follows its tensors."""
         dim = use.value.dims[use.dim] if use.of is None else use.of
-        return self._sequence.isdisjoint(leaves(dim))
+        return self._sequence.isdisjoint(leaves(dim)) and use.module not in self._gathered
 
     def cut_in(self, use: SizeUse) -> frozenset[Factor]:
         dims = [use.value.dims[use.dim], *([use.of] if use.of is not None else [])]

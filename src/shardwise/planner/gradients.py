@@ -5,7 +5,8 @@ from collections import defaultdict
 
 from shardwise.dims.factors import Factor
 from shardwise.dims.record import Entered, Left, Op, Record, Value
-from shardwise.planner.regions import Kind, Region, Span, Spans, UnfitError, pass_back
+from shardwise.dims.spans import Span, Spans
+from shardwise.planner.regions import Kind, Region, UnfitError, pass_back
 from shardwise.planner.sequence import SequenceCut
 
 
@@ -24,23 +25,17 @@ class MixedError(UnfitError):
 def gradient_kinds(
     record: Record, spans: Spans, regions: list[Region], sequence: SequenceCut | None
 ) -> dict[str, str]:
-    """Parameter -> Kind, for those that get a gradient and aren't cut. Raises MixedError."""
-    cut = frozenset(region.candidate.leaf for region in regions)
-    entries = {name for region in regions for name in region.entries}
-    walk = _Backward(record, spans, cut, entries, sequence)
+    """Parameter -> Kind, for those that get a gradient. Raises MixedError."""
+    walk = _Backward(record, spans, regions, sequence)
     return walk.run()
 
 
 class _Backward:
     def __init__(
-        self,
-        record: Record,
-        spans: Spans,
-        cut: frozenset[Factor],
-        entries: set[str],
-        sequence: SequenceCut | None,
+        self, record: Record, spans: Spans, regions: list[Region], sequence: SequenceCut | None
     ) -> None:
-        self._record, self._cut, self._entries, self._sequence = record, cut, entries, sequence
+        self._record, self._spans, self._regions, self._sequence = record, spans, regions, sequence
+        self._entries = {name for region in regions for name in region.entries}
         self._kinds: dict[Value, set[str]] = defaultdict(set)
         self._saved: list[tuple[Value, set[str]] | None] = []
         self._at: dict[int, Span] = {span.stop: span for span in spans.all}
@@ -60,14 +55,14 @@ class _Backward:
         return {
             name: self._one(value, name)
             for name, value in self._record.parameters.items()
-            if self._kinds.get(value) and self._cut.isdisjoint(value.leaves())
+            if self._kinds.get(value)
         }
 
     def _op(self, at: int, op: Op) -> None:
         for output in op.outputs:
             if output in self._kinds:
                 self._one(output, op.module)
-        cut = self._cut
+        cut = frozenset[Factor]().union(*(each.candidate.cut_at(self._spans, at) for each in self._regions))
         if self._sequence is not None and at in self._sequence.ops:
             cut = cut | self._record.sequence
         pass_back(op, self._kinds, cut)

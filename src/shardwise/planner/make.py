@@ -17,6 +17,7 @@ from shardwise.dims.by_data import BY_ID
 from shardwise.dims.factors import Factor, leaves
 from shardwise.dims.record import Entered, Op, Record
 from shardwise.dims.sizes import Attribute
+from shardwise.dims.spans import Spans
 from shardwise.dims.trace import record_of
 from shardwise.models.layers import Layers, find_layers
 from shardwise.models.source import ModelSource, vocab_size_of
@@ -24,7 +25,7 @@ from shardwise.planner.candidates import Candidate, candidates, choose
 from shardwise.planner.counts import divided
 from shardwise.planner.gradients import MixedError, gradient_kinds
 from shardwise.planner.patterns import everywhere
-from shardwise.planner.regions import Region, Spans, UnfitError, region_of
+from shardwise.planner.regions import Region, UnfitError, region_of
 from shardwise.planner.rules import Cuts, cut_dim, held, rules_of
 from shardwise.planner.sequence import SequenceCut, cut_sequence
 
@@ -73,7 +74,7 @@ class _Making:
     ) -> None:
         self.record, self.model, self.layers, self.wish, self.ranks = record, model, layers, wish, ranks
         self.spans = Spans(record)
-        self.candidates = candidates(record, ranks, seq=wish.seq)
+        self.candidates = candidates(record, self.spans, ranks, seq=wish.seq)
         self.tables = _tables(record, model)
         self.head, self.head_output = _head(record, model)
         rows = {f"{table}.weight" for table in self.tables}
@@ -114,7 +115,7 @@ class _Making:
 
     def _cuts(self, regions: list[Region]) -> Cuts:
         sequence = self._sequence(regions)
-        counts = divided(self.record, frozenset(region.candidate.leaf for region in regions), self.ranks)
+        counts = divided(self.record, regions, self.ranks)
         try:
             kinds = gradient_kinds(self.record, self.spans, regions, sequence)
         except MixedError as error:
@@ -171,7 +172,7 @@ class _Making:
 
     def _fails_alone(self, region: Region) -> bool:
         try:
-            divided(self.record, frozenset({region.candidate.leaf}), self.ranks)
+            divided(self.record, [region], self.ranks)
             kinds = gradient_kinds(self.record, self.spans, [region], None)
             rules_of(self._put_together([region], None, frozenset(), kinds))
         except UnfitError:
@@ -264,10 +265,15 @@ def _shares(
         traced = like(name)
         is_outer = traced in embedding or traced.rpartition(".")[0] == cuts.head
         value = cuts.record.parameters.get(traced)
-        if is_outer or (value is not None and cut_dim(value, cuts.leaves) is not None):
+        if is_outer or (
+            value is not None and cut_dim(value, cuts.cut_in(traced.rpartition(".")[0])) is not None
+        ):
             sharded += parameter.numel()
         else:
-            key = (any_layer(name), reasons.get(traced, "nothing that is cut comes by it"))
+            owner = traced.rpartition(".")[0]
+            is_gathered = any(owner in region.candidate.gathered for region in cuts.regions)
+            why = "it gathers what is cut" if is_gathered else "nothing that is cut comes by it"
+            key = (any_layer(name), why if is_gathered else reasons.get(traced, why))
             left[key] = left.get(key, 0) + parameter.numel()
     found = (LeftWhole(pattern, n, why) for (pattern, why), n in left.items())
     return sharded, total, tuple(sorted(found, key=lambda each: -each.elements))

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shardwise.dims.factors import Factor, find, leaves
-from shardwise.dims.record import Entered, Left, Op, Record, Value
+from shardwise.dims.record import Left, Op, Record, Value
+from shardwise.dims.spans import Span, Spans
 from shardwise.planner.candidates import Candidate
 
 _ADDITIONS = frozenset({"add", "add_"})
@@ -44,51 +45,6 @@ class Region:
         return [self.entry] if self.entry is not None else self.begins
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """One call of a module: its events are [start, stop]. inputs: its tensors, in the order of its
-    arguments."""
-
-    module: str
-    start: int
-    stop: int
-    inputs: tuple[Value, ...]
-    outputs: tuple[Value, ...]
-
-    @property
-    def input(self) -> Value | None:
-        """The activation that a style of its input would change: the first tensor."""
-        return self.inputs[0] if self.inputs else None
-
-
-class Spans:
-    """All calls of modules in a record, and which are around an event."""
-
-    def __init__(self, record: Record) -> None:
-        self.all: list[Span] = []
-        self.around: list[tuple[Span, ...]] = []
-        open_: list[tuple[int, Entered]] = []
-        stops: dict[int, Span] = {}
-        for at, event in enumerate(record.events):
-            if isinstance(event, Entered):
-                open_.append((at, event))
-            elif isinstance(event, Left):
-                start, entered = open_.pop()
-                span = Span(event.module, start, at, entered.inputs, event.outputs)
-                self.all.append(span)
-                stops[start] = span
-        stack: list[Span] = []
-        for at, event in enumerate(record.events):
-            if isinstance(event, Entered):
-                stack.append(stops[at])
-            self.around.append(tuple(stack))
-            if isinstance(event, Left):
-                stack.pop()
-        self.of: defaultdict[str, list[Span]] = defaultdict(list)
-        for span in self.all:
-            self.of[span.module].append(span)
-
-
 def region_of(record: Record, spans: Spans, candidate: Candidate) -> Region:
     """Where a candidate's cut begins and ends. Raises UnfitError."""
     region = Region(candidate)
@@ -96,6 +52,8 @@ def region_of(record: Record, spans: Spans, candidate: Candidate) -> Region:
     touched: list[int] = []
     for at, event in enumerate(record.events):
         if not isinstance(event, Op) or not _has(event, leaf):
+            continue
+        if spans.are_around(at, candidate.gathered):
             continue
         touched.append(at)
         if any(find(each) is leaf for factor in event.summed for each in leaves(factor)):
@@ -164,11 +122,11 @@ def _entry(record: Record, spans: Spans, region: Region, calls: list[tuple[str, 
             if any(leaf in value.leaves() for value in (*span.inputs, *span.outputs)):
                 break
             others = [value for value in span.inputs[1:] if value.is_live and value.has_gradient]
-            if others or gradients_inside(record, spans, span, frozenset({leaf})) != {Kind.PART}:
+            if others or gradients_inside(record, spans, span, region.candidate) != {Kind.PART}:
                 break
         else:
             return module if spans.of[module] else None
-    if all(_begins_at_its_input(record, spans, name, leaf) for name in region.begins):
+    if all(_begins_at_its_input(record, spans, name, region.candidate) for name in region.begins):
         return None
     raise UnfitError("what goes into it is no module's input, so nobody could sum its gradient")
 
@@ -184,11 +142,11 @@ def _common(calls: list[tuple[str, ...]]) -> tuple[str, ...]:
     return first[:depth]
 
 
-def _begins_at_its_input(record: Record, spans: Spans, module: str, leaf: Factor) -> bool:
+def _begins_at_its_input(record: Record, spans: Spans, module: str, candidate: Candidate) -> bool:
     for span in spans.of[module]:
         if span.input is None:
             return False
-        if gradients_inside(record, spans, span, frozenset({leaf})) != {Kind.PART}:
+        if gradients_inside(record, spans, span, candidate) != {Kind.PART}:
             return False
     return bool(module)
 
@@ -200,7 +158,7 @@ class Kind:
     PART = "part"
 
 
-def gradients_inside(record: Record, spans: Spans, span: Span, cut: frozenset[Factor]) -> set[str]:
+def gradients_inside(record: Record, spans: Spans, span: Span, candidate: Candidate) -> set[str]:
     """What the gradient of a call's input is made of inside the call, where all that it gives has whole
     ones."""
     assert span.input is not None
@@ -210,7 +168,7 @@ def gradients_inside(record: Record, spans: Spans, span: Span, cut: frozenset[Fa
     for at in range(span.stop, span.start, -1):
         event = record.events[at]
         if isinstance(event, Op):
-            pass_back(event, kinds, cut)
+            pass_back(event, kinds, candidate.cut_at(spans, at))
     return kinds[span.input]
 
 

@@ -46,6 +46,12 @@ class Cuts:
     def __post_init__(self) -> None:
         self.leaves = frozenset(region.candidate.leaf for region in self.regions)
 
+    def cut_in(self, module: str) -> frozenset[Factor]:
+        """The leaves that are cut inside a module's call."""
+        return frozenset(
+            region.candidate.leaf for region in self.regions if module not in region.candidate.gathered
+        )
+
     def around(self, module: str) -> Placement:
         """What a module takes and gives, if it isn't told otherwise: a part of the sequence, or all."""
         is_cut = self.sequence is not None and self.sequence.is_cut_around(module)
@@ -70,7 +76,7 @@ def rules_of(cuts: Cuts) -> dict[str, Reasoned]:
 def held(cuts: Cuts, name: str) -> Held:
     """How a parameter is held."""
     value = cuts.record.parameters[name]
-    cut = cut_dim(value, cuts.leaves)
+    cut = cut_dim(value, cuts.cut_in(name.rpartition(".")[0]))
     if cut is None:
         return Held(Replicate(), gradient=Partial() if cuts.kinds.get(name) == Kind.PART else None)
     dim, pieces = cut
@@ -120,6 +126,9 @@ def _rule(
         return _entry_rule(cuts, name, parameters, divide, entries)
     if cuts.sequence is not None and name in cuts.sequence.whole:
         return Reasoned(Style(StyleName.WHOLE), "it needs the whole sequence, and tp cuts nothing in it")
+    if any(name in region.candidate.gathered for region in cuts.regions):
+        why = "it needs all of what is cut (statistics over it): gathered, computed whole, and cut again"
+        return Reasoned(Style(StyleName.WHOLE, input=Shard(-1)), why)
     begins = [region for region in cuts.regions if name in region.begins and _cuts_any(cuts, known)]
     ends = [region for region in cuts.regions if name in region.ends]
     if begins and ends:
@@ -227,7 +236,7 @@ def _sees_a_part(cuts: Cuts, name: str) -> bool:
 
 
 def _cuts_any(cuts: Cuts, names: list[str]) -> bool:
-    return any(cut_dim(cuts.record.parameters[name], cuts.leaves) is not None for name in names)
+    return any(isinstance(held(cuts, name).placement, Shard) for name in names)
 
 
 def _read_by_name(cuts: Cuts, module: str, users: Mapping[str, set[str]]) -> list[str]:

@@ -9,7 +9,8 @@ from shardwise.core.layer_name import any_layer
 from shardwise.dims.factors import Factor, leaves
 from shardwise.dims.record import Entered, Left, Op, Record, Source, Value
 from shardwise.dims.sizes import Computed, Expression, Length
-from shardwise.planner.regions import Region, Spans, UnfitError
+from shardwise.dims.spans import Spans
+from shardwise.planner.regions import Region, UnfitError
 
 _TRIES = 40
 
