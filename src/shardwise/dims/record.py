@@ -77,7 +77,7 @@ class Left:
 @dataclass(frozen=True, slots=True, eq=False)
 class SizeUse:
     """A forward wrote a size: dim `dim` of `value` has `size` entries (and, cut out of a longer one, begins
-    at `start` of `of`)."""
+    at `start` of `of`). at: the event that comes next."""
 
     function: str
     module: str
@@ -86,6 +86,7 @@ class SizeUse:
     size: Expression
     of: Factor | None = None
     start: Expression = 0
+    at: int = 0
 
 
 Event = Op | Entered | Left

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from shardwise.dims.record import Entered, Left, Record, Value
+from shardwise.dims.record import Entered, Left, Op, Record, Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +47,19 @@ class Spans:
             self.around.append(tuple(stack))
             if isinstance(event, Left):
                 stack.pop()
+        self._last_use: dict[Value, int] = {}
+        for at, event in enumerate(record.events):
+            if isinstance(event, Op):
+                self._last_use.update(dict.fromkeys(event.inputs, at))
+        if record.logits is not None:
+            self._last_use[record.logits] = len(record.events)
         self.of: defaultdict[str, list[Span]] = defaultdict(list)
         for span in self.all:
             self.of[span.module].append(span)
+
+    def results(self, span: Span) -> list[Value]:
+        """What a call gives that anything uses afterwards."""
+        return [value for value in span.outputs if self._last_use.get(value, -1) > span.stop]
 
     def are_around(self, at: int, modules: Collection[str]) -> bool:
         """Whether an event is inside a call of one of these modules."""

@@ -7,6 +7,7 @@ count goes the way it goes in training.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -309,7 +310,8 @@ class _Functions(TorchFunctionMode):
             )
 
     def _add(self, use: SizeUse) -> None:
-        self._recorder.record.sizes.append(use)
+        record = self._recorder.record
+        record.sizes.append(replace(use, at=len(record.events)))
 
 
 def _bound(given: int | None, default: int, size: int, tensor: Tensor, dim: int, recorder: _Recorder) -> Size:

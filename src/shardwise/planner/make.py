@@ -135,7 +135,7 @@ class _Making:
             self.why_not = "it has no list of layers" if self.layers is None else "it has no head of its own"
             return None
         try:
-            return cut_sequence(self.record, self.spans, regions, f"{self.layers.prefix}.0", self.head)
+            return cut_sequence(self.record, self.spans, regions, self.layers.prefix, self.head)
         except UnfitError as error:
             self.why_not = str(error)
             return None
@@ -245,7 +245,7 @@ def _made(
     sequence = None
     if cuts.sequence is not None:
         where = "the look-up" if cuts.sequence.is_at_embedding else f"the input of {cuts.sequence.begins}"
-        sequence = f"from {where} to {cuts.head}"
+        sequence = f"from {where} to {cuts.sequence.ends}"
     return MadePlan(
         source.name, str(wish.mesh), Plan(name, rules), comments, tuple(_cut_dims(cuts)), left, total,
         sharded / total, sequence, making.why_not, source.notes,

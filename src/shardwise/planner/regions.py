@@ -119,7 +119,7 @@ def _entry(record: Record, spans: Spans, region: Region, calls: list[tuple[str, 
         for span in spans.of[module]:
             if span.input is None or not (span.input.is_live and span.input.has_gradient):
                 break
-            if any(leaf in value.leaves() for value in (*span.inputs, *span.outputs)):
+            if any(leaf in value.leaves() for value in (*span.inputs, *spans.results(span))):
                 break
             others = [value for value in span.inputs[1:] if value.is_live and value.has_gradient]
             if others or gradients_inside(record, spans, span, region.candidate) != {Kind.PART}:
@@ -163,7 +163,7 @@ def gradients_inside(record: Record, spans: Spans, span: Span, candidate: Candid
     ones."""
     assert span.input is not None
     kinds: dict[Value, set[str]] = defaultdict(set)
-    for output in span.outputs:
+    for output in spans.results(span):
         kinds[output].add(Kind.WHOLE)
     for at in range(span.stop, span.start, -1):
         event = record.events[at]

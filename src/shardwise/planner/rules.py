@@ -122,13 +122,17 @@ def _rule(
     parameters = tuple(
         (each[len(name) + 1 :] if name else each, held(cuts, each)) for each in (*known, *by_name)
     )
-    if entries and name not in entries[0].begins + entries[0].ends:
+    does_it_itself = bool(entries) and name in entries[0].begins + entries[0].ends and _cuts_any(cuts, known)
+    if entries and not does_it_itself:
         return _entry_rule(cuts, name, parameters, divide, entries)
+    if cuts.sequence is not None and name == cuts.sequence.ends:
+        why = "what follows asks how long sequences are, so they are gathered here"
+        return Reasoned(Style(StyleName.WHOLE, input=Shard(1), output=Replicate()), why)
     if cuts.sequence is not None and name in cuts.sequence.whole:
         return Reasoned(Style(StyleName.WHOLE), "it needs the whole sequence, and tp cuts nothing in it")
     if any(name in region.candidate.gathered for region in cuts.regions):
         why = "it needs all of what is cut (statistics over it): gathered, computed whole, and cut again"
-        return Reasoned(Style(StyleName.WHOLE, input=Shard(-1)), why)
+        return Reasoned(Style(StyleName.WHOLE, input=Shard(-1), output=Shard(-1)), why)
     begins = [region for region in cuts.regions if name in region.begins and _cuts_any(cuts, known)]
     ends = [region for region in cuts.regions if name in region.ends]
     if begins and ends:
@@ -143,7 +147,11 @@ def _rule(
     if _cuts_any(cuts, [*known, *by_name]) or divide:
         style = Style(StyleName.LOCAL, parameters=parameters, divide=divide)
         return Reasoned(style, "works on what is cut, part by part")
-    return _whole_rule(cuts, name, known) if known else None
+    is_inside = cuts.sequence is not None and any(name.startswith(f"{each}.") for each in cuts.sequence.whole)
+    kinds = {cuts.kinds.get(each, Kind.WHOLE) for each in known}
+    if not known or (is_inside and kinds == {Kind.WHOLE}):
+        return None  # what runs whole holds all inside
+    return _whole_rule(cuts, name, known)
 
 
 def _table_rule(cuts: Cuts, name: str) -> Reasoned:
@@ -204,7 +212,7 @@ def _told(
     weight = dict(parameters).get("weight")
     if is_linear and weight is not None and weight.placement == Shard(dim):
         return weight.pieces, ()
-    return (), _cut_ones(parameters)
+    return (), parameters
 
 
 def _cut_ones(parameters: tuple[tuple[str, Held], ...]) -> tuple[tuple[str, Held], ...]:

@@ -3,6 +3,7 @@ of the forward allows that, which modules need the whole sequence, and which are
 rank.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from shardwise.core.layer_name import any_layer
@@ -17,11 +18,13 @@ _TRIES = 40
 
 @dataclass(slots=True)
 class SequenceCut:
-    """begins: the module whose input is cut; is_at_embedding: the look-up gives the part itself. whole:
-    modules that gather their input and run whole. covered: those that are called from there to the head. ops:
-    where ops have a part of the sequence, by their place in the record."""
+    """begins: the module whose input is cut; ends: the one whose input is whole again (the head, if it can
+    be); is_at_embedding: the look-up gives the part itself. whole: modules that gather their input and run
+    whole. covered: those that are called from there to the head. ops: where ops have a part of the sequence,
+    by their place in the record."""
 
     begins: str
+    ends: str
     head: str
     is_at_embedding: bool = False
     whole: set[str] = field(default_factory=set)
@@ -42,23 +45,50 @@ class _NeedsWholeError(Exception):
     why: str
 
 
-def cut_sequence(
-    record: Record, spans: Spans, regions: list[Region], first_layer: str, head: str
-) -> SequenceCut:
-    """Where the sequence can be cut. Raises UnfitError where it can't be."""
+def cut_sequence(record: Record, spans: Spans, regions: list[Region], layers: str, head: str) -> SequenceCut:
+    """Where the sequence can be cut. layers: the name of their list. Raises UnfitError where it can't be."""
+    first_layer = f"{layers}.0"
     if not spans.of[first_layer]:
         raise UnfitError(f"its forward doesn't call {first_layer}")
-    found = SequenceCut(first_layer, head)
-    entries = {name for region in regions for name in region.entries} | {head}
-    first, last = spans.of[first_layer][0], spans.of[head][-1]
-    found.covered = frozenset(span.module for span in spans.all if first.start <= span.start <= last.start)
-    for _ in range(_TRIES):
-        walk = _Walk(record, spans, entries, {end for region in regions for end in region.ends}, found)
+    refusal = UnfitError("nothing comes after its layers")
+    for end in (head, *_after(spans, layers, head)):
         try:
-            found.ops = walk.run()
-        except _NeedsWholeError as violation:
-            module = _to_be_whole(spans, violation, found, entries)
-            found.whole |= {name for name in spans.of if any_layer(name) == any_layer(module)}
+            return _cut_until(record, spans, regions, first_layer, end, head)
+        except UnfitError as error:
+            refusal = error
+    raise refusal
+
+
+def _after(spans: Spans, layers: str, head: str) -> list[str]:
+    """The modules that are called between the last layer and the head, the last first: where the sequence can
+    be gathered if the way from there to the head can't take a part of it."""
+    last = max(span.stop for span in spans.all if span.module.startswith(f"{layers}."))
+    until = spans.of[head][-1].start
+    between = [span for span in spans.all if last < span.start and span.stop < until]
+    outermost = [
+        span for span in between if not any(o.start < span.start and span.stop < o.stop for o in between)
+    ]
+    return [span.module for span in sorted(outermost, key=lambda each: -each.start) if len(span.inputs) == 1]
+
+
+def _cut_until(
+    record: Record, spans: Spans, regions: list[Region], first_layer: str, end: str, head: str
+) -> SequenceCut:
+    entries = {name for region in regions for name in region.entries} | {end}
+    ends = {name for region in regions for name in region.ends}
+    first, last = spans.of[first_layer][0], spans.of[end][-1]
+    covered = frozenset(span.module for span in spans.all if first.start <= span.start <= last.start)
+    found = SequenceCut(first_layer, end, head, covered=covered)
+    for _ in range(_TRIES):
+        try:
+            found.ops = _Walk(record, spans, entries, ends, found).run()
+        except _NeedsWholeError as error:
+            module = _to_be_whole(spans, error, found, entries)
+            alike = {name for name in spans.of if any_layer(name) == any_layer(module)}
+            found.whole |= alike - entries
+            found.whole -= {
+                name for name in found.whole if any(name.startswith(f"{o}.") for o in found.whole)
+            }
         else:
             found.is_at_embedding = _is_embedded_directly(record, spans, first_layer)
             return found
@@ -78,12 +108,14 @@ class _Walk:
         self._ops: set[int] = set()
         self._steady = _steady(record)
         self._restored: list[Value | None] = []
+        self._sizes = _sizes_of_sequence(record)
 
     def run(self) -> set[int]:
         first = self._spans.of[self._found.begins][0]
         if first.input is None:
             raise UnfitError(f"{self._found.begins} is called without a tensor")
         for at, event in enumerate(self._record.events):
+            self._check_sizes(at)
             if at == first.start:
                 self._cut.add(first.input)
             match event:
@@ -94,6 +126,20 @@ class _Walk:
                 case Op():
                     self._op(at, event)
         return self._ops
+
+    def _is_in_place(self, value: Value) -> bool:
+        """[B, S, ...], which styles gather and cut in dim 1."""
+        return len(value.dims) > 1 and frozenset(leaves(value.dims[1])) == self._sequence
+
+    def _before(self, at: int) -> int:
+        """The event before the call that ends at `at`."""
+        return max(0, self._spans.around[at][-1].start - 1)
+
+    def _check_sizes(self, at: int) -> None:
+        """A length that was asked of one tensor and is written for another: both must be cut, or neither."""
+        for value, asked in self._sizes.get(at, ()):
+            if (value in self._cut) != (asked in self._cut):
+                raise _NeedsWholeError(at - 1, "it writes the length of another tensor")
 
     def _has_sequence(self, value: Value) -> bool:
         return not self._sequence.isdisjoint(value.leaves())
@@ -106,6 +152,10 @@ class _Walk:
                 raise _NeedsWholeError(at - 1, f"{event.module} takes two tensors of the cut sequence")
             if inputs and inputs[0] is event.inputs[0]:
                 taken = inputs[0]
+                if not self._is_in_place(taken):
+                    raise _NeedsWholeError(
+                        at - 1, f"{event.module} takes sequences that are no dim of their own"
+                    )
                 self._cut.discard(taken)
             elif inputs:
                 raise _NeedsWholeError(
@@ -115,12 +165,16 @@ class _Walk:
 
     def _leave(self, at: int, event: Left) -> None:
         taken = self._restored.pop()
-        if taken is not None:
+        if taken is not None and event.module != self._found.ends:
             self._cut.add(taken)
         if event.module in self._ends and self._found.is_cut_around(event.module):
             self._cut.update(value for value in event.outputs if value.is_live)
         elif event.module in self._found.whole and taken is not None:
             live = [value for value in event.outputs if value.is_live and self._has_sequence(value)]
+            if live and not self._is_in_place(live[0]):
+                raise _NeedsWholeError(
+                    self._before(at), f"{event.module} gives sequences that are no dim of their own"
+                )
             self._cut.update(live[:1])
 
     def _op(self, at: int, op: Op) -> None:
@@ -187,6 +241,31 @@ def _is_embedded_directly(record: Record, spans: Spans, first_layer: str) -> boo
     is_used = any(taken in op.inputs for op in before)
     asks = any(_asks(use.size, taken.number) or _asks(use.start, taken.number) for use in record.sizes)
     return is_looked_up and not is_used and not asks
+
+
+def _sizes_of_sequence(record: Record) -> dict[int, list[tuple[Value, Value]]]:
+    """By the event that comes next: (a tensor whose length was written, the tensor that was asked for it)."""
+    values = {value.number: value for op in record.ops for value in (*op.inputs, *op.outputs)}
+    if record.ids is not None:
+        values[record.ids.number] = record.ids
+    found: dict[int, list[tuple[Value, Value]]] = {}
+    for use in record.sizes:
+        if record.sequence.isdisjoint(leaves(use.value.dims[use.dim])) or not use.value.is_live:
+            continue
+        for number, dim in _lengths(use.size):
+            asked = values.get(number)
+            if asked is not None and not record.sequence.isdisjoint(leaves(asked.dims[dim])):
+                found.setdefault(use.at, []).append((use.value, asked))
+    return found
+
+
+def _lengths(expression: Expression) -> Iterator[tuple[int, int]]:
+    match expression:
+        case Length(number, dim):
+            yield number, dim
+        case Computed(_, first, second):
+            yield from _lengths(first)
+            yield from _lengths(second)
 
 
 def _asks(expression: Expression, tensor: int) -> bool:

@@ -33,13 +33,13 @@ from shardwise.parallel.loss import IGNORED
 from shardwise.parallel.resolve import tied_parameters
 from shardwise.step.build import device_mesh, set_in_place
 from shardwise.step.portion import Portion
-from shardwise.torch_private import default_store
+from shardwise.torch_private import AnyDropout, default_store
 from shardwise.verify.claim import NO_PLAN, TWIN, Claim
 from shardwise.verify.expected import Unsharded, shake, unsharded
 from shardwise.verify.observe import Batch, LogitsError, ModuleError
 from shardwise.verify.proof import prove
 from shardwise.verify.reasons import ungathered, with_ties
-from shardwise.verify.static import of_model, untied
+from shardwise.verify.static import dropout, of_model, untied
 
 SEED = 0
 # float64 weights, gradients and Adam's state of both models on each of a laptop's ranks
@@ -119,6 +119,7 @@ class _Examination:
         self._plan = claim.parsed_plan
         self._known = Verification(claim.model, claim.label, self._tp)
         self._ties: set[tuple[str, ...]] = set()
+        self._dropout: list[Finding] = []
 
     def verification(self) -> Verification:
         try:
@@ -162,7 +163,7 @@ class _Examination:
                 source = find_model(self._claim.model)
                 named = self._sharded(source, lambda: source.build(dtype=torch.float32))
         sharded, findings = of_model(named, self._plan, self._tp)
-        return sharded, [*untied(self._ties, model), *findings]
+        return sharded, [*untied(self._ties, model), *findings, *self._dropout]
 
     def _unsharded(self, source: ModelSource) -> tuple[Unsharded, Callable[[], nn.Module]]:
         """(what it gives; how to make it again)"""
@@ -202,6 +203,10 @@ class _Examination:
         if self._plan is TheirPlan.UNSHARDED:
             raise OptionError('plan "unsharded" has nothing to verify. Name a plan that shards.')
         model = self._own(source, make()) if self._plan is TheirPlan.OWN else make()
+        self._dropout = list(dropout(model))
+        for module in model.modules():
+            if isinstance(module, AnyDropout):
+                module.p = 0.0  # a proof runs without, and our engine refuses masks that would differ
         return apply_any(model, self._plan, self._mesh)
 
     def _own(self, source: ModelSource, whole: nn.Module) -> nn.Module:
