@@ -4,10 +4,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from shardwise.models import init
+from shardwise.models.dtype import default_dtype
 from shardwise.models.factory import FactoryModel
-from shardwise.models.init import own_weights
+from shardwise.models.init import initial_parameter, own_weights
 from shardwise.models.skeleton import build_without_weights
 from shardwise.models.source import find_model
+from shardwise.step.build import build_model
 from tests.matrix import thinned
 
 CPU = torch.device("cpu")
@@ -69,6 +72,29 @@ def test_own_weights_are_those_of_the_model_s_code_and_copies() -> None:
     assert torch.equal(first, expected)
     first.zero_()
     assert torch.equal(whole("head.weight", expected.shape), expected)
+
+
+def test_a_model_that_is_built_for_a_step_has_its_own_initial_weights_and_buffers() -> None:
+    model = build_model(tables(), None, None, dtype=torch.float64, device=CPU, seed=3)
+    torch.manual_seed(3)
+    with default_dtype(torch.float64):
+        expected = Tables()
+    assert model.training
+    assert model.state_dict().keys() == expected.state_dict().keys()
+    for name, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert torch.equal(model.get_buffer("positions"), expected.positions)
+
+
+def test_a_model_that_is_too_large_for_that_has_random_weights_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(init, "MOST_OWN", 10)
+    model = build_model(tables(), None, None, dtype=torch.float64, device=CPU, seed=3)
+    table = model.get_parameter("words.weight")
+    assert torch.equal(
+        table, initial_parameter("words.weight", table.shape, seed=3, dtype=torch.float64, device=CPU)
+    )
 
 
 TYPES = ("llama", "gpt2", "gemma2", "falcon_h1", "bloom", "gpt_neox", "mamba", "deepseek_v3", "rwkv", "opt")
