@@ -1,5 +1,6 @@
 """Runs one step of a sharded model on fake tensors, under the recorder; what came of it, or how it failed."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def run(
     storages, log = recorder.storages, recorder.log
     ids = job.micro_batches(vocab_size_of(model))
     model.register_forward_hook(_check_logits(job.source.name))
-    with recorder.watching(), _fake_buffers_of_fsdp():
+    with recorder.watching(), _fake_buffers_of_fsdp(), _without_fsdp_s_advice():
         step = TrainStep(model, mesh=device_mesh, on_phase=recorder.place.enter_phase)
         _start_optimizer(step)
         kinds = resident_kinds(storages, step)
@@ -90,6 +91,14 @@ def _fake_buffers_of_fsdp() -> Iterator[None]:
             return torch.empty(tuple(size), dtype=dtype)
 
     with patch.object(*FSDP_ALLOCATION, allocate):
+        yield
+
+
+@contextmanager
+def _without_fsdp_s_advice() -> Iterator[None]:
+    """FSDP warns that logits which are a view mustn't be changed in place. No loss of ours does."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         yield
 
 
