@@ -22,6 +22,8 @@ HUGGING_FACE = (
     "hf:llama?num_hidden_layers=2,hidden_size=16,intermediate_size=32,num_attention_heads=4,"
     "num_key_value_heads=2,vocab_size=300"
 )
+# gate and up are one weight, each cut by itself
+EXPERTS = HUGGING_FACE.replace("llama", "mixtral") + ",num_local_experts=4"
 FACTORY = f"{__name__}:blocks"
 CPU = torch.device("cpu")
 PLAN = Plan.from_toml("""
@@ -96,6 +98,7 @@ CASES: tuple[tuple[str, AnyPlan, str], ...] = (
     (FACTORY, PLAN, "fsdp=2,tp=1"),
     (HUGGING_FACE, TheirPlan.HF, "tp=2"),
     (HUGGING_FACE, TheirPlan.HF, "fsdp=2,tp=1"),
+    (EXPERTS, TheirPlan.HF, "tp=2"),
     (HUGGING_FACE, TheirPlan.UNSHARDED, "dp=2,tp=1"),
 )
 

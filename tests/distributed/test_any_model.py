@@ -25,7 +25,12 @@ def trained() -> list[tuple[Trained, Trained]]:
 
 
 @pytest.mark.parametrize(
-    "number", range(len(CASES)), ids=[f"{name_of(plan)} on {mesh}" for _, plan, mesh in CASES]
+    "number",
+    range(len(CASES)),
+    ids=[
+        f"{model.partition('?')[0].rpartition(':')[2]} under {name_of(plan)} on {mesh}"
+        for model, plan, mesh in CASES
+    ],
 )
 def test_a_step_of_any_model_under_any_plan_trains_the_unsharded_one(number: int) -> None:
     whole, sharded = trained()[number]

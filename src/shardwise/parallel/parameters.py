@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor import Partial as TorchPartial
 from torch.distributed.tensor import Placement as TorchPlacement
 from torch.distributed.tensor import Replicate as TorchReplicate
@@ -20,6 +20,7 @@ from shardwise.parallel.axis import Axis
 from shardwise.parallel.collectives import chunk_sizes, sum_now
 from shardwise.parallel.ownership import Order
 from shardwise.torch_private import (
+    StridedShard,
     after_backward,
     graph_task,
     hooks_of,
@@ -125,6 +126,9 @@ def part_of_dtensor(whole: Tensor, like: DTensor, order: Order | None = None) ->
     if order is not None:
         ids = torch.cat([order.ids_of(rank) for rank in range(order.axis_size)])
         whole = whole.index_select(order.dim, ids.to(whole.device))
+    if like.device_mesh.ndim == 1 and isinstance(like.placements[0], StridedShard):
+        # another library's weight of several, each cut by itself: no one slice is it
+        return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
     shape, offset = local_shape_and_offset(like.shape, like.device_mesh, like.placements)
     part = whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
     return as_part_like(part.clone(memory_format=torch.contiguous_format), like)
