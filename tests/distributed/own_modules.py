@@ -27,6 +27,18 @@ class RmsNorm(nn.Module):
         return x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * (self.offset + self.weight)
 
 
+class FusedConv(nn.Module):
+    """Gate and up in one weight [in, out], and what comes of them through another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = Conv1D(HIDDEN, 2 * INNER), Conv1D(INNER, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)  # type: ignore[no-any-return]
+
+
 class Affine(nn.Module):
     """A linear layer of another class, with a bias."""
 
@@ -141,7 +153,7 @@ class Decay(nn.Module):
         self.num_heads = HEADS
         self.A_log = nn.Parameter(torch.zeros(HEADS))
         self.dt_bias = nn.Parameter(torch.zeros(HEADS))
-        self.temperature = nn.Parameter(torch.ones(()))
+        self.temperature = nn.Parameter(torch.ones(1))
         self.in_proj, self.dt_proj = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, HEADS)
         self.out_proj = nn.Linear(HIDDEN, HIDDEN)
 
@@ -277,12 +289,12 @@ def fused(pieces: str | None) -> Rules:
     }
 
 
-def conv(up: str, down: str, bias: str = "replicate") -> Rules:
+def conv(up: str, down: str, bias: str = "replicate", up_bias: str = "shard(0)") -> Rules:
     return {
         "blocks.*.mlp": "gather_input",
         "blocks.*.mlp.up": {
             "style": "colwise",
-            "parameters": {"weight": up, "bias": "shard(0)"},
+            "parameters": {"weight": up, "bias": up_bias},
             "divide": ["nf"],
         },
         "blocks.*.mlp.down": ROWWISE_1 | {"parameters": {"weight": down, "bias": bias}},
@@ -415,6 +427,12 @@ CASES = (
         lambda: Model(mlp=lambda: Mlp(Conv1D)),
         BASE | HEADS_CUT | conv("shard(1)", "shard(0)"),
         conv("shard(1)", "shard(0)", "replicate, gradient partial"),
+    ),
+    Case(
+        "Conv1D in pieces",
+        lambda: Model(mlp=FusedConv),
+        BASE | HEADS_CUT | conv("shard(1: 32+32)", "shard(0)", up_bias="shard(0: 32+32)"),
+        conv("shard(1)", "shard(0)"),
     ),
     Case(
         "a table that scales",

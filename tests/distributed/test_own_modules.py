@@ -1,16 +1,22 @@
 """The native engine on modules of a user's own, whatever their classes: right plans are right to the last
-gradient on 2 and 4 ranks, over two steps, and each planted fault is found; one launch per number of ranks."""
+gradient on 2 and 4 ranks, over two steps, and each planted fault is found; one launch per number of ranks.
+And their checkpoints, FSDP2 above them, recomputed layers and dropout, in one launch of four."""
 
+import json
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shardwise.core.finding import Finding, FindingKind
 from shardwise.core.mesh import Mesh
 from shardwise.core.verification import Verdict, Verification
+from shardwise.launch import run_ranks
 from shardwise.verify.claim import Claim
 from shardwise.verify.run import verify
 from tests.distributed.own_modules import CASES, Case
+from tests.distributed.own_modules_workers import KEPT_IN_PIECES, OVER_OTHERS
 from tests.matrix import thinned
 
 MODELS = "tests.distributed.own_modules:case_"
@@ -55,3 +61,57 @@ def test_a_fault_that_the_engine_takes_is_found(case: Case) -> None:
 
 def _is_of(finding: Finding, names: tuple[str, ...]) -> bool:
     return finding.subject.endswith(names)
+
+
+OF_TRANSFORMERS = ("llama", "qwen3", "phi3", "gpt2", "gemma3_text")
+
+
+@pytest.fixture(scope="module")
+def of_transformers() -> dict[str, Verification]:
+    pytest.importorskip("transformers")
+    claims = []
+    for name in OF_TRANSFORMERS:
+        text = (Path(__file__).parent / "plans" / f"hf-{name}.toml").read_text()
+        claims.append(Claim(f"hf:{name}", text, name))
+    return {answer.plan: answer for answer in verify(claims, mesh=Mesh.parse("tp=2"), timeout_s=200)}
+
+
+@pytest.mark.parametrize("name", OF_TRANSFORMERS)
+def test_a_hugging_face_model_has_sequence_parallelism_behind_its_glue(
+    of_transformers: dict[str, Verification], name: str
+) -> None:
+    each = of_transformers[name]
+    assert each.verdict is Verdict.RIGHT, each
+    assert each.sharded is not None
+    assert each.sharded.inner_share > 0.99
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder: Path = tmp_path_factory.mktemp("checkpoints")
+    entry = "tests.distributed.own_modules_workers:run"
+    results = run_ranks(entry, str(folder).encode(), world_size=4, device_type="cpu", timeout_s=200)
+    return [json.loads(result) for result in results]
+
+
+@pytest.mark.parametrize("name", KEPT_IN_PIECES)
+def test_a_checkpoint_of_weights_in_pieces_is_the_models_own_at_any_tp_size(
+    four: list[dict[str, Any]], name: str
+) -> None:
+    for outcome in four:
+        assert len(outcome[f"checkpoint {name}"]) == 10
+        assert [what for what, holds in outcome[f"checkpoint {name}"].items() if not holds] == []
+        assert outcome[f"filled {name}"]
+
+
+@pytest.mark.parametrize("name", OVER_OTHERS)
+@pytest.mark.parametrize("what", ["fsdp", "recompute"])
+def test_modules_of_ones_own_train_right_under_fsdp_and_with_recomputed_layers(
+    four: list[dict[str, Any]], name: str, what: str
+) -> None:
+    assert max(outcome[f"{what} {name}"] for outcome in four) < 1e-9
+
+
+def test_ranks_that_are_seeded_differently_drop_alike(four: list[dict[str, Any]]) -> None:
+    for outcome in four:
+        assert outcome["dropout"] == dict.fromkeys(("alike", "anew", "alone", "none in evaluation"), True)

@@ -378,15 +378,17 @@ def test_the_bias_of_a_head_tied_to_an_interleaved_table_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", [nn.Dropout, nn.Dropout1d, nn.AlphaDropout])
-def test_dropout_is_refused_unless_it_drops_nothing(kind: type[nn.Dropout]) -> None:
-    model = llama()
+def test_dropout_is_refused_where_ranks_have_parts_of_several_sizes(kind: type[nn.Dropout]) -> None:
+    model = llama(n_kv_heads=12)
     model.layers[0].add_module("drop", kind(0.1))
-    assert refusal(model, builtin_plan("rowwise")) == (
-        f'plan "rowwise": layers.0.drop is a {kind.__name__}(0.1), whose masks would differ between the '
-        "ranks. Set its p to 0."
+    resolve(model, builtin_plan("rowwise"), tp=2)
+    assert refusal(model, builtin_plan("rowwise"), tp=3) == (
+        f'plan "rowwise": layers.0.drop is a {kind.__name__}(0.1), and layers.0.feed_forward.w1.weight has '
+        "160 to share out over tp=3: masks would differ between the ranks. Set its p to 0, or use a tp that "
+        "divides."
     )
     model.layers[0].add_module("drop", kind(0.0))
-    resolve(model, builtin_plan("rowwise"), tp=2)
+    resolve(model, builtin_plan("rowwise"), tp=3)
 
 
 def test_parameters_of_a_module_that_holds_others_want_a_rule() -> None:

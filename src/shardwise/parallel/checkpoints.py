@@ -22,6 +22,7 @@ from shardwise.parallel.axis import Site
 from shardwise.parallel.collectives import chunk_sizes, swap_rows_now
 from shardwise.parallel.ownership import Order, RowOwnership
 from shardwise.parallel.parameters import as_part_like, part_of_dtensor
+from shardwise.torch_private import StridedShard
 
 
 def take_whole_tensors(module: nn.Module, orders: Mapping[str, Order]) -> None:
@@ -123,15 +124,16 @@ class _Kept:
 
     def _cut_again(self, rows: Tensor, like: DTensor) -> DTensor:
         """The inverse of _part_on_axis."""
-        part = rows.movedim(0, self._order.dim)
-        mesh = like.device_mesh
-        for index, (name, placement) in enumerate(
-            zip(mesh.mesh_dim_names or (), like.placements, strict=False)
-        ):
-            if mesh.size() > self._site.axis.size and name != self._site.axis.name and placement.is_shard():
-                sizes = chunk_sizes(part.shape[placement.dim], mesh.size(index))  # type: ignore[attr-defined]
-                rank = mesh.get_local_rank(index)
-                part = part.narrow(placement.dim, sum(sizes[:rank]), sizes[rank])  # type: ignore[attr-defined]
+        part, mesh = rows.movedim(0, self._order.dim), like.device_mesh
+        if mesh.size() > self._site.axis.size:
+            for index, (name, placement) in enumerate(
+                zip(mesh.mesh_dim_names or (), like.placements, strict=True)
+            ):
+                # FSDP2 cuts what this rank has over the axis, whatever PyTorch calls that
+                if name != self._site.axis.name and isinstance(placement, TorchShard | StridedShard):
+                    sizes = chunk_sizes(part.shape[placement.dim], mesh.size(index))
+                    rank = mesh.get_local_rank(index)
+                    part = part.narrow(placement.dim, sum(sizes[:rank]), sizes[rank])
         return as_part_like(part.contiguous(), like)
 
 

@@ -15,7 +15,6 @@ from shardwise.parallel.embedding import TableSharder
 from shardwise.parallel.layers import LinearSharder
 from shardwise.parallel.sharder import Assignment, Fit, divisors
 from shardwise.parallel.styles import STYLES, styles_of
-from shardwise.torch_private import AnyDropout
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,11 +98,6 @@ def check_none_forgotten(
     assignments by their module's name."""
     for name, module in model.named_modules():
         shown, kind, prefix = name or "the model itself", type(module).__name__, f"{name}." if name else ""
-        if isinstance(module, AnyDropout) and module.p > 0:
-            raise PlanError(
-                f"{shown} is a {kind}({module.p}), whose masks would differ between the ranks. "
-                "Set its p to 0."
-            )
         for own, _ in module.named_parameters(recurse=False):
             if prefix + own in held:
                 continue

@@ -21,6 +21,7 @@ from torch.distributed.tensor import Shard as TorchShard
 from torch.overrides import TorchFunctionMode
 
 from shardwise.core.errors import ModelError
+from shardwise.parallel.apply import applied_to
 from shardwise.parallel.recorder import tensors_in
 from shardwise.torch_private import AsyncCollectiveTensor, local_part, storage_key
 
@@ -94,7 +95,10 @@ class Watch(TorchFunctionMode):
     @property
     def lineage(self) -> Lineage:
         parameters = self.model.named_parameters() if self.model is not None else ()
-        plainly = frozenset(name for name, parameter in parameters if _is_cut_plainly(parameter))
+        ordered = applied_to(self.model).row_order if self.model is not None else {}
+        plainly = frozenset(
+            name for name, parameter in parameters if _is_cut_plainly(parameter) and name not in ordered
+        )
         return Lineage(tuple(self._meetings), tuple(self._cuts), plainly, self._logits)
 
     def _begin(self, model: nn.Module, _: Any) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from shardwise.core.finding import Cause, Finding, FindingKind
-from shardwise.core.plan import AnyPlan, Plan, suggest_pattern
+from shardwise.core.plan import AnyPlan, Engine, Plan, suggest_pattern
 from shardwise.core.program import RuleUse
 from shardwise.core.sharded import Sharded
 from shardwise.parallel.apply import applied_to
@@ -20,7 +20,8 @@ from shardwise.torch_private import AnyDropout
 def of_model(model: nn.Module, plan: AnyPlan, tp: int) -> tuple[Sharded, list[Finding]]:
     """How much of a model that `plan` has sharded is sharded, and all that is found in it but ties."""
     sharded = count(model)
-    findings = [*sharded.findings(tp), *dropout(model)]
+    draws_alike = isinstance(plan, Plan) and plan.engine is Engine.NATIVE
+    findings = [*sharded.findings(tp), *(() if draws_alike else dropout(model))]
     foreign = applied_to(model).foreign
     if foreign is not None:
         findings += [*undivided_heads(model, foreign, tp), *idle_rules(model, foreign)]

@@ -10,6 +10,7 @@ from shardwise.core.plan import Plan
 from shardwise.core.program import REPLICATED_PARAMETERS
 from shardwise.parallel.axis import Axis
 from shardwise.parallel.checkpoints import speak_of_whole_tensors
+from shardwise.parallel.dropout import draw_alike
 from shardwise.parallel.loss import Loss
 from shardwise.parallel.ownership import Order
 from shardwise.parallel.parameters import PartialGradients, refuse_untied
@@ -30,5 +31,6 @@ def apply_native(
         assignment.sharder.apply(assignment, work)
     origin = Origin(REPLICATED_PARAMETERS, None, Partial(), Replicate())
     PartialGradients(model, work.partial, axis, origin)
+    draw_alike(model, mesh)
     refuse_untied(model, set(tied_parameters(model).values()))
     return work.loss, speak_of_whole_tensors(model, work.orders)
