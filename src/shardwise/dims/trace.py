@@ -67,6 +67,7 @@ class _Recorder(TorchDispatchMode):
         self._model = model
         self._values: dict[int, Value] = {}
         self._kept: list[Any] = []  # so that no id() is used again
+        self._bases: dict[int, Value] = {}  # of a view: what it is a view of
         self._unknown: set[int] = set()  # real tensors into which something unknown was written
         self._stack: list[str] = []
         for name, parameter in model.named_parameters():
@@ -183,6 +184,23 @@ class _Recorder(TorchDispatchMode):
             key = f"{name} in {self.module}: {text}"
             self.record.conflicts[key] = self.record.conflicts.get(key, 0) + 1
         self._note(call)
+        self._follow_views(func, call)
+
+    def _follow_views(self, func: Any, call: Call) -> None:
+        """What is written into a view goes into what it is a view of."""
+        first = self.value_of(call.inputs[0]) if call.inputs else None
+        for returned, output in zip(func._schema.returns, call.outputs, strict=False):
+            alias = returned.alias_info
+            if alias is None or first is None:
+                continue
+            value = self.value_of(output)
+            base = self._bases.get(first.number, first)
+            if not alias.is_write:
+                self._bases[value.number] = base
+            elif value.number in self._bases:
+                base.is_live |= value.is_live
+                base.has_gradient |= value.has_gradient
+                self.record.events.append(Op("written", self.module, (base, value), (base,)))
 
     @staticmethod
     def _make_whole(call: Call, why: str) -> None:

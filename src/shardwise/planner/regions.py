@@ -50,6 +50,7 @@ def region_of(record: Record, spans: Spans, candidate: Candidate) -> Region:
     region = Region(candidate)
     leaf = candidate.leaf
     touched: list[int] = []
+    entered: list[int] = []
     for at, event in enumerate(record.events):
         if not isinstance(event, Op) or not _has(event, leaf):
             continue
@@ -61,10 +62,10 @@ def region_of(record: Record, spans: Spans, candidate: Candidate) -> Region:
         for value in event.inputs:
             if value.has_gradient and value.is_live and leaf not in set(value.leaves()):
                 _add(region.begins, event.module)
+                entered.append(at)
     if not touched:
         raise UnfitError("the forward doesn't use it")
-    calls = [tuple(span.module for span in spans.around[at]) for at in touched]
-    region.entry = _entry(record, spans, region, calls)
+    region.entry = _entry(record, spans, region, touched, entered)
     return region
 
 
@@ -109,26 +110,36 @@ def _leaves_of(values: Sequence[Value]) -> set[Factor]:
     return {leaf for value in values for leaf in value.leaves()}
 
 
-def _entry(record: Record, spans: Spans, region: Region, calls: list[tuple[str, ...]]) -> str | None:
-    """The least module that holds the whole region, if its input is what all that begin it use, and if
-    whatever else it does with that gives a part of the gradient, too; None where one module begins the region
-    by itself."""
-    around = _common(calls)
-    leaf = region.candidate.leaf
-    for module in reversed(around):
-        for span in spans.of[module]:
-            if span.input is None or not (span.input.is_live and span.input.has_gradient):
-                break
-            if any(leaf in value.leaves() for value in (*span.inputs, *spans.results(span))):
-                break
-            others = [value for value in span.inputs[1:] if value.is_live and value.has_gradient]
-            if others or gradients_inside(record, spans, span, region.candidate) != {Kind.PART}:
-                break
-        else:
-            return module if spans.of[module] else None
+def _entry(
+    record: Record, spans: Spans, region: Region, touched: list[int], entered: list[int]
+) -> str | None:
+    """The module whose input is what all that begin the region use, if whatever else it does with that gives
+    a part of the gradient, too: from the one that holds the whole region inwards to the one that holds what
+    begins it. None where each that begins it takes its own input."""
+    if not entered:
+        return None
+    outermost = len(_common([_around(spans, at) for at in touched]))
+    for module in _common([_around(spans, at) for at in entered])[max(0, outermost - 1) :]:
+        if spans.of[module] and all(_takes_it(record, spans, span, region) for span in spans.of[module]):
+            return module
     if all(_begins_at_its_input(record, spans, name, region.candidate) for name in region.begins):
         return None
     raise UnfitError("what goes into it is no module's input, so nobody could sum its gradient")
+
+
+def _around(spans: Spans, at: int) -> tuple[str, ...]:
+    return tuple(span.module for span in spans.around[at])
+
+
+def _takes_it(record: Record, spans: Spans, span: Span, region: Region) -> bool:
+    """Whether a call's first tensor is what the region begins with, and its gradient inside is a part."""
+    given = [value for value in span.inputs if value.is_live and value.has_gradient]
+    if len(given) != 1 or given[0] is not span.input:
+        return False
+    leaf = region.candidate.leaf
+    return leaf not in set(given[0].leaves()) and gradients_inside(record, spans, span, region.candidate) == {
+        Kind.PART
+    }
 
 
 def _common(calls: list[tuple[str, ...]]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from torch import nn
 from shardwise.core.held import Held
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.core.plan import Style, StyleName
-from shardwise.dims.factors import Factor, Piece, layout
+from shardwise.dims.factors import Factor, Piece, layout, leaves
 from shardwise.dims.record import Op, Record, Value
 from shardwise.dims.sizes import Attribute
 from shardwise.planner.regions import Kind, Region, UnfitError
@@ -42,9 +42,11 @@ class Cuts:
     head_output: Placement
     ranks: int
     leaves: frozenset[Factor] = field(init=False)
+    of_head: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.leaves = frozenset(region.candidate.leaf for region in self.regions)
+        self.of_head = dict(_read_by_head(self))
 
     def cut_in(self, module: str) -> frozenset[Factor]:
         """The leaves that are cut inside a module's call."""
@@ -76,15 +78,24 @@ def rules_of(cuts: Cuts) -> dict[str, Reasoned]:
 def held(cuts: Cuts, name: str) -> Held:
     """How a parameter is held."""
     value = cuts.record.parameters[name]
+    if name in cuts.of_head:
+        return Held(Shard(cuts.of_head[name]))
     cut = cut_dim(value, cuts.cut_in(name.rpartition(".")[0]))
     if cut is None:
-        return Held(Replicate(), gradient=Partial() if cuts.kinds.get(name) == Kind.PART else None)
+        return Held(Replicate(), gradient=Partial() if kind_of(cuts, name) == Kind.PART else None)
     dim, pieces = cut
     for piece in pieces:
         if not piece.is_cut:
             own = cuts.leaves.intersection(value.leaves())
             raise UnfitError(f"{name} would be cut in some of its rows only", own)
     return Held(Shard(dim), tuple(piece.size for piece in pieces) if len(pieces) > 1 else ())
+
+
+def kind_of(cuts: Cuts, name: str) -> str:
+    """What one rank's gradient of a whole parameter is; of one that gets none, what the modules around it
+    have."""
+    is_inside = any(region.entry and name.startswith(f"{region.entry}.") for region in cuts.regions)
+    return cuts.kinds.get(name, Kind.PART if is_inside else Kind.WHOLE)
 
 
 def cut_dim(value: Value, cut: frozenset[Factor]) -> tuple[int, list[Piece]] | None:
@@ -94,6 +105,17 @@ def cut_dim(value: Value, cut: frozenset[Factor]) -> tuple[int, list[Piece]] | N
         if any(piece.is_cut for piece in pieces):
             return dim, pieces
     return None
+
+
+def _read_by_head(cuts: Cuts) -> Iterator[tuple[str, int]]:
+    """(parameter that the head reads, the dim of it that is the vocabulary)"""
+    assert cuts.record.logits is not None
+    vocabulary = frozenset(leaves(cuts.record.logits.dims[-1]))
+    users = _users(cuts) if cuts.head is not None else {}
+    for name, value in cuts.record.parameters.items():
+        for dim, factor in enumerate(value.dims):
+            if cuts.head in users.get(name, ()) and vocabulary == frozenset(leaves(factor)):
+                yield name, dim
 
 
 def _users(cuts: Cuts) -> dict[str, set[str]]:
@@ -148,7 +170,7 @@ def _rule(
         style = Style(StyleName.LOCAL, parameters=parameters, divide=divide)
         return Reasoned(style, "works on what is cut, part by part")
     is_inside = cuts.sequence is not None and any(name.startswith(f"{each}.") for each in cuts.sequence.whole)
-    kinds = {cuts.kinds.get(each, Kind.WHOLE) for each in known}
+    kinds = {kind_of(cuts, each) for each in known}
     if not known or (is_inside and kinds == {Kind.WHOLE}):
         return None  # what runs whole holds all inside
     return _whole_rule(cuts, name, known)
@@ -220,7 +242,7 @@ def _cut_ones(parameters: tuple[tuple[str, Held], ...]) -> tuple[tuple[str, Held
 
 
 def _whole_rule(cuts: Cuts, name: str, known: list[str]) -> Reasoned:
-    kinds = {cuts.kinds.get(each, Kind.WHOLE) for each in known}
+    kinds = {kind_of(cuts, each) for each in known}
     if kinds == {Kind.WHOLE}:
         return Reasoned(Style(StyleName.REPLICATE), "every rank computes the same with it")
     if len(kinds) > 1:

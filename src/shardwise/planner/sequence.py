@@ -78,12 +78,13 @@ def _cut_until(
     ends = {name for region in regions for name in region.ends}
     first, last = spans.of[first_layer][0], spans.of[end][-1]
     covered = frozenset(span.module for span in spans.all if first.start <= span.start <= last.start)
+    cut = frozenset(region.candidate.leaf for region in regions)
     found = SequenceCut(first_layer, end, head, covered=covered)
     for _ in range(_TRIES):
         try:
             found.ops = _Walk(record, spans, entries, ends, found).run()
         except _NeedsWholeError as error:
-            module = _to_be_whole(spans, error, found, entries)
+            module = _to_be_whole(spans, cut, error, found, entries)
             alike = {name for name in spans.of if any_layer(name) == any_layer(module)}
             found.whole |= alike - entries
             found.whole -= {
@@ -148,8 +149,8 @@ class _Walk:
         taken = None
         if event.module in self._entries or event.module in self._found.whole:
             inputs = [value for value in event.inputs if value in self._cut]
-            if len(dict.fromkeys(inputs)) > 1:
-                raise _NeedsWholeError(at - 1, f"{event.module} takes two tensors of the cut sequence")
+            if len(inputs) > 1:
+                raise _NeedsWholeError(at - 1, f"{event.module} takes the cut sequence twice")
             if inputs and inputs[0] is event.inputs[0]:
                 taken = inputs[0]
                 if not self._is_in_place(taken):
@@ -217,14 +218,21 @@ def _steady(record: Record) -> set[Value]:
     return found
 
 
-def _to_be_whole(spans: Spans, violation: _NeedsWholeError, found: SequenceCut, entries: set[str]) -> str:
+def _to_be_whole(
+    spans: Spans, cut: frozenset[Factor], violation: _NeedsWholeError, found: SequenceCut, entries: set[str]
+) -> str:
     """The module that gets the whole sequence, since one of its ops needs it."""
     around = spans.around[violation.at]
     for span in reversed(around):
         is_layer = span.module == found.begins or any_layer(span.module) == any_layer(found.begins)
         if is_layer or not span.module or found.begins.startswith(f"{span.module}."):
             break
-        if span.module not in entries and span.module not in found.whole:
+        gives_parts = any(
+            not cut.isdisjoint(value.leaves())
+            for each in spans.of[span.module]
+            for value in spans.results(each)
+        )
+        if span.module not in entries and span.module not in found.whole and not gives_parts:
             return span.module
     where = around[-1].module if around else "the model"
     raise UnfitError(f"{violation.why}, in {where}, where each rank has a part of the sequence")
