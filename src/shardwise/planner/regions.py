@@ -136,10 +136,9 @@ def _takes_it(record: Record, spans: Spans, span: Span, region: Region) -> bool:
     given = [value for value in span.inputs if value.is_live and value.has_gradient]
     if len(given) != 1 or given[0] is not span.input:
         return False
-    leaf = region.candidate.leaf
-    return leaf not in set(given[0].leaves()) and gradients_inside(record, spans, span, region.candidate) == {
-        Kind.PART
-    }
+    if region.candidate.leaf in set(given[0].leaves()):
+        return False
+    return gradients_inside(record, spans, span, region.candidate) == {Kind.PART}
 
 
 def _common(calls: list[tuple[str, ...]]) -> tuple[str, ...]:
@@ -191,6 +190,8 @@ def pass_back(op: Op, kinds: dict[Value, set[str]], cut: frozenset[Factor]) -> N
         return
     own = {leaf for value in (*op.inputs, *op.outputs) for leaf in value.leaves() if leaf in cut}
     for value in op.inputs:
-        if not value.has_gradient or value is op.added or any(value is output for output in op.outputs):
+        if not value.has_gradient or any(value is output for output in op.outputs):
             continue
+        if value is op.added and any(find(leaf) in cut for factor in op.summed for leaf in leaves(factor)):
+            continue  # added once, to the whole sum
         kinds[value] |= {Kind.PART} if own.difference(value.leaves()) else got

@@ -217,7 +217,9 @@ def _rowwise(
     parameters: tuple[tuple[str, Held], ...],
     divide: tuple[str, ...],
 ) -> Reasoned:
-    pieces, told = _told(module, parameters, 1)
+    # what isn't cut is a bias, which is added once: the style knows its gradient
+    added = {name: Held(Replicate()) for name, how in parameters if not isinstance(how.placement, Shard)}
+    pieces, told = _told(module, tuple((name, added.get(name, how)) for name, how in parameters), 1)
     style = Style(StyleName.ROWWISE, output=cuts.around(name), pieces=pieces, parameters=told, divide=divide)
     how = "reduce-scattered" if style.output == Shard(1) else "summed"
     return Reasoned(
