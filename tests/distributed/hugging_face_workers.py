@@ -33,7 +33,12 @@ REFUSED_BY_ITSELF = (
 )
 
 
-def against_unsharded(context: RankContext, payload: bytes) -> bytes:
+def both(context: RankContext, payload: bytes) -> bytes:
+    """What against_unsharded and own_failures give, in one launch."""
+    return msgspec.json.encode([against_unsharded(context), own_failures(context)])
+
+
+def against_unsharded(context: RankContext) -> list[tuple[str, list[float], dict[str, float], list[str]]]:
     """Per model: how far loss and gradients under plan `hf` are from the unsharded model's (relative, the
     largest), and names of both."""
     mesh = device_mesh(Mesh.parse("tp=2"), context.device.type)
@@ -50,7 +55,7 @@ def against_unsharded(context: RankContext, payload: bytes) -> bytes:
         expected, found = _gradients(whole), _gradients(sharded)
         far = {key: ((found[key] - grad).norm() / grad.norm()).item() for key, grad in expected.items()}
         answers.append((name, [loss.item() for loss in losses], far, sorted(found)))
-    return msgspec.json.encode(answers)
+    return answers
 
 
 def _model(name: str) -> Any:
@@ -70,7 +75,7 @@ def _gradients(model: Any) -> dict[str, Tensor]:
     return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
 
 
-def own_failures(context: RankContext, payload: bytes) -> bytes:
+def own_failures(context: RankContext) -> list[str]:
     """What a step under plan `hf` raises with real weights on real ranks, per type."""
     mesh = device_mesh(Mesh.parse("tp=2"), context.device.type)
     ids_BS = torch.arange(8).view(1, 8) + 3
@@ -85,4 +90,4 @@ def own_failures(context: RankContext, payload: bytes) -> bytes:
             raised.append("")
         except Exception as error:
             raised.append(f"{type(error).__name__}: {error}")
-    return msgspec.json.encode(raised)
+    return raised

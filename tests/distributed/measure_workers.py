@@ -15,7 +15,12 @@ from shardwise.step.build import device_mesh
 TINY = ModelSpec("tiny", LlamaConfig(257, 96, 2, 12, 4, 160), "")
 
 
-def park(context: RankContext, payload: bytes) -> bytes:
+def both(context: RankContext, payload: bytes) -> bytes:
+    """What park and alone give, in one launch."""
+    return msgspec.json.encode([park(context), alone(context)])
+
+
+def park(context: RankContext) -> tuple[list[float], list[float], int]:
     """Losses of a subject that is parked between its steps, those of one that isn't, and the bytes that
     storages held while parked."""
     mesh = device_mesh(Mesh.parse("tp=2"), context.device.type)
@@ -33,10 +38,10 @@ def park(context: RankContext, payload: bytes) -> bytes:
         subjects[0].unpark()
         for subject in subjects:
             subject.timed_step(batch)
-    return msgspec.json.encode([subjects[0].losses, subjects[1].losses, held])
+    return subjects[0].losses, subjects[1].losses, held
 
 
-def alone(context: RankContext, payload: bytes) -> bytes:
+def alone(context: RankContext) -> list[float]:
     """Times of modules alone, and whether that changed anything in the model."""
     mesh = device_mesh(Mesh.parse("tp=2"), context.device.type)
     ids = torch.arange(48).view(2, 24)
@@ -50,4 +55,4 @@ def alone(context: RankContext, payload: bytes) -> bytes:
             times.append(subject.timed_module())
         for old, new in zip(before, subject.model.parameters(), strict=True):
             assert torch.equal(getattr(old, "_local_tensor", old), getattr(new, "_local_tensor", new))
-    return msgspec.json.encode(times)
+    return times

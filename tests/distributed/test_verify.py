@@ -276,22 +276,27 @@ def built_in_cases(model: str, *, tied: bool, parallels: tuple[bool, ...]) -> li
 
 LLAMA, GPT = ("llama3-8b", False), ("gpt-debug?tied=false", False)
 TIED_LLAMA, TIED_GPT = ("llama3-8b?tied=true", True), ("gpt-debug", True)
+ALL = (LLAMA, TIED_LLAMA, GPT, TIED_GPT)
+PARALLEL, WHOLE, EITHER = (True,), (False,), (True, False)
 
 
 @pytest.mark.parametrize(
-    ("tp", "models", "parallels", "expected"),
+    ("tp", "models", "expected"),
     [
-        (2, (LLAMA, TIED_GPT), (True, False), 12 + 8),
-        (3, (TIED_LLAMA, GPT), (True,), 5 + 7),
-        pytest.param(2, (TIED_LLAMA, GPT), (True, False), 8 + 12, marks=FULL),
-        pytest.param(3, (LLAMA, TIED_GPT), (True,), 7 + 5, marks=FULL),
-        pytest.param(4, (LLAMA, TIED_LLAMA, GPT, TIED_GPT), (True,), 7 + 5 + 7 + 5, marks=FULL),
+        (2, {LLAMA: EITHER, TIED_GPT: EITHER, TIED_LLAMA: PARALLEL, GPT: PARALLEL}, 12 + 8 + 5 + 7),
+        pytest.param(2, {TIED_LLAMA: WHOLE, GPT: WHOLE}, 3 + 5, marks=FULL),
+        pytest.param(3, dict.fromkeys(ALL, PARALLEL), 7 + 5 + 7 + 5, marks=FULL),
+        pytest.param(4, dict.fromkeys(ALL, PARALLEL), 7 + 5 + 7 + 5, marks=FULL),
     ],
 )
 def test_every_built_in_plan_of_both_engines_is_right(
-    tp: int, models: tuple[tuple[str, bool], ...], parallels: tuple[bool, ...], expected: int
+    tp: int, models: dict[tuple[str, bool], tuple[bool, ...]], expected: int
 ) -> None:
-    cases = [case for model, tied in models for case in built_in_cases(model, tied=tied, parallels=parallels)]
+    cases = [
+        case
+        for (model, tied), parallels in models.items()
+        for case in built_in_cases(model, tied=tied, parallels=parallels)
+    ]
     answers = verify(cases, mesh=Mesh((("tp", tp),)), settings=StepSettings(2, 4 * tp), timeout_s=300)
     assert len(answers) == expected
     for each in answers:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.matrix import FULL
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_your_model.py"
 LINE = re.compile(r"step +(\d+)   loss (\d+\.\d{4})   gradient norm (\d+\.\d{4})")
 # printed to 4 places, from float32
@@ -55,6 +57,7 @@ def test_one_process_learns(one_process: Steps) -> None:
     assert losses == sorted(losses, reverse=True)
 
 
+@FULL  # so do those that go on below
 def test_two_ranks_print_what_one_process_prints(one_process: Steps) -> None:
     assert_same(run(ranks=2), one_process)
 

@@ -14,10 +14,12 @@ from shardwise.core.explanation import Contrast, Explanation
 from shardwise.core.sample import Calibration
 from shardwise.predict.machines import load_machine
 
+MODEL = "llama3-debug?n_layers=2,hidden=96,n_heads=12,n_kv_heads=4,ffn_hidden=256,vocab_size=512"
+
 
 @pytest.fixture(scope="module")
 def case() -> shardwise.Case:
-    return shardwise.case(model="llama3-debug?n_layers=2", mesh="tp=2", plans=["rowwise"], seq=16)
+    return shardwise.case(model=MODEL, mesh="tp=2", plans=["rowwise"], seq=16)
 
 
 def test_a_result_is_json_a_page_a_notebook_s_cell_and_a_terminal_s_text(
@@ -71,9 +73,9 @@ def test_importing_shardwise_loads_neither_torch_nor_a_room() -> None:
     assert ended.stdout == "[]\n"
 
 
-SCRIPT = """
+SCRIPT = f"""
 import shardwise
-case = shardwise.case(model="llama3-debug?n_layers=2", mesh="tp=2", plans=["rowwise"], seq=16)
+case = shardwise.case(model="{MODEL}", mesh="tp=2", plans=["rowwise"], seq=16)
 print(len(shardwise.sweep(case, micro_batches=[1]).answer.points) > 0)
 print(shardwise.verify(case).answer.verifications[0].verdict)
 """
