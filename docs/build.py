@@ -169,7 +169,7 @@ def models_reference() -> str:
         "",
         "**Not modelled**: dropout, which the published GPT runs had.",
         "",
-        "For `explain` and `verify`, also ([more](hugging-face.md)):",
+        "**Any model**: every command also takes these ([more](hugging-face.md)):",
         "",
         "| form | what it is |",
         "|---|---|",

@@ -30,16 +30,11 @@ def models(json: Json = False) -> None:
     from shardwise.report.common.formats.terminal import drawn
     from shardwise.report.lists.tables import models_table, named_table
 
-    (changed, *not_ours) = NAMINGS
     sizes = (
         (spec.name, c.n_parameters, c.n_layers, c.hidden, f"{c.n_heads}/{c.n_kv_heads}", c.vocab_size)
         for spec in SPECS.values()
         for c in (spec.config,)
     )
     console = Console()
-    for table in (
-        models_table(sizes),
-        named_table([changed], "also", "also"),
-        named_table(not_ours, "for all but compare, also", "others"),
-    ):
+    for table in (models_table(sizes), named_table(NAMINGS, "also", "also")):
         console.print(drawn(table, console.width), "")

@@ -10,7 +10,7 @@ from shardwise.models.model_source import ModelSource as ModelSource
 from shardwise.models.specs import SPECS, get_spec
 
 HUGGING_FACE = "hf:"
-# how a model is named beside the specs' names, and what it then is; the first is for every command. Lists and
+# how a model is named beside the specs' names, and what it then is; each is for every command. Lists and
 # help texts show these
 NAMINGS = (
     (
