@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from shardwise.cli.plans import plans
 from shardwise.core.errors import ModelError
 from shardwise.models.init import initial_parameter
 from shardwise.models.llama import Llama, LlamaConfig, RopeScaling
@@ -67,11 +68,13 @@ def test_building_leaves_the_default_dtype_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["hf:qwen3", "mypackage.models:build"])
-def test_a_model_that_is_not_ours_is_told_which_commands_take_it(name: str) -> None:
-    with pytest.raises(
-        ModelError, match=f'model "{name}": .* explained, verified and predicted, .* name one of'
-    ):
-        get_spec(name)
+def test_built_in_plans_for_a_model_that_is_not_ours_are_refused_in_one_line(name: str) -> None:
+    with pytest.raises(ModelError) as refused:
+        plans("rowwise", model=name)
+    assert str(refused.value) == (
+        f'model "{name}": the built-in plans are for {", ".join(SPECS)}. Take one of these to start from, '
+        "and name your own model's modules."
+    )
 
 
 def test_an_unknown_model_is_one_line() -> None:
