@@ -66,6 +66,10 @@ class _Backward:
         if self._sequence is not None and at in self._sequence.ops:
             cut = cut | self._record.sequence
         pass_back(op, self._kinds, cut)
+        if self._sequence is not None and at in self._sequence.ops:
+            for value in self._sequence.steady.intersection(op.inputs):
+                if value.has_gradient:  # as long as the part of the sequence that it goes with
+                    self._kinds[value] = {Kind.PART}
 
     def _one(self, value: Value, module: str) -> str:
         kinds = self._kinds[value]

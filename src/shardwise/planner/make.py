@@ -77,10 +77,10 @@ class _Making:
         self.candidates = candidates(record, self.spans, ranks, seq=wish.seq)
         self.tables = _tables(record, model)
         self.head, self.head_output = _head(record, model)
-        rows = {f"{table}.weight" for table in self.tables}
+        by_vocabulary = {name for module in (*self.tables, self.head) for name in _read_in(record, module)}
         for each in self.candidates:
-            if not rows.isdisjoint(each.parameters) and not self._is_table_s(each):
-                each.obstacles.append("a table that ids are looked up in has it, and is cut by its rows")
+            if not by_vocabulary.isdisjoint(each.parameters) and not self._is_table_s(each):
+                each.obstacles.append("the table of ids, or the head, has it, and is cut by vocabulary")
         self.why_not: str | None = None if wish.sequence else "it wasn't asked for"
 
     def cuts(self) -> tuple[Cuts, dict[str, str]]:
@@ -193,6 +193,12 @@ class _Making:
 
 def _pattern(candidate: Candidate) -> frozenset[tuple[str, int]]:
     return frozenset((any_layer(name), dim) for name, dim in candidate.members)
+
+
+def _read_in(record: Record, module: str | None) -> set[str]:
+    """The parameters that a module's own forward reads."""
+    values = {value for op in record.ops if op.module == module for value in op.inputs}
+    return {name for name, value in record.parameters.items() if value in values}
 
 
 def _tables(record: Record, model: nn.Module) -> tuple[str, ...]:

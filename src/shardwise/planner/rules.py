@@ -169,6 +169,9 @@ def _rule(
     if _cuts_any(cuts, [*known, *by_name]) or divide:
         style = Style(StyleName.LOCAL, parameters=parameters, divide=divide)
         return Reasoned(style, "works on what is cut, part by part")
+    if by_name:
+        why = "reads parameters of modules inside by their names"
+        return Reasoned(Style(StyleName.LOCAL, parameters=parameters), why)
     is_inside = cuts.sequence is not None and any(name.startswith(f"{each}.") for each in cuts.sequence.whole)
     kinds = {kind_of(cuts, each) for each in known}
     if not known or (is_inside and kinds == {Kind.WHOLE}):

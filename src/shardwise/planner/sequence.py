@@ -20,8 +20,8 @@ _TRIES = 40
 class SequenceCut:
     """begins: the module whose input is cut; ends: the one whose input is whole again (the head, if it can
     be); is_at_embedding: the look-up gives the part itself. whole: modules that gather their input and run
-    whole. covered: those that are called from there to the head. ops: where ops have a part of the sequence,
-    by their place in the record."""
+    whole. covered: those that are called from there to the head. steady: tensors that are the same along it.
+    ops: where ops have a part of the sequence, by their place in the record."""
 
     begins: str
     ends: str
@@ -30,6 +30,7 @@ class SequenceCut:
     whole: set[str] = field(default_factory=set)
     ops: set[int] = field(default_factory=set)
     covered: frozenset[str] = frozenset()
+    steady: frozenset[Value] = frozenset()
 
     def is_cut_around(self, module: str) -> bool:
         """Whether what a module takes and gives is a part of the sequence, if it isn't told otherwise."""
@@ -79,7 +80,7 @@ def _cut_until(
     first, last = spans.of[first_layer][0], spans.of[end][-1]
     covered = frozenset(span.module for span in spans.all if first.start <= span.start <= last.start)
     cut = frozenset(region.candidate.leaf for region in regions)
-    found = SequenceCut(first_layer, end, head, covered=covered)
+    found = SequenceCut(first_layer, end, head, covered=covered, steady=frozenset(_steady(record)))
     for _ in range(_TRIES):
         try:
             found.ops = _Walk(record, spans, entries, ends, found).run()
@@ -107,7 +108,7 @@ class _Walk:
         self._sequence = record.sequence
         self._cut: set[Value] = set()
         self._ops: set[int] = set()
-        self._steady = _steady(record)
+        self._steady = found.steady
         self._restored: list[Value | None] = []
         self._sizes = _sizes_of_sequence(record)
 
