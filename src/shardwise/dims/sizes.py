@@ -26,10 +26,12 @@ class Attribute:
 
 @dataclass(frozen=True, slots=True)
 class Length:
-    """The size of one dim of a tensor of the trace, by the tensor's number."""
+    """The size of one dim of a tensor of the trace, by the tensor's number. at: the event that came next when
+    it was asked for."""
 
     tensor: int
     dim: int
+    at: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -250,12 +250,12 @@ class _Functions(TorchFunctionMode):
     def _lengths(self, tensor: Any, out: Any, func: Any, args: Any, kwargs: Any) -> Any:
         if not isinstance(tensor, Tensor) or isinstance(out, bool):
             return out
-        number = self._recorder.value_of(tensor).number
+        number, now = self._recorder.value_of(tensor).number, len(self._recorder.record.events)
         if isinstance(out, torch.Size):
-            return torch.Size(Size.of(size, Length(number, at)) for at, size in enumerate(out))
+            return torch.Size(Size.of(size, Length(number, dim, now)) for dim, size in enumerate(out))
         if getattr(func, "__name__", "") == "size":
-            at = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % tensor.dim()
-            return Size.of(out, Length(number, at))
+            dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % tensor.dim()
+            return Size.of(out, Length(number, dim, now))
         return out
 
     def _uses(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
@@ -334,7 +334,7 @@ class _Functions(TorchFunctionMode):
 
 def _bound(given: int | None, default: int, size: int, tensor: Tensor, dim: int, recorder: _Recorder) -> Size:
     """A slice's bound, as an expression: None and negative numbers count from the dim's end."""
-    length = Size.of(size, Length(recorder.value_of(tensor).number, dim))
+    length = Size.of(size, Length(recorder.value_of(tensor).number, dim, len(recorder.record.events)))
     if given is None:
         return Size.of(0, 0) if default == 0 else length
     if given < 0:

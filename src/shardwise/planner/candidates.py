@@ -118,8 +118,7 @@ def _note_obstacles(record: Record, spans: Spans, found: dict[Factor, Candidate]
                 for leaf in value.leaves():
                     _note(found, leaf, f"{what} has it whole ({_place(op)})")
         for value in (*op.inputs, *op.outputs):
-            for factor in value.dims:
-                _note_twice(found, factor)
+            _note_twice(found, value)
     if record.logits is not None:
         for leaf in leaves(record.logits.dims[-1]):
             found.pop(leaf, None)  # the vocabulary, which the head's own rule cuts
@@ -150,14 +149,17 @@ def _note(found: dict[Factor, Candidate], leaf: Factor, why: str) -> None:
         candidate.obstacles.append(why)
 
 
-def _note_twice(found: dict[Factor, Candidate], factor: Factor) -> None:
-    """A leaf that a dim has in two factors of one product."""
-    own = list(leaves(factor))
+def _note_twice(found: dict[Factor, Candidate], value: Value) -> None:
+    """A leaf that a tensor has in two of its dims, or a dim in two factors of one product."""
+    own = [leaf for dim in value.dims for leaf in dict.fromkeys(leaves(dim))]
     for leaf in {leaf for leaf in own if own.count(leaf) > 1}:
-        try:
-            layout(factor, frozenset({leaf}))
-        except ConflictError:
-            _note(found, leaf, "one dim has it twice")
+        _note(found, leaf, "a tensor has it in two of its dims")
+    for dim in value.dims:
+        for leaf in dict.fromkeys(leaves(dim)):
+            try:
+                layout(dim, frozenset({leaf}))
+            except ConflictError:
+                _note(found, leaf, "one dim has it twice")
 
 
 def _place(op: Op) -> str:

@@ -3,6 +3,7 @@ of the forward allows that, which modules need the whole sequence, and which are
 rank.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -111,6 +112,10 @@ class _Walk:
         self._steady = found.steady
         self._restored: list[Value | None] = []
         self._sizes = _sizes_of_sequence(record)
+        self._asked_of: defaultdict[int, list[Value]] = defaultdict(list)
+        for _, asked, when in (each for uses in self._sizes.values() for each in uses):
+            self._asked_of[when].append(asked)
+        self._was_cut: dict[tuple[Value, int], bool] = {}
 
     def run(self) -> set[int]:
         first = self._spans.of[self._found.begins][0]
@@ -139,8 +144,10 @@ class _Walk:
 
     def _check_sizes(self, at: int) -> None:
         """A length that was asked of one tensor and is written for another: both must be cut, or neither."""
-        for value, asked in self._sizes.get(at, ()):
-            if (value in self._cut) != (asked in self._cut):
+        for value in self._asked_of.get(at, ()):
+            self._was_cut[value, at] = value in self._cut
+        for value, asked, when in self._sizes.get(at, ()):
+            if (value in self._cut) != self._was_cut[asked, when]:
                 raise _NeedsWholeError(at - 1, "it writes the length of another tensor")
 
     def _has_sequence(self, value: Value) -> bool:
@@ -252,26 +259,27 @@ def _is_embedded_directly(record: Record, spans: Spans, first_layer: str) -> boo
     return is_looked_up and not is_used and not asks
 
 
-def _sizes_of_sequence(record: Record) -> dict[int, list[tuple[Value, Value]]]:
-    """By the event that comes next: (a tensor whose length was written, the tensor that was asked for it)."""
+def _sizes_of_sequence(record: Record) -> dict[int, list[tuple[Value, Value, int]]]:
+    """By the event that comes next: (a tensor whose length was written, the tensor that was asked for it,
+    when)."""
     values = {value.number: value for op in record.ops for value in (*op.inputs, *op.outputs)}
     if record.ids is not None:
         values[record.ids.number] = record.ids
-    found: dict[int, list[tuple[Value, Value]]] = {}
+    found: dict[int, list[tuple[Value, Value, int]]] = {}
     for use in record.sizes:
         if record.sequence.isdisjoint(leaves(use.value.dims[use.dim])) or not use.value.is_live:
             continue
-        for number, dim in _lengths(use.size):
-            asked = values.get(number)
-            if asked is not None and not record.sequence.isdisjoint(leaves(asked.dims[dim])):
-                found.setdefault(use.at, []).append((use.value, asked))
+        for length in _lengths(use.size):
+            asked = values.get(length.tensor)
+            if asked is not None and not record.sequence.isdisjoint(leaves(asked.dims[length.dim])):
+                found.setdefault(use.at, []).append((use.value, asked, length.at))
     return found
 
 
-def _lengths(expression: Expression) -> Iterator[tuple[int, int]]:
+def _lengths(expression: Expression) -> Iterator[Length]:
     match expression:
-        case Length(number, dim):
-            yield number, dim
+        case Length():
+            yield expression
         case Computed(_, first, second):
             yield from _lengths(first)
             yield from _lengths(second)
@@ -279,7 +287,7 @@ def _lengths(expression: Expression) -> Iterator[tuple[int, int]]:
 
 def _asks(expression: Expression, tensor: int) -> bool:
     match expression:
-        case Length(number, _):
+        case Length(number):
             return number == tensor
         case Computed(_, first, second):
             return _asks(first, tensor) or _asks(second, tensor)
