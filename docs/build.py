@@ -27,6 +27,7 @@ import sys
 import tempfile
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -37,10 +38,13 @@ from rich.console import Console, RenderableType
 
 from shardwise.cli.main import app
 from shardwise.core.difference import Difference, RunProfile
+from shardwise.core.dims import Dims
 from shardwise.core.explanation import Contrast, Explanation
+from shardwise.core.made_plan import MadePlan
 from shardwise.core.measurement import Comparison
 from shardwise.core.mesh import AXES
 from shardwise.core.placement import Placement
+from shardwise.core.plan import Plan
 from shardwise.core.prediction_run import PredictionRun
 from shardwise.core.rule import RuleRef
 from shardwise.core.sweep import Sweep
@@ -61,6 +65,7 @@ from shardwise.report.common.table import Table
 from shardwise.report.compare.html import comparison_html
 from shardwise.report.diff.html import difference_html
 from shardwise.report.explain.html import explanation_html
+from shardwise.report.plan.html import plan_html
 from shardwise.report.predict.html import prediction_html
 from shardwise.report.verify.html import verification_html
 from shardwise.report.walkthrough.html import walkthrough_html
@@ -75,6 +80,7 @@ EXPLAINED = DOCS / "example" / "explanation.json"
 DIFFERED = DOCS / "example" / "diff.json"
 VERIFIED = DOCS / "example" / "verification.json"
 PREDICTED = DOCS / "example" / "prediction.json"
+PLANNED = DOCS / "example" / "plan.json"
 WIDTH = 100
 # the pictures' window in pixels: a height that just holds the step
 WALKTHROUGH_WIDTH = 1160
@@ -271,6 +277,50 @@ def predict_json_reference() -> str:
     )
 
 
+def plan_json_reference() -> str:
+    """The fields of `shardwise plan --json`."""
+    return _json_reference(
+        "plan",
+        [
+            "`shardwise plan --json` prints one MadePlan; `shardwise explain --dims --json` one Dims, which",
+            "a MadePlan holds too. `plan` is the text of the plan's file, without its comments. Patterns",
+            "have `*` for the number of a layer. Fields marked *worked out* follow from the others; fields",
+            "that a reader doesn't know are to be ignored.",
+        ],
+        "shardwise plan --model hf:qwen3 --json | jq -r '.dims.classes[] | select(.is_cut) | [.name, .units, "
+        ".where] | @tsv'",
+        [MadePlan, Dims],
+    )
+
+
+def planned() -> MadePlan:
+    """The example of docs/plan.md: `shardwise plan --model hf:qwen3 --mesh tp=8 --json`."""
+    return read_document(PLANNED.read_bytes(), MadePlan, str(PLANNED))
+
+
+def plan_output() -> str:
+    """What `shardwise plan` printed for the example."""
+    return _shown(planned())
+
+
+def dims_output() -> str:
+    """What `shardwise explain --dims` prints for the example's model."""
+    return _shown(planned().dims)
+
+
+def toml_output() -> str:
+    """The example's file, down to the first layer's feed-forward."""
+    before, rule, _ = planned().to_toml().partition('"model.layers.*.mlp.gate_proj"')
+    assert rule
+    return f"```toml\n{before.rpartition(chr(10) + '#')[0]}\n...\n```\n"
+
+
+def _shown(result: object) -> str:
+    console = Console(width=WIDTH, file=io.StringIO(), record=True, no_color=True)
+    show(result, "terminal", console)
+    return _fenced(console.export_text())
+
+
 def predict_output() -> str:
     """docs/predict.md's example, as the terminal shows its file."""
     console = Console(width=WIDTH, file=io.StringIO(), record=True, no_color=True)
@@ -337,8 +387,10 @@ def _json_type(kind: Any, found: list[type]) -> str:
         if inner[-1] is Ellipsis:
             return f"array of {_json_type(inner[0], found)}"
         return f"[{', '.join(_json_type(item, found) for item in inner)}]"
-    if kind is RuleRef:
+    if kind in (RuleRef, Plan):
         return "string"
+    if typing.get_origin(kind) is Mapping:
+        return f"object of {_json_type(typing.get_args(kind)[1], found)}"
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         if kind not in found:
             found.append(kind)
@@ -467,7 +519,10 @@ OUTPUTS = {
     "compare-output": compare_output,
     "diff-output": diff_output,
     "explain-output": explain_output,
+    "dims-output": dims_output,
+    "plan-output": plan_output,
     "predict-output": predict_output,
+    "toml-output": toml_output,
     "verify-output": verify_output,
 }
 """What a command printed, by the name of the block in a document that it fills."""
@@ -492,6 +547,7 @@ def main() -> int:
         DOCS / "diff-json.md": diff_json_reference(),
         DOCS / "verify-json.md": verify_json_reference(),
         DOCS / "predict-json.md": predict_json_reference(),
+        DOCS / "plan-json.md": plan_json_reference(),
     }
     for path in sorted([README, *DOCS.glob("*.md")]):
         text = path.read_text(encoding="utf-8") if path not in wanted else wanted[path]
@@ -523,6 +579,7 @@ def main() -> int:
         take_picture(verification_html(verification), DOCS / "example" / "verify.png", 1200, 1300)
         predicted = read_document(PREDICTED.read_bytes(), PredictionRun, str(PREDICTED))
         take_picture(prediction_html(predicted), DOCS / "example" / "predict.png", 1200, 1450)
+        take_picture(plan_html(planned()), DOCS / "example" / "plan.png", 1200, 1330)
     if arguments.walkthrough:
         take_walkthrough_pictures()
     return 0

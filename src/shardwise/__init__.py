@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from shardwise.api import case as case
     from shardwise.api import compare as compare
     from shardwise.api import diff as diff
+    from shardwise.api import dims as dims
     from shardwise.api import explain as explain
+    from shardwise.api import plan as plan
     from shardwise.api import predict as predict
     from shardwise.api import sweep as sweep
     from shardwise.api import verify as verify
@@ -23,7 +25,19 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_API = ("Result", "calibrate", "case", "compare", "diff", "explain", "predict", "sweep", "verify")
+_API = (
+    "Result",
+    "calibrate",
+    "case",
+    "compare",
+    "diff",
+    "dims",
+    "explain",
+    "plan",
+    "predict",
+    "sweep",
+    "verify",
+)
 _LAZY = {
     **dict.fromkeys(_API, "shardwise.api"),
     "Case": "shardwise.core.case",
@@ -42,9 +56,11 @@ __all__ = [
     "case",
     "compare",
     "diff",
+    "dims",
     "explain",
     "loss_of",
     "parallelize",
+    "plan",
     "predict",
     "record_profile",
     "sweep",

@@ -28,7 +28,9 @@ from shardwise.verbs.progress import Progress, silent
 
 if TYPE_CHECKING:
     from shardwise.core.difference import Difference, RunProfile
+    from shardwise.core.dims import Dims
     from shardwise.core.explanation import Contrast, Explanation
+    from shardwise.core.made_plan import MadePlan
     from shardwise.core.measurement import Comparison
     from shardwise.core.prediction_run import PredictionRun
     from shardwise.core.sample import Calibration
@@ -99,6 +101,23 @@ def explain(case: Case, *, progress: Progress = silent, **options: Any) -> "Resu
     from shardwise.verbs.explain import explain as run
 
     return Result(run(case, _made(ExplainOptions, options), progress).answer)
+
+
+def plan(case: Case, *, progress: Progress = silent, **options: Any) -> "Result[MadePlan]":
+    """A native plan for the case's model on its mesh, whatever the model, with the reason for each rule. No
+    ranks, no GPU. answer.plan is the Plan; answer.to_toml() its file."""
+    from shardwise.verbs.plan import PlanOptions
+    from shardwise.verbs.plan import plan as run
+
+    return Result(run(case, _made(PlanOptions, options), progress))
+
+
+def dims(case: Case, *, progress: Progress = silent) -> "Result[Dims]":
+    """Which dims of the model's weights must be cut together, and why others can't be; what explain --dims
+    shows. Beside each weight stands what the case's first plan does with it, if there is one."""
+    from shardwise.verbs.plan import dims as run
+
+    return Result(run(case, progress))
 
 
 def verify(

@@ -22,6 +22,7 @@ from shardwise.report.common.room import room_of
 from shardwise.report.common.table import Report, RowKind, Table, Words
 from tests.unit import comparison_example as compared
 from tests.unit import explanation_example as explained
+from tests.unit import plan_example as planned
 from tests.unit import prediction_example as predicted
 from tests.unit import test_verify_report as verified
 from tests.unit.test_predict_sweep import point, sweep_of
@@ -41,6 +42,10 @@ RESULTS = {
     "explain dtensor": explained.dtensor_example(),
     "explain alone": explained.alone_example(),
     "explain against": explained.contrast_example(),
+    "plan": planned.made(),
+    "plan of a user's model": planned.made(planned.FUSED),
+    "dims": planned.found(planned.NORMED),
+    "dims beside a plan": planned.found(planned.LLAMA, "rowwise"),
     "predict": predicted.run_of(),
     "predict two plans": predicted.two_plans(),
     "predict sweep": sweep_of(point(300), point(200, plan="colwise"), point(900, memory=predicted.TOO_MUCH)),

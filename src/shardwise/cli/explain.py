@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from shardwise.cli.asked import TRACED, Call, Command, Shown, command
 from shardwise.cli.output import pretty
 from shardwise.cli.progress import ProgressLine
+from shardwise.core.errors import OptionError
 from shardwise.core.mesh import Mesh
 from shardwise.core.option import Option, check_choice
 from shardwise.verbs.checks import DEFAULT_PLAN
@@ -29,6 +30,13 @@ class _Asked(ExplainOptions):
             "tok_embeddings."
         ),
     ] = None
+    dims: Annotated[
+        bool,
+        Option(
+            "Instead: which dims of the model's weights must be cut together, where a cut begins and ends, "
+            "and what can't be cut; beside it what a plan of yours does with each weight."
+        ),
+    ] = False
 
 
 def _prepare(values: dict[str, Any]) -> None:
@@ -68,14 +76,17 @@ def explain(call: Call[_Asked]) -> int:
 
     One training step is run on fake tensors: the real module under the real plan, with no memory and no
     devices. --against puts a second plan beside it. --walk shows a module at work on small numbers, rank by
-    rank.
+    rank; --dims why its weights are cut as they are.
 
     [dim]shardwise explain[/]
     [dim]shardwise explain rowwise@dtensor --against rowwise --model llama3-70b --mesh tp=8 --out page[/]
     [dim]shardwise explain --model hf:qwen3 --mesh tp=8[/]
     [dim]shardwise explain own --model mypackage.models:build --mesh tp=4[/]
     [dim]shardwise explain rowwise --walk tok_embeddings[/]
+    [dim]shardwise explain --dims --model hf:qwen3 --mesh tp=8 --out page[/]
     """
+    if call.own.dims:
+        return _dims(call)
     if call.own.walk is not None:
         return _walk(call, call.own.walk)
     with ProgressLine() as progress:
@@ -105,6 +116,18 @@ def _settings(done: Explained) -> dict[str, object]:
         "device": first.device,
         "settings": first.settings,
     }
+
+
+def _dims(call: Call[_Asked]) -> int:
+    for flag, value in (("--walk", call.own.walk), ("--against", call.own.against)):
+        if value is not None:
+            raise OptionError(f"--dims and {flag} don't go together. Leave one out.")
+    from shardwise.verbs.plan import dims
+
+    with ProgressLine() as progress:
+        found = dims(call.case, progress)
+    call.output.deliver(found, {"model": found.model, "mesh": found.mesh, "plan": found.plan})
+    return 0
 
 
 def _walk(call: Call[_Asked], what: str) -> int:

@@ -4,22 +4,8 @@ whole."""
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from shardwise.core.dims import Dims
 from shardwise.core.plan import Plan
-
-
-@dataclass(frozen=True, slots=True)
-class CutDims:
-    """Dims that are cut together: `units` of them over the ranks. name: what they are called (the module that
-    holds them and what they count). members: (parameter pattern, dim, how it is cut there). begins, ends:
-    modules. gathers: where the input of what begins it is summed in the backward (and gathered, if the
-    sequence is cut)."""
-
-    name: str
-    units: int
-    members: tuple[tuple[str, int, str], ...]
-    begins: tuple[str, ...]
-    ends: tuple[str, ...]
-    gathers: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +19,22 @@ class LeftWhole:
 
 @dataclass(frozen=True, slots=True)
 class MadePlan:
-    """plan: what `verify`, `compare` and the rest take. comments: pattern of a rule -> why. sharded: share of
-    the model's parameters of which a rank holds its part alone. sequence: where the sequence is cut, in
-    words; why_not: why it isn't."""
+    """plan: what `verify`, `compare` and the rest take. comments: pattern of a rule -> why. dims: the model's
+    classes; those with is_cut are what the plan cuts. sharded: share of the model's parameters of which a
+    rank holds its part alone. sequence: where the sequence is cut, in words; why_not: why it isn't."""
 
     model: str
     mesh: str
     plan: Plan
     comments: Mapping[str, str]
-    cuts: tuple[CutDims, ...]
+    dims: Dims
     whole: tuple[LeftWhole, ...]
     parameters: int
     sharded: float
     sequence: str | None = None
     why_not: str | None = None
     notes: tuple[str, ...] = field(default=())
+    schema_version: int = 1
 
     def to_toml(self) -> str:
         """The plan as a file's text, each rule under the sentence that says why."""

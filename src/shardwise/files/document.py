@@ -2,11 +2,12 @@
 file.
 
 A dataclass is an object of its fields, a tuple an array, an enum its value, a placement the text of plan
-files (`shard(1)`), a rule `"PATTERN" (STYLE)`. What a dataclass works out from its fields (its properties) is
-written beside them, for readers of the JSON, and ignored when it is read back, as unknown fields are; a field
-that is missing takes its default. JSON has no NaN and no infinity, and null means "not measured", so a number
-that isn't finite is the string "NaN", "Infinity" or "-Infinity", as in the JSON mapping of Protocol Buffers
-(protobuf.dev/programming-guides/json). Reading is strict about types, and bounded where a Form says so.
+files (`shard(1)`), a plan the text of its file, a rule `"PATTERN" (STYLE)`. What a dataclass works out from
+its fields (its properties) is written beside them, for readers of the JSON, and ignored when it is read back,
+as unknown fields are; a field that is missing takes its default. JSON has no NaN and no infinity, and null
+means "not measured", so a number that isn't finite is the string "NaN", "Infinity" or "-Infinity", as in the
+JSON mapping of Protocol Buffers (protobuf.dev/programming-guides/json). Reading is strict about types, and
+bounded where a Form says so.
 """
 
 import dataclasses
@@ -21,10 +22,13 @@ from functools import cache
 import msgspec
 
 from shardwise.core.difference import Difference, RunProfile
-from shardwise.core.errors import InputError
+from shardwise.core.dims import Dims
+from shardwise.core.errors import InputError, PlanError
 from shardwise.core.explanation import Contrast, Explanation
+from shardwise.core.made_plan import MadePlan
 from shardwise.core.measurement import Comparison
 from shardwise.core.placement import Partial, Placement, Replicate, Shard, format_placement, parse_placement
+from shardwise.core.plan import Plan
 from shardwise.core.prediction_run import PredictionRun
 from shardwise.core.rule import RuleRef
 from shardwise.core.sweep import Sweep
@@ -41,6 +45,8 @@ SAVED = {
     Difference: ("diff", "difference"),
     PredictionRun: ("predict", "prediction"),
     Sweep: ("predict", "sweep"),
+    MadePlan: ("plan", "made plan"),
+    Dims: ("explain", "dims"),
 }
 _PLACEMENTS = frozenset(typing.get_args(Placement))
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -114,6 +120,8 @@ def written(value: object, form: Form = RESULT) -> object:
             return format_placement(value)
         case RuleRef():
             return str(value)
+        case Plan():
+            return value.to_toml()
         case Enum():
             return value.value
         case float() if not math.isfinite(value):
@@ -179,6 +187,8 @@ def _reader(kind: typing.Any, form: Form) -> _Read:
 def _one(kind: typing.Any, form: Form) -> _Read:
     if kind is RuleRef:
         return lambda value: RuleRef.parse(str(_leaf(str, False)(value)))
+    if kind is Plan:
+        return lambda value: _read_plan(str(_leaf(str, False)(value)))
     if dataclasses.is_dataclass(kind):
         return _array(kind, form) if kind in form.arrays else _fields(kind, form)
     if typing.get_origin(kind) is tuple:
@@ -197,6 +207,13 @@ def _leaf(kind: typing.Any, is_float: bool) -> _Read:
             raise Mismatch(message, path.removesuffix("`")) from None
 
     return one
+
+
+def _read_plan(text: str) -> Plan:
+    try:
+        return Plan.from_toml(text)
+    except PlanError as error:
+        raise Mismatch(str(error).rstrip(".")) from None
 
 
 def _read_placement(value: object) -> Placement:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from shardwise.core.dims import Dims
 from shardwise.core.errors import PlanError
 from shardwise.core.layer_name import any_layer
-from shardwise.core.made_plan import CutDims, LeftWhole, MadePlan
+from shardwise.core.made_plan import LeftWhole, MadePlan
 from shardwise.core.mesh import Mesh
 from shardwise.core.placement import Placement, Replicate, Shard
 from shardwise.core.plan import Plan, Style, StyleName
@@ -22,11 +23,13 @@ from shardwise.dims.trace import record_of
 from shardwise.models.layers import Layers, find_layers
 from shardwise.models.source import ModelSource, vocab_size_of
 from shardwise.planner.candidates import Candidate, candidates, choose
+from shardwise.planner.classes import dims_of, held_by_rank
 from shardwise.planner.counts import divided
 from shardwise.planner.gradients import MixedError, gradient_kinds
+from shardwise.planner.names import HEADS, HIDDEN, Names
 from shardwise.planner.patterns import everywhere
 from shardwise.planner.regions import Region, UnfitError, region_of
-from shardwise.planner.rules import Cuts, cut_dim, held, rules_of
+from shardwise.planner.rules import Cuts, rules_of
 from shardwise.planner.sequence import SequenceCut, cut_sequence
 
 _TRIES = 16
@@ -48,7 +51,41 @@ def make_plan(
 ) -> MadePlan:
     """The plan for a model. Raises ModelError where its forward can't be traced; PlanError where nothing can
     be cut."""
-    ranks = wish.mesh.tp
+    traced = _traced(source, wish, progress)
+    progress("choosing what to cut")
+    cuts, reasons = traced.making.cuts()
+    return _made(source, traced, cuts, reasons, wish)
+
+
+def make_dims(source: ModelSource, wish: Wish, *, progress: Callable[[str], None] = lambda _: None) -> Dims:
+    """A model's classes of dims, whether a plan can be made or not. Raises ModelError where its forward can't
+    be traced."""
+    traced = _traced(source, wish, progress)
+    progress("choosing what to cut")
+    try:
+        cuts, _ = traced.making.cuts()
+    except PlanError:
+        return traced.dims(source, None, wish)
+    return traced.dims(source, cuts, wish)
+
+
+@dataclass(frozen=True, slots=True)
+class _Traced:
+    """whole: the model with all its layers; making has what was traced, which has one of each kind."""
+
+    whole: nn.Module
+    layers: Layers | None
+    making: "_Making"
+
+    def dims(self, source: ModelSource, cuts: Cuts | None, wish: Wish) -> Dims:
+        making = self.making
+        return dims_of(
+            source.name, (wish.mesh, wish.seq), making.record, making.spans, making.candidates, cuts,
+            self.whole, self.layers,
+        )  # fmt: skip
+
+
+def _traced(source: ModelSource, wish: Wish, progress: Callable[[str], None]) -> _Traced:
     progress(f"building {source.name}")
     whole = source.build(dtype=torch.bfloat16)
     layers = find_layers(whole)
@@ -60,10 +97,7 @@ def make_plan(
     record = record_of(model, vocab_size_of(model))
     called = {event.module for event in record.events if isinstance(event, Entered)}
     layers = find_layers(whole, among=called)
-    progress("choosing what to cut")
-    making = _Making(record, model, layers, wish, ranks)
-    cuts, reasons = making.cuts()
-    return _made(source, whole, layers, cuts, making, reasons, wish)
+    return _Traced(whole, layers, _Making(record, model, layers, wish, wish.mesh.tp))
 
 
 class _Making:
@@ -73,7 +107,7 @@ class _Making:
         self, record: Record, model: nn.Module, layers: Layers | None, wish: Wish, ranks: int
     ) -> None:
         self.record, self.model, self.layers, self.wish, self.ranks = record, model, layers, wish, ranks
-        self.spans = Spans(record)
+        self.spans, self.names = Spans(record), Names(record)
         self.candidates = candidates(record, self.spans, ranks, seq=wish.seq)
         self.tables = _tables(record, model)
         self.head, self.head_output = _head(record, model)
@@ -152,7 +186,7 @@ class _Making:
         style = Style(self.wish.table, output=output if takes_output else None)
         return Cuts(
             self.record, self.model, regions, sequence, counts, kinds,
-            self.tables, self.head, style, self.head_output, self.ranks,
+            self.tables, self.head, style, self.head_output, self.ranks, self.names,
         )  # fmt: skip
 
     def _drop(self, regions: list[Region], error: UnfitError) -> None:
@@ -182,11 +216,18 @@ class _Making:
     def _reasons(self, regions: list[Region]) -> dict[str, str]:
         """Parameter -> why nothing of it is cut: what stood in the way of its largest candidate."""
         found: dict[str, str] = {}
-        # the least that a parameter is in says most of it
-        for candidate in sorted(self.candidates, key=lambda each: -len(each.parameters)):
+
+        def says_most(candidate: Candidate) -> tuple[bool, bool, int]:
+            name = self.names.of(candidate.leaf)
+            return name != HIDDEN, name == HEADS, candidate.leaf.size
+
+        for candidate in sorted(self.candidates, key=says_most):
             for name in candidate.parameters:
                 if candidate.obstacles:
-                    found[name] = f"{candidate.leaf.size} units: {candidate.obstacles[0]}"
+                    needs_all = name.rpartition(".")[0] in candidate.gathered
+                    why = "its module needs all of it" if needs_all else any_layer(candidate.obstacles[0])
+                    what = f"the {self.names.of(candidate.leaf)} ({candidate.leaf.size:,})"
+                    found[name] = f"{what}: {why}"
         cut = {name for region in regions for name in region.candidate.parameters}
         return {name: why for name, why in found.items() if name not in cut}
 
@@ -236,15 +277,8 @@ def _has(op: Op, own: frozenset[Factor], *, outputs: bool) -> bool:
     return any(not own.isdisjoint(value.leaves()) for value in (op.outputs if outputs else op.inputs))
 
 
-def _made(
-    source: ModelSource,
-    whole: nn.Module,
-    layers: Layers | None,
-    cuts: Cuts,
-    making: _Making,
-    reasons: dict[str, str],
-    wish: Wish,
-) -> MadePlan:
+def _made(source: ModelSource, traced: _Traced, cuts: Cuts, reasons: dict[str, str], wish: Wish) -> MadePlan:
+    whole, layers, making = traced.whole, traced.layers, traced.making
     rules, comments = everywhere(rules_of(cuts), dict(making.model.named_modules()), whole, layers)
     name = f"made for {source.name} at tp={wish.mesh.tp}"
     sharded, total, left = _shares(whole, layers, cuts, reasons)
@@ -253,8 +287,8 @@ def _made(
         where = "the look-up" if cuts.sequence.is_at_embedding else f"the input of {cuts.sequence.begins}"
         sequence = f"from {where} to {cuts.sequence.ends}"
     return MadePlan(
-        source.name, str(wish.mesh), Plan(name, rules), comments, tuple(_cut_dims(cuts)), left, total,
-        sharded / total, sequence, making.why_not, source.notes,
+        source.name, str(wish.mesh), Plan(name, rules), comments, traced.dims(source, cuts, wish), left,
+        total, sharded / total, sequence, making.why_not, source.notes,
     )  # fmt: skip
 
 
@@ -265,15 +299,10 @@ def _shares(
     like = layers.representative(whole) if layers is not None else (lambda name: name)
     total = sharded = 0
     left: dict[tuple[str, str], int] = {}
-    embedding = {f"{table}.weight" for table in cuts.table}
     for name, parameter in whole.named_parameters():
         total += parameter.numel()
         traced = like(name)
-        is_outer = traced in embedding or traced.rpartition(".")[0] == cuts.head
-        value = cuts.record.parameters.get(traced)
-        if is_outer or (
-            value is not None and cut_dim(value, cuts.cut_in(traced.rpartition(".")[0])) is not None
-        ):
+        if held_by_rank(cuts, traced).startswith("shard"):
             sharded += parameter.numel()
         else:
             owner = traced.rpartition(".")[0]
@@ -283,19 +312,3 @@ def _shares(
             left[key] = left.get(key, 0) + parameter.numel()
     found = (LeftWhole(pattern, n, why) for (pattern, why), n in left.items())
     return sharded, total, tuple(sorted(found, key=lambda each: -each.elements))
-
-
-def _cut_dims(cuts: Cuts) -> list[CutDims]:
-    found: dict[object, CutDims] = {}
-    for region in cuts.regions:
-        candidate = region.candidate
-        members = tuple(
-            (any_layer(name), dim, str(held(cuts, name))) for name, dim in dict.fromkeys(candidate.members)
-        )
-        begins, ends, gathers = (
-            tuple(map(any_layer, names)) for names in (region.begins, region.ends, region.entries)
-        )
-        where = region.entry or (region.ends or region.begins or [candidate.members[0][0]])[0]
-        made = CutDims(any_layer(where), candidate.leaf.size, members, begins, ends, gathers)
-        found.setdefault((members, begins, ends), made)
-    return list(found.values())

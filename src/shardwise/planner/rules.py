@@ -13,6 +13,7 @@ from shardwise.core.plan import Style, StyleName
 from shardwise.dims.factors import Factor, Piece, layout, leaves
 from shardwise.dims.record import Op, Record, Value
 from shardwise.dims.sizes import Attribute
+from shardwise.planner.names import Names
 from shardwise.planner.regions import Kind, Region, UnfitError
 from shardwise.planner.sequence import SequenceCut
 
@@ -41,6 +42,7 @@ class Cuts:
     table_style: Style
     head_output: Placement
     ranks: int
+    names: Names
     leaves: frozenset[Factor] = field(init=False)
     of_head: dict[str, int] = field(init=False)
 
@@ -209,7 +211,7 @@ def _colwise(
     entry = cuts.around(name) if region.entry is None or region.entry == name else None
     pieces, told = _told(module, parameters, 0)
     style = Style(StyleName.COLWISE, input=entry, pieces=pieces, parameters=told, divide=divide)
-    return Reasoned(style, f"each rank makes its part of {region.candidate.leaf.size} units")
+    return Reasoned(style, f"each rank makes its part of the {_what(cuts, region)}")
 
 
 def _rowwise(
@@ -225,9 +227,12 @@ def _rowwise(
     pieces, told = _told(module, tuple((name, added.get(name, how)) for name, how in parameters), 1)
     style = Style(StyleName.ROWWISE, output=cuts.around(name), pieces=pieces, parameters=told, divide=divide)
     how = "reduce-scattered" if style.output == Shard(1) else "summed"
-    return Reasoned(
-        style, f"takes its part of {region.candidate.leaf.size} units; the parts of the sum are {how}"
-    )
+    return Reasoned(style, f"takes its part of the {_what(cuts, region)}; the parts of the sum are {how}")
+
+
+def _what(cuts: Cuts, region: Region) -> str:
+    leaf = region.candidate.leaf
+    return f"{cuts.names.of(leaf)} ({leaf.size:,})"
 
 
 def _told(
