@@ -7,21 +7,20 @@ count goes the way it goes in training.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from shardwise.core.errors import ModelError
 from shardwise.core.shown import told
 from shardwise.dims import by_data, views
-from shardwise.dims.factors import ConflictError, Factor, find
-from shardwise.dims.record import Entered, Left, Op, Record, SizeUse, Source, Value
+from shardwise.dims.factors import ConflictError, Factor
+from shardwise.dims.record import Entered, Left, Op, Record, Source, Value
 from shardwise.dims.rules import Call, rule_for
-from shardwise.dims.sizes import Length, Size, expression_of, tagged
+from shardwise.dims.sizes import tagged
+from shardwise.dims.written import WrittenSizes
 from shardwise.torch_private import TorchDispatchMode, schema_of
 
 _RULES_OF = (views, by_data)  # their rules are known once they are imported
@@ -44,7 +43,7 @@ def record_of(model: nn.Module, vocab_size: int, *, batch: int = BATCH, seq: int
         stack.enter_context(recorder.watching_modules())
         stack.enter_context(torch.no_grad())
         stack.enter_context(recorder)
-        stack.enter_context(_Functions(recorder))
+        stack.enter_context(WrittenSizes(recorder))
         try:
             logits = model(ids)
         except Exception as error:
@@ -228,125 +227,6 @@ class _Recorder(TorchDispatchMode):
                 call.is_linear, added,
             )
         )  # fmt: skip
-
-
-class _Functions(TorchFunctionMode):
-    """Stands above torch's functions, where a size is still the object that the forward wrote."""
-
-    def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        if name in ("__get__", "size") and isinstance(out, torch.Size | int) and args:
-            return self._lengths(args[0], out, func, args, kwargs)
-        if isinstance(out, Tensor | tuple | list):
-            self._uses(name, args, kwargs, out)
-        return out
-
-    def _lengths(self, tensor: Any, out: Any, func: Any, args: Any, kwargs: Any) -> Any:
-        if not isinstance(tensor, Tensor) or isinstance(out, bool):
-            return out
-        number, now = self._recorder.value_of(tensor).number, len(self._recorder.record.events)
-        if isinstance(out, torch.Size):
-            return torch.Size(Size.of(size, Length(number, dim, now)) for dim, size in enumerate(out))
-        if getattr(func, "__name__", "") == "size":
-            dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % tensor.dim()
-            return Size.of(out, Length(number, dim, now))
-        return out
-
-    def _uses(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
-        match name:
-            case "view" | "reshape" | "expand" | "new_zeros" | "new_ones" | "new_empty" | "broadcast_to":
-                sizes = args[1:] or tuple(kwargs.get(key) for key in ("shape", "size") if key in kwargs)
-                self._written(name, out, _listed(sizes))
-            case "zeros" | "ones" | "empty" | "rand" | "randn" | "arange":
-                self._written(name, out, _listed(args or (kwargs.get("size", ()),)))
-            case "full" | "new_full":
-                self._written(name, out, _listed(args[:1] if name == "full" else args[1:2]))
-            case "unflatten":
-                at = args[1] % args[0].dim()
-                sizes = _listed(args[2:] or (kwargs.get("sizes", ()),))
-                self._written(name, out, sizes, first=at)
-            case "split" | "split_with_sizes":
-                self._split(name, args, kwargs, out)
-            case "__getitem__":
-                self._sliced(name, args[0], args[1], out)
-            case "narrow":
-                dim, start, length = args[1] % args[0].dim(), args[2], args[3]
-                self._part(name, args[0], out, dim, dim, start, length)
-
-    def _written(self, name: str, out: Any, sizes: list[Any], first: int = 0) -> None:
-        if not isinstance(out, Tensor) or not all(isinstance(size, int) for size in sizes):
-            return
-        value = self._recorder.value_of(out)
-        for at, size in enumerate(sizes, first):
-            if size > 1 and at < len(value.dims):
-                self._add(SizeUse(name, self._recorder.module, value, at, expression_of(size)))
-
-    def _split(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
-        tensor, sizes = args[0], args[1] if len(args) > 1 else next(iter(kwargs.values()))
-        dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % tensor.dim()
-        listed = [sizes] * len(out) if isinstance(sizes, int) else list(sizes)
-        start = Size.of(0, 0)
-        for part, size in zip(out, listed, strict=False):
-            self._part(name, tensor, part, dim, dim, start, size)
-            start = start + size
-
-    def _sliced(self, name: str, tensor: Any, index: Any, out: Any) -> None:
-        if not isinstance(tensor, Tensor) or not isinstance(out, Tensor):
-            return
-        items = list(index) if isinstance(index, tuple) else [index]
-        if any(isinstance(item, Tensor | list) for item in items):
-            return
-        taken = sum(item is not None and item is not Ellipsis for item in items)
-        before, after = 0, 0
-        for item in items:
-            if item is Ellipsis:
-                before, after = before + tensor.dim() - taken, after + tensor.dim() - taken
-            elif item is None:
-                after += 1
-            elif isinstance(item, slice):
-                size = tensor.shape[before]
-                if item.step in (None, 1) and (item.start is not None or item.stop is not None):
-                    start = _bound(item.start, 0, size, tensor, before, self._recorder)
-                    stop = _bound(item.stop, size, size, tensor, before, self._recorder)
-                    if int(stop) > int(start):
-                        self._part(name, tensor, out, before, after, start, stop - start)
-                before, after = before + 1, after + 1
-            else:
-                before += 1
-
-    def _part(self, name: str, tensor: Tensor, out: Tensor, dim: int, at: int, start: int, size: int) -> None:
-        value, of = self._recorder.value_of(out), self._recorder.value_of(tensor).dims[dim]
-        if find(of).size != int(size) and at < len(value.dims):
-            self._add(
-                SizeUse(name, self._recorder.module, value, at, expression_of(size), of, expression_of(start))
-            )
-
-    def _add(self, use: SizeUse) -> None:
-        record = self._recorder.record
-        record.sizes.append(replace(use, at=len(record.events)))
-
-
-def _bound(given: int | None, default: int, size: int, tensor: Tensor, dim: int, recorder: _Recorder) -> Size:
-    """A slice's bound, as an expression: None and negative numbers count from the dim's end."""
-    length = Size.of(size, Length(recorder.value_of(tensor).number, dim, len(recorder.record.events)))
-    if given is None:
-        return Size.of(0, 0) if default == 0 else length
-    if given < 0:
-        return length + given  # type: ignore[no-any-return]
-    return length if given >= size else Size.of(int(given), expression_of(given))
-
-
-def _listed(sizes: Any) -> list[Any]:
-    """The sizes of a call that takes them one by one or as one sequence."""
-    if len(sizes) == 1 and isinstance(sizes[0], tuple | list | torch.Size):
-        return list(sizes[0])
-    return list(sizes)
 
 
 def _on_meta(leaf: Any) -> Any:

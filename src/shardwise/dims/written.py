@@ -1,0 +1,144 @@
+"""The sizes that a forward writes (`view(batch, length, self.num_heads, -1)`, slices, splits), each with what
+it is the size of: taken down above torch's functions, where a size is still the object that the forward
+wrote."""
+
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from shardwise.dims.factors import find
+from shardwise.dims.record import Record, SizeUse, Value
+from shardwise.dims.sizes import Length, Size, expression_of
+
+
+class Recorder(Protocol):
+    """Who books the forward."""
+
+    record: Record
+
+    @property
+    def module(self) -> str: ...
+
+    def value_of(self, tensor: Tensor) -> Value: ...
+
+
+class WrittenSizes(TorchFunctionMode):
+    """Books them, and gives the forward lengths that know whose they are."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name in ("__get__", "size") and isinstance(out, torch.Size | int) and args:
+            return self._lengths(args[0], out, func, args, kwargs)
+        if isinstance(out, Tensor | tuple | list):
+            self._uses(name, args, kwargs, out)
+        return out
+
+    def _lengths(self, tensor: Any, out: Any, func: Any, args: Any, kwargs: Any) -> Any:
+        if not isinstance(tensor, Tensor) or isinstance(out, bool):
+            return out
+        number, now = self._recorder.value_of(tensor).number, len(self._recorder.record.events)
+        if isinstance(out, torch.Size):
+            return torch.Size(Size.of(size, Length(number, dim, now)) for dim, size in enumerate(out))
+        if getattr(func, "__name__", "") == "size":
+            dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % tensor.dim()
+            return Size.of(out, Length(number, dim, now))
+        return out
+
+    def _uses(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        match name:
+            case "view" | "reshape" | "expand" | "new_zeros" | "new_ones" | "new_empty" | "broadcast_to":
+                sizes = args[1:] or tuple(kwargs.get(key) for key in ("shape", "size") if key in kwargs)
+                self._written(name, out, _listed(sizes))
+            case "zeros" | "ones" | "empty" | "rand" | "randn" | "arange":
+                self._written(name, out, _listed(args or (kwargs.get("size", ()),)))
+            case "full" | "new_full":
+                self._written(name, out, _listed(args[:1] if name == "full" else args[1:2]))
+            case "unflatten":
+                at = args[1] % args[0].dim()
+                sizes = _listed(args[2:] or (kwargs.get("sizes", ()),))
+                self._written(name, out, sizes, first=at)
+            case "split" | "split_with_sizes":
+                self._split(name, args, kwargs, out)
+            case "__getitem__":
+                self._sliced(name, args[0], args[1], out)
+            case "narrow":
+                dim, start, length = args[1] % args[0].dim(), args[2], args[3]
+                self._part(name, args[0], out, dim, dim, start, length)
+
+    def _written(self, name: str, out: Any, sizes: list[Any], first: int = 0) -> None:
+        if not isinstance(out, Tensor) or not all(isinstance(size, int) for size in sizes):
+            return
+        value = self._recorder.value_of(out)
+        for at, size in enumerate(sizes, first):
+            if size > 1 and at < len(value.dims):
+                self._add(SizeUse(name, self._recorder.module, value, at, expression_of(size)))
+
+    def _split(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        tensor, sizes = args[0], args[1] if len(args) > 1 else next(iter(kwargs.values()))
+        dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % tensor.dim()
+        listed = [sizes] * len(out) if isinstance(sizes, int) else list(sizes)
+        start = Size.of(0, 0)
+        for part, size in zip(out, listed, strict=False):
+            self._part(name, tensor, part, dim, dim, start, size)
+            start = start + size
+
+    def _sliced(self, name: str, tensor: Any, index: Any, out: Any) -> None:
+        if not isinstance(tensor, Tensor) or not isinstance(out, Tensor):
+            return
+        items = list(index) if isinstance(index, tuple) else [index]
+        if any(isinstance(item, Tensor | list) for item in items):
+            return
+        taken = sum(item is not None and item is not Ellipsis for item in items)
+        before, after = 0, 0
+        for item in items:
+            if item is Ellipsis:
+                before, after = before + tensor.dim() - taken, after + tensor.dim() - taken
+            elif item is None:
+                after += 1
+            elif isinstance(item, slice):
+                size = tensor.shape[before]
+                if item.step in (None, 1) and (item.start is not None or item.stop is not None):
+                    start = _bound(item.start, 0, size, tensor, before, self._recorder)
+                    stop = _bound(item.stop, size, size, tensor, before, self._recorder)
+                    if int(stop) > int(start):
+                        self._part(name, tensor, out, before, after, start, stop - start)
+                before, after = before + 1, after + 1
+            else:
+                before += 1
+
+    def _part(self, name: str, tensor: Tensor, out: Tensor, dim: int, at: int, start: int, size: int) -> None:
+        value, of = self._recorder.value_of(out), self._recorder.value_of(tensor).dims[dim]
+        if find(of).size != int(size) and at < len(value.dims):
+            self._add(
+                SizeUse(name, self._recorder.module, value, at, expression_of(size), of, expression_of(start))
+            )
+
+    def _add(self, use: SizeUse) -> None:
+        record = self._recorder.record
+        record.sizes.append(replace(use, at=len(record.events)))
+
+
+def _bound(given: int | None, default: int, size: int, tensor: Tensor, dim: int, recorder: Recorder) -> Size:
+    """A slice's bound, as an expression: None and negative numbers count from the dim's end."""
+    length = Size.of(size, Length(recorder.value_of(tensor).number, dim, len(recorder.record.events)))
+    if given is None:
+        return Size.of(0, 0) if default == 0 else length
+    if given < 0:
+        return length + given  # type: ignore[no-any-return]
+    return length if given >= size else Size.of(int(given), expression_of(given))
+
+
+def _listed(sizes: Any) -> list[Any]:
+    """The sizes of a call that takes them one by one or as one sequence."""
+    if len(sizes) == 1 and isinstance(sizes[0], tuple | list | torch.Size):
+        return list(sizes[0])
+    return list(sizes)
