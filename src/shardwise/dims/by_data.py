@@ -24,10 +24,7 @@ def indexed(call: Call) -> None:
     source = call.inputs[0]
     dims, indices = call.dims(source), list(call.arguments["indices"])
     places = [at for at, index in enumerate(indices) if index is not None]
-    for at in places:
-        call.block(dims[at], "its entries are taken by data")
-    shapes = [indices[at] for at in places]
-    run = _run(shapes[0]) if len(shapes) == 1 else None
+    run = run_of(indices[places[0]], dims[places[0]].size) if len(places) == 1 else None
     if run is not None:
         # known numbers, one after the other: a slice
         try:
@@ -37,11 +34,21 @@ def indexed(call: Call) -> None:
         else:
             call.give(call.output, dims)
             return
+    for at in places:
+        call.block(dims[at], "its entries are taken by data")
+    ahead, taken, rest = _around(call, dims, indices, places)
+    call.give(call.output, [*ahead, *taken, *rest])
+
+
+def _around(
+    call: Call, dims: list[Factor], indices: list[Tensor | None], places: list[int]
+) -> tuple[list[Factor], list[Factor], list[Factor]]:
+    """The dims of what indices take: (dims before, the indices' own, dims after)."""
+    shapes = [index for index in indices if index is not None]
     if any(index.dtype in (torch.bool, torch.uint8) for index in shapes):
-        call.give(call.output, [Factor(size) for size in call.output.shape])
         for dim in dims:
             call.block(dim, "its entries are taken by a mask")
-        return
+        return [], [Factor(size) for size in call.output.shape], []
     taken = [Factor(1)] * max(index.dim() for index in shapes)
     for index in shapes:
         own = call.dims(index)
@@ -53,24 +60,36 @@ def indexed(call: Call) -> None:
     is_together = places == list(range(places[0], places[-1] + 1))
     ahead = [dim for at, dim in enumerate(dims) if at not in places and at < places[0]] if is_together else []
     rest = [dim for at, dim in enumerate(dims) if at not in places][len(ahead) :]
-    call.give(call.output, [*ahead, *taken, *rest])
+    return ahead, taken, rest
 
 
-def _run(index: Tensor) -> tuple[int, int] | None:
-    """(start, stop) of an index whose numbers are known and follow each other; None for another."""
-    if index.is_meta or index.dim() != 1 or index.dtype == torch.bool or not index.numel():
+def run_of(index: Tensor, size: int) -> tuple[int, int] | None:
+    """(start, stop) of an index into a dim of `size` whose numbers are known and follow each other; None for
+    another."""
+    if index.is_meta or index.dim() != 1 or index.dtype in (torch.bool, torch.uint8) or not index.numel():
         return None
-    start = int(index[0])
-    is_run = start >= 0 and bool((index == torch.arange(start, start + index.numel())).all())
-    return (start, start + index.numel()) if is_run else None
+    known = [each % size for each in index.tolist()]
+    is_run = known == list(range(known[0], known[0] + len(known)))
+    return (known[0], known[-1] + 1) if is_run else None
 
 
-@rule("index_put", "index_put_", "_index_put_impl_")
+@rule("index_put", "index_put_")
 def written(call: Call) -> None:
-    dims = call.dims(call.inputs[0])
-    for at, index in enumerate(call.arguments["indices"]):
-        if index is not None:
-            call.block(dims[at], "its entries are written by data")
+    dims, indices = call.dims(call.inputs[0]), list(call.arguments["indices"])
+    places = [at for at, index in enumerate(indices) if index is not None]
+    for at in places:
+        call.block(dims[at], "its entries are written by data")
+    values = call.dims(call.arguments["values"])
+    if any(indices[at].dtype in (torch.bool, torch.uint8) for at in places):
+        for dim in (*dims, *values):
+            call.block(dim, "its entries are written by a mask")
+    else:
+        ahead, taken, rest = _around(call, dims, indices, places)
+        for dim in taken:
+            call.block(dim, "each of its entries is written by data")
+        for mine, other in zip(reversed([*ahead, *taken, *rest]), reversed(values), strict=False):
+            if mine.size == other.size:
+                call.tie(mine, other)
     call.give(call.output, dims)
 
 
@@ -79,12 +98,20 @@ def selected_by_data(call: Call) -> None:
     source = call.inputs[0]
     dims, at = call.dims(source), call.arguments["dim"] % source.dim()
     call.block(dims[at], "its entries are taken by data")
+    index = call.dims(call.arguments["index"])
     if call.name == "index_select":
-        dims[at] = call.dims(call.arguments["index"])[0]
-    elif len(call.inputs) > 2:
-        for where, (mine, other) in enumerate(zip(dims, call.dims(call.inputs[2]), strict=True)):
+        dims[at] = index[0] if index else Factor(1)
+        call.give(call.output, dims)
+        return
+    for dim in index:
+        call.block(dim, "each of its entries is written by data")
+    written_ = call.arguments.get("source")
+    if isinstance(written_, Tensor):
+        for where, (mine, other) in enumerate(zip(dims, call.dims(written_), strict=True)):
             if where != at:
                 call.tie(mine, other)
+            else:
+                call.block(other, "each of its entries is written by data")
     call.give(call.output, dims)
 
 
@@ -95,8 +122,14 @@ def gathered(call: Call) -> None:
     call.block(dims[at], "its entries are taken by data")
     for other in others:
         for where, dim in enumerate(call.dims(other)):
-            if where != at and dim.size == dims[where].size:
+            if where == at:
+                if call.name != "gather":
+                    call.block(dim, "each of its entries is written by data")
+            elif dim.size == dims[where].size:
                 call.tie(dims[where], dim)
+            else:
+                call.block(dims[where], "a part of it is taken by data")
+                call.block(dim, "it takes from a part by data")
     if call.name == "gather":
         index = call.dims(call.arguments["index"])
         call.give(call.output, index)
@@ -104,7 +137,7 @@ def gathered(call: Call) -> None:
         call.give(call.output, dims)
 
 
-@rule("topk", "sort", "argsort")
+@rule("topk", "sort")
 def ranked(call: Call) -> None:
     dims = call.dims(call.inputs[0])
     at = call.arguments.get("dim", -1) % len(dims)
@@ -116,19 +149,20 @@ def ranked(call: Call) -> None:
         call.give(output, own)
 
 
-@rule("_grouped_mm", "grouped_mm_fallback")
+@rule("_grouped_mm")
 def grouped(call: Call) -> None:
     """Rows of each expert times its weight: [n, k] x [experts, k, m]."""
     rows, weights = (call.dims(tensor) for tensor in call.inputs[:2])
     call.tie(rows[-1], weights[-2])
     call.block(weights[0], "its experts are chosen by data")
-    call.block(rows[0], "its rows go to experts by data")
+    for dim in (rows[0], *(dim for ends in call.inputs[2:] for dim in call.dims(ends))):
+        call.block(dim, "its rows go to experts by data")
     call.summed += list(leaves(rows[-1]))
     call.give(call.output, [rows[0], weights[-1]])
     call.is_linear = True
 
 
-@rule("convolution", "_convolution", "conv1d", "conv2d", "cudnn_convolution", "mkldnn_convolution")
+@rule("convolution")
 def convolution(call: Call) -> None:
     """[B, channels, ...]: a window runs over the other dims; channels are free where each has its own
     filter."""
@@ -136,18 +170,21 @@ def convolution(call: Call) -> None:
     x, filters, groups = call.dims(source), call.dims(weight), call.arguments["groups"]
     for dim in (*x[2:], *filters[2:]):
         call.block(dim, "a window runs over it")
+    if call.arguments.get("transposed"):
+        filters = [filters[1], filters[0], *filters[2:]]  # [in, out / groups, ...]
     if groups == x[1].size == filters[0].size:
         call.tie(x[1], filters[0])
-    elif groups == 1:
+    elif groups == 1 and filters[1].size == x[1].size:
         call.tie(x[1], filters[1])
         call.summed += list(leaves(x[1]))
         call.added = bias[0] if bias else None
     else:
         for dim in (x[1], *filters[:2]):
             call.block(dim, "channels are in groups")
+    out = filters[0] if filters[0].size == call.output.shape[1] else Factor(call.output.shape[1])
     for tensor in bias:
-        call.tie(call.dims(tensor)[0], filters[0])
-    call.give(call.output, [x[0], filters[0], *map(Factor, call.output.shape[2:])])
+        call.tie(call.dims(tensor)[0], out)
+    call.give(call.output, [x[0], out, *map(Factor, call.output.shape[2:])])
 
 
 @rule("constant_pad_nd")
@@ -190,7 +227,7 @@ def complex_view(call: Call) -> None:
     call.is_linear = True
 
 
-@rule("diagonal", "linalg_solve_triangular", "linalg_inv_ex", "triangular_solve")
+@rule("diagonal", "linalg_solve_triangular", "linalg_inv_ex")
 def matrices(call: Call) -> None:
     """Over the last two dims of each input; those before are free."""
     for tensor in call.inputs:
@@ -212,8 +249,8 @@ def matrices(call: Call) -> None:
 
 @rule(
     *("arange", "linspace", "eye", "scalar_tensor", "rand", "randn", "randint", "randperm", "tril_indices"),
-    *("triu_indices", "bincount", "histc", "one_hot", "nonzero", "unique", "_unique2", "unique_consecutive"),
-    *("searchsorted", "bucketize", "_local_scalar_dense", "item", "repeat_interleave"),
+    *("triu_indices", "bincount", "histc", "nonzero", "_unique2", "unique_consecutive"),
+    *("searchsorted", "bucketize", "_local_scalar_dense", "repeat_interleave"),
 )
 def made(call: Call) -> None:
     """Numbers that depend on where they stand, or on data as a whole."""
@@ -228,6 +265,7 @@ def made(call: Call) -> None:
 def filled(call: Call) -> None:
     _fresh(call)
     call.source = Source.FILLED
+    call.is_sized = True
 
 
 def _fresh(call: Call) -> None:

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwise.dims.factors import ConflictError, Factor, leaves, unify, view
+from shardwise.dims.factors import ConflictError, Factor, leaves, narrow, unify, view
 from shardwise.dims.record import Source, Value
 
 
 @dataclass(slots=True)
 class Call:
-    """An op that has run. arguments: by the schema's names. value_of: the Value of a tensor."""
+    """An op that has run. arguments: by the schema's names. value_of: the Value of a tensor. is_sized: what
+    the output has and no input is as long as the forward writes, and the same for every entry; else it is
+    blocked, since the op makes all of it."""
 
     name: str
     overload: str
@@ -34,6 +36,7 @@ class Call:
     is_linear: bool = False
     added: Tensor | None = None
     source: Source = Source.OP
+    is_sized: bool = False
 
     @property
     def output(self) -> Tensor:
@@ -60,6 +63,14 @@ class Call:
     def block(self, factor: Factor, why: str) -> None:
         if factor.size > 1:
             self.blocked.append((factor, why))
+
+    def block_what_is_new(self) -> None:
+        """Blocks what an output has and no input."""
+        known = {leaf for tensor in self.inputs for dim in self.dims(tensor) for leaf in leaves(dim)}
+        new = (leaf for dims in self.given.values() for dim in dims for leaf in leaves(dim))
+        for leaf in dict.fromkeys(new):
+            if leaf not in known:
+                self.block(leaf, f"{self.name} makes all of it")
 
     def is_of_sequence(self, factor: Factor) -> bool:
         return any(leaf in self.sequence for leaf in leaves(factor))
@@ -94,8 +105,7 @@ _LINEAR_IN_FIRST = frozenset({"mul", "div", "neg", "_to_copy", "clone", "detach"
 @rule(
     *("_to_copy", "detach", "alias", "lift_fresh", "copy_", "fill_", "zero_", "floor_divide", "zeros_like"),
     *("ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_empty_strided", "isin"),
-    *("native_dropout", "bernoulli_", "contiguous", "real", "imag", "conj", "_conj", "complex", "polar"),
-    *("resolve_conj", "resolve_neg", "_fake_quantize", "erf_"),
+    *("native_dropout", "bernoulli_", "_conj", "_neg_view", "complex", "polar"),
 )
 def pointwise(call: Call) -> None:
     """Entry by entry, with broadcasting."""
@@ -120,7 +130,12 @@ def pointwise(call: Call) -> None:
         call.give(output, filled)
     if call.name.endswith("_like"):
         call.source = Source.FILLED
-    call.is_linear = call.name in _LINEAR_IN_FIRST
+    is_rounded = call.arguments.get("rounding_mode") is not None or not _is_real(call.output)
+    call.is_linear = call.name in _LINEAR_IN_FIRST and not is_rounded
+
+
+def _is_real(tensor: Tensor) -> bool:
+    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
 
 
 @rule("tril", "triu", "tril_", "triu_")
@@ -182,7 +197,7 @@ def extreme(call: Call) -> None:
     (pointwise if call.overload == "other" else reduction)(call)
 
 
-@rule("_softmax", "_safe_softmax", "_log_softmax", "softmax", "log_softmax")
+@rule("_softmax", "_safe_softmax", "_log_softmax")
 def softmax(call: Call) -> None:
     along(call, "softmax is taken over it")
 
@@ -196,10 +211,22 @@ def along(call: Call, why: str) -> None:
     """An op over a dim, or several, that leaves the shape as it is."""
     dims = call.dims(call.inputs[0])
     asked = call.arguments.get("dim", call.arguments.get("dims", -1))
-    for at in [asked] if isinstance(asked, int) else asked:
+    for at in [asked] if isinstance(asked, int) else asked or range(len(dims)):
         call.block(dims[at % len(dims)], why)
     for output in call.outputs:
         call.give(output, dims)
+
+
+@rule("glu")
+def gated(call: Call) -> None:
+    """The first half of a dim times what the second half opens."""
+    source = call.inputs[0]
+    dims, at = call.dims(source), call.arguments["dim"] % source.dim()
+    half = source.shape[at] // 2
+    first, second = narrow(dims[at], 0, half), narrow(dims[at], half, 2 * half)
+    call.tie(first, second)
+    dims[at] = first
+    call.give(call.output, dims)
 
 
 @rule("native_layer_norm", "_fused_rms_norm")

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from shardwise.core.errors import ModelError
 from shardwise.core.shown import told
 from shardwise.dims import by_data, views
-from shardwise.dims.factors import ConflictError, Factor
+from shardwise.dims.factors import ConflictError, Factor, find
 from shardwise.dims.record import Entered, Left, Op, Record, Source, Value
 from shardwise.dims.rules import Call, rule_for
 from shardwise.dims.sizes import tagged
@@ -83,7 +83,8 @@ class _Recorder(TorchDispatchMode):
 
     def value_of(self, tensor: Tensor) -> Value:
         found = self._values.get(id(tensor))
-        return found if found is not None else self._new(tensor, Source.FILLED, "")
+        # a constant that somebody made before: numbers that depend on where they stand
+        return found if found is not None else self._new(tensor, Source.POSITIONS, "")
 
     def _new(self, tensor: Tensor, source: Source, name: str, dims: list[Factor] | None = None) -> Value:
         own = dims if dims is not None else [Factor(size) for size in tensor.shape]
@@ -126,7 +127,8 @@ class _Recorder(TorchDispatchMode):
         inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         out = self._run(func, name, inputs, args, kwargs)
         outputs = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)]
-        if outputs:
+        # a number that is read out of an unknown tensor is a use of it
+        if outputs or (name == "_local_scalar_dense" and not self._is_known(inputs[0])):
             self._book(func, name, inputs, outputs, args, kwargs)
         return out
 
@@ -176,6 +178,8 @@ class _Recorder(TorchDispatchMode):
         else:
             try:
                 described(call)
+                if not call.is_sized:
+                    call.block_what_is_new()
             except (ConflictError, IndexError, KeyError, TypeError, ValueError) as error:
                 call.conflicts.append(str(error))
                 self._make_whole(call, f"{name} doesn't say which of its dims are one")
@@ -207,13 +211,22 @@ class _Recorder(TorchDispatchMode):
         for tensor in call.inputs:
             for dim in call.dims(tensor):
                 call.block(dim, why)
+        for output in call.outputs:
+            call.give(output, [Factor(size) for size in output.shape])
+        call.block_what_is_new()
+
+    def _are_its(self, tensor: Tensor, dims: list[Factor]) -> bool:
+        """Whether an op in place left a tensor's dims as they are: t_() and the like turn them."""
+        own = self.value_of(tensor).dims
+        return len(own) == len(dims) and all(find(a) is find(b) for a, b in zip(own, dims, strict=True))
 
     def _note(self, call: Call) -> None:
         before = tuple(self.value_of(tensor) for tensor in call.inputs)
         after = []
         for output in call.outputs:
             dims = call.given.get(id(output))
-            if any(output is tensor for tensor in call.inputs):
+            is_an_input = any(output is tensor for tensor in call.inputs)
+            if is_an_input and (dims is None or self._are_its(output, dims)):
                 after.append(self.value_of(output))
             else:
                 after.append(self._new(output, call.source, "", dims))

@@ -7,7 +7,7 @@ from shardwise.dims.factors import ConflictError, Factor, concatenation, narrow,
 from shardwise.dims.rules import Call, rule
 
 
-@rule("view", "_unsafe_view", "reshape", "_reshape_alias")
+@rule("view", "_unsafe_view", "_reshape_alias")
 def viewed(call: Call) -> None:
     call.give(call.output, view(call.dims(call.inputs[0]), call.output.shape))
     call.is_linear = True
@@ -53,18 +53,22 @@ def expanded(call: Call) -> None:
         if dim.size == call.output.shape[at]:
             own[at] = dim
     call.give(call.output, own)
-    call.is_linear = True
+    call.is_linear = call.is_sized = True
 
 
-@rule("slice", "narrow", "slice_scatter")
+@rule("slice", "slice_scatter")
 def sliced(call: Call) -> None:
     source = call.inputs[0]
     dims, at = call.dims(source), call.arguments["dim"] % source.dim()
     size, step = source.shape[at], call.arguments.get("step", 1)
     if call.name == "slice_scatter":
-        pointwise_on = call.dims(source)
-        call.block(dims[at], "a part of it is written")
-        call.give(call.output, pointwise_on)
+        for where, (mine, other) in enumerate(zip(dims, call.dims(call.inputs[1]), strict=True)):
+            if where != at:
+                call.tie(mine, other)
+            else:
+                call.block(mine, "a part of it is written")
+                call.block(other, "it is written into a part")
+        call.give(call.output, dims)
         return
     start, length = _start(call.arguments.get("start"), size), call.output.shape[at]
     if length != size:
@@ -106,12 +110,12 @@ def _part(call: Call, source: Tensor, factor: Factor, start: int, length: int, s
 
 
 def _is_piece(factor: Factor, start: int, stop: int) -> bool:
-    """Whether both bounds lie between pieces that are told apart already."""
-    bounds, reached = {0, factor.size}, 0
-    for part in pieces(factor):
+    """Whether a bound lies between pieces that are told apart already."""
+    bounds, reached = set[int](), 0
+    for part in pieces(factor)[:-1]:
         reached += part.size
         bounds.add(reached)
-    return start in bounds and stop in bounds
+    return start in bounds or stop in bounds
 
 
 @rule("select")
@@ -123,7 +127,7 @@ def selected(call: Call) -> None:
     call.is_linear = True
 
 
-@rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes")
+@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes")
 def split(call: Call) -> None:
     source = call.inputs[0]
     at, reached = call.arguments.get("dim", 0) % source.dim(), 0
@@ -181,4 +185,4 @@ def repeated(call: Call) -> None:
         call.output,
         [dim if n == 1 else product([Factor(n), dim]) for dim, n in zip(padded, times, strict=True)],
     )
-    call.is_linear = True
+    call.is_linear = call.is_sized = True

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from shardwise.dims.factors import find
+from shardwise.dims.by_data import run_of
+from shardwise.dims.factors import find, view
 from shardwise.dims.record import Record, SizeUse, Value
 from shardwise.dims.sizes import Length, Size, expression_of
 
@@ -34,8 +35,10 @@ class WrittenSizes(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        if name == "__getitem__":
+            args = (args[0], _as_slices(args[1]))
+        out = func(*args, **kwargs)
         if name in ("__get__", "size") and isinstance(out, torch.Size | int) and args:
             return self._lengths(args[0], out, func, args, kwargs)
         if isinstance(out, Tensor | tuple | list):
@@ -68,6 +71,14 @@ class WrittenSizes(TorchFunctionMode):
                 self._written(name, out, sizes, first=at)
             case "split" | "split_with_sizes":
                 self._split(name, args, kwargs, out)
+            case "chunk":
+                self._chunk(name, args[0], out, *args[1:], **kwargs)
+            case "repeat":
+                self._repeat(name, args[0], out, _listed(args[1:] or (kwargs.get("repeats", ()),)))
+            case "repeat_interleave":
+                self._interleave(name, args[0], out, *args[1:], **kwargs)
+            case "group_norm":
+                self._groups(name, args[0], *args[1:2], **kwargs)
             case "__getitem__":
                 self._sliced(name, args[0], args[1], out)
             case "narrow":
@@ -91,11 +102,45 @@ class WrittenSizes(TorchFunctionMode):
             self._part(name, tensor, part, dim, dim, start, size)
             start = start + size
 
+    def _chunk(self, name: str, tensor: Tensor, out: Any, chunks: int = 1, dim: int = 0, **_: Any) -> None:
+        at, start = dim % tensor.dim(), Size.of(0, 0)
+        each = -(-self._length(tensor, at) // chunks)
+        for part in out:
+            if part.shape[at] == each:
+                self._part(name, tensor, part, at, at, start, each)
+            start = start + each
+
+    def _repeat(self, name: str, tensor: Tensor, out: Tensor, times: list[int]) -> None:
+        ahead = len(times) - tensor.dim()
+        for at, n in enumerate(times[max(ahead, 0) :]):
+            self._written(name, out, [self._length(tensor, at) * n], first=at + ahead)
+        self._written(name, out, times[:ahead])
+
+    def _interleave(
+        self, name: str, tensor: Any, out: Any, repeats: Any = 1, dim: int | None = None, **_: Any
+    ) -> None:
+        if isinstance(repeats, int) and dim is not None:
+            at = dim % tensor.dim()
+            self._written(name, out, [self._length(tensor, at) * repeats], first=at)
+
+    def _groups(self, name: str, tensor: Tensor, groups: int = 1, **kwargs: Any) -> None:
+        """Of a group norm: the number of groups is the outer factor of the channels."""
+        groups = kwargs.get("num_groups", groups)
+        value = self._recorder.value_of(tensor)
+        outer, _ = view([value.dims[1]], [groups, tensor.shape[1] // groups])
+        counted = Value(value.number, [outer], value.source)
+        self._add(SizeUse(name, self._recorder.module, counted, 0, expression_of(groups)))
+
+    def _length(self, tensor: Tensor, dim: int) -> Size:
+        number, now = self._recorder.value_of(tensor).number, len(self._recorder.record.events)
+        return Size.of(tensor.shape[dim], Length(number, dim, now))
+
     def _sliced(self, name: str, tensor: Any, index: Any, out: Any) -> None:
         if not isinstance(tensor, Tensor) or not isinstance(out, Tensor):
             return
         items = list(index) if isinstance(index, tuple) else [index]
-        if any(isinstance(item, Tensor | list) for item in items):
+        by_data = [item for item in items if isinstance(item, Tensor | list | tuple)]
+        if len(by_data) > 1 or any(isinstance(item, int) for item in items if by_data):
             return
         taken = sum(item is not None and item is not Ellipsis for item in items)
         before, after = 0, 0
@@ -104,6 +149,9 @@ class WrittenSizes(TorchFunctionMode):
                 before, after = before + tensor.dim() - taken, after + tensor.dim() - taken
             elif item is None:
                 after += 1
+            elif isinstance(item, Tensor):
+                self._indexed(name, tensor, out, before, after, item)
+                before, after = before + 1, after + 1
             elif isinstance(item, slice):
                 size = tensor.shape[before]
                 if item.step in (None, 1) and (item.start is not None or item.stop is not None):
@@ -115,6 +163,14 @@ class WrittenSizes(TorchFunctionMode):
             else:
                 before += 1
 
+    def _indexed(self, name: str, tensor: Tensor, out: Tensor, dim: int, at: int, index: Tensor) -> None:
+        """By known numbers, one after the other: a slice, from the end where they are negative."""
+        run = run_of(index, tensor.shape[dim])
+        if run is not None:
+            first = index.tolist()[0]
+            start = self._length(tensor, dim) + first if first < 0 else first
+            self._part(name, tensor, out, dim, at, start, len(index))
+
     def _part(self, name: str, tensor: Tensor, out: Tensor, dim: int, at: int, start: int, size: int) -> None:
         value, of = self._recorder.value_of(out), self._recorder.value_of(tensor).dims[dim]
         if find(of).size != int(size) and at < len(value.dims):
@@ -125,6 +181,24 @@ class WrittenSizes(TorchFunctionMode):
     def _add(self, use: SizeUse) -> None:
         record = self._recorder.record
         record.sizes.append(replace(use, at=len(record.events)))
+
+
+def _as_slices(index: Any) -> Any:
+    """An index with its one list of numbers, one after the other, as a slice: the dispatcher would be given
+    them as a tensor without data."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    lists = [at for at, item in enumerate(items) if isinstance(item, list)]
+    if len(lists) != 1 or any(isinstance(item, Tensor | tuple | int) for item in items):
+        return index
+    (at,) = lists
+    numbers = items[at]
+    is_run = bool(numbers) and all(type(n) is int for n in numbers)
+    if not is_run or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+        return index
+    if numbers[0] < 0 <= numbers[-1]:
+        return index
+    items[at] = slice(numbers[0], numbers[-1] + 1 or None)
+    return tuple(items)
 
 
 def _bound(given: int | None, default: int, size: int, tensor: Tensor, dim: int, recorder: Recorder) -> Size:

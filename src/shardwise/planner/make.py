@@ -155,9 +155,9 @@ class _Making:
         except MixedError as error:
             if sequence is None:
                 raise
-            self.why_not = str(error)
-            sequence = None
+            # what fails without it, too, isn't the sequence's fault
             kinds = gradient_kinds(self.record, self.spans, regions, None)
+            self.why_not, sequence = str(error), None
         cuts = self._put_together(regions, sequence, counts, kinds)
         rules_of(cuts)
         return cuts
