@@ -1,15 +1,11 @@
-"""Modules of a user's own, one for each ingredient that other models have beside plain layers: small models
-around them, a right plan for each, and one with a fault that only a proof can see."""
+"""Modules of a user's own, one for each ingredient that other models have beside plain layers, and small
+models around them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from shardwise.core.plan import Plan, Rule, Style
 
 VOCAB, HIDDEN, INNER, HEADS, HEAD = 34, 16, 32, 4, 4
 LENGTH = 64
@@ -145,6 +141,38 @@ class FusedAttention(nn.Module):
         return self.o(attended(q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2)))  # type: ignore[no-any-return]
 
 
+class GroupedAttention(nn.Module):
+    """8 heads of queries, and 2 of keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(HIDDEN, 8 * HEAD, bias=False), nn.Linear(8 * HEAD, HIDDEN, bias=False)
+        self.k, self.v = (nn.Linear(HIDDEN, 2 * HEAD) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, HEAD)) for layer in (self.q, self.k, self.v))
+        groups = q.shape[2] // k.shape[2]
+        y: Tensor = self.o(attended(q, k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)))
+        return y
+
+
+class Scan(nn.Module):
+    """As a state space layer whose B and C are for all heads, mixed along the sequence by a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.conv_dim = HIDDEN, HIDDEN + 2 * HEAD
+        self.in_proj = nn.Linear(HIDDEN, self.inner + self.conv_dim)
+        self.conv = nn.Conv1d(self.conv_dim, self.conv_dim, 3, groups=self.conv_dim, padding=2)
+        self.out_proj = nn.Linear(HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, mixed = self.in_proj(x).split((self.inner, self.conv_dim), -1)
+        mixed = F.silu(self.conv(mixed.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2))
+        value, b, c = mixed.split((self.inner, HEAD, HEAD), -1)
+        return self.out_proj(F.silu(gate) * value * (b * c).sum(-1, keepdim=True))  # type: ignore[no-any-return]
+
+
 class Decay(nn.Module):
     """As a state space layer: parameters of its own per head, and two that are for all."""
 
@@ -243,278 +271,3 @@ class Model(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))  # type: ignore[no-any-return]
-
-
-Rules = dict[str, Any]
-ROWWISE_1 = {"style": "rowwise", "output": "shard(1)"}
-PARTIAL = {"style": "replicate", "gradient": "partial"}
-BASE: Rules = {
-    "embed": "rowwise",
-    "**.norm": "sequence_parallel",
-    "blocks.*.mlp_norm": "sequence_parallel",
-    "head": {"style": "colwise", "input": "shard(1)"},
-}
-HEADS_CUT: Rules = {
-    "blocks.*.mixer": {"style": "gather_input", "divide": ["num_heads"]},
-    **{f"blocks.*.mixer.{name}": "colwise" for name in "qkv"},
-    "blocks.*.mixer.o": ROWWISE_1,
-}
-MLP: Rules = {"blocks.*.mlp": "gather_input", "blocks.*.mlp.up": "colwise", "blocks.*.mlp.down": ROWWISE_1}
-PLAIN = BASE | HEADS_CUT | MLP
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """fault: rules in place of right ones, which the engine takes and a proof must find; found_in: how the
-    names of parameters end of which it must say so, or none where the output tells."""
-
-    name: str
-    model: Callable[[], nn.Module]
-    rules: Rules
-    fault: Rules
-    found_in: tuple[str, ...] = ()
-
-    def plan(self, *, with_fault: bool = False) -> Plan:
-        values = self.rules | (self.fault if with_fault else {})
-        rules = tuple(Rule(pattern, Style.from_value(value)) for pattern, value in values.items() if value)
-        return Plan(f"{self.name}, with a fault" if with_fault else self.name, rules)
-
-
-def fused(pieces: str | None) -> Rules:
-    held = {"style": "colwise", "pieces": pieces} if pieces else "colwise"
-    return {
-        "blocks.*.mixer": {"style": "gather_input", "divide": ["q_size", "kv_size"]},
-        "blocks.*.mixer.qkv": held,
-        "blocks.*.mixer.o": ROWWISE_1,
-    }
-
-
-def conv(up: str, down: str, bias: str = "replicate", up_bias: str = "shard(0)") -> Rules:
-    return {
-        "blocks.*.mlp": "gather_input",
-        "blocks.*.mlp.up": {
-            "style": "colwise",
-            "parameters": {"weight": up, "bias": up_bias},
-            "divide": ["nf"],
-        },
-        "blocks.*.mlp.down": ROWWISE_1 | {"parameters": {"weight": down, "bias": bias}},
-    }
-
-
-def affine(bias: str) -> Rules:
-    return {
-        "blocks.*.mlp.up": {"style": "colwise", "parameters": {"weight": "shard(0)", "bias": "shard(0)"}},
-        "blocks.*.mlp.down": ROWWISE_1 | {"parameters": {"weight": "shard(1)", "bias": bias}},
-    }
-
-
-def activation(slope: str) -> Rules:
-    return {"blocks.*.mlp.act": {"style": "local", "parameters": {"gain": "shard(0)", "slope": slope}}}
-
-
-def decay(**parameters: str) -> Rules:
-    return {
-        "blocks.*.mixer": {
-            "style": "gather_input",
-            "divide": ["num_heads"],
-            "parameters": {
-                "A_log": "shard(0)",
-                "dt_bias": "shard(0)",
-                "temperature": "replicate, gradient partial",
-            }
-            | parameters,
-        },
-        "blocks.*.mixer.in_proj": "colwise",
-        "blocks.*.mixer.dt_proj": "colwise",
-        "blocks.*.mixer.out_proj": ROWWISE_1,
-    }
-
-
-LORA: Rules = {
-    "blocks.*.mlp": "gather_input",
-    "blocks.*.mlp.up.base": "colwise",
-    "blocks.*.mlp.up.lora_a": PARTIAL,
-    "blocks.*.mlp.up.lora_b": "colwise",
-    "blocks.*.mlp.down.base": ROWWISE_1,
-    "blocks.*.mlp.down.lora_a": ROWWISE_1,
-    "blocks.*.mlp.down.lora_b": "sequence_parallel",
-}
-BY_NAME = {
-    "up.weight": "shard(0)",
-    "up.bias": "shard(0)",
-    "down.weight": "shard(1)",
-    "down.bias": "replicate",
-}
-WHOLE_TABLE: Rules = {"embed": {"style": "rowwise", "output": "replicate"}, "blocks.0": "split_input"}
-OVER_ALL = {"style": "whole", "input": "shard(-1)", "output": "shard(-1)"}
-Q_NORMS = ("mixer.q_norm.weight", "mixer.k_norm.weight")
-
-CASES = (
-    Case(
-        "a norm of one's own", lambda: Model(norm=RmsNorm), PLAIN, {"**.norm": "replicate"}, ("norm.weight",)
-    ),
-    Case(
-        "a norm with 1 + weight, of a plan without sequence parallelism",
-        lambda: Model(norm=lambda size: RmsNorm(size, 1.0)),
-        {
-            "embed": {"style": "rowwise", "output": "replicate"},
-            "**.norm": "replicate",
-            "blocks.*.mlp_norm": "replicate",
-            "blocks.*.mixer": {"style": "gather_input", "from": "replicate", "divide": ["num_heads"]},
-            **{f"blocks.*.mixer.{name}": "colwise" for name in "qkv"},
-            "blocks.*.mixer.o": "rowwise",
-            "blocks.*.mlp.up": "colwise",
-            "blocks.*.mlp.down": "rowwise",
-            "head": "colwise",
-        },
-        {"**.norm": "sequence_parallel"},
-        ("norm.weight",),
-    ),
-    Case(
-        "norms of queries and keys, head by head",
-        lambda: Model(lambda: Attention(RmsNorm)),
-        PLAIN | {"blocks.*.mixer.q_norm": PARTIAL, "blocks.*.mixer.k_norm": PARTIAL},
-        {
-            "blocks.*.norm": {"style": "whole", "output": "replicate"},
-            "blocks.*.mixer": {"style": "local", "divide": ["num_heads"]},
-            **{f"blocks.*.mixer.{name}_norm": "replicate" for name in "qk"},
-        },
-        Q_NORMS,
-    ),
-    Case(
-        "norms of queries and keys, all heads at once",
-        lambda: Model(lambda: Attention(RmsNorm, over_all=True)),
-        PLAIN | {"blocks.*.mixer.q_norm": OVER_ALL, "blocks.*.mixer.k_norm": OVER_ALL},
-        {
-            f"blocks.*.mixer.{name}_norm": {"style": "local", "parameters": {"weight": "shard(0)"}}
-            for name in "qk"
-        },
-    ),
-    Case(
-        "a bias that is added once",
-        lambda: Model(mlp=lambda: Mlp(Affine)),
-        PLAIN | affine("replicate"),
-        affine("replicate, gradient partial"),
-    ),
-    Case(
-        "an activation with learned gain and slope",
-        lambda: Model(mlp=lambda: Mlp(act=Activation())),
-        PLAIN | activation("replicate, gradient partial"),
-        {"blocks.*.mlp": {"style": "local"}, "blocks.*.mlp.up": {"style": "colwise", "input": "shard(1)"}}
-        | activation("replicate"),
-        ("act.slope",),
-    ),
-    Case(
-        "query, key and value in one weight, by sizes",
-        lambda: Model(FusedAttention),
-        BASE | MLP | fused("32+16+16"),
-        fused(None),
-    ),
-    Case(
-        "gate and up in one weight, by chunk",
-        lambda: Model(mlp=Chunked),
-        BASE
-        | HEADS_CUT
-        | {
-            "blocks.*.mlp": "gather_input",
-            "blocks.*.mlp.gate_up": {"style": "colwise", "pieces": "32+32"},
-            "blocks.*.mlp.down": ROWWISE_1,
-        },
-        {"blocks.*.mlp.gate_up": "colwise"},
-    ),
-    Case(
-        "Conv1D",
-        lambda: Model(mlp=lambda: Mlp(Conv1D)),
-        BASE | HEADS_CUT | conv("shard(1)", "shard(0)"),
-        conv("shard(1)", "shard(0)", "replicate, gradient partial"),
-    ),
-    Case(
-        "Conv1D in pieces",
-        lambda: Model(mlp=FusedConv),
-        BASE | HEADS_CUT | conv("shard(1: 32+32)", "shard(0)", up_bias="shard(0: 32+32)"),
-        conv("shard(1)", "shard(0)"),
-    ),
-    Case(
-        "a table that scales",
-        lambda: Model(table=Scaled),
-        PLAIN | {"embed": ROWWISE_1},
-        {"embed": {"style": "replicated"}, "**.norm": "replicate"},
-        ("norm.weight",),
-    ),
-    Case(
-        "a table that scales, cut by columns",
-        lambda: Model(table=Scaled),
-        PLAIN | {"embed": {"style": "colwise", "output": "shard(1)"}},
-        {
-            "embed": {"style": "colwise", "output": "replicate"},
-            "blocks.0": "split_input",
-            "norm": "replicate",
-        },
-        ("norm.weight",),
-    ),
-    Case(
-        "adapters",
-        lambda: Model(mlp=lambda: Mlp(Adapted)),
-        BASE | HEADS_CUT | LORA,
-        {
-            "blocks.*.mlp": {"style": "local"},
-            "blocks.*.mlp.up.base": {"style": "colwise", "input": "shard(1)"},
-            "blocks.*.mlp.up.lora_a": "replicate",
-            "blocks.*.mlp.up.lora_b": {"style": "colwise", "input": "shard(1)"},
-        },
-        ("up.lora_a.weight",),
-    ),
-    Case(
-        "positions as a parameter of the model",
-        lambda: Model(has_positions=True),
-        PLAIN | WHOLE_TABLE | {".": "replicate"},
-        {".": PARTIAL},
-        ("positions",),
-    ),
-    Case(
-        "parameters of a module that holds others",
-        lambda: Model(Decay),
-        BASE | MLP | decay(),
-        {
-            "blocks.*.norm": {"style": "whole", "output": "replicate"},
-            **{
-                key: rule | {"style": "local"}
-                for key, rule in decay(temperature="replicate").items()
-                if key == "blocks.*.mixer"
-            },
-        },
-        ("mixer.temperature",),
-    ),
-    Case(
-        "parameters that are read by name",
-        lambda: Model(mlp=ByName),
-        BASE
-        | HEADS_CUT
-        | {"blocks.*.mlp": {"style": "gather_input", "output": "shard(1)", "parameters": BY_NAME}},
-        {
-            "blocks.*.mlp": {
-                "style": "gather_input",
-                "output": "shard(1)",
-                "parameters": BY_NAME | {"down.bias": "replicate, gradient partial"},
-            }
-        },
-    ),
-    Case(
-        "a head of one's own, tied",
-        lambda: Model(tied=True),
-        PLAIN | {"head": {"style": "colwise", "input": "shard(1)", "parameters": {"weight": "shard(0)"}}},
-        {"norm": "replicate"},
-        ("norm.weight",),
-    ),
-    Case(
-        "a module that is left whole",
-        lambda: Model(mlp=Chunked),
-        BASE | HEADS_CUT | {"blocks.*.mlp": "whole"},
-        {"blocks.*.mlp": None, "blocks.*.mlp.*": "replicate"},
-        ("gate_up.weight", "gate_up.bias", "down.weight"),
-    ),
-)
-BY_CASE = {case.name: case for case in CASES}
-
-# a command names a model by its factory
-globals().update({f"case_{index}": case.model for index, case in enumerate(CASES)})

@@ -17,7 +17,8 @@ from shardwise.launch import RankContext
 from shardwise.parallel.apply import loss_of, parallelize
 from shardwise.parallel.parameters import fill
 from shardwise.step.train import recompute_layers
-from tests.distributed.own_modules import BY_CASE, VOCAB, Case
+from tests.distributed.own_modules import VOCAB
+from tests.distributed.own_modules_cases import BY_CASE, Case
 
 KEPT_IN_PIECES = (
     "query, key and value in one weight, by sizes",

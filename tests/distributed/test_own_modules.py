@@ -15,11 +15,11 @@ from shardwise.core.verification import Verdict, Verification
 from shardwise.launch import run_ranks
 from shardwise.verify.claim import Claim
 from shardwise.verify.run import verify
-from tests.distributed.own_modules import CASES, Case
+from tests.distributed.own_modules_cases import CASES, Case
 from tests.distributed.own_modules_workers import KEPT_IN_PIECES, OVER_OTHERS
 from tests.matrix import thinned
 
-MODELS = "tests.distributed.own_modules:case_"
+MODELS = "tests.distributed.own_modules_cases:case_"
 
 
 @lru_cache

@@ -3,11 +3,12 @@
 import re
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwise.core.errors import PlanError
-from shardwise.core.held import Held
+from shardwise.core.held import Held, size_on_a_rank, why_not_shared
 from shardwise.core.placement import Partial, Placement, Replicate, Shard, format_placement, parse_placement
 from shardwise.core.plan import (
     Engine,
@@ -20,15 +21,24 @@ from shardwise.core.plan import (
     suggest,
     suggest_pattern,
 )
+from shardwise.parallel.ownership import PieceOrder
 
 PLACEMENTS: st.SearchStrategy[Placement] = st.one_of(
     st.integers(-9, 9).map(Shard), st.just(Replicate()), st.just(Partial())
 )
 DIMS = st.integers(-9, 9)
 PIECES = st.lists(st.integers(1, 9999), min_size=2, max_size=4).map(tuple)
+SHARED = st.lists(st.tuples(st.integers(1, 99), st.integers(0, 9)), min_size=1, max_size=4).map(
+    lambda many: (tuple(size * (count or 1) for size, count in many), tuple(count for _, count in many))
+)
 NAMES = st.lists(st.text('abc_."é', min_size=1, max_size=4).filter(lambda n: all(n.split("."))), unique=True)
 HELD = st.one_of(
     st.builds(Held, DIMS.map(Shard), st.just(()) | PIECES),
+    st.builds(
+        lambda dim, shared: Held(Shard(dim), shared[0], parts=shared[1]),
+        DIMS,
+        SHARED.filter(lambda shared: any(shared[1])),
+    ),
     st.builds(Held, st.just(Replicate()), gradient=st.none() | st.just(Partial())),
 )
 LEVELS = st.text("abc_01*", min_size=1, max_size=4)
@@ -265,6 +275,20 @@ def test_what_a_parameter_that_is_cut_has_is_no_part() -> None:
     assert Held(Shard(1), (1, 2)).gradient_placement == Shard(1)
 
 
+@given(SHARED, st.integers(1, 12))
+def test_what_ranks_use_of_pieces_is_what_they_share_out(
+    shared: tuple[tuple[int, ...], tuple[int, ...]], ranks: int
+) -> None:
+    pieces, parts = shared
+    if why_not_shared(pieces, parts, ranks) is not None:
+        return
+    order = PieceOrder(pieces, ranks, 0, parts)
+    own = [order.ids_of(rank) for rank in range(ranks)]
+    assert {len(ids) for ids in own} == {size_on_a_rank(pieces, parts, ranks)}
+    assert sorted(set(torch.cat(own).tolist())) == list(range(sum(pieces)))
+    assert all(bool((ids.diff() > 0).all()) for ids in own)
+
+
 STYLES = (
     "rowwise, colwise, routed, replicated, sequence_parallel, gather_input, replicate, local, whole, "
     "split_input"
@@ -346,7 +370,7 @@ HOW = 'Allowed: "shard(DIM)", "shard(DIM: SIZE+SIZE)" in pieces, "replicate", "r
         ),
         (
             '[rules]\n"a" = { style = "colwise", pieces = "8" }',
-            'mine.toml: rule "a": pieces: "8" is no list of pieces. Write sizes such as "3072+1024+1024".',
+            'mine.toml: rule "a": pieces: pieces are 8. Give two sizes or more, each at least 1.',
         ),
         (
             '[rules]\n"a" = { style = "colwise", pieces = "8+0" }',

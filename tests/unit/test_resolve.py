@@ -469,8 +469,8 @@ def held_as(text: str) -> dict[str, object]:
         ),
         (
             held_as("shard(1: 95+97)"),
-            "cuts weight of layers.0.fused in pieces 95+97, and 95 is no multiple of tp=2. Use tp in {1, 5, "
-            "19, 95}.",
+            "cuts weight of layers.0.fused in pieces 95+97, and 95 is no multiple of tp=2. Use a tp size "
+            "that fits.",
         ),
         (
             held_as("shard(1: 96+48+48)") | {"divide": ("haeds",)},
@@ -495,6 +495,41 @@ def test_what_a_rule_says_of_parameters_and_counts_must_be_so(
     model, plan = with_fused(**arguments)
     separator = " " if message.startswith("cuts") else ": "
     assert refusal(model, plan) == f'plan "p": rule "layers.*.fused" (local){separator}{message}'
+
+
+@pytest.mark.parametrize(
+    ("style", "message"),
+    [
+        (
+            Style(StyleName.COLWISE, pieces=(24,), parts=(3,)),
+            "cuts weight of layers.0.attention.wk in pieces 24/3, which are 24 together, and dim 0 has 32. "
+            "Give pieces that add up to it.",
+        ),
+        (Style(StyleName.COLWISE, pieces=(32,), parts=(8,)), ""),
+        (
+            Style(StyleName.COLWISE, pieces=(2, 30), parts=(1, 3)),
+            "cuts weight of layers.0.attention.wk in pieces 2/1+30/3, and 4 ranks can't share 3 parts of 30 "
+            "evenly. Use a tp size that fits.",
+        ),
+        (
+            Style(StyleName.COLWISE, output=Replicate(), pieces=(32,), parts=(2,)),
+            ": ranks use the same parts of layers.0.attention.wk, which can't be gathered. Leave output out.",
+        ),
+        (
+            Style(StyleName.ROWWISE, pieces=(96,), parts=(2,)),
+            ": ranks that use the same part of layers.0.attention.wk would add it to the sum several times. "
+            "Give each its own part, or use whole.",
+        ),
+    ],
+)
+def test_ranks_may_share_parts_where_they_can(style: Style, message: str) -> None:
+    plan = changed("rowwise", layers__ANY__attention__wk=style)
+    if not message:
+        resolve(llama(), plan, tp=4)
+        return
+    separator = "" if message.startswith(":") else " "
+    expected = f'plan "mine": rule "layers.*.attention.wk" ({style.name}){separator}{message}'
+    assert refusal(llama(), plan, tp=4) == expected
 
 
 def test_counts_that_do_not_divide_are_refused() -> None:

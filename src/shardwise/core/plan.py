@@ -20,7 +20,7 @@ from operator import and_, or_
 from typing import Self, TypeVar
 
 from shardwise.core.errors import PlanError
-from shardwise.core.held import Held, check_pieces, format_pieces, parse_pieces
+from shardwise.core.held import Held, check_pieces, count_of, format_pieces, parse_pieces
 from shardwise.core.layer_name import any_layer
 from shardwise.core.placement import Partial, Placement, format_placement, parse_placement
 from shardwise.core.rule import RuleRef
@@ -109,9 +109,10 @@ class Style:
     """A style and its arguments; None means the style's own default for the kind of module it meets (see
     docs/plans.md).
 
-    pieces: sizes of what lies one after the other in the dim that is cut. parameters: how parameters are held
-    of which the class doesn't tell it, by their name from the module on. divide: names of integer attributes
-    that count what is cut, from the module on. gradient: Partial where each rank computes a part of it.
+    pieces: sizes of what lies one after the other in the dim that is cut; parts: see Held. parameters: how
+    those are held of which the class doesn't tell it, by their name from the module on. divide: names of
+    integer attributes that count what is cut, from the module on; see count_of(). gradient: Partial where
+    each rank computes a part of it.
     """
 
     name: StyleName
@@ -119,6 +120,7 @@ class Style:
     output: Placement | None = None
     ownership: Ownership = Ownership.CONTIGUOUS
     pieces: tuple[int, ...] = ()
+    parts: tuple[int, ...] = ()
     parameters: tuple[tuple[str, Held], ...] = ()
     divide: tuple[str, ...] = ()
     gradient: Partial | None = None
@@ -126,8 +128,10 @@ class Style:
     def __post_init__(self) -> None:
         _refuse_unknown(self.name, sorted(self._given()))
         with _as_plan_error("pieces"):
-            check_pieces(self.pieces)
-        for what, names in (("parameters", [name for name, _ in self.parameters]), ("divide", self.divide)):
+            check_pieces(self.pieces, self.parts)
+        with _as_plan_error("divide"):
+            counts = [count_of(each)[0] for each in self.divide]
+        for what, names in (("parameters", [name for name, _ in self.parameters]), ("divide", counts)):
             for name in names:
                 if not all(name.split(".")):
                     raise PlanError(f'{what}: "{name}" is no name. Write a dotted name, from the module on.')
@@ -146,12 +150,14 @@ class Style:
         arguments = dict(value)
         name = _choice(StyleName, arguments.pop("style", None), "style")
         _refuse_unknown(name, arguments)
+        pieces, parts = _pieces(arguments.get("pieces"))
         return cls(
             name,
             input=_placement(arguments, name.input_key),
             output=_placement(arguments, "output"),
             ownership=_choice(Ownership, arguments.get("ownership", Ownership.CONTIGUOUS), "ownership"),
-            pieces=_pieces(arguments.get("pieces")),
+            pieces=pieces,
+            parts=parts,
             parameters=_parameters(arguments.get("parameters", {})),
             divide=_names(arguments.get("divide", [])),
             gradient=_gradient(arguments.get("gradient")),
@@ -179,7 +185,7 @@ class Style:
         if self.ownership is not Ownership.CONTIGUOUS:
             given["ownership"] = str(self.ownership)
         if self.pieces:
-            given["pieces"] = format_pieces(self.pieces)
+            given["pieces"] = format_pieces(self.pieces, self.parts)
         if self.parameters:
             given["parameters"] = {name: str(held) for name, held in self.parameters}
         if self.divide:
@@ -334,11 +340,8 @@ def _choice(kind: type[E], value: object, what: str) -> E:
 
 
 def _placement(arguments: Mapping[str, object], key: str) -> Placement | None:
-    value = arguments.get(key)
-    if value is None:
-        return None
     with _as_plan_error(key):
-        return parse_placement(str(value))
+        return parse_placement(str(arguments[key])) if key in arguments else None
 
 
 @contextmanager
@@ -350,9 +353,9 @@ def _as_plan_error(key: str) -> Iterator[None]:
         raise PlanError(f"{key}: {error}") from None
 
 
-def _pieces(value: object) -> tuple[int, ...]:
+def _pieces(value: object) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if value is None:
-        return ()
+        return (), ()
     with _as_plan_error("pieces"):
         return parse_pieces(str(value))
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from shardwise.core.errors import PlanError
-from shardwise.core.held import Held, format_pieces
+from shardwise.core.held import Held, format_pieces, why_not_shared
 from shardwise.core.placement import Replicate, Shard
 from shardwise.core.plan import ROOT, Engine, Ownership, suggest
 from shardwise.parallel.collectives import chunk_sizes
 from shardwise.parallel.embedding import TableSharder
 from shardwise.parallel.layers import LinearSharder
-from shardwise.parallel.sharder import Assignment, Fit, divisors
+from shardwise.parallel.sharder import Assignment, Fit
 from shardwise.parallel.styles import STYLES, styles_of
 
 
@@ -75,15 +75,15 @@ def _check_cut(assignment: Assignment, path: str, held: Held, shape: tuple[int, 
     size = shape[dim]
     if held.pieces and sum(held.pieces) != size:
         raise PlanError(
-            f"{where} in pieces {format_pieces(held.pieces)}, which are {sum(held.pieces)} together, and dim "
-            f"{dim} has {size}. Give pieces that add up to it."
+            f"{where} in pieces {format_pieces(held.pieces, held.parts)}, which are {sum(held.pieces)} "
+            f"together, and dim {dim} has {size}. Give pieces that add up to it."
         )
-    for piece in held.pieces:
-        if piece % fit.tp:
-            raise PlanError(
-                f"{where} in pieces {format_pieces(held.pieces)}, and {piece} is no multiple of "
-                f"tp={fit.tp}. Use tp in {divisors(piece)}."
-            )
+    why_not = why_not_shared(held.pieces, held.parts, fit.tp)
+    if why_not is not None:
+        raise PlanError(
+            f"{where} in pieces {format_pieces(held.pieces, held.parts)}, and {why_not}. Use a tp "
+            "size that fits."
+        )
     if fit.fsdp > 1 and 0 in chunk_sizes(size, fit.tp):
         raise PlanError(
             f"{where} and leaves a rank without any ({size} over tp={fit.tp}), which FSDP can't shard "

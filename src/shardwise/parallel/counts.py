@@ -11,13 +11,15 @@ from typing import Any
 from torch import nn
 
 from shardwise.core.errors import PlanError
+from shardwise.core.held import count_of, size_on_a_rank, why_not_shared
 from shardwise.core.plan import suggest
 from shardwise.parallel.sharder import Assignment, divisors
 
 
 def check_counts(assignment: Assignment, tp: int) -> None:
     """Raises PlanError for a name that isn't there, isn't a count, can't be set or doesn't divide by tp."""
-    for name in assignment.style.divide:
+    for entry in assignment.style.divide:
+        name, pieces, parts = count_of(entry)
         where = f"rule {assignment.rule}: divide names {name} of {assignment.shown}"
         owner: Any = assignment.module
         *path, last = name.split(".")
@@ -31,7 +33,12 @@ def check_counts(assignment: Assignment, tp: int) -> None:
             owner, before = getattr(owner, step), owner
         if not _is_count(owner):
             raise PlanError(f"{where}, which is {owner!r:.40}. Name an integer that counts what is cut.")
-        if owner % tp:
+        if pieces and sum(pieces) != owner:
+            raise PlanError(f"{where}, which is {owner}, and its pieces are {sum(pieces)} together.")
+        why_not = why_not_shared(pieces, parts, tp)
+        if why_not is not None:
+            raise PlanError(f"{where}, and {why_not}. Use a tp size that fits.")
+        if not pieces and owner % tp:
             raise PlanError(f"{where}, {owner} over tp={tp}. Use tp in {divisors(owner)}.")
         try:
             set_count(before if isinstance(before, nn.Module) else copy.copy(before), last, owner)
@@ -42,8 +49,9 @@ def check_counts(assignment: Assignment, tp: int) -> None:
 def divide_counts(assignment: Assignment, tp: int) -> None:
     """Sets them, after check_counts()."""
     copies: dict[tuple[int, str], Any] = {}
-    for name in assignment.style.divide:
+    for entry in assignment.style.divide:
         owner: Any = assignment.module
+        name, pieces, parts = count_of(entry)
         *path, last = name.split(".")
         for step in path:
             inner = getattr(owner, step)
@@ -54,7 +62,8 @@ def divide_counts(assignment: Assignment, tp: int) -> None:
                     set_count(owner, step, copies[key])
                 inner = copies[key]
             owner = inner
-        set_count(owner, last, getattr(owner, last) // tp)
+        local = size_on_a_rank(pieces, parts, tp) if pieces else getattr(owner, last) // tp
+        set_count(owner, last, local)
 
 
 def set_count(owner: Any, name: str, value: Any) -> None:

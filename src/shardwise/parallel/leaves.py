@@ -15,18 +15,25 @@ from shardwise.core.errors import PlanError
 from shardwise.core.held import Held
 from shardwise.core.placement import Partial, Replicate, Shard
 from shardwise.core.plan import Style
+from shardwise.parallel.axis import Axis
 from shardwise.parallel.counts import divide_counts
-from shardwise.parallel.own_forward import Use, run_on_local
+from shardwise.parallel.own_forward import Part, Use, run_on_local
+from shardwise.parallel.ownership import PieceOrder
 from shardwise.parallel.sharder import Assignment, Fit, Sharder, Work, refuse_below_gather_input
 
 
-def uses_of(assignment: Assignment, added_once: Collection[str] = ()) -> list[Use]:
+def uses_of(assignment: Assignment, axis: Axis, added_once: Collection[str] = ()) -> list[Use]:
     """The parameters that an assignment holds, as forwards use them."""
     found = []
     for path, held in assignment.held.items():
         module_name, _, name = path.rpartition(".")
         owner = assignment.module.get_submodule(module_name)
-        found.append(Use(owner, name, held.gradient_placement, path in added_once))
+        parameter = owner._parameters[name]
+        part = None
+        if held.parts and parameter is not None and isinstance(held.placement, Shard):
+            dim = held.placement.dim % parameter.dim()
+            part = Part(dim, PieceOrder(held.pieces, axis.size, dim, held.parts).ids_of(axis.rank))
+        found.append(Use(owner, name, held.gradient_placement, path in added_once, part))
     return found
 
 
@@ -47,7 +54,7 @@ def hold_and_run_on_local(assignment: Assignment, work: Work, added_once: Collec
     of each module inside whose parameters it holds, runs on local tensors."""
     work.hold(assignment)
     divide_counts(assignment, work.axis.size)
-    uses = uses_of(assignment, added_once)
+    uses = uses_of(assignment, work.axis, added_once)
     for owner in dict.fromkeys(use.module for use in uses):
         if owner is not assignment.module:
             run_on_local(owner, [use for use in uses if use.module is owner], work.axis)
@@ -90,7 +97,7 @@ class CutLeaf(Sharder):
         told = {name: held for kind in kinds for name, held in self.by_class[kind].items()}
         found = {name: held for name, held in told.items() if name in own_names(module)}
         found |= dict(style.parameters)
-        return {name: in_pieces(held, style.pieces) for name, held in found.items()}
+        return {name: in_pieces(held, style) for name, held in found.items()}
 
     def check(self, assignment: Assignment, fit: Fit) -> None:
         module = assignment.module
@@ -136,7 +143,8 @@ class HoldingContainer(Sharder):
         hold_and_run_on_local(assignment, work)
 
 
-def in_pieces(held: Held, pieces: tuple[int, ...]) -> Held:
+def in_pieces(held: Held, style: Style) -> Held:
     """The rule's pieces, where a parameter that is cut has none of its own."""
-    is_cut = isinstance(held.placement, Shard)
-    return replace(held, pieces=pieces) if is_cut and pieces and not held.pieces else held
+    if not isinstance(held.placement, Shard) or held.pieces:
+        return held
+    return replace(held, pieces=style.pieces, parts=style.parts)

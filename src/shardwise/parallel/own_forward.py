@@ -22,15 +22,30 @@ from shardwise.parallel.parameters import local_weight
 Change = Callable[[Tensor], Tensor]
 
 
+@dataclass(slots=True, eq=False)
+class Part:
+    """Which indices of a dim a rank uses of what it has whole. They lie where the parameter was used last."""
+
+    dim: int
+    ids: Tensor
+
+    def of(self, whole: Tensor) -> Tensor:
+        if self.ids.device != whole.device:
+            self.ids = self.ids.to(whole.device)
+        return whole.index_select(self.dim, self.ids)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Use:
     """A parameter as a forward uses it: the module that owns it, and what each rank's gradient of it is.
-    is_added_once: it is added to what is summed over the ranks, so rank 0 has it and others have zeros."""
+    is_added_once: it is added to what is summed over the ranks, so rank 0 has it and others have zeros.
+    part: it is whole, and only this of it is used."""
 
     module: nn.Module
     name: str
     gradient: Placement
     is_added_once: bool = False
+    part: Part | None = None
 
 
 @contextmanager
@@ -45,8 +60,12 @@ def on_local(uses: Sequence[Use], axis: Axis) -> Iterator[None]:
             if parameter is None or (isinstance(parameter, DTensor) and parameter.device_mesh.ndim > 1):
                 continue
             local = local_weight(parameter, use.gradient)
+            if local is parameter:
+                continue
             if use.is_added_once and axis.rank:
                 local = local * 0
+            if use.part is not None:
+                local = use.part.of(local)
             found.append((parameters, use.name, parameter))
             parameters[use.name] = local
         yield

@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from shardwise.core.held import parts_of
 from shardwise.core.plan import Ownership
 from shardwise.parallel.collectives import chunk_sizes
 
@@ -39,11 +40,13 @@ class Order(Protocol):
 @dataclass(frozen=True, slots=True)
 class PieceOrder:
     """Of a dim that is several pieces laid one after the other: each rank keeps its chunk of each piece.
-    Every piece must divide by the axis."""
+    Every piece must divide by the axis. parts: see core/held.py; where there are any, this is what a rank
+    uses of what it has whole."""
 
     pieces: tuple[int, ...]
     axis_size: int
     dim: int = 0
+    parts: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:
@@ -51,8 +54,13 @@ class PieceOrder:
 
     def ids_of(self, rank: int) -> Tensor:
         """The indices that a rank keeps: ascending."""
-        pieces = torch.arange(self.size).split(self.pieces)
-        return torch.cat([piece.chunk(self.axis_size)[rank] for piece in pieces])
+        own = []
+        for piece, count in zip(
+            torch.arange(self.size).split(self.pieces), self.parts or (0,) * len(self.pieces), strict=True
+        ):
+            n_parts = parts_of(count, self.axis_size)
+            own.append(piece.chunk(n_parts)[rank * n_parts // self.axis_size])
+        return torch.cat(own)
 
 
 @dataclass(frozen=True, slots=True)

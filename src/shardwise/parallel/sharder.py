@@ -108,7 +108,7 @@ class Work:
                 continue
             if id(whole) not in self.sharded:
                 order = table.order if table is not None else self._order_of(held, whole)
-                new = shard_parameter(whole, held.placement, self.axis, order)
+                new = shard_parameter(whole, held.kept, self.axis, order)
                 self.sharded[id(whole)] = new
                 if table is not None:
                     self.tables[id(new)] = table
@@ -119,9 +119,9 @@ class Work:
             setattr(module, name, self.sharded[id(whole)])
 
     def _order_of(self, held: Held, whole: Tensor) -> Order | None:
-        if not held.pieces or self.axis.size == 1 or not isinstance(held.placement, Shard):
+        if not held.pieces or self.axis.size == 1 or not isinstance(held.kept, Shard):
             return None
-        return PieceOrder(held.pieces, self.axis.size, held.placement.dim % whole.dim())
+        return PieceOrder(held.pieces, self.axis.size, held.kept.dim % whole.dim())
 
 
 class Sharder:

@@ -40,7 +40,8 @@ def class_of(module: nn.Module) -> type[nn.Module]:
 def sharder_of(style: Style, module: nn.Module) -> Sharder | None:
     """What a style does to a module; None where it doesn't take it. A rule that says how parameters are held
     speaks of a module whose class doesn't tell."""
-    return STYLES[style.name].get(nn.Module if style.parameters else class_of(module))
+    is_told = bool(style.parameters or style.parts)
+    return STYLES[style.name].get(nn.Module if is_told else class_of(module))
 
 
 def styles_of(module: nn.Module) -> tuple[str, ...]:

@@ -123,6 +123,15 @@ class ColwiseLeaf(CutLeaf):
         nn.Embedding: {"weight": Held(Shard(1))},
     }
 
+    def check(self, assignment: Assignment, fit: Fit) -> None:
+        super().check(assignment, fit)
+        has_shared = any(held.parts for held in assignment.held.values())
+        if has_shared and self.output_of(assignment.style) != Shard(-1):
+            raise PlanError(
+                f"rule {assignment.rule}: ranks use the same parts of {assignment.shown}, which can't be "
+                "gathered. Leave output out."
+            )
+
     def check_below_gather_input(self, assignment: Assignment) -> None:
         _refuse_to_gather_again(self, assignment)
 

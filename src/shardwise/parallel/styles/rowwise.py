@@ -110,6 +110,11 @@ class RowwiseLeaf(CutLeaf):
     def check(self, assignment: Assignment, fit: Fit) -> None:
         super().check(assignment, fit)
         check_table_options(assignment)
+        if any(held.parts for held in assignment.held.values()):
+            raise PlanError(
+                f"rule {assignment.rule}: ranks that use the same part of {assignment.shown} would add it to "
+                "the sum several times. Give each its own part, or use whole."
+            )
         if assignment.style.pieces and self.input_of(assignment.style) == Replicate():
             raise PlanError(
                 f"rule {assignment.rule}: pieces want the own part of the input. Leave input out."
@@ -123,8 +128,8 @@ class RowwiseLeaf(CutLeaf):
         before, after = self.input_of(style), self.output_of(style)
         work.hold(assignment)
         divide_counts(assignment, work.axis.size)
-        uses = uses_of(assignment, wholes(super().held(assignment)))
-        once_anyway = uses_of(assignment)  # by the owner of a row
+        uses = uses_of(assignment, work.axis, wholes(super().held(assignment)))
+        once_anyway = uses_of(assignment, work.axis)  # by the owner of a row
         rows = _own_rows(assignment, work)
 
         def around(inner: Any, *args: Any, **kwargs: Any) -> Any:
