@@ -12,15 +12,10 @@ from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_names, builtin_plan
 from shardwise.trace.trace import trace
-from tests.matrix import FULL, thinned
+from tests.matrix import thinned
 
 BATCH, SEQ = 4, 16
 STEP = StepSettings(BATCH, SEQ)
-# where a plan of each engine is tried on a device of its own
-OTHER_DEVICES = [
-    pytest.param("routed", "cpu", marks=FULL),
-    pytest.param("rowwise@dtensor", "cuda", marks=FULL),
-]
 TELLING_OF_GPT = {
     ("rowwise", "cpu", "none", "float32"),
     ("rowwise", "cuda", "full", "bfloat16"),
@@ -62,8 +57,12 @@ def assert_same(short: Program, whole: Program) -> None:
 
 
 PLANS_AND_DEVICES = [(plan, device) for plan in builtin_names() for device in ("cpu", "cuda")]
-# each plan on one device, each engine on both
-TELLING = {("rowwise", "cuda"), ("rowwise@dtensor", "cuda"), *((plan, "cpu") for plan in builtin_names())}
+# each way to embed on one device, each engine on both
+TELLING = {
+    ("rowwise", "cuda"),
+    ("rowwise@dtensor", "cuda"),
+    *((plan, "cpu") for plan in ("colwise", "routed", "replicated", "rowwise@dtensor")),
+}
 
 
 @pytest.mark.parametrize(("plan", "device"), thinned(PLANS_AND_DEVICES, lambda *case: case in TELLING))
@@ -79,38 +78,47 @@ def test_more_than_four_equal_layers_are_traced_once(layers: int, is_compressed:
     assert traced("rowwise", layers, "cpu").compressed == is_compressed
 
 
-@pytest.mark.parametrize(("plan", "device"), [("routed", "cuda"), ("rowwise@dtensor", "cpu"), *OTHER_DEVICES])
-@pytest.mark.parametrize(
-    ("mesh", "settings", "sp"),
-    [
-        ("tp=2", StepSettings(BATCH, SEQ, recompute="full"), True),
-        ("tp=2", StepSettings(BATCH, SEQ, recompute="full"), False),
-        ("tp=2", StepSettings(BATCH, SEQ, accumulation=2), True),
-        ("tp=2", STEP, False),
-        ("dp=2,tp=2", STEP, True),
-        ("fsdp=2,tp=2", STEP, True),
-        ("fsdp=2,tp=2", StepSettings(BATCH, SEQ, recompute="full", accumulation=2), True),
-        (
-            "fsdp=2,tp=2",
-            StepSettings(
-                BATCH, SEQ, param_dtype="bfloat16", reduce_dtype="float32", recompute="selective-ops"
-            ),
-            True,
-        ),
-    ],
-    ids=[
+RECOMPUTED = StepSettings(BATCH, SEQ, recompute="full")
+ACCUMULATED = StepSettings(BATCH, SEQ, accumulation=2)
+BOTH = StepSettings(BATCH, SEQ, recompute="full", accumulation=2)
+MIXED = StepSettings(BATCH, SEQ, param_dtype="bfloat16", reduce_dtype="float32", recompute="selective-ops")
+# name, mesh, settings, sequence parallelism
+SETTINGS = [
+    ("recompute", "tp=2", RECOMPUTED, True),
+    ("recompute whole sequences", "tp=2", RECOMPUTED, False),
+    ("accumulation", "tp=2", ACCUMULATED, True),
+    ("whole sequences", "tp=2", STEP, False),
+    ("dp", "dp=2,tp=2", STEP, True),
+    ("fsdp", "fsdp=2,tp=2", STEP, True),
+    ("fsdp recompute accumulation", "fsdp=2,tp=2", BOTH, True),
+    ("fsdp mixed selective ops", "fsdp=2,tp=2", MIXED, True),
+]
+# each setting under one engine on one device, recompute and FSDP under both
+TELLING_SETTINGS = {
+    ("routed", "cuda"): ("recompute", "accumulation", "whole sequences", "fsdp recompute accumulation"),
+    ("rowwise@dtensor", "cpu"): (
         "recompute",
         "recompute whole sequences",
-        "accumulation",
-        "whole sequences",
         "dp",
         "fsdp",
-        "fsdp recompute accumulation",
         "fsdp mixed selective ops",
-    ],
+    ),
+}
+EXACT = [
+    (plan, device, *setting)
+    for plan in ("routed", "rowwise@dtensor")
+    for device in ("cuda", "cpu")
+    for setting in SETTINGS
+]
+
+
+@pytest.mark.parametrize(
+    ("plan", "device", "name", "mesh", "settings", "sp"),
+    thinned(EXACT, lambda plan, device, name, *_: name in TELLING_SETTINGS.get((plan, device), ())),
+    ids=[f"{name}-{plan}-{device}" for plan, device, name, *_ in EXACT],
 )
 def test_equal_layers_are_exact_under_every_setting(
-    plan: str, mesh: str, settings: StepSettings, sp: bool, device: str
+    plan: str, device: str, name: str, mesh: str, settings: StepSettings, sp: bool
 ) -> None:
     if plan == "routed" and not sp:
         plan = "rowwise"  # routed is for sharded sequences
@@ -150,7 +158,7 @@ def test_equal_layers_of_gpt_are_exact_too(plan: str, recompute: str, dtype: str
             for plan in ("rowwise", "rowwise@dtensor")
             for mesh, sp in (("tp=2", False), ("dp=2,tp=2", True), ("fsdp=2,tp=2", True))
         ],
-        lambda plan, mesh, _: plan == "rowwise" or mesh == "fsdp=2,tp=2",
+        lambda plan, mesh, _: plan == ("rowwise@dtensor" if mesh == "fsdp=2,tp=2" else "rowwise"),
     ),
 )
 def test_equal_layers_of_gpt_are_exact_on_other_meshes(plan: str, mesh: str, sp: bool) -> None:
