@@ -70,7 +70,9 @@ def test_the_shipped_case_is_taken_by_every_verb_that_takes_a_case(verb: str) ->
 
 
 def test_explain_takes_the_case_that_its_help_offers(tmp_path: Path) -> None:
-    ended = shardwise("explain", "--config", "llama3_8b_tp8", "--seq", "64", "--json", cwd=tmp_path)
+    ended = shardwise(
+        "explain", "--config", "llama3_8b_tp8", "--seq", "64", "--random-ids", "--json", cwd=tmp_path
+    )
     assert ended.returncode == 0, ended.stderr
     assert '"plan": "rowwise@dtensor"' in ended.stdout
 

@@ -22,8 +22,9 @@ from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_names, builtin_plan
 from shardwise.trace.trace import trace
+from tests.matrix import thinned
 
-LAYERS = 5
+LAYERS = 4  # all of them are traced
 SPEC = ModelSpec("small", LlamaConfig(96, 48, LAYERS, 4, 2, 64), "")
 SETTINGS = StepSettings(2, 16)
 
@@ -50,7 +51,10 @@ def five_gathers() -> Plan:
     return Plan("five-gathers", rules)
 
 
-@pytest.mark.parametrize("name", builtin_names())
+PLANS = thinned(builtin_names(), lambda name: name in ("rowwise", "colwise", "routed", "rowwise@dtensor"))
+
+
+@pytest.mark.parametrize("name", PLANS)
 def test_groups_hold_every_collective_and_every_byte_of_the_program(name: str) -> None:
     program, explanation = program_of(name), explanation_of(name)
     calls = [item.call for item in program.collectives()]
@@ -65,7 +69,7 @@ def test_groups_hold_every_collective_and_every_byte_of_the_program(name: str) -
     )
 
 
-@pytest.mark.parametrize("name", builtin_names())
+@pytest.mark.parametrize("name", PLANS)
 def test_equal_layers_are_one_line(name: str) -> None:
     counts = {
         group.module: group.count
@@ -75,7 +79,7 @@ def test_equal_layers_are_one_line(name: str) -> None:
     assert counts["layers.*.attention"] == counts["layers.*.attention.wo"] == LAYERS
 
 
-@pytest.mark.parametrize("name", builtin_names())
+@pytest.mark.parametrize("name", PLANS)
 def test_every_collective_and_copy_has_a_reason_that_is_a_sentence(name: str) -> None:
     explanation = explanation_of(name)
     told = [(group.module, group.reason) for group in explanation.collectives]

@@ -258,10 +258,7 @@ def test_what_is_right_by_hand_is_not_suspected(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "tp"),
-    thinned(
-        product(builtin_names(), (2, 3)), lambda name, tp: tp == 2 or name in ("rowwise", "rowwise@dtensor")
-    ),
+    ("name", "tp"), thinned(product(builtin_names(), (2, 3)), lambda name, tp: tp == 2 or name == "rowwise")
 )
 def test_no_built_in_plan_is_suspected(name: str, tp: int) -> None:
     for parallel in (True, False):

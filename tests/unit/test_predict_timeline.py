@@ -24,10 +24,16 @@ from shardwise.predict.machines import load_machine
 from shardwise.predict.predict import predict
 from shardwise.predict.timeline import launch_bound, pipeline_timelines, timeline_of
 from shardwise.trace.trace import trace
+from tests.matrix import thinned
 
 SPEC = ModelSpec("small", LlamaConfig(1024, 512, 6, 8, 4, 1024), "")
 # a host so fast that the device is seldom waited for, and one that is always waited for
 HOSTS = {"fast": 1e-7, "slow": 5e-5}
+SETUPS = [
+    (mesh, *setup)
+    for mesh in ("tp=2", "fsdp=2,tp=2", "dp=2,tp=2", "fsdp=2,tp=1")
+    for setup in ((Setup(), "none"), (Setup(compiled=True), "none"), (Setup(), "selective-ops"))
+]
 
 
 @functools.cache
@@ -46,11 +52,9 @@ def machine(host: str = "fast", device: str = "cuda") -> Machine:
 
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize(
-    ("setup", "recompute"),
-    [(Setup(), "none"), (Setup(compiled=True), "none"), (Setup(), "selective-ops")],
-    ids=["eager", "compiled", "selective ops"],
+    ("mesh", "setup", "recompute"),
+    thinned(SETUPS, lambda mesh, _, recompute: recompute == "none" or mesh == "fsdp=2,tp=2"),
 )
-@pytest.mark.parametrize("mesh", ["tp=2", "fsdp=2,tp=2", "dp=2,tp=2", "fsdp=2,tp=1"])
 def test_a_timeline_decomposes_into_its_terms(mesh: str, setup: Setup, recompute: str, host: str) -> None:
     traced = program(mesh, recompute=recompute)
     found = predict(traced, machine(host), setup)
