@@ -79,8 +79,8 @@ def test_a_model_that_no_plan_is_for_gets_one_line() -> None:
         default_plan(find_model("tests.distributed.any_model_workers:few_words"))
     assert str(refused.value) == (
         "no plan is named, and the built-in ones' rules aren't for "
-        "tests.distributed.any_model_workers:few_words. Name a .toml file of yours; "
-        "`shardwise plans rowwise` prints one to start from."
+        "tests.distributed.any_model_workers:few_words. Name a .toml file; "
+        "`shardwise plan --model tests.distributed.any_model_workers:few_words --toml` makes one."
     )
 
 
@@ -97,8 +97,8 @@ REFUSED = (
     ),
     (
         {"model": "hf:gpt2?n_layer=1,n_embd=16,n_head=2"},
-        'plan "hf": transformers has no tensor-parallel plan for GPT2LMHeadModel. Explain it without a plan, '
-        "or shard it by one of your own.",
+        'plan "hf": transformers has no tensor-parallel plan for GPT2LMHeadModel. '
+        "`shardwise plan` makes one.",
     ),
     (
         {"model": "llama3-debug", "plans": ["own"]},

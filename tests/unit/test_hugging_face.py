@@ -455,9 +455,8 @@ def test_a_model_without_a_plan_of_its_own_is_refused_in_one_line(model_type: st
     with pytest.raises(PlanError) as caught:
         parallelize_hugging_face(model, mesh)
     assert str(caught.value) == (
-        f'plan "hf": transformers has no tensor-parallel plan for {type(model).__name__}. Explain it '
-        "without a plan, or shard it by one of "
-        "your own."
+        f'plan "hf": transformers has no tensor-parallel plan for {type(model).__name__}. '
+        "`shardwise plan` makes one."
     )
 
 

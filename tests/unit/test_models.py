@@ -72,8 +72,8 @@ def test_built_in_plans_for_a_model_that_is_not_ours_are_refused_in_one_line(nam
     with pytest.raises(ModelError) as refused:
         plans("rowwise", model=name)
     assert str(refused.value) == (
-        f'model "{name}": the built-in plans are for {", ".join(SPECS)}. Take one of these to start from, '
-        "and name your own model's modules."
+        f'model "{name}": the built-in plans are for {", ".join(SPECS)}. For yours: '
+        f"shardwise plan --model {name} --toml."
     )
 
 

@@ -59,7 +59,7 @@ def _family(model: str | None) -> Family:
 
     if ":" in model:  # hf:TYPE, hf:PATH or package.module:factory
         raise ModelError(
-            f'model "{shown(model)}": the built-in plans are for {", ".join(SPECS)}. Take one of these to '
-            "start from, and name your own model's modules."
+            f'model "{shown(model)}": the built-in plans are for {", ".join(SPECS)}. For yours: '
+            f"shardwise plan --model {shown(model)} --toml."
         )
     return get_spec(model).family

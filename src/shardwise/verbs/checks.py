@@ -28,8 +28,8 @@ def default_plan(source: "ModelSource") -> str:
         resolve(source.build(dtype=torch.float32), builtin_plan(ROWWISE, family=source.family), tp=1)
     except PlanError:
         raise OptionError(
-            f"no plan is named, and the built-in ones' rules aren't for {source.name}. Name a .toml file of "
-            f"yours; `shardwise plans {ROWWISE}` prints one to start from."
+            f"no plan is named, and the built-in ones' rules aren't for {source.name}. Name a .toml file; "
+            f"`shardwise plan --model {source.name} --toml` makes one."
         ) from None
     return ROWWISE
 

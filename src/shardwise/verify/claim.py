@@ -11,7 +11,7 @@ from shardwise.core.verification import Verification
 from shardwise.models.source import HUGGING_FACE
 from shardwise.parallel.any_plan import name_of, plan_from, text_of
 
-NO_PLAN = "transformers has no tensor-parallel plan for it"
+NO_PLAN = "transformers has no tensor-parallel plan for it; shardwise plan makes one"
 TWIN = "its small twin"
 
 

@@ -106,7 +106,7 @@ def _own_plan(model: nn.Module) -> dict[str, str]:
     if not plan:
         raise PlanError(
             f'plan "{PLAN_NAME}": transformers has no tensor-parallel plan for '
-            f"{shown(type(model).__name__)}. Explain it without a plan, or shard it by one of your own."
+            f"{shown(type(model).__name__)}. `shardwise plan` makes one."
         )
     return dict(plan)
 
