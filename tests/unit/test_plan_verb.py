@@ -77,7 +77,7 @@ def test_why_colwise_then_rowwise_is_said_in_plain_words() -> None:
 
 def test_what_cannot_be_cut_says_why() -> None:
     hidden = rows.why(named(found(), "hidden width"))
-    assert hidden.startswith("It can't be cut: a table that ids are looked up in has it")
+    assert hidden.startswith("It can't be cut: ")
     assert "layers.*.attention_norm, layers.*.ffn_norm and norm need all of it." in hidden
     assert "2 ranks don't divide its 3" in rows.why(named(found(), "query heads of a KV head"))
     assert "cost fewer sums" in rows.why(named(found(FUSED), "width of a head"))
