@@ -156,8 +156,16 @@ class GroupedAttention(nn.Module):
         return y
 
 
+class GatedNorm(RmsNorm):
+    """Of all that it gets, times a gate."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x * F.silu(gate))
+
+
 class Scan(nn.Module):
-    """As a state space layer whose B and C are for all heads, mixed along the sequence by a convolution."""
+    """As a state space layer whose B and C are for all heads, mixed along the sequence by a convolution; with
+    constants per channel, and a norm of all heads that takes a gate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,12 +173,15 @@ class Scan(nn.Module):
         self.in_proj = nn.Linear(HIDDEN, self.inner + self.conv_dim)
         self.conv = nn.Conv1d(self.conv_dim, self.conv_dim, 3, groups=self.conv_dim, padding=2)
         self.out_proj = nn.Linear(HIDDEN, HIDDEN, bias=False)
+        self.norm = GatedNorm(HIDDEN)
+        self.register_buffer("scales", torch.linspace(0.5, 1.5, self.inner + self.conv_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, mixed = self.in_proj(x).split((self.inner, self.conv_dim), -1)
+        gate, mixed = (self.in_proj(x) * self.scales).split((self.inner, self.conv_dim), -1)
         mixed = F.silu(self.conv(mixed.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2))
         value, b, c = mixed.split((self.inner, HEAD, HEAD), -1)
-        return self.out_proj(F.silu(gate) * value * (b * c).sum(-1, keepdim=True))  # type: ignore[no-any-return]
+        y = self.norm(value * (b * c).sum(-1, keepdim=True), gate)
+        return self.out_proj(y)  # type: ignore[no-any-return]
 
 
 class Decay(nn.Module):

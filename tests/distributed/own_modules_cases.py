@@ -28,6 +28,7 @@ from tests.distributed.own_modules import (
 )
 
 Rules = dict[str, Any]
+OVER_ALL = {"style": "whole", "input": "shard(-1)", "output": "shard(-1)"}
 ROWWISE_1 = {"style": "rowwise", "output": "shard(1)"}
 PARTIAL = {"style": "replicate", "gradient": "partial"}
 BASE: Rules = {
@@ -96,7 +97,12 @@ def activation(slope: str) -> Rules:
 
 def scan(conv: str) -> Rules:
     return {
-        "blocks.*.mixer": {"style": "gather_input", "divide": ["inner", f"conv_dim: {conv}"]},
+        "blocks.*.mixer": {
+            "style": "gather_input",
+            "divide": ["inner", f"conv_dim: {conv}"],
+            "parameters": {"scales": f"shard(0: 16+{conv})"},
+        },
+        "blocks.*.mixer.norm": OVER_ALL,
         "blocks.*.mixer.in_proj": {"style": "colwise", "pieces": f"16+{conv}"},
         "blocks.*.mixer.conv": {
             "style": "local",
@@ -151,7 +157,6 @@ BY_NAME = {
     "down.bias": "replicate",
 }
 WHOLE_TABLE: Rules = {"embed": {"style": "rowwise", "output": "replicate"}, "blocks.0": "split_input"}
-OVER_ALL = {"style": "whole", "input": "shard(-1)", "output": "shard(-1)"}
 Q_NORMS = ("mixer.q_norm.weight", "mixer.k_norm.weight")
 
 CASES = (

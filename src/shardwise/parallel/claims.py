@@ -48,15 +48,15 @@ def check_held(assignment: Assignment, fit: Fit) -> None:
         where = f"rule {assignment.rule}: parameters names {path} of {assignment.shown}"
         module_name, _, name = path.rpartition(".")
         owner = _submodule(module, module_name)
-        if owner is None or name not in owner._parameters:
+        if owner is None or (name not in owner._parameters and name not in owner._buffers):
             known = [name for name, _ in module.named_parameters()]
             raise PlanError(
                 f"{where}, a {assignment.kind}, which has no such parameter.{suggest(path, known)} It has: "
                 f"{', '.join(known[:6]) or 'none'}{', ...' if len(known) > 6 else ''}."
             )
-        parameter = owner._parameters[name]
-        if parameter is not None and isinstance(held.placement, Shard):
-            _check_cut(assignment, path, held, tuple(parameter.shape), fit)
+        tensor = owner._parameters.get(name, owner._buffers.get(name))
+        if tensor is not None and isinstance(held.placement, Shard):
+            _check_cut(assignment, path, held, tuple(tensor.shape), fit)
 
 
 def _submodule(module: nn.Module, name: str) -> nn.Module | None:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import ClassVar
 
+import torch
 from torch import nn
 
 from shardwise.core.errors import PlanError
@@ -16,6 +17,7 @@ from shardwise.core.held import Held
 from shardwise.core.placement import Partial, Replicate, Shard
 from shardwise.core.plan import Style
 from shardwise.parallel.axis import Axis
+from shardwise.parallel.collectives import chunk_sizes
 from shardwise.parallel.counts import divide_counts
 from shardwise.parallel.own_forward import Part, Use, run_on_local
 from shardwise.parallel.ownership import PieceOrder
@@ -28,13 +30,22 @@ def uses_of(assignment: Assignment, axis: Axis, added_once: Collection[str] = ()
     for path, held in assignment.held.items():
         module_name, _, name = path.rpartition(".")
         owner = assignment.module.get_submodule(module_name)
-        parameter = owner._parameters[name]
         part = None
-        if held.parts and parameter is not None and isinstance(held.placement, Shard):
-            dim = held.placement.dim % parameter.dim()
-            part = Part(dim, PieceOrder(held.pieces, axis.size, dim, held.parts).ids_of(axis.rank))
+        if (held.parts or name in owner._buffers) and isinstance(held.placement, Shard):
+            whole = owner.get_buffer(name) if name in owner._buffers else owner.get_parameter(name)
+            dim = held.placement.dim % whole.dim()
+            part = _part(held, dim, whole.shape[dim], axis)
         found.append(Use(owner, name, held.gradient_placement, path in added_once, part))
     return found
+
+
+def _part(held: Held, dim: int, size: int, axis: Axis) -> Part:
+    """What a rank uses of what it has whole."""
+    if held.pieces:
+        return Part(dim, size, PieceOrder(held.pieces, axis.size, dim, held.parts).ids_of(axis.rank))
+    sizes = chunk_sizes(size, axis.size)
+    first = sum(sizes[: axis.rank])
+    return Part(dim, size, torch.arange(first, first + sizes[axis.rank]))
 
 
 def wholes(told: Mapping[str, Held]) -> frozenset[str]:

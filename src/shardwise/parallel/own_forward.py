@@ -1,5 +1,6 @@
 """A module's own forward, whatever its class, on local tensors: for the time of a call its parameters are
-this rank's plain tensors, and afterwards the DTensors that they were.
+this rank's plain tensors, and afterwards the DTensors that they were. Buffers stay whole; a forward may get a
+rank's part of one.
 
 They are swapped at each call, so that a recomputed forward and FSDP2, which puts its own in their place just
 before, have it right too. What is local already (a module around reads it by name) stays as it is.
@@ -24,9 +25,10 @@ Change = Callable[[Tensor], Tensor]
 
 @dataclass(slots=True, eq=False)
 class Part:
-    """Which indices of a dim a rank uses of what it has whole. They lie where the parameter was used last."""
+    """Which indices of a dim of `size` a rank uses of what it has whole. They lie where it was used last."""
 
     dim: int
+    size: int
     ids: Tensor
 
     def of(self, whole: Tensor) -> Tensor:
@@ -37,7 +39,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Use:
-    """A parameter as a forward uses it: the module that owns it, and what each rank's gradient of it is.
+    """A parameter or buffer as a forward uses it: the module that owns it, and what each rank's gradient is.
     is_added_once: it is added to what is summed over the ranks, so rank 0 has it and others have zeros.
     part: it is whole, and only this of it is used."""
 
@@ -50,28 +52,40 @@ class Use:
 
 @contextmanager
 def on_local(uses: Sequence[Use], axis: Axis) -> Iterator[None]:
-    """Parameters are local tensors inside."""
+    """Parameters, and buffers of which a rank uses a part, are local tensors inside."""
     found: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for use in uses:
-            parameters: dict[str, Any] = use.module._parameters
-            parameter = parameters[use.name]
-            # cut further over another axis: FSDP2 makes it whole in that module's own call
-            if parameter is None or (isinstance(parameter, DTensor) and parameter.device_mesh.ndim > 1):
-                continue
-            local = local_weight(parameter, use.gradient)
-            if local is parameter:
-                continue
-            if use.is_added_once and axis.rank:
-                local = local * 0
-            if use.part is not None:
-                local = use.part.of(local)
-            found.append((parameters, use.name, parameter))
-            parameters[use.name] = local
+            is_buffer = use.name in use.module._buffers
+            there: dict[str, Any] = use.module._buffers if is_buffer else use.module._parameters
+            value = there[use.name]
+            local = _local_buffer(value, use.part) if is_buffer else _local_parameter(value, use, axis)
+            if local is not value:
+                found.append((there, use.name, value))
+                there[use.name] = local
         yield
     finally:
-        for parameters, name, parameter in reversed(found):
-            parameters[name] = parameter
+        for there, name, value in reversed(found):
+            there[name] = value
+
+
+def _local_parameter(parameter: Tensor | None, use: Use, axis: Axis) -> Tensor | None:
+    """What a forward uses; as it is where that is done already, or FSDP2, which has cut it over another axis,
+    makes it whole in that module's own call."""
+    if parameter is None or (isinstance(parameter, DTensor) and parameter.device_mesh.ndim > 1):
+        return parameter
+    local = local_weight(parameter, use.gradient)
+    if local is parameter:
+        return parameter
+    if use.is_added_once and axis.rank:
+        local = local * 0
+    return use.part.of(local) if use.part is not None else local
+
+
+def _local_buffer(buffer: Tensor | None, part: Part | None) -> Tensor | None:
+    if buffer is None or part is None or buffer.shape[part.dim] != part.size:
+        return buffer
+    return part.of(buffer)
 
 
 def wrap(module: nn.Module, around: Callable[..., Any]) -> None:
@@ -107,6 +121,25 @@ def change_first_tensor(
         if isinstance(value, Tensor):
             return args, {**kwargs, key: change(value)}
     raise PlanError(f"{site.module}: rule {site.rule} found no tensor among the module's inputs.")
+
+
+def change_alike(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Change, site: Site
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """As change_first_tensor(), and with it every other tensor of its shape that has a gradient to take."""
+    shapes = []
+
+    def seen(first: Tensor) -> Tensor:
+        shapes.append(first.shape)
+        return first
+
+    change_first_tensor(args, kwargs, seen, site)
+
+    def changed(value: Any) -> Any:
+        is_alike = isinstance(value, Tensor) and value.shape == shapes[0]
+        return change(value) if is_alike and value.is_floating_point() else value
+
+    return tuple(map(changed, args)), {key: changed(value) for key, value in kwargs.items()}
 
 
 def change_first_output(output: Any, change: Change, site: Site) -> Any:

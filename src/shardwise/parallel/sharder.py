@@ -103,7 +103,7 @@ class Work:
         for path, held in assignment.held.items():
             module_name, _, name = path.rpartition(".")
             module = assignment.module.get_submodule(module_name)
-            whole = getattr(module, name)
+            whole = module._parameters.get(name)  # a buffer stays as it is
             if whole is None or isinstance(whole, DTensor):  # a container and its module may both say how
                 continue
             if id(whole) not in self.sharded:

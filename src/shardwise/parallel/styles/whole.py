@@ -1,6 +1,7 @@
 """whole: every rank runs the module on all of its input and computes the same. `input` says how the first
-tensor comes: cut along the sequence, or the last dim, it is gathered (gradient: the own part, since all ranks
-compute the same); `output` how the first one goes: it is cut to the own part (gradient gathered).
+tensor comes, and others of its shape (a gate): cut along the sequence, or the last dim, it is gathered
+(gradient: the own part, since all ranks compute the same); `output` how the first one goes: it is cut to the
+own part (gradient gathered).
 
 It holds for all modules inside that have no rule of their own. For what can't be cut between layers that are:
 a norm of all heads, a mixture of experts, a recurrence.
@@ -17,7 +18,7 @@ from shardwise.parallel import collectives
 from shardwise.parallel.axis import Site
 from shardwise.parallel.layers import SEQUENCE_DIM, refuse_uneven_sequence
 from shardwise.parallel.leaves import hold_and_run_on_local, own_names
-from shardwise.parallel.own_forward import change_first_output, change_first_tensor, wrap
+from shardwise.parallel.own_forward import change_alike, change_first_output, wrap
 from shardwise.parallel.sharder import Assignment, Sharder, Work, refuse_below_gather_input
 
 PLACEMENTS = (Shard(SEQUENCE_DIM), Shard(-1), Replicate())
@@ -48,7 +49,7 @@ class Whole(Sharder):
 
         def around(inner: Any, *args: Any, **kwargs: Any) -> Any:
             if isinstance(before, Shard):
-                args, kwargs = change_first_tensor(args, kwargs, lambda x: _gathered(x, before, site), site)
+                args, kwargs = change_alike(args, kwargs, lambda x: _gathered(x, before, site), site)
             output = inner(*args, **kwargs)
             if isinstance(after, Shard):
                 return change_first_output(output, lambda y: _own_part(y, after, site), site)
