@@ -75,6 +75,7 @@ bench: $(READY) ## the benchmarks; writes benchmarks/results and the tables in t
 	$(BIN)/python -m benchmarks.embedding --tp 4
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.explain
+	$(BIN)/python -m benchmarks.plan
 	$(BIN)/python -m benchmarks.traces
 	$(BIN)/python -m benchmarks.calibrated
 	$(BIN)/python -m benchmarks.hf_verify

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.explain_results import Run, Timed
+from benchmarks.explain_results import WHAT, Run, Timed
 from benchmarks.results import command_line, describe_machine, load_average, now, rank_variables
 
 GIB = 2**30
@@ -23,36 +23,37 @@ TIMEOUT_S = 300
 
 
 @dataclass(slots=True)
-class _Side:
+class Side:
     name: str
     arguments: str
     max_s: float | None = None
     max_bytes: int | None = None
     same_as: str | None = None
+    max_ratio: float | None = None
     wall_s: list[float] = field(default_factory=list)
     bytes: list[int] = field(default_factory=list)
 
 
-def sides() -> list[_Side]:
+def sides() -> list[Side]:
     """What is timed; the bars are the project's."""
     bytes_8b = int(0.6 * GIB)
     step = "--model llama3-8b --mesh tp=8 --batch 1 --seq 8192"
     many = "--model llama3-8b --mesh dp=512,tp=8 --batch 512 --seq 8192"
     return [
-        _Side("rowwise, 8 B", f"explain rowwise {step}", 8, bytes_8b),
-        _Side("rowwise@dtensor, 8 B", f"explain rowwise@dtensor {step}", 8, bytes_8b),
-        _Side(
+        Side("rowwise, 8 B", f"explain rowwise {step}", 8, bytes_8b),
+        Side("rowwise@dtensor, 8 B", f"explain rowwise@dtensor {step}", 8, bytes_8b),
+        Side(
             "rowwise, 405 B",
             "explain rowwise --model llama3.1-405b --mesh dp=512,tp=8 --batch 512 --seq 8192",
             12,
         ),
-        _Side(
+        Side(
             "rowwise@dtensor, 405 B",
             "explain rowwise@dtensor --model llama3.1-405b --mesh dp=512,tp=8 --batch 512 --seq 8192",
             12,
         ),
-        _Side("rowwise, 8 B, 4096 ranks", f"explain rowwise {many}", same_as="rowwise, 8 B"),
-        _Side(
+        Side("rowwise, 8 B, 4096 ranks", f"explain rowwise {many}", same_as="rowwise, 8 B"),
+        Side(
             "rowwise@dtensor, 8 B, 4096 ranks",
             f"explain rowwise@dtensor {many}",
             same_as="rowwise@dtensor, 8 B",
@@ -60,7 +61,7 @@ def sides() -> list[_Side]:
     ]
 
 
-def time_once(side: _Side) -> None:
+def time_once(side: Side) -> None:
     """Runs the command to its end and keeps its seconds and the largest resident set of its process."""
     command = [str(Path(sys.executable).parent / "shardwise"), *side.arguments.split()]
     start = time.perf_counter()
@@ -84,23 +85,23 @@ def time_once(side: _Side) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.explain", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--rounds", type=int, default=7)
+    return measure("benchmarks.explain", (__doc__ or "").splitlines()[0], sides(), WHAT, rounds=7)
+
+
+def measure(module: str, about: str, found: list[Side], what: str, *, rounds: int) -> int:
+    """A benchmark of whole commands: its arguments, its rounds, its file."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about)
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
     arguments = parser.parse_args()
     started, before = now(), load_average()
-    found = sides()
     for number in range(arguments.rounds):
         turn = number % len(found)
         for side in found[turn:] + found[:turn]:
             time_once(side)
         print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
     run = Run(
-        describe_machine(
-            command_line("benchmarks.explain"), 1, os.cpu_count() or 1, rank_variables(), started
-        ),
+        describe_machine(command_line(module), 1, os.cpu_count() or 1, rank_variables(), started),
         arguments.rounds,
         (before, load_average()),
         tuple(
@@ -112,9 +113,11 @@ def main() -> int:
                 side.max_s,
                 side.max_bytes,
                 side.same_as,
+                side.max_ratio,
             )
             for side in found
         ),
+        what,
     )
     for timed in run.timed:
         print(f"{timed.name:34} {timed.median_s:6.1f} s  {max(timed.bytes) / GIB:.2f} GiB  {timed.verdict}")

@@ -1,5 +1,5 @@
-"""How long `shardwise explain` takes and what memory it needs, as data, its file and its table. No torch, no
-processes."""
+"""How long whole commands take and what memory they need, as data, the file and the table: of `shardwise
+explain`, and of `shardwise plan`. No torch, no processes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from benchmarks.results import RESULTS, as_json, latest, write_results
 from shardwise.core.measurement import Environment
 
 WHAT = "explain-speed"
+PLAN = "plan-speed"
 _GIB = 2**30
 
 
@@ -29,6 +30,7 @@ class Timed:
     max_s: float | None = None
     max_bytes: int | None = None
     same_as: str | None = None  # the name of the command whose time it should have, within noise
+    max_ratio: float | None = None  # or that times its own, at most
 
     @property
     def median_s(self) -> float:
@@ -60,9 +62,9 @@ class Run:
         return write_results(as_json(self), self.environment.started[:10], self.what, folder)
 
 
-def newest_run(folder: Path = RESULTS) -> Run:
+def newest_run(folder: Path = RESULTS, what: str = WHAT) -> Run:
     """Raises FileNotFoundError where there is none."""
-    return msgspec.json.decode(latest(WHAT, folder).read_bytes(), type=Run)
+    return msgspec.json.decode(latest(what, folder).read_bytes(), type=Run)
 
 
 def blocks(run: Run) -> dict[str, str]:
@@ -87,13 +89,13 @@ def blocks(run: Run) -> dict[str, str]:
         f"\nWhole commands, imports included, {run.rounds} interleaved rounds; a verdict is met where the "
         f"slowest round meets the bar. {where.machine}, {where.cores} cores, load average {before:.1f} "
         f"before and {after:.1f} after; torch {dict(where.versions)['torch']}.\n"
-        f"\nSource: `benchmarks/results/{where.started[:10]}-{WHAT}.json`, made by `{where.command}`.\n"
+        f"\nSource: `benchmarks/results/{where.started[:10]}-{run.what}.json`, made by `{where.command}`.\n"
     )
-    return {f"benchmark-{WHAT}": table + _pairs(run) + about}
+    return {f"benchmark-{run.what}": table + _pairs(run) + about}
 
 
 def _pairs(run: Run) -> str:
-    """A line for each command that should take another's time: paired by round, with what that other's own
+    """A line for each command whose time is held to another's: paired by round, with what that other's own
     rounds differ by."""
     by_name = {timed.name: timed for timed in run.timed}
     lines = []
@@ -105,9 +107,17 @@ def _pairs(run: Run) -> str:
             lines.append(
                 f"- {timed.name}: {median(ratios):.2f} of the time of {base.name} (rounds "
                 f"{min(ratios):.2f} to {max(ratios):.2f}; the rounds of {base.name} are {min(noise):.2f} "
-                f"to {max(noise):.2f} of their own median)\n"
+                f"to {max(noise):.2f} of their own median){_ratio_bar(timed, ratios)}\n"
             )
     return "\n" + "".join(lines) if lines else ""
+
+
+def _ratio_bar(timed: Timed, ratios: list[float]) -> str:
+    if timed.max_ratio is None:
+        return ""
+    word = "met" if max(ratios) <= timed.max_ratio else "met by the median only"
+    verdict = word if median(ratios) <= timed.max_ratio else "**MISSED**"
+    return f"; bar: at most {timed.max_ratio:g}: {verdict}"
 
 
 def _bar(timed: Timed) -> str:

@@ -6,7 +6,8 @@ end:benchmark-... -->`.
 
 Blocks: benchmark-WHAT (a results file's sides, ratios, run) and benchmark-WHAT-ratios (its ratios only), for
 every WHAT that has a file; benchmark-bars (every stated bar, with the misses); benchmark-hf-explain and its
-parts (benchmarks/hf_results.py); benchmark-explain-speed (benchmarks/explain_results.py);
+parts (benchmarks/hf_results.py); benchmark-explain-speed,
+benchmark-plan-speed (benchmarks/explain_results.py);
 benchmark-calibrated (benchmarks/calibrated_results.py); benchmark-trace-read (benchmarks/trace_results.py);
 benchmark-hf-verify and its parts (benchmarks/verify_results.py); benchmark-verify-mutants
 (benchmarks/mutant_results.py); benchmark-published and its parts, and the plot docs/example/published.svg
@@ -61,7 +62,7 @@ def documents() -> list[Path]:
 
 def newest_results(folder: Path = RESULTS) -> list[Result]:
     """The newest file of every benchmark with sides and times, in order of name."""
-    others = {module.WHAT for module in _OTHERS}
+    others = {module.WHAT for module in _OTHERS} | {explain_results.PLAN}
     whats = sorted({path.stem[len("2026-01-01-") :] for path in folder.glob("????-??-??-*.json")} - others)
     return [read_result(latest(what, folder)) for what in whats]
 
@@ -237,9 +238,9 @@ def main() -> int:
         made |= published_results.blocks(published_results.newest_run()) | measured_steps.blocks(
             measured_steps.newest_run()
         )
-        made |= explain_results.blocks(explain_results.newest_run()) | trace_results.blocks(
-            trace_results.newest_run()
-        )
+        for what in (explain_results.WHAT, explain_results.PLAN):
+            made |= explain_results.blocks(explain_results.newest_run(what=what))
+        made |= trace_results.blocks(trace_results.newest_run())
         texts = {path: path.read_text(encoding="utf-8") for path in documents()}
         texts[published_results.PLOT] = (
             published_results.PLOT.read_text(encoding="utf-8") if published_results.PLOT.exists() else ""

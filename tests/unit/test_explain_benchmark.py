@@ -1,5 +1,6 @@
-"""The benchmark of `shardwise explain`: its file, and what its table says of the bars."""
+"""The benchmarks of `shardwise explain` and `plan`: its file, and what its table says of the bars."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,14 @@ def test_the_table_says_how_long_each_took_and_what_more_ranks_cost() -> None:
         "- many: 1.00 of the time of a (rounds 1.00 to 1.10; the rounds of a are 0.80 to 1.20 of their own "
         "median)" in text
     )
+
+
+def test_a_bar_on_the_ratio_is_told_with_its_verdict() -> None:
+    base = run(environment())
+    few, many = base.timed
+    for most, verdict in ((1.2, "met"), (1.05, "met by the median only"), (0.9, "**MISSED**")):
+        held = replace(base, timed=(few, replace(many, max_ratio=most)), what="plan-speed")
+        assert f"; bar: at most {most:g}: {verdict}" in blocks(held)["benchmark-plan-speed"]
 
 
 def test_the_newest_file_counts(tmp_path: Path) -> None:
