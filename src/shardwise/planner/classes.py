@@ -214,7 +214,7 @@ class _Classes:
         ends = (cuts.head,) if cuts is not None and cuts.head is not None else ()
         sizes = [leaf.size for leaf in own]
         return DimClass(
-            VOCABULARY, _where(members), max(sizes, default=1), 1, 1, tuple(members), begins, ends, ends,
+            VOCABULARY, "", max(sizes, default=1), 1, 1, tuple(members), begins, ends, ends,
             is_cut=any(each.held for each in members) and cuts is not None,
         )  # fmt: skip
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from shardwise.core.dims import Dims
 from shardwise.core.errors import PlanError
+from shardwise.core.held import Held
 from shardwise.core.layer_name import any_layer
 from shardwise.core.made_plan import LeftWhole, MadePlan
 from shardwise.core.mesh import Mesh
@@ -26,7 +27,7 @@ from shardwise.planner.candidates import Candidate, candidates, choose
 from shardwise.planner.classes import dims_of, held_by_rank
 from shardwise.planner.counts import divided
 from shardwise.planner.gradients import MixedError, gradient_kinds
-from shardwise.planner.names import HEADS, HIDDEN, Names
+from shardwise.planner.names import EXPERTS, HEADS, HIDDEN, Names
 from shardwise.planner.patterns import everywhere
 from shardwise.planner.regions import Region, UnfitError, region_of
 from shardwise.planner.rules import Cuts, rules_of
@@ -217,9 +218,9 @@ class _Making:
         """Parameter -> why nothing of it is cut: what stood in the way of its largest candidate."""
         found: dict[str, str] = {}
 
-        def says_most(candidate: Candidate) -> tuple[bool, bool, int]:
+        def says_most(candidate: Candidate) -> tuple[bool, bool, bool, int]:
             name = self.names.of(candidate.leaf)
-            return name != HIDDEN, name == HEADS, candidate.leaf.size
+            return name != HIDDEN, name == EXPERTS, name == HEADS, candidate.leaf.size
 
         for candidate in sorted(self.candidates, key=says_most):
             for name in candidate.parameters:
@@ -295,14 +296,14 @@ def _made(source: ModelSource, traced: _Traced, cuts: Cuts, reasons: dict[str, s
 def _shares(
     whole: nn.Module, layers: Layers | None, cuts: Cuts, reasons: dict[str, str]
 ) -> tuple[int, int, tuple[LeftWhole, ...]]:
-    """(elements that are cut, all, what is whole)"""
+    """(elements of which a rank holds its part alone, all, what is whole)"""
     like = layers.representative(whole) if layers is not None else (lambda name: name)
     total = sharded = 0
     left: dict[tuple[str, str], int] = {}
     for name, parameter in whole.named_parameters():
         total += parameter.numel()
         traced = like(name)
-        if held_by_rank(cuts, traced).startswith("shard"):
+        if isinstance(Held.parse(held_by_rank(cuts, traced)).kept, Shard):
             sharded += parameter.numel()
         else:
             owner = traced.rpartition(".")[0]

@@ -3,7 +3,8 @@
 from shardwise.dims.factors import Factor, leaves
 from shardwise.dims.record import Record
 
-VOCABULARY, HEADS, HIDDEN, INSIDE = "vocabulary", "heads", "hidden width", "width of a head"
+VOCABULARY, HEADS, EXPERTS = "vocabulary", "heads", "experts"
+HIDDEN, INSIDE = "hidden width", "width of a head"
 
 
 class Names:
@@ -21,7 +22,7 @@ class Names:
                     self._note(window, "window")
             for factor, why in op.blocked:
                 if why.startswith("its experts"):
-                    self._note(factor, "experts")
+                    self._note(factor, EXPERTS)
         for op in record.ops:
             for value in op.outputs:
                 for dim in value.dims:

@@ -183,16 +183,18 @@ def _drawn(
 def _box(dims: Dims, weight: Weight, at: tuple[float, float], prefix: str, largest: int) -> Box:
     x, y = at
     found = rows.cut_of(weight.held)
-    cut, pieces = (found[0] % len(weight.shape), found[1]) if found is not None else (None, ())
+    cut = found[0] % len(weight.shape) if found is not None else None
     down, across = _sides(weight, cut)
     height = _length(math.prod(weight.shape[side] for side in down), largest) if down else _FLAT
     width = _length(math.prod(weight.shape[side] for side in across), largest) if across else _FLAT
     area = Area(x + _STRIP + 1, y + _STRIP + 1, width, height)
     bands: tuple[Area, ...] = ()
-    if cut is not None:
+    if cut is not None and found is not None:
+        _, pieces, parts = found
         colour = next((each for each in map(colours(dims).get, weight.classes[cut]) if each is not None), 0)
         sizes = pieces or (weight.shape[cut],)
-        bands = tuple(_bands(area, sizes, min(dims.ranks, BANDS), colour, is_down=cut in down))
+        counts = [min(n or dims.ranks, BANDS) for n in parts or (0,) * len(sizes)]
+        bands = tuple(_bands(area, sizes, counts, colour, is_down=cut in down))
     label = weight.name[len(prefix) :] if prefix and weight.name.startswith(prefix) else weight.name
     label = label.removesuffix(".weight")
     return Box(
@@ -219,19 +221,21 @@ def _length(size: int, largest: int) -> float:
     return max(_LEAST, min(_MOST, _MOST * math.sqrt(size / largest))) if size > 1 else _FLAT
 
 
-def _bands(area: Area, sizes: Sequence[int], ranks: int, colour: int, *, is_down: bool) -> Iterator[Area]:
-    """Each rank's part of each piece."""
+def _bands(
+    area: Area, sizes: Sequence[int], counts: Sequence[int], colour: int, *, is_down: bool
+) -> Iterator[Area]:
+    """The parts of each piece; the first is the first rank's."""
     whole = area.height if is_down else area.width
     start = 0.0
-    for size in sizes:
-        each = whole * size / sum(sizes) / ranks
-        for rank in range(ranks):
+    for size, count in zip(sizes, counts, strict=True):
+        each = whole * size / sum(sizes) / count
+        for rank in range(count):
             at = start + rank * each
             if is_down:
                 yield Area(area.x, area.y + at, area.width, each, colour, rank == 0)
             else:
                 yield Area(area.x + at, area.y, each, area.height, colour, rank == 0)
-        start += each * ranks
+        start += each * count
 
 
 def _strips(

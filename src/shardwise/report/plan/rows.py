@@ -149,11 +149,13 @@ def _are(subjects: Sequence[str]) -> str:
     return "are" if len(subjects) > 1 else "is"
 
 
-def cut_of(held: str) -> tuple[int, tuple[int, ...]] | None:
-    """(dim, pieces) of a weight that is cut; None of one that is whole."""
-    match Held.parse(held):
-        case Held(Shard(dim), pieces):
-            return dim, pieces
+def cut_of(held: str) -> tuple[int, tuple[int, ...], tuple[int, ...]] | None:
+    """(dim, pieces, into how many parts each is cut where that isn't one for each rank) of a weight that is
+    cut; None of one that is whole."""
+    how = Held.parse(held)
+    match how.placement:
+        case Shard(dim):
+            return dim, how.pieces, how.parts
     return None
 
 
