@@ -511,3 +511,17 @@ def test_building_and_sharding_warn_of_nothing_and_leave_settings_alone(
     assert torch.get_default_dtype() is torch.float32
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "longest"),
+    [
+        ("gpt2?n_layer=1", 1024),
+        ("gpt2?n_layer=1,n_positions=40", 40),
+        ("opt?num_hidden_layers=1", 2048),
+        ("roberta?num_hidden_layers=1", 510),
+        ("llama?num_hidden_layers=1", None),
+    ],
+)
+def test_a_table_of_learned_positions_says_how_long_a_sequence_may_be(name: str, longest: int | None) -> None:
+    assert find_model(f"hf:{name}").max_seq == longest

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -36,6 +37,8 @@ from shardwise.models.small import small_values
 # Building stops here, so that an absurd count ends in a line and not in a full memory; the largest known
 # models have a tenth of that.
 MAX_MODULES = 100_000
+# of a table of positions: transformers' own offsets are 2
+_MOST_SPARE_ROWS = 2
 T = TypeVar("T")
 
 
@@ -58,9 +61,10 @@ class HuggingFaceModel:
         return size if isinstance(size, int) else None
 
     @property
-    def max_seq(self) -> None:
-        """Most types take sequences beyond what they were trained for."""
-        return
+    def max_seq(self) -> int | None:
+        """The length of a table of learned positions. Types without one take sequences beyond what they were
+        trained for."""
+        return _learned_positions(self)
 
     @property
     def family(self) -> Family:
@@ -134,6 +138,20 @@ class HuggingFaceModel:
         model = _tried(make, self.name, "can't build it")
         give_logits(model)
         return model.train()
+
+
+@lru_cache(maxsize=8)
+def _learned_positions(source: HuggingFaceModel) -> int | None:
+    """By the configuration's count and a table of as many rows: some types have a few more, and those with a
+    padding_idx begin behind it."""
+    count = getattr(language_part(source.config)[1], "max_position_embeddings", None)
+    if not isinstance(count, int):
+        return None
+    for module in source.build(dtype=torch.float32).modules():
+        if isinstance(module, nn.Embedding) and 0 <= module.num_embeddings - count <= _MOST_SPARE_ROWS:
+            begin = 0 if module.padding_idx is None else module.padding_idx + 1
+            return min(count, module.num_embeddings - begin)
+    return None
 
 
 def give_logits(model: nn.Module) -> None:

@@ -37,10 +37,12 @@ def default_plan(source: "ModelSource") -> str:
 def check_seq(seq: int, source: "ModelSource") -> None:
     """Raises OptionError for a sequence that is longer than the model's learned positions."""
     if source.max_seq is not None and seq > source.max_seq:
-        more = f"{',' if '?' in source.name else '?'}max_seq={seq}"
+        or_more = ""
+        if "max_seq" in getattr(source, "numbers", ()):
+            or_more = f', or --model "{source.name}{"," if "?" in source.name else "?"}max_seq={seq}"'
         raise OptionError(
-            f"--seq {seq}: {source.name} has positions for {source.max_seq}. "
-            f'Use --seq {source.max_seq}, or --model "{source.name}{more}".'
+            f"--seq {seq}: {source.name} has positions for {source.max_seq}. Use --seq "
+            f"{source.max_seq}{or_more}."
         )
 
 
