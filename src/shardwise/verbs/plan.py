@@ -1,7 +1,7 @@
 """plan: a model and a mesh -> MadePlan: a native plan made from the model's own forward, with a reason for
 each rule. Its dims alone: Dims."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 from shardwise.core.case import Case
@@ -46,7 +46,8 @@ def plan(case: Case, options: PlanOptions | None = None, progress: Progress = si
 
     options = options or PlanOptions()
     source = find_model(case.model)
-    return make_plan(source, _wish(case, options, source), progress=progress)
+    made = make_plan(source, _wish(case, options, source), progress=progress)
+    return replace(made, model=case.model)  # as it was asked for; a source's name may be cut short
 
 
 def dims(case: Case, progress: Progress = silent) -> Dims:

@@ -1,6 +1,7 @@
 """What is cut, where it begins and ends, and why the rest isn't, in words; for the terminal and the page
 alike. Nothing here knows of either."""
 
+import shlex
 from collections.abc import Sequence
 
 from shardwise.core.dims import DimClass, Dims, Member
@@ -171,4 +172,4 @@ def sequence(made: MadePlan) -> str:
 
 
 def next_command(made: MadePlan) -> str:
-    return f"shardwise verify mine.toml --model {made.model} --mesh {made.mesh}"
+    return shlex.join(["shardwise", "verify", "mine.toml", "--model", made.model, "--mesh", made.mesh])
