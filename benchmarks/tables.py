@@ -26,6 +26,7 @@ from benchmarks import (
     calibrated_results,
     explain_results,
     hf_results,
+    made_plan_results,
     measured_steps,
     mutant_results,
     published_results,
@@ -62,7 +63,7 @@ def documents() -> list[Path]:
 
 def newest_results(folder: Path = RESULTS) -> list[Result]:
     """The newest file of every benchmark with sides and times, in order of name."""
-    others = {module.WHAT for module in _OTHERS} | {explain_results.PLAN}
+    others = {module.WHAT for module in _OTHERS} | {explain_results.PLAN, *made_plan_results.WHATS}
     whats = sorted({path.stem[len("2026-01-01-") :] for path in folder.glob("????-??-??-*.json")} - others)
     return [read_result(latest(what, folder)) for what in whats]
 
@@ -234,6 +235,8 @@ def main() -> int:
         made = blocks(newest_results()) | hf_results.blocks(hf_results.newest_sweep())
         made |= mutant_results.blocks(mutant_results.newest_run())
         made |= verify_results.blocks(verify_results.newest_sweep())
+        for tp in made_plan_results.SIZES:
+            made |= made_plan_results.blocks(made_plan_results.newest_run(tp))
         made |= calibrated_results.blocks(calibrated_results.newest_run())
         made |= published_results.blocks(published_results.newest_run()) | measured_steps.blocks(
             measured_steps.newest_run()
