@@ -1,7 +1,7 @@
 """Does the plan that Shardwise makes train the model? Proved for every causal language model type of
 transformers.
 
-    python -m benchmarks.made_plans                  all types at tp 2; writes benchmarks/results/DATE-made-plans-tp2.json
+    python -m benchmarks.made_plans                  all types at tp 2; writes benchmarks/results/
     python -m benchmarks.made_plans --tp 4           the same at tp 4
     python -m benchmarks.made_plans qwen3 gpt2       these types; prints, writes nothing
 

@@ -72,7 +72,7 @@ class StyleName(StrEnum):
     ROUTED = "routed", "ownership"
     REPLICATED = "replicated", "output"
     SEQUENCE_PARALLEL = "sequence_parallel"
-    GATHER_INPUT = "gather_input", "from", "output", "parameters", "divide"
+    GATHER_INPUT = "gather_input", "from", "output", "every_input", "parameters", "divide"
     REPLICATE = "replicate", "gradient"
     LOCAL = "local", "parameters", "divide"
     WHOLE = "whole", "input", "output"
@@ -112,7 +112,7 @@ class Style:
     pieces: sizes of what lies one after the other in the dim that is cut; parts: see Held. parameters: how
     those are held of which the class doesn't tell it, by their name from the module on. divide: names of
     integer attributes that count what is cut, from the module on; see count_of(). gradient: Partial where
-    each rank computes a part of it.
+    each rank computes a part of it. every_input: not the first tensor's gradient alone is a part.
     """
 
     name: StyleName
@@ -124,6 +124,7 @@ class Style:
     parameters: tuple[tuple[str, Held], ...] = ()
     divide: tuple[str, ...] = ()
     gradient: Partial | None = None
+    every_input: bool = False
 
     def __post_init__(self) -> None:
         _refuse_unknown(self.name, sorted(self._given()))
@@ -161,6 +162,7 @@ class Style:
             parameters=_parameters(arguments.get("parameters", {})),
             divide=_names(arguments.get("divide", [])),
             gradient=_gradient(arguments.get("gradient")),
+            every_input=_yes(arguments.get("every_input", False), "every_input"),
         )
 
     def to_value(self) -> str | dict[str, TomlValue]:
@@ -190,6 +192,8 @@ class Style:
             given["parameters"] = {name: str(held) for name, held in self.parameters}
         if self.divide:
             given["divide"] = list(self.divide)
+        if self.every_input:
+            given["every_input"] = True
         return given
 
 
@@ -376,6 +380,12 @@ def _names(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _yes(value: object, key: str) -> bool:
+    if not isinstance(value, bool):
+        raise PlanError(f"{key} is {value!r:.40}. Allowed: true, false.")
+    return value
+
+
 def _gradient(value: object) -> Partial | None:
     if value is None or str(value).strip().lower() == "partial":
         return None if value is None else Partial()
@@ -391,6 +401,8 @@ def _refuse_unknown(name: StyleName, arguments: Iterable[object]) -> None:
 
 def _shown(value: TomlValue) -> str:
     match value:
+        case bool():
+            return "true" if value else "false"
         case str():
             return value
         case list():

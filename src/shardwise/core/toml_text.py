@@ -4,13 +4,15 @@ import json
 import re
 from collections.abc import Mapping
 
-TomlValue = str | list[str] | dict[str, str]
+TomlValue = str | bool | list[str] | dict[str, str]
 
 
-def toml(value: str | list[str] | Mapping[str, TomlValue]) -> str:
+def toml(value: str | bool | list[str] | Mapping[str, TomlValue]) -> str:
     """A value on one line: `{ style = "colwise", pieces = "6+2" }`. Keys that TOML takes as they are stay
     bare."""
     match value:
+        case bool():
+            return "true" if value else "false"
         case str():
             return quote(value)
         case list():

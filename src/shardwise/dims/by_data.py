@@ -22,6 +22,7 @@ def embedding(call: Call) -> None:
 @rule("index", "_unsafe_index")
 def indexed(call: Call) -> None:
     source = call.inputs[0]
+    call.is_linear = True
     dims, indices = call.dims(source), list(call.arguments["indices"])
     places = [at for at, index in enumerate(indices) if index is not None]
     run = run_of(indices[places[0]], dims[places[0]].size) if len(places) == 1 else None
@@ -95,6 +96,7 @@ def written(call: Call) -> None:
 
 @rule("index_select", "index_add", "index_add_", "index_copy", "index_copy_", "index_fill_", "index_fill")
 def selected_by_data(call: Call) -> None:
+    call.is_linear = call.name in ("index_select", "gather")
     source = call.inputs[0]
     dims, at = call.dims(source), call.arguments["dim"] % source.dim()
     call.block(dims[at], "its entries are taken by data")
@@ -117,6 +119,7 @@ def selected_by_data(call: Call) -> None:
 
 @rule("gather", "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_")
 def gathered(call: Call) -> None:
+    call.is_linear = call.name in ("index_select", "gather")
     source, *others = call.inputs
     dims, at = call.dims(source), call.arguments["dim"] % max(1, source.dim())
     call.block(dims[at], "its entries are taken by data")

@@ -142,6 +142,22 @@ def change_alike(
     return tuple(map(changed, args)), {key: changed(value) for key, value in kwargs.items()}
 
 
+def change_other_tensors(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Change
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments, all tensors among them but the first changed."""
+    is_first = True
+
+    def changed(value: Any) -> Any:
+        nonlocal is_first
+        if not isinstance(value, Tensor) or is_first:
+            is_first = is_first and not isinstance(value, Tensor)
+            return value
+        return change(value)
+
+    return tuple(changed(value) for value in args), {key: changed(value) for key, value in kwargs.items()}
+
+
 def change_first_output(output: Any, change: Change, site: Site) -> Any:
     """What a module gives, its first tensor changed. Raises PlanError where there is none."""
     if isinstance(output, Tensor):

@@ -37,7 +37,7 @@ class _Backward:
         self._record, self._spans, self._regions, self._sequence = record, spans, regions, sequence
         self._entries = {name for region in regions for name in region.entries}
         self._kinds: dict[Value, set[str]] = defaultdict(set)
-        self._saved: list[tuple[Value, set[str]] | None] = []
+        self._saved: list[dict[Value, set[str]]] = []
         self._at: dict[int, Span] = {span.stop: span for span in spans.all}
 
     def run(self) -> dict[str, str]:
@@ -65,7 +65,8 @@ class _Backward:
         cut = frozenset[Factor]().union(*(each.candidate.cut_at(self._spans, at) for each in self._regions))
         if self._sequence is not None and at in self._sequence.ops:
             cut = cut | self._record.sequence
-        pass_back(op, self._kinds, cut)
+        parts = set[Value]().union(*(region.parts_at(op, at) for region in self._regions))
+        pass_back(op, self._kinds, cut, parts)
         if self._sequence is not None and at in self._sequence.ops:
             for value in self._sequence.steady.intersection(op.inputs):
                 if value.has_gradient:  # as long as the part of the sequence that it goes with
@@ -78,23 +79,25 @@ class _Backward:
         return next(iter(kinds), Kind.WHOLE)
 
     def _leave(self, at: int) -> None:
-        """Backwards, a call begins where its module is left: what its input gets inside is kept apart."""
+        """Backwards, a call begins where its module is left: what its inputs get inside is kept apart."""
         span = self._at[at]
-        if span.module in self._entries and span.input is not None:
-            self._saved.append((span.input, self._kinds.pop(span.input, set())))
-            # what it gives may be what it was given
-            if any(output is span.input for output in span.outputs):
-                raise MixedError(span.input, span.module)
-        else:
-            self._saved.append(None)
+        entered = self._entered(span)
+        if any(output in entered for output in span.outputs):
+            raise MixedError(span.outputs[0], span.module)  # what it gives may be what it was given
+        self._saved.append({value: self._kinds.pop(value, set()) for value in entered})
+
+    def _entered(self, span: Span) -> list[Value]:
+        """The inputs of a call whose gradient is summed there."""
+        if span.module not in self._entries or span.input is None:
+            return []
+        if not any(region.every_input and span.module in region.entries for region in self._regions):
+            return [span.input]
+        return [value for value in dict.fromkeys(span.inputs) if value.has_gradient and value.is_live]
 
     def _enter(self, module: str) -> None:
-        saved = self._saved.pop()
-        if saved is None:
-            return
-        value, outside = saved
-        inside = self._kinds.pop(value, set())
-        if Kind.WHOLE in inside:
-            raise MixedError(value, module)
-        if inside or outside:
-            self._kinds[value] = outside | ({Kind.WHOLE} if inside else set())
+        for value, outside in self._saved.pop().items():
+            inside = self._kinds.pop(value, set())
+            if Kind.WHOLE in inside:
+                raise MixedError(value, module)
+            if inside or outside:
+                self._kinds[value] = outside | ({Kind.WHOLE} if inside else set())

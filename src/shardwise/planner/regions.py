@@ -9,15 +9,21 @@ it.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shardwise.dims.factors import Factor, find, leaves
-from shardwise.dims.record import Left, Op, Record, Value
+from shardwise.dims.record import Left, Op, Record, Source, Value
 from shardwise.dims.spans import Span, Spans
 from shardwise.planner.candidates import Candidate
 
 _ADDITIONS = frozenset({"add", "add_"})
+# ops that give parts of a sum where all tensors that they put together are parts, or zeros
+_PUT_TOGETHER = _ADDITIONS | frozenset(
+    {"cat", "stack", "index_add", "index_add_", "scatter_add", "scatter_add_", "copy_", "written"}
+)
+_PRODUCTS = frozenset({"mul", "mul_"})
+_ZEROS = frozenset({"zeros", "new_zeros", "zeros_like"})
 
 
 class UnfitError(Exception):
@@ -32,13 +38,23 @@ class UnfitError(Exception):
 @dataclass(slots=True, eq=False)
 class Region:
     """begins: modules that make the cut from their whole input; entry: the module at whose input the gradient
-    is summed for all of them, None where each does it itself. ends: modules whose output is a part of a
-    sum."""
+    is summed for all of them, None where each does it itself; every_input: of all tensors that it takes.
+    ends: modules whose output is a part of a sum. parts: tensors that are parts of a sum, until an event.
+    added: parameters that are added to such a part (biases). zeros: what the forward fills with zeros."""
 
     candidate: Candidate
     begins: list[str] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)
     entry: str | None = None
+    every_input: bool = False
+    parts: dict[Value, int] = field(default_factory=dict)
+    zeros: frozenset[Value] = frozenset()
+    made_by: Mapping[Value, Op] = field(default_factory=dict)
+    added: set[Value] = field(default_factory=set)
+
+    def parts_at(self, op: Op, at: int) -> set[Value]:
+        """Of what an op takes, the parts of a sum."""
+        return {value for value in op.inputs if self.parts.get(value, 0) > at}
 
     @property
     def entries(self) -> list[str]:
@@ -47,7 +63,9 @@ class Region:
 
 def region_of(record: Record, spans: Spans, candidate: Candidate) -> Region:
     """Where a candidate's cut begins and ends. Raises UnfitError."""
-    region = Region(candidate)
+    zeros = frozenset(output for op in record.ops if op.name in _ZEROS for output in op.outputs)
+    made_by = {output: op for op in record.ops for output in op.outputs}
+    region = Region(candidate, zeros=zeros, made_by=made_by)
     leaf = candidate.leaf
     touched: list[int] = []
     entered: list[int] = []
@@ -58,7 +76,9 @@ def region_of(record: Record, spans: Spans, candidate: Candidate) -> Region:
             continue
         touched.append(at)
         if any(find(each) is leaf for factor in event.summed for each in leaves(factor)):
-            _add(region.ends, _where_the_sum_leaves(record, spans, at, leaf))
+            _add(region.ends, _where_the_sum_leaves(record, region, at))
+            if event.added is not None:
+                region.added |= _parameters_in(event.added, event.module, made_by)
         for value in event.inputs:
             if value.has_gradient and value.is_live and leaf not in set(value.leaves()):
                 _add(region.begins, event.module)
@@ -78,7 +98,7 @@ def _has(op: Op, leaf: Factor) -> bool:
     return any(leaf in value.leaves() for value in (*op.inputs, *op.outputs))
 
 
-def _where_the_sum_leaves(record: Record, spans: Spans, at: int, leaf: Factor) -> str:
+def _where_the_sum_leaves(record: Record, region: Region, at: int) -> str:
     """The module whose output is the part of a sum that the op at `at` makes. Raises UnfitError where
     something uses the part before a module has given it out."""
     op = record.events[at]
@@ -87,23 +107,44 @@ def _where_the_sum_leaves(record: Record, spans: Spans, at: int, leaf: Factor) -
     for later in range(at + 1, len(record.events)):
         event = record.events[later]
         if isinstance(event, Left) and parts.intersection(event.outputs):
+            region.parts.update({part: max(later, region.parts.get(part, 0)) for part in parts})
             return event.module
         if isinstance(event, Op) and parts.intersection(event.inputs):
-            own_parameters = all(
-                value in parts or (value.has_gradient and not value.is_live) for value in event.inputs
-            )
-            if event.is_linear and event.inputs[0] in parts and leaf not in _leaves_of(event.inputs[1:]):
-                parts.update(event.outputs)
-            elif event.name in _ADDITIONS and own_parameters:
-                parts.update(event.outputs)  # a bias, which one rank adds
-            elif event.name in _ADDITIONS and set(event.inputs) <= parts:
-                parts.update(event.outputs)
-            else:
-                raise UnfitError(
-                    f"{event.module or 'the model'} uses a sum over it ({event.name}) before a module "
-                    "gives it out"
-                )
+            if not _keeps_parts(event, parts, region):
+                where = event.module or "the model"
+                raise UnfitError(f"{where} uses a sum over it ({event.name}) before a module gives it out")
+            parts.update(event.outputs)
     raise UnfitError("a sum over it is what the model gives")
+
+
+def _keeps_parts(op: Op, parts: set[Value], region: Region) -> bool:
+    """Whether an op of parts of a sum gives parts of a sum: what is linear in one of them, or puts them
+    together."""
+    others = [value for value in op.inputs if value not in parts]
+    if region.candidate.leaf in _leaves_of(others):
+        return False
+    if op.name in _PUT_TOGETHER:
+        for value in others:
+            sources = _parameters_in(value, op.module, region.made_by)
+            if value.has_gradient and value not in region.zeros and not sources:
+                return False
+            region.added |= sources
+        return True
+    if op.name in _PRODUCTS:
+        return len(op.inputs) - len(others) == 1
+    return op.is_linear and op.inputs[0] in parts
+
+
+def _parameters_in(value: Value, module: str, made_by: Mapping[Value, Op]) -> set[Value]:
+    """The parameters of which alone a module made a tensor (a bias, or the rows of one that data choose);
+    none where there is more to it."""
+    if value.source is Source.PARAMETER:
+        return {value}
+    op = made_by.get(value)
+    if op is None or op.module != module:
+        return set()
+    given = [_parameters_in(each, module, made_by) for each in op.inputs if each.has_gradient]
+    return set().union(*given) if all(given) else set()
 
 
 def _leaves_of(values: Sequence[Value]) -> set[Factor]:
@@ -122,7 +163,7 @@ def _entry(
     for module in _common([_around(spans, at) for at in entered])[max(0, outermost - 1) :]:
         if spans.of[module] and all(_takes_it(record, spans, span, region) for span in spans.of[module]):
             return module
-    if all(_begins_at_its_input(record, spans, name, region.candidate) for name in region.begins):
+    if all(_begins_at_its_input(record, spans, name, region) for name in region.begins):
         return None
     raise UnfitError("what goes into it is no module's input, so nobody could sum its gradient")
 
@@ -132,13 +173,17 @@ def _around(spans: Spans, at: int) -> tuple[str, ...]:
 
 
 def _takes_it(record: Record, spans: Spans, span: Span, region: Region) -> bool:
-    """Whether a call's first tensor is what the region begins with, and its gradient inside is a part."""
+    """Whether the gradient of all that a call takes is a part, inside."""
     given = [value for value in span.inputs if value.is_live and value.has_gradient]
-    if len(given) != 1 or given[0] is not span.input:
+    if not given or given[0] is not span.input or len(set(given)) < len(given):
         return False
-    if region.candidate.leaf in set(given[0].leaves()):
+    if any(region.candidate.leaf in set(value.leaves()) for value in given):
         return False
-    return gradients_inside(record, spans, span, region.candidate) == {Kind.PART}
+    inside = gradients_inside(record, spans, span, region)
+    if any(inside.get(value, {Kind.PART}) != {Kind.PART} for value in given) or given[0] not in inside:
+        return False
+    region.every_input |= len(given) > 1
+    return True
 
 
 def _common(calls: list[tuple[str, ...]]) -> tuple[str, ...]:
@@ -152,11 +197,11 @@ def _common(calls: list[tuple[str, ...]]) -> tuple[str, ...]:
     return first[:depth]
 
 
-def _begins_at_its_input(record: Record, spans: Spans, module: str, candidate: Candidate) -> bool:
+def _begins_at_its_input(record: Record, spans: Spans, module: str, region: Region) -> bool:
     for span in spans.of[module]:
         if span.input is None:
             return False
-        if gradients_inside(record, spans, span, candidate) != {Kind.PART}:
+        if gradients_inside(record, spans, span, region).get(span.input) != {Kind.PART}:
             return False
     return bool(module)
 
@@ -168,23 +213,21 @@ class Kind:
     PART = "part"
 
 
-def gradients_inside(record: Record, spans: Spans, span: Span, candidate: Candidate) -> set[str]:
-    """What the gradient of a call's input is made of inside the call, where all that it gives has whole
-    ones."""
-    assert span.input is not None
+def gradients_inside(record: Record, spans: Spans, span: Span, region: Region) -> dict[Value, set[str]]:
+    """What the gradients of tensors are made of inside a call, where all that it gives has whole ones."""
     kinds: dict[Value, set[str]] = defaultdict(set)
     for output in spans.results(span):
         kinds[output].add(Kind.WHOLE)
     for at in range(span.stop, span.start, -1):
         event = record.events[at]
         if isinstance(event, Op):
-            pass_back(event, kinds, candidate.cut_at(spans, at))
-    return kinds[span.input]
+            pass_back(event, kinds, region.candidate.cut_at(spans, at), region.parts_at(event, at))
+    return kinds
 
 
-def pass_back(op: Op, kinds: dict[Value, set[str]], cut: frozenset[Factor]) -> None:
+def pass_back(op: Op, kinds: dict[Value, set[str]], cut: frozenset[Factor], parts: Collection[Value]) -> None:
     """What an op's inputs get, from what its outputs got: a part where the op has a cut leaf that the input
-    lacks."""
+    lacks, or where it is multiplied by a part of a sum. parts: those inputs that are such parts."""
     got = set[str]().union(*(kinds[output] for output in op.outputs if output in kinds))
     if not got:
         return
@@ -194,4 +237,7 @@ def pass_back(op: Op, kinds: dict[Value, set[str]], cut: frozenset[Factor]) -> N
             continue
         if value is op.added and any(find(leaf) in cut for factor in op.summed for leaf in leaves(factor)):
             continue  # added once, to the whole sum
-        kinds[value] |= {Kind.PART} if own.difference(value.leaves()) else got
+        if parts and value not in parts and op.name in _PUT_TOGETHER:
+            continue  # the same
+        is_part = bool(own.difference(value.leaves())) or (bool(parts) and value not in parts)
+        kinds[value] |= {Kind.PART} if is_part else got

@@ -146,7 +146,8 @@ def _rule(
     parameters = tuple(
         (each[len(name) + 1 :] if name else each, held(cuts, each)) for each in (*known, *by_name)
     )
-    does_it_itself = bool(entries) and name in entries[0].begins + entries[0].ends and _cuts_any(cuts, known)
+    roles = [name in entry.begins and name not in entry.ends for entry in entries]
+    does_it_itself = any(roles) and _cuts_any(cuts, known)
     if entries and not does_it_itself:
         return _entry_rule(cuts, name, parameters, divide, entries)
     if cuts.sequence is not None and name == cuts.sequence.ends:
@@ -194,7 +195,14 @@ def _entry_rule(
     divide: tuple[str, ...],
     entries: list[Region],
 ) -> Reasoned:
-    style = Style(StyleName.GATHER_INPUT, input=cuts.around(name), parameters=parameters, divide=divide)
+    style = Style(
+        StyleName.GATHER_INPUT,
+        input=cuts.around(name),
+        output=cuts.around(name) if any(name in region.ends for region in entries) else None,
+        parameters=_added_once(cuts, name, parameters, entries),
+        divide=divide,
+        every_input=any(region.every_input for region in entries),
+    )
     begins = ", ".join(sorted({each.rpartition(".")[2] for region in entries for each in region.begins}))
     what = "gathered" if style.input == Shard(1) else "taken as it is"
     return Reasoned(style, f"its input is {what} once for {begins}; the parts of its gradient are summed")
@@ -222,9 +230,7 @@ def _rowwise(
     parameters: tuple[tuple[str, Held], ...],
     divide: tuple[str, ...],
 ) -> Reasoned:
-    # what isn't cut is a bias, which is added once: the style knows its gradient
-    added = {name: Held(Replicate()) for name, how in parameters if not isinstance(how.placement, Shard)}
-    pieces, told = _told(module, tuple((name, added.get(name, how)) for name, how in parameters), 1)
+    pieces, told = _told(module, _added_once(cuts, name, parameters, [region]), 1)
     style = Style(StyleName.ROWWISE, output=cuts.around(name), pieces=pieces, parameters=told, divide=divide)
     how = "reduce-scattered" if style.output == Shard(1) else "summed"
     return Reasoned(style, f"takes its part of the {_what(cuts, region)}; the parts of the sum are {how}")
@@ -233,6 +239,18 @@ def _rowwise(
 def _what(cuts: Cuts, region: Region) -> str:
     leaf = region.candidate.leaf
     return f"{cuts.names.of(leaf)} ({leaf.size:,})"
+
+
+def _added_once(
+    cuts: Cuts, module: str, parameters: tuple[tuple[str, Held], ...], regions: list[Region]
+) -> tuple[tuple[str, Held], ...]:
+    """Biases beside a sum over ranks: one rank adds them, which the style knows of what is just whole."""
+    added = set[Value]().union(*(region.added for region in regions))
+    names = {name for name, value in cuts.record.parameters.items() if value in added}
+    return tuple(
+        (name, Held(Replicate()) if f"{module}.{name}".lstrip(".") in names else how)
+        for name, how in parameters
+    )
 
 
 def _told(

@@ -2,6 +2,9 @@
 it is before: shard(1) is gathered, replicate is whole already. Inside, each rank's gradient is a part of the
 sum: it is reduce-scattered or summed.
 
+`every_input`: the gradients of its other tensors are parts, too, and are summed (what a router gives to
+experts that are cut inside).
+
 `parameters`: how those are held that the module owns, or reads by name of modules inside. `divide`: which of
 its counts are of what is cut. `output`: of a module that itself gives each rank's summand (it reads the
 weights that are cut by name, and no rowwise inside sums): what becomes of that, replicate or shard(1). A
@@ -11,15 +14,21 @@ parameter that is "replicate" is then a bias, added once, as under rowwise.
 import inspect
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle, PrepareModuleInput
 
 from shardwise.core.held import Held
 from shardwise.core.placement import Partial, Replicate, Shard
 from shardwise.core.plan import Style
+from shardwise.parallel.axis import Site
 from shardwise.parallel.layers import gather_input, sum_parts
 from shardwise.parallel.leaves import HoldingContainer, held_for_sum, hold_and_run_on_local, wholes
-from shardwise.parallel.own_forward import change_first_output, change_first_tensor, wrap
+from shardwise.parallel.own_forward import (
+    change_first_output,
+    change_first_tensor,
+    change_other_tensors,
+    wrap,
+)
 from shardwise.parallel.parameters import to_torch
 from shardwise.parallel.sharder import Assignment, Fit, Work
 
@@ -47,6 +56,8 @@ class GatherInput(HoldingContainer):
             hold_and_run_on_local(assignment, work, wholes(super().held(assignment)))
 
         def around(inner: Any, *args: Any, **kwargs: Any) -> Any:
+            if assignment.style.every_input:
+                args, kwargs = change_other_tensors(args, kwargs, lambda x: _summed(x, site))
             args, kwargs = change_first_tensor(args, kwargs, lambda x: gather_input(x, before, site), site)
             output = inner(*args, **kwargs)
             if after is None:
@@ -61,6 +72,11 @@ class GatherInput(HoldingContainer):
             input_layouts=(to_torch(self.input_of(assignment.style)), *others),
             desired_input_layouts=(to_torch(Replicate()), *others),
         )
+
+
+def _summed(x: Tensor, site: Site) -> Tensor:
+    """Whole, and the parts of its gradient are summed, if it has one."""
+    return gather_input(x, Replicate(), site) if x.requires_grad else x
 
 
 SHARDERS = {nn.Module: GatherInput()}
