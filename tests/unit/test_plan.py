@@ -356,8 +356,8 @@ HOW = 'Allowed: "shard(DIM)", "shard(DIM: SIZE+SIZE)" in pieces, "replicate", "r
         ),
         (
             '[rules]\n"a" = { style = "gather_input", input = "shard(1)" }',
-            'mine.toml: rule "a": style gather_input takes no argument "input". Allowed: divide, every_input, from, '
-            "output, parameters.",
+            'mine.toml: rule "a": style gather_input takes no argument "input". Allowed: divide, '
+            "every_input, from, output, parameters.",
         ),
         (
             '[rules]\n"a" = { style = "rowwise", output = "shard" }',
