@@ -84,7 +84,7 @@ def test_dims_are_one_document_too() -> None:
     ended = shardwise("explain", "--dims", "--model", LLAMA, "--mesh", "tp=2", "--json")
     document = msgspec.json.decode(ended.stdout)
     assert document["schema_version"] == 1
-    assert {"heads", "inner width"} <= {each["name"] for each in document["classes"] if each["is_cut"]}
+    assert {"KV heads", "inner width"} <= {each["name"] for each in document["classes"] if each["is_cut"]}
 
 
 def test_dims_and_a_walk_are_refused_together() -> None:

@@ -49,15 +49,15 @@ def test_the_json_has_a_version_and_reads_back(result: MadePlan | Dims) -> None:
 
 def test_what_a_class_counts_is_told_by_what_the_forward_does_with_it() -> None:
     llama = found()
-    assert {each.name for each in llama.classes if each.is_cut} == {"vocabulary", "heads", "inner width"}
-    assert (named(llama, "heads").units, named(llama, "heads").where) == (4, "layers.*.attention")
+    assert {each.name for each in llama.classes if each.is_cut} == {"vocabulary", "KV heads", "inner width"}
+    assert (named(llama, "KV heads").units, named(llama, "KV heads").where) == (4, "layers.*.attention")
     assert named(llama, "query heads of a KV head").units == 3
     assert named(llama, "hidden width").units == 384
     assert named(found(FUSED), "heads").units == 4
 
 
 def test_equal_layers_are_one_class_with_how_many_there_are() -> None:
-    heads = [each for each in found().classes if each.name == "heads"]
+    heads = [each for each in found().classes if each.name == "KV heads"]
     assert [each.times for each in heads] == [3]
     assert [weight.times for weight in found().weights if weight.name == "layers.*.attention.wq.weight"] == [
         3
@@ -65,9 +65,10 @@ def test_equal_layers_are_one_class_with_how_many_there_are() -> None:
 
 
 def test_why_colwise_then_rowwise_is_said_in_plain_words() -> None:
-    assert rows.why(named(found(), "heads")) == (
+    assert rows.why(named(found(), "KV heads")) == (
         "wq, wk and wv make them, wo takes them back. So wq, wk and wv are cut by rows (colwise) and wo by "
         "columns (rowwise): nothing is sent in between, and there is one sum at the end, of what wo gives. "
+        "With each go the query heads that share it. "
         "Backward, the parts of the gradient are summed at the input of attention."
     )
     assert "qkv is cut by the rows of each of its 3 pieces (colwise)" in rows.why(
@@ -95,7 +96,7 @@ def test_the_shares_of_what_is_cut_and_what_is_whole_add_up() -> None:
 
 def test_the_report_says_what_is_cut_what_stays_whole_and_what_to_do_next() -> None:
     text = drawn(made())
-    assert "heads of layers.*.attention" in text
+    assert "KV heads of layers.*.attention" in text
     assert "layers.*.attention_norm.weight" in text
     assert "The sequence is cut from the look-up to output" in text
     assert f"shardwise verify mine.toml --model '{LLAMA}' --mesh tp=2" in " ".join(text.split())
@@ -134,7 +135,7 @@ def test_the_picture_has_every_weight_once_and_each_ranks_part_of_what_is_cut() 
 
 
 def test_the_picture_puts_what_makes_a_class_before_what_takes_it_back() -> None:
-    (heads,) = [group for group in groups(found()) if group.title.startswith("4 heads")]
+    (heads,) = [group for group in groups(found()) if group.title.startswith("4 KV heads")]
     x_of = {box.label: box.area.x for box in heads.boxes}
     assert x_of["attention.wq"] == x_of["attention.wk"] < x_of["attention.wo"]
     assert heads.sum_x is not None

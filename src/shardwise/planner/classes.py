@@ -18,7 +18,7 @@ from shardwise.dims.record import Op, Record
 from shardwise.dims.spans import Spans
 from shardwise.models.layers import Layers
 from shardwise.planner.candidates import Candidate
-from shardwise.planner.names import HEADS, VOCABULARY, Names
+from shardwise.planner.names import HEADS, KV_HEADS, QUERY_HEADS, VOCABULARY, Names
 from shardwise.planner.regions import UnfitError, region_of
 from shardwise.planner.rules import Cuts, held
 
@@ -241,8 +241,11 @@ def _beside(made: DimClass, everyone: Sequence[DimClass]) -> DimClass:
     own = {each.parameter for each in made.members}
     if made.name == HEADS:
         others = [each for each in everyone if each.name == HEADS and each is not made]
-        if any(own < {member.parameter for member in each.members} for each in others):
-            made = replace(made, name="query heads of a KV head")
+        theirs = [{member.parameter for member in each.members} for each in others]
+        if any(own < each for each in theirs):
+            made = replace(made, name=QUERY_HEADS)
+        elif any(each < own for each in theirs):
+            made = replace(made, name=KV_HEADS)
     if made.is_cut or made.obstacles:
         return made
     cut = [each.name for each in everyone if each.is_cut and _share(each, own)]

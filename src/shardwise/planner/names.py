@@ -4,6 +4,7 @@ from shardwise.dims.factors import Factor, leaves
 from shardwise.dims.record import Record
 
 VOCABULARY, HEADS, EXPERTS = "vocabulary", "heads", "experts"
+KV_HEADS, QUERY_HEADS = "KV heads", "query heads of a KV head"
 HIDDEN, INSIDE = "hidden width", "width of a head"
 
 

@@ -11,7 +11,7 @@ from shardwise.core.placement import Shard
 
 # of a class that can't be cut, how many reasons a reader wants
 _MOST_REASONS = 2
-_PLURAL = ("heads", "experts", "channels", "positions", "query heads of a KV head")
+_PLURAL = ("heads", "KV heads", "experts", "channels", "positions", "query heads of a KV head")
 VOCABULARY = "vocabulary"
 
 
@@ -84,6 +84,8 @@ def _cut(made: DimClass) -> str:
     sums = f"one sum at the end, of what {_names(made, made.ends)} gives" if made.ends else "no sum"
     begin = f"So {' and '.join(so)}" if so else f"A rank's part begins at {_names(made, made.begins)}"
     told.append(f"{begin}: nothing is sent in between, and there is {sums}.")
+    if made.name == "KV heads":
+        told.append("With each go the query heads that share it.")
     if made.whole_at:
         told.append(
             f"{_names(made, made.whole_at)} {_verb(made.whole_at, 'need')} all of {it}: there the ranks "
