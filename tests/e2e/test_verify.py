@@ -101,7 +101,7 @@ def test_two_plans_of_one_name_are_told_apart(tmp_path: Path) -> None:
         (
             ("--mesh", "dp=2,tp=2"),
             "--mesh dp=2,tp=2: verify compares one tp axis of two ranks or more with one rank. Use --mesh "
-            "tp=2.",
+            "tp=2. compare proves a plan over dp and fsdp, too.",
         ),
         (
             ("--mesh", "tp=1"),

@@ -105,8 +105,10 @@ def verify(
 def _check_mesh(case: Case, options: VerifyOptions) -> None:
     mesh, seq = case.mesh, options.seq
     if mesh.world_size != mesh.tp or mesh.tp < 2:
+        beside = " compare proves a plan over dp and fsdp, too." if mesh.data_parallel > 1 else ""
         raise OptionError(
-            f"--mesh {mesh}: verify compares one tp axis of two ranks or more with one rank. Use --mesh tp=2."
+            f"--mesh {mesh}: verify compares one tp axis of two ranks or more with one rank. Use --mesh "
+            f"tp=2.{beside}"
         )
     if seq % mesh.tp:
         raise OptionError(
