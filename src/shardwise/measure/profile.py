@@ -8,6 +8,7 @@ kernels with PyTorch's metadata.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +78,12 @@ def record_profile(folder: str | Path, model: nn.Module | None = None) -> Iterat
 
 @contextmanager
 def _marked(model: nn.Module) -> Iterator[None]:
-    """Each module's forward as a range; the hooks are taken off at the end. A forward that raises leaves its
-    range open until then."""
-    handles = []
-    open_ranges: list[Any] = []
-    for name, module in model.named_modules():
-        if not name:
-            continue
+    """Each module's forward as a range. A forward that raises leaves its range open until the end."""
+    with ExitStack() as hooks:
+        open_ranges: list[Any] = []
+        hooks.callback(lambda: [mark.__exit__(None, None, None) for mark in reversed(open_ranges)])
 
-        def enter(_: nn.Module, __: Any, *, name: str = name) -> None:
+        def enter(_: nn.Module, __: Any, *, name: str) -> None:
             mark = record_function(f"module: {name}")
             mark.__enter__()
             open_ranges.append(mark)
@@ -93,12 +91,8 @@ def _marked(model: nn.Module) -> Iterator[None]:
         def leave(*_: Any) -> None:
             open_ranges.pop().__exit__(None, None, None)
 
-        handles.append(module.register_forward_pre_hook(enter))
-        handles.append(module.register_forward_hook(leave))
-    try:
+        for name, module in model.named_modules():
+            if name:
+                hooks.enter_context(module.register_forward_pre_hook(partial(enter, name=name)))
+                hooks.enter_context(module.register_forward_hook(leave))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for mark in reversed(open_ranges):
-            mark.__exit__(None, None, None)

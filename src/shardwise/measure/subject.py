@@ -239,14 +239,12 @@ class ModuleAlone:
         self._args: tuple[Any, ...] = ()
         self._kwargs: dict[str, Any] = {}
         self._grad: Tensor | None = None
-        before = self._module.register_forward_pre_hook(self._take_inputs, prepend=True, with_kwargs=True)
-        after = self._module.register_forward_hook(self._take_output)
-        try:
-            with torch.no_grad():
-                model(ids_BS)
-        finally:
-            before.remove()
-            after.remove()
+        with (
+            self._module.register_forward_pre_hook(self._take_inputs, prepend=True, with_kwargs=True),
+            self._module.register_forward_hook(self._take_output),
+            torch.no_grad(),
+        ):
+            model(ids_BS)
         if self._grad is None:
             raise OptionError(
                 f"--module {name}: takes no part in the forward, or gives no single tensor. "

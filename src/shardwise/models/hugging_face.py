@@ -295,8 +295,5 @@ def _few_modules(name: str) -> Iterator[None]:
                 f'model "{name}": more than {MAX_MODULES:,} modules. Take fewer layers or experts.'
             )
 
-    handle = register_module_module_registration_hook(registered)
-    try:
+    with register_module_module_registration_hook(registered):
         yield
-    finally:
-        handle.remove()

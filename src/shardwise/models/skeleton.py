@@ -44,8 +44,5 @@ def _parameters_on_meta() -> Iterator[None]:
         return empty
 
     # PyTorch's annotation has no return value, of which its documentation speaks
-    handle = register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]
-    try:
+    with register_module_parameter_registration_hook(on_meta):  # type: ignore[arg-type]
         yield
-    finally:
-        handle.remove()

@@ -145,26 +145,22 @@ class _Watch:
 
     @contextmanager
     def hooked(self, *, trail: bool) -> Iterator[None]:
-        handles = []
-        for name, module in self._model.named_modules():
+        with ExitStack() as hooks:
+            for name, module in self._model.named_modules():
 
-            def enter(*_: Any, name: str = name) -> None:
-                self._open.append(name)
+                def enter(*_: Any, name: str = name) -> None:
+                    self._open.append(name)
 
-            def leave(_: nn.Module, __: Any, output: object, *, name: str = name) -> None:
-                if self._phase is Phase.FORWARD:  # not in a recomputed one
-                    self._open.pop()
-                    if trail:
-                        self._take_note(name, output)
+                def leave(_: nn.Module, __: Any, output: object, *, name: str = name) -> None:
+                    if self._phase is Phase.FORWARD:  # not in a recomputed one
+                        self._open.pop()
+                        if trail:
+                            self._take_note(name, output)
 
-            handles.append(module.register_forward_pre_hook(enter, prepend=True))
-            handles.append(module.register_forward_hook(leave))
-        handles.append(self._model.register_forward_hook(self._take_logits))
-        try:
+                hooks.enter_context(module.register_forward_pre_hook(enter, prepend=True))
+                hooks.enter_context(module.register_forward_hook(leave))
+            hooks.enter_context(self._model.register_forward_hook(self._take_logits))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _take_logits(self, _: nn.Module, __: Any, logits: Tensor) -> None:
         if self._width is not None and logits.shape[-1] != self._width:
