@@ -48,6 +48,11 @@ class CollectiveKind(StrEnum):
     UNKNOWN = "unknown"
 
 
+def collective_name(op: str) -> str:
+    """`reduce-scatter`, as people write the kind or a profiler's `reduce_scatter`."""
+    return op.replace("_", "-")
+
+
 TIMED = (
     CollectiveKind.ALL_REDUCE,
     CollectiveKind.ALL_GATHER,

@@ -3,10 +3,11 @@ doesn't, and what it comes to."""
 
 from collections.abc import Iterator
 
+from shardwise.core.collective import collective_name
 from shardwise.core.errors import OptionError
 from shardwise.core.explanation import CollectiveGroup, Contrast, Explanation
 from shardwise.core.program import MemoryKind, Phase
-from shardwise.explain.words import named, relation, size
+from shardwise.explain.words import relation, size
 
 
 def contrast(first: Explanation, second: Explanation) -> Contrast:
@@ -69,7 +70,7 @@ def _lines(
         ratio = f", {relation(a, b)}" if a and b else ""
         yield f"{first.plan} {verb} {shown(a)} {what}; {second.plan} {shown(b)}{ratio}."
     for explanation, groups in zip((first, second), only, strict=True):
-        places = (f"{named(g.carries_out)} in {g.module or 'the step'} ({g.phase})" for g in groups)
+        places = (f"{collective_name(g.carries_out)} in {g.module or 'the step'} ({g.phase})" for g in groups)
         told = list(dict.fromkeys(places))
         if told:
             yield f"Only {explanation.plan} has: {'; '.join(told[:6])}{'; ...' if len(told) > 6 else ''}."

@@ -13,7 +13,7 @@ from dataclasses import replace
 from itertools import groupby
 from math import prod
 
-from shardwise.core.collective import CollectiveCall, CollectiveKind
+from shardwise.core.collective import CollectiveCall, CollectiveKind, collective_name
 from shardwise.core.explanation import CollectiveGroup, HoldingGroup
 from shardwise.core.finding import Finding, FindingKind
 from shardwise.core.layer_name import any_layer
@@ -22,7 +22,7 @@ from shardwise.core.placement import Partial, Replicate, Shard
 from shardwise.core.program import Collective, Item, Op, OpKind, Phase, Program
 from shardwise.core.rule import ModuleKind
 from shardwise.core.sharded import Sharded
-from shardwise.explain.words import named, size
+from shardwise.explain.words import size
 
 # Copies for collectives are said where they move at least this share of what goes over the wire.
 WORTH_SAYING = 0.01
@@ -165,7 +165,7 @@ def _cancels(items: Sequence[Item]) -> Iterator[Finding]:
         if isinstance(item, Collective):
             if last is not None and _undoes(item, last):
                 modules = any_layer(last.module), any_layer(item.module)
-                found[*modules, named(last.call.kind), named(item.call.kind)] += 1
+                found[*modules, collective_name(last.call.kind), collective_name(item.call.kind)] += 1
             last = item
         elif isinstance(item, Op) and item.kind not in (OpKind.COPY, OpKind.FILL):
             last = None
@@ -197,7 +197,7 @@ def _copies(collectives: Sequence[CollectiveGroup]) -> Iterator[Finding]:
         FindingKind.COPIES_FOR_COLLECTIVES,
         worst.module or "gradients",
         f"{size(total)} a step are copied into or out of collectives' buffers, {total / wire:.2g} times what "
-        f"goes over the wire; most of it for the {named(worst.carries_out)} of "
+        f"goes over the wire; most of it for the {collective_name(worst.carries_out)} of "
         f"{worst.module or 'all gradients'} ({worst.phase})",
         advice="A placement that cuts the outermost dim, or a look-up in the order of the destinations, "
         "needs none.",

@@ -4,11 +4,10 @@ placement and the phase.
 What isn't known is said plainly from the placements, never guessed. Numbers are left to who draws them.
 """
 
-from shardwise.core.collective import TIMED, CollectiveKind, is_off_mesh
+from shardwise.core.collective import TIMED, CollectiveKind, collective_name, is_off_mesh
 from shardwise.core.mesh import Role, role_of
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.core.program import REPLICATED_PARAMETERS, Collective, Op, Phase
-from shardwise.explain.words import named
 
 _DATA_PARALLEL = "Data-parallel ranks add up what each found for its part of the batch."
 _FSDP = {
@@ -111,10 +110,11 @@ def _by_placement(collective: Collective) -> str:
         case None, None if collective.rule is not None:
             style = collective.rule.style
             return (
-                f"{named(kind)} by the style {style} of {name}; it doesn't say which placement becomes which."
+                f"{collective_name(kind)} by the style {style} of {name}; it doesn't say which placement "
+                "becomes which."
             )
         case _:
-            return f"{named(kind)} in {name or 'the step'}; nothing says why."
+            return f"{collective_name(kind)} in {name or 'the step'}; nothing says why."
 
 
 def copy_reason(op: Op, before: Collective | None, after: Collective | None) -> str:
@@ -122,13 +122,13 @@ def copy_reason(op: Op, before: Collective | None, after: Collective | None) -> 
     copies."""
     if before is not None and not _is_outer(before.before, before.after):
         return (
-            f"Blocks for each rank must lie one behind the other for the {named(before.call.kind)}; "
-            f"{_cut(before)} isn't the outermost dim."
+            "Blocks for each rank must lie one behind the other for the "
+            f"{collective_name(before.call.kind)}; {_cut(before)} isn't the outermost dim."
         )
     if before is not None:
-        return f"Fills the buffer that the {named(before.call.kind)} sends."
+        return f"Fills the buffer that the {collective_name(before.call.kind)} sends."
     if after is not None:
-        return f"Puts the parts that the {named(after.call.kind)} brought into their order."
+        return f"Puts the parts that the {collective_name(after.call.kind)} brought into their order."
     changes_dtype = bool(op.inputs and op.outputs and op.inputs[0].dtype != op.outputs[0].dtype)
     name = op.name.removeprefix("aten::")
     if name not in ("_to_copy", "to"):

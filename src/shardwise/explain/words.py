@@ -1,7 +1,5 @@
 """How explain/ writes sizes and names inside its sentences."""
 
-from shardwise.core.collective import CollectiveKind
-
 _MIB, _GIB = 2**20, 2**30
 _ALIKE = 0.005
 
@@ -20,8 +18,3 @@ def relation(first: float, second: float) -> str:
     if abs(ratio - 1) < _ALIKE:
         return "about the same"
     return f"{ratio:.3g} times as much" if ratio > 1 else f"{100 * ratio:.3g} % of that"
-
-
-def named(kind: CollectiveKind) -> str:
-    """all-gather, as people write it."""
-    return str(kind).replace("_", "-")

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 
+from shardwise.core.collective import collective_name
 from shardwise.core.difference import CollectiveUse, Difference, Line, Matched, RunProfile, Use, Work
 
 _WORTH_SAYING = 0.02  # of a step
@@ -72,7 +73,7 @@ def _line(matched: Matched, first: dict[Work, Use], second: dict[Work, Use]) -> 
     if by_class:
         what = "other collectives" if one.of_class == "communication" else one.of_class
     elif one.of_class == "communication":
-        op = one.name.replace("_", "-") if len(names) == 1 else "collectives"
+        op = collective_name(one.name) if len(names) == 1 else "collectives"
         what = f"{op} of {one.op}" if len(ops) == 1 else op
     elif len(names) > 1:
         what = one.op

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from itertools import count
 
+from shardwise.core.collective import collective_name
 from shardwise.core.walkthrough import (
     Content,
     Difference,
@@ -127,7 +128,7 @@ def _explained_step(walkthrough: Walkthrough, subject: Subject, step: Step) -> E
 
 
 def _wire(exchange: Exchange, phase: Phase) -> str:
-    name = exchange.collective.replace("_", "-")
+    name = collective_name(exchange.collective)
     # a backward's collective carries the placements of the forward that it undoes
     return f"{name}, {exchange.before} → {exchange.after}" if phase is Phase.FORWARD else name
 

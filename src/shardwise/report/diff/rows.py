@@ -1,6 +1,7 @@
 """RunProfile and Difference -> rows of text for terminal and page alike. Computes shares and signs, nothing
 else."""
 
+from shardwise.core.collective import collective_name
 from shardwise.core.difference import CollectiveUse, Difference, Line, RunProfile, Work
 from shardwise.report.common.units import NOT_MEASURED, format_seconds
 
@@ -11,10 +12,6 @@ def time(ns: float | None) -> str:
 
 def signed(ns: float) -> str:
     return "0" if ns == 0 else f"{'+' if ns > 0 else '-'}{format_seconds(abs(ns) / 1e9)}"
-
-
-def collective_name(op: str) -> str:
-    return op.replace("_", "-")
 
 
 def work_name(work: Work) -> str:

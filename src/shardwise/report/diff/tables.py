@@ -4,6 +4,7 @@ apart."""
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+from shardwise.core.collective import collective_name
 from shardwise.core.difference import CollectiveUse, Difference, RunProfile, Use, Work
 from shardwise.core.difference import Line as WorkLine
 from shardwise.core.parts import Parts, parts_of
@@ -185,7 +186,7 @@ def _sides(runs: Sequence[RunProfile]) -> Iterator[tuple[RunProfile, str]]:
 
 
 def _origin(op: str, origin: str) -> Cell:
-    return Cell(rows.collective_name(op), about=f"of {origin}" if origin else "")
+    return Cell(collective_name(op), about=f"of {origin}" if origin else "")
 
 
 def _transfer(use: CollectiveUse) -> Cell:

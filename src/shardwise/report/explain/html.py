@@ -4,7 +4,7 @@ tables. Computes nothing but the widths of bars.
 
 from collections.abc import Sequence
 
-from shardwise.core.collective import CollectiveKind
+from shardwise.core.collective import CollectiveKind, collective_name
 from shardwise.core.explanation import Contrast, Explanation
 from shardwise.core.program import MemoryKind, Phase
 from shardwise.report.common.chart import Chart, Key, Part, Stack, chart, percent
@@ -40,11 +40,11 @@ def wire_chart(explanations: Sequence[Explanation]) -> Chart:
             parts = []
             for kind, count in rows.tally(groups).counts:
                 wire = rows.tally(group for group in groups if group.carries_out == kind).wire_bytes
-                label = f"{count} {rows.collective_name(kind)}{'s' * (count > 1)}"
+                label = f"{count} {collective_name(kind)}{'s' * (count > 1)}"
                 parts.append(Part(f"k-{kind.value}", label, wire))
             stacks.append(_stack(phase.value, one, explanations, parts, index))
     used = {group.carries_out for one in explanations for group in one.collectives}
-    keys = [Key(f"k-{kind.value}", rows.collective_name(kind)) for kind in CollectiveKind if kind in used]
+    keys = [Key(f"k-{kind.value}", collective_name(kind)) for kind in CollectiveKind if kind in used]
     return chart(stacks, BYTES, keys)
 
 

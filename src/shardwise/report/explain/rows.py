@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
-from shardwise.core.collective import CollectiveKind
+from shardwise.core.collective import CollectiveKind, collective_name
 from shardwise.core.explanation import CollectiveGroup, Contrast, Explanation, HoldingGroup, PhaseTotals
 from shardwise.core.finding import Finding
 from shardwise.core.placement import Placement
@@ -90,11 +90,6 @@ class ContrastRow:
     @property
     def differs(self) -> bool:
         return self.first != self.second
-
-
-def collective_name(kind: CollectiveKind) -> str:
-    """`reduce-scatter`."""
-    return kind.value.replace("_", "-")
 
 
 def plan_name(explanation: Explanation) -> str:

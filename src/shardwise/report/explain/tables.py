@@ -3,6 +3,7 @@ work, copies, rules, notes."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from shardwise.core.collective import collective_name
 from shardwise.core.explanation import (
     CollectiveGroup,
     Contrast,
@@ -137,7 +138,7 @@ def _tallies(explanation: Explanation) -> tuple[Line, ...]:
 
 def _kind(group: CollectiveGroup) -> Cell:
     way = rows.carried_out_as(group)
-    what = rows.collective_name(group.carries_out)
+    what = collective_name(group.carries_out)
     return Cell(what, about=f"as {way}" if way else "", mark=f"k-{group.carries_out.value}")
 
 
