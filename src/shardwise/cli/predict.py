@@ -7,7 +7,6 @@ from typing import Annotated, Any
 from shardwise.cli.asked import Call, Command, Shown, command, refuse
 from shardwise.cli.output import OUTPUT
 from shardwise.cli.progress import ProgressLine
-from shardwise.cli.saved_program import load_program, write_program
 from shardwise.core.case import RECOMPUTE
 from shardwise.core.errors import OptionError
 from shardwise.core.mesh import Mesh
@@ -139,11 +138,15 @@ def predict(call: Call[_Asked]) -> int:
     with ProgressLine() as progress:
         done = predict_case(call.case, call.own, progress) if call.own.program is None else _saved(call)
     if save is not None:
+        from shardwise.files.program_file import write_program
+
         write_program(done.steps[0].layout.program, save)
     return _deliver(call, done)
 
 
 def _saved(call: Call[_Asked]) -> Predicted:
+    from shardwise.files.program_file import load_program
+
     is_traced = call.case.step.recompute != "none"
     decided = (*_OF_PROGRAM, *(("recompute",) if is_traced else ()))
     why = "a saved program has its own. Leave it out beside --program, or trace without --program"

@@ -1,19 +1,15 @@
 """Programs in files, as predict's --program and --save-program name them."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from shardwise.core.errors import InputError, RunError
+from shardwise.core.program import Program
 from shardwise.core.shown import shown
-
-if TYPE_CHECKING:
-    from shardwise.core.program import Program
+from shardwise.files.program_json import LARGEST_FILE, program_from_json, program_json
 
 
-def load_program(path: Path) -> "Program":
+def load_program(path: Path) -> Program:
     """A saved program. Raises InputError."""
-    from shardwise.files.program_json import LARGEST_FILE, program_from_json
-
     try:
         with path.open("rb") as file:
             document = file.read(LARGEST_FILE + 1)
@@ -24,10 +20,8 @@ def load_program(path: Path) -> "Program":
     return program_from_json(document, f"--program {shown(path)}")
 
 
-def write_program(program: "Program", path: Path) -> None:
+def write_program(program: Program, path: Path) -> None:
     """Raises RunError where it can't be written."""
-    from shardwise.files.program_json import program_json
-
     try:
         path.write_bytes(program_json(program))
     except OSError as error:
