@@ -223,7 +223,7 @@ def test_notes_tell_of_gradients_larger_than_parameters_and_of_a_hot_rank() -> N
         ]
     )
     text = "\n".join(notes(hot))
-    assert "routed: gradients take 3 MiB" in text
+    assert "routed: gradients take 3,072 KiB" in text
     assert "routed: the rank that sends most sends 1.80 times the mean" in text
 
 
