@@ -83,6 +83,8 @@ class LinearSharder(Sharder):
             if per_head and size % per_head == 0 and (size // per_head) % fit.tp:
                 heads = size // per_head
                 is_kv = size < max(pieces, default=0) or _is_narrower(module, parent, self.cut_dim)
+                if heads == 1 and not is_kv:  # as wide as a head by chance
+                    continue
                 raise PlanError(
                     f"rule {assignment.rule} splits {heads} {'KV heads' if is_kv else 'heads'} of "
                     f"{parent_name} over tp={fit.tp}. Use tp in {divisors(heads)}."

@@ -16,6 +16,7 @@ from shardwise.parallel.claims import check_held, check_none_forgotten, check_ti
 from shardwise.parallel.collectives import chunk_sizes
 from shardwise.parallel.counts import check_counts
 from shardwise.parallel.dropout import check_dropout
+from shardwise.parallel.pairs import check_pairs
 from shardwise.parallel.sharder import Assignment, Fit, Sharder, divisors
 from shardwise.parallel.styles import STYLES, sharder_of, styles_of
 
@@ -39,6 +40,7 @@ def resolve(
             for assignment in assignments:
                 if assignment.is_input_whole:
                     assignment.sharder.check_below_gather_input(assignment)
+            check_pairs(assignments, fit, head_of(model))
             check_none_forgotten(model, held, {each.name: each for each in assignments})
             check_dropout(model, held, head_of(model), tp)
         check_ties(tied_parameters(model), held, plan.engine)
