@@ -32,6 +32,7 @@ class Side:
     max_ratio: float | None = None
     wall_s: list[float] = field(default_factory=list)
     bytes: list[int] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
 
 
 def sides() -> list[Side]:
@@ -62,7 +63,8 @@ def sides() -> list[Side]:
 
 
 def time_once(side: Side) -> None:
-    """Runs the command to its end and keeps its seconds and the largest resident set of its process."""
+    """Runs the command to its end and keeps its seconds, those of a core, and the largest resident set of its
+    process."""
     command = [str(Path(sys.executable).parent / "shardwise"), *side.arguments.split()]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -77,6 +79,7 @@ def time_once(side: Side) -> None:
     process.returncode = os.waitstatus_to_exitcode(status)
     side.wall_s.append(time.perf_counter() - start)
     side.bytes.append(usage.ru_maxrss * 1024)
+    side.cpu_s.append(usage.ru_utime + usage.ru_stime)
     if process.returncode:
         assert process.stderr is not None
         raise SystemExit(
@@ -114,6 +117,7 @@ def measure(module: str, about: str, found: list[Side], what: str, *, rounds: in
                 side.max_bytes,
                 side.same_as,
                 side.max_ratio,
+                tuple(side.cpu_s),
             )
             for side in found
         ),

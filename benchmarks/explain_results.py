@@ -31,6 +31,7 @@ class Timed:
     max_bytes: int | None = None
     same_as: str | None = None  # the name of the command whose time it should have, within noise
     max_ratio: float | None = None  # or that times its own, at most
+    cpu_s: tuple[float, ...] = ()  # of a core, which other processes take nothing from
 
     @property
     def median_s(self) -> float:
@@ -69,19 +70,21 @@ def newest_run(folder: Path = RESULTS, what: str = WHAT) -> Run:
 
 def blocks(run: Run) -> dict[str, str]:
     """Name of a block -> its text."""
-    head = ["command", "median s", "range s", "GiB", "bar", "verdict"]
+    has_cpu = all(timed.cpu_s for timed in run.timed)
+    head = ["command", "median s", "range s", *["CPU s"] * has_cpu, "GiB", "bar", "verdict"]
     rows = [
         [
             f"`{timed.command}`",
             f"{timed.median_s:.1f}",
             f"{min(timed.wall_s):.1f} to {max(timed.wall_s):.1f}",
+            *([f"{median(timed.cpu_s):.1f}"] if has_cpu else []),
             f"{max(timed.bytes) / _GIB:.2f}",
             _bar(timed),
             timed.verdict,
         ]
         for timed in run.timed
     ]
-    rule = ["---", "---:", "---:", "---:", "---", "---"]
+    rule = ["---", "---:", "---:", *["---:"] * has_cpu, "---:", "---", "---"]
     table = "".join("| " + " | ".join(row) + " |\n" for row in (head, rule, *rows))
     before, after = run.load_average
     where = run.environment

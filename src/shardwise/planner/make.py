@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from shardwise.core.dims import Dims
-from shardwise.core.errors import PlanError
+from shardwise.core.errors import ModelError, PlanError
 from shardwise.core.held import Held
 from shardwise.core.layer_name import any_layer
 from shardwise.core.made_plan import LeftWhole, MadePlan
@@ -95,7 +95,12 @@ def _traced(source: ModelSource, wish: Wish, progress: Callable[[str], None]) ->
         model = source.build(dtype=torch.bfloat16)
         layers.shorten(model, min(layers.count, max(2, layers.kinds(whole))))
     progress("tracing its forward")
-    record = record_of(model, vocab_size_of(model))
+    try:
+        record = record_of(model, vocab_size_of(model))
+    except ModelError as error:
+        raise ModelError(
+            f"{source.name}: {error} So no plan can be made of it; write one by hand."
+        ) from error
     called = {event.module for event in record.events if isinstance(event, Entered)}
     layers = find_layers(whole, among=called)
     return _Traced(whole, layers, _Making(record, model, layers, wish, wish.mesh.tp))
