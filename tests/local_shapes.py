@@ -132,10 +132,11 @@ def make_local(model: nn.Module, rules: Mapping[str, Rule], held: Mapping[str, H
         owner, _, own = name.rpartition(".")
         assert isinstance(how.placement, Shard)
         module = model.get_submodule(owner)
-        shape = list(getattr(module, own).shape)
+        whole: Tensor = getattr(module, own)
+        shape = list(whole.shape)
         pieces = how.pieces or (shape[how.placement.dim],)
         shape[how.placement.dim] = sum(piece // tp for piece in pieces)
-        setattr(module, own, nn.Parameter(torch.empty(shape, dtype=torch.bfloat16, device="meta")))
+        setattr(module, own, nn.Parameter(torch.empty(shape, dtype=whole.dtype, device="meta")))
     for name, rule in rules.items():
         for attribute in rule.style.divide:
             divide(model.get_submodule(name), attribute, tp)

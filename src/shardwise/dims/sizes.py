@@ -146,7 +146,11 @@ def _tagged(value: Any, module: str, key: str) -> Any:
             Size.of(each, Attribute(module, f"{key}[{at}]", each)) for at, each in enumerate(value)
         )
     if _is_configuration(value):
-        copied = object.__new__(type(value))
+        kind: Any = type(value)
+        try:
+            copied = kind.__new__(kind)
+        except TypeError:
+            return None  # it can't be made without what it holds
         copied.__dict__.update(value.__dict__)
         for inner, number in vars(value).items():
             tag = _tagged(number, module, f"{key}.{inner}") if type(number) in (int, list) else None
