@@ -156,14 +156,17 @@ def test_an_op_that_nobody_described_keeps_all_its_dims_whole_by_its_name() -> N
     example = Example(lambda x: torch.rot90(x), ((4, 6),), "bb")
     assert example.traced.record.unknown == {"rot90": 1}
     assert example.traced.says() == "bb"
-    assert blocked_in(example) == {"nobody described what rot90 does": 10, "rot90 makes all of it": 10}
+    assert blocked_in(example) == {
+        "nobody described what rot90 does": 10,
+        "rot90 gives every rank all of it": 10,
+    }
 
 
 def test_what_an_op_makes_anew_can_t_be_cut() -> None:
     """Two best of six, the last window, three pictures side by side: no rank could make its part of them."""
     for run in (lambda x: x.topk(2), lambda x: x.unfold(1, 4, 2), lambda x: torch.stack([x, x, x, x])):
         example = Example(run, ((4, 6),), "")
-        assert any("makes all of it" in why for why in blocked_in(example))
+        assert any("gives every rank all of it" in why for why in blocked_in(example))
 
 
 def test_a_constant_that_a_forward_finds_is_a_table_of_positions() -> None:

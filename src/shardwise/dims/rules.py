@@ -65,12 +65,14 @@ class Call:
             self.blocked.append((factor, why))
 
     def block_what_is_new(self) -> None:
-        """Blocks what an output has and no input."""
+        """Blocks what an output has and no input, except of a table of positions, which is known as one."""
+        if self.source is Source.POSITIONS:
+            return
         known = {leaf for tensor in self.inputs for dim in self.dims(tensor) for leaf in leaves(dim)}
         new = (leaf for dims in self.given.values() for dim in dims for leaf in leaves(dim))
         for leaf in dict.fromkeys(new):
             if leaf not in known:
-                self.block(leaf, f"{self.name} makes all of it")
+                self.block(leaf, f"{self.name} gives every rank all of it")
 
     def is_of_sequence(self, factor: Factor) -> bool:
         return any(leaf in self.sequence for leaf in leaves(factor))

@@ -242,7 +242,7 @@ def _to_be_whole(
         )
         if span.module not in entries and span.module not in found.whole and not gives_parts:
             return span.module
-    where = around[-1].module if around else "the model"
+    where = (around[-1].module if around else "") or "the model"
     raise UnfitError(f"{violation.why}, in {where}, where each rank has a part of the sequence")
 
 

@@ -1,0 +1,149 @@
+"""What the planner makes: the same as the rules that people wrote by hand, where it can; and in words why
+not, where it can't."""
+
+import pytest
+import torch
+
+from shardwise.core.dims import DimClass
+from shardwise.core.made_plan import MadePlan
+from shardwise.core.mesh import Mesh
+from shardwise.core.placement import Replicate, Shard
+from shardwise.core.plan import Plan, Style, StyleName
+from shardwise.dims.sizes import Size
+from shardwise.models.source import find_model
+from shardwise.parallel.builtin import builtin_plan
+from shardwise.planner.make import Wish, make_dims, make_plan
+
+LATER = {
+    # GPT's positions are as long as the embedding's output: the sequence is cut behind it, at the first layer
+    "tok_embeddings": (
+        Style(StyleName.ROWWISE, output=Replicate()),
+        Style(StyleName.ROWWISE, output=Shard(1)),
+    ),
+    "layers.0": (Style(StyleName.SPLIT_INPUT), None),
+    "pos_embeddings": (Style(StyleName.REPLICATE), Style(StyleName.REPLICATED, output=Shard(1))),
+}
+WHOLE = {
+    # a table that every rank has whole and reads as it is: any leaf's style says so, too
+    "pos_embeddings": (Style(StyleName.REPLICATE), Style(StyleName.REPLICATED, output=Replicate()))
+}
+DIFFERENCES = {("gpt-debug", True): LATER, ("gpt-debug", False): WHOLE}
+
+
+def style_of(plan: Plan, module: str) -> Style | None:
+    """With a look-up's default said."""
+    rule = plan.rule_for(module)
+    if rule is not None and rule.style == Style(StyleName.ROWWISE):
+        return Style(StyleName.ROWWISE, output=Shard(1))
+    return rule.style if rule is not None else None
+
+
+def made(model: str, tp: int, *, sequence: bool = True) -> MadePlan:
+    return make_plan(find_model(model), Wish(Mesh.parse(f"tp={tp}"), sequence=sequence))
+
+
+def named(model: str, tp: int, name: str) -> list[DimClass]:
+    found = make_dims(find_model(model), Wish(Mesh.parse(f"tp={tp}"))).classes
+    return [each for each in found if each.name == name]
+
+
+@pytest.mark.parametrize("sequence", [True, False])
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("model", ["llama3-debug", "gpt-debug"])
+def test_the_made_plan_is_the_one_that_was_written_by_hand(model: str, tp: int, sequence: bool) -> None:
+    source = find_model(model)
+    own = made(model, tp, sequence=sequence).plan
+    by_hand = builtin_plan("rowwise", family=source.family, sequence_parallel=sequence)
+    styles = {
+        name: (style_of(own, name), style_of(by_hand, name))
+        for name, _ in source.build(dtype=torch.bfloat16).named_modules()
+    }
+    differences = {name: pair for name, pair in styles.items() if pair[0] != pair[1]}
+    assert differences == DIFFERENCES.get((model, sequence), {})
+
+
+def test_every_rule_has_its_reason_and_the_file_reads_back_as_the_plan() -> None:
+    one = made("llama3-debug", 2)
+    assert {rule.pattern for rule in one.plan.rules} == set(one.comments)
+    assert all(one.comments.values())
+    assert Plan.from_toml(one.to_toml()) == one.plan
+
+
+def test_a_plan_is_made_the_same_twice() -> None:
+    assert made("hf:qwen3", 2).to_toml() == made("hf:qwen3", 2).to_toml()
+
+
+# -------------------------------------------------------------------------------------- what is left whole
+
+
+def test_key_value_heads_that_are_fewer_than_ranks_stay_whole_and_say_so() -> None:
+    """4 of them over 8 ranks: attention is computed whole on every rank, feed-forwards are cut."""
+    one = made("llama3-debug", 8)
+    reasons = {each.pattern: each.reason for each in one.whole}
+    for name in ("wq", "wk", "wv", "wo"):
+        assert "8 ranks don't divide its 4" in reasons[f"layers.*.attention.{name}.weight"]
+    assert style_of(one.plan, "layers.3.attention") == Style(StyleName.WHOLE)
+    assert style_of(one.plan, "layers.3.feed_forward.w1") == Style(StyleName.COLWISE)
+
+
+def test_key_value_heads_go_with_the_query_heads_that_they_serve() -> None:
+    (heads,) = named("llama3-debug", 4, "KV heads")
+    assert heads.units == 4
+    held = {(each.parameter.rpartition("attention.")[2], each.dim): each.held for each in heads.members}
+    assert held == {
+        ("wq.weight", 0): "shard(0)",
+        ("wk.weight", 0): "shard(0)",
+        ("wv.weight", 0): "shard(0)",
+        ("wo.weight", 1): "shard(1)",
+    }
+
+
+@pytest.mark.parametrize("model", ["llama3-debug?vocab_size=33", "gpt-debug?vocab_size=33"])
+def test_an_odd_vocabulary_is_cut_all_the_same(model: str) -> None:
+    one = made(model, 2)
+    assert style_of(one.plan, "output") == Style(StyleName.COLWISE, input=Shard(1), output=Shard(-1))
+    assert style_of(one.plan, "tok_embeddings") is not None
+    assert not any("tok_embeddings" in each.pattern for each in one.whole)
+
+
+def test_an_odd_inner_width_is_left_whole_and_says_so() -> None:
+    one = made("llama3-debug?ffn_hidden=33", 2)
+    reasons = {each.pattern: each.reason for each in one.whole}
+    assert "2 ranks don't divide its 33" in reasons["layers.*.feed_forward.w1.weight"]
+    assert style_of(one.plan, "layers.0.attention.wq") == Style(StyleName.COLWISE)
+
+
+def test_a_hidden_width_that_a_weight_has_on_both_sides_is_not_cut() -> None:
+    """Without a norm nothing else speaks against it: the residual ties a square weight's two dims."""
+    (hidden,) = named("tests.unit.mixed_models:square", 2, "hidden width")
+    assert "a tensor has it in two of its dims" in hidden.obstacles
+    assert not hidden.is_cut
+
+
+def test_heads_that_a_table_is_sliced_for_are_not_cut() -> None:
+    """slopes[:heads] with half the heads would be the first half on every rank."""
+    (heads,) = named("tests.unit.mixed_models:sloped", 2, "heads")
+    assert any(why.startswith("slice gives every rank all of it") for why in heads.obstacles)
+    assert not heads.is_cut
+
+
+def test_what_counts_heads_is_divided_wherever_it_is_written() -> None:
+    """Attention's own number, and a group norm's; not how often a key head is repeated."""
+    plan = made("tests.unit.mixed_models:grouped", 2).plan
+    divided = {rule.pattern: rule.style.divide for rule in plan.rules if rule.style.divide}
+    assert divided == {"layers.*": ("heads",), "layers.*.norm": ("num_groups",)}
+
+
+def test_statistics_over_a_width_are_why_it_is_not_cut() -> None:
+    (hidden,) = named("llama3-debug", 2, "hidden width")
+    assert not hidden.is_cut
+    assert hidden.obstacles
+    assert {"layers.*.attention_norm", "norm"} <= set(hidden.whole_at)
+
+
+def test_a_made_plan_holds_no_number_of_the_trace() -> None:
+    """Sizes that know where they come from stay in the trace."""
+    one = made("hf:phi3", 2)
+    numbers = [n for rule in one.plan.rules for n in rule.style.pieces]
+    assert numbers
+    assert not any(isinstance(n, Size) for n in numbers)
