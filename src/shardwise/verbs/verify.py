@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 from shardwise.core.case import Case, StepSettings
 from shardwise.core.errors import OptionError
 from shardwise.core.option import Option, check_options
-from shardwise.core.plan import TheirPlan
+from shardwise.core.plan import Plan, TheirPlan
 from shardwise.core.verification import Verification, VerificationRun
 from shardwise.verbs.checks import check_seq, default_plan
 from shardwise.verbs.progress import Progress, silent
+from shardwise.verbs.twin_plan import plan_for_twin
 
 if TYPE_CHECKING:
     from shardwise.verify.claim import Claim
@@ -133,6 +134,9 @@ def _claims(case: Case, model: str, options: VerifyOptions) -> "Iterator[Claim]"
         if plan is TheirPlan.UNSHARDED:
             raise OptionError('plan "unsharded" has nothing to verify. Name a plan that shards.')
         claim = Claim.of(model, plan, twin=small, dtype=dtype)
+        if isinstance(plan, Plan) and small is not False:
+            of_twin = plan_for_twin(plan, source, case.mesh)
+            claim = replace(claim, twin_plan=of_twin.to_toml() if of_twin is not None else "")
         labels.append(told_apart(claim.label, labels))
         yield replace(claim, label=labels[-1])
 

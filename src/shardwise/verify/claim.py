@@ -18,13 +18,15 @@ TWIN = "its small twin"
 @dataclass(frozen=True, slots=True)
 class Claim:
     """That a plan trains the model it should. plan: TOML, or the name of a plan that isn't ours. twin: None
-    takes the small twin where the model is large. dtype: None is float64, then float32."""
+    takes the small twin where the model is large. dtype: None is float64, then float32. twin_plan: the plan
+    as TOML with the twin's sizes, where it names sizes."""
 
     model: str
     plan: str
     label: str
     twin: bool | None = None
     dtype: str | None = None
+    twin_plan: str = ""
 
     @classmethod
     def of(cls, model: str, plan: AnyPlan, *, twin: bool | None = None, dtype: str | None = None) -> "Claim":
@@ -34,6 +36,11 @@ class Claim:
     @property
     def parsed_plan(self) -> AnyPlan:
         return plan_from(self.plan)
+
+    @property
+    def parsed_twin_plan(self) -> AnyPlan:
+        """The plan for the small twin."""
+        return Plan.from_toml(self.twin_plan) if self.twin_plan else self.parsed_plan
 
     def __str__(self) -> str:
         return f"{self.model} under {self.label}"

@@ -120,6 +120,7 @@ class _Examination:
         self._known = Verification(claim.model, claim.label, self._tp)
         self._ties: set[tuple[str, ...]] = set()
         self._dropout: list[Finding] = []
+        self._twin: ModelSource | None = None
 
     def verification(self) -> Verification:
         try:
@@ -152,6 +153,7 @@ class _Examination:
         if small is None or (claim.twin is None and _size(source) <= MOST_PARAMETERS):
             return source
         self._known = replace(self._known, twin=TWIN)
+        self._twin = small
         return small
 
     def _looked_at(self, model: nn.Module) -> tuple[Sharded, list[Finding]]:
@@ -203,11 +205,12 @@ class _Examination:
         if self._plan is TheirPlan.UNSHARDED:
             raise OptionError('plan "unsharded" has nothing to verify. Name a plan that shards.')
         model = self._own(source, make()) if self._plan is TheirPlan.OWN else make()
-        self._dropout = list(dropout(model))
+        self._dropout = list(dropout(model, self._plan))
         for module in model.modules():
             if isinstance(module, AnyDropout):
                 module.p = 0.0  # a proof runs without, and our engine refuses masks that would differ
-        return apply_any(model, self._plan, self._mesh)
+        is_twin = source is self._twin
+        return apply_any(model, self._claim.parsed_twin_plan if is_twin else self._plan, self._mesh)
 
     def _own(self, source: ModelSource, whole: nn.Module) -> nn.Module:
         """The model as its factory shards it, with the weights of `whole`."""

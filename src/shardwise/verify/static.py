@@ -20,8 +20,7 @@ from shardwise.torch_private import AnyDropout
 def of_model(model: nn.Module, plan: AnyPlan, tp: int) -> tuple[Sharded, list[Finding]]:
     """How much of a model that `plan` has sharded is sharded, and all that is found in it but ties."""
     sharded = count(model)
-    draws_alike = isinstance(plan, Plan) and plan.engine is Engine.NATIVE
-    findings = [*sharded.findings(tp), *(() if draws_alike else dropout(model))]
+    findings = [*sharded.findings(tp), *dropout(model, plan)]
     foreign = applied_to(model).foreign
     if foreign is not None:
         findings += [*undivided_heads(model, foreign, tp), *idle_rules(model, foreign)]
@@ -110,9 +109,11 @@ def _number(config: Any, key: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def dropout(model: nn.Module) -> Iterator[Finding]:
+def dropout(model: nn.Module, plan: AnyPlan) -> Iterator[Finding]:
     """Dropout that is on. Each rank draws its masks itself, and activations that all ranks hold need the same
-    ones."""
+    ones; our own engine sees to that."""
+    if isinstance(plan, Plan) and plan.engine is Engine.NATIVE:
+        return
     dropouts: Any = ((name, each) for name, each in model.named_modules() if isinstance(each, AnyDropout))
     on = [name for name, module in dropouts if module.p > 0]
     if on:

@@ -57,11 +57,12 @@ def informed(proved: Verification, claim: Claim, settings: StepSettings) -> Veri
         return proved
     try:
         source: ModelSource | None = find_model(claim.model)
+        plan = claim.parsed_twin_plan if proved.twin else claim.parsed_plan
         if proved.twin and source is not None:
             source = source.small(proved.tp)
         if source is None:
             return proved
-        suspicions = foresee(source, claim.parsed_plan, proved.tp, settings).findings
+        suspicions = foresee(source, plan, proved.tp, settings).findings
     except ShardwiseError:
         return proved
     return replace(proved, findings=tuple(with_suspicions(proved.findings, suspicions, add=has_crashed)))
@@ -74,7 +75,7 @@ def _checked(claim: Claim, mesh: Mesh, settings: StepSettings) -> Verification:
         source, whole, twin = _built(claim, mesh.tp)
     except ShardwiseError as error:
         return claim.unproved(answer, error)
-    answer = replace(answer, twin=twin)
+    answer, plan = replace(answer, twin=twin), claim.parsed_twin_plan if twin else plan
     if plan is TheirPlan.HF and not getattr(whole, "tp_plan", None):
         return replace(answer, note=NO_PLAN)
     answer = replace(answer, parameters=sum(parameter.numel() for parameter in whole.parameters()))
@@ -88,7 +89,7 @@ def _checked(claim: Claim, mesh: Mesh, settings: StepSettings) -> Verification:
     small = source.small(mesh.tp) if foresight.note and not twin and claim.twin is None else None
     if small is not None:  # as defaults that leave a size open want it
         answer = replace(answer, twin=TWIN)
-        foresight = foresee(small, plan, mesh.tp, settings)
+        foresight = foresee(small, claim.parsed_twin_plan, mesh.tp, settings)
     note = "Its step can't be traced, so only its parameters were looked at: "
     note = f"{note}{foresight.note}" if foresight.note else ""
     return replace(answer, sharded=sharded, findings=(*foresight.findings, *findings), note=note)
