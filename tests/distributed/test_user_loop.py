@@ -3,7 +3,10 @@ the meta device; refusals."""
 
 import json
 import warnings
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,12 +16,22 @@ import torch.distributed.checkpoint as dcp
 from shardwise.core.errors import PlanError
 from shardwise.launch import run_ranks
 from shardwise.parallel.resolve import resolve
-from tests.distributed.user_loop_workers import CHECKPOINTS, EMBEDDINGS, UNDER_FSDP, Weights, plan, writer
+from tests.distributed.user_loop_workers import (
+    CHECKPOINTS,
+    EMBEDDINGS,
+    UNDER_FSDP,
+    Weights,
+    is_telling,
+    plan,
+    writer,
+)
+from tests.matrix import thinned
 
 # rounding stays below 1e-12; a gradient that is summed, averaged or clipped wrongly starts at 1e-3
 TOLERANCE = 1e-10
 
 Outcomes = list[dict[str, object]]
+Launched = Callable[[int, bool], Outcomes]
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +45,41 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(folder: Path) -> Outcomes:
-    return launch("on_two_ranks", folder, 2)
+def launched(folder: Path) -> Launched:
+    """What so many ranks give, of the telling pairs of embedding and weights and all else, or of the other
+    pairs."""
+
+    @cache
+    def outcomes(world_size: int, telling: bool) -> Outcomes:
+        worker = {2: "on_two_ranks", 4: "on_four_ranks"}[world_size]
+        results = run_ranks(
+            f"tests.distributed.user_loop_workers:{worker}",
+            json.dumps({"folder": str(folder), "telling": telling}).encode(),
+            world_size=world_size,
+            device_type="cpu",
+            timeout_s=60,
+        )
+        return [json.loads(result) for result in results]
+
+    return outcomes
 
 
 @pytest.fixture(scope="module")
-def four(folder: Path) -> Outcomes:
-    return launch("on_four_ranks", folder, 4)
+def two(launched: Launched) -> Outcomes:
+    return launched(2, True)
 
 
-def launch(worker: str, folder: Path, world_size: int) -> Outcomes:
-    entry = f"tests.distributed.user_loop_workers:{worker}"
-    results = run_ranks(entry, str(folder).encode(), world_size=world_size, device_type="cpu", timeout_s=60)
-    return [json.loads(result) for result in results]
+@pytest.fixture(scope="module")
+def four(launched: Launched) -> Outcomes:
+    return launched(4, True)
+
+
+def pairs(embeddings: Sequence[str], checkpoints: Sequence[Weights] = CHECKPOINTS) -> pytest.MarkDecorator:
+    """Parametrizes a test by embedding and weights; pairs that aren't telling run in `make test-all`."""
+    made = list(product(embeddings, checkpoints))
+    return pytest.mark.parametrize(
+        ("embedding", "weights"), thinned(made, is_telling), ids=[f"{e}-{w}" for e, w in made]
+    )
 
 
 def one_process() -> AbstractContextManager[object]:
@@ -75,20 +110,18 @@ def test_gradients_accumulate_over_backwards(two: Outcomes, case: str) -> None:
     assert_agrees(two, f"accumulate {case}")
 
 
-@pytest.mark.parametrize("embedding", UNDER_FSDP)
-@pytest.mark.parametrize("weights", [str(CHECKPOINTS[0]), str(CHECKPOINTS[2])])
+@pairs(UNDER_FSDP, (CHECKPOINTS[0], CHECKPOINTS[2]))
 def test_fsdp_may_average_parts_that_have_as_many_labels(
-    four: Outcomes, embedding: str, weights: str
+    launched: Launched, embedding: str, weights: Weights
 ) -> None:
-    assert_agrees(four, f"averaged {embedding} {weights}")
+    assert_agrees(launched(4, is_telling(embedding, weights)), f"averaged {embedding} {weights}")
 
 
-@pytest.mark.parametrize("embedding", UNDER_FSDP)
-@pytest.mark.parametrize("weights", [str(CHECKPOINTS[1]), str(CHECKPOINTS[2])])
+@pairs(UNDER_FSDP, CHECKPOINTS[1:])
 def test_fsdp_sums_parts_that_are_divided_by_the_whole_batchs_labels(
-    four: Outcomes, embedding: str, weights: str
+    launched: Launched, embedding: str, weights: Weights
 ) -> None:
-    assert_agrees(four, f"summed {embedding} {weights}")
+    assert_agrees(launched(4, is_telling(embedding, weights)), f"summed {embedding} {weights}")
 
 
 @pytest.mark.parametrize("case", ["accumulated", "held back", "held back, replicated"])
@@ -118,38 +151,42 @@ def reads_back(folder: Path, weights: Weights) -> bool:
     )
 
 
-@pytest.mark.parametrize("embedding", EMBEDDINGS)
-@pytest.mark.parametrize("weights", CHECKPOINTS, ids=str)
+@pairs(EMBEDDINGS)
 def test_a_checkpoint_of_one_process_loads_at_tp_and_comes_back_bit_for_bit(
-    two: Outcomes, four: Outcomes, folder: Path, embedding: str, weights: Weights
+    launched: Launched, folder: Path, embedding: str, weights: Weights
 ) -> None:
-    assert all(outcome[f"checkpoint {embedding} {weights}"] for outcome in two + four)
+    telling = is_telling(embedding, weights)
+    outcomes = launched(2, telling) + launched(4, telling)
+    assert all(outcome[f"checkpoint {embedding} {weights}"] for outcome in outcomes)
     assert reads_back(folder / f"tp2-{embedding}-{weights}", weights)
     assert reads_back(folder / f"tp4-{embedding}-{weights}", weights)
 
 
-@pytest.mark.parametrize("embedding", UNDER_FSDP)
-@pytest.mark.parametrize("weights", CHECKPOINTS, ids=str)
+@pairs(UNDER_FSDP)
 def test_a_checkpoint_of_one_process_loads_under_fsdp_and_comes_back_bit_for_bit(
-    four: Outcomes, folder: Path, embedding: str, weights: Weights
+    launched: Launched, folder: Path, embedding: str, weights: Weights
 ) -> None:
-    assert all(outcome[f"checkpoint fsdp {embedding} {weights}"] for outcome in four)
+    outcomes = launched(4, is_telling(embedding, weights))
+    assert all(outcome[f"checkpoint fsdp {embedding} {weights}"] for outcome in outcomes)
     assert reads_back(folder / f"fsdp2-tp2-{embedding}-{weights}", weights)
 
 
-@pytest.mark.parametrize("embedding", EMBEDDINGS)
-@pytest.mark.parametrize("weights", CHECKPOINTS, ids=str)
+@pairs(EMBEDDINGS)
 def test_load_state_dict_takes_plain_whole_tensors(
-    two: Outcomes, four: Outcomes, embedding: str, weights: Weights
+    launched: Launched, embedding: str, weights: Weights
 ) -> None:
-    under_fsdp = four if embedding in UNDER_FSDP else []
-    assert all(outcome[f"whole tensors {embedding} {weights}"] for outcome in two + under_fsdp)
+    telling = is_telling(embedding, weights)
+    under_fsdp = launched(4, telling) if embedding in UNDER_FSDP else []
+    outcomes = launched(2, telling) + under_fsdp
+    assert all(outcome[f"whole tensors {embedding} {weights}"] for outcome in outcomes)
 
 
-@pytest.mark.parametrize("embedding", EMBEDDINGS)
-@pytest.mark.parametrize("weights", CHECKPOINTS[1:], ids=str)
-def test_load_state_dict_may_assign_whole_tensors(two: Outcomes, embedding: str, weights: Weights) -> None:
-    assert all(outcome[f"assigned {embedding} {weights}"] for outcome in two)
+@pairs(EMBEDDINGS, CHECKPOINTS[1:])
+def test_load_state_dict_may_assign_whole_tensors(
+    launched: Launched, embedding: str, weights: Weights
+) -> None:
+    outcomes = launched(2, is_telling(embedding, weights))
+    assert all(outcome[f"assigned {embedding} {weights}"] for outcome in outcomes)
 
 
 @pytest.mark.parametrize("embedding", ["rowwise", "routed-interleaved"])
@@ -168,12 +205,11 @@ def test_ranks_go_on_with_the_optimizer_of_one_process(two: Outcomes, four: Outc
         assert_agrees(four, f"resumed from one process {embedding}")
 
 
-@pytest.mark.parametrize("embedding", EMBEDDINGS)
-@pytest.mark.parametrize("weights", CHECKPOINTS[1:], ids=str)
+@pairs(EMBEDDINGS, CHECKPOINTS[1:])
 def test_a_model_built_on_meta_trains_once_it_is_loaded(
-    two: Outcomes, embedding: str, weights: Weights
+    launched: Launched, embedding: str, weights: Weights
 ) -> None:
-    assert_agrees(two, f"meta {embedding} {weights}")
+    assert_agrees(launched(2, is_telling(embedding, weights)), f"meta {embedding} {weights}")
 
 
 @pytest.mark.parametrize("embedding", ["rowwise", "replicated"])

@@ -9,9 +9,10 @@ name.
 import json
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,28 @@ class Weights:
 
 
 CHECKPOINTS = (Weights(EVEN, False), Weights(UNEVEN, False), Weights(UNEVEN, True))
+
+
+def is_telling(embedding: str, weights: Weights) -> bool:
+    """Whether `make test` tries this way to embed with these weights: rowwise with all, each other with tied
+    or with untied ones."""
+    return embedding == "rowwise" or weights.tied == (embedding in ("routed", "replicated"))
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What a launch runs: the telling pairs of embedding and weights and all that isn't of pairs, or the
+    other pairs."""
+
+    folder: str
+    telling: bool
+
+    def pairs(
+        self, embeddings: Sequence[str], checkpoints: Sequence[Weights]
+    ) -> Iterator[tuple[str, Weights]]:
+        for embedding, weights in product(embeddings, checkpoints):
+            if is_telling(embedding, weights) == self.telling:
+                yield embedding, weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -477,16 +500,37 @@ def refused_on_four_ranks(mesh: DeviceMesh) -> dict[str, str]:
 
 
 def on_two_ranks(context: RankContext, payload: bytes) -> bytes:
-    folder = Path(payload.decode())
+    launch = Launch(**json.loads(payload))
+    folder = Path(launch.folder)
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-    uneven = CHECKPOINTS[1]
-
-    cases: dict[str, Callable[[], object]] = {
-        **{f"loop {e}": partial(compare, uneven, e, Loop(), mesh) for e in EMBEDDINGS},
+    of_pairs: dict[str, Callable[[], object]] = {
         **{
-            f"loop {e} tied": partial(compare, CHECKPOINTS[2], e, Loop(own_clipping=True), mesh)
-            for e in EMBEDDINGS
+            f"checkpoint {e} {w}": partial(through_checkpoint, folder, w, e, mesh, f"tp2-{e}-{w}")
+            for e, w in launch.pairs(EMBEDDINGS, CHECKPOINTS)
         },
+        **{
+            f"whole tensors {e} {w}": partial(from_whole_tensors, w, e, mesh)
+            for e, w in launch.pairs(EMBEDDINGS, CHECKPOINTS)
+        },
+        **{
+            f"assigned {e} {w}": partial(from_whole_tensors, w, e, mesh, assign=True)
+            for e, w in launch.pairs(EMBEDDINGS, CHECKPOINTS[1:])
+        },
+        **{
+            f"meta {e} {w}": partial(from_meta, folder, w, e, mesh)
+            for e, w in launch.pairs(EMBEDDINGS, CHECKPOINTS[1:])
+        },
+    }
+    if not launch.telling:
+        return _run(context, of_pairs, {})
+    return _run(context, of_pairs | _others_on_two_ranks(folder, mesh), refused_on_two_ranks(mesh))
+
+
+def _others_on_two_ranks(folder: Path, mesh: DeviceMesh) -> dict[str, Callable[[], object]]:
+    uneven, tied = CHECKPOINTS[1:]
+    return {
+        **{f"loop {e}": partial(compare, uneven, e, Loop(), mesh) for e in EMBEDDINGS},
+        **{f"loop {e} tied": partial(compare, tied, e, Loop(own_clipping=True), mesh) for e in EMBEDDINGS},
         "loop fused": lambda: compare(uneven, "rowwise", Loop(fused=True), mesh),
         "loop foreach": lambda: compare(uneven, "rowwise", Loop(foreach=True), mesh),
         "loop one by one": lambda: compare(uneven, "rowwise", Loop(foreach=False), mesh),
@@ -498,32 +542,12 @@ def on_two_ranks(context: RankContext, payload: bytes) -> bytes:
             uneven, "rowwise", Loop(micro_batches=4, count_valid=True), mesh
         ),
         **{
-            f"checkpoint {e} {w}": partial(through_checkpoint, folder, w, e, mesh, f"tp2-{e}-{w}")
-            for e in EMBEDDINGS
-            for w in CHECKPOINTS
-        },
-        **{
-            f"whole tensors {e} {w}": partial(from_whole_tensors, w, e, mesh)
-            for e in EMBEDDINGS
-            for w in CHECKPOINTS
-        },
-        **{
-            f"assigned {e} {w}": partial(from_whole_tensors, w, e, mesh, assign=True)
-            for e in EMBEDDINGS
-            for w in CHECKPOINTS[1:]
-        },
-        **{
             f"resumed {e}": partial(resumed, folder, e, mesh, from_one_process=False)
             for e in ("rowwise", "routed-interleaved")
         },
         **{
             f"resumed from one process {e}": partial(resumed, folder, e, mesh, from_one_process=True)
             for e in UNDER_FSDP
-        },
-        **{
-            f"meta {e} {w}": partial(from_meta, folder, w, e, mesh)
-            for e in EMBEDDINGS
-            for w in CHECKPOINTS[1:]
         },
         "after to another dtype and back": lambda: after(there_and_back, mesh),
         "after unfreezing": lambda: unfrozen(mesh),
@@ -533,53 +557,54 @@ def on_two_ranks(context: RankContext, payload: bytes) -> bytes:
         "after checkpoints": lambda: after(lambda model: recomputed(model, reentrant=False), mesh),
         "gradients beside FSDP units": gradients_beside_fsdp_units,
     }
-    return _run(context, cases, refused_on_two_ranks(mesh))
 
 
 def on_four_ranks(context: RankContext, payload: bytes) -> bytes:
-    folder = Path(payload.decode())
+    launch = Launch(**json.loads(payload))
+    folder = Path(launch.folder)
     tp = init_device_mesh("cpu", (4,), mesh_dim_names=("tp",))
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
     even, uneven, tied = CHECKPOINTS
-    cases: dict[str, Callable[[], object]] = {
+    of_pairs: dict[str, Callable[[], object]] = {
         **{
             f"averaged {e} {w}": partial(compare, w, e, Loop(), mesh)
-            for e in UNDER_FSDP
-            for w in (even, tied)
+            for e, w in launch.pairs(UNDER_FSDP, (even, tied))
         },
         **{
             f"summed {e} {w}": partial(compare, w, e, Loop(count_valid=True, own_clipping=True), mesh)
-            for e in UNDER_FSDP
-            for w in (uneven, tied)
+            for e, w in launch.pairs(UNDER_FSDP, (uneven, tied))
         },
+        **{
+            f"checkpoint {e} {w}": partial(through_checkpoint, folder, w, e, tp, f"tp4-{e}-{w}")
+            for e, w in launch.pairs(EMBEDDINGS, CHECKPOINTS)
+        },
+        **{
+            f"checkpoint fsdp {e} {w}": partial(through_checkpoint, folder, w, e, mesh, f"fsdp2-tp2-{e}-{w}")
+            for e, w in launch.pairs(UNDER_FSDP, CHECKPOINTS)
+        },
+        **{
+            f"whole tensors {e} {w}": partial(from_whole_tensors, w, e, mesh)
+            for e, w in launch.pairs(UNDER_FSDP, CHECKPOINTS)
+        },
+    }
+    if not launch.telling:
+        return _run(context, of_pairs, {})
+    return _run(context, of_pairs | _others_on_four_ranks(folder, mesh), refused_on_four_ranks(mesh))
+
+
+def _others_on_four_ranks(folder: Path, mesh: DeviceMesh) -> dict[str, Callable[[], object]]:
+    uneven, tied = CHECKPOINTS[1:]
+    held_back = Loop(micro_batches=2, held_back=True)
+    return {
         "averaged, accumulated": lambda: compare(uneven, "rowwise", Loop(micro_batches=2), mesh),
-        "averaged, held back": lambda: compare(
-            uneven, "rowwise", Loop(micro_batches=2, held_back=True), mesh
-        ),
-        "averaged, held back, replicated": lambda: compare(
-            tied, "replicated", Loop(micro_batches=2, held_back=True), mesh
-        ),
+        "averaged, held back": lambda: compare(uneven, "rowwise", held_back, mesh),
+        "averaged, held back, replicated": lambda: compare(tied, "replicated", held_back, mesh),
         **{
             f"step {p} {m}": partial(train_step, p, m)
             for p in UNDER_FSDP
             for m in ("fsdp=2,tp=2", "dp=2,tp=2")
         },
         "step routed-interleaved dp=2,tp=2": lambda: train_step("routed-interleaved", "dp=2,tp=2"),
-        **{
-            f"checkpoint {e} {w}": partial(through_checkpoint, folder, w, e, tp, f"tp4-{e}-{w}")
-            for e in EMBEDDINGS
-            for w in CHECKPOINTS
-        },
-        **{
-            f"checkpoint fsdp {e} {w}": partial(through_checkpoint, folder, w, e, mesh, f"fsdp2-tp2-{e}-{w}")
-            for e in UNDER_FSDP
-            for w in CHECKPOINTS
-        },
-        **{
-            f"whole tensors {e} {w}": partial(from_whole_tensors, w, e, mesh)
-            for e in UNDER_FSDP
-            for w in CHECKPOINTS
-        },
         "resumed rowwise": lambda: resumed(folder, "rowwise", mesh, from_one_process=False),
         **{
             f"resumed from one process {e}": partial(resumed, folder, e, mesh, from_one_process=True)
@@ -587,7 +612,6 @@ def on_four_ranks(context: RankContext, payload: bytes) -> bytes:
         },
         **{f"meta {e} {tied}": partial(from_meta, folder, tied, e, mesh) for e in ("rowwise", "replicated")},
     }
-    return _run(context, cases, refused_on_four_ranks(mesh))
 
 
 def _run(context: RankContext, cases: dict[str, Callable[[], object]], results: dict[str, str]) -> bytes:
