@@ -228,6 +228,7 @@ def test_an_exception_in_on_event_stops_the_ranks_and_is_raised(temporary_folder
     assert list(temporary_folder.iterdir()) == []
 
 
+@FULL  # e2e/test_compare.py has two
 def test_two_runs_at_once_do_not_collide() -> None:
     def sums(world_size: int) -> list[int]:
         return [json.loads(result)["sum"] for result in launch("tour", world_size=world_size)]

@@ -12,6 +12,7 @@ from shardwise.core.collective import TIMED
 from shardwise.core.sample import Sample
 from shardwise.files.machine_file import machine_from_toml
 from tests.e2e.command import PATIENCE_S, gone, ranks_of, shardwise, start, wait_for_line
+from tests.matrix import FULL
 
 
 def test_a_quick_calibration_of_two_ranks_writes_a_file_that_is_read_again(tmp_path: Path) -> None:
@@ -93,6 +94,7 @@ def test_bad_input_ends_with_2_and_one_line_before_anything_is_measured(
     assert not list(tmp_path.iterdir())
 
 
+@FULL  # compare and verify show it of the same launch
 def test_ctrl_c_ends_with_130_and_leaves_no_rank_and_no_file(tmp_path: Path) -> None:
     running = start("calibrate", "--ranks", "2", "--device", "cpu", cwd=tmp_path)
     wait_for_line(running, "(0 of ")

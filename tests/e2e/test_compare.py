@@ -181,14 +181,13 @@ def assert_every_plan_agrees(comparison: Comparison) -> None:
     "options",
     [
         ("rowwise", "rowwise@dtensor", "--mesh", "fsdp=2,tp=2", *MIXED, "--recompute", "selective-ops"),
-        ("routed", "rowwise@dtensor", "--mesh", "dp=2,tp=1", "--batch", "4", "--accumulation", "2"),
-        pytest.param(
+        pytest.param(  # also in test_one_proof.py
             ("routed", "rowwise@dtensor", "--mesh", "dp=2,tp=2", "--batch", "4", "--accumulation", "2"),
             marks=FULL,
         ),
         ("routed-interleaved", "replicated", "--module", "layers.1.feed_forward"),
     ],
-    ids=["fsdp-mixed-selective", "dp-accumulation", "dp-tp-accumulation", "module"],
+    ids=["fsdp-mixed-selective", "dp-accumulation", "module"],
 )
 def test_the_options_of_a_step_work_together_and_every_plan_agrees(
     options: tuple[str, ...], tmp_path: Path
@@ -379,6 +378,7 @@ def test_a_machine_that_cannot_hold_the_thread_s_case_is_told_how_much_it_takes(
     assert not list(tmp_path.iterdir())
 
 
+@FULL  # what is said and that nothing is left: test_launch.py
 def test_a_killed_rank_is_named_and_nothing_is_left_behind(tmp_path: Path) -> None:
     parent = start("compare", *LONG, "--out", "run", cwd=tmp_path)
     wait_for_rounds(tmp_path / "run", parent)

@@ -17,6 +17,7 @@ from shardwise.report.verify.html import verification_html
 from shardwise.testing import assert_plan_trains_right
 from tests.e2e.command import PATIENCE_S, gone, ranks_of, shardwise, start, wait_until
 from tests.e2e.test_report_html import Elements, browser, visit
+from tests.matrix import FULL
 from tests.unit.test_verify_report import CRASH, HOSTILE, LITTLE, RIGHT, SKIPPED, WRONG, run
 
 __all__ = ["browser"]  # the fixture
@@ -137,6 +138,7 @@ def test_ctrl_c_leaves_no_rank_behind(tmp_path: Path) -> None:
     assert gone(ranks)
 
 
+@FULL  # so are compare's
 def test_torchrun_ranks_are_used_as_they_are_and_one_of_them_speaks() -> None:
     command = [
         sys.executable,
@@ -179,8 +181,12 @@ def test_the_page_is_seen_and_hostile_names_stay_text(browser: str, tmp_path: Pa
     assert seen.requests == ()
 
 
-def test_a_teams_own_test_passes_for_a_right_plan_and_tells_why_a_wrong_one_is_wrong() -> None:
+@FULL  # that it is right, others show
+def test_a_teams_own_test_passes_for_a_right_plan() -> None:
     assert_plan_trains_right(f"{MODELS}by_hand_right", "own")
+
+
+def test_a_teams_own_test_tells_why_a_wrong_plan_is_wrong() -> None:
     with pytest.raises(AssertionError) as raised:
         assert_plan_trains_right(f"{MODELS}by_hand_slope_averaged", "own")
     assert "Its gradient is 1/2 of the unsharded one: averaged, or parts that were not summed." in str(

@@ -13,6 +13,7 @@ from shardwise.core.errors import OptionError
 from shardwise.core.explanation import Contrast, Explanation
 from shardwise.core.sample import Calibration
 from shardwise.predict.machines import load_machine
+from tests.matrix import FULL
 
 MODEL = "llama3-debug?n_layers=2,hidden=96,n_heads=12,n_kv_heads=4,ffn_hidden=256,vocab_size=512"
 
@@ -81,7 +82,11 @@ print(shardwise.verify(case).answer.verifications[0].verdict)
 """
 
 
-@pytest.mark.parametrize("is_file", [True, False], ids=["a script without a guard", "what a notebook types"])
+@pytest.mark.parametrize(
+    "is_file",
+    [True, pytest.param(False, marks=FULL)],
+    ids=["a script without a guard", "what a notebook types"],
+)
 def test_ranks_and_workers_run_nothing_of_the_script_that_called_them(is_file: bool, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, "script.py" if is_file else "-"]

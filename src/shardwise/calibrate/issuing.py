@@ -33,7 +33,7 @@ from shardwise.step.train import TrainStep
 HEADS = 8
 TOKENS = 32
 WARM_UPS = 3
-STEPS = 12
+STEPS, QUICK_STEPS = 12, 3
 COLLECTIVES = 200
 PHASES = (Phase.FORWARD, Phase.BACKWARD)
 
@@ -58,9 +58,10 @@ def ids_of(spec: ModelSpec, ranks: int) -> Tensor:
 
 
 def time_phases(
-    spec: ModelSpec, plan: Plan, mesh: DeviceMesh, device: torch.device, name: str
+    spec: ModelSpec, plan: Plan, mesh: DeviceMesh, device: torch.device, name: str, *, quick: bool = False
 ) -> list[Sample]:
-    """The host's seconds in forward and backward. name: of the Program that these steps have."""
+    """The host's seconds in forward and backward. name: of the Program that these steps have. quick: few
+    steps."""
     model = build_model(spec, plan, mesh, dtype=torch.float32, device=device, seed=0)
     marks: list[tuple[Phase, float]] = []
     clock = host_clock(device)
@@ -68,7 +69,7 @@ def time_phases(
     ranks = mesh.size()
     ids = ids_of(spec, ranks)  # on the host, where the styles take them from
     taken: dict[Phase, list[float]] = {phase: [] for phase in PHASES}
-    for number in range(WARM_UPS + STEPS):
+    for number in range(WARM_UPS + (QUICK_STEPS if quick else STEPS)):
         marks.clear()
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.barrier()

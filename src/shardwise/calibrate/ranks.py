@@ -176,7 +176,9 @@ class _Calibration:
             self._say(done + number, f"issuing ops ({engine})")
             try:
                 mesh = device_mesh(issuing.mesh_of(world), self.device.type)
-                self.samples += issuing.time_phases(spec, builtin_plan(plan), mesh, self.device, engine)
+                self.samples += issuing.time_phases(
+                    spec, builtin_plan(plan), mesh, self.device, engine, quick=self.job.quick
+                )
             except (RuntimeError, PlanError) as error:
                 self._note_failure(f"issuing ops ({engine})", error)
         self._say(done + 2, "issuing collectives")
