@@ -1,6 +1,7 @@
 """shardwise plan and explain --dims: what they say of a model, and that the file reads back."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -74,6 +75,19 @@ def test_why_colwise_then_rowwise_is_said_in_plain_words() -> None:
     assert "qkv is cut by the rows of each of its 3 pieces (colwise)" in rows.why(
         named(found(FUSED), "heads")
     )
+
+
+def test_what_needs_all_of_a_class_is_told_and_that_it_is_gathered_there() -> None:
+    words = rows.why(named(found(NORMED), "heads"))
+    assert "norm needs all of them: there the ranks gather them, and cut them again. So qkv is cut" in words
+    assert "nothing else is sent in between" in words
+
+
+def test_each_end_and_a_class_that_no_weight_makes_are_told() -> None:
+    heads = named(found(), "KV heads")
+    twice = replace(heads, ends=(*heads.ends, "layers.*.attention.other"))
+    assert "there is a sum at the end of each of wo and other." in rows.why(twice)
+    assert "So wo is cut by columns (rowwise)" in rows.why(replace(heads, begins=()))
 
 
 def test_what_cannot_be_cut_says_why() -> None:

@@ -208,12 +208,12 @@ def _box(dims: Dims, weight: Weight, at: tuple[float, float], prefix: str, large
 
 def _sides(weight: Weight, cut: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The dims that a rectangle shows downwards and across; others are matrices one behind the other."""
-    n = len(weight.shape)
-    if n < 2:
-        return tuple(range(n)), ()
-    if n == 2:
-        return (0,), (1,)
-    return ((0,), tuple(range(1, n))) if cut == 0 else ((n - 2,), (n - 1,))
+    own = [at for at, size in enumerate(weight.shape) if size > 1]
+    if len(own) < 2:
+        return tuple(own), ()
+    if cut == own[0]:
+        return (cut,), tuple(own[1:])
+    return (own[-2],), (own[-1],)
 
 
 def _length(size: int, largest: int) -> float:

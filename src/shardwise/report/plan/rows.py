@@ -62,7 +62,7 @@ def why(made: DimClass) -> str:
     if made.obstacles:
         more = len(made.obstacles) - _MOST_REASONS
         reasons = "; ".join(made.obstacles[:_MOST_REASONS])
-        more_said = f"; and {more} more reasons" if more > 0 else ""
+        more_said = f"; and {more} more reason{'s' * (more > 1)}" if more > 0 else ""
         needing = f" {_names(made, made.whole_at)} {_verb(made.whole_at, 'need')} all of it."
         return f"It can't be cut: {reasons}{more_said}.{needing if made.whole_at else ''}"
     if made.instead:
@@ -79,18 +79,22 @@ def _cut(made: DimClass) -> str:
             f"{_names(made, first)} {_verb(first, 'make')} {it}, "
             f"{_names(made, last)} {_verb(last, 'take')} {it} back."
         )
-    so = [f"{_names(made, first)} {_are(first)} cut by {_way(made, first)} (colwise)"] if first else []
-    so += [f"{_names(made, last)} by {_way(made, last)} (rowwise)"] if last else []
-    sums = f"one sum at the end, of what {_names(made, made.ends)} gives" if made.ends else "no sum"
-    begin = f"So {' and '.join(so)}" if so else f"A rank's part begins at {_names(made, made.begins)}"
-    told.append(f"{begin}: nothing is sent in between, and there is {sums}.")
-    if made.name == "KV heads":
-        told.append("With each go the query heads that share it.")
     if made.whole_at:
         told.append(
             f"{_names(made, made.whole_at)} {_verb(made.whole_at, 'need')} all of {it}: there the ranks "
             f"gather {it}, and cut {it} again."
         )
+    so = [f"{_names(made, first)} {_are(first)} cut by {_way(made, first)} (colwise)"] if first else []
+    verb = "" if first else f" {_are(last)} cut"
+    so += [f"{_names(made, last)}{verb} by {_way(made, last)} (rowwise)"] if last else []
+    ends = _names(made, made.ends)
+    sums = f"one sum at the end, of what {ends} gives" if len(made.ends) == 1 else "no sum"
+    sums = f"a sum at the end of each of {ends}" if len(made.ends) > 1 else sums
+    begin = f"So {' and '.join(so)}" if so else f"A rank's part begins at {_names(made, made.begins)}"
+    nothing = "nothing else" if made.whole_at else "nothing"
+    told.append(f"{begin}: {nothing} is sent in between, and there is {sums}.")
+    if made.name == "KV heads":
+        told.append("With each go the query heads that share it.")
     known = (*first, *last, *made.whole_at)
     between = [each for each in made.members if each.parameter.rpartition(".")[0] not in known]
     if between:

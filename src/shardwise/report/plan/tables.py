@@ -105,7 +105,8 @@ def dims_report(dims: Dims) -> Report:
     blocks: list[Block] = [_dims_headline(dims)]
     for each in cut:
         times = f", in {each.times} layers" if each.times > 1 else ""
-        titled = f"{rows.counted(each)} in {each.where or 'the model'}{times}"
+        where = f" in {each.where}" if each.where else ""
+        titled = f"{rows.counted(each)}{where}{times}"
         blocks.append(Words((Line(sentence(rows.why(each))),), name(titled)))
     blocks.append(others_table(dims))
     if dims.plan is not None:
