@@ -1,7 +1,7 @@
 """What a rule says of an op's dims, and what is so: the op runs on a rank's parts of its inputs, and what it
 gives is held against that rank's part of the whole output, or against a part of a sum."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -77,16 +77,17 @@ class Example:
         return tuple(_tensor(each, generator) for each in self.inputs)
 
     def on_whole(self) -> Tensors:
-        return _listed(self.call([tensor.clone() for tensor in self.tensors], self._whole()))
+        return listed(self.call([tensor.clone() for tensor in self.tensors], self.whole_arguments))
 
     @property
     def writes_its_own(self) -> bool:
         return self.shape is not None or self.places is not None
 
-    def call(self, tensors: list[Tensor], arguments: dict[str, Any]) -> Any:
+    def call(self, tensors: Sequence[Tensor], arguments: dict[str, Any]) -> Any:
         return self.run(*tensors, **arguments)
 
-    def _whole(self) -> dict[str, Any]:
+    @property
+    def whole_arguments(self) -> dict[str, Any]:
         found: dict[str, Any] = {} if self.shape is None else {"shape": self.shape}
         return found | ({} if self.places is None else {"at": self.places.at})
 
@@ -106,7 +107,7 @@ class Example:
             dim = self.traced.inputs[self.places.input].dims[self.places.dim]
             entries = own_entries(dim, leaf, rank)
             arguments["at"] = tuple(sum(entry < at for entry in entries) for at in self.places.at)
-        return _listed(self.call(tensors, arguments))
+        return listed(self.call(tensors, arguments))
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ class _Call(nn.Module):
 
     def forward(self) -> Any:
         tensors = [getattr(self, f"x{at}") for at in range(len(self._example.inputs))]
-        return self._example.call(tensors, self._example._whole())
+        return self._example.call(tensors, self._example.whole_arguments)
 
 
 class _Model(nn.Module):
@@ -261,7 +262,7 @@ def _tensor(each: Input, generator: torch.Generator) -> Tensor:
     return torch.rand(each, generator=generator, dtype=torch.float64) * 0.8 + 0.1
 
 
-def _listed(out: Any) -> Tensors:
+def listed(out: Any) -> Tensors:
     return (out,) if isinstance(out, Tensor) else tuple(each for each in out if isinstance(each, Tensor))
 
 
@@ -298,10 +299,10 @@ def _is_linear(example: Example) -> bool:
     """Whether a part of a sum goes through it."""
     first, *others = example.tensors
     share = torch.rand(first.shape, generator=torch.Generator().manual_seed(5), dtype=first.dtype) - 0.5
-    arguments = example._whole()
+    arguments = example.whole_arguments
 
     def on(tensor: Tensor) -> Tensors:
-        return _listed(example.call([tensor.clone(), *(each.clone() for each in others)], arguments))
+        return listed(example.call([tensor.clone(), *(each.clone() for each in others)], arguments))
 
     return all(
         _is_same(a + b, whole) for a, b, whole in zip(on(share), on(first - share), on(first), strict=True)
