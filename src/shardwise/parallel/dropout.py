@@ -47,9 +47,9 @@ def check_dropout(model: nn.Module, held: Mapping[str, Claim], head: nn.Module |
 
 
 def draw_alike(model: nn.Module, mesh: DeviceMesh) -> None:
-    """All ranks of the tp axis draw the same in a forward in training, if the model has dropout that is
-    on."""
-    if not any(_is_on(module) for module in model.modules()):
+    """All ranks of the tp axis draw the same in a forward in training, if the model has dropout that is on:
+    a module of its own, or a rate that a forward gives to a function."""
+    if not any(_is_on(module) or _has_rate(module) for module in model.modules()):
         return
     forwards, place, inner = count(1), _place(mesh), model.forward
 
@@ -67,6 +67,16 @@ def draw_alike(model: nn.Module, mesh: DeviceMesh) -> None:
 
 def _is_on(module: nn.Module) -> bool:
     return isinstance(module, AnyDropout) and module.p > 0
+
+
+def _has_rate(module: nn.Module) -> bool:
+    """Whether it, or the configuration that it reads, keeps a rate of dropout."""
+    holders = (vars(module), getattr(getattr(module, "config", None), "__dict__", {}))
+    return any(
+        "drop" in name and isinstance(value, float) and 0 < value < 1
+        for holder in holders
+        for name, value in holder.items()
+    )
 
 
 def _place(mesh: DeviceMesh) -> int:

@@ -13,10 +13,15 @@ from shardwise.parallel.axis import Site
 from shardwise.parallel.layers import SEQUENCE_DIM, refuse_uneven_sequence
 from shardwise.parallel.leaves import HoldingContainer
 from shardwise.parallel.own_forward import change_first_tensor, wrap
-from shardwise.parallel.sharder import Assignment, Work
+from shardwise.parallel.sharder import Assignment, Reasons, Work
 
 
 class SplitInput(HoldingContainer):
+    reasons = Reasons(
+        "Each rank goes on with its own part of the sequence.",
+        "Each rank went on with its own part of the sequence, and what stands before needs the gradient of "
+        "all of it: the parts are gathered.",
+    )
     below_gather_input = "Put split_input where no gather_input is above."
 
     def cuts_sequence(self, style: Style) -> bool:

@@ -19,7 +19,7 @@ from shardwise.parallel.axis import Site
 from shardwise.parallel.layers import SEQUENCE_DIM, refuse_uneven_sequence
 from shardwise.parallel.leaves import hold_and_run_on_local, own_names
 from shardwise.parallel.own_forward import change_alike, change_first_output, wrap
-from shardwise.parallel.sharder import Assignment, Sharder, Work, refuse_below_gather_input
+from shardwise.parallel.sharder import Assignment, Reasons, Sharder, Work, refuse_below_gather_input
 
 PLACEMENTS = (Shard(SEQUENCE_DIM), Shard(-1), Replicate())
 
@@ -28,6 +28,10 @@ class Whole(Sharder):
     inputs = PLACEMENTS
     outputs = PLACEMENTS
     gradients_inside = Replicate()
+    reasons = Reasons(
+        "Each rank has a part of what the module takes, and runs it on all of that: the parts are gathered.",
+        "Each rank kept its part of what came out, and needs the gradient of all of it, as it computed all.",
+    )
     holds_below = True
 
     def held(self, assignment: Assignment) -> dict[str, Held]:
