@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from torch import nn
 
 from shardwise.core.layer_name import any_layer, layer_index
-from shardwise.core.plan import Rule
+from shardwise.core.plan import ROOT, Rule
 from shardwise.models.layers import Layers
 from shardwise.planner.rules import Reasoned
 
@@ -31,8 +31,8 @@ def everywhere(
     rules: list[Rule] = []
     comments: dict[str, str] = {}
     for pattern, reasoned in _patterns(all_styles, layers):
-        rules.append(Rule(pattern, reasoned.style))
-        comments[pattern] = reasoned.why
+        rules.append(Rule(pattern or ROOT, reasoned.style))
+        comments[pattern or ROOT] = reasoned.why
     return tuple(rules), comments
 
 

@@ -140,8 +140,7 @@ def _rule(
     if name in cuts.table:
         return _table_rule(cuts, name)
     if name == cuts.head:
-        why = "logits stay cut by vocabulary, for a loss that takes them so"
-        return Reasoned(Style(StyleName.COLWISE, input=cuts.around(name), output=cuts.head_output), why)
+        return _head_rule(cuts, name, module, known)
     entries = [region for region in cuts.regions if region.entry == name]
     parameters = tuple(
         (each[len(name) + 1 :] if name else each, held(cuts, each)) for each in (*known, *by_name)
@@ -180,6 +179,15 @@ def _rule(
     if not known or (is_inside and kinds == {Kind.WHOLE}):
         return None  # what runs whole holds all inside
     return _whole_rule(cuts, name, known)
+
+
+def _head_rule(cuts: Cuts, name: str, module: nn.Module, known: list[str]) -> Reasoned:
+    rows = {each[len(name) + 1 :]: Held(Shard(dim)) for each, dim in cuts.of_head.items() if each in known}
+    # a tied head's weight has the name of the table's
+    of_own = {each: rows.get(each, Held(Shard(0))) for each, _ in module.named_parameters(recurse=False)}
+    _, told = _told(module, tuple(of_own.items()), 0)
+    style = Style(StyleName.COLWISE, input=cuts.around(name), output=cuts.head_output, parameters=told)
+    return Reasoned(style, "logits stay cut by vocabulary, for a loss that takes them so")
 
 
 def _table_rule(cuts: Cuts, name: str) -> Reasoned:
