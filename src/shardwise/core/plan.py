@@ -2,9 +2,7 @@
 opened here.
 
 Patterns are dotted module names; `*` stands for one level, `**` for any number of levels, `.` alone for the
-model itself. Where two rules
-match a module, the later one holds. What a style does to tensors is in parallel/; this file knows only which
-arguments a style takes.
+model itself. Where two rules match a module, the later one holds. What a style is: style.py.
 """
 
 import difflib
@@ -17,16 +15,18 @@ from enum import StrEnum
 from functools import lru_cache
 from itertools import accumulate
 from operator import and_, or_
-from typing import Self, TypeVar
+from typing import Self
 
 from shardwise.core.errors import PlanError
-from shardwise.core.held import Held, check_pieces, count_of, format_pieces, parse_pieces
 from shardwise.core.layer_name import any_layer
-from shardwise.core.placement import Partial, Placement, format_placement, parse_placement
 from shardwise.core.rule import RuleRef
-from shardwise.core.toml_text import TomlValue, comment, quote, toml
+from shardwise.core.style import Ownership as Ownership
+from shardwise.core.style import Style as Style
+from shardwise.core.style import StyleName as StyleName
+from shardwise.core.style import choice
+from shardwise.core.style import suggest as suggest
+from shardwise.core.toml_text import comment, quote, toml
 
-E = TypeVar("E", bound=StrEnum)
 ROOT = "."
 """The pattern of the model itself, for parameters of its own."""
 
@@ -55,43 +55,6 @@ class Family(StrEnum):
     GPT = "gpt"
 
 
-class StyleName(StrEnum):
-    """What a rule does to a module, and the arguments that a plan may give with it. All else that is known of
-    a style its own file says: parallel/styles/NAME.py."""
-
-    arguments: frozenset[str]
-
-    def __new__(cls, name: str, *arguments: str) -> Self:
-        member = str.__new__(cls, name)
-        member._value_ = name
-        member.arguments = frozenset(arguments)
-        return member
-
-    ROWWISE = "rowwise", "input", "output", "pieces", "parameters", "divide"
-    COLWISE = "colwise", "input", "output", "pieces", "parameters", "divide"
-    ROUTED = "routed", "ownership"
-    REPLICATED = "replicated", "output"
-    SEQUENCE_PARALLEL = "sequence_parallel"
-    GATHER_INPUT = "gather_input", "from", "output", "every_input", "parameters", "divide"
-    REPLICATE = "replicate", "gradient"
-    LOCAL = "local", "parameters", "divide"
-    WHOLE = "whole", "input", "output"
-    SPLIT_INPUT = "split_input", "parameters", "divide"
-
-    @property
-    def input_key(self) -> str:
-        """What a plan calls the placement of its input."""
-        return "from" if "from" in self.arguments else "input"
-
-
-class Ownership(StrEnum):
-    """Which rank owns which row of a routed table: contiguous chunks, or dealt round-robin (against the hot
-    rank)."""
-
-    CONTIGUOUS = "contiguous"
-    INTERLEAVED = "interleaved"
-
-
 class ReduceScatter(StrEnum):
     """How the native engine carries out a reduce-scatter.
 
@@ -102,99 +65,6 @@ class ReduceScatter(StrEnum):
     AUTO = "auto"
     BACKEND = "backend"
     PAIRWISE = "pairwise"
-
-
-@dataclass(frozen=True, slots=True)
-class Style:
-    """A style and its arguments; None means the style's own default for the kind of module it meets (see
-    docs/plans.md).
-
-    pieces: sizes of what lies one after the other in the dim that is cut; parts: see Held. parameters: how
-    those are held of which the class doesn't tell it, by their name from the module on. divide: names of
-    integer attributes that count what is cut, from the module on; see count_of(). gradient: Partial where
-    each rank computes a part of it. every_input: not the first tensor's gradient alone is a part.
-    """
-
-    name: StyleName
-    input: Placement | None = None
-    output: Placement | None = None
-    ownership: Ownership = Ownership.CONTIGUOUS
-    pieces: tuple[int, ...] = ()
-    parts: tuple[int, ...] = ()
-    parameters: tuple[tuple[str, Held], ...] = ()
-    divide: tuple[str, ...] = ()
-    gradient: Partial | None = None
-    every_input: bool = False
-
-    def __post_init__(self) -> None:
-        _refuse_unknown(self.name, sorted(self._given()))
-        with _as_plan_error("pieces"):
-            check_pieces(self.pieces, self.parts)
-        with _as_plan_error("divide"):
-            counts = [count_of(each)[0] for each in self.divide]
-        for what, names in (("parameters", [name for name, _ in self.parameters]), ("divide", counts)):
-            for name in names:
-                if not all(name.split(".")):
-                    raise PlanError(f'{what}: "{name}" is no name. Write a dotted name, from the module on.')
-                if list(names).count(name) > 1:
-                    raise PlanError(f'{what} has "{name}" twice. Keep one.')
-
-    @classmethod
-    def from_value(cls, value: object) -> Self:
-        """A style as a plan file has it: a name, or a table with `style` and arguments. Raises PlanError."""
-        if isinstance(value, str):
-            return cls(_choice(StyleName, value, "style"))
-        if not isinstance(value, Mapping):
-            raise PlanError(
-                f'a style is a name or a table such as {{ style = "rowwise" }}, not {value!r:.80}.'
-            )
-        arguments = dict(value)
-        name = _choice(StyleName, arguments.pop("style", None), "style")
-        _refuse_unknown(name, arguments)
-        pieces, parts = _pieces(arguments.get("pieces"))
-        return cls(
-            name,
-            input=_placement(arguments, name.input_key),
-            output=_placement(arguments, "output"),
-            ownership=_choice(Ownership, arguments.get("ownership", Ownership.CONTIGUOUS), "ownership"),
-            pieces=pieces,
-            parts=parts,
-            parameters=_parameters(arguments.get("parameters", {})),
-            divide=_names(arguments.get("divide", [])),
-            gradient=_gradient(arguments.get("gradient")),
-            every_input=_yes(arguments.get("every_input", False), "every_input"),
-        )
-
-    def to_value(self) -> str | dict[str, TomlValue]:
-        """The inverse of from_value."""
-        given = self._given()
-        return {"style": str(self.name), **given} if given else str(self.name)
-
-    def __str__(self) -> str:
-        return f"{self.name}({self.arguments})" if self.arguments else str(self.name)
-
-    @property
-    def arguments(self) -> str:
-        """Those that are given, for people: `input=shard(1), output=replicate`."""
-        return ", ".join(f"{key}={_shown(value)}" for key, value in self._given().items())
-
-    def _given(self) -> dict[str, TomlValue]:
-        """The arguments that are given, as a plan file has them."""
-        placements = {self.name.input_key: self.input, "output": self.output, "gradient": self.gradient}
-        given: dict[str, TomlValue] = {
-            key: format_placement(value) for key, value in placements.items() if value is not None
-        }
-        if self.ownership is not Ownership.CONTIGUOUS:
-            given["ownership"] = str(self.ownership)
-        if self.pieces:
-            given["pieces"] = format_pieces(self.pieces, self.parts)
-        if self.parameters:
-            given["parameters"] = {name: str(held) for name, held in self.parameters}
-        if self.divide:
-            given["divide"] = list(self.divide)
-        if self.every_input:
-            given["every_input"] = True
-        return given
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,10 +140,8 @@ class Plan:
                 raise PlanError('no [rules] table. Write [rules] and then "MODULE.PATTERN" = "STYLE" lines.')
             if not isinstance(name, str):
                 raise PlanError(f"name is {name!r:.40}. Write it in quotes.")
-            engine = _choice(Engine, table.get("engine", Engine.NATIVE), "engine")
-            scatter = _choice(
-                ReduceScatter, table.get("reduce_scatter", ReduceScatter.AUTO), "reduce_scatter"
-            )
+            engine = choice(Engine, table.get("engine", Engine.NATIVE), "engine")
+            scatter = choice(ReduceScatter, table.get("reduce_scatter", ReduceScatter.AUTO), "reduce_scatter")
             return cls(name, tuple(_rule(*item) for item in rules.items()), engine, scatter)
 
     def to_toml(self, comments: Mapping[str, str] | None = None) -> str:
@@ -304,12 +172,6 @@ def suggest_pattern(pattern: str, modules: Iterable[str]) -> str | None:
     return near[0] if near else None
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """` Did you mean "x"?` for the nearest known name, or an empty string."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f' Did you mean "{near[0]}"?' if near else ""
-
-
 @lru_cache(maxsize=1024)
 def _levels(pattern: str) -> tuple[re.Pattern[str] | None, ...]:
     """A pattern's levels, None for `**`. One expression for all would backtrack for ever on some."""
@@ -331,81 +193,3 @@ def _inside(where: str) -> Iterator[None]:
 def _rule(pattern: str, value: object) -> Rule:
     with _inside(f'rule "{pattern}"'):
         return Rule(pattern, Style.from_value(value))
-
-
-def _choice(kind: type[E], value: object, what: str) -> E:
-    try:
-        return kind(str(value)) if value is not None else kind("")
-    except ValueError:
-        allowed = [str(member) for member in kind]
-        shown = f'"{value}"' if value is not None else "missing"
-        hint = suggest(str(value), allowed)
-        raise PlanError(f"{what} is {shown}.{hint} Allowed: {', '.join(allowed)}.") from None
-
-
-def _placement(arguments: Mapping[str, object], key: str) -> Placement | None:
-    with _as_plan_error(key):
-        return parse_placement(str(arguments[key])) if key in arguments else None
-
-
-@contextmanager
-def _as_plan_error(key: str) -> Iterator[None]:
-    """A ValueError from inside as the PlanError of an argument."""
-    try:
-        yield
-    except ValueError as error:
-        raise PlanError(f"{key}: {error}") from None
-
-
-def _pieces(value: object) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    if value is None:
-        return (), ()
-    with _as_plan_error("pieces"):
-        return parse_pieces(str(value))
-
-
-def _parameters(value: object) -> tuple[tuple[str, Held], ...]:
-    if not isinstance(value, Mapping):
-        raise PlanError(f'parameters is {value!r:.80}. Write a table such as {{ weight = "shard(0)" }}.')
-    found = []
-    for name, text in value.items():
-        with _as_plan_error(f'parameters: "{name}"'):
-            found.append((str(name), Held.parse(str(text))))
-    return tuple(found)
-
-
-def _names(value: object) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise PlanError(f'divide is {value!r:.80}. Write a list of names such as ["num_heads"].')
-    return tuple(value)
-
-
-def _yes(value: object, key: str) -> bool:
-    if not isinstance(value, bool):
-        raise PlanError(f"{key} is {value!r:.40}. Allowed: true, false.")
-    return value
-
-
-def _gradient(value: object) -> Partial | None:
-    if value is None or str(value).strip().lower() == "partial":
-        return None if value is None else Partial()
-    raise PlanError(f'gradient is "{value}". Allowed: partial.')
-
-
-def _refuse_unknown(name: StyleName, arguments: Iterable[object]) -> None:
-    for key in arguments:
-        if key not in name.arguments:
-            allowed = ", ".join(sorted(name.arguments)) or "none"
-            raise PlanError(f'style {name} takes no argument "{key}". Allowed: {allowed}.')
-
-
-def _shown(value: TomlValue) -> str:
-    match value:
-        case bool():
-            return "true" if value else "false"
-        case str():
-            return value
-        case list():
-            return "+".join(value)
-        case _:
-            return "{" + ", ".join(f"{key}: {held}" for key, held in value.items()) + "}"
