@@ -29,12 +29,14 @@ _ALSO = {"embedding_rowwise": StyleName.ROWWISE}
 def class_of(module: nn.Module) -> type[nn.Module]:
     """The class that a module is taken for: one of SHARDABLE where it computes what that class does, else
     nn.Module."""
-    has_own_forward = "forward" in vars(module)
-    for kind in SHARDABLE:
-        is_its = isinstance(module, kind) and type(module).forward is kind.forward and not has_own_forward
-        if is_its and "weight" in module._parameters and module._parameters.keys() <= {"weight", "bias"}:
-            return kind
-    return nn.Module
+    if "forward" in vars(module):
+        return nn.Module
+    if type(module) in SHARDABLE:
+        return type(module)
+    # a subclass may own more, or make its weight of something else
+    is_plain = "weight" in module._parameters and module._parameters.keys() <= {"weight", "bias"}
+    kinds = (kind for kind in SHARDABLE if isinstance(module, kind) and type(module).forward is kind.forward)
+    return next(kinds, nn.Module) if is_plain else nn.Module
 
 
 def sharder_of(style: Style, module: nn.Module) -> Sharder | None:
