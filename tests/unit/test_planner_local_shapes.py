@@ -18,7 +18,7 @@ HF = (
     *("falcon_h1", "bloom", "mpt", "gpt_bigcode", "stablelm", "persimmon", "codegen", "granite", "cohere2"),
     *("bamba", "gptj", "phi", "glm4", "nemotron", "starcoder2", "exaone4", "olmo", "apertus", "helium"),
 )
-USERS = ("grouped", "sloped", "square", "odd", "fused", "turned", "scanned")
+USERS = ("grouped", "padded", "sloped", "square", "odd", "fused", "turned", "scanned")
 TELLING = ("llama", "qwen3", "phi3", "gemma2", "gpt_neox", "gpt2", "falcon", "deepseek_v3", "olmo2", "opt")
 NAMES = (*OURS, *(f"hf:{name}" for name in HF), *(f"tests.unit.mixed_models:{name}" for name in USERS))
 # at tp 4 nothing of it is cut evenly

@@ -127,6 +127,16 @@ def test_heads_that_a_table_is_sliced_for_are_not_cut() -> None:
     assert not heads.is_cut
 
 
+def test_a_table_of_which_somebody_reads_a_row_by_its_number_is_whole_and_so_is_the_head_that_shares_it() -> (
+    None
+):
+    """Row 37 of a rank's part would be another one."""
+    one = made("tests.unit.mixed_models:padded", 2)
+    assert style_of(one.plan, "embed") == Style(StyleName.REPLICATE)
+    assert style_of(one.plan, "head") == Style(StyleName.REPLICATE)
+    assert style_of(one.plan, "layers.0.q") == Style(StyleName.COLWISE)
+
+
 def test_what_counts_heads_is_divided_wherever_it_is_written() -> None:
     """Attention's own number, and a group norm's; not how often a key head is repeated."""
     plan = made("tests.unit.mixed_models:grouped", 2).plan

@@ -17,7 +17,7 @@ from shardwise.core.placement import Placement, Replicate, Shard
 from shardwise.core.plan import Plan, Style, StyleName
 from shardwise.dims.by_data import BY_ID
 from shardwise.dims.factors import Factor, leaves
-from shardwise.dims.record import Entered, Op, Record
+from shardwise.dims.record import Entered, Op, Record, Value
 from shardwise.dims.sizes import Attribute
 from shardwise.dims.spans import Spans
 from shardwise.dims.trace import record_of
@@ -249,15 +249,26 @@ def _read_in(record: Record, module: str | None) -> set[str]:
 
 
 def _tables(record: Record, model: nn.Module) -> tuple[str, ...]:
-    """Modules that look ids up in a table of their own."""
+    """Modules that look ids up in a table of their own, of which nobody reads rows otherwise."""
     modules = dict(model.named_modules())
     found = []
     for op in record.ops:
         if op.name == "embedding" and op.inputs[-1].is_live and not op.inputs[-1].has_gradient:
             owned = list(modules[op.module].parameters(recurse=False))
-            if len(owned) == 1 and not any(True for _ in modules[op.module].children()):
+            is_leaf = len(owned) == 1 and not any(True for _ in modules[op.module].children())
+            if is_leaf and _are_rows_free(record, op.inputs[0]):
                 found.append(op.module)
     return tuple(dict.fromkeys(found))
+
+
+def _are_rows_free(record: Record, table: Value) -> bool:
+    """Whether a table's rows are never taken but by id: `weight[pad_id]` of a rank's part is another row."""
+    rows = frozenset(leaves(table.dims[0]))
+    return not any(
+        why != BY_ID and table in op.inputs and not rows.isdisjoint(leaves(factor))
+        for op in record.ops
+        for factor, why in op.blocked
+    )
 
 
 def _head(record: Record, model: nn.Module) -> tuple[str | None, Placement]:
@@ -271,6 +282,8 @@ def _head(record: Record, model: nn.Module) -> tuple[str | None, Placement]:
     head = makers[-1].module
     if not any(True for _ in dict(model.named_modules())[head].parameters(recurse=False)):
         return None, Replicate()
+    if not all(_are_rows_free(record, record.parameters[name]) for name in _read_in(record, head)):
+        return None, Replicate()  # it shares such a table
     is_taken_as_a_whole = any(
         why != BY_ID and not vocabulary.isdisjoint(leaves(factor))
         for op in record.ops

@@ -175,10 +175,18 @@ def _rule(
         why = "reads parameters of modules inside by their names"
         return Reasoned(Style(StyleName.LOCAL, parameters=parameters), why)
     is_inside = cuts.sequence is not None and any(name.startswith(f"{each}.") for each in cuts.sequence.whole)
+    if own and not known:
+        known = _shared(cuts, module)
     kinds = {kind_of(cuts, each) for each in known}
     if not known or (is_inside and kinds == {Kind.WHOLE}):
         return None  # what runs whole holds all inside
     return _whole_rule(cuts, name, known)
+
+
+def _shared(cuts: Cuts, module: nn.Module) -> list[str]:
+    """The parameters of a module, by the names that others have for them."""
+    names = {id(parameter): name for name, parameter in cuts.model.named_parameters()}
+    return [names[id(parameter)] for parameter in module.parameters(recurse=False)]
 
 
 def _head_rule(cuts: Cuts, name: str, module: nn.Module, known: list[str]) -> Reasoned:
