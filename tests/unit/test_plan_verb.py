@@ -10,7 +10,7 @@ from rich.console import Console
 
 from shardwise.cli.main import run
 from shardwise.core.case import Case
-from shardwise.core.dims import DimClass, Dims
+from shardwise.core.dims import DimClass, Dims, Member
 from shardwise.core.errors import OptionError
 from shardwise.core.made_plan import MadePlan
 from shardwise.core.plan import Plan
@@ -88,6 +88,17 @@ def test_each_end_and_a_class_that_no_weight_makes_are_told() -> None:
     twice = replace(heads, ends=(*heads.ends, "layers.*.attention.other"))
     assert "there is a sum at the end of each of wo and other." in rows.why(twice)
     assert "So wo is cut by columns (rowwise)" in rows.why(replace(heads, begins=()))
+
+
+def test_a_module_that_makes_a_class_and_takes_it_back_is_told_once() -> None:
+    where = "layers.*.mlp.experts"
+    members = (Member(f"{where}.gate_up", 1, "shard(1: 8+8)", 3), Member(f"{where}.down", 2, "shard(2)", 3))
+    experts = DimClass("inner width", where, 8, 2, 4, members, (where,), (where,), (where,), is_cut=True)
+    assert rows.why(experts) == (
+        "experts makes it and takes it back by itself: gate_up by dim 1 of each of its 2 pieces and down by "
+        "dim 2. Nothing is sent inside; what experts gives is summed. Backward, the parts of the gradient "
+        "are summed at the input of experts."
+    )
 
 
 def test_what_cannot_be_cut_says_why() -> None:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class Member:
     """A dim of a parameter, or of a pattern's equal ones (`*` for the layer). held: how a rank has it where
-    the class is cut, as a plan file says it: `shard(0)`, `shard(0: 3072+1024+1024)`; "" where no cut of the
-    class alone gives every rank a part."""
+    the class is cut, as a plan file says it: `shard(0)`, `shard(0: 3072+1024+1024)`; "" where the class
+    isn't cut. n_dims: of the parameter."""
 
     parameter: str
     dim: int
     held: str
+    n_dims: int = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,7 +174,7 @@ class _Classes:
             except UnfitError:
                 region = None
         members = tuple(
-            Member(any_layer(name), dim, self._held(name, dim, leaf))
+            Member(any_layer(name), dim, self._held(name, dim, leaf), len(self._record.parameters[name].dims))
             for name, dim in dict.fromkeys(candidate.members)
         )
         begins, ends, gathers = (
@@ -209,7 +209,8 @@ class _Classes:
             for dim, factor in enumerate(value.dims):
                 if not own.isdisjoint(leaves(factor)):
                     how = held_by_rank(cuts, name)
-                    members.append(Member(any_layer(name), dim, how if how == f"shard({dim})" else ""))
+                    own_held = how if how == f"shard({dim})" else ""
+                    members.append(Member(any_layer(name), dim, own_held, len(value.dims)))
         begins = cuts.table if cuts is not None else ()
         ends = (cuts.head,) if cuts is not None and cuts.head is not None else ()
         sizes = [leaf.size for leaf in own]

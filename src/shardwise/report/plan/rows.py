@@ -72,6 +72,8 @@ def why(made: DimClass) -> str:
 
 def _cut(made: DimClass) -> str:
     first, last = makers(made), takers(made)
+    if set(first) & set(last):
+        return _cut_inside(made)
     it = "them" if made.name in _PLURAL else "it"
     told = []
     if first and last:
@@ -107,6 +109,21 @@ def _cut(made: DimClass) -> str:
     return " ".join(told)
 
 
+def _cut_inside(made: DimClass) -> str:
+    """Of modules that make a class and take it back by themselves, such as experts in one weight."""
+    it, modules = "them" if made.name in _PLURAL else "it", makers(made)
+    names, many = _names(made, modules), len(modules) > 1
+    own = [each for each in made.members if each.held and not each.parameter.endswith(".bias")]
+    cut = listed([f"{below(each.parameter, made.where)} by {_dim(each)}" for each in own])
+    where = _names(made, made.gathers)
+    return (
+        f"{names} {_verb(modules, 'make')} {it} and {_verb(modules, 'take')} {it} back by "
+        f"{'themselves' if many else 'itself'}: {cut}. Nothing is sent inside; what {names} "
+        f"{_verb(modules, 'give')} is summed. Backward, the parts of the gradient are summed at the input of "
+        f"{where}."
+    )
+
+
 def _vocabulary(made: DimClass) -> str:
     told = []
     for each in made.members:
@@ -139,9 +156,11 @@ def _way(made: DimClass, modules: Sequence[str]) -> str:
 
 
 def _dim(member: Member) -> str:
-    what = ("rows", "columns")[member.dim] if member.dim < 2 else f"dim {member.dim}"
+    is_matrix = member.n_dims == 2
+    what = ("rows", "columns")[member.dim] if is_matrix else f"dim {member.dim}"
     pieces = Held.parse(member.held).pieces if member.held else ()
-    return f"the {what} of each of its {len(pieces)} pieces" if pieces else what
+    each = f"{'the ' if is_matrix else ''}{what} of each of its {len(pieces)} pieces"
+    return each if pieces else what
 
 
 def _names(made: DimClass, modules: Sequence[str]) -> str:
