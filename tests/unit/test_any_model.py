@@ -22,6 +22,7 @@ from shardwise.verbs.compare import compare
 from shardwise.verbs.compare_checks import DEFAULT_PLANS, check_depth, default_plans
 from shardwise.verbs.walk import walk
 from tests.distributed.any_model_workers import FACTORY, HUGGING_FACE, PLAN, Blocks
+from tests.matrix import FULL
 
 MODELS = ("a user's", "Hugging Face's")
 
@@ -48,6 +49,7 @@ def test_three_axes_are_explained_and_predicted_of_any_model(which: str, mine: s
     assert prediction.memory.fits
 
 
+@FULL
 def test_a_sweep_goes_over_a_user_s_own_model(mine: str) -> None:
     sweep = shardwise.sweep(case(MODELS[0], mine), devices=2, micro_batches=[1]).answer
     assert {point.axes for point in sweep.points} >= {(("tp", 2),), (("fsdp", 2), ("tp", 1))}

@@ -59,7 +59,7 @@ class ModuleTimes:
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """One plan's run. `label` is the plan's name; `repeats` is the label that it repeats, for the run that
-    shows the noise (A/A).
+    shows the noise (A/A). plan_toml: of hf, own and unsharded the rules as comments, where they are known.
 
     step_s: one time per round, the slowest rank's. rank_step_s: the same per rank. losses, grad_norms: one
     per step from the first (warm-up included), equal on all ranks. sent_bytes: what the ranks' sockets sent
