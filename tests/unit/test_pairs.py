@@ -58,6 +58,11 @@ def test_half_of_a_pair_is_refused_with_the_two_ways_to_mend_it(up: Style, down:
     assert refusal(model, plan) == f'plan "p": {message}'
 
 
+def with_rule(plan: Plan, pattern: str, style: Style) -> Plan:
+    rules = (Rule(pattern, style) if rule.pattern == pattern else rule for rule in plan.rules)
+    return replace(plan, rules=tuple(rules))
+
+
 @pytest.mark.parametrize(
     ("n_kv_heads", "tp", "cure"),
     [(4, 2, 'style = "colwise"'), (2, 4, '{ style = "colwise", pieces = "16/2" }')],
@@ -74,3 +79,5 @@ def test_whole_kv_heads_under_cut_queries_are_refused_unless_there_is_one(
         "layers.0.attention.wv, or keep the queries whole too."
     )
     resolve(llama(n_kv_heads=1), plan, tp=tp)
+    of_each = replace(COLWISE, pieces=(48, 48))  # a part of each KV head's queries
+    resolve(llama(n_kv_heads=2), with_rule(plan, "layers.*.attention.wq", of_each), tp=2)

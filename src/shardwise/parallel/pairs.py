@@ -73,9 +73,10 @@ def _takes_part(layer: Assignment) -> bool:
 
 def _check_heads(parent: str, layers: list[Assignment], head_dim: int, tp: int) -> None:
     """Queries are cut by heads, and two others of the same input, keys and values, are whole: then a rank's
-    queries meet the wrong ones, unless there is one head of them."""
+    queries meet the wrong ones, unless there is one head of them, or each rank has its part of the queries of
+    each, which pieces say."""
     for query in layers:
-        if not _gives_part(query) or query.style.parts:
+        if not _gives_part(query) or query.style.pieces:
             continue
         alike = [
             layer
