@@ -110,9 +110,16 @@ def _pairs(run: Run) -> str:
             lines.append(
                 f"- {timed.name}: {median(ratios):.2f} of the time of {base.name} (rounds "
                 f"{min(ratios):.2f} to {max(ratios):.2f}; the rounds of {base.name} are {min(noise):.2f} "
-                f"to {max(noise):.2f} of their own median){_ratio_bar(timed, ratios)}\n"
+                f"to {max(noise):.2f} of their own median){_cpu(timed, base)}{_ratio_bar(timed, ratios)}\n"
             )
     return "\n" + "".join(lines) if lines else ""
+
+
+def _cpu(timed: Timed, base: Timed) -> str:
+    """What other processes take nothing from."""
+    if not (timed.cpu_s and base.cpu_s):
+        return ""
+    return f"; {median(timed.cpu_s) / median(base.cpu_s):.2f} of its CPU seconds"
 
 
 def _ratio_bar(timed: Timed, ratios: list[float]) -> str:
