@@ -1,0 +1,139 @@
+"""The plans that are made for models of a user's own, one for each ingredient and ten that mix them, are
+right to the last gradient on 2 and 4 ranks, over two steps; and a fault in one is refused before anything
+runs, or found and named. One launch per number of ranks."""
+
+from functools import lru_cache
+
+import pytest
+import torch
+
+from shardwise.core.errors import PlanError
+from shardwise.core.made_plan import MadePlan
+from shardwise.core.mesh import Mesh
+from shardwise.core.verification import Verdict, Verification
+from shardwise.models.source import find_model
+from shardwise.parallel.resolve import resolve
+from shardwise.planner.make import Wish, make_plan
+from shardwise.verify.claim import Claim
+from shardwise.verify.run import verify
+from tests.distributed.made_faults import Fault, faults
+from tests.distributed.mixed_modules import MIXES
+from tests.distributed.own_modules_cases import CASES
+from tests.matrix import thinned
+
+MODELS = {case.name: f"tests.distributed.own_modules_cases:case_{at}" for at, case in enumerate(CASES)} | {
+    words: f"tests.distributed.mixed_modules:{name}" for name, words in MIXES.items()
+}
+SHARES = {
+    # adapters' narrow sides, which are next to nothing of a larger model
+    "adapters": 0.93,
+    # positions as a parameter of the model itself, which a slice takes by rows
+    "positions as a parameter of the model": 0.82,
+    MIXES["gpt2"]: 0.79,
+    # constants of all channels in a buffer
+    "one weight, of which each rank has a part of some pieces and all of others": 0.59,
+    MIXES["scaled"]: 0.50,
+    # a tuple of sizes in the module
+    MIXES["adapted"]: 0.61,
+    MIXES["mixture"]: 0.70,
+    # a norm over all heads that takes a gate too
+    MIXES["alternating"]: 0.71,
+    # heads are as many as each is wide
+    MIXES["beside"]: 0.39,
+    # projections to a low rank
+    MIXES["latent"]: 0.89,
+}
+
+
+@lru_cache
+def made(name: str, tp: int) -> MadePlan:
+    return make_plan(find_model(MODELS[name]), Wish(Mesh.parse(f"tp={tp}")))
+
+
+@lru_cache
+def planted(name: str) -> tuple[tuple[Fault, str], ...]:
+    """(a fault in the plan for two ranks, why it is refused or nothing)"""
+    model = find_model(MODELS[name]).build(dtype=torch.float64)
+    found = []
+    for fault in faults(made(name, 2).plan):
+        why = ""
+        try:
+            resolve(model, fault.plan, tp=2)
+        except PlanError as error:
+            why = str(error)
+        found.append((fault, why))
+    return tuple(found)
+
+
+def taken(name: str) -> list[Fault]:
+    return [fault for fault, why in planted(name) if not why]
+
+
+@lru_cache
+def found(tp: int) -> dict[str, Verification]:
+    """Of each made plan, and of the first fault that is taken."""
+    claims = []
+    for name, model in MODELS.items():
+        claims.append(Claim.of(model, made(name, tp).plan))
+        if tp == 2:
+            claims += [Claim.of(model, fault.plan) for fault in taken(name)[:1]]
+    return proved(claims, tp)
+
+
+@lru_cache
+def found_too() -> dict[str, Verification]:
+    """Of the other faults."""
+    return proved([Claim.of(MODELS[name], each.plan) for name in MODELS for each in taken(name)[1:]], 2)
+
+
+def proved(claims: list[Claim], tp: int) -> dict[str, Verification]:
+    return {each.plan: each for each in verify(claims, mesh=Mesh.parse(f"tp={tp}"), timeout_s=300)}
+
+
+@pytest.mark.parametrize(
+    ("tp", "name"), thinned([(tp, name) for tp in (2, 4) for name in MODELS], lambda tp, _: tp == 2)
+)
+def test_a_model_under_its_made_plan_trains_as_the_unsharded_one(tp: int, name: str) -> None:
+    each = found(tp)[made(name, tp).plan.name]
+    assert each.verdict is Verdict.RIGHT, each
+    assert each.proof is not None
+    assert each.proof.steps == 2
+    assert each.proof.worst_gradient_error < 1e-9
+    assert each.proof.weights_error is not None
+    assert each.proof.weights_error < 1e-9
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nearly_all_of_it_is_cut_and_the_sequence_too(name: str) -> None:
+    one = made(name, 2)
+    assert one.sharded >= SHARES.get(name, 0.95)
+    assert one.sharded < SHARES.get(name, 0.95) + 0.05
+    assert one.sequence is not None
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_fault_in_a_made_plan_is_found_and_named(name: str) -> None:
+    is_named(taken(name)[0], found(2))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", MODELS)
+def test_every_fault_in_a_made_plan_is_found_and_named(name: str) -> None:
+    for fault in taken(name)[1:]:
+        is_named(fault, found_too())
+
+
+def is_named(fault: Fault, answers: dict[str, Verification]) -> None:
+    each = answers[fault.plan.name]
+    assert each.verdict in (Verdict.WRONG, Verdict.CRASHES), each
+    assert any(fault.is_told_by(finding.subject) for finding in each.findings), each
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_fault_that_needs_no_proof_is_refused_in_a_line_that_names_its_rule(name: str) -> None:
+    refused = [(fault, why) for fault, why in planted(name) if why]
+    assert refused
+    for fault, why in refused:
+        assert "\n" not in why
+        names = [word.strip('",.:;') for word in why.split()]
+        assert any(fault.is_told_by(each) for each in names) or fault.pattern in names, why
