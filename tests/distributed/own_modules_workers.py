@@ -2,6 +2,9 @@
 dropout."""
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +38,41 @@ OVER_OTHERS = (
 )
 
 
+AT_TP_2 = ("dp=2,tp=2", "fsdp=2,tp=2")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """Whose checkpoints are tried: its model by a seed, and the same under its plan for a mesh."""
+
+    name: str
+    unsharded: Callable[[int], nn.Module]
+    sharded: Callable[[DeviceMesh, int], nn.Module]
+
+
+def subject_of(case: Case) -> Subject:
+    return Subject(case.name, partial(unsharded, case), partial(sharded, case))
+
+
 def unsharded(case: Case, seed: int = 1) -> nn.Module:
     torch.manual_seed(seed)
-    model = case.model().double()
+    return shaken(case.model().double())
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """No weight is what a model begins with."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) / 8)
     return model
+
+
+def meshes_of_four() -> dict[str, DeviceMesh]:
+    return {
+        "tp=4": init_device_mesh("cpu", (4,), mesh_dim_names=("tp",)),
+        "dp=2,tp=2": init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp")),
+        "fsdp=2,tp=2": init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp")),
+    }
 
 
 def sharded(case: Case, mesh: DeviceMesh, seed: int = 1) -> nn.Module:
@@ -72,16 +103,18 @@ def same(got: nn.Module, want: nn.Module) -> bool:
     return all(torch.equal(local(a), local(b)) for a, b in pairs)
 
 
-def checkpoints(case: Case, meshes: dict[str, DeviceMesh], folder: Path) -> dict[str, bool]:
+def checkpoints(
+    subject: Subject, meshes: dict[str, DeviceMesh], folder: Path, names: tuple[str, ...] = AT_TP_2
+) -> dict[str, bool]:
     """Written at tp 2, with and without FSDP: is it the model's own, and does it load at tp 4, at tp 2 and
     unsharded, each bit for bit?"""
-    plain = unsharded(case).state_dict()
+    plain = subject.unsharded(1).state_dict()
     found = {}
-    for name in ("dp=2,tp=2", "fsdp=2,tp=2"):
+    for name in names:
         mesh = meshes[name]
 
         def build(seed: int, mesh: DeviceMesh = mesh, name: str = name) -> nn.Module:
-            model = sharded(case, mesh, seed)
+            model = subject.sharded(mesh, seed)
             return with_fsdp(model, mesh) if name.startswith("fsdp") else model
 
         model = build(1)
@@ -89,12 +122,12 @@ def checkpoints(case: Case, meshes: dict[str, DeviceMesh], folder: Path) -> dict
         found[f"{name}: is the model's own"] = all(
             torch.equal(whole(state[key]), plain[key]) for key in plain
         )
-        path = folder / f"{case.name}-{name}".replace(" ", "-")
+        path = folder / f"{subject.name}-{name}".replace(" ", "-").replace(":", "-")
         dcp.save(state, checkpoint_id=path)
         for what, other, want in (
-            ("tp=4", sharded(case, meshes["tp=4"], 2), sharded(case, meshes["tp=4"])),
+            ("tp=4", subject.sharded(meshes["tp=4"], 2), subject.sharded(meshes["tp=4"], 1)),
             ("as it was", build(2), model),
-            ("unsharded", unsharded(case, 2), unsharded(case)),
+            ("unsharded", subject.unsharded(2), subject.unsharded(1)),
         ):
             target = other.state_dict()
             dcp.load(target, checkpoint_id=path)
@@ -193,15 +226,12 @@ def filled_from_meta(case: Case, mesh: DeviceMesh) -> bool:
 
 def run(context: RankContext, payload: bytes) -> bytes:
     """On four ranks. payload: a folder for checkpoints."""
-    meshes = {
-        "tp=4": init_device_mesh("cpu", (4,), mesh_dim_names=("tp",)),
-        "dp=2,tp=2": init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp")),
-        "fsdp=2,tp=2": init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp")),
-    }
+    meshes = meshes_of_four()
     answer: dict[str, Any] = {}
     for name in KEPT_IN_PIECES:
         context.note(name)
-        answer[f"checkpoint {name}"] = checkpoints(BY_CASE[name], meshes, Path(payload.decode()))
+        subject = subject_of(BY_CASE[name])
+        answer[f"checkpoint {name}"] = checkpoints(subject, meshes, Path(payload.decode()))
         answer[f"filled {name}"] = filled_from_meta(BY_CASE[name], meshes["dp=2,tp=2"])
     for name in OVER_OTHERS:
         context.note(name)

@@ -1,7 +1,8 @@
 """The plans that are made for models of a user's own, one for each ingredient and ten that mix them, are
 right to the last gradient on 2 and 4 ranks, over two steps; and a fault in one is refused before anything
-runs, or found and named. One launch per number of ranks."""
+runs, or found and named. One launch per number of ranks. And their checkpoints, in a launch of four."""
 
+import json
 from functools import lru_cache
 
 import pytest
@@ -11,12 +12,14 @@ from shardwise.core.errors import PlanError
 from shardwise.core.made_plan import MadePlan
 from shardwise.core.mesh import Mesh
 from shardwise.core.verification import Verdict, Verification
+from shardwise.launch import run_ranks
 from shardwise.models.source import find_model
 from shardwise.parallel.resolve import resolve
 from shardwise.planner.make import Wish, make_plan
 from shardwise.verify.claim import Claim
 from shardwise.verify.run import verify
 from tests.distributed.made_faults import Fault, faults
+from tests.distributed.made_plans_workers import small_one
 from tests.distributed.mixed_modules import MIXES
 from tests.distributed.own_modules_cases import CASES
 from tests.matrix import thinned
@@ -137,3 +140,28 @@ def test_a_fault_that_needs_no_proof_is_refused_in_a_line_that_names_its_rule(na
         assert "\n" not in why
         names = [word.strip('",.:;') for word in why.split()]
         assert any(fault.is_told_by(each) for each in names) or fault.pattern in names, why
+
+
+KEPT = ("hf:phi3", "hf:gpt2", MODELS[MIXES["named"]])
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, bool]]]:
+    pytest.importorskip("transformers")
+    plans = {
+        name: {tp: make_plan(small_one(name), Wish(Mesh.parse(f"tp={tp}"))).to_toml() for tp in (2, 4)}
+        for name in KEPT
+    }
+    payload = json.dumps([str(tmp_path_factory.mktemp("checkpoints")), plans]).encode()
+    entry = "tests.distributed.made_plans_workers:run"
+    results = run_ranks(entry, payload, world_size=4, device_type="cpu", timeout_s=200)
+    return [json.loads(result) for result in results]
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_checkpoint_of_a_made_plan_is_the_models_own_at_any_tp_size(
+    kept: list[dict[str, dict[str, bool]]], name: str
+) -> None:
+    for outcome in kept:
+        assert len(outcome[name]) == 5
+        assert [what for what, holds in outcome[name].items() if not holds] == []
