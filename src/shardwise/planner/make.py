@@ -136,10 +136,11 @@ class _Making:
     def _regions(self) -> list[Region]:
         while True:
             chosen = [each for each in choose(self.record, self.candidates) if not self._is_table_s(each)]
+            cut = frozenset(each.leaf for each in chosen)
             found = []
             for candidate in chosen:
                 try:
-                    found.append(region_of(self.record, self.spans, candidate))
+                    found.append(region_of(self.record, self.spans, candidate, cut))
                 except UnfitError as error:
                     candidate.obstacles.append(str(error))
             if len(found) == len(chosen):

@@ -51,6 +51,7 @@ class Region:
     zeros: frozenset[Value] = frozenset()
     made_by: Mapping[Value, Op] = field(default_factory=dict)
     added: set[Value] = field(default_factory=set)
+    cut: frozenset[Factor] = frozenset()
 
     def parts_at(self, op: Op, at: int) -> set[Value]:
         """Of what an op takes, the parts of a sum."""
@@ -61,11 +62,13 @@ class Region:
         return [self.entry] if self.entry is not None else self.begins
 
 
-def region_of(record: Record, spans: Spans, candidate: Candidate) -> Region:
-    """Where a candidate's cut begins and ends. Raises UnfitError."""
+def region_of(
+    record: Record, spans: Spans, candidate: Candidate, cut: frozenset[Factor] = frozenset()
+) -> Region:
+    """Where a candidate's cut begins and ends. cut: all leaves that are cut. Raises UnfitError."""
     zeros = frozenset(output for op in record.ops if op.name in _ZEROS for output in op.outputs)
     made_by = {output: op for op in record.ops for output in op.outputs}
-    region = Region(candidate, zeros=zeros, made_by=made_by)
+    region = Region(candidate, zeros=zeros, made_by=made_by, cut=cut | {candidate.leaf})
     leaf = candidate.leaf
     touched: list[int] = []
     entered: list[int] = []
@@ -177,7 +180,7 @@ def _takes_it(record: Record, spans: Spans, span: Span, region: Region) -> bool:
     given = [value for value in span.inputs if value.is_live and value.has_gradient]
     if not given or given[0] is not span.input or len(set(given)) < len(given):
         return False
-    if any(region.candidate.leaf in set(value.leaves()) for value in given):
+    if any(not region.cut.isdisjoint(value.leaves()) for value in given):
         return False
     inside = gradients_inside(record, spans, span, region)
     if any(inside.get(value, {Kind.PART}) != {Kind.PART} for value in given) or given[0] not in inside:

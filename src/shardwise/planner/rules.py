@@ -146,7 +146,8 @@ def _rule(
         (each[len(name) + 1 :] if name else each, held(cuts, each)) for each in (*known, *by_name)
     )
     roles = [name in entry.begins and name not in entry.ends for entry in entries]
-    does_it_itself = any(roles) and _cuts_any(cuts, known)
+    inner = [each for entry in entries for each in entry.begins if each.startswith(f"{name}.")]
+    does_it_itself = any(roles) and not inner and _cuts_any(cuts, known)
     if entries and not does_it_itself:
         return _entry_rule(cuts, name, parameters, divide, entries)
     if cuts.sequence is not None and name == cuts.sequence.ends:
