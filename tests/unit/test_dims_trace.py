@@ -127,6 +127,21 @@ def test_sizes_that_a_forward_writes_know_where_they_come_from() -> None:
     assert [evaluate(use.start, lambda _: 0) for use in splits] == [0, WIDTH]
 
 
+class Ranged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.arange(self.first, self.first + WIDTH, device=x.device)
+
+
+def test_a_range_is_as_long_as_from_its_start_to_its_end() -> None:
+    record = traced(Ranged())
+    (use,) = (use for use in record.sizes if use.function == "arange")
+    assert evaluate(use.size, lambda _: 100) == WIDTH
+
+
 def test_ids_sequence_and_vocabulary_are_where_they_belong() -> None:
     record = traced(Attention())
     assert record.ids is not None

@@ -61,7 +61,11 @@ class WrittenSizes(TorchFunctionMode):
             case "view" | "reshape" | "expand" | "new_zeros" | "new_ones" | "new_empty" | "broadcast_to":
                 sizes = args[1:] or tuple(kwargs.get(key) for key in ("shape", "size") if key in kwargs)
                 self._written(name, out, _listed(sizes))
-            case "zeros" | "ones" | "empty" | "rand" | "randn" | "arange":
+            case "arange":
+                bounds = [each for each in args if isinstance(each, int)]
+                if len(bounds) == len(args) in (1, 2):
+                    self._written(name, out, [bounds[-1] - (bounds[0] if len(bounds) == 2 else 0)])
+            case "zeros" | "ones" | "empty" | "rand" | "randn":
                 self._written(name, out, _listed(args or (kwargs.get("size", ()),)))
             case "full" | "new_full":
                 self._written(name, out, _listed(args[:1] if name == "full" else args[1:2]))
