@@ -12,7 +12,7 @@ FILES_AT_ONCE := --numprocesses auto --dist loadfile --no-loadscope-reorder
 TESTS := tests/distributed tests/e2e tests/programs tests/cuda tests/golden tests/unit
 
 .DEFAULT_GOAL := help
-.PHONY: help compare explain verify diff predict test test-all test-newest check lint wheel golden bench docs format clean
+.PHONY: help compare plan explain verify diff predict test test-all test-newest check lint wheel golden bench docs format clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ $(READY): pyproject.toml constraints.txt
 
 compare: $(READY) ## run the sharding plans on real ranks and say which is better (about three minutes)
 	$(BIN)/shardwise compare $(ARGS)
+
+plan: $(READY) ## make a plan for any model, with the reason for each rule: make plan ARGS="--model hf:qwen3 --mesh tp=8"
+	$(BIN)/shardwise plan $(ARGS)
 
 explain: $(READY) ## say what a plan does to a model and why, without a GPU (seconds)
 	$(BIN)/shardwise explain $(ARGS)
