@@ -228,12 +228,12 @@ class NormedAttention(nn.Module):
 
 
 class SunkAttention(nn.Module):
-    """A learned score per head that takes a share and gives nothing, and a gate per head and feature."""
+    """A learned score per head that takes a share and gives nothing, and a norm of all heads with a gate."""
 
     def __init__(self) -> None:
         super().__init__()
         self.q, self.k, self.v, self.gate = (nn.Linear(HIDDEN, HEADS * HEAD) for _ in range(4))
-        self.o = nn.Linear(HEADS * HEAD, HIDDEN)
+        self.o, self.norm = nn.Linear(HEADS * HEAD, HIDDEN), GatedNorm(HEADS * HEAD)
         self.sinks = nn.Parameter(torch.zeros(HEADS))
 
     def forward(self, x: Tensor, tables: Tables, mask: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ class SunkAttention(nn.Module):
         sinks = self.sinks.reshape(1, -1, 1, 1).expand(x.shape[0], -1, x.shape[1], -1)
         shares = torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
         y = (shares @ v).transpose(1, 2).flatten(2)
-        return self.o(y * torch.sigmoid(self.gate(x)))  # type: ignore[no-any-return]
+        return self.o(self.norm(y, self.gate(x)))  # type: ignore[no-any-return]
 
 
 class NamedGated(nn.Module):
@@ -435,7 +435,7 @@ MIXES = {
     "alternating": "state space layers and attention in turn",
     "beside": "attention and MLP after one norm, one key head in the weight of all, a head with a bias",
     "after": "norms after only, and over all heads",
-    "named": "gate and up in one weight that is read by name, a learned activation, sinks, gated attention",
+    "named": "gate and up in one weight that is read by name, a learned activation, sinks, a gated norm",
     "latent": "queries, keys and values through low ranks, with a key that all heads share",
     "scaled": "layers of two sizes, scales of residuals, slopes from a buffer, heads in a dim of three",
 }

@@ -137,7 +137,8 @@ def _gathers(spans: Spans, module: str, candidate: Candidate | None) -> bool:
                 True
             ]:
                 return False
-        if len(span.inputs) != 1 or len(span.outputs) != 1:
+        alike = {tuple(value.shape) for value in span.inputs}  # the style gathers what has the first's shape
+        if len(alike) != 1 or len(span.outputs) != 1:
             return False
     candidate.gathered.add(module)
     return True
@@ -172,7 +173,8 @@ def _note_sums(record: Record, spans: Spans, found: dict[Factor, Candidate], seq
     for candidate in found.values():
         for module in candidate.gathered:
             # gathered on the way in, and its gradient on the way back
-            candidate.sums += sum(2 * _elements(span.inputs[0], sequence, seq) for span in spans.of[module])
+            taken = (value for span in spans.of[module] for value in span.inputs)
+            candidate.sums += sum(2 * _elements(value, sequence, seq) for value in taken)
     for at, op in enumerate(record.events):
         if not isinstance(op, Op):
             continue
