@@ -65,7 +65,7 @@ def local_run(source: ModelSource, plan: Plan, tp: int) -> LocalRun:
 
 
 def held_by(rules: Mapping[str, Rule], model: nn.Module, tp: int) -> dict[str, Held]:
-    """How each parameter is held of which a rank has a part."""
+    """How each parameter and buffer is held of which a rank has a part."""
     found: dict[str, Held] = {}
     for name, rule in rules.items():
         style, module = rule.style, model.get_submodule(name)
@@ -79,30 +79,37 @@ def held_by(rules: Mapping[str, Rule], model: nn.Module, tp: int) -> dict[str, H
             if dim == 0 and getattr(module, "bias", None) is not None:
                 told["bias"] = Held(Shard(0), style.pieces)
         found |= {f"{name}.{own}".lstrip("."): how for own, how in told.items()}
-    return {name: how for name, how in found.items() if _is_even(model.get_parameter(name), how, tp)}
+    return {name: how for name, how in found.items() if _is_even(_tensor(model, name), how, tp)}
 
 
-def _is_even(parameter: Tensor, how: Held, tp: int) -> bool:
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    """A parameter or a buffer."""
+    owner, _, own = name.rpartition(".")
+    found: Tensor = getattr(model.get_submodule(owner), own)
+    return found
+
+
+def _is_even(tensor: Tensor, how: Held, tp: int) -> bool:
     """An odd vocabulary is cut into unequal parts: the head is left whole then, too."""
     if not isinstance(how.placement, Shard):
         return False
-    return all(size % tp == 0 for size in how.pieces or (parameter.shape[how.placement.dim],))
+    return all(size % tp == 0 for size in how.pieces or (tensor.shape[how.placement.dim],))
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
-    """Each parameter's name -> the one that the record has: another, where a module shares it."""
+    """Each parameter's and buffer's name -> the one that the record has: another, where a module shares
+    it."""
     first: dict[int, str] = {}
-    return {
-        name: first.setdefault(id(parameter), name)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name: first.setdefault(id(tensor), name) for name, tensor in named}
 
 
 def cut_leaves(record: Record, name: str, how: Held) -> frozenset[Factor]:
     """The leaves of a parameter's dim that its pieces are the units of. Raises ConflictError where they are
     those of none."""
     assert isinstance(how.placement, Shard)
-    dim = record.parameters[name].dims[how.placement.dim]
+    value = record.parameters.get(name) or record.buffers[name]
+    dim = value.dims[how.placement.dim]
     wanted = _spans([Piece(size, True) for size in how.pieces or (dim.size,)])
     found = frozenset(leaf for leaf in leaves(dim) if _spans(_laid_out(dim, leaf)) <= wanted)
     if _spans(layout(dim, found)) != wanted:
@@ -132,11 +139,12 @@ def make_local(model: nn.Module, rules: Mapping[str, Rule], held: Mapping[str, H
         owner, _, own = name.rpartition(".")
         assert isinstance(how.placement, Shard)
         module = model.get_submodule(owner)
-        whole: Tensor = getattr(module, own)
+        whole = _tensor(model, name)
         shape = list(whole.shape)
         pieces = how.pieces or (shape[how.placement.dim],)
         shape[how.placement.dim] = sum(piece // tp for piece in pieces)
-        setattr(module, own, nn.Parameter(torch.empty(shape, dtype=whole.dtype, device="meta")))
+        local = torch.empty(shape, dtype=whole.dtype, device="meta")
+        setattr(module, own, nn.Parameter(local) if isinstance(whole, nn.Parameter) else local)
     for name, rule in rules.items():
         for attribute in rule.style.divide:
             divide(model.get_submodule(name), attribute, tp)

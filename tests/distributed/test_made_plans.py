@@ -33,14 +33,12 @@ SHARES = {
     # positions as a parameter of the model itself, which a slice takes by rows
     "positions as a parameter of the model": 0.82,
     MIXES["gpt2"]: 0.79,
-    # constants of all channels in a buffer
+    # a part of some pieces and all of others: no count of the module's says how many that is
     "one weight, of which each rank has a part of some pieces and all of others": 0.59,
-    MIXES["scaled"]: 0.50,
+    MIXES["alternating"]: 0.71,
     # a tuple of sizes in the module
     MIXES["adapted"]: 0.61,
     MIXES["mixture"]: 0.70,
-    # a norm over all heads that takes a gate too
-    MIXES["alternating"]: 0.71,
     # heads are as many as each is wide
     MIXES["beside"]: 0.39,
     # projections to a low rank

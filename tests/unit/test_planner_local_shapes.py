@@ -17,10 +17,17 @@ HF = (
     *("llama", "qwen3", "phi3", "gemma2", "gpt_neox", "gpt2", "falcon", "deepseek_v3", "olmo2", "opt"),
     *("falcon_h1", "bloom", "mpt", "gpt_bigcode", "stablelm", "persimmon", "codegen", "granite", "cohere2"),
     *("bamba", "gptj", "phi", "glm4", "nemotron", "starcoder2", "exaone4", "olmo", "apertus", "helium"),
+    "minimax",
 )
 USERS = ("grouped", "padded", "sloped", "square", "odd", "fused", "turned", "scanned")
 TELLING = ("llama", "qwen3", "phi3", "gemma2", "gpt_neox", "gpt2", "falcon", "deepseek_v3", "olmo2", "opt")
-NAMES = (*OURS, *(f"hf:{name}" for name in HF), *(f"tests.unit.mixed_models:{name}" for name in USERS))
+MIXES = ("scaled", "named", "latent")
+NAMES = (
+    *OURS,
+    *(f"hf:{name}" for name in HF),
+    *(f"tests.unit.mixed_models:{name}" for name in USERS),
+    *(f"tests.distributed.mixed_modules:{name}" for name in MIXES),
+)
 # at tp 4 nothing of it is cut evenly
 CASES = [(name, tp) for name in NAMES for tp in (2, 4) if tp == 2 or not name.endswith(":odd")]
 

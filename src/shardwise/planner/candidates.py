@@ -113,7 +113,7 @@ def _note_obstacles(record: Record, spans: Spans, found: dict[Factor, Candidate]
                     if not _gathers(spans, op.module, found.get(find(leaf))):
                         _note(found, leaf, f"{why} ({_place(op)})")
         for value in op.inputs:
-            if value.source in (Source.POSITIONS, Source.BUFFER):
+            if value.source in (Source.POSITIONS, Source.BUFFER) and not is_own_buffer(value, op.module):
                 what = f"buffer {value.name}" if value.name else "a table of positions"
                 for leaf in value.leaves():
                     _note(found, leaf, f"{what} has it whole ({_place(op)})")
@@ -122,6 +122,11 @@ def _note_obstacles(record: Record, spans: Spans, found: dict[Factor, Candidate]
     if record.logits is not None:
         for leaf in leaves(record.logits.dims[-1]):
             found.pop(leaf, None)  # the vocabulary, which the head's own rule cuts
+
+
+def is_own_buffer(value: Value, module: str) -> bool:
+    """Whether a tensor is a buffer of the module itself, of which a rank's rule can give it the part."""
+    return value.source is Source.BUFFER and bool(value.name) and value.name.rpartition(".")[0] == module
 
 
 def _gathers(spans: Spans, module: str, candidate: Candidate | None) -> bool:

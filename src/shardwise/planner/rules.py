@@ -78,8 +78,8 @@ def rules_of(cuts: Cuts) -> dict[str, Reasoned]:
 
 
 def held(cuts: Cuts, name: str) -> Held:
-    """How a parameter is held."""
-    value = cuts.record.parameters[name]
+    """How a parameter, or a buffer that is cut, is held."""
+    value = cuts.record.parameters.get(name) or cuts.record.buffers[name]
     if name in cuts.of_head:
         return Held(Shard(cuts.of_head[name]))
     cut = cut_dim(value, cuts.cut_in(name.rpartition(".")[0]))
@@ -142,8 +142,9 @@ def _rule(
     if name == cuts.head:
         return _head_rule(cuts, name, module, known)
     entries = [region for region in cuts.regions if region.entry == name]
+    buffers = _cut_buffers(cuts, name)
     parameters = tuple(
-        (each[len(name) + 1 :] if name else each, held(cuts, each)) for each in (*known, *by_name)
+        (each[len(name) + 1 :] if name else each, held(cuts, each)) for each in (*known, *by_name, *buffers)
     )
     roles = [name in entry.begins and name not in entry.ends for entry in entries]
     inner = [each for entry in entries for each in entry.begins if each.startswith(f"{name}.")]
@@ -169,7 +170,7 @@ def _rule(
     if cuts.sequence is not None and name == cuts.sequence.begins and not cuts.sequence.is_at_embedding:
         style = Style(StyleName.SPLIT_INPUT, parameters=_cut_ones(parameters), divide=divide)
         return Reasoned(style, "what stands before asks how long sequences are, so they are cut here")
-    if _cuts_any(cuts, [*known, *by_name]) or divide:
+    if _cuts_any(cuts, [*known, *by_name]) or buffers or divide:
         style = Style(StyleName.LOCAL, parameters=parameters, divide=divide)
         return Reasoned(style, "works on what is cut, part by part")
     if by_name:
@@ -312,6 +313,16 @@ def _sees_a_part(cuts: Cuts, name: str) -> bool:
 
 def _cuts_any(cuts: Cuts, names: list[str]) -> bool:
     return any(isinstance(held(cuts, name).placement, Shard) for name in names)
+
+
+def _cut_buffers(cuts: Cuts, module: str) -> list[str]:
+    """A module's own buffers that have what is cut inside it, and that its forward reads."""
+    cut = cuts.cut_in(module)
+    return [
+        name
+        for name, value in cuts.record.buffers.items()
+        if name.rpartition(".")[0] == module and cut_dim(value, cut) is not None
+    ]
 
 
 def _read_by_name(cuts: Cuts, module: str, users: Mapping[str, set[str]]) -> list[str]:
