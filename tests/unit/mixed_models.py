@@ -46,6 +46,19 @@ class Sloped(nn.Module):
         return self.o((scores @ v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
+class Gated(nn.Module):
+    """A convolution along the sequence, each channel by itself, by a module that holds how many there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.conv = nn.Conv1d(2 * WIDTH, 2 * WIDTH, 3, groups=2 * WIDTH, padding=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.conv(self.up(x).transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
+        return self.down(F.silu(mixed))  # type: ignore[no-any-return]
+
+
 class Square(nn.Module):
     """Without a norm and as wide inside as outside: the residual ties its hidden width to itself."""
 
@@ -95,6 +108,10 @@ def padded() -> nn.Module:
 
 def grouped() -> nn.Module:
     return Stack(Grouped(), Grouped())
+
+
+def convolved() -> nn.Module:
+    return Stack(Gated(), Gated())
 
 
 def sloped() -> nn.Module:

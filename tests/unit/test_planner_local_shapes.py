@@ -19,7 +19,7 @@ HF = (
     *("bamba", "gptj", "phi", "glm4", "nemotron", "starcoder2", "exaone4", "olmo", "apertus", "helium"),
     "minimax",
 )
-USERS = ("grouped", "padded", "sloped", "square", "odd", "fused", "turned", "scanned")
+USERS = ("grouped", "padded", "convolved", "sloped", "square", "odd", "fused", "turned", "scanned")
 TELLING = ("llama", "qwen3", "phi3", "gemma2", "gpt_neox", "gpt2", "falcon", "deepseek_v3", "olmo2", "opt")
 MIXES = ("scaled", "named", "latent")
 NAMES = (

@@ -81,8 +81,12 @@ class WrittenSizes(TorchFunctionMode):
                 self._repeat(name, args[0], out, _listed(args[1:] or (kwargs.get("repeats", ()),)))
             case "repeat_interleave":
                 self._interleave(name, args[0], out, *args[1:], **kwargs)
-            case "group_norm":
-                self._groups(name, args[0], *args[1:2], **kwargs)
+            case "group_norm" if len(args) > 1 or "num_groups" in kwargs:
+                self._groups(name, args[0], args[1] if len(args) > 1 else kwargs["num_groups"])
+            case "conv1d" | "conv2d":
+                groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
+                if groups == args[0].shape[1]:
+                    self._groups(name, args[0], groups)  # each channel has its own filter
             case "__getitem__":
                 self._sliced(name, args[0], args[1], out)
             case "narrow":
@@ -127,9 +131,8 @@ class WrittenSizes(TorchFunctionMode):
             at = dim % tensor.dim()
             self._written(name, out, [self._length(tensor, at) * repeats], first=at)
 
-    def _groups(self, name: str, tensor: Tensor, groups: int = 1, **kwargs: Any) -> None:
-        """Of a group norm: the number of groups is the outer factor of the channels."""
-        groups = kwargs.get("num_groups", groups)
+    def _groups(self, name: str, tensor: Tensor, groups: int) -> None:
+        """The number of groups is the outer factor of the channels [B, channels, ...]."""
         value = self._recorder.value_of(tensor)
         outer, _ = view([value.dims[1]], [groups, tensor.shape[1] // groups])
         counted = Value(value.number, [outer], value.source)
