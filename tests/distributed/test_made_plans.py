@@ -39,7 +39,7 @@ SHARES = {
     # a tuple of sizes in the module
     MIXES["adapted"]: 0.61,
     MIXES["mixture"]: 0.70,
-    # heads are as many as each is wide
+    # one key head, whole, in the weight of the queries, of which each rank would have a part
     MIXES["beside"]: 0.39,
     # projections to a low rank
     MIXES["latent"]: 0.89,
