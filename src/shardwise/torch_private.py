@@ -78,6 +78,12 @@ def schema_of(func: Any) -> Any:
     return func._schema
 
 
+def overload_of(func: Any) -> str:
+    """The name of a dispatcher op's overload."""
+    name: str = func._overloadname
+    return name
+
+
 def call_cpu_kernel(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Calls a dispatcher op's kernel for a CPU with the tensors as they are, fake ones too."""
     with _disable_torch_function():
@@ -128,6 +134,23 @@ fused_adamw_: Callable[..., None] = _find("torch", "_fused_adamw_")
 softmax_backward: Callable[..., Tensor] = _find("torch", "_softmax_backward_data")
 cuda_sleep: Callable[[int], None] = _find("torch.cuda", "_sleep")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+tree_flatten: Callable[[Any], tuple[list[Any], Any]] = _find("torch.utils._pytree", "tree_flatten")
+"""(leaves of nested containers, their structure)."""
+tree_map: Callable[[Callable[[Any], Any], Any], Any] = _find("torch.utils._pytree", "tree_map")
+
+
+def parameters_of(module: nn.Module) -> dict[str, Any]:
+    """What a module's own forward finds as its own parameters: what is put there, it reads."""
+    found: dict[str, Any] = module._parameters
+    return found
+
+
+def buffers_of(module: nn.Module) -> dict[str, Any]:
+    """The same of its buffers."""
+    found: dict[str, Any] = module._buffers
+    return found
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:

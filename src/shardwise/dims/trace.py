@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
 
 from shardwise.core.errors import ModelError
 from shardwise.core.shown import told
@@ -21,7 +20,7 @@ from shardwise.dims.record import Entered, Left, Op, Record, Source, Value
 from shardwise.dims.rules import Call, rule_for
 from shardwise.dims.sizes import tagged
 from shardwise.dims.written import WrittenSizes
-from shardwise.torch_private import TorchDispatchMode, schema_of
+from shardwise.torch_private import TorchDispatchMode, overload_of, schema_of, tree_flatten, tree_map
 
 _RULES_OF = (views, by_data)  # their rules are known once they are imported
 BATCH, SEQ = 2, 24
@@ -148,7 +147,7 @@ class _Recorder(TorchDispatchMode):
             elif sum(tensor.numel() for tensor in inputs) > _MOST_KNOWN:
                 args, kwargs = tree_map(_on_meta, (args, kwargs))
             return func(*args, **kwargs)
-        written = inputs[0] if func._schema.is_mutable and self._is_written(func, args) else None
+        written = inputs[0] if schema_of(func).is_mutable and self._is_written(func, args) else None
         out = func(*tree_map(_on_meta, args), **{**tree_map(_on_meta, kwargs), **_device(kwargs)})
         if written is not None and not written.is_meta:
             self._unknown.add(id(written))
@@ -158,7 +157,7 @@ class _Recorder(TorchDispatchMode):
     @staticmethod
     def _is_written(func: Any, args: Any) -> bool:
         """Whether an op writes into its first argument and returns that."""
-        first = func._schema.arguments[0]
+        first = schema_of(func).arguments[0]
         is_first = first.alias_info is not None and first.alias_info.is_write
         return bool(is_first and args and isinstance(args[0], Tensor))
 
@@ -166,11 +165,11 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, name: str, inputs: list[Tensor], outputs: list[Tensor], args: Any, kwargs: Any
     ) -> None:
         arguments = {
-            each.name: each.default_value for each in func._schema.arguments if each.has_default_value()
+            each.name: each.default_value for each in schema_of(func).arguments if each.has_default_value()
         }
-        arguments |= {each.name: value for each, value in zip(func._schema.arguments, args, strict=False)}
+        arguments |= {each.name: value for each, value in zip(schema_of(func).arguments, args, strict=False)}
         arguments |= kwargs
-        call = Call(name, func._overloadname, arguments, inputs, outputs, self.value_of, self.record.sequence)
+        call = Call(name, overload_of(func), arguments, inputs, outputs, self.value_of, self.record.sequence)
         described = rule_for(func, name)
         if described is None:
             self.record.unknown[name] = self.record.unknown.get(name, 0) + 1
@@ -192,7 +191,7 @@ class _Recorder(TorchDispatchMode):
     def _follow_views(self, func: Any, call: Call) -> None:
         """What is written into a view goes into what it is a view of."""
         first = self.value_of(call.inputs[0]) if call.inputs else None
-        for returned, output in zip(func._schema.returns, call.outputs, strict=False):
+        for returned, output in zip(schema_of(func).returns, call.outputs, strict=False):
             alias = returned.alias_info
             if alias is None or first is None:
                 continue

@@ -15,6 +15,7 @@ from shardwise.parallel.embedding import TableSharder
 from shardwise.parallel.layers import LinearSharder
 from shardwise.parallel.sharder import Assignment, Fit
 from shardwise.parallel.styles import STYLES, styles_of
+from shardwise.torch_private import buffers_of, parameters_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,13 +49,13 @@ def check_held(assignment: Assignment, fit: Fit) -> None:
         where = f"rule {assignment.rule}: parameters names {path} of {assignment.shown}"
         module_name, _, name = path.rpartition(".")
         owner = _submodule(module, module_name)
-        if owner is None or (name not in owner._parameters and name not in owner._buffers):
+        if owner is None or (name not in parameters_of(owner) and name not in buffers_of(owner)):
             known = [name for name, _ in module.named_parameters()]
             raise PlanError(
                 f"{where}, a {assignment.kind}, which has no such parameter.{suggest(path, known)} It has: "
                 f"{', '.join(known[:6]) or 'none'}{', ...' if len(known) > 6 else ''}."
             )
-        tensor = owner._parameters.get(name, owner._buffers.get(name))
+        tensor = parameters_of(owner).get(name, buffers_of(owner).get(name))
         if tensor is not None and isinstance(held.placement, Shard):
             _check_cut(assignment, path, held, tuple(tensor.shape), fit)
 

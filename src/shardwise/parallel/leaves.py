@@ -22,6 +22,7 @@ from shardwise.parallel.counts import divide_counts
 from shardwise.parallel.own_forward import Part, Use, run_on_local
 from shardwise.parallel.ownership import PieceOrder
 from shardwise.parallel.sharder import Assignment, Fit, Sharder, Work, refuse_below_gather_input
+from shardwise.torch_private import buffers_of
 
 
 def uses_of(assignment: Assignment, axis: Axis, added_once: Collection[str] = ()) -> list[Use]:
@@ -31,8 +32,8 @@ def uses_of(assignment: Assignment, axis: Axis, added_once: Collection[str] = ()
         module_name, _, name = path.rpartition(".")
         owner = assignment.module.get_submodule(module_name)
         part = None
-        if (held.parts or name in owner._buffers) and isinstance(held.placement, Shard):
-            whole = owner.get_buffer(name) if name in owner._buffers else owner.get_parameter(name)
+        if (held.parts or name in buffers_of(owner)) and isinstance(held.placement, Shard):
+            whole = owner.get_buffer(name) if name in buffers_of(owner) else owner.get_parameter(name)
             dim = held.placement.dim % whole.dim()
             part = _part(held, dim, whole.shape[dim], axis)
         found.append(Use(owner, name, held.gradient_placement, path in added_once, part))

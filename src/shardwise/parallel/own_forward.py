@@ -19,6 +19,7 @@ from shardwise.core.errors import PlanError
 from shardwise.core.placement import Placement
 from shardwise.parallel.axis import Axis, Site
 from shardwise.parallel.parameters import local_weight
+from shardwise.torch_private import buffers_of, parameters_of
 
 Change = Callable[[Tensor], Tensor]
 
@@ -56,8 +57,8 @@ def on_local(uses: Sequence[Use], axis: Axis) -> Iterator[None]:
     found: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for use in uses:
-            is_buffer = use.name in use.module._buffers
-            there: dict[str, Any] = use.module._buffers if is_buffer else use.module._parameters
+            is_buffer = use.name in buffers_of(use.module)
+            there: dict[str, Any] = buffers_of(use.module) if is_buffer else parameters_of(use.module)
             value = there[use.name]
             local = _local_buffer(value, use.part) if is_buffer else _local_parameter(value, use, axis)
             if local is not value:

@@ -7,18 +7,21 @@ Sizes that the made plan doesn't have stay as they are, and a proof of the twin 
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from shardwise.core.errors import ShardwiseError
 from shardwise.core.held import Held, count_of, format_pieces
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import Plan, Rule, Style
-from shardwise.models.model_source import ModelSource
+
+if TYPE_CHECKING:
+    from shardwise.models.model_source import ModelSource
 
 Sizes = tuple[tuple[int, ...], tuple[int, ...]]
 """Pieces, and the parts of each."""
 
 
-def plan_for_twin(plan: Plan, source: ModelSource, mesh: Mesh) -> Plan | None:
+def plan_for_twin(plan: Plan, source: "ModelSource", mesh: Mesh) -> Plan | None:
     """The plan with the sizes of the model's small twin; None where it names none, or there is no twin."""
     if not any(list(_sizes(rule.style)) for rule in plan.rules):
         return None
@@ -31,7 +34,7 @@ def plan_for_twin(plan: Plan, source: ModelSource, mesh: Mesh) -> Plan | None:
         return None
 
 
-def _translated(plan: Plan, source: ModelSource, twin: ModelSource, mesh: Mesh) -> Plan:
+def _translated(plan: Plan, source: "ModelSource", twin: "ModelSource", mesh: Mesh) -> Plan:
     import torch
 
     from shardwise.planner.make import Wish, make_plan
