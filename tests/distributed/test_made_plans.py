@@ -22,7 +22,7 @@ from tests.distributed.made_faults import Fault, faults
 from tests.distributed.made_plans_workers import small_one
 from tests.distributed.mixed_modules import MIXES
 from tests.distributed.own_modules_cases import CASES
-from tests.matrix import thinned
+from tests.matrix import FULL, thinned
 
 MODELS = {case.name: f"tests.distributed.own_modules_cases:case_{at}" for at, case in enumerate(CASES)} | {
     words: f"tests.distributed.mixed_modules:{name}" for name, words in MIXES.items()
@@ -156,6 +156,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, b
     return [json.loads(result) for result in results]
 
 
+@FULL
 @pytest.mark.parametrize("name", KEPT)
 def test_a_checkpoint_of_a_made_plan_is_the_models_own_at_any_tp_size(
     kept: list[dict[str, dict[str, bool]]], name: str
