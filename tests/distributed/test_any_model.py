@@ -51,6 +51,7 @@ def compared(tmp_path: Path, *plans: str, **keys: object) -> Comparison:
     return done.answer
 
 
+@FULL
 def test_compare_proves_and_times_a_hugging_face_model_on_text_under_its_own_plan(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("a b c d e f g h " * 200)

@@ -25,7 +25,7 @@ from tests.distributed.user_loop_workers import (
     plan,
     writer,
 )
-from tests.matrix import thinned
+from tests.matrix import FULL, thinned
 
 # rounding stays below 1e-12; a gradient that is summed, averaged or clipped wrongly starts at 1e-3
 TOLERANCE = 1e-10
@@ -110,6 +110,7 @@ def test_gradients_accumulate_over_backwards(two: Outcomes, case: str) -> None:
     assert_agrees(two, f"accumulate {case}")
 
 
+@FULL
 @pairs(UNDER_FSDP, (CHECKPOINTS[0], CHECKPOINTS[2]))
 def test_fsdp_may_average_parts_that_have_as_many_labels(
     launched: Launched, embedding: str, weights: Weights
@@ -117,6 +118,7 @@ def test_fsdp_may_average_parts_that_have_as_many_labels(
     assert_agrees(launched(4, is_telling(embedding, weights)), f"averaged {embedding} {weights}")
 
 
+@FULL
 @pairs(UNDER_FSDP, CHECKPOINTS[1:])
 def test_fsdp_sums_parts_that_are_divided_by_the_whole_batchs_labels(
     launched: Launched, embedding: str, weights: Weights
@@ -124,17 +126,20 @@ def test_fsdp_sums_parts_that_are_divided_by_the_whole_batchs_labels(
     assert_agrees(launched(4, is_telling(embedding, weights)), f"summed {embedding} {weights}")
 
 
+@FULL
 @pytest.mark.parametrize("case", ["accumulated", "held back", "held back, replicated"])
 def test_gradients_accumulate_under_fsdp(four: Outcomes, case: str) -> None:
     assert_agrees(four, f"averaged, {case}")
 
 
+@FULL
 @pytest.mark.parametrize("embedding", UNDER_FSDP)
 @pytest.mark.parametrize("mesh", ["fsdp=2,tp=2", "dp=2,tp=2"])
 def test_the_training_step_agrees_with_one_process(four: Outcomes, embedding: str, mesh: str) -> None:
     assert_agrees(four, f"step {embedding} {mesh}")
 
 
+@FULL
 def test_the_training_step_takes_interleaved_rows_in_whole_replicas(four: Outcomes) -> None:
     assert_agrees(four, "step routed-interleaved dp=2,tp=2")
 
@@ -151,6 +156,7 @@ def reads_back(folder: Path, weights: Weights) -> bool:
     )
 
 
+@FULL
 @pairs(EMBEDDINGS)
 def test_a_checkpoint_of_one_process_loads_at_tp_and_comes_back_bit_for_bit(
     launched: Launched, folder: Path, embedding: str, weights: Weights
@@ -162,6 +168,7 @@ def test_a_checkpoint_of_one_process_loads_at_tp_and_comes_back_bit_for_bit(
     assert reads_back(folder / f"tp4-{embedding}-{weights}", weights)
 
 
+@FULL
 @pairs(UNDER_FSDP)
 def test_a_checkpoint_of_one_process_loads_under_fsdp_and_comes_back_bit_for_bit(
     launched: Launched, folder: Path, embedding: str, weights: Weights
@@ -171,6 +178,7 @@ def test_a_checkpoint_of_one_process_loads_under_fsdp_and_comes_back_bit_for_bit
     assert reads_back(folder / f"fsdp2-tp2-{embedding}-{weights}", weights)
 
 
+@FULL
 @pairs(EMBEDDINGS)
 def test_load_state_dict_takes_plain_whole_tensors(
     launched: Launched, embedding: str, weights: Weights
@@ -194,10 +202,12 @@ def test_training_resumed_with_its_optimizer_goes_on_bit_for_bit(two: Outcomes, 
     assert_agrees(two, f"resumed {embedding}", tolerance=0.0)
 
 
+@FULL
 def test_training_under_fsdp_resumed_with_its_optimizer_goes_on_bit_for_bit(four: Outcomes) -> None:
     assert_agrees(four, "resumed rowwise", tolerance=0.0)
 
 
+@FULL
 @pytest.mark.parametrize("embedding", UNDER_FSDP)
 def test_ranks_go_on_with_the_optimizer_of_one_process(two: Outcomes, four: Outcomes, embedding: str) -> None:
     assert_agrees(two, f"resumed from one process {embedding}")
@@ -212,6 +222,7 @@ def test_a_model_built_on_meta_trains_once_it_is_loaded(
     assert_agrees(launched(2, is_telling(embedding, weights)), f"meta {embedding} {weights}")
 
 
+@FULL
 @pytest.mark.parametrize("embedding", ["rowwise", "replicated"])
 def test_a_model_built_on_meta_trains_under_fsdp_once_it_is_loaded(four: Outcomes, embedding: str) -> None:
     assert_agrees(four, f"meta {embedding} {CHECKPOINTS[2]}")
@@ -269,6 +280,7 @@ def test_tensors_of_a_wrong_size_get_pytorchs_own_message(two: Outcomes, case: s
         assert "size mismatch for words.weight: copying a param with shape torch.Size([256, 16])" in text
 
 
+@FULL
 @pytest.mark.parametrize(
     ("case", "message"),
     [
@@ -300,6 +312,7 @@ def test_with_an_fsdp_axis_it_is_refused(four: Outcomes, case: str, message: str
     assert [outcome[f"refused: {case}"] for outcome in four] == [message] * 4
 
 
+@FULL
 def test_a_refused_model_is_as_it_was(four: Outcomes) -> None:
     assert all(outcome["untouched after a refusal"] == "True" for outcome in four)
 

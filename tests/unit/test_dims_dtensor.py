@@ -38,6 +38,7 @@ THEY_GATHER = {
 THEY_CAN_T = {
     "convolution": "DTensor takes channels for whole; it cuts the batch and the windows only",
     "linalg_inv_ex": "it gathers to check for errors, and there is nothing to gather here",
+    "t_": "from PyTorch 2.14 on no op in place may change how a tensor is cut",
 }
 NO_STRATEGY = ("does not have a sharding strategy registered", "got mixed torch.Tensor and DTensor")
 
