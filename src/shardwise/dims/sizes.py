@@ -110,12 +110,21 @@ def evaluate(expression: Expression, value_of: Callable[[Attribute | Length], in
 
 
 def attributes_in(expression: Expression) -> Iterator[Attribute]:
+    return (known for known in _read_in(expression) if isinstance(known, Attribute))
+
+
+def lengths_in(expression: Expression) -> Iterator[Length]:
+    return (known for known in _read_in(expression) if isinstance(known, Length))
+
+
+def _read_in(expression: Expression) -> Iterator[Attribute | Length]:
+    """What an expression was computed from."""
     match expression:
-        case Attribute():
+        case Attribute() | Length():
             yield expression
         case Computed(_, first, second):
-            yield from attributes_in(first)
-            yield from attributes_in(second)
+            yield from _read_in(first)
+            yield from _read_in(second)
 
 
 @contextmanager

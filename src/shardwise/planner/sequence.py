@@ -4,13 +4,12 @@ rank.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from shardwise.core.layer_name import any_layer
 from shardwise.dims.factors import Factor, leaves
 from shardwise.dims.record import Entered, Left, Op, Record, Source, Value
-from shardwise.dims.sizes import Computed, Expression, Length
+from shardwise.dims.sizes import lengths_in
 from shardwise.dims.spans import Spans
 from shardwise.planner.regions import Region, UnfitError
 
@@ -255,7 +254,10 @@ def _is_embedded_directly(record: Record, spans: Spans, first_layer: str) -> boo
     before = [event for event in record.events[: first.start] if isinstance(event, Op)]
     is_looked_up = any(op.name == "embedding" and taken in op.outputs for op in before)
     is_used = any(taken in op.inputs for op in before)
-    asks = any(_asks(use.size, taken.number) or _asks(use.start, taken.number) for use in record.sizes)
+    lengths = (
+        length for use in record.sizes for size in (use.size, use.start) for length in lengths_in(size)
+    )
+    asks = any(length.tensor == taken.number for length in lengths)
     return is_looked_up and not is_used and not asks
 
 
@@ -269,26 +271,8 @@ def _sizes_of_sequence(record: Record) -> dict[int, list[tuple[Value, Value, int
     for use in record.sizes:
         if record.sequence.isdisjoint(leaves(use.value.dims[use.dim])) or not use.value.is_live:
             continue
-        for length in _lengths(use.size):
+        for length in lengths_in(use.size):
             asked = values.get(length.tensor)
             if asked is not None and not record.sequence.isdisjoint(leaves(asked.dims[length.dim])):
                 found.setdefault(use.at, []).append((use.value, asked, length.at))
     return found
-
-
-def _lengths(expression: Expression) -> Iterator[Length]:
-    match expression:
-        case Length():
-            yield expression
-        case Computed(_, first, second):
-            yield from _lengths(first)
-            yield from _lengths(second)
-
-
-def _asks(expression: Expression, tensor: int) -> bool:
-    match expression:
-        case Length(number):
-            return number == tensor
-        case Computed(_, first, second):
-            return _asks(first, tensor) or _asks(second, tensor)
-    return False
