@@ -253,6 +253,15 @@ def test_a_rule_says_how_parameters_are_held_and_what_counts_them() -> None:
     assert plan.rules[0].style.arguments == "pieces=3072+1024+1024, divide=nf"
 
 
+def test_a_plan_may_say_that_the_gradient_of_every_input_is_a_part() -> None:
+    rule = Rule("h.*.experts", Style(StyleName.GATHER_INPUT, output=Replicate(), every_input=True))
+    text = Plan("experts", (rule,)).to_toml()
+    assert '"h.*.experts" = { style = "gather_input", output = "replicate", every_input = true }' in text
+    assert Plan.from_toml(text).rules == (rule,)
+    with pytest.raises(PlanError, match=r"every_input is 1\. Allowed: true, false\."):
+        Plan.from_toml(text.replace("true", "1"))
+
+
 @given(plans(), st.dictionaries(PATTERNS, st.text()))
 def test_comments_stand_above_their_rules_and_change_nothing(plan: Plan, comments: dict[str, str]) -> None:
     told = {**comments, plan.rules[0].pattern: "one class of 32 heads\n\x00 q, k, v"}
