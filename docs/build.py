@@ -51,6 +51,9 @@ from shardwise.core.sweep import Sweep
 from shardwise.core.verification import VerificationRun
 from shardwise.files.document import read_document, worked_out, write_document
 from shardwise.models import specs
+from shardwise.models.gpt import GPTConfig
+from shardwise.models.llama import LlamaConfig
+from shardwise.models.moe import MoEConfig
 from shardwise.models.source import NAMINGS
 from shardwise.models.specs import SPECS, ModelSpec
 from shardwise.profiles.collectives import share
@@ -157,11 +160,11 @@ def models_reference() -> str:
         c = spec.config
         lines.append(
             f"| `{spec.name}` | {spec.about} | {c.n_parameters:,} | {c.n_layers} | {c.hidden:,} | "
-            f"{c.n_heads}/{c.n_kv_heads} | {c.ffn_hidden:,} | {c.vocab_size:,} | "
+            f"{c.n_heads}/{c.n_kv_heads} | {_inner_width(c)} | {c.vocab_size:,} | "
             f"{f'{spec.max_seq:,}' if spec.max_seq else 'any'} | {'tied' if c.tied else 'untied'} |"
         )
     (changed, about), *others = NAMINGS
-    first, gpt = next(iter(SPECS.values())), SPECS["gpt3-175b"]
+    first, gpt, moe = next(iter(SPECS.values())), SPECS["gpt3-175b"], SPECS["qwen3-30b-a3b"]
     lines += [
         "",
         inspect.cleandoc(specs.__doc__ or "").partition("\n\n")[2].replace("\n", " "),
@@ -169,6 +172,9 @@ def models_reference() -> str:
         f"**Other sizes**: `{changed}` is {about}:",
         f"a head's width and the ratio stay, unless you name those too. Llama's keys: {_keys(first)}.",
         f"GPT's: {_keys(gpt)}.",
+        f"A mixture's, beside Llama's: {_keys(moe, first)}. `head_width` and `qk_norm` where the "
+        "model has them; `capacity` drops what is beyond so many times an expert's even share of a "
+        "sequence, 0 nothing.",
         "",
         "**A tied head** is refused by PyTorch's own styles (`NAME@dtensor`), which would untie it; "
         "`gpt-debug?tied=false` has another.",
@@ -185,8 +191,16 @@ def models_reference() -> str:
     return "\n".join(lines)
 
 
-def _keys(spec: ModelSpec) -> str:
-    return ", ".join(f"`{key}`" for key in spec.numbers)
+def _inner_width(config: LlamaConfig | GPTConfig) -> str:
+    width = f"{config.ffn_hidden:,}"
+    if isinstance(config, MoEConfig):
+        return f"{config.n_experts} experts of {width}, {config.top_k} for a token"
+    return width
+
+
+def _keys(spec: ModelSpec, beside: ModelSpec | None = None) -> str:
+    known = beside.numbers if beside is not None else {}
+    return ", ".join(f"`{key}`" for key in spec.numbers if key not in known)
 
 
 def explain_json_reference() -> str:

@@ -251,7 +251,8 @@ REFUSED = [
         ("--model", "lama3-8b"),
         'unknown model "lama3-8b". Did you mean "llama3-8b"? Known: llama3-debug, llama3-8b, llama3-70b, '
         "llama3.1-405b, gpt-debug, gpt3-1.3b, "
-        "gpt3-6.7b, gpt3-175b, megatron-22b; NAME?KEY=VALUE,...; or hf:TYPE, hf:PATH of a config.json, or "
+        "gpt3-6.7b, gpt3-175b, moe-debug, mixtral-8x7b, qwen3-30b-a3b, megatron-22b; NAME?KEY=VALUE,...; "
+        "or hf:TYPE, hf:PATH of a config.json, or "
         "package.module:factory.",
     ),
     (("--bacth", "3"), "No such option: --bacth (Possible options: --batch). Try: shardwise compare --help."),

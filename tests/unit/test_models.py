@@ -85,7 +85,8 @@ def test_an_unknown_model_is_one_line() -> None:
         == f'unknown model "llama3-8B". Did you mean "llama3-8b"? Known: {", ".join(SPECS)}.'
     )
     assert list(SPECS)[:4] == ["llama3-debug", "llama3-8b", "llama3-70b", "llama3.1-405b"]
-    assert list(SPECS)[4:] == ["gpt-debug", "gpt3-1.3b", "gpt3-6.7b", "gpt3-175b", "megatron-22b"]
+    assert list(SPECS)[4:8] == ["gpt-debug", "gpt3-1.3b", "gpt3-6.7b", "gpt3-175b"]
+    assert list(SPECS)[8:] == ["moe-debug", "mixtral-8x7b", "qwen3-30b-a3b", "megatron-22b"]
 
 
 @pytest.mark.parametrize(

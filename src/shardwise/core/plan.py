@@ -53,6 +53,7 @@ class Family(StrEnum):
 
     LLAMA = "llama"
     GPT = "gpt"
+    MOE = "moe"
 
 
 class ReduceScatter(StrEnum):

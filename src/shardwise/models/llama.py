@@ -113,17 +113,22 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        kv_width = config.n_kv_heads * config.head_dim
-        self.wq = nn.Linear(config.hidden, config.hidden, bias=False)
+        width, kv_width = (heads * config.head_dim for heads in (config.n_heads, config.n_kv_heads))
+        self.wq = nn.Linear(config.hidden, width, bias=False)
         self.wk = nn.Linear(config.hidden, kv_width, bias=False)
         self.wv = nn.Linear(config.hidden, kv_width, bias=False)
-        self.wo = nn.Linear(config.hidden, config.hidden, bias=False)
+        self.wo = nn.Linear(width, config.hidden, bias=False)
 
-    def forward(self, hidden_BSH: Tensor, rope_2SD: Tensor) -> Tensor:
+    def heads(self, hidden_BSH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, before they are rotated: [B, S, N, D] each."""
         q_BSND, k_BSND, v_BSND = (
             projection(hidden_BSH).unflatten(-1, (-1, self.head_dim))
             for projection in (self.wq, self.wk, self.wv)
         )
+        return q_BSND, k_BSND, v_BSND
+
+    def forward(self, hidden_BSH: Tensor, rope_2SD: Tensor) -> Tensor:
+        q_BSND, k_BSND, v_BSND = self.heads(hidden_BSH)
         out_BNSD = F.scaled_dot_product_attention(
             rotate(q_BSND, rope_2SD).transpose(1, 2),
             rotate(k_BSND, rope_2SD).transpose(1, 2),
@@ -134,7 +139,7 @@ class Attention(nn.Module):
         return self.wo(out_BNSD.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
-class _SwiGLU(torch.autograd.Function):
+class SwiGLU(torch.autograd.Function):
     """silu(gate) * up, any equal shapes. silu is made again in the backward, so that it needn't be kept."""
 
     @staticmethod
@@ -160,7 +165,7 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
         if self.fused_swiglu:
-            inner_BSF = _SwiGLU.apply(self.w1(hidden_BSH), self.w3(hidden_BSH))
+            inner_BSF = SwiGLU.apply(self.w1(hidden_BSH), self.w3(hidden_BSH))
             return self.w2(inner_BSF)  # type: ignore[no-any-return]
         return self.w2(F.silu(self.w1(hidden_BSH)) * self.w3(hidden_BSH))  # type: ignore[no-any-return]
 
@@ -168,12 +173,12 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One layer: attention and feed-forward, each behind a norm and beside a residual."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, attention: nn.Module, feed_forward: nn.Module) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = attention
         self.ffn_norm = nn.RMSNorm(config.hidden, config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = feed_forward
 
     def forward(self, hidden_BSH: Tensor, rope_2SD: Tensor) -> Tensor:
         hidden_BSH = hidden_BSH + self.attention(self.attention_norm(hidden_BSH), rope_2SD)
@@ -188,11 +193,15 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden, padding_idx=config.padding_idx)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(self.block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.hidden, config.norm_eps)
         self.output = nn.Linear(config.hidden, config.vocab_size, bias=False)
         if config.tied:
             self.output.weight = self.tok_embeddings.weight
+
+    def block(self, config: Any) -> Block:
+        """A layer of it."""
+        return Block(config, Attention(config), FeedForward(config))
 
     def forward(self, ids_BS: Tensor) -> Tensor:
         hidden_BSH = self.tok_embeddings(ids_BS)

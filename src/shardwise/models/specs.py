@@ -3,7 +3,9 @@
 Published shapes: Llama 3: Dubey et al. 2024, table 3, and the params.json files that Meta published with the
 weights. GPT-3: Brown et al. 2020, table 2.1, but that 1.3b has 16 heads of 128, since the table's 24 of 128
 don't make its hidden 2048; the vocabulary is GPT-2's 50,257 padded to 51,200, as Megatron has it. Megatron
-22B: Korthikanti et al. 2022, table 3. The debug models are ours: small enough for a laptop, with a vocabulary
+22B: Korthikanti et al. 2022, table 3. Mixtral 8x7B: Jiang et al. 2024, table 1. Qwen3-30B-A3B: Yang et al.
+2025, table 2, and the config.json that Qwen published with the weights (an expert's width, theta, no tied
+head). The debug models are ours: small enough for a laptop, with a vocabulary
 that is large for their width, so that embedding and head matter as they do in real models.
 """
 
@@ -19,6 +21,7 @@ from shardwise.models.changes import parse_changes
 from shardwise.models.dtype import default_dtype
 from shardwise.models.gpt import GPT, GPTConfig
 from shardwise.models.llama import Llama, LlamaConfig, RopeScaling
+from shardwise.models.moe import MoE, MoEConfig
 from shardwise.models.small import Sizes
 
 # beyond these, building takes long or overflows; the largest known models have a tenth of them
@@ -41,7 +44,13 @@ class ModelSpec:
 
     @property
     def family(self) -> Family:
-        return Family.GPT if isinstance(self.config, GPTConfig) else Family.LLAMA
+        match self.config:
+            case GPTConfig():
+                return Family.GPT
+            case MoEConfig():
+                return Family.MOE
+            case LlamaConfig():
+                return Family.LLAMA
 
     @property
     def max_seq(self) -> int | None:
@@ -62,7 +71,13 @@ class ModelSpec:
     def build(self, device: torch.device | str = "meta", dtype: torch.dtype = torch.float32) -> Llama | GPT:
         """The model with unfilled weights; on "meta" it holds none."""
         with torch.device(device), default_dtype(dtype):
-            return GPT(self.config) if isinstance(self.config, GPTConfig) else Llama(self.config)
+            match self.config:
+                case GPTConfig() as config:
+                    return GPT(config)
+                case MoEConfig() as config:
+                    return MoE(config)
+                case LlamaConfig() as config:
+                    return Llama(config)
 
     def small(self, tp: int) -> "ModelSpec":
         """The same family at two layers, and sizes that divide by tp."""
@@ -74,9 +89,16 @@ class ModelSpec:
                 config = replace(self.config, hidden=sizes.hidden, n_heads=sizes.heads, n_kv_heads=kv_heads)
             case GPTConfig():
                 config = replace(self.config, hidden=sizes.hidden, n_heads=sizes.heads)
+        width = sizes.width
+        if isinstance(config, MoEConfig):
+            experts, width = min(config.n_experts, sizes.experts), sizes.expert_width
+            head_width = config.head_width and sizes.of("head_dim")
+            config = replace(
+                config, n_experts=experts, top_k=min(config.top_k, experts), head_width=head_width
+            )
         n_layers = min(2, config.n_layers)
         return replace(
-            self, config=replace(config, vocab_size=sizes.vocab, n_layers=n_layers, ffn_hidden=sizes.width)
+            self, config=replace(config, vocab_size=sizes.vocab, n_layers=n_layers, ffn_hidden=width)
         )
 
     def with_layers(self, n_layers: int) -> "ModelSpec":
@@ -154,6 +176,23 @@ _SPECS = (
     ModelSpec("gpt3-1.3b", GPTConfig(51_200, 2048, 24, 16, 8192, 2048), "GPT-3 XL"),
     ModelSpec("gpt3-6.7b", GPTConfig(51_200, 4096, 32, 32, 16_384, 2048), "GPT-3 6.7B"),
     ModelSpec("gpt3-175b", GPTConfig(51_200, 12_288, 96, 96, 49_152, 2048), "GPT-3 175B"),
+    ModelSpec(
+        "moe-debug",
+        MoEConfig(32_000, 384, 6, 12, 4, 512, n_experts=8, top_k=2, qk_norm=True),
+        "small, for laptops: 6 layers, 8 experts, 2 for each token",
+    ),
+    ModelSpec(
+        "mixtral-8x7b",
+        MoEConfig(32_000, 4096, 32, 32, 8, 14_336, rope_theta=1e6, n_experts=8, top_k=2),
+        "Mixtral 8x7B",
+    ),
+    ModelSpec(
+        "qwen3-30b-a3b",
+        MoEConfig(
+            151_936, 2048, 48, 32, 4, 768, 1e-6, 1e6, n_experts=128, top_k=8, head_width=128, qk_norm=True
+        ),
+        "Qwen3-30B-A3B",
+    ),
     ModelSpec("megatron-22b", GPTConfig(51_200, 6144, 48, 64, 24_576, 2048), "Megatron 22B"),
 )
 SPECS = {spec.name: spec for spec in _SPECS}

@@ -52,12 +52,13 @@ class Applied:
 def parallelize(model: nn.Module, plan: Plan | str, mesh: DeviceMesh) -> nn.Module:
     """Shards `model` in place over the "tp" axis of `mesh`, and returns it.
 
-    plan: a Plan, or the name of a built-in one (of GPT's rules where the model has its pos_embeddings, else
-    of Llama's). mesh: a DeviceMesh with an axis named "tp"; give the whole mesh, not its tp part, for then
-    what can't be combined with its other axes is refused here ("dp" holds whole replicas, any other may shard
-    parameters further). Every rank must hold the same weights (or all of them meta). Parameters become
-    DTensors, so FSDP2 (`fully_shard`, applied afterwards over another axis), optimizers (made afterwards) and
-    torch.distributed.checkpoint compose. Sharded logits want `loss_of(model)`.
+    plan: a Plan, or the name of a built-in one (of GPT's rules where the model has its pos_embeddings, of a
+    mixture's where it has feed_forward.experts, else of Llama's). mesh: a DeviceMesh with an axis named "tp";
+    give the whole mesh, not its tp part, for then what can't be combined with its other axes is refused here
+    ("dp" holds whole replicas, any other may shard parameters further). Every rank must hold the same weights
+    (or all of them meta). Parameters become DTensors, so FSDP2 (`fully_shard`, applied afterwards over
+    another axis), optimizers (made afterwards) and torch.distributed.checkpoint compose. Sharded logits want
+    `loss_of(model)`.
 
     Raises PlanError, before anything is changed, where the plan doesn't fit the model; MeshError where the
     mesh has no "tp" axis.
@@ -89,8 +90,12 @@ def parallelize(model: nn.Module, plan: Plan | str, mesh: DeviceMesh) -> nn.Modu
 
 
 def _family_of(model: nn.Module) -> Family:
-    """GPT's where the model has GPT's table of positions, else Llama's."""
-    return Family.GPT if "pos_embeddings" in dict(model.named_children()) else Family.LLAMA
+    """GPT's where the model has GPT's table of positions, that of mixtures where its feed-forward is one,
+    else Llama's."""
+    if "pos_embeddings" in dict(model.named_children()):
+        return Family.GPT
+    is_moe = any(name.endswith("feed_forward.experts") for name, _ in model.named_modules())
+    return Family.MOE if is_moe else Family.LLAMA
 
 
 def mark_applied(model: nn.Module, applied: Applied) -> None:

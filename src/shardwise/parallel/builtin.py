@@ -1,12 +1,13 @@
-"""Built-in plans for models with the module names of models/llama.py or models/gpt.py. They differ only where
-their names say so: in the embedding, and in the engine; and in the rules of the modules that one family has
-and the other hasn't."""
+"""Built-in plans for models with the module names of models/llama.py, models/gpt.py or models/moe.py. They
+differ only where their names say so: in the embedding, and in the engine; and in the rules of the modules
+that one family has and the other hasn't."""
 
 from dataclasses import replace
 from typing import assert_never
 
 from shardwise.core.errors import PlanError
-from shardwise.core.placement import Replicate, Shard
+from shardwise.core.held import Held
+from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.core.plan import Engine, Family, Ownership, Plan, Rule, Style, StyleName, suggest
 
 _EMBEDDINGS = {
@@ -34,7 +35,8 @@ def builtin_names() -> tuple[str, ...]:
 def builtin_plan(name: str, *, sequence_parallel: bool = True, family: Family = Family.LLAMA) -> Plan:
     """A built-in plan by name, for the models of a family.
 
-    Raises PlanError for an unknown one, or one that isn't offered without sequence parallelism.
+    Raises PlanError for an unknown one, or one that isn't offered for the family, or without sequence
+    parallelism.
     """
     if name not in ABOUT:
         raise PlanError(
@@ -52,6 +54,12 @@ def builtin_plan(name: str, *, sequence_parallel: bool = True, family: Family = 
         embedding = replace(embedding, output=Replicate())
     plan_name = name if sequence_parallel else f"{name} (no sequence parallelism)"
     chosen = Engine(engine) if engine else Engine.NATIVE
+    if family is Family.MOE and chosen is Engine.DTENSOR:
+        native = ", ".join(known for known in ABOUT if "@" not in known)
+        raise PlanError(
+            f"plan \"{name}\" isn't offered for a mixture of experts: PyTorch's own styles cut none. Use "
+            f"{native}."
+        )
     return Plan(plan_name, _rules(embedding, sequence_parallel, family, chosen), chosen)
 
 
@@ -62,13 +70,18 @@ def _rules(embedding: Style, sequence_parallel: bool, family: Family, engine: En
     colwise = Style(StyleName.COLWISE)
     rowwise = Style(StyleName.ROWWISE, output=between)
     projections: tuple[str, ...]
-    inner: tuple[str, ...]
+    norms: tuple[str, ...] = ()
     positions: dict[str, Style] = {}
+    feed_forward = {"": gather, "w1": colwise, "w2": rowwise}
     match family:
         case Family.LLAMA:
-            projections, inner = ("wq", "wk", "wv"), ("w1", "w3")
+            projections = ("wq", "wk", "wv")
+            feed_forward["w3"] = colwise
+        case Family.MOE:
+            projections, norms = ("wq", "wk", "wv"), ("q_norm", "k_norm")
+            feed_forward = _experts(between)
         case Family.GPT:
-            projections, inner = ("wqkv",), ("w1",)
+            projections = ("wqkv",)
             # PyTorch's styles have no replicated table; the GPT in its own tests has the positions rowwise
             by_engine = StyleName.REPLICATED if engine is Engine.NATIVE else StyleName.ROWWISE
             positions["pos_embeddings"] = Style(by_engine, output=between)
@@ -80,12 +93,27 @@ def _rules(embedding: Style, sequence_parallel: bool, family: Family, engine: En
         "layers.*.attention_norm": norm,
         "layers.*.attention": gather,
         **{f"layers.*.attention.{name}": colwise for name in projections},
+        **{f"layers.*.attention.{name}": _PART_OF_GRADIENT for name in norms},
         "layers.*.attention.wo": rowwise,
         "layers.*.ffn_norm": norm,
-        "layers.*.feed_forward": gather,
-        **{f"layers.*.feed_forward.{name}": colwise for name in inner},
-        "layers.*.feed_forward.w2": rowwise,
+        **{f"layers.*.feed_forward.{name}".rstrip("."): style for name, style in feed_forward.items()},
         "norm": norm,
         "output": Style(StyleName.COLWISE, input=between, output=Shard(-1)),
     }
     return tuple(Rule(pattern, style) for pattern, style in styles.items())
+
+
+_PART_OF_GRADIENT = Style(StyleName.REPLICATE, gradient=Partial())
+"""Of what is whole where each rank does a part of the work."""
+
+
+def _experts(between: Placement) -> dict[str, Style]:
+    """Rules of a mixture of experts whose experts are cut inside, by the name of the module in it: each rank
+    has all tokens, and gives its summand."""
+    cut = {"w1": 1, "w2": 2, "w3": 1}
+    inside = tuple((name, Held(Shard(dim))) for name, dim in cut.items())
+    return {
+        "": Style(StyleName.GATHER_INPUT, input=between, output=between),
+        "router.gate": _PART_OF_GRADIENT,
+        "experts": Style(StyleName.LOCAL, parameters=inside),
+    }
