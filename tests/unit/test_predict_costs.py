@@ -35,6 +35,7 @@ from shardwise.core.program import (
     memory_peak,
 )
 from shardwise.predict.costs import FUSED_LOSS_TRAFFIC, FUSED_TRAFFIC, collective_cost, collective_s, op_cost
+from shardwise.predict.layout import lay_out
 from shardwise.predict.memory import forecast, peak_by_kind
 from shardwise.predict.pipeline import StageTimes, layers_of_stages, one_f_one_b, pipeline_s
 from shardwise.predict.predict import predict
@@ -306,6 +307,14 @@ def test_terms_add_up_and_one_that_is_off_is_0() -> None:
     off = predict(PROGRAM, machine, Setup(micro_batches=3, without=(Term.TENSOR,)))
     assert dict(off.terms)[Term.TENSOR] == 0.0
     assert off.step_s < made.step_s
+
+
+def test_stages_send_over_the_link_that_joins_them_on_the_whole_mesh() -> None:
+    """Traced with two data-parallel ranks, whose stages would share a node."""
+    traced = replace(PROGRAM, axes=(("fsdp", 2), ("tp", 2)), layers=("layers", 2))
+    meshes = Mesh.parse("pp=2,fsdp=2,tp=2"), Mesh.parse("pp=2,fsdp=4,tp=2")
+    on_a_node, on_two = (lay_out(traced, MACHINE, Setup(mesh, 4)).transfer_s for mesh in meshes)
+    assert on_two == pytest.approx(10 * on_a_node)
 
 
 def test_the_peak_by_blocks_is_the_peak_item_by_item() -> None:

@@ -127,7 +127,8 @@ def _transfer_s(program: Program, machine: Machine, setup: Setup) -> float:
     if setup.stages == 1:
         return 0.0
     n_bytes = _boundary_bytes(program)
-    stride = prod(size for _, size in program.axes)  # stages are the outermost axis
+    mesh = mesh_of(program, setup)
+    stride = mesh.world_size // mesh.stages  # stages are the outermost axis
     inside = local_ranks(stride, setup.stages, machine.devices_per_node) > 1
     link = machine.within if inside else machine.between or machine.within
     return link.start_s + n_bytes / (link.bytes_per_s * link.share_at(n_bytes))
