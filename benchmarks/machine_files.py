@@ -74,6 +74,30 @@ def simumax(gpu: str, *, at_least_flop: float = 0.0) -> list[Product]:
     return found
 
 
+def grouped(rate: MatmulRate, copies_per_s: float, copy_start_s: float) -> Fit:
+    """The same rate with what a group of a grouped matmul costs beside its tiles and bytes: the microseconds
+    (to a tenth) that bring the median absolute log ratio to its least, over SimuMax's grouped matmuls of
+    Transformer Engine on a B200."""
+    found = []
+    for row in rows("gemm", gpu="B200-SXM", op="group_matmul"):
+        part = dict(entry.split("=") for entry in row["shape_or_bytes"].replace(" ", "").split(","))
+        groups, m, n, k = (int(part[key]) for key in ("ng", "M", "N", "K"))
+        stage = part["stage"]
+        product = {"fwd": (m, n, k), "bwd_grad_act": (m, k, n), "bwd_grad_w": (n, k, m)}[stage]
+        # a weight's gradient is added to what is there
+        weight_bytes = 2 if stage != "bwd_grad_w" else 8 if part["main_grad_dtype"] == "fp32" else 4
+        n_bytes = groups * (2 * m * (n + k) + weight_bytes * n * k)
+        apart_s = max(rate.time_s(groups, *product), copy_start_s + n_bytes / copies_per_s)
+        found.append((groups, apart_s, 2.0 * groups * m * n * k / float(row["value"]) / 1e12))
+
+    def error(group_us: float) -> float:
+        return median(abs(math.log((apart + groups * group_us * 1e-6) / s)) for groups, apart, s in found)
+
+    best = min((step / 10 for step in range(200)), key=error)
+    errors = sorted(abs((apart + groups * best * 1e-6) / s - 1) for groups, apart, s in found)
+    return Fit(replace(rate, group_s=best * 1e-6), len(found), median(errors), errors[int(len(errors) * 0.9)])
+
+
 def azure(gpu: str, dtype: str) -> list[Product]:
     """Matmuls by shape of Azure's AI benchmarking guide."""
     found = []
@@ -260,6 +284,7 @@ class Recipe:
     between: tuple[float, str] | None
     reach: tuple[tuple[tuple[float, float], ...], str] | None = None
     look_ups: tuple[float, str] | None = None  # elements per second, where they bound look-ups
+    groups: str | None = None  # to what a grouped matmul's cost per group was fitted
 
 
 def text_of(recipe: Recipe, shares: dict[str, float]) -> str:
@@ -294,6 +319,11 @@ def text_of(recipe: Recipe, shares: dict[str, float]) -> str:
         out.constant("tiles", json.dumps(tiles), "rows, columns, share of peak", source, fitted=fit)
         out.constant("start", f"{rate.start_s * 1e6:.3g}", "us", source, fitted=fit)
         out.constant("extra_k", f"{rate.extra_k:.3g}", "1", source, fitted=fit)
+        if rate.group_s:
+            source = "SimuMax's grouped matmuls of Transformer Engine on a B200 (hardware.csv)"
+            if not recipe.name.startswith("b200"):
+                source += "; none was published of this device"
+            out.constant("group", f"{rate.group_s * 1e6:.3g}", "us", source, fitted=recipe.groups)
     forward, backward, half, source, fit = recipe.attention
     out.add()
     out.add("[attention.bfloat16]")
@@ -683,7 +713,18 @@ def recipes() -> list[Recipe]:
             ),
         ),
     )
-    return [h100, before_gather, capped_h100, h200, a100_80, a100_40, vtrain, b200_machine, gb200, mi300x]
+    made = (h100, before_gather, capped_h100, h200, a100_80, a100_40, vtrain, b200_machine, gb200, mi300x)
+    groups = grouped(b200.rate, default_b200 * b200_machine.bandwidth[0] * 1e9, START_US * 1e-6)
+    return [with_groups(recipe, groups) for recipe in made]
+
+
+def with_groups(recipe: Recipe, groups: Fit) -> Recipe:
+    """A recipe whose half-precision matmuls have what a group costs."""
+    matmuls = {
+        dtype: (replace(rate, group_s=groups.rate.group_s) if dtype != "float32" else rate, source, fitted_to)
+        for dtype, (rate, source, fitted_to) in recipe.matmuls.items()
+    }
+    return replace(recipe, matmuls=matmuls, groups=f"{groups}".replace("matmuls", "grouped matmuls"))
 
 
 LAUNCH = ("forward", "backward", "collective", "dtensor_forward", "dtensor_backward")

@@ -197,6 +197,8 @@ ALL_TO_ALL = (_placements, "shard_dim_alltoall")
 """Where DTensor swaps the dim that is cut: a gather of everything on a CPU."""
 FSDP_ALLOCATION = (_fsdp_buffers, "allocate")
 """Where FSDP2 takes its communication buffers from the device."""
+GROUPED_MM_SHAPES = (_find("torch", "_meta_registrations"), "_meta_grouped_mm_common")
+"""What a grouped matmul gives, of tensors without data."""
 
 
 def _places(owners: list[Any], *names: str) -> list[tuple[Any, str]]:

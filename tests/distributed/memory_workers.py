@@ -3,7 +3,6 @@ out and takes back."""
 
 import gc
 import time
-from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -23,6 +22,7 @@ from shardwise.models.specs import get_spec
 from shardwise.parallel.builtin import builtin_plan
 from shardwise.step.build import build_model, device_mesh
 from shardwise.step.train import TrainStep
+from tests.allocated import begin_and_peak
 
 MODEL, MESH = "llama3-debug?n_layers=2,vocab_size=8000", "tp=2"
 _SECOND_STEP = "the second step"
@@ -113,34 +113,7 @@ def _weigh(case: Case, mesh: DeviceMesh, context: RankContext) -> Weighed:
         with record_function(_SECOND_STEP), _PatientWaits():
             step(batch)
         kept = kept_bytes(model, step.optimizer)
-    results = profiler.profiler.kineto_results
-    assert results is not None
-    events = list(_all(results.experimental_event_tree()))
-    whole = next(event for event in events if event.name == _SECOND_STEP)
-    start, stop = whole.start_time_ns, whole.end_time_ns
-    blocks: dict[int, int] = {}
-    live = peak = begin = 0
-    for event in sorted(
-        (event for event in events if event.name == "[memory]"), key=lambda event: event.start_time_ns
-    ):
-        if event.start_time_ns > stop:
-            break
-        block = event.extra_fields
-        live -= blocks.pop(block.ptr, 0)
-        if block.alloc_size > 0:
-            blocks[block.ptr] = block.alloc_size
-            live += block.alloc_size
-        if event.start_time_ns < start:
-            begin = peak = live
-        else:
-            peak = max(peak, live)
-    return Weighed(*kept, begin, peak)
-
-
-def _all(events: Iterable[Any]) -> Iterator[Any]:
-    for event in events:
-        yield event
-        yield from _all(event.children)
+    return Weighed(*kept, *begin_and_peak(profiler, _SECOND_STEP))
 
 
 def _patient(wait: Any) -> Any:

@@ -163,17 +163,18 @@ def test_dropout_and_experts_and_quantization_are_told(tmp_path: Path) -> None:
         "Dropout is on, as in training: resid_pdrop 0.1, embd_pdrop 0.1, attn_pdrop 0.1.",
     )
     (experts,) = find_model("hf:mixtral").notes
-    assert experts.startswith("Experts run as grouped_mm in bfloat16")
+    assert experts.startswith("Experts are multiplied by grouped_mm")
     quantized = {"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}
     assert find_model(written(tmp_path, quantized)).notes == (
         "quantization_config is left out: the weights are of the dtype that was asked for.",
     )
 
 
-def test_experts_are_batched_except_in_bfloat16() -> None:
+def test_experts_are_grouped_where_the_kernel_takes_the_dtype() -> None:
     mixtral = "hf:mixtral?num_hidden_layers=1"
-    assert built(mixtral).config._experts_implementation == "batched_mm"
-    assert built(mixtral, torch.bfloat16).config._experts_implementation == "grouped_mm"
+    for dtype in (torch.bfloat16, torch.float32):
+        assert built(mixtral, dtype).config._experts_implementation == "grouped_mm"
+    assert built(mixtral, torch.float64).config._experts_implementation == "batched_mm"
 
 
 @pytest.mark.parametrize(

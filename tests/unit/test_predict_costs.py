@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwise.core.collective import CollectiveCall, CollectiveKind, wire_bytes
+from shardwise.core.grouped import GROUPED
 from shardwise.core.machine import (
     AttentionRate,
     CollectiveRate,
@@ -97,6 +98,26 @@ def test_a_matmul_waits_for_its_last_wave_whole() -> None:
 def test_a_matmul_of_few_rows_takes_what_its_bytes_take() -> None:
     thin = op("aten::mm", OpKind.MATMUL, (1, 64), (64, 4096), out=(1, 4096), read=67_108_864, write=16_384)
     assert op_cost(thin, MACHINE, Setup()).device_s == pytest.approx((67_108_864 + 16_384) / 1e12)
+
+
+def test_a_grouped_matmul_takes_each_group_s_tiles_and_what_a_group_costs_beside() -> None:
+    shapes = (
+        TensorSpec("bfloat16", (1000, 64)),
+        TensorSpec("bfloat16", (10, 64, 100)),
+        TensorSpec("int32", (10,)),
+    )
+    grouped = replace(op(GROUPED, OpKind.MATMUL, out=(1000, 100)), inputs=shapes)
+    # 10 groups of 100 rows: a tile each, side by side
+    tile_s = 2 * 100 * 100 * 64 / (2e12 * 0.5)
+    assert op_cost(grouped, MACHINE, Setup()).device_s == pytest.approx(tile_s)
+    fast, slow = (rate for _, rate in MACHINE.matmuls)
+    beside = replace(MACHINE, matmuls=(("float32", fast), ("bfloat16", replace(slow, group_s=1e-6))))
+    assert op_cost(grouped, beside, Setup()).device_s == pytest.approx(tile_s + 10e-6)
+    # a thousand experts of a row each take ten times the waves
+    few = replace(
+        grouped, inputs=(shapes[0], TensorSpec("bfloat16", (1000, 64, 100)), TensorSpec("int32", (1000,)))
+    )
+    assert op_cost(few, MACHINE, Setup()).device_s == pytest.approx(10 * tile_s)
 
 
 def test_look_ups_go_by_elements_where_those_are_slower() -> None:

@@ -55,13 +55,15 @@ class Tile:
 @dataclass(frozen=True, slots=True)
 class MatmulRate:
     """Matmuls of one dtype. peak_flops: per second, by the data sheet. units: that work side by side (SMs).
-    extra_k: what a tile costs besides its k, in k. start_s: once per call."""
+    extra_k: what a tile costs besides its k, in k. start_s: once per call. group_s: per group of a grouped
+    matmul, beside its tiles."""
 
     peak_flops: float
     units: int
     tiles: tuple[Tile, ...]
     start_s: float
     extra_k: float = 0.0
+    group_s: float = 0.0
 
     def time_s(self, batch: int, m: int, n: int, k: int) -> float:
         """[batch, m, k] x [batch, k, n]; the library is taken to choose its best tile."""

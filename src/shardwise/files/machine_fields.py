@@ -71,6 +71,7 @@ MATMUL = (
     Field("units", "units", UNITS),
     Field("start", "start_s", START),
     Field("extra_k", "extra_k", EXTRA_K),
+    Field("group", "group_s", START, is_needed=False, default=0.0),
 )
 ATTENTION = (
     Field("forward", "forward_flops", RATE),

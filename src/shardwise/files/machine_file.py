@@ -4,7 +4,8 @@ was fitted; no file is opened here.
     name, device ("cuda" or "cpu"), about, devices_per_node
     [memory]               capacity, bandwidth, context (held by the process beside tensors)
     [power]                cap (optional; for the reader: rates hold under it)
-    [matmul.DTYPE]         peak, units, tiles (rows, columns, share of peak), start, extra_k
+    [matmul.DTYPE]         peak, units, tiles (rows, columns, share of peak), start, extra_k, group
+                           (optional)
     [attention.DTYPE]      forward, backward, half_sequence, start
     [kernels.NAME]         start, rate, elements; or points (bytes, seconds). NAME: an op, a kind of
                            ops, default

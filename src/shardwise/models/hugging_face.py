@@ -83,9 +83,9 @@ class HuggingFaceModel:
             found.append("quantization_config is left out: the weights are of the dtype that was asked for.")
         if self.has_experts:
             found.append(
-                "Experts run as grouped_mm in bfloat16, which is transformers' default, and as batched_mm "
-                "in other dtypes, since grouped_mm can't be traced in those; batched_mm copies the weights "
-                "that each token meets, and needs far more memory. On real ranks they run one after the "
+                "Experts are multiplied by grouped_mm, as transformers does by default: each expert's matrix "
+                "with the tokens that chose it. It doesn't take float64: there batched_mm copies the weights "
+                "that each token meets, and needs far more memory. On real ranks experts run one after the "
                 "other."
             )
         return tuple(found)
@@ -125,8 +125,9 @@ class HuggingFaceModel:
         is_real = torch.device(device).type != "meta"
         if is_real and _model_class(self.config)._can_set_experts_implementation():
             chosen["experts_implementation"] = "eager"  # a loop over the experts: plain ops, any dtype
-        elif dtype != torch.bfloat16 and _model_class(self.config)._can_set_experts_implementation():
-            chosen["experts_implementation"] = "batched_mm"
+        elif _model_class(self.config)._can_set_experts_implementation():
+            # whatever the parameters' dtype: FSDP's mixed precision multiplies in another one
+            chosen["experts_implementation"] = "batched_mm" if dtype == torch.float64 else "grouped_mm"
 
         def make() -> nn.Module:
             with _few_modules(self.name), torch.device(device):

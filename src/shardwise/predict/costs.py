@@ -2,6 +2,7 @@
 and the term it counts to.
 
     matmul       the machine's tiles and waves, and never less than its bytes take
+    grouped      each group's tiles as one matmul's, load being balanced; and what a group costs beside
     attention    FLOPs over the fused kernel's rate; unfused: its matmuls, and the score matrix B N S S read
                  or written by each kernel between (forward: softmax 2 times, dropout 2; backward: softmax 3,
                  dropout 2; Korthikanti et al. 2022, section 4.1, figure 3)
@@ -19,7 +20,8 @@ from math import prod
 from shardwise.core.collective import CollectiveKind, wire_bytes
 from shardwise.core.dtype import DTYPE_BYTES
 from shardwise.core.errors import MachineError
-from shardwise.core.machine import FRESH, Link, Machine, local_ranks
+from shardwise.core.grouped import GROUPED, grouped_product
+from shardwise.core.machine import FRESH, Link, Machine, MatmulRate, local_ranks
 from shardwise.core.mesh import TENSOR_AXIS
 from shardwise.core.prediction import AttentionKernel, Setup, Term
 from shardwise.core.program import LOSS_MODULE, ONCE, Collective, Op, OpKind, Phase, TensorSpec
@@ -91,15 +93,17 @@ def _kernel_s(op: Op, machine: Machine) -> float:
 
 def _matmul_s(op: Op, machine: Machine, setup: Setup) -> float:
     dims = matmul_dims(op)
-    dtype = op.inputs[-1].dtype
+    dtype = op.inputs[0 if op.name == GROUPED else -1].dtype  # a grouped one's last are its groups' ends
     if dims is None:  # a convolution, a dot product: by its FLOPs at the best tile
         rate = machine.matmul(dtype)
         share = max(tile.share for tile in rate.tiles) if rate is not None else 1.0
         seconds = op.flops / (rate.peak_flops * share) if rate is not None else 0.0
     else:
-        is_linear = dims[0] == 1
+        is_linear = dims[0] == 1 or op.name == GROUPED
         seconds = _product_s(machine, (is_linear and setup.matmul_dtype) or dtype, *dims)
     seconds = max(seconds, machine.kernel("matmul bytes", "copy").time_s(op.read_bytes + op.write_bytes))
+    if op.name == GROUPED and dims is not None:
+        seconds += dims[0] * _rate(machine, dtype).group_s
     return seconds + fresh_memory_s(op, machine)
 
 
@@ -111,10 +115,13 @@ def fresh_memory_s(op: Op, machine: Machine) -> float:
     return sum(known[FRESH].time_s(prod(spec.shape) * DTYPE_BYTES.get(spec.dtype, 4)) for spec in op.outputs)
 
 
-def _product_s(machine: Machine, dtype: str, batch: int, m: int, n: int, k: int) -> float:
+def _rate(machine: Machine, dtype: str) -> MatmulRate:
     rates = (machine.matmul(each) for each in (dtype, _OTHER_HALF.get(dtype, dtype), "float32"))
-    rate = next((rate for rate in rates if rate is not None), machine.matmuls[0][1])
-    return rate.time_s(batch, m, n, k)
+    return next((rate for rate in rates if rate is not None), machine.matmuls[0][1])
+
+
+def _product_s(machine: Machine, dtype: str, batch: int, m: int, n: int, k: int) -> float:
+    return _rate(machine, dtype).time_s(batch, m, n, k)
 
 
 def matmul_dims(op: Op) -> tuple[int, int, int, int] | None:
@@ -124,6 +131,9 @@ def matmul_dims(op: Op) -> tuple[int, int, int, int] | None:
         a, b = op.inputs[0].shape, op.inputs[1].shape
     elif base in ("addmm", "baddbmm"):
         a, b = op.inputs[1].shape, op.inputs[2].shape
+    elif op.name == GROUPED:
+        made = grouped_product(op.inputs)
+        return (made.met, made.m, made.n, made.k)
     else:
         return None
     return (a[0] if len(a) == 3 else 1, a[-2], b[-1], a[-1])

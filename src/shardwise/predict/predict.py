@@ -20,7 +20,9 @@ def prediction_of(layout: Layout) -> Prediction:
     program, machine, setup, mesh = layout.program, layout.machine, layout.setup, layout.mesh
     terms = _terms(layout)
     sequences = program.settings.batch // Mesh(program.axes).data_parallel * mesh.data_parallel
-    unknown = (f"{name} has no known cost on {machine.device}" for name in layout.work.unknown)
+    unknown = (
+        f"{name} has no known cost on {machine.device}: counted by its bytes" for name in layout.work.unknown
+    )
     return Prediction(
         program.model,
         program.plan,
@@ -31,7 +33,7 @@ def prediction_of(layout: Layout) -> Prediction:
         sum(terms.values()),
         tuple(terms.items()),
         forecast(program, machine, setup),
-        tuple(f"{what}: counted by its bytes" for what in unknown),
+        (*program.notes, *unknown),
     )
 
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Collection, Sequence
 from math import prod
 
+from shardwise.core.grouped import grouped_product
 from shardwise.core.program import OpKind, TensorSpec
 
 _NAMES: dict[OpKind, str] = {
@@ -152,7 +153,7 @@ def flops_of(name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSp
         case "addmm" | "baddbmm":
             return 2 * prod(shapes[1]) * shapes[2][-1]
         case "_grouped_mm":
-            return 2 * prod(shapes[0]) * shapes[1][-1]
+            return grouped_product(inputs).flops
         case "mv" | "dot":
             return 2 * prod(shapes[0])
         case "addmv":
@@ -185,6 +186,10 @@ def traffic_of(
     that are written in place."""
     read, write = sum(input_bytes), sum(output_bytes) + sum(written)
     match name.removeprefix("aten::"):
+        case "_grouped_mm":  # the rows, and the matrices of the groups that some row meets
+            share = grouped_product(inputs).matrix_share
+            parts = zip(inputs, input_bytes, strict=True)
+            return sum(round(n * share) if len(spec.shape) == 3 else n for spec, n in parts), write
         case "embedding":  # the rows that it takes, not the table
             return input_bytes[1] + output_bytes[0], write
         case "index_select" | "index" | "gather":

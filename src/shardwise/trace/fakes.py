@@ -4,6 +4,9 @@ another device.
 Weights are FakeTensors on "cpu": they have shapes and no memory. Token ids stay real, on the host, because
 the styles decide by them. What comes onto the device (`.to(device)`, or made there) is fake.
 
+A grouped matmul takes half precision and float32 wherever it runs; its fake takes bfloat16 alone, so it is
+steered.
+
 Inside `fake_world(...)` of device "cuda", four choices that PyTorch makes by the device below Python are
 steered: RMSNorm is one fused op, DTensor's all-to-all is a real one (on a CPU it gathers everything instead),
 attention in float32 with grouped heads is taken apart (no fused kernel takes it there), and the native engine
@@ -29,7 +32,14 @@ from shardwise.core.errors import RunError
 from shardwise.core.mesh import Mesh
 from shardwise.parallel.axis import Target, as_if_on
 from shardwise.parallel.parameters import fill
-from shardwise.torch_private import ALL_TO_ALL, FakeStore, FakeTensorMode, forget_library, forget_meshes
+from shardwise.torch_private import (
+    ALL_TO_ALL,
+    GROUPED_MM_SHAPES,
+    FakeStore,
+    FakeTensorMode,
+    forget_library,
+    forget_meshes,
+)
 
 TARGETS = {"cpu": Target("cpu", "gloo"), "cuda": Target("cuda", "nccl")}
 
@@ -51,6 +61,7 @@ def fake_world(mesh: Mesh, *, rank: int, device: str) -> Iterator[DeviceMesh]:
         with ExitStack() as stack:
             stack.enter_context(_without_dtensor_s_advice())
             stack.enter_context(as_if_on(TARGETS[device]))
+            stack.enter_context(_grouped_matmuls())
             if device == "cuda":
                 stack.enter_context(_fused_rms_norm())
                 stack.enter_context(_real_all_to_all())
@@ -107,6 +118,40 @@ def _fused_rms_norm() -> Iterator[None]:
         yield
     finally:
         forget_library(library)
+
+
+@contextmanager
+def _grouped_matmuls() -> Iterator[None]:
+    """PyTorch's kernels take bfloat16, float16 and float32 (at::native::_grouped_mm_validate_inputs); what
+    they would refuse of sizes is refused here."""
+    original = getattr(*GROUPED_MM_SHAPES)
+
+    def shapes(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if a.dtype != b.dtype or a.dtype not in (torch.float16, torch.float32):
+            made: torch.Tensor = original(a, b, *args, **kwargs)
+            return made
+        _check_aligned(a, b)
+        ends = kwargs.get("offs")
+        rows, columns = a.shape[-2], b.shape[-1]
+        groups = () if a.dim() != b.dim() else (a.shape[0],) if ends is None else ends.shape
+        return torch.empty(
+            (*groups, rows, columns), dtype=kwargs.get("out_dtype") or a.dtype, device=a.device
+        )
+
+    with patch.object(*GROUPED_MM_SHAPES, shapes):
+        yield
+
+
+def _check_aligned(*operands: torch.Tensor) -> None:
+    """Rows or columns must be dense, and each begin at a multiple of 16 bytes."""
+    for operand in operands:
+        *_, rows, columns = operand.stride()
+        step, dense = max(rows, columns), min(rows, columns)
+        if dense != 1 or step * operand.element_size() % 16:
+            raise RuntimeError(
+                "grouped_mm takes operands whose rows or columns are dense and begin at multiples of 16 "
+                f"bytes; strides are {operand.stride()} of {operand.dtype}"
+            )
 
 
 @contextmanager

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
+from shardwise.core.grouped import BALANCED, GROUPED
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import AnyPlan
-from shardwise.core.program import Block, MemoryKind, Program, RuleUse
+from shardwise.core.program import Block, MemoryKind, Op, Program, RuleUse
 from shardwise.models.layers import Layers, find_layers
 from shardwise.models.source import ModelSource
 from shardwise.parallel.any_plan import check_any, engine_of, name_of
@@ -130,5 +131,11 @@ def _program(job: Job, subject: _Subject, traced: Traced, blocks: tuple[Block, .
         resident=tuple((kind, traced.resident[kind]) for kind in MemoryKind if kind in traced.resident),
         layers=(layers.prefix, layers.count) if layers is not None else None,
         compressed=blocks is not None,
-        notes=job.source.notes,
+        notes=(*job.source.notes, *_notes_of(blocks if blocks is not None else (Block(traced.items),))),
     )
+
+
+def _notes_of(blocks: tuple[Block, ...]) -> tuple[str, ...]:
+    """What was taken for granted where data decides."""
+    ops = {item.name for block in blocks for item in block.items if isinstance(item, Op)}
+    return (BALANCED,) if GROUPED in ops else ()
