@@ -193,12 +193,19 @@ _transform_infos = _find("torch.distributed.tensor._redistribute", "_gen_transfo
 _propagator = _find("torch.distributed.tensor._sharding_prop", "ShardingPropagator")
 _fsdp_buffers = _find("torch.distributed.fsdp._fully_shard._fsdp_collectives", "DefaultAllocMixin")
 _placements = _find("torch.distributed.tensor", "placement_types")
+_find("torch.distributed.device_mesh", "DeviceMesh._flatten")
 ALL_TO_ALL = (_placements, "shard_dim_alltoall")
 """Where DTensor swaps the dim that is cut: a gather of everything on a CPU."""
 FSDP_ALLOCATION = (_fsdp_buffers, "allocate")
 """Where FSDP2 takes its communication buffers from the device."""
 GROUPED_MM_SHAPES = (_find("torch", "_meta_registrations"), "_meta_grouped_mm_common")
 """What a grouped matmul gives, of tensors without data."""
+
+
+def flattened(mesh: Any, names: tuple[str, ...], name: str) -> Any:
+    """The 1-D mesh, of that name, of several dims of a device mesh together; the same one each time. All
+    ranks call it."""
+    return mesh[names]._flatten(name)
 
 
 def _places(owners: list[Any], *names: str) -> list[tuple[Any, str]]:

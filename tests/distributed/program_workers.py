@@ -6,9 +6,10 @@ import msgspec
 import torch
 from torch import Tensor
 
+from shardwise.core.batch_part import part_of_batch
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import PlanError
-from shardwise.core.mesh import Mesh
+from shardwise.core.mesh import Mesh, joined
 from shardwise.core.plan import Family, Plan
 from shardwise.core.program import Phase
 from shardwise.launch import RankContext
@@ -17,6 +18,8 @@ from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_names, builtin_plan
 from shardwise.step.build import build_model, device_mesh
+from shardwise.step.groups import make_groups
+from shardwise.step.portion import Portion
 from shardwise.step.train import TrainStep, mixed_precision
 from tests.distributed.c10d_log import Issued, ranks_of, writing_down
 
@@ -114,7 +117,7 @@ def cases(world_size: int) -> list[Case]:
         ]
         found += [Case(name, tp, accumulation=2) for name in ("replicated", *BOTH_ENGINES)]
         found += [Case(name, tp, dtype="bfloat16") for name in BOTH_ENGINES]
-        found += [Case("rowwise", mesh) for mesh in ("dp=2", "fsdp=2")]
+        found += [Case("rowwise", mesh) for mesh in ("dp=2", "fsdp=2", "ep=2")]
         found += [
             Case(
                 "rowwise", "fsdp=2", recompute="selective-ops", param_dtype="bfloat16", reduce_dtype="float32"
@@ -131,7 +134,7 @@ def cases(world_size: int) -> list[Case]:
             Case(name, mesh, accumulation=2) for mesh in ("dp=2,tp=2", "fsdp=2,tp=2") for name in BOTH_ENGINES
         ]
         found += [Case("rowwise", "fsdp=2,tp=2", recompute="full")]
-        found += [Case("rowwise", "dp=2,fsdp=2")]
+        found += [Case("rowwise", mesh) for mesh in ("dp=2,fsdp=2", "dp=2,ep=2", "fsdp=2,ep=2")]
     return found
 
 
@@ -175,7 +178,7 @@ def _issued(case: Case, context: RankContext) -> list[Issued]:
     phases.append(Phase.FORWARD)
     with writing_down(issued, lambda: str(phases[-1])):
         step(batch)
-    axes = {ranks_of(mesh.get_group(name)): name for name in mesh.mesh_dim_names or ()}
+    axes = {ranks_of(group): joined(names) for names, group in make_groups(mesh).items()}
     return [replace(call, group=axes[call.group]) for call in issued]
 
 
@@ -183,5 +186,5 @@ def micro_batches(
     ids_BS: Tensor, mesh: Mesh, settings: StepSettings, rank: int
 ) -> list[tuple[Tensor, Tensor]]:
     """A rank's (ids, labels) of a global batch."""
-    own = ids_BS.chunk(mesh.data_parallel)[rank // mesh.tp]
-    return [(part, part.roll(-1, 1)) for part in own.chunk(settings.accumulation)]
+    portion = Portion(None, part_of_batch(mesh, rank), settings.accumulation)
+    return portion.cut(ids_BS, ids_BS.roll(-1, 1))

@@ -18,7 +18,12 @@ BATCH, SEQ = 2, 24
 WITH_SEQUENCE_PARALLEL = ("rowwise", "colwise", "routed", "routed-interleaved", "replicated")
 WITHOUT = ("rowwise", "colwise", "replicated")
 # per number of ranks, the meshes on which training steps are compared
-MESHES = {1: ("tp=1",), 2: ("tp=2", "dp=2", "fsdp=2"), 3: ("tp=3",), 4: ("tp=4", "dp=2,tp=2", "fsdp=2,tp=2")}
+MESHES = {
+    1: ("tp=1",),
+    2: ("tp=2", "dp=2", "fsdp=2", "ep=2"),
+    3: ("tp=3",),
+    4: ("tp=4", "dp=2,tp=2", "fsdp=2,tp=2", "ep=2,tp=2", "dp=2,fsdp=2", "dp=2,ep=2", "fsdp=2,ep=2"),
+}
 # per number of ranks, how the names of the cases begin that show every behaviour: tables that the ranks
 # divide, don't divide, or can't all have a row of; the rest of the matrix runs in `make test-all` only, four
 # ranks too: steps on two axes are compared in test_user_loop.py

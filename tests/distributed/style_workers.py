@@ -262,20 +262,17 @@ def clip_errors(context: RankContext, mesh: DeviceMesh) -> dict[str, float]:
     return errors
 
 
-def _steps(plan: Plan | None, mesh: DeviceMesh | None, device: torch.device, part: int, parts: int) -> Tensor:
-    """[3 steps, loss and gradient norm] for one data-parallel part of 4 sequences in 2 micro-batches; two
-    have few valid labels."""
+def _steps(plan: Plan | None, mesh: DeviceMesh | None, device: torch.device, portion: Portion) -> Tensor:
+    """[3 steps, loss and gradient norm] for a rank's portion of 8 sequences in 2 micro-batches; two have few
+    valid labels."""
     generator = torch.Generator().manual_seed(8)
-    ids_BS = torch.randint(0, 260, (4, SEQ), generator=generator)
-    labels_BS = torch.randint(0, 260, (4, SEQ), generator=generator)
+    ids_BS = torch.randint(0, 260, (8, SEQ), generator=generator)
+    labels_BS = torch.randint(0, 260, (8, SEQ), generator=generator)
     labels_BS[1, 5:] = -100
     labels_BS[3, 1:] = -100
     if plan is None:
         ids_BS = ids_BS.to(device)
-    micro_batches = [
-        (ids_BS[start : start + 2].chunk(parts)[part], labels_BS[start : start + 2].chunk(parts)[part])
-        for start in (0, 2)
-    ]
+    micro_batches = portion.cut(ids_BS, labels_BS)
     model = build_model(
         ModelSpec("llama-test", llama(260), ""), plan, mesh, dtype=torch.float64, device=device, seed=4
     )
@@ -286,7 +283,7 @@ def _steps(plan: Plan | None, mesh: DeviceMesh | None, device: torch.device, par
 
 @lru_cache
 def _unsharded_steps(device: torch.device) -> Tensor:
-    expected = _steps(None, None, device, 0, 1)
+    expected = _steps(None, None, device, Portion(micro_batches=2))
     assert expected[:, 0].unique().numel() == 3  # it learns
     assert expected[:, 1].min() > 0.5  # it is clipped
     return expected
@@ -295,16 +292,14 @@ def _unsharded_steps(device: torch.device) -> Tensor:
 def step_errors(context: RankContext, mesh_text: str) -> dict[str, float]:
     """Per plan: the largest relative difference of 3 steps' losses and gradient norms from those of the
     unsharded model on one process."""
-    mesh_noun = Mesh.parse(mesh_text)
-    mesh = device_mesh(mesh_noun, context.device.type)
+    mesh = device_mesh(Mesh.parse(mesh_text), context.device.type)
     expected = _unsharded_steps(context.device)
     # an interleaved table with an fsdp axis is refused
     names = ("rowwise", "colwise", "replicated", "routed" if "fsdp" in mesh_text else "routed-interleaved")
     plans = [*map(builtin_plan, names), builtin_plan("rowwise", sequence_parallel=False)]
-    parts = mesh_noun.data_parallel
-    part = context.rank // mesh_noun.tp
+    portion = Portion.on(mesh, micro_batches=2)
     return {
-        plan.name: float((_steps(plan, mesh, context.device, part, parts) / expected - 1).abs().max())
+        plan.name: float((_steps(plan, mesh, context.device, portion) / expected - 1).abs().max())
         for plan in plans
     }
 

@@ -223,7 +223,7 @@ REFUSED = [
         ("--mesh", "dp=2,tp=2", "--batch", "6", "--accumulation", "2"),
         "--batch 6 can't be cut into 2 data-parallel parts of 2 micro-batches. Use a multiple of 4.",
     ),
-    (("--seq", "33", "--mesh", "cp=2"), "--seq 33 can't be cut into 2 parts for cp=2."),
+    (("--seq", "33", "--mesh", "cp=2"), "--seq 33 can't be cut into 4 chunks, two for each of 2 ranks"),
     (
         ("--mesh", "ep=2,tp=2"),
         "mesh ep=2,tp=2: predict can't carry ep yet. Use the axes pp, dp, fsdp, cp, tp.",

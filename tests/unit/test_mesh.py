@@ -7,7 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwise.core.errors import MeshError
-from shardwise.core.mesh import AXES, NAMES, PREDICTED, RUN, Mesh, Role, check_carried
+from shardwise.core.mesh import (
+    AXES,
+    NAMES,
+    PREDICTED,
+    RUN,
+    Mesh,
+    Role,
+    axes_in,
+    check_carried,
+    joined,
+    role_of,
+)
 
 SIZES = st.integers(min_value=1, max_value=4096)
 MESHES = st.dictionaries(st.sampled_from(NAMES), SIZES, min_size=1).map(
@@ -49,7 +60,49 @@ def test_a_mesh_reads_its_own_text(mesh: Mesh) -> None:
 @given(MESHES)
 def test_the_sizes_of_all_roles_make_all_ranks(mesh: Mesh) -> None:
     assert math.prod(mesh.size_of(role) for role in Role) == mesh.world_size
-    assert mesh.data_parallel == mesh.size_of(Role.REPLICATES) * mesh.size_of(Role.SHARDS_PARAMETERS)
+    split = (Role.REPLICATES, Role.SHARDS_PARAMETERS, Role.CUTS_EXPERTS)
+    assert mesh.data_parallel == math.prod(map(mesh.size_of, split))
+
+
+@given(MESHES)
+def test_every_gradient_is_summed_once_over_each_axis_whose_ranks_see_other_tokens(mesh: Mesh) -> None:
+    by_fsdp = [name for name in mesh.shard_axes if mesh.size(name) > 1]
+    assert sorted((*by_fsdp, *mesh.summing_axes)) == sorted(mesh.token_axes)
+    assert math.prod(map(mesh.size, mesh.token_axes)) == mesh.data_parallel * mesh.context
+
+
+@pytest.mark.parametrize(
+    ("mesh", "shards", "sums"),
+    [
+        ("tp=4", (), ()),
+        ("dp=2,tp=2", (), ("dp",)),
+        ("fsdp=2,tp=2", ("fsdp",), ()),
+        ("dp=2,fsdp=2", ("fsdp",), ("dp",)),
+        ("fsdp=2,cp=2", ("fsdp", "cp"), ()),
+        ("fsdp=1,cp=2", ("fsdp", "cp"), ()),
+        ("dp=2,cp=2", (), ("dp", "cp")),
+        ("dp=2,fsdp=2,cp=2,ep=2", ("fsdp", "cp"), ("dp", "ep")),
+        ("fsdp=1,tp=2", (), ()),
+        ("pp=2,dp=2,ep=2,tp=2", (), ("dp", "ep")),
+    ],
+)
+def test_fsdp_sums_over_its_shards_and_the_step_over_what_is_left(
+    mesh: str, shards: tuple[str, ...], sums: tuple[str, ...]
+) -> None:
+    assert Mesh.parse(mesh).shard_axes == shards
+    assert Mesh.parse(mesh).summing_axes == sums
+
+
+def test_joined_axes_are_one_name_with_all_their_ranks_and_the_first_one_s_role() -> None:
+    name = joined(("fsdp", "cp"))
+    assert axes_in(name) == ("fsdp", "cp")
+    assert Mesh.parse("fsdp=4,cp=2").size(name) == 8
+    assert role_of(name) is Role.SHARDS_PARAMETERS
+
+
+def test_experts_have_a_group_without_the_axis_over_which_they_are_cut() -> None:
+    joined_axes = Mesh.parse("dp=2,cp=2,ep=2,tp=2").joined_axes
+    assert joined_axes == (("dp", "cp", "ep"), ("dp", "cp"))
 
 
 @given(MESHES)
@@ -102,7 +155,7 @@ def test_a_verb_refuses_the_axes_that_it_cannot_carry_and_names_those_it_can() -
     with pytest.raises(MeshError) as caught:
         check_carried(Mesh.parse("pp=2,cp=2,tp=4"), "compare", RUN)
     assert str(caught.value) == (
-        "mesh pp=2,cp=2,tp=4: compare can't carry pp or cp yet. Use the axes dp, fsdp, tp."
+        "mesh pp=2,cp=2,tp=4: compare can't carry pp or cp yet. Use the axes dp, fsdp, ep, tp."
     )
     check_carried(Mesh.parse("pp=2,cp=2,tp=4"), "predict", PREDICTED)
     check_carried(Mesh.parse("ep=1,tp=4"), "predict", PREDICTED)

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
 
+from shardwise.core.batch_part import BatchPart
 from shardwise.core.errors import OptionError, TextError
 from shardwise.step.portion import Portion
 from shardwise.text import tokenizer as bpe
@@ -505,7 +506,7 @@ def test_the_portions_of_all_ranks_make_up_the_global_batch(
     places: int, micro_batches: int, share: int, seq: int, step: int
 ) -> None:
     batch = Batches(stream_of(list(range(40))), places * micro_batches * share, seq).at(step)
-    portions = [Portion(None, place, places, micro_batches) for place in range(places)]
+    portions = [Portion(None, BatchPart(place, places), micro_batches) for place in range(places)]
     cut = [part for portion in portions for part in portion.cut(batch.ids_BS, batch.labels_BS)]
     assert all(ids_BS.shape == (share, seq) for ids_BS, _ in cut)
     assert torch.equal(torch.cat([ids_BS for ids_BS, _ in cut]), batch.ids_BS)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
+from shardwise.core.batch_part import check_batch
 from shardwise.core.errors import OptionError
 from shardwise.core.mesh import Mesh
 from shardwise.core.option import Asked, Option, check_options, options_of
@@ -138,13 +139,7 @@ class Case:
 
     def __post_init__(self) -> None:
         check_options(self)
-        parts = self.mesh.data_parallel * self.step.accumulation
-        if self.step.batch % parts:
-            raise OptionError(
-                f"--batch {self.step.batch} can't be cut into {self.mesh.data_parallel} data-parallel parts "
-                "of "
-                f"{self.step.accumulation} micro-batches. Use a multiple of {parts}."
-            )
+        check_batch(self.mesh, self.step.batch, self.step.seq, self.step.accumulation)
 
     @classmethod
     def of(cls, **values: Any) -> Self:

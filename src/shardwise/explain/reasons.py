@@ -5,7 +5,7 @@ What isn't known is said plainly from the placements, never guessed. Numbers are
 """
 
 from shardwise.core.collective import TIMED, CollectiveKind, collective_name, is_off_mesh
-from shardwise.core.mesh import Role, role_of
+from shardwise.core.mesh import Role, axes_in, role_of, sees_other_tokens
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.core.program import REPLICATED_PARAMETERS, Collective, Op, Phase
 
@@ -67,11 +67,20 @@ def reason_of(collective: Collective) -> str:
         return _FSDP.get(call.kind, _DATA_PARALLEL)
     if role is Role.REPLICATES and phase in _REPLICAS:
         return _REPLICAS[phase]
+    if _counts_labels(collective):
+        return _COUNTS
     if phase in _OF_PHASE:
         return _OF_PHASE[phase]
     if collective.module == REPLICATED_PARAMETERS:
         return _REPLICATED
     return collective.reason or _by_placement(collective)
+
+
+def _counts_labels(collective: Collective) -> bool:
+    """Whether the step sums a number over ranks that see other tokens, before any module runs."""
+    call, is_early = collective.call, collective.phase in (Phase.FORWARD, Phase.LOSS)
+    sees_others = all(map(sees_other_tokens, axes_in(call.axis)))
+    return call.kind is CollectiveKind.ALL_REDUCE and is_early and sees_others and not collective.module
 
 
 def _by_placement(collective: Collective) -> str:

@@ -16,7 +16,7 @@ from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveCall, is_off_mesh
 from shardwise.core.errors import InputError, MeshError
 from shardwise.core.layer_name import layer_index
-from shardwise.core.mesh import Mesh
+from shardwise.core.mesh import Mesh, axes_in
 from shardwise.core.program import (
     Block,
     ByData,
@@ -154,11 +154,15 @@ def _check_block(block: Block, prefix: str | None, n_layers: int) -> None:
 def _check_item(item: Item, axes: set[str]) -> None:
     if isinstance(item, Op):
         _check_shapes(item)
-    elif isinstance(item, Collective) and item.call.axis not in axes and not is_off_mesh(item.call.axis):
+    elif isinstance(item, Collective) and _is_foreign(item.call.axis, axes):
         raise _Wrong(
             f"a collective of {shown(item.module)} is over axis {shown(item.call.axis)}, which the mesh "
             "hasn't"
         )
+
+
+def _is_foreign(axis: str, axes: set[str]) -> bool:
+    return not is_off_mesh(axis) and not axes.issuperset(axes_in(axis))
 
 
 def _check_shapes(op: Op) -> None:

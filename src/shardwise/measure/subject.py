@@ -27,6 +27,7 @@ from shardwise.parallel.any_plan import engine_of, name_of
 from shardwise.parallel.apply import applied_to
 from shardwise.parallel.recorder import CollectiveRecorder
 from shardwise.step.build import build_model
+from shardwise.step.groups import axis_names
 from shardwise.step.portion import MicroBatches
 from shardwise.step.train import StepResult, TrainStep, mixed_precision
 
@@ -88,8 +89,7 @@ class Subject:
             recompute=settings.recompute,
             on_parameter=on_parameter,
         )
-        groups = {str(mesh.get_group(name).group_name): name for name in mesh.mesh_dim_names or ()}
-        self._recorder = CollectiveRecorder(groups)
+        self._recorder = CollectiveRecorder(axis_names(mesh))
         self._step = TrainStep(
             self.model,
             mesh=mesh,

@@ -1,6 +1,8 @@
 """Whatever stands for a plan: one of ours, transformers' own, or none where the factory has sharded the model
 itself. How it is carried out, and how it goes to the ranks as text."""
 
+import math
+
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -36,7 +38,8 @@ def check_any(source: ModelSource, model: nn.Module, plan: AnyPlan, mesh: Mesh, 
     """Raises what apply_any() would, as far as `model`, unsharded and on the meta device, can tell."""
     match plan:
         case Plan():
-            resolve(model, plan, tp=mesh.tp, seq=seq, fsdp=mesh.fsdp)
+            shards = math.prod(map(mesh.size, mesh.shard_axes))
+            resolve(model, plan, tp=mesh.tp, seq=seq // mesh.context, fsdp=shards)
         case TheirPlan.HF:
             from shardwise.parallel.engines.hugging_face import hugging_face_rules
 

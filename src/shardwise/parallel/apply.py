@@ -104,7 +104,8 @@ def mark_applied(model: nn.Module, applied: Applied) -> None:
 
 
 def _ranks_sharding_further(mesh: DeviceMesh) -> int:
-    names, held = mesh.mesh_dim_names or (), (Role.REPLICATES, Role.CUTS_TENSORS)
+    names = mesh.mesh_dim_names or ()
+    held = (Role.CUTS_DEPTH, Role.REPLICATES, Role.CUTS_EXPERTS, Role.CUTS_TENSORS)
     return math.prod(size for name, size in zip(names, mesh.shape, strict=True) if role_of(name) not in held)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardwise.core.collective import CollectiveKind
-from shardwise.core.mesh import SHARDS_AXIS
+from shardwise.core.mesh import Role, role_of
 from shardwise.core.program import BACKWARDS, IN_LAYERS, Collective, Phase
 from shardwise.predict.work import Seconds, Work
 
@@ -82,7 +82,7 @@ def _in_order(durations: Seconds, issued: NDArray[np.float64], free_s: float) ->
 
 def _beside(work: Work) -> NDArray[np.bool_]:
     """Collectives over data-parallel axes that belong to layers (FSDP's): in forward and backward."""
-    data = np.array([name == SHARDS_AXIS for name in ("", *work.axes)])[work.axis]
+    data = np.array([role_of(name) is Role.SHARDS_PARAMETERS for name in ("", *work.axes)])[work.axis]
     inside = work.in_phases(*IN_LAYERS)
     return data & inside & (work.device_s > 0)
 

@@ -5,6 +5,7 @@ A block of equal layers is costed once and repeated. Where an item stands in the
 pipeline runs it: its layer, or before the first one, or after the last.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from shardwise.core.collective import is_off_mesh
 from shardwise.core.layer_name import layer_index
 from shardwise.core.machine import Machine
-from shardwise.core.mesh import SHARDS_AXIS, Mesh
+from shardwise.core.mesh import SHARDS_AXIS, Mesh, axes_in
 from shardwise.core.prediction import Setup, Term
 from shardwise.core.program import BACKWARDS, Block, Collective, Op, Phase, Program
 from shardwise.predict.costs import Cost, collective_cost, op_cost
@@ -136,8 +137,9 @@ def work_of(program: Program, machine: Machine, setup: Setup) -> Work:
 
 
 def _groups(program: Program, setup: Setup) -> dict[str, tuple[int, int]]:
-    """(stride, size) of each axis's groups, and of those that are no axis: nobody tells how far apart their
-    ranks are, so as far as can be."""
+    """(stride, size) of each axis's groups; of those of axes that are joined, whose nearest ranks are as far
+    apart as the inner one's; and of those that are no axis: nobody tells how far apart their ranks are, so as
+    far as can be."""
     sizes = group_sizes(program, setup)
     groups, stride = {}, 1
     for name in reversed(sizes):
@@ -146,9 +148,14 @@ def _groups(program: Program, setup: Setup) -> dict[str, tuple[int, int]]:
     groups = {name: groups[name] for name in sizes}
     for block in program.blocks:
         for item in block.items:
-            if isinstance(item, Collective) and is_off_mesh(item.call.axis):
+            if not isinstance(item, Collective) or item.call.axis in groups:
+                continue
+            if is_off_mesh(item.call.axis):
                 size = item.call.axis_size
                 groups[item.call.axis] = (max(1, stride // size), size)
+            else:
+                parts = [groups[name] for name in axes_in(item.call.axis)]
+                groups[item.call.axis] = (parts[-1][0], math.prod(size for _, size in parts))
     return groups
 
 

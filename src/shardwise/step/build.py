@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from shardwise.core.errors import ModelError
-from shardwise.core.mesh import SHARDS_AXIS, Mesh
+from shardwise.core.mesh import Mesh
 from shardwise.core.plan import AnyPlan, TheirPlan
 from shardwise.models.factory import sharding_factory
 from shardwise.models.init import draws_its_own, own_weights, weights_by_name
@@ -25,6 +25,7 @@ from shardwise.models.skeleton import build_without_weights
 from shardwise.parallel.any_plan import apply_any
 from shardwise.parallel.apply import applied_to
 from shardwise.parallel.parameters import fill, part_of_dtensor
+from shardwise.step.groups import along, mesh_of
 from shardwise.step.train import recompute_layers, shard_with_fsdp
 
 Weights = Callable[[str, torch.Size], Tensor]
@@ -90,8 +91,8 @@ def build_model(
             layer.compile()
     if recompute != "none":
         recompute_layers(layer_modules, recompute)
-    if mesh is not None and SHARDS_AXIS in (mesh.mesh_dim_names or ()):
-        shard_with_fsdp(model, layer_modules, mesh[SHARDS_AXIS], policy or MixedPrecisionPolicy())
+    if mesh is not None and (shard_axes := mesh_of(mesh).shard_axes):
+        shard_with_fsdp(model, layer_modules, along(mesh, shard_axes), policy or MixedPrecisionPolicy())
     return model.train()
 
 

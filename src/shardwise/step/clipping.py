@@ -25,18 +25,22 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     A plain tensor is the same on all ranks of the first mesh. No DTensor gradient may be Partial.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    first = next((each.device_mesh for each in gradients if isinstance(each, DTensor)), None)
-    by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
-    for gradient in gradients:
-        mesh = gradient.device_mesh if isinstance(gradient, DTensor) else first
-        by_mesh.setdefault(mesh, []).append(gradient)
-    squares = reduce(torch.add, [_squares(own, mesh) for mesh, own in by_mesh.items()])
-    norm = squares.sqrt()
+    norm = sum_of_squares(gradients).sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # the epsilon is torch.nn.utils.clip_grad_norm_'s
     parts = [part for part in map(_local, gradients) if part.numel()]
     if parts:
         foreach_mul_(parts, scale.to(parts[0].dtype))
     return norm
+
+
+def sum_of_squares(gradients: Sequence[Tensor]) -> Tensor:
+    """Of all elements of the whole gradients, those of each mesh summed over its ranks; a scalar tensor."""
+    first = next((each.device_mesh for each in gradients if isinstance(each, DTensor)), None)
+    by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
+    for gradient in gradients:
+        mesh = gradient.device_mesh if isinstance(gradient, DTensor) else first
+        by_mesh.setdefault(mesh, []).append(gradient)
+    return reduce(torch.add, [_squares(own, mesh) for mesh, own in by_mesh.items()])
 
 
 def _squares(gradients: Sequence[Tensor], mesh: DeviceMesh | None) -> Tensor:

@@ -1,8 +1,8 @@
 """The training step: gradients of one global batch (in micro-batches), reduced, clipped, one AdamW step.
 
 Loss: mean over the valid labels of the global batch; each data-parallel rank and each micro-batch adds its
-summand, so uneven valid tokens weigh as they do on one process. Axes: `fsdp` reduces inside the backward
-(sums); `dp` all-reduces flattened gradients after it.
+summand, so uneven valid tokens weigh as they do on one process. FSDP sums gradients inside the backward, over
+the axes of its shards; gradient_sums.py those of all other axes whose ranks see other tokens, after it.
 
 The two engines differ in clipping only: native gradients, and those of a model of which a part is sharded, go
 through clip_gradients (one all-reduce per axis); where PyTorch's own styles have made every parameter a
@@ -31,12 +31,13 @@ from torch.utils.checkpoint import (
 
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
-from shardwise.core.mesh import REPLICAS_AXIS, sees_other_tokens
 from shardwise.core.plan import Engine
 from shardwise.core.program import Phase
 from shardwise.parallel.apply import applied_to
 from shardwise.parallel.loss import Loss, count_valid
 from shardwise.step.clipping import clip_gradients
+from shardwise.step.gradient_sums import GradientSums
+from shardwise.step.groups import make_groups, mesh_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +137,11 @@ class TrainStep:
         self._ids_on_host = applied.plan is not None and applied.plan.engine is Engine.NATIVE
         self._max_norm = max_norm
         self._on_phase = on_phase or (lambda _: None)
-        groups = _groups_of_several(mesh)
-        self._data_groups = [group for name, group in groups.items() if sees_other_tokens(name)]
-        self._replicas = groups.get(REPLICAS_AXIS)
+        self._tokens, self._sums = None, None
+        if mesh is not None:
+            axes, groups = mesh_of(mesh), make_groups(mesh)
+            self._tokens = groups.get(axes.token_axes)
+            self._sums = GradientSums(axes.summing_axes, groups)
 
     def gradients(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Leaves the global batch's gradients in `.grad` (of this rank's shards) and returns the global mean
@@ -146,8 +149,8 @@ class TrainStep:
         device = next(self.model.parameters()).device
         labels = [labels_BS.to(device, non_blocking=True) for _, labels_BS in micro_batches]
         valid = torch.stack([count_valid(labels_BS) for labels_BS in labels]).sum()
-        for group in self._data_groups:
-            dist.all_reduce(valid, group=group)
+        if self._tokens is not None:
+            dist.all_reduce(valid, group=self._tokens)
         total = torch.zeros((), device=device)
         for (ids_BS, _), labels_BS in zip(micro_batches, labels, strict=True):
             self._on_phase(Phase.FORWARD)
@@ -160,10 +163,10 @@ class TrainStep:
                 loss.backward()
             total = total + loss.detach()
         self._on_phase(Phase.REDUCE)
-        if self._replicas is not None:
-            _sum_gradients(self.model, self._replicas)
-        for group in self._data_groups:
-            dist.all_reduce(total, group=group)
+        if self._sums is not None:
+            self._sums.sum(self.model.parameters())
+        if self._tokens is not None:
+            dist.all_reduce(total, group=self._tokens)
         return total
 
     def placed(self, ids_BS: Tensor) -> Tensor:
@@ -190,20 +193,15 @@ class TrainStep:
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def _groups_of_several(mesh: DeviceMesh | None) -> dict[str, dist.ProcessGroup]:
-    """The groups of the axes with several ranks, by name."""
-    if mesh is None:
-        return {}
-    return {name: mesh.get_group(name) for name in mesh.mesh_dim_names or () if mesh[name].size() > 1}
-
-
 def _groups(model: nn.Module) -> list[dict[str, list[nn.Parameter]]]:
-    """Parameter groups: a fused optimizer takes no mixture of DTensors and plain tensors, which other
-    libraries' plans leave."""
-    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    """Parameter groups, one for each mesh: a fused optimizer takes no mixture of DTensors of several meshes,
+    nor of DTensors and plain tensors, which other libraries' plans leave and which come last."""
+    groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
     for parameter in model.parameters():
-        groups[not isinstance(parameter, DTensor)].append(parameter)
-    return [{"params": group} for group in groups if group]
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        groups.setdefault(mesh, []).append(parameter)
+    plain = groups.pop(None, [])
+    return [{"params": group} for group in (*groups.values(), plain) if group]
 
 
 def _are_dtensors_of_one_mesh(model: nn.Module) -> bool:
@@ -223,19 +221,3 @@ def _finish_partial(model: nn.Module) -> None:
             and any(each.is_partial() for each in gradient.placements)
         ):
             parameter.grad = gradient.redistribute(placements=parameter.placements)
-
-
-def _sum_gradients(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """All-reduces the local gradients over whole replicas of the model, one flattened all-reduce per
-    dtype."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            grad = parameter.grad
-            local = grad.to_local() if isinstance(grad, DTensor) else grad
-            by_dtype.setdefault(local.dtype, []).append(local)
-    for parts in by_dtype.values():
-        flat = torch.cat([part.reshape(-1) for part in parts])
-        dist.all_reduce(flat, group=group)
-        for part, summed in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
-            part.copy_(summed.view_as(part))

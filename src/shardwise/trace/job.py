@@ -8,15 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardwise.core.batch_part import check_batch, part_of_batch
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
-from shardwise.core.mesh import SHARDS_AXIS, Mesh
+from shardwise.core.mesh import Mesh
 from shardwise.core.plan import ROOT, AnyPlan, Plan, TheirPlan
 from shardwise.core.program import RuleUse
 from shardwise.core.rule import RuleRef
 from shardwise.models.layers import Layers
 from shardwise.models.source import ModelSource
 from shardwise.parallel.any_plan import apply_any
+from shardwise.step.groups import along
+from shardwise.step.portion import micro_batches_of
 from shardwise.step.train import mixed_precision, recompute_layers, shard_with_fsdp
 from shardwise.torch_private import FakeTensorMode
 from shardwise.trace.fakes import fill_with_fakes
@@ -53,9 +56,10 @@ class Job:
         layer_modules = list(layers.modules(model)) if layers is not None else []
         if self.settings.recompute != "none":
             recompute_layers(layer_modules, self.settings.recompute)
-        if self.mesh.fsdp > 1:
+        if self.mesh.shard_axes:
             precision = mixed_precision(self.settings)
-            shard_with_fsdp(model, layer_modules, self.device_mesh[SHARDS_AXIS], precision)
+            shards = along(self.device_mesh, self.mesh.shard_axes)
+            shard_with_fsdp(model, layer_modules, shards, precision)
         model.train()
         self.on_model(model)
 
@@ -70,14 +74,9 @@ class Job:
             raise OptionError(
                 f"ids have shape {tuple(ids_BS.shape)}; the batch is {settings.batch} x {settings.seq}."
             )
-        parts = self.mesh.data_parallel
-        if settings.batch % (parts * settings.accumulation):
-            raise OptionError(
-                f"--batch {settings.batch} can't be cut into {parts} data-parallel parts of "
-                f"{settings.accumulation} micro-batches. Use a multiple of {parts * settings.accumulation}."
-            )
-        own = ids_BS.chunk(parts)[self.rank // self.mesh.tp]
-        return list(own.chunk(settings.accumulation))
+        check_batch(self.mesh, settings.batch, settings.seq, settings.accumulation)
+        part = part_of_batch(self.mesh, self.rank)
+        return micro_batches_of(ids_BS, part, settings.accumulation)
 
 
 def rules_of(plan: AnyPlan, model: nn.Module) -> tuple[RuleUse, ...]:

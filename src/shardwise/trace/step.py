@@ -18,6 +18,7 @@ from shardwise.models.layers import Layers
 from shardwise.models.source import vocab_size_of
 from shardwise.parallel.any_plan import name_of
 from shardwise.parallel.apply import applied_to
+from shardwise.step.groups import axis_names
 from shardwise.step.train import TrainStep
 from shardwise.torch_private import (
     FSDP_ALLOCATION,
@@ -52,10 +53,7 @@ def run(
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     job.shard(model, layers, fake_mode)
     device_mesh = job.device_mesh if job.mesh.world_size > 1 else None
-    groups = {
-        str(job.device_mesh.get_group(name).group_name): name for name, size in job.mesh.axes if size > 1
-    }
-    recorder = Recorder(model, fake_mode, groups, device=job.device, rule_of=rule_of)
+    recorder = Recorder(model, fake_mode, axis_names(job.device_mesh), device=job.device, rule_of=rule_of)
     storages, log = recorder.storages, recorder.log
     ids = job.micro_batches(vocab_size_of(model))
     model.register_forward_hook(_check_logits(job.source.name))
