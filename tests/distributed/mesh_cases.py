@@ -1,0 +1,101 @@
+"""Meshes of 2, 4 and 8 ranks, and the models and plans that are trained on them, as data."""
+
+from itertools import product
+
+import msgspec
+import torch
+from torch import Tensor
+
+from shardwise.core.case import StepSettings
+from shardwise.core.mesh import AXES, Mesh
+from shardwise.core.plan import AnyPlan, TheirPlan
+from shardwise.models.gpt import GPTConfig
+from shardwise.models.llama import LlamaConfig
+from shardwise.models.specs import ModelSpec
+from shardwise.parallel.builtin import builtin_plan
+
+BATCH, SEQ, VOCAB = 8, 16, 61
+IGNORED = -100
+MODELS = {
+    "llama": LlamaConfig(VOCAB, 32, 2, 8, 8, 48),
+    "llama tied": LlamaConfig(VOCAB, 32, 2, 8, 8, 48, tied=True),
+    "gpt": GPTConfig(VOCAB, 32, 2, 8, 64, SEQ),
+}
+
+
+class MeshCase(msgspec.Struct, frozen=True):
+    """A model on a mesh, under the plan that its axes ask for; a tensor axis has sequence parallelism."""
+
+    model: str
+    mesh: str
+    accumulation: int = 1
+    recompute: str = "none"
+    is_telling: bool = False
+
+    @property
+    def name(self) -> str:
+        more = {
+            f"accumulation={self.accumulation}": self.accumulation > 1,
+            self.recompute: self.recompute != "none",
+        }
+        return ", ".join((f"{self.model} on {self.mesh}", *(text for text, holds in more.items() if holds)))
+
+    @property
+    def world_size(self) -> int:
+        return Mesh.parse(self.mesh).world_size
+
+    @property
+    def spec(self) -> ModelSpec:
+        return ModelSpec("tiny", MODELS[self.model], "")
+
+    @property
+    def plan(self) -> AnyPlan:
+        if Mesh.parse(self.mesh).tp == 1:
+            return TheirPlan.UNSHARDED
+        return builtin_plan("rowwise", family=self.spec.family)
+
+    @property
+    def settings(self) -> StepSettings:
+        return StepSettings(
+            BATCH, SEQ, dtype="float64", accumulation=self.accumulation, recompute=self.recompute
+        )
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    """Two global batches, [B, S]; ranks and micro-batches have unequal numbers of valid labels."""
+    generator = torch.Generator().manual_seed(5)
+    found = []
+    for _ in range(2):
+        ids_BS = torch.randint(0, VOCAB, (BATCH, SEQ), generator=generator)
+        labels_BS = torch.randint(0, VOCAB, (BATCH, SEQ), generator=generator)
+        labels_BS[1, 5:] = labels_BS[3, 1:] = labels_BS[6, :9] = IGNORED
+        found.append((ids_BS, labels_BS))
+    return found
+
+
+def meshes(world_size: int) -> list[str]:
+    """Every way to make so many ranks of the axes that a step runs over, each of them 1, 2 or 4 and more."""
+    names = [axis.name for axis in AXES if axis.runs]
+    sizes = [size for size in (1, 2, 4, 8) if size <= world_size]
+    return [
+        ",".join(f"{name}={size}" for name, size in zip(names, each, strict=True) if size > 1)
+        for each in product(sizes, repeat=len(names))
+        if torch.tensor(each).prod() == world_size
+    ]
+
+
+TELLING = {"llama on dp=2,fsdp=2", "llama on ep=2,tp=2", "gpt on fsdp=2,tp=2", "llama tied on dp=2,ep=2"}
+
+
+def mesh_cases(world_size: int) -> list[MeshCase]:
+    """Every mesh of so many ranks; on 8 each model in turn."""
+    found = []
+    for number, mesh in enumerate(meshes(world_size)):
+        models = list(MODELS) if world_size < 8 else [list(MODELS)[number % len(MODELS)]]
+        found += [MeshCase(model, mesh) for model in models]
+    if world_size == 4:
+        found += [MeshCase("llama", mesh, accumulation=2) for mesh in ("dp=2,fsdp=2", "fsdp=2,tp=2")]
+    return [
+        msgspec.structs.replace(case, is_telling=case.name in TELLING or case.accumulation > 1)
+        for case in found
+    ]

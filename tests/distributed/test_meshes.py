@@ -1,0 +1,87 @@
+"""Any mesh: one training step on 2, 4 and 8 real ranks is one process's, and issues what its Program says."""
+
+from functools import cache
+
+import msgspec
+import pytest
+
+from shardwise.core.errors import ShardwiseError
+from shardwise.core.mesh import Mesh
+from shardwise.core.program import Collective, Phase, Program
+from shardwise.launch import run_ranks
+from shardwise.trace.trace import trace
+from tests.distributed.c10d_log import Issued
+from tests.distributed.mesh_cases import BATCH, SEQ, MeshCase, batches, mesh_cases
+from tests.distributed.mesh_workers import Proved
+from tests.matrix import thinned
+
+CLOSE = 1e-10
+CASES = [case for world_size in (2, 4, 8) for case in mesh_cases(world_size)]
+PARAMETERS = thinned(CASES, lambda case: case.is_telling)
+
+
+@cache
+def answers(world_size: int, *, telling: bool) -> tuple[dict[str, Proved], ...] | str:
+    """Per rank: each case of the telling ones, or of the rest. Or why the launch failed: it isn't tried again
+    for each case."""
+    try:
+        results = run_ranks(
+            "tests.distributed.mesh_workers:run",
+            b"telling" if telling else b"rest",
+            world_size=world_size,
+            device_type="cpu",
+            timeout_s=300,
+        )
+    except ShardwiseError as error:
+        return str(error)
+    return tuple(msgspec.json.decode(result, type=dict[str, Proved]) for result in results)
+
+
+def proved(case: MeshCase) -> list[Proved]:
+    found = answers(case.world_size, telling=case.is_telling)
+    if isinstance(found, str):
+        pytest.fail(f"the launch of {case.world_size} ranks failed: {found}")
+    return [answer[case.name] for answer in found]
+
+
+@pytest.mark.parametrize("case", PARAMETERS, ids=lambda case: case.name)
+def test_a_step_on_any_mesh_is_one_process_s(case: MeshCase) -> None:
+    for answer in proved(case):
+        assert not answer.refused
+        assert answer.findings == ()
+        off = (answer.output, answer.loss, answer.gradient, answer.norm, answer.weights)
+        assert max(off) < CLOSE, off
+
+
+@pytest.mark.parametrize("case", PARAMETERS, ids=lambda case: case.name)
+def test_a_step_on_any_mesh_issues_its_program_s_collectives(case: MeshCase) -> None:
+    for rank in (0, case.world_size - 1):
+        expected = [as_issued(each) for each in program(case, rank).collectives()]
+        assert proved(case)[rank].issued == expected
+        assert expected
+
+
+def program(case: MeshCase, rank: int) -> Program:
+    ids_BS, _ = batches()[0]
+    return trace(case.spec, case.plan, Mesh.parse(case.mesh), case.settings, rank=rank, ids=ids_BS)
+
+
+def as_issued(collective: Collective) -> Issued:
+    """What c10d would tell of it. It can't tell a recomputed forward from the backward that runs it."""
+    call = collective.call
+    phase = Phase.BACKWARD if collective.phase is Phase.RECOMPUTE else collective.phase
+    return Issued(
+        str(call.kind), call.axis, call.axis_size, call.dtype, call.payload_bytes, call.wire_bytes, str(phase)
+    )
+
+
+def test_no_mesh_is_left_out() -> None:
+    assert {case.mesh for case in mesh_cases(4)} >= {
+        "dp=4",
+        "dp=2,fsdp=2",
+        "fsdp=2,tp=2",
+        "ep=2,tp=2",
+        "tp=4",
+    }
+    assert any(mesh.count(",") == 2 for mesh in (case.mesh for case in mesh_cases(8)))
+    assert BATCH % 8 == SEQ % 8 == 0
