@@ -113,11 +113,11 @@ def cli_reference() -> str:
         lines += [_row(parameter) for parameter in offered]
         lines.append("")
     lines += ["## Axes of a mesh", "", "Outermost first; neighbouring ranks differ in the last one.", ""]
-    lines += ["| axis | is | gradients summed over it | a step runs over it | is predicted over it |"]
+    lines += ["| axis | is | cut over it | a step runs over it | is predicted over it |"]
     lines += ["|---|---|---|---|---|"]
     for axis in AXES:
         runs, predicted = ("yes" if can else "not yet" for can in (axis.runs, axis.predicted))
-        lines.append(f"| `{axis.name}` | {axis.about} | {axis.gradients} | {runs} | {predicted} |")
+        lines.append(f"| `{axis.name}` | {axis.about} | {axis.cuts} | {runs} | {predicted} |")
     lines += [
         "",
         "Exit codes: 0 fine; 1 the answer is no (a plan doesn't agree with the unsharded model); 2 the "

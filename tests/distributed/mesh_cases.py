@@ -16,7 +16,7 @@ from shardwise.parallel.builtin import builtin_plan
 
 BATCH, SEQ, VOCAB = 8, 16, 61
 IGNORED = -100
-MODELS = {
+MODELS: dict[str, LlamaConfig | GPTConfig] = {
     "llama": LlamaConfig(VOCAB, 32, 2, 8, 8, 48),
     "llama tied": LlamaConfig(VOCAB, 32, 2, 8, 8, 48, tied=True),
     "gpt": GPTConfig(VOCAB, 32, 2, 8, 64, SEQ),
