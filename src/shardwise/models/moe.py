@@ -126,6 +126,9 @@ class Experts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(experts, inner, hidden))
         self.w2 = nn.Parameter(torch.empty(experts, hidden, inner))
         self.w3 = nn.Parameter(torch.empty(experts, inner, hidden))
+        for weight_EOI in (self.w1, self.w2, self.w3):  # as nn.Linear begins
+            bound = weight_EOI.shape[-1] ** -0.5
+            nn.init.uniform_(weight_EOI, -bound, bound)
 
     def forward(self, hidden_NH: Tensor, top_k_index_NK: Tensor, top_k_weights_NK: Tensor) -> Tensor:
         top_k = top_k_index_NK.shape[1]
