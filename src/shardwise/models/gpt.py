@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardwise.core.errors import ModelError
+from shardwise.models.documents import causal_within
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +60,8 @@ class GPTConfig:
 
 
 class Attention(nn.Module):
-    """Causal attention; computes as many heads as its projections give. Rows of wqkv: by head, then query,
-    key, value, then head dim."""
+    """Causal attention; computes as many heads as its projections give. A mask says instead which keys a
+    query sees. Rows of wqkv: by head, then query, key, value, then head dim."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -68,10 +69,12 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.hidden, 3 * config.hidden)
         self.wo = nn.Linear(config.hidden, config.hidden)
 
-    def forward(self, hidden_BSH: Tensor) -> Tensor:
+    def forward(self, hidden_BSH: Tensor, mask_B1SS: Tensor | None = None) -> Tensor:
         qkv_BSN3D = self.wqkv(hidden_BSH).unflatten(-1, (-1, 3, self.head_dim))
         q_BNSD, k_BNSD, v_BNSD = (each_BSND.transpose(1, 2) for each_BSND in qkv_BSN3D.unbind(3))
-        out_BNSD = F.scaled_dot_product_attention(q_BNSD, k_BNSD, v_BNSD, is_causal=True)
+        out_BNSD = F.scaled_dot_product_attention(
+            q_BNSD, k_BNSD, v_BNSD, attn_mask=mask_B1SS, is_causal=mask_B1SS is None
+        )
         return self.wo(out_BNSD.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -97,13 +100,15 @@ class Block(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.hidden, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, hidden_BSH: Tensor) -> Tensor:
-        hidden_BSH = hidden_BSH + self.attention(self.attention_norm(hidden_BSH))
+    def forward(self, hidden_BSH: Tensor, mask_B1SS: Tensor | None = None) -> Tensor:
+        hidden_BSH = hidden_BSH + self.attention(self.attention_norm(hidden_BSH), mask_B1SS)
         return hidden_BSH + self.feed_forward(self.ffn_norm(hidden_BSH))  # type: ignore[no-any-return]
 
 
 class GPT(nn.Module):
-    """ids [B, S] -> logits [B, S, V]. Weights are uninitialised noise until somebody fills them
+    """ids [B, S] -> logits [B, S, V]. position_ids [B or 1, S]: each token's place in its text, where that
+    isn't its place in ids. documents [B, S]: the number of the document that a token belongs to, where a
+    sequence has several; they don't see each other. Weights are uninitialised noise until somebody fills them
     (models/init.py)."""
 
     def __init__(self, config: GPTConfig) -> None:
@@ -117,15 +122,19 @@ class GPT(nn.Module):
         if config.tied:
             self.output.weight = self.tok_embeddings.weight
 
-    def forward(self, ids_BS: Tensor) -> Tensor:
+    def forward(
+        self, ids_BS: Tensor, position_ids: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         seq = ids_BS.shape[1]
-        if seq > self.config.max_seq:
+        if position_ids is None and seq > self.config.max_seq:
             raise ModelError(
                 f"gpt: a sequence of {seq}, and learned positions for {self.config.max_seq}. Use a shorter "
                 f"one, or max_seq={seq}."
             )
-        positions_1S = torch.arange(seq, device=ids_BS.device).unsqueeze(0)
-        hidden_BSH = self.tok_embeddings(ids_BS) + self.pos_embeddings(positions_1S)
+        if position_ids is None:
+            position_ids = torch.arange(seq, device=ids_BS.device).unsqueeze(0)
+        hidden_BSH = self.tok_embeddings(ids_BS) + self.pos_embeddings(position_ids)
+        mask_B1SS = None if documents is None else causal_within(documents.to(hidden_BSH.device))
         for layer in self.layers:
-            hidden_BSH = layer(hidden_BSH)
+            hidden_BSH = layer(hidden_BSH, mask_B1SS)
         return self.output(self.norm(hidden_BSH))  # type: ignore[no-any-return]

@@ -8,8 +8,9 @@ an entry per layer. Widths need no cutting to look at a large model, since nothi
 since each layer is traced.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
@@ -156,7 +157,11 @@ def _learned_positions(source: HuggingFaceModel) -> int | None:
 
 
 def give_logits(model: nn.Module) -> None:
-    """Makes model(ids [B, S]) return the logits [B, S, V] alone; modules keep their names."""
+    """Makes model(ids [B, S]) return the logits [B, S, V] alone; modules keep their names.
+
+    Where the model's own forward takes position_ids [B or 1, S], so does this one; positions that restart
+    begin a new document. makes_masks: False where another sees to what attention may see, and the positions
+    don't tell: each attention then asks for its kind (causal or not), and no mask is made."""
     inner = type(model).forward
 
     def forward(self: nn.Module, ids_BS: Tensor) -> Tensor:
@@ -164,7 +169,45 @@ def give_logits(model: nn.Module) -> None:
             logits: Tensor = inner(self, input_ids=ids_BS, use_cache=False).logits
         return logits
 
-    model.forward = MethodType(forward, model)
+    def forward_at(
+        self: nn.Module, ids_BS: Tensor, position_ids: Tensor | None = None, makes_masks: bool = True
+    ) -> Tensor:
+        if position_ids is None:
+            return forward(self, ids_BS)
+        device = next(self.parameters()).device
+        if position_ids.device != device:
+            position_ids = position_ids.to(device)
+        with _offline(), nullcontext() if makes_masks else _without_masks(self):
+            logits: Tensor = inner(self, input_ids=ids_BS, position_ids=position_ids, use_cache=False).logits
+        return logits
+
+    takes_positions = "position_ids" in inspect.signature(inner).parameters
+    model.forward = MethodType(forward_at if takes_positions else forward, model)
+
+
+_WITHOUT_MASKS = "shardwise_sdpa_without_masks"
+
+
+@contextmanager
+def _without_masks(model: nn.Module) -> Iterator[None]:
+    """transformers' attention by torch's own function, under a name for which transformers makes no masks, as
+    it makes none for attention that others have registered."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register(_WITHOUT_MASKS, sdpa_attention_forward)
+    found: dict[int, Any] = {
+        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
+    }
+    before = [(config, config._attn_implementation) for config in found.values()]
+    for config, name in before:
+        if name == "sdpa":
+            config._attn_implementation = _WITHOUT_MASKS
+    try:
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation = name
 
 
 def find_hugging_face(text: str) -> HuggingFaceModel:

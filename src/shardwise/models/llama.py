@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardwise.core.errors import ModelError
+from shardwise.models.documents import causal_within
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,23 +93,23 @@ def rotary_frequencies(config: LlamaConfig, device: torch.device | str = "cpu") 
     return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
-def rotary_table(config: LlamaConfig, seq: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Cosines and sines of all positions: [2, S, D/2]."""
-    positions = torch.arange(seq, dtype=torch.float64, device=device)
-    angles_SD = torch.outer(positions, rotary_frequencies(config, device))
+def rotary_table(config: LlamaConfig, positions: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Cosines and sines of positions [S] or [B, S]: [2, S, D/2] or [2, B, S, D/2]."""
+    angles_SD = positions.to(device, torch.float64)[..., None] * rotary_frequencies(config, device)
     return torch.stack((angles_SD.cos(), angles_SD.sin())).to(dtype)
 
 
 def rotate(x_BSND: Tensor, rope_2SD: Tensor) -> Tensor:
     """Rotates the pair (i, i + D/2) of each head's dims by the position's angle: the layout of published
     Llama weights on Hugging Face."""
-    cos_SD, sin_SD = rope_2SD[:, :, None, :].unbind(0)
+    cos_SD, sin_SD = rope_2SD[..., None, :].unbind(0)
     first, second = x_BSND.chunk(2, dim=-1)
     return torch.cat((first * cos_SD - second * sin_SD, second * cos_SD + first * sin_SD), dim=-1)
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention; computes as many heads as its projections give."""
+    """Causal grouped-query attention; computes as many heads as its projections give. A mask says instead
+    which keys a query sees."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -127,13 +128,14 @@ class Attention(nn.Module):
         )
         return q_BSND, k_BSND, v_BSND
 
-    def forward(self, hidden_BSH: Tensor, rope_2SD: Tensor) -> Tensor:
+    def forward(self, hidden_BSH: Tensor, rope_2SD: Tensor, mask_B1SS: Tensor | None = None) -> Tensor:
         q_BSND, k_BSND, v_BSND = self.heads(hidden_BSH)
         out_BNSD = F.scaled_dot_product_attention(
             rotate(q_BSND, rope_2SD).transpose(1, 2),
             rotate(k_BSND, rope_2SD).transpose(1, 2),
             v_BSND.transpose(1, 2),
-            is_causal=True,
+            attn_mask=mask_B1SS,
+            is_causal=mask_B1SS is None,
             enable_gqa=q_BSND.shape[2] != k_BSND.shape[2],
         )
         return self.wo(out_BNSD.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
@@ -180,13 +182,15 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.hidden, config.norm_eps)
         self.feed_forward = feed_forward
 
-    def forward(self, hidden_BSH: Tensor, rope_2SD: Tensor) -> Tensor:
-        hidden_BSH = hidden_BSH + self.attention(self.attention_norm(hidden_BSH), rope_2SD)
+    def forward(self, hidden_BSH: Tensor, rope_2SD: Tensor, mask_B1SS: Tensor | None = None) -> Tensor:
+        hidden_BSH = hidden_BSH + self.attention(self.attention_norm(hidden_BSH), rope_2SD, mask_B1SS)
         return hidden_BSH + self.feed_forward(self.ffn_norm(hidden_BSH))  # type: ignore[no-any-return]
 
 
 class Llama(nn.Module):
-    """ids [B, S] -> logits [B, S, V]. Weights are uninitialised noise until somebody fills them
+    """ids [B, S] -> logits [B, S, V]. position_ids [B or 1, S]: each token's place in its text, where that
+    isn't its place in ids. documents [B, S]: the number of the document that a token belongs to, where a
+    sequence has several; they don't see each other. Weights are uninitialised noise until somebody fills them
     (models/init.py)."""
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -203,9 +207,20 @@ class Llama(nn.Module):
         """A layer of it."""
         return Block(config, Attention(config), FeedForward(config))
 
-    def forward(self, ids_BS: Tensor) -> Tensor:
+    def forward(
+        self, ids_BS: Tensor, position_ids: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         hidden_BSH = self.tok_embeddings(ids_BS)
-        rope_2SD = rotary_table(self.config, ids_BS.shape[1], hidden_BSH.device, hidden_BSH.dtype)
+        device = hidden_BSH.device
+        rope_2SD = rotary_table(
+            self.config,
+            torch.arange(ids_BS.shape[1], device=device, dtype=torch.float64)
+            if position_ids is None
+            else position_ids,
+            device,
+            hidden_BSH.dtype,
+        )
+        mask_B1SS = None if documents is None else causal_within(documents.to(device))
         for layer in self.layers:
-            hidden_BSH = layer(hidden_BSH, rope_2SD)
+            hidden_BSH = layer(hidden_BSH, rope_2SD, mask_B1SS)
         return self.output(self.norm(hidden_BSH))  # type: ignore[no-any-return]
