@@ -47,6 +47,7 @@ def build_model(
     device: torch.device,
     seed: int,
     policy: MixedPrecisionPolicy | None = None,
+    reshard: bool = True,
     recompute: str = "none",
     compiled: bool = False,
     depth: int | None = None,
@@ -55,9 +56,9 @@ def build_model(
     """The model under `plan` (None: whole, on one rank) in train mode, with the initial weights of `seed`,
     which are the same for every plan.
 
-    policy: FSDP's mixed precision. recompute: see recompute_layers. depth: only the first so many of its
-    repeated layers. on_parameter: shown each whole initial parameter, which it may change in place. Raises
-    ModelError, and what apply_any() raises."""
+    policy: FSDP's mixed precision; reshard: see shard_with_fsdp. recompute: see recompute_layers. depth: only
+    the first so many of its repeated layers. on_parameter: shown each whole initial parameter, which it may
+    change in place. Raises ModelError, and what apply_any() raises."""
     model = build_without_weights(source, dtype=dtype, device=device, seed=seed)
     first_names, shapes = _first_names(model), _shapes(model)
     own = draws_its_own(source, sum(parameter.numel() for parameter in model.parameters()))
@@ -92,7 +93,8 @@ def build_model(
     if recompute != "none":
         recompute_layers(layer_modules, recompute)
     if mesh is not None and (shard_axes := mesh_of(mesh).shard_axes):
-        shard_with_fsdp(model, layer_modules, along(mesh, shard_axes), policy or MixedPrecisionPolicy())
+        policy = policy or MixedPrecisionPolicy()
+        shard_with_fsdp(model, layer_modules, along(mesh, shard_axes), policy, reshard=reshard)
     return model.train()
 
 
