@@ -100,7 +100,8 @@ class Command:
         is_many = asked.is_many and not (self.one_plan and asked.key == "plans")
         kind: Any = list[str] if is_many else str if asked.is_many or asked.kind is Mesh else asked.kind
         is_required = option.is_argument and default is None and not asked.is_optional
-        is_unset = not is_required and (isinstance(default, Shown) or default in (None, ()))
+        is_worked_out = isinstance(default, Shown) or bool(option.shown)
+        is_unset = not is_required and (is_worked_out or default in (None, ()))
         if is_unset or (option.least is not None and default < option.least):
             kind, default = kind | None, None
         about: dict[str, Any] = {"help": self.about.get(asked.key, option.about)}

@@ -13,6 +13,7 @@ from shardwise.core.batch_part import check_batch
 from shardwise.core.errors import OptionError
 from shardwise.core.mesh import Mesh
 from shardwise.core.option import Asked, Option, check_options, options_of
+from shardwise.core.pipeline import EVEN, Pipeline, Schedule, counts_of
 from shardwise.core.plan import suggest
 
 MODEL, STEP = "Model and mesh", "Training step"
@@ -29,8 +30,7 @@ class StepSettings:
     and seq are 0 where a verb is to choose. param_dtype, reduce_dtype: FSDP's mixed precision, as PyTorch's
     MixedPrecisionPolicy has it: what parameters are gathered and layers computed in (None: dtype), and what
     gradients are reduced in (None: as computed); shards, their gradients and the optimizer's state stay in
-    dtype. reshard_after_forward: whether FSDP gathers a layer's parameters for its forward and its backward
-    each. reduce_once: whether it keeps whole gradients until the last micro-batch's backward."""
+    dtype."""
 
     batch: Annotated[int, Option("Sequences per optimizer step over all ranks.", STEP, 1)] = 0
     seq: Annotated[int, Option("Tokens per sequence.", STEP, 1)] = 0
@@ -51,23 +51,10 @@ class StepSettings:
         str | None,
         Option("What FSDP reduces gradients in.", STEP, choices=DTYPES, shown="what layers compute in"),
     ] = None
-    accumulation: Annotated[int, Option("Micro-batches that a step's batch is cut into.", STEP, 1)] = 1
-    reshard_after_forward: Annotated[
-        bool,
-        Option(
-            "FSDP frees a layer's gathered parameters after its forward, and gathers them again for its "
-            "backward; else it keeps them until then.",
-            STEP,
-        ),
-    ] = True
-    reduce_once: Annotated[
-        bool,
-        Option(
-            "FSDP reduces gradients once a step, in the last micro-batch's backward, and keeps whole ones "
-            "until then; else in each.",
-            STEP,
-        ),
-    ] = False
+    accumulation: Annotated[
+        int,
+        Option("Micro-batches that a step's batch is cut into.", STEP, 1, shown="1, or a pipeline's stages"),
+    ] = 1
     recompute: Annotated[
         str,
         Option(
@@ -77,6 +64,26 @@ class StepSettings:
             choices=RECOMPUTE,
         ),
     ] = "none"
+    schedule: Annotated[
+        str | None,
+        Option(
+            "The order in which a pipeline's stages run micro-batches: gpipe, 1f1b, or interleaved.",
+            STEP,
+            choices=tuple(Schedule),
+            shown="1f1b, or interleaved with --chunks",
+        ),
+    ] = None
+    chunks: Annotated[
+        int, Option("Of layers that each stage of a pipeline holds: more than 1 is interleaved.", STEP, 1)
+    ] = 1
+    stages: Annotated[
+        str,
+        Option(
+            "How many layers each stage (or chunk, in the model's order) has: even, balanced by predicted "
+            "costs, or counts such as 3,5,5,3.",
+            STEP,
+        ),
+    ] = EVEN
     learning_rate: Annotated[float, Option("AdamW's.", STEP)] = 3e-4
     max_norm: Annotated[float, Option("Gradients are clipped to this global norm.", STEP)] = 1.0
     seed: Annotated[int, Option("Of the initial weights and of random ids.", STEP, 0)] = 0
@@ -86,6 +93,19 @@ class StepSettings:
         for option, value in (("--learning-rate", self.learning_rate), ("--max-norm", self.max_norm)):
             if not 0 < value < float("inf"):
                 raise OptionError(f"{option} is {value}. Use a number above 0.")
+        is_interleaved = self.schedule == Schedule.INTERLEAVED
+        if self.schedule is not None and is_interleaved != (self.chunks > 1):
+            raise OptionError(
+                f"--schedule {self.schedule} and --chunks {self.chunks} don't go together: several chunks "
+                f"are what {Schedule.INTERLEAVED} has. Change one of them."
+            )
+        counts_of(self.stages)
+
+    def pipeline(self, mesh: Mesh) -> Pipeline:
+        """Of a mesh's stages."""
+        chosen = Schedule.INTERLEAVED if self.chunks > 1 else Schedule.ONE_F_ONE_B
+        schedule = Schedule(self.schedule) if self.schedule is not None else chosen
+        return Pipeline(mesh.stages, self.chunks, schedule, counts_of(self.stages))
 
     @property
     def tokens(self) -> int:
@@ -97,16 +117,12 @@ class StepSettings:
         return self.param_dtype or self.dtype
 
     @property
-    def reduced_dtype(self) -> str:
-        """What FSDP reduces gradients in."""
-        return self.reduce_dtype or self.computed_dtype
-
-    @property
     def precision(self) -> str:
         """The dtypes in words: "float32", or "float32, computed in bfloat16, reduced in float32"."""
         if self.param_dtype is None and self.reduce_dtype is None:
             return self.dtype
-        return f"{self.dtype}, computed in {self.computed_dtype}, reduced in {self.reduced_dtype}"
+        reduced = self.reduce_dtype or self.computed_dtype
+        return f"{self.dtype}, computed in {self.computed_dtype}, reduced in {reduced}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +191,9 @@ class Case:
         for key in ("model", "mesh"):
             if values.get(key) is None:
                 raise OptionError(f"case: {key} is missing. Give one, such as {_EXAMPLES[key]}.")
+        mesh = _fields(cls, values)["mesh"]
+        if values.get("accumulation") is None and mesh.stages > 1:
+            values = values | {"accumulation": mesh.stages}
         step = StepSettings(**_fields(StepSettings, values))
         return cls(**_fields(cls, values), step=step, text=TextSource(**_fields(TextSource, values)))
 

@@ -78,6 +78,7 @@ _BY_ROLE = {axis.role: axis for axis in AXES}
 TENSOR_AXIS = _BY_ROLE[Role.CUTS_TENSORS].name
 SHARDS_AXIS = _BY_ROLE[Role.SHARDS_PARAMETERS].name
 REPLICAS_AXIS = _BY_ROLE[Role.REPLICATES].name
+STAGES_AXIS = _BY_ROLE[Role.CUTS_DEPTH].name
 _TOGETHER = "+"
 
 RUN = tuple(axis.role for axis in AXES if axis.runs)
