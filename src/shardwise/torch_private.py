@@ -153,6 +153,18 @@ def buffers_of(module: nn.Module) -> dict[str, Any]:
     return found
 
 
+def modules_in(module: nn.Module) -> dict[str, Any]:
+    """The same of the modules in it: what a ModuleList's loop goes through."""
+    found: dict[str, Any] = module._modules
+    return found
+
+
+def put_modules(module: nn.Module, modules: dict[str, Any]) -> None:
+    """Puts other modules in their places, all at once: without the hooks of registering, and under any
+    names."""
+    module._modules = modules
+
+
 def storage_key(storage: torch.UntypedStorage) -> int:
     """A storage's identity: equal for all tensors that share it."""
     key: int = storage._cdata
@@ -239,3 +251,18 @@ def forget_meshes() -> None:
     _clear_sharding_cache()
     _transform_infos.cache_clear()
     _dtensor._op_dispatcher.sharding_propagator._propagate_tensor_meta_cached.cache_clear()
+
+
+# ------------------------------------------------------------------------------------------------ pipelines
+
+
+def run_micro_batches(schedule: Any, keywords: list[dict[str, Any]], losses: list[Tensor]) -> None:
+    """Runs a schedule of torch.distributed.pipelining on micro-batches that are cut already, as its step()
+    would after cutting. keywords: of each, for every stage's module. losses: those of the last stage come
+    here."""
+    stages = getattr(schedule, "_stages", None) or [schedule._stage]
+    for stage in stages:
+        stage.has_backward = True
+        stage.clear_runtime_states()
+    targets = [None] * len(keywords)
+    schedule._step_microbatches(kwarg_mbs=keywords, target_mbs=targets, losses=losses, return_outputs=False)

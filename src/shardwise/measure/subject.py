@@ -86,7 +86,6 @@ class Subject:
             device=device,
             seed=settings.seed,
             policy=mixed_precision(settings),
-            reshard=settings.reshard_after_forward,
             recompute=settings.recompute,
             on_parameter=on_parameter,
         )
@@ -96,7 +95,6 @@ class Subject:
             mesh=mesh,
             learning_rate=settings.learning_rate,
             max_norm=settings.max_norm,
-            reduce_once=settings.reduce_once,
             on_phase=self._note_phase,
         )
 

@@ -25,6 +25,7 @@ from shardwise.torch_private import (
     graph_task,
     hooks_of,
     local_shape_and_offset,
+    parameters_of,
     set_hooks_again,
 )
 
@@ -144,21 +145,23 @@ def as_part_like(local: Tensor, like: DTensor) -> DTensor:
 def refuse_untied(model: nn.Module, ties: Collection[tuple[str, ...]]) -> None:
     """Ends a forward with a ModelError once parameters that are one now have become several, which would
     train apart unnoticed."""
-    places = [
-        [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
-        for names in ties
-    ]
+
+    def held_as(name: str) -> Any:
+        """None for what lives on another stage of a pipeline."""
+        module_name, _, own_name = name.rpartition(".")
+        return parameters_of(model.get_submodule(module_name)).get(own_name)
 
     def before_forward(*_: Any) -> None:
-        for names, tied in zip(ties, places, strict=True):
-            if len({id(getattr(module, name)) for module, name in tied}) > 1:
+        for names in ties:
+            held = [each for each in map(held_as, names) if each is not None]
+            if len(set(map(id, held))) > 1:
                 raise ModelError(
                     f"{' and '.join(names)} were one parameter when the model was sharded, and are several "
                     f"now, as load_state_dict(assign=True) leaves them. Tie them again: model.{names[1]} = "
                     f"model.{names[0]}."
                 )
 
-    if places:
+    if ties:
         model.register_forward_pre_hook(before_forward)
 
 

@@ -15,7 +15,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from shardwise.core.errors import ModelError
-from shardwise.core.mesh import Mesh
+from shardwise.core.mesh import STAGES_AXIS, Mesh
+from shardwise.core.pipeline import Pipeline
 from shardwise.core.plan import AnyPlan, TheirPlan
 from shardwise.models.factory import sharding_factory
 from shardwise.models.init import draws_its_own, own_weights, weights_by_name
@@ -24,7 +25,9 @@ from shardwise.models.model_source import ModelSource
 from shardwise.models.skeleton import build_without_weights
 from shardwise.parallel.any_plan import apply_any
 from shardwise.parallel.apply import applied_to
+from shardwise.parallel.ends import ends_of
 from shardwise.parallel.parameters import fill, part_of_dtensor
+from shardwise.parallel.stages import cut_to_stage
 from shardwise.step.groups import along, mesh_of
 from shardwise.step.train import recompute_layers, shard_with_fsdp
 
@@ -47,18 +50,19 @@ def build_model(
     device: torch.device,
     seed: int,
     policy: MixedPrecisionPolicy | None = None,
-    reshard: bool = True,
     recompute: str = "none",
     compiled: bool = False,
     depth: int | None = None,
+    pipeline: Pipeline | None = None,
     on_parameter: Callable[[str, Tensor], None] | None = None,
 ) -> nn.Module:
     """The model under `plan` (None: whole, on one rank) in train mode, with the initial weights of `seed`,
     which are the same for every plan.
 
-    policy: FSDP's mixed precision; reshard: see shard_with_fsdp. recompute: see recompute_layers. depth: only
-    the first so many of its repeated layers. on_parameter: shown each whole initial parameter, which it may
-    change in place. Raises ModelError, and what apply_any() raises."""
+    policy: FSDP's mixed precision. recompute: see recompute_layers. depth: only the first so many of its
+    repeated layers. pipeline: of the mesh's stages, of which this rank's is left. on_parameter: shown each
+    whole initial parameter, which it may change in place. Raises ModelError, what apply_any() raises, and
+    OptionError for layers that can't be dealt to the stages."""
     model = build_without_weights(source, dtype=dtype, device=device, seed=seed)
     first_names, shapes = _first_names(model), _shapes(model)
     own = draws_its_own(source, sum(parameter.numel() for parameter in model.parameters()))
@@ -73,6 +77,13 @@ def build_model(
     if plan is not None:
         assert mesh is not None
         apply_any(model, plan, mesh)
+    if pipeline is not None and pipeline.stages > 1:
+        assert mesh is not None
+        computed = policy.param_dtype if policy is not None else None
+        cut_to_stage(
+            model, ends_of(source), pipeline, mesh.get_local_rank(STAGES_AXIS),
+            tp=mesh_of(mesh).tp, dtype=computed or dtype,
+        )  # fmt: skip
 
     def whole(name: str, shape: torch.Size) -> Tensor:
         name = first_names.get(name, name)  # a plan may have given each of its places its own
@@ -93,8 +104,7 @@ def build_model(
     if recompute != "none":
         recompute_layers(layer_modules, recompute)
     if mesh is not None and (shard_axes := mesh_of(mesh).shard_axes):
-        policy = policy or MixedPrecisionPolicy()
-        shard_with_fsdp(model, layer_modules, along(mesh, shard_axes), policy, reshard=reshard)
+        shard_with_fsdp(model, layer_modules, along(mesh, shard_axes), policy or MixedPrecisionPolicy())
     return model.train()
 
 

@@ -6,7 +6,7 @@ torch.nn.utils.clip_grad_norm_ gives the same number with one all-reduce per par
 one mesh only: where another library's plan leaves a parameter whole, FSDP puts it on a smaller mesh.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import reduce
 
 import torch
@@ -18,14 +18,24 @@ from torch.distributed.tensor import DTensor
 from shardwise.torch_private import foreach_mul_, foreach_norm
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter],
+    max_norm: float,
+    *,
+    stages: dist.ProcessGroup | None = None,
+    counted_elsewhere: Collection[nn.Parameter] = (),
+) -> Tensor:
     """Scales all gradients in place so that their global norm is at most max_norm; returns the norm before, a
-    scalar tensor.
+    scalar tensor. stages: ranks that hold other layers; counted_elsewhere: what another of them counts.
 
     A plain tensor is the same on all ranks of the first mesh. No DTensor gradient may be Partial.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = sum_of_squares(gradients).sqrt()
+    by_parameter = {each: each.grad for each in parameters if each.grad is not None}
+    gradients = list(by_parameter.values())
+    squares = sum_of_squares([by_parameter[each] for each in by_parameter if each not in counted_elsewhere])
+    if stages is not None:
+        dist.all_reduce(squares, group=stages)
+    norm = squares.sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # the epsilon is torch.nn.utils.clip_grad_norm_'s
     parts = [part for part in map(_local, gradients) if part.numel()]
     if parts:

@@ -35,9 +35,11 @@ from shardwise.core.plan import Engine
 from shardwise.core.program import Phase
 from shardwise.parallel.apply import applied_to
 from shardwise.parallel.loss import Loss, count_valid
+from shardwise.parallel.stages import stage_of
 from shardwise.step.clipping import clip_gradients
 from shardwise.step.gradient_sums import GradientSums
 from shardwise.step.groups import make_groups, mesh_of
+from shardwise.step.pipeline import Passes
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,18 +98,12 @@ def mixed_precision(settings: StepSettings) -> MixedPrecisionPolicy:
 
 
 def shard_with_fsdp(
-    model: nn.Module,
-    layers: Iterable[nn.Module],
-    mesh: DeviceMesh,
-    policy: MixedPrecisionPolicy,
-    *,
-    reshard: bool = True,
+    model: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy
 ) -> None:
     """FSDP2 over a 1-D mesh, a unit per layer, summing gradients (the step's loss is normalised over the
-    global batch already). reshard: after the forward; what lies outside of layers never is, for the backward
-    begins there."""
+    global batch already)."""
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -120,8 +116,7 @@ class TrainStep:
     """One optimizer step of a model, called with the micro-batches of this rank's part of the global batch.
 
     mesh: the device mesh with the model's axes, or None for one process. loss: in place of the one that goes
-    with the model's logits. reduce_once: FSDP keeps whole gradients until the last micro-batch. on_phase:
-    told each phase as it begins.
+    with the model's logits. on_phase: told each phase as it begins.
     """
 
     def __init__(
@@ -132,7 +127,6 @@ class TrainStep:
         learning_rate: float = 3e-4,
         max_norm: float = 1.0,
         loss: Loss | None = None,
-        reduce_once: bool = False,
         on_phase: Callable[[Phase], None] | None = None,
     ) -> None:
         applied = applied_to(model)
@@ -144,13 +138,18 @@ class TrainStep:
         )
         self._ids_on_host = applied.plan is not None and applied.plan.engine is Engine.NATIVE
         self._max_norm = max_norm
-        self._reduces_once = model if reduce_once and isinstance(model, FSDPModule) else None
         self._on_phase = on_phase or (lambda _: None)
         self._tokens, self._sums = None, None
         if mesh is not None:
             axes, groups = mesh_of(mesh), make_groups(mesh)
             self._tokens = groups.get(axes.token_axes)
             self._sums = GradientSums(axes.summing_axes, groups)
+        self._passes: Passes | None = None
+        stage = stage_of(model)
+        if stage is not None:
+            assert mesh is not None
+            self._torch_clips = False  # it knows of no other stages
+            self._passes = Passes(model, stage, mesh, self._loss, self._on_phase)
 
     def gradients(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Leaves the global batch's gradients in `.grad` (of this rank's shards) and returns the global mean
@@ -160,13 +159,24 @@ class TrainStep:
         valid = torch.stack([count_valid(labels_BS) for labels_BS in labels]).sum()
         if self._tokens is not None:
             dist.all_reduce(valid, group=self._tokens)
-        total = torch.zeros((), device=device)
-        for number, ((ids_BS, _), labels_BS) in enumerate(zip(micro_batches, labels, strict=True), 1):
-            if self._reduces_once is not None:
-                self._reduces_once.set_requires_gradient_sync(number == len(micro_batches))
-                self._reduces_once.set_is_last_backward(number == len(micro_batches))
+        ids = [self.placed(ids_BS) for ids_BS, _ in micro_batches]
+        total = (self._run if self._passes is None else self._passes.run)(ids, labels, valid)
+        self._on_phase(Phase.REDUCE)
+        if self._passes is not None:
+            self._passes.sum_tied()
+            dist.all_reduce(total, group=self._passes.group)
+        if self._sums is not None:
+            self._sums.sum(self.model.parameters())
+        if self._tokens is not None:
+            dist.all_reduce(total, group=self._tokens)
+        return total
+
+    def _run(self, ids: Sequence[Tensor], labels: Sequence[Tensor], valid: Tensor) -> Tensor:
+        """Forward and backward of each micro-batch; the sum of their losses."""
+        total = torch.zeros((), device=valid.device)
+        for ids_BS, labels_BS in zip(ids, labels, strict=True):
             self._on_phase(Phase.FORWARD)
-            logits = self.model(self.placed(ids_BS))
+            logits = self.model(ids_BS)
             self._on_phase(Phase.LOSS)
             loss = self._loss(logits, labels_BS, valid)
             del logits  # the backward frees what it can as it goes
@@ -174,11 +184,6 @@ class TrainStep:
             with self._loss.backward_context():
                 loss.backward()
             total = total + loss.detach()
-        self._on_phase(Phase.REDUCE)
-        if self._sums is not None:
-            self._sums.sum(self.model.parameters())
-        if self._tokens is not None:
-            dist.all_reduce(total, group=self._tokens)
         return total
 
     def placed(self, ids_BS: Tensor) -> Tensor:
@@ -200,7 +205,14 @@ class TrainStep:
     def _clip(self) -> Tensor:
         if not self._torch_clips:
             _finish_partial(self.model)
-            return clip_gradients(self.model.parameters(), self._max_norm)
+            if self._passes is None:
+                return clip_gradients(self.model.parameters(), self._max_norm)
+            return clip_gradients(
+                self.model.parameters(),
+                self._max_norm,
+                stages=self._passes.group,
+                counted_elsewhere=self._passes.counted_elsewhere,
+            )
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._max_norm, foreach=True)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 

@@ -42,8 +42,13 @@ def class_of(module: nn.Module) -> type[nn.Module]:
 def sharder_of(style: Style, module: nn.Module) -> Sharder | None:
     """What a style does to a module; None where it doesn't take it. A rule that says how parameters are held
     speaks of a module whose class doesn't tell."""
+    return sharder_for(style, class_of(module))
+
+
+def sharder_for(style: Style, kind: type[nn.Module]) -> Sharder | None:
+    """The same for the class that a module is taken for."""
     is_told = bool(style.parameters or style.parts)
-    return STYLES[style.name].get(nn.Module if is_told else class_of(module))
+    return STYLES[style.name].get(nn.Module if is_told else kind)
 
 
 def styles_of(module: nn.Module) -> tuple[str, ...]:
