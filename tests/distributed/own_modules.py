@@ -156,6 +156,22 @@ class GroupedAttention(nn.Module):
         return y
 
 
+class SlopedAttention(nn.Module):
+    """Takes what the model adds to the scores of all heads of all sequences, [B x heads, 1, S]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = HEADS
+        self.qkv, self.o = nn.Linear(HIDDEN, 3 * HIDDEN), nn.Linear(HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.qkv(x).view(batch, length, self.num_heads, 3, HEAD).transpose(1, 2).unbind(3)
+        added = bias.view(batch, self.num_heads, 1, length) + torch.full((length, length), -1e9).triu(1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=added.to(x.dtype))
+        return self.o(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
 class GatedNorm(RmsNorm):
     """Of all that it gets, times a gate."""
 
@@ -251,6 +267,12 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
 
 
+class SlopedBlock(Block):
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+        x = x + self.mixer(self.norm(x), bias=bias)
+        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+
+
 class Model(nn.Module):
     """ids [B, S] -> logits [B, S, V]."""
 
@@ -281,4 +303,21 @@ class Model(nn.Module):
             x = x + self.positions[:, : x.shape[1]]
         for block in self.blocks:
             x = block(x)
+        return self.head(self.norm(x))  # type: ignore[no-any-return]
+
+
+class Sloped(Model):
+    """Adds to the scores of each head how far back a token is, times the head's slope: one table for all."""
+
+    def __init__(self) -> None:
+        super().__init__(SlopedAttention)
+        self.blocks = nn.ModuleList(SlopedBlock(nn.RMSNorm, block.mixer, block.mlp) for block in self.blocks)
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        batch, length = ids_BS.shape
+        slopes = 2.0 ** -torch.arange(1, HEADS + 1)
+        bias = (slopes[:, None] * torch.arange(length)).repeat(batch, 1).unsqueeze(1)
+        x = self.embed(ids_BS)
+        for block in self.blocks:
+            x = block(x, bias)
         return self.head(self.norm(x))  # type: ignore[no-any-return]

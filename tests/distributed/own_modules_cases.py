@@ -25,6 +25,7 @@ from tests.distributed.own_modules import (
     RmsNorm,
     Scaled,
     Scan,
+    Sloped,
 )
 
 Rules = dict[str, Any]
@@ -157,6 +158,16 @@ BY_NAME = {
     "down.bias": "replicate",
 }
 WHOLE_TABLE: Rules = {"embed": {"style": "rowwise", "output": "replicate"}, "blocks.0": "split_input"}
+
+
+def sloped(bias: str) -> Rules:
+    return {
+        "blocks.*.mixer": {"style": "gather_input", "divide": ["num_heads"], "cut": {"bias": bias}},
+        "blocks.*.mixer.qkv": "colwise",
+        "blocks.*.mixer.o": ROWWISE_1,
+    }
+
+
 Q_NORMS = ("mixer.q_norm.weight", "mixer.k_norm.weight")
 
 CASES = (
@@ -334,6 +345,13 @@ CASES = (
         BASE | HEADS_CUT | {"blocks.*.mlp": "whole"},
         {"blocks.*.mlp": None, "blocks.*.mlp.*": "replicate"},
         ("gate_up.weight", "gate_up.bias", "down.weight"),
+    ),
+    Case(
+        "slopes of heads, which the model gives to its attention",
+        Sloped,
+        BASE | MLP | sloped("shard(0) of every 4"),
+        # heads of the first sequences alone
+        sloped("shard(0)"),
     ),
 )
 BY_CASE = {case.name: case for case in CASES}

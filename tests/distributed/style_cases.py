@@ -243,6 +243,14 @@ def mlp_plans() -> dict[str, Plan]:
             "replicate", replace(COLWISE, output=Replicate()), REPLICATE, REPLICATE, REPLICATE, REPLICATE
         ),
         _mlp_plan(
+            "colwise alone, on the own tokens",
+            ROWWISE,
+            SEQUENCE_PARALLEL,
+            replace(cut_1, output=Shard(1)),
+            replace(cut_1, output=Shard(1)),
+            head_1,
+        ),
+        _mlp_plan(
             "head gives replicate",
             Style(StyleName.REPLICATED),
             SEQUENCE_PARALLEL,

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shardwise.core.argument_cut import ArgumentCut
 from shardwise.core.errors import PlanError
 from shardwise.core.held import Held, size_on_a_rank, why_not_shared
 from shardwise.core.placement import Partial, Placement, Replicate, Shard, format_placement, parse_placement
@@ -262,6 +263,14 @@ def test_a_plan_may_say_that_the_gradient_of_every_input_is_a_part() -> None:
         Plan.from_toml(text.replace("true", "1"))
 
 
+def test_a_plan_may_say_of_which_constants_a_rank_takes_its_part() -> None:
+    cut = (("alibi", ArgumentCut(0, 16)), ("bias", ArgumentCut(-1)))
+    rule = Rule("h.*.attn", Style(StyleName.LOCAL, cut=cut))
+    text = Plan("slopes", (rule,)).to_toml()
+    assert 'cut = { alibi = "shard(0) of every 16", bias = "shard(-1)" }' in text
+    assert Plan.from_toml(text).rules == (rule,)
+
+
 @given(plans(), st.dictionaries(PATTERNS, st.text()))
 def test_comments_stand_above_their_rules_and_change_nothing(plan: Plan, comments: dict[str, str]) -> None:
     told = {**comments, plan.rules[0].pattern: "one class of 32 heads\n\x00 q, k, v"}
@@ -365,8 +374,8 @@ HOW = 'Allowed: "shard(DIM)", "shard(DIM: SIZE+SIZE)" in pieces, "replicate", "r
         ),
         (
             '[rules]\n"a" = { style = "gather_input", input = "shard(1)" }',
-            'mine.toml: rule "a": style gather_input takes no argument "input". Allowed: divide, '
-            "every_input, from, output, parameters.",
+            'mine.toml: rule "a": style gather_input takes no argument "input". Allowed: cut, '
+            "divide, every_input, from, output, parameters.",
         ),
         (
             '[rules]\n"a" = { style = "rowwise", output = "shard" }',
@@ -404,6 +413,15 @@ HOW = 'Allowed: "shard(DIM)", "shard(DIM: SIZE+SIZE)" in pieces, "replicate", "r
         (
             '[rules]\n"a" = { style = "local", divide = ["heads", "heads"] }',
             'mine.toml: rule "a": divide has "heads" twice. Keep one.',
+        ),
+        (
+            '[rules]\n"a" = { style = "local", cut = "alibi" }',
+            'mine.toml: rule "a": cut is \'alibi\'. Write a table such as { alibi = "shard(0)" }.',
+        ),
+        (
+            '[rules]\n"a" = { style = "local", cut = { alibi = "shard(0) of 4" } }',
+            'mine.toml: rule "a": cut: "alibi": "shard(0) of 4" is no cut of an argument. Allowed: '
+            '"shard(DIM)", "shard(DIM) of every SIZE".',
         ),
         (
             '[rules]\n"a" = { style = "replicate", gradient = "whole" }',

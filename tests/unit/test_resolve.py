@@ -13,6 +13,7 @@ from torch.distributed.tensor import Replicate as TorchReplicate
 from torch.distributed.tensor import distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from shardwise.core.argument_cut import ArgumentCut
 from shardwise.core.errors import MeshError, PlanError
 from shardwise.core.held import Held
 from shardwise.core.placement import Partial, Replicate, Shard
@@ -149,7 +150,7 @@ GATHER_FROM_2 = Style(StyleName.GATHER_INPUT, input=Shard(2))
         ),
         (
             changed("rowwise", output=replace(COLWISE, output=Partial())),
-            'rule "output" (colwise): output is partial. Allowed for Linear: shard(-1), replicate.',
+            'rule "output" (colwise): output is partial. Allowed for Linear: shard(-1), replicate, shard(1).',
         ),
         (
             changed("rowwise", output=replace(COLWISE, input=Shard(-1))),
@@ -530,6 +531,14 @@ def test_ranks_may_share_parts_where_they_can(style: Style, message: str) -> Non
     separator = "" if message.startswith(":") else " "
     expected = f'plan "mine": rule "layers.*.attention.wk" ({style.name}){separator}{message}'
     assert refusal(llama(), plan, tp=4) == expected
+
+
+def test_a_constant_that_no_argument_of_the_forward_is_named_like_is_refused() -> None:
+    style = Style(StyleName.GATHER_INPUT, cut=(("mask", ArgumentCut(0)),))
+    assert refusal(llama(), changed("rowwise", layers__ANY__attention=style), tp=2).endswith(
+        "cut names mask, and the forward of layers.0.attention, a Attention, takes no such argument. It "
+        "takes: hidden_BSH, rope_2SD."
+    )
 
 
 def test_counts_that_do_not_divide_are_refused() -> None:

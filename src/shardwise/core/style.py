@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self, TypeVar
 
+from shardwise.core.argument_cut import ArgumentCut
 from shardwise.core.errors import PlanError
 from shardwise.core.held import Held, check_pieces, count_of, format_pieces, parse_pieces
 from shardwise.core.placement import Partial, Placement, format_placement, parse_placement
@@ -33,9 +34,9 @@ class StyleName(StrEnum):
     ROUTED = "routed", "ownership"
     REPLICATED = "replicated", "output"
     SEQUENCE_PARALLEL = "sequence_parallel"
-    GATHER_INPUT = "gather_input", "from", "output", "every_input", "parameters", "divide"
+    GATHER_INPUT = "gather_input", "from", "output", "every_input", "parameters", "divide", "cut"
     REPLICATE = "replicate", "gradient"
-    LOCAL = "local", "parameters", "divide"
+    LOCAL = "local", "parameters", "divide", "cut"
     WHOLE = "whole", "input", "output"
     SPLIT_INPUT = "split_input", "parameters", "divide"
 
@@ -61,7 +62,8 @@ class Style:
     pieces: sizes of what lies one after the other in the dim that is cut; parts: see Held. parameters: how
     those are held of which the class doesn't tell it, by their name from the module on. divide: names of
     integer attributes that count what is cut, from the module on; see count_of(). gradient: Partial where
-    each rank computes a part of it. every_input: not the first tensor's gradient alone is a part.
+    each rank computes a part of it. every_input: not the first tensor's gradient alone is a part. cut: of
+    which arguments of its forward a rank takes its part, by their names.
     """
 
     name: StyleName
@@ -74,6 +76,7 @@ class Style:
     divide: tuple[str, ...] = ()
     gradient: Partial | None = None
     every_input: bool = False
+    cut: tuple[tuple[str, ArgumentCut], ...] = ()
 
     def __post_init__(self) -> None:
         _refuse_unknown(self.name, sorted(self._given()))
@@ -112,6 +115,7 @@ class Style:
             divide=_names(arguments.get("divide", [])),
             gradient=_gradient(arguments.get("gradient")),
             every_input=_yes(arguments.get("every_input", False), "every_input"),
+            cut=_arguments_cut(arguments.get("cut", {})),
         )
 
     def to_value(self) -> str | dict[str, TomlValue]:
@@ -143,6 +147,8 @@ class Style:
             given["divide"] = list(self.divide)
         if self.every_input:
             given["every_input"] = True
+        if self.cut:
+            given["cut"] = {name: str(how) for name, how in self.cut}
         return given
 
 
@@ -190,6 +196,16 @@ def _parameters(value: object) -> tuple[tuple[str, Held], ...]:
     for name, text in value.items():
         with _as_plan_error(f'parameters: "{name}"'):
             found.append((str(name), Held.parse(str(text))))
+    return tuple(found)
+
+
+def _arguments_cut(value: object) -> tuple[tuple[str, ArgumentCut], ...]:
+    if not isinstance(value, Mapping):
+        raise PlanError(f'cut is {value!r:.80}. Write a table such as {{ alibi = "shard(0)" }}.')
+    found = []
+    for name, text in value.items():
+        with _as_plan_error(f'cut: "{name}"'):
+            found.append((str(name), ArgumentCut.parse(str(text))))
     return tuple(found)
 
 

@@ -51,6 +51,11 @@ def gather_features(y: Tensor, full: int, order: Order | None, site: Site, grad:
     """Shard(-1) -> Replicate, in the model's own order where ranks have theirs in another."""
     origin = site.origin(Shard(-1), Replicate())
     whole = collectives.all_gather(y, -1, site.axis, full_size=full, grad_placement=grad, origin=origin)
+    return in_own_order(whole, order)
+
+
+def in_own_order(whole: Tensor, order: Order | None) -> Tensor:
+    """Features of all ranks, one rank's after the other's, in the model's own order."""
     if order is None:
         return whole
     kept = torch.cat([order.ids_of(rank) for rank in range(order.axis_size)])
@@ -79,7 +84,8 @@ class LinearSharder(Sharder):
         parent = fit.modules.get(parent_name)
         pieces = assignment.style.pieces
         per_head = _features_per_head(module, parent, self.cut_dim, is_in_pieces=bool(pieces))
-        for size in pieces or (width,):
+        is_gathered = self.cut_dim == 0 and self.output_of(assignment.style) != Shard(-1)
+        for size in () if is_gathered else pieces or (width,):  # heads may lie across what is gathered again
             if per_head and size % per_head == 0 and (size // per_head) % fit.tp:
                 heads = size // per_head
                 is_kv = size < max(pieces, default=0) or _is_narrower(module, parent, self.cut_dim)

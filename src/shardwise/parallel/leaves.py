@@ -16,6 +16,7 @@ from shardwise.core.errors import PlanError
 from shardwise.core.held import Held
 from shardwise.core.placement import Partial, Replicate, Shard
 from shardwise.core.plan import Style
+from shardwise.parallel.arguments import check_arguments_cut, cut_arguments
 from shardwise.parallel.axis import Axis
 from shardwise.parallel.collectives import chunk_sizes
 from shardwise.parallel.counts import divide_counts
@@ -147,12 +148,16 @@ class HoldingContainer(Sharder):
                     'gradient is a part of the sum. Write "replicate, gradient partial", which sums them.'
                 )
 
+    def check(self, assignment: Assignment, fit: Fit) -> None:
+        check_arguments_cut(assignment)
+
     def check_below_gather_input(self, assignment: Assignment) -> None:
         super().check_below_gather_input(assignment)
         self.check_held_inside(assignment)
 
     def apply(self, assignment: Assignment, work: Work) -> None:
         hold_and_run_on_local(assignment, work)
+        cut_arguments(assignment, work.site(assignment))
 
 
 def in_pieces(held: Held, style: Style) -> Held:

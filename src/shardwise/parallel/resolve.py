@@ -132,6 +132,7 @@ def _check_twin(assignment: Assignment) -> None:
         "parameters": style.parameters,
         "divide": style.divide,
         "gradient": style.gradient,
+        "cut": style.cut,
     }
     given = [key for key, value in ours.items() if value]
     if given:

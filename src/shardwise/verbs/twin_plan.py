@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from shardwise.core.argument_cut import ArgumentCut
 from shardwise.core.errors import ShardwiseError
 from shardwise.core.held import Held, count_of, format_pieces
 from shardwise.core.mesh import Mesh
@@ -66,6 +67,9 @@ def _sizes(style: Style) -> Iterator[tuple[str, Sizes]]:
         name, pieces, parts = count_of(entry)
         if pieces:
             yield f"divide {name}", (pieces, parts)
+    for name, how in style.cut:
+        if how.every:
+            yield f"cut {name}", ((how.every,), ())
 
 
 def _changed(style: Style, known: dict[Sizes, Sizes]) -> Style:
@@ -76,12 +80,18 @@ def _changed(style: Style, known: dict[Sizes, Sizes]) -> Style:
         parts=parts,
         parameters=tuple((name, _held(held, known)) for name, held in style.parameters),
         divide=tuple(_count(entry, known) for entry in style.divide),
+        cut=tuple((name, _argument(how, known)) for name, how in style.cut),
     )
 
 
 def _held(held: Held, known: dict[Sizes, Sizes]) -> Held:
     pieces, parts = known.get((held.pieces, held.parts), (held.pieces, held.parts))
     return replace(held, pieces=pieces, parts=parts)
+
+
+def _argument(how: ArgumentCut, known: dict[Sizes, Sizes]) -> ArgumentCut:
+    (every, *_), _ = known.get(((how.every,), ()), ((how.every,), ()))
+    return replace(how, every=every)
 
 
 def _count(entry: str, known: dict[Sizes, Sizes]) -> str:

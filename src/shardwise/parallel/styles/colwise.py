@@ -5,7 +5,8 @@ embedding  own columns of the table: each rank looks up its slice of every token
            is replicate
 linear     own rows [out/T, in]. `input` replicate: its gradient is summed over the ranks; shard(1): gathered,
            its gradient reduce-scattered; below a gather_input it is taken as it is. `output` shard(-1): as
-           computed; replicate: gathered. The head's logits stay cut, for a loss that takes them so.
+           computed; replicate: gathered; shard(1): each rank gets all features of its own tokens. The head's
+           logits stay cut, for a loss that takes them so.
 any other  as linear, by its own forward on what `parameters` says is cut; one that is a subclass of either is
            cut as they are. What gives rows by ids, as a scaled embedding does, is cut by columns
 
@@ -32,6 +33,7 @@ from shardwise.parallel.layers import (
     LinearSharder,
     gather_features,
     gather_input,
+    in_own_order,
     local_or_none,
     refuse_uneven_sequence,
 )
@@ -77,7 +79,7 @@ class ColwiseTable(TableSharder):
 
 class ColwiseLinear(LinearSharder):
     inputs = (Replicate(), Shard(1))
-    outputs = (Shard(-1), Replicate())
+    outputs = (Shard(-1), Replicate(), Shard(SEQUENCE_DIM))
     cut_dim = 0
     what = "rows"
     takes_tied_table = True
@@ -116,7 +118,7 @@ class ColwiseLeaf(CutLeaf):
     """By the module's own forward."""
 
     inputs = ColwiseLinear.inputs
-    outputs = (*ColwiseLinear.outputs, Shard(SEQUENCE_DIM))
+    outputs = ColwiseLinear.outputs
     takes_tied_table = True
     by_class: ClassVar = {
         nn.Linear: dict.fromkeys(("weight", "bias"), Held(Shard(0))),
@@ -187,9 +189,10 @@ def _ways(sharder: Sharder, assignment: Assignment, site: Site, work: Work) -> t
             return gather_features(y, features, order, site, grad)
         refuse_uneven_sequence(y, site)
         origin = site.origin(Shard(-1), after)
-        return collectives.all_to_all(
+        whole = collectives.all_to_all(
             y, SEQUENCE_DIM, -1, site.axis, full_size=features, grad_placement=after, origin=origin
         )
+        return in_own_order(whole, order)
 
     return into, out
 

@@ -6,9 +6,11 @@ sum: it is reduce-scattered or summed.
 experts that are cut inside).
 
 `parameters`: how those are held that the module owns, or reads by name of modules inside. `divide`: which of
-its counts are of what is cut. `output`: of a module that itself gives each rank's summand (it reads the
-weights that are cut by name, and no rowwise inside sums): what becomes of that, replicate or shard(1). A
-parameter that is "replicate" is then a bias, added once, as under rowwise.
+its counts are of what is cut; `cut`: of which constants that its forward is given a rank takes its part.
+
+`output`: of a module that itself gives each rank's summand (it reads the weights that are cut by name, and no
+rowwise inside sums): what becomes of that, replicate or shard(1). A parameter that is "replicate" is then a
+bias, added once, as under rowwise.
 """
 
 import inspect
@@ -20,6 +22,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, PrepareModuleInput
 from shardwise.core.held import Held
 from shardwise.core.placement import Partial, Replicate, Shard
 from shardwise.core.plan import Style
+from shardwise.parallel.arguments import cut_arguments
 from shardwise.parallel.axis import Site
 from shardwise.parallel.layers import gather_input, sum_parts
 from shardwise.parallel.leaves import HoldingContainer, held_for_sum, hold_and_run_on_local, wholes
@@ -46,6 +49,7 @@ class GatherInput(HoldingContainer):
         return held_for_sum(told) if assignment.style.output is not None else told
 
     def check(self, assignment: Assignment, fit: Fit) -> None:
+        super().check(assignment, fit)
         self.check_held_inside(assignment)
 
     def apply(self, assignment: Assignment, work: Work) -> None:
@@ -54,6 +58,7 @@ class GatherInput(HoldingContainer):
             hold_and_run_on_local(assignment, work)
         else:
             hold_and_run_on_local(assignment, work, wholes(super().held(assignment)))
+        cut_arguments(assignment, site)
 
         def around(inner: Any, *args: Any, **kwargs: Any) -> Any:
             if assignment.style.every_input:
