@@ -6,6 +6,7 @@ doesn't depend on how many rows there are), and so does a head whose logits its 
 """
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -13,14 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
+from shardwise.core.argument_cut import ArgumentCut
 from shardwise.core.errors import ModelError
 from shardwise.core.held import Held
 from shardwise.core.mesh import Mesh
 from shardwise.core.placement import Replicate, Shard
 from shardwise.core.plan import Plan, Rule, StyleName
 from shardwise.dims.factors import ConflictError, Factor, Piece, layout, leaves, local_size
-from shardwise.dims.record import Op, Record
+from shardwise.dims.record import Apart, Op, Record
 from shardwise.dims.trace import record_of
 from shardwise.models.source import ModelSource, vocab_size_of
 from shardwise.planner.make import Wish, make_plan
@@ -46,8 +49,9 @@ def made_whole(source: ModelSource, tp: int) -> Plan:
 def local_run(source: ModelSource, plan: Plan, tp: int) -> LocalRun:
     whole, local = source.build(dtype=torch.bfloat16), source.build(dtype=torch.bfloat16)
     vocab_size = vocab_size_of(whole)
-    record = record_of(whole, vocab_size)
     rules = {name: rule for name, _ in whole.named_modules() if (rule := plan.rule_for(name))}
+    apart = [Apart(name, each, how.dim) for name, rule in rules.items() for each, how in rule.style.cut]
+    record = record_of(whole, vocab_size, apart=apart)
     held, named = held_by(rules, whole, tp), first_names(whole)
     try:
         cut = frozenset(leaf for name, how in held.items() for leaf in cut_leaves(record, named[name], how))
@@ -148,9 +152,27 @@ def make_local(model: nn.Module, rules: Mapping[str, Rule], held: Mapping[str, H
     for name, rule in rules.items():
         for attribute in rule.style.divide:
             divide(model.get_submodule(name), attribute, tp)
+        for argument, how in rule.style.cut:
+            cut_argument(model.get_submodule(name), argument, how, tp)
         if rule.style.name is StyleName.WHOLE:
             module = model.get_submodule(name)
             module.forward = _pass
+
+
+def cut_argument(module: nn.Module, name: str, how: ArgumentCut, tp: int) -> None:
+    """Has a module's forward get the first rank's part of a constant."""
+    inner, signature = module.forward, inspect.signature(module.forward)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        whole = given.arguments[name]
+        every = how.every or whole.shape[how.dim]
+        with _disable_current_modes():  # no op of the model's
+            runs = whole.unflatten(how.dim, (-1, every)).narrow(how.dim + 1, 0, every // tp)
+            given.arguments[name] = runs.flatten(how.dim, how.dim + 1)
+        return inner(*given.args, **given.kwargs)
+
+    module.forward = forward
 
 
 def _pass(x: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -28,21 +28,12 @@ MODELS = {case.name: f"tests.distributed.own_modules_cases:case_{at}" for at, ca
     words: f"tests.distributed.mixed_modules:{name}" for name, words in MIXES.items()
 }
 SHARES = {
-    # adapters' narrow sides, which are next to nothing of a larger model
-    "adapters": 0.93,
     # positions as a parameter of the model itself, which a slice takes by rows
     "positions as a parameter of the model": 0.82,
     MIXES["gpt2"]: 0.79,
-    # a part of some pieces and all of others: no count of the module's says how many that is
-    "one weight, of which each rank has a part of some pieces and all of others": 0.59,
-    MIXES["alternating"]: 0.71,
-    # a tuple of sizes in the module
-    MIXES["adapted"]: 0.61,
-    MIXES["mixture"]: 0.70,
-    # one key head, whole, in the weight of the queries, of which each rank would have a part
-    MIXES["beside"]: 0.39,
-    # projections to a low rank
-    MIXES["latent"]: 0.89,
+    # a part of some pieces and all of others: no count of the module's says how many that is, so the
+    # convolution between the projections is whole
+    "one weight, of which each rank has a part of some pieces and all of others": 0.93,
 }
 
 

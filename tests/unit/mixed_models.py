@@ -137,3 +137,15 @@ def turned() -> nn.Module:
 
 def scanned() -> nn.Module:
     return own.Model(own.Scan, own.ByName)
+
+
+class Spared(Stack):
+    """With a projection and a table that its forward doesn't use."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.spare, self.table = nn.Linear(WIDTH, WIDTH), nn.Embedding(16, WIDTH)
+
+
+def spared() -> nn.Module:
+    return Spared(Grouped(), Grouped())

@@ -4,6 +4,7 @@ not, where it can't."""
 import pytest
 import torch
 
+from shardwise.core.argument_cut import ArgumentCut
 from shardwise.core.dims import DimClass
 from shardwise.core.made_plan import MadePlan
 from shardwise.core.mesh import Mesh
@@ -76,14 +77,46 @@ def test_a_plan_is_made_the_same_twice() -> None:
 # -------------------------------------------------------------------------------------- what is left whole
 
 
-def test_key_value_heads_that_are_fewer_than_ranks_stay_whole_and_say_so() -> None:
+ALONE = Style(StyleName.COLWISE, output=Replicate())
+
+
+def test_projections_of_key_value_heads_that_are_fewer_than_ranks_are_cut_alone_and_say_why() -> None:
     """4 of them over 8 ranks: attention is computed whole on every rank, feed-forwards are cut."""
     one = made("llama3-debug", 8)
-    reasons = {each.pattern: each.reason for each in one.whole}
-    for name in ("wq", "wk", "wv", "wo"):
-        assert "8 ranks don't divide its 4" in reasons[f"layers.*.attention.{name}.weight"]
+    for name in ("wq", "wo"):
+        assert style_of(one.plan, f"layers.3.attention.{name}") == ALONE
+        assert "8 ranks don't divide its 4" in one.comments[f"layers.*.attention.{name}"]
     assert style_of(one.plan, "layers.3.attention") == Style(StyleName.WHOLE)
     assert style_of(one.plan, "layers.3.feed_forward.w1") == Style(StyleName.COLWISE)
+
+
+def test_a_projection_to_a_low_rank_is_cut_alone_below_its_attention() -> None:
+    """A norm of the latents and the heads after it speak against any other cut of it."""
+    one = made("tests.distributed.mixed_modules:latent", 2)
+    alone = [rule.pattern for rule in one.plan.rules if rule.style == ALONE]
+    assert len(alone) == 2
+    for pattern in alone:
+        assert pattern.startswith("layers.*.mixer.")
+        assert "gathered at once" in one.comments[pattern]
+    around = style_of(one.plan, "layers.0.mixer")
+    assert around is not None
+    assert around.name is StyleName.GATHER_INPUT
+
+
+def test_what_the_forward_does_not_use_is_cut_all_the_same() -> None:
+    one = made("tests.unit.mixed_models:spared", 2)
+    for name, style in (("spare", ALONE), ("table", Style(StyleName.ROWWISE, output=Replicate()))):
+        assert style_of(one.plan, name) == style
+        assert one.comments[name] == "nothing uses it: each rank keeps its part"
+
+
+def test_a_table_that_the_model_makes_for_all_heads_is_cut_where_attention_takes_it() -> None:
+    """An entry for each head of each sequence; each sequence's heads are a run of 4."""
+    one = made("tests.distributed.own_modules:Sloped", 2)
+    own = style_of(one.plan, "blocks.1.mixer")
+    assert own is not None
+    assert own.cut == (("bias", ArgumentCut(0, 4)),)
+    assert own.divide == ("num_heads",)
 
 
 def test_key_value_heads_go_with_the_query_heads_that_they_serve() -> None:

@@ -1,7 +1,7 @@
 """Record: what a forward did, as data: tensors with their factors, ops in order, the modules around them, and
 where it wrote a size."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -60,10 +60,12 @@ class Op:
 
 @dataclass(slots=True, eq=False)
 class Entered:
-    """A module is called with these tensors, in the order of its arguments."""
+    """A module is called with these tensors, in the order of its arguments. names: of those that are an
+    argument of its forward by themselves, by the argument's name."""
 
     module: str
     inputs: tuple[Value, ...]
+    names: Mapping[str, Value] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -72,6 +74,16 @@ class Left:
 
     module: str
     outputs: tuple[Value, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """A dim of a constant tensor that a module takes as its argument `argument`, which is to be one of its
+    own inside that module: there ranks may have parts of what they have whole around it."""
+
+    module: str
+    argument: str
+    dim: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,8 +107,8 @@ Event = Op | Entered | Left
 @dataclass(slots=True)
 class Record:
     """One forward. unknown: ops that nobody described, with how often. conflicts: dims that an op ties
-    together and that can't be the same. guesses: where the forward read a number out of a tensor whose values
-    a trace hasn't, by module."""
+    together and that can't be the same. apart: arguments as they are inside their module. guesses: where the
+    forward read a number out of a tensor whose values a trace hasn't, by module."""
 
     events: list[Event] = field(default_factory=list)
     sizes: list[SizeUse] = field(default_factory=list)
@@ -106,6 +118,7 @@ class Record:
     logits: Value | None = None
     unknown: dict[str, int] = field(default_factory=dict)
     conflicts: dict[str, int] = field(default_factory=dict)
+    apart: dict[Apart, Value] = field(default_factory=dict)
     guesses: list[str] = field(default_factory=list)
 
     @property

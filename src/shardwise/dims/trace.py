@@ -5,7 +5,8 @@ masks) is computed for real, on the host, so that a branch on a mask, an index b
 count goes the way it goes in training.
 """
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,7 +17,7 @@ from shardwise.core.errors import ModelError
 from shardwise.core.shown import told
 from shardwise.dims import by_data, views
 from shardwise.dims.factors import ConflictError, Factor, find
-from shardwise.dims.record import Entered, Left, Op, Record, Source, Value
+from shardwise.dims.record import Apart, Entered, Left, Op, Record, Source, Value
 from shardwise.dims.rules import Call, rule_for
 from shardwise.dims.sizes import tagged
 from shardwise.dims.written import WrittenSizes
@@ -29,14 +30,17 @@ _MOST_KNOWN = 2**21
 _GUESS = 1
 
 
-def record_of(model: nn.Module, vocab_size: int, *, batch: int = BATCH, seq: int = SEQ) -> Record:
-    """What `model`, unsharded and on the meta device, does with ids [batch, seq].
+def record_of(
+    model: nn.Module, vocab_size: int, *, batch: int = BATCH, seq: int = SEQ, apart: Collection[Apart] = ()
+) -> Record:
+    """What `model`, unsharded and on the meta device, does with ids [batch, seq]. apart: dims of arguments
+    that are to be told apart from what they are around their module.
 
     Raises ModelError where its forward fails without data.
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(8, vocab_size - 1), vocab_size, (batch, seq), generator=generator)
-    recorder = _Recorder(model, ids)
+    recorder = _Recorder(model, ids, apart)
     with ExitStack() as stack:
         stack.enter_context(tagged(model))
         stack.enter_context(recorder.watching_modules())
@@ -59,10 +63,10 @@ def record_of(model: nn.Module, vocab_size: int, *, batch: int = BATCH, seq: int
 class _Recorder(TorchDispatchMode):
     """Stands at the dispatcher: runs each op, on meta tensors or for real, and books it."""
 
-    def __init__(self, model: nn.Module, ids: Tensor) -> None:
+    def __init__(self, model: nn.Module, ids: Tensor, apart: Collection[Apart] = ()) -> None:
         super().__init__()
         self.record = Record()
-        self._model = model
+        self._model, self._apart = model, apart
         self._values: dict[int, Value] = {}
         self._kept: list[Any] = []  # so that no id() is used again
         self._bases: dict[int, Value] = {}  # of a view: what it is a view of
@@ -96,7 +100,7 @@ class _Recorder(TorchDispatchMode):
     def watching_modules(self) -> Iterator[None]:
         handles = []
         for name, module in self._model.named_modules():
-            entered, left = self._hooks(name)
+            entered, left = self._hooks(name, _arguments_of(module))
             handles.append(module.register_forward_pre_hook(entered, with_kwargs=True))
             handles.append(module.register_forward_hook(left, always_call=True))
         try:
@@ -105,17 +109,40 @@ class _Recorder(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
-    def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+    def _hooks(
+        self, name: str, arguments: tuple[str, ...]
+    ) -> tuple[Callable[..., None], Callable[..., None]]:
+        around: list[dict[int, Value]] = []  # what tensors are around the module that is called
+
         def entered(_: nn.Module, args: Any, kwargs: Any) -> None:
             self._stack.append(name)
-            self.record.events.append(Entered(name, self._values_in((args, kwargs))))
+            given = {**dict(zip(arguments, args, strict=False)), **kwargs}
+            tensors = {key: each for key, each in given.items() if isinstance(each, Tensor)}
+            names = {key: self.value_of(each) for key, each in tensors.items()}
+            self.record.events.append(Entered(name, self._values_in((args, kwargs)), names))
+            around.append(self._set_apart(name, tensors))
 
         def left(_: nn.Module, __: Any, output: Any) -> None:
+            self._values.update(around.pop())
             if output is not None:  # after an exception it is none, and the stack says where it was
                 self.record.events.append(Left(name, self._values_in(output)))
                 self._stack.pop()
 
         return entered, left
+
+    def _set_apart(self, module: str, given: Mapping[str, Tensor]) -> dict[int, Value]:
+        """Gives arguments dims of their own inside a module; what they were before."""
+        before = {}
+        for each in self._apart:
+            tensor = given.get(each.argument)
+            if each.module != module or tensor is None or each.dim >= tensor.dim():
+                continue
+            value = self.value_of(tensor)
+            before.setdefault(id(tensor), value)
+            dims = list(value.dims)
+            dims[each.dim] = Factor(tensor.shape[each.dim])
+            self.record.apart[each] = self._new(tensor, Source.OP, "", dims)
+        return before
 
     def _values_in(self, tree: Any) -> tuple[Value, ...]:
         return tuple(self.value_of(leaf) for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor))
@@ -239,6 +266,13 @@ class _Recorder(TorchDispatchMode):
                 call.is_linear, added,
             )
         )  # fmt: skip
+
+
+def _arguments_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of what a module's forward takes, in order, as far as each has one."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(module.forward).parameters.values()
+    return tuple(each.name for each in parameters if each.kind in kinds)
 
 
 def _on_meta(leaf: Any) -> Any:

@@ -112,6 +112,7 @@ class _Sizes:
 def _values(record: Record) -> Iterable[Value]:
     yield from record.parameters.values()
     yield from record.buffers.values()
+    yield from record.apart.values()
     if record.ids is not None:
         yield record.ids
     for event in record.events:

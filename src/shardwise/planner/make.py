@@ -1,6 +1,7 @@
 """make_plan(): a model and a number of ranks -> a MadePlan: what is cut, by which rules, and why; what stays
 whole, and why."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,8 +24,10 @@ from shardwise.dims.spans import Spans
 from shardwise.dims.trace import record_of
 from shardwise.models.layers import Layers, find_layers
 from shardwise.models.source import ModelSource, vocab_size_of
+from shardwise.planner.alone import cut_alone
 from shardwise.planner.candidates import Candidate, candidates, choose
 from shardwise.planner.classes import dims_of, held_by_rank
+from shardwise.planner.constants import constants_in_the_way
 from shardwise.planner.counts import divided
 from shardwise.planner.gradients import MixedError, gradient_kinds
 from shardwise.planner.names import EXPERTS, HEADS, HIDDEN, Names
@@ -103,18 +106,27 @@ def _traced(source: ModelSource, wish: Wish, progress: Callable[[str], None]) ->
         ) from error
     called = {event.module for event in record.events if isinstance(event, Entered)}
     layers = find_layers(whole, among=called)
-    return _Traced(whole, layers, _Making(record, model, layers, wish, wish.mesh.tp))
+    making = _Making(record, model, whole, layers, wish)
+    apart = constants_in_the_way(record, making.spans, making.candidates, making.covered())
+    if apart:
+        progress("tracing it again, the constants that modules are given told apart")
+        record = record_of(model, vocab_size_of(model), apart=apart)
+        again = _Making(record, model, whole, layers, wish)
+        making = max(making, again, key=_Making.reach)
+    return _Traced(whole, layers, making)
 
 
 class _Making:
     """The search for cuts that every check lets pass. why_not: of the sequence."""
 
     def __init__(
-        self, record: Record, model: nn.Module, layers: Layers | None, wish: Wish, ranks: int
+        self, record: Record, model: nn.Module, whole: nn.Module, layers: Layers | None, wish: Wish
     ) -> None:
-        self.record, self.model, self.layers, self.wish, self.ranks = record, model, layers, wish, ranks
+        self.record, self.model, self.whole, self.layers = record, model, whole, layers
+        self.wish, self.ranks = wish, wish.mesh.tp
         self.spans, self.names = Spans(record), Names(record)
-        self.candidates = candidates(record, self.spans, ranks, seq=wish.seq)
+        self._found: tuple[Cuts, dict[str, str]] | None = None
+        self.candidates = candidates(record, self.spans, self.ranks, seq=wish.seq)
         self.tables = _tables(record, model)
         self.head, self.head_output = _head(record, model)
         by_vocabulary = {name for module in (*self.tables, self.head) for name in _read_in(record, module)}
@@ -123,12 +135,31 @@ class _Making:
                 each.obstacles.append("the table of ids, or the head, has it, and is cut by vocabulary")
         self.why_not: str | None = None if wish.sequence else "it wasn't asked for"
 
+    def covered(self) -> frozenset[str]:
+        """The parameters that are cut together with others."""
+        try:
+            cuts, _ = self.cuts()
+        except PlanError:
+            return frozenset()
+        return frozenset(name for region in cuts.regions for name in region.candidate.parameters)
+
+    def reach(self) -> int:
+        """How many elements these have."""
+        return sum(math.prod(self.record.parameters[name].shape) for name in self.covered())
+
     def cuts(self) -> tuple[Cuts, dict[str, str]]:
-        """What to cut, and why of other parameters nothing is."""
+        """What to cut, and why of other parameters nothing is. Raises PlanError where nothing can be."""
+        if self._found is None:
+            self._found = self._search()
+        return self._found
+
+    def _search(self) -> tuple[Cuts, dict[str, str]]:
         for _ in range(_TRIES):
             regions = self._regions()
             try:
-                return self._cuts(regions), self._reasons(regions)
+                cuts, reasons = self._cuts(regions), self._reasons(regions)
+                cuts.alone = cut_alone(cuts, self.spans, self.whole, reasons)
+                return cuts, reasons
             except UnfitError as error:
                 self._drop(regions, error)
         raise PlanError("no choice of what to cut passes every check. Shard it by a plan of your own.")

@@ -3,16 +3,18 @@ a plan."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from shardwise.core.argument_cut import ArgumentCut
 from shardwise.core.held import Held
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.core.plan import Style, StyleName
 from shardwise.dims.factors import Factor, Piece, layout, leaves
 from shardwise.dims.record import Op, Record, Value
 from shardwise.dims.sizes import Attribute
+from shardwise.planner.constants import runs_of
 from shardwise.planner.names import Names
 from shardwise.planner.regions import Kind, Region, UnfitError
 from shardwise.planner.sequence import SequenceCut
@@ -29,7 +31,7 @@ class Reasoned:
 @dataclass(slots=True)
 class Cuts:
     """All that was decided of a traced model. table: the modules that look ids up; head: the one that makes
-    the logits. kinds: see gradient_kinds()."""
+    the logits. kinds: see gradient_kinds(). alone: the modules that are cut alone, see cut_alone()."""
 
     record: Record
     model: nn.Module
@@ -43,6 +45,7 @@ class Cuts:
     head_output: Placement
     ranks: int
     names: Names
+    alone: Mapping[str, Reasoned] = field(default_factory=dict)
     leaves: frozenset[Factor] = field(init=False)
     of_head: dict[str, int] = field(init=False)
 
@@ -65,16 +68,44 @@ class Cuts:
 def rules_of(cuts: Cuts) -> dict[str, Reasoned]:
     """The style of every module of the traced model that needs one. Raises UnfitError for what no style
     says."""
-    users = _users(cuts)
+    users = users_of(cuts)
     counts: defaultdict[str, list[str]] = defaultdict(list)
     for attribute in sorted(cuts.counts, key=lambda each: each.name):
         counts[attribute.module].append(attribute.name)
     found: dict[str, Reasoned] = {}
     for name, module in cuts.model.named_modules():
         rule = _rule(cuts, name, module, users, tuple(counts.get(name, ())))
+        arguments = _arguments(cuts, name)
+        if arguments:
+            rule = _with_arguments(rule, name, arguments)
         if rule is not None:
             found[name] = rule
     return found
+
+
+def _arguments(cuts: Cuts, module: str) -> tuple[tuple[str, ArgumentCut], ...]:
+    """The constants that a module is given whole and of which it takes a part. Raises UnfitError where the
+    part is no even one."""
+    found, cut = [], cuts.cut_in(module)
+    for each, value in cuts.record.apart.items():
+        own = cut.intersection(leaves(value.dims[each.dim]))
+        if each.module != module or not own:
+            continue
+        every = runs_of(value, each.dim, cut)
+        if every is None:
+            raise UnfitError(f"{module} is given {each.argument}, of which a rank's part is in pieces", own)
+        found.append((each.argument, ArgumentCut(each.dim, every)))
+    return tuple(found)
+
+
+def _with_arguments(
+    rule: Reasoned | None, module: str, arguments: tuple[tuple[str, ArgumentCut], ...]
+) -> Reasoned:
+    if rule is None or rule.style == Style(StyleName.REPLICATE):
+        return Reasoned(Style(StyleName.LOCAL, cut=arguments), "takes its part of what it is given whole")
+    if "cut" not in rule.style.name.arguments:
+        raise UnfitError(f"{module} is given {arguments[0][0]} whole, and needs a part of it")
+    return Reasoned(replace(rule.style, cut=arguments), rule.why)
 
 
 def held(cuts: Cuts, name: str) -> Held:
@@ -82,6 +113,8 @@ def held(cuts: Cuts, name: str) -> Held:
     value = cuts.record.parameters.get(name) or cuts.record.buffers[name]
     if name in cuts.of_head:
         return Held(Shard(cuts.of_head[name]))
+    if name.rpartition(".")[0] in cuts.alone:
+        return Held(Shard(0))
     cut = cut_dim(value, cuts.cut_in(name.rpartition(".")[0]))
     if cut is None:
         return Held(Replicate(), gradient=Partial() if kind_of(cuts, name) == Kind.PART else None)
@@ -113,14 +146,14 @@ def _read_by_head(cuts: Cuts) -> Iterator[tuple[str, int]]:
     """(parameter that the head reads, the dim of it that is the vocabulary)"""
     assert cuts.record.logits is not None
     vocabulary = frozenset(leaves(cuts.record.logits.dims[-1]))
-    users = _users(cuts) if cuts.head is not None else {}
+    users = users_of(cuts) if cuts.head is not None else {}
     for name, value in cuts.record.parameters.items():
         for dim, factor in enumerate(value.dims):
             if cuts.head in users.get(name, ()) and vocabulary == frozenset(leaves(factor)):
                 yield name, dim
 
 
-def _users(cuts: Cuts) -> dict[str, set[str]]:
+def users_of(cuts: Cuts) -> dict[str, set[str]]:
     """The modules whose own forward reads a parameter."""
     names = {id(value): name for name, value in cuts.record.parameters.items()}
     found: defaultdict[str, set[str]] = defaultdict(set)
@@ -141,6 +174,8 @@ def _rule(
         return _table_rule(cuts, name)
     if name == cuts.head:
         return _head_rule(cuts, name, module, known)
+    if name in cuts.alone:
+        return cuts.alone[name]
     entries = [region for region in cuts.regions if region.entry == name]
     buffers = _cut_buffers(cuts, name)
     parameters = tuple(
