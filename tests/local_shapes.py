@@ -152,8 +152,8 @@ def make_local(model: nn.Module, rules: Mapping[str, Rule], held: Mapping[str, H
     for name, rule in rules.items():
         for attribute in rule.style.divide:
             divide(model.get_submodule(name), attribute, tp)
-        for argument, how in rule.style.cut:
-            cut_argument(model.get_submodule(name), argument, how, tp)
+        for argument, part in rule.style.cut:
+            cut_argument(model.get_submodule(name), argument, part, tp)
         if rule.style.name is StyleName.WHOLE:
             module = model.get_submodule(name)
             module.forward = _pass

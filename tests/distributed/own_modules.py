@@ -310,8 +310,8 @@ class Sloped(Model):
     """Adds to the scores of each head how far back a token is, times the head's slope: one table for all."""
 
     def __init__(self) -> None:
-        super().__init__(SlopedAttention)
-        self.blocks = nn.ModuleList(SlopedBlock(nn.RMSNorm, block.mixer, block.mlp) for block in self.blocks)
+        super().__init__()
+        self.blocks = nn.ModuleList(SlopedBlock(nn.RMSNorm, SlopedAttention(), Mlp()) for _ in range(2))
 
     def forward(self, ids_BS: Tensor) -> Tensor:
         batch, length = ids_BS.shape

@@ -132,7 +132,7 @@ class _Recorder(TorchDispatchMode):
 
     def _set_apart(self, module: str, given: Mapping[str, Tensor]) -> dict[int, Value]:
         """Gives arguments dims of their own inside a module; what they were before."""
-        before = {}
+        before: dict[int, Value] = {}
         for each in self._apart:
             tensor = given.get(each.argument)
             if each.module != module or tensor is None or each.dim >= tensor.dim():

@@ -77,4 +77,5 @@ def _part(given: Any, name: str, how: ArgumentCut, site: Site) -> Any:
 def part_of(whole: Tensor, dim: int, every: int, axis: Axis) -> Tensor:
     """Of each run of `every` entries along a dim this rank's part."""
     runs = whole.unflatten(dim, (-1, axis.size, every // axis.size))
-    return runs.select(dim + 1, axis.rank).flatten(dim, dim + 1)
+    part: Tensor = runs.select(dim + 1, axis.rank).flatten(dim, dim + 1)
+    return part
