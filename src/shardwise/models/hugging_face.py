@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from types import MethodType
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from shardwise.models.hugging_face_config import (
     read_config,
 )
 from shardwise.models.small import small_values
+from shardwise.torch_private import FakeTensor, local_part
 
 # Building stops here, so that an absurd count ends in a line and not in a full memory; the largest known
 # models have a tenth of that.
@@ -165,7 +167,7 @@ def give_logits(model: nn.Module) -> None:
     inner = type(model).forward
 
     def forward(self: nn.Module, ids_BS: Tensor) -> Tensor:
-        with _offline():
+        with _offline(), _one_document_each(self):
             logits: Tensor = inner(self, input_ids=ids_BS, use_cache=False).logits
         return logits
 
@@ -183,6 +185,19 @@ def give_logits(model: nn.Module) -> None:
 
     takes_positions = "position_ids" in inspect.signature(inner).parameters
     model.forward = MethodType(forward_at if takes_positions else forward, model)
+
+
+@contextmanager
+def _one_document_each(model: nn.Module) -> Iterator[None]:
+    """Positions that a model counts itself begin no second document; transformers sees it, makes no mask, and
+    asks for causal attention. Of fake ones it can't see it."""
+    if not any(isinstance(local_part(each), FakeTensor) for each in model.parameters()):
+        yield
+        return
+    from transformers import masking_utils
+
+    with patch.object(masking_utils, "find_packed_sequence_indices", lambda *_, **__: None):
+        yield
 
 
 _WITHOUT_MASKS = "shardwise_sdpa_without_masks"

@@ -44,6 +44,7 @@ _NAMES: dict[OpKind, str] = {
         "abs sign sgn sin cos tan erf floor ceil round reciprocal maximum minimum lt gt le ge eq ne "
         "isnan isinf bitwise_and bitwise_or bitwise_not bitwise_xor logical_and logical_or "
         "logical_not __or__ __and__ __xor__ floor_divide remainder addcmul addcdiv lerp rsub polar "
+        "native_dropout native_dropout_backward "
         "log_sigmoid_forward log_sigmoid_backward hardtanh elu elu_backward mish square atan2 fmod"
     ),
     OpKind.REDUCTION: (
@@ -100,9 +101,6 @@ CUDA_NAMES: dict[str, dict[str, str]] = {
         "efficient": "aten::_scaled_dot_product_efficient_attention_backward",
     },
 }
-# CUDA may run fused kernels of its own in place of these, which a trace on a CPU doesn't see: native_dropout;
-# attention that a CPU takes apart, as it does where keys and values have other widths
-CUDA_DIFFERS = frozenset({"aten::bernoulli_", "aten::_safe_softmax"})
 
 
 def kind_of(name: str, device: str, tags: Collection[str] = ()) -> OpKind:
@@ -111,8 +109,6 @@ def kind_of(name: str, device: str, tags: Collection[str] = ()) -> OpKind:
 
     tags: PyTorch's own of the op ("pointwise", "reduction"), for those that no name here tells.
     """
-    if device == "cuda" and name in CUDA_DIFFERS:
-        return OpKind.UNKNOWN
     namespace, _, base = name.partition("::")
     of_one = base.removeprefix("_foreach_")
     for known in (base, base.removesuffix("_"), of_one, of_one.removesuffix("_")):
@@ -133,7 +129,7 @@ def name_on(name: str, device: str, inputs: Sequence[TensorSpec]) -> str:
     """
     if device != "cuda" or name not in CUDA_NAMES:
         return name
-    q, k = _query_and_key(name, inputs)
+    q, k, _ = _attended(name, inputs)
     has_mask = len(inputs) > (
         6 if name.endswith("_backward") else 3
     )  # it comes last; a backward takes two results and a gradient more
@@ -167,9 +163,11 @@ def flops_of(name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSp
                 2 * prod(shapes[0]) * prod(shapes[2][1:]) for output in outputs if len(output.shape) > 1
             )
         case base if base.startswith("_scaled_dot_product"):
-            q, k = _query_and_key(name, inputs)
-            matmuls = 5 if base.endswith("_backward") else 2
-            whole = matmuls * 2 * prod(q.shape) * k.shape[-2]
+            q, k, v = _attended(name, inputs)
+            # scores and their gradients go over the keys' width; values, and what is weighted, over theirs
+            by_keys, by_values = (3, 2) if base.endswith("_backward") else (1, 1)
+            width = by_keys * q.shape[-1] + by_values * v.shape[-1]
+            whole = 2 * prod(q.shape[:-1]) * width * k.shape[-2]
             return whole // 2 if causal else whole
         case _:
             return 0
@@ -220,6 +218,7 @@ def traffic_of(
             return read, write
 
 
-def _query_and_key(name: str, inputs: Sequence[TensorSpec]) -> tuple[TensorSpec, TensorSpec]:
+def _attended(name: str, inputs: Sequence[TensorSpec]) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
+    """Queries, keys and values."""
     first = 1 if name.endswith("_backward") else 0  # its first input is the output's gradient
-    return inputs[first], inputs[first + 1]
+    return inputs[first], inputs[first + 1], inputs[first + 2]

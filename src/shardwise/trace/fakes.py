@@ -7,10 +7,10 @@ the styles decide by them. What comes onto the device (`.to(device)`, or made th
 A grouped matmul takes half precision and float32 wherever it runs; its fake takes bfloat16 alone, so it is
 steered.
 
-Inside `fake_world(...)` of device "cuda", four choices that PyTorch makes by the device below Python are
-steered: RMSNorm is one fused op, DTensor's all-to-all is a real one (on a CPU it gathers everything instead),
-attention in float32 with grouped heads is taken apart (no fused kernel takes it there), and the native engine
-takes NCCL's way. The rest is mapped by name in catalogue.py. All of it is undone on the way out.
+Inside `fake_world(...)` of device "cuda", choices that PyTorch makes by the device below Python are steered:
+RMSNorm is one fused op, DTensor's all-to-all is a real one (on a CPU it gathers everything instead),
+attention and dropout run the kernels that CUDA has (cuda_kernels.py), and the native engine takes NCCL's way.
+The rest is mapped by name in catalogue.py. All of it is undone on the way out.
 """
 
 import logging
@@ -23,10 +23,8 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shardwise.core.errors import RunError
 from shardwise.core.mesh import Mesh
@@ -40,6 +38,7 @@ from shardwise.torch_private import (
     forget_library,
     forget_meshes,
 )
+from shardwise.trace.cuda_kernels import kernels_of_cuda
 
 TARGETS = {"cpu": Target("cpu", "gloo"), "cuda": Target("cuda", "nccl")}
 
@@ -65,7 +64,7 @@ def fake_world(mesh: Mesh, *, rank: int, device: str) -> Iterator[DeviceMesh]:
             if device == "cuda":
                 stack.enter_context(_fused_rms_norm())
                 stack.enter_context(_real_all_to_all())
-                stack.enter_context(_attention_as_on_cuda())
+                stack.enter_context(kernels_of_cuda(making_on_device))
             names = tuple(name for name, _ in mesh.axes)
             yield init_device_mesh("cpu", tuple(size for _, size in mesh.axes), mesh_dim_names=names)
     finally:
@@ -154,26 +153,6 @@ def _check_aligned(*operands: torch.Tensor) -> None:
             )
 
 
-@contextmanager
-def _attention_as_on_cuda() -> Iterator[None]:
-    """No fused kernel of CUDA's takes float32 with grouped heads, so PyTorch multiplies whole score matrices
-    there; a CPU has a kernel.
-
-    Seen on an H100 (torch 2.11): benchmarks/data/h100-steps.json. (A mode instead of the patch isn't there in
-    a recompute.)
-    """
-    original = F.scaled_dot_product_attention
-
-    def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if not _is_grouped_float32(*args[:2], **kwargs):
-            return original(*args, **kwargs)
-        with sdpa_kernel(SDPBackend.MATH), making_on_device():
-            return original(*args, **kwargs)
-
-    with patch.object(F, "scaled_dot_product_attention", attention):
-        yield
-
-
 _on_device: ContextVar[bool] = ContextVar("_on_device", default=False)
 
 
@@ -191,11 +170,6 @@ def is_made_on_device() -> bool:
     """Whether a factory op's tensor lies on the device: where the program names it, and the mask of attention
     that is decomposed."""
     return _on_device.get()
-
-
-def _is_grouped_float32(query: Any = None, key: Any = None, **_: Any) -> bool:
-    tensors = isinstance(query, torch.Tensor) and isinstance(key, torch.Tensor)
-    return tensors and query.dtype is torch.float32 and query.dim() == 4 and query.shape[1] != key.shape[1]
 
 
 @contextmanager

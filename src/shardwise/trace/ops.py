@@ -35,13 +35,18 @@ ALLOCATIONS = frozenset(
 @dataclass(frozen=True, slots=True)
 class Signature:
     """What a dispatcher op says of itself: its name, the positions of the arguments that it writes, PyTorch's
-    tags."""
+    tags, and where attention is told that it is causal."""
 
     name: str
     writes: tuple[int, ...]
     writes_keywords: tuple[str, ...]
     is_collective: bool
     tags: frozenset[str]
+    causal_at: int | None = None
+
+    def is_causal(self, args: Sequence[Any]) -> bool:
+        at = self.causal_at
+        return at is not None and at < len(args) and args[at] is True
 
 
 @lru_cache(maxsize=4096)
@@ -58,6 +63,7 @@ def signature_of(func: Any) -> Signature:
         tuple(argument.name for _, argument in written if argument.kwarg_only),
         is_collective(func),
         frozenset(tag.name for tag in func.tags),
+        next((at for at, argument in enumerate(schema.arguments) if argument.name == "is_causal"), None),
     )
 
 
@@ -104,7 +110,6 @@ class Ops:
             [_n_bytes(tensor) for tensor in work.made],
             [_n_bytes(tensor) for tensor in work.inputs if id(tensor) in written],
         )
-        causal = name.startswith("aten::_scaled_dot_product") and any(argument is True for argument in args)
         shown = name_on(name, self._device, inputs)
         is_told = not shown.startswith("unknown")
         is_fake = any(isinstance(tensor, FakeTensor) for tensor in (*work.inputs, *work.made))
@@ -115,7 +120,7 @@ class Ops:
             self._place.module,
             inputs,
             outputs,
-            flops_of(name, inputs, outputs, causal=causal),
+            flops_of(name, inputs, outputs, causal=signature.is_causal(args)),
             reads,
             writes,
             on_host=self._device != "cpu" and not is_fake,
