@@ -7,7 +7,7 @@ import torch
 
 from shardwise.calibrate import kernels
 from shardwise.calibrate.case import Case, Draw, Work
-from shardwise.calibrate.ranks import CalibrateJob, measure
+from shardwise.calibrate.ranks import CalibrateJob, CalibrateReport, measure
 from shardwise.launch import RankContext
 
 GOOD = kernels.matmul(64, 64, 64, "float32", "tn")
@@ -28,7 +28,11 @@ def _fails_when_called() -> Case:
     return replace(GOOD, variant="called", make=make)
 
 
-def failing(context: RankContext, payload: bytes) -> bytes:
+def run(context: RankContext, payload: bytes) -> bytes:
+    return msgspec.json.encode({"failing": failing(context), "hurried": hurried(context)})
+
+
+def failing(context: RankContext) -> CalibrateReport:
     """Good kernels among such that fail in several ways."""
     cases = [
         GOOD,
@@ -37,9 +41,9 @@ def failing(context: RankContext, payload: bytes) -> bytes:
         _fails_when_called(),
         kernels.batched_matmul(2, 8, 8, 8, "float32"),
     ]
-    return msgspec.json.encode(measure(context, CalibrateJob(quick=True, kernels_s=30.0), cases))
+    return measure(context, CalibrateJob(quick=True, kernels_s=30.0), cases)
 
 
-def hurried(context: RankContext, payload: bytes) -> bytes:
+def hurried(context: RankContext) -> CalibrateReport:
     """No time for kernels."""
-    return msgspec.json.encode(measure(context, CalibrateJob(quick=True, kernels_s=0.0), [GOOD] * 7))
+    return measure(context, CalibrateJob(quick=True, kernels_s=0.0), [GOOD] * 7)

@@ -6,6 +6,7 @@ import msgspec
 from shardwise.launch import RankContext
 from shardwise.parallel import collectives
 from shardwise.verbs import compare_ranks
+from shardwise.verify import examine
 from tests.distributed.style_faults import _backward, _summed_again
 
 
@@ -17,10 +18,20 @@ class Asked(msgspec.Struct, frozen=True):
     summed_twice: bool = False
 
 
+class Everything(msgspec.Struct, frozen=True):
+    """What one launch is asked. verify: as verify packs it, or nothing; its answers are events."""
+
+    compare: tuple[Asked, ...]
+    verify: bytes = b""
+
+
 def each(context: RankContext, payload: bytes) -> bytes:
-    """What compare's ranks give for each that is asked, in order."""
+    """What compare's ranks give for each that is asked, in order; verify's answers are reported."""
     answers = []
-    for asked in msgspec.msgpack.decode(payload, type=tuple[Asked, ...]):
+    everything = msgspec.msgpack.decode(payload, type=Everything)
+    if everything.verify:
+        examine.run(context, everything.verify)
+    for asked in everything.compare:
         if asked.summed_twice:
             with _backward(collectives._AllReduce, _summed_again)():
                 answers.append(compare_ranks.run(context, asked.job))

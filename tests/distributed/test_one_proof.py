@@ -18,8 +18,8 @@ from shardwise.parallel.builtin import builtin_plan
 from shardwise.text.stream import load_tokens
 from shardwise.verbs.compare_ranks import CompareJob, pack
 from shardwise.verify.claim import Claim
-from shardwise.verify.run import verify
-from tests.distributed.one_proof_workers import Asked
+from shardwise.verify.examine import Answer, Job
+from tests.distributed.one_proof_workers import Asked, Everything
 
 MODEL = "llama3-debug?n_layers=2,hidden=96,n_heads=12,n_kv_heads=4,vocab_size=512"
 NORMS = ("layers.*.attention_norm", "layers.*.ffn_norm", "norm")
@@ -56,25 +56,38 @@ ASKED = {
 
 
 @lru_cache
-def agreements(world_size: int) -> dict[str, tuple[Agreement, ...]]:
-    """What compare's ranks say of each plan, by what they are asked."""
+def answers(world_size: int) -> tuple[dict[str, tuple[Agreement, ...]], tuple[Verification, ...]]:
+    """What compare's ranks say of each plan, by what they are asked; and on two ranks what verify says of the
+    faulty plans."""
     stream = load_tokens(vocab_size=512, random_ids=True)
-    asked = [
+    asked = tuple(
         Asked(pack(job(mesh, settings, plans), stream), summed_twice)
         for mesh, settings, plans, summed_twice in ASKED[world_size].values()
-    ]
+    )
+    claims = tuple(Claim(MODEL, plan.to_toml(), plan.name, twin=False) for plan in FAULTY)
+    to_verify = msgspec.json.encode(Job(claims, 0, Mesh.parse("tp=2"), StepSettings(2, 32)))
+    said: list[bytes] = []
     (of_first, *_) = run_ranks(
         "tests.distributed.one_proof_workers:each",
-        msgspec.msgpack.encode(asked),
+        msgspec.msgpack.encode(Everything(asked, to_verify if world_size == 2 else b"")),
         world_size=world_size,
         device_type="cpu",
         timeout_s=120,
+        on_event=said.append,
     )
     reports = [
         msgspec.msgpack.decode(report, type=RankReport)
         for report in msgspec.msgpack.decode(of_first, type=list[bytes])
     ]
-    return {name: report.agreements for name, report in zip(ASKED[world_size], reports, strict=True)}
+    verified = (msgspec.msgpack.decode(event, type=Answer) for event in said[: len(claims)])
+    return (
+        {name: report.agreements for name, report in zip(ASKED[world_size], reports, strict=True)},
+        tuple(answer.verification for answer in verified) if world_size == 2 else (),
+    )
+
+
+def agreements(world_size: int) -> dict[str, tuple[Agreement, ...]]:
+    return answers(world_size)[0]
 
 
 def job(mesh: str, settings: StepSettings, plans: tuple[Plan, ...]) -> CompareJob:
@@ -94,13 +107,6 @@ def job(mesh: str, settings: StepSettings, plans: tuple[Plan, ...]) -> CompareJo
     )
 
 
-@lru_cache
-def verified() -> tuple[Verification, ...]:
-    """What verify says of the faulty plans."""
-    claims = [Claim(MODEL, plan.to_toml(), plan.name, twin=False) for plan in FAULTY]
-    return tuple(verify(claims, mesh=Mesh.parse("tp=2"), settings=StepSettings(2, 32)))
-
-
 def told(findings: tuple[Finding, ...]) -> list[tuple[object, ...]]:
     return [
         (finding.kind, finding.subject, finding.cause, finding.reason, finding.advice, finding.rule)
@@ -111,7 +117,7 @@ def told(findings: tuple[Finding, ...]) -> list[tuple[object, ...]]:
 @pytest.mark.parametrize("number", range(len(FAULTY)), ids=[plan.name for plan in FAULTY])
 def test_compare_and_verify_find_the_same_in_a_faulty_plan(number: int) -> None:
     compared = agreements(2)["tp"][1 + number]
-    assert told(compared.findings) == told(verified()[number].wrong)
+    assert told(compared.findings) == told(answers(2)[1][number].wrong)
     cause = (Cause.PARTS_NOT_SUMMED, Cause.SUMMED_TOO_OFTEN)[number]
     assert {finding.cause for finding in compared.findings} == {cause}
 

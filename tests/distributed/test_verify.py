@@ -1,6 +1,8 @@
 """verify on real ranks: each silent fault rebuilt small, found and told for what it is; what is right passes;
 many cases in one launch."""
 
+from collections.abc import Iterable
+
 import pytest
 
 from shardwise.core.case import StepSettings
@@ -47,11 +49,49 @@ BY_HAND = (
 SHIPPED = ("apertus", "gpt_oss", "bert", "lfm2")
 
 
+def offered(name: str, sequence_parallel: bool) -> bool:
+    return sequence_parallel or not name.startswith("routed")
+
+
+def built_in_cases(model: str, *, tied: bool, parallels: tuple[bool, ...]) -> list[Claim]:
+    """Each built-in plan of the model's family; PyTorch's own styles, which would untie a tied head, for an
+    untied one only. parallels: with sequence parallelism, without."""
+    family = find_model(model).family
+    return [
+        Claim(
+            model,
+            builtin_plan(name, sequence_parallel=parallel, family=family).to_toml(),
+            f"{model}, {name} {'in parts' if parallel else 'whole'}",
+            twin=True,
+        )
+        for name in builtin_names()
+        for parallel in parallels
+        if offered(name, parallel) and not (tied and name.endswith("@dtensor"))
+    ]
+
+
+LLAMA, GPT = ("llama3-8b", False), ("gpt-debug?tied=false", False)
+TIED_LLAMA, TIED_GPT = ("llama3-8b?tied=true", True), ("gpt-debug", True)
+ALL = (LLAMA, TIED_LLAMA, GPT, TIED_GPT)
+PARALLEL, WHOLE, EITHER = (True,), (False,), (True, False)
+# each plan of both engines; test_styles.py proves the gradients of the other pairs
+TELLING = {LLAMA: PARALLEL, TIED_GPT: WHOLE}
+
+
+def built_ins(models: dict[tuple[str, bool], tuple[bool, ...]]) -> list[Claim]:
+    return [
+        claim
+        for (model, tied), parallels in models.items()
+        for claim in built_in_cases(model, tied=tied, parallels=parallels)
+    ]
+
+
 @pytest.fixture(scope="module")
 def found() -> dict[str, Verification]:
     cases = [Claim(MODELS + name, "hf", name) for name in OF_TRANSFORMERS]
     cases += [Claim(MODELS + name, "own", name) for name in BY_HAND]
     cases += [Claim(f"hf:{name}", "hf", name) for name in SHIPPED]
+    cases += built_ins(TELLING)
     answers = verify(cases, mesh=Mesh.parse("tp=2"), timeout_s=300)
     assert [answer.model for answer in answers] == [case.model for case in cases]
     return {answer.plan: answer for answer in answers}
@@ -253,55 +293,33 @@ def test_what_has_no_plan_is_skipped_and_never_right(found: dict[str, Verificati
     assert found["bert"].note == "transformers has no tensor-parallel plan for it; shardwise plan makes one"
 
 
-def offered(name: str, sequence_parallel: bool) -> bool:
-    return sequence_parallel or not name.startswith("routed")
-
-
-def built_in_cases(model: str, *, tied: bool, parallels: tuple[bool, ...]) -> list[Claim]:
-    """Each built-in plan of the model's family; PyTorch's own styles, which would untie a tied head, for an
-    untied one only. parallels: with sequence parallelism, without."""
-    family = find_model(model).family
-    return [
-        Claim(
-            model,
-            builtin_plan(name, sequence_parallel=parallel, family=family).to_toml(),
-            f"{name} {parallel}",
-            twin=True,
-        )
-        for name in builtin_names()
-        for parallel in parallels
-        if offered(name, parallel) and not (tied and name.endswith("@dtensor"))
-    ]
-
-
-LLAMA, GPT = ("llama3-8b", False), ("gpt-debug?tied=false", False)
-TIED_LLAMA, TIED_GPT = ("llama3-8b?tied=true", True), ("gpt-debug", True)
-ALL = (LLAMA, TIED_LLAMA, GPT, TIED_GPT)
-PARALLEL, WHOLE, EITHER = (True,), (False,), (True, False)
-
-
-@pytest.mark.parametrize(
-    ("tp", "models", "expected"),
-    [
-        (2, {LLAMA: EITHER, TIED_GPT: EITHER, TIED_LLAMA: PARALLEL, GPT: PARALLEL}, 12 + 8 + 5 + 7),
-        pytest.param(2, {TIED_LLAMA: WHOLE, GPT: WHOLE}, 3 + 5, marks=FULL),
-        pytest.param(3, dict.fromkeys(ALL, PARALLEL), 7 + 5 + 7 + 5, marks=FULL),
-        pytest.param(4, dict.fromkeys(ALL, PARALLEL), 7 + 5 + 7 + 5, marks=FULL),
-    ],
-)
-def test_every_built_in_plan_of_both_engines_is_right(
-    tp: int, models: dict[tuple[str, bool], tuple[bool, ...]], expected: int
-) -> None:
-    cases = [
-        case
-        for (model, tied), parallels in models.items()
-        for case in built_in_cases(model, tied=tied, parallels=parallels)
-    ]
-    answers = verify(cases, mesh=Mesh((("tp", tp),)), settings=StepSettings(2, 4 * tp), timeout_s=300)
-    assert len(answers) == expected
+def assert_all_right(answers: Iterable[Verification]) -> None:
     for each in answers:
         assert each.verdict is Verdict.RIGHT, (each.model, each.plan, each.findings, each.note)
         assert each.proof is not None
         assert each.proof.dtype == "float64"
         assert max(each.proof.worst_gradient_error, each.proof.output_error) < 1e-12
         assert not each.findings
+
+
+def test_every_built_in_plan_of_both_engines_is_right(found: dict[str, Verification]) -> None:
+    labels = [claim.label for claim in built_ins(TELLING)]
+    assert len(labels) == 7 + 3
+    assert_all_right(found[label] for label in labels)
+
+
+@FULL
+@pytest.mark.parametrize(
+    ("tp", "models", "expected"),
+    [
+        (2, {LLAMA: WHOLE, TIED_GPT: PARALLEL, TIED_LLAMA: EITHER, GPT: EITHER}, 5 + 5 + 8 + 12),
+        (3, dict.fromkeys(ALL, PARALLEL), 7 + 5 + 7 + 5),
+        (4, dict.fromkeys(ALL, PARALLEL), 7 + 5 + 7 + 5),
+    ],
+)
+def test_every_built_in_plan_is_right_tied_or_not_on_more_ranks(
+    tp: int, models: dict[tuple[str, bool], tuple[bool, ...]], expected: int
+) -> None:
+    claims, settings = built_ins(models), StepSettings(2, 4 * tp)
+    assert len(claims) == expected
+    assert_all_right(verify(claims, mesh=Mesh((("tp", tp),)), settings=settings, timeout_s=300))

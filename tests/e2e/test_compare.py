@@ -14,11 +14,10 @@ import pytest
 
 from shardwise.core.measurement import Comparison
 from shardwise.files.document import read_document
+from tests.e2e.browser import Browser, Elements
 from tests.e2e.command import MODEL, PATIENCE_S, SMALL, gone, ranks_of, shardwise, start, wait_for_rounds
-from tests.e2e.test_report_html import WHOLE_STEP_CHARTS, Elements, browser, visit
+from tests.e2e.test_report_html import WHOLE_STEP_CHARTS
 from tests.matrix import FULL
-
-__all__ = ["browser"]  # the fixture
 
 LONG = (
     "rowwise",
@@ -147,9 +146,9 @@ def test_the_verdict_names_each_plan_and_warns_that_gloo_is_not_nccl(run: tuple[
 
 
 def test_the_written_report_draws_in_a_browser_and_asks_the_network_for_nothing(
-    run: tuple[Path, Comparison], browser: str, tmp_path: Path
+    run: tuple[Path, Comparison], browser: Browser, tmp_path: Path
 ) -> None:
-    seen = visit(browser, (run[0] / "report.html").read_text(encoding="utf-8"), tmp_path)
+    seen = browser.visit((run[0] / "report.html").read_text(encoding="utf-8"), tmp_path)
     drawings = Elements(seen.dom).drawings
     assert set(drawings) == WHOLE_STEP_CHARTS
     assert all(drawings.values())

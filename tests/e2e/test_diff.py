@@ -11,13 +11,10 @@ import pytest
 
 from shardwise.core.measurement import Comparison
 from shardwise.files.document import read_document
+from tests.e2e.browser import Browser, Elements, driven, seen_by
 from tests.e2e.command import PATIENCE_S, SMALL, children_of, gone, shardwise, start, wait_until
-from tests.e2e.test_report_html import Elements, browser, visit
-from tests.e2e.test_walkthrough_html import driven, seen_by
 from tests.unit.chrome_trace import all_reduce, kernel, write
 from tests.unit.test_profile_diff import HOSTILE, hostile
-
-__all__ = ["browser"]  # the fixture
 
 
 def folder(path: Path, *, late_us: int) -> Path:
@@ -190,7 +187,7 @@ def test_what_compare_recorded_can_be_given_to_diff_and_has_each_collective_by_i
 
 
 def test_the_report_of_a_profiled_run_is_drawn_with_its_parts(
-    browser: str, recorded: Path, tmp_path: Path
+    browser: Browser, recorded: Path, tmp_path: Path
 ) -> None:
     script = """
     const parts = [...document.querySelectorAll("section[aria-labelledby=profiles] .bar > span")];
@@ -198,13 +195,15 @@ def test_the_report_of_a_profiled_run_is_drawn_with_its_parts(
       String(parts.every((part) => getComputedStyle(part).backgroundColor !== "rgba(0, 0, 0, 0)"))]);
     """
     page = (recorded / "report.html").read_text()
-    seen = visit(browser, driven(page, script), tmp_path)
+    seen = browser.visit(driven(page, script), tmp_path)
     assert seen_by(seen.dom) == [["true", "true"]]
     assert seen.console == ()
     assert seen.requests == ()
 
 
-def test_the_page_is_drawn_offline_sorts_and_hostile_names_stay_text(browser: str, tmp_path: Path) -> None:
+def test_the_page_is_drawn_offline_sorts_and_hostile_names_stay_text(
+    browser: Browser, tmp_path: Path
+) -> None:
     _, page = hostile(tmp_path)
     script = """
     const table = document.querySelector("section[aria-labelledby=lines] table");
@@ -215,7 +214,7 @@ def test_the_page_is_drawn_offline_sorts_and_hostile_names_stay_text(browser: st
     seen.push([before, first(), String(document.querySelectorAll("svg.lanes rect").length >= 2),
       String(document.images.length), String(window.alerted || "")]);
     """
-    seen = visit(browser, driven(page, script), tmp_path)
+    seen = browser.visit(driven(page, script), tmp_path)
     assert seen.console == ()
     assert seen.requests == ()
     assert Elements(seen.dom).handlers == []
@@ -225,7 +224,7 @@ def test_the_page_is_drawn_offline_sorts_and_hostile_names_stay_text(browser: st
     assert HOSTILE not in page
 
 
-def test_the_page_fits_a_phone(browser: str, tmp_path: Path) -> None:
+def test_the_page_fits_a_phone(browser: Browser, tmp_path: Path) -> None:
     _, page = hostile(tmp_path)
     script = "seen.push([String(document.documentElement.scrollWidth <= window.innerWidth)]);"
-    assert seen_by(visit(browser, driven(page, script), tmp_path, "--window-size=420,900").dom) == [["true"]]
+    assert seen_by(browser.visit(driven(page, script), tmp_path, width=420).dom) == [["true"]]

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.browser import Browser
 from tests.e2e.command import shardwise, shardwise_process
-from tests.e2e.test_report_html import browser, visit
-
-__all__ = ["browser"]  # the fixture
 
 SMALL = ("--model", "llama3-debug", "--mesh", "tp=2", "--seq", "32")
 
@@ -58,9 +56,9 @@ def test_the_folder_holds_the_page_the_walk_through_and_the_data(run: tuple[Path
 
 
 def test_the_page_opens_in_a_browser_and_loads_nothing(
-    run: tuple[Path, str], browser: str, tmp_path: Path
+    run: tuple[Path, str], browser: Browser, tmp_path: Path
 ) -> None:
-    seen = visit(browser, (run[0] / "explain.html").read_text(), tmp_path)
+    seen = browser.visit((run[0] / "explain.html").read_text(), tmp_path)
     assert "rowwise@dtensor" in seen.dom
     assert (seen.console, seen.requests) == ((), ())
 

@@ -7,8 +7,7 @@ import pytest
 
 from shardwise.core.explanation import Contrast
 from shardwise.report.explain.html import contrast_html, explanation_html
-from tests.e2e.test_report_html import Elements, browser, visit
-from tests.e2e.test_walkthrough_html import driven, seen_by
+from tests.e2e.browser import Browser, Elements, driven, seen_by
 from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME
 from tests.unit.explanation_example import (
     alone_example,
@@ -17,8 +16,6 @@ from tests.unit.explanation_example import (
     explanation,
     hostile_example,
 )
-
-__all__ = ["browser"]
 
 PAGES = {
     "one plan": explanation_html(explanation("routed"), "walkthrough.html#embedding/routed"),
@@ -32,14 +29,14 @@ each_page = pytest.mark.parametrize("page", PAGES.values(), ids=PAGES.keys())
 
 
 @each_page
-def test_the_page_is_drawn_offline_and_without_complaint(browser: str, tmp_path: Path, page: str) -> None:
-    seen = visit(browser, page, tmp_path)
+def test_the_page_is_drawn_offline_and_without_complaint(browser: Browser, tmp_path: Path, page: str) -> None:
+    seen = browser.visit(page, tmp_path)
     assert seen.console == ()
     assert seen.requests == ()
     assert Elements(seen.dom).handlers == []
 
 
-def test_every_bar_has_its_size(browser: str, tmp_path: Path) -> None:
+def test_every_bar_has_its_size(browser: Browser, tmp_path: Path) -> None:
     script = """
     const width = (element) => element.getBoundingClientRect().width;
     for (const chart of ["chart-wire", "chart-memory"]) {
@@ -52,11 +49,13 @@ def test_every_bar_has_its_size(browser: str, tmp_path: Path) -> None:
       seen.push([chart, String(bars.length), String(parts.length), String(isSeen), String(fits)]);
     }
     """
-    found = seen_by(visit(browser, driven(PAGES["two plans"], script), tmp_path).dom)
+    found = seen_by(browser.visit(driven(PAGES["two plans"], script), tmp_path).dom)
     assert found == [["chart-wire", "8", "14", "true", "true"], ["chart-memory", "4", "14", "true", "true"]]
 
 
-def test_the_backward_is_drawn_under_the_forward_the_other_way_round(browser: str, tmp_path: Path) -> None:
+def test_the_backward_is_drawn_under_the_forward_the_other_way_round(
+    browser: Browser, tmp_path: Path
+) -> None:
     script = """
     const layers = [...document.querySelectorAll(".band .layer")];
     for (const layer of layers) {
@@ -65,12 +64,12 @@ def test_the_backward_is_drawn_under_the_forward_the_other_way_round(browser: st
       seen.push(stops.map((stop) => (stop.querySelector(".what") || stop).textContent.trim()));
     }
     """
-    forward, backward = seen_by(visit(browser, driven(PAGES["one plan"], script), tmp_path).dom)
+    forward, backward = seen_by(browser.visit(driven(PAGES["one plan"], script), tmp_path).dom)
     assert forward == ["attention_norm", "all-gather", "attention", "reduce-scatter"]
     assert backward == ["attention_norm", "reduce-scatter", "attention", "all-gather"]
 
 
-def test_a_click_sorts_a_table_and_each_reason_stays_under_its_row(browser: str, tmp_path: Path) -> None:
+def test_a_click_sorts_a_table_and_each_reason_stays_under_its_row(browser: Browser, tmp_path: Path) -> None:
     script = """
     const table = document.querySelector("table.groups");
     const note = (what) => seen.push([what,
@@ -85,7 +84,7 @@ def test_a_click_sorts_a_table_and_each_reason_stays_under_its_row(browser: str,
     note(table.tHead.rows[0].cells[1].getAttribute("aria-sort"));
     """
     order = ["x 1", "x 4", "x 4", "x 4", "x 4", "x 1", "x 3", "x 1"]
-    found = seen_by(visit(browser, driven(PAGES["one plan"], script), tmp_path).dom)
+    found = seen_by(browser.visit(driven(PAGES["one plan"], script), tmp_path).dom)
     assert found == [
         ["as it was", *order],
         ["descending", "x 4", "x 4", "x 4", "x 4", "x 3", "x 1", "x 1", "x 1"],
@@ -97,32 +96,24 @@ def test_a_click_sorts_a_table_and_each_reason_stays_under_its_row(browser: str,
 
 @pytest.mark.parametrize("width", [420, 700, 1200])
 @each_page
-def test_nothing_is_wider_than_the_screen(browser: str, tmp_path: Path, page: str, width: int) -> None:
+def test_nothing_is_wider_than_the_screen(browser: Browser, tmp_path: Path, page: str, width: int) -> None:
     script = """
     for (const fold of document.querySelectorAll("details")) fold.open = true;
     const root = document.documentElement;
     seen.push([String(root.scrollWidth), String(root.clientWidth)]);
-    top.postMessage(JSON.stringify(seen), "*");
     """
-    (tmp_path / "explain.html").write_text(driven(page, script), encoding="utf-8")
-    # a window is at least 500 pixels wide; a frame can be as narrow as a phone
-    frame = (
-        f'<!doctype html><iframe src="explain.html" style="width:{width}px;height:900px;border:0"></iframe>'
-        '<script>addEventListener("message", (event) => { document.body.dataset.seen = event.data; '
-        "});</script>"
-    )
-    ((content, screen),) = seen_by(visit(browser, frame, tmp_path).dom)
+    ((content, screen),) = seen_by(browser.visit(driven(page, script), tmp_path, width=width).dom)
     assert int(content) <= int(screen)
 
 
 @pytest.mark.parametrize("text", [HOSTILE_NAME, HOSTILE_MARKUP, "</style><b>", "<svg onload=alert(1)>"])
-def test_a_hostile_name_is_text_and_nothing_else(browser: str, tmp_path: Path, text: str) -> None:
+def test_a_hostile_name_is_text_and_nothing_else(browser: Browser, tmp_path: Path, text: str) -> None:
     example = hostile_example(text)
     for page in (
         explanation_html(example),
         contrast_html(Contrast(example, example, example.collectives, (), (), (text,))),
     ):
-        seen = visit(browser, page, tmp_path)
+        seen = browser.visit(page, tmp_path)
         elements = Elements(seen.dom)
         assert elements.names.count("script") == 1
         assert not {"img", "b", "svg"} & set(elements.names)
@@ -130,22 +121,20 @@ def test_a_hostile_name_is_text_and_nothing_else(browser: str, tmp_path: Path, t
         assert seen.console == ()
 
 
-def test_a_script_that_slips_into_the_page_does_not_run(browser: str, tmp_path: Path) -> None:
+def test_a_script_that_slips_into_the_page_does_not_run(browser: Browser, tmp_path: Path) -> None:
     slipped = (
         '<img src=x onerror="document.body.dataset.slipped = 1"><script>document.body.dataset.slipped = '
         "2</script>"
     )
-    seen = visit(browser, PAGES["one plan"].replace("</main>", f"</main>{slipped}"), tmp_path)
+    seen = browser.visit(PAGES["one plan"].replace("</main>", f"</main>{slipped}"), tmp_path)
     assert "data-slipped" not in seen.dom
     assert any("Content Security Policy" in line for line in seen.console)
 
 
-def test_colours_follow_the_dark_scheme(browser: str, tmp_path: Path) -> None:
+def test_colours_follow_the_dark_scheme(browser: Browser, tmp_path: Path) -> None:
     page = driven(PAGES["findings"], "seen.push([getComputedStyle(document.body).backgroundColor]);")
     light, dark = tmp_path / "light", tmp_path / "dark"
     light.mkdir()
     dark.mkdir()
-    assert seen_by(visit(browser, page, light).dom) == [["rgb(255, 255, 255)"]]
-    assert seen_by(visit(browser, page, dark, "--blink-settings=preferredColorScheme=0").dom) == [
-        ["rgb(20, 23, 27)"]
-    ]
+    assert seen_by(browser.visit(page, light).dom) == [["rgb(255, 255, 255)"]]
+    assert seen_by(browser.visit(page, dark, is_dark=True).dom) == [["rgb(20, 23, 27)"]]

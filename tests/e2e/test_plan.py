@@ -8,13 +8,10 @@ import pytest
 
 from shardwise.core.plan import Plan
 from shardwise.report.plan.html import dims_html, plan_html
+from tests.e2e.browser import Browser, Elements, driven, seen_by
 from tests.e2e.command import shardwise, shardwise_process
-from tests.e2e.test_report_html import Elements, browser, visit
-from tests.e2e.test_walkthrough_html import driven, seen_by
 from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME
 from tests.unit.plan_example import FUSED, LLAMA, NORMED, found, made
-
-__all__ = ["browser"]
 
 MINE = """
 from torch import nn
@@ -96,14 +93,14 @@ def test_dims_and_a_walk_are_refused_together() -> None:
 
 
 @each_page
-def test_the_page_is_drawn_offline_and_without_complaint(browser: str, tmp_path: Path, page: str) -> None:
-    seen = visit(browser, page, tmp_path)
+def test_the_page_is_drawn_offline_and_without_complaint(browser: Browser, tmp_path: Path, page: str) -> None:
+    seen = browser.visit(page, tmp_path)
     assert seen.console == ()
     assert seen.requests == ()
     assert Elements(seen.dom).handlers == []
 
 
-def test_no_two_weights_of_the_picture_lie_on_each_other(browser: str, tmp_path: Path) -> None:
+def test_no_two_weights_of_the_picture_lie_on_each_other(browser: Browser, tmp_path: Path) -> None:
     script = """
     const box = (element) => element.getBoundingClientRect();
     for (const svg of document.querySelectorAll(".group svg")) {
@@ -115,13 +112,13 @@ def test_no_two_weights_of_the_picture_lie_on_each_other(browser: str, tmp_path:
       seen.push([String(groups.length), String(crossing.length), String(inside)]);
     }
     """
-    seen = seen_by(visit(browser, driven(PAGES["plan"], script), tmp_path).dom)
+    seen = seen_by(browser.visit(driven(PAGES["plan"], script), tmp_path).dom)
     assert sum(int(n) for n, _, _ in seen) == len(made().dims.weights)
     assert {(crossing, inside) for _, crossing, inside in seen} == {("0", "true")}
 
 
 def test_the_first_ranks_part_of_a_weight_is_coloured_and_the_others_are_paler(
-    browser: str, tmp_path: Path
+    browser: Browser, tmp_path: Path
 ) -> None:
     script = """
     const [own] = document.querySelectorAll(".group.of .own");
@@ -130,21 +127,15 @@ def test_the_first_ranks_part_of_a_weight_is_coloured_and_the_others_are_paler(
     const isSame = style(own).fill === style(pale).fill;
     seen.push([String(isSame), style(own).fillOpacity, style(pale).fillOpacity]);
     """
-    found_there = seen_by(visit(browser, driven(PAGES["plan"], script), tmp_path).dom)
+    found_there = seen_by(browser.visit(driven(PAGES["plan"], script), tmp_path).dom)
     assert found_there == [["true", "1", "0.22"]]
 
 
-def test_the_page_fits_a_phone(browser: str, tmp_path: Path) -> None:
+def test_the_page_fits_a_phone(browser: Browser, tmp_path: Path) -> None:
     script = """
     const page = document.documentElement;
-    parent.postMessage(JSON.stringify([[String(page.scrollWidth), String(page.clientWidth)]]), "*");
+    seen.push([String(page.scrollWidth), String(page.clientWidth)]);
     """
-    (tmp_path / "plan.html").write_text(driven(PAGES["plan"], script), encoding="utf-8")
-    # a window is at least 500 pixels wide; a frame can be as narrow as a phone
-    frame = (
-        '<!doctype html><iframe src="plan.html" style="width:390px;height:900px;border:0"></iframe>'
-        '<script>addEventListener("message", (event) => { document.body.dataset.seen = event.data; '
-        "});</script>"
-    )
-    ((content, screen),) = seen_by(visit(browser, frame, tmp_path).dom)
+    seen = browser.visit(driven(PAGES["plan"], script), tmp_path, width=390)
+    ((content, screen),) = seen_by(seen.dom)
     assert int(content) <= int(screen)

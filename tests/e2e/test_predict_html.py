@@ -8,13 +8,10 @@ import pytest
 from shardwise.core.sweep import Refusal
 from shardwise.report.predict.html import prediction_html
 from shardwise.report.predict.sweep_html import sweep_html
-from tests.e2e.test_report_html import Elements, browser, visit
-from tests.e2e.test_walkthrough_html import driven, seen_by
+from tests.e2e.browser import Browser, Elements, driven, seen_by
 from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME
 from tests.unit.prediction_example import TOO_MUCH, hostile_run, run_of, two_plans
 from tests.unit.test_predict_sweep import hostile_sweep, point, sweep_of
-
-__all__ = ["browser"]
 
 SWEEP = sweep_of(
     point(300),
@@ -35,14 +32,14 @@ each_page = pytest.mark.parametrize("page", PAGES.values(), ids=PAGES.keys())
 
 
 @each_page
-def test_the_page_is_drawn_offline_and_without_complaint(browser: str, tmp_path: Path, page: str) -> None:
-    seen = visit(browser, page, tmp_path)
+def test_the_page_is_drawn_offline_and_without_complaint(browser: Browser, tmp_path: Path, page: str) -> None:
+    seen = browser.visit(page, tmp_path)
     assert seen.console == ()
     assert seen.requests == ()
     assert Elements(seen.dom).handlers == []
 
 
-def test_every_bar_has_its_size_and_the_capacity_is_a_line(browser: str, tmp_path: Path) -> None:
+def test_every_bar_has_its_size_and_the_capacity_is_a_line(browser: Browser, tmp_path: Path) -> None:
     script = """
     const box = (element) => element.getBoundingClientRect();
     for (const chart of ["chart-terms", "chart-memory"]) {
@@ -56,12 +53,12 @@ def test_every_bar_has_its_size_and_the_capacity_is_a_line(browser: str, tmp_pat
       seen.push([chart, String(bars.length), String(parts.length), String(isSeen), ...places.map(String)]);
     }
     """
-    found = seen_by(visit(browser, driven(PAGES["two plans"], script), tmp_path).dom)
+    found = seen_by(browser.visit(driven(PAGES["two plans"], script), tmp_path).dom)
     # 80 GB of a scale that ends at the 90 GB of the plan that doesn't fit
     assert found == [["chart-terms", "2", "8", "true"], ["chart-memory", "2", "10", "true", "89", "89"]]
 
 
-def test_a_click_sorts_the_sweep(browser: str, tmp_path: Path) -> None:
+def test_a_click_sorts_the_sweep(browser: Browser, tmp_path: Path) -> None:
     script = """
     const table = document.querySelector("table[data-sortable]");
     const note = () => seen.push([...table.tBodies[0].rows].map((row) => row.cells[4].textContent.trim()));
@@ -69,35 +66,27 @@ def test_a_click_sorts_the_sweep(browser: str, tmp_path: Path) -> None:
     table.tHead.rows[0].cells[4].querySelector("button").click();
     note();
     """
-    as_it_was, sorted_rows = seen_by(visit(browser, driven(PAGES["sweep"], script), tmp_path).dom)
+    as_it_was, sorted_rows = seen_by(browser.visit(driven(PAGES["sweep"], script), tmp_path).dom)
     assert as_it_was == ["188", "125", "562"]
     assert sorted_rows == ["562", "188", "125"]
 
 
 @pytest.mark.parametrize("width", [420, 1200])
 @each_page
-def test_nothing_is_wider_than_the_screen(browser: str, tmp_path: Path, page: str, width: int) -> None:
+def test_nothing_is_wider_than_the_screen(browser: Browser, tmp_path: Path, page: str, width: int) -> None:
     script = """
     for (const fold of document.querySelectorAll("details")) fold.open = true;
     const root = document.documentElement;
     seen.push([String(root.scrollWidth), String(root.clientWidth)]);
-    top.postMessage(JSON.stringify(seen), "*");
     """
-    (tmp_path / "predict.html").write_text(driven(page, script), encoding="utf-8")
-    # a window is at least 500 pixels wide; a frame can be as narrow as a phone
-    frame = (
-        f'<!doctype html><iframe src="predict.html" style="width:{width}px;height:900px;border:0"></iframe>'
-        '<script>addEventListener("message", (event) => { document.body.dataset.seen = event.data; '
-        "});</script>"
-    )
-    ((content, screen),) = seen_by(visit(browser, frame, tmp_path).dom)
+    ((content, screen),) = seen_by(browser.visit(driven(page, script), tmp_path, width=width).dom)
     assert int(content) <= int(screen)
 
 
 @pytest.mark.parametrize("text", [HOSTILE_NAME, HOSTILE_MARKUP, "</style><b>", "<svg onload=alert(1)>"])
-def test_a_hostile_name_is_text_and_nothing_else(browser: str, tmp_path: Path, text: str) -> None:
+def test_a_hostile_name_is_text_and_nothing_else(browser: Browser, tmp_path: Path, text: str) -> None:
     for page in (prediction_html(hostile_run(text)), sweep_html(hostile_sweep(text))):
-        seen = visit(browser, page, tmp_path)
+        seen = browser.visit(page, tmp_path)
         elements = Elements(seen.dom)
         assert elements.names.count("script") == 1
         assert not {"img", "b", "svg"} & set(elements.names)

@@ -15,12 +15,10 @@ from shardwise.core.verification import Verdict, VerificationRun
 from shardwise.files.document import read_document
 from shardwise.report.verify.html import verification_html
 from shardwise.testing import assert_plan_trains_right
+from tests.e2e.browser import Browser, Elements
 from tests.e2e.command import PATIENCE_S, gone, ranks_of, shardwise, start, wait_until
-from tests.e2e.test_report_html import Elements, browser, visit
 from tests.matrix import FULL
 from tests.unit.test_verify_report import CRASH, HOSTILE, LITTLE, RIGHT, SKIPPED, WRONG, run
-
-__all__ = ["browser"]  # the fixture
 
 MODELS = "tests.distributed.verify_models:"
 
@@ -165,11 +163,10 @@ def test_torchrun_ranks_are_used_as_they_are_and_one_of_them_speaks() -> None:
     ]
 
 
-def test_the_page_is_seen_and_hostile_names_stay_text(browser: str, tmp_path: Path) -> None:
-    seen = visit(browser, verification_html(run(RIGHT, WRONG, CRASH, SKIPPED, LITTLE)), tmp_path)
+def test_the_page_is_seen_and_hostile_names_stay_text(browser: Browser, tmp_path: Path) -> None:
+    seen = browser.visit(verification_html(run(RIGHT, WRONG, CRASH, SKIPPED, LITTLE)), tmp_path)
     assert (seen.console, seen.requests) == ((), ())
-    seen = visit(
-        browser,
+    seen = browser.visit(
         verification_html(
             run(RIGHT.__class__(HOSTILE, HOSTILE, 2, HOSTILE, 1, None, None, WRONG.findings, HOSTILE, 0.1))
         ),

@@ -1,36 +1,18 @@
 """The walk-through's page in a real headless Chromium: it steps, by keys and by address, asks the network for
 nothing, and stays whole on paper."""
 
-import html
 import json
 import re
 from pathlib import Path
 
 import pytest
 
-from shardwise.report.common.page import csp_hash
 from shardwise.report.walkthrough.html import walkthrough_html
 from shardwise.walkthrough.record import record_walkthrough
 from shardwise.walkthrough.subject import subjects
 from shardwise.walkthrough.words import Explained, explain_walkthrough
-from tests.e2e.test_report_html import Elements, Visit, browser, visit
+from tests.e2e.browser import Browser, Elements, driven, seen_by
 from tests.unit.comparison_example import HOSTILE_MARKUP
-
-__all__ = ["browser"]
-
-# what a person could see and do: the steps in sight, keys, and what a screen reader is told
-PERSON = """
-const seen = [];
-const inSight = (step) => step.getClientRects().length;
-const steps = () => [...document.querySelectorAll(".step")].filter(inSight);
-const shown = () => steps().map((step) => step.dataset.address);
-const live = () => document.getElementById("live").textContent;
-const look = (what) => seen.push([what, shown().join(" "), decodeURI(location.hash), live()]);
-const press = (key, more = {}) =>
-    document.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true, ...more }));
-const wait = () => new Promise((done) => setTimeout(done, 50));
-const told = () => { document.body.dataset.seen = JSON.stringify(seen); };
-"""
 
 
 @pytest.fixture(scope="module")
@@ -38,32 +20,8 @@ def walkthroughs() -> list[Explained]:
     return [explain_walkthrough(record_walkthrough(subject)) for subject in subjects()]
 
 
-def driven(page: str, script: str) -> str:
-    """The page with a person at it: one more script, which its policy is told of."""
-    script = PERSON + f"(async () => {{ {script} told(); }})();"
-    allowed = re.sub(
-        r"script-src ('sha256-[^']+')", lambda found: f"script-src {found[1]} {csp_hash(script)}", page
-    )
-    return allowed.replace("</body>", f"<script>{script}</script></body>")
-
-
-def seen_by(dom: str) -> list[list[str]]:
-    found = re.search(r'data-seen="([^"]*)"', dom)
-    assert found, "the person never finished"
-    seen: list[list[str]] = json.loads(html.unescape(found[1]))
-    return seen
-
-
-def visit_address(browser: str, page: str, address: str, directory: Path) -> Visit:
-    """Opens the page at `#address`, as a link to it does."""
-    (directory / "walk.html").write_text(page, encoding="utf-8")
-    return visit(
-        browser, f'<!doctype html><meta http-equiv="refresh" content="0;url=walk.html#{address}">', directory
-    )
-
-
 def test_keys_go_through_every_step_forward_and_back(
-    browser: str, tmp_path: Path, walkthroughs: list[Explained]
+    browser: Browser, tmp_path: Path, walkthroughs: list[Explained]
 ) -> None:
     script = """
     await wait(); look("start"); press("ArrowRight"); look("one");
@@ -71,7 +29,7 @@ def test_keys_go_through_every_step_forward_and_back(
     look("right"); press("ArrowLeft"); look("left"); press("Home"); look("home"); press("End"); look("end");
     press("ArrowLeft", { altKey: true }); look("alt");
     """
-    visited = visit(browser, driven(walkthrough_html(walkthroughs), script), tmp_path)
+    visited = browser.visit(driven(walkthrough_html(walkthroughs), script), tmp_path)
     last = len(walkthroughs[0].steps) + 1
     assert visited.console == ()
     assert visited.requests == ()
@@ -87,12 +45,12 @@ def test_keys_go_through_every_step_forward_and_back(
 
 
 def test_a_step_is_read_out_and_the_address_follows_it(
-    browser: str, tmp_path: Path, walkthroughs: list[Explained]
+    browser: Browser, tmp_path: Path, walkthroughs: list[Explained]
 ) -> None:
     script = """
     await wait(); press("ArrowRight"); look("second"); document.getElementById("next").click(); look("third");
     """
-    seen = seen_by(visit(browser, driven(walkthrough_html(walkthroughs), script), tmp_path).dom)
+    seen = seen_by(browser.visit(driven(walkthrough_html(walkthroughs), script), tmp_path).dom)
     for number, (_, shown, address, live) in enumerate(seen, start=2):
         step = walkthroughs[0].steps[number - 1]
         assert shown == f"embedding/rowwise/{number}"
@@ -103,14 +61,14 @@ def test_a_step_is_read_out_and_the_address_follows_it(
 
 
 def test_every_step_of_every_walk_through_can_be_reached_by_its_address(
-    browser: str, tmp_path: Path, walkthroughs: list[Explained]
+    browser: Browser, tmp_path: Path, walkthroughs: list[Explained]
 ) -> None:
     addresses = [
         f"{walk.subject}/{number}" for walk in walkthroughs for number in range(1, len(walk.steps) + 2)
     ]
     visits = "{ location.hash = address; await wait(); look(address); }"
     script = f"for (const address of {json.dumps(addresses)}) {visits}"
-    visited = visit(browser, driven(walkthrough_html(walkthroughs), script), tmp_path)
+    visited = browser.visit(driven(walkthrough_html(walkthroughs), script), tmp_path)
     assert visited.console == ()
     assert visited.requests == ()
     assert [(asked, shown) for asked, shown, *_ in seen_by(visited.dom)] == [
@@ -128,27 +86,27 @@ def test_every_step_of_every_walk_through_can_be_reached_by_its_address(
     ],
 )
 def test_a_link_opens_its_step(
-    browser: str, tmp_path: Path, walkthroughs: list[Explained], address: str, shown: str
+    browser: Browser, tmp_path: Path, walkthroughs: list[Explained], address: str, shown: str
 ) -> None:
     page = driven(walkthrough_html(walkthroughs), 'await wait(); look("opened");')
-    assert seen_by(visit_address(browser, page, address, tmp_path).dom)[0][1] == shown
+    assert seen_by(browser.visit(page, tmp_path, address=f"#{address}").dom)[0][1] == shown
 
 
 def test_arrows_join_the_block_that_leaves_to_the_block_that_comes(
-    browser: str, tmp_path: Path, walkthroughs: list[Explained]
+    browser: Browser, tmp_path: Path, walkthroughs: list[Explained]
 ) -> None:
     script = """
     location.hash = "embedding/rowwise/5"; await wait();
     for (const group of document.querySelectorAll(".step.now .arrows g"))
         seen.push([group.getAttribute("class"), String(group.querySelector(".stays") !== null)]);
     """
-    found = seen_by(visit(browser, driven(walkthrough_html(walkthroughs), script), tmp_path).dom)
+    found = seen_by(browser.visit(driven(walkthrough_html(walkthroughs), script), tmp_path).dom)
     assert sorted(found) == [["r0", "false"], ["r0", "true"], ["r1", "false"], ["r1", "true"]]
 
 
 @pytest.mark.parametrize("width", [420, 1200])
 def test_nothing_is_wider_than_the_screen(
-    browser: str, tmp_path: Path, walkthroughs: list[Explained], width: int
+    browser: Browser, tmp_path: Path, walkthroughs: list[Explained], width: int
 ) -> None:
     script = """
     const page = document.documentElement, steps = [...document.querySelectorAll(".step")];
@@ -157,37 +115,28 @@ def test_nothing_is_wider_than_the_screen(
       if (page.scrollWidth > page.clientWidth) seen.push([step.dataset.address, String(page.scrollWidth)]);
     }
     seen.push(["all", String(steps.length)]);
-    top.postMessage(JSON.stringify(seen), "*");
     """
-    (tmp_path / "walk.html").write_text(driven(walkthrough_html(walkthroughs), script), encoding="utf-8")
-    # a window is at least 500 pixels wide; a frame can be as narrow as a phone
-    frame = (
-        f'<!doctype html><iframe src="walk.html" style="width:{width}px;height:900px;border:0"></iframe>'
-        '<script>addEventListener("message", (event) => { document.body.dataset.seen = event.data; '
-        "});</script>"
-    )
-    assert seen_by(visit(browser, frame, tmp_path).dom) == [
-        ["all", str(sum(len(walk.steps) + 1 for walk in walkthroughs))]
-    ]
+    visited = browser.visit(driven(walkthrough_html(walkthroughs), script), tmp_path, width=width)
+    assert seen_by(visited.dom) == [["all", str(sum(len(walk.steps) + 1 for walk in walkthroughs))]]
 
 
 def test_without_its_script_every_step_is_in_sight(
-    browser: str, tmp_path: Path, walkthroughs: list[Explained]
+    browser: Browser, tmp_path: Path, walkthroughs: list[Explained]
 ) -> None:
     page = driven(walkthrough_html(walkthroughs), 'seen.push(["steps", String(steps().length)]);')
     without = re.sub(r"<script>\"use strict\".*?</script>", "", page, count=1, flags=re.DOTALL)
     assert without != page
-    assert seen_by(visit(browser, without, tmp_path).dom) == [
+    assert seen_by(browser.visit(without, tmp_path).dom) == [
         ["steps", str(sum(len(walk.steps) + 1 for walk in walkthroughs))]
     ]
 
 
-def test_a_hostile_module_name_is_text_and_nothing_else(browser: str, tmp_path: Path) -> None:
+def test_a_hostile_module_name_is_text_and_nothing_else(browser: Browser, tmp_path: Path) -> None:
     names = (HOSTILE_MARKUP, "</script><script>document.body.dataset.slipped = 1</script>", "</style><b>")
     page = walkthrough_html(
         [explain_walkthrough(record_walkthrough("embedding/rowwise", module=name)) for name in names]
     )
-    visited = visit(browser, page, tmp_path)
+    visited = browser.visit(page, tmp_path)
     elements = Elements(visited.dom)
     assert "img" not in elements.names
     assert "b" not in elements.names
@@ -198,26 +147,26 @@ def test_a_hostile_module_name_is_text_and_nothing_else(browser: str, tmp_path: 
 
 
 def test_a_script_that_slips_into_the_page_does_not_run(
-    browser: str, tmp_path: Path, walkthroughs: list[Explained]
+    browser: Browser, tmp_path: Path, walkthroughs: list[Explained]
 ) -> None:
     slipped = (
         '<img src=x onerror="document.body.dataset.slipped = 1">'
         "<script>document.body.dataset.slipped = 2</script>"
     )
-    visited = visit(
-        browser, walkthrough_html(walkthroughs[:1]).replace("</main>", f"</main>{slipped}"), tmp_path
+    visited = browser.visit(
+        walkthrough_html(walkthroughs[:1]).replace("</main>", f"</main>{slipped}"), tmp_path
     )
     assert "data-slipped" not in visited.dom
     assert any("Content Security Policy" in line for line in visited.console)
 
 
-def test_colours_follow_the_dark_scheme(browser: str, tmp_path: Path, walkthroughs: list[Explained]) -> None:
+def test_colours_follow_the_dark_scheme(
+    browser: Browser, tmp_path: Path, walkthroughs: list[Explained]
+) -> None:
     script = "await wait(); seen.push([getComputedStyle(document.body).backgroundColor]);"
     page = driven(walkthrough_html(walkthroughs[:1]), script)
     light, dark = tmp_path / "light", tmp_path / "dark"
     light.mkdir()
     dark.mkdir()
-    assert seen_by(visit(browser, page, light).dom) == [["rgb(255, 255, 255)"]]
-    assert seen_by(visit(browser, page, dark, "--blink-settings=preferredColorScheme=0").dom) == [
-        ["rgb(20, 23, 27)"]
-    ]
+    assert seen_by(browser.visit(page, light).dom) == [["rgb(255, 255, 255)"]]
+    assert seen_by(browser.visit(page, dark, is_dark=True).dom) == [["rgb(20, 23, 27)"]]
