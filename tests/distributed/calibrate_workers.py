@@ -7,7 +7,7 @@ import torch
 
 from shardwise.calibrate import kernels
 from shardwise.calibrate.case import Case, Draw, Work
-from shardwise.calibrate.ranks import CalibrateJob, CalibrateReport, measure
+from shardwise.calibrate.ranks import CalibrateJob, measure
 from shardwise.launch import RankContext
 
 GOOD = kernels.matmul(64, 64, 64, "float32", "tn")
@@ -28,11 +28,7 @@ def _fails_when_called() -> Case:
     return replace(GOOD, variant="called", make=make)
 
 
-def run(context: RankContext, payload: bytes) -> bytes:
-    return msgspec.json.encode({"failing": failing(context), "hurried": hurried(context)})
-
-
-def failing(context: RankContext) -> CalibrateReport:
+def failing(context: RankContext, payload: bytes) -> bytes:
     """Good kernels among such that fail in several ways."""
     cases = [
         GOOD,
@@ -41,9 +37,9 @@ def failing(context: RankContext) -> CalibrateReport:
         _fails_when_called(),
         kernels.batched_matmul(2, 8, 8, 8, "float32"),
     ]
-    return measure(context, CalibrateJob(quick=True, kernels_s=30.0), cases)
+    return msgspec.json.encode(measure(context, CalibrateJob(quick=True, kernels_s=30.0), cases))
 
 
-def hurried(context: RankContext) -> CalibrateReport:
+def hurried(context: RankContext, payload: bytes) -> bytes:
     """No time for kernels."""
-    return measure(context, CalibrateJob(quick=True, kernels_s=0.0), [GOOD] * 7)
+    return msgspec.json.encode(measure(context, CalibrateJob(quick=True, kernels_s=0.0), [GOOD] * 7))
