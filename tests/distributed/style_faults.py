@@ -21,7 +21,7 @@ from shardwise.parallel import checkpoints, collectives, loss, own_forward, para
 from shardwise.parallel import ownership as ownership_room
 from shardwise.parallel.builtin import builtin_plan
 from shardwise.parallel.embedding import EmbeddingShard
-from shardwise.parallel.ownership import Route
+from shardwise.parallel.route import Route
 from shardwise.parallel.styles import colwise, replicated, routed, rowwise
 from shardwise.step import clipping, train
 from shardwise.verify import ranks

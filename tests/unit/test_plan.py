@@ -309,7 +309,7 @@ def test_what_ranks_use_of_pieces_is_what_they_share_out(
 
 STYLES = (
     "rowwise, colwise, routed, replicated, sequence_parallel, gather_input, replicate, local, whole, "
-    "split_input"
+    "split_input, experts"
 )
 HOW = 'Allowed: "shard(DIM)", "shard(DIM: SIZE+SIZE)" in pieces, "replicate", "replicate, gradient partial".'
 

@@ -75,6 +75,7 @@ AXES = (
 NAMES = tuple(axis.name for axis in AXES)
 _BY_NAME = {axis.name: axis for axis in AXES}
 _BY_ROLE = {axis.role: axis for axis in AXES}
+EXPERTS_AXIS = _BY_ROLE[Role.CUTS_EXPERTS].name
 TENSOR_AXIS = _BY_ROLE[Role.CUTS_TENSORS].name
 SHARDS_AXIS = _BY_ROLE[Role.SHARDS_PARAMETERS].name
 REPLICAS_AXIS = _BY_ROLE[Role.REPLICATES].name
@@ -161,6 +162,11 @@ class Mesh:
     @property
     def fsdp(self) -> int:
         return self.size_of(Role.SHARDS_PARAMETERS)
+
+    @property
+    def experts(self) -> int:
+        """Ranks over which experts are shared out."""
+        return self.size_of(Role.CUTS_EXPERTS)
 
     @property
     def stages(self) -> int:

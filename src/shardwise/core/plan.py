@@ -20,6 +20,7 @@ from typing import Self
 from shardwise.core.errors import PlanError
 from shardwise.core.layer_name import any_layer
 from shardwise.core.rule import RuleRef
+from shardwise.core.style import ExpertsAxis as ExpertsAxis
 from shardwise.core.style import Ownership as Ownership
 from shardwise.core.style import Style as Style
 from shardwise.core.style import StyleName as StyleName

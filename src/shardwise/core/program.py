@@ -115,12 +115,14 @@ class Op:
 @dataclass(frozen=True, slots=True)
 class ByData:
     """Wire bytes of a collective whose splits the data decides: over all ranks for this batch, and the most
-    that any batch could need."""
+    that any batch could need. is_balanced: a router decides, of which a trace knows nothing, and each expert
+    is taken to get equally many tokens."""
 
     mean_bytes: float
     max_bytes: float
     max_rank: int
     bound_bytes: float
+    is_balanced: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from typing import Self, TypeVar
 from shardwise.core.argument_cut import ArgumentCut
 from shardwise.core.errors import PlanError
 from shardwise.core.held import Held, check_pieces, count_of, format_pieces, parse_pieces
+from shardwise.core.mesh import EXPERTS_AXIS, TENSOR_AXIS
 from shardwise.core.placement import Partial, Placement, format_placement, parse_placement
 from shardwise.core.toml_text import TomlValue
 
@@ -39,6 +40,7 @@ class StyleName(StrEnum):
     LOCAL = "local", "parameters", "divide", "cut"
     WHOLE = "whole", "input", "output"
     SPLIT_INPUT = "split_input", "parameters", "divide"
+    EXPERTS = "experts", "axis", "output", "parameters", "divide", "gradient"
 
     @property
     def input_key(self) -> str:
@@ -54,6 +56,13 @@ class Ownership(StrEnum):
     INTERLEAVED = "interleaved"
 
 
+class ExpertsAxis(StrEnum):
+    """Over which axis of the mesh experts are shared out, each rank some of them."""
+
+    EXPERTS = EXPERTS_AXIS
+    TENSORS = TENSOR_AXIS
+
+
 @dataclass(frozen=True, slots=True)
 class Style:
     """A style and its arguments; None means the style's own default for the kind of module it meets (see
@@ -63,7 +72,8 @@ class Style:
     those are held of which the class doesn't tell it, by their name from the module on. divide: names of
     integer attributes that count what is cut, from the module on; see count_of(). gradient: Partial where
     each rank computes a part of it. every_input: not the first tensor's gradient alone is a part. cut: of
-    which arguments of its forward a rank takes its part, by their names.
+    which arguments of its forward a rank takes its part, by their names. axis: over which experts are shared
+    out.
     """
 
     name: StyleName
@@ -77,6 +87,7 @@ class Style:
     gradient: Partial | None = None
     every_input: bool = False
     cut: tuple[tuple[str, ArgumentCut], ...] = ()
+    axis: ExpertsAxis = ExpertsAxis.EXPERTS
 
     def __post_init__(self) -> None:
         _refuse_unknown(self.name, sorted(self._given()))
@@ -116,6 +127,7 @@ class Style:
             gradient=_gradient(arguments.get("gradient")),
             every_input=_yes(arguments.get("every_input", False), "every_input"),
             cut=_arguments_cut(arguments.get("cut", {})),
+            axis=choice(ExpertsAxis, arguments.get("axis", ExpertsAxis.EXPERTS), "axis"),
         )
 
     def to_value(self) -> str | dict[str, TomlValue]:
@@ -149,6 +161,8 @@ class Style:
             given["every_input"] = True
         if self.cut:
             given["cut"] = {name: str(how) for name, how in self.cut}
+        if self.axis is not ExpertsAxis.EXPERTS:
+            given["axis"] = str(self.axis)
         return given
 
 

@@ -108,12 +108,12 @@ _PART_OF_GRADIENT = Style(StyleName.REPLICATE, gradient=Partial())
 
 
 def _experts(between: Placement) -> dict[str, Style]:
-    """Rules of a mixture of experts whose experts are cut inside, by the name of the module in it: each rank
-    has all tokens, and gives its summand."""
+    """Rules of a mixture whose experts are shared out over ep, and cut inside over tp, by the module's name
+    in it: each tp rank has all tokens, and gives its summand."""
     cut = {"w1": 1, "w2": 2, "w3": 1}
     inside = tuple((name, Held(Shard(dim))) for name, dim in cut.items())
     return {
         "": Style(StyleName.GATHER_INPUT, input=between, output=between),
         "router.gate": _PART_OF_GRADIENT,
-        "experts": Style(StyleName.LOCAL, parameters=inside),
+        "experts": Style(StyleName.EXPERTS, parameters=inside),
     }

@@ -45,10 +45,12 @@ _reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.redu
 @dataclass(frozen=True, slots=True)
 class Issue:
     """A collective that is being issued: for whom, and whether its splits depend on the data, not on shapes
-    alone."""
+    alone. most_bytes: the most that a rank could send to others, whatever the data, where token ids alone
+    don't tell what it sends."""
 
     origin: Origin
     by_data: bool
+    most_bytes: int | None = None
 
 
 _issuing: ContextVar[Issue | None] = ContextVar("issuing", default=None)
@@ -151,10 +153,12 @@ def exchange_rows(
     *,
     grad_placement: Placement,
     origin: Origin,
+    most: tuple[int, int] | None = None,
 ) -> Tensor:
-    """[sum(send_splits), H], sorted by destination -> [sum(receive_splits), H], sorted by source."""
+    """[sum(send_splits), H], sorted by destination -> [sum(receive_splits), H], sorted by source. most: rows
+    for Issue.most_bytes, in the forward and in the backward."""
     _expect(grad_placement, (Shard(0),), "exchange_rows")
-    out: Tensor = _ExchangeRows.apply(rows, tuple(send_splits), tuple(receive_splits), axis, origin)
+    out: Tensor = _ExchangeRows.apply(rows, tuple(send_splits), tuple(receive_splits), axis, origin, most)
     return out
 
 
@@ -228,12 +232,16 @@ def swap_rows_now(
     origin: Origin,
     *,
     by_data: bool = False,
+    most: int | None = None,
 ) -> Tensor:
-    """exchange_rows without a gradient. by_data: the splits come from the batch, not from shapes."""
+    """exchange_rows without a gradient. by_data: the splits come from the batch, not from shapes. most: rows
+    for Issue.most_bytes."""
     received = rows.new_empty(sum(receive_splits), *rows.shape[1:])
     if axis.size == 1:
         return received.copy_(rows)
-    with _labelled(CollectiveKind.ALL_TO_ALL, origin, by_data=by_data):
+    row_bytes = rows.element_size() * rows.shape[1:].numel()
+    most_bytes = most * row_bytes if most is not None else None
+    with _labelled(CollectiveKind.ALL_TO_ALL, origin, by_data=by_data, most_bytes=most_bytes):
         dist.all_to_all_single(
             received, rows.contiguous(), list(receive_splits), list(send_splits), group=axis.group
         )
@@ -363,17 +371,18 @@ class _AllToAll(torch.autograd.Function):
 class _ExchangeRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, send_splits: Any, receive_splits: Any, axis: Axis, origin: Origin
+        ctx: Any, rows: Tensor, send_splits: Any, receive_splits: Any, axis: Axis, origin: Origin, most: Any
     ) -> Tensor:
-        ctx.saved = (send_splits, receive_splits, axis, origin)
-        return swap_rows_now(rows, send_splits, receive_splits, axis, origin, by_data=True)
+        here, back = most or (None, None)
+        ctx.saved = (send_splits, receive_splits, axis, origin, back)
+        return swap_rows_now(rows, send_splits, receive_splits, axis, origin, by_data=True, most=here)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        send_splits, receive_splits, axis, origin = ctx.saved
+        send_splits, receive_splits, axis, origin, most = ctx.saved
         turned = origin.turned(origin.after, origin.before)
-        back = swap_rows_now(grad, receive_splits, send_splits, axis, turned, by_data=True)
-        return back, None, None, None, None
+        back = swap_rows_now(grad, receive_splits, send_splits, axis, turned, by_data=True, most=most)
+        return back, None, None, None, None, None
 
 
 def _own_chunk(x: Tensor, dim: int, axis: Axis) -> Tensor:
@@ -387,8 +396,10 @@ def _expect(given: Placement, allowed: Sequence[Placement], what: str) -> None:
 
 
 @contextmanager
-def _labelled(kind: CollectiveKind, origin: Origin, *, by_data: bool = False) -> Iterator[None]:
-    token = _issuing.set(Issue(origin, by_data))
+def _labelled(
+    kind: CollectiveKind, origin: Origin, *, by_data: bool = False, most_bytes: int | None = None
+) -> Iterator[None]:
+    token = _issuing.set(Issue(origin, by_data, most_bytes))
     try:
         if is_profiling():
             # Kineto writes names as they are: a quote would break its JSON

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from shardwise.core.errors import PlanError
 from shardwise.core.placement import Placement
 from shardwise.parallel.axis import Axis, Site
-from shardwise.parallel.parameters import local_weight
+from shardwise.parallel.parameters import is_cut_further, local_weight
 from shardwise.torch_private import buffers_of, parameters_of
 
 Change = Callable[[Tensor], Tensor]
@@ -73,7 +72,7 @@ def on_local(uses: Sequence[Use], axis: Axis) -> Iterator[None]:
 def _local_parameter(parameter: Tensor | None, use: Use, axis: Axis) -> Tensor | None:
     """What a forward uses; as it is where that is done already, or FSDP2, which has cut it over another axis,
     makes it whole in that module's own call."""
-    if parameter is None or (isinstance(parameter, DTensor) and parameter.device_mesh.ndim > 1):
+    if parameter is None or is_cut_further(parameter):
         return parameter
     local = local_weight(parameter, use.gradient)
     if local is parameter:

@@ -22,6 +22,7 @@ from torch import Tensor
 from shardwise.core.held import parts_of
 from shardwise.core.plan import Ownership
 from shardwise.parallel.collectives import chunk_sizes
+from shardwise.parallel.route import Route
 
 
 class Order(Protocol):
@@ -120,24 +121,6 @@ def _deal(vocab_size: int, axis_size: int) -> tuple[Tensor, Tensor]:
     rows, ranks = torch.meshgrid(torch.arange(int(sizes.max())), torch.arange(axis_size), indexing="ij")
     free = rows < sizes
     return ranks[free], rows[free]
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """What one rank sends and receives for one batch of ids.
-
-    send_rows: local rows to send, sorted by destination; send_splits[d]: how many go to rank d.
-    receive_splits[s]: how many come from rank s. expand: for every token of the own part, flattened, its row
-    among the received ones.
-    """
-
-    send_rows: Tensor
-    send_splits: tuple[int, ...]
-    receive_splits: tuple[int, ...]
-    expand: Tensor
-
-    def rows_sent_to_others(self, rank: int) -> int:
-        return sum(self.send_splits) - self.send_splits[rank]
 
 
 def route(ids_BS: Tensor, ownership: RowOwnership, rank: int) -> Route:

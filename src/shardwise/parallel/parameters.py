@@ -1,11 +1,13 @@
 """Parameters of the native engine: DTensors cut from whole tensors, in the order in which ranks keep them,
 and the reduction of the gradients of replicated parameters of which every rank computed a part."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor import Partial as TorchPartial
 from torch.distributed.tensor import Placement as TorchPlacement
@@ -15,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from shardwise.core.collective import Origin
 from shardwise.core.errors import ModelError
+from shardwise.core.mesh import Role, role_of
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.parallel.axis import Axis
 from shardwise.parallel.collectives import chunk_sizes, sum_now
@@ -63,16 +66,28 @@ def own_part(whole: Tensor, placement: Placement, axis: Axis, order: Order | Non
             return whole.clone(memory_format=torch.contiguous_format)
 
 
-def shard_parameter(
-    parameter: nn.Parameter, placement: Placement, axis: Axis, order: Order | None
-) -> nn.Parameter:
-    """The DTensor parameter that takes the place of a whole one (real or meta)."""
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a parameter is held over one axis. order: of what is cut, where ranks keep it in another than its
+    own."""
+
+    placement: Placement
+    axis: Axis
+    order: Order | None = None
+
+
+def shard_parameter(parameter: nn.Parameter, cuts: Sequence[Cut], mesh: DeviceMesh) -> nn.Parameter:
+    """The DTensor parameter that takes the place of a whole one (real or meta). cuts: over each axis of
+    `mesh`."""
     if isinstance(parameter, DTensor):
         raise AssertionError("the parameter is a DTensor already")
-    local = own_part(parameter.detach(), placement, axis, order)
-    return nn.Parameter(
-        as_dtensor(local, parameter.shape, placement, axis), requires_grad=parameter.requires_grad
-    )
+    local = parameter.detach()
+    for cut in cuts:
+        local = own_part(local, cut.placement, cut.axis, cut.order)
+    stride = torch.empty(parameter.shape, device="meta").stride()
+    placements = [to_torch(cut.placement) for cut in cuts]
+    held = DTensor.from_local(local, mesh, placements, run_check=False, shape=parameter.shape, stride=stride)
+    return nn.Parameter(held, requires_grad=parameter.requires_grad)
 
 
 def local_weight(parameter: Tensor, grad_placement: Placement) -> Tensor:
@@ -82,7 +97,19 @@ def local_weight(parameter: Tensor, grad_placement: Placement) -> Tensor:
         if type(parameter) is nn.Parameter:  # isinstance takes a DTensor's local tensor for one, too
             raise AssertionError("the parameter is no DTensor: was it replaced after parallelize()?")
         return parameter
-    return parameter.to_local(grad_placements=[to_torch(grad_placement)])
+    # over the axis of experts, which comes first, it is cut
+    outer = parameter.placements[:-1]
+    return parameter.to_local(grad_placements=[*outer, to_torch(grad_placement)])
+
+
+def is_cut_further(parameter: Tensor) -> bool:
+    """Whether another than the native engine has cut it, over axes of its own: FSDP2, which makes it whole
+    along those in its module's own call."""
+    if not isinstance(parameter, DTensor):
+        return False
+    mesh, ours = parameter.device_mesh, (Role.CUTS_EXPERTS, Role.CUTS_TENSORS)
+    names = mesh.mesh_dim_names or ("",) * mesh.ndim
+    return mesh.ndim > 1 and any(role_of(name) not in ours for name in names)
 
 
 def fill(
@@ -243,9 +270,8 @@ class PartialGradients:
             for parameter, summed in zip(
                 parameters, flat.split([part.numel() for part in parts]), strict=True
             ):
-                parameter.grad = as_dtensor(
-                    summed.view(parameter.shape), parameter.shape, Replicate(), self._axis
-                )
+                assert isinstance(parameter, DTensor)
+                parameter.grad = as_part_like(summed.view_as(parameter.to_local()), parameter)
         for parameter, earlier in entries:
             if earlier is not None:  # torch.autograd.grad comes by here too, and accumulates nothing
                 parameter.grad = earlier if parameter.grad is None else earlier + parameter.grad

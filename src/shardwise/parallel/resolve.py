@@ -22,15 +22,15 @@ from shardwise.parallel.styles import STYLES, sharder_of, styles_of
 
 
 def resolve(
-    model: nn.Module, plan: Plan, *, tp: int, seq: int | None = None, fsdp: int = 1
+    model: nn.Module, plan: Plan, *, tp: int, seq: int | None = None, fsdp: int = 1, experts: int = 1
 ) -> tuple[Assignment, ...]:
     """The rule of every module that has one, in the model's order. Raises PlanError for a plan that the model
     can't carry.
 
     seq: the length that will be used, where it is known; fsdp: the ranks on axes that shard parameters
-    further.
+    further; experts: those that share experts out.
     """
-    fit = Fit(dict(model.named_modules()), tp, fsdp, seq)
+    fit = Fit(dict(model.named_modules()), tp, fsdp, seq, experts)
     try:
         for rule in plan.rules:
             _check_matches(rule, fit.modules)

@@ -4,11 +4,12 @@ A style is a file of styles/, with a Sharder for each class of modules that it t
 tracer ask it; none of them knows a style by its name.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
@@ -20,7 +21,7 @@ from shardwise.parallel.axis import Axis, Site
 from shardwise.parallel.collectives import chunk_sizes
 from shardwise.parallel.loss import Loss, PlainLoss
 from shardwise.parallel.ownership import Order, PieceOrder
-from shardwise.parallel.parameters import shard_parameter
+from shardwise.parallel.parameters import Cut, shard_parameter
 
 if TYPE_CHECKING:
     from shardwise.parallel.embedding import EmbeddingShard
@@ -61,12 +62,13 @@ class Assignment:
 @dataclass(frozen=True, slots=True, eq=False)
 class Fit:
     """What a plan must fit: the model's modules by name, the tp ranks, the ranks on axes that shard
-    parameters further, and the length of the sequences where it is known."""
+    parameters further, those that share experts out, and the length of the sequences where it is known."""
 
     modules: Mapping[str, nn.Module]
     tp: int
     fsdp: int = 1
     seq: int | None = None
+    experts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +85,13 @@ class Work:
     (by the whole one's id), the tables among them, those whose gradient is a part on each rank, the orders of
     those that aren't kept in their own (by the new one's id), and the loss.
 
-    head: the module that gives the logits.
+    axis: that of tensors. experts: that over which experts are shared out, if the mesh has it. head: the
+    module that gives the logits.
     """
 
     axis: Axis
+    experts: Axis | None
+    mesh: DeviceMesh
     head: nn.Module | None
     sharded: dict[int, nn.Parameter] = field(default_factory=dict)
     tables: dict[int, "EmbeddingShard"] = field(default_factory=dict)
@@ -97,9 +102,12 @@ class Work:
     def site(self, assignment: Assignment) -> Site:
         return Site(assignment.name, assignment.rule.ref, self.axis)
 
-    def hold(self, assignment: Assignment, table: "EmbeddingShard | None" = None) -> None:
+    def hold(
+        self, assignment: Assignment, table: "EmbeddingShard | None" = None, *, outer: Axis | None = None
+    ) -> None:
         """Puts DTensor parameters in the places of the whole ones that the assignment says how to hold; a
-        tied one is replaced once and shared again."""
+        tied one is replaced once and shared again. outer: an axis along which each rank has a chunk of the
+        first dim, of which the assignment speaks."""
         for path, held in assignment.held.items():
             module_name, _, name = path.rpartition(".")
             module = assignment.module.get_submodule(module_name)
@@ -108,7 +116,10 @@ class Work:
                 continue
             if id(whole) not in self.sharded:
                 order = table.order if table is not None else self._order_of(held, whole)
-                new = shard_parameter(whole, held.kept, self.axis, order)
+                cuts = [Cut(held.kept, self.axis, order)]
+                if outer is not None:
+                    cuts.insert(0, Cut(Shard(0), outer))
+                new = shard_parameter(whole, cuts, self._mesh_of(cuts))
                 self.sharded[id(whole)] = new
                 if table is not None:
                     self.tables[id(new)] = table
@@ -117,6 +128,12 @@ class Work:
                 if held.gradient_placement == Partial():
                     self.partial.append((module, name))
             setattr(module, name, self.sharded[id(whole)])
+
+    def _mesh_of(self, cuts: Sequence[Cut]) -> DeviceMesh:
+        """The mesh of several axes, or of one."""
+        if len(cuts) == 1:
+            return cuts[0].axis.mesh
+        return self.mesh[tuple(cut.axis.name for cut in cuts)]
 
     def _order_of(self, held: Held, whole: Tensor) -> Order | None:
         if not held.pieces or self.axis.size == 1 or not isinstance(held.kept, Shard):

@@ -146,7 +146,7 @@ class Recorder(TorchDispatchMode):
         if issue is not None:
             origin = issue.origin
             told = Collective(call, origin.module, origin.rule, origin.before, origin.after)
-            return Routed(told) if issue.by_data else told
+            return Routed(told, issue.most_bytes) if issue.by_data else told
         module = self.place.module
         before, after = self._redistributions.change(call)
         rule = self._rule_of(module) if call.axis == TENSOR_AXIS and module != LOSS_MODULE else None

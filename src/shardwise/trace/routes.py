@@ -21,8 +21,13 @@ class Routes:
         self._rows: dict[tuple[str, int], list[tuple[int, int]]] = {}
         self._seen: dict[tuple[str, str], int] = {}
 
-    def with_all_ranks(self, collective: Collective) -> Collective:
-        """The collective, with the bytes that each rank of its axis sends in the same micro-batch."""
+    def with_all_ranks(self, collective: Collective, most_bytes: float | None = None) -> Collective:
+        """The collective, with the bytes that each rank of its axis sends in the same micro-batch.
+        most_bytes: see Routed; then all send as much."""
+        if most_bytes is not None:
+            sent_bytes = collective.call.wire_bytes
+            by_data = ByData(sent_bytes, sent_bytes, 0, most_bytes, is_balanced=True)
+            return replace(collective, by_data=by_data)
         module = self._model.get_submodule(collective.module)
         assert isinstance(module, nn.Embedding)
         call = collective.call

@@ -39,9 +39,11 @@ class Went:
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """A collective whose splits the batch decides."""
+    """A collective whose splits the batch decides. most_bytes: the most that a rank could send, where token
+    ids alone don't tell what each sends: a router does, of which a trace knows nothing."""
 
     collective: Collective
+    most_bytes: float | None = None
 
 
 Event = Op | Collective | Routed | Came | Went

@@ -4,7 +4,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.core.collective import Origin
-from shardwise.core.mesh import TENSOR_AXIS
+from shardwise.core.mesh import EXPERTS_AXIS, TENSOR_AXIS
 from shardwise.core.placement import Partial, Replicate
 from shardwise.core.plan import Plan
 from shardwise.core.program import REPLICATED_PARAMETERS
@@ -24,8 +24,11 @@ def apply_native(
     """Shards `model` in place. Returns the loss for its logits, and the order of the parameters that aren't
     kept in their own. fsdp: see resolve()."""
     axis = Axis.of(mesh, TENSOR_AXIS, plan.reduce_scatter)
-    assignments = resolve(model, plan, tp=axis.size, fsdp=fsdp)
-    work = Work(axis, head_of(model))
+    has_experts = EXPERTS_AXIS in (mesh.mesh_dim_names or ())
+    experts = Axis.of(mesh, EXPERTS_AXIS, plan.reduce_scatter) if has_experts else None
+    n_shared = experts.size if experts is not None else 1
+    assignments = resolve(model, plan, tp=axis.size, fsdp=fsdp, experts=n_shared)
+    work = Work(axis, experts, mesh, head_of(model))
     # an embedding decides how a weight that it shares with the head is cut
     for assignment in sorted(assignments, key=lambda a: not isinstance(a.module, nn.Embedding)):
         assignment.sharder.apply(assignment, work)

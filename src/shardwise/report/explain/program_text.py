@@ -138,7 +138,9 @@ def _collective(collective: Collective) -> str:
     if collective.by_data is not None:
         data = collective.by_data
         by_data = (
-            f" (the batch decides: mean {data.mean_bytes:,.0f} B, most {data.max_bytes:,.0f} B by rank "
+            f" (a router decides: balanced; at most {data.bound_bytes:,.0f} B)"
+            if data.is_balanced
+            else f" (the batch decides: mean {data.mean_bytes:,.0f} B, most {data.max_bytes:,.0f} B by rank "
             f"{data.max_rank} of the axis)"
         )
     return (

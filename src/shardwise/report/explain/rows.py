@@ -142,6 +142,12 @@ def by_data_text(group: CollectiveGroup) -> str | None:
     by_data = group.by_data
     if by_data is None:
         return None
+    if by_data.is_balanced:
+        return (
+            f"Decided by the router, of which a trace knows nothing: load is taken to be balanced, and then "
+            f"each rank sends {format_bytes(by_data.mean_bytes)}; no choice needs more than "
+            f"{format_bytes(by_data.bound_bytes)}."
+        )
     return (
         f"Decided by the data: this rank sends {format_bytes(group.wire_bytes)}, the ranks "
         f"{format_bytes(by_data.mean_bytes)} on average, "

@@ -1,0 +1,70 @@
+"""What the ranks of test_experts.py run: a training step of a mixture of experts under each plan, against one
+process."""
+
+from functools import cache, partial
+
+import msgspec
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardwise.core.mesh import Mesh
+from shardwise.launch import RankContext
+from shardwise.step.build import build_model, device_mesh
+from shardwise.step.portion import Portion
+from shardwise.verify.expected import Unsharded, unsharded
+from shardwise.verify.proof import prove
+from tests.distributed.expert_cases import CASES, Case, batches
+
+CPU = torch.device("cpu")
+LARGE = 1e9
+
+
+class Proved(msgspec.Struct, frozen=True):
+    """How far a case is off one process, relative: the largest of output, loss, gradients, norms and weights
+    after two steps. findings: what verify says."""
+
+    off: float
+    findings: tuple[str, ...]
+
+
+def built(case: Case, mesh: DeviceMesh | None, *, with_fault: bool = False) -> nn.Module:
+    """Sharded over the mesh; without one whole."""
+    return build_model(
+        case.spec, case.plan(with_fault=with_fault) if mesh is not None else None, mesh,
+        dtype=torch.float64, device=CPU, seed=3, recompute=case.recompute, on_parameter=case.initial,
+    )  # fmt: skip
+
+
+@cache
+def _expected(key: tuple[object, ...]) -> Unsharded:
+    case = next(case for case in CASES if _key(case) == key)
+    return unsharded(built(case, None), batches(), parts=2)
+
+
+def _key(case: Case) -> tuple[object, ...]:
+    return case.gate, case.top_k, case.capacity
+
+
+def run(context: RankContext, payload: bytes) -> bytes:
+    """Per case of so many ranks, by its name: as it is, and with its fault."""
+    found = {}
+    for case in CASES:
+        if Mesh.parse(case.mesh).world_size != context.world_size:
+            continue
+        for with_fault in (False, True) if case.fault else (False,):
+            context.note(case.name)
+            found[f"{case.name}|{with_fault}"] = _proved(case, with_fault)
+    return msgspec.json.encode(found)
+
+
+def _proved(case: Case, with_fault: bool) -> Proved:
+    mesh = device_mesh(Mesh.parse(case.mesh), "cpu")
+    make = partial(built, case, with_fault=with_fault)
+    portion = Portion.on(mesh, case.accumulation)
+    proof, findings = prove(make(mesh), _expected(_key(case)), partial(make, None), portion)
+    after = (proof.norm_error, proof.weights_error)
+    off = max(proof.output_error, proof.loss_error, proof.worst_gradient_error)
+    off = max(off, *(number if number is not None else LARGE for number in after))
+    off = min(off, LARGE)
+    return Proved(off, tuple(f"{each.subject}: {each.reason}" for each in findings))
