@@ -30,6 +30,8 @@ class MeshCase(msgspec.Struct, frozen=True):
     mesh: str
     accumulation: int = 1
     recompute: str = "none"
+    reshard: bool = True
+    reduce_once: bool = False
     is_telling: bool = False
 
     @property
@@ -37,6 +39,8 @@ class MeshCase(msgspec.Struct, frozen=True):
         more = {
             f"accumulation={self.accumulation}": self.accumulation > 1,
             self.recompute: self.recompute != "none",
+            "kept after the forward": not self.reshard,
+            "reduced once": self.reduce_once,
         }
         return ", ".join((f"{self.model} on {self.mesh}", *(text for text, holds in more.items() if holds)))
 
@@ -57,7 +61,13 @@ class MeshCase(msgspec.Struct, frozen=True):
     @property
     def settings(self) -> StepSettings:
         return StepSettings(
-            BATCH, SEQ, dtype="float64", accumulation=self.accumulation, recompute=self.recompute
+            BATCH,
+            SEQ,
+            dtype="float64",
+            accumulation=self.accumulation,
+            reshard_after_forward=self.reshard,
+            reduce_once=self.reduce_once,
+            recompute=self.recompute,
         )
 
 
@@ -94,7 +104,11 @@ def mesh_cases(world_size: int) -> list[MeshCase]:
         models = list(MODELS) if world_size < 8 else [list(MODELS)[number % len(MODELS)]]
         found += [MeshCase(model, mesh) for model in models]
     if world_size == 4:
-        found += [MeshCase("llama", mesh, accumulation=2) for mesh in ("dp=2,fsdp=2", "fsdp=2,tp=2")]
+        found += [
+            MeshCase("llama", mesh, accumulation=2, reshard=reshard, reduce_once=once)
+            for mesh in ("dp=2,fsdp=2", "fsdp=2,tp=2")
+            for reshard, once in ((True, False), (True, True), (False, True))
+        ]
     return [
         msgspec.structs.replace(case, is_telling=case.name in TELLING or case.accumulation > 1)
         for case in found

@@ -48,6 +48,7 @@ def built(case: MeshCase, mesh: DeviceMesh | None) -> nn.Module:
         dtype=torch.float64,
         device=CPU,
         seed=3,
+        reshard=case.reshard,
         recompute=case.recompute,
         on_parameter=shake,
     )
@@ -74,7 +75,7 @@ def run(context: RankContext, payload: bytes) -> bytes:
 
 def _proved(case: MeshCase) -> Proved:
     mesh = device_mesh(Mesh.parse(case.mesh), "cpu")
-    portion = Portion.on(mesh, case.accumulation)
+    portion = Portion.on(mesh, case.accumulation, reduce_once=case.reduce_once)
     proof, findings = prove(built(case, mesh), expected_of(case.model), partial(built, case, None), portion)
     return Proved(
         proof.output_error,
@@ -89,7 +90,7 @@ def _proved(case: MeshCase) -> Proved:
 
 def _issued(case: MeshCase, mesh: DeviceMesh, portion: Portion) -> list[Issued]:
     phases = [Phase.FORWARD]
-    step = TrainStep(built(case, mesh), mesh=mesh, on_phase=phases.append)
+    step = TrainStep(built(case, mesh), mesh=mesh, reduce_once=case.reduce_once, on_phase=phases.append)
     batch = portion.cut(*batches()[0])
     step(batch)
     issued: list[Issued] = []

@@ -86,6 +86,8 @@ def _prepare(values: dict[str, Any]) -> None:
             "param_dtype",
             "reduce_dtype",
             "accumulation",
+            "reshard_after_forward",
+            "reduce_once",
             "recompute",
             "random_ids",
         ),

@@ -30,7 +30,8 @@ class StepSettings:
     and seq are 0 where a verb is to choose. param_dtype, reduce_dtype: FSDP's mixed precision, as PyTorch's
     MixedPrecisionPolicy has it: what parameters are gathered and layers computed in (None: dtype), and what
     gradients are reduced in (None: as computed); shards, their gradients and the optimizer's state stay in
-    dtype."""
+    dtype. reshard_after_forward: whether FSDP gathers a layer's parameters for its forward and its backward
+    each. reduce_once: whether it keeps whole gradients until the last micro-batch's backward."""
 
     batch: Annotated[int, Option("Sequences per optimizer step over all ranks.", STEP, 1)] = 0
     seq: Annotated[int, Option("Tokens per sequence.", STEP, 1)] = 0
@@ -55,6 +56,22 @@ class StepSettings:
         int,
         Option("Micro-batches that a step's batch is cut into.", STEP, 1, shown="1, or a pipeline's stages"),
     ] = 1
+    reshard_after_forward: Annotated[
+        bool,
+        Option(
+            "FSDP frees a layer's gathered parameters after its forward, and gathers them again for its "
+            "backward; else it keeps them until then.",
+            STEP,
+        ),
+    ] = True
+    reduce_once: Annotated[
+        bool,
+        Option(
+            "FSDP reduces gradients once a step, in the last micro-batch's backward, and keeps whole ones "
+            "until then; else in each.",
+            STEP,
+        ),
+    ] = False
     recompute: Annotated[
         str,
         Option(
@@ -117,12 +134,16 @@ class StepSettings:
         return self.param_dtype or self.dtype
 
     @property
+    def reduced_dtype(self) -> str:
+        """What FSDP reduces gradients in."""
+        return self.reduce_dtype or self.computed_dtype
+
+    @property
     def precision(self) -> str:
         """The dtypes in words: "float32", or "float32, computed in bfloat16, reduced in float32"."""
         if self.param_dtype is None and self.reduce_dtype is None:
             return self.dtype
-        reduced = self.reduce_dtype or self.computed_dtype
-        return f"{self.dtype}, computed in {self.computed_dtype}, reduced in {reduced}"
+        return f"{self.dtype}, computed in {self.computed_dtype}, reduced in {self.reduced_dtype}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,7 @@ class Subject:
             device=device,
             seed=settings.seed,
             policy=mixed_precision(settings),
+            reshard=settings.reshard_after_forward,
             recompute=settings.recompute,
             on_parameter=on_parameter,
         )
@@ -95,6 +96,7 @@ class Subject:
             mesh=mesh,
             learning_rate=settings.learning_rate,
             max_norm=settings.max_norm,
+            reduce_once=settings.reduce_once,
             on_phase=self._note_phase,
         )
 

@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
+from numpy.typing import NDArray
 
+from shardwise.core.collective import CollectiveKind
 from shardwise.core.dtype import DTYPE_BYTES
 from shardwise.core.machine import Machine, local_ranks
-from shardwise.core.mesh import Mesh
+from shardwise.core.mesh import Mesh, Role, role_of
 from shardwise.core.prediction import Setup, Term
-from shardwise.core.program import BACKWARDS, FORWARDS, ONCE, Program
+from shardwise.core.program import BACKWARDS, FORWARDS, ONCE, Collective, Program
 from shardwise.predict.pipeline import StageTimes, layers_of_stages
 from shardwise.predict.streams import run
 from shardwise.predict.work import AFTER, BEFORE, Work, further_shards, layers_of, mesh_of, work_of
@@ -71,18 +73,20 @@ def lay_out(program: Program, machine: Machine, setup: Setup) -> Layout:
 
 
 def _stages(work: Work, program: Program, setup: Setup) -> tuple[Stage, ...]:
+    once = program.settings.reduce_once and setup.micro_batches > 1
     alike: dict[tuple[int, bool, bool], Stage] = {}
     stages = []
     for index, (first, count) in enumerate(layers_of_stages(layers_of(program)[1], setup.stages)):
         # stages of equal layers that hold neither end are equal
         key = (count, index == 0, index == setup.stages - 1)
         if key not in alike or not program.compressed:
-            alike[key] = _stage(work, first, count, setup, index)
+            alike[key] = _stage(work, first, count, setup, index, once=once)
         stages.append(alike[key])
     return tuple(stages)
 
 
-def _stage(work: Work, first: int, count: int, setup: Setup, index: int) -> Stage:
+def _stage(work: Work, first: int, count: int, setup: Setup, index: int, *, once: bool) -> Stage:
+    """once: FSDP sums gradients in the last micro-batch's backward only."""
     layers = (work.layer >= first) & (work.layer < first + count)
     if index == 0:
         layers |= work.layer == BEFORE
@@ -90,8 +94,28 @@ def _stage(work: Work, first: int, count: int, setup: Setup, index: int) -> Stag
         layers |= work.layer == AFTER
     forward, backward = (work.where(layers & work.in_phases(*phases)) for phases in (FORWARDS, BACKWARDS))
     terms = dict.fromkeys(Term, 0.0)
-    times = StageTimes(*(_add_pass(terms, part, setup) for part in (forward, backward)))
-    return Stage(forward, backward, times, terms)
+    times = [_add_pass(terms, part, setup) for part in (forward, backward)]
+    if once:
+        before, kept = backward.where(~_reduces_shards(backward)), dict.fromkeys(Term, 0.0)
+        early = [_add_pass(kept, part, setup) for part in (forward, before)]
+        share = 1 / setup.micro_batches  # of the last one, which reduces; what stands for all is their mean
+        terms = {term: share * terms[term] + (1 - share) * kept[term] for term in Term}
+        times = [share * last + (1 - share) * other for last, other in zip(times, early, strict=True)]
+    return Stage(forward, backward, StageTimes(*times), terms)
+
+
+def _reduces_shards(work: Work) -> NDArray[np.bool_]:
+    """FSDP's sums of gradients."""
+    items = [work.item(at) for at in range(len(work))]
+    return np.array(
+        [
+            isinstance(item, Collective)
+            and item.call.kind is CollectiveKind.REDUCE_SCATTER
+            and role_of(item.call.axis) is Role.SHARDS_PARAMETERS
+            for item in items
+        ],
+        np.bool_,
+    )
 
 
 def _add_pass(terms: dict[Term, float], part: Work, setup: Setup) -> float:

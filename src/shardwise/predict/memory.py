@@ -20,10 +20,12 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
+from shardwise.core.dtype import DTYPE_BYTES
 from shardwise.core.machine import Machine
+from shardwise.core.mesh import SHARDS_AXIS
 from shardwise.core.prediction import MemoryForecast, Precision, Setup
 from shardwise.core.program import LOSS_MODULE, ONCE, MemoryChange, MemoryKind, Op, Phase, Program
-from shardwise.predict.work import further_shards
+from shardwise.predict.work import further_shards, group_sizes
 
 RESERVED_OVER_ACTIVE = 1.16
 """Median of 24 steps on an H100 and an H200 that hold more than 5 GiB (from 1.04 to 1.56), with the
@@ -46,6 +48,8 @@ def forecast(program: Program, machine: Machine, setup: Setup) -> MemoryForecast
     """Of the first stage, which holds most activations."""
     scales, is_traced = _scales(program, setup), setup.precision is Precision.TRACED
     by_kind = peak_by_kind(program, setup, scales if is_traced else scales | dict.fromkeys(STATES, 0.0))
+    if is_traced and setup.micro_batches > 1:
+        by_kind = max(by_kind, _accumulating(program, setup, scales), key=lambda each: _scaled(each, scales))
     if not is_traced:
         for kind, share in zip(STATES, OF_MASTER, strict=True):
             by_kind[kind] = program.held(MemoryKind.PARAMETER) * share
@@ -54,6 +58,22 @@ def forecast(program: Program, machine: Machine, setup: Setup) -> MemoryForecast
     reserved = active * (RESERVED_OVER_ACTIVE if machine.device == "cuda" else 1.0)
     kinds = tuple((kind, by_kind[kind]) for kind in MemoryKind if by_kind.get(kind))
     return MemoryForecast(active, kinds, reserved, reserved + machine.context_bytes, machine.memory_bytes)
+
+
+def _accumulating(program: Program, setup: Setup, scales: ByKind) -> ByKind:
+    """At the peak of a micro-batch that isn't the first: gradients are there already, and what is added to
+    them comes and goes. Where FSDP reduces once they are whole, and in the dtype that it reduces in."""
+    kept = peak_by_kind(program, setup, scales | {MemoryKind.GRADIENT: 0.0})
+    gradients = float(program.held(MemoryKind.GRADIENT))
+    if program.settings.reduce_once:
+        settings = program.settings
+        widths = [DTYPE_BYTES[name] for name in (settings.reduced_dtype, settings.dtype)]
+        gradients *= group_sizes(program, setup).get(SHARDS_AXIS, 1) * widths[0] / widths[1]
+    return kept | {MemoryKind.GRADIENT: gradients}
+
+
+def _scaled(by_kind: ByKind, scales: ByKind) -> float:
+    return sum(n_bytes * scales.get(kind, 1.0) for kind, n_bytes in by_kind.items())
 
 
 def _scales(program: Program, setup: Setup) -> ByKind:

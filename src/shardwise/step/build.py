@@ -50,6 +50,7 @@ def build_model(
     device: torch.device,
     seed: int,
     policy: MixedPrecisionPolicy | None = None,
+    reshard: bool = True,
     recompute: str = "none",
     compiled: bool = False,
     depth: int | None = None,
@@ -59,10 +60,10 @@ def build_model(
     """The model under `plan` (None: whole, on one rank) in train mode, with the initial weights of `seed`,
     which are the same for every plan.
 
-    policy: FSDP's mixed precision. recompute: see recompute_layers. depth: only the first so many of its
-    repeated layers. pipeline: of the mesh's stages, of which this rank's is left. on_parameter: shown each
-    whole initial parameter, which it may change in place. Raises ModelError, what apply_any() raises, and
-    OptionError for layers that can't be dealt to the stages."""
+    policy: FSDP's mixed precision; reshard: see shard_with_fsdp. recompute: see recompute_layers. depth: only
+    the first so many of its repeated layers. pipeline: of the mesh's stages, of which this rank's is left.
+    on_parameter: shown each whole initial parameter, which it may change in place. Raises ModelError, what
+    apply_any() raises, and OptionError for layers that can't be dealt to the stages."""
     model = build_without_weights(source, dtype=dtype, device=device, seed=seed)
     first_names, shapes = _first_names(model), _shapes(model)
     own = draws_its_own(source, sum(parameter.numel() for parameter in model.parameters()))
@@ -104,7 +105,8 @@ def build_model(
     if recompute != "none":
         recompute_layers(layer_modules, recompute)
     if mesh is not None and (shard_axes := mesh_of(mesh).shard_axes):
-        shard_with_fsdp(model, layer_modules, along(mesh, shard_axes), policy or MixedPrecisionPolicy())
+        policy = policy or MixedPrecisionPolicy()
+        shard_with_fsdp(model, layer_modules, along(mesh, shard_axes), policy, reshard=reshard)
     return model.train()
 
 

@@ -18,16 +18,18 @@ MicroBatches = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Portion:
-    """A rank's part of the global batch, in so many micro-batches. Without a mesh: one process, all of it."""
+    """A rank's part of the global batch, in so many micro-batches. Without a mesh: one process, all of it.
+    reduce_once: FSDP reduces gradients in the last of them only."""
 
     mesh: DeviceMesh | None = None
     part: BatchPart = field(default_factory=BatchPart)
     micro_batches: int = 1
+    reduce_once: bool = False
 
     @classmethod
-    def on(cls, mesh: DeviceMesh, micro_batches: int = 1) -> Self:
+    def on(cls, mesh: DeviceMesh, micro_batches: int = 1, *, reduce_once: bool = False) -> Self:
         """This rank's."""
-        return cls(mesh, part_of_batch(mesh_of(mesh), rank_in(mesh)), micro_batches)
+        return cls(mesh, part_of_batch(mesh_of(mesh), rank_in(mesh)), micro_batches, reduce_once)
 
     @property
     def tp_group(self) -> dist.ProcessGroup:

@@ -98,12 +98,18 @@ def mixed_precision(settings: StepSettings) -> MixedPrecisionPolicy:
 
 
 def shard_with_fsdp(
-    model: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy
+    model: nn.Module,
+    layers: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    policy: MixedPrecisionPolicy,
+    *,
+    reshard: bool = True,
 ) -> None:
     """FSDP2 over a 1-D mesh, a unit per layer, summing gradients (the step's loss is normalised over the
-    global batch already)."""
+    global batch already). reshard: after the forward; what lies outside of layers never is, for the backward
+    begins there."""
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -116,7 +122,8 @@ class TrainStep:
     """One optimizer step of a model, called with the micro-batches of this rank's part of the global batch.
 
     mesh: the device mesh with the model's axes, or None for one process. loss: in place of the one that goes
-    with the model's logits. on_phase: told each phase as it begins.
+    with the model's logits. reduce_once: FSDP keeps whole gradients until the last micro-batch. on_phase:
+    told each phase as it begins.
     """
 
     def __init__(
@@ -127,6 +134,7 @@ class TrainStep:
         learning_rate: float = 3e-4,
         max_norm: float = 1.0,
         loss: Loss | None = None,
+        reduce_once: bool = False,
         on_phase: Callable[[Phase], None] | None = None,
     ) -> None:
         applied = applied_to(model)
@@ -138,6 +146,7 @@ class TrainStep:
         )
         self._ids_on_host = applied.plan is not None and applied.plan.engine is Engine.NATIVE
         self._max_norm = max_norm
+        self._reduces_once = model if reduce_once and isinstance(model, FSDPModule) else None
         self._on_phase = on_phase or (lambda _: None)
         self._tokens, self._sums = None, None
         if mesh is not None:
@@ -174,7 +183,10 @@ class TrainStep:
     def _run(self, ids: Sequence[Tensor], labels: Sequence[Tensor], valid: Tensor) -> Tensor:
         """Forward and backward of each micro-batch; the sum of their losses."""
         total = torch.zeros((), device=valid.device)
-        for ids_BS, labels_BS in zip(ids, labels, strict=True):
+        for number, (ids_BS, labels_BS) in enumerate(zip(ids, labels, strict=True), 1):
+            if self._reduces_once is not None:
+                self._reduces_once.set_requires_gradient_sync(number == len(ids))
+                self._reduces_once.set_is_last_backward(number == len(ids))
             self._on_phase(Phase.FORWARD)
             logits = self.model(ids_BS)
             self._on_phase(Phase.LOSS)

@@ -59,7 +59,8 @@ class Job:
         if self.mesh.shard_axes:
             precision = mixed_precision(self.settings)
             shards = along(self.device_mesh, self.mesh.shard_axes)
-            shard_with_fsdp(model, layer_modules, shards, precision)
+            reshard = self.settings.reshard_after_forward
+            shard_with_fsdp(model, layer_modules, shards, precision, reshard=reshard)
         model.train()
         self.on_model(model)
 

@@ -58,7 +58,9 @@ def run(
     ids = job.micro_batches(vocab_size_of(model))
     model.register_forward_hook(_check_logits(job.source.name))
     with recorder.watching(), _fake_buffers_of_fsdp(), _without_fsdp_s_advice():
-        step = TrainStep(model, mesh=device_mesh, on_phase=recorder.place.enter_phase)
+        step = TrainStep(
+            model, mesh=device_mesh, reduce_once=job.settings.reduce_once, on_phase=recorder.place.enter_phase
+        )
         _start_optimizer(step)
         kinds = resident_kinds(storages, step)
         batch = list(_batch(model, recorder, ids, fake_mode))

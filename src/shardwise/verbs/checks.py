@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from shardwise.core.case import Case
 from shardwise.core.errors import OptionError, PlanError
-from shardwise.core.mesh import SHARDS_AXIS
 
 if TYPE_CHECKING:
     from shardwise.models.source import ModelSource
@@ -46,11 +45,20 @@ def check_seq(seq: int, source: "ModelSource") -> None:
         )
 
 
-def check_precision(case: Case) -> None:
-    """Raises OptionError for FSDP's mixed precision without ranks that FSDP shards over."""
+def check_fsdp(case: Case) -> None:
+    """Raises OptionError for what FSDP alone does, without ranks that it shards over."""
     mesh, step = case.mesh, case.step
-    if SHARDS_AXIS in dict(mesh.axes) and mesh.fsdp * mesh.context > 1:
+    if mesh.shard_axes:
         return
+    for option, is_asked in (
+        ("--no-reshard-after-forward", not step.reshard_after_forward),
+        ("--reduce-once", step.reduce_once),
+    ):
+        if is_asked:
+            raise OptionError(
+                f"{option}: is what FSDP does, and mesh {mesh} has no fsdp ranks. Add fsdp=2 or more, or "
+                "leave it out."
+            )
     for option, value in (("--param-dtype", step.param_dtype), ("--reduce-dtype", step.reduce_dtype)):
         if value is not None:
             raise OptionError(

@@ -19,7 +19,7 @@ from shardwise.core.mesh import RUN, check_carried
 from shardwise.core.option import Option, check_options
 from shardwise.core.verification import Agreement
 from shardwise.files.run_folder import RunFolder
-from shardwise.verbs.checks import check_precision, check_seq
+from shardwise.verbs.checks import check_fsdp, check_seq
 from shardwise.verbs.compare_checks import check_depth, check_fit, check_module, default_plans
 from shardwise.verbs.progress import Progress, silent
 
@@ -134,7 +134,7 @@ class _Run:
 
         source, mesh = find_model(case.model), case.mesh
         check_carried(mesh, "compare", RUN)
-        check_precision(case)
+        check_fsdp(case)
         step = replace(case.step, batch=case.step.batch or BATCH, seq=case.step.seq or SEQ)
         case = replace(case, step=step)
         check_seq(step.seq, source)

@@ -129,7 +129,8 @@ class _Run:
         self.entrants = job.entrants
         self.source = find_model(job.model)
         self.mesh = device_mesh(Mesh.parse(job.mesh), context.device.type)
-        self.portion = Portion.on(self.mesh, job.settings.accumulation)
+        settings = job.settings
+        self.portion = Portion.on(self.mesh, settings.accumulation, reduce_once=settings.reduce_once)
         self.batches = Batches(stream, job.settings.batch, job.settings.seq)
         self.turns = Turns(context.device, len(self.entrants))
         self.done = 0
@@ -198,6 +199,7 @@ class _Run:
                 dtype=dtype,
                 device=self.context.device,
                 seed=job.settings.seed,
+                reshard=job.settings.reshard_after_forward,
                 recompute=job.settings.recompute,
                 depth=job.check_layers or None,
                 on_parameter=shake,

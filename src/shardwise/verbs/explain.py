@@ -10,7 +10,7 @@ from shardwise.core.mesh import RUN, check_carried
 from shardwise.core.option import Option, check_options
 from shardwise.core.program import Program
 from shardwise.text.traced_ids import token_ids
-from shardwise.verbs.checks import check_precision, check_seq, default_plan
+from shardwise.verbs.checks import check_fsdp, check_seq, default_plan
 from shardwise.verbs.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def explain(case: Case, options: ExplainOptions | None = None, progress: Progres
 
     options = options or ExplainOptions()
     check_carried(case.mesh, "explain", RUN)
-    check_precision(case)
+    check_fsdp(case)
     source = find_model(case.model)
     case = _with_sizes(case, source)
     check_seq(case.step.seq, source)

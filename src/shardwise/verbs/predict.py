@@ -16,7 +16,7 @@ from shardwise.core.prediction_run import PredictionRun
 from shardwise.core.program import Program
 from shardwise.core.shown import shown
 from shardwise.core.timeline import Timeline
-from shardwise.verbs.checks import check_precision, check_seq, default_plan
+from shardwise.verbs.checks import check_fsdp, check_seq, default_plan
 from shardwise.verbs.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def predict(case: Case, options: PredictOptions | None = None, progress: Progres
 
     options, machine = options or PredictOptions(), load_machine(case.machine or MACHINE)
     check_carried(case.mesh, "predict", PREDICTED)
-    check_precision(case)
+    check_fsdp(case)
     batch = case.step.batch or case.mesh.data_parallel * case.step.accumulation
     settings = replace(case.step, batch=batch, seq=case.step.seq or SEQ)
     setup = options.setup(case.mesh, settings.accumulation)

@@ -172,7 +172,9 @@ def trained(
     model: nn.Module, batches: Sequence[Batch], portion: Portion, max_norm: float
 ) -> tuple[dict[str, nn.Parameter], tuple[float, ...]]:
     """The model's parameters after STEPS steps, and the gradient norms before clipping."""
-    step = TrainStep(model, mesh=portion.mesh, learning_rate=1e-3, max_norm=max_norm)
+    step = TrainStep(
+        model, mesh=portion.mesh, learning_rate=1e-3, max_norm=max_norm, reduce_once=portion.reduce_once
+    )
     norms = []
     with NoDropout():
         for number in range(STEPS):

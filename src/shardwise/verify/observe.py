@@ -99,7 +99,7 @@ def observe(
     torch.manual_seed(SEED)
     watch = _Watch(model, width)
     splitting = SplitMatmuls(split) if split > 1 else None
-    step = TrainStep(model, mesh=portion.mesh, on_phase=watch.enter_phase)
+    step = TrainStep(model, mesh=portion.mesh, reduce_once=portion.reduce_once, on_phase=watch.enter_phase)
     with ExitStack() as stack:
         stack.enter_context(NoDropout())
         if splitting is not None:

@@ -42,6 +42,11 @@ def step_text(settings: StepSettings, *more: str) -> str:
 
 
 def repeats(settings: StepSettings) -> list[str]:
-    """Micro-batches and recompute, where there are any."""
-    micro = [f"{settings.accumulation} micro-batches"] if settings.accumulation > 1 else []
-    return [*micro, *([f"recompute {name(settings.recompute)}"] if settings.recompute != "none" else [])]
+    """Micro-batches, recompute, and what FSDP does in another way than by default, where there are any."""
+    said = {
+        f"{settings.accumulation} micro-batches": settings.accumulation > 1,
+        "gradients reduced once": settings.reduce_once,
+        "parameters kept after the forward": not settings.reshard_after_forward,
+        f"recompute {name(settings.recompute)}": settings.recompute != "none",
+    }
+    return [text for text, holds in said.items() if holds]

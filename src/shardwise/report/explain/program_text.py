@@ -8,6 +8,7 @@ escaped.
 
 from collections.abc import Iterable, Iterator
 
+from shardwise.core.case import StepSettings
 from shardwise.core.layer_name import layer_index
 from shardwise.core.placement import Placement
 from shardwise.core.program import (
@@ -46,8 +47,13 @@ def _heading(program: Program) -> Iterator[str]:
     yield (
         f"batch {settings.batch}, sequence {settings.seq}, {settings.precision}, micro-batches "
         f"{settings.accumulation}, "
-        f"recompute {settings.recompute}"
+        f"recompute {settings.recompute}{_of_fsdp(settings)}"
     )
+
+
+def _of_fsdp(settings: StepSettings) -> str:
+    once = ", gradients reduced once" if settings.reduce_once else ""
+    return once + ("" if settings.reshard_after_forward else ", parameters kept after the forward")
 
 
 def _holdings(program: Program) -> Iterator[str]:

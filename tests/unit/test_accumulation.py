@@ -1,0 +1,101 @@
+"""Micro-batches under FSDP: gradients reduced in each or once, parameters kept or gathered again; in the
+Program, and in what predict makes of one micro-batch's."""
+
+from collections import Counter
+from functools import cache
+
+import pytest
+
+from shardwise.core.case import Case, StepSettings
+from shardwise.core.errors import OptionError
+from shardwise.core.mesh import Mesh
+from shardwise.core.plan import TheirPlan
+from shardwise.core.prediction import Setup, Term
+from shardwise.core.program import Phase, Program, memory_peak
+from shardwise.models.llama import LlamaConfig
+from shardwise.models.specs import ModelSpec
+from shardwise.parallel.builtin import builtin_plan
+from shardwise.predict.layout import lay_out
+from shardwise.predict.machines import load_machine
+from shardwise.predict.memory import forecast
+from shardwise.predict.predict import predict
+from shardwise.trace.trace import trace
+from shardwise.verbs.checks import check_fsdp
+
+LAYERS, TIMES = 3, 3
+SMALL = ModelSpec("small", LlamaConfig(300, 64, LAYERS, 4, 2, 160), "")
+MESH = Mesh.parse("dp=2,fsdp=2,tp=2")
+WAYS = [(True, False), (False, False), (True, True), (False, True)]
+
+
+@cache
+def traced(accumulation: int, reshard: bool, once: bool, mesh: Mesh = MESH) -> Program:
+    """A micro-batch is two sequences on each data-parallel rank."""
+    settings = StepSettings(
+        2 * mesh.data_parallel * accumulation,
+        64,
+        accumulation=accumulation,
+        reshard_after_forward=reshard,
+        reduce_once=once,
+    )
+    plan = builtin_plan("rowwise") if mesh.tp > 1 else TheirPlan.UNSHARDED
+    return trace(SMALL, plan, mesh, settings, device="cuda")
+
+
+def counts(program: Program) -> Counter[tuple[str, str]]:
+    return Counter(
+        (str(each.call.kind), str(each.phase)) for each in program.collectives() if each.call.axis == "fsdp"
+    )
+
+
+@pytest.mark.parametrize(("reshard", "once"), WAYS)
+def test_layers_are_gathered_again_for_the_backward_only_where_they_were_freed(
+    reshard: bool, once: bool
+) -> None:
+    found = counts(traced(TIMES, reshard, once))
+    units = LAYERS + 1
+    assert found["all_gather", str(Phase.FORWARD)] == TIMES * units
+    assert found["all_gather", str(Phase.BACKWARD)] == (TIMES * LAYERS if reshard else 0)
+    assert found["reduce_scatter", str(Phase.BACKWARD)] == (1 if once else TIMES) * units
+
+
+@pytest.mark.parametrize(("reshard", "once"), WAYS)
+@pytest.mark.parametrize("mesh", ["dp=2,fsdp=2,tp=2", "fsdp=2"])
+def test_the_memory_of_many_micro_batches_is_forecast_from_one(mesh: str, reshard: bool, once: bool) -> None:
+    one, whole = (traced(times, reshard, once, Mesh.parse(mesh)) for times in (1, TIMES))
+    found = forecast(one, load_machine("h100-sxm-80gb"), Setup(None, TIMES)).active_bytes
+    assert found == pytest.approx(memory_peak(whole).n_bytes, rel=0.03)
+
+
+def test_gradients_that_are_reduced_once_cost_less_time_and_more_memory() -> None:
+    each, once = (
+        predict(traced(1, True, once), load_machine("h100-sxm-80gb"), Setup(None, 8))
+        for once in (False, True)
+    )
+    assert dict(once.terms)[Term.DATA] < dict(each.terms)[Term.DATA]
+    assert once.memory.active_bytes > each.memory.active_bytes
+    alone = [
+        lay_out(traced(1, True, once), load_machine("h100-sxm-80gb"), Setup()).times for once in (False, True)
+    ]
+    assert alone[0] == alone[1]  # of one micro-batch, the last is the first
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"reduce_once": True},
+            "--reduce-once: is what FSDP does, and mesh dp=2,tp=1 has no fsdp ranks. Add fsdp=2 or more, or "
+            "leave it out.",
+        ),
+        (
+            {"reshard_after_forward": False},
+            "--no-reshard-after-forward: is what FSDP does, and mesh dp=2,tp=1 has no fsdp ranks. "
+            "Add fsdp=2 or more, or leave it out.",
+        ),
+    ],
+)
+def test_what_fsdp_alone_does_is_refused_without_it(keys: dict[str, bool], message: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        check_fsdp(Case.of(model="llama3-debug", mesh="dp=2", batch=2, **keys))
+    assert str(caught.value) == message
