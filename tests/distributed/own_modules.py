@@ -200,6 +200,21 @@ class Scan(nn.Module):
         return self.out_proj(y)  # type: ignore[no-any-return]
 
 
+class Selective(nn.Module):
+    """As a state space layer whose steps, and what they let through, are made of its own channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_proj, self.select = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, 2 * HEAD)
+        self.step, self.out_proj = nn.Linear(HEAD, HIDDEN), nn.Linear(HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = F.silu(self.in_proj(x))
+        low, through = self.select(value).split((HEAD, HEAD), -1)
+        step = F.softplus(self.step(low))
+        return self.out_proj(value * step * through.sum(-1, keepdim=True))  # type: ignore[no-any-return]
+
+
 class Decay(nn.Module):
     """As a state space layer: parameters of its own per head, and two that are for all."""
 

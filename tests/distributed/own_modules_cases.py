@@ -25,6 +25,7 @@ from tests.distributed.own_modules import (
     RmsNorm,
     Scaled,
     Scan,
+    Selective,
     Sloped,
 )
 
@@ -138,6 +139,16 @@ def decay(**parameters: str) -> Rules:
         },
         "blocks.*.mixer.in_proj": "colwise",
         "blocks.*.mixer.dt_proj": "colwise",
+        "blocks.*.mixer.out_proj": ROWWISE_1,
+    }
+
+
+def selective(gradient: dict[str, str]) -> Rules:
+    return {
+        "blocks.*.mixer": "gather_input",
+        "blocks.*.mixer.in_proj": "colwise",
+        "blocks.*.mixer.select": {"style": "rowwise", "output": "replicate"} | gradient,
+        "blocks.*.mixer.step": "colwise",
         "blocks.*.mixer.out_proj": ROWWISE_1,
     }
 
@@ -303,6 +314,13 @@ CASES = (
         lambda: Model(Scan),
         BASE | MLP | scan("16+4/1+4/1"),
         {"blocks.*.mixer.in_proj": {"style": "colwise", "pieces": "32+4/1+4/1"}},
+    ),
+    Case(
+        "a sum over channels that goes on into them",
+        lambda: Model(Selective),
+        BASE | MLP | selective({"gradient": "partial"}),
+        selective({}),
+        ("mixer.select.weight", "mixer.in_proj.weight"),
     ),
     Case(
         "parameters of a module that holds others",

@@ -30,7 +30,7 @@ class StyleName(StrEnum):
         member.arguments = frozenset(arguments)
         return member
 
-    ROWWISE = "rowwise", "input", "output", "pieces", "parameters", "divide"
+    ROWWISE = "rowwise", "input", "output", "pieces", "parameters", "divide", "gradient"
     COLWISE = "colwise", "input", "output", "pieces", "parameters", "divide"
     ROUTED = "routed", "ownership"
     REPLICATED = "replicated", "output"
@@ -71,9 +71,9 @@ class Style:
     pieces: sizes of what lies one after the other in the dim that is cut; parts: see Held. parameters: how
     those are held of which the class doesn't tell it, by their name from the module on. divide: names of
     integer attributes that count what is cut, from the module on; see count_of(). gradient: Partial where
-    each rank computes a part of it. every_input: not the first tensor's gradient alone is a part. cut: of
-    which arguments of its forward a rank takes its part, by their names. axis: over which experts are shared
-    out.
+    each rank computes a part of it: of a whole parameter's, or of what a rowwise module gives. every_input:
+    not the first tensor's gradient alone is a part. cut: of which arguments of its forward a rank takes its
+    part, by their names. axis: over which experts are shared out.
     """
 
     name: StyleName

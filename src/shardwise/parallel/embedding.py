@@ -47,6 +47,11 @@ class TableSharder(Sharder):
     def check(self, assignment: Assignment, fit: Fit) -> None:
         module, rule, name = assignment.module, assignment.rule, assignment.name
         check_table_options(assignment)
+        if rule.style.gradient is not None:
+            raise PlanError(
+                f"rule {rule}: gradient is partial, and all ranks take what {name} gives for whole. Leave "
+                "gradient out."
+            )
         if self.cut_dim == 0:
             check_no_empty_shard(assignment, fit, module.num_embeddings, "rows")
         if rule.style.ownership is Ownership.INTERLEAVED and fit.fsdp > 1:

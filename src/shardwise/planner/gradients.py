@@ -81,10 +81,22 @@ class _Backward:
     def _leave(self, at: int) -> None:
         """Backwards, a call begins where its module is left: what its inputs get inside is kept apart."""
         span = self._at[at]
+        for region in self._regions:
+            if at in region.given and span.module in region.inner_ends:
+                self._sum_back(span)
         entered = self._entered(span)
         if any(output in entered for output in span.outputs):
             raise MixedError(span.outputs[0], span.module)  # what it gives may be what it was given
         self._saved.append({value: self._kinds.pop(value, set()) for value in entered})
+
+    def _sum_back(self, span: Span) -> None:
+        """A module that gives a sum over ranks, and sums the parts of its gradient."""
+        for output in span.outputs:
+            kinds = self._kinds.get(output)
+            if kinds and kinds != {Kind.PART}:
+                raise MixedError(output, span.module)
+            if kinds:
+                self._kinds[output] = {Kind.WHOLE}
 
     def _entered(self, span: Span) -> list[Value]:
         """The inputs of a call whose gradient is summed there."""

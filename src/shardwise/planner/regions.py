@@ -39,12 +39,16 @@ class UnfitError(Exception):
 class Region:
     """begins: modules that make the cut from their whole input; entry: the module at whose input the gradient
     is summed for all of them, None where each does it itself; every_input: of all tensors that it takes.
-    ends: modules whose output is a part of a sum. parts: tensors that are parts of a sum, until an event.
+    ends: modules whose output is a part of a sum. inner_ends: those whose sum goes on into what is cut, so
+    that its gradient is a part, which is summed where they give it. given: the events where sums leave
+    modules. parts: tensors that are parts of a sum, until an event.
     added: parameters that are added to such a part (biases). zeros: what the forward fills with zeros."""
 
     candidate: Candidate
     begins: list[str] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)
+    inner_ends: set[str] = field(default_factory=set)
+    given: set[int] = field(default_factory=set)
     entry: str | None = None
     every_input: bool = False
     parts: dict[Value, int] = field(default_factory=dict)
@@ -111,6 +115,7 @@ def _where_the_sum_leaves(record: Record, region: Region, at: int) -> str:
         event = record.events[later]
         if isinstance(event, Left) and parts.intersection(event.outputs):
             region.parts.update({part: max(later, region.parts.get(part, 0)) for part in parts})
+            region.given.add(later)
             return event.module
         if isinstance(event, Op) and parts.intersection(event.inputs):
             if not _keeps_parts(event, parts, region):
@@ -182,10 +187,11 @@ def _takes_it(record: Record, spans: Spans, span: Span, region: Region) -> bool:
         return False
     if any(not region.cut.isdisjoint(value.leaves()) for value in given):
         return False
-    inside = gradients_inside(record, spans, span, region)
+    inside, inner = gradients_inside(record, spans, span, region)
     if any(inside.get(value, {Kind.PART}) != {Kind.PART} for value in given) or given[0] not in inside:
         return False
     region.every_input |= len(given) > 1
+    region.inner_ends |= inner
     return True
 
 
@@ -204,7 +210,8 @@ def _begins_at_its_input(record: Record, spans: Spans, module: str, region: Regi
     for span in spans.of[module]:
         if span.input is None:
             return False
-        if gradients_inside(record, spans, span, region).get(span.input) != {Kind.PART}:
+        inside, _ = gradients_inside(record, spans, span, region)
+        if inside.get(span.input) != {Kind.PART}:
             return False
     return bool(module)
 
@@ -216,16 +223,25 @@ class Kind:
     PART = "part"
 
 
-def gradients_inside(record: Record, spans: Spans, span: Span, region: Region) -> dict[Value, set[str]]:
-    """What the gradients of tensors are made of inside a call, where all that it gives has whole ones."""
+def gradients_inside(
+    record: Record, spans: Spans, span: Span, region: Region
+) -> tuple[dict[Value, set[str]], set[str]]:
+    """(what the gradients of tensors are made of inside a call, where all that it gives has whole ones; the
+    modules inside that give a sum whose gradient is a part)"""
     kinds: dict[Value, set[str]] = defaultdict(set)
+    inner: set[str] = set()
     for output in spans.results(span):
         kinds[output].add(Kind.WHOLE)
     for at in range(span.stop, span.start, -1):
         event = record.events[at]
         if isinstance(event, Op):
             pass_back(event, kinds, region.candidate.cut_at(spans, at), region.parts_at(event, at))
-    return kinds
+        elif isinstance(event, Left) and at in region.given:
+            sums = [value for value in event.outputs if kinds.get(value) == {Kind.PART}]
+            if sums:
+                inner.add(event.module)
+            kinds.update((value, {Kind.WHOLE}) for value in sums)
+    return kinds, inner
 
 
 def pass_back(op: Op, kinds: dict[Value, set[str]], cut: frozenset[Factor], parts: Collection[Value]) -> None:

@@ -284,8 +284,17 @@ def _rowwise(
     divide: tuple[str, ...],
 ) -> Reasoned:
     pieces, told = _told(module, _added_once(cuts, name, parameters, [region]), 1)
-    style = Style(StyleName.ROWWISE, output=cuts.around(name), pieces=pieces, parameters=told, divide=divide)
+    is_inner = name in region.inner_ends
+    style = Style(
+        StyleName.ROWWISE,
+        output=Replicate() if is_inner else cuts.around(name),
+        pieces=pieces,
+        parameters=told,
+        divide=divide,
+        gradient=Partial() if is_inner else None,
+    )
     how = "reduce-scattered" if style.output == Shard(1) else "summed"
+    how += ", and so are those of its gradient, since it goes on into what is cut" if is_inner else ""
     return Reasoned(style, f"takes its part of the {_what(cuts, region)}; the parts of the sum are {how}")
 
 

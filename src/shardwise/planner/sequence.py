@@ -76,7 +76,7 @@ def _cut_until(
     record: Record, spans: Spans, regions: list[Region], first_layer: str, end: str, head: str
 ) -> SequenceCut:
     entries = {name for region in regions for name in region.entries} | {end}
-    ends = {name for region in regions for name in region.ends}
+    ends = {name for region in regions for name in region.ends if name not in region.inner_ends}
     first, last = spans.of[first_layer][0], spans.of[end][-1]
     covered = frozenset(span.module for span in spans.all if first.start <= span.start <= last.start)
     cut = frozenset(region.candidate.leaf for region in regions)

@@ -10,6 +10,8 @@ any other  as linear, by its own forward on what `parameters` says is cut; one t
            adds it, others add zeros. What multiplies, each rank's part too, is "replicate, gradient partial"
 
 `pieces`: the input is several things laid one after the other, and each rank has its part of each.
+`gradient`: "partial" where what it gives whole goes on into what is cut, so that each rank computes a part of
+its gradient: that is summed, too.
 """
 
 from typing import Any, ClassVar
@@ -26,7 +28,7 @@ from shardwise.parallel import collectives
 from shardwise.parallel.axis import Site
 from shardwise.parallel.counts import divide_counts
 from shardwise.parallel.embedding import EmbeddingShard, TableSharder, by_destination, check_table_options
-from shardwise.parallel.layers import SEQUENCE_DIM, LinearSharder, local_or_none, sum_parts
+from shardwise.parallel.layers import SEQUENCE_DIM, LinearSharder, gather_input, local_or_none, sum_parts
 from shardwise.parallel.leaves import CutLeaf, held_for_sum, own_names, uses_of, wholes
 from shardwise.parallel.own_forward import change_first_output, change_first_tensor, on_local, wrap
 from shardwise.parallel.parameters import local_weight, to_torch
@@ -65,6 +67,10 @@ class RowwiseLinear(LinearSharder):
     cut_dim = 1
     what = "columns"
 
+    def check(self, assignment: Assignment, fit: Fit) -> None:
+        super().check(assignment, fit)
+        _check_gradient(self, assignment)
+
     def check_below_gather_input(self, assignment: Assignment) -> None:
         _refuse_whole_input(self, assignment)
 
@@ -85,7 +91,7 @@ class RowwiseLinear(LinearSharder):
             x = _own_features(x, before, site)
             y = sum_parts(F.linear(x, local_weight(module.weight, Shard(1))), after, site)
             bias = local_or_none(module.bias, bias_grad)
-            return y if bias is None else y + bias
+            return _gradient_summed(y if bias is None else y + bias, assignment, site)
 
         module.forward = forward
 
@@ -110,6 +116,7 @@ class RowwiseLeaf(CutLeaf):
     def check(self, assignment: Assignment, fit: Fit) -> None:
         super().check(assignment, fit)
         check_table_options(assignment)
+        _check_gradient(self, assignment)
         if any(held.parts for held in assignment.held.values()):
             raise PlanError(
                 f"rule {assignment.rule}: ranks that use the same part of {assignment.shown} would add it to "
@@ -145,7 +152,7 @@ class RowwiseLeaf(CutLeaf):
                 if taken:
                     is_own = (taken[0] >= rows.start) & (taken[0] < rows.stop)
                     y = torch.where(is_own.unsqueeze(-1).to(y.device), y, 0)
-                return sum_parts(y, after, site)
+                return _gradient_summed(sum_parts(y, after, site), assignment, site)
 
             args, kwargs = change_first_tensor(args, kwargs, own, site)
             with on_local(once_anyway if taken else uses, work.axis):
@@ -159,6 +166,19 @@ class RowwiseLeaf(CutLeaf):
 
 
 SHARDERS = {nn.Linear: RowwiseLinear(), nn.Embedding: RowwiseTable(), nn.Module: RowwiseLeaf()}
+
+
+def _check_gradient(sharder: Sharder, assignment: Assignment) -> None:
+    """What is cut along the sequence has its part of the gradient, and all of that."""
+    if assignment.style.gradient is not None and sharder.output_of(assignment.style) != Replicate():
+        raise PlanError(
+            f"rule {assignment.rule}: gradient is partial, and {assignment.shown} gives each rank its part of "
+            'the sequence. Leave gradient out, or use output = "replicate".'
+        )
+
+
+def _gradient_summed(y: Tensor, assignment: Assignment, site: Site) -> Tensor:
+    return y if assignment.style.gradient is None else gather_input(y, Replicate(), site)
 
 
 def _own_rows(assignment: Assignment, work: Work) -> range:
