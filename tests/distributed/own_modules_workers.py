@@ -28,6 +28,8 @@ KEPT_IN_PIECES = (
     "gate and up in one weight, by chunk",
     "Conv1D",
     "Conv1D in pieces",
+    "one weight, of which each rank has a part of some pieces and all of others",
+    "fewer key and value heads than ranks",
 )
 OVER_OTHERS = (
     *KEPT_IN_PIECES[:3],
@@ -35,6 +37,7 @@ OVER_OTHERS = (
     "a module that is left whole",
     "a table that scales",
     "adapters",
+    *KEPT_IN_PIECES[4:],
 )
 
 

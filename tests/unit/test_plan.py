@@ -289,8 +289,14 @@ def test_what_a_parameter_that_is_cut_has_is_no_part() -> None:
         Held(Shard(0), gradient=Partial())
     with pytest.raises(ValueError, match="whole has no pieces"):
         Held(Replicate(), (1, 2))
-    assert Held(Replicate(), gradient=Partial()).gradient_placement == Partial()
-    assert Held(Shard(1), (1, 2)).gradient_placement == Shard(1)
+    assert Held(Replicate(), gradient=Partial()).gradient_on(2) == Partial()
+    assert Held(Shard(1), (1, 2)).gradient_on(2) == Shard(1)
+
+
+def test_what_ranks_share_is_cut_in_memory_where_its_pieces_divide_by_them() -> None:
+    held = Held.parse("shard(0: 32+8/1)")
+    assert (held.kept_on(4), held.gradient_on(4)) == (Shard(0), Shard(0))
+    assert (held.kept_on(16), held.gradient_on(16)) == (Replicate(), Partial())
 
 
 @given(SHARED, st.integers(1, 12))
@@ -365,7 +371,7 @@ HOW = 'Allowed: "shard(DIM)", "shard(DIM: SIZE+SIZE)" in pieces, "replicate", "r
         ),
         (
             '[rules]\n"a" = { style = "rowwise", out = "shard(1)" }',
-            'mine.toml: rule "a": style rowwise takes no argument "out". Allowed: divide, input, output, '
+            'mine.toml: rule "a": style rowwise takes no argument "out". Allowed: divide, gradient, input, output, '
             "parameters, pieces.",
         ),
         (
@@ -462,7 +468,7 @@ def test_two_rules_with_one_pattern_are_refused() -> None:
         ),
         (
             {"name": StyleName.ROWWISE, "ownership": Ownership.INTERLEAVED},
-            'style rowwise takes no argument "ownership". Allowed: divide, input, output, '
+            'style rowwise takes no argument "ownership". Allowed: divide, gradient, input, output, '
             "parameters, pieces.",
         ),
     ],

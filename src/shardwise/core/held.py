@@ -14,9 +14,9 @@ ALLOWED = '"shard(DIM)", "shard(DIM: SIZE+SIZE)" in pieces, "replicate", "replic
 class Held:
     """placement: Shard or Replicate. pieces: the sizes of what lies one after the other in the dim that is
     cut, where that is several things (query, key and value in one weight): each rank has its chunk of each.
-    parts: into how many parts each piece is cut, where that is fewer than there are ranks, so that
-    neighbouring ranks use the same one; 0 is one for each rank. gradient: Partial where each rank computes a
-    part of a whole parameter's gradient, which is then summed.
+    parts: into how many parts each piece is cut for its use, where that is fewer than there are ranks, so
+    that neighbouring ranks use the same one; 0 is one for each rank. gradient: Partial where each rank
+    computes a part of a whole parameter's gradient, which is then summed.
 
     Raises ValueError for what can't be.
     """
@@ -46,15 +46,16 @@ class Held:
             return cls(Replicate(), gradient=Partial() if whole[1] else None)
         raise ValueError(f'"{text}" says no way to hold a parameter. Allowed: {ALLOWED}.')
 
-    @property
-    def kept(self) -> Shard | Replicate:
-        """What each rank's memory has of it: all, where ranks share parts, of which it then uses some."""
-        return Replicate() if any(self.parts) else self.placement
+    def kept_on(self, ranks: int) -> Shard | Replicate:
+        """What the memory of each of so many ranks has of it: its part, also of what ranks share, which is
+        gathered for a use; all, where a piece that is shared is no multiple of the ranks."""
+        is_even = all(size % ranks == 0 for size in self.pieces)
+        return Replicate() if any(self.parts) and not is_even else self.placement
 
-    @property
-    def gradient_placement(self) -> Placement:
-        """What one rank's gradient of it is."""
-        return Partial() if any(self.parts) else self.gradient or self.placement
+    def gradient_on(self, ranks: int) -> Placement:
+        """What one rank's gradient of what it keeps is."""
+        kept = self.kept_on(ranks)
+        return Partial() if kept != self.placement else self.gradient or kept
 
     def __str__(self) -> str:
         """The inverse of parse()."""

@@ -103,7 +103,7 @@ class EmbeddingShard:
     @property
     def grad_placement(self) -> Placement:
         """What one rank's gradient of its table is."""
-        return self.held.gradient_placement
+        return self.held.gradient_on(self.site.axis.size)
 
     @property
     def order(self) -> Order | None:

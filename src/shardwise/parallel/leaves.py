@@ -23,21 +23,26 @@ from shardwise.parallel.counts import divide_counts
 from shardwise.parallel.own_forward import Part, Use, run_on_local
 from shardwise.parallel.ownership import PieceOrder
 from shardwise.parallel.sharder import Assignment, Fit, Sharder, Work, refuse_below_gather_input
+from shardwise.parallel.shared import Shared
 from shardwise.torch_private import buffers_of
 
 
-def uses_of(assignment: Assignment, axis: Axis, added_once: Collection[str] = ()) -> list[Use]:
+def uses_of(assignment: Assignment, work: Work, added_once: Collection[str] = ()) -> list[Use]:
     """The parameters that an assignment holds, as forwards use them."""
+    axis, site = work.axis, work.site(assignment)
     found = []
     for path, held in assignment.held.items():
         module_name, _, name = path.rpartition(".")
         owner = assignment.module.get_submodule(module_name)
-        part = None
-        if (held.parts or name in buffers_of(owner)) and isinstance(held.placement, Shard):
-            whole = owner.get_buffer(name) if name in buffers_of(owner) else owner.get_parameter(name)
+        is_buffer, part, shared = name in buffers_of(owner), None, None
+        if (held.parts or is_buffer) and isinstance(held.placement, Shard):
+            whole = owner.get_buffer(name) if is_buffer else owner.get_parameter(name)
             dim = held.placement.dim % whole.dim()
-            part = _part(held, dim, whole.shape[dim], axis)
-        found.append(Use(owner, name, held.gradient_placement, path in added_once, part))
+            if is_buffer or held.kept_on(axis.size) == Replicate():
+                part = _part(held, dim, whole.shape[dim], axis)
+            else:
+                shared = Shared(held, dim, site)
+        found.append(Use(owner, name, held.gradient_on(axis.size), path in added_once, part, shared))
     return found
 
 
@@ -67,7 +72,7 @@ def hold_and_run_on_local(assignment: Assignment, work: Work, added_once: Collec
     of each module inside whose parameters it holds, runs on local tensors."""
     work.hold(assignment)
     divide_counts(assignment, work.axis.size)
-    uses = uses_of(assignment, work.axis, added_once)
+    uses = uses_of(assignment, work, added_once)
     for owner in dict.fromkeys(use.module for use in uses):
         if owner is not assignment.module:
             run_on_local(owner, [use for use in uses if use.module is owner], work.axis)

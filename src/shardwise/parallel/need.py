@@ -30,7 +30,7 @@ def state_bytes(model: nn.Module, plan: AnyPlan, mesh: Mesh, dtype: torch.dtype)
     sharded: dict[str, float] = {}
     named = dict(model.named_parameters(remove_duplicate=False))
     for name, claim in claims(resolve(model, plan, tp=mesh.tp, fsdp=mesh.fsdp)).items():
-        placement = claim.held.kept
+        placement = claim.held.kept_on(mesh.tp)
         if isinstance(placement, Shard) and name in named:
             size = named[name].shape[placement.dim]
             sharded[name] = named[name].numel() * chunk_sizes(size, mesh.tp)[0] / size

@@ -18,6 +18,7 @@ from shardwise.core.errors import PlanError
 from shardwise.core.placement import Placement
 from shardwise.parallel.axis import Axis, Site
 from shardwise.parallel.parameters import is_cut_further, local_weight
+from shardwise.parallel.shared import Shared
 from shardwise.torch_private import buffers_of, parameters_of
 
 Change = Callable[[Tensor], Tensor]
@@ -41,13 +42,14 @@ class Part:
 class Use:
     """A parameter or buffer as a forward uses it: the module that owns it, and what each rank's gradient is.
     is_added_once: it is added to what is summed over the ranks, so rank 0 has it and others have zeros.
-    part: it is whole, and only this of it is used."""
+    part: it is whole, and only this of it is used. shared: it is cut, and what ranks share is gathered."""
 
     module: nn.Module
     name: str
     gradient: Placement
     is_added_once: bool = False
     part: Part | None = None
+    shared: Shared | None = None
 
 
 @contextmanager
@@ -79,6 +81,8 @@ def _local_parameter(parameter: Tensor | None, use: Use, axis: Axis) -> Tensor |
         return parameter
     if use.is_added_once and axis.rank:
         local = local * 0
+    if use.shared is not None:
+        return use.shared.of(local)
     return use.part.of(local) if use.part is not None else local
 
 

@@ -82,8 +82,7 @@ def _check_heads(parent: str, layers: list[Assignment], head_dim: int, tp: int) 
             layer
             for layer in layers
             if layer.module.in_features == query.module.in_features
-            and layer.held["weight"].kept == Replicate()
-            and not layer.held["weight"].parts
+            and layer.held["weight"].placement == Replicate()
             and layer.module.out_features <= query.module.out_features
             and layer.module.out_features % head_dim == 0
         ]

@@ -116,7 +116,7 @@ class Work:
                 continue
             if id(whole) not in self.sharded:
                 order = table.order if table is not None else self._order_of(held, whole)
-                cuts = [Cut(held.kept, self.axis, order)]
+                cuts = [Cut(held.kept_on(self.axis.size), self.axis, order)]
                 if outer is not None:
                     cuts.insert(0, Cut(Shard(0), outer))
                 new = shard_parameter(whole, cuts, self._mesh_of(cuts))
@@ -125,7 +125,7 @@ class Work:
                     self.tables[id(new)] = table
                 if order is not None:
                     self.orders[id(new)] = order, self.site(assignment)
-                if held.gradient_placement == Partial():
+                if held.gradient_on(self.axis.size) == Partial():
                     self.partial.append((module, name))
             setattr(module, name, self.sharded[id(whole)])
 
@@ -136,9 +136,10 @@ class Work:
         return self.mesh[tuple(cut.axis.name for cut in cuts)]
 
     def _order_of(self, held: Held, whole: Tensor) -> Order | None:
-        if not held.pieces or self.axis.size == 1 or not isinstance(held.kept, Shard):
+        kept = held.kept_on(self.axis.size)
+        if len(held.pieces) < 2 or self.axis.size == 1 or not isinstance(kept, Shard):
             return None
-        return PieceOrder(held.pieces, self.axis.size, held.kept.dim % whole.dim())
+        return PieceOrder(held.pieces, self.axis.size, kept.dim % whole.dim())
 
 
 class Sharder:

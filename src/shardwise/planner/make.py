@@ -353,7 +353,7 @@ def _shares(
     for name, parameter in whole.named_parameters():
         total += parameter.numel()
         traced = like(name)
-        if isinstance(Held.parse(held_by_rank(cuts, traced)).kept, Shard):
+        if isinstance(Held.parse(held_by_rank(cuts, traced)).kept_on(cuts.ranks), Shard):
             sharded += parameter.numel()
         else:
             owner = traced.rpartition(".")[0]

@@ -109,7 +109,7 @@ class ByExpert(HoldingContainer):
         for name, value in list(vars(module).items()):
             if "expert" in name and type(value) is int and value == experts:
                 set_count(module, name, experts // n_ranks)
-        uses = uses_of(assignment, tensors, added_once)
+        uses = uses_of(assignment, work, added_once)
         shared = None
         if axis is not None and n_ranks > 1:
             site = Site(assignment.name, assignment.rule.ref, axis)

@@ -135,8 +135,8 @@ class RowwiseLeaf(CutLeaf):
         before, after = self.input_of(style), self.output_of(style)
         work.hold(assignment)
         divide_counts(assignment, work.axis.size)
-        uses = uses_of(assignment, work.axis, wholes(super().held(assignment)))
-        once_anyway = uses_of(assignment, work.axis)  # by the owner of a row
+        uses = uses_of(assignment, work, wholes(super().held(assignment)))
+        once_anyway = uses_of(assignment, work)  # by the owner of a row
         rows = _own_rows(assignment, work)
 
         def around(inner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -172,8 +172,8 @@ def _check_gradient(sharder: Sharder, assignment: Assignment) -> None:
     """What is cut along the sequence has its part of the gradient, and all of that."""
     if assignment.style.gradient is not None and sharder.output_of(assignment.style) != Replicate():
         raise PlanError(
-            f"rule {assignment.rule}: gradient is partial, and {assignment.shown} gives each rank its part of "
-            'the sequence. Leave gradient out, or use output = "replicate".'
+            f"rule {assignment.rule}: gradient is partial, and {assignment.shown} gives each rank its part "
+            'of the sequence. Leave gradient out, or use output = "replicate".'
         )
 
 
