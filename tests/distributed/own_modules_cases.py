@@ -320,7 +320,7 @@ CASES = (
         lambda: Model(Selective),
         BASE | MLP | selective({"gradient": "partial"}),
         selective({}),
-        ("mixer.select.weight", "mixer.in_proj.weight"),
+        ("weight", "bias"),  # of it, and of all that stands before
     ),
     Case(
         "parameters of a module that holds others",

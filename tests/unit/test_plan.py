@@ -371,8 +371,8 @@ HOW = 'Allowed: "shard(DIM)", "shard(DIM: SIZE+SIZE)" in pieces, "replicate", "r
         ),
         (
             '[rules]\n"a" = { style = "rowwise", out = "shard(1)" }',
-            'mine.toml: rule "a": style rowwise takes no argument "out". Allowed: divide, gradient, input, output, '
-            "parameters, pieces.",
+            'mine.toml: rule "a": style rowwise takes no argument "out". Allowed: divide, gradient, input, '
+            "output, parameters, pieces.",
         ),
         (
             '[rules]\n"a" = { style = "sequence_parallel", output = "shard(1)" }',

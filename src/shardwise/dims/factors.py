@@ -110,6 +110,17 @@ def leaves(factor: Factor) -> Iterator[Factor]:
         yield from leaves(part)
 
 
+def is_partly(factor: Factor, cut: frozenset[Factor]) -> bool:
+    """Whether some of the pieces that lie one after the other in it have a leaf of `cut`, and others
+    none."""
+    factor = find(factor)
+    if factor.is_sum:
+        has = [any(leaf in cut for leaf in leaves(part)) for part in factor.parts]
+        if any(has) and not all(has):
+            return True
+    return any(is_partly(part, cut) for part in factor.parts)
+
+
 def layout(factor: Factor, cut: frozenset[Factor]) -> list[Piece]:
     """The dim's entries in order, where the leaves `cut` are cut over ranks. Raises ConflictError where two
     factors of one product are."""

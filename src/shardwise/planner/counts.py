@@ -1,10 +1,11 @@
 """Counts: integer attributes that a forward writes into shapes and that count what is cut, so that a rank's
-module must hold its own number."""
+module must hold its own number: 1 / ranks of it, or of some of its pieces and all of others."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
-from shardwise.dims.factors import ConflictError, Factor, layout, leaves, local_size
+from shardwise.dims.factors import ConflictError, Factor, Piece, is_partly, layout, leaves, local_size
 from shardwise.dims.record import Op, Record, SizeUse, Value
 from shardwise.dims.sizes import Attribute, Expression, Length, attributes_in, evaluate
 from shardwise.planner.regions import Region, UnfitError
@@ -12,12 +13,26 @@ from shardwise.planner.regions import Region, UnfitError
 _MOST_TOGETHER = 3
 
 
-def divided(record: Record, regions: Sequence[Region], ranks: int) -> frozenset[Attribute]:
-    """The attributes of which each rank has 1 / ranks, so that every size that the forward writes is the one
+@dataclass(frozen=True, slots=True)
+class Count:
+    """An attribute that a rank has its part of. pieces: of what it counts, where ranks have parts of some of
+    them only."""
+
+    attribute: Attribute
+    pieces: tuple[Piece, ...] = ()
+
+    def on_a_rank(self, ranks: int) -> int:
+        if not self.pieces:
+            return self.attribute.value // ranks
+        return sum(piece.size // ranks if piece.is_cut else piece.size for piece in self.pieces)
+
+
+def divided(record: Record, regions: Sequence[Region], ranks: int) -> frozenset[Count]:
+    """The attributes of which each rank has a part, so that every size that the forward writes is the one
     that its tensors have there. Raises UnfitError where no choice of attributes makes it so."""
     sizes = _Sizes(record, regions, ranks)
     uses = [use for use in record.sizes if sizes.is_told(use)]
-    chosen: frozenset[Attribute] = frozenset()
+    chosen: frozenset[Count] = frozenset()
     for use in uses:
         if not sizes.holds(use, chosen):
             chosen |= _more(sizes, use, chosen)
@@ -27,16 +42,22 @@ def divided(record: Record, regions: Sequence[Region], ranks: int) -> frozenset[
     return chosen
 
 
-def _more(sizes: "_Sizes", use: SizeUse, chosen: frozenset[Attribute]) -> frozenset[Attribute]:
-    free = {*attributes_in(use.size), *attributes_in(use.start)} - chosen
+def _more(sizes: "_Sizes", use: SizeUse, chosen: frozenset[Count]) -> frozenset[Count]:
+    free = {*attributes_in(use.size), *attributes_in(use.start)} - {each.attribute for each in chosen}
+    in_pieces = sizes.in_pieces(use)
+    if in_pieces and isinstance(use.size, Attribute) and use.size in free:
+        found = frozenset({Count(use.size, in_pieces)})
+        if sizes.holds(use, chosen | found):
+            return found
     possible = sorted(
         (each for each in free if each.value % sizes.ranks == 0 and "[" not in each.name),
         key=lambda each: (each.module, each.name),
     )
     for n in range(1, min(_MOST_TOGETHER, len(possible)) + 1):
         for more in combinations(possible, n):
-            if sizes.holds(use, chosen | set(more)):
-                return frozenset(more)
+            found = frozenset(map(Count, more))
+            if sizes.holds(use, chosen | found):
+                return found
     raise UnfitError(_complaint(use, sizes), sizes.cut_in(use))
 
 
@@ -69,7 +90,12 @@ class _Sizes:
     def expected(self, use: SizeUse) -> int:
         return self._local(use.value.dims[use.dim])
 
-    def holds(self, use: SizeUse, chosen: frozenset[Attribute]) -> bool:
+    def in_pieces(self, use: SizeUse) -> tuple[Piece, ...]:
+        """Of the dim that is written: where ranks have parts of some only, its pieces."""
+        dim = use.value.dims[use.dim]
+        return tuple(layout(dim, self._cut)) if is_partly(dim, self._cut) else ()
+
+    def holds(self, use: SizeUse, chosen: frozenset[Count]) -> bool:
         try:
             if self._evaluate(use.size, chosen) != self.expected(use):
                 return False
@@ -79,10 +105,12 @@ class _Sizes:
         except ConflictError:
             return False
 
-    def _evaluate(self, expression: Expression, chosen: frozenset[Attribute]) -> int:
+    def _evaluate(self, expression: Expression, chosen: frozenset[Count]) -> int:
+        counted = {each.attribute: each.on_a_rank(self.ranks) for each in chosen}
+
         def value_of(known: Attribute | Length) -> int:
             if isinstance(known, Attribute):
-                return known.value // self.ranks if known in chosen else known.value
+                return counted.get(known, known.value)
             return self._local(self._values[known.tensor].dims[known.dim])
 
         return evaluate(expression, value_of)

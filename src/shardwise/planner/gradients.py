@@ -1,12 +1,14 @@
 """Gradients: of each parameter that every rank holds whole, whether a rank's backward gives all of its
 gradient or a part of it, once the regions and the cut of the sequence are known."""
 
-from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from shardwise.dims.factors import Factor
 from shardwise.dims.record import Entered, Left, Op, Record, Value
 from shardwise.dims.spans import Span, Spans
-from shardwise.planner.regions import Kind, Region, UnfitError, pass_back
+from shardwise.planner.backward import Kind, Kinds, pass_back
+from shardwise.planner.regions import Region, UnfitError
 from shardwise.planner.sequence import SequenceCut
 
 
@@ -22,10 +24,19 @@ class MixedError(UnfitError):
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """Parameter -> Kind, for those that get a gradient. beside: of those in pieces of which ranks have parts
+    of some, what their gradient of the others is."""
+
+    of: Mapping[str, str]
+    beside: Mapping[str, str]
+
+
 def gradient_kinds(
     record: Record, spans: Spans, regions: list[Region], sequence: SequenceCut | None
-) -> dict[str, str]:
-    """Parameter -> Kind, for those that get a gradient. Raises MixedError."""
+) -> Gradients:
+    """Raises MixedError."""
     walk = _Backward(record, spans, regions, sequence)
     return walk.run()
 
@@ -36,13 +47,13 @@ class _Backward:
     ) -> None:
         self._record, self._spans, self._regions, self._sequence = record, spans, regions, sequence
         self._entries = {name for region in regions for name in region.entries}
-        self._kinds: dict[Value, set[str]] = defaultdict(set)
+        self._kinds = Kinds()
         self._saved: list[dict[Value, set[str]]] = []
         self._at: dict[int, Span] = {span.stop: span for span in spans.all}
 
-    def run(self) -> dict[str, str]:
+    def run(self) -> Gradients:
         assert self._record.logits is not None
-        self._kinds[self._record.logits].add(Kind.WHOLE)
+        self._kinds.of[self._record.logits].add(Kind.WHOLE)
         events = self._record.events
         for at in range(len(events) - 1, -1, -1):
             match events[at]:
@@ -52,31 +63,35 @@ class _Backward:
                     self._enter(module)
                 case Op() as op:
                     self._op(at, op)
+        return Gradients(self._of_parameters(self._kinds.of), self._of_parameters(self._kinds.beside))
+
+    def _of_parameters(self, kinds: Mapping[Value, set[str]]) -> dict[str, str]:
         return {
-            name: self._one(value, name)
+            name: self._one(kinds, value, name)
             for name, value in self._record.parameters.items()
-            if self._kinds.get(value)
+            if kinds.get(value)
         }
 
     def _op(self, at: int, op: Op) -> None:
         for output in op.outputs:
-            if output in self._kinds:
-                self._one(output, op.module)
+            for kinds in (self._kinds.of, self._kinds.beside):
+                if output in kinds:
+                    self._one(kinds, output, op.module)
         cut = frozenset[Factor]().union(*(each.candidate.cut_at(self._spans, at) for each in self._regions))
-        if self._sequence is not None and at in self._sequence.ops:
-            cut = cut | self._record.sequence
+        is_sequence_cut = self._sequence is not None and at in self._sequence.ops
+        along = self._record.sequence if is_sequence_cut else frozenset[Factor]()
         parts = set[Value]().union(*(region.parts_at(op, at) for region in self._regions))
-        pass_back(op, self._kinds, cut, parts)
-        if self._sequence is not None and at in self._sequence.ops:
+        pass_back(op, self._kinds, cut, parts, along)
+        if self._sequence is not None and is_sequence_cut:
             for value in self._sequence.steady.intersection(op.inputs):
                 if value.has_gradient:  # as long as the part of the sequence that it goes with
-                    self._kinds[value] = {Kind.PART}
+                    self._kinds.of[value] = {Kind.PART}
 
-    def _one(self, value: Value, module: str) -> str:
-        kinds = self._kinds[value]
-        if len(kinds) > 1:
+    @staticmethod
+    def _one(kinds: Mapping[Value, set[str]], value: Value, module: str) -> str:
+        if len(kinds[value]) > 1:
             raise MixedError(value, module)
-        return next(iter(kinds), Kind.WHOLE)
+        return next(iter(kinds[value]), Kind.WHOLE)
 
     def _leave(self, at: int) -> None:
         """Backwards, a call begins where its module is left: what its inputs get inside is kept apart."""
@@ -87,16 +102,16 @@ class _Backward:
         entered = self._entered(span)
         if any(output in entered for output in span.outputs):
             raise MixedError(span.outputs[0], span.module)  # what it gives may be what it was given
-        self._saved.append({value: self._kinds.pop(value, set()) for value in entered})
+        self._saved.append({value: self._kinds.of.pop(value, set()) for value in entered})
 
     def _sum_back(self, span: Span) -> None:
         """A module that gives a sum over ranks, and sums the parts of its gradient."""
         for output in span.outputs:
-            kinds = self._kinds.get(output)
+            kinds = self._kinds.of.get(output)
             if kinds and kinds != {Kind.PART}:
                 raise MixedError(output, span.module)
             if kinds:
-                self._kinds[output] = {Kind.WHOLE}
+                self._kinds.of[output] = {Kind.WHOLE}
 
     def _entered(self, span: Span) -> list[Value]:
         """The inputs of a call whose gradient is summed there."""
@@ -108,8 +123,8 @@ class _Backward:
 
     def _enter(self, module: str) -> None:
         for value, outside in self._saved.pop().items():
-            inside = self._kinds.pop(value, set())
+            inside = self._kinds.of.pop(value, set())
             if Kind.WHOLE in inside:
                 raise MixedError(value, module)
             if inside or outside:
-                self._kinds[value] = outside | ({Kind.WHOLE} if inside else set())
+                self._kinds.of[value] = outside | ({Kind.WHOLE} if inside else set())

@@ -19,7 +19,6 @@ from shardwise.core.plan import Plan, Style, StyleName
 from shardwise.dims.by_data import BY_ID
 from shardwise.dims.factors import Factor, leaves
 from shardwise.dims.record import Entered, Op, Record, Value
-from shardwise.dims.sizes import Attribute
 from shardwise.dims.spans import Spans
 from shardwise.dims.trace import record_of
 from shardwise.models.layers import Layers, find_layers
@@ -28,8 +27,8 @@ from shardwise.planner.alone import cut_alone
 from shardwise.planner.candidates import Candidate, candidates, choose
 from shardwise.planner.classes import dims_of, held_by_rank
 from shardwise.planner.constants import constants_in_the_way
-from shardwise.planner.counts import divided
-from shardwise.planner.gradients import MixedError, gradient_kinds
+from shardwise.planner.counts import Count, divided
+from shardwise.planner.gradients import Gradients, MixedError, gradient_kinds
 from shardwise.planner.names import EXPERTS, HEADS, HIDDEN, Names
 from shardwise.planner.patterns import everywhere
 from shardwise.planner.regions import Region, UnfitError, region_of
@@ -216,14 +215,14 @@ class _Making:
         self,
         regions: list[Region],
         sequence: SequenceCut | None,
-        counts: frozenset[Attribute],
-        kinds: dict[str, str],
+        counts: frozenset[Count],
+        gradients: Gradients,
     ) -> Cuts:
         output: Placement = Shard(1) if sequence is not None and sequence.is_at_embedding else Replicate()
         takes_output = "output" in self.wish.table.arguments
         style = Style(self.wish.table, output=output if takes_output else None)
         return Cuts(
-            self.record, self.model, regions, sequence, counts, kinds,
+            self.record, self.model, regions, sequence, counts, gradients,
             self.tables, self.head, style, self.head_output, self.ranks, self.names,
         )  # fmt: skip
 

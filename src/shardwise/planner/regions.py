@@ -8,20 +8,15 @@ that use it: at the input of the least module that holds the whole region, or el
 it.
 """
 
-from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from shardwise.dims.factors import Factor, find, leaves
+from shardwise.dims.factors import Factor, find, is_partly, leaves
 from shardwise.dims.record import Left, Op, Record, Source, Value
 from shardwise.dims.spans import Span, Spans
+from shardwise.planner.backward import PUT_TOGETHER, Kind, Kinds, is_mixed, pass_back
 from shardwise.planner.candidates import Candidate
 
-_ADDITIONS = frozenset({"add", "add_"})
-# ops that give parts of a sum where all tensors that they put together are parts, or zeros
-_PUT_TOGETHER = _ADDITIONS | frozenset(
-    {"cat", "stack", "index_add", "index_add_", "scatter_add", "scatter_add_", "copy_", "written"}
-)
 _PRODUCTS = frozenset({"mul", "mul_"})
 _ZEROS = frozenset({"zeros", "new_zeros", "zeros_like"})
 
@@ -83,6 +78,7 @@ def region_of(
             continue
         touched.append(at)
         if any(find(each) is leaf for factor in event.summed for each in leaves(factor)):
+            _refuse_mixed_sum(event, region)
             _add(region.ends, _where_the_sum_leaves(record, region, at))
             if event.added is not None:
                 region.added |= _parameters_in(event.added, event.module, made_by)
@@ -103,6 +99,14 @@ def _add(names: list[str], name: str) -> None:
 
 def _has(op: Op, leaf: Factor) -> bool:
     return any(leaf in value.leaves() for value in (*op.inputs, *op.outputs))
+
+
+def _refuse_mixed_sum(op: Op, region: Region) -> None:
+    """What each rank has whole would be added by all of them."""
+    for value in op.inputs:
+        for dim in value.dims:
+            if region.candidate.leaf in set(leaves(dim)) and is_partly(dim, region.cut):
+                raise UnfitError(f"{op.module or 'the model'} sums over it and over pieces that stay whole")
 
 
 def _where_the_sum_leaves(record: Record, region: Region, at: int) -> str:
@@ -131,7 +135,7 @@ def _keeps_parts(op: Op, parts: set[Value], region: Region) -> bool:
     others = [value for value in op.inputs if value not in parts]
     if region.candidate.leaf in _leaves_of(others):
         return False
-    if op.name in _PUT_TOGETHER:
+    if op.name in PUT_TOGETHER:
         for value in others:
             sources = _parameters_in(value, op.module, region.made_by)
             if value.has_gradient and value not in region.zeros and not sources:
@@ -216,47 +220,23 @@ def _begins_at_its_input(record: Record, spans: Spans, module: str, region: Regi
     return bool(module)
 
 
-class Kind:
-    """What one rank's gradient of a tensor is."""
-
-    WHOLE = "whole"
-    PART = "part"
-
-
 def gradients_inside(
     record: Record, spans: Spans, span: Span, region: Region
-) -> tuple[dict[Value, set[str]], set[str]]:
-    """(what the gradients of tensors are made of inside a call, where all that it gives has whole ones; the
-    modules inside that give a sum whose gradient is a part)"""
-    kinds: dict[Value, set[str]] = defaultdict(set)
-    inner: set[str] = set()
+) -> tuple[Mapping[Value, set[str]], set[str]]:
+    """(what the gradients of tensors are made of inside a call, where all that it gives has whole ones, or of
+    pieces beside what is cut a part; the modules inside that give a sum whose gradient is a part)"""
+    kinds, inner = Kinds(), set[str]()
     for output in spans.results(span):
-        kinds[output].add(Kind.WHOLE)
+        kinds.of[output].add(Kind.WHOLE)
+        if is_mixed(output, region.cut):
+            kinds.beside[output].add(Kind.PART)
     for at in range(span.stop, span.start, -1):
         event = record.events[at]
         if isinstance(event, Op):
             pass_back(event, kinds, region.candidate.cut_at(spans, at), region.parts_at(event, at))
         elif isinstance(event, Left) and at in region.given:
-            sums = [value for value in event.outputs if kinds.get(value) == {Kind.PART}]
+            sums = [value for value in event.outputs if kinds.of.get(value) == {Kind.PART}]
             if sums:
                 inner.add(event.module)
-            kinds.update((value, {Kind.WHOLE}) for value in sums)
-    return kinds, inner
-
-
-def pass_back(op: Op, kinds: dict[Value, set[str]], cut: frozenset[Factor], parts: Collection[Value]) -> None:
-    """What an op's inputs get, from what its outputs got: a part where the op has a cut leaf that the input
-    lacks, or where it is multiplied by a part of a sum. parts: those inputs that are such parts."""
-    got = set[str]().union(*(kinds[output] for output in op.outputs if output in kinds))
-    if not got:
-        return
-    own = {leaf for value in (*op.inputs, *op.outputs) for leaf in value.leaves() if leaf in cut}
-    for value in op.inputs:
-        if not value.has_gradient or any(value is output for output in op.outputs):
-            continue
-        if value is op.added and any(find(leaf) in cut for factor in op.summed for leaf in leaves(factor)):
-            continue  # added once, to the whole sum
-        if parts and value not in parts and op.name in _PUT_TOGETHER:
-            continue  # the same
-        is_part = bool(own.difference(value.leaves())) or (bool(parts) and value not in parts)
-        kinds[value] |= {Kind.PART} if is_part else got
+            kinds.of.update((value, {Kind.WHOLE}) for value in sums)
+    return kinds.of, inner

@@ -2,21 +2,23 @@
 a plan."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from shardwise.core.argument_cut import ArgumentCut
-from shardwise.core.held import Held
+from shardwise.core.held import Held, format_pieces
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.core.plan import Style, StyleName
 from shardwise.dims.factors import Factor, Piece, layout, leaves
 from shardwise.dims.record import Op, Record, Value
-from shardwise.dims.sizes import Attribute
+from shardwise.planner.backward import Kind
 from shardwise.planner.constants import runs_of
+from shardwise.planner.counts import Count
+from shardwise.planner.gradients import Gradients
 from shardwise.planner.names import Names
-from shardwise.planner.regions import Kind, Region, UnfitError
+from shardwise.planner.regions import Region, UnfitError
 from shardwise.planner.sequence import SequenceCut
 
 
@@ -31,14 +33,14 @@ class Reasoned:
 @dataclass(slots=True)
 class Cuts:
     """All that was decided of a traced model. table: the modules that look ids up; head: the one that makes
-    the logits. kinds: see gradient_kinds(). alone: the modules that are cut alone, see cut_alone()."""
+    the logits. alone: the modules that are cut alone, see cut_alone()."""
 
     record: Record
     model: nn.Module
     regions: list[Region]
     sequence: SequenceCut | None
-    counts: frozenset[Attribute]
-    kinds: Mapping[str, str]
+    counts: frozenset[Count]
+    gradients: Gradients
     table: tuple[str, ...]
     head: str | None
     table_style: Style
@@ -70,8 +72,8 @@ def rules_of(cuts: Cuts) -> dict[str, Reasoned]:
     says."""
     users = users_of(cuts)
     counts: defaultdict[str, list[str]] = defaultdict(list)
-    for attribute in sorted(cuts.counts, key=lambda each: each.name):
-        counts[attribute.module].append(attribute.name)
+    for count in sorted(cuts.counts, key=lambda each: each.attribute.name):
+        counts[count.attribute.module].append(_said(count))
     found: dict[str, Reasoned] = {}
     for name, module in cuts.model.named_modules():
         rule = _rule(cuts, name, module, users, tuple(counts.get(name, ())))
@@ -108,6 +110,12 @@ def _with_arguments(
     return Reasoned(replace(rule.style, cut=arguments), rule.why)
 
 
+def _said(count: Count) -> str:
+    """As `divide` has it: see count_of()."""
+    pieces, parts = pieces_and_parts(count.pieces)
+    return f"{count.attribute.name}: {format_pieces(pieces, parts)}" if pieces else count.attribute.name
+
+
 def held(cuts: Cuts, name: str) -> Held:
     """How a parameter, or a buffer that is cut, is held."""
     value = cuts.record.parameters.get(name) or cuts.record.buffers[name]
@@ -119,18 +127,26 @@ def held(cuts: Cuts, name: str) -> Held:
     if cut is None:
         return Held(Replicate(), gradient=Partial() if kind_of(cuts, name) == Kind.PART else None)
     dim, pieces = cut
-    for piece in pieces:
-        if not piece.is_cut:
-            own = cuts.leaves.intersection(value.leaves())
-            raise UnfitError(f"{name} would be cut in some of its rows only", own)
-    return Held(Shard(dim), tuple(piece.size for piece in pieces) if len(pieces) > 1 else ())
+    if cuts.gradients.beside.get(name, Kind.PART) != Kind.PART:
+        own = cuts.leaves.intersection(value.leaves())
+        raise UnfitError(f"{name} has rows of which each rank computes all of the gradient", own)
+    sizes, parts = pieces_and_parts(pieces)
+    return Held(Shard(dim), sizes, parts=parts)
+
+
+def pieces_and_parts(pieces: Sequence[Piece]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """As a plan says them (core/held.py): a piece that isn't cut is one part, which all ranks use."""
+    if len(pieces) < 2:
+        return (), ()
+    parts = tuple(0 if piece.is_cut else 1 for piece in pieces)
+    return tuple(piece.size for piece in pieces), parts if any(parts) else ()
 
 
 def kind_of(cuts: Cuts, name: str) -> str:
     """What one rank's gradient of a whole parameter is; of one that gets none, what the modules around it
     have."""
     is_inside = any(region.entry and name.startswith(f"{region.entry}.") for region in cuts.regions)
-    return cuts.kinds.get(name, Kind.PART if is_inside else Kind.WHOLE)
+    return cuts.gradients.of.get(name, Kind.PART if is_inside else Kind.WHOLE)
 
 
 def cut_dim(value: Value, cut: frozenset[Factor]) -> tuple[int, list[Piece]] | None:
@@ -270,8 +286,10 @@ def _colwise(
     divide: tuple[str, ...],
 ) -> Reasoned:
     entry = cuts.around(name) if region.entry is None or region.entry == name else None
-    pieces, told = _told(module, parameters, 0)
-    style = Style(StyleName.COLWISE, input=entry, pieces=pieces, parameters=told, divide=divide)
+    how, told = _told(module, parameters, 0)
+    style = Style(
+        StyleName.COLWISE, input=entry, pieces=how.pieces, parts=how.parts, parameters=told, divide=divide
+    )
     return Reasoned(style, f"each rank makes its part of the {_what(cuts, region)}")
 
 
@@ -283,12 +301,12 @@ def _rowwise(
     parameters: tuple[tuple[str, Held], ...],
     divide: tuple[str, ...],
 ) -> Reasoned:
-    pieces, told = _told(module, _added_once(cuts, name, parameters, [region]), 1)
+    held_so, told = _told(module, _added_once(cuts, name, parameters, [region]), 1)
     is_inner = name in region.inner_ends
     style = Style(
         StyleName.ROWWISE,
         output=Replicate() if is_inner else cuts.around(name),
-        pieces=pieces,
+        pieces=held_so.pieces,
         parameters=told,
         divide=divide,
         gradient=Partial() if is_inner else None,
@@ -317,14 +335,14 @@ def _added_once(
 
 def _told(
     module: nn.Module, parameters: tuple[tuple[str, Held], ...], dim: int
-) -> tuple[tuple[int, ...], tuple[tuple[str, Held], ...]]:
-    """(pieces, parameters) that a rule must say: nothing for a linear layer whose weight is cut in its usual
-    dim."""
+) -> tuple[Held, tuple[tuple[str, Held], ...]]:
+    """(how a linear layer's weight is held, whose pieces its rule says; parameters that a rule must say:
+    nothing for such a layer whose weight is cut in its usual dim)"""
     is_linear = type(module).forward is nn.Linear.forward
     weight = dict(parameters).get("weight")
     if is_linear and weight is not None and weight.placement == Shard(dim):
-        return weight.pieces, ()
-    return (), parameters
+        return weight, ()
+    return Held(Replicate()), parameters
 
 
 def _cut_ones(parameters: tuple[tuple[str, Held], ...]) -> tuple[tuple[str, Held], ...]:
