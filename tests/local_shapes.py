@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from shardwise.core.argument_cut import ArgumentCut
 from shardwise.core.errors import ModelError
-from shardwise.core.held import Held
+from shardwise.core.held import Held, count_of, size_on_a_rank, why_not_shared
 from shardwise.core.mesh import Mesh
 from shardwise.core.placement import Replicate, Shard
 from shardwise.core.plan import Plan, Rule, StyleName
@@ -79,9 +79,9 @@ def held_by(rules: Mapping[str, Rule], model: nn.Module, tp: int) -> dict[str, H
             continue
         if not told and style.name in (StyleName.COLWISE, StyleName.ROWWISE):
             dim = 0 if style.name is StyleName.COLWISE else 1
-            told = {"weight": Held(Shard(dim), style.pieces)}
+            told = {"weight": Held(Shard(dim), style.pieces, parts=style.parts)}
             if dim == 0 and getattr(module, "bias", None) is not None:
-                told["bias"] = Held(Shard(0), style.pieces)
+                told["bias"] = Held(Shard(0), style.pieces, parts=style.parts)
         found |= {f"{name}.{own}".lstrip("."): how for own, how in told.items()}
     return {name: how for name, how in found.items() if _is_even(_tensor(model, name), how, tp)}
 
@@ -97,7 +97,8 @@ def _is_even(tensor: Tensor, how: Held, tp: int) -> bool:
     """An odd vocabulary is cut into unequal parts: the head is left whole then, too."""
     if not isinstance(how.placement, Shard):
         return False
-    return all(size % tp == 0 for size in how.pieces or (tensor.shape[how.placement.dim],))
+    pieces = how.pieces or (tensor.shape[how.placement.dim],)
+    return why_not_shared(pieces, how.parts, tp) is None
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
@@ -114,7 +115,9 @@ def cut_leaves(record: Record, name: str, how: Held) -> frozenset[Factor]:
     assert isinstance(how.placement, Shard)
     value = record.parameters.get(name) or record.buffers[name]
     dim = value.dims[how.placement.dim]
-    wanted = _spans([Piece(size, True) for size in how.pieces or (dim.size,)])
+    pieces = how.pieces or (dim.size,)
+    counts = how.parts or (0,) * len(pieces)
+    wanted = _spans([Piece(size, count != 1) for size, count in zip(pieces, counts, strict=True)])
     found = frozenset(leaf for leaf in leaves(dim) if _spans(_laid_out(dim, leaf)) <= wanted)
     if _spans(layout(dim, found)) != wanted:
         raise ConflictError(f"{name} isn't cut at its own units: {dim} by {how}")
@@ -146,12 +149,12 @@ def make_local(model: nn.Module, rules: Mapping[str, Rule], held: Mapping[str, H
         whole = _tensor(model, name)
         shape = list(whole.shape)
         pieces = how.pieces or (shape[how.placement.dim],)
-        shape[how.placement.dim] = sum(piece // tp for piece in pieces)
+        shape[how.placement.dim] = size_on_a_rank(pieces, how.parts, tp)
         local = torch.empty(shape, dtype=whole.dtype, device="meta")
         setattr(module, own, nn.Parameter(local) if isinstance(whole, nn.Parameter) else local)
     for name, rule in rules.items():
-        for attribute in rule.style.divide:
-            divide(model.get_submodule(name), attribute, tp)
+        for entry in rule.style.divide:
+            divide(model.get_submodule(name), *count_of(entry), tp)
         for argument, part in rule.style.cut:
             cut_argument(model.get_submodule(name), argument, part, tp)
         if rule.style.name is StyleName.WHOLE:
@@ -180,15 +183,15 @@ def _pass(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x.clone()
 
 
-def divide(holder: Any, attribute: str, tp: int) -> None:
+def divide(holder: Any, attribute: str, pieces: tuple[int, ...], parts: tuple[int, ...], tp: int) -> None:
     """A rank's count: of an object that others have, too, on a copy that this module has for itself."""
     first, _, rest = attribute.partition(".")
     if rest:
         own = copy.copy(getattr(holder, first))
-        divide(own, rest, tp)
+        divide(own, rest, pieces, parts, tp)
         setattr(holder, first, own)
     else:
-        setattr(holder, first, getattr(holder, first) // tp)
+        setattr(holder, first, size_on_a_rank(pieces or (getattr(holder, first),), parts, tp))
 
 
 def _ops(record: Record, gathered: set[str]) -> list[Op]:

@@ -60,6 +60,12 @@ def _swapped(style: Style) -> Style | None:
     return None
 
 
+def _shared_cut(style: Style) -> Style | None:
+    if style.parts:
+        return replace(style, parts=())
+    return _held(style, lambda held: replace(held, parts=()) if held.parts else None)
+
+
 def _not_summed(style: Style) -> Style | None:
     if style.gradient is not None:
         return replace(style, gradient=None)
@@ -95,6 +101,7 @@ def _whole_in_a_part(style: Style) -> Style | None:
 
 KINDS: dict[str, Callable[[Style], Style | None]] = {
     "not summed": _not_summed,
+    "what all share cut": _shared_cut,
     "pieces swapped": _swapped,
     "pieces cut as one": _as_one,
     "added by all": _added_by_all,

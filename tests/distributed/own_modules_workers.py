@@ -37,7 +37,7 @@ OVER_OTHERS = (
     "a module that is left whole",
     "a table that scales",
     "adapters",
-    *KEPT_IN_PIECES[4:],
+    KEPT_IN_PIECES[4],
 )
 
 

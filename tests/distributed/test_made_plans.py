@@ -31,9 +31,6 @@ SHARES = {
     # positions as a parameter of the model itself, which a slice takes by rows
     "positions as a parameter of the model": 0.82,
     MIXES["gpt2"]: 0.79,
-    # a part of some pieces and all of others: no count of the module's says how many that is, so the
-    # convolution between the projections is whole
-    "one weight, of which each rank has a part of some pieces and all of others": 0.93,
 }
 
 

@@ -17,6 +17,7 @@ from shardwise.dims.factors import (
     concatenation,
     find,
     flat,
+    is_partly,
     layout,
     leaves,
     local_size,
@@ -313,3 +314,13 @@ def test_a_leaf_that_a_dim_has_in_two_factors_can_t_be_cut() -> None:
     square = view([side, side], [16])[0]
     with pytest.raises(ConflictError, match="would be cut twice"):
         layout(square, frozenset({find(side)}))
+
+
+def test_a_sum_is_cut_partly_where_some_of_its_pieces_are() -> None:
+    heads, shared, width = Factor(4), Factor(6), Factor(2)
+    both = concatenation([product([heads, width]), shared])
+    assert is_partly(both, frozenset({heads}))
+    assert is_partly(product([Factor(3), both]), frozenset({width}))
+    assert not is_partly(product([heads, width]), frozenset({heads}))
+    assert not is_partly(both, frozenset({heads, shared}))
+    assert not is_partly(both, frozenset())
