@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from shardwise.core.held import format_pieces
 from shardwise.dims.factors import ConflictError, Factor, Piece, is_partly, layout, leaves, local_size
 from shardwise.dims.record import Op, Record, SizeUse, Value
 from shardwise.dims.sizes import Attribute, Expression, Length, attributes_in, evaluate
@@ -21,10 +22,24 @@ class Count:
     attribute: Attribute
     pieces: tuple[Piece, ...] = ()
 
+    @property
+    def said(self) -> str:
+        """As `divide` has it: see core.held.count_of()."""
+        pieces = format_pieces(*pieces_and_parts(self.pieces))
+        return f"{self.attribute.name}: {pieces}" if pieces else self.attribute.name
+
     def on_a_rank(self, ranks: int) -> int:
         if not self.pieces:
             return self.attribute.value // ranks
         return sum(piece.size // ranks if piece.is_cut else piece.size for piece in self.pieces)
+
+
+def pieces_and_parts(pieces: Sequence[Piece]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """As a plan says them (core/held.py): a piece that isn't cut is one part, which all ranks use."""
+    if len(pieces) < 2:
+        return (), ()
+    parts = tuple(0 if piece.is_cut else 1 for piece in pieces)
+    return tuple(piece.size for piece in pieces), parts if any(parts) else ()
 
 
 def divided(record: Record, regions: Sequence[Region], ranks: int) -> frozenset[Count]:

@@ -2,20 +2,20 @@
 a plan."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from shardwise.core.argument_cut import ArgumentCut
-from shardwise.core.held import Held, format_pieces
+from shardwise.core.held import Held
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.core.plan import Style, StyleName
 from shardwise.dims.factors import Factor, Piece, layout, leaves
 from shardwise.dims.record import Op, Record, Value
 from shardwise.planner.backward import Kind
 from shardwise.planner.constants import runs_of
-from shardwise.planner.counts import Count
+from shardwise.planner.counts import Count, pieces_and_parts
 from shardwise.planner.gradients import Gradients
 from shardwise.planner.names import Names
 from shardwise.planner.regions import Region, UnfitError
@@ -73,7 +73,7 @@ def rules_of(cuts: Cuts) -> dict[str, Reasoned]:
     users = users_of(cuts)
     counts: defaultdict[str, list[str]] = defaultdict(list)
     for count in sorted(cuts.counts, key=lambda each: each.attribute.name):
-        counts[count.attribute.module].append(_said(count))
+        counts[count.attribute.module].append(count.said)
     found: dict[str, Reasoned] = {}
     for name, module in cuts.model.named_modules():
         rule = _rule(cuts, name, module, users, tuple(counts.get(name, ())))
@@ -110,12 +110,6 @@ def _with_arguments(
     return Reasoned(replace(rule.style, cut=arguments), rule.why)
 
 
-def _said(count: Count) -> str:
-    """As `divide` has it: see count_of()."""
-    pieces, parts = pieces_and_parts(count.pieces)
-    return f"{count.attribute.name}: {format_pieces(pieces, parts)}" if pieces else count.attribute.name
-
-
 def held(cuts: Cuts, name: str) -> Held:
     """How a parameter, or a buffer that is cut, is held."""
     value = cuts.record.parameters.get(name) or cuts.record.buffers[name]
@@ -132,14 +126,6 @@ def held(cuts: Cuts, name: str) -> Held:
         raise UnfitError(f"{name} has rows of which each rank computes all of the gradient", own)
     sizes, parts = pieces_and_parts(pieces)
     return Held(Shard(dim), sizes, parts=parts)
-
-
-def pieces_and_parts(pieces: Sequence[Piece]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """As a plan says them (core/held.py): a piece that isn't cut is one part, which all ranks use."""
-    if len(pieces) < 2:
-        return (), ()
-    parts = tuple(0 if piece.is_cut else 1 for piece in pieces)
-    return tuple(piece.size for piece in pieces), parts if any(parts) else ()
 
 
 def kind_of(cuts: Cuts, name: str) -> str:
