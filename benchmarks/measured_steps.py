@@ -26,6 +26,7 @@ from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import Setup, Term
 from shardwise.core.program import Collective, OpKind, Phase, Program
 from shardwise.predict.costs import collective_cost, collective_s, op_cost
+from shardwise.predict.groups import RankGroup
 from shardwise.predict.machines import load_machine
 from shardwise.predict.predict import predict
 from shardwise.verbs.programs import traced_mesh
@@ -43,6 +44,8 @@ ISSUE = (
     ("reduce-scatter, rowwise", 1.456),
     ("all-to-all, colwise", 7.142),
 )
+
+NODE = RankGroup(((1, 8),))
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +196,7 @@ def issue_lines(machine: Machine) -> tuple[Line, ...]:
     scatter = _first(programs["rowwise@dtensor"], CollectiveKind.REDUCE_SCATTER)
     exchange = _first(programs["colwise@dtensor"], CollectiveKind.ALL_TO_ALL)
     for what, each in (("reduce-scatter, rowwise", scatter), ("all-to-all, colwise", exchange)):
-        lines.append(Line(what, measured[what], collective_cost(each, machine, setup, 1, 8).device_s * 1e3))
+        lines.append(Line(what, measured[what], collective_cost(each, machine, setup, NODE).device_s * 1e3))
     for plan in ("routed", "routed-interleaved"):
         routed = _first(_routed(plan, settings), CollectiveKind.ALL_TO_ALL)
         assert routed.by_data is not None
@@ -201,7 +204,7 @@ def issue_lines(machine: Machine) -> tuple[Line, ...]:
             ("mean rank", routed.by_data.mean_bytes),
             ("hottest rank", routed.by_data.max_bytes),
         ):
-            seconds = collective_s(machine, CollectiveKind.ALL_TO_ALL, sent, routed.call.payload_bytes, 1, 8)
+            seconds = collective_s(machine, CollectiveKind.ALL_TO_ALL, sent, routed.call.payload_bytes, NODE)
             lines.append(Line(f"all-to-all, {plan}, {who}", None, seconds * 1e3))
     return tuple(lines)
 

@@ -21,6 +21,7 @@ from shardwise.predict.costs import collective_s, fresh_memory_s
 from shardwise.predict.curves import curve, median_curve, monotone
 from shardwise.predict.draft import Hardware
 from shardwise.predict.fit import fit
+from shardwise.predict.groups import RankGroup
 from shardwise.predict.search import minimise
 from shardwise.predict.work import work_of
 
@@ -137,7 +138,8 @@ def test_kernels_and_collectives_follow_their_samples(machine: Machine) -> None:
     assert machine.kernel("aten::never", "copy") == dict(machine.kernels)["copy"]
     for kind in TIMED:
         sent = wire_bytes(kind, 1 << 20, 4)
-        assert collective_s(machine, kind, sent, 1 << 20, 1, 4) == pytest.approx(4e-5 + sent / 3e11, rel=0.2)
+        seconds = collective_s(machine, kind, sent, 1 << 20, RankGroup(((1, 4),)))
+        assert seconds == pytest.approx(4e-5 + sent / 3e11, rel=0.2)
 
 
 def test_the_machine_is_what_its_file_says_and_every_constant_says_what_it_was_measured_by(
@@ -209,7 +211,7 @@ def test_without_collectives_the_links_are_those_of_the_base_or_there_are_none(m
     bare = fit(alone, replace(GPU, devices_per_node=1))
     assert not bare.within.is_known
     with pytest.raises(MachineError, match="has no link: none was measured"):
-        collective_s(bare, CollectiveKind.ALL_GATHER, 1e6, 2e6, 1, 2)
+        collective_s(bare, CollectiveKind.ALL_GATHER, 1e6, 2e6, RankGroup(((1, 2),)))
 
 
 def program(engine: str, ops: int) -> Program:

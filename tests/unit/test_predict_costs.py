@@ -36,6 +36,7 @@ from shardwise.core.program import (
     memory_peak,
 )
 from shardwise.predict.costs import FUSED_LOSS_TRAFFIC, FUSED_TRAFFIC, collective_cost, collective_s, op_cost
+from shardwise.predict.groups import RankGroup, group_of
 from shardwise.predict.layout import lay_out
 from shardwise.predict.memory import forecast, peak_by_kind
 from shardwise.predict.pipeline import StageTimes, layers_of_stages, one_f_one_b, pipeline_s
@@ -63,6 +64,8 @@ MACHINE = Machine(
     within=Link(100e9, ((None, (CollectiveRate(2, 1e-6, 100e9), CollectiveRate(8, 8e-6, 80e9))),)),
     between=Link(10e9),
 )
+
+NODE = RankGroup(((1, 8),))
 
 
 def op(
@@ -200,16 +203,16 @@ def test_a_collective_goes_by_what_a_rank_sends_at_the_rate_of_its_group(
     size: int, rate: float, start: float
 ) -> None:
     each = collective(CollectiveKind.ALL_GATHER, "tp", size, 10**9)
-    cost = collective_cost(each, MACHINE, Setup(), 1, size)
+    cost = collective_cost(each, MACHINE, Setup(), RankGroup(((1, size),)))
     assert cost.device_s == pytest.approx(start + (size - 1) / size * 1e9 / rate)
     assert cost.term is Term.TENSOR
 
 
 def test_a_ring_over_nodes_runs_at_the_nics_of_its_local_ranks() -> None:
     alone = collective_s(
-        MACHINE, CollectiveKind.ALL_REDUCE, 1e9, 1e9, 8, 4
+        MACHINE, CollectiveKind.ALL_REDUCE, 1e9, 1e9, RankGroup(((8, 4),))
     )  # tp=8 within: one rank of the group on each node
-    eight = collective_s(MACHINE, CollectiveKind.ALL_REDUCE, 1e9, 1e9, 1, 32)
+    eight = collective_s(MACHINE, CollectiveKind.ALL_REDUCE, 1e9, 1e9, RankGroup(((1, 32),)))
     assert alone == pytest.approx(1e9 / 10e9)
     assert eight == pytest.approx(1e9 / 80e9, rel=0.01)
     assert [local_ranks(8, 4, 8), local_ranks(1, 32, 8), local_ranks(2, 2, 8), local_ranks(16, 2, 8)] == [
@@ -218,6 +221,42 @@ def test_a_ring_over_nodes_runs_at_the_nics_of_its_local_ranks() -> None:
         2,
         1,
     ]
+
+
+def test_a_group_lies_where_its_axes_do_on_the_whole_mesh() -> None:
+    mesh = "pp=2,dp=4,fsdp=2,cp=2,ep=2,tp=2"
+    traced = replace(PROGRAM, axes=(("dp", 2), ("fsdp", 2), ("ep", 2), ("tp", 2)))
+
+    def ranks(axis: str) -> list[int]:
+        return list(group_of(axis, traced, Setup(Mesh.parse(mesh))).ranks())
+
+    assert ranks("tp") == [0, 1]
+    assert ranks("ep") == [0, 2]
+    # context ranks, which the program was traced without, share FSDP's shards
+    assert ranks("fsdp") == [0, 4, 8, 12]
+    assert ranks("dp") == [0, 16, 32, 48]
+    assert ranks("dp+ep") == [0, 2, 16, 18, 32, 34, 48, 50]
+    apart = group_of("dp+ep", traced, Setup(Mesh.parse(mesh)))
+    assert (apart.local(8), apart.local(32), apart.local(64), apart.stride) == (2, 4, 8, 2)
+
+
+@pytest.mark.parametrize(
+    ("axis", "phase", "term"),
+    [
+        ("ep", Phase.FORWARD, Term.EXPERTS),
+        ("ep", Phase.REDUCE, Term.DATA),
+        ("ep", Phase.LOSS, Term.DATA),
+        ("cp", Phase.BACKWARD, Term.CONTEXT),
+        ("dp+ep", Phase.REDUCE, Term.DATA),
+        ("fsdp+cp", Phase.BACKWARD, Term.DATA),
+    ],
+)
+def test_what_layers_exchange_counts_to_its_axis_and_sums_to_data(
+    axis: str, phase: Phase, term: Term
+) -> None:
+    each = collective(CollectiveKind.ALL_TO_ALL, axis, 8, 1000)
+    each = replace(each, call=replace(each.call, phase=phase))
+    assert collective_cost(each, MACHINE, Setup(), NODE).term is term
 
 
 def test_hidden_collectives_are_gathers_and_scatters_of_the_tp_axis() -> None:
@@ -229,8 +268,8 @@ def test_hidden_collectives_are_gathers_and_scatters_of_the_tp_axis() -> None:
         (CollectiveKind.ALL_GATHER, "fsdp", False),
     ):
         each = collective(kind, axis, 8, 10**9)
-        shown = collective_cost(each, MACHINE, Setup(), 1, 8).device_s
-        assert (collective_cost(each, MACHINE, hidden, 1, 8).device_s < shown) is less
+        shown = collective_cost(each, MACHINE, Setup(), NODE).device_s
+        assert (collective_cost(each, MACHINE, hidden, NODE).device_s < shown) is less
 
 
 @given(

@@ -15,9 +15,9 @@ from shardwise.core.program import Block, MemoryChange, MemoryKind, Phase, Progr
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_plan
+from shardwise.predict.groups import groups_of
 from shardwise.predict.machines import load_machine
 from shardwise.predict.memory import RESERVED_OVER_ACTIVE, _fused_loss, forecast, peak_by_kind
-from shardwise.predict.work import group_sizes
 from shardwise.trace.trace import trace
 
 GIB = 2**30
@@ -69,14 +69,18 @@ def test_a_pipeline_moves_it_too() -> None:
     }
 
 
+def sizes_of(program: Program, mesh: str) -> dict[str, int]:
+    return {name: group.size for name, group in groups_of(program, of(mesh)).items()}
+
+
 def test_context_ranks_share_fsdp_s_shards() -> None:
     machine = load_machine("h100-sxm-80gb")
-    assert group_sizes(PROGRAM, of("fsdp=1,cp=8")) == {"fsdp": 8, "tp": 1}
+    assert sizes_of(PROGRAM, "fsdp=1,cp=8") == {"fsdp": 8, "tp": 1}
     alone, shared = (forecast(PROGRAM, machine, of(f"fsdp=2,cp={count}")) for count in (1, 4))
     assert dict(shared.by_kind) == {MemoryKind.PARAMETER: GIB / 4, MemoryKind.ACTIVATION: 4 * GIB}
     assert shared.active_bytes < alone.active_bytes
     whole = replace(PROGRAM, axes=(("tp", 2),))
-    assert group_sizes(whole, of("cp=8,tp=2")) == {"tp": 2}
+    assert sizes_of(whole, "cp=8,tp=2") == {"tp": 2}
 
 
 def test_a_compiled_loss_holds_logits_and_their_gradient_and_nothing_in_float32() -> None:

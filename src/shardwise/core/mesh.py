@@ -68,7 +68,7 @@ AXES = (
          runs=True),
     Axis("cp", Role.CUTS_SEQUENCE, "ranks that share each sequence", Cuts.SEQUENCE),
     Axis("ep", Role.CUTS_EXPERTS, "ranks that hold some experts each, and all else alike", Cuts.BATCH,
-         runs=True, predicted=False),
+         runs=True),
     Axis("tp", Role.CUTS_TENSORS, "ranks that hold a part of each tensor", runs=True),
 )  # fmt: skip
 

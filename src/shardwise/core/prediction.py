@@ -11,7 +11,7 @@ from shardwise.core.program import MemoryKind
 
 
 class Term(StrEnum):
-    """A summand of the step. The first five are work of the device, the next two communication that no work
+    """A summand of the step. The first five are work of the device, the next four communication that no work
     hides."""
 
     MATMUL = "matmul"
@@ -20,12 +20,16 @@ class Term(StrEnum):
     EMBEDDING = "embedding"
     OPTIMIZER = "clipping and optimizer"
     TENSOR = "tensor-parallel communication"
+    EXPERTS = "expert-parallel communication"
+    CONTEXT = "context-parallel communication"
     DATA = "data-parallel communication"
     SLOWED = "compute slowed by communication beside it"
     LAUNCH = "waiting for launches"
     BUBBLE = "pipeline bubble"
 
 
+EXCHANGE_TERMS = (Term.TENSOR, Term.EXPERTS, Term.CONTEXT)
+"""Collectives between a layer's ops, which what follows waits for."""
 COMPUTE_TERMS = (Term.MATMUL, Term.ATTENTION, Term.KERNELS, Term.EMBEDDING, Term.OPTIMIZER)
 
 
@@ -52,15 +56,16 @@ class Setup:
     """How a traced micro-batch's Program becomes a whole step, and what is assumed of the run. A choice per
     field, each stated in the result.
 
-    mesh: None for the Program's own. Its context ranks share each sequence (the Program's is one rank's
-    part), and with the data-parallel ranks the reduction of gradients and FSDP's shards. micro_batches: per
+    mesh: None for the Program's own. Where the Program was traced without its context ranks, its sequence is
+    one rank's part, and they join the reduction of gradients and FSDP's shards. micro_batches: per
     step. chunks: of layers that a stage holds (interleaved). attention: None where the Program's own op says.
     recompute_attention: the unfused attention between its projections runs again in the backward (Korthikanti
     et al. 2022); a layer's recompute is the Program's. compiled: kernels bound by memory fused between
     matmuls. compiled_loss: the loss is one such kernel each way, and keeps the logits alone. matmul_dtype:
     "float8" where linear layers multiply in it. overlap_data: whether gradients of whole replicas are reduced
     beside the backward. overlap_tensor: whether tensor-parallel collectives run beside the matmul that makes
-    or takes them. optimizer_shards: ranks that share the optimizer's state and work (ZeRO-1). without: terms
+    or takes them. optimizer_shards: ranks that share the optimizer's state and work (ZeRO-1); of experts
+    that each rank along ep holds for itself, so many times fewer. without: terms
     that are switched off.
     """
 

@@ -3,11 +3,13 @@ anything is predicted."""
 
 from shardwise.core.errors import OptionError
 from shardwise.core.machine import Machine
-from shardwise.core.mesh import AXES, Mesh
+from shardwise.core.mesh import AXES, Mesh, Role
 from shardwise.core.prediction import AttentionKernel, Precision, Setup
 from shardwise.core.program import Program
-from shardwise.predict.work import group_sizes, mesh_of
+from shardwise.predict.groups import group_of, joining_context, mesh_of
 
+RESCALED = (Role.REPLICATES, Role.SHARDS_PARAMETERS)
+KEPT = (Role.CUTS_TENSORS, Role.CUTS_EXPERTS)
 HALVES = ("bfloat16", "float16")
 
 
@@ -27,23 +29,29 @@ def check_setup(program: Program, machine: Machine, setup: Setup) -> None:
 
 def _check_axes(program: Program, setup: Setup, mesh: Mesh) -> None:
     traced = Mesh(program.axes)
-    if mesh.tp != traced.tp:
-        raise OptionError(
-            f"the program was traced at tp={traced.tp}, and the mesh has tp={mesh.tp}. "
-            "Only dp and fsdp can be rescaled."
-        )
-    groups = group_sizes(program, setup)
-    for name in (axis.name for axis in AXES if axis.splits_batch):
-        if (groups.get(name, mesh.size(name)) > 1) != (traced.size(name) > 1):
+    rescaled = [axis.name for axis in AXES if axis.role in RESCALED]
+    for axis in AXES:
+        name, size, before = axis.name, mesh.size(axis.name), traced.size(axis.name)
+        if axis.role in KEPT and size != before:
             raise OptionError(
-                f"the program was traced at {name}={traced.size(name)}, and the mesh has "
-                f"{name}={mesh.size(name)}. An axis can be rescaled, not added or taken away: 1 stays 1."
+                f"the program was traced at {name}={before}, and the mesh has {name}={size}. "
+                f"Only {' and '.join(rescaled)} can be rescaled."
             )
-    axis = traced.reducing_axis
-    if mesh.context > 1 and axis is not None and traced.size(axis) == 1:
+        if axis.role is Role.CUTS_SEQUENCE and before > 1 and size != before:
+            raise OptionError(
+                f"the program was traced at {name}={before}, and the mesh has {name}={size}. "
+                f"Trace it with {name}={size}."
+            )
+        if axis.role in RESCALED and (group_of(name, program, setup).size > 1) != (before > 1):
+            raise OptionError(
+                f"the program was traced at {name}={before}, and the mesh has {name}={size}. "
+                "An axis can be rescaled, not added or taken away: 1 stays 1."
+            )
+    reducing, context = traced.reducing_axis, joining_context(program, setup)
+    if context > 1 and reducing is not None and traced.size(reducing) == 1:
         raise OptionError(
-            f"mesh {mesh}: the program was traced at {axis}=1, without reducing its gradients over other "
-            f"ranks. Trace it with cp={mesh.context}."
+            f"mesh {mesh}: the program was traced at {reducing}=1, without reducing its gradients over other "
+            f"ranks. Trace it with cp={context}."
         )
 
 

@@ -21,10 +21,11 @@ from shardwise.core.collective import CollectiveKind, wire_bytes
 from shardwise.core.dtype import DTYPE_BYTES
 from shardwise.core.errors import MachineError
 from shardwise.core.grouped import GROUPED, grouped_product
-from shardwise.core.machine import FRESH, Link, Machine, MatmulRate, local_ranks
-from shardwise.core.mesh import TENSOR_AXIS
+from shardwise.core.machine import FRESH, Link, Machine, MatmulRate
+from shardwise.core.mesh import Role, role_of
 from shardwise.core.prediction import AttentionKernel, Setup, Term
-from shardwise.core.program import LOSS_MODULE, ONCE, Collective, Op, OpKind, Phase, TensorSpec
+from shardwise.core.program import IN_LAYERS, LOSS_MODULE, ONCE, Collective, Op, OpKind, Phase, TensorSpec
+from shardwise.predict.groups import RankGroup
 
 SCORE_PASSES = {False: 4, True: 5}  # forward, backward
 UNFUSED_LAUNCHES = {False: 6, True: 10}
@@ -169,30 +170,45 @@ def _unfused_s(machine: Machine, q: TensorSpec, k: TensorSpec, *, backward: bool
     return matmuls + SCORE_PASSES[backward] * machine.kernel("scores", "softmax").time_s(matrix_bytes)
 
 
-def collective_cost(item: Collective, machine: Machine, setup: Setup, stride: int, size: int) -> Cost:
-    """Of one collective over `size` ranks that are `stride` apart."""
-    call = item.call
-    term = Term.TENSOR if call.axis == TENSOR_AXIS else Term.DATA
+def collective_cost(item: Collective, machine: Machine, setup: Setup, group: RankGroup) -> Cost:
+    """Of one collective over a group of the whole mesh."""
+    call, size = item.call, group.size
+    term = _term_of(item)
     sent = call.wire_bytes if size == call.axis_size else wire_bytes(call.kind, call.payload_bytes, size)
     if call.kind is CollectiveKind.RECV:
         sent = float(call.payload_bytes)
     if item.by_data is not None:
         sent = max(sent, item.by_data.max_bytes)  # the hottest rank sets the time
-    seconds = collective_s(machine, call.kind, sent, call.payload_bytes, stride, size)
+    seconds = collective_s(machine, call.kind, sent, call.payload_bytes, group)
     if setup.overlap_tensor and term is Term.TENSOR and call.kind in _CHUNKED:
         seconds *= 1 - TENSOR_HIDDEN
     return Cost(seconds, machine.launch.collective_s, term, known=call.kind is not CollectiveKind.UNKNOWN)
 
 
+def _term_of(item: Collective) -> Term:
+    """What is exchanged between a layer's ops counts to its axis; what sums and gathers parameters, gradients
+    and losses to data."""
+    match role_of(item.call.axis):
+        case Role.CUTS_TENSORS:
+            return Term.TENSOR
+        case Role.CUTS_EXPERTS if item.phase in IN_LAYERS:
+            return Term.EXPERTS
+        case Role.CUTS_SEQUENCE if item.phase in IN_LAYERS:
+            return Term.CONTEXT
+        case _:
+            return Term.DATA
+
+
 def collective_s(
-    machine: Machine, kind: CollectiveKind, sent: float, payload: float, stride: int, size: int
+    machine: Machine, kind: CollectiveKind, sent: float, payload: float, group: RankGroup
 ) -> float:
-    """Seconds in which each of `size` ranks, `stride` apart, sends `sent` bytes. Over several nodes a ring
-    passes every node's NICs: of L local ranks each has one, so the ring runs at L NICs' rate, and never
-    faster than the link within."""
+    """Seconds in which each of the group's ranks sends `sent` bytes. Over several nodes a ring passes every
+    node's NICs: of L local ranks each has one, so the ring runs at L NICs' rate, and never faster than the
+    link within."""
+    size = group.size
     if size == 1:
         return 0.0
-    local = local_ranks(stride, size, machine.devices_per_node)
+    local = group.local(machine.devices_per_node)
     within = _within_s(machine.within, kind, sent, min(local, size)) if local > 1 else 0.0
     if local >= size or machine.between is None:
         return within if local > 1 else _within_s(machine.within, kind, sent, size)

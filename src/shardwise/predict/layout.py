@@ -18,9 +18,10 @@ from shardwise.core.machine import Machine, local_ranks
 from shardwise.core.mesh import Mesh, Role, role_of
 from shardwise.core.prediction import Setup, Term
 from shardwise.core.program import BACKWARDS, FORWARDS, ONCE, Collective, Program
+from shardwise.predict.groups import further_shards, mesh_of, optimizer_shards
 from shardwise.predict.pipeline import StageTimes, layers_of_stages
 from shardwise.predict.streams import run
-from shardwise.predict.work import AFTER, BEFORE, Work, further_shards, layers_of, mesh_of, work_of
+from shardwise.predict.work import AFTER, BEFORE, Work, layers_of, work_of
 
 SLOWED_BESIDE = 0.189
 """How much longer compute takes while collectives run beside it: mean over A100, H100 and MI250. Source:
@@ -68,7 +69,7 @@ def lay_out(program: Program, machine: Machine, setup: Setup) -> Layout:
     """Of a setup that check_setup lets pass."""
     work = work_of(program, machine, setup).without(setup.without)
     transfer_s = _transfer_s(program, machine, setup)
-    end = _end(work, setup, further_shards(program, setup))
+    end = _end(work, setup, optimizer_shards(program, setup) * further_shards(program, setup))
     return Layout(program, machine, setup, work, _stages(work, program, setup), end, transfer_s)
 
 
@@ -140,8 +141,9 @@ def _add_pass(terms: dict[Term, float], part: Work, setup: Setup) -> float:
 
 
 def _end(work: Work, setup: Setup, shards: float) -> Work:
+    """shards: into how many parts a traced rank's parameters are cut there."""
     once = work.where(work.in_phases(*ONCE))
-    share = 1.0 / (setup.stages * setup.optimizer_shards * shards)
+    share = 1.0 / (setup.stages * shards)
     device_s = np.where(once.axis == 0, once.device_s * share, once.device_s / setup.stages)
     return replace(once, device_s=device_s)
 

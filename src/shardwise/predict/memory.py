@@ -25,7 +25,7 @@ from shardwise.core.machine import Machine
 from shardwise.core.mesh import SHARDS_AXIS
 from shardwise.core.prediction import MemoryForecast, Precision, Setup
 from shardwise.core.program import LOSS_MODULE, ONCE, MemoryChange, MemoryKind, Op, Phase, Program
-from shardwise.predict.work import further_shards, group_sizes
+from shardwise.predict.groups import further_shards, group_of, optimizer_shards
 
 RESERVED_OVER_ACTIVE = 1.16
 """Median of 24 steps on an H100 and an H200 that hold more than 5 GiB (from 1.04 to 1.56), with the
@@ -68,7 +68,7 @@ def _accumulating(program: Program, setup: Setup, scales: ByKind) -> ByKind:
     if program.settings.reduce_once:
         settings = program.settings
         widths = [DTYPE_BYTES[name] for name in (settings.reduced_dtype, settings.dtype)]
-        gradients *= group_sizes(program, setup).get(SHARDS_AXIS, 1) * widths[0] / widths[1]
+        gradients *= group_of(SHARDS_AXIS, program, setup).size * widths[0] / widths[1]
     return kept | {MemoryKind.GRADIENT: gradients}
 
 
@@ -79,7 +79,7 @@ def _scaled(by_kind: ByKind, scales: ByKind) -> float:
 def _scales(program: Program, setup: Setup) -> ByKind:
     """What becomes of a traced byte of each kind in this setup; of those that aren't named, itself."""
     scales = dict.fromkeys(STATES, 1 / (setup.stages * further_shards(program, setup)))
-    scales[MemoryKind.OPTIMIZER] /= setup.optimizer_shards
+    scales[MemoryKind.OPTIMIZER] /= optimizer_shards(program, setup)
     in_flight = min(setup.micro_batches, setup.stages)
     more = 1 + (setup.stages - 1) / (setup.stages * setup.chunks) if setup.chunks > 1 else 1.0
     scales[MemoryKind.ACTIVATION] = in_flight / setup.stages * more

@@ -5,6 +5,7 @@ from shardwise.core.machine import Machine
 from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import Prediction, Setup, Term
 from shardwise.core.program import Program
+from shardwise.predict.groups import joining_context
 from shardwise.predict.layout import Layout, lay_out
 from shardwise.predict.memory import forecast
 from shardwise.predict.pipeline import pipeline_s
@@ -29,7 +30,7 @@ def prediction_of(layout: Layout) -> Prediction:
         machine.name,
         mesh.axes,
         setup,
-        sequences * setup.micro_batches * program.settings.seq * mesh.context,
+        sequences * setup.micro_batches * program.settings.seq * joining_context(program, setup),
         sum(terms.values()),
         tuple(terms.items()),
         forecast(program, machine, setup),

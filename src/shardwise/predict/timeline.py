@@ -17,21 +17,22 @@ the step's first does.
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from shardwise.core.collective import is_off_mesh
 from shardwise.core.dtype import DTYPE_BYTES
 from shardwise.core.layer_name import any_layer, layer_index, moved_name
 from shardwise.core.prediction_run import LaunchBound
 from shardwise.core.program import Collective
 from shardwise.core.timeline import NONE, Collectives, Group, Lane, SpanKind, Spans, Timeline, Window
+from shardwise.predict.groups import groups_of
 from shardwise.predict.layout import Layout
 from shardwise.predict.pipeline import Pass, one_f_one_b
 from shardwise.predict.streams import Run, run
-from shardwise.predict.work import PHASES, Work, group_sizes, layers_of
+from shardwise.predict.work import PHASES, Work, layers_of
 
 MOST_PASSES = 20_000
 MOST_LISTED_RANKS = 4096
@@ -222,12 +223,10 @@ class _Writer:
 
     def _group(self, axis: str) -> Group:
         """Rank 0's group."""
-        sizes = group_sizes(self.layout.program, self.layout.setup)
-        if axis not in sizes:
+        if is_off_mesh(axis):
             return Group(axis, None)
-        names = list(sizes)
-        stride, size = prod(sizes[name] for name in names[names.index(axis) + 1 :]), sizes[axis]
-        return Group(axis, tuple(range(0, size * stride, stride)) if size <= MOST_LISTED_RANKS else None)
+        group = groups_of(self.layout.program, self.layout.setup)[axis]
+        return Group(axis, tuple(group.ranks()) if group.size <= MOST_LISTED_RANKS else None)
 
 
 def _ns(seconds: ArrayLike) -> NDArray[np.int64]:

@@ -5,7 +5,6 @@ A block of equal layers is costed once and repeated. Where an item stands in the
 pipeline runs it: its layer, or before the first one, or after the last.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,13 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardwise.core.collective import is_off_mesh
 from shardwise.core.layer_name import layer_index
 from shardwise.core.machine import Machine
-from shardwise.core.mesh import SHARDS_AXIS, Mesh, axes_in
 from shardwise.core.prediction import Setup, Term
 from shardwise.core.program import BACKWARDS, Block, Collective, Op, Phase, Program
 from shardwise.predict.costs import Cost, collective_cost, op_cost
+from shardwise.predict.groups import RankGroup, groups_of
 
 TERMS = tuple(Term)
 PHASES = tuple(Phase)
@@ -91,38 +89,16 @@ class Work:
         return {term: float(own_s[self.term == index].sum()) for index, term in enumerate(TERMS)}
 
 
-def mesh_of(program: Program, setup: Setup) -> Mesh:
-    """The whole mesh of the step."""
-    return setup.mesh or Mesh(program.axes)
-
-
 def layers_of(program: Program) -> tuple[str | None, int]:
     """(prefix, number) of the row of equal layers; (None, 0) where there is none."""
     return program.layers or (None, 0)
-
-
-def group_sizes(program: Program, setup: Setup) -> dict[str, int]:
-    """Ranks over which the collectives of each of the Program's axes go: context ranks join the axis that
-    reduces."""
-    mesh, traced = mesh_of(program, setup), Mesh(program.axes)
-    sizes = {name: mesh.size(name) for name, _ in program.axes}
-    axis = traced.reducing_axis
-    if axis is not None and traced.size(axis) > 1:
-        sizes[axis] *= mesh.context
-    return sizes
-
-
-def further_shards(program: Program, setup: Setup) -> float:
-    """Into how many parts the traced rank's shard of the parameters is cut, where FSDP's axis is larger than
-    the traced one."""
-    return group_sizes(program, setup).get(SHARDS_AXIS, 1) / Mesh(program.axes).fsdp
 
 
 def work_of(program: Program, machine: Machine, setup: Setup) -> Work:
     """All items of one step."""
     if program.engine == "dtensor":
         machine = replace(machine, launch=machine.launch.of_dtensor())
-    costing = _Costing(machine, setup, layers_of(program)[0], _groups(program, setup))
+    costing = _Costing(machine, setup, layers_of(program)[0], groups_of(program, setup))
     blocks = [costing.block(block) for block in program.blocks]
     columns = [np.concatenate(column) for column in zip(*blocks, strict=True)]
     made = {name: column.astype(kind) for (name, kind), column in zip(COLUMNS.items(), columns, strict=True)}
@@ -136,34 +112,11 @@ def work_of(program: Program, machine: Machine, setup: Setup) -> Work:
     )
 
 
-def _groups(program: Program, setup: Setup) -> dict[str, tuple[int, int]]:
-    """(stride, size) of each axis's groups; of those of axes that are joined, whose nearest ranks are as far
-    apart as the inner one's; and of those that are no axis: nobody tells how far apart their ranks are, so as
-    far as can be."""
-    sizes = group_sizes(program, setup)
-    groups, stride = {}, 1
-    for name in reversed(sizes):
-        groups[name] = (stride, sizes[name])
-        stride *= sizes[name]
-    groups = {name: groups[name] for name in sizes}
-    for block in program.blocks:
-        for item in block.items:
-            if not isinstance(item, Collective) or item.call.axis in groups:
-                continue
-            if is_off_mesh(item.call.axis):
-                size = item.call.axis_size
-                groups[item.call.axis] = (max(1, stride // size), size)
-            else:
-                parts = [groups[name] for name in axes_in(item.call.axis)]
-                groups[item.call.axis] = (parts[-1][0], math.prod(size for _, size in parts))
-    return groups
-
-
 class _Costing:
     """Makes columns of blocks, and collects the items that they stand for."""
 
     def __init__(
-        self, machine: Machine, setup: Setup, prefix: str | None, groups: dict[str, tuple[int, int]]
+        self, machine: Machine, setup: Setup, prefix: str | None, groups: dict[str, RankGroup]
     ) -> None:
         self.machine = machine
         self.setup = setup
@@ -197,7 +150,7 @@ class _Costing:
             cost, stream, name = op_cost(item, self.machine, self.setup), 0, item.name
         else:
             axis = item.call.axis
-            cost = collective_cost(item, self.machine, self.setup, *self.groups[axis])
+            cost = collective_cost(item, self.machine, self.setup, self.groups[axis])
             stream, name = self._streams[axis], item.call.op
         if not cost.known:
             self.unknown.add(name)

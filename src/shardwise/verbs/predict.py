@@ -158,6 +158,7 @@ def predict_program(
 ) -> Predicted:
     """A saved Program, which needs no torch. mesh: None for the Program's own."""
     from shardwise.predict.check import check_setup
+    from shardwise.predict.groups import joining_context
     from shardwise.predict.layout import lay_out
     from shardwise.predict.machines import load_machine
 
@@ -171,7 +172,7 @@ def predict_program(
     settings = replace(
         traced,
         batch=max(1, share * whole.data_parallel * setup.micro_batches),
-        seq=traced.seq * setup.context,
+        seq=traced.seq * joining_context(program, setup),
         accumulation=setup.micro_batches,
     )
     return _predicted(found, [Step(program.plan, lay_out(program, found, setup), settings)])

@@ -1,4 +1,4 @@
-"""What predict takes from the tracer: one micro-batch's Program on a mesh whose data-parallel axes are two
+"""What predict takes from the tracer: one micro-batch's Program on a mesh whose axes dp and fsdp have two
 ranks at most, to be rescaled. A step over 4096 ranks then costs the trace of two."""
 
 from dataclasses import replace
@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from shardwise.core.case import StepSettings, TextSource
 from shardwise.core.errors import OptionError
-from shardwise.core.mesh import AXES, Mesh
+from shardwise.core.mesh import AXES, Mesh, Role
 from shardwise.core.plan import AnyPlan
+from shardwise.predict.check import RESCALED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,9 +20,10 @@ TRACED_DATA_RANKS = 2
 
 
 def micro_batch(settings: StepSettings, mesh: Mesh) -> StepSettings:
-    """One data-parallel rank's part of a step, as it is traced: its sequences of one micro-batch, one context
-    rank's tokens of each. Raises OptionError for a sequence that can't be cut into equal parts."""
-    context = mesh.context
+    """One data-parallel rank's part of a step, as it is traced: its sequences of one micro-batch; one context
+    rank's tokens of each, where no step runs over context ranks. Raises OptionError for a sequence that can't
+    be cut into equal parts."""
+    context = mesh.context // traced_mesh(mesh).context
     if settings.seq % context:
         raise OptionError(
             f"--seq {settings.seq} can't be cut into {context} parts for cp={context}. Use a multiple of it."
@@ -31,12 +33,15 @@ def micro_batch(settings: StepSettings, mesh: Mesh) -> StepSettings:
 
 
 def traced_mesh(mesh: Mesh) -> Mesh:
-    """The mesh that a step runs on, with data-parallel axes of two ranks at most; context ranks are on the
-    axis that they reduce gradients over."""
-    sizes = {axis.role: mesh.size(axis.name) for axis in AXES if axis.runs and axis.name in dict(mesh.axes)}
-    for axis in AXES:
-        if axis.splits_batch and axis.role in sizes:
-            ranks = sizes[axis.role] * (mesh.context if axis.name == mesh.reducing_axis else 1)
+    """The mesh that a step runs on, without stages, with axes dp and fsdp of two ranks at most. Context ranks
+    that no step runs over are on the axis that they reduce gradients over."""
+    named = dict(mesh.axes)
+    traced = [axis for axis in AXES if axis.runs and axis.name in named and axis.role is not Role.CUTS_DEPTH]
+    joining = 1 if any(axis.role is Role.CUTS_SEQUENCE for axis in traced) else mesh.context
+    sizes = {axis.role: mesh.size(axis.name) for axis in traced}
+    for axis in traced:
+        if axis.role in RESCALED:
+            ranks = sizes[axis.role] * (joining if axis.name == mesh.reducing_axis else 1)
             sizes[axis.role] = min(ranks, TRACED_DATA_RANKS)
     return Mesh.of(sizes)
 
@@ -57,7 +62,7 @@ def trace_program(
 
     small = traced_mesh(mesh)
     settings = replace(part, batch=part.batch * small.data_parallel)
-    if small.fsdp == 1:
+    if not small.shard_axes:
         settings = replace(settings, param_dtype=None, reduce_dtype=None)
     ids = token_ids(source, settings, is_decided_by_data(plan), text, progress)
     return trace(source, plan, small, settings, device=device, ids=ids, progress=progress)

@@ -16,6 +16,8 @@ REFUSALS = 6
 # what a table has room for
 SHORT_TERMS = {
     Term.TENSOR: "tp sends",
+    Term.EXPERTS: "ep sends",
+    Term.CONTEXT: "cp sends",
     Term.DATA: "data sends",
     Term.SLOWED: "slowed",
     Term.LAUNCH: "launches",
