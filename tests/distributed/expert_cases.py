@@ -7,13 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardwise.core.mesh import Mesh
 from shardwise.core.plan import Family, Plan, Rule, Style
+from shardwise.models.model_source import ModelSource
 from shardwise.models.moe import MoEConfig
+from shardwise.models.source import find_model
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_plan
+from shardwise.planner.make import Wish, make_plan
 from shardwise.verify.expected import shake
 
-BATCH, SEQ, VOCAB = 4, 8, 61
+BATCH, SEQ, VOCAB = 4, 8, 61  # every model knows so many ids
 CONFIG = MoEConfig(VOCAB, 32, 2, 4, 4, 16, n_experts=4, top_k=2, qk_norm=True)
 INSIDE = {"w1": "shard(1)", "w2": "shard(2)", "w3": "shard(1)"}
 PARTIAL = {"style": "replicate", "gradient": "partial"}
@@ -23,9 +27,10 @@ Rules = dict[str, Any]
 @dataclass(frozen=True, slots=True)
 class Case:
     """rules: of the feed-forward, in place of the built-in plan's. fault: in place of right ones; found_in:
-    the end of a parameter's name of which a proof says so, or none where the output tells. gate: what becomes
-    of the router's initial weights: as they are, ties (zeros: all tokens choose the same experts), or one
-    (all choose one expert and then another, by far)."""
+    the end of a parameter's name of which a proof says so, or none where the output tells. model: of
+    transformers, its small twin under the plan that is made for it. gate: what becomes of the router's
+    initial weights: as they are, ties (zeros: all tokens choose the same experts), or one (all choose one
+    expert and then another, by far)."""
 
     name: str
     mesh: str
@@ -38,12 +43,24 @@ class Case:
     sequence_parallel: bool = True
     accumulation: int = 1
     recompute: str = "none"
+    model: str = ""
 
     @property
-    def spec(self) -> ModelSpec:
+    def close(self) -> float:
+        """How far it may be off, relative: transformers' models take some things in float32."""
+        return 1e-4 if self.model else 1e-10
+
+    @property
+    def source(self) -> ModelSource:
+        if self.model:
+            small = find_model(self.model).small(2)
+            assert small is not None
+            return small
         return ModelSpec("tiny", replace(CONFIG, top_k=self.top_k, capacity=self.capacity), "")
 
     def plan(self, *, with_fault: bool = False) -> Plan:
+        if self.model:
+            return make_plan(self.source, Wish(Mesh.parse(self.mesh))).plan
         made = builtin_plan("rowwise", sequence_parallel=self.sequence_parallel, family=Family.MOE)
         rules = {rule.pattern: rule for rule in made.rules}
         if self.rules:
@@ -102,6 +119,9 @@ CASES = (
     Case("over ep, whole over tp", "ep=2,tp=2", WHOLE_OVER_TP, {"experts": "experts"}, "experts.w1"),
     Case(TIES_WHOLE, "ep=2,tp=2", WHOLE_OVER_TP, {"experts": "experts"}, "experts.w1", gate="ties"),
     Case("over ep under FSDP", "fsdp=2,ep=2", {}, {}),
+    Case("mixtral, as made", "ep=2", {}, {}, model="hf:mixtral"),
+    Case("mixtral, as made for both axes", "ep=2,tp=2", {}, {}, model="hf:mixtral"),
+    Case("gpt_oss, biases beside weights, as made for both axes", "ep=2,tp=2", {}, {}, model="hf:gpt_oss"),
     Case("over four", "ep=4", {}, {}),
     Case("over four, ties", "ep=4", {}, {}, gate="ties"),
 )  # fmt: skip

@@ -31,7 +31,7 @@ class Proved(msgspec.Struct, frozen=True):
 def built(case: Case, mesh: DeviceMesh | None, *, with_fault: bool = False) -> nn.Module:
     """Sharded over the mesh; without one whole."""
     return build_model(
-        case.spec, case.plan(with_fault=with_fault) if mesh is not None else None, mesh,
+        case.source, case.plan(with_fault=with_fault) if mesh is not None else None, mesh,
         dtype=torch.float64, device=CPU, seed=3, recompute=case.recompute, on_parameter=case.initial,
     )  # fmt: skip
 
@@ -43,7 +43,7 @@ def _expected(key: tuple[object, ...]) -> Unsharded:
 
 
 def _key(case: Case) -> tuple[object, ...]:
-    return case.gate, case.top_k, case.capacity
+    return case.model, case.gate, case.top_k, case.capacity
 
 
 def run(context: RankContext, payload: bytes) -> bytes:

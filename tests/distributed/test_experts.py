@@ -11,8 +11,6 @@ from shardwise.launch import run_ranks
 from tests.distributed.expert_cases import CASES, Case
 from tests.distributed.expert_workers import Proved
 
-CLOSE = 1e-10
-
 
 @cache
 def answers(world_size: int) -> tuple[dict[str, Proved], ...]:
@@ -30,7 +28,7 @@ def proved(case: Case, *, with_fault: bool) -> list[Proved]:
 def test_experts_train_as_on_one_process(case: Case) -> None:
     for answer in proved(case, with_fault=False):
         assert answer.findings == ()
-        assert answer.off < CLOSE
+        assert answer.off < case.close
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.fault], ids=lambda case: case.name)

@@ -141,7 +141,9 @@ def test_a_plan_whose_rules_are_not_ours_is_refused_beside_the_dims() -> None:
 
 
 def test_a_mesh_without_tp_ranks_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"over two tp ranks or more\. Use --mesh tp=2\."):
+    with pytest.raises(
+        OptionError, match=r"over two tp ranks or more, or experts over ep\. Use --mesh tp=2, or ep=2\."
+    ):
         plan(Case.of(model=LLAMA, mesh="dp=2"), PlanOptions())
 
 

@@ -6,6 +6,7 @@ import torch
 
 from shardwise.core.argument_cut import ArgumentCut
 from shardwise.core.dims import DimClass
+from shardwise.core.errors import PlanError
 from shardwise.core.made_plan import MadePlan
 from shardwise.core.mesh import Mesh
 from shardwise.core.placement import Replicate, Shard
@@ -190,3 +191,29 @@ def test_a_made_plan_holds_no_number_of_the_trace() -> None:
     numbers = [n for rule in one.plan.rules for n in rule.style.pieces]
     assert numbers
     assert not any(isinstance(n, Size) for n in numbers)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "style"),
+    [
+        ("ep=2", "experts(output=replicate, parameters={w1: shard(1), w2: shard(2), w3: shard(1)})"),
+        ("ep=4,tp=2", "experts(output=replicate, parameters={w1: shard(1), w2: shard(2), w3: shard(1)})"),
+        ("tp=2", "gather_input"),
+    ],
+)
+def test_experts_are_cut_by_expert_where_the_mesh_has_an_axis_for_them(mesh: str, style: str) -> None:
+    own = make_plan(find_model("moe-debug"), Wish(Mesh.parse(mesh)))
+    rule = own.plan.rule_for("layers.3.feed_forward.experts")
+    assert rule is not None
+    assert str(rule.style).startswith(style)
+    whole = {each.pattern for each in own.whole}
+    assert not any("experts" in pattern for pattern in whole)
+    assert ("layers.*.attention.wq.weight" in whole) == (Mesh.parse(mesh).tp == 1)
+    assert ("to those that the router chose" in own.comments[rule.pattern]) == (mesh != "tp=2")
+
+
+def test_experts_that_the_mesh_cannot_share_evenly_are_refused_up_front() -> None:
+    message = r"^layers\.0\.feed_forward\.experts has 8 experts, which ep=3 can't share evenly\. Use ep in "
+    message += r"\{1, 2, 4, 8\}\.$"
+    with pytest.raises(PlanError, match=message):
+        make_plan(find_model("moe-debug"), Wish(Mesh.parse("ep=3,tp=2")))

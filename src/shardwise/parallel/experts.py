@@ -40,9 +40,10 @@ class ExpertRoute:
 
 
 def takes_tokens_of_experts(module: nn.Module) -> bool:
-    """Whether its forward is called as experts are: three inputs, the second and third by those names."""
+    """Whether its forward is called as experts are: three inputs, the second and third by the names of what
+    they are (top_k_index or router_indices; top_k_weights or routing_weights)."""
     names = list(inspect.signature(module.forward).parameters)
-    return len(names) == len(CALL) and names[1].startswith(CALL[1]) and names[2].startswith(CALL[2])
+    return len(names) == len(CALL) and "ind" in names[1] and "weights" in names[2]
 
 
 def number_of_experts(module: nn.Module) -> int | None:

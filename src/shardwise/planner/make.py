@@ -28,6 +28,7 @@ from shardwise.planner.candidates import Candidate, candidates, choose
 from shardwise.planner.classes import dims_of, held_by_rank
 from shardwise.planner.constants import constants_in_the_way
 from shardwise.planner.counts import Count, divided
+from shardwise.planner.experts import experts_in, shared_out
 from shardwise.planner.gradients import Gradients, MixedError, gradient_kinds
 from shardwise.planner.names import EXPERTS, HEADS, HIDDEN, Names
 from shardwise.planner.patterns import everywhere
@@ -329,9 +330,11 @@ def _has(op: Op, own: frozenset[Factor], *, outputs: bool) -> bool:
 
 def _made(source: ModelSource, traced: _Traced, cuts: Cuts, reasons: dict[str, str], wish: Wish) -> MadePlan:
     whole, layers, making = traced.whole, traced.layers, traced.making
-    rules, comments = everywhere(rules_of(cuts), dict(making.model.named_modules()), whole, layers)
-    name = f"made for {source.name} at tp={wish.mesh.tp}"
-    sharded, total, left = _shares(whole, layers, cuts, reasons)
+    shared = shared_out(rules_of(cuts), making.model, wish.mesh)
+    rules, comments = everywhere(shared, dict(making.model.named_modules()), whole, layers)
+    over = f"ep={wish.mesh.experts},tp={wish.mesh.tp}" if wish.mesh.experts > 1 else f"tp={wish.mesh.tp}"
+    name = f"made for {source.name} at {over}"
+    sharded, total, left = _shares(whole, layers, cuts, reasons, wish.mesh)
     sequence = None
     if cuts.sequence is not None:
         where = "the look-up" if cuts.sequence.is_at_embedding else f"the input of {cuts.sequence.begins}"
@@ -343,21 +346,26 @@ def _made(source: ModelSource, traced: _Traced, cuts: Cuts, reasons: dict[str, s
 
 
 def _shares(
-    whole: nn.Module, layers: Layers | None, cuts: Cuts, reasons: dict[str, str]
+    whole: nn.Module, layers: Layers | None, cuts: Cuts, reasons: dict[str, str], mesh: Mesh
 ) -> tuple[int, int, tuple[LeftWhole, ...]]:
     """(elements of which a rank holds its part alone, all, what is whole)"""
     like = layers.representative(whole) if layers is not None else (lambda name: name)
+    experts = experts_in(whole, mesh)
     total = sharded = 0
     left: dict[tuple[str, str], int] = {}
     for name, parameter in whole.named_parameters():
         total += parameter.numel()
         traced = like(name)
-        if isinstance(Held.parse(held_by_rank(cuts, traced)).kept_on(cuts.ranks), Shard):
+        kept = Held.parse(held_by_rank(cuts, traced)).kept_on(cuts.ranks)
+        is_cut = mesh.tp > 1 and isinstance(kept, Shard)
+        if is_cut or name.rpartition(".")[0] in experts:
             sharded += parameter.numel()
         else:
             owner = traced.rpartition(".")[0]
             is_gathered = any(owner in region.candidate.gathered for region in cuts.regions)
             why = "it gathers what is cut" if is_gathered else "nothing that is cut comes by it"
+            if mesh.tp == 1:
+                is_gathered, why = True, "there is one tp rank, which has it whole"
             key = (any_layer(name), why if is_gathered else reasons.get(traced, why))
             left[key] = left.get(key, 0) + parameter.numel()
     found = (LeftWhole(pattern, n, why) for (pattern, why), n in left.items())

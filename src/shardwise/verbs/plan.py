@@ -73,9 +73,12 @@ def _wish(case: Case, options: PlanOptions, source: "ModelSource") -> "Wish":
 
 
 def check_mesh(mesh: Mesh) -> None:
-    """Raises OptionError for a mesh without tp ranks to cut for."""
-    if mesh.tp < 2:
-        raise OptionError(f"--mesh {mesh}: a plan cuts a model over two tp ranks or more. Use --mesh tp=2.")
+    """Raises OptionError for a mesh without ranks to cut for."""
+    if mesh.tp < 2 and mesh.experts < 2:
+        raise OptionError(
+            f"--mesh {mesh}: a plan cuts a model over two tp ranks or more, or experts over ep. Use --mesh "
+            "tp=2, or ep=2."
+        )
 
 
 def _given(case: Case, source: "ModelSource") -> Plan | None:

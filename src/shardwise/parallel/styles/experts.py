@@ -71,9 +71,9 @@ class ByExpert(HoldingContainer):
                 f"{where} isn't called as experts({', '.join(CALL)}). Put the rule on the module that is, or "
                 "cut experts inside: local, colwise, rowwise."
             )
-        inside = [name for name, _ in module.named_parameters() if "." in name]
         experts = number_of_experts(module)
-        if inside or experts is None:
+        if experts is None:
+            inside = [name for name, _ in module.named_parameters() if "." in name]
             what = f"holds {inside[0]}" if inside else "has weights of several numbers of experts"
             raise PlanError(
                 f"{where} {what}, and is to hold weights of its own, [experts, ...] each. Stack them "
