@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from shardwise.models.source import find_model
+from shardwise.dims.trace import record_of
+from shardwise.models.source import find_model, vocab_size_of
 from shardwise.models.specs import SPECS
 
 pytest.importorskip(
@@ -45,6 +46,19 @@ def test_a_twin_has_the_modules_and_the_plan_of_its_model(name: str) -> None:
 def test_each_kind_of_layer_is_kept_once() -> None:
     config = twin("hf:qwen3_next").config
     assert config.layer_types == ["linear_attention", "full_attention"]
+
+
+def test_what_a_configuration_makes_itself_is_made_of_the_small_sizes() -> None:
+    """zamba2 keeps the width of a mamba head, which it computes, beside what it is of."""
+    config = twin("hf:zamba2").config
+    assert config.mamba_headdim * config.n_mamba_heads == config.mamba_expand * config.hidden_size
+    assert config.attention_hidden_size == 2 * config.hidden_size
+
+
+@pytest.mark.parametrize("name", ["hf:zamba2", "hf:xlstm", "hf:recurrent_gemma"])
+def test_a_recurrent_twin_runs(name: str) -> None:
+    small = twin(name)
+    assert record_of(small, vocab_size_of(small)).logits is not None
 
 
 @pytest.mark.parametrize("tp", [2, 3, 4, 8])

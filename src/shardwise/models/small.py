@@ -155,6 +155,8 @@ _AT_MOST = {
     "image_token_id": 3,
     "audio_token_id": 4,
 }
+# another name for a size, where a configuration has both
+_SAME = {"embedding_dim": "hidden_size", "num_blocks": "num_hidden_layers"}
 _EXPERTS = re.compile(
     r"^(num_experts|n_routed_experts|num_local_experts|moe_num_experts|zero_expert_num|num_routed_experts)$"
 )
@@ -178,7 +180,15 @@ def small_values(config: Any, tp: int) -> dict[str, Any]:
     known = {names.get(key, key): value for key, value in values.items()}
     layers = _kept_layers(known)
     twin = _Twin(Sizes(tp), known, layers)
-    return {key: twin.value(names.get(key, key), value) for key, value in values.items()}
+    found = {key: twin.value(names.get(key, key), value) for key, value in values.items()}
+    kept = (key for key, value in found.items() if value != values[key] or not _is_derived(config, key))
+    return {key: found[key] for key in kept}
+
+
+def _is_derived(config: Any, key: str) -> bool:
+    """Whether a configuration makes a number or a list itself, of what it is asked for."""
+    asked = getattr(type(config), "__dataclass_fields__", None)
+    return asked is not None and key not in asked and type(getattr(config, key, None)) in (int, list)
 
 
 def _without_internals(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -261,6 +271,11 @@ class _Twin:
             return _FIXED[
                 "qk_rope_head_dim" if value == known.get("qk_rope_head_dim", value) else "qk_head_dim"
             ]
+        same = _SAME.get(name, "")
+        if same and value == known.get(same):
+            return self._number(same, value)
+        if name == "hidden_size" and "qk_dim_factor" in known:  # its shares are made multiples of 64 first
+            return -(-sizes.hidden // int(64 / known["qk_dim_factor"])) * int(64 / known["qk_dim_factor"])
         if name == "linear_num_key_heads" and value == known.get("linear_num_value_heads"):
             return sizes.heads
         if _KV_HEADS.match(name):

@@ -163,7 +163,7 @@ def unsharded(
             "parts: too much to tell a wrong plan by."
         )
     max_norm = total / 2
-    after, norms = trained(deepcopy(model), batches, ALONE, max_norm) if with_steps else ({}, ())
+    after, norms = trained(_copied(model), batches, ALONE, max_norm) if with_steps else ({}, ())
     weights = {name: local(parameter) for name, parameter in after.items()}
     return Unsharded(first, batches, noise, tolerance, allowed, max_norm, weights, norms)
 
@@ -185,6 +185,13 @@ def trained(
                 raise ModuleError("", f"a training step raised {told(error)}") from error
             norms.append(float(result.gradient_norm))
     return dict(model.named_parameters()), tuple(norms)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy, of what a forward left in the model, too (a recurrence's last state), which has a graph."""
+    held = (each for module in model.modules() for each in vars(module).values())
+    left = [each for each in held if isinstance(each, torch.Tensor) and not each.is_leaf]
+    return deepcopy(model, {id(each): each.detach().clone() for each in left})
 
 
 def _is_finite(value: float) -> bool:
