@@ -87,7 +87,7 @@ def _style(
     if isinstance(module, nn.Embedding):
         is_unused = not spans.of[name] and own == Style(StyleName.REPLICATE)
         return Style(StyleName.ROWWISE, output=Replicate()) if is_unused else None
-    if not _is_linear(cuts, name, module):
+    if not _is_linear(cuts, spans, name, module):
         return None
     if any(not cuts.cut_in(name).isdisjoint(value.leaves()) for value in _taken(spans, name)):
         return None
@@ -112,11 +112,15 @@ def _around(rules: Mapping[str, Reasoned], name: str) -> Iterator[StyleName]:
             return
 
 
-def _is_linear(cuts: Cuts, name: str, module: nn.Module) -> bool:
-    """Whether a part of its weight gives that part of what it gives."""
+def _is_linear(cuts: Cuts, spans: Spans, name: str, module: nn.Module) -> bool:
+    """Whether a part of its weight's rows gives that part of its last dim, and nothing else."""
     if type(module).forward is nn.Linear.forward:
         return True
-    return {op.name for op in cuts.record.ops if op.module == name} <= _LINEAR_OPS
+    rows = cuts.record.parameters[f"{name}.weight"].dims[0]
+    given = [span.outputs[0].dims[-1] for span in spans.of[name] if span.outputs]
+    is_plain = {op.name for op in cuts.record.ops if op.module == name} <= _LINEAR_OPS
+    is_same = all(dim.size == rows.size and list(leaves(dim)) == list(leaves(rows)) for dim in given)
+    return is_plain and is_same and bool(given)
 
 
 def _taken(spans: Spans, name: str) -> Iterator[Value]:
