@@ -73,6 +73,17 @@ def make_dims(source: ModelSource, wish: Wish, *, progress: Callable[[str], None
     return traced.dims(source, cuts, wish)
 
 
+def _built(source: ModelSource, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """(the model with all its layers, and with one of each kind)"""
+    whole = source.build(dtype=dtype)
+    layers = find_layers(whole)
+    if layers is None:
+        return whole, whole
+    model = source.build(dtype=dtype)
+    layers.shorten(model, min(layers.count, max(2, layers.kinds(whole))))
+    return whole, model
+
+
 @dataclass(frozen=True, slots=True)
 class _Traced:
     """whole: the model with all its layers; making has what was traced, which has one of each kind."""
@@ -91,19 +102,18 @@ class _Traced:
 
 def _traced(source: ModelSource, wish: Wish, progress: Callable[[str], None]) -> _Traced:
     progress(f"building {source.name}")
-    whole = source.build(dtype=torch.bfloat16)
-    layers = find_layers(whole)
-    model = whole
-    if layers is not None:
-        model = source.build(dtype=torch.bfloat16)
-        layers.shorten(model, min(layers.count, max(2, layers.kinds(whole))))
+    whole, model = _built(source, torch.bfloat16)
     progress("tracing its forward")
     try:
         record = record_of(model, vocab_size_of(model))
     except ModelError as error:
-        raise ModelError(
-            f"{source.name}: {error} So no plan can be made of it; write one by hand."
-        ) from error
+        try:  # a grouped matmul takes half precision alone, and other forwards none
+            whole, model = _built(source, torch.float32)
+            record = record_of(model, vocab_size_of(model))
+        except ModelError:
+            raise ModelError(
+                f"{source.name}: {error} So no plan can be made of it; write one by hand."
+            ) from error
     called = {event.module for event in record.events if isinstance(event, Entered)}
     layers = find_layers(whole, among=called)
     making = _Making(record, model, whole, layers, wish)
