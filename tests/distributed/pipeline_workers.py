@@ -38,6 +38,7 @@ class Trial(msgspec.Struct, frozen=True):
     stages: str = "even"
     micro_batches: int = 4
     recompute: str = "none"
+    reduce_once: bool = False
     fault: str = ""
 
     @property
@@ -98,7 +99,8 @@ def _run(context: RankContext, trial: Trial) -> Found:
     labels[0, :5] = -100  # uneven over ranks and micro-batches
     portion = Portion.on(on, settings.accumulation)
     steps = [(TrainStep(whole, mesh=None, learning_rate=1e-3), [(ids, labels)])]
-    steps.append((TrainStep(ours, mesh=on, learning_rate=1e-3), portion.cut(ids, labels)))
+    sharded = TrainStep(ours, mesh=on, learning_rate=1e-3, reduce_once=trial.reduce_once)
+    steps.append((sharded, portion.cut(ids, labels)))
     with NoDropout():
         (expected, norms), (mine, my_norms) = (_two_steps(*each) for each in steps)
     names = [name for name, _ in ours.named_parameters()]

@@ -37,6 +37,8 @@ ON_FOUR = (
     Trial(TIED, "pp=2,dp=2"),
     Trial(TIED, "pp=2,fsdp=2", chunks=2),
     Trial(LLAMA, "pp=2,fsdp=2", schedule="gpipe", recompute="full"),
+    Trial(TIED, "pp=2,fsdp=2", chunks=2, reduce_once=True),
+    Trial(TIED, "pp=2,fsdp=2", reduce_once=True),
 )
 FAULTY = (
     Trial(TIED, "pp=2", fault="tied not summed"),

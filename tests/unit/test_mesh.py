@@ -155,7 +155,7 @@ def test_a_verb_refuses_the_axes_that_it_cannot_carry_and_names_those_it_can() -
     with pytest.raises(MeshError) as caught:
         check_carried(Mesh.parse("pp=2,cp=2,tp=4"), "compare", RUN)
     assert str(caught.value) == (
-        "mesh pp=2,cp=2,tp=4: compare can't carry pp or cp yet. Use the axes dp, fsdp, ep, tp."
+        "mesh pp=2,cp=2,tp=4: compare can't carry cp yet. Use the axes pp, dp, fsdp, ep, tp."
     )
     check_carried(Mesh.parse("pp=2,cp=2,tp=4"), "predict", PREDICTED)
     check_carried(Mesh.parse("ep=1,tp=4"), "predict", PREDICTED)

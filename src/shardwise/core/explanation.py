@@ -12,7 +12,7 @@ from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.finding import Finding
 from shardwise.core.placement import Placement
-from shardwise.core.program import ByData, MemoryKind, MemoryPeak, Phase
+from shardwise.core.program import ByData, MemoryKind, MemoryPeak, Phase, StageShare
 from shardwise.core.rule import RuleRef
 
 
@@ -117,7 +117,7 @@ class Explanation:
 
     sharded_share: share of the model's parameters of which this rank keeps a part only, 0 to 1. held: exact
     bytes of parameters, gradients and optimizer state. peak: see program.memory_peak; its holders are grouped
-    over layers.
+    over layers. stages: of the pipeline, where there is one.
     """
 
     model: str
@@ -139,6 +139,7 @@ class Explanation:
     peak: MemoryPeak
     findings: tuple[Finding, ...]
     notes: tuple[str, ...] = ()
+    stages: tuple[StageShare, ...] = ()
     schema_version: int = 1
 
     @property

@@ -62,7 +62,7 @@ class Axis:
 
 
 AXES = (
-    Axis("pp", Role.CUTS_DEPTH, "stages of a pipeline"),
+    Axis("pp", Role.CUTS_DEPTH, "stages of a pipeline", runs=True),
     Axis("dp", Role.REPLICATES, "whole replicas of the model", Cuts.BATCH, runs=True),
     Axis("fsdp", Role.SHARDS_PARAMETERS, "replicas that keep a shard of the parameters each", Cuts.BATCH,
          runs=True),

@@ -44,8 +44,12 @@ class Span:
     def stop(self) -> int:
         return self.first + self.count
 
+    @property
+    def indices(self) -> range:
+        return range(self.first, self.stop)
+
     def __contains__(self, layer: object) -> bool:
-        return isinstance(layer, int) and self.first <= layer < self.stop
+        return layer in self.indices
 
 
 @dataclass(frozen=True, slots=True)

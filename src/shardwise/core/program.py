@@ -234,12 +234,26 @@ class RuleUse:
 
 
 @dataclass(frozen=True, slots=True)
+class StageShare:
+    """What a stage of a pipeline holds. layers: (first, count) of each of its chunks. parameters: of the
+    whole model's, a tied one on both ends. parameter_bytes: of one rank there, which has the largest shards.
+    in_flight: micro-batches of which it holds activations at once, each chunk's counted."""
+
+    stage: int
+    layers: tuple[tuple[int, int], ...]
+    parameters: int
+    parameter_bytes: int
+    in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
     """The step of one rank. device: the type whose ops these are. resident: what lives before the first item,
     by kind.
 
     axes: (name, size) of the mesh. layers: (prefix, count) of the repeated layers; None where the model has
-    none. compressed: whether equal layers were traced once. notes: what a reader must know, in words.
+    none. compressed: whether equal layers were traced once. stages: of the pipeline, where there is one.
+    notes: what a reader must know, in words.
     """
 
     model: str
@@ -257,6 +271,7 @@ class Program:
     layers: tuple[str, int] | None = None
     compressed: bool = False
     notes: tuple[str, ...] = ()
+    stages: tuple[StageShare, ...] = ()
 
     def items(self) -> Iterator[Item]:
         """Every item of the step, in order."""

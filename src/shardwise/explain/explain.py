@@ -70,6 +70,7 @@ def explain(program: Program) -> Explanation:
         peak=replace(peak, holders=_grouped_holders(peak)),
         findings=findings_of(program, items, collectives, holdings),
         notes=program.notes,
+        stages=program.stages,
     )
 
 

@@ -35,6 +35,8 @@ _REPLICATED = (
     "Norms, and whatever else every rank holds whole, see each rank's part of the sequence, so each rank has "
     "a summand of their gradients: all of them are summed in one go."
 )
+_STAGES = "The last stage finds the loss: all stages learn it."
+_TO_ONE = (CollectiveKind.SEND, CollectiveKind.RECV)
 _OF_CODE = "The model's own code asks for it, or a library that it calls: no rule of the plan does."
 _OF_COPY = {
     "cat": "Puts tensors side by side in new memory.",
@@ -60,9 +62,13 @@ def reason_of(collective: Collective) -> str:
     """One sentence: by the axis and what the step is doing, where they say all, else by the style or the
     placements."""
     call, phase = collective.call, collective.phase
+    if call.kind in _TO_ONE and collective.reason is not None:
+        return collective.reason
     if call.kind not in TIMED or is_off_mesh(call.axis):  # no plan's engine issues these
         return _OF_CODE
     role = role_of(call.axis)
+    if role is Role.CUTS_DEPTH and phase is Phase.REDUCE:
+        return _STAGES
     if role is Role.SHARDS_PARAMETERS:
         return _FSDP.get(call.kind, _DATA_PARALLEL)
     if role is Role.REPLICATES and phase in _REPLICAS:

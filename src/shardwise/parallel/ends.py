@@ -64,7 +64,7 @@ def ends_of(source: ModelSource) -> Ends:
 
 def check_spans(whole: nn.Module, ends: Ends, spans: Sequence[Span]) -> None:
     """Raises ModelError where layers of several parts share a parameter."""
-    part_of = {layer: part for part, span in enumerate(spans) for layer in range(span.first, span.stop)}
+    part_of = {layer: part for part, span in enumerate(spans) for layer in span.indices}
     seen: dict[nn.Parameter, tuple[int, str]] = {}
     for name, parameter in whole.named_parameters(remove_duplicate=False):
         index = layer_index(name, ends.layers.prefix)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.core.errors import RunError
+from shardwise.core.layer_name import layer_index
 from shardwise.core.pipeline import Pipeline, Span
 from shardwise.core.plan import Plan
 from shardwise.parallel.apply import applied_to
@@ -30,9 +31,9 @@ _ATTRIBUTE = "_shardwise_stage"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stage:
-    """What a rank's model was cut to. spans: of all parts. seq_ranks: those that each have a part of the
-    sequence between layers. dtype: of what passes there. tied: names of parameters that both ends hold; each
-    is on the first stage and on the last."""
+    """What a rank's model was cut to. spans: of all parts, of the whole model. seq_ranks: those that each
+    have a part of the sequence between layers. dtype: of what passes there. tied: names of parameters that
+    both ends hold."""
 
     pipeline: Pipeline
     index: int
@@ -64,6 +65,14 @@ class Stage:
 
     def last_layer(self, part: int) -> str:
         return f"{self.ends.layers.prefix}.{self.spans[part].stop - 1}"
+
+    def units(self, model: nn.Module, part: int) -> Iterator[tuple[nn.Module, bool]]:
+        """All modules that are the part's layers or lie in them (True), or that hold the layers (False)."""
+        prefix, span = self.ends.layers.prefix, self.spans[part]
+        for name, module in model.named_modules():
+            index = layer_index(name, prefix)
+            if index is None or index in span:
+                yield module, index is not None
 
     def shape(self, ids_BS: Tensor) -> tuple[int, ...]:
         """Of what passes between layers, for a micro-batch's ids, as this rank has it."""
@@ -128,8 +137,7 @@ def cut_to_stage(
     every = dict(modules_in(layers))
     spans = pipeline.spans(len(every))
     check_spans(model, ends, spans)
-    if keep is not None:
-        spans = tuple(Span(span.first, min(span.count, keep)) for span in spans)
+    kept_of = [Span(span.first, min(span.count, keep or span.count)) for span in spans]
     call = _Call()
     stage = Stage(
         pipeline, index, spans, ends, dtype, _seq_ranks(model, ends, tp), _tied(model, ends), {}, call
@@ -139,24 +147,26 @@ def cut_to_stage(
     for name in {*ends.before, *ends.after} - kept:
         if held.isdisjoint(_own_parameters(model, name)):  # else it holds a tied parameter's other name
             _put(model, name, _Absent(name))
-    own = {number: every[number] for part in stage.parts for number in map(str, _indices(spans[part]))}
+    own = {number: every[number] for part in stage.parts for number in map(str, kept_of[part].indices)}
     put_modules(layers, own)
     for part in stage.parts:
-        stage._swaps[part] = _swaps(model, layers, own, len(every), stage, part)
+        running = {index: every[str(index)] for index in kept_of[part].indices}
+        stage._swaps[part] = _swaps(model, layers, running, len(every), stage, part)
     _cut_forward(model, stage)
     setattr(model, _ATTRIBUTE, stage)
     return stage
 
 
 def _swaps(
-    model: nn.Module, layers: nn.Module, own: dict[str, nn.Module], count: int, stage: Stage, part: int
+    model: nn.Module, layers: nn.Module, running: dict[int, nn.Module], count: int, stage: Stage, part: int
 ) -> tuple[tuple[nn.Module, dict[str, nn.Module]], ...]:
-    span, call = stage.spans[part], stage._call
+    """What is in place while a part runs. running: its layers, by their place among `count`."""
+    call, span = stage._call, stage.spans[part]
     before, beyond = _Before(call, stage.ends.gives), _Beyond()
-    found = {id(layers): (layers, {
-        str(index): own[str(index)] if index in span else before if index < span.first else beyond
-        for index in range(count)
-    })}  # fmt: skip
+    every: dict[str, nn.Module] = {str(index): before for index in range(span.first)}
+    every |= {str(index): layer for index, layer in running.items()}
+    every |= {str(index): beyond for index in range(span.stop, count)}
+    found = {id(layers): (layers, every)}
     for name in stage.ends.before if part else ():
         parent_name, _, own_name = name.rpartition(".")
         parent = model.get_submodule(parent_name)
@@ -176,10 +186,6 @@ def _cut_forward(model: nn.Module, stage: Stage) -> None:
                 return leave.hidden
 
     model.forward = forward
-
-
-def _indices(span: Span) -> range:
-    return range(span.first, span.stop)
 
 
 def _own_parameters(model: nn.Module, name: str) -> set[nn.Parameter]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from shardwise.core.mesh import STAGES_AXIS
@@ -25,12 +26,20 @@ from shardwise.torch_private import run_micro_batches
 
 
 class Passes:
-    """Runs the micro-batches of a step through this rank's parts of a model. on_phase: told each phase as it
-    begins."""
+    """Runs the micro-batches of a step through this rank's parts of a model. reduce_once: FSDP keeps whole
+    gradients until a part's last backward. on_phase: told each phase as it begins."""
 
     def __init__(
-        self, model: nn.Module, stage: Stage, mesh: DeviceMesh, loss: Loss, on_phase: Callable[[Phase], None]
+        self,
+        model: nn.Module,
+        stage: Stage,
+        mesh: DeviceMesh,
+        loss: Loss,
+        on_phase: Callable[[Phase], None],
+        *,
+        reduce_once: bool = False,
     ) -> None:
+        self._reduce_once = reduce_once
         self._model, self._stage, self._loss, self._on_phase = model, stage, loss, on_phase
         self.group = mesh.get_group(STAGES_AXIS)
         self._schedules: dict[tuple[int, torch.Size], Any] = {}
@@ -112,8 +121,18 @@ class Passes:
     @contextmanager
     def _around_backward(self, part: int, is_last: bool) -> Iterator[None]:
         self._on_phase(Phase.BACKWARD)
+        if self._reduce_once:
+            self._sync(part, is_last)
         with self._loss.backward_context():
             yield
+
+    def _sync(self, part: int, is_last: bool) -> None:
+        """Whether FSDP reduces a part's gradients in the backward that comes. What lies outside the layers
+        belongs to the parts at the ends."""
+        is_end = part in (0, self._stage.pipeline.parts - 1)
+        for module, runs in self._stage.units(self._model, part):
+            if isinstance(module, FSDPModule) and (runs or is_end):
+                module.set_requires_gradient_sync(is_last, recurse=False)
 
 
 _TIED = (

@@ -158,7 +158,9 @@ class TrainStep:
         if stage is not None:
             assert mesh is not None
             self._torch_clips = False  # it knows of no other stages
-            self._passes = Passes(model, stage, mesh, self._loss, self._on_phase)
+            self._passes = Passes(
+                model, stage, mesh, self._loss, self._on_phase, reduce_once=self._reduces_once is not None
+            )
 
     def gradients(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Leaves the global batch's gradients in `.grad` (of this rank's shards) and returns the global mean

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from itertools import groupby, zip_longest
 
-from shardwise.core.collective import CollectiveCall
+from shardwise.core.collective import CollectiveCall, CollectiveKind
 from shardwise.core.layer_name import layer_index, moved_name
 from shardwise.core.program import (
     IN_LAYERS,
@@ -82,7 +82,8 @@ def _parts(items: Sequence[Item], prefix: str, count: int) -> list[_Part]:
     while stretches:
         run, stretches = stretches[:count], stretches[count:]
         backward = run[0].backward
-        order = range(count - 1, -1, -1) if backward else range(count)
+        first = min(each.layer for each in run)
+        order = range(first + count - 1, first - 1, -1) if backward else range(first, first + count)
         for layer, stretch in zip_longest(order, run):
             if stretch is None or (stretch.layer, stretch.backward) != (layer, backward):
                 raise NotPeriodicError(f"layer {layer} isn't where it was expected")
@@ -108,12 +109,17 @@ def _stretches_of_layers(items: Sequence[Item], prefix: str) -> Iterator[_Stretc
     rows = (
         (layer_index(item.module, prefix), item.phase is not Phase.FORWARD, index)
         for index, item in enumerate(items)
-        if not isinstance(item, MemoryChange) and item.phase in IN_LAYERS
+        if not isinstance(item, MemoryChange) and item.phase in IN_LAYERS and not _is_passed_on(item)
     )
     inside = ((layer, backward, index) for layer, backward, index in rows if layer is not None)
     for (layer, backward), group in groupby(inside, key=lambda row: row[:2]):
         indices = [index for *_, index in group]
         yield _Stretch(layer, backward, indices[0], indices[-1] + 1)
+
+
+def _is_passed_on(item: Op | Collective) -> bool:
+    """Between stages of a pipeline, whose layers may be another rank's."""
+    return isinstance(item, Collective) and item.call.kind in (CollectiveKind.SEND, CollectiveKind.RECV)
 
 
 def _longer_run(run: _Run, prefix: str, more: int) -> list[Block]:

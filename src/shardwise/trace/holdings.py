@@ -45,19 +45,25 @@ def holdings_of(step: TrainStep, mesh: Mesh, rule_of: Callable[[str], RuleRef | 
         )
 
 
-def longer_holdings(holdings: Sequence[Holding], prefix: str, more: int) -> tuple[Holding, ...]:
-    """Those of a model with `more` layers more: layer 1's stand for those of all layers but the first and the
-    last two."""
+def longer_holdings(
+    holdings: Sequence[Holding], prefix: str, firsts: Sequence[int], more: int
+) -> tuple[Holding, ...]:
+    """Those of a model with `more` layers more in each row of them, which begin at `firsts`: a row's second
+    one stands for all of them but the first and the last two."""
     longer: list[Holding] = []
-    template = [holding for holding in holdings if layer_index(holding.module, prefix) == 1]
+    seconds = [
+        [holding for holding in holdings if layer_index(holding.module, prefix) == first + 1]
+        for first in firsts
+    ]
     for holding in holdings:
         index = layer_index(holding.module, prefix)
-        if index is not None and index >= 2:
+        if index is not None and index - max(first for first in firsts if first <= index) >= 2:
             longer.append(_moved(holding, prefix, more))
             continue
         longer.append(holding)
-        if template and holding is template[-1]:
-            longer += [_moved(again, prefix, by) for by in range(1, more + 1) for again in template]
+        for template in seconds:
+            if template and holding is template[-1]:
+                longer += [_moved(again, prefix, by) for by in range(1, more + 1) for again in template]
     return tuple(longer)
 
 

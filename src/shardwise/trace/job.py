@@ -1,34 +1,38 @@
 """Job: what is to be traced, and how its model, its rules and its batch are made."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardwise.core.batch_part import check_batch, part_of_batch
+from shardwise.core.batch_part import check_batch, coordinate, part_of_batch
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
-from shardwise.core.mesh import Mesh
+from shardwise.core.mesh import STAGES_AXIS, Mesh
 from shardwise.core.plan import ROOT, AnyPlan, Plan, TheirPlan
-from shardwise.core.program import RuleUse
+from shardwise.core.program import RuleUse, StageShare
 from shardwise.core.rule import RuleRef
 from shardwise.models.layers import Layers
 from shardwise.models.source import ModelSource
 from shardwise.parallel.any_plan import apply_any
+from shardwise.parallel.ends import Ends
+from shardwise.parallel.stages import cut_to_stage
 from shardwise.step.groups import along
 from shardwise.step.portion import micro_batches_of
 from shardwise.step.train import mixed_precision, recompute_layers, shard_with_fsdp
 from shardwise.torch_private import FakeTensorMode
 from shardwise.trace.fakes import fill_with_fakes
+from shardwise.trace.stage_shares import shares_of
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """One rank's step. device_mesh: of the fake world. on_model: told each model before its step runs,
-    sharded and filled with fakes."""
+    sharded and filled with fakes. ends: of the model, where the mesh has stages. shares: what those
+    hold, once shard() has seen the model."""
 
     source: ModelSource
     plan: AnyPlan
@@ -39,6 +43,13 @@ class Job:
     ids: Tensor | None
     device_mesh: DeviceMesh
     on_model: Callable[[nn.Module], None]
+    ends: Ends | None = None
+    shares: list[StageShare] = field(default_factory=list)
+
+    @property
+    def stage(self) -> int:
+        """This rank's, of the pipeline."""
+        return coordinate(self.mesh, self.rank, STAGES_AXIS)
 
     def build(self) -> nn.Module:
         """The model on the meta device, as it was made; sharded only where the plan is the factory's own."""
@@ -49,9 +60,20 @@ class Job:
             return sharding_factory(self.source).build(dtype=dtype, mesh=self.device_mesh)
         return self.source.build(dtype=dtype)
 
-    def shard(self, model: nn.Module, layers: Layers | None, fake_mode: FakeTensorMode) -> None:
-        """Makes a built model what trains on this rank, of fake tensors."""
+    def shard(
+        self, model: nn.Module, layers: Layers | None, fake_mode: FakeTensorMode, keep: int | None = None
+    ) -> None:
+        """Makes a built model what trains on this rank, of fake tensors. keep: only the first so many layers
+        of each part of a pipeline."""
         apply_any(model, self.plan, self.device_mesh)
+        if self.ends is not None:
+            computed: torch.dtype = getattr(torch, self.settings.computed_dtype)
+            pipeline, micro_batches = self.settings.pipeline(self.mesh), self.settings.accumulation
+            self.shares[:] = shares_of(model, self.ends, pipeline, self.mesh, micro_batches)
+            cut_to_stage(
+                model, self.ends, pipeline, self.stage,
+                tp=self.mesh.tp, dtype=computed, keep=keep,
+            )  # fmt: skip
         fill_with_fakes(model, fake_mode)
         layer_modules = list(layers.modules(model)) if layers is not None else []
         if self.settings.recompute != "none":

@@ -8,6 +8,7 @@ issues a collective (collectives.issuing()); for others placements.py watches.
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 from unittest.mock import patch
@@ -21,7 +22,7 @@ from shardwise.core.collective import CollectiveCall
 from shardwise.core.mesh import TENSOR_AXIS
 from shardwise.core.program import LOSS_MODULE, Collective, Op, Phase
 from shardwise.core.rule import RuleRef
-from shardwise.parallel.collectives import issuing
+from shardwise.parallel.collectives import Told, issuing, told_of
 from shardwise.parallel.recorder import FUSED, read_calls, tensors_in
 from shardwise.torch_private import (
     PROPAGATIONS,
@@ -129,9 +130,10 @@ class Recorder(TorchDispatchMode):
         if not self.log.is_on or name in ALLOCATIONS:
             self.storages.note_all(outputs, name)
         elif signature.is_collective:
+            told = next(filter(None, map(told_of, tensors_in(args))), None)
             for call in read_calls(name, args, out, self._axes, str(self.place.phase)):
                 if call.axis_size > 1:
-                    self.log.add(self._collective(call))
+                    self.log.add(self._collective(call, told))
             self.storages.note_all(outputs, name)
             if name.partition("::")[2] in FUSED:
                 work = Work(tensors_in(args), outputs)
@@ -141,12 +143,14 @@ class Recorder(TorchDispatchMode):
         if work is not None:
             self.log.add(self._ops.op(signature, args, work))
 
-    def _collective(self, call: CollectiveCall) -> Collective | Routed:
+    def _collective(self, call: CollectiveCall, told: Told | None = None) -> Collective | Routed:
+        if told is not None:
+            return Collective(replace(call, phase=str(told.phase)), told.module, reason=told.reason)
         issue = issuing()
         if issue is not None:
             origin = issue.origin
-            told = Collective(call, origin.module, origin.rule, origin.before, origin.after)
-            return Routed(told, issue.most_bytes) if issue.by_data else told
+            collective = Collective(call, origin.module, origin.rule, origin.before, origin.after)
+            return Routed(collective, issue.most_bytes) if issue.by_data else collective
         module = self.place.module
         before, after = self._redistributions.change(call)
         rule = self._rule_of(module) if call.axis == TENSOR_AXIS and module != LOSS_MODULE else None

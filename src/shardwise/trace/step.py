@@ -18,6 +18,7 @@ from shardwise.models.layers import Layers
 from shardwise.models.source import vocab_size_of
 from shardwise.parallel.any_plan import name_of
 from shardwise.parallel.apply import applied_to
+from shardwise.parallel.stages import stage_of
 from shardwise.step.groups import axis_names
 from shardwise.step.train import TrainStep
 from shardwise.torch_private import (
@@ -46,16 +47,20 @@ class Traced:
 
 
 def run(
-    job: Job, model: nn.Module, layers: Layers | None, rule_of: Callable[[str], RuleRef | None]
+    job: Job,
+    model: nn.Module,
+    layers: Layers | None,
+    rule_of: Callable[[str], RuleRef | None],
+    keep: int | None = None,
 ) -> Traced:
-    """Shards a built model, fills it with fakes, and traces one step. Raises ModelError and PlanError for
-    what goes wrong inside."""
+    """Shards a built model, fills it with fakes, and traces one step. keep: see Job.shard(). Raises
+    ModelError and PlanError for what goes wrong inside."""
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    job.shard(model, layers, fake_mode)
+    ids = job.micro_batches(vocab_size_of(model))
+    job.shard(model, layers, fake_mode, keep)
     device_mesh = job.device_mesh if job.mesh.world_size > 1 else None
     recorder = Recorder(model, fake_mode, axis_names(job.device_mesh), device=job.device, rule_of=rule_of)
     storages, log = recorder.storages, recorder.log
-    ids = job.micro_batches(vocab_size_of(model))
     model.register_forward_hook(_check_logits(job.source.name))
     with recorder.watching(), _fake_buffers_of_fsdp(), _without_fsdp_s_advice():
         step = TrainStep(
@@ -103,7 +108,10 @@ def _without_fsdp_s_advice() -> Iterator[None]:
 
 
 def _check_logits(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], object], None]:
-    def check(_: nn.Module, inputs: tuple[Tensor, ...], logits: object) -> None:
+    def check(model: nn.Module, inputs: tuple[Tensor, ...], logits: object) -> None:
+        stage = stage_of(model)
+        if stage is not None and not stage.gives_logits:
+            return
         expected = list(inputs[0].shape)
         if isinstance(logits, Tensor) and logits.ndim == 3 and list(logits.shape[:2]) == expected:
             return

@@ -6,7 +6,7 @@ memory, kernels and the wire are missing. The step is one after the first: optim
 layers are traced three and four deep and extended (extend.py) where that is exact, else all of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -15,11 +15,13 @@ from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
 from shardwise.core.grouped import BALANCED, GROUPED
 from shardwise.core.mesh import Mesh
+from shardwise.core.pipeline import Span
 from shardwise.core.plan import AnyPlan
 from shardwise.core.program import Block, MemoryKind, Op, Program, RuleUse
 from shardwise.models.layers import Layers, find_layers
 from shardwise.models.source import ModelSource
 from shardwise.parallel.any_plan import check_any, engine_of, name_of
+from shardwise.parallel.ends import Ends, check_spans, ends_of
 from shardwise.torch_private import check
 from shardwise.trace.extend import LONG, SHORT, NotPeriodicError, extended
 from shardwise.trace.fakes import TARGETS, fake_world
@@ -58,25 +60,27 @@ def trace(
         raise OptionError(f"rank {rank} is not on mesh {mesh}. Use 0 to {mesh.world_size - 1}.")
     with fake_world(mesh, rank=rank, device=device) as device_mesh:
         progress(f"building {source.name}")
-        job = Job(source, plan, mesh, settings, device, rank, ids, device_mesh, on_model)
+        job = Job(source, plan, mesh, settings, device, rank, ids, device_mesh, on_model, _ends(source, mesh))
         subject = _subject(job, depth)
         layers = subject.layers
-        if compress and layers is not None and layers.are_equal and layers.count > LONG:
+        if compress and layers is not None and layers.are_equal and _is_long(subject.spans):
             try:
                 return _from_equal_layers(job, subject, layers, progress)
             except NotPeriodicError as reason:
                 progress(f"layers don't repeat: {reason}")
-        progress(f"tracing {layers.count} layers" if layers is not None else "tracing")
+        own = sum(span.count for span in subject.spans)
+        progress(f"tracing {own} layers" if layers is not None else "tracing")
         traced = run(job, subject.model, layers, nearest_rule(subject.rules))
         return _program(job, subject, traced, None)
 
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """The model as it was made, whole and unsharded until it runs."""
+    """The model as it was made, whole and unsharded until it runs. spans: of layers that this rank runs."""
 
     model: nn.Module
     layers: Layers | None
+    spans: tuple[Span, ...]
     rules: tuple[RuleUse, ...]
     parameters: int
 
@@ -89,28 +93,53 @@ def _subject(job: Job, depth: int | None) -> _Subject:
         layers = find_layers(model)
     check_any(job.source, model, job.plan, job.mesh, job.settings.seq)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return _Subject(model, layers, rules_of(job.plan, model), parameters)
+    spans = _spans(job, model, layers)
+    return _Subject(model, layers, spans, rules_of(job.plan, model), parameters)
+
+
+def _ends(source: ModelSource, mesh: Mesh) -> Ends | None:
+    return ends_of(source) if mesh.stages > 1 else None
+
+
+def _spans(job: Job, model: nn.Module, layers: Layers | None) -> tuple[Span, ...]:
+    """Raises OptionError and ModelError for stages that can't be."""
+    pipeline = job.settings.pipeline(job.mesh)
+    pipeline.check(job.settings.accumulation)
+    if layers is None:
+        return ()
+    if job.ends is None:
+        return (Span(0, layers.count),)
+    spans = pipeline.spans(layers.count)
+    check_spans(model, job.ends, spans)
+    return tuple(spans[part] for part in pipeline.parts_of(job.stage))
+
+
+def _is_long(spans: Sequence[Span]) -> bool:
+    """Whether tracing the first layers of each span tells all, and is shorter."""
+    return len({span.count for span in spans}) == 1 and spans[0].count > LONG
 
 
 def _from_equal_layers(
     job: Job, subject: _Subject, layers: Layers, progress: Callable[[str], None]
 ) -> Program:
     """The program of all layers from traces of SHORT and LONG ones. Raises NotPeriodicError."""
-    traced = []
+    traced, count = [], subject.spans[0].count
     for depth in (SHORT, LONG):
-        progress(f"tracing {depth} of {layers.count} equal layers")
+        progress(f"tracing {depth} of {count} equal layers")
         model = job.build()
-        layers.shorten(model, depth)
-        traced.append(run(job, model, layers, nearest_rule(subject.rules)))
+        if job.ends is None:
+            layers.shorten(model, depth)
+        traced.append(run(job, model, layers, nearest_rule(subject.rules), depth))
     short, long = traced
     progress("putting the layers together")
-    more = layers.count - LONG
+    more = count - LONG
     resident = {
         kind: n_bytes + (n_bytes - short.resident.get(kind, 0)) * more
         for kind, n_bytes in long.resident.items()
     }
-    blocks = extended(short.items, long.items, layers.prefix, layers.count)
-    whole = Traced((), longer_holdings(long.holdings, layers.prefix, more), resident)
+    blocks = extended(short.items, long.items, layers.prefix, count)
+    firsts = [span.first for span in subject.spans]
+    whole = Traced((), longer_holdings(long.holdings, layers.prefix, firsts, more), resident)
     return _program(job, subject, whole, blocks)
 
 
@@ -132,6 +161,7 @@ def _program(job: Job, subject: _Subject, traced: Traced, blocks: tuple[Block, .
         layers=(layers.prefix, layers.count) if layers is not None else None,
         compressed=blocks is not None,
         notes=(*job.source.notes, *_notes_of(blocks if blocks is not None else (Block(traced.items),))),
+        stages=tuple(job.shares),
     )
 
 

@@ -15,7 +15,7 @@ from shardwise.core.difference import RunProfile, StepPicture
 from shardwise.core.errors import OptionError
 from shardwise.core.finding import Finding
 from shardwise.core.measurement import Comparison, StepProfile
-from shardwise.core.mesh import RUN, check_carried
+from shardwise.core.mesh import RUN, Role, check_carried
 from shardwise.core.option import Option, check_options
 from shardwise.core.verification import Agreement
 from shardwise.files.run_folder import RunFolder
@@ -133,7 +133,7 @@ class _Run:
         from shardwise.verbs.compare_ranks import CompareJob
 
         source, mesh = find_model(case.model), case.mesh
-        check_carried(mesh, "compare", RUN)
+        check_carried(mesh, "compare", [role for role in RUN if role is not Role.CUTS_DEPTH])
         check_fsdp(case)
         step = replace(case.step, batch=case.step.batch or BATCH, seq=case.step.seq or SEQ)
         case = replace(case, step=step)

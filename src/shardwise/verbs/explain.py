@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 from shardwise.core.case import MODEL, Case
+from shardwise.core.errors import OptionError
 from shardwise.core.explanation import Contrast, Explanation
-from shardwise.core.mesh import RUN, check_carried
+from shardwise.core.mesh import RUN, Mesh, check_carried
 from shardwise.core.option import Option, check_options
 from shardwise.core.program import Program
 from shardwise.text.traced_ids import token_ids
@@ -25,6 +26,9 @@ class ExplainOptions:
 
     against: Annotated[str | None, Option("A second plan, to be put beside the first.")] = None
     rank: Annotated[int, Option("The rank whose step is shown.", MODEL, 0)] = 0
+    stage: Annotated[
+        int | None, Option("Its first rank's step is shown, of a pipeline's stages.", MODEL, 0, shown="none")
+    ] = None
     compress: Annotated[bool, Option("Trace equal layers once; what comes out is the same.", "Output")] = True
 
     def __post_init__(self) -> None:
@@ -52,6 +56,7 @@ def explain(case: Case, options: ExplainOptions | None = None, progress: Progres
 
     options = options or ExplainOptions()
     check_carried(case.mesh, "explain", RUN)
+    rank = _rank(options, case.mesh)
     check_fsdp(case)
     source = find_model(case.model)
     case = _with_sizes(case, source)
@@ -70,7 +75,7 @@ def explain(case: Case, options: ExplainOptions | None = None, progress: Progres
             case.mesh,
             case.step,
             device="cuda" if case.device == "auto" else case.device,
-            rank=options.rank,
+            rank=rank,
             ids=token_ids(source, case.step, is_decided_by_data(plan), case.text, progress),
             compress=options.compress,
             progress=progress,
@@ -81,6 +86,16 @@ def explain(case: Case, options: ExplainOptions | None = None, progress: Progres
     explanations = tuple(map(explain_program, programs))
     answer = contrast(*explanations) if len(explanations) > 1 else explanations[0]
     return Explained(programs, explanations, answer)
+
+
+def _rank(options: ExplainOptions, mesh: Mesh) -> int:
+    """Raises OptionError for a stage that the mesh hasn't."""
+    if options.stage is None:
+        return options.rank
+    if options.rank or options.stage >= mesh.stages:
+        what = "leave one of --rank and --stage out" if options.rank else f"use 0 to {mesh.stages - 1}"
+        raise OptionError(f"--stage {options.stage}: mesh {mesh} has {mesh.stages} stages; {what}.")
+    return options.stage * (mesh.world_size // mesh.stages)
 
 
 def _with_sizes(case: Case, source: "ModelSource") -> Case:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from shardwise.core.case import StepSettings, TextSource
 from shardwise.core.errors import OptionError
 from shardwise.core.mesh import AXES, Mesh, Role
+from shardwise.core.pipeline import EVEN
 from shardwise.core.plan import AnyPlan
 from shardwise.predict.check import RESCALED
 
@@ -29,7 +30,9 @@ def micro_batch(settings: StepSettings, mesh: Mesh) -> StepSettings:
             f"--seq {settings.seq} can't be cut into {context} parts for cp={context}. Use a multiple of it."
         )
     batch = settings.batch // (mesh.data_parallel * settings.accumulation)
-    return replace(settings, batch=batch, seq=settings.seq // context, accumulation=1)
+    # a pipeline's stages are made of the one micro-batch
+    alone = replace(settings, accumulation=1, schedule=None, chunks=1, stages=EVEN)
+    return replace(alone, batch=batch, seq=settings.seq // context)
 
 
 def traced_mesh(mesh: Mesh) -> Mesh:

@@ -14,7 +14,7 @@ from shardwise.core.explanation import (
     RuleSummary,
 )
 from shardwise.core.finding import Finding
-from shardwise.core.program import Holder, MemoryKind
+from shardwise.core.program import Holder, MemoryKind, StageShare
 from shardwise.report.common.plain import name, repeats, sentence, step_text
 from shardwise.report.common.table import (
     Block,
@@ -200,6 +200,7 @@ def _why(each: _Group) -> Iterable[Line]:
 def tables_of(one: Explanation, side: str = "") -> list[Block]:
     """All but the collectives. side: of which of two plans, for the tables' keys."""
     return [
+        *stages_tables(one, side),
         holdings_table(one, side),
         memory_table(one, side),
         *holders_tables(one, side),
@@ -207,6 +208,26 @@ def tables_of(one: Explanation, side: str = "") -> list[Block]:
         copies_table(one, side),
         rules_table(one, side),
     ]
+
+
+def stages_tables(one: Explanation, side: str = "") -> Iterator[Table]:
+    """Of a pipeline: what each stage holds."""
+    if not one.stages:
+        return
+    columns: Columns[StageShare] = (
+        (Column("Stage", NUMBER), lambda share: share.stage),
+        (Column("Layers", wraps=True), rows.layers_text),
+        (Column("Parameters", NUMBER), lambda share: Cell(share.parameters, format_count(share.parameters))),
+        (Column("a rank's", BYTES), lambda share: share.parameter_bytes),
+        (Column("with gradients and optimizer", BYTES), rows.state_bytes),
+        (Column("Micro-batches in flight", NUMBER), lambda share: share.in_flight),
+    )
+    note = Line(
+        "A stage holds activations of so many micro-batches at once, at most; bytes are of a rank's shards "
+        f"there. What follows is of rank {one.rank}; --stage shows another.",
+        Tone.QUIET,
+    )
+    yield tabled(one.stages, columns, key=f"stages{side}", title="What each stage holds", notes=[note])
 
 
 def _gradient(group: HoldingGroup, one: Explanation) -> Cell:
