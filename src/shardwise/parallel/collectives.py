@@ -15,6 +15,9 @@ in the tensor tells which.
     all_to_all       Shard(i) -> Shard(j)    Shard(j)         all_to_all back
     exchange_rows    rows to their askers    Shard(0)         exchange_rows back
 
+begin_shift() sends to the next rank round the axis and takes from the one before; who calls it sees to its
+gradient.
+
 All ranks of the axis must call in the same order. Sizes: a sharded dim is cut as torch.chunk cuts it; where
 chunks differ, all_gather and split pad on the wire. With an active profiler each collective is a range named
 `shardwise.KIND|ORIGIN`; a tracer below, at the dispatcher, asks `issuing()` who wants the collective that it
@@ -262,6 +265,37 @@ def add_peers(x: Tensor, group: dist.ProcessGroup, peer: int, module: str, phase
     for work in dist.batch_isend_irecv(ops):
         work.wait()
     x.add_(received)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shift:
+    """A tensor that is on its way to the next rank of the axis, while the previous one's comes."""
+
+    received: Tensor
+    sent: Tensor  # alive until it is
+    works: tuple[dist.Work, ...]
+
+    def wait(self) -> Tensor:
+        """What has come; what was sent may be changed from now on."""
+        for work in self.works:
+            work.wait()
+        return self.received
+
+
+def begin_shift(x: Tensor, axis: Axis, origin: Origin) -> Shift:
+    """Sends x to the next rank round the axis and takes a tensor of its shape from the one before; no
+    gradient. All ranks call it, two or more."""
+    sent = x.contiguous()
+    received = torch.empty_like(sent)
+    after, before = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
+    with _labelled(CollectiveKind.SEND, origin):
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, sent, group=axis.group, group_peer=after),
+                dist.P2POp(dist.irecv, received, group=axis.group, group_peer=before),
+            ]
+        )
+    return Shift(received, sent, tuple(works))
 
 
 def _swap_dims(
