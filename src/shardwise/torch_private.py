@@ -69,8 +69,14 @@ has_kernel: Callable[[str, str], bool] = _find("torch._C", "_dispatch_has_kernel
 """(op, dispatch key) -> whether there is a kernel."""
 device_factories: Callable[[], Any] = _find("torch.utils._device", "_device_constructors")
 """Functions that make a tensor where their `device` says."""
+_dispatch_modes = _find("torch._C", "_len_torch_dispatch_stack")
 _disable_torch_function = _find("torch._C", "DisableTorchFunction")
 _cpu_key = _find("torch._C", "DispatchKey.CPU")
+
+
+def is_dispatching() -> bool:
+    """Whether a mode stands at the dispatcher now, in this thread."""
+    return bool(_dispatch_modes() > 0)
 
 
 def schema_of(func: Any) -> Any:

@@ -7,18 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwise.core.errors import MeshError
-from shardwise.core.mesh import (
-    AXES,
-    NAMES,
-    PREDICTED,
-    RUN,
-    Mesh,
-    Role,
-    axes_in,
-    check_carried,
-    joined,
-    role_of,
-)
+from shardwise.core.mesh import AXES, NAMES, PREDICTED, Mesh, Role, axes_in, check_carried, joined, role_of
 
 SIZES = st.integers(min_value=1, max_value=4096)
 MESHES = st.dictionaries(st.sampled_from(NAMES), SIZES, min_size=1).map(
@@ -153,9 +142,7 @@ def test_context_ranks_join_fsdp_before_dp_and_several_ranks_before_one(mesh: st
 
 def test_a_verb_refuses_the_axes_that_it_cannot_carry_and_names_those_it_can() -> None:
     with pytest.raises(MeshError) as caught:
-        check_carried(Mesh.parse("pp=2,cp=2,tp=4"), "compare", RUN)
-    assert str(caught.value) == (
-        "mesh pp=2,cp=2,tp=4: compare can't carry cp yet. Use the axes pp, dp, fsdp, ep, tp."
-    )
+        check_carried(Mesh.parse("pp=2,cp=2,tp=4"), "a verb", (Role.REPLICATES, Role.CUTS_TENSORS))
+    assert str(caught.value) == ("mesh pp=2,cp=2,tp=4: a verb can't carry pp or cp yet. Use the axes dp, tp.")
     check_carried(Mesh.parse("pp=2,cp=2,tp=4"), "predict", PREDICTED)
     check_carried(Mesh.parse("ep=1,tp=4"), "predict", PREDICTED)

@@ -327,7 +327,10 @@ HOW = 'Allowed: "shard(DIM)", "shard(DIM: SIZE+SIZE)" in pieces, "replicate", "r
             "rules",
             "mine.toml: not valid TOML: Expected '=' after a key in a key/value pair (at end of document).",
         ),
-        ('nme = "x"', 'mine.toml: unknown key "nme". Allowed: engine, name, reduce_scatter, rules.'),
+        (
+            'nme = "x"',
+            'mine.toml: unknown key "nme". Allowed: context_attention, engine, name, reduce_scatter, rules.',
+        ),
         ("", 'mine.toml: no [rules] table. Write [rules] and then "MODULE.PATTERN" = "STYLE" lines.'),
         (
             "rules = 3",

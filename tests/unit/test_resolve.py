@@ -534,10 +534,10 @@ def test_ranks_may_share_parts_where_they_can(style: Style, message: str) -> Non
 
 
 def test_a_constant_that_no_argument_of_the_forward_is_named_like_is_refused() -> None:
-    style = Style(StyleName.GATHER_INPUT, cut=(("mask", ArgumentCut(0)),))
+    style = Style(StyleName.GATHER_INPUT, cut=(("slopes", ArgumentCut(0)),))
     assert refusal(llama(), changed("rowwise", layers__ANY__attention=style), tp=2).endswith(
-        "cut names mask, and the forward of layers.0.attention, a Attention, takes no such argument. It "
-        "takes: hidden_BSH, rope_2SD."
+        "cut names slopes, and the forward of layers.0.attention, a Attention, takes no such argument. It "
+        "takes: hidden_BSH, rope_2SD, mask_B1SS."
     )
 
 

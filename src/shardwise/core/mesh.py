@@ -66,7 +66,7 @@ AXES = (
     Axis("dp", Role.REPLICATES, "whole replicas of the model", Cuts.BATCH, runs=True),
     Axis("fsdp", Role.SHARDS_PARAMETERS, "replicas that keep a shard of the parameters each", Cuts.BATCH,
          runs=True),
-    Axis("cp", Role.CUTS_SEQUENCE, "ranks that share each sequence", Cuts.SEQUENCE),
+    Axis("cp", Role.CUTS_SEQUENCE, "ranks that share each sequence", Cuts.SEQUENCE, runs=True),
     Axis("ep", Role.CUTS_EXPERTS, "ranks that hold some experts each, and all else alike", Cuts.BATCH,
          runs=True),
     Axis("tp", Role.CUTS_TENSORS, "ranks that hold a part of each tensor", runs=True),
@@ -80,6 +80,7 @@ TENSOR_AXIS = _BY_ROLE[Role.CUTS_TENSORS].name
 SHARDS_AXIS = _BY_ROLE[Role.SHARDS_PARAMETERS].name
 REPLICAS_AXIS = _BY_ROLE[Role.REPLICATES].name
 STAGES_AXIS = _BY_ROLE[Role.CUTS_DEPTH].name
+CONTEXT_AXIS = _BY_ROLE[Role.CUTS_SEQUENCE].name
 _TOGETHER = "+"
 
 RUN = tuple(axis.role for axis in AXES if axis.runs)

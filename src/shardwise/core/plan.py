@@ -69,6 +69,17 @@ class ReduceScatter(StrEnum):
     PAIRWISE = "pairwise"
 
 
+class ContextAttention(StrEnum):
+    """How attention gets the keys and values of a sequence that ranks share (cp).
+
+    gather: an all-gather of both in each layer, as Llama 3 was trained. ring: they go round from rank to
+    rank while each computes with those that it has.
+    """
+
+    GATHER = "gather"
+    RING = "ring"
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """All modules whose name matches `pattern` get `style`."""
@@ -112,6 +123,7 @@ class Plan:
     rules: tuple[Rule, ...]
     engine: Engine = Engine.NATIVE
     reduce_scatter: ReduceScatter = ReduceScatter.AUTO
+    context_attention: ContextAttention = ContextAttention.GATHER
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -133,7 +145,7 @@ class Plan:
                 table = tomllib.loads(text)
             except (tomllib.TOMLDecodeError, RecursionError) as error:
                 raise PlanError(f"not valid TOML: {error}.") from None
-            known = ("engine", "name", "reduce_scatter", "rules")
+            known = ("context_attention", "engine", "name", "reduce_scatter", "rules")
             for key in table:
                 if key not in known:
                     raise PlanError(f'unknown key "{key}". Allowed: {", ".join(known)}.')
@@ -144,7 +156,9 @@ class Plan:
                 raise PlanError(f"name is {name!r:.40}. Write it in quotes.")
             engine = choice(Engine, table.get("engine", Engine.NATIVE), "engine")
             scatter = choice(ReduceScatter, table.get("reduce_scatter", ReduceScatter.AUTO), "reduce_scatter")
-            return cls(name, tuple(_rule(*item) for item in rules.items()), engine, scatter)
+            given = table.get("context_attention", ContextAttention.GATHER)
+            attention = choice(ContextAttention, given, "context_attention")
+            return cls(name, tuple(_rule(*item) for item in rules.items()), engine, scatter, attention)
 
     def to_toml(self, comments: Mapping[str, str] | None = None) -> str:
         """The plan as a file's text: from_toml(to_toml()) is the same plan. comments: what stands above a
@@ -152,6 +166,8 @@ class Plan:
         lines = [f"name = {quote(self.name)}", f'engine = "{self.engine}"']
         if self.reduce_scatter is not ReduceScatter.AUTO:
             lines.append(f'reduce_scatter = "{self.reduce_scatter}"')
+        if self.context_attention is not ContextAttention.GATHER:
+            lines.append(f'context_attention = "{self.context_attention}"')
         lines.append("[rules]")
         for rule in self.rules:
             lines += comment((comments or {}).get(rule.pattern, ""))

@@ -12,6 +12,8 @@ from shardwise.core.plan import AnyPlan, Plan, TheirPlan
 from shardwise.models.factory import sharding_factory
 from shardwise.models.model_source import ModelSource
 from shardwise.parallel.apply import Applied, is_applied, mark_applied, parallelize
+from shardwise.parallel.context.fit import attending
+from shardwise.parallel.context.share import sharing_of
 from shardwise.parallel.loss import DTensorLoss
 from shardwise.parallel.resolve import resolve
 
@@ -25,17 +27,29 @@ def apply_any(model: nn.Module, plan: AnyPlan, mesh: DeviceMesh) -> nn.Module:
         case TheirPlan.HF:
             from shardwise.parallel.engines.hugging_face import parallelize_hugging_face
 
+            sharing = sharing_of(model, mesh)
             parallelize_hugging_face(model, mesh)
+            if sharing is not None:
+                sharing.install(model)
         case TheirPlan.OWN:
             if not is_applied(model):  # a factory may have called parallelize(), which knows more
                 mark_applied(model, Applied(None, DTensorLoss()))  # it takes whole logits too
         case TheirPlan.UNSHARDED:
-            pass
+            sharing = sharing_of(model, mesh)
+            if sharing is not None:
+                sharing.install(model)
     return model
 
 
 def check_any(source: ModelSource, model: nn.Module, plan: AnyPlan, mesh: Mesh, seq: int) -> None:
     """Raises what apply_any() would, as far as `model`, unsharded and on the meta device, can tell."""
+    if mesh.context > 1:
+        if plan is TheirPlan.OWN:
+            raise OptionError(
+                f'plan "own": what the factory shards takes whole sequences, and mesh {mesh} shares them. '
+                "Use a mesh without cp, or another plan."
+            )
+        attending(model, mesh.context, seq)
     match plan:
         case Plan():
             shards = math.prod(map(mesh.size, mesh.shard_axes))

@@ -14,6 +14,7 @@ from shardwise.core.plan import Engine, Family, Plan
 from shardwise.core.program import RuleUse
 from shardwise.core.rule import RuleRef
 from shardwise.parallel.builtin import builtin_plan
+from shardwise.parallel.context.share import sharing_of
 from shardwise.parallel.engines.dtensor import apply_dtensor
 from shardwise.parallel.engines.native import apply_native
 from shardwise.parallel.loss import Loss, PlainLoss
@@ -55,13 +56,14 @@ def parallelize(model: nn.Module, plan: Plan | str, mesh: DeviceMesh) -> nn.Modu
     plan: a Plan, or the name of a built-in one (of GPT's rules where the model has its pos_embeddings, of a
     mixture's where it has feed_forward.experts, else of Llama's). mesh: a DeviceMesh with an axis named "tp";
     give the whole mesh, not its tp part, for then what can't be combined with its other axes is refused here
-    ("dp" holds whole replicas, any other may shard parameters further). Every rank must hold the same weights
-    (or all of them meta). Parameters become DTensors, so FSDP2 (`fully_shard`, applied afterwards over
+    ("dp" holds whole replicas, any other may shard parameters further), and where it has an axis "cp" the
+    model takes this rank's part of each sequence. Every rank must hold the same weights (or all of them
+    meta). Parameters become DTensors, so FSDP2 (`fully_shard`, applied afterwards over
     another axis), optimizers (made afterwards) and torch.distributed.checkpoint compose. Sharded logits want
     `loss_of(model)`.
 
-    Raises PlanError, before anything is changed, where the plan doesn't fit the model; MeshError where the
-    mesh has no "tp" axis.
+    Raises PlanError, before anything is changed, where the plan doesn't fit the model; ModelError where its
+    sequences can't be shared over "cp"; MeshError where the mesh has no "tp" axis.
     """
     check()
     if isinstance(plan, str):
@@ -80,11 +82,14 @@ def parallelize(model: nn.Module, plan: Plan | str, mesh: DeviceMesh) -> nn.Modu
             f'plan "{plan.name}": {sharded} is a DTensor already. Call parallelize() before fully_shard().'
         )
     fsdp = _ranks_sharding_further(mesh)
+    sharing = sharing_of(model, mesh, plan.context_attention, plan.reduce_scatter)
     match plan.engine:
         case Engine.NATIVE:
             loss, row_order = apply_native(model, plan, mesh, fsdp=fsdp)
         case Engine.DTENSOR:
             loss, row_order = apply_dtensor(model, plan, mesh, fsdp=fsdp), {}
+    if sharing is not None:
+        sharing.install(model)
     mark_applied(model, Applied(plan, loss, row_order))
     return model
 
