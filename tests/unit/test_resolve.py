@@ -240,6 +240,26 @@ def test_heads_that_do_not_divide_are_refused(tp: int, message: str) -> None:
     assert refusal(llama(), builtin_plan("rowwise"), tp=tp) == f'plan "rowwise": {message}'
 
 
+class Projected(nn.Module):
+    """In heads of 4; made of a low rank that is twice as wide by chance, or in pieces, one of them so."""
+
+    head_dim = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = nn.Linear(12, 8, bias=False), nn.Linear(8, 32, bias=False)
+        self.fused, self.o = nn.Linear(12, 36, bias=False), nn.Linear(32, 12, bias=False)
+
+
+def test_what_is_as_wide_as_a_head_by_chance_may_be_cut_across() -> None:
+    rules = {"low": COLWISE, "high": ROWWISE, "fused": replace(COLWISE, pieces=(16, 16, 4)), "o": REPLICATE}
+    plan = Plan("mine", tuple(Rule(name, style) for name, style in rules.items()))
+    resolve(Projected(), plan, tp=4)
+    keys = replace(COLWISE, pieces=(20, 8, 8))
+    split = Plan("mine", (*plan.rules[:2], Rule("fused", keys), plan.rules[3]))
+    assert 'rule "fused" (colwise) splits 5 heads of ' in refusal(Projected(), split, tp=4)
+
+
 def test_llama_3_8b_fits_no_more_than_8_ranks() -> None:
     assert refusal(get_spec("llama3-8b").with_layers(1).build(), builtin_plan("colwise"), tp=16) == (
         'plan "colwise": rule "layers.*.attention.wk" (colwise) splits 8 KV heads of layers.0.attention '

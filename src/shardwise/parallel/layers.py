@@ -83,7 +83,7 @@ class LinearSharder(Sharder):
         parent_name, _, _ = assignment.name.rpartition(".")
         parent = fit.modules.get(parent_name)
         pieces = assignment.style.pieces
-        per_head = _features_per_head(module, parent, self.cut_dim, is_in_pieces=bool(pieces))
+        per_head = _features_per_head(module, parent, self.cut_dim, pieces)
         is_gathered = self.cut_dim == 0 and self.output_of(assignment.style) != Shard(-1)
         for size in () if is_gathered else pieces or (width,):  # heads may lie across what is gathered again
             if per_head and size % per_head == 0 and (size // per_head) % fit.tp:
@@ -99,15 +99,25 @@ class LinearSharder(Sharder):
 
 
 def _features_per_head(
-    module: nn.Linear, parent: nn.Module | None, cut_dim: int, *, is_in_pieces: bool
+    module: nn.Linear, parent: nn.Module | None, cut_dim: int, pieces: tuple[int, ...]
 ) -> int:
-    """Of the dim that is cut; 0 where the module around it doesn't say. A projection that gives several times
-    what its sibling takes back has so many tensors of a head side by side, such as query, key and value."""
+    """Of the dim that is cut; 0 where the module around it doesn't say, or it has no heads in it: where a
+    sibling makes something else of what it gives (a low rank), or its pieces are no query, key and value. A
+    projection that gives several times what its sibling takes back has so many tensors of a head side by
+    side."""
     head_dim = getattr(parent, "head_dim", None)
     if not isinstance(head_dim, int) or parent is None:
         return 0
+    if pieces and not (len(pieces) == 3 and pieces[0] >= pieces[1] == pieces[2]):
+        return 0
+    if cut_dim == 0:
+        beside = [o.out_features for o in _siblings(module, parent) if o.in_features == module.out_features]
+    else:
+        beside = [o.in_features for o in _siblings(module, parent) if o.out_features == module.in_features]
+    if beside and module.weight.shape[1 - cut_dim] not in beside:
+        return 0
     taken_back = max((other.in_features for other in _siblings(module, parent)), default=0)
-    is_fused = not is_in_pieces and cut_dim == 0 and taken_back and module.out_features % taken_back == 0
+    is_fused = not pieces and cut_dim == 0 and taken_back and module.out_features % taken_back == 0
     return head_dim * (module.out_features // taken_back if is_fused else 1)
 
 
