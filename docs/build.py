@@ -174,7 +174,8 @@ def models_reference() -> str:
         f"GPT's: {_keys(gpt)}.",
         f"A mixture's, beside Llama's: {_keys(moe, first)}. `head_width` and `qk_norm` where the "
         "model has them; `capacity` drops what is beyond so many times an expert's even share of a "
-        "sequence, 0 nothing.",
+        "sequence, 0 nothing; `aux_loss` is the coefficient of a loss that balances load, over all ranks' "
+        "tokens.",
         "",
         "**A tied head** is refused by PyTorch's own styles (`NAME@dtensor`), which would untie it; "
         "`gpt-debug?tied=false` has another.",

@@ -28,9 +28,10 @@ Rules = dict[str, Any]
 class Case:
     """rules: of the feed-forward, in place of the built-in plan's. fault: in place of right ones; found_in:
     the end of a parameter's name of which a proof says so, or none where the output tells. model: of
-    transformers, its small twin under the plan that is made for it. gate: what becomes of the router's
-    initial weights: as they are, ties (zeros: all tokens choose the same experts), or one (all choose one
-    expert and then another, by far)."""
+    transformers, its small twin under the plan that is made for it. local_means: a fault, with which each
+    rank takes an auxiliary loss' means over its own tokens. gate: what becomes of the router's initial
+    weights: as they are, ties (zeros: all tokens choose the same experts), or one (all choose one expert and
+    then another, by far)."""
 
     name: str
     mesh: str
@@ -44,6 +45,12 @@ class Case:
     accumulation: int = 1
     recompute: str = "none"
     model: str = ""
+    aux_loss: float = 0.0
+    local_means: bool = False
+
+    @property
+    def has_fault(self) -> bool:
+        return bool(self.fault) or self.local_means
 
     @property
     def close(self) -> float:
@@ -56,7 +63,9 @@ class Case:
             small = find_model(self.model).small(2)
             assert small is not None
             return small
-        return ModelSpec("tiny", replace(CONFIG, top_k=self.top_k, capacity=self.capacity), "")
+        return ModelSpec(
+            "tiny", replace(CONFIG, top_k=self.top_k, capacity=self.capacity, aux_loss=self.aux_loss), ""
+        )
 
     def plan(self, *, with_fault: bool = False) -> Plan:
         if self.model:
@@ -119,6 +128,15 @@ CASES = (
     Case("over ep, whole over tp", "ep=2,tp=2", WHOLE_OVER_TP, {"experts": "experts"}, "experts.w1"),
     Case(TIES_WHOLE, "ep=2,tp=2", WHOLE_OVER_TP, {"experts": "experts"}, "experts.w1", gate="ties"),
     Case("over ep under FSDP", "fsdp=2,ep=2", {}, {}),
+    Case("an auxiliary loss over ep", "ep=2", {}, {}, "router.gate.weight", aux_loss=0.5, local_means=True),
+    Case("an auxiliary loss over ep, recomputed", "ep=2", {}, {}, aux_loss=0.5, recompute="full"),
+    Case("an auxiliary loss over tp", "tp=2", OVER_TP, {}, aux_loss=0.5),
+    Case("an auxiliary loss over tp, tokens whole", "tp=2", WHOLE_TOKENS, {}, sequence_parallel=False,
+         aux_loss=0.5),
+    Case("an auxiliary loss inside over tp", "tp=2", {}, {}, aux_loss=0.5, capacity=0.5),
+    Case("an auxiliary loss over both", "ep=2,tp=2", {}, {}, aux_loss=0.5),
+    Case("an auxiliary loss over both, summed by themselves", "ep=2,tp=2", BOTH, {}, aux_loss=0.5),
+    Case("an auxiliary loss under FSDP", "fsdp=2,tp=2", {}, {}, aux_loss=0.5),
     Case("mixtral, as made", "ep=2", {}, {}, model="hf:mixtral"),
     Case("mixtral, as made for both axes", "ep=2,tp=2", {}, {}, model="hf:mixtral"),
     Case("gpt_oss, biases beside weights, as made for both axes", "ep=2,tp=2", {}, {}, model="hf:gpt_oss"),

@@ -1,7 +1,10 @@
 """What the ranks of test_experts.py run: a training step of a mixture of experts under each plan, against one
 process."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
+from unittest.mock import patch
 
 import msgspec
 import torch
@@ -10,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.core.mesh import Mesh
 from shardwise.launch import RankContext
+from shardwise.step import balance
 from shardwise.step.build import build_model, device_mesh
 from shardwise.step.portion import Portion
 from shardwise.verify.expected import Unsharded, unsharded
@@ -43,7 +47,7 @@ def _expected(key: tuple[object, ...]) -> Unsharded:
 
 
 def _key(case: Case) -> tuple[object, ...]:
-    return case.model, case.gate, case.top_k, case.capacity
+    return case.model, case.gate, case.top_k, case.capacity, case.aux_loss
 
 
 def run(context: RankContext, payload: bytes) -> bytes:
@@ -52,10 +56,18 @@ def run(context: RankContext, payload: bytes) -> bytes:
     for case in CASES:
         if Mesh.parse(case.mesh).world_size != context.world_size:
             continue
-        for with_fault in (False, True) if case.fault else (False,):
+        for with_fault in (False, True) if case.has_fault else (False,):
             context.note(case.name)
-            found[f"{case.name}|{with_fault}"] = _proved(case, with_fault)
+            with _local_means() if with_fault and case.local_means else nullcontext():
+                found[f"{case.name}|{with_fault}"] = _proved(case, with_fault)
     return msgspec.json.encode(found)
+
+
+@contextmanager
+def _local_means() -> Iterator[None]:
+    """Ranks keep the means of their routers to themselves."""
+    with patch.object(balance, "sum_over_now", lambda *_: None):
+        yield
 
 
 def _proved(case: Case, with_fault: bool) -> Proved:

@@ -8,15 +8,17 @@ from torch import Tensor
 
 from shardwise.core.case import StepSettings
 from shardwise.core.mesh import AXES, Mesh, Role
-from shardwise.core.plan import AnyPlan, TheirPlan
+from shardwise.core.plan import AnyPlan, Family, TheirPlan
 from shardwise.models.gpt import GPTConfig
 from shardwise.models.llama import LlamaConfig
+from shardwise.models.moe import MoEConfig
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_plan
 
 BATCH, SEQ, VOCAB = 8, 16, 61
 IGNORED = -100
 MODELS: dict[str, LlamaConfig | GPTConfig] = {
+    "moe": MoEConfig(VOCAB, 32, 2, 8, 8, 16, n_experts=8, top_k=2, qk_norm=True, aux_loss=0.1),
     "llama": LlamaConfig(VOCAB, 32, 2, 8, 8, 48),
     "llama tied": LlamaConfig(VOCAB, 32, 2, 8, 8, 48, tied=True),
     "gpt": GPTConfig(VOCAB, 32, 2, 8, 64, SEQ),
@@ -54,7 +56,8 @@ class MeshCase(msgspec.Struct, frozen=True):
 
     @property
     def plan(self) -> AnyPlan:
-        if Mesh.parse(self.mesh).tp == 1:
+        mesh, family = Mesh.parse(self.mesh), self.spec.family
+        if mesh.tp == 1 and not (family is Family.MOE and mesh.experts > 1):
             return TheirPlan.UNSHARDED
         return builtin_plan("rowwise", family=self.spec.family)
 
@@ -95,7 +98,13 @@ def meshes(world_size: int) -> list[str]:
     ]
 
 
-TELLING = {"llama on dp=2,fsdp=2", "llama on ep=2,tp=2", "gpt on fsdp=2,tp=2", "llama tied on dp=2,ep=2"}
+TELLING = {
+    "llama on dp=2,fsdp=2",
+    "moe on ep=2,tp=2",
+    "moe on fsdp=2,ep=2",
+    "gpt on fsdp=2,tp=2",
+    "llama tied on dp=2,ep=2",
+}
 
 
 def mesh_cases(world_size: int) -> list[MeshCase]:

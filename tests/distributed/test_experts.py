@@ -31,7 +31,7 @@ def test_experts_train_as_on_one_process(case: Case) -> None:
         assert answer.off < case.close
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.fault], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in CASES if case.has_fault], ids=lambda case: case.name)
 def test_a_fault_in_a_plan_for_experts_is_found(case: Case) -> None:
     found = proved(case, with_fault=True)[0].findings
     assert any(case.found_in in finding.partition(":")[0] for finding in found), found

@@ -200,3 +200,32 @@ def theirs_of(name: str) -> str:
     for ours in "qkvo":
         name = name.replace(f"self_attn.w{ours}", f"self_attn.{ours}_proj")
     return "model.norm.weight" if name == "norm.weight" else name
+
+
+def test_an_auxiliary_loss_is_the_product_of_two_means_and_enters_the_routers_gradient_alone() -> None:
+    coefficient = 0.3
+    layer = filled(MixtureOfExperts(replace(CONFIG, aux_loss=coefficient)))
+    plain = filled(MixtureOfExperts(CONFIG))
+    plain.load_state_dict(layer.state_dict())
+    hidden = some_hidden()
+    balance = layer.router.balance
+    balance.begin(2)
+    torch.testing.assert_close(layer(hidden), plain(hidden), rtol=0, atol=0)
+    balance.begin(2)
+    layer(hidden).square().sum().backward()
+    probabilities = F.softmax(plain.router.gate(hidden).flatten(0, 1), -1)
+    chosen = F.one_hot(plain.router(hidden)[0], 6).sum((0, 1)) / len(probabilities)
+    auxiliary = coefficient * 6 * (chosen * probabilities.mean(0)).sum()
+    torch.testing.assert_close(balance.value, auxiliary.detach() / 2)
+    (plain(hidden).square().sum() + auxiliary / 2).backward()
+    for (name, own), other in zip(layer.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_without_a_gradient_there_is_no_auxiliary_loss() -> None:
+    router = filled(Router(replace(CONFIG, aux_loss=0.3)))
+    with torch.no_grad():
+        router(some_hidden())
+    router.eval()
+    router(some_hidden())
+    assert router.balance.value is None

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardwise.core.errors import ModelError
+from shardwise.models.balance import LoadBalance
 from shardwise.models.llama import Attention, Block, Llama, LlamaConfig, SwiGLU
 from shardwise.models.routing import counts_of, ends_of
 
@@ -36,13 +37,15 @@ _ROW_BYTES = 16
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoEConfig(LlamaConfig):
     """Shapes of one model; `ffn_hidden` is an expert's inner width. head_width: of a head, where it isn't
-    hidden / n_heads. capacity: 0 drops nothing."""
+    hidden / n_heads. capacity: 0 drops nothing. aux_loss: the coefficient of the loss that balances
+    the load (balance.py)."""
 
     n_experts: int
     top_k: int
     head_width: int | None = None
     qk_norm: bool = False
     capacity: float = 0.0
+    aux_loss: float = 0.0
 
     def __post_init__(self) -> None:
         LlamaConfig.__post_init__(self)
@@ -89,6 +92,7 @@ class Router(nn.Module):
         self.top_k = config.top_k
         self.capacity = config.capacity
         self.gate = nn.Linear(config.hidden, config.n_experts, bias=False)
+        self.balance = LoadBalance(config.aux_loss) if config.aux_loss else None
 
     def forward(self, hidden_BSH: Tensor) -> tuple[Tensor, Tensor]:
         logits_BSE = self.gate(hidden_BSH)
@@ -96,6 +100,9 @@ class Router(nn.Module):
         probabilities_BSE = F.softmax(logits_BSE, dim=-1, dtype=dtype)
         top_BSK, index_BSK = probabilities_BSE.topk(self.top_k, dim=-1)
         weights_BSK = top_BSK / top_BSK.sum(-1, keepdim=True)
+        if self.balance is not None:
+            flat = (each.flatten(0, 1) for each in (weights_BSK, probabilities_BSE, index_BSK))
+            weights_BSK = self.balance(*flat).view_as(weights_BSK)
         if self.capacity:
             most = math.ceil(self.capacity * index_BSK[0].numel() / logits_BSE.shape[-1])
             index_BSK, weights_BSK = _drop(index_BSK, weights_BSK, most, logits_BSE.shape[-1])

@@ -27,12 +27,14 @@ _ATTRIBUTE = "_shardwise"
 @dataclass(frozen=True, slots=True)
 class Applied:
     """What parallelize() did to a model. row_order: the order in which parameters are kept that aren't kept
-    in their own. foreign: another library's plan instead."""
+    in their own. foreign: another library's plan instead. parts: parameters that are whole on each tp rank,
+    which finds a part of their gradient."""
 
     plan: Plan | None
     loss: Loss
     row_order: dict[str, Order] = field(default_factory=dict)
     foreign: tuple[RuleUse, ...] | None = None
+    parts: frozenset[str] = frozenset()
 
     def rule_for(self, name: str) -> RuleRef | None:
         """The rule that holds for a parameter or module, or for the nearest module around it that has one."""
@@ -85,12 +87,13 @@ def parallelize(model: nn.Module, plan: Plan | str, mesh: DeviceMesh) -> nn.Modu
     sharing = sharing_of(model, mesh, plan.context_attention, plan.reduce_scatter)
     match plan.engine:
         case Engine.NATIVE:
-            loss, row_order = apply_native(model, plan, mesh, fsdp=fsdp)
+            loss, row_order, parts = apply_native(model, plan, mesh, fsdp=fsdp)
+            applied = Applied(plan, loss, row_order, parts=parts)
         case Engine.DTENSOR:
-            loss, row_order = apply_dtensor(model, plan, mesh, fsdp=fsdp), {}
+            applied = Applied(plan, apply_dtensor(model, plan, mesh, fsdp=fsdp))
     if sharing is not None:
         sharing.install(model)
-    mark_applied(model, Applied(plan, loss, row_order))
+    mark_applied(model, applied)
     return model
 
 

@@ -49,11 +49,12 @@ _reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.redu
 class Issue:
     """A collective that is being issued: for whom, and whether its splits depend on the data, not on shapes
     alone. most_bytes: the most that a rank could send to others, whatever the data, where token ids alone
-    don't tell what it sends."""
+    don't tell what it sends. reason: why, where the placements don't say it."""
 
     origin: Origin
     by_data: bool
     most_bytes: int | None = None
+    reason: str | None = None
 
 
 _issuing: ContextVar[Issue | None] = ContextVar("issuing", default=None)
@@ -157,11 +158,13 @@ def exchange_rows(
     grad_placement: Placement,
     origin: Origin,
     most: tuple[int, int] | None = None,
+    reasons: tuple[str, str] | None = None,
 ) -> Tensor:
     """[sum(send_splits), H], sorted by destination -> [sum(receive_splits), H], sorted by source. most: rows
-    for Issue.most_bytes, in the forward and in the backward."""
+    for Issue.most_bytes, in the forward and in the backward; reasons: for Issue.reason, likewise."""
     _expect(grad_placement, (Shard(0),), "exchange_rows")
-    out: Tensor = _ExchangeRows.apply(rows, tuple(send_splits), tuple(receive_splits), axis, origin, most)
+    told = tuple(zip(most or (None, None), reasons or (None, None), strict=True))
+    out: Tensor = _ExchangeRows.apply(rows, tuple(send_splits), tuple(receive_splits), axis, origin, told)
     return out
 
 
@@ -220,6 +223,12 @@ def sum_now(x: Tensor, axis: Axis, origin: Origin) -> Tensor:
     return x
 
 
+def sum_over_now(x: Tensor, group: dist.ProcessGroup, origin: Origin, reason: str) -> None:
+    """All-reduce in place over a group that is no one axis', without a gradient. reason: see Issue."""
+    with _issued(CollectiveKind.ALL_REDUCE, Issue(origin, by_data=False, reason=reason)):
+        dist.all_reduce(x, group=group)
+
+
 def swap_others_now(blocks: Tensor, axis: Axis, origin: Origin) -> Tensor:
     """[n - 1, ...], a block for every other rank in order -> [n - 1, ...], one from every other rank in
     order; no gradient."""
@@ -236,15 +245,17 @@ def swap_rows_now(
     *,
     by_data: bool = False,
     most: int | None = None,
+    reason: str | None = None,
 ) -> Tensor:
     """exchange_rows without a gradient. by_data: the splits come from the batch, not from shapes. most: rows
-    for Issue.most_bytes."""
+    for Issue.most_bytes. reason: see Issue."""
     received = rows.new_empty(sum(receive_splits), *rows.shape[1:])
     if axis.size == 1:
         return received.copy_(rows)
     row_bytes = rows.element_size() * rows.shape[1:].numel()
     most_bytes = most * row_bytes if most is not None else None
-    with _labelled(CollectiveKind.ALL_TO_ALL, origin, by_data=by_data, most_bytes=most_bytes):
+    issue = Issue(origin, by_data, most_bytes, reason)
+    with _issued(CollectiveKind.ALL_TO_ALL, issue):
         dist.all_to_all_single(
             received, rows.contiguous(), list(receive_splits), list(send_splits), group=axis.group
         )
@@ -405,17 +416,21 @@ class _AllToAll(torch.autograd.Function):
 class _ExchangeRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, send_splits: Any, receive_splits: Any, axis: Axis, origin: Origin, most: Any
+        ctx: Any, rows: Tensor, send_splits: Any, receive_splits: Any, axis: Axis, origin: Origin, told: Any
     ) -> Tensor:
-        here, back = most or (None, None)
+        (most, reason), back = told
         ctx.saved = (send_splits, receive_splits, axis, origin, back)
-        return swap_rows_now(rows, send_splits, receive_splits, axis, origin, by_data=True, most=here)
+        return swap_rows_now(
+            rows, send_splits, receive_splits, axis, origin, by_data=True, most=most, reason=reason
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        send_splits, receive_splits, axis, origin, most = ctx.saved
+        send_splits, receive_splits, axis, origin, (most, reason) = ctx.saved
         turned = origin.turned(origin.after, origin.before)
-        back = swap_rows_now(grad, receive_splits, send_splits, axis, turned, by_data=True, most=most)
+        back = swap_rows_now(
+            grad, receive_splits, send_splits, axis, turned, by_data=True, most=most, reason=reason
+        )
         return back, None, None, None, None, None
 
 
@@ -430,14 +445,18 @@ def _expect(given: Placement, allowed: Sequence[Placement], what: str) -> None:
 
 
 @contextmanager
-def _labelled(
-    kind: CollectiveKind, origin: Origin, *, by_data: bool = False, most_bytes: int | None = None
-) -> Iterator[None]:
-    token = _issuing.set(Issue(origin, by_data, most_bytes))
+def _labelled(kind: CollectiveKind, origin: Origin) -> Iterator[None]:
+    with _issued(kind, Issue(origin, by_data=False)):
+        yield
+
+
+@contextmanager
+def _issued(kind: CollectiveKind, issue: Issue) -> Iterator[None]:
+    token = _issuing.set(issue)
     try:
         if is_profiling():
             # Kineto writes names as they are: a quote would break its JSON
-            label = f"shardwise.{kind}|{origin}".replace('"', "'")
+            label = f"shardwise.{kind}|{issue.origin}".replace('"', "'")
             with torch.profiler.record_function(label):
                 yield
         else:

@@ -60,7 +60,8 @@ def route_to_experts(index_NK: Tensor, experts: int, axis: Axis, origin: Origin)
     sorted_A, order_A = index_NK.flatten().sort(stable=True)
     counts_E = ends_of(sorted_A, experts).diff(prepend=sorted_A.new_zeros(1, dtype=torch.int32))
     even = [n_own] * n_ranks
-    counts_TL = swap_rows_now(counts_E, even, even, axis, origin)
+    why = "Each rank learns how many tokens come to each of its experts."
+    counts_TL = swap_rows_now(counts_E, even, even, axis, origin, reason=why)
     is_assumed = is_balanced_by_assumption(index_NK)
     if is_assumed:
         sends = balanced(index_NK.numel(), experts)

@@ -36,6 +36,7 @@ from shardwise.core.program import Phase
 from shardwise.parallel.apply import applied_to
 from shardwise.parallel.loss import Loss, count_valid
 from shardwise.parallel.stages import stage_of
+from shardwise.step.balance import Balances
 from shardwise.step.clipping import clip_gradients
 from shardwise.step.gradient_sums import GradientSums
 from shardwise.step.groups import make_groups, mesh_of
@@ -153,6 +154,7 @@ class TrainStep:
             axes, groups = mesh_of(mesh), make_groups(mesh)
             self._tokens = groups.get(axes.token_axes)
             self._sums = GradientSums(axes.summing_axes, groups)
+        self._balances = Balances(model, mesh, self._tokens)
         self._passes: Passes | None = None
         stage = stage_of(model)
         if stage is not None:
@@ -171,7 +173,9 @@ class TrainStep:
         if self._tokens is not None:
             dist.all_reduce(valid, group=self._tokens)
         ids = [self.placed(ids_BS) for ids_BS, _ in micro_batches]
+        self._balances.begin(len(ids))
         total = (self._run if self._passes is None else self._passes.run)(ids, labels, valid)
+        total = self._balances.add_to(total)
         self._on_phase(Phase.REDUCE)
         if self._passes is not None:
             self._passes.sum_tied()

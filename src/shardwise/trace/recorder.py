@@ -149,7 +149,9 @@ class Recorder(TorchDispatchMode):
         issue = issuing()
         if issue is not None:
             origin = issue.origin
-            collective = Collective(call, origin.module, origin.rule, origin.before, origin.after)
+            collective = Collective(
+                call, origin.module, origin.rule, origin.before, origin.after, reason=issue.reason
+            )
             return Routed(collective, issue.most_bytes) if issue.by_data else collective
         module = self.place.module
         before, after = self._redistributions.change(call)

@@ -31,7 +31,7 @@ def told(items: Iterable[Item], model: nn.Module) -> Iterator[Item]:
 
 def _told(collective: Collective, module: nn.Module) -> Collective:
     kind = kind_of(module)
-    if role_of(collective.call.axis) is not Role.CUTS_TENSORS:
+    if collective.reason is not None or role_of(collective.call.axis) is not Role.CUTS_TENSORS:
         return replace(collective, module_kind=kind)
     reasons = reasons_of(module, collective.rule, _cut_dim(module, collective.call.axis))
     if reasons is None:

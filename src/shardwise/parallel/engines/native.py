@@ -20,9 +20,10 @@ from shardwise.parallel.sharder import Work
 
 def apply_native(
     model: nn.Module, plan: Plan, mesh: DeviceMesh, *, fsdp: int
-) -> tuple[Loss, dict[str, Order]]:
-    """Shards `model` in place. Returns the loss for its logits, and the order of the parameters that aren't
-    kept in their own. fsdp: see resolve()."""
+) -> tuple[Loss, dict[str, Order], frozenset[str]]:
+    """Shards `model` in place. Returns the loss for its logits, the order of the parameters that aren't kept
+    in their own, and the names of those that are whole, of whose gradient each rank finds a part. fsdp: see
+    resolve()."""
     axis = Axis.of(mesh, TENSOR_AXIS, plan.reduce_scatter)
     has_experts = EXPERTS_AXIS in (mesh.mesh_dim_names or ())
     experts = Axis.of(mesh, EXPERTS_AXIS, plan.reduce_scatter) if has_experts else None
@@ -36,4 +37,6 @@ def apply_native(
     PartialGradients(model, work.partial, axis, origin)
     draw_alike(model, mesh)
     refuse_untied(model, set(tied_parameters(model).values()))
-    return work.loss, speak_of_whole_tensors(model, work.orders)
+    named = {module: name for name, module in model.named_modules()}
+    parts = frozenset(f"{named[module]}.{name}" for module, name in work.partial)
+    return work.loss, speak_of_whole_tensors(model, work.orders), parts

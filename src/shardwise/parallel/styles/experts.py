@@ -41,19 +41,13 @@ from shardwise.parallel.experts import (
 from shardwise.parallel.layers import gather_input, sum_parts
 from shardwise.parallel.leaves import HoldingContainer, held_for_sum, own_names, uses_of, wholes
 from shardwise.parallel.own_forward import Use, on_local, wrap
-from shardwise.parallel.sharder import Assignment, Fit, Reasons, Work, divisors
+from shardwise.parallel.sharder import Assignment, Fit, Work, divisors
 from shardwise.parallel.watch import show
 from shardwise.torch_private import parameters_of
 
 
 class ByExpert(HoldingContainer):
     outputs = (Replicate(),)
-    reasons = Reasons(
-        "The router chose each token's experts, and other ranks hold some of them: tokens go there, and what "
-        "their experts make of them comes back.",
-        "What came for an expert goes back as gradient to the rank whose token it was, and the gradient of "
-        "what it gave comes the same way.",
-    )
 
     def held(self, assignment: Assignment) -> dict[str, Held]:
         style = assignment.style
@@ -133,6 +127,16 @@ class ByExpert(HoldingContainer):
         wrap(module, around)
 
 
+_THERE = (
+    "The router chose each token's experts, and other ranks hold some of them: tokens go there.",
+    "What came for an expert goes back as the token's gradient, to the rank whose token it is.",
+)
+_BACK = (
+    "What experts made of other ranks' tokens goes back to these.",
+    "The gradient of what experts gave goes to the ranks that hold them.",
+)
+
+
 class _Shared:
     """The forward of experts that are shared out over an axis of several ranks."""
 
@@ -156,13 +160,13 @@ class _Shared:
         if not are_tokens_alike:
             rows = collectives.exchange_rows(
                 rows, route.send_splits, route.receive_splits, axis,
-                grad_placement=Shard(0), origin=origin, most=most,
+                grad_placement=Shard(0), origin=origin, most=most, reasons=_THERE,
             )  # fmt: skip
         made = self._computed(inner, rows, plan.expert)
         if not are_tokens_alike:
             made = collectives.exchange_rows(
                 made, route.receive_splits, route.send_splits, axis,
-                grad_placement=Shard(0), origin=origin, most=most[::-1],
+                grad_placement=Shard(0), origin=origin, most=most[::-1], reasons=_BACK,
             )  # fmt: skip
         return combined(made, route.expand, weights_NK)
 
