@@ -80,6 +80,7 @@ def _prepare(values: dict[str, Any]) -> None:
             "mesh",
             "machine",
             "sequence_parallel",
+            "context_attention",
             "batch",
             "seq",
             "dtype",

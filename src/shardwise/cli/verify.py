@@ -25,7 +25,7 @@ class _Asked(VerifyOptions):
 @command(
     Command(
         _Asked,
-        shared=("plans", "model", "mesh", "device", "sequence_parallel"),
+        shared=("plans", "model", "mesh", "device", "sequence_parallel", "context_attention"),
         defaults={"plans": Shown(DEFAULT_PLAN), "mesh": "tp=2", "device": "cpu"},
         about={
             "plans": "Built-in plans, TOML files, hf (a Hugging Face model's own), own (the factory shards "

@@ -14,7 +14,7 @@ from shardwise.core.errors import OptionError
 from shardwise.core.mesh import Mesh
 from shardwise.core.option import Asked, Option, check_options, options_of
 from shardwise.core.pipeline import EVEN, Pipeline, Schedule, counts_of
-from shardwise.core.plan import suggest
+from shardwise.core.plan import ContextAttention, suggest
 
 MODEL, STEP = "Model and mesh", "Training step"
 DTYPES = ("float32", "bfloat16", "float64")
@@ -194,6 +194,15 @@ class Case:
     sequence_parallel: Annotated[
         bool, Option("Activations cut along the sequence between blocks.", "Built-in plans")
     ] = True
+    context_attention: Annotated[
+        str,
+        Option(
+            "How attention gets all keys of a sequence that cp shares: gather (an all-gather of keys and "
+            "values) or ring (they go round).",
+            "Built-in plans",
+            choices=tuple(ContextAttention),
+        ),
+    ] = ContextAttention.GATHER.value
 
     def __post_init__(self) -> None:
         check_options(self)

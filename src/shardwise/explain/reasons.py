@@ -35,6 +35,8 @@ _REPLICATED = (
     "Norms, and whatever else every rank holds whole, see each rank's part of the sequence, so each rank has "
     "a summand of their gradients: all of them are summed in one go."
 )
+_SHARED = "Ranks saw different parts of each sequence: what each found (gradients, or losses) is added up."
+_SHARES = {2: "half", 3: "a third", 4: "a quarter", 8: "an eighth"}
 _STAGES = "The last stage finds the loss: all stages learn it."
 _TO_ONE = (CollectiveKind.SEND, CollectiveKind.RECV)
 _OF_CODE = "The model's own code asks for it, or a library that it calls: no rule of the plan does."
@@ -64,6 +66,10 @@ def reason_of(collective: Collective) -> str:
     call, phase = collective.call, collective.phase
     if call.kind in _TO_ONE and collective.reason is not None:
         return collective.reason
+    if role_of(call.axis) is Role.CUTS_SEQUENCE and collective.before is not None:
+        shared = _of_shared_sequences(collective)
+        if shared is not None:
+            return shared
     if call.kind not in TIMED or is_off_mesh(call.axis):  # no plan's engine issues these
         return _OF_CODE
     role = role_of(call.axis)
@@ -80,6 +86,44 @@ def reason_of(collective: Collective) -> str:
     if collective.module == REPLICATED_PARAMETERS:
         return _REPLICATED
     return collective.reason or _by_placement(collective)
+
+
+def _of_shared_sequences(collective: Collective) -> str | None:
+    """What ranks that share each sequence exchange: for attention, and of what each found for its tokens.
+    None for a number that the step counts."""
+    call, name = collective.call, _last(collective.module)
+    share = _SHARES.get(call.axis_size, f"1/{call.axis_size}")
+    is_first, is_gradient = collective.phase is not Phase.BACKWARD, collective.before == Partial()
+    match carries_out(collective):
+        case CollectiveKind.ALL_GATHER if not collective.module:
+            return "Each rank tells the others which document its tokens are of."
+        case CollectiveKind.ALL_GATHER if is_first:
+            return (
+                f"Each rank has {share} of every sequence, and the queries of {name} need all keys: keys and "
+                "values are gathered."
+            )
+        case CollectiveKind.ALL_GATHER:
+            return f"The backward of {name} needs all keys and values again, which weren't kept."
+        case CollectiveKind.REDUCE_SCATTER:
+            return (
+                f"Each rank's queries gave a part of the gradient of all keys and values of {name}: the "
+                "parts are summed, and each rank keeps its own tokens'."
+            )
+        case CollectiveKind.SEND | CollectiveKind.RECV if is_gradient:
+            return (
+                f"Gradients of keys and values of {name} go round behind them, and each rank adds what its "
+                "queries gave, until they are home."
+            )
+        case CollectiveKind.SEND | CollectiveKind.RECV if is_first:
+            return (
+                f"Each rank has {share} of every sequence, and the queries of {name} need all keys: keys and "
+                "values go round from rank to rank."
+            )
+        case CollectiveKind.SEND | CollectiveKind.RECV:
+            return f"Keys and values of {name} go round again, for their gradients."
+        case CollectiveKind.ALL_REDUCE if collective.phase is Phase.REDUCE:
+            return _SHARED
+    return None
 
 
 def _counts_labels(collective: Collective) -> bool:

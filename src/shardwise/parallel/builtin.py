@@ -8,7 +8,17 @@ from typing import assert_never
 from shardwise.core.errors import PlanError
 from shardwise.core.held import Held
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
-from shardwise.core.plan import Engine, Family, Ownership, Plan, Rule, Style, StyleName, suggest
+from shardwise.core.plan import (
+    ContextAttention,
+    Engine,
+    Family,
+    Ownership,
+    Plan,
+    Rule,
+    Style,
+    StyleName,
+    suggest,
+)
 
 _EMBEDDINGS = {
     "rowwise": Style(StyleName.ROWWISE),
@@ -32,7 +42,13 @@ def builtin_names() -> tuple[str, ...]:
     return tuple(ABOUT)
 
 
-def builtin_plan(name: str, *, sequence_parallel: bool = True, family: Family = Family.LLAMA) -> Plan:
+def builtin_plan(
+    name: str,
+    *,
+    sequence_parallel: bool = True,
+    family: Family = Family.LLAMA,
+    context_attention: ContextAttention = ContextAttention.GATHER,
+) -> Plan:
     """A built-in plan by name, for the models of a family.
 
     Raises PlanError for an unknown one, or one that isn't offered for the family, or without sequence
@@ -53,6 +69,8 @@ def builtin_plan(name: str, *, sequence_parallel: bool = True, family: Family = 
             )
         embedding = replace(embedding, output=Replicate())
     plan_name = name if sequence_parallel else f"{name} (no sequence parallelism)"
+    if context_attention is not ContextAttention.GATHER:
+        plan_name = f"{plan_name} ({context_attention} attention)"
     chosen = Engine(engine) if engine else Engine.NATIVE
     if family is Family.MOE and chosen is Engine.DTENSOR:
         native = ", ".join(known for known in ABOUT if "@" not in known)
@@ -60,7 +78,8 @@ def builtin_plan(name: str, *, sequence_parallel: bool = True, family: Family = 
             f"plan \"{name}\" isn't offered for a mixture of experts: PyTorch's own styles cut none. Use "
             f"{native}."
         )
-    return Plan(plan_name, _rules(embedding, sequence_parallel, family, chosen), chosen)
+    rules = _rules(embedding, sequence_parallel, family, chosen)
+    return Plan(plan_name, rules, chosen, context_attention=context_attention)
 
 
 def _rules(embedding: Style, sequence_parallel: bool, family: Family, engine: Engine) -> tuple[Rule, ...]:

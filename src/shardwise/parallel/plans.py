@@ -4,17 +4,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shardwise.core.errors import PlanError
-from shardwise.core.plan import AnyPlan, Family, Plan, TheirPlan
+from shardwise.core.plan import AnyPlan, ContextAttention, Family, Plan, TheirPlan
 from shardwise.parallel.any_plan import name_of
 from shardwise.parallel.builtin import builtin_plan
 
 
-def load_plans(names: Sequence[str], *, sequence_parallel: bool, family: Family) -> list[tuple[str, AnyPlan]]:
+def load_plans(
+    names: Sequence[str], *, sequence_parallel: bool, family: Family, context_attention: str
+) -> list[tuple[str, AnyPlan]]:
     """(label, plan) for each name, built-in ones for a family of models; labels are told apart where two
     plans share one."""
     found: list[tuple[str, AnyPlan]] = []
     for name in names:
-        plan = load_any_plan(name, sequence_parallel=sequence_parallel, family=family)
+        plan = load_any_plan(
+            name, sequence_parallel=sequence_parallel, family=family, context_attention=context_attention
+        )
         found.append((told_apart(name_of(plan), [label for label, _ in found]), plan))
     return found
 
@@ -27,16 +31,20 @@ def told_apart(name: str, taken: Sequence[str]) -> str:
     return label
 
 
-def load_any_plan(name: str, *, sequence_parallel: bool, family: Family) -> AnyPlan:
-    """A plan of ours by name or file, or one that isn't ours: unsharded, hf, own."""
+def load_any_plan(
+    name: str, *, sequence_parallel: bool, family: Family, context_attention: str = ContextAttention.GATHER
+) -> AnyPlan:
+    """A plan of ours by name or file, or one that isn't ours: unsharded, hf, own. sequence_parallel,
+    context_attention: of built-in ones; a file says its own."""
     if name in list(TheirPlan):
         return TheirPlan(name)
-    return _load(name, sequence_parallel, family)
-
-
-def _load(name: str, sequence_parallel: bool, family: Family) -> Plan:
     if not name.endswith(".toml"):
-        return builtin_plan(name, sequence_parallel=sequence_parallel, family=family)
+        way = ContextAttention(context_attention)
+        return builtin_plan(name, sequence_parallel=sequence_parallel, family=family, context_attention=way)
+    return _read(name)
+
+
+def _read(name: str) -> Plan:
     try:
         text = Path(name).read_text(encoding="utf-8")
     except OSError as error:

@@ -141,6 +141,7 @@ class _Run:
         labelled = load_plans(
             case.plans or default_plans(source),
             sequence_parallel=case.sequence_parallel,
+            context_attention=case.context_attention,
             family=source.family,
         )
         model = source.build(dtype=getattr(torch, step.dtype))

@@ -64,7 +64,13 @@ def explain(case: Case, options: ExplainOptions | None = None, progress: Progres
     names = [case.plans[0] if case.plans else default_plan(source)]
     names += [options.against] if options.against else []
     plans = [
-        load_any_plan(name, sequence_parallel=case.sequence_parallel, family=source.family) for name in names
+        load_any_plan(
+            name,
+            sequence_parallel=case.sequence_parallel,
+            family=source.family,
+            context_attention=case.context_attention,
+        )
+        for name in names
     ]
     from shardwise.trace.trace import trace
 

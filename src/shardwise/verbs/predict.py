@@ -138,7 +138,12 @@ def predict(case: Case, options: PredictOptions | None = None, progress: Progres
     source = find_model(case.model)
     check_seq(settings.seq, source)
     plans = [
-        load_any_plan(name, sequence_parallel=case.sequence_parallel, family=source.family)
+        load_any_plan(
+            name,
+            sequence_parallel=case.sequence_parallel,
+            family=source.family,
+            context_attention=case.context_attention,
+        )
         for name in case.plans or (default_plan(source),)
     ]
     steps: list[Step] = []

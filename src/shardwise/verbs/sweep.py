@@ -197,7 +197,10 @@ class _Programs:
         (name,) = task.case.plans
         self._source = find_model(task.case.model)
         self._plan = load_any_plan(
-            name, sequence_parallel=task.case.sequence_parallel, family=self._source.family
+            name,
+            sequence_parallel=task.case.sequence_parallel,
+            family=self._source.family,
+            context_attention=task.case.context_attention,
         )
         self.traces = 0
         self.label = name

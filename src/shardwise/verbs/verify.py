@@ -130,7 +130,12 @@ def _claims(case: Case, model: str, options: VerifyOptions) -> "Iterator[Claim]"
     dtype = None if options.dtype == "auto" else options.dtype
     labels: list[str] = []
     for name in case.plans or (default_plan(source),):
-        plan = load_any_plan(name, sequence_parallel=case.sequence_parallel, family=source.family)
+        plan = load_any_plan(
+            name,
+            sequence_parallel=case.sequence_parallel,
+            family=source.family,
+            context_attention=case.context_attention,
+        )
         if plan is TheirPlan.UNSHARDED:
             raise OptionError('plan "unsharded" has nothing to verify. Name a plan that shards.')
         claim = Claim.of(model, plan, twin=small, dtype=dtype)

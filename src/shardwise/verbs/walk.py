@@ -34,7 +34,12 @@ def _subject(case: Case, what: str) -> tuple[str, str | None]:
 
     source = find_model(case.model)
     name = case.plans[0] if case.plans else default_plan(source)
-    plan = load_any_plan(name, sequence_parallel=case.sequence_parallel, family=source.family)
+    plan = load_any_plan(
+        name,
+        sequence_parallel=case.sequence_parallel,
+        family=source.family,
+        context_attention=case.context_attention,
+    )
     modules = dict(source.build(dtype=torch.float32).named_modules())
     if what not in modules:
         hint = suggest(what[:80], modules)
