@@ -27,7 +27,7 @@ ON_TWO = (
     Trial(HF_LLAMA, "pp=2", chunks=2),
     Trial(HF_GPT2, "pp=2"),
 )
-ON_FOUR = (
+ON_FOUR: tuple[Trial, ...] = (
     Trial(TIED, "pp=4"),
     Trial(TIED, "pp=2,tp=2", "rowwise"),
     Trial(LLAMA, "pp=2,tp=2", "rowwise", chunks=2),
@@ -39,6 +39,13 @@ ON_FOUR = (
     Trial(LLAMA, "pp=2,fsdp=2", schedule="gpipe", recompute="full"),
     Trial(TIED, "pp=2,fsdp=2", chunks=2, reduce_once=True),
     Trial(TIED, "pp=2,fsdp=2", reduce_once=True),
+)
+MOE = "moe-debug?vocab_size=96,hidden=32,n_layers=5,n_heads=4,n_kv_heads=2,ffn_hidden=48"
+ON_FOUR += (
+    Trial(LLAMA, "pp=2,cp=2"),
+    Trial(HF_LLAMA, "pp=2,cp=2", chunks=2, recompute="full"),
+    Trial(MOE, "pp=2,ep=2", "rowwise"),
+    Trial(MOE, "pp=2,tp=2", "rowwise", chunks=2),
 )
 FAULTY = (
     Trial(TIED, "pp=2", fault="tied not summed"),

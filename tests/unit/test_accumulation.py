@@ -75,7 +75,7 @@ def test_gradients_that_are_reduced_once_cost_less_time_and_more_memory() -> Non
     assert dict(once.terms)[Term.DATA] < dict(each.terms)[Term.DATA]
     assert once.memory.active_bytes > each.memory.active_bytes
     alone = [
-        lay_out(traced(1, True, once), load_machine("h100-sxm-80gb"), Setup()).times for once in (False, True)
+        lay_out(traced(1, True, once), load_machine("h100-sxm-80gb"), Setup()).parts for once in (False, True)
     ]
     assert alone[0] == alone[1]  # of one micro-batch, the last is the first
 

@@ -74,8 +74,8 @@ def test_1f1b_holds_as_many_micro_batches_as_stages_are_left_and_gpipe_all() -> 
 @pytest.mark.parametrize(
     ("pipeline", "layers", "message"),
     [
-        (Pipeline(4), 3, "can't be cut into 4 stages. Use at most 3 stages."),
-        (Pipeline(4, 2, Schedule.INTERLEAVED), 6, "4 stages of 2 chunks. Use at most 3 stages."),
+        (Pipeline(4), 3, "can't be cut into 4 stages. Use at most pp=3."),
+        (Pipeline(4, 2, Schedule.INTERLEAVED), 6, "4 stages of 2 chunks. Use at most pp=3."),
         (
             Pipeline(2, layers=(3, 3)),
             5,
@@ -98,7 +98,7 @@ def test_layers_that_cannot_be_dealt_are_refused(pipeline: Pipeline, layers: int
         (
             Pipeline(1, 2, Schedule.INTERLEAVED),
             4,
-            "--chunks 2: is of a pipeline's stages. Use a mesh with pp=2 or more.",
+            "--chunks 2: chunks of layers are of a pipeline's stages. Use a mesh with pp=2 or more.",
         ),
     ],
 )

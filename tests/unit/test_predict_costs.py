@@ -24,6 +24,7 @@ from shardwise.core.machine import (
     on_curve,
 )
 from shardwise.core.mesh import Mesh
+from shardwise.core.pipeline import Pipeline, Schedule
 from shardwise.core.prediction import AttentionKernel, Precision, Setup, Term
 from shardwise.core.program import (
     LOSS_MODULE,
@@ -39,7 +40,7 @@ from shardwise.predict.costs import FUSED_LOSS_TRAFFIC, FUSED_TRAFFIC, collectiv
 from shardwise.predict.groups import RankGroup, group_of
 from shardwise.predict.layout import lay_out
 from shardwise.predict.memory import forecast, peak_by_kind
-from shardwise.predict.pipeline import StageTimes, layers_of_stages, one_f_one_b, pipeline_s
+from shardwise.predict.pipeline import PartTimes, gaps, pipeline_s, play
 from shardwise.predict.predict import predict
 from shardwise.predict.streams import run
 from shardwise.predict.work import AFTER, BEFORE, work_of
@@ -288,47 +289,57 @@ def test_a_growing_curve_never_says_that_more_is_faster(points: list[tuple[float
     assert on_curve(curve, sizes[-1]) == pytest.approx(seconds[-1])
 
 
+PIPELINES = [
+    Pipeline(3),
+    Pipeline(3, 1, Schedule.GPIPE),
+    Pipeline(3, 2, Schedule.INTERLEAVED),
+    Pipeline(3, 3, Schedule.INTERLEAVED),
+]
+
+
 @pytest.mark.parametrize("micro_batches", [1, 2, 8, 100])
 @pytest.mark.parametrize("stages", [1, 2, 4])
 def test_equal_stages_take_m_plus_p_minus_1_slots(stages: int, micro_batches: int) -> None:
-    times = [StageTimes(1.0, 2.0)] * stages
-    assert pipeline_s(times, micro_batches, 0.0) == pytest.approx(3.0 * (micro_batches + stages - 1))
+    times = [PartTimes(1.0, 2.0)] * stages
+    assert pipeline_s(Pipeline(stages), times, micro_batches, 0.0) == pytest.approx(
+        3.0 * (micro_batches + stages - 1)
+    )
 
 
-def test_interleaving_divides_the_bubble_by_the_chunks() -> None:
-    times = [StageTimes(1.0, 2.0)] * 4
-    assert pipeline_s(times, 8, 0.0, chunks=3) == pytest.approx(3.0 * 8 + 3 * 3.0 / 3)
+@pytest.mark.parametrize("micro_batches", [4, 8, 64])
+@pytest.mark.parametrize("chunks", [2, 3])
+def test_interleaving_divides_the_bubble_by_the_chunks(chunks: int, micro_batches: int) -> None:
+    pipeline = Pipeline(4, chunks, Schedule.INTERLEAVED)
+    times = [PartTimes(1.0 / chunks, 2.0 / chunks)] * pipeline.parts
+    assert pipeline_s(pipeline, times, micro_batches, 0.0) == pytest.approx(
+        3.0 * micro_batches + 3 * 3.0 / chunks
+    )
 
 
-def test_a_long_schedule_adds_what_its_busiest_stage_takes() -> None:
-    uneven = [StageTimes(1.0, 2.0), StageTimes(1.5, 2.5), StageTimes(1.0, 2.0)]
-    played = max(each.end_s for each in one_f_one_b(uneven, 60, 0.1))
-    assert pipeline_s(uneven, 60, 0.1) == pytest.approx(played, rel=0.02)
+@pytest.mark.parametrize("pipeline", PIPELINES, ids=lambda each: f"{each.schedule}-{each.chunks}")
+def test_a_long_schedule_adds_what_its_busiest_stage_takes(pipeline: Pipeline) -> None:
+    uneven = [PartTimes(1.0, 2.0), PartTimes(1.5, 2.5), PartTimes(1.0, 2.0)] * pipeline.chunks
+    played = max(each.end_s for each in play(pipeline, uneven, 60, 0.1))
+    assert pipeline_s(pipeline, uneven, 60, 0.1) == pytest.approx(played, rel=0.03)
 
 
-def test_no_stage_does_two_things_at_once_and_nothing_starts_before_what_it_needs() -> None:
-    stages = [StageTimes(1.0, 2.0), StageTimes(2.0, 1.0), StageTimes(0.5, 0.5)]
-    passes = one_f_one_b(stages, 5, 0.25)
-    ends = {(each.stage, each.backward, each.micro_batch): each.end_s for each in passes}
-    assert len(ends) == len(passes) == 2 * 3 * 5
+@pytest.mark.parametrize("pipeline", PIPELINES, ids=lambda each: f"{each.schedule}-{each.chunks}")
+def test_no_stage_does_two_things_at_once_and_nothing_starts_before_what_it_needs(pipeline: Pipeline) -> None:
+    times = [PartTimes(1.0, 2.0), PartTimes(2.0, 1.0), PartTimes(0.5, 0.5)] * pipeline.chunks
+    passes = play(pipeline, times, 6, 0.25)
+    ends = {(each.part, each.backward, each.micro_batch): each.end_s for each in passes}
+    assert len(ends) == len(passes) == 2 * pipeline.parts * 6
     for stage in range(3):
         own = sorted((each.start_s, each.end_s) for each in passes if each.stage == stage)
         assert all(first[1] <= second[0] + 1e-12 for first, second in pairwise(own))
+        worked = sum(end - start for start, end in own)
+        waited = sum(gap.end_s - gap.start_s for gap in gaps(passes, stage, 100.0))
+        assert worked + waited == pytest.approx(100.0)
     for each in passes:
-        if not each.backward and each.stage:
-            assert each.start_s >= ends[each.stage - 1, False, each.micro_batch] + 0.25
-        if each.backward and each.stage < 2:
-            assert each.start_s >= ends[each.stage + 1, True, each.micro_batch] + 0.25
-
-
-@pytest.mark.parametrize(
-    ("layers", "stages", "counts"),
-    [(80, 4, [20] * 4), (126, 8, [15, 16, 16, 16, 16, 16, 16, 15]), (5, 2, [3, 2])],
-)
-def test_layers_left_over_go_to_the_middle(layers: int, stages: int, counts: list[int]) -> None:
-    found = layers_of_stages(layers, stages)
-    assert [count for _, count in found] == counts
-    assert [first for first, _ in found] == [sum(counts[:stage]) for stage in range(stages)]
+        if not each.backward and each.part:
+            assert each.start_s >= ends[each.part - 1, False, each.micro_batch] + 0.25
+        if each.backward and each.part < pipeline.parts - 1:
+            assert each.start_s >= ends[each.part + 1, True, each.micro_batch] + 0.25
 
 
 PROGRAM = Small(SPEC, "rowwise", "cuda").program()

@@ -87,9 +87,8 @@ REFUSED = [
     ),
     (
         on("pp=2,fsdp=2,tp=4", chunks=2, micro_batches=5),
-        "--chunks 2: the interleaved schedule takes micro-batches in rounds of 2 stages, and 5 is no "
-        "multiple. "
-        "Use --accumulation 6.",
+        "--schedule interleaved: takes micro-batches in rounds of 2 stages, and 5 can't be dealt to 2 equal "
+        "ones. Use --accumulation 4 or 6.",
     ),
     (
         on("fsdp=2,tp=2"),

@@ -6,6 +6,7 @@ import gzip
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from shardwise.core.case import StepSettings
@@ -19,9 +20,9 @@ from shardwise.files.perfetto import perfetto_trace
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_plan
-from shardwise.predict.layout import lay_out
+from shardwise.predict.layout import balanced_counts, lay_out
 from shardwise.predict.machines import load_machine
-from shardwise.predict.predict import predict
+from shardwise.predict.predict import predict, prediction_of
 from shardwise.predict.timeline import launch_bound, pipeline_timelines, timeline_of
 from shardwise.trace.trace import trace
 from tests.matrix import thinned
@@ -124,14 +125,23 @@ def test_stages_play_the_schedule() -> None:
     found = pipeline_timelines(lay_out(program("tp=2"), machine(), setup))
     assert [timeline.lanes[0].process for timeline in found] == ["stage 0", "stage 1", "stage 2"]
     assert [timeline.ranks for timeline in found] == [(0,), (2,), (4,)]
-    last = [found[2].name(span) for span in range(8)]
+    last = [found[2].name(span) for span in range(len(found[2].spans))]
+    last = [name for name in last if name != "bubble"]
     assert last == [name for index in range(4) for name in (f"forward {index}", f"backward {index}")]
-    assert [found[0].name(span) for span in range(4)] == ["forward 0", "forward 1", "forward 2", "backward 0"]
+    first = ["forward 0", "forward 1", "forward 2", "bubble", "backward 0"]
+    assert [found[0].name(span) for span in range(5)] == first
     terms = dict(predict(program("tp=2"), machine(), setup).terms)
     (parts,) = (
         one.parts
         for one in decompose(
-            max(found, key=lambda timeline: int((timeline.spans.end_ns - timeline.spans.start_ns).sum()))
+            max(
+                found,
+                key=lambda timeline: int(
+                    (timeline.spans.end_ns - timeline.spans.start_ns)[
+                        timeline.spans.kind == int(SpanKind.COMPUTE)
+                    ].sum()
+                ),
+            )
         )
     )
     assert (parts.cpu_bound_idle_ns + parts.other_idle_ns) / 1e9 == pytest.approx(
@@ -143,14 +153,55 @@ def test_a_schedule_of_a_million_micro_batches_is_cut_and_says_so() -> None:
     found = pipeline_timelines(
         lay_out(program("tp=2"), machine(), Setup(Mesh.parse("pp=2,tp=2"), micro_batches=1_000_000))
     )
-    assert sum(len(timeline.spans) for timeline in found) <= 20_000
+    passes = [np.count_nonzero(timeline.spans.kind == int(SpanKind.COMPUTE)) for timeline in found]
+    assert sum(passes) <= 20_000
     assert found[0].facts == (("left out", "995000 further micro-batches"),)
 
 
-def test_no_pipeline_and_an_interleaved_one_have_no_passes() -> None:
+def test_balanced_stages_are_no_busier_than_even_ones() -> None:
+    traced, setup = program("tp=2"), Setup(Mesh.parse("pp=2,tp=2"), micro_batches=2)
+    counts = balanced_counts(traced, machine(), setup)
+    assert traced.layers is not None
+    assert sum(counts) == traced.layers[1]
+    even, dealt = (
+        lay_out(traced, machine(), replace(setup, layers=layers)).busiest.times.total_s
+        for layers in ((), counts)
+    )
+    assert dealt <= even
+
+
+def test_without_stages_there_are_no_passes() -> None:
     assert pipeline_timelines(lay_out(program("tp=2"), machine(), Setup())) == ()
-    interleaved = Setup(Mesh.parse("pp=2,tp=2"), chunks=2, micro_batches=4)
-    assert pipeline_timelines(lay_out(program("tp=2"), machine(), interleaved)) == ()
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_every_stage_and_chunk_has_a_lane_and_the_bubble_is_a_span_of_its_own(chunks: int) -> None:
+    setup = Setup(Mesh.parse("pp=2,tp=2"), chunks=chunks, micro_batches=4)
+    layout = lay_out(program("tp=2"), machine(), setup)
+    for stage, timeline in enumerate(pipeline_timelines(layout)):
+        threads = ["chunk 0", "chunk 1"] if chunks == 2 else ["passes"]
+        assert [lane.thread for lane in timeline.lanes] == [*threads, "bubble"]
+        assert {lane.process for lane in timeline.lanes} == {f"stage {stage}"}
+        (window,) = timeline.windows
+        spans = timeline.spans
+        lengths = spans.end_ns - spans.start_ns
+        waits = spans.kind == int(SpanKind.RANGE)
+        assert {timeline.name(int(row)) for row in np.flatnonzero(waits)} == {"bubble"}
+        assert np.count_nonzero(~waits) == 2 * 4 * chunks
+        # what a stage works and how long it waits are the step
+        assert int(lengths.sum()) == pytest.approx(window.length_ns, abs=len(spans))
+
+
+def test_the_bubble_of_the_terms_is_what_the_busiest_stage_waits() -> None:
+    for chunks in (1, 2):
+        setup = Setup(Mesh.parse("pp=2,tp=2"), chunks=chunks, micro_batches=4)
+        layout = lay_out(program("tp=2"), machine(), setup)
+        waits_ns = [
+            int((timeline.spans.end_ns - timeline.spans.start_ns)[timeline.spans.kind == 5].sum())
+            for timeline in pipeline_timelines(layout)
+        ]
+        bubble = dict(prediction_of(layout).terms)[Term.BUBBLE]
+        assert min(waits_ns) == pytest.approx(bubble * 1e9, rel=1e-3)
 
 
 def test_the_trace_opens_as_json_with_a_lane_for_host_device_and_communication() -> None:

@@ -135,7 +135,7 @@ def test_fewer_micro_batches_hold_fewer_activations_and_gpipe_holds_all() -> Non
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"mesh": "pp=8"}, "can't be cut into 8 stages. Use at most 6 stages."),
+        ({"mesh": "pp=8"}, "can't be cut into 8 stages. Use at most pp=6."),
         ({"mesh": "pp=4", "stages": "2,2,2"}, "4 stages of 6 layers are 4 counts of at least 1"),
         ({"mesh": "pp=4", "accumulation": 2}, "Use --accumulation 4 or more, or --schedule gpipe."),
         ({"mesh": "tp=2", "chunks": 2}, "Use a mesh with pp=2 or more."),

@@ -54,15 +54,13 @@ class _Asked(PredictOptions):
     save_program: Annotated[
         Path | None, Option("File for the traced program, for --program.", OUTPUT, shown="none")
     ] = None
-    stages: Annotated[str | None, Option("An axis of the mesh now.", is_hidden=True)] = None
     context: Annotated[str | None, Option("An axis of the mesh now.", is_hidden=True)] = None
 
 
 def _prepare(values: dict[str, Any]) -> None:
-    if values["stages"] is not None or values["context"] is not None:
+    if values["context"] is not None:
         raise OptionError(
-            "stages and context ranks are axes of the mesh. "
-            "Instead of --stages 8 --context 2 write --mesh pp=8,cp=2,tp=8."
+            "context ranks are an axis of the mesh. Instead of --context 2 write --mesh cp=2,tp=8."
         )
     check_choice("--recompute", values["recompute"], (RECOMPUTE[0], SELECTIVE, *RECOMPUTE[1:]))
     if values["recompute"] == SELECTIVE:
@@ -90,6 +88,9 @@ def _prepare(values: dict[str, Any]) -> None:
             "reshard_after_forward",
             "reduce_once",
             "recompute",
+            "schedule",
+            "chunks",
+            "stages",
             "random_ids",
         ),
         prepare=_prepare,
@@ -104,7 +105,7 @@ def _prepare(values: dict[str, Any]) -> None:
         about={
             "plans": "Built-in plans, .toml files, hf, own or unsharded; the first is what the others are "
             "held against.",
-            "mesh": "Axes of ranks, such as pp=4,fsdp=8,cp=2,tp=8: pipeline stages (1F1B), data-parallel, "
+            "mesh": "Axes of ranks, such as pp=4,fsdp=8,cp=2,tp=8: pipeline stages, data-parallel, "
             "context and tensor-parallel ranks.",
             "recompute": "Again in the backward: none, selective (unfused attention), selective-ops (all of "
             "a layer "
@@ -156,8 +157,9 @@ def _saved(call: Call[_Asked]) -> Predicted:
     refuse(call.given, decided, why)
     assert call.own.program is not None
     mesh = call.case.mesh if "mesh" in call.given else None
-    machine, accumulation = call.case.machine or MACHINE, call.case.step.accumulation
-    return predict_program(load_program(call.own.program), machine, call.own, mesh, accumulation)
+    machine, step = call.case.machine or MACHINE, call.case.step
+    program = load_program(call.own.program)
+    return predict_program(program, machine, call.own, mesh, step.accumulation, step)
 
 
 def _deliver(call: Call[_Asked], done: Predicted) -> int:

@@ -81,14 +81,14 @@ class Pipeline:
     def stage_of(self, part: int) -> int:
         return part % self.stages
 
-    def spans(self, n_layers: int) -> tuple[Span, ...]:
+    def spans(self, n_layers: int, model: str = "the model") -> tuple[Span, ...]:
         """The layers of each part. Raises OptionError for what can't be."""
         counts = self.layers or even_counts(n_layers, self.parts)
         cut = f"{self.stages} stages" + (f" of {self.chunks} chunks" if self.chunks > 1 else "")
         if self.parts > n_layers:
             raise OptionError(
-                f"mesh: the model has {n_layers} layers, and can't be cut into {cut}. Use at most "
-                f"{n_layers // self.chunks} stages."
+                f"pp={self.stages}: {model} has {n_layers} layers, and can't be cut into {cut}. Use at most "
+                f"pp={n_layers // self.chunks}."
             )
         if len(counts) != self.parts or sum(counts) != n_layers or min(counts) < 1:
             even = ",".join(map(str, even_counts(n_layers, self.parts)))
@@ -105,7 +105,9 @@ class Pipeline:
         if p == 1:
             if self.chunks > 1 or self.layers:
                 option = f"--chunks {self.chunks}" if self.chunks > 1 else "--stages"
-                raise OptionError(f"{option}: is of a pipeline's stages. Use a mesh with pp=2 or more.")
+                raise OptionError(
+                    f"{option}: chunks of layers are of a pipeline's stages. Use a mesh with pp=2 or more."
+                )
             return
         if self.schedule is Schedule.ONE_F_ONE_B and m < p:
             raise OptionError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from shardwise.core.mesh import Mesh
+from shardwise.core.pipeline import Pipeline, Schedule
 from shardwise.core.program import MemoryKind
 
 
@@ -57,21 +58,24 @@ class Setup:
     field, each stated in the result.
 
     mesh: None for the Program's own. Where the Program was traced without its context ranks, its sequence is
-    one rank's part, and they join the reduction of gradients and FSDP's shards. micro_batches: per
-    step. chunks: of layers that a stage holds (interleaved). attention: None where the Program's own op says.
-    recompute_attention: the unfused attention between its projections runs again in the backward (Korthikanti
-    et al. 2022); a layer's recompute is the Program's. compiled: kernels bound by memory fused between
-    matmuls. compiled_loss: the loss is one such kernel each way, and keeps the logits alone. matmul_dtype:
-    "float8" where linear layers multiply in it. overlap_data: whether gradients of whole replicas are reduced
-    beside the backward. overlap_tensor: whether tensor-parallel collectives run beside the matmul that makes
-    or takes them. optimizer_shards: ranks that share the optimizer's state and work (ZeRO-1); of experts
-    that each rank along ep holds for itself, so many times fewer. without: terms
-    that are switched off.
+    one rank's part, and they join the reduction of gradients and FSDP's shards. micro_batches: per step.
+    chunks: of layers that a stage holds (interleaved). schedule: None for 1F1B, or interleaved with several
+    chunks. layers: of each chunk, in the model's order; none: dealt evenly. attention: None where the
+    Program's own op says. recompute_attention: the unfused attention between its projections runs again in
+    the backward (Korthikanti et al. 2022); a layer's recompute is the Program's. compiled: kernels bound by
+    memory fused between matmuls. compiled_loss: the loss is one such kernel each way, and keeps the logits
+    alone. matmul_dtype: "float8" where linear layers multiply in it. overlap_data: whether gradients of whole
+    replicas are reduced beside the backward. overlap_tensor: whether tensor-parallel collectives run beside
+    the matmul that makes or takes them. optimizer_shards: ranks that share the optimizer's state and work
+    (ZeRO-1); of experts that each rank along ep holds for itself, so many times fewer. without: terms that
+    are switched off.
     """
 
     mesh: Mesh | None = None
     micro_batches: int = 1
     chunks: int = 1
+    schedule: Schedule | None = None
+    layers: tuple[int, ...] = ()
     attention: AttentionKernel | None = None
     recompute_attention: bool = False
     compiled: bool = False
@@ -82,6 +86,11 @@ class Setup:
     optimizer_shards: int = 1
     precision: Precision = Precision.TRACED
     without: tuple[Term, ...] = ()
+
+    def pipeline(self) -> Pipeline:
+        """Of its stages."""
+        chosen = Schedule.INTERLEAVED if self.chunks > 1 else Schedule.ONE_F_ONE_B
+        return Pipeline(self.stages, self.chunks, self.schedule or chosen, self.layers)
 
     @property
     def stages(self) -> int:

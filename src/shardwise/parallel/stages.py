@@ -135,7 +135,7 @@ def cut_to_stage(
     part. Raises OptionError for layers that can't be dealt so, ModelError for what they share."""
     layers = model.get_submodule(ends.layers.prefix)
     every = dict(modules_in(layers))
-    spans = pipeline.spans(len(every))
+    spans = pipeline.spans(len(every), ends.model)
     check_spans(model, ends, spans)
     kept_of = [Span(span.first, min(span.count, keep or span.count)) for span in spans]
     call = _Call()

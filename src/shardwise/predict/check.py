@@ -87,19 +87,10 @@ def _check_stages(program: Program, setup: Setup) -> None:
             f"pp={stages}: {program.model} has no row of equal layers that could be cut into stages. "
             "Use pp=1."
         )
-    n_layers = program.layers[1]
-    if stages * chunks > n_layers:
-        cut = f"{stages} stages" + (f" of {chunks} chunks" if chunks > 1 else "")
-        raise OptionError(
-            f"pp={stages}: {program.model} has {n_layers} layers, and can't be cut into {cut}. "
-            f"Use at most pp={n_layers // chunks}."
-        )
-    if chunks > 1 and setup.micro_batches % stages:
-        rounds = -(-setup.micro_batches // stages)
-        raise OptionError(
-            f"--chunks {chunks}: the interleaved schedule takes micro-batches in rounds of {stages} stages, "
-            f"and {setup.micro_batches} is no multiple. Use --accumulation {rounds * stages}."
-        )
+    pipeline = setup.pipeline()
+    pipeline.spans(program.layers[1], program.model)
+    if chunks > 1:  # 1F1B of fewer micro-batches than stages can be predicted, though torch doesn't run it
+        pipeline.check(setup.micro_batches)
 
 
 def check_devices(machine: Machine, mesh: Mesh) -> None:

@@ -6,6 +6,7 @@ A pipeline's stage runs the items of its layers, the first stage also what comes
 comes after.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -16,49 +17,51 @@ from shardwise.core.collective import CollectiveKind
 from shardwise.core.dtype import DTYPE_BYTES
 from shardwise.core.machine import Machine, local_ranks
 from shardwise.core.mesh import Mesh, Role, role_of
+from shardwise.core.pipeline import Span, even_counts
 from shardwise.core.prediction import Setup, Term
 from shardwise.core.program import BACKWARDS, FORWARDS, ONCE, Collective, Program
 from shardwise.predict.groups import further_shards, mesh_of, optimizer_shards
-from shardwise.predict.pipeline import StageTimes, layers_of_stages
+from shardwise.predict.pipeline import PartTimes
 from shardwise.predict.streams import run
-from shardwise.predict.work import AFTER, BEFORE, Work, layers_of, work_of
+from shardwise.predict.work import AFTER, BEFORE, Work, joined, layers_of, work_of
 
 SLOWED_BESIDE = 0.189
 """How much longer compute takes while collectives run beside it: mean over A100, H100 and MI250. Source:
 arXiv 2507.03114 (most: 40 %)."""
 
 
+_WAYS = ("forward_s", "backward_s")
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stage's work on a micro-batch, what it takes, and how that adds up: seconds by term, of the device
-    alone."""
+    """The work of a stage, or of one of its parts, on a micro-batch, what it takes, and how that adds up:
+    seconds by term, of the device alone."""
 
     forward: Work
     backward: Work
-    times: StageTimes
+    times: PartTimes
     terms: dict[Term, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """work: all of the Program's. stages: of the pipeline; one where there is none. end: what runs once a
-    step, of a stage's share of the parameters. transfer_s: one activation to the next stage."""
+    """work: all of the Program's. stages: of the pipeline; one where there is none. parts: what each part
+    takes. end: what runs once a step, of a stage's share of the parameters. transfer_s: one activation to the
+    next stage."""
 
     program: Program
     machine: Machine
     setup: Setup
     work: Work
     stages: tuple[Stage, ...]
+    parts: tuple[PartTimes, ...]
     end: Work
     transfer_s: float
 
     @property
     def mesh(self) -> Mesh:
         return mesh_of(self.program, self.setup)
-
-    @property
-    def times(self) -> list[StageTimes]:
-        return [stage.times for stage in self.stages]
 
     @property
     def busiest(self) -> Stage:
@@ -70,29 +73,82 @@ def lay_out(program: Program, machine: Machine, setup: Setup) -> Layout:
     work = work_of(program, machine, setup).without(setup.without)
     transfer_s = _transfer_s(program, machine, setup)
     end = _end(work, setup, optimizer_shards(program, setup) * further_shards(program, setup))
-    return Layout(program, machine, setup, work, _stages(work, program, setup), end, transfer_s)
+    parts = _parts(work, program, setup)
+    pipeline = setup.pipeline()
+    stages = tuple(
+        _together([parts[part] for part in pipeline.parts_of(stage)]) for stage in range(setup.stages)
+    )
+    times = tuple(part.times for part in parts)
+    return Layout(program, machine, setup, work, stages, times, end, transfer_s)
 
 
-def _stages(work: Work, program: Program, setup: Setup) -> tuple[Stage, ...]:
+def balanced_counts(program: Program, machine: Machine, setup: Setup) -> tuple[int, ...]:
+    """Layers of each part with which the busiest stage is least busy; of equals the most even. What comes
+    before the layers and after them counts for as much as it takes. Raises OptionError for too few layers."""
+    pipeline = setup.pipeline()
+    work = work_of(program, machine, setup).without(setup.without)
+    n_layers = layers_of(program)[1]
+    pipeline.spans(n_layers, program.model)
+    layer_s = _part(work, Span(0, n_layers), setup, ends=(False, False), once=False).times.total_s / n_layers
+    ends_s = [
+        _part(work, Span(0, 0), setup, ends=ends, once=False).times.total_s
+        for ends in ((True, False), (False, True))
+    ]
+    counts = [1] * pipeline.parts
+    busy = [layer_s * pipeline.chunks] * pipeline.stages
+    busy[0] += ends_s[0]
+    busy[-1] += ends_s[1]
+    middle = (pipeline.parts - 1) / 2
+    for _ in range(n_layers - pipeline.parts):
+        # to the stage that is least busy, of its parts the shortest, of equals the one in the middle
+        part = min(
+            range(pipeline.parts),
+            key=lambda part: (round(busy[pipeline.stage_of(part)], 9), counts[part], abs(part - middle)),
+        )
+        counts[part] += 1
+        busy[pipeline.stage_of(part)] += layer_s
+    # waiting for launches doesn't add up layer by layer
+    choices = (tuple(counts), even_counts(n_layers, pipeline.parts))
+    return min(
+        choices,
+        key=lambda layers: lay_out(program, machine, replace(setup, layers=layers)).busiest.times.total_s,
+    )
+
+
+def _parts(work: Work, program: Program, setup: Setup) -> list[Stage]:
     once = program.settings.reduce_once and setup.micro_batches > 1
     alike: dict[tuple[int, bool, bool], Stage] = {}
-    stages = []
-    for index, (first, count) in enumerate(layers_of_stages(layers_of(program)[1], setup.stages)):
-        # stages of equal layers that hold neither end are equal
-        key = (count, index == 0, index == setup.stages - 1)
+    parts: list[Stage] = []
+    spans = setup.pipeline().spans(layers_of(program)[1]) if setup.stages > 1 else (None,)
+    for index, span in enumerate(spans):
+        # parts of equal layers that hold neither end are equal
+        key = (span.count if span is not None else 0, index == 0, index == len(spans) - 1)
         if key not in alike or not program.compressed:
-            alike[key] = _stage(work, first, count, setup, index, once=once)
-        stages.append(alike[key])
-    return tuple(stages)
+            alike[key] = _part(work, span, setup, ends=key[1:], once=once)
+        parts.append(alike[key])
+    return parts
 
 
-def _stage(work: Work, first: int, count: int, setup: Setup, index: int, *, once: bool) -> Stage:
-    """once: FSDP sums gradients in the last micro-batch's backward only."""
-    layers = (work.layer >= first) & (work.layer < first + count)
-    if index == 0:
-        layers |= work.layer == BEFORE
-    if index == setup.stages - 1:
-        layers |= work.layer == AFTER
+def _together(parts: Sequence[Stage]) -> Stage:
+    """All that a stage works on a micro-batch."""
+    if len(parts) == 1:
+        return parts[0]
+    terms = {term: sum(part.terms[term] for part in parts) for term in Term}
+    forward_s, backward_s = (sum(getattr(part.times, way) for part in parts) for way in _WAYS)
+    forward = joined([part.forward for part in parts])
+    backward = joined([part.backward for part in reversed(parts)])
+    return Stage(forward, backward, PartTimes(forward_s, backward_s), terms)
+
+
+def _part(work: Work, span: Span | None, setup: Setup, ends: tuple[bool, bool], *, once: bool) -> Stage:
+    """span: of layers; None: of all of them. ends: whether it has what comes before them, and after them.
+    once: FSDP sums gradients in the last micro-batch's backward only."""
+    layers = work.layer >= 0
+    if span is not None:
+        layers &= (work.layer >= span.first) & (work.layer < span.stop)
+    for holds, place in zip(ends, (BEFORE, AFTER), strict=True):
+        if holds:
+            layers |= work.layer == place
     forward, backward = (work.where(layers & work.in_phases(*phases)) for phases in (FORWARDS, BACKWARDS))
     terms = dict.fromkeys(Term, 0.0)
     times = [_add_pass(terms, part, setup) for part in (forward, backward)]
@@ -102,7 +158,7 @@ def _stage(work: Work, first: int, count: int, setup: Setup, index: int, *, once
         share = 1 / setup.micro_batches  # of the last one, which reduces; what stands for all is their mean
         terms = {term: share * terms[term] + (1 - share) * kept[term] for term in Term}
         times = [share * last + (1 - share) * other for last, other in zip(times, early, strict=True)]
-    return Stage(forward, backward, StageTimes(*times), terms)
+    return Stage(forward, backward, PartTimes(*times), terms)
 
 
 def _reduces_shards(work: Work) -> NDArray[np.bool_]:

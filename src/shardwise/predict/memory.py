@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from shardwise.core.dtype import DTYPE_BYTES
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import SHARDS_AXIS
+from shardwise.core.pipeline import most_in_flight
 from shardwise.core.prediction import MemoryForecast, Precision, Setup
 from shardwise.core.program import LOSS_MODULE, ONCE, MemoryChange, MemoryKind, Op, Phase, Program
 from shardwise.predict.groups import further_shards, group_of, optimizer_shards
@@ -80,9 +81,9 @@ def _scales(program: Program, setup: Setup) -> ByKind:
     """What becomes of a traced byte of each kind in this setup; of those that aren't named, itself."""
     scales = dict.fromkeys(STATES, 1 / (setup.stages * further_shards(program, setup)))
     scales[MemoryKind.OPTIMIZER] /= optimizer_shards(program, setup)
-    in_flight = min(setup.micro_batches, setup.stages)
-    more = 1 + (setup.stages - 1) / (setup.stages * setup.chunks) if setup.chunks > 1 else 1.0
-    scales[MemoryKind.ACTIVATION] = in_flight / setup.stages * more
+    pipeline = setup.pipeline()
+    in_flight = most_in_flight(pipeline.turns(0, setup.micro_batches))
+    scales[MemoryKind.ACTIVATION] = in_flight / pipeline.parts
     return scales
 
 

@@ -1,22 +1,19 @@
-"""Pipeline schedules: from each stage's forward and backward of one micro-batch to the whole step.
+"""Pipeline schedules: from each part's forward and backward of one micro-batch to the whole step.
 
-    1F1B (PipeDream-flush)  stage s runs p - s forwards, then one backward and one forward in turns, then the
-                            backwards that are left
-    interleaved             each stage holds v chunks of layers: the bubble shrinks to 1/v of (p - 1)
-                            micro-batches
-
-Source: Narayanan et al. 2021 (arXiv 2104.04473), sections 2.2.1 and 2.2.2. 1F1B is played through, event by
-event, until it repeats; interleaved is the paper's formula. An activation reaches the next stage `transfer_s`
-after it was made.
+Every schedule is played through, turn by turn, in the order that torch's runs (core/pipeline.py), until it
+repeats: a further micro-batch then adds what the busiest stage takes. A part's activation, or its gradient,
+reaches the next stage `transfer_s` after it was made.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from shardwise.core.pipeline import Pipeline, Turn
 
 
 @dataclass(frozen=True, slots=True)
-class StageTimes:
-    """One stage's work on one micro-batch."""
+class PartTimes:
+    """One part's work on one micro-batch; or all of a stage's."""
 
     forward_s: float
     backward_s: float
@@ -28,73 +25,88 @@ class StageTimes:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """A forward or backward of one micro-batch on one stage, as the schedule placed it."""
+    """A forward or backward of one micro-batch on one part, as the schedule placed it."""
 
     stage: int
+    part: int
     micro_batch: int
     backward: bool
     start_s: float
     end_s: float
 
 
-def pipeline_s(stages: Sequence[StageTimes], micro_batches: int, transfer_s: float, chunks: int = 1) -> float:
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """A stage's waiting between two passes, before its first or after its last."""
+
+    stage: int
+    start_s: float
+    end_s: float
+
+
+def pipeline_s(
+    pipeline: Pipeline, parts: Sequence[PartTimes], micro_batches: int, transfer_s: float
+) -> float:
     """Seconds from the first forward to the last backward."""
-    busiest = max(stage.total_s for stage in stages)
-    p = len(stages)
+    p = pipeline.stages
+    busiest = max(stage_total_s(pipeline, parts))
     if p == 1:
         return micro_batches * busiest
-    if chunks > 1:
-        mean_s = sum(stage.total_s for stage in stages) / p
-        return micro_batches * busiest + (p - 1) * (mean_s / chunks + 2 * transfer_s)
-    played = min(micro_batches, 4 * p)  # by then each further micro-batch adds what the busiest stage takes
-    end_s = max(each.end_s for each in one_f_one_b(stages, played, transfer_s))
+    rounds = min(micro_batches // p, 4)  # by then the schedule repeats
+    played = rounds * p + micro_batches % p
+    end_s = max(each.end_s for each in play(pipeline, parts, played, transfer_s))
     return end_s + (micro_batches - played) * busiest
 
 
-def one_f_one_b(stages: Sequence[StageTimes], micro_batches: int, transfer_s: float) -> list[Pass]:
-    """Every pass of a 1F1B schedule."""
-    p, m = len(stages), micro_batches
-    orders = []
-    for stage in range(p):
-        ahead = min(m, p - stage)
-        order = [(False, index) for index in range(ahead)]
-        for index in range(m):
-            order.append((True, index))
-            if ahead + index < m:
-                order.append((False, ahead + index))
-        orders.append(order)
-    ends: dict[tuple[int, bool, int], float] = {}
-    free, at, placed = [0.0] * p, [0] * p, []
-    left = sum(len(order) for order in orders)
+def stage_total_s(pipeline: Pipeline, parts: Sequence[PartTimes]) -> list[float]:
+    """What each stage works on one micro-batch."""
+    return [sum(parts[part].total_s for part in pipeline.parts_of(stage)) for stage in range(pipeline.stages)]
+
+
+def play(pipeline: Pipeline, parts: Sequence[PartTimes], micro_batches: int, transfer_s: float) -> list[Pass]:
+    """Every pass of all stages."""
+    stages = range(pipeline.stages)
+    turns = [pipeline.turns(stage, micro_batches) for stage in stages]
+    ends: dict[Turn, float] = {}
+    free, at, placed = [0.0] * len(stages), [0] * len(stages), []
+    left = sum(map(len, turns))
     while left:
-        for stage in range(p):
-            while at[stage] < len(orders[stage]):
-                backward, index = orders[stage][at[stage]]
-                needs = _needs(stage, backward, index, p)
+        before = left
+        for stage in stages:
+            while at[stage] < len(turns[stage]):
+                turn = turns[stage][at[stage]]
+                needs = _needs(turn, pipeline.parts)
                 if needs is not None and needs not in ends:
                     break
-                crosses = needs is not None and needs[0] != stage
+                crosses = needs is not None and pipeline.stage_of(needs.part) != stage
                 ready = ends[needs] + (transfer_s if crosses else 0.0) if needs is not None else 0.0
-                start = max(free[stage], ready)
-                end = start + (stages[stage].backward_s if backward else stages[stage].forward_s)
-                ends[stage, backward, index] = free[stage] = end
-                placed.append(Pass(stage, index, backward, start, end))
+                start, times = max(free[stage], ready), parts[turn.part]
+                end = start + (times.backward_s if turn.backward else times.forward_s)
+                ends[turn] = free[stage] = end
+                placed.append(Pass(stage, turn.part, turn.micro_batch, turn.backward, start, end))
                 at[stage] += 1
                 left -= 1
+        assert left < before, "the stages wait for one another"
     return placed
 
 
-def _needs(stage: int, backward: bool, index: int, p: int) -> tuple[int, bool, int] | None:
-    if not backward:
-        return (stage - 1, False, index) if stage else None
-    return (stage + 1, True, index) if stage < p - 1 else (stage, False, index)
+def _needs(turn: Turn, parts: int) -> Turn | None:
+    """What must have run: the part before, in the backward the part after, and the last part's own
+    forward."""
+    if not turn.backward:
+        return Turn(turn.part - 1, turn.micro_batch, False) if turn.part else None
+    if turn.part < parts - 1:
+        return Turn(turn.part + 1, turn.micro_batch, True)
+    return Turn(turn.part, turn.micro_batch, False)
 
 
-def layers_of_stages(n_layers: int, stages: int) -> list[tuple[int, int]]:
-    """(first layer, number) of each stage: even, and what is left over goes to the middle, since the ends
-    hold embedding and head."""
-    base, extra = divmod(n_layers, stages)
-    order = sorted(range(stages), key=lambda stage: abs(stage - (stages - 1) / 2))
-    counts = [base + (stage in order[:extra]) for stage in range(stages)]
-    firsts = [sum(counts[:stage]) for stage in range(stages)]
-    return list(zip(firsts, counts, strict=True))
+def gaps(passes: Iterable[Pass], stage: int, end_s: float) -> list[Gap]:
+    """The bubble as a stage has it, from 0 to end_s."""
+    found, free = [], 0.0
+    for each in sorted((each for each in passes if each.stage == stage), key=lambda each: each.start_s):
+        if each.start_s > free:
+            found.append(Gap(stage, free, each.start_s))
+        free = each.end_s
+    if end_s > free:
+        found.append(Gap(stage, free, end_s))
+    return found

@@ -44,7 +44,7 @@ def _terms(layout: Layout) -> dict[Term, float]:
     once_s = layout.end.by_term()
     once_s[Term.LAUNCH] += run(layout.end).length_s - sum(once_s.values())
     terms = {term: busiest.terms[term] * setup.micro_batches + once_s[term] for term in Term}
-    passes_s = pipeline_s(layout.times, setup.micro_batches, layout.transfer_s, setup.chunks)
+    passes_s = pipeline_s(setup.pipeline(), layout.parts, setup.micro_batches, layout.transfer_s)
     terms[Term.BUBBLE] += passes_s - setup.micro_batches * busiest.times.total_s
     if setup.overlap_data:  # of the gradients' reduction, what the last micro-batch's backward hides
         terms[Term.DATA] -= min(once_s[Term.DATA], busiest.times.backward_s)

@@ -7,7 +7,7 @@ stage and the step's end, op by op.
                            isn't modelled
 
 Of a pipeline, each stage has a Timeline of its own besides, with a span for each micro-batch's forward and
-backward (pipeline_timelines).
+backward on each chunk, and for the bubble (pipeline_timelines).
 
 What it leaves out: that compute slows down beside communication (Term.SLOWED) and that gradients over dp may
 be reduced beside the backward are numbers without a place; the micro-batch begins with nothing in flight, as
@@ -30,11 +30,12 @@ from shardwise.core.program import Collective
 from shardwise.core.timeline import NONE, Collectives, Group, Lane, SpanKind, Spans, Timeline, Window
 from shardwise.predict.groups import groups_of
 from shardwise.predict.layout import Layout
-from shardwise.predict.pipeline import Pass, one_f_one_b
+from shardwise.predict.pipeline import Pass, gaps, play
 from shardwise.predict.streams import Run, run
 from shardwise.predict.work import PHASES, Work, layers_of
 
 MOST_PASSES = 20_000
+BUBBLE = "bubble"
 MOST_LISTED_RANKS = 4096
 MOST_WAITS = 8
 
@@ -76,37 +77,58 @@ def launch_bound(layout: Layout) -> tuple[LaunchBound, ...]:
 
 
 def pipeline_timelines(layout: Layout) -> tuple[Timeline, ...]:
-    """One per stage: a span for each pass as 1F1B places it, and what the step's first passes are cut to
-    where there are more than MOST_PASSES. Empty without a pipeline, and for the interleaved schedule, whose
-    formula places nothing."""
-    setup = layout.setup
-    if setup.stages == 1 or setup.chunks > 1:
+    """One per stage: a lane for each of its chunks, with a span for each pass where the schedule places it,
+    and one for the bubble, with a span wherever the stage waits. Cut to the step's first micro-batches where
+    there are more than MOST_PASSES. Empty without a pipeline."""
+    setup, pipeline = layout.setup, layout.setup.pipeline()
+    if setup.stages == 1:
         return ()
-    micro_batches = min(setup.micro_batches, max(1, MOST_PASSES // (2 * setup.stages)))
-    passes = one_f_one_b(layout.times, micro_batches, layout.transfer_s)
-    ranks = layout.mesh.world_size // setup.stages
-    end_ns = round(max(each.end_s for each in passes) * 1e9)
+    rounds = max(1, MOST_PASSES // (2 * pipeline.parts * setup.stages))
+    micro_batches = min(setup.micro_batches, rounds * setup.stages)
+    passes = play(pipeline, layout.parts, micro_batches, layout.transfer_s)
+    end_s = max(each.end_s for each in passes)
     left_out = setup.micro_batches - micro_batches
     facts = (("left out", f"{left_out} further micro-batches"),) if left_out else ()
-    names = tuple(f"{way} {index}" for index in range(micro_batches) for way in ("forward", "backward"))
-    timelines = []
-    for stage in range(setup.stages):
-        lane = Lane(stage * ranks, True, f"stage {stage}", "passes", ranks)
-        window = Window(stage * ranks, None, 0, end_ns)
-        spans = _spans(_pass_columns([each for each in passes if each.stage == stage]))
-        timelines.append(Timeline((lane,), names, spans, _collectives([]), (), (window,), 0, facts))
-    return tuple(timelines)
+    ranks = layout.mesh.world_size // setup.stages
+    return tuple(
+        _stage_timeline(
+            stage,
+            [each for each in passes if each.stage == stage],
+            [(gap.start_s, gap.end_s) for gap in gaps(passes, stage, end_s)],
+            pipeline.chunks,
+            ranks,
+            Window(stage * ranks, None, 0, round(end_s * 1e9)),
+            facts,
+        )
+        for stage in range(setup.stages)
+    )
 
 
-def _pass_columns(passes: list[Pass]) -> Columns:
-    passes = sorted(passes, key=lambda each: each.start_s)
-    return {
-        "lane": np.zeros(len(passes), np.int64),
-        "kind": np.full(len(passes), int(SpanKind.COMPUTE)),
-        "name": np.array([2 * each.micro_batch + each.backward for each in passes]),
-        "start_ns": _ns([each.start_s for each in passes]),
-        "end_ns": _ns([each.end_s for each in passes]),
-    }
+def _stage_timeline(
+    stage: int,
+    passes: list[Pass],
+    bubble: list[tuple[float, float]],
+    chunks: int,
+    ranks: int,
+    window: Window,
+    facts: tuple[tuple[str, str], ...],
+) -> Timeline:
+    """passes, bubble: the stage's own."""
+    threads = [f"chunk {chunk}" for chunk in range(chunks)] if chunks > 1 else ["passes"]
+    lanes = tuple(Lane(window.rank, True, f"stage {stage}", thread, ranks) for thread in (*threads, BUBBLE))
+    names = [f"{'backward' if each.backward else 'forward'} {each.micro_batch}" for each in passes]
+    known = {name: index for index, name in enumerate(dict.fromkeys((*names, BUBBLE)))}
+    parts = sorted({each.part for each in passes})
+    rows = [
+        (parts.index(each.part), int(SpanKind.COMPUTE), known[name], each.start_s, each.end_s)
+        for each, name in zip(passes, names, strict=True)
+    ]
+    # waiting is no work: no kind of it
+    rows += [(chunks, int(SpanKind.RANGE), known[BUBBLE], *gap) for gap in bubble]
+    rows.sort(key=lambda row: row[3])
+    lane, kind, name, start, end = (np.array(column) for column in zip(*rows, strict=True))
+    columns = {"lane": lane, "kind": kind, "name": name, "start_ns": _ns(start), "end_ns": _ns(end)}
+    return Timeline(lanes, tuple(known), _spans(columns), _collectives([]), (), (window,), 0, facts)
 
 
 def _parts(layout: Layout) -> list[_Part]:

@@ -5,7 +5,7 @@ A block of equal layers is costed once and repeated. Where an item stands in the
 pipeline runs it: its layer, or before the first one, or after the last.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,6 +87,14 @@ class Work:
         """The items' own seconds."""
         own_s = self.device_s + (self.host_s if self.together else 0.0)
         return {term: float(own_s[self.term == index].sum()) for index, term in enumerate(TERMS)}
+
+
+def joined(works: Sequence[Work]) -> Work:
+    """The rows of several parts of one step, one after the other."""
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(work, name) for work in works]) for name in COLUMNS
+    }
+    return replace(works[0], **columns)
 
 
 def layers_of(program: Program) -> tuple[str | None, int]:

@@ -109,7 +109,7 @@ def _spans(job: Job, model: nn.Module, layers: Layers | None) -> tuple[Span, ...
         return ()
     if job.ends is None:
         return (Span(0, layers.count),)
-    spans = pipeline.spans(layers.count)
+    spans = pipeline.spans(layers.count, job.source.name)
     check_spans(model, job.ends, spans)
     return tuple(spans[part] for part in pipeline.parts_of(job.stage))
 

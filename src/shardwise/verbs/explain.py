@@ -12,6 +12,8 @@ from shardwise.core.option import Option, check_options
 from shardwise.core.program import Program
 from shardwise.text.traced_ids import token_ids
 from shardwise.verbs.checks import check_fsdp, check_seq, default_plan
+from shardwise.verbs.dealing import with_dealt_layers
+from shardwise.verbs.predict import MACHINE
 from shardwise.verbs.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -74,6 +76,7 @@ def explain(case: Case, options: ExplainOptions | None = None, progress: Progres
     ]
     from shardwise.trace.trace import trace
 
+    case = with_dealt_layers(case, source, plans[0], case.machine or MACHINE, progress)
     programs = tuple(
         trace(
             source,

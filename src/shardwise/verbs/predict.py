@@ -10,6 +10,7 @@ from shardwise.core.errors import OptionError
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import PREDICTED, Mesh, check_carried
 from shardwise.core.option import Option, check_options
+from shardwise.core.pipeline import Schedule, counts_of
 from shardwise.core.plan import suggest
 from shardwise.core.prediction import AttentionKernel, Precision, Setup, Term
 from shardwise.core.prediction_run import PredictionRun
@@ -17,6 +18,7 @@ from shardwise.core.program import Program
 from shardwise.core.shown import shown
 from shardwise.core.timeline import Timeline
 from shardwise.verbs.checks import check_fsdp, check_seq, default_plan
+from shardwise.verbs.dealing import with_dealt_layers
 from shardwise.verbs.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -33,9 +35,6 @@ class PredictOptions:
     """What is assumed of the run, beside the case: see core/prediction.py's Setup. recompute_attention: the
     unfused attention between its projections runs again in the backward."""
 
-    chunks: Annotated[
-        int, Option("Of layers that each stage holds: more than 1 is the interleaved schedule.", HOW, 1)
-    ] = 1
     attention: Annotated[
         str | None,
         Option("fused or unfused.", HOW, choices=tuple(AttentionKernel), shown="as the traced op says"),
@@ -79,12 +78,15 @@ class PredictOptions:
         check_options(self)
         _terms(self.without)
 
-    def setup(self, mesh: Mesh | None, micro_batches: int) -> Setup:
+    def setup(self, mesh: Mesh | None, step: StepSettings) -> Setup:
+        """step: its micro-batches and its pipeline's schedule count."""
         own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(PredictOptions)}
         own |= {"precision": Precision(self.precision), "without": _terms(self.without)}
         if self.attention is not None:
             own["attention"] = AttentionKernel(self.attention)
-        return Setup(mesh, micro_batches, **own)
+        schedule = Schedule(step.schedule) if step.schedule is not None else None
+        own |= {"chunks": step.chunks, "schedule": schedule, "layers": counts_of(step.stages)}
+        return Setup(mesh, step.accumulation, **own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,7 @@ def predict(case: Case, options: PredictOptions | None = None, progress: Progres
     check_fsdp(case)
     batch = case.step.batch or case.mesh.data_parallel * case.step.accumulation
     settings = replace(case.step, batch=batch, seq=case.step.seq or SEQ)
-    setup = options.setup(case.mesh, settings.accumulation)
+    case.step.pipeline(case.mesh).check(settings.accumulation)
     traced = micro_batch(settings, case.mesh)
     check_devices(machine, case.mesh)
     source = find_model(case.model)
@@ -146,6 +148,9 @@ def predict(case: Case, options: PredictOptions | None = None, progress: Progres
         )
         for name in case.plans or (default_plan(source),)
     ]
+    case = replace(case, step=settings)
+    case = with_dealt_layers(case, source, plans[0], case.machine or MACHINE, progress)
+    setup = options.setup(case.mesh, case.step)
     steps: list[Step] = []
     for plan in plans:
         program = trace_program(source, plan, case.mesh, traced, case.text, machine.device, progress)
@@ -160,6 +165,7 @@ def predict_program(
     options: PredictOptions | None = None,
     mesh: Mesh | None = None,
     micro_batches: int = 1,
+    step: StepSettings | None = None,
 ) -> Predicted:
     """A saved Program, which needs no torch. mesh: None for the Program's own."""
     from shardwise.predict.check import check_setup
@@ -170,7 +176,9 @@ def predict_program(
     found, small, traced = load_machine(machine), Mesh(program.axes), program.settings
     if mesh is not None:
         check_carried(mesh, "predict", PREDICTED)
-    setup = (options or PredictOptions()).setup(mesh, micro_batches)
+    setup = (options or PredictOptions()).setup(
+        mesh, replace(step or StepSettings(), accumulation=micro_batches)
+    )
     check_setup(program, found, setup)
     whole = setup.mesh or small
     share = traced.batch // (small.data_parallel * traced.accumulation)

@@ -78,7 +78,7 @@ def sweep(
     options, machine = options or SweepOptions(), load_machine(case.machine or MACHINE)
     check_carried(case.mesh, "predict", PREDICTED)
     context = case.mesh.context
-    setup = (run or PredictOptions()).setup(case.mesh if context > 1 else None, case.step.accumulation)
+    setup = (run or PredictOptions()).setup(case.mesh if context > 1 else None, case.step)
     if case.mesh.world_size > context:
         raise OptionError(
             f"--mesh {case.mesh}: a sweep goes over all axes but cp. Give cp alone, or leave it out."

@@ -10,6 +10,7 @@ from typing import assert_never
 
 from shardwise.core.case import StepSettings
 from shardwise.core.mesh import REPLICAS_AXIS, Mesh
+from shardwise.core.pipeline import Schedule
 from shardwise.core.prediction import AttentionKernel, MemoryForecast, Precision, Prediction, Setup, Term
 from shardwise.core.prediction_run import (
     LAUNCH_BOUND,
@@ -185,12 +186,14 @@ def _of_ranks(setup: Setup, mesh: Mesh) -> list[str]:
     """How stages, micro-batches and context ranks work together."""
     lines = ["Every rank arrives at its collectives at once: waiting for late ranks is not modelled."]
     if mesh.stages > 1:
-        kind = (
-            f"interleaved, {setup.chunks} chunks of layers a stage"
-            if setup.chunks > 1
-            else "one forward, one backward (1F1B)"
-        )
-        lines.append(f"{mesh.stages} stages in the schedule {kind}; layers are dealt evenly.")
+        pipeline = setup.pipeline()
+        kind = {
+            Schedule.GPIPE: "GPipe, all forwards and then all backwards",
+            Schedule.ONE_F_ONE_B: "one forward, one backward (1F1B)",
+            Schedule.INTERLEAVED: f"interleaved, {setup.chunks} chunks of layers a stage",
+        }[pipeline.schedule]
+        dealt = f"dealt {', '.join(map(str, setup.layers))}" if setup.layers else "dealt evenly"
+        lines.append(f"{mesh.stages} stages in the schedule {kind}; layers are {dealt}.")
     if setup.micro_batches > 1:
         lines.append(
             f"All {setup.micro_batches} micro-batches are equal; gradients are reduced once, after the last."
