@@ -190,8 +190,14 @@ def divide(holder: Any, attribute: str, pieces: tuple[int, ...], parts: tuple[in
         own = copy.copy(getattr(holder, first))
         divide(own, rest, pieces, parts, tp)
         setattr(holder, first, own)
-    else:
-        setattr(holder, first, size_on_a_rank(pieces or (getattr(holder, first),), parts, tp))
+        return
+    name, _, place = first.rstrip("]").partition("[")
+    held = getattr(holder, name)
+    count = held[int(place)] if place else held
+    local = size_on_a_rank(pieces or (count,), parts, tp)
+    if place:
+        local = type(held)((*held[: int(place)], local, *held[int(place) + 1 :]))
+    setattr(holder, name, local)
 
 
 def _ops(record: Record, gathered: set[str]) -> list[Op]:

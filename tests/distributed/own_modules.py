@@ -156,6 +156,21 @@ class GroupedAttention(nn.Module):
         return y
 
 
+class HeadsByGroup(nn.Module):
+    """Query, key and value of two groups of heads, one group after the other; it says 2, and no attribute
+    does. sizes: of a group's queries, keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = (4 * HEAD, 4 * HEAD, 4 * HEAD)
+        self.qkv, self.o = nn.Linear(HIDDEN, 2 * sum(self.sizes)), nn.Linear(8 * HEAD, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x).unflatten(-1, (2, -1)).split(self.sizes, -1)
+        q, k, v = (part.unflatten(-1, (-1, HEAD)).flatten(2, 3) for part in parts)
+        return self.o(attended(q, k, v))  # type: ignore[no-any-return]
+
+
 class SlopedAttention(nn.Module):
     """Takes what the model adds to the scores of all heads of all sequences, [B x heads, 1, S]."""
 
@@ -336,3 +351,7 @@ class Sloped(Model):
         for block in self.blocks:
             x = block(x, bias)
         return self.head(self.norm(x))  # type: ignore[no-any-return]
+
+
+def by_group() -> nn.Module:
+    return Model(HeadsByGroup)

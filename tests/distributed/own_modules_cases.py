@@ -20,6 +20,7 @@ from tests.distributed.own_modules import (
     FusedAttention,
     FusedConv,
     GroupedAttention,
+    HeadsByGroup,
     Mlp,
     Model,
     RmsNorm,
@@ -169,6 +170,14 @@ BY_NAME = {
     "down.bias": "replicate",
 }
 WHOLE_TABLE: Rules = {"embed": {"style": "rowwise", "output": "replicate"}, "blocks.0": "split_input"}
+
+
+def by_group(pieces: str) -> Rules:
+    return {
+        "blocks.*.mixer": {"style": "gather_input", "divide": [f"sizes[{at}]" for at in range(3)]},
+        "blocks.*.mixer.qkv": {"style": "colwise", "pieces": "16+16+16+16+16+16"},
+        "blocks.*.mixer.o": ROWWISE_1 | {"pieces": pieces},
+    }
 
 
 def sloped(bias: str) -> Rules:
@@ -363,6 +372,12 @@ CASES = (
         BASE | HEADS_CUT | {"blocks.*.mlp": "whole"},
         {"blocks.*.mlp": None, "blocks.*.mlp.*": "replicate"},
         ("gate_up.weight", "gate_up.bias", "down.weight"),
+    ),
+    Case(
+        "heads in groups of which every rank has all",
+        lambda: Model(HeadsByGroup),
+        BASE | MLP | by_group("16+16"),
+        by_group("8+8+16"),
     ),
     Case(
         "slopes of heads, which the model gives to its attention",

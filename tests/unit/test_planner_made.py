@@ -111,6 +111,16 @@ def test_what_the_forward_does_not_use_is_cut_all_the_same() -> None:
         assert one.comments[name] == "nothing uses it: each rank keeps its part"
 
 
+def test_where_the_forward_writes_how_many_groups_there_are_the_heads_of_each_are_cut() -> None:
+    """Two groups on every rank; the sizes of a group stand in a tuple."""
+    plan = made("tests.distributed.own_modules:by_group", 2).plan
+    around, taken = (style_of(plan, f"blocks.0.mixer{name}") for name in ("", ".o"))
+    assert around is not None
+    assert taken is not None
+    assert around.divide == ("sizes[0]", "sizes[1]", "sizes[2]")
+    assert taken.pieces == (16, 16)
+
+
 def test_a_table_that_the_model_makes_for_all_heads_is_cut_where_attention_takes_it() -> None:
     """An entry for each head of each sequence; each sequence's heads are a run of 4."""
     one = made("tests.distributed.own_modules:Sloped", 2)

@@ -2,10 +2,11 @@
 local part.
 
 A dotted name goes through modules as they are, and through anything else (a configuration that many modules
-share) on a shallow copy that this module alone then has.
+share) on a shallow copy that this module alone then has. `sizes[1]` is an entry of a list or a tuple.
 """
 
 import copy
+import re
 from typing import Any
 
 from torch import nn
@@ -23,27 +24,43 @@ def check_counts(assignment: Assignment, tp: int) -> None:
         where = f"rule {assignment.rule}: divide names {name} of {assignment.shown}"
         owner: Any = assignment.module
         *path, last = name.split(".")
-        for step in (*path, last):
-            if not hasattr(owner, step):
-                known = [key for key, value in _attributes(owner).items() if _is_count(value)]
-                raise PlanError(
-                    f"{where}, and {type(owner).__name__} has no {step}.{suggest(step, known)} Its counts: "
-                    f"{', '.join(sorted(known)) or 'none'}."
-                )
-            owner, before = getattr(owner, step), owner
-        if not _is_count(owner):
-            raise PlanError(f"{where}, which is {owner!r:.40}. Name an integer that counts what is cut.")
-        if pieces and sum(pieces) != owner:
-            raise PlanError(f"{where}, which is {owner}, and its pieces are {sum(pieces)} together.")
+        for step in path:
+            _refuse_unknown(owner, step, where)
+            owner = getattr(owner, step)
+        attribute, place = _entry_of(last)
+        _refuse_unknown(owner, attribute, where)
+        held = getattr(owner, attribute)
+        if place is not None and not (isinstance(held, list | tuple) and place < len(held)):
+            raise PlanError(f"{where}, and {attribute} is {held!r:.40}. Name an entry of a list or a tuple.")
+        count = held if place is None else held[place]
+        if not _is_count(count):
+            raise PlanError(f"{where}, which is {count!r:.40}. Name an integer that counts what is cut.")
+        if pieces and sum(pieces) != count:
+            raise PlanError(f"{where}, which is {count}, and its pieces are {sum(pieces)} together.")
         why_not = why_not_shared(pieces, parts, tp)
         if why_not is not None:
             raise PlanError(f"{where}, and {why_not}. Use a tp size that fits.")
-        if not pieces and owner % tp:
-            raise PlanError(f"{where}, {owner} over tp={tp}. Use tp in {divisors(owner)}.")
+        if not pieces and count % tp:
+            raise PlanError(f"{where}, {count} over tp={tp}. Use tp in {divisors(count)}.")
         try:
-            set_count(before if isinstance(before, nn.Module) else copy.copy(before), last, owner)
+            set_count(owner if isinstance(owner, nn.Module) else copy.copy(owner), attribute, held)
         except Exception as error:
             raise PlanError(f"{where}, which can't be set: {str(error).splitlines()[0]:.80}") from None
+
+
+def _refuse_unknown(owner: Any, step: str, where: str) -> None:
+    if not hasattr(owner, step):
+        known = [key for key, value in _attributes(owner).items() if _is_count(value)]
+        raise PlanError(
+            f"{where}, and {type(owner).__name__} has no {step}.{suggest(step, known)} Its counts: "
+            f"{', '.join(sorted(known)) or 'none'}."
+        )
+
+
+def _entry_of(step: str) -> tuple[str, int | None]:
+    """`sizes[1]` -> the attribute and the entry's place in it; None where there is none."""
+    told = re.fullmatch(r"([^\[\]]+)\[(\d{1,9})\]", step)
+    return (told[1], int(told[2])) if told else (step, None)
 
 
 def divide_counts(assignment: Assignment, tp: int) -> None:
@@ -62,8 +79,13 @@ def divide_counts(assignment: Assignment, tp: int) -> None:
                     set_count(owner, step, copies[key])
                 inner = copies[key]
             owner = inner
-        local = size_on_a_rank(pieces, parts, tp) if pieces else getattr(owner, last) // tp
-        set_count(owner, last, local)
+        attribute, place = _entry_of(last)
+        held = getattr(owner, attribute)
+        count = held if place is None else held[place]
+        local = size_on_a_rank(pieces, parts, tp) if pieces else count // tp
+        if place is not None:
+            local = type(held)((*held[:place], local, *held[place + 1 :]))
+        set_count(owner, attribute, local)
 
 
 def set_count(owner: Any, name: str, value: Any) -> None:

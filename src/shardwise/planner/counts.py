@@ -1,7 +1,7 @@
 """Counts: integer attributes that a forward writes into shapes and that count what is cut, so that a rank's
 module must hold its own number: 1 / ranks of it, or of some of its pieces and all of others."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -12,6 +12,7 @@ from shardwise.dims.sizes import Attribute, Expression, Length, attributes_in, e
 from shardwise.planner.regions import Region, UnfitError
 
 _MOST_TOGETHER = 3
+_MOST_TRIES = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,34 +47,53 @@ def divided(record: Record, regions: Sequence[Region], ranks: int) -> frozenset[
     """The attributes of which each rank has a part, so that every size that the forward writes is the one
     that its tensors have there. Raises UnfitError where no choice of attributes makes it so."""
     sizes = _Sizes(record, regions, ranks)
-    uses = [use for use in record.sizes if sizes.is_told(use)]
-    chosen: frozenset[Count] = frozenset()
-    for use in uses:
-        if not sizes.holds(use, chosen):
-            chosen |= _more(sizes, use, chosen)
-    for use in uses:
-        if not sizes.holds(use, chosen):
-            raise UnfitError(_complaint(use, sizes), sizes.cut_in(use))
-    return chosen
+    return _Search(sizes, [use for use in record.sizes if sizes.is_told(use)]).run()
 
 
-def _more(sizes: "_Sizes", use: SizeUse, chosen: frozenset[Count]) -> frozenset[Count]:
-    free = {*attributes_in(use.size), *attributes_in(use.start)} - {each.attribute for each in chosen}
-    in_pieces = sizes.in_pieces(use)
-    if in_pieces and isinstance(use.size, Attribute) and use.size in free:
-        found = frozenset({Count(use.size, in_pieces)})
-        if sizes.holds(use, chosen | found):
-            return found
-    possible = sorted(
-        (each for each in free if each.value % sizes.ranks == 0 and "[" not in each.name),
-        key=lambda each: (each.module, each.name),
-    )
-    for n in range(1, min(_MOST_TOGETHER, len(possible)) + 1):
-        for more in combinations(possible, n):
-            found = frozenset(map(Count, more))
-            if sizes.holds(use, chosen | found):
+class _Search:
+    """For a choice of counts with which every use holds: what one use leaves open another may decide."""
+
+    def __init__(self, sizes: "_Sizes", uses: Sequence[SizeUse]) -> None:
+        self._sizes, self._uses = sizes, uses
+        self._tries = _MOST_TRIES
+        self._reached = -1
+
+    def run(self) -> frozenset[Count]:
+        found = self._from(frozenset())
+        if found is None:
+            use = self._uses[self._reached]  # the furthest that a choice came
+            raise UnfitError(_complaint(use, self._sizes), self._sizes.cut_in(use))
+        return found
+
+    def _from(self, chosen: frozenset[Count]) -> frozenset[Count] | None:
+        at = next((n for n, use in enumerate(self._uses) if not self._sizes.holds(use, chosen)), None)
+        if at is None:
+            return chosen
+        self._reached, self._tries = max(self._reached, at), self._tries - 1
+        for more in self._options(self._uses[at], chosen):
+            found = self._from(chosen | more) if self._tries > 0 else None
+            if found is not None:
                 return found
-    raise UnfitError(_complaint(use, sizes), sizes.cut_in(use))
+        return None
+
+    def _options(self, use: SizeUse, chosen: frozenset[Count]) -> Iterator[frozenset[Count]]:
+        """What makes a use hold, the fewest counts first."""
+        sizes = self._sizes
+        free = {*attributes_in(use.size), *attributes_in(use.start)} - {each.attribute for each in chosen}
+        in_pieces = sizes.in_pieces(use)
+        if in_pieces and isinstance(use.size, Attribute) and use.size in free:
+            found = frozenset({Count(use.size, in_pieces)})
+            if sizes.holds(use, chosen | found):
+                yield found
+        possible = sorted(
+            (each for each in free if each.value % sizes.ranks == 0),
+            key=lambda each: (each.module, each.name),
+        )
+        for n in range(1, min(_MOST_TOGETHER, len(possible)) + 1):
+            for more in combinations(possible, n):
+                found = frozenset(map(Count, more))
+                if sizes.holds(use, chosen | found):
+                    yield found
 
 
 def _complaint(use: SizeUse, sizes: "_Sizes") -> str:
