@@ -171,6 +171,21 @@ class HeadsByGroup(nn.Module):
         return self.o(attended(q, k, v))  # type: ignore[no-any-return]
 
 
+class NormedGroups(nn.Module):
+    """3 heads of keys and values, 4 of queries for each, and a norm over all queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(HIDDEN, 12 * HEAD, bias=False), nn.Linear(12 * HEAD, HIDDEN, bias=False)
+        self.k, self.v = (nn.Linear(HIDDEN, 3 * HEAD, bias=False) for _ in range(2))
+        self.q_norm = RmsNorm(12 * HEAD)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q_norm(self.q(x)).unflatten(-1, (3, -1, HEAD))
+        k, v = (layer(x).unflatten(-1, (3, 1, HEAD)).expand_as(q) for layer in (self.k, self.v))
+        return self.o(attended(*(each.flatten(2, 3) for each in (q, k, v))))  # type: ignore[no-any-return]
+
+
 class SlopedAttention(nn.Module):
     """Takes what the model adds to the scores of all heads of all sequences, [B x heads, 1, S]."""
 
@@ -355,3 +370,7 @@ class Sloped(Model):
 
 def by_group() -> nn.Module:
     return Model(HeadsByGroup)
+
+
+def normed_groups() -> nn.Module:
+    return Model(NormedGroups)

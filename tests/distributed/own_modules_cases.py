@@ -23,6 +23,7 @@ from tests.distributed.own_modules import (
     HeadsByGroup,
     Mlp,
     Model,
+    NormedGroups,
     RmsNorm,
     Scaled,
     Scan,
@@ -177,6 +178,16 @@ def by_group(pieces: str) -> Rules:
         "blocks.*.mixer": {"style": "gather_input", "divide": [f"sizes[{at}]" for at in range(3)]},
         "blocks.*.mixer.qkv": {"style": "colwise", "pieces": "16+16+16+16+16+16"},
         "blocks.*.mixer.o": ROWWISE_1 | {"pieces": pieces},
+    }
+
+
+def normed_groups(pieces: str | None) -> Rules:
+    return {
+        "blocks.*.mixer": "gather_input",
+        "blocks.*.mixer.q": {"style": "colwise", "pieces": "16+16+16"},
+        **dict.fromkeys(("blocks.*.mixer.k", "blocks.*.mixer.v"), PARTIAL),
+        "blocks.*.mixer.q_norm": OVER_ALL | ({"pieces": pieces} if pieces else {}),
+        "blocks.*.mixer.o": ROWWISE_1 | {"pieces": "16+16+16"},
     }
 
 
@@ -378,6 +389,12 @@ CASES = (
         lambda: Model(HeadsByGroup),
         BASE | MLP | by_group("16+16"),
         by_group("8+8+16"),
+    ),
+    Case(
+        "a norm over all queries, of which each rank has some of each group",
+        lambda: Model(NormedGroups),
+        BASE | MLP | normed_groups("16+16+16"),
+        normed_groups(None),
     ),
     Case(
         "slopes of heads, which the model gives to its attention",

@@ -121,6 +121,13 @@ def test_where_the_forward_writes_how_many_groups_there_are_the_heads_of_each_ar
     assert taken.pieces == (16, 16)
 
 
+def test_query_heads_are_cut_in_each_group_where_key_value_heads_do_not_divide() -> None:
+    """And the norm of all queries gathers them in the model's own order."""
+    plan = made("tests.distributed.own_modules:normed_groups", 2).plan
+    found = {name: style_of(plan, f"blocks.0.mixer.{name}") for name in ("q", "q_norm", "o")}
+    assert all(style is not None and style.pieces == (16, 16, 16) for style in found.values())
+
+
 def test_a_table_that_the_model_makes_for_all_heads_is_cut_where_attention_takes_it() -> None:
     """An entry for each head of each sequence; each sequence's heads are a run of 4."""
     one = made("tests.distributed.own_modules:Sloped", 2)

@@ -38,7 +38,7 @@ class StyleName(StrEnum):
     GATHER_INPUT = "gather_input", "from", "output", "every_input", "parameters", "divide", "cut"
     REPLICATE = "replicate", "gradient"
     LOCAL = "local", "parameters", "divide", "cut"
-    WHOLE = "whole", "input", "output"
+    WHOLE = "whole", "input", "output", "pieces"
     SPLIT_INPUT = "split_input", "parameters", "divide"
     EXPERTS = "experts", "axis", "output", "parameters", "divide", "gradient"
 

@@ -11,22 +11,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from shardwise.dims.by_data import BY_ID
-from shardwise.dims.factors import ConflictError, Factor, find, layout, leaves
+from shardwise.dims.factors import ConflictError, Factor, Piece, find, layout, leaves
 from shardwise.dims.record import Op, Record, Source, Value
 from shardwise.dims.spans import Spans
+
+# a weight of less than 1 / this of what a cut would cut may stay whole for it
+_SMALL = 20
 
 
 @dataclass(slots=True, eq=False)
 class Candidate:
     """members: (parameter, dim) that have it. sums: elements of partial sums that cutting it leaves, at the
     real sequence length. obstacles: why it can't be cut; each a reason. gathered: modules that need all of it
-    (they take statistics over it): they gather it, run whole, and give their part of what they make."""
+    (they take statistics over it), and its pieces in their last dim, where those are several: they gather it,
+    run whole, and give their part of what they make."""
 
     leaf: Factor
     members: list[tuple[str, int]] = field(default_factory=list)
     sums: float = 0.0
     obstacles: list[str] = field(default_factory=list)
-    gathered: set[str] = field(default_factory=set)
+    gathered: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def cut_at(self, spans: Spans, at: int) -> frozenset[Factor]:
         """The leaf, where it is cut at an event of the record."""
@@ -118,7 +122,7 @@ def _note_obstacles(record: Record, spans: Spans, found: dict[Factor, Candidate]
                 for leaf in value.leaves():
                     _note(found, leaf, f"{what} has it whole ({_place(op)})")
         for value in (*op.inputs, *op.outputs):
-            _note_twice(found, value)
+            _note_twice(record, spans, found, op.module, value)
     if record.logits is not None:
         for leaf in leaves(record.logits.dims[-1]):
             found.pop(leaf, None)  # the vocabulary, which the head's own rule cuts
@@ -129,23 +133,33 @@ def is_own_buffer(value: Value, module: str) -> bool:
     return value.source is Source.BUFFER and bool(value.name) and value.name.rpartition(".")[0] == module
 
 
+def _is_small(record: Record, candidate: Candidate | None, value: Value) -> bool:
+    """Whether a tensor is small beside the parameters that a cut would cut."""
+    names = candidate.parameters if candidate is not None else ()
+    total = sum(math.prod(record.parameters[name].shape) for name in names)
+    return math.prod(value.shape) * _SMALL < total
+
+
 def _gathers(spans: Spans, module: str, candidate: Candidate | None) -> bool:
     """Whether a module without others inside takes and gives the candidate as its last dim, and so can have
     all of it for the time of its call. Takes note of it."""
     if candidate is None or not module or any(name.startswith(f"{module}.") for name in spans.of):
         return False
+    layouts: list[list[Piece]] = []
     for span in spans.of[module]:
         for value in (*span.inputs, *span.outputs):
             own = [dim for dim in value.dims if candidate.leaf in set(leaves(dim))]
             is_last = bool(own) and own[0] is value.dims[-1] and len(own) == 1
-            if not is_last or [piece.is_cut for piece in layout(own[0], frozenset({candidate.leaf}))] != [
-                True
-            ]:
+            if not is_last:
+                return False
+            pieces = layout(own[0], frozenset({candidate.leaf}))
+            layouts.append(pieces if len(pieces) > 1 else [])
+            if not all(piece.is_cut for piece in pieces) or layouts[0] != layouts[-1]:
                 return False
         alike = {tuple(value.shape) for value in span.inputs}  # the style gathers what has the first's shape
         if len(alike) != 1 or len(span.outputs) != 1:
             return False
-    candidate.gathered.add(module)
+    candidate.gathered[module] = tuple(piece.size for piece in layouts[0])
     return True
 
 
@@ -155,11 +169,16 @@ def _note(found: dict[Factor, Candidate], leaf: Factor, why: str) -> None:
         candidate.obstacles.append(why)
 
 
-def _note_twice(found: dict[Factor, Candidate], value: Value) -> None:
-    """A leaf that a tensor has in two of its dims, or a dim in two factors of one product."""
+def _note_twice(
+    record: Record, spans: Spans, found: dict[Factor, Candidate], module: str, value: Value
+) -> None:
+    """A leaf that a tensor has in two of its dims, or a dim in two factors of one product. A small weight
+    that has it so (a gate of each head made of all heads) stays whole, and its module gathers."""
     own = [leaf for dim in value.dims for leaf in dict.fromkeys(leaves(dim))]
     for leaf in {leaf for leaf in own if own.count(leaf) > 1}:
-        _note(found, leaf, "a tensor has it in two of its dims")
+        candidate = found.get(find(leaf))
+        if not (_is_small(record, candidate, value) and _gathers(spans, module, candidate)):
+            _note(found, leaf, "a tensor has it in two of its dims")
     for dim in value.dims:
         for leaf in dict.fromkeys(leaves(dim)):
             try:

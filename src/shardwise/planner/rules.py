@@ -193,9 +193,11 @@ def _rule(
         return Reasoned(Style(StyleName.WHOLE, input=Shard(1), output=Replicate()), why)
     if cuts.sequence is not None and name in cuts.sequence.whole:
         return Reasoned(Style(StyleName.WHOLE), "it needs the whole sequence, and tp cuts nothing in it")
-    if any(name in region.candidate.gathered for region in cuts.regions):
-        why = "it needs all of what is cut (statistics over it): gathered, computed whole, and cut again"
-        return Reasoned(Style(StyleName.WHOLE, input=Shard(-1), output=Shard(-1)), why)
+    gathered = [each.candidate.gathered[name] for each in cuts.regions if name in each.candidate.gathered]
+    if gathered:
+        why = "it needs all of what is cut: gathered, computed whole, and cut again"
+        style = Style(StyleName.WHOLE, input=Shard(-1), output=Shard(-1), pieces=gathered[0])
+        return Reasoned(style, why)
     begins = [region for region in cuts.regions if name in region.begins and _cuts_any(cuts, known)]
     ends = [region for region in cuts.regions if name in region.ends]
     if begins and ends:
