@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from shardwise.core.placement import Partial, Replicate
-from shardwise.core.plan import Plan, Rule, Style
+from shardwise.core.plan import Plan, Rule, Style, StyleName
 from shardwise.parallel.resolve import resolve
 from tests.unit.test_resolve import COLWISE, REPLICATE, ROWWISE, changed, llama, refusal
+
+WHOLE = Style(StyleName.WHOLE, input=Replicate(), output=Replicate())
 
 
 class UpAndDown(nn.Module):
@@ -56,6 +58,30 @@ def test_half_of_a_pair_is_refused_with_the_two_ways_to_mend_it(up: Style, down:
         resolve(model, plan, tp=2)
         return
     assert refusal(model, plan) == f'plan "p": {message}'
+
+
+class Adapted(nn.Module):
+    """An adapter's narrow and its wide side, beside what it adapts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(40, 12)
+        self.up = nn.ModuleDict({"base": nn.Linear(12, 24), "a": nn.Linear(12, 4), "b": nn.Linear(4, 24)})
+        self.head = nn.Linear(24, 40)
+
+
+def test_half_of_an_adapter_inside_what_is_left_whole_is_refused() -> None:
+    """What `whole` holds has no rule of its own."""
+    styles = {"table": replace(ROWWISE, output=Replicate()), "up": WHOLE, "up.a": COLWISE, "head": COLWISE}
+    plan = Plan("p", tuple(Rule(pattern, style) for pattern, style in styles.items()))
+    with torch.device("meta"):
+        model = Adapted()
+    assert refusal(model, plan) == (
+        'plan "p": rule "up" (whole): up.b takes 4 features, and gets each rank\'s part of them, since up.a '
+        'is cut by rule "up.a" (colwise). Make it rowwise, or say output = "replicate" there.'
+    )
+    gathered = replace(COLWISE, output=Replicate())
+    resolve(model, with_rule(plan, "up.a", gathered), tp=2)
 
 
 def with_rule(plan: Plan, pattern: str, style: Style) -> Plan:

@@ -2,7 +2,8 @@
 takes, and heads of queries meet those of keys. What only the forward tells a proof finds (verify)."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from torch import nn
 
@@ -16,16 +17,27 @@ from shardwise.parallel.sharder import Assignment, Fit
 def check_pairs(assignments: Iterable[Assignment], fit: Fit, head: nn.Module | None) -> None:
     """Raises PlanError where one of two layers in one module is cut and the other would have to be."""
     inside: defaultdict[str, list[Assignment]] = defaultdict(list)
-    for assignment in assignments:
+    everyone = (each for assignment in assignments for each in (assignment, *_held_below(assignment)))
+    for assignment in everyone:
         is_plain = isinstance(assignment.sharder, LinearSharder | CutLeaf | WholeLeaf)
         if isinstance(assignment.module, nn.Linear) and is_plain and "weight" in assignment.held:
             inside[assignment.name.rpartition(".")[0]].append(assignment)
+    place = {name: at for at, name in enumerate(fit.modules)}
     for name, layers in inside.items():
         parent = fit.modules[name]
+        layers.sort(key=lambda each: place[each.name])
         _check_features([layer for layer in layers if layer.module is not head], _matrices(parent, head))
         head_dim = getattr(parent, "head_dim", None)
         if isinstance(head_dim, int) and head_dim > 0 and fit.tp > 1:
             _check_heads(name, layers, head_dim, fit.tp)
+
+
+def _held_below(assignment: Assignment) -> Iterator[Assignment]:
+    """Modules inside without a rule of their own, which are held whole by the one around them."""
+    for path in assignment.below:
+        module = assignment.module.get_submodule(path)
+        name = f"{assignment.name}.{path}".lstrip(".")
+        yield replace(assignment, name=name, module=module, sharder=WholeLeaf(), below=())
 
 
 def _matrices(parent: nn.Module, head: nn.Module | None) -> frozenset[nn.Module]:
@@ -45,9 +57,12 @@ def _check_features(layers: list[Assignment], matrices: frozenset[nn.Module]) ->
     for index, taker in enumerate(layers):
         width, before = taker.module.in_features, layers[:index]
         givers = [each for each in before if each.module.out_features == width != each.module.in_features]
-        if not givers or {giver.module for giver in givers} != matrices - {taker.module}:
+        if not givers:
             continue
         giver, where = givers[0], f"rule {taker.rule}: {taker.name}"
+        others = {each for each in matrices if not _is_beside(each, giver.module, taker.module)}
+        if {giver.module for giver in givers} != others - {taker.module}:
+            continue
         if all(map(_gives_part, givers)) and not _takes_part(taker):
             raise PlanError(
                 f"{where} takes {width} features, and gets each rank's part of them, since {giver.name} is "
@@ -59,6 +74,12 @@ def _check_features(layers: list[Assignment], matrices: frozenset[nn.Module]) ->
                 f"{giver.name} gives them whole by rule {giver.rule}. Make that colwise, or say input = "
                 '"replicate" here.'
             )
+
+
+def _is_beside(other: nn.Module, giver: nn.Module, taker: nn.Module) -> bool:
+    """Whether a layer goes the way of both by itself, as what an adapter is beside does."""
+    ends = getattr(other, "in_features", None), getattr(other, "out_features", None)
+    return ends == (giver.in_features, taker.out_features)
 
 
 def _gives_part(layer: Assignment) -> bool:
