@@ -8,17 +8,16 @@ Each is what `shardwise verify hf --model hf:TYPE` does. A plan that shards less
 outside embedding and head (of the default configuration) is said to shard nearly nothing.
 """
 
-import argparse
 import sys
 import time
 from importlib.metadata import version
 
 from benchmarks.results import command_line, now
+from benchmarks.types import asked, parser, shown
 from benchmarks.verify_results import Sweep, summary
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import TheirPlan
 from shardwise.core.verification import Verification, VerificationRun
-from shardwise.report.verify import rows
 from shardwise.verify.claim import NO_PLAN, Claim
 from shardwise.verify.run import SETTINGS, verify
 
@@ -26,29 +25,16 @@ MESH = Mesh((("tp", 2),))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.hf_verify", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("types", nargs="*", help="these types only; nothing is written then")
-    given = parser.parse_args()
-    from shardwise.models.hugging_face import causal_types
-
-    known = causal_types()
-    unknown = [name for name in given.types if name not in known]
-    if unknown:
-        print(f"no causal language model types: {', '.join(unknown)}", file=sys.stderr)
+    given = parser("hf_verify", __doc__).parse_args()
+    types, started, began = asked(given.types), now(), time.perf_counter()
+    if types is None:
         return 2
-    types, started, began = given.types or list(known), now(), time.perf_counter()
     done = 0
 
     def show(each: Verification) -> None:
         nonlocal done
         done += 1
-        print(
-            f"{done:3}/{len(types)} {each.model.removeprefix('hf:'):28} {each.verdict:22} "
-            f"{each.seconds:5.1f} s  {rows.headline(each)}",
-            flush=True,
-        )
+        print(f"{done:3}/{len(types)} {shown(each)}", flush=True)
 
     found = verify(
         [Claim(f"hf:{name}", str(TheirPlan.HF), str(TheirPlan.HF)) for name in types],

@@ -10,7 +10,6 @@ outputs, loss, every gradient, two optimizer steps. The share that is sharded is
 the default configuration itself.
 """
 
-import argparse
 import logging
 import sys
 import time
@@ -24,16 +23,15 @@ import torch
 
 from benchmarks.made_plan_results import MadePlans, Reason, Row, summary
 from benchmarks.results import command_line, now
+from benchmarks.types import asked, parser, shown
 from shardwise.core.errors import InputError, ShardwiseError
 from shardwise.core.made_plan import MadePlan
 from shardwise.core.mesh import Mesh, Role
 from shardwise.core.verification import Verification
-from shardwise.models.hugging_face import causal_types
 from shardwise.models.source import ModelSource, find_model
 from shardwise.parallel.resolve import resolve
 from shardwise.planner.make import Wish, make_plan
 from shardwise.report.verify import rows
-from shardwise.torch_private import AnyDropout
 from shardwise.verify.claim import Claim
 from shardwise.verify.run import verify
 
@@ -41,18 +39,12 @@ _MOST_REASONS = 3
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.made_plans", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("types", nargs="*", help="these types only; nothing is written then")
-    parser.add_argument("--tp", type=int, default=2)
-    given = parser.parse_args()
-    known = causal_types()
-    unknown = [name for name in given.types if name not in known]
-    if unknown:
-        print(f"no causal language model types: {', '.join(unknown)}", file=sys.stderr)
+    options = parser("made_plans", __doc__)
+    options.add_argument("--tp", type=int, default=2)
+    given = options.parse_args()
+    types, started, began = asked(given.types), now(), time.perf_counter()
+    if types is None:
         return 2
-    types, started, began = given.types or list(known), now(), time.perf_counter()
     mesh = Mesh.of({Role.CUTS_TENSORS: given.tp})
     made: dict[str, Row] = {}
     claims: list[Claim] = []
@@ -64,7 +56,7 @@ def main() -> int:
     def show(proved: Verification) -> None:
         name = proved.model.removeprefix("hf:")
         made[name] = _with_proof(made[name], proved)
-        print(f"{name:28} {proved.verdict:22} {proved.seconds:5.1f} s  {rows.headline(proved)}", flush=True)
+        print(shown(proved), flush=True)
 
     verify(claims, mesh=mesh, on_answer=show)
     versions = tuple((name, version(name)) for name in ("shardwise", "torch", "transformers"))
@@ -106,12 +98,8 @@ def _planned(name: str, mesh: Mesh) -> tuple[Row, Claim | None]:
 
 def _check(source: ModelSource, made: MadePlan, mesh: Mesh) -> None:
     """Raises PlanError where the engine refuses the plan: in a rank it would end the run."""
-    model = source.build(dtype=torch.float32)
-    for module in model.modules():
-        if isinstance(module, AnyDropout):
-            module.p = 0.0  # a proof runs without
     try:
-        resolve(model, made.plan, tp=mesh.tp)
+        resolve(source.build(dtype=torch.float32), made.plan, tp=mesh.tp)
     except InputError as error:
         raise ShardwiseError(f"refused: {error}") from error
 
