@@ -4,6 +4,7 @@ a plan."""
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
@@ -203,9 +204,9 @@ def _rule(
     if begins and ends:
         raise UnfitError(f"{name} begins and ends a cut by itself")
     if begins:
-        return _colwise(cuts, name, module, begins[0], parameters, divide)
+        return _colwise(cuts, _Leaf(name, module, parameters, divide), begins[0])
     if ends:
-        return _rowwise(cuts, name, module, ends[0], parameters, divide)
+        return _rowwise(cuts, _Leaf(name, module, parameters, divide), ends[0])
     if cuts.sequence is not None and name == cuts.sequence.begins and not cuts.sequence.is_at_embedding:
         style = Style(StyleName.SPLIT_INPUT, parameters=_cut_ones(parameters), divide=divide)
         return Reasoned(style, "what stands before asks how long sequences are, so they are cut here")
@@ -265,38 +266,38 @@ def _entry_rule(
     return Reasoned(style, f"its input is {what} once for {begins}; the parts of its gradient are summed")
 
 
-def _colwise(
-    cuts: Cuts,
-    name: str,
-    module: nn.Module,
-    region: Region,
-    parameters: tuple[tuple[str, Held], ...],
-    divide: tuple[str, ...],
-) -> Reasoned:
-    entry = cuts.around(name) if region.entry is None or region.entry == name else None
-    how, told = _told(module, parameters, 0)
-    style = Style(
-        StyleName.COLWISE, input=entry, pieces=how.pieces, parts=how.parts, parameters=told, divide=divide
-    )
+@dataclass(frozen=True, slots=True)
+class _Leaf:
+    """A module that owns what is cut: how its parameters are held, and which of its counts are a rank's."""
+
+    name: str
+    module: nn.Module
+    parameters: tuple[tuple[str, Held], ...]
+    divide: tuple[str, ...]
+
+    def style(
+        self, name: StyleName, parameters: tuple[tuple[str, Held], ...], dim: int, **ways: Any
+    ) -> Style:
+        """dim: of a linear layer's weight that the style cuts. ways: what becomes of its input and output."""
+        held_so, told = _told(self.module, parameters, dim)
+        return Style(
+            name, pieces=held_so.pieces, parts=held_so.parts, parameters=told, divide=self.divide, **ways
+        )
+
+
+def _colwise(cuts: Cuts, leaf: _Leaf, region: Region) -> Reasoned:
+    entry = cuts.around(leaf.name) if region.entry is None or region.entry == leaf.name else None
+    style = leaf.style(StyleName.COLWISE, leaf.parameters, 0, input=entry)
     return Reasoned(style, f"each rank makes its part of the {_what(cuts, region)}")
 
 
-def _rowwise(
-    cuts: Cuts,
-    name: str,
-    module: nn.Module,
-    region: Region,
-    parameters: tuple[tuple[str, Held], ...],
-    divide: tuple[str, ...],
-) -> Reasoned:
-    held_so, told = _told(module, _added_once(cuts, name, parameters, [region]), 1)
-    is_inner = name in region.inner_ends
-    style = Style(
+def _rowwise(cuts: Cuts, leaf: _Leaf, region: Region) -> Reasoned:
+    is_inner = leaf.name in region.inner_ends
+    style = leaf.style(
         StyleName.ROWWISE,
-        output=Replicate() if is_inner else cuts.around(name),
-        pieces=held_so.pieces,
-        parameters=told,
-        divide=divide,
+        _added_once(cuts, leaf.name, leaf.parameters, [region]),
+        1,
+        output=Replicate() if is_inner else cuts.around(leaf.name),
         gradient=Partial() if is_inner else None,
     )
     how = "reduce-scattered" if style.output == Shard(1) else "summed"
