@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveKind
+from shardwise.core.expert_load import ExpertLoad
 from shardwise.core.parts import Parts
 from shardwise.core.verification import Agreement
 
@@ -63,7 +64,8 @@ class Measurement:
 
     step_s: one time per round, the slowest rank's. rank_step_s: the same per rank. losses, grad_norms: one
     per step from the first (warm-up included), equal on all ranks. sent_bytes: what the ranks' sockets sent
-    in one step, mean over ranks (gloo on Linux only).
+    in one step, mean over ranks (gloo on Linux only). loads: what routers chose in the first step, of each
+    mixture of experts.
     """
 
     label: str
@@ -81,6 +83,7 @@ class Measurement:
     sent_bytes: float | None
     module_times: ModuleTimes | None
     agreement: Agreement | None
+    loads: tuple[ExpertLoad, ...] = ()
 
     @property
     def wire_bytes(self) -> float:

@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 from shardwise.core.collective import CollectiveCall
+from shardwise.core.expert_load import ExpertLoad
 from shardwise.core.finding import Finding
 from shardwise.core.measurement import CollectiveUse, Measurement, MemoryUse
 from shardwise.core.verification import Agreement
@@ -69,6 +70,7 @@ def _merged(ranks: Sequence[Measurement]) -> Measurement:
         wire_bytes_largest_rank=max(each.wire_bytes_largest_rank for each in ranks),
         sent_bytes=fmean(sent) if len(sent) == len(ranks) else None,
         module_times=times,
+        loads=ExpertLoad.over_ranks(load for each in ranks for load in each.loads),
     )
 
 

@@ -18,6 +18,7 @@ from shardwise.core.measurement import CollectiveUse, Measurement, MemoryUse, Mo
 from shardwise.core.plan import AnyPlan, Plan
 from shardwise.core.program import Phase
 from shardwise.core.verification import Agreement
+from shardwise.measure.expert_loads import ExpertLoads
 from shardwise.measure.memory import PeakMemory, kept_bytes
 from shardwise.measure.profile import record_profile
 from shardwise.measure.record import uses_of
@@ -90,6 +91,7 @@ class Subject:
             recompute=settings.recompute,
             on_parameter=on_parameter,
         )
+        self._loads = ExpertLoads(settings.batch * settings.seq)
         self._recorder = CollectiveRecorder(axis_names(mesh))
         self._step = TrainStep(
             self.model,
@@ -107,7 +109,7 @@ class Subject:
         """A step that isn't timed; its collectives are counted."""
         self._peak.reset_peak()
         before = sent_bytes()
-        with self._recorder:
+        with self._recorder, self._loads.watching(self.model):
             result = self._step(micro_batches)
         after = sent_bytes()
         self.memory = self._peak.use(kept_bytes(self.model, self._step.optimizer))
@@ -162,6 +164,7 @@ class Subject:
             sent_bytes=self.sent_bytes,
             module_times=times,
             agreement=agreement,
+            loads=self._loads.loads(),
         )
 
     def take_alone(self, module: str, micro_batch: tuple[Tensor, Tensor]) -> None:

@@ -3,6 +3,7 @@ computes nothing."""
 
 from collections.abc import Iterator
 
+from shardwise.core.expert_load import ExpertLoad
 from shardwise.core.measurement import Comparison
 from shardwise.report.common.plain import repeats, step_text
 from shardwise.report.common.table import (
@@ -48,6 +49,8 @@ def comparison_report(comparison: Comparison) -> Report:
         blocks.append(agreement_table(comparison))
     if any(row.measurement.collectives for row in rows):
         blocks.append(collectives_table(comparison))
+    if any(row.measurement.loads for row in rows):
+        blocks.append(loads_table(comparison))
     blocks += profile_blocks(comparison)
     lines = tuple(_findings(rows))
     if lines:
@@ -174,6 +177,46 @@ def collectives_table(comparison: Comparison) -> Table:
         if not each.measurement.collectives:
             body.append(row(_plan(each), "none", *[None] * 6))
     return Table("collectives", "Collectives of one rank in a step", columns, tuple(body), sorts=True)
+
+
+def loads_table(comparison: Comparison) -> Table:
+    columns = (
+        Column("plan", wraps=True),
+        Column("experts", wraps=True),
+        Column("choices of an expert, mean", COUNT),
+        Column("hottest expert"),
+        Column("of the mean", RATIO),
+        Column("idle experts", NUMBER),
+        Column("dropped", COUNT),
+        Column("hottest rank"),
+        Column("of the mean rank", RATIO),
+    )
+    body = [
+        row(_plan(each), *_load_cells(load))
+        for each in comparison_rows(comparison)
+        for load in each.measurement.loads
+        if not each.is_repeat
+    ]
+    told = (
+        "What routers chose in the first step, over all ranks' tokens. Where ranks hold some experts each, "
+        "the others wait for the hottest one."
+    )
+    title = "What tokens chose of the experts"
+    return Table("loads", title, columns, tuple(body), (Line(told, Tone.QUIET),), sorts=True, short=12)
+
+
+def _load_cells(load: ExpertLoad) -> tuple[str | float | Cell | None, ...]:
+    is_shared = load.ranks > 1
+    return (
+        load.module,
+        load.mean,
+        str(load.hottest),
+        load.hottest_ratio,
+        load.idle,
+        load.dropped,
+        f"{load.hottest_rank} of {load.ranks}" if is_shared else Cell(None, ABSENT),
+        load.rank_ratio if is_shared else Cell(None, ABSENT),
+    )
 
 
 def profile_blocks(comparison: Comparison) -> list[Block]:
