@@ -194,7 +194,7 @@ def _about(result: Result) -> Iterator[str]:
     shown = ", ".join(
         f"{name} {value}"
         for name, value in settings.items()
-        if name in ("model", "tp", "vocab", "hidden", "batch", "seq", "dtype")
+        if name in ("model", "tp", "cp", "vocab", "hidden", "batch", "seq", "dtype")
     )
     yield (
         f"Run: {shown}; {where.backend}, {where.world_size} ranks with {where.threads_per_rank} thread each."
