@@ -1,4 +1,4 @@
-"""A training step of one long sequence: shared by two ranks of a cp axis, against one rank that has all of it.
+"""A training step of one long sequence: shared by two ranks of a cp axis, against one rank that has it all.
 
     python -m benchmarks.context             writes benchmarks/results/DATE-context-cp2.json
     python -m benchmarks.context --dry       prints, writes nothing

@@ -16,15 +16,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwise.core.case import StepSettings
 from shardwise.core.mesh import Mesh
+from shardwise.core.plan import ContextAttention, Plan
 from shardwise.launch import RankContext
 from shardwise.measure.memory import kept_bytes
 from shardwise.models.specs import get_spec
 from shardwise.parallel.builtin import builtin_plan
 from shardwise.step.build import build_model, device_mesh
+from shardwise.step.portion import Portion
 from shardwise.step.train import TrainStep
 from tests.allocated import begin_and_peak
 
-MODEL, MESH = "llama3-debug?n_layers=2,vocab_size=8000", "tp=2"
+MODEL = "llama3-debug?n_layers=2,vocab_size=8000"
 _SECOND_STEP = "the second step"
 # for gloo's threads, which on a busy machine wait for a core
 _A_MOMENT_S = 0.02
@@ -36,10 +38,17 @@ class Case(msgspec.Struct, frozen=True):
     batch: int = 4
     seq: int = 256
     is_telling: bool = True
+    mesh: str = "tp=2"
+    attention: str = "gather"
 
     @property
     def name(self) -> str:
-        return f"{self.plan}, recompute {self.recompute}, {self.batch} x {self.seq}"
+        on_other = "" if self.mesh == "tp=2" else f", {self.mesh} by {self.attention}"
+        return f"{self.plan}, recompute {self.recompute}, {self.batch} x {self.seq}{on_other}"
+
+    @property
+    def made(self) -> Plan:
+        return builtin_plan(self.plan, context_attention=ContextAttention(self.attention))
 
     @property
     def settings(self) -> StepSettings:
@@ -60,6 +69,9 @@ CASES = (
     Case(
         "rowwise@dtensor", batch=1, seq=2048
     ),  # what DTensor gathers of one sequence isn't copied: it lives on as it came
+    Case("rowwise", batch=1, seq=2048, mesh="cp=2"),
+    Case("rowwise", batch=1, seq=2048, mesh="cp=2", attention="ring"),
+    Case("rowwise", "full", batch=1, seq=2048, mesh="cp=2", attention="ring", is_telling=False),
 )
 
 
@@ -75,12 +87,11 @@ class Weighed(msgspec.Struct, frozen=True):
 
 def weigh(context: RankContext, payload: bytes) -> bytes:
     """Per case of the telling ones or the rest, by its name."""
-    mesh = device_mesh(Mesh.parse(MESH), context.device.type)
     found = {}
     for case in (case for case in CASES if case.is_telling == (payload == b"telling")):
         context.note(case.name)
         gc.collect()  # what an earlier plan left in cycles must not be freed while this one is weighed
-        found[case.name] = _weigh(case, mesh, context)
+        found[case.name] = _weigh(case, device_mesh(Mesh.parse(case.mesh), context.device.type), context)
     return msgspec.json.encode(found)
 
 
@@ -97,10 +108,10 @@ def _weigh(case: Case, mesh: DeviceMesh, context: RankContext) -> Weighed:
         patch.object(dist.Work, "wait", _patient(dist.Work.wait)),
     ):
         ids_BS = case.ids()
-        batch = [(ids_BS.clone(), ids_BS.roll(-1, 1))]
+        batch = Portion.on(mesh).cut(ids_BS.clone(), ids_BS.roll(-1, 1))
         model = build_model(
             get_spec(MODEL),
-            builtin_plan(case.plan),
+            case.made,
             mesh,
             dtype=torch.float32,
             device=context.device,

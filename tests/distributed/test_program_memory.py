@@ -10,9 +10,8 @@ from shardwise.core.mesh import Mesh
 from shardwise.core.program import MemoryKind, Program, memory_peak
 from shardwise.launch import run_ranks
 from shardwise.models.specs import get_spec
-from shardwise.parallel.builtin import builtin_plan
 from shardwise.trace.trace import trace
-from tests.distributed.memory_workers import CASES, MESH, MODEL, Case, Weighed
+from tests.distributed.memory_workers import CASES, MODEL, Case, Weighed
 from tests.matrix import thinned
 
 # Kernels take workspaces and allocators round: the bar that the project set itself.
@@ -34,9 +33,7 @@ def weighed(*, telling: bool) -> tuple[dict[str, Weighed], ...]:
 
 @lru_cache
 def program_of(case: Case, rank: int) -> Program:
-    return trace(
-        get_spec(MODEL), builtin_plan(case.plan), Mesh.parse(MESH), case.settings, rank=rank, ids=case.ids()
-    )
+    return trace(get_spec(MODEL), case.made, Mesh.parse(case.mesh), case.settings, rank=rank, ids=case.ids())
 
 
 @pytest.mark.parametrize("rank", [0, 1])
