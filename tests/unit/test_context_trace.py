@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardwise.core.case import StepSettings
-from shardwise.core.errors import ModelError, OptionError
+from shardwise.core.errors import ModelError, OptionError, PlanError
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import ContextAttention
 from shardwise.core.program import Collective, OpKind, Program
@@ -100,8 +100,14 @@ def test_an_explanation_of_shared_sequences_guesses_nothing() -> None:
 
 
 def test_a_part_that_tp_cannot_cut_is_refused() -> None:
-    with pytest.raises(OptionError, match="two for each of 2 ranks"):
+    with pytest.raises(OptionError, match="Use a multiple of 4"):
         trace(SPEC, builtin_plan("rowwise"), Mesh.parse("cp=2"), StepSettings(1, 30))
+    with pytest.raises(PlanError) as caught:
+        trace(SPEC, builtin_plan("rowwise"), Mesh.parse("cp=3,tp=4"), StepSettings(1, 30))
+    assert str(caught.value) == (
+        'plan "rowwise": rule "tok_embeddings" (rowwise) cuts the sequence, and 30, over cp=3, is no multiple '
+        "of tp=4. Use a sequence that is a multiple of 12, or a plan without sequence parallelism."
+    )
 
 
 class Mixing(nn.Module):

@@ -6,6 +6,7 @@ where late tokens attend to many and early ones to few, all ranks have the same 
 """
 
 from dataclasses import dataclass
+from math import lcm
 
 from shardwise.core.errors import OptionError
 from shardwise.core.mesh import AXES, Cuts, Mesh
@@ -66,6 +67,12 @@ def coordinate(mesh: Mesh, rank: int, axis: str) -> int:
             return rank // inner % size
         inner *= size
     return 0
+
+
+def sequence_step(context: int, tp: int) -> int:
+    """What sequences are a multiple of where `context` ranks share each, and tp ranks have a part of what one
+    rank has of it."""
+    return context * lcm(2, tp) if context > 1 else tp
 
 
 def check_batch(mesh: Mesh, batch: int, seq: int, accumulation: int = 1) -> None:

@@ -53,7 +53,7 @@ def check_any(source: ModelSource, model: nn.Module, plan: AnyPlan, mesh: Mesh, 
     match plan:
         case Plan():
             shards = math.prod(map(mesh.size, mesh.shard_axes))
-            resolve(model, plan, tp=mesh.tp, seq=seq // mesh.context, fsdp=shards, experts=mesh.experts)
+            resolve(model, plan, tp=mesh.tp, seq=seq, fsdp=shards, experts=mesh.experts, context=mesh.context)
         case TheirPlan.HF:
             from shardwise.parallel.engines.hugging_face import hugging_face_rules
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
+from shardwise.core.batch_part import sequence_step
 from shardwise.core.errors import PlanError
 from shardwise.core.placement import Partial, Replicate
 from shardwise.core.plan import Engine, Plan, Rule, suggest_pattern
@@ -22,15 +23,22 @@ from shardwise.parallel.styles import STYLES, sharder_of, styles_of
 
 
 def resolve(
-    model: nn.Module, plan: Plan, *, tp: int, seq: int | None = None, fsdp: int = 1, experts: int = 1
+    model: nn.Module,
+    plan: Plan,
+    *,
+    tp: int,
+    seq: int | None = None,
+    fsdp: int = 1,
+    experts: int = 1,
+    context: int = 1,
 ) -> tuple[Assignment, ...]:
     """The rule of every module that has one, in the model's order. Raises PlanError for a plan that the model
     can't carry.
 
     seq: the length that will be used, where it is known; fsdp: the ranks on axes that shard parameters
-    further; experts: those that share experts out.
+    further; experts: those that share experts out; context: those that share each sequence.
     """
-    fit = Fit(dict(model.named_modules()), tp, fsdp, seq, experts)
+    fit = Fit(dict(model.named_modules()), tp, fsdp, seq, experts, context)
     try:
         for rule in plan.rules:
             _check_matches(rule, fit.modules)
@@ -96,10 +104,12 @@ def _assignments(model: nn.Module, plan: Plan, fit: Fit) -> Iterator[Assignment]
         below = tuple(_without_rules(name, module, plan)) if sharder.holds_below else ()
         assignment = Assignment(name, module, rule, sharder, below_gather_input(name, plan), below)
         _check_arguments(assignment)
-        if fit.seq is not None and fit.seq % fit.tp and sharder.cuts_sequence(rule.style):
+        if fit.seq is not None and fit.seq // fit.context % fit.tp and sharder.cuts_sequence(rule.style):
+            shared = f", over cp={fit.context}," if fit.context > 1 else ""
+            step = sequence_step(fit.context, fit.tp)
             raise PlanError(
-                f"rule {rule} cuts the sequence, and {fit.seq} is no multiple of tp={fit.tp}. Use a sequence "
-                f"that is a multiple of {fit.tp}, or a plan without sequence parallelism."
+                f"rule {rule} cuts the sequence, and {fit.seq}{shared} is no multiple of tp={fit.tp}. Use a "
+                f"sequence that is a multiple of {step}, or a plan without sequence parallelism."
             )
         if plan.engine is Engine.DTENSOR:
             _check_twin(assignment)

@@ -62,13 +62,15 @@ class Assignment:
 @dataclass(frozen=True, slots=True, eq=False)
 class Fit:
     """What a plan must fit: the model's modules by name, the tp ranks, the ranks on axes that shard
-    parameters further, those that share experts out, and the length of the sequences where it is known."""
+    parameters further, those that share experts out, those that share each sequence, and the length of the
+    sequences where it is known."""
 
     modules: Mapping[str, nn.Module]
     tp: int
     fsdp: int = 1
     seq: int | None = None
     experts: int = 1
+    context: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardwise.core.batch_part import sequence_step
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError, RunError
 from shardwise.core.finding import Finding
@@ -164,7 +165,8 @@ class _Run:
         job, portion = self.job, self.portion
         tp = portion.tp_group.size()
         # a multiple of tp, as sequence parallelism needs
-        seq = min(job.settings.seq, max(tp, CHECK_TOKENS // tp * tp))
+        step = sequence_step(Mesh.parse(job.mesh).context, tp)
+        seq = min(job.settings.seq, max(step, CHECK_TOKENS // step * step))
         batch = Batches(self.batches.stream, portion.smallest_batch, seq).at(0)
 
         self.context.note("unsharded reference")
