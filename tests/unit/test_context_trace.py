@@ -105,8 +105,8 @@ def test_a_part_that_tp_cannot_cut_is_refused() -> None:
     with pytest.raises(PlanError) as caught:
         trace(SPEC, builtin_plan("rowwise"), Mesh.parse("cp=3,tp=4"), StepSettings(1, 30))
     assert str(caught.value) == (
-        'plan "rowwise": rule "tok_embeddings" (rowwise) cuts the sequence, and 30, over cp=3, is no multiple '
-        "of tp=4. Use a sequence that is a multiple of 12, or a plan without sequence parallelism."
+        'plan "rowwise": rule "tok_embeddings" (rowwise) cuts the sequence, and 30, over cp=3, is no '
+        "multiple of tp=4. Use a sequence that is a multiple of 12, or a plan without sequence parallelism."
     )
 
 
