@@ -1,7 +1,7 @@
 """What verify said of each mutant as data, its file, and its table in docs/verify.md. No torch, no
 processes."""
 
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ WHAT = "verify-mutants"
 @dataclass(frozen=True, slots=True)
 class Row:
     """One mutant. is_harmful: by the plain script. reasons: the causes that verify named; said: its finding
-    in words."""
+    in words; is_place_said: whether they name the axis or the module that they should."""
 
     name: str
     about: str
@@ -25,6 +25,8 @@ class Row:
     verdict: str
     reasons: tuple[str, ...]
     said: str
+    mesh: str = "tp=2"
+    is_place_said: bool = True
 
     @property
     def is_caught(self) -> bool:
@@ -36,7 +38,7 @@ class Row:
 
     @property
     def is_reason_right(self) -> bool:
-        return not self.is_harmful or self.expected in self.reasons
+        return not self.is_harmful or (self.expected in self.reasons and self.is_place_said)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,37 +70,32 @@ def summary(run: Run) -> str:
     harmful = [row for row in run.rows if row.is_harmful]
     harmless = [row for row in run.rows if not row.is_harmful]
     right = sum(row.is_reason_right for row in harmful)
+    meshes = len(_meshes(run))
     return (
-        f"Of {len(run.rows)} mutants of the Llama plans {len(harmful)} are harmful: verify catches "
+        f"Of {len(run.rows)} mutants on {meshes} meshes {len(harmful)} are harmful: verify catches "
         f"{sum(row.is_caught for row in harmful)} of them, and for the reason that was written down before "
         f"in {right} ({right / max(1, len(harmful)):.0%}). Of the {len(harmless)} harmless ones it flags "
         f"{sum(row.is_caught for row in harmless)}. All in {run.seconds:.0f} s."
     )
 
 
+def _meshes(run: Run) -> list[str]:
+    return list(dict.fromkeys(row.mesh for row in run.rows))
+
+
+def _counts(name: str, rows: Sequence[Row]) -> list[str]:
+    judged = [row for row in rows if row.is_judged_right]
+    return [name, str(len(rows)), str(len(judged)), str(sum(row.is_reason_right for row in judged))]
+
+
 def blocks(run: Run) -> dict[str, str]:
     """Name of a block of the documents -> its text."""
     source = f"\nSource: `benchmarks/results/{run.day}-{run.what}.json`, made by `{run.command}`.\n"
-    counts = Counter((row.expected, row.is_judged_right, row.is_reason_right) for row in run.rows)
     kinds = dict.fromkeys(row.expected for row in run.rows)
-    cells = []
-    for kind in kinds:
-        judged = sum(
-            count for (expected, is_judged, _), count in counts.items() if expected == kind and is_judged
-        )
-        named = sum(
-            count
-            for (expected, is_judged, is_named), count in counts.items()
-            if expected == kind and is_judged and is_named
-        )
-        cells.append(
-            [
-                kind.replace("_", " "),
-                str(sum(row.expected == kind for row in run.rows)),
-                str(judged),
-                str(named),
-            ]
-        )
+    by_kind = [
+        _counts(kind.replace("_", " "), [row for row in run.rows if row.expected == kind]) for kind in kinds
+    ]
+    by_mesh = [_counts(mesh, [row for row in run.rows if row.mesh == mesh]) for mesh in _meshes(run)]
     missed = [
         [
             row.name,
@@ -110,11 +107,9 @@ def blocks(run: Run) -> dict[str, str]:
         for row in run.rows
         if not (row.is_judged_right and row.is_reason_right)
     ]
-    text = (
-        summary(run)
-        + "\n\n"
-        + table(["expected", "mutants", "judged right", "reason right"], cells, numbers=(1, 2, 3))
-    )
+    columns = ["mutants", "judged right", "reason right"]
+    text = f"{summary(run)}\n\n{table(['expected', *columns], by_kind, numbers=(1, 2, 3))}"
+    text += f"\n{table(['mesh', *columns], by_mesh, numbers=(1, 2, 3))}"
     if missed:
         text += "\nMisjudged, or for another reason:\n\n" + table(
             ["mutant", "what it does", "expected", "named", "in words"], missed

@@ -1,20 +1,24 @@
 """Does verify catch every harmful mutant, no harmless one, and for the right reason?
 
-    python -m benchmarks.verify_mutants          writes benchmarks/results/DATE-verify-mutants.json
-    python -m benchmarks.verify_mutants NAME...  these mutants; prints, writes nothing
+    python -m benchmarks.verify_mutants           writes benchmarks/results/DATE-verify-mutants.json
+    python -m benchmarks.verify_mutants BEGIN...  mutants whose names begin so; prints, writes nothing
 
-benchmarks/mutants.py has the mutants and what was expected of each, benchmarks/mutant_oracle.py decides which
-are harmful. A reason is right where the cause of a finding that doesn't only follow from others is the
-expected one; of a crash, where verify says crash.
+benchmarks/mutants.py has the mutants of plans, on tp alone, and axis_mutants.py those of steps on every mesh,
+each with what was expected; mutant_oracle.py and axis_oracle.py decide which are harmful. A reason is right
+where the cause of a finding that doesn't only follow from others is the expected one, and names the axis or
+the module that it should; of a crash, where verify says crash.
 """
 
 import argparse
 import sys
 import time
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 import msgspec
 
+from benchmarks import axis_ranks
+from benchmarks.axis_mutants import MUTANTS as AXIS_MUTANTS
 from benchmarks.mutant_oracle import Truth
 from benchmarks.mutant_results import Row, Run, summary
 from benchmarks.mutants import CRASHES, MUTANTS
@@ -51,44 +55,67 @@ def reasons(found: Verification) -> tuple[str, ...]:
     return tuple(dict.fromkeys(causes + [CRASHES] * (found.verdict is Verdict.CRASHES)))
 
 
+def of_plans(names: Sequence[str], show: Callable[[Row], None]) -> None:
+    """Those of mutants.py."""
+    harm = {truth.name: truth for truth in truths(list(names))}
+
+    def judge(each: Verification) -> None:
+        mutant = MUTANTS[each.plan]
+        show(
+            Row(
+                mutant.name, mutant.about, mutant.expected, harm[each.plan].is_harmful, str(each.verdict),
+                reasons(each), rows.headline(each),
+            )
+        )  # fmt: skip
+
+    claims = [Claim(f"benchmarks.mutants:{name}", "own", name) for name in names]
+    verify(claims, mesh=MESH, on_answer=judge)
+
+
+def of_steps(names: Sequence[str], show: Callable[[Row], None]) -> None:
+    """Those of axis_mutants.py."""
+
+    def judge(each: axis_ranks.Judged) -> None:
+        mutant, found = AXIS_MUTANTS[each.truth.name], each.found
+        show(
+            Row(
+                mutant.name, mutant.about, mutant.expected, each.truth.is_harmful, str(found.verdict),
+                axis_ranks.reasons(found), rows.headline(found), mutant.mesh,
+                axis_ranks.is_said(mutant.where, found),
+            )
+        )  # fmt: skip
+
+    axis_ranks.judged(names, judge)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.verify_mutants", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("names", nargs="*", help="these mutants only; nothing is written then")
+    parser.add_argument("names", nargs="*", help="mutants whose names begin so; nothing is written then")
     given = parser.parse_args()
-    unknown = [name for name in given.names if name not in MUTANTS]
-    if unknown:
-        print(f"no mutants: {', '.join(unknown)}", file=sys.stderr)
+    every = [*MUTANTS, *AXIS_MUTANTS]
+    names = [name for name in every if not given.names or name.startswith(tuple(given.names))]
+    if not names:
+        print(f"no mutants: {', '.join(given.names)}", file=sys.stderr)
         return 2
-    names, started, began = given.names or list(MUTANTS), now(), time.perf_counter()
-    harm = {truth.name: truth for truth in truths(names)}
+    started, began = now(), time.perf_counter()
     found: list[Row] = []
 
-    def show(each: Verification) -> None:
-        mutant, truth = MUTANTS[each.plan], harm[each.plan]
-        row = Row(
-            mutant.name,
-            mutant.about,
-            mutant.expected,
-            truth.is_harmful,
-            str(each.verdict),
-            reasons(each),
-            rows.headline(each),
-        )
+    def show(row: Row) -> None:
         found.append(row)
-        mark = (
-            ""
-            if row.is_judged_right and row.is_reason_right
-            else " <-- " + ("reason" if row.is_judged_right else "WRONG")
-        )
+        mark = "" if row.is_judged_right and row.is_reason_right else " <-- "
+        mark += "" if not mark else "reason" if row.is_judged_right else "WRONG"
         print(
-            f"{len(found):3}/{len(names)} {mutant.name:42} {mutant.expected:18} {each.verdict:8} "
+            f"{len(found):3}/{len(names)} {row.name:60} {row.expected:18} {row.verdict:8} "
             f"{', '.join(row.reasons)}{mark}",
             flush=True,
         )
 
-    verify([Claim(f"benchmarks.mutants:{name}", "own", name) for name in names], mesh=MESH, on_answer=show)
+    for judge, known in ((of_plans, MUTANTS), (of_steps, AXIS_MUTANTS)):
+        own = [name for name in names if name in known]
+        if own:
+            judge(own, show)
     versions = tuple((name, version(name)) for name in ("shardwise", "torch"))
     seconds = round(time.perf_counter() - began, 1)
     run = Run(
