@@ -51,8 +51,8 @@ def right(spec: ModelSpec) -> tuple[float, dict[str, Tensor], float]:
     loss = nn.functional.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
     loss.backward()
     found = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
-    norm = nn.utils.clip_grad_norm_(model.parameters(), MOST_NORM)
-    return float(loss), found, MOST_NORM / float(norm)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), MOST_NORM)  # divides by 1e-6 more than that
+    return float(loss), found, MOST_NORM / (float(norm) + 1e-6)
 
 
 def truth(mutant: AxisMutant) -> Truth:

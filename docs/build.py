@@ -10,7 +10,7 @@ python docs/build.py --picture   also takes the pictures of the examples' pages 
 python docs/build.py --diff RUN  first makes the example of docs/diff.md anew, from the folder of a `compare
 rowwise rowwise@dtensor --profile` (needs
                                  Chromium)
-python docs/build.py --walkthrough  also runs the embedding styles on toys and takes the pictures of their
+python docs/build.py --walkthrough  also runs styles on toys and takes the pictures of their
 decisive steps (needs Chromium)
 """
 
@@ -92,7 +92,11 @@ WALKTHROUGH_HEIGHTS = {
     "embedding/colwise": 770,
     "embedding/routed": 730,
     "embedding/replicated": 1110,
+    "experts/experts": 830,
+    "attention/ring": 770,
 }
+# the step of a walk-through in which rows travel, where it isn't the first that sends something
+WALKTHROUGH_STEPS = {"experts/experts": 4}
 _BLOCK = re.compile(r"<!-- begin:(?P<name>\w+-output) -->\n.*?<!-- end:(?P=name) -->", re.DOTALL)
 
 
@@ -513,12 +517,13 @@ def take_picture(page: str, target: Path, width: int, height: int, address: str 
 
 
 def take_walkthrough_pictures() -> None:
-    """The step of each embedding style in which rows travel."""
+    """The step in which rows travel."""
     (DOCS / "walkthrough").mkdir(exist_ok=True)
     walkthroughs = [explain_walkthrough(record_walkthrough(subject)) for subject in WALKTHROUGH_HEIGHTS]
     page = walkthrough_html(walkthroughs)
     for explained in walkthroughs:
-        number = next(index for index, step in enumerate(explained.steps, start=1) if step.transfers)
+        first = next(index for index, step in enumerate(explained.steps, start=1) if step.transfers)
+        number = WALKTHROUGH_STEPS.get(explained.subject, first)
         name = explained.subject.rpartition("/")[2]
         height = WALKTHROUGH_HEIGHTS[explained.subject]
         take_picture(

@@ -6,7 +6,8 @@ name here.
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -202,6 +203,7 @@ default_store: Callable[[], Any] = _find("torch.distributed.distributed_c10d", "
 group_named: Callable[[str], torch.distributed.ProcessGroup] = _find(
     "torch.distributed.distributed_c10d", "_resolve_process_group"
 )
+_ranks_of_groups = _find("torch.distributed.distributed_c10d", "_world.pg_group_ranks")
 local_shape_and_offset: Callable[..., tuple[tuple[int, ...], tuple[int, ...]]] = _find(
     "torch.distributed.tensor._utils", "compute_local_shape_and_global_offset"
 )
@@ -244,6 +246,16 @@ REDISTRIBUTIONS = _places(
 """Where DTensor changes a placement: (local tensor, spec before, spec after, ...)."""
 PROPAGATIONS = _places([_propagator], "_propagate_tensor_meta_non_cached", "propagate_op_sharding_non_cached")
 """Where DTensor runs an op at its global shape to learn the shape of its result."""
+
+
+@contextmanager
+def told_ranks_of(group: torch.distributed.ProcessGroup, size: int) -> Iterator[None]:
+    """A group that isn't registered is known to have ranks 0 to size - 1, as point-to-point calls ask."""
+    _ranks_of_groups[group] = {rank: rank for rank in range(size)}
+    try:
+        yield
+    finally:
+        del _ranks_of_groups[group]
 
 
 def local_part(tensor: Tensor) -> Tensor:

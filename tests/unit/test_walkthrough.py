@@ -14,15 +14,19 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor, nn
 
-from shardwise.core.collective import CollectiveKind
+from shardwise.core.collective import CollectiveKind, Origin
 from shardwise.core.errors import OptionError, RunError
+from shardwise.core.placement import Partial
 from shardwise.core.plan import Style
 from shardwise.core.walkthrough import Content, Matrix, Phase, Role, Step, StepKind, Transfer, Walkthrough
 from shardwise.parallel import collectives, ownership
+from shardwise.parallel.axis import Axis
+from shardwise.parallel.context import ring
 from shardwise.parallel.embedding import EmbeddingShard
+from shardwise.parallel.experts import combined
 from shardwise.parallel.kinds import kind_of
 from shardwise.parallel.parameters import PartialGradients
-from shardwise.parallel.styles import routed, rowwise
+from shardwise.parallel.styles import experts, routed, rowwise
 from shardwise.parallel.watch import show
 from shardwise.report.walkthrough.html import walkthrough_html
 from shardwise.report.walkthrough.terminal import format_value, render_walkthrough
@@ -36,6 +40,7 @@ Array = NDArray[np.float64]
 FORWARD, BACKWARD = Phase.FORWARD, Phase.BACKWARD
 EMBEDDINGS = [subject for subject in subjects() if subject.startswith("embedding/")]
 ROUTED = ("embedding/routed", "embedding/routed-interleaved")
+BY_DATA = (*ROUTED, "experts/experts")
 
 
 def values(matrix: Matrix) -> Array:
@@ -139,7 +144,7 @@ def test_a_loss_is_the_mean_cross_entropy_of_the_labels_that_count(ranks: int) -
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-@pytest.mark.parametrize("subject", [subject for subject in subjects() if subject not in ROUTED])
+@pytest.mark.parametrize("subject", [subject for subject in subjects() if subject not in BY_DATA])
 def test_every_rank_sends_what_the_formula_says(subject: str, ranks: int) -> None:
     record = record_walkthrough(subject, ranks=ranks)
     for phase, formula in zip(Phase, formula_bytes(record), strict=True):
@@ -310,6 +315,106 @@ def test_interleaved_ownership_lets_the_hot_rank_send_less() -> None:
     )
 
 
+def tokens_of(matrices: Sequence[Matrix]) -> list[int]:
+    return [row.token for matrix in matrices for row in matrix.rows if row.token is not None]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_tokens_go_to_the_expert_that_was_chosen_and_come_back_to_their_place(ranks: int) -> None:
+    record = record_walkthrough("experts/experts", ranks=ranks)
+    scale = whole(per_rank(record, StepKind.CUT, FORWARD, Content.PARAMETER))
+    inputs = per_rank(record, StepKind.INPUT, FORWARD, Content.INPUT)
+    x = whole(inputs)
+    chosen = np.array([row.item for matrix in inputs for row in matrix.rows], dtype=np.int64)
+    given = whole(per_rank(record, StepKind.GRADIENT_IN, BACKWARD, Content.OUTPUT_GRADIENT))
+    expected = np.zeros_like(scale)
+    np.add.at(expected, chosen, given * x)
+    assert np.array_equal(
+        whole(per_rank(record, StepKind.RESULT, FORWARD, Content.OUTPUT)), x * scale[chosen]
+    )
+    gradients = per_rank(record, StepKind.GRADIENT, BACKWARD, Content.GRADIENT)
+    assert np.array_equal(whole(gradients), expected)
+    of_inputs = per_rank(record, StepKind.INPUT_GRADIENT, BACKWARD, Content.INPUT_GRADIENT)
+    assert np.array_equal(whole(of_inputs), given * scale[chosen])
+    assert record.agrees
+    made = per_rank(record, StepKind.COMPUTE, FORWARD, Content.MADE)
+    for rank, matrix in enumerate(made):
+        assert {row.item for row in matrix.rows} <= {2 * rank, 2 * rank + 1}
+    assert sorted(tokens_of(made)) == list(range(3 * ranks))
+    assert max(len(matrix.rows) for matrix in made) > min(len(matrix.rows) for matrix in made)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_experts_exchange_counts_and_each_token_whose_expert_is_elsewhere_there_and_back(ranks: int) -> None:
+    record = record_walkthrough("experts/experts", ranks=ranks)
+    moved = sum(
+        row.owner != rank
+        for rank, matrix in enumerate(per_rank(record, StepKind.INPUT, FORWARD, Content.INPUT))
+        for row in matrix.rows
+    )
+    by_part = {
+        (step.phase, step.part): sum(transfer.rows or 0 for transfer in step.exchange.transfers)
+        for step in record.steps
+        if step.exchange is not None
+    }
+    pairs = ranks * (ranks - 1)
+    assert by_part == {(FORWARD, "counts"): pairs} | {
+        (phase, part): moved for phase in Phase for part in ("there", "back")
+    }
+    forward, backward = formula_bytes(record)
+    assert forward.is_bound
+    for phase, bound in ((FORWARD, forward), (BACKWARD, backward)):
+        assert sum(record.sent_bytes(rank, phase) for rank in range(ranks)) <= ranks * bound.bytes
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_a_ring_gives_the_mean_of_all_values_that_a_token_may_see(ranks: int) -> None:
+    record = record_walkthrough("attention/ring", ranks=ranks)
+    x = whole(per_rank(record, StepKind.INPUT, FORWARD, Content.INPUT))
+    seen = np.tril(np.ones((2 * ranks, 2 * ranks))) / np.arange(1, 2 * ranks + 1)[:, None]
+    output = whole(per_rank(record, StepKind.RESULT, FORWARD, Content.OUTPUT))
+    assert np.allclose(output[:, 0], seen @ x[:, 1], rtol=1e-6)
+    given = whole(per_rank(record, StepKind.GRADIENT_IN, BACKWARD, Content.OUTPUT_GRADIENT))
+    gradient = whole(per_rank(record, StepKind.INPUT_GRADIENT, BACKWARD, Content.INPUT_GRADIENT))
+    assert np.allclose(gradient[:, 1], seen.T @ given[:, 0], rtol=1e-6)
+    assert not gradient[:, 0].any()
+    assert record.agrees
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_on_a_ring_all_ranks_have_the_same_work_and_keys_go_all_the_way_round(ranks: int) -> None:
+    record = record_walkthrough("attention/ring", ranks=ranks)
+    meets = [values(matrix) for matrix in per_rank(record, StepKind.ROUTE, FORWARD, Content.MEETS)]
+    assert len({int(np.isfinite(each).sum()) for each in meets}) == 1
+    exchanges = [(step.phase, step.part, step.turn) for step in record.steps if step.exchange is not None]
+    turns = range(1, ranks)
+    assert sorted(exchanges) == sorted(
+        [(FORWARD, "keys", turn) for turn in turns]
+        + [(BACKWARD, part, turn) for part in ("keys", "gradients") for turn in turns]
+    )
+    for step in record.steps:
+        if step.exchange is not None:
+            ways = {(each.source, each.destination) for each in step.exchange.transfers}
+            assert ways == {(rank, (rank + 1) % ranks) for rank in range(ranks)}
+
+
+def test_a_ring_whose_gradients_do_not_come_home_disagrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stays(x: Tensor, axis: Axis, origin: Origin) -> collectives.Shift:
+        shift = collectives.begin_shift(x, axis, origin)
+        return dataclasses.replace(shift, received=x) if origin.before == Partial() else shift
+
+    monkeypatch.setattr(ring, "begin_shift", stays)
+    assert not record_walkthrough("attention/ring").agrees
+
+
+def test_experts_whose_answers_come_back_to_another_place_disagree(monkeypatch: pytest.MonkeyPatch) -> None:
+    def elsewhere(rows: Tensor, expand: Tensor, weights: Tensor) -> Tensor:
+        return combined(rows, expand.roll(1, 0), weights)
+
+    monkeypatch.setattr(experts, "combined", elsewhere)
+    assert not record_walkthrough("experts/experts").agrees
+
+
 @pytest.mark.parametrize("subject", list(subjects()))
 def test_a_record_survives_json(subject: str) -> None:
     record = record_walkthrough(subject, module="tok_embeddings")
@@ -322,7 +427,8 @@ def test_an_unknown_subject_is_refused_with_what_there_is() -> None:
     assert str(raised.value) == (
         'walk-through "embedding/rowise" is unknown. Did you mean "embedding/rowwise"? Allowed: '
         "embedding/rowwise, embedding/colwise, embedding/routed, embedding/routed-interleaved, "
-        "embedding/replicated, linear/colwise, linear/rowwise, norm/sequence_parallel, loss/vocab_parallel."
+        "embedding/replicated, linear/colwise, linear/rowwise, norm/sequence_parallel, loss/vocab_parallel, "
+        "experts/experts, attention/ring."
     )
 
 

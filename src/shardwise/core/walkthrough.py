@@ -39,7 +39,8 @@ class StepKind(StrEnum):
 
 
 class Content(StrEnum):
-    """What a matrix is. SENT: a block for `peer`. RECEIVED: a block from `peer`."""
+    """What a matrix is. SENT: a block for `peer`. RECEIVED: a block from `peer`. MEETS: when a token meets
+    another's. MADE: what a rank works out for other ranks."""
 
     PARAMETER = "parameter"
     INPUT = "input"
@@ -47,6 +48,8 @@ class Content(StrEnum):
     LOCAL_ROWS = "local_rows"
     ROUTE = "route"
     EXPAND = "expand"
+    MEETS = "meets"
+    MADE = "made"
     SENT = "sent"
     RECEIVED = "received"
     PARTIAL = "partial"
@@ -166,11 +169,16 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Step:
+    """part: which of several steps of one kind in a phase; turn: of a step that is done several times, from 1
+    on; 0 where it is done once."""
+
     kind: StepKind
     phase: Phase
     panels: tuple[Panel, ...]
     exchange: Exchange | None = None
     difference: Difference | None = None
+    part: str = ""
+    turn: int = 0
 
     def of_rank(self, rank: int | None) -> Panel:
         return next(panel for panel in self.panels if panel.rank == rank)
@@ -189,7 +197,8 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """vocabulary: rows of a table, columns of logits; features: of a linear's output; None for others."""
+    """vocabulary: rows of a table, columns of logits; features: of a linear's output; experts: of a mixture;
+    None for others."""
 
     ranks: int
     batch: int
@@ -198,6 +207,7 @@ class Sizes:
     element_bytes: int
     vocabulary: int | None = None
     features: int | None = None
+    experts: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,9 @@ class Layout:
         self.tokens = [range(rank * n_tokens, (rank + 1) * n_tokens) for rank in range(toy.ranks)]
         ends = list(accumulate(chunk_sizes(toy.width, toy.ranks), initial=0))
         self.columns = [range(start, end) for start, end in pairwise(ends)]
-        ownership = RowOwnership(n_items, toy.ranks, toy.subject.style.ownership)
+        style = toy.subject.style
+        assert style is not None
+        ownership = RowOwnership(n_items, toy.ranks, style.ownership)
         self.items = [[int(item) for item in ownership.ids_of(rank)] for rank in range(toy.ranks)]
         self._column_owner = _owners(self.columns)
         self._item_owner = _owners(self.items) if self.cut.get("parameter") is Cut.ROWS else {}

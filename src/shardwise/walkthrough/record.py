@@ -1,14 +1,23 @@
 """Runs a style for real on a toy and a few ranks, and records what each rank has at each step."""
 
+from collections.abc import Callable, Mapping
+
 from shardwise.core.errors import OptionError
 from shardwise.core.walkthrough import Held, Sizes, Walkthrough
+from shardwise.walkthrough import attention, experts
 from shardwise.walkthrough.run import Run, run_rank, run_whole
+from shardwise.walkthrough.scene import Recorded
 from shardwise.walkthrough.steps import Steps
-from shardwise.walkthrough.subject import subject_named
+from shardwise.walkthrough.subject import Subject, subject_named
 from shardwise.walkthrough.thread_ranks import on_threads
 from shardwise.walkthrough.toy import TOYS
 
 RANKS = (2, 3, 4)
+# kinds of subjects that more than one collective makes up
+SCENES: Mapping[str, Callable[[Subject, int], Recorded]] = {
+    "experts": experts.record,
+    "attention": attention.record,
+}
 
 
 def record_walkthrough(subject: str, *, ranks: int = 2, module: str | None = None) -> Walkthrough:
@@ -22,6 +31,9 @@ def record_walkthrough(subject: str, *, ranks: int = 2, module: str | None = Non
         raise OptionError(
             f"a walk-through on {ranks} ranks is not offered. Allowed: {', '.join(map(str, RANKS))}."
         )
+    if about.kind in SCENES:
+        scene = SCENES[about.kind](about, ranks)
+        return Walkthrough(subject, module or about.module, scene.sizes, scene.steps, scene.held)
     toy = TOYS[about.kind](about, ranks)
     whole = on_threads(1, lambda *_: run_whole(toy))[0]
     runs = on_threads(ranks, lambda rank, mesh, log: run_rank(toy, rank, mesh, log))

@@ -16,7 +16,7 @@ from shardwise.core.plan import Plan, ReduceScatter, Rule
 from shardwise.core.walkthrough import Phase
 from shardwise.parallel.apply import loss_of, parallelize
 from shardwise.parallel.watch import watched_by
-from shardwise.walkthrough.subject import Cut
+from shardwise.walkthrough.subject import Cut, Subject
 from shardwise.walkthrough.thread_ranks import Exchanged
 from shardwise.walkthrough.toy import DTYPE, LossToy, Toy
 
@@ -38,6 +38,12 @@ class Run:
     exchanges: dict[Phase, list[Exchanged]]
 
 
+def plan_of(subject: Subject) -> Plan:
+    """For a model whose one module is called "module"."""
+    assert subject.style is not None
+    return Plan(subject.name, (Rule("module", subject.style),), reduce_scatter=ReduceScatter.BACKEND)
+
+
 def run_whole(toy: Toy) -> Run:
     return _run(toy, nn.ModuleDict({"module": toy.module()}), toy.input(), toy.output_gradient(), {}, [])
 
@@ -45,11 +51,7 @@ def run_whole(toy: Toy) -> Run:
 def run_rank(toy: Toy, rank: int, mesh: DeviceMesh, log: list[Exchanged]) -> Run:
     model = nn.ModuleDict({"module": toy.module()})
     subject = toy.subject
-    parallelize(
-        model,
-        Plan(subject.name, (Rule("module", subject.style),), reduce_scatter=ReduceScatter.BACKEND),
-        mesh,
-    )
+    parallelize(model, plan_of(subject), mesh)
     shown: dict[str, Tensor] = {}
 
     def keep(name: str, value: Tensor) -> None:

@@ -3,8 +3,8 @@ under a style.
 
 A file says what the style is given, along which of its dims each tensor is cut, what its collectives send,
 and, step by step, a title and words. Words name what is read from the record in braces; reader.py knows these
-names. A step `like = "KIND/NAME"` is told as that one's is. Who adds a file adds a walk-through. Imports no
-torch.
+names. A step `like = "KIND/NAME"` is told as that one's is; of several steps of one kind in a phase each is
+called KIND-PART. Who adds a file adds a walk-through. Imports no torch.
 """
 
 import tomllib
@@ -52,13 +52,14 @@ class Told:
     title: str
     words: str
     wire: Wire | None = None
+    part: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
     """name: "KIND/NAME". place: its turn among all. module: what a Llama calls such a module. keeps: a rank's
-    part of the parameter. cut: of `parameter`, `input` and `output`; a tensor that isn't there is whole on
-    every rank, and a gradient is cut as what it is of."""
+    part of the parameter. style: None for what no plan's style does. cut: of `parameter`, `input` and
+    `output`; a tensor that isn't there is whole on every rank, and a gradient is cut as what it is of."""
 
     name: str
     place: int
@@ -66,7 +67,7 @@ class Subject:
     remember: str
     module: str
     keeps: str
-    style: Style
+    style: Style | None
     cut: Mapping[str, Cut]
     steps: tuple[Told, ...]
 
@@ -74,13 +75,17 @@ class Subject:
     def kind(self) -> str:
         return self.name.partition("/")[0]
 
-    def told(self, phase: Phase, kind: StepKind) -> Told:
-        return next(step for step in self.steps if step.phase is phase and step.kind is kind)
+    def told(self, phase: Phase, kind: StepKind, part: str = "") -> Told:
+        return next(step for step in self.steps if (step.phase, step.kind, step.part) == (phase, kind, part))
+
+    def wires(self, phase: Phase) -> tuple[Wire, ...]:
+        """The collectives of a phase; one that is issued several times counts once."""
+        wires = (step.wire for step in self.steps if step.phase is phase)
+        return tuple(wire for wire in wires if wire is not None)
 
     def wire(self, phase: Phase) -> Wire | None:
         """The one collective of a phase; None where nothing is sent."""
-        wires = (step.wire for step in self.steps if step.phase is phase)
-        return next((wire for wire in wires if wire is not None), None)
+        return next(iter(self.wires(phase)), None)
 
 
 @cache
@@ -109,7 +114,8 @@ def subject_of(kind: ModuleKind, style: Style) -> Subject | None:
     """The walk-through of a kind of module under a style, if there is one; placements make no difference to
     it."""
     for subject in subjects().values():
-        is_same = (subject.style.name, subject.style.ownership) == (style.name, style.ownership)
+        own = subject.style
+        is_same = own is not None and (own.name, own.ownership) == (style.name, style.ownership)
         if is_same and subject.kind == kind:
             return subject
     return None
@@ -123,8 +129,8 @@ def _subject(name: str, table: Mapping[str, Any], tables: Mapping[str, Mapping[s
         remember=" ".join(table["remember"].split()),
         module=table["module"],
         keeps=table["keeps"],
-        style=Style.from_value(table["style"]),
-        cut={tensor: Cut(dim) for tensor, dim in table["cut"].items()},
+        style=Style.from_value(table["style"]) if "style" in table else None,
+        cut={tensor: Cut(dim) for tensor, dim in table.get("cut", {}).items()},
         steps=tuple(_told(phase, kind, name, tables) for phase in Phase for kind in table.get(phase, ())),
     )
 
@@ -137,4 +143,5 @@ def _told(phase: Phase, kind: str, name: str, tables: Mapping[str, Mapping[str, 
     if "collective" in step:
         collective, role = CollectiveKind(step["collective"]), Role(step["role"])
         wire = Wire(collective, role, step["sends"], step.get("is_bound", False))
-    return Told(phase, StepKind(kind), step["title"], " ".join(step["words"].split()), wire)
+    called, _, part = kind.partition("-")
+    return Told(phase, StepKind(called), step["title"], " ".join(step["words"].split()), wire, part)

@@ -1,14 +1,15 @@
 """Ranks as threads of this process, on a process group that keeps a copy of every buffer that went through
 it.
 
-Nothing is registered with torch.distributed and nothing global is changed: it works beside a real process
-group and without one. For toys: all ranks share one interpreter. What a plan does on a backend of its own
-(gloo's pairwise reduce-scatter) isn't chosen here.
+Nothing global is changed but that torch.distributed is told, while they run, which ranks a group has: it
+works beside a real process group and without one. For toys: all ranks share one interpreter. What a plan does
+on a backend of its own (gloo's pairwise reduce-scatter) isn't chosen here.
 """
 
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from shardwise.core.errors import RunError
 from shardwise.core.mesh import TENSOR_AXIS
 from shardwise.parallel.axis import Target, as_if_on
 from shardwise.parallel.collectives import issuing
+from shardwise.torch_private import told_ranks_of
 
 T = TypeVar("T")
 
@@ -50,6 +52,8 @@ class _Wire:
         self.size = size
         self.barrier = threading.Barrier(size)
         self.blocks: list[tuple[CollectiveKind, tuple[Tensor, ...]] | None] = [None] * size
+        ends = [(source, to) for source in range(size) for to in range(size)]
+        self.mail: dict[tuple[int, int], SimpleQueue[Tensor]] = {each: SimpleQueue() for each in ends}
 
 
 class _ThreadGroup(dist.ProcessGroup):
@@ -60,6 +64,30 @@ class _ThreadGroup(dist.ProcessGroup):
         self.log: list[Exchanged] = []
         self._wire = wire
         self._rank = rank
+        self._sent: tuple[Tensor, ...] = ()
+
+    def send(self, tensors: list[Tensor], dstRank: int, tag: int) -> None:  # type: ignore[override]
+        block = tensors[0].detach().clone()
+        self._sent = self._at(dstRank, block)
+        self._wire.mail[self._rank, dstRank].put(block)
+
+    def recv(self, tensors: list[Tensor], srcRank: int, tag: int) -> None:  # type: ignore[override]
+        """Of a rank that sends to one and takes from one at a time, both are one entry of the log."""
+        issue = issuing()
+        if issue is None:
+            raise AssertionError("a send: issued by nobody")
+        try:
+            block = self._wire.mail[srcRank, self._rank].get(timeout=TIMEOUT_S)
+        except Empty:
+            raise _stuck() from None
+        tensors[0].detach().copy_(block)
+        received = self._at(srcRank, block)
+        self.log.append(Exchanged(CollectiveKind.SEND, issue.origin, self._sent, received, block))
+
+    def _at(self, peer: int, block: Tensor) -> tuple[Tensor, ...]:
+        """A block for or from one rank, and nothing for the others."""
+        nothing = block.new_empty(0)
+        return tuple(block if rank == peer else nothing for rank in range(self._wire.size))
 
     def all_to_all_single(  # type: ignore[override]
         self,
@@ -148,7 +176,7 @@ def on_threads(size: int, work: Callable[[int, DeviceMesh, list[Exchanged]], T])
     def rank_thread(rank: int) -> None:
         try:
             group = _ThreadGroup(wire, rank)
-            with as_if_on(Target("cpu", "threads")):
+            with as_if_on(Target("cpu", "threads")), told_ranks_of(group, size):
                 results[rank] = work(rank, _ThreadMesh(group, rank, size), group.log)
         except BaseException as error:
             errors.append(error)

@@ -1,5 +1,6 @@
 """Walkthrough -> Explained: the words of the subject's file, with its names filled in. No torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -19,7 +20,7 @@ from shardwise.core.walkthrough import (
     Walkthrough,
 )
 from shardwise.walkthrough.reader import Reader, count_of
-from shardwise.walkthrough.subject import Subject, subject_named
+from shardwise.walkthrough.subject import Subject, Wire, subject_named
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +112,12 @@ def explain_walkthrough(walkthrough: Walkthrough) -> Explained:
 
 
 def _explained_step(walkthrough: Walkthrough, subject: Subject, step: Step) -> ExplainedStep:
-    told = subject.told(step.phase, step.kind)
+    told = subject.told(step.phase, step.kind, step.part)
+    again = [other for other in walkthrough.steps if other.turn and told_alike(other, step)]
     exchange = step.exchange
     transfers = () if exchange is None else exchange.transfers
     return ExplainedStep(
-        title=told.title,
+        title=f"{told.title} (turn {step.turn} of {len(again)})" if len(again) > 1 else told.title,
         words=Reader(walkthrough, step.phase).fill(told.words),
         phase=step.phase,
         kind=step.kind,
@@ -125,6 +127,10 @@ def _explained_step(walkthrough: Walkthrough, subject: Subject, step: Step) -> E
         agreement="" if step.difference is None else _agreement(step.difference),
         agrees=step.difference is None or step.difference.agrees,
     )
+
+
+def told_alike(one: Step, other: Step) -> bool:
+    return (one.phase, one.kind, one.part) == (other.phase, other.kind, other.part)
 
 
 def _wire(exchange: Exchange, phase: Phase) -> str:
@@ -198,6 +204,17 @@ _CAPTIONS: dict[str, dict[Content, str]] = {
     "embedding": {Content.PARAMETER: "its part of the table", Content.GRADIENT: "gradient of the table"},
     "linear": {Content.PARAMETER: "its part of the weight"},
     "norm": {Content.PARAMETER: "the weight"},
+    "experts": {
+        Content.PARAMETER: "its experts",
+        Content.INPUT: "its tokens, and their experts",
+        Content.MADE: "what its experts make of them",
+        Content.GRADIENT: "gradient of its experts",
+    },
+    "attention": {
+        Content.INPUT: "its tokens",
+        Content.MEETS: "meets the keys of token ... in turn",
+        Content.INPUT_GRADIENT: "gradient of its keys and values",
+    },
     "loss": {
         Content.PARAMETER: "its logits",
         Content.LOCAL_ROWS: "is the label mine?",
@@ -214,7 +231,9 @@ _COLUMN_LABELS = {
     Content.RECEIVED: ("log-sum", "label's logit"),
     Content.STATISTICS: ("log-sum", "loss"),
 }
-_ITEMS = {"embedding": "id", "linear": "output", "loss": "label"}
+_ITEMS = {"embedding": "id", "linear": "output", "loss": "label", "experts": "expert"}
+# a token's numbers, where they have names
+_NAMED_COLUMNS = {"attention": {2: ("key", "value"), 1: ("mean",)}}
 
 
 def _caption(kind: str, step: Step, panel: Panel, matrix: Matrix) -> str:
@@ -250,6 +269,8 @@ def _row_label(kind: str, matrix: Matrix, row: Row) -> str:
 
 
 def _column_labels(kind: str, matrix: Matrix) -> tuple[str, ...]:
+    if kind in _NAMED_COLUMNS and matrix.rows and matrix.content is not Content.MEETS:
+        return _NAMED_COLUMNS[kind][len(matrix.rows[0].values)]
     if matrix.columns:
         return tuple(f"id {column}" if kind == "loss" else str(column) for column in matrix.columns)
     if kind == "loss" and matrix.content is Content.LOCAL_ROWS:
@@ -295,21 +316,22 @@ class Formula:
 def formula_bytes(walkthrough: Walkthrough) -> tuple[Formula, Formula]:
     """(forward, backward) by the formulas of docs/embedding.md and core/collective.py."""
     subject = subject_named(walkthrough.subject)
-    wires = (subject.wire(phase) for phase in Phase)
-    forward, backward = (
-        Formula("0", 0.0)
-        if wire is None
-        else Formula(wire.formula, _value(wire.formula, walkthrough.sizes), wire.is_bound)
-        for wire in wires
-    )
+    forward, backward = (_formula(subject.wires(phase), walkthrough.sizes) for phase in Phase)
     return forward, backward
+
+
+def _formula(wires: Sequence[Wire], sizes: Sizes) -> Formula:
+    """Of all collectives of a phase."""
+    text = " + ".join(wire.formula for wire in wires) or "0"
+    total = sum(_value(wire.formula, sizes) for wire in wires)
+    return Formula(text, total, any(wire.is_bound for wire in wires))
 
 
 def _value(formula: str, sizes: Sizes) -> float:
     """Of a product such as `2 (T-1)/T V H x`: b s tokens, x bytes an element."""
     T = sizes.ranks
     values = {"b": sizes.batch, "s": sizes.sequence, "H": sizes.hidden, "V": sizes.vocabulary or 0, "T": T}
-    values |= {"x": sizes.element_bytes, "(T-1)": T - 1, "2": 2, "": 1}
+    values |= {"x": sizes.element_bytes, "(T-1)": T - 1, "E": sizes.experts or 0, "2": 2, "4": 4, "": 1}
     above, below = 1, 1
     for factor in formula.split():
         numerator, _, denominator = factor.partition("/")
