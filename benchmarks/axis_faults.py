@@ -12,13 +12,16 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from shardwise.parallel.experts import combined, route_to_experts
 from shardwise.parallel.stages import Stage
 from shardwise.parallel.styles import experts
 from shardwise.step import build, clipping, gradient_sums, pipeline, train
+from shardwise.step.clipping import clip_gradients
 from shardwise.step.gradient_sums import GradientSums
-from shardwise.step.train import TrainStep
+from shardwise.step.train import TrainStep, shard_with_fsdp
 
 MicroBatches = Sequence[tuple[Tensor, Tensor]]
 Plant = Callable[[], AbstractContextManager[object]]
@@ -170,22 +173,22 @@ def not_reduced(name: str) -> Plant:
 
 
 def fsdp_averages() -> Plant:
-    right = train.FSDPModule.set_gradient_divide_factor
+    right = FSDPModule.set_gradient_divide_factor
     return planted(
-        train.FSDPModule, "set_gradient_divide_factor", lambda module, factor: right(module, 2.0 * factor)
+        FSDPModule, "set_gradient_divide_factor", lambda module, factor: right(module, 2.0 * factor)
     )
 
 
 def left_out_of_fsdp(name: str) -> Plant:
-    right, right_shard = build.shard_with_fsdp, train.fully_shard
+    right, right_shard = shard_with_fsdp, fully_shard
 
     def shard(model: nn.Module, *args: Any, **kwargs: Any) -> None:
         own = {each for each_name, each in model.named_parameters() if each_name == name}
 
-        def fully_shard(module: nn.Module, **more: Any) -> Any:
+        def without(module: nn.Module, **more: Any) -> Any:
             return right_shard(module, ignored_params=own, **more)
 
-        with patch.object(train, "fully_shard", fully_shard):
+        with patch.object(train, "fully_shard", without):
             right(model, *args, **kwargs)
 
     return planted(build, "shard_with_fsdp", shard)
@@ -249,7 +252,7 @@ def counted_on_each_rank() -> Plant:
 
 
 def next_expert() -> Plant:
-    right = experts.route_to_experts
+    right = route_to_experts
     return planted(
         experts,
         "route_to_experts",
@@ -258,7 +261,7 @@ def next_expert() -> Plant:
 
 
 def _combined(change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]) -> Plant:
-    right = experts.combined
+    right = combined
     return planted(experts, "combined", lambda *given: right(*change(*given)))
 
 
@@ -306,7 +309,7 @@ def tied_counted_twice() -> Plant:
 
 
 def norm_of_a_stage() -> Plant:
-    right = train.clip_gradients
+    right = clip_gradients
 
     def clip(parameters: Any, max_norm: float, **given: Any) -> Tensor:
         return right(parameters, max_norm, **given | {"stages": None})
@@ -364,6 +367,7 @@ def own_keys_only() -> Plant:
 
 def gradients_of_keys_kept() -> Plant:
     def own(gradients: Tensor, dim: int, axis: Any, _: Any) -> Tensor:
-        return gradients.chunk(axis.size, dim)[axis.rank]
+        kept: Tensor = gradients.chunk(axis.size, dim)[axis.rank]
+        return kept
 
     return lambda: patch("shardwise.parallel.context.gather.scatter_sum_now", own)
