@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwise.core.case import StepSettings
 from shardwise.core.mesh import Mesh
-from shardwise.core.plan import ContextAttention, Plan
+from shardwise.core.plan import AnyPlan, ContextAttention, TheirPlan
 from shardwise.launch import RankContext
 from shardwise.measure.memory import kept_bytes
 from shardwise.models.specs import get_spec
@@ -40,24 +40,41 @@ class Case(msgspec.Struct, frozen=True):
     is_telling: bool = True
     mesh: str = "tp=2"
     attention: str = "gather"
+    model: str = MODEL
+    schedule: str | None = None
+    chunks: int = 1
 
     @property
     def name(self) -> str:
         on_other = "" if self.mesh == "tp=2" else f", {self.mesh} by {self.attention}"
+        if self.stages > 1:
+            on_other = f", {self.mesh}, {self.schedule or '1f1b'} of {self.chunks}"
         return f"{self.plan}, recompute {self.recompute}, {self.batch} x {self.seq}{on_other}"
 
     @property
-    def made(self) -> Plan:
+    def made(self) -> AnyPlan:
+        if self.stages > 1:
+            return TheirPlan.UNSHARDED
         return builtin_plan(self.plan, context_attention=ContextAttention(self.attention))
 
     @property
+    def stages(self) -> int:
+        return Mesh.parse(self.mesh).stages
+
+    @property
     def settings(self) -> StepSettings:
-        return StepSettings(self.batch, self.seq, recompute=self.recompute)
+        accumulation = 1 if self.stages == 1 else self.batch
+        return StepSettings(
+            self.batch, self.seq, recompute=self.recompute, accumulation=accumulation,
+            schedule=self.schedule, chunks=self.chunks,
+        )  # fmt: skip
 
     def ids(self) -> torch.Tensor:
         """Of the batch, [B, S]."""
         return torch.randint(
-            get_spec(MODEL).vocab_size, (self.batch, self.seq), generator=torch.Generator().manual_seed(3)
+            get_spec(self.model).vocab_size,
+            (self.batch, self.seq),
+            generator=torch.Generator().manual_seed(3),
         )
 
 
@@ -72,6 +89,14 @@ CASES = (
     Case("rowwise", batch=1, seq=2048, mesh="cp=2"),
     Case("rowwise", batch=1, seq=2048, mesh="cp=2", attention="ring"),
     Case("rowwise", "full", batch=1, seq=2048, mesh="cp=2", attention="ring", is_telling=False),
+)
+
+
+DEEPER = "llama3-debug?n_layers=5,vocab_size=8000"
+CASES += (
+    Case("unsharded", mesh="pp=2", model=DEEPER, batch=6),
+    Case("unsharded", mesh="pp=2", model=DEEPER, chunks=2, recompute="full"),
+    Case("unsharded", mesh="pp=2", model=f"{DEEPER},tied=true", schedule="gpipe", is_telling=False),
 )
 
 
@@ -108,15 +133,16 @@ def _weigh(case: Case, mesh: DeviceMesh, context: RankContext) -> Weighed:
         patch.object(dist.Work, "wait", _patient(dist.Work.wait)),
     ):
         ids_BS = case.ids()
-        batch = Portion.on(mesh).cut(ids_BS.clone(), ids_BS.roll(-1, 1))
+        batch = Portion.on(mesh, case.settings.accumulation).cut(ids_BS.clone(), ids_BS.roll(-1, 1))
         model = build_model(
-            get_spec(MODEL),
+            get_spec(case.model),
             case.made,
             mesh,
             dtype=torch.float32,
             device=context.device,
             seed=0,
             recompute=case.recompute,
+            pipeline=case.settings.pipeline(Mesh.parse(case.mesh)),
         )
         step = TrainStep(model, mesh=mesh)
         step(batch)

@@ -1,6 +1,8 @@
 """What the ranks of test_pipeline.py run: the training step over stages, held against the whole model on one
 process; with faults planted in it."""
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -13,6 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from shardwise.core.case import StepSettings
 from shardwise.core.mesh import Mesh
+from shardwise.core.plan import TheirPlan
+from shardwise.core.program import Phase
 from shardwise.launch import RankContext
 from shardwise.models.source import find_model, vocab_size_of
 from shardwise.parallel.plans import load_any_plan
@@ -111,6 +115,32 @@ def _run(context: RankContext, trial: Trial) -> Found:
         max(_off(mine[2][name], expected[2][name]) for name in names),
         names,
     )
+
+
+def dying(context: RankContext, payload: bytes) -> bytes:
+    """Trains a pipeline; a rank kills itself in a phase of its second step."""
+    rank, phase = msgspec.msgpack.decode(payload, type=tuple[int, str])
+    model_name = "llama3-debug?vocab_size=96,hidden=32,n_layers=6,n_heads=4,n_kv_heads=4,ffn_hidden=48"
+    trial = Trial(model_name, "pp=3")
+    mesh, settings, source = Mesh.parse(trial.mesh), trial.settings, find_model(trial.model)
+    on = device_mesh(mesh, "cpu")
+    steps: list[int] = []
+
+    def entered(now: Phase) -> None:
+        if context.rank == rank and steps and now == phase:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    model = build_model(
+        source, TheirPlan.UNSHARDED, on, pipeline=settings.pipeline(mesh), dtype=torch.float64,
+        device=context.device, seed=0,
+    )  # fmt: skip
+    step = TrainStep(model, mesh=on, on_phase=entered)
+    ids = torch.zeros(settings.batch, SEQ, dtype=torch.int64)
+    for number in range(3):
+        context.note(f"step {number}")
+        step(Portion.on(on, settings.accumulation).cut(ids, ids))
+        steps.append(number)
+    return b""
 
 
 Result = tuple[float, dict[str, Tensor], dict[str, Tensor]]

@@ -5,8 +5,10 @@ from functools import cache
 import msgspec
 import pytest
 
+from shardwise.core.errors import RunError
 from shardwise.launch import run_ranks
 from tests.distributed.pipeline_workers import Found, Trial
+from tests.matrix import FULL
 
 LLAMA = "llama3-debug?vocab_size=96,hidden=32,n_layers=5,n_heads=4,n_kv_heads=2,ffn_hidden=48"
 TIED = f"{LLAMA},tied=true"
@@ -100,3 +102,26 @@ def test_a_tied_head_that_is_not_summed_shows_in_its_gradient_alone() -> None:
     first, last = found(FAULTY, 2)[0]
     assert first.loss < 1e-12
     assert min(first.gradients, last.gradients) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("rank", "phase"),
+    [
+        (1, "forward"),
+        (2, "loss"),
+        pytest.param(0, "backward", marks=FULL),
+        pytest.param(1, "backward", marks=FULL),
+        pytest.param(2, "reduce", marks=FULL),
+    ],
+)
+def test_a_stage_that_dies_is_named_and_the_others_are_stopped(rank: int, phase: str) -> None:
+    with pytest.raises(RunError) as failed:
+        run_ranks(
+            "tests.distributed.pipeline_workers:dying",
+            msgspec.msgpack.encode((rank, phase)),
+            world_size=3,
+            device_type="cpu",
+            timeout_s=60,
+        )
+    assert str(failed.value).startswith(f'rank {rank} was killed by SIGKILL (signal 9) during "step 1"')
+    assert "The other ranks were stopped" in str(failed.value)

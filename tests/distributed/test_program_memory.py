@@ -11,7 +11,7 @@ from shardwise.core.program import MemoryKind, Program, memory_peak
 from shardwise.launch import run_ranks
 from shardwise.models.specs import get_spec
 from shardwise.trace.trace import trace
-from tests.distributed.memory_workers import CASES, MODEL, Case, Weighed
+from tests.distributed.memory_workers import CASES, Case, Weighed
 from tests.matrix import thinned
 
 # Kernels take workspaces and allocators round: the bar that the project set itself.
@@ -33,7 +33,8 @@ def weighed(*, telling: bool) -> tuple[dict[str, Weighed], ...]:
 
 @lru_cache
 def program_of(case: Case, rank: int) -> Program:
-    return trace(get_spec(MODEL), case.made, Mesh.parse(case.mesh), case.settings, rank=rank, ids=case.ids())
+    mesh = Mesh.parse(case.mesh)
+    return trace(get_spec(case.model), case.made, mesh, case.settings, rank=rank, ids=case.ids())
 
 
 @pytest.mark.parametrize("rank", [0, 1])
