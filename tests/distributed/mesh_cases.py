@@ -34,6 +34,7 @@ class MeshCase(msgspec.Struct, frozen=True):
     recompute: str = "none"
     reshard: bool = True
     reduce_once: bool = False
+    param_dtype: str | None = None
     is_telling: bool = False
 
     @property
@@ -43,6 +44,7 @@ class MeshCase(msgspec.Struct, frozen=True):
             self.recompute: self.recompute != "none",
             "kept after the forward": not self.reshard,
             "reduced once": self.reduce_once,
+            f"computed in {self.param_dtype}": self.param_dtype is not None,
         }
         return ", ".join((f"{self.model} on {self.mesh}", *(text for text, holds in more.items() if holds)))
 
@@ -70,8 +72,41 @@ class MeshCase(msgspec.Struct, frozen=True):
             accumulation=self.accumulation,
             reshard_after_forward=self.reshard,
             reduce_once=self.reduce_once,
+            param_dtype=self.param_dtype,
             recompute=self.recompute,
         )
+
+
+class Fault(msgspec.Struct, frozen=True):
+    """A parameter's gradient that the step doesn't sum over some axes. said: what verify calls them."""
+
+    mesh: str
+    parameter: str
+    unsummed: tuple[str, ...]
+    n_ranks: int = 2
+    param_dtype: str | None = None
+
+    @property
+    def said(self) -> str:
+        return "+".join(self.unsummed)
+
+    @property
+    def case(self) -> MeshCase:
+        return MeshCase("llama", self.mesh, param_dtype=self.param_dtype)
+
+    @property
+    def name(self) -> str:
+        return f"{self.parameter} on {self.mesh} not summed over {self.said}, {self.param_dtype}"
+
+
+FAULTS = (
+    Fault("dp=2,tp=2", "layers.0.attention_norm.weight", ("dp",)),
+    Fault("ep=2,tp=2", "layers.1.feed_forward.w1.weight", ("ep",)),
+    Fault("dp=2,fsdp=2", "norm.weight", ("dp",)),
+    Fault("dp=2,ep=2", "tok_embeddings.weight", ("dp", "ep"), 4),
+    Fault("dp=2,ep=2", "layers.0.attention.wo.weight", ("ep",)),
+    Fault("dp=2,fsdp=2", "layers.1.attention.wk.weight", ("dp",), param_dtype="bfloat16"),
+)
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:
@@ -119,7 +154,11 @@ def mesh_cases(world_size: int) -> list[MeshCase]:
             for mesh in ("dp=2,fsdp=2", "fsdp=2,tp=2")
             for reshard, once in ((True, False), (True, True), (False, True))
         ]
+        mixed = ("dp=2,fsdp=2", "fsdp=2,tp=2", "fsdp=4")
+        found += [MeshCase("llama", mesh, param_dtype="bfloat16") for mesh in mixed]
     return [
-        msgspec.structs.replace(case, is_telling=case.name in TELLING or case.accumulation > 1)
+        msgspec.structs.replace(
+            case, is_telling=case.name in TELLING or case.accumulation > 1 or case.param_dtype is not None
+        )
         for case in found
     ]

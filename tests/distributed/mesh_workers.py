@@ -3,10 +3,11 @@ issued."""
 
 from dataclasses import replace
 from functools import cache, partial
+from unittest.mock import patch
 
 import msgspec
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.core.errors import ShardwiseError
@@ -14,15 +15,18 @@ from shardwise.core.mesh import Mesh, joined
 from shardwise.core.program import Phase
 from shardwise.launch import RankContext
 from shardwise.step.build import build_model, device_mesh
+from shardwise.step.gradient_sums import GradientSums
 from shardwise.step.groups import make_groups
 from shardwise.step.portion import Portion
-from shardwise.step.train import TrainStep
+from shardwise.step.train import TrainStep, mixed_precision
 from shardwise.verify.expected import Unsharded, shake, unsharded
 from shardwise.verify.proof import prove
+from shardwise.verify.rounded import is_mixed, loosened
 from tests.distributed.c10d_log import Issued, ranks_of, writing_down
-from tests.distributed.mesh_cases import MeshCase, batches, mesh_cases
+from tests.distributed.mesh_cases import FAULTS, Fault, MeshCase, batches, mesh_cases
 
 CPU = torch.device("cpu")
+_NOT_RUN = 1e9  # of steps that a wrong gradient spares; JSON has no word for infinite
 
 
 class Proved(msgspec.Struct, frozen=True):
@@ -48,6 +52,7 @@ def built(case: MeshCase, mesh: DeviceMesh | None) -> nn.Module:
         dtype=torch.float64,
         device=CPU,
         seed=3,
+        policy=mixed_precision(case.settings),
         reshard=case.reshard,
         recompute=case.recompute,
         on_parameter=shake,
@@ -60,29 +65,51 @@ def expected_of(model: str) -> Unsharded:
 
 
 def run(context: RankContext, payload: bytes) -> bytes:
-    """Per case, of the telling ones or the rest, by its name."""
+    """Per case, of the telling ones or the rest, by its name; and per fault, with the telling ones."""
     found = {}
+    for fault in FAULTS if payload == b"telling" else ():
+        if fault.case.world_size == context.world_size:
+            context.note(fault.name)
+            found[fault.name] = _with_fault(fault)
     for case in mesh_cases(context.world_size):
         if case.is_telling != (payload == b"telling"):
             continue
         context.note(case.name)
         try:
-            found[case.name] = _proved(case)
+            mesh = device_mesh(Mesh.parse(case.mesh), "cpu")
+            found[case.name] = _proved(case, mesh, built(case, mesh))
         except ShardwiseError as error:
             found[case.name] = Proved(0, 0, 0, 0, 0, (), [], str(error))
     return msgspec.json.encode(found)
 
 
-def _proved(case: MeshCase) -> Proved:
-    mesh = device_mesh(Mesh.parse(case.mesh), "cpu")
+def _with_fault(fault: Fault) -> Proved:
+    mesh = device_mesh(Mesh.parse(fault.mesh), "cpu")
+    model = built(fault.case, mesh)
+    right = GradientSums.axes_of
+
+    def axes_of(sums: GradientSums, parameter: Tensor) -> tuple[str, ...]:
+        axes = right(sums, parameter)
+        is_meant = parameter is model.get_parameter(fault.parameter)
+        return tuple(name for name in axes if not (is_meant and name in fault.unsummed))
+
+    with patch.object(GradientSums, "axes_of", axes_of):
+        return _proved(fault.case, mesh, model)
+
+
+def _proved(case: MeshCase, mesh: DeviceMesh, model: nn.Module) -> Proved:
     portion = Portion.on(mesh, case.accumulation, reduce_once=case.reduce_once)
-    proof, findings = prove(built(case, mesh), expected_of(case.model), partial(built, case, None), portion)
+    expected, whole = expected_of(case.model), partial(built, case, None)
+    policy = mixed_precision(case.settings)
+    if is_mixed(policy):
+        expected = loosened(expected, whole, policy, "cpu")
+    proof, findings = prove(model, expected, whole, portion)
     return Proved(
         proof.output_error,
         proof.loss_error,
         proof.worst_gradient_error,
-        proof.norm_error if proof.norm_error is not None else float("inf"),
-        proof.weights_error if proof.weights_error is not None else float("inf"),
+        _NOT_RUN if proof.norm_error is None else proof.norm_error,
+        _NOT_RUN if proof.weights_error is None else proof.weights_error,
         tuple(f"{each.subject}: {each.reason}" for each in findings),
         _issued(case, mesh, portion),
     )

@@ -12,11 +12,12 @@ from shardwise.core.program import Collective, Phase, Program
 from shardwise.launch import run_ranks
 from shardwise.trace.trace import trace
 from tests.distributed.c10d_log import Issued
-from tests.distributed.mesh_cases import BATCH, SEQ, MeshCase, batches, mesh_cases
+from tests.distributed.mesh_cases import BATCH, FAULTS, SEQ, Fault, MeshCase, batches, mesh_cases
 from tests.distributed.mesh_workers import Proved
 from tests.matrix import thinned
 
 CLOSE = 1e-10
+ROUNDED = 0.1
 CASES = [case for world_size in (2, 4, 8) for case in mesh_cases(world_size)]
 PARAMETERS = thinned(CASES, lambda case: case.is_telling)
 
@@ -51,7 +52,8 @@ def test_a_step_on_any_mesh_is_one_process_s(case: MeshCase) -> None:
         assert not answer.refused
         assert answer.findings == ()
         off = (answer.output, answer.loss, answer.gradient, answer.norm, answer.weights)
-        assert max(off) < CLOSE, off
+        # what FSDP's mixed precision rounds is off by its own rounding, as verify allows it
+        assert max(off) < (CLOSE if case.param_dtype is None else ROUNDED), off
 
 
 @pytest.mark.parametrize("case", PARAMETERS, ids=lambda case: case.name)
@@ -61,6 +63,18 @@ def test_a_step_on_any_mesh_issues_its_program_s_collectives(case: MeshCase) -> 
         issued = proved(case)[rank].issued
         assert expected
         assert [_told(*pair) for pair in zip(expected, issued, strict=True)] == [*map(as_issued, expected)]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_sum_that_is_left_out_is_named_with_its_axis(fault: Fault) -> None:
+    found = answers(fault.case.world_size, telling=True)
+    assert isinstance(found, tuple), found
+    expected = (
+        f"{fault.parameter}: each of {fault.n_ranks} ranks along {fault.said} computes a part of its "
+        f"gradient, and nothing sums them over {fault.said}"
+    )
+    for answer in found:
+        assert answer[fault.name].findings == (expected,)
 
 
 def program(case: MeshCase, rank: int) -> Program:

@@ -96,15 +96,28 @@ def test_two_plans_of_one_name_are_told_apart(tmp_path: Path) -> None:
     [
         (("rowise",), 'unknown plan "rowise". Did you mean "rowwise"?'),
         (("--model", "llama3-debg"), 'unknown model "llama3-debg". Did you mean "llama3-debug"?'),
-        (("unsharded",), 'plan "unsharded" has nothing to verify. Name a plan that shards.'),
         (
-            ("--mesh", "dp=2,tp=2"),
-            "--mesh dp=2,tp=2: verify compares one tp axis of two ranks or more with one rank. Use --mesh "
-            "tp=2. compare proves a plan over dp and fsdp, too.",
+            ("unsharded",),
+            'plan "unsharded" cuts nothing over tp=2, so there is nothing to verify. Name a plan that shards, '
+            "or a mesh without tp.",
         ),
         (
             ("--mesh", "tp=1"),
-            "--mesh tp=1: verify compares one tp axis of two ranks or more with one rank. Use --mesh tp=2.",
+            "--mesh tp=1: verify compares several ranks with one. Use a mesh of two ranks or more, such as "
+            "tp=2 or fsdp=2,tp=2.",
+        ),
+        (
+            ("--mesh", "dp=2,ep=2", "--batch", "6"),
+            "--batch 6 can't be cut into 4 data-parallel parts of 1 micro-batches. Use a multiple of 4.",
+        ),
+        (
+            ("--mesh", "dp=2", "--reduce-once"),
+            "--reduce-once: is what FSDP does, and mesh dp=2,tp=1 has no fsdp ranks.",
+        ),
+        (
+            ("--static", "--mesh", "fsdp=2"),
+            "--mesh fsdp=2,tp=1: without ranks verify looks at what is cut over tp. Use --mesh tp=2 or more, "
+            "or leave --static out.",
         ),
         (("--seq", "15"), "--seq 15 is no multiple of tp=2, as sequence parallelism needs. Use 16."),
         (

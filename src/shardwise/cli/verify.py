@@ -25,12 +25,25 @@ class _Asked(VerifyOptions):
 @command(
     Command(
         _Asked,
-        shared=("plans", "model", "mesh", "device", "sequence_parallel", "context_attention"),
+        shared=(
+            "plans",
+            "model",
+            "mesh",
+            "device",
+            "sequence_parallel",
+            "context_attention",
+            "accumulation",
+            "param_dtype",
+            "reduce_dtype",
+            "reshard_after_forward",
+            "reduce_once",
+            "recompute",
+        ),
         defaults={"plans": Shown(DEFAULT_PLAN), "mesh": "tp=2", "device": "cpu"},
         about={
             "plans": "Built-in plans, TOML files, hf (a Hugging Face model's own), own (the factory shards "
             "itself).",
-            "mesh": "The tp axis: that many ranks on this machine.",
+            "mesh": "Axes of ranks on this machine, such as tp=2, fsdp=2,tp=2 or dp=2,ep=2.",
             "device": "cpu (gloo), cuda (NCCL), or auto: GPUs where there are enough.",
             "sequence_parallel": "Of built-in plans.",
         },
@@ -47,6 +60,7 @@ def verify(call: Call[_Asked]) -> int:
 
     [dim]shardwise verify rowwise colwise routed[/]
     [dim]shardwise verify --model hf:qwen3 --model hf:apertus[/]
+    [dim]shardwise verify rowwise --mesh fsdp=2,tp=2 --param-dtype bfloat16[/]
     [dim]shardwise verify --static --model hf:path/config.json --mesh tp=8[/]
     [dim]shardwise verify my-plan.toml --model mypackage.models:build --mesh tp=4 --out page[/]
     """

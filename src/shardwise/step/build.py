@@ -97,17 +97,34 @@ def build_model(
         set_in_place(model, whole, shapes)
     else:
         fill(model, whole, applied_to(model).row_order)
-    found = find_layers(model)
-    layer_modules = list(found.modules(model)) if found is not None else []
     if compiled:
-        for layer in layer_modules:
+        for layer in _layers(model):
             layer.compile()
+    return trainable(model, mesh, policy=policy, reshard=reshard, recompute=recompute)
+
+
+def trainable(
+    model: nn.Module,
+    mesh: DeviceMesh | None,
+    *,
+    policy: MixedPrecisionPolicy | None = None,
+    reshard: bool = True,
+    recompute: str = "none",
+) -> nn.Module:
+    """The model, to which its plan has been applied, with recompute of its layers and FSDP over the mesh; in
+    train mode. See build_model."""
+    layers = _layers(model)
     if recompute != "none":
-        recompute_layers(layer_modules, recompute)
+        recompute_layers(layers, recompute)
     if mesh is not None and (shard_axes := mesh_of(mesh).shard_axes):
         policy = policy or MixedPrecisionPolicy()
-        shard_with_fsdp(model, layer_modules, along(mesh, shard_axes), policy, reshard=reshard)
+        shard_with_fsdp(model, layers, along(mesh, shard_axes), policy, reshard=reshard)
     return model.train()
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    found = find_layers(model)
+    return list(found.modules(model)) if found is not None else []
 
 
 @torch.no_grad()

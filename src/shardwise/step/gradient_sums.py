@@ -38,12 +38,14 @@ class GradientSums:
 
     def axes_of(self, parameter: Tensor) -> tuple[str, ...]:
         """Those over which its gradient is to be summed: its ranks hold it alike along them."""
-        cut = _cut_over(parameter) if isinstance(parameter, DTensor) else frozenset()
+        cut = cut_over(parameter)
         return tuple(name for name in self.axes if name not in cut)
 
 
-def _cut_over(parameter: DTensor) -> frozenset[str]:
-    """The axes over which its ranks hold parts of their own."""
+def cut_over(parameter: Tensor) -> frozenset[str]:
+    """The axes over which its ranks hold parts of their own, as its DTensor says; none of a plain tensor."""
+    if not isinstance(parameter, DTensor):
+        return frozenset()
     placed = zip(parameter.device_mesh.mesh_dim_names or (), parameter.placements, strict=True)
     cut = (name for name, placement in placed if not (placement.is_replicate() or placement.is_partial()))
     return frozenset(axis for name in cut for axis in axes_in(name))

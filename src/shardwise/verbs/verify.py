@@ -1,18 +1,21 @@
 """verify: plans on models -> VerificationRun: proved right on real ranks, or what is wrong and why; or
 checked without."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Annotated
 
+from shardwise.core.batch_part import check_batch
 from shardwise.core.case import Case, StepSettings
 from shardwise.core.errors import OptionError
+from shardwise.core.mesh import RUN, check_carried
 from shardwise.core.option import Option, check_options
 from shardwise.core.plan import Plan, TheirPlan
 from shardwise.core.verification import Verification, VerificationRun
-from shardwise.verbs.checks import check_seq, default_plan
+from shardwise.verbs.checks import check_fsdp, check_seq, default_plan
 from shardwise.verbs.progress import Progress, silent
 from shardwise.verbs.twin_plan import plan_for_twin
 
@@ -24,10 +27,19 @@ PANEL = "Proof"
 
 @dataclass(frozen=True, slots=True)
 class VerifyOptions:
-    """The proof's own step: what it shows holds for any, so it is a small one, and not the case's."""
+    """The proof's own step: what it shows holds for any, so it is a small one, and not the case's; but how
+    it is cut, and what FSDP does, is the case's."""
 
-    batch: Annotated[int, Option("Sequences.", PANEL, 1)] = 2
-    seq: Annotated[int, Option("Tokens of each; a multiple of tp.", PANEL, 2)] = 16
+    batch: Annotated[
+        int,
+        Option(
+            "Sequences, over all ranks.",
+            PANEL,
+            1,
+            shown="one for each data-parallel rank and micro-batch, and at least 2",
+        ),
+    ] = 0
+    seq: Annotated[int, Option("Tokens of each; a multiple of tp, and of 2 cp.", PANEL, 2)] = 16
     dtype: Annotated[
         str,
         Option(
@@ -65,8 +77,8 @@ def verify(
     models: Sequence[str] = (),
 ) -> VerificationRun:
     """The case's model, or each of `models`, under each of its plans; no plan means the model's own. Starts
-    tp ranks on this machine, or uses torchrun's: its rank 0 has the answers. Raises InputError for names that
-    aren't known."""
+    the mesh's ranks on this machine, or uses torchrun's: its rank 0 has the answers. Raises InputError for
+    names that aren't known, and for a mesh that the step doesn't fit."""
     from shardwise.launch import is_main
     from shardwise.launch.environment import device_type
     from shardwise.verify.run import verify as prove
@@ -74,7 +86,7 @@ def verify(
 
     options = options or VerifyOptions()
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    _check_mesh(case, options)
+    settings = _settings(case, options)
     claims = [claim for model in models or (case.model,) for claim in _claims(case, model, options)]
     done = 0
 
@@ -84,7 +96,7 @@ def verify(
         progress(f"{answer.model} under {answer.plan}: {answer.verdict}", done, len(claims))
 
     progress("tracing" if options.static else "starting ranks")
-    mesh, settings = case.mesh, StepSettings(options.batch, options.seq)
+    mesh = case.mesh
     if options.static:
         device = "none"
         answers = check(claims, mesh=mesh, settings=settings, on_answer=on_answer) if is_main() else ()
@@ -99,23 +111,36 @@ def verify(
             on_answer=on_answer,
         )
     return VerificationRun(
-        str(mesh), device, options.batch, options.seq, started, tuple(_versions()), answers
+        str(mesh), device, settings.batch, settings.seq, started, tuple(_versions()), answers
     )
 
 
-def _check_mesh(case: Case, options: VerifyOptions) -> None:
-    mesh, seq = case.mesh, options.seq
-    if mesh.world_size != mesh.tp or mesh.tp < 2:
-        beside = " compare proves a plan over dp and fsdp, too." if mesh.data_parallel > 1 else ""
+def _settings(case: Case, options: VerifyOptions) -> StepSettings:
+    """The step that is proved. Raises MeshError and OptionError for a mesh that can't carry it."""
+    mesh, step = case.mesh, case.step
+    check_carried(mesh, "verify", RUN)
+    check_fsdp(case)
+    if mesh.world_size < 2:
         raise OptionError(
-            f"--mesh {mesh}: verify compares one tp axis of two ranks or more with one rank. Use --mesh "
-            f"tp=2.{beside}"
+            f"--mesh {mesh}: verify compares several ranks with one. Use a mesh of two ranks or more, such "
+            "as tp=2 or fsdp=2,tp=2."
         )
-    if seq % mesh.tp:
+    if options.static and mesh.tp < 2:
         raise OptionError(
-            f"--seq {seq} is no multiple of tp={mesh.tp}, as sequence parallelism needs. "
-            f"Use {-(-seq // mesh.tp) * mesh.tp}."
+            f"--mesh {mesh}: without ranks verify looks at what is cut over tp. Use --mesh tp=2 or more, or "
+            "leave --static out."
         )
+    parts = mesh.data_parallel * step.accumulation
+    batch = options.batch or (parts if parts > 1 else 2)
+    check_batch(mesh, batch, options.seq, step.accumulation)
+    multiple = math.lcm(mesh.tp * mesh.context, 2 * mesh.context if mesh.context > 1 else 1)
+    if options.seq % multiple:
+        shared = f" of {mesh.context} parts of a sequence" if mesh.context > 1 else ""
+        raise OptionError(
+            f"--seq {options.seq} is no multiple of tp={mesh.tp}{shared}, as sequence parallelism needs. "
+            f"Use {-(-options.seq // multiple) * multiple}."
+        )
+    return replace(step, batch=batch, seq=options.seq)
 
 
 def _claims(case: Case, model: str, options: VerifyOptions) -> "Iterator[Claim]":
@@ -136,8 +161,11 @@ def _claims(case: Case, model: str, options: VerifyOptions) -> "Iterator[Claim]"
             family=source.family,
             context_attention=case.context_attention,
         )
-        if plan is TheirPlan.UNSHARDED:
-            raise OptionError('plan "unsharded" has nothing to verify. Name a plan that shards.')
+        if plan is TheirPlan.UNSHARDED and case.mesh.tp > 1:
+            raise OptionError(
+                f'plan "unsharded" cuts nothing over tp={case.mesh.tp}, so there is nothing to verify. '
+                "Name a plan that shards, or a mesh without tp."
+            )
         claim = Claim.of(model, plan, twin=small, dtype=dtype)
         if isinstance(plan, Plan) and small is not False:
             of_twin = plan_for_twin(plan, source, case.mesh)

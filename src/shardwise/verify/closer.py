@@ -13,12 +13,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from shardwise.core.batch_part import BatchPart
+from shardwise.core.mesh import TENSOR_AXIS
 from shardwise.step.portion import Portion
 from shardwise.torch_private import StridedShard
+from shardwise.verify.along import unsummed
 from shardwise.verify.exchange import all_agree, gathered, gathered_ints, smallest
 from shardwise.verify.expected import Differences, Unsharded
-from shardwise.verify.held import held_over_tp, local, size
-from shardwise.verify.observe import Call, Observed, observe
+from shardwise.verify.held import held_over, local, size
+from shardwise.verify.observe import Batch, Call, Observed, observe
 from shardwise.verify.reasons import Evidence, Recut, Seen
 from shardwise.verify.relation import Related, cut_apart, relate
 
@@ -29,21 +32,43 @@ def evidence(
     """How what the ranks hold relates to the whole: wrong gradients, the logits, each module's outputs and
     what came back to them."""
     group, batch = portion.tp_group, expected.batches[0]
-    whole = observe(whole_model, batch, portion, trail=True)
+    whole = _whole_calls(whole_model, batch, portion)
     sharded = observe(model, batch, portion, trail=True)
     gradients = _related_gradients(model, sharded, expected, differences, group)
-    output = None
+    output, parts = None, {}
     if differences.is_output_wrong:
         pieces = [each for (each,) in gathered([sharded.logits], group)]
         output = relate(pieces, whole.logits, tolerance=expected.tolerance)
+    elif portion.mesh is not None and portion.mesh.size() > group.size():
+        parts = unsummed(model, sharded.gradients, expected, list(gradients), portion)
     seen = _seen(whole.calls, sharded.calls, expected.tolerance, group)
-    known = Evidence(model, dist.get_world_size(group), differences, output, gradients, seen)
+    known = Evidence(model, dist.get_world_size(group), differences, output, gradients, seen, along=parts)
     first = known.first_wrong_output
     at = smallest(seen.index(first) if first is not None else len(seen))
     if at == len(seen):
         return known
     weights = {name: parameter.detach() for name, parameter in whole_model.named_parameters()}
     return replace(known, recut=_recut(model, weights, expected, at, whole.calls[at], portion))
+
+
+def _whole_calls(model: nn.Module, batch: Batch, portion: Portion) -> Observed:
+    """What the unsharded model gives for this rank's sequences. Where ranks share them it has run them whole,
+    and so counted each label as often as there are such ranks."""
+    part = portion.part
+    if not part.cuts_sequence:
+        return observe(model, batch, portion, trail=True)
+    seq, tokens = batch[0].shape[1], part.tokens(batch[0].shape[1])
+    times = part.n_chunks // len(part.chunks)
+    whole = observe(model, batch, replace(portion, part=BatchPart(part.place, part.places)), trail=True)
+
+    def own(tensor: Tensor | None, scale: int = 1) -> Tensor | None:
+        if tensor is None or tensor.dim() < 2 or tensor.shape[1] != seq:
+            return tensor
+        return torch.cat([tensor[:, each] for each in tokens], 1) * scale
+
+    for call in whole.calls:
+        call.output, call.gradient = own(call.output), own(call.gradient, times)
+    return replace(whole, logits=torch.cat([whole.logits[:, each] for each in tokens], 1))
 
 
 def _related_gradients(
@@ -54,7 +79,9 @@ def _related_gradients(
     group: dist.ProcessGroup,
 ) -> dict[str, Related]:
     names = list(differences.wrong_gradients)
-    pieces = gathered([held_over_tp(sharded.gradients.get(name), model) for name in names], group)
+    pieces = gathered(
+        [held_over(sharded.gradients.get(name), model, (TENSOR_AXIS,)) for name in names], group
+    )
     related = {}
     for at, name in enumerate(names):
         whole = expected.observed.gradients[name]

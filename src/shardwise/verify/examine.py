@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.core.case import StepSettings
-from shardwise.core.errors import ModelError, OptionError, RunError, ShardwiseError
+from shardwise.core.errors import ModelError, RunError, ShardwiseError
 from shardwise.core.finding import Finding, FindingKind
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import TheirPlan
@@ -31,14 +31,16 @@ from shardwise.models.source import HUGGING_FACE, ModelSource, find_model, vocab
 from shardwise.parallel.any_plan import apply_any
 from shardwise.parallel.loss import IGNORED
 from shardwise.parallel.resolve import tied_parameters
-from shardwise.step.build import device_mesh, set_in_place
+from shardwise.step.build import device_mesh, set_in_place, trainable
 from shardwise.step.portion import Portion
+from shardwise.step.train import mixed_precision
 from shardwise.torch_private import AnyDropout, default_store
 from shardwise.verify.claim import NO_PLAN, TWIN, Claim
 from shardwise.verify.expected import Unsharded, shake, unsharded
 from shardwise.verify.observe import Batch, LogitsError, ModuleError
 from shardwise.verify.proof import prove
 from shardwise.verify.reasons import ungathered, with_ties
+from shardwise.verify.rounded import is_mixed, loosened
 from shardwise.verify.static import dropout, of_model, untied
 
 SEED = 0
@@ -137,7 +139,7 @@ class _Examination:
         sharded, findings = self._looked_at(model)
         known = replace(self._known, sharded=sharded, findings=tuple(findings))
         try:
-            proof, differences = prove(model, expected, make, Portion(self._mesh))
+            proof, differences = prove(self._trainable(model), expected, make, self._portion())
         except LogitsError as error:
             return replace(known, findings=(*ungathered(str(error)), *findings), note=str(error))
         except RuntimeError as error:
@@ -155,6 +157,20 @@ class _Examination:
         self._known = replace(self._known, twin=TWIN)
         self._twin = small
         return small
+
+    def _trainable(self, model: nn.Module) -> nn.Module:
+        settings = self._job.settings
+        return trainable(
+            model,
+            self._mesh,
+            policy=mixed_precision(settings),
+            reshard=settings.reshard_after_forward,
+            recompute=settings.recompute,
+        )
+
+    def _portion(self) -> Portion:
+        settings = self._job.settings
+        return Portion.on(self._mesh, settings.accumulation, reduce_once=settings.reduce_once)
 
     def _looked_at(self, model: nn.Module) -> tuple[Sharded, list[Finding]]:
         """How much of the model is sharded, and what is found without running it: of the model as it was
@@ -183,10 +199,18 @@ class _Examination:
             if self._plan is TheirPlan.HF and not getattr(model, "tp_plan", None):
                 raise NothingToProveError(NO_PLAN)
             try:
-                return unsharded(model, self._batches(model), parts=self._tp), make
+                found = unsharded(model, self._batches(model), parts=self._tp)
+                return self._as_rounded(found, make), make
             except (ModuleError, RunError) as error:
                 failures.append(f"in {name}, {shown(error, 300)}")
         raise NothingToProveError(f"unsharded {' '.join(failures)}")
+
+    def _as_rounded(self, expected: Unsharded, make: Callable[[], nn.Module]) -> Unsharded:
+        """With what FSDP's mixed precision may do, where there is any."""
+        policy = mixed_precision(self._job.settings)
+        if not is_mixed(policy) or not self._job.mesh.shard_axes:
+            return expected
+        return loosened(expected, make, policy, self._device.type)
 
     def _batches(self, model: nn.Module) -> list[Batch]:
         """Two batches of random ids, and as labels what follows each; one label is ignored."""
@@ -202,8 +226,6 @@ class _Examination:
         return batches
 
     def _sharded(self, source: ModelSource, make: Callable[[], nn.Module]) -> nn.Module:
-        if self._plan is TheirPlan.UNSHARDED:
-            raise OptionError('plan "unsharded" has nothing to verify. Name a plan that shards.')
         model = self._own(source, make()) if self._plan is TheirPlan.OWN else make()
         self._dropout = list(dropout(model, self._plan))
         for module in model.modules():

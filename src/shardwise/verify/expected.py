@@ -10,9 +10,9 @@ that dtype. A wrong reduction is off by 1e-2 and more. Outputs and loss are comp
 the first term. Where 1000 x noise of the outputs is above MOST_TOLERANCE, nothing can be proved.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from zlib import crc32
 
 import torch
@@ -43,7 +43,8 @@ class Unsharded:
 
     noise: relative, the largest. tolerance: of outputs and loss, relative. allowed: how far each parameter's
     gradient may be off, absolute. norms: gradient norms before clipping, one for each optimizer step; after:
-    the parameters after them. Both are empty without steps.
+    the parameters after them. Both are empty without steps. weights_allowed: how far each may then be off,
+    relative, where rounding does more than the tolerance (rounded.py).
     """
 
     observed: Observed
@@ -54,10 +55,13 @@ class Unsharded:
     max_norm: float
     after: dict[str, Tensor]
     norms: tuple[float, ...]
+    weights_allowed: Mapping[str, float] = field(default_factory=dict)
 
     def is_told(self, name: str) -> bool:
         """Whether a parameter's gradient is well above its noise. AdamW divides by its size, so that noise
         would become a whole step."""
+        if name in self.weights_allowed:
+            return True
         gradient = self.observed.gradients.get(name)
         return gradient is None or self.allowed[name] <= MOST_TOLERANCE * size(gradient)
 

@@ -1,13 +1,13 @@
 """What a rank holds of a parameter or gradient, against the whole of it, which every rank has: so only
 numbers go between the ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from shardwise.core.mesh import axes_in
 from shardwise.core.plan import Engine
 from shardwise.parallel.apply import applied_to
 from shardwise.parallel.ownership import Order
@@ -39,24 +39,34 @@ def distances(
     model: nn.Module, tensors: Mapping[str, Tensor | None], whole: Mapping[str, Tensor | None]
 ) -> dict[str, float]:
     """||s - g|| of each parameter's tensor s, over all ranks' parts of it; of a part that several ranks hold,
-    the mean of their squares.
+    the mean of their squares. A name that `tensors` hasn't is of a parameter that this rank hasn't: of
+    another stage of a pipeline.
 
     All ranks call it. None and zeros are the same to every weight; infinite where one side alone has
-    something, or a rank holds no number.
+    something, where no rank has the parameter, or one holds no number.
     """
-    squares = []
+    squares, holders = [], []
     for name, expected in whole.items():
+        holders.append(float(name in tensors))
         tensor = tensors.get(name)
-        if tensor is None or expected is None:
+        if name not in tensors:
+            squares.append(0.0)
+        elif tensor is None or expected is None:
             present = tensor if tensor is not None else expected
             squares.append(0.0 if present is None or not bool(local(present).any()) else float("inf"))
         else:
             squares.append(_square(tensor, expected, model, applied_to(model).row_order.get(name)))
-    return {name: square**0.5 for name, square in zip(whole, all_summed(squares), strict=True)}
+    sums = all_summed([*squares, *holders])
+    found = {}
+    for (name, expected), square, count in zip(whole.items(), sums, sums[len(whole) :], strict=False):
+        is_lost = not count and expected is not None and bool(expected.any())
+        found[name] = float("inf") if is_lost else (square / max(count, 1.0)) ** 0.5
+    return found
 
 
 def _square(tensor: Tensor, whole: Tensor, model: nn.Module, order: Order | None) -> float:
-    """||s - g||^2 of this rank's part, over the number of ranks that hold the same one."""
+    """||s - g||^2 of this rank's part, times the number of parts: its mean over all ranks that hold any is
+    the sum over all parts."""
     n_parts = 1
     if isinstance(tensor, DTensor) and _stands_for_whole(tensor, model):
         tensor = tensor.full_tensor()
@@ -67,18 +77,24 @@ def _square(tensor: Tensor, whole: Tensor, model: nn.Module, order: Order | None
     held = local(tensor)
     if held.shape != whole.shape:
         return float("inf")
-    return size(held.double() - whole.double()) ** 2 * n_parts / dist.get_world_size()
+    return size(held.double() - whole.double()) ** 2 * n_parts
 
 
-def held_over_tp(tensor: Tensor | None, model: nn.Module) -> Tensor | None:
-    """What the ranks of this one's data-parallel group hold together, so what a rank of tp alone would hold.
-    All ranks call it."""
+def held_over(tensor: Tensor | None, model: nn.Module, axes: Collection[str]) -> Tensor | None:
+    """What a rank would hold if the mesh had these axes only: what is cut over others is gathered. All ranks
+    that hold the parameter call it."""
     if not isinstance(tensor, DTensor):
         return tensor
     if _is_partial(tensor):
         return tensor.to_local() if _is_unpromised_part(tensor, model) else tensor.full_tensor()
-    *outer, inner = tensor.placements
-    return tensor.redistribute(placements=[*(Replicate() for _ in outer), inner]).to_local()
+    names = tensor.device_mesh.mesh_dim_names or ()
+    placements = [
+        placement if not set(axes).isdisjoint(axes_in(name)) else Replicate()
+        for name, placement in zip(names, tensor.placements, strict=True)
+    ]
+    if all(placement.is_replicate() for placement in placements):
+        return tensor.full_tensor()
+    return tensor.redistribute(placements=placements).to_local()
 
 
 def _is_partial(tensor: DTensor) -> bool:

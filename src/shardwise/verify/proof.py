@@ -13,16 +13,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.core.finding import Finding, FindingKind
+from shardwise.core.mesh import Role, role_of
 from shardwise.core.verification import Proof
 from shardwise.parallel.apply import applied_to
 from shardwise.parallel.loss import Loss, PlainLoss, VocabParallelLoss
+from shardwise.step.groups import mesh_of
 from shardwise.step.portion import Portion
 from shardwise.verify.closer import evidence
 from shardwise.verify.exchange import gathered_ints, largest
 from shardwise.verify.expected import STEPS, Differences, GradientError, Unsharded, trained
 from shardwise.verify.held import distances, relative, size
 from shardwise.verify.observe import Observed, observe
-from shardwise.verify.ranks import disagreements, replicated_parameters
+from shardwise.verify.ranks import disagreements, held_alike
 from shardwise.verify.reasons import explain_differences
 
 WEIGHTS_TOLERANCE = 1e-4
@@ -47,8 +49,7 @@ def prove(
         weights, norm_error = _after_steps(model, expected, portion)
         weights_error = max(weights.values(), default=0.0)
         findings = _weight_findings(weights, norm_error, expected)
-        what = "replicated parameters after two steps"
-        findings += disagreements(what, replicated_parameters(model).items(), portion.tp_group)
+        findings += _drifts(model, portion)
     else:
         findings = []
     worst, worst_error = differences.worst_gradient
@@ -117,9 +118,22 @@ def _after_steps(model: nn.Module, expected: Unsharded, portion: Portion) -> tup
     after, norms = trained(model, expected.batches, portion, expected.max_norm)
     pairs = zip(norms, expected.norms, strict=True)
     norm_error = largest(max(abs(norm - whole) / whole for norm, whole in pairs))
-    whole = {name: expected.after[name] for name in after if expected.is_told(name)}
+    whole = {name: weights for name, weights in expected.after.items() if expected.is_told(name)}
     weights = {name: off / (size(whole[name]) or 1.0) for name, off in distances(model, after, whole).items()}
     return weights, norm_error
+
+
+def _drifts(model: nn.Module, portion: Portion) -> list[Finding]:
+    """Parameters that the ranks along an axis hold alike, and that two steps have left unequal."""
+    mesh = portion.mesh
+    assert mesh is not None
+    findings: list[Finding] = []
+    for name, n_ranks in mesh_of(mesh).axes:
+        if n_ranks > 1 and role_of(name) is not Role.CUTS_DEPTH:
+            held = held_alike(model, name).items()
+            what = "replicated parameters after two steps"
+            findings += disagreements(what, held, mesh.get_group(name), axis=name)
+    return findings
 
 
 def _weight_findings(weights: dict[str, float], norm_error: float, expected: Unsharded) -> list[Finding]:
@@ -129,8 +143,14 @@ def _weight_findings(weights: dict[str, float], norm_error: float, expected: Uns
             "clipping counts a replicated or sharded parameter in another way"
         )
         return [Finding(FindingKind.WEIGHTS_DIFFER, "gradient norm", reason, norm_error)]
-    worst = max(weights, key=lambda name: weights[name], default="")
-    if worst and not weights[worst] <= max(expected.tolerance, WEIGHTS_TOLERANCE):
+    least = max(expected.tolerance, WEIGHTS_TOLERANCE)
+    over = {
+        name: off
+        for name, off in weights.items()
+        if not off <= max(least, expected.weights_allowed.get(name, 0.0))
+    }
+    worst = max(over, key=lambda name: over[name], default="")
+    if worst:
         reason = f"after {STEPS} optimizer steps it isn't the unsharded model's"
         return [Finding(FindingKind.WEIGHTS_DIFFER, worst, reason, weights[worst])]
     return []

@@ -12,9 +12,11 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
 from shardwise.core.finding import Finding, FindingKind
+from shardwise.core.mesh import TENSOR_AXIS
+from shardwise.step.gradient_sums import cut_over
 from shardwise.verify.exchange import device_of
 
 _GOLDEN = -7046029254386353131  # 2^64 / golden ratio, as a signed number (Knuth, TAOCP 3, 6.4)
@@ -48,26 +50,30 @@ def _multipliers(places: Tensor) -> Tensor:
 
 
 def replicated_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Local tensors of the parameters that every rank of the tp axis holds whole."""
-    replicated: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if not isinstance(parameter, DTensor):
-            replicated[name] = parameter
-        elif isinstance(parameter.placements[-1], Replicate):  # the tp axis is the last
-            replicated[name] = parameter.to_local()
-    return replicated
+    """Local tensors of the parameters that the ranks of the tp axis hold alike."""
+    return held_alike(model, TENSOR_AXIS)
+
+
+def held_alike(model: nn.Module, axis: str) -> dict[str, Tensor]:
+    """Local tensors of the parameters that the ranks along an axis hold alike: those that no DTensor cuts
+    over it."""
+    return {
+        name: parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        for name, parameter in model.named_parameters()
+        if axis not in cut_over(parameter)
+    }
 
 
 def disagreements(
-    what: str, tensors: Iterable[tuple[str, Tensor]], group: dist.ProcessGroup
+    what: str, tensors: Iterable[tuple[str, Tensor]], group: dist.ProcessGroup, axis: str = TENSOR_AXIS
 ) -> tuple[Finding, ...]:
-    """A finding for each named tensor that isn't bit-equal on all ranks of the group."""
+    """A finding for each named tensor that isn't bit-equal on all ranks of the group, which is the axis'."""
     named = list(tensors)
-    return disagreeing_digests(what, [(name, digest(tensor)) for name, tensor in named], group)
+    return disagreeing_digests(what, [(name, digest(tensor)) for name, tensor in named], group, axis)
 
 
 def disagreeing_digests(
-    what: str, digests: Iterable[tuple[str, int]], group: dist.ProcessGroup
+    what: str, digests: Iterable[tuple[str, int]], group: dist.ProcessGroup, axis: str = TENSOR_AXIS
 ) -> tuple[Finding, ...]:
     """The same for digests taken before."""
     named = list(digests)
@@ -78,7 +84,7 @@ def disagreeing_digests(
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=group)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
     return tuple(
-        Finding(FindingKind.RANKS_DISAGREE, name, f"{what} are not equal on all tp ranks")
+        Finding(FindingKind.RANKS_DISAGREE, name, f"{what} are not equal on all {axis} ranks")
         for (name, _), differs in zip(named, (lowest != highest).tolist(), strict=True)
         if differs
     )

@@ -7,12 +7,14 @@ came to its module, or the module's output, was wrong before it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from shardwise.core.finding import Cause, Finding, FindingKind
+from shardwise.core.mesh import TENSOR_AXIS
 from shardwise.parallel.apply import applied_to
+from shardwise.verify.along import Along
 from shardwise.verify.expected import Differences
 from shardwise.verify.relation import Related, Relation
 
@@ -33,7 +35,7 @@ class Evidence:
     parameters whose gradients are wrong.
 
     seen: calls in the order in which they ended; empty where the sharded model's calls aren't the unsharded
-    one's. recut: what a trial found.
+    one's. recut: what a trial found. along: gradients that lack a sum over axes of the mesh.
     """
 
     model: nn.Module
@@ -43,6 +45,7 @@ class Evidence:
     gradients: dict[str, Related]
     seen: Sequence[Seen] = ()
     recut: "Recut | None" = None
+    along: Mapping[str, Along] = field(default_factory=dict)
 
     @property
     def first_wrong_output(self) -> Seen | None:
@@ -224,11 +227,26 @@ def _gradient_finding(evidence: Evidence, name: str, forward: Seen | None, backw
     cause, reason = _own_fault(related, evidence.n_ranks)
     if evidence.recut is not None and evidence.recut.parameter == name:
         cause, reason, is_missing = Cause.CUT_AS_ONE, evidence.recut.reason, False
+    elif name in evidence.along:
+        return _unsummed_finding(evidence, name)
     elif cause in (Cause.UNKNOWN, Cause.SUMMED_TOO_OFTEN, Cause.AVERAGED):
         cause, reason = _passed_on(evidence, name, forward, backward) or (cause, reason)
     kind = FindingKind.GRADIENT_MISSING if is_missing else FindingKind.GRADIENT_DIFFERS
     rule = applied_to(evidence.model).rule_for(name)
     return Finding(kind, name, reason, error, related.factor, ADVICE.get(cause), cause, rule)
+
+
+def _unsummed_finding(evidence: Evidence, name: str) -> Finding:
+    """Of a gradient whose parts lie along axes of the mesh."""
+    along, error = evidence.along[name], evidence.differences.wrong_gradients[name]
+    reason = (
+        f"each of {along.n_ranks} ranks along {along.named} computes a part of its gradient, and nothing "
+        f"sums them over {along.named}"
+    )
+    cause, rule = Cause.PARTS_NOT_SUMMED, applied_to(evidence.model).rule_for(name)
+    over_tp = along.axes == (TENSOR_AXIS,)
+    advice = ADVICE[cause] if over_tp else f"Sum them over {along.named}, as a training step sums the others."
+    return Finding(FindingKind.GRADIENT_DIFFERS, name, reason, error, None, advice, cause, rule)
 
 
 def _own_fault(related: Related, n_ranks: int) -> tuple[Cause, str]:
