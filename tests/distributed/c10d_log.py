@@ -108,8 +108,10 @@ def _sent(name: str, kind: str, args: tuple[Any, ...], group: dist.ProcessGroup,
             splits = args[4] or [len(sent) // n] * n
             to_others = [part for rank, part in enumerate(sent.split(splits)) if rank != me]
             return float(sum(part.numel() * part.element_size() for part in to_others))
-        case "broadcast":
+        case "broadcast" | "send":
             return float(payload)
+        case "recv":
+            return 0.0
         case _:
             raise AssertionError(f"a training step has no {name}")
 

@@ -1,14 +1,16 @@
 """Meshes of 2, 4 and 8 ranks, and the models and plans that are trained on them, as data."""
 
+from dataclasses import replace
 from itertools import product
+from math import prod
 
 import msgspec
 import torch
 from torch import Tensor
 
 from shardwise.core.case import StepSettings
-from shardwise.core.mesh import AXES, Mesh, Role
-from shardwise.core.plan import AnyPlan, Family, TheirPlan
+from shardwise.core.mesh import AXES, Mesh
+from shardwise.core.plan import AnyPlan, TheirPlan
 from shardwise.models.gpt import GPTConfig
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.moe import MoEConfig
@@ -18,10 +20,10 @@ from shardwise.parallel.builtin import builtin_plan
 BATCH, SEQ, VOCAB = 8, 16, 61
 IGNORED = -100
 MODELS: dict[str, LlamaConfig | GPTConfig] = {
-    "moe": MoEConfig(VOCAB, 32, 2, 8, 8, 16, n_experts=8, top_k=2, qk_norm=True, aux_loss=0.1),
     "llama": LlamaConfig(VOCAB, 32, 2, 8, 8, 48),
     "llama tied": LlamaConfig(VOCAB, 32, 2, 8, 8, 48, tied=True),
     "gpt": GPTConfig(VOCAB, 32, 2, 8, 64, SEQ),
+    "moe": MoEConfig(VOCAB, 32, 2, 8, 8, 16, n_experts=8, top_k=2, qk_norm=True, aux_loss=0.1),
 }
 
 
@@ -54,12 +56,17 @@ class MeshCase(msgspec.Struct, frozen=True):
 
     @property
     def spec(self) -> ModelSpec:
-        return ModelSpec("tiny", MODELS[self.model], "")
+        config = MODELS[self.model]
+        return ModelSpec("tiny", replace(config, n_layers=max(config.n_layers, self.stages)), "")
+
+    @property
+    def stages(self) -> int:
+        return Mesh.parse(self.mesh).stages if self.mesh else 1
 
     @property
     def plan(self) -> AnyPlan:
-        mesh, family = Mesh.parse(self.mesh), self.spec.family
-        if mesh.tp == 1 and not (family is Family.MOE and mesh.experts > 1):
+        mesh = Mesh.parse(self.mesh)
+        if mesh.tp == 1 and (self.model != "moe" or mesh.experts == 1):
             return TheirPlan.UNSHARDED
         return builtin_plan("rowwise", family=self.spec.family)
 
@@ -69,7 +76,7 @@ class MeshCase(msgspec.Struct, frozen=True):
             BATCH,
             SEQ,
             dtype="float64",
-            accumulation=self.accumulation,
+            accumulation=max(self.accumulation, self.stages),
             reshard_after_forward=self.reshard,
             reduce_once=self.reduce_once,
             param_dtype=self.param_dtype,
@@ -123,22 +130,26 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 def meshes(world_size: int) -> list[str]:
     """Every way to make so many ranks of the axes that a step runs over, each of them 1, 2 or 4 and more."""
-    # stages have a file of their own: test_pipeline.py
-    names = [axis.name for axis in AXES if axis.runs and axis.role is not Role.CUTS_DEPTH]
+    names = [axis.name for axis in AXES if axis.runs]
     sizes = [size for size in (1, 2, 4, 8) if size <= world_size]
     return [
         ",".join(f"{name}={size}" for name, size in zip(names, each, strict=True) if size > 1)
         for each in product(sizes, repeat=len(names))
-        if torch.tensor(each).prod() == world_size
+        if prod(each) == world_size
     ]
 
 
 TELLING = {
     "llama on dp=2,fsdp=2",
-    "moe on ep=2,tp=2",
-    "moe on fsdp=2,ep=2",
     "gpt on fsdp=2,tp=2",
     "llama tied on dp=2,ep=2",
+    "moe on ep=2,tp=2",
+    "moe on fsdp=2,ep=2",
+    "llama on cp=2,tp=2",
+    "moe on cp=2,ep=2",
+    "gpt on fsdp=2,cp=2",
+    "llama tied on pp=2,tp=2",
+    "moe on pp=2,ep=2",
 }
 
 

@@ -54,14 +54,16 @@ def built(case: MeshCase, mesh: DeviceMesh | None) -> nn.Module:
         seed=3,
         policy=mixed_precision(case.settings),
         reshard=case.reshard,
+        pipeline=case.settings.pipeline(Mesh.parse(case.mesh)) if mesh is not None else None,
         recompute=case.recompute,
         on_parameter=shake,
     )
 
 
 @cache
-def expected_of(model: str) -> Unsharded:
-    return unsharded(built(MeshCase(model, ""), None), batches(), parts=2)
+def expected_of(model: str, stages: int) -> Unsharded:
+    """stages: of which each has a layer."""
+    return unsharded(built(MeshCase(model, f"pp={stages}"), None), batches(), parts=2)
 
 
 def run(context: RankContext, payload: bytes) -> bytes:
@@ -98,8 +100,8 @@ def _with_fault(fault: Fault) -> Proved:
 
 
 def _proved(case: MeshCase, mesh: DeviceMesh, model: nn.Module) -> Proved:
-    portion = Portion.on(mesh, case.accumulation, reduce_once=case.reduce_once)
-    expected, whole = expected_of(case.model), partial(built, case, None)
+    portion = Portion.on(mesh, case.settings.accumulation, reduce_once=case.reduce_once)
+    expected, whole = expected_of(case.model, case.stages), partial(built, case, None)
     policy = mixed_precision(case.settings)
     if is_mixed(policy):
         expected = loosened(expected, whole, policy, "cpu")

@@ -6,6 +6,7 @@ from functools import cache
 import msgspec
 import pytest
 
+from shardwise.core.collective import CollectiveKind
 from shardwise.core.errors import ShardwiseError
 from shardwise.core.mesh import Mesh
 from shardwise.core.program import Collective, Phase, Program
@@ -62,7 +63,8 @@ def test_a_step_on_any_mesh_issues_its_program_s_collectives(case: MeshCase) -> 
         expected = list(program(case, rank).collectives())
         issued = proved(case)[rank].issued
         assert expected
-        assert [_told(*pair) for pair in zip(expected, issued, strict=True)] == [*map(as_issued, expected)]
+        told = [_told(*pair) for pair in zip(expected, issued, strict=True)]
+        assert told == [_timed(as_issued(each)) for each in expected]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
@@ -95,10 +97,16 @@ def _told(expected: Collective, issued: Issued) -> Issued:
     """What was issued; of what a router decides no more than the bound is foretold."""
     by_data = expected.by_data
     if by_data is None or not by_data.is_balanced:
-        return issued
+        return _timed(issued)
     assert issued.sent_bytes <= by_data.bound_bytes
     foretold = as_issued(expected)
     return replace(issued, payload_bytes=foretold.payload_bytes, sent_bytes=foretold.sent_bytes)
+
+
+def _timed(issued: Issued) -> Issued:
+    """Between stages torch's schedule sends what a pass gave when the next one may run already."""
+    is_between = issued.kind in (CollectiveKind.SEND, CollectiveKind.RECV)
+    return replace(issued, phase="") if is_between else issued
 
 
 def test_no_mesh_is_left_out() -> None:

@@ -98,8 +98,8 @@ def test_two_plans_of_one_name_are_told_apart(tmp_path: Path) -> None:
         (("--model", "llama3-debg"), 'unknown model "llama3-debg". Did you mean "llama3-debug"?'),
         (
             ("unsharded",),
-            'plan "unsharded" cuts nothing over tp=2, so there is nothing to verify. Name a plan that shards, '
-            "or a mesh without tp.",
+            'plan "unsharded" cuts nothing over tp=2, so there is nothing to verify. Name a plan that '
+            "shards, or a mesh without tp.",
         ),
         (
             ("--mesh", "tp=1"),

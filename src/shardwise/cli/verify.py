@@ -38,6 +38,9 @@ class _Asked(VerifyOptions):
             "reshard_after_forward",
             "reduce_once",
             "recompute",
+            "schedule",
+            "chunks",
+            "stages",
         ),
         defaults={"plans": Shown(DEFAULT_PLAN), "mesh": "tp=2", "device": "cpu"},
         about={

@@ -81,10 +81,7 @@ def build_model(
     if pipeline is not None and pipeline.stages > 1:
         assert mesh is not None
         computed = policy.param_dtype if policy is not None else None
-        cut_to_stage(
-            model, ends_of(source), pipeline, mesh.get_local_rank(STAGES_AXIS),
-            tp=mesh_of(mesh).tp, dtype=computed or dtype,
-        )  # fmt: skip
+        cut_over_stages(model, source, mesh, pipeline, computed or dtype)
 
     def whole(name: str, shape: torch.Size) -> Tensor:
         name = first_names.get(name, name)  # a plan may have given each of its places its own
@@ -101,6 +98,15 @@ def build_model(
         for layer in _layers(model):
             layer.compile()
     return trainable(model, mesh, policy=policy, reshard=reshard, recompute=recompute)
+
+
+def cut_over_stages(
+    model: nn.Module, source: ModelSource, mesh: DeviceMesh, pipeline: Pipeline, dtype: torch.dtype
+) -> None:
+    """Leaves of a model, to which its plan has been applied, this rank's stage. dtype: that layers compute
+    in. Raises OptionError for layers that can't be dealt to the stages."""
+    stage, tp = mesh.get_local_rank(STAGES_AXIS), mesh_of(mesh).tp
+    cut_to_stage(model, ends_of(source), pipeline, stage, tp=tp, dtype=dtype)
 
 
 def trainable(

@@ -36,10 +36,10 @@ def evidence(
     sharded = observe(model, batch, portion, trail=True)
     gradients = _related_gradients(model, sharded, expected, differences, group)
     output, parts = None, {}
-    if differences.is_output_wrong:
+    if differences.is_output_wrong and sharded.logits is not None:
         pieces = [each for (each,) in gathered([sharded.logits], group)]
-        output = relate(pieces, whole.logits, tolerance=expected.tolerance)
-    elif portion.mesh is not None and portion.mesh.size() > group.size():
+        output = relate(pieces, whole.own_logits, tolerance=expected.tolerance)
+    if not differences.is_output_wrong and portion.mesh is not None and portion.mesh.size() > group.size():
         parts = unsummed(model, sharded.gradients, expected, list(gradients), portion)
     seen = _seen(whole.calls, sharded.calls, expected.tolerance, group)
     known = Evidence(model, dist.get_world_size(group), differences, output, gradients, seen, along=parts)
@@ -68,7 +68,7 @@ def _whole_calls(model: nn.Module, batch: Batch, portion: Portion) -> Observed:
 
     for call in whole.calls:
         call.output, call.gradient = own(call.output), own(call.gradient, times)
-    return replace(whole, logits=torch.cat([whole.logits[:, each] for each in tokens], 1))
+    return replace(whole, logits=torch.cat([whole.own_logits[:, each] for each in tokens], 1))
 
 
 def _related_gradients(

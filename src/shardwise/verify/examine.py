@@ -31,7 +31,7 @@ from shardwise.models.source import HUGGING_FACE, ModelSource, find_model, vocab
 from shardwise.parallel.any_plan import apply_any
 from shardwise.parallel.loss import IGNORED
 from shardwise.parallel.resolve import tied_parameters
-from shardwise.step.build import device_mesh, set_in_place, trainable
+from shardwise.step.build import cut_over_stages, device_mesh, set_in_place, trainable
 from shardwise.step.portion import Portion
 from shardwise.step.train import mixed_precision
 from shardwise.torch_private import AnyDropout, default_store
@@ -139,7 +139,8 @@ class _Examination:
         sharded, findings = self._looked_at(model)
         known = replace(self._known, sharded=sharded, findings=tuple(findings))
         try:
-            proof, differences = prove(self._trainable(model), expected, make, self._portion())
+            model = self._trainable(model, source)
+            proof, differences = prove(model, expected, make, self._portion())
         except LogitsError as error:
             return replace(known, findings=(*ungathered(str(error)), *findings), note=str(error))
         except RuntimeError as error:
@@ -158,12 +159,16 @@ class _Examination:
         self._twin = small
         return small
 
-    def _trainable(self, model: nn.Module) -> nn.Module:
-        settings = self._job.settings
+    def _trainable(self, model: nn.Module, source: ModelSource) -> nn.Module:
+        settings, policy = self._job.settings, mixed_precision(self._job.settings)
+        pipeline = settings.pipeline(self._job.mesh)
+        if pipeline.stages > 1:
+            computed = policy.param_dtype or next(model.parameters()).dtype
+            cut_over_stages(model, source, self._mesh, pipeline, computed)
         return trainable(
             model,
             self._mesh,
-            policy=mixed_precision(settings),
+            policy=policy,
             reshard=settings.reshard_after_forward,
             recompute=settings.recompute,
         )

@@ -144,14 +144,16 @@ def unsharded(
     gradients = {name: gradient for name, gradient in first.gradients.items() if gradient is not None}
     sizes = {name: size(gradient) for name, gradient in gradients.items()}
     total = sum(each**2 for each in sizes.values()) ** 0.5
-    if not _is_finite(total) or not _is_finite(first.loss) or not bool(first.logits.isfinite().all()):
+    if not _is_finite(total) or not _is_finite(first.loss) or not bool(first.own_logits.isfinite().all()):
         raise RunError("the unsharded model's outputs or gradients are not finite.")
     if not total:
         raise RunError("the unsharded model has no gradient.")
     split = observe(model, batches[0], split=max(2, parts))
     coarsest = split.coarsest or next(model.parameters()).dtype
     least, rounding = LEAST_TOLERANCE[coarsest], 8 * torch.finfo(coarsest).eps * total
-    output_noise = max(abs(split.loss - first.loss) / abs(first.loss), relative(split.logits, first.logits))
+    output_noise = max(
+        abs(split.loss - first.loss) / abs(first.loss), relative(split.own_logits, first.own_logits)
+    )
     noise, allowed = output_noise, {}
     for name, gradient in gradients.items():
         own, other = sizes[name], split.gradients[name]

@@ -18,6 +18,7 @@ from shardwise.core.program import Phase
 from shardwise.core.shown import told
 from shardwise.parallel.apply import applied_to, is_applied
 from shardwise.parallel.loss import DTensorLoss, PlainLoss
+from shardwise.parallel.stages import stage_of
 from shardwise.step.portion import MicroBatches, Portion
 from shardwise.step.train import TrainStep
 from shardwise.verify.held import local
@@ -52,15 +53,21 @@ class Call:
 
 @dataclass(slots=True)
 class Observed:
-    """logits: of this rank's portion. gradients: by parameter name, None where none arrived. calls: in the
-    order in which they ended; empty unless asked for. coarsest: see SplitMatmuls; None unless the matmuls
-    were split."""
+    """logits: of this rank's portion; None on a stage of a pipeline that gives none. gradients: by parameter
+    name, None where none arrived. calls: in the order in which they ended; empty unless asked for. coarsest:
+    see SplitMatmuls; None unless the matmuls were split."""
 
-    logits: Tensor
+    logits: Tensor | None
     loss: float
     gradients: dict[str, Tensor | None]
     calls: list[Call] = field(default_factory=list)
     coarsest: torch.dtype | None = None
+
+    @property
+    def own_logits(self) -> Tensor:
+        """Of a model that isn't cut into stages."""
+        assert self.logits is not None
+        return self.logits
 
 
 class ModuleError(RunError):
@@ -113,7 +120,7 @@ def observe(
             raise watch.failure(error) from error
     gradients = {name: each.grad for name, each in model.named_parameters() if each.requires_grad}
     return Observed(
-        torch.cat(watch.logits),
+        torch.cat(watch.logits) if watch.logits else None,
         float(local(loss)),
         gradients,
         watch.calls,
@@ -162,7 +169,10 @@ class _Watch:
             hooks.enter_context(self._model.register_forward_hook(self._take_logits))
             yield
 
-    def _take_logits(self, _: nn.Module, __: Any, logits: Tensor) -> None:
+    def _take_logits(self, model: nn.Module, __: Any, logits: Tensor) -> None:
+        stage = stage_of(model)
+        if stage is not None and not stage.gives_logits:
+            return
         if self._width is not None and logits.shape[-1] != self._width:
             raise LogitsError(int(logits.shape[-1]), self._width)
         self.logits.append(local(logits.detach()))

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.core.finding import Finding, FindingKind
-from shardwise.core.mesh import Role, role_of
+from shardwise.core.mesh import STAGES_AXIS, Role, role_of
 from shardwise.core.verification import Proof
 from shardwise.parallel.apply import applied_to
 from shardwise.parallel.loss import Loss, PlainLoss, VocabParallelLoss
+from shardwise.parallel.stages import stage_of
 from shardwise.step.groups import mesh_of
 from shardwise.step.portion import Portion
 from shardwise.verify.closer import evidence
@@ -40,7 +41,7 @@ def prove(
 
     remake: makes the unsharded model again, with the same weights, where it has to be looked at more closely.
     """
-    observed = observe(model, expected.batches[0], portion, width=expected.observed.logits.shape[-1])
+    observed = observe(model, expected.batches[0], portion, width=expected.observed.own_logits.shape[-1])
     differences = _differences(model, observed, expected, portion)
     norm_error = weights_error = None
     if differences.are_wrong:
@@ -52,6 +53,7 @@ def prove(
         findings += _drifts(model, portion)
     else:
         findings = []
+    findings = _of_all_stages(findings, model, portion)
     worst, worst_error = differences.worst_gradient
     proof = Proof(
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -69,10 +71,22 @@ def prove(
     return proof, tuple(findings)
 
 
+def _of_all_stages(findings: list[Finding], model: nn.Module, portion: Portion) -> list[Finding]:
+    """What is found of a parameter is known where it is held; what is found of outputs, on the last stage."""
+    stage = stage_of(model)
+    if stage is None or portion.mesh is None:
+        return findings
+    held = {name for name, _ in model.named_parameters()}
+    mine = [each for each in findings if each.subject in held or (stage.is_last and "." not in each.subject)]
+    every: list[list[Finding]] = [[] for _ in range(stage.pipeline.stages)]
+    dist.all_gather_object(every, mine, group=portion.mesh.get_group(STAGES_AXIS))
+    return list({each.subject: each for found in every for each in found}.values())
+
+
 def _differences(model: nn.Module, observed: Observed, expected: Unsharded, portion: Portion) -> Differences:
     whole = expected.observed
     return Differences(
-        output=_output_error(observed.logits, whole.logits, applied_to(model).loss, portion),
+        output=_output_error(observed.logits, whole.own_logits, applied_to(model).loss, portion),
         loss=largest(abs(observed.loss - whole.loss) / abs(whole.loss)),
         gradients=gradient_errors(model, observed.gradients, whole.gradients, expected.allowed),
         tolerance=expected.tolerance,
@@ -96,15 +110,17 @@ def gradient_errors(
     return errors
 
 
-def _output_error(logits: Tensor, whole: Tensor, loss: Loss, portion: Portion) -> float:
-    """loss: it knows which columns of the whole logits a rank has, which are dealt out where the head is tied
-    to an interleaved table."""
+def _output_error(logits: Tensor | None, whole: Tensor, loss: Loss, portion: Portion) -> float:
+    """logits: None on a stage that gives none. loss: it knows which columns of the whole logits a rank has,
+    which are dealt out where the head is tied to an interleaved table."""
+    if logits is None:
+        return largest(0.0)
     whole = torch.cat(portion.of(whole))
     sizes = gathered_ints(logits.shape[-1], portion.tp_group)
     rank = dist.get_rank(portion.tp_group)
     if not isinstance(loss, PlainLoss) and any(width != whole.shape[-1] for width in sizes):
         if sum(sizes) != whole.shape[-1]:
-            return float("inf")
+            return largest(float("inf"))
         if isinstance(loss, VocabParallelLoss):
             whole = whole.index_select(-1, loss.ownership.ids_of(rank).to(whole.device))
         else:

@@ -42,7 +42,7 @@ def loosened(
     model = _alone(make(), policy, device_type)
     found = observe(model, expected.batches[0])
     exact, allowed = expected.observed, dict(expected.allowed)
-    noise = max(relative(found.logits, exact.logits), abs(found.loss - exact.loss) / abs(exact.loss))
+    noise = max(relative(found.own_logits, exact.own_logits), abs(found.loss - exact.loss) / abs(exact.loss))
     for name, gradient in exact.gradients.items():
         if gradient is None:
             continue
