@@ -26,6 +26,7 @@ from shardwise.parallel.embedding import EmbeddingShard
 from shardwise.parallel.experts import combined
 from shardwise.parallel.kinds import kind_of
 from shardwise.parallel.parameters import PartialGradients
+from shardwise.parallel.stages import Stage
 from shardwise.parallel.styles import experts, routed, rowwise
 from shardwise.parallel.watch import show
 from shardwise.report.walkthrough.html import walkthrough_html
@@ -144,7 +145,9 @@ def test_a_loss_is_the_mean_cross_entropy_of_the_labels_that_count(ranks: int) -
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-@pytest.mark.parametrize("subject", [subject for subject in subjects() if subject not in BY_DATA])
+@pytest.mark.parametrize(
+    "subject", [subject for subject in subjects() if subject not in (*BY_DATA, "layers/pipeline")]
+)
 def test_every_rank_sends_what_the_formula_says(subject: str, ranks: int) -> None:
     record = record_walkthrough(subject, ranks=ranks)
     for phase, formula in zip(Phase, formula_bytes(record), strict=True):
@@ -398,6 +401,61 @@ def test_on_a_ring_all_ranks_have_the_same_work_and_keys_go_all_the_way_round(ra
             assert ways == {(rank, (rank + 1) % ranks) for rank in range(ranks)}
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_a_pipeline_gives_the_product_of_its_layers_and_sends_to_neighbours_alone(ranks: int) -> None:
+    record = record_walkthrough("layers/pipeline", ranks=ranks)
+    scale = whole(per_rank(record, StepKind.CUT, FORWARD, Content.PARAMETER))
+    result = record.step(StepKind.RESULT, FORWARD)
+    x = np.arange(1, 2 * ranks + 1)[:, None].astype(np.float64)
+    assert np.array_equal(values(matrix_of(result, ranks - 1, Content.OUTPUT)), x * scale.prod(0))
+    given = np.arange(1, 2 * ranks + 1)[:, None].astype(np.float64)
+    others = scale.prod(0) / scale
+    gradients = whole(per_rank(record, StepKind.GRADIENT, BACKWARD, Content.GRADIENT))
+    assert np.allclose(gradients, (given * x).sum() * others)
+    assert record.agrees
+    forward, backward = formula_bytes(record)
+    assert [record.sent_bytes(rank, FORWARD) for rank in range(ranks)] == [forward.bytes] * (ranks - 1) + [0]
+    assert [record.sent_bytes(rank, BACKWARD) for rank in range(ranks)] == [0] + [backward.bytes] * (
+        ranks - 1
+    )
+    for step in record.steps:
+        if step.exchange is not None:
+            assert {abs(each.source - each.destination) for each in step.exchange.transfers} == {1}
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_a_stage_runs_nothing_before_what_it_needs_and_the_bubble_is_the_schedules(ranks: int) -> None:
+    record = record_walkthrough("layers/pipeline", ranks=ranks)
+    lanes = [values(matrix) for matrix in per_rank(record, StepKind.ROUTE, FORWARD, Content.LANES)]
+    assert {lane.shape for lane in lanes} == {(2, 2 * (2 * ranks - 1))}
+    slot = {
+        (stage, way, int(lane[way, at])): at
+        for stage, lane in enumerate(lanes)
+        for way in (0, 1)
+        for at in np.flatnonzero(np.isfinite(lane[way]))
+    }
+    assert len(slot) == 2 * ranks * ranks
+    for stage in range(ranks):
+        for number in range(ranks):
+            if stage:
+                assert slot[stage - 1, 0, number] < slot[stage, 0, number]
+                assert slot[stage, 1, number] < slot[stage - 1, 1, number]
+        # no two at once, and never more micro-batches kept than stages behind it
+        assert not np.isfinite(lanes[stage]).all(0).any()
+        kept = np.cumsum(np.isfinite(lanes[stage][0])) - np.cumsum(np.isfinite(lanes[stage][1]))
+        assert kept.max() == ranks - stage
+
+
+def test_a_stage_that_runs_its_layer_twice_disagrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Stage.run
+
+    def twice(stage: Stage, model: nn.Module, part: int, ids: Tensor, received: Tensor | None) -> Tensor:
+        return 2 * run(stage, model, part, ids, received)
+
+    monkeypatch.setattr(Stage, "run", twice)
+    assert not record_walkthrough("layers/pipeline").agrees
+
+
 def test_a_ring_whose_gradients_do_not_come_home_disagrees(monkeypatch: pytest.MonkeyPatch) -> None:
     def stays(x: Tensor, axis: Axis, origin: Origin) -> collectives.Shift:
         shift = collectives.begin_shift(x, axis, origin)
@@ -428,7 +486,7 @@ def test_an_unknown_subject_is_refused_with_what_there_is() -> None:
         'walk-through "embedding/rowise" is unknown. Did you mean "embedding/rowwise"? Allowed: '
         "embedding/rowwise, embedding/colwise, embedding/routed, embedding/routed-interleaved, "
         "embedding/replicated, linear/colwise, linear/rowwise, norm/sequence_parallel, loss/vocab_parallel, "
-        "experts/experts, attention/ring."
+        "experts/experts, attention/ring, layers/pipeline."
     )
 
 

@@ -40,7 +40,7 @@ class StepKind(StrEnum):
 
 class Content(StrEnum):
     """What a matrix is. SENT: a block for `peer`. RECEIVED: a block from `peer`. MEETS: when a token meets
-    another's. MADE: what a rank works out for other ranks."""
+    another's. LANES: what a rank works on, slot by slot. MADE: what a rank works out for other ranks."""
 
     PARAMETER = "parameter"
     INPUT = "input"
@@ -49,6 +49,7 @@ class Content(StrEnum):
     ROUTE = "route"
     EXPAND = "expand"
     MEETS = "meets"
+    LANES = "lanes"
     MADE = "made"
     SENT = "sent"
     RECEIVED = "received"

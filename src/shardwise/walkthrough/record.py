@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from shardwise.core.errors import OptionError
 from shardwise.core.walkthrough import Held, Sizes, Walkthrough
-from shardwise.walkthrough import attention, experts
+from shardwise.walkthrough import attention, experts, pipeline
 from shardwise.walkthrough.run import Run, run_rank, run_whole
 from shardwise.walkthrough.scene import Recorded
 from shardwise.walkthrough.steps import Steps
@@ -17,6 +17,7 @@ RANKS = (2, 3, 4)
 SCENES: Mapping[str, Callable[[Subject, int], Recorded]] = {
     "experts": experts.record,
     "attention": attention.record,
+    "layers": pipeline.record,
 }
 
 

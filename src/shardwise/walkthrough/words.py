@@ -136,7 +136,8 @@ def told_alike(one: Step, other: Step) -> bool:
 def _wire(exchange: Exchange, phase: Phase) -> str:
     name = collective_name(exchange.collective)
     # a backward's collective carries the placements of the forward that it undoes
-    return f"{name}, {exchange.before} → {exchange.after}" if phase is Phase.FORWARD else name
+    is_change = phase is Phase.FORWARD and exchange.before != exchange.after
+    return f"{name}, {exchange.before} → {exchange.after}" if is_change else name
 
 
 def _agreement(difference: Difference) -> str:
@@ -210,6 +211,11 @@ _CAPTIONS: dict[str, dict[Content, str]] = {
         Content.MADE: "what its experts make of them",
         Content.GRADIENT: "gradient of its experts",
     },
+    "layers": {
+        Content.PARAMETER: "its layer",
+        Content.LANES: "the micro-batch in each slot",
+        Content.GRADIENT: "gradient of its layer",
+    },
     "attention": {
         Content.INPUT: "its tokens",
         Content.MEETS: "meets the keys of token ... in turn",
@@ -231,7 +237,7 @@ _COLUMN_LABELS = {
     Content.RECEIVED: ("log-sum", "label's logit"),
     Content.STATISTICS: ("log-sum", "loss"),
 }
-_ITEMS = {"embedding": "id", "linear": "output", "loss": "label", "experts": "expert"}
+_ITEMS = {"embedding": "id", "linear": "output", "loss": "label", "experts": "expert", "layers": "layer"}
 # a token's numbers, where they have names
 _NAMED_COLUMNS = {"attention": {2: ("key", "value"), 1: ("mean",)}}
 
@@ -258,6 +264,8 @@ def _caption(kind: str, step: Step, panel: Panel, matrix: Matrix) -> str:
 
 
 def _row_label(kind: str, matrix: Matrix, row: Row) -> str:
+    if matrix.content is Content.LANES:
+        return list(Phase)[row.item or 0]
     item = "" if row.item is None else f"{_ITEMS[kind]} {row.item}"
     if row.token is None:
         return item
