@@ -43,19 +43,34 @@ class Case(msgspec.Struct, frozen=True):
     model: str = MODEL
     schedule: str | None = None
     chunks: int = 1
+    accumulation: int = 1
+    reduce_once: bool = False
+    reshard: bool = True
 
     @property
     def name(self) -> str:
-        on_other = "" if self.mesh == "tp=2" else f", {self.mesh} by {self.attention}"
+        fsdp = {
+            f", {self.accumulation} micro-batches": self.accumulation > 1,
+            ", reduced once": self.reduce_once,
+            ", kept after the forward": not self.reshard,
+        }
+        return self._name + "".join(text for text, holds in fsdp.items() if holds)
+
+    @property
+    def _name(self) -> str:
+        on_other = "" if self.mesh == "tp=2" else f", {self.mesh}"
+        if Mesh.parse(self.mesh).context > 1:
+            on_other += f" by {self.attention}"
         if self.stages > 1:
             on_other = f", {self.mesh}, {self.schedule or '1f1b'} of {self.chunks}"
         return f"{self.plan}, recompute {self.recompute}, {self.batch} x {self.seq}{on_other}"
 
     @property
     def made(self) -> AnyPlan:
-        if self.stages > 1:
+        if self.plan == TheirPlan.UNSHARDED:
             return TheirPlan.UNSHARDED
-        return builtin_plan(self.plan, context_attention=ContextAttention(self.attention))
+        family = get_spec(self.model).family
+        return builtin_plan(self.plan, family=family, context_attention=ContextAttention(self.attention))
 
     @property
     def stages(self) -> int:
@@ -63,10 +78,11 @@ class Case(msgspec.Struct, frozen=True):
 
     @property
     def settings(self) -> StepSettings:
-        accumulation = 1 if self.stages == 1 else self.batch
+        accumulation = self.accumulation if self.stages == 1 else self.batch
         return StepSettings(
             self.batch, self.seq, recompute=self.recompute, accumulation=accumulation,
-            schedule=self.schedule, chunks=self.chunks,
+            schedule=self.schedule, chunks=self.chunks, reduce_once=self.reduce_once,
+            reshard_after_forward=self.reshard,
         )  # fmt: skip
 
     def ids(self) -> torch.Tensor:
@@ -97,6 +113,16 @@ CASES += (
     Case("unsharded", mesh="pp=2", model=DEEPER, batch=6),
     Case("unsharded", mesh="pp=2", model=DEEPER, chunks=2, recompute="full"),
     Case("unsharded", mesh="pp=2", model=f"{DEEPER},tied=true", schedule="gpipe", is_telling=False),
+)
+
+
+MIXTURE = "moe-debug?n_layers=2,vocab_size=8000"
+CASES += (
+    Case("unsharded", mesh="fsdp=2", accumulation=2, reduce_once=True),
+    Case("unsharded", mesh="fsdp=2", is_telling=False),
+    Case("unsharded", mesh="fsdp=2", reshard=False, is_telling=False),
+    Case("unsharded", mesh="dp=2", is_telling=False),
+    Case("rowwise", mesh="ep=2", model=MIXTURE, is_telling=False),
 )
 
 
@@ -141,10 +167,11 @@ def _weigh(case: Case, mesh: DeviceMesh, context: RankContext) -> Weighed:
             dtype=torch.float32,
             device=context.device,
             seed=0,
+            reshard=case.reshard,
             recompute=case.recompute,
             pipeline=case.settings.pipeline(Mesh.parse(case.mesh)),
         )
-        step = TrainStep(model, mesh=mesh)
+        step = TrainStep(model, mesh=mesh, reduce_once=case.reduce_once)
         step(batch)
         step.optimizer.zero_grad(set_to_none=True)
         with record_function(_SECOND_STEP), _PatientWaits():

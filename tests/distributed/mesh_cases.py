@@ -22,7 +22,7 @@ IGNORED = -100
 MODELS: dict[str, LlamaConfig | GPTConfig] = {
     "llama": LlamaConfig(VOCAB, 32, 2, 8, 8, 48),
     "llama tied": LlamaConfig(VOCAB, 32, 2, 8, 8, 48, tied=True),
-    "gpt": GPTConfig(VOCAB, 32, 2, 8, 64, SEQ),
+    "gpt": GPTConfig(VOCAB, 32, 2, 8, 64, 2 * SEQ),
     "moe": MoEConfig(VOCAB, 32, 2, 8, 8, 16, n_experts=8, top_k=2, qk_norm=True, aux_loss=0.1),
 }
 
