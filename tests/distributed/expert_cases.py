@@ -53,6 +53,14 @@ class Case:
         return bool(self.fault) or self.local_means
 
     @property
+    def has_checkpoint(self) -> bool:
+        """Whether it is one of those whose checkpoints are looked at: of each way to hold experts one."""
+        return self.name in {
+            "over ep", "over tp", "over ep and inside over tp", "over ep, whole over tp",
+            "over ep under FSDP", "mixtral, as made for both axes",
+        }  # fmt: skip
+
+    @property
     def close(self) -> float:
         """How far it may be off, relative: transformers' models take some things in float32."""
         return 1e-4 if self.model else 1e-10

@@ -8,14 +8,16 @@ from unittest.mock import patch
 
 import msgspec
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from shardwise.core.mesh import Mesh
 from shardwise.launch import RankContext
 from shardwise.step import balance
 from shardwise.step.build import build_model, device_mesh
 from shardwise.step.portion import Portion
+from shardwise.torch_private import local_part
 from shardwise.verify.expected import Unsharded, unsharded
 from shardwise.verify.proof import prove
 from tests.distributed.expert_cases import CASES, Case, batches
@@ -61,6 +63,34 @@ def run(context: RankContext, payload: bytes) -> bytes:
             with _local_means() if with_fault and case.local_means else nullcontext():
                 found[f"{case.name}|{with_fault}"] = _proved(case, with_fault)
     return msgspec.json.encode(found)
+
+
+def checkpoints(context: RankContext, payload: bytes) -> bytes:
+    """Per case of so many ranks, by its name: parameters of which state_dict() gives something else than the
+    whole, or load_state_dict() takes something else from it."""
+    found = {}
+    for case in CASES:
+        if Mesh.parse(case.mesh).world_size != context.world_size or not case.has_checkpoint:
+            continue
+        context.note(case.name)
+        mesh = device_mesh(Mesh.parse(case.mesh), "cpu")
+        whole = built(case, None).state_dict()
+        model, other = built(case, mesh), built(case, mesh)
+        state = model.state_dict()
+        wrong = [name for name, value in state.items() if not torch.equal(_whole(value), whole[name])]
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        other.load_state_dict(whole)
+        for name, parameter in other.named_parameters():
+            if not torch.equal(local_part(parameter), local_part(model.get_parameter(name))):
+                wrong.append(f"{name}, loaded")
+        found[case.name] = wrong + sorted(whole.keys() ^ state.keys())
+    return msgspec.json.encode(found)
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 @contextmanager

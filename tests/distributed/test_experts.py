@@ -35,3 +35,18 @@ def test_experts_train_as_on_one_process(case: Case) -> None:
 def test_a_fault_in_a_plan_for_experts_is_found(case: Case) -> None:
     found = proved(case, with_fault=True)[0].findings
     assert any(case.found_in in finding.partition(":")[0] for finding in found), found
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_checkpoint_of_experts_is_of_whole_tensors_on_any_mesh(world_size: int) -> None:
+    results = run_ranks(
+        "tests.distributed.expert_workers:checkpoints",
+        b"",
+        world_size=world_size,
+        device_type="cpu",
+        timeout_s=300,
+    )
+    for result in results:
+        found = msgspec.json.decode(result, type=dict[str, list[str]])
+        assert found
+        assert not any(found.values()), found
