@@ -10,14 +10,19 @@ from torch import nn
 
 from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveKind
-from shardwise.core.errors import PlanError
+from shardwise.core.errors import ModelError, PlanError
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import Family, Plan, Rule, Style
 from shardwise.models.moe import MoE, MoEConfig
 from shardwise.models.specs import ModelSpec
+from shardwise.parallel.apply import parallelize
 from shardwise.parallel.builtin import builtin_plan
+from shardwise.parallel.context.fit import attending
 from shardwise.parallel.experts import combined, number_of_experts, takes_tokens_of_experts
+from shardwise.parallel.need import state_bytes
 from shardwise.parallel.resolve import resolve
+from shardwise.torch_private import local_part
+from shardwise.trace.fakes import fake_world
 from shardwise.trace.trace import trace
 
 CONFIG = MoEConfig(61, 32, 2, 4, 4, 16, n_experts=6, top_k=2)
@@ -124,3 +129,29 @@ def test_a_trace_has_balanced_exchanges_and_says_what_the_router_could_need(accu
         h.name: h.local_shape for h in program.holdings if h.name.startswith("layers.0.feed_forward.experts")
     }
     assert experts["layers.0.feed_forward.experts.w1"] == (3, 16, 32)
+
+
+def test_a_router_that_drops_by_whole_sequences_wants_them_whole() -> None:
+    model = MoE(replace(CONFIG, capacity=1.0))
+    message = (
+        f'plan "rowwise": rule "{NAME}" (experts): layers.0.feed_forward.experts gets the tokens of a '
+        "rank's part of the sequence, and layers.0.feed_forward.router drops some of whole sequences. Switch "
+        "that off (capacity=0), or cut experts inside."
+    )
+    over_tp = plan(style="experts", axis="tp")
+    with pytest.raises(PlanError, match=f"^{re.escape(message)}$"):
+        resolve(model, over_tp, tp=2)
+    resolve(MoE(CONFIG), over_tp, tp=2)
+    resolve(model, plan(), tp=2, experts=2)
+    with pytest.raises(ModelError, match="needs the whole sequence"):
+        attending(model, 2, 8)
+    attending(MoE(CONFIG), 2, 8)
+
+
+@pytest.mark.parametrize("mesh", ["tp=1", "ep=3", "ep=3,tp=2", "tp=2"])
+def test_the_memory_that_a_plan_needs_is_that_of_a_ranks_experts(mesh: str) -> None:
+    axes = Mesh.parse(mesh)
+    with fake_world(axes, rank=0, device="cpu") as device_mesh:
+        model = parallelize(SPEC.build(), plan(), device_mesh)
+        held = sum(local_part(parameter).numel() for parameter in model.parameters())
+    assert state_bytes(SPEC.build(), plan(), axes, torch.float32) == pytest.approx(4 * 4 * held, rel=0.01)

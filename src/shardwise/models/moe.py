@@ -91,6 +91,7 @@ class Router(nn.Module):
         super().__init__()
         self.top_k = config.top_k
         self.capacity = config.capacity
+        self.needs_whole_sequences = config.capacity > 0
         self.gate = nn.Linear(config.hidden, config.n_experts, bias=False)
         self.balance = LoadBalance(config.aux_loss) if config.aux_loss else None
 

@@ -29,11 +29,17 @@ def state_bytes(model: nn.Module, plan: AnyPlan, mesh: Mesh, dtype: torch.dtype)
         return int(4 * whole / parts * dtype.itemsize)
     sharded: dict[str, float] = {}
     named = dict(model.named_parameters(remove_duplicate=False))
-    for name, claim in claims(resolve(model, plan, tp=mesh.tp, fsdp=mesh.fsdp)).items():
-        placement = claim.held.kept_on(mesh.tp)
-        if isinstance(placement, Shard) and name in named:
+    assignments = resolve(model, plan, tp=mesh.tp, fsdp=mesh.fsdp, experts=mesh.experts)
+    for name, claim in claims(assignments).items():
+        if name not in named:
+            continue
+        placement, held = claim.held.kept_on(mesh.tp), float(named[name].numel())
+        if isinstance(placement, Shard):
             size = named[name].shape[placement.dim]
-            sharded[name] = named[name].numel() * chunk_sizes(size, mesh.tp)[0] / size
+            held *= chunk_sizes(size, mesh.tp)[0] / size
+        if claim.assignment.sharder.is_shared_out(claim.assignment.style):
+            held /= mesh.experts
+        sharded[name] = held
     parameters = (
         sum(sharded.get(name, parameter.numel()) for name, parameter in model.named_parameters()) / mesh.fsdp
     )

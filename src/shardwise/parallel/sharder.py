@@ -176,6 +176,10 @@ class Sharder:
         need another rule."""
         return {}
 
+    def is_shared_out(self, style: Style) -> bool:
+        """Whether each rank of the axis for experts has its chunk of the first dim of what it owns."""
+        return False
+
     def input_of(self, style: Style) -> Placement:
         return style.input or self.inputs[0]
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from shardwise.core.errors import PlanError
 from shardwise.core.held import Held
 from shardwise.core.placement import Replicate, Shard
-from shardwise.core.plan import ExpertsAxis
+from shardwise.core.plan import ExpertsAxis, Style
 from shardwise.parallel import collectives
 from shardwise.parallel.axis import Axis, Site
 from shardwise.parallel.counts import divide_counts, set_count
@@ -48,6 +48,9 @@ from shardwise.torch_private import parameters_of
 
 class ByExpert(HoldingContainer):
     outputs = (Replicate(),)
+
+    def is_shared_out(self, style: Style) -> bool:
+        return style.axis is ExpertsAxis.EXPERTS
 
     def held(self, assignment: Assignment) -> dict[str, Held]:
         style = assignment.style
@@ -79,11 +82,27 @@ class ByExpert(HoldingContainer):
                 f"{where} shares out {experts} experts over {assignment.style.axis}={size}. Use "
                 f"{assignment.style.axis} in {divisors(experts)}."
             )
+        self._check_sequences(assignment, fit)
         if assignment.style.axis is ExpertsAxis.TENSORS and assignment.style.parameters:
             raise PlanError(
                 f"{where} shares experts out over tp, which can't cut them inside too. Leave out parameters, "
                 'or use axis = "ep".'
             )
+
+    def _check_sequences(self, assignment: Assignment, fit: Fit) -> None:
+        """Raises PlanError where tokens are of a rank's part of the sequence, and a router beside looks at
+        all."""
+        style = assignment.style
+        is_a_part = style.gradient is not None or (style.axis is ExpertsAxis.TENSORS and style.output is None)
+        around = assignment.name.rpartition(".")[0]
+        for name, module in fit.modules.items():
+            is_beside = name.startswith(f"{around}.") and getattr(module, "needs_whole_sequences", False)
+            if is_beside and is_a_part and fit.tp > 1:
+                raise PlanError(
+                    f"rule {assignment.rule}: {assignment.shown} gets the tokens of a rank's part of the "
+                    f"sequence, and {name} drops some of whole sequences. Switch that off (capacity=0), or "
+                    "cut experts inside."
+                )
 
     def check_below_gather_input(self, assignment: Assignment) -> None:
         style = assignment.style
