@@ -141,6 +141,7 @@ class _Examination:
         try:
             model = self._trainable(model, source)
             proof, differences = prove(model, expected, make, self._portion())
+            proof = replace(proof, dtype=self._computed_in(proof.dtype))
         except LogitsError as error:
             return replace(known, findings=(*ungathered(str(error)), *findings), note=str(error))
         except RuntimeError as error:
@@ -172,6 +173,11 @@ class _Examination:
             reshard=settings.reshard_after_forward,
             recompute=settings.recompute,
         )
+
+    def _computed_in(self, dtype: str) -> str:
+        """dtype: of the parameters."""
+        computed = self._job.settings.param_dtype
+        return dtype if computed in (None, dtype) else f"{computed}, kept in {dtype}"
 
     def _portion(self) -> Portion:
         settings = self._job.settings

@@ -79,11 +79,11 @@ def facts(each: Verification) -> list[tuple[str, str]]:
     """What was compared and how exactly: names and values."""
     told = [
         ("model", f"{each.model}{f', {each.twin}' if each.twin else ''}"),
-        ("plan", f"{each.plan} on tp={each.tp}"),
+        ("plan", f"{each.plan} on tp={each.tp}" if each.tp > 1 else each.plan),
     ]
     if each.parameters is not None:
         told.append(("parameters", f"{each.parameters:,}"))
-    if each.sharded is not None:
+    if each.sharded is not None and each.tp > 1:
         told.append(
             (
                 "sharded",
