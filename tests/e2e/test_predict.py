@@ -247,7 +247,7 @@ REFUSED = [
     (("--devices", "8"), "--devices: it is a sweep's. Add --sweep, or leave it out."),
     (
         ("--sweep", "--mesh", "tp=2"),
-        "--mesh tp=2: a sweep goes over all axes but cp. Give cp alone, or leave it out.",
+        "--mesh tp=2: a sweep goes over all axes but cp and ep. Give these alone, or none.",
     ),
     (
         ("--sweep", "--micro-batches", "1,0"),

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from shardwise.core.case import Case, StepSettings
 from shardwise.core.errors import OptionError, RunError
+from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import MemoryForecast, Setup, Term
 from shardwise.core.sweep import Refusal, Sweep, SweepPoint
 from shardwise.files.document import read_document, write_document
@@ -59,12 +60,15 @@ def test_meshes_use_every_device_and_keep_tp_inside_a_node() -> None:
         assert all(mesh.world_size == devices for mesh in found)
         assert all(8 % mesh.tp == 0 for mesh in found)
         assert len(set(found)) == len(found)
-    shared = meshes(16, 8, context=2)
-    assert {shares_programs(mesh)[0] for mesh in shared} == {("fsdp",), ("dp",)}
-    assert {(mesh.context, mesh.world_size) for mesh in shared} == {(2, 16)}
+    shared = meshes(32, 8, Mesh.parse("cp=2,ep=2"))
+    kinds = {shares_programs(mesh)[0] for mesh in shared}
+    assert kinds == {("fsdp", "ep"), ("dp", "ep"), ("dp", "fsdp", "ep")}
+    assert {(mesh.context, mesh.size("ep"), mesh.world_size) for mesh in shared} == {(2, 2, 32)}
     assert {mesh.axes for mesh in meshes(8, 8) if mesh.stages == 1} == {
         (("fsdp", 8), ("tp", 1)), (("dp", 8), ("tp", 1)), (("fsdp", 4), ("tp", 2)), (("dp", 4), ("tp", 2)),
         (("fsdp", 2), ("tp", 4)), (("dp", 2), ("tp", 4)), (("tp", 8),),
+        (("dp", 2), ("fsdp", 2), ("tp", 2)), (("dp", 2), ("fsdp", 4), ("tp", 1)),
+        (("dp", 4), ("fsdp", 2), ("tp", 1)),
     }  # fmt: skip
 
 
@@ -72,7 +76,7 @@ def test_a_sweep_in_mixed_precision_leaves_out_meshes_without_fsdp() -> None:
     case = Case.of(model="m", mesh="tp=1", plans="p", seq=8, param_dtype="bfloat16", reduce_dtype="float32")
     task = SweepTask(case, (1, 2), meshes(4, 8), Setup(), load_machine("h100-sxm-80gb"))
     wanted, refused = _wanted(task)
-    assert {shares_programs(mesh)[0] for mesh, _, _ in wanted} == {("fsdp",)}
+    assert {shares_programs(mesh)[0] for mesh, _, _ in wanted} == {("fsdp",), ("dp", "fsdp")}
     ((reason, count),) = refused.items()
     assert "the mesh has no fsdp axis" in reason
     assert count + len(wanted) == 2 * len(task.meshes)

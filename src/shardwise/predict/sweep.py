@@ -1,35 +1,42 @@
 """What a sweep goes over, and the order of what came out."""
 
 from collections.abc import Iterable
+from math import prod
 
 from shardwise.core.mesh import AXES, Mesh, Role
 from shardwise.core.sweep import SweepPoint
 
-DATA_ROLES = (Role.SHARDS_PARAMETERS, Role.REPLICATES)
+GIVEN = (Role.CUTS_SEQUENCE, Role.CUTS_EXPERTS)
+"""Axes that a sweep takes as they are given."""
 
 
-def meshes(devices: int, devices_per_node: int, context: int = 1) -> tuple[Mesh, ...]:
-    """All pp x fsdp or dp x tp of `devices`: tp inside a node and dividing it, the rest any divisors.
-    context: ranks that share a sequence, which reduce gradients with the data-parallel ones; devices are a
-    multiple of it."""
-    every = []
-    for tp in _divisors(devices // context):
+def meshes(devices: int, devices_per_node: int, given: Mesh | None = None) -> tuple[Mesh, ...]:
+    """All pp x dp x fsdp x tp of `devices`: tp inside a node and dividing it, the rest any divisors. given:
+    the sizes of axes cp and ep, whose product divides the devices."""
+    kept = {role: given.size_of(role) for role in GIVEN if given is not None and given.size_of(role) > 1}
+    left, every = devices // prod(kept.values()), []
+    for tp in _divisors(left):
         if tp > devices_per_node or devices_per_node % tp:
             continue
-        for stages in _divisors(devices // context // tp):
-            data = devices // context // tp // stages
-            needed = {Role.CUTS_DEPTH: stages, Role.CUTS_SEQUENCE: context}
-            sizes = {role: size for role, size in needed.items() if size > 1} | {Role.CUTS_TENSORS: tp}
-            every += [
-                Mesh.of(sizes | ({} if role is None else {role: data}))
-                for role in (DATA_ROLES if data * context > 1 else (None,))
-            ]
+        for stages in _divisors(left // tp):
+            sizes = kept | {Role.CUTS_TENSORS: tp} | ({Role.CUTS_DEPTH: stages} if stages > 1 else {})
+            every += [Mesh.of(sizes | data) for data in _data_axes(left // tp // stages, bool(kept))]
     return tuple(every)
 
 
+def _data_axes(ranks: int, joins: bool) -> list[dict[Role, int]]:
+    """All ways to have so many data-parallel ranks. joins: whether others reduce with them, so that one rank
+    is worth an axis."""
+    shards, replicas = Role.SHARDS_PARAMETERS, Role.REPLICATES
+    if ranks == 1:
+        return [{shards: 1}, {replicas: 1}] if joins else [{}]
+    both = [{replicas: ranks // each, shards: each} for each in _divisors(ranks) if 1 < each < ranks]
+    return [{shards: ranks}, {replicas: ranks}, *both]
+
+
 def shares_programs(mesh: Mesh) -> tuple[tuple[str, ...], int]:
-    """What meshes have in common that share their Programs: they differ in stages and in the size of the data
-    axis."""
+    """What meshes have in common that share their Programs: they differ in stages and in the sizes of the
+    data axes."""
     data = tuple(axis.name for axis in AXES if axis.splits_batch and axis.name in dict(mesh.axes))
     return data, mesh.tp
 

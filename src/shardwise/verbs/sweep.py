@@ -4,6 +4,7 @@ others derived."""
 import os
 from collections import Counter
 from dataclasses import dataclass, replace
+from math import prod
 
 from shardwise.core.case import Case
 from shardwise.core.errors import InputError, OptionError
@@ -17,7 +18,7 @@ from shardwise.predict.check import check_devices, check_setup
 from shardwise.predict.contrast import facts_of
 from shardwise.predict.family import LONG, SHORT, Family, NotAFamilyError
 from shardwise.predict.predict import predict
-from shardwise.predict.sweep import best_first, meshes, shares_programs
+from shardwise.predict.sweep import GIVEN, best_first, meshes, shares_programs
 from shardwise.verbs.checks import check_seq, default_plan
 from shardwise.verbs.predict import MACHINE, SEQ, PredictOptions
 from shardwise.verbs.programs import micro_batch, trace_program
@@ -69,7 +70,7 @@ def sweep(
     *,
     workers: int | None = None,
 ) -> Sweep:
-    """The case's plans over all meshes. Of the case's own mesh only context ranks count; without a batch each
+    """The case's plans over all meshes. Of the case's own mesh axes cp and ep are kept; without a batch each
     point has the case's accumulation. run: what predict assumes. Raises InputErrors of the model or a plan
     that hold for every mesh, OptionError, RunError."""
     from shardwise.models.source import find_model
@@ -77,16 +78,16 @@ def sweep(
 
     options, machine = options or SweepOptions(), load_machine(case.machine or MACHINE)
     check_carried(case.mesh, "predict", PREDICTED)
-    context = case.mesh.context
-    setup = (run or PredictOptions()).setup(case.mesh if context > 1 else None, case.step)
-    if case.mesh.world_size > context:
+    kept = prod(case.mesh.size_of(role) for role in GIVEN)
+    setup = (run or PredictOptions()).setup(case.mesh if kept > 1 else None, case.step)
+    if case.mesh.world_size > kept:
         raise OptionError(
-            f"--mesh {case.mesh}: a sweep goes over all axes but cp. Give cp alone, or leave it out."
+            f"--mesh {case.mesh}: a sweep goes over all axes but cp and ep. Give these alone, or none."
         )
     settings = replace(case.step, seq=case.step.seq or SEQ)
     micro_batch(settings, case.mesh)
     devices = options.devices or machine.devices_per_node
-    found = _meshes(devices, machine, context)
+    found = _meshes(devices, machine, case.mesh)
     source = find_model(case.model)
     check_seq(settings.seq, source)
     case = replace(case, step=settings, plans=case.plans or (default_plan(source),))
@@ -123,15 +124,18 @@ def sweep(
     )
 
 
-def _meshes(devices: int, machine: Machine, context: int) -> list[tuple[Mesh, ...]]:
+def _meshes(devices: int, machine: Machine, given: Mesh) -> list[tuple[Mesh, ...]]:
     """All meshes on so many devices, those together that share their Programs."""
     if not 1 <= devices <= MOST_DEVICES:
         raise OptionError(f"--devices {devices}: use 1 to {MOST_DEVICES:,}.")
     check_devices(machine, Mesh.of({Role.CUTS_TENSORS: devices}))
-    if devices % context:
-        raise OptionError(f"--devices {devices} can't be cut into cp={context}. Use a multiple of it.")
+    kept = prod(given.size_of(role) for role in GIVEN)
+    if devices % kept:
+        raise OptionError(
+            f"--devices {devices} can't be cut into the {kept} of --mesh {given}. Use a multiple of it."
+        )
     kinds: dict[object, list[Mesh]] = {}
-    for mesh in meshes(devices, machine.devices_per_node, context):
+    for mesh in meshes(devices, machine.devices_per_node, given):
         kinds.setdefault(shares_programs(mesh), []).append(mesh)
     return [tuple(alike) for alike in kinds.values()]
 
