@@ -14,6 +14,7 @@ from shardwise.core.mesh import Mesh
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.core.plan import Plan, Rule, Style, StyleName
 from shardwise.core.program import Collective, MemoryKind, Phase, Program
+from shardwise.core.rule import ModuleKind
 from shardwise.explain.contrast import contrast
 from shardwise.explain.explain import explain
 from shardwise.explain.reasons import carries_out, reason_of
@@ -216,6 +217,19 @@ def test_sums_and_gathers_are_told_by_their_placements() -> None:
         collective(Partial(), Shard(1), CollectiveKind.REDUCE_SCATTER)
     )
     assert "needs whole sequences" in reason_of(collective(Shard(1), Replicate(), CollectiveKind.ALL_GATHER))
+
+
+def test_what_slices_of_experts_give_is_told_as_that() -> None:
+    each = replace(
+        collective(Partial(), Replicate(), CollectiveKind.ALL_REDUCE, "mlp.mixture"),
+        module_kind=ModuleKind.EXPERTS,
+    )
+    assert reason_of(each) == (
+        "Each rank has a slice of every expert, and multiplied each token by those of the experts that the "
+        "router chose for it: the products are summands."
+    )
+    backward = replace(each, call=replace(each.call, phase="backward"))
+    assert "how much each of its experts counts for a token" in reason_of(backward)
 
 
 def test_a_contrast_names_what_only_one_plan_has() -> None:

@@ -31,6 +31,13 @@ class OwnNorm(nn.Module):
         self.weight = nn.Parameter(nn.init.ones_(nn.Linear(1, 8).weight.flatten()))
 
 
+class Some(nn.Module):
+    """Called as transformers calls its experts."""
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return hidden
+
+
 class Net(nn.Module):
     """Its table is called lookup, and its linear layer embedder."""
 
@@ -89,6 +96,7 @@ def test_a_table_is_told_as_a_table_whatever_it_is_called(factory: str, plan: An
         (Words(4, 2), ModuleKind.EMBEDDING),
         (nn.Linear(2, 2), ModuleKind.LINEAR),
         (nn.RMSNorm(2), ModuleKind.NORM),
+        (Some(), ModuleKind.EXPERTS),
         (nn.LayerNorm(2), ModuleKind.NORM),
         (OwnNorm(), ModuleKind.NORM),
         (Net(), ModuleKind.CONTAINER),

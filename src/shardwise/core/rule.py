@@ -12,6 +12,7 @@ class ModuleKind(StrEnum):
     EMBEDDING = "embedding"  # looks rows up by ids
     LINEAR = "linear"
     NORM = "norm"  # scales what it takes: all that it owns are vectors
+    EXPERTS = "experts"  # gives each token what the experts that were chosen for it make of it
     CONTAINER = "container"  # owns nothing, and holds modules
     OTHER = "other"
 

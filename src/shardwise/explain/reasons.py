@@ -8,6 +8,7 @@ from shardwise.core.collective import TIMED, CollectiveKind, collective_name, is
 from shardwise.core.mesh import Role, axes_in, role_of, sees_other_tokens
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.core.program import REPLICATED_PARAMETERS, Collective, Op, Phase
+from shardwise.core.rule import ModuleKind
 
 _DATA_PARALLEL = "Data-parallel ranks add up what each found for its part of the batch."
 _FSDP = {
@@ -85,7 +86,7 @@ def reason_of(collective: Collective) -> str:
         return _OF_PHASE[phase]
     if collective.module == REPLICATED_PARAMETERS:
         return _REPLICATED
-    return collective.reason or _by_placement(collective)
+    return collective.reason or _of_experts(collective) or _by_placement(collective)
 
 
 def _of_shared_sequences(collective: Collective) -> str | None:
@@ -131,6 +132,22 @@ def _counts_labels(collective: Collective) -> bool:
     call, is_early = collective.call, collective.phase in (Phase.FORWARD, Phase.LOSS)
     sees_others = all(map(sees_other_tokens, axes_in(call.axis)))
     return call.kind is CollectiveKind.ALL_REDUCE and is_early and sees_others and not collective.module
+
+
+def _of_experts(collective: Collective) -> str | None:
+    """Of a module of experts whose weights are cut inside."""
+    if collective.module_kind is not ModuleKind.EXPERTS or not isinstance(collective.before, Partial):
+        return None
+    kept = "; each rank keeps its part of the sequence" if isinstance(collective.after, Shard) else ""
+    if collective.phase is Phase.BACKWARD:
+        return (
+            "Each rank found a part of the gradient of what its slices of the experts took in (tokens, or "
+            f"how much each of its experts counts for a token): the parts are summed{kept}."
+        )
+    return (
+        "Each rank has a slice of every expert, and multiplied each token by those of the experts that the "
+        f"router chose for it: the products are summands{kept}."
+    )
 
 
 def _by_placement(collective: Collective) -> str:

@@ -3,6 +3,7 @@
 from torch import nn
 
 from shardwise.core.rule import ModuleKind
+from shardwise.parallel.experts import takes_tokens_of_experts
 from shardwise.parallel.resolve import head_of
 
 
@@ -13,6 +14,8 @@ def kind_of(module: nn.Module) -> ModuleKind:
             return ModuleKind.EMBEDDING
         case nn.Linear():
             return ModuleKind.LINEAR
+    if takes_tokens_of_experts(module):
+        return ModuleKind.EXPERTS
     own, holds_modules = list(module.parameters(recurse=False)), any(True for _ in module.children())
     if own and not holds_modules and all(parameter.dim() == 1 for parameter in own):
         return ModuleKind.NORM

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
-from shardwise.core.grouped import BALANCED, GROUPED
+from shardwise.core.grouped import BALANCED
 from shardwise.core.mesh import Mesh
 from shardwise.core.pipeline import Span
 from shardwise.core.plan import AnyPlan
-from shardwise.core.program import Block, MemoryKind, Op, Program, RuleUse
+from shardwise.core.program import Block, MemoryKind, Program, RuleUse
 from shardwise.models.layers import Layers, find_layers
 from shardwise.models.source import ModelSource
 from shardwise.parallel.any_plan import check_any, engine_of, name_of
 from shardwise.parallel.ends import Ends, check_spans, ends_of
+from shardwise.parallel.experts import takes_tokens_of_experts
 from shardwise.torch_private import check
 from shardwise.trace.extend import LONG, SHORT, NotPeriodicError, extended
 from shardwise.trace.fakes import TARGETS, fake_world
@@ -160,12 +161,11 @@ def _program(job: Job, subject: _Subject, traced: Traced, blocks: tuple[Block, .
         resident=tuple((kind, traced.resident[kind]) for kind in MemoryKind if kind in traced.resident),
         layers=(layers.prefix, layers.count) if layers is not None else None,
         compressed=blocks is not None,
-        notes=(*job.source.notes, *_notes_of(blocks if blocks is not None else (Block(traced.items),))),
+        notes=(*job.source.notes, *_assumed(subject.model)),
         stages=tuple(job.shares),
     )
 
 
-def _notes_of(blocks: tuple[Block, ...]) -> tuple[str, ...]:
+def _assumed(model: nn.Module) -> tuple[str, ...]:
     """What was taken for granted where data decides."""
-    ops = {item.name for block in blocks for item in block.items if isinstance(item, Op)}
-    return (BALANCED,) if GROUPED in ops else ()
+    return (BALANCED,) if any(map(takes_tokens_of_experts, model.modules())) else ()
