@@ -28,6 +28,7 @@ from shardwise.core.pipeline import Pipeline, Schedule
 from shardwise.core.prediction import AttentionKernel, Precision, Setup, Term
 from shardwise.core.program import (
     LOSS_MODULE,
+    Block,
     Collective,
     MemoryKind,
     Op,
@@ -151,9 +152,8 @@ def attention(*, backward: bool) -> Op:
 def test_fused_attention_goes_by_its_flops_and_grows_with_the_ranks_that_share_a_sequence() -> None:
     assert op_cost(attention(backward=False), MACHINE, Setup()).device_s == pytest.approx(4e8 / 50e12)
     assert op_cost(attention(backward=True), MACHINE, Setup()).device_s == pytest.approx(1e9 / 25e12)
-    assert op_cost(attention(backward=False), MACHINE, Setup(Mesh.parse("cp=4"))).device_s == pytest.approx(
-        4 * 4e8 / 50e12
-    )
+    shared = op_cost(attention(backward=False), MACHINE, Setup(), context=4)
+    assert shared.device_s == pytest.approx(4 * 4e8 / 50e12)
 
 
 def test_unfused_attention_reads_and_writes_its_scores_and_a_selective_recompute_runs_it_again() -> None:
@@ -216,6 +216,9 @@ def test_a_ring_over_nodes_runs_at_the_nics_of_its_local_ranks() -> None:
     eight = collective_s(MACHINE, CollectiveKind.ALL_REDUCE, 1e9, 1e9, RankGroup(((1, 32),)))
     assert alone == pytest.approx(1e9 / 10e9)
     assert eight == pytest.approx(1e9 / 80e9, rel=0.01)
+    # of 15 ranks that each sends to, 8 lie on the other node, behind its own NIC
+    exchange = collective_s(MACHINE, CollectiveKind.ALL_TO_ALL, 1.5e9, 1e9, RankGroup(((1, 16),)))
+    assert exchange == pytest.approx(8e8 / 10e9)
     assert [local_ranks(8, 4, 8), local_ranks(1, 32, 8), local_ranks(2, 2, 8), local_ranks(16, 2, 8)] == [
         1,
         8,
@@ -386,6 +389,21 @@ def test_stages_send_over_the_link_that_joins_them_on_the_whole_mesh() -> None:
     meshes = Mesh.parse("pp=2,fsdp=2,tp=2"), Mesh.parse("pp=2,fsdp=4,tp=2")
     on_a_node, on_two = (lay_out(traced, MACHINE, Setup(mesh, 4)).transfer_s for mesh in meshes)
     assert on_two == pytest.approx(10 * on_a_node)
+
+
+def test_a_ring_s_shift_is_hidden_by_the_attention_behind_it_and_sending_takes_nothing_more() -> None:
+    def shift(kind: CollectiveKind) -> Collective:
+        return collective(kind, "cp", 2, 10**8)
+
+    flash = attention(backward=False)
+    items = (shift(CollectiveKind.SEND), shift(CollectiveKind.RECV), flash, shift(CollectiveKind.RECV))
+    ring = replace(PROGRAM, axes=(("cp", 2), ("tp", 2)), blocks=(Block(items),))
+    alone_s = collective_cost(items[1], MACHINE, Setup(), RankGroup(((2, 2),))).device_s
+    sent, taken, kernel, last = work_of(ring, MACHINE, Setup()).device_s
+    assert sent == 0.0
+    assert alone_s > kernel > 0.0
+    assert taken == pytest.approx(alone_s - kernel)
+    assert last == pytest.approx(alone_s)
 
 
 def test_the_peak_by_blocks_is_the_peak_item_by_item() -> None:

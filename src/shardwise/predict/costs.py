@@ -57,8 +57,9 @@ class Cost:
     known: bool = True
 
 
-def op_cost(op: Op, machine: Machine, setup: Setup) -> Cost:
-    """Of one op on its stream."""
+def op_cost(op: Op, machine: Machine, setup: Setup, context: int = 1) -> Cost:
+    """Of one op on its stream. context: ranks that share each sequence, where the op was traced without
+    them."""
     backward = op.phase is Phase.BACKWARD
     issue_s = machine.launch.backward_s if backward else machine.launch.forward_s
     if op.on_host:
@@ -69,12 +70,12 @@ def op_cost(op: Op, machine: Machine, setup: Setup) -> Cost:
         case OpKind.MATMUL:
             return Cost(_matmul_s(op, machine, setup), issue_s, Term.MATMUL)
         case OpKind.ATTENTION:
-            return _attention(op, machine, setup, issue_s)
+            return _attention(op, machine, setup, issue_s, context)
         case OpKind.EMBEDDING:
             return Cost(_kernel_s(op, machine), issue_s, Term.EMBEDDING)
         case OpKind.UNKNOWN:
             if op.flops:
-                return _attention(op, machine, setup, issue_s)
+                return _attention(op, machine, setup, issue_s, context)
             return Cost(_kernel_s(op, machine), issue_s, Term.KERNELS, known=op.name in dict(machine.kernels))
         case _:
             seconds = _kernel_s(op, machine)
@@ -140,7 +141,7 @@ def matmul_dims(op: Op) -> tuple[int, int, int, int] | None:
     return (a[0] if len(a) == 3 else 1, a[-2], b[-1], a[-1])
 
 
-def _attention(op: Op, machine: Machine, setup: Setup, issue_s: float) -> Cost:
+def _attention(op: Op, machine: Machine, setup: Setup, issue_s: float, context: int) -> Cost:
     backward = "backward" in op.name
     q = op.inputs[1 if backward else 0]
     k = op.inputs[2 if backward else 1]
@@ -150,7 +151,7 @@ def _attention(op: Op, machine: Machine, setup: Setup, issue_s: float) -> Cost:
         assert rate is not None
         # one of c ranks meets the keys of all of them: c times the FLOPs of its own part alone, half of which
         # is masked either way
-        seconds = rate.time_s(op.flops * setup.context, q.shape[-2] * setup.context, backward=backward)
+        seconds = rate.time_s(op.flops * context, q.shape[-2] * context, backward=backward)
         return Cost(seconds, issue_s, Term.ATTENTION)
     seconds = _unfused_s(machine, q, k, backward=backward)
     launches = UNFUSED_LAUNCHES[backward]
@@ -204,7 +205,8 @@ def collective_s(
 ) -> float:
     """Seconds in which each of the group's ranks sends `sent` bytes. Over several nodes a ring passes every
     node's NICs: of L local ranks each has one, so the ring runs at L NICs' rate, and never faster than the
-    link within."""
+    link within. In an all-to-all each rank's bytes for other nodes go through its own NIC, while those for
+    its node go over the link within."""
     size = group.size
     if size == 1:
         return 0.0
@@ -213,6 +215,11 @@ def collective_s(
     if local >= size or machine.between is None:
         return within if local > 1 else _within_s(machine.within, kind, sent, size)
     link, nodes = machine.between, -(-size // local)
+    if kind is CollectiveKind.ALL_TO_ALL:  # what is for other nodes goes through the rank's own NIC
+        near, sent = sent * (local - 1) / (size - 1), sent * (size - local) / (size - 1)
+        within = _within_s(machine.within, kind, near, local) if local > 1 else 0.0
+        rate = link.bytes_per_s * link.share_at(payload / local * machine.devices_per_node)
+        return max(link.start_s + link.start_per_hop_s * nodes + sent / rate, within)
     # each NIC carries 1/local of it, but one rank's message goes through its own
     nics = 1 if kind in (CollectiveKind.SEND, CollectiveKind.RECV) else local
     rate = link.bytes_per_s * link.share_at(payload / nics * machine.devices_per_node) * nics

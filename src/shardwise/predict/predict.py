@@ -1,11 +1,13 @@
 """predict(): a traced micro-batch's Program and a Machine -> how long a step takes, term by term, and what it
 holds."""
 
+from collections.abc import Iterator
+
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import Prediction, Setup, Term
 from shardwise.core.program import Program
-from shardwise.predict.groups import joining_context
+from shardwise.predict.groups import joining_context, mesh_of
 from shardwise.predict.layout import Layout, lay_out
 from shardwise.predict.memory import forecast
 from shardwise.predict.pipeline import pipeline_s
@@ -34,8 +36,20 @@ def prediction_of(layout: Layout) -> Prediction:
         sum(terms.values()),
         tuple(terms.items()),
         forecast(program, machine, setup),
-        (*program.notes, *unknown),
+        (*program.notes, *_not_exchanged(program, setup), *unknown),
     )
+
+
+def _not_exchanged(program: Program, setup: Setup) -> Iterator[str]:
+    """What a Program that was traced without its context ranks can't say."""
+    context = joining_context(program, setup)
+    if context > 1:
+        reduced = (
+            "" if mesh_of(program, setup).reducing_axis
+            else ", nor is reducing gradients over them (without an axis dp or fsdp)"
+        )  # fmt: skip
+        traced = f"the program was traced without its {context} context ranks"
+        yield f"{traced}: exchanging keys isn't modelled{reduced}"
 
 
 def _terms(layout: Layout) -> dict[Term, float]:

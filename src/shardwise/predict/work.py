@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shardwise.core.collective import CollectiveKind
 from shardwise.core.layer_name import layer_index
 from shardwise.core.machine import Machine
+from shardwise.core.mesh import Role, role_of
 from shardwise.core.prediction import Setup, Term
-from shardwise.core.program import BACKWARDS, Block, Collective, Op, Phase, Program
+from shardwise.core.program import BACKWARDS, Block, Collective, Op, OpKind, Phase, Program
 from shardwise.predict.costs import Cost, collective_cost, op_cost
-from shardwise.predict.groups import RankGroup, groups_of
+from shardwise.predict.groups import groups_of, joining_context
 
 TERMS = tuple(Term)
 PHASES = tuple(Phase)
@@ -106,7 +108,7 @@ def work_of(program: Program, machine: Machine, setup: Setup) -> Work:
     """All items of one step."""
     if program.engine == "dtensor":
         machine = replace(machine, launch=machine.launch.of_dtensor())
-    costing = _Costing(machine, setup, layers_of(program)[0], groups_of(program, setup))
+    costing = _Costing(machine, program, setup)
     blocks = [costing.block(block) for block in program.blocks]
     columns = [np.concatenate(column) for column in zip(*blocks, strict=True)]
     made = {name: column.astype(kind) for (name, kind), column in zip(COLUMNS.items(), columns, strict=True)}
@@ -123,26 +125,27 @@ def work_of(program: Program, machine: Machine, setup: Setup) -> Work:
 class _Costing:
     """Makes columns of blocks, and collects the items that they stand for."""
 
-    def __init__(
-        self, machine: Machine, setup: Setup, prefix: str | None, groups: dict[str, RankGroup]
-    ) -> None:
+    def __init__(self, machine: Machine, program: Program, setup: Setup) -> None:
         self.machine = machine
         self.setup = setup
-        self.prefix = prefix
-        self.groups = groups
+        self.prefix, _ = layers_of(program)
+        self.context = joining_context(program, setup)
+        self.groups = groups_of(program, setup)
         self.items: list[Op | Collective] = []
         self.unknown: set[str] = set()
-        self._streams = {name: 1 + index for index, name in enumerate(groups)}
+        self._streams = {name: 1 + index for index, name in enumerate(self.groups)}
 
     def block(self, block: Block) -> tuple[NDArray[np.float64], ...]:
         first, rows = len(self.items), []
+        shifts = _Shifts(self.machine.device != "cpu")
         for item in block.items:
             if isinstance(item, Op | Collective):
                 cost, axis = self._cost(item)
                 index = layer_index(item.module, self.prefix)
                 term, phase = TERMS.index(cost.term), PHASES.index(item.phase)
                 layer = BEFORE if index is None else index
-                rows.append((cost.device_s, cost.host_s, term, phase, axis, layer))
+                rows.append([cost.device_s, cost.host_s, term, phase, axis, layer])
+                shifts.see(item, rows)
                 self.items.append(item)
         table = np.array(rows, np.float64).reshape(-1, 6)
         tiled = np.tile(table, (block.times, 1))
@@ -155,7 +158,7 @@ class _Costing:
     def _cost(self, item: Op | Collective) -> tuple[Cost, int]:
         """With the stream on which it runs."""
         if isinstance(item, Op):
-            cost, stream, name = op_cost(item, self.machine, self.setup), 0, item.name
+            cost, stream, name = op_cost(item, self.machine, self.setup, self.context), 0, item.name
         else:
             axis = item.call.axis
             cost = collective_cost(item, self.machine, self.setup, self.groups[axis])
@@ -163,6 +166,33 @@ class _Costing:
         if not cost.known:
             self.unknown.add(name)
         return cost, stream
+
+
+class _Shifts:
+    """What goes round a ring of ranks while they compute: of a shift what the attention behind it hides. A
+    link carries both ways at once, so the sending beside the receiving takes nothing more. hides: whether the
+    device does both at once."""
+
+    def __init__(self, hides: bool) -> None:
+        self._hides = hides
+        self._going: list[int] = []
+
+    def see(self, item: Op | Collective, rows: list[list[float]]) -> None:
+        """An item, whose row is the last one."""
+        if isinstance(item, Collective):
+            if role_of(item.call.axis) is not Role.CUTS_SEQUENCE:
+                return
+            if item.call.kind is CollectiveKind.SEND:
+                rows[-1][0] = 0.0
+            elif item.call.kind is CollectiveKind.RECV:
+                self._going.append(len(rows) - 1)
+        elif item.kind is OpKind.ATTENTION and self._hides:
+            hides_s = rows[-1][0]
+            for row in self._going:
+                hidden_s = min(rows[row][0], hides_s)
+                rows[row][0] -= hidden_s
+                hides_s -= hidden_s
+            self._going = []
 
 
 def _placed(layer: NDArray[np.int32], phase: NDArray[np.int8]) -> NDArray[np.int32]:

@@ -199,13 +199,7 @@ def _of_ranks(setup: Setup, mesh: Mesh) -> list[str]:
             f"All {setup.micro_batches} micro-batches are equal; gradients are reduced once, after the last."
         )
     if mesh.context > 1:
-        reduced = (
-            "" if mesh.reducing_axis else ", nor is reducing gradients over them (without an axis dp or fsdp)"
-        )
-        lines.append(
-            f"{mesh.context} ranks share each sequence, and each meets all keys: exchanging them is not "
-            f"modelled{reduced}."
-        )
+        lines.append(f"{mesh.context} ranks share each sequence; a rank's attention meets the keys of all.")
     return lines
 
 

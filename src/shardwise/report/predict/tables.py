@@ -36,7 +36,7 @@ def prediction_report(run: PredictionRun) -> Report:
     first = run.predictions[0]
     assumed = (
         *rows.assumptions(run.settings, first.setup, Mesh(first.axes)),
-        *(f"{note}." for note in rows.notes(run)),
+        *(note if note.endswith(".") else f"{note}." for note in rows.notes(run)),
     )
     blocks.append(assumed_words(assumed, run.machine))
     whom = rows.plan_name(first) if len(run.predictions) == 1 else f"{len(run.predictions)} plans"
