@@ -3,6 +3,8 @@ machine file.
 
     python -m benchmarks.published                 all rows; writes results/DATE-published.json (10 minutes)
     python -m benchmarks.published --group dgxc    groups whose names hold "dgxc"; writes nothing
+    python -m benchmarks.published --over cp,ep    rows over these axes; the others stay as the newest run has
+                                                   them
 
 What a row is taken for is decided by its configuration alone (`usable`, `job_of`), never by its time. Rows:
 benchmarks/data/measurements.csv, each with its source. Constants of the machine files come from
@@ -16,18 +18,22 @@ import csv
 import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
-from benchmarks.published_results import Predicted, Published, summary
+from benchmarks import published_mixtures
+from benchmarks.published_mixtures import TracedMixture, is_mixture
+from benchmarks.published_results import NotTaken, Predicted, Published, newest_run, summary, with_others
 from benchmarks.results import command_line, now
 from shardwise.core.case import StepSettings
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import Mesh
+from shardwise.core.plan import ContextAttention, Engine, Plan
 from shardwise.core.prediction import AttentionKernel, Precision, Prediction, Setup
 from shardwise.core.program import Program
 from shardwise.predict.machines import load_machine
@@ -57,6 +63,9 @@ MACHINES = {
     "H200-SXM-141GB": "h200-sxm-141gb",
     "B200-SXM": "b200-sxm",
     "GB200": "gb200-nvl72",
+    # as NVIDIA's own tables call those of a DGX
+    "H100": "h100-sxm-80gb",
+    "B200": "b200-sxm",
 }
 UNFUSED = (
     "Megatron-LM 2021",
@@ -79,10 +88,21 @@ def number(row: Row, column: str, absent: int = 0) -> int:
 
 
 def usable(row: Row) -> bool:
-    """By the configuration only: shapes and degrees stated, dense layers, a GPU with a machine file, a step
-    time. fp8 rows are in."""
-    stated = all(row[column] for column in SHAPE) and bool(row["step_time_s"])
-    return stated and row["ep"] in ("", "0", "1") and row["gpu"] in MACHINES
+    """By the configuration only; see why_not. fp8 rows are in."""
+    return why_not(row) is None
+
+
+def why_not(row: Row) -> str | None:
+    """Why a row isn't taken: shapes and degrees must be stated (those of a mixture of experts are its
+    model's), and there must be a machine file of its GPU, and a step time. None where it is."""
+    if row["gpu"] not in MACHINES:
+        return f"no machine file of a {row['gpu'] or 'GPU that it names'}"
+    if not row["step_time_s"]:
+        return "no step time"
+    if is_mixture(row):
+        return published_mixtures.why_not(row)
+    absent = [column for column in SHAPE if not row[column]]
+    return f"doesn't state {', '.join(absent)}" if absent else None
 
 
 def is_llama(row: Row) -> bool:
@@ -112,25 +132,50 @@ class Traced:
     mixed: bool
     plan: str
     fused_swiglu: bool
+    context: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """A row as predict takes it."""
 
-    traced: Traced
+    traced: Traced | TracedMixture
     setup: Setup
     machine: str
 
 
 def job_of(row: Row) -> Job:
+    """A mixture's or a dense model's."""
+    return mixture_job(row) if is_mixture(row) else dense_job(row)
+
+
+def mixture_job(row: Row) -> Job:
+    """By the rules of dense rows (dense_job); published_mixtures.py says what experts add."""
+    traced, dp = published_mixtures.traced_of(row), number(row, "dp")
+    axes = (("pp", number(row, "pp")), ("dp", dp // traced.experts), ("ep", traced.experts), ("tp", 1))
+    distributed = "optimizer" in row["dp_kind"]
+    setup = Setup(
+        Mesh(axes),
+        # one row states another accumulation than its batch gives
+        micro_batches=number(row, "global_batch") // (dp * traced.micro_batch),
+        chunks=number(row, "vp", 1) or 1,
+        compiled=row["compile"] == "1",
+        matmul_dtype="float8" if any(name in row["precision"] for name in FP8) else None,
+        overlap_data=distributed,
+        optimizer_shards=dp if distributed else 1,
+        precision=Precision.MASTER,
+    )
+    return Job(traced, setup, MACHINES[row["gpu"]])
+
+
+def dense_job(row: Row) -> Job:
     """From the configuration columns, by these rules: Megatron pads its vocabulary to a multiple of 128 x TP,
-    and its SwiGLU keeps its inputs alone; context parallelism gives each rank its part of the sequence, and
-    its ranks shard and reduce with the data-parallel ones; 2021 and 2022 trainers ran attention unfused;
-    torchtitan runs under PyTorch's own styles, and compiles its loss since COMPILED_LOSS; FSDP and ZeRO-3
-    keep and reduce in float32 and compute in half precision, others keep float32 gradients and master
-    weights; a distributed optimizer is shared by data-parallel and context-parallel ranks, and its reduction
-    runs beside the backward."""
+    and its SwiGLU keeps its inputs alone; context ranks exchange keys and values on a ring as Megatron's do,
+    under PyTorch's own styles and FSDP by an all-gather, torchtitan's default; 2021 and 2022 trainers ran
+    attention unfused; torchtitan runs under PyTorch's own styles, and compiles its loss since COMPILED_LOSS;
+    FSDP and ZeRO-3 keep and reduce in float32 and compute in half precision, others keep float32 gradients
+    and master weights; a distributed optimizer is shared by data-parallel and context-parallel ranks, and its
+    reduction runs beside the backward."""
     llama, tp, dp, context = is_llama(row), number(row, "tp"), number(row, "dp"), number(row, "cp", 1)
     sharded = "FSDP" in row["dp_kind"] or "ZeRO-3" in row["dp_kind"]
     distributed = "optimizer" in row["dp_kind"]
@@ -144,17 +189,18 @@ def job_of(row: Row) -> Job:
         heads,
         number(row, "kv_heads", heads),
         number(row, "ffn"),
-        seq // context,
+        seq,
         seq,
         micro_batch,
         tp,
         row["sp"] == "1" and tp > 1,
         "fsdp" if sharded else "dp",
-        min(dp * context, 2),
+        min(dp, 2),
         {"full": "full", "selective-op": "selective-ops"}.get(row["ac"], "none"),
         sharded and dp * context > 1,
         _plan(tp, torchs_own="DTensor" in row["framework"], sharded=sharded),
         llama and not sharded,
+        context,
     )
     axes = (("pp", number(row, "pp")), (traced.data_axis, dp), ("cp", context), ("tp", tp))
     setup = Setup(
@@ -184,8 +230,10 @@ def _plan(tp: int, *, torchs_own: bool, sharded: bool) -> str:
     return "rowwise@dtensor" if torchs_own else "rowwise"
 
 
-def program_of(traced: Traced) -> Program:
+def program_of(traced: Traced | TracedMixture) -> Program:
     """Traces the model's step on CUDA's ops, half precision as bfloat16."""
+    if isinstance(traced, TracedMixture):
+        return published_mixtures.program_of(traced)
     from shardwise.models.gpt import GPTConfig
     from shardwise.models.llama import LlamaConfig
     from shardwise.models.specs import ModelSpec
@@ -201,7 +249,9 @@ def program_of(traced: Traced) -> Program:
         config = GPTConfig(*shape, traced.ffn, traced.max_seq)
     spec = ModelSpec("published", config, "")
     plan = load_any_plan(traced.plan, sequence_parallel=traced.sequence_parallel, family=spec.family)
-    mesh = Mesh(((traced.data_axis, traced.data_size), ("tp", traced.tp)))
+    mesh = Mesh(((traced.data_axis, traced.data_size), ("cp", traced.context), ("tp", traced.tp)))
+    if isinstance(plan, Plan) and plan.engine is Engine.NATIVE and traced.context > 1:
+        plan = replace(plan, context_attention=ContextAttention.RING)
     settings = StepSettings(
         traced.micro_batch * traced.data_size, traced.seq, "bfloat16", recompute=traced.recompute
     )
@@ -258,6 +308,8 @@ def answers(rows: Sequence[tuple[Row, Job]]) -> list[Predicted]:
                 memory_kind=row["mem_kind"],
                 active_gib=made.memory.active_bytes / 2**30,
                 reserved_gib=made.memory.reserved_bytes / 2**30,
+                cp=number(row, "cp", 1) or 1,
+                ep=number(row, "ep", 1) or 1,
             )
         )
     return found
@@ -265,11 +317,23 @@ def answers(rows: Sequence[tuple[Row, Job]]) -> list[Predicted]:
 
 def by_program(rows: Iterable[Row]) -> list[list[tuple[Row, Job]]]:
     """Rows that share a Program, together."""
-    groups: dict[Traced, list[tuple[Row, Job]]] = {}
+    groups: dict[Traced | TracedMixture, list[tuple[Row, Job]]] = {}
     for row in rows:
         job = job_of(row)
         groups.setdefault(job.traced, []).append((row, job))
     return list(groups.values())
+
+
+def not_taken(rows: Iterable[Row]) -> Iterator[NotTaken]:
+    """Rows over cp, ep or pp that aren't predicted, those together that are alike."""
+    counts: Counter[tuple[str, str, str, str]] = Counter()
+    for row in rows:
+        axes = [axis for axis in ("pp", "cp", "ep") if number(row, axis, 1) > 1]
+        reason = why_not(row) if axes else None
+        if reason is not None:
+            counts[row["source_group"], row["model"], ", ".join(axes), reason] += 1
+    for (group, model, over, reason), count in sorted(counts.items()):
+        yield NotTaken(group, model, over, reason, count)
 
 
 def read_rows() -> list[Row]:
@@ -284,9 +348,19 @@ def main() -> int:
     parser.add_argument(
         "--group", default="", help="only groups whose names hold this; nothing is written then"
     )
+    parser.add_argument(
+        "--over", default="", help="only rows over these axes (cp,ep,pp); others as the newest run has them"
+    )
     parser.add_argument("--processes", type=int, default=2, help="that trace at once")
     given = parser.parse_args()
-    rows = [row for row in read_rows() if usable(row) and given.group in row["source_group"]]
+    axes = tuple(given.over.split(",")) if given.over else ()
+    rows = [
+        row
+        for row in read_rows()
+        if usable(row)
+        and given.group in row["source_group"]
+        and (not axes or any(number(row, axis, 1) > 1 for axis in axes))
+    ]
     if not rows:
         print(f'no usable row of a group with "{given.group}" in its name', file=sys.stderr)
         return 2
@@ -301,11 +375,14 @@ def main() -> int:
                     file=sys.stderr,
                     flush=True,
                 )
+    if axes:
+        found = with_others(found, newest_run().rows)
     run = Published(
         command_line("benchmarks.published"),
         started.isoformat(timespec="seconds"),
         round(time.perf_counter() - began, 1),
         tuple(found),
+        tuple(not_taken(read_rows())),
     )
     print(summary(run))
     if not given.group:

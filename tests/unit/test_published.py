@@ -3,9 +3,22 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks import machine_files
-from benchmarks.published import job_of, left_out, number, read_rows, usable
+from benchmarks.mixtures import SHAPES, Latent, Mixture, Shape, plan_of
+from benchmarks.published import (
+    Job,
+    Traced,
+    dense_job,
+    job_of,
+    left_out,
+    not_taken,
+    number,
+    read_rows,
+    usable,
+)
+from benchmarks.published_mixtures import TracedMixture, is_mixture
 from benchmarks.published_results import (
     Predicted,
     Published,
@@ -19,10 +32,17 @@ from benchmarks.published_results import (
     quantile,
     summary,
     why,
+    with_others,
 )
+from shardwise.core.case import StepSettings
+from shardwise.core.collective import CollectiveKind
+from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import AttentionKernel, Precision
+from shardwise.core.program import Phase
 from shardwise.files.machine_file import machine_from_toml
+from shardwise.models.factory import FactoryModel
 from shardwise.predict.costs import TENSOR_HIDDEN
+from shardwise.trace.trace import trace
 
 ROWS = read_rows()
 USABLE = [row for row in ROWS if usable(row)]
@@ -47,49 +67,103 @@ def row_of(group: str, **wanted: str) -> dict[str, str]:
     )
 
 
+def of(job: Job) -> Traced:
+    """What a dense row's Program depends on."""
+    assert isinstance(job.traced, Traced)
+    return job.traced
+
+
 def test_the_rules_by_which_rows_are_taken() -> None:
-    vtrain = job_of(row_of("vtrain-single", tp="2"))
-    assert (vtrain.machine, vtrain.setup.attention, vtrain.traced.recompute) == (
+    vtrain = dense_job(row_of("vtrain-single", tp="2"))
+    assert (vtrain.machine, vtrain.setup.attention, of(vtrain).recompute) == (
         "a100-sxm-80gb-vtrain",
         AttentionKernel.UNFUSED,
         "full",
     )
-    assert vtrain.traced.vocab % (128 * 2) == 0
-    selective = job_of(row_of("megatron-2205.05198", ac="selective (attn core)"))
-    assert (selective.setup.recompute_attention, selective.traced.recompute) == (True, "none")
-    titan = job_of(row_of("torchtitan-benchmarks", tp="8", precision="bf16"))
-    assert (titan.traced.data_axis, titan.traced.mixed, titan.setup.precision) == (
-        "fsdp",
-        True,
-        Precision.TRACED,
-    )
-    assert (titan.traced.plan, titan.traced.fused_swiglu, titan.setup.matmul_dtype) == (
+    assert of(vtrain).vocab % (128 * 2) == 0
+    selective = dense_job(row_of("megatron-2205.05198", ac="selective (attn core)"))
+    assert (selective.setup.recompute_attention, of(selective).recompute) == (True, "none")
+    titan = dense_job(row_of("torchtitan-benchmarks", tp="8", precision="bf16"))
+    assert (of(titan).data_axis, of(titan).mixed, titan.setup.precision) == ("fsdp", True, Precision.TRACED)
+    assert (of(titan).plan, of(titan).fused_swiglu, titan.setup.matmul_dtype) == (
         "rowwise@dtensor",
         False,
         None,
     )
     ops = row_of("torchtitan-benchmarks", ac="selective-op", compile="1", date="2024-12")
-    assert (job_of(ops).traced.recompute, job_of(ops).traced.plan, job_of(ops).setup.compiled_loss) == (
+    assert (of(dense_job(ops)).recompute, of(dense_job(ops)).plan, dense_job(ops).setup.compiled_loss) == (
         "selective-ops",
         "unsharded",
         False,
     )
-    assert job_of(ops | {"date": "2025-06"}).setup.compiled_loss
-    one_rank = job_of(row_of("torchtitan-benchmarks", dp="1", cp="8"))
-    assert (one_rank.traced.data_size, str(one_rank.setup.mesh)) == (2, "pp=1,fsdp=1,cp=8,tp=1")
-    nemo = job_of(row_of("dgxc-25.04", tp="4", precision="fp8"))
+    assert dense_job(ops | {"date": "2025-06"}).setup.compiled_loss
+    one_rank = dense_job(row_of("torchtitan-benchmarks", dp="1", cp="8"))
+    assert (of(one_rank).data_size, str(one_rank.setup.mesh)) == (1, "pp=1,fsdp=1,cp=8,tp=1")
+    nemo = dense_job(row_of("dgxc-25.04", tp="4", precision="fp8"))
     assert (nemo.setup.matmul_dtype, nemo.setup.overlap_tensor, nemo.setup.overlap_data) == (
         "float8",
         True,
         True,
     )
-    assert (nemo.traced.plan, nemo.traced.fused_swiglu, nemo.setup.precision) == (
-        "rowwise",
-        True,
-        Precision.MASTER,
-    )
-    context = job_of(row_of("dgxc-25.04", tp="4", cp="2"))
-    assert (context.setup.context, context.traced.seq, context.traced.max_seq) == (2, 4096, 8192)
+    assert (of(nemo).plan, of(nemo).fused_swiglu, nemo.setup.precision) == ("rowwise", True, Precision.MASTER)
+    context = dense_job(row_of("dgxc-25.04", tp="4", cp="2"))
+    assert (context.setup.context, of(context).context, of(context).seq) == (2, 2, 8192)
+
+
+def test_mixtures_are_taken_by_their_model_s_name_and_its_published_shapes() -> None:
+    mixtures = [row for row in USABLE if is_mixture(row)]
+    assert len(mixtures) == 29
+    cut = job_of(next(row for row in mixtures if row["model"] == "deepseekv2-cut4L" and row["pp"] == "2"))
+    # Megatron's 4 ranks of experts are its 4 data-parallel ones
+    assert (str(cut.setup.mesh), cut.setup.optimizer_shards) == ("pp=2,dp=1,ep=4,tp=1", 4)
+    wide = job_of(next(row for row in mixtures if row["gpu"] == "H100"))
+    assert isinstance(wide.traced, TracedMixture)
+    assert (str(wide.setup.mesh), str(wide.traced.mesh)) == ("pp=4,dp=2,ep=8,tp=1", "dp=2,ep=8,tp=1")
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("DeepSeekV3 (w/o MTP)", 671.0), ("Qwen3_235B_a22B", 235.1), ("GPT OSS 120B", 116.8)],
+)
+def test_a_mixture_of_a_published_shape_has_as_many_parameters(name: str, billions: float) -> None:
+    with torch.device("meta"):
+        model = Mixture(SHAPES[name])
+    # biases and sinks of GPT-OSS are left out
+    assert sum(each.numel() for each in model.parameters()) / 1e9 == pytest.approx(billions, rel=1e-3)
+
+
+def test_a_mixture_with_latent_attention_trains_under_its_plan() -> None:
+    latent = Latent(queries=12, keys=8, plain=8, rotated=8, values=8)
+    shape = Shape(
+        source="", layers=3, hidden=16, heads=2, kv_heads=2, head=8, experts=4, top_k=2, inner=8, vocab=32,
+        latent=latent, shared=8, dense=24, dense_layers=1,
+    )  # fmt: skip
+    model = Mixture(shape)
+    generator = torch.Generator().manual_seed(0)
+    for each in model.parameters():
+        torch.nn.init.normal_(each, std=0.2, generator=generator)
+    ids = torch.randint(32, (2, 8), generator=generator)
+    loss = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+    loss.backward()
+    assert all(each.grad is not None and each.grad.isfinite().all() for each in model.parameters())
+    source = FactoryModel("small", lambda: Mixture(shape), frozenset(), False)
+    settings = StepSettings(4, 8, "bfloat16")
+    program = trace(source, plan_of(shape), Mesh.parse("dp=2,ep=2"), settings, device="cuda")
+    exchanges = [each.call for each in program.collectives() if each.call.kind is CollectiveKind.ALL_TO_ALL]
+    assert {call.axis for call in exchanges} == {"ep"}
+    held = {each.name: each.local_shape for each in program.holdings}
+    assert held["layers.1.feed_forward.experts.w1"][0] == 2
+    # gradients of what ranks of ep hold alike are summed over dp and ep, experts' over dp alone
+    sums = {each.call.axis for each in program.collectives() if each.call.phase == Phase.REDUCE}
+    assert sums == {"dp+ep", "dp"}
+
+
+def test_rows_over_stages_context_ranks_and_experts_that_aren_t_taken_are_listed_with_why() -> None:
+    found = list(not_taken(ROWS))
+    over = [row for row in ROWS if any(number(row, axis, 1) > 1 for axis in ("pp", "cp", "ep"))]
+    assert sum(each.rows for each in found) + sum(usable(row) for row in over) == len(over)
+    reasons = {each.reason for each in found}
+    assert {"no step time", "no machine file of a GB300", "doesn't state micro_batch"} <= reasons
 
 
 def test_a_group_is_left_out_of_what_was_fitted_to_it() -> None:
@@ -158,6 +232,12 @@ def test_kendall_s_tau_counts_pairs_in_order() -> None:
         -1.0
     )
     assert kendall([predicted(1.0, 1.0), predicted(1.0, 1.0)]) is None
+
+
+def test_rows_that_are_predicted_anew_take_the_places_of_their_earlier_selves() -> None:
+    before = [predicted(1.0, 2.0), predicted(3.0, 2.0)]
+    anew = [predicted(3.0, 3.0), predicted(1.0, 5.0, group="other")]
+    assert with_others(anew, before) == [before[0], anew[0], anew[1]]
 
 
 def test_the_median_over_groups_takes_each_without_its_fits() -> None:
