@@ -156,7 +156,6 @@ def mixture_job(row: Row) -> Job:
     distributed = "optimizer" in row["dp_kind"]
     setup = Setup(
         Mesh(axes),
-        # one row states another accumulation than its batch gives
         micro_batches=number(row, "global_batch") // (dp * traced.micro_batch),
         chunks=number(row, "vp", 1) or 1,
         compiled=row["compile"] == "1",

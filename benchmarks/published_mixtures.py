@@ -42,6 +42,9 @@ def why_not(row: Row) -> str | None:
     absent = [column for column in STATED if not row[column]]
     if absent:
         return f"doesn't state {', '.join(absent)}"
+    at_once = int(row["dp"]) * int(row["micro_batch"])
+    if row["grad_accum"] and int(row["grad_accum"]) * at_once != int(row["global_batch"]):
+        return f"its accumulation of {row['grad_accum']} doesn't give its batch"
     if int(row["tp"]) > 1 or int(row["dp"]) % int(row["ep"]):
         return "its experts lie across tensor-parallel ranks"
     return None
