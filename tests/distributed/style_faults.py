@@ -24,6 +24,7 @@ from shardwise.parallel.embedding import EmbeddingShard
 from shardwise.parallel.route import Route
 from shardwise.parallel.styles import colwise, replicated, routed, rowwise
 from shardwise.step import clipping, train
+from shardwise.step.gradient_sums import GradientSums
 from shardwise.verify import ranks
 from tests.distributed.style_cases import Config, MlpConfig, gpt, llama, mlp_plans
 
@@ -474,7 +475,7 @@ PART_FAULTS: dict[str, tuple[str, Planting]] = {
     ),
     "data-parallel gradients aren't summed": (
         "steps dp=2",
-        partial(patch.object, train, "_sum_gradients", _nothing),
+        partial(patch.object, GradientSums, "sum", _nothing),
     ),
     "nothing is clipped": ("steps tp=2", partial(patch.object, train, "clip_gradients", _unclipped)),
     "interleaved rows are saved as they are kept": (
