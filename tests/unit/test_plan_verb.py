@@ -129,6 +129,17 @@ def test_the_report_says_what_is_cut_what_stays_whole_and_what_to_do_next() -> N
     assert "The sequence isn't cut: it wasn't asked for." in drawn(unwished)
 
 
+def test_the_report_says_what_is_cut_alone_and_why() -> None:
+    one = made(mesh="tp=8")
+    assert [each.pattern for each in one.alone] == [
+        f"layers.*.attention.{name}" for name in ("wq", "wk", "wv", "wo")
+    ]
+    text = " ".join(drawn(one).split())
+    assert "What is cut alone, and gathered at once" in text
+    assert "8 ranks don't divide its 4" in text
+    assert "What is cut alone" not in drawn(made())
+
+
 def test_beside_the_dims_stands_what_a_plan_does_with_each_weight() -> None:
     beside = {each.name: each.rule for each in found(LLAMA, "rowwise").weights}
     assert beside["layers.*.attention.wq.weight"] == "colwise"

@@ -18,10 +18,21 @@ class LeftWhole:
 
 
 @dataclass(frozen=True, slots=True)
+class CutAlone:
+    """A module (a pattern of equal ones) whose parameters are cut by themselves, and what it gives gathered:
+    elements of all, and why no other cut takes it in."""
+
+    pattern: str
+    elements: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class MadePlan:
     """plan: what `verify`, `compare` and the rest take. comments: pattern of a rule -> why. dims: the model's
-    classes; those with is_cut are what the plan cuts. sharded: share of the model's parameters of which a
-    rank holds its part alone. sequence: where the sequence is cut, in words; why_not: why it isn't."""
+    classes; those with is_cut are what the plan cuts, and beside them what is cut alone. sharded: share of
+    the model's parameters of which a rank holds its part alone. sequence: where the sequence is cut, in
+    words; why_not: why it isn't."""
 
     model: str
     mesh: str
@@ -34,6 +45,7 @@ class MadePlan:
     sequence: str | None = None
     why_not: str | None = None
     notes: tuple[str, ...] = field(default=())
+    alone: tuple[CutAlone, ...] = field(default=())
     schema_version: int = 1
 
     def to_toml(self) -> str:

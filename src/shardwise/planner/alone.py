@@ -6,11 +6,12 @@ all: a rank's memory then has its part, for as many numbers as are sent for one 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import nn
 
 from shardwise.core.layer_name import any_layer
+from shardwise.core.made_plan import CutAlone
 from shardwise.core.placement import Partial, Replicate, Shard
 from shardwise.core.plan import Style, StyleName
 from shardwise.dims.factors import leaves
@@ -48,6 +49,16 @@ def cut_alone(cuts: Cuts, spans: Spans, whole: nn.Module, reasons: Mapping[str, 
         if style is not None:
             found[name] = Reasoned(style, _why(spans, name, reasons.get(weight)))
     return found
+
+
+def listed(cuts: Cuts, whole: nn.Module, like: Callable[[str], str]) -> tuple[CutAlone, ...]:
+    """What is cut alone, in all layers. like: the traced name of a parameter."""
+    found = Counter[tuple[str, str]]()
+    for name, parameter in whole.named_parameters():
+        own = cuts.alone.get(like(name).rpartition(".")[0])
+        if own is not None:
+            found[any_layer(name.rpartition(".")[0]), own.why] += parameter.numel()
+    return tuple(CutAlone(pattern, n, why) for (pattern, why), n in found.items())
 
 
 def _is_even(module: nn.Module, ranks: int) -> bool:

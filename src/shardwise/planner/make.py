@@ -23,7 +23,7 @@ from shardwise.dims.spans import Spans
 from shardwise.dims.trace import record_of
 from shardwise.models.layers import Layers, find_layers
 from shardwise.models.source import ModelSource, vocab_size_of
-from shardwise.planner.alone import cut_alone
+from shardwise.planner.alone import cut_alone, listed
 from shardwise.planner.candidates import Candidate, candidates, choose
 from shardwise.planner.classes import dims_of, held_by_rank
 from shardwise.planner.constants import constants_in_the_way
@@ -354,13 +354,13 @@ def _made(source: ModelSource, traced: _Traced, cuts: Cuts, reasons: dict[str, s
     over = f"ep={wish.mesh.experts},tp={wish.mesh.tp}" if wish.mesh.experts > 1 else f"tp={wish.mesh.tp}"
     name = f"made for {source.name} at {over}"
     sharded, total, left = _shares(whole, layers, cuts, reasons, wish.mesh)
-    sequence = None
+    sequence, like = None, layers.representative(whole) if layers is not None else (lambda name: name)
     if cuts.sequence is not None:
         where = "the look-up" if cuts.sequence.is_at_embedding else f"the input of {cuts.sequence.begins}"
         sequence = f"from {where} to {cuts.sequence.ends}"
     return MadePlan(
         source.name, str(wish.mesh), Plan(name, rules), comments, traced.dims(source, cuts, wish), left,
-        total, sharded / total, sequence, making.why_not, source.notes,
+        total, sharded / total, sequence, making.why_not, source.notes, listed(cuts, whole, like),
     )  # fmt: skip
 
 

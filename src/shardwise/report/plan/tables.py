@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from shardwise.core.dims import DimClass, Dims, Weight
 from shardwise.core.layer_name import any_layer
-from shardwise.core.made_plan import LeftWhole, MadePlan
+from shardwise.core.made_plan import CutAlone, LeftWhole, MadePlan
 from shardwise.report.common.plain import name, sentence
 from shardwise.report.common.table import Block, Column, Columns, Line, Report, Table, Tone, Words, tabled
 from shardwise.report.common.units import COUNT, NUMBER, Format, format_count, format_share
@@ -23,6 +23,7 @@ def plan_report(made: MadePlan) -> Report:
     blocks: list[Block] = [
         Words(headline(made), title, boxed=True),
         cut_table(made.dims),
+        *([alone_table(made)] if made.alone else []),
         whole_table(made),
         *([Words(more)] if more else []),
         Words(
@@ -75,6 +76,18 @@ def _modules(made: DimClass, modules: Sequence[str]) -> str:
 def _parameters(made: DimClass) -> str:
     held = (each for each in made.members if each.held)
     return ", ".join(f"{rows.below(each.parameter, made.where)} {each.held}" for each in held)
+
+
+def alone_table(made: MadePlan) -> Table:
+    """What is cut by itself, with what it gives gathered at once."""
+    columns: Columns[CutAlone] = (
+        (Column("What is cut alone", wraps=True), lambda each: name(each.pattern)),
+        (Column("parameters", COUNT, sums=True), lambda each: each.elements),
+        (Column("of all", _SHARE, sums=True), lambda each: each.elements / made.parameters),
+        (Column("why", wraps=True, spills=True), lambda each: sentence(each.reason)),
+    )
+    title = "What is cut alone, and gathered at once"
+    return tabled(made.alone, columns, key="alone", title=title, short=_FEW)
 
 
 def whole_table(made: MadePlan) -> Table:
