@@ -20,10 +20,13 @@ class Fault:
     plan: Plan
     pattern: str
 
-    def is_told_by(self, subject: str) -> bool:
-        """Whether a finding's subject is a module that the changed rule is about, or below it."""
+    def is_told_by(self, subject: str, *, is_crash: bool = False) -> bool:
+        """Whether a finding's subject is a module that the changed rule is about, or below it; of a crash the
+        one around it, too, which takes apart what it gives."""
+        names, around = subject.split("."), self.pattern.rpartition(".")[0]
+        if is_crash and around and Rule(around, Style(StyleName.REPLICATE)).matches(subject):
+            return True
         rule = Rule(self.pattern, Style(StyleName.REPLICATE))
-        names = subject.split(".")
         return any(rule.matches(".".join(names[:n])) for n in range(len(names) + 1))
 
 

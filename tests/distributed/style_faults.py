@@ -92,12 +92,12 @@ def _shifted_chunk(x: Tensor, dim: int, axis: Any) -> Tensor:
 
 
 def _rows_of_others_dropped(ctx: Any, grad: Tensor) -> Any:
-    send_splits, receive_splits, axis, origin = ctx.saved
+    send_splits, receive_splits, axis, origin, _ = ctx.saved
     back = collectives.swap_rows_now(grad, receive_splits, send_splits, axis, origin)
     first = sum(send_splits[: axis.rank])
     mask = torch.zeros_like(back)
     mask[first : first + send_splits[axis.rank]] = 1
-    return back * mask, None, None, None, None
+    return back * mask, None, None, None, None, None
 
 
 def _wrong_row(ids_BS: Tensor, ownership: Any, rank: int) -> Route:
