@@ -300,15 +300,18 @@ def _read_in(record: Record, module: str | None) -> set[str]:
 
 
 def _tables(record: Record, model: nn.Module) -> tuple[str, ...]:
-    """Modules that look ids up in a table of their own, of which nobody reads rows otherwise."""
+    """Embeddings in which ids are looked up, and of which nobody reads rows otherwise: of any other class no
+    style knows how rows of a part are found."""
     modules = dict(model.named_modules())
-    found = []
-    for op in record.ops:
-        if op.name == "embedding" and op.inputs[-1].is_live and not op.inputs[-1].has_gradient:
-            owned = list(modules[op.module].parameters(recurse=False))
-            is_leaf = len(owned) == 1 and not any(True for _ in modules[op.module].children())
-            if is_leaf and _are_rows_free(record, op.inputs[0]):
-                found.append(op.module)
+    found = [
+        op.module
+        for op in record.ops
+        if op.name == "embedding"
+        and op.inputs[-1].is_live
+        and not op.inputs[-1].has_gradient
+        and isinstance(modules[op.module], nn.Embedding)
+        and _are_rows_free(record, op.inputs[0])
+    ]
     return tuple(dict.fromkeys(found))
 
 
