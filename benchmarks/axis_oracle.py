@@ -13,7 +13,7 @@ from zlib import crc32
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from benchmarks.axis_mutants import BATCH, SEQ, VOCAB, AxisMutant
 from benchmarks.mutant_oracle import WRONG, Truth
@@ -95,9 +95,18 @@ def _off(model: nn.Module, gradients: dict[str, Tensor], scale: float) -> Iterat
         if found is None:
             yield name, float("inf")
             continue
-        whole = found.full_tensor() if isinstance(found, DTensor) else found
+        whole = _as_a_rank_has_it(found).full_tensor() if isinstance(found, DTensor) else found
         expected = scale * gradients[name]
         yield name, float((whole - expected).norm() / expected.norm())
+
+
+def _as_a_rank_has_it(gradient: DTensor) -> DTensor:
+    """A part that nobody has summed by the end of the backward is taken for the whole."""
+    placements = [Replicate() if each.is_partial() else each for each in gradient.placements]
+    return DTensor.from_local(
+        gradient.to_local(), gradient.device_mesh, placements, run_check=False, shape=gradient.shape,
+        stride=gradient.stride(),
+    )  # fmt: skip
 
 
 def _largest(mine: float) -> float:

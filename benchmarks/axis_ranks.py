@@ -25,7 +25,7 @@ from shardwise.step.portion import Portion
 from shardwise.verify.expected import Unsharded, shake, unsharded
 from shardwise.verify.proof import prove
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 180.0
 
 
 class Judged(msgspec.Struct, frozen=True):

@@ -58,6 +58,13 @@ def test_a_chunk_of_another_rank_is_shifted() -> None:
     assert found(second, third, first) == (Relation.SHIFTED, 0, 1.0)
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_what_every_rank_holds_for_itself_and_someone_added_up_is_told(ranks: int) -> None:
+    total = sum(WHOLE.chunk(ranks, 0))
+    assert isinstance(total, torch.Tensor)
+    assert found(*[total] * ranks) == (Relation.ADDED, 0, None)
+
+
 @pytest.mark.parametrize("several", [2, 3])
 def test_weights_that_lie_in_one_and_are_each_cut_by_themselves(several: int) -> None:
     parts = [part.chunk(2, 0) for part in WHOLE.chunk(several, 0)]

@@ -228,7 +228,7 @@ def _gradient_finding(evidence: Evidence, name: str, forward: Seen | None, backw
     if evidence.recut is not None and evidence.recut.parameter == name:
         cause, reason, is_missing = Cause.CUT_AS_ONE, evidence.recut.reason, False
     elif name in evidence.along:
-        return _unsummed_finding(evidence, name)
+        return _finding_along(evidence, name)
     elif cause in (Cause.UNKNOWN, Cause.SUMMED_TOO_OFTEN, Cause.AVERAGED):
         cause, reason = _passed_on(evidence, name, forward, backward) or (cause, reason)
     kind = FindingKind.GRADIENT_MISSING if is_missing else FindingKind.GRADIENT_DIFFERS
@@ -236,17 +236,33 @@ def _gradient_finding(evidence: Evidence, name: str, forward: Seen | None, backw
     return Finding(kind, name, reason, error, related.factor, ADVICE.get(cause), cause, rule)
 
 
-def _unsummed_finding(evidence: Evidence, name: str) -> Finding:
-    """Of a gradient whose parts lie along axes of the mesh."""
+def _finding_along(evidence: Evidence, name: str) -> Finding:
+    """Of a gradient that lacks its sum over axes of the mesh, or lies wrongly along one."""
     along, error = evidence.along[name], evidence.differences.wrong_gradients[name]
-    reason = (
-        f"each of {along.n_ranks} ranks along {along.named} computes a part of its gradient, and nothing "
-        f"sums them over {along.named}"
+    cause, reason = (
+        Cause.PARTS_NOT_SUMMED,
+        (
+            f"each of {along.n_ranks} ranks along {along.named} computes a part of its gradient, and nothing "
+            f"sums them over {along.named}"
+        ),
     )
-    cause, rule = Cause.PARTS_NOT_SUMMED, applied_to(evidence.model).rule_for(name)
     over_tp = along.axes == (TENSOR_AXIS,)
     advice = ADVICE[cause] if over_tp else f"Sum them over {along.named}, as a training step sums the others."
+    match along.relation:
+        case Relation.SHIFTED:
+            cause, reason = Cause.WRONG_SHARD, f"along {along.named} {_SHIFTED}"
+            advice = ADVICE[cause]
+        case Relation.ADDED:
+            cause, reason = Cause.SUMMED_TOO_OFTEN, f"along {along.named} {_ADDED}"
+            advice = f"Don't sum over {along.named} what its ranks hold each for itself."
+        case _:
+            pass
+    rule = applied_to(evidence.model).rule_for(name)
     return Finding(FindingKind.GRADIENT_DIFFERS, name, reason, error, None, advice, cause, rule)
+
+
+_SHIFTED = "each rank has the gradient of another rank's part"
+_ADDED = "every rank has the sum of all ranks' gradients, each of a part of its own"
 
 
 def _own_fault(related: Related, n_ranks: int) -> tuple[Cause, str]:
@@ -267,7 +283,9 @@ def _own_fault(related: Related, n_ranks: int) -> tuple[Cause, str]:
         case Relation.MULTIPLE:
             return Cause.AVERAGED, f"its gradient is {times}: averaged, or parts that were not summed"
         case Relation.SHIFTED:
-            return Cause.WRONG_SHARD, "each rank has the gradient of another rank's part"
+            return Cause.WRONG_SHARD, _SHIFTED
+        case Relation.ADDED:
+            return Cause.SUMMED_TOO_OFTEN, _ADDED
         case Relation.ONE_OF_SEVERAL:
             reason = (
                 f"it holds {related.factor:.0f} weights, which must each be cut by itself; it is cut as one"

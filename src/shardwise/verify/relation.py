@@ -21,6 +21,7 @@ class Relation(StrEnum):
     MULTIPLE = "multiple"  # `factor` times one of the above
     SHIFTED = "shifted"  # rank r has the chunk of another rank
     ONE_OF_SEVERAL = "one of several"  # `factor` tensors lie in one, and rank r has the r-th chunk of each
+    ADDED = "added"  # every rank has the sum of all ranks' chunks
     ZERO = "zero"  # zeros, where the whole isn't
     MISSING = "missing"  # some rank has none
     UNEQUAL = "unequal"  # as large as the whole, not equal over the ranks, and no parts of it
@@ -107,6 +108,8 @@ def _relate_cut(
         for by in range(1, n):
             if far([chunks[(rank + by) % n] for rank in range(n)]) <= tolerance:
                 return Related(Relation.SHIFTED, error, dim, float(by))
+        if far([torch.stack(chunks).sum(0)] * n) <= tolerance:
+            return Related(Relation.ADDED, error, dim)
         for several in (2, 3, 4):
             if (
                 whole.shape[dim] % (several * n) == 0
