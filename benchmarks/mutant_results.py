@@ -70,9 +70,10 @@ def summary(run: Run) -> str:
     harmful = [row for row in run.rows if row.is_harmful]
     harmless = [row for row in run.rows if not row.is_harmful]
     right = sum(row.is_reason_right for row in harmful)
-    meshes = len(_meshes(run))
+    count = len(_meshes(run))
+    meshes = f"{count} meshes" if count > 1 else f"mesh {run.rows[0].mesh}"
     return (
-        f"Of {len(run.rows)} mutants on {meshes} meshes {len(harmful)} are harmful: verify catches "
+        f"Of {len(run.rows)} mutants on {meshes} {len(harmful)} are harmful: verify catches "
         f"{sum(row.is_caught for row in harmful)} of them, and for the reason that was written down before "
         f"in {right} ({right / max(1, len(harmful)):.0%}). Of the {len(harmless)} harmless ones it flags "
         f"{sum(row.is_caught for row in harmless)}. All in {run.seconds:.0f} s."
