@@ -57,6 +57,16 @@ class ContextCase(msgspec.Struct, frozen=True):
         return Mesh.parse(self.mesh).world_size
 
     @property
+    def is_telling(self) -> bool:
+        """On two ranks: each model once, each way with documents, one recomputed."""
+        is_ring = self.way == ContextAttention.RING
+        if self.world_size > 2 or self.recompute == "selective-ops":
+            return False
+        if self.has_documents:
+            return is_ring == (self.model == "llama")
+        return is_ring == (self.model in ("llama", "hf:qwen3"))
+
+    @property
     def source(self) -> ModelSource:
         if self.model in OURS:
             return ModelSpec("tiny", OURS[self.model], "")

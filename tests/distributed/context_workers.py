@@ -52,7 +52,7 @@ def expected_of(model: str) -> Unsharded:
 
 
 def run(context: RankContext, payload: bytes) -> bytes:
-    """Per case, or per fault."""
+    """Per case, of the telling ones or the rest; or per fault."""
     found: dict[str, Off] = {}
     if payload == b"faults":
         case = ContextCase("llama", "cp=2", "gather", plan_name="rowwise")
@@ -63,6 +63,8 @@ def run(context: RankContext, payload: bytes) -> bytes:
                 found[fault.name] = _off(msgspec.structs.replace(case, way=fault.way))
         return msgspec.json.encode(found)
     for case in context_cases(context.world_size):
+        if case.is_telling != (payload == b"telling"):
+            continue
         context.note(case.name)
         try:
             found[case.name] = _packed_off(case) if case.has_documents else _off(case)

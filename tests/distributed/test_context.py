@@ -17,17 +17,15 @@ CASES = [case for world_size in (2, 3, 4) for case in context_cases(world_size)]
 
 
 @cache
-def answers(world_size: int, what: str = "cases") -> list[dict[str, Off]]:
+def answers(world_size: int, what: str) -> list[dict[str, Off]]:
     worker = "tests.distributed.context_workers:run"
     found = run_ranks(worker, what.encode(), world_size=world_size, device_type="cpu", timeout_s=200)
     return [msgspec.json.decode(each, type=dict[str, Off]) for each in found]
 
 
-@pytest.mark.parametrize(
-    "case", thinned(CASES, lambda case: case.world_size != 4), ids=lambda case: case.name
-)
+@pytest.mark.parametrize("case", thinned(CASES, lambda case: case.is_telling), ids=lambda case: case.name)
 def test_a_shared_sequence_trains_as_on_one_process(case: ContextCase) -> None:
-    for answer in answers(case.world_size):
+    for answer in answers(case.world_size, "telling" if case.is_telling else "rest"):
         off = answer[case.name]
         assert not off.refused
         assert off.findings == ()
