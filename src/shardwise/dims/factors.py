@@ -9,7 +9,7 @@ that can't be refined to another's boundaries is a conflict, which the caller bo
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 
@@ -51,10 +51,23 @@ class Factor:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A run of a dim's entries; is_cut: each rank has its chunk of it, else every rank has all of it."""
+    """A run of a dim's entries; is_cut: each rank has its chunk of it, else every rank has all of it. units:
+    in how many it can be cut; where there are fewer than ranks, neighbours have the same chunk. 0: in any
+    number."""
 
     size: int
     is_cut: bool
+    units: int = field(default=0, compare=False)
+
+    def parts(self, ranks: int) -> int:
+        """Into how many chunks so many ranks cut it."""
+        if not self.is_cut:
+            return 1
+        return min(self.units or ranks, ranks)
+
+    def on_a_rank(self, ranks: int) -> int:
+        """How many of its entries one rank has."""
+        return self.size // self.parts(ranks)
 
 
 def find(factor: Factor) -> Factor:
@@ -123,28 +136,34 @@ def is_partly(factor: Factor, cut: frozenset[Factor]) -> bool:
 
 def layout(factor: Factor, cut: frozenset[Factor]) -> list[Piece]:
     """The dim's entries in order, where the leaves `cut` are cut over ranks. Raises ConflictError where two
-    factors of one product are."""
+    factors of one product are, unless they are neighbours: ranks then share out all that they are together,
+    fewer than ranks each."""
     factor = find(factor)
     match factor._kind:
         case _Kind.LEAF:
-            return [Piece(factor.size, factor in cut)]
+            return [Piece(factor.size, factor in cut, factor.size)]
         case _Kind.SUM:
             return _merged(piece for part in factor.parts for piece in layout(part, cut))
     found: list[Piece] = [Piece(1, False)]
+    seen: set[Factor] = set()
     for part in reversed(factor.parts):
         inner = sum(piece.size for piece in found)
         if not any(piece.is_cut for piece in found):
-            found = [Piece(piece.size * inner, piece.is_cut) for piece in layout(part, cut)]
+            found = [Piece(piece.size * inner, piece.is_cut, piece.units) for piece in layout(part, cut)]
         elif any(piece.is_cut for piece in layout(part, cut)):
-            raise ConflictError(f"{factor} would be cut twice")
+            outer = find(part)
+            if outer in seen or len(found) > 1 or not outer.is_leaf:
+                raise ConflictError(f"{factor} would be cut twice")
+            found = [Piece(outer.size * inner, True, outer.size * found[0].units)]
         else:
             found = _merged(piece for _ in range(find(part).size) for piece in found)
+        seen.update(leaves(part))
     return found
 
 
 def local_size(factor: Factor, cut: frozenset[Factor], ranks: int) -> int:
     """How many entries one of `ranks` ranks has."""
-    return sum(piece.size // ranks if piece.is_cut else piece.size for piece in layout(factor, cut))
+    return sum(piece.on_a_rank(ranks) for piece in layout(factor, cut))
 
 
 def view(dims: Iterable[Factor], sizes: Sequence[int]) -> list[Factor]:

@@ -7,7 +7,7 @@ over ranks: the cost.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from shardwise.dims.by_data import BY_ID
@@ -24,9 +24,12 @@ class Candidate:
     """members: (parameter, dim) that have it. sums: elements of partial sums that cutting it leaves, at the
     real sequence length. obstacles: why it can't be cut; each a reason. gathered: modules that need all of it
     (they take statistics over it), and its pieces in their last dim, where those are several: they gather it,
-    run whole, and give their part of what they make."""
+    run whole, and give their part of what they make. inner: what is cut with it, right inside it, where it
+    has fewer entries than there are ranks (few KV heads, and the query heads that share one): ranks then
+    share out both together."""
 
     leaf: Factor
+    inner: Factor | None = None
     members: list[tuple[str, int]] = field(default_factory=list)
     sums: float = 0.0
     obstacles: list[str] = field(default_factory=list)
@@ -34,23 +37,36 @@ class Candidate:
 
     def cut_at(self, spans: Spans, at: int) -> frozenset[Factor]:
         """The leaf, where it is cut at an event of the record."""
-        return frozenset() if spans.are_around(at, self.gathered) else frozenset({self.leaf})
+        return frozenset() if spans.are_around(at, self.gathered) else self.leaves
+
+    @property
+    def leaves(self) -> frozenset[Factor]:
+        """All that is cut together: itself, and its inner."""
+        return frozenset({self.leaf} if self.inner is None else {self.leaf, self.inner})
+
+    @property
+    def size(self) -> int:
+        """How many parts it can be cut in."""
+        return self.leaf.size * (1 if self.inner is None else self.inner.size)
 
     @property
     def parameters(self) -> frozenset[str]:
         return frozenset(name for name, _ in self.members)
 
 
-def candidates(record: Record, spans: Spans, ranks: int, *, seq: int) -> list[Candidate]:
-    """All of a forward's, obstacles and costs known. seq: the length that the model will see.
+def candidates(
+    record: Record, spans: Spans, ranks: int, *, seq: int, inner: Mapping[Factor, Factor] | None = None
+) -> list[Candidate]:
+    """All of a forward's, obstacles and costs known. seq: the length that the model will see. inner: of
+    leaves that have one, see Candidate.
 
     What cutting a leaf costs is each sum over it that the forward takes, and for each tensor without it that
     enters what has it the sum of that tensor's gradient.
     """
-    found = _members(record)
+    found = _members(record, inner or {})
     _note_obstacles(record, spans, found, ranks)
     _note_sums(record, spans, found, seq)
-    return list(found.values())
+    return list(dict.fromkeys(found.values()))
 
 
 def choose(record: Record, found: list[Candidate]) -> list[Candidate]:
@@ -70,16 +86,18 @@ def choose(record: Record, found: list[Candidate]) -> list[Candidate]:
         gain = sum(sizes[name] for name in new)
         if gain < 0.5 * sum(sizes[name] for name in candidate.parameters):
             continue
-        mine = together[candidate.leaf]
-        if any(mine & together[other.leaf] for other in chosen):
+        mine = set[int]().union(*(together[leaf] for leaf in candidate.leaves))
+        if any(mine & together[leaf] for other in chosen for leaf in other.leaves):
             continue
         chosen.append(candidate)
         covered |= candidate.parameters
     return chosen
 
 
-def _members(record: Record) -> dict[Factor, Candidate]:
+def _members(record: Record, inner: Mapping[Factor, Factor]) -> dict[Factor, Candidate]:
     found: dict[Factor, Candidate] = {}
+    for leaf, within in inner.items():
+        found[leaf] = found[within] = Candidate(leaf, within)
     for name, value in record.parameters.items():
         for dim, factor in enumerate(value.dims):
             for leaf in dict.fromkeys(leaves(factor)):
@@ -108,7 +126,7 @@ def _note_obstacles(record: Record, spans: Spans, found: dict[Factor, Candidate]
     for leaf, candidate in found.items():
         if leaf in sequence or leaf in batch:
             candidate.obstacles.append("it is the batch's or the sequence's")
-        if leaf.size % ranks:
+        if candidate.size % ranks:
             candidate.obstacles.append(f"{ranks} ranks don't divide its {leaf.size}")
     for op in record.ops:
         for factor, why in op.blocked:
@@ -123,6 +141,7 @@ def _note_obstacles(record: Record, spans: Spans, found: dict[Factor, Candidate]
                     _note(found, leaf, f"{what} has it whole ({_place(op)})")
         for value in (*op.inputs, *op.outputs):
             _note_twice(record, spans, found, op.module, value)
+            _note_apart(found, value)
     if record.logits is not None:
         for leaf in leaves(record.logits.dims[-1]):
             found.pop(leaf, None)  # the vocabulary, which the head's own rule cuts
@@ -143,7 +162,9 @@ def _is_small(record: Record, candidate: Candidate | None, value: Value) -> bool
 def _gathers(spans: Spans, module: str, candidate: Candidate | None) -> bool:
     """Whether a module without others inside takes and gives the candidate as its last dim, and so can have
     all of it for the time of its call. Takes note of it."""
-    if candidate is None or not module or any(name.startswith(f"{module}.") for name in spans.of):
+    if candidate is None or candidate.inner is not None or not module:
+        return False
+    if any(name.startswith(f"{module}.") for name in spans.of):
         return False
     layouts: list[list[Piece]] = []
     for span in spans.of[module]:
@@ -187,6 +208,22 @@ def _note_twice(
                 _note(found, leaf, "one dim has it twice")
 
 
+def _note_apart(found: dict[Factor, Candidate], value: Value) -> None:
+    """What lies between a leaf and its inner, or an inner without its leaf: no rank's part is a chunk."""
+    for dim in value.dims:
+        own = set(leaves(dim))
+        for candidate in {found[leaf] for leaf in own if leaf in found and found[leaf].inner is not None}:
+            try:
+                layout(dim, candidate.leaves)
+            except ConflictError:
+                _note(found, candidate.leaf, "one dim has its parts apart")
+    everything = set(value.leaves())
+    for leaf in everything:
+        candidate_ = found.get(leaf)
+        if candidate_ is not None and leaf is candidate_.inner and candidate_.leaf not in everything:
+            _note(found, leaf, "a tensor has a part of it alone")
+
+
 def _place(op: Op) -> str:
     return f"{op.name} in {op.module or 'the model'}"
 
@@ -194,7 +231,7 @@ def _place(op: Op) -> str:
 def _note_sums(record: Record, spans: Spans, found: dict[Factor, Candidate], seq: int) -> None:
     sequence = record.sequence
     entered: set[tuple[Factor, frozenset[Factor]]] = set()
-    for candidate in found.values():
+    for candidate in dict.fromkeys(found.values()):
         for module in candidate.gathered:
             # gathered on the way in, and its gradient on the way back
             taken = (value for span in spans.of[module] for value in span.inputs)
@@ -202,9 +239,10 @@ def _note_sums(record: Record, spans: Spans, found: dict[Factor, Candidate], seq
     for at, op in enumerate(record.events):
         if not isinstance(op, Op):
             continue
-        for leaf in {find(leaf) for factor in op.summed for leaf in leaves(factor)}:
-            if leaf in found and op.outputs and found[leaf].cut_at(spans, at):
-                found[leaf].sums += _elements(op.outputs[0], sequence, seq)
+        summed = {find(leaf) for factor in op.summed for leaf in leaves(factor)}
+        for candidate in {found[leaf] for leaf in summed if leaf in found}:
+            if op.outputs and candidate.cut_at(spans, at):
+                candidate.sums += _elements(op.outputs[0], sequence, seq)
         own = {leaf for value in (*op.inputs, *op.outputs) for leaf in value.leaves() if leaf in found}
         own = {leaf for leaf in own if found[leaf].cut_at(spans, at)}
         for value in op.inputs:

@@ -45,10 +45,10 @@ def _uses(record: Record, start: int, stop: int, value: Value) -> bool:
     return any(op.module == module.module and value in op.inputs for op in inside)
 
 
-def runs_of(value: Value, dim: int, cut: frozenset[Factor]) -> int | None:
+def runs_of(value: Value, dim: int, cut: frozenset[Factor], ranks: int) -> int | None:
     """The length of the runs of which a rank has its part, 0 where the whole dim is one; None where it isn't
     so."""
     pieces = layout(value.dims[dim], cut)
-    if not all(piece.is_cut for piece in pieces) or len({piece.size for piece in pieces}) > 1:
+    if not all(piece.parts(ranks) == ranks for piece in pieces) or len({piece.size for piece in pieces}) > 1:
         return None
     return pieces[0].size if len(pieces) > 1 else 0

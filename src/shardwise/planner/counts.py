@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from shardwise.core.held import format_pieces
-from shardwise.dims.factors import ConflictError, Factor, Piece, is_partly, layout, leaves, local_size
+from shardwise.dims.factors import ConflictError, Factor, Piece, layout, leaves, local_size
 from shardwise.dims.record import Op, Record, SizeUse, Value
 from shardwise.dims.sizes import Attribute, Expression, Length, attributes_in, evaluate
 from shardwise.planner.regions import Region, UnfitError
@@ -23,24 +23,24 @@ class Count:
     attribute: Attribute
     pieces: tuple[Piece, ...] = ()
 
-    @property
-    def said(self) -> str:
+    def said(self, ranks: int) -> str:
         """As `divide` has it: see core.held.count_of()."""
-        pieces = format_pieces(*pieces_and_parts(self.pieces))
+        pieces = format_pieces(*pieces_and_parts(self.pieces, ranks))
         return f"{self.attribute.name}: {pieces}" if pieces else self.attribute.name
 
     def on_a_rank(self, ranks: int) -> int:
         if not self.pieces:
             return self.attribute.value // ranks
-        return sum(piece.size // ranks if piece.is_cut else piece.size for piece in self.pieces)
+        return sum(piece.on_a_rank(ranks) for piece in self.pieces)
 
 
-def pieces_and_parts(pieces: Sequence[Piece]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def pieces_and_parts(pieces: Sequence[Piece], ranks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """As a plan says them (core/held.py): a piece that isn't cut is one part, which all ranks use."""
-    if len(pieces) < 2:
-        return (), ()
-    parts = tuple(0 if piece.is_cut else 1 for piece in pieces)
-    return tuple(piece.size for piece in pieces), parts if any(parts) else ()
+    counts = [piece.parts(ranks) for piece in pieces]
+    parts = tuple(0 if count == ranks else count for count in counts)
+    if not any(parts):
+        return (tuple(piece.size for piece in pieces), ()) if len(pieces) > 1 else ((), ())
+    return tuple(piece.size for piece in pieces), parts
 
 
 def divided(record: Record, regions: Sequence[Region], ranks: int) -> frozenset[Count]:
@@ -85,14 +85,15 @@ class _Search:
             found = frozenset({Count(use.size, in_pieces)})
             if sizes.holds(use, chosen | found):
                 yield found
-        possible = sorted(
-            (each for each in free if each.value % sizes.ranks == 0),
-            key=lambda each: (each.module, each.name),
-        )
-        for n in range(1, min(_MOST_TOGETHER, len(possible)) + 1):
+        possible = [
+            count
+            for each in sorted(free, key=lambda each: (each.module, each.name))
+            for count in sizes.counts_of(each)
+        ]
+        for n in range(1, min(_MOST_TOGETHER, len(free)) + 1):
             for more in combinations(possible, n):
-                found = frozenset(map(Count, more))
-                if sizes.holds(use, chosen | found):
+                found = frozenset(more)
+                if len({each.attribute for each in more}) == n and sizes.holds(use, chosen | found):
                     yield found
 
 
@@ -108,7 +109,7 @@ class _Sizes:
 
     def __init__(self, record: Record, regions: Sequence[Region], ranks: int) -> None:
         self.ranks = ranks
-        self._cut = frozenset(region.candidate.leaf for region in regions)
+        self._cut = frozenset[Factor]().union(*(region.candidate.leaves for region in regions))
         self._gathered = set[str]().union(*(region.candidate.gathered for region in regions))
         self._sequence = record.sequence
         self._values = {value.number: value for value in _values(record)}
@@ -125,10 +126,19 @@ class _Sizes:
     def expected(self, use: SizeUse) -> int:
         return self._local(use.value.dims[use.dim])
 
+    def counts_of(self, attribute: Attribute) -> Iterator[Count]:
+        """How a rank could have its part of it: one for each rank, or for each of fewer units."""
+        if attribute.value % self.ranks == 0:
+            yield Count(attribute)
+        for units in sorted({leaf.size for leaf in self._cut if leaf.size < self.ranks}):
+            if attribute.value % units == 0:
+                yield Count(attribute, (Piece(attribute.value, True, units),))
+
     def in_pieces(self, use: SizeUse) -> tuple[Piece, ...]:
-        """Of the dim that is written: where ranks have parts of some only, its pieces."""
-        dim = use.value.dims[use.dim]
-        return tuple(layout(dim, self._cut)) if is_partly(dim, self._cut) else ()
+        """Of the dim that is written: where ranks have parts of some only, or share parts, its pieces."""
+        pieces = tuple(layout(use.value.dims[use.dim], self._cut))
+        counts = {piece.parts(self.ranks) for piece in pieces}
+        return () if counts <= {self.ranks} or not any(piece.is_cut for piece in pieces) else pieces
 
     def holds(self, use: SizeUse, chosen: frozenset[Count]) -> bool:
         try:
@@ -165,9 +175,9 @@ class _Sizes:
             if reached >= start:
                 break
             taken = min(piece.size, start - reached)
-            if piece.is_cut and taken % self.ranks:
+            if taken % piece.parts(self.ranks):
                 raise ConflictError("a boundary inside a rank's part")
-            local += taken // self.ranks if piece.is_cut else taken
+            local += taken // piece.parts(self.ranks)
             reached += piece.size
         return local
 

@@ -177,7 +177,7 @@ class _Making:
     def _regions(self) -> list[Region]:
         while True:
             chosen = [each for each in choose(self.record, self.candidates) if not self._is_table_s(each)]
-            cut = frozenset(each.leaf for each in chosen)
+            cut = frozenset[Factor]().union(*(each.leaves for each in chosen))
             found = []
             for candidate in chosen:
                 try:
@@ -240,7 +240,7 @@ class _Making:
     def _drop(self, regions: list[Region], error: UnfitError) -> None:
         """Gives up the candidates that an error is about, in every layer; where it doesn't say, the
         dearest."""
-        guilty = [region for region in regions if region.candidate.leaf in error.leaves]
+        guilty = [region for region in regions if not error.leaves.isdisjoint(region.candidate.leaves)]
         if not guilty:
             guilty = [region for region in regions if self._fails_alone(region)]
         if not guilty:

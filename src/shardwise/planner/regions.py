@@ -11,7 +11,7 @@ it.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from shardwise.dims.factors import Factor, find, is_partly, leaves
+from shardwise.dims.factors import Factor, is_partly, leaves
 from shardwise.dims.record import Left, Op, Record, Source, Value
 from shardwise.dims.spans import Span, Spans
 from shardwise.planner.backward import PUT_TOGETHER, Kind, Kinds, is_mixed, pass_back
@@ -67,23 +67,26 @@ def region_of(
     """Where a candidate's cut begins and ends. cut: all leaves that are cut. Raises UnfitError."""
     zeros = frozenset(output for op in record.ops if op.name in _ZEROS for output in op.outputs)
     made_by = {output: op for op in record.ops for output in op.outputs}
-    region = Region(candidate, zeros=zeros, made_by=made_by, cut=cut | {candidate.leaf})
-    leaf = candidate.leaf
+    region = Region(candidate, zeros=zeros, made_by=made_by, cut=cut | candidate.leaves)
+    own = candidate.leaves
     touched: list[int] = []
     entered: list[int] = []
     for at, event in enumerate(record.events):
-        if not isinstance(event, Op) or not _has(event, leaf):
+        if not isinstance(event, Op) or not _has(event, own):
             continue
         if spans.are_around(at, candidate.gathered):
             continue
         touched.append(at)
-        if any(find(each) is leaf for factor in event.summed for each in leaves(factor)):
+        summed = own.intersection(leaf for factor in event.summed for leaf in leaves(factor))
+        if summed:
+            if summed != own:
+                raise UnfitError(f"{event.module or 'the model'} sums over a part of it alone")
             _refuse_mixed_sum(event, region)
             _add(region.ends, _where_the_sum_leaves(record, region, at))
             if event.added is not None:
                 region.added |= _parameters_in(event.added, event.module, made_by)
         for value in event.inputs:
-            if value.has_gradient and value.is_live and leaf not in set(value.leaves()):
+            if value.has_gradient and value.is_live and own.isdisjoint(value.leaves()):
                 _add(region.begins, event.module)
                 entered.append(at)
     if not touched:
@@ -97,15 +100,15 @@ def _add(names: list[str], name: str) -> None:
         names.append(name)
 
 
-def _has(op: Op, leaf: Factor) -> bool:
-    return any(leaf in value.leaves() for value in (*op.inputs, *op.outputs))
+def _has(op: Op, own: frozenset[Factor]) -> bool:
+    return any(not own.isdisjoint(value.leaves()) for value in (*op.inputs, *op.outputs))
 
 
 def _refuse_mixed_sum(op: Op, region: Region) -> None:
     """What each rank has whole would be added by all of them."""
     for value in op.inputs:
         for dim in value.dims:
-            if region.candidate.leaf in set(leaves(dim)) and is_partly(dim, region.cut):
+            if not region.candidate.leaves.isdisjoint(leaves(dim)) and is_partly(dim, region.cut):
                 raise UnfitError(f"{op.module or 'the model'} sums over it and over pieces that stay whole")
 
 
@@ -133,7 +136,7 @@ def _keeps_parts(op: Op, parts: set[Value], region: Region) -> bool:
     """Whether an op of parts of a sum gives parts of a sum: what is linear in one of them, or puts them
     together."""
     others = [value for value in op.inputs if value not in parts]
-    if region.candidate.leaf in _leaves_of(others):
+    if not region.candidate.leaves.isdisjoint(_leaves_of(others)):
         return False
     if op.name in PUT_TOGETHER:
         for value in others:

@@ -53,14 +53,13 @@ class Cuts:
     of_head: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.leaves = frozenset(region.candidate.leaf for region in self.regions)
+        self.leaves = frozenset[Factor]().union(*(region.candidate.leaves for region in self.regions))
         self.of_head = dict(_read_by_head(self))
 
     def cut_in(self, module: str) -> frozenset[Factor]:
         """The leaves that are cut inside a module's call."""
-        return frozenset(
-            region.candidate.leaf for region in self.regions if module not in region.candidate.gathered
-        )
+        inside = (each.candidate for each in self.regions if module not in each.candidate.gathered)
+        return frozenset[Factor]().union(*(candidate.leaves for candidate in inside))
 
     def around(self, module: str) -> Placement:
         """What a module takes and gives, if it isn't told otherwise: a part of the sequence, or all."""
@@ -74,7 +73,7 @@ def rules_of(cuts: Cuts) -> dict[str, Reasoned]:
     users = users_of(cuts)
     counts: defaultdict[str, list[str]] = defaultdict(list)
     for count in sorted(cuts.counts, key=lambda each: each.attribute.name):
-        counts[count.attribute.module].append(count.said)
+        counts[count.attribute.module].append(count.said(cuts.ranks))
     found: dict[str, Reasoned] = {}
     for name, module in cuts.model.named_modules():
         rule = _rule(cuts, name, module, users, tuple(counts.get(name, ())))
@@ -94,7 +93,7 @@ def _arguments(cuts: Cuts, module: str) -> tuple[tuple[str, ArgumentCut], ...]:
         own = cut.intersection(leaves(value.dims[each.dim]))
         if each.module != module or not own:
             continue
-        every = runs_of(value, each.dim, cut)
+        every = runs_of(value, each.dim, cut, cuts.ranks)
         if every is None:
             raise UnfitError(f"{module} is given {each.argument}, of which a rank's part is in pieces", own)
         found.append((each.argument, ArgumentCut(each.dim, every)))
@@ -125,7 +124,11 @@ def held(cuts: Cuts, name: str) -> Held:
     if cuts.gradients.beside.get(name, Kind.PART) != Kind.PART:
         own = cuts.leaves.intersection(value.leaves())
         raise UnfitError(f"{name} has rows of which each rank computes all of the gradient", own)
-    sizes, parts = pieces_and_parts(pieces)
+    sizes, parts = pieces_and_parts(pieces, cuts.ranks)
+    shared = any(1 < count < cuts.ranks for count in parts)
+    if shared and cuts.gradients.of.get(name, Kind.PART) != Kind.PART:
+        own = cuts.leaves.intersection(value.leaves())
+        raise UnfitError(f"{name} is shared by ranks of which each computes all of its gradient", own)
     return Held(Shard(dim), sizes, parts=parts)
 
 

@@ -79,7 +79,7 @@ def _cut_until(
     ends = {name for region in regions for name in region.ends if name not in region.inner_ends}
     first, last = spans.of[first_layer][0], spans.of[end][-1]
     covered = frozenset(span.module for span in spans.all if first.start <= span.start <= last.start)
-    cut = frozenset(region.candidate.leaf for region in regions)
+    cut = frozenset[Factor]().union(*(region.candidate.leaves for region in regions))
     found = SequenceCut(first_layer, end, head, covered=covered, steady=frozenset(_steady(record)))
     for _ in range(_TRIES):
         try:
