@@ -26,6 +26,7 @@ from shardwise.dims.factors import ConflictError, Factor, Piece, layout, leaves,
 from shardwise.dims.record import Apart, Op, Record
 from shardwise.dims.trace import record_of
 from shardwise.models.source import ModelSource, vocab_size_of
+from shardwise.planner.few import few_with_inner
 from shardwise.planner.make import Wish, make_plan
 
 REARRANGING = frozenset({"view", "_unsafe_view", "unsqueeze", "expand", "clone"})
@@ -53,10 +54,13 @@ def local_run(source: ModelSource, plan: Plan, tp: int) -> LocalRun:
     apart = [Apart(name, each, how.dim) for name, rule in rules.items() for each, how in rule.style.cut]
     record = record_of(whole, vocab_size, apart=apart)
     held, named = held_by(rules, whole, tp), first_names(whole)
+    shares = any(1 < count < tp for how in held.values() for count in how.parts)
+    inner = few_with_inner(record, tp) if shares else {}
     try:
         cut = frozenset(leaf for name, how in held.items() for leaf in cut_leaves(record, named[name], how))
     except ConflictError as error:
         return LocalRun((str(error),), 0, 0)
+    cut |= frozenset(inner[leaf] for leaf in cut if leaf in inner)
     make_local(local, rules, held, tp)
     gathered = {name for name, rule in rules.items() if rule.style.name is StyleName.WHOLE}
     try:

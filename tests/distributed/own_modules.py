@@ -141,6 +141,23 @@ class FusedAttention(nn.Module):
         return self.o(attended(q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2)))  # type: ignore[no-any-return]
 
 
+class FewFused(nn.Module):
+    """8 heads of queries, then 2 of keys, then of values, in one weight; it counts each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = 8, 2
+        self.qkv = nn.Linear(HIDDEN, (self.heads + 2 * self.kv_heads) * HEAD)
+        self.o = nn.Linear(self.heads * HEAD, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kv = self.kv_heads * HEAD
+        q, k, v = self.qkv(x).split((self.heads * HEAD, kv, kv), -1)
+        q, k, v = (part.unflatten(-1, (-1, HEAD)) for part in (q, k, v))
+        groups = self.heads // self.kv_heads
+        return self.o(attended(q, k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)))  # type: ignore[no-any-return]
+
+
 class GroupedAttention(nn.Module):
     """8 heads of queries, and 2 of keys and values."""
 

@@ -17,6 +17,7 @@ from tests.distributed.own_modules import (
     Chunked,
     Conv1D,
     Decay,
+    FewFused,
     FusedAttention,
     FusedConv,
     GroupedAttention,
@@ -123,6 +124,14 @@ def grouped(key: Any) -> Rules:
         "blocks.*.mixer.q": "colwise",
         "blocks.*.mixer.k": key,
         "blocks.*.mixer.v": key,
+        "blocks.*.mixer.o": ROWWISE_1,
+    }
+
+
+def few(pieces: str) -> Rules:
+    return {
+        "blocks.*.mixer": {"style": "gather_input", "divide": ["heads", "kv_heads: 2/2"]},
+        "blocks.*.mixer.qkv": {"style": "colwise", "pieces": pieces},
         "blocks.*.mixer.o": ROWWISE_1,
     }
 
@@ -328,6 +337,12 @@ CASES = (
         lambda: Model(GroupedAttention),
         BASE | MLP | grouped({"style": "colwise", "pieces": "8/2"}),
         grouped(PARTIAL),
+    ),
+    Case(
+        "query, key and value in one weight, fewer key and value heads than ranks",
+        lambda: Model(FewFused),
+        BASE | MLP | few("32+8/2+8/2"),
+        few("8/2+8/2+32"),
     ),
     Case(
         "one weight, of which each rank has a part of some pieces and all of others",

@@ -316,6 +316,23 @@ def test_a_leaf_that_a_dim_has_in_two_factors_can_t_be_cut() -> None:
         layout(square, frozenset({find(side)}))
 
 
+def test_few_heads_and_part_of_what_is_inside_them_are_shared_out_together() -> None:
+    """2 key heads with 3 x 2 query heads each, over 4 ranks: each has one key head, 3 of its query heads."""
+    keys, half, width = Factor(2), Factor(2), Factor(16)
+    queries, cut = product([keys, half, Factor(3), width]), frozenset({keys, half})
+    assert [piece.parts(4) for piece in layout(queries, cut)] == [4]
+    assert [piece.parts(4) for piece in layout(product([keys, width]), cut)] == [2]
+    assert local_size(queries, cut, 4) == 3 * 16
+    assert local_size(product([keys, width]), cut, 4) == 16
+    fused = concatenation([queries, product([keys, width])])
+    assert is_partly(fused, cut)
+    assert not is_partly(fused, frozenset({keys}))
+    with pytest.raises(ConflictError):
+        layout(product([keys, width, half]), cut)
+    with pytest.raises(ConflictError):
+        layout(product([keys, keys]), cut)
+
+
 def test_a_sum_is_cut_partly_where_some_of_its_pieces_are() -> None:
     heads, shared, width = Factor(4), Factor(6), Factor(2)
     both = concatenation([product([heads, width]), shared])

@@ -7,6 +7,7 @@ import torch
 from shardwise.core.argument_cut import ArgumentCut
 from shardwise.core.dims import DimClass
 from shardwise.core.errors import PlanError
+from shardwise.core.held import parse_pieces
 from shardwise.core.made_plan import MadePlan
 from shardwise.core.mesh import Mesh
 from shardwise.core.placement import Replicate, Shard
@@ -15,6 +16,7 @@ from shardwise.dims.sizes import Size
 from shardwise.models.source import find_model
 from shardwise.parallel.builtin import builtin_plan
 from shardwise.planner.make import Wish, make_dims, make_plan
+from tests.distributed.own_modules_cases import CASES
 
 LATER = {
     # GPT's positions are as long as the embedding's output: the sequence is cut behind it, at the first layer
@@ -234,3 +236,30 @@ def test_experts_that_the_mesh_cannot_share_evenly_are_refused_up_front() -> Non
     message += r"\{1, 2, 4, 8\}\.$"
     with pytest.raises(PlanError, match=message):
         make_plan(find_model("moe-debug"), Wish(Mesh.parse("ep=3,tp=2")))
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize(
+    ("case", "key", "pieces"),
+    [
+        ("fewer key and value heads than ranks", "blocks.0.mixer.k", "8/2"),
+        (
+            "query, key and value in one weight, fewer key and value heads than ranks",
+            "blocks.0.mixer.qkv",
+            "32+8/2+8/2",
+        ),
+    ],
+)
+def test_ranks_share_key_heads_where_there_are_fewer_and_have_their_part_of_the_query_heads(
+    case: str, key: str, pieces: str, tp: int
+) -> None:
+    at = [each.name for each in CASES].index(case)
+    plan = made(f"tests.distributed.own_modules_cases:case_{at}", tp).plan
+    rule = plan.rule_for(key)
+    assert rule is not None
+    assert rule.style.name is StyleName.COLWISE
+    sizes, parts = parse_pieces(pieces)
+    if tp == 2:  # none is shared then
+        assert (rule.style.pieces, rule.style.parts) == (sizes if len(sizes) > 1 else (), ())
+    else:
+        assert (rule.style.pieces, rule.style.parts) == (sizes, parts)

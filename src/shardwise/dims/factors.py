@@ -124,13 +124,12 @@ def leaves(factor: Factor) -> Iterator[Factor]:
 
 
 def is_partly(factor: Factor, cut: frozenset[Factor]) -> bool:
-    """Whether some of the pieces that lie one after the other in it have a leaf of `cut`, and others
-    none."""
+    """Whether some of the pieces that lie one after the other in it have fewer leaves of `cut` than others,
+    or none."""
     factor = find(factor)
-    if factor.is_sum:
-        has = [any(leaf in cut for leaf in leaves(part)) for part in factor.parts]
-        if any(has) and not all(has):
-            return True
+    own = {cut.intersection(leaves(part)) for part in factor.parts} if factor.is_sum else set()
+    if any(some < more for some in own for more in own):
+        return True
     return any(is_partly(part, cut) for part in factor.parts)
 
 

@@ -31,8 +31,8 @@ def _sets() -> defaultdict[Value, set[str]]:
 
 @dataclass(slots=True)
 class Kinds:
-    """What gradients are made of. of: of tensors, or of what is cut of them; beside: of tensors in pieces of
-    which some are cut, those that every rank has whole."""
+    """What gradients are made of. of: of tensors; beside: of tensors in pieces of which some are cut, those
+    that every rank has whole, or shares with its neighbours (`of` is then of the others)."""
 
     of: defaultdict[Value, set[str]] = field(default_factory=_sets)
     beside: defaultdict[Value, set[str]] = field(default_factory=_sets)
@@ -82,13 +82,20 @@ def pass_back(
 
 def _pass_pieces(op: Op, value: Value, kinds: Kinds, cut: frozenset[Factor]) -> None:
     """Each piece of an input gets what the same piece of an output got."""
-    is_cut, is_in_pieces = not cut.isdisjoint(value.leaves()), is_mixed(value, cut)
+    mine, is_in_pieces = cut.intersection(value.leaves()), is_mixed(value, cut)
     for output in op.outputs:
         got, beside = kinds.of.get(output, set()), kinds.beside.get(output, set())
-        is_out_cut = not cut.isdisjoint(output.leaves())
-        if is_cut == is_out_cut and got:
-            kinds.of[value] |= got
-        if is_in_pieces and (beside if is_out_cut else got):
-            kinds.beside[value] |= beside if is_out_cut else got
-        elif not is_cut and is_out_cut and beside:
-            kinds.of[value] |= beside
+        theirs = cut.intersection(output.leaves())
+        if mine == theirs:
+            _add(kinds.of, value, got)
+            if is_in_pieces:
+                _add(kinds.beside, value, beside)
+        elif mine > theirs:
+            _add(kinds.beside if is_in_pieces else kinds.of, value, got)
+        else:
+            _add(kinds.of, value, beside)
+
+
+def _add(kinds: defaultdict[Value, set[str]], value: Value, got: set[str]) -> None:
+    if got:
+        kinds[value] |= got

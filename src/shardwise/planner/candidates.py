@@ -101,7 +101,9 @@ def _members(record: Record, inner: Mapping[Factor, Factor]) -> dict[Factor, Can
     for name, value in record.parameters.items():
         for dim, factor in enumerate(value.dims):
             for leaf in dict.fromkeys(leaves(factor)):
-                found.setdefault(leaf, Candidate(leaf)).members.append((name, dim))
+                members = found.setdefault(leaf, Candidate(leaf)).members
+                if (name, dim) not in members:
+                    members.append((name, dim))
     return found
 
 

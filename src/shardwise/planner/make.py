@@ -2,7 +2,7 @@
 whole, and why."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ from shardwise.planner.classes import dims_of, held_by_rank
 from shardwise.planner.constants import constants_in_the_way
 from shardwise.planner.counts import Count, divided
 from shardwise.planner.experts import experts_in, shared_out
+from shardwise.planner.few import few_with_inner, has_few
 from shardwise.planner.gradients import Gradients, MixedError, gradient_kinds
 from shardwise.planner.names import EXPERTS, HEADS, HIDDEN, Names
 from shardwise.planner.patterns import everywhere
@@ -123,20 +124,32 @@ def _traced(source: ModelSource, wish: Wish, progress: Callable[[str], None]) ->
         record = record_of(model, vocab_size_of(model), apart=apart)
         again = _Making(record, model, whole, layers, wish)
         making = max(making, again, key=_Making.reach)
+    if has_few(record, wish.mesh.tp):
+        progress("tracing it again, to share out what is fewer than ranks")
+        record = record_of(model, vocab_size_of(model), apart=apart)
+        again = _Making(record, model, whole, layers, wish, few_with_inner(record, wish.mesh.tp))
+        making = max(again, making, key=_Making.reach)
     return _Traced(whole, layers, making)
 
 
 class _Making:
-    """The search for cuts that every check lets pass. why_not: of the sequence."""
+    """The search for cuts that every check lets pass. inner: see few_with_inner(). why_not: of the
+    sequence."""
 
     def __init__(
-        self, record: Record, model: nn.Module, whole: nn.Module, layers: Layers | None, wish: Wish
+        self,
+        record: Record,
+        model: nn.Module,
+        whole: nn.Module,
+        layers: Layers | None,
+        wish: Wish,
+        inner: Mapping[Factor, Factor] | None = None,
     ) -> None:
         self.record, self.model, self.whole, self.layers = record, model, whole, layers
         self.wish, self.ranks = wish, wish.mesh.tp
         self.spans, self.names = Spans(record), Names(record)
         self._found: tuple[Cuts, dict[str, str]] | None = None
-        self.candidates = candidates(record, self.spans, self.ranks, seq=wish.seq)
+        self.candidates = candidates(record, self.spans, self.ranks, seq=wish.seq, inner=inner)
         self.tables = _tables(record, model)
         self.head, self.head_output = _head(record, model)
         by_vocabulary = {name for module in (*self.tables, self.head) for name in _read_in(record, module)}

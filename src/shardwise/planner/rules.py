@@ -125,8 +125,8 @@ def held(cuts: Cuts, name: str) -> Held:
         own = cuts.leaves.intersection(value.leaves())
         raise UnfitError(f"{name} has rows of which each rank computes all of the gradient", own)
     sizes, parts = pieces_and_parts(pieces, cuts.ranks)
-    shared = any(1 < count < cuts.ranks for count in parts)
-    if shared and cuts.gradients.of.get(name, Kind.PART) != Kind.PART:
+    is_shared = name not in cuts.gradients.beside and any(1 < count < cuts.ranks for count in parts)
+    if is_shared and cuts.gradients.of.get(name, Kind.PART) != Kind.PART:
         own = cuts.leaves.intersection(value.leaves())
         raise UnfitError(f"{name} is shared by ranks of which each computes all of its gradient", own)
     return Held(Shard(dim), sizes, parts=parts)
