@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from shardwise.core.layer_name import any_layer
 from shardwise.dims.by_data import BY_ID
 from shardwise.dims.factors import ConflictError, Factor, Piece, find, layout, leaves
 from shardwise.dims.record import Op, Record, Source, Value
@@ -92,6 +93,19 @@ def choose(record: Record, found: list[Candidate]) -> list[Candidate]:
         chosen.append(candidate)
         covered |= candidate.parameters
     return chosen
+
+
+def pattern_of(record: Record, candidate: Candidate) -> frozenset[tuple[str, int, tuple[Piece, ...]]]:
+    """The same for a candidate in every layer: its dims, and where it lies in them (groups, and the heads of
+    each)."""
+    found, leaf = [], frozenset({candidate.leaf})
+    for name, dim in candidate.members:
+        try:
+            pieces = tuple(layout(record.parameters[name].dims[dim], leaf))
+        except ConflictError:
+            pieces = ()
+        found.append((any_layer(name), dim, pieces))
+    return frozenset(found)
 
 
 def _members(record: Record, inner: Mapping[Factor, Factor]) -> dict[Factor, Candidate]:

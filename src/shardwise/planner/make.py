@@ -17,14 +17,14 @@ from shardwise.core.mesh import Mesh
 from shardwise.core.placement import Placement, Replicate, Shard
 from shardwise.core.plan import Plan, Style, StyleName
 from shardwise.dims.by_data import BY_ID
-from shardwise.dims.factors import ConflictError, Factor, Piece, layout, leaves
+from shardwise.dims.factors import Factor, leaves
 from shardwise.dims.record import Entered, Op, Record, Value
 from shardwise.dims.spans import Spans
 from shardwise.dims.trace import record_of
 from shardwise.models.layers import Layers, find_layers
 from shardwise.models.source import ModelSource, vocab_size_of
 from shardwise.planner.alone import cut_alone, listed
-from shardwise.planner.candidates import Candidate, candidates, choose
+from shardwise.planner.candidates import Candidate, candidates, choose, pattern_of
 from shardwise.planner.classes import dims_of, held_by_rank
 from shardwise.planner.constants import constants_in_the_way
 from shardwise.planner.counts import Count, divided
@@ -260,9 +260,9 @@ class _Making:
             guilty = sorted(regions, key=lambda region: region.candidate.sums)[-1:]
         if not guilty:
             raise PlanError(f"nothing of it can be cut: {error}.") from error
-        patterns = {_pattern(self.record, region.candidate) for region in guilty}
+        patterns = {pattern_of(self.record, region.candidate) for region in guilty}
         for candidate in self.candidates:
-            if _pattern(self.record, candidate) in patterns:
+            if pattern_of(self.record, candidate) in patterns:
                 candidate.obstacles.append(str(error))
 
     def _fails_alone(self, region: Region) -> bool:
@@ -291,19 +291,6 @@ class _Making:
                     found[name] = f"{what}: {why}"
         cut = {name for region in regions for name in region.candidate.parameters}
         return {name: why for name, why in found.items() if name not in cut}
-
-
-def _pattern(record: Record, candidate: Candidate) -> frozenset[tuple[str, int, tuple[Piece, ...]]]:
-    """The same for a candidate in every layer: its dims, and where it lies in them (groups, and the heads of
-    each)."""
-    found, leaf = [], frozenset({candidate.leaf})
-    for name, dim in candidate.members:
-        try:
-            pieces = tuple(layout(record.parameters[name].dims[dim], leaf))
-        except ConflictError:
-            pieces = ()
-        found.append((any_layer(name), dim, pieces))
-    return frozenset(found)
 
 
 def _read_in(record: Record, module: str | None) -> set[str]:
