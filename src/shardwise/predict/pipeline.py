@@ -5,7 +5,7 @@ repeats: a further micro-batch then adds what the busiest stage takes. A part's 
 reaches the next stage `transfer_s` after it was made.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from shardwise.core.pipeline import Pipeline, Turn
@@ -65,6 +65,18 @@ def stage_total_s(pipeline: Pipeline, parts: Sequence[PartTimes]) -> list[float]
 
 def play(pipeline: Pipeline, parts: Sequence[PartTimes], micro_batches: int, transfer_s: float) -> list[Pass]:
     """Every pass of all stages."""
+    took = {
+        (part, backward): times.backward_s if backward else times.forward_s
+        for part, times in enumerate(parts)
+        for backward in (False, True)
+    }
+    return replay(pipeline, lambda turn: took[turn.part, turn.backward], micro_batches, transfer_s)
+
+
+def replay(
+    pipeline: Pipeline, took_s: Callable[[Turn], float], micro_batches: int, transfer_s: float
+) -> list[Pass]:
+    """The same of passes that each take a time of their own."""
     stages = range(pipeline.stages)
     turns = [pipeline.turns(stage, micro_batches) for stage in stages]
     ends: dict[Turn, float] = {}
@@ -80,8 +92,8 @@ def play(pipeline: Pipeline, parts: Sequence[PartTimes], micro_batches: int, tra
                     break
                 crosses = needs is not None and pipeline.stage_of(needs.part) != stage
                 ready = ends[needs] + (transfer_s if crosses else 0.0) if needs is not None else 0.0
-                start, times = max(free[stage], ready), parts[turn.part]
-                end = start + (times.backward_s if turn.backward else times.forward_s)
+                start = max(free[stage], ready)
+                end = start + took_s(turn)
                 ends[turn] = free[stage] = end
                 placed.append(Pass(stage, turn.part, turn.micro_batch, turn.backward, start, end))
                 at[stage] += 1
