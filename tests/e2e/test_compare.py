@@ -257,7 +257,10 @@ REFUSED = [
     (("--bacth", "3"), "No such option: --bacth (Possible options: --batch). Try: shardwise compare --help."),
     (("--mesh", "tp2"), 'mesh: can\'t read "tp2" in "tp2". Write NAME=SIZE, such as dp=2,tp=4.'),
     (("--mesh", "tp=2,xp=2"), 'mesh: unknown axis "xp". Allowed axes: pp, dp, fsdp, cp, ep, tp.'),
-    (("--mesh", "pp=2,tp=2"), "mesh pp=2,tp=2: compare can't carry pp yet. Use the axes dp, fsdp, ep, tp."),
+    (
+        ("rowwise", "--mesh", "pp=8,tp=1", "--batch", "8"),
+        "pp=8: llama3-debug has 6 layers, and can't be cut into 8 stages. Use at most pp=6.",
+    ),
     (
         ("rowwise", "--seq", "33"),
         'plan "rowwise": rule "tok_embeddings" (rowwise) cuts the sequence, and 33 is no multiple of '

@@ -28,7 +28,7 @@ from shardwise.parallel.any_plan import engine_of, name_of
 from shardwise.parallel.apply import applied_to
 from shardwise.parallel.recorder import CollectiveRecorder
 from shardwise.step.build import build_model
-from shardwise.step.groups import axis_names
+from shardwise.step.groups import axis_names, mesh_of
 from shardwise.step.portion import MicroBatches
 from shardwise.step.train import StepResult, TrainStep, mixed_precision
 
@@ -89,6 +89,7 @@ class Subject:
             policy=mixed_precision(settings),
             reshard=settings.reshard_after_forward,
             recompute=settings.recompute,
+            pipeline=settings.pipeline(mesh_of(mesh)),
             on_parameter=on_parameter,
         )
         self._loads = ExpertLoads(settings.batch * settings.seq)

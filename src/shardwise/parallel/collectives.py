@@ -36,7 +36,6 @@ from torch import Tensor
 
 from shardwise.core.collective import CollectiveKind, Origin
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
-from shardwise.core.program import Phase
 from shardwise.parallel.axis import Axis
 from shardwise.torch_private import is_profiling
 
@@ -63,29 +62,6 @@ _issuing: ContextVar[Issue | None] = ContextVar("issuing", default=None)
 def issuing() -> Issue | None:
     """The native engine's collective that runs now, in this thread; None outside of one."""
     return _issuing.get()
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """Of a tensor that goes to one other rank, or comes from one: the module that gave it, the phase, and
-    why."""
-
-    module: str
-    phase: Phase
-    reason: str
-
-
-_TOLD = "_shardwise_told"
-
-
-def tell(tensor: Tensor, module: str, phase: Phase, reason: str) -> None:
-    """Says of a tensor why it will be sent or received, wherever that is issued."""
-    setattr(tensor, _TOLD, Told(module, phase, reason))
-
-
-def told_of(tensor: Tensor) -> Told | None:
-    """What tell() said."""
-    return getattr(tensor, _TOLD, None)
 
 
 def chunk_sizes(size: int, parts: int) -> list[int]:
@@ -260,22 +236,6 @@ def swap_rows_now(
             received, rows.contiguous(), list(receive_splits), list(send_splits), group=axis.group
         )
     return received
-
-
-def add_peers(x: Tensor, group: dist.ProcessGroup, peer: int, module: str, phase: Phase, reason: str) -> None:
-    """Adds to x, in place, what another rank of the group has of it; both must call. Equal on both to the
-    last bit. reason: a sentence."""
-    received = torch.empty_like(x)
-    sent = x.contiguous()
-    for tensor in (sent, received):
-        tell(tensor, module, phase, reason)
-    ops = [
-        dist.P2POp(dist.isend, sent, group=group, group_peer=peer),
-        dist.P2POp(dist.irecv, received, group=group, group_peer=peer),
-    ]
-    for work in dist.batch_isend_irecv(ops):
-        work.wait()
-    x.add_(received)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shardwise.core.collective import CollectiveCall, CollectiveKind, off_mesh, wire_bytes
+from shardwise.parallel.peers import told_of
 from shardwise.torch_private import TorchDispatchMode, group_named, in_backward, schema_of
 
 NAMESPACES = frozenset(
@@ -186,6 +187,9 @@ class CollectiveRecorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if is_collective(func):
             phase = "backward" if in_backward() else self.phase
+            # what goes between stages is told its phase: it is issued before that begins
+            told = next(filter(None, map(told_of, tensors_in(args))), None)
+            phase = str(told.phase) if told is not None else phase
             self.calls += read_calls(schema_of(func).name, args, out, self._axes, phase)
         return out
 

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from shardwise.core.mesh import STAGES_AXIS
 from shardwise.core.pipeline import Schedule
 from shardwise.core.program import Phase
-from shardwise.parallel.collectives import add_peers
 from shardwise.parallel.loss import Loss
+from shardwise.parallel.peers import add_peers
 from shardwise.parallel.stages import Stage
 from shardwise.torch_private import run_micro_batches
 

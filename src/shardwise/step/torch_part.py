@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from shardwise.core.program import Phase
-from shardwise.parallel.collectives import tell
+from shardwise.parallel.peers import tell
 from shardwise.parallel.stages import Stage
 
 

@@ -22,7 +22,8 @@ from shardwise.core.collective import CollectiveCall
 from shardwise.core.mesh import TENSOR_AXIS
 from shardwise.core.program import LOSS_MODULE, Collective, Op, Phase
 from shardwise.core.rule import RuleRef
-from shardwise.parallel.collectives import Told, issuing, told_of
+from shardwise.parallel.collectives import issuing
+from shardwise.parallel.peers import Told, told_of
 from shardwise.parallel.recorder import FUSED, read_calls, tensors_in
 from shardwise.torch_private import (
     PROPAGATIONS,

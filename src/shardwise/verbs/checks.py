@@ -33,6 +33,21 @@ def default_plan(source: "ModelSource") -> str:
     return ROWWISE
 
 
+def check_stages(case: Case, source: "ModelSource") -> None:
+    """Raises OptionError, and ModelError, for a pipeline that the model or the settings can't have."""
+    pipeline = case.step.pipeline(case.mesh)
+    pipeline.check(case.step.accumulation)
+    if pipeline.stages == 1:
+        return
+    import torch
+
+    from shardwise.parallel.ends import check_spans, ends_of
+
+    ends = ends_of(source)
+    spans = pipeline.spans(ends.layers.count, source.name)
+    check_spans(source.build(dtype=torch.float32), ends, spans)
+
+
 def check_seq(seq: int, source: "ModelSource") -> None:
     """Raises OptionError for a sequence that is longer than the model's learned positions."""
     if source.max_seq is not None and seq > source.max_seq:

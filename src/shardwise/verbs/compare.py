@@ -15,12 +15,14 @@ from shardwise.core.difference import RunProfile, StepPicture
 from shardwise.core.errors import OptionError
 from shardwise.core.finding import Finding
 from shardwise.core.measurement import Comparison, StepProfile
-from shardwise.core.mesh import RUN, Role, check_carried
+from shardwise.core.mesh import RUN, check_carried
 from shardwise.core.option import Option, check_options
 from shardwise.core.verification import Agreement
 from shardwise.files.run_folder import RunFolder
-from shardwise.verbs.checks import check_fsdp, check_seq
+from shardwise.verbs.checks import check_fsdp, check_seq, check_stages
 from shardwise.verbs.compare_checks import check_depth, check_fit, check_module, default_plans
+from shardwise.verbs.dealing import with_dealt_layers
+from shardwise.verbs.predict import MACHINE
 from shardwise.verbs.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -133,7 +135,7 @@ class _Run:
         from shardwise.verbs.compare_ranks import CompareJob
 
         source, mesh = find_model(case.model), case.mesh
-        check_carried(mesh, "compare", [role for role in RUN if role is not Role.CUTS_DEPTH])
+        check_carried(mesh, "compare", RUN)
         check_fsdp(case)
         step = replace(case.step, batch=case.step.batch or BATCH, seq=case.step.seq or SEQ)
         case = replace(case, step=step)
@@ -144,6 +146,9 @@ class _Run:
             context_attention=case.context_attention,
             family=source.family,
         )
+        case = with_dealt_layers(case, source, labelled[0][1], case.machine or MACHINE, silent)
+        step = case.step
+        check_stages(case, source)
         model = source.build(dtype=getattr(torch, step.dtype))
         device = device_type(case.device, mesh.world_size)
         check_fit(source, model, [plan for _, plan in labelled], case, device, options.repeat)
@@ -157,7 +162,7 @@ class _Run:
             settings=step,
             rounds=options.rounds,
             warmup=options.warmup,
-            module=options.module or (None if mesh.fsdp > 1 else embedding_of(model)),
+            module=options.module or (None if mesh.fsdp * mesh.stages > 1 else embedding_of(model)),
             module_only=options.module is not None,
             check=options.check,
             check_layers=check_depth(source, model, mesh, device) if options.check else 0,

@@ -41,6 +41,11 @@ def check_module(model: "nn.Module", model_name: str, module: str, mesh: Mesh) -
             f'--module: {model_name} has no module "{module}".{suggest(module, names)} '
             f"It has {', '.join(shown)}, ..."
         )
+    if mesh.stages > 1:
+        raise OptionError(
+            f"--module {module}: lives on some stages of a pipeline only, and is timed on all ranks at once. "
+            "Use a mesh with pp=1."
+        )
     if mesh.fsdp > 1:
         raise OptionError(
             f"--module {module}: FSDP gathers a module's parameters for a whole layer, so one can't be timed "

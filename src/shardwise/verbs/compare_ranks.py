@@ -4,7 +4,7 @@ a report home."""
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -192,6 +192,9 @@ class _Run:
         """(what the unsharded model gives; how to make it again, and sharded): in float64, or in float32 for
         one that doesn't run in that. Raises RunError where it runs in neither."""
         job, failures = self.job, []
+        pipeline = job.settings.pipeline(Mesh.parse(job.mesh))
+        if job.check_layers:
+            pipeline = replace(pipeline, layers=())  # counts are of all layers
 
         def build(plan: AnyPlan | None, dtype: torch.dtype) -> nn.Module:
             return build_model(
@@ -203,7 +206,8 @@ class _Run:
                 seed=job.settings.seed,
                 reshard=job.settings.reshard_after_forward,
                 recompute=job.settings.recompute,
-                depth=job.check_layers or None,
+                depth=max(job.check_layers, pipeline.parts) if job.check_layers else None,
+                pipeline=pipeline if plan is not None else None,
                 on_parameter=shake,
             )
 

@@ -14,7 +14,7 @@ from shardwise.core.collective import CollectiveKind, collective_name
 from shardwise.core.explanation import CollectiveGroup, Contrast, Explanation, HoldingGroup, PhaseTotals
 from shardwise.core.finding import Finding
 from shardwise.core.placement import Placement
-from shardwise.core.program import MemoryKind, Phase, StageShare
+from shardwise.core.program import MemoryKind, Phase
 from shardwise.report.common.plain import name
 from shardwise.report.common.units import format_bytes, format_flops, format_ratio
 
@@ -264,17 +264,6 @@ def mesh_text(explanation: Explanation) -> str:
 def shape_text(shape: Sequence[int]) -> str:
     """`[4096, 512]`; `scalar` for no dims."""
     return f"[{', '.join(map(str, shape))}]" if shape else "scalar"
-
-
-def layers_text(share: StageShare) -> str:
-    """`0-19`, or of several chunks `0-9, 20-29`; a number where it is one layer."""
-    spans = ((first, first + count - 1) for first, count in share.layers)
-    return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in spans)
-
-
-def state_bytes(share: StageShare) -> int:
-    """Of parameters, gradients and AdamW's two moments, all kept in one dtype."""
-    return 4 * share.parameter_bytes
 
 
 def part_text(group: HoldingGroup) -> str:

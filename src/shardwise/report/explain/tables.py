@@ -14,7 +14,7 @@ from shardwise.core.explanation import (
     RuleSummary,
 )
 from shardwise.core.finding import Finding
-from shardwise.core.program import Holder, MemoryKind, StageShare
+from shardwise.core.program import Holder, MemoryKind
 from shardwise.report.common.plain import name, repeats, sentence, step_text
 from shardwise.report.common.table import (
     Block,
@@ -33,6 +33,7 @@ from shardwise.report.common.table import (
 )
 from shardwise.report.common.units import BAR, BYTES, FLOPS, NUMBER, format_bytes, format_count, format_share
 from shardwise.report.explain import rows
+from shardwise.report.explain.stages import stages_tables
 
 _SUMMED = ("ops", "unknown_ops", "flops", "moved_bytes", "collectives", "wire_bytes")
 _HELD = (MemoryKind.PARAMETER, MemoryKind.GRADIENT, MemoryKind.OPTIMIZER)
@@ -208,26 +209,6 @@ def tables_of(one: Explanation, side: str = "") -> list[Block]:
         copies_table(one, side),
         rules_table(one, side),
     ]
-
-
-def stages_tables(one: Explanation, side: str = "") -> Iterator[Table]:
-    """Of a pipeline: what each stage holds."""
-    if not one.stages:
-        return
-    columns: Columns[StageShare] = (
-        (Column("Stage", NUMBER), lambda share: share.stage),
-        (Column("Layers", wraps=True), rows.layers_text),
-        (Column("Parameters", NUMBER), lambda share: Cell(share.parameters, format_count(share.parameters))),
-        (Column("a rank's", BYTES), lambda share: share.parameter_bytes),
-        (Column("with gradients and optimizer", BYTES), rows.state_bytes),
-        (Column("Micro-batches in flight", NUMBER), lambda share: share.in_flight),
-    )
-    note = Line(
-        "A stage holds activations of so many micro-batches at once, at most; bytes are of a rank's shards "
-        f"there. What follows is of rank {one.rank}; --stage shows another.",
-        Tone.QUIET,
-    )
-    yield tabled(one.stages, columns, key=f"stages{side}", title="What each stage holds", notes=[note])
 
 
 def _gradient(group: HoldingGroup, one: Explanation) -> Cell:
