@@ -105,7 +105,8 @@ def context_cases(world_size: int) -> Iterator[ContextCase]:
                 yield ContextCase(model, "cp=2,tp=2", way, plan_name="rowwise")
                 yield ContextCase(model, "cp=4", way, plan_name="rowwise")
             yield ContextCase("hf:llama", "cp=2,tp=2", "gather", plan_name="hf")
-            yield ContextCase("llama", "cp=2,tp=2", "gather", plan_name="rowwise@dtensor")
+            for plan in ("rowwise@dtensor", "routed-interleaved"):
+                yield ContextCase("llama", "cp=2,tp=2", "gather", plan_name=plan)
             yield from (
                 ContextCase("llama", f"{axis}=2,cp=2", "ring", "full", "rowwise") for axis in ("dp", "fsdp")
             )

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from shardwise.core.errors import MeshError, PlanError
-from shardwise.core.mesh import TENSOR_AXIS, Role, role_of
+from shardwise.core.mesh import NAMES, TENSOR_AXIS, Mesh, role_of
 from shardwise.core.plan import Engine, Family, Plan
 from shardwise.core.program import RuleUse
 from shardwise.core.rule import RuleRef
@@ -112,9 +112,11 @@ def mark_applied(model: nn.Module, applied: Applied) -> None:
 
 
 def _ranks_sharding_further(mesh: DeviceMesh) -> int:
-    names = mesh.mesh_dim_names or ()
-    held = (Role.CUTS_DEPTH, Role.REPLICATES, Role.CUTS_EXPERTS, Role.CUTS_TENSORS)
-    return math.prod(size for name, size in zip(names, mesh.shape, strict=True) if role_of(name) not in held)
+    """Those of FSDP's axes, and of axes that aren't ours, of which nobody knows."""
+    sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
+    ours = Mesh(tuple((name, sizes[name]) for name in NAMES if name in sizes))
+    others = (size for name, size in sizes.items() if role_of(name) is None)
+    return math.prod((*map(ours.size, ours.shard_axes), *others))
 
 
 def applied_to(model: nn.Module) -> Applied:
