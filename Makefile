@@ -73,10 +73,11 @@ lint: $(READY) ## ruff, mypy --strict, import-linter, and whether the docs are t
 	$(BIN)/python -m benchmarks.tables --check
 	$(BIN)/python docs/build.py --check
 
-bench: $(READY) ## the benchmarks; writes benchmarks/results and the tables in the docs (a quiet machine, about 45 minutes)
+bench: $(READY) ## the benchmarks; writes benchmarks/results and the tables in the docs (a quiet machine, about 50 minutes)
 	$(BIN)/python -m benchmarks.embedding
 	$(BIN)/python -m benchmarks.embedding --tp 4
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.experts
 	$(BIN)/python -m benchmarks.explain
 	$(BIN)/python -m benchmarks.plan
 	$(BIN)/python -m benchmarks.made_plan_step

@@ -53,10 +53,12 @@ def _key(case: Case) -> tuple[object, ...]:
 
 
 def run(context: RankContext, payload: bytes) -> bytes:
-    """Per case of so many ranks, by its name: as it is, and with its fault."""
+    """Per case of so many ranks, of the telling ones or the rest, by its name: as it is, and with its
+    fault."""
     found = {}
     for case in CASES:
-        if Mesh.parse(case.mesh).world_size != context.world_size:
+        is_asked = case.is_telling == (payload == b"telling")
+        if Mesh.parse(case.mesh).world_size != context.world_size or not is_asked:
             continue
         for with_fault in (False, True) if case.has_fault else (False,):
             context.note(case.name)

@@ -10,28 +10,40 @@ from shardwise.core.mesh import Mesh
 from shardwise.launch import run_ranks
 from tests.distributed.expert_cases import CASES, Case
 from tests.distributed.expert_workers import Proved
+from tests.matrix import thinned
+
+FAULTY = [case for case in CASES if case.has_fault]
+
+
+def is_telling(case: Case) -> bool:
+    return case.is_telling
 
 
 @cache
-def answers(world_size: int) -> tuple[dict[str, Proved], ...]:
+def answers(world_size: int, *, telling: bool) -> tuple[dict[str, Proved], ...]:
     results = run_ranks(
-        "tests.distributed.expert_workers:run", b"", world_size=world_size, device_type="cpu", timeout_s=300
+        "tests.distributed.expert_workers:run",
+        b"telling" if telling else b"rest",
+        world_size=world_size,
+        device_type="cpu",
+        timeout_s=300,
     )
     return tuple(msgspec.json.decode(result, type=dict[str, Proved]) for result in results)
 
 
 def proved(case: Case, *, with_fault: bool) -> list[Proved]:
-    return [each[f"{case.name}|{with_fault}"] for each in answers(Mesh.parse(case.mesh).world_size)]
+    found = answers(Mesh.parse(case.mesh).world_size, telling=case.is_telling)
+    return [each[f"{case.name}|{with_fault}"] for each in found]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", thinned(CASES, is_telling), ids=lambda case: case.name)
 def test_experts_train_as_on_one_process(case: Case) -> None:
     for answer in proved(case, with_fault=False):
         assert answer.findings == ()
         assert answer.off < case.close
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.has_fault], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", thinned(FAULTY, is_telling), ids=lambda case: case.name)
 def test_a_fault_in_a_plan_for_experts_is_found(case: Case) -> None:
     found = proved(case, with_fault=True)[0].findings
     assert any(case.found_in in finding.partition(":")[0] for finding in found), found
