@@ -13,6 +13,8 @@ from shardwise.core.grouped import BALANCED, GROUPED, grouped_product
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import TheirPlan
 from shardwise.core.program import Op, OpKind, Program, TensorSpec, memory_peak
+from shardwise.core.rule import ModuleKind
+from shardwise.explain.reasons import reason_of
 from shardwise.models.source import find_model
 from shardwise.step.train import TrainStep
 from shardwise.trace.catalogue import flops_of, traffic_of
@@ -55,8 +57,17 @@ def test_experts_are_one_grouped_matmul_in_every_dtype_that_cuda_multiplies_so(
     # two layers; gate and up in one, and down: forward, and two gradients each
     assert len(found) == 2 * 2 * 3
     assert {op.inputs[0].dtype for op in found} == {dtype}
-    assert not matmuls(program, "aten::bmm")
+    assert not [op for op in matmuls(program, "aten::bmm") if op.module.endswith("experts")]
     assert BALANCED in program.notes
+
+
+def test_under_transformers_own_plan_they_are_still_known_as_experts() -> None:
+    settings = StepSettings(BATCH, SEQ, dtype="bfloat16")
+    program = trace(find_model(MIXTRAL), TheirPlan.HF, Mesh.parse("tp=2"), settings, device="cuda")
+    assert BALANCED in program.notes
+    sums = [each for each in program.collectives() if each.module.endswith("experts")]
+    assert {each.module_kind for each in sums} == {ModuleKind.EXPERTS}
+    assert all("of the experts" in reason_of(each) for each in sums)
 
 
 def test_under_fsdp_s_mixed_precision_they_multiply_in_its_dtype_and_copy_no_weights() -> None:

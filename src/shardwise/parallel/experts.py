@@ -41,9 +41,13 @@ class ExpertRoute:
 
 def takes_tokens_of_experts(module: nn.Module) -> bool:
     """Whether its forward is called as experts are: three inputs, the second and third by the names of what
-    they are (top_k_index or router_indices; top_k_weights or routing_weights)."""
-    names = list(inspect.signature(module.forward).parameters)
-    return len(names) == len(CALL) and "ind" in names[1] and "weights" in names[2]
+    they are (top_k_index or router_indices; top_k_weights or routing_weights). Its class says so too, where a
+    plan has put another forward in its place."""
+    of_class = list(inspect.signature(type(module).forward).parameters)[1:]
+    return any(
+        len(names) == len(CALL) and "ind" in names[1] and "weights" in names[2]
+        for names in (list(inspect.signature(module.forward).parameters), of_class)
+    )
 
 
 def number_of_experts(module: nn.Module) -> int | None:
