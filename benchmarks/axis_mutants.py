@@ -237,7 +237,7 @@ def _tensors(mesh: str) -> Iterator[AxisMutant]:
         "moe": ("layers.0.ffn_norm.weight", "layers.1.attention.q_norm.weight",
                 "layers.0.feed_forward.router.gate.weight"),
     }  # fmt: skip
-    for name in norms[MESHES[mesh]]:
+    for name in norms[MESHES[mesh]] if not Mesh.parse(mesh).shard_axes else ():  # FSDP sums what is Partial
         about = f"nobody sums the parts of {name}'s gradient over tp"
         yield _mutant(mesh, f"unsummed over tp {name}", about, SUMS, faults.not_reduced(name), "tp")
     cut = {"llama": "layers.0.attention.wq.weight", "gpt": "layers.1.feed_forward.w2.weight",

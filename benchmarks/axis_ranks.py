@@ -57,6 +57,8 @@ def judged(names: Sequence[str], on_answer: Callable[[Judged], None] = lambda _:
                     on_event=take,
                 )
             except RunError as error:
+                if type(error) is not RunError:
+                    raise
                 first = next(name for name in left if name not in found)
                 mutant, said = MUTANTS[first], told(error, 300)
                 known = Judged(Truth(first, True, "no step", "", said), _crashed(mutant, said))

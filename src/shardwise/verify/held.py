@@ -1,7 +1,8 @@
 """What a rank holds of a parameter or gradient, against the whole of it, which every rank has: so only
 numbers go between the ranks."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,20 @@ def held_over(tensor: Tensor | None, model: nn.Module, axes: Collection[str]) ->
     ]
     if all(placement.is_replicate() for placement in placements):
         return tensor.full_tensor()
+    if any(isinstance(placement, StridedShard) for placement in tensor.placements):
+        return _cut(tensor, placements)
     return tensor.redistribute(placements=placements).to_local()
+
+
+def _cut(tensor: DTensor, placements: Sequence[Any]) -> Tensor:
+    """What a rank holds under these placements, from the whole: FSDP's shards of what tp has cut already are
+    strided, and PyTorch gathers none of the two alone."""
+    whole, mesh = tensor.full_tensor(), tensor.device_mesh
+    for axis, placement in enumerate(placements):
+        if not placement.is_replicate():
+            pieces, at = whole.chunk(mesh.size(axis), placement.dim), mesh.get_local_rank(axis)
+            whole = pieces[at] if at < len(pieces) else whole.narrow(placement.dim, 0, 0)
+    return whole
 
 
 def _is_partial(tensor: DTensor) -> bool:

@@ -227,7 +227,9 @@ def _gradient_finding(evidence: Evidence, name: str, forward: Seen | None, backw
     cause, reason = _own_fault(related, evidence.n_ranks)
     if evidence.recut is not None and evidence.recut.parameter == name:
         cause, reason, is_missing = Cause.CUT_AS_ONE, evidence.recut.reason, False
-    elif name in evidence.along:
+    elif name in evidence.along and (
+        evidence.along[name].relation is Relation.PARTS or cause is Cause.UNKNOWN
+    ):  # what is shifted over tp may look so over another axis that cuts the same dim
         return _finding_along(evidence, name)
     elif cause in (Cause.UNKNOWN, Cause.SUMMED_TOO_OFTEN, Cause.AVERAGED):
         cause, reason = _passed_on(evidence, name, forward, backward) or (cause, reason)
