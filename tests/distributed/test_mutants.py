@@ -98,7 +98,6 @@ ON_FOUR = (
     "fsdp=2,tp=2 fsdp averages",
     "fsdp=2,tp=2 valid not summed",
     "fsdp=2,cp=2 labels of others",
-    "cp=2,tp=2 own keys only",
     "pp=2,dp=2 harmless in another order",
 )
 
