@@ -142,7 +142,9 @@ def test_a_pipeline_s_stages_are_in_a_trace_of_their_own(saved: Path, tmp_path: 
     assert ended.returncode == 0, ended.stderr
     assert "pipeline bubble" in ended.stdout
     events = json.loads(gzip.decompress((out / "stages-a.json.gz").read_bytes()))["traceEvents"]
-    assert sum(event["ph"] == "X" for event in events) == 3 * 6 * 2
+    spans = [event["name"] for event in events if event["ph"] == "X"]
+    assert sum(name != "bubble" for name in spans) == 3 * 6 * 2
+    assert spans.count("bubble") >= 3
 
 
 def test_a_sweep_finds_every_mesh_and_says_what_it_left_out(tmp_path: Path) -> None:
@@ -224,10 +226,6 @@ REFUSED = [
         "--batch 6 can't be cut into 2 data-parallel parts of 2 micro-batches. Use a multiple of 4.",
     ),
     (("--seq", "33", "--mesh", "cp=2"), "--seq 33 can't be cut into 4 chunks, two for each of 2 ranks"),
-    (
-        ("--mesh", "ep=2,tp=2"),
-        "mesh ep=2,tp=2: predict can't carry ep yet. Use the axes pp, dp, fsdp, cp, tp.",
-    ),
     (
         ("--mesh", "pp=7,tp=1"),
         "pp=7: llama3-debug has 6 layers, and can't be cut into 7 stages. Use at most pp=6.",
