@@ -57,8 +57,6 @@ class MeshCase(msgspec.Struct, frozen=True):
     @property
     def spec(self) -> ModelSpec:
         config = MODELS[self.model]
-        if isinstance(config, MoEConfig) and self.stages > 1:
-            config = replace(config, aux_loss=0.0)  # it is of a micro-batch, and stages need several
         return ModelSpec("tiny", replace(config, n_layers=max(config.n_layers, self.stages)), "")
 
     @property

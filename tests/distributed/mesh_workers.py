@@ -61,9 +61,9 @@ def built(case: MeshCase, mesh: DeviceMesh | None) -> nn.Module:
 
 
 @cache
-def expected_of(model: str, stages: int) -> Unsharded:
-    """stages: of which each has a layer."""
-    return unsharded(built(MeshCase(model, f"pp={stages}"), None), batches(), parts=2)
+def expected_of(model: str, stages: int, portion: Portion) -> Unsharded:
+    """stages: of which each has a layer. portion: of one process."""
+    return unsharded(built(MeshCase(model, f"pp={stages}"), None), batches(), parts=2, portion=portion)
 
 
 def run(context: RankContext, payload: bytes) -> bytes:
@@ -101,7 +101,8 @@ def _with_fault(fault: Fault) -> Proved:
 
 def _proved(case: MeshCase, mesh: DeviceMesh, model: nn.Module) -> Proved:
     portion = Portion.on(mesh, case.settings.accumulation, reduce_once=case.reduce_once)
-    expected, whole = expected_of(case.model, case.stages), partial(built, case, None)
+    expected = expected_of(case.model, case.stages, portion.of_one_process)
+    whole = partial(built, case, None)
     policy = mixed_precision(case.settings)
     if is_mixed(policy):
         expected = loosened(expected, whole, policy, "cpu")

@@ -513,6 +513,21 @@ def test_the_portions_of_all_ranks_make_up_the_global_batch(
     assert torch.equal(torch.cat([labels_BS for _, labels_BS in cut]), batch.labels_BS)
 
 
+@settings(deadline=None)
+@given(places=sizes, micro_batches=sizes, share=sizes)
+def test_one_process_has_the_micro_batches_that_all_ranks_have_together(
+    places: int, micro_batches: int, share: int
+) -> None:
+    batch = torch.arange(places * micro_batches * share).unsqueeze(1)
+    portions = [Portion(None, BatchPart(place, places), micro_batches) for place in range(places)]
+    together = zip(*(portion.of(batch) for portion in portions), strict=True)
+    alone = portions[0].of_one_process
+    assert all(
+        torch.equal(own, torch.cat(theirs)) for own, theirs in zip(alone.of(batch), together, strict=True)
+    )
+    assert torch.equal(alone.joined(alone.of(batch)), batch)
+
+
 def test_a_stream_shorter_than_one_sequence_and_its_label_is_refused() -> None:
     Batches(stream_of([1, 2, 3, 4]), batch=8, seq=3)
     with pytest.raises(TextError) as caught:

@@ -214,7 +214,9 @@ class _Run:
         for dtype in (torch.float64, torch.float32):
             build_in = partial(build, dtype=dtype)
             try:
-                return unsharded(build_in(None), batches, parts=tp, with_steps=False), build_in
+                portion = self.portion.of_one_process
+                whole = unsharded(build_in(None), batches, parts=tp, portion=portion, with_steps=False)
+                return whole, build_in
             except (ModuleError, RunError) as error:
                 failures.append(f"in {str(dtype).removeprefix('torch.')}, {shown(error, 300)}")
         raise RunError(f"the check, unsharded {' '.join(failures)} Leave the check out with --no-check.")

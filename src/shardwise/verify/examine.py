@@ -210,7 +210,9 @@ class _Examination:
             if self._plan is TheirPlan.HF and not getattr(model, "tp_plan", None):
                 raise NothingToProveError(NO_PLAN)
             try:
-                found = unsharded(model, self._batches(model), parts=self._tp)
+                found = unsharded(
+                    model, self._batches(model), parts=self._tp, portion=self._portion().of_one_process
+                )
                 return self._as_rounded(found, make), make
             except (ModuleError, RunError) as error:
                 failures.append(f"in {name}, {shown(error, 300)}")

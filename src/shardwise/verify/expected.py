@@ -43,8 +43,9 @@ class Unsharded:
 
     noise: relative, the largest. tolerance: of outputs and loss, relative. allowed: how far each parameter's
     gradient may be off, absolute. norms: gradient norms before clipping, one for each optimizer step; after:
-    the parameters after them. Both are empty without steps. weights_allowed: how far each may then be off,
-    relative, where rounding does more than the tolerance (rounded.py).
+    the parameters after them. Both are empty without steps. portion: how one process takes the batches.
+    weights_allowed: how far each may then be off, relative, where rounding does more than the tolerance
+    (rounded.py).
     """
 
     observed: Observed
@@ -55,6 +56,7 @@ class Unsharded:
     max_norm: float
     after: dict[str, Tensor]
     norms: tuple[float, ...]
+    portion: Portion = ALONE
     weights_allowed: Mapping[str, float] = field(default_factory=dict)
 
     def is_told(self, name: str) -> bool:
@@ -133,14 +135,19 @@ def shake(name: str, whole: Tensor) -> None:
 
 
 def unsharded(
-    model: nn.Module, batches: Sequence[Batch], *, parts: int, with_steps: bool = True
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    parts: int,
+    portion: Portion = ALONE,
+    with_steps: bool = True,
 ) -> Unsharded:
     """Runs the model whole: once as it is, once with its matmuls split, then STEPS optimizer steps of a copy.
-    The model stays as it is.
+    The model stays as it is. portion: of one process.
 
     Raises RunError where it can't be run, gives something that isn't finite, or is too noisy.
     """
-    first = observe(model, batches[0])
+    first = observe(model, batches[0], portion)
     gradients = {name: gradient for name, gradient in first.gradients.items() if gradient is not None}
     sizes = {name: size(gradient) for name, gradient in gradients.items()}
     total = sum(each**2 for each in sizes.values()) ** 0.5
@@ -148,7 +155,7 @@ def unsharded(
         raise RunError("the unsharded model's outputs or gradients are not finite.")
     if not total:
         raise RunError("the unsharded model has no gradient.")
-    split = observe(model, batches[0], split=max(2, parts))
+    split = observe(model, batches[0], portion, split=max(2, parts))
     coarsest = split.coarsest or next(model.parameters()).dtype
     least, rounding = LEAST_TOLERANCE[coarsest], 8 * torch.finfo(coarsest).eps * total
     output_noise = max(
@@ -169,9 +176,9 @@ def unsharded(
             "parts: too much to tell a wrong plan by."
         )
     max_norm = total / 2
-    after, norms = trained(_copied(model), batches, ALONE, max_norm) if with_steps else ({}, ())
+    after, norms = trained(_copied(model), batches, portion, max_norm) if with_steps else ({}, ())
     weights = {name: local(parameter) for name, parameter in after.items()}
-    return Unsharded(first, batches, noise, tolerance, allowed, max_norm, weights, norms)
+    return Unsharded(first, batches, noise, tolerance, allowed, max_norm, weights, norms, portion)
 
 
 def trained(

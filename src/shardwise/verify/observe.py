@@ -120,7 +120,7 @@ def observe(
             raise watch.failure(error) from error
     gradients = {name: each.grad for name, each in model.named_parameters() if each.requires_grad}
     return Observed(
-        torch.cat(watch.logits) if watch.logits else None,
+        portion.joined(watch.logits) if watch.logits else None,
         float(local(loss)),
         gradients,
         watch.calls,

@@ -23,7 +23,7 @@ from shardwise.models.layers import find_layers
 from shardwise.step.train import shard_with_fsdp
 from shardwise.verify.expected import LEAST_TOLERANCE, Unsharded, trained
 from shardwise.verify.held import local, relative, size
-from shardwise.verify.observe import ALONE, observe
+from shardwise.verify.observe import observe
 
 TIMES = 4
 """How much further other sums of rounded values may be off: tiny Llama and GPT in bfloat16 on dp=2,fsdp=2,
@@ -40,7 +40,7 @@ def loosened(
     """The same with what the policy's rounding may do. make: the unsharded model. All ranks call it."""
     least = max(LEAST_TOLERANCE[dtype] for dtype in (policy.param_dtype, policy.reduce_dtype) if dtype)
     model = _alone(make(), policy, device_type)
-    found = observe(model, expected.batches[0])
+    found = observe(model, expected.batches[0], expected.portion)
     exact, allowed = expected.observed, dict(expected.allowed)
     noise = max(relative(found.own_logits, exact.own_logits), abs(found.loss - exact.loss) / abs(exact.loss))
     for name, gradient in exact.gradients.items():
@@ -64,7 +64,7 @@ def _off(rounded: Tensor | None, exact: Tensor) -> float:
 
 def _weights_off(model: nn.Module, expected: Unsharded) -> dict[str, float]:
     """How far each parameter is off the exact one after the optimizer's steps, relative."""
-    after, _ = trained(model, expected.batches, ALONE, expected.max_norm)
+    after, _ = trained(model, expected.batches, expected.portion, expected.max_norm)
     return {name: relative(local(after[name]).detach(), exact) for name, exact in expected.after.items()}
 
 
