@@ -108,8 +108,16 @@ def job(mesh: str, settings: StepSettings, plans: tuple[Plan, ...]) -> CompareJo
 
 
 def told(findings: tuple[Finding, ...]) -> list[tuple[object, ...]]:
+    """Where a mesh has several axes the reason says along which; tp is the one that is meant here."""
     return [
-        (finding.kind, finding.subject, finding.cause, finding.reason, finding.advice, finding.rule)
+        (
+            finding.kind,
+            finding.subject,
+            finding.cause,
+            finding.reason.replace(" along tp", "").removesuffix(" over tp"),
+            finding.advice,
+            finding.rule,
+        )
         for finding in findings
     ]
 

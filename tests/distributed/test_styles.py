@@ -34,12 +34,12 @@ def test_a_sharded_model_equals_the_unsharded_one(world_size: int, case: Case) -
     thinned(
         [
             (1, True, 8),
-            (2, True, 85),
-            (3, True, 44),
-            (1, False, 127),
+            (2, True, 87),
+            (3, True, 46),
+            (1, False, 129),
             (2, False, 75),
             (3, False, 91),
-            (4, False, 140),
+            (4, False, 142),
         ],
         lambda _, telling, __: telling,
     ),

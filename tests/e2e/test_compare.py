@@ -330,10 +330,11 @@ REFUSED = [
     (
         ("--config", "bad.toml"),
         '--config bad.toml: unknown key "batsh". Did you mean "batch"? Allowed: accumulation, batch, '
-        "check, device, dtype, "
+        "check, chunks, context_attention, device, dtype, "
         "format, json, learning_rate, machine, max_norm, mesh, model, module, out, param_dtype, plans, "
-        "profile, profile_steps, random_ids, recompute, reduce_dtype, repeat, rounds, seed, seq, "
-        "sequence_parallel, text, timeout, tokenizer, warmup.",
+        "profile, profile_steps, random_ids, recompute, reduce_dtype, reduce_once, repeat, "
+        "reshard_after_forward, rounds, schedule, seed, seq, "
+        "sequence_parallel, stages, text, timeout, tokenizer, warmup.",
     ),
     (
         ("--param-dtype", "bfloat16"),

@@ -43,7 +43,7 @@ def case(which: str, mine: str, **keys: Any) -> Case:
 def test_three_axes_are_explained_and_predicted_of_any_model(which: str, mine: str) -> None:
     asked = case(which, mine, mesh="dp=2,fsdp=2,tp=2")
     explanation: Any = shardwise.explain(asked).answer
-    assert {group.axis for group in explanation.collectives} == {"dp", "fsdp", "tp"}
+    assert {group.axis for group in explanation.collectives} == {"dp", "fsdp", "dp+fsdp", "tp"}
     (prediction,) = shardwise.predict(asked).answer.predictions
     assert prediction.step_s > 0
     assert prediction.memory.fits
