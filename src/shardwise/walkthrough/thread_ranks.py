@@ -66,6 +66,14 @@ class _ThreadGroup(dist.ProcessGroup):
         self._rank = rank
         self._sent: tuple[Tensor, ...] = ()
 
+    def _get_backend(self, device: torch.device) -> Any:
+        """torch asks it since 2.14 whether several sends can go as one, which these can't."""
+        return self
+
+    @property
+    def supports_coalescing(self) -> bool:
+        return False
+
     def send(self, tensors: list[Tensor], dstRank: int, tag: int) -> None:  # type: ignore[override]
         block = tensors[0].detach().clone()
         self._sent = self._at(dstRank, block)
