@@ -3,11 +3,13 @@
 import ctypes
 import json
 import os
+import random
 import signal
 import sys
 import time
 from collections.abc import Callable
 
+import numpy
 import torch
 from torch import distributed
 
@@ -49,6 +51,12 @@ def tour(context: RankContext, payload: bytes) -> bytes:
         "environment": {name: os.environ.get(name) for name in NAMES},
     }
     return json.dumps(facts).encode().ljust(MANY_BYTES)
+
+
+def random_numbers(context: RankContext, payload: bytes) -> bytes:
+    """What nobody seeded."""
+    _sum_of_ranks(context)
+    return json.dumps([random.random(), float(numpy.random.rand())]).encode()
 
 
 def say_pid_and_wait(context: RankContext, payload: bytes) -> bytes:

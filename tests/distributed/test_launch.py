@@ -1,5 +1,5 @@
-"""Ranks that end well, badly, late or not at all: what the parent returns or says, and that no process is
-left."""
+"""Ranks that end well, badly, late or not at all, in interpreters of their own or forked from a warm one:
+what the parent returns or says, and that no process is left."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from shardwise.core.errors import MeshError, OptionError, PlanError, RunError, ShardwiseError
-from shardwise.launch import Interrupted, is_main, joined, run_ranks
+from shardwise.launch import Interrupted, is_main, joined, run_ranks, warm_ranks
 from tests.matrix import FULL
 
 WORKERS = Path(__file__).parent
@@ -23,6 +23,23 @@ WORKERS = Path(__file__).parent
 PATIENCE_S = 300.0
 # the timeout of runs that end by it
 SHORT_S = 6.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreters_of_their_own() -> Iterator[None]:
+    """As users have them."""
+    with warm_ranks(warm=False):
+        yield
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["started", "forked"])
+def ranks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways to start ranks."""
+    with warm_ranks(warm=request.param):
+        yield
+
+
+BOTH_WAYS = pytest.mark.usefixtures("ranks")
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +107,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+@BOTH_WAYS
 def test_results_come_back_in_the_order_of_ranks_and_events_in_the_order_of_reports(
     temporary_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +143,7 @@ def test_results_come_back_in_the_order_of_ranks_and_events_in_the_order_of_repo
     assert list(temporary_folder.iterdir()) == []
 
 
+@BOTH_WAYS
 def test_a_rank_killed_by_sigkill_is_named_and_the_others_are_stopped(temporary_folder: Path) -> None:
     pids = Pids(act=signal_rank_1(signal.SIGKILL))
     with pytest.raises(RunError) as caught:
@@ -138,6 +157,7 @@ def test_a_rank_killed_by_sigkill_is_named_and_the_others_are_stopped(temporary_
     assert caught.value.exit_code == 3
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize(
     ("how", "error", "message"),
     [
@@ -186,6 +206,7 @@ def test_the_rank_that_failed_is_named_and_not_the_one_that_lost_its_connection(
     assert ("ValueError: the first line" in (logs / "rank-1.log").read_text()) == (how == "value error")
 
 
+@BOTH_WAYS
 def test_an_error_names_a_log_that_exists_and_other_logs_are_removed(temporary_folder: Path) -> None:
     with pytest.raises(RunError, match="Its output: ") as caught:
         run_ranks("launch_workers:nothing_of_this_name", b"", world_size=1, device_type="cpu", timeout_s=60)
@@ -197,6 +218,7 @@ def test_an_error_names_a_log_that_exists_and_other_logs_are_removed(temporary_f
     assert "nothing_of_this_name" in Path(log).read_text()
 
 
+@BOTH_WAYS
 def test_a_stopped_rank_ends_the_run_by_the_timeout_and_is_named() -> None:
     pids = Pids(act=signal_rank_1(signal.SIGSTOP))
     with pytest.raises(RunError) as caught:
@@ -209,6 +231,7 @@ def test_a_stopped_rank_ends_the_run_by_the_timeout_and_is_named() -> None:
     )
 
 
+@BOTH_WAYS
 def test_a_collective_that_a_busy_rank_never_joins_ends_by_the_timeout() -> None:
     pids = Pids()
     with pytest.raises(RunError, match=r"^rank 0 failed: RuntimeError: .*[Tt]imed out") as caught:
@@ -217,6 +240,7 @@ def test_a_collective_that_a_busy_rank_never_joins_ends_by_the_timeout() -> None
     assert "\n" not in str(caught.value)
 
 
+@BOTH_WAYS
 def test_an_exception_in_on_event_stops_the_ranks_and_is_raised(temporary_folder: Path) -> None:
     def disk_is_full(_: dict[int, int]) -> None:
         raise OSError(28, "No space left on device")
@@ -228,6 +252,7 @@ def test_an_exception_in_on_event_stops_the_ranks_and_is_raised(temporary_folder
     assert list(temporary_folder.iterdir()) == []
 
 
+@BOTH_WAYS
 @FULL  # e2e/test_compare.py has two
 def test_two_runs_at_once_do_not_collide() -> None:
     def sums(world_size: int) -> list[int]:
@@ -237,6 +262,7 @@ def test_two_runs_at_once_do_not_collide() -> None:
         assert list(threads.map(sums, [1, 2])) == [[0], [1, 1]]
 
 
+@BOTH_WAYS
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_does_not_hide_why_a_rank_failed(tmp_path: Path) -> None:
     (tmp_path / "rank-1.log").symlink_to("/dev/full")
@@ -251,6 +277,29 @@ def test_logs_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
         match=r"^the ranks' logs can't be written: .*file.*\. Choose another folder, or make room\.$",
     ):
         launch("tour", log_dir=tmp_path / "file")
+
+
+def test_after_the_warm_process_was_killed_there_is_another() -> None:
+    def kill_what_they_came_from(pids: dict[int, int]) -> None:
+        psutil.Process(pids[0]).parent().kill()
+
+    with warm_ranks():
+        pids = Pids(act=kill_what_they_came_from)
+        with pytest.raises(RunError, match=r"^rank 0 was killed by SIGKILL \(signal 9\)"):
+            launch("say_pid_and_wait", on_event=pids)
+        wait_until(lambda: not any(map(psutil.pid_exists, pids.by_rank.values())))
+        assert [json.loads(result)["sum"] for result in launch("tour")] == [1, 1]
+
+
+def test_warm_ranks_leave_nothing_behind_and_are_unlike_one_another() -> None:
+    me = psutil.Process()
+    before = me.children(recursive=True)
+    with warm_ranks():
+        first, second = (launch("random_numbers") for _ in range(2))
+        (warm,) = set(me.children(recursive=True)) - set(before)
+        assert warm.num_threads() == 1
+    assert me.children(recursive=True) == before
+    assert len({*first, *second}) == 4
 
 
 def test_an_unknown_device_is_refused() -> None:
@@ -279,14 +328,15 @@ def test_launching_imports_no_torch() -> None:
 PARENT = """
 import sys
 from shardwise.core.errors import ShardwiseError
-from shardwise.launch import is_main, run_ranks
+from shardwise.launch import run_ranks, warm_ranks
 
 def on_event(event):
     print(event.decode(), flush=True)
 
 try:
     name = "launch_workers:say_pid_and_wait"
-    run_ranks(name, b"", world_size=2, device_type="cpu", timeout_s=300, on_event=on_event)
+    with warm_ranks(warm=sys.argv[1] == "forked"):
+        run_ranks(name, b"", world_size=2, device_type="cpu", timeout_s=300, on_event=on_event)
 except KeyboardInterrupt:
     sys.exit(130)
 except ShardwiseError as error:
@@ -301,12 +351,12 @@ def hear_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-@pytest.fixture
-def parent() -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+@pytest.fixture(params=["started", "forked"])
+def parent(request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     """A process that runs two ranks without end, and the ranks' pids."""
-    environment = {**os.environ, "PYTHONPATH": str(WORKERS)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(WORKERS), *sys.path))}
     with subprocess.Popen(
-        [sys.executable, "-c", PARENT],
+        [sys.executable, "-c", PARENT, request.param],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -3,5 +3,6 @@
 from shardwise.launch.context import RankContext
 from shardwise.launch.ranks import Interrupted, run_ranks
 from shardwise.launch.torchrun import is_main, joined
+from shardwise.launch.warm import warm_ranks
 
-__all__ = ["Interrupted", "RankContext", "is_main", "joined", "run_ranks"]
+__all__ = ["Interrupted", "RankContext", "is_main", "joined", "run_ranks", "warm_ranks"]

@@ -10,13 +10,13 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import assert_never
@@ -29,6 +29,8 @@ from shardwise.launch.assignment import START_S, Assignment
 from shardwise.launch.cause import BadEnd, Failure, Silence, error_for, first_cause, stall_error
 from shardwise.launch.context import backend_of
 from shardwise.launch.mail import Inbox, Kind, Mail, put
+from shardwise.launch.process import RankProcess, Started, send_signal
+from shardwise.launch.warm import warm_template
 
 _POLL_S = 0.1
 # How long after a failure a more telling one may still come in: a lost connection is reported before the
@@ -113,7 +115,7 @@ class _Ranks:
         self._inbox = inbox
         self._logs = logs
         self._timeout_s = timeout_s
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[RankProcess] = []
         self._ready: set[int] = set()
         self._notes: dict[int, Mail] = {}
         self._failures: dict[int, BadEnd] = {}
@@ -122,19 +124,8 @@ class _Ranks:
         self._heard_s = time.monotonic()
 
     def start(self, entry: str, assignment: Assignment, threads_per_rank: int) -> None:
-        command = [sys.executable, "-P", "-u", "-m", "shardwise.launch.rank", entry]
-        environment = _environment(assignment, threads_per_rank)
         try:
-            with self._logs[assignment.rank].open("wb") as log:
-                process = subprocess.Popen(
-                    command,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-                self._processes.append(process)
+            self._processes.append(_process(entry, assignment, threads_per_rank, self._logs[assignment.rank]))
         except OSError as error:
             raise RunError(
                 f"rank {assignment.rank} can't be started: {error}. "
@@ -201,44 +192,49 @@ class _Ranks:
         return Silence(
             is_ready=rank in self._ready,
             is_done=rank in self.results,
-            stopped_by=_stopped_by(self._processes[rank].pid),
+            stopped_by=self._processes[rank].stopped_by(),
             note=note.body.decode() if note else None,
         )
 
     def await_exit(self, limit_s: float) -> None:
         deadline_s = time.monotonic() + limit_s
         for process in self._processes:
-            try:
-                process.wait(max(0.0, deadline_s - time.monotonic()))
-            except subprocess.TimeoutExpired:
+            if not process.wait(max(0.0, deadline_s - time.monotonic())):
                 return
 
     def stop(self) -> None:
         """Ends what still runs, by force where asking doesn't help."""
         for number, limit_s in ((signal.SIGTERM, _TERMINATE_S), (signal.SIGKILL, _KILL_S)):
             for process in self._processes:
-                if process.poll() is None:
-                    # macOS refuses for a group that has just ended.
-                    with suppress(ProcessLookupError, PermissionError):
-                        os.killpg(process.pid, number)
+                send_signal(process, number)
             self.await_exit(limit_s)
 
 
-def _environment(assignment: Assignment, threads_per_rank: int) -> dict[str, str]:
+def _process(entry: str, assignment: Assignment, threads_per_rank: int, log: Path) -> RankProcess:
+    environment = _environment(assignment.device_type, threads_per_rank)
+    template = warm_template(assignment.device_type, threads_per_rank, environment)
+    if template is None:
+        with log.open("wb") as output:
+            return Started(entry, environment | assignment.environment(), output)
+    assignment = replace(assignment, parent_pid=template.pid)
+    return template.fork(entry, environment | assignment.environment(), log)
+
+
+def _environment(device_type: str, threads_per_rank: int) -> dict[str, str]:
     """This process's environment and import path; but for threads the user's values win."""
     defaults = {"TOKENIZERS_PARALLELISM": "false"}
     if sys.platform == "linux":
         # Without huge pages the time of a fresh big tensor is that of its page faults; the same for every
         # plan.
         defaults["THP_MEM_ALLOC_ENABLE"] = "1"
-    if assignment.device_type == "cpu":
+    if device_type == "cpu":
         # Otherwise gloo looks up the host's own name, which may be slow, wrong or unknown.
         defaults |= [
             ("GLOO_SOCKET_IFNAME", name) for _, name in socket.if_nameindex() if name in ("lo", "lo0")
         ]
     threads = {"OMP_NUM_THREADS": str(threads_per_rank), "MKL_NUM_THREADS": str(threads_per_rank)}
     path = {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
-    return {**defaults, **os.environ, **threads, **path, **assignment.environment()}
+    return {**defaults, **os.environ, **threads, **path}
 
 
 def _check_devices(device_type: str, world_size: int) -> None:
@@ -253,15 +249,6 @@ def _check_devices(device_type: str, world_size: int) -> None:
             f"mesh: {world_size} ranks on cuda need {world_size} GPUs; this machine has {gpus}. "
             f"Use {less}the CPU, or more machines through torchrun."
         )
-
-
-def _stopped_by(pid: int) -> int | None:
-    """The signal that stopped (not ended) a child; None if it runs, or where the system can't say. Leaves the
-    child's status for Popen."""
-    if not hasattr(os, "waitid"):
-        return None
-    status = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
-    return status.si_status if status else None
 
 
 @contextmanager
