@@ -1,11 +1,23 @@
 """What holds for all tests."""
 
 import gc
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import settings
+
+from shardwise.launch import warm_ranks
 
 # as in the command: what a trace makes is many objects, and hardly any of them in cycles
 gc.set_threshold(200_000)
 # times differ tenfold on a busy machine
 settings.register_profile("shardwise", deadline=None)
 settings.load_profile("shardwise")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ranks_that_start_at_once() -> Iterator[None]:
+    """Ranks that tests start from their own process are forked from one that has imported PyTorch: else that
+    is most of their time. test_launch.py and commands in processes of their own have ranks as users do."""
+    with warm_ranks():
+        yield
