@@ -18,6 +18,8 @@ class FindingKind(StrEnum):
     COPIES_FOR_COLLECTIVES = "copies_for_collectives"
     COLLECTIVES_REPEAT = "collectives_repeat"
     COLLECTIVES_CANCEL = "collectives_cancel"
+    SUMMED_APART = "summed_apart"
+    GATHERED_FOR_NOTHING = "gathered_for_nothing"
     OPS_UNKNOWN = "ops_unknown"
     COLLECTIVES_UNKNOWN = "collectives_unknown"
     CRASHES = "crashes"

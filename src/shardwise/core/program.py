@@ -131,7 +131,9 @@ class Collective:
     placement.
 
     None: nobody told. by_data is None where shapes alone decide what is sent. reason: what its style says of
-    it, where the placements don't say all.
+    it, where the placements don't say all. again: so many collectives before it the same tensor was gathered
+    (1: by the one right before). added_to: so many before it is the one to whose sum its own is added, before
+    anything is computed with either.
     """
 
     call: CollectiveCall
@@ -142,6 +144,8 @@ class Collective:
     by_data: ByData | None = None
     module_kind: ModuleKind | None = None
     reason: str | None = None
+    again: int | None = None
+    added_to: int | None = None
 
     @property
     def phase(self) -> Phase:

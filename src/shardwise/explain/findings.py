@@ -10,18 +10,18 @@ table knows.
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
 from math import prod
 
-from shardwise.core.collective import CollectiveCall, CollectiveKind, collective_name
+from shardwise.core.collective import CollectiveKind, collective_name
 from shardwise.core.explanation import CollectiveGroup, HoldingGroup
 from shardwise.core.finding import Finding, FindingKind
 from shardwise.core.layer_name import any_layer
 from shardwise.core.mesh import TENSOR_AXIS, Mesh
-from shardwise.core.placement import Partial, Replicate, Shard
+from shardwise.core.placement import Partial, Shard
 from shardwise.core.program import Collective, Item, Op, OpKind, Phase, Program
 from shardwise.core.rule import ModuleKind
 from shardwise.core.sharded import Sharded
+from shardwise.explain.kin import kin
 from shardwise.explain.words import size
 
 # Copies for collectives are said where they move at least this share of what goes over the wire.
@@ -45,7 +45,7 @@ def findings_of(
         *_partial_gradients(holdings, items),
         *_idle_rules(program),
         *_little_sharded(program),
-        *_repeats(program, items),
+        *kin(program, items),
         *_cancels(items),
         *_copies(collectives),
         *_unknown(items),
@@ -116,45 +116,6 @@ def _little_sharded(program: Program) -> Iterator[Finding]:
         largest = max(whole_ones, key=lambda each: each.parameter_bytes)
         whole = f"the largest that every rank holds whole is {largest.name}, {size(largest.parameter_bytes)}"
         yield replace(finding, reason=f"{finding.reason}; {whole}")
-
-
-def _repeats(program: Program, items: Sequence[Item]) -> Iterator[Finding]:
-    """Modules side by side that each gather an input of the same size, one after the other."""
-    runs: Counter[tuple[str, tuple[str, ...], float]] = Counter()
-    forward = (item for item in items if isinstance(item, Collective) and item.phase is Phase.FORWARD)
-    for gather, alike in groupby(forward, _gather):
-        names = tuple(dict.fromkeys(_last(item.module) for item in alike if item.after == Replicate()))
-        if gather is not None and len(names) > 1:
-            parent, call = gather
-            runs[any_layer(parent), names, call.wire_bytes] += 1
-    if not runs:
-        return
-    layers = program.layers[1] if program.layers is not None else 1
-    made = sum(len(names) * count for (_, names, _), count in runs.items())
-    enough = sum(runs.values())
-    extra = sum((len(names) - 1) * wire * count for (_, names, wire), count in runs.items())
-    parents = list(dict.fromkeys(parent for parent, *_ in runs))
-    each = "; ".join(f"{', '.join(names)} in {parent}" for parent, names, _ in runs)
-    is_even = made % layers == enough % layers == 0
-    against = f"{made} all-gathers against {enough}"
-    per_layer = f"{made // layers} all-gathers per layer against {enough // layers}" if is_even else against
-    yield Finding(
-        FindingKind.COLLECTIVES_REPEAT,
-        ", ".join(parents),
-        f"each gathers the same input for itself ({each}): {per_layer} in the forward, {size(extra)} more on "
-        "the wire per rank and step, and as much again in the backward, where each sums its own part of the "
-        "gradient",
-        advice="Gather once for all: give "
-        + " and ".join(f'"{parent}"' for parent in parents)
-        + " the style gather_input, and leave input out below it.",
-    )
-
-
-def _gather(collective: Collective) -> tuple[str, CollectiveCall] | None:
-    """The module around one that gathers its input over the tensor axis, and the call."""
-    call = collective.call
-    is_gather = call.kind is CollectiveKind.ALL_GATHER and call.axis == TENSOR_AXIS
-    return (_parent(collective.module), call) if is_gather and isinstance(collective.before, Shard) else None
 
 
 def _cancels(items: Sequence[Item]) -> Iterator[Finding]:
@@ -234,14 +195,6 @@ def _unknown_collectives(items: Sequence[Item]) -> Iterator[Finding]:
 def _most_common(names: Counter[str]) -> str:
     shown = ", ".join(f"{name} ({count})" for name, count in names.most_common(3))
     return shown + (", ..." if len(names) > 3 else "")
-
-
-def _parent(module: str) -> str:
-    return module.rpartition(".")[0]
-
-
-def _last(module: str) -> str:
-    return module.rpartition(".")[2]
 
 
 def _list(placements: Sequence[object]) -> str:

@@ -177,8 +177,15 @@ def _by_placement(collective: Collective) -> str:
             return f"Summands are added up; each rank keeps its part of dim {dim}."
         case Shard(a), Shard(b):
             return f"What is cut along dim {a} is cut along dim {b} instead."
+        case Shard(dim), Replicate() if forward:
+            return (
+                f"What {name or 'the model'} takes is made whole along dim {dim}, of which each rank has a "
+                "part."
+            )
         case Shard(dim), Replicate():
-            return f"{_subject(name)} needs dim {dim} whole, and each rank has a part."
+            return (
+                f"What {name or 'the model'} gave was cut along dim {dim}: its gradient is made whole again."
+            )
         case Partial(), Replicate():
             return f"{part_found}."
         case Replicate(), Replicate() if kind is CollectiveKind.ALL_REDUCE:

@@ -37,6 +37,7 @@ from shardwise.torch_private import (
     schema_of,
 )
 from shardwise.trace.fakes import is_made_on_device, making_on_device
+from shardwise.trace.kinship import Kinship
 from shardwise.trace.ops import ALLOCATIONS, SILENT, Ops, Signature, Work, signature_of, work_of
 from shardwise.trace.place import Place, raised_in
 from shardwise.trace.placements import Redistributions
@@ -61,6 +62,7 @@ class Recorder(TorchDispatchMode):
         self.log = Log()
         self.place = Place(model)
         self.storages = Storages(self.log, self.place)
+        self.kinship = Kinship(self.storages)
         self._ops = Ops(device, self.place)
         self._redistributions = Redistributions()
         self._fake_mode = fake_mode
@@ -132,17 +134,22 @@ class Recorder(TorchDispatchMode):
             self.storages.note_all(outputs, name)
         elif signature.is_collective:
             told = next(filter(None, map(told_of, tensors_in(args))), None)
-            for call in read_calls(name, args, out, self._axes, str(self.place.phase)):
-                if call.axis_size > 1:
-                    self.log.add(self._collective(call, told))
+            read = read_calls(name, args, out, self._axes, str(self.place.phase))
+            calls = [call for call in read if call.axis_size > 1]
+            for call in calls:
+                self.log.add(self._collective(call, told))
             self.storages.note_all(outputs, name)
+            for call in calls:
+                self.kinship.exchanges(call, tensors_in(args), outputs)
             if name.partition("::")[2] in FUSED:
                 work = Work(tensors_in(args), outputs)
         else:
             work = work_of(signature, args, kwargs, outputs)
             self.storages.note_all(work.made if work is not None else (), name)
         if work is not None:
-            self.log.add(self._ops.op(signature, args, work))
+            op = self._ops.op(signature, args, work)
+            self.log.add(op)
+            self.kinship.computes(name, op.kind, work)
 
     def _collective(self, call: CollectiveCall, told: Told | None = None) -> Collective | Routed:
         if told is not None:

@@ -82,7 +82,7 @@ def run(
             kinds.pop(storages.note(state, "optimizer"))
         resident = resident_bytes(storages, kinds)
         kinds = gradient_kinds(storages, model) | kinds
-    items = items_of(log.events, storages.seen, kinds, Routes(model, ids))
+    items = recorder.kinship.told(items_of(log.events, storages.seen, kinds, Routes(model, ids)))
     return Traced(tuple(told_by_modules(items, model)), tuple(holdings_of(step, job.mesh, rule_of)), resident)
 
 

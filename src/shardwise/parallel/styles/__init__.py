@@ -66,7 +66,9 @@ def is_decided_by_data(plan: AnyPlan) -> bool:
 
 def reasons_of(module: nn.Module, rule: RuleRef | None, cut_dim: int | None) -> Reasons | None:
     """Why a module issues collectives: by its rule's style, whoever carries it out, or where no rule is known
-    by the dim of its weight that is cut."""
+    by the dim of its weight that is cut. None where neither is known."""
+    if rule is None and cut_dim is None:
+        return None
     for style, sharders in STYLES.items():
         for kind, sharder in sharders.items():
             if rule is not None:
