@@ -96,7 +96,7 @@ def as_issued(collective: Collective) -> Issued:
 def _told(expected: Collective, issued: Issued) -> Issued:
     """What was issued; of what a router decides no more than the bound is foretold."""
     by_data = expected.by_data
-    if by_data is None or not by_data.is_balanced:
+    if by_data is None or by_data.expert_load is None:
         return _timed(issued)
     assert issued.sent_bytes <= by_data.bound_bytes
     foretold = as_issued(expected)

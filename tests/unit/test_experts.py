@@ -10,9 +10,11 @@ from torch import nn
 
 from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveKind
-from shardwise.core.errors import ModelError, PlanError
+from shardwise.core.errors import ModelError, OptionError, PlanError
+from shardwise.core.grouped import GROUPED
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import Family, Plan, Rule, Style
+from shardwise.core.program import Collective, Phase
 from shardwise.models.moe import MoE, MoEConfig
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.apply import parallelize
@@ -123,12 +125,62 @@ def test_a_trace_has_balanced_exchanges_and_says_what_the_router_could_need(accu
         assert each.call.axis == "ep"
         assert each.call.wire_bytes == assignments / 2 * CONFIG.hidden * 4
         assert each.by_data is not None
-        assert each.by_data.is_balanced
+        assert each.by_data.expert_load == 1
         assert each.by_data.bound_bytes == assignments * CONFIG.hidden * 4
     experts = {
         h.name: h.local_shape for h in program.holdings if h.name.startswith("layers.0.feed_forward.experts")
     }
     assert experts["layers.0.feed_forward.experts.w1"] == (3, 16, 32)
+
+
+def exchanges_and_rows(load: float, mesh: str, rank: int = 0) -> tuple[list[Collective], set[int]]:
+    """What is exchanged in the forward, and how many rows the rank's experts meet."""
+    settings = StepSettings(6, 12, dtype="bfloat16", expert_load=load)
+    program = trace(SPEC, plan(), Mesh.parse(mesh), settings, device="cuda", rank=rank)
+    forward = [each for each in program.collectives() if each.by_data and each.phase is Phase.FORWARD]
+    meets = {
+        op.inputs[0].shape[0] for op in program.ops() if op.name == GROUPED and op.phase is Phase.FORWARD
+    }
+    return forward, meets
+
+
+def test_the_busiest_rank_s_experts_meet_the_load_that_is_assumed_and_the_others_what_is_left() -> None:
+    ranks, rows = 3, 6 * 12 * CONFIG.top_k
+    assert exchanges_and_rows(1.0, "ep=3")[1] == {rows // ranks}
+    forward, busiest = exchanges_and_rows(1.5, "ep=3")
+    assert busiest == {rows // 2}
+    assert exchanges_and_rows(1.5, "ep=3", rank=2)[1] == {rows // 4}
+    row_bytes = CONFIG.hidden * 2
+    there, back = forward[:2]
+    assert there.call.wire_bytes == rows // ranks // 2 * row_bytes
+    assert back.call.wire_bytes == rows // ranks // 2 * 2 * row_bytes
+    for each in (there, back):
+        assert each.by_data is not None
+        assert each.by_data.mean_bytes == rows / ranks * 2 / 3 * row_bytes
+        assert each.by_data.max_bytes == 1.5 * each.by_data.mean_bytes == back.call.wire_bytes
+    assert exchanges_and_rows(3.0, "ep=3")[1] == {rows}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "load", "message"),
+    [
+        (
+            "ep=3",
+            4.0,
+            "--expert-load is 4, and 3 ranks share the experts out: one that gets all has 3 times the mean. "
+            "Use 1 to 3.",
+        ),
+        (
+            "tp=1",
+            2.0,
+            "--expert-load 2: here no ranks share experts out. Leave it out, or give the mesh an axis ep, "
+            "and the experts the style experts.",
+        ),
+    ],
+)
+def test_a_load_that_ranks_can_not_have_is_one_line(mesh: str, load: float, message: str) -> None:
+    with pytest.raises(OptionError, match=f"^{re.escape(message)}$"):
+        exchanges_and_rows(load, mesh)
 
 
 def test_a_router_that_drops_by_whole_sequences_wants_them_whole() -> None:

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import ModelError
-from shardwise.core.grouped import BALANCED, GROUPED, grouped_product
+from shardwise.core.grouped import GROUPED, grouped_product, load_words
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import TheirPlan
 from shardwise.core.program import Op, OpKind, Program, TensorSpec, memory_peak
@@ -58,13 +58,13 @@ def test_experts_are_one_grouped_matmul_in_every_dtype_that_cuda_multiplies_so(
     assert len(found) == 2 * 2 * 3
     assert {op.inputs[0].dtype for op in found} == {dtype}
     assert not [op for op in matmuls(program, "aten::bmm") if op.module.endswith("experts")]
-    assert BALANCED in program.notes
+    assert load_words(1) in program.notes
 
 
 def test_under_transformers_own_plan_they_are_still_known_as_experts() -> None:
     settings = StepSettings(BATCH, SEQ, dtype="bfloat16")
     program = trace(find_model(MIXTRAL), TheirPlan.HF, Mesh.parse("tp=2"), settings, device="cuda")
-    assert BALANCED in program.notes
+    assert load_words(1) in program.notes
     sums = [each for each in program.collectives() if each.module.endswith("experts")]
     assert {each.module_kind for each in sums} == {ModuleKind.EXPERTS}
     assert all("of the experts" in reason_of(each) for each in sums)

@@ -28,6 +28,7 @@ _OF_PROGRAM = (
     "dtype",
     "param_dtype",
     "reduce_dtype",
+    "expert_load",
     "random_ids",
     "save_program",
 )
@@ -91,6 +92,7 @@ def _prepare(values: dict[str, Any]) -> None:
             "schedule",
             "chunks",
             "stages",
+            "expert_load",
             "random_ids",
         ),
         prepare=_prepare,

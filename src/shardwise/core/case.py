@@ -31,7 +31,9 @@ class StepSettings:
     MixedPrecisionPolicy has it: what parameters are gathered and layers computed in (None: dtype), and what
     gradients are reduced in (None: as computed); shards, their gradients and the optimizer's state stay in
     dtype. reshard_after_forward: whether FSDP gathers a layer's parameters for its forward and its backward
-    each. reduce_once: whether it keeps whole gradients until the last micro-batch's backward."""
+    each. reduce_once: whether it keeps whole gradients until the last micro-batch's backward. expert_load: of
+    a mixture whose router's choice nobody knows, tokens of the busiest rank's experts over the mean
+    rank's."""
 
     batch: Annotated[int, Option("Sequences per optimizer step over all ranks.", STEP, 1)] = 0
     seq: Annotated[int, Option("Tokens per sequence.", STEP, 1)] = 0
@@ -104,12 +106,22 @@ class StepSettings:
     learning_rate: Annotated[float, Option("AdamW's.", STEP)] = 3e-4
     max_norm: Annotated[float, Option("Gradients are clipped to this global norm.", STEP)] = 1.0
     seed: Annotated[int, Option("Of the initial weights and of random ids.", STEP, 0)] = 0
+    expert_load: Annotated[
+        float,
+        Option(
+            "Of experts that ranks share out, tokens of the busiest rank's over the mean rank's: for explain "
+            "and predict, which can't know what a router chooses (compare measures it).",
+            STEP,
+        ),
+    ] = 1.0
 
     def __post_init__(self) -> None:
         check_options(self)
         for option, value in (("--learning-rate", self.learning_rate), ("--max-norm", self.max_norm)):
             if not 0 < value < float("inf"):
                 raise OptionError(f"{option} is {value}. Use a number above 0.")
+        if not 1 <= self.expert_load < float("inf"):
+            raise OptionError(f"--expert-load is {self.expert_load:g}. Use 1 (balanced) or more.")
         is_interleaved = self.schedule == Schedule.INTERLEAVED
         if self.schedule is not None and is_interleaved != (self.chunks > 1):
             raise OptionError(

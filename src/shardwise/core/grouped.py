@@ -18,11 +18,19 @@ from shardwise.core.program import TensorSpec
 GROUPED = "aten::_grouped_mm"
 """The dispatcher's name of it: a, b, and where each group ends."""
 
-BALANCED = (
-    "Which expert a token meets is data: each expert is taken to meet equally many tokens. A rank whose "
-    "experts meet more takes longer, and holds more."
-)
-"""What a reader of a Program, or of what is made of it, must know."""
+
+def load_words(expert_load: float) -> str:
+    """What a reader of a Program, or of what is made of it, must know. expert_load: see StepSettings."""
+    unknown = "Which expert a token meets is data"
+    if expert_load == 1:
+        return (
+            f"{unknown}: each expert is taken to meet equally many tokens. A rank whose experts meet more "
+            "takes longer, and holds more (--expert-load)."
+        )
+    return (
+        f"{unknown}: the experts of the first rank are taken to meet {expert_load:g} times as many tokens as "
+        "the mean rank's. It sets the pace, and holds most."
+    )
 
 
 @dataclass(frozen=True, slots=True)

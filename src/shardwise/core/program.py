@@ -115,14 +115,15 @@ class Op:
 @dataclass(frozen=True, slots=True)
 class ByData:
     """Wire bytes of a collective whose splits the data decides: over all ranks for this batch, and the most
-    that any batch could need. is_balanced: a router decides, of which a trace knows nothing, and each expert
-    is taken to get equally many tokens."""
+    that any batch could need. expert_load: a router decides, of which a trace knows nothing, and the busiest
+    rank's experts are taken to get so many times the mean rank's tokens (1: all get equally many); it takes
+    or sends max_bytes."""
 
     mean_bytes: float
     max_bytes: float
     max_rank: int
     bound_bytes: float
-    is_balanced: bool = False
+    expert_load: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,14 +45,23 @@ _reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.redu
 
 
 @dataclass(frozen=True, slots=True)
+class Sends:
+    """What a rank sends to others where a router decides: at most, whatever it chose, and on average. In
+    rows, or in bytes."""
+
+    most: int
+    mean: float
+
+
+@dataclass(frozen=True, slots=True)
 class Issue:
     """A collective that is being issued: for whom, and whether its splits depend on the data, not on shapes
-    alone. most_bytes: the most that a rank could send to others, whatever the data, where token ids alone
-    don't tell what it sends. reason: why, where the placements don't say it."""
+    alone. sends: in bytes, where token ids alone don't tell. reason: why, where the placements don't say
+    it."""
 
     origin: Origin
     by_data: bool
-    most_bytes: int | None = None
+    sends: Sends | None = None
     reason: str | None = None
 
 
@@ -133,13 +142,13 @@ def exchange_rows(
     *,
     grad_placement: Placement,
     origin: Origin,
-    most: tuple[int, int] | None = None,
+    sends: tuple[Sends, Sends] | None = None,
     reasons: tuple[str, str] | None = None,
 ) -> Tensor:
-    """[sum(send_splits), H], sorted by destination -> [sum(receive_splits), H], sorted by source. most: rows
-    for Issue.most_bytes, in the forward and in the backward; reasons: for Issue.reason, likewise."""
+    """[sum(send_splits), H], sorted by destination -> [sum(receive_splits), H], sorted by source. sends:
+    rows for Issue.sends, in the forward and in the backward; reasons: for Issue.reason, likewise."""
     _expect(grad_placement, (Shard(0),), "exchange_rows")
-    told = tuple(zip(most or (None, None), reasons or (None, None), strict=True))
+    told = tuple(zip(sends or (None, None), reasons or (None, None), strict=True))
     out: Tensor = _ExchangeRows.apply(rows, tuple(send_splits), tuple(receive_splits), axis, origin, told)
     return out
 
@@ -220,17 +229,17 @@ def swap_rows_now(
     origin: Origin,
     *,
     by_data: bool = False,
-    most: int | None = None,
+    sends: Sends | None = None,
     reason: str | None = None,
 ) -> Tensor:
-    """exchange_rows without a gradient. by_data: the splits come from the batch, not from shapes. most: rows
-    for Issue.most_bytes. reason: see Issue."""
+    """exchange_rows without a gradient. by_data: the splits come from the batch, not from shapes. sends: rows
+    for Issue.sends. reason: see Issue."""
     received = rows.new_empty(sum(receive_splits), *rows.shape[1:])
     if axis.size == 1:
         return received.copy_(rows)
     row_bytes = rows.element_size() * rows.shape[1:].numel()
-    most_bytes = most * row_bytes if most is not None else None
-    issue = Issue(origin, by_data, most_bytes, reason)
+    in_bytes = Sends(sends.most * row_bytes, sends.mean * row_bytes) if sends is not None else None
+    issue = Issue(origin, by_data, in_bytes, reason)
     with _issued(CollectiveKind.ALL_TO_ALL, issue):
         dist.all_to_all_single(
             received, rows.contiguous(), list(receive_splits), list(send_splits), group=axis.group
@@ -378,18 +387,18 @@ class _ExchangeRows(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, send_splits: Any, receive_splits: Any, axis: Axis, origin: Origin, told: Any
     ) -> Tensor:
-        (most, reason), back = told
+        (sends, reason), back = told
         ctx.saved = (send_splits, receive_splits, axis, origin, back)
         return swap_rows_now(
-            rows, send_splits, receive_splits, axis, origin, by_data=True, most=most, reason=reason
+            rows, send_splits, receive_splits, axis, origin, by_data=True, sends=sends, reason=reason
         )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        send_splits, receive_splits, axis, origin, (most, reason) = ctx.saved
+        send_splits, receive_splits, axis, origin, (sends, reason) = ctx.saved
         turned = origin.turned(origin.after, origin.before)
         back = swap_rows_now(
-            grad, receive_splits, send_splits, axis, turned, by_data=True, most=most, reason=reason
+            grad, receive_splits, send_splits, axis, turned, by_data=True, sends=sends, reason=reason
         )
         return back, None, None, None, None, None
 

@@ -6,7 +6,8 @@ to experts of other ranks, to them; and H x assignments of other ranks' tokens t
 and the same in the backward, the other way round. The most that can be: all of the rank's own assignments go
 to others, and all those of the others come to it.
 
-Where nobody knows what the router chose (models/routing.py), each expert gets equally many.
+Where nobody knows what the router chose (models/routing.py), each expert gets equally many, or each of the
+first rank's so many times as many as is assumed.
 
 Shape suffixes: N own tokens, K choices of a token, A own assignments (N x K), R assignments that come here, E
 experts, L experts of a rank, T ranks of the axis, H hidden.
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.core.collective import Origin
-from shardwise.models.routing import balanced, ends_of, is_balanced_by_assumption
+from shardwise.models.routing import ends_of, is_balanced_by_assumption, shared_out
 from shardwise.parallel.axis import Axis
 from shardwise.parallel.collectives import swap_rows_now
 from shardwise.parallel.route import Route
@@ -68,8 +69,8 @@ def route_to_experts(index_NK: Tensor, experts: int, axis: Axis, origin: Origin)
     counts_TL = swap_rows_now(counts_E, even, even, axis, origin, reason=why)
     is_assumed = is_balanced_by_assumption(index_NK)
     if is_assumed:
-        sends = balanced(index_NK.numel(), experts)
-        receives = sends[:n_own] * n_ranks
+        sends = shared_out(index_NK.numel(), experts, n_ranks)
+        receives = sends[axis.rank * n_own :][:n_own] * n_ranks
     else:
         both = torch.cat((counts_E, counts_TL)).tolist()  # one wait for the device
         sends, receives = both[:experts], both[experts:]
@@ -92,7 +93,7 @@ def route_within(index_NK: Tensor, experts: int, axis: Axis) -> ExpertRoute:
     first = axis.rank * n_own
     is_assumed = is_balanced_by_assumption(index_NK)
     if is_assumed:
-        counts = balanced(index_NK.numel(), experts)
+        counts = shared_out(index_NK.numel(), experts, axis.size)
     else:
         ends = ends_of(sorted_A, experts)
         counts = ends.diff(prepend=ends.new_zeros(1)).tolist()

@@ -55,8 +55,8 @@ def items_of(events: list[Event], storages: list[Storage], known: Kinds, routes:
             case Went(number):
                 if number in kinds and number not in stays:
                     yield _change(storages[number], kinds[number], -1)
-            case Routed(collective, most_bytes):
-                yield routes.with_all_ranks(collective, most_bytes)
+            case Routed(collective, sends):
+                yield routes.with_all_ranks(collective, sends)
             case _:
                 yield event
 

@@ -160,7 +160,7 @@ class Recorder(TorchDispatchMode):
             collective = Collective(
                 call, origin.module, origin.rule, origin.before, origin.after, reason=issue.reason
             )
-            return Routed(collective, issue.most_bytes) if issue.by_data else collective
+            return Routed(collective, issue.sends) if issue.by_data else collective
         module = self.place.module
         before, after = self._redistributions.change(call)
         rule = self._rule_of(module) if call.axis == TENSOR_AXIS and module != LOSS_MODULE else None

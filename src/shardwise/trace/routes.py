@@ -9,24 +9,26 @@ from torch import Tensor, nn
 from shardwise.core.plan import Ownership
 from shardwise.core.program import ByData, Collective, Phase
 from shardwise.parallel.apply import applied_to
+from shardwise.parallel.collectives import Sends
 from shardwise.parallel.ownership import RowOwnership, route
 
 
 class Routes:
-    """ids: of each micro-batch."""
+    """ids: of each micro-batch. expert_load: see models/routing.py."""
 
-    def __init__(self, model: nn.Module, ids: list[Tensor]) -> None:
+    def __init__(self, model: nn.Module, ids: list[Tensor], expert_load: float = 1.0) -> None:
         self._model = model
         self._ids = ids
+        self._expert_load = expert_load
         self._rows: dict[tuple[str, int], list[tuple[int, int]]] = {}
         self._seen: dict[tuple[str, str], int] = {}
 
-    def with_all_ranks(self, collective: Collective, most_bytes: float | None = None) -> Collective:
-        """The collective, with the bytes that each rank of its axis sends in the same micro-batch.
-        most_bytes: see Routed; then all send as much."""
-        if most_bytes is not None:
-            sent_bytes = collective.call.wire_bytes
-            by_data = ByData(sent_bytes, sent_bytes, 0, most_bytes, is_balanced=True)
+    def with_all_ranks(self, collective: Collective, sends: Sends | None = None) -> Collective:
+        """The collective, with the bytes that each rank of its axis sends in the same micro-batch. sends: see
+        Routed; then the first rank, whose experts are the busiest, takes most, or gives it back."""
+        if sends is not None:
+            load = self._expert_load
+            by_data = ByData(sends.mean, load * sends.mean, 0, float(sends.most), expert_load=load)
             return replace(collective, by_data=by_data)
         module = self._model.get_submodule(collective.module)
         assert isinstance(module, nn.Embedding)

@@ -15,6 +15,7 @@ from shardwise.core.program import Holding, Item, MemoryKind, Phase
 from shardwise.core.rule import RuleRef
 from shardwise.core.shown import shown, told
 from shardwise.models.layers import Layers
+from shardwise.models.routing import assuming
 from shardwise.models.source import vocab_size_of
 from shardwise.parallel.any_plan import name_of
 from shardwise.parallel.apply import applied_to
@@ -72,7 +73,8 @@ def run(
         kinds |= {storages.note(tensor, "batch"): MemoryKind.INPUT for pair in batch for tensor in pair}
         log.is_on = True
         try:
-            step(batch)
+            with assuming(job.settings.expert_load):
+                step(batch)
         except ShardwiseError:
             raise
         except Exception as error:
@@ -82,7 +84,8 @@ def run(
             kinds.pop(storages.note(state, "optimizer"))
         resident = resident_bytes(storages, kinds)
         kinds = gradient_kinds(storages, model) | kinds
-    items = recorder.kinship.told(items_of(log.events, storages.seen, kinds, Routes(model, ids)))
+    routes = Routes(model, ids, job.settings.expert_load)
+    items = recorder.kinship.told(items_of(log.events, storages.seen, kinds, routes))
     return Traced(tuple(told_by_modules(items, model)), tuple(holdings_of(step, job.mesh, rule_of)), resident)
 
 

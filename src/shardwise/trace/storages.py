@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shardwise.core.program import Collective, Op, Phase
+from shardwise.parallel.collectives import Sends
 from shardwise.torch_private import storage_key
 from shardwise.trace.place import Place
 
@@ -39,11 +40,11 @@ class Went:
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """A collective whose splits the batch decides. most_bytes: the most that a rank could send, where token
-    ids alone don't tell what each sends: a router does, of which a trace knows nothing."""
+    """A collective whose splits the batch decides. sends: in bytes, where token ids alone don't tell: a
+    router does, of which a trace knows nothing."""
 
     collective: Collective
-    most_bytes: float | None = None
+    sends: Sends | None = None
 
 
 Event = Op | Collective | Routed | Came | Went

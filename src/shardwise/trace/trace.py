@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
-from shardwise.core.grouped import BALANCED
+from shardwise.core.grouped import load_words
 from shardwise.core.mesh import Mesh
 from shardwise.core.pipeline import Span
 from shardwise.core.plan import AnyPlan
@@ -161,11 +161,12 @@ def _program(job: Job, subject: _Subject, traced: Traced, blocks: tuple[Block, .
         resident=tuple((kind, traced.resident[kind]) for kind in MemoryKind if kind in traced.resident),
         layers=(layers.prefix, layers.count) if layers is not None else None,
         compressed=blocks is not None,
-        notes=(*job.source.notes, *_assumed(subject.model)),
+        notes=(*job.source.notes, *_assumed(subject.model, job.settings)),
         stages=tuple(job.shares),
     )
 
 
-def _assumed(model: nn.Module) -> tuple[str, ...]:
+def _assumed(model: nn.Module, settings: StepSettings) -> tuple[str, ...]:
     """What was taken for granted where data decides."""
-    return (BALANCED,) if any(map(takes_tokens_of_experts, model.modules())) else ()
+    has_experts = any(map(takes_tokens_of_experts, model.modules()))
+    return (load_words(settings.expert_load),) if has_experts else ()

@@ -60,6 +60,15 @@ def check_seq(seq: int, source: "ModelSource") -> None:
         )
 
 
+def check_router_decides(case: Case) -> None:
+    """For a verb that runs the step. Raises OptionError for a load that is only to be assumed."""
+    if case.step.expert_load != 1:
+        raise OptionError(
+            f"--expert-load {case.step.expert_load:g}: is for explain and predict; here the router decides. "
+            "Leave it out."
+        )
+
+
 def check_fsdp(case: Case) -> None:
     """Raises OptionError for what FSDP alone does, without ranks that it shards over."""
     mesh, step = case.mesh, case.step

@@ -19,7 +19,7 @@ from shardwise.core.mesh import RUN, check_carried
 from shardwise.core.option import Option, check_options
 from shardwise.core.verification import Agreement
 from shardwise.files.run_folder import RunFolder
-from shardwise.verbs.checks import check_fsdp, check_seq, check_stages
+from shardwise.verbs.checks import check_fsdp, check_router_decides, check_seq, check_stages
 from shardwise.verbs.compare_checks import check_depth, check_fit, check_module, default_plans
 from shardwise.verbs.dealing import with_dealt_layers
 from shardwise.verbs.predict import MACHINE
@@ -137,6 +137,7 @@ class _Run:
         source, mesh = find_model(case.model), case.mesh
         check_carried(mesh, "compare", RUN)
         check_fsdp(case)
+        check_router_decides(case)
         step = replace(case.step, batch=case.step.batch or BATCH, seq=case.step.seq or SEQ)
         case = replace(case, step=step)
         check_seq(step.seq, source)

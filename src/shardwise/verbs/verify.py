@@ -15,7 +15,7 @@ from shardwise.core.mesh import RUN, check_carried
 from shardwise.core.option import Option, check_options
 from shardwise.core.plan import Plan, TheirPlan
 from shardwise.core.verification import Verification, VerificationRun
-from shardwise.verbs.checks import check_fsdp, check_seq, default_plan
+from shardwise.verbs.checks import check_fsdp, check_router_decides, check_seq, default_plan
 from shardwise.verbs.progress import Progress, silent
 from shardwise.verbs.twin_plan import plan_for_twin
 
@@ -120,6 +120,7 @@ def _settings(case: Case, options: VerifyOptions) -> StepSettings:
     mesh, step = case.mesh, case.step
     check_carried(mesh, "verify", RUN)
     check_fsdp(case)
+    check_router_decides(case)
     if mesh.world_size < 2:
         raise OptionError(
             f"--mesh {mesh}: verify compares several ranks with one. Use a mesh of two ranks or more, such "

@@ -175,17 +175,19 @@ class _Shared:
         show("send_rows", route.send_rows)
         show("expand", route.expand)
         rows = hidden_NH[route.send_rows]
-        most = (index_NK.numel(), index_NK.numel() * (axis.size - 1))
+        assignments, others = index_NK.numel(), axis.size - 1
+        mean = assignments * others / axis.size
+        sends = (collectives.Sends(assignments, mean), collectives.Sends(assignments * others, mean))
         if not are_tokens_alike:
             rows = collectives.exchange_rows(
                 rows, route.send_splits, route.receive_splits, axis,
-                grad_placement=Shard(0), origin=origin, most=most, reasons=_THERE,
+                grad_placement=Shard(0), origin=origin, sends=sends, reasons=_THERE,
             )  # fmt: skip
         made = self._computed(inner, rows, plan.expert)
         if not are_tokens_alike:
             made = collectives.exchange_rows(
                 made, route.receive_splits, route.send_splits, axis,
-                grad_placement=Shard(0), origin=origin, most=most[::-1], reasons=_BACK,
+                grad_placement=Shard(0), origin=origin, sends=sends[::-1], reasons=_BACK,
             )  # fmt: skip
         return combined(made, route.expand, weights_NK)
 

@@ -143,9 +143,10 @@ def _collective(collective: Collective) -> str:
     by_data = ""
     if collective.by_data is not None:
         data = collective.by_data
+        load = "balanced" if data.expert_load == 1 else f"{data.expert_load} times the mean to one rank"
         by_data = (
-            f" (a router decides: balanced; at most {data.bound_bytes:,.0f} B)"
-            if data.is_balanced
+            f" (a router decides: {load}; at most {data.bound_bytes:,.0f} B)"
+            if data.expert_load is not None
             else f" (the batch decides: mean {data.mean_bytes:,.0f} B, most {data.max_bytes:,.0f} B by rank "
             f"{data.max_rank} of the axis)"
         )

@@ -142,10 +142,16 @@ def by_data_text(group: CollectiveGroup) -> str | None:
     by_data = group.by_data
     if by_data is None:
         return None
-    if by_data.is_balanced:
+    if by_data.expert_load is not None:
+        mean, most = format_bytes(by_data.mean_bytes), format_bytes(by_data.max_bytes)
+        load = (
+            f"load is taken to be balanced, and then each rank sends {mean}"
+            if by_data.expert_load == 1
+            else f"rank {by_data.max_rank}'s experts are taken to get {by_data.expert_load:g} times the "
+            f"mean's tokens, and then it takes or sends {most}, a rank on average {mean}"
+        )
         return (
-            f"Decided by the router, of which a trace knows nothing: load is taken to be balanced, and then "
-            f"each rank sends {format_bytes(by_data.mean_bytes)}; no choice needs more than "
+            f"Decided by the router, of which a trace knows nothing: {load}; no choice needs more than "
             f"{format_bytes(by_data.bound_bytes)}."
         )
     return (

@@ -34,7 +34,7 @@ MEANINGS = {
     Term.EMBEDDING: "look-ups, and the gradients of the rows",
     Term.OPTIMIZER: "gradient norm, clipping and AdamW, once a step",
     Term.TENSOR: "collectives over tp that no work hides: what follows needs their result",
-    Term.EXPERTS: "tokens to the ranks that hold their experts and back, at balanced load",
+    Term.EXPERTS: "tokens to the ranks that hold their experts and back, at the load that is assumed",
     Term.CONTEXT: "what ranks that share a sequence exchange for attention, as far as no work hides it",
     Term.DATA: "collectives over dp and fsdp as far as no work hides them",
     Term.SLOWED: "what collectives that run beside it cost compute: they share memory and multiprocessors",
