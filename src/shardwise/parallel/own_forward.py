@@ -7,8 +7,8 @@ before, have it right too. What is local already (a module around reads it by na
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,22 +53,33 @@ class Use:
 
 
 @contextmanager
-def on_local(uses: Sequence[Use], axis: Axis) -> Iterator[None]:
-    """Parameters, and buffers of which a rank uses a part, are local tensors inside."""
+def in_place(tensors: Iterable[tuple[dict[str, Any], str, Tensor]]) -> Iterator[None]:
+    """These tensors stand in modules' own dicts inside, by (dict, name, tensor), and what stood there does
+    afterwards."""
     found: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
-        for use in uses:
-            is_buffer = use.name in buffers_of(use.module)
-            there: dict[str, Any] = buffers_of(use.module) if is_buffer else parameters_of(use.module)
-            value = there[use.name]
-            local = _local_buffer(value, use.part) if is_buffer else _local_parameter(value, use, axis)
-            if local is not value:
-                found.append((there, use.name, value))
-                there[use.name] = local
+        for there, name, tensor in tensors:
+            found.append((there, name, there[name]))
+            there[name] = tensor
         yield
     finally:
         for there, name, value in reversed(found):
             there[name] = value
+
+
+def on_local(uses: Sequence[Use], axis: Axis) -> AbstractContextManager[None]:
+    """Parameters, and buffers of which a rank uses a part, are local tensors inside."""
+    return in_place(_locals_of(uses, axis))
+
+
+def _locals_of(uses: Sequence[Use], axis: Axis) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    for use in uses:
+        is_buffer = use.name in buffers_of(use.module)
+        there: dict[str, Any] = buffers_of(use.module) if is_buffer else parameters_of(use.module)
+        value = there[use.name]
+        local = _local_buffer(value, use.part) if is_buffer else _local_parameter(value, use, axis)
+        if local is not None and local is not value:
+            yield there, use.name, local
 
 
 def _local_parameter(parameter: Tensor | None, use: Use, axis: Axis) -> Tensor | None:
