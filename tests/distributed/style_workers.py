@@ -369,17 +369,17 @@ def disagreeing(context: RankContext, mesh: DeviceMesh) -> dict[str, list[str]]:
     ]
     base = unsharded(llama(), Ids.RANDOM, context.device)
     model = sharded(llama(), builtin_plan("rowwise"), mesh, base.state)
-    healthy = disagreements("replicated parameters", replicated_parameters(model).items(), group)
+    healthy = disagreements("replicated parameters", replicated_parameters(model, group).items(), group)
     if last:
         with torch.no_grad():
             _local(model.get_parameter("layers.1.ffn_norm.weight"))[3] += 1e-12
-    drifted = disagreements("replicated parameters", replicated_parameters(model).items(), group)
+    drifted = disagreements("replicated parameters", replicated_parameters(model, group).items(), group)
     return {
         "tensors": [finding.subject for finding in disagreements("tensors", tensors, group)],
         "reasons": [finding.reason for finding in disagreements("tensors", tensors, group)],
         "healthy": [finding.subject for finding in healthy],
         "drifted": [finding.subject for finding in drifted],
-        "checked": sorted(replicated_parameters(model)),
+        "checked": sorted(replicated_parameters(model, group)),
     }
 
 

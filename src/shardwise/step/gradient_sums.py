@@ -38,17 +38,25 @@ class GradientSums:
 
     def axes_of(self, parameter: Tensor) -> tuple[str, ...]:
         """Those over which its gradient is to be summed: its ranks hold it alike along them."""
-        cut = cut_over(parameter)
-        return tuple(name for name in self.axes if name not in cut)
+        return tuple(name for name in self.axes if not is_cut_over(parameter, name, self.groups.get((name,))))
 
 
-def cut_over(parameter: Tensor) -> frozenset[str]:
-    """The axes over which its ranks hold parts of their own, as its DTensor says; none of a plain tensor."""
+def is_cut_over(parameter: Tensor, axis: str, group: dist.ProcessGroup | None) -> bool:
+    """Whether the ranks along an axis, which are the group's, hold parts of their own, as its DTensor says;
+    those of a plain tensor don't. A mesh of others may call the axis by another name: then its ranks tell."""
     if not isinstance(parameter, DTensor):
-        return frozenset()
-    placed = zip(parameter.device_mesh.mesh_dim_names or (), parameter.placements, strict=True)
-    cut = (name for name, placement in placed if not (placement.is_replicate() or placement.is_partial()))
-    return frozenset(axis for name in cut for axis in axes_in(name))
+        return False
+    mesh = parameter.device_mesh
+    for dim, placement in enumerate(parameter.placements):
+        if placement.is_replicate() or placement.is_partial():
+            continue
+        if axis in axes_in((mesh.mesh_dim_names or ("",) * mesh.ndim)[dim]):
+            return True
+        if group is not None:
+            ranks = set(dist.get_process_group_ranks(group))
+            if len(ranks.intersection(dist.get_process_group_ranks(mesh.get_group(dim)))) > 1:
+                return True
+    return False
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -285,8 +285,9 @@ class _Run:
         """Of parameters that every rank of tp holds whole, and that aren't equal on them."""
         findings: tuple[Finding, ...] = ()
         for label, subject in self._in_turn(subjects):
-            held = replicated_parameters(subject.model).items()
-            findings += disagreements(f"{label}: {what}", held, self.portion.tp_group)
+            group = self.portion.tp_group
+            held = replicated_parameters(subject.model, group).items()
+            findings += disagreements(f"{label}: {what}", held, group)
         return findings
 
     def _in_turn(self, subjects: Sequence[Subject]) -> Iterator[tuple[str, Subject]]:

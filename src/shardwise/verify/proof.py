@@ -146,9 +146,10 @@ def _drifts(model: nn.Module, portion: Portion) -> list[Finding]:
     findings: list[Finding] = []
     for name, n_ranks in mesh_of(mesh).axes:
         if n_ranks > 1 and role_of(name) is not Role.CUTS_DEPTH:
-            held = held_alike(model, name).items()
+            group = mesh.get_group(name)
+            held = held_alike(model, name, group).items()
             what = "replicated parameters after two steps"
-            findings += disagreements(what, held, mesh.get_group(name), axis=name)
+            findings += disagreements(what, held, group, axis=name)
     return findings
 
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from shardwise.core.finding import Finding, FindingKind
 from shardwise.core.mesh import TENSOR_AXIS
-from shardwise.step.gradient_sums import cut_over
+from shardwise.step.gradient_sums import is_cut_over
 from shardwise.verify.exchange import device_of
 
 _GOLDEN = -7046029254386353131  # 2^64 / golden ratio, as a signed number (Knuth, TAOCP 3, 6.4)
@@ -49,18 +49,18 @@ def _multipliers(places: Tensor) -> Tensor:
     return mixed | 1
 
 
-def replicated_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Local tensors of the parameters that the ranks of the tp axis hold alike."""
-    return held_alike(model, TENSOR_AXIS)
+def replicated_parameters(model: nn.Module, group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """Local tensors of the parameters that the ranks of the tp axis, which are the group's, hold alike."""
+    return held_alike(model, TENSOR_AXIS, group)
 
 
-def held_alike(model: nn.Module, axis: str) -> dict[str, Tensor]:
-    """Local tensors of the parameters that the ranks along an axis hold alike: those that no DTensor cuts
-    over it."""
+def held_alike(model: nn.Module, axis: str, group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """Local tensors of the parameters that the ranks along an axis, which are the group's, hold alike: those
+    that no DTensor cuts over it."""
     return {
         name: parameter.to_local() if isinstance(parameter, DTensor) else parameter
         for name, parameter in model.named_parameters()
-        if axis not in cut_over(parameter)
+        if not is_cut_over(parameter, axis, group)
     }
 
 
