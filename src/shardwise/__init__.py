@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from shardwise.core.case import Case as Case
     from shardwise.core.plan import Plan as Plan
     from shardwise.measure.profile import record_profile as record_profile
+    from shardwise.models.self_sharded import SelfSharded as SelfSharded
     from shardwise.parallel.apply import loss_of as loss_of
     from shardwise.parallel.apply import parallelize as parallelize
     from shardwise.parallel.builtin import builtin_plan as builtin_plan
@@ -42,6 +43,7 @@ _LAZY = {
     **dict.fromkeys(_API, "shardwise.api"),
     "Case": "shardwise.core.case",
     "Plan": "shardwise.core.plan",
+    "SelfSharded": "shardwise.models.self_sharded",
     "builtin_plan": "shardwise.parallel.builtin",
     "loss_of": "shardwise.parallel.apply",
     "parallelize": "shardwise.parallel.apply",
@@ -51,6 +53,7 @@ __all__ = [
     "Case",
     "Plan",
     "Result",
+    "SelfSharded",
     "builtin_plan",
     "calibrate",
     "case",

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor import Replicate as TorchReplicate
-from torch.distributed.tensor import distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shardwise.core.argument_cut import ArgumentCut
@@ -685,6 +685,16 @@ def test_a_model_of_dtensors_is_refused(two_ranks: DeviceMesh) -> None:
         r"fully_shard\(\)\.$",
     ):
         parallelize(model, "rowwise", two_ranks)
+
+
+def test_a_mesh_of_one_axis_is_for_tensors_whatever_others_call_it(two_ranks: DeviceMesh) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor_parallel",))
+    model = parallelize(llama(), "rowwise", mesh)
+    weight = model.get_parameter("layers.0.attention.wq.weight")
+    assert isinstance(weight, DTensor)
+    assert weight.device_mesh.mesh_dim_names == ("tensor_parallel",)
+    assert weight.to_local().shape[0] * 2 == weight.shape[0]
+    assert parallelize(llama(), "rowwise", init_device_mesh("cpu", (2,))) is not None
 
 
 def test_a_mesh_without_a_tp_axis_is_refused(two_ranks: DeviceMesh) -> None:

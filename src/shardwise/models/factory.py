@@ -1,8 +1,9 @@
 """`package.module:factory`: the user's own model, from a function of the user's own.
 
 Importing runs the user's code, as `python -m package.module` would; nothing else of theirs is read. The
-factory may take `dtype` and `mesh` (a DeviceMesh; it may then return a model that it has sharded itself) and
-nothing more. It is called where new tensors are made on the meta device.
+factory may take `dtype` and `mesh` (a DeviceMesh; it may then return a model that it has sharded itself, or a
+SelfSharded, which tells more of it) and nothing more. It is called where new tensors are made on the meta
+device.
 """
 
 import difflib
@@ -17,15 +18,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from shardwise.core.errors import ModelError, OptionError
+from shardwise.core.errors import ModelError
 from shardwise.core.plan import Family, TheirPlan
 from shardwise.core.shown import shown, told
 from shardwise.models.dtype import default_dtype
+from shardwise.models.self_sharded import gives_logits, module_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-    from shardwise.models.model_source import ModelSource
 
 _OFFERED = ("dtype", "mesh")
 
@@ -79,8 +79,8 @@ class FactoryModel:
     def build(
         self, *, dtype: torch.dtype, device: torch.device | str = "meta", mesh: "DeviceMesh | None" = None
     ) -> nn.Module:
-        """What the factory returns. Raises ModelError where it raises, returns no module, or needs a mesh and
-        gets none."""
+        """What the factory returns; of a SelfSharded the model. Raises ModelError where it raises, returns no
+        module, or needs a mesh and gets none."""
         given: dict[str, object] = {}
         if "dtype" in self.takes:
             given["dtype"] = dtype
@@ -93,33 +93,18 @@ class FactoryModel:
             )
         try:
             with torch.device(device), default_dtype(dtype):
-                model = self.factory(**given)
+                made = self.factory(**given)
         except (Exception, SystemExit) as error:
             raise ModelError(
                 f'model "{self.name}": the factory raised {told(error)} Call it by itself, under '
                 'torch.device("meta"), to see where.'
             ) from None
-        if not isinstance(model, nn.Module):
-            raise ModelError(
-                f'model "{self.name}": the factory returned {shown(type(model).__name__)}. Return an '
-                "nn.Module."
-            )
-        if _is_hugging_face(model):
+        model = module_of(made, self.name)
+        if _is_hugging_face(model) and not gives_logits(model):
             from shardwise.models.hugging_face import give_logits
 
             give_logits(model)
         return model
-
-
-def sharding_factory(source: "ModelSource") -> FactoryModel:
-    """The factory behind a source that is to shard itself, which plan "own" stands for. Raises OptionError
-    for any other source."""
-    if not isinstance(source, FactoryModel) or not source.takes_mesh:
-        raise OptionError(
-            f'plan "own": {source.name} doesn\'t shard itself. It is for package.module:factory where the '
-            "factory takes a mesh."
-        )
-    return source
 
 
 def find_factory(text: str) -> FactoryModel:

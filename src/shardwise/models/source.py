@@ -1,11 +1,12 @@
-"""A model that a command can name: a spec of ours (models/specs.py), `hf:...` (models/hugging_face.py) or
-`package.module:factory` (models/factory.py)."""
+"""A model that a command can name: a spec of ours (models/specs.py), `hf:...` (models/hugging_face.py), a
+framework's (models/frameworks/) or `package.module:factory` (models/factory.py)."""
 
 from torch import nn
 
 from shardwise.core.errors import ModelError
 from shardwise.core.plan import suggest
 from shardwise.core.shown import shown
+from shardwise.models.frameworks import find_in_framework, frameworks
 from shardwise.models.model_source import ModelSource as ModelSource
 from shardwise.models.specs import SPECS, get_spec
 
@@ -27,6 +28,7 @@ NAMINGS = (
         "hf:...?KEY=VALUE,...",
         "either with some numbers of the configuration replaced, such as hf:qwen3?num_hidden_layers=2",
     ),
+    *(naming for framework in frameworks() for naming in framework.namings),
     (
         "package.module:factory",
         "your own: a function that returns an nn.Module, ids [B, S] -> logits [B, S, V]",
@@ -43,14 +45,18 @@ def find_model(text: str) -> ModelSource:
         from shardwise.models.hugging_face import find_hugging_face
 
         return find_hugging_face(text)
+    if (found := find_in_framework(text)) is not None:
+        return found
     if ":" in text:
         from shardwise.models.factory import find_factory
 
         return find_factory(text)
+    in_frameworks = "".join(f"{each.prefix}:..., " for each in frameworks())
     raise ModelError(
         f'unknown model "{shown(text)}".{suggest(text.partition("?")[0][:80], SPECS)} Known: '
         f"{', '.join(SPECS)}; "
-        "NAME?KEY=VALUE,...; or hf:TYPE, hf:PATH of a config.json, or package.module:factory."
+        f"NAME?KEY=VALUE,...; or hf:TYPE, hf:PATH of a config.json, {in_frameworks}or "
+        "package.module:factory."
     )
 
 

@@ -9,12 +9,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardwise.core.errors import OptionError
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import AnyPlan, Plan, TheirPlan
-from shardwise.models.factory import sharding_factory
 from shardwise.models.model_source import ModelSource
-from shardwise.parallel.apply import Applied, is_applied, mark_applied, parallelize
+from shardwise.models.self_sharded import sharding_source
+from shardwise.parallel.apply import parallelize
 from shardwise.parallel.context.fit import attending
 from shardwise.parallel.context.share import sharing_of
-from shardwise.parallel.loss import DTensorLoss
 from shardwise.parallel.resolve import resolve
 
 
@@ -32,8 +31,7 @@ def apply_any(model: nn.Module, plan: AnyPlan, mesh: DeviceMesh) -> nn.Module:
             if sharing is not None:
                 sharing.install(model)
         case TheirPlan.OWN:
-            if not is_applied(model):  # a factory may have called parallelize(), which knows more
-                mark_applied(model, Applied(None, DTensorLoss()))  # it takes whole logits too
+            pass  # build_sharded() has done it
         case TheirPlan.UNSHARDED:
             sharing = sharing_of(model, mesh)
             if sharing is not None:
@@ -59,7 +57,7 @@ def check_any(source: ModelSource, model: nn.Module, plan: AnyPlan, mesh: Mesh, 
 
             hugging_face_rules(model)
         case TheirPlan.OWN:
-            sharding_factory(source)
+            sharding_source(source)
         case TheirPlan.UNSHARDED:
             if mesh.tp > 1:
                 raise OptionError(

@@ -2,9 +2,10 @@
 with its logits."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -28,13 +29,16 @@ _ATTRIBUTE = "_shardwise"
 class Applied:
     """What parallelize() did to a model. row_order: the order in which parameters are kept that aren't kept
     in their own. foreign: another library's plan instead. parts: parameters that are whole on each tp rank,
-    which finds a part of their gradient."""
+    which finds a part of their gradient. after_backward: what is called after the backward, before gradients
+    are clipped. clip: clips them to a largest norm and returns the norm before, in place of our clipping."""
 
     plan: Plan | None
     loss: Loss
     row_order: dict[str, Order] = field(default_factory=dict)
     foreign: tuple[RuleUse, ...] | None = None
     parts: frozenset[str] = frozenset()
+    after_backward: Callable[[], object] | None = None
+    clip: Callable[[float], Tensor] | None = None
 
     def rule_for(self, name: str) -> RuleRef | None:
         """The rule that holds for a parameter or module, or for the nearest module around it that has one."""
@@ -56,7 +60,8 @@ def parallelize(model: nn.Module, plan: Plan | str, mesh: DeviceMesh) -> nn.Modu
     """Shards `model` in place over the "tp" axis of `mesh`, and returns it.
 
     plan: a Plan, or the name of a built-in one (of GPT's rules where the model has its pos_embeddings, of a
-    mixture's where it has feed_forward.experts, else of Llama's). mesh: a DeviceMesh with an axis named "tp";
+    mixture's where it has feed_forward.experts, else of Llama's). mesh: a DeviceMesh with an axis named "tp",
+    or one of a single axis with a name that isn't another of ours, such as a trainer's "tensor_parallel";
     give the whole mesh, not its tp part, for then what can't be combined with its other axes is refused here
     ("dp" holds whole replicas, any other may shard parameters further), and where it has an axis "cp" the
     model takes this rank's part of each sequence. Every rank must hold the same weights (or all of them
@@ -70,8 +75,7 @@ def parallelize(model: nn.Module, plan: Plan | str, mesh: DeviceMesh) -> nn.Modu
     check()
     if isinstance(plan, str):
         plan = builtin_plan(plan, family=_family_of(model))
-    if TENSOR_AXIS not in (mesh.mesh_dim_names or ()):
-        raise MeshError(f'parallelize: the mesh has axes {mesh.mesh_dim_names}. Name one of them "tp".')
+    check_has_tensor_axis(mesh, "parallelize")
     if is_applied(model):
         raise PlanError(
             f'plan "{plan.name}": the model is sharded already. Build a fresh one for another plan.'
@@ -111,8 +115,18 @@ def mark_applied(model: nn.Module, applied: Applied) -> None:
     setattr(model, _ATTRIBUTE, applied)
 
 
+def check_has_tensor_axis(mesh: DeviceMesh, who: str) -> None:
+    """Raises MeshError for a mesh without an axis that is taken for tp: the one of that name, or the only
+    one, which others may call as they like."""
+    names = mesh.mesh_dim_names or ("",) * mesh.ndim
+    if TENSOR_AXIS not in names and (mesh.ndim > 1 or role_of(names[0]) is not None):
+        raise MeshError(f'{who}: the mesh has axes {mesh.mesh_dim_names}. Name one of them "tp".')
+
+
 def _ranks_sharding_further(mesh: DeviceMesh) -> int:
     """Those of FSDP's axes, and of axes that aren't ours, of which nobody knows."""
+    if mesh.ndim == 1:
+        return 1
     sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
     ours = Mesh(tuple((name, sizes[name]) for name in NAMES if name in sizes))
     others = (size for name, size in sizes.items() if role_of(name) is None)

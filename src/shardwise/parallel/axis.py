@@ -66,6 +66,11 @@ class Axis:
             name, axis_mesh, group, axis_mesh.get_local_rank(), axis_mesh.size(), target.device_type, pairwise
         )
 
+    @property
+    def mesh_name(self) -> str:
+        """What the mesh calls it, which may be someone else's."""
+        return (self.mesh.mesh_dim_names or (self.name,))[0]
+
 
 @dataclass(frozen=True, slots=True)
 class Site:

@@ -116,7 +116,7 @@ class _Kept:
         axis, mesh = self._site.axis, tensor.device_mesh
         if mesh.size() > axis.size:  # FSDP has cut it further
             on_axis = [
-                TorchShard(self._order.dim) if name == axis.name else TorchReplicate()
+                TorchShard(self._order.dim) if name == axis.mesh_name else TorchReplicate()
                 for name in mesh.mesh_dim_names or ()
             ]
             tensor = tensor.redistribute(placements=on_axis)
@@ -130,7 +130,7 @@ class _Kept:
                 zip(mesh.mesh_dim_names or (), like.placements, strict=True)
             ):
                 # FSDP2 cuts what this rank has over the axis, whatever PyTorch calls that
-                if name != self._site.axis.name and isinstance(placement, TorchShard | StridedShard):
+                if name != self._site.axis.mesh_name and isinstance(placement, TorchShard | StridedShard):
                     sizes = chunk_sizes(part.shape[placement.dim], mesh.size(index))
                     rank = mesh.get_local_rank(index)
                     part = part.narrow(placement.dim, sum(sizes[:rank]), sizes[rank])

@@ -81,6 +81,8 @@ def _has_rate(module: nn.Module) -> bool:
 
 def _place(mesh: DeviceMesh) -> int:
     """This rank's number among those that differ in other axes than tp."""
+    if mesh.ndim == 1:  # tp's alone, by whatever name
+        return 0
     place = 0
     for name, size, index in zip(
         mesh.mesh_dim_names or (), mesh.shape, mesh.get_coordinate() or (), strict=False

@@ -18,7 +18,6 @@ from shardwise.core.errors import ModelError
 from shardwise.core.mesh import STAGES_AXIS, Mesh
 from shardwise.core.pipeline import Pipeline
 from shardwise.core.plan import AnyPlan, TheirPlan
-from shardwise.models.factory import sharding_factory
 from shardwise.models.init import draws_its_own, own_weights, weights_by_name
 from shardwise.models.layers import find_layers
 from shardwise.models.model_source import ModelSource
@@ -27,6 +26,7 @@ from shardwise.parallel.any_plan import apply_any
 from shardwise.parallel.apply import applied_to
 from shardwise.parallel.ends import ends_of
 from shardwise.parallel.parameters import fill, part_of_dtensor
+from shardwise.parallel.self_sharded import build_sharded
 from shardwise.parallel.stages import cut_to_stage
 from shardwise.step.groups import along, mesh_of
 from shardwise.step.train import recompute_layers, shard_with_fsdp
@@ -72,7 +72,7 @@ def build_model(
     if plan is TheirPlan.OWN:
         assert mesh is not None
         torch.manual_seed(seed)
-        model = sharding_factory(source).build(dtype=dtype, device=device, mesh=mesh)
+        model = build_sharded(source, dtype=dtype, device=device, mesh=mesh)
     if depth is not None and (layers := find_layers(model)) is not None:
         layers.shorten(model, depth)
     if plan is not None:

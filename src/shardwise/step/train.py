@@ -4,9 +4,10 @@ Loss: mean over the valid labels of the global batch; each data-parallel rank an
 summand, so uneven valid tokens weigh as they do on one process. FSDP sums gradients inside the backward, over
 the axes of its shards; gradient_sums.py those of all other axes whose ranks see other tokens, after it.
 
-The two engines differ in clipping only: native gradients, and those of a model of which a part is sharded, go
-through clip_gradients (one all-reduce per axis); where PyTorch's own styles have made every parameter a
-DTensor, torch.nn.utils.clip_grad_norm_ and full_tensor() clip, as torchtitan did in 2025.
+The two engines differ in clipping only: native gradients, and those of a model of which a part is sharded, or
+over several meshes, go through clip_gradients (one all-reduce per axis); where PyTorch's own styles have made
+every parameter a DTensor, torch.nn.utils.clip_grad_norm_ and full_tensor() clip, as torchtitan did in 2025. A
+model that shards itself may have brought its own clipping, and what is to be called before it.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -142,7 +143,8 @@ class TrainStep:
         self.model = model
         self.optimizer = torch.optim.AdamW(_groups(model), lr=learning_rate, fused=True)
         self._loss = loss or applied.loss
-        self._torch_clips = _are_dtensors_of_one_mesh(model) and (
+        self._after_backward, self._own_clip = applied.after_backward, applied.clip
+        self._torch_clips = _are_dtensors_of_one_mesh(model.parameters()) and (
             applied.plan is None or applied.plan.engine is Engine.DTENSOR
         )
         self._ids_on_host = applied.plan is not None and applied.plan.engine is Engine.NATIVE
@@ -182,6 +184,8 @@ class TrainStep:
             dist.all_reduce(total, group=self._passes.group)
         if self._sums is not None:
             self._sums.sum(self.model.parameters())
+        if self._after_backward is not None:
+            self._after_backward()
         if self._tokens is not None:
             dist.all_reduce(total, group=self._tokens)
         return total
@@ -221,7 +225,10 @@ class TrainStep:
         return StepResult(loss, norm)
 
     def _clip(self) -> Tensor:
-        if not self._torch_clips:
+        if self._own_clip is not None:
+            return _whole(self._own_clip(self._max_norm))
+        gradients = [each.grad for each in self.model.parameters() if each.grad is not None]
+        if not self._torch_clips or (gradients and not _are_dtensors_of_one_mesh(gradients)):
             _finish_partial(self.model)
             if self._passes is None:
                 return clip_gradients(self.model.parameters(), self._max_norm)
@@ -231,8 +238,11 @@ class TrainStep:
                 stages=self._passes.group,
                 counted_elsewhere=self._passes.counted_elsewhere,
             )
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._max_norm, foreach=True)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return _whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._max_norm, foreach=True))
+
+
+def _whole(norm: Tensor) -> Tensor:
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _groups(model: nn.Module) -> list[dict[str, list[nn.Parameter]]]:
@@ -246,10 +256,8 @@ def _groups(model: nn.Module) -> list[dict[str, list[nn.Parameter]]]:
     return [{"params": group} for group in (*groups.values(), plain) if group]
 
 
-def _are_dtensors_of_one_mesh(model: nn.Module) -> bool:
-    meshes = {
-        parameter.device_mesh if isinstance(parameter, DTensor) else None for parameter in model.parameters()
-    }
+def _are_dtensors_of_one_mesh(tensors: Iterable[Tensor]) -> bool:
+    meshes = {each.device_mesh if isinstance(each, DTensor) else None for each in tensors}
     return len(meshes) == 1 and None not in meshes
 
 

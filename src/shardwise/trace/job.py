@@ -19,6 +19,7 @@ from shardwise.models.layers import Layers
 from shardwise.models.source import ModelSource
 from shardwise.parallel.any_plan import apply_any
 from shardwise.parallel.ends import Ends
+from shardwise.parallel.self_sharded import build_sharded
 from shardwise.parallel.stages import cut_to_stage
 from shardwise.step.groups import along
 from shardwise.step.portion import micro_batches_of
@@ -55,9 +56,7 @@ class Job:
         """The model on the meta device, as it was made; sharded only where the plan is the factory's own."""
         dtype: torch.dtype = getattr(torch, self.settings.dtype)
         if self.plan is TheirPlan.OWN:
-            from shardwise.models.factory import sharding_factory
-
-            return sharding_factory(self.source).build(dtype=dtype, mesh=self.device_mesh)
+            return build_sharded(self.source, dtype=dtype, mesh=self.device_mesh)
         return self.source.build(dtype=dtype)
 
     def shard(

@@ -26,11 +26,11 @@ from shardwise.core.sharded import Sharded
 from shardwise.core.shown import shown
 from shardwise.core.verification import Verification
 from shardwise.launch import RankContext
-from shardwise.models.factory import sharding_factory
 from shardwise.models.source import HUGGING_FACE, ModelSource, find_model, vocab_size_of
 from shardwise.parallel.any_plan import apply_any
 from shardwise.parallel.loss import IGNORED
 from shardwise.parallel.resolve import tied_parameters
+from shardwise.parallel.self_sharded import build_sharded
 from shardwise.step.build import cut_over_stages, device_mesh, set_in_place, trainable
 from shardwise.step.portion import Portion
 from shardwise.step.train import mixed_precision
@@ -250,9 +250,8 @@ class _Examination:
     def _own(self, source: ModelSource, whole: nn.Module) -> nn.Module:
         """The model as its factory shards it, with the weights of `whole`."""
         torch.manual_seed(SEED)
-        model = sharding_factory(source).build(
-            dtype=next(whole.parameters()).dtype, device=self._device, mesh=self._mesh
-        )
+        dtype = next(whole.parameters()).dtype
+        model = build_sharded(source, dtype=dtype, device=self._device, mesh=self._mesh)
         values = dict(whole.named_parameters(remove_duplicate=False))
         shapes = {name: value.shape for name, value in values.items()}
         set_in_place(model, lambda name, _: values[name].detach(), shapes)

@@ -145,6 +145,8 @@ class _Watch:
         self._open.clear()  # a recomputed forward ends early, and leaves its modules open
 
     def failure(self, error: Exception) -> ModuleError:
+        if self._phase is Phase.REDUCE:
+            return ModuleError("", f"what is called after the backward raised {told(error)}")
         if self._phase is not Phase.FORWARD:
             return ModuleError("", f"the backward raised {told(error)}")
         where = self._open[-1] if self._open else ""

@@ -20,10 +20,10 @@ from shardwise.core.plan import AnyPlan, TheirPlan
 from shardwise.core.sharded import Sharded
 from shardwise.core.shown import shown
 from shardwise.core.verification import Verdict, Verification
-from shardwise.models.factory import sharding_factory
 from shardwise.models.source import ModelSource, find_model
 from shardwise.parallel.any_plan import apply_any
 from shardwise.parallel.resolve import tied_parameters
+from shardwise.parallel.self_sharded import build_sharded
 from shardwise.trace.fakes import fake_world
 from shardwise.verify.claim import NO_PLAN, TWIN, Claim
 from shardwise.verify.foresight import foresee
@@ -115,9 +115,7 @@ def _counted(
     """What static.py says of the model, sharded on the meta device."""
     with fake_world(mesh, rank=0, device="cpu") as device_mesh:
         model = (
-            sharding_factory(source).build(dtype=torch.float32, mesh=device_mesh)
-            if plan is TheirPlan.OWN
-            else whole
+            build_sharded(source, dtype=torch.float32, mesh=device_mesh) if plan is TheirPlan.OWN else whole
         )
         ties = set(tied_parameters(whole).values())
         sharded, findings = of_model(apply_any(model, plan, device_mesh), plan, mesh.tp)

@@ -13,12 +13,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from shardwise.core.errors import MeshError, PlanError
+from shardwise.core.errors import PlanError
 from shardwise.core.layer_name import any_layer
 from shardwise.core.mesh import TENSOR_AXIS
 from shardwise.core.program import RuleUse
 from shardwise.core.shown import shown, told
-from shardwise.parallel.apply import Applied, mark_applied
+from shardwise.parallel.apply import Applied, check_has_tensor_axis, mark_applied
 from shardwise.parallel.loss import Loss, PlainLoss
 
 PLAN_NAME = "hf"
@@ -64,10 +64,7 @@ def apply_hugging_face(model: nn.Module, mesh: DeviceMesh) -> Loss:
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
     plan = _own_plan(model)
-    if TENSOR_AXIS not in (mesh.mesh_dim_names or ()):
-        raise MeshError(
-            f'plan "{PLAN_NAME}": the mesh has axes {mesh.mesh_dim_names}. Name one of them "tp".'
-        )
+    check_has_tensor_axis(mesh, f'plan "{PLAN_NAME}"')
     sharded = next(
         (name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)), None
     )
