@@ -6,6 +6,7 @@ name here.
 """
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +33,11 @@ def _find(module: str, path: str) -> Any:
         _missing.append(f"{module}.{path}")
         return _Absent
     return owner
+
+
+def _place(module: str, name: str) -> tuple[Any, str]:
+    """A module and what it calls so, for a patch."""
+    return _Absent if _find(module, name) is _Absent else sys.modules[module], name
 
 
 def check() -> None:
@@ -85,6 +91,14 @@ def schema_of(func: Any) -> Any:
     return func._schema
 
 
+HigherOrderOperator = _find("torch._ops", "HigherOrderOperator")
+"""What a dispatcher op that takes functions is; it has no schema."""
+
+
+def is_higher_order(func: Any) -> bool:
+    return isinstance(func, HigherOrderOperator)
+
+
 def overload_of(func: Any) -> str:
     """The name of a dispatcher op's overload."""
     name: str = func._overloadname
@@ -135,6 +149,7 @@ def is_profiling() -> bool:
 
 # ------------------------------------------------------------------------------------ tensors and modules
 
+grouped_mm: Callable[..., Tensor] = _find("torch", "_grouped_mm")
 foreach_norm: Callable[..., tuple[Tensor, ...]] = _find("torch", "_foreach_norm")
 foreach_mul_: Callable[..., None] = _find("torch", "_foreach_mul_")
 fused_adamw_: Callable[..., None] = _find("torch", "_fused_adamw_")
@@ -194,6 +209,22 @@ def set_hooks_again(parameter: Tensor) -> None:
 def hook_counts(module: nn.Module) -> tuple[int, ...]:
     """How many hooks a module has of each kind."""
     return tuple(len(getattr(module, hooks)) for hooks in _HOOKS)
+
+
+# -------------------------------------------------------------------------------------------- flex attention
+
+_no_mask = _find("torch.nn.attention.flex_attention", "noop_mask")
+FLEX_DEVICE_CHECK = _place("torch.nn.attention.flex_attention", "_validate_device")
+"""(queries, keys, values): refuses a backward on a CPU, for which nothing is compiled."""
+FLEX_UNCOMPILED = _place("torch.nn.attention.flex_attention", "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG")
+"""Whether it runs by its formula, not compiled."""
+FLEX_GRAPH = _place("torch._higher_order_ops.flex_attention", "create_fw_bw_graph")
+"""(function on scores, examples, what it captures): where its backward is worked out."""
+
+
+def masks_nothing(mask: Any) -> bool:
+    """Whether flex attention's mask is the one that it takes where none is given."""
+    return getattr(mask, "fn", mask) is _no_mask
 
 
 # ------------------------------------------------------------------------------- process groups and DTensor

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from shardwise.core.collective import CollectiveCall, CollectiveKind, off_mesh, wire_bytes
 from shardwise.parallel.peers import told_of
-from shardwise.torch_private import TorchDispatchMode, group_named, in_backward, schema_of
+from shardwise.torch_private import TorchDispatchMode, group_named, in_backward, is_higher_order, schema_of
 
 NAMESPACES = frozenset(
     {"c10d", "c10d_functional", "_c10d_functional", "_c10d_functional_autograd", "_dtensor", "symm_mem"}
@@ -95,6 +95,8 @@ FUSED = frozenset(name for name in KNOWN if name.startswith("fused_"))
 @lru_cache(maxsize=4096)
 def is_collective(func: Any) -> bool:
     """Whether a dispatcher op moves data between ranks, or waits for them."""
+    if is_higher_order(func):
+        return False
     schema = schema_of(func)
     namespace, _, name = schema.name.partition("::")
     if name in LOCAL:

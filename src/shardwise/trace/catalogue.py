@@ -75,6 +75,8 @@ KINDS: dict[str, OpKind] = {
     "fsdp::all_gather_copy_in": OpKind.COPY,
     "fsdp::split_with_sizes_copy": OpKind.COPY,
     "fsdp::chunk_cat": OpKind.COPY,
+    "higher_order::flex_attention": OpKind.ATTENTION,
+    "higher_order::flex_attention_backward": OpKind.ATTENTION,
 }
 
 _BY_TAG = {"pointwise": OpKind.ELEMENTWISE, "reduction": OpKind.REDUCTION, "view_copy": OpKind.COPY}
@@ -162,7 +164,7 @@ def flops_of(name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSp
             return sum(
                 2 * prod(shapes[0]) * prod(shapes[2][1:]) for output in outputs if len(output.shape) > 1
             )
-        case base if base.startswith("_scaled_dot_product"):
+        case base if base.startswith(("_scaled_dot_product", "higher_order::flex_attention")):
             q, k, v = _attended(name, inputs)
             # scores and their gradients go over the keys' width; values, and what is weighted, over theirs
             by_keys, by_values = (3, 2) if base.endswith("_backward") else (1, 1)

@@ -4,6 +4,8 @@ another device.
 Weights are FakeTensors on "cpu": they have shapes and no memory. Token ids stay real, on the host, because
 the styles decide by them. What comes onto the device (`.to(device)`, or made there) is fake.
 
+What is compiled is traced as it is written, and flex attention as one op (higher_order.py).
+
 A grouped matmul takes half precision and float32 wherever it runs; its fake takes bfloat16 alone, so it is
 steered.
 
@@ -25,10 +27,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from shardwise.core.errors import RunError
 from shardwise.core.mesh import Mesh
 from shardwise.parallel.axis import Target, as_if_on
+from shardwise.parallel.flex_attention import by_formula
 from shardwise.parallel.parameters import fill
 from shardwise.torch_private import (
     ALL_TO_ALL,
@@ -61,6 +65,7 @@ def fake_world(mesh: Mesh, *, rank: int, device: str) -> Iterator[DeviceMesh]:
             stack.enter_context(_without_dtensor_s_advice())
             stack.enter_context(as_if_on(TARGETS[device]))
             stack.enter_context(_grouped_matmuls())
+            stack.enter_context(by_formula())
             if device == "cuda":
                 stack.enter_context(_fused_rms_norm())
                 stack.enter_context(_real_all_to_all())
@@ -83,8 +88,24 @@ def fill_with_fakes(model: nn.Module, fake_mode: FakeTensorMode) -> None:
     fill(model, whole, {})
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-            with fake_mode:
-                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+            setattr(module, name, _fake_like(buffer, fake_mode))
+
+
+def _fake_like(buffer: torch.Tensor, fake_mode: FakeTensorMode) -> torch.Tensor:
+    """A fake on "cpu"; of a DTensor one on its mesh, cut as it is."""
+    local = buffer.to_local() if isinstance(buffer, DTensor) else buffer
+    with fake_mode:
+        fake = torch.empty(local.shape, dtype=local.dtype)
+    if not isinstance(buffer, DTensor):
+        return fake
+    return DTensor.from_local(
+        fake,
+        buffer.device_mesh,
+        buffer.placements,
+        run_check=False,
+        shape=buffer.shape,
+        stride=buffer.stride(),
+    )
 
 
 @contextmanager

@@ -99,7 +99,8 @@ class Ops:
         self._place = place
         self._specs: dict[tuple[torch.dtype, torch.Size], TensorSpec] = {}
 
-    def op(self, signature: Signature, args: Sequence[Any], work: Work) -> Op:
+    def op(self, signature: Signature, args: Sequence[Any], work: Work, *, is_half: bool | None = None) -> Op:
+        """is_half: whether attention has half of its pairs to meet, where the signature doesn't tell."""
         name = signature.name
         inputs, outputs = tuple(map(self._spec, work.inputs)), tuple(map(self._spec, work.made))
         written = {id(tensor) for tensor in work.written}
@@ -120,7 +121,7 @@ class Ops:
             self._place.module,
             inputs,
             outputs,
-            flops_of(name, inputs, outputs, causal=signature.is_causal(args)),
+            flops_of(name, inputs, outputs, causal=signature.is_causal(args) if is_half is None else is_half),
             reads,
             writes,
             on_host=self._device != "cpu" and not is_fake,

@@ -26,6 +26,7 @@ from shardwise.parallel.collectives import issuing
 from shardwise.parallel.peers import Told, told_of
 from shardwise.parallel.recorder import FUSED, read_calls, tensors_in
 from shardwise.torch_private import (
+    FLEX_GRAPH,
     PROPAGATIONS,
     AsyncCollectiveTensor,
     FakeTensor,
@@ -34,9 +35,11 @@ from shardwise.torch_private import (
     call_cpu_kernel,
     device_factories,
     has_kernel,
+    is_higher_order,
     schema_of,
 )
 from shardwise.trace.fakes import is_made_on_device, making_on_device
+from shardwise.trace.higher_order import higher_order_work, is_masked, signature_of_higher_order
 from shardwise.trace.kinship import Kinship
 from shardwise.trace.ops import ALLOCATIONS, SILENT, Ops, Signature, Work, signature_of, work_of
 from shardwise.trace.place import Place, raised_in
@@ -48,6 +51,8 @@ class Recorder(TorchDispatchMode):
     """axes: group name -> axis name. device: whose ops the trace is about. rule_of: module name -> its rule,
     for collectives whose issuer doesn't say. Set `log.is_on` while the step runs; before that, storages only
     (what is resident)."""
+
+    supports_higher_order_operators = True
 
     def __init__(
         self,
@@ -77,7 +82,7 @@ class Recorder(TorchDispatchMode):
         with ExitStack() as stack:
             for watcher in (self.place, self.storages, self._redistributions):
                 stack.enter_context(watcher.watching())
-            for owner, name in PROPAGATIONS:
+            for owner, name in (*PROPAGATIONS, FLEX_GRAPH):
                 stack.enter_context(patch.object(owner, name, self._unseen(getattr(owner, name))))
             stack.enter_context(_OntoDevice(self))
             stack.enter_context(_without_collections())
@@ -103,6 +108,8 @@ class Recorder(TorchDispatchMode):
         if func in _waits() and isinstance(args[0], FakeTensor):
             return args[0]  # the real ones hand on what they got; their fakes make a tensor that nobody has
         kwargs = kwargs or {}
+        if is_higher_order(func):
+            return self._higher_order(func, args, kwargs)
         if is_made_on_device() and not types and not tensors_in(args):
             with self._fake_mode:
                 out = func(*args, **kwargs)
@@ -112,6 +119,17 @@ class Recorder(TorchDispatchMode):
             out = func(*args, **kwargs)
         if not self._paused:
             self._see(signature_of(func), args, kwargs, out)
+        return out
+
+    def _higher_order(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What it runs inside isn't seen."""
+        out = func(*args, **kwargs)
+        if not self._paused:
+            signature, outputs = signature_of_higher_order(func), tensors_in(out)
+            self.storages.note_all(outputs, signature.name)
+            work = higher_order_work(signature.name, (*args, *kwargs.values()), outputs)
+            causal = is_masked(signature.name, args)
+            self.log.add(self._ops.op(signature, args, work, is_half=causal))
         return out
 
     def onto_device(self, tensor: Tensor, given: Any) -> Tensor:
@@ -167,7 +185,8 @@ class Recorder(TorchDispatchMode):
         return Collective(call, module, rule, before, after)
 
     def _unseen(self, original: Any) -> Any:
-        """DTensor runs an op at its global shape to learn the shape of its result: not part of the step."""
+        """DTensor runs an op at its global shape to learn the shape of its result, flex attention its
+        functions on examples to learn its backward: not part of the step."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             self._paused += 1

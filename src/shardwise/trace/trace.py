@@ -6,18 +6,18 @@ memory, kernels and the wire are missing. The step is one after the first: optim
 layers are traced three and four deep and extended (extend.py) where that is exact, else all of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
-from shardwise.core.grouped import load_words
+from shardwise.core.grouped import GROUPED, load_words
 from shardwise.core.mesh import Mesh
 from shardwise.core.pipeline import Span
 from shardwise.core.plan import AnyPlan
-from shardwise.core.program import Block, MemoryKind, Program, RuleUse
+from shardwise.core.program import Block, MemoryKind, Op, Program, RuleUse
 from shardwise.models.layers import Layers, find_layers
 from shardwise.models.source import ModelSource
 from shardwise.parallel.any_plan import check_any, engine_of, name_of
@@ -26,6 +26,7 @@ from shardwise.parallel.experts import takes_tokens_of_experts
 from shardwise.torch_private import check
 from shardwise.trace.extend import LONG, SHORT, NotPeriodicError, extended
 from shardwise.trace.fakes import TARGETS, fake_world
+from shardwise.trace.higher_order import FLEX, MASKED
 from shardwise.trace.holdings import longer_holdings
 from shardwise.trace.job import Job, nearest_rule, rules_of
 from shardwise.trace.step import Traced, run
@@ -146,6 +147,7 @@ def _from_equal_layers(
 
 def _program(job: Job, subject: _Subject, traced: Traced, blocks: tuple[Block, ...] | None) -> Program:
     layers = subject.layers
+    blocks, compressed = blocks or (Block(traced.items),), blocks is not None
     return Program(
         model=job.source.name,
         plan=name_of(job.plan),
@@ -155,18 +157,21 @@ def _program(job: Job, subject: _Subject, traced: Traced, blocks: tuple[Block, .
         axes=job.mesh.axes,
         settings=job.settings,
         parameters=subject.parameters,
-        blocks=blocks if blocks is not None else (Block(traced.items),),
+        blocks=blocks,
         holdings=traced.holdings,
         rules=subject.rules,
         resident=tuple((kind, traced.resident[kind]) for kind in MemoryKind if kind in traced.resident),
         layers=(layers.prefix, layers.count) if layers is not None else None,
-        compressed=blocks is not None,
-        notes=(*job.source.notes, *_assumed(subject.model, job.settings)),
+        compressed=compressed,
+        notes=(*job.source.notes, *_assumed(subject.model, job.settings, blocks)),
         stages=tuple(job.shares),
     )
 
 
-def _assumed(model: nn.Module, settings: StepSettings) -> tuple[str, ...]:
+def _assumed(model: nn.Module, settings: StepSettings, blocks: Sequence[Block]) -> Iterator[str]:
     """What was taken for granted where data decides."""
-    has_experts = any(map(takes_tokens_of_experts, model.modules()))
-    return (load_words(settings.expert_load),) if has_experts else ()
+    ops = {item.name for block in blocks for item in block.items if isinstance(item, Op)}
+    if GROUPED in ops or any(map(takes_tokens_of_experts, model.modules())):
+        yield load_words(settings.expert_load)
+    if FLEX in ops:
+        yield MASKED
