@@ -29,7 +29,7 @@ def test_plans_that_are_right_end_with_0_and_leave_a_page_and_the_data(tmp_path:
     plan.write_text(shardwise("plans", "colwise").stdout.replace('"colwise"', '"mine"', 1))
     ended = shardwise("verify", "rowwise", "colwise@dtensor", str(plan), "--size", "small", "--out", str(out))
     assert ended.returncode == 0, ended.stderr
-    assert "3 right: tp=2 on cpu, batch 2, 16 tokens each, no dropout" in ended.stdout
+    assert "3 right: tp=2 on cpu, batch 2 and 1, 16 tokens each, no dropout" in ended.stdout
     assert sorted(each.name for each in out.iterdir()) == [
         "settings.json",
         "tables",

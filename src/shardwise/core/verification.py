@@ -31,7 +31,8 @@ class Proof:
 
     worst_gradient_error: of a gradient that is right, the rounding in it counts by its share of what is
     allowed, so it is within the tolerance. weights_error: the largest over all parameters after `steps`
-    optimizer steps with clipping; None where the gradients differ already.
+    optimizer steps with clipping; None where the gradients differ already. otherwise: what of the model ran
+    otherwise than it is written.
     """
 
     dtype: str
@@ -45,6 +46,7 @@ class Proof:
     steps: int
     norm_error: float | None
     weights_error: float | None
+    otherwise: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,8 @@ _NO_FAULT = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class VerificationRun:
-    """All cases of one command: what they share, and what was found of each."""
+    """All cases of one command: what they share, and what was found of each. smallest_batch: that they were
+    compared on too."""
 
     mesh: str
     device: str
@@ -143,6 +146,7 @@ class VerificationRun:
     started: str
     versions: tuple[tuple[str, str], ...]
     verifications: tuple[Verification, ...]
+    smallest_batch: int | None = None
     schema_version: int = 1
 
     @property

@@ -36,7 +36,7 @@ class VerifyOptions:
             "Sequences, over all ranks.",
             PANEL,
             1,
-            shown="one for each data-parallel rank and micro-batch, and at least 2",
+            shown="two for each data-parallel rank and micro-batch, and once more one",
         ),
     ] = 0
     seq: Annotated[int, Option("Tokens of each; a multiple of tp, and of 2 cp.", PANEL, 2)] = 16
@@ -106,12 +106,14 @@ def verify(
             claims,
             mesh=mesh,
             settings=settings,
+            also_smallest=not options.batch,
             device_type=device,
             timeout_s=options.timeout,
             on_answer=on_answer,
         )
+    smallest = settings.batch // 2 if not (options.batch or options.static) else None
     return VerificationRun(
-        str(mesh), device, settings.batch, settings.seq, started, tuple(_versions()), answers
+        str(mesh), device, settings.batch, settings.seq, started, tuple(_versions()), answers, smallest
     )
 
 
@@ -132,7 +134,7 @@ def _settings(case: Case, options: VerifyOptions) -> StepSettings:
             "leave --static out."
         )
     parts = mesh.data_parallel * step.accumulation
-    batch = options.batch or (parts if parts > 1 else 2)
+    batch = options.batch or 2 * parts
     check_batch(mesh, batch, options.seq, step.accumulation)
     multiple = math.lcm(mesh.tp * mesh.context, 2 * mesh.context if mesh.context > 1 else 1)
     if options.seq % multiple:

@@ -1,13 +1,14 @@
 """One claim, on this rank: the model built twice with the same weights, proved, counted; and many claims
 after each other.
 
-float64 first; a model that mixes dtypes so that it doesn't run in it is proved in float32. Too large a model
-is proved by its small twin. A claim that fails on all ranks alike has that for its answer; where a rank fails
+float64 first; a model that mixes dtypes so that it doesn't run in it is proved in float32, and one that
+rounds more than a wrong plan shows, without its casts (attempts.py). Too large a model is proved by its small
+twin. A claim that fails on all ranks alike has that for its answer; where a rank fails
 alone the others hang in a collective, so the whole launch ends, and run.py starts another for what is left.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -28,6 +29,7 @@ from shardwise.core.verification import Verification
 from shardwise.launch import RankContext
 from shardwise.models.source import HUGGING_FACE, ModelSource, find_model, vocab_size_of
 from shardwise.parallel.any_plan import apply_any
+from shardwise.parallel.flex_attention import calls_flex_attention
 from shardwise.parallel.loss import IGNORED
 from shardwise.parallel.resolve import tied_parameters
 from shardwise.parallel.self_sharded import build_sharded
@@ -35,6 +37,7 @@ from shardwise.step.build import cut_over_stages, device_mesh, set_in_place, tra
 from shardwise.step.portion import Portion
 from shardwise.step.train import mixed_precision
 from shardwise.torch_private import AnyDropout, default_store
+from shardwise.verify.attempts import Attempt, attempts
 from shardwise.verify.claim import NO_PLAN, TWIN, Claim
 from shardwise.verify.expected import Unsharded, shake, unsharded
 from shardwise.verify.observe import Batch, LogitsError, ModuleError
@@ -54,12 +57,13 @@ _HEARD_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Claims from `first` on, all on one mesh."""
+    """Claims from `first` on, all on one mesh. also_smallest: see run.py."""
 
     claims: tuple[Claim, ...]
     first: int
     mesh: Mesh
     settings: StepSettings
+    also_smallest: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,10 @@ class Answer:
     number: int
     verification: Verification
     alone: bool = False
+
+
+_Whole = tuple[Unsharded, Unsharded | None, Callable[[], nn.Module]]
+"""What the unsharded model gives; what for the smallest batch, if that is asked for; how to make it again."""
 
 
 class NothingToProveError(RunError):
@@ -123,11 +131,12 @@ class _Examination:
         self._ties: set[tuple[str, ...]] = set()
         self._dropout: list[Finding] = []
         self._twin: ModelSource | None = None
+        self._attempt = Attempt("float64")
 
     def verification(self) -> Verification:
         try:
             source = self._source()
-            expected, make = self._unsharded(source)
+            expected, smallest, make = self._unsharded(source)
         except NothingToProveError as error:
             return replace(self._known, note=str(error))
         except (ShardwiseError, RuntimeError) as error:
@@ -140,8 +149,9 @@ class _Examination:
         known = replace(self._known, sharded=sharded, findings=tuple(findings))
         try:
             model = self._trainable(model, source)
-            proof, differences = prove(model, expected, make, self._portion())
-            proof = replace(proof, dtype=self._computed_in(proof.dtype))
+            with self._attempt.entered():
+                proof, differences = prove(model, expected, make, self._portion(), smallest)
+            proof = replace(proof, dtype=self._computed_in(proof.dtype), otherwise=self._attempt.otherwise)
         except LogitsError as error:
             return replace(known, findings=(*ungathered(str(error)), *findings), note=str(error))
         except RuntimeError as error:
@@ -194,29 +204,43 @@ class _Examination:
         sharded, findings = of_model(named, self._plan, self._tp)
         return sharded, [*untied(self._ties, model), *findings, *self._dropout]
 
-    def _unsharded(self, source: ModelSource) -> tuple[Unsharded, Callable[[], nn.Module]]:
-        """(what it gives; how to make it again)"""
+    def _unsharded(self, source: ModelSource) -> _Whole:
+        """Run as `self._attempt` then says."""
         failures = []
-        for name in [self._claim.dtype] if self._claim.dtype else ["float64", "float32"]:
-            dtype: torch.dtype = getattr(torch, name)
-
-            def make(dtype: torch.dtype = dtype) -> nn.Module:
-                return seeded(source, dtype, self._device)
-
-            model = make()
-            n_parameters = sum(parameter.numel() for parameter in model.parameters())
-            self._known = replace(self._known, parameters=n_parameters)
-            self._ties = set(tied_parameters(model).values())
-            if self._plan is TheirPlan.HF and not getattr(model, "tp_plan", None):
-                raise NothingToProveError(NO_PLAN)
+        for attempt in attempts(self._claim.dtype):
             try:
-                found = unsharded(
-                    model, self._batches(model), parts=self._tp, portion=self._portion().of_one_process
-                )
-                return self._as_rounded(found, make), make
+                return self._tried(source, attempt)
             except (ModuleError, RunError) as error:
-                failures.append(f"in {name}, {shown(error, 300)}")
+                failures.append(f"{self._attempt}, {shown(error, 300)}")
         raise NothingToProveError(f"unsharded {' '.join(failures)}")
+
+    def _tried(self, source: ModelSource, attempt: Attempt) -> _Whole:
+        def make() -> nn.Module:
+            return seeded(source, attempt.torch_dtype, self._device)
+
+        model = make()
+        n_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self._known = replace(self._known, parameters=n_parameters)
+        self._ties = set(tied_parameters(model).values())
+        if self._plan is TheirPlan.HF and not getattr(model, "tp_plan", None):
+            raise NothingToProveError(NO_PLAN)
+        batches, portion = self._batches(model), self._portion().of_one_process
+        is_by_formula = self._device.type == "cpu" and calls_flex_attention(model, batches[0][0])
+        self._attempt = replace(attempt, by_formula=is_by_formula)
+        with self._attempt.entered():
+            found = unsharded(model, batches, parts=self._tp, portion=portion)
+            smallest = self._smallest(model, batches)
+            return self._as_rounded(found, make), smallest and self._as_rounded(smallest, make), make
+
+    def _smallest(self, model: nn.Module, batches: Sequence[Batch]) -> Unsharded | None:
+        """What it gives for one sequence in each micro-batch: where a dim is 1, a tensor needs no copy to be
+        contiguous, and other code runs."""
+        portion = self._portion()
+        first, n = batches[0], portion.smallest_batch
+        if not self._job.also_smallest or n >= len(first[0]):
+            return None
+        one = (first[0][:n], first[1][:n])
+        return unsharded(model, [one], parts=self._tp, portion=portion.of_one_process, with_steps=False)
 
     def _as_rounded(self, expected: Unsharded, make: Callable[[], nn.Module]) -> Unsharded:
         """With what FSDP's mixed precision may do, where there is any."""

@@ -7,6 +7,7 @@ both models once more with an eye on every module: closer.py. How far a right pl
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -34,18 +35,29 @@ forgotten parameter is off by 1e-2."""
 
 
 def prove(
-    model: nn.Module, expected: Unsharded, remake: Callable[[], nn.Module], portion: Portion
+    model: nn.Module,
+    expected: Unsharded,
+    remake: Callable[[], nn.Module],
+    portion: Portion,
+    smallest: Unsharded | None = None,
 ) -> tuple[Proof, tuple[Finding, ...]]:
     """Compares the sharded `model` with what the unsharded one gave. All ranks must call it; all get the same
     answer, but for the reasons that data-parallel ranks read off their own portions.
 
     remake: makes the unsharded model again, with the same weights, where it has to be looked at more closely.
+    smallest: what it gave for a smaller batch, on which the sharded one is compared too.
     """
-    observed = observe(model, expected.batches[0], portion, width=expected.observed.own_logits.shape[-1])
-    differences = _differences(model, observed, expected, portion)
+    differences = _compared(model, expected, portion)
+    compared = expected
+    if smallest is not None and not differences.are_wrong:
+        of_smallest = _compared(model, smallest, portion)
+        if of_smallest.are_wrong:
+            differences, compared = of_smallest, smallest
     norm_error = weights_error = None
     if differences.are_wrong:
-        findings = explain_differences(evidence(model, remake(), expected, differences, portion))
+        findings = explain_differences(evidence(model, remake(), compared, differences, portion))
+        if compared is not expected:
+            findings = [_at_one_batch(each, compared, expected) for each in findings]
     elif expected.norms:
         weights, norm_error = _after_steps(model, expected, portion)
         weights_error = max(weights.values(), default=0.0)
@@ -57,8 +69,8 @@ def prove(
     worst, worst_error = differences.worst_gradient
     proof = Proof(
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-        noise=expected.noise,
-        tolerance=expected.tolerance,
+        noise=compared.noise,
+        tolerance=compared.tolerance,
         output_error=differences.output,
         loss_error=differences.loss,
         parameters_compared=len(differences.gradients),
@@ -69,6 +81,16 @@ def prove(
         weights_error=weights_error,
     )
     return proof, tuple(findings)
+
+
+def _at_one_batch(finding: Finding, compared: Unsharded, expected: Unsharded) -> Finding:
+    at, right = len(compared.batches[0][0]), len(expected.batches[0][0])
+    return replace(finding, reason=f"{finding.reason} (at batch {at}; at batch {right} it is right)")
+
+
+def _compared(model: nn.Module, expected: Unsharded, portion: Portion) -> Differences:
+    observed = observe(model, expected.batches[0], portion, width=expected.observed.own_logits.shape[-1])
+    return _differences(model, observed, expected, portion)
 
 
 def _of_all_stages(findings: list[Finding], model: nn.Module, portion: Portion) -> list[Finding]:

@@ -24,12 +24,13 @@ def verify(
     mesh: Mesh,
     device_type: str = "cpu",
     settings: StepSettings = SETTINGS,
+    also_smallest: bool = False,
     timeout_s: float = TIMEOUT_S,
     on_answer: Callable[[Verification], None] = lambda _: None,
 ) -> tuple[Verification, ...]:
     """A Verification for each claim, in order; under torchrun on rank 0 only, () elsewhere. on_answer: told
     each as it comes, without what a trace adds to one that isn't right. settings: batch and seq, a multiple
-    of tp.
+    of tp. also_smallest: a batch is compared too in which every micro-batch has one sequence.
 
     timeout_s: without a sign of life, a claim is given up, and is said to crash. Raises the InputErrors of
     the model and plan; RunError for a claim that takes torchrun's ranks down, which can't be started anew
@@ -49,7 +50,7 @@ def verify(
         try:
             run_ranks(
                 "shardwise.verify.examine:run",
-                msgspec.json.encode(Job(tuple(claims), first, mesh, settings)),
+                msgspec.json.encode(Job(tuple(claims), first, mesh, settings, also_smallest)),
                 world_size=mesh.world_size,
                 device_type=device_type,
                 timeout_s=timeout_s,

@@ -93,7 +93,7 @@ def facts(each: Verification) -> list[tuple[str, str]]:
     if each.proof is not None:
         proof = each.proof
         told += [
-            ("computed in", proof.dtype),
+            ("computed in", ", ".join((proof.dtype, *proof.otherwise))),
             ("the model's own noise", error(proof.noise)),
             ("outputs", f"{error(proof.output_error)} off; allowed {error(proof.tolerance)}"),
             ("loss", f"{error(proof.loss_error)} off; allowed {error(proof.tolerance)}"),
@@ -129,7 +129,8 @@ def settings(run: VerificationRun) -> str:
     """What all cases share."""
     if any(each.is_static for each in run.verifications):
         return f"{run.mesh}, batch {run.batch}, {run.seq} tokens each, traced and not run"
-    return f"{run.mesh} on {run.device}, batch {run.batch}, {run.seq} tokens each, no dropout"
+    batches = f"batch {run.batch}" + (f" and {run.smallest_batch}" if run.smallest_batch else "")
+    return f"{run.mesh} on {run.device}, {batches}, {run.seq} tokens each, no dropout"
 
 
 def totals(run: VerificationRun) -> str:
