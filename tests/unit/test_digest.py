@@ -1,5 +1,5 @@
 """Digests of tensors: equal for equal bits, and for nothing else that happens in practice. On real ranks:
-test_styles.py."""
+test_styles.py and test_watch.py."""
 
 from random import Random
 
@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwise.verify import ranks
 from shardwise.verify.ranks import digest
+from shardwise.watch.digest import COLUMNS
 
 VALUES = st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=50)
 DTYPES = (
@@ -66,8 +66,31 @@ def test_no_values_have_a_digest() -> None:
     assert digest(torch.empty(0)) == 0
 
 
-def test_digests_do_not_depend_on_how_they_are_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(100, generator=torch.Generator().manual_seed(0))
-    whole = digest(x)
-    monkeypatch.setattr(ranks, "_CHUNK", 7)
-    assert digest(x) == whole
+LONG = 2 * COLUMNS + 5
+
+
+@pytest.mark.parametrize("place", [0, COLUMNS - 1, COLUMNS, 2 * COLUMNS, LONG - 1])
+@pytest.mark.parametrize("bit", [1, 1 << 30, -(1 << 31)])
+def test_one_changed_bit_changes_the_digest_of_a_long_tensor(place: int, bit: int) -> None:
+    one = torch.zeros(LONG)
+    other = one.clone()
+    other.view(torch.int32)[place] ^= bit
+    assert digest(one) != digest(other)
+
+
+@pytest.mark.parametrize(("place", "other"), [(0, 1), (3, COLUMNS + 3), (7, COLUMNS), (1, LONG - 1)])
+def test_two_numbers_of_a_long_tensor_that_change_places_change_the_digest(place: int, other: int) -> None:
+    one = torch.zeros(LONG)
+    one[place], one[other] = 1.0, -1.0
+    assert digest(one) != digest(-one)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.complex64], ids=str)
+def test_a_changed_bit_of_a_short_dtype_that_does_not_fill_words_changes_the_digest(
+    dtype: torch.dtype,
+) -> None:
+    one = torch.ones(7).to(dtype)
+    other = one.clone()
+    other.view(torch.uint8)[-1] ^= 1
+    assert digest(one) != digest(other)
+    assert digest(one[1:]) == digest(one[1:].clone())  # wherever in memory it begins

@@ -1,11 +1,5 @@
 """What must be equal on all ranks: ids, initial weights, replicated parameters. Compared by digest; all ranks
-must call.
-
-Digest of a tensor with bits b_i read as integers: sum over i of b_i x m_i mod 2^64, with m_i an odd number
-that depends on i in no simple way (multipliers in arithmetic progression would give values at places 0 and 5
-the digest of the same values at places 2 and 3). It is order-sensitive, exact on every device, and no secret:
-it finds ranks that drifted apart, not forgeries.
-"""
+must call."""
 
 from collections.abc import Iterable
 
@@ -18,35 +12,12 @@ from shardwise.core.finding import Finding, FindingKind
 from shardwise.core.mesh import TENSOR_AXIS
 from shardwise.step.gradient_sums import is_cut_over
 from shardwise.verify.exchange import device_of
-
-_GOLDEN = -7046029254386353131  # 2^64 / golden ratio, as a signed number (Knuth, TAOCP 3, 6.4)
-_MIX = (
-    (30, -4658895280553007687),
-    (27, -7723592293110705685),
-)  # shift, factor: splitmix64's finaliser (Steele, Lea, Flood 2014)
-_CHUNK = 1 << 24
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from shardwise.watch.digest import digest as digest_of
 
 
 def digest(tensor: Tensor) -> int:
-    """64-bit digest of a plain tensor's shape-less bits."""
-    flat = tensor.detach().contiguous().view(-1)
-    bits = flat.view(_INTEGERS[flat.element_size()])
-    total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    for start in range(0, bits.numel(), _CHUNK):
-        part = bits[start : start + _CHUNK].to(torch.int64)
-        places = torch.arange(start, start + part.numel(), device=flat.device)
-        total += (part * _multipliers(places)).sum()
-    return int(total.item())
-
-
-def _multipliers(places: Tensor) -> Tensor:
-    """An odd 64-bit number for each place: splitmix64 without its last shift, lowest bit set."""
-    mixed = (places + 1) * _GOLDEN
-    for shift, factor in _MIX:
-        unsigned = (mixed >> shift) & ((1 << (64 - shift)) - 1)  # torch's shift keeps the sign
-        mixed = (mixed ^ unsigned) * factor
-    return mixed | 1
+    """Of a plain tensor's values in their order: see watch/digest.py."""
+    return int(digest_of(tensor))
 
 
 def replicated_parameters(model: nn.Module, group: dist.ProcessGroup) -> dict[str, Tensor]:
