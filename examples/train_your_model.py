@@ -173,6 +173,11 @@ def train(options: argparse.Namespace, mesh: DeviceMesh | None, device: torch.de
     # nothing gathers them.
     loss_function = shardwise.loss_of(model)
 
+    if mesh is not None:
+        # At the first step, and every 100, it compares what ranks must hold alike: weights and ids over tp.
+        # Last: what it hooks onto must not be replaced.
+        shardwise.watch(model)
+
     text = "\n".join(
         topics[name] for name in sorted(topics)
     ).encode()  # Python's own documentation, which needs no download

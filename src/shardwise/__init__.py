@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from shardwise.parallel.apply import loss_of as loss_of
     from shardwise.parallel.apply import parallelize as parallelize
     from shardwise.parallel.builtin import builtin_plan as builtin_plan
+    from shardwise.watch.sentinel import watch as watch
 
 __version__ = "0.1.0"
 
@@ -48,6 +49,7 @@ _LAZY = {
     "loss_of": "shardwise.parallel.apply",
     "parallelize": "shardwise.parallel.apply",
     "record_profile": "shardwise.measure.profile",
+    "watch": "shardwise.watch.sentinel",
 }
 __all__ = [
     "Case",
@@ -68,6 +70,7 @@ __all__ = [
     "record_profile",
     "sweep",
     "verify",
+    "watch",
 ]
 
 

@@ -259,6 +259,12 @@ def flattened(mesh: Any, names: tuple[str, ...], name: str) -> Any:
     return mesh[names]._flatten(name)
 
 
+def root_of(mesh: Any) -> Any:
+    """The mesh of which this one is a part; itself where it isn't."""
+    root = getattr(mesh, "_get_root_mesh", None)
+    return root() if callable(root) else mesh
+
+
 def _places(owners: list[Any], *names: str) -> list[tuple[Any, str]]:
     """Those of the owners' names that there are; at least one must be."""
     places = [(owner, name) for owner in owners for name in names if hasattr(owner, name)]

@@ -11,6 +11,7 @@
     │   ├── TraceError        a profiler trace that can't be used
     │   └── OptionError       an option, or a combination, that isn't offered
     └── RunError              a rank died, timed out, or the run could not go on; exit code 3
+        └── DriftError        ranks don't hold what they must hold alike
 
 The low level states the mismatch; the public boundary adds the context once.
 """
@@ -62,3 +63,7 @@ class OptionError(InputError):
 
 class RunError(ShardwiseError):
     """A rank died, timed out, or the run could not go on."""
+
+
+class DriftError(RunError):
+    """Ranks don't hold what they must hold alike."""

@@ -49,7 +49,7 @@ def check_dropout(model: nn.Module, held: Mapping[str, Claim], head: nn.Module |
 def draw_alike(model: nn.Module, mesh: DeviceMesh) -> None:
     """All ranks of the tp axis draw the same in a forward in training, if the model has dropout that is on:
     a module of its own, or a rate that a forward gives to a function."""
-    if not any(_is_on(module) or _has_rate(module) for module in model.modules()):
+    if not may_drop(model):
         return
     forwards, place, inner = count(1), _place(mesh), model.forward
 
@@ -63,6 +63,11 @@ def draw_alike(model: nn.Module, mesh: DeviceMesh) -> None:
             return inner(*args, **kwargs)
 
     model.forward = forward
+
+
+def may_drop(model: nn.Module) -> bool:
+    """Whether it has dropout that is on: a module of its own, or a rate that a forward gives a function."""
+    return any(_is_on(module) or _has_rate(module) for module in model.modules())
 
 
 def _is_on(module: nn.Module) -> bool:
