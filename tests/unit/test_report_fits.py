@@ -1,5 +1,5 @@
-"""Every verb's report in a terminal of any width: no line is wider, no label cut, no word broken. And the
-other formats hold the same tables."""
+"""Every verb's report in a terminal of any width: no line is wider, no label lost, no word broken, however
+long the names in it are. And the other formats hold the same tables."""
 
 import csv
 import io
@@ -16,10 +16,12 @@ from rich.console import Console
 from shardwise.cli.main import run
 from shardwise.profiles.diff import diff
 from shardwise.report.common.deliver import show
-from shardwise.report.common.formats import format_named, formats
+from shardwise.report.common.formats import format_named, formats, terminal
+from shardwise.report.common.layout import ELLIPSIS, HEAD_LINES, NAME_LINES, fitted, fitted_head, lay_out
 from shardwise.report.common.plain import plain
 from shardwise.report.common.room import room_of
-from shardwise.report.common.table import Report, RowKind, Table, Words
+from shardwise.report.common.table import ABSENT, Cell, Column, Report, RowKind, Table, Words
+from shardwise.report.common.units import TEXT
 from tests.unit import comparison_example as compared
 from tests.unit import explanation_example as explained
 from tests.unit import plan_example as planned
@@ -92,6 +94,73 @@ def test_no_line_is_wider_than_the_terminal_and_no_word_is_broken(result: object
     assert "…" not in text
     said = set(WORD.findall(" ".join(plain(each) for each in texts(room_of(result).report(result)))))
     assert said - set(WORD.findall(text)) == set()
+
+
+LABEL = "made for hf:Qwen/Qwen3-30B-A3B-Instruct-2507?num_hidden_layers=2 at tp=8"
+MODULE = "language_model.layers.*.self_attention_with_rotary.query_key_value_projection.base_layer"
+KERNEL = "void_at_native_vectorized_elementwise_kernel_CUDAFunctor_add_float_std_array_char_3"
+
+
+def lengthened(table: Table) -> Table:
+    """The same table of plans, modules and kernels with long names."""
+    labels = {column.of for column in table.columns} - {""}
+
+    def column(each: Column) -> Column:
+        name, of = (f"{part} {LABEL}" if part in labels else part for part in (each.name, each.of))
+        return replace(each, name=name, of=of)
+
+    def cell(each: Cell, column: Column) -> Cell:
+        text = each.read(column)
+        is_name = column.format is TEXT and " " not in text and len(text) > 2
+        return replace(each, text=f"{text}.{MODULE}_{KERNEL}") if is_name else each
+
+    rows = tuple(
+        row if row.kind is RowKind.HEADING else replace(row, cells=tuple(map(cell, row.cells, table.columns)))
+        for row in table.rows
+    )
+    title = f"{table.title} {LABEL}" if table.title else ""
+    return replace(table, title=title, columns=tuple(map(column, table.columns)), rows=rows)
+
+
+def filled(table: Table) -> Iterator[Column]:
+    """Columns that have something to tell: a terminal leaves out the others."""
+    for index, column in enumerate(table.columns):
+        cells = (row.cells[index] for row in table.rows if row.kind is not RowKind.HEADING)
+        if any(cell.read(column) not in ("", ABSENT) for cell in cells):
+            yield column
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@each_result
+def test_long_names_of_plans_modules_and_kernels_lose_no_column_and_no_word(
+    result: object, width: int
+) -> None:
+    for table in map(lengthened, room_of(result).report(result).tables()):
+        console = Console(file=io.StringIO(), width=width, no_color=True)
+        console.print(terminal.drawn(table, width))
+        assert isinstance(console.file, io.StringIO)
+        text = console.file.getvalue()
+        assert max(cell_len(line) for line in text.splitlines()) <= width, table.key
+        heads = (column.name for column in filled(table) if table.headed and LABEL not in column.name)
+        assert set(WORD.findall(" ".join(heads))) - set(WORD.findall(text)) == set(), table.key
+        whole = [[each.name for each in table.columns]]
+        whole += [[c.read(h) for c, h in zip(row.cells, table.columns, strict=False)] for row in table.rows]
+        for part in lay_out(table, whole, width):
+            assert part.columns[0] == 0, table.key
+
+
+def test_a_long_name_is_shortened_in_its_middle_and_a_sentence_never_is() -> None:
+    assert fitted("layers.*.attention.wq", 12) == ["layers.*.", "attention.wq"]
+    assert fitted(f"{MODULE}_{KERNEL}", 20)[0] == "language_model."
+    shortened = fitted(f"{MODULE}_{KERNEL}", 20)
+    assert len(shortened) == NAME_LINES
+    assert "".join(shortened).count(ELLIPSIS) == 1
+    assert shortened[-1].endswith("array_char_3")
+    sentence = "Each rank has a part of every sequence. " * 5
+    assert " ".join(fitted(sentence.strip(), 20)) == sentence.strip()
+    assert fitted_head("calls", 5) == ["calls"]
+    assert len(fitted_head(LABEL, 10)) == HEAD_LINES
+    assert fitted_head(LABEL, 12) == ["made for", "hf:Qwe…yers=", "2 at tp=8"]
 
 
 @each_result

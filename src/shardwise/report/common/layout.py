@@ -1,9 +1,12 @@
 """A Table laid out for so many columns of characters: which columns fit, how wide, and where texts break. No
-label is cut, no word broken.
+label is lost, no word broken.
 
 First every column is as wide as its longest text. Where that is too wide, columns that wrap do, at spaces,
 and columns that spill go under their row, the last first; then what wraps gives way step by step; and at last
 the table comes in parts, each with the first column.
+
+A name that would take more than a few lines is shortened in its middle, where names that are alike differ
+least: an ellipsis says so.
 """
 
 import re
@@ -14,14 +17,20 @@ from enum import IntEnum
 from rich.cells import cell_len, chop_cells
 
 from shardwise.report.common.table import Table
+from shardwise.report.common.units import TEXT
 
 GAP = 2
 # a column of sentences is no narrower than this, or they would be a word a line
 SENTENCE = 24
-# what no reader takes for a word, such as a hash, breaks anywhere
-LONGEST_WORD = 40
+# what no reader takes for a word, such as a kernel's name or a hash, makes no column wider: breaks, or is
+# shortened; where nothing else helps, already from so many characters on
+LONGEST_WORD, LONGEST_AT_LAST = 40, 24
+# what a head, and a name in a cell, takes at most
+HEAD_LINES, NAME_LINES = 3, 5
+ELLIPSIS = "…"
 
 _SPACES = re.compile(r"\S+")
+_PARTS = re.compile(r"[^\s./,=:|\-\[\]()]*[./,=:|\-\[\]()]+|[^\s./,=:|\-\[\]()]+")
 _PIECES = re.compile(r"[^\s._/,=:|\-\[\]()]*[._/,=:|\-\[\]()]+|[^\s._/,=:|\-\[\]()]+")
 
 
@@ -37,12 +46,13 @@ class Part:
 
 class Squeeze(IntEnum):
     """How far columns give way, each step with those before it: sentences may be a word a line; names break
-    after a dot, a dash and the like; so do heads."""
+    after a dot, a dash and the like; so do heads; and texts of columns that don't wrap."""
 
     NONE = 0
     SENTENCES = 1
     NAMES = 2
     HEADS = 3
+    ALL = 4
 
 
 def lay_out(table: Table, texts: Sequence[Sequence[str]], width: int) -> list[Part]:
@@ -89,19 +99,26 @@ def _widths(table: Table, texts: list[Sequence[str]], squeeze: Squeeze) -> tuple
         head, *cells = (line[index] for line in texts)
         longest = max((cell_len(line) for text in cells for line in text.split("\n")), default=0)
         narrowest = longest
-        if column.wraps:
-            narrowest = max((_longest_word(text, squeeze >= Squeeze.NAMES) for text in cells), default=0)
+        if column.wraps or (squeeze is Squeeze.ALL and column.format is TEXT):
+            narrowest = max((_longest_word(text, squeeze, Squeeze.NAMES) for text in cells), default=0)
             if squeeze is Squeeze.NONE:
                 narrowest = max(narrowest, min(longest, SENTENCE))
-        narrowest = max(narrowest, _longest_word(head, squeeze is Squeeze.HEADS))
-        natural.append(max(longest, narrowest))
+        narrowest = max(narrowest, _longest_word(head, squeeze, Squeeze.HEADS))
+        natural.append(max(longest, narrowest, _width_of_head(head)))
         least.append(narrowest)
     return natural, least
 
 
-def _longest_word(text: str, breaks_names: bool) -> int:
-    words = (_PIECES if breaks_names else _SPACES).findall(text)
-    return min(LONGEST_WORD, max((cell_len(word) for word in words), default=0))
+def _width_of_head(head: str) -> int:
+    """The least at which it takes no more than HEAD_LINES, which is worth having where there is room."""
+    widths = range(1, cell_len(head) + 1)
+    return next((width for width in widths if len(wrap(head, width)) <= HEAD_LINES), 0)
+
+
+def _longest_word(text: str, squeeze: Squeeze, breaks_from: Squeeze) -> int:
+    words = (_PIECES if squeeze >= breaks_from else _SPACES).findall(text)
+    most = LONGEST_AT_LAST if squeeze is Squeeze.ALL else LONGEST_WORD
+    return min(most, max((cell_len(word) for word in words), default=0))
 
 
 def _share(side: tuple[int, ...], natural: list[int], least: list[int], width: int) -> tuple[int, ...]:
@@ -119,8 +136,8 @@ def _share(side: tuple[int, ...], natural: list[int], least: list[int], width: i
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Lines of at most `width`: broken at spaces, else after a dot, dash and the like, and only what is
-    longer than that anywhere."""
+    """Lines of at most `width`: broken at spaces, else after a dot, dash and the like. What is longer than
+    that breaks anywhere."""
     lines: list[str] = []
     for paragraph in text.split("\n"):
         line = ""
@@ -139,14 +156,44 @@ def wrap(text: str, width: int) -> list[str]:
     return lines
 
 
+def fitted(text: str, width: int) -> list[str]:
+    """Lines of a cell: wrap(), but names that take more than NAME_LINES are shortened."""
+    words = (
+        word if cell_len(word) <= width else _shortened(word, width, NAME_LINES) for word in text.split(" ")
+    )
+    return wrap(" ".join(words), width)
+
+
+def fitted_head(text: str, width: int) -> list[str]:
+    """Lines of a head: no more than HEAD_LINES in all."""
+    return wrap(_shortened(text, width, HEAD_LINES), width)
+
+
+def _shortened(text: str, width: int, most: int) -> str:
+    """As much of both ends as fits so many lines."""
+    if len(wrap(text, width)) <= most:
+        return text
+    for kept in range(min(len(text), most * width) - 1, 1, -1):
+        shorter = f"{text[: kept - kept // 2].rstrip()}{ELLIPSIS}{text[len(text) - kept // 2 :].lstrip()}"
+        if len(wrap(shorter, width)) <= most:
+            return shorter
+    return ELLIPSIS
+
+
 def _broken(word: str, width: int) -> list[str]:
+    """After dots, dashes and the like; at underscores only what is longer than a line by itself."""
     lines = [""]
-    for piece in re.findall(r"[^._/,=:|\-\[\]()\s]*[._/,=:|\-\[\]()\s]*", word):
-        if cell_len(lines[-1]) + cell_len(piece.rstrip(" ")) <= width:
-            lines[-1] += piece
+    parts = (
+        part
+        for whole in _PARTS.findall(word)
+        for part in ([whole] if cell_len(whole) <= width else _PIECES.findall(whole))
+    )
+    for part in parts:
+        if cell_len(lines[-1]) + cell_len(part) <= width:
+            lines[-1] += part
             continue
         if lines[-1]:
             lines.append("")
-        *full, last = chop_cells(piece, width) or [""]
+        *full, last = chop_cells(part, width) or [""]
         lines[-1:] = [*full, last]
     return lines

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.rule import Rule
 from rich.text import Text
 
-from shardwise.report.common.layout import GAP, Part, lay_out, wrap
+from shardwise.report.common.layout import GAP, Part, fitted, fitted_head, lay_out, wrap
 from shardwise.report.common.plain import plain
 from shardwise.report.common.room import Room
 from shardwise.report.common.table import Block, Cell, Column, Line, Row, RowKind, Table, Tone, Words
@@ -58,17 +58,22 @@ def _words(words: Words, width: int) -> Iterator[RenderableType]:
     style = _STYLES[words.tone]
     if words.boxed:
         lines = [_sentence(line, width - 4, "- " if words.items else "") for line in words.lines]
-        title = Text(plain(words.title), f"bold {style}") if words.title else None
-        yield Panel(Group(*lines), box=box.ROUNDED, title=title, title_align="left", border_style=style)
+        *above, title = wrap(plain(words.title), width - 6)
+        yield from (Text(line, f"bold {style}") for line in above)
+        shown = Text(title, f"bold {style}") if title else None
+        yield Panel(Group(*lines), box=box.ROUNDED, title=shown, title_align="left", border_style=style)
         return
     if words.title:
-        yield _title(words.title)
+        yield _title(words.title, width)
     for line in words.lines:
         yield _sentence(line, width, "- " if words.items else "")
 
 
-def _title(title: str) -> RenderableType:
-    return Rule(Text(plain(title), "bold"), align="left", style="dim", characters="─")
+def _title(title: str, width: int) -> RenderableType:
+    """Over several lines where it is long: the line is drawn behind the last."""
+    *above, last = wrap(plain(title), width - 4)
+    rule = Rule(Text(last, "bold"), align="left", style="dim", characters="─")
+    return Group(*(Text(line, "bold") for line in above), rule)
 
 
 def _sentence(line: Line, width: int, mark: str = "", style: str = "") -> RenderableType:
@@ -87,7 +92,7 @@ def _sentence(line: Line, width: int, mark: str = "", style: str = "") -> Render
 
 def _table(table: Table, width: int) -> Iterator[RenderableType]:
     if table.title:
-        yield _title(table.title)
+        yield _title(table.title, width)
     texts = [
         [plain(column.name) for column in table.columns],
         *(_texts(row, table.columns) for row in table.rows),
@@ -111,7 +116,7 @@ def _read(cell: Cell, column: Column) -> str:
 def _lines(table: Table, texts: list[list[str]], part: Part, width: int) -> Iterator[Text]:
     whole = min(width, sum(part.widths) + GAP * (len(part.widths) - 1))
     if table.headed:
-        yield from _cells(table, texts[0], part, [_STYLES[Tone.QUIET]] * len(part.columns), at_bottom=True)
+        yield from _cells(table, texts[0], part, [_STYLES[Tone.QUIET]] * len(part.columns), is_head=True)
         yield Text("─" * whole, "dim")
     before = RowKind.BODY
     for row, line in zip(table.rows, texts[1:], strict=True):
@@ -128,15 +133,17 @@ def _lines(table: Table, texts: list[list[str]], part: Part, width: int) -> Iter
 
 
 def _cells(
-    table: Table, texts: Sequence[str], part: Part, styles: Sequence[str], *, at_bottom: bool = False
+    table: Table, texts: Sequence[str], part: Part, styles: Sequence[str], *, is_head: bool = False
 ) -> Iterator[Text]:
-    """The lines of one row: texts broken to their column's width, numbers at the right."""
-    broken = [wrap(texts[index], width) for index, width in zip(part.columns, part.widths, strict=True)]
+    """The lines of one row: texts broken to their column's width, numbers at the right, heads at the
+    bottom."""
+    broken_in = fitted_head if is_head else fitted
+    broken = [broken_in(texts[index], width) for index, width in zip(part.columns, part.widths, strict=True)]
     height = max(map(len, broken))
     for line in range(height):
         made = Text()
         for place, (index, width) in enumerate(zip(part.columns, part.widths, strict=True)):
-            at = line - (height - len(broken[place])) if at_bottom else line
+            at = line - (height - len(broken[place])) if is_head else line
             text = broken[place][at] if 0 <= at < len(broken[place]) else ""
             space = " " * (width - cell_len(text))
             if table.columns[index].is_number:
