@@ -1,2 +1,2 @@
-"""The museum: small rebuilds of public faults of sharded training, in plain PyTorch. README.md says how to use
-it."""
+"""The museum: small rebuilds of public faults of sharded training, in plain PyTorch. README.md says how to
+use it."""

@@ -1,5 +1,5 @@
-"""Decides of exhibits, right or wrong, by running them: gloo ranks against one process, in float64. Needs torch
-alone, and shares nothing with any tool that is tried on the museum.
+"""Decides of exhibits, right or wrong, by running them: gloo ranks against one process, in float64. Needs
+torch alone, and shares nothing with any tool that is tried on the museum.
 
     python museum/judge.py 7             exhibit 7, before and after it was mended
     python museum/judge.py 7 --before    as it was reported
@@ -7,11 +7,11 @@ alone, and shares nothing with any tool that is tried on the museum.
     ... --curve                          and 200 training steps of each: what a loss curve would have shown
     ... --json FILE                      the answers as JSON
 
-One process and the ranks begin with the same weights, drawn by the parameters' names, and take the same global
-batch, whose sequences have masked beginnings of unequal lengths. Of a model that shards itself the outputs and
-all gradients are compared; of a whole training step what it changes with SGD at learning rate 1 (its clipped
-gradients), the loss that it reports, and whether ranks still hold alike what they should. Anything that is off
-by more than 1e-6, relative to its norm, is wrong; so is a step that raises.
+One process and the ranks begin with the same weights, drawn by the parameters' names, and take the same
+global batch, whose sequences have masked beginnings of unequal lengths. Of a model that shards itself the
+outputs and all gradients are compared; of a whole training step what it changes with SGD at learning rate 1
+(its clipped gradients), the loss that it reports, and whether ranks still hold alike what they should.
+Anything that is off by more than 1e-6, relative to its norm, is wrong; so is a step that raises.
 """
 
 import argparse
@@ -160,7 +160,9 @@ def batch_of(exhibit: Exhibit, number: int) -> tuple[Tensor, Tensor]:
     for at in range(SEQ):
         ids[:, at + 1] = torch.where(follows[:, at], (3 * ids[:, at] + 7) % VOCAB, ids[:, at + 1])
     labels = ids[:, 1:].clone()
-    for sequence, length in enumerate(torch.randint(SEQ // 2, (exhibit.batch,), generator=generator).tolist()):
+    for sequence, length in enumerate(
+        torch.randint(SEQ // 2, (exhibit.batch,), generator=generator).tolist()
+    ):
         labels[sequence, : length + sequence % 3] = IGNORED
     return ids[:, :-1].contiguous(), labels
 
@@ -182,7 +184,8 @@ def gradients(
     logits = model(ids)
     logits = logits.full_tensor() if isinstance(logits, DTensor) else logits
     loss = (
-        F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum") / n_valid
+        F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        / n_valid
     )
     loss.backward()
     total = loss.detach().clone()
@@ -321,7 +324,7 @@ def run_rank(rank: int, ranks: int, store: str, out: str, todo: list[str], curve
     """Judges what is to do, "NUMBER variant" each; rank 0 writes a line of JSON for each."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    shared = dist.FileStore(store, ranks)
+    shared = torch.distributed.FileStore(store, ranks)  # type: ignore[attr-defined]
     dist.init_process_group(
         "gloo", store=shared, rank=rank, world_size=ranks, timeout=timedelta(seconds=ALONE_S)
     )

@@ -1,7 +1,7 @@
 """What exhibits are put together from: a tiny language model, linear layers cut over ranks, and collectives
 with a backward. Plain PyTorch, and right: what is wrong stands in the exhibits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -67,14 +67,16 @@ class Attention(nn.Module):
 
 def heads_of(x_BSF: Tensor, width: int = HEAD) -> Tensor:
     """[B, S, n * width] -> [B, n, S, width]"""
-    return x_BSF.unflatten(-1, (-1, width)).transpose(1, 2)
+    heads_BNSH: Tensor = x_BSF.unflatten(-1, (-1, width)).transpose(1, 2)
+    return heads_BNSH
 
 
 def attended(q_BNSH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, mask_ST: Tensor | None = None) -> Tensor:
     """[B, S, N * H]; causal without a mask, which says what each query may see."""
     causal = mask_ST is None
     out_BNSH = F.scaled_dot_product_attention(q_BNSH, k_BNTH, v_BNTH, attn_mask=mask_ST, is_causal=causal)
-    return out_BNSH.transpose(1, 2).flatten(2)
+    together_BSF: Tensor = out_BNSH.transpose(1, 2).flatten(2)
+    return together_BSF
 
 
 # ------------------------------------------------------------------------------------ layers over ranks
@@ -136,7 +138,7 @@ class Enter(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         return summed(gradient, ctx.group), None
 
 
@@ -148,7 +150,7 @@ class Leave(torch.autograd.Function):
         return summed(x, group)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         return gradient, None
 
 
@@ -161,7 +163,7 @@ class Take(torch.autograd.Function):
         return x.chunk(group.size(), dim)[group.rank()].contiguous()
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
         return gathered(gradient, ctx.dim, ctx.group), None, None
 
 
@@ -177,7 +179,7 @@ class Give(torch.autograd.Function):
         return gathered(x, dim, group)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def]
         whole = summed(gradient, ctx.group) if ctx.are_parts else gradient
         return whole.chunk(ctx.group.size(), ctx.dim)[ctx.group.rank()].contiguous(), None, None, None
 
@@ -191,7 +193,7 @@ class Exchange(torch.autograd.Function):
         return exchanged(x, group)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         return exchanged(gradient, ctx.group), None
 
 
@@ -213,7 +215,7 @@ def exchanged(x: Tensor, group: ProcessGroup) -> Tensor:
     return received
 
 
-def sum_gradients(parameters: Sequence[nn.Parameter], group: ProcessGroup, divide: float = 1.0) -> None:
+def sum_gradients(parameters: Iterable[Tensor], group: ProcessGroup, divide: float = 1.0) -> None:
     """After the backward: all-reduces what this rank has of each gradient."""
     for parameter in parameters:
         if parameter.grad is not None:
@@ -221,7 +223,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter], group: ProcessGroup, divid
             own.copy_(summed(own, group) / divide)
 
 
-def sums_in_backward(parameter: nn.Parameter, group: ProcessGroup, divide: float = 1.0) -> None:
+def sums_in_backward(parameter: Tensor, group: ProcessGroup, divide: float = 1.0) -> None:
     """The same as the gradient arrives."""
     parameter.register_hook(lambda gradient: summed(gradient, group) / divide)
 
@@ -246,3 +248,8 @@ def part_of(whole_BS: Tensor, mesh: DeviceMesh | None, axis: str, dim: int = 0) 
     if mesh is None:
         return whole_BS
     return whole_BS.chunk(mesh[axis].size(), dim)[mesh.get_local_rank(axis)]
+
+
+def over_ranks(number: Tensor, mesh: DeviceMesh | None, axis: str) -> Tensor:
+    """The sum of the ranks' numbers along an axis."""
+    return number.detach() if mesh is None else summed(number, mesh.get_group(axis))

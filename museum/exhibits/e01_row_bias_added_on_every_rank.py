@@ -9,11 +9,7 @@ from museum.parts import INNER, WIDTH, Leave, Mlp, Row, Small, local, shard
 ABOUT = {
     "number": 1,
     "title": "A row-parallel bias is added once on every rank",
-    "sources": [
-        "huggingface/text-generation-inference#1036",
-        "Wenyueh/MinivLLM#80",
-        "awslabs/slapo#10",
-    ],
+    "sources": ["huggingface/text-generation-inference#1036", "Wenyueh/MinivLLM#80", "awslabs/slapo#10"],
     "symptom": "Outputs are off by (ranks - 1) times the bias; nothing raises.",
     "axis": "tp",
     "mesh": "tp=2",

@@ -1,4 +1,4 @@
-"""Under sequence parallelism a norm sees a part of the sequence on each rank, and nobody sums its gradient."""
+"""Under sequence parallelism a norm sees a part of the sequence on each rank; nobody sums its gradient."""
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +9,7 @@ from museum.parts import Give, Mlp, Small, Take, shard, sums_in_backward
 ABOUT = {
     "number": 3,
     "title": "A norm under sequence parallelism: its gradient isn't summed",
-    "sources": [
-        "NVIDIA/Megatron-LM#1446",
-        "NVIDIA/TransformerEngine#435",
-        "Dao-AILab/flash-attention#625",
-    ],
+    "sources": ["NVIDIA/Megatron-LM#1446", "NVIDIA/TransformerEngine#435", "Dao-AILab/flash-attention#625"],
     "symptom": "The norm's gradient, and soon its weight, differs between tensor-parallel ranks.",
     "axis": "tp",
     "mesh": "tp=2",

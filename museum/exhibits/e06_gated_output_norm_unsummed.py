@@ -4,7 +4,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from museum.parts import HEAD, HEADS, WIDTH, Attention, Column, Small, attended, heads_of, shard, sums_in_backward
+from museum.parts import (
+    HEAD,
+    HEADS,
+    WIDTH,
+    Attention,
+    Column,
+    Small,
+    attended,
+    heads_of,
+    shard,
+    sums_in_backward,
+)
 
 ABOUT = {
     "number": 6,

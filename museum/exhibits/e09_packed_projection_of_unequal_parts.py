@@ -10,7 +10,8 @@ ABOUT = {
     "number": 9,
     "title": "A packed projection of unequal parts is cut evenly",
     "sources": ["NVIDIA/Megatron-LM#1989", "vllm-project/vllm#36242"],
-    "symptom": "One rank holds all queries, all keys and some values, the other the rest; fine with one rank.",
+    "symptom": "One rank holds all queries, all keys and some values, the other the rest; fine with one "
+    "rank.",
     "axis": "tp",
     "mesh": "tp=2",
     "kind": "model",

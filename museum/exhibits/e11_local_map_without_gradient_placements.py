@@ -27,7 +27,8 @@ EXPERTS = 4
 
 
 class Mixture(nn.Module):
-    """Every expert computes all tokens, weighted by a softmax router; experts are cut along their inner width."""
+    """Every expert computes all tokens, weighted by a softmax router; experts are cut along their inner "
+    "width."""
 
     mesh: DeviceMesh | None = None
 

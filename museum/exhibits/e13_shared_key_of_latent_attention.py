@@ -1,5 +1,5 @@
-"""Latent attention: one projection gives a latent, which each rank unfolds into its heads, and a key part that
-all heads share. Of the second nobody sums what the ranks' heads give back."""
+"""Latent attention: one projection gives a latent, which each rank unfolds into its heads, and a key part
+that all heads share. Of the second nobody sums what the ranks' heads give back."""
 
 import torch
 from torch import Tensor, nn

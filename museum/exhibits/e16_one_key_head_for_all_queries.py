@@ -1,5 +1,5 @@
-"""Multi-query attention: queries are cut by heads, the one head of keys and values is whole on every rank, and
-gets the gradient of that rank's queries."""
+"""Multi-query attention: queries are cut by heads, the one head of keys and values is whole on every rank,
+and gets the gradient of that rank's queries."""
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup

@@ -37,11 +37,12 @@ class Adapted(nn.Module):
         inner_BSF = torch.tanh(self.up(x_BSD))
         squeezed_BSR = self.a(inner_BSF)
         if self.mesh is None:
-            return self.down(inner_BSF) + self.b(squeezed_BSR)
-        group = self.mesh.get_group("tp")
-        part_BSD = self.b(Take.apply(squeezed_BSR, 1, group))
-        added_BSD: Tensor = Give.apply(part_BSD, 1, group, False)
-        return self.down(inner_BSF) + added_BSD
+            added_BSD = self.b(squeezed_BSR)
+        else:
+            group = self.mesh.get_group("tp")
+            added_BSD = Give.apply(self.b(Take.apply(squeezed_BSR, 1, group)), 1, group, False)
+        out: Tensor = self.down(inner_BSF) + added_BSD
+        return out
 
 
 def build(mesh: DeviceMesh | None = None, fault: bool = True) -> nn.Module:

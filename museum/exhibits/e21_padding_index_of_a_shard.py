@@ -1,5 +1,5 @@
-"""A table cut by vocabulary keeps the padding index of the whole, which is another row in each shard: that row
-gets no gradient."""
+"""A table cut by vocabulary keeps the padding index of the whole, which is another row in each shard: that
+row gets no gradient."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,0 +1,49 @@
+"""The loss is divided by all labels of the global batch, and then replicas are averaged."""
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from museum.parts import Mlp, Small, loss_sum, over_ranks, part_of, sum_gradients, valid
+
+ABOUT = {
+    "number": 30,
+    "title": "Replicas average gradients whose loss was divided by the global batch already",
+    "sources": ["pytorch/torchtitan#2318", "pytorch/torchtitan#2323"],
+    "symptom": "Gradient norms are 1/replicas of FSDP's; the loss of short runs looks the same, since AdamW "
+    "takes no notice of a scale.",
+    "axis": "dp",
+    "mesh": "dp=2",
+    "kind": "step",
+    "wrong": "blocks.0.up.weight",
+    "reason": "averaged",
+    "before": "DDP divides by the number of replicas",
+    "after": "gradients are summed",
+}
+
+
+def build(mesh: DeviceMesh | None = None, fault: bool = True) -> nn.Module:
+    return Small(Mlp())
+
+
+def after(mesh: DeviceMesh | None = None) -> nn.Module:
+    return build(mesh, fault=False)
+
+
+def step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    ids_BS: Tensor,
+    labels_BS: Tensor,
+    mesh: DeviceMesh | None = None,
+    fault: bool = True,
+) -> Tensor:
+    """One training step on a global batch; the loss that is reported."""
+    optimizer.zero_grad()
+    loss = loss_sum(model(part_of(ids_BS, mesh, "dp")), part_of(labels_BS, mesh, "dp")) / valid(labels_BS)
+    loss.backward()
+    if mesh is not None:
+        group = mesh.get_group("dp")
+        sum_gradients(model.parameters(), group, group.size() if fault else 1.0)
+    optimizer.step()
+    return over_ranks(loss, mesh, "dp")

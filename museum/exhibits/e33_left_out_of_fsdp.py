@@ -1,0 +1,53 @@
+"""A parameter is left out of FSDP, and so of its reduction: each rank trains it on its own sequences."""
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.optim import Optimizer
+
+from museum.parts import Mlp, Small, loss_sum, over_ranks, part_of, sum_gradients, valid
+
+ABOUT = {
+    "number": 33,
+    "title": "Parameters that FSDP ignores are summed by nobody",
+    "sources": ["pytorch/pytorch#98281", "BrotherHappy/OSTQuant#15"],
+    "symptom": "Ignored modules learn from one rank's data, and differ between ranks.",
+    "axis": "fsdp",
+    "mesh": "fsdp=2",
+    "kind": "step",
+    "wrong": "norm.weight",
+    "reason": "parts not summed",
+    "before": "the norm is in ignored_params and nothing else reduces it",
+    "after": "the step sums its gradient over the ranks",
+}
+
+
+def build(mesh: DeviceMesh | None = None, fault: bool = True) -> nn.Module:
+    model = Small(Mlp())
+    if mesh is not None:
+        sharded = fully_shard(model, mesh=mesh["fsdp"], ignored_params={model.norm.weight})
+        sharded.set_gradient_divide_factor(1.0)  # the loss is divided by the global batch already
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no factor
+    return model
+
+
+def after(mesh: DeviceMesh | None = None) -> nn.Module:
+    return build(mesh, fault=False)
+
+
+def step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    ids_BS: Tensor,
+    labels_BS: Tensor,
+    mesh: DeviceMesh | None = None,
+    fault: bool = True,
+) -> Tensor:
+    """One training step on a global batch; the loss that is reported."""
+    optimizer.zero_grad()
+    loss = loss_sum(model(part_of(ids_BS, mesh, "fsdp")), part_of(labels_BS, mesh, "fsdp")) / valid(labels_BS)
+    loss.backward()
+    if mesh is not None and not fault:
+        sum_gradients([model.get_parameter("norm.weight")], mesh.get_group("fsdp"))
+    optimizer.step()
+    return over_ranks(loss, mesh, "fsdp")

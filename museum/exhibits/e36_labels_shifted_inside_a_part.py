@@ -1,0 +1,97 @@
+"""Each rank shifts labels by one inside its part of the sequence: the last token of a part has no target."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from museum.parts import (
+    HEAD,
+    HEADS,
+    IGNORED,
+    WIDTH,
+    Give,
+    Small,
+    attended,
+    heads_of,
+    loss_sum,
+    over_ranks,
+    part_of,
+    sum_gradients,
+    valid,
+)
+
+ABOUT = {
+    "number": 36,
+    "title": "Labels are shifted inside each rank's part of the sequence",
+    "sources": [
+        "NVIDIA-BioNeMo/bionemo-recipes#1449",
+        "huggingface/transformers#36607",
+        "huggingface/transformers#48570",
+    ],
+    "symptom": "At each boundary between ranks a label is lost, or another token's is taken.",
+    "axis": "cp",
+    "mesh": "cp=2",
+    "kind": "step",
+    "wrong": "loss",
+    "reason": "labels of a part",
+    "before": "the model's loss rolls the labels that a rank has",
+    "after": "labels are shifted before the sequence is cut",
+}
+
+
+class Shared(nn.Module):
+    """Causal attention; ranks along cp have a part of each sequence, and gather keys and values."""
+
+    group: ProcessGroup | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, HEADS * HEAD, bias=False) for _ in range(3))
+        self.o = nn.Linear(HEADS * HEAD, WIDTH, bias=False)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        q_BNSH, k_BNSH, v_BNSH = (heads_of(layer(x_BSD)) for layer in (self.q, self.k, self.v))
+        if self.group is None:
+            return self.o(attended(q_BNSH, k_BNSH, v_BNSH))  # type: ignore[no-any-return]
+        k_BNSH, v_BNSH = (Give.apply(each, 2, self.group, True) for each in (k_BNSH, v_BNSH))
+        length = k_BNSH.shape[2]
+        mask_ST = torch.ones(length, length, dtype=torch.bool).tril()
+        mask_ST = mask_ST.chunk(self.group.size())[self.group.rank()]
+        return self.o(attended(q_BNSH, k_BNSH, v_BNSH, mask_ST))  # type: ignore[no-any-return]
+
+
+def build(mesh: DeviceMesh | None = None, fault: bool = True) -> nn.Module:
+    block = Shared()
+    if mesh is not None:
+        block.group = mesh.get_group("cp")
+    return Small(block)
+
+
+def after(mesh: DeviceMesh | None = None) -> nn.Module:
+    return build(mesh, fault=False)
+
+
+def step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    ids_BS: Tensor,
+    labels_BS: Tensor,
+    mesh: DeviceMesh | None = None,
+    fault: bool = True,
+) -> Tensor:
+    """One training step on a global batch; the loss that is reported."""
+    optimizer.zero_grad()
+    own = [part_of(each, mesh, "cp", 1) for each in (ids_BS, labels_BS)]
+    if mesh is not None and fault:  # what a rank has of the ids, moved by one
+        moved_BS = own[0].roll(-1, 1)
+        moved_BS[:, -1] = IGNORED
+        own[1] = moved_BS.masked_fill(own[1] == IGNORED, IGNORED)
+    n_valid = over_ranks(valid(own[1]), mesh, "cp")
+    loss = loss_sum(model(own[0]), own[1]) / n_valid
+    loss.backward()
+    if mesh is not None:
+        sum_gradients(model.parameters(), mesh.get_group("cp"))
+    optimizer.step()
+    return over_ranks(loss, mesh, "cp")

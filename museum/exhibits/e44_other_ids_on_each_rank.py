@@ -1,0 +1,51 @@
+"""The data loader deals sequences to all ranks, also to those of one tensor-parallel group."""
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from museum.parts import Mlp, Small, loss_sum, part_of, shard, valid
+
+ABOUT = {
+    "number": 44,
+    "title": "Ranks of one tensor-parallel group read other sequences",
+    "sources": ["huggingface/accelerate#3092", "deepspeedai/DeepSpeed#7199"],
+    "symptom": "Nothing raises: partial products of other tokens are summed.",
+    "axis": "tp",
+    "mesh": "tp=2",
+    "kind": "step",
+    "wrong": "ids",
+    "reason": "data of a part",
+    "before": "each rank takes its part of the batch by its rank in the world",
+    "after": "ranks of a tensor-parallel group take the same sequences",
+}
+
+
+def build(mesh: DeviceMesh | None = None, fault: bool = True) -> nn.Module:
+    model = Small(Mlp())
+    if mesh is not None:
+        shard(model, mesh)
+    return model
+
+
+def after(mesh: DeviceMesh | None = None) -> nn.Module:
+    return build(mesh, fault=False)
+
+
+def step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    ids_BS: Tensor,
+    labels_BS: Tensor,
+    mesh: DeviceMesh | None = None,
+    fault: bool = True,
+) -> Tensor:
+    """One training step on a global batch; the loss that is reported."""
+    optimizer.zero_grad()
+    if fault:
+        half = [part_of(each, mesh, "tp") for each in (ids_BS, labels_BS)]
+        ids_BS, labels_BS = half
+    loss = loss_sum(model(ids_BS), labels_BS) / valid(labels_BS)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
