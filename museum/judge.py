@@ -41,12 +41,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh  # noqa: 
 from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: E402
 
 WRONG = 1e-6
-STEPS, LAST = 200, 50
+STEPS, LAST, WINDOW = 200, 50, 20
 SEEDS = (1, 2, 3)
 VOCAB, SEQ, BATCH, IGNORED = 40, 16, 4, -100
 # over these axes of a mesh ranks see other sequences, and sum the gradients of what they hold alike
 CUTS_BATCH = ("dp", "fsdp", "ep")
-ALONE_S, LAUNCH_S = 20, 900
+ALONE_S, LAUNCH_S = 20, 3600
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,9 @@ class Exhibit:
 
 @dataclass
 class Curve:
-    """Losses that the run reports, against one process's. largest: of |L - L1| / L1 over all steps. lasting:
-    of the mean over the last 50 steps. seeds: the largest |lasting| of one process with other first weights.
+    """Losses that the run reports, against one process's. largest: of |L - L1| / L1 over all steps, both
+    averaged over 20 steps as a smoothed curve is. lasting: (L - L1) / L1 of the mean over the last 50 steps.
+    seeds: the largest |lasting| of one process with other first weights.
     """
 
     largest: float
@@ -307,10 +308,14 @@ def curve_of(exhibit: Exhibit, fault: bool, mesh: DeviceMesh, one: dict[int, lis
     """one: one process's losses, by seed of its first weights."""
     losses = losses_of(exhibit, fault, mesh)
     right = one[0]
-    pairs = list(zip(losses, right, strict=True))
+    pairs = zip(_smoothed(losses), _smoothed(right), strict=True)
     largest = max(abs(own - other) / abs(other) for own, other in pairs)
     seeds = max(abs(_lasting(one[seed], right)) for seed in SEEDS)
     return Curve(largest, _lasting(losses, right), seeds, losses, right)
+
+
+def _smoothed(losses: list[float]) -> list[float]:
+    return [sum(losses[at : at + WINDOW]) / WINDOW for at in range(len(losses) - WINDOW + 1)]
 
 
 def _lasting(losses: list[float], right: list[float]) -> float:
@@ -344,6 +349,7 @@ def run_rank(rank: int, ranks: int, store: str, out: str, todo: list[str], curve
         if rank == 0:
             with open(out, "a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(answer)) + "\n")
+            _show(answer)
         if answer.raised.startswith("alone"):
             raise SystemExit(3)
     dist.destroy_process_group()
@@ -385,9 +391,8 @@ def judged(wanted: list[tuple[Exhibit, str]], *, curve: bool = False) -> list[Ju
             if len(done) < len(left):  # it took its launch down
                 number, variant = left[len(done)]
                 done.append(Judgement(number, variant, True, raised=said))
-            for answer in done:
-                answers[answer.number, answer.variant] = answer
-                _show(answer)
+                _show(done[-1])
+            answers |= {(answer.number, answer.variant): answer for answer in done}
             left = left[len(done) :]
     return [answers[exhibit.number, variant] for exhibit, variant in wanted]
 
@@ -414,10 +419,10 @@ def _launch(ranks: int, todo: list[str], curve: bool) -> tuple[list[Judgement], 
                 process.kill()
                 process.communicate()
         lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
-    return [_read(json.loads(line)) for line in lines], said[:200] or "the launch ended"
+    return [read(json.loads(line)) for line in lines], said[:200] or "the launch ended"
 
 
-def _read(answer: dict[str, Any]) -> Judgement:
+def read(answer: dict[str, Any]) -> Judgement:
     curve = answer.pop("curve")
     return Judgement(**answer, curve=Curve(**curve) if curve else None)
 
