@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shardwise.core.collective import Origin
 from shardwise.core.placement import Partial
-from shardwise.parallel import collectives
+from shardwise.parallel import exchanges
 from shardwise.parallel.context import asked, gather, ring, share
 from shardwise.parallel.context.asked import Backward, Together
 from shardwise.parallel.context.blocks import Block
@@ -66,11 +66,11 @@ def _whole_square(rank: int, source: int, length: int, *, is_causal: bool) -> Bl
     return Block(range(source, source + 1), whole, whole, is_diagonal=source == rank)
 
 
-def _stays_where_it_is(x: Tensor, axis: Any, origin: Origin) -> collectives.Shift:
+def _stays_where_it_is(x: Tensor, axis: Any, origin: Origin) -> exchanges.Shift:
     """Gradients; keys and values go round."""
     if origin.before == Partial():
-        return collectives.Shift(x, x, ())
-    return collectives.begin_shift(x, axis, origin)
+        return exchanges.Shift(x, x, ())
+    return exchanges.begin_shift(x, axis, origin)
 
 
 _TRUE_BACKWARD = Backward.of

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from shardwise.core.placement import Shard
 from shardwise.core.plan import Family, Plan, ReduceScatter, Rule, Style, StyleName
-from shardwise.parallel import checkpoints, collectives, loss, own_forward, parameters
+from shardwise.parallel import checkpoints, chunks, collectives, exchanges, loss, own_forward, parameters
 from shardwise.parallel import ownership as ownership_room
 from shardwise.parallel.builtin import builtin_plan
 from shardwise.parallel.embedding import EmbeddingShard
@@ -86,14 +86,14 @@ def _kept(ctx: Any, grad: Tensor) -> Any:
 
 
 def _shifted_chunk(x: Tensor, dim: int, axis: Any) -> Tensor:
-    sizes = collectives.chunk_sizes(x.shape[dim], axis.size)
+    sizes = chunks.chunk_sizes(x.shape[dim], axis.size)
     rank = (axis.rank + 1) % axis.size
     return x.narrow(dim, sum(sizes[:rank]), sizes[rank])
 
 
 def _rows_of_others_dropped(ctx: Any, grad: Tensor) -> Any:
     send_splits, receive_splits, axis, origin, _ = ctx.saved
-    back = collectives.swap_rows_now(grad, receive_splits, send_splits, axis, origin)
+    back = exchanges.swap_rows_now(grad, receive_splits, send_splits, axis, origin)
     first = sum(send_splits[: axis.rank])
     mask = torch.zeros_like(back)
     mask[first : first + send_splits[axis.rank]] = 1
@@ -121,24 +121,24 @@ _ORIGINAL_OWN_PART = parameters.own_part
 
 
 def _sum_twice(x: Tensor, axis: Any, origin: Any) -> Tensor:
-    return collectives.sum_now(collectives.sum_now(x, axis, origin), axis, origin)
+    return exchanges.sum_now(exchanges.sum_now(x, axis, origin), axis, origin)
 
 
 def _summed_though_whole(ctx: Any, grad: Tensor) -> Any:
     dim, axis, _, origin = ctx.saved
-    summed = collectives.sum_now(grad.contiguous(), axis, origin)
-    return collectives._own_chunk(summed, dim, axis), None, None, None, None, None
+    summed = exchanges.sum_now(grad.contiguous(), axis, origin)
+    return chunks.own_chunk(summed, dim, axis), None, None, None, None, None
 
 
 def _cut_though_partial(ctx: Any, grad: Tensor) -> Any:
     dim, axis, _, _ = ctx.saved
-    return collectives._own_chunk(grad, dim, axis), None, None, None, None, None
+    return chunks.own_chunk(grad, dim, axis), None, None, None, None, None
 
 
 def _own_part_only(ctx: Any, grad: Tensor) -> Any:
     """Zeros instead of what other ranks have: a gather that was forgotten."""
     dim, axis, full_size, _ = ctx.saved
-    sizes = collectives.chunk_sizes(full_size, axis.size)
+    sizes = chunks.chunk_sizes(full_size, axis.size)
     parts = [grad.new_zeros(*grad.shape[:dim], size, *grad.shape[dim + 1 :]) for size in sizes]
     parts[axis.rank] = grad
     return torch.cat(parts, dim), None, None, None
@@ -197,7 +197,7 @@ def _softmax_of_own_part(ctx: Any, grad: Tensor) -> Any:
 
 def _table_gradient_lost(ctx: Any, grad: Tensor) -> Any:
     split_dim, concat_dim, split_size, axis, origin = ctx.saved
-    right = collectives._swap_dims(grad, concat_dim, split_dim, split_size, axis, origin)
+    right = exchanges.swap_dims(grad, concat_dim, split_dim, split_size, axis, origin)
     return right.roll(1, split_dim), None, None, None, None, None
 
 
@@ -266,7 +266,7 @@ FAULTS = (
         llama(),
         NO_SP["colwise"],
         TABLE,
-        partial(patch.object, collectives, "_own_chunk", _shifted_chunk),
+        partial(patch.object, collectives, "own_chunk", _shifted_chunk),
         only=True,
     ),
     Fault(
@@ -441,8 +441,8 @@ FAULTS = (
         TABLE,
         partial(
             patch.object,
-            collectives,
-            "_reduce_scatter_into",
+            exchanges,
+            "reduce_scatter_into",
             lambda out, blocks, group: out.copy_(blocks[: out.numel()]),
         ),
         loss_exact=False,

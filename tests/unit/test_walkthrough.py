@@ -19,7 +19,7 @@ from shardwise.core.errors import OptionError, RunError
 from shardwise.core.placement import Partial
 from shardwise.core.plan import Style
 from shardwise.core.walkthrough import Content, Matrix, Phase, Role, Step, StepKind, Transfer, Walkthrough
-from shardwise.parallel import collectives, ownership
+from shardwise.parallel import collectives, exchanges, ownership
 from shardwise.parallel.axis import Axis
 from shardwise.parallel.context import ring
 from shardwise.parallel.embedding import EmbeddingShard
@@ -235,7 +235,7 @@ def test_a_forgotten_mask_is_seen_in_the_record_and_in_every_rendering(
 
 
 def test_a_gradient_that_is_not_summed_is_seen_in_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = collectives.swap_rows_now
+    real = exchanges.swap_rows_now
 
     def loses_a_row(*arguments: object, by_data: bool = False, **_: object) -> Tensor:
         rows = real(*arguments, by_data=by_data)  # type: ignore[arg-type]
@@ -284,9 +284,9 @@ def test_ranks_that_issue_different_collectives_are_told_so() -> None:
         axis = Axis.of(mesh, "tp")  # type: ignore[arg-type]
         origin = Origin("module", None, Partial(), Replicate())
         if rank == 0:
-            collectives.sum_now(torch.ones(2), axis, origin)
+            exchanges.sum_now(torch.ones(2), axis, origin)
         else:
-            collectives.gather_now(torch.ones(2), 0, axis, 4, origin)
+            exchanges.gather_now(torch.ones(2), 0, axis, 4, origin)
 
     with pytest.raises(
         RunError, match="ranks issued different collectives at one time: all_reduce, all_gather"
@@ -457,8 +457,8 @@ def test_a_stage_that_runs_its_layer_twice_disagrees(monkeypatch: pytest.MonkeyP
 
 
 def test_a_ring_whose_gradients_do_not_come_home_disagrees(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stays(x: Tensor, axis: Axis, origin: Origin) -> collectives.Shift:
-        shift = collectives.begin_shift(x, axis, origin)
+    def stays(x: Tensor, axis: Axis, origin: Origin) -> exchanges.Shift:
+        shift = exchanges.begin_shift(x, axis, origin)
         return dataclasses.replace(shift, received=x) if origin.before == Partial() else shift
 
     monkeypatch.setattr(ring, "begin_shift", stays)

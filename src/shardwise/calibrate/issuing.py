@@ -25,7 +25,7 @@ from shardwise.core.program import Phase
 from shardwise.core.sample import Sample
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
-from shardwise.parallel import collectives
+from shardwise.parallel import collectives, exchanges
 from shardwise.parallel.axis import Axis
 from shardwise.step.build import build_model
 from shardwise.step.train import TrainStep
@@ -97,10 +97,10 @@ def time_differentiable(axis: Axis, device: torch.device) -> Sample:
     if (
         axis.size == 1
     ):  # one rank's all-gather does nothing: what the autograd function takes, and the call below it
-        below_s = _host_s(lambda: collectives._all_gather_into(out, flat, group=axis.group), device)
+        below_s = _host_s(lambda: exchanges.all_gather_into(out, flat, group=axis.group), device)
         took_s = [one + two for one, two in zip(took_s, below_s, strict=True)]
     elif device.type == "cpu":
-        itself_s = _host_s(lambda: collectives.gather_now(flat, 0, axis, full, ORIGIN), device)
+        itself_s = _host_s(lambda: exchanges.gather_now(flat, 0, axis, full, ORIGIN), device)
         took_s = [one - two for one, two in zip(took_s, itself_s, strict=True)]
     return _sample("collective", [max(each, 0.0) for each in took_s], axis.size)
 

@@ -20,7 +20,7 @@ from shardwise.core.collective import TIMED, CollectiveKind, Origin, wire_bytes
 from shardwise.core.mesh import TENSOR_AXIS
 from shardwise.core.placement import Replicate
 from shardwise.core.sample import Sample
-from shardwise.parallel import collectives
+from shardwise.parallel import exchanges
 from shardwise.parallel.axis import Axis
 
 AXIS = TENSOR_AXIS
@@ -89,17 +89,17 @@ def _prepared(
     match kind:
         case CollectiveKind.ALL_REDUCE:
             whole = torch.zeros(elements, device=device)
-            return lambda: collectives.sum_now(whole, axis, ORIGIN), full_bytes, sent
+            return lambda: exchanges.sum_now(whole, axis, ORIGIN), full_bytes, sent
         case CollectiveKind.ALL_GATHER:
             part = torch.zeros(elements // axis.size, device=device)
-            return lambda: collectives.gather_now(part, 0, axis, elements, ORIGIN), full_bytes, sent
+            return lambda: exchanges.gather_now(part, 0, axis, elements, ORIGIN), full_bytes, sent
         case CollectiveKind.REDUCE_SCATTER:
             whole = torch.zeros(elements, device=device)
-            return lambda: collectives.scatter_sum_now(whole, 0, axis, ORIGIN), full_bytes, sent
+            return lambda: exchanges.scatter_sum_now(whole, 0, axis, ORIGIN), full_bytes, sent
         case CollectiveKind.ALL_TO_ALL:  # blocks for the others alone: all of it is sent
             blocks = torch.zeros(axis.size - 1, elements // axis.size, device=device)
             n_bytes = blocks.numel() * 4
-            return lambda: collectives.swap_others_now(blocks, axis, ORIGIN), n_bytes, float(n_bytes)
+            return lambda: exchanges.swap_others_now(blocks, axis, ORIGIN), n_bytes, float(n_bytes)
         case CollectiveKind.BROADCAST:
             whole = torch.zeros(elements, device=device)
             return lambda: _broadcast(whole, axis), full_bytes, sent

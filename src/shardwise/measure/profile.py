@@ -2,7 +2,7 @@
 went: one file a rank.
 
 Steps are marked `ProfilerStep#N`, modules are ranges `module: NAME` in the forward, and our own collectives
-are ranges with the module that asked and why (parallel/collectives.py). gloo marks its own; NCCL's are
+are ranges with the module that asked and why (parallel/issuing.py). gloo marks its own; NCCL's are
 kernels with PyTorch's metadata.
 """
 

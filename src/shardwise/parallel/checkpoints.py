@@ -19,7 +19,8 @@ from torch.distributed.tensor import Shard as TorchShard
 from shardwise.core.errors import PlanError
 from shardwise.core.placement import Shard
 from shardwise.parallel.axis import Site
-from shardwise.parallel.collectives import chunk_sizes, swap_rows_now
+from shardwise.parallel.chunks import chunk_sizes
+from shardwise.parallel.exchanges import swap_rows_now
 from shardwise.parallel.ownership import Order, RowOwnership
 from shardwise.parallel.parameters import as_part_like, part_of_dtensor
 from shardwise.torch_private import StridedShard

@@ -10,7 +10,7 @@ from shardwise.core.errors import PlanError
 from shardwise.core.held import Held, format_pieces, why_not_shared
 from shardwise.core.placement import Replicate, Shard
 from shardwise.core.plan import ROOT, Engine, Ownership, suggest
-from shardwise.parallel.collectives import chunk_sizes
+from shardwise.parallel.chunks import chunk_sizes
 from shardwise.parallel.embedding import TableSharder
 from shardwise.parallel.layers import LinearSharder
 from shardwise.parallel.sharder import Assignment, Fit

@@ -21,7 +21,7 @@ from shardwise.core.errors import InputError, PlanError
 from shardwise.core.held import Held
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.core.plan import Ownership
-from shardwise.parallel import collectives
+from shardwise.parallel import chunks, collectives
 from shardwise.parallel.axis import Site
 from shardwise.parallel.counts import divide_counts
 from shardwise.parallel.ownership import Order, RowOwnership
@@ -137,7 +137,7 @@ class EmbeddingShard:
                     weight, 0, 1, axis, full_size=hidden, grad_placement=Shard(0), origin=origin
                 )
             case _ if self.grad_placement == Partial():
-                sizes = collectives.chunk_sizes(n_rows, axis.size)
+                sizes = chunks.chunk_sizes(n_rows, axis.size)
                 return lambda weight: weight.narrow(0, sum(sizes[: axis.rank]), sizes[axis.rank])
             case _:
                 origin = site.origin(Replicate(), Shard(0))

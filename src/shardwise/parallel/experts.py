@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from shardwise.core.collective import Origin
 from shardwise.models.routing import ends_of, is_balanced_by_assumption, shared_out
 from shardwise.parallel.axis import Axis
-from shardwise.parallel.collectives import swap_rows_now
+from shardwise.parallel.exchanges import swap_rows_now
 from shardwise.parallel.route import Route
 
 CALL = ("hidden", "top_k_index", "top_k_weights")

@@ -18,7 +18,7 @@ from shardwise.core.placement import Partial, Replicate, Shard
 from shardwise.core.plan import Style
 from shardwise.parallel.arguments import check_arguments_cut, cut_arguments
 from shardwise.parallel.axis import Axis
-from shardwise.parallel.collectives import chunk_sizes
+from shardwise.parallel.chunks import chunk_sizes
 from shardwise.parallel.counts import divide_counts
 from shardwise.parallel.own_forward import Part, Use, run_on_local
 from shardwise.parallel.ownership import PieceOrder

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardwise.core.placement import Replicate, Shard
-from shardwise.parallel import collectives
+from shardwise.parallel import exchanges
 from shardwise.parallel.axis import Site
 from shardwise.parallel.ownership import RowOwnership
 from shardwise.parallel.watch import show
@@ -149,7 +149,7 @@ class _VocabParallelSum(torch.autograd.Function):
             target_N = logits_NV.new_zeros(n_tokens, dtype=dtype)
         axis = site.axis
         stats_2N = torch.stack((local_lse_N, target_N))
-        stats_T2N = collectives.gather_now(
+        stats_T2N = exchanges.gather_now(
             stats_2N.unsqueeze(0), 0, axis, axis.size, site.origin(Shard(-1), Replicate())
         )
         lse_N = torch.logsumexp(stats_T2N[:, 0], dim=0)

@@ -10,8 +10,8 @@ from shardwise.core.mesh import Mesh
 from shardwise.core.placement import Shard
 from shardwise.core.plan import AnyPlan, Engine, Plan, TheirPlan
 from shardwise.parallel.any_plan import name_of
+from shardwise.parallel.chunks import chunk_sizes
 from shardwise.parallel.claims import claims
-from shardwise.parallel.collectives import chunk_sizes
 from shardwise.parallel.resolve import resolve
 
 # a rank's own footprint beside tensors: the interpreter with torch loaded, measured as VmRSS after import on

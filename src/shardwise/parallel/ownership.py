@@ -21,7 +21,7 @@ from torch import Tensor
 
 from shardwise.core.held import parts_of
 from shardwise.core.plan import Ownership
-from shardwise.parallel.collectives import chunk_sizes
+from shardwise.parallel.chunks import chunk_sizes
 from shardwise.parallel.route import Route
 
 

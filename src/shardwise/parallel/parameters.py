@@ -20,7 +20,8 @@ from shardwise.core.errors import ModelError
 from shardwise.core.mesh import Role, role_of
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.parallel.axis import Axis
-from shardwise.parallel.collectives import chunk_sizes, sum_now
+from shardwise.parallel.chunks import chunk_sizes
+from shardwise.parallel.exchanges import sum_now
 from shardwise.parallel.ownership import Order
 from shardwise.torch_private import (
     StridedShard,

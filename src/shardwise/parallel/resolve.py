@@ -13,8 +13,8 @@ from shardwise.core.batch_part import sequence_step
 from shardwise.core.errors import PlanError
 from shardwise.core.placement import Partial, Replicate
 from shardwise.core.plan import Engine, Plan, Rule, suggest_pattern
+from shardwise.parallel.chunks import chunk_sizes
 from shardwise.parallel.claims import check_held, check_none_forgotten, check_ties, claims
-from shardwise.parallel.collectives import chunk_sizes
 from shardwise.parallel.counts import check_counts
 from shardwise.parallel.dropout import check_dropout
 from shardwise.parallel.pairs import check_pairs

@@ -18,7 +18,7 @@ from shardwise.core.held import Held
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.core.plan import Rule, Style
 from shardwise.parallel.axis import Axis, Site
-from shardwise.parallel.collectives import chunk_sizes
+from shardwise.parallel.chunks import chunk_sizes
 from shardwise.parallel.loss import Loss, PlainLoss
 from shardwise.parallel.ownership import Order, PieceOrder
 from shardwise.parallel.parameters import Cut, shard_parameter

@@ -13,7 +13,7 @@ from shardwise.core.mesh import TENSOR_AXIS
 from shardwise.core.placement import Partial, Replicate
 from shardwise.models.balance import balances_in
 from shardwise.parallel.apply import applied_to
-from shardwise.parallel.collectives import sum_over_now
+from shardwise.parallel.exchanges import sum_over_now
 
 _WHY = (
     "A router's auxiliary loss is a product of two means over all tokens: how many each expert gets, and how "

@@ -2,7 +2,7 @@
 come and go.
 
 place.py says who asked, ops.py what an op is, storages.py what lives. The native engine says itself why it
-issues a collective (collectives.issuing()); for others placements.py watches.
+issues a collective (parallel/issuing.py); for others placements.py watches.
 """
 
 import gc
@@ -22,7 +22,7 @@ from shardwise.core.collective import CollectiveCall
 from shardwise.core.mesh import TENSOR_AXIS
 from shardwise.core.program import LOSS_MODULE, Collective, Op, Phase
 from shardwise.core.rule import RuleRef
-from shardwise.parallel.collectives import issuing
+from shardwise.parallel.issuing import issuing
 from shardwise.parallel.peers import Told, told_of
 from shardwise.parallel.recorder import FUSED, read_calls, tensors_in
 from shardwise.torch_private import (

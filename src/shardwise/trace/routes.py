@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from shardwise.core.plan import Ownership
 from shardwise.core.program import ByData, Collective, Phase
 from shardwise.parallel.apply import applied_to
-from shardwise.parallel.collectives import Sends
+from shardwise.parallel.issuing import Sends
 from shardwise.parallel.ownership import RowOwnership, route
 
 

@@ -10,7 +10,7 @@ from shardwise.core.layer_name import layer_index
 from shardwise.core.mesh import Mesh
 from shardwise.core.pipeline import Pipeline, Span, most_in_flight
 from shardwise.core.program import StageShare
-from shardwise.parallel.collectives import chunk_sizes
+from shardwise.parallel.chunks import chunk_sizes
 from shardwise.parallel.ends import Ends
 from shardwise.torch_private import local_part
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shardwise.core.program import Collective, Op, Phase
-from shardwise.parallel.collectives import Sends
+from shardwise.parallel.issuing import Sends
 from shardwise.torch_private import storage_key
 from shardwise.trace.place import Place
 

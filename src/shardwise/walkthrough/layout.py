@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 from torch import Tensor
 
 from shardwise.core.walkthrough import Content, Matrix, Role, Row
-from shardwise.parallel.collectives import chunk_sizes
+from shardwise.parallel.chunks import chunk_sizes
 from shardwise.parallel.ownership import RowOwnership
 from shardwise.walkthrough.subject import Cut
 from shardwise.walkthrough.toy import Rows, Toy

@@ -21,7 +21,7 @@ from shardwise.core.collective import CollectiveKind, Origin
 from shardwise.core.errors import RunError
 from shardwise.core.mesh import TENSOR_AXIS
 from shardwise.parallel.axis import Target, as_if_on
-from shardwise.parallel.collectives import issuing
+from shardwise.parallel.issuing import issuing
 from shardwise.torch_private import told_ranks_of
 
 T = TypeVar("T")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from shardwise.core.placement import Partial
-from shardwise.parallel.collectives import gather_now, scatter_sum_now
 from shardwise.parallel.context.asked import Asked, Backward, Together, packed
 from shardwise.parallel.context.blocks import Block, blocks_of
+from shardwise.parallel.exchanges import gather_now, scatter_sum_now
 
 
 def gathered_attention(q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> Tensor:

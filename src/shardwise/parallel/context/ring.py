@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from shardwise.core.placement import Partial
-from shardwise.parallel.collectives import Shift, begin_shift
 from shardwise.parallel.context.asked import Asked, Backward, Together, packed
 from shardwise.parallel.context.blocks import Block, block_of
+from shardwise.parallel.exchanges import Shift, begin_shift
 
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> Tensor:

@@ -24,11 +24,11 @@ from shardwise.core.mesh import CONTEXT_AXIS, Mesh
 from shardwise.core.placement import Replicate, Shard
 from shardwise.core.plan import ContextAttention, ReduceScatter
 from shardwise.parallel.axis import Axis
-from shardwise.parallel.collectives import gather_now
 from shardwise.parallel.context.asked import Asked
 from shardwise.parallel.context.fit import ATTENTION, POSITIONS, Fit, arguments_of, attention_is_torch_s
 from shardwise.parallel.context.gather import gathered_attention
 from shardwise.parallel.context.ring import ring_attention
+from shardwise.parallel.exchanges import gather_now
 from shardwise.parallel.own_forward import wrap
 from shardwise.torch_private import is_dispatching
 

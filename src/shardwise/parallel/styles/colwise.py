@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle
 from shardwise.core.errors import PlanError
 from shardwise.core.held import Held
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
-from shardwise.parallel import collectives
+from shardwise.parallel import collectives, exchanges
 from shardwise.parallel.axis import Site
 from shardwise.parallel.counts import divide_counts
 from shardwise.parallel.embedding import EmbeddingShard, TableSharder, by_destination
@@ -225,7 +225,7 @@ class _LookUpSlices(torch.autograd.Function):
         torch.index_select(weight, 0, own_ids, out=out[:, axis.rank])
         if others:
             slices = weight.index_select(0, other_ids).view(len(others), -1, width)
-            received = collectives.swap_others_now(slices, axis, site.origin(Shard(2), Shard(1)))
+            received = exchanges.swap_others_now(slices, axis, site.origin(Shard(2), Shard(1)))
             for rank, part in zip(others, received, strict=True):
                 out[:, rank] = part
         return out.flatten(1)
@@ -239,7 +239,7 @@ class _LookUpSlices(torch.autograd.Function):
         received = own_Nh.new_empty(0, *own_Nh.shape)
         if others:
             slices = torch.stack([grad_NTh[:, rank] for rank in others])
-            received = collectives.swap_others_now(slices, site.axis, site.origin(Shard(1), Shard(2)))
+            received = exchanges.swap_others_now(slices, site.axis, site.origin(Shard(1), Shard(2)))
         received_Mh = received.flatten(0, 1)
         if site.axis.device_type == "cpu":
             # added from where it lies: on a CPU fresh memory for both parts side by side would cost more than

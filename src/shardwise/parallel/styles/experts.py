@@ -27,7 +27,7 @@ from shardwise.core.errors import PlanError
 from shardwise.core.held import Held
 from shardwise.core.placement import Replicate, Shard
 from shardwise.core.plan import ExpertsAxis, Style
-from shardwise.parallel import collectives
+from shardwise.parallel import collectives, issuing
 from shardwise.parallel.axis import Axis, Site
 from shardwise.parallel.counts import divide_counts, set_count
 from shardwise.parallel.experts import (
@@ -177,7 +177,7 @@ class _Shared:
         rows = hidden_NH[route.send_rows]
         assignments, others = index_NK.numel(), axis.size - 1
         mean = assignments * others / axis.size
-        sends = (collectives.Sends(assignments, mean), collectives.Sends(assignments * others, mean))
+        sends = (issuing.Sends(assignments, mean), issuing.Sends(assignments * others, mean))
         if not are_tokens_alike:
             rows = collectives.exchange_rows(
                 rows, route.send_splits, route.receive_splits, axis,

@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel
 from shardwise.core.errors import PlanError
 from shardwise.core.held import Held
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
-from shardwise.parallel import collectives
+from shardwise.parallel import chunks, collectives
 from shardwise.parallel.axis import Site
 from shardwise.parallel.counts import divide_counts
 from shardwise.parallel.embedding import EmbeddingShard, TableSharder, by_destination, check_table_options
@@ -186,7 +186,7 @@ def _own_rows(assignment: Assignment, work: Work) -> range:
     for name, held in assignment.held.items():
         if isinstance(held.placement, Shard):
             axis, size = work.axis, assignment.module.get_parameter(name).shape[held.placement.dim]
-            sizes = collectives.chunk_sizes(size, axis.size)
+            sizes = chunks.chunk_sizes(size, axis.size)
             first = sum(sizes[: axis.rank])
             return range(first, first + sizes[axis.rank])
     raise AssertionError("CutLeaf.check() refuses what is not cut")
