@@ -34,7 +34,7 @@ WRONG = replace(
     findings=(
         difference("layers.0.act.alpha", Cause.PARTS_NOT_SUMMED, 2.2),
         difference("layers.1.act.alpha", Cause.PARTS_NOT_SUMMED, 2.8),
-        difference("embed.weight", Cause.FOLLOWS, float("inf")),
+        replace(difference("embed.weight", Cause.FOLLOWS, float("inf")), follows="layers.1.act.alpha"),
     ),
 )
 CRASH = Verification(
@@ -149,11 +149,9 @@ def test_a_note_makes_no_plan_wrong(kind: FindingKind) -> None:
 
 
 def test_findings_that_differ_in_the_layer_are_one() -> None:
-    own, passed_on = rows.split(WRONG)
-    assert [(group.subject, group.figures) for group in own] == [
-        ("layers.*.act.alpha", ("220 % to 280 % off", "2 layers"))
-    ]
-    assert [group.subject for group in passed_on] == ["embed.weight"]
+    (group,) = rows.tree(WRONG)
+    assert (group.subject, group.figures) == ("layers.*.act.alpha", ("220 % to 280 % off", "2 layers"))
+    assert [each.subject for each in group.under] == ["embed.weight"]
 
 
 def test_a_ratio_is_told_where_it_tells_something() -> None:
@@ -174,7 +172,7 @@ def test_the_terminal_tells_one_case_in_full() -> None:
         "layers.*.act.alpha 220 % to 280 % off, 2 layers Nothing sums it. no rule holds for it Sum it."
         in found
     )
-    assert "What follows from that: embed.weight" in found
+    assert "Sum it. └ What follows: embed.weight (nothing sums it)." in found
 
 
 def test_the_terminal_tells_many_cases_in_a_table_and_those_that_are_not_right_below() -> None:

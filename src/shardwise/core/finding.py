@@ -44,6 +44,8 @@ class Cause(StrEnum):
     CUT_AS_ONE = "cut_as_one"  # several weights in one tensor, cut as if they were one
     NOTHING_ARRIVES = "nothing_arrives"  # no gradient, or zero
     NOT_GATHERED = "not_gathered"  # a part where the whole is expected
+    PART_FOR_WHOLE = "part_for_whole"  # a module that needs all of its input has a part of it
+    PARTS_MEET_WHOLES = "parts_meet_wholes"  # a rank's part of one thing is put together with all of another
     UNTIED = "untied"  # one parameter became several
     RANKS_DRIFT = "ranks_drift"  # replicated, and not equal on all ranks
     FORWARD = "forward"  # a module's output is wrong already
@@ -58,7 +60,7 @@ class Finding:
     relative_error: ||sharded - unsharded|| / ||unsharded|| (None where the finding isn't about a size).
     ratio: least-squares factor between them, <s,u>/<u,u>: 2.0 or 1/tp tells its own story. advice: what to
     do, a sentence. cause: of a difference, where the numbers tell. rule: the plan's rule that holds for the
-    subject.
+    subject. follows: the subject of the finding that explains this one; that one stands before it.
     """
 
     kind: FindingKind
@@ -69,3 +71,4 @@ class Finding:
     advice: str | None = None
     cause: Cause | None = None
     rule: RuleRef | None = None
+    follows: str | None = None

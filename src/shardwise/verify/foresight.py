@@ -33,8 +33,9 @@ from shardwise.parallel.apply import applied_to
 from shardwise.parallel.loss import DTensorLoss, PlainLoss
 from shardwise.trace.lineage import Cut, Lineage, Meeting, Shape
 from shardwise.verify.observe import LogitsError
-from shardwise.verify.reasons import ADVICE, ungathered
+from shardwise.verify.reasons import ungathered
 from shardwise.verify.rehearsal import Step, depth_of_each_kind, rehearsed
+from shardwise.verify.words import ADVICE
 
 
 @dataclass(frozen=True, slots=True)

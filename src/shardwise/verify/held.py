@@ -81,6 +81,22 @@ def _square(tensor: Tensor, whole: Tensor, model: nn.Module, order: Order | None
     return size(held.double() - whole.double()) ** 2 * n_parts
 
 
+@torch.no_grad()
+def own_distance(
+    tensor: Tensor | None, whole: Tensor, model: nn.Module, name: str
+) -> tuple[float, float, bool] | None:
+    """Of this rank's part of a parameter's tensor: how far it is off the whole's, the size of the whole's,
+    and whether there is anything but zeros. None where only all ranks together know what it is."""
+    if isinstance(tensor, DTensor) and (_stands_for_whole(tensor, model) or _is_partial(tensor)):
+        return None
+    if isinstance(tensor, DTensor):
+        whole = part_of_dtensor(whole, tensor, applied_to(model).row_order.get(name)).to_local()
+    held = local(tensor) if tensor is not None else torch.zeros_like(whole)
+    if held.shape != whole.shape:
+        return None
+    return size(held.double() - whole.double()), size(whole), bool(held.any())
+
+
 def held_over(tensor: Tensor | None, model: nn.Module, axes: Collection[str]) -> Tensor | None:
     """What a rank would hold if the mesh had these axes only: what is cut over others is gathered. All ranks
     that hold the parameter call it."""

@@ -13,6 +13,8 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from shardwise.verify.blocks import Block, blocks_of
+
 
 class Relation(StrEnum):
     WHOLE = "whole"  # every rank has the whole
@@ -22,6 +24,8 @@ class Relation(StrEnum):
     SHIFTED = "shifted"  # rank r has the chunk of another rank
     ONE_OF_SEVERAL = "one of several"  # `factor` tensors lie in one, and rank r has the r-th chunk of each
     ADDED = "added"  # every rank has the sum of all ranks' chunks
+    REORDERED = "reordered"  # the ranks have all slices of the whole along `dim`, in an order of their own
+    BLOCKS = "blocks"  # of the slices along `dim` some are parts, or multiples, and others whole
     ZERO = "zero"  # zeros, where the whole isn't
     MISSING = "missing"  # some rank has none
     UNEQUAL = "unequal"  # as large as the whole, not equal over the ranks, and no parts of it
@@ -35,17 +39,21 @@ Far = Callable[[Sequence[Tensor]], float]
 @dataclass(frozen=True, slots=True)
 class Related:
     """error: relative to the whole, ||piece - expected|| / ||whole||, the largest over the ranks, under the
-    relation found."""
+    relation found. blocks: see Relation.BLOCKS."""
 
     relation: Relation
     error: float
     dim: int | None = None
     factor: float | None = None
+    blocks: tuple[Block, ...] = ()
 
     @property
     def is_right(self) -> bool:
         """Whether a tensor of a sharded model may be so: what one rank lacks another has, or all have all."""
-        return self.relation in (Relation.WHOLE, Relation.SHARDED)
+        return self.relation in _RIGHT
+
+
+_RIGHT = frozenset({Relation.WHOLE, Relation.SHARDED, Relation.REORDERED, Relation.ONE_OF_SEVERAL})
 
 
 def relate(pieces: Sequence[Tensor | None], whole: Tensor, *, tolerance: float) -> Related:
@@ -65,7 +73,7 @@ def relate(pieces: Sequence[Tensor | None], whole: Tensor, *, tolerance: float) 
     shapes = {tuple(piece.shape) for piece in held}
     if shapes == {tuple(whole.shape)}:
         return _relate_whole(held, whole, far, scale=scale, tolerance=tolerance)
-    dim = _cut_dim([piece.shape for piece in held], whole.shape)
+    dim = cut_dim([piece.shape for piece in held], whole.shape)
     if dim is None:
         return Related(Relation.OTHER, float("inf"))
     return _relate_cut(held, whole, dim, far, tolerance=tolerance, is_zero=norm <= tolerance * scale)
@@ -82,14 +90,21 @@ def _relate_whole(held: list[Tensor], whole: Tensor, far: Far, *, scale: float, 
     if all(
         float((piece - held[0]).norm()) <= tolerance * scale for piece in held
     ):  # a rank can't be alone with a part
-        is_multiple = factor is not None and far([whole * factor] * n) <= tolerance * max(1.0, abs(factor))
-        return Related(Relation.MULTIPLE if is_multiple else Relation.OTHER, error, factor=factor)
+        if factor is not None and far([whole * factor] * n) <= tolerance * max(1.0, abs(factor)):
+            return Related(Relation.MULTIPLE, error, factor=factor)
+        found = blocks_of(held[:1], whole, bound=tolerance * scale)
+        if found is not None:
+            return Related(Relation.BLOCKS, error, found[0], factor, found[1])
+        return Related(Relation.OTHER, error, factor=factor)
     total = torch.stack(held).sum(0)
     if float((total - whole).norm()) / scale <= tolerance:
         return Related(Relation.PARTS, error)
     of_sum = _factor([total], [whole])
     if of_sum and float((total - of_sum * whole).norm()) / scale <= tolerance * max(1.0, abs(of_sum)):
         return Related(Relation.PARTS, error, factor=of_sum)
+    found = blocks_of(held, whole, bound=tolerance * scale)
+    if found is not None:
+        return Related(Relation.BLOCKS, error, found[0], factor, found[1])
     return Related(Relation.UNEQUAL, error, factor=factor)
 
 
@@ -119,6 +134,8 @@ def _relate_cut(
     factor = _factor(held, chunks)
     if factor is not None and far([factor * chunk for chunk in chunks]) <= tolerance * max(1.0, abs(factor)):
         return Related(Relation.MULTIPLE, error, dim, factor)
+    if is_reordered(held, whole, dim, bound=tolerance * float(whole.norm())):
+        return Related(Relation.REORDERED, error, dim)
     return Related(Relation.OTHER, error, dim, factor)
 
 
@@ -128,6 +145,23 @@ def cut_apart(whole: Tensor, dim: int, several: int, n: int, rank: int) -> Tenso
     return torch.cat([part.chunk(n, dim)[rank] for part in whole.chunk(several, dim)], dim)
 
 
+def is_reordered(held: Sequence[Tensor], whole: Tensor, dim: int, *, bound: float) -> bool:
+    """Whether the ranks have all slices of the whole along dim, each once, in any order: told by what a
+    random projection makes of each slice."""
+    slices = [_projected(each, dim) for each in (torch.cat(list(held), dim), whole)]
+    found, expected = (each.sort().values for each in slices)
+    return bool(float((found - expected).norm()) <= bound)
+
+
+def _projected(tensor: Tensor, dim: int) -> Tensor:
+    """A number for each slice along dim."""
+    rows = tensor.movedim(dim, 0).reshape(tensor.shape[dim], -1)
+    generator = torch.Generator().manual_seed(rows.shape[1])
+    weights = torch.randn(rows.shape[1], generator=generator, dtype=torch.float64).to(rows.device)
+    projected: Tensor = rows.double() @ (weights / weights.norm())
+    return projected
+
+
 def _factor(held: Sequence[Tensor], expected: Sequence[Tensor]) -> float | None:
     """Least-squares factor between them; None where the expected is zero."""
     own = sum(float(part.square().sum()) for part in expected)
@@ -135,7 +169,7 @@ def _factor(held: Sequence[Tensor], expected: Sequence[Tensor]) -> float | None:
     return product / own if own else None
 
 
-def _cut_dim(shapes: Sequence[torch.Size], whole: torch.Size) -> int | None:
+def cut_dim(shapes: Sequence[torch.Size], whole: torch.Size) -> int | None:
     """The one dim along which the pieces' sizes add up to the whole's."""
     if any(len(shape) != len(whole) for shape in shapes):
         return None

@@ -1,12 +1,12 @@
 """Verifications as rows of text, for the terminal and the page alike; nothing here knows of either."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardwise.core.finding import Cause, Finding, FindingKind
 from shardwise.core.layer_name import any_layer
 from shardwise.core.verification import Verdict, Verification, VerificationRun
 
-# findings that only say that something above or below them is wrong
+# what only says that something else is wrong
 PASSED_ON = frozenset({Cause.FOLLOWS, Cause.FORWARD})
 _TELL_RATIO = frozenset({Cause.SUMMED_TOO_OFTEN, Cause.AVERAGED})
 
@@ -26,9 +26,7 @@ def headline(each: Verification) -> str:
                 finding.reason for finding in each.findings if finding.kind is FindingKind.LITTLE_IS_SHARDED
             )
         case Verdict.WRONG | Verdict.SUSPECTED:
-            own = grouped(
-                [finding for finding in each.wrong if finding.cause not in PASSED_ON] or list(each.wrong)
-            )
+            own = grouped([finding for finding in each.wrong if _explained_by(finding, each) is None])
             more = f"; and {len(own) - 1} more" if len(own) > 1 else ""
             subject = "" if own[0].first.kind is FindingKind.CRASHES else f"{own[0].subject}: "
             return f"{subject}{own[0].first.reason}{more}"
@@ -75,11 +73,11 @@ def verdict_text(each: Verification) -> str:
             return f"Skipped, so nothing is proved: {each.note}"
 
 
-def facts(each: Verification) -> list[tuple[str, str]]:
-    """What was compared and how exactly: names and values."""
+def facts(each: Verification, mesh: str) -> list[tuple[str, str]]:
+    """What was compared and how exactly: names and values. mesh: of the run."""
     told = [
         ("model", f"{each.model}{f', {each.twin}' if each.twin else ''}"),
-        ("plan", f"{each.plan} on tp={each.tp}" if each.tp > 1 else each.plan),
+        ("plan", f"{each.plan} on {mesh}"),
     ]
     if each.parameters is not None:
         told.append(("parameters", f"{each.parameters:,}"))
@@ -141,10 +139,12 @@ def totals(run: VerificationRun) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Findings that differ in the layer only. subject: with * for the layer where there are several."""
+    """Findings that differ in the layer only. subject: with * for the layer where there are several. under:
+    what follows from them."""
 
     subject: str
     findings: tuple[Finding, ...]
+    under: tuple["Group", ...] = ()
 
     @property
     def first(self) -> Finding:
@@ -166,20 +166,44 @@ class Group:
             told.append(f"{len(self.findings)} layers")
         return tuple(told)
 
+    @property
+    def consequences(self) -> tuple[tuple[str, tuple["Group", ...]], ...]:
+        """What follows, by the reason that it has: (reason, groups)."""
+        found: dict[str, list[Group]] = {}
+        for group in self.under:
+            found.setdefault(group.first.reason, []).append(group)
+        return tuple((reason, tuple(groups)) for reason, groups in found.items())
+
 
 def _span(low: str, high: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def split(each: Verification) -> tuple[list[Group], list[Group]]:
-    """(faults and notes, what only follows from them). A crash is all there is to say, and the verdict says
+def tree(each: Verification) -> list[Group]:
+    """What is found, each with what follows from it. A crash is all there is to say, and the verdict says
     it."""
-    own = [
-        finding
-        for finding in each.findings
-        if finding.cause not in PASSED_ON and finding.kind is not FindingKind.CRASHES
-    ]
-    return grouped(own), grouped([finding for finding in each.findings if finding.cause in PASSED_ON])
+    told = [finding for finding in each.findings if finding.kind is not FindingKind.CRASHES]
+    roots = grouped([finding for finding in told if _explained_by(finding, each) is None])
+    grown = []
+    for group in roots:
+        subjects = {finding.subject for finding in group.findings}
+        under = [finding for finding in told if _explained_by(finding, each) in subjects]
+        grown.append(replace(group, under=tuple(grouped(under))))
+    return grown
+
+
+def _explained_by(finding: Finding, each: Verification) -> str | None:
+    """The subject of what it follows from; None of what stands by itself. Documents of before say no more
+    than that something does follow: from what stands first."""
+    if finding.follows is not None and finding.follows != finding.subject:
+        return finding.follows
+    if finding.cause in PASSED_ON and finding.kind not in _OF_ALL:
+        first = next((other for other in each.findings if other.cause not in PASSED_ON), each.findings[0])
+        return first.subject if first is not finding else None
+    return None
+
+
+_OF_ALL = frozenset({FindingKind.OUTPUT_DIFFERS, FindingKind.LOSS_DIFFERS})
 
 
 def grouped(findings: list[Finding]) -> list[Group]:

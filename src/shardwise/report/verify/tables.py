@@ -18,6 +18,7 @@ TONES = {
     Verdict.SKIPPED: Tone.QUIET,
 }
 _MOST_FINDINGS = 12
+_MOST_NAMES = 4
 _SHARDED = Format(lambda share: f"{100 * share:.0f} %", "share")
 _ERROR = Format(rows.error, "relative")
 
@@ -68,27 +69,20 @@ def badge(verdict: Verdict) -> str:
 def _in_full(each: Verification, run: VerificationRun, suffix: str) -> Iterator[Block]:
     answer = Line(rows.verdict_text(each), TONES[each.verdict])
     yield Words((answer,), f"{each.model} under {each.plan}", boxed=True)
-    facts = (*rows.facts(each), ("run", rows.settings(run)))
+    facts = (*rows.facts(each, run.mesh), ("run", rows.settings(run)))
     columns = (Column("what"), Column("value", wraps=True))
     told = tuple(row(Cell(name, tone=Tone.QUIET), value) for name, value in facts)
     yield Table(f"facts{suffix}", "", columns, told, headed=False)
-    own, passed_on = rows.split(each)
+    found = rows.tree(each)
     notes = []
-    if len(own) > _MOST_FINDINGS:
+    if len(found) > _MOST_FINDINGS:
         notes.append(
-            Line(f"... and {len(own) - _MOST_FINDINGS} more: --json or --out has them all.", Tone.QUIET)
+            Line(f"... and {len(found) - _MOST_FINDINGS} more: --json or --out has them all.", Tone.QUIET)
         )
-    if passed_on:
-        names = ", ".join(group.subject for group in passed_on[:4])
-        more = f" and {len(passed_on) - 4} more" if len(passed_on) > 4 else ""
-        follows = f"What follows from that: {names}{more} ({passed_on[0].first.reason})."
-        notes.append(Line(follows, Tone.QUIET))
-    if own:
+    if found:
         columns = (Column("Found", wraps=True), Column("How far off", wraps=True))
-        groups = tuple(map(_group_row, own[:_MOST_FINDINGS]))
+        groups = tuple(map(_group_row, found[:_MOST_FINDINGS]))
         yield Table(f"findings{suffix}", "", columns, groups, tuple(notes))
-    elif notes:
-        yield Words(tuple(notes))
 
 
 def _group_row(group: rows.Group) -> Row:
@@ -100,4 +94,11 @@ def _group_row(group: rows.Group) -> Row:
         below.append(Line("no rule holds for it", Tone.QUIET))
     if finding.advice is not None:
         below.append(Line(finding.advice))
+    below += [Line(_consequence(reason, groups), Tone.QUIET) for reason, groups in group.consequences]
     return row(Cell(group.subject, tone=Tone.STRONG), ", ".join(group.figures), below=tuple(below))
+
+
+def _consequence(reason: str, groups: Sequence[rows.Group]) -> str:
+    names = ", ".join(group.subject for group in groups[:_MOST_NAMES])
+    more = f" and {len(groups) - _MOST_NAMES} more" if len(groups) > _MOST_NAMES else ""
+    return f"└ What follows: {names}{more} ({reason})."
