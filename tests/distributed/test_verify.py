@@ -163,9 +163,10 @@ def test_weights_that_lie_in_one_and_are_cut_as_one_are_found_by_a_trial(
     each = found["mixtral_experts_cut_as_one"]
     output, first, *others = each.findings
     assert output.kind is FindingKind.OUTPUT_DIFFERS
-    assert output.reason.startswith(
-        "the first module whose output differs is model.layers.0.mlp.experts: its output isn't the "
-        "unsharded one"
+    assert output.reason == (
+        "the first value that differs is what model.layers.0.mlp.experts.act_fn takes: it isn't the "
+        "unsharded one. model.layers.0.mlp.experts.gate_up_proj: 2 weights lie in it, and it is cut as if it "
+        "were one; with each cut by itself, its module is right"
     )
     assert (first.subject, first.cause) == ("model.layers.0.mlp.experts.gate_up_proj", Cause.CUT_AS_ONE)
     assert (
@@ -177,17 +178,17 @@ def test_weights_that_lie_in_one_and_are_cut_as_one_are_found_by_a_trial(
 
 
 @pytest.mark.parametrize("name", ["fused_halves", "fused_unfolded"])
-def test_where_the_numbers_give_no_reason_a_trace_gives_its_own(
+def test_a_weight_is_cut_in_other_ways_where_what_is_made_of_its_output_is_wrong(
     found: dict[str, Verification], name: str
 ) -> None:
     output, weight = own_faults(found[name])
     assert (output.kind, output.cause) == (FindingKind.OUTPUT_DIFFERS, Cause.CUT_AS_ONE)
-    assert output.reason.startswith(
-        "the first module whose output differs is down: its output isn't the unsharded one. "
-        "gate_up.weight: what"
+    reason = (
+        "2 weights lie in it, and it is cut as if it were one; with each cut by itself, its module is right"
     )
-    assert (weight.subject, weight.cause) == ("gate_up.weight", Cause.CUT_AS_ONE)
-    assert "so several weights lie in it, and it is cut as one" in weight.reason
+    first = "the first value that differs is what down takes: it isn't the unsharded one"
+    assert output.reason == f"{first}. gate_up.weight: {reason}"
+    assert (weight.subject, weight.cause, weight.reason) == ("gate_up.weight", Cause.CUT_AS_ONE, reason)
     assert weight.relative_error is not None
 
 

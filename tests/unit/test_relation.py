@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from shardwise.verify.blocks import Block
 from shardwise.verify.relation import Relation, relate
 
 WHOLE = torch.arange(1.0, 49.0, dtype=torch.float64).reshape(12, 4)
@@ -73,6 +74,38 @@ def test_weights_that_lie_in_one_and_are_each_cut_by_themselves(several: int) ->
         0,
         float(several),
     )
+
+
+def test_rows_that_are_parts_beside_rows_that_are_whole_are_blocks() -> None:
+    """As of a projection that gives a latent, whose gradient is summed, and a key that all heads share."""
+    parts = WHOLE / 2 + NOISE, WHOLE / 2 - NOISE
+    pieces = [torch.cat([WHOLE[:8], part[8:]]) for part in parts]
+    related = relate(pieces, WHOLE, tolerance=1e-10)
+    assert (related.relation, related.dim) == (Relation.BLOCKS, 0)
+    assert related.blocks == (Block(0, 8), Block(8, 12, is_part=True))
+    columns = [piece.T.contiguous() for piece in pieces]
+    assert relate(columns, WHOLE.T, tolerance=1e-10).dim == 1
+
+
+def test_rows_that_are_a_multiple_beside_rows_that_are_whole_are_blocks() -> None:
+    piece = torch.cat([WHOLE[:3], 2 * WHOLE[3:5], WHOLE[5:]])
+    related = relate([piece, piece], WHOLE, tolerance=1e-10)
+    assert related.relation is Relation.BLOCKS
+    assert [(block.start, block.stop) for block in related.blocks] == [(0, 3), (3, 5), (5, 12)]
+    assert related.blocks[1].factor == pytest.approx(2)
+
+
+def test_rows_of_several_multiples_are_no_blocks() -> None:
+    piece = torch.cat([WHOLE[:3], 2 * WHOLE[3:5], 3 * WHOLE[5:]])
+    assert relate([piece, piece], WHOLE, tolerance=1e-10).relation is Relation.OTHER
+
+
+def test_all_slices_in_an_order_of_their_own_are_reordered_and_right() -> None:
+    order = torch.tensor([1, 0, 5, 2, 7, 8, 3, 4, 6, 11, 9, 10])
+    related = relate(WHOLE[order].chunk(2), WHOLE, tolerance=1e-10)
+    assert (related.relation, related.dim, related.is_right) == (Relation.REORDERED, 0, True)
+    twice = torch.cat([WHOLE[:6], WHOLE[:5], WHOLE[11:]])[order]
+    assert relate(twice.chunk(2), WHOLE, tolerance=1e-10).relation is Relation.OTHER
 
 
 def test_zero_missing_unequal_and_other() -> None:

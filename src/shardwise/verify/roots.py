@@ -89,17 +89,22 @@ class _Way:
     def near(self, points: Iterable[int]) -> dict[Judgement, set[int]]:
         """Of these points and those behind them, the nearest that are known, by judgement."""
         found: dict[Judgement, set[int]] = {each: set() for each in Judgement}
+        for at in self.reached(points):
+            found[self.judgements[at]].add(at)
+        found[Judgement.UNKNOWN].clear()
+        return found
+
+    def reached(self, points: Iterable[int]) -> set[int]:
+        """These and those behind them, up to the nearest that are known."""
         left = list(points)
         reached = set(left)
         while left:
             at = left.pop()
-            if self.judgements[at] is not Judgement.UNKNOWN:
-                found[self.judgements[at]].add(at)
-                continue
-            more = set(self.towards[at]) - reached
-            reached |= more
-            left += more
-        return found
+            if self.judgements[at] is Judgement.UNKNOWN:
+                more = set(self.towards[at]) - reached
+                reached |= more
+                left += more
+        return reached
 
     def ends_of_parts(self, parts: Iterable[int]) -> tuple[int, ...]:
         """Where these parts of sums come from: the last parts in this direction."""
@@ -148,6 +153,12 @@ class Roots:
         """The known points that a point's value is computed from."""
         near = self._forward.near(self._forward.towards[at])
         return sorted(each for found in near.values() for each in found)
+
+    def parameters_in(self, at: int) -> list[str]:
+        """Those that a point's value is computed from, with no known point in between."""
+        near = set().union(*self._forward.near(self._forward.towards[at]).values())
+        between = self._forward.reached(self._forward.towards[at]) - near | {at}
+        return [name for name, uses in self.uses.items() if not between.isdisjoint(uses)]
 
     def parts_before(self, at: int) -> tuple[int, ...]:
         """Those of them whose values are parts of a sum, the first on each way."""

@@ -76,20 +76,24 @@ def _recut(
             kept.copy_(before)
             value = next((each.value for each in found if each.key == target.key), None)
             pieces = [each for (each,) in gathered([value], group)]
-            if all_agree(relate(pieces, target.value, tolerance=expected.tolerance).relation in _WHERE_MEANT):
+            if all_agree(relate(pieces, target.value, tolerance=expected.tolerance).relation in _AS_MEANT):
                 return Recut(name, parts)
     return None
 
 
-_WHERE_MEANT = frozenset({Relation.WHOLE, Relation.SHARDED, Relation.ONE_OF_SEVERAL})
+_AS_MEANT = frozenset({Relation.WHOLE, Relation.SHARDED})
 
 
 def _around(known: Evidence, at: int) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters of the module that gives the value, and of those that give what it is made of."""
-    seen = known.seen
-    near = [at, *(each for each in known.roots.made_of(at) if seen[each].side is Side.GIVES)]
-    for module in dict.fromkeys(seen[each].module for each in near):
-        yield from known.model.get_submodule(module).named_parameters(module, recurse=False)
+    """Parameters that the value is computed from, and those of the modules that give what it is made of."""
+    held = dict(known.model.named_parameters(remove_duplicate=False))
+    names = known.roots.parameters_in(at)
+    near = [at, *(each for each in known.roots.made_of(at) if known.seen[each].side is Side.GIVES)]
+    for module in dict.fromkeys(known.seen[each].module for each in near):
+        names += [name for name in held if name.rpartition(".")[0] == module]
+    for name in dict.fromkeys(names):
+        if name in held:
+            yield name, held[name]
 
 
 def _cut_dim(parameter: nn.Parameter) -> int | None:
@@ -121,7 +125,7 @@ def _added(
     found = None
     if own is not None and target.value is not None and own.shape == target.value.shape:
         candidates: dict[str | int, Tensor] = {
-            name: weights[name] for name, uses in known.flow.uses.items() if at in uses and name in weights
+            name: weights[name] for name in known.roots.parameters_in(at) if name in weights
         }
         candidates |= {
             each: value

@@ -26,7 +26,7 @@ def gradient_findings(evidence: Evidence, before: Finding | None) -> list[Findin
     by_key: dict[object, list[str]] = {}
     for name in sorted(own, key=evidence.roots.arrival):
         key = _key(evidence, name, own[name], sources[name])
-        by_key.setdefault(_earlier_part_of(key, by_key), []).append(name)
+        by_key.setdefault(_known_as(key, sources[name], by_key), []).append(name)
     order = {name: at for at, name in enumerate(own)}
     groups = list(by_key.items())
     # what explains the most is told first; of what explains nothing else the model's own order
@@ -63,16 +63,19 @@ def _key(evidence: Evidence, name: str, own: Finding, source: Source) -> object:
     if source.points and not source.right:
         return _LOSS
     if source.fault is not None:
-        return source.right, source.fault
+        return "fault", source.right, source.fault
     return ("points", source.points) if source.points else name
 
 
-def _earlier_part_of(key: object, known: Iterable[object]) -> object:
-    """Of parts that come from several places, one that is a source by itself already."""
+def _known_as(key: object, source: Source, known: Iterable[object]) -> object:
+    """The key of a fault that is known already and is this one, too: of parts that come from several places,
+    one that they come from; of what tells nothing, one that is sure between the same points."""
+    tagged = [each for each in known if isinstance(each, tuple)]
     match key:
         case ("parts", tuple(points)):
-            others = (each for each in known if isinstance(each, tuple) and each[0] == "parts")
-            return next((each for each in others if set(each[1]) <= set(points)), key)
+            return next((each for each in tagged if each[0] == "parts" and set(each[1]) <= set(points)), key)
+        case ("points", _):
+            return next((each for each in tagged if each[0] == "fault" and each[1] == source.right), key)
         case _:
             return key
 

@@ -115,5 +115,5 @@ def _mixture(evidence: Evidence, at: int, reason: str) -> tuple[Cause, str]:
         return Cause.FORWARD, reason
     if not whole:
         return Cause.FORWARD, f"{reason}, and what it is made of, the output of {listed(cut)}, is right"
-    meets = f"1/{evidence.n_ranks} of what {listed(cut)} gives and all of what {listed(whole)} gives"
+    meets = f"1/{evidence.n_ranks} of the output of {listed(cut)} and all of the output of {listed(whole)}"
     return Cause.PARTS_MEET_WHOLES, f"{reason}. It is made of {meets}"
