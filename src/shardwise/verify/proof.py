@@ -102,7 +102,9 @@ def _of_all_stages(findings: list[Finding], model: nn.Module, portion: Portion) 
     mine = [each for each in findings if each.subject in held or (stage.is_last and "." not in each.subject)]
     every: list[list[Finding]] = [[] for _ in range(stage.pipeline.stages)]
     dist.all_gather_object(every, mine, group=portion.mesh.get_group(STAGES_AXIS))
-    return list({each.subject: each for found in every for each in found}.values())
+    known = {each.subject: each for found in every for each in found}
+    order = {each.subject: at for at, each in enumerate(findings)}  # causes first, on every stage alike
+    return sorted(known.values(), key=lambda each: order.get(each.subject, len(order)))
 
 
 def _differences(model: nn.Module, observed: Observed, expected: Unsharded, portion: Portion) -> Differences:
