@@ -32,6 +32,11 @@ def _cut(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
     setattr(module, name, nn.Parameter(distribute_tensor(whole, mesh, [Shard(dim)])))
 
 
+def _local(parameter: Tensor) -> Tensor:
+    assert isinstance(parameter, DTensor)
+    return parameter.to_local()
+
+
 def _whole_of_parts(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """The same tensor on every rank, whose gradient is summed."""
     return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
@@ -75,7 +80,7 @@ class Mixture(nn.Module):
         if self.mesh is None:
             return self._experts(x, weights, self.into, self.back)
         weights = _whole_of_parts(weights, self.mesh) if self.sums_scores else weights
-        into, back = (each.to_local() for each in (self.into, self.back))  # type: ignore[operator]
+        into, back = _local(self.into), _local(self.back)
         part = self._experts(_whole_of_parts(x, self.mesh), weights, into, back)
         return Sum.apply(part, self.mesh.get_group(), False)  # type: ignore[no-any-return]
 
@@ -121,12 +126,13 @@ class Latent(nn.Module):
 
 
 def shared_key(mesh: DeviceMesh | None = None, sums: bool = False) -> nn.Module:
-    model = Net(Latent())
+    latent = Latent()
+    model = Net(latent)
     if mesh is not None:
         styles: Any = {f"inner.{name}": ColwiseParallel() for name in ("query", "unfold")}
         parallelize_module(model, mesh, styles | {"inner.out": RowwiseParallel()})
         if sums:
-            model.inner.mesh = mesh
+            latent.mesh = mesh
     return model
 
 
@@ -151,10 +157,7 @@ class Pair(nn.Module):
         taken = self.norm(x)
         if self.mesh is None:
             return self.down(torch.tanh(self.up(taken))) + taken  # type: ignore[no-any-return]
-        up, bias, down = (
-            each.to_local()  # type: ignore[operator]
-            for each in (self.up.weight, self.up.bias, self.down.weight)
-        )
+        up, bias, down = _local(self.up.weight), _local(self.up.bias), _local(self.down.weight)
         part = F.linear(torch.tanh(F.linear(_whole_of_parts(taken, self.mesh), up, bias)), down)
         part = part + self.down.bias if self.adds == "before" else part
         part = part + taken if self.adds == "past" else part
