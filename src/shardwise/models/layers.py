@@ -1,5 +1,5 @@
-"""The repeated layers of a model: which nn.ModuleList holds them, and whether they are equal, so that one can
-stand for all.
+"""The repeated layers of a model: which list (or dict by number) of modules holds them, and whether they are
+equal, so that one can stand for all.
 
 Equal: the same modules of the same types with the same plain attributes, hooks, parameters and buffers
 (names, shapes, dtypes). A layer's own number doesn't count. What a forward does with such a number isn't seen
@@ -52,6 +52,10 @@ class Layers:
         """Leaves the first `count` layers."""
         parent_name, _, own_name = self.prefix.rpartition(".")
         layers = model.get_submodule(self.prefix)
+        if isinstance(layers, nn.ModuleDict):
+            for number in list(layers)[count:]:
+                del layers[number]
+            return
         assert isinstance(layers, nn.ModuleList)
         setattr(model.get_submodule(parent_name), own_name, layers[:count])
 
@@ -59,11 +63,12 @@ class Layers:
 def find_layers(model: nn.Module, among: Collection[str] | None = None) -> Layers | None:
     """The outermost list of modules that holds the most parameters; None where the model has no such list.
     among: names of modules of which the list's first must be one."""
-    best: tuple[int, str, nn.ModuleList] | None = None
+    best: tuple[int, str, nn.ModuleList | nn.ModuleDict] | None = None
     for name, module in model.named_modules():
         if (
-            isinstance(module, nn.ModuleList)
+            isinstance(module, nn.ModuleList | nn.ModuleDict)
             and len(module)
+            and list(dict(module.named_children())) == list(map(str, range(len(module))))
             and (among is None or f"{name}.0" in among)
             and not (best and name.startswith(f"{best[1]}."))
         ):
@@ -73,7 +78,7 @@ def find_layers(model: nn.Module, among: Collection[str] | None = None) -> Layer
     if best is None:
         return None
     _, name, layers = best
-    first, *others = map(_signature, layers)
+    first, *others = map(_signature, layers.children())
     return Layers(name, len(layers), all(other == first for other in others))
 
 

@@ -36,6 +36,10 @@ LEAST_TOLERANCE = {
 STEPS = 2
 
 
+class TooNoisyError(RunError):
+    """What rounding does to the unsharded model is as much as a wrong plan may show."""
+
+
 @dataclass(frozen=True, slots=True)
 class Unsharded:
     """What the unsharded model gives, and how sure that is. batches: the first is compared; the steps take
@@ -171,7 +175,7 @@ def unsharded(
             noise = max(noise, off / own)
     tolerance = max(least, 1000 * output_noise)
     if not tolerance <= MOST_TOLERANCE:
-        raise RunError(
+        raise TooNoisyError(
             f"the unsharded model differs from itself by {output_noise:.1e} when its matmuls are summed in "
             "parts: too much to tell a wrong plan by."
         )
