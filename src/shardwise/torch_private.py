@@ -99,6 +99,12 @@ def is_higher_order(func: Any) -> bool:
     return isinstance(func, HigherOrderOperator)
 
 
+def is_sum(reduction: Any) -> bool:
+    """Whether a reduction, as c10d's ops are given one, is a sum."""
+    of_sums: Any = torch.distributed.ReduceOp.SUM
+    return bool(reduction.op() == int(of_sums))
+
+
 def overload_of(func: Any) -> str:
     """The name of a dispatcher op's overload."""
     name: str = func._overloadname

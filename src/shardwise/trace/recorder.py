@@ -45,6 +45,7 @@ from shardwise.trace.ops import ALLOCATIONS, SILENT, Ops, Signature, Work, signa
 from shardwise.trace.place import Place, raised_in
 from shardwise.trace.placements import Redistributions
 from shardwise.trace.storages import Log, Routed, Storages
+from shardwise.trace.values import Values
 
 
 class Recorder(TorchDispatchMode):
@@ -70,6 +71,7 @@ class Recorder(TorchDispatchMode):
         self.kinship = Kinship(self.storages)
         self._ops = Ops(device, self.place)
         self._redistributions = Redistributions()
+        self._values = Values()
         self._fake_mode = fake_mode
         self._axes = axes
         self._device = device
@@ -110,6 +112,8 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if is_higher_order(func):
             return self._higher_order(func, args, kwargs)
+        if (known := self._values.read(func, args)) is not None:
+            return known
         if is_made_on_device() and not types and not tensors_in(args):
             with self._fake_mode:
                 out = func(*args, **kwargs)
@@ -117,8 +121,10 @@ class Recorder(TorchDispatchMode):
             out = call_cpu_kernel(func, *args, **kwargs)
         else:
             out = func(*args, **kwargs)
+        signature = signature_of(func)
+        self._values.follow(func, signature, args, kwargs, out)
         if not self._paused:
-            self._see(signature_of(func), args, kwargs, out)
+            self._see(signature, args, kwargs, out)
         return out
 
     def _higher_order(self, func: Any, args: Any, kwargs: Any) -> Any:
