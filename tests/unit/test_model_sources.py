@@ -18,6 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from shardwise.core.errors import ModelError
 from shardwise.core.shown import shown
 from shardwise.models.factory import FactoryModel
+from shardwise.models.frameworks import frameworks
 from shardwise.models.source import find_model, vocab_size_of
 from shardwise.models.specs import get_spec
 
@@ -113,7 +114,8 @@ def test_an_unknown_name_says_how_models_are_named() -> None:
         'unknown model "llama3-8B". Did you mean "llama3-8b"? Known: llama3-debug, llama3-8b, llama3-70b, '
         "llama3.1-405b, gpt-debug, "
         "gpt3-1.3b, gpt3-6.7b, gpt3-175b, moe-debug, mixtral-8x7b, qwen3-30b-a3b, megatron-22b; "
-        "NAME?KEY=VALUE,...; or hf:TYPE, hf:PATH of a config.json, or package.module:factory."
+        "NAME?KEY=VALUE,...; or hf:TYPE, hf:PATH of a config.json, "
+        f"{''.join(f'{each.prefix}:..., ' for each in frameworks())}or package.module:factory."
     )
 
 

@@ -60,6 +60,12 @@ def find_model(text: str) -> ModelSource:
     )
 
 
+def is_of_many(name: str) -> bool:
+    """Whether a model is one of the hundreds that a library knows by their types: that one of them can't be
+    built says something of it, and ends nothing."""
+    return name.startswith(HUGGING_FACE) or name.partition(":")[0] in [each.prefix for each in frameworks()]
+
+
 def vocab_size_of(model: nn.Module) -> int:
     """How many ids a built model knows: its own or its config's `vocab_size`, or the rows of its (first)
     embedding. Raises ModelError."""

@@ -8,7 +8,7 @@ from shardwise.core.finding import Finding, FindingKind
 from shardwise.core.plan import AnyPlan, Plan
 from shardwise.core.shown import shown, told
 from shardwise.core.verification import Verification
-from shardwise.models.source import HUGGING_FACE
+from shardwise.models.source import is_of_many
 from shardwise.parallel.any_plan import name_of, plan_from, text_of
 
 NO_PLAN = "transformers has no tensor-parallel plan for it; shardwise plan makes one"
@@ -47,8 +47,9 @@ class Claim:
 
     def unproved(self, answer: Verification, error: Exception) -> Verification:
         """`answer`, where not even the unsharded model could be had. A name that isn't known is the user's to
-        see; what becomes of a type of transformers, of which there are hundreds, is an answer."""
-        if isinstance(error, InputError) and not self.model.startswith(HUGGING_FACE):
+        see; what becomes of a type of transformers or of a framework, of which there are hundreds, is an
+        answer."""
+        if isinstance(error, InputError) and not is_of_many(self.model):
             raise error
         return replace(answer, note=shown(error, 300))
 

@@ -275,10 +275,14 @@ class _Examination:
         return apply_any(model, self._claim.parsed_twin_plan if is_twin else self._plan, self._mesh)
 
     def _own(self, source: ModelSource, whole: nn.Module) -> nn.Module:
-        """The model as its factory shards it, with the weights of `whole`."""
+        """The model as its factory shards it, with the weights of `whole`; without any where that has
+        none."""
         torch.manual_seed(SEED)
-        dtype = next(whole.parameters()).dtype
-        model = build_sharded(source, dtype=dtype, device=self._device, mesh=self._mesh)
+        first = next(whole.parameters())
+        device = first.device if first.is_meta else self._device
+        model = build_sharded(source, dtype=first.dtype, device=device, mesh=self._mesh)
+        if first.is_meta:
+            return model
         values = dict(whole.named_parameters(remove_duplicate=False))
         shapes = {name: value.shape for name, value in values.items()}
         set_in_place(model, lambda name, _: values[name].detach(), shapes)

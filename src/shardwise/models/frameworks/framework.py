@@ -1,6 +1,9 @@
 """What is known of a framework whose models shard themselves, and its models as sources."""
 
-from collections.abc import Callable
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -72,6 +75,15 @@ class Framework:
         return ModelError(f'model "{self.named(asked)}": {found} {doing}: {told(error)}{doubt}')
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """What a framework prints and warns of while it builds, on each rank, is about training runs: an answer
+    on stdout must stay one."""
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _was(tried: tuple[str, ...]) -> str:
     return "was" if len(tried) == 1 else "were"
 
@@ -124,7 +136,7 @@ class FrameworkModel:
     ) -> nn.Module:
         """As ShardsItself has it. Raises ModelError for what the framework raises."""
         try:
-            with torch.device(device), default_dtype(dtype):
+            with torch.device(device), default_dtype(dtype), _quietly():
                 made = self.make(mesh)
         except ModelError:
             raise
