@@ -25,12 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 import shardwise
 
 BYTES = 256
+IGNORED = -100  # a label that doesn't count
 
 # One rule per kind of module; the names are this model's own. Between blocks each rank keeps its part of the
 # sequence, so norms and residuals cost 1/tp of the work and memory. `gather_input` makes the sequence whole
@@ -131,14 +132,22 @@ def shard(model: Writer, plan: shardwise.Plan, mesh: DeviceMesh) -> None:
         for block in model.blocks:
             fully_shard(block, mesh=mesh["fsdp"])
         fully_shard(model, mesh=mesh["fsdp"])
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # FSDP2 averages, as if each rank had as many labels as any other. Each divides by the whole
+                # batch's number below, so gradients are summed; gloo can't scale while it sums.
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
 
 
 def batch_of(text: bytes, step: int, batch: int, seq: int) -> tuple[Tensor, Tensor]:
-    """Ids [B, S] of one step's global batch, and the label of each: the byte that follows it. The same on
-    every rank."""
+    """Ids [B, S] of one step's global batch, and the label of each: the byte that follows it; none for the
+    line that a sequence's end cuts off, so that sequences have unequally many. The same on every rank."""
     windows = torch.frombuffer(bytearray(text), dtype=torch.uint8).long().unfold(0, seq + 1, seq)
     chosen = windows[torch.arange(step * batch, (step + 1) * batch) % len(windows)]
-    return chosen[:, :-1].contiguous(), chosen[:, 1:].contiguous()
+    ids_BS, labels_BS = chosen[:, :-1].contiguous(), chosen[:, 1:].contiguous()
+    is_before_line_end_BS = (labels_BS == ord("\n")).flip(1).cumsum(1).flip(1) > 0
+    return ids_BS, labels_BS.masked_fill(~is_before_line_end_BS, IGNORED)
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -186,15 +195,11 @@ def train(options: argparse.Namespace, mesh: DeviceMesh | None, device: torch.de
     for step in range(first, first + options.steps):
         # Ranks of one tp group see the same ids, and groups beside each other on the fsdp axis see their own
         # part of the batch.
-        ids_BS, labels_BS = (
-            whole.chunk(n_parts)[part].to(device)
-            for whole in batch_of(text, step, options.batch, options.seq)
-        )
-        loss = loss_function(model(ids_BS), labels_BS)
-        # FSDP2 averages gradients over its axis. Each part of the batch has as many labels here, so that is
-        # the whole batch's mean. Where they differ (padding), give every part the whole batch's count and let
-        # FSDP2 sum: loss_function(logits, labels, valid=count) and set_gradient_divide_factor(1.0) on every
-        # FSDP module.
+        whole_ids_BS, whole_labels_BS = batch_of(text, step, options.batch, options.seq)
+        ids_BS, labels_BS = (each.chunk(n_parts)[part].to(device) for each in (whole_ids_BS, whole_labels_BS))
+        # Parts have unequally many labels that count: each divides by those of the whole batch.
+        count = int((whole_labels_BS != IGNORED).sum())
+        loss = loss_function(model(ids_BS), labels_BS, valid=count)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
         optimizer.step()
@@ -206,10 +211,7 @@ def train(options: argparse.Namespace, mesh: DeviceMesh | None, device: torch.de
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()  # on all ranks: it is a collective
         if mesh is None or mesh.get_rank() == 0:
-            print(
-                f"step {step:2}   loss {loss.item() / n_parts:.4f}   gradient norm {norm.item():.4f}",
-                flush=True,
-            )
+            print(f"step {step:2}   loss {loss.item():.4f}   gradient norm {norm.item():.4f}", flush=True)
     if options.save:
         save(options.save, model, optimizer, first + options.steps)
 

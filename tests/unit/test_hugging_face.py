@@ -4,7 +4,7 @@ tests/distributed/test_hugging_face.py."""
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,16 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from shardwise.core.case import Case, StepSettings
 from shardwise.core.errors import MeshError, ModelError, PlanError
+from shardwise.core.mesh import Mesh
 from shardwise.core.program import RuleUse
 from shardwise.models.source import find_model, vocab_size_of
 from shardwise.parallel.apply import applied_to, loss_of
 from shardwise.parallel.engines.hugging_face import hugging_face_rules, parallelize_hugging_face
 from shardwise.parallel.loss import PlainLoss
+from shardwise.verbs.explain import explain
+from shardwise.verbs.predict import predict
 
 pytest.importorskip(
     "transformers",
@@ -526,3 +530,16 @@ def test_building_and_sharding_warn_of_nothing_and_leave_settings_alone(
 )
 def test_a_table_of_learned_positions_says_how_long_a_sequence_may_be(name: str, longest: int | None) -> None:
     assert find_model(f"hf:{name}").max_seq == longest
+
+
+@pytest.mark.parametrize("verb", [explain, predict])
+def test_heads_that_ranks_can_t_share_out_are_told_where_the_model_only_says_that_a_shape_is_wrong(
+    verb: Callable[[Case], object],
+) -> None:
+    case = Case(TINY_LLAMA, Mesh.parse("tp=4"), ("hf",), StepSettings(1, 16, dtype="bfloat16"))
+    with pytest.raises(PlanError) as caught:
+        verb(case)
+    assert str(caught.value) == (
+        'plan "hf": tp=4 doesn\'t divide the 2 KV heads, and the rule cuts the projection that makes them: '
+        'rule "model.layers.*.self_attn.k_proj" (colwise). Use tp in {1, 2}, or leave the projection whole.'
+    )

@@ -498,6 +498,10 @@ def test_the_nearest_pattern_has_stars_for_layer_numbers() -> None:
     assert suggest_pattern("layers.*.atention.wq", MODULE_NAMES) == "layers.*.attention.wq"
     assert suggest_pattern("layers.3.attentio.wq", MODULE_NAMES) == "layers.*.attention.wq"
     assert suggest_pattern("zzz", MODULE_NAMES) is None
+    inside = [f"blocks.{layer}.{place}" for layer in range(3) for place in range(3)]
+    assert suggest_pattern("block.*.2", inside) == "blocks.*.2"
+    assert suggest_pattern("block.1.2", inside) == "blocks.*.2"
+    assert suggest_pattern("block.*.7", inside) == "blocks.*.*"
 
 
 def test_the_nearest_name_is_suggested_where_one_is_near() -> None:

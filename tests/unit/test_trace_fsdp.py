@@ -5,8 +5,10 @@ import resource
 from collections import Counter
 
 from shardwise.core.case import StepSettings
+from shardwise.core.finding import FindingKind
 from shardwise.core.mesh import Mesh
 from shardwise.core.program import MemoryKind, OpKind
+from shardwise.explain.explain import explain
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_plan
@@ -64,3 +66,12 @@ def test_shards_are_copied_into_the_buffer_that_is_gathered_in_both_directions()
     )
     assert copies == gathers
     assert set(copies) == {"forward", "backward"}
+
+
+def test_copies_for_fsdp_s_gathers_are_said_to_be_those_of_its_parameters() -> None:
+    """Those of table and head, which no layer asks for."""
+    wide = ModelSpec("wide", LlamaConfig(4096, 48, 2, 4, 2, 64), "")
+    program = trace(wide, builtin_plan("rowwise"), Mesh.parse("fsdp=2,tp=1"), StepSettings(2, 16))
+    copies = [each for each in explain(program).findings if each.kind is FindingKind.COPIES_FOR_COLLECTIVES]
+    assert [each.subject for each in copies] == ["FSDP's parameters"]
+    assert "most of it for the all-gather of FSDP's parameters" in copies[0].reason

@@ -8,7 +8,7 @@ model itself. Where two rules match a module, the later one holds. What a style 
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,7 +18,6 @@ from operator import and_, or_
 from typing import Self
 
 from shardwise.core.errors import PlanError
-from shardwise.core.layer_name import any_layer
 from shardwise.core.rule import RuleRef
 from shardwise.core.style import ExpertsAxis as ExpertsAxis
 from shardwise.core.style import Ownership as Ownership
@@ -185,9 +184,20 @@ AnyPlan = Plan | TheirPlan
 
 def suggest_pattern(pattern: str, modules: Iterable[str]) -> str | None:
     """The module pattern nearest to a mistyped one, layer numbers as `*`; None if nothing is near."""
-    candidates = sorted({any_layer(name) for name in modules if name})
-    near = difflib.get_close_matches(any_layer(pattern), candidates, n=1, cutoff=0.5)
+    levels = pattern.split(".")
+    candidates = sorted({_any_layer_but(levels, name) for name in modules if name})
+    near = difflib.get_close_matches(_any_layer_but(levels, pattern), candidates, n=1, cutoff=0.5)
     return near[0] if near else None
+
+
+def _any_layer_but(levels: Sequence[str], name: str) -> str:
+    """`blocks.*.2` for `blocks.7.2` where `block.*.2` was written: a number inside a layer stays where it was
+    written."""
+    made: list[str] = []
+    for place, level in enumerate(name.split(".")):
+        is_written = "*" in made and level in levels[place : place + 1]
+        made.append("*" if level.isdecimal() and not is_written else level)
+    return ".".join(made)
 
 
 @lru_cache(maxsize=1024)

@@ -16,7 +16,7 @@ from shardwise.core.collective import CollectiveKind, collective_name
 from shardwise.core.explanation import CollectiveGroup, HoldingGroup
 from shardwise.core.finding import Finding, FindingKind
 from shardwise.core.layer_name import any_layer
-from shardwise.core.mesh import TENSOR_AXIS, Mesh
+from shardwise.core.mesh import TENSOR_AXIS, Mesh, Role, role_of
 from shardwise.core.placement import Partial, Shard
 from shardwise.core.program import Collective, Item, Op, OpKind, Phase, Program
 from shardwise.core.rule import ModuleKind
@@ -156,13 +156,22 @@ def _copies(collectives: Sequence[CollectiveGroup]) -> Iterator[Finding]:
     worst = max(copied, key=lambda group: group.count * group.copied_bytes)
     yield Finding(
         FindingKind.COPIES_FOR_COLLECTIVES,
-        worst.module or "gradients",
+        _of_whom(worst),
         f"{size(total)} a step are copied into or out of collectives' buffers, {total / wire:.2g} times what "
         f"goes over the wire; most of it for the {collective_name(worst.carries_out)} of "
-        f"{worst.module or 'all gradients'} ({worst.phase})",
+        f"{_of_whom(worst)} ({worst.phase})",
         advice="A placement that cuts the outermost dim, or a look-up in the order of the destinations, "
         "needs none.",
     )
+
+
+def _of_whom(group: CollectiveGroup) -> str:
+    """Its module, else what is exchanged for the whole step."""
+    if group.module:
+        return group.module
+    if role_of(group.axis) is Role.SHARDS_PARAMETERS and group.carries_out is CollectiveKind.ALL_GATHER:
+        return "FSDP's parameters"
+    return "all gradients" if group.before == Partial() else "the step"
 
 
 def _unknown(items: Sequence[Item]) -> Iterator[Finding]:

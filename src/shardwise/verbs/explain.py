@@ -13,10 +13,12 @@ from shardwise.core.program import Program
 from shardwise.text.traced_ids import token_ids
 from shardwise.verbs.checks import check_fsdp, check_seq, default_plan
 from shardwise.verbs.dealing import with_dealt_layers
+from shardwise.verbs.heads import naming_heads
 from shardwise.verbs.predict import MACHINE
 from shardwise.verbs.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from shardwise.core.plan import AnyPlan
     from shardwise.models.source import ModelSource
 
 LONG_SEQ = 8192
@@ -77,20 +79,22 @@ def explain(case: Case, options: ExplainOptions | None = None, progress: Progres
     from shardwise.trace.trace import trace
 
     case = with_dealt_layers(case, source, plans[0], case.machine or MACHINE, progress)
-    programs = tuple(
-        trace(
-            source,
-            plan,
-            case.mesh,
-            case.step,
-            device="cuda" if case.device == "auto" else case.device,
-            rank=rank,
-            ids=token_ids(source, case.step, is_decided_by_data(plan), case.text, progress),
-            compress=options.compress,
-            progress=progress,
-        )
-        for plan in plans
-    )
+
+    def traced(plan: "AnyPlan") -> Program:
+        with naming_heads(source, plan, case.mesh.tp):
+            return trace(
+                source,
+                plan,
+                case.mesh,
+                case.step,
+                device="cuda" if case.device == "auto" else case.device,
+                rank=rank,
+                ids=token_ids(source, case.step, is_decided_by_data(plan), case.text, progress),
+                compress=options.compress,
+                progress=progress,
+            )
+
+    programs = tuple(map(traced, plans))
     progress("explaining")
     explanations = tuple(map(explain_program, programs))
     answer = contrast(*explanations) if len(explanations) > 1 else explanations[0]

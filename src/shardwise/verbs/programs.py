@@ -10,6 +10,7 @@ from shardwise.core.mesh import AXES, Mesh, Role
 from shardwise.core.pipeline import EVEN
 from shardwise.core.plan import AnyPlan
 from shardwise.predict.check import RESCALED
+from shardwise.verbs.heads import naming_heads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,4 +69,5 @@ def trace_program(
     if not small.shard_axes:
         settings = replace(settings, param_dtype=None, reduce_dtype=None)
     ids = token_ids(source, settings, is_decided_by_data(plan), text, progress)
-    return trace(source, plan, small, settings, device=device, ids=ids, progress=progress)
+    with naming_heads(source, plan, small.tp):
+        return trace(source, plan, small, settings, device=device, ids=ids, progress=progress)
