@@ -374,6 +374,55 @@ def test_of_a_truncated_file_what_is_there_is_read_and_the_loss_is_said(
     assert ("the gzip data ends too early" in said) == packed
 
 
+@pytest.mark.parametrize("tail", ["]}", '], "traceName": "x"}', "]\n}\n"])
+@pytest.mark.parametrize(
+    ("broken", "lost"),
+    [
+        ('"name": "C:\\users\\x.py(3)"', {"not JSON": 1}),
+        ('"name": "say "hello" twice"', {"mended: control characters, invalid UTF-8 or bare quotes": 1}),
+        ('"name": "a\x01b"', {"mended: control characters, invalid UTF-8 or bare quotes": 1}),
+        ('name": "x"', {"not JSON": 1}),
+    ],
+)
+def test_a_broken_last_event_doesn_t_make_a_whole_file_one_that_is_cut_off(
+    tmp_path: Path, broken: str, lost: dict[str, int], tail: str
+) -> None:
+    lines = [json.dumps(each) for each in (*some(5), kernel("last", 60, 5))]
+    lines[-1] = lines[-1].replace('"name": "last"', broken)
+    path = tmp_path / "t.json"
+    path.write_text('{"traceEvents": [' + ",\n".join(lines) + tail)
+    timeline = read_timeline(path)
+    assert names(timeline)[:5] == [f"kernel {number}" for number in range(5)]
+    assert {loss.what: loss.count for loss in timeline.losses} == lost
+
+
+def test_a_step_that_a_file_s_end_cuts_short_is_left_out_and_said(tmp_path: Path) -> None:
+    events = [
+        each
+        for number in range(3)
+        for each in (
+            step(number, 100 * number, 90),
+            *(launch(100 * number + 10 * place, 10 * number + place) for place in (1, 2)),
+        )
+    ]
+    kernels = [
+        kernel("a", 100 * number + 10 * place + 5, 4, correlation=10 * number + place)
+        for number in range(3)
+        for place in (1, 2)
+    ]
+    text = json.dumps(document(events + kernels))
+    path = tmp_path / "t.json"
+    path.write_text(text[: text.rindex('"correlation": 22')])  # the last step's second kernel isn't there
+    timeline = read_timeline(path)
+    assert [window.step for window in timeline.windows] == [0, 1]
+    assert {loss.what: loss.count for loss in timeline.losses} == {
+        "cut off at the end of the file": 1,
+        "step of which the file has a part only, and which is left out": 1,
+    }
+    path.write_text(text)
+    assert [window.step for window in read_timeline(path).windows] == [0, 1, 2]
+
+
 def test_several_gzip_members_and_padding_are_one_text(tmp_path: Path) -> None:
     text = json.dumps(document(some(50))).encode()
     path = tmp_path / "t.json.gz"

@@ -20,6 +20,9 @@ from msgspec import UNSET, UnsetType
 
 MOST_HEADER_BYTES = 64 << 20
 MOST_EVENT_BYTES = 16 << 20
+CUT_OFF = "cut off at the end of the file"
+"""Of what is lost: the file ends in the middle of an event."""
+_BAD, _MENDED = "not JSON", "mended: control characters, invalid UTF-8 or bare quotes"
 
 Scalar = int | str | float | bool | None
 
@@ -274,9 +277,9 @@ class EventStream:
                 readable += events
             elif piece := text[start : cuts[at][0]].strip():
                 if is_last and at == len(cuts) - 1:
-                    self.lost["cut off at the end of the file"] += 1
+                    self.lost[CUT_OFF] += 1
                 elif b'"ph"' in piece:  # else it is the rest of one that is counted
-                    self.lost["not JSON"] += 1
+                    self.lost[_BAD] += 1
             start = cuts[at + max(1, taken) - 1][1]
             at += max(1, taken)
         yield readable
@@ -300,12 +303,13 @@ class EventStream:
         for taken, end in enumerate(ends, 1):
             events = self._mended(text[start:end])
             if events is not None and len(events) == 1:
-                self.lost["mended: control characters, invalid UTF-8 or bare quotes"] += 1
+                self.lost[_MENDED] += 1
                 return events, taken
         return [], 0
 
     def _end_of_array(self, single: bytes, *, is_last: bool) -> tuple[list[Any], int] | None:
-        """(the last event, where its array's bracket stands + 1), if the array ends in here."""
+        """(the last event, where its array's bracket stands + 1), if the array ends in here. The last event
+        may be broken itself: a bracket with which the file ends is the array's all the same."""
         if single.lstrip().startswith(b"]"):
             return [], single.index(b"]") + 1
         after = _AFTER_ARRAY_AT_THE_END if is_last else _AFTER_ARRAY
@@ -314,7 +318,13 @@ class EventStream:
                 return None
             if after.match(single, end.end()) is None:
                 continue
-            events = self._decoded(single[: end.start() + 1])
+            event = single[: end.start() + 1]
+            events = self._decoded(event)
+            if events is None and not _BETWEEN.search(event):  # it is one event
+                ends_file = is_last and _is_end_of_file(single[end.end() :])
+                events = self._mended(event) or ([] if ends_file else None)
+                if events is not None:
+                    self.lost[_MENDED if events else _BAD] += 1
             if events is not None:
                 return events, end.end()
         return None
@@ -355,6 +365,15 @@ class EventStream:
         base = re.search(rb'"baseTimeNanoseconds"\s*:\s*(\d{1,19})\b', self._head + tail)
         rank = re.search(rb'"distributedInfo"\s*:\s*\{[^{}]*?"rank"\s*:\s*(\d{1,7})\b', self._head + tail)
         self.header = Header(Distributed(int(rank[1])) if rank else None, int(base[1]) if base else None)
+
+
+def _is_end_of_file(tail: bytes) -> bool:
+    """Whether this, behind the events' bracket, is the rest of the header, or nothing more."""
+    rest = tail.strip().removeprefix(b",")
+    try:
+        return not rest or isinstance(msgspec.json.decode(b"{" + rest), dict)
+    except _BROKEN:
+        return False
 
 
 def _is_late(event: Event) -> bool:

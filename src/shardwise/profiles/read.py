@@ -19,7 +19,7 @@ from shardwise.profiles.calls import collectives_of
 from shardwise.profiles.columns import Columns, integer
 from shardwise.profiles.container import Damage, text_pieces
 from shardwise.profiles.cpu_work import with_cpu_work
-from shardwise.profiles.events import EventStream, Header
+from shardwise.profiles.events import CUT_OFF, EventStream, Header
 from shardwise.profiles.nesting import parents
 
 _STEP = re.compile(r"ProfilerStep#(\d{1,9})$")
@@ -53,7 +53,8 @@ def read_timeline(path: Path, *, rank: int | None = None) -> Timeline:
         raise TraceError(
             f"{path}: has no event that a Timeline is made of{said}. Record with torch.profiler."
         )
-    return _assemble(columns, stream.header, _rank_of(path, stream.header, rank), tuple(losses))
+    timeline = _assemble(columns, stream.header, _rank_of(path, stream.header, rank), tuple(losses))
+    return _without_cut_steps(timeline) if damage.reason or stream.lost[CUT_OFF] else timeline
 
 
 def _rank_of(path: Path, header: Header, given: int | None) -> int:
@@ -180,6 +181,26 @@ def _windows(timeline: Timeline, rank: int) -> tuple[Window, ...]:
         for (step, begin, _), end in zip(steps, ends, strict=True)
         if end > begin
     )
+
+
+def _without_cut_steps(timeline: Timeline) -> Timeline:
+    """Of a file that ends too early only the steps that are as full as the fullest: the others' numbers would
+    be taken for a step's. What there is of one step alone stays."""
+    spans = timeline.spans
+    works = np.flatnonzero(spans.kind <= SpanKind.COPY)
+    at_ns = np.where(spans.launched_ns[works] == NONE, spans.start_ns[works], spans.launched_ns[works])
+    count_of = {
+        step: int(((at_ns >= begin) & (at_ns < end)).sum()) for step, begin, end in _step_marks(timeline)
+    }
+    fullest = max(count_of.values(), default=0)
+    whole = tuple(
+        window for window in timeline.windows if window.step is None or count_of[window.step] == fullest
+    )
+    n_cut = len(timeline.windows) - len(whole)
+    if not n_cut:
+        return timeline
+    loss = Loss(n_cut, "step of which the file has a part only, and which is left out")
+    return replace(timeline, windows=whole, losses=(*timeline.losses, loss))
 
 
 def _step_marks(timeline: Timeline) -> list[tuple[int, int, int]]:

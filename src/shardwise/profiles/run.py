@@ -259,9 +259,10 @@ def _cpu_use(timelines: Sequence[Timeline]) -> CpuUse:
 
 
 def _cpu_windows(timeline: Timeline) -> list[tuple[int, int]]:
-    """The steps' marks on the CPU; without them, from its first op to its last."""
+    """The marks of its steps on the CPU; without them, from its first op to its last."""
     spans = timeline.spans
-    marked = np.array([name.startswith(_STEP_MARK) for name in timeline.names], np.bool_)
+    steps = {f"{_STEP_MARK}{window.step}" for window in timeline.windows if window.step is not None}
+    marked = np.array([name in steps for name in timeline.names], np.bool_)
     marks = np.flatnonzero((spans.kind == SpanKind.RANGE) & marked[spans.name])
     if len(marks):
         return sorted((int(spans.start_ns[mark]), int(spans.end_ns[mark])) for mark in marks)

@@ -84,7 +84,7 @@ def about(run: RunProfile) -> str:
 def cautions(run: RunProfile) -> list[str]:
     """What was lost, refused or corrected."""
     said = [
-        f"{loss.count:,} events {loss.what}"
+        f"{loss.count:,} event{'s' * (loss.count > 1)} {loss.what}"
         if loss.what.startswith("mended")
         else f"lost: {loss.count:,} x {loss.what}"
         for loss in run.losses
