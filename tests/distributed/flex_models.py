@@ -1,6 +1,7 @@
 """Models whose attention is compiled flex attention, whose experts compute in bfloat16, and whose plan goes
 wrong with one sequence only. Each is a factory that shards itself."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -158,4 +159,14 @@ def wrong_at_one_sequence(mesh: DeviceMesh | None = None) -> nn.Module:
         model.up.register_forward_pre_hook(
             lambda _, args: (args[0].detach() if args[0].shape[0] == 1 else args[0],)
         )
+    return model
+
+
+def one_rank_stays_away(mesh: DeviceMesh | None = None) -> nn.Module:
+    """Rank 1 doesn't come to a sum that rank 0 waits for."""
+    model = Mixing()
+    if mesh is not None:
+        parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        if mesh.get_rank() == 1:
+            model.down.register_forward_pre_hook(lambda _, __: time.sleep(600))
     return model

@@ -9,6 +9,7 @@ from shardwise.core.verification import Verdict, Verification
 from shardwise.verify.attempts import BY_FORMULA, UNROUNDED
 from shardwise.verify.claim import Claim
 from shardwise.verify.run import verify
+from tests.matrix import FULL
 
 MODELS = "tests.distributed.flex_models:"
 NAMES = ("flex_by_heads", "flex_not_summed", "rounded_experts", "wrong_at_one_sequence")
@@ -46,3 +47,12 @@ def test_what_is_wrong_with_one_sequence_only_is_found_and_said_to_be(found: dic
     (finding,) = [finding for finding in each.wrong if finding.cause is not Cause.FOLLOWS]
     assert finding.subject == "embed.weight"
     assert finding.reason.endswith("(at batch 1; at batch 2 it is right)")
+
+
+@FULL
+def test_what_hangs_is_said_to_time_out_and_where() -> None:
+    claim = Claim(f"{MODELS}one_rank_stays_away", "own", "own")
+    (each,) = verify([claim], mesh=Mesh.parse("tp=2"), timeout_s=20)
+    assert each.verdict is Verdict.TIMED_OUT
+    assert "nothing was heard from any rank for 20 s, so they were stopped" in each.note
+    assert 'one_rank_stays_away under own, sharded"' in each.note

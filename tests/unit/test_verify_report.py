@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from shardwise.core.errors import StalledError
 from shardwise.core.finding import Cause, Finding, FindingKind
 from shardwise.core.sharded import Sharded
 from shardwise.core.verification import Proof, Verdict, Verification, VerificationRun
@@ -13,6 +14,7 @@ from shardwise.files.document import read_document, write_document
 from shardwise.report.common.deliver import show
 from shardwise.report.verify import rows
 from shardwise.report.verify.html import verification_html
+from shardwise.verify.claim import Claim
 
 HOSTILE = "</script><img src=x onerror=alert(1)>[bold]\x1b[31m"
 PROOF = Proof("float64", 2e-16, 1e-10, 1e-16, 0.0, 27, "layers.1.norm.weight", 4e-16, 2, 1e-16, 3e-16)
@@ -105,6 +107,16 @@ def test_a_verdict_is_the_worst_that_is_known_and_skipped_is_never_right() -> No
         False,
         True,
     ]
+
+
+def test_a_time_out_is_no_crash() -> None:
+    silent = StalledError("nothing was heard from any rank for 120 s, so they were stopped.")
+    answer = Claim("llama3-8b", "hf", "hf").timed_out(Verification("llama3-8b", "hf", 2), silent)
+    assert answer.verdict is Verdict.TIMED_OUT
+    assert run(answer).is_no
+    assert rows.verdict_text(answer) == (
+        "Timed out, so nothing is proved: nothing was heard from any rank for 120 s, so they were stopped."
+    )
 
 
 def test_without_a_proof_nothing_is_right() -> None:

@@ -11,7 +11,8 @@
     │   ├── TraceError        a profiler trace that can't be used
     │   └── OptionError       an option, or a combination, that isn't offered
     └── RunError              a rank died, timed out, or the run could not go on; exit code 3
-        └── DriftError        ranks don't hold what they must hold alike
+        ├── DriftError        ranks don't hold what they must hold alike
+        └── StalledError      nothing was heard from any rank for the time that it was given
 
 The low level states the mismatch; the public boundary adds the context once.
 """
@@ -67,3 +68,7 @@ class RunError(ShardwiseError):
 
 class DriftError(RunError):
     """Ranks don't hold what they must hold alike."""
+
+
+class StalledError(RunError):
+    """Nothing was heard from any rank for the time that it was given."""

@@ -23,6 +23,7 @@ class FindingKind(StrEnum):
     OPS_UNKNOWN = "ops_unknown"
     COLLECTIVES_UNKNOWN = "collectives_unknown"
     CRASHES = "crashes"
+    TIMED_OUT = "timed_out"
     OUTPUT_DIFFERS = "output_differs"
     WEIGHTS_DIFFER = "weights_differ"
     RULE_IS_SHADOWED = "rule_is_shadowed"

@@ -14,6 +14,7 @@ class Verdict(StrEnum):
     WRONG = "wrong"  # something of these isn't
     NEARLY_NOTHING = "shards nearly nothing"  # right, because there is little that could be wrong
     CRASHES = "crashes"  # unsharded it runs, under the plan it doesn't
+    TIMED_OUT = "timed out"  # nothing was heard of it for the time that it was given
     SUSPECTED = "suspected"  # nothing ran, and a static check says that it would be wrong or crash
     NOT_PROVED = "not proved"  # nothing ran, and the static checks found nothing
     SKIPPED = "skipped"  # not even the unsharded model runs, or there is no plan: nothing was proved
@@ -21,7 +22,7 @@ class Verdict(StrEnum):
     @property
     def is_no(self) -> bool:
         """Whether the answer to "does this plan train the right model" is no."""
-        return self in (Verdict.WRONG, Verdict.NEARLY_NOTHING, Verdict.CRASHES, Verdict.SUSPECTED)
+        return self not in (Verdict.RIGHT, Verdict.NOT_PROVED, Verdict.SKIPPED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,8 @@ class Verification:
         kinds = {finding.kind for finding in self.findings}
         if self.is_static and self.wrong:
             return Verdict.SUSPECTED
+        if FindingKind.TIMED_OUT in kinds:
+            return Verdict.TIMED_OUT
         if FindingKind.CRASHES in kinds:
             return Verdict.CRASHES
         if self.wrong:

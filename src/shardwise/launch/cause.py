@@ -121,13 +121,13 @@ class Silence:
         return f"{stopped}, {at}" if stopped else at
 
 
-def stall_error(ranks: Mapping[int, Silence], *, silent_s: float) -> errors.RunError:
+def stall_error(ranks: Mapping[int, Silence], *, silent_s: float) -> errors.StalledError:
     """One line that names every rank's state; ranks in the same state share a mention."""
     by_state: dict[str, list[int]] = {}
     for rank, silence in sorted(ranks.items()):
         by_state.setdefault(str(silence), []).append(rank)
     states = "; ".join(f"{_ranks(members)}: {state}" for state, members in by_state.items())
-    return errors.RunError(
+    return errors.StalledError(
         f"nothing was heard from any rank for {silent_s:g} s, so they were stopped ({states}). "
         "If the work needs longer, raise the timeout."
     )

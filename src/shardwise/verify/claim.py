@@ -3,7 +3,7 @@ without (without_ranks.py)."""
 
 from dataclasses import dataclass, replace
 
-from shardwise.core.errors import InputError, OptionError, ShardwiseError
+from shardwise.core.errors import InputError, OptionError, ShardwiseError, StalledError
 from shardwise.core.finding import Finding, FindingKind
 from shardwise.core.plan import AnyPlan, Plan
 from shardwise.core.shown import shown, told
@@ -52,6 +52,12 @@ class Claim:
         if isinstance(error, InputError) and not is_of_many(self.model):
             raise error
         return replace(answer, note=shown(error, 300))
+
+    def timed_out(self, answer: Verification, error: StalledError) -> Verification:
+        """`answer`, where ranks went silent: a collective that some of them don't come to, or work that takes
+        longer."""
+        note = shown(error, 500)
+        return replace(answer, findings=(Finding(FindingKind.TIMED_OUT, "model", note),), note=note)
 
     def crashed(self, answer: Verification, error: Exception, module: str = "") -> Verification:
         """`answer`, where the plan, or a step under it, failed in a module. A plan of ours says before it

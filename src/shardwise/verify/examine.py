@@ -89,9 +89,8 @@ def run(context: RankContext, payload: bytes) -> bytes:
     mesh = device_mesh(job.mesh, context.device.type)
     for number in range(job.first, len(job.claims)):
         claim = job.claims[number]
-        context.note(str(claim))
         began = time.perf_counter()
-        verification = _Examination(claim, job, mesh, context.device).verification()
+        verification = _Examination(claim, job, mesh, context).verification()
         verification = replace(verification, seconds=round(time.perf_counter() - began, 2))
         is_alone = not _all_came(context, number)
         has_failed = any(finding.kind is FindingKind.CRASHES for finding in verification.findings)
@@ -120,11 +119,12 @@ def _all_came(context: RankContext, number: int) -> bool:
 class _Examination:
     """Of one claim, on one rank; all ranks come to the same answer. known: the answer so far."""
 
-    def __init__(self, claim: Claim, job: Job, mesh: DeviceMesh, device: torch.device) -> None:
+    def __init__(self, claim: Claim, job: Job, mesh: DeviceMesh, context: RankContext) -> None:
+        self._note = context.note
         self._claim = claim
         self._job = job
         self._mesh = mesh
-        self._device = device
+        self._device = context.device
         self._tp = job.mesh.tp
         self._plan = claim.parsed_plan
         self._known = Verification(claim.model, claim.label, self._tp)
@@ -135,12 +135,14 @@ class _Examination:
 
     def verification(self) -> Verification:
         try:
+            self._note(f"{self._claim}, unsharded")
             source = self._source()
             expected, smallest, make = self._unsharded(source)
         except NothingToProveError as error:
             return replace(self._known, note=str(error))
         except (ShardwiseError, RuntimeError) as error:
             return self._claim.unproved(self._known, error)
+        self._note(f"{self._claim}, sharded")
         try:
             model = self._sharded(source, make)
         except Exception as error:  # a plan, and the code that it puts into a model, may raise anything

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from shardwise.core.case import StepSettings
-from shardwise.core.errors import RunError
+from shardwise.core.errors import RunError, StalledError
 from shardwise.core.mesh import Mesh
 from shardwise.core.verification import Verification
 from shardwise.launch import is_main, joined, run_ranks
@@ -32,9 +32,9 @@ def verify(
     each as it comes, without what a trace adds to one that isn't right. settings: batch and seq, a multiple
     of tp. also_smallest: a batch is compared too in which every micro-batch has one sequence.
 
-    timeout_s: without a sign of life, a claim is given up, and is said to crash. Raises the InputErrors of
-    the model and plan; RunError for a claim that takes torchrun's ranks down, which can't be started anew
-    from here.
+    timeout_s: without a sign of life, a claim is given up, and is said to have timed out. Raises the
+    InputErrors of the model and plan; RunError for a claim that takes torchrun's ranks down, which can't be
+    started anew from here.
     """
     answers: dict[int, Verification] = {}
 
@@ -57,11 +57,15 @@ def verify(
                 on_event=take,
             )
         except RunError as error:
-            if type(error) is not RunError or joined():
+            if type(error) not in (RunError, StalledError) or joined():
                 raise
             if len(answers) == first:  # nobody could say what it was
                 claim = claims[first]
-                answers[first] = claim.crashed(Verification(claim.model, claim.label, mesh.tp), error)
+                answer = Verification(claim.model, claim.label, mesh.tp)
+                if isinstance(error, StalledError):
+                    answers[first] = claim.timed_out(answer, error)
+                else:
+                    answers[first] = claim.crashed(answer, error)
                 on_answer(answers[first])
         if not is_main():
             return ()

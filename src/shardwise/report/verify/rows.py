@@ -19,7 +19,7 @@ def headline(each: Verification) -> str:
         case Verdict.RIGHT | Verdict.NOT_PROVED:
             notes = len(each.findings)
             return f"{notes} note{'s' * (notes > 1)}" if notes else ""
-        case Verdict.SKIPPED | Verdict.CRASHES:
+        case Verdict.SKIPPED | Verdict.CRASHES | Verdict.TIMED_OUT:
             return each.note
         case Verdict.NEARLY_NOTHING:
             return next(
@@ -69,6 +69,8 @@ def verdict_text(each: Verification) -> str:
             return f"Wrong: {forward}, and {n} of {compared} gradients are not the unsharded model's."
         case Verdict.CRASHES:
             return f"Crashes: unsharded it runs, and under the plan it doesn't. {each.note}"
+        case Verdict.TIMED_OUT:
+            return f"Timed out, so nothing is proved: {each.note}"
         case Verdict.SKIPPED:
             return f"Skipped, so nothing is proved: {each.note}"
 

@@ -13,6 +13,7 @@ TONES = {
     Verdict.WRONG: Tone.BAD,
     Verdict.NEARLY_NOTHING: Tone.CAUTION,
     Verdict.CRASHES: Tone.BAD,
+    Verdict.TIMED_OUT: Tone.BAD,
     Verdict.SUSPECTED: Tone.BAD,
     Verdict.NOT_PROVED: Tone.CAUTION,
     Verdict.SKIPPED: Tone.QUIET,
