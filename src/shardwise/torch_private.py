@@ -240,6 +240,7 @@ default_store: Callable[[], Any] = _find("torch.distributed.distributed_c10d", "
 group_named: Callable[[str], torch.distributed.ProcessGroup] = _find(
     "torch.distributed.distributed_c10d", "_resolve_process_group"
 )
+_set_default_group = _find("torch.distributed.distributed_c10d", "_update_default_pg")
 _ranks_of_groups = _find("torch.distributed.distributed_c10d", "_world.pg_group_ranks")
 local_shape_and_offset: Callable[..., tuple[tuple[int, ...], tuple[int, ...]]] = _find(
     "torch.distributed.tensor._utils", "compute_local_shape_and_global_offset"
@@ -289,6 +290,17 @@ REDISTRIBUTIONS = _places(
 """Where DTensor changes a placement: (local tensor, spec before, spec after, ...)."""
 PROPAGATIONS = _places([_propagator], "_propagate_tensor_meta_non_cached", "propagate_op_sharding_non_cached")
 """Where DTensor runs an op at its global shape to learn the shape of its result."""
+
+
+@contextmanager
+def default_group(group: torch.distributed.ProcessGroup) -> Iterator[None]:
+    """Inside, `group` is the world: of one rank, a process is as if alone."""
+    world = torch.distributed.group.WORLD
+    _set_default_group(group)
+    try:
+        yield
+    finally:
+        _set_default_group(world)
 
 
 @contextmanager

@@ -78,3 +78,17 @@ def test_fsdp_that_does_not_divide_the_ranks_is_one_line() -> None:
         "error: --fsdp needs ranks: torchrun --nproc-per-node N examples/train_your_model.py --fsdp M"
     )
     assert "Traceback" not in ended.stderr
+
+
+@FULL
+def test_the_example_of_a_test_runs_under_pytest() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "examples/test_my_step.py"],
+        cwd=EXAMPLE.parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout
+    assert "1 passed" in ended.stdout

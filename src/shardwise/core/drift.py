@@ -37,8 +37,17 @@ class Drift:
     @property
     def reason(self) -> str:
         """What differs, where, on which ranks; no step, no advice."""
-        where = f" along {' and '.join(self.axes)}" if self.axes else ""
-        return f"{self._named} isn't the same on all ranks{where}: {self._who}"
+        return f"{self.named} {self.where}"
+
+    @property
+    def named(self) -> str:
+        return f"{self.held} {self.subject}".strip()
+
+    @property
+    def where(self) -> str:
+        """That it isn't the same, along which axes, on which ranks."""
+        along = f" along {' and '.join(self.axes)}" if self.axes else ""
+        return f"isn't the same on all ranks{along}: {self._who}"
 
     @property
     def advice(self) -> str:
@@ -69,10 +78,6 @@ class Drift:
     def __str__(self) -> str:
         more = f", and {self.more} more" if self.more else ""
         return f"step {self.step}: {self.reason}{more}. {self.advice}"
-
-    @property
-    def _named(self) -> str:
-        return f"{self.held} {self.subject}".strip()
 
     @property
     def _who(self) -> str:

@@ -107,6 +107,11 @@ class FactoryModel:
         return model
 
 
+def factory_model(factory: Callable[..., object], name: str) -> FactoryModel:
+    """Of a function, as people call it. Raises ModelError for arguments that nobody gives it."""
+    return FactoryModel(name, factory, *_parameters(factory, name))
+
+
 def find_factory(text: str) -> FactoryModel:
     """Imports the module and looks at the factory, which isn't called yet. Raises ModelError."""
     name = shown(text)
@@ -135,8 +140,7 @@ def find_factory(text: str) -> FactoryModel:
             f'model "{name}": {path} is of type {shown(type(found).__name__)}, which can\'t be called for '
             "a new model. Name a function."
         )
-    takes, needs_mesh = _parameters(found, name)
-    return FactoryModel(name, found, takes, needs_mesh)
+    return factory_model(found, name)
 
 
 def _import(module_name: str, name: str) -> object:
