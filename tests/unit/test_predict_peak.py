@@ -9,16 +9,19 @@ import pytest
 from benchmarks.measured_steps import STEPS, reserved_over_active, step_of
 from shardwise.core.case import StepSettings
 from shardwise.core.mesh import Mesh
+from shardwise.core.pipeline import counts_of
 from shardwise.core.plan import TheirPlan
 from shardwise.core.prediction import Setup
-from shardwise.core.program import Block, MemoryChange, MemoryKind, Phase, Program
+from shardwise.core.program import Block, MemoryChange, MemoryKind, Phase, Program, memory_peak
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_plan
 from shardwise.predict.groups import groups_of
 from shardwise.predict.machines import load_machine
-from shardwise.predict.memory import RESERVED_OVER_ACTIVE, _fused_loss, forecast, peak_by_kind
+from shardwise.predict.memory import RESERVED_OVER_ACTIVE, _fused_loss, forecast, of_stage, peak_by_kind
+from shardwise.predict.stage_memory import stage_parts
 from shardwise.trace.trace import trace
+from shardwise.verbs.programs import micro_batch, traced_mesh
 
 GIB = 2**30
 PEAKS = (
@@ -60,13 +63,53 @@ def test_more_shards_never_take_more() -> None:
     assert found == sorted(found, reverse=True)
 
 
-def test_a_pipeline_moves_it_too() -> None:
+def test_without_what_lives_in_layers_only_what_is_resident_is_left() -> None:
     machine = load_machine("h100-sxm-80gb")
-    staged = dict(forecast(PROGRAM, machine, of("pp=2,fsdp=2", micro_batches=8)).by_kind)
-    assert staged == {MemoryKind.PARAMETER: GIB / 2, MemoryKind.ACTIVATION: 4 * GIB}
     assert dict(forecast(replace(PROGRAM, blocks=()), machine, Setup()).by_kind) == {
         MemoryKind.PARAMETER: GIB
     }
+
+
+STAGED = ModelSpec("staged", LlamaConfig(8192, 256, 6, 8, 4, 512), "")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "micro_batches", "layers", "within"),
+    [("pp=2,tp=2", 4, "even", 0.01), ("pp=3,tp=1", 6, "1,3,2", 0.02), ("pp=2,fsdp=2,tp=1", 2, "even", 0.02)],
+)
+def test_each_stage_holds_what_its_own_trace_does(
+    mesh: str, micro_batches: int, layers: str, within: float
+) -> None:
+    axes = Mesh.parse(mesh)
+    batch = axes.data_parallel * micro_batches * 4
+    settings = StepSettings(batch, 128, accumulation=micro_batches, stages=layers)
+    plan = builtin_plan("rowwise")
+    small = traced_mesh(axes)
+    part = micro_batch(settings, axes)
+    one = trace(STAGED, plan, small, replace(part, batch=part.batch * small.data_parallel), device="cuda")
+    setup = Setup(axes, micro_batches, layers=counts_of(layers))
+    found = {each.stage: sum(of_stage(one, setup, each).values()) for each in stage_parts(one, setup)}
+    traced = {}
+    for stage in found:
+        rank = stage * (axes.world_size // axes.stages)
+        traced[stage] = memory_peak(trace(STAGED, plan, axes, settings, device="cuda", rank=rank)).n_bytes
+    assert {0, axes.stages - 1} <= found.keys()
+    assert found == pytest.approx(traced, rel=within)
+    fullest = max(found, key=lambda stage: found[stage])
+    whole = forecast(one, load_machine("h100-sxm-80gb"), setup)
+    assert whole.stage == fullest
+    assert whole.active_bytes == pytest.approx(found[fullest])
+
+
+def test_a_tied_table_is_held_by_both_ends() -> None:
+    tied = ModelSpec("tied", LlamaConfig(2048, 64, 4, 4, 2, 128, tied=True), "")
+    one = trace(tied, TheirPlan.UNSHARDED, Mesh.parse("tp=1"), StepSettings(2, 16), device="cuda")
+    first, last = stage_parts(one, of("pp=2", 2))
+    table = next(holding for holding in one.holdings if holding.is_outer).parameter_bytes
+    rest = one.held(MemoryKind.PARAMETER) - table
+    share = MemoryKind.PARAMETER
+    assert (first.shares[share] + last.shares[share]) * (table + rest) == pytest.approx(2 * table + rest)
+    assert (first.tied_bytes, last.tied_bytes) == (table, 0)
 
 
 def sizes_of(program: Program, mesh: str) -> dict[str, int]:

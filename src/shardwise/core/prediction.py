@@ -105,7 +105,8 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class MemoryForecast:
-    """One rank's memory (of the fullest stage). by_kind: at the peak, adding up to active_bytes.
+    """One rank's memory, of the fullest stage of a pipeline: `stage`. by_kind: at the peak, adding up to
+    active_bytes.
     reserved_bytes: what the allocator would hold; device_bytes: with what the process holds beside. fits: in
     the machine's memory."""
 
@@ -114,6 +115,7 @@ class MemoryForecast:
     reserved_bytes: float
     device_bytes: float
     capacity_bytes: float
+    stage: int = 0
 
     @property
     def fits(self) -> bool:

@@ -8,13 +8,11 @@ comes after.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardwise.core.collective import CollectiveKind
-from shardwise.core.dtype import DTYPE_BYTES
 from shardwise.core.machine import Machine, local_ranks
 from shardwise.core.mesh import Mesh, Role, role_of
 from shardwise.core.pipeline import Span, even_counts
@@ -23,7 +21,7 @@ from shardwise.core.program import BACKWARDS, FORWARDS, ONCE, Collective, Progra
 from shardwise.predict.groups import further_shards, mesh_of, optimizer_shards
 from shardwise.predict.pipeline import PartTimes
 from shardwise.predict.streams import run
-from shardwise.predict.work import AFTER, BEFORE, Work, joined, layers_of, work_of
+from shardwise.predict.work import AFTER, BEFORE, Work, boundary_bytes, joined, layers_of, work_of
 
 SLOWED_BESIDE = 0.189
 """How much longer compute takes while collectives run beside it: mean over A100, H100 and MI250. Source:
@@ -208,20 +206,9 @@ def _transfer_s(program: Program, machine: Machine, setup: Setup) -> float:
     """What a rank of a stage sends to its peer in the next one."""
     if setup.stages == 1:
         return 0.0
-    n_bytes = _boundary_bytes(program)
+    n_bytes = boundary_bytes(program)
     mesh = mesh_of(program, setup)
     stride = mesh.world_size // mesh.stages  # stages are the outermost axis
     inside = local_ranks(stride, setup.stages, machine.devices_per_node) > 1
     link = machine.within if inside else machine.between or machine.within
     return link.start_s + n_bytes / (link.bytes_per_s * link.share_at(n_bytes))
-
-
-def _boundary_bytes(program: Program) -> int:
-    """Of the activation between two layers, as one rank holds it: the first layer's first input of three dims
-    or more, as no shard of FSDP's has."""
-    prefix = f"{layers_of(program)[0]}.0"
-    for op in program.ops():
-        if op.module.startswith(prefix) and op.inputs and len(op.inputs[0].shape) > 2:
-            spec = op.inputs[0]
-            return prod(spec.shape) * DTYPE_BYTES.get(spec.dtype, 2)
-    return 0

@@ -1,5 +1,5 @@
-"""A rank's memory: the Program's peak, with its states in another precision, scaled to a stage of a pipeline
-and to other sizes of the mesh.
+"""A rank's memory: the Program's peak, with its states in another precision, of the fullest stage of a
+pipeline, and scaled to other sizes of the mesh.
 
     traced     the peak of everything, as tensors came and went
     otherwise  states live all the time, in the bytes per parameter below, reduced in the buffers that they
@@ -9,12 +9,12 @@ and to other sizes of the mesh.
     device     reserved and what the process holds beside tensors (context, libraries, communicators)
 
 Bytes per parameter in half precision: master 2 + 4 + 12 (parameter, gradient, master weight and two moments;
-Rajbhandari et al. 2020, section 3.1). 1F1B holds p micro-batches' activations on the first stage, the
-interleaved schedule 1 + (p-1)/(p v) times as much (Narayanan et al. 2021, section 2.2; Korthikanti et al.
-2022, section 4.2.3).
+Rajbhandari et al. 2020, section 3.1). A stage of a pipeline has what it makes itself (stage_memory.py), and
+activations of as many micro-batches as its schedule has in flight (core/pipeline.py); over several parts the
+mean part stands for each.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 
 import numpy as np
@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from shardwise.core.dtype import DTYPE_BYTES
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import SHARDS_AXIS
-from shardwise.core.pipeline import most_in_flight
 from shardwise.core.prediction import MemoryForecast, Precision, Setup
 from shardwise.core.program import LOSS_MODULE, ONCE, MemoryChange, MemoryKind, Op, Phase, Program
 from shardwise.predict.groups import further_shards, group_of, optimizer_shards
+from shardwise.predict.stage_memory import STATES, StagePart, stage_parts
 
 RESERVED_OVER_ACTIVE = 1.16
 """Median of 24 steps on an H100 and an H200 that hold more than 5 GiB (from 1.04 to 1.56), with the
@@ -37,7 +37,6 @@ MADE_AGAIN = ("aten::silu",)
 """What a compiler makes again in the backward instead of keeping it: of the ops between a SwiGLU's matmuls.
 Source: the compiled step in benchmarks/data/h100-steps.json, whose active memory is met so."""
 
-STATES = (MemoryKind.PARAMETER, MemoryKind.GRADIENT, MemoryKind.OPTIMIZER)
 KINDS = tuple(MemoryKind)
 OF_MASTER = (1.0, 2.0, 6.0)  # of the traced bytes of the parameters: parameter, gradient, optimizer
 
@@ -46,26 +45,40 @@ Bytes = NDArray[np.float64]
 
 
 def forecast(program: Program, machine: Machine, setup: Setup) -> MemoryForecast:
-    """Of the first stage, which holds most activations."""
-    scales, is_traced = _scales(program, setup), setup.precision is Precision.TRACED
-    by_kind = peak_by_kind(program, setup, scales if is_traced else scales | dict.fromkeys(STATES, 0.0))
-    if is_traced and setup.micro_batches > 1:
-        by_kind = max(by_kind, _accumulating(program, setup, scales), key=lambda each: _scaled(each, scales))
-    if not is_traced:
-        for kind, share in zip(STATES, OF_MASTER, strict=True):
-            by_kind[kind] = program.held(MemoryKind.PARAMETER) * share
-    by_kind = {kind: n_bytes * scales.get(kind, 1.0) for kind, n_bytes in by_kind.items()}
+    """Of the fullest stage."""
+    parts = stage_parts(program, setup) or (None,)
+    stages = [(part.stage if part is not None else 0, of_stage(program, setup, part)) for part in parts]
+    stage, by_kind = max(stages, key=lambda each: sum(each[1].values()))
     active = sum(by_kind.values())
     reserved = active * (RESERVED_OVER_ACTIVE if machine.device == "cuda" else 1.0)
     kinds = tuple((kind, by_kind[kind]) for kind in MemoryKind if by_kind.get(kind))
-    return MemoryForecast(active, kinds, reserved, reserved + machine.context_bytes, machine.memory_bytes)
+    device = reserved + machine.context_bytes
+    return MemoryForecast(active, kinds, reserved, device, machine.memory_bytes, stage)
 
 
-def _accumulating(program: Program, setup: Setup, scales: ByKind) -> ByKind:
+def of_stage(program: Program, setup: Setup, part: StagePart | None) -> ByKind:
+    """At its peak. part: of a pipeline; None: of the whole step."""
+    scales, is_traced = _scales(program, setup), setup.precision is Precision.TRACED
+    walked = scales if is_traced else scales | dict.fromkeys(STATES, 0.0)
+    by_kind = peak_by_kind(program, setup, walked, part)
+    if is_traced and setup.micro_batches > 1:
+        accumulating = _accumulating(program, setup, scales, part)
+        by_kind = max(by_kind, accumulating, key=lambda each: _scaled(each, scales))
+    if not is_traced:
+        for kind, share in zip(STATES, OF_MASTER, strict=True):
+            by_kind[kind] = program.held(MemoryKind.PARAMETER) * share * _share(part, MemoryKind.PARAMETER)
+    return {kind: n_bytes * scales.get(kind, 1.0) for kind, n_bytes in by_kind.items()}
+
+
+def _share(part: StagePart | None, kind: MemoryKind) -> float:
+    return part.shares.get(kind, 1.0) if part is not None else 1.0
+
+
+def _accumulating(program: Program, setup: Setup, scales: ByKind, part: StagePart | None) -> ByKind:
     """At the peak of a micro-batch that isn't the first: gradients are there already, and what is added to
     them comes and goes. Where FSDP reduces once they are whole, and in the dtype that it reduces in."""
-    kept = peak_by_kind(program, setup, scales | {MemoryKind.GRADIENT: 0.0})
-    gradients = float(program.held(MemoryKind.GRADIENT))
+    kept = peak_by_kind(program, setup, scales, part, adds=True)
+    gradients = program.held(MemoryKind.GRADIENT) * _share(part, MemoryKind.GRADIENT)
     if program.settings.reduce_once:
         settings = program.settings
         widths = [DTYPE_BYTES[name] for name in (settings.reduced_dtype, settings.dtype)]
@@ -79,25 +92,40 @@ def _scaled(by_kind: ByKind, scales: ByKind) -> float:
 
 def _scales(program: Program, setup: Setup) -> ByKind:
     """What becomes of a traced byte of each kind in this setup; of those that aren't named, itself."""
-    scales = dict.fromkeys(STATES, 1 / (setup.stages * further_shards(program, setup)))
+    scales = dict.fromkeys(STATES, 1 / further_shards(program, setup))
     scales[MemoryKind.OPTIMIZER] /= optimizer_shards(program, setup)
-    pipeline = setup.pipeline()
-    in_flight = most_in_flight(pipeline.turns(0, setup.micro_batches))
-    scales[MemoryKind.ACTIVATION] = in_flight / pipeline.parts
     return scales
 
 
 def peak_by_kind(
-    program: Program, setup: Setup, scales: Mapping[MemoryKind, float] = MappingProxyType({})
+    program: Program,
+    setup: Setup,
+    scales: Mapping[MemoryKind, float] = MappingProxyType({}),
+    part: StagePart | None = None,
+    *,
+    adds: bool = False,
 ) -> ByKind:
     """What lives, as traced, at the moment at which all kinds hold most, each scaled (by 1 where it isn't
     named): with other shards the peak is elsewhere. A block that repeats is walked once: its peak is in its
-    last repeat where it leaves more than it found, else in its first."""
-    resident = dict(program.resident)
+    last repeat where it leaves more than it found, else in its first.
+
+    part: only what this stage has, beside the activations of the micro-batches that are in flight. adds:
+    gradients are there already (not counted here), and what is added to them comes and goes."""
+    resident = {kind: held * _share(part, kind) for kind, held in program.resident}
+    changes = list(_changes(program, setup, part, adds=adds))
+    if part is not None:
+        activations = _most(changes, MemoryKind.ACTIVATION)
+        in_flight = part.then_in_flight if adds else part.in_flight
+        for kind, more in (
+            (MemoryKind.ACTIVATION, (in_flight - 1) * activations),
+            (MemoryKind.GRADIENT, 0.0 if adds else part.tied_bytes),
+            (MemoryKind.TEMPORARY, part.received_bytes),
+        ):
+            resident[kind] = resident.get(kind, 0.0) + more
     live = np.array([float(resident.get(kind, 0)) for kind in KINDS])
     weights = np.array([scales.get(kind, 1.0) for kind in KINDS])
     best, best_live = float(live @ weights), live
-    for n_bytes, kinds, times in _changes(program, setup):
+    for n_bytes, kinds, times in changes:
         grows = n_bytes * weights[kinds]
         net = _sums(n_bytes, kinds)
         before = live + net * (times - 1 if float(grows.sum()) > 0 else 0)
@@ -115,17 +143,45 @@ def _sums(n_bytes: Bytes, kinds: NDArray[np.int8]) -> Bytes:
     return sums
 
 
-def _changes(program: Program, setup: Setup) -> Iterable[tuple[Bytes, NDArray[np.int8], int]]:
-    """Of each block the bytes and kind of its changes, in order, and how often it repeats."""
+def _most(changes: Iterable[tuple[Bytes, NDArray[np.int8], int]], kind: MemoryKind) -> float:
+    """The most that lives of one kind at once."""
+    live = most = 0.0
+    for n_bytes, kinds, times in changes:
+        own = n_bytes[kinds == KINDS.index(kind)]
+        net = float(own.sum())
+        last = live + net * (times - 1 if net > 0 else 0)
+        most = max(most, last + float(np.cumsum(own).max(initial=0.0)))
+        live += net * times
+    return most
+
+
+def _changes(
+    program: Program, setup: Setup, part: StagePart | None, *, adds: bool
+) -> Iterator[tuple[Bytes, NDArray[np.int8], int]]:
+    """The bytes and kind of each stretch's changes, in order, and how often it repeats."""
     fused = _fused_loss(program) if setup.compiled_loss else {}
     for place, block in enumerate(program.blocks):
-        changes = [
-            (fused.get((place, at), item.n_bytes), KINDS.index(item.kind))
-            for at, item in enumerate(block.items)
-            if isinstance(item, MemoryChange) and _counts(item, setup)
-        ]
-        n_bytes, kinds = np.array(changes, np.float64).reshape(-1, 2).T
-        yield n_bytes, kinds.astype(np.int8), block.times
+        chosen: list[int] = []
+        changes: list[tuple[float, MemoryKind]] = []
+        for at, item in enumerate(block.items):
+            if not isinstance(item, MemoryChange) or not _counts(item, setup):
+                continue
+            n_bytes, kind = float(fused.get((place, at), item.n_bytes)), item.kind
+            if part is not None and kind is MemoryKind.ACTIVATION and part.is_gathered(item):
+                kind = MemoryKind.TEMPORARY
+            if adds and kind is MemoryKind.GRADIENT:
+                changes += [(n_bytes, MemoryKind.TEMPORARY), (-n_bytes, MemoryKind.TEMPORARY)]
+                chosen += [at, at]
+            else:
+                changes.append((n_bytes, kind))
+                chosen.append(at)
+        n_bytes_ = np.array([n_bytes for n_bytes, _ in changes], np.float64)
+        kinds = np.array([KINDS.index(kind) for _, kind in changes], np.int8)
+        if part is None:
+            yield n_bytes_, kinds, block.times
+            continue
+        for shares, times in part.stretches(block):
+            yield n_bytes_ * shares[chosen], kinds, times
 
 
 def _counts(change: MemoryChange, setup: Setup) -> bool:

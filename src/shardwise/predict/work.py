@@ -7,12 +7,14 @@ pipeline runs it: its layer, or before the first one, or after the last.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardwise.core.collective import CollectiveKind
+from shardwise.core.dtype import DTYPE_BYTES
 from shardwise.core.layer_name import layer_index
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import Role, role_of
@@ -102,6 +104,17 @@ def joined(works: Sequence[Work]) -> Work:
 def layers_of(program: Program) -> tuple[str | None, int]:
     """(prefix, number) of the row of equal layers; (None, 0) where there is none."""
     return program.layers or (None, 0)
+
+
+def boundary_bytes(program: Program) -> int:
+    """Of the activation between two layers, as one rank holds it: the first layer's first input of three dims
+    or more, as no shard of FSDP's has."""
+    prefix = f"{layers_of(program)[0]}.0"
+    for op in program.ops():
+        if op.module.startswith(prefix) and op.inputs and len(op.inputs[0].shape) > 2:
+            spec = op.inputs[0]
+            return prod(spec.shape) * DTYPE_BYTES.get(spec.dtype, 2)
+    return 0
 
 
 def work_of(program: Program, machine: Machine, setup: Setup) -> Work:

@@ -70,6 +70,15 @@ def term_rows(predictions: Sequence[Prediction]) -> tuple[TermRow, ...]:
     return tuple(rows)
 
 
+def memory_title(predictions: Sequence[Prediction]) -> str:
+    """`Memory of one rank at the peak`, and of a pipeline of which stage."""
+    title = "Memory of one rank at the peak"
+    if all(Mesh(each.axes).stages == 1 for each in predictions):
+        return title
+    stages = sorted({each.memory.stage for each in predictions})
+    return f"{title}, of stage {stages[0]}" if len(stages) == 1 else f"{title}, of the fullest stage"
+
+
 def memory_rows(memory: MemoryForecast) -> tuple[tuple[str, str, float], ...]:
     """(style key, name, bytes) of the kinds at the peak."""
     return tuple((kind.value, KIND_PLURALS[kind], n_bytes) for kind, n_bytes in memory.by_kind)

@@ -136,7 +136,8 @@ def memory_table(predictions: Sequence[Prediction]) -> Table:
     fits = [fit_cell(each.memory, rows.spare_text(each.memory)) for each in predictions]
     body.append(row("against that", *fits, *([None] if alone else []), kind=RowKind.TOTAL))
     columns += [Column("", BAR)] if alone else []
-    return Table("memory", "Memory of one rank at the peak", tuple(columns), tuple(body))
+    title = rows.memory_title(predictions)
+    return Table("memory", title, tuple(columns), tuple(body))
 
 
 def assumed_words(lines: Sequence[str], machine: MachineFacts, *more: str) -> Words:
