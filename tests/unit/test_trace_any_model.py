@@ -9,12 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import ModelError, PlanError, ShardwiseError
+from shardwise.core.finding import Finding, FindingKind
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import AnyPlan, Plan, Rule, Style, StyleName, TheirPlan
 from shardwise.core.program import MemoryKind, OpKind, Phase, Program, TensorSpec
+from shardwise.core.verification import Verification
 from shardwise.models.factory import FactoryModel
 from shardwise.models.source import find_model
 from shardwise.trace.catalogue import flops_of, kind_of, name_on, traffic_of
@@ -333,3 +337,31 @@ def test_as_many_layers_as_are_asked_for_are_traced() -> None:
     )
     assert program.layers == ("layers", 2)
     assert not program.compressed
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_factory_that_leaves_plain_tensors_beside_dtensors_is_told_what_torch_s_clipping_does(
+    frozen: bool,
+) -> None:
+    def make(mesh: DeviceMesh | None = None) -> nn.Module:
+        model = Tiny(torch.tanh)
+        if mesh is not None:
+            parallelize_module(model, mesh["tp"], {"head": ColwiseParallel(output_layouts=Replicate())})
+            if frozen:
+                model.embedding.requires_grad_(False)
+                model.middle.requires_grad_(False)
+        return model
+
+    source = FactoryModel("own:tiny", make, frozenset({"mesh"}), False)
+    program = trace(source, TheirPlan.OWN, Mesh((("tp", 2),)), StepSettings(BATCH, SEQ))
+    said = (
+        "embedding.weight: 3 of 4 parameters are plain tensors, and the others DTensors: "
+        "torch.nn.utils.clip_grad_norm_ raises on a mixture of both."
+    )
+    assert program.notes == (() if frozen else (said,))
+
+
+def test_what_torch_s_clipping_raises_on_is_no_fault_of_the_plan() -> None:
+    finding = Finding(FindingKind.CLIPPING_RAISES, "embedding.weight", "")
+    verification = Verification("m", "own", 2, findings=(finding,), is_static=True)
+    assert verification.wrong == ()

@@ -29,6 +29,7 @@ class FindingKind(StrEnum):
     RULE_IS_SHADOWED = "rule_is_shadowed"
     HEADS_NOT_DIVISIBLE = "heads_not_divisible"
     DROPOUT_MAY_DIFFER = "dropout_may_differ"
+    CLIPPING_RAISES = "clipping_raises"
     UNTIED = "untied"
     SUSPECTED = "suspected"
     SIZES_NOT_DIVISIBLE = "sizes_not_divisible"

@@ -133,6 +133,7 @@ _NO_FAULT = frozenset(
         FindingKind.RULE_MATCHES_NOTHING,
         FindingKind.RULE_IS_SHADOWED,
         FindingKind.DROPOUT_MAY_DIFFER,
+        FindingKind.CLIPPING_RAISES,
     }
 )
 

@@ -16,13 +16,14 @@ from shardwise.core.errors import OptionError
 from shardwise.core.grouped import GROUPED, load_words
 from shardwise.core.mesh import Mesh
 from shardwise.core.pipeline import Span
-from shardwise.core.plan import AnyPlan
+from shardwise.core.plan import AnyPlan, TheirPlan
 from shardwise.core.program import Block, MemoryKind, Op, Program, RuleUse
 from shardwise.models.layers import Layers, find_layers
 from shardwise.models.source import ModelSource
 from shardwise.parallel.any_plan import check_any, engine_of, name_of
 from shardwise.parallel.ends import Ends, check_spans, ends_of
 from shardwise.parallel.experts import takes_tokens_of_experts
+from shardwise.parallel.mixed import mixed_for_clipping
 from shardwise.torch_private import check
 from shardwise.trace.extend import LONG, SHORT, NotPeriodicError, extended
 from shardwise.trace.fakes import TARGETS, fake_world
@@ -163,9 +164,16 @@ def _program(job: Job, subject: _Subject, traced: Traced, blocks: tuple[Block, .
         resident=tuple((kind, traced.resident[kind]) for kind in MemoryKind if kind in traced.resident),
         layers=(layers.prefix, layers.count) if layers is not None else None,
         compressed=compressed,
-        notes=(*job.source.notes, *_assumed(subject.model, job.settings, blocks)),
+        notes=(*job.source.notes, *_assumed(subject.model, job.settings, blocks), *_of_its_own(job, subject)),
         stages=tuple(job.shares),
     )
+
+
+def _of_its_own(job: Job, subject: _Subject) -> Iterator[str]:
+    """What meets who trains a model that shards itself."""
+    mixed = mixed_for_clipping(subject.model) if job.plan is TheirPlan.OWN else None
+    if mixed is not None:
+        yield f"{mixed.subject}: {mixed.reason}."
 
 
 def _assumed(model: nn.Module, settings: StepSettings, blocks: Sequence[Block]) -> Iterator[str]:

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import ModelError, RunError, ShardwiseError
-from shardwise.core.finding import Finding, FindingKind
+from shardwise.core.finding import Cause, Finding, FindingKind
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import TheirPlan
 from shardwise.core.sharded import Sharded
@@ -160,7 +160,10 @@ class _Examination:
             return self._claim.crashed(known, error)
         except ModuleError as error:
             return self._claim.crashed(known, error, error.module)
-        return replace(known, proof=proof, findings=(*with_ties(differences, findings), *findings))
+        explained = with_ties(differences, findings)
+        told = {each.subject for each in explained if each.cause is Cause.UNTIED}
+        rest = (each for each in findings if each.cause is not Cause.UNTIED or each.subject not in told)
+        return replace(known, proof=proof, findings=(*explained, *rest))
 
     def _source(self) -> ModelSource:
         claim = self._claim

@@ -9,11 +9,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from shardwise.core.finding import Cause, Finding, FindingKind
-from shardwise.core.plan import AnyPlan, Engine, Plan, suggest_pattern
+from shardwise.core.plan import AnyPlan, Engine, Plan, TheirPlan, suggest_pattern
 from shardwise.core.program import RuleUse
 from shardwise.core.sharded import Sharded
 from shardwise.parallel.apply import applied_to
 from shardwise.parallel.kinds import outer_parameters
+from shardwise.parallel.mixed import mixed_for_clipping
 from shardwise.torch_private import AnyDropout
 
 
@@ -26,6 +27,9 @@ def of_model(model: nn.Module, plan: AnyPlan, tp: int) -> tuple[Sharded, list[Fi
         findings += [*undivided_heads(model, foreign, tp), *idle_rules(model, foreign)]
     if isinstance(plan, Plan):
         findings += shadowed_rules(model, plan)
+    mixed = mixed_for_clipping(model) if plan is TheirPlan.OWN else None
+    if mixed is not None:
+        findings.append(mixed)
     return sharded, findings
 
 
