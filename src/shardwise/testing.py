@@ -100,12 +100,12 @@ def assert_trains_like_one_rank(
     looked at with dropout on. A step that fails, a rank that dies or hangs for timeout_s raises
     AssertionError too. Raises InputErrors for names, meshes and batches that don't fit.
     """
-    import torch
     import torch.distributed as dist
 
     from shardwise.core.plan import Plan
+    from shardwise.launch import joined
     from shardwise.parallel.builtin import builtin_plan
-    from shardwise.verify.loop.hold import Asked, axes_of, device_mesh_of, hold, hold_on_ranks
+    from shardwise.verify.loop.hold import Asked, axes_of, hold_here, hold_on_ranks
     from shardwise.verify.loop.words import lines_of
 
     if isinstance(plan, str):
@@ -114,11 +114,8 @@ def assert_trains_like_one_rank(
     axes = (data,) if isinstance(data, str) else tuple(data) if data is not None else None
     asked = Asked(step, model, optimizer, batches, deal, text, axes, steps, (batch, seq), dtype)
     try:
-        if dist.is_initialized():
-            here = (
-                torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
-            )
-            found = hold(asked, device_mesh_of(mesh, device), here)
+        if dist.is_initialized() or joined():
+            found = hold_here(asked, mesh, device)
         else:
             found = hold_on_ranks(asked, axes_of(mesh), device_type=device, timeout_s=timeout_s)
     except RunError as error:

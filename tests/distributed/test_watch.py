@@ -75,7 +75,10 @@ def test_of_a_right_run_nothing_is_told(two: Outcomes, case: str) -> None:
             "an_axis_that_the_mesh_has_not",
             'MeshError: watch: same_input names an axis "tensor". The mesh has "tp".',
         ),
-        ("forwards_that_train_nothing_are_no_steps", ["3"]),
+        (
+            "forwards_that_train_nothing_are_no_steps",
+            ["3", "watches 3 weights, 1 buffer, the input every 100 steps"],
+        ),
         (
             "warnings_of_each_thing_once",
             [f"step 1: weight down.bias {RANKS} along tp: rank 0 against rank 1. {BUILD}"],

@@ -284,7 +284,7 @@ def forwards_that_train_nothing_are_no_steps() -> Told:
     model.eval()(ids_of(0))
     train(model.train(), 3)
     sentinel.close()
-    return [str(sentinel.steps)]
+    return [str(sentinel.steps), str(sentinel)]
 
 
 def steps_are_the_optimizers_where_it_is_given() -> Told:

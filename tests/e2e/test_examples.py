@@ -92,3 +92,18 @@ def test_the_example_of_a_test_runs_under_pytest() -> None:
     )
     assert ended.returncode == 0, ended.stdout
     assert "1 passed" in ended.stdout
+
+
+@FULL
+@pytest.mark.parametrize("group", ["theirs", "none yet"])
+def test_a_step_is_held_on_torchruns_own_ranks(group: str) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run(
+        [*torchrun, str(Path(__file__).with_name("held_step.py")), group],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split() == ["told"] * 2

@@ -6,7 +6,7 @@ import torch
 
 from shardwise.core.drift import Drift, Held
 from shardwise.watch.alike import Alike, Grid
-from shardwise.watch.exchange import _Told, first_difference
+from shardwise.watch.exchange import _joined, _Told, first_difference
 
 GRID = Grid(("dp", "tp"), (2, 3), (0, 1, 2, 3, 4, 5), rank=4)
 ALL = Alike(("dp", "tp"), (2, 3), (0, 1, 2, 3, 4, 5))
@@ -117,6 +117,20 @@ def test_many_ranks_are_counted() -> None:
 
 def test_a_rank_that_is_not_on_the_mesh_is_alone() -> None:
     assert Grid(("tp",), (2,), (0, 1), rank=5).along(["tp"]) is None
+
+
+@pytest.mark.parametrize(
+    ("sets", "together"),
+    [
+        ([{0, 1}, {2, 3}], [[0, 1], [2, 3]]),
+        ([{0, 1}, {2, 3}, {1, 3}], [[0, 1, 2, 3]]),
+        ([{4, 5}, {0, 2}, {2, 4}, {1, 3}], [[0, 2, 4, 5], [1, 3]]),
+    ],
+)
+def test_ranks_that_hold_something_alike_tell_each_other_and_no_others(
+    sets: list[set[int]], together: list[list[int]]
+) -> None:
+    assert _joined(sets) == together
 
 
 def test_a_digest_stays_where_its_tensor_is() -> None:

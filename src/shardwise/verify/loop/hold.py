@@ -158,6 +158,22 @@ def run(context: RankContext, payload: bytes) -> bytes:
     return msgspec.msgpack.encode(hold(sent.asked(), mesh, context.device, context.note))
 
 
+def hold_here(asked: Asked, mesh: str | DeviceMesh, device_type: str) -> tuple[Finding, ...]:
+    """On ranks that run already: those of the process group, or of torchrun, which then have one for a while.
+    What they draw afterwards is as if nothing had been. All ranks call it. Raises MeshError."""
+    is_cuda = device_type == "cuda"
+    owns_group = not dist.is_initialized()
+    if owns_group:
+        dist.init_process_group("nccl" if is_cuda else "gloo")
+    device = torch.device(device_type, torch.cuda.current_device()) if is_cuda else torch.device(device_type)
+    try:
+        with torch.random.fork_rng([device.index] if is_cuda else []):
+            return hold(asked, device_mesh_of(mesh, device_type), device)
+    finally:
+        if owns_group:
+            dist.destroy_process_group()
+
+
 def hold(
     asked: Asked, mesh: DeviceMesh, device: torch.device, note: Callable[[str], None] = lambda _: None
 ) -> tuple[Finding, ...]:
@@ -194,7 +210,8 @@ def _alone(
     """One process, with the whole batch; with its matmuls split; with this rank's part of the batch. Raises
     RunError where its step fails."""
     batches = [loop.batch(number, device) for number in range(loop.steps)]
-    with default_group(_group_of_one()):
+    alone = _group_of_one()
+    with default_group(alone):
         try:
             run = partial(record, loop, mesh=None, told=partial(_tell, note, "on one process"))
             whole = run(loop.whole(device), batches.__getitem__)
