@@ -160,7 +160,10 @@ def bars_table(found: list[Result]) -> str:
 def _ratio_cells(comparison: Comparison) -> list[str]:
     ratio = comparison.ratio
     compared = f"{'cost' if comparison.is_cost else 'speedup'} of {comparison.ours} over {comparison.other}"
-    return [compared, f"{ratio.median:.2f}", f"{ratio.low:.2f} to {ratio.high:.2f}"]
+    # a bar of a percent wants more than hundredths
+    is_fine = comparison.bar is not None and 0 < abs(comparison.bar.value - 1) < 0.05
+    digits = 5 if is_fine else 2
+    return [compared, f"{ratio.median:.{digits}f}", f"{ratio.low:.{digits}f} to {ratio.high:.{digits}f}"]
 
 
 def _bar_text(bar: Bar | None) -> str:
