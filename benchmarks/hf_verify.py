@@ -18,7 +18,7 @@ from benchmarks.verify_results import Sweep, summary
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import TheirPlan
 from shardwise.core.verification import Verification, VerificationRun
-from shardwise.verify.claim import NO_PLAN, Claim
+from shardwise.verify.claim import NO_PLANS, Claim
 from shardwise.verify.run import SETTINGS, verify
 
 MESH = Mesh((("tp", 2),))
@@ -41,8 +41,10 @@ def main() -> int:
         mesh=MESH,
         on_answer=show,
     )
-    with_plan = tuple(sorted((each for each in found if each.note != NO_PLAN), key=lambda each: each.model))
-    without = tuple(each.model.removeprefix("hf:") for each in found if each.note == NO_PLAN)
+    with_plan = tuple(
+        sorted((each for each in found if each.note not in NO_PLANS.values()), key=lambda each: each.model)
+    )
+    without = tuple(each.model.removeprefix("hf:") for each in found if each.note in NO_PLANS.values())
     versions = tuple((name, version(name)) for name in ("shardwise", "torch", "transformers"))
     run = VerificationRun(
         str(MESH),

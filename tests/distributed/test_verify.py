@@ -47,6 +47,7 @@ BY_HAND = (
     "fused_by_head",
 )
 SHIPPED = ("apertus", "gpt_oss", "bert", "lfm2")
+BY_EXPERTS = ("gpt_oss", "mixtral", "llama")
 
 
 def offered(name: str, sequence_parallel: bool) -> bool:
@@ -90,6 +91,7 @@ def built_ins(models: Mapping[tuple[str, bool], tuple[bool, ...]]) -> list[Claim
 def found() -> dict[str, Verification]:
     cases = [Claim(MODELS + name, "hf", name) for name in OF_TRANSFORMERS]
     cases += [Claim(f"hf:{name}", "hf", name) for name in SHIPPED]
+    cases += [Claim(f"hf:{name}", "hf-ep", f"{name} by experts") for name in BY_EXPERTS]
     cases += built_ins(TELLING)
     # last: one of them ends the launch, and those that start anew needn't import transformers
     cases += [Claim(MODELS + name, "own", name) for name in BY_HAND]
@@ -121,6 +123,17 @@ def test_a_right_plan_is_right(found: dict[str, Verification], name: str) -> Non
     assert each.proof.worst_gradient_error < 1e-7
     assert each.proof.weights_error is not None
     assert each.proof.weights_error < 1e-7
+
+
+def test_the_expert_parallel_plan_that_transformers_ships_is_right_and_shards_what_its_other_does_not(
+    found: dict[str, Verification],
+) -> None:
+    for name in ("gpt_oss", "mixtral"):
+        each = found[f"{name} by experts"]
+        assert each.verdict is Verdict.RIGHT, each
+        assert each.sharded is not None
+        assert each.sharded.inner_sharded > 0.9 * each.sharded.inner_total
+    assert found["llama by experts"].note == "transformers has no expert-parallel plan for it"
 
 
 def test_gradients_of_norms_after_a_colwise_projection_are_parts(found: dict[str, Verification]) -> None:

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -485,6 +485,20 @@ def test_a_head_that_would_leave_the_logits_cut_is_refused(mesh: DeviceMesh) -> 
         "plans say colwise_gather_output."
     )
     assert not any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def test_a_transformers_that_shards_in_another_way_is_said_to_be_the_reason(mesh: DeviceMesh) -> None:
+    class Older(nn.Module):
+        tp_plan: ClassVar[dict[str, str]] = {"up": "colwise"}
+
+    from transformers import __version__
+
+    with pytest.raises(PlanError) as caught:
+        parallelize_hugging_face(Older(), mesh)
+    assert str(caught.value) == (
+        f'plan "hf": transformers {__version__} shards in another way than this plan has it done. Install '
+        "transformers 5.23 or newer, or name another plan."
+    )
 
 
 def test_a_model_is_sharded_once_and_over_an_axis_named_tp(mesh: DeviceMesh) -> None:

@@ -8,12 +8,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from shardwise.core.case import StepSettings
+from shardwise.core.collective import CollectiveKind
 from shardwise.core.errors import ModelError
 from shardwise.core.grouped import GROUPED, grouped_product, load_words
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import TheirPlan
-from shardwise.core.program import Op, OpKind, Program, TensorSpec, memory_peak
-from shardwise.core.rule import ModuleKind
+from shardwise.core.program import Op, OpKind, Phase, Program, TensorSpec, memory_peak
+from shardwise.core.rule import ModuleKind, RuleRef
 from shardwise.explain.reasons import reason_of
 from shardwise.models.source import find_model
 from shardwise.step.train import TrainStep
@@ -68,6 +69,22 @@ def test_under_transformers_own_plan_they_are_still_known_as_experts() -> None:
     sums = [each for each in program.collectives() if each.module.endswith("experts")]
     assert {each.module_kind for each in sums} == {ModuleKind.EXPERTS}
     assert all("of the experts" in reason_of(each) for each in sums)
+
+
+def test_under_the_plan_for_experts_tokens_travel_as_if_load_were_balanced() -> None:
+    settings = StepSettings(BATCH, SEQ, dtype="bfloat16")
+    program = trace(find_model(MIXTRAL), TheirPlan.HF_EP, Mesh.parse("tp=2"), settings, device="cuda")
+    held = {each.name: each for each in program.holdings}["model.layers.0.mlp.experts.gate_up_proj"]
+    assert held.local_shape == (EXPERTS // 2, *held.shape[1:])
+    assert held.rule == RuleRef("model.layers.*.mlp.experts", "ep_dispatch_experts")
+    travels = [call.call for call in program.collectives() if call.call.kind is CollectiveKind.ALL_TO_ALL]
+    tokens = [call for call in travels if call.dtype == "bfloat16"]
+    # of two layers: tokens go and come, forward and backward, and counts before them
+    assert (len(tokens), len(travels)) == (2 * 4, 2 * 5)
+    # each rank has half of the tokens, and half of their choices are of the other's experts
+    assert {call.wire_bytes for call in tokens} == {ROWS / 2 / 2 * 64 * 2}
+    rows = {op.inputs[0].shape[0] for op in matmuls(program, GROUPED) if op.phase is Phase.FORWARD}
+    assert rows == {ROWS // 2}
 
 
 def test_under_fsdp_s_mixed_precision_they_multiply_in_its_dtype_and_copy_no_weights() -> None:

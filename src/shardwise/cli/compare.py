@@ -19,7 +19,7 @@ from shardwise.verbs.compare_checks import DEFAULT_PLANS
         defaults={
             "plans": Shown(
                 f"{' '.join(DEFAULT_PLANS)}, without @dtensor for a model with a tied head; hf for hf:..., "
-                "own for a factory that takes a mesh"
+                "own for what shards itself"
             ),
             "model": "llama3-debug",
             "mesh": "tp=2",

@@ -60,8 +60,8 @@ def _prepare(values: dict[str, Any]) -> None:
             "seq": Shown(f"{LONG_SEQ}, or what the model has positions for"),
         },
         about={
-            "plans": "A built-in plan, a .toml file, hf (a Hugging Face model's own), own (sharded by your "
-            "factory), or unsharded.",
+            "plans": "A built-in plan, a .toml file, hf or hf-ep (a Hugging Face model's own), own "
+            "(sharded by your factory), or unsharded.",
             "device": "The device type whose ops and collectives are shown: cuda or cpu. None is needed.",
             "seed": "Of the random ids.",
             "text": "Text files or folders for the token ids; routed plans take Python's own documentation "

@@ -105,8 +105,8 @@ def _prepare(values: dict[str, Any]) -> None:
             "seq": SEQ,
         },
         about={
-            "plans": "Built-in plans, .toml files, hf, own or unsharded; the first is what the others are "
-            "held against.",
+            "plans": "Built-in plans, .toml files, hf, hf-ep, own or unsharded; the first is what the others "
+            "are held against.",
             "mesh": "Axes of ranks, such as pp=4,fsdp=8,cp=2,tp=8: pipeline stages, data-parallel, "
             "context and tensor-parallel ranks.",
             "recompute": "Again in the backward: none, selective (unfused attention), selective-ops (all of "

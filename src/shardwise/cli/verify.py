@@ -44,8 +44,8 @@ class _Asked(VerifyOptions):
         ),
         defaults={"plans": Shown(DEFAULT_PLAN), "mesh": "tp=2", "device": "cpu"},
         about={
-            "plans": "Built-in plans, TOML files, hf (a Hugging Face model's own), own (the factory shards "
-            "itself).",
+            "plans": "Built-in plans, TOML files, hf or hf-ep (a Hugging Face model's own), own (the "
+            "factory shards itself).",
             "mesh": "Axes of ranks on this machine, such as tp=2, fsdp=2,tp=2 or dp=2,ep=2.",
             "device": "cpu (gloo), cuda (NCCL), or auto: GPUs where there are enough.",
             "sequence_parallel": "Of built-in plans.",

@@ -190,8 +190,8 @@ class Case:
     plans: Annotated[
         tuple[str, ...],
         Option(
-            "Built-in plans, .toml files, hf (a Hugging Face model's own), own (the factory shards itself) "
-            "or unsharded; the first is what the others are held against.",
+            "Built-in plans, .toml files, hf or hf-ep (a Hugging Face model's own), own (the factory shards "
+            "itself) or unsharded; the first is what the others are held against.",
             is_argument=True,
         ),
     ] = ()

@@ -40,11 +40,12 @@ class Engine(StrEnum):
 
 class TheirPlan(StrEnum):
     """What can stand in a plan's place where the rules aren't ours. unsharded: one rank holds the whole
-    model. hf: a Hugging Face model's own tp_plan, carried out by transformers. own: the model came sharded
-    from the user's factory."""
+    model. hf: a Hugging Face model's own tp_plan, carried out by transformers. hf-ep: its ep_plan above that:
+    experts are shared out. own: the model came sharded from the user's factory, or from its framework."""
 
     UNSHARDED = "unsharded"
     HF = "hf"
+    HF_EP = "hf-ep"
     OWN = "own"
 
 

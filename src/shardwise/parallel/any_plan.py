@@ -23,11 +23,11 @@ def apply_any(model: nn.Module, plan: AnyPlan, mesh: DeviceMesh) -> nn.Module:
     match plan:
         case Plan():
             parallelize(model, plan, mesh)
-        case TheirPlan.HF:
+        case TheirPlan.HF | TheirPlan.HF_EP:
             from shardwise.parallel.engines.hugging_face import parallelize_hugging_face
 
             sharing = sharing_of(model, mesh)
-            parallelize_hugging_face(model, mesh)
+            parallelize_hugging_face(model, mesh, plan)
             if sharing is not None:
                 sharing.install(model)
         case TheirPlan.OWN:
@@ -52,10 +52,10 @@ def check_any(source: ModelSource, model: nn.Module, plan: AnyPlan, mesh: Mesh, 
         case Plan():
             shards = math.prod(map(mesh.size, mesh.shard_axes))
             resolve(model, plan, tp=mesh.tp, seq=seq, fsdp=shards, experts=mesh.experts, context=mesh.context)
-        case TheirPlan.HF:
+        case TheirPlan.HF | TheirPlan.HF_EP:
             from shardwise.parallel.engines.hugging_face import hugging_face_rules
 
-            hugging_face_rules(model)
+            hugging_face_rules(model, plan)
         case TheirPlan.OWN:
             sharding_source(source)
         case TheirPlan.UNSHARDED:
@@ -86,7 +86,7 @@ def engine_of(plan: AnyPlan) -> str:
     match plan:
         case Plan(engine=engine):
             return str(engine)
-        case TheirPlan.HF:
+        case TheirPlan.HF | TheirPlan.HF_EP:
             return "transformers"
         case TheirPlan.OWN:
             return "dtensor"

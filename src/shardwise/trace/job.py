@@ -116,10 +116,10 @@ def rules_of(plan: AnyPlan, model: nn.Module) -> tuple[RuleUse, ...]:
                 )
                 for rule in plan.rules
             )
-        case TheirPlan.HF:
+        case TheirPlan.HF | TheirPlan.HF_EP:
             from shardwise.parallel.engines.hugging_face import hugging_face_rules
 
-            return hugging_face_rules(model)
+            return hugging_face_rules(model, plan)
         case TheirPlan.UNSHARDED | TheirPlan.OWN:
             return ()
 

@@ -2,8 +2,8 @@
 sizes alone. Code that decides by them (a rotary table that must reach the largest position) gets the true
 one. What data, or another rank, would tell stays unknown.
 
-Real tensors that ranks exchange to agree on something (how many of them have a gradient) are summed as if all
-ranks were alike: a fake process group leaves them as they are.
+Numbers that ranks exchange to agree on something (how many of them have a gradient, how many tokens come) are
+taken to be alike on all ranks: a fake process group leaves tensors as they are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,38 +43,63 @@ class Values:
         self, func: Any, signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
     ) -> None:
         """What an op that has run makes known, or unknown."""
-        if signature.name == "c10d::allreduce_":
-            _sum_alike(args)
-        if not (signature.writes and len(self._known)) and not _is_kept(out):
+        if signature.is_collective:
+            self._agree(signature.name, args)
+            return
+        outputs = tensors_in(out)
+        if not (signature.writes and len(self._known)) and not all(map(_is_kept, outputs)):
             return
         given = tensors_in(args) + tensors_in(kwargs)
-        written = [
-            each
-            for at in signature.writes
-            if at < len(args)
-            for each in tensors_in(args[at])
-            if each in self._known
-        ]
-        if not self._is_knowable(signature, given, out):
-            for each in written:
-                self._forget(each)
+        if not outputs or not self._is_knowable(signature, given, outputs):
+            for at in signature.writes:
+                for each in tensors_in(args[at] if at < len(args) else None):
+                    self._forget(each)
             return
         with torch.no_grad():
             real = func(*self._real(args), **(self._real(dict(kwargs)) | _on_host(kwargs)))
         if not signature.writes:
-            self._known[out] = real
+            for each, value in zip(outputs, tensors_in(real), strict=True):
+                self._known[each] = value
 
-    def _is_knowable(self, signature: Signature, given: Sequence[Tensor], out: Any) -> bool:
+    def _agree(self, name: str, args: Sequence[Any]) -> None:
+        """Ranks are taken to be alike: a sum is what one has times their number, and in an all-to-all of even
+        parts every rank sends what this one would send to this one."""
+        tensors = tensors_in(args)
+        groups = [each for each in args if isinstance(each, torch.ScriptObject)]
+        if name == "c10d::allreduce_" and is_sum(groups[1]):
+            for each in tensors:
+                if self._is_known(each):
+                    self._real(each).mul_(dist.ProcessGroup.unbox(groups[0]).size())
+        elif name == "c10d::alltoall_base_" and not args[3] and not args[4]:
+            to, sent = tensors
+            if self._is_known(sent):
+                group = dist.ProcessGroup.unbox(groups[0])
+                own = self._real(sent).chunk(group.size())[group.rank()]
+                come = torch.cat([own] * group.size())
+                if isinstance(to, FakeTensor):
+                    self._known[to] = come
+                else:
+                    to.copy_(come)
+        else:
+            for each in tensors:
+                self._forget(each)
+
+    def _is_known(self, tensor: Tensor) -> bool:
+        """A real one is: it was made on the host."""
+        return not isinstance(tensor, FakeTensor) or tensor in self._known
+
+    def _is_knowable(self, signature: Signature, given: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
         return (
-            _is_kept(out)
-            and not signature.is_collective
+            all(map(_is_kept, outputs))
             and signature.name not in _EMPTY
             and _RANDOM not in signature.tags
-            and all(each in self._known for each in given)
+            and all(map(self._is_known, given))
         )
 
     def _forget(self, tensor: Tensor) -> None:
         """It, and all that is of its memory."""
+        if tensor not in self._known:
+            return
         storage = self._known[tensor].untyped_storage()
         alike = [
             each
@@ -86,7 +111,7 @@ class Values:
 
     def _real(self, given: Any) -> Any:
         if isinstance(given, Tensor):
-            return self._known[given]
+            return self._known[given] if isinstance(given, FakeTensor) else given
         if isinstance(given, dict):
             return {key: self._real(value) for key, value in given.items()}
         if isinstance(given, (list, tuple)):
@@ -100,13 +125,3 @@ def _is_kept(out: Any) -> bool:
 
 def _on_host(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {"device": torch.device("cpu")} if kwargs.get("device") is not None else {}
-
-
-def _sum_alike(args: Sequence[Any]) -> None:
-    """Of c10d's all-reduce, in place."""
-    tensors = [each for each in tensors_in(args) if not isinstance(each, FakeTensor)]
-    group, op = (each for each in args if isinstance(each, torch.ScriptObject))
-    if tensors and is_sum(op):
-        n_ranks = dist.ProcessGroup.unbox(group).size()
-        for each in tensors:
-            each.mul_(n_ranks)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from shardwise.models.source import ModelSource
 
 ROWWISE = "rowwise"
-DEFAULT_PLAN = f"{ROWWISE}; hf for hf:..., own for a factory that takes a mesh"
+DEFAULT_PLAN = f"{ROWWISE}; hf for hf:..., own for what shards itself"
 """default_plan() in words."""
 
 

@@ -19,18 +19,20 @@ def naming_heads(source: "ModelSource", plan: AnyPlan, tp: int) -> Iterator[None
     try:
         yield
     except PlanError as error:
-        reason = _undivided(source, tp) if plan is TheirPlan.HF else None
+        reason = None
+        if plan is TheirPlan.HF or plan is TheirPlan.HF_EP:
+            reason = _undivided(source, plan, tp)
         if reason is None:
             raise
         raise PlanError(f'plan "{plan}": {reason}') from error
 
 
-def _undivided(source: "ModelSource", tp: int) -> str | None:
+def _undivided(source: "ModelSource", plan: TheirPlan, tp: int) -> str | None:
     import torch
 
     from shardwise.parallel.engines.hugging_face import hugging_face_rules
     from shardwise.verify.static import undivided_heads
 
     model = source.build(dtype=torch.float32)
-    found = next(undivided_heads(model, hugging_face_rules(model), tp), None)
+    found = next(undivided_heads(model, hugging_face_rules(model, plan), tp), None)
     return f"{found.reason}: rule {found.rule}. {found.advice}" if found is not None else None

@@ -3,16 +3,30 @@ without (without_ranks.py)."""
 
 from dataclasses import dataclass, replace
 
+from torch import nn
+
 from shardwise.core.errors import InputError, OptionError, ShardwiseError, StalledError
 from shardwise.core.finding import Finding, FindingKind
-from shardwise.core.plan import AnyPlan, Plan
+from shardwise.core.plan import AnyPlan, Plan, TheirPlan
 from shardwise.core.shown import shown, told
 from shardwise.core.verification import Verification
 from shardwise.models.source import is_of_many
 from shardwise.parallel.any_plan import name_of, plan_from, text_of
+from shardwise.parallel.engines.hugging_face import has_plan
 
-NO_PLAN = "transformers has no tensor-parallel plan for it; shardwise plan makes one"
+NO_PLANS = {
+    TheirPlan.HF: "transformers has no tensor-parallel plan for it; shardwise plan makes one",
+    TheirPlan.HF_EP: "transformers has no expert-parallel plan for it",
+}
 TWIN = "its small twin"
+
+
+def no_plan(model: nn.Module, plan: AnyPlan) -> str | None:
+    """Why a plan of transformers' can't be proved on a model: there is none for it; None where there is, and
+    for any other plan."""
+    if not isinstance(plan, TheirPlan) or plan not in NO_PLANS or has_plan(model, plan):
+        return None
+    return NO_PLANS[plan]
 
 
 @dataclass(frozen=True, slots=True)

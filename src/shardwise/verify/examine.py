@@ -38,7 +38,7 @@ from shardwise.step.portion import Portion
 from shardwise.step.train import mixed_precision
 from shardwise.torch_private import AnyDropout, default_store
 from shardwise.verify.attempts import Attempt, attempts
-from shardwise.verify.claim import NO_PLAN, TWIN, Claim
+from shardwise.verify.claim import TWIN, Claim, no_plan
 from shardwise.verify.expected import TooNoisyError, Unsharded, shake, unsharded
 from shardwise.verify.observe import Batch, LogitsError, ModuleError
 from shardwise.verify.proof import prove
@@ -217,6 +217,8 @@ class _Examination:
                 continue  # what rounds too much in float64 does so in float32
             try:
                 return self._tried(source, attempt)
+            except NothingToProveError:
+                raise
             except (ModuleError, RunError) as error:
                 is_noisy = isinstance(error, TooNoisyError)
                 failures.append(f"{self._attempt}, {shown(error, 300)}")
@@ -230,8 +232,8 @@ class _Examination:
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
         self._known = replace(self._known, parameters=n_parameters)
         self._ties = set(tied_parameters(model).values())
-        if self._plan is TheirPlan.HF and not getattr(model, "tp_plan", None):
-            raise NothingToProveError(NO_PLAN)
+        if (why := no_plan(model, self._plan)) is not None:
+            raise NothingToProveError(why)
         batches, portion = self._batches(model), self._portion().of_one_process
         is_by_formula = self._device.type == "cpu" and calls_flex_attention(model, batches[0][0])
         self._attempt = replace(attempt, by_formula=is_by_formula)

@@ -25,7 +25,7 @@ from shardwise.parallel.any_plan import apply_any
 from shardwise.parallel.resolve import tied_parameters
 from shardwise.parallel.self_sharded import build_sharded
 from shardwise.trace.fakes import fake_world
-from shardwise.verify.claim import NO_PLAN, TWIN, Claim
+from shardwise.verify.claim import TWIN, Claim, no_plan
 from shardwise.verify.foresight import foresee
 from shardwise.verify.reasons import is_unexplained, with_suspicions
 from shardwise.verify.static import of_model, untied
@@ -76,8 +76,8 @@ def _checked(claim: Claim, mesh: Mesh, settings: StepSettings) -> Verification:
     except ShardwiseError as error:
         return claim.unproved(answer, error)
     answer, plan = replace(answer, twin=twin), claim.parsed_twin_plan if twin else plan
-    if plan is TheirPlan.HF and not getattr(whole, "tp_plan", None):
-        return replace(answer, note=NO_PLAN)
+    if (why := no_plan(whole, plan)) is not None:
+        return replace(answer, note=why)
     answer = replace(answer, parameters=sum(parameter.numel() for parameter in whole.parameters()))
     try:
         sharded, findings = _counted(source, plan, whole, mesh)

@@ -1,5 +1,5 @@
-"""Plan `hf`: the tensor-parallel plan that a Hugging Face model brings along, carried out by transformers
-itself. A peer is not mended.
+"""Plans `hf` and `hf-ep`: the tensor-parallel plan that a Hugging Face model brings along, and with it that
+of its experts (hugging_face_experts.py), carried out by transformers itself. A peer is not mended.
 
 transformers merges config.base_model_tp_plan, the class's _tp_plan and an embedding rule of its own, expands
 `*` to the layers that there are, and shards parameters and replaces forwards in place. That is what
@@ -16,96 +16,134 @@ from torch.distributed.tensor import DTensor
 from shardwise.core.errors import PlanError
 from shardwise.core.layer_name import any_layer
 from shardwise.core.mesh import TENSOR_AXIS
+from shardwise.core.plan import TheirPlan
 from shardwise.core.program import RuleUse
 from shardwise.core.shown import shown, told
 from shardwise.parallel.apply import Applied, check_has_tensor_axis, mark_applied
+from shardwise.parallel.engines.hugging_face_experts import (
+    experts_mesh,
+    experts_plan,
+    is_of_experts,
+    share_experts_out,
+)
 from shardwise.parallel.loss import Loss, PlainLoss
 
-PLAN_NAME = "hf"
-ABOUT = "the Hugging Face model's own tensor-parallel plan, carried out by transformers"
+FIRST_VERSION = "5.23"
+"""Of transformers, that shards as this module has it done."""
 
 
-def parallelize_hugging_face(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+def parallelize_hugging_face(model: nn.Module, mesh: DeviceMesh, plan: TheirPlan = TheirPlan.HF) -> nn.Module:
     """Shards a transformers model (real, meta or fake) in place over the "tp" axis of `mesh`, and returns it;
-    see parallelize().
+    see parallelize(). plan: hf or hf-ep.
 
     applied_to(model).foreign then holds the rules. Raises PlanError, before anything is changed, for a model
     without a plan of its own; PlanError too where transformers can't carry it out, and the model is then of
     no use.
     """
-    rules = hugging_face_rules(model)
-    loss = apply_hugging_face(model, mesh)
+    rules = hugging_face_rules(model, plan)
+    loss = apply_hugging_face(model, mesh, plan)
     mark_applied(model, Applied(None, loss, foreign=rules))
     return model
 
 
-def hugging_face_rules(model: nn.Module) -> tuple[RuleUse, ...]:
+def hugging_face_rules(model: nn.Module, plan: TheirPlan = TheirPlan.HF) -> tuple[RuleUse, ...]:
     """The model's rules and the modules, or else the parameters, that each is applied to. Raises PlanError
     for a model without any."""
-    plan = _own_plan(model)
-    modules: dict[str, list[str]] = {pattern: [] for pattern in plan}
-    parameters: dict[str, list[str]] = {pattern: [] for pattern in plan}
+    tensors, experts = _own_plans(model, plan)
+    rules = tensors | experts
+    modules: dict[str, list[str]] = {pattern: [] for pattern in rules}
+    parameters: dict[str, list[str]] = {pattern: [] for pattern in rules}
     is_module = {name for name, _ in model.named_modules()}
-    for name in _expanded(model, plan):
+    for name in _expanded(model, tensors) | _expanded(model, experts):
         pattern = any_layer(name)
         if name in is_module:
             modules[pattern].append(name)
         else:  # a module's rule holds for the parameters that it owns
-            parameters[pattern if pattern in plan else pattern.rpartition(".")[0]].append(name)
+            parameters[pattern if pattern in rules else pattern.rpartition(".")[0]].append(name)
     return tuple(
         RuleUse(pattern, style, tuple(modules[pattern] or parameters[pattern]))
-        for pattern, style in plan.items()
+        for pattern, style in rules.items()
     )
 
 
-def apply_hugging_face(model: nn.Module, mesh: DeviceMesh) -> Loss:
+def has_plan(model: nn.Module, plan: TheirPlan) -> bool:
+    """Whether transformers has the plan for the model: hf, or hf-ep."""
+    return bool(getattr(model, "ep_plan" if plan is TheirPlan.HF_EP else "tp_plan", None))
+
+
+def apply_hugging_face(model: nn.Module, mesh: DeviceMesh, plan: TheirPlan) -> Loss:
     """Has transformers shard `model` in place over the "tp" axis. Returns the loss for its logits, which must
     be whole."""
-    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
-
-    plan = _own_plan(model)
-    check_has_tensor_axis(mesh, f'plan "{PLAN_NAME}"')
+    tensors, experts = _own_plans(model, plan)
+    check_has_tensor_axis(mesh, f'plan "{plan}"')
     sharded = next(
         (name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)), None
     )
     if sharded is not None:
-        raise PlanError(f'plan "{PLAN_NAME}": {sharded} is a DTensor already. Build a fresh model.')
-    expanded = _expanded(model, plan)
-    _refuse_sharded_logits(model, expanded)
-    tp_mesh = mesh[TENSOR_AXIS] if mesh.ndim > 1 else mesh
+        raise PlanError(f'plan "{plan}": {sharded} is a DTensor already. Build a fresh model.')
+    _refuse_sharded_logits(model, _expanded(model, tensors), plan)
     tied = _tied(model)
     _part(model, tied)
+    tp_mesh = mesh[TENSOR_AXIS] if mesh.ndim > 1 else mesh
     try:
-        apply_tensor_parallelism(model, tp_mesh, expanded)
+        _shard(model, mesh, tp_mesh, _expanded(model, tensors), _expanded(model, experts))
         if tied:
             model.tie_weights()  # type: ignore[operator]  # a method of transformers' models
     except Exception as error:
         raise PlanError(
-            f'plan "{PLAN_NAME}": transformers can\'t shard {type(model).__name__} over tp={tp_mesh.size()}: '
+            f'plan "{plan}": transformers can\'t shard {type(model).__name__} over tp={tp_mesh.size()}: '
             f"{told(error)} Use another tp size."
         ) from error
     untied = tied - _tied(model)
     if untied:
         raise PlanError(
-            f'plan "{PLAN_NAME}": {" and ".join(sorted(min(untied, key=sorted)))} were one parameter, and '
+            f'plan "{plan}": {" and ".join(sorted(min(untied, key=sorted)))} were one parameter, and '
             "are several when sharded."
         )
     return PlainLoss()
 
 
-def _own_plan(model: nn.Module) -> dict[str, str]:
-    plan = getattr(model, "tp_plan", None)
-    if not hasattr(model, "_expand_parallel_plan") or plan is None:
+def _shard(
+    model: nn.Module, mesh: DeviceMesh, tp_mesh: DeviceMesh, tensors: dict[str, str], experts: dict[str, str]
+) -> None:
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    ep_mesh = experts_mesh(mesh) if experts else tp_mesh
+    # on one rank a plan of experts leaves its tensors alone
+    if tp_mesh.size() > 1 or not experts:
+        apply_tensor_parallelism(model, tp_mesh, tensors)
+    if experts and ep_mesh.size() > 1:
+        share_experts_out(model, ep_mesh, tp_mesh, experts)
+
+
+def _own_plans(model: nn.Module, plan: TheirPlan) -> tuple[dict[str, str], dict[str, str]]:
+    """Rules of tensors, and of experts."""
+    tensors = getattr(model, "tp_plan", None)
+    if not hasattr(model, "_expand_parallel_plan") or tensors is None:
+        raise PlanError(f'plan "{plan}": {_why_none(model)}')
+    if plan is TheirPlan.HF_EP:
+        experts = experts_plan(model)
+        return {rule: style for rule, style in tensors.items() if not is_of_experts(rule, experts)}, experts
+    if not tensors:
         raise PlanError(
-            f'plan "{PLAN_NAME}": {shown(type(model).__name__)} is no Hugging Face model. Use it with '
-            "--model hf:TYPE, or name another plan."
-        )
-    if not plan:
-        raise PlanError(
-            f'plan "{PLAN_NAME}": transformers has no tensor-parallel plan for '
+            f'plan "{plan}": transformers has no tensor-parallel plan for '
             f"{shown(type(model).__name__)}. `shardwise plan` makes one."
         )
-    return dict(plan)
+    return dict(tensors), {}
+
+
+def _why_none(model: nn.Module) -> str:
+    if hasattr(model, "_tp_plan") or hasattr(model, "tp_plan"):
+        from transformers import __version__
+
+        return (
+            f"transformers {__version__} shards in another way than this plan has it done. Install "
+            f"transformers {FIRST_VERSION} or newer, or name another plan."
+        )
+    return (
+        f"{shown(type(model).__name__)} is no Hugging Face model. Use it with --model hf:TYPE, or name "
+        "another plan."
+    )
 
 
 def _expanded(model: Any, plan: dict[str, str]) -> dict[str, str]:
@@ -114,12 +152,12 @@ def _expanded(model: Any, plan: dict[str, str]) -> dict[str, str]:
     return expanded
 
 
-def _refuse_sharded_logits(model: Any, expanded: dict[str, str]) -> None:
+def _refuse_sharded_logits(model: Any, expanded: dict[str, str], plan: TheirPlan) -> None:
     head = model.get_output_embeddings()
     name = next((name for name, module in model.named_modules() if module is head), None)
     if head is not None and expanded.get(str(name)) == "colwise":
         raise PlanError(
-            f'plan "{PLAN_NAME}": its head {name} is colwise, so each rank would hold a part of the logits '
+            f'plan "{plan}": its head {name} is colwise, so each rank would hold a part of the logits '
             "and none could tell the loss. transformers' own plans say colwise_gather_output."
         )
 
