@@ -144,8 +144,8 @@ def shared_key_summed(mesh: DeviceMesh | None = None) -> nn.Module:
 
 
 class Pair(nn.Module):
-    """A colwise and a rowwise layer by hand. adds: where the second one's bias is added, of "before" the sum,
-    "past" (what goes past is), "after"."""
+    """A colwise and a rowwise layer by hand. adds: where the second one's bias is added: "before" the sum by
+    every rank, "inside" the matmul by each a share, "after"; or "past": what goes past is added before it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,11 +158,12 @@ class Pair(nn.Module):
         if self.mesh is None:
             return self.down(torch.tanh(self.up(taken))) + taken  # type: ignore[no-any-return]
         up, bias, down = _local(self.up.weight), _local(self.up.bias), _local(self.down.weight)
-        part = F.linear(torch.tanh(F.linear(_whole_of_parts(taken, self.mesh), up, bias)), down)
+        share = self.down.bias / self.mesh.size() if self.adds == "inside" else None
+        part = F.linear(torch.tanh(F.linear(_whole_of_parts(taken, self.mesh), up, bias)), down, share)
         part = part + self.down.bias if self.adds == "before" else part
         part = part + taken if self.adds == "past" else part
         whole: Tensor = Sum.apply(part, self.mesh.get_group(), self.sums_again)
-        whole = whole + self.down.bias if self.adds != "before" else whole
+        whole = whole + self.down.bias if self.adds in ("past", "after") else whole
         return whole + taken if self.adds != "past" else whole
 
 
@@ -185,6 +186,14 @@ def input_on_every_rank(mesh: DeviceMesh | None = None) -> nn.Module:
 
 def sum_with_a_sum_behind(mesh: DeviceMesh | None = None) -> nn.Module:
     return _pair(mesh, "after", sums_again=True)
+
+
+def bias_in_the_matmul(mesh: DeviceMesh | None = None) -> nn.Module:
+    """Each rank adds its share, and gets the whole gradient."""
+    model = _pair(mesh, "inside")
+    if mesh is not None:
+        model.get_parameter("inner.down.bias").register_hook(lambda each: each * mesh.size())
+    return model
 
 
 def pair(mesh: DeviceMesh | None = None) -> nn.Module:

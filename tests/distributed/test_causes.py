@@ -18,6 +18,7 @@ NAMES = (
     "input_on_every_rank",
     "sum_with_a_sum_behind",
     "pair",
+    "bias_in_the_matmul",
     "norm_of_a_part",
     "whole_keys_under_cut_queries",
     "gradient_on_one_rank",
@@ -38,7 +39,7 @@ def first_and_rest(each: Verification) -> tuple[Finding, dict[str, str | None]]:
     return first, {finding.subject: finding.follows for finding in others}
 
 
-@pytest.mark.parametrize("name", ["router_summed", "shared_key_summed", "pair"])
+@pytest.mark.parametrize("name", ["router_summed", "shared_key_summed", "pair", "bias_in_the_matmul"])
 def test_what_is_mended_is_right(found: dict[str, Verification], name: str) -> None:
     assert found[name].verdict is Verdict.RIGHT
 

@@ -248,8 +248,12 @@ def test_a_fault_by_hand_is_named_without_a_rank(name: str, expected: dict[str, 
 
 def test_a_sum_of_many_gradients_that_is_too_small_for_all_is_seen() -> None:
     found = told(seen("benchmarks.mutants:unreduced_norm", TheirPlan.OWN))
-    assert found["norm.weight"] == "parts_not_summed"
+    assert found == {"norm.weight": "parts_not_summed"}  # and none of the norms that are right
     assert seen("benchmarks.mutants:harmless_embedding_routed", TheirPlan.OWN) == Foresight(())
+
+
+def test_a_bias_meets_what_its_layer_gives_and_not_what_it_takes() -> None:
+    assert not seen("tests.distributed.cause_models:bias_in_the_matmul", TheirPlan.OWN).findings
 
 
 @pytest.mark.parametrize("name", ["fused_pairs", "fused_by_head", "by_hand_right", "by_hand_norm_of_parts"])

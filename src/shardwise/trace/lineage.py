@@ -138,9 +138,11 @@ class Watch(TorchFunctionMode):
             for tensor in outputs:
                 self._made_of.setdefault(_storage(tensor), parameters)
         elif parameters:
-            self._meet(parameters, activations)
             given = [(tensor.dim(), names) for tensor, names in zip(inputs, made_of, strict=True) if names]
-            _, giver = max(given, key=lambda pair: pair[0])  # of a weight and its bias, the weight
+            most, giver = max(given, key=lambda pair: pair[0])  # of a weight and its bias, the weight
+            biases = frozenset().union(*(names for dims, names in given if dims == 1 < most)) - giver
+            self._meet(parameters - biases, activations)
+            self._meet(biases, outputs)  # what a matmul is given to add to what it makes
             for tensor in outputs:
                 self._given_by[_storage(tensor)] = min(giver)
         else:

@@ -78,7 +78,9 @@ def suspicions(whole: Step, first: Step, last: Step | None, tp: int) -> Iterator
         *summed_too_often(whole.lineage, first.lineage, first.whole_on_all, first.sequence_parallel, tp),
     ]
     if whole.program is not None and first.program is not None:
-        suspected += parts_not_summed(whole.lineage, first.lineage, first.program, first.modules, tp)
+        suspected += parts_not_summed(
+            whole.lineage, first.lineage, first.program, first.modules, tp, first.summed_together
+        )
         suspected += without_gradient(whole.program, first.program)
     for finding in suspected:
         rule = applied_to(first.model).rule_for(finding.subject) if first.model is not None else None
@@ -166,13 +168,18 @@ def _taken_for_part(meeting: Meeting, met: set[Shape], says_part: bool, tp: int)
 
 
 def parts_not_summed(
-    whole: Lineage, part: Lineage, program: Program, modules: Collection[str], tp: int
+    whole: Lineage,
+    part: Lineage,
+    program: Program,
+    modules: Collection[str],
+    tp: int,
+    together: Collection[str] = (),
 ) -> Iterator[Finding]:
     """Parameters that every rank holds whole, that meet a part of the activations on each, and whose
     gradients nobody sums.
 
     modules: of the model. What is sent for none of them is many gradients at once; where it is large enough,
-    all of them.
+    all of them. together: those that lie in one storage after the step, as views of what was summed.
     """
     met, now = _met(whole), _met(part)
     calls = [
@@ -182,12 +189,14 @@ def parts_not_summed(
     ]
     suspects = []
     for holding in program.holdings:
-        if not holding.is_sharded and not _is_partial(holding) and not _is_summed(holding, calls):
+        is_summed = holding.name in together or _is_summed(holding, calls)
+        if not holding.is_sharded and not _is_partial(holding) and not is_summed:
             smaller = _first_cut(met.get(holding.name, ()), now.get(holding.name, ()), tp)
             if smaller is not None and smaller[1] not in met[holding.name]:
                 suspects.append((holding, *smaller))
     flattened = max((n_bytes for module, n_bytes in calls if module not in modules), default=0)
-    if flattened >= sum(holding.gradient_bytes for holding, *_ in suspects):
+    known = sum(each.gradient_bytes for each in program.holdings if each.name in together)
+    if flattened - known >= sum(holding.gradient_bytes for holding, *_ in suspects):
         return
     for holding, of, shape in suspects:
         parts = f"each of {tp} ranks meets it with {_shapes([shape])} of {_shapes([of])}"

@@ -19,7 +19,12 @@ from shardwise.core.program import Program
 from shardwise.core.shown import shown
 from shardwise.models.layers import find_layers
 from shardwise.models.source import ModelSource
-from shardwise.torch_private import DataDependentOutputException, DynamicOutputShapeException
+from shardwise.torch_private import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    local_part,
+    storage_key,
+)
 from shardwise.trace.lineage import Lineage, TooLongError, Watch
 from shardwise.trace.trace import trace
 
@@ -72,6 +77,15 @@ class Step:
         uses = (use for use in self.program.rules if use.style == "sequence_parallel")
         modules = {name for use in uses for name in use.modules}
         return frozenset(each.name for each in self.program.holdings if each.module in modules)
+
+    @property
+    def summed_together(self) -> frozenset[str]:
+        """Parameters whose gradients lie in one storage with others: views of one tensor, which was summed."""
+        by_storage: dict[int, list[str]] = {}
+        for name, each in self.model.named_parameters() if self.model is not None else ():
+            if each.grad is not None:
+                by_storage.setdefault(storage_key(local_part(each.grad).untyped_storage()), []).append(name)
+        return frozenset(name for names in by_storage.values() if len(names) > 1 for name in names)
 
     def is_refused_by(self, plan: AnyPlan) -> bool:
         """Whether a plan of ours doesn't fit the model, rather than fail while it runs."""
