@@ -200,6 +200,20 @@ def pair(mesh: DeviceMesh | None = None) -> nn.Module:
     return _pair(mesh, "after")
 
 
+def summed_after_each_backward(mesh: DeviceMesh | None = None) -> nn.Module:
+    """Each rank has a part of the norm's gradient; after each backward they sum what has been accumulated."""
+    model = pair(mesh)
+    if mesh is not None:
+        weight, n, group = model.get_parameter("inner.norm.weight"), mesh.size(), mesh.get_group()
+        weight.register_hook(lambda each: each / n)
+        weight.register_post_accumulate_grad_hook(lambda each: _sum_of(each.grad, group))
+    return model
+
+
+def _sum_of(gradient: Tensor | None, group: dist.ProcessGroup) -> None:
+    dist.all_reduce(gradient, group=group)
+
+
 # ------------------------------------------------------------------------------------- a norm of a part
 
 

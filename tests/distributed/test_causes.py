@@ -3,6 +3,7 @@ kind, and what is right beside it. One launch."""
 
 import pytest
 
+from shardwise.core.case import StepSettings
 from shardwise.core.finding import Cause, Finding, FindingKind
 from shardwise.core.mesh import Mesh
 from shardwise.core.verification import Verdict, Verification
@@ -19,6 +20,7 @@ NAMES = (
     "sum_with_a_sum_behind",
     "pair",
     "bias_in_the_matmul",
+    "summed_after_each_backward",
     "norm_of_a_part",
     "whole_keys_under_cut_queries",
     "gradient_on_one_rank",
@@ -28,7 +30,9 @@ NAMES = (
 @pytest.fixture(scope="module")
 def found() -> dict[str, Verification]:
     claims = [Claim(f"tests.distributed.cause_models:{name}", "own", name) for name in NAMES]
-    return {each.plan: each for each in verify(claims, mesh=Mesh.parse("tp=2"), timeout_s=120)}
+    settings = StepSettings(batch=4, seq=16, accumulation=2)
+    answers = verify(claims, mesh=Mesh.parse("tp=2"), settings=settings, timeout_s=120)
+    return {each.plan: each for each in answers}
 
 
 def first_and_rest(each: Verification) -> tuple[Finding, dict[str, str | None]]:
@@ -94,6 +98,22 @@ def test_a_sum_whose_backward_sums_again_is_named_by_the_module_that_it_ends(
     )
     assert set(rest.values()) == {"inner.down.weight"}
     assert {"inner.up.weight", "inner.norm.weight", "table.weight"} <= set(rest)
+
+
+def test_a_sum_of_what_was_accumulated_tells_how_often_each_micro_batch_is_in_it(
+    found: dict[str, Verification],
+) -> None:
+    first, rest = first_and_rest(found["summed_after_each_backward"])
+    assert (first.subject, first.cause) == ("inner.norm.weight", Cause.SUMMED_TOO_OFTEN)
+    assert (
+        first.reason
+        == "its micro-batches are in it 2 and 1 times: what was accumulated before is summed again"
+    )
+    assert first.advice == (
+        "Sum over ranks what one backward gives (a parameter's hook sees that), not .grad, in which the "
+        "earlier micro-batches are; or sum once, after the last of them."
+    )
+    assert not rest
 
 
 def test_a_norm_that_takes_statistics_over_a_part_is_the_first_that_is_wrong(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from shardwise.core.mesh import STAGES_AXIS, TENSOR_AXIS
 from shardwise.parallel.stages import stage_of
 from shardwise.step.portion import Portion
+from shardwise.verify.accumulated import in_micro_batches
 from shardwise.verify.along import unsummed
 from shardwise.verify.evidence import Evidence
 from shardwise.verify.exchange import gathered
@@ -51,10 +52,11 @@ def evidence(
         output=output,
         gradients=gradients,
         seen=seen,
-        flow=flow(whole_model, whole.points),
+        flow=flow(whole_model, whole.points, portion.micro_batches),
         along=parts,
         idle=_idle_ranks(model, sharded, expected, differences),
         counts=_counts(whole.points, sharded.points),
+        again=in_micro_batches(model, whole.given, sharded.gradients, expected, differences, portion),
         lacks=_lacking(whole.points, found, expected.tolerance),
     )
     known = _of_all_stages(known, portion)

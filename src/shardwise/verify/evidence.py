@@ -62,7 +62,8 @@ class Evidence:
 
     along: gradients that lack a sum over axes of the mesh. idle: gradients that are zero on these ranks of
     the mesh alone, and right on the others. counts: modules that are called another number of times than
-    unsharded: (sharded, unsharded). lacks: see roots.py.
+    unsharded: (sharded, unsharded). again: gradients that are sums of what each micro-batch gives, so many
+    times each. lacks: see roots.py.
     """
 
     model: nn.Module
@@ -76,6 +77,7 @@ class Evidence:
     along: Mapping[str, Along] = field(default_factory=dict)
     idle: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     counts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    again: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     lacks: Lacks = lambda _, __: False
 
     @cached_property

@@ -46,13 +46,15 @@ def micro_batches(batch: Batch, model: nn.Module, portion: Portion) -> MicroBatc
 class Observed:
     """logits: of this rank's portion; None on a stage of a pipeline that gives none. gradients: by parameter
     name, None where none arrived. points: in the order of the forward; empty unless asked for. coarsest: see
-    SplitMatmuls; None unless the matmuls were split."""
+    SplitMatmuls; None unless the matmuls were split. given: what each backward gave each parameter, by name;
+    empty unless asked for."""
 
     logits: Tensor | None
     loss: float
     gradients: dict[str, Tensor | None]
     points: list[Point] = field(default_factory=list)
     coarsest: torch.dtype | None = None
+    given: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @property
     def own_logits(self) -> Tensor:
@@ -122,6 +124,7 @@ def observe(
         gradients,
         marks.points if marks is not None else [],
         splitting.coarsest if splitting is not None else None,
+        marks.given if marks is not None else {},
     )
 
 

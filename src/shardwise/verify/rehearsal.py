@@ -80,7 +80,7 @@ class Step:
 
     @property
     def summed_together(self) -> frozenset[str]:
-        """Parameters whose gradients lie in one storage with others: views of one tensor, which was summed."""
+        """Parameters whose gradients are in one storage with others: views of one tensor that was summed."""
         by_storage: dict[int, list[str]] = {}
         for name, each in self.model.named_parameters() if self.model is not None else ():
             if each.grad is not None:

@@ -47,10 +47,13 @@ class Point:
 
 
 class Trail:
-    """Takes note of all points while it is hooked. change: see observe()."""
+    """Takes note of all points while it is hooked, and of what each backward gives each parameter. change:
+    see observe()."""
 
     def __init__(self, model: nn.Module, change: Mapping[int, Change] = NOTHING) -> None:
         self.points: list[Point] = []
+        self.given: dict[str, list[Tensor]] = {}
+        self._parameters = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
         self._change = change
         self._calls: dict[str, int] = {}
         stage = stage_of(model)
@@ -73,6 +76,12 @@ class Trail:
 
                 hooks.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
                 hooks.enter_context(module.register_forward_hook(leave))
+            for name, parameter in self._parameters:
+                given = self.given.setdefault(name, [])
+                handle = parameter.register_hook(
+                    lambda each, given=given: given.append(local(each.detach()).clone())
+                )
+                hooks.callback(handle.remove)
             yield
 
     def _take(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -125,8 +134,9 @@ class Flow:
         return tuple(map(tuple, found))
 
 
-def flow(model: nn.Module, points: list[Point]) -> Flow:
-    """Of an unsharded model's trail. Points that are one tensor are in a row, in the order of the forward."""
+def flow(model: nn.Module, points: list[Point], micro_batches: int = 1) -> Flow:
+    """Of an unsharded model's trail. Points that are one tensor are in a row, in the order of the forward. Of
+    several micro-batches the last tells what parameters are used for: what is wrong is so in each."""
     by_edge: dict[Edge, list[int]] = {}
     for at, point in enumerate(points):
         edge = _edge(point.tensor)
@@ -142,7 +152,9 @@ def flow(model: nn.Module, points: list[Point]) -> Flow:
         before[same[0]] = tuple(sorted(reached))
         for name in parameters:
             uses.setdefault(name, []).append(same[0])
-    return Flow(tuple(before), {name: tuple(sorted(each)) for name, each in uses.items()})
+    last = len(points) - len(points) // micro_batches
+    of_last = {name: tuple(sorted(at for at in each if at >= last)) for name, each in uses.items()}
+    return Flow(tuple(before), {name: of_last[name] or tuple(sorted(each)) for name, each in uses.items()})
 
 
 def _reached(

@@ -137,7 +137,7 @@ def _own_finding(evidence: Evidence, name: str) -> Finding:
     related, error = evidence.gradients[name], evidence.differences.wrong_gradients[name]
     is_missing = related.relation is Relation.MISSING
     cause, reason = own_fault(related, evidence.n_ranks)
-    recut = evidence.trials.recut
+    recut, advice = evidence.trials.recut, None
     if name in evidence.idle:
         cause, reason = Cause.NOTHING_ARRIVES, _of_idle(evidence.idle[name])
     elif recut is not None and recut.parameter == name:
@@ -146,9 +146,23 @@ def _own_finding(evidence: Evidence, name: str) -> Finding:
         evidence.along[name].relation is Relation.PARTS or cause is Cause.UNKNOWN
     ):  # what is shifted over tp may look so over another axis that cuts the same dim
         return _finding_along(evidence, name)
+    elif name in evidence.again and cause is Cause.UNKNOWN:
+        cause, reason, advice = Cause.SUMMED_TOO_OFTEN, _of_again(evidence.again[name]), _OF_EACH
     kind = FindingKind.GRADIENT_MISSING if is_missing else FindingKind.GRADIENT_DIFFERS
     rule = applied_to(evidence.model).rule_for(name)
-    return Finding(kind, name, reason, error, related.factor, ADVICE.get(cause), cause, rule)
+    ratio = related.factor if advice is None else None
+    return Finding(kind, name, reason, error, ratio, advice or ADVICE.get(cause), cause, rule)
+
+
+_OF_EACH = (
+    "Sum over ranks what one backward gives (a parameter's hook sees that), not .grad, in which the earlier "
+    "micro-batches are; or sum once, after the last of them."
+)
+
+
+def _of_again(times: Sequence[float]) -> str:
+    told = listed([f"{each:.3g}" for each in times], len(times))
+    return f"its micro-batches are in it {told} times: what was accumulated before is summed again"
 
 
 def _of_idle(ranks: Sequence[int]) -> str:
