@@ -197,7 +197,10 @@ def _by_placement(collective: Collective) -> str:
                 "becomes which."
             )
         case _:
-            return f"{collective_name(kind)} in {name or 'the step'}; nothing says why."
+            return (
+                f"{collective_name(kind)} in {name or 'the step'}; nothing says why: it is called in code "
+                "that tells no placements, as DTensor and the native engine do."
+            )
 
 
 def copy_reason(op: Op, before: Collective | None, after: Collective | None) -> str:

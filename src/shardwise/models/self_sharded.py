@@ -2,6 +2,7 @@
 that it leaves."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.core.errors import ModelError, OptionError
+from shardwise.core.placement import Placement as OurPlacement
 from shardwise.core.plan import suggest
 from shardwise.core.shown import shown
 from shardwise.models.model_source import ModelSource
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import Placement
 
 _ATTRIBUTE = "_shardwise_told"
+Changing = Callable[[OurPlacement, OurPlacement], AbstractContextManager[None]]
 
 
 @runtime_checkable
@@ -48,7 +51,9 @@ class SelfSharded:
     finds the model as it was returned: plain parameters where they were, their `.grad` plain too.
     clip_grad_norm: takes the largest norm, scales the gradients in place as the framework does, and returns
     the norm before. logits: logits(forward, ids [B, S]) -> [B, S, V], where the model's own forward takes or
-    gives something else. Names are checked when the model is built.
+    gives something else. changes: for a trace, which otherwise knows DTensor's redistributions only:
+    changes(changing) is a context in which the framework's collectives run inside changing(before, after),
+    what they turn into what along their axis. Names are checked when the model is built.
     """
 
     model: nn.Module
@@ -58,6 +63,7 @@ class SelfSharded:
     after_backward: Callable[[], object] | None = None
     clip_grad_norm: Callable[[float], Tensor] | None = None
     logits: Callable[[Callable[..., Any], Tensor], Tensor] | None = None
+    changes: Callable[[Changing], AbstractContextManager[None]] | None = None
 
 
 def module_of(made: object, name: str) -> nn.Module:

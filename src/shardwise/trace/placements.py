@@ -1,5 +1,5 @@
-"""Which placement a collective turns into which, where its issuer doesn't say: DTensor's redistributions are
-watched."""
+"""Which placement a collective turns into which, where the native engine doesn't say: DTensor's
+redistributions are watched, and a framework may tell its own (models/self_sharded.py)."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +22,7 @@ class Redistributions:
 
     def __init__(self) -> None:
         self._specs: tuple[Any, Any] | None = None
+        self._told: Change | None = None
 
     def change(self, call: CollectiveCall) -> Change:
         """(before, after); what nobody told, but what the collective is, says a part of it."""
@@ -29,6 +30,8 @@ class Redistributions:
             before, after = (_on_axis(spec, call.axis) for spec in self._specs)
             if before is not None and after is not None:
                 return before, after
+        if self._told is not None:
+            return self._told
         match call.kind, role_of(call.axis):
             case CollectiveKind.ALL_REDUCE, _:
                 return Partial(), Replicate()
@@ -38,6 +41,15 @@ class Redistributions:
                 return Partial(), Shard(0)
             case _:
                 return None, None
+
+    @contextmanager
+    def changing(self, before: Placement, after: Placement) -> Iterator[None]:
+        """Inside, a collective turns one into the other along its axis, as who issues it says."""
+        told, self._told = self._told, (before, after)
+        try:
+            yield
+        finally:
+            self._told = told
 
     @contextmanager
     def watching(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ from shardwise.core.collective import CollectiveCall
 from shardwise.core.mesh import TENSOR_AXIS
 from shardwise.core.program import LOSS_MODULE, Collective, Op, Phase
 from shardwise.core.rule import RuleRef
+from shardwise.models.self_sharded import told_of as told_by_factory
 from shardwise.parallel.issuing import issuing
 from shardwise.parallel.peers import Told, told_of
 from shardwise.parallel.recorder import FUSED, read_calls, tensors_in
@@ -71,6 +72,7 @@ class Recorder(TorchDispatchMode):
         self.kinship = Kinship(self.storages)
         self._ops = Ops(device, self.place)
         self._redistributions = Redistributions()
+        self._told = told_by_factory(model)
         self._values = Values()
         self._fake_mode = fake_mode
         self._axes = axes
@@ -86,6 +88,8 @@ class Recorder(TorchDispatchMode):
                 stack.enter_context(watcher.watching())
             for owner, name in (*PROPAGATIONS, FLEX_GRAPH):
                 stack.enter_context(patch.object(owner, name, self._unseen(getattr(owner, name))))
+            if self._told is not None and self._told.changes is not None:
+                stack.enter_context(self._told.changes(self._redistributions.changing))
             stack.enter_context(_OntoDevice(self))
             stack.enter_context(_without_collections())
             stack.enter_context(self)

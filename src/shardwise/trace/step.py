@@ -63,7 +63,7 @@ def run(
     recorder = Recorder(model, fake_mode, axis_names(job.device_mesh), device=job.device, rule_of=rule_of)
     storages, log = recorder.storages, recorder.log
     model.register_forward_hook(_check_logits(job.source.name))
-    with recorder.watching(), _fake_buffers_of_fsdp(), _without_fsdp_s_advice():
+    with recorder.watching(), _fake_buffers_of_fsdp(), _without_advice():
         step = TrainStep(
             model, mesh=device_mesh, reduce_once=job.settings.reduce_once, on_phase=recorder.place.enter_phase
         )
@@ -103,9 +103,13 @@ def _fake_buffers_of_fsdp() -> Iterator[None]:
 
 
 @contextmanager
-def _without_fsdp_s_advice() -> Iterator[None]:
-    """FSDP warns that logits which are a view mustn't be changed in place. No loss of ours does."""
+def _without_advice() -> Iterator[None]:
+    """FSDP warns that logits which are a view mustn't be changed in place: no loss of ours does. PyTorch
+    warns that a collective has a newer name: who calls it is a framework."""
     with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="`torch.distributed.* is deprecated", category=FutureWarning
+        )
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         yield
 

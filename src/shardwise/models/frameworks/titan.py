@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from types import ModuleType, SimpleNamespace
@@ -24,9 +24,13 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from shardwise.core.errors import ModelError
 from shardwise.core.layer_name import any_layer
 from shardwise.core.mesh import EXPERTS_AXIS, TENSOR_AXIS
+from shardwise.core.placement import Partial as OurPartial
+from shardwise.core.placement import Placement as OurPlacement
+from shardwise.core.placement import Replicate as OurReplicate
+from shardwise.core.placement import Shard as OurShard
 from shardwise.core.plan import suggest
 from shardwise.models.frameworks.framework import Framework, FrameworkModel, Make
-from shardwise.models.self_sharded import SelfSharded, ShardsItself
+from shardwise.models.self_sharded import Changing, SelfSharded, ShardsItself
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -244,7 +248,9 @@ def _make(family: ModuleType, flavor: str, wanted: Wanted, mesh: "DeviceMesh | N
         cut = _cut_over(mesh)
         placements, gradients = _told(model, cut)
         logits = partial(_logits, model, wanted, mesh, dims)
-        return SelfSharded(model, placements=placements, gradients=gradients, mesh=cut, logits=logits)
+        return SelfSharded(
+            model, placements=placements, gradients=gradients, mesh=cut, logits=logits, changes=_changes
+        )
     model = _of_dtensors(config, dims)
     return SelfSharded(model, logits=partial(_logits, model, wanted, mesh, dims))
 
@@ -349,6 +355,33 @@ def _is_summand(kind: Any) -> bool:
     import spmd_types
 
     return kind is spmd_types.R
+
+
+@contextmanager
+def _changes(changing: Changing) -> Iterator[None]:
+    """What spmd_types' collectives turn into what. Its backwards call the same functions."""
+    import spmd_types
+    from spmd_types import _collectives
+
+    known: dict[Any, OurPlacement] = {spmd_types.P: OurPartial()}
+    known |= dict.fromkeys((spmd_types.R, spmd_types.I), OurReplicate())
+
+    def of(kind: Any) -> OurPlacement | None:
+        return OurShard(kind.dim) if isinstance(kind, spmd_types.Shard) else known.get(kind)
+
+    def told(original: Callable[..., Any]) -> Callable[..., Any]:
+        def collective(*args: Any, **kwargs: Any) -> Any:
+            before, after = of(kwargs.get("src")), of(kwargs.get("dst"))
+            around = changing(before, after) if before is not None and after is not None else nullcontext()
+            with around:
+                return original(*args, **kwargs)
+
+        return collective
+
+    with ExitStack() as stack:
+        for name in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all"):
+            stack.enter_context(patch.object(_collectives, name, told(getattr(_collectives, name))))
+        yield
 
 
 def _logits(
