@@ -106,6 +106,22 @@ def copies(mesh: DeviceMesh | None = None) -> nn.Module:
     return Net()
 
 
+class Counting(Net):
+    """Counts the tokens that it has seen; each rank its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("tokens", torch.zeros(()))
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        self.get_buffer("tokens").add_(ids_BS.numel())
+        return super().forward(ids_BS)
+
+
+def counting(mesh: DeviceMesh | None = None) -> nn.Module:
+    return Counting()
+
+
 def dropping(mesh: DeviceMesh | None = None) -> nn.Module:
     model = Net(dropout=0.5)
     if mesh is not None:
@@ -321,7 +337,3 @@ def returning_part_of_the_loss(
 ) -> Any:
     loss = without_clipping(model, batch, optimizer)
     return loss / (1 if mesh is None else 3)
-
-
-def tp_alone_of_two_axes(mesh: DeviceMesh | None = None) -> nn.Module:
-    return by_torch(mesh)

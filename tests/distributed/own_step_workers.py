@@ -52,6 +52,13 @@ TWO: dict[str, Case] = {
     "a slope that nobody sums": (
         loops.without_clipping, verify_models.by_hand_slope_not_summed, loops.sgd, "tp=2", {},
     ),
+    "a forward of other halves": (
+        loops.without_clipping, verify_models.fused_halves, loops.sgd, "tp=2", {},
+    ),
+    "logits that nobody gathers": (
+        loops.without_clipping, verify_models.by_hand_half_logits, loops.sgd, "tp=2", {},
+    ),
+    "tokens counted by each rank": (loops.summed_by_hand, loops.counting, loops.sgd, "dp=2", {}),
     "axes that nobody knows": (
         loops.plain, loops.by_torch, loops.sgd, "rows=1,columns=2", {},
     ),

@@ -75,6 +75,9 @@ TOLD = {
     "off).",
     "a slope that nobody sums": "- slope: each of 2 ranks computes a part of its gradient, and nothing "
     "sums them ",
+    "a forward of other halves": "- loss: step 1 returns ",
+    "logits that nobody gathers": "the step doesn't train as one process does: on rank ",
+    "tokens counted by each rank": "- tokens: after 3 steps this buffer isn't the one process's (50 % off).",
     "axes that nobody knows": "data: nobody knows over which of the axes rows, columns the batch is cut. "
     "Name those "
     'whose ranks see other sequences: data=("replicas",).',
@@ -120,10 +123,16 @@ def test_a_planted_fault_is_named_first_on_all_ranks(two: Outcomes, case: str) -
         assert first_of(outcome[case]).startswith(TOLD[case])
 
 
+def test_a_forward_that_is_wrong_already_explains_gradients_that_no_fault_does(two: Outcomes) -> None:
+    told = first_of(two[0]["a forward of other halves"])
+    assert told.endswith(". shardwise verify names the module of the model where it begins."), told
+    assert "the forward is another one already" in told
+
+
 def test_what_only_follows_is_a_line_of_names(two: Outcomes) -> None:
     told = two[0]["other ids"].splitlines()
     assert told[0] == "the step doesn't train as one process does (mesh tp=2, 3 steps):"
-    assert told[2:] == ["What follows: table.weight, norm.weight, norm.bias, up.weight and 6 more."]
+    assert told[2:] == ["What follows: loss, table.weight, norm.weight, norm.bias and 6 more."]
 
 
 def test_fsdp_over_tp_trains_like_one_rank(four: Outcomes) -> None:

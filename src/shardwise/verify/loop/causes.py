@@ -55,7 +55,10 @@ Placed = tuple[int, int, Finding]
 def findings(runs: Runs) -> list[Finding]:
     """All ranks call it; all come to the same. The earliest explains what is computed after it."""
     given = [*_optimizer(runs), *_inputs(runs), *_kept(runs), *_settings(runs)]
-    computed = [*_drifted(runs), *_gradients(runs), *_numbers(runs)]
+    gradients, numbers = _gradients(runs), _numbers(runs)
+    if gradients and all(finding.cause is Cause.UNKNOWN for _, _, finding in gradients):
+        numbers = [_of_forward(each) if each[0] == gradients[0][0] else each for each in numbers]
+    computed = [*_drifted(runs), *gradients, *numbers]
     placed = sorted([*given, *computed], key=lambda each: each[:2])
     if not placed:
         return _left(runs, None)
@@ -72,6 +75,16 @@ def findings(runs: Runs) -> list[Finding]:
 _STALE, _GIVEN, _KEPT, _SET, _HELD, _COMPUTED, _RETURNED = range(7)
 """How early something stands in a step: the optimizer, its input, what is left, settings, weights, gradients,
 and the loss and norm that it returns, which nothing is computed from."""
+
+
+def _of_forward(placed: Placed) -> Placed:
+    """A wrong loss in the step whose gradients are wrong in no way that tells: it is what explains them."""
+    at, _, finding = placed
+    if finding.kind is not FindingKind.LOSS_DIFFERS:
+        return placed
+    reason = f"{finding.reason}: the forward is another one already"
+    advice = "shardwise verify names the module of the model where it begins."
+    return at, _HELD, replace(finding, reason=reason, advice=advice)
 
 
 def _optimizer(runs: Runs) -> list[Placed]:

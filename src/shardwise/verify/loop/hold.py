@@ -169,6 +169,10 @@ def hold_here(asked: Asked, mesh: str | DeviceMesh, device_type: str) -> tuple[F
     try:
         with torch.random.fork_rng([device.index] if is_cuda else []):
             return hold(asked, device_mesh_of(mesh, device_type), device)
+    except ShardwiseError:
+        raise
+    except Exception as error:
+        raise RunError(f"on rank {dist.get_rank()} it raises {shown_error(error, 300)}") from error
     finally:
         if owns_group:
             dist.destroy_process_group()
