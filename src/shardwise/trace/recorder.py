@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from shardwise.core.collective import CollectiveCall
 from shardwise.core.mesh import TENSOR_AXIS
-from shardwise.core.program import LOSS_MODULE, Collective, Op, Phase
+from shardwise.core.program import LOSS_MODULE, Collective, Op, OpKind, Phase
 from shardwise.core.rule import RuleRef
 from shardwise.models.self_sharded import told_of as told_by_factory
 from shardwise.parallel.issuing import issuing
@@ -173,9 +173,9 @@ class Recorder(TorchDispatchMode):
                 work = Work(tensors_in(args), outputs)
         else:
             work = work_of(signature, args, kwargs, outputs)
-            self.storages.note_all(work.made if work is not None else (), name)
         if work is not None:
             op = self._ops.op(signature, args, work)
+            self.storages.note_all(work.made, name if op.kind is OpKind.UNKNOWN else op.name)
             self.log.add(op)
             self.kinship.computes(name, op.kind, work)
 
