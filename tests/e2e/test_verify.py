@@ -119,7 +119,11 @@ def test_two_plans_of_one_name_are_told_apart(tmp_path: Path) -> None:
             "--mesh fsdp=2,tp=1: without ranks verify looks at what is cut over tp. Use --mesh tp=2 or more, "
             "or leave --static out.",
         ),
-        (("--seq", "15"), "--seq 15 is no multiple of tp=2, as sequence parallelism needs. Use 16."),
+        (
+            ("--seq", "15"),
+            'plan "rowwise": rule "tok_embeddings" (rowwise) cuts the sequence, and 15 is no multiple of '
+            "tp=2. Use a sequence that is a multiple of 2, or a plan without sequence parallelism.",
+        ),
         (
             ("--static", "--mesh", "tp=16"),
             'plan "rowwise": rule "layers.*.attention.wq" (colwise) splits 12 heads',

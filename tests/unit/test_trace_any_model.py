@@ -9,8 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import ModelError, PlanError, ShardwiseError
@@ -365,3 +370,31 @@ def test_what_torch_s_clipping_raises_on_is_no_fault_of_the_plan() -> None:
     finding = Finding(FindingKind.CLIPPING_RAISES, "embedding.weight", "")
     verification = Verification("m", "own", 2, findings=(finding,), is_static=True)
     assert verification.wrong == ()
+
+
+@pytest.mark.parametrize("seq", [4, 5])
+def test_a_sequence_that_parts_make_longer_is_told_with_the_first_module_in_which_it_is(seq: int) -> None:
+    """PyTorch's styles hand out local tensors, and take all parts for as long as the first."""
+
+    def make(mesh: DeviceMesh | None = None) -> nn.Module:
+        model = Tiny(torch.tanh)
+        if mesh is not None:
+            plan = {
+                "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+                "middle.norm": SequenceParallel(),
+                "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+            }
+            parallelize_module(model, mesh["tp"], plan)
+        return model
+
+    source = FactoryModel("own:tiny", make, frozenset({"mesh"}), False)
+    if seq == 4:
+        trace(source, TheirPlan.OWN, Mesh((("tp", 2),)), StepSettings(BATCH, seq))
+        return
+    with pytest.raises(ModelError) as caught:
+        trace(source, TheirPlan.OWN, Mesh((("tp", 2),)), StepSettings(BATCH, seq))
+    assert str(caught.value) == (
+        'model "own:tiny": head: 5 positions became 6: 5 is no multiple of tp=2, and what puts parts of the '
+        "sequence together takes all of them for as long as the first. Use a sequence that is a multiple of "
+        "2."
+    )

@@ -90,3 +90,15 @@ def check_batch(mesh: Mesh, batch: int, seq: int, accumulation: int = 1) -> None
             f"--seq {seq} can't be cut into {chunks} chunks, two for each of {mesh.context} ranks that share "
             f"a sequence. Use a multiple of {chunks}."
         )
+
+
+def padded(seq: int, found: int, ranks: int) -> str:
+    """Why `seq` positions became `found`, in words, where that is since each of the ranks takes its part to
+    be as long as the first one's; else empty."""
+    if ranks == 1 or found == seq or found != -(-seq // ranks) * ranks:
+        return ""
+    return (
+        f"{seq} positions became {found}: {seq} is no multiple of tp={ranks}, and what puts parts of the "
+        f"sequence together takes all of them for as long as the first. Use a sequence that is a multiple of "
+        f"{ranks}"
+    )

@@ -105,6 +105,12 @@ class Recorder(TorchDispatchMode):
             )
         return module or ""
 
+    def first_of(self, seq: int) -> str:
+        """The first module in which something [B, seq, ...] was made, and a colon; empty where none was."""
+        ops = (event for event in self.log.events if isinstance(event, Op) and event.module)
+        made = (op.module for op in ops for spec in op.outputs if spec.shape[1:2] == (seq,) != spec.shape[2:])
+        return next((f"{module}: " for module in made), "")
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device

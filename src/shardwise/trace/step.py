@@ -9,6 +9,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from shardwise.core.batch_part import padded
 from shardwise.core.errors import ModelError, PlanError, ShardwiseError
 from shardwise.core.plan import Engine, TheirPlan
 from shardwise.core.program import Holding, Item, MemoryKind, Phase
@@ -62,7 +63,7 @@ def run(
     device_mesh = job.device_mesh if job.mesh.world_size > 1 else None
     recorder = Recorder(model, fake_mode, axis_names(job.device_mesh), device=job.device, rule_of=rule_of)
     storages, log = recorder.storages, recorder.log
-    model.register_forward_hook(_check_logits(job.source.name))
+    model.register_forward_hook(_check_logits(job, recorder))
     with recorder.watching(), _fake_buffers_of_fsdp(), _without_advice():
         step = TrainStep(
             model, mesh=device_mesh, reduce_once=job.settings.reduce_once, on_phase=recorder.place.enter_phase
@@ -114,7 +115,9 @@ def _without_advice() -> Iterator[None]:
         yield
 
 
-def _check_logits(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], object], None]:
+def _check_logits(job: Job, recorder: Recorder) -> Callable[[nn.Module, tuple[Tensor, ...], object], None]:
+    name = job.source.name
+
     def check(model: nn.Module, inputs: tuple[Tensor, ...], logits: object) -> None:
         stage = stage_of(model)
         if stage is not None and not stage.gives_logits:
@@ -127,6 +130,11 @@ def _check_logits(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], object]
             if isinstance(logits, Tensor)
             else f"type {shown(type(logits).__name__)}"
         )
+        if isinstance(logits, Tensor) and logits.ndim == 3:
+            found = logits.shape[1]
+            why = padded(expected[1], found, job.mesh.tp)
+            if why:
+                raise ModelError(f'model "{name}": {recorder.first_of(found)}{why}.')
         raise ModelError(
             f'model "{name}": for ids {expected} its output is of {output}. Return logits [B, S, V].'
         )

@@ -1,7 +1,6 @@
 """verify: plans on models -> VerificationRun: proved right on real ranks, or what is wrong and why; or
 checked without."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -11,15 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 from shardwise.core.batch_part import check_batch
 from shardwise.core.case import Case, StepSettings
 from shardwise.core.errors import OptionError
-from shardwise.core.mesh import RUN, check_carried
+from shardwise.core.mesh import RUN, Mesh, check_carried
 from shardwise.core.option import Option, check_options
-from shardwise.core.plan import Plan, TheirPlan
+from shardwise.core.plan import AnyPlan, Plan, TheirPlan
 from shardwise.core.verification import Verification, VerificationRun
 from shardwise.verbs.checks import check_fsdp, check_router_decides, check_seq, default_plan
 from shardwise.verbs.progress import Progress, silent
 from shardwise.verbs.twin_plan import plan_for_twin
 
 if TYPE_CHECKING:
+    from shardwise.models.source import ModelSource
     from shardwise.verify.claim import Claim
 
 PANEL = "Proof"
@@ -136,14 +136,18 @@ def _settings(case: Case, options: VerifyOptions) -> StepSettings:
     parts = mesh.data_parallel * step.accumulation
     batch = options.batch or 2 * parts
     check_batch(mesh, batch, options.seq, step.accumulation)
-    multiple = math.lcm(mesh.tp * mesh.context, 2 * mesh.context if mesh.context > 1 else 1)
-    if options.seq % multiple:
-        shared = f" of {mesh.context} parts of a sequence" if mesh.context > 1 else ""
-        raise OptionError(
-            f"--seq {options.seq} is no multiple of tp={mesh.tp}{shared}, as sequence parallelism needs. "
-            f"Use {-(-options.seq // multiple) * multiple}."
-        )
     return replace(step, batch=batch, seq=options.seq)
+
+
+def _check_sequence(seq: int, mesh: Mesh, source: "ModelSource", plan: AnyPlan) -> None:
+    """Raises PlanError where a plan of ours cuts a sequence that its ranks can't have equal parts of. What
+    others' plans do is only seen when it runs."""
+    if isinstance(plan, Plan) and seq % (mesh.tp * mesh.context):
+        import torch
+
+        from shardwise.parallel.any_plan import check_any
+
+        check_any(source, source.build(dtype=torch.float32), plan, mesh, seq)
 
 
 def _claims(case: Case, model: str, options: VerifyOptions) -> "Iterator[Claim]":
@@ -170,6 +174,7 @@ def _claims(case: Case, model: str, options: VerifyOptions) -> "Iterator[Claim]"
                 "Name a plan that shards, or a mesh without tp."
             )
         claim = Claim.of(model, plan, twin=small, dtype=dtype)
+        _check_sequence(options.seq, case.mesh, source, plan)
         if isinstance(plan, Plan) and small is not False:
             of_twin = plan_for_twin(plan, source, case.mesh)
             claim = replace(claim, twin_plan=of_twin.to_toml() if of_twin is not None else "")

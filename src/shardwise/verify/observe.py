@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardwise.core.batch_part import padded
 from shardwise.core.errors import RunError
 from shardwise.core.program import Phase
 from shardwise.core.shown import told
 from shardwise.parallel.apply import applied_to, is_applied
 from shardwise.parallel.loss import DTensorLoss, PlainLoss
 from shardwise.parallel.stages import stage_of
+from shardwise.step.groups import mesh_of
 from shardwise.step.portion import MicroBatches, Portion
 from shardwise.step.train import TrainStep
 from shardwise.verify.held import local
@@ -100,7 +102,7 @@ def observe(
     """
     model.zero_grad(set_to_none=True)
     torch.manual_seed(SEED)
-    watch = _Watch(model, width)
+    watch = _Watch(model, width, mesh_of(portion.mesh).tp if portion.mesh is not None else 1)
     marks = Trail(model, change) if trail else None
     splitting = SplitMatmuls(split) if split > 1 else None
     step = TrainStep(model, mesh=portion.mesh, reduce_once=portion.reduce_once, on_phase=watch.enter_phase)
@@ -113,7 +115,7 @@ def observe(
             stack.enter_context(marks.hooked(lambda: watch.phase is Phase.FORWARD))  # not in a recomputed one
         try:
             loss = step.gradients(micro_batches(batch, model, portion))
-        except LogitsError:
+        except (LogitsError, ModuleError):
             raise
         except Exception as error:
             raise watch.failure(error) from error
@@ -129,9 +131,10 @@ def observe(
 
 
 class _Watch:
-    """Sees the logits, and the module that is being called. width: see observe()."""
+    """Sees the logits, and the module that is being called. width: see observe(). tp: ranks."""
 
-    def __init__(self, model: nn.Module, width: int | None) -> None:
+    def __init__(self, model: nn.Module, width: int | None, tp: int) -> None:
+        self._tp = tp
         self.logits: list[Tensor] = []
         self._model = model
         self._width = width if isinstance(applied_to(model).loss, PlainLoss | DTensorLoss) else None
@@ -167,10 +170,14 @@ class _Watch:
             hooks.enter_context(self._model.register_forward_hook(self._take_logits))
             yield
 
-    def _take_logits(self, model: nn.Module, __: Any, logits: Tensor) -> None:
+    def _take_logits(self, model: nn.Module, given: Any, logits: Tensor) -> None:
         stage = stage_of(model)
         if stage is not None and not stage.gives_logits:
             return
+        ids = next((each for each in given if isinstance(each, Tensor) and each.dim() > 1), None)
+        why = padded(ids.shape[1], logits.shape[1], self._tp) if ids is not None else ""
+        if why:
+            raise ModuleError("", why)
         if self._width is not None and logits.shape[-1] != self._width:
             raise LogitsError(int(logits.shape[-1]), self._width)
         self.logits.append(local(logits.detach()))

@@ -14,7 +14,7 @@ from torch import nn
 
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import ModelError, ShardwiseError
-from shardwise.core.finding import Finding
+from shardwise.core.finding import Finding, FindingKind
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import AnyPlan, TheirPlan
 from shardwise.core.sharded import Sharded
@@ -65,7 +65,19 @@ def informed(proved: Verification, claim: Claim, settings: StepSettings) -> Veri
         suspicions = foresee(source, plan, proved.tp, settings).findings
     except ShardwiseError:
         return proved
+    if has_crashed:
+        proved = _told_by_trace(proved, suspicions)
     return replace(proved, findings=tuple(with_suspicions(proved.findings, suspicions, add=has_crashed)))
+
+
+def _told_by_trace(crashed: Verification, suspicions: Sequence[Finding]) -> Verification:
+    """Where ranks only died (a collective of unequal parts ends a process), what a trace raises instead."""
+    crash = crashed.findings[0]
+    seen = next((each for each in suspicions if each.kind is FindingKind.CRASHES), None)
+    if seen is None or crash.subject != "model":
+        return crashed
+    told = replace(crash, subject=seen.subject, reason=seen.reason)
+    return replace(crashed, findings=(told, *crashed.findings[1:]), note=seen.reason)
 
 
 def _checked(claim: Claim, mesh: Mesh, settings: StepSettings) -> Verification:
