@@ -78,7 +78,7 @@ def _planned(name: str, mesh: Mesh) -> tuple[Row, Claim | None]:
     """What is known before ranks run; no claim where there is no plan to prove."""
     row = Row(name)
     try:
-        with _quietly():
+        with quietly():
             source = find_model(f"hf:{name}")
             twin = source.small(mesh.tp)
             if twin is None:
@@ -89,7 +89,7 @@ def _planned(name: str, mesh: Mesh) -> tuple[Row, Claim | None]:
     except ShardwiseError as error:
         return replace(row, note=str(error)), None
     try:
-        with _quietly():
+        with quietly():
             whole = make_plan(source, Wish(mesh))
     except ShardwiseError:
         whole = plan  # a default configuration that can't be built: its twin's share
@@ -124,7 +124,7 @@ def _with_proof(row: Row, proved: Verification) -> Row:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

@@ -10,7 +10,8 @@ parts (benchmarks/hf_results.py); benchmark-explain-speed,
 benchmark-plan-speed (benchmarks/explain_results.py);
 benchmark-calibrated (benchmarks/calibrated_results.py); benchmark-trace-read (benchmarks/trace_results.py);
 benchmark-hf-verify and its parts (benchmarks/verify_results.py); benchmark-verify-mutants
-(benchmarks/mutant_results.py); benchmark-published and its parts, and the plot docs/example/published.svg
+(benchmarks/mutant_results.py); benchmark-static-suspicions (benchmarks/static_results.py);
+benchmark-published and its parts, and the plot docs/example/published.svg
 (benchmarks/published_results.py); benchmark-h100-steps and benchmark-issue-785
 (benchmarks/measured_steps.py). The newest file of each WHAT counts. Ranges are of the rounds; an interval is
 of the median of paired ratios.
@@ -30,6 +31,7 @@ from benchmarks import (
     measured_steps,
     mutant_results,
     published_results,
+    static_results,
     trace_results,
     verify_results,
 )
@@ -45,6 +47,7 @@ _OTHERS = (
     mutant_results,
     published_results,
     measured_steps,
+    static_results,
 )
 _BLOCK = re.compile(
     r"<!-- begin:(?P<name>benchmark-[\w-]+) -->\n(?P<body>.*?)<!-- end:(?P=name) -->", re.DOTALL
@@ -237,6 +240,7 @@ def main() -> int:
     try:
         made = blocks(newest_results()) | hf_results.blocks(hf_results.newest_sweep())
         made |= mutant_results.blocks(mutant_results.newest_run())
+        made |= static_results.newest_blocks()
         made |= verify_results.blocks(verify_results.newest_sweep())
         for tp in made_plan_results.SIZES:
             made |= made_plan_results.blocks(made_plan_results.newest_run(tp))
