@@ -45,7 +45,8 @@ def test_a_kernel_that_fails_is_left_out_and_said_on_every_rank_and_the_others_a
         "dtensor backward",
         "collective",
     }
-    assert all(each.seconds > 0 for each in samples)
+    # a launch is what is left of a difference, which a busy machine can make 0
+    assert all(each.seconds > 0 or (each.what == "launch" and each.seconds == 0) for each in samples)
 
 
 @pytest.mark.parametrize(("ranks", "groups"), thinned([(1, set()), (3, {2, 3})], lambda ranks, _: ranks == 1))

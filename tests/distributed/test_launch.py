@@ -16,7 +16,7 @@ import pytest
 
 from shardwise.core.errors import MeshError, OptionError, PlanError, RunError, ShardwiseError
 from shardwise.launch import Interrupted, is_main, joined, run_ranks, warm_ranks
-from tests.matrix import FULL
+from tests.matrix import FULL, thinned
 
 WORKERS = Path(__file__).parent
 # Nothing is timed here: a run that waits for this instead of a failure says so in its error.
@@ -32,14 +32,18 @@ def interpreters_of_their_own() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["started", "forked"])
+@pytest.fixture(scope="module")
 def ranks(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Both ways to start ranks."""
-    with warm_ranks(warm=request.param):
+    """In interpreters of their own, or forked."""
+    with warm_ranks(warm=request.param == "forked"):
         yield
 
 
-BOTH_WAYS = pytest.mark.usefixtures("ranks")
+BOTH_WAYS = pytest.mark.parametrize("ranks", ["started", "forked"], indirect=True)
+# where what is tested is the watching process, which knows them by process.RankProcess only
+MOSTLY_FORKED = pytest.mark.parametrize(
+    "ranks", [pytest.param("started", marks=FULL), "forked"], indirect=True
+)
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +113,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 @BOTH_WAYS
 def test_results_come_back_in_the_order_of_ranks_and_events_in_the_order_of_reports(
-    temporary_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ranks: None, temporary_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
@@ -144,7 +148,9 @@ def test_results_come_back_in_the_order_of_ranks_and_events_in_the_order_of_repo
 
 
 @BOTH_WAYS
-def test_a_rank_killed_by_sigkill_is_named_and_the_others_are_stopped(temporary_folder: Path) -> None:
+def test_a_rank_killed_by_sigkill_is_named_and_the_others_are_stopped(
+    ranks: None, temporary_folder: Path
+) -> None:
     pids = Pids(act=signal_rank_1(signal.SIGKILL))
     with pytest.raises(RunError) as caught:
         launch("say_pid_and_wait", on_event=pids)
@@ -157,7 +163,7 @@ def test_a_rank_killed_by_sigkill_is_named_and_the_others_are_stopped(temporary_
     assert caught.value.exit_code == 3
 
 
-@BOTH_WAYS
+@MOSTLY_FORKED
 @pytest.mark.parametrize(
     ("how", "error", "message"),
     [
@@ -194,7 +200,7 @@ def test_a_rank_killed_by_sigkill_is_named_and_the_others_are_stopped(temporary_
     ],
 )
 def test_the_rank_that_failed_is_named_and_not_the_one_that_lost_its_connection(
-    how: str, error: type[ShardwiseError], message: str, tmp_path: Path
+    ranks: None, how: str, error: type[ShardwiseError], message: str, tmp_path: Path
 ) -> None:
     pids = Pids()
     logs = tmp_path / "logs"
@@ -207,7 +213,9 @@ def test_the_rank_that_failed_is_named_and_not_the_one_that_lost_its_connection(
 
 
 @BOTH_WAYS
-def test_an_error_names_a_log_that_exists_and_other_logs_are_removed(temporary_folder: Path) -> None:
+def test_an_error_names_a_log_that_exists_and_other_logs_are_removed(
+    ranks: None, temporary_folder: Path
+) -> None:
     with pytest.raises(RunError, match="Its output: ") as caught:
         run_ranks("launch_workers:nothing_of_this_name", b"", world_size=1, device_type="cpu", timeout_s=60)
     message, _, log = str(caught.value).partition(" Its output: ")
@@ -219,7 +227,7 @@ def test_an_error_names_a_log_that_exists_and_other_logs_are_removed(temporary_f
 
 
 @BOTH_WAYS
-def test_a_stopped_rank_ends_the_run_by_the_timeout_and_is_named() -> None:
+def test_a_stopped_rank_ends_the_run_by_the_timeout_and_is_named(ranks: None) -> None:
     pids = Pids(act=signal_rank_1(signal.SIGSTOP))
     with pytest.raises(RunError) as caught:
         launch("say_pid_and_wait", on_event=pids, timeout_s=SHORT_S)
@@ -231,8 +239,8 @@ def test_a_stopped_rank_ends_the_run_by_the_timeout_and_is_named() -> None:
     )
 
 
-@BOTH_WAYS
-def test_a_collective_that_a_busy_rank_never_joins_ends_by_the_timeout() -> None:
+@MOSTLY_FORKED
+def test_a_collective_that_a_busy_rank_never_joins_ends_by_the_timeout(ranks: None) -> None:
     pids = Pids()
     with pytest.raises(RunError, match=r"^rank 0 failed: RuntimeError: .*[Tt]imed out") as caught:
         launch("say_pid_and_keep_noting", on_event=pids, timeout_s=SHORT_S)
@@ -240,8 +248,8 @@ def test_a_collective_that_a_busy_rank_never_joins_ends_by_the_timeout() -> None
     assert "\n" not in str(caught.value)
 
 
-@BOTH_WAYS
-def test_an_exception_in_on_event_stops_the_ranks_and_is_raised(temporary_folder: Path) -> None:
+@MOSTLY_FORKED
+def test_an_exception_in_on_event_stops_the_ranks_and_is_raised(ranks: None, temporary_folder: Path) -> None:
     def disk_is_full(_: dict[int, int]) -> None:
         raise OSError(28, "No space left on device")
 
@@ -252,9 +260,9 @@ def test_an_exception_in_on_event_stops_the_ranks_and_is_raised(temporary_folder
     assert list(temporary_folder.iterdir()) == []
 
 
-@BOTH_WAYS
+@MOSTLY_FORKED
 @FULL  # e2e/test_compare.py has two
-def test_two_runs_at_once_do_not_collide() -> None:
+def test_two_runs_at_once_do_not_collide(ranks: None) -> None:
     def sums(world_size: int) -> list[int]:
         return [json.loads(result)["sum"] for result in launch("tour", world_size=world_size)]
 
@@ -262,9 +270,9 @@ def test_two_runs_at_once_do_not_collide() -> None:
         assert list(threads.map(sums, [1, 2])) == [[0], [1, 1]]
 
 
-@BOTH_WAYS
+@MOSTLY_FORKED
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_does_not_hide_why_a_rank_failed(tmp_path: Path) -> None:
+def test_a_full_disk_does_not_hide_why_a_rank_failed(ranks: None, tmp_path: Path) -> None:
     (tmp_path / "rank-1.log").symlink_to("/dev/full")
     with pytest.raises(RunError, match=r'^rank 1 failed: ValueError: the first line during "the check"\.$'):
         launch("fail_on_rank_1", b"value error", log_dir=tmp_path)
@@ -351,7 +359,7 @@ def hear_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-@pytest.fixture(params=["started", "forked"])
+@pytest.fixture
 def parent(request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     """A process that runs two ranks without end, and the ranks' pids."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(WORKERS), *sys.path))}
@@ -374,19 +382,30 @@ def parent(request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[st
             process.kill()
 
 
+OF_SIGNALS = {
+    signal.SIGINT: (130, ""),
+    signal.SIGTERM: (3, "stopped by SIGTERM; all ranks were ended.\n"),
+    signal.SIGHUP: (3, "stopped by SIGHUP; all ranks were ended.\n"),
+    signal.SIGKILL: (-signal.SIGKILL, ""),
+}
+TELLING = {
+    ("started", signal.SIGTERM),
+    ("started", signal.SIGKILL),
+    ("forked", signal.SIGINT),
+    ("forked", signal.SIGKILL),
+}
+
+
 @pytest.mark.parametrize(
-    ("number", "exit_code", "stderr"),
-    [
-        (signal.SIGINT, 130, ""),
-        (signal.SIGTERM, 3, "stopped by SIGTERM; all ranks were ended.\n"),
-        pytest.param(signal.SIGHUP, 3, "stopped by SIGHUP; all ranks were ended.\n", marks=FULL),
-        (signal.SIGKILL, -signal.SIGKILL, ""),
-    ],
+    ("parent", "number"),
+    thinned([(way, each) for way in ("started", "forked") for each in OF_SIGNALS], lambda *of: of in TELLING),
+    indirect=["parent"],
 )
 def test_a_signal_to_the_parent_leaves_no_rank(
-    parent: tuple[subprocess.Popen[str], list[int]], number: int, exit_code: int, stderr: str
+    parent: tuple[subprocess.Popen[str], list[int]], number: signal.Signals
 ) -> None:
     process, pids = parent
+    exit_code, stderr = OF_SIGNALS[number]
     process.send_signal(number)
     _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == exit_code
@@ -394,7 +413,8 @@ def test_a_signal_to_the_parent_leaves_no_rank(
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
 
 
-def test_signal_handlers_are_those_from_before() -> None:
+@MOSTLY_FORKED
+def test_signal_handlers_are_those_from_before(ranks: None) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with pytest.raises(PlanError):
         launch("fail_on_rank_1", b"plan error")
