@@ -118,7 +118,8 @@ def _run(context: RankContext, trial: Trial) -> Found:
 
 
 def dying(context: RankContext, payload: bytes) -> bytes:
-    """Trains a pipeline; a rank kills itself in a phase of its second step."""
+    """Trains a pipeline; a rank kills itself in a phase of its second step. Each reports its process id."""
+    context.report(str(os.getpid()).encode())
     rank, phase = msgspec.msgpack.decode(payload, type=tuple[int, str])
     model_name = "llama3-debug?vocab_size=96,hidden=32,n_layers=6,n_heads=4,n_kv_heads=4,ffn_hidden=48"
     trial = Trial(model_name, "pp=3")
