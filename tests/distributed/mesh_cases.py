@@ -150,6 +150,9 @@ TELLING = {
     "gpt on fsdp=2,cp=2",
     "llama tied on pp=2,tp=2",
     "moe on pp=2,ep=2",
+    "llama on dp=2,fsdp=2, accumulation=2, reduced once",
+    "llama on fsdp=2,tp=2, accumulation=2, kept after the forward",
+    "llama on fsdp=2,tp=2, computed in bfloat16",
 }
 
 
@@ -167,9 +170,4 @@ def mesh_cases(world_size: int) -> list[MeshCase]:
         ]
         mixed = ("dp=2,fsdp=2", "fsdp=2,tp=2", "fsdp=4")
         found += [MeshCase("llama", mesh, param_dtype="bfloat16") for mesh in mixed]
-    return [
-        msgspec.structs.replace(
-            case, is_telling=case.name in TELLING or case.accumulation > 1 or case.param_dtype is not None
-        )
-        for case in found
-    ]
+    return [msgspec.structs.replace(case, is_telling=case.name in TELLING) for case in found]

@@ -7,13 +7,14 @@ from unittest.mock import patch
 
 import msgspec
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.core.errors import ShardwiseError
 from shardwise.core.mesh import Mesh, joined
 from shardwise.core.program import Phase
 from shardwise.launch import RankContext
+from shardwise.measure.sockets import sent_bytes
 from shardwise.step.build import build_model, device_mesh
 from shardwise.step.gradient_sums import GradientSums
 from shardwise.step.groups import make_groups
@@ -31,7 +32,8 @@ _NOT_RUN = 1e9  # of steps that a wrong gradient spares; JSON has no word for in
 
 class Proved(msgspec.Struct, frozen=True):
     """How far a case is off one process: outputs, loss, worst gradient, gradient norms and weights after two
-    steps; relative. findings: what verify says. issued: by this rank, in a step after the first."""
+    steps; relative. findings: what verify says. issued: by this rank, in a step after the first. sent_bytes:
+    what its sockets sent in that step, if the system tells."""
 
     output: float
     loss: float
@@ -40,6 +42,7 @@ class Proved(msgspec.Struct, frozen=True):
     weights: float
     findings: tuple[str, ...]
     issued: list[Issued]
+    sent_bytes: int | None = None
     refused: str = ""
 
 
@@ -81,7 +84,7 @@ def run(context: RankContext, payload: bytes) -> bytes:
             mesh = device_mesh(Mesh.parse(case.mesh), "cpu")
             found[case.name] = _proved(case, mesh, built(case, mesh))
         except ShardwiseError as error:
-            found[case.name] = Proved(0, 0, 0, 0, 0, (), [], str(error))
+            found[case.name] = Proved(0, 0, 0, 0, 0, (), [], refused=str(error))
     return msgspec.json.encode(found)
 
 
@@ -114,18 +117,22 @@ def _proved(case: MeshCase, mesh: DeviceMesh, model: nn.Module) -> Proved:
         _NOT_RUN if proof.norm_error is None else proof.norm_error,
         _NOT_RUN if proof.weights_error is None else proof.weights_error,
         tuple(f"{each.subject}: {each.reason}" for each in findings),
-        _issued(case, mesh, portion),
+        *_issued(case, mesh, portion),
     )
 
 
-def _issued(case: MeshCase, mesh: DeviceMesh, portion: Portion) -> list[Issued]:
+def _issued(case: MeshCase, mesh: DeviceMesh, portion: Portion) -> tuple[list[Issued], int | None]:
     phases = [Phase.FORWARD]
     step = TrainStep(built(case, mesh), mesh=mesh, reduce_once=case.reduce_once, on_phase=phases.append)
     batch = portion.cut(*batches()[0])
     step(batch)
     issued: list[Issued] = []
     phases.append(Phase.FORWARD)
+    distributed.barrier()
+    before = sent_bytes()
     with writing_down(issued, lambda: str(phases[-1])):
         step(batch)
+    after = sent_bytes()
+    sent = after - before if after is not None and before is not None else None
     axes = {ranks_of(group): joined(names) for names, group in make_groups(mesh).items()}
-    return [replace(call, group=axes[call.group]) for call in issued]
+    return [replace(call, group=axes[call.group]) for call in issued], sent
