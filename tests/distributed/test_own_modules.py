@@ -15,15 +15,11 @@ from shardwise.core.verification import Verdict, Verification
 from shardwise.launch import run_ranks
 from shardwise.verify.claim import Claim
 from shardwise.verify.run import verify
-from tests.distributed.own_modules_cases import CASES, Case
+from tests.distributed.own_modules_cases import CASES, TELLING, Case
 from tests.distributed.own_modules_workers import KEPT_IN_PIECES, OVER_OTHERS
 from tests.matrix import thinned
 
 MODELS = "tests.distributed.own_modules_cases:case_"
-
-
-# the plans that are made for all of them run in `make test`, too: test_made_plans.py
-TELLING = frozenset(case.name for case in CASES[::2])
 
 
 @lru_cache

@@ -21,6 +21,7 @@ from shardwise.predict.memory import forecast
 from shardwise.predict.predict import predict
 from shardwise.trace.trace import trace
 from shardwise.verbs.checks import check_fsdp
+from tests.matrix import thinned
 
 LAYERS, TIMES = 3, 3
 SMALL = ModelSpec("small", LlamaConfig(300, 64, LAYERS, 4, 2, 160), "")
@@ -59,8 +60,13 @@ def test_layers_are_gathered_again_for_the_backward_only_where_they_were_freed(
     assert found["reduce_scatter", str(Phase.BACKWARD)] == (1 if once else TIMES) * units
 
 
-@pytest.mark.parametrize(("reshard", "once"), WAYS)
-@pytest.mark.parametrize("mesh", ["dp=2,fsdp=2,tp=2", "fsdp=2"])
+@pytest.mark.parametrize(
+    ("mesh", "reshard", "once"),
+    thinned(
+        [(mesh, *way) for mesh in (str(MESH), "fsdp=2") for way in WAYS],
+        lambda mesh, reshard, once: mesh == str(MESH) or (reshard and once),
+    ),
+)
 def test_the_memory_of_many_micro_batches_is_forecast_from_one(mesh: str, reshard: bool, once: bool) -> None:
     one, whole = (traced(times, reshard, once, Mesh.parse(mesh)) for times in (1, TIMES))
     found = forecast(one, load_machine("h100-sxm-80gb"), Setup(None, TIMES)).active_bytes
