@@ -1,8 +1,9 @@
 """Bytes that this process's own TCP sockets have sent: what gloo really puts on the wire, undisturbed by
 other processes.
 
-Linux tells it per socket: struct tcp_info, field tcpi_bytes_sent (8 bytes at offset 200, Linux 4.19 and
-later; include/uapi/linux/tcp.h). The rendezvous store's few bytes are in it too.
+Linux tells it per socket: struct tcp_info, fields tcpi_bytes_sent and tcpi_bytes_retrans (8 bytes each from
+offset 200, Linux 4.19 and later; include/uapi/linux/tcp.h). What was sent once more, which a busy machine
+does on its loopback too, isn't counted. The rendezvous store's few bytes are in it too.
 """
 
 import os
@@ -11,6 +12,7 @@ import struct
 from pathlib import Path
 
 _BYTES_SENT_OFFSET = 200
+_SENT_AND_AGAIN = struct.Struct("=QQ")
 _INFO_BYTES = 256
 
 
@@ -32,7 +34,8 @@ def sent_bytes() -> int | None:
                 info = duplicate.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
             except OSError:
                 continue  # no TCP socket
-            if len(info) < _BYTES_SENT_OFFSET + 8:
+            if len(info) < _BYTES_SENT_OFFSET + _SENT_AND_AGAIN.size:
                 return None
-            total += struct.unpack_from("=Q", info, _BYTES_SENT_OFFSET)[0]
+            sent, again = _SENT_AND_AGAIN.unpack_from(info, _BYTES_SENT_OFFSET)
+            total += sent - again
     return total
