@@ -132,6 +132,7 @@ def _issued(case: MeshCase, mesh: DeviceMesh, portion: Portion) -> tuple[list[Is
     before = sent_bytes()
     with writing_down(issued, lambda: str(phases[-1])):
         step(batch)
+    distributed.barrier()  # what gloo's threads have still to send is sent
     after = sent_bytes()
     sent = after - before if after is not None and before is not None else None
     axes = {ranks_of(group): joined(names) for names, group in make_groups(mesh).items()}
