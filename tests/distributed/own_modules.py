@@ -301,6 +301,17 @@ class Scaled(nn.Embedding):
         return super().forward(ids) * 4.0
 
 
+class Normed(nn.Embedding):
+    """Its rows normed, inside it, as Inkling's."""
+
+    def __init__(self, rows: int, width: int, padding_idx: int) -> None:
+        super().__init__(rows, width, padding_idx)
+        self.norm = nn.RMSNorm(width, eps=1e-3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.norm(super().forward(ids))  # type: ignore[no-any-return]
+
+
 class Matrix(nn.Module):
     """A head that isn't a linear layer's class."""
 

@@ -24,6 +24,7 @@ from tests.distributed.own_modules import (
     HeadsByGroup,
     Mlp,
     Model,
+    Normed,
     NormedGroups,
     RmsNorm,
     Scaled,
@@ -417,6 +418,13 @@ CASES = (
         BASE | MLP | sloped("shard(0) of every 4"),
         # heads of the first sequences alone
         sloped("shard(0)"),
+    ),
+    Case(
+        "a table that norms its rows",
+        lambda: Model(table=Normed),
+        PLAIN | {"embed": ROWWISE_1, "embed.norm": PARTIAL},
+        {"embed.norm": "replicate"},
+        ("embed.norm.weight",),
     ),
 )
 BY_CASE = {case.name: case for case in CASES}

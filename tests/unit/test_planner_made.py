@@ -10,7 +10,7 @@ from shardwise.core.errors import PlanError
 from shardwise.core.held import parse_pieces
 from shardwise.core.made_plan import MadePlan
 from shardwise.core.mesh import Mesh
-from shardwise.core.placement import Replicate, Shard
+from shardwise.core.placement import Partial, Replicate, Shard
 from shardwise.core.plan import Plan, Style, StyleName
 from shardwise.dims.sizes import Size
 from shardwise.models.source import find_model
@@ -236,6 +236,13 @@ def test_experts_that_the_mesh_cannot_share_evenly_are_refused_up_front() -> Non
     message += r"\{1, 2, 4, 8\}\.$"
     with pytest.raises(PlanError, match=message):
         make_plan(find_model("moe-debug"), Wish(Mesh.parse("ep=3,tp=2")))
+
+
+def test_inside_a_look_up_each_rank_sees_its_own_rows_alone() -> None:
+    at = [each.name for each in CASES].index("a table that norms its rows")
+    rule = made(f"tests.distributed.own_modules_cases:case_{at}", 2).plan.rule_for("embed.norm")
+    assert rule is not None
+    assert rule.style == Style(StyleName.REPLICATE, gradient=Partial())
 
 
 @pytest.mark.parametrize("tp", [2, 4])

@@ -134,7 +134,9 @@ def held(cuts: Cuts, name: str) -> Held:
 
 def kind_of(cuts: Cuts, name: str) -> str:
     """What one rank's gradient of a whole parameter is; of one that gets none, what the modules around it
-    have."""
+    have. Inside a look-up each rank runs the ids of its own rows alone."""
+    if any(name.startswith(f"{table}.") for table in cuts.table):
+        return Kind.PART
     is_inside = any(region.entry and name.startswith(f"{region.entry}.") for region in cuts.regions)
     return cuts.gradients.of.get(name, Kind.PART if is_inside else Kind.WHOLE)
 
