@@ -7,8 +7,10 @@ whose factory shards it is built as its factory does, and its weights are set in
 """
 
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -36,7 +38,14 @@ Weights = Callable[[str, torch.Size], Tensor]
 
 
 def device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
-    """The process group's ranks in the shape of `mesh`."""
+    """The process group's ranks in the shape of `mesh`; the same DeviceMesh each time, for each group of one
+    keeps threads (gloo) and connections for as long as the process lives. All ranks must ask for the same."""
+    return _device_mesh(mesh, device_type, dist.group.WORLD)
+
+
+@cache
+def _device_mesh(mesh: Mesh, device_type: str, world: object) -> DeviceMesh:
+    """world: the process group that it is made of; another one has other meshes."""
     names, sizes = zip(*mesh.axes, strict=True)
     return init_device_mesh(device_type, sizes, mesh_dim_names=names)
 
