@@ -11,6 +11,7 @@ benchmark-plan-speed (benchmarks/explain_results.py);
 benchmark-calibrated (benchmarks/calibrated_results.py); benchmark-trace-read (benchmarks/trace_results.py);
 benchmark-hf-verify and its parts (benchmarks/verify_results.py); benchmark-verify-mutants
 (benchmarks/mutant_results.py); benchmark-static-suspicions (benchmarks/static_results.py);
+benchmark-titan (benchmarks/titan_results.py);
 benchmark-published and its parts, and the plot docs/example/published.svg
 (benchmarks/published_results.py); benchmark-h100-steps and benchmark-issue-785
 (benchmarks/measured_steps.py). The newest file of each WHAT counts. Ranges are of the rounds; an interval is
@@ -32,6 +33,7 @@ from benchmarks import (
     mutant_results,
     published_results,
     static_results,
+    titan_results,
     trace_results,
     verify_results,
 )
@@ -48,6 +50,7 @@ _OTHERS = (
     published_results,
     measured_steps,
     static_results,
+    titan_results,
 )
 _BLOCK = re.compile(
     r"<!-- begin:(?P<name>benchmark-[\w-]+) -->\n(?P<body>.*?)<!-- end:(?P=name) -->", re.DOTALL
@@ -251,6 +254,7 @@ def main() -> int:
         for what in (explain_results.WHAT, explain_results.PLAN):
             made |= explain_results.blocks(explain_results.newest_run(what=what))
         made |= trace_results.blocks(trace_results.newest_run())
+        made |= titan_results.newest_blocks()
         texts = {path: path.read_text(encoding="utf-8") for path in documents()}
         texts[published_results.PLOT] = (
             published_results.PLOT.read_text(encoding="utf-8") if published_results.PLOT.exists() else ""
