@@ -239,12 +239,11 @@ def errors_of_step(exhibit: Exhibit, fault: bool, mesh: DeviceMesh) -> dict[str,
     step = import_module(exhibit.module).step
     whole = whole_model(exhibit, fault)
     sharded = sharded_model(exhibit, fault, mesh, whole)
-    ids, labels = batch_of(exhibit, 0)
     first = {name: each.detach().clone() for name, each in whole.named_parameters()}
     losses = []
     for model, own_mesh in ((whole, None), (sharded, mesh)):
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0, foreach=False)
-        losses.append(float(step(model, optimizer, ids, labels, own_mesh, fault)))
+        losses.append(float(step(model, optimizer, batch_of(exhibit, 0), own_mesh, fault)))
     errors = {"loss": abs(losses[1] - losses[0]) / abs(losses[0])}
     own = dict(sharded.named_parameters(remove_duplicate=False))
     for name, parameter in whole.named_parameters():
@@ -286,7 +285,7 @@ def losses_of(exhibit: Exhibit, fault: bool, mesh: DeviceMesh | None, seed: int 
         step = import_module(exhibit.module).step
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0, foreach=False)
         return [
-            float(step(model, optimizer, *batch_of(exhibit, number), mesh, fault)) for number in range(STEPS)
+            float(step(model, optimizer, batch_of(exhibit, number), mesh, fault)) for number in range(STEPS)
         ]
     # AdamW goes element by element, so it may run on what each rank holds
     leaves = {each: nn.Parameter(_local(each.detach())) for each in model.parameters() if each.requires_grad}

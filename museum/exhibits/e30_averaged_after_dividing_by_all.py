@@ -33,12 +33,12 @@ def after(mesh: DeviceMesh | None = None) -> nn.Module:
 def step(
     model: nn.Module,
     optimizer: Optimizer,
-    ids_BS: Tensor,
-    labels_BS: Tensor,
+    batch: tuple[Tensor, Tensor],
     mesh: DeviceMesh | None = None,
     fault: bool = True,
 ) -> Tensor:
-    """One training step on a global batch; the loss that is reported."""
+    """One training step on a global batch, ids and labels [B, S]; the loss that is reported."""
+    ids_BS, labels_BS = batch
     optimizer.zero_grad()
     loss = loss_sum(model(part_of(ids_BS, mesh, "dp")), part_of(labels_BS, mesh, "dp")) / valid(labels_BS)
     loss.backward()
@@ -47,3 +47,9 @@ def step(
         sum_gradients(model.parameters(), group, group.size() if fault else 1.0)
     optimizer.step()
     return over_ranks(loss, mesh, "dp")
+
+
+def step_after(
+    model: nn.Module, optimizer: Optimizer, batch: tuple[Tensor, Tensor], mesh: DeviceMesh | None = None
+) -> Tensor:
+    return step(model, optimizer, batch, mesh, fault=False)

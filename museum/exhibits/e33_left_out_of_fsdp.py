@@ -38,12 +38,12 @@ def after(mesh: DeviceMesh | None = None) -> nn.Module:
 def step(
     model: nn.Module,
     optimizer: Optimizer,
-    ids_BS: Tensor,
-    labels_BS: Tensor,
+    batch: tuple[Tensor, Tensor],
     mesh: DeviceMesh | None = None,
     fault: bool = True,
 ) -> Tensor:
-    """One training step on a global batch; the loss that is reported."""
+    """One training step on a global batch, ids and labels [B, S]; the loss that is reported."""
+    ids_BS, labels_BS = batch
     optimizer.zero_grad()
     loss = loss_sum(model(part_of(ids_BS, mesh, "fsdp")), part_of(labels_BS, mesh, "fsdp")) / valid(labels_BS)
     loss.backward()
@@ -51,3 +51,9 @@ def step(
         sum_gradients([model.get_parameter("norm.weight")], mesh.get_group("fsdp"))
     optimizer.step()
     return over_ranks(loss, mesh, "fsdp")
+
+
+def step_after(
+    model: nn.Module, optimizer: Optimizer, batch: tuple[Tensor, Tensor], mesh: DeviceMesh | None = None
+) -> Tensor:
+    return step(model, optimizer, batch, mesh, fault=False)

@@ -73,12 +73,12 @@ def after(mesh: DeviceMesh | None = None) -> nn.Module:
 def step(
     model: nn.Module,
     optimizer: Optimizer,
-    ids_BS: Tensor,
-    labels_BS: Tensor,
+    batch: tuple[Tensor, Tensor],
     mesh: DeviceMesh | None = None,
     fault: bool = True,
 ) -> Tensor:
-    """One training step on a global batch; the loss that is reported."""
+    """One training step on a global batch, ids and labels [B, S]; the loss that is reported."""
+    ids_BS, labels_BS = batch
     optimizer.zero_grad()
     own = [part_of(each, mesh, "cp", 1) for each in (ids_BS, labels_BS)]
     loss = loss_sum(model(own[0]), own[1]) / valid(labels_BS)
@@ -87,3 +87,9 @@ def step(
         sum_gradients(model.parameters(), mesh.get_group("cp"))
     optimizer.step()
     return over_ranks(loss, mesh, "cp")
+
+
+def step_after(
+    model: nn.Module, optimizer: Optimizer, batch: tuple[Tensor, Tensor], mesh: DeviceMesh | None = None
+) -> Tensor:
+    return step(model, optimizer, batch, mesh, fault=False)

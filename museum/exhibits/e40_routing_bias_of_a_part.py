@@ -56,12 +56,12 @@ def after(mesh: DeviceMesh | None = None) -> nn.Module:
 def step(
     model: nn.Module,
     optimizer: Optimizer,
-    ids_BS: Tensor,
-    labels_BS: Tensor,
+    batch: tuple[Tensor, Tensor],
     mesh: DeviceMesh | None = None,
     fault: bool = True,
 ) -> Tensor:
-    """One training step on a global batch; the loss that is reported."""
+    """One training step on a global batch, ids and labels [B, S]; the loss that is reported."""
+    ids_BS, labels_BS = batch
     optimizer.zero_grad()
     block = cast(Routed, model.blocks[0])  # type: ignore[index]
     loss = loss_sum(model(part_of(ids_BS, mesh, "dp")), part_of(labels_BS, mesh, "dp")) / valid(labels_BS)
@@ -74,3 +74,9 @@ def step(
         counts_E = over_ranks(counts_E, mesh, "dp")
     cast(Tensor, block.bias).add_(0.01 * (counts_E.mean() - counts_E).sign())
     return over_ranks(loss, mesh, "dp")
+
+
+def step_after(
+    model: nn.Module, optimizer: Optimizer, batch: tuple[Tensor, Tensor], mesh: DeviceMesh | None = None
+) -> Tensor:
+    return step(model, optimizer, batch, mesh, fault=False)

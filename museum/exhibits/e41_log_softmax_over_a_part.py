@@ -41,12 +41,12 @@ def after(mesh: DeviceMesh | None = None) -> nn.Module:
 def step(
     model: nn.Module,
     optimizer: Optimizer,
-    ids_BS: Tensor,
-    labels_BS: Tensor,
+    batch: tuple[Tensor, Tensor],
     mesh: DeviceMesh | None = None,
     fault: bool = True,
 ) -> Tensor:
-    """One training step on a global batch; the loss that is reported."""
+    """One training step on a global batch, ids and labels [B, S]; the loss that is reported."""
+    ids_BS, labels_BS = batch
     optimizer.zero_grad()
     group = None if mesh is None else mesh.get_group("tp")
     logits_BSV, n_valid = model(ids_BS), valid(labels_BS)
@@ -80,3 +80,9 @@ class LogSoftmax(torch.autograd.Function):
         if ctx.sums_over_ranks:
             total_BS1 = summed(total_BS1, ctx.group)
         return gradient - logs_BSV.exp() * total_BS1, None, None
+
+
+def step_after(
+    model: nn.Module, optimizer: Optimizer, batch: tuple[Tensor, Tensor], mesh: DeviceMesh | None = None
+) -> Tensor:
+    return step(model, optimizer, batch, mesh, fault=False)

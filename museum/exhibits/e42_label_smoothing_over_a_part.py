@@ -40,12 +40,12 @@ def after(mesh: DeviceMesh | None = None) -> nn.Module:
 def step(
     model: nn.Module,
     optimizer: Optimizer,
-    ids_BS: Tensor,
-    labels_BS: Tensor,
+    batch: tuple[Tensor, Tensor],
     mesh: DeviceMesh | None = None,
     fault: bool = True,
 ) -> Tensor:
-    """One training step on a global batch; the loss that is reported."""
+    """One training step on a global batch, ids and labels [B, S]; the loss that is reported."""
+    ids_BS, labels_BS = batch
     optimizer.zero_grad()
     group = None if mesh is None else mesh.get_group("tp")
     logits_BSV, n_valid = model(ids_BS), valid(labels_BS)
@@ -74,3 +74,9 @@ def vocabulary_loss(logits_BSV: Tensor, labels_BS: Tensor, group: ProcessGroup, 
     smoothed_BS = (1 - SMOOTH) * label_BS + SMOOTH * mean_BS
     total: Tensor = ((log_BS - smoothed_BS) * (labels_BS != IGNORED)).sum()
     return total
+
+
+def step_after(
+    model: nn.Module, optimizer: Optimizer, batch: tuple[Tensor, Tensor], mesh: DeviceMesh | None = None
+) -> Tensor:
+    return step(model, optimizer, batch, mesh, fault=False)

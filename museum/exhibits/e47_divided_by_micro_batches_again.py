@@ -36,14 +36,20 @@ def after(mesh: DeviceMesh | None = None) -> nn.Module:
 def step(
     model: nn.Module,
     optimizer: Optimizer,
-    ids_BS: Tensor,
-    labels_BS: Tensor,
+    batch: tuple[Tensor, Tensor],
     mesh: DeviceMesh | None = None,
     fault: bool = True,
 ) -> Tensor:
-    """One training step on a global batch; the loss that is reported."""
+    """One training step on a global batch, ids and labels [B, S]; the loss that is reported."""
+    ids_BS, labels_BS = batch
     optimizer.zero_grad()
     divisor = valid(labels_BS) * (N_MICRO if mesh is not None and fault else 1)
     loss = run(model, ids_BS, labels_BS, N_MICRO, divisor, mesh) * divisor / valid(labels_BS)
     optimizer.step()
     return loss
+
+
+def step_after(
+    model: nn.Module, optimizer: Optimizer, batch: tuple[Tensor, Tensor], mesh: DeviceMesh | None = None
+) -> Tensor:
+    return step(model, optimizer, batch, mesh, fault=False)

@@ -36,12 +36,12 @@ def after(mesh: DeviceMesh | None = None) -> nn.Module:
 def step(
     model: nn.Module,
     optimizer: Optimizer,
-    ids_BS: Tensor,
-    labels_BS: Tensor,
+    batch: tuple[Tensor, Tensor],
     mesh: DeviceMesh | None = None,
     fault: bool = True,
 ) -> Tensor:
-    """One training step on a global batch; the loss that is reported."""
+    """One training step on a global batch, ids and labels [B, S]; the loss that is reported."""
+    ids_BS, labels_BS = batch
     optimizer.zero_grad()
     loss = run(model, ids_BS, labels_BS, 2, valid(labels_BS), mesh)
     gradients = [each.grad for each in model.parameters() if each.grad is not None]
@@ -52,3 +52,9 @@ def step(
         gradient.mul_((MOST_NORM / squares.sqrt()).clamp(max=1.0))
     optimizer.step()
     return loss
+
+
+def step_after(
+    model: nn.Module, optimizer: Optimizer, batch: tuple[Tensor, Tensor], mesh: DeviceMesh | None = None
+) -> Tensor:
+    return step(model, optimizer, batch, mesh, fault=False)
