@@ -80,8 +80,8 @@ def _is_own(finding: Finding) -> bool:
 
 
 def _names(finding: Finding, wrong: str) -> bool:
-    """As its subject, or in what it says; not what only begins or ends so."""
-    return bool(re.search(rf"(?<![\w.]){re.escape(wrong)}(?!\.?\w)", f"{finding.subject}: {finding.reason}"))
+    """As its subject, or in what it says, itself or something inside it."""
+    return bool(re.search(rf"(?<![\w.]){re.escape(wrong)}(?!\w)", f"{finding.subject}: {finding.reason}"))
 
 
 def _is_reason(finding: Finding, reason: str) -> bool:

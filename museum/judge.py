@@ -40,6 +40,8 @@ from torch import Tensor, nn  # noqa: E402
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh  # noqa: E402
 from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: E402
 
+from museum.parts import dealt  # noqa: E402
+
 WRONG = 1e-6
 STEPS, LAST, WINDOW = 200, 50, 20
 SEEDS = (1, 2, 3)
@@ -243,7 +245,8 @@ def errors_of_step(exhibit: Exhibit, fault: bool, mesh: DeviceMesh) -> dict[str,
     losses = []
     for model, own_mesh in ((whole, None), (sharded, mesh)):
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0, foreach=False)
-        losses.append(float(step(model, optimizer, batch_of(exhibit, 0), own_mesh, fault)))
+        given = batch_of(exhibit, 0) if own_mesh is None else dealt(batch_of(exhibit, 0), own_mesh)
+        losses.append(float(step(model, optimizer, given, own_mesh, fault)))
     errors = {"loss": abs(losses[1] - losses[0]) / abs(losses[0])}
     own = dict(sharded.named_parameters(remove_duplicate=False))
     for name, parameter in whole.named_parameters():
@@ -284,9 +287,9 @@ def losses_of(exhibit: Exhibit, fault: bool, mesh: DeviceMesh | None, seed: int 
     if exhibit.is_step:
         step = import_module(exhibit.module).step
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0, foreach=False)
-        return [
-            float(step(model, optimizer, batch_of(exhibit, number), mesh, fault)) for number in range(STEPS)
-        ]
+        batches = (batch_of(exhibit, number) for number in range(STEPS))
+        given = batches if mesh is None else (dealt(batch, mesh) for batch in batches)
+        return [float(step(model, optimizer, batch, mesh, fault)) for batch in given]
     # AdamW goes element by element, so it may run on what each rank holds
     leaves = {each: nn.Parameter(_local(each.detach())) for each in model.parameters() if each.requires_grad}
     optimizer = torch.optim.AdamW(leaves.values(), lr=1e-2, weight_decay=0.0)

@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 VOCAB, WIDTH, INNER, HEADS, HEAD = 40, 16, 32, 4, 4
 IGNORED = -100
+# by axis, the dim of ids and labels along which its ranks have parts
+DEALT = {"dp": 0, "fsdp": 0, "ep": 0, "cp": 1}
 
 
 class Small(nn.Module):
@@ -243,11 +245,15 @@ def valid(labels_BS: Tensor) -> Tensor:
     return (labels_BS != IGNORED).sum()
 
 
-def part_of(whole_BS: Tensor, mesh: DeviceMesh | None, axis: str, dim: int = 0) -> Tensor:
-    """This rank's sequences (dim 0) or tokens (dim 1) of a global batch."""
-    if mesh is None:
-        return whole_BS
-    return whole_BS.chunk(mesh[axis].size(), dim)[mesh.get_local_rank(axis)]
+def dealt(batch: tuple[Tensor, Tensor], mesh: DeviceMesh) -> tuple[Tensor, ...]:
+    """This rank's part of a batch's ids and labels [B, S]: sequences along dp, fsdp and ep, tokens along cp;
+    ranks along tp and pp have the same."""
+    parts = batch
+    for name in mesh.mesh_dim_names or ():
+        if name in DEALT:
+            size, place = mesh[name].size(), mesh.get_local_rank(name)
+            parts = tuple(each.chunk(size, DEALT[name])[place] for each in parts)  # type: ignore[assignment]
+    return parts
 
 
 def over_ranks(number: Tensor, mesh: DeviceMesh | None, axis: str) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from museum.parts import Mlp, Small, loss_sum, over_ranks, part_of, sum_gradients, valid
+from museum.parts import Mlp, Small, loss_sum, over_ranks, sum_gradients, valid
 
 ABOUT = {
     "number": 28,
@@ -42,13 +42,12 @@ def step(
     mesh: DeviceMesh | None = None,
     fault: bool = True,
 ) -> Tensor:
-    """One training step on a global batch, ids and labels [B, S]; the loss that is reported."""
+    """One training step on this rank's part of a batch, ids and labels [B, S]; the loss that is reported."""
     ids_BS, labels_BS = batch
     optimizer.zero_grad()
-    own_BS = part_of(labels_BS, mesh, "dp")
-    total = loss_sum(model(part_of(ids_BS, mesh, "dp")), own_BS)
+    total, n_valid = loss_sum(model(ids_BS), labels_BS), valid(labels_BS)
     averages = mesh is not None and fault
-    loss = total / (valid(own_BS) if averages else valid(labels_BS))
+    loss = total / (n_valid if averages else over_ranks(n_valid, mesh, "dp"))
     loss.backward()
     reported = over_ranks(loss, mesh, "dp")
     if mesh is not None:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from museum.parts import Mlp, Small, loss_sum, over_ranks, part_of, sum_gradients, valid
+from museum.parts import Mlp, Small, loss_sum, over_ranks, sum_gradients, valid
 
 ABOUT = {
     "number": 29,
@@ -42,15 +42,14 @@ def step(
     mesh: DeviceMesh | None = None,
     fault: bool = True,
 ) -> Tensor:
-    """One training step on a global batch, ids and labels [B, S]; the loss that is reported."""
+    """One training step on this rank's part of a batch, ids and labels [B, S]; the loss that is reported."""
     ids_BS, labels_BS = batch
     optimizer.zero_grad()
     reported, n_micro = torch.zeros(()), 2
     of_micro_batch = mesh is not None and fault
-    own = [part_of(each, mesh, "dp").chunk(n_micro) for each in (ids_BS, labels_BS)]
-    for ids, labels in zip(*own, strict=True):
-        n_valid = over_ranks(valid(labels), mesh, "dp") * n_micro if of_micro_batch else valid(labels_BS)
-        loss = loss_sum(model(ids), labels) / n_valid
+    for ids, labels in zip(ids_BS.chunk(n_micro), labels_BS.chunk(n_micro), strict=True):
+        n_valid = over_ranks(valid(labels if of_micro_batch else labels_BS), mesh, "dp")
+        loss = loss_sum(model(ids), labels) / (n_valid * n_micro if of_micro_batch else n_valid)
         loss.backward()
         reported = reported + over_ranks(loss, mesh, "dp")
     if mesh is not None:

@@ -6,7 +6,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
-from museum.parts import Mlp, Small, local, loss_sum, over_ranks, part_of, valid
+from museum.parts import Mlp, Small, local, loss_sum, over_ranks, valid
 
 ABOUT = {
     "number": 32,
@@ -51,10 +51,10 @@ def step(
     mesh: DeviceMesh | None = None,
     fault: bool = True,
 ) -> Tensor:
-    """One training step on a global batch, ids and labels [B, S]; the loss that is reported."""
+    """One training step on this rank's part of a batch, ids and labels [B, S]; the loss that is reported."""
     ids_BS, labels_BS = batch
     optimizer.zero_grad()
-    loss = loss_sum(model(part_of(ids_BS, mesh, "fsdp")), part_of(labels_BS, mesh, "fsdp")) / valid(labels_BS)
+    loss = loss_sum(model(ids_BS), labels_BS) / over_ranks(valid(labels_BS), mesh, "fsdp")
     loss.backward()
     gradients = [local(each.grad) for each in model.parameters() if each.grad is not None]
     squares = torch.stack([each.square().sum() for each in gradients]).sum()

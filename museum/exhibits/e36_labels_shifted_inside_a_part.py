@@ -17,7 +17,6 @@ from museum.parts import (
     heads_of,
     loss_sum,
     over_ranks,
-    part_of,
     sum_gradients,
     valid,
 )
@@ -80,16 +79,14 @@ def step(
     mesh: DeviceMesh | None = None,
     fault: bool = True,
 ) -> Tensor:
-    """One training step on a global batch, ids and labels [B, S]; the loss that is reported."""
+    """One training step on this rank's part of a batch, ids and labels [B, S]; the loss that is reported."""
     ids_BS, labels_BS = batch
     optimizer.zero_grad()
-    own = [part_of(each, mesh, "cp", 1) for each in (ids_BS, labels_BS)]
     if mesh is not None and fault:  # what a rank has of the ids, moved by one
-        moved_BS = own[0].roll(-1, 1)
+        moved_BS = ids_BS.roll(-1, 1)
         moved_BS[:, -1] = IGNORED
-        own[1] = moved_BS.masked_fill(own[1] == IGNORED, IGNORED)
-    n_valid = over_ranks(valid(own[1]), mesh, "cp")
-    loss = loss_sum(model(own[0]), own[1]) / n_valid
+        labels_BS = moved_BS.masked_fill(labels_BS == IGNORED, IGNORED)
+    loss = loss_sum(model(ids_BS), labels_BS) / over_ranks(valid(labels_BS), mesh, "cp")
     loss.backward()
     if mesh is not None:
         sum_gradients(model.parameters(), mesh.get_group("cp"))

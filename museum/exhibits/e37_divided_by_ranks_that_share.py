@@ -17,7 +17,6 @@ from museum.parts import (
     heads_of,
     loss_sum,
     over_ranks,
-    part_of,
     sum_gradients,
     valid,
 )
@@ -77,11 +76,10 @@ def step(
     mesh: DeviceMesh | None = None,
     fault: bool = True,
 ) -> Tensor:
-    """One training step on a global batch, ids and labels [B, S]; the loss that is reported."""
+    """One training step on this rank's part of a batch, ids and labels [B, S]; the loss that is reported."""
     ids_BS, labels_BS = batch
     optimizer.zero_grad()
-    own = [part_of(each, mesh, "cp", 1) for each in (ids_BS, labels_BS)]
-    loss = loss_sum(model(own[0]), own[1]) / valid(labels_BS)
+    loss = loss_sum(model(ids_BS), labels_BS) / over_ranks(valid(labels_BS), mesh, "cp")
     if mesh is None:
         loss.backward()
     else:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from museum.parts import INNER, WIDTH, Small, loss_sum, over_ranks, part_of, sum_gradients, valid
+from museum.parts import INNER, WIDTH, Small, loss_sum, over_ranks, sum_gradients, valid
 
 ABOUT = {
     "number": 39,
@@ -60,11 +60,11 @@ def step(
     mesh: DeviceMesh | None = None,
     fault: bool = True,
 ) -> Tensor:
-    """One training step on a global batch, ids and labels [B, S]; the loss that is reported."""
+    """One training step on this rank's part of a batch, ids and labels [B, S]; the loss that is reported."""
     ids_BS, labels_BS = batch
     optimizer.zero_grad()
     block = cast(Routed, model.blocks[0])  # type: ignore[index]
-    loss = loss_sum(model(part_of(ids_BS, mesh, "dp")), part_of(labels_BS, mesh, "dp")) / valid(labels_BS)
+    loss = loss_sum(model(ids_BS), labels_BS) / over_ranks(valid(labels_BS), mesh, "dp")
     ranks = 1 if mesh is None else mesh["dp"].size()
     shares_E = block.is_chosen_BSE.mean((0, 1))
     if not fault:

@@ -42,7 +42,7 @@ def step(
     mesh: DeviceMesh | None = None,
     fault: bool = True,
 ) -> Tensor:
-    """One training step on a global batch, ids and labels [B, S]; the loss that is reported."""
+    """One training step on this rank's part of a batch, ids and labels [B, S]; the loss that is reported."""
     ids_BS, labels_BS = batch
     optimizer.zero_grad()
     logits_BSV, n_valid = model(ids_BS), valid(labels_BS)

@@ -40,7 +40,7 @@ def step(
     mesh: DeviceMesh | None = None,
     fault: bool = True,
 ) -> Tensor:
-    """One training step on a global batch, ids and labels [B, S]; the loss that is reported."""
+    """One training step on this rank's part of a batch, ids and labels [B, S]; the loss that is reported."""
     ids_BS, labels_BS = batch
     optimizer.zero_grad()
     divisor = valid(labels_BS) * (N_MICRO if mesh is not None and fault else 1)
