@@ -39,6 +39,8 @@ CAUSES = {
     "untied": Cause.UNTIED,
     "output of a module": Cause.FORWARD,
     "added on every rank": Cause.SUMMED_TOO_OFTEN,
+    "statistics over a part": Cause.PART_FOR_WHOLE,
+    "whole key heads": Cause.PARTS_MEET_WHOLES,
 }
 
 

@@ -41,7 +41,7 @@ def run(
 ) -> Tensor:
     """Forward and backward of a batch in n_micro micro-batches; the sum of their losses, each divided by
     n_valid, on every rank."""
-    total = torch.zeros(())
+    total = torch.zeros((), dtype=next(model.parameters()).dtype)
     for ids, labels in zip(ids_BS.chunk(n_micro), labels_BS.chunk(n_micro), strict=True):
         if mesh is None:
             loss = loss_sum(model(ids), labels) / n_valid
@@ -60,7 +60,7 @@ def _through(model: nn.Module, ids_BS: Tensor, labels_BS: Tensor, n_valid: Tenso
         dist.send(out_BSD.detach(), 1)
         dist.recv(passed_BSD, 1)
         out_BSD.backward(passed_BSD)
-        return torch.zeros(())
+        return passed_BSD.new_zeros(())
     dist.recv(passed_BSD, 0)
     passed_BSD.requires_grad_()
     loss = loss_sum(model(passed_BSD), labels_BS) / n_valid
