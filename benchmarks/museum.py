@@ -18,6 +18,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks.museum_ranks import held
 from benchmarks.museum_results import Row, Run, Shown, summary
 from benchmarks.results import now
 from museum import judge
@@ -41,6 +42,15 @@ CAUSES = {
     "added on every rank": Cause.SUMMED_TOO_OFTEN,
     "statistics over a part": Cause.PART_FOR_WHOLE,
     "whole key heads": Cause.PARTS_MEET_WHOLES,
+    "ranks drift": Cause.RANKS_DRIFT,
+}
+
+KINDS = {
+    "crashes": FindingKind.CRASHES,
+    "norm of a part": FindingKind.WEIGHTS_DIFFER,
+    "loss of a part": FindingKind.LOSS_DIFFERS,
+    "labels of a part": FindingKind.LOSS_DIFFERS,
+    "data of a part": FindingKind.RANKS_DISAGREE,
 }
 
 
@@ -67,13 +77,17 @@ def judgement(exhibit: Exhibit, before: Verification, after: Verification) -> Ro
         reason=about["reason"],
         is_wrong=True,
         is_after_right=True,
-        is_found=before.verdict in (Verdict.WRONG, Verdict.CRASHES),
+        is_found=bool(before.wrong),
         is_named=bool(naming),
         is_reason_right=any(_is_reason(each, about["reason"]) for each in naming),
-        said=rows.headline(before),
-        said_of_after=rows.headline(after) if after.verdict is not Verdict.RIGHT else "",
+        said=_headline(before),
+        said_of_after=_headline(after) if after.wrong else "",
         seconds=before.seconds,
     )
+
+
+def _headline(found: Verification) -> str:
+    return rows.headline(found) if found.wrong else found.note
 
 
 def _is_own(finding: Finding) -> bool:
@@ -87,7 +101,11 @@ def _names(finding: Finding, wrong: str) -> bool:
 
 
 def _is_reason(finding: Finding, reason: str) -> bool:
-    return finding.kind is FindingKind.CRASHES if reason == "crashes" else finding.cause is CAUSES.get(reason)
+    """What people read tells more than a cause does: whose tokens a loss is divided by."""
+    divides = finding.cause is Cause.AVERAGED and "of its own part" in finding.reason
+    if reason == "loss of a part" and divides:
+        return True
+    return finding.kind is KINDS[reason] if reason in KINDS else finding.cause is CAUSES.get(reason)
 
 
 def of_models(exhibits: Sequence[Exhibit]) -> list[Row]:
@@ -101,6 +119,15 @@ def of_models(exhibits: Sequence[Exhibit]) -> list[Row]:
         pairs = zip(own, answers[::2], answers[1::2], strict=True)
         found += [judgement(exhibit, before, after) for exhibit, before, after in pairs]
     return found
+
+
+def of_steps(exhibits: Sequence[Exhibit]) -> list[Row]:
+    """Held against one process, on ranks."""
+    found = held(exhibits)
+    return [
+        judgement(each, *(found[each.number, variant].verification for variant in ("before", "after")))
+        for each in exhibits
+    ]
 
 
 def _told(row: Row, answers: Sequence[Judgement]) -> Row:
@@ -147,7 +174,8 @@ def main() -> int:
         answers += judge.judged([(each, "after") for each in chosen])
     else:
         answers = judge.judged([(each, variant) for each in chosen for variant in ("before", "after")])
-    found = [*of_models([each for each in chosen if not each.is_step])]
+    found = of_models([each for each in chosen if not each.is_step])
+    found += of_steps([each for each in chosen if each.is_step])
     found = sorted((_told(row, answers) for row in found), key=lambda row: row.number)
     for row in found:
         _show(row)

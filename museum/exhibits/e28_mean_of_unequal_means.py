@@ -20,7 +20,7 @@ ABOUT = {
     "axis": "dp",
     "mesh": "dp=2",
     "kind": "step",
-    "wrong": "loss",
+    "wrong": "all gradients",
     "reason": "loss of a part",
     "before": "each rank divides by the labels that count on it, and gradients are averaged",
     "after": "all divide by the labels that count in the global batch, and gradients are summed",

@@ -15,7 +15,7 @@ ABOUT = {
     "axis": "dp",
     "mesh": "dp=2",
     "kind": "step",
-    "wrong": "blocks.0.up.weight",
+    "wrong": "all gradients",
     "reason": "averaged",
     "before": "DDP divides by the number of replicas",
     "after": "gradients are summed",

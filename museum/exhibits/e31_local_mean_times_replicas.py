@@ -15,7 +15,7 @@ ABOUT = {
     "axis": "dp",
     "mesh": "dp=2",
     "kind": "step",
-    "wrong": "blocks.0.up.weight",
+    "wrong": "all gradients",
     "reason": "summed too often",
     "before": "loss = mean over this rank's sequences x replicas, then gradients are averaged",
     "after": "the mean over this rank's sequences, and gradients are averaged",

@@ -30,7 +30,7 @@ ABOUT = {
     "axis": "cp",
     "mesh": "cp=2",
     "kind": "step",
-    "wrong": "blocks.0.q.weight",
+    "wrong": "all gradients",
     "reason": "parts not summed",
     "before": "DDP's group is that of the data-parallel axis alone",
     "after": "gradients are summed over the axis that cuts sequences too",

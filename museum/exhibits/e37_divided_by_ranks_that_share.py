@@ -30,7 +30,7 @@ ABOUT = {
     "axis": "cp",
     "mesh": "cp=2",
     "kind": "step",
-    "wrong": "blocks.0.q.weight",
+    "wrong": "all gradients",
     "reason": "averaged",
     "before": "loss x replicas (1), and gradients are averaged over all ranks (2)",
     "after": "loss x all ranks that are averaged",

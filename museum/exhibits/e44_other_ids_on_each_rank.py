@@ -14,7 +14,7 @@ ABOUT = {
     "axis": "tp",
     "mesh": "tp=2",
     "kind": "step",
-    "wrong": "ids",
+    "wrong": "input",
     "reason": "data of a part",
     "before": "each rank takes its part of the batch by its rank in the world",
     "after": "ranks of a tensor-parallel group take the same sequences",

@@ -16,7 +16,7 @@ ABOUT = {
     "axis": "rng",
     "mesh": "tp=2",
     "kind": "step",
-    "wrong": "blocks.0",
+    "wrong": "dropout",
     "reason": "ranks drift",
     "before": "each rank seeds with its own number",
     "after": "ranks of a tensor-parallel group seed alike where activations are alike",

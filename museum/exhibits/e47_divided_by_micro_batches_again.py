@@ -16,7 +16,7 @@ ABOUT = {
     "axis": "pp",
     "mesh": "pp=2",
     "kind": "step",
-    "wrong": "blocks.0.up.weight",
+    "wrong": "all gradients",
     "reason": "averaged",
     "before": "the schedule divides each loss by the number of micro-batches",
     "after": "the loss is multiplied by it beforehand",

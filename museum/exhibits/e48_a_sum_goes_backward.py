@@ -15,7 +15,7 @@ ABOUT = {
     "axis": "pp",
     "mesh": "pp=2",
     "kind": "step",
-    "wrong": "blocks.0.up.weight",
+    "wrong": "all gradients",
     "reason": "summed too often",
     "before": "losses are divided after the backward, for the report",
     "after": "each loss is divided before its backward",

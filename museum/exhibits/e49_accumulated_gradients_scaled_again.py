@@ -17,7 +17,7 @@ ABOUT = {
     "axis": "pp",
     "mesh": "pp=2",
     "kind": "step",
-    "wrong": "blocks.0.up.weight",
+    "wrong": "all gradients",
     "reason": "scaled again",
     "before": "after each run of the schedule every gradient is divided by its micro-batches",
     "after": "the loss is divided, and gradients are left alone",

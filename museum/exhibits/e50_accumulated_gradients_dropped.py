@@ -16,7 +16,7 @@ ABOUT = {
     "axis": "pp",
     "mesh": "pp=2",
     "kind": "step",
-    "wrong": "blocks.0.up.weight",
+    "wrong": "all gradients",
     "reason": "dropped in part",
     "before": "setting up a stage clears its gradients, also in the middle of a step",
     "after": "gradients are kept",

@@ -95,6 +95,17 @@ def test_rows_that_are_a_multiple_beside_rows_that_are_whole_are_blocks() -> Non
     assert related.blocks[1].factor == pytest.approx(2)
 
 
+def test_rows_of_a_shard_that_get_nothing_are_blocks_of_the_whole() -> None:
+    pieces = list(WHOLE.chunk(2))
+    pieces[1] = pieces[1].clone()
+    pieces[1][1] = 0.0
+    found = relate(pieces, WHOLE, tolerance=1e-9)
+    assert (found.relation, found.dim) == (Relation.BLOCKS, 0)
+    silent = len(pieces[0]) + 1
+    wrong = [block for block in found.blocks if not block.is_whole]
+    assert wrong == [Block(silent, silent + 1, factor=0.0)]
+
+
 def test_rows_of_several_multiples_are_no_blocks() -> None:
     piece = torch.cat([WHOLE[:3], 2 * WHOLE[3:5], 3 * WHOLE[5:]])
     assert relate([piece, piece], WHOLE, tolerance=1e-10).relation is Relation.OTHER

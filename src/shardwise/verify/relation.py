@@ -134,8 +134,12 @@ def _relate_cut(
     factor = _factor(held, chunks)
     if factor is not None and far([factor * chunk for chunk in chunks]) <= tolerance * max(1.0, abs(factor)):
         return Related(Relation.MULTIPLE, error, dim, factor)
-    if is_reordered(held, whole, dim, bound=tolerance * float(whole.norm())):
+    bound = tolerance * float(whole.norm())
+    if is_reordered(held, whole, dim, bound=bound):
         return Related(Relation.REORDERED, error, dim)
+    found = blocks_of([torch.cat(held, dim)], whole, bound=bound)
+    if found is not None:
+        return Related(Relation.BLOCKS, error, found[0], factor, found[1])
     return Related(Relation.OTHER, error, dim, factor)
 
 

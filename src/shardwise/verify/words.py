@@ -80,7 +80,10 @@ def _of_blocks(related: Related, n_ranks: int) -> tuple[Cause, str]:
         reason = f"each of {n_ranks} ranks computes a part of the gradient of {which}, and nothing sums them"
         return Cause.PARTS_NOT_SUMMED, f"{reason}; the others are whole on every rank"
     factor = wrong[0].factor or 0.0
-    cause = Cause.SUMMED_TOO_OFTEN if abs(factor) > 1 else Cause.AVERAGED if factor else Cause.NOTHING_ARRIVES
+    if not factor:
+        reason = f"the gradient of {which} is zero, and the unsharded one's isn't; the others are right"
+        return Cause.NOTHING_ARRIVES, reason
+    cause = Cause.SUMMED_TOO_OFTEN if abs(factor) > 1 else Cause.AVERAGED
     return cause, f"the gradient of {which} is {times_of(factor)} the unsharded one; the others are right"
 
 
