@@ -25,11 +25,12 @@ from shardwise.models.factory import factory_model
 from shardwise.models.source import find_model
 from shardwise.parallel.any_plan import plan_from
 from shardwise.torch_private import default_group
-from shardwise.verify.loop.causes import Runs, findings
+from shardwise.verify.loop.causes import findings
 from shardwise.verify.loop.differences import allowed, differences
 from shardwise.verify.loop.loop import Loop, bare
 from shardwise.verify.loop.named import Named
 from shardwise.verify.loop.record import Record, record
+from shardwise.verify.loop.runs import Runs
 from shardwise.verify.noise import SplitMatmuls
 from shardwise.watch.sentinel import watch
 
