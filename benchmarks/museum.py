@@ -26,7 +26,7 @@ from museum.judge import Exhibit, Judgement
 from shardwise.core.case import StepSettings
 from shardwise.core.finding import Cause, Finding, FindingKind
 from shardwise.core.mesh import Mesh
-from shardwise.core.verification import Verdict, Verification
+from shardwise.core.verification import Verification
 from shardwise.report.verify import rows
 from shardwise.verify.claim import Claim
 from shardwise.verify.run import verify
@@ -43,6 +43,8 @@ CAUSES = {
     "statistics over a part": Cause.PART_FOR_WHOLE,
     "whole key heads": Cause.PARTS_MEET_WHOLES,
     "ranks drift": Cause.RANKS_DRIFT,
+    "scaled again": Cause.AVERAGED,
+    "dropped in part": Cause.NOTHING_ARRIVES,
 }
 
 KINDS = {

@@ -32,9 +32,7 @@ class Held(msgspec.Struct, frozen=True):
 
     @property
     def verification(self) -> Verification:
-        return Verification(
-            str(self.number), self.variant, 1, findings=self.findings, seconds=self.seconds
-        )
+        return Verification(str(self.number), self.variant, 1, findings=self.findings, seconds=self.seconds)
 
 
 def held(

@@ -2,5 +2,6 @@
 
 named.py: what goes to the ranks by name; loop.py: the step and what goes with it, and how it is called;
 record.py: what a run of it did; differences.py: how far two runs are apart, and how far they may be;
-causes.py: why; words.py: in lines; hold.py: all of it on the ranks.
+causes.py and
+gradients.py: why; words.py: in lines; hold.py: all of it on the ranks.
 """

@@ -19,7 +19,7 @@ Placed = tuple[int, int, Finding]
 
 def findings(runs: Runs) -> list[Finding]:
     """All ranks call it; all come to the same. The earliest explains what is computed after it."""
-    given = [*_optimizer(runs), *_inputs(runs), *_kept(runs), *_settings(runs)]
+    given = [*_optimizer(runs), *_inputs(runs), *_kept(runs), *_between(runs), *_settings(runs)]
     gradients, numbers = _gradients(runs), _numbers(runs)
     if gradients and all(finding.cause is Cause.UNKNOWN for _, _, finding in gradients):
         numbers = [_of_forward(each) if each[0] == gradients[0][0] else each for each in numbers]
@@ -102,6 +102,28 @@ def _kept(runs: Runs) -> list[Placed]:
             )
             advice = "Call optimizer.zero_grad(), of the optimizer that holds the sharded parameters."
             return [(at, _KEPT, Finding(FindingKind.GRADIENT_DIFFERS, "zero_grad", reason, advice=advice))]
+    return []
+
+
+def _between(runs: Runs) -> list[Placed]:
+    """Gradients that are changed before all micro-batches have given theirs."""
+    for at, (one, other) in enumerate(zip(runs.sharded.steps, runs.whole.steps, strict=True)):
+        every: list[float | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, one.between if other.between is None else None)
+        factor = next((each for each in every if each is not None), None)
+        if factor is not None:
+            is_dropped = abs(factor) < 1e-6
+            what = "dropped" if is_dropped else f"multiplied by {factor:.3g}"
+            lost = "is lost" if is_dropped else "counts less, or more, than the rest"
+            reason = (
+                f"between two backwards of step {at + 1} they are {what}, and on one process they aren't: "
+                f"what earlier micro-batches gave {lost}"
+            )
+            cause = Cause.NOTHING_ARRIVES if is_dropped else Cause.AVERAGED
+            advice = "Zero, scale and clip gradients outside of the micro-batches of a step."
+            kind = FindingKind.GRADIENT_DIFFERS
+            finding = Finding(kind, "all gradients", reason, None, factor, advice, cause)
+            return [(at, _KEPT, finding)]
     return []
 
 

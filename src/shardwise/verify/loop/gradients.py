@@ -6,15 +6,17 @@ clipping), the mean of what ranks find (each divides by its own tokens). What is
 reasons.py, with how the pieces along each axis relate to the whole.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shardwise.core.finding import Cause, Finding, FindingKind
+from shardwise.core.mesh import Role, role_of
 from shardwise.parallel.apply import applied_to
 from shardwise.parallel.parameters import part_of_dtensor
+from shardwise.verify.along import Along
 from shardwise.verify.evidence import Evidence
 from shardwise.verify.exchange import all_agree, gathered, largest
 from shardwise.verify.expected import Differences, GradientError
@@ -23,7 +25,7 @@ from shardwise.verify.loop.differences import OffAtStep
 from shardwise.verify.loop.record import StepRecord, Tensors
 from shardwise.verify.loop.runs import Runs
 from shardwise.verify.reasons import explain_differences
-from shardwise.verify.relation import relate
+from shardwise.verify.relation import Related, Relation, relate
 
 CLOSE = 1e-3
 """Of what the optimizer finds, relative: a known fault explains it. Other faults are off by 1e-2 and more."""
@@ -34,7 +36,7 @@ def gradients_at(runs: Runs, at: int) -> list[Finding]:
     if one.given is not None and off.raw is not None and not off.raw:
         return [_after_the_backward(runs, at)]
     error = max([*off.given.values(), *(off.raw or {}).values()])
-    found = _unsummed(runs, at) or _own_means(runs, at) or _scaled(runs, one, other)
+    found = _unsummed(runs, at) or _scaled(runs, one, other) or _own_means(runs, at)
     if found is not None:
         cause, reason, advice = found
         step = f"at step {at + 1} " if at else ""
@@ -88,15 +90,15 @@ def _unsummed(runs: Runs, at: int) -> Told | None:
     _, rest = _fit(runs.sharded.steps[at].gradients, _parts_of(runs, runs.own.steps[at].gradients))
     if at or not all_agree(rest <= CLOSE):
         return None
-    along = " and ".join(runs.data)
+    return _of_own_part(" and ".join(runs.data))
+
+
+def _of_own_part(along: str) -> Told:
     reason = (
         f"each rank along {along} keeps the gradients of its own part of the batch, and nothing sums them"
     )
-    return (
-        Cause.PARTS_NOT_SUMMED,
-        reason,
-        f"Sum gradients over {along} after the backward, as DDP and FSDP2 do.",
-    )
+    advice = f"Sum gradients over {along} after the backward, as DDP and FSDP2 do."
+    return Cause.PARTS_NOT_SUMMED, reason, advice
 
 
 def _own_means(runs: Runs, at: int) -> Told | None:
@@ -160,28 +162,25 @@ def _one_factor(runs: Runs, tensors: Tensors, whole: Tensors) -> float | None:
 
 
 def _by_relation(runs: Runs, off: OffAtStep, one: StepRecord, other: StepRecord) -> list[Finding]:
-    """By parameter: how the pieces of the ranks that see the same tokens relate to the whole."""
-    is_raw = bool(off.raw) and one.raw is not None and other.raw is not None
-    gradients = one.raw if is_raw and one.raw is not None else one.gradients
-    whole = other.raw if is_raw and other.raw is not None else other.gradients
+    """By parameter: how the pieces of the ranks along each axis relate to the whole. Of what the backward
+    left, where fewer are wrong there: clipping passes one wrong gradient on to all. Not where the step sums
+    them later."""
+    is_raw = off.raw is not None and 0 < len(off.raw) <= len(off.given)
+    is_raw = is_raw and not (len(off.raw or ()) == len(off.given) and _is_summed_later(one))
     wrong = off.raw if is_raw and off.raw is not None else off.given
+    gradients, whole = one.gradients, other.gradients
+    if is_raw and one.raw is not None and other.raw is not None:
+        gradients, whole = one.raw, other.raw
     names = [name for name in wrong if whole.get(name) is not None]
-    axes = [name for name in runs.mesh.mesh_dim_names or () if name not in runs.data]
-    limits, tolerance = runs.allowed.gradients[0], runs.allowed.tolerance
-    related = {}
-    if len(axes) == 1:
-        group = runs.mesh.get_group(axes[0])
-        pieces = gathered([held_over(gradients.get(name), runs.model, axes) for name in names], group)
-        for at, name in enumerate(names):
-            expected = whole[name]
-            assert expected is not None
-            close = max(tolerance, limits.get(name, 0.0) / (size(expected) or 1.0))
-            related[name] = relate([each[at] for each in pieces], expected, tolerance=close)
+    related, along = _along_axes(runs, gradients, whole, names)
+    parts = {each.named for each in along.values() if each.relation is Relation.PARTS}
+    if len(along) == len(wrong) == len(one.gradients) and len(parts) == 1:
+        (axis,) = parts
+        return [_all_unsummed(axis, max(wrong.values()))]
     errors = {name: GradientError(error, float("inf")) for name, error in wrong.items()}
-    known = Differences(0.0, 0.0, errors, tolerance)
-    found = explain_differences(
-        Evidence(runs.model, runs.mesh.size() // max(1, runs.parts), known, None, related)
-    )
+    known = Differences(0.0, 0.0, errors, runs.allowed.tolerance)
+    n_ranks = runs.mesh.size() // max(1, runs.parts)
+    found = explain_differences(Evidence(runs.model, n_ranks, known, None, related, along=along))
     told = {each.subject for each in found}
     reason = "its gradient isn't the one process's"
     found += [
@@ -190,6 +189,52 @@ def _by_relation(runs: Runs, off: OffAtStep, one: StepRecord, other: StepRecord)
         if name not in told
     ]
     return found
+
+
+def _is_summed_later(one: StepRecord) -> bool:
+    """Whether the step changes gradients between backward and optimizer by more than a factor. All ranks call
+    it."""
+    is_scaled = one.raw is None or one.given is None or _fit(one.given, one.raw)[1] <= CLOSE
+    return not all_agree(is_scaled)
+
+
+def _along_axes(
+    runs: Runs, gradients: Tensors, whole: Tensors, names: Sequence[str]
+) -> tuple[dict[str, Related], dict[str, Along]]:
+    """(by parameter, how its pieces along an axis relate to the whole; those that lack a sum over an axis
+    whose ranks see other tokens). All ranks call it."""
+    related: dict[str, Related] = {}
+    along: dict[str, Along] = {}
+    axes = runs.mesh.mesh_dim_names or ()
+    for axis in sorted(axes, key=lambda name: name in runs.data):
+        group = runs.mesh.get_group(axis)
+        if group.size() == 1:
+            continue
+        every = gathered([held_over(gradients.get(name), runs.model, (axis,)) for name in names], group)
+        for at, name in enumerate(names):
+            pieces = [each[at] for each in every]
+            if role_of(axis) is Role.CUTS_DEPTH:  # other stages hold other parameters, but for a tied one
+                pieces = [piece for piece in pieces if piece is not None]
+            expected = whole[name]
+            if len(pieces) < 2 or expected is None:
+                continue
+            limit = runs.allowed.gradients[0].get(name, 0.0) / (size(expected) or 1.0)
+            found = relate(pieces, expected, tolerance=max(runs.allowed.tolerance, limit))
+            if axis in runs.data and found.relation is Relation.PARTS and found.factor is None:
+                along.setdefault(name, Along((axis,), len(pieces)))
+            known = related.get(name)
+            if known is None or (known.relation in _VAGUE and found.relation not in _VAGUE):
+                related[name] = found
+    return related, along
+
+
+_VAGUE = frozenset({Relation.OTHER, Relation.UNEQUAL, Relation.PARTS})
+
+
+def _all_unsummed(axis: str, error: float) -> Finding:
+    cause, reason, advice = _of_own_part(axis)
+    kind = FindingKind.GRADIENT_DIFFERS
+    return Finding(kind, "all gradients", reason, error, advice=advice, cause=cause)
 
 
 def _fit(tensors: Tensors, like: Tensors) -> tuple[float, float]:

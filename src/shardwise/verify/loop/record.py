@@ -22,7 +22,9 @@ Settings = dict[str, dict[str, Any]]
 class StepRecord:
     """loss, norm: as the step returned them; None where it didn't. raw: gradients after its last backward;
     given: as its first optimizer found them; settings: by parameter, the numbers of its group then. kept:
-    parameters that had a gradient of an earlier step as its backward began."""
+    parameters that had a gradient of an earlier step as its backward began. between: what gradients were
+    multiplied by between two of its backwards; 0.0 where they were dropped, None where they were not touched.
+    """
 
     loss: float | None = None
     norm: float | None = None
@@ -30,6 +32,7 @@ class StepRecord:
     given: Tensors | None = None
     settings: Settings = field(default_factory=dict)
     kept: tuple[str, ...] = ()
+    between: float | None = None
 
     @property
     def gradients(self) -> Tensors:
@@ -114,6 +117,8 @@ class _Recording(NoDropout):
                 for name, each in self._held.items()
                 if each.grad is not None and bool(local(each.grad).any())
             )
+        if self.now.raw is not None and self.now.between is None:
+            self.now.between = _multiplied(self.now.raw, self._gradients())
         given = func(*args, **(kwargs or {}))
         self.now.raw = self._gradients()
         return given
@@ -134,6 +139,19 @@ class _Recording(NoDropout):
                 for name, each in self._held.items()
                 if each.requires_grad
             }
+
+
+def _multiplied(before: Tensors, now: Tensors) -> float | None:
+    """By what, where it is one number; None where they are the same."""
+    product = square = off = 0.0
+    for name, each in before.items():
+        other = now.get(name)
+        if each is not None:
+            own = local(each).double()
+            kept = torch.zeros_like(own) if other is None else local(other).double()
+            product, square = product + float((kept * own).sum()), square + float(own.square().sum())
+            off += float((kept - own).square().sum())
+    return product / square if square and off > (1e-6**2) * square else None
 
 
 def _number(item: tuple[str, Any]) -> tuple[str, Any]:
