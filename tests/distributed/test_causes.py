@@ -38,7 +38,7 @@ def found() -> dict[str, Verification]:
 def first_and_rest(each: Verification) -> tuple[Finding, dict[str, str | None]]:
     """The first finding, and what the others say that they follow from."""
     assert each.verdict is Verdict.WRONG
-    first, *others = each.findings
+    first, *others = each.wrong  # without notes
     assert first.follows is None
     return first, {finding.subject: finding.follows for finding in others}
 

@@ -186,9 +186,11 @@ def tree(each: Verification) -> list[Group]:
     it."""
     told = [finding for finding in each.findings if finding.kind is not FindingKind.CRASHES]
     roots = grouped([finding for finding in told if _explained_by(finding, each) is None])
-    grown = []
+    grown: list[Group] = []
+    told_under: set[str] = set()  # a note may be about the same parameter
     for group in roots:
-        subjects = {finding.subject for finding in group.findings}
+        subjects = {finding.subject for finding in group.findings} - told_under
+        told_under |= subjects
         under = [finding for finding in told if _explained_by(finding, each) in subjects]
         grown.append(replace(group, under=tuple(grouped(under))))
     return grown
