@@ -69,7 +69,11 @@ def documents() -> list[Path]:
 
 def newest_results(folder: Path = RESULTS) -> list[Result]:
     """The newest file of every benchmark with sides and times, in order of name."""
-    others = {module.WHAT for module in _OTHERS} | {explain_results.PLAN, *made_plan_results.WHATS}
+    others = {module.WHAT for module in _OTHERS} | {
+        explain_results.PLAN,
+        *made_plan_results.WHATS,
+        *verify_results.whats(folder),
+    }
     whats = sorted({path.stem[len("2026-01-01-") :] for path in folder.glob("????-??-??-*.json")} - others)
     return [read_result(latest(what, folder)) for what in whats]
 
@@ -244,7 +248,8 @@ def main() -> int:
         made = blocks(newest_results()) | hf_results.blocks(hf_results.newest_sweep())
         made |= mutant_results.blocks(mutant_results.newest_run())
         made |= static_results.newest_blocks()
-        made |= verify_results.blocks(verify_results.newest_sweep())
+        for what in verify_results.whats():
+            made |= verify_results.blocks(verify_results.newest_sweep(what))
         for tp in made_plan_results.SIZES:
             made |= made_plan_results.blocks(made_plan_results.newest_run(tp))
         made |= calibrated_results.blocks(calibrated_results.newest_run())

@@ -1,6 +1,7 @@
-"""The proof of every Hugging Face type's own plan as data, its file, and the tables of docs/verify.md. No
-torch, no processes."""
+"""The proof of every Hugging Face type's own plans as data, its files, and the tables of docs/verify.md and
+docs/hugging-face-plans.md. No torch, no processes."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,23 @@ from shardwise.report.verify import rows
 from shardwise.report.verify.tables import cases_table
 
 WHAT = "hf-verify"
+WHATS = {"hf": WHAT, "hf-ep": "hf-ep-verify"}
+"""Plan -> what its file is called. With another transformers than CI's, its version follows."""
+_CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"
+
+
+def what_of(plan: str, transformers: str) -> str:
+    """transformers: its version."""
+    tested = re.search(r"^transformers==(.+)$", _CONSTRAINTS.read_text(encoding="utf-8"), re.MULTILINE)
+    major_minor = transformers.split(".")[:2]
+    is_tested = tested is not None and tested[1].split(".")[:2] == major_minor
+    return "-".join([WHATS[plan], *([] if is_tested else major_minor)])
+
+
+def whats(folder: Path = RESULTS) -> tuple[str, ...]:
+    """Those that have a file."""
+    names = {path.stem[len("2026-01-01-") :] for path in folder.glob("????-??-??-*.json")}
+    return tuple(sorted(name for name in names if name.startswith(tuple(WHATS.values()))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +52,9 @@ class Sweep:
         return write_results(write_document(self), self.day, self.what, folder)
 
 
-def newest_sweep(folder: Path = RESULTS) -> Sweep:
+def newest_sweep(what: str = WHAT, folder: Path = RESULTS) -> Sweep:
     """Raises FileNotFoundError where there is none."""
-    path = latest(WHAT, folder)
+    path = latest(what, folder)
     return read_document(path.read_bytes(), Sweep, str(path), saved=("verify", "sweep"))
 
 
@@ -46,7 +64,7 @@ def summary(sweep: Sweep) -> str:
     skipped = [each for each in cases if each.verdict is Verdict.SKIPPED]
     return (
         f"{len(cases) - len(skipped)} causal language model types of transformers "
-        f"{dict(sweep.run.versions)['transformers']} have a tensor-parallel plan of their own and run: "
+        f"{dict(sweep.run.versions)['transformers']} have {_kind(sweep.what)} plan of their own and run: "
         f"{rows.totals(sweep.run)}. Of the skipped ones not even the unsharded model runs as transformers' "
         f"default configuration describes it; {len(sweep.without_plan)} more types have no plan. All in "
         f"{sweep.seconds / 60:.1f} minutes."
@@ -62,14 +80,20 @@ def blocks(sweep: Sweep) -> dict[str, str]:
         f"`benchmarks/results/{sweep.day}-{sweep.what}.json`, made by `{sweep.command}`.\n"
     )
     wrong = [each for each in run.verifications if each.verdict.is_no]
+    what = sweep.what
     return {
-        f"benchmark-{WHAT}": summary(sweep) + "\n\n" + _found_table(wrong) + source,
-        f"benchmark-{WHAT}-all": _all_table(run.verifications) + source,
-        f"benchmark-{WHAT}-skipped": _skipped_table(
+        f"benchmark-{what}": summary(sweep) + "\n\n" + _found_table(wrong) + source,
+        f"benchmark-{what}-all": _all_table(run.verifications) + source,
+        f"benchmark-{what}-skipped": _skipped_table(
             [each for each in run.verifications if each.verdict is Verdict.SKIPPED]
         )
         + source,
     }
+
+
+def _kind(what: str) -> str:
+    plan = next(plan for plan, name in WHATS.items() if re.fullmatch(rf"{name}(-\d+)*", what))
+    return {"hf": "a tensor-parallel", "hf-ep": "an expert-parallel"}[plan]
 
 
 def _found_table(cases: list[Verification]) -> str:
