@@ -14,7 +14,7 @@ ON_NEWEST := tests/distributed/test_styles.py tests/distributed/test_meshes.py t
 TESTS := tests/distributed tests/e2e tests/programs tests/cuda tests/golden tests/unit
 
 .DEFAULT_GOAL := help
-.PHONY: help compare plan explain verify diff predict test test-all test-newest check lint wheel golden bench docs format clean
+.PHONY: help compare plan explain verify diff predict test test-all test-newest test-frameworks check lint wheel golden bench docs format clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,16 @@ test-all: $(READY) ## all tests: the full matrices too, as CI runs them
 
 test-newest: ## what a step runs, traces and golden files, and the unit tests, on the newest torch that shardwise is for
 	$(MAKE) test TORCH=$(NEWEST_TORCH) VENV=.venv-newest TESTS="$(ON_NEWEST)"
+
+FRAMEWORKS := .venv-frameworks
+test-frameworks: ## the tests of models and trainers of other frameworks, which a venv of its own gets (minutes: it installs torch)
+	test -x $(FRAMEWORKS)/bin/pytest || { $(PYTHON) -m venv $(FRAMEWORKS) && \
+		sed 's/^torch==.*/torch==$(TORCH)/; s/^transformers==.*/transformers==5.24.0/' constraints.txt >$(FRAMEWORKS)/constraints.txt && \
+		$(FRAMEWORKS)/bin/python -m pip install --quiet --constraint $(FRAMEWORKS)/constraints.txt --editable '.[hf]' \
+			hypothesis pytest pytest-timeout pyyaml torchdata tiktoken datasets accelerate==1.15.0 && \
+		$(FRAMEWORKS)/bin/python -m pip install --quiet --no-deps nemo-automodel==0.7.0 lightning==2.6.6 \
+			pytorch-lightning==2.6.6 lightning-utilities torchmetrics aiohttp torchtitan==0.3.0 triton spmd_types==0.2.3 tyro tensorboard pillow einops docstring_parser typeguard; }
+	$(FRAMEWORKS)/bin/python -m pytest tests/frameworks -p no:xdist $(ARGS)
 
 check: lint ## lint, the unit tests and the golden files: about two minutes
 	$(BIN)/python -m pytest tests/unit tests/golden -m "not full" -q $(FILES_AT_ONCE) $(ARGS)
