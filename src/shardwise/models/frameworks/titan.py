@@ -7,12 +7,12 @@ parameter that is whole and whose gradient each rank has a summand of, I one who
 """
 
 import importlib
-import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -131,7 +131,8 @@ def _wanted(query: str, where: str) -> Wanted:
 def _family(family: str, where: str) -> ModuleType:
     """The package of a family's models. Raises ModelError where there is none of that name."""
     models = importlib.import_module("torchtitan.models")
-    names = sorted(each.name for each in pkgutil.iter_modules(models.__path__) if each.ispkg)
+    folders = (folder for path in models.__path__ for folder in Path(path).iterdir())
+    names = sorted(folder.name for folder in folders if (folder / "parallelize.py").is_file())
     found = importlib.import_module(f"{models.__name__}.{family}") if family in names else None
     if not hasattr(found, "model_registry"):
         raise ModelError(
