@@ -10,25 +10,23 @@ sockets send beside what its formula says. Memory is that of the steps' Programs
 (tests/distributed/test_context.py).
 """
 
-import argparse
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import msgspec
 import torch
 from torch import Tensor
 
-from benchmarks import results
-from benchmarks.results import Bar, BarKind, Result, Side, compare
+from benchmarks import results, sides
+from benchmarks.results import Bar, BarKind, Result, compare
 from benchmarks.rounds import interleave
 from shardwise.core.batch_part import BatchPart
 from shardwise.core.case import StepSettings
-from shardwise.core.errors import RunError
 from shardwise.core.measurement import TextSummary
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import ContextAttention, Plan
 from shardwise.core.program import MemoryKind, memory_peak
-from shardwise.launch import RankContext, run_ranks
+from shardwise.launch import RankContext
 from shardwise.measure.sockets import sent_bytes
 from shardwise.models.specs import get_spec
 from shardwise.parallel.builtin import builtin_plan
@@ -49,7 +47,6 @@ ABOUT = {
 }
 WAYS = {GATHER: ContextAttention.GATHER, RING: ContextAttention.RING}
 AT_MOST = 0.65
-LOSS_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +104,13 @@ def ids_of(settings: Settings) -> Tensor:
 
 def worker(context: RankContext, payload: bytes) -> bytes:
     """One rank: all sides, stepped once and compared, counted, timed."""
-    settings = msgspec.json.decode(payload, type=Settings)
+    settings, _ = sides.unpacked(payload, Settings)
     mesh = device_mesh(Mesh((("cp", RANKS),)), "cpu")
     ids = ids_of(settings)
     build = partial(
         build_model, get_spec(settings.model), dtype=torch.float32, device=context.device, seed=settings.seed
     )
-    sides = []
+    steps = []
     for name in ABOUT:
         context.note(f"build: {name}")
         shared = mesh if name in WAYS else None
@@ -122,14 +119,14 @@ def worker(context: RankContext, payload: bytes) -> bytes:
         if shared is not None or context.rank == 0:
             model = build(plan=plan(name) if shared is not None else None, mesh=shared)
             step = TrainStep(model, mesh=shared)
-        sides.append(Step(name, step, portion.cut(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())))
+        steps.append(Step(name, step, portion.cut(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())))
     sent = {}
-    for side in sides:
+    for side in steps:
         context.note(f"first steps: {side.name}")
         side.run()
         sent[side.name] = _counted(side, axis_names(mesh))
-    times = interleave(sides, settings.rounds, settings.warm_ups, context.note)
-    losses = {side.name: side.losses for side in sides}
+    times = interleave(steps, settings.rounds, settings.warm_ups, context.note)
+    losses = {side.name: side.losses for side in steps}
     return msgspec.json.encode(Report(times, losses, sent, results.rank_variables()))
 
 
@@ -151,16 +148,12 @@ def _activations(settings: Settings, name: str) -> int:
 
 def measure(settings: Settings) -> Result:
     started, load_before = results.now(), results.load_average()
-    replies = run_ranks(
-        "benchmarks.context:worker",
-        msgspec.json.encode(settings),
-        world_size=RANKS,
-        device_type="cpu",
-        timeout_s=300.0,
-        threads_per_rank=1,
+    reports = sides.launch("benchmarks.context:worker", settings, Report, RANKS)
+    losses = reports[0].losses
+    found = tuple(
+        sides.joined(name, about, [each.times_s[name] for each in reports], losses[name], settings.seq)
+        for name, about in ABOUT.items()
     )
-    reports = [msgspec.json.decode(reply, type=Report) for reply in replies]
-    sides = tuple(_side(name, reports, settings) for name in ABOUT)
     return Result(
         what=WHAT,
         settings={
@@ -178,12 +171,16 @@ def measure(settings: Settings) -> Result:
         ),
         load_average=(load_before, results.load_average()),
         text=TextSummary("uniform random ids", "none", settings.seq + 1, 0, 0, ""),
-        checks=(_agreed(reports[0]), *_sent_as_said(reports), _halved(settings)),
-        sides=sides,
+        checks=(
+            sides.agreed({name: each[0] for name, each in losses.items()}),
+            *_sent_as_said(reports),
+            _halved(settings),
+        ),
+        sides=found,
         comparisons=(
-            compare(sides, GATHER, ALONE, Bar(BarKind.COST_AT_MOST, AT_MOST), is_cost=True),
-            compare(sides, RING, ALONE, Bar(BarKind.COST_AT_MOST, AT_MOST), is_cost=True),
-            compare(sides, RING, GATHER),
+            compare(found, GATHER, ALONE, Bar(BarKind.COST_AT_MOST, AT_MOST), is_cost=True),
+            compare(found, RING, ALONE, Bar(BarKind.COST_AT_MOST, AT_MOST), is_cost=True),
+            compare(found, RING, GATHER),
         ),
         notes=(
             "Both ranks hold all parameters: gradients are summed over cp, and the optimizer's work isn't "
@@ -191,20 +188,6 @@ def measure(settings: Settings) -> Result:
             "gloo between two processes of one machine; a ranking on NCCL need not be the same.",
         ),
     )
-
-
-def _side(name: str, reports: list[Report], settings: Settings) -> Side:
-    times = tuple(tuple(report.times_s[name]) for report in reports)
-    side = Side(name, ABOUT[name], times, {}, tuple(reports[0].losses[name]))
-    return replace(side, facts={"tokens_per_s": settings.seq / side.median_s})
-
-
-def _agreed(report: Report) -> str:
-    first = {name: losses[0] for name, losses in report.losses.items()}
-    spread = max(first.values()) - min(first.values())
-    if not spread <= LOSS_TOLERANCE:
-        raise RunError(f"the first step's losses differ by {spread:.1e}: {first}.")
-    return f"The first step's losses of all sides agreed to {spread:.0e} (allowed: {LOSS_TOLERANCE:.0e})."
 
 
 def _sent_as_said(reports: list[Report]) -> list[str]:
@@ -225,24 +208,5 @@ def _halved(settings: Settings) -> str:
     return f"Activations at the peak, of one rank's {alone / 2**20:.1f} MiB: {shares}."
 
 
-def main() -> None:
-    defaults = Settings()
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.context", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--model", default=defaults.model)
-    for name in ("seq", "rounds"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name))
-    parser.add_argument("--dry", action="store_true", help="print, and write no results file")
-    arguments = vars(parser.parse_args())
-    is_dry = arguments.pop("dry")
-    result = measure(Settings(**arguments))
-    results.show(result)
-    for line in result.checks:
-        print(line)
-    if not is_dry:
-        print(result.write())
-
-
 if __name__ == "__main__":
-    main()
+    sides.command("context", __doc__, Settings(), ("model", "seq", "rounds"), measure)

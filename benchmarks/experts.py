@@ -16,10 +16,8 @@ Before anything is timed the first losses are compared, and the bytes that one l
 sockets with the formula's (parallel/experts.py) by the choices that were made.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -27,13 +25,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks import results
+from benchmarks import results, sides
 from benchmarks.results import Bar, BarKind, Result, Side, compare
 from benchmarks.rounds import interleave
-from benchmarks.step import LEARNING_RATE, LOSS_TOLERANCE, MAX_NORM, RankReport, RankSide
+from benchmarks.step import LEARNING_RATE, MAX_NORM, RankReport, RankSide
 from shardwise.core.errors import RunError
 from shardwise.core.mesh import Mesh
-from shardwise.launch import RankContext, run_ranks
+from shardwise.launch import RankContext
 from shardwise.measure.sockets import sent_bytes
 from shardwise.models.specs import get_spec
 from shardwise.parallel.builtin import builtin_plan
@@ -43,7 +41,6 @@ from shardwise.step.train import TrainStep
 from shardwise.text.batches import Batches
 from shardwise.text.stream import TokenStream, load_tokens
 
-TIMEOUT_S = 300.0
 RANKS = 2
 BY_EXPERT, INSIDE, ALL = "by expert", "cut inside", "all tokens"
 MESHES = {BY_EXPERT: "ep=2", INSIDE: "tp=2", ALL: None}
@@ -115,29 +112,24 @@ class Step:
 
 def worker(context: RankContext, payload: bytes) -> bytes:
     """One rank: builds all sides, compares losses and bytes, times them."""
-    head, _, stream = payload.partition(b"\n")
-    settings = msgspec.json.decode(head, type=Settings)
+    settings, stream = sides.unpacked(payload, Settings)
     batches = Batches(TokenStream.from_bytes(stream), settings.batch, settings.seq)
-    sides: list[Step] = []
+    steps: list[Step] = []
     for name in MESHES:
         context.note(f"build: {name}")
-        sides += _sides(name, settings, batches)
+        steps += _sides(name, settings, batches)
     first = {}
-    for side in sides:
+    for side in steps:
         context.note(f"first step: {side.name}")
         side.prepare(-1)
         side.run()
         if side.name in MESHES:
             first[side.name] = side.losses[0]
-    spread = max(first.values()) - min(first.values())
-    if not spread <= LOSS_TOLERANCE:
-        raise RunError(
-            f"the first step's losses differ by {spread:.1e}, where {LOSS_TOLERANCE:.0e} is allowed."
-        )
+    sides.agreed(first)
     context.note("bytes of one layer")
     bytes_seen = _bytes_of_a_layer(settings)
-    times = interleave(sides, settings.rounds, settings.warm_ups, context.note)
-    found = tuple(RankSide(side.name, tuple(times[side.name]), tuple(side.losses)) for side in sides)
+    times = interleave(steps, settings.rounds, settings.warm_ups, context.note)
+    found = tuple(RankSide(side.name, tuple(times[side.name]), tuple(side.losses)) for side in steps)
     report = RankReport(found, results.rank_variables())
     return msgspec.json.encode((report, bytes_seen))
 
@@ -195,14 +187,11 @@ def measure(settings: Settings) -> Result:
     started, load_before = results.now(), results.load_average()
     spec = get_spec(settings.model)
     stream = load_tokens(vocab_size=spec.vocab_size, progress=print)
-    replies = run_ranks(
-        "benchmarks.experts:worker",
-        msgspec.json.encode(settings) + b"\n" + stream.to_bytes(),
-        world_size=RANKS, device_type="cpu", timeout_s=TIMEOUT_S, threads_per_rank=1,
-    )  # fmt: skip
-    found = [msgspec.json.decode(reply, type=tuple[RankReport, tuple[float, float]]) for reply in replies]
+    found = sides.launch(
+        "benchmarks.experts:worker", settings, tuple[RankReport, tuple[float, float]], RANKS, stream=stream
+    )
     reports, seen = [report for report, _ in found], [pair for _, pair in found]
-    sides = tuple(
+    joined = tuple(
         _side([report.sides[index] for report in reports], settings) for index in range(len(reports[0].sides))
     )
     return Result(
@@ -223,12 +212,15 @@ def measure(settings: Settings) -> Result:
         ),
         load_average=(load_before, results.load_average()),
         text=stream.summary,
-        checks=(f"The first step's losses agreed to {LOSS_TOLERANCE:.0e}.", _bytes_check(seen)),
-        sides=sides,
+        checks=(
+            sides.agreed({side.name: side.losses[0] for side in joined if side.name in MESHES}),
+            _bytes_check(seen),
+        ),
+        sides=joined,
         comparisons=(
-            compare(sides, BY_EXPERT, ALL, Bar(BarKind.SPEEDUP_AT_LEAST, 1.3)),
-            compare(sides, BY_EXPERT, INSIDE),
-            *(compare(sides, _named(BY_EXPERT, share), _named(INSIDE, share)) for share in LOADS),
+            compare(joined, BY_EXPERT, ALL, Bar(BarKind.SPEEDUP_AT_LEAST, 1.3)),
+            compare(joined, BY_EXPERT, INSIDE),
+            *(compare(joined, _named(BY_EXPERT, share), _named(INSIDE, share)) for share in LOADS),
         ),
         notes=("Ranks share a machine's memory: what travels costs little here, and more between machines.",),
     )
@@ -244,31 +236,10 @@ def _bytes_check(seen: Sequence[tuple[float, float]]) -> str:
 
 
 def _side(ranks: Sequence[RankSide], settings: Settings) -> Side:
-    name = ranks[0].name
-    side = Side(
-        name, ABOUT[name.partition(",")[0]], tuple(each.times_s for each in ranks), {}, ranks[0].losses
-    )
-    side.facts["tokens_per_s"] = settings.batch * settings.seq / side.median_s
-    return side
-
-
-def main() -> None:
-    defaults = Settings()
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{Path(__file__).stem}", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--model", default=defaults.model)
-    for name in ("batch", "seq", "rounds"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name))
-    parser.add_argument("--dry", action="store_true", help="print, and write no results file")
-    arguments = vars(parser.parse_args())
-    is_dry = arguments.pop("dry")
-    result = measure(Settings(**arguments))
-    results.show(result)
-    print(*result.checks, sep="\n")
-    if not is_dry:
-        print(f"written: {result.write()}")
+    name, tokens = ranks[0].name, settings.batch * settings.seq
+    about = ABOUT[name.partition(",")[0]]
+    return sides.joined(name, about, [each.times_s for each in ranks], ranks[0].losses, tokens)
 
 
 if __name__ == "__main__":
-    main()
+    sides.command("experts", __doc__, Settings(), ("model", "batch", "seq", "rounds"), measure)

@@ -10,7 +10,6 @@ of waits for other ranks. What the schedule says is played through (predict/pipe
 round's passes took.
 """
 
-import argparse
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,16 +23,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks import results
+from benchmarks import results, sides
 from benchmarks.results import Bar, BarKind, Result, Side, compare
 from benchmarks.rounds import interleave
-from shardwise.core.errors import RunError
 from shardwise.core.measurement import TextSummary
 from shardwise.core.mesh import Mesh
 from shardwise.core.pipeline import Pipeline, Schedule
 from shardwise.core.plan import TheirPlan
 from shardwise.core.program import Phase
-from shardwise.launch import RankContext, run_ranks
+from shardwise.launch import RankContext
 from shardwise.models.specs import get_spec
 from shardwise.predict.pipeline import gaps, replay
 from shardwise.step.build import build_model, device_mesh
@@ -54,7 +52,6 @@ ABOUT = {
 }
 WAITED, SAID = "{}: the bubble", "{}: the bubble as its schedule has it"
 WITHIN = 1.15
-LOSS_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +145,11 @@ def ids_of(settings: Settings) -> Tensor:
 
 def worker(context: RankContext, payload: bytes) -> bytes:
     """One rank: all sides, stepped in rounds."""
-    settings = msgspec.json.decode(payload, type=Settings)
-    sides = [Step(name, settings, context) for name in ABOUT]
-    times = interleave(sides, settings.rounds, settings.warm_ups, context.note)
-    kept = {side.name: side.steps[settings.warm_ups :] for side in sides}
-    losses = {side.name: side.losses for side in sides}
+    settings, _ = sides.unpacked(payload, Settings)
+    steps = [Step(name, settings, context) for name in ABOUT]
+    times = interleave(steps, settings.rounds, settings.warm_ups, context.note)
+    kept = {side.name: side.steps[settings.warm_ups :] for side in steps}
+    losses = {side.name: side.losses for side in steps}
     return msgspec.json.encode(Report(times, kept, losses, results.rank_variables()))
 
 
@@ -173,20 +170,12 @@ def bubbles(pipeline: Pipeline, ranks: list[Turned], micro_batches: int) -> tupl
 
 def measure(settings: Settings) -> Result:
     started, load_before = results.now(), results.load_average()
-    replies = run_ranks(
-        "benchmarks.pipeline:worker",
-        msgspec.json.encode(settings),
-        world_size=STAGES,
-        device_type="cpu",
-        timeout_s=300.0,
-        threads_per_rank=1,
-    )
-    reports = [msgspec.json.decode(reply, type=Report) for reply in replies]
-    sides = tuple(side for name in ABOUT for side in _sides(name, reports, settings))
+    reports = sides.launch("benchmarks.pipeline:worker", settings, Report, STAGES)
+    found = tuple(side for name in ABOUT for side in _sides(name, reports, settings))
     bar = Bar(BarKind.COST_AT_MOST, WITHIN)
     within = {
         name: compare(
-            sides, WAITED.format(name), SAID.format(name), bar if name != "GPipe" else None, is_cost=True
+            found, WAITED.format(name), SAID.format(name), bar if name != "GPipe" else None, is_cost=True
         )
         for name in ABOUT
     }
@@ -207,12 +196,12 @@ def measure(settings: Settings) -> Result:
         ),
         load_average=(load_before, results.load_average()),
         text=TextSummary("uniform random ids", "none", settings.seq + 1, 0, 0, ""),
-        checks=(_agreed(reports),),
-        sides=sides,
+        checks=(sides.agreed({name: each[0] for name, each in reports[0].losses.items()}),),
+        sides=found,
         comparisons=(
             *within.values(),
-            compare(sides, "interleaved", "1F1B"),
-            compare(sides, "GPipe", "1F1B"),
+            compare(found, "interleaved", "1F1B"),
+            compare(found, "GPipe", "1F1B"),
         ),
         notes=(
             "A bubble is a stage's waiting in one step's passes, on the mean of the stages; as the schedule "
@@ -235,33 +224,5 @@ def _sides(name: str, reports: list[Report], settings: Settings) -> list[Side]:
     ]
 
 
-def _agreed(reports: list[Report]) -> str:
-    first = {name: losses[0] for name, losses in reports[0].losses.items()}
-    spread = max(first.values()) - min(first.values())
-    if not spread <= LOSS_TOLERANCE:
-        raise RunError(f"the first step's losses differ by {spread:.1e}: {first}.")
-    return f"The first step's losses of all sides agreed to {spread:.0e} (allowed: {LOSS_TOLERANCE:.0e})."
-
-
-def main() -> None:
-    defaults = Settings()
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.pipeline", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--model", default=defaults.model)
-    for name in ("seq", "micro_batches", "rounds"):
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=int, default=getattr(defaults, name))
-    parser.add_argument("--dry", action="store_true", help="print, and write no results file")
-    arguments = vars(parser.parse_args())
-    is_dry = arguments.pop("dry")
-    result = measure(Settings(**arguments))
-    results.show(result)
-    for line in result.checks:
-        print(line)
-    if not is_dry:
-        print(result.write())
-
-
 if __name__ == "__main__":
-    main()
+    sides.command("pipeline", __doc__, Settings(), ("model", "seq", "micro_batches", "rounds"), measure)

@@ -15,7 +15,6 @@ AdamW(fused=True):
 Before anything is timed the first step's losses of all sides are compared.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -26,14 +25,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as TorchShard
 
-from benchmarks import results
+from benchmarks import results, sides
 from benchmarks.hugging_face import TransformersStep
 from benchmarks.results import Bar, BarKind, Comparison, Result, Side, compare
 from benchmarks.rounds import interleave
-from shardwise.core.errors import RunError
 from shardwise.core.mesh import Mesh
 from shardwise.core.rule import RuleRef
-from shardwise.launch import RankContext, run_ranks
+from shardwise.launch import RankContext
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import get_spec
 from shardwise.parallel.apply import applied_to
@@ -46,10 +44,8 @@ from shardwise.step.train import StepResult, TrainStep
 from shardwise.text.batches import Batches
 from shardwise.text.stream import TokenStream, load_tokens
 
-TIMEOUT_S = 300.0
 LEARNING_RATE = 3e-4
 MAX_NORM = 1.0
-LOSS_TOLERANCE = 1e-4
 
 SINGLE = "one process, two threads"
 TRANSFORMERS = "transformers"
@@ -149,20 +145,20 @@ class Step:
 
 def worker(context: RankContext, payload: bytes) -> bytes:
     """One rank: builds all sides, steps each once and compares the losses, times them."""
-    settings, stream = _unpack(payload)
-    batches = Batches(stream, settings.batch, settings.seq)
-    sides = []
+    settings, stream = sides.unpacked(payload, Settings)
+    batches = Batches(TokenStream.from_bytes(stream), settings.batch, settings.seq)
+    steps = []
     for name in settings.sides:
         context.note(f"build: {name}")
-        sides.append(Step(name, _step(name, settings), batches))
+        steps.append(Step(name, _step(name, settings), batches))
     first_losses = {}
-    for side in sides:
+    for side in steps:
         context.note(f"first step: {side.name}")
         first_losses[side.name] = side.first_step()
-    _check_losses(first_losses)
-    times = interleave(sides, settings.rounds, settings.warm_ups, context.note)
+    sides.agreed(first_losses)
+    times = interleave(steps, settings.rounds, settings.warm_ups, context.note)
     report = RankReport(
-        tuple(RankSide(side.name, tuple(times[side.name]), tuple(side.losses)) for side in sides),
+        tuple(RankSide(side.name, tuple(times[side.name]), tuple(side.losses)) for side in steps),
         results.rank_variables(),
     )
     return msgspec.json.encode(report)
@@ -187,21 +183,10 @@ def _step(name: str, settings: Settings) -> Callable[[Sequence[tuple[Tensor, Ten
     return TrainStep(model, mesh=mesh, learning_rate=LEARNING_RATE, max_norm=MAX_NORM)
 
 
-def _check_losses(losses: dict[str, float]) -> float:
-    """The spread of the first losses; RunError where it is too large."""
-    spread = max(losses.values()) - min(losses.values())
-    if not spread <= LOSS_TOLERANCE:
-        shown = ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items())
-        raise RunError(
-            f"the first step's losses differ by {spread:.1e}, where {LOSS_TOLERANCE:.0e} is allowed: {shown}."
-        )
-    return spread
-
-
-def _comparisons(sides: tuple[Side, ...]) -> tuple[Comparison, ...]:
+def _comparisons(found: tuple[Side, ...]) -> tuple[Comparison, ...]:
     """Speedups in tokens per second. Bars are stated for rowwise against the same plan on DTensor, and
     against transformers."""
-    names = {side.name for side in sides}
+    names = {side.name for side in found}
     stated = [
         ("rowwise", "rowwise@dtensor", Bar(BarKind.SPEEDUP_AT_LEAST, 1.25)),
         ("rowwise", f"rowwise@dtensor{OUR_LOSS}", None),
@@ -215,7 +200,7 @@ def _comparisons(sides: tuple[Side, ...]) -> tuple[Comparison, ...]:
         ("routed", "rowwise", None),
         ("routed", "colwise", None),
     ]
-    return tuple(compare(sides, ours, other, bar) for ours, other, bar in stated if {ours, other} <= names)
+    return tuple(compare(found, ours, other, bar) for ours, other, bar in stated if {ours, other} <= names)
 
 
 def measure(settings: Settings) -> Result:
@@ -224,15 +209,15 @@ def measure(settings: Settings) -> Result:
     spec = get_spec(settings.model)
     stream = load_tokens(vocab_size=spec.vocab_size, progress=print)
     single = replace(settings, tp=1, sides=(SINGLE,), rounds=-(-settings.rounds // 2))
-    before = _launch(single, stream, threads=2)
-    reports = _launch(settings, stream, threads=1)
-    after = _launch(single, stream, threads=2)
-    sides = [
+    worker = "benchmarks.step:worker"
+    before = sides.launch(worker, single, RankReport, 1, stream=stream, threads=2)
+    reports = sides.launch(worker, settings, RankReport, settings.tp, stream=stream)
+    after = sides.launch(worker, single, RankReport, 1, stream=stream, threads=2)
+    found = [
         _join([report.sides[index] for report in reports], settings) for index in range(len(settings.sides))
     ]
     halves = [_join([half.sides[0]], settings) for half in (*before, *after)]
-    sides.append(replace(halves[0], rank_times_s=(halves[0].rank_times_s[0] + halves[1].rank_times_s[0],)))
-    spread = _check_losses({side.name: side.losses[0] for side in sides})
+    found.append(replace(halves[0], rank_times_s=(halves[0].rank_times_s[0] + halves[1].rank_times_s[0],)))
     return Result(
         what=f"step-tp{settings.tp}",
         settings={
@@ -254,55 +239,18 @@ def measure(settings: Settings) -> Result:
         ),
         load_average=(load_before, results.load_average()),
         text=stream.summary,
-        checks=(
-            f"The first step's losses of all sides agreed to {spread:.0e} (allowed: {LOSS_TOLERANCE:.0e}).",
-        ),
-        sides=tuple(sides),
-        comparisons=_comparisons(tuple(sides)),
+        checks=(sides.agreed({side.name: side.losses[0] for side in found}),),
+        sides=tuple(found),
+        comparisons=_comparisons(tuple(found)),
         notes=NOTES,
     )
 
 
-def _launch(settings: Settings, stream: TokenStream, threads: int) -> list[RankReport]:
-    replies = run_ranks(
-        "benchmarks.step:worker",
-        msgspec.json.encode(settings) + b"\n" + stream.to_bytes(),
-        world_size=settings.tp,
-        device_type="cpu",
-        timeout_s=TIMEOUT_S,
-        threads_per_rank=threads,
-    )
-    return [msgspec.json.decode(reply, type=RankReport) for reply in replies]
-
-
-def _unpack(payload: bytes) -> tuple[Settings, TokenStream]:
-    settings, _, stream = payload.partition(b"\n")
-    return msgspec.json.decode(settings, type=Settings), TokenStream.from_bytes(stream)
-
-
 def _join(ranks: list[RankSide], settings: Settings) -> Side:
     """All ranks' views of one side."""
-    name = ranks[0].name
-    side = Side(name, ABOUT[name], tuple(rank.times_s for rank in ranks), losses=ranks[0].losses)
-    return replace(side, facts={"tokens_per_s": settings.batch * settings.seq / side.median_s})
-
-
-def main() -> None:
-    defaults = Settings()
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--model", default=defaults.model)
-    for name in ("tp", "batch", "seq", "rounds"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name))
-    parser.add_argument("--dry", action="store_true", help="print, and write no results file")
-    arguments = vars(parser.parse_args())
-    is_dry = arguments.pop("dry")
-    result = measure(Settings(**arguments))
-    results.show(result)
-    if not is_dry:
-        print(result.write())
+    name, tokens = ranks[0].name, settings.batch * settings.seq
+    return sides.joined(name, ABOUT[name], [rank.times_s for rank in ranks], ranks[0].losses, tokens)
 
 
 if __name__ == "__main__":
-    main()
+    sides.command("step", __doc__, Settings(), ("model", "tp", "batch", "seq", "rounds"), measure)
