@@ -61,14 +61,15 @@ class Layers:
 
 
 def find_layers(model: nn.Module, among: Collection[str] | None = None) -> Layers | None:
-    """The outermost list of modules that holds the most parameters; None where the model has no such list.
+    """The outermost list of modules that holds the most parameters; None where the model has no such list. A
+    stage of a pipeline has its own under their numbers in the whole model.
     among: names of modules of which the list's first must be one."""
     best: tuple[int, str, nn.ModuleList | nn.ModuleDict] | None = None
     for name, module in model.named_modules():
         if (
             isinstance(module, nn.ModuleList | nn.ModuleDict)
             and len(module)
-            and list(dict(module.named_children())) == list(map(str, range(len(module))))
+            and all(number.isdecimal() for number in dict(module.named_children()))
             and (among is None or f"{name}.0" in among)
             and not (best and name.startswith(f"{best[1]}."))
         ):
