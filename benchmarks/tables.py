@@ -250,6 +250,7 @@ def main() -> int:
         made = blocks(newest_results()) | hf_results.blocks(hf_results.newest_sweep())
         made |= mutant_results.blocks(mutant_results.newest_run())
         made |= static_results.newest_blocks()
+        made |= museum_results.blocks(museum_results.newest_run())
         for what in verify_results.whats():
             made |= verify_results.blocks(verify_results.newest_sweep(what))
         for tp in made_plan_results.SIZES:
