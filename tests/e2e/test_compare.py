@@ -251,7 +251,7 @@ REFUSED = [
         'unknown model "lama3-8b". Did you mean "llama3-8b"? Known: llama3-debug, llama3-8b, llama3-70b, '
         "llama3.1-405b, gpt-debug, gpt3-1.3b, "
         "gpt3-6.7b, gpt3-175b, moe-debug, mixtral-8x7b, qwen3-30b-a3b, megatron-22b; NAME?KEY=VALUE,...; "
-        "or hf:TYPE, hf:PATH of a config.json, or "
+        "or hf:TYPE, hf:PATH of a config.json, automodel:..., titan:..., or "
         "package.module:factory.",
     ),
     (("--bacth", "3"), "No such option: --bacth (Possible options: --batch). Try: shardwise compare --help."),
@@ -330,7 +330,7 @@ REFUSED = [
     (
         ("--config", "bad.toml"),
         '--config bad.toml: unknown key "batsh". Did you mean "batch"? Allowed: accumulation, batch, '
-        "check, chunks, context_attention, device, dtype, "
+        "check, chunks, context_attention, device, dtype, expert_load, "
         "format, json, learning_rate, machine, max_norm, mesh, model, module, out, param_dtype, plans, "
         "profile, profile_steps, random_ids, recompute, reduce_dtype, reduce_once, repeat, "
         "reshard_after_forward, rounds, schedule, seed, seq, "

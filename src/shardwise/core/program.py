@@ -46,6 +46,8 @@ class Phase(StrEnum):
     OPTIMIZER = "optimizer"
 
 
+AFTER_THE_BACKWARD = "what is called after the backward"
+"""Phase.REDUCE in words, where something fails in it."""
 # the parts of a step: a micro-batch's passes, what runs once for all of them, and where layers run
 FORWARDS = (Phase.FORWARD, Phase.LOSS)
 BACKWARDS = (Phase.BACKWARD, Phase.RECOMPUTE)

@@ -264,7 +264,12 @@ def _longer_item(short: Item, long: Item, more: int, prefix: str) -> Item:
                 write_bytes=_line(short.write_bytes, long.write_bytes, more),
             )
         case Collective(), Collective():
-            return replace(long, call=_longer_call(short.call, long.call, more))
+            return replace(
+                long,
+                call=_longer_call(short.call, long.call, more),
+                again=_distance(short.again, long.again, more),
+                added_to=_distance(short.added_to, long.added_to, more),
+            )
         case MemoryChange(), MemoryChange():
             return replace(long, n_bytes=_line(short.n_bytes, long.n_bytes, more))
         case _:
@@ -320,6 +325,11 @@ def _longer_spec(short: TensorSpec, long: TensorSpec, more: int) -> TensorSpec:
     return TensorSpec(
         long.dtype, tuple(_line(a, b, more) for a, b in zip(short.shape, long.shape, strict=True))
     )
+
+
+def _distance(short: int | None, long: int | None, more: int) -> int | None:
+    """Of a collective from one that it is kin to: those between them may be of every layer."""
+    return long if short is None or long is None else _line(short, long, more)
 
 
 def _line(short: int, long: int, more: int) -> int:

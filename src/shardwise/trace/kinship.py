@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from shardwise.core.collective import CollectiveCall, CollectiveKind
-from shardwise.core.program import Collective, Item, OpKind
+from shardwise.core.mesh import Role, role_of
+from shardwise.core.program import REPLICATED_PARAMETERS, Collective, Item, OpKind
 from shardwise.trace.ops import Work
 from shardwise.trace.storages import Storages
 
@@ -83,13 +84,15 @@ class Kinship:
         self._note_sum(work.made or work.written, sums[-1])
 
     def told(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The same items; collectives with their kin."""
+        """The same items; collectives with their kin, as far as they are about what passes between modules:
+        parameters are gathered, and their gradients added up, over and over."""
         place = 0
         for item in items:
             if not isinstance(item, Collective):
                 yield item
                 continue
-            again, added = self._again.get(place), self._added.get(place)
+            is_between = role_of(item.call.axis) is Role.CUTS_TENSORS and item.module != REPLICATED_PARAMETERS
+            again, added = (own.get(place) if is_between else None for own in (self._again, self._added))
             yield item if again is None and added is None else replace(item, again=again, added_to=added)
             place += 1
 

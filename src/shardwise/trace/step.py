@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from shardwise.core.batch_part import padded
 from shardwise.core.errors import ModelError, PlanError, ShardwiseError
 from shardwise.core.plan import Engine, TheirPlan
-from shardwise.core.program import Holding, Item, MemoryKind, Phase
+from shardwise.core.program import AFTER_THE_BACKWARD, Holding, Item, MemoryKind, Phase
 from shardwise.core.rule import RuleRef
 from shardwise.core.shown import shown, told
 from shardwise.models.layers import Layers
@@ -145,7 +145,9 @@ def _check_logits(job: Job, recorder: Recorder) -> Callable[[nn.Module, tuple[Te
 def _failure(job: Job, recorder: Recorder, error: Exception) -> ModelError | PlanError:
     """What the model's own code, or that which a plan put into it, raised."""
     where, phase = recorder.failed_in(error), recorder.place.step_phase
-    if phase is not Phase.FORWARD:
+    if phase is Phase.REDUCE:
+        where = AFTER_THE_BACKWARD
+    elif phase is not Phase.FORWARD:
         where = f"the {phase} after {where}" if where else f"the {phase}"
     raised = f'model "{job.source.name}": {where or "its forward"} raised {told(error)}'
     if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):

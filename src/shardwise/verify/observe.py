@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shardwise.core.batch_part import padded
 from shardwise.core.errors import RunError
-from shardwise.core.program import Phase
+from shardwise.core.program import AFTER_THE_BACKWARD, Phase
 from shardwise.core.shown import told
 from shardwise.parallel.apply import applied_to, is_applied
 from shardwise.parallel.loss import DTensorLoss, PlainLoss
@@ -147,7 +147,7 @@ class _Watch:
 
     def failure(self, error: Exception) -> ModuleError:
         if self.phase is Phase.REDUCE:
-            return ModuleError("", f"what is called after the backward raised {told(error)}")
+            return ModuleError("", f"{AFTER_THE_BACKWARD} raised {told(error)}")
         if self.phase is not Phase.FORWARD:
             return ModuleError("", f"the backward raised {told(error)}")
         where = self._open[-1] if self._open else ""

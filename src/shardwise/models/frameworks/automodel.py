@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor.parallel import parallelize_module
 
+from shardwise.core.mesh import TENSOR_AXIS
 from shardwise.models.changes import parse_changes
 from shardwise.models.frameworks.framework import Framework, FrameworkModel, Make
 from shardwise.models.hugging_face import HuggingFaceModel, find_hugging_face, give_logits
@@ -65,7 +66,7 @@ def _made(
     model = _whole(source, force_hf=force_hf)
     if mesh is None:
         return model
-    tp = mesh["tp"] if mesh.ndim > 1 else mesh
+    tp = mesh[TENSOR_AXIS] if mesh.ndim > 1 else mesh
     validate_tp_mesh(model, tp)
     plan = _get_parallel_plan(model, sequence_parallel, None, tp_size=tp.size())
     parallelize_module(model, tp, plan)
