@@ -40,7 +40,7 @@ TINY_LLAMA = f"hf:llama?{SMALL}"
 DEEP_CONFIG = '{"model_type": "llama", "a": ' * 50_000 + "1" + "}" * 50_000
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     yield init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
