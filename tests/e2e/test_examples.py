@@ -89,6 +89,7 @@ def test_the_example_of_a_test_runs_under_pytest() -> None:
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
     )
     assert ended.returncode == 0, ended.stdout
     assert "1 passed" in ended.stdout
@@ -104,6 +105,7 @@ def test_a_step_is_held_on_torchruns_own_ranks(group: str) -> None:
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.split() == ["told"] * 2

@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
+from itertools import count
 from typing import Any, cast
 
 import msgspec
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from shardwise.core.drift import Drift, Held
 from shardwise.core.errors import MeshError, RunError, ShardwiseError
@@ -165,7 +168,7 @@ def hold_here(asked: Asked, mesh: str | DeviceMesh, device_type: str) -> tuple[F
     is_cuda = device_type == "cuda"
     owns_group = not dist.is_initialized()
     if owns_group:
-        dist.init_process_group("nccl" if is_cuda else "gloo")
+        _join("nccl" if is_cuda else "gloo")
     device = torch.device(device_type, torch.cuda.current_device()) if is_cuda else torch.device(device_type)
     try:
         with torch.random.fork_rng([device.index] if is_cuda else []):
@@ -177,6 +180,17 @@ def hold_here(asked: Asked, mesh: str | DeviceMesh, device_type: str) -> tuple[F
     finally:
         if owns_group:
             dist.destroy_process_group()
+
+
+_times = count()
+
+
+def _join(backend: str) -> None:
+    """Makes a process group of torchrun's ranks, which may have had one before: what that one left in
+    torchrun's store (where its ranks listened) isn't this one's."""
+    store, rank, world_size = next(rendezvous("env://"))
+    own = PrefixStore(f"shardwise/held/{next(_times)}", store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world_size)
 
 
 def hold(
