@@ -1,6 +1,7 @@
 """Models of other frameworks: found by their prefix; a line where one isn't there, or isn't known."""
 
 from dataclasses import replace
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ def linear(framework: Framework, asked: str) -> ShardsItself:
 
 
 # torch stands for a framework: it is installed
-INSTALLED = Framework("some", "Some", "torch", "some", (torch.__version__,), (), linear)
+TORCH = version("torch")
+INSTALLED = Framework("some", "Some", "torch", "some", (TORCH,), (), linear)
 
 
 def test_a_framework_that_is_not_installed_is_one_line() -> None:
@@ -36,7 +38,7 @@ def test_a_framework_that_is_not_installed_is_one_line() -> None:
 def test_a_version_that_was_not_tried_is_a_note_and_stands_beside_what_it_raises() -> None:
     assert INSTALLED.model("linear").notes == ()
     older = replace(INSTALLED, tried=("0.1", "0.2"))
-    doubt = f"Some {torch.__version__} wasn't tried; 0.1, 0.2 were."
+    doubt = f"Some {TORCH} wasn't tried; 0.1, 0.2 were."
     assert older.model("linear").notes == (doubt,)
 
     def broken(mesh: object) -> nn.Module:
@@ -44,7 +46,7 @@ def test_a_version_that_was_not_tried_is_a_note_and_stands_beside_what_it_raises
 
     with pytest.raises(ModelError) as caught:
         FrameworkModel(older, "linear", "a layer", broken).build(dtype=torch.float32)
-    found = f"Some {torch.__version__} can't build it: AttributeError: no such plan. {doubt}"
+    found = f"Some {TORCH} can't build it: AttributeError: no such plan. {doubt}"
     assert str(caught.value) == f'model "some:linear": {found}'
 
 

@@ -45,17 +45,18 @@ class Kinship:
         self._sums: dict[int, int] = {}  # storage -> the last collective whose sum is in it
         self._again: dict[int, int] = {}
         self._added: dict[int, int] = {}
-        self._count = 0
+        self._phases: list[str] = []  # of each collective
 
     def exchanges(self, call: CollectiveCall, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """A collective that is written down."""
-        place, self._count = self._count, self._count + 1
+        place = len(self._phases)
+        self._phases.append(call.phase)
         if call.kind is CollectiveKind.ALL_GATHER:
             parts = [each for each in inputs if _n_bytes(each) == call.payload_bytes // call.axis_size]
             elements = self._elements(parts[-1]) if parts else None
             if elements is not None:
                 first = self._gathered.get((elements, call.axis))
-                if first is not None:
+                if first is not None and self._phases[first] == call.phase:
                     self._again[place] = place - first
                 self._gathered[elements, call.axis] = place
         made = outputs or inputs[:1]
@@ -79,7 +80,8 @@ class Kinship:
             for number in numbers:
                 self._sums.pop(number, None)
             return
-        if name in _ADDITIONS and len(sums) == 2 and work.inputs[0].shape == work.inputs[1].shape:
+        is_sum_of_two = name in _ADDITIONS and len(sums) == 2 and work.inputs[0].shape == work.inputs[1].shape
+        if is_sum_of_two and len({self._phases[place] for place in sums}) == 1:
             self._added[sums[1]] = sums[1] - sums[0]
         self._note_sum(work.made or work.written, sums[-1])
 
