@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-import msgspec
-
-from benchmarks.results import RESULTS, as_json, latest, write_results
+from benchmarks.results import RESULTS, Saved, newest
 
 WHAT = "hf-explain"
 
@@ -61,7 +59,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Sweep:
+class Sweep(Saved):
     """A run over types, and what it ran with."""
 
     command: str
@@ -75,18 +73,10 @@ class Sweep:
     what: str = WHAT
     schema_version: int = 2
 
-    @property
-    def day(self) -> str:
-        return self.started[:10]
-
-    def write(self, folder: Path = RESULTS) -> Path:
-        """The file of this run; one of the same day is replaced."""
-        return write_results(as_json(self), self.day, self.what, folder)
-
 
 def newest_sweep(folder: Path = RESULTS) -> Sweep:
     """Raises FileNotFoundError where there is none."""
-    return msgspec.json.decode(latest(WHAT, folder).read_bytes(), type=Sweep)
+    return newest(Sweep, WHAT, folder)
 
 
 def summary(sweep: Sweep) -> str:

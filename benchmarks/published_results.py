@@ -13,10 +13,8 @@ from math import log10, sqrt
 from pathlib import Path
 from statistics import fmean, median
 
-import msgspec
-
 from benchmarks.hf_results import table
-from benchmarks.results import RESULTS, as_json, latest, write_results
+from benchmarks.results import RESULTS, Saved, newest
 
 WHAT = "published"
 WORST = 12
@@ -88,7 +86,7 @@ class NotTaken:
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
+class Published(Saved):
     """A run over all usable rows."""
 
     command: str
@@ -99,18 +97,10 @@ class Published:
     what: str = WHAT
     schema_version: int = 1
 
-    @property
-    def day(self) -> str:
-        return self.started[:10]
-
-    def write(self, folder: Path = RESULTS) -> Path:
-        """The file of this run; one of the same day is replaced."""
-        return write_results(as_json(self), self.day, self.what, folder)
-
 
 def newest_run(folder: Path = RESULTS) -> Published:
     """Raises FileNotFoundError where there is none."""
-    return msgspec.json.decode(latest(WHAT, folder).read_bytes(), type=Published)
+    return newest(Published, WHAT, folder)
 
 
 def with_others(made: Sequence[Predicted], before: Sequence[Predicted]) -> list[Predicted]:

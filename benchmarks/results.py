@@ -17,7 +17,7 @@ from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from typing import assert_never
+from typing import TypeVar, assert_never
 
 import msgspec
 
@@ -189,6 +189,30 @@ def latest(what: str, folder: Path = RESULTS) -> Path:
             f"{folder} has no results file of {what}: run its benchmark (see benchmarks/README.md)."
         )
     return found[-1]
+
+
+class Saved:
+    """A benchmark's run that has a results file: a dataclass with these fields. started: in ISO format."""
+
+    __slots__ = ()
+    started: str
+    what: str
+
+    @property
+    def day(self) -> str:
+        return self.started[:10]
+
+    def write(self, folder: Path = RESULTS) -> Path:
+        """The file of this run; one of the same day is replaced."""
+        return write_results(as_json(self), self.day, self.what, folder)
+
+
+Run = TypeVar("Run", bound=Saved)
+
+
+def newest(kind: type[Run], what: str, folder: Path = RESULTS) -> Run:
+    """The newest run that has a file. Raises FileNotFoundError where there is none."""
+    return msgspec.json.decode(latest(what, folder).read_bytes(), type=kind)
 
 
 def compare(

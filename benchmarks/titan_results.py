@@ -4,10 +4,8 @@ no processes."""
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from benchmarks.hf_results import cell, table
-from benchmarks.results import RESULTS, as_json, latest, write_results
+from benchmarks.results import RESULTS, Saved, newest
 
 WHAT = "titan"
 
@@ -28,7 +26,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class Run(Saved):
     """seconds: of all, with the launch."""
 
     command: str
@@ -40,18 +38,10 @@ class Run:
     what: str = WHAT
     schema_version: int = 1
 
-    @property
-    def day(self) -> str:
-        return self.started[:10]
-
-    def write(self, folder: Path = RESULTS) -> Path:
-        """The file of this run; one of the same day is replaced."""
-        return write_results(as_json(self), self.day, self.what, folder)
-
 
 def newest_run(folder: Path = RESULTS) -> Run:
     """Raises FileNotFoundError where there is none."""
-    return msgspec.json.decode(latest(WHAT, folder).read_bytes(), type=Run)
+    return newest(Run, WHAT, folder)
 
 
 def blocks(run: Run) -> dict[str, str]:
