@@ -9,7 +9,7 @@ parameter that is whole and whose gradient each rank has a summand of, I one who
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,19 +18,17 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from shardwise.core.errors import ModelError
 from shardwise.core.layer_name import any_layer
 from shardwise.core.mesh import EXPERTS_AXIS, TENSOR_AXIS
-from shardwise.core.placement import Partial as OurPartial
-from shardwise.core.placement import Placement as OurPlacement
-from shardwise.core.placement import Replicate as OurReplicate
-from shardwise.core.placement import Shard as OurShard
 from shardwise.core.plan import suggest
+from shardwise.core.shown import shown
 from shardwise.models.frameworks.framework import Framework, FrameworkModel, Make
-from shardwise.models.self_sharded import Changing, SelfSharded, ShardsItself
+from shardwise.models.self_sharded import SelfSharded, ShardsItself
+from shardwise.models.spmd_types import changes_of, placements_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -109,7 +107,9 @@ def _wanted(query: str, where: str) -> Wanted:
     for part in query.split(",") if query else ():
         key, equals, text = (each.strip() for each in part.partition("="))
         if key not in known or not equals:
-            raise ModelError(f'{where}: no key "{key}".{suggest(key, known)} Known: {", ".join(known)}.')
+            raise ModelError(
+                f'{where}: no key "{shown(key)}".{suggest(key, known)} Known: {", ".join(known)}.'
+            )
         if known[key] is bool and text in ("true", "false"):
             found[key] = text == "true"
         elif known[key] is int and text.isdecimal():
@@ -118,11 +118,11 @@ def _wanted(query: str, where: str) -> Wanted:
             found[key] = text
         else:
             kind = "true or false" if known[key] is bool else "a number"
-            raise ModelError(f'{where}: {key} is "{text}". Write {kind}.')
+            raise ModelError(f'{where}: {key} is "{shown(text)}". Write {kind}.')
     wanted = Wanted(**found)
     if wanted.backend not in BACKENDS:
         raise ModelError(
-            f'{where}: backend is "{wanted.backend}".{suggest(wanted.backend, BACKENDS)} Allowed: '
+            f'{where}: backend is "{shown(wanted.backend)}".{suggest(wanted.backend, BACKENDS)} Allowed: '
             f"{', '.join(BACKENDS)}."
         )
     return wanted
@@ -247,10 +247,10 @@ def _make(family: ModuleType, flavor: str, wanted: Wanted, mesh: "DeviceMesh | N
     if wanted.backend == "spmd_types":
         model = _plain(config, dims)
         cut = _cut_over(mesh)
-        placements, gradients = _told(model, cut)
+        placements, gradients = placements_of(model, cut)
         logits = partial(_logits, model, wanted, mesh, dims)
         return SelfSharded(
-            model, placements=placements, gradients=gradients, mesh=cut, logits=logits, changes=_changes
+            model, placements=placements, gradients=gradients, mesh=cut, logits=logits, changes=changes_of
         )
     model = _of_dtensors(config, dims)
     return SelfSharded(model, logits=partial(_logits, model, wanted, mesh, dims))
@@ -310,79 +310,6 @@ def _dims(wanted: Wanted, mesh: "DeviceMesh", tp: int, experts: int) -> Any:
     with patch.object(parallel_dims, "device_type", mesh.device_type):
         dims.build_mesh()
     return dims
-
-
-Told = dict[str, list[Placement]]
-
-
-def _told(model: nn.Module, mesh: "DeviceMesh") -> tuple[Told, Told]:
-    """Of every parameter, by its types: (placements over the mesh, those of its gradient)."""
-    from spmd_types import MeshAxis
-
-    names = mesh.mesh_dim_names or (TENSOR_AXIS,)
-    axes = [(MeshAxis.of(mesh.get_group(dim)), name != EXPERTS_AXIS) for dim, name in enumerate(names)]
-    placements: Told = {}
-    gradients: Told = {}
-    for name, parameter in model.named_parameters():
-        types = _types(parameter)
-        placements[name] = [_placed(types.get(axis)) for axis, _ in axes]
-        # ranks of experts see other tokens, and a step sums what those found
-        gradients[name] = [
-            Partial() if sees_all and _is_summand(types.get(axis)) else _placed(types.get(axis))
-            for axis, sees_all in axes
-        ]
-    return placements, gradients
-
-
-def _types(parameter: Tensor) -> dict[Any, Any]:
-    """An axis, which is known by its ranks -> R, I or S(dim)."""
-    import spmd_types
-    from spmd_types.runtime import get_local_type, get_partition_spec
-
-    types = dict(get_local_type(parameter))
-    for dim, entry in enumerate(get_partition_spec(parameter) or ()):
-        types |= {axis: spmd_types.S(dim) for axis in (entry if isinstance(entry, tuple) else (entry,))}
-    return types
-
-
-def _placed(kind: Any) -> Placement:
-    import spmd_types
-
-    return Shard(kind.dim) if isinstance(kind, spmd_types.Shard) else Replicate()
-
-
-def _is_summand(kind: Any) -> bool:
-    """Whether each rank's gradient is one."""
-    import spmd_types
-
-    return kind is spmd_types.R
-
-
-@contextmanager
-def _changes(changing: Changing) -> Iterator[None]:
-    """What spmd_types' collectives turn into what. Its backwards call the same functions."""
-    import spmd_types
-    from spmd_types import _collectives
-
-    known: dict[Any, OurPlacement] = {spmd_types.P: OurPartial()}
-    known |= dict.fromkeys((spmd_types.R, spmd_types.I), OurReplicate())
-
-    def of(kind: Any) -> OurPlacement | None:
-        return OurShard(kind.dim) if isinstance(kind, spmd_types.Shard) else known.get(kind)
-
-    def told(original: Callable[..., Any]) -> Callable[..., Any]:
-        def collective(*args: Any, **kwargs: Any) -> Any:
-            before, after = of(kwargs.get("src")), of(kwargs.get("dst"))
-            around = changing(before, after) if before is not None and after is not None else nullcontext()
-            with around:
-                return original(*args, **kwargs)
-
-        return collective
-
-    with ExitStack() as stack:
-        for name in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all"):
-            stack.enter_context(patch.object(_collectives, name, told(getattr(_collectives, name))))
-        yield
 
 
 def _logits(
