@@ -24,7 +24,7 @@ from shardwise.core.rule import RuleRef
 from shardwise.files.document import read_document, write_document
 from shardwise.report.common import units
 from shardwise.report.common.deliver import show
-from shardwise.report.explain import rows
+from shardwise.report.explain import contrasts, rows
 from shardwise.report.explain.band import Stop, bands
 from shardwise.report.explain.html import contrast_html, explanation_html, memory_chart, wire_chart
 from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME
@@ -186,7 +186,7 @@ def test_a_gradient_is_told_where_it_is_not_as_its_parameter() -> None:
 def test_a_finding_that_both_plans_have_stands_once() -> None:
     example = dtensor_example()
     other = replace(example, plan="other", findings=(GRADIENT_FINDING,))
-    found = rows.contrast_findings(contrast_example(example, other))
+    found = contrasts.findings_of(contrast_example(example, other))
     assert [(label, finding.subject) for label, finding in found] == [
         ("rowwise@dtensor", "layers.*.misspelt"),
         ("both plans", "tok_embeddings.weight"),
@@ -430,13 +430,13 @@ def test_bars_have_the_sizes_of_what_they_show() -> None:
 
 
 def test_a_ratio_is_given_where_there_is_one() -> None:
-    found = {row.label: row for row in rows.contrast_rows(contrast_example())}
+    found = {row.label: row for row in contrasts.rows_of(contrast_example())}
     assert (found["all-to-alls"].first, found["all-to-alls"].second) == ("0", "2")
     assert found["FLOPs"].ratio == "equal"
     assert found["forward"].ratio == "x 0.903"
     alone = contrast_example(explanation(), replace(alone_example(), phases=explanation().phases))
     assert (
-        next(row for row in rows.contrast_rows(replace(alone, different=())) if row.label == "forward").ratio
+        next(row for row in contrasts.rows_of(replace(alone, different=())) if row.label == "forward").ratio
         == "none"
     )
 

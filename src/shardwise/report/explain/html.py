@@ -10,7 +10,7 @@ from shardwise.core.program import MemoryKind, Phase
 from shardwise.report.common.chart import Chart, Key, Part, Stack, chart, percent
 from shardwise.report.common.page import draw
 from shardwise.report.common.units import BYTES
-from shardwise.report.explain import rows, tables
+from shardwise.report.explain import contrasts, rows, tables
 from shardwise.report.explain.band import bands, largest_wire_bytes
 
 # modules and collectives of a layer that fit beside what comes before and after the layers; more take lines
@@ -79,7 +79,7 @@ def _page(
     explanations: tuple[Explanation, ...], contrast: Contrast | None, walkthrough_href: str | None
 ) -> str:
     first = explanations[0]
-    findings = rows.contrast_findings(contrast) if contrast else tuple(("", each) for each in first.findings)
+    findings = contrasts.findings_of(contrast) if contrast else tuple(("", each) for each in first.findings)
     # the forwards of two plans stand under each other, then their backwards
     pictures = sorted(
         ((one, band) for one in explanations for band in bands(one)),

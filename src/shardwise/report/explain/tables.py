@@ -32,7 +32,7 @@ from shardwise.report.common.table import (
     tabled,
 )
 from shardwise.report.common.units import BAR, BYTES, FLOPS, NUMBER, format_bytes, format_count, format_share
-from shardwise.report.explain import rows
+from shardwise.report.explain import contrasts, rows
 from shardwise.report.explain.stages import stages_tables
 
 _SUMMED = ("ops", "unknown_ops", "flops", "moved_bytes", "collectives", "wire_bytes")
@@ -55,7 +55,7 @@ def contrast_report(contrast: Contrast) -> Report:
     labels = (rows.plan_name(first), rows.plan_name(second))
     about = f"{labels[0]} against {labels[1]} for {_model(first)}"
     blocks: list[Block] = [Words((Line(about, Tone.STRONG), *_setting(first)))]
-    blocks += findings_words([(name(label), finding) for label, finding in rows.contrast_findings(contrast)])
+    blocks += findings_words([(name(label), finding) for label, finding in contrasts.findings_of(contrast)])
     blocks += [sides_table(contrast), *apart_blocks(contrast)]
     lines = [
         Line(sentence(line), Tone.PLAIN if index else Tone.STRONG)
@@ -358,7 +358,7 @@ def sides_table(contrast: Contrast) -> Table:
         Column("second over first", right),
     )
     body = []
-    for each in rows.contrast_rows(contrast):
+    for each in contrasts.rows_of(contrast):
         tone = Tone.STRONG if each.differs else Tone.QUIET
         cells = (Cell(text, tone=tone) for text in (each.first, each.second, each.ratio))
         body.append(heading(each.label) if each.is_heading else row(each.label, *cells))
