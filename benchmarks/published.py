@@ -102,7 +102,12 @@ def why_not(row: Row) -> str | None:
     if is_mixture(row):
         return published_mixtures.why_not(row)
     absent = [column for column in SHAPE if not row[column]]
-    return f"doesn't state {', '.join(absent)}" if absent else None
+    if absent:
+        return f"doesn't state {', '.join(absent)}"
+    layers, stages, chunks = number(row, "layers"), number(row, "pp"), number(row, "vp", 1)
+    if stages * chunks > layers:
+        return f"{layers} layers can't be cut into {stages} stages of {chunks} chunks"
+    return None
 
 
 def is_llama(row: Row) -> bool:

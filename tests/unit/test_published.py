@@ -166,6 +166,13 @@ def test_rows_over_stages_context_ranks_and_experts_that_aren_t_taken_are_listed
     assert {"no step time", "no machine file of a GB300", "doesn't state micro_batch"} <= reasons
 
 
+def test_the_stages_and_chunks_of_every_row_that_is_taken_can_be_cut_from_its_layers() -> None:
+    for row in USABLE:
+        pipeline = job_of(row).setup.pipeline()
+        if row["layers"] and pipeline.stages > 1:
+            assert len(pipeline.spans(number(row, "layers"))) == pipeline.parts
+
+
 def test_a_group_is_left_out_of_what_was_fitted_to_it() -> None:
     vtrain, titan = (
         row_of("vtrain-single", tp="2"),
