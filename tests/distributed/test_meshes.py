@@ -6,7 +6,7 @@ from functools import cache
 import msgspec
 import pytest
 
-from shardwise.core.collective import CollectiveKind
+from shardwise.core.collective import TO_ONE_RANK, CollectiveKind
 from shardwise.core.errors import ShardwiseError
 from shardwise.core.mesh import Mesh
 from shardwise.core.program import Collective, Phase, Program
@@ -127,7 +127,7 @@ def _on_gloo(expected: Collective, issued: Issued) -> float:
 
 def _timed(issued: Issued) -> Issued:
     """Between stages torch's schedule sends what a pass gave when the next one may run already."""
-    is_between = issued.kind in (CollectiveKind.SEND, CollectiveKind.RECV)
+    is_between = issued.kind in TO_ONE_RANK
     return replace(issued, phase="") if is_between else issued
 
 

@@ -148,7 +148,18 @@ def test_a_placement_that_nobody_told_is_said_to_be_so() -> None:
     found = explanation().collectives[0]
     assert rows.placement_change(found) == "Partial -> Shard(1)"
     assert rows.placement_change(replace(found, after=None)) == "Partial -> not told"
-    assert rows.placement_change(replace(found, before=None, after=None)) == "placement not told"
+    assert rows.placement_change(replace(found, before=None, after=None)) == "not told"
+
+
+def test_what_goes_from_stage_to_stage_has_no_placement_to_tell() -> None:
+    one = explanation()
+    passed = replace(
+        one.collectives[0], before=None, after=None, kind=CollectiveKind.SEND, carries_out=CollectiveKind.SEND
+    )
+    for where, text in every_drawing(replace(one, collectives=(passed,))).items():
+        assert "not told" not in text, where
+    for where, text in every_drawing(dtensor_example()).items():
+        assert "Placement placement" not in text, where
 
 
 def test_the_sums_are_those_of_the_groups() -> None:
@@ -353,7 +364,7 @@ def test_findings_come_right_after_the_headline_with_their_advice() -> None:
             < text.index("7/8")
         ), where
         assert "Replicate [1024, 64]" in text, where
-        assert "placement not told" in text, where
+        assert "not told" in text, where
         assert "Copies 32.0 MiB to and from its buffers each time." in text, where
         assert "as all-to-all + sum" in text, where
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from shardwise.core.case import Case, StepSettings
-from shardwise.core.collective import CollectiveKind
+from shardwise.core.collective import TO_ONE_RANK
 from shardwise.core.errors import InputError
 from shardwise.core.layer_name import layer_index
 from shardwise.core.mesh import Mesh
@@ -56,9 +56,7 @@ def test_equal_layers_of_a_stage_are_traced_once_and_give_the_whole_stage(
 
 
 def passed(program: Program) -> list[Collective]:
-    return [
-        each for each in program.collectives() if each.call.kind in (CollectiveKind.SEND, CollectiveKind.RECV)
-    ]
+    return [each for each in program.collectives() if each.call.kind in TO_ONE_RANK]
 
 
 def test_a_stage_in_the_middle_passes_each_micro_batch_on_in_both_directions_and_says_why() -> None:

@@ -48,6 +48,10 @@ class CollectiveKind(StrEnum):
     UNKNOWN = "unknown"
 
 
+TO_ONE_RANK = (CollectiveKind.SEND, CollectiveKind.RECV)
+"""What one rank has goes to one other."""
+
+
 def collective_name(op: str) -> str:
     """`reduce-scatter`, as people write the kind or a profiler's `reduce_scatter`."""
     return op.replace("_", "-")

@@ -4,7 +4,7 @@ placement and the phase.
 What isn't known is said plainly from the placements, never guessed. Numbers are left to who draws them.
 """
 
-from shardwise.core.collective import TIMED, CollectiveKind, collective_name, is_off_mesh
+from shardwise.core.collective import TIMED, TO_ONE_RANK, CollectiveKind, collective_name, is_off_mesh
 from shardwise.core.mesh import Role, axes_in, role_of, sees_other_tokens
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.core.program import REPLICATED_PARAMETERS, Collective, Op, Phase
@@ -39,7 +39,6 @@ _REPLICATED = (
 _SHARED = "Ranks saw different parts of each sequence: what each found (gradients, or losses) is added up."
 _SHARES = {2: "half", 3: "a third", 4: "a quarter", 8: "an eighth"}
 _STAGES = "The last stage finds the loss: all stages learn it."
-_TO_ONE = (CollectiveKind.SEND, CollectiveKind.RECV)
 _OF_CODE = "The model's own code asks for it, or a library that it calls: no rule of the plan does."
 _OF_COPY = {
     "cat": "Puts tensors side by side in new memory.",
@@ -65,7 +64,7 @@ def reason_of(collective: Collective) -> str:
     """One sentence: by the axis and what the step is doing, where they say all, else by the style or the
     placements."""
     call, phase = collective.call, collective.phase
-    if call.kind in _TO_ONE and collective.reason is not None:
+    if call.kind in TO_ONE_RANK and collective.reason is not None:
         return collective.reason
     if role_of(call.axis) is Role.CUTS_SEQUENCE and collective.before is not None:
         shared = _of_shared_sequences(collective)

@@ -17,7 +17,7 @@ What this file does not know: what runs beside what.
 from dataclasses import dataclass
 from math import prod
 
-from shardwise.core.collective import CollectiveKind, wire_bytes
+from shardwise.core.collective import TO_ONE_RANK, CollectiveKind, wire_bytes
 from shardwise.core.dtype import DTYPE_BYTES
 from shardwise.core.errors import MachineError
 from shardwise.core.grouped import GROUPED, grouped_product
@@ -221,7 +221,7 @@ def collective_s(
         rate = link.bytes_per_s * link.share_at(payload / local * machine.devices_per_node)
         return max(link.start_s + link.start_per_hop_s * nodes + sent / rate, within)
     # each NIC carries 1/local of it, but one rank's message goes through its own
-    nics = 1 if kind in (CollectiveKind.SEND, CollectiveKind.RECV) else local
+    nics = 1 if kind in TO_ONE_RANK else local
     rate = link.bytes_per_s * link.share_at(payload / nics * machine.devices_per_node) * nics
     return max(link.start_s + link.start_per_hop_s * nodes + sent / rate, within)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from itertools import groupby, zip_longest
 
-from shardwise.core.collective import CollectiveCall, CollectiveKind
+from shardwise.core.collective import TO_ONE_RANK, CollectiveCall
 from shardwise.core.layer_name import layer_index, moved_name
 from shardwise.core.program import (
     IN_LAYERS,
@@ -119,7 +119,7 @@ def _stretches_of_layers(items: Sequence[Item], prefix: str) -> Iterator[_Stretc
 
 def _is_passed_on(item: Op | Collective) -> bool:
     """Between stages of a pipeline, whose layers may be another rank's."""
-    return isinstance(item, Collective) and item.call.kind in (CollectiveKind.SEND, CollectiveKind.RECV)
+    return isinstance(item, Collective) and item.call.kind in TO_ONE_RANK
 
 
 def _longer_run(run: _Run, prefix: str, more: int) -> list[Block]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from shardwise.core.collective import CollectiveKind
+from shardwise.core.collective import TO_ONE_RANK
 from shardwise.core.mesh import Role, role_of
 from shardwise.core.placement import Shard
 from shardwise.core.program import Collective, Item, Phase
@@ -15,15 +15,13 @@ from shardwise.parallel.kinds import kind_of
 from shardwise.parallel.styles import reasons_of
 from shardwise.trace.placements import from_torch
 
-_TO_ONE = (CollectiveKind.SEND, CollectiveKind.RECV)
-
 
 def told(items: Iterable[Item], model: nn.Module) -> Iterator[Item]:
     """The same items; collectives with the kind of their module, and the sentence of its style."""
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     for item in items:
         # why a tensor goes to one other rank, whoever asks for it has said
-        if isinstance(item, Collective) and item.module in modules and item.call.kind not in _TO_ONE:
+        if isinstance(item, Collective) and item.module in modules and item.call.kind not in TO_ONE_RANK:
             yield _told(item, modules[item.module])
         else:
             yield item

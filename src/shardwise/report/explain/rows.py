@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
-from shardwise.core.collective import CollectiveKind, collective_name
+from shardwise.core.collective import TO_ONE_RANK, CollectiveKind, collective_name
 from shardwise.core.explanation import CollectiveGroup, Explanation, HoldingGroup, PhaseTotals
 from shardwise.core.placement import Placement
 from shardwise.core.program import MemoryKind, Phase
@@ -95,9 +95,10 @@ def carried_out_as(group: CollectiveGroup) -> str | None:
 
 
 def placement_change(group: CollectiveGroup) -> str:
-    """`Partial -> Shard(1)`; what nobody told is said to be so."""
+    """`Partial -> Shard(1)`; what nobody told is said to be so. Empty for what goes from one rank to another,
+    which turns no placement into another."""
     if group.before is None and group.after is None:
-        return f"placement {UNTOLD}"
+        return "" if group.kind in TO_ONE_RANK else UNTOLD
     return f"{group.before or UNTOLD} -> {group.after or UNTOLD}"
 
 
