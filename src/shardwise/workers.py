@@ -4,11 +4,11 @@ parts of multiprocessing only."""
 import gc
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import TypeVar
+from typing import Generic, Self, TypeVar
 
 from shardwise.core.errors import RunError
 
@@ -23,41 +23,79 @@ def on_processes(
 ) -> Iterator[_Result]:
     """Results as they come. Raises what `function` raises; RunError, with the words `killed`, where a process
     was killed."""
-    waiting = list(tasks)[::-1]
-    context = get_context("spawn")
-    pairs = [context.Pipe() for _ in range(min(workers, len(waiting)))]
-    processes = [context.Process(target=_serve, args=(function, theirs), daemon=True) for _, theirs in pairs]
-    busy: set[Connection] = set()
-    try:
-        with _undisturbed():
-            for process, (ours, theirs) in zip(processes, pairs, strict=True):
-                process.start()
-                theirs.close()  # so that its end is seen
-                ours.send(waiting.pop())
-                busy.add(ours)
-        while busy:
-            for ready in wait(list(busy)):
+    waiting = list(tasks)
+    with Processes(function, min(workers, len(waiting)), killed) as processes:
+        for _, result in processes.results(waiting):
+            yield result
+
+
+class Processes(Generic[_Task, _Result]):
+    """Processes that stay for several rounds of tasks, and end with the `with` block. preload: modules
+    that are imported once for all of them, before they are forked (by a process of its own, which has no
+    threads)."""
+
+    def __init__(
+        self, function: Callable[[_Task], _Result], workers: int, killed: str, preload: Collection[str] = ()
+    ) -> None:
+        self._killed = killed
+        context = get_context("forkserver") if preload else get_context("spawn")
+        context.set_forkserver_preload(list(preload))
+        pairs = [context.Pipe() for _ in range(workers)]
+        self._theirs = [theirs for _, theirs in pairs]
+        self._free = [ours for ours, _ in pairs]
+        self._all = tuple(self._free)
+        self._busy: dict[Connection, _Task] = {}
+        self._processes = [
+            context.Process(target=_serve, args=(function, theirs), daemon=True) for theirs in self._theirs
+        ]
+
+    def __enter__(self) -> Self:
+        try:
+            with _undisturbed():
+                for process, theirs in zip(self._processes, self._theirs, strict=True):
+                    process.start()
+                    theirs.close()  # so that its end is seen
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            if process.pid is not None:
+                process.terminate()
+        for process in self._processes:
+            if process.pid is not None:
+                process.join()
+        for ours in self._all:
+            ours.close()
+
+    def results(self, tasks: Iterable[_Task]) -> Iterator[tuple[_Task, _Result]]:
+        """Each task with its result, as they come; those first that were given first."""
+        waiting = list(tasks)[::-1]
+        while waiting or self._busy:
+            while waiting and self._free:
+                self._send(self._free.pop(), waiting.pop())
+            for ready in wait(list(self._busy)):
                 assert isinstance(ready, Connection)
                 try:
                     worked, result = ready.recv()
                 except (EOFError, OSError):
-                    raise RunError(killed) from None
+                    raise RunError(self._killed) from None
+                task = self._busy.pop(ready)
+                self._free.append(ready)
                 if not worked:
                     raise result
                 if waiting:
-                    ready.send(waiting.pop())
-                else:
-                    busy.remove(ready)
-                yield result
-    finally:
-        for process in processes:
-            if process.pid is not None:
-                process.terminate()
-        for process in processes:
-            if process.pid is not None:
-                process.join()
-        for ours, _ in pairs:
-            ours.close()
+                    self._send(self._free.pop(), waiting.pop())
+                yield task, result
+
+    def _send(self, to: Connection, task: _Task) -> None:
+        try:
+            to.send(task)
+        except OSError:
+            raise RunError(self._killed) from None
+        self._busy[to] = task
 
 
 @contextmanager

@@ -6,7 +6,7 @@ all: a rank's memory then has its part, for as many numbers as are sent for one 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from torch import nn
 
@@ -26,9 +26,11 @@ _LINEAR_OPS = frozenset(
 )
 
 
-def cut_alone(cuts: Cuts, spans: Spans, whole: nn.Module, reasons: Mapping[str, str]) -> dict[str, Reasoned]:
+def cut_alone(
+    cuts: Cuts, spans: Spans, whole: nn.Module, reasons: Mapping[str, str], asked: Collection[str] = ()
+) -> dict[str, Reasoned]:
     """Module -> its style, and why. whole: the model with all its layers. reasons: why nothing of a parameter
-    is cut otherwise."""
+    is cut otherwise. asked: modules that are to stay whole, as patterns."""
     rules = rules_of(cuts)
     users, names = users_of(cuts), _names(cuts.model)
     sizes = Counter[str]()
@@ -37,7 +39,7 @@ def cut_alone(cuts: Cuts, spans: Spans, whole: nn.Module, reasons: Mapping[str, 
     least = LEAST_SHARE * sum(sizes.values())
     found = {}
     for name, module in cuts.model.named_modules():
-        if not name or not _is_even(module, cuts.ranks):
+        if not name or not _is_even(module, cuts.ranks) or is_inside(any_layer(name), asked):
             continue
         weight = f"{name}.weight"
         own = [f"{name}.{each}" for each, _ in module.named_parameters(recurse=False)]
@@ -49,6 +51,11 @@ def cut_alone(cuts: Cuts, spans: Spans, whole: nn.Module, reasons: Mapping[str, 
         if style is not None:
             found[name] = Reasoned(style, _why(spans, name, reasons.get(weight)))
     return found
+
+
+def is_inside(module: str, others: Collection[str]) -> bool:
+    """Whether a module is one of the others, or inside one."""
+    return any(module == other or module.startswith(f"{other}.") for other in others)
 
 
 def listed(cuts: Cuts, whole: nn.Module, like: Callable[[str], str]) -> tuple[CutAlone, ...]:

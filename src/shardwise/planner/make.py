@@ -18,7 +18,7 @@ from shardwise.core.placement import Placement, Replicate, Shard
 from shardwise.core.plan import Plan, Style, StyleName
 from shardwise.dims.by_data import BY_ID
 from shardwise.dims.factors import Factor, leaves
-from shardwise.dims.record import Entered, Op, Record, Value
+from shardwise.dims.record import Entered, Record
 from shardwise.dims.spans import Spans
 from shardwise.dims.trace import record_of
 from shardwise.models.layers import Layers, find_layers
@@ -32,23 +32,27 @@ from shardwise.planner.experts import experts_in, shared_out
 from shardwise.planner.few import few_with_inner, has_few
 from shardwise.planner.gradients import Gradients, MixedError, gradient_kinds
 from shardwise.planner.names import EXPERTS, HEADS, HIDDEN, Names
+from shardwise.planner.outer import head_of, read_in, tables_of
 from shardwise.planner.patterns import everywhere
-from shardwise.planner.regions import Region, UnfitError, region_of
+from shardwise.planner.regions import Region, UnfitError, place_of, region_of
 from shardwise.planner.rules import Cuts, rules_of
 from shardwise.planner.sequence import SequenceCut, cut_sequence
 
+ASKED = "it was asked to stay whole"
 _TRIES = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
     """What a plan is asked for. sequence: cut it where the model allows it. table: the style of the look-up
-    of ids. seq: the length at which costs are weighed."""
+    of ids. seq: the length at which costs are weighed. whole: modules that aren't to be cut, as patterns of
+    equal ones (`layers.*.attention`), each a place that groups.py names."""
 
     mesh: Mesh
     sequence: bool = True
     table: StyleName = StyleName.ROWWISE
     seq: int = 4096
+    whole: frozenset[str] = frozenset()
 
 
 def make_plan(
@@ -56,7 +60,7 @@ def make_plan(
 ) -> MadePlan:
     """The plan for a model. Raises ModelError where its forward can't be traced; PlanError where nothing can
     be cut."""
-    traced = _traced(source, wish, progress)
+    traced = traced_model(source, wish, progress)
     progress("choosing what to cut")
     cuts, reasons = traced.making.cuts()
     return _made(source, traced, cuts, reasons, wish)
@@ -65,7 +69,7 @@ def make_plan(
 def make_dims(source: ModelSource, wish: Wish, *, progress: Callable[[str], None] = lambda _: None) -> Dims:
     """A model's classes of dims, whether a plan can be made or not. Raises ModelError where its forward can't
     be traced."""
-    traced = _traced(source, wish, progress)
+    traced = traced_model(source, wish, progress)
     progress("choosing what to cut")
     try:
         cuts, _ = traced.making.cuts()
@@ -86,12 +90,12 @@ def _built(source: ModelSource, dtype: torch.dtype) -> tuple[nn.Module, nn.Modul
 
 
 @dataclass(frozen=True, slots=True)
-class _Traced:
+class TracedModel:
     """whole: the model with all its layers; making has what was traced, which has one of each kind."""
 
     whole: nn.Module
     layers: Layers | None
-    making: "_Making"
+    making: "Making"
 
     def dims(self, source: ModelSource, cuts: Cuts | None, wish: Wish) -> Dims:
         making = self.making
@@ -101,7 +105,7 @@ class _Traced:
         )  # fmt: skip
 
 
-def _traced(source: ModelSource, wish: Wish, progress: Callable[[str], None]) -> _Traced:
+def traced_model(source: ModelSource, wish: Wish, progress: Callable[[str], None]) -> TracedModel:
     progress(f"building {source.name}")
     whole, model = _built(source, torch.bfloat16)
     progress("tracing its forward")
@@ -117,22 +121,22 @@ def _traced(source: ModelSource, wish: Wish, progress: Callable[[str], None]) ->
             ) from error
     called = {event.module for event in record.events if isinstance(event, Entered)}
     layers = find_layers(whole, among=called)
-    making = _Making(record, model, whole, layers, wish)
+    making = Making(record, model, whole, layers, wish)
     apart = constants_in_the_way(record, making.spans, making.candidates, making.covered())
     if apart:
         progress("tracing it again, the constants that modules are given told apart")
         record = record_of(model, vocab_size_of(model), apart=apart)
-        again = _Making(record, model, whole, layers, wish)
-        making = max(making, again, key=_Making.reach)
+        again = Making(record, model, whole, layers, wish)
+        making = max(making, again, key=Making.reach)
     if has_few(record, wish.mesh.tp):
         progress("tracing it again, to share out what is fewer than ranks")
         record = record_of(model, vocab_size_of(model), apart=apart)
-        again = _Making(record, model, whole, layers, wish, few_with_inner(record, wish.mesh.tp))
-        making = max(again, making, key=_Making.reach)
-    return _Traced(whole, layers, making)
+        again = Making(record, model, whole, layers, wish, few_with_inner(record, wish.mesh.tp))
+        making = max(again, making, key=Making.reach)
+    return TracedModel(whole, layers, making)
 
 
-class _Making:
+class Making:
     """The search for cuts that every check lets pass. inner: see few_with_inner(). why_not: of the
     sequence."""
 
@@ -150,9 +154,9 @@ class _Making:
         self.spans, self.names = Spans(record), Names(record)
         self._found: tuple[Cuts, dict[str, str]] | None = None
         self.candidates = candidates(record, self.spans, self.ranks, seq=wish.seq, inner=inner)
-        self.tables = _tables(record, model)
-        self.head, self.head_output = _head(record, model)
-        by_vocabulary = {name for module in (*self.tables, self.head) for name in _read_in(record, module)}
+        self.tables = tables_of(record, model)
+        self.head, self.head_output = head_of(record, model)
+        by_vocabulary = {name for module in (*self.tables, self.head) for name in read_in(record, module)}
         for each in self.candidates:
             if not by_vocabulary.isdisjoint(each.parameters) and not self._is_table_s(each):
                 each.obstacles.append("the table of ids, or the head, has it, and is cut by vocabulary")
@@ -181,7 +185,7 @@ class _Making:
             regions = self._regions()
             try:
                 cuts, reasons = self._cuts(regions), self._reasons(regions)
-                cuts.alone = cut_alone(cuts, self.spans, self.whole, reasons)
+                cuts.alone = cut_alone(cuts, self.spans, self.whole, reasons, self.wish.whole)
                 return cuts, reasons
             except UnfitError as error:
                 self._drop(regions, error)
@@ -194,9 +198,14 @@ class _Making:
             found = []
             for candidate in chosen:
                 try:
-                    found.append(region_of(self.record, self.spans, candidate, cut))
+                    region = region_of(self.record, self.spans, candidate, cut)
                 except UnfitError as error:
                     candidate.obstacles.append(str(error))
+                    continue
+                if place_of(region) in self.wish.whole:
+                    candidate.obstacles.append(ASKED)
+                else:
+                    found.append(region)
             if len(found) == len(chosen):
                 return found
 
@@ -247,7 +256,8 @@ class _Making:
         style = Style(self.wish.table, output=output if takes_output else None)
         return Cuts(
             self.record, self.model, regions, sequence, counts, gradients,
-            self.tables, self.head, style, self.head_output, self.ranks, self.names,
+            self.tables, None if self.head in self.wish.whole else self.head, style, self.head_output,
+            self.ranks, self.names,
         )  # fmt: skip
 
     def _drop(self, regions: list[Region], error: UnfitError) -> None:
@@ -293,64 +303,9 @@ class _Making:
         return {name: why for name, why in found.items() if name not in cut}
 
 
-def _read_in(record: Record, module: str | None) -> set[str]:
-    """The parameters that a module's own forward reads."""
-    values = {value for op in record.ops if op.module == module for value in op.inputs}
-    return {name for name, value in record.parameters.items() if value in values}
-
-
-def _tables(record: Record, model: nn.Module) -> tuple[str, ...]:
-    """Embeddings in which ids are looked up, and of which nobody reads rows otherwise: of any other class no
-    style knows how rows of a part are found."""
-    modules = dict(model.named_modules())
-    found = [
-        op.module
-        for op in record.ops
-        if op.name == "embedding"
-        and op.inputs[-1].is_live
-        and not op.inputs[-1].has_gradient
-        and isinstance(modules[op.module], nn.Embedding)
-        and _are_rows_free(record, op.inputs[0])
-    ]
-    return tuple(dict.fromkeys(found))
-
-
-def _are_rows_free(record: Record, table: Value) -> bool:
-    """Whether a table's rows are never taken but by id: `weight[pad_id]` of a rank's part is another row."""
-    rows = frozenset(leaves(table.dims[0]))
-    return not any(
-        why != BY_ID and table in op.inputs and not rows.isdisjoint(leaves(factor))
-        for op in record.ops
-        for factor, why in op.blocked
-    )
-
-
-def _head(record: Record, model: nn.Module) -> tuple[str | None, Placement]:
-    """The module that makes the logits, and what of them it may give: its part where all that follows takes
-    one."""
-    assert record.logits is not None
-    vocabulary = frozenset(leaves(record.logits.dims[-1]))
-    makers = [op for op in record.ops if op.summed and _has(op, vocabulary, outputs=True)]
-    if not makers or len(vocabulary) != 1:
-        return None, Replicate()
-    head = makers[-1].module
-    if not any(True for _ in dict(model.named_modules())[head].parameters(recurse=False)):
-        return None, Replicate()
-    if not all(_are_rows_free(record, record.parameters[name]) for name in _read_in(record, head)):
-        return None, Replicate()  # it shares such a table
-    is_taken_as_a_whole = any(
-        why != BY_ID and not vocabulary.isdisjoint(leaves(factor))
-        for op in record.ops
-        for factor, why in op.blocked
-    )
-    return head, Replicate() if is_taken_as_a_whole else Shard(-1)
-
-
-def _has(op: Op, own: frozenset[Factor], *, outputs: bool) -> bool:
-    return any(not own.isdisjoint(value.leaves()) for value in (op.outputs if outputs else op.inputs))
-
-
-def _made(source: ModelSource, traced: _Traced, cuts: Cuts, reasons: dict[str, str], wish: Wish) -> MadePlan:
+def _made(
+    source: ModelSource, traced: TracedModel, cuts: Cuts, reasons: dict[str, str], wish: Wish
+) -> MadePlan:
     whole, layers, making = traced.whole, traced.layers, traced.making
     shared = shared_out(rules_of(cuts), making.model, wish.mesh)
     rules, comments = everywhere(shared, dict(making.model.named_modules()), whole, layers)

@@ -11,6 +11,7 @@ it.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from shardwise.core.layer_name import any_layer
 from shardwise.dims.factors import Factor, is_partly, leaves
 from shardwise.dims.record import Left, Op, Record, Source, Value
 from shardwise.dims.spans import Span, Spans
@@ -93,6 +94,16 @@ def region_of(
         raise UnfitError("the forward doesn't use it")
     region.entry = _entry(record, spans, region, touched, entered)
     return region
+
+
+def place_of(region: Region) -> str:
+    """The module that a region lies in, whichever layer: at its entry, or the least that holds all modules
+    where it begins and ends."""
+    if region.entry is not None:
+        return any_layer(region.entry)
+    names = [name.split(".") for name in (*region.begins, *region.ends)]
+    together = [levels[0] for levels in zip(*names, strict=False) if len(set(levels)) == 1]
+    return any_layer(".".join(together))
 
 
 def _add(names: list[str], name: str) -> None:
