@@ -29,7 +29,7 @@ from shardwise.predict.costs import collective_cost, collective_s, op_cost
 from shardwise.predict.groups import RankGroup
 from shardwise.predict.machines import load_machine
 from shardwise.predict.predict import predict
-from shardwise.verbs.programs import traced_mesh
+from shardwise.predict.traced import traced_mesh
 
 WHAT = "measured-steps"
 STEPS = {

@@ -20,8 +20,8 @@ from shardwise.predict.groups import groups_of
 from shardwise.predict.machines import load_machine
 from shardwise.predict.memory import RESERVED_OVER_ACTIVE, _fused_loss, forecast, of_stage, peak_by_kind
 from shardwise.predict.stage_memory import stage_parts
+from shardwise.predict.traced import micro_batch, traced_mesh
 from shardwise.trace.trace import trace
-from shardwise.verbs.programs import micro_batch, traced_mesh
 
 GIB = 2**30
 PEAKS = (

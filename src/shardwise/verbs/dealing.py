@@ -22,7 +22,8 @@ def with_dealt_layers(
         return case
     from shardwise.predict.layout import balanced_counts
     from shardwise.predict.machines import load_machine
-    from shardwise.verbs.programs import micro_batch, trace_program
+    from shardwise.predict.traced import micro_batch
+    from shardwise.verbs.programs import trace_program
 
     found = load_machine(machine)
     part = micro_batch(case.step, case.mesh)

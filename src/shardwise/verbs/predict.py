@@ -127,7 +127,8 @@ def predict(case: Case, options: PredictOptions | None = None, progress: Progres
     from shardwise.predict.check import check_devices, check_setup
     from shardwise.predict.layout import lay_out
     from shardwise.predict.machines import load_machine
-    from shardwise.verbs.programs import micro_batch, trace_program
+    from shardwise.predict.traced import micro_batch
+    from shardwise.verbs.programs import trace_program
 
     options, machine = options or PredictOptions(), load_machine(case.machine or MACHINE)
     check_carried(case.mesh, "predict", PREDICTED)

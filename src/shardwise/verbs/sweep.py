@@ -19,9 +19,10 @@ from shardwise.predict.contrast import facts_of
 from shardwise.predict.family import LONG, SHORT, Family, NotAFamilyError
 from shardwise.predict.predict import predict
 from shardwise.predict.sweep import GIVEN, best_first, meshes, shares_programs
+from shardwise.predict.traced import micro_batch
 from shardwise.verbs.checks import check_seq, default_plan
 from shardwise.verbs.predict import MACHINE, SEQ, PredictOptions
-from shardwise.verbs.programs import micro_batch, trace_program
+from shardwise.verbs.programs import trace_program
 from shardwise.verbs.progress import Progress, silent
 from shardwise.workers import on_processes
 
