@@ -1,7 +1,7 @@
 """Which ranks a collective goes over on the whole mesh: how many there are along its axes, and where they
 lie.
 
-A Program is traced on a smaller mesh (verbs/programs.py), whose data-parallel axes are rescaled here. Context
+A Program is traced on a smaller mesh (traced.py), whose data-parallel axes are rescaled here. Context
 ranks that it was traced without join the axis that reduces. What this file does not know: what a collective
 costs.
 """
