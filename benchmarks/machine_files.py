@@ -7,7 +7,8 @@ our own samples.
 Sources: benchmarks/data/hardware.csv (published micro-benchmarks, each row with its source),
 benchmarks/data/h100-kernels.json (ours), data sheets, and, where a constant is fitted to whole runs, rows of
 benchmarks/data/measurements.csv with TP 1. No constant is fitted to a row with TP > 1 but TENSOR_HIDDEN
-(predict/costs.py). What is scaled from another machine says so.
+(predict/costs.py). What is scaled from another machine says so. How far off predictions were comes from the
+newest results file of benchmarks.published (benchmarks/alike.py): run this after that one.
 """
 
 import argparse
@@ -21,6 +22,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
+from benchmarks.alike import MachineError, machine_errors
+from benchmarks.published import read_rows
+from benchmarks.published_results import newest_run
 from shardwise.core.machine import MatmulRate, Tile
 from shardwise.files.machine_file import machine_from_toml
 
@@ -287,9 +291,16 @@ class Recipe:
     groups: str | None = None  # to what a grouped matmul's cost per group was fitted
 
 
-def text_of(recipe: Recipe, shares: dict[str, float]) -> str:
+def errors() -> dict[str, tuple[MachineError, str]]:
+    """By machine: how far off its predictions were, and the file that says so."""
+    run = newest_run()
+    name = f"benchmarks/results/{run.day}-{run.what}.json"
+    return {machine: (error, name) for machine, error in machine_errors(run, read_rows()).items()}
+
+
+def text_of(recipe: Recipe, shares: dict[str, float], measured: dict[str, tuple[MachineError, str]]) -> str:
     """The file. Rates of kernels are the H100's shares of its bandwidth, times how this machine's copies
-    compare."""
+    compare. measured: as errors() gives them."""
     out = Text([])
     out.add(f"# {recipe.about}")
     out.add("# Made by benchmarks/machine_files.py from benchmarks/data; don't edit by hand.")
@@ -310,6 +321,11 @@ def text_of(recipe: Recipe, shares: dict[str, float]) -> str:
     )
     out.add("[power]")
     out.constant("cap", f"{recipe.power[0]:g}", "W", recipe.power[1], per="device")
+    if recipe.name in measured:
+        out.add()
+        out.add("[predictions]")
+        error, results = measured[recipe.name]
+        out.constant("error", f"{error.share:.3f}", "1", f"{error}: {results}")
     for dtype, (rate, source, fit) in recipe.matmuls.items():
         out.add()
         out.add(f"[matmul.{dtype}]")
@@ -739,10 +755,10 @@ def main() -> int:
         "--check", action="store_true", help="write nothing; exit code 1 where a file differs"
     )
     check = parser.parse_args().check
-    shares, differing = kernel_shares(), 0
+    shares, measured, differing = kernel_shares(), errors(), 0
     MACHINES.mkdir(exist_ok=True)
     for recipe in recipes():
-        path, text = MACHINES / f"{recipe.name}.toml", text_of(recipe, shares)
+        path, text = MACHINES / f"{recipe.name}.toml", text_of(recipe, shares, measured)
         machine_from_toml(text, path.name)
         if check and (not path.exists() or path.read_text(encoding="utf-8") != text):
             print(

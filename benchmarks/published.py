@@ -149,6 +149,11 @@ class Job:
     machine: str
 
 
+def machine_of(group: str, gpu: str) -> str:
+    """The machine file that a published group's rows on this GPU are predicted by."""
+    return "a100-sxm-80gb-vtrain" if group.startswith("vtrain") else MACHINES[gpu]
+
+
 def job_of(row: Row) -> Job:
     """A mixture's or a dense model's."""
     return mixture_job(row) if is_mixture(row) else dense_job(row)
@@ -169,7 +174,7 @@ def mixture_job(row: Row) -> Job:
         optimizer_shards=dp if distributed else 1,
         precision=Precision.MASTER,
     )
-    return Job(traced, setup, MACHINES[row["gpu"]])
+    return Job(traced, setup, machine_of(row["source_group"], row["gpu"]))
 
 
 def dense_job(row: Row) -> Job:
@@ -223,8 +228,7 @@ def dense_job(row: Row) -> Job:
         optimizer_shards=dp * context if distributed else 1,
         precision=Precision.TRACED if traced.mixed else Precision.MASTER,
     )
-    machine = "a100-sxm-80gb-vtrain" if row["source_group"].startswith("vtrain") else MACHINES[row["gpu"]]
-    return Job(traced, setup, machine)
+    return Job(traced, setup, machine_of(row["source_group"], row["gpu"]))
 
 
 def _plan(tp: int, *, torchs_own: bool, sharded: bool) -> str:

@@ -48,6 +48,11 @@ TEXT = machine_text("h100-sxm-80gb")
             "devices_per_node is 0. Write a whole number from 1 to 1024.",
         ),
         ('device = "cuda"', 'device = "tpu"', 'device is "tpu". Allowed: cuda, cpu.'),
+        (
+            "[predictions]\nerror = { value = 0",
+            "[predictions]\nerror = { value = 7",
+            "predictions.error is 7",
+        ),
         ("[[262144, ", "[[-1, ", "links.between.reach has a share outside 0 to 1"),
         ("value = 2.75", "value = nan", "memory.context.value is nan. Write a number."),
     ],

@@ -25,6 +25,8 @@ bandwidth = { value = 3.35, unit = "TB/s", per = "device", source = "sheet" }
 context = { value = 1.5, unit = "GiB", per = "device", source = "seen" }
 [power]
 cap = { value = 700, unit = "W", per = "device", source = "sheet" }
+[predictions]
+error = { value = 0.068, unit = "1", source = "21 pairs" }
 [matmul.bfloat16]
 peak = { value = 989.4, unit = "TFLOP/s", per = "device", source = "sheet" }
 units = { value = 132, unit = "1", source = "sheet" }
@@ -80,6 +82,13 @@ def machine() -> Machine:
 
 def test_a_machine_is_read_back_from_its_text_with_every_source(machine: Machine) -> None:
     assert machine_from_toml(to_toml(machine)) == machine
+
+
+def test_how_far_off_predictions_were_is_in_the_file_only_where_it_was_measured(machine: Machine) -> None:
+    assert machine.error == 0.068
+    unknown = replace(machine, error=None)
+    assert "[predictions]" not in to_toml(unknown)
+    assert machine_from_toml(to_toml(unknown)).error is None
 
 
 def test_a_constant_without_a_source_is_our_bug(machine: Machine) -> None:

@@ -41,6 +41,7 @@ def machines(
                 "bfloat16_peak_flops": peak,
                 "memory_bytes": machine.memory_bytes,
                 "memory_bytes_per_s": machine.memory_bytes_per_s,
+                "error": machine.error,
             }
             for machine, peak in zip(found, peaks, strict=True)
         ]

@@ -199,7 +199,8 @@ class Constant:
 @dataclass(frozen=True, slots=True)
 class Machine:
     """Equal devices, `devices_per_node` of them joined by `within`, nodes joined by `between` (None: one node
-    only)."""
+    only). error: of predictions on it, as a share: of how two plans compare, predicted against measured;
+    None where nobody measured that."""
 
     name: str
     device: str
@@ -216,6 +217,7 @@ class Machine:
     within: Link
     between: Link | None
     constants: tuple[Constant, ...] = ()
+    error: float | None = None
 
     def matmul(self, dtype: str) -> MatmulRate | None:
         return dict(self.matmuls).get(dtype)

@@ -44,6 +44,7 @@ TIME = Quantity(_SECONDS, 0.0, 100.0)
 KERNEL_RATE = Quantity(_PER_SECOND, 1e7, 5e13)
 ELEMENTS = Quantity((("Gelement/s", 1e9),), 1e7, 1e14)
 UNITS = Quantity(_ONE, 1, 100_000)
+SHARE = Quantity(_ONE, 0.0, 1.0)
 EXTRA_K = Quantity(_ONE, 0.0, 100_000.0)
 TOKENS = Quantity((("tokens", 1.0),), 0.0, 1e6)
 
@@ -66,6 +67,7 @@ MEMORY = (
     Field("context", "context_bytes", HELD),
 )
 CAP = (Field("cap", "power_w", POWER),)
+PREDICTIONS = (Field("error", "error", SHARE),)
 MATMUL = (
     Field("peak", "peak_flops", PEAK),
     Field("units", "units", UNITS),

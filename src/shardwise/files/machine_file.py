@@ -4,6 +4,7 @@ was fitted; no file is opened here.
     name, device ("cuda" or "cpu"), about, devices_per_node
     [memory]               capacity, bandwidth, context (held by the process beside tensors)
     [power]                cap (optional; for the reader: rates hold under it)
+    [predictions]          error (optional; a share: how far off predicted ratios between plans were)
     [matmul.DTYPE]         peak, units, tiles (rows, columns, share of peak), start, extra_k, group
                            (optional)
     [attention.DTYPE]      forward, backward, half_sequence, start
@@ -54,6 +55,7 @@ from shardwise.files.machine_fields import (
     LINK,
     MATMUL,
     MEMORY,
+    PREDICTIONS,
     TIME,
     Field,
     Quantity,
@@ -71,6 +73,7 @@ _ROOT = (
     "devices_per_node",
     "memory",
     "power",
+    "predictions",
     "matmul",
     "attention",
     "kernels",
@@ -107,6 +110,7 @@ class _Reader:
         links = root.section("links", ("within", "between")) if has_links else None
         memory = root.section("memory").numbers(MEMORY)
         power = root.section("power").numbers(CAP) if "power" in self.table else {"power_w": None}
+        told = root.section("predictions").numbers(PREDICTIONS) if "predictions" in self.table else {}
         bandwidth = memory["memory_bytes_per_s"]
         kernels = tuple((name, _kernel(part, bandwidth, device)) for name, part in root.sections("kernels"))
         if DEFAULT not in dict(kernels):
@@ -119,6 +123,7 @@ class _Reader:
             devices_per_node=self.devices,
             **memory,
             **power,
+            **told,
             kernels=kernels,
             launch=Launch(**root.section("launch").numbers(LAUNCH)),
             matmuls=tuple((dtype, _matmul(part)) for dtype, part in root.sections("matmul")),

@@ -46,6 +46,8 @@ class _Writer:
         yield from self.section("memory", "memory", machine, fields.MEMORY)
         if machine.power_w is not None:
             yield from self.section("power", "power", machine, fields.CAP)
+        if machine.error is not None:
+            yield from self.section("predictions", "predictions", machine, fields.PREDICTIONS)
         for dtype, matmul in machine.matmuls:
             yield from self.section(f"matmul.{_key(dtype)}", f"matmul.{dtype}", matmul, fields.MATMUL)
             tiles = [(tile.rows, tile.columns, tile.share) for tile in matmul.tiles]

@@ -6,7 +6,7 @@ from shardwise.core.machine import Constant, Machine
 from shardwise.core.sample import Calibration
 from shardwise.report.common.page import draw
 from shardwise.report.common.table import Column, Columns, Line, Report, Table, Words, tabled
-from shardwise.report.common.units import Format
+from shardwise.report.common.units import PERCENT, Format
 
 _WHOLE = Format("{:,}".format)
 _TERA = Format(lambda value: f"{value / 1e12:,.0f}", "FLOP/s")
@@ -44,6 +44,7 @@ def machines_table(machines: Sequence[tuple[Machine, float | None]]) -> Table:
         (Column("bfloat16 peak TFLOP/s", _TERA), lambda pair: pair[1]),
         (Column("memory GB", _GIGABYTES), lambda pair: pair[0].memory_bytes),
         (Column("TB/s", _TERABYTES), lambda pair: pair[0].memory_bytes_per_s),
+        (Column("predictions off by", PERCENT), lambda pair: pair[0].error),
         (Column("about", wraps=True), lambda pair: pair[0].about),
     )
     return tabled(machines, columns, key="machines")
