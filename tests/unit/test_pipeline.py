@@ -1,5 +1,6 @@
 """What a pipeline's parts hold, and the order in which stages run them: torch's own."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -128,6 +129,11 @@ def test_what_runs_before_and_after_the_layers_is_read_off_the_forward() -> None
     assert ends.before == ("tok_embeddings", "pos_embeddings")
     assert ends.after == ("norm", "output")
     assert (ends.width, ends.gives) == (384, 0)
+
+
+def test_a_model_of_few_positions_is_read_within_them() -> None:
+    few, many = (ends_of(find_model(name)) for name in ("gpt-debug?max_seq=7", "gpt-debug"))
+    assert replace(few, model=many.model) == many
 
 
 def test_a_hugging_face_model_is_read_alike() -> None:

@@ -66,6 +66,10 @@ def test_the_made_plan_is_the_one_that_was_written_by_hand(model: str, tp: int, 
     assert differences == DIFFERENCES.get((model, sequence), {})
 
 
+def test_a_model_of_few_positions_has_the_plan_of_one_of_many() -> None:
+    assert made("gpt-debug?max_seq=7", 2).plan.rules == made("gpt-debug", 2).plan.rules
+
+
 def test_every_rule_has_its_reason_and_the_file_reads_back_as_the_plan() -> None:
     one = made("llama3-debug", 2)
     assert {rule.pattern for rule in one.plan.rules} == set(one.comments)

@@ -30,6 +30,11 @@ _MOST_KNOWN = 2**21
 _GUESS = 1
 
 
+def seq_within(longest: int | None) -> int:
+    """Tokens of a sequence to trace with, of a model that has positions for `longest`; None: no limit."""
+    return SEQ if longest is None else min(SEQ, longest)
+
+
 def record_of(
     model: nn.Module, vocab_size: int, *, batch: int = BATCH, seq: int = SEQ, apart: Collection[Apart] = ()
 ) -> Record:

@@ -16,7 +16,7 @@ from shardwise.core.errors import ModelError
 from shardwise.core.layer_name import layer_index
 from shardwise.core.pipeline import Span
 from shardwise.dims.record import Entered, Left, Op, Record, Source, Value
-from shardwise.dims.trace import BATCH, SEQ, record_of
+from shardwise.dims.trace import record_of, seq_within
 from shardwise.models.layers import Layers, find_layers
 from shardwise.models.model_source import ModelSource
 from shardwise.models.source import vocab_size_of
@@ -53,7 +53,7 @@ def ends_of(source: ModelSource) -> Ends:
     given: list[object] = []
     modules = list(layers.modules(short))
     hooks = [module.register_forward_hook(lambda _, __, out: given.append(out)) for module in modules]
-    record = record_of(short, vocab_size_of(short))
+    record = record_of(short, vocab_size_of(short), seq=seq_within(source.max_seq))
     for hook in hooks:
         hook.remove()
     read = _Reading(record, source.name, layers.prefix, len(modules))
@@ -146,11 +146,11 @@ class _Reading:
                 raise self.refused(
                     f"what {self.prefix}.{index - 1} gives is changed before {self.prefix}.{index} takes it"
                 )
-        shape = self.left[0].outputs[0].shape
-        if len(shape) != 3 or shape[:2] != (BATCH, SEQ):
+        shape, ids = self.left[0].outputs[0].shape, self.record.ids
+        assert ids is not None
+        if len(shape) != 3 or shape[:2] != ids.shape:
             raise self.refused(
-                f"{self.prefix}.0 gives {list(shape)} for ids {[BATCH, SEQ]}, and stages pass [B, S, width] "
-                "on"
+                f"{self.prefix}.0 gives {list(shape)} for ids {list(ids.shape)}, and stages pass [B, S, width] on"
             )
         return shape[2]
 

@@ -20,7 +20,7 @@ from shardwise.dims.by_data import BY_ID
 from shardwise.dims.factors import Factor, leaves
 from shardwise.dims.record import Entered, Record
 from shardwise.dims.spans import Spans
-from shardwise.dims.trace import record_of
+from shardwise.dims.trace import record_of, seq_within
 from shardwise.models.layers import Layers, find_layers
 from shardwise.models.source import ModelSource, vocab_size_of
 from shardwise.planner.alone import cut_alone, listed
@@ -109,12 +109,13 @@ def traced_model(source: ModelSource, wish: Wish, progress: Callable[[str], None
     progress(f"building {source.name}")
     whole, model = _built(source, torch.bfloat16)
     progress("tracing its forward")
+    seq = seq_within(source.max_seq)
     try:
-        record = record_of(model, vocab_size_of(model))
+        record = record_of(model, vocab_size_of(model), seq=seq)
     except ModelError as error:
         try:  # a grouped matmul takes half precision alone, and other forwards none
             whole, model = _built(source, torch.float32)
-            record = record_of(model, vocab_size_of(model))
+            record = record_of(model, vocab_size_of(model), seq=seq)
         except ModelError:
             raise ModelError(
                 f"{source.name}: {error} So no plan can be made of it; write one by hand."
@@ -125,12 +126,12 @@ def traced_model(source: ModelSource, wish: Wish, progress: Callable[[str], None
     apart = constants_in_the_way(record, making.spans, making.candidates, making.covered())
     if apart:
         progress("tracing it again, the constants that modules are given told apart")
-        record = record_of(model, vocab_size_of(model), apart=apart)
+        record = record_of(model, vocab_size_of(model), seq=seq, apart=apart)
         again = Making(record, model, whole, layers, wish)
         making = max(making, again, key=Making.reach)
     if has_few(record, wish.mesh.tp):
         progress("tracing it again, to share out what is fewer than ranks")
-        record = record_of(model, vocab_size_of(model), apart=apart)
+        record = record_of(model, vocab_size_of(model), seq=seq, apart=apart)
         again = Making(record, model, whole, layers, wish, few_with_inner(record, wish.mesh.tp))
         making = max(again, making, key=Making.reach)
     return TracedModel(whole, layers, making)
