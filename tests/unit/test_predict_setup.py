@@ -98,6 +98,10 @@ REFUSED = [
     (on("fsdp=1,tp=4"), "the program was traced at fsdp=2, and the mesh has fsdp=1."),
     (on("tp=4"), "the program was traced at fsdp=2, and the mesh has fsdp=1."),
     (
+        on("pp=4,fsdp=2,tp=4"),
+        "--schedule 1f1b: 4 stages need at least as many micro-batches, and --accumulation is 1.",
+    ),
+    (
         Setup(precision=Precision.MASTER),
         "--precision master: keeps float32 beside parameters in half precision, and these are float32. Use "
         "--dtype",
@@ -143,7 +147,7 @@ def test_a_machine_of_one_node_has_an_end() -> None:
     with pytest.raises(
         OptionError, match=r"mesh pp=2,fsdp=2,tp=4 is 16 devices, and machine h100-sxm-80gb is one node of 8"
     ):
-        check_setup(PROGRAM, alone, on("pp=2,fsdp=2,tp=4"))
+        check_setup(PROGRAM, alone, on("pp=2,fsdp=2,tp=4", micro_batches=2))
     with pytest.raises(
         OptionError, match="the program is of device cuda, and machine h100-sxm-80gb is of device cpu"
     ):

@@ -82,6 +82,26 @@ def test_a_sweep_in_mixed_precision_leaves_out_meshes_without_fsdp() -> None:
     assert count + len(wanted) == 2 * len(task.meshes)
 
 
+def test_a_sweep_leaves_out_what_a_pipeline_s_schedule_does_not_run() -> None:
+    alike = meshes(4, 8)
+    task = SweepTask(
+        Case.of(model="m", mesh="tp=1", plans="p", seq=8, batch=2),
+        (1,),
+        alike,
+        Setup(),
+        load_machine("h100-sxm-80gb"),
+    )
+    wanted, refused = _wanted(task)
+    assert {mesh.stages for mesh, _, count in wanted if count < mesh.stages} == set()
+    assert refused[
+        "--schedule 1f1b wants at least as many micro-batches as stages; another --batch or --micro-batches "
+        "has them"
+    ]
+    unasked, none = _wanted(replace(task, case=Case.of(model="m", mesh="tp=1", plans="p", seq=8)))
+    assert not none
+    assert [count for mesh, _, count in unasked] == [mesh.stages for mesh, _, _ in unasked]
+
+
 def test_what_fits_comes_first_and_then_what_is_faster() -> None:
     slow, fast, unfit = point(10), point(20), point(1000, memory=TOO_MUCH)
     assert best_first([unfit, slow, fast]) == (fast, slow, unfit)

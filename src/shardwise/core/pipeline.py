@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import assert_never
 
 from shardwise.core.errors import OptionError
 
@@ -99,6 +100,34 @@ class Pipeline:
         firsts = [sum(counts[:part]) for part in range(self.parts)]
         return tuple(Span(first, count) for first, count in zip(firsts, counts, strict=True))
 
+    @property
+    def wants(self) -> str:
+        """Which numbers of micro-batches the schedule runs, in words."""
+        match self.schedule:
+            case Schedule.GPIPE:
+                return "any number of micro-batches"
+            case Schedule.ONE_F_ONE_B:
+                return "at least as many micro-batches as stages"
+            case Schedule.INTERLEAVED:
+                return "micro-batches that equal rounds of about as many as stages can be made of"
+            case _:
+                assert_never(self.schedule)
+
+    def runs(self, micro_batches: int) -> bool:
+        """Whether the schedule runs so many micro-batches over several stages, as torch's do."""
+        match self.schedule:
+            case Schedule.GPIPE:
+                return True
+            case Schedule.ONE_F_ONE_B:
+                return micro_batches >= self.stages
+            case Schedule.INTERLEAVED:
+                return micro_batches % self._rounds(micro_batches) == 0
+            case _:
+                assert_never(self.schedule)
+
+    def _rounds(self, micro_batches: int) -> int:
+        return max(1, micro_batches // self.stages)
+
     def check(self, micro_batches: int) -> None:
         """Raises OptionError for a number of micro-batches that the schedule can't run."""
         p, m = self.stages, micro_batches
@@ -109,17 +138,18 @@ class Pipeline:
                     f"{option}: chunks of layers are of a pipeline's stages. Use a mesh with pp=2 or more."
                 )
             return
-        if self.schedule is Schedule.ONE_F_ONE_B and m < p:
+        if self.runs(m):
+            return
+        if self.schedule is Schedule.ONE_F_ONE_B:
             raise OptionError(
                 f"--schedule {self.schedule}: {p} stages need at least as many micro-batches, and "
                 f"--accumulation is {m}. Use --accumulation {p} or more, or --schedule {Schedule.GPIPE}."
             )
-        rounds = max(1, m // p)
-        if self.schedule is Schedule.INTERLEAVED and m % rounds:
-            raise OptionError(
-                f"--schedule {self.schedule}: takes micro-batches in rounds of {p} stages, and {m} can't be "
-                f"dealt to {rounds} equal ones. Use --accumulation {rounds * p} or {(rounds + 1) * p}."
-            )
+        rounds = self._rounds(m)
+        raise OptionError(
+            f"--schedule {self.schedule}: takes micro-batches in rounds of {p} stages, and {m} can't be "
+            f"dealt to {rounds} equal ones. Use --accumulation {rounds * p} or {(rounds + 1) * p}."
+        )
 
     def turns(self, stage: int, micro_batches: int) -> tuple[Turn, ...]:
         """What a stage runs, in order."""

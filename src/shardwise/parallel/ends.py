@@ -150,7 +150,8 @@ class _Reading:
         assert ids is not None
         if len(shape) != 3 or shape[:2] != ids.shape:
             raise self.refused(
-                f"{self.prefix}.0 gives {list(shape)} for ids {list(ids.shape)}, and stages pass [B, S, width] on"
+                f"{self.prefix}.0 gives {list(shape)} for ids {list(ids.shape)}, and stages pass "
+                "[B, S, width] on"
             )
         return shape[2]
 

@@ -89,8 +89,7 @@ def _check_stages(program: Program, setup: Setup) -> None:
         )
     pipeline = setup.pipeline()
     pipeline.spans(program.layers[1], program.model)
-    if chunks > 1:  # 1F1B of fewer micro-batches than stages can be predicted, though torch doesn't run it
-        pipeline.check(setup.micro_batches)
+    pipeline.check(setup.micro_batches)
 
 
 def check_devices(machine: Machine, mesh: Mesh) -> None:

@@ -72,8 +72,8 @@ def sweep(
     workers: int | None = None,
 ) -> Sweep:
     """The case's plans over all meshes. Of the case's own mesh axes cp and ep are kept; without a batch each
-    point has the case's accumulation. run: what predict assumes. Raises InputErrors of the model or a plan
-    that hold for every mesh, OptionError, RunError."""
+    point has the case's accumulation, or as many micro-batches as stages where that is 1. run: what predict
+    assumes. Raises InputErrors of the model or a plan that hold for every mesh, OptionError, RunError."""
     from shardwise.models.source import find_model
     from shardwise.predict.machines import load_machine
 
@@ -181,8 +181,27 @@ def _wanted(task: SweepTask) -> tuple[list[tuple[Mesh, int, int]], Counter[str]]
                     f"--batch {step.batch} can't be cut into equal micro-batches of each data-parallel rank"
                 ] += 1
             else:
-                wanted.append((mesh, size, step.batch // at_once or task.setup.micro_batches))
+                count = step.batch // at_once or _unasked(task.setup, mesh)
+                if (why := _not_run(replace(task.setup, mesh=mesh), count)) is not None:
+                    refused[why] += 1
+                else:
+                    wanted.append((mesh, size, count))
     return wanted, refused
+
+
+def _unasked(setup: Setup, mesh: Mesh) -> int:
+    """Micro-batches where no batch says how many."""
+    return setup.micro_batches if setup.micro_batches > 1 else mesh.stages
+
+
+def _not_run(setup: Setup, micro_batches: int) -> str | None:
+    """Why its schedule doesn't run so many, for all numbers alike."""
+    pipeline = setup.pipeline()
+    if pipeline.stages == 1 or pipeline.runs(micro_batches):
+        return None
+    return (
+        f"--schedule {pipeline.schedule} wants {pipeline.wants}; another --batch or --micro-batches has them"
+    )
 
 
 def _of_all_sizes(reason: str) -> str:
