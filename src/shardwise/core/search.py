@@ -119,8 +119,8 @@ class Found:
     None where nothing is cut by rules (tp and ep are 1). settings: of the step. composed_s: what its
     pieces gave, where they were put together; step_s is predict's of the plan itself. costs: (term,
     seconds) by which it is slower than the best, largest first. is_tie: the machine file can't tell it
-    from the best. proof: of its small twin on real ranks; None where it wasn't asked for, and then
-    why_unproved says why."""
+    from the best. proof: of its small twin on real ranks, those of proof_mesh; None where it wasn't asked
+    for, and then why_unproved says why."""
 
     candidate: Candidate
     plan: str | None
@@ -135,6 +135,7 @@ class Found:
     is_tie: bool = False
     proof: Verification | None = None
     why_unproved: str | None = None
+    proof_mesh: str = ""
 
     @property
     def tokens_per_s_per_device(self) -> float:
@@ -153,7 +154,7 @@ class Refused:
 class Tipping:
     """How much a constant of the machine must change before another plan wins. constant: in words (`links
     within, rate`). factor: of its value; None where none between 1/4 and 4 makes another win. winner: that
-    plan's place among the found ones."""
+    plan's place among the found ones, the best being 0."""
 
     constant: str
     factor: float | None

@@ -27,10 +27,12 @@ from shardwise.core.errors import InputError, PlanError
 from shardwise.core.explanation import Contrast, Explanation
 from shardwise.core.made_plan import MadePlan
 from shardwise.core.measurement import Comparison
+from shardwise.core.mesh import Mesh
 from shardwise.core.placement import Partial, Placement, Replicate, Shard, format_placement, parse_placement
 from shardwise.core.plan import Plan
 from shardwise.core.prediction_run import PredictionRun
 from shardwise.core.rule import RuleRef
+from shardwise.core.search import Search
 from shardwise.core.sweep import Sweep
 from shardwise.core.verification import VerificationRun
 
@@ -45,6 +47,7 @@ SAVED = {
     Difference: ("diff", "difference"),
     PredictionRun: ("predict", "prediction"),
     Sweep: ("predict", "sweep"),
+    Search: ("search", "search"),
     MadePlan: ("plan", "made plan"),
     Dims: ("explain", "dims"),
 }
@@ -109,8 +112,13 @@ def read_document(
 
 
 def worked_out(kind: type) -> tuple[str, ...]:
-    """The names of a dataclass's properties."""
-    return tuple(name for name, member in vars(kind).items() if isinstance(member, property))
+    """The names of a dataclass's properties; but for those that give its axes once more, as a Mesh."""
+    properties = ((name, member) for name, member in vars(kind).items() if isinstance(member, property))
+    return tuple(name for name, member in properties if not _is_mesh(member))
+
+
+def _is_mesh(member: property) -> bool:
+    return member.fget is not None and typing.get_type_hints(member.fget).get("return") is Mesh
 
 
 def written(value: object, form: Form = RESULT) -> object:
