@@ -47,6 +47,7 @@ from shardwise.core.placement import Placement
 from shardwise.core.plan import Plan
 from shardwise.core.prediction_run import PredictionRun
 from shardwise.core.rule import RuleRef
+from shardwise.core.search import Search
 from shardwise.core.sweep import Sweep
 from shardwise.core.verification import VerificationRun
 from shardwise.files.document import read_document, worked_out, write_document
@@ -293,6 +294,23 @@ def predict_json_reference() -> str:
         "shardwise predict rowwise colwise --json | jq -r '.predictions[] | [.plan, .step_s, "
         ".memory.device_bytes] | @tsv'",
         [PredictionRun, Sweep],
+    )
+
+
+def search_json_reference() -> str:
+    """The fields of `shardwise search --json`."""
+    return _json_reference(
+        "search",
+        [
+            "`shardwise search --json` prints one Search: `found` has the best plan first, `considered`",
+            "every candidate that has a number of its own. Times are seconds, sizes bytes. A plan is a text",
+            "as in its file. Fields marked *worked out* follow from the others; fields that a reader doesn't",
+            "know are to be ignored. Exit code 1: nothing was found, or the best plan is proved to train the",
+            "wrong model.",
+        ],
+        "shardwise search --model llama3-70b --devices 64 --json | jq -r '.is_proved, .gap, (.found[] | "
+        "[.candidate.label, .step_s, .is_tie] | @tsv)'",
+        [Search],
     )
 
 
@@ -567,6 +585,7 @@ def main() -> int:
         DOCS / "diff-json.md": diff_json_reference(),
         DOCS / "verify-json.md": verify_json_reference(),
         DOCS / "predict-json.md": predict_json_reference(),
+        DOCS / "search-json.md": search_json_reference(),
         DOCS / "plan-json.md": plan_json_reference(),
     }
     for path in sorted([README, *DOCS.glob("*.md")]):

@@ -26,6 +26,7 @@ from tests.unit import comparison_example as compared
 from tests.unit import explanation_example as explained
 from tests.unit import plan_example as planned
 from tests.unit import prediction_example as predicted
+from tests.unit import search_example as searched
 from tests.unit import test_verify_report as verified
 from tests.unit.test_predict_sweep import point, sweep_of
 from tests.unit.test_profile_diff import A, B, profiled
@@ -51,6 +52,10 @@ RESULTS = {
     "predict": predicted.run_of(),
     "predict two plans": predicted.two_plans(),
     "predict sweep": sweep_of(point(300), point(200, plan="colwise"), point(900, memory=predicted.TOO_MUCH)),
+    "search": searched.search(),
+    "search with a gap": searched.with_gap(),
+    "search stopped": searched.stopped(),
+    "search without an answer": searched.nothing_fits(),
     "verify": verified.run(
         *(each for each in (verified.RIGHT, verified.WRONG, verified.CRASH, verified.LITTLE))
     ),

@@ -1,0 +1,235 @@
+"""The picture of a search: a step's time against a device's memory, of all that was considered. Places dots,
+in percent of the picture, so that it fits any width; computes nothing else.
+
+Dots that would lie upon one another are drawn as one, which tells of how many it is: DRAWN at most.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from shardwise.core.search import Considered, Found, Known, Search
+from shardwise.report.common.plain import sentence
+from shardwise.report.common.units import (
+    BYTE_UNITS,
+    SECOND_UNITS,
+    Unit,
+    format_bytes,
+    format_seconds,
+    unit_for,
+)
+
+DRAWN = 2500
+# so many columns and rows of places for dots, before dots are made fewer
+_PLACES = (240, 160)
+# from this ratio of the largest to the smallest on, equal ratios are equal distances
+_LOG_FROM = 6.0
+# room beside the outermost dots, and how near two numbers may stand, in percent
+_ROOM, _NEAR = 4.0, (4.0, 6.0)
+# of a round scale: steps, and how many ticks a reader wants
+_STEPS = (1.0, 2.0, 5.0, 10.0)
+_TICKS = 6
+# what the second picture shows: steps up to so many times the best one's
+NEAR_BEST = 1.3
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    at: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dot:
+    """x, y: percent of the width and of the height, from the upper left corner. kind: a class of the page's
+    marks. count: of considered ones that it stands for."""
+
+    x: float
+    y: float
+    kind: str
+    text: str
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """The numbers of found plans that lie near one another."""
+
+    x: float
+    y: float
+    numbers: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """limit: where a device's memory ends. considered: that are in it; left_out: without a size or a time."""
+
+    dots: tuple[Dot, ...]
+    found: tuple[Dot, ...]
+    marks: tuple[Mark, ...]
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    limit: float | None
+    logs: tuple[str, ...]
+    considered: int
+    left_out: int
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """In the order in which they are drawn."""
+        return tuple(dict.fromkeys(dot.kind for dot in self.dots))
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Values between low and high, as 0 to 100 percent."""
+
+    low: float
+    high: float
+    is_log: bool
+
+    @classmethod
+    def over(cls, values: Iterable[float]) -> "Scale":
+        """Of all values, with room beside them."""
+        given = list(values)
+        low, high = min(given), max(given)
+        is_log = low > 0 and high / low >= _LOG_FROM
+        start, end = (math.log(low), math.log(high)) if is_log else (low, high)
+        room = (end - start) * _ROOM / 100 or abs(end) * _ROOM / 100 or 1.0
+        start, end = start - room, end + room
+        return cls(math.exp(start), math.exp(end), True) if is_log else cls(max(start, 0.0), end, False)
+
+    def at(self, value: float) -> float:
+        low, high = self._ends
+        return 100 * ((math.log(value) if self.is_log else value) - low) / (high - low)
+
+    @property
+    def _ends(self) -> tuple[float, float]:
+        return (math.log(self.low), math.log(self.high)) if self.is_log else (self.low, self.high)
+
+    def round_values(self, units: tuple[Unit, ...]) -> Iterator[float]:
+        """Values for ticks, round in their unit."""
+        if self.is_log:
+            yield from self._round_logs(units)
+            return
+        unit = unit_for((self.high,), units)
+        low, high = self.low / unit.size, self.high / unit.size
+        rough = (high - low) / _TICKS
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = next(power * each for each in _STEPS if power * each >= rough * 0.999)
+        yield from (unit.size * step * n for n in range(math.ceil(low / step), math.floor(high / step) + 1))
+
+    def _round_logs(self, units: tuple[Unit, ...]) -> Iterator[float]:
+        """1, 2 and 5 of each power of ten; 1 and 4 of ten's where those are many."""
+        steps = _STEPS[:3] if self.high / self.low < 10.0**3 else (1.0,)
+        for unit, larger in zip(units, [*(each.size for each in units[1:]), math.inf], strict=True):
+            power = 1.0
+            while power * unit.size < min(larger, self.high):
+                values = (unit.size * power * step for step in steps)
+                yield from (each for each in values if self.low <= each <= self.high and each < larger)
+                power *= 10
+
+
+def pictures(search: Search) -> tuple[Picture, ...]:
+    """Of all; and, where many are far slower than the best, of what is near it."""
+    whole = picture(search, search.considered)
+    if whole is None:
+        return ()
+    if not search.found:
+        return (whole,)
+    most = NEAR_BEST * search.found[0].step_s
+    near = tuple(each for each in search.considered if each.step_s <= most)
+    zoomed = picture(search, near) if 1 < len(near) < len(search.considered) / 2 else None
+    return (whole, zoomed) if zoomed is not None else (whole,)
+
+
+def picture(search: Search, considered: Sequence[Considered]) -> Picture | None:
+    """None where there is nothing to draw."""
+    drawable = [each for each in considered if _is_drawable(each.step_s) and _is_drawable(each.device_bytes)]
+    slowest = max((each.step_s for each in drawable), default=0.0)
+    found = [(index, each) for index, each in enumerate(search.found, 1) if each.step_s <= slowest]
+    if not drawable:
+        return None
+    limit = search.space.memory_bytes
+    sizes = [each.device_bytes for each in drawable] + [each.memory.device_bytes for _, each in found]
+    x = Scale.over([*sizes, limit] if _is_drawable(limit) else sizes)
+    y = Scale.over([each.step_s for each in drawable] + [each.step_s for _, each in found])
+    dots = tuple(_found_dot(index, each, x, y) for index, each in found)
+    return Picture(
+        tuple(_thinned(drawable, x, y)),
+        dots,
+        tuple(_marks(dots)),
+        tuple(_ticks(x, BYTE_UNITS)),
+        tuple(Tick(100 - each.at, each.text) for each in _ticks(y, SECOND_UNITS)),
+        x.at(limit) if _is_drawable(limit) else None,
+        tuple(axis for axis, scale in (("memory", x), ("time", y)) if scale.is_log),
+        len(drawable),
+        len(considered) - len(drawable),
+    )
+
+
+def _is_drawable(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+def kind_of(each: Considered) -> str:
+    """refused: it doesn't fit, and so can't win however it is known."""
+    return each.known.value if each.fits else "refused"
+
+
+_ORDER = ("refused", Known.BOUND.value, Known.COMPOSED.value, Known.PREDICTED.value)
+
+
+def _thinned(considered: Sequence[Considered], x: Scale, y: Scale) -> Iterator[Dot]:
+    """One of each kind for each place, the fastest there; places grow until there are few enough."""
+    columns, lines = _PLACES
+    while True:
+        places: dict[tuple[str, int, int], list[Considered]] = {}
+        for each in considered:
+            place = (int(x.at(each.device_bytes) * columns / 100), int(y.at(each.step_s) * lines / 100))
+            places.setdefault((kind_of(each), *place), []).append(each)
+        if len(places) <= DRAWN:
+            break
+        columns, lines = columns * 4 // 5, lines * 4 // 5
+    for (kind, *_), here in sorted(places.items(), key=lambda pair: _ORDER.index(pair[0][0])):
+        first = min(here, key=lambda each: each.step_s)
+        more = f" (and {len(here) - 1:,} more here)" if len(here) > 1 else ""
+        text = f"{_told(first)}{more}"
+        yield Dot(x.at(first.device_bytes), 100 - y.at(first.step_s), kind, text, len(here))
+
+
+def _told(each: Considered) -> str:
+    least = "at least " if each.known is Known.BOUND else ""
+    too_much = "" if each.fits else ", too much"
+    return (
+        f"{sentence(each.candidate.label)}: {least}{format_seconds(each.step_s)}, {least}"
+        f"{format_bytes(each.device_bytes)}{too_much}"
+    )
+
+
+def _found_dot(index: int, found: Found, x: Scale, y: Scale) -> Dot:
+    sizes = f"{format_seconds(found.step_s)}, {format_bytes(found.memory.device_bytes)}"
+    text = f"Plan {index}, {sentence(found.candidate.label)}: {sizes}"
+    return Dot(x.at(found.memory.device_bytes), 100 - y.at(found.step_s), "found", text)
+
+
+def _marks(found: Sequence[Dot]) -> Iterator[Mark]:
+    """A number at each; one text for those that are too near for two."""
+    left = list(enumerate(found, 1))
+    while left:
+        (_, first), *_ = left
+        near = [(n, dot) for n, dot in left if _is_near(dot, first)]
+        left = [pair for pair in left if pair not in near]
+        numbers = ", ".join(str(n) for n, _ in near)
+        yield Mark(first.x, first.y, numbers, "; ".join(dot.text for _, dot in near))
+
+
+def _is_near(one: Dot, other: Dot) -> bool:
+    return abs(one.x - other.x) <= _NEAR[0] and abs(one.y - other.y) <= _NEAR[1]
+
+
+def _ticks(scale: Scale, units: tuple[Unit, ...]) -> Iterator[Tick]:
+    for value in scale.round_values(units):
+        unit = unit_for((value,), units)
+        yield Tick(scale.at(value), f"{value / unit.size:.4g} {unit.name}" if value else "0")
