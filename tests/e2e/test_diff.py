@@ -63,6 +63,14 @@ def test_json_is_one_document_on_stdout(both: tuple[str, str]) -> None:
     assert found["second"]["collectives"][0]["late"][0] == 1
 
 
+def test_a_run_of_two_plans_is_compared_with_itself(both: tuple[str, str], tmp_path: Path) -> None:
+    (tmp_path / "run" / "traces").mkdir(parents=True)
+    for name, path in zip(("a", "b"), both, strict=True):
+        (tmp_path / "run" / "traces" / name).symlink_to(path, target_is_directory=True)
+    found = shardwise("diff", str(tmp_path / "run"), "--json").stdout
+    assert json.loads(found) == json.loads(shardwise("diff", *both, "--json").stdout)
+
+
 def test_one_run_alone_is_told_of_too(both: tuple[str, str]) -> None:
     ended = shardwise("diff", both[1])
     assert ended.returncode == 0, ended.stderr
@@ -90,8 +98,8 @@ def test_one_run_alone_is_told_of_too(both: tuple[str, str]) -> None:
         ),
         (
             ("run",),
-            "run/traces: no file in it ends in .json or .json.gz. It has the plans colwise, rowwise: give "
-            "one, such as run/traces/colwise.",
+            "run/traces: no file in it ends in .json or .json.gz. It has the plans colwise, routed, "
+            "rowwise: give one, such as run/traces/colwise.",
         ),
         (
             ("text.json",),
@@ -104,7 +112,7 @@ def test_a_mistake_gets_one_clear_line_and_exit_code_2(
     both: tuple[str, str], tmp_path: Path, args: tuple[str, ...], message: str
 ) -> None:
     (tmp_path / "empty").mkdir()
-    for plan in ("rowwise", "colwise"):
+    for plan in ("rowwise", "colwise", "routed"):
         (tmp_path / "run" / "traces" / plan).mkdir(parents=True)
     (tmp_path / "text.json").write_text("hello")
     ended = shardwise("diff", *args, cwd=tmp_path)

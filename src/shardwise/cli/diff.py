@@ -16,8 +16,9 @@ class _Asked(DiffOptions):
     first: Annotated[
         Path,
         Option(
-            "A trace file, a folder with one per rank, a run folder of predict --out, or one of "
-            "compare --profile with one plan; of several plans RUN/traces/PLAN.",
+            "A trace file, a folder with one per rank, or a run folder of predict --out or "
+            "compare --profile: of two plans it is their comparison; of more, name RUN/traces/PLAN or a "
+            "file.",
             is_argument=True,
         ),
     ]
@@ -42,6 +43,7 @@ def diff(call: Call[_Asked]) -> int:
 
     [dim]shardwise diff run-a/traces run-b/traces[/]
     [dim]shardwise diff rank0.json.gz[/]
+    [dim]shardwise diff runs/compare-1 --out page[/]
     [dim]shardwise diff runs/compare-1/traces/rowwise runs/compare-1/traces/colwise --out page[/]
     """
     with ProgressLine() as progress:

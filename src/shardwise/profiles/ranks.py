@@ -20,6 +20,24 @@ TRACE_FOLDER = "traces"
 MOST_FILES = 4096
 
 
+def sides(path: Path) -> tuple[Path, ...]:
+    """What a run's folder has of its two plans, in the order of their names; else the path itself."""
+    plans = _plans(path)
+    if path.is_dir() and not plans:
+        plans = [each for each in _files(path, _STEP) if (path / _SETTINGS).exists()]
+    return tuple(plans) if len(plans) == 2 else (path,)
+
+
+def _plans(path: Path) -> list[Path]:
+    """The folders of a run's plans."""
+    inner = path / TRACE_FOLDER
+    return sorted(each for each in inner.iterdir() if each.is_dir()) if inner.is_dir() else []
+
+
+def _files(folder: Path, is_trace: re.Pattern[str]) -> list[Path]:
+    return sorted(each for each in folder.iterdir() if each.is_file() and is_trace.search(each.name))
+
+
 def trace_files(path: Path) -> tuple[Path, ...]:
     """The file itself; or a folder's trace files, sorted; or those of its folder `traces`, and of the one
     plan in it; or the step that predict put into a run's folder. Raises TraceError where there are none, or
@@ -30,11 +48,11 @@ def trace_files(path: Path) -> tuple[Path, ...]:
         return (path,)
     inner = path / TRACE_FOLDER
     folder = inner if inner.is_dir() else path
-    plans = sorted(each for each in folder.iterdir() if each.is_dir()) if inner.is_dir() else []
+    plans = _plans(path)
     if len(plans) == 1:
         folder, plans = plans[0], []
     is_trace = _STEP if (folder / _SETTINGS).exists() else _TRACES
-    traces = sorted(each for each in folder.iterdir() if each.is_file() and is_trace.search(each.name))
+    traces = _files(folder, is_trace)
     if is_trace is _STEP and len(traces) > 1:
         listed = ", ".join(each.name for each in traces)
         raise TraceError(f"{folder}: has a step of each plan, {listed}. Give one, such as {traces[0]}.")

@@ -49,17 +49,18 @@ def diff(
     options: DiffOptions | None = None,
     progress: Progress = silent,
 ) -> Diffed:
-    """Trace files, folders with one per rank, or run folders of compare --profile or predict --out. Raises
-    InputError for what can't be read."""
+    """Trace files, folders with one per rank, or run folders of compare --profile or predict --out; of one
+    run of two plans these are compared. Raises InputError for what can't be read."""
     from shardwise.profiles.collectives import share
     from shardwise.profiles.diff import diff as between
+    from shardwise.profiles.ranks import sides
     from shardwise.profiles.run import profile_run
 
     options = options or DiffOptions()
-    paths = [Path(path) for path in (first, second) if path is not None]
+    paths = [Path(first), Path(second)] if second is not None else list(sides(Path(first)))
     labels = _labels(options.labels, paths)
     read = [_read(path, options.workers, progress) for path in paths]
-    progress("adding up" if second is None else "comparing")
+    progress("comparing" if len(paths) > 1 else "adding up")
     shared = [share(timelines) for timelines in read]
     runs = tuple(profile_run(label, *each) for label, each in zip(labels, shared, strict=True))
     answer = between(*runs) if len(runs) > 1 else runs[0]
