@@ -1,10 +1,12 @@
-"""Progress on stderr: a bar on a terminal, a few plain lines elsewhere."""
+"""Progress on stderr: a bar on a terminal, with what is found so far under it; elsewhere a few lines."""
 
 import sys
+import time
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -13,21 +15,37 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from shardwise.cli.output import speaks
 
 _LINES = 20
+# what is tried changes often: without a terminal it is said no more often than that
+_EVERY_S = 5.0
+
+
+class _Bar(Progress):
+    """A bar, and under it a line of what is found so far."""
+
+    below = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.below:
+            yield Text(self.below, no_wrap=True, overflow="ellipsis")
 
 
 class ProgressLine:
     """`total` units of work, unknown until the first event."""
 
     def __init__(self) -> None:
-        self._bar: Progress | None = None
+        self._bar: _Bar | None = None
         self._last = ""
+        self._found = ""
+        self._said_s = 0.0
         self._speaks = speaks()
         if self._speaks and sys.stderr.isatty():
-            self._bar = Progress(
+            self._bar = _Bar(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
@@ -40,15 +58,28 @@ class ProgressLine:
 
     def __call__(self, text: str, done: int = 0, total: int = 0, left_s: float | None = None) -> None:
         """See verbs/progress.py. Plain lines of many units are few: every so manieth, with their number."""
+        now, _, found = text.partition("\n")
         if self._bar is not None:
-            self._bar.update(self._task, description=text)
+            self._bar.below = found
+            self._bar.update(self._task, description=now)
             if total:
                 self._bar.update(self._task, completed=done, total=total)
+        elif found:
+            self._print_found(now, found)
         elif total <= _LINES * _LINES and left_s is None:
             self._print(text)
         elif done % max(1, total // _LINES) == 0:
             left = f", {left_s:.0f} s left" if left_s is not None else ""
             self._print(f"{text} ({done} of {total}{left})")
+
+    def _print_found(self, now: str, found: str) -> None:
+        """What is found when it changes, and else now and then what is tried."""
+        is_time = time.monotonic() - self._said_s >= _EVERY_S
+        if found == self._found and not is_time:
+            return
+        self._said_s = time.monotonic()
+        self._print(f"{now}; {found}" if found != self._found else now)
+        self._found = found
 
     def _print(self, text: str) -> None:
         if self._speaks and text != self._last:
