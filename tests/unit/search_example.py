@@ -24,7 +24,7 @@ from shardwise.core.search import (
 from shardwise.core.verification import Proof, Verification
 from tests.unit.prediction_example import MACHINE, MEMORY
 
-GIB = 2**30
+GIB = 2.0**30
 STYLES = (
     ("tok_embeddings", "rowwise"),
     ("attention", CUT),
@@ -121,7 +121,8 @@ def considered(*more: Considered) -> tuple[Considered, ...]:
         own.append(
             Considered(candidate("fsdp=32,tp=2", 4, 1), 9 * share, 75 * GIB * share, Known.COMPOSED, False)
         )
-        own.append(Considered(candidate("fsdp=32,tp=2"), 13.0 * share, 40 * GIB, Known.BOUND, True))
+        n_bytes = 40 * GIB if index % 2 else float("nan")
+        own.append(Considered(candidate("fsdp=32,tp=2"), 13.0 * share, n_bytes, Known.BOUND, True))
     return (*own, *more)
 
 

@@ -157,7 +157,7 @@ def test_costs_name_what_a_plan_loses_by_and_what_it_wins_back() -> None:
 @pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES.keys())
 def test_json_round_trips_and_says_what_follows(search: Search) -> None:
     document = write_document(search)
-    assert read_document(document, Search) == search
+    assert write_document(read_document(document, Search)) == document
     table = json.loads(document)
     assert table["is_proved"] is search.is_proved
     assert all("mesh" not in each["candidate"] for each in table["considered"])
@@ -181,9 +181,19 @@ def test_commands_that_go_on_are_ones_that_a_shell_can_run() -> None:
 def test_every_candidate_is_a_dot_or_in_one_that_says_how_many() -> None:
     for search in (example.search(), LARGE):
         found = drawn(search)
-        assert sum(dot.count for dot in found.dots) == len(search.considered) == found.considered
-        assert all(f"and {dot.count - 1:,} more here" in dot.text for dot in found.dots if dot.count > 1)
-    assert len(drawn(example.search()).dots) == len(example.search().considered)
+        marks = (*found.dots, *found.edge)
+        assert sum(dot.count for dot in marks) == len(search.considered) == found.considered
+        assert all(f"and {dot.count - 1:,} more here" in dot.text for dot in marks if dot.count > 1)
+    assert len(marks) < len(LARGE.considered)
+
+
+def test_what_only_its_time_s_bound_is_known_of_lies_at_the_edge_and_is_said_to() -> None:
+    found = drawn(example.search())
+    assert len(found.edge) == 6
+    assert all("at least" in dot.text and "iB" not in dot.text for dot in found.edge)
+    assert "Marks at the left edge are 6 that are too slow whatever they hold" in rows.drawn_text(
+        example.search(), found
+    )
 
 
 def test_ten_thousand_candidates_make_a_picture_of_bounded_size_that_says_so() -> None:
@@ -191,7 +201,9 @@ def test_ten_thousand_candidates_make_a_picture_of_bounded_size_that_says_so() -
     found = drawn(search)
     assert len(found.dots) <= DRAWN
     said = rows.drawn_text(search, found)
-    assert said.startswith(f"10,000 candidates as {len(found.dots):,} dots: those that would lie upon one")
+    assert said.startswith(
+        f"10,000 candidates as {len(found.dots) + len(found.edge):,} marks: those that would lie upon one"
+    )
     assert "The other 2,345 were ruled out together with others" in said
     assert len(search_html(search)) < 2_000_000
 
@@ -205,6 +217,8 @@ def test_faster_is_lower_smaller_is_further_left_and_what_does_not_fit_lies_beyo
             assert 0 <= dot.y <= 100
             assert (dot.x > found.limit) is (dot.kind == "refused")
         best, second, third = found.found
+        own = [dot for dot in found.dots if dot.kind == "predicted"]
+        assert sorted((dot.x, dot.y) for dot in own) == sorted((dot.x, dot.y) for dot in found.found)
         assert best.y > second.y > third.y
         assert best.x < second.x < third.x
 
@@ -217,13 +231,13 @@ def test_large_ranges_have_equal_ratios_at_equal_distances_and_small_ones_do_not
     assert narrow.at(15.0) == pytest.approx(50)
 
 
-def test_what_has_no_time_or_size_is_left_out_and_said() -> None:
-    sizes = ((0.0, GIB), (1.0, 0.0), (float("inf"), GIB), (float("nan"), GIB))
+def test_what_has_no_time_is_left_out_and_said() -> None:
+    sizes = ((0.0, GIB), (-1.0, GIB), (float("inf"), GIB), (float("nan"), GIB))
     odd = [Considered(example.candidate(), time, size, Known.BOUND, True) for time, size in sizes]
     search = replace(example.search(), considered=example.considered(*odd))
     found = drawn(search)
     assert (found.considered, found.left_out) == (39, 4)
-    assert "4 more have no time or no size" in rows.drawn_text(search, found)
+    assert "4 more have no time, and aren't drawn" in rows.drawn_text(search, found)
 
 
 def test_one_candidate_alone_and_equal_ones_have_a_picture() -> None:

@@ -63,9 +63,11 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """limit: where a device's memory ends. considered: that are in it; left_out: without a size or a time."""
+    """limit: where a device's memory ends. edge: of which only a bound of their time is known, at the left
+    edge. considered: that are in it; left_out: without a time."""
 
     dots: tuple[Dot, ...]
+    edge: tuple[Dot, ...]
     found: tuple[Dot, ...]
     marks: tuple[Mark, ...]
     x_ticks: tuple[Tick, ...]
@@ -146,26 +148,29 @@ def pictures(search: Search) -> tuple[Picture, ...]:
 
 def picture(search: Search, considered: Sequence[Considered]) -> Picture | None:
     """None where there is nothing to draw."""
-    drawable = [each for each in considered if _is_drawable(each.step_s) and _is_drawable(each.device_bytes)]
-    slowest = max((each.step_s for each in drawable), default=0.0)
+    timed = [each for each in considered if _is_drawable(each.step_s)]
+    drawable = [each for each in timed if _is_drawable(each.device_bytes)]
+    sizeless = [each for each in timed if not _is_drawable(each.device_bytes)]
+    slowest = max((each.step_s for each in timed), default=0.0)
     found = [(index, each) for index, each in enumerate(search.found, 1) if each.step_s <= slowest]
     if not drawable:
         return None
     limit = search.space.memory_bytes
     sizes = [each.device_bytes for each in drawable] + [each.memory.device_bytes for _, each in found]
     x = Scale.over([*sizes, limit] if _is_drawable(limit) else sizes)
-    y = Scale.over([each.step_s for each in drawable] + [each.step_s for _, each in found])
+    y = Scale.over([each.step_s for each in timed] + [each.step_s for _, each in found])
     dots = tuple(_found_dot(index, each, x, y) for index, each in found)
     return Picture(
         tuple(_thinned(drawable, x, y)),
+        tuple(_at_edge(sizeless, y)),
         dots,
         tuple(_marks(dots)),
         tuple(_ticks(x, BYTE_UNITS)),
         tuple(Tick(100 - each.at, each.text) for each in _ticks(y, SECOND_UNITS)),
         x.at(limit) if _is_drawable(limit) else None,
         tuple(axis for axis, scale in (("memory", x), ("time", y)) if scale.is_log),
-        len(drawable),
-        len(considered) - len(drawable),
+        len(timed),
+        len(considered) - len(timed),
     )
 
 
@@ -197,6 +202,18 @@ def _thinned(considered: Sequence[Considered], x: Scale, y: Scale) -> Iterator[D
         more = f" (and {len(here) - 1:,} more here)" if len(here) > 1 else ""
         text = f"{_told(first)}{more}"
         yield Dot(x.at(first.device_bytes), 100 - y.at(first.step_s), kind, text, len(here))
+
+
+def _at_edge(considered: Sequence[Considered], y: Scale) -> Iterator[Dot]:
+    """One for each line of places."""
+    places: dict[int, list[Considered]] = {}
+    for each in considered:
+        places.setdefault(int(y.at(each.step_s) * _PLACES[1] / 100), []).append(each)
+    for here in places.values():
+        first = min(here, key=lambda each: each.step_s)
+        more = f" (and {len(here) - 1:,} more here)" if len(here) > 1 else ""
+        text = f"{sentence(first.candidate.label)}: at least {format_seconds(first.step_s)}{more}"
+        yield Dot(0.0, 100 - y.at(first.step_s), "edge", text, len(here))
 
 
 def _told(each: Considered) -> str:

@@ -242,7 +242,8 @@ def tipping_text(tipping: Tipping) -> str:
 
 def smallest(search: Search) -> Considered | None:
     """Of what was considered, where nothing fits: what needs least."""
-    return min(search.considered, key=lambda each: each.device_bytes, default=None)
+    sized = (each for each in search.considered if math.isfinite(each.device_bytes))
+    return min(sized, key=lambda each: each.device_bytes, default=None)
 
 
 def nothing_lines(search: Search) -> Iterator[Line]:
@@ -286,13 +287,16 @@ def space_rows(search: Search) -> Iterator[tuple[str, str]]:
 
 def drawn_text(search: Search, drawn: Picture) -> str:
     """How honest the picture is: what dots stand for, and what isn't in it."""
-    n_dots = len(drawn.dots)
+    n_dots = len(drawn.dots) + len(drawn.edge)
     said = f"{counted(drawn.considered, 'candidate')}"
     if n_dots < drawn.considered:
         one = "those that would lie upon one another are one, which says how many"
-        said += f" as {counted(n_dots, 'dot')}: {one}"
+        said += f" as {counted(n_dots, 'mark')}: {one}"
+    if drawn.edge:
+        at_edge = sum(dot.count for dot in drawn.edge)
+        said += f". Marks at the left edge are {at_edge:,} that are too slow whatever they hold"
     if drawn.left_out:
-        said += f"; {drawn.left_out:,} more have no time or no size, and aren't drawn"
+        said += f". {drawn.left_out:,} more have no time, and aren't drawn"
     rest = search.candidates - len(search.considered)
     if rest > 0:
         said += f". The other {rest:,} were ruled out together with others, without a number of their own"

@@ -1,11 +1,13 @@
 """Search -> tables and words: the best plan and how sure it is, what comes near it, what was refused, what
 decides, what was open."""
 
+import math
 from collections.abc import Iterator
 
 from shardwise.core.search import Considered, Found, Known, Refused, Search, Tipping
 from shardwise.report.common.plain import name, sentence, step_text
 from shardwise.report.common.table import (
+    ABSENT,
     Block,
     Cell,
     Column,
@@ -163,7 +165,7 @@ def considered_table(search: Search) -> Table:
     columns: Columns[Considered] = (
         (Column("Candidate", wraps=True), lambda each: sentence(each.candidate.label)),
         (Column("Step", SECONDS), lambda each: each.step_s),
-        (Column("Memory of a device", BYTES), lambda each: each.device_bytes),
+        (Column("Memory of a device", BYTES), _known_bytes),
         (Column("Fits"), _fits),
         (Column("Known"), lambda each: KNOWN[each.known]),
     )
@@ -171,6 +173,10 @@ def considered_table(search: Search) -> Table:
     return tabled(
         ordered, columns, key="considered", title="All that was considered", sorts=True, long=_CONSIDERED
     )
+
+
+def _known_bytes(each: Considered) -> Cell:
+    return Cell(each.device_bytes) if math.isfinite(each.device_bytes) else Cell(None, ABSENT)
 
 
 def _fits(each: Considered) -> Cell:
