@@ -8,6 +8,7 @@ from rich.console import Console
 
 from shardwise.core.errors import StalledError
 from shardwise.core.finding import Cause, Finding, FindingKind
+from shardwise.core.rule import RuleRef
 from shardwise.core.sharded import Sharded
 from shardwise.core.verification import Proof, Verdict, Verification, VerificationRun
 from shardwise.files.document import read_document, write_document
@@ -222,6 +223,12 @@ def test_hostile_names_stay_text() -> None:
         assert "\x1b" not in page
         assert "\x1b[31m" not in text(found)
         assert "[bold]" in text(found)
+
+
+def test_the_page_names_the_rule_that_holds_a_parameter() -> None:
+    by_rule = replace(difference("w", Cause.AVERAGED), rule=RuleRef("layers.*", "colwise"))
+    page = verification_html(run(replace(WRONG, findings=(by_rule,))))
+    assert "rule &#34;layers.*&#34; (colwise)" in page
 
 
 def test_the_page_has_every_case() -> None:
