@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from shardwise.core.prediction import Term
+from shardwise.core.program import MemoryKind
 from shardwise.core.search import Considered, Known, Search, Tipping
 from shardwise.files.document import read_document, write_document
 from shardwise.report.common.deliver import show
@@ -96,6 +97,13 @@ def test_a_plan_that_trains_the_wrong_model_is_not_praised() -> None:
     assert "Right:" not in shown
 
 
+def test_memory_names_what_is_worth_it() -> None:
+    shown = rows.memory_text(example.search(), example.BEST.memory)
+    tiny = replace(example.BEST.memory, by_kind=(*example.BEST.memory.by_kind, (MemoryKind.INPUT, 1e6)))
+    told = rows.memory_text(example.search(), tiny)
+    assert told == shown.replace("4.66 GiB,", "4.66 GiB, all else 977 KiB,")
+
+
 def test_runners_up_are_told_by_what_differs_and_by_the_term_that_costs_them_the_lead() -> None:
     shown = words(printed(example.search(), 120))
     assert "2 fsdp=16,tp=4 10.2 s 1.020 tie" in shown
@@ -172,6 +180,7 @@ def test_commands_that_go_on_are_ones_that_a_shell_can_run() -> None:
         "bfloat16 --accumulation 8 --recompute selective-ops"
     )
     assert list(dict(commands.next_commands(search, 2))) == ["predict it"]
+    assert "--mesh fsdp=64 " in dict(commands.next_commands(search, 2))["predict it"]
     assert "--no-reshard-after-forward" in dict(commands.next_commands(search, 2))["predict it"]
     assert commands.plan_files(search) == {"plan-1.toml": example.PLAN, "plan-2.toml": example.PLAN}
     odd = dict(commands.next_commands(example.hostile("a; rm -rf b"), 0))

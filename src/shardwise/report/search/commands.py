@@ -1,9 +1,10 @@
 """A search's plans as files, and what to type next: commands that take them."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from shardwise.core.case import StepSettings
+from shardwise.core.mesh import EXPERTS_AXIS, TENSOR_AXIS
 from shardwise.core.option import options_of
 from shardwise.core.search import Found, Search
 
@@ -24,7 +25,7 @@ def next_commands(search: Search, index: int) -> tuple[tuple[str, str], ...]:
     """(what for, command) of a found plan, that lies in the working folder."""
     found = search.found[index]
     plan = plan_name(index) if found.plan is not None else "unsharded"
-    model, mesh = ("--model", search.model), ("--mesh", str(found.candidate.mesh))
+    model, mesh = ("--model", search.model), ("--mesh", _mesh(found.candidate.axes))
     machine = ("--machine", search.machine.name)
     told = [("predict it", ["predict", plan, *model, *mesh, *machine, *_step(found.settings)])]
     if found.plan is not None:
@@ -36,8 +37,12 @@ def next_commands(search: Search, index: int) -> tuple[tuple[str, str], ...]:
 def _proof_mesh(found: Found) -> str:
     """Where none was proved: the axes that rules cut over."""
     mesh = found.candidate.mesh
-    cut = [*([f"ep={mesh.experts}"] if mesh.experts > 1 else []), f"tp={mesh.tp}"]
-    return found.proof_mesh or ",".join(cut)
+    return found.proof_mesh or _mesh([(EXPERTS_AXIS, mesh.experts), (TENSOR_AXIS, mesh.tp)])
+
+
+def _mesh(axes: Iterable[tuple[str, int]]) -> str:
+    """Without axes of one rank, but for a mesh that has no other."""
+    return ",".join(f"{axis}={size}" for axis, size in axes if size > 1) or f"{TENSOR_AXIS}=1"
 
 
 def _step(settings: StepSettings) -> Iterator[str]:

@@ -24,6 +24,8 @@ from shardwise.report.verify.tables import TONES
 
 # terms that are named where a runner-up is told from the best
 COSTS = 2
+# of what a device holds, what is named
+LEAST_SHARE = 0.01
 # between which factors a constant is tried: Tipping says so
 TRIED = "between a quarter and 4 times"
 
@@ -52,7 +54,7 @@ def plan_lines(found: Found) -> tuple[Line, ...]:
 def styles_text(chosen: Candidate) -> str:
     """`attention, feed_forward cut; norms whole; tok_embeddings rowwise; the sequence cut between blocks`."""
     if not chosen.styles:
-        return "nothing is cut by rules"
+        return "no layer is cut: tp is 1"
     by_option: dict[str, list[str]] = {}
     for group, option in chosen.styles:
         if group != SEQUENCE:
@@ -128,7 +130,10 @@ def memory_text(search: Search, memory: MemoryForecast) -> str:
     limit, has = search.space.memory_bytes, memory.capacity_bytes
     of = f"{format_bytes(limit)} that it may hold" if limit < has else f"its {format_bytes(has)}"
     kinds = sorted(memory_rows(memory), key=lambda each: -each[2])
-    parts = [f"{label} {format_bytes(n_bytes)}" for _, label, n_bytes in kinds if n_bytes]
+    least = LEAST_SHARE * memory.device_bytes
+    parts = [f"{label} {format_bytes(n_bytes)}" for _, label, n_bytes in kinds if n_bytes >= least]
+    small = sum(n_bytes for *_, n_bytes in kinds if n_bytes < least)
+    parts += [f"all else {format_bytes(small)}"] if small else []
     beside = memory.device_bytes - memory.active_bytes
     parts += [f"allocator and process {format_bytes(beside)}"] if beside > 0 else []
     return f"{format_bytes(memory.device_bytes)} of {of} at the peak: {', '.join(parts)}"
