@@ -3,15 +3,16 @@ tests/e2e/test_search_html.py."""
 
 import json
 import re
-import shlex
 from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
+from shardwise.core.case import Case
 from shardwise.core.prediction import Term
 from shardwise.core.program import MemoryKind
 from shardwise.core.search import Considered, Known, Search, Tipping
+from shardwise.files.case import read_case
 from shardwise.files.document import read_document, write_document
 from shardwise.report.common.deliver import show
 from shardwise.report.common.room import room_of
@@ -173,18 +174,30 @@ def test_json_round_trips_and_says_what_follows(search: Search) -> None:
 
 def test_commands_that_go_on_are_ones_that_a_shell_can_run() -> None:
     search = example.search()
-    told = dict(commands.next_commands(search, 0))
-    assert told["prove it"] == "shardwise verify plan-1.toml --model llama3-70b --mesh tp=8"
-    assert shlex.split(told["predict it"])[3:] == shlex.split(
-        "--model llama3-70b --mesh fsdp=8,tp=8 --machine h100-sxm-80gb --batch 64 --seq 4096 --dtype "
-        "bfloat16 --accumulation 8 --recompute selective-ops"
-    )
+    assert dict(commands.next_commands(search, 0)) == {
+        "prove it": "shardwise verify plan-1.toml --model llama3-70b --mesh tp=8",
+        "predict it": "shardwise predict --config case-1.toml",
+        "export it": "shardwise export --config case-1.toml --as pytorch --out mine",
+    }
     assert list(dict(commands.next_commands(search, 2))) == ["predict it"]
-    assert "--mesh fsdp=64 " in dict(commands.next_commands(search, 2))["predict it"]
-    assert "--no-reshard-after-forward" in dict(commands.next_commands(search, 2))["predict it"]
-    assert commands.plan_files(search) == {"plan-1.toml": example.PLAN, "plan-2.toml": example.PLAN}
+    proved = replace(search, found=(replace(example.BEST, proof_mesh="fsdp=2,tp=2"),))
+    assert commands.next_commands(proved, 0)[0][1].endswith("--mesh fsdp=2,tp=2")
     odd = dict(commands.next_commands(example.hostile("a; rm -rf b"), 0))
-    assert all("'a; rm -rf b'" in command for command in odd.values())
+    assert "'a; rm -rf b'" in odd["prove it"]
+
+
+def test_each_plan_has_a_file_and_a_case_that_asks_for_it() -> None:
+    search = example.search()
+    files = commands.plan_files(search)
+    assert sorted(files) == ["case-1.toml", "case-2.toml", "case-3.toml", "plan-1.toml", "plan-2.toml"]
+    assert files["plan-1.toml"] == example.PLAN
+    for index, found in enumerate(search.found):
+        asked = read_case(files[f"case-{index + 1}.toml"], "it", "predict", (), {"predict": ()})
+        case = Case.of(**asked)
+        assert case.step == found.settings
+        assert case.mesh.world_size == found.candidate.mesh.world_size == 64
+        assert (case.model, case.machine) == (search.model, search.machine.name)
+    assert case.plans == ("unsharded",)
 
 
 def test_every_candidate_is_a_dot_or_in_one_that_says_how_many() -> None:

@@ -187,7 +187,8 @@ def proof_line(found: Found) -> Line:
             Tone.CAUTION,
         )
     twin = f" ({name(found.proof.twin)})" if found.proof.twin else ""
-    ran = "" if found.proof.is_static else f" On {found.proof.tp} tp ranks{twin}."
+    ranks = f"ranks {name(found.proof_mesh)}" if found.proof_mesh else f"{found.proof.tp} tp ranks"
+    ran = "" if found.proof.is_static else f" On {ranks}{twin}."
     text = sentence(verdict_text(found.proof))
     return Line(f"{text}{ran}", TONES[found.proof.verdict])
 

@@ -191,14 +191,10 @@ KNOWN = {
 
 
 def next_words(search: Search, index: int) -> Words:
-    """Where the plan's file is, and what to type next."""
-    plan = search.found[index].plan
-    where = (
-        f"--out FOLDER writes {commands.plan_name(index)}, with each rule's reason, and the page."
-        if plan
-        else ""
-    )
-    lines = [Line(where)] if where else []
+    """Where the plan's files are, and what to type next."""
+    case = commands.case_name(index)
+    plan = f"{commands.plan_name(index)} with each rule's reason, " if search.found[index].plan else ""
+    lines = [Line(f"--out FOLDER writes {plan}{case} and the page. In that folder:")]
     lines += [
         Line(sentence(command), lead=f"{what.capitalize()}:")
         for what, command in commands.next_commands(search, index)
