@@ -245,11 +245,16 @@ def test_launches_are_what_small_steps_take_beyond_their_kernels_and_dtensor_has
         )
 
 
-def test_a_launch_that_was_not_measured_is_said_to_count_as_nothing(machine: Machine) -> None:
-    assert machine.launch == Launch(0.0, 0.0, 0.0)
-    assert {each.path: each.source for each in machine.constants}[
-        "launch.forward"
-    ] == "not measured: counted as nothing"
+def test_a_launch_that_was_not_measured_is_unknown_and_not_nothing(machine: Machine) -> None:
+    assert machine.launch == Launch()
+    assert machine.launch.unknown == ("launch.forward", "launch.backward", "launch.collective")
+    assert not any(each.path.startswith("launch") for each in machine.constants)
+
+
+def test_steps_that_take_no_longer_than_their_kernels_leave_the_launch_unknown() -> None:
+    samples = [replace(each, dtype="float32") for each in synthetic(0.0)]
+    samples += [sample("launch", f"native {phase}", 1e-12) for phase in ("forward", "backward")]
+    assert fit(samples, CPU, {"native": program("native", 10)}).launch == Launch()
 
 
 def test_a_curve_never_falls_and_goes_through_the_middle_of_like_sizes() -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from shardwise.core.errors import MachineError
 from shardwise.files.machine_file import machine_from_toml
+from shardwise.files.machine_text import to_toml
 from shardwise.predict.machines import machine_text
 
 TEXT = machine_text("h100-sxm-80gb")
@@ -69,16 +70,23 @@ def test_what_can_t_be_is_refused_with_the_field_and_what_is_plausible(
 
 
 def test_a_constant_or_a_table_missing_says_how_to_write_it() -> None:
-    forward = next(line for line in TEXT.splitlines() if line.startswith("forward = ") and '"us"' in line)
+    context = next(line for line in TEXT.splitlines() if line.startswith("context = "))
     with pytest.raises(
         MachineError,
-        match=r"launch.forward is missing. Write forward = { value = ..., unit = \"...\", source = \"...\" "
+        match=r"memory.context is missing. Write context = { value = ..., unit = \"...\", source = \"...\" "
         r"}. Plaus",
     ):
-        machine_from_toml(TEXT.replace(forward, ""), "mine.toml")
+        machine_from_toml(TEXT.replace(context, ""), "mine.toml")
     before, _, after = TEXT.partition("[launch]")
     with pytest.raises(MachineError, match=r"\[launch\] is missing. A machine file needs that table"):
         machine_from_toml(before + after[after.index("[links.within]") :], "mine.toml")
+
+
+def test_what_the_host_takes_may_be_unknown() -> None:
+    forward = next(line for line in TEXT.splitlines() if line.startswith("forward = ") and '"us"' in line)
+    machine = machine_from_toml(TEXT.replace(forward, ""), "mine.toml")
+    assert machine.launch.unknown == ("launch.forward",)
+    assert machine_from_toml(to_toml(machine), "again") == machine
 
 
 def test_a_bandwidth_per_node_is_shared_by_its_devices() -> None:

@@ -375,12 +375,16 @@ def test_a_host_that_issues_at_once_leaves_the_device_no_gap() -> None:
 
 
 def test_terms_add_up_and_one_that_is_off_is_0() -> None:
-    machine = replace(MACHINE, launch=Launch(0.0, 0.0, 0.0))
+    machine = replace(MACHINE, launch=Launch())
     made = predict(PROGRAM, machine, Setup(micro_batches=3))
     assert sum(seconds for _, seconds in made.terms) == pytest.approx(made.step_s)
     off = predict(PROGRAM, machine, Setup(micro_batches=3, without=(Term.TENSOR,)))
     assert dict(off.terms)[Term.TENSOR] == 0.0
     assert off.step_s < made.step_s
+    (note,) = (each for each in made.notes if machine.name in each)
+    assert note.endswith(
+        "doesn't say launch.forward, launch.backward, launch.collective: issuing counts as nothing there"
+    )
 
 
 def test_stages_send_over_the_link_that_joins_them_on_the_whole_mesh() -> None:

@@ -165,14 +165,20 @@ def _between(points: Points, x: float) -> float:
 @dataclass(frozen=True, slots=True)
 class Launch:
     """What the host takes to issue one op: while it runs the model's Python (forward), inside autograd
-    (backward), and a collective. dtensor_*: the same where DTensor dispatches the ops; None where nobody
-    measured that."""
+    (backward), and a collective. dtensor_*: the same where DTensor dispatches the ops. None where nobody
+    measured that: it then counts as nothing, or as that of plain ops."""
 
-    forward_s: float
-    backward_s: float
-    collective_s: float
+    forward_s: float | None = None
+    backward_s: float | None = None
+    collective_s: float | None = None
     dtensor_forward_s: float | None = None
     dtensor_backward_s: float | None = None
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """What nobody measured of plain ops, and so counts as nothing, as a machine file calls it."""
+        told = (("forward", self.forward_s), ("backward", self.backward_s), ("collective", self.collective_s))
+        return tuple(f"launch.{name}" for name, seconds in told if seconds is None)
 
     def of_dtensor(self) -> "Launch":
         """Where DTensor dispatches: its own times, else the same."""

@@ -87,9 +87,9 @@ KERNEL = (
     Field("elements", "elements_per_s", ELEMENTS, False, math.inf),
 )
 LAUNCH = (
-    Field("forward", "forward_s", START),
-    Field("backward", "backward_s", START),
-    Field("collective", "collective_s", START),
+    Field("forward", "forward_s", START, False),
+    Field("backward", "backward_s", START, False),
+    Field("collective", "collective_s", START, False),
     Field("dtensor_forward", "dtensor_forward_s", START, False),
     Field("dtensor_backward", "dtensor_backward_s", START, False),
 )

@@ -10,7 +10,7 @@ was fitted; no file is opened here.
     [attention.DTYPE]      forward, backward, half_sequence, start
     [kernels.NAME]         start, rate, elements; or points (bytes, seconds). NAME: an op, a kind of
                            ops, default
-    [launch]               forward, backward, collective; dtensor_forward, dtensor_backward (optional)
+    [launch]               forward, backward, collective; dtensor_forward, dtensor_backward (all optional)
     [links.within]         (optional where devices_per_node is 1) bandwidth; [[links.within.KIND]] ranks,
                            start, rate or points. KIND: a collective, or any
     [links.between]        the same, and reach (message bytes, share of bandwidth), start, start_per_hop

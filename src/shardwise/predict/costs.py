@@ -61,7 +61,7 @@ def op_cost(op: Op, machine: Machine, setup: Setup, context: int = 1) -> Cost:
     """Of one op on its stream. context: ranks that share each sequence, where the op was traced without
     them."""
     backward = op.phase is Phase.BACKWARD
-    issue_s = machine.launch.backward_s if backward else machine.launch.forward_s
+    issue_s = (machine.launch.backward_s if backward else machine.launch.forward_s) or 0.0
     if op.on_host:
         return Cost(0.0, issue_s, Term.LAUNCH)
     if op.phase in ONCE:
@@ -183,7 +183,8 @@ def collective_cost(item: Collective, machine: Machine, setup: Setup, group: Ran
     seconds = collective_s(machine, call.kind, sent, call.payload_bytes, group)
     if setup.overlap_tensor and term is Term.TENSOR and call.kind in _CHUNKED:
         seconds *= 1 - TENSOR_HIDDEN
-    return Cost(seconds, machine.launch.collective_s, term, known=call.kind is not CollectiveKind.UNKNOWN)
+    issue_s = machine.launch.collective_s or 0.0
+    return Cost(seconds, issue_s, term, known=call.kind is not CollectiveKind.UNKNOWN)
 
 
 def _term_of(item: Collective) -> Term:

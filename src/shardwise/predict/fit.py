@@ -73,7 +73,7 @@ def fit(
         matmuls=matmuls,
         attentions=_attentions(draft, scaled),
         kernels=rates,
-        launch=Launch(0.0, 0.0, 0.0),
+        launch=Launch(),
         within=_within(draft, scaled, base),
         between=base.between if base is not None else None,
     )
@@ -228,25 +228,22 @@ def _launch(
             if sample is not None and program is not None:
                 seconds, ops = _issue_s(sample, program, phase, machine, collective_s)
                 source = f"{phase} of small steps, {sample.repeats} of them over their {ops} recorded ops"
-                measured[f"{prefix}{phase}"] = seconds, source
+                if seconds > 0:  # else it can't be told from what the kernels take
+                    measured[f"{prefix}{phase}"] = seconds, source
     if collective is not None:
         source = f"a differentiable all-gather of 32 bytes, {collective.repeats} batches"
         measured["collective"] = collective_s, source
     for name, (seconds, source) in measured.items():
         draft.note(f"launch.{name}", rounded(seconds) * 1e6, "us", f"measured: {source}")
-    for name in ("forward", "backward", "collective"):
-        if name not in measured:
-            draft.note(f"launch.{name}", 0.0, "us", "not measured: counted as nothing")
-            measured[name] = 0.0, ""
     return Launch(**{f"{name}_s": rounded(seconds) for name, (seconds, _) in measured.items()})
 
 
 def _issue_s(
     sample: Sample, program: Program, phase: Phase, machine: Machine, collective_s: float
 ) -> tuple[float, int]:
-    """Seconds of the host per op, and how many ops there were. Collectives are counted by themselves, and on
-    a CPU what the kernels take is not the host's issuing."""
+    """Seconds of the host per op, which may be below zero, and how many ops there were. Collectives are
+    counted by themselves, and on a CPU what the kernels take is not the host's issuing."""
     ops: list[Op] = [op for op in program.ops() if op.phase is phase]
     kernels_s = sum(op_cost(op, machine, Setup()).device_s for op in ops) if machine.device == "cpu" else 0.0
     collectives = sum(each.phase is phase for each in program.collectives())
-    return max(0.0, sample.seconds - kernels_s - collectives * collective_s) / len(ops), len(ops)
+    return (sample.seconds - kernels_s - collectives * collective_s) / len(ops), len(ops)

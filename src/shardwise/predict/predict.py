@@ -36,8 +36,14 @@ def prediction_of(layout: Layout) -> Prediction:
         sum(terms.values()),
         tuple(terms.items()),
         forecast(program, machine, setup),
-        (*program.notes, *_not_exchanged(program, setup), *unknown),
+        (*program.notes, *_not_exchanged(program, setup), *unknown, *_not_measured(machine)),
     )
+
+
+def _not_measured(machine: Machine) -> Iterator[str]:
+    """What the host takes, where the machine doesn't say."""
+    if unknown := machine.launch.unknown:
+        yield f"{machine.name} doesn't say {', '.join(unknown)}: issuing counts as nothing there"
 
 
 def _not_exchanged(program: Program, setup: Setup) -> Iterator[str]:

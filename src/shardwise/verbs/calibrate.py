@@ -83,7 +83,7 @@ def calibrate(
     if not any(sample.what == "matmul" for sample in samples):
         raise RunError(f"calibrate: no matmul could be timed. {(*failures, '')[0]}".strip())
     machine = fit(samples, run.hardware(reports, share, started), programs, base)
-    notes = (*run.notes(reports), *failures)
+    notes = (*run.notes(reports), *_unknown(machine), *failures)
     return Calibration(machine, run.world_size, tuple(samples), reports[0].failed, notes)
 
 
@@ -202,6 +202,15 @@ class _Run:
                 "hold while "
                 "it is as busy."
             )
+
+
+def _unknown(machine: Machine) -> Iterator[str]:
+    """What the host takes, where it couldn't be told from kernels."""
+    if unknown := machine.launch.unknown:
+        yield (
+            f"{', '.join(unknown)}: unknown, for the small steps took no longer than their kernels by "
+            "themselves do. The file leaves it out, and predictions count it as nothing."
+        )
 
 
 def _failures(report: "CalibrateReport") -> Iterator[str]:
