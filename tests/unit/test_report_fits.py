@@ -14,6 +14,9 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from shardwise.cli.main import run
+from shardwise.core.program import StageShare
+from shardwise.core.sample import Calibration
+from shardwise.predict.machines import load_machine
 from shardwise.profiles.diff import diff
 from shardwise.report.common.deliver import show
 from shardwise.report.common.formats import format_named, formats, terminal
@@ -35,6 +38,17 @@ with TemporaryDirectory() as folder:
     RUN, OTHER_RUN = (
         profiled(Path(folder) / label[:1], label, [made]) for label, made in (("a/long_name", A), ("B", B))
     )
+STAGES = tuple(
+    StageShare(stage, ((10 * stage, 10), (40 + 10 * stage, 11)), 123_456_789, 987_654_321, 12)
+    for stage in range(4)
+)
+CALIBRATED = Calibration(
+    load_machine("h100-sxm-80gb"),
+    8,
+    (),
+    (),
+    ("Measured with --quick: a few sizes of each. Predictions by this file are rough.",),
+)
 RESULTS = {
     "compare": compared.example(),
     "compare on cuda": compared.cuda_example(),
@@ -45,6 +59,8 @@ RESULTS = {
     "explain dtensor": explained.dtensor_example(),
     "explain alone": explained.alone_example(),
     "explain against": explained.contrast_example(),
+    "explain a stage": replace(explained.explanation(), stages=STAGES),
+    "calibrate": CALIBRATED,
     "plan": planned.made(),
     "plan of a user's model": planned.made(planned.FUSED),
     "dims": planned.found(planned.NORMED),
@@ -99,6 +115,27 @@ def test_no_line_is_wider_than_the_terminal_and_no_word_is_broken(result: object
     assert "…" not in text
     said = set(WORD.findall(" ".join(plain(each) for each in texts(room_of(result).report(result)))))
     assert said - set(WORD.findall(text)) == set()
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+@pytest.mark.parametrize("command", ["models", "plans", "machines"])
+def test_what_there_is_to_choose_from_fits(
+    command: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    whole = listed(command, capsys)
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = listed(command, capsys)
+    assert max(cell_len(line) for line in text.splitlines()) <= width
+    assert "…" not in text
+    assert set(WORD.findall(whole)) - set(WORD.findall(text)) == set()
+
+
+def listed(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        run([command])
+    assert not ended.value.code
+    return capsys.readouterr().out
 
 
 LABEL = "made for hf:Qwen/Qwen3-30B-A3B-Instruct-2507?num_hidden_layers=2 at tp=8"

@@ -17,7 +17,7 @@ def stages_tables(one: Explanation, side: str = "") -> Iterator[Table]:
         (Column("Layers", wraps=True), _layers_text),
         (Column("Parameters", NUMBER), lambda share: Cell(share.parameters, format_count(share.parameters))),
         (Column("a rank's", BYTES), lambda share: share.parameter_bytes),
-        (Column("with gradients and optimizer", BYTES), _state_bytes),
+        (Column("with gradients, optimizer", BYTES), _state_bytes),
         (Column("Micro-batches in flight", NUMBER), lambda share: share.in_flight),
     )
     note = Line(
