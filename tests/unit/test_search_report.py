@@ -130,8 +130,11 @@ def test_each_decision_that_differs_is_named() -> None:
     assert rows.what_differs(best, best) == ""
 
 
-def test_a_machine_file_that_says_nothing_of_its_errors_makes_no_ties() -> None:
-    assert "doesn't say how wrong predictions on it are" in words(printed(example.with_gap()))
+def test_a_machine_file_that_says_nothing_of_its_errors_is_said_to() -> None:
+    shown = words(printed(example.with_gap()))
+    assert "Plan 2 lies too near for any prediction: a tie with plan 1. The machine file doesn't say" in shown
+    untied = replace(example.with_gap(), found=(example.BEST, example.THIRD))
+    assert rows.ties_text(untied).startswith("The machine file doesn't say how wrong predictions on it are")
 
 
 def test_where_nothing_fits_the_smallest_is_named() -> None:

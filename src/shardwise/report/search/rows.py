@@ -224,17 +224,16 @@ def costs_text(costs: Sequence[tuple[Term, float]]) -> str:
 
 def ties_text(search: Search) -> str:
     """Who can't be told from the best; or that nothing says so."""
-    if search.error is None:
-        return (
-            "The machine file doesn't say how wrong predictions on it are, so none of them is called a tie; "
-            "small differences mean little all the same."
-        )
-    within = f"{format_share(search.error)}, by which predictions on this machine are wrong"
     ties = [index + 1 for index, each in enumerate(search.found) if index and each.is_tie]
-    if not ties:
-        return f"None lies within {within}."
-    whom = f"Plans {', '.join(map(str, ties))} lie" if len(ties) > 1 else f"Plan {ties[0]} lies"
-    return f"{whom} within {within}: a tie with plan 1."
+    whom = (
+        f"Plans {', '.join(map(str, ties))} lie" if len(ties) > 1 else f"Plan {ties[0]} lies" if ties else ""
+    )
+    if search.error is None:
+        unknown = "The machine file doesn't say how wrong predictions on it are"
+        near = f"{whom} too near for any prediction: a tie with plan 1. " if ties else ""
+        return f"{near}{unknown}, so differences of a few percent mean little."
+    within = f"{format_share(search.error)}, by which predictions on this machine are wrong"
+    return f"{whom} within {within}: a tie with plan 1." if ties else f"None lies within {within}."
 
 
 def tipping_text(tipping: Tipping) -> str:
