@@ -1,13 +1,16 @@
 """verify on real ranks: each silent fault rebuilt small, found and told for what it is; what is right passes;
 many cases in one launch."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import pytest
 
 from shardwise.core.case import StepSettings
 from shardwise.core.finding import Cause, Finding, FindingKind
 from shardwise.core.mesh import Mesh
+from shardwise.core.plan import Plan, Rule, Style, StyleName
 from shardwise.core.rule import RuleRef
 from shardwise.core.verification import Verdict, Verification
 from shardwise.models.source import find_model
@@ -306,6 +309,21 @@ def test_a_plan_that_shards_nearly_nothing_is_no_success(found: dict[str, Verifi
 def test_what_has_no_plan_is_skipped_and_never_right(found: dict[str, Verification]) -> None:
     assert found["bert"].verdict is Verdict.SKIPPED
     assert found["bert"].note == "transformers has no tensor-parallel plan for it; shardwise plan makes one"
+
+
+def test_claims_about_one_model_share_its_unsharded_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forwards = tmp_path / "forwards"
+    monkeypatch.setenv("FORWARDS", str(forwards))
+    plan = Plan("whole", tuple(Rule(name, Style(StyleName.REPLICATE)) for name in ("embed", "head")))
+    named = ("counted", "counted", "counted_too", "counted")
+    answers = verify([Claim.of(f"{MODELS}{name}", plan) for name in named], mesh=Mesh((("tp", 2),)))
+    assert [each.verdict for each in answers] == [Verdict.NEARLY_NOTHING] * 4
+    assert len({each.proof for each in answers}) == 1
+    ran = Counter(forwards.read_text().splitlines())
+    once = ran["counted too"]
+    assert 2 * once < ran["counted"] < 3 * once
 
 
 def assert_all_right(answers: Iterable[Verification]) -> None:

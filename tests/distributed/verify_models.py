@@ -1,7 +1,9 @@
 """Models with plans that train the wrong model, or crash, each in the way of a fault that was found in a real
 one."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -292,3 +294,26 @@ def by_hand_odd_width(mesh: DeviceMesh | None = None) -> nn.Module:
     """PyTorch's rowwise style takes every rank's part for as wide as its own."""
     model = Odd()
     return _by_hand(model, mesh) if mesh is not None else model
+
+
+class Counted(nn.Module):
+    """Writes a line whenever it runs, into the file that FORWARDS names."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.embed, self.head = nn.Embedding(32, 8), nn.Linear(8, 32, bias=False)
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        with Path(os.environ["FORWARDS"]).open("a") as lines:
+            lines.write(f"{self.name}\n")
+        logits: Tensor = self.head(self.embed(ids_BS))
+        return logits
+
+
+def counted() -> nn.Module:
+    return Counted("counted")
+
+
+def counted_too() -> nn.Module:
+    return Counted("counted too")

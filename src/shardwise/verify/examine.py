@@ -3,12 +3,13 @@ after each other.
 
 float64 first; a model that mixes dtypes so that it doesn't run in it is proved in float32, and one that
 rounds more than a wrong plan shows, without its casts (attempts.py). Too large a model is proved by its small
-twin. A claim that fails on all ranks alike has that for its answer; where a rank fails
-alone the others hang in a collective, so the whole launch ends, and run.py starts another for what is left.
+twin. Claims about one model, one after the other, share its unsharded run. A claim that fails on all ranks
+alike has that for its answer; where a rank fails alone the others hang in a collective, so the whole launch
+ends, and run.py starts another for what is left.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -75,8 +76,27 @@ class Answer:
     alone: bool = False
 
 
-_Whole = tuple[Unsharded, Unsharded | None, Callable[[], nn.Module]]
-"""What the unsharded model gives; what for the smallest batch, if that is asked for; how to make it again."""
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """An unsharded model that ran. expected: what it gives; smallest: what for the smallest batch, if that is
+    asked for. make: makes it again. no_plans: why a plan of its library's can't be proved on it."""
+
+    expected: Unsharded
+    smallest: Unsharded | None
+    make: Callable[[], nn.Module]
+    attempt: Attempt
+    parameters: int
+    ties: frozenset[tuple[str, ...]]
+    no_plans: Mapping[TheirPlan, str | None]
+
+
+@dataclass(slots=True)
+class _Last:
+    """The whole of the claim before, which the next one is often about too: one is what memory has room for.
+    of: which model, whether its twin, in which dtype."""
+
+    of: tuple[str, bool, str | None] | None = None
+    whole: _Whole | None = None
 
 
 class NothingToProveError(RunError):
@@ -86,11 +106,11 @@ class NothingToProveError(RunError):
 def run(context: RankContext, payload: bytes) -> bytes:
     """Entry of every rank."""
     job = msgspec.json.decode(payload, type=Job)
-    mesh = device_mesh(job.mesh, context.device.type)
+    mesh, last = device_mesh(job.mesh, context.device.type), _Last()
     for number in range(job.first, len(job.claims)):
         claim = job.claims[number]
         began = time.perf_counter()
-        verification = _Examination(claim, job, mesh, context).verification()
+        verification = _Examination(claim, job, mesh, context, last).verification()
         verification = replace(verification, seconds=round(time.perf_counter() - began, 2))
         is_alone = not _all_came(context, number)
         has_failed = any(finding.kind is FindingKind.CRASHES for finding in verification.findings)
@@ -119,7 +139,7 @@ def _all_came(context: RankContext, number: int) -> bool:
 class _Examination:
     """Of one claim, on one rank; all ranks come to the same answer. known: the answer so far."""
 
-    def __init__(self, claim: Claim, job: Job, mesh: DeviceMesh, context: RankContext) -> None:
+    def __init__(self, claim: Claim, job: Job, mesh: DeviceMesh, context: RankContext, last: _Last) -> None:
         self._note = context.note
         self._claim = claim
         self._job = job
@@ -128,7 +148,8 @@ class _Examination:
         self._tp = job.mesh.tp
         self._plan = claim.parsed_plan
         self._known = Verification(claim.model, claim.label, self._tp)
-        self._ties: set[tuple[str, ...]] = set()
+        self._last = last
+        self._ties: frozenset[tuple[str, ...]] = frozenset()
         self._dropout: list[Finding] = []
         self._twin: ModelSource | None = None
         self._attempt = Attempt("float64")
@@ -137,14 +158,14 @@ class _Examination:
         try:
             self._note(f"{self._claim}, unsharded")
             source = self._source()
-            expected, smallest, make = self._unsharded(source)
+            whole = self._whole(source)
         except NothingToProveError as error:
             return replace(self._known, note=str(error))
         except (ShardwiseError, RuntimeError) as error:
             return self._claim.unproved(self._known, error)
         self._note(f"{self._claim}, sharded")
         try:
-            model = self._sharded(source, make)
+            model = self._sharded(source, whole.make)
         except Exception as error:  # a plan, and the code that it puts into a model, may raise anything
             return self._claim.crashed(self._known, error)
         sharded, findings = self._looked_at(model)
@@ -152,7 +173,7 @@ class _Examination:
         try:
             model = self._trainable(model, source)
             with self._attempt.entered():
-                proof, differences = prove(model, expected, make, self._portion(), smallest)
+                proof, differences = prove(model, whole.expected, whole.make, self._portion(), whole.smallest)
             proof = replace(proof, dtype=self._computed_in(proof.dtype), otherwise=self._attempt.otherwise)
         except LogitsError as error:
             return replace(known, findings=(*ungathered(str(error)), *findings), note=str(error))
@@ -209,6 +230,22 @@ class _Examination:
         sharded, findings = of_model(named, self._plan, self._tp)
         return sharded, [*untied(self._ties, model), *findings, *self._dropout]
 
+    def _whole(self, source: ModelSource) -> _Whole:
+        """The last claim's, where that was about the same model."""
+        of, last = (self._claim.model, source is self._twin, self._claim.dtype), self._last
+        if last.of != of or last.whole is None:
+            last.of, last.whole = of, None  # what is kept makes room first
+            last.whole = self._unsharded(source)
+        whole = last.whole
+        self._known = replace(self._known, parameters=whole.parameters)
+        self._ties, self._attempt = whole.ties, whole.attempt
+        self._check_plan(whole.no_plans)
+        return whole
+
+    def _check_plan(self, no_plans: Mapping[TheirPlan, str | None]) -> None:
+        if isinstance(self._plan, TheirPlan) and (why := no_plans.get(self._plan)) is not None:
+            raise NothingToProveError(why)
+
     def _unsharded(self, source: ModelSource) -> _Whole:
         """Run as `self._attempt` then says."""
         failures, is_noisy = [], False
@@ -231,16 +268,24 @@ class _Examination:
         model = make()
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
         self._known = replace(self._known, parameters=n_parameters)
-        self._ties = set(tied_parameters(model).values())
-        if (why := no_plan(model, self._plan)) is not None:
-            raise NothingToProveError(why)
+        ties = frozenset(tied_parameters(model).values())
+        no_plans = {plan: no_plan(model, plan) for plan in TheirPlan}
+        self._check_plan(no_plans)
         batches, portion = self._batches(model), self._portion().of_one_process
         is_by_formula = self._device.type == "cpu" and calls_flex_attention(model, batches[0][0])
         self._attempt = replace(attempt, by_formula=is_by_formula)
         with self._attempt.entered():
             found = unsharded(model, batches, parts=self._tp, portion=portion)
             smallest = self._smallest(model, batches)
-            return self._as_rounded(found, make), smallest and self._as_rounded(smallest, make), make
+            return _Whole(
+                self._as_rounded(found, make),
+                smallest and self._as_rounded(smallest, make),
+                make,
+                self._attempt,
+                n_parameters,
+                ties,
+                no_plans,
+            )
 
     def _smallest(self, model: nn.Module, batches: Sequence[Batch]) -> Unsharded | None:
         """What it gives for one sequence in each micro-batch: where a dim is 1, a tensor needs no copy to be
