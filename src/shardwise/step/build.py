@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from shardwise.core.errors import ModelError
@@ -31,7 +31,7 @@ from shardwise.parallel.parameters import fill, part_of_dtensor
 from shardwise.parallel.self_sharded import build_sharded
 from shardwise.parallel.stages import cut_to_stage
 from shardwise.step.groups import along, mesh_of
-from shardwise.step.train import recompute_layers, shard_with_fsdp
+from shardwise.step.train import recompute_layers, shard_with_fsdp, sum_gradients
 
 Weights = Callable[[str, torch.Size], Tensor]
 """(name, shape) -> a whole initial parameter."""
@@ -131,7 +131,9 @@ def trainable(
     layers = _layers(model)
     if recompute != "none":
         recompute_layers(layers, recompute)
-    if mesh is not None and (shard_axes := mesh_of(mesh).shard_axes):
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        sum_gradients(model)  # its factory has put it under FSDP2 itself
+    elif mesh is not None and (shard_axes := mesh_of(mesh).shard_axes):
         policy = policy or MixedPrecisionPolicy()
         shard_with_fsdp(model, layers, along(mesh, shard_axes), policy, reshard=reshard)
     return model.train()

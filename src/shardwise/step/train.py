@@ -113,6 +113,11 @@ def shard_with_fsdp(
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    sum_gradients(model)
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """Has FSDP2, which a model is under already, add the ranks' gradients and not divide the sum."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
