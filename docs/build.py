@@ -40,6 +40,7 @@ from shardwise.cli.main import app
 from shardwise.core.difference import Difference, RunProfile
 from shardwise.core.dims import Dims
 from shardwise.core.explanation import Contrast, Explanation
+from shardwise.core.export import Export
 from shardwise.core.made_plan import MadePlan
 from shardwise.core.measurement import Comparison
 from shardwise.core.mesh import AXES
@@ -84,6 +85,7 @@ EXPLAINED = DOCS / "example" / "explanation.json"
 DIFFERED = DOCS / "example" / "diff.json"
 VERIFIED = DOCS / "example" / "verification.json"
 PREDICTED = DOCS / "example" / "prediction.json"
+EXPORTED = DOCS / "example" / "export.json"
 PLANNED = DOCS / "example" / "plan.json"
 WIDTH = 100
 # the pictures' window in pixels: a height that just holds the step
@@ -330,6 +332,19 @@ def plan_json_reference() -> str:
     )
 
 
+def export_json_reference() -> str:
+    """The fields of `shardwise export --json`."""
+    return _json_reference(
+        "export",
+        [
+            "`shardwise export --json` prints one Export: the files as text, what the format can't say, and",
+            "what that costs. Fields that a reader doesn't know are to be ignored.",
+        ],
+        "shardwise export rowwise --as pytorch --json | jq -r '.files[0].text'",
+        [Export],
+    )
+
+
 def planned() -> MadePlan:
     """The example of docs/plan.md: `shardwise plan --model hf:qwen3 --mesh tp=8 --json`."""
     return read_document(PLANNED.read_bytes(), MadePlan, str(PLANNED))
@@ -338,6 +353,12 @@ def planned() -> MadePlan:
 def plan_output() -> str:
     """What `shardwise plan` printed for the example."""
     return _shown(planned())
+
+
+def export_output() -> str:
+    """The example of docs/export.md: `shardwise export mine.toml --as hf --model hf:qwen3 --mesh fsdp=8,tp=8
+    --param-dtype bfloat16 --reduce-dtype float32 --seq 4096 --json`, its plan made by `shardwise plan`."""
+    return _shown(read_document(EXPORTED.read_bytes(), Export, str(EXPORTED)))
 
 
 def dims_output() -> str:
@@ -558,6 +579,7 @@ OUTPUTS = {
     "diff-output": diff_output,
     "explain-output": explain_output,
     "dims-output": dims_output,
+    "export-output": export_output,
     "plan-output": plan_output,
     "predict-output": predict_output,
     "toml-output": toml_output,
@@ -587,6 +609,7 @@ def main() -> int:
         DOCS / "predict-json.md": predict_json_reference(),
         DOCS / "search-json.md": search_json_reference(),
         DOCS / "plan-json.md": plan_json_reference(),
+        DOCS / "export-json.md": export_json_reference(),
     }
     for path in sorted([README, *DOCS.glob("*.md")]):
         text = path.read_text(encoding="utf-8") if path not in wanted else wanted[path]

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from shardwise.api import diff as diff
     from shardwise.api import dims as dims
     from shardwise.api import explain as explain
+    from shardwise.api import export as export
     from shardwise.api import plan as plan
     from shardwise.api import predict as predict
     from shardwise.api import sweep as sweep
@@ -35,6 +36,7 @@ _API = (
     "diff",
     "dims",
     "explain",
+    "export",
     "plan",
     "predict",
     "sweep",
@@ -63,6 +65,7 @@ __all__ = [
     "diff",
     "dims",
     "explain",
+    "export",
     "loss_of",
     "parallelize",
     "plan",

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from shardwise.core.difference import Difference, RunProfile
     from shardwise.core.dims import Dims
     from shardwise.core.explanation import Contrast, Explanation
+    from shardwise.core.export import Export
     from shardwise.core.made_plan import MadePlan
     from shardwise.core.measurement import Comparison
     from shardwise.core.prediction_run import PredictionRun
@@ -188,6 +189,15 @@ def sweep(
     case = replace(case, mesh=Mesh.of({Role.CUTS_SEQUENCE: case.mesh.context}))
     with _no_script():
         return Result(run(case, asked, _made(PredictOptions, options), progress))
+
+
+def export(case: Case, *, progress: Progress = silent, **options: Any) -> "Result[Export]":
+    """The case's first plan as files of a framework (framework="pytorch", "hf", ...): answer.files, each with
+    its name and text; what the format can't say in answer.left_out, and what that costs in answer.cost."""
+    from shardwise.verbs.export import ExportOptions
+    from shardwise.verbs.export import export as run
+
+    return Result(run(case, _made(ExportOptions, options), progress))
 
 
 def calibrate(*, device: str = "auto", progress: Progress = silent, **options: Any) -> "Result[Calibration]":

@@ -23,7 +23,7 @@ from shardwise.core.errors import InputError, ShardwiseError
 if TYPE_CHECKING:
     from shardwise.cli.asked import Command
 
-VERBS = ("plan", "compare", "explain", "verify", "diff", "predict", "calibrate")
+VERBS = ("plan", "compare", "explain", "verify", "diff", "predict", "export", "calibrate")
 _CTRL_C = 128 + signal.SIGINT
 # new objects between two looks for garbage; with Python's 700, a tenth of importing PyTorch's time goes there
 _FEW_COLLECTIONS = 200_000

@@ -25,6 +25,7 @@ from shardwise.core.difference import Difference, RunProfile
 from shardwise.core.dims import Dims
 from shardwise.core.errors import InputError, PlanError
 from shardwise.core.explanation import Contrast, Explanation
+from shardwise.core.export import Export
 from shardwise.core.made_plan import MadePlan
 from shardwise.core.measurement import Comparison
 from shardwise.core.mesh import Mesh
@@ -49,6 +50,7 @@ SAVED = {
     Sweep: ("predict", "sweep"),
     Search: ("search", "search"),
     MadePlan: ("plan", "made plan"),
+    Export: ("export", "export"),
     Dims: ("explain", "dims"),
 }
 _PLACEMENTS = frozenset(typing.get_args(Placement))
