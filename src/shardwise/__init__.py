@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from shardwise.api import export as export
     from shardwise.api import plan as plan
     from shardwise.api import predict as predict
+    from shardwise.api import search as search
     from shardwise.api import sweep as sweep
     from shardwise.api import verify as verify
     from shardwise.core.case import Case as Case
@@ -39,6 +40,7 @@ _API = (
     "export",
     "plan",
     "predict",
+    "search",
     "sweep",
     "verify",
 )
@@ -71,6 +73,7 @@ __all__ = [
     "plan",
     "predict",
     "record_profile",
+    "search",
     "sweep",
     "verify",
     "watch",

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from shardwise.core.measurement import Comparison
     from shardwise.core.prediction_run import PredictionRun
     from shardwise.core.sample import Calibration
+    from shardwise.core.search import Search
     from shardwise.core.sweep import Sweep
     from shardwise.core.verification import VerificationRun
 
@@ -198,6 +199,16 @@ def export(case: Case, *, progress: Progress = silent, **options: Any) -> "Resul
     from shardwise.verbs.export import export as run
 
     return Result(run(case, _made(ExportOptions, options), progress))
+
+
+def search(case: Case, *, progress: Progress = silent, **options: Any) -> "Result[Search]":
+    """The best plan for the case's model on its machine, its runners-up, and its proof; the case's plans
+    and mesh don't count. answer.found[0].plan is the best plan's file."""
+    from shardwise.verbs.search import SearchOptions
+    from shardwise.verbs.search import search as run
+
+    with _no_script():
+        return Result(run(case, _made(SearchOptions, options), progress))
 
 
 def calibrate(*, device: str = "auto", progress: Progress = silent, **options: Any) -> "Result[Calibration]":

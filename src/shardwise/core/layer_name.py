@@ -1,6 +1,7 @@
 """Names of modules that stand in a row of layers: `layers.7.attention`. Standard library only."""
 
 import re
+from collections.abc import Collection
 
 
 def moved_name(name: str, prefix: str | None, by: int) -> str:
@@ -25,3 +26,8 @@ def layer_index(name: str, prefix: str | None) -> int | None:
         return None
     number = name[len(prefix) + 1 :].partition(".")[0]
     return int(number) if number.isdecimal() else None
+
+
+def is_inside(module: str, others: Collection[str]) -> bool:
+    """Whether a module is one of the others, or inside one."""
+    return any(module == other or module.startswith(f"{other}.") for other in others)

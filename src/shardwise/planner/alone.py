@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 
 from torch import nn
 
-from shardwise.core.layer_name import any_layer
+from shardwise.core.layer_name import any_layer, is_inside
 from shardwise.core.made_plan import CutAlone
 from shardwise.core.placement import Partial, Replicate, Shard
 from shardwise.core.plan import Style, StyleName
@@ -51,11 +51,6 @@ def cut_alone(
         if style is not None:
             found[name] = Reasoned(style, _why(spans, name, reasons.get(weight)))
     return found
-
-
-def is_inside(module: str, others: Collection[str]) -> bool:
-    """Whether a module is one of the others, or inside one."""
-    return any(module == other or module.startswith(f"{other}.") for other in others)
 
 
 def listed(cuts: Cuts, whole: nn.Module, like: Callable[[str], str]) -> tuple[CutAlone, ...]:

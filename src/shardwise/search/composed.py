@@ -1,0 +1,39 @@
+"""What is put together of pieces: how few layers must be recomputed, and which styles differ in what."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+
+from shardwise.core.prediction import Prediction
+from shardwise.core.search import SEQUENCE, Group
+
+Styles = tuple[tuple[str, str], ...]
+CanBe = Callable[[dict[str, str]], bool]
+
+
+def fewest_layers(none: Prediction, whole: Prediction, layers: int, limit: float) -> int:
+    """Of `layers`, so many that a device holds at most `limit` bytes, on the line between none and all of
+    them; all of them fit."""
+    before, after = none.memory.device_bytes, whole.memory.device_bytes
+    if before <= after:
+        return layers
+    return min(layers, max(1, math.ceil(layers * (before - limit) / (before - after) - 1e-9)))
+
+
+def singles(base: Styles, groups: Sequence[Group], can_be: CanBe) -> list[Styles]:
+    """With another style of one group each."""
+    found = []
+    for group in groups:
+        for option in group.options:
+            styles = tuple((name, option if name == group.name else own) for name, own in base)
+            if group.name != SEQUENCE and styles != base and can_be(dict(styles)):
+                found.append(styles)
+    return found
+
+
+def styles_of_all(base: Styles, changes: Sequence[tuple[str, str]], can_be: CanBe) -> Iterator[Styles]:
+    """All that make two of the changes (group, option) or more, each group's at most once."""
+    options = [[own, *(pair for pair in changes if pair[0] == own[0])] for own in base]
+    for chosen in product(*options):
+        if sum(pair not in base for pair in chosen) > 1 and can_be(dict(chosen)):
+            yield chosen

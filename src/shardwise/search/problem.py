@@ -1,0 +1,63 @@
+"""What a solver is given, and what it gives: Problem, Answer, Outcome."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from shardwise.core.machine import Machine
+from shardwise.core.prediction import Prediction, Setup
+from shardwise.core.search import Candidate, Considered, Group, Known
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """candidates: with the default styles, without recompute. groups: of the tensor-parallel ranks of a
+    candidate. can_be: whether styles go together. layers: of the model; 0 where it has no row of them.
+    partly: whether a part of them may be recomputed. memory_bytes: of a device, at most. gathers_keys:
+    context ranks gather keys, and wait for them."""
+
+    machine: Machine
+    setup: Setup
+    candidates: tuple[Candidate, ...]
+    groups: Callable[[Candidate], tuple[Group, ...]]
+    can_be: Callable[[dict[str, str]], bool]
+    recompute: tuple[str, ...]
+    layers: int
+    memory_bytes: float
+    partly: bool = True
+    gathers_keys: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """composed_s: what its pieces gave, where it was put together."""
+
+    candidate: Candidate
+    prediction: Prediction
+    composed_s: float | None = None
+
+
+@dataclass(slots=True)
+class Outcome:
+    """answers: best first. gap: see core/search.py. needed_bytes: the least that any candidate needs, of
+    those that don't fit."""
+
+    answers: list[Answer] = field(default_factory=list)
+    considered: list[Considered] = field(default_factory=list)
+    refused: Counter[str] = field(default_factory=Counter)
+    gap: float = math.inf
+    predicted: int = 0
+    composed: int = 0
+    traces: int = 0
+    needed_bytes: float = math.inf
+    stopped: str | None = None
+
+    def note(self, candidate: Candidate, step_s: float, n_bytes: float, known: Known, *, fits: bool) -> None:
+        """For the picture."""
+        self.considered.append(Considered(candidate, step_s, n_bytes, known, fits))
+
+    def refuse_large(self, candidate: Candidate, step_s: float, n_bytes: float, known: Known) -> None:
+        self.refused["it doesn't fit in a device's memory"] += 1
+        self.needed_bytes = min(self.needed_bytes, n_bytes)
+        self.note(candidate, step_s, n_bytes, known, fits=False)

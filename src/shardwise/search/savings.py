@@ -1,0 +1,104 @@
+"""What other styles of a candidate could save at most: so that they are traced only where they could win.
+
+a look-up     all that it takes, both ways a whole block its exchanges and copies, and what its matmuls
+take over the device's best rate; less what it adds: with whole sequences every rank multiplies all of it
+(tp times the FLOPs), with cut ones the gradients of whole weights are summed over tp in each micro-batch"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardwise.core.collective import CollectiveKind, wire_bytes
+from shardwise.core.layer_name import any_layer, is_inside
+from shardwise.core.machine import Machine
+from shardwise.core.mesh import TENSOR_AXIS, Mesh
+from shardwise.core.prediction import Setup, Term
+from shardwise.core.program import BACKWARDS, FORWARDS, Collective, Op, OpKind, Program
+from shardwise.core.search import CUT, SEQUENCE, WHOLE, Candidate, Group
+from shardwise.predict.costs import collective_s
+from shardwise.predict.groups import group_of
+from shardwise.predict.work import TERMS, Work, work_of
+
+
+class Savings:
+    """Of one piece's Program, whose groups have their default styles."""
+
+    def __init__(
+        self, program: Program, machine: Machine, setup: Setup, groups: Sequence[Group], *, is_cut: bool
+    ) -> None:
+        """is_cut: the sequence, between blocks."""
+        self._program, self._machine, self._setup, self._is_cut = program, machine, setup, is_cut
+        work = work_of(program, machine, setup).without(setup.without)
+        self._work = work.where(work.in_phases(*FORWARDS, *BACKWARDS))
+        modules = [any_layer(item.module) for item in self._work.items]
+        self._by_group: dict[str, float] = {}
+        for group in groups:
+            own = np.array([is_inside(module, (group.name,)) for module in modules], np.bool_)
+            rows = own[self._work.template] if len(modules) else np.zeros(0, np.bool_)
+            if group.name != SEQUENCE:
+                self._by_group[group.name] = self._of(group, self._work.where(rows))
+
+    def at_most_s(self, candidate: Candidate, groups: Sequence[Group]) -> float:
+        """Of a step, if all groups took the best other style that they may have."""
+        per_stage = 1 / candidate.mesh.stages
+        total = 0.0
+        for group in groups:
+            if len(group.options) > 1 and group.name != SEQUENCE:
+                share = per_stage if "*" in group.name else 1.0
+                total += max(0.0, self._by_group[group.name]) * share
+        return candidate.micro_batches * total
+
+    def is_worth(self, group: Group) -> bool:
+        """Whether another style of the group could save anything."""
+        return len(group.options) > 1 and self._by_group.get(group.name, 0.0) > 0
+
+    def _of(self, group: Group, rows: Work) -> float:
+        all_s = float((rows.device_s + rows.host_s).sum())
+        if WHOLE not in group.options and CUT not in group.options:
+            return all_s
+        tp = Mesh(self._program.axes).tp
+        matmuls = rows.term == TERMS.index(Term.MATMUL)
+        matmul_s = float(rows.device_s[matmuls].sum())
+        times = 1 if self._is_cut else tp
+        least_s = times * self._flops(rows, matmuls) / self._best_flops()
+        saved_s = self._exchanged_s(rows) + matmul_s - least_s
+        return saved_s - (self._summed_s(group) if self._is_cut else 0.0)
+
+    def _exchanged_s(self, rows: Work) -> float:
+        """Exchanges over tp and copies, with issuing them."""
+        chosen = np.array([_is_exchange(rows.item(at)) for at in range(len(rows))], np.bool_)
+        return float((rows.device_s + rows.host_s)[chosen].sum()) if len(rows) else 0.0
+
+    def _flops(self, rows: Work, matmuls: NDArray[np.bool_]) -> float:
+        items = (rows.item(int(at)) for at in np.flatnonzero(matmuls))
+        return float(sum(item.flops for item in items if isinstance(item, Op)))
+
+    def _best_flops(self) -> float:
+        """FLOP/s, of any dtype that it may multiply in."""
+        return max(
+            rate.peak_flops * max((tile.share for tile in rate.tiles), default=1.0)
+            for _, rate in self._machine.matmuls
+        )
+
+    def _summed_s(self, group: Group) -> float:
+        """All-reducing the gradients of the group's whole weights over tp."""
+        ranks = group_of(TENSOR_AXIS, self._program, self._setup)
+        held = [each for each in self._program.holdings if is_inside(any_layer(each.module), (group.name,))]
+        n_bytes = sum(_whole_bytes(each.shape, each.local_shape, each.parameter_bytes) for each in held)
+        kind = CollectiveKind.ALL_REDUCE
+        if ranks.size == 1:
+            return 0.0
+        return collective_s(self._machine, kind, wire_bytes(kind, n_bytes, ranks.size), n_bytes, ranks)
+
+
+def _is_exchange(item: Op | Collective) -> bool:
+    return isinstance(item, Collective) or item.kind is OpKind.COPY
+
+
+def _whole_bytes(shape: Sequence[int], local: Sequence[int], local_bytes: int) -> int:
+    """Of a parameter as every tp rank would hold it; FSDP's shards count as they are."""
+    share = 1.0
+    for whole, own in zip(shape, local, strict=True):
+        share *= whole / own if own else 1.0
+    return int(local_bytes * share)

@@ -1,0 +1,363 @@
+"""solve: the best candidates, best first, and the proof that nothing else is better.
+
+Best first: of all candidates the one with the least bound is looked at next, and what is found out about
+it raises its bound (its root's, its own piece's, predict's step). A candidate that comes up with its step
+known is the best of all that are left: no other can take less than its own bound. So the first is the
+best, and the search ends with the last that was asked for.
+
+Of a candidate that doesn't fit without recompute, as few layers are recomputed as make it fit: each
+further one costs time. What that takes lies on the line between none and all of them. Other styles of a
+candidate are looked at where what they save at most would put it before those that are left; what several
+change is the sum of what each does. Whatever was put together so is traced as it is before it is given
+out."""
+
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+
+from shardwise.core.errors import InputError
+from shardwise.core.prediction import Prediction, Setup
+from shardwise.core.program import Program
+from shardwise.core.search import SEQUENCE, Candidate, Known
+from shardwise.predict.check import check_setup
+from shardwise.predict.predict import predict
+from shardwise.search.bounds import Bounds
+from shardwise.search.composed import fewest_layers, singles, styles_of_all
+from shardwise.search.piece import Piece, Traced, Unfit, piece_of
+from shardwise.search.problem import Answer, Outcome, Problem
+from shardwise.search.savings import Savings
+
+ALIKE = 0.01
+"""Plans that differ in styles, recompute or resharding alone, by less than this share of the step, are
+alike: only the best of them is given out."""
+FAR = 1.5
+"""What takes so many times the best one's step isn't given out."""
+SLACK = 0.005
+"""A candidate that was put together may take so much less than its pieces give; tests hold it."""
+
+Tracer = Callable[[Sequence[Piece]], Iterator[tuple[Piece, Traced]]]
+Says = Callable[["Answer | None", int, int], None]
+
+
+class _Stage(Enum):
+    """What a node's bound is of, and so what is to be done when it comes up."""
+
+    ROOT = auto()
+    PIECE = auto()
+    RECOMPUTED = auto()
+    STYLES = auto()
+    COMPOSED = auto()
+    KNOWN = auto()
+
+
+@dataclass(slots=True)
+class _Node:
+    candidate: Candidate
+    stage: _Stage
+    prediction: Prediction | None = None
+    composed_s: float | None = None
+
+
+class Solver:
+    """One search. says: told the best so far, how many candidates are left, and how many traces were made."""
+
+    def __init__(self, problem: Problem, trace: Tracer, workers: int, says: Says = lambda *_: None) -> None:
+        self.problem, self.outcome = problem, Outcome()
+        self._trace, self._workers, self._says = trace, workers, says
+        self._pieces: dict[Piece, Traced] = {}
+        self._bounds: dict[Piece, Bounds] = {}
+        self._savings: dict[Piece, Savings] = {}
+        self._predictions: dict[Candidate, Prediction | None] = {}
+        self._heap: list[tuple[float, int, _Node]] = []
+        self._pushed = 0
+        self._seen: set[Candidate] = set()
+        self._known_ones: list[Answer] = []
+        self._best: Answer | None = None
+
+    def run(self, top: int) -> Outcome:
+        """The best, proved, and the best others of those that were looked at for it; more are looked at
+        only where these are fewer than `top`. On KeyboardInterrupt what was found by then. Raises what the
+        tracer raises."""
+        outcome = self.outcome
+        try:
+            self._start()
+            while self._heap and not (outcome.answers and len(self._ranked()) >= top):
+                bound, _, node = heapq.heappop(self._heap)
+                if outcome.answers and bound > FAR * outcome.answers[0].prediction.step_s:
+                    break
+                self._look(bound, node)
+        except KeyboardInterrupt:
+            outcome.stopped = "it was stopped"
+        best = self._best
+        if outcome.answers:
+            outcome.gap = 0.0
+        elif best is not None:
+            least = min((bound for bound, *_ in self._heap), default=0.0)
+            outcome.gap = max(0.0, 1 - least / best.prediction.step_s)
+        outcome.answers = self._ranked()[:top]
+        return outcome
+
+    def _ranked(self) -> list[Answer]:
+        """All that are known and fit, best first, without those that are like a better one."""
+        found: list[Answer] = []
+        for answer in sorted(self._known_ones, key=lambda each: each.prediction.step_s):
+            if not any(_are_alike(answer, other) for other in found):
+                found.append(answer)
+        return found
+
+    def left(self) -> Iterator[tuple[Candidate, float]]:
+        """Candidates that weren't looked at further, with their bounds."""
+        for bound, _, node in self._heap:
+            if node.stage in (_Stage.ROOT, _Stage.PIECE):
+                yield node.candidate, bound
+
+    def _start(self) -> None:
+        self._get(dict.fromkeys(piece_of(each).root for each in self.problem.candidates))
+        for candidate in self.problem.candidates:
+            self._by_bounds(candidate, piece_of(candidate).root, _Stage.ROOT)
+
+    def _look(self, bound: float, node: _Node) -> None:
+        missing = self._missing(node)
+        if missing:
+            self._push(bound, node)
+            self._get(self._with_others(missing, bound))
+            return
+        match node.stage:
+            case _Stage.ROOT:
+                self._by_bounds(node.candidate, piece_of(node.candidate), _Stage.PIECE)
+            case _Stage.PIECE:
+                self._by_prediction(node.candidate)
+            case _Stage.RECOMPUTED:
+                self._recompute(node.candidate)
+            case _Stage.STYLES:
+                self._restyle(node.candidate)
+            case _Stage.COMPOSED:
+                self._confirm(node)
+            case _Stage.KNOWN:
+                assert node.prediction is not None
+                self.outcome.answers.append(Answer(node.candidate, node.prediction, node.composed_s))
+
+    # traces
+
+    def _missing(self, node: _Node) -> list[Piece]:
+        """What must be traced before the node can be looked at."""
+        needed = [] if node.stage is _Stage.KNOWN else [node.candidate]
+        if node.stage is _Stage.RECOMPUTED and self.problem.partly:
+            needed.append(_without_recompute(node.candidate))
+        if node.stage is _Stage.STYLES:
+            needed += self._singles(node.candidate)
+        pieces = dict.fromkeys(map(piece_of, needed))
+        return [piece for piece in pieces if piece not in self._pieces]
+
+    def _with_others(self, missing: list[Piece], bound: float) -> list[Piece]:
+        """With those that will be needed next, so that no process waits."""
+        wanted = dict.fromkeys(missing)
+        for near, _, node in heapq.nsmallest(8 * self._workers, self._heap):
+            if len(wanted) >= self._workers or near > bound * (1 + 2 * ALIKE):
+                break
+            wanted |= dict.fromkeys(self._missing(node))
+        return list(wanted)
+
+    def _get(self, pieces: Iterable[Piece]) -> None:
+        for piece, traced in self._trace(list(pieces)):
+            self._pieces[piece] = traced
+            self.outcome.traces += 1
+            self._says(self._best, len(self._heap), self.outcome.traces)
+
+    def _program(self, piece: Piece) -> Program | None:
+        """None where it can't be traced."""
+        found = self._pieces[piece]
+        return None if isinstance(found, Unfit) else found
+
+    # what is found out about a candidate
+
+    def _by_bounds(self, candidate: Candidate, piece: Piece, stage: _Stage) -> None:
+        """By a piece's bounds: it is looked at with recompute, or without, or refused."""
+        found = self._pieces[piece]
+        if isinstance(found, Unfit):
+            self.outcome.refused[found.reason] += 1
+            return
+        if piece not in self._bounds:
+            self._bounds[piece] = Bounds(
+                found, self.problem.machine, self.problem.setup, gathers=self.problem.gathers_keys
+            )
+        bounds, mesh, limit = self._bounds[piece], candidate.mesh, self.problem.memory_bytes
+        step_s = bounds.step_s(mesh, candidate.micro_batches, candidate.chunks)
+        needs, least = (
+            bounds.device_bytes(mesh, candidate.micro_batches, recomputes=recomputes)
+            for recomputes in (False, True)
+        )
+        if needs <= limit:
+            self._push(step_s, _Node(candidate, stage))
+        elif least <= limit and self._push_recomputed(candidate, step_s):
+            self.outcome.note(candidate, step_s, needs, Known.BOUND, fits=False)
+        else:
+            self.outcome.refuse_large(candidate, step_s, needs if needs <= least else least, Known.BOUND)
+
+    def _by_prediction(self, candidate: Candidate) -> None:
+        found = self._predicted(candidate)
+        if found is None:
+            return
+        self._push_restyled(candidate, found.step_s)
+        if self._fits(found):
+            self._known(Answer(candidate, found))
+        elif self._push_recomputed(candidate, found.step_s):
+            self.outcome.note(candidate, found.step_s, found.memory.device_bytes, Known.PREDICTED, fits=False)
+        else:
+            self.outcome.refuse_large(candidate, found.step_s, found.memory.device_bytes, Known.PREDICTED)
+
+    def _push_recomputed(self, candidate: Candidate, least_s: float) -> bool:
+        """With all layers under each recompute. False where there is none."""
+        kinds = [kind for kind in self.problem.recompute if kind != "none"] if self.problem.layers else []
+        for kind in kinds:
+            whole = replace(candidate, recompute=kind, recomputed=self.problem.layers)
+            self._push(least_s, _Node(whole, _Stage.RECOMPUTED))
+        return bool(kinds)
+
+    def _recompute(self, candidate: Candidate) -> None:
+        """candidate: with all of its layers recomputed. Of fewer, as few as fit."""
+        whole = self._predicted(candidate)
+        if whole is None:
+            return
+        if not self._fits(whole):
+            self.outcome.refuse_large(candidate, whole.step_s, whole.memory.device_bytes, Known.PREDICTED)
+            return
+        self._better(Answer(candidate, whole))
+        none = self._predicted(_without_recompute(candidate)) if self.problem.partly else None
+        layers = self.problem.layers
+        if none is not None:
+            layers = fewest_layers(none, whole, self.problem.layers, self.problem.memory_bytes)
+        if none is None or layers == self.problem.layers:
+            self._known(Answer(candidate, whole))
+        else:
+            share = layers / self.problem.layers
+            step_s = none.step_s + share * (whole.step_s - none.step_s)
+            self._push_composed(replace(candidate, recomputed=layers), step_s)
+
+    def _push_restyled(self, candidate: Candidate, step_s: float) -> None:
+        """Other styles, if they could save anything."""
+        if not self._is_default(candidate) or candidate.recomputed:
+            return
+        saved_s = self._savings_of(candidate).at_most_s(candidate, self.problem.groups(candidate))
+        if saved_s > 0:
+            self._push(step_s - saved_s, _Node(candidate, _Stage.STYLES))
+
+    def _restyle(self, base: Candidate) -> None:
+        """All other styles of a candidate: those that change one group by their own pieces, others by the
+        sums of what these change."""
+        first = self._predicted(base)
+        assert first is not None
+        changes: dict[tuple[str, str], float] = {}
+        for candidate in self._singles(base):
+            found = self._predicted(candidate)
+            if found is not None:
+                (changed,) = set(candidate.styles) - set(base.styles)
+                changes[changed] = found.step_s - first.step_s
+                self._by_prediction(candidate)
+        for styles in styles_of_all(base.styles, tuple(changes), self.problem.can_be):
+            step_s = first.step_s + sum(changes[pair] for pair in set(styles) - set(base.styles))
+            self._push_composed(replace(base, styles=styles), step_s)
+
+    def _confirm(self, node: _Node) -> None:
+        """A candidate that was put together, by its own plan."""
+        candidate, found = node.candidate, self._predicted(node.candidate)
+        if found is None:
+            return
+        if self._fits(found):
+            self._known(Answer(candidate, found, node.composed_s))
+        elif candidate.recomputed in range(1, self.problem.layers):
+            more = replace(candidate, recomputed=candidate.recomputed + 1)
+            self._push_composed(more, found.step_s)
+        elif not self._push_recomputed(candidate, found.step_s):
+            self.outcome.refuse_large(candidate, found.step_s, found.memory.device_bytes, Known.PREDICTED)
+
+    def _known(self, answer: Answer) -> None:
+        if answer.candidate not in self._seen:
+            self._seen.add(answer.candidate)
+            found = answer.prediction
+            self.outcome.note(
+                answer.candidate, found.step_s, found.memory.device_bytes, Known.PREDICTED, fits=True
+            )
+            self._better(answer)
+            self._known_ones.append(answer)
+            self._push(found.step_s, _Node(answer.candidate, _Stage.KNOWN, found, answer.composed_s))
+
+    def _better(self, answer: Answer) -> None:
+        if self._best is None or answer.prediction.step_s < self._best.prediction.step_s:
+            self._best = answer
+            self._says(self._best, len(self._heap), self.outcome.traces)
+
+    # small things
+
+    def _push(self, bound: float, node: _Node) -> None:
+        self._pushed += 1
+        heapq.heappush(self._heap, (bound, self._pushed, node))
+
+    def _push_composed(self, candidate: Candidate, step_s: float) -> None:
+        if candidate not in self._seen:
+            self.outcome.composed += 1
+            self._push(step_s * (1 - SLACK), _Node(candidate, _Stage.COMPOSED, composed_s=step_s))
+
+    def _fits(self, found: Prediction) -> bool:
+        return found.memory.device_bytes <= self.problem.memory_bytes
+
+    def _setup(self, candidate: Candidate) -> Setup:
+        return replace(
+            self.problem.setup,
+            mesh=candidate.mesh,
+            micro_batches=candidate.micro_batches,
+            chunks=candidate.chunks,
+            schedule=None,
+        )
+
+    def _predicted(self, candidate: Candidate) -> Prediction | None:
+        """Of its own piece, which is traced. None, and refused, where it can't be."""
+        if candidate in self._predictions:
+            return self._predictions[candidate]
+        found, traced = None, self._pieces[piece_of(candidate)]
+        if isinstance(traced, Unfit):
+            self.outcome.refused[traced.reason] += 1
+        else:
+            setup = self._setup(candidate)
+            try:
+                check_setup(traced, self.problem.machine, setup)
+                found = predict(traced, self.problem.machine, setup)
+                self.outcome.predicted += 1
+            except InputError as error:
+                self.outcome.refused[str(error)] += 1
+        self._predictions[candidate] = found
+        return found
+
+    def _savings_of(self, candidate: Candidate) -> Savings:
+        piece = piece_of(candidate)
+        if piece not in self._savings:
+            program, groups = self._program(piece), self.problem.groups(candidate)
+            assert program is not None
+            setup = replace(self.problem.setup, mesh=None)
+            is_cut = dict(candidate.styles).get(SEQUENCE) == "cut"
+            self._savings[piece] = Savings(program, self.problem.machine, setup, groups, is_cut=is_cut)
+        return self._savings[piece]
+
+    def _singles(self, candidate: Candidate) -> list[Candidate]:
+        """With another style of one group each, of those that could save anything."""
+        savings = self._savings_of(candidate)
+        groups = [group for group in self.problem.groups(candidate) if savings.is_worth(group)]
+        found = singles(candidate.styles, groups, self.problem.can_be)
+        return [replace(candidate, styles=styles) for styles in found]
+
+    def _is_default(self, candidate: Candidate) -> bool:
+        first = {group.name: group.options[0] for group in self.problem.groups(candidate)}
+        return all(option == first[name] for name, option in candidate.styles if name != SEQUENCE)
+
+
+def _without_recompute(candidate: Candidate) -> Candidate:
+    return replace(candidate, recompute="none", recomputed=0)
+
+
+def _are_alike(one: Answer, other: Answer) -> bool:
+    a, b = (
+        replace(each.candidate, styles=(), recompute="none", recomputed=0, reshard=True)
+        for each in (one, other)
+    )
+    return a == b and abs(one.prediction.step_s / other.prediction.step_s - 1) < ALIKE
