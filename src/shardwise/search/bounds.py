@@ -163,19 +163,20 @@ class Bounds:
 
     def _beside_s(self, mesh: Mesh) -> float:
         """FSDP's collectives of a micro-batch over all layers, where the piece has them."""
-        return self._collectives_s(self._beside_items, mesh)
+        return self._collectives_s("beside", self._beside_items, mesh)
 
     def _end_s(self, mesh: Mesh) -> float:
-        reduced_s = 0.0 if self.setup.overlap_data else self._collectives_s(self._reduced_items, mesh)
+        reduced_s = 0.0 if self.setup.overlap_data else self._collectives_s("end", self._reduced_items, mesh)
         own_s = self.end_s / (self._shards(mesh) * self.setup.optimizer_shards)
         return (own_s + reduced_s) / mesh.stages
 
-    def _collectives_s(self, items: dict[str, list[tuple[Collective, int]]], mesh: Mesh) -> float:
+    def _collectives_s(self, what: str, items: dict[str, list[tuple[Collective, int]]], mesh: Mesh) -> float:
+        """what: they are, for what is known already."""
         setup = replace(self.setup, mesh=mesh)
         total = 0.0
         for axis, own in items.items():
             group = group_of(axis, self.program, setup)
-            key = (axis, group)
+            key = (what, axis, group)
             if key not in self._known_s:
                 self._known_s[key] = sum(
                     times * collective_cost(item, self.machine, setup, group).device_s for item, times in own
@@ -184,7 +185,7 @@ class Bounds:
         return total
 
     @cached_property
-    def _known_s(self) -> dict[tuple[str, RankGroup], float]:
+    def _known_s(self) -> dict[tuple[str, str, RankGroup], float]:
         return {}
 
     @cached_property

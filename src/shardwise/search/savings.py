@@ -5,6 +5,7 @@ take over the device's best rate; less what it adds: with whole sequences every 
 (tp times the FLOPs), with cut ones the gradients of whole weights are summed over tp in each micro-batch"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +22,17 @@ from shardwise.predict.groups import group_of
 from shardwise.predict.work import TERMS, Work, work_of
 
 
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """Seconds of a micro-batch: of the device in order, and of the host; at most."""
+
+    device_s: float
+    host_s: float
+
+
 class Savings:
-    """Of one piece's Program, whose groups have their default styles."""
+    """Of one piece's Program, whose groups have their default styles. What a pass takes is the longer of
+    device and host, so what another style saves of the shorter counts for nothing."""
 
     def __init__(
         self, program: Program, machine: Machine, setup: Setup, groups: Sequence[Group], *, is_cut: bool
@@ -30,45 +40,60 @@ class Savings:
         """is_cut: the sequence, between blocks."""
         self._program, self._machine, self._setup, self._is_cut = program, machine, setup, is_cut
         work = work_of(program, machine, setup).without(setup.without)
-        self._work = work.where(work.in_phases(*FORWARDS, *BACKWARDS))
-        modules = [any_layer(item.module) for item in self._work.items]
-        self._by_group: dict[str, float] = {}
+        work = work.where(work.in_phases(*FORWARDS, *BACKWARDS))
+        modules = [any_layer(item.module) for item in work.items]
+        self._all = _Saved(float(work.device_s.sum()), float(work.host_s.sum()))
+        self._together = work.together
+        self._by_group: dict[str, _Saved] = {}
         for group in groups:
             own = np.array([is_inside(module, (group.name,)) for module in modules], np.bool_)
-            rows = own[self._work.template] if len(modules) else np.zeros(0, np.bool_)
-            if group.name != SEQUENCE:
-                self._by_group[group.name] = self._of(group, self._work.where(rows))
+            rows = own[work.template] if len(modules) else np.zeros(0, np.bool_)
+            if group.name != SEQUENCE and len(group.options) > 1:
+                self._by_group[group.name] = self._of(group, work.where(rows))
 
-    def at_most_s(self, candidate: Candidate, groups: Sequence[Group]) -> float:
+    def at_most_s(self, candidate: Candidate) -> float:
         """Of a step, if all groups took the best other style that they may have."""
-        per_stage = 1 / candidate.mesh.stages
-        total = 0.0
-        for group in groups:
-            if len(group.options) > 1 and group.name != SEQUENCE:
-                share = per_stage if "*" in group.name else 1.0
-                total += max(0.0, self._by_group[group.name]) * share
-        return candidate.micro_batches * total
+        stages = candidate.mesh.stages
+        device_s = host_s = 0.0
+        for name, saved in self._by_group.items():
+            share = 1 / stages if "*" in name else 1.0
+            device_s += max(0.0, saved.device_s) * share
+            host_s += max(0.0, saved.host_s) * share
+        before = self._longer(self._all.device_s / stages, self._all.host_s / stages)
+        after = self._longer(self._all.device_s / stages - device_s, self._all.host_s / stages - host_s)
+        return candidate.micro_batches * max(0.0, before - after)
 
     def is_worth(self, group: Group) -> bool:
-        """Whether another style of the group could save anything."""
-        return len(group.options) > 1 and self._by_group.get(group.name, 0.0) > 0
+        """Whether another style of the group could save anything, whatever the others take."""
+        if group.name not in self._by_group:
+            return False
+        own = self._by_group[group.name]
+        most = [max(0.0, saved.device_s) for saved in self._by_group.values()]
+        is_device_longer = self._all.device_s - sum(most) >= self._all.host_s
+        if is_device_longer and not self._together:
+            return own.device_s > 0
+        return own.device_s > 0 or own.host_s > 0
 
-    def _of(self, group: Group, rows: Work) -> float:
-        all_s = float((rows.device_s + rows.host_s).sum())
+    def _longer(self, device_s: float, host_s: float) -> float:
+        return device_s + host_s if self._together else max(device_s, host_s)
+
+    def _of(self, group: Group, rows: Work) -> _Saved:
         if WHOLE not in group.options and CUT not in group.options:
-            return all_s
+            return _Saved(float(rows.device_s.sum()), float(rows.host_s.sum()))
         tp = Mesh(self._program.axes).tp
         matmuls = rows.term == TERMS.index(Term.MATMUL)
+        attention = rows.term == TERMS.index(Term.ATTENTION)
         matmul_s = float(rows.device_s[matmuls].sum())
         times = 1 if self._is_cut else tp
         least_s = times * self._flops(rows, matmuls) / self._best_flops()
         saved_s = self._exchanged_s(rows) + matmul_s - least_s
-        return saved_s - (self._summed_s(group) if self._is_cut else 0.0)
+        summed_s = self._summed_s(group) if self._is_cut else 0.0
+        return _Saved(saved_s - summed_s, float(rows.host_s[~matmuls & ~attention].sum()))
 
     def _exchanged_s(self, rows: Work) -> float:
-        """Exchanges over tp and copies, with issuing them."""
+        """Exchanges over tp, and what only moves or adds."""
         chosen = np.array([_is_exchange(rows.item(at)) for at in range(len(rows))], np.bool_)
-        return float((rows.device_s + rows.host_s)[chosen].sum()) if len(rows) else 0.0
+        return float(rows.device_s[chosen].sum()) if len(rows) else 0.0
 
     def _flops(self, rows: Work, matmuls: NDArray[np.bool_]) -> float:
         items = (rows.item(int(at)) for at in np.flatnonzero(matmuls))
@@ -93,7 +118,7 @@ class Savings:
 
 
 def _is_exchange(item: Op | Collective) -> bool:
-    return isinstance(item, Collective) or item.kind is OpKind.COPY
+    return isinstance(item, Collective) or item.kind in (OpKind.COPY, OpKind.FILL)
 
 
 def _whole_bytes(shape: Sequence[int], local: Sequence[int], local_bytes: int) -> int:

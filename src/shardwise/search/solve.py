@@ -46,6 +46,7 @@ class _Stage(Enum):
     ROOT = auto()
     PIECE = auto()
     RECOMPUTED = auto()
+    RESTYLED = auto()
     STYLES = auto()
     COMPOSED = auto()
     KNOWN = auto()
@@ -130,6 +131,8 @@ class Solver:
                 self._by_prediction(node.candidate)
             case _Stage.RECOMPUTED:
                 self._recompute(node.candidate)
+            case _Stage.RESTYLED:
+                self._push_restyled(node.candidate)
             case _Stage.STYLES:
                 self._restyle(node.candidate)
             case _Stage.COMPOSED:
@@ -188,6 +191,10 @@ class Solver:
             bounds.device_bytes(mesh, candidate.micro_batches, recomputes=recomputes)
             for recomputes in (False, True)
         )
+        if stage is _Stage.ROOT and self._is_default(candidate):
+            saved_s = self._savings_of(piece, candidate).at_most_s(candidate)
+            if saved_s > 0:
+                self._push(step_s - saved_s, _Node(candidate, _Stage.RESTYLED))
         if needs <= limit:
             self._push(step_s, _Node(candidate, stage))
         elif least <= limit and self._push_recomputed(candidate, step_s):
@@ -199,7 +206,6 @@ class Solver:
         found = self._predicted(candidate)
         if found is None:
             return
-        self._push_restyled(candidate, found.step_s)
         if self._fits(found):
             self._known(Answer(candidate, found))
         elif self._push_recomputed(candidate, found.step_s):
@@ -235,13 +241,13 @@ class Solver:
             step_s = none.step_s + share * (whole.step_s - none.step_s)
             self._push_composed(replace(candidate, recomputed=layers), step_s)
 
-    def _push_restyled(self, candidate: Candidate, step_s: float) -> None:
-        """Other styles, if they could save anything."""
-        if not self._is_default(candidate) or candidate.recomputed:
-            return
-        saved_s = self._savings_of(candidate).at_most_s(candidate, self.problem.groups(candidate))
-        if saved_s > 0:
-            self._push(step_s - saved_s, _Node(candidate, _Stage.STYLES))
+    def _push_restyled(self, candidate: Candidate) -> None:
+        """Other styles, if they could save anything of what it is predicted to take."""
+        found = self._predicted(candidate)
+        if found is not None:
+            saved_s = self._savings_of(piece_of(candidate), candidate).at_most_s(candidate)
+            if saved_s > 0:
+                self._push(found.step_s - saved_s, _Node(candidate, _Stage.STYLES))
 
     def _restyle(self, base: Candidate) -> None:
         """All other styles of a candidate: those that change one group by their own pieces, others by the
@@ -329,8 +335,7 @@ class Solver:
         self._predictions[candidate] = found
         return found
 
-    def _savings_of(self, candidate: Candidate) -> Savings:
-        piece = piece_of(candidate)
+    def _savings_of(self, piece: Piece, candidate: Candidate) -> Savings:
         if piece not in self._savings:
             program, groups = self._program(piece), self.problem.groups(candidate)
             assert program is not None
@@ -341,7 +346,7 @@ class Solver:
 
     def _singles(self, candidate: Candidate) -> list[Candidate]:
         """With another style of one group each, of those that could save anything."""
-        savings = self._savings_of(candidate)
+        savings = self._savings_of(piece_of(candidate), candidate)
         groups = [group for group in self.problem.groups(candidate) if savings.is_worth(group)]
         found = singles(candidate.styles, groups, self.problem.can_be)
         return [replace(candidate, styles=styles) for styles in found]

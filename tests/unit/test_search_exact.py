@@ -1,0 +1,189 @@
+"""A search's answer is what trying everything gives: on spaces small enough, with real pieces and predict."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import product
+
+import pytest
+
+from shardwise.core.case import Case
+from shardwise.core.machine import Machine
+from shardwise.core.mesh import Mesh
+from shardwise.core.prediction import Prediction, Setup
+from shardwise.core.program import Program
+from shardwise.core.search import SEQUENCE, Candidate, Group
+from shardwise.predict.machines import load_machine
+from shardwise.predict.predict import predict
+from shardwise.search.bounds import Bounds
+from shardwise.search.piece import Piece, Traced, Unfit, piece_of
+from shardwise.search.problem import Outcome, Problem
+from shardwise.search.solve import Solver
+from shardwise.verbs.search import can_be
+from shardwise.verbs.search_pieces import AskFacts, AskGroups, AskProgram, Facts, answer
+from shardwise.verbs.search_space import Choices, Wanted, candidates, restricted
+
+MACHINE = load_machine("h100-sxm-80gb")
+GIB = 2**30
+
+
+@cache
+def traced(case: Case, piece: Piece) -> Traced:
+    told = answer(AskProgram(case, piece, "cuda"))
+    assert isinstance(told, Program | Unfit)
+    return told
+
+
+@cache
+def facts(case: Case) -> Facts:
+    told = answer(AskFacts(case))
+    assert isinstance(told, Facts)
+    return told
+
+
+@cache
+def groups(case: Case, tp: int) -> tuple[Group, ...]:
+    told = answer(AskGroups(case, Mesh((("tp", tp),))))
+    assert isinstance(told, tuple)
+    return told
+
+
+def case_of(model: str) -> Case:
+    return Case.of(model=model, mesh="tp=1", dtype="bfloat16", seq=64, batch=8, random_ids=True)
+
+
+def problem_of(
+    case: Case,
+    devices: int,
+    fix: Sequence[str],
+    memory_bytes: float = math.inf,
+    recompute: tuple[str, ...] = ("none", "full"),
+    machine: Machine = MACHINE,
+) -> Problem:
+    from collections import Counter
+
+    wanted, layers = Wanted.of(fix, ()), facts(case).layers
+    free = [each for each in range(1, devices + 1) if devices % each == 0]
+    degrees = {axis: wanted.degrees(axis, free, devices) for axis in ("pp", "dp", "fsdp", "tp")}
+    degrees |= {axis: wanted.degrees(axis, (1,), devices) for axis in ("cp", "ep")}
+    by_tp = {tp: restricted(groups(case, tp), wanted) for tp in degrees["tp"]}
+    sizes = tuple(map(int, wanted.allowed("micro-batch", ("1", "2"))))
+    choices = Choices(devices, 8, degrees, sizes, (1,), (True,), case.step.batch, layers, False)
+    return Problem(
+        machine,
+        Setup(),
+        tuple(candidates(choices, by_tp, Counter())),
+        lambda candidate: by_tp[candidate.mesh.tp],
+        can_be,
+        recompute,
+        layers,
+        memory_bytes,
+        partly=False,
+    )
+
+
+def solved(case: Case, problem: Problem, top: int = 3) -> Outcome:
+    def trace(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Traced]]:
+        yield from ((piece, traced(case, piece)) for piece in pieces)
+
+    return Solver(problem, trace, 1).run(top)
+
+
+def every(problem: Problem) -> Iterator[Candidate]:
+    """All candidates of a space: every style of each group, every recompute."""
+    for base in dict.fromkeys(replace(each, styles=()) for each in problem.candidates):
+        own = problem.groups(base)
+        for options in product(*(group.options for group in own)):
+            styles = tuple(zip((group.name for group in own), options, strict=True))
+            if can_be(dict(styles)):
+                for kind in problem.recompute:
+                    layers = 0 if kind == "none" else problem.layers
+                    yield replace(base, styles=styles, recompute=kind, recomputed=layers)
+
+
+def tried(case: Case, problem: Problem) -> dict[Candidate, Prediction]:
+    """All that fit, by predict."""
+    found = {}
+    for candidate in every(problem):
+        program = traced(case, piece_of(candidate))
+        if isinstance(program, Program):
+            setup = Setup(candidate.mesh, candidate.micro_batches)
+            prediction = predict(program, problem.machine, setup)
+            if prediction.memory.device_bytes <= problem.memory_bytes:
+                found[candidate] = prediction
+    return found
+
+
+BLOCKS_CUT = ("output=cut", "layers.*.attention=cut", "layers.*.feed_forward=cut")
+SMALL = ("llama3-debug", 2, (*BLOCKS_CUT, "micro-batch=2", "sequence=cut"))
+LARGER = (
+    ("llama3-debug", 2, ("tp=2", "output=cut", "micro-batch=1")),
+    ("llama3-debug", 4, ("tp=1,2", *BLOCKS_CUT)),
+    ("gpt-debug", 2, ("output=cut", "micro-batch=2")),
+    ("moe-debug", 2, ("output=cut", "layers.*.attention=cut", "micro-batch=1")),
+)
+SPACES = [SMALL, *(pytest.param(*space, marks=pytest.mark.full) for space in LARGER)]
+
+
+@pytest.mark.parametrize(("model", "devices", "fix"), SPACES)
+def test_the_best_is_the_best_of_all_whatever_memory_there_is(
+    model: str, devices: int, fix: tuple[str, ...]
+) -> None:
+    case = case_of(model)
+    known = tried(case, problem_of(case, devices, fix))
+    needed = sorted(each.memory.device_bytes for each in known.values())
+    fastest = min(known.values(), key=lambda each: each.step_s).memory.device_bytes
+    limits = [math.inf, fastest - 1, needed[len(needed) // 3], needed[0]]
+    for limit in limits:
+        problem = problem_of(case, devices, fix, limit)
+        best = min(tried(case, problem).values(), key=lambda each: each.step_s)
+        outcome = solved(case, problem)
+        assert outcome.gap == 0
+        assert outcome.answers[0].prediction.step_s == pytest.approx(best.step_s, rel=1e-9), limit
+        assert outcome.answers[0].prediction.memory.device_bytes <= limit
+
+
+def test_less_memory_than_any_plan_needs_is_answered_with_the_least_that_would_do() -> None:
+    case = case_of("llama3-debug")
+    _, devices, fix = SMALL
+    least = min(each.memory.device_bytes for each in tried(case, problem_of(case, devices, fix)).values())
+    outcome = solved(case, problem_of(case, devices, fix, least * 0.5))
+    assert not outcome.answers
+    assert outcome.needed_bytes <= least
+
+
+def test_a_bound_that_is_too_high_loses_the_best_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted fault: what the bounds are held by sees it."""
+    case = case_of("llama3-debug")
+    _, devices, fix = SMALL
+    problem = problem_of(case, devices, fix)
+    best = min(tried(case, problem).values(), key=lambda each: each.step_s)
+    right = Bounds.step_s
+
+    def too_high(self: Bounds, mesh: Mesh, micro_batches: int, chunks: int) -> float:
+        factor = 10.0 if mesh.axes == best.axes else 1.0
+        return factor * right(self, mesh, micro_batches, chunks)
+
+    monkeypatch.setattr(Bounds, "step_s", too_high)
+    assert solved(case, problem).answers[0].prediction.step_s > best.step_s * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("model", "devices", "fix"), SPACES)
+def test_no_candidate_takes_less_than_its_bound_or_holds_less(
+    model: str, devices: int, fix: tuple[str, ...]
+) -> None:
+    case = case_of(model)
+    problem = problem_of(case, devices, fix)
+    for candidate, found in tried(case, problem).items():
+        first = {group.name: group.options[0] for group in problem.groups(candidate)}
+        if any(option != first[name] for name, option in candidate.styles if name != SEQUENCE):
+            continue
+        for piece in (piece_of(candidate).root, piece_of(candidate)):
+            program = traced(case, piece)
+            assert isinstance(program, Program)
+            bounds = Bounds(program, MACHINE, Setup())
+            mesh, count = candidate.mesh, candidate.micro_batches
+            assert bounds.step_s(mesh, count, 1) <= found.step_s * (1 + 1e-9), candidate
+            least = bounds.device_bytes(mesh, count, recomputes=candidate.recomputed > 0)
+            assert least <= found.memory.device_bytes * (1 + 1e-9), candidate
