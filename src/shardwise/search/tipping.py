@@ -5,7 +5,7 @@ taken to change evenly with their logarithm."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from shardwise.core.machine import CollectiveRate, KernelRate, Link, Machine, Points
 from shardwise.core.program import Program
@@ -139,16 +139,9 @@ def _kernels(machine: Machine, factor: float) -> Machine:
 
 def _launches(machine: Machine, factor: float) -> Machine:
     """A larger factor is a slower host."""
-    launch = machine.launch
-    return replace(
-        machine,
-        launch=replace(
-            launch,
-            forward_s=launch.forward_s * factor,
-            backward_s=launch.backward_s * factor,
-            collective_s=launch.collective_s * factor,
-        ),
-    )
+    known = {each.name: getattr(machine.launch, each.name) for each in fields(machine.launch)}
+    scaled = {name: seconds * factor for name, seconds in known.items() if seconds is not None}
+    return replace(machine, launch=replace(machine.launch, **scaled))
 
 
 CONSTANTS: dict[str, Scaled] = {
