@@ -12,7 +12,7 @@ from typing import Annotated
 from shardwise.core.case import Case, StepSettings
 from shardwise.core.errors import OptionError
 from shardwise.core.machine import Machine
-from shardwise.core.mesh import STAGES_AXIS, TENSOR_AXIS, Mesh, Role
+from shardwise.core.mesh import NAMES, STAGES_AXIS, TENSOR_AXIS, Mesh, Role
 from shardwise.core.option import Option
 from shardwise.core.plan import StyleName
 from shardwise.core.search import (
@@ -232,7 +232,7 @@ class _Looking:
         self.wanted.check_names([group.name for each in groups.values() for group in each])
         degrees = {
             axis: self.wanted.degrees(axis, free.get(axis, ()) or _divisors(self.devices), self.devices)
-            for axis in ("pp", "dp", "fsdp", "cp", "ep", "tp")
+            for axis in NAMES
         }
         groups = {
             tp: restricted(each, self.wanted) for tp, each in groups.items() if tp in degrees[TENSOR_AXIS]
