@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from shardwise.launch import RankContext
 from shardwise.parallel.apply import loss_of, parallelize
 from shardwise.parallel.parameters import fill
-from shardwise.step.train import recompute_layers
+from shardwise.step.train import recompute_in
 from tests.distributed.own_modules import VOCAB
 from tests.distributed.own_modules_cases import BY_CASE, Case
 
@@ -170,7 +170,7 @@ def above(case: Case, mesh: DeviceMesh, *, recompute: bool) -> float:
     want = gradients(unsharded(case), ids_BS, labels_BS)
     model = sharded(case, mesh)
     if recompute:
-        recompute_layers(model.blocks)  # type: ignore[arg-type]
+        recompute_in(model.blocks)  # type: ignore[arg-type]
         return difference(gradients(model, ids_BS, labels_BS), want, case, 2)
     with_fsdp(model, mesh)
     part = mesh.get_local_rank("fsdp")

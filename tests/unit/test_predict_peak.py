@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.measured_steps import STEPS, reserved_over_active, step_of
-from shardwise.core.case import StepSettings
+from shardwise.core.case import StepSettings, TextSource
 from shardwise.core.mesh import Mesh
 from shardwise.core.pipeline import counts_of
 from shardwise.core.plan import TheirPlan
@@ -20,8 +20,10 @@ from shardwise.predict.groups import groups_of
 from shardwise.predict.machines import load_machine
 from shardwise.predict.memory import RESERVED_OVER_ACTIVE, _fused_loss, forecast, of_stage, peak_by_kind
 from shardwise.predict.stage_memory import stage_parts
-from shardwise.predict.traced import micro_batch, traced_mesh
+from shardwise.predict.traced import micro_batch
 from shardwise.trace.trace import trace
+from shardwise.verbs.programs import trace_program
+from shardwise.verbs.progress import silent
 
 GIB = 2**30
 PEAKS = (
@@ -74,19 +76,26 @@ STAGED = ModelSpec("staged", LlamaConfig(8192, 256, 6, 8, 4, 512), "")
 
 
 @pytest.mark.parametrize(
-    ("mesh", "micro_batches", "layers", "within"),
-    [("pp=2,tp=2", 4, "even", 0.01), ("pp=3,tp=1", 6, "1,3,2", 0.02), ("pp=2,fsdp=2,tp=1", 2, "even", 0.02)],
+    ("mesh", "micro_batches", "layers", "recomputed", "within"),
+    [
+        ("pp=2,tp=2", 4, "even", 0, 0.01),
+        ("pp=3,tp=1", 6, "1,3,2", 0, 0.02),
+        ("pp=2,fsdp=2,tp=1", 2, "even", 0, 0.02),
+        ("pp=2,fsdp=2,tp=1", 2, "even", 3, 0.03),
+        ("pp=2,tp=2", 4, "2,4", 2, 0.02),
+    ],
 )
 def test_each_stage_holds_what_its_own_trace_does(
-    mesh: str, micro_batches: int, layers: str, within: float
+    mesh: str, micro_batches: int, layers: str, recomputed: int, within: float
 ) -> None:
     axes = Mesh.parse(mesh)
     batch = axes.data_parallel * micro_batches * 4
     settings = StepSettings(batch, 128, accumulation=micro_batches, stages=layers)
+    if recomputed:
+        settings = replace(settings, recompute="full", recompute_layers=recomputed)
     plan = builtin_plan("rowwise")
-    small = traced_mesh(axes)
     part = micro_batch(settings, axes)
-    one = trace(STAGED, plan, small, replace(part, batch=part.batch * small.data_parallel), device="cuda")
+    one = trace_program(STAGED, plan, axes, part, TextSource(random_ids=True), "cuda", silent)
     setup = Setup(axes, micro_batches, layers=counts_of(layers))
     found = {each.stage: sum(of_stage(one, setup, each).values()) for each in stage_parts(one, setup)}
     traced = {}

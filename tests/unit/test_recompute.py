@@ -13,7 +13,7 @@ from shardwise.models.init import initial_parameter
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.loss import _weights
-from shardwise.step.train import recompute_layers
+from shardwise.step.train import recompute_in
 
 CONFIG = LlamaConfig(64, 32, 2, 4, 2, 48)
 
@@ -28,7 +28,7 @@ def gradients(config: LlamaConfig | GPTConfig, recompute: str = "none") -> dict[
                 )
             )
     if recompute != "none":
-        recompute_layers(model.layers, recompute)
+        recompute_in(model.layers, recompute)
     ids = torch.randint(64, (2, 8), generator=torch.Generator().manual_seed(0))
     torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
     return {

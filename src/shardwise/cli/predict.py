@@ -89,6 +89,7 @@ def _prepare(values: dict[str, Any]) -> None:
             "reshard_after_forward",
             "reduce_once",
             "recompute",
+            "recompute_layers",
             "schedule",
             "chunks",
             "stages",

@@ -38,6 +38,7 @@ class _Asked(VerifyOptions):
             "reshard_after_forward",
             "reduce_once",
             "recompute",
+            "recompute_layers",
             "schedule",
             "chunks",
             "stages",

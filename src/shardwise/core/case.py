@@ -31,9 +31,10 @@ class StepSettings:
     MixedPrecisionPolicy has it: what parameters are gathered and layers computed in (None: dtype), and what
     gradients are reduced in (None: as computed); shards, their gradients and the optimizer's state stay in
     dtype. reshard_after_forward: whether FSDP gathers a layer's parameters for its forward and its backward
-    each. reduce_once: whether it keeps whole gradients until the last micro-batch's backward. expert_load: of
-    a mixture whose router's choice nobody knows, tokens of the busiest rank's experts over the mean
-    rank's."""
+    each. reduce_once: whether it keeps whole gradients until the last micro-batch's backward.
+    recompute_layers: how many layers recompute is for (None: all); which ones core/pipeline.py says.
+    expert_load: of a mixture whose router's choice nobody knows, tokens of the busiest rank's experts over
+    the mean rank's."""
 
     batch: Annotated[int, Option("Sequences per optimizer step over all ranks.", STEP, 1)] = 0
     seq: Annotated[int, Option("Tokens per sequence.", STEP, 1)] = 0
@@ -83,6 +84,16 @@ class StepSettings:
             choices=RECOMPUTE,
         ),
     ] = "none"
+    recompute_layers: Annotated[
+        int | None,
+        Option(
+            "How many of the model's layers --recompute is for: the first ones; in a pipeline the same share "
+            "of each chunk, its first ones.",
+            STEP,
+            1,
+            shown="all",
+        ),
+    ] = None
     schedule: Annotated[
         str | None,
         Option(
@@ -129,6 +140,11 @@ class StepSettings:
                 f"are what {Schedule.INTERLEAVED} has. Change one of them."
             )
         counts_of(self.stages)
+        if self.recompute_layers is not None and self.recompute == "none":
+            raise OptionError(
+                f"--recompute-layers {self.recompute_layers}: says how many layers --recompute is for. Add "
+                f"--recompute {' or '.join(RECOMPUTE[1:])}, or leave it out."
+            )
 
     def pipeline(self, mesh: Mesh) -> Pipeline:
         """Of a mesh's stages."""

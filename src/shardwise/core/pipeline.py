@@ -13,6 +13,9 @@ backward of one micro-batch.
 
 Sources: Huang et al. 2019 (GPipe), Narayanan et al. 2021 (arXiv 2104.04473), section 2.2; the orders are
 those of torch.distributed.pipelining's ScheduleGPipe, Schedule1F1B and ScheduleInterleaved1F1B.
+
+Where r of a model's l layers run again in the backward, they are the first ones of each part: of a part with
+k layers ceil(k r / l), so that parts of equal length do equal work. Without stages the model is one part.
 """
 
 from collections import Counter
@@ -189,6 +192,32 @@ def even_counts(n_layers: int, parts: int) -> tuple[int, ...]:
     base, extra = divmod(n_layers, parts)
     order = sorted(range(parts), key=lambda part: abs(part - (parts - 1) / 2))
     return tuple(base + (part in order[:extra]) for part in range(parts))
+
+
+def recomputed_spans(
+    spans: Sequence[Span], recomputed: int | None, model: str = "the model"
+) -> tuple[Span, ...]:
+    """The layers of each part that run again in the backward, where `recomputed` of all layers do (None: all
+    of them). Raises OptionError for more layers than there are."""
+    n_layers = sum(span.count for span in spans)
+    if recomputed is None:
+        return tuple(spans)
+    if not 1 <= recomputed <= n_layers:
+        raise OptionError(
+            f"--recompute-layers {recomputed}: {model} has {n_layers} layers. Use 1 to {n_layers}, or leave "
+            "it out for all of them."
+        )
+    return tuple(Span(span.first, -(-span.count * recomputed // n_layers)) for span in spans)
+
+
+def recomputed_of_fewer(recomputed: int | None, n_layers: int, fewer: int) -> int | None:
+    """In a model of `fewer` layers that stands for one of n_layers: the same share, and both kinds of layers
+    where there are both."""
+    if recomputed is None or fewer >= n_layers:
+        return recomputed
+    if recomputed >= n_layers:
+        return fewer
+    return max(1, min(-(-fewer * recomputed // n_layers), fewer - 1))
 
 
 def most_in_flight(turns: Sequence[Turn]) -> int:

@@ -89,6 +89,7 @@ class Subject:
             policy=mixed_precision(settings),
             reshard=settings.reshard_after_forward,
             recompute=settings.recompute,
+            recompute_layers=settings.recompute_layers,
             pipeline=settings.pipeline(mesh_of(mesh)),
             on_parameter=on_parameter,
         )

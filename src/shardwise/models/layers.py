@@ -30,6 +30,11 @@ class Layers:
         """The layers that `model` has (it may be a shortened one)."""
         yield from model.get_submodule(self.prefix).children()
 
+    def numbered(self, model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+        """The same, each with its number in the whole model."""
+        for number, layer in model.get_submodule(self.prefix).named_children():
+            yield int(number), layer
+
     def kinds(self, model: nn.Module) -> int:
         """How many of the first layers hold one of each kind."""
         signatures = [_signature(layer) for layer in self.modules(model)]

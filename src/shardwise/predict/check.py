@@ -1,11 +1,15 @@
 """What can't be: a setup that doesn't fit the Program, the mesh or the machine, said in one line before
 anything is predicted."""
 
+from collections.abc import Iterator
+
 from shardwise.core.errors import OptionError
+from shardwise.core.layer_name import layer_index
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import AXES, Mesh, Role
+from shardwise.core.pipeline import recomputed_spans
 from shardwise.core.prediction import AttentionKernel, Precision, Setup
-from shardwise.core.program import Program
+from shardwise.core.program import MemoryChange, Phase, Program
 from shardwise.predict.groups import group_of, joining_context, mesh_of
 
 RESCALED = (Role.REPLICATES, Role.SHARDS_PARAMETERS)
@@ -24,6 +28,7 @@ def check_setup(program: Program, machine: Machine, setup: Setup) -> None:
     _check_axes(program, setup, mesh)
     _check_precision(program, setup)
     _check_stages(program, setup)
+    _check_recomputed(program, setup)
     check_devices(machine, mesh)
 
 
@@ -90,6 +95,28 @@ def _check_stages(program: Program, setup: Setup) -> None:
     pipeline = setup.pipeline()
     pipeline.spans(program.layers[1], program.model)
     pipeline.check(setup.micro_batches)
+
+
+def _check_recomputed(program: Program, setup: Setup) -> None:
+    recomputed = program.settings.recompute_layers
+    if recomputed is None or program.layers is None:
+        return
+    prefix, n_layers = program.layers
+    spans = recomputed_spans(setup.pipeline().spans(n_layers, program.model), recomputed, program.model)
+    if {number for span in spans for number in span.indices} != set(_running_again(program, prefix)):
+        raise OptionError(
+            f"--recompute-layers {recomputed}: the program was traced for stages that deal its layers "
+            "otherwise, so that others run again. Trace it on this mesh."
+        )
+
+
+def _running_again(program: Program, prefix: str) -> Iterator[int]:
+    for block in program.blocks:
+        for item in block.items:
+            if not isinstance(item, MemoryChange) and item.phase is Phase.RECOMPUTE:
+                layer = layer_index(item.module, prefix)
+                if layer is not None:
+                    yield from (layer + block.stride * repeat for repeat in range(block.times))
 
 
 def check_devices(machine: Machine, mesh: Mesh) -> None:

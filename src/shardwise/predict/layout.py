@@ -6,7 +6,7 @@ A pipeline's stage runs the items of its layers, the first stage also what comes
 comes after.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -80,9 +80,15 @@ def lay_out(program: Program, machine: Machine, setup: Setup) -> Layout:
     return Layout(program, machine, setup, work, stages, times, end, transfer_s)
 
 
-def balanced_counts(program: Program, machine: Machine, setup: Setup) -> tuple[int, ...]:
+def balanced_counts(
+    program: Program,
+    machine: Machine,
+    setup: Setup,
+    dealt: Callable[[tuple[int, ...]], Program] | None = None,
+) -> tuple[int, ...]:
     """Layers of each part with which the busiest stage is least busy; of equals the most even. What comes
-    before the layers and after them counts for as much as it takes. Raises OptionError for too few layers."""
+    before the layers and after them counts for as much as it takes. dealt: the Program where layers are dealt
+    so; None: the same, whatever they are. Raises OptionError for too few layers."""
     pipeline = setup.pipeline()
     work = work_of(program, machine, setup).without(setup.without)
     n_layers = layers_of(program)[1]
@@ -109,7 +115,11 @@ def balanced_counts(program: Program, machine: Machine, setup: Setup) -> tuple[i
     choices = (tuple(counts), even_counts(n_layers, pipeline.parts))
     return min(
         choices,
-        key=lambda layers: lay_out(program, machine, replace(setup, layers=layers)).busiest.times.total_s,
+        key=lambda layers: (
+            lay_out(
+                dealt(layers) if dealt is not None else program, machine, replace(setup, layers=layers)
+            ).busiest.times.total_s
+        ),
     )
 
 

@@ -14,17 +14,22 @@ TRACED_DATA_RANKS = 2
 
 def micro_batch(settings: StepSettings, mesh: Mesh) -> StepSettings:
     """One data-parallel rank's part of a step, as it is traced: its sequences of one micro-batch; one context
-    rank's tokens of each, where no step runs over context ranks. Raises OptionError for a sequence that can't
-    be cut into equal parts."""
+    rank's tokens of each, where no step runs over context ranks. How layers are dealt to stages stays where a
+    part of them runs again: it says which ones do. Raises OptionError for a sequence that can't be cut into
+    equal parts."""
     context = mesh.context // traced_mesh(mesh).context
     if settings.seq % context:
         raise OptionError(
             f"--seq {settings.seq} can't be cut into {context} parts for cp={context}. Use a multiple of it."
         )
     batch = settings.batch // (mesh.data_parallel * settings.accumulation)
-    # a pipeline's stages are made of the one micro-batch
-    alone = replace(settings, accumulation=1, schedule=None, chunks=1, stages=EVEN)
-    return replace(alone, batch=batch, seq=settings.seq // context)
+    alone = replace(settings, accumulation=1, batch=batch, seq=settings.seq // context)
+    return alone if settings.recompute_layers is not None else without_stages(alone)
+
+
+def without_stages(settings: StepSettings) -> StepSettings:
+    """As one micro-batch is traced, of which a pipeline's stages are made."""
+    return replace(settings, schedule=None, chunks=1, stages=EVEN)
 
 
 def traced_mesh(mesh: Mesh) -> Mesh:

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from shardwise.core.errors import ModelError
 from shardwise.core.mesh import STAGES_AXIS, Mesh
-from shardwise.core.pipeline import Pipeline
+from shardwise.core.pipeline import Pipeline, Span, recomputed_of_fewer, recomputed_spans
 from shardwise.core.plan import AnyPlan, TheirPlan
 from shardwise.models.init import draws_its_own, own_weights, weights_by_name
 from shardwise.models.layers import find_layers
@@ -29,9 +29,9 @@ from shardwise.parallel.apply import applied_to
 from shardwise.parallel.ends import ends_of
 from shardwise.parallel.parameters import fill, part_of_dtensor
 from shardwise.parallel.self_sharded import build_sharded
-from shardwise.parallel.stages import cut_to_stage
+from shardwise.parallel.stages import cut_to_stage, stage_of
 from shardwise.step.groups import along, mesh_of
-from shardwise.step.train import recompute_layers, shard_with_fsdp, sum_gradients
+from shardwise.step.train import recompute_in, shard_with_fsdp, sum_gradients
 
 Weights = Callable[[str, torch.Size], Tensor]
 """(name, shape) -> a whole initial parameter."""
@@ -61,6 +61,7 @@ def build_model(
     policy: MixedPrecisionPolicy | None = None,
     reshard: bool = True,
     recompute: str = "none",
+    recompute_layers: int | None = None,
     compiled: bool = False,
     depth: int | None = None,
     pipeline: Pipeline | None = None,
@@ -69,8 +70,9 @@ def build_model(
     """The model under `plan` (None: whole, on one rank) in train mode, with the initial weights of `seed`,
     which are the same for every plan.
 
-    policy: FSDP's mixed precision; reshard: see shard_with_fsdp. recompute: see recompute_layers. depth: only
-    the first so many of its repeated layers. pipeline: of the mesh's stages, of which this rank's is left.
+    policy: FSDP's mixed precision; reshard: see shard_with_fsdp. recompute: see recompute_in;
+    recompute_layers: of so many of the model's layers. depth: only the first so many of its repeated layers.
+    pipeline: of the mesh's stages, of which this rank's is left.
     on_parameter: shown each whole initial parameter, which it may change in place. Raises ModelError, what
     apply_any() raises, and OptionError for layers that can't be dealt to the stages."""
     model = build_without_weights(source, dtype=dtype, device=device, seed=seed)
@@ -83,6 +85,7 @@ def build_model(
         torch.manual_seed(seed)
         model = build_sharded(source, dtype=dtype, device=device, mesh=mesh)
     if depth is not None and (layers := find_layers(model)) is not None:
+        recompute_layers = recomputed_of_fewer(recompute_layers, layers.count, depth)
         layers.shorten(model, depth)
     if plan is not None:
         assert mesh is not None
@@ -106,7 +109,9 @@ def build_model(
     if compiled:
         for layer in _layers(model):
             layer.compile()
-    return trainable(model, mesh, policy=policy, reshard=reshard, recompute=recompute)
+    return trainable(
+        model, mesh, policy=policy, reshard=reshard, recompute=recompute, recompute_layers=recompute_layers
+    )
 
 
 def cut_over_stages(
@@ -125,12 +130,13 @@ def trainable(
     policy: MixedPrecisionPolicy | None = None,
     reshard: bool = True,
     recompute: str = "none",
+    recompute_layers: int | None = None,
 ) -> nn.Module:
     """The model, to which its plan has been applied, with recompute of its layers and FSDP over the mesh; in
-    train mode. See build_model."""
+    train mode. See build_model. Raises OptionError for a recompute of more layers than there are."""
     layers = _layers(model)
     if recompute != "none":
-        recompute_layers(layers, recompute)
+        recompute_in(_running_again(model, recompute_layers), recompute)
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         sum_gradients(model)  # its factory has put it under FSDP2 itself
     elif mesh is not None and (shard_axes := mesh_of(mesh).shard_axes):
@@ -142,6 +148,16 @@ def trainable(
 def _layers(model: nn.Module) -> list[nn.Module]:
     found = find_layers(model)
     return list(found.modules(model)) if found is not None else []
+
+
+def _running_again(model: nn.Module, recompute_layers: int | None) -> list[nn.Module]:
+    """The layers that this rank has of those that run again."""
+    found, stage = find_layers(model), stage_of(model)
+    if found is None:
+        return []
+    spans = stage.spans if stage is not None else (Span(0, found.count),)
+    chosen = recomputed_spans(spans, recompute_layers)
+    return [layer for number, layer in found.numbered(model) if any(number in span for span in chosen)]
 
 
 @torch.no_grad()

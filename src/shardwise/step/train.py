@@ -65,7 +65,7 @@ _KEPT = frozenset(
 )
 
 
-def recompute_layers(layers: Collection[nn.Module] | nn.ModuleList, what: str = "full") -> None:
+def recompute_in(layers: Collection[nn.Module] | nn.ModuleList, what: str = "full") -> None:
     """Activation checkpointing of each of these modules, which keeps its input. full: runs all of it again in
     the backward. selective-ops: all but fused attention, reduce-scatters of functional collectives and every
     second matmul, the rule of torchtitan's "selective" by "op" of 2024. Raises OptionError for no layers.

@@ -76,7 +76,7 @@ def extended(short: Sequence[Item], long: Sequence[Item], prefix: str, count: in
 
 def _parts(items: Sequence[Item], prefix: str, count: int) -> list[_Part]:
     """Gaps and runs in turn, beginning and ending with a gap."""
-    stretches = list(_stretches_of_layers(items, prefix))
+    stretches = list(stretches_of_layers(items, prefix))
     parts: list[_Part] = []
     done = 0
     while stretches:
@@ -96,7 +96,7 @@ def _parts(items: Sequence[Item], prefix: str, count: int) -> list[_Part]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stretch:
+class Stretch:
     """Where the items of one layer stand, in one direction."""
 
     layer: int
@@ -105,16 +105,26 @@ class _Stretch:
     stop: int
 
 
-def _stretches_of_layers(items: Sequence[Item], prefix: str) -> Iterator[_Stretch]:
+def stretches_of_layers(items: Sequence[Item], prefix: str) -> Iterator[Stretch]:
     rows = (
         (layer_index(item.module, prefix), item.phase is not Phase.FORWARD, index)
         for index, item in enumerate(items)
         if not isinstance(item, MemoryChange) and item.phase in IN_LAYERS and not _is_passed_on(item)
     )
     inside = ((layer, backward, index) for layer, backward, index in rows if layer is not None)
+    done = 0
     for (layer, backward), group in groupby(inside, key=lambda row: row[:2]):
         indices = [index for *_, index in group]
-        yield _Stretch(layer, backward, indices[0], indices[-1] + 1)
+        start, stop = indices[0], indices[-1] + 1
+        while start > done and _is_made_in(items[start - 1], layer, prefix):
+            start -= 1
+        yield Stretch(layer, backward, start, stop)
+        done = stop
+
+
+def _is_made_in(item: Item, layer: int, prefix: str) -> bool:
+    """Whether it is what an op of the layer makes, which stands before the op."""
+    return isinstance(item, MemoryChange) and item.n_bytes > 0 and layer_index(item.module, prefix) == layer
 
 
 def _is_passed_on(item: Op | Collective) -> bool:

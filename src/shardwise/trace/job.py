@@ -1,6 +1,6 @@
 """Job: what is to be traced, and how its model, its rules and its batch are made."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -23,7 +23,7 @@ from shardwise.parallel.self_sharded import build_sharded
 from shardwise.parallel.stages import cut_to_stage
 from shardwise.step.groups import along
 from shardwise.step.portion import micro_batches_of
-from shardwise.step.train import mixed_precision, recompute_layers, shard_with_fsdp
+from shardwise.step.train import mixed_precision, recompute_in, shard_with_fsdp
 from shardwise.torch_private import FakeTensorMode
 from shardwise.trace.fakes import fill_with_fakes
 from shardwise.trace.stage_shares import shares_of
@@ -59,11 +59,8 @@ class Job:
             return build_sharded(self.source, dtype=dtype, mesh=self.device_mesh)
         return self.source.build(dtype=dtype)
 
-    def shard(
-        self, model: nn.Module, layers: Layers | None, fake_mode: FakeTensorMode, keep: int | None = None
-    ) -> None:
-        """Makes a built model what trains on this rank, of fake tensors. keep: only the first so many layers
-        of each part of a pipeline."""
+    def shard(self, model: nn.Module, layers: Layers | None, fake_mode: FakeTensorMode, kept: "Kept") -> None:
+        """Makes a built model what trains on this rank, of fake tensors."""
         apply_any(model, self.plan, self.device_mesh)
         if self.ends is not None:
             computed: torch.dtype = getattr(torch, self.settings.computed_dtype)
@@ -71,12 +68,14 @@ class Job:
             self.shares[:] = shares_of(model, self.ends, pipeline, self.mesh, micro_batches)
             cut_to_stage(
                 model, self.ends, pipeline, self.stage,
-                tp=self.mesh.tp, dtype=computed, keep=keep,
+                tp=self.mesh.tp, dtype=computed, keep=kept.depth,
             )  # fmt: skip
         fill_with_fakes(model, fake_mode)
-        layer_modules = list(layers.modules(model)) if layers is not None else []
-        if self.settings.recompute != "none":
-            recompute_layers(layer_modules, self.settings.recompute)
+        numbered = list(layers.numbered(model)) if layers is not None else []
+        layer_modules = [layer for _, layer in numbered]
+        running_again = [layer for number, layer in numbered if number in kept.again]
+        if self.settings.recompute != "none" and (running_again or not numbered):
+            recompute_in(running_again, self.settings.recompute)
         if self.mesh.shard_axes:
             precision = mixed_precision(self.settings)
             shards = along(self.device_mesh, self.mesh.shard_axes)
@@ -99,6 +98,15 @@ class Job:
         check_batch(self.mesh, settings.batch, settings.seq, settings.accumulation)
         part = part_of_batch(self.mesh, self.rank)
         return micro_batches_of(ids_BS, part, settings.accumulation)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Which layers are traced. depth: only the first so many of each part of a pipeline. again: numbers of
+    those that run again in the backward."""
+
+    depth: int | None = None
+    again: Collection[int] = ()
 
 
 def rules_of(plan: AnyPlan, model: nn.Module) -> tuple[RuleUse, ...]:

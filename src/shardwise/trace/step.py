@@ -32,7 +32,7 @@ from shardwise.torch_private import (
 )
 from shardwise.trace.fakes import making_on_device
 from shardwise.trace.holdings import holdings_of
-from shardwise.trace.job import Job
+from shardwise.trace.job import Job, Kept
 from shardwise.trace.memory import gradient_kinds, items_of, resident_bytes, resident_kinds
 from shardwise.trace.recorder import Recorder
 from shardwise.trace.routes import Routes
@@ -49,17 +49,13 @@ class Traced:
 
 
 def run(
-    job: Job,
-    model: nn.Module,
-    layers: Layers | None,
-    rule_of: Callable[[str], RuleRef | None],
-    keep: int | None = None,
+    job: Job, model: nn.Module, layers: Layers | None, rule_of: Callable[[str], RuleRef | None], kept: Kept
 ) -> Traced:
-    """Shards a built model, fills it with fakes, and traces one step. keep: see Job.shard(). Raises
-    ModelError and PlanError for what goes wrong inside."""
+    """Shards a built model, fills it with fakes, and traces one step. Raises ModelError and PlanError for
+    what goes wrong inside."""
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     ids = job.micro_batches(vocab_size_of(model))
-    job.shard(model, layers, fake_mode, keep)
+    job.shard(model, layers, fake_mode, kept)
     device_mesh = job.device_mesh if job.mesh.world_size > 1 else None
     recorder = Recorder(model, fake_mode, axis_names(job.device_mesh), device=job.device, rule_of=rule_of)
     storages, log = recorder.storages, recorder.log

@@ -3,11 +3,12 @@ fake process group.
 
 What runs is the real module under the real plan, with PyTorch's autograd, DTensor, FSDP2 and AdamW; only
 memory, kernels and the wire are missing. The step is one after the first: optimizer state exists. Equal
-layers are traced three and four deep and extended (extend.py) where that is exact, else all of them.
+layers are traced three and four deep and extended (extend.py) where that is exact, else all of them; where a
+part of them runs again in the backward, of each kind (two_kinds.py).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
 from shardwise.core.grouped import GROUPED, load_words
 from shardwise.core.mesh import Mesh
-from shardwise.core.pipeline import Span
+from shardwise.core.pipeline import Pipeline, Span, recomputed_of_fewer, recomputed_spans
 from shardwise.core.plan import AnyPlan, TheirPlan
 from shardwise.core.program import Block, MemoryKind, Op, Program, RuleUse
 from shardwise.models.layers import Layers, find_layers
@@ -29,8 +30,9 @@ from shardwise.trace.extend import LONG, SHORT, NotPeriodicError, extended
 from shardwise.trace.fakes import TARGETS, fake_world
 from shardwise.trace.higher_order import FLEX, MASKED
 from shardwise.trace.holdings import longer_holdings
-from shardwise.trace.job import Job, nearest_rule, rules_of
+from shardwise.trace.job import Job, Kept, nearest_rule, rules_of
 from shardwise.trace.step import Traced, run
+from shardwise.trace.two_kinds import blocks_of_two_kinds
 
 
 def trace(
@@ -44,6 +46,7 @@ def trace(
     ids: Tensor | None = None,
     compress: bool = True,
     depth: int | None = None,
+    dealt: Pipeline | None = None,
     on_model: Callable[[nn.Module], None] = lambda _: None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Program:
@@ -51,7 +54,8 @@ def trace(
 
     ids: token ids [B, S] of the global batch on the host, B = settings.batch; by default uniform ones, drawn
     from settings.seed. They decide what routed sends and what a masked look-up meets, nothing else. compress:
-    trace equal layers once. depth: trace a model of only that many of its repeated layers. on_model: told
+    trace equal layers once. depth: trace a model of only that many of its repeated layers. dealt: where a
+    part of the layers runs again, the pipeline whose parts deal them; by default the mesh's. on_model: told
     each model before its step runs, sharded and filled with fakes. device: "cpu" (as gloo ranks run it) or
     "cuda" (as NCCL ranks would). Raises the InputErrors of parallelize(), ModelError and OptionError;
     RunError inside a process group.
@@ -64,40 +68,51 @@ def trace(
     with fake_world(mesh, rank=rank, device=device) as device_mesh:
         progress(f"building {source.name}")
         job = Job(source, plan, mesh, settings, device, rank, ids, device_mesh, on_model, _ends(source, mesh))
-        subject = _subject(job, depth)
+        subject = _subject(job, depth, dealt)
         layers = subject.layers
         if compress and layers is not None and layers.are_equal and _is_long(subject.spans):
             try:
-                return _from_equal_layers(job, subject, layers, progress)
+                if 0 < len(subject.again) < sum(span.count for span in subject.spans):
+                    return _from_two_kinds(_Equal(job, subject, layers, progress))
+                return _Equal(job, subject, layers, progress).program(bool(subject.again))
             except NotPeriodicError as reason:
                 progress(f"layers don't repeat: {reason}")
         own = sum(span.count for span in subject.spans)
         progress(f"tracing {own} layers" if layers is not None else "tracing")
-        traced = run(job, subject.model, layers, nearest_rule(subject.rules))
+        traced = run(job, subject.model, layers, nearest_rule(subject.rules), Kept(again=subject.again))
         return _program(job, subject, traced, None)
 
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """The model as it was made, whole and unsharded until it runs. spans: of layers that this rank runs."""
+    """The model as it was made, whole and unsharded until it runs. spans: of layers that this rank runs.
+    again: numbers of those that run again in the backward."""
 
     model: nn.Module
     layers: Layers | None
     spans: tuple[Span, ...]
+    again: frozenset[int]
     rules: tuple[RuleUse, ...]
     parameters: int
 
 
-def _subject(job: Job, depth: int | None) -> _Subject:
+def _subject(job: Job, depth: int | None, dealt: Pipeline | None) -> _Subject:
     model = job.build()
-    layers = find_layers(model)
+    layers, recomputed = find_layers(model), job.settings.recompute_layers
     if depth is not None and layers is not None and depth < layers.count:
+        recomputed = recomputed_of_fewer(recomputed, layers.count, depth)
         layers.shorten(model, depth)
         layers = find_layers(model)
     check_any(job.source, model, job.plan, job.mesh, job.settings.seq)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     spans = _spans(job, model, layers)
-    return _Subject(model, layers, spans, rules_of(job.plan, model), parameters)
+    again: frozenset[int] = frozenset()
+    if layers is not None and job.settings.recompute != "none":
+        parts = (dealt or job.settings.pipeline(job.mesh)).spans(layers.count, job.source.name)
+        chosen = recomputed_spans(parts, recomputed, job.source.name)
+        own = {number for span in spans for number in span.indices}
+        again = frozenset(number for span in chosen for number in span.indices) & own
+    return _Subject(model, layers, spans, again, rules_of(job.plan, model), parameters)
 
 
 def _ends(source: ModelSource, mesh: Mesh) -> Ends | None:
@@ -122,28 +137,64 @@ def _is_long(spans: Sequence[Span]) -> bool:
     return len({span.count for span in spans}) == 1 and spans[0].count > LONG
 
 
-def _from_equal_layers(
-    job: Job, subject: _Subject, layers: Layers, progress: Callable[[str], None]
-) -> Program:
-    """The program of all layers from traces of SHORT and LONG ones. Raises NotPeriodicError."""
-    traced, count = [], subject.spans[0].count
-    for depth in (SHORT, LONG):
-        progress(f"tracing {depth} of {count} equal layers")
-        model = job.build()
-        if job.ends is None:
-            layers.shorten(model, depth)
-        traced.append(run(job, model, layers, nearest_rule(subject.rules), depth))
-    short, long = traced
-    progress("putting the layers together")
-    more = count - LONG
-    resident = {
-        kind: n_bytes + (n_bytes - short.resident.get(kind, 0)) * more
-        for kind, n_bytes in long.resident.items()
-    }
-    blocks = extended(short.items, long.items, layers.prefix, count)
-    firsts = [span.first for span in subject.spans]
-    whole = Traced((), longer_holdings(long.holdings, layers.prefix, firsts, more), resident)
-    return _program(job, subject, whole, blocks)
+class _Equal:
+    """Programs of all of a model's equal layers, from traces of SHORT and LONG ones."""
+
+    def __init__(self, job: Job, subject: _Subject, layers: Layers, progress: Callable[[str], None]) -> None:
+        self.job, self.subject, self.layers, self._progress = job, subject, layers, progress
+        self._traced: dict[bool, tuple[Traced, Traced]] = {}
+
+    @property
+    def firsts(self) -> list[int]:
+        """Of each row of layers."""
+        return [span.first for span in self.subject.spans]
+
+    def program(self, runs_again: bool) -> Program:
+        """Where all layers run again, or none does. Raises NotPeriodicError."""
+        short, long = self._both(runs_again)
+        self._progress("putting the layers together")
+        more = self.subject.spans[0].count - LONG
+        resident = {
+            kind: n_bytes + (n_bytes - short.resident.get(kind, 0)) * more
+            for kind, n_bytes in long.resident.items()
+        }
+        holdings = longer_holdings(long.holdings, self.layers.prefix, self.firsts, more)
+        blocks = self.blocks(runs_again, LONG + more)
+        return _program(self.job, self.subject, Traced((), holdings, resident), blocks)
+
+    def blocks(self, runs_again: bool, count: int) -> tuple[Block, ...]:
+        """Of `count` layers in each row, at least LONG. Raises NotPeriodicError."""
+        short, long = self._both(runs_again)
+        return extended(short.items, long.items, self.layers.prefix, count)
+
+    def _both(self, runs_again: bool) -> tuple[Traced, Traced]:
+        if runs_again not in self._traced:
+            kinds = [
+                self.traced(depth, [first + at for first in self.firsts for at in range(depth * runs_again)])
+                for depth in (SHORT, LONG)
+            ]
+            self._traced[runs_again] = kinds[0], kinds[1]
+        return self._traced[runs_again]
+
+    def traced(self, depth: int, again: Collection[int]) -> Traced:
+        """`depth` layers of each row. again: numbers of those that run again in the backward."""
+        self._progress(f"tracing {depth} of {self.subject.spans[0].count} equal layers")
+        model = self.job.build()
+        if self.job.ends is None:
+            self.layers.shorten(model, depth)
+        return run(self.job, model, self.layers, nearest_rule(self.subject.rules), Kept(depth, again))
+
+
+def _from_two_kinds(equal: _Equal) -> Program:
+    """Where a part of the layers runs again, held to a trace of few of each kind. Raises NotPeriodicError."""
+    prefix = equal.layers.prefix
+    few = [first + at for first in equal.firsts for at in range(LONG // 2)]
+    expected = equal.traced(LONG, few).items
+    made = blocks_of_two_kinds(equal.blocks(False, LONG), equal.blocks(True, LONG), prefix, few)
+    if tuple(item for block in made for item in block) != expected:
+        raise NotPeriodicError("what a layer runs depends on whether the one beside it runs again")
+    plain, again = equal.program(False), equal.program(True)
+    return replace(again, blocks=blocks_of_two_kinds(plain.blocks, again.blocks, prefix, equal.subject.again))
 
 
 def _program(job: Job, subject: _Subject, traced: Traced, blocks: tuple[Block, ...] | None) -> Program:

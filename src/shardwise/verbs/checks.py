@@ -48,6 +48,20 @@ def check_stages(case: Case, source: "ModelSource") -> None:
     check_spans(source.build(dtype=torch.float32), ends, spans)
 
 
+def check_recompute(case: Case, source: "ModelSource") -> None:
+    """Raises OptionError for a recompute of more layers than the model has."""
+    if case.step.recompute_layers is None:
+        return
+    import torch
+
+    from shardwise.core.pipeline import Span, recomputed_spans
+    from shardwise.models.layers import find_layers
+
+    layers = find_layers(source.build(dtype=torch.float32))
+    spans = (Span(0, layers.count),) if layers is not None else ()
+    recomputed_spans(spans, case.step.recompute_layers, source.name)
+
+
 def check_seq(seq: int, source: "ModelSource") -> None:
     """Raises OptionError for a sequence that is longer than the model's learned positions."""
     if source.max_seq is not None and seq > source.max_seq:

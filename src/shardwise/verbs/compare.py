@@ -19,7 +19,7 @@ from shardwise.core.mesh import RUN, check_carried
 from shardwise.core.option import Option, check_options
 from shardwise.core.verification import Agreement
 from shardwise.files.run_folder import RunFolder
-from shardwise.verbs.checks import check_fsdp, check_router_decides, check_seq, check_stages
+from shardwise.verbs.checks import check_fsdp, check_recompute, check_router_decides, check_seq, check_stages
 from shardwise.verbs.compare_checks import check_depth, check_fit, check_module, default_plans
 from shardwise.verbs.dealing import with_dealt_layers
 from shardwise.verbs.predict import MACHINE
@@ -150,6 +150,7 @@ class _Run:
         case = with_dealt_layers(case, source, labelled[0][1], case.machine or MACHINE, silent)
         step = case.step
         check_stages(case, source)
+        check_recompute(case, source)
         model = source.build(dtype=getattr(torch, step.dtype))
         device = device_type(case.device, mesh.world_size)
         check_fit(source, model, [plan for _, plan in labelled], case, device, options.repeat)

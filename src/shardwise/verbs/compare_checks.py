@@ -68,10 +68,10 @@ def check_fit(
     from shardwise.models.layers import find_layers
     from shardwise.parallel.any_plan import check_any
     from shardwise.parallel.need import refuse_too_large
-    from shardwise.step.train import recompute_layers
+    from shardwise.step.train import recompute_in
 
     if case.step.recompute != "none" and find_layers(model) is None:
-        recompute_layers((), case.step.recompute)  # says so
+        recompute_in((), case.step.recompute)  # says so
     mesh = case.mesh
     for plan in plans:
         check_any(source, model, plan, mesh, case.step.seq)

@@ -206,6 +206,7 @@ class _Run:
                 seed=job.settings.seed,
                 reshard=job.settings.reshard_after_forward,
                 recompute=job.settings.recompute,
+                recompute_layers=job.settings.recompute_layers,
                 depth=max(job.check_layers, pipeline.parts) if job.check_layers else None,
                 pipeline=pipeline if plan is not None else None,
                 on_parameter=shake,

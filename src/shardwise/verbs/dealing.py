@@ -1,5 +1,6 @@
 """What each stage of a pipeline holds, where a case asks for stages that are balanced by predicted costs."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from shardwise.core.prediction import Setup
 from shardwise.verbs.progress import Progress
 
 if TYPE_CHECKING:
+    from shardwise.core.program import Program
     from shardwise.models.source import ModelSource
 
 
@@ -26,10 +28,21 @@ def with_dealt_layers(
     from shardwise.verbs.programs import trace_program
 
     found = load_machine(machine)
-    part = micro_batch(case.step, case.mesh)
-    program = trace_program(source, plan, case.mesh, part, case.text, found.device, progress)
     even = replace(case.step, stages=EVEN)
+
+    def traced(counts: str) -> "Program":
+        part = micro_batch(replace(even, stages=counts), case.mesh)
+        return trace_program(source, plan, case.mesh, part, case.text, found.device, progress)
+
+    program = traced(EVEN)
     pipeline = even.pipeline(case.mesh)
     setup = Setup(case.mesh, even.accumulation, chunks=pipeline.chunks, schedule=pipeline.schedule)
-    counts = balanced_counts(program, found, setup)
-    return replace(case, step=replace(even, stages=",".join(map(str, counts))))
+    is_dealt = even.recompute_layers is not None  # other layers run again where they are dealt otherwise
+    counts = balanced_counts(
+        program, found, setup, lambda counts: traced(_said(counts)) if is_dealt else program
+    )
+    return replace(case, step=replace(even, stages=_said(counts)))
+
+
+def _said(counts: Sequence[int]) -> str:
+    return ",".join(map(str, counts))

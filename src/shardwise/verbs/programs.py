@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from shardwise.core.case import StepSettings, TextSource
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import AnyPlan
-from shardwise.predict.traced import traced_mesh
+from shardwise.predict.traced import traced_mesh, without_stages
 from shardwise.verbs.heads import naming_heads
 
 if TYPE_CHECKING:
@@ -31,9 +31,10 @@ def trace_program(
     from shardwise.trace.trace import trace
 
     small = traced_mesh(mesh)
-    settings = replace(part, batch=part.batch * small.data_parallel)
+    dealt = part.pipeline(mesh)
+    settings = replace(without_stages(part), batch=part.batch * small.data_parallel)
     if not small.shard_axes:
         settings = replace(settings, param_dtype=None, reduce_dtype=None)
     ids = token_ids(source, settings, is_decided_by_data(plan), text, progress)
     with naming_heads(source, plan, small.tp):
-        return trace(source, plan, small, settings, device=device, ids=ids, progress=progress)
+        return trace(source, plan, small, settings, device=device, ids=ids, dealt=dealt, progress=progress)

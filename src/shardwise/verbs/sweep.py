@@ -20,7 +20,7 @@ from shardwise.predict.family import LONG, SHORT, Family, NotAFamilyError
 from shardwise.predict.predict import predict
 from shardwise.predict.sweep import GIVEN, best_first, meshes, shares_programs
 from shardwise.predict.traced import micro_batch
-from shardwise.verbs.checks import check_seq, default_plan
+from shardwise.verbs.checks import check_recompute, check_seq, default_plan
 from shardwise.verbs.predict import MACHINE, SEQ, PredictOptions
 from shardwise.verbs.programs import trace_program
 from shardwise.verbs.progress import Progress, silent
@@ -88,8 +88,9 @@ def sweep(
     settings = replace(case.step, seq=case.step.seq or SEQ)
     micro_batch(settings, case.mesh)
     devices = options.devices or machine.devices_per_node
-    found = _meshes(devices, machine, case.mesh)
+    found = _meshes(devices, machine, case.mesh, by_stages=settings.recompute_layers is not None)
     source = find_model(case.model)
+    check_recompute(case, source)
     check_seq(settings.seq, source)
     case = replace(case, step=settings, plans=case.plans or (default_plan(source),))
     count = sum(map(len, found)) * len(case.plans) * len(options.micro_batches)
@@ -125,8 +126,9 @@ def sweep(
     )
 
 
-def _meshes(devices: int, machine: Machine, given: Mesh) -> list[tuple[Mesh, ...]]:
-    """All meshes on so many devices, those together that share their Programs."""
+def _meshes(devices: int, machine: Machine, given: Mesh, *, by_stages: bool) -> list[tuple[Mesh, ...]]:
+    """All meshes on so many devices, those together that share their Programs. by_stages: their Programs
+    differ with the stages that layers are dealt to."""
     if not 1 <= devices <= MOST_DEVICES:
         raise OptionError(f"--devices {devices}: use 1 to {MOST_DEVICES:,}.")
     check_devices(machine, Mesh.of({Role.CUTS_TENSORS: devices}))
@@ -137,7 +139,7 @@ def _meshes(devices: int, machine: Machine, given: Mesh) -> list[tuple[Mesh, ...
         )
     kinds: dict[object, list[Mesh]] = {}
     for mesh in meshes(devices, machine.devices_per_node, given):
-        kinds.setdefault(shares_programs(mesh), []).append(mesh)
+        kinds.setdefault((shares_programs(mesh), mesh.stages if by_stages else 1), []).append(mesh)
     return [tuple(alike) for alike in kinds.values()]
 
 

@@ -14,7 +14,7 @@ from shardwise.core.mesh import RUN, Mesh, check_carried
 from shardwise.core.option import Option, check_options
 from shardwise.core.plan import AnyPlan, Plan, TheirPlan
 from shardwise.core.verification import Verification, VerificationRun
-from shardwise.verbs.checks import check_fsdp, check_router_decides, check_seq, default_plan
+from shardwise.verbs.checks import check_fsdp, check_recompute, check_router_decides, check_seq, default_plan
 from shardwise.verbs.progress import Progress, silent
 from shardwise.verbs.twin_plan import plan_for_twin
 
@@ -158,6 +158,7 @@ def _claims(case: Case, model: str, options: VerifyOptions) -> "Iterator[Claim]"
 
     source = find_model(model)
     check_seq(options.seq, source)
+    check_recompute(case, source)
     small = None if options.size == "auto" else options.size == "small"
     dtype = None if options.dtype == "auto" else options.dtype
     labels: list[str] = []

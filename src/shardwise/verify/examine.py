@@ -23,11 +23,13 @@ from shardwise.core.case import StepSettings
 from shardwise.core.errors import ModelError, RunError, ShardwiseError
 from shardwise.core.finding import Cause, Finding, FindingKind
 from shardwise.core.mesh import Mesh
+from shardwise.core.pipeline import recomputed_of_fewer
 from shardwise.core.plan import TheirPlan
 from shardwise.core.sharded import Sharded
 from shardwise.core.shown import shown
 from shardwise.core.verification import Verification
 from shardwise.launch import RankContext
+from shardwise.models.layers import find_layers
 from shardwise.models.source import HUGGING_FACE, ModelSource, find_model, vocab_size_of
 from shardwise.parallel.any_plan import apply_any
 from shardwise.parallel.flex_attention import calls_flex_attention
@@ -208,7 +210,16 @@ class _Examination:
             policy=policy,
             reshard=settings.reshard_after_forward,
             recompute=settings.recompute,
+            recompute_layers=self._recomputed(model),
         )
+
+    def _recomputed(self, model: nn.Module) -> int | None:
+        """Of how many layers the recompute is; of a twin's as large a share as of the model's."""
+        recomputed, found = self._job.settings.recompute_layers, find_layers(model)
+        if recomputed is None or found is None or self._twin is None:
+            return recomputed
+        named = find_layers(find_model(self._claim.model).build(dtype=torch.float32))
+        return recomputed_of_fewer(recomputed, named.count if named else found.count, found.count)
 
     def _computed_in(self, dtype: str) -> str:
         """dtype: of the parameters."""

@@ -13,7 +13,7 @@ import msgspec
 from markupsafe import Markup, escape
 
 from shardwise.report.common import units
-from shardwise.report.common.plain import name, plain, repeats, sentence, step_text
+from shardwise.report.common.plain import name, plain, recompute_text, repeats, sentence, step_text
 
 # sorts tables
 _SCRIPT = "common/page.js"
@@ -35,6 +35,7 @@ def draw(
             "breakable": breakable,
             "step_text": step_text,
             "repeats": repeats,
+            "recompute_text": recompute_text,
             "bytes": units.format_bytes,
             "seconds": units.format_seconds,
             "count": units.format_count,

@@ -41,12 +41,18 @@ def step_text(settings: StepSettings, *more: str) -> str:
     return " · ".join((tokens, name(settings.precision, "(dtype)"), *more))
 
 
+def recompute_text(settings: StepSettings) -> str:
+    """`full`, or `full (20 layers)`."""
+    of = "" if settings.recompute_layers is None else f" ({settings.recompute_layers:,} layers)"
+    return name(settings.recompute) + of
+
+
 def repeats(settings: StepSettings) -> list[str]:
     """Micro-batches, recompute, and what FSDP does in another way than by default, where there are any."""
     said = {
         f"{settings.accumulation} micro-batches": settings.accumulation > 1,
         "gradients reduced once": settings.reduce_once,
         "parameters kept after the forward": not settings.reshard_after_forward,
-        f"recompute {name(settings.recompute)}": settings.recompute != "none",
+        f"recompute {recompute_text(settings)}": settings.recompute != "none",
     }
     return [text for text, holds in said.items() if holds]

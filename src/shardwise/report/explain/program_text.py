@@ -24,6 +24,7 @@ from shardwise.core.program import (
     memory_peak,
 )
 from shardwise.core.shown import shown
+from shardwise.report.common.plain import recompute_text
 
 _Place = tuple[Phase, str]
 
@@ -47,7 +48,7 @@ def _heading(program: Program) -> Iterator[str]:
     yield (
         f"batch {settings.batch}, sequence {settings.seq}, {settings.precision}, micro-batches "
         f"{settings.accumulation}, "
-        f"recompute {settings.recompute}{_of_fsdp(settings)}"
+        f"recompute {recompute_text(settings)}{_of_fsdp(settings)}"
     )
 
 

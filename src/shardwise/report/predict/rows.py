@@ -213,14 +213,21 @@ def _of_ranks(setup: Setup, mesh: Mesh) -> list[str]:
 
 
 def _recomputed(settings: StepSettings, setup: Setup) -> str:
+    which, recomputed = "Each layer's forward runs", settings.recompute_layers
+    if recomputed is not None and setup.stages == 1:
+        which = f"The forward of the first {recomputed:,} layers runs"
+    elif recomputed is not None:
+        which = (
+            f"The forward of each chunk's first layers ({recomputed:,} of the model's, rounded up in each "
+            "chunk) runs"
+        )
     again = {
         "none": (
             f"{'Unfused attention runs again' if setup.recompute_attention else 'Nothing is recomputed'} in "
             "the backward."
         ),
-        "selective-ops": "Each layer's forward runs again in the backward, but for fused attention and every "
-        "second matmul.",
-        "full": "Each layer's forward runs again in the backward.",
+        "selective-ops": f"{which} again in the backward, but for fused attention and every second matmul.",
+        "full": f"{which} again in the backward.",
     }
     return again.get(settings.recompute, f"Recompute in the backward: {name(settings.recompute)}.")
 
