@@ -12,6 +12,7 @@ benchmark-calibrated (benchmarks/calibrated_results.py); benchmark-trace-read (b
 benchmark-hf-verify and its parts (benchmarks/verify_results.py); benchmark-verify-mutants
 (benchmarks/mutant_results.py); benchmark-static-suspicions (benchmarks/static_results.py);
 benchmark-titan (benchmarks/titan_results.py);
+benchmark-search-examples (benchmarks/search_examples_results.py);
 benchmark-published and its parts, and the plot docs/example/published.svg
 (benchmarks/published_results.py); benchmark-h100-steps and benchmark-issue-785
 (benchmarks/measured_steps.py). The newest file of each WHAT counts. Ranges are of the rounds; an interval is
@@ -33,6 +34,7 @@ from benchmarks import (
     museum_results,
     mutant_results,
     published_results,
+    search_examples_results,
     static_results,
     titan_results,
     trace_results,
@@ -51,6 +53,7 @@ _OTHERS = (
     mutant_results,
     published_results,
     measured_steps,
+    search_examples_results,
     static_results,
     titan_results,
 )
