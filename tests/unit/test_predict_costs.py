@@ -170,6 +170,65 @@ def test_unfused_attention_reads_and_writes_its_scores_and_a_selective_recompute
     assert forward.host_s == pytest.approx(6 * 2e-6)
 
 
+def test_scores_of_a_batch_that_the_fused_softmax_doesn_t_take_are_scaled_masked_and_normed_apart() -> None:
+    unfused = Setup(attention=AttentionKernel.UNFUSED)
+
+    def of_two_heads(*, backward: bool) -> Op:
+        op = attention(backward=backward)
+        return replace(op, inputs=tuple(replace(spec, shape=(1, 2, *spec.shape[2:])) for spec in op.inputs))
+
+    matmul, scores = MACHINE.matmuls[0][1], 2 * 128 * 128 * 4 / 1e12
+    products = matmul.time_s(2, 128, 128, 32) + matmul.time_s(2, 128, 32, 128)
+    forward = op_cost(of_two_heads(backward=False), MACHINE, unfused)
+    assert forward.device_s == pytest.approx(products + 20 * scores)
+    assert forward.host_s == pytest.approx(10 * 2e-6)
+    backward = op_cost(of_two_heads(backward=True), MACHINE, unfused)
+    assert backward.device_s == pytest.approx(2 * products + 22 * scores)
+    fused = op_cost(of_two_heads(backward=False), MACHINE, Setup())
+    assert fused.host_s == pytest.approx(2e-6)
+
+
+@pytest.mark.parametrize(
+    ("phase", "shapes", "aligned"),
+    [
+        (Phase.FORWARD, ((512, 256), (256, 1001)), True),  # both lie along k
+        (Phase.RECOMPUTE, ((512, 256), (256, 1001)), True),
+        (Phase.FORWARD, ((512, 1001), (1001, 256)), False),
+        (Phase.BACKWARD, ((512, 1001), (1001, 256)), False),  # of the input: the gradient lies along k
+        (Phase.BACKWARD, ((1001, 512), (512, 256)), False),  # of the weight: the gradient lies along m
+        (Phase.BACKWARD, ((1002, 512), (512, 256)), True),
+    ],
+)
+def test_a_half_precision_matmul_whose_rows_begin_at_odd_places_has_a_share_of_its_rate(
+    phase: Phase, shapes: tuple[tuple[int, int], tuple[int, int]], aligned: bool
+) -> None:
+    half = MatmulRate(100e12, 100, (Tile(100, 100, 0.5),), 0.0, unaligned=0.25)
+    machine = replace(MACHINE, matmuls=(*MACHINE.matmuls, ("bfloat16", half)))
+    (m, k), (_, n) = shapes
+
+    def product_of(dtype: str) -> Op:
+        a, b, out = (TensorSpec(dtype, shape) for shape in (*shapes, (m, n)))
+        return Op("aten::mm", OpKind.MATMUL, phase, "m", (a, b), (out,), 2 * m * n * k, 0, 0)
+
+    whole_s = half.time_s(1, m, n, k)
+    assert op_cost(product_of("bfloat16"), machine, Setup()).device_s == pytest.approx(
+        whole_s if aligned else 4 * whole_s
+    )
+    full = op_cost(product_of("float32"), machine, Setup()).device_s
+    assert full == pytest.approx(MACHINE.matmuls[0][1].time_s(1, m, n, k))  # four bytes: always aligned
+
+
+def test_megatron_s_gradients_lie_in_one_float32_buffer_and_are_copied_for_no_sum_or_norm() -> None:
+    for phase in (Phase.REDUCE, Phase.CLIP):
+        inside = op("aten::_to_copy", OpKind.COPY, (1000, 64), out=(1000, 64), read=128_000, write=256_000)
+        copy = replace(inside, phase=phase)
+        assert op_cost(copy, MACHINE, Setup()).device_s > 0
+        kept = op_cost(copy, MACHINE, Setup(precision=Precision.MASTER))
+        assert (kept.device_s, kept.host_s) == (0.0, 0.0)
+        norm = replace(copy, kind=OpKind.REDUCTION)
+        assert op_cost(norm, MACHINE, Setup(precision=Precision.MASTER)).device_s > 0
+
+
 def test_a_compiler_fuses_layers_and_loss_each_where_it_is_said_to() -> None:
     inside = op("aten::silu", OpKind.ELEMENTWISE, (1000, 64), out=(1000, 64), read=256_000, write=256_000)
     loss = replace(inside, module=LOSS_MODULE)
@@ -372,6 +431,19 @@ def test_a_host_that_issues_at_once_leaves_the_device_no_gap() -> None:
         <= work.device_s.sum() + work.host_s.sum() + 1e-12
     )
     assert np.all(both.start_s >= both.issued_s - 1e-12)
+
+
+def test_a_host_that_waits_for_the_device_begins_every_pass_with_nothing_in_flight() -> None:
+    ahead, waiting = (
+        lay_out(PROGRAM, MACHINE, Setup(micro_batches=3, waits_for_device=waits)).busiest
+        for waits in (False, True)
+    )
+    for way in ("forward", "backward"):
+        alone_s = run(getattr(waiting, way)).length_s
+        assert getattr(waiting.times, f"{way}_s") == alone_s
+        assert getattr(ahead.times, f"{way}_s") < alone_s
+    made = predict(PROGRAM, MACHINE, Setup(micro_batches=3, waits_for_device=True))
+    assert sum(seconds for _, seconds in made.terms) == pytest.approx(made.step_s)
 
 
 def test_terms_add_up_and_one_that_is_off_is_0() -> None:

@@ -56,7 +56,8 @@ class Tile:
 class MatmulRate:
     """Matmuls of one dtype. peak_flops: per second, by the data sheet. units: that work side by side (SMs).
     extra_k: what a tile costs besides its k, in k. start_s: once per call. group_s: per group of a grouped
-    matmul, beside its tiles."""
+    matmul, beside its tiles. unaligned: what is left of its rate where a matrix's rows begin at odd
+    places."""
 
     peak_flops: float
     units: int
@@ -64,6 +65,7 @@ class MatmulRate:
     start_s: float
     extra_k: float = 0.0
     group_s: float = 0.0
+    unaligned: float = 1.0
 
     def time_s(self, batch: int, m: int, n: int, k: int) -> float:
         """[batch, m, k] x [batch, k, n]; the library is taken to choose its best tile."""

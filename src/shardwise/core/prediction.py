@@ -67,8 +67,9 @@ class Setup:
     alone. matmul_dtype: "float8" where linear layers multiply in it. overlap_data: whether gradients of whole
     replicas are reduced beside the backward. overlap_tensor: whether tensor-parallel collectives run beside
     the matmul that makes or takes them. optimizer_shards: ranks that share the optimizer's state and work
-    (ZeRO-1); of experts that each rank along ep holds for itself, so many times fewer. without: terms that
-    are switched off.
+    (ZeRO-1); of experts that each rank along ep holds for itself, so many times fewer. waits_for_device:
+    whether the host waits at the end of each forward and backward until the device is done, as Megatron's
+    timers made it (torch.cuda.synchronize) until 2022. without: terms that are switched off.
     """
 
     mesh: Mesh | None = None
@@ -85,6 +86,7 @@ class Setup:
     overlap_tensor: bool = False
     optimizer_shards: int = 1
     precision: Precision = Precision.TRACED
+    waits_for_device: bool = False
     without: tuple[Term, ...] = ()
 
     def pipeline(self) -> Pipeline:

@@ -74,6 +74,7 @@ MATMUL = (
     Field("start", "start_s", START),
     Field("extra_k", "extra_k", EXTRA_K),
     Field("group", "group_s", START, is_needed=False, default=0.0),
+    Field("unaligned", "unaligned", SHARE, is_needed=False, default=1.0),
 )
 ATTENTION = (
     Field("forward", "forward_flops", RATE),

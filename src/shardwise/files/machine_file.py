@@ -5,8 +5,8 @@ was fitted; no file is opened here.
     [memory]               capacity, bandwidth, context (held by the process beside tensors)
     [power]                cap (optional; for the reader: rates hold under it)
     [predictions]          error (optional; a share: how far off predicted ratios between plans were)
-    [matmul.DTYPE]         peak, units, tiles (rows, columns, share of peak), start, extra_k, group
-                           (optional)
+    [matmul.DTYPE]         peak, units, tiles (rows, columns, share of peak), start, extra_k; group,
+                           unaligned (optional)
     [attention.DTYPE]      forward, backward, half_sequence, start
     [kernels.NAME]         start, rate, elements; or points (bytes, seconds). NAME: an op, a kind of
                            ops, default

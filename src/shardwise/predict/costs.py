@@ -1,11 +1,13 @@
 """What one item of a Program costs on a Machine: seconds on the device, seconds of the host that issues it,
 and the term it counts to.
 
-    matmul       the machine's tiles and waves, and never less than its bytes take
+    matmul       the machine's tiles and waves, and never less than its bytes take; a share of that rate
+                 where rows begin at odd places
     grouped      each group's tiles as one matmul's, load being balanced; and what a group costs beside
     attention    FLOPs over the fused kernel's rate; unfused: its matmuls, and the score matrix B N S S read
                  or written by each kernel between (forward: softmax 2 times, dropout 2; backward: softmax 3,
-                 dropout 2; Korthikanti et al. 2022, section 4.1, figure 3)
+                 dropout 2; Korthikanti et al. 2022, section 4.1, figure 3). Scale, mask and softmax run
+                 apart, in float32, where the fused softmax of those trainers takes no such batch
     look-ups     by elements or bytes, whichever is slower
     collectives  the link's rates of that kind; one that none was measured for takes its start and bandwidth,
                  a reduce the rates of a broadcast; a recv waits for what the other rank sends
@@ -23,12 +25,26 @@ from shardwise.core.errors import MachineError
 from shardwise.core.grouped import GROUPED, grouped_product
 from shardwise.core.machine import FRESH, Link, Machine, MatmulRate
 from shardwise.core.mesh import Role, role_of
-from shardwise.core.prediction import AttentionKernel, Setup, Term
+from shardwise.core.prediction import AttentionKernel, Precision, Setup, Term
 from shardwise.core.program import IN_LAYERS, LOSS_MODULE, ONCE, Collective, Op, OpKind, Phase, TensorSpec
 from shardwise.predict.groups import RankGroup
 
 SCORE_PASSES = {False: 4, True: 5}  # forward, backward
 UNFUSED_LAUNCHES = {False: 6, True: 10}
+FUSED_SOFTMAX_OF = 4
+"""Megatron's fused softmax takes batches x heads that are a multiple of this (its FusedScaleMaskSoftmax:
+is_kernel_available, attn_batches % 4 == 0). Else five ops do in the forward what it does in one: to float32,
+scale, mask, softmax, to half; and their gradients."""
+
+APART_PASSES = {False: 16, True: 17}
+"""Beyond SCORE_PASSES, in reads or writes of the scores in half precision: forward 6 + 8 + 8 + 8 + 6 bytes
+for the 4 of the fused one; backward 6 + 12 + 8 + 8 + 6 for its 6."""
+
+APART_LAUNCHES = 4
+ALIGNED_BYTES = 4
+"""Tensor cores are fed by copies that go beside the multiplying, and those take no fewer bytes (PTX ISA,
+cp.async: 4, 8 or 16), so rows must begin at multiples of them."""
+
 FUSED_TRAFFIC = 0.5
 """Share of eager traffic that is left where a compiler fuses kernels between matmuls."""
 
@@ -65,6 +81,8 @@ def op_cost(op: Op, machine: Machine, setup: Setup, context: int = 1) -> Cost:
     if op.on_host:
         return Cost(0.0, issue_s, Term.LAUNCH)
     if op.phase in ONCE:
+        if op.kind is OpKind.COPY and setup.precision is Precision.MASTER:
+            return Cost(0.0, 0.0, Term.OPTIMIZER)  # gradients lie in one buffer, in float32, from the start
         return Cost(_kernel_s(op, machine), issue_s, Term.OPTIMIZER)
     match op.kind:
         case OpKind.MATMUL:
@@ -103,10 +121,22 @@ def _matmul_s(op: Op, machine: Machine, setup: Setup) -> float:
     else:
         is_linear = dims[0] == 1 or op.name == GROUPED
         seconds = _product_s(machine, (is_linear and setup.matmul_dtype) or dtype, *dims)
+        if not is_aligned(op, dims, dtype):
+            seconds /= _rate(machine, dtype).unaligned
     seconds = max(seconds, machine.kernel("matmul bytes", "copy").time_s(op.read_bytes + op.write_bytes))
     if op.name == GROUPED and dims is not None:
         seconds += dims[0] * _rate(machine, dtype).group_s
     return seconds + fresh_memory_s(op, machine)
+
+
+def is_aligned(op: Op, dims: tuple[int, int, int, int], dtype: str) -> bool:
+    """Whether rows of what is multiplied begin where tensor cores can fetch them. In a forward both matrices
+    lie along k; in a backward each dim is one along which one of the two matmuls' matrices lie (that of the
+    tokens is taken for one too)."""
+    _, m, n, k = dims
+    along = (m, n, k) if op.phase is Phase.BACKWARD else (k,)
+    width = DTYPE_BYTES.get(dtype, 4)
+    return all(size * width % ALIGNED_BYTES == 0 for size in along)
 
 
 def fresh_memory_s(op: Op, machine: Machine) -> float:
@@ -154,11 +184,20 @@ def _attention(op: Op, machine: Machine, setup: Setup, issue_s: float, context: 
         seconds = rate.time_s(op.flops * context, q.shape[-2] * context, backward=backward)
         return Cost(seconds, issue_s, Term.ATTENTION)
     seconds = _unfused_s(machine, q, k, backward=backward)
-    launches = UNFUSED_LAUNCHES[backward]
+    launches = _unfused_launches(q, backward=backward)
     if backward and setup.recompute_attention:
         seconds += _unfused_s(machine, q, k, backward=False)
-        launches += UNFUSED_LAUNCHES[False]
+        launches += _unfused_launches(q, backward=False)
     return Cost(seconds, launches * issue_s, Term.ATTENTION)
+
+
+def _fuses_softmax(q: TensorSpec) -> bool:
+    batch, heads, *_ = q.shape
+    return batch * heads % FUSED_SOFTMAX_OF == 0
+
+
+def _unfused_launches(q: TensorSpec, *, backward: bool) -> int:
+    return UNFUSED_LAUNCHES[backward] + (0 if _fuses_softmax(q) else APART_LAUNCHES)
 
 
 def _unfused_s(machine: Machine, q: TensorSpec, k: TensorSpec, *, backward: bool) -> float:
@@ -168,7 +207,8 @@ def _unfused_s(machine: Machine, q: TensorSpec, k: TensorSpec, *, backward: bool
     values = _product_s(machine, dtype, batch * heads, sequence, head_dim, keys)
     matmuls = (2 * scores + 2 * values) if backward else (scores + values)
     matrix_bytes = batch * heads * sequence * keys * DTYPE_BYTES.get(dtype, 4)
-    return matmuls + SCORE_PASSES[backward] * machine.kernel("scores", "softmax").time_s(matrix_bytes)
+    passes = SCORE_PASSES[backward] + (0 if _fuses_softmax(q) else APART_PASSES[backward])
+    return matmuls + passes * machine.kernel("scores", "softmax").time_s(matrix_bytes)
 
 
 def collective_cost(item: Collective, machine: Machine, setup: Setup, group: RankGroup) -> Cost:

@@ -186,13 +186,7 @@ def _reduces_shards(work: Work) -> NDArray[np.bool_]:
 def _add_pass(terms: dict[Term, float], part: Work, setup: Setup) -> float:
     """Adds the items' own seconds by term; the difference to the pass's length is waiting for launches.
     Returns its length, with what communication beside it adds."""
-    # the host runs ahead of the device over micro-batches: what it falls behind in the second time is what
-    # each further
-    # one waits
-    twice = run(part.repeated(2))
-    length_s = float(twice.end_s[: len(part)].max(initial=0.0))
-    if setup.micro_batches > 1 or setup.stages > 1:
-        length_s = twice.length_s - length_s
+    length_s = _pass_s(part, setup)
     sums = part.by_term()
     spare = length_s - sum(seconds for term, seconds in sums.items() if term is not Term.DATA)
     data = min(sums[Term.DATA], max(spare, 0.0))
@@ -202,6 +196,19 @@ def _add_pass(terms: dict[Term, float], part: Work, setup: Setup) -> float:
     terms[Term.LAUNCH] += spare - data
     terms[Term.SLOWED] += slowed
     return length_s + slowed
+
+
+def _pass_s(part: Work, setup: Setup) -> float:
+    """How long the device has a pass of a micro-batch."""
+    if setup.waits_for_device:  # the host begins each with nothing in flight
+        return run(part).length_s
+    # the host runs ahead of the device over micro-batches: what it falls behind in the second time is what
+    # each further one waits
+    twice = run(part.repeated(2))
+    length_s = float(twice.end_s[: len(part)].max(initial=0.0))
+    if setup.micro_batches > 1 or setup.stages > 1:
+        length_s = twice.length_s - length_s
+    return length_s
 
 
 def _end(work: Work, setup: Setup, shards: float) -> Work:

@@ -186,6 +186,8 @@ def assumptions(settings: StepSettings, setup: Setup, mesh: Mesh) -> tuple[str, 
         lines.append(f"Gradients of whole replicas (dp) are reduced {beside}.")
     if setup.overlap_tensor:
         lines.append("Collectives over tp run beside the matmuls that make or take them.")
+    if setup.waits_for_device:
+        lines.append("The host waits for the device at the end of each forward and backward.")
     if setup.without:
         lines.append(f"Switched off: {', '.join(setup.without)}.")
     return tuple(lines)
