@@ -73,6 +73,10 @@ UNFUSED = (
     "DeepSpeed ZeRO-3",
     "Megatron-DeepSpeed/Megatron-LM (see paper), measured by vTrain authors",
 )
+TIMED_PASSES = tuple(name for name in UNFUSED if "Megatron" in name)
+"""Trainers whose timers stand around each forward and backward and wait for the device. Source: Megatron-LM
+up to 2022, megatron/timers.py (torch.cuda.synchronize in start and stop) and schedules.py."""
+
 FP8 = ("fp8", "float8")
 COMPILED_LOSS = "2025-04"
 """Since when torchtitan compiles its loss where it compiles its layers (before, it said that this failed).
@@ -147,6 +151,7 @@ class Job:
     traced: Traced | TracedMixture
     setup: Setup
     machine: str
+    is_fitted: bool = True  # by a machine with what is fitted to whole runs
 
 
 def machine_of(group: str, gpu: str) -> str:
@@ -178,7 +183,8 @@ def mixture_job(row: Row) -> Job:
 
 
 def dense_job(row: Row) -> Job:
-    """From the configuration columns, by these rules: Megatron pads its vocabulary to a multiple of 128 x TP,
+    """From the configuration columns, by these rules: Megatron pads its vocabulary to a multiple of 128 x TP
+    (vTrain's model has 50257 // TP rows of it, src/model/gpt_modeling.py there),
     and its SwiGLU keeps its inputs alone; context ranks exchange keys and values on a ring as Megatron's do,
     under PyTorch's own styles and FSDP by an all-gather, torchtitan's default; 2021 and 2022 trainers ran
     attention unfused; torchtitan runs under PyTorch's own styles, and compiles its loss since COMPILED_LOSS;
@@ -189,10 +195,16 @@ def dense_job(row: Row) -> Job:
     sharded = "FSDP" in row["dp_kind"] or "ZeRO-3" in row["dp_kind"]
     distributed = "optimizer" in row["dp_kind"]
     vocab, multiple = number(row, "vocab"), 128 * tp
+    if llama:
+        padded = vocab
+    elif row["source_group"].startswith("vtrain"):
+        padded = vocab // tp * tp
+    else:
+        padded = math.ceil(vocab / multiple) * multiple
     heads, seq, micro_batch = number(row, "heads"), number(row, "seq_len"), number(row, "micro_batch")
     traced = Traced(
         llama,
-        vocab if llama else math.ceil(vocab / multiple) * multiple,
+        padded,
         number(row, "hidden"),
         number(row, "layers"),
         heads,
@@ -227,6 +239,7 @@ def dense_job(row: Row) -> Job:
         overlap_tensor=row["tp_overlap"] not in ("", "none"),
         optimizer_shards=dp * context if distributed else 1,
         precision=Precision.TRACED if traced.mixed else Precision.MASTER,
+        waits_for_device=row["framework"] in TIMED_PASSES,
     )
     return Job(traced, setup, machine_of(row["source_group"], row["gpu"]))
 
@@ -275,13 +288,17 @@ def _machine(name: str) -> Machine:
 
 def predicted(job: Job, program: Program) -> Prediction:
     """What the row's run would take."""
-    return predict(program, _machine(job.machine), job.setup)
+    machine = _machine(job.machine)
+    if not job.is_fitted:
+        rates = tuple((dtype, replace(rate, unaligned=1.0)) for dtype, rate in machine.matmuls)
+        machine = replace(machine, matmuls=rates)
+    return predict(program, machine, job.setup)
 
 
 def left_out(row: Row, job: Job) -> Job:
     """The same job without what was fitted to the row's own group."""
     if row["source_group"] == "vtrain-single":
-        return replace(job, machine="a100-sxm-80gb")
+        return replace(job, machine="a100-sxm-80gb", is_fitted=False)
     if row["source_group"] == "torchtitan-benchmarks":
         return replace(job, setup=replace(job.setup, overlap_tensor=False))
     return job

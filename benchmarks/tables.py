@@ -13,6 +13,7 @@ benchmark-hf-verify and its parts (benchmarks/verify_results.py); benchmark-veri
 (benchmarks/mutant_results.py); benchmark-static-suspicions (benchmarks/static_results.py);
 benchmark-titan (benchmarks/titan_results.py);
 benchmark-search-examples (benchmarks/search_examples_results.py);
+benchmark-regret and benchmark-regret-misses (benchmarks/regret.py);
 benchmark-published and its parts, and the plot docs/example/published.svg
 (benchmarks/published_results.py); benchmark-h100-steps and benchmark-issue-785
 (benchmarks/measured_steps.py). The newest file of each WHAT counts. Ranges are of the rounds; an interval is
@@ -34,6 +35,7 @@ from benchmarks import (
     museum_results,
     mutant_results,
     published_results,
+    regret,
     search_examples_results,
     static_results,
     titan_results,
@@ -52,6 +54,7 @@ _OTHERS = (
     museum_results,
     mutant_results,
     published_results,
+    regret,
     measured_steps,
     search_examples_results,
     static_results,
@@ -264,6 +267,7 @@ def main() -> int:
         )
         for what in (explain_results.WHAT, explain_results.PLAN):
             made |= explain_results.blocks(explain_results.newest_run(what=what))
+        made |= regret.blocks(regret.newest_run())
         made |= trace_results.blocks(trace_results.newest_run())
         made |= titan_results.newest_blocks()
         texts = {path: path.read_text(encoding="utf-8") for path in documents()}
