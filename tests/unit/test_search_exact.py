@@ -1,6 +1,7 @@
 """A search's answer is what trying everything gives: on spaces small enough, with real pieces and predict."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
@@ -9,7 +10,6 @@ from itertools import product
 import pytest
 
 from shardwise.core.case import Case
-from shardwise.core.machine import Machine
 from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import Prediction, Setup
 from shardwise.core.program import Program
@@ -59,10 +59,9 @@ def problem_of(
     fix: Sequence[str],
     memory_bytes: float = math.inf,
     recompute: tuple[str, ...] = ("none", "full"),
-    machine: Machine = MACHINE,
+    *,
+    partly: bool = False,
 ) -> Problem:
-    from collections import Counter
-
     wanted, layers = Wanted.of(fix, ()), facts(case).layers
     free = [each for each in range(1, devices + 1) if devices % each == 0]
     degrees = {axis: wanted.degrees(axis, free, devices) for axis in ("pp", "dp", "fsdp", "tp")}
@@ -71,7 +70,7 @@ def problem_of(
     sizes = tuple(map(int, wanted.allowed("micro-batch", ("1", "2"))))
     choices = Choices(devices, 8, degrees, sizes, (1,), (True,), case.step.batch, layers, False)
     return Problem(
-        machine,
+        MACHINE,
         Setup(),
         tuple(candidates(choices, by_tp, Counter())),
         lambda candidate: by_tp[candidate.mesh.tp],
@@ -79,7 +78,7 @@ def problem_of(
         recompute,
         layers,
         memory_bytes,
-        partly=False,
+        partly=partly,
     )
 
 
@@ -98,15 +97,16 @@ def every(problem: Problem) -> Iterator[Candidate]:
             styles = tuple(zip((group.name for group in own), options, strict=True))
             if can_be(dict(styles)):
                 for kind in problem.recompute:
-                    layers = 0 if kind == "none" else problem.layers
-                    yield replace(base, styles=styles, recompute=kind, recomputed=layers)
+                    least = 1 if problem.partly else problem.layers
+                    for layers in (0,) if kind == "none" else range(least, problem.layers + 1):
+                        yield replace(base, styles=styles, recompute=kind, recomputed=layers)
 
 
 def tried(case: Case, problem: Problem) -> dict[Candidate, Prediction]:
     """All that fit, by predict."""
     found = {}
     for candidate in every(problem):
-        program = traced(case, piece_of(candidate))
+        program = traced(case, piece_of(candidate, problem.layers))
         if isinstance(program, Program):
             setup = Setup(candidate.mesh, candidate.micro_batches)
             prediction = predict(program, problem.machine, setup)
@@ -179,7 +179,7 @@ def test_no_candidate_takes_less_than_its_bound_or_holds_less(
         first = {group.name: group.options[0] for group in problem.groups(candidate)}
         if any(option != first[name] for name, option in candidate.styles if name != SEQUENCE):
             continue
-        for piece in (piece_of(candidate).root, piece_of(candidate)):
+        for piece in (piece_of(candidate, problem.layers).root, piece_of(candidate, problem.layers)):
             program = traced(case, piece)
             assert isinstance(program, Program)
             bounds = Bounds(program, MACHINE, Setup())
@@ -187,3 +187,25 @@ def test_no_candidate_takes_less_than_its_bound_or_holds_less(
             assert bounds.step_s(mesh, count, 1) <= found.step_s * (1 + 1e-9), candidate
             least = bounds.device_bytes(mesh, count, recomputes=candidate.recomputed > 0)
             assert least <= found.memory.device_bytes * (1 + 1e-9), candidate
+
+
+PARTLY = [
+    ("llama3-debug", 2, (*BLOCKS_CUT, "micro-batch=2", "fsdp=2")),
+    pytest.param("llama3-debug", 4, (*BLOCKS_CUT, "micro-batch=1", "pp=2", "fsdp=2"), marks=pytest.mark.full),
+]
+
+
+@pytest.mark.parametrize(("model", "devices", "fix"), PARTLY)
+def test_as_few_layers_as_make_it_fit_run_again(model: str, devices: int, fix: tuple[str, ...]) -> None:
+    case = case_of(model)
+    known = tried(case, problem_of(case, devices, fix, partly=True))
+    needed = {each.recomputed: found.memory.device_bytes for each, found in known.items()}
+    for layers in (1, facts(case).layers // 2):
+        problem = problem_of(case, devices, fix, needed[layers], partly=True)
+        best = min(tried(case, problem).values(), key=lambda each: each.step_s)
+        answer = solved(case, problem).answers[0]
+        assert answer.prediction.step_s == pytest.approx(best.step_s, rel=1e-9)
+        assert 0 < answer.candidate.recomputed <= layers
+        assert answer.composed_s == pytest.approx(
+            best.step_s, rel=0.01
+        )  # what its pieces gave, beside predict

@@ -105,8 +105,17 @@ class Bounds:
         in_flight = min(stages, micro_batches)
         layers = self.layers // stages if stages > 1 else self.layers
         active = held / stages + in_flight * layers * kept
-        reserve = RESERVED_OVER_ACTIVE if self.machine.device == "cuda" else 1.0
-        return active * reserve + self.machine.context_bytes
+        return active * self._reserve + self.machine.context_bytes
+
+    @property
+    def freed_bytes(self) -> float:
+        """By which a device holds less, at most, for each layer that is recomputed."""
+        kept, between = self._kept_bytes
+        return (kept - between) * self._reserve
+
+    @property
+    def _reserve(self) -> float:
+        return RESERVED_OVER_ACTIVE if self.machine.device == "cuda" else 1.0
 
     def _shards(self, mesh: Mesh) -> float:
         """Into how many parts the states of this Program's rank are cut on the mesh."""

@@ -4,20 +4,18 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
-from shardwise.core.prediction import Prediction
 from shardwise.core.search import SEQUENCE, Group
 
 Styles = tuple[tuple[str, str], ...]
 CanBe = Callable[[dict[str, str]], bool]
 
 
-def fewest_layers(none: Prediction, whole: Prediction, layers: int, limit: float) -> int:
-    """Of `layers`, so many that a device holds at most `limit` bytes, on the line between none and all of
-    them; all of them fit."""
-    before, after = none.memory.device_bytes, whole.memory.device_bytes
-    if before <= after:
+def fewest_layers(over_bytes: float, freed_bytes: float, layers: int) -> int:
+    """So many of `layers` must be recomputed at least, where a device holds over_bytes too much, and each
+    frees freed_bytes at most."""
+    if freed_bytes <= 0:
         return layers
-    return min(layers, max(1, math.ceil(layers * (before - limit) / (before - after) - 1e-9)))
+    return min(layers, max(1, math.ceil(over_bytes / freed_bytes - 1e-9)))
 
 
 def singles(base: Styles, groups: Sequence[Group], can_be: CanBe) -> list[Styles]:

@@ -15,14 +15,16 @@ INNER = (Role.CUTS_EXPERTS, Role.CUTS_TENSORS)
 @dataclass(frozen=True, slots=True)
 class Piece:
     """axes: of the mesh that it is traced on. styles: by group. micro_batch: sequences of a data-parallel
-    rank. recompute: of all layers, or of the first `recomputed` ones."""
+    rank. recompute: of all layers, or of `recomputed` ones. dealt: stages and chunks, where these say
+    which."""
 
     axes: tuple[tuple[str, int], ...]
     styles: tuple[tuple[str, str], ...]
     micro_batch: int
     recompute: str = "none"
-    recomputed: int = 0
+    recomputed: int | None = None
     reshard: bool = True
+    dealt: tuple[int, int] = (1, 1)
 
     @property
     def root(self) -> "Piece":
@@ -46,14 +48,17 @@ class Unfit:
 Traced = Program | Unfit
 
 
-def piece_of(candidate: Candidate) -> Piece:
+def piece_of(candidate: Candidate, layers: int) -> Piece:
+    """layers: of the model."""
     mesh = traced_mesh(candidate.mesh)
     has_shards = bool(mesh.shard_axes)
+    is_part = 0 < candidate.recomputed < layers
     return Piece(
         mesh.axes,
         candidate.styles,
         candidate.micro_batch,
         candidate.recompute if candidate.recomputed else "none",
-        candidate.recomputed,
+        candidate.recomputed if is_part else None,
         candidate.reshard or not has_shards,
+        (candidate.mesh.stages, candidate.chunks) if is_part else (1, 1),
     )

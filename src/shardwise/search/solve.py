@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from shardwise.core.errors import InputError
+from shardwise.core.pipeline import recomputed_spans
 from shardwise.core.prediction import Prediction, Setup
 from shardwise.core.program import Program
 from shardwise.core.search import SEQUENCE, Candidate, Known
@@ -114,9 +115,9 @@ class Solver:
                 yield node.candidate, bound
 
     def _start(self) -> None:
-        self._get(dict.fromkeys(piece_of(each).root for each in self.problem.candidates))
+        self._get(dict.fromkeys(self._piece(each).root for each in self.problem.candidates))
         for candidate in self.problem.candidates:
-            self._by_bounds(candidate, piece_of(candidate).root, _Stage.ROOT)
+            self._by_bounds(candidate, self._piece(candidate).root, _Stage.ROOT)
 
     def _look(self, bound: float, node: _Node) -> None:
         missing = self._missing(node)
@@ -126,7 +127,7 @@ class Solver:
             return
         match node.stage:
             case _Stage.ROOT:
-                self._by_bounds(node.candidate, piece_of(node.candidate), _Stage.PIECE)
+                self._by_bounds(node.candidate, self._piece(node.candidate), _Stage.PIECE)
             case _Stage.PIECE:
                 self._by_prediction(node.candidate)
             case _Stage.RECOMPUTED:
@@ -150,7 +151,7 @@ class Solver:
             needed.append(_without_recompute(node.candidate))
         if node.stage is _Stage.STYLES:
             needed += self._singles(node.candidate)
-        pieces = dict.fromkeys(map(piece_of, needed))
+        pieces = dict.fromkeys(map(self._piece, needed))
         return [piece for piece in pieces if piece not in self._pieces]
 
     def _with_others(self, missing: list[Piece], bound: float) -> list[Piece]:
@@ -181,11 +182,7 @@ class Solver:
         if isinstance(found, Unfit):
             self.outcome.refused[found.reason] += 1
             return
-        if piece not in self._bounds:
-            self._bounds[piece] = Bounds(
-                found, self.problem.machine, self.problem.setup, gathers=self.problem.gathers_keys
-            )
-        bounds, mesh, limit = self._bounds[piece], candidate.mesh, self.problem.memory_bytes
+        bounds, mesh, limit = self._bounds_of(piece), candidate.mesh, self.problem.memory_bytes
         step_s = bounds.step_s(mesh, candidate.micro_batches, candidate.chunks)
         needs, least = (
             bounds.device_bytes(mesh, candidate.micro_batches, recomputes=recomputes)
@@ -231,21 +228,34 @@ class Solver:
             return
         self._better(Answer(candidate, whole))
         none = self._predicted(_without_recompute(candidate)) if self.problem.partly else None
-        layers = self.problem.layers
-        if none is not None:
-            layers = fewest_layers(none, whole, self.problem.layers, self.problem.memory_bytes)
-        if none is None or layers == self.problem.layers:
+        if none is None or self._fits(none):
             self._known(Answer(candidate, whole))
         else:
-            share = layers / self.problem.layers
-            step_s = none.step_s + share * (whole.step_s - none.step_s)
-            self._push_composed(replace(candidate, recomputed=layers), step_s)
+            self._push_partly(candidate, 0, none)
+
+    def _push_partly(self, candidate: Candidate, fewer: int, found: Prediction) -> None:
+        """With so many layers recomputed as may make it fit, where `fewer` don't, which is `found`. What
+        it takes lies between what none and all of them take."""
+        layers = self.problem.layers
+        over_bytes = found.memory.device_bytes - self.problem.memory_bytes
+        freed_bytes = self._bounds_of(self._piece(_without_recompute(candidate))).freed_bytes
+        recomputed = min(layers, fewer + fewest_layers(over_bytes, freed_bytes, layers))
+        none, whole = (
+            self._predicted(each)
+            for each in (_without_recompute(candidate), replace(candidate, recomputed=layers))
+        )
+        assert none is not None
+        assert whole is not None
+        spans = self._setup(candidate).pipeline().spans(layers)
+        share = sum(span.count for span in recomputed_spans(spans, recomputed)) / layers
+        step_s = none.step_s + share * (whole.step_s - none.step_s)
+        self._push_composed(replace(candidate, recomputed=recomputed), step_s)
 
     def _push_restyled(self, candidate: Candidate) -> None:
         """Other styles, if they could save anything of what it is predicted to take."""
         found = self._predicted(candidate)
         if found is not None:
-            saved_s = self._savings_of(piece_of(candidate), candidate).at_most_s(candidate)
+            saved_s = self._savings_of(self._piece(candidate), candidate).at_most_s(candidate)
             if saved_s > 0:
                 self._push(found.step_s - saved_s, _Node(candidate, _Stage.STYLES))
 
@@ -273,8 +283,7 @@ class Solver:
         if self._fits(found):
             self._known(Answer(candidate, found, node.composed_s))
         elif candidate.recomputed in range(1, self.problem.layers):
-            more = replace(candidate, recomputed=candidate.recomputed + 1)
-            self._push_composed(more, found.step_s)
+            self._push_partly(candidate, candidate.recomputed, found)
         elif not self._push_recomputed(candidate, found.step_s):
             self.outcome.refuse_large(candidate, found.step_s, found.memory.device_bytes, Known.PREDICTED)
 
@@ -305,6 +314,9 @@ class Solver:
             self.outcome.composed += 1
             self._push(step_s * (1 - SLACK), _Node(candidate, _Stage.COMPOSED, composed_s=step_s))
 
+    def _piece(self, candidate: Candidate) -> Piece:
+        return piece_of(candidate, self.problem.layers)
+
     def _fits(self, found: Prediction) -> bool:
         return found.memory.device_bytes <= self.problem.memory_bytes
 
@@ -321,7 +333,7 @@ class Solver:
         """Of its own piece, which is traced. None, and refused, where it can't be."""
         if candidate in self._predictions:
             return self._predictions[candidate]
-        found, traced = None, self._pieces[piece_of(candidate)]
+        found, traced = None, self._pieces[self._piece(candidate)]
         if isinstance(traced, Unfit):
             self.outcome.refused[traced.reason] += 1
         else:
@@ -335,6 +347,15 @@ class Solver:
         self._predictions[candidate] = found
         return found
 
+    def _bounds_of(self, piece: Piece) -> Bounds:
+        if piece not in self._bounds:
+            program, problem = self._program(piece), self.problem
+            assert program is not None
+            self._bounds[piece] = Bounds(
+                program, problem.machine, problem.setup, gathers=problem.gathers_keys
+            )
+        return self._bounds[piece]
+
     def _savings_of(self, piece: Piece, candidate: Candidate) -> Savings:
         if piece not in self._savings:
             program, groups = self._program(piece), self.problem.groups(candidate)
@@ -346,7 +367,7 @@ class Solver:
 
     def _singles(self, candidate: Candidate) -> list[Candidate]:
         """With another style of one group each, of those that could save anything."""
-        savings = self._savings_of(piece_of(candidate), candidate)
+        savings = self._savings_of(self._piece(candidate), candidate)
         groups = [group for group in self.problem.groups(candidate) if savings.is_worth(group)]
         found = singles(candidate.styles, groups, self.problem.can_be)
         return [replace(candidate, styles=styles) for styles in found]

@@ -4,14 +4,13 @@ Each is predicted again on machines with one kind of constants scaled; between t
 taken to change evenly with their logarithm."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 
 from shardwise.core.machine import CollectiveRate, KernelRate, Link, Machine, Points
 from shardwise.core.program import Program
 from shardwise.core.search import Tipping
 from shardwise.predict.predict import step_s
-from shardwise.search.piece import Piece, Traced, piece_of
 from shardwise.search.problem import Answer
 
 FACTORS = (2**0.5, 2.0, 4.0)
@@ -20,18 +19,13 @@ Scaled = Callable[[Machine, float], Machine]
 
 
 def tippings(
-    machine: Machine, answers: Sequence[Answer], programs: Mapping[Piece, Traced], memory_bytes: float
+    machine: Machine, answers: Sequence[tuple[Answer, Program]], memory_bytes: float
 ) -> tuple[Tipping, ...]:
-    """Of each kind of constants, for the best of `answers` against the others."""
+    """Of each kind of constants, for the best of `answers` against the others, each with its Program."""
     if len(answers) < 2:
         return ()
-    plans: list[tuple[Answer, Program]] = []
-    for answer in answers:
-        program = programs[piece_of(answer.candidate)]
-        assert isinstance(program, Program)
-        plans.append((answer, program))
-    found = [_first_tipping(words, machine, scaled, plans) for words, scaled in CONSTANTS.items()]
-    return (*found, _of_memory(answers, memory_bytes))
+    found = [_first_tipping(words, machine, scaled, answers) for words, scaled in CONSTANTS.items()]
+    return (*found, _of_memory([answer for answer, _ in answers], memory_bytes))
 
 
 def _first_tipping(

@@ -15,6 +15,7 @@ from shardwise.core.machine import Machine
 from shardwise.core.mesh import NAMES, STAGES_AXIS, TENSOR_AXIS, Mesh, Role
 from shardwise.core.option import Option
 from shardwise.core.plan import StyleName
+from shardwise.core.program import Program
 from shardwise.core.search import (
     CUT,
     SEQUENCE,
@@ -176,12 +177,12 @@ class _Looking:
         self.seconds["tracing and predicting"] = time.perf_counter() - began
         outcome.refused.update(refused)
         self._check_found(outcome, len(found), refused)
-        answers = self._found(outcome)
+        answers = self._found(outcome, facts.layers)
         began = time.perf_counter()
         tipped: tuple[Tipping, ...] = ()
         if outcome.stopped is None:
             self.progress("asking what decides")
-            tipped = tippings(self.machine, outcome.answers, self.tracing.programs, self.memory_bytes)
+            tipped = tippings(self.machine, self._with_programs(outcome, facts.layers), self.memory_bytes)
         self.seconds["what decides"] = time.perf_counter() - began
         shown = [*outcome.considered, *_some(solver.left())]
         return Search(
@@ -202,6 +203,14 @@ class _Looking:
             tuple(self.seconds.items()),
             outcome.stopped,
         )
+
+    def _with_programs(self, outcome: Outcome, layers: int) -> list[tuple[Answer, Program]]:
+        found = []
+        for each in outcome.answers:
+            program = self.tracing.programs[piece_of(each.candidate, layers)]
+            assert isinstance(program, Program)
+            found.append((each, program))
+        return found
 
     def proved(self, found: Search) -> Search:
         """With the proof of the best."""
@@ -295,11 +304,13 @@ class _Looking:
         reasons = "; ".join(f"{reason} ({n:,})" for reason, n in outcome.refused.most_common(3))
         raise OptionError(f"no plan can be on {self.devices} devices: {reasons or 'nothing is left'}.")
 
-    def _found(self, outcome: Outcome) -> tuple[Found, ...]:
+    def _found(self, outcome: Outcome, layers: int) -> tuple[Found, ...]:
         answers = outcome.answers
         if answers and self.options.verify:
             first = answers[0].candidate
-            self.twin_plan = self.tracing.plan(replace(piece_of(first), axes=proof_mesh(first.mesh).axes))
+            self.twin_plan = self.tracing.plan(
+                replace(piece_of(first, layers), axes=proof_mesh(first.mesh).axes)
+            )
         best = answers[0].prediction if answers else None
         found = []
         for each in answers:
@@ -311,8 +322,8 @@ class _Looking:
             found.append(
                 Found(
                     candidate,
-                    self.tracing.plan(piece_of(candidate)),
-                    self._settings(candidate),
+                    self.tracing.plan(piece_of(candidate, layers)),
+                    self._settings(candidate, layers),
                     prediction.setup,
                     prediction.tokens,
                     prediction.step_s,
@@ -326,11 +337,12 @@ class _Looking:
             )
         return tuple(found)
 
-    def _settings(self, candidate: Candidate) -> StepSettings:
+    def _settings(self, candidate: Candidate, layers: int) -> StepSettings:
         return replace(
             self.case.step,
             accumulation=candidate.micro_batches,
             recompute=candidate.recompute if candidate.recomputed else "none",
+            recompute_layers=candidate.recomputed if 0 < candidate.recomputed < layers else None,
             reshard_after_forward=candidate.reshard,
             chunks=candidate.chunks,
         )

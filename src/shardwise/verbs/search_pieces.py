@@ -135,12 +135,18 @@ def _program(asked: AskProgram) -> Traced:
     from shardwise.verbs.programs import trace_program
 
     piece, case = asked.piece, asked.case
-    mesh = Mesh(piece.axes)
+    mesh, (stages, chunks) = Mesh(piece.axes), piece.dealt
+    if stages > 1:
+        mesh = Mesh.of(
+            {axis.role: stages if axis.role is Role.CUTS_DEPTH else mesh.size(axis.name) for axis in AXES}
+        )
     part = replace(
         case.step,
         batch=piece.micro_batch,
         accumulation=1,
         recompute=piece.recompute,
+        recompute_layers=piece.recomputed,
+        chunks=chunks,
         reshard_after_forward=piece.reshard,
         reduce_once=case.step.reduce_once and bool(mesh.shard_axes),
     )

@@ -63,6 +63,7 @@ def _step(settings: StepSettings, mesh: Mesh) -> StepSettings:
         accumulation=mesh.stages,
         chunks=chunks,
         schedule=None if chunks == 1 else settings.schedule,
+        recompute_layers=1 if settings.recompute_layers is not None else None,
         reshard_after_forward=settings.reshard_after_forward or not shards,
         reduce_once=settings.reduce_once and shards,
         param_dtype=settings.param_dtype if shards else None,
