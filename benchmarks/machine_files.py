@@ -754,7 +754,7 @@ def with_groups(recipe: Recipe, groups: Fit) -> Recipe:
 
 
 LAUNCH = ("forward", "backward", "collective", "dtensor_forward", "dtensor_backward")
-VTRAIN_HOST_US = (73.0, 24.0)
+VTRAIN_HOST_US = (67.0, 24.0)
 """Forward, backward. One sequence a micro-batch tells their sum, two tell them apart: then the backward waits
 for the device and the forward still for the host. What issuing a collective takes no row with TP 1 tells."""
 

@@ -69,6 +69,7 @@ MACHINES = {
 }
 UNFUSED = (
     "Megatron-LM 2021",
+    "Megatron-LM PTD-P",
     "Megatron-LM 2022",
     "DeepSpeed ZeRO-3",
     "Megatron-DeepSpeed/Megatron-LM (see paper), measured by vTrain authors",
@@ -255,6 +256,8 @@ def program_of(traced: Traced | TracedMixture) -> Program:
     """Traces the model's step on CUDA's ops, half precision as bfloat16."""
     if isinstance(traced, TracedMixture):
         return published_mixtures.program_of(traced)
+    from torch.utils.checkpoint import set_checkpoint_early_stop
+
     from shardwise.models.gpt import GPTConfig
     from shardwise.models.llama import LlamaConfig
     from shardwise.models.specs import ModelSpec
@@ -278,7 +281,10 @@ def program_of(traced: Traced | TracedMixture) -> Program:
     )
     if traced.mixed:
         settings = replace(settings, dtype="float32", param_dtype="bfloat16", reduce_dtype="float32")
-    return trace(spec, plan, mesh, settings, device="cuda")
+    # PyTorch's checkpoint stops where the last tensor is there that the backward needs; Megatron's own runs
+    # the whole forward again (megatron/core/tensor_parallel/random.py)
+    with set_checkpoint_early_stop(traced.data_axis == "fsdp"):
+        return trace(spec, plan, mesh, settings, device="cuda")
 
 
 @cache

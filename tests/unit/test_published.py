@@ -15,6 +15,7 @@ from benchmarks.published import (
     left_out,
     not_taken,
     number,
+    program_of,
     read_rows,
     usable,
 )
@@ -39,7 +40,7 @@ from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import AttentionKernel, Precision
-from shardwise.core.program import Phase
+from shardwise.core.program import Op, OpKind, Phase
 from shardwise.files.machine_file import machine_from_toml
 from shardwise.models.factory import FactoryModel
 from shardwise.predict.costs import TENSOR_HIDDEN
@@ -113,6 +114,21 @@ def test_the_rules_by_which_rows_are_taken() -> None:
     assert (of(nemo).plan, of(nemo).fused_swiglu, nemo.setup.precision) == ("rowwise", True, Precision.MASTER)
     context = dense_job(row_of("dgxc-25.04", tp="4", cp="2"))
     assert (context.setup.context, of(context).context, of(context).seq) == (2, 2, 8192)
+
+
+def test_megatron_s_recompute_runs_a_layer_to_its_end_and_pytorch_s_as_far_as_is_needed() -> None:
+    shape = replace(of(dense_job(row_of("vtrain-single", tp="2"))), hidden=64, layers=2, heads=4, ffn=256)
+    megatron = replace(shape, kv_heads=4, vocab=128, seq=32, max_seq=32)
+
+    def matmuls_again(traced: Traced) -> int:
+        items = program_of(traced).items()
+        return sum(
+            isinstance(item, Op) and item.kind is OpKind.MATMUL and item.phase is Phase.RECOMPUTE
+            for item in items
+        )
+
+    assert matmuls_again(megatron) == 2 * 4
+    assert matmuls_again(replace(megatron, data_axis="fsdp", data_size=2)) == 2 * 3
 
 
 def test_mixtures_are_taken_by_their_model_s_name_and_its_published_shapes() -> None:
