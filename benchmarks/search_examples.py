@@ -117,7 +117,7 @@ def run(started: datetime, examples: Sequence[Example]) -> Run:
         command_line("benchmarks.search_examples"),
         started.isoformat(timespec="seconds"),
         MACHINE,
-        (("torch", torch.__version__),),
+        (("torch", str(torch.__version__)),),
         tuple(examples),
     )
 

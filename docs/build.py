@@ -72,6 +72,7 @@ from shardwise.report.diff.html import difference_html
 from shardwise.report.explain.html import explanation_html
 from shardwise.report.plan.html import plan_html
 from shardwise.report.predict.html import prediction_html
+from shardwise.report.search.html import search_html
 from shardwise.report.verify.html import verification_html
 from shardwise.report.walkthrough.html import walkthrough_html
 from shardwise.verbs.compare import TRACES
@@ -87,6 +88,7 @@ VERIFIED = DOCS / "example" / "verification.json"
 PREDICTED = DOCS / "example" / "prediction.json"
 EXPORTED = DOCS / "example" / "export.json"
 PLANNED = DOCS / "example" / "plan.json"
+SEARCHED = DOCS / "example" / "search.json"
 WIDTH = 100
 # the pictures' window in pixels: a height that just holds the step
 WALKTHROUGH_WIDTH = 1160
@@ -386,6 +388,17 @@ def predict_output() -> str:
     return _fenced(console.export_text())
 
 
+def searched() -> Search:
+    """The example of docs/search.md: `shardwise search --model llama3-8b --dtype bfloat16 --batch 32 --fix
+    tp=8 --fix micro-batch=1,2 --json`."""
+    return read_document(SEARCHED.read_bytes(), Search, str(SEARCHED))
+
+
+def search_output() -> str:
+    """What `shardwise search` printed for the example."""
+    return _shown(searched())
+
+
 def verify_output() -> str:
     """docs/verify.md's example, as the terminal shows its file."""
     run = read_document(VERIFIED.read_bytes(), VerificationRun, str(VERIFIED))
@@ -582,6 +595,7 @@ OUTPUTS = {
     "export-output": export_output,
     "plan-output": plan_output,
     "predict-output": predict_output,
+    "search-output": search_output,
     "toml-output": toml_output,
     "verify-output": verify_output,
 }
@@ -641,6 +655,7 @@ def main() -> int:
         take_picture(verification_html(verification), DOCS / "example" / "verify.png", 1200, 1300)
         predicted = read_document(PREDICTED.read_bytes(), PredictionRun, str(PREDICTED))
         take_picture(prediction_html(predicted), DOCS / "example" / "predict.png", 1200, 1450)
+        take_picture(search_html(searched()), DOCS / "example" / "search.png", 1200, 2000)
         take_picture(plan_html(planned()), DOCS / "example" / "plan.png", 1200, 1330)
     if arguments.walkthrough:
         take_walkthrough_pictures()

@@ -60,7 +60,7 @@ def test_the_best_plan_is_told_first_in_words_with_its_time_its_memory_and_its_p
         "Step: 8 micro-batches of 1 sequence · selective-ops recompute of 20 layers",
         "Time: a step takes 10.0 s: 410 tokens/s per device.",
         "Memory: 60.0 GiB of 72.0 GiB that it may hold at the peak: optimizer 14.0 GiB, parameters 9.31 GiB",
-        "Best in this space by this machine file: none of its 12,345 candidates is faster.",
+        "Best in this space by this machine file: none of its 12,345 candidates is faster, in any",
         "Right: outputs, loss, all 148 gradients",
     ):
         assert said in shown
@@ -149,6 +149,8 @@ def test_what_decides_is_told_by_how_much_a_constant_must_change() -> None:
     assert rows.tipping_text(less) == "plan 2, at 0.62 times its value or less"
     assert rows.tipping_text(none) == "plan 1, at between a quarter and 4 times its value"
     assert rows.tipping_text(more) == "plan 3, at 3.1 times its value or more"
+    said = "Plan 1 stays the best at between a quarter and 4 times the value of: memory, rate."
+    assert said in words(printed(example.search()))
     assert rows.tipping_text(Tipping("x", 2.0)) == "another plan, at 2 times its value or more"
 
 

@@ -144,7 +144,7 @@ def standing(search: Search) -> Line:
     if search.is_proved:
         return Line(
             "Best in this space by this machine file: none of its "
-            f"{counted(search.candidates, 'candidate')} is faster.",
+            f"{counted(search.candidates, 'candidate')} is faster, in any of its styles.",
             Tone.GOOD,
         )
     if search.stopped:
@@ -166,8 +166,8 @@ def effort_text(search: Search) -> str:
     rest = search.candidates - search.predicted - search.composed
     bounds = f", {rest:,} ruled out by bounds" if rest > 0 else ""
     return (
-        f"{counted(search.candidates, 'candidate')}: {search.predicted:,} predicted, {search.composed:,} put "
-        f"together from {counted(search.traces, 'traced piece')}{bounds}."
+        f"{counted(search.candidates, 'candidate')}, each in its styles and recompute: {search.predicted:,} "
+        f"predicted, {search.composed:,} put together from {counted(search.traces, 'traced piece')}{bounds}."
     )
 
 
@@ -243,6 +243,12 @@ def tipping_text(tipping: Tipping) -> str:
     winner = f"plan {tipping.winner + 1}" if tipping.winner is not None else "another plan"
     side = "or more" if tipping.factor > 1 else "or less"
     return f"{winner}, at {tipping.factor:.3g} times its value {side}"
+
+
+def unmoved_text(search: Search) -> str:
+    """The constants that decide nothing; nothing where all do."""
+    names = [sentence(each.constant) for each in search.tippings if each.factor is None]
+    return f"Plan 1 stays the best at {TRIED} the value of: {'; '.join(names)}." if names else ""
 
 
 def smallest(search: Search) -> Considered | None:

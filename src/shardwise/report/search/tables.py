@@ -142,7 +142,10 @@ def tippings_table(search: Search) -> Table:
         (Column("A constant of the machine", wraps=True), lambda each: sentence(each.constant)),
         (Column("what wins", wraps=True), lambda each: Cell(each.factor, rows.tipping_text(each))),
     )
-    return tabled(search.tippings, columns, key="tippings", title="What decides")
+    deciding = [each for each in search.tippings if each.factor is not None]
+    told = rows.unmoved_text(search)
+    notes = [Line(told)] if told else []
+    return tabled(deciding, columns, key="tippings", title="What decides", notes=notes)
 
 
 def refused_table(search: Search) -> Table:
