@@ -44,7 +44,7 @@ def machines_table(machines: Sequence[tuple[Machine, float | None]]) -> Table:
         (Column("bfloat16 peak TFLOP/s", _TERA), lambda pair: pair[1]),
         (Column("memory GB", _GIGABYTES), lambda pair: pair[0].memory_bytes),
         (Column("TB/s", _TERABYTES), lambda pair: pair[0].memory_bytes_per_s),
-        (Column("predictions off by", PERCENT), lambda pair: pair[0].error),
+        (Column("error", PERCENT), lambda pair: pair[0].error),
         (Column("about", wraps=True), lambda pair: pair[0].about),
     )
     return tabled(machines, columns, key="machines")
