@@ -243,6 +243,7 @@ class _Looking:
             axis: self.wanted.degrees(axis, free.get(axis, ()) or _divisors(self.devices), self.devices)
             for axis in NAMES
         }
+        self.wanted.check_ranks(self.devices)
         groups = {
             tp: restricted(each, self.wanted) for tp, each in groups.items() if tp in degrees[TENSOR_AXIS]
         }

@@ -1,6 +1,7 @@
 """The space of a search, from what was asked: --fix and --forbid, the degrees of the axes, the sizes of
 micro-batches; and its candidates."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,23 @@ class Wanted:
                         f"{option} {name}=...: there is no such decision.{suggest(name, known)} "
                         f"Allowed: {', '.join(dict.fromkeys(known))}."
                     )
+
+    def check_ranks(self, devices: int) -> None:
+        """Raises OptionError where the least degrees that axes are fixed to make more ranks than there are
+        devices, or another number that can't be shared out."""
+        least = {
+            axis: min(map(int, self.fixed[axis]))
+            for axis in NAMES
+            if axis in self.fixed and all(value.isdecimal() and int(value) for value in self.fixed[axis])
+        }
+        ranks = math.prod(least.values())
+        are_alone = all(len(self.fixed[axis]) == 1 for axis in least)
+        if ranks > devices or (are_alone and devices % ranks):
+            given = " and ".join(f"--fix {axis}={','.join(self.fixed[axis])}" for axis in least)
+            raise OptionError(
+                f"{given} make {ranks} ranks, and {devices} devices can't be shared out so. Change one of "
+                "them, or --devices."
+            )
 
     def allowed(self, name: str, values: Sequence[str], *, why: str = "") -> tuple[str, ...]:
         """Of a decision's values. Raises OptionError where a fixed one isn't there, or none is left."""
