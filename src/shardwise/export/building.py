@@ -39,7 +39,8 @@ def configured(source: Any) -> dict[str, Any]:
     values = source.config.to_diff_dict()
     kind = values.pop("model_type")
     kept = {key: each for key, each in sorted(values.items()) if key not in _OF_FILES}
-    return {"model_type": kind, **kept}
+    # a cache of keys is for generation
+    return {"model_type": kind, **kept, **({"use_cache": False} if "use_cache" in kept else {})}
 
 
 def _model(source: ModelSource) -> str:

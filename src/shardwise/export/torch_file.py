@@ -163,7 +163,7 @@ def _dtype(name: str | None) -> Raw | None:
     return Raw(f"torch.{name}") if name else None
 
 
-def train_step(job: Job, *, cut_logits: bool, takes_output: str = "") -> str:
+def train_step(job: Job, *, cut_logits: bool, takes_output: bool = False) -> str:
     """One optimizer step. takes_output: how logits are taken of what the model gives."""
     step, axes = job.step, job.mesh.token_axes
     lines = [
@@ -216,10 +216,15 @@ def _once(step: StepSettings, job: Job) -> bool:
     return step.reduce_once and bool(job.mesh.shard_axes)
 
 
-def _loss(takes_output: str) -> tuple[str, ...]:
-    call_ = "model(ids, use_cache=False).logits" if takes_output else "model(ids)"
+def _loss(takes_output: bool) -> tuple[str, ...]:
+    taken = (
+        ("output = model(ids)", "logits = output if isinstance(output, Tensor) else output.logits")
+        if takes_output
+        else ("logits = model(ids)",)
+    )
     return (
-        f"logits = {call_}.flatten(0, 1)",
+        *taken,
+        "logits = logits.flatten(0, 1)",
         "logits = logits if logits.dtype == torch.float64 else logits.float()",
         'loss = F.cross_entropy(logits, labels.flatten(), reduction="sum") / valid',
         "loss.backward()",

@@ -40,12 +40,12 @@ class TorchStyles:
     left_out: tuple[LeftOut, ...]
 
 
-def torch_styles(job: Job, form: str, cannot: "dict[StyleName, str] | None" = None) -> TorchStyles:
-    """The nearest plan that PyTorch's styles can say, written in them. cannot: why styles of ours that
-    PyTorch could say can't be, by their name. Raises PlanError."""
+def torch_styles(job: Job, form: str, *, can_count: bool = True) -> TorchStyles:
+    """The nearest plan that PyTorch's styles can say, written in them. can_count: whether the file may also
+    change a module's counts. Raises PlanError."""
     head = head_of(job.model)
     job, left_out = nearest(
-        job, form, lambda each: _unsaid(each, job.mesh.tp, is_head=each.module is head, cannot=cannot or {})
+        job, form, lambda each: _unsaid(each, job.mesh.tp, is_head=each.module is head, can_count=can_count)
     )
     containers = {each.name for each in job.assignments if not _is_leaf(each)}
     called = job.called(containers)
@@ -68,11 +68,11 @@ def torch_styles(job: Job, form: str, cannot: "dict[StyleName, str] | None" = No
     )
 
 
-def _unsaid(assignment: Assignment, tp: int, *, is_head: bool, cannot: dict[StyleName, str]) -> Unsaid | None:
+def _unsaid(assignment: Assignment, tp: int, *, is_head: bool, can_count: bool) -> Unsaid | None:
     """What PyTorch's styles can't say of a rule, if anything."""
     style, name, module = assignment.style, assignment.style.name, assignment.module
-    if name in cannot:
-        return Unsaid(cannot[name])
+    if style.divide and not can_count:
+        return Unsaid("counts of what is cut can't be changed beside the styles")
     if name is StyleName.ROUTED:
         as_before = assignment.sharder.output_of(style)
         return Unsaid(

@@ -22,7 +22,7 @@ def write(job: Job) -> Written:
     body = (
         configuration(job.source)
         + parallelize(job, styles)
-        + train_step(job, cut_logits=cut_logits, takes_output="logits" if is_theirs else "")
+        + train_step(job, cut_logits=cut_logits, takes_output=is_theirs)
         + building(job.source)
         + main(job)
     )
