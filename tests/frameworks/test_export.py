@@ -52,6 +52,72 @@ def build(mesh=None):
     return SelfSharded(model, after_backward=lambda: synchronize_tp_replica_gradients([model], mesh))
 """
 
+TITAN = "titan:llama3/debugmodel"
+OF_TITAN = """
+[rules]
+"tok_embeddings" = { style = "rowwise", output = "BETWEEN" }
+"layers.*.attention_norm" = "NORM"
+"layers.*.attention" = { style = "gather_input", from = "BETWEEN" }
+"layers.*.attention.qkv_linear.wqkv" = "colwise"
+"layers.*.attention.wo" = { style = "rowwise", output = "BETWEEN" }
+"layers.*.ffn_norm" = "NORM"
+"layers.*.feed_forward" = { style = "gather_input", from = "BETWEEN" }
+"layers.*.feed_forward.w1" = "colwise"
+"layers.*.feed_forward.w3" = "colwise"
+"layers.*.feed_forward.w2" = { style = "rowwise", output = "BETWEEN" }
+"norm" = "NORM"
+"lm_head" = { style = "colwise", input = "BETWEEN", output = "shard(-1)" }
+"""
+# torchtitan's own Module.parallelize, on the configuration that is exported in place of the family's
+BY_TITAN = """
+from dataclasses import replace
+
+import {module} as exported
+from shardwise.models.frameworks import titan
+
+family = titan._family("llama3", "")
+of_family = family.model_registry
+
+
+def registry(flavor, **more):
+    spec = of_family(flavor, **more)
+    return replace(spec, model=exported.sharded(spec.model))
+
+
+family.model_registry = registry
+
+
+def build(mesh=None):
+    return titan._make(family, "debugmodel", titan.Wanted(layers=2, backend="{backend}"), mesh)
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchtitan") is None,
+    reason="torchtitan isn't installed, so NO EXPORT FOR IT WAS RUN",
+)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_torchtitan_carries_an_exported_plan_out_right(mesh: str, tmp_path: Path) -> None:
+    cases = {"sequence": ("shard(1)", "sequence_parallel"), "whole": ("replicate", "replicate")}
+    names = []
+    for name, (between, norm) in cases.items():
+        plan = tmp_path / f"{name}.toml"
+        plan.write_text(OF_TITAN.replace("BETWEEN", between).replace("NORM", norm))
+        case = shardwise.case(model=TITAN, mesh=mesh, plans=[str(plan)])
+        (file,) = shardwise.export(case, framework="torchtitan").answer.files
+        (tmp_path / f"of_{name}.py").write_text(file.text)
+        for backend in ("spmd_types", "partial_dtensor"):
+            names.append(f"by_titan_{name}_{backend}")
+            factory = BY_TITAN.format(module=f"of_{name}", backend=backend)
+            (tmp_path / f"{names[-1]}.py").write_text(factory)
+    with contextlib.chdir(tmp_path):
+        claims = [Claim(f"{name}:build", "own", name) for name in names]
+        found = verify(claims, mesh=Mesh.parse(mesh), timeout_s=300)
+    for each in found:
+        assert each.verdict is Verdict.RIGHT, (each.note, each.findings)
+        assert each.proof is not None
+        assert each.proof.worst_gradient_error < 1e-10
+
 
 @pytest.mark.skipif(
     importlib.util.find_spec("nemo_automodel") is None,

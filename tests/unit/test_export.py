@@ -124,8 +124,35 @@ def test_a_block_with_a_rule_that_cannot_be_said_is_whole_on_every_rank(tmp_path
     assert '"layers.*.attention.wq": ColwiseParallel(),' in code
 
 
-def test_hf_says_the_nearest_plan_without_a_cut_sequence(tmp_path: Path) -> None:
-    made = exported(made_plan(LLAMA, tmp_path), "hf", model=LLAMA, mesh="fsdp=2,tp=2")
+@pytest.fixture(scope="module")
+def plan_of_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return made_plan(LLAMA, tmp_path_factory.mktemp("plans"))
+
+
+def test_automodel_imports_a_plan_that_its_yaml_names(plan_of_llama: str) -> None:
+    made = exported(plan_of_llama, "automodel", model=LLAMA, mesh="dp=2,fsdp=2,tp=2", recompute="full")
+    code, section = (file.text for file in made.files)
+    check_clean(code)
+    assert made.left_out == ()
+    assert "def tp_shard_plan() -> dict[str, ParallelStyle]:" in code
+    assert section.splitlines()[2:] == [
+        "distributed:",
+        "  strategy: fsdp2",
+        "  tp_size: 2",
+        "  dp_size: 4",
+        "  dp_replicate_size: 2",
+        "  tp_plan: sharded.tp_shard_plan",
+        "  activation_checkpointing: full",
+        "  reshard_after_forward: true",
+        "  mp_policy:  # Automodel's own default is bfloat16, reduced in float32",
+        "    _target_: torch.distributed.fsdp.MixedPrecisionPolicy",
+        "    param_dtype: float32",
+        "    reduce_dtype: float32",
+    ]
+
+
+def test_hf_says_the_nearest_plan_without_a_cut_sequence(plan_of_llama: str) -> None:
+    made = exported(plan_of_llama, "hf", model=LLAMA, mesh="fsdp=2,tp=2")
     assert [each.asked for each in made.left_out] == [
         "activations cut along the sequence between blocks",
         "logits cut by vocabulary",
@@ -170,6 +197,10 @@ def test_what_no_format_comes_near_to_is_refused_in_a_line() -> None:
         "> mine.toml` makes a plan that has."
     )
     assert refusal("unsharded").startswith('plan "unsharded" has no rules of ours')
+    assert refusal(framework="torchtitan").endswith(
+        "Use --model titan:FAMILY/FLAVOR, with a plan in its modules' names, or --as pytorch."
+    )
+    assert "is no Hugging Face model, which is what Automodel trains" in refusal(framework="automodel")
     assert refusal(framework="hf") == (
         "--as hf: llama3-debug is no Hugging Face model, which is what transformers shards. Use --model "
         "hf:TYPE, or --as pytorch."
