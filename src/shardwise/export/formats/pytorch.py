@@ -2,6 +2,7 @@
 parallelize_module, loss_parallel, FSDP2, activation checkpointing."""
 
 from shardwise.core.export import File
+from shardwise.core.mesh import REPLICAS_AXIS
 from shardwise.export.building import building, configuration, is_hugging_face
 from shardwise.export.code import file
 from shardwise.export.heads import doc, head
@@ -29,4 +30,6 @@ def write(job: Job) -> Written:
     said = styles.job.plan if styles is not None and styles.left_out else None
     left_out = styles.left_out if styles is not None else ()
     made = file(head(job, left_out), doc(job, "in plain PyTorch"), body)
-    return Written((File(NAME, made),), left_out, said, prove="build")
+    # plan own would sum gradients over dp once more, where FSDP2 has replicas of its shards
+    has_replicas = bool(job.mesh.shard_axes) and job.mesh.size(REPLICAS_AXIS) > 1
+    return Written((File(NAME, made),), left_out, said, prove=None if has_replicas else "build")
