@@ -42,6 +42,7 @@ class Trial(msgspec.Struct, frozen=True):
     stages: str = "even"
     micro_batches: int = 4
     recompute: str = "none"
+    recompute_layers: int | None = None
     reduce_once: bool = False
     fault: str = ""
 
@@ -54,6 +55,7 @@ class Trial(msgspec.Struct, frozen=True):
             dtype="float64",
             accumulation=self.micro_batches,
             recompute=self.recompute,
+            recompute_layers=self.recompute_layers,
             schedule="interleaved" if self.chunks > 1 else self.schedule,
             chunks=self.chunks,
             stages=self.stages,
@@ -94,7 +96,7 @@ def _run(context: RankContext, trial: Trial) -> Found:
     whole = build_model(source, None, None, on_parameter=shake, **given)
     ours = build_model(
         source, plan, on, on_parameter=shake, pipeline=settings.pipeline(mesh), recompute=trial.recompute,
-        policy=mixed_precision(settings), **given,
+        recompute_layers=trial.recompute_layers, policy=mixed_precision(settings), **given,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(vocab_size_of(whole), (settings.batch, SEQ), generator=generator)

@@ -35,6 +35,7 @@ class Case(msgspec.Struct, frozen=True):
     mesh: str
     sequence_parallel: bool = True
     recompute: str = "none"
+    recompute_layers: int | None = None
     accumulation: int = 1
     dtype: str = "float32"
     param_dtype: str | None = None
@@ -47,6 +48,7 @@ class Case(msgspec.Struct, frozen=True):
         differs = {
             "no sequence parallelism": not self.sequence_parallel,
             f"recompute {self.recompute}": self.recompute != "none",
+            f"of {self.recompute_layers} layers": self.recompute_layers is not None,
             f"accumulation={self.accumulation}": self.accumulation != 1,
             f"computed in {self.param_dtype}, reduced in {self.reduce_dtype}": self.param_dtype is not None,
             self.dtype: self.dtype != "float32",
@@ -81,6 +83,7 @@ class Case(msgspec.Struct, frozen=True):
             reduce_dtype=self.reduce_dtype,
             accumulation=self.accumulation,
             recompute=self.recompute,
+            recompute_layers=self.recompute_layers,
         )
 
     @property
@@ -121,7 +124,8 @@ def cases(world_size: int) -> list[Case]:
         found += [
             Case(
                 "rowwise", "fsdp=2", recompute="selective-ops", param_dtype="bfloat16", reduce_dtype="float32"
-            )
+            ),
+            Case("rowwise", tp, recompute="full", recompute_layers=1),
         ]
     if world_size == 4:
         found += [
@@ -169,6 +173,7 @@ def _issued(case: Case, context: RankContext) -> list[Issued]:
         seed=0,
         policy=mixed_precision(settings),
         recompute=settings.recompute,
+        recompute_layers=settings.recompute_layers,
     )
     phases = [Phase.FORWARD]
     step = TrainStep(model, mesh=mesh, on_phase=phases.append)

@@ -22,7 +22,7 @@ HF_GPT2 = "hf:gpt2?vocab_size=96,n_embd=32,n_layer=5,n_head=4,n_positions=64"
 MOE = "moe-debug?vocab_size=96,hidden=32,n_layers=5,n_heads=4,n_kv_heads=2,ffn_hidden=48"
 # in `make test`: each kind of model, schedule and axis once
 ON_TWO = (
-    Trial(LLAMA, "pp=2", stages="1,4", recompute="full", micro_batches=3),
+    Trial(LLAMA, "pp=2", stages="1,4", recompute="full", recompute_layers=2, micro_batches=3),
     Trial(TIED, "pp=2", chunks=2),
     Trial(TIED, "pp=2", schedule="gpipe"),
     Trial(GPT, "pp=2"),

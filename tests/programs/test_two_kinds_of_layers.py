@@ -13,12 +13,15 @@ from shardwise.core.layer_name import layer_index
 from shardwise.core.mesh import Mesh
 from shardwise.core.pipeline import Pipeline
 from shardwise.core.plan import Family
+from shardwise.core.prediction import Setup
 from shardwise.core.program import Op, Phase, Program, memory_peak
 from shardwise.models.gpt import GPTConfig
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_plan
 from shardwise.parallel.plans import load_any_plan
+from shardwise.predict.check import check_setup
+from shardwise.predict.machines import load_machine
 from shardwise.trace.trace import trace
 from shardwise.trace.two_kinds import blocks_of_two_kinds, of_two_kinds
 from tests.matrix import thinned
@@ -120,6 +123,18 @@ def test_the_programs_of_none_and_of_all_give_that_of_any_number_of_layers() -> 
     assert running_again(staged) == [0, 1, 4, 5, 6]
     with pytest.raises(OptionError, match=r"--recompute-layers 11: tiny has 10 layers\. Use 1 to 10"):
         of_two_kinds(plain, again, 11, Pipeline(1))
+
+
+def test_a_program_of_other_stages_is_refused_by_predict() -> None:
+    plain, again = (traced("rowwise", "tp=2"), traced("rowwise", "tp=2", recompute="full"))
+    machine, staged = load_machine("h100-sxm-80gb"), Setup(Mesh.parse("pp=2,tp=2"), 2)
+    check_setup(of_two_kinds(plain, again, 4, Pipeline(2)), machine, staged)
+    with pytest.raises(OptionError) as raised:
+        check_setup(of_two_kinds(plain, again, 4, Pipeline(1)), machine, staged)
+    assert str(raised.value) == (
+        "--recompute-layers 4: the program was traced for stages that deal its layers otherwise, so that "
+        "others run again. Trace it on this mesh."
+    )
 
 
 def test_all_layers_named_by_their_number_are_all_layers() -> None:

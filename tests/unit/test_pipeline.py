@@ -11,7 +11,15 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from shardwise.core.case import Case, StepSettings
 from shardwise.core.errors import InputError, ModelError, OptionError
 from shardwise.core.mesh import Mesh
-from shardwise.core.pipeline import Pipeline, Schedule, Turn, even_counts, most_in_flight
+from shardwise.core.pipeline import (
+    Pipeline,
+    Schedule,
+    Turn,
+    even_counts,
+    most_in_flight,
+    recomputed_of_fewer,
+    recomputed_spans,
+)
 from shardwise.models.source import find_model
 from shardwise.parallel.ends import ends_of
 from shardwise.trace.fakes import fake_world
@@ -61,6 +69,28 @@ def test_what_is_left_over_goes_to_the_middle() -> None:
     assert even_counts(80, 4) == (20, 20, 20, 20)
     assert even_counts(30, 4) == (7, 8, 8, 7)
     assert [span.first for span in Pipeline(4).spans(30)] == [0, 7, 15, 23]
+
+
+def test_the_first_layers_of_each_part_run_again_the_same_share_rounded_up() -> None:
+    spans = Pipeline(2, layers=(1, 4, 3, 4), chunks=2).spans(12)
+    assert recomputed_spans(spans, None) == spans
+    assert [(each.first, each.count) for each in recomputed_spans(spans, 5)] == [
+        (0, 1),
+        (1, 2),
+        (5, 2),
+        (8, 2),
+    ]
+    assert [(each.first, each.count) for each in recomputed_spans(Pipeline(1).spans(12), 5)] == [(0, 5)]
+
+
+@pytest.mark.parametrize(
+    ("recomputed", "n_layers", "fewer", "expected"),
+    [(None, 80, 4, None), (20, 80, 80, 20), (20, 80, 4, 1), (1, 80, 4, 1), (79, 80, 4, 3), (80, 80, 4, 4)],
+)
+def test_a_small_model_has_both_kinds_of_layers_where_the_large_one_has(
+    recomputed: int | None, n_layers: int, fewer: int, expected: int | None
+) -> None:
+    assert recomputed_of_fewer(recomputed, n_layers, fewer) == expected
 
 
 def test_a_stage_holds_every_so_many_parts() -> None:
