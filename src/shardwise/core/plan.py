@@ -97,15 +97,7 @@ class Rule:
         """module: its name, "" for the model itself."""
         if not module or self.pattern == ROOT:
             return not module and self.pattern == ROOT
-        names = module.split(".")
-        reached = [True] + [False] * len(names)  # whether the levels so far take the first i names
-        for level in _levels(self.pattern):
-            if level is None:
-                reached = list(accumulate(reached, or_))
-            else:
-                takes = [level.fullmatch(name) is not None for name in names]
-                reached = [False, *map(and_, reached, takes)]
-        return reached[-1]
+        return _matches(self.pattern, module)
 
     @property
     def ref(self) -> RuleRef:
@@ -199,6 +191,19 @@ def _any_layer_but(levels: Sequence[str], name: str) -> str:
         is_written = "*" in made and level in levels[place : place + 1]
         made.append("*" if level.isdecimal() and not is_written else level)
     return ".".join(made)
+
+
+@lru_cache(maxsize=65536)  # a trace asks about each module of 126 layers several times over
+def _matches(pattern: str, module: str) -> bool:
+    names = module.split(".")
+    reached = [True] + [False] * len(names)  # whether the levels so far take the first i names
+    for level in _levels(pattern):
+        if level is None:
+            reached = list(accumulate(reached, or_))
+        else:
+            takes = [level.fullmatch(name) is not None for name in names]
+            reached = [False, *map(and_, reached, takes)]
+    return reached[-1]
 
 
 @lru_cache(maxsize=1024)
