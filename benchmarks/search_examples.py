@@ -58,7 +58,7 @@ QUESTIONS = (
         4096,
         "the vocabulary, and with it the logits, cut over the node (tp=8)",
         ("tp=8",),
-        ("pp=1", "cp=1", "micro-batch=1,2"),
+        ("pp=1", "dp=1", "cp=1", "micro-batch=2", "recompute=none"),
     ),
     Question(
         "a tied head",
