@@ -270,6 +270,7 @@ def main() -> int:
         made |= regret.blocks(regret.newest_run())
         made |= trace_results.blocks(trace_results.newest_run())
         made |= titan_results.newest_blocks()
+        made |= search_examples_results.newest_blocks()
         texts = {path: path.read_text(encoding="utf-8") for path in documents()}
         texts[published_results.PLOT] = (
             published_results.PLOT.read_text(encoding="utf-8") if published_results.PLOT.exists() else ""
