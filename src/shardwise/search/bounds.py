@@ -22,7 +22,7 @@ from shardwise.core.collective import CollectiveKind, wire_bytes
 from shardwise.core.dtype import DTYPE_BYTES
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import REPLICAS_AXIS, Mesh, Role, role_of
-from shardwise.core.prediction import Precision, Setup
+from shardwise.core.prediction import Precision, Setup, Term
 from shardwise.core.program import (
     BACKWARDS,
     FORWARDS,
@@ -40,8 +40,10 @@ from shardwise.core.program import (
 from shardwise.predict.costs import collective_cost, collective_s
 from shardwise.predict.groups import RankGroup, group_of
 from shardwise.predict.memory import OF_MASTER, RESERVED_OVER_ACTIVE
-from shardwise.predict.work import AFTER, BEFORE, boundary_bytes, layers_of, work_of
+from shardwise.predict.work import AFTER, BEFORE, TERMS, boundary_bytes, layers_of, work_of
 
+SURELY = 0.9
+"""Of a layer's forward, what a recompute surely runs again: it ends with what the backward needs."""
 _BESIDE = Role.SHARDS_PARAMETERS
 
 
@@ -55,6 +57,9 @@ class _Part:
     @property
     def least_s(self) -> float:
         return max(self.device_s, self.host_s)
+
+    def and_half(self, other: "_Part") -> "_Part":
+        return _Part(self.device_s + other.device_s / 2, self.host_s + other.host_s / 2)
 
     def of(self, share: float, more_s: float = 0.0) -> "_Part":
         """Of a share of the tokens, and what the device does beside: launches are as many."""
@@ -82,6 +87,11 @@ class Bounds:
         inside = passes & (work.layer >= 0)
         self.all_layers = part(inside)
         self.ends = part(passes & ((work.layer == BEFORE) | (work.layer == AFTER)))
+        own = [TERMS.index(term) for term in (Term.MATMUL, Term.ATTENTION, Term.KERNELS)]
+        forward = work.in_phases(Phase.FORWARD) & (work.layer >= 0) & np.isin(work.term, own)
+        kernels = forward & (work.term == TERMS.index(Term.KERNELS))
+        matmuls = forward & (work.term == TERMS.index(Term.MATMUL))
+        self._again = {"full": part(forward), "selective-ops": part(kernels).and_half(part(matmuls))}
         once = work.in_phases(*ONCE) & (work.axis == 0)
         self.end_s = float(together_s[once].sum())
 
@@ -97,9 +107,20 @@ class Bounds:
         way_s = (stages - 1) * per_layer_s * (self.layers // (stages * chunks))
         return micro_batches * busiest_s + way_s + self._end_s(mesh)
 
+    def again_s(self, mesh: Mesh, micro_batches: int, recompute: str, layers: int) -> float:
+        """What recomputing so many of the layers adds at least: their own work once more, without
+        exchanges."""
+        share = Mesh(self.program.axes).context / mesh.context
+        again = self._again[recompute].of(share * SURELY * layers / self.layers)
+        device_s = (self.all_layers.device_s + self.ends.device_s) * share
+        host_s = self.all_layers.host_s + self.ends.host_s
+        more_host_s = again.host_s * SURELY * layers / self.layers
+        longer_s = max(device_s + again.device_s, host_s + more_host_s) - max(device_s, host_s)
+        return micro_batches * longer_s / mesh.stages
+
     def device_bytes(self, mesh: Mesh, micro_batches: int, *, recomputes: bool) -> float:
         """At least, of the fullest stage's device. recomputes: with any recompute there is."""
-        stages, shards = mesh.stages, self._shards(mesh)
+        stages, shards = mesh.stages, self.shards(mesh)
         kept = self._kept_bytes[recomputes] * Mesh(self.program.axes).context / mesh.context
         held = self._states[0] / shards + self._states[1] / (shards * self.setup.optimizer_shards)
         in_flight = min(stages, micro_batches)
@@ -117,7 +138,7 @@ class Bounds:
     def _reserve(self) -> float:
         return RESERVED_OVER_ACTIVE if self.machine.device == "cuda" else 1.0
 
-    def _shards(self, mesh: Mesh) -> float:
+    def shards(self, mesh: Mesh) -> float:
         """Into how many parts the states of this Program's rank are cut on the mesh."""
         traced = Mesh(self.program.axes)
         return max(1.0, prod(map(mesh.size, mesh.shard_axes)) / prod(map(traced.size, traced.shard_axes)))
@@ -176,7 +197,7 @@ class Bounds:
 
     def _end_s(self, mesh: Mesh) -> float:
         reduced_s = 0.0 if self.setup.overlap_data else self._collectives_s("end", self._reduced_items, mesh)
-        own_s = self.end_s / (self._shards(mesh) * self.setup.optimizer_shards)
+        own_s = self.end_s / (self.shards(mesh) * self.setup.optimizer_shards)
         return (own_s + reduced_s) / mesh.stages
 
     def _collectives_s(self, what: str, items: dict[str, list[tuple[Collective, int]]], mesh: Mesh) -> float:

@@ -3,11 +3,12 @@
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from shardwise.core.machine import Machine
 from shardwise.core.prediction import Prediction, Setup
-from shardwise.core.search import Candidate, Considered, Group, Known
+from shardwise.core.search import SEQUENCE, Candidate, Considered, Group, Known
+from shardwise.search.piece import Piece, piece_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,30 @@ class Problem:
     memory_bytes: float
     partly: bool = True
     gathers_keys: bool = True
+
+    def piece_of(self, candidate: Candidate) -> Piece:
+        return piece_of(candidate, self.layers)
+
+    def with_defaults(self, candidate: Candidate) -> Candidate:
+        """With the default styles, and the same choice of the sequence."""
+        first = {group.name: group.options[0] for group in self.groups(candidate)}
+        styles = tuple(
+            (name, option if name == SEQUENCE else first[name]) for name, option in candidate.styles
+        )
+        return replace(candidate, styles=styles)
+
+    def is_default(self, candidate: Candidate) -> bool:
+        first = {group.name: group.options[0] for group in self.groups(candidate)}
+        return all(option == first[name] for name, option in candidate.styles if name != SEQUENCE)
+
+    def setup_of(self, candidate: Candidate) -> Setup:
+        return replace(
+            self.setup,
+            mesh=candidate.mesh,
+            micro_batches=candidate.micro_batches,
+            chunks=candidate.chunks,
+            schedule=None,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,8 @@ take over the device's best rate; less what it adds: with whole sequences every 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +16,7 @@ from shardwise.core.collective import CollectiveKind, wire_bytes
 from shardwise.core.layer_name import any_layer, is_inside
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import TENSOR_AXIS, Mesh
+from shardwise.core.plan import StyleName
 from shardwise.core.prediction import Setup, Term
 from shardwise.core.program import BACKWARDS, FORWARDS, Collective, Op, OpKind, Program
 from shardwise.core.search import CUT, SEQUENCE, WHOLE, Candidate, Group
@@ -73,6 +76,23 @@ class Savings:
         if is_device_longer and not self._together:
             return own.device_s > 0
         return own.device_s > 0 or own.host_s > 0
+
+    def more_bytes(self, styles: Sequence[tuple[str, str]]) -> float:
+        """Of states that a rank holds more with other styles, where these leave whole what the default
+        cuts: FSDP's shards count as in the traced piece."""
+        kept = {name for name, option in styles if option in (WHOLE, StyleName.REPLICATED)}
+        total = 0.0
+        for each in self._program.holdings:
+            if is_inside(any_layer(each.module), kept):
+                own = each.parameter_bytes + each.gradient_bytes + each.optimizer_bytes
+                total += _whole_bytes(each.shape, each.local_shape, own) / self._parts - own
+        return max(0.0, total)
+
+    @cached_property
+    def _parts(self) -> int:
+        """Into how many parts FSDP cuts a parameter."""
+        traced = Mesh(self._program.axes)
+        return prod(map(traced.size, traced.shard_axes))
 
     def _longer(self, device_s: float, host_s: float) -> float:
         return device_s + host_s if self._together else max(device_s, host_s)

@@ -18,14 +18,14 @@ from enum import Enum, auto
 
 from shardwise.core.errors import InputError
 from shardwise.core.pipeline import recomputed_spans
-from shardwise.core.prediction import Prediction, Setup
+from shardwise.core.prediction import Prediction
 from shardwise.core.program import Program
 from shardwise.core.search import SEQUENCE, Candidate, Known
 from shardwise.predict.check import check_setup
 from shardwise.predict.predict import predict
 from shardwise.search.bounds import Bounds
 from shardwise.search.composed import fewest_layers, singles, styles_of_all
-from shardwise.search.piece import Piece, Traced, Unfit, piece_of
+from shardwise.search.piece import Piece, Traced, Unfit
 from shardwise.search.problem import Answer, Outcome, Problem
 from shardwise.search.savings import Savings
 
@@ -36,6 +36,10 @@ FAR = 1.5
 """What takes so many times the best one's step isn't given out."""
 SLACK = 0.005
 """A candidate that was put together may take so much less than its pieces give; tests hold it."""
+
+SURE = 1.05
+"""What is put together of pieces, and so many times a device's memory, doesn't fit; its own plan isn't
+traced."""
 
 Tracer = Callable[[Sequence[Piece]], Iterator[tuple[Piece, Traced]]]
 Says = Callable[["Answer | None", int, int], None]
@@ -75,6 +79,7 @@ class Solver:
         self._pushed = 0
         self._seen: set[Candidate] = set()
         self._known_ones: list[Answer] = []
+        self._changes: dict[Candidate, dict[tuple[str, str], tuple[float, float]]] = {}
         self._best: Answer | None = None
 
     def run(self, top: int) -> Outcome:
@@ -86,8 +91,11 @@ class Solver:
             self._start()
             while self._heap and not (outcome.answers and len(self._ranked()) >= top):
                 bound, _, node = heapq.heappop(self._heap)
-                if outcome.answers and bound > FAR * outcome.answers[0].prediction.step_s:
-                    break
+                if outcome.answers:
+                    if bound > FAR * outcome.answers[0].prediction.step_s:
+                        break
+                    if len(self._ranked()) > 1 and self._missing(node):
+                        continue
                 self._look(bound, node)
         except KeyboardInterrupt:
             outcome.stopped = "it was stopped"
@@ -115,9 +123,9 @@ class Solver:
                 yield node.candidate, bound
 
     def _start(self) -> None:
-        self._get(dict.fromkeys(self._piece(each).root for each in self.problem.candidates))
+        self._get(dict.fromkeys(self.problem.piece_of(each).root for each in self.problem.candidates))
         for candidate in self.problem.candidates:
-            self._by_bounds(candidate, self._piece(candidate).root, _Stage.ROOT)
+            self._by_bounds(candidate, self.problem.piece_of(candidate).root, _Stage.ROOT)
 
     def _look(self, bound: float, node: _Node) -> None:
         missing = self._missing(node)
@@ -127,11 +135,11 @@ class Solver:
             return
         match node.stage:
             case _Stage.ROOT:
-                self._by_bounds(node.candidate, self._piece(node.candidate), _Stage.PIECE)
+                self._by_bounds(node.candidate, self.problem.piece_of(node.candidate), _Stage.PIECE)
             case _Stage.PIECE:
                 self._by_prediction(node.candidate)
             case _Stage.RECOMPUTED:
-                self._recompute(node.candidate)
+                self._recompute(node.candidate, bound)
             case _Stage.RESTYLED:
                 self._push_restyled(node.candidate)
             case _Stage.STYLES:
@@ -147,11 +155,18 @@ class Solver:
     def _missing(self, node: _Node) -> list[Piece]:
         """What must be traced before the node can be looked at."""
         needed = [] if node.stage is _Stage.KNOWN else [node.candidate]
-        if node.stage is _Stage.RECOMPUTED and self.problem.partly:
-            needed.append(_without_recompute(node.candidate))
+        if node.stage is _Stage.RECOMPUTED:
+            if not self.problem.is_default(node.candidate):  # it tells what the others hold at least
+                default = self.problem.with_defaults(node.candidate)
+                if self.problem.piece_of(default) not in self._pieces:
+                    return [self.problem.piece_of(default)]
+                if self._least_bytes(node.candidate, default) > self.problem.memory_bytes:
+                    return []
+            if self.problem.partly:
+                needed.append(_without_recompute(node.candidate))
         if node.stage is _Stage.STYLES:
             needed += self._singles(node.candidate)
-        pieces = dict.fromkeys(map(self._piece, needed))
+        pieces = dict.fromkeys(map(self.problem.piece_of, needed))
         return [piece for piece in pieces if piece not in self._pieces]
 
     def _with_others(self, missing: list[Piece], bound: float) -> list[Piece]:
@@ -188,13 +203,13 @@ class Solver:
             bounds.device_bytes(mesh, candidate.micro_batches, recomputes=recomputes)
             for recomputes in (False, True)
         )
-        if stage is _Stage.ROOT and self._is_default(candidate):
+        if stage is _Stage.ROOT and self.problem.is_default(candidate):
             saved_s = self._savings_of(piece, candidate).at_most_s(candidate)
             if saved_s > 0:
                 self._push(step_s - saved_s, _Node(candidate, _Stage.RESTYLED))
         if needs <= limit:
             self._push(step_s, _Node(candidate, stage))
-        elif least <= limit and self._push_recomputed(candidate, step_s):
+        elif least <= limit and self._push_recomputed(candidate, step_s, needs):
             self.outcome.note(candidate, step_s, needs, Known.BOUND, fits=False)
         else:
             self.outcome.refuse_large(candidate, step_s, needs if needs <= least else least, Known.BOUND)
@@ -205,21 +220,32 @@ class Solver:
             return
         if self._fits(found):
             self._known(Answer(candidate, found))
-        elif self._push_recomputed(candidate, found.step_s):
+        elif self._push_recomputed(candidate, found.step_s, found.memory.device_bytes):
             self.outcome.note(candidate, found.step_s, found.memory.device_bytes, Known.PREDICTED, fits=False)
         else:
             self.outcome.refuse_large(candidate, found.step_s, found.memory.device_bytes, Known.PREDICTED)
 
-    def _push_recomputed(self, candidate: Candidate, least_s: float) -> bool:
-        """With all layers under each recompute. False where there is none."""
-        kinds = [kind for kind in self.problem.recompute if kind != "none"] if self.problem.layers else []
+    def _push_recomputed(self, candidate: Candidate, least_s: float, needs: float) -> bool:
+        """With all layers under each recompute. least_s, needs: seconds and bytes that it takes without,
+        at least. False where there is none."""
+        problem, layers = self.problem, self.problem.layers
+        kinds = [kind for kind in problem.recompute if kind != "none"] if layers else []
+        bounds = self._bounds_of(problem.piece_of(problem.with_defaults(candidate)).root)
+        few = fewest_layers(needs - problem.memory_bytes, bounds.freed_bytes, layers)
+        few = few if problem.partly else layers
         for kind in kinds:
-            whole = replace(candidate, recompute=kind, recomputed=self.problem.layers)
-            self._push(least_s, _Node(whole, _Stage.RECOMPUTED))
+            whole = replace(candidate, recompute=kind, recomputed=layers)
+            more_s = bounds.again_s(candidate.mesh, candidate.micro_batches, kind, few)
+            self._push(least_s + more_s, _Node(whole, _Stage.RECOMPUTED))
         return bool(kinds)
 
-    def _recompute(self, candidate: Candidate) -> None:
+    def _recompute(self, candidate: Candidate, bound: float) -> None:
         """candidate: with all of its layers recomputed. Of fewer, as few as fit."""
+        if not self.problem.is_default(candidate):
+            least = self._least_bytes(candidate, self.problem.with_defaults(candidate))
+            if least > self.problem.memory_bytes:
+                self.outcome.refuse_large(candidate, bound, least, Known.BOUND)
+                return
         whole = self._predicted(candidate)
         if whole is None:
             return
@@ -238,7 +264,7 @@ class Solver:
         it takes lies between what none and all of them take."""
         layers = self.problem.layers
         over_bytes = found.memory.device_bytes - self.problem.memory_bytes
-        freed_bytes = self._bounds_of(self._piece(_without_recompute(candidate))).freed_bytes
+        freed_bytes = self._bounds_of(self.problem.piece_of(_without_recompute(candidate))).freed_bytes
         recomputed = min(layers, fewer + fewest_layers(over_bytes, freed_bytes, layers))
         none, whole = (
             self._predicted(each)
@@ -246,7 +272,7 @@ class Solver:
         )
         assert none is not None
         assert whole is not None
-        spans = self._setup(candidate).pipeline().spans(layers)
+        spans = self.problem.setup_of(candidate).pipeline().spans(layers)
         share = sum(span.count for span in recomputed_spans(spans, recomputed)) / layers
         step_s = none.step_s + share * (whole.step_s - none.step_s)
         self._push_composed(replace(candidate, recomputed=recomputed), step_s)
@@ -255,7 +281,7 @@ class Solver:
         """Other styles, if they could save anything of what it is predicted to take."""
         found = self._predicted(candidate)
         if found is not None:
-            saved_s = self._savings_of(self._piece(candidate), candidate).at_most_s(candidate)
+            saved_s = self._savings_of(self.problem.piece_of(candidate), candidate).at_most_s(candidate)
             if saved_s > 0:
                 self._push(found.step_s - saved_s, _Node(candidate, _Stage.STYLES))
 
@@ -264,16 +290,27 @@ class Solver:
         sums of what these change."""
         first = self._predicted(base)
         assert first is not None
-        changes: dict[tuple[str, str], float] = {}
+        changes = self._changes.setdefault(base, {})
         for candidate in self._singles(base):
             found = self._predicted(candidate)
             if found is not None:
                 (changed,) = set(candidate.styles) - set(base.styles)
-                changes[changed] = found.step_s - first.step_s
+                more_bytes = found.memory.device_bytes - first.memory.device_bytes
+                changes[changed] = found.step_s - first.step_s, more_bytes
+        for candidate in self._singles(base):
+            if self._predicted(candidate) is not None:
                 self._by_prediction(candidate)
         for styles in styles_of_all(base.styles, tuple(changes), self.problem.can_be):
-            step_s = first.step_s + sum(changes[pair] for pair in set(styles) - set(base.styles))
-            self._push_composed(replace(base, styles=styles), step_s)
+            candidate = replace(base, styles=styles)
+            more = [changes[pair] for pair in set(styles) - set(base.styles)]
+            step_s = first.step_s + sum(seconds for seconds, _ in more)
+            needs = first.memory.device_bytes + sum(n_bytes for _, n_bytes in more)
+            if needs > self.problem.memory_bytes * SURE and self._push_recomputed(
+                candidate, step_s, needs / SURE
+            ):
+                self.outcome.note(candidate, step_s, needs, Known.COMPOSED, fits=False)
+            else:
+                self._push_composed(candidate, step_s)
 
     def _confirm(self, node: _Node) -> None:
         """A candidate that was put together, by its own plan."""
@@ -284,7 +321,7 @@ class Solver:
             self._known(Answer(candidate, found, node.composed_s))
         elif candidate.recomputed in range(1, self.problem.layers):
             self._push_partly(candidate, candidate.recomputed, found)
-        elif not self._push_recomputed(candidate, found.step_s):
+        elif not self._push_recomputed(candidate, found.step_s, found.memory.device_bytes):
             self.outcome.refuse_large(candidate, found.step_s, found.memory.device_bytes, Known.PREDICTED)
 
     def _known(self, answer: Answer) -> None:
@@ -314,30 +351,18 @@ class Solver:
             self.outcome.composed += 1
             self._push(step_s * (1 - SLACK), _Node(candidate, _Stage.COMPOSED, composed_s=step_s))
 
-    def _piece(self, candidate: Candidate) -> Piece:
-        return piece_of(candidate, self.problem.layers)
-
     def _fits(self, found: Prediction) -> bool:
         return found.memory.device_bytes <= self.problem.memory_bytes
-
-    def _setup(self, candidate: Candidate) -> Setup:
-        return replace(
-            self.problem.setup,
-            mesh=candidate.mesh,
-            micro_batches=candidate.micro_batches,
-            chunks=candidate.chunks,
-            schedule=None,
-        )
 
     def _predicted(self, candidate: Candidate) -> Prediction | None:
         """Of its own piece, which is traced. None, and refused, where it can't be."""
         if candidate in self._predictions:
             return self._predictions[candidate]
-        found, traced = None, self._pieces[self._piece(candidate)]
+        found, traced = None, self._pieces[self.problem.piece_of(candidate)]
         if isinstance(traced, Unfit):
             self.outcome.refused[traced.reason] += 1
         else:
-            setup = self._setup(candidate)
+            setup = self.problem.setup_of(candidate)
             try:
                 check_setup(traced, self.problem.machine, setup)
                 found = predict(traced, self.problem.machine, setup)
@@ -367,14 +392,24 @@ class Solver:
 
     def _singles(self, candidate: Candidate) -> list[Candidate]:
         """With another style of one group each, of those that could save anything."""
-        savings = self._savings_of(self._piece(candidate), candidate)
+        savings = self._savings_of(self.problem.piece_of(candidate), candidate)
         groups = [group for group in self.problem.groups(candidate) if savings.is_worth(group)]
         found = singles(candidate.styles, groups, self.problem.can_be)
         return [replace(candidate, styles=styles) for styles in found]
 
-    def _is_default(self, candidate: Candidate) -> bool:
-        first = {group.name: group.options[0] for group in self.problem.groups(candidate)}
-        return all(option == first[name] for name, option in candidate.styles if name != SEQUENCE)
+    def _least_bytes(self, candidate: Candidate, default: Candidate) -> float:
+        """That it holds: what the default styles hold with the same recompute, and what its styles change
+        without any, where that is known, else what they leave whole."""
+        found, none = self._predicted(default), _without_recompute(default)
+        if found is None:
+            return 0.0
+        changed, known = set(candidate.styles) - set(default.styles), self._changes.get(none, {})
+        if all(pair in known for pair in changed):
+            more = sum(known[pair][1] for pair in changed)
+            return (found.memory.device_bytes + more) / SURE
+        root = self.problem.piece_of(none).root
+        shards = self._bounds_of(root).shards(candidate.mesh) * candidate.mesh.stages
+        return found.memory.device_bytes + self._savings_of(root, none).more_bytes(candidate.styles) / shards
 
 
 def _without_recompute(candidate: Candidate) -> Candidate:
