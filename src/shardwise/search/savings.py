@@ -27,10 +27,12 @@ from shardwise.predict.work import TERMS, Work, work_of
 
 @dataclass(frozen=True, slots=True)
 class _Saved:
-    """Seconds of a micro-batch: of the device in order, and of the host; at most."""
+    """Seconds of a micro-batch: of the device in order, and of the host, at most; and what summing
+    gradients of whole weights adds, however few the tokens."""
 
     device_s: float
     host_s: float
+    summed_s: float = 0.0
 
 
 class Savings:
@@ -57,13 +59,15 @@ class Savings:
     def at_most_s(self, candidate: Candidate) -> float:
         """Of a step, if all groups took the best other style that they may have."""
         stages = candidate.mesh.stages
+        tokens = Mesh(self._program.axes).context / candidate.mesh.context  # of those that were traced
         device_s = host_s = 0.0
         for name, saved in self._by_group.items():
             share = 1 / stages if "*" in name else 1.0
-            device_s += max(0.0, saved.device_s) * share
+            device_s += max(0.0, saved.device_s * tokens - saved.summed_s) * share
             host_s += max(0.0, saved.host_s) * share
-        before = self._longer(self._all.device_s / stages, self._all.host_s / stages)
-        after = self._longer(self._all.device_s / stages - device_s, self._all.host_s / stages - host_s)
+        all_s = self._all.device_s * tokens / stages
+        before = self._longer(all_s, self._all.host_s / stages)
+        after = self._longer(all_s - device_s, self._all.host_s / stages - host_s)
         return candidate.micro_batches * max(0.0, before - after)
 
     def is_worth(self, group: Group) -> bool:
@@ -71,11 +75,11 @@ class Savings:
         if group.name not in self._by_group:
             return False
         own = self._by_group[group.name]
-        most = [max(0.0, saved.device_s) for saved in self._by_group.values()]
+        most = [max(0.0, saved.device_s - saved.summed_s) for saved in self._by_group.values()]
         is_device_longer = self._all.device_s - sum(most) >= self._all.host_s
         if is_device_longer and not self._together:
-            return own.device_s > 0
-        return own.device_s > 0 or own.host_s > 0
+            return own.device_s > own.summed_s
+        return own.device_s > own.summed_s or own.host_s > 0
 
     def more_bytes(self, styles: Sequence[tuple[str, str]]) -> float:
         """Of states that a rank holds more with other styles, where these leave whole what the default
@@ -108,7 +112,7 @@ class Savings:
         least_s = times * self._flops(rows, matmuls) / self._best_flops()
         saved_s = self._exchanged_s(rows) + matmul_s - least_s
         summed_s = self._summed_s(group) if self._is_cut else 0.0
-        return _Saved(saved_s - summed_s, float(rows.host_s[~matmuls & ~attention].sum()))
+        return _Saved(saved_s, float(rows.host_s[~matmuls & ~attention].sum()), summed_s)
 
     def _exchanged_s(self, rows: Work) -> float:
         """Exchanges over tp, and what only moves or adds."""
@@ -120,11 +124,11 @@ class Savings:
         return float(sum(item.flops for item in items if isinstance(item, Op)))
 
     def _best_flops(self) -> float:
-        """FLOP/s, of any dtype that it may multiply in."""
-        return max(
-            rate.peak_flops * max((tile.share for tile in rate.tiles), default=1.0)
-            for _, rate in self._machine.matmuls
-        )
+        """FLOP/s of its best tile, in the dtype that it multiplies in."""
+        names = (self._setup.matmul_dtype, self._program.settings.computed_dtype)
+        rates = [self._machine.matmul(name) for name in names if name is not None]
+        known = [rate for rate in rates if rate is not None] or [rate for _, rate in self._machine.matmuls]
+        return max(rate.peak_flops * max((tile.share for tile in rate.tiles), default=1.0) for rate in known)
 
     def _summed_s(self, group: Group) -> float:
         """All-reducing the gradients of the group's whole weights over tp."""
