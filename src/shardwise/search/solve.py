@@ -11,10 +11,10 @@ candidate are looked at where what they save at most would put it before those t
 change is the sum of what each does. Whatever was put together so is traced as it is before it is given
 out."""
 
-import heapq
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from enum import Enum, auto
+from dataclasses import replace
 
 from shardwise.core.errors import InputError
 from shardwise.core.pipeline import recomputed_spans
@@ -27,6 +27,7 @@ from shardwise.search.bounds import Bounds
 from shardwise.search.composed import fewest_layers, singles, styles_of_all
 from shardwise.search.piece import Piece, Traced, Unfit
 from shardwise.search.problem import Answer, Outcome, Problem
+from shardwise.search.queue import Node, Queue, Stage
 from shardwise.search.savings import Savings
 
 ALIKE = 0.01
@@ -45,26 +46,6 @@ Tracer = Callable[[Sequence[Piece]], Iterator[tuple[Piece, Traced]]]
 Says = Callable[["Answer | None", int, int], None]
 
 
-class _Stage(Enum):
-    """What a node's bound is of, and so what is to be done when it comes up."""
-
-    ROOT = auto()
-    PIECE = auto()
-    RECOMPUTED = auto()
-    RESTYLED = auto()
-    STYLES = auto()
-    COMPOSED = auto()
-    KNOWN = auto()
-
-
-@dataclass(slots=True)
-class _Node:
-    candidate: Candidate
-    stage: _Stage
-    prediction: Prediction | None = None
-    composed_s: float | None = None
-
-
 class Solver:
     """One search. says: told the best so far, how many candidates are left, and how many traces were made."""
 
@@ -75,35 +56,38 @@ class Solver:
         self._bounds: dict[Piece, Bounds] = {}
         self._savings: dict[Piece, Savings] = {}
         self._predictions: dict[Candidate, Prediction | None] = {}
-        self._heap: list[tuple[float, int, _Node]] = []
-        self._pushed = 0
+        self.queue = Queue()
         self._seen: set[Candidate] = set()
         self._known_ones: list[Answer] = []
         self._changes: dict[Candidate, dict[tuple[str, str], tuple[float, float]]] = {}
         self._best: Answer | None = None
 
-    def run(self, top: int) -> Outcome:
+    def run(self, top: int, seconds: float = math.inf) -> Outcome:
         """The best, proved, and the best others of those that were looked at for it; more are looked at
         only where these are fewer than `top`. On KeyboardInterrupt what was found by then. Raises what the
         tracer raises."""
-        outcome = self.outcome
+        outcome, until = self.outcome, time.monotonic() + seconds
         try:
             self._start()
-            while self._heap and not (outcome.answers and len(self._ranked()) >= top):
-                bound, _, node = heapq.heappop(self._heap)
+            while self.queue.is_left() and not (outcome.answers and len(self._ranked()) >= top):
+                bound, node = self.queue.pop(in_order=bool(outcome.answers))
                 if outcome.answers:
                     if bound > FAR * outcome.answers[0].prediction.step_s:
                         break
                     if len(self._ranked()) > 1 and self._missing(node):
                         continue
                 self._look(bound, node)
+                if time.monotonic() > until and not outcome.answers:
+                    outcome.stopped = f"{seconds:g} seconds were over"
+                    self.queue.push(bound, node)  # it may not be through
+                    break
         except KeyboardInterrupt:
             outcome.stopped = "it was stopped"
         best = self._best
         if outcome.answers:
             outcome.gap = 0.0
         elif best is not None:
-            least = min((bound for bound, *_ in self._heap), default=0.0)
+            least = self.queue.least()
             outcome.gap = max(0.0, 1 - least / best.prediction.step_s)
         outcome.answers = self._ranked()[:top]
         return outcome
@@ -116,46 +100,40 @@ class Solver:
                 found.append(answer)
         return found
 
-    def left(self) -> Iterator[tuple[Candidate, float]]:
-        """Candidates that weren't looked at further, with their bounds."""
-        for bound, _, node in self._heap:
-            if node.stage in (_Stage.ROOT, _Stage.PIECE):
-                yield node.candidate, bound
-
     def _start(self) -> None:
         self._get(dict.fromkeys(self.problem.piece_of(each).root for each in self.problem.candidates))
         for candidate in self.problem.candidates:
-            self._by_bounds(candidate, self.problem.piece_of(candidate).root, _Stage.ROOT)
+            self._by_bounds(candidate, self.problem.piece_of(candidate).root, Stage.ROOT)
 
-    def _look(self, bound: float, node: _Node) -> None:
+    def _look(self, bound: float, node: Node) -> None:
         missing = self._missing(node)
         if missing:
-            self._push(bound, node)
+            self.queue.push(bound, node)
             self._get(self._with_others(missing, bound))
             return
         match node.stage:
-            case _Stage.ROOT:
-                self._by_bounds(node.candidate, self.problem.piece_of(node.candidate), _Stage.PIECE)
-            case _Stage.PIECE:
+            case Stage.ROOT:
+                self._by_bounds(node.candidate, self.problem.piece_of(node.candidate), Stage.PIECE)
+            case Stage.PIECE:
                 self._by_prediction(node.candidate)
-            case _Stage.RECOMPUTED:
+            case Stage.RECOMPUTED:
                 self._recompute(node.candidate, bound)
-            case _Stage.RESTYLED:
+            case Stage.RESTYLED:
                 self._push_restyled(node.candidate)
-            case _Stage.STYLES:
+            case Stage.STYLES:
                 self._restyle(node.candidate)
-            case _Stage.COMPOSED:
+            case Stage.COMPOSED:
                 self._confirm(node)
-            case _Stage.KNOWN:
+            case Stage.KNOWN:
                 assert node.prediction is not None
                 self.outcome.answers.append(Answer(node.candidate, node.prediction, node.composed_s))
 
     # traces
 
-    def _missing(self, node: _Node) -> list[Piece]:
+    def _missing(self, node: Node) -> list[Piece]:
         """What must be traced before the node can be looked at."""
-        needed = [] if node.stage is _Stage.KNOWN else [node.candidate]
-        if node.stage is _Stage.RECOMPUTED:
+        needed = [] if node.stage is Stage.KNOWN else [node.candidate]
+        if node.stage is Stage.RECOMPUTED:
             if not self.problem.is_default(node.candidate):  # it tells what the others hold at least
                 default = self.problem.with_defaults(node.candidate)
                 if self.problem.piece_of(default) not in self._pieces:
@@ -164,7 +142,7 @@ class Solver:
                     return []
             if self.problem.partly:
                 needed.append(_without_recompute(node.candidate))
-        if node.stage is _Stage.STYLES:
+        if node.stage is Stage.STYLES:
             needed += self._singles(node.candidate)
         pieces = dict.fromkeys(map(self.problem.piece_of, needed))
         return [piece for piece in pieces if piece not in self._pieces]
@@ -172,7 +150,7 @@ class Solver:
     def _with_others(self, missing: list[Piece], bound: float) -> list[Piece]:
         """With those that will be needed next, so that no process waits."""
         wanted = dict.fromkeys(missing)
-        for near, _, node in heapq.nsmallest(8 * self._workers, self._heap):
+        for near, node in self.queue.nearest(8 * self._workers):
             if len(wanted) >= self._workers or near > bound * (1 + 2 * ALIKE):
                 break
             wanted |= dict.fromkeys(self._missing(node))
@@ -182,7 +160,7 @@ class Solver:
         for piece, traced in self._trace(list(pieces)):
             self._pieces[piece] = traced
             self.outcome.traces += 1
-            self._says(self._best, len(self._heap), self.outcome.traces)
+            self._says(self._best, len(self.queue), self.outcome.traces)
 
     def _program(self, piece: Piece) -> Program | None:
         """None where it can't be traced."""
@@ -191,7 +169,7 @@ class Solver:
 
     # what is found out about a candidate
 
-    def _by_bounds(self, candidate: Candidate, piece: Piece, stage: _Stage) -> None:
+    def _by_bounds(self, candidate: Candidate, piece: Piece, stage: Stage) -> None:
         """By a piece's bounds: it is looked at with recompute, or without, or refused."""
         found = self._pieces[piece]
         if isinstance(found, Unfit):
@@ -203,12 +181,12 @@ class Solver:
             bounds.device_bytes(mesh, candidate.micro_batches, recomputes=recomputes)
             for recomputes in (False, True)
         )
-        if stage is _Stage.ROOT and self.problem.is_default(candidate):
+        if stage is Stage.ROOT and self.problem.is_default(candidate):
             saved_s = self._savings_of(piece, candidate).at_most_s(candidate)
             if saved_s > 0:
-                self._push(step_s - saved_s, _Node(candidate, _Stage.RESTYLED))
+                self.queue.push(step_s - saved_s, Node(candidate, Stage.RESTYLED))
         if needs <= limit:
-            self._push(step_s, _Node(candidate, stage))
+            self.queue.push(step_s, Node(candidate, stage))
         elif least <= limit and self._push_recomputed(candidate, step_s, needs):
             self.outcome.note(candidate, step_s, needs, Known.BOUND, fits=False)
         else:
@@ -236,7 +214,7 @@ class Solver:
         for kind in kinds:
             whole = replace(candidate, recompute=kind, recomputed=layers)
             more_s = bounds.again_s(candidate.mesh, candidate.micro_batches, kind, few)
-            self._push(least_s + more_s, _Node(whole, _Stage.RECOMPUTED))
+            self.queue.push(least_s + more_s, Node(whole, Stage.RECOMPUTED))
         return bool(kinds)
 
     def _recompute(self, candidate: Candidate, bound: float) -> None:
@@ -252,11 +230,9 @@ class Solver:
         if not self._fits(whole):
             self.outcome.refuse_large(candidate, whole.step_s, whole.memory.device_bytes, Known.PREDICTED)
             return
-        self._better(Answer(candidate, whole))
+        self._known(Answer(candidate, whole))
         none = self._predicted(_without_recompute(candidate)) if self.problem.partly else None
-        if none is None or self._fits(none):
-            self._known(Answer(candidate, whole))
-        else:
+        if none is not None and not self._fits(none):
             self._push_partly(candidate, 0, none)
 
     def _push_partly(self, candidate: Candidate, fewer: int, found: Prediction) -> None:
@@ -283,7 +259,7 @@ class Solver:
         if found is not None:
             saved_s = self._savings_of(self.problem.piece_of(candidate), candidate).at_most_s(candidate)
             if saved_s > 0:
-                self._push(found.step_s - saved_s, _Node(candidate, _Stage.STYLES))
+                self.queue.push(found.step_s - saved_s, Node(candidate, Stage.STYLES))
 
     def _restyle(self, base: Candidate) -> None:
         """All other styles of a candidate: those that change one group by their own pieces, others by the
@@ -312,7 +288,7 @@ class Solver:
             else:
                 self._push_composed(candidate, step_s)
 
-    def _confirm(self, node: _Node) -> None:
+    def _confirm(self, node: Node) -> None:
         """A candidate that was put together, by its own plan."""
         candidate, found = node.candidate, self._predicted(node.candidate)
         if found is None:
@@ -333,23 +309,19 @@ class Solver:
             )
             self._better(answer)
             self._known_ones.append(answer)
-            self._push(found.step_s, _Node(answer.candidate, _Stage.KNOWN, found, answer.composed_s))
+            self.queue.push(found.step_s, Node(answer.candidate, Stage.KNOWN, found, answer.composed_s))
 
     def _better(self, answer: Answer) -> None:
         if self._best is None or answer.prediction.step_s < self._best.prediction.step_s:
             self._best = answer
-            self._says(self._best, len(self._heap), self.outcome.traces)
+            self._says(self._best, len(self.queue), self.outcome.traces)
 
     # small things
-
-    def _push(self, bound: float, node: _Node) -> None:
-        self._pushed += 1
-        heapq.heappush(self._heap, (bound, self._pushed, node))
 
     def _push_composed(self, candidate: Candidate, step_s: float) -> None:
         if candidate not in self._seen:
             self.outcome.composed += 1
-            self._push(step_s * (1 - SLACK), _Node(candidate, _Stage.COMPOSED, composed_s=step_s))
+            self.queue.push(step_s * (1 - SLACK), Node(candidate, Stage.COMPOSED, composed_s=step_s))
 
     def _fits(self, found: Prediction) -> bool:
         return found.memory.device_bytes <= self.problem.memory_bytes

@@ -83,6 +83,10 @@ class SearchOptions(PredictOptions):
     memory: Annotated[
         float | None, Option("GiB that a device may hold.", PANEL, 0.001, shown="all that the machine has")
     ] = None
+    seconds: Annotated[
+        float,
+        Option("After which the best so far is given, with how much better another could be.", PANEL, 1),
+    ] = 60.0
     top: Annotated[int, Option("Plans that are given out.", PANEL, 1, 50)] = 5
     verify: Annotated[
         bool,
@@ -173,7 +177,7 @@ class _Looking:
         self.seconds["reading the model"] = time.perf_counter() - started
         solver = Solver(problem, self.tracing.traced, self.workers, self._says)
         began = time.perf_counter()
-        outcome = solver.run(self.options.top)
+        outcome = solver.run(self.options.top, self.options.seconds)
         self.seconds["tracing and predicting"] = time.perf_counter() - began
         outcome.refused.update(refused)
         self._check_found(outcome, len(found), refused)
@@ -184,7 +188,7 @@ class _Looking:
             self.progress("asking what decides")
             tipped = tippings(self.machine, self._with_programs(outcome, facts.layers), self.memory_bytes)
         self.seconds["what decides"] = time.perf_counter() - began
-        shown = [*outcome.considered, *_some(solver.left())]
+        shown = [*outcome.considered, *_some(solver.queue.unlooked())]
         return Search(
             self.case.model,
             facts_of(self.machine),
