@@ -38,6 +38,7 @@ FAR = 1.5
 SLACK = 0.005
 """A candidate that was put together may take so much less than its pieces give; tests hold it."""
 
+BY_HAND = "it was stopped by Ctrl-C"
 SURE = 1.05
 """What is put together of pieces, and so many times a device's memory, doesn't fit; its own plan isn't
 traced."""
@@ -82,7 +83,7 @@ class Solver:
                     self.queue.push(bound, node)  # it may not be through
                     break
         except KeyboardInterrupt:
-            outcome.stopped = "it was stopped"
+            outcome.stopped = BY_HAND
         best = self._best
         if outcome.answers:
             outcome.gap = 0.0

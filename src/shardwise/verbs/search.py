@@ -32,7 +32,7 @@ from shardwise.core.search import (
 from shardwise.predict.contrast import facts_of
 from shardwise.search.piece import piece_of
 from shardwise.search.problem import Answer, Outcome, Problem
-from shardwise.search.solve import Solver
+from shardwise.search.solve import BY_HAND, Solver
 from shardwise.search.tipping import tippings
 from shardwise.verbs.predict import MACHINE, SEQ, PredictOptions
 from shardwise.verbs.progress import Progress, silent, so_far
@@ -184,7 +184,7 @@ class _Looking:
         answers = self._found(outcome, facts.layers)
         began = time.perf_counter()
         tipped: tuple[Tipping, ...] = ()
-        if outcome.stopped is None:
+        if outcome.stopped != BY_HAND:
             self.progress("asking what decides")
             tipped = tippings(self.machine, self._with_programs(outcome, facts.layers), self.memory_bytes)
         self.seconds["what decides"] = time.perf_counter() - began
@@ -217,9 +217,10 @@ class _Looking:
         return found
 
     def proved(self, found: Search) -> Search:
-        """With the proof of the best."""
-        if found.stopped is not None or not found.found:
-            return found
+        """With the proof of the best, unless the user wants an end."""
+        if found.stopped == BY_HAND or not found.found:
+            stopped = tuple(replace(each, why_unproved="the search was stopped") for each in found.found)
+            return replace(found, found=stopped)
         began = time.perf_counter()
         best = proved(self.case, found.found[0], self.twin_plan, self.progress)
         seconds = (*found.seconds, ("proving the best", time.perf_counter() - began))
@@ -290,7 +291,7 @@ class _Looking:
         return tuple(map(int, given)) or MICRO_BATCHES
 
     def _says(self, best: Answer | None, left: int, traces: int) -> None:
-        now = f"{traces:,} traces, {left:,} candidates left"
+        now = f"{traces:,} pieces traced, {left:,} candidates left"
         if best is not None:
             now = so_far(now, f"{best.candidate.label}, {best.prediction.step_s:.4g} s a step")
         self.progress(now)

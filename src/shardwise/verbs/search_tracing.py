@@ -42,8 +42,11 @@ class Tracing:
         return told
 
     def _one(self, asked: Ask) -> Told:
-        ((_, told),) = self.processes.results([asked])
-        return told
+        found: Told = None
+        for ask, told in self.processes.results([asked]):
+            if ask == asked:  # others were under way when a search was stopped
+                found = told
+        return found
 
     def traced(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Traced]]:
         """Of four sequences and more the Program follows from those of two and three, where these are
