@@ -21,8 +21,8 @@ class Stage(Enum):
     KNOWN = auto()
 
 
-NEARLY = (Stage.PIECE, Stage.RECOMPUTED, Stage.COMPOSED)
-"""Stages of nodes of which few steps more make a known candidate."""
+NEARLY = (Stage.COMPOSED, Stage.RECOMPUTED, Stage.PIECE)
+"""Stages of nodes of which few steps more make a known candidate, the nearest first."""
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ class Queue:
 
     def __init__(self) -> None:
         self._all: list[tuple[float, int, Node]] = []
-        self._nearly: list[tuple[float, int, Node]] = []
+        self._nearly: tuple[list[tuple[float, int, Node]], ...] = tuple([] for _ in NEARLY)
         self._pushed = self._turns = 0
 
     def __len__(self) -> int:
@@ -51,7 +51,7 @@ class Queue:
         node.is_done = False
         heapq.heappush(self._all, (bound, self._pushed, node))
         if node.stage in NEARLY:
-            heapq.heappush(self._nearly, (bound, self._pushed, node))
+            heapq.heappush(self._nearly[NEARLY.index(node.stage)], (bound, self._pushed, node))
 
     def is_left(self) -> bool:
         while self._all and self._all[0][2].is_done:
@@ -62,11 +62,13 @@ class Queue:
         """The least bound of all; 0 where nothing is left."""
         return self._all[0][0] if self.is_left() else 0.0
 
-    def pop(self, *, in_order: bool) -> tuple[float, Node]:
-        """That with the least bound; in every second turn of those that are nearly known, unless in_order."""
+    def pop(self, below: float, *, in_order: bool) -> tuple[float, Node]:
+        """That with the least bound; in every second turn of those that are nearly known, the nearest
+        first, unless in_order. below: of these only bounds that are less."""
         self._turns += 1
-        for heap in (self._nearly, self._all) if self._turns % 2 and not in_order else (self._all,):
-            while heap:
+        heaps = (*self._nearly, self._all) if self._turns % 2 and not in_order else (self._all,)
+        for heap in heaps:
+            while heap and (heap is self._all or heap[0][0] < below):
                 bound, _, node = heapq.heappop(heap)
                 if not node.is_done:
                     node.is_done = True

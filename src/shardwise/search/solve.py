@@ -71,7 +71,7 @@ class Solver:
         try:
             self._start()
             while self.queue.is_left() and not (outcome.answers and len(self._ranked()) >= top):
-                bound, node = self.queue.pop(in_order=bool(outcome.answers))
+                bound, node = self.queue.pop(self._best_s, in_order=bool(outcome.answers))
                 if outcome.answers:
                     if bound > FAR * outcome.answers[0].prediction.step_s:
                         break
@@ -92,6 +92,10 @@ class Solver:
             outcome.gap = max(0.0, 1 - least / best.prediction.step_s)
         outcome.answers = self._ranked()[:top]
         return outcome
+
+    @property
+    def _best_s(self) -> float:
+        return self._best.prediction.step_s if self._best is not None else math.inf
 
     def _ranked(self) -> list[Answer]:
         """All that are known and fit, best first, without those that are like a better one."""

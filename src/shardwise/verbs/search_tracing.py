@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from shardwise.core.case import Case
 from shardwise.core.mesh import Mesh, Role
+from shardwise.core.pipeline import Pipeline
 from shardwise.core.program import Program
 from shardwise.core.search import Group
 from shardwise.predict.family import LONG, SHORT, Family, NotAFamilyError
@@ -49,33 +50,68 @@ class Tracing:
         return found
 
     def traced(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Traced]]:
-        """Of four sequences and more the Program follows from those of two and three, where these are
-        there or wanted for many."""
-        derived = [piece for piece in pieces if self._is_derived(piece)]
-        direct = [piece for piece in pieces if piece not in derived]
-        for piece in derived:
-            direct += [replace(piece, micro_batch=size) for size in (SHORT, LONG)]
-        asked = [piece for piece in dict.fromkeys(direct) if piece not in self.programs]
-        yield from ((piece, self.programs[piece]) for piece in pieces if piece in self.programs)
-        for piece, traced in self._direct(asked):
-            if piece in pieces:
-                yield piece, traced
-        for piece in derived:
-            try:
-                pair = [self.programs[replace(piece, micro_batch=size)] for size in (SHORT, LONG)]
-                short, long = pair
-                if not isinstance(short, Program) or not isinstance(long, Program):
-                    self.programs[piece] = next(each for each in pair if not isinstance(each, Program))
-                else:
-                    self.programs[piece] = Family(short, long).at(piece.micro_batch)
+        """Each with its Program, as they come: what follows from others isn't traced."""
+        waiting = [piece for piece in pieces if not self._is_there(piece)]
+        for piece in pieces:
+            if piece not in waiting:
                 yield piece, self.programs[piece]
-            except NotAFamilyError:
-                yield from self._direct([piece])
+        direct = dict.fromkeys(each for piece in waiting for each in self._asked_for(piece))
+        for piece, traced in self._direct(list(direct)):
+            if piece in waiting:
+                yield piece, traced
+        for piece in waiting:
+            if piece not in direct:
+                if self._is_there(piece):
+                    yield piece, self.programs[piece]
+                else:
+                    yield from self._direct([piece])
 
-    def _is_derived(self, piece: Piece) -> bool:
-        pair = [replace(piece, micro_batch=size) for size in (SHORT, LONG)]
-        is_known = all(each in self.programs for each in pair)
-        return piece.micro_batch > LONG and (is_known or piece == piece.root)
+    def _asked_for(self, piece: Piece) -> list[Piece]:
+        """What is traced for it: of a root with four sequences or more those with two and three, from
+        which all larger ones follow."""
+        if piece.micro_batch > LONG and piece == piece.root:
+            pair = [replace(piece, micro_batch=size) for size in (SHORT, LONG)]
+            return [each for each in pair if each not in self.programs]
+        return [piece]
+
+    def _is_there(self, piece: Piece) -> bool:
+        """Whether its Program is known, or follows from those that are."""
+        if piece not in self.programs:
+            found = self._of_two_kinds(piece) or self._of_a_family(piece)
+            if found is not None:
+                self.programs[piece] = found
+        return piece in self.programs
+
+    def _of_two_kinds(self, piece: Piece) -> Program | None:
+        """A part of the layers recomputed: from none and all of them."""
+        from shardwise.trace.extend import NotPeriodicError
+        from shardwise.trace.two_kinds import of_two_kinds
+
+        if piece.recomputed is None:
+            return None
+        again = replace(piece, recomputed=None, dealt=(1, 1))
+        pair = [self.programs.get(each) for each in (replace(again, recompute="none"), again)]
+        if not all(isinstance(each, Program) for each in pair):
+            return None
+        plain, every = (each for each in pair if isinstance(each, Program))
+        try:
+            return of_two_kinds(plain, every, piece.recomputed, Pipeline(*piece.dealt))
+        except NotPeriodicError:
+            return None
+
+    def _of_a_family(self, piece: Piece) -> Traced | None:
+        """Larger micro-batches: from those of two and three sequences."""
+        pair = [self.programs.get(replace(piece, micro_batch=size)) for size in (SHORT, LONG)]
+        if piece.micro_batch <= LONG or None in pair:
+            return None
+        unfit = [each for each in pair if isinstance(each, Unfit)]
+        if unfit:
+            return unfit[0]
+        short, long = (each for each in pair if isinstance(each, Program))
+        try:
+            return Family(short, long).at(piece.micro_batch)
+        except NotAFamilyError:
+            return None
 
     def _direct(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Traced]]:
         asked = [AskProgram(self.case, piece, self.device) for piece in pieces]
