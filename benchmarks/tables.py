@@ -12,7 +12,8 @@ benchmark-calibrated (benchmarks/calibrated_results.py); benchmark-trace-read (b
 benchmark-hf-verify and its parts (benchmarks/verify_results.py); benchmark-verify-mutants
 (benchmarks/mutant_results.py); benchmark-static-suspicions (benchmarks/static_results.py);
 benchmark-titan (benchmarks/titan_results.py);
-benchmark-search-examples (benchmarks/search_examples_results.py);
+benchmark-search-examples (benchmarks/search_examples_results.py); benchmark-search-speed
+(benchmarks/search_results.py);
 benchmark-regret and benchmark-regret-misses (benchmarks/regret.py);
 benchmark-published and its parts, and the plot docs/example/published.svg
 (benchmarks/published_results.py); benchmark-h100-steps and benchmark-issue-785
@@ -37,6 +38,7 @@ from benchmarks import (
     published_results,
     regret,
     search_examples_results,
+    search_results,
     static_results,
     titan_results,
     trace_results,
@@ -57,6 +59,7 @@ _OTHERS = (
     regret,
     measured_steps,
     search_examples_results,
+    search_results,
     static_results,
     titan_results,
 )
@@ -255,7 +258,7 @@ def main() -> int:
     try:
         made = blocks(newest_results()) | hf_results.blocks(hf_results.newest_sweep())
         made |= mutant_results.blocks(mutant_results.newest_run())
-        made |= static_results.newest_blocks()
+        made |= static_results.newest_blocks() | search_results.newest_blocks()
         made |= museum_results.blocks(museum_results.newest_run())
         for what in verify_results.whats():
             made |= verify_results.blocks(verify_results.newest_sweep(what))

@@ -1,0 +1,67 @@
+"""Searches' times as data: their file, and the table of the documents. No torch, no processes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.hf_results import cell, table
+from benchmarks.results import RESULTS, Saved, newest
+from shardwise.report.common.units import format_bytes, format_seconds
+
+WHAT = "search-speed"
+
+
+@dataclass(frozen=True, slots=True)
+class SearchRun:
+    """bar_s: seconds that were asked for. gap: how much better than the best something else could be, at
+    most, as a share. largest_bytes: of the largest process up to here."""
+
+    name: str
+    command: str
+    seconds: float
+    bar_s: float | None
+    candidates: int
+    traces: int
+    predicted: int
+    gap: float
+    step_s: float
+    largest_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSpeed(Saved):
+    command: str
+    started: str
+    seconds: float
+    runs: tuple[SearchRun, ...]
+    what: str = WHAT
+    schema_version: int = 1
+
+
+def newest_blocks(folder: Path = RESULTS) -> dict[str, str]:
+    """Of the newest file; none where there is none."""
+    try:
+        found = newest(SearchSpeed, WHAT, folder)
+    except FileNotFoundError:
+        return {}
+    source = f"Source: the newest file of `{WHAT}`, made by `{found.command}`."
+    return {f"benchmark-{WHAT}": f"{told(found.runs)}\n{source}\n"}
+
+
+def told(runs: Sequence[SearchRun]) -> str:
+    """A table in Markdown."""
+    head = ["search", "took", "bar", "candidates", "traces", "gap", "best step", "largest process"]
+    rows = [
+        [
+            cell(run.name),
+            f"{run.seconds:.1f} s",
+            "" if run.bar_s is None else f"{run.bar_s:g} s{'' if run.seconds <= run.bar_s else ', missed'}",
+            f"{run.candidates:,}",
+            f"{run.traces:,}",
+            "proved" if run.gap == 0 else f"{run.gap:.0%}",
+            format_seconds(run.step_s),
+            format_bytes(run.largest_bytes),
+        ]
+        for run in runs
+    ]
+    return table(head, rows, tuple(range(1, len(head))))
