@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import gcd
 
 from shardwise.core.case import RECOMPUTE
 from shardwise.core.errors import OptionError
@@ -195,7 +196,10 @@ def _meshes(choices: Choices) -> Iterator[Mesh]:
 
 
 def _why_not(choices: Choices, mesh: Mesh, size: int, chunks: int) -> str | None:
-    at_once = mesh.data_parallel * size
+    at_once, shared = mesh.data_parallel * size, gcd(mesh.context, size)
+    if shared > 1 and mesh.context // shared in choices.degrees[CONTEXT_AXIS]:
+        # as data-parallel ranks they do the same work, and exchange no keys
+        return "context ranks share sequences of which each could have its own"
     if choices.batch % at_once:
         return f"a batch of {choices.batch} can't be cut into equal micro-batches of each data-parallel rank"
     count, stages = choices.batch // at_once, mesh.stages
