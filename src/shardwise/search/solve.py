@@ -2,14 +2,12 @@
 
 Best first: of all candidates the one with the least bound is looked at next, and what is found out about
 it raises its bound (its root's, its own piece's, predict's step). A candidate that comes up with its step
-known is the best of all that are left: no other can take less than its own bound. So the first is the
-best, and the search ends with the last that was asked for.
+known is the best of all that are left: no other can take less than its own bound.
 
-Of a candidate that doesn't fit without recompute, as few layers are recomputed as make it fit: each
-further one costs time. What that takes lies on the line between none and all of them. Other styles of a
-candidate are looked at where what they save at most would put it before those that are left; what several
-change is the sum of what each does. Whatever was put together so is traced as it is before it is given
-out."""
+Of a candidate that doesn't fit without recompute, as few layers are recomputed as make it fit. Other styles
+of a candidate are looked at where what they save at most would put it before those that are left; what
+several change is the sum of what each does. Whatever was put together so is predicted by a Program of its
+own before it is given out."""
 
 import math
 import time
