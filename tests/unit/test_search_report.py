@@ -142,6 +142,9 @@ def test_where_nothing_fits_the_smallest_is_named() -> None:
     assert "None of 12,345 candidates fits in 72.0 GiB a device." in shown
     assert "The smallest that was looked at needs 75.0 GiB: fsdp=32,tp=2" in shown
     assert "each candidate was refused" in words(printed(example.nothing_at_all()))
+    stopped = words(printed(replace(example.nothing_fits(), stopped="by Ctrl-C")))
+    assert "No plan is known yet to fit" in stopped
+    assert "None of" not in stopped
 
 
 def test_what_decides_is_told_by_how_much_a_constant_must_change() -> None:

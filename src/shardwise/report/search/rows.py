@@ -262,6 +262,8 @@ def nothing_lines(search: Search) -> Iterator[Line]:
     limit = format_bytes(search.space.memory_bytes)
     if not search.candidates:
         yield Line("Nothing in this space can run: each candidate was refused.", Tone.BAD)
+    elif search.stopped:
+        yield Line(f"No plan is known yet to fit in {limit} a device.", Tone.BAD)
     else:
         yield Line(f"None of {counted(search.candidates, 'candidate')} fits in {limit} a device.", Tone.BAD)
     least = smallest(search)
@@ -272,7 +274,7 @@ def nothing_lines(search: Search) -> Iterator[Line]:
         )
     if search.stopped:
         yield Line(
-            f"Stopped early ({sentence(search.stopped)}): what wasn't looked at might fit.", Tone.CAUTION
+            f"The search ended early ({sentence(search.stopped)}): what wasn't looked at might.", Tone.CAUTION
         )
 
 
