@@ -118,9 +118,9 @@ def tried(case: Case, problem: Problem) -> dict[Candidate, Prediction]:
 BLOCKS_CUT = ("output=cut", "layers.*.attention=cut", "layers.*.feed_forward=cut")
 SMALL = ("llama3-debug", 2, (*BLOCKS_CUT, "micro-batch=2", "sequence=cut"))
 LARGER = (
-    ("llama3-debug", 2, ("tp=2", "output=cut", "micro-batch=1")),
-    ("llama3-debug", 4, ("tp=1,2", *BLOCKS_CUT)),
-    ("gpt-debug", 2, ("output=cut", "micro-batch=2")),
+    ("llama3-debug?n_layers=2", 2, ("tp=2", "output=cut", "micro-batch=1")),
+    ("llama3-debug?n_layers=2", 4, ("tp=1,2", *BLOCKS_CUT)),
+    ("gpt-debug?n_layers=2", 2, ("output=cut", "micro-batch=2")),
     ("moe-debug", 2, ("output=cut", "layers.*.attention=cut", "micro-batch=1")),
 )
 SPACES = [SMALL, *(pytest.param(*space, marks=pytest.mark.full) for space in LARGER)]
