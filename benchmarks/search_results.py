@@ -14,7 +14,8 @@ WHAT = "search-speed"
 @dataclass(frozen=True, slots=True)
 class SearchRun:
     """bar_s: seconds that were asked for. gap: how much better than the best something else could be, at
-    most, as a share. largest_bytes: of the largest process up to here."""
+    most, as a share. largest_bytes: of the largest command process up to here; those that trace are not in
+    it."""
 
     name: str
     command: str
@@ -50,7 +51,7 @@ def newest_blocks(folder: Path = RESULTS) -> dict[str, str]:
 
 def told(runs: Sequence[SearchRun]) -> str:
     """A table in Markdown."""
-    head = ["search", "took", "bar", "candidates", "traces", "gap", "best step", "largest process"]
+    head = ["search", "took", "bar", "candidates", "traces", "gap", "best step", "its own process"]
     rows = [
         [
             cell(run.name),
