@@ -13,14 +13,13 @@ from shardwise.core.case import Case
 from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import Prediction, Setup
 from shardwise.core.program import Program
-from shardwise.core.search import SEQUENCE, Candidate, Group
+from shardwise.core.search import SEQUENCE, Candidate, Group, can_be
 from shardwise.predict.machines import load_machine
 from shardwise.predict.predict import predict
 from shardwise.search.bounds import Bounds
 from shardwise.search.piece import Piece, Traced, Unfit, piece_of
 from shardwise.search.problem import Outcome, Problem
 from shardwise.search.solve import Solver
-from shardwise.verbs.search import can_be
 from shardwise.verbs.search_pieces import AskFacts, AskGroups, AskProgram, Facts, answer
 from shardwise.verbs.search_space import Choices, Wanted, candidates, restricted
 
@@ -74,7 +73,6 @@ def problem_of(
         Setup(),
         tuple(candidates(choices, by_tp, Counter())),
         lambda candidate: by_tp[candidate.mesh.tp],
-        can_be,
         recompute,
         layers,
         memory_bytes,
@@ -187,6 +185,17 @@ def test_no_candidate_takes_less_than_its_bound_or_holds_less(
             assert bounds.step_s(mesh, count, 1) <= found.step_s * (1 + 1e-9), candidate
             least = bounds.device_bytes(mesh, count, recomputes=candidate.recomputed > 0)
             assert least <= found.memory.device_bytes * (1 + 1e-9), candidate
+
+
+def test_keys_that_go_round_a_ring_are_waited_for_by_no_bound() -> None:
+    case = Case.of(model="llama3-8b", mesh="tp=1", dtype="bfloat16", seq=8192, random_ids=True)
+    program = traced(case, Piece((("tp", 1),), (), 1))
+    assert isinstance(program, Program)
+    gathered_s, ring_s = (
+        Bounds(program, MACHINE, Setup(), gathers=gathers).step_s(Mesh.parse("cp=8"), 4, 1)
+        for gathers in (True, False)
+    )
+    assert ring_s < gathered_s
 
 
 PARTLY = [

@@ -12,11 +12,25 @@ from shardwise.core.case import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import MemoryForecast, Setup, Term
 from shardwise.core.prediction_run import MachineFacts
+from shardwise.core.style import StyleName
 from shardwise.core.verification import Verification
 
 CUT, WHOLE = "cut", "whole"
 SEQUENCE = "sequence"
 """The group whose decision is whether what lies between the cut blocks is cut along the sequence."""
+LOOK_UPS = (StyleName.ROWWISE, StyleName.COLWISE, StyleName.ROUTED, StyleName.REPLICATED)
+"""The styles of a look-up of ids, the first being the default."""
+
+
+def gives_parts_alone(look_up: StyleName) -> bool:
+    """Whether a style of look-ups gives each rank its part of the sequence, and can't give all of it."""
+    return "output" not in look_up.arguments
+
+
+def can_be(styles: Mapping[str, str]) -> bool:
+    """Whether choices, by group, go together: a look-up that gives parts of the sequence needs it cut."""
+    alone = {str(each) for each in LOOK_UPS if gives_parts_alone(each)}
+    return styles.get(SEQUENCE, CUT) == CUT or alone.isdisjoint(styles.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +206,3 @@ class Search:
     def is_proved(self) -> bool:
         """Best in this space, by this machine file."""
         return self.gap == 0 and self.stopped is None and bool(self.found)
-
-
-def styles_of(chosen: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """As a Candidate has them."""
-    return tuple(chosen.items())

@@ -8,13 +8,10 @@ from shardwise.core.errors import PlanError
 from shardwise.core.layer_name import any_layer
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import StyleName
-from shardwise.core.search import CUT, SEQUENCE, WHOLE, Group
+from shardwise.core.search import CUT, LOOK_UPS, SEQUENCE, WHOLE, Group, gives_parts_alone
 from shardwise.models.source import ModelSource
 from shardwise.planner.make import Wish, traced_model
 from shardwise.planner.regions import place_of
-
-TABLES = (StyleName.ROWWISE, StyleName.COLWISE, StyleName.ROUTED, StyleName.REPLICATED)
-"""The styles of a look-up of ids, the first being the default."""
 
 
 def groups_of(source: ModelSource, mesh: Mesh, seq: int) -> tuple[Group, ...]:
@@ -32,8 +29,8 @@ def groups_of(source: ModelSource, mesh: Mesh, seq: int) -> tuple[Group, ...]:
     found.append(Group(SEQUENCE, (), (CUT, WHOLE) if is_cut else (WHOLE,), () if is_cut else ((CUT, why),)))
     if cuts.table:
         is_part = cuts.sequence is not None and cuts.sequence.is_at_embedding
-        closed = [table for table in TABLES if not is_part and _gives_parts_alone(table)]
-        options = tuple(str(table) for table in TABLES if table not in closed)
+        closed = [table for table in LOOK_UPS if not is_part and gives_parts_alone(table)]
+        options = tuple(str(table) for table in LOOK_UPS if table not in closed)
         reasons = tuple((str(table), "what follows needs whole sequences of it") for table in closed)
         found.append(Group(any_layer(cuts.table[0]), cuts.table[:1], options, reasons))
     for place in dict.fromkeys(map(place_of, cuts.regions)):
@@ -43,20 +40,9 @@ def groups_of(source: ModelSource, mesh: Mesh, seq: int) -> tuple[Group, ...]:
     return tuple(found)
 
 
-def _gives_parts_alone(table: StyleName) -> bool:
-    """Whether a style of look-ups gives each rank its part of the sequence and nothing else."""
-    return "output" not in table.arguments
-
-
-def can_be(styles: dict[str, str]) -> bool:
-    """Whether choices go together: a look-up that gives parts of the sequence needs it cut."""
-    alone = {str(table) for table in TABLES if _gives_parts_alone(table)}
-    return styles.get(SEQUENCE, CUT) == CUT or alone.isdisjoint(styles.values())
-
-
 def wish_of(mesh: Mesh, seq: int, styles: dict[str, str]) -> Wish:
     """What a plan with these styles is asked for."""
-    tables = {str(style): style for style in TABLES}
+    tables = {str(style): style for style in LOOK_UPS}
     table = next((tables[option] for option in styles.values() if option in tables), StyleName.ROWWISE)
     whole = frozenset(group for group, option in styles.items() if option == WHOLE and group != SEQUENCE)
     return Wish(mesh, styles.get(SEQUENCE, CUT) == CUT, table, seq, whole)

@@ -1,13 +1,12 @@
 """What is put together of pieces: how few layers must be recomputed, and which styles differ in what."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 
-from shardwise.core.search import SEQUENCE, Group
+from shardwise.core.search import SEQUENCE, Group, can_be
 
 Styles = tuple[tuple[str, str], ...]
-CanBe = Callable[[dict[str, str]], bool]
 
 
 def fewest_layers(over_bytes: float, freed_bytes: float, layers: int) -> int:
@@ -18,7 +17,7 @@ def fewest_layers(over_bytes: float, freed_bytes: float, layers: int) -> int:
     return min(layers, max(1, math.ceil(over_bytes / freed_bytes - 1e-9)))
 
 
-def singles(base: Styles, groups: Sequence[Group], can_be: CanBe) -> list[Styles]:
+def singles(base: Styles, groups: Sequence[Group]) -> list[Styles]:
     """With another style of one group each."""
     found = []
     for group in groups:
@@ -29,7 +28,7 @@ def singles(base: Styles, groups: Sequence[Group], can_be: CanBe) -> list[Styles
     return found
 
 
-def styles_of_all(base: Styles, changes: Sequence[tuple[str, str]], can_be: CanBe) -> Iterator[Styles]:
+def styles_of_all(base: Styles, changes: Sequence[tuple[str, str]]) -> Iterator[Styles]:
     """All that make two of the changes (group, option) or more, each group's at most once."""
     options = [[own, *(pair for pair in changes if pair[0] == own[0])] for own in base]
     for chosen in product(*options):

@@ -14,7 +14,7 @@ from shardwise.search.piece import Piece, piece_of
 @dataclass(frozen=True, slots=True)
 class Problem:
     """candidates: with the default styles, without recompute. groups: of the tensor-parallel ranks of a
-    candidate. can_be: whether styles go together. layers: of the model; 0 where it has no row of them.
+    candidate. layers: of the model; 0 where it has no row of them.
     partly: whether a part of them may be recomputed. memory_bytes: of a device, at most. gathers_keys:
     context ranks gather keys, and wait for them."""
 
@@ -22,7 +22,6 @@ class Problem:
     setup: Setup
     candidates: tuple[Candidate, ...]
     groups: Callable[[Candidate], tuple[Group, ...]]
-    can_be: Callable[[dict[str, str]], bool]
     recompute: tuple[str, ...]
     layers: int
     memory_bytes: float

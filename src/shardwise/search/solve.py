@@ -62,9 +62,9 @@ class Solver:
         self._best: Answer | None = None
 
     def run(self, top: int, seconds: float = math.inf) -> Outcome:
-        """The best, proved, and the best others of those that were looked at for it; more are looked at
-        only where these are fewer than `top`. On KeyboardInterrupt what was found by then. Raises what the
-        tracer raises."""
+        """The best, proved, and the best others of those that need no further trace; where there is none,
+        the next one. On KeyboardInterrupt, and after so many seconds, what was found by then. Raises what
+        the tracer raises."""
         outcome, until = self.outcome, time.monotonic() + seconds
         try:
             self._start()
@@ -279,7 +279,7 @@ class Solver:
         for candidate in self._singles(base):
             if self._predicted(candidate) is not None:
                 self._by_prediction(candidate)
-        for styles in styles_of_all(base.styles, tuple(changes), self.problem.can_be):
+        for styles in styles_of_all(base.styles, tuple(changes)):
             candidate = replace(base, styles=styles)
             more = [changes[pair] for pair in set(styles) - set(base.styles)]
             step_s = first.step_s + sum(seconds for seconds, _ in more)
@@ -369,7 +369,7 @@ class Solver:
         """With another style of one group each, of those that could save anything."""
         savings = self._savings_of(self.problem.piece_of(candidate), candidate)
         groups = [group for group in self.problem.groups(candidate) if savings.is_worth(group)]
-        found = singles(candidate.styles, groups, self.problem.can_be)
+        found = singles(candidate.styles, groups)
         return [replace(candidate, styles=styles) for styles in found]
 
     def _least_bytes(self, candidate: Candidate, default: Candidate) -> float:

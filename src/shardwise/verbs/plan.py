@@ -11,6 +11,7 @@ from shardwise.core.made_plan import MadePlan
 from shardwise.core.mesh import Mesh
 from shardwise.core.option import Option, check_options
 from shardwise.core.plan import Plan, StyleName, TheirPlan
+from shardwise.core.search import LOOK_UPS
 from shardwise.verbs.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
 
 PANEL = "The plan"
 SEQ = 4096
-EMBEDDINGS = tuple(
-    str(style) for style in (StyleName.ROWWISE, StyleName.COLWISE, StyleName.ROUTED, StyleName.REPLICATED)
-)
+EMBEDDINGS = tuple(map(str, LOOK_UPS))
 
 
 @dataclass(frozen=True, slots=True)

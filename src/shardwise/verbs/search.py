@@ -1,5 +1,5 @@
 """search: a model and a machine -> Search: the best plan, its runners-up, why they lose, and the proof of
-each."""
+the best."""
 
 import math
 import os
@@ -14,21 +14,9 @@ from shardwise.core.errors import OptionError
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import NAMES, STAGES_AXIS, TENSOR_AXIS, Mesh, Role
 from shardwise.core.option import Option
-from shardwise.core.plan import StyleName
+from shardwise.core.plan import ContextAttention
 from shardwise.core.program import Program
-from shardwise.core.search import (
-    CUT,
-    SEQUENCE,
-    Candidate,
-    Considered,
-    Found,
-    Group,
-    Known,
-    Refused,
-    Search,
-    Space,
-    Tipping,
-)
+from shardwise.core.search import Candidate, Considered, Found, Group, Known, Refused, Search, Space, Tipping
 from shardwise.predict.contrast import facts_of
 from shardwise.search.piece import piece_of
 from shardwise.search.problem import Answer, Outcome, Problem
@@ -91,7 +79,9 @@ class SearchOptions(PredictOptions):
     verify: Annotated[
         bool,
         Option(
-            "Prove each plan on its small twin, on ranks of this machine.", PANEL, flag="--verify/--no-verify"
+            "Prove the best plan on its small twin, on ranks of this machine.",
+            PANEL,
+            flag="--verify/--no-verify",
         ),
     ] = True
 
@@ -169,10 +159,10 @@ class _Looking:
             self.setup,
             tuple(found),
             lambda candidate: groups[candidate.mesh.tp],
-            can_be,
             space.recompute,
             facts.layers,
             self.memory_bytes,
+            gathers_keys=self.case.context_attention == ContextAttention.GATHER,
         )
         self.seconds["reading the model"] = time.perf_counter() - started
         solver = Solver(problem, self.tracing.traced, self.workers, self._says)
@@ -180,7 +170,7 @@ class _Looking:
         outcome = solver.run(self.options.top, self.options.seconds)
         self.seconds["tracing and predicting"] = time.perf_counter() - began
         outcome.refused.update(refused)
-        self._check_found(outcome, len(found), refused)
+        self._check_found(outcome)
         answers = self._found(outcome, facts.layers)
         began = time.perf_counter()
         tipped: tuple[Tipping, ...] = ()
@@ -296,7 +286,7 @@ class _Looking:
             now = so_far(now, f"{best.candidate.label}, {best.prediction.step_s:.4g} s a step")
         self.progress(now)
 
-    def _check_found(self, outcome: Outcome, count: int, refused: Counter[str]) -> None:
+    def _check_found(self, outcome: Outcome) -> None:
         """Raises OptionError where nothing can be."""
         if outcome.answers or outcome.stopped is not None:
             return
@@ -304,8 +294,8 @@ class _Looking:
             gib = outcome.needed_bytes / 2**30
             raise OptionError(
                 f"no plan fits in {self.memory_bytes / 2**30:.4g} GiB on {self.devices} devices: the "
-                f"smallest that would do is {math.ceil(gib * 10) / 10:g} GiB. Use more devices, a smaller "
-                "batch, or --memory."
+                f"least that any needs is {math.ceil(gib * 10) / 10:g} GiB or more. Use more devices, a "
+                "smaller batch, or --memory."
             )
         reasons = "; ".join(f"{reason} ({n:,})" for reason, n in outcome.refused.most_common(3))
         raise OptionError(f"no plan can be on {self.devices} devices: {reasons or 'nothing is left'}.")
@@ -352,15 +342,6 @@ class _Looking:
             reshard_after_forward=candidate.reshard,
             chunks=candidate.chunks,
         )
-
-
-def can_be(styles: dict[str, str]) -> bool:
-    """Whether styles go together: a look-up that gives each rank its part of the sequence needs it cut."""
-    alone = {str(each) for each in StyleName if each in _LOOK_UPS and "output" not in each.arguments}
-    return styles.get(SEQUENCE, CUT) == CUT or alone.isdisjoint(styles.values())
-
-
-_LOOK_UPS = (StyleName.ROWWISE, StyleName.COLWISE, StyleName.ROUTED, StyleName.REPLICATED)
 
 
 def _some(left: Iterator[tuple[Candidate, float]]) -> Iterator[Considered]:

@@ -10,7 +10,7 @@ from math import gcd
 
 from shardwise.core.case import RECOMPUTE
 from shardwise.core.errors import OptionError
-from shardwise.core.mesh import AXES, CONTEXT_AXIS, EXPERTS_AXIS, NAMES, STAGES_AXIS, TENSOR_AXIS, Mesh, Role
+from shardwise.core.mesh import CONTEXT_AXIS, EXPERTS_AXIS, NAMES, STAGES_AXIS, TENSOR_AXIS, Mesh, Role
 from shardwise.core.plan import suggest
 from shardwise.core.search import SEQUENCE, Candidate, Group
 from shardwise.core.shown import shown
@@ -238,6 +238,3 @@ def restricted(groups: Sequence[Group], wanted: Wanted) -> tuple[Group, ...]:
 
 def of_recompute(wanted: Wanted) -> tuple[str, ...]:
     return wanted.allowed("recompute", RECOMPUTE)
-
-
-AXES_TRIED = tuple(axis.name for axis in AXES)
