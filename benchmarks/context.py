@@ -27,7 +27,7 @@ from shardwise.core.mesh import Mesh
 from shardwise.core.plan import ContextAttention, Plan
 from shardwise.core.program import MemoryKind, memory_peak
 from shardwise.launch import RankContext
-from shardwise.measure.sockets import sent_bytes
+from shardwise.measure.sockets import sent_bytes, sent_since
 from shardwise.models.specs import get_spec
 from shardwise.parallel.builtin import builtin_plan
 from shardwise.parallel.recorder import CollectiveRecorder
@@ -61,10 +61,10 @@ class Settings:
 
 
 class Sent(msgspec.Struct, frozen=True):
-    """Of one step and rank: bytes by the formulas, and what its sockets sent."""
+    """Of one step and rank: bytes by the formulas, and what its sockets sent, where the system tells."""
 
     formula: float
-    sockets: int
+    sockets: int | None
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -131,10 +131,10 @@ def worker(context: RankContext, payload: bytes) -> bytes:
 
 
 def _counted(side: Step, axes: dict[str, str]) -> Sent:
-    before = sent_bytes() or 0
+    before = sent_bytes()
     with CollectiveRecorder(axes) as recorder:
         side.run()
-    return Sent(sum(call.wire_bytes for call in recorder.calls), (sent_bytes() or 0) - before)
+    return Sent(sum(call.wire_bytes for call in recorder.calls), sent_since(before))
 
 
 def _activations(settings: Settings, name: str) -> int:
@@ -194,11 +194,15 @@ def _sent_as_said(reports: list[Report]) -> list[str]:
     found = []
     for name in WAYS:
         sent = reports[0].sent[name]
-        over = sent.sockets / sent.formula - 1
-        found.append(
+        said = (
             f"{name}: a step sends {sent.formula / 1e6:.1f} MB by the formulas (gradients of all parameters "
-            f"included), and rank 0's sockets {sent.sockets / 1e6:.1f} MB: {over:+.1%}."
+            "included)"
         )
+        if sent.sockets is None:
+            found.append(f"{said}; this system doesn't tell what sockets send.")
+            continue
+        over = sent.sockets / sent.formula - 1
+        found.append(f"{said}, and rank 0's sockets {sent.sockets / 1e6:.1f} MB: {over:+.1%}.")
     return found
 
 

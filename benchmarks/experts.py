@@ -32,7 +32,7 @@ from benchmarks.step import LEARNING_RATE, MAX_NORM, RankReport, RankSide
 from shardwise.core.errors import RunError
 from shardwise.core.mesh import Mesh
 from shardwise.launch import RankContext
-from shardwise.measure.sockets import sent_bytes
+from shardwise.measure.sockets import sent_bytes, sent_since
 from shardwise.models.specs import get_spec
 from shardwise.parallel.builtin import builtin_plan
 from shardwise.step.build import build_model, device_mesh
@@ -175,11 +175,11 @@ def _bytes_of_a_layer(settings: Settings) -> tuple[float, float]:
     dist.barrier()
     before = sent_bytes()
     layer(own).sum().backward()
-    after = sent_bytes()
-    if before is None or after is None:
+    on_sockets = sent_since(before)
+    if on_sockets is None:
         raise RunError("this system doesn't tell what a socket sent. Run it on Linux.")
     counts_bytes = half * (RANKS - 1) * 4
-    return float(after - before), float(2 * (there + back) * hidden * own.element_size() + counts_bytes)
+    return float(on_sockets), float(2 * (there + back) * hidden * own.element_size() + counts_bytes)
 
 
 def measure(settings: Settings) -> Result:

@@ -14,7 +14,7 @@ from shardwise.core.errors import ShardwiseError
 from shardwise.core.mesh import Mesh, joined
 from shardwise.core.program import Phase
 from shardwise.launch import RankContext
-from shardwise.measure.sockets import sent_bytes
+from shardwise.measure.sockets import sent_bytes, sent_since
 from shardwise.step.build import build_model, device_mesh
 from shardwise.step.gradient_sums import GradientSums
 from shardwise.step.groups import make_groups
@@ -133,7 +133,6 @@ def _issued(case: MeshCase, mesh: DeviceMesh, portion: Portion) -> tuple[list[Is
     with writing_down(issued, lambda: str(phases[-1])):
         step(batch)
     distributed.barrier()  # what gloo's threads have still to send is sent
-    after = sent_bytes()
-    sent = after - before if after is not None and before is not None else None
+    sent = sent_since(before)
     axes = {ranks_of(group): joined(names) for names, group in make_groups(mesh).items()}
     return [replace(call, group=axes[call.group]) for call in issued], sent

@@ -3,6 +3,8 @@
 import math
 import random
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations
 
@@ -16,7 +18,7 @@ from shardwise.core.collective import CollectiveCall, CollectiveKind
 from shardwise.core.measurement import Measurement, MemoryUse, ModuleTimes, Ratio
 from shardwise.measure.memory import kept_bytes
 from shardwise.measure.record import RankReport, merge, uses_of
-from shardwise.measure.sockets import sent_bytes
+from shardwise.measure.sockets import sent_bytes, sent_since
 from shardwise.measure.statistics import median_interval, paired_ratio
 from shardwise.measure.verdict import noise_of, notes, standings, verdict
 
@@ -255,17 +257,36 @@ def test_bytes_sent_on_a_socket_are_seen() -> None:
     before = sent_bytes()
     if before is None:
         pytest.skip("this system doesn't tell what a socket sent")
+    with connected() as (client, received):
+        sent(client, received, 5000)
+        assert sent_since(before) == 5000
+
+
+def test_a_socket_that_closes_meanwhile_takes_nothing_from_what_the_others_sent() -> None:
+    with connected() as (client, received):
+        with connected() as (old_client, old_received):
+            sent(old_client, old_received, 9000)
+            before = sent_bytes()
+            if before is None:
+                pytest.skip("this system doesn't tell what a socket sent")
+        sent(client, received, 5000)
+        assert sent_since(before) == 5000
+
+
+@contextmanager
+def connected() -> Iterator[tuple[socket.socket, socket.socket]]:
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
         socket.create_connection(server.getsockname()) as client,
     ):
         received, _ = server.accept()
         with received:
-            client.sendall(b"x" * 5000)
-            assert len(received.recv(5000, socket.MSG_WAITALL)) == 5000
-            after = sent_bytes()
-    assert after is not None
-    assert after - before == 5000
+            yield client, received
+
+
+def sent(client: socket.socket, received: socket.socket, n_bytes: int) -> None:
+    client.sendall(b"x" * n_bytes)
+    assert len(received.recv(n_bytes, socket.MSG_WAITALL)) == n_bytes
 
 
 def test_every_pair_of_order_statistics_is_symmetric() -> None:

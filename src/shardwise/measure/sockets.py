@@ -9,6 +9,7 @@ does on its loopback too, isn't counted. The rendezvous store's few bytes are in
 import os
 import socket
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 _BYTES_SENT_OFFSET = 200
@@ -16,15 +17,18 @@ _SENT_AND_AGAIN = struct.Struct("=QQ")
 _INFO_BYTES = 256
 
 
-def sent_bytes() -> int | None:
-    """Sum over all open TCP sockets; None where the system doesn't tell."""
+def sent_bytes() -> Mapping[str, int] | None:
+    """Of each open TCP socket, by the name that the system gives it ("socket:[inode]"); None where the system
+    doesn't tell.
+    """
     descriptors = Path("/proc/self/fd")
     if not descriptors.is_dir() or not hasattr(socket, "TCP_INFO"):
         return None
-    total = 0
+    sent_by_socket: dict[str, int] = {}
     for entry in list(descriptors.iterdir()):
         try:
-            if not os.readlink(entry).startswith("socket:"):
+            name = os.readlink(entry)
+            if not name.startswith("socket:"):
                 continue
             duplicate = socket.socket(fileno=os.dup(int(entry.name)))
         except OSError:
@@ -37,5 +41,17 @@ def sent_bytes() -> int | None:
             if len(info) < _BYTES_SENT_OFFSET + _SENT_AND_AGAIN.size:
                 return None
             sent, again = _SENT_AND_AGAIN.unpack_from(info, _BYTES_SENT_OFFSET)
-            total += sent - again
-    return total
+            sent_by_socket[name] = sent - again
+    return sent_by_socket
+
+
+def sent_since(before: Mapping[str, int] | None) -> int | None:
+    """What the sockets that are open now have sent since `before`, bytes; None where the system doesn't tell.
+
+    A socket that was closed meanwhile (a group that nobody holds any longer) counts for nothing: the system
+    forgets what it sent.
+    """
+    now = sent_bytes()
+    if now is None or before is None:
+        return None
+    return sum(sent - before.get(name, 0) for name, sent in now.items())

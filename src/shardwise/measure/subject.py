@@ -22,7 +22,7 @@ from shardwise.measure.expert_loads import ExpertLoads
 from shardwise.measure.memory import PeakMemory, kept_bytes
 from shardwise.measure.profile import record_profile
 from shardwise.measure.record import uses_of
-from shardwise.measure.sockets import sent_bytes
+from shardwise.measure.sockets import sent_bytes, sent_since
 from shardwise.models.model_source import ModelSource
 from shardwise.parallel.any_plan import engine_of, name_of
 from shardwise.parallel.apply import applied_to
@@ -113,10 +113,9 @@ class Subject:
         before = sent_bytes()
         with self._recorder, self._loads.watching(self.model):
             result = self._step(micro_batches)
-        after = sent_bytes()
+        self.sent_bytes = sent_since(before)
         self.memory = self._peak.use(kept_bytes(self.model, self._step.optimizer))
         self.collectives = uses_of(self._recorder.calls)
-        self.sent_bytes = after - before if before is not None and after is not None else None
         self._keep(result)
 
     def warm_up(self, micro_batches: MicroBatches) -> None:
