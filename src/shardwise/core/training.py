@@ -1,0 +1,255 @@
+"""Training: what is asked of a run beyond its step, what a checkpoint says of itself, a line of the run's
+log, and the answer."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import Annotated
+
+from shardwise.core.errors import OptionError
+from shardwise.core.option import Option, check_options
+
+LENGTH, OPTIMIZER, KEPT, WATCHED = "Length and data", "Optimizer", "Checkpoints", "Proof and watching"
+
+
+class Decay(StrEnum):
+    """How the learning rate falls after its warm-up: along half a cosine, along a line, or not at all."""
+
+    COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT = "constant"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainOptions:
+    """What only train knows. The batch, the peak learning rate and the norm for clipping are the step's."""
+
+    steps: Annotated[int, Option("Optimizer steps of the whole run.", LENGTH, 1)] = 1000
+    validate_every: Annotated[
+        int, Option("Steps between two looks at the held-out text; 0 for none.", LENGTH, 0)
+    ] = 100
+    held_out: Annotated[
+        int, Option("Sequences at the text's end that are never trained on, for validation.", LENGTH, 0)
+    ] = 64
+    decay: Annotated[
+        str,
+        Option(
+            "How the learning rate falls after the warm-up: cosine, linear, or constant.",
+            OPTIMIZER,
+            choices=tuple(Decay),
+        ),
+    ] = Decay.COSINE.value
+    warmup: Annotated[
+        int, Option("Steps in which the learning rate rises from 0 along a line.", OPTIMIZER, 0)
+    ] = 0
+    decay_steps: Annotated[
+        int | None,
+        Option(
+            "The last steps of the run, in which the learning rate falls; before them it is constant.",
+            OPTIMIZER,
+            0,
+            shown="all after the warm-up",
+        ),
+    ] = None
+    last_learning_rate: Annotated[
+        float, Option("What the learning rate falls to, as a share of --learning-rate.", OPTIMIZER, 0, 1)
+    ] = 0.1
+    weight_decay: Annotated[
+        float,
+        Option("AdamW's, of parameters with two dims or more; biases and norms have none.", OPTIMIZER, 0),
+    ] = 0.1
+    beta1: Annotated[float, Option("AdamW's decay of the mean of gradients.", OPTIMIZER, 0, 1)] = 0.9
+    beta2: Annotated[float, Option("AdamW's decay of the mean of their squares.", OPTIMIZER, 0, 1)] = 0.95
+    eps: Annotated[float, Option("AdamW's, beside the root of the squares.", OPTIMIZER, 0)] = 1e-8
+    save_every: Annotated[
+        int, Option("Steps between two checkpoints; 0 for one at the end only.", KEPT, 0)
+    ] = 100
+    keep: Annotated[int, Option("Checkpoints that are kept, the newest ones.", KEPT, 1)] = 3
+    resume: Annotated[
+        bool, Option("Go on from the newest published checkpoint of --out, on this mesh or another.", KEPT)
+    ] = False
+    restarts: Annotated[
+        int,
+        Option(
+            "How often the ranks are started anew from the last published checkpoint after one has died or "
+            "hangs; torchrun has its own --max-restarts.",
+            KEPT,
+            0,
+        ),
+    ] = 3
+    verify: Annotated[
+        bool, Option("Before step 1, prove the plan on a small twin of the model, on real ranks.", WATCHED)
+    ] = True
+    predict: Annotated[
+        bool, Option("Before step 1, say what a step will take on --machine, and watch it.", WATCHED)
+    ] = True
+    alike_every: Annotated[
+        int,
+        Option(
+            "Steps between two checks that ranks hold alike what they must: weights, ids, random state; 0 "
+            "for none.",
+            WATCHED,
+            0,
+        ),
+    ] = 100
+    timeout: Annotated[
+        float, Option("Seconds without a step after which the ranks are ended as hung.", WATCHED, 5)
+    ] = 300.0
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) >= 1:
+                raise OptionError(f"--{name} is {getattr(self, name):g}. Use 0 or more, and less than 1.")
+        if self.warmup + (self.decay_steps or 0) > self.steps:
+            raise OptionError(
+                f"--warmup {self.warmup} and --decay-steps {self.decay_steps or 0} are more than the run's "
+                f"--steps {self.steps}. Use fewer, or more steps."
+            )
+        if self.decay == Decay.CONSTANT and self.decay_steps:
+            raise OptionError(
+                f"--decay constant with --decay-steps {self.decay_steps}: a constant rate doesn't fall. Use "
+                f"--decay {Decay.LINEAR} or {Decay.COSINE}, or leave --decay-steps out."
+            )
+
+    def share_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0, as a share of the peak.
+
+        step s of n, warm-up w, falling over the last d steps to the share e: (s + 1) / w while it rises; 1 in
+        between; then e + (1 - e) (1 - t) for a line and e + (1 - e) (1 + cos(pi t)) / 2 for a cosine
+        (Loshchilov and Hutter, SGDR, equation 5), with t = (s - (n - d) + 1) / d, so that the last step has
+        e.
+        """
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        falling = self.steps - self.warmup if self.decay_steps is None else self.decay_steps
+        begin = self.steps - falling
+        if self.decay == Decay.CONSTANT or step < begin:
+            return 1.0
+        done = min(1.0, (step - begin + 1) / falling)
+        left = (1 + math.cos(math.pi * done)) / 2 if self.decay == Decay.COSINE else 1 - done
+        return self.last_learning_rate + (1 - self.last_learning_rate) * left
+
+
+Value = str | int | float | bool | list[str] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a checkpoint says of itself.
+
+    step: optimizer steps that were done; position: sequences that were read, over all epochs. data: digest of
+    the tokens that position counts in. case: what was asked, by key. versions: of the packages that wrote it.
+    parameters: how many elements the model has. world_size: ranks that wrote it.
+    """
+
+    step: int
+    position: int
+    data: str
+    case: dict[str, Value]
+    versions: dict[str, str]
+    parameters: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        for name in ("step", "position", "parameters"):
+            if getattr(self, name) < 0:
+                raise OptionError(f"checkpoint: {name} is {getattr(self, name)}. It can't be below 0.")
+        if self.world_size < 1:
+            raise OptionError(f"checkpoint: world_size is {self.world_size}. It is 1 or more.")
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step of a run, a line of steps.jsonl. What wasn't measured is None.
+
+    step: from 1. position: sequences read after it. loss: the global batch's mean, in nats; gradient_norm:
+    before clipping. seconds: of the whole step on the slowest rank; data_s: of it, waiting for the batch.
+    held_bytes: the most that a rank held since the run began. validation_loss: over all that is held out.
+    """
+
+    step: int
+    position: int
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    seconds: float
+    data_s: float
+    tokens: int
+    held_bytes: int | None = None
+    validation_loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Validated:
+    """The loss on the held-out text after a step, in nats."""
+
+    step: int
+    loss: float
+
+
+class Ended(StrEnum):
+    """How a run ended: all its steps are done; or it was asked to stop, and has saved."""
+
+    DONE = "done"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """Ranks that were started anew. why: the line that ended them; step: done by the checkpoint that they
+    went on from, 0 for none."""
+
+    why: str
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """A run and how it ended.
+
+    first_step: done before this call, by the checkpoint that it went on from. predicted_s: a step's, by the
+    machine file; None where nothing was predicted. step_s: the median of this call's steps. told: what the
+    user must know, in lines. checkpoints: the folder.
+    """
+
+    model: str
+    parameters: int
+    mesh: str
+    plan: str
+    device: str
+    steps: int
+    first_step: int
+    ended: Ended
+    last: StepRecord | None
+    validated: tuple[Validated, ...]
+    curve: tuple[tuple[int, float], ...]
+    step_s: float | None
+    tokens_per_s: float | None
+    predicted_s: float | None
+    machine: str | None
+    restarts: tuple[Restart, ...]
+    told: tuple[str, ...]
+    checkpoints: str
+    seconds: float
+    schema_version: int = 1
+
+
+def differences(before: Saved, now: Saved) -> Iterator[tuple[str, str]]:
+    """What was asked otherwise when a checkpoint was made: a key, and both values in words."""
+    for key in sorted(before.case.keys() | now.case.keys()):
+        old, new = before.case.get(key), now.case.get(key)
+        if old != new:
+            yield key, f"was {_shown(old)}, is {_shown(new)}"
+
+
+def _shown(value: Value) -> str:
+    if value is None:
+        return "not given"
+    return " ".join(value) if isinstance(value, list) else str(value)
+
+
+def record_fields() -> tuple[str, ...]:
+    """Of a line of steps.jsonl, in order."""
+    return tuple(field.name for field in fields(StepRecord))
