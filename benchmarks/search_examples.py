@@ -3,7 +3,8 @@ usually does: a large vocabulary on a small body, a mixture of experts, a tied h
 forbids full speed.
 
     python -m benchmarks.search_examples              all; writes benchmarks/results/DATE-search-examples.json
-    python -m benchmarks.search_examples mixture      those whose name has this in it; prints, writes nothing
+    python -m benchmarks.search_examples mixture      those whose name has this in it; all others stay as the
+                                                      newest file of the same versions has them
 
 Predictions: no GPU. The best plans are verified on ranks of this machine's CPU, unless --no-verify says so.
 """
@@ -12,14 +13,14 @@ import argparse
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 import torch
 
-from benchmarks.results import command_line, now
-from benchmarks.search_examples_results import Answer, Example, Run, told
+from benchmarks.results import newest, now
+from benchmarks.search_examples_results import WHAT, Answer, Example, Run, told
 from shardwise.core.case import Case
 from shardwise.core.errors import ShardwiseError
 from shardwise.core.search import Found, Search
@@ -27,6 +28,8 @@ from shardwise.report.search import rows
 from shardwise.verbs.search import SearchOptions, search
 
 MACHINE = "h100-sxm-80gb"
+SECONDS = 600.0
+COMMAND = "python -m benchmarks.search_examples"
 # of what comes near the best, how many are kept
 OTHERS = 4
 
@@ -102,22 +105,40 @@ def main() -> int:
     parser.add_argument("name", nargs="?", default="")
     parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True)
     given, started = parser.parse_args(), now()
-    examples: list[Example] = []
-    for question in QUESTIONS:
-        if given.name in question.name:
-            examples.append(answered(question, does_verify=given.verify))
-            print(f"\n{told(examples[-1])}", flush=True)
-            if not given.name:  # what was found stays, should the rest be stopped
-                print(f"wrote {run(started, examples).write()}", flush=True)
+    chosen = [question for question in QUESTIONS if given.name in question.name]
+    if not chosen:
+        parser.error(f"{given.name}: no example has this in its name: {', '.join(q.name for q in QUESTIONS)}")
+    examples = _kept({question.name for question in chosen})
+    for question in chosen:
+        examples[question.name] = answered(question, does_verify=given.verify)
+        print(f"\n{told(examples[question.name])}", flush=True)
+        ordered = [examples[each.name] for each in QUESTIONS if each.name in examples]
+        # what was found stays, should the rest be stopped
+        print(f"wrote {run(started, ordered).write()}", flush=True)
     return 0
+
+
+def _kept(asked: Collection[str]) -> dict[str, Example]:
+    """By name, those of the newest file that aren't asked again, if it is of the same versions."""
+    try:
+        before = newest(Run, WHAT)
+    except FileNotFoundError:
+        return {}
+    if before.versions != _versions():
+        return {}
+    return {each.name: each for each in before.examples if each.name not in asked}
+
+
+def _versions() -> tuple[tuple[str, str], ...]:
+    return (("torch", str(torch.__version__)),)
 
 
 def run(started: datetime, examples: Sequence[Example]) -> Run:
     return Run(
-        command_line("benchmarks.search_examples"),
+        COMMAND,
         started.isoformat(timespec="seconds"),
         MACHINE,
-        (("torch", str(torch.__version__)),),
+        _versions(),
         tuple(examples),
     )
 
@@ -160,7 +181,12 @@ def _search(question: Question, fix: Sequence[str], *, does_verify: bool) -> tup
         dtype="bfloat16",
     )
     options = SearchOptions(
-        devices=question.devices, fix=tuple(fix), memory=question.memory, top=1 + OTHERS, verify=does_verify
+        devices=question.devices,
+        fix=tuple(fix),
+        memory=question.memory,
+        seconds=SECONDS,
+        top=1 + OTHERS,
+        verify=does_verify,
     )
     began = time.perf_counter()
     return search(case, options, progress=_says), time.perf_counter() - began
@@ -177,6 +203,7 @@ def command(question: Question) -> str:
     words += [] if question.memory is None else ["--memory", f"{question.memory:g}"]
     for each in question.fix:
         words += ["--fix", each]
+    words += ["--seconds", f"{SECONDS:g}"]
     return shlex.join(words)
 
 
