@@ -134,13 +134,7 @@ def _versions() -> tuple[tuple[str, str], ...]:
 
 
 def run(started: datetime, examples: Sequence[Example]) -> Run:
-    return Run(
-        COMMAND,
-        started.isoformat(timespec="seconds"),
-        MACHINE,
-        _versions(),
-        tuple(examples),
-    )
+    return Run(COMMAND, started.isoformat(timespec="seconds"), MACHINE, _versions(), tuple(examples))
 
 
 def answered(question: Question, *, does_verify: bool) -> Example:

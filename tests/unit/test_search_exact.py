@@ -20,8 +20,8 @@ from shardwise.search.bounds import Bounds
 from shardwise.search.piece import Piece, Traced, Unfit, piece_of
 from shardwise.search.problem import Outcome, Problem
 from shardwise.search.solve import Solver
-from shardwise.verbs.search_pieces import AskFacts, AskGroups, AskProgram, Facts, answer
-from shardwise.verbs.search_space import Choices, Wanted, candidates, restricted
+from shardwise.verbs.search.pieces import AskFacts, AskGroups, AskProgram, Facts, answer
+from shardwise.verbs.search.space import Choices, Wanted, candidates, restricted
 
 MACHINE = load_machine("h100-sxm-80gb")
 GIB = 2**30

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from shardwise.core.errors import OptionError
-from shardwise.verbs.search_space import Wanted
+from shardwise.verbs.search.space import Wanted
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from shardwise.verbs.progress import silent
 if TYPE_CHECKING:
     from shardwise.models.source import ModelSource
 
-PRELOAD = ("shardwise.verbs.search_preload",)
+PRELOAD = ("shardwise.verbs.search.preload",)
 
 
 @dataclass(frozen=True, slots=True)

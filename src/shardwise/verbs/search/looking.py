@@ -6,14 +6,12 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated
+from dataclasses import replace
 
 from shardwise.core.case import Case, StepSettings
 from shardwise.core.errors import OptionError
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import NAMES, STAGES_AXIS, TENSOR_AXIS, Mesh, Role
-from shardwise.core.option import Option
 from shardwise.core.plan import ContextAttention
 from shardwise.core.program import Program
 from shardwise.core.search import Candidate, Considered, Found, Group, Known, Refused, Search, Space, Tipping
@@ -22,11 +20,12 @@ from shardwise.search.piece import piece_of
 from shardwise.search.problem import Answer, Outcome, Problem
 from shardwise.search.solve import BY_HAND, Solver
 from shardwise.search.tipping import tippings
-from shardwise.verbs.predict import MACHINE, SEQ, PredictOptions
+from shardwise.verbs.predict import MACHINE, SEQ
 from shardwise.verbs.progress import Progress, silent, so_far
-from shardwise.verbs.search_pieces import PRELOAD, Ask, Facts, Told, answer
-from shardwise.verbs.search_proof import proof_mesh, proved
-from shardwise.verbs.search_space import (
+from shardwise.verbs.search.options import SearchOptions
+from shardwise.verbs.search.pieces import PRELOAD, Ask, Facts, Told, answer
+from shardwise.verbs.search.proof import proof_mesh, proved
+from shardwise.verbs.search.space import (
     CHUNKS,
     RESHARD,
     Choices,
@@ -36,10 +35,9 @@ from shardwise.verbs.search_space import (
     of_recompute,
     restricted,
 )
-from shardwise.verbs.search_tracing import Tracing
+from shardwise.verbs.search.tracing import Tracing
 from shardwise.workers import Processes
 
-PANEL = "Search"
 MICRO_BATCHES = (1, 2, 4, 8)
 TOKENS = 2**20
 """Of a step, at least, where no batch is given; and a sequence for each device."""
@@ -49,45 +47,6 @@ MOST_SHOWN = 5000
 """Of the candidates that only bounds are known of, so many are kept for the picture."""
 _RUNNER_UP = "only the best is proved"
 _KILLED = "a process of the search was killed: out of memory? Search a smaller space, by --fix."
-
-
-@dataclass(frozen=True, slots=True)
-class SearchOptions(PredictOptions):
-    """What only search knows, beside what predict assumes of the run."""
-
-    devices: Annotated[int | None, Option("To be used, all of them.", PANEL, 1, shown="one node's")] = None
-    fix: Annotated[
-        tuple[str, ...],
-        Option(
-            "A decision that is made: tp=8, micro-batch=1,2, recompute=full, chunks=1, reshard=yes, "
-            "sequence=cut (or whole), or of modules: tok_embeddings=rowwise. Repeat it for others.",
-            PANEL,
-            shown="nothing",
-        ),
-    ] = ()
-    forbid: Annotated[
-        tuple[str, ...], Option("A decision that isn't to be made: cp=2,4,8.", PANEL, shown="nothing")
-    ] = ()
-    memory: Annotated[
-        float | None, Option("GiB that a device may hold.", PANEL, 0.001, shown="all that the machine has")
-    ] = None
-    seconds: Annotated[
-        float,
-        Option("After which the best so far is given, with how much better another could be.", PANEL, 1),
-    ] = 60.0
-    top: Annotated[int, Option("Plans that are given out.", PANEL, 1, 50)] = 5
-    verify: Annotated[
-        bool,
-        Option(
-            "Prove the best plan on its small twin, on ranks of this machine.",
-            PANEL,
-            flag="--verify/--no-verify",
-        ),
-    ] = True
-
-    def __post_init__(self) -> None:
-        PredictOptions.__post_init__(self)
-        Wanted.of(self.fix, self.forbid)
 
 
 def search(
