@@ -1,4 +1,5 @@
-"""The text room's last stage: batches of a token stream, a pure function of the step, the same on every rank.
+"""The text room's last stage: batches of a token stream, a pure function of the step, the same on every
+rank.
 
 Shapes: B sequences in the batch, S tokens in a sequence. The stream is cut into windows of S ids, each with
 the id that follows it: window w is ids[wS : wS + S], its labels are ids[wS + 1 : wS + S + 1]. Step n takes
@@ -7,12 +8,18 @@ crosses from the stream's end to its start.
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from shardwise.core.errors import OptionError, TextError
 from shardwise.text.stream import TokenStream
+
+IGNORED = -100
+"""The label of a token from which nothing is learnt: torch's cross_entropy ignores it, and so do our losses
+(parallel/loss.py)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,6 +28,12 @@ class Batch:
 
     ids_BS: torch.Tensor  # noqa: N815
     labels_BS: torch.Tensor  # noqa: N815
+
+    @classmethod
+    def of(cls, ids_BT: NDArray[np.int64]) -> Self:
+        """Of pieces of T = S + 1 ids: each id but the last, and the one that follows it."""
+        both_BT = torch.from_numpy(ids_BT)
+        return cls(both_BT[:, :-1].contiguous(), both_BT[:, 1:].contiguous())
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +60,4 @@ class Batches:
         assert step >= 0, step
         windows = (self.stream.summary.tokens - 1) // self.seq
         window_B = (step * self.batch + np.arange(self.batch)) % windows
-        ids_BT = self.stream.ids[window_B[:, None] * self.seq + np.arange(self.seq + 1)].astype(np.int64)
-        both_BT = torch.from_numpy(ids_BT)
-        return Batch(both_BT[:, :-1].contiguous(), both_BT[:, 1:].contiguous())
+        return Batch.of(self.stream.read(window_B.astype(np.int64) * self.seq, self.seq + 1))

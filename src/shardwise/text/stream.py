@@ -67,6 +67,12 @@ class TokenStream:
         """The stream of these ids, summed up here."""
         return cls(ids, TextSummary(source, tokenizer, ids.size, _distinct(ids), vocab_size, _digest(ids)))
 
+    def read(self, starts_N: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+        """See Tokens."""
+        places_NL = starts_N[:, None] + np.arange(length)
+        ids_NL: NDArray[np.int64] = self.ids[places_NL].astype(np.int64)
+        return ids_NL
+
     def is_of(self, source: str, tokenizer: str, vocab_size: int) -> bool:
         summary = self.summary
         return (summary.source, summary.tokenizer, summary.vocab_size) == (source, tokenizer, vocab_size)
