@@ -181,6 +181,17 @@ def buffers_of(module: nn.Module) -> dict[str, Any]:
     return found
 
 
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Those that state_dict() has, under the names that it gives them, each tensor once."""
+    known: set[int] = set()
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None or name in module._non_persistent_buffers_set or id(buffer) in known:
+                continue
+            known.add(id(buffer))
+            yield f"{prefix}.{name}" if prefix else name, buffer
+
+
 def modules_in(module: nn.Module) -> dict[str, Any]:
     """The same of the modules in it: what a ModuleList's loop goes through."""
     found: dict[str, Any] = module._modules

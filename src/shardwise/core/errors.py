@@ -9,6 +9,7 @@
     │   ├── TorchError        a PyTorch that lacks what Shardwise uses
     │   ├── TextError         text or a tokenizer that can't be used
     │   ├── TraceError        a profiler trace that can't be used
+    │   ├── CheckpointError   a checkpoint that is damaged, or of another model
     │   └── OptionError       an option, or a combination, that isn't offered
     └── RunError              a rank died, timed out, or the run could not go on; exit code 3
         ├── DriftError        ranks don't hold what they must hold alike
@@ -56,6 +57,10 @@ class TextError(InputError):
 
 class TraceError(InputError):
     """A profiler trace, or a set of them, that can't be used."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint that is damaged or of another model, or state that can't be saved."""
 
 
 class OptionError(InputError):

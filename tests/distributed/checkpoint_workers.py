@@ -1,0 +1,79 @@
+"""What the ranks of test_checkpoints.py run."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from shardwise.core.mesh import Mesh
+from shardwise.launch import RankContext
+from shardwise.step.build import build_model, device_mesh
+from shardwise.step.train import TrainStep
+from shardwise.train.checkpoints import Checkpoints
+from tests.distributed.checkpoint_cases import CASES, MOMENTS, Case, folder_of, known, saved, taken_from
+
+CPU = torch.device("cpu")
+STEP = 7
+
+
+def built(case: Case) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """With known numbers in all of its state."""
+    mesh = device_mesh(Mesh.parse(case.mesh), "cpu")
+    model = build_model(
+        case.source,
+        case.any_plan(),
+        mesh,
+        dtype=torch.float64,
+        device=CPU,
+        seed=3,
+        pipeline=case.pipeline,
+        on_parameter=known,
+    )
+    optimizer = TrainStep(model, mesh=mesh).optimizer
+    with torch.no_grad():
+        for parameter in model.parameters():
+            moments = {key: parameter.detach() * a + b for key, (a, b) in MOMENTS.items()}
+            optimizer.state[parameter] = {"step": torch.tensor(float(STEP)), **moments}
+    return model, optimizer
+
+
+def locals_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in model.named_parameters():
+        yield name, _local(parameter)
+        for key, value in optimizer.state[parameter].items():
+            yield f"{key} of {name}", _local(value)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def run(context: RankContext, payload: bytes) -> bytes:
+    """payload: a folder. Every case is saved, and then taken up by the next one of its model: names of what
+    isn't as it was, by case."""
+    folder = Path(payload.decode())
+    for case in CASES:
+        context.note(f"saves {case.name}")
+        model, optimizer = built(case)
+        checkpoints = Checkpoints(folder_of(folder, case), mesh=Mesh.parse(case.mesh))
+        checkpoints.save(STEP, model, optimizer, saved(STEP), wait=True)
+        assert not checkpoints.lines()
+    answer = {}
+    for case in CASES:
+        context.note(f"takes up {case.name}")
+        model, optimizer = built(case)
+        expected = {name: local.clone() for name, local in locals_of(model, optimizer)}
+        for _, local in locals_of(model, optimizer):
+            local.zero_()
+        optimizer.state.clear()
+        checkpoints = Checkpoints(folder_of(folder, taken_from(case)), mesh=Mesh.parse(case.mesh))
+        found = checkpoints.newest()
+        assert checkpoints.restore(found, model, optimizer) == saved(STEP)
+        answer[case.name] = [
+            name for name, local in locals_of(model, optimizer) if not torch.equal(local, expected.pop(name))
+        ]
+        answer[case.name] += list(expected)
+    return json.dumps(answer).encode()
