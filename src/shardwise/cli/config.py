@@ -26,6 +26,7 @@ def read_config(context: typer.Context, value: str | None) -> str | None:
         if key in parameters:
             is_many = parameters[key].multiple or parameters[key].nargs == -1
             items = [str(item) for item in given] if isinstance(given, list) else [given]
+            items = [_beside(value, item) for item in items] if key == "plans" else items
             defaults[parameters[key].name] = items if is_many else items[0]
     context.default_map = {**(context.default_map or {}), **defaults}
     return value
@@ -34,6 +35,12 @@ def read_config(context: typer.Context, value: str | None) -> str | None:
 def _key(option: str) -> str:
     """`--random-ids` -> random_ids; an argument by its name."""
     return option.removeprefix("--").replace("-", "_")
+
+
+def _beside(config: str, plan: object) -> object:
+    """A plan's file that lies beside the case file, and not in the working folder; all else as it is."""
+    there = Path(config).parent / str(plan)
+    return str(there) if not Path(str(plan)).exists() and there.is_file() else plan
 
 
 def shipped_configs() -> list[str]:
