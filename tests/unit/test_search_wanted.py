@@ -1,11 +1,21 @@
-"""What is asked of a search by --fix and --forbid: what can't be is refused in one line that names it."""
+"""What is asked of a search: by --fix and --forbid (what can't be is refused in one line that names it), of
+what is given out, and what of it reaches the solver."""
 
 import re
 
 import pytest
 
+from shardwise.core.case import Case
 from shardwise.core.errors import OptionError
+from shardwise.core.mesh import Mesh
+from shardwise.core.plan import ContextAttention
+from shardwise.core.prediction import Setup
+from shardwise.core.search import Candidate
+from shardwise.predict.machines import load_machine
+from shardwise.verbs.search import SearchOptions
+from shardwise.verbs.search.looking import problem_of
 from shardwise.verbs.search.space import Wanted
+from tests.unit.search_example import SPACE
 
 
 @pytest.mark.parametrize(
@@ -41,3 +51,27 @@ def test_what_contradicts_itself_or_can_t_be_read_is_one_line(
 ) -> None:
     with pytest.raises(OptionError, match=re.escape(said)):
         Wanted.of(fixes, forbids)
+
+
+@pytest.mark.parametrize("way", ContextAttention)
+def test_the_bounds_of_context_ranks_wait_for_keys_only_where_these_are_gathered(
+    way: ContextAttention,
+) -> None:
+    case = Case.of(model="llama3-8b", mesh="tp=1", context_attention=str(way))
+    candidate = Candidate(Mesh.parse("cp=8").axes, (), 1, 4)
+    machine = load_machine("h100-sxm-80gb")
+    problem = problem_of(case, machine, Setup(), SPACE, [candidate], {1: ()}, 32)
+    assert problem.gathers_keys is (way is ContextAttention.GATHER)
+    assert problem.candidates == (candidate,)
+
+
+def test_only_what_is_exported_is_verified_beside_the_best() -> None:
+    asked = {(None, None): (5, 1), (3, None): (3, 1), (None, "hf"): (5, 1), (3, "hf"): (3, 3)}
+    for (top, form), (given_out, recommended) in asked.items():
+        options = SearchOptions(top=top, export=form)
+        assert (options.given_out, options.recommended) == (given_out, recommended)
+
+
+def test_an_unknown_format_of_exports_is_one_line() -> None:
+    with pytest.raises(OptionError, match=r'--export is "torchtitn"\. Did you mean "torchtitan"'):
+        SearchOptions(export="torchtitn")

@@ -1,7 +1,11 @@
 """`shardwise search`: the best plan for a model on a machine, its runners-up, and the proof."""
 
+from pathlib import Path
+
 from shardwise.cli.asked import Call, Command, Shown, command
 from shardwise.cli.progress import ProgressLine
+from shardwise.core.errors import OptionError
+from shardwise.predict.machines import SUFFIX
 from shardwise.report.search.commands import plan_files
 from shardwise.verbs.predict import MACHINE, SEQ
 from shardwise.verbs.search import SearchOptions
@@ -32,7 +36,8 @@ from shardwise.verbs.search import search as look
             "seq": SEQ,
         },
         about={"random_ids": "Uniform random ids instead of text, for routed plans."},
-        out="Folder for the page, the data, and a plan and a case file of each plan that was found.",
+        out="Folder for the page, the data, a plan and a case file of each plan that was found, and what "
+        "--export writes.",
     )
 )
 def search(call: Call[SearchOptions]) -> int:
@@ -40,14 +45,18 @@ def search(call: Call[SearchOptions]) -> int:
 
     Few pieces are traced; what a plan costs is predict's. Best first, with a bound on all that isn't
     looked at: so the first is proved to be the best in this space by this machine file. It is then
-    verified on its small twin, on ranks of this machine. Ctrl-C gives the best so far. Exit code 1 where a
+    verified on its small twin, on ranks of this machine. Ctrl-C gives the best so far. --export writes it
+    for a framework, and with --top as many runners-up, each of which is verified first. Exit code 1 where a
     plan that was found trains the model wrong.
 
     [dim]shardwise search --model llama3-8b --dtype bfloat16[/]
     [dim]shardwise search --model llama3-70b --devices 64 --dtype bfloat16 --batch 512 --out found[/]
     [dim]shardwise search --fix tp=8 --fix tok_embeddings=rowwise,colwise --dtype bfloat16[/]
     [dim]shardwise search --model hf:qwen3_moe --devices 16 --forbid pp=2,4,8,16 --memory 60[/]
+    [dim]shardwise search --model hf:qwen3 --dtype bfloat16 --export pytorch --top 2 --out found[/]
     """
+    if call.own.export is not None and call.output.out is None:
+        raise OptionError(f"--export {call.own.export}: needs a folder for its files. Add --out FOLDER.")
     with ProgressLine() as progress:
         found = look(call.case, call.own, progress)
     asked = {
@@ -58,5 +67,11 @@ def search(call: Call[SearchOptions]) -> int:
         "fix": found.space.fixed,
         "forbid": found.space.forbidden,
     }
-    call.output.deliver(found, asked, lambda: plan_files(found), most=call.own.top)
-    return 1 if any(each.proof is not None and each.proof.verdict.is_no for each in found.found) else 0
+    machine = _as_file(call.case.machine)
+    call.output.deliver(found, asked, lambda: plan_files(found, machine), most=call.own.given_out)
+    return 1 if any(each.is_wrong for each in found.found) else 0
+
+
+def _as_file(machine: str | None) -> str:
+    """A machine file by a path that any folder can use; "" for one that is known by its name."""
+    return str(Path(machine).resolve()) if machine is not None and machine.endswith(SUFFIX) else ""

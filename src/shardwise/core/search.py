@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from shardwise.core.case import StepSettings
+from shardwise.core.case import Case, StepSettings
+from shardwise.core.export import Export
 from shardwise.core.mesh import Mesh
+from shardwise.core.plan import TheirPlan
 from shardwise.core.prediction import MemoryForecast, Setup, Term
 from shardwise.core.prediction_run import MachineFacts
 from shardwise.core.style import StyleName
@@ -134,7 +136,8 @@ class Found:
     pieces gave, where they were put together; step_s is predict's of the plan itself. costs: (term,
     seconds) by which it is slower than the best, largest first. is_tie: the machine file can't tell it
     from the best. proof: of its small twin on real ranks, those of proof_mesh; None where it wasn't asked
-    for, and then why_unproved says why."""
+    for, and then why_unproved says why. export: its files for a framework, if they were asked for; where they
+    can't be, or must not, why_not_exported says why."""
 
     candidate: Candidate
     plan: str | None
@@ -150,6 +153,13 @@ class Found:
     proof: Verification | None = None
     why_unproved: str | None = None
     proof_mesh: str = ""
+    export: Export | None = None
+    why_not_exported: str | None = None
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether it was tried, and doesn't train the right model."""
+        return self.proof is not None and self.proof.verdict.is_no
 
     @property
     def tokens_per_s_per_device(self) -> float:
@@ -206,3 +216,17 @@ class Search:
     def is_proved(self) -> bool:
         """Best in this space, by this machine file."""
         return self.gap == 0 and self.stopped is None and bool(self.found)
+
+    def case(self, index: int, machine: str = "") -> Case:
+        """Of a found plan, whose file is called plan_name(index). machine: as it was asked for, where that
+        isn't its name. Raises OptionError where a case would be refused, as one of a file that somebody
+        changed may be."""
+        found = self.found[index]
+        plan = plan_name(index) if found.plan is not None else str(TheirPlan.UNSHARDED)
+        mesh = Mesh(tuple((axis, size) for axis, size in found.candidate.axes if size > 1))
+        return Case(self.model, mesh, (plan,), found.settings, machine=machine or self.machine.name)
+
+
+def plan_name(index: int) -> str:
+    """What the file of a found plan is called."""
+    return f"plan-{index + 1}.toml"

@@ -9,7 +9,7 @@ from shardwise.core.case import SHARED, Case
 from shardwise.core.errors import InputError, OptionError, ShardwiseError
 from shardwise.core.export import Cost, Export
 from shardwise.core.option import Option, check_options
-from shardwise.core.plan import Plan, TheirPlan
+from shardwise.core.plan import AnyPlan, Plan, TheirPlan
 from shardwise.core.shown import told
 from shardwise.export.formats import format_named, formats
 from shardwise.verbs.checks import check_fsdp, check_seq
@@ -40,10 +40,17 @@ class ExportOptions:
         check_options(self)
 
 
-def export(case: Case, options: ExportOptions | None = None, progress: Progress = silent) -> Export:
+def export(
+    case: Case,
+    options: ExportOptions | None = None,
+    progress: Progress = silent,
+    *,
+    plan: AnyPlan | None = None,
+) -> Export:
     """The case's first plan, for its model on its mesh, as files of a framework. seq and batch: of the cost,
-    as predict has them. No ranks, no GPU, no weights. Raises InputError for names that aren't known, a plan
-    whose rules aren't ours, and what the format can neither say nor come near to."""
+    as predict has them. plan: what the case's plan says, where it only has a name as yet. No ranks, no GPU,
+    no weights. Raises InputError for names that aren't known, a plan whose rules aren't ours, and what the
+    format can neither say nor come near to."""
     import torch
 
     from shardwise.export.job import Job, resolved
@@ -60,12 +67,13 @@ def export(case: Case, options: ExportOptions | None = None, progress: Progress 
     name = case.plans[0] if case.plans else None
     if name is None:
         raise OptionError("no plan is named. Name a built-in one, a .toml file, or unsharded for FSDP alone.")
-    plan = load_any_plan(
-        name,
-        sequence_parallel=case.sequence_parallel,
-        family=source.family,
-        context_attention=case.context_attention,
-    )
+    if plan is None:
+        plan = load_any_plan(
+            name,
+            sequence_parallel=case.sequence_parallel,
+            family=source.family,
+            context_attention=case.context_attention,
+        )
     _check_ours(plan, case)
     progress(f"building {source.name}")
     model = source.build(dtype=torch.float32)
@@ -113,7 +121,7 @@ def command_of(case: Case, options: ExportOptions) -> str:
     return shlex.join(said)
 
 
-def _check_ours(plan: Plan | TheirPlan, case: Case) -> None:
+def _check_ours(plan: AnyPlan, case: Case) -> None:
     """Raises OptionError for a plan without rules of ours, but where nothing is cut by rules."""
     if isinstance(plan, Plan):
         return

@@ -4,8 +4,8 @@ decides, what was open."""
 import math
 from collections.abc import Iterator
 
-from shardwise.core.search import Considered, Found, Known, Refused, Search, Tipping
-from shardwise.report.common.plain import name, sentence, step_text
+from shardwise.core.search import Considered, Found, Known, Refused, Search, Tipping, plan_name
+from shardwise.report.common.plain import name, plain, sentence, step_text
 from shardwise.report.common.table import (
     ABSENT,
     Block,
@@ -22,6 +22,7 @@ from shardwise.report.common.table import (
     tabled,
 )
 from shardwise.report.common.units import BAR, BYTES, COUNT, PERCENT, RATIO, SECONDS, Format
+from shardwise.report.export import tables as export_tables
 from shardwise.report.predict.rows import assumptions
 from shardwise.report.predict.tables import assumed_words, constants_table
 from shardwise.report.search import commands, rows
@@ -40,6 +41,10 @@ def search_report(search: Search) -> Report:
         if told := tuple(ties(search)):
             blocks.append(Words(told))
         blocks.append(terms_table(search.found))
+        blocks += [
+            Words(tuple(export_lines(search, index)), f"Written for a framework: plan {index + 1}")
+            for index in exported(search)
+        ]
     if search.tippings:
         blocks.append(tippings_table(search))
     if search.refused:
@@ -193,10 +198,40 @@ KNOWN = {
 }
 
 
+def exported(search: Search) -> tuple[int, ...]:
+    """Places of the plans that were to be written for a framework."""
+    return tuple(
+        index
+        for index, each in enumerate(search.found)
+        if each.export is not None or each.why_not_exported is not None
+    )
+
+
+def export_lines(search: Search, index: int) -> Iterator[Line]:
+    """What was written of a plan, and what of it the format can't say; or why nothing was."""
+    found = search.found[index]
+    made = found.export
+    if made is None:
+        yield Line(sentence(found.why_not_exported or ""), Tone.CAUTION, "Not written:")
+        return
+    yield Line(f"{commands.export_folder(index)}, in the folder of --out", lead=f"{name(made.format)}:")
+    if found.proof is None:
+        yield Line("It is written all the same: prove it before you train.", Tone.CAUTION, "NOT VERIFIED.")
+    yield from export_tables.headline(made)
+    for each in made.left_out:
+        said = f"{name(each.asked)} (here: {name(each.instead)}): {sentence(each.why)}"
+        yield Line(said, lead="Left out:")
+    if made.left_out:
+        yield from export_tables.cost_lines(made)
+    yield from (Line(sentence(note)) for note in made.notes)
+    if made.prove is not None:
+        yield Line(plain(made.prove), lead="Prove it, in that folder:")
+
+
 def next_words(search: Search, index: int) -> Words:
     """Where the plan's files are, and what to type next."""
     case = commands.case_name(index)
-    plan = f"{commands.plan_name(index)} with each rule's reason, " if search.found[index].plan else ""
+    plan = f"{plan_name(index)} with each rule's reason, " if search.found[index].plan else ""
     lines = [Line(f"--out FOLDER writes {plan}{case} and the page. In that folder:")]
     lines += [
         Line(sentence(command), lead=f"{what.capitalize()}:")

@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from shardwise.core.case import Case, StepSettings
@@ -13,6 +13,7 @@ from shardwise.core.errors import OptionError
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import NAMES, STAGES_AXIS, TENSOR_AXIS, Mesh, Role
 from shardwise.core.plan import ContextAttention
+from shardwise.core.prediction import Setup
 from shardwise.core.program import Program
 from shardwise.core.search import Candidate, Considered, Found, Group, Known, Refused, Search, Space, Tipping
 from shardwise.predict.contrast import facts_of
@@ -22,6 +23,7 @@ from shardwise.search.solve import BY_HAND, Solver
 from shardwise.search.tipping import tippings
 from shardwise.verbs.predict import MACHINE, SEQ
 from shardwise.verbs.progress import Progress, silent, so_far
+from shardwise.verbs.search.exported import exported
 from shardwise.verbs.search.options import SearchOptions
 from shardwise.verbs.search.pieces import PRELOAD, Ask, Facts, Told, answer
 from shardwise.verbs.search.proof import proof_mesh, proved
@@ -75,7 +77,30 @@ def search(
         tracing = Tracing(case, machine.device, processes)
         looking = _Looking(case, options, machine, devices, tracing, progress, count)
         found = looking.search(started)
-    return looking.proved(found) if options.verify else found
+    found = looking.proved(found) if options.verify else found
+    return exported(found, case, options, progress) if options.export is not None else found
+
+
+def problem_of(
+    case: Case,
+    machine: Machine,
+    setup: Setup,
+    space: Space,
+    found: Sequence[Candidate],
+    groups: Mapping[int, tuple[Group, ...]],
+    layers: int,
+) -> Problem:
+    """What the solver is given. found: all candidates; groups: by tp; layers: of the model."""
+    return Problem(
+        machine,
+        setup,
+        tuple(found),
+        lambda candidate: groups[candidate.mesh.tp],
+        space.recompute,
+        layers,
+        space.memory_bytes,
+        gathers_keys=case.context_attention == ContextAttention.GATHER,
+    )
 
 
 def _check_devices(machine: Machine, devices: int) -> None:
@@ -107,26 +132,17 @@ class _Looking:
         self.seconds: dict[str, float] = {}
         given = options.memory * 2**30 if options.memory is not None else machine.memory_bytes
         self.memory_bytes = given
-        self.twin_plan: str | None = None
+        self.twin_plans: list[str | None] = []
 
     def search(self, started: float) -> Search:
         facts = self._facts()
         space, choices, groups, refused = self._space(facts)
         found = list(candidates(choices, groups, refused))
-        problem = Problem(
-            self.machine,
-            self.setup,
-            tuple(found),
-            lambda candidate: groups[candidate.mesh.tp],
-            space.recompute,
-            facts.layers,
-            self.memory_bytes,
-            gathers_keys=self.case.context_attention == ContextAttention.GATHER,
-        )
+        problem = problem_of(self.case, self.machine, self.setup, space, found, groups, facts.layers)
         self.seconds["reading the model"] = time.perf_counter() - started
         solver = Solver(problem, self.tracing.traced, self.workers, self._says)
         began = time.perf_counter()
-        outcome = solver.run(self.options.top, self.options.seconds)
+        outcome = solver.run(self.options.given_out, self.options.seconds)
         self.seconds["tracing and predicting"] = time.perf_counter() - began
         outcome.refused.update(refused)
         self._check_found(outcome)
@@ -166,14 +182,15 @@ class _Looking:
         return found
 
     def proved(self, found: Search) -> Search:
-        """With the proof of the best, unless the user wants an end."""
+        """With the proof of what is recommended, unless the user wants an end."""
         if found.stopped == BY_HAND or not found.found:
             stopped = tuple(replace(each, why_unproved="the search was stopped") for each in found.found)
             return replace(found, found=stopped)
         began = time.perf_counter()
-        best = proved(self.case, found.found[0], self.twin_plan, self.progress)
+        pairs = zip(found.found, self.twin_plans, strict=False)
+        tried = [proved(self.case, each, plan, self.progress) for each, plan in pairs]
         seconds = (*found.seconds, ("proving the best", time.perf_counter() - began))
-        return replace(found, found=(best, *found.found[1:]), seconds=seconds)
+        return replace(found, found=(*tried, *found.found[len(tried) :]), seconds=seconds)
 
     def _facts(self) -> Facts:
         facts = self.tracing.facts()
@@ -261,11 +278,10 @@ class _Looking:
 
     def _found(self, outcome: Outcome, layers: int) -> tuple[Found, ...]:
         answers = outcome.answers
-        if answers and self.options.verify:
-            first = answers[0].candidate
-            self.twin_plan = self.tracing.plan(
-                replace(piece_of(first, layers), axes=proof_mesh(first.mesh).axes)
-            )
+        if self.options.verify:
+            self.twin_plans = [
+                self._twin_plan(each.candidate, layers) for each in answers[: self.options.recommended]
+            ]
         best = answers[0].prediction if answers else None
         found = []
         for each in answers:
@@ -291,6 +307,10 @@ class _Looking:
                 )
             )
         return tuple(found)
+
+    def _twin_plan(self, candidate: Candidate, layers: int) -> str | None:
+        axes = proof_mesh(candidate.mesh).axes
+        return self.tracing.plan(replace(piece_of(candidate, layers), axes=axes))
 
     def _settings(self, candidate: Candidate, layers: int) -> StepSettings:
         return replace(

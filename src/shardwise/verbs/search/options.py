@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from shardwise.core.option import Option
+from shardwise.export.formats import formats
 from shardwise.verbs.predict import PredictOptions
 from shardwise.verbs.search.space import Wanted
 
 PANEL = "Search"
+TOP = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,17 @@ class SearchOptions(PredictOptions):
         float,
         Option("After which the best so far is given, with how much better another could be.", PANEL, 1),
     ] = 60.0
-    top: Annotated[int, Option("Plans that are given out.", PANEL, 1, 50)] = 5
+    top: Annotated[
+        int | None,
+        Option(
+            "Plans that are given out; with --export they are all verified and exported, and without --top "
+            "the best alone.",
+            PANEL,
+            1,
+            50,
+            shown=str(TOP),
+        ),
+    ] = None
     verify: Annotated[
         bool,
         Option(
@@ -43,7 +55,26 @@ class SearchOptions(PredictOptions):
             flag="--verify/--no-verify",
         ),
     ] = True
+    export: Annotated[
+        str | None,
+        Option(
+            f"Write the best plan for a framework: {', '.join(formats())}.",
+            PANEL,
+            choices=formats(),
+            shown="none",
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         PredictOptions.__post_init__(self)
         Wanted.of(self.fix, self.forbid)
+
+    @property
+    def given_out(self) -> int:
+        """How many plans."""
+        return self.top or TOP
+
+    @property
+    def recommended(self) -> int:
+        """How many of them are verified, and exported if that is asked for."""
+        return self.top or 1 if self.export is not None else 1
