@@ -27,8 +27,8 @@ def search(*found: Found, **more: object) -> Search:
     return example.search(model="llama3-debug", found=found, **more)
 
 
-def asked(made: Search, framework: str = "pytorch", top: int = 2, **more: bool) -> Search:
-    return exported(made, CASE, SearchOptions(export=framework, top=top, **more), silent)
+def asked(made: Search, framework: str = "pytorch", *, verify: bool = True) -> Search:
+    return exported(made, CASE, SearchOptions(export=framework, top=2, verify=verify), silent)
 
 
 def test_the_best_is_written_and_a_runner_up_that_could_not_be_verified_is_not() -> None:
