@@ -330,11 +330,11 @@ REFUSED = [
     (
         ("--config", "bad.toml"),
         '--config bad.toml: unknown key "batsh". Did you mean "batch"? Allowed: accumulation, batch, '
-        "check, chunks, context_attention, device, dtype, expert_load, "
+        "check, chunks, context_attention, device, documents, dtype, end_token, expert_load, "
         "format, json, learning_rate, machine, max_norm, mesh, model, module, out, param_dtype, plans, "
         "profile, profile_steps, random_ids, recompute, recompute_layers, reduce_dtype, reduce_once, "
         "repeat, reshard_after_forward, rounds, schedule, seed, seq, "
-        "sequence_parallel, stages, text, timeout, tokenizer, warmup.",
+        "sequence_parallel, stages, text, text_key, timeout, tokenizer, warmup.",
     ),
     (
         ("--param-dtype", "bfloat16"),

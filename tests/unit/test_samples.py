@@ -4,6 +4,7 @@ nobody holds."""
 import tracemalloc
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -189,7 +190,7 @@ def test_the_digest_is_of_the_tokens_alone() -> None:
     ],
 )
 def test_numbers_and_texts_that_give_no_sequence_are_refused(
-    asked: dict[str, int], error: type[Exception], message: str
+    asked: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error) as raised:
         Samples.of(counted(100), **asked)

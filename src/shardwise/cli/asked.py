@@ -22,8 +22,8 @@ CONFIG = "A case file (see shardwise case), or the name of a shipped one (llama3
 AS_JSON = "One JSON document on stdout, nothing else."
 FORMAT = f"How the answer is written to stdout: {', '.join(formats())}."
 ALL = tuple(asked.key for asked in SHARED)
-RUN = tuple(key for key in ALL if key not in ("machine", "expert_load"))
-TRACED = tuple(key for key in ALL if key not in ("machine", "learning_rate", "max_norm"))
+RUN = tuple(key for key in ALL if key not in ("machine", "expert_load", "documents"))
+TRACED = tuple(key for key in ALL if key not in ("machine", "learning_rate", "max_norm", "documents"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,8 @@ from shardwise.core.plan import ContextAttention, suggest
 MODEL, STEP = "Model and mesh", "Training step"
 DTYPES = ("float32", "bfloat16", "float64")
 RECOMPUTE = ("none", "selective-ops", "full")
+PACKED, MASKED = "packed", "masked"
+DOCUMENTS = (PACKED, MASKED)
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -176,18 +178,43 @@ class StepSettings:
 
 @dataclass(frozen=True, slots=True)
 class TextSource:
-    """Where token ids come from: text files or folders, cut by a tokenizer; or uniform random ids."""
+    """Where token ids come from: text files or folders, cut by a tokenizer; or uniform random ids. documents:
+    what training learns at a document's end: packed: the next one's first token; masked: nothing."""
 
     files: Annotated[
         tuple[str, ...],
-        Option("Your text files or folders; by default Python's own documentation.", STEP, key="text"),
+        Option(
+            "Your text, .jsonl or .parquet files, or folders; by default Python's own documentation.",
+            STEP,
+            key="text",
+        ),
     ] = ()
     tokenizer: Annotated[
         str | None, Option("Your tokenizer.json; by default one is trained on the text.", STEP)
     ] = None
+    text_key: Annotated[
+        str, Option("Which key or column of .jsonl and .parquet records is their text.", STEP)
+    ] = "text"
+    end_token: Annotated[
+        str | None,
+        Option(
+            "The tokenizer's token that ends a document.",
+            STEP,
+            shown="what its tokenizer_config.json says, or its one usual special token",
+        ),
+    ] = None
+    documents: Annotated[
+        str,
+        Option(
+            "At a document's end the next one's first token is learnt (packed), or nothing (masked).",
+            STEP,
+            choices=DOCUMENTS,
+        ),
+    ] = PACKED
     random_ids: Annotated[bool, Option("Uniform random ids instead of text.", STEP)] = False
 
     def __post_init__(self) -> None:
+        check_options(self)
         if self.random_ids and (self.files or self.tokenizer is not None):
             raise OptionError(
                 "random ids come without text. Leave out the text files and the tokenizer, or the random ids."

@@ -144,7 +144,7 @@ class Environment:
 @dataclass(frozen=True, slots=True)
 class TextSummary:
     """Where the token ids came from. `distinct_ids`: how many of the model's vocabulary occur in the
-    stream."""
+    stream. `digest`: of the ids in their order."""
 
     source: str
     tokenizer: str
@@ -152,6 +152,7 @@ class TextSummary:
     distinct_ids: int
     vocab_size: int
     digest: str
+    documents: int = 1
 
 
 @dataclass(frozen=True, slots=True)

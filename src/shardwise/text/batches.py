@@ -33,7 +33,11 @@ class Batch:
     def of(cls, ids_BT: NDArray[np.int64]) -> Self:
         """Of pieces of T = S + 1 ids: each id but the last, and the one that follows it."""
         both_BT = torch.from_numpy(ids_BT)
-        return cls(both_BT[:, :-1].contiguous(), both_BT[:, 1:].contiguous())
+        # of one sequence contiguous() gives views of the same memory
+        ids_BS, labels_BS = (
+            part.clone(memory_format=torch.contiguous_format) for part in (both_BT[:, :-1], both_BT[:, 1:])
+        )
+        return cls(ids_BS, labels_BS)
 
 
 @dataclass(frozen=True, slots=True)

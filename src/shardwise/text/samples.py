@@ -6,6 +6,9 @@ does it: window w is ids[wS : wS + S], its labels are ids[wS + 1 : wS + S + 1]. 
 them are for validation alone. All others are an epoch, each read once, in a seeded order that is another
 one each epoch.
 
+Documents follow each other without gaps, and a window may hold several: attention goes across their ends.
+Where they are `masked`, no label does: the label of a document's last token is IGNORED.
+
 The position is the number of sequences read since the start, over all epochs and ranks. A batch is the
 sequences from a position on, so whoever knows the position goes on with the same sequences, however many
 ranks there are and whatever the batch is; a rank that wants its part alone asks for that part of the
@@ -17,7 +20,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from shardwise.core.case import DOCUMENTS, MASKED, PACKED
 from shardwise.core.errors import OptionError, TextError
+from shardwise.core.option import check_choice
 from shardwise.text.batches import IGNORED, Batch
 from shardwise.text.permutation import Permutation
 from shardwise.text.tokens import Tokens
@@ -32,11 +37,16 @@ class Samples:
     seed: int
     windows: int
     held_out: int
+    documents: str = PACKED
 
     @classmethod
-    def of(cls, text: Tokens, seq: int, seed: int = 0, held_out: int = 0) -> "Samples":
-        """held_out: how many sequences at the tokens' end are for validation. Raises OptionError for
-        numbers that can't be, TextError where the text is too short for one sequence to train on."""
+    def of(
+        cls, text: Tokens, seq: int, seed: int = 0, held_out: int = 0, documents: str = PACKED
+    ) -> "Samples":
+        """held_out: how many sequences at the tokens' end are for validation. documents: PACKED or
+        MASKED. Raises OptionError for numbers that can't be, TextError where the text is too short for
+        one sequence to train on."""
+        check_choice("--documents", documents, DOCUMENTS)
         for name, value, least in (("seq", seq, 1), ("seed", seed, 0), ("held-out sequences", held_out, 0)):
             if value < least:
                 raise OptionError(f"{name}: {value}. Use {least} or more.")
@@ -54,7 +64,7 @@ class Samples:
             raise TextError(
                 f"{text.summary.source} has {tokens} tokens, and {wanted}. Give more text, {advice}."
             )
-        return cls(text, seq, seed, windows, held_out)
+        return cls(text, seq, seed, windows, held_out, documents)
 
     @property
     def tokens(self) -> int:
@@ -62,9 +72,10 @@ class Samples:
 
     @property
     def digest(self) -> str:
-        """Of the token ids in their order: what a checkpoint compares. seq, seed and held_out are not in
-        it."""
-        return self.text.summary.digest
+        """Of the token ids in their order, and of where documents end if labels are masked there: what a
+        checkpoint compares. seq, seed and held_out are not in it."""
+        digest = self.text.summary.digest
+        return digest if self.documents == PACKED else f"{digest}-{self.text.documents_digest}"
 
     def at(self, position: int, count: int) -> Batch:
         """The `count` sequences from a position on; they may lie in several epochs."""
@@ -91,4 +102,19 @@ class Samples:
         return batch
 
     def _batch(self, window_B: NDArray[np.int64]) -> Batch:
-        return Batch.of(self.text.read(window_B * self.seq, self.seq + 1))
+        starts_B = window_B * self.seq
+        batch = Batch.of(self.text.read(starts_B, self.seq + 1))
+        if self.documents == MASKED:
+            batch.labels_BS[torch.from_numpy(self._is_of_another_document(starts_B))] = IGNORED
+        return batch
+
+    def _is_of_another_document(self, starts_B: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which labels [B, S] are the first token of a document. The label at place i is token start + 1
+        + i, and a document's end is the place of the next one's first token."""
+        ends, seq = self.text.ends, self.seq
+        firsts = np.searchsorted(ends, starts_B + 1)
+        lasts = np.searchsorted(ends, starts_B + 1 + seq)
+        is_first_BS = np.zeros((starts_B.size, seq), dtype=np.bool_)
+        for row, (start, first, last) in enumerate(zip(starts_B, firsts, lasts, strict=True)):
+            is_first_BS[row, ends[first:last] - start - 1] = True
+        return is_first_BS

@@ -1,4 +1,4 @@
-"""The text room's second stage: a byte-level BPE tokenizer, trained on the text itself or read from a
+"""The text room's third stage: a byte-level BPE tokenizer, trained on the text itself or read from a
 tokenizer.json.
 
 Training is deterministic: the `tokenizers` library breaks ties between equally frequent pairs by their ids,
@@ -8,7 +8,7 @@ memory stays small. Special tokens are never added, padding and truncation are o
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from shardwise.core.errors import TextError
-from shardwise.text.corpus import shown
+from shardwise.text.documents import shown
 
 BYTE_ALPHABET = 256
 TOKENIZERS_VERSION: str = tokenizers.__version__
 _PIECE_CHARACTERS = 1 << 16
 
 
-def train(text: str, vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer with at most vocab_size ids, fewer where the text has no more pairs to
-    merge. Nothing is unknown to it."""
+def train(text: str | Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer of one text or of documents, with at most vocab_size ids, fewer where they
+    have no more pairs to merge. Nothing is unknown to it."""
     if vocab_size < BYTE_ALPHABET:
         raise TextError(
             f"a byte-level tokenizer needs at least {BYTE_ALPHABET} ids, and the model has "
@@ -42,7 +42,8 @@ def train(text: str, vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     with _single_threaded():
-        tokenizer.train_from_iterator(_pieces(text), trainer)
+        documents = (text,) if isinstance(text, str) else text
+        tokenizer.train_from_iterator((piece for each in documents for piece in _pieces(each)), trainer)
     return tokenizer
 
 
@@ -90,6 +91,12 @@ def encode(tokenizer: Tokenizer, text: str, *, vocab_size: int, name: str) -> ND
                 ) from None
             parts.append(np.array(encoded[0].ids, dtype=np.uint32))
     ids = np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint32)
+    check_ids(ids, vocab_size, name)
+    return ids.astype(np.int32)
+
+
+def check_ids(ids: NDArray[np.uint32] | NDArray[np.int32], vocab_size: int, name: str) -> None:
+    """Raises TextError where an id is beyond the model's vocabulary."""
     largest = int(ids.max(initial=0))
     if largest >= vocab_size:
         raise TextError(
@@ -97,7 +104,6 @@ def encode(tokenizer: Tokenizer, text: str, *, vocab_size: int, name: str) -> ND
             f"{vocab_size - 1}). "
             f"Use the model's own tokenizer, or a model with vocab_size >= {largest + 1}."
         )
-    return ids.astype(np.int32)
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -4,6 +4,7 @@ that are mapped (shards).
 Shapes: N pieces, L ids in a piece.
 """
 
+import hashlib
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +19,21 @@ class Tokens(Protocol):
     @property
     def summary(self) -> TextSummary: ...
 
+    @property
+    def ends(self) -> NDArray[np.int64]:
+        """Where documents end, ascending: the place after each one's last token."""
+        ...
+
+    @property
+    def documents_digest(self) -> str:
+        """Of where documents end."""
+        ...
+
     def read(self, starts_N: NDArray[np.int64], length: int) -> NDArray[np.int64]:
         """The ids [N, L] of N pieces of `length` ids, one from each start on; all lie within the tokens."""
         ...
+
+
+def digest_of_ends(ends: NDArray[np.int64]) -> str:
+    """blake2b, 16 bytes in hex, of the ends as little-endian int64."""
+    return hashlib.blake2b(ends.astype("<i8", copy=False).tobytes(), digest_size=16).hexdigest()

@@ -20,8 +20,8 @@ def token_ids(
     text: TextSource,
     progress: Callable[[str], None],
 ) -> "Tensor | None":
-    """Ids [B, S] of real text where it is needed (the plan decides by them) or the user gave some; None: the
-    tracer draws uniform ones."""
+    """Ids [B, S] of real text where it is needed (the plan decides by them) or the user gave some; None:
+    the tracer draws uniform ones."""
     if not text.files and (text.random_ids or not needs_text):
         return None
     import torch
@@ -57,6 +57,8 @@ def stream_of(text: TextSource, vocab_size: int, seed: int, progress: Callable[[
         vocab_size=vocab_size,
         files=[Path(name) for name in text.files],
         tokenizer=None if text.tokenizer is None else Path(text.tokenizer),
+        text_key=text.text_key,
+        end_token=text.end_token,
         random_ids=text.random_ids,
         seed=seed,
         progress=progress,
