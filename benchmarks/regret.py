@@ -29,6 +29,7 @@ WHAT = "regret"
 FEWEST = 3
 MEAN, NINETY, WORST = 0.03, 0.08, 0.2  # the bars
 MISS = NINETY
+_LARGE, _NODE = 8192, 8  # numbers of a token, GPUs
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,7 @@ def blocks(run: Regrets) -> dict[str, str]:
     return {
         f"benchmark-{WHAT}": f"{summary(run)}\n\n{families_table(run.groups)}{source}",
         f"benchmark-{WHAT}-misses": misses_table(run.groups) + source,
+        f"benchmark-{WHAT}-sweeps": runs_table([each for each in run.groups if _is_large(each)]) + source,
     }
 
 
@@ -144,6 +146,16 @@ def families_table(groups: Sequence[Regret]) -> str:
 
 def misses_table(groups: Sequence[Regret]) -> str:
     """Every group whose regret is more than most may have."""
+    return runs_table([each for each in groups if each.share > MISS])
+
+
+def _is_large(group: Regret) -> bool:
+    """Whether the sweep was of layers as large models have them, or over several nodes."""
+    return group.hidden >= _LARGE or group.gpus > _NODE
+
+
+def runs_table(groups: Sequence[Regret]) -> str:
+    """The pick and the best of each group, the largest regret first."""
     lines = [
         [
             each.model,
@@ -157,7 +169,6 @@ def misses_table(groups: Sequence[Regret]) -> str:
             _percent(each.share),
         ]
         for each in sorted(groups, key=lambda each: -each.share)
-        if each.share > MISS
     ]
     head = ["model", "GPUs", "batch", "runs"]
     for which in ("pick", "best"):

@@ -108,6 +108,9 @@ def told(example: Example) -> str:
         lines.append(
             f"The best with the guess, {example.guess}, is {cell(guessed.label)}: {_against(best, guessed)}"
         )
+    if example.others:
+        other, ratio = example.others[0]
+        lines.append(f"Next to the best comes {cell(other)}: {100 * (ratio - 1):.1f} % longer.")
     if example.decides:
         lines.append(f"What decides: {'; '.join(example.decides)}.")
     return "\n".join(lines)

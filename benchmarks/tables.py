@@ -14,6 +14,7 @@ benchmark-hf-verify and its parts (benchmarks/verify_results.py); benchmark-veri
 benchmark-titan (benchmarks/titan_results.py);
 benchmark-search-examples (benchmarks/search_examples_results.py); benchmark-search-speed
 (benchmarks/search_results.py);
+benchmark-published-best (benchmarks/published_best_results.py);
 benchmark-regret and benchmark-regret-misses (benchmarks/regret.py);
 benchmark-published and its parts, and the plot docs/example/published.svg
 (benchmarks/published_results.py); benchmark-h100-steps and benchmark-issue-785
@@ -35,6 +36,7 @@ from benchmarks import (
     measured_steps,
     museum_results,
     mutant_results,
+    published_best_results,
     published_results,
     regret,
     search_examples_results,
@@ -55,6 +57,7 @@ _OTHERS = (
     verify_results,
     museum_results,
     mutant_results,
+    published_best_results,
     published_results,
     regret,
     measured_steps,
@@ -273,7 +276,7 @@ def main() -> int:
         made |= regret.blocks(regret.newest_run())
         made |= trace_results.blocks(trace_results.newest_run())
         made |= titan_results.newest_blocks()
-        made |= search_examples_results.newest_blocks()
+        made |= search_examples_results.newest_blocks() | published_best_results.newest_blocks()
         texts = {path: path.read_text(encoding="utf-8") for path in documents()}
         texts[published_results.PLOT] = (
             published_results.PLOT.read_text(encoding="utf-8") if published_results.PLOT.exists() else ""
