@@ -1,18 +1,22 @@
 """How long `shardwise search` takes, start to finish, and how near its answer is to the best: from one
 node to 16,384 devices.
 
-python -m benchmarks.search           all; writes benchmarks/results/DATE-search-speed.json python -m
-benchmarks.search 70b       those whose name has this in it; prints, writes nothing
+    python -m benchmarks.search           all; writes benchmarks/results/DATE-search-speed.json
+    python -m benchmarks.search 70b       those whose name has this in it; prints, writes nothing
 
 Each search is a process of its own, run once, without the proof; a search ends after its --seconds with
-the best so far and the gap."""
+the best so far and the gap. The memory of it and of those that trace for it is read five times a second: Pss
+of /proc/PID/smaps_rollup, in which a page that n processes share counts as 1/n of it in each."""
 
 import json
 import resource
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+import psutil
 
 from benchmarks.results import command_line, now
 from benchmarks.search_results import SearchRun, SearchSpeed, told
@@ -50,15 +54,18 @@ def main(arguments: Sequence[str] = ()) -> int:
 def run(name: str, options: str, bar_s: float | None) -> SearchRun:
     words = ["search", *options.split(), "--dtype", "bfloat16", "--random-ids", "--no-verify", "--json"]
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "shardwise", *words],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=LIMIT_S,
-    )
+    command = [sys.executable, "-m", "shardwise", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        memory = Memory(process.pid)
+        try:
+            told, _ = process.communicate(timeout=LIMIT_S)
+        finally:
+            process.kill()
+            memory.end()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
     seconds = time.monotonic() - began
-    found = json.loads(done.stdout)
+    found = json.loads(told)
     best = found["found"][0]
     largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     print(f"{name}: {seconds:.1f} s, gap {found['gap']:.1%}", flush=True)
@@ -73,7 +80,40 @@ def run(name: str, options: str, bar_s: float | None) -> SearchRun:
         found["gap"],
         best["step_s"],
         largest,
+        memory.all_bytes,
+        memory.largest_bytes,
     )
+
+
+class Memory:
+    """Of a process and all below it, at the peak, as a thread reads it until end()."""
+
+    def __init__(self, pid: int) -> None:
+        self.all_bytes = self.largest_bytes = 0
+        self._process, self._ended = psutil.Process(pid), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.2):
+            sizes = list(self._sizes())
+            self.all_bytes = max(self.all_bytes, sum(sizes))
+            self.largest_bytes = max(self.largest_bytes, *sizes, 0)
+
+    def _sizes(self) -> Iterator[int]:
+        try:
+            family = [self._process, *self._process.children(recursive=True)]
+        except psutil.Error:
+            return
+        for each in family:
+            try:
+                yield each.memory_full_info().pss
+            except psutil.Error:  # it has ended
+                continue
 
 
 if __name__ == "__main__":

@@ -9,13 +9,15 @@ from benchmarks.results import RESULTS, Saved, newest
 from shardwise.report.common.units import format_bytes, format_seconds
 
 WHAT = "search-speed"
+MEMORY_BAR = int(1.5 * 2**30)
 
 
 @dataclass(frozen=True, slots=True)
 class SearchRun:
     """bar_s: seconds that were asked for. gap: how much better than the best something else could be, at
-    most, as a share. largest_bytes: of the largest command process up to here; those that trace are not in
-    it."""
+    most, as a share. largest_bytes: of the largest command process up to here. At the peak of all its
+    processes, those that trace among them: all_bytes, each page that several share counted once, and
+    largest_process_bytes, of the one that holds most (0: not measured)."""
 
     name: str
     command: str
@@ -27,6 +29,8 @@ class SearchRun:
     gap: float
     step_s: float
     largest_bytes: int
+    all_bytes: int = 0
+    largest_process_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,8 @@ def newest_blocks(folder: Path = RESULTS) -> dict[str, str]:
 def told(runs: Sequence[SearchRun]) -> str:
     """A table in Markdown."""
     head = ["search", "took", "bar", "candidates", "traces", "gap", "best step", "its own process"]
+    is_measured = any(run.all_bytes for run in runs)
+    head += [f"all processes (bar: {format_bytes(MEMORY_BAR)})", "the largest"] if is_measured else []
     rows = [
         [
             cell(run.name),
@@ -62,7 +68,13 @@ def told(runs: Sequence[SearchRun]) -> str:
             "proved" if run.gap == 0 else f"{run.gap:.0%}",
             format_seconds(run.step_s),
             format_bytes(run.largest_bytes),
+            *(_memory(run) if is_measured else ()),
         ]
         for run in runs
     ]
     return table(head, rows, tuple(range(1, len(head))))
+
+
+def _memory(run: SearchRun) -> tuple[str, str]:
+    missed = "" if run.all_bytes <= MEMORY_BAR else ", missed"
+    return f"{format_bytes(run.all_bytes)}{missed}", format_bytes(run.largest_process_bytes)
