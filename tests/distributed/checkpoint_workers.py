@@ -1,6 +1,7 @@
 """What the ranks of test_checkpoints.py run."""
 
 import json
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def _local(tensor: Tensor) -> Tensor:
 
 def run(context: RankContext, payload: bytes) -> bytes:
     """payload: a folder. Every case is saved, and then taken up by the next one of its model: names of what
-    isn't as it was, by case."""
+    isn't as it was, by case; the lines that ranks
+    were told then; and of a save that fails on one rank."""
     folder = Path(payload.decode())
     for case in CASES:
         context.note(f"saves {case.name}")
@@ -61,7 +63,7 @@ def run(context: RankContext, payload: bytes) -> bytes:
         checkpoints = Checkpoints(folder_of(folder, case), mesh=Mesh.parse(case.mesh))
         checkpoints.save(STEP, model, optimizer, saved(STEP), wait=True)
         assert not checkpoints.lines()
-    answer = {}
+    answer, lines = {}, {}
     for case in CASES:
         context.note(f"takes up {case.name}")
         model, optimizer = built(case)
@@ -76,4 +78,25 @@ def run(context: RankContext, payload: bytes) -> bytes:
             name for name, local in locals_of(model, optimizer) if not torch.equal(local, expected.pop(name))
         ]
         answer[case.name] += list(expected)
-    return json.dumps(answer).encode()
+        lines[case.name] = list(checkpoints.lines())
+    context.note("saves where one rank can't")
+    return json.dumps([answer, lines, _where_one_rank_can_t(folder / "full", context.rank)]).encode()
+
+
+def _where_one_rank_can_t(folder: Path, rank: int) -> list[object]:
+    """What ranks are told of a save that rank 2 can't write, of the one before it and of the one after."""
+    model, optimizer = built(CASES[0])
+    checkpoints = Checkpoints(folder)
+    found: list[object] = []
+    for step in (1, 2, 3):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if (step, rank) == (2, 2):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+        checkpoints.save(step, model, optimizer, saved(step))
+        outcome = checkpoints.finish()
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert outcome is not None
+        newest = checkpoints.newest().path
+        assert newest is not None
+        found += [outcome.published, newest.name, *checkpoints.lines()]
+    return found

@@ -3,6 +3,7 @@ bit for bit."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from shardwise.core.mesh import Mesh
 from shardwise.launch import run_ranks
-from tests.distributed.checkpoint_cases import CASES, MOMENTS, Case, folder_of, known
+from tests.distributed.checkpoint_cases import CASES, MOMENTS, Case, folder_of, known, taken_from
 from tests.distributed.checkpoint_workers import STEP
 
 WORKERS = "tests.distributed.checkpoint_workers"
@@ -23,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answers(folder: Path) -> list[dict[str, list[str]]]:
+def answers(folder: Path) -> list[Any]:
     results = run_ranks(
         f"{WORKERS}:run", str(folder).encode(), world_size=4, device_type="cpu", timeout_s=300
     )
@@ -52,7 +54,7 @@ def whole_tensors(step: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_saved_tensor_is_whole_and_in_the_model_s_own_order(
-    case: Case, folder: Path, answers: list[dict[str, list[str]]]
+    case: Case, folder: Path, answers: list[Any]
 ) -> None:
     found = whole_tensors(folder_of(folder, case) / f"step-{STEP}")
     model = case.source.build(dtype=torch.float64, device="cpu")
@@ -69,8 +71,29 @@ def test_a_saved_tensor_is_whole_and_in_the_model_s_own_order(
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_another_mesh_or_plan_takes_the_state_up_bit_for_bit(
-    case: Case, answers: list[dict[str, list[str]]]
-) -> None:
-    for answer in answers:
+def test_another_mesh_or_plan_takes_the_state_up_bit_for_bit(case: Case, answers: list[Any]) -> None:
+    for answer, _, _ in answers:
         assert answer[case.name] == []
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_random_numbers_on_another_mesh_are_drawn_anew_which_is_told(case: Case, answers: list[Any]) -> None:
+    before, now = Mesh.parse(taken_from(case).mesh), Mesh.parse(case.mesh)
+    expected = (
+        f"step-{STEP} was saved on mesh {before}, and this is mesh {now}: random numbers are drawn "
+        f"anew, from the seed and step {STEP}."
+    )
+    for _, lines, _ in answers:
+        assert lines[case.name] == ([] if before == now else [expected])
+
+
+def test_a_save_that_fails_on_one_rank_is_told_on_all_and_the_next_one_works(
+    folder: Path, answers: list[Any]
+) -> None:
+    partial = folder / "full" / "step-2.partial"
+    line = (
+        f"The checkpoint of step 2 wasn't saved: rank 2 can't write {partial}: File too large. "
+        "Earlier ones stay."
+    )
+    for _, _, found in answers:
+        assert found == [True, "step-1", False, "step-1", line, True, "step-3"]

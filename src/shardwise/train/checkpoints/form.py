@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import torch
 
-from shardwise.core.errors import CheckpointError
+from shardwise.core.errors import CheckpointError, InputError
 from shardwise.core.shown import shown
 from shardwise.core.training import Saved
 from shardwise.train.checkpoints.places import Place, fits, sizes_of
@@ -146,7 +146,7 @@ def read_index(document: bytes, ranks: int) -> dict[str, Entry]:
             not 0 <= part.file < ranks for part in entry.parts
         ):
             raise CheckpointError(
-                f"{INDEX}: the parts of {shown(name)} don't make up a tensor {list(entry.shape)}"
+                f"{INDEX}: the parts of {shown(name)} don't make up a tensor {shown(list(entry.shape))}"
             )
     return entries
 
@@ -165,5 +165,5 @@ def is_covered(shape: Sequence[int], places: Sequence[Place]) -> bool:
 def _decoded(document: bytes, kind: Any, name: str) -> Any:
     try:
         return msgspec.json.decode(document, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, CheckpointError) as error:
-        raise CheckpointError(f"{name} can't be read: {shown(error, 120)}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, InputError) as error:
+        raise CheckpointError(f"{name} can't be read: {shown(error, 120).rstrip('.')}") from None

@@ -35,7 +35,7 @@ def place_of(name: str, tensor: Tensor, order: Order | None = None) -> Place:
     """Of this rank's local part. order: in which the tensor is kept, if not in its own. Raises
     CheckpointError where its placements don't tell."""
     if not isinstance(tensor, DTensor):
-        return tuple(_runs(range(size)) for size in tensor.shape)
+        return tuple(runs_of(range(size)) for size in tensor.shape)
     found = [_kept(size, dim, order) for dim, size in enumerate(tensor.shape)]
     for axis in _in_order_of_cutting(tensor):
         placement = tensor.placements[axis]
@@ -51,7 +51,7 @@ def place_of(name: str, tensor: Tensor, order: Order | None = None) -> Place:
             f"checkpoint: a rank holds {list(local.shape)} of {name}, and by its placements "
             f"{tensor.placements} it would be {list(map(len, found))}. Use a plan that cuts it evenly."
         )
-    return tuple(map(_runs, found))
+    return tuple(map(runs_of, found))
 
 
 def _kept(size: int, dim: int, order: Order | None) -> Positions:
@@ -99,7 +99,7 @@ def _chunk(positions: Positions, parts: int, rank: int, pieces: int) -> Position
     return found[0] if pieces == 1 else np.concatenate([_as_array(each) for each in found])
 
 
-def _runs(positions: Positions) -> tuple[Run, ...]:
+def runs_of(positions: Positions) -> tuple[Run, ...]:
     """The fewest that a walk from the front finds."""
     if isinstance(positions, range):
         return ((positions.start, len(positions), positions.step),) if positions else ()
@@ -121,7 +121,7 @@ def _runs(positions: Positions) -> tuple[Run, ...]:
 
 
 def positions_in(runs: Sequence[Run]) -> Positions:
-    """What _runs() made runs of."""
+    """What runs_of() made runs of."""
     made = [range(first, first + count * step, step) for first, count, step in runs]
     if len(made) < 2:
         return made[0] if made else range(0)
@@ -140,7 +140,7 @@ def sizes_of(place: Place) -> tuple[int, ...]:
 
 
 def fits(place: Place, shape: Sequence[int]) -> bool:
-    """Whether all of its positions are in a tensor of this shape, and runs are what _runs() gives."""
+    """Whether all of its positions are in a tensor of this shape, and runs are what runs_of() gives."""
     if len(place) != len(shape):
         return False
     return all(

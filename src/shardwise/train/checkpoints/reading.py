@@ -37,7 +37,7 @@ def misfits(held: Iterable[Held], entries: Mapping[str, Entry]) -> list[str]:
         if entry is None:
             found.append(f"it has no {each.name}")
         elif entry.shape != each.shape:
-            found.append(f"{each.name} is {list(entry.shape)} in it, here {list(each.shape)}")
+            found.append(f"{each.name} is {shown(list(entry.shape))} in it, here {list(each.shape)}")
         elif entry.torch_dtype != each.local.dtype:
             found.append(f"{each.name} is {entry.torch_dtype} in it, here {each.local.dtype}")
     return found

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shardwise.core.errors import CheckpointError
+from shardwise.core.shown import shown
 from shardwise.parallel.apply import applied_to
 from shardwise.parallel.ownership import Order
 from shardwise.torch_private import persistent_buffers
@@ -95,7 +96,7 @@ def fresh_state(
                 value = torch.zeros((), dtype=dtype, device=device)
             else:
                 raise CheckpointError(
-                    f"checkpoint: {OPTIMIZER}/{name}/{key} is {list(shape)} and {name} is "
+                    f"checkpoint: {OPTIMIZER}/{name}/{key} is {shown(list(shape))} and {name} is "
                     f"{list(parameter.shape)}. Use the optimizer that the checkpoint was made with."
                 )
             optimizer.state[parameter][key] = value
