@@ -96,7 +96,7 @@ def _chunk(positions: Positions, parts: int, rank: int, pieces: int) -> Position
         first = start + sum(sizes[:rank])
         found.append(positions[first : first + sizes[rank]])
         start += piece
-    return found[0] if pieces == 1 else np.concatenate([_as_array(each) for each in found])
+    return found[0] if pieces == 1 else np.concatenate([as_array(each) for each in found])
 
 
 def runs_of(positions: Positions) -> tuple[Run, ...]:
@@ -125,10 +125,11 @@ def positions_in(runs: Sequence[Run]) -> Positions:
     made = [range(first, first + count * step, step) for first, count, step in runs]
     if len(made) < 2:
         return made[0] if made else range(0)
-    return np.concatenate([_as_array(each) for each in made])
+    return np.concatenate([as_array(each) for each in made])
 
 
-def _as_array(positions: Positions) -> NDArray[np.int64]:
+def as_array(positions: Positions) -> NDArray[np.int64]:
+    """One by one."""
     if isinstance(positions, range):
         return np.arange(positions.start, positions.stop, positions.step, dtype=np.int64)
     return positions
@@ -161,7 +162,7 @@ def common(mine: Positions, theirs: Positions) -> tuple[Index, Index] | None:
             slice(first - theirs.start, stop - theirs.start),
         )
     _, in_mine, in_theirs = np.intersect1d(
-        _as_array(mine), _as_array(theirs), assume_unique=True, return_indices=True
+        as_array(mine), as_array(theirs), assume_unique=True, return_indices=True
     )
     return (_plain(in_mine), _plain(in_theirs)) if len(in_mine) else None
 

@@ -1,7 +1,6 @@
 """A rank's parts of a state out of a checkpoint's files, whatever parts lie in those: each is put together
 of what it has in common with them, so that nobody holds a whole tensor."""
 
-import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 from shardwise.core.errors import CheckpointError
 from shardwise.core.shown import shown
 from shardwise.train.checkpoints.form import INDEX, Entry, Manifest, Part, file_of, read_index
-from shardwise.train.checkpoints.places import Index, Place, common, positions_in, sizes_of
+from shardwise.train.checkpoints.places import Index, as_array, common, positions_in, sizes_of
 from shardwise.train.checkpoints.state import Held
 
 _SHOWN = 3
@@ -85,24 +84,28 @@ def _fill(held: Held, entry: Entry, file: Any) -> None:
 
 
 def _block(file: Any, name: str, part: Part, entry: Entry, index: list[Index]) -> Tensor:
-    if not part.place:
-        block: Tensor = file.get_tensor(name)
-    else:
-        whole = file.get_slice(name)
-        if tuple(whole.get_shape()) != sizes_of(part.place):
-            raise CheckpointError(
-                f"{name} is {whole.get_shape()} in {file_of(part.file)}, and not as indexed"
-            )
-        # a file is read between the first and the last that is wanted
-        bounds = [
-            each if isinstance(each, slice) else slice(int(each.min()), int(each.max()) + 1) for each in index
-        ]
-        block = whole[tuple(bounds)]
-        for dim, (each, bound) in enumerate(zip(index, bounds, strict=True)):
-            if not isinstance(each, slice):
-                block = block.index_select(dim, torch.from_numpy(each - bound.start))
-    if block.dtype != entry.torch_dtype or (not part.place and block.shape != ()):
-        raise CheckpointError(f"{name} is {block.dtype} in {file_of(part.file)}, and not as indexed")
+    shape, where = file.get_slice(name).get_shape(), file_of(part.file)
+    if tuple(shape) != sizes_of(part.place):
+        raise CheckpointError(f"{name} is {shown(shape)} in {where}, and not as indexed")
+    block = _cut(file, name, index)
+    if block.dtype != entry.torch_dtype:
+        raise CheckpointError(f"{name} is {block.dtype} in {where}, and not as indexed")
+    return block
+
+
+def _cut(file: Any, name: str, index: list[Index]) -> Tensor:
+    """What a file has of a tensor at the product of these positions. It is read between the first and the
+    last that is wanted."""
+    if not index:
+        whole: Tensor = file.get_tensor(name)
+        return whole
+    bounds = [
+        each if isinstance(each, slice) else slice(int(each.min()), int(each.max()) + 1) for each in index
+    ]
+    block: Tensor = file.get_slice(name)[tuple(bounds)]
+    for dim, (each, bound) in enumerate(zip(index, bounds, strict=True)):
+        if not isinstance(each, slice):
+            block = block.index_select(dim, torch.from_numpy(each - bound.start))
     return block
 
 
@@ -111,8 +114,34 @@ def _put(local: Tensor, index: list[Index], block: Tensor) -> None:
         local[tuple(index)].copy_(block)
         return
     arrays = [np.arange(each.start, each.stop) if isinstance(each, slice) else each for each in index]
-    local[tuple(torch.from_numpy(each).to(local.device) for each in np.ix_(*arrays))] = block.to(local.device)
+    local[tuple(torch.from_numpy(each).to(local.device) for each in np.ix_(*arrays))] = block.to(local)
 
 
-def numel(place: Place) -> int:
-    return math.prod(sizes_of(place))
+def read_part(held: Held, file: Any, name: str) -> None:
+    """Fills a part from a file that has the whole tensor under this name."""
+    index = _in_whole(held)
+    if index is not None:
+        held.local.copy_(_cut(file, name, index))
+
+
+def put_part(held: Held, whole: Tensor) -> None:
+    """The same from the whole tensor."""
+    index = _in_whole(held)
+    for dim, each in enumerate(index or ()):
+        if isinstance(each, slice):
+            whole = whole.narrow(dim, each.start, each.stop - each.start)
+        else:
+            whole = whole.index_select(dim, torch.from_numpy(each).to(whole.device))
+    if index is not None:
+        held.local.copy_(whole)
+
+
+def _in_whole(held: Held) -> list[Index] | None:
+    """Where its elements are in the whole; None where it has none."""
+    found: list[Index] = []
+    for positions in map(positions_in, held.place):
+        if isinstance(positions, range) and positions.step == 1:
+            found.append(slice(positions.start, positions.stop))
+        else:
+            found.append(as_array(positions))
+    return found if held.local.numel() else None

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from shardwise.core.errors import CheckpointError
@@ -48,6 +49,9 @@ def held_by(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> li
 
 
 def of_model(model: nn.Module) -> Iterator[Held]:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a forward without a backward, as in validation, leaves parameters whole
     orders = applied_to(model).row_order
     for name, parameter in model.named_parameters():
         yield Held.of(f"{MODEL}/{name}", parameter, orders.get(name))

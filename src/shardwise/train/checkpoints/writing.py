@@ -62,19 +62,19 @@ class Buffer:
 
     def take(self, tensors: dict[str, Tensor]) -> None:
         """Copies the tensors; they may change once this returns."""
-        header: dict[str, object] = {}
+        entries: dict[str, object] = {}
         places, start = [], 0
         # the largest elements first, so that each begins at a multiple of its size
         for name, tensor in sorted(tensors.items(), key=lambda each: -each[1].element_size()):
             stop = start + tensor.numel() * tensor.element_size()
-            header[name] = {
+            entries[name] = {
                 "dtype": DTYPES[tensor.dtype],
                 "shape": list(tensor.shape),
                 "data_offsets": [start, stop],
             }
             places.append((tensor, start, stop))
             start = stop
-        self._header = _header(header)
+        self._header = header(entries)
         on_gpu = any(tensor.is_cuda for tensor in tensors.values())
         if self._bytes.numel() != start or (on_gpu and not self._bytes.is_pinned()):
             self._bytes = torch.empty(start, dtype=torch.uint8, pin_memory=on_gpu)
@@ -96,7 +96,8 @@ class Buffer:
         return len(self._header) + self._bytes.numel()
 
 
-def _header(entries: dict[str, object]) -> bytes:
+def header(entries: dict[str, object]) -> bytes:
+    """How a file begins."""
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _HEADER_STEP)
     return len(text).to_bytes(8, "little") + text
