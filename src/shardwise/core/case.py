@@ -5,6 +5,7 @@ Only what one verb knows (rounds, against, ...) is that verb's own. What needs t
 divisibility) the verb checks. Each field says what it is once: commands make options of it, case files
 comments."""
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -287,6 +288,25 @@ SHARED: tuple[Asked, ...] = tuple(
     asked for noun in (Case, StepSettings, TextSource) for asked in options_of(noun)
 )
 """All that verbs share, flat."""
+
+
+def words_of(case: Case, keys: Collection[str]) -> Iterator[str]:
+    """The words of a command that give these keys as the case has them, plans first."""
+    nouns = (case, case.step, case.text)
+    for asked in sorted(SHARED, key=lambda asked: not asked.option.is_argument):
+        if asked.key not in keys:
+            continue
+        value = next(getattr(noun, asked.field) for noun in nouns if hasattr(noun, asked.field))
+        if asked.option.is_argument:
+            yield from value
+        elif isinstance(value, bool):
+            on, _, off = asked.flag.partition("/")
+            yield on if value else off
+        else:
+            for each in value if isinstance(value, tuple) else (value,):
+                yield from (asked.flag, str(each))
+
+
 _EXAMPLES = {"model": 'model="llama3-debug"', "mesh": 'mesh="tp=2"'}
 
 

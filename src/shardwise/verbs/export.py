@@ -2,10 +2,10 @@
 predict's cost of leaving that out."""
 
 import shlex
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
-from shardwise.core.case import SHARED, Case
+from shardwise.core.case import SHARED, Case, words_of
 from shardwise.core.errors import InputError, OptionError, ShardwiseError
 from shardwise.core.export import Cost, Export
 from shardwise.core.option import Option, check_options
@@ -102,23 +102,15 @@ def export(
 
 def command_of(case: Case, options: ExportOptions) -> str:
     """The command that makes the same files, without where they go."""
-    said = ["shardwise", "export", *case.plans, "--as", options.framework]
+    nouns = (case, case.step, case.text)
+    given = {"model", "mesh"}
     for asked in SHARED:
-        if asked.key == "plans":
-            continue
-        value = next(
-            getattr(noun, asked.field)
-            for noun in (case, case.step, case.text)
-            if asked.field in {field.name for field in fields(noun)}
-        )
+        value = next(getattr(noun, asked.field) for noun in nouns if hasattr(noun, asked.field))
         is_default = value == asked.default or value in (None, ())
-        if asked.key not in ("model", "mesh") and (is_default or (asked.key, value) == ("machine", MACHINE)):
-            continue
-        if isinstance(value, bool):
-            said.append(asked.flag.split("/")[0 if value else 1])
-        else:
-            said += [asked.flag, str(value)]
-    return shlex.join(said)
+        if not is_default and (asked.key, value) != ("machine", MACHINE):
+            given.add(asked.key)
+    words = words_of(case, given - {"plans"})
+    return shlex.join(["shardwise", "export", *case.plans, "--as", options.framework, *words])
 
 
 def _check_ours(plan: AnyPlan, case: Case) -> None:
