@@ -40,12 +40,15 @@ class NoOptions:
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[Own]):
-    """One call of a command. given: the keys that came from the command line or a case file."""
+    """One call of a command. given: the keys that came from the command line or a case file; typed: from the
+    command line. config: the case file, as it was named."""
 
     case: Case
     own: Own
     output: Output
     given: frozenset[str]
+    typed: frozenset[str] = frozenset()
+    config: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +128,9 @@ class Command:
     def call(self, context: typer.Context, values: dict[str, Any]) -> Call[Any]:
         form = values.pop("form", TERMINAL)
         output = Output(_form(form, values.pop("as_json", False)), values.pop("out") if self.out else None)
-        values.pop("config")
+        config = values.pop("config")
         given = frozenset(key for key in values if _is_given(context, key))
+        typed = frozenset(key for key in given if _is_typed(context, key))
         self.prepare(values)
         own = {}
         for asked in options_of(self.options):
@@ -134,7 +138,7 @@ class Command:
             if value is not None:
                 own[asked.field] = tuple(value) if isinstance(value, list) else value
         own |= {key: values.pop(key) for key in set(values) - set(ALL)}
-        return Call(self._case(values), self.options(**own), output, given)
+        return Call(self._case(values), self.options(**own), output, given, typed, config)
 
     def _case(self, values: dict[str, Any]) -> Case:
         given = {key: value for key, value in values.items() if value is not None}
@@ -186,6 +190,11 @@ def refuse(given: Iterable[str], keys: Iterable[str], why: str) -> None:
 def _is_given(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT" and bool(context.params.get(name))
+
+
+def _is_typed(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _keyword(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:

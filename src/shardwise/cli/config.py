@@ -18,7 +18,9 @@ def read_config(context: typer.Context, value: str | None) -> str | None:
 
     known = {name: what.own_keys() for name, what in verbs().items()}
     verb = str(context.command.name)
-    parameters = {_key(parameter.opts[0]): parameter for parameter in context.command.params}
+    asked = context.command.params
+    # by an option's name, and by its field's, where the option is called otherwise (--for, --as)
+    parameters = {each.name: each for each in asked} | {_key(each.opts[0]): each for each in asked}
     name, text = _read(value)
     own = {"format", "json", "out", *known.get(verb, parameters)} & set(parameters)
     defaults = {}
