@@ -1,12 +1,13 @@
 """`shardwise search` as a user types it, from the model to files for a framework."""
 
 import ast
+import signal
 import tomllib
 from pathlib import Path
 
 from shardwise.core.search import Search
 from shardwise.files.document import read_document
-from tests.e2e.command import shardwise
+from tests.e2e.command import PATIENCE_S, gone, ranks_of, shardwise, start, wait_until
 
 MODEL = "llama3-debug?n_layers=2,vocab_size=256"
 SMALL = ("--model", MODEL, "--devices", "2", "--seq", "64", "--batch", "4", "--random-ids")
@@ -42,3 +43,15 @@ def test_an_export_without_a_folder_is_refused_before_anything_is_searched() -> 
     ended = shardwise("search", *SMALL, "--export", "hf")
     assert ended.returncode == 2
     assert ended.stderr.strip().endswith("--export hf: needs a folder for its files. Add --out FOLDER.")
+
+
+def test_ctrl_c_during_the_proof_gives_the_plan_and_says_that_it_was_not_verified(tmp_path: Path) -> None:
+    running = start("search", *SMALL, *FIXED, "--top", "1", cwd=tmp_path)
+    wait_until(lambda: running.poll() is not None or len(ranks_of(running)) == 2)
+    ranks = ranks_of(running)
+    running.send_signal(signal.SIGINT)
+    stdout, stderr = running.communicate(timeout=PATIENCE_S)
+    assert (running.returncode, len(ranks)) == (0, 2), stderr
+    assert gone(ranks)
+    assert "Best in this space" in stdout
+    assert "NOT VERIFIED: its proof was stopped by Ctrl-C" in " ".join(stdout.split())

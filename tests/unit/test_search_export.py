@@ -11,6 +11,7 @@ from shardwise.search.solve import BY_HAND
 from shardwise.verbs.progress import silent
 from shardwise.verbs.search import SearchOptions
 from shardwise.verbs.search.exported import exported
+from shardwise.verbs.search.proof import PROOF_STOPPED
 from tests.unit import search_example as example
 from tests.unit.test_search_report import printed, words
 
@@ -63,6 +64,11 @@ def test_a_plan_that_trains_the_model_wrong_is_never_written() -> None:
 def test_after_ctrl_c_nothing_is_written() -> None:
     (best,) = asked(search(PLAIN, stopped=BY_HAND)).found
     assert best.why_not_exported == "the search was stopped"
+    stopped = replace(PLAIN, why_unproved=PROOF_STOPPED)
+    assert [each.why_not_exported for each in asked(search(stopped, PLAIN)).found] == [
+        PROOF_STOPPED,
+        "it could not be verified: the ranks were killed",
+    ]
 
 
 def test_a_format_that_can_not_say_a_plan_says_so_and_the_answer_stays() -> None:

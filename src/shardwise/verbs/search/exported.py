@@ -8,6 +8,7 @@ from shardwise.core.search import Found, Search
 from shardwise.search.solve import BY_HAND
 from shardwise.verbs.progress import Progress
 from shardwise.verbs.search.options import SearchOptions
+from shardwise.verbs.search.proof import PROOF_STOPPED
 
 
 def exported(search: Search, case: Case, options: SearchOptions, progress: Progress) -> Search:
@@ -43,6 +44,8 @@ def _why_not(search: Search, index: int, options: SearchOptions) -> str | None:
         return "the search was stopped"
     if found.is_wrong:
         return "it trains the model wrong, so it isn't written"
+    if found.why_unproved == PROOF_STOPPED:
+        return PROOF_STOPPED
     if index and options.verify and found.proof is None:
         return f"it could not be verified: {found.why_unproved}"
     return None

@@ -26,7 +26,7 @@ from shardwise.verbs.progress import Progress, silent, so_far
 from shardwise.verbs.search.exported import exported
 from shardwise.verbs.search.options import SearchOptions
 from shardwise.verbs.search.pieces import PRELOAD, Ask, Facts, Told, answer
-from shardwise.verbs.search.proof import proof_mesh, proved
+from shardwise.verbs.search.proof import PROOF_STOPPED, proof_mesh, proved
 from shardwise.verbs.search.space import (
     CHUNKS,
     RESHARD,
@@ -182,13 +182,19 @@ class _Looking:
         return found
 
     def proved(self, found: Search) -> Search:
-        """With the proof of what is recommended, unless the user wants an end."""
+        """With the proof of what is recommended, as far as the user lets it go."""
         if found.stopped == BY_HAND or not found.found:
             stopped = tuple(replace(each, why_unproved="the search was stopped") for each in found.found)
             return replace(found, found=stopped)
         began = time.perf_counter()
         pairs = zip(found.found, self.twin_plans, strict=False)
-        tried = [proved(self.case, each, plan, self.progress) for each, plan in pairs]
+        tried: list[Found] = []
+        for each, plan in pairs:
+            try:
+                tried.append(proved(self.case, each, plan, self.progress))
+            except KeyboardInterrupt:
+                tried.append(replace(each, why_unproved=PROOF_STOPPED))
+                break
         seconds = (*found.seconds, ("proving the best", time.perf_counter() - began))
         return replace(found, found=(*tried, *found.found[len(tried) :]), seconds=seconds)
 

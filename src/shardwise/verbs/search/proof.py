@@ -13,6 +13,7 @@ from shardwise.core.search import Found
 from shardwise.verbs.progress import Progress
 
 MOST_RANKS = 8
+PROOF_STOPPED = "its proof was stopped by Ctrl-C"
 # those that show most come first, where there are more axes than ranks
 _FIRST = (
     Role.CUTS_TENSORS,
