@@ -8,7 +8,18 @@ import pytest
 
 from tests.e2e.command import shardwise, shardwise_process
 
-COMMANDS = ("compare", "explain", "verify", "diff", "predict", "calibrate", "models", "plans", "machines")
+COMMANDS = (
+    "compare",
+    "explain",
+    "verify",
+    "diff",
+    "predict",
+    "tokens",
+    "calibrate",
+    "models",
+    "plans",
+    "machines",
+)
 
 
 def test_its_help_names_every_command() -> None:

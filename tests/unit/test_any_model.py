@@ -15,7 +15,8 @@ from shardwise.core.plan import AnyPlan, TheirPlan
 from shardwise.models.factory import FactoryModel
 from shardwise.models.source import embedding_of, find_model
 from shardwise.parallel.need import state_bytes
-from shardwise.text.traced_ids import stream_of, why_no_text
+from shardwise.text.reading import why_no_text
+from shardwise.text.traced_ids import stream_of
 from shardwise.verbs import compare_checks
 from shardwise.verbs.checks import default_plan
 from shardwise.verbs.compare import compare

@@ -111,10 +111,8 @@ class Samples:
     def _is_of_another_document(self, starts_B: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which labels [B, S] are the first token of a document. The label at place i is token start + 1
         + i, and a document's end is the place of the next one's first token."""
-        ends, seq = self.text.ends, self.seq
-        firsts = np.searchsorted(ends, starts_B + 1)
-        lasts = np.searchsorted(ends, starts_B + 1 + seq)
-        is_first_BS = np.zeros((starts_B.size, seq), dtype=np.bool_)
-        for row, (start, first, last) in enumerate(zip(starts_B, firsts, lasts, strict=True)):
-            is_first_BS[row, ends[first:last] - start - 1] = True
+        is_first_BS = np.zeros((starts_B.size, self.seq), dtype=np.bool_)
+        for row, start in enumerate(starts_B.tolist()):
+            ends = self.text.ends_between(start + 1, start + 1 + self.seq)
+            is_first_BS[row, ends - start - 1] = True
         return is_first_BS

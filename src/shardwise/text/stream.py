@@ -27,7 +27,7 @@ from shardwise.text.ends import Ending, encode_documents
 from shardwise.text.tokens import digest_of_ends
 
 RANDOM_TOKENS = 1 << 20
-_LARGEST_VOCAB = 2**31 - 1
+LARGEST_VOCAB = 2**31 - 1
 # counts changes to the built-in text and to how text is cut into pieces: they change the ids, and old cache
 # files must not be found
 _RECIPE = 2
@@ -103,6 +103,11 @@ class TokenStream:
         ids_NL: NDArray[np.int64] = self.ids[places_NL].astype(np.int64)
         return ids_NL
 
+    def ends_between(self, first: int, last: int) -> NDArray[np.int64]:
+        """See Tokens."""
+        low, high = np.searchsorted(self.ends, (first, last))
+        return self.ends[low:high]
+
     def is_of(self, source: str, tokenizer: str, vocab_size: int) -> bool:
         summary = self.summary
         return (summary.source, summary.tokenizer, summary.vocab_size) == (source, tokenizer, vocab_size)
@@ -156,8 +161,8 @@ def load_tokens(
     what holds their text. end_token: which of the tokenizer's tokens ends a document (see ends.py).
     cache: the directory of the cache, or None for the user's own. progress is called with a line for each
     stage that takes time. TextError or OptionError for what can't be used."""
-    if not 1 <= vocab_size <= _LARGEST_VOCAB:
-        raise OptionError(f"vocab_size is {vocab_size}. Use 1 to {_LARGEST_VOCAB}.")
+    if not 1 <= vocab_size <= LARGEST_VOCAB:
+        raise OptionError(f"vocab_size is {vocab_size}. Use 1 to {LARGEST_VOCAB}.")
     if random_ids:
         if files or tokenizer is not None:
             raise OptionError(

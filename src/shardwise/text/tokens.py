@@ -20,17 +20,17 @@ class Tokens(Protocol):
     def summary(self) -> TextSummary: ...
 
     @property
-    def ends(self) -> NDArray[np.int64]:
-        """Where documents end, ascending: the place after each one's last token."""
-        ...
-
-    @property
     def documents_digest(self) -> str:
         """Of where documents end."""
         ...
 
     def read(self, starts_N: NDArray[np.int64], length: int) -> NDArray[np.int64]:
         """The ids [N, L] of N pieces of `length` ids, one from each start on; all lie within the tokens."""
+        ...
+
+    def ends_between(self, first: int, last: int) -> NDArray[np.int64]:
+        """Where documents end, from `first` on and before `last`, ascending: an end is the place after its
+        document's last token."""
         ...
 
 

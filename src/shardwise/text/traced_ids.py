@@ -1,7 +1,6 @@
 """The token ids that a traced step meets: what explain and predict share."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardwise.core.case import StepSettings, TextSource
@@ -34,32 +33,10 @@ def token_ids(
     return Batches(stream, settings.batch, settings.seq).at(0).ids_BS
 
 
-def why_no_text(text: TextSource, vocab_size: int) -> str | None:
-    """Why ids are random though nobody asked for that; None where they aren't. For text files that the user
-    names there is no way out: load_tokens() says what it needs."""
-    from shardwise.text.tokenizer import BYTE_ALPHABET
-
-    if text.random_ids or text.files or text.tokenizer is not None or vocab_size >= BYTE_ALPHABET:
-        return None
-    has = f"and the model has {vocab_size}"
-    return f"Token ids are random: a tokenizer of bytes needs {BYTE_ALPHABET} ids, {has}."
-
-
 def stream_of(text: TextSource, vocab_size: int, seed: int, progress: Callable[[str], None]) -> "TokenStream":
-    """The text as ids below vocab_size; random ones where why_no_text() has a reason. Raises TextError and
-    OptionError."""
-    from shardwise.text.stream import load_tokens
+    """The text as ids in memory, as tokens_of() has it; of written tokens the first ones."""
+    from shardwise.text.reading import tokens_of
+    from shardwise.text.stream import TokenStream
 
-    if (why := why_no_text(text, vocab_size)) is not None:
-        progress(why)
-        text = TextSource(random_ids=True)
-    return load_tokens(
-        vocab_size=vocab_size,
-        files=[Path(name) for name in text.files],
-        tokenizer=None if text.tokenizer is None else Path(text.tokenizer),
-        text_key=text.text_key,
-        end_token=text.end_token,
-        random_ids=text.random_ids,
-        seed=seed,
-        progress=progress,
-    )
+    tokens = tokens_of(text, vocab_size, seed, progress)
+    return tokens if isinstance(tokens, TokenStream) else tokens.first()

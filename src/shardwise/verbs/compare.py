@@ -269,7 +269,7 @@ class _Run:
         from shardwise.models.init import MOST_OWN, draws_its_own
         from shardwise.models.layers import find_layers
         from shardwise.models.source import vocab_size_of
-        from shardwise.text.traced_ids import why_no_text
+        from shardwise.text.reading import why_no_text
 
         yield from self.source.notes
         layers, checked = find_layers(self.model), self.job.check_layers
