@@ -35,6 +35,8 @@ HUGGING_FACE = {
     # queries, keys and values are one weight, and so are gate and up; 2 KV heads
     "hf:phi3": "hf:phi3?num_hidden_layers=2,hidden_size=32,intermediate_size=48,num_attention_heads=8,"
     "num_key_value_heads=2,vocab_size=64,pad_token_id=0",
+    # dropout is on
+    "hf:gpt2": "hf:gpt2?n_layer=2,n_embd=32,n_head=4,vocab_size=64,n_positions=32",
     "hf:mixtral": "hf:mixtral?num_hidden_layers=2,hidden_size=32,intermediate_size=32,num_attention_heads=4,"
     "num_key_value_heads=2,vocab_size=64,num_local_experts=4",
 }

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from shardwise.core.mesh import Mesh
 from shardwise.launch import RankContext
 from shardwise.step.build import build_model, device_mesh
+from shardwise.step.portion import Portion
 from shardwise.step.train import TrainStep
 from shardwise.train.checkpoints import Checkpoints
 from tests.distributed.checkpoint_cases import CASES, MOMENTS, Case, folder_of, known, saved, taken_from
@@ -80,7 +81,40 @@ def run(context: RankContext, payload: bytes) -> bytes:
         answer[case.name] += list(expected)
         lines[case.name] = list(checkpoints.lines())
     context.note("saves where one rank can't")
-    return json.dumps([answer, lines, _where_one_rank_can_t(folder / "full", context.rank)]).encode()
+    full = _where_one_rank_can_t(folder / "full", context.rank)
+    context.note("goes on where dropout is on")
+    return json.dumps([answer, lines, full, _goes_on(folder / "dropout")]).encode()
+
+
+def _goes_on(folder: Path) -> dict[str, list[list[float]]]:
+    """Losses and a weight of four steps: of a run, and of one that goes on after the second step from what
+    the first saved there."""
+    case = Case("hf:gpt2", "fsdp=2,tp=2", "made")
+    mesh = device_mesh(Mesh.parse(case.mesh), "cpu")
+
+    def steps(step: TrainStep, numbers: range) -> Iterator[list[float]]:
+        for number in numbers:
+            generator = torch.Generator().manual_seed(number)
+            ids_BS = torch.randint(1, 64, (4, 9), generator=generator)
+            result = step(list(Portion.on(mesh).cut(ids_BS[:, :-1], ids_BS[:, 1:])))
+            weight = _local(next(step.model.parameters())).sum()
+            yield [result.loss.item(), result.gradient_norm.item(), weight.item()]
+
+    answer = {}
+    for name in ("undisturbed", "continued"):
+        torch.manual_seed(len(name))
+        model = build_model(
+            case.source, case.any_plan(), mesh, dtype=torch.float32, device=CPU, seed=len(name)
+        )
+        step, checkpoints = TrainStep(model, mesh=mesh), Checkpoints(folder, mesh=Mesh.parse(case.mesh))
+        if name == "undisturbed":
+            before = list(steps(step, range(2)))
+            checkpoints.save(2, model, step.optimizer, saved(2))
+        else:
+            checkpoints.restore(checkpoints.newest(), model, step.optimizer)
+        answer[name] = [*before, *steps(step, range(2, 4))]
+        checkpoints.finish()
+    return answer
 
 
 def _where_one_rank_can_t(folder: Path, rank: int) -> list[object]:

@@ -72,7 +72,7 @@ def test_a_saved_tensor_is_whole_and_in_the_model_s_own_order(
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_another_mesh_or_plan_takes_the_state_up_bit_for_bit(case: Case, answers: list[Any]) -> None:
-    for answer, _, _ in answers:
+    for answer, *_ in answers:
         assert answer[case.name] == []
 
 
@@ -83,7 +83,7 @@ def test_random_numbers_on_another_mesh_are_drawn_anew_which_is_told(case: Case,
         f"step-{STEP} was saved on mesh {before}, and this is mesh {now}: random numbers are drawn "
         f"anew, from the seed and step {STEP}."
     )
-    for _, lines, _ in answers:
+    for _, lines, *_ in answers:
         assert lines[case.name] == ([] if before == now else [expected])
 
 
@@ -95,5 +95,11 @@ def test_a_save_that_fails_on_one_rank_is_told_on_all_and_the_next_one_works(
         f"The checkpoint of step 2 wasn't saved: rank 2 can't write {partial}: File too large. "
         "Earlier ones stay."
     )
-    for _, _, found in answers:
+    for _, _, found, _ in answers:
         assert found == [True, "step-1", False, "step-1", line, True, "step-3"]
+
+
+def test_a_run_with_dropout_goes_on_bit_for_bit(answers: list[Any]) -> None:
+    for *_, runs in answers:
+        assert runs["continued"] == runs["undisturbed"]
+        assert len(runs["continued"]) == 4

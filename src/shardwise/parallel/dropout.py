@@ -8,7 +8,7 @@ part. Ranks stay together as long as their parts are of one size; where they are
 
 import functools
 from collections.abc import Mapping
-from itertools import count
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +23,14 @@ from shardwise.torch_private import AnyDropout
 
 _PLACES = 1_000_003  # a prime: seeds of two places on the mesh don't meet
 _SEEDS = 2**63
+_ATTRIBUTE = "_shardwise_forwards"
+
+
+@dataclass(slots=True, eq=False)
+class Forwards:
+    """How many there were in training: what a run must know of this stream to go on with it."""
+
+    number: int = 0
 
 
 def check_dropout(model: nn.Module, held: Mapping[str, Claim], head: nn.Module | None, tp: int) -> None:
@@ -51,7 +59,8 @@ def draw_alike(model: nn.Module, mesh: DeviceMesh) -> None:
     a module of its own, or a rate that a forward gives to a function."""
     if not may_drop(model):
         return
-    forwards, place, inner = count(1), _place(mesh), model.forward
+    forwards, place, inner = Forwards(), _place(mesh), model.forward
+    setattr(model, _ATTRIBUTE, forwards)
 
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -59,10 +68,16 @@ def draw_alike(model: nn.Module, mesh: DeviceMesh) -> None:
             return inner(*args, **kwargs)
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed((next(forwards) * _PLACES + place) % _SEEDS)
+            forwards.number += 1
+            torch.manual_seed((forwards.number * _PLACES + place) % _SEEDS)
             return inner(*args, **kwargs)
 
     model.forward = forward
+
+
+def forwards_of(model: nn.Module) -> Forwards | None:
+    """Of a model whose ranks draw alike; None for another one."""
+    return getattr(model, _ATTRIBUTE, None)
 
 
 def may_drop(model: nn.Module) -> bool:

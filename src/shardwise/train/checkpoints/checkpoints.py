@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -29,6 +28,7 @@ from shardwise.train.checkpoints.reading import in_short, index_of, misfits, rea
 from shardwise.train.checkpoints.shares import Claim, Shares, shared_out
 from shardwise.train.checkpoints.state import (
     MODEL,
+    draw_anew,
     fresh_state,
     held_by,
     of_model,
@@ -161,15 +161,15 @@ class Checkpoints:
         self._raise(self._misfits([each.name for each in held], misfits(held, entries), entries), where)
         shapes = {name: (entry.shape, entry.torch_dtype) for name, entry in entries.items()}
         state = self._agreed(lambda: fresh_state(model, optimizer, shapes), where)
-        random = random_targets(self._talk.rank)
+        random = random_targets(model, self._talk.rank)
         is_same = (manifest.mesh, manifest.ranks) == (self._mesh, self._talk.size)
         is_same = is_same and all(each.name in entries for each in random)
         random = random if is_same else []
         self._agreed(lambda: read_into(path, [*held, *state, *random], entries), where)
         if self._talk.first_problem(None if is_same else "anew") is None:
-            take_random(random)
+            take_random(model, random)
         else:
-            torch.manual_seed(_seed_at(manifest.saved.step))
+            draw_anew(model, manifest.saved.step)
             self._lines.append(
                 f"{path.name} was saved on {_ranks(manifest.mesh, manifest.ranks)}, and this is "
                 f"{_ranks(self._mesh, self._talk.size)}: random numbers are drawn anew, from the seed "
@@ -273,9 +273,3 @@ def _tried(call: Callable[[], str | None], path: Path) -> str | None:
 
 def _ranks(mesh: str, ranks: int) -> str:
     return f"mesh {mesh}" if mesh else f"{ranks} rank{'s' if ranks > 1 else ''}"
-
-
-def _seed_at(step: int) -> int:
-    """The same on all ranks that were seeded alike."""
-    digest = blake2b(f"{torch.initial_seed()}:{step}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

@@ -3,13 +3,14 @@ state of each parameter, and the random state of every rank.
 
     model/NAME               a parameter or buffer, under the model's own name
     optimizer/NAME/KEY       what the optimizer keeps of it: exp_avg, exp_avg_sq, step
-    random/RANK/cpu, cuda    of each rank; dropout that ranks draw alike has a count of its own
+    random/RANK/cpu, cuda    of each rank; forwards: what ranks that draw dropout alike have counted
 
 Ranks that hold the same part of one name hold it alike, so one of them writes it.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -20,11 +21,14 @@ from torch.distributed.tensor import DTensor
 from shardwise.core.errors import CheckpointError
 from shardwise.core.shown import shown
 from shardwise.parallel.apply import applied_to
+from shardwise.parallel.dropout import forwards_of
 from shardwise.parallel.ownership import Order
 from shardwise.torch_private import persistent_buffers
 from shardwise.train.checkpoints.places import Place, place_of
 
 MODEL, OPTIMIZER, RANDOM = "model", "optimizer", "random"
+# more than a step has: streams of two steps don't meet
+_FORWARDS_OF_A_STEP = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +49,7 @@ class Held:
 
 def held_by(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> list[Held]:
     """Everything, in the model's order. Raises CheckpointError for state that can't be saved."""
-    return [*of_model(model), *of_optimizer(model, optimizer), *_of_random(rank)]
+    return [*of_model(model), *of_optimizer(model, optimizer), *_of_random(model, rank)]
 
 
 def of_model(model: nn.Module) -> Iterator[Held]:
@@ -133,21 +137,40 @@ def _order_for(order: Order | None, parameter: Tensor, value: Any) -> Order | No
     return order if isinstance(value, Tensor) and value.shape == parameter.shape else None
 
 
-def _of_random(rank: int) -> Iterator[Held]:
+def _of_random(model: nn.Module, rank: int) -> Iterator[Held]:
     yield Held.of(f"{RANDOM}/{rank}/cpu", torch.get_rng_state())
     if torch.cuda.is_initialized():
         yield Held.of(f"{RANDOM}/{rank}/cuda", torch.cuda.get_rng_state())
+    forwards = forwards_of(model)
+    if forwards is not None:
+        yield Held.of(f"{RANDOM}/{rank}/forwards", torch.tensor(forwards.number))
 
 
-def random_targets(rank: int) -> list[Held]:
+def random_targets(model: nn.Module, rank: int) -> list[Held]:
     """Memory for the random state of a rank, for take_random()."""
-    return list(_of_random(rank))
+    return list(_of_random(model, rank))
 
 
-def take_random(held: list[Held]) -> None:
+def take_random(model: nn.Module, held: list[Held]) -> None:
     """Sets what random_targets() made and was filled."""
     for each in held:
-        if each.name.endswith("/cuda"):
-            torch.cuda.set_rng_state(each.local)
-        else:
-            torch.set_rng_state(each.local)
+        match each.name.rpartition("/")[2]:
+            case "cpu":
+                torch.set_rng_state(each.local)
+            case "cuda":
+                torch.cuda.set_rng_state(each.local)
+            case "forwards":
+                _set_forwards(model, int(each.local))
+
+
+def draw_anew(model: nn.Module, step: int) -> None:
+    """Random numbers from the seed that ranks began with and the step, the same on all that began alike."""
+    digest = blake2b(f"{torch.initial_seed()}:{step}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+    _set_forwards(model, step * _FORWARDS_OF_A_STEP)
+
+
+def _set_forwards(model: nn.Module, number: int) -> None:
+    forwards = forwards_of(model)
+    if forwards is not None:
+        forwards.number = number
