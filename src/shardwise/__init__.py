@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from shardwise.api import Result as Result
     from shardwise.api import calibrate as calibrate
     from shardwise.api import case as case
+    from shardwise.api import check_tokens as check_tokens
     from shardwise.api import compare as compare
     from shardwise.api import diff as diff
     from shardwise.api import dims as dims
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from shardwise.api import predict as predict
     from shardwise.api import search as search
     from shardwise.api import sweep as sweep
+    from shardwise.api import tokens as tokens
     from shardwise.api import verify as verify
     from shardwise.core.case import Case as Case
     from shardwise.core.plan import Plan as Plan
@@ -33,6 +35,7 @@ _API = (
     "Result",
     "calibrate",
     "case",
+    "check_tokens",
     "compare",
     "diff",
     "dims",
@@ -42,6 +45,7 @@ _API = (
     "predict",
     "search",
     "sweep",
+    "tokens",
     "verify",
 )
 _LAZY = {
@@ -63,6 +67,7 @@ __all__ = [
     "builtin_plan",
     "calibrate",
     "case",
+    "check_tokens",
     "compare",
     "diff",
     "dims",
@@ -75,6 +80,7 @@ __all__ = [
     "record_profile",
     "search",
     "sweep",
+    "tokens",
     "verify",
     "watch",
 ]

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from shardwise.core.sample import Calibration
     from shardwise.core.search import Search
     from shardwise.core.sweep import Sweep
+    from shardwise.core.token_folder import TokenFolder
     from shardwise.core.verification import VerificationRun
 
 Answer = TypeVar("Answer")
@@ -217,6 +218,34 @@ def calibrate(*, device: str = "auto", progress: Progress = silent, **options: A
     from shardwise.verbs.calibrate import calibrate as run
 
     return Result(run(_made(CalibrateOptions, options), progress, device=device))
+
+
+def tokens(
+    out: str | Path,
+    *files: str | Path,
+    tokenizer: str | Path | None = None,
+    text_key: str = "text",
+    end_token: str | None = None,
+    progress: Progress = silent,
+    **options: Any,
+) -> "Result[TokenFolder]":
+    """Files as token ids in the folder `out`, which text=[out] of a case then names; vocab_size=N instead of
+    a tokenizer trains one on them."""
+    from shardwise.core.case import TextSource
+    from shardwise.verbs.tokens import TokensOptions
+    from shardwise.verbs.tokens import tokens as run
+
+    named = None if tokenizer is None else str(tokenizer)
+    text = TextSource(tokenizer=named, text_key=text_key, end_token=end_token)
+    asked = _made(TokensOptions, {"files": tuple(map(str, files)), **options})
+    return Result(run(Path(out), text, asked, progress))
+
+
+def check_tokens(folder: str | Path, *, progress: Progress = silent) -> "Result[TokenFolder]":
+    """A folder of tokens, read whole: answer.problems has what isn't as its manifest says."""
+    from shardwise.verbs.tokens import check_tokens as run
+
+    return Result(run(Path(folder), progress))
 
 
 @contextmanager

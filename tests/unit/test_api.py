@@ -60,6 +60,16 @@ def test_what_calibrate_measured_is_shown_as_the_others_are(tmp_path: Path) -> N
     assert "- a note <b>" in str(result)
 
 
+def test_tokens_are_written_and_checked(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some words\n" * 100)
+    result = shardwise.tokens(tmp_path / "t", tmp_path / "a.txt", vocab_size=256)
+    assert result.answer.text.tokens == 1100
+    assert "1,100 tokens of 1 document." in str(result)
+    assert shardwise.check_tokens(tmp_path / "t").answer.problems == ()
+    with pytest.raises(OptionError, match=r'unknown option "vocab"\. Did you mean'):
+        shardwise.tokens(tmp_path / "u", vocab=300)
+
+
 def test_a_verb_is_the_verb_also_after_the_room_of_its_name_was_imported() -> None:
     importlib.import_module("shardwise.explain.explain")
     assert shardwise.explain.__module__ == "shardwise.api"
