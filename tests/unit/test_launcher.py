@@ -20,6 +20,7 @@ from shardwise.verbs.launcher import launcher
 from tests.e2e.command import shardwise
 
 HOSTILE = ("a b", "$(touch owned)", "`touch owned`", "'; touch owned; '", '"$HOME"', "*", "--rdzv-id=x", "ü#")
+OUT = shlex.join(["--out", *HOSTILE])
 IMAGE = "registry.example/team/shardwise:1"
 NAME = {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", "maxLength": 63}
 TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
@@ -104,7 +105,7 @@ def made(target: str, given: dict[str, Any] | None = None, config: str | None = 
     keys = {"model": "llama3-8b", "mesh": "fsdp=8,tp=2", **(given or {})}
     if target == "kubernetes":
         own.setdefault("image", IMAGE)
-    options = LauncherOptions(target=target, **own)
+    options = LauncherOptions(target=target, **{"add": "--out run", **own})
     return launcher(Case.of(**keys), options, given=set(keys), config=config)
 
 
@@ -156,8 +157,7 @@ def run_with_fakes(script: str, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("target", ["torchrun", "slurm"])
 def test_a_script_is_one_that_bash_and_shellcheck_take(target: str, tmp_path: Path) -> None:
-    add = shlex.join(HOSTILE)
-    answer = made(target, add=add, image="a b.sqsh", mount=("/my data:/data",), partition="gpu", hours=1.5)
+    answer = made(target, add=OUT, image="a b.sqsh", mount=("/my data:/data",), partition="gpu", hours=1.5)
     path = tmp_path / "script.sh"
     path.write_text(text_of(answer))
     assert subprocess.run(["bash", "-n", str(path)], timeout=60, check=False).returncode == 0
@@ -168,11 +168,12 @@ def test_a_script_is_one_that_bash_and_shellcheck_take(target: str, tmp_path: Pa
 
 @pytest.mark.parametrize("target", ["torchrun", "slurm"])
 def test_hostile_words_reach_torchrun_as_they_were_given(target: str, tmp_path: Path) -> None:
-    answer = made(target, {"model": "hf:my model; touch owned"}, add=shlex.join(HOSTILE), name="mine")
+    answer = made(target, {"model": "hf:my model; touch owned"}, add=OUT, name="mine")
     words = run_with_fakes(text_of(answer), tmp_path)
     begin = words.index("-m")
     assert words[begin:] == [
-        "-m", "shardwise", "train", "--model", "hf:my model; touch owned", "--mesh", "fsdp=8,tp=2", *HOSTILE
+        "-m", "shardwise", "train", "--model", "hf:my model; touch owned", "--mesh", "fsdp=8,tp=2",
+        "--out", *HOSTILE,
     ]  # fmt: skip
     run_id = {"torchrun": "mine", "slurm": "77"}[target]
     assert words[:begin] == [
@@ -182,7 +183,7 @@ def test_hostile_words_reach_torchrun_as_they_were_given(target: str, tmp_path: 
 
 
 def test_a_manifest_is_what_kubernetes_asks_of_one_and_expands_no_word() -> None:
-    answer = made("kubernetes", add=shlex.join(HOSTILE), mount=("/data:/data", "runs:/runs"), name="mine")
+    answer = made("kubernetes", add=OUT, mount=("/data:/data", "runs:/runs"), name="mine")
     one = container(answer)
     assert one["command"] == ["torchrun"]
     # Kubernetes takes $$( for $(
@@ -207,7 +208,7 @@ def test_a_pod_has_the_case_file_and_the_plans_that_lie_here(tmp_path: Path) -> 
     }
     words = container(answer)["args"]
     assert words[words.index("train") + 1] == "/etc/shardwise/plan-1.toml"
-    assert words[-2:] == ["--config", "/etc/shardwise/case-1.toml"]
+    assert words[words.index("--config") + 1] == "/etc/shardwise/case-1.toml"
     (tmp_path / "b").mkdir()
     other = tmp_path / "b" / "plan-1.toml"
     other.write_text("")
@@ -252,7 +253,7 @@ REFUSED = [
     ({"hosts": 3}, "--mesh fsdp=8,tp=2: has 16 ranks, and 3 hosts of 5 have 15. Use --hosts and --gpus"),
     ({"gpus": 5}, "and 4 hosts of 5 have 20"),
     ({"add": "'"}, '--add is "\'": No closing quotation. Quote it as in a shell.'),
-    ({"add": "'a\nb'"}, "has characters that don't print"),
+    ({"add": "--out 'a\nb'"}, "has characters that don't print"),
     ({"image": "a\u2028b"}, "has characters that don't print"),
     ({"name": "A; rm"}, '--name is "A; rm". Use at most 50 small letters'),
     ({"partition": "a b"}, '--partition is "a b". Use letters'),
@@ -275,9 +276,11 @@ def test_what_can_not_be_is_one_line(own: dict[str, Any], said: str) -> None:
 def test_kubernetes_needs_an_image_and_a_command_its_own_options() -> None:
     case = Case.of(model="llama3-8b", mesh="tp=8")
     with pytest.raises(OptionError, match="needs a container with Shardwise in it"):
-        launcher(case, LauncherOptions(target="kubernetes"), given={"mesh"})
+        launcher(case, LauncherOptions(target="kubernetes", add="--out=x"), given={"mesh"})
     with pytest.raises(OptionError, match="no mesh is named"):
-        launcher(case, LauncherOptions(), given={"model"})
+        launcher(case, LauncherOptions(command="verify"), given={"model"})
+    with pytest.raises(OptionError, match="train needs a folder for its checkpoints, which all hosts see"):
+        launcher(case, LauncherOptions(add="--steps 3"), given={"mesh"})
     ended = shardwise("launcher", "--mesh", "tp=8", "--command", "verify", "--learning-rate", "1")
     assert ended.returncode == 2
     assert "--learning-rate: verify has no such option." in ended.stderr

@@ -30,7 +30,7 @@ def launcher(call: Call[LauncherOptions]) -> int:
     the command that made it; each word in it is quoted.
 
     [dim]shardwise launcher --for slurm --config found/case-1.toml --add '--out /runs/mine' --out jobs[/]
-    [dim]shardwise launcher mine.toml --model llama3-8b --mesh fsdp=8,tp=8 --for torchrun[/]
+    [dim]shardwise launcher mine.toml --model llama3-8b --mesh fsdp=8,tp=8 --add '--out /runs/mine'[/]
     [dim]shardwise launcher --for kubernetes --config case.toml --image team/shardwise --mount runs:/runs[/]
     [dim]shardwise launcher rowwise colwise --mesh tp=16 --gpus 8 --command compare --for slurm[/]
     """

@@ -26,6 +26,7 @@ def launcher(
     that it reads. Raises OptionError where mesh and hosts don't fit, for words that don't print, and for what
     the target can't do without."""
     options = options or LauncherOptions()
+    _check_folder(options, config)
     hosts, ranks = _shared_out(case, options, given)
     carried = tuple(_carried(case, config)) if options.target == "kubernetes" else ()
     target = target_named(options.target)
@@ -48,6 +49,15 @@ def launcher(
     name = f"{options.name}.{target.SUFFIX}"
     file = File(name, target.text(job))
     return Launcher(options.target, job.made_by, (file,), hosts, ranks, target.START.format(name))
+
+
+def _check_folder(options: LauncherOptions, config: str | None) -> None:
+    """Raises OptionError for a run of training that nothing gives a folder."""
+    is_named = any(word.partition("=")[0] == "--out" for word in _split(options.add))
+    if options.command == "train" and config is None and not is_named:
+        raise OptionError(
+            "train needs a folder for its checkpoints, which all hosts see. Add --add '--out /runs/mine'."
+        )
 
 
 def _shared_out(case: Case, options: LauncherOptions, given: Collection[str]) -> tuple[int, int]:
