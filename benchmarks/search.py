@@ -66,9 +66,13 @@ def run(name: str, options: str, bar_s: float | None) -> SearchRun:
         raise subprocess.CalledProcessError(process.returncode, command)
     seconds = time.monotonic() - began
     found = json.loads(told)
-    best = found["found"][0]
+    best = found["found"][0] if found["found"] else None
+    gap = float(found["gap"]) if not isinstance(found["gap"], str) else None  # "Infinity"
     largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    print(f"{name}: {seconds:.1f} s, gap {found['gap']:.1%}", flush=True)
+    print(
+        f"{name}: {seconds:.1f} s, {f'gap {gap:.1%}' if best and gap is not None else 'nothing in time'}",
+        flush=True,
+    )
     return SearchRun(
         name,
         f"shardwise {' '.join(words)}",
@@ -77,8 +81,8 @@ def run(name: str, options: str, bar_s: float | None) -> SearchRun:
         found["candidates"],
         found["traces"],
         found["predicted"],
-        found["gap"],
-        best["step_s"],
+        gap if best else None,
+        best["step_s"] if best else None,
         largest,
         memory.all_bytes,
         memory.largest_bytes,

@@ -15,9 +15,10 @@ MEMORY_BAR = int(1.5 * 2**30)
 @dataclass(frozen=True, slots=True)
 class SearchRun:
     """bar_s: seconds that were asked for. gap: how much better than the best something else could be, at
-    most, as a share. largest_bytes: of the largest command process up to here. At the peak of all its
-    processes, those that trace among them: all_bytes, each page that several share counted once, and
-    largest_process_bytes, of the one that holds most (0: not measured)."""
+    most, as a share; None, as step_s is, where nothing was found in time. largest_bytes: of the largest
+    command process up to here. At the peak of all its processes, those that trace among them: all_bytes, each
+    page that several share counted once, and largest_process_bytes, of the one that holds most (0: not
+    measured)."""
 
     name: str
     command: str
@@ -26,8 +27,8 @@ class SearchRun:
     candidates: int
     traces: int
     predicted: int
-    gap: float
-    step_s: float
+    gap: float | None
+    step_s: float | None
     largest_bytes: int
     all_bytes: int = 0
     largest_process_bytes: int = 0
@@ -65,8 +66,8 @@ def told(runs: Sequence[SearchRun]) -> str:
             "" if run.bar_s is None else f"{run.bar_s:g} s{'' if run.seconds <= run.bar_s else ', missed'}",
             f"{run.candidates:,}",
             f"{run.traces:,}",
-            "proved" if run.gap == 0 else f"{run.gap:.0%}",
-            format_seconds(run.step_s),
+            "unknown" if run.gap is None else "proved" if run.gap == 0 else f"{run.gap:.0%}",
+            "none in time" if run.step_s is None else format_seconds(run.step_s),
             format_bytes(run.largest_bytes),
             *(_memory(run) if is_measured else ()),
         ]

@@ -27,6 +27,11 @@ def test_memory_has_columns_once_it_was_measured_and_a_miss_says_so() -> None:
     assert "| 2.00 GiB, missed | 512 MiB |" in text
 
 
+def test_a_search_that_found_nothing_in_time_says_so() -> None:
+    text = search_results.told([replace(RUN, gap=None, step_s=None)])
+    assert "| unknown | none in time |" in text
+
+
 def test_the_memory_of_a_process_and_of_its_child_is_read_while_they_run() -> None:
     hold = "data = bytearray(64 * 2**20); input()"
     parent = f"import subprocess, sys; {hold.split(';')[0]}; subprocess.run([sys.executable, '-c', {hold!r}])"
