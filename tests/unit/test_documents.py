@@ -208,7 +208,7 @@ def test_masked_labels_are_those_of_the_same_document(
         np.arange(tokens, dtype=np.int32), vocab_size=tokens, source="x", tokenizer="y", ends=ends
     )
     windows = (tokens - 1) // seq
-    if windows < 2:
+    if windows < 2 or max(lengths) == 1:
         return
     held_out = data.draw(st.integers(1, windows - 1))
     packed, masked = (
@@ -233,6 +233,14 @@ def test_where_labels_are_masked_the_digest_has_where_documents_end() -> None:
     assert len({Samples.of(each, 2, documents="masked").digest for each in streams}) == 2
     with pytest.raises(OptionError, match='--documents is "mask"'):
         Samples.of(streams[0], 2, documents="mask")
+
+
+def test_documents_of_one_token_have_nothing_to_learn_where_labels_are_masked() -> None:
+    ids = np.arange(5, dtype=np.int32)
+    stream = TokenStream.of(ids, vocab_size=9, source="x", tokenizer="y", ends=np.arange(1, 6))
+    Samples.of(stream, 2)
+    with pytest.raises(TextError, match="5 documents of one token each: with --documents masked there is"):
+        Samples.of(stream, 2, documents="masked")
 
 
 # hostile files

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,15 @@ def test_many_shards_are_read_with_few_open_files(tmp_path: Path) -> None:
     assert len(os.listdir("/dev/fd")) - before <= 64
     del shards
     assert len(os.listdir("/dev/fd")) == before
+
+
+def test_threads_that_read_at_once_read_what_each_asked_for(tmp_path: Path) -> None:
+    """More shards than are held open, so that files are closed and opened all the time."""
+    folder = write(tmp_path / "t", [list(range(200))], shard_tokens=1)
+    shards, expected = Shards(folder, 300), list(range(200))
+    with ThreadPoolExecutor(4) as threads:
+        read = list(threads.map(lambda _: shards.read(np.array([0]), 200)[0].tolist(), range(40)))
+    assert all(each == expected for each in read)
 
 
 # whole or not at all

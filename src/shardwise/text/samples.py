@@ -64,6 +64,11 @@ class Samples:
             raise TextError(
                 f"{text.summary.source} has {tokens} tokens, and {wanted}. Give more text, {advice}."
             )
+        if documents == MASKED and text.summary.documents == tokens:
+            raise TextError(
+                f"{text.summary.source} has {tokens} documents of one token each: with --documents {MASKED} "
+                f"there is nothing to learn. Use --documents {PACKED}, or longer documents."
+            )
         return cls(text, seq, seed, windows, held_out, documents)
 
     @property

@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections import OrderedDict
 from itertools import accumulate
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +49,8 @@ class Shards:
         )
         self._starts = (0, *accumulate(shard.tokens for shard in manifest.shards))
         self._open: OrderedDict[str, int] = OrderedDict()
+        # a thread may read ahead while another one validates: none closes a file that the other reads
+        self._lock = Lock()
 
     @property
     def documents_digest(self) -> str:
@@ -96,10 +99,11 @@ class Shards:
         path = self.folder / name
         content = b""
         try:
-            while len(content) < size and (
-                more := os.pread(self._file(name), size - len(content), offset + len(content))
-            ):
-                content += more
+            with self._lock:
+                while len(content) < size and (
+                    more := os.pread(self._file(name), size - len(content), offset + len(content))
+                ):
+                    content += more
         except OSError as error:
             raise unreadable(path, error) from None
         if len(content) < size:
