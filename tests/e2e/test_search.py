@@ -8,6 +8,7 @@ from pathlib import Path
 from shardwise.core.search import Search
 from shardwise.files.document import read_document
 from tests.e2e.command import PATIENCE_S, gone, ranks_of, shardwise, start, wait_until
+from tests.matrix import FULL
 
 MODEL = "llama3-debug?n_layers=2,vocab_size=256"
 SMALL = ("--model", MODEL, "--devices", "2", "--seq", "64", "--batch", "4", "--random-ids")
@@ -45,6 +46,7 @@ def test_an_export_without_a_folder_is_refused_before_anything_is_searched() -> 
     assert ended.stderr.strip().endswith("--export hf: needs a folder for its files. Add --out FOLDER.")
 
 
+@FULL
 def test_ctrl_c_during_the_proof_gives_the_plan_and_says_that_it_was_not_verified(tmp_path: Path) -> None:
     running = start("search", *SMALL, *FIXED, "--top", "1", cwd=tmp_path)
     wait_until(lambda: running.poll() is not None or len(ranks_of(running)) == 2)
