@@ -201,14 +201,18 @@ def test_a_pod_has_the_case_file_and_the_plans_that_lie_here(tmp_path: Path) -> 
     plan, config = tmp_path / "plan-1.toml", tmp_path / "case-1.toml"
     plan.write_text('name = "ü: {# \u2028 no"\n')
     config.write_text('true\n\t\'"yes"\n')
-    answer = made("kubernetes", {"plans": [str(plan)]}, str(config))
+    machine = tmp_path / "mine.toml"
+    machine.write_text("name = 1\n")
+    answer = made("kubernetes", {"plans": [str(plan)], "machine": str(machine)}, str(config))
     assert manifest(answer)["ConfigMap"]["data"] == {
         "plan-1.toml": plan.read_text(),
         "case-1.toml": config.read_text(),
+        "mine.toml": machine.read_text(),
     }
     words = container(answer)["args"]
     assert words[words.index("train") + 1] == "/etc/shardwise/plan-1.toml"
     assert words[words.index("--config") + 1] == "/etc/shardwise/case-1.toml"
+    assert words[words.index("--machine") + 1] == "/etc/shardwise/mine.toml"
     (tmp_path / "b").mkdir()
     other = tmp_path / "b" / "plan-1.toml"
     other.write_text("")

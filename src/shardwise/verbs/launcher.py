@@ -3,6 +3,7 @@ torch."""
 
 import shlex
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from shardwise.core.case import Case, words_of
@@ -82,7 +83,8 @@ def _words(
     yield options.command
     for plan in case.plans if PLANS in given else ():
         yield _there(plan, carried)
-    yield from words_of(case, set(given) - {PLANS})
+    machine = _there(case.machine, carried) if case.machine is not None else None
+    yield from words_of(replace(case, machine=machine), set(given) - {PLANS})
     if config is not None:
         yield from ("--config", _there(config, carried))
     yield from _split(options.add)
@@ -100,9 +102,11 @@ def _split(text: str) -> list[str]:
 
 
 def _carried(case: Case, config: str | None) -> Iterator[tuple[str, File]]:
-    """(as it was named, file) of the case file and the plans that are files here. Raises OptionError for two
-    that are called alike, and for more than a ConfigMap holds."""
-    names = [name for name in (config, *case.plans) if name is not None and Path(name).is_file()]
+    """(as it was named, file) of the case file, the plans and the machine that are files here. Raises
+    OptionError for two that are called alike, and for more than a ConfigMap holds."""
+    names = [
+        name for name in (config, *case.plans, case.machine) if name is not None and Path(name).is_file()
+    ]
     found: dict[str, str] = {}
     total = 0
     for name in dict.fromkeys(names):
