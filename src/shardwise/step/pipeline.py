@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -63,6 +64,29 @@ class Passes:
         total = torch.zeros((), dtype=torch.promote_types(self._stage.dtype, torch.float32), device=device)
         for loss in losses:
             total = total + loss.detach()
+        return total
+
+    def run_forward(self, ids: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
+        """Losses without gradients, summed over the labels that count: 0 but on the last stage. One
+        micro-batch after the other, each through all parts."""
+        stage, device = self._stage, next(self._model.parameters()).device
+        total = torch.zeros((), dtype=torch.promote_types(stage.dtype, torch.float32), device=device)
+        for ids_BS, labels_BS in zip(ids, labels, strict=True):
+            for part in stage.parts:
+                received = None
+                if part > 0:
+                    received = torch.empty(stage.shape(ids_BS), dtype=stage.dtype, device=device)
+                    dist.recv(received, group=self.group, group_src=stage.pipeline.stage_of(part - 1))
+                    received.requires_grad_()
+                # with gradients, for by them a part knows what goes on to the next
+                with torch.enable_grad():
+                    given = stage.run(self._model, part, ids_BS, received).detach()
+                if part < stage.pipeline.parts - 1:
+                    dist.send(
+                        given.contiguous(), group=self.group, group_dst=stage.pipeline.stage_of(part + 1)
+                    )
+                else:
+                    total = total + self._loss(given, labels_BS, 1)
         return total
 
     def sum_tied(self) -> None:

@@ -130,7 +130,8 @@ class TrainStep:
 
     mesh: the device mesh with the model's axes, or None for one process. loss: in place of the one that goes
     with the model's logits. reduce_once: FSDP keeps whole gradients until the last micro-batch. on_phase:
-    told each phase as it begins.
+    told each phase as it begins. optimizer: in place of AdamW with PyTorch's defaults; see adamw(). check:
+    given the loss and the norm before anything is updated; what it raises leaves the weights as they were.
     """
 
     def __init__(
@@ -143,10 +144,13 @@ class TrainStep:
         loss: Loss | None = None,
         reduce_once: bool = False,
         on_phase: Callable[[Phase], None] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        check: Callable[[StepResult], None] | None = None,
     ) -> None:
         applied = applied_to(model)
         self.model = model
-        self.optimizer = torch.optim.AdamW(_groups(model), lr=learning_rate, fused=True)
+        self.optimizer = optimizer or torch.optim.AdamW(_groups(model), lr=learning_rate, fused=True)
+        self._check = check
         self._loss = loss or applied.loss
         self._after_backward, self._own_clip = applied.after_backward, applied.clip
         self._torch_clips = _are_dtensors_of_one_mesh(model.parameters()) and (
@@ -224,10 +228,38 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.gradients(micro_batches)
         self._on_phase(Phase.CLIP)
-        norm = self._clip()
+        result = StepResult(loss, self._clip())
+        if self._check is not None:
+            self._check(result)
         self._on_phase(Phase.OPTIMIZER)
         self.optimizer.step()
-        return StepResult(loss, norm)
+        return result
+
+    @torch.no_grad()
+    def loss(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The summed cross-entropy of the global batch, and how many of its labels count: scalar tensors, the
+        same on all ranks. No gradients; the model is in eval mode meanwhile."""
+        device = next(self.model.parameters()).device
+        labels = [labels_BS.to(device, non_blocking=True) for _, labels_BS in micro_batches]
+        valid = torch.stack([count_valid(labels_BS) for labels_BS in labels]).sum()
+        ids = [self.placed(ids_BS) for ids_BS, _ in micro_batches]
+        self.model.eval()
+        try:
+            if self._passes is None:
+                parts = [self._loss(self.model(a), b, valid=1) for a, b in zip(ids, labels, strict=True)]
+                total = torch.stack(parts).sum()
+            else:
+                total = self._passes.run_forward(ids, labels)
+                dist.all_reduce(total, group=self._passes.group)
+        finally:
+            self.model.train()
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # a backward would have; a checkpoint must find shards
+        if self._tokens is not None:
+            dist.all_reduce(valid, group=self._tokens)
+            dist.all_reduce(total, group=self._tokens)
+        return total, valid
 
     def _clip(self) -> Tensor:
         if self._own_clip is not None:
@@ -244,6 +276,23 @@ class TrainStep:
                 counted_elsewhere=self._passes.counted_elsewhere,
             )
         return _whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._max_norm, foreach=True))
+
+
+def adamw(
+    model: nn.Module, *, learning_rate: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """Fused AdamW over a model that is sharded already. Parameters of fewer than two dims (biases, norms)
+    don't decay: they scale or shift what others hold, and have no size to keep small."""
+    decaying = [
+        {
+            "params": [each for each in group["params"] if (each.dim() > 1) == decays],
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for group in _groups(model)
+        for decays in (True, False)
+    ]
+    groups = [group for group in decaying if group["params"]]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
 
 
 def _whole(norm: Tensor) -> Tensor:
