@@ -56,6 +56,7 @@ def run_ranks(
     on_event: Callable[[bytes], None] | None = None,
     threads_per_rank: int = 1,
     log_dir: Path | None = None,
+    can_stop: bool = False,
 ) -> list[bytes]:
     """What entry ("package.module:function", called with a RankContext and payload) returned on each rank, in
     order.
@@ -86,6 +87,7 @@ def run_ranks(
         hosted, port = store.host()
         put(hosted, "payload", payload)
         ranks = _Ranks(Inbox(hosted), logs, timeout_s)
+        patience = 1 if can_stop else 0
         try:
             for rank in range(world_size):
                 _raise_for(signals)
@@ -93,13 +95,19 @@ def run_ranks(
                 ranks.start(entry, assignment, threads_per_rank)
             while len(ranks.results) < world_size:
                 ranks.look(handle)
-                _raise_for(signals)
-                ranks.raise_for_failure()
+                _raise_for(signals[patience:])
+                if signals and not ranks.are_asked_to_end:
+                    ranks.ask_to_end()
+                try:
+                    ranks.raise_for_failure()
+                except RunError:
+                    _raise_for(signals)  # a rank that couldn't stop in its own way yet
+                    raise
                 time.sleep(_POLL_S)
             ranks.await_exit(_EXIT_S)
         finally:
             ranks.stop()
-        _raise_for(signals)
+        _raise_for(signals[patience:])
         return [ranks.results[rank] for rank in range(world_size)]
 
 
@@ -122,6 +130,7 @@ class _Ranks:
         self._exits: dict[int, BadEnd] = {}
         self._failed_s: float | None = None
         self._heard_s = time.monotonic()
+        self.are_asked_to_end = False
 
     def start(self, entry: str, assignment: Assignment, threads_per_rank: int) -> None:
         try:
@@ -201,6 +210,12 @@ class _Ranks:
         for process in self._processes:
             if not process.wait(max(0.0, deadline_s - time.monotonic())):
                 return
+
+    def ask_to_end(self) -> None:
+        """Passes on that they are to end in their own time."""
+        self.are_asked_to_end = True
+        for process in self._processes:
+            send_signal(process, signal.SIGTERM)
 
     def stop(self) -> None:
         """Ends what still runs, by force where asking doesn't help."""

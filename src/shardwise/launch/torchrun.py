@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _POLL_S = 0.05
 # Every run of this process gets a part of the store for itself: one run's keys would mislead the next.
 _run_numbers = itertools.count()
+_answer_numbers = itertools.count()
 
 
 def joined() -> bool:
@@ -31,6 +32,21 @@ def joined() -> bool:
 def is_main() -> bool:
     """Whether this is the process that prints and writes: the only one, or torchrun's rank 0."""
     return not joined() or int(os.environ["RANK"]) == 0
+
+
+def from_main(answer: bool) -> bool:
+    """The main process' answer, in every process: of the ranks that torchrun started all ask, in the same
+    order. Raises RunError where the main one says nothing."""
+    if not joined():
+        return answer
+    store, key = _rendezvous(), f"shardwise/answer/{next(_answer_numbers)}"
+    if is_main():
+        store.set(key, str(int(answer)))
+        return answer
+    try:
+        return bool(int(store.get(key)))
+    except RuntimeError as error:
+        raise RunError(f"rank 0 didn't say whether to go on: {error}. See torchrun's output.") from None
 
 
 def run(

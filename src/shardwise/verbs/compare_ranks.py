@@ -10,7 +10,6 @@ from pathlib import Path
 
 import msgspec
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.core.batch_part import sequence_step
@@ -22,6 +21,7 @@ from shardwise.core.plan import AnyPlan
 from shardwise.core.shown import shown
 from shardwise.core.verification import Agreement
 from shardwise.launch import RankContext
+from shardwise.launch.broadcast import broadcast
 from shardwise.launch.environment import VARIABLES
 from shardwise.measure.profile import WARM_UP
 from shardwise.measure.record import RankReport
@@ -119,7 +119,7 @@ def run(context: RankContext, payload: bytes) -> bytes:
     head, _, body = payload.partition(b"\n")
     job = msgspec.json.decode(head, type=CompareJob)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    stream = TokenStream.from_bytes(_broadcast(body, context))
+    stream = TokenStream.from_bytes(broadcast(body, context))
     return msgspec.msgpack.encode(_Run(context, job, stream).report())
 
 
@@ -275,7 +275,7 @@ class _Run:
         if not job.profile_steps:
             return
         first = 1 + job.warmup + job.rounds
-        folder = Path(_broadcast(job.traces.encode(), self.context).decode())
+        folder = Path(broadcast(job.traces.encode(), self.context).decode())
         for label, subject in self._in_turn(subjects[: len(job.plans)]):
             self.context.note(f'profile of "{label}"')
             batches = [self._batch(first + step) for step in range(WARM_UP + job.profile_steps)]
@@ -324,14 +324,3 @@ def _variables() -> Iterator[tuple[str, str]]:
 def folder_name(label: str) -> str:
     """A plan's folder among the traces: its label without what a file name can't have."""
     return re.sub(r"[^A-Za-z0-9@._-]+", "-", label).strip(".-") or "plan"
-
-
-def _broadcast(body: bytes, context: RankContext) -> bytes:
-    """Rank 0's bytes on every rank."""
-    size = torch.tensor(len(body), dtype=torch.int64, device=context.device)
-    dist.broadcast(size, 0)
-    content = torch.empty(int(size.item()), dtype=torch.uint8, device=context.device)
-    if context.rank == 0:
-        content.copy_(torch.frombuffer(bytearray(body), dtype=torch.uint8))
-    dist.broadcast(content, 0)
-    return content.cpu().numpy().tobytes()
