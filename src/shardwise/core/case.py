@@ -283,6 +283,14 @@ class Case:
         step = StepSettings(**_fields(StepSettings, values))
         return cls(**_fields(cls, values), step=step, text=TextSource(**_fields(TextSource, values)))
 
+    def values(self) -> dict[str, Any]:
+        """All that is asked, by its keys in case files; the mesh as a Mesh."""
+        found: dict[str, Any] = {}
+        for noun in (self, self.step, self.text):
+            kind: Any = type(noun)
+            found |= {asked.key: getattr(noun, asked.field) for asked in options_of(kind)}
+        return found
+
 
 SHARED: tuple[Asked, ...] = tuple(
     asked for noun in (Case, StepSettings, TextSource) for asked in options_of(noun)

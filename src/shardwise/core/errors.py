@@ -13,6 +13,7 @@
     │   └── OptionError       an option, or a combination, that isn't offered
     └── RunError              a rank died, timed out, or the run could not go on; exit code 3
         ├── DriftError        ranks don't hold what they must hold alike
+        ├── NotFiniteError    a loss or a gradient that is infinite or no number
         └── StalledError      nothing was heard from any rank for the time that it was given
 
 The low level states the mismatch; the public boundary adds the context once.
@@ -73,6 +74,10 @@ class RunError(ShardwiseError):
 
 class DriftError(RunError):
     """Ranks don't hold what they must hold alike."""
+
+
+class NotFiniteError(RunError):
+    """A loss or a gradient that is infinite or no number."""
 
 
 class StalledError(RunError):

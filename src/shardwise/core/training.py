@@ -190,10 +190,12 @@ class Validated:
 
 
 class Ended(StrEnum):
-    """How a run ended: all its steps are done; or it was asked to stop, and has saved."""
+    """How a run ended: all its steps are done; it was asked to stop, and has saved; or nothing was trained,
+    for its plan isn't right or doesn't fit."""
 
     DONE = "done"
     STOPPED = "stopped"
+    REFUSED = "refused"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,8 @@ from typing import Self
 
 from shardwise.core.errors import OptionError, RunError
 
+_SETTINGS = "settings.json"
+
 
 class RunFolder:
     """A new folder for one run. Raises OptionError where it can't be made or holds a run, RunError when
@@ -18,7 +20,7 @@ class RunFolder:
 
     def __init__(self, out: Path | None, command: str, started: datetime, *, has_events: bool = True) -> None:
         self.path = out if out is not None else _fresh(Path("runs") / f"{command}-{started:%Y%m%d-%H%M%S}")
-        if out is not None and (out / "settings.json").exists():
+        if out is not None and (out / _SETTINGS).exists():
             raise OptionError(f"--out {out}: holds a run already. Choose another folder, or remove it.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -27,6 +29,18 @@ class RunFolder:
             raise OptionError(
                 f"--out {self.path}: {error.strerror}. Choose a folder that can be written."
             ) from None
+
+    @classmethod
+    def again(cls, out: Path) -> Self:
+        """The folder of a run that goes on. Raises OptionError where there is none."""
+        if not (out / _SETTINGS).is_file():
+            raise OptionError(
+                f"--out {out}: holds no run to go on with: it has no {_SETTINGS}. Name the folder of one, or "
+                "leave --resume out."
+            )
+        folder = cls.__new__(cls)
+        folder.path, folder._events = out, None
+        return folder
 
     def write(self, name: str, content: bytes | str) -> Path:
         path = self.path / name

@@ -102,10 +102,9 @@ def export(
 
 def command_of(case: Case, options: ExportOptions) -> str:
     """The command that makes the same files, without where they go."""
-    nouns = (case, case.step, case.text)
-    given = {"model", "mesh"}
+    values, given = case.values(), {"model", "mesh"}
     for asked in SHARED:
-        value = next(getattr(noun, asked.field) for noun in nouns if hasattr(noun, asked.field))
+        value = values[asked.key]
         is_default = value == asked.default or value in (None, ())
         if not is_default and (asked.key, value) != ("machine", MACHINE):
             given.add(asked.key)
