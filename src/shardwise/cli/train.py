@@ -1,0 +1,92 @@
+"""`shardwise train`: runs a plan's training step on text, from a proof before it to a checkpoint after it,
+through failures."""
+
+from datetime import UTC, datetime
+
+from shardwise.cli.asked import RUN, Call, Command, Shown, command
+from shardwise.cli.progress import ProgressLine
+from shardwise.core.errors import OptionError
+from shardwise.core.training import Ended, TrainOptions
+from shardwise.files.run_folder import RunFolder
+from shardwise.verbs.checks import DEFAULT_PLAN
+from shardwise.verbs.train import BATCH, SEQ, Live
+from shardwise.verbs.train import train as train_it
+
+STOPPED = 4
+"""The exit code of a run that was asked to stop and has saved: go on with --resume."""
+
+
+@command(
+    Command(
+        TrainOptions,
+        shared=(*RUN, "machine"),
+        defaults={
+            "plans": Shown(DEFAULT_PLAN),
+            "model": "llama3-debug",
+            "mesh": "tp=2",
+            "batch": BATCH,
+            "seq": SEQ,
+        },
+        about={"machine": "A machine of `shardwise machines`, to predict the step and watch it."},
+        out="Folder of the run: settings, steps.jsonl, checkpoints, the page.",
+        out_shown="runs/train-TIME",
+        one_plan=True,
+    )
+)
+def train(call: Call[TrainOptions]) -> int:
+    """Train a model under a plan: the very step that explain, verify and predict speak of, on text.
+
+    First the plan is proved on a small twin and, with --machine, predicted. Then the ranks start; when one
+    dies or hangs all are started again from the last checkpoint, and the losses are those of a run that
+    nothing disturbed. Ctrl-C and SIGTERM save and end with exit code 4; --resume goes on, on this mesh or
+    another.
+
+    [dim]shardwise train --mesh fsdp=2,tp=2 --steps 200[/]
+    [dim]shardwise train rowwise --text corpus/ --batch 32 --seq 1024 --out run[/]
+    [dim]shardwise train --config run/case.toml --out run --resume --mesh tp=4[/]
+    [dim]torchrun --nproc-per-node 8 --max-restarts 3 -m shardwise train --config case.toml --out run[/]
+    """
+    from shardwise.launch import joined
+
+    out, started = call.output.out, datetime.now(UTC)
+    if out is None and (call.own.resume or joined()):
+        why = "--resume goes on with a run" if call.own.resume else "torchrun may start the ranks again"
+        raise OptionError(f"--out is missing: {why}, so its folder must be named.")
+
+    def open_folder(goes_on: bool) -> RunFolder:
+        if not goes_on:
+            return RunFolder(out, "train", started, has_events=False)
+        assert out is not None
+        return RunFolder.again(out)
+
+    with ProgressLine() as progress:
+
+        def on_step(live: Live) -> None:
+            progress(_line(live), live.record.step, live.steps)
+
+        done = train_it(
+            call.case, call.own, progress, open_folder=open_folder, on_step=on_step, tell=call.output.say
+        )
+    if done is None:
+        return 0
+    call.output.show(done)
+    return {Ended.DONE: 0, Ended.REFUSED: 1, Ended.STOPPED: STOPPED}[done.ended]
+
+
+def _line(live: Live) -> str:
+    """Of a step that is done."""
+    record = live.record
+    said = [
+        f"loss {record.loss:.4f}",
+        f"norm {record.gradient_norm:.3g}",
+        f"{record.tokens / record.seconds:,.0f} tokens/s",
+    ]
+    if live.mfu is not None:
+        said.append(f"MFU {live.mfu:.1%}")
+    if live.predicted_s is not None:
+        said.append(f"{record.seconds / live.predicted_s:.2f} x predicted")
+    if record.held_bytes is not None:
+        said.append(f"{record.held_bytes / 2**30:.2f} GiB")
+    if record.data_s > 0.01 * record.seconds:
+        said.append(f"waited {record.data_s / record.seconds:.0%} for text")
+    return ", ".join(said)

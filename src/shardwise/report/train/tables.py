@@ -1,0 +1,70 @@
+"""Training -> tables and words: how a run ended, how fast it was, what its loss did, what went wrong on its
+way."""
+
+from collections.abc import Iterator
+
+from shardwise.core.training import Ended, Restart, Training, Validated
+from shardwise.report.common.plain import name, sentence
+from shardwise.report.common.table import Block, Column, Columns, Line, Report, Table, Tone, Words, tabled
+from shardwise.report.common.units import NUMBER, Format, format_bytes, format_seconds
+
+_ROWS = 12
+LOSS = Format(lambda value: f"{value:.4f}", "nats")
+
+
+def train_report(run: Training) -> Report:
+    title = f"{name(run.model)} under {name(run.plan)} on {name(run.mesh)}, {run.device}"
+    blocks: list[Block] = [Words(tuple(headline(run)), title, boxed=True)]
+    if run.validated:
+        blocks.append(validated_table(run))
+    if run.restarts:
+        blocks.append(restarts_table(run))
+    if run.told:
+        blocks.append(Words(tuple(Line(sentence(line)) for line in run.told), items=True))
+    return Report(title, tuple(blocks))
+
+
+def headline(run: Training) -> Iterator[Line]:
+    last = run.last
+    if run.ended is Ended.REFUSED:
+        yield Line("Nothing was trained: the plan isn't right for this model, or doesn't fit.", Tone.BAD)
+        return
+    done = last.step if last is not None else run.first_step
+    began = f", from step {run.first_step} on" if run.first_step else ""
+    if run.ended is Ended.DONE:
+        yield Line(f"Done: {done:,} steps{began}, in {format_seconds(run.seconds)}.", Tone.GOOD)
+    else:
+        yield Line(
+            f"Stopped as asked after step {done:,} of {run.steps:,}{began}, and saved. --resume goes on.",
+            Tone.CAUTION,
+        )
+    if last is not None:
+        held = f", {format_bytes(last.held_bytes)} held by a rank" if last.held_bytes else ""
+        yield Line(f"Last step: loss {last.loss:.4f}, gradient norm {last.gradient_norm:.3g}{held}.")
+    if run.step_s is not None and run.tokens_per_s is not None:
+        yield Line(f"A step took {format_seconds(run.step_s)} (median): {run.tokens_per_s:,.0f} tokens/s.")
+    if run.step_s is not None and run.predicted_s is not None:
+        yield Line(
+            f"Predicted for {name(run.machine or '')}: {format_seconds(run.predicted_s)}; it took "
+            f"{run.step_s / run.predicted_s:.2f} times that."
+        )
+    yield Line(f"Checkpoints: {name(run.checkpoints)}")
+
+
+def validated_table(run: Training) -> Table:
+    """Evenly chosen where there are many; the last one is always there."""
+    columns: Columns[Validated] = (
+        (Column("step", NUMBER), lambda each: each.step),
+        (Column("loss on held-out text", LOSS), lambda each: each.loss),
+    )
+    stride = max(1, -(-len(run.validated) // _ROWS))
+    chosen = run.validated[::-1][::stride][::-1]
+    return tabled(chosen, columns, key="validated", title="Validation")
+
+
+def restarts_table(run: Training) -> Table:
+    columns: Columns[Restart] = (
+        (Column("after step", NUMBER), lambda each: each.step),
+        (Column("what ended the ranks", wraps=True, spills=True), lambda each: sentence(each.why)),
+    )
+    return tabled(run.restarts, columns, key="restarts", title="Started again")

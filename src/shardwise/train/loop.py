@@ -1,0 +1,303 @@
+"""What one rank of `shardwise train` does: the step that is proved and predicted, again and again, on the
+text from one position on; checkpoints, validation and a line for each step beside it."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from types import FrameType
+
+import msgspec
+import torch
+
+from shardwise.core.batch_part import coordinate, part_of_batch
+from shardwise.core.case import StepSettings
+from shardwise.core.errors import OptionError
+from shardwise.core.mesh import STAGES_AXIS, Mesh
+from shardwise.core.program import Phase
+from shardwise.core.training import Ended, Saved, StepRecord, TrainOptions, differences
+from shardwise.launch import RankContext
+from shardwise.measure.memory import PeakMemory
+from shardwise.models.source import find_model
+from shardwise.parallel.any_plan import plan_from
+from shardwise.step.build import build_model, device_mesh
+from shardwise.step.portion import Portion
+from shardwise.step.train import StepResult, TrainStep, adamw, mixed_precision
+from shardwise.text.samples import Samples
+from shardwise.train.checkpoints import Checkpoints
+from shardwise.train.feed import Feed
+from shardwise.train.finite import check, guarded
+from shardwise.train.pulse import Beat, Pulse
+from shardwise.train.whereabouts import Whereabouts
+from shardwise.watch.sentinel import Sentinel, watch
+
+_PHASES = {
+    Phase.FORWARD: "forward",
+    Phase.LOSS: "loss",
+    Phase.BACKWARD: "backward",
+    Phase.REDUCE: "reducing gradients",
+    Phase.CLIP: "clipping",
+    Phase.OPTIMIZER: "optimizer",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainJob:
+    """All that a rank needs to know, beside the tokens. plan: TOML text. saved: what a checkpoint of step 0
+    would say. checkpoints: the folder."""
+
+    model: str
+    mesh: str
+    plan: str
+    settings: StepSettings
+    options: TrainOptions
+    saved: Saved
+    checkpoints: str
+
+
+class Event(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What rank 0 reports, one thing at a time. resumed: the step of the checkpoint that it goes on from."""
+
+    record: StepRecord | None = None
+    told: str | None = None
+    resumed: int | None = None
+    position: int = 0
+
+
+class Result(msgspec.Struct, frozen=True):
+    """A rank's answer."""
+
+    ended: Ended
+    step: int
+
+
+class Loop:
+    """samples: the tokens, alike on all ranks."""
+
+    def __init__(self, context: RankContext, job: TrainJob, samples: Samples) -> None:
+        self._context, self._job, self._samples = context, job, samples
+        settings = job.settings
+        mesh = Mesh.parse(job.mesh)
+        context.note("building the model")
+        self._mesh = device_mesh(mesh, context.device.type)
+        self._portion = Portion.on(self._mesh, settings.accumulation, reduce_once=settings.reduce_once)
+        self._model = build_model(
+            find_model(job.model),
+            plan_from(job.plan),
+            self._mesh,
+            dtype=getattr(torch, settings.dtype),
+            device=context.device,
+            seed=settings.seed,
+            policy=mixed_precision(settings),
+            reshard=settings.reshard_after_forward,
+            recompute=settings.recompute,
+            recompute_layers=settings.recompute_layers,
+            pipeline=settings.pipeline(mesh),
+        )
+        options = job.options
+        optimizer = adamw(
+            self._model,
+            learning_rate=settings.learning_rate,
+            betas=(options.beta1, options.beta2),
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+        )
+        self._step = TrainStep(
+            self._model,
+            mesh=self._mesh,
+            max_norm=settings.max_norm,
+            reduce_once=settings.reduce_once,
+            on_phase=self._on_phase,
+            optimizer=optimizer,
+            check=check,
+        )
+        self._checkpoints = Checkpoints(Path(job.checkpoints), keep=options.keep, mesh=mesh)
+        self._pulse, self._peak = Pulse(), PeakMemory(context.device)
+        self._done = 0
+        self._record: StepRecord | None = None
+        self._where: Whereabouts | None = None
+        self._stop = threading.Event()
+        torch.manual_seed(own_seed(settings.seed, mesh, context.rank))
+
+    def run(self) -> Result:
+        """Trains until all steps are done or a signal asks it to stop; then the last state is saved."""
+        options = self._job.options
+        position = self._resumed() if options.resume else 0
+        with ExitStack() as open_now:
+            feed = Feed(self._samples, self._portion, self._job.settings.batch, position)
+            open_now.enter_context(feed)
+            open_now.enter_context(self._signals())
+            self._where = Whereabouts(
+                self._model, self._context.note, names_host=self._context.under_torchrun
+            )
+            open_now.enter_context(self._where)
+            if options.alike_every and self._context.world_size > 1:
+                open_now.enter_context(self._watched(options.alike_every))
+            ended = self._all_steps(feed)
+            self._save(feed.position, wait=True)
+        return Result(ended, self._done)
+
+    def _all_steps(self, feed: Feed) -> Ended:
+        options = self._job.options
+        while self._done < options.steps:
+            record = self._one_step(feed)
+            stops = self._close_step()
+            self._begin_close(record)
+            if options.validate_every and self._done % options.validate_every == 0:
+                self._validate(feed)
+            if stops:
+                break
+            if options.save_every and self._done % options.save_every == 0 and self._done < options.steps:
+                self._save(feed.position)
+        self._close_step()
+        return Ended.DONE if self._done == options.steps else Ended.STOPPED
+
+    def _one_step(self, feed: Feed) -> StepRecord:
+        """The next step, and its line as this rank saw it."""
+        job, number = self._job, self._done + 1
+        rate = job.settings.learning_rate * job.options.share_at(self._done)
+        for group in self._step.optimizer.param_groups:
+            group["lr"] = rate
+        self._phase("waiting for text")
+        began = time.perf_counter()
+        batch = feed.take()
+        data_s = time.perf_counter() - began
+        result: StepResult = guarded(
+            partial(self._step, batch), partial(self._step.gradients, batch), self._model, number
+        )
+        seconds = time.perf_counter() - began
+        self._done = number
+        return StepRecord(
+            step=number,
+            position=feed.position,
+            loss=float(result.loss),
+            gradient_norm=float(result.gradient_norm),
+            learning_rate=rate,
+            seconds=seconds,
+            data_s=data_s,
+            tokens=job.settings.tokens,
+        )
+
+    def _begin_close(self, record: StepRecord) -> None:
+        """What a step's line still lacks is asked of all ranks, and read once the next step is done."""
+        memory = self._peak.use((0, 0, 0))
+        held = memory.reserved_bytes if memory.reserved_bytes is not None else memory.resident_bytes
+        self._record = record
+        self._pulse.begin(Beat(record.seconds, record.data_s, held or 0, self._stop.is_set()))
+
+    def _close_step(self) -> bool:
+        """Reports the line of the last step that was begun to be closed; whether anybody was asked to
+        stop."""
+        beat = self._pulse.end()
+        record, self._record = self._record, None
+        if beat is None or record is None:
+            return False
+        whole = replace(record, seconds=beat.seconds, data_s=beat.data_s, held_bytes=beat.held_bytes or None)
+        self._report(Event(record=whole))
+        return beat.stop
+
+    def _validate(self, feed: Feed) -> None:
+        held_out, batch = self._samples.held_out, self._job.settings.batch
+        if not held_out or self._record is None:
+            return
+        self._phase("validating")
+        total, valid = 0.0, 0
+        for first in range(0, held_out, batch):
+            loss, count = self._step.loss(feed.held_out(first))
+            total, valid = total + float(loss), valid + int(count)
+        self._record = replace(self._record, validation_loss=total / valid)
+
+    def _save(self, position: int, wait: bool = False) -> None:
+        self._phase("saving")
+        saved = replace(self._job.saved, step=self._done, position=position)
+        self._checkpoints.save(self._done, self._model, self._step.optimizer, saved, wait=wait)
+        self._tell_lines()
+
+    def _resumed(self) -> int:
+        """Takes up the newest whole checkpoint, where there is one; the position to go on from."""
+        self._context.note("looking for a checkpoint")
+        found = self._checkpoints.newest()
+        for line in found.passed_over:
+            self._report(Event(told=f"passed over {line}"))
+        if found.manifest is None:
+            self._report(Event(resumed=0))
+            return 0
+        check_same_run(found.manifest.saved, self._job.saved)
+        self._context.note(f"restoring {found.path}")
+        saved = self._checkpoints.restore(found, self._model, self._step.optimizer)
+        for key, change in differences(saved, self._job.saved):
+            self._report(Event(told=f"{key} {change}"))
+        self._tell_lines()
+        self._done = saved.step
+        self._report(Event(resumed=saved.step))
+        return saved.position
+
+    def _watched(self, every: int) -> Sentinel:
+        return watch(self._model, every=every, mesh=self._mesh, optimizer=self._step.optimizer)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM asks this rank to stop once it can."""
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self._stop.set()
+
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _tell_lines(self) -> None:
+        for line in self._checkpoints.lines():
+            self._report(Event(told=line))
+
+    def _report(self, event: Event) -> None:
+        if self._context.rank == 0:
+            self._context.report(msgspec.json.encode(event))
+
+    def _on_phase(self, phase: Phase) -> None:
+        if phase in _PHASES:
+            self._phase(_PHASES[phase])
+
+    def _phase(self, text: str) -> None:
+        if self._where is not None:
+            self._where.phase(f"step {self._done + 1}: {text}")
+
+
+def own_seed(seed: int, mesh: Mesh, rank: int) -> int:
+    """Of what a rank draws at random while it trains: another one where it sees other tokens or has other
+    layers, the same along axes that only cut tensors."""
+    part = part_of_batch(mesh, rank)
+    place = f"{seed} {part.place} {part.chunks[0]} {coordinate(mesh, rank, STAGES_AXIS)}"
+    return int.from_bytes(blake2b(place.encode(), digest_size=7).digest())
+
+
+def check_same_run(saved: Saved, now: Saved) -> None:
+    """Raises OptionError for a checkpoint that counts in other sequences, or is of another model."""
+    if saved.data != now.data:
+        raise OptionError(
+            "--resume: the text is another one than the checkpoint's, so its position means nothing in it. "
+            "Give the same text and tokenizer, or begin a new run with another --out."
+        )
+    for key, change in differences(saved, now):
+        if key in FIXED:
+            raise OptionError(
+                f"--resume: --{key.replace('_', '-')} {change}. A run that goes on keeps it: "
+                f"{FIXED[key]}. Give it as it was, or begin a new run with another --out."
+            )
+
+
+FIXED = {
+    "model": "the weights are that model's",
+    "dtype": "weights and the optimizer's state are kept in it",
+    "seq": "the position counts sequences of that length",
+    "seed": "it decides the order of sequences",
+    "held_out": "what is held out for validation must never have been trained on",
+}
+"""Keys of a case that a run can't change on its way, and why."""

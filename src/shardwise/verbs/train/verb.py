@@ -1,0 +1,198 @@
+"""train: a case and options -> Training: the step that is proved and predicted, run on text until it is done,
+with checkpoints, through the failures of its ranks."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import TYPE_CHECKING
+
+from shardwise.core.case import Case
+from shardwise.core.errors import DriftError, NotFiniteError, RunError
+from shardwise.core.training import Ended, Restart, StepRecord, Training, TrainOptions, Validated
+from shardwise.files.document import settings_document
+from shardwise.files.run_folder import RunFolder
+from shardwise.files.step_log import StepLog, read_steps
+from shardwise.verbs.progress import Progress, silent
+from shardwise.verbs.train.checked import BATCH, CHECKPOINTS, SEQ, Live, Run
+
+if TYPE_CHECKING:
+    from shardwise.train.loop import Result
+
+__all__ = ["BATCH", "SEQ", "Live", "train"]
+_POINTS = 400
+_UNPROVED = "The plan was not proved (--no-verify): most wrong gradients show in no loss curve."
+
+
+def train(
+    case: Case,
+    options: TrainOptions | None = None,
+    progress: Progress = silent,
+    *,
+    open_folder: Callable[[bool], RunFolder],
+    on_step: Callable[[Live], None] = lambda _: None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Training | None:
+    """Starts the mesh's ranks on this machine, again after a failure, or uses torchrun's: its other ranks get
+    None. What needs no ranks is checked first, as InputError; then the plan is proved on a small twin, and
+    predicted.
+
+    open_folder: called once all is checked, with whether the run goes on; the folder gets steps.jsonl and
+    checkpoints/. on_step: called with each step. tell: with lines that the user must see at once. Raises
+    RunError where ranks failed more often than options.restarts since the last checkpoint."""
+    from shardwise.launch import from_main, is_main, joined
+
+    options = options or TrainOptions()
+    if joined() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        options = replace(options, resume=True)  # torchrun has started the ranks anew
+    began_s = time.monotonic()
+    run = Run.checked(case, options, progress)
+    told: list[str] = []
+
+    def say(line: str) -> None:
+        told.append(line)
+        tell(line)
+
+    if not options.verify:
+        say(_UNPROVED)
+    run, wrong = _looked_at(run, progress)
+    if from_main(bool(wrong)):
+        return _answer(run, None, Ended.REFUSED, wrong, began_s) if is_main() else None
+    with open_folder(options.resume) as folder, _Watched(run, folder, say, on_step) as watched:
+        if is_main() and not options.resume:
+            folder.write("settings.json", settings_document(run.saved()))
+        result = watched.through_failures(progress)
+    if not is_main():
+        return None
+    return _answer(run, watched, result.ended, tuple(told), began_s)
+
+
+def _looked_at(run: Run, progress: Progress) -> tuple[Run, tuple[str, ...]]:
+    """The run with its forecast, and why it must not begin. Of torchrun's ranks only the main one knows."""
+    from shardwise.launch import is_main
+
+    options = run.options
+    wrong = run.proved(progress) if options.verify and run.case.mesh.world_size > 1 else ()
+    if wrong or run.case.machine is None or not options.predict or not is_main():
+        return run, wrong
+    run = run.predicted(progress)
+    assert run.forecast is not None
+    if run.forecast.fits:
+        return run, ()
+    line = (
+        f"The step doesn't fit in the memory of {run.forecast.machine}: `shardwise predict` says what takes "
+        "it. Change the plan or the step, or leave --machine out."
+    )
+    return run, (line,)
+
+
+@dataclass(slots=True)
+class _Watched:
+    """A run under way, and what its rank 0 reports. restarts: since its begin; first_step: that this call
+    went on from; resumed: the last one."""
+
+    run: Run
+    folder: RunFolder
+    say: Callable[[str], None]
+    on_step: Callable[[Live], None]
+    resumed: int = 0
+    first_step: int | None = None
+    restarts: list[Restart] = field(default_factory=list)
+    steps: list[StepRecord] = field(default_factory=list)
+    _log: StepLog | None = None
+
+    def through_failures(self, progress: Progress) -> "Result":
+        """Runs the ranks, and again from the last checkpoint where they fail."""
+        from shardwise.launch import Interrupted, joined
+
+        options, tries = self.run.options, 0
+        resume = options.resume
+        while True:
+            before = self.resumed
+            progress(f"starting {self.run.case.mesh.world_size} ranks")
+            try:
+                return self.run.launch(self.folder.path.resolve(), resume, self._take)
+            except (DriftError, NotFiniteError, Interrupted):
+                raise  # the same would come again
+            except RunError as error:
+                tries = 0 if self.resumed > before else tries + 1
+                if joined() or tries > options.restarts:
+                    raise
+                resume = True
+                self.restarts.append(Restart(str(error), self._last_step()))
+                self.say(f"{error} Starting again from the last checkpoint.")
+
+    def _last_step(self) -> int:
+        return self.steps[-1].step if self.steps else 0
+
+    def _take(self, content: bytes) -> None:
+        import msgspec
+
+        from shardwise.train.loop import Event
+
+        event = msgspec.json.decode(content, type=Event)
+        if event.told is not None:
+            self.say(event.told)
+        if event.resumed is not None:
+            self._begin(event.resumed)
+        if event.record is not None:
+            if self._log is None:
+                self._begin(0)
+            assert self._log is not None
+            self._log.append(event.record)
+            self.steps.append(event.record)
+            self.on_step(self.run.live(event.record))
+
+    def _begin(self, step: int) -> None:
+        """Ranks go on after a step."""
+        self._close()
+        self.resumed = step
+        self.steps = [record for record in self.steps if record.step <= step]
+        if self.first_step is None:
+            self.first_step = step
+        self._log = StepLog(self.folder.path, step)
+
+    def _close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def __enter__(self) -> "_Watched":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+
+def _answer(
+    run: Run, watched: _Watched | None, ended: Ended, told: tuple[str, ...], began_s: float
+) -> Training:
+    steps = watched.steps if watched is not None else []
+    every = read_steps(watched.folder.path) if watched is not None else []
+    step_s = median(record.seconds for record in steps) if steps else None
+    validated = [
+        Validated(each.step, each.validation_loss) for each in every if each.validation_loss is not None
+    ]
+    stride = max(1, -(-len(every) // _POINTS))
+    return Training(
+        model=run.source.name,
+        parameters=run.parameters,
+        mesh=str(run.case.mesh),
+        plan=run.label,
+        device=run.device_type,
+        steps=run.options.steps,
+        first_step=(watched.first_step or 0) if watched is not None else 0,
+        ended=ended,
+        last=every[-1] if every else None,
+        validated=tuple(validated),
+        curve=tuple((each.step, each.loss) for each in every[::stride]),
+        step_s=step_s,
+        tokens_per_s=run.case.step.tokens / step_s if step_s else None,
+        predicted_s=run.forecast.step_s if run.forecast is not None else None,
+        machine=run.forecast.machine if run.forecast is not None else None,
+        restarts=tuple(watched.restarts) if watched is not None else (),
+        told=told,
+        checkpoints=str(watched.folder.path / CHECKPOINTS) if watched is not None else "",
+        seconds=time.monotonic() - began_s,
+    )
