@@ -1,13 +1,9 @@
 """`shardwise train` as a user runs it: killed, stopped, resumed, on other meshes, on bad input. What a run that
 nothing disturbs gives, all must give, to the last bit where the mesh is the same."""
 
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,16 +11,7 @@ from safetensors.numpy import load_file
 
 from shardwise.core.training import StepRecord
 from shardwise.files.step_log import read_steps
-from tests.e2e.command import (
-    PATIENCE_S,
-    SHARDWISE,
-    children_of,
-    hear_signals,
-    ranks_of,
-    shardwise,
-    start,
-    wait_until,
-)
+from tests.e2e.command import PATIENCE_S, ranks_of, shardwise, start, wait_until
 
 MODEL = "llama3-debug?n_layers=2,hidden=32,n_heads=4,n_kv_heads=2,ffn_hidden=64,vocab_size=512"
 MESH = "fsdp=2,tp=2"

@@ -16,9 +16,10 @@ from shardwise.files.case import read_case
 from shardwise.files.document import read_document, write_document
 from shardwise.report.common.deliver import show
 from shardwise.report.common.room import room_of
+from shardwise.report.common.scale import Scale
 from shardwise.report.search import commands, rows
 from shardwise.report.search.html import search_html
-from shardwise.report.search.picture import DRAWN, Picture, Scale, picture, pictures
+from shardwise.report.search.picture import DRAWN, Picture, picture, pictures
 from tests.unit import search_example as example
 from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME
 
