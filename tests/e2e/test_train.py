@@ -1,7 +1,10 @@
-"""`shardwise train` as a user runs it: killed, stopped, resumed, on other meshes, on bad input. What a run that
-nothing disturbs gives, all must give, to the last bit where the mesh is the same."""
+"""`shardwise train` as a user runs it: killed, stopped, resumed, on other meshes, on bad input. What a run
+that nothing disturbs gives, all must give, to the last bit where the mesh is the same."""
 
 import random
+import shutil
+import signal
+import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +14,7 @@ from safetensors.numpy import load_file
 
 from shardwise.core.training import StepRecord
 from shardwise.files.step_log import read_steps
-from tests.e2e.command import PATIENCE_S, ranks_of, shardwise, start, wait_until
+from tests.e2e.command import PATIENCE_S, children_of, ranks_of, shardwise, start, wait_until
 
 MODEL = "llama3-debug?n_layers=2,hidden=32,n_heads=4,n_kv_heads=2,ffn_hidden=64,vocab_size=512"
 MESH = "fsdp=2,tp=2"
@@ -74,8 +77,8 @@ def test_a_run_learns_and_says_how_it_went(undisturbed: Path) -> None:
 
 
 KILLS = [
-    pytest.param(3, STEPS, id="3 of 60 steps"),
-    pytest.param(20, 200, id="20 of 200", marks=pytest.mark.full),
+    pytest.param(3, STEPS, id="3 in 60 steps"),
+    pytest.param(20, 200, id="20 in 200", marks=pytest.mark.full),
 ]
 
 
@@ -88,24 +91,86 @@ def test_ranks_that_are_killed_at_any_moment_change_no_bit(
         whole = tmp_path / "undisturbed"
         assert shardwise(*asked(whole, steps=steps)).returncode == 0
     out, chance = tmp_path / "killed", random.Random(kills)
+    moments = sorted(chance.sample(range(2, steps - 10), kills))
     running = start(*asked(out, "--restarts", str(kills), steps=steps), cwd=tmp_path)
-    killed = 0
     try:
-        while killed < kills and running.poll() is None:
-            at = chance.randrange(steps)
-            seen = len(read_steps(out))
-            wait_until(lambda: len(read_steps(out)) != seen or running.poll() is not None)
-            time.sleep(chance.random() * 0.5)  # anywhere in a step, or in a save
+        for number, moment in enumerate(moments):
+            wait_until(lambda moment=moment: steps_done(out) >= moment)  # type: ignore[misc]
+            if number % 2:
+                wait_until(lambda: any(out.glob("checkpoints/*.partial")))  # in a save
+            time.sleep(chance.random() * 0.1)
             ranks = ranks_of(running)
-            if len(ranks) == 4:
-                ranks[at % 4].kill()
-                killed += 1
-                wait_until(lambda: not ranks_of(running)[:1] or running.poll() is not None)
+            ranks[number % 4].kill()
+            wait_until(lambda gone=ranks[0]: not gone.is_running())  # type: ignore[misc]
         stdout, stderr = running.communicate(timeout=PATIENCE_S * 3)
     finally:
         running.kill()
     assert running.returncode == 0, stderr
-    assert killed == kills
-    assert stdout.count("was killed by SIGKILL") >= kills
+    assert stdout.count("Starting again from the last checkpoint.") >= kills
     assert what_it_learnt(read_steps(out)) == what_it_learnt(read_steps(whole))
     assert weights(out, steps) == weights(whole, steps)
+
+
+def steps_done(out: Path) -> int:
+    records = read_steps(out)
+    return records[-1].step if records else 0
+
+
+@pytest.mark.parametrize("asks", [signal.SIGTERM, signal.SIGINT], ids=lambda each: each.name)
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_never_had(
+    asks: signal.Signals, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "stopped"
+    running = start(*asked(out), cwd=tmp_path)
+    wait_until(lambda: len(read_steps(out)) > 4 or running.poll() is not None)
+    everyone = children_of(running)
+    running.send_signal(asks)
+    stdout, stderr = running.communicate(timeout=PATIENCE_S)
+    assert running.returncode == 4, stderr
+    assert "Stopped as asked after step" in stdout
+    assert not any(each.is_running() and each.status() != "zombie" for each in everyone)
+    stopped_at = read_steps(out)[-1].step
+    assert stopped_at < STEPS
+    assert (out / "checkpoints" / f"step-{stopped_at}").is_dir()
+    again = shardwise(*asked(out, "--resume"))
+    assert again.returncode == 0, again.stderr
+    assert f"from step {stopped_at} on" in again.stdout
+    assert what_it_learnt(read_steps(out)) == what_it_learnt(read_steps(undisturbed))
+    assert weights(out) == weights(undisturbed)
+
+
+ELSEWHERE = [
+    pytest.param("tp=4", id="tp=4"),
+    pytest.param("fsdp=4", id="fsdp=4", marks=pytest.mark.full),
+    pytest.param("tp=1", id="tp=1"),
+    pytest.param("pp=2,cp=2", id="pp=2,cp=2", marks=pytest.mark.full),
+]
+
+
+@pytest.fixture(scope="module")
+def in_float64(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("train") / "float64"
+    ended = shardwise(*asked(out, *MOVABLE, steps=20))
+    assert ended.returncode == 0, ended.stderr
+    return out
+
+
+MOVABLE = ("--model", MODEL.replace("n_kv_heads=2", "n_kv_heads=4"), "--dtype", "float64", "--keep", "9")
+
+
+@pytest.mark.parametrize("mesh", ELSEWHERE)
+def test_another_mesh_goes_on_with_the_same_sequences_and_losses(
+    mesh: str, in_float64: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "moved"
+    shutil.copytree(in_float64, out)
+    shutil.rmtree(out / "checkpoints" / "step-20")
+    moved = shardwise(*asked(out, *MOVABLE, "--resume", mesh=mesh, steps=20))
+    assert moved.returncode == 0, moved.stderr
+    assert f"mesh was {MESH}, is {mesh}" in moved.stdout
+    before, after = read_steps(in_float64), read_steps(out)
+    assert [each.position for each in after] == [each.position for each in before]
+    for one, other in zip(before, after, strict=True):
+        assert other.loss == pytest.approx(one.loss, rel=1e-12)
+        assert other.gradient_norm == pytest.approx(one.gradient_norm, rel=1e-10)
+    assert after[-1].validation_loss == pytest.approx(before[-1].validation_loss, rel=1e-12)

@@ -47,17 +47,23 @@ def train(call: Call[TrainOptions]) -> int:
     [dim]torchrun --nproc-per-node 8 --max-restarts 3 -m shardwise train --config case.toml --out run[/]
     """
     from shardwise.launch import joined
+    from shardwise.report.common.deliver import write_all
 
     out, started = call.output.out, datetime.now(UTC)
     if out is None and (call.own.resume or joined()):
         why = "--resume goes on with a run" if call.own.resume else "torchrun may start the ranks again"
         raise OptionError(f"--out is missing: {why}, so its folder must be named.")
 
+    folder: RunFolder | None = None
+
     def open_folder(goes_on: bool) -> RunFolder:
-        if not goes_on:
-            return RunFolder(out, "train", started, has_events=False)
-        assert out is not None
-        return RunFolder.again(out)
+        nonlocal folder
+        if goes_on:
+            assert out is not None
+            folder = RunFolder.again(out)
+        else:
+            folder = RunFolder(out, "train", started, has_events=False)
+        return folder
 
     with ProgressLine() as progress:
 
@@ -70,6 +76,8 @@ def train(call: Call[TrainOptions]) -> int:
     if done is None:
         return 0
     call.output.show(done)
+    if folder is not None:
+        call.output.say(f"\nPage: {write_all(done, folder)}")
     return {Ended.DONE: 0, Ended.REFUSED: 1, Ended.STOPPED: STOPPED}[done.ended]
 
 

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -59,12 +60,13 @@ def train(
     run, wrong = _looked_at(run, progress)
     if from_main(bool(wrong)):
         return _answer(run, None, Ended.REFUSED, wrong, began_s) if is_main() else None
+    if not is_main():
+        run.launch(Path(), options.resume, lambda _: None)  # rank 0's job counts
+        return None
     with open_folder(options.resume) as folder, _Watched(run, folder, say, on_step) as watched:
-        if is_main() and not options.resume:
+        if not options.resume:
             folder.write("settings.json", settings_document(run.saved()))
         result = watched.through_failures(progress)
-    if not is_main():
-        return None
     return _answer(run, watched, result.ended, tuple(told), began_s)
 
 
