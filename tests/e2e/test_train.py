@@ -98,17 +98,27 @@ def test_ranks_that_are_killed_at_any_moment_change_no_bit(
             wait_until(lambda moment=moment: steps_done(out) >= moment)  # type: ignore[misc]
             if number % 2:
                 wait_until(lambda: any(out.glob("checkpoints/*.partial")))  # in a save
+            wait_until(lambda: len(ranks_of(running)) == 4)
             time.sleep(chance.random() * 0.1)
-            ranks = ranks_of(running)
-            ranks[number % 4].kill()
-            wait_until(lambda gone=ranks[0]: not gone.is_running())  # type: ignore[misc]
+            victim = ranks_of(running)[number % 4]
+            victim.kill()
+            wait_until(lambda victim=victim: victim not in ranks_of(running))  # type: ignore[misc]
         stdout, stderr = running.communicate(timeout=PATIENCE_S * 3)
     finally:
         running.kill()
+        running.communicate()
     assert running.returncode == 0, stderr
     assert stdout.count("Starting again from the last checkpoint.") >= kills
     assert what_it_learnt(read_steps(out)) == what_it_learnt(read_steps(whole))
     assert weights(out, steps) == weights(whole, steps)
+
+
+def wait_for_a_save(running: subprocess.Popen[str], out: Path, step: int) -> None:
+    """Until one is being written, which is short; or, where none was caught, until two should have been."""
+    while running.poll() is None and steps_done(out) < step + 20:
+        if any(out.glob("checkpoints/*.partial")):
+            return
+        time.sleep(0.002)
 
 
 def steps_done(out: Path) -> int:
