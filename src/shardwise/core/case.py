@@ -300,11 +300,11 @@ SHARED: tuple[Asked, ...] = tuple(
 
 def words_of(case: Case, keys: Collection[str]) -> Iterator[str]:
     """The words of a command that give these keys as the case has them, plans first."""
-    nouns = (case, case.step, case.text)
+    values = case.values()
     for asked in sorted(SHARED, key=lambda asked: not asked.option.is_argument):
         if asked.key not in keys:
             continue
-        value = next(getattr(noun, asked.field) for noun in nouns if hasattr(noun, asked.field))
+        value = values[asked.key]
         if asked.option.is_argument:
             yield from value
         elif isinstance(value, bool):

@@ -78,6 +78,17 @@ class TrainOptions:
             0,
         ),
     ] = 3
+    weights: Annotated[
+        str | None,
+        Option(
+            "A folder of safetensors files to begin with, in the names of --model hf:...; else random ones.",
+            KEPT,
+        ),
+    ] = None
+    write_weights: Annotated[
+        str | None,
+        Option("A new folder for the last weights, as transformers' from_pretrained() takes it.", KEPT),
+    ] = None
     verify: Annotated[
         bool, Option("Before step 1, prove the plan on a small twin of the model, on real ranks.", WATCHED)
     ] = True

@@ -49,7 +49,8 @@ _PHASES = {
 @dataclass(frozen=True, slots=True)
 class TrainJob:
     """All that a rank needs to know, beside the tokens. plan: TOML text. saved: what a checkpoint of step 0
-    would say. checkpoints: the folder."""
+    would say. checkpoints: the folder. documents: how
+    they meet in a sequence."""
 
     model: str
     mesh: str
@@ -58,6 +59,7 @@ class TrainJob:
     options: TrainOptions
     saved: Saved
     checkpoints: str
+    documents: str
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -86,8 +88,9 @@ class Loop:
         context.note("building the model")
         self._mesh = device_mesh(mesh, context.device.type)
         self._portion = Portion.on(self._mesh, settings.accumulation, reduce_once=settings.reduce_once)
+        self._source = find_model(job.model)
         self._model = build_model(
-            find_model(job.model),
+            self._source,
             plan_from(job.plan),
             self._mesh,
             dtype=getattr(torch, settings.dtype),
@@ -128,6 +131,8 @@ class Loop:
         """Trains until all steps are done or a signal asks it to stop; then the last state is saved."""
         options = self._job.options
         position = self._resumed() if options.resume else 0
+        if not self._done and options.weights is not None:
+            self._read_weights(Path(options.weights))
         with ExitStack() as open_now:
             feed = Feed(self._samples, self._portion, self._job.settings.batch, position)
             open_now.enter_context(feed)
@@ -140,6 +145,8 @@ class Loop:
                 open_now.enter_context(self._watched(options.alike_every))
             ended = self._all_steps(feed)
             self._save(feed.position, wait=True)
+            if ended is Ended.DONE and options.write_weights is not None:
+                self._write_weights(Path(options.write_weights))
         return Result(ended, self._done)
 
     def _all_steps(self, feed: Feed) -> Ended:
@@ -236,6 +243,31 @@ class Loop:
         self._done = saved.step
         self._report(Event(resumed=saved.step))
         return saved.position
+
+    def _read_weights(self, folder: Path) -> None:
+        from shardwise.models.hugging_face import HuggingFaceModel
+        from shardwise.train.weights import read_weights
+
+        assert isinstance(self._source, HuggingFaceModel)
+        self._context.note(f"reading weights of {folder}")
+        unused = read_weights(folder, self._model, self._source)
+        if unused:
+            more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+            named = ", ".join(unused[:3])
+            self._report(Event(told=f"{folder} has what this model has no use for: {named}{more}"))
+
+    def _write_weights(self, folder: Path) -> None:
+        from shardwise.models.hugging_face import HuggingFaceModel
+        from shardwise.train.weights import write_weights
+
+        assert isinstance(self._source, HuggingFaceModel)
+        self._phase(f"writing weights to {folder}")
+        found = self._checkpoints.newest()
+        if found.manifest is None or found.manifest.saved.step != self._done:
+            self._report(Event(told=f"no weights were written: step {self._done} couldn't be saved"))
+            return
+        write_weights(found, self._source, folder)
+        self._report(Event(told=f"weights written to {folder}"))
 
     def _watched(self, every: int) -> Sentinel:
         return watch(self._model, every=every, mesh=self._mesh, optimizer=self._step.optimizer)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardwise.core.case import Case
+from shardwise.core.errors import OptionError
 from shardwise.core.mesh import RUN, Mesh, check_carried
 from shardwise.core.program import OpKind, Phase
 from shardwise.core.training import Ended, Saved, StepRecord, TrainOptions, Value
@@ -28,11 +29,16 @@ from shardwise.verbs.verify import VerifyOptions, verify
 if TYPE_CHECKING:
     from shardwise.core.plan import AnyPlan
     from shardwise.models.source import ModelSource
+    from shardwise.text.shards import Shards
     from shardwise.text.stream import TokenStream
     from shardwise.train.loop import Result
 
 BATCH, SEQ = 8, 256
 CHECKPOINTS = "checkpoints"
+_BESIDE = frozenset(
+    ("resume", "restarts", "timeout", "verify", "predict", "machine", "device", "weights", "write_weights")
+)
+"""Keys that change nothing of what is trained from a checkpoint on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +66,7 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """model: its parameters, counted."""
+    """parameters: of the whole model. data: digest of the tokens."""
 
     case: Case
     options: TrainOptions
@@ -69,7 +75,8 @@ class Run:
     label: str
     parameters: int
     device_type: str
-    stream: "TokenStream"
+    tokens: "TokenStream | Shards"
+    data: str
     forecast: Forecast | None = None
 
     @classmethod
@@ -80,8 +87,8 @@ class Run:
         from shardwise.launch.environment import device_type
         from shardwise.models.source import find_model, vocab_size_of
         from shardwise.parallel.plans import load_plans
+        from shardwise.text.reading import tokens_of
         from shardwise.text.samples import Samples
-        from shardwise.text.traced_ids import stream_of
 
         source, mesh = find_model(case.model), case.mesh
         check_carried(mesh, "train", RUN)
@@ -102,11 +109,12 @@ class Run:
         model = source.build(dtype=getattr(torch, step.dtype))
         device = device_type(case.device, mesh.world_size)
         check_fit(source, model, [plan], case, device, repeat=False)
+        _check_weights(source, options)
         progress("reading text")
-        stream = stream_of(case.text, vocab_size_of(model), step.seed, progress)
-        Samples.of(stream, step.seq, step.seed, options.held_out)  # too short a text is found here
+        tokens = tokens_of(case.text, vocab_size_of(model), step.seed, progress)
+        samples = Samples.of(tokens, step.seq, step.seed, options.held_out, case.text.documents)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        return cls(case, options, source, plan, label, parameters, device, stream)
+        return cls(case, options, source, plan, label, parameters, device, tokens, samples.digest)
 
     def proved(self, progress: Progress) -> tuple[str, ...]:
         """Why the plan doesn't train the right model, in lines; none where it is proved on a small twin."""
@@ -138,7 +146,7 @@ class Run:
         return Saved(
             step=0,
             position=0,
-            data=self.stream.summary.digest,
+            data=self.data,
             case={key: _plain(value) for key, value in self._asked().items()},
             versions={name: version(name) for name in ("shardwise", "torch")},
             parameters=self.parameters,
@@ -149,8 +157,7 @@ class Run:
         from shardwise.core.option import options_of
 
         own = {asked.key: getattr(self.options, asked.field) for asked in options_of(TrainOptions)}
-        how_told = ("resume", "restarts", "timeout", "verify", "predict", "machine", "device")
-        return {key: value for key, value in (self.case.values() | own).items() if key not in how_told}
+        return {key: value for key, value in (self.case.values() | own).items() if key not in _BESIDE}
 
     def live(self, record: StepRecord) -> Live:
         """A step beside what was predicted of it."""
@@ -179,10 +186,11 @@ class Run:
             options=replace(self.options, resume=resume),
             saved=self.saved(),
             checkpoints=str(folder / CHECKPOINTS),
+            documents=case.text.documents,
         )
         results = run_ranks(
             "shardwise.verbs.train.ranks:run",
-            pack(job, self.stream),
+            pack(job, self.tokens),
             world_size=case.mesh.world_size,
             device_type=self.device_type,
             timeout_s=self.options.timeout,
@@ -193,6 +201,23 @@ class Run:
         if not is_main():
             return Result(Ended.DONE, self.options.steps)  # rank 0 tells how it was
         return msgspec.json.decode(results[0], type=Result)
+
+
+def _check_weights(source: "ModelSource", options: TrainOptions) -> None:
+    """Raises InputError for weights to read or write that can't be."""
+    from shardwise.models.hugging_face import HuggingFaceModel
+    from shardwise.train.weights.reading import files_of
+
+    for flag, folder in (("--weights", options.weights), ("--write-weights", options.write_weights)):
+        if folder is not None and not isinstance(source, HuggingFaceModel):
+            raise OptionError(
+                f"{flag} {folder}: {source.name} isn't a Hugging Face model, so its weights have no names "
+                "there. Use --model hf:PATH, or leave it out: checkpoints hold them too."
+            )
+    if options.weights is not None:
+        files_of(Path(options.weights))
+    if options.write_weights is not None and Path(options.write_weights).exists():
+        raise OptionError(f"--write-weights {options.write_weights}: is there already. Name another folder.")
 
 
 def _plain(value: object) -> Value:
