@@ -50,6 +50,7 @@ from shardwise.core.prediction_run import PredictionRun
 from shardwise.core.rule import RuleRef
 from shardwise.core.search import Search
 from shardwise.core.sweep import Sweep
+from shardwise.core.training import Training
 from shardwise.core.verification import VerificationRun
 from shardwise.files.document import read_document, worked_out, write_document
 from shardwise.models import specs
@@ -315,6 +316,21 @@ def search_json_reference() -> str:
         "shardwise search --model llama3-70b --devices 64 --json | jq -r '.is_proved, .gap, (.found[] | "
         "[.candidate.label, .step_s, .is_tie] | @tsv)'",
         [Search],
+    )
+
+
+def train_json_reference() -> str:
+    """The fields of `shardwise train --json`."""
+    return _json_reference(
+        "train",
+        [
+            "`shardwise train --json` prints one Training when the run has ended; `steps.jsonl` in its",
+            "folder has a StepRecord a line, as steps are done. Losses are in nats, times in seconds,",
+            "sizes in bytes. Fields that a reader doesn't know are to be ignored. Exit code 1: nothing was",
+            "trained, for the plan is wrong or doesn't fit; 4: the run was asked to stop, and has saved.",
+        ],
+        "jq -r '[.step, .loss, .validation_loss] | @tsv' run/steps.jsonl",
+        [Training],
     )
 
 
@@ -622,6 +638,7 @@ def main() -> int:
         DOCS / "verify-json.md": verify_json_reference(),
         DOCS / "predict-json.md": predict_json_reference(),
         DOCS / "search-json.md": search_json_reference(),
+        DOCS / "train-json.md": train_json_reference(),
         DOCS / "plan-json.md": plan_json_reference(),
         DOCS / "export-json.md": export_json_reference(),
     }

@@ -46,6 +46,7 @@ _API = (
     "search",
     "sweep",
     "tokens",
+    "train",
     "verify",
 )
 _LAZY = {
@@ -81,6 +82,7 @@ __all__ = [
     "search",
     "sweep",
     "tokens",
+    "train",
     "verify",
     "watch",
 ]

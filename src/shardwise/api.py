@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from shardwise.core.search import Search
     from shardwise.core.sweep import Sweep
     from shardwise.core.token_folder import TokenFolder
+    from shardwise.core.training import Training
     from shardwise.core.verification import VerificationRun
 
 Answer = TypeVar("Answer")
@@ -210,6 +211,25 @@ def search(case: Case, *, progress: Progress = silent, **options: Any) -> "Resul
 
     with _no_script():
         return Result(run(case, _made(SearchOptions, options), progress))
+
+
+def train(case: Case, out: str | Path, *, progress: Progress = silent, **options: Any) -> "Result[Training]":
+    """Trains the case's model under its first plan, with the folder `out`; with resume=True goes on from its
+    newest checkpoint. answer.ended says how it went; steps.jsonl has every step."""
+    from shardwise.core.training import TrainOptions
+    from shardwise.files.run_folder import RunFolder
+    from shardwise.verbs.train import train as run
+
+    def open_folder(goes_on: bool) -> RunFolder:
+        if goes_on:
+            return RunFolder.again(Path(out))
+        return RunFolder(Path(out), "train", datetime.now(UTC), has_events=False)
+
+    with _no_script():
+        done = run(case, _made(TrainOptions, options), progress, open_folder=open_folder)
+    if done is None:
+        raise OptionError("train: of torchrun's ranks the first one has the answer. Use the command there.")
+    return Result(done)
 
 
 def calibrate(*, device: str = "auto", progress: Progress = silent, **options: Any) -> "Result[Calibration]":

@@ -1,7 +1,7 @@
 """The command `shardwise`: puts the commands together, and turns errors into one line and an exit code.
 
-0 fine; 1 the answer is "no"; 2 the user's input is wrong; 3 a rank died or the run could not go on; 130
-Ctrl-C."""
+0 fine; 1 the answer is "no"; 2 the user's input is wrong; 3 a rank died or the run could not go on; 4 train
+was asked to stop, and has saved; 130 Ctrl-C."""
 
 import gc
 import importlib
@@ -23,7 +23,7 @@ from shardwise.core.errors import InputError, ShardwiseError
 if TYPE_CHECKING:
     from shardwise.cli.asked import Command
 
-VERBS = ("plan", "compare", "explain", "verify", "diff", "predict", "export", "calibrate")
+VERBS = ("search", "plan", "compare", "explain", "verify", "diff", "predict", "train", "export", "calibrate")
 _CTRL_C = 128 + signal.SIGINT
 # new objects between two looks for garbage; with Python's 700, a tenth of importing PyTorch's time goes there
 _FEW_COLLECTIONS = 200_000

@@ -35,6 +35,7 @@ from shardwise.core.prediction_run import PredictionRun
 from shardwise.core.rule import RuleRef
 from shardwise.core.search import Search
 from shardwise.core.sweep import Sweep
+from shardwise.core.training import Training
 from shardwise.core.verification import VerificationRun
 
 SCHEMA_VERSION = 1
@@ -49,6 +50,7 @@ SAVED = {
     PredictionRun: ("predict", "prediction"),
     Sweep: ("predict", "sweep"),
     Search: ("search", "search"),
+    Training: ("train", "training"),
     MadePlan: ("plan", "made plan"),
     Export: ("export", "export"),
     Dims: ("explain", "dims"),
