@@ -96,6 +96,7 @@ bench: $(READY) ## the benchmarks; writes benchmarks/results and the tables in t
 	$(BIN)/python -m benchmarks.context
 	$(BIN)/python -m benchmarks.pipeline
 	$(BIN)/python -m benchmarks.watch
+	$(BIN)/python -m benchmarks.checkpoints
 	$(BIN)/python -m benchmarks.museum
 	$(BIN)/python -m benchmarks.traces
 	$(BIN)/python -m benchmarks.calibrated

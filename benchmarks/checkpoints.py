@@ -54,9 +54,9 @@ class Settings:
 
     model: str = "llama3-debug"
     batch: int = 4
-    seq: int = 128
-    steps: int = 6
-    rounds: int = 7
+    seq: int = 32
+    steps: int = 8
+    rounds: int = 11
     warm_ups: int = 1
     seed: int = 0
 
@@ -207,8 +207,8 @@ def measure(settings: Settings) -> Result:
             compare(sides, WAITED, DCP, None, is_cost=True),
         ),
         notes=(
-            "All that a save beside costs: so many steps with one, less as many alone, in the same round; the "
-            "two ranks have the machine's two cores, so the thread that hashes and writes takes their time.",
+            "All that a save beside costs: so many steps with one, less as many alone, in the same round. "
+            "Ranks have all of the cores, so the thread that hashes and writes takes their time.",
             "dcp.save writes no digests.",
         ),
     )

@@ -5,15 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from shardwise.core.mesh import Mesh
 from shardwise.launch import run_ranks
-from tests.distributed.checkpoint_cases import CASES, MOMENTS, Case, folder_of, known, taken_from
+from shardwise.train.checkpoints import Checkpoints
+from tests.distributed.checkpoint_cases import CASES, MOMENTS, Case, folder_of, known, saved, taken_from
 from tests.distributed.checkpoint_workers import STEP
 
 WORKERS = "tests.distributed.checkpoint_workers"
@@ -33,23 +32,12 @@ def answers(folder: Path) -> list[Any]:
 
 
 def whole_tensors(step: Path) -> dict[str, Tensor]:
-    """As docs/checkpoints.md reads one, without Shardwise."""
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "U8": torch.uint8, "I64": torch.int64}
-    found = {}
-    for name, entry in json.loads((step / "index.json").read_text()).items():
-        whole = (
-            torch.full(entry["shape"], -7, dtype=dtypes[entry["dtype"]])
-            if entry["dtype"] != "U8"
-            else (torch.zeros(entry["shape"], dtype=torch.uint8))
-        )
-        for part in entry["parts"]:
-            rows = [
-                np.concatenate([np.arange(a, a + n * s, s) for a, n, s in runs]) for runs in part["place"]
-            ]
-            with safe_open(step / f"rank-{part['file']}.safetensors", "pt") as file:
-                whole[np.ix_(*rows)] = file.get_tensor(name)
-        found[name] = whole
-    return found
+    """As docs/checkpoints.md reads one without Shardwise."""
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    code = next(part for part in page.split("```")[1::2] if "def tensors" in part)
+    names: dict[str, Any] = {}
+    exec(code.removeprefix("python"), names)
+    return dict(names["tensors"](step))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -68,6 +56,22 @@ def test_a_saved_tensor_is_whole_and_in_the_model_s_own_order(
             assert torch.equal(found[f"optimizer/{name}/{key}"], whole * times + plus), (name, key)
         assert found[f"optimizer/{name}/step"] == STEP
     assert {name.split("/")[1] for name in found if name.startswith("model/")} >= set(names)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_one_process_takes_up_what_four_ranks_saved(case: Case, folder: Path, answers: list[Any]) -> None:
+    model = case.source.build(dtype=torch.float64, device="cpu")
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoints = Checkpoints(folder_of(folder, case))
+    assert checkpoints.restore(checkpoints.newest(), model, optimizer) == saved(STEP)
+    assert len(checkpoints.lines()) == 1
+    for name, parameter in model.named_parameters():
+        whole = torch.empty_like(parameter.detach())
+        known(name, whole)
+        assert torch.equal(parameter, whole), name
+        for key, (times, plus) in MOMENTS.items():
+            assert torch.equal(optimizer.state[parameter][key], whole * times + plus), (name, key)
+        assert optimizer.state[parameter]["step"] == STEP
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -3,8 +3,8 @@ order.
 
 A parameter that is kept in another order than a DTensor's shards say (an interleaved table, a weight cut in
 pieces) is given back in its own (an all-to-all of its parts; all ranks must call it) and taken in it, so
-checkpoints know nothing of plans. An optimizer's state follows the parameter as it is kept: resume it with
-the same plan and tp size.
+checkpoints know nothing of plans. An optimizer's own state_dict() has its state as the parameter is kept, for
+the same plan and tp size; train/checkpoints/ saves that in the model's own order too.
 """
 
 from collections.abc import Mapping
