@@ -19,7 +19,7 @@ STOPPED = 4
 @command(
     Command(
         TrainOptions,
-        shared=(*RUN, "machine"),
+        shared=(*RUN, "documents", "machine"),
         defaults={
             "plans": Shown(DEFAULT_PLAN),
             "model": "llama3-debug",
