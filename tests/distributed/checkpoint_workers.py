@@ -82,8 +82,18 @@ def run(context: RankContext, payload: bytes) -> bytes:
         lines[case.name] = list(checkpoints.lines())
     context.note("saves where one rank can't")
     full = _where_one_rank_can_t(folder / "full", context.rank)
+    context.note("saves where one rank has another folder")
+    full += _where_one_rank_is_elsewhere(folder / "elsewhere", context.rank)
     context.note("goes on where dropout is on")
     return json.dumps([answer, lines, full, _goes_on(folder / "dropout")]).encode()
+
+
+def _where_one_rank_is_elsewhere(folder: Path, rank: int) -> list[object]:
+    """What ranks are told where rank 3 sees none of what the others do."""
+    model, optimizer = built(CASES[0])
+    checkpoints = Checkpoints(folder / "another host" if rank == 3 else folder)
+    checkpoints.save(1, model, optimizer, saved(1), wait=True)
+    return [*checkpoints.lines(), checkpoints.newest().path]
 
 
 def _goes_on(folder: Path) -> dict[str, list[list[float]]]:

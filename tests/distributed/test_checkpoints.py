@@ -100,7 +100,17 @@ def test_a_save_that_fails_on_one_rank_is_told_on_all_and_the_next_one_works(
         "Earlier ones stay."
     )
     for _, _, found, _ in answers:
-        assert found == [True, "step-1", False, "step-1", line, True, "step-3"]
+        assert found[:-2] == [True, "step-1", False, "step-1", line, True, "step-3"]
+
+
+def test_a_folder_that_hosts_don_t_share_is_told(folder: Path, answers: list[Any]) -> None:
+    partial = folder / "elsewhere" / "another host" / "step-1.partial"
+    for _, _, found, _ in answers:
+        assert found[-2:] == [
+            f"The checkpoint of step 1 wasn't saved: rank 3 doesn't see {partial}, which rank 0 has made: "
+            "use a folder that all hosts share. Earlier ones stay.",
+            None,
+        ]
 
 
 def test_a_run_with_dropout_goes_on_bit_for_bit(answers: list[Any]) -> None:

@@ -2,6 +2,7 @@
 save that fails, or a death in the middle of one, leaves."""
 
 import json
+import os
 import random
 import resource
 import subprocess
@@ -210,6 +211,11 @@ def _stale_digest(step: Path) -> None:
     (step / "manifest.json").write_text(text.replace('"position":8', '"position":9'))
 
 
+def _never_ends(step: Path) -> None:
+    (step / "manifest.json").unlink()
+    os.mkfifo(step / "manifest.json")
+
+
 def _no_json(step: Path) -> None:
     (step / "manifest.json").write_text("[" * 100_000)
 
@@ -229,6 +235,7 @@ FAULTS: dict[Callable[[Path], None], str] = {
     _escapes: 'step-2: manifest.json lists the name "../../etc/passwd".',
     _negative: "step-2: manifest.json can't be read: checkpoint: position is -1. It can't be below 0.",
     _stale_digest: "step-2: manifest.json isn't what was written: its digest is another one.",
+    _never_ends: "step-2: manifest.json is no plain file.",
     _no_json: "step-2: manifest.json can't be read: ",
 }
 
@@ -337,7 +344,7 @@ LIES: dict[Callable[[dict[str, Any]], None], str] = {
     _exchanged: "is of another model: model/up.bias is [4, 4] in it, here [16]. Use",
     _gone: "is of another model: it has no model/norm.running_mean. Use",
     _more: "is of another model: the model has no model/down.weight. Use",
-    _moment: "checkpoint: optimizer/up.weight/exp_avg is [128] and up.weight is [16, 8]. Use the optimizer",
+    _moment: "step-2: optimizer/up.weight/exp_avg is [128] and up.weight is [16, 8]. Use the optimizer",
 }
 
 

@@ -8,6 +8,7 @@ second save waits for the first, so that all ranks save the same steps without a
 
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,13 +188,15 @@ class Checkpoints:
         if failed is not None:
             raise CheckpointError(failed)
         if self._shares is None or any(every):
-            gathered = self._talk.gather_as(list[Claim], claims)
+            # names and places repeat themselves: of 0.4 MB 14 kB are left
+            every_rank = map(zlib.decompress, self._talk.gather(zlib.compress(told_now, 1)))
+            gathered = [msgspec.json.decode(each, type=list[Claim]) for each in every_rank]
             self._shares, self._claims = shared_out(gathered, self._talk.rank), told_now
         return self._shares
 
     def _write(self, saved: Saved, shares: Shares, begun: float) -> None:
         try:
-            why, size = self._written(saved, shares.entries)
+            why, size = self._written(saved, shares.index)
         except Exception as error:  # a rank that is gone, or what nobody thought of: training goes on
             why, size = told(error), 0
         self._outcomes.append(Outcome(saved.step, why, size, time.monotonic() - begun))
@@ -202,7 +205,7 @@ class Checkpoints:
                 f"The checkpoint of step {saved.step} wasn't saved: {why.rstrip('.')}. Earlier ones stay."
             )
 
-    def _written(self, saved: Saved, entries: dict[str, Entry]) -> tuple[str | None, int]:
+    def _written(self, saved: Saved, index: bytes) -> tuple[str | None, int]:
         """(what went wrong, bytes of all files)."""
         talk, partial = self._talk, partial_of(self._folder, saved.step)
         leads = talk.rank == 0
@@ -213,13 +216,18 @@ class Checkpoints:
         own = _Written()
         try:
             own = _Written(write_file(partial, file_of(talk.rank), self._buffer.pieces))
+        except FileNotFoundError:
+            own = _Written(
+                problem=f"rank {talk.rank} doesn't see {partial}, which rank 0 has made: use a folder that "
+                "all hosts share"
+            )
         except OSError as error:
             own = _Written(problem=f"rank {talk.rank} can't write {partial}: {error.strerror}")
         every = talk.gather_as(_Written, own)
         files = tuple(each.file for each in every if each.file is not None)
         problem = next((each.problem for each in every if each.problem is not None), None)
         if leads and problem is None:
-            problem = _tried(lambda: publish(self._folder, saved, self._mesh, files, entries), partial)
+            problem = _tried(lambda: publish(self._folder, saved, self._mesh, files, index), partial)
         if leads and problem is not None:
             give_up(self._folder, saved.step)
         problem = talk.first_problem(problem)

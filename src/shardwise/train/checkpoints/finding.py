@@ -99,6 +99,8 @@ def looked_at(path: Path) -> Manifest:
     if step is None or not path.is_dir() or path.is_symlink():
         raise CheckpointError("is no folder that Shardwise named")
     try:
+        if not stat.S_ISREG((path / MANIFEST).lstat().st_mode):
+            raise CheckpointError(f"{MANIFEST} is no plain file")
         with (path / MANIFEST).open("rb") as opened:
             document = opened.read(_LARGEST_MANIFEST)
     except FileNotFoundError:

@@ -7,17 +7,7 @@ from pathlib import Path
 
 from shardwise.core.training import Saved
 from shardwise.train.checkpoints.finding import PARTIAL, REMOVED, folder_of, misfit
-from shardwise.train.checkpoints.form import (
-    FORMAT,
-    INDEX,
-    MANIFEST,
-    VERSION,
-    Entry,
-    File,
-    Manifest,
-    write_index,
-    write_manifest,
-)
+from shardwise.train.checkpoints.form import FORMAT, INDEX, MANIFEST, VERSION, File, Manifest, write_manifest
 from shardwise.train.checkpoints.writing import fsync_folder, write_file
 
 
@@ -33,17 +23,15 @@ def begin(folder: Path, step: int) -> None:
     partial_of(folder, step).mkdir()
 
 
-def publish(
-    folder: Path, saved: Saved, mesh: str, files: tuple[File, ...], entries: dict[str, Entry]
-) -> str | None:
+def publish(folder: Path, saved: Saved, mesh: str, files: tuple[File, ...], index: bytes) -> str | None:
     """Makes the files that all ranks have written a checkpoint. Returns what is wrong with them, if
     something is. Raises OSError."""
     partial, final = partial_of(folder, saved.step), folder / folder_of(saved.step)
     problem = next(filter(None, (misfit(partial, file) for file in files)), None)
     if problem is not None:
         return f"{problem}, as rank 0 sees it. Use a folder that all hosts share"
-    index = write_file(partial, INDEX, [write_index(entries)])
-    manifest = Manifest(FORMAT, VERSION, saved, mesh, len(files), (index, *files))
+    every = (write_file(partial, INDEX, [index]), *files)
+    manifest = Manifest(FORMAT, VERSION, saved, mesh, len(files), every)
     write_file(partial, MANIFEST, [write_manifest(manifest)])
     fsync_folder(partial)
     before = final.with_name(final.name + REMOVED)

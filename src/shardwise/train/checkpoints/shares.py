@@ -11,7 +11,7 @@ import msgspec
 
 from shardwise.core.errors import CheckpointError
 from shardwise.core.shown import shown
-from shardwise.train.checkpoints.form import Entry, Part, dtype_name, is_covered
+from shardwise.train.checkpoints.form import Entry, Part, dtype_name, is_covered, write_index
 from shardwise.train.checkpoints.places import Place, sizes_of
 from shardwise.train.checkpoints.state import Held
 
@@ -37,9 +37,9 @@ class Claim(msgspec.Struct, frozen=True, array_like=True):
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """entries: the index of the whole state. own: what this rank writes."""
+    """index: of the whole state, as the file has it; rank 0 writes it. own: what this rank writes."""
 
-    entries: dict[str, Entry]
+    index: bytes
     own: frozenset[str]
 
 
@@ -74,4 +74,5 @@ def shared_out(claims: Sequence[Sequence[Claim]], rank: int) -> Shares:
                 "ranks of the run."
             )
         entries[name] = Entry(claim.dtype, claim.shape, tuple(parts))
-    return Shares(entries, frozenset(own))
+    # encoded once, for a large model's takes a second in which nothing else of the process runs
+    return Shares(write_index(entries) if rank == 0 else b"", frozenset(own))

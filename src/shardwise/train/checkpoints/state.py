@@ -104,7 +104,7 @@ def fresh_state(
                 value = torch.zeros((), dtype=dtype, device=device)
             else:
                 raise CheckpointError(
-                    f"checkpoint: {OPTIMIZER}/{name}/{key} is {shown(list(shape))} and {name} is "
+                    f"{OPTIMIZER}/{name}/{key} is {shown(list(shape))} and {name} is "
                     f"{list(parameter.shape)}. Use the optimizer that the checkpoint was made with."
                 )
             optimizer.state[parameter][key] = value
