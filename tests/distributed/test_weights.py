@@ -73,6 +73,8 @@ def test_transformers_reads_the_trained_weights_and_gives_our_logits(
     for rank, answer in enumerate(answers):
         assert answer[name]["after"] == pytest.approx(after, rel=CLOSE)
         assert answer[name]["after"] != pytest.approx(answer[name]["losses"][0], rel=1e-3)
+        if answer[name]["logits"] is None:
+            continue  # a stage has none
         logits = torch.tensor(answer[name]["logits"], dtype=torch.float64)
         shard = whole_BSV.chunk(2)[rank // 2]
         if logits.shape[-1] < shard.shape[-1]:
