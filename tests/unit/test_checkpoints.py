@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -419,6 +420,37 @@ def test_a_save_that_can_t_be_written_leaves_the_earlier_one_and_the_next_one_wo
     checkpoints.save(3, model, optimizer, saved(3), wait=True)
     assert checkpoints.lines() == ()
     assert checkpoints.newest().path == tmp_path / "step-3"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_the_next_save_works(small_disk: Path) -> None:
+    folder = small_disk / "checkpoints"
+    checkpoints, model = Checkpoints(folder), model_of(width=64)
+    optimizer = trained(model)
+    checkpoints.save(1, model, optimizer, saved(1), wait=True)
+    (small_disk / "other").write_bytes(bytes(850_000))
+    checkpoints.save(2, model, optimizer, saved(2), wait=True)
+    assert checkpoints.lines() == (
+        f"The checkpoint of step 2 wasn't saved: rank 0 can't write {folder / 'step-2.partial'}: No space "
+        "left on device. Earlier ones stay.",
+    )
+    assert checkpoints.newest().path == folder / "step-1"
+    (small_disk / "other").unlink()
+    checkpoints.save(3, model, optimizer, saved(3), wait=True)
+    assert checkpoints.newest().path == folder / "step-3"
 
 
 def test_a_folder_that_can_t_be_made_is_told_and_training_goes_on(tmp_path: Path) -> None:
