@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from shardwise.core.errors import ModelError, RunError
 from shardwise.core.training import Saved
@@ -96,6 +97,15 @@ def test_weights_of_other_sizes_are_refused_with_both(folder: Path) -> None:
     )
     with pytest.raises(ModelError, match=r"it is \[32, 16\], and the model's is \[40, 16\]"):
         read_weights(folder, other.build(dtype=torch.float32, device="cpu"), other)
+
+
+def test_quantized_weights_are_refused_for_they_mean_nothing_without_their_scales(folder: Path) -> None:
+    file = json.loads((folder / INDEX).read_text())["weight_map"]["model.norm.weight"]
+    tensors = load_file(folder / file)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, folder / file, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.norm\.weight can't be read: it is of F8_E4M3, quantized"):
+        read_weights(folder, SOURCE.build(dtype=torch.bfloat16, device="cpu"), SOURCE)
 
 
 def test_what_the_model_lacks_is_refused_and_what_it_has_no_use_for_is_named(folder: Path) -> None:

@@ -15,11 +15,13 @@ from torch import nn
 from shardwise.core.errors import ModelError
 from shardwise.core.shown import shown
 from shardwise.models.hugging_face import HuggingFaceModel
+from shardwise.train.checkpoints.form import DTYPES
 from shardwise.train.checkpoints.reading import in_short, put_part, read_part
 from shardwise.train.checkpoints.state import MODEL, Held, of_model
 from shardwise.train.weights.names import Group, groups_of
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_PLAIN_DTYPES = {"F64", "F32", "F16", "BF16"}
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
 
 
@@ -102,16 +104,19 @@ def _fill(group: Group, opened: Callable[[str], Any], left: dict[str, Held], who
         held = left.pop(group.target, None)
         if held is not None:
             (_, name), *_ = group.sources
-            _check(held, tuple(opened(name).get_slice(name).get_shape()))
+            there = opened(name).get_slice(name)
+            _check(held, tuple(there.get_shape()), there.get_dtype())
             read_part(held, opened(name), name)
         return
     if _is_elsewhere(group.target, left):
         return
     tensors = {name: opened(name).get_tensor(name) for _, name in group.sources}
+    for tensor in tensors.values():
+        _refuse_quantized(DTYPES.get(tensor.dtype, ""))
     for name, tensor in group.convert(tensors, whole).items():
         held = left.pop(name, None)
         if held is not None:
-            _check(held, tuple(tensor.shape))
+            _check(held, tuple(tensor.shape), DTYPES.get(tensor.dtype, ""))
             put_part(held, tensor)
 
 
@@ -121,6 +126,16 @@ def _is_elsewhere(target: str, left: Mapping[str, Held]) -> bool:
     return not any(name.rpartition(".")[0].startswith(module.rpartition(".")[0]) for name in left)
 
 
-def _check(held: Held, shape: tuple[int, ...]) -> None:
+def _check(held: Held, shape: tuple[int, ...], dtype: str) -> None:
+    if held.local.is_floating_point():
+        _refuse_quantized(dtype)
     if shape != held.shape:
         raise ValueError(f"it is {list(shape)}, and the model's is {list(held.shape)}.")
+
+
+def _refuse_quantized(dtype: str) -> None:
+    """Numbers that mean something with their scales only."""
+    if dtype not in _PLAIN_DTYPES:
+        raise ValueError(
+            f"it is of {dtype or 'another dtype'}, quantized. Use weights in bfloat16 or float32."
+        )
