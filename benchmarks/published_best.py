@@ -2,7 +2,8 @@
 search` picks there: both as predicted, by the same machine file and the same assumptions.
 
     python -m benchmarks.published_best            all; writes benchmarks/results/DATE-published-best.json
-    python -m benchmarks.published_best 405B       those whose name has this in it; prints, writes nothing
+    python -m benchmarks.published_best 405B       those whose name has this in it; the others stay as the
+                                                   newest file has them
 
 Theirs is the best that is left when their degrees and their micro-batch are fixed: so what isn't published
 (recompute, styles, chunks) is no handicap. Where their trainer shards the optimizer's state alone (ZeRO-1),
@@ -15,8 +16,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.published_best_results import Pick, Row, Run, told
-from benchmarks.results import now
+from benchmarks.published_best_results import WHAT, Pick, Row, Run, reason
+from benchmarks.results import newest, now
 from shardwise.core.case import Case
 from shardwise.core.errors import ShardwiseError
 from shardwise.core.search import Search
@@ -78,21 +79,30 @@ PUBLISHED = (
 
 def main(arguments: Sequence[str] = ()) -> int:
     """Runs the searches; returns the exit code."""
-    started, found = now(), []
-    for each in PUBLISHED:
-        if not arguments or arguments[0].lower() in each.name.lower():
-            found.append(compared(each))
-            run = Run(COMMAND, started.isoformat(timespec="seconds"), SECONDS, tuple(found))
-            if not arguments:  # what was found stays, should the rest be stopped
-                print(f"{each.name}: wrote {run.write()}", flush=True)
-    if found:
-        print(told(run))
+    started, asked = now(), arguments[0].lower() if arguments else ""
+    chosen = [each for each in PUBLISHED if asked in each.name.lower()]
+    found = _kept() if asked else {}
+    for each in chosen:
+        found[each.name] = compared(each)
+        compared_rows = tuple(found[one.name] for one in PUBLISHED if one.name in found)
+        run = Run(COMMAND, started.isoformat(timespec="seconds"), SECONDS, compared_rows)
+        # what was found stays, should the rest be stopped
+        print(f"{each.name}: wrote {run.write()}", flush=True)
+        print("\n".join(reason(found[each.name])))
     return 0
+
+
+def _kept() -> dict[str, Row]:
+    """Those of the newest file, by name."""
+    try:
+        return {row.name: row for row in newest(Run, WHAT).rows}
+    except FileNotFoundError:
+        return {}
 
 
 def compared(published: Published) -> Row:
     ours = _pick(_search(published, published.free))
-    theirs, why_not = None, ""
+    theirs, why_not = None, "nothing was found in time"
     try:
         theirs = _pick(_search(published, published.fix, is_theirs=True))
     except ShardwiseError as error:
@@ -143,9 +153,9 @@ def _search(published: Published, fix: Sequence[str], *, is_theirs: bool = False
     return search(case, options)
 
 
-def _pick(found: Search) -> Pick:
+def _pick(found: Search) -> Pick | None:
     if not found.found:
-        raise ShardwiseError("nothing was found in time")
+        return None
     best = found.found[0]
     return Pick(
         f"{best.candidate.short_mesh}, {rows.step_text(best.candidate)}",

@@ -38,14 +38,16 @@ class Row:
     theirs: str
     measured: str
     command: str
-    our_pick: Pick
+    our_pick: Pick | None
     their_pick: Pick | None
     why_not: str
 
     @property
     def ratio(self) -> float | None:
         """Of predicted steps, theirs over ours."""
-        return self.their_pick.step_s / self.our_pick.step_s if self.their_pick is not None else None
+        if self.their_pick is None or self.our_pick is None:
+            return None
+        return self.their_pick.step_s / self.our_pick.step_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +81,10 @@ def told(run: Run) -> str:
             cell(row.theirs),
             row.measured,
             format_seconds(row.their_pick.step_s) if row.their_pick is not None else "doesn't fit",
-            cell(row.our_pick.label),
-            format_seconds(row.our_pick.step_s),
+            cell(row.our_pick.label) if row.our_pick is not None else "none in time",
+            format_seconds(row.our_pick.step_s) if row.our_pick is not None else "",
             f"{row.ratio:.2f}" if row.ratio is not None else "",
-            _gap(row.our_pick),
+            _gap(row.our_pick) if row.our_pick is not None else "",
         ]
         for row in run.rows
     ]
@@ -95,6 +97,12 @@ def reason(row: Row) -> Iterator[str]:
     ours, theirs = row.our_pick, row.their_pick
     if theirs is None:
         yield f"**{cell(row.name)}**: theirs can't be by our prediction: {cell(row.why_not)}"
+        return
+    if ours is None:
+        yield (
+            f"**{cell(row.name)}**: our search had found nothing when its time was over: the space is large, "
+            "and each piece of such a model takes seconds to trace."
+        )
         return
     more_s = theirs.step_s - ours.step_s
     if abs(more_s) < APART * ours.step_s:

@@ -64,3 +64,7 @@ def test_what_is_within_a_tenth_needs_no_reason_and_what_can_not_be_says_why() -
     assert "shorter: our search hadn't come to it when its time was over" in faster
     (absent,) = reason(replace(ROW, their_pick=None, why_not="no plan fits"))
     assert absent.endswith("theirs can't be by our prediction: no plan fits")
+    (late,) = reason(replace(ROW, our_pick=None))
+    assert "our search had found nothing when its time was over" in late
+    run = Run("python -m it", "2026-01-01T00:00:00", 120.0, (replace(ROW, our_pick=None),))
+    assert "| 12.0 s | none in time |  |  |  |" in told(run)
