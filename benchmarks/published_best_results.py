@@ -1,11 +1,13 @@
 """What others published as their best configuration, beside what a search picks, as data: their file, and the
 table of docs/search.md. No torch, no processes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import published_results
 from benchmarks.hf_results import cell, table
+from benchmarks.published_results import Predicted
 from benchmarks.results import RESULTS, Saved, newest
 from shardwise.report.common.units import format_bytes, format_seconds
 
@@ -70,16 +72,22 @@ def newest_blocks(folder: Path = RESULTS) -> dict[str, str]:
         f"\nSource: `benchmarks/results/{run.day}-{run.what}.json`, made by `{run.command}`: each search was "
         f"given {run.seconds_each:g} s, on a busy machine."
     )
-    return {f"benchmark-{WHAT}": f"{told(run)}{source}\n"}
+    published = published_results.newest_run()
+    source += f" As run: `benchmarks/results/{published.day}-{published.what}.json`."
+    return {f"benchmark-{WHAT}": f"{told(run, published.rows)}{source}\n"}
 
 
-def told(run: Run) -> str:
-    head = ["", "their best", "measured", "predicted", "our pick", "predicted", "theirs over ours", "our gap"]
+def told(run: Run, published: Sequence[Predicted] = ()) -> str:
+    """published: rows as they were run, by benchmarks/published.py; where one has a measured step, its
+    prediction stands beside it."""
+    head = ["", "their best", "measured", "predicted as run", "predicted in our space"]
+    head += ["our pick", "predicted", "theirs over ours", "our gap"]
     rows = [
         [
             cell(row.name),
             cell(row.theirs),
             row.measured,
+            _as_run(row, published),
             format_seconds(row.their_pick.step_s) if row.their_pick is not None else "doesn't fit",
             cell(row.our_pick.label) if row.our_pick is not None else "none in time",
             format_seconds(row.our_pick.step_s) if row.our_pick is not None else "",
@@ -89,7 +97,7 @@ def told(run: Run) -> str:
         for row in run.rows
     ]
     reasons = "".join(f"- {line}\n" for row in run.rows for line in reason(row))
-    return f"{table(head, rows, numbers=(3, 5, 6, 7))}\n{reasons}\n{_sources(run)}\n"
+    return f"{table(head, rows, numbers=(3, 4, 6, 7, 8))}\n{reasons}\n{_sources(run)}\n"
 
 
 def reason(row: Row) -> Iterator[str]:
@@ -122,6 +130,16 @@ def reason(row: Row) -> Iterator[str]:
         f"({', '.join(named)}), with {format_bytes(theirs.device_bytes)} of a device where our pick has "
         f"{format_bytes(ours.device_bytes)}."
     )
+
+
+def _as_run(row: Row, published: Sequence[Predicted]) -> str:
+    """Of the published row with the same GPUs and measured step, from the same source's table."""
+    found = {
+        format_seconds(each.predicted_s)
+        for each in published
+        if f"{each.measured_s:.2f} s" == row.measured and f" {each.gpus} " in row.name
+    }
+    return found.pop() if len(found) == 1 else ""
 
 
 def _gap(pick: Pick) -> str:

@@ -7,10 +7,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import search_results
+from benchmarks import published_results, search_results
 from benchmarks.published_best_results import Pick, Row, Run, newest_blocks, reason, told
 from benchmarks.search import Memory
 from benchmarks.search_results import SearchRun
+from shardwise.report.common.units import format_seconds
 from tests.e2e.command import PATIENCE_S
 
 RUN = SearchRun("8B", "shardwise search", 12.0, 10.0, 8, 47, 37, 0.0, 20.9, 2**27)
@@ -48,11 +49,15 @@ def test_the_memory_of_a_process_and_of_its_child_is_read_while_they_run() -> No
 
 def test_theirs_stands_beside_ours_with_the_terms_that_differ(tmp_path: Path) -> None:
     run = Run("python -m it", "2026-01-01T00:00:00", 120.0, (ROW,))
-    assert "| 8B, 8 H100 | tp=8 | 13.1 s | 12.0 s | fsdp=8 | 10.0 s | 1.20 | 5% |" in told(run)
+    assert "| 8B, 8 H100 | tp=8 | 13.1 s |  | 12.0 s | fsdp=8 | 10.0 s | 1.20 | 5% |" in told(run)
     assert list(reason(ROW)) == [
         "**8B, 8 H100**: by our prediction theirs takes 20 % longer (1.90 s more pipeline bubble), with 40.0 "
         "GiB of a device where our pick has 40.0 GiB."
     ]
+    known = replace(published_results.newest_run().rows[0], measured_s=13.1, gpus=8)
+    as_run = replace(ROW, measured="13.10 s")
+    text = told(replace(run, rows=(as_run,)), [known, replace(known, gpus=64)])
+    assert f"| 13.10 s | {format_seconds(known.predicted_s)} | 12.0 s |" in text
     run.write(tmp_path)
     assert "busy machine" in newest_blocks(tmp_path)["benchmark-published-best"]
     assert newest_blocks(tmp_path / "none") == {}
