@@ -14,6 +14,7 @@ from shardwise.core.training import Saved
 from shardwise.models.hugging_face import HuggingFaceModel, find_hugging_face
 from shardwise.train.checkpoints import Checkpoints
 from shardwise.train.weights import read_weights, write_weights
+from tests.matrix import thinned
 
 pytest.importorskip("transformers")
 SIZES = "hidden_size=16,intermediate_size=16,num_attention_heads=2,num_key_value_heads=2,vocab_size=32"
@@ -140,3 +141,43 @@ def test_weights_are_read_in_the_dtype_of_the_model_and_written_in_it(
         write_weights(checkpoints.newest(), source, tmp_path / "out")
     with pytest.raises(ModelError, match="is of another model than hf:qwen2"):
         write_weights(checkpoints.newest(), BIASED, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    thinned(
+        # of these files and the model hold experts, and more, in several ways
+        [
+            "qwen3_moe",
+            "gpt_oss",
+            "deepseek_v3",
+            "olmoe",
+            "phimoe",
+            "jamba",
+            "llama4_text",
+            "glm4_moe",
+            "gpt2",
+        ],
+        lambda kind: kind == "qwen3_moe",
+    ),
+)
+def test_weights_of_any_type_come_back_as_transformers_has_them(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    large = find_hugging_face(f"hf:{kind}")
+    source = large.small(2) or large
+    written(source, tmp_path / "in")
+    torch.manual_seed(2)
+    model: Any = source.build(dtype=torch.float32, device="cpu")
+    assert read_weights(tmp_path / "in", model, source) == ()
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    checkpoints.save(1, model, optimizer, Saved(1, 1, "", {}, {}, 1, 1), wait=True)
+    write_weights(checkpoints.newest(), source, tmp_path / "out", file_bytes=2_000_000)
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / way, dtype=torch.float32, local_files_only=True)
+        for way in ("in", "out")
+    )
+    found = after.state_dict()
+    for name, value in before.state_dict().items():
+        assert torch.equal(found[name], value), name
