@@ -262,6 +262,7 @@ _transform_infos = _find("torch.distributed.tensor._redistribute", "_gen_transfo
 _propagator = _find("torch.distributed.tensor._sharding_prop", "ShardingPropagator")
 _fsdp_buffers = _find("torch.distributed.fsdp._fully_shard._fsdp_collectives", "DefaultAllocMixin")
 _placements = _find("torch.distributed.tensor", "placement_types")
+_param_group = _find("torch.distributed.fsdp._fully_shard._fsdp_param_group", "FSDPParamGroup")
 _find("torch.distributed.device_mesh", "DeviceMesh._flatten")
 ALL_TO_ALL = (_placements, "shard_dim_alltoall")
 """Where DTensor swaps the dim that is cut: a gather of everything on a CPU."""
@@ -335,6 +336,12 @@ def forget_meshes() -> None:
     _clear_sharding_cache()
     _transform_infos.cache_clear()
     _dtensor._op_dispatcher.sharding_propagator._propagate_tensor_meta_cached.cache_clear()
+
+
+def name_of_unit(thing: object) -> str:
+    """The name of the module whose parameters FSDP gathers and reduces by this group of its; empty for
+    anything else, and before the first forward."""
+    return (thing._module_fqn or "") if isinstance(thing, _param_group) else ""
 
 
 # ------------------------------------------------------------------------------------------------ pipelines

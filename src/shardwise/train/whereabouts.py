@@ -13,6 +13,8 @@ from types import CodeType, FrameType, TracebackType
 import torch.distributed.distributed_c10d as c10d
 from torch import nn
 
+from shardwise.torch_private import name_of_unit
+
 STILL_S = 2.0
 """How long a phase lasts before it is said where in it the rank is."""
 _LOOK_S = 0.5
@@ -67,9 +69,10 @@ class Whereabouts:
         return (f", in {collective}" if collective else "") + (f", module {module}" if module else "")
 
     def _module(self, frames: list[FrameType]) -> str:
-        """The innermost module of the model that a frame is a method of."""
+        """The innermost module of the model that a frame works for."""
         for frame in frames:
-            name: str | None = self._names.get(id(frame.f_locals.get("self")))
+            owner = frame.f_locals.get("self")
+            name = self._names.get(id(owner)) or name_of_unit(owner)
             if name:
                 return name
         return ""
