@@ -14,6 +14,7 @@ from shardwise.launch.assignment import START_S
 from shardwise.launch.cause import BadEnd, Failure, error_for
 from shardwise.launch.entry import context_of, join_group, load
 from shardwise.launch.mail import Inbox, Kind, Outbox
+from shardwise.launch.meeting import met
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -129,12 +130,13 @@ def _gather(
 
 @functools.cache
 def _rendezvous() -> "Store":
-    """torchrun's store. Cached: without an agent, rank 0 hosts it, and it ends with the last reference."""
+    """The part of torchrun's store for this start of the ranks. Cached: without an agent, rank 0 hosts it,
+    and it ends with the last reference."""
     from torch.distributed.rendezvous import rendezvous
 
     store: Store
-    store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=START_S)))
-    return store
+    store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=START_S)))
+    return met(store, rank, world_size, timeout_s=START_S)
 
 
 def _check_size(world_size: int) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from shardwise.core.batch_part import coordinate, part_of_batch
 from shardwise.core.case import StepSettings
-from shardwise.core.errors import OptionError
+from shardwise.core.errors import NotFiniteError, OptionError
 from shardwise.core.mesh import STAGES_AXIS, Mesh
 from shardwise.core.program import Phase
 from shardwise.core.training import Ended, Saved, StepRecord, TrainOptions, differences
@@ -152,7 +152,11 @@ class Loop:
     def _all_steps(self, feed: Feed) -> Ended:
         options = self._job.options
         while self._done < options.steps:
-            record = self._one_step(feed)
+            try:
+                record = self._one_step(feed)
+            except NotFiniteError:
+                self._close_step()  # the step before it was all right
+                raise
             stops = self._close_step()
             self._begin_close(record)
             if options.validate_every and self._done % options.validate_every == 0:

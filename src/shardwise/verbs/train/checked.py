@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,13 +97,14 @@ class Run:
         check_router_decides(case)
         step = replace(case.step, batch=case.step.batch or BATCH, seq=case.step.seq or SEQ)
         check_seq(step.seq, source)
+        plans = case.plans[:1] or (default_plan(source),)
         ((label, plan),) = load_plans(
-            case.plans[:1] or (default_plan(source),),
+            plans,
             sequence_parallel=case.sequence_parallel,
             context_attention=case.context_attention,
             family=source.family,
         )
-        case = replace(case, step=step, plans=(label,))
+        case = replace(case, step=step, plans=plans)
         case = with_dealt_layers(case, source, plan, case.machine or MACHINE, silent)
         check_stages(case, source)
         check_recompute(case, source)
@@ -156,8 +158,15 @@ class Run:
     def _asked(self) -> dict[str, object]:
         from shardwise.core.option import options_of
 
-        own = {asked.key: getattr(self.options, asked.field) for asked in options_of(TrainOptions)}
+        own: dict[str, object] = {"plans": self._plan_in_short()}
+        own |= {asked.key: getattr(self.options, asked.field) for asked in options_of(TrainOptions)}
         return {key: value for key, value in (self.case.values() | own).items() if key not in _BESIDE}
+
+    def _plan_in_short(self) -> tuple[str, ...]:
+        """Its name, and a digest of its rules: a file may have changed."""
+        from shardwise.parallel.any_plan import text_of
+
+        return self.label, blake2b(text_of(self.plan).encode(), digest_size=4).hexdigest()
 
     def live(self, record: StepRecord) -> Live:
         """A step beside what was predicted of it."""
