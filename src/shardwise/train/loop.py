@@ -161,9 +161,13 @@ class Loop:
             self._begin_close(record)
             if options.validate_every and self._done % options.validate_every == 0:
                 self._validate(feed)
+            saves = options.save_every and self._done % options.save_every == 0 and self._done < options.steps
+            if saves and not stops:
+                # told before the checkpoint counts: who goes on from that doesn't do the step again
+                stops = self._close_step()
             if stops:
                 break
-            if options.save_every and self._done % options.save_every == 0 and self._done < options.steps:
+            if saves:
                 self._save(feed.position)
         self._close_step()
         return Ended.DONE if self._done == options.steps else Ended.STOPPED
