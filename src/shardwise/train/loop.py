@@ -130,6 +130,20 @@ class Loop:
     def run(self) -> Result:
         """Trains until all steps are done or a signal asks it to stop; then the last state is saved."""
         options = self._job.options
+        with self.opened() as feed:
+            while self._done < options.steps and self.advance(feed):
+                pass
+            self._close_step()
+            self._save(feed.position, wait=True)
+            is_done = self._done == options.steps
+            if is_done and options.write_weights is not None:
+                self._write_weights(Path(options.write_weights))
+        return Result(Ended.DONE if is_done else Ended.STOPPED, self._done)
+
+    @contextmanager
+    def opened(self) -> Iterator[Feed]:
+        """All that runs beside the steps, from the checkpoint on that it resumes; ends with the `with`."""
+        options = self._job.options
         position = self._resumed() if options.resume else 0
         if not self._done and options.weights is not None:
             self._read_weights(Path(options.weights))
@@ -143,34 +157,26 @@ class Loop:
             open_now.enter_context(self._where)
             if options.alike_every and self._context.world_size > 1:
                 open_now.enter_context(self._watched(options.alike_every))
-            ended = self._all_steps(feed)
-            self._save(feed.position, wait=True)
-            if ended is Ended.DONE and options.write_weights is not None:
-                self._write_weights(Path(options.write_weights))
-        return Result(ended, self._done)
+            yield feed
 
-    def _all_steps(self, feed: Feed) -> Ended:
+    def advance(self, feed: Feed) -> bool:
+        """A step, with what belongs to it: the line of the one before, validation, a checkpoint. Whether
+        nobody was asked to stop."""
         options = self._job.options
-        while self._done < options.steps:
-            try:
-                record = self._one_step(feed)
-            except NotFiniteError:
-                self._close_step()  # the step before it was all right
-                raise
-            stops = self._close_step()
-            self._begin_close(record)
-            if options.validate_every and self._done % options.validate_every == 0:
-                self._validate(feed)
-            saves = options.save_every and self._done % options.save_every == 0 and self._done < options.steps
-            if saves and not stops:
-                # told before the checkpoint counts: who goes on from that doesn't do the step again
-                stops = self._close_step()
-            if stops:
-                break
-            if saves:
-                self._save(feed.position)
-        self._close_step()
-        return Ended.DONE if self._done == options.steps else Ended.STOPPED
+        try:
+            record = self._one_step(feed)
+        except NotFiniteError:
+            self._close_step()  # the step before it was all right
+            raise
+        stops = self._close_step()
+        self._begin_close(record)
+        if options.validate_every and self._done % options.validate_every == 0:
+            self._validate(feed)
+        if stops:
+            return False
+        if options.save_every and self._done % options.save_every == 0 and self._done < options.steps:
+            self._save(feed.position)
+        return True
 
     def _one_step(self, feed: Feed) -> StepRecord:
         """The next step, and its line as this rank saw it."""
