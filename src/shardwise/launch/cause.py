@@ -133,6 +133,15 @@ def stall_error(ranks: Mapping[int, Silence], *, silent_s: float) -> errors.Stal
     )
 
 
+def hung_error(rank: int, *, note: str | None, silent_s: float) -> errors.StalledError:
+    """One line of a rank that ends itself."""
+    at = f'last at "{_first_line(note)}"' if note else "no note yet"
+    return errors.StalledError(
+        f"rank {rank} hung: nothing moved in it for {silent_s:g} s, so it ended itself ({at}). If the work "
+        "needs longer, raise the timeout."
+    )
+
+
 def _ranks(members: list[int]) -> str:
     return f"rank {members[0]}" if len(members) == 1 else f"ranks {', '.join(map(str, members))}"
 

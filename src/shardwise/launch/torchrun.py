@@ -15,6 +15,7 @@ from shardwise.launch.cause import BadEnd, Failure, error_for
 from shardwise.launch.entry import context_of, join_group, load
 from shardwise.launch.mail import Inbox, Kind, Outbox
 from shardwise.launch.meeting import met
+from shardwise.launch.patience import Patience
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -60,7 +61,8 @@ def run(
     on_event: Callable[[bytes], None],
     threads_per_rank: int,
 ) -> list[bytes]:
-    """run_ranks for one of torchrun's: rank 0 gets all results, and others' events once it is done."""
+    """run_ranks for one of torchrun's: rank 0 gets all results, and others' events once it is done. A rank
+    that reports or notes nothing for timeout_s ends its process."""
     _check_size(world_size)
     rank = int(os.environ["RANK"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -73,12 +75,13 @@ def run(
     torch.set_num_threads(threads_per_rank)
     store = PrefixStore(f"shardwise/{next(_run_numbers)}", _rendezvous())
     outbox = Outbox(store, rank)
-    notes: list[str] = []
+    patience = Patience(rank, timeout_s)
 
     def send(kind: Kind, body: bytes) -> None:
+        patience.heard(body.decode() if kind is Kind.NOTE else None)
         match kind:
             case Kind.NOTE:
-                notes[:] = [body.decode()]
+                pass
             case Kind.EVENT if rank == 0:
                 on_event(body)
             case _:
@@ -91,13 +94,14 @@ def run(
     try:
         if owns_group:
             join_group(PrefixStore("group", store), context, timeout_s=timeout_s)
-        result = load(entry)(context, payload)
+        with patience:
+            result = load(entry)(context, payload)
     except ShardwiseError:
         raise
     except Exception as error:
         traceback.print_exception(error)
         end = BadEnd(rank, time.time(), failure=Failure.of(error), exit_code=None)
-        raise error_for(end, world_size=1, note=notes[0] if notes else None, log=None) from error
+        raise error_for(end, world_size=1, note=patience.note, log=None) from error
     outbox.send(Kind.RESULT, result)
     results = _gather(Inbox(store), world_size, timeout_s, on_event) if rank == 0 else []
     # Rank 0 may host the store, so nobody leaves before all results are in.
