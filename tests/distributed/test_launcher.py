@@ -1,12 +1,14 @@
 """What `shardwise launcher` writes for torchrun, run as two hosts that are one machine."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from tests.e2e.command import PATIENCE_S, shardwise
+from tests.e2e.command import PATIENCE_S, children_of, shardwise, wait_until
 from tests.matrix import FULL
 
 MODEL = "llama3-debug?n_layers=2,vocab_size=256"
@@ -18,28 +20,66 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-@FULL
-def test_two_hosts_meet_and_one_of_them_tells_that_the_plan_is_right(tmp_path: Path) -> None:
-    asked = ["rowwise", "--model", MODEL, "--mesh", "tp=2", "--device", "cpu", "--hosts", "2"]
-    asked += ["--command", "verify", "--port", str(free_port()), "--max-restarts", "0", "--out", "."]
-    assert shardwise("launcher", *asked, cwd=tmp_path).returncode == 0
+def on_two_hosts(
+    folder: Path, *asked: str, meanwhile: Callable[[list[subprocess.Popen[str]]], None] = lambda hosts: None
+) -> list[str]:
+    """What both said; both end well."""
+    given = ["launcher", "rowwise", "--model", MODEL, "--device", "cpu", "--hosts", "2", *asked]
+    made = shardwise(*given, "--port", str(free_port()), "--out", ".", cwd=folder)
+    assert made.returncode == 0, made.stderr
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    hosts = [
-        subprocess.Popen(
-            ["bash", "shardwise.sh", "127.0.0.1"],
-            cwd=tmp_path,
-            env={**os.environ, "PATH": path},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        for _ in range(2)
-    ]
+    hosts, logs = [], []
+    for name in ("a", "b"):
+        with (folder / name).open("w") as log:
+            hosts.append(
+                subprocess.Popen(
+                    ["bash", "shardwise.sh", "127.0.0.1"],
+                    cwd=folder,
+                    env={**os.environ, "PATH": path},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    start_new_session=True,
+                )
+            )
     try:
-        told = [host.communicate(timeout=PATIENCE_S)[0] for host in hosts]
+        meanwhile(hosts)
+        codes = [host.wait(timeout=PATIENCE_S) for host in hosts]
     finally:
         for host in hosts:
+            for child in children_of(host):
+                child.kill()
             host.kill()
-    assert [host.returncode for host in hosts] == [0, 0], told
+        logs = [(folder / name).read_text() for name in ("a", "b")]
+    assert codes == [0, 0], logs
+    return logs
+
+
+@FULL
+def test_two_hosts_meet_and_one_of_them_tells_that_the_plan_is_right(tmp_path: Path) -> None:
+    told = on_two_hosts(tmp_path, "--mesh", "tp=2", "--command", "verify", "--max-restarts", "0")
     assert sum("Right: outputs, loss, all 21 gradients" in text for text in told) == 1
+
+
+@FULL
+def test_a_rank_that_is_killed_costs_a_run_on_two_hosts_nothing(tmp_path: Path) -> None:
+    """All ranks of both are started anew, and the losses are an undisturbed run's to the last bit."""
+    add = "--steps 12 --save-every 2 --no-verify --held-out 4 --out run"
+    asked = ("--mesh", "tp=2", "--batch", "2", "--seq", "32", "--add", add)
+
+    def kills_one(hosts: list[subprocess.Popen[str]]) -> None:
+        steps = tmp_path / "killed" / "run" / "steps.jsonl"
+        wait_until(lambda: steps.exists() and len(steps.read_text().splitlines()) >= 5)
+        ranks = [child for child in children_of(hosts[1]) if "train" in child.cmdline()]
+        min(ranks, key=lambda child: len(child.children())).kill()
+
+    losses = []
+    for name, meanwhile in (("undisturbed", lambda hosts: None), ("killed", kills_one)):
+        folder = tmp_path / name
+        folder.mkdir()
+        told = "".join(on_two_hosts(folder, *asked, meanwhile=meanwhile))
+        assert ("exitcode: -9" in told) is (name == "killed")
+        lines = (folder / "run" / "steps.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert len(losses[0]) == 12
+    assert losses[0] == losses[1]
