@@ -17,6 +17,7 @@ from shardwise.files.document import read_document, write_document
 from shardwise.files.perfetto import perfetto_trace
 from shardwise.profiles.collectives import share
 from shardwise.profiles.diff import diff, run_words
+from shardwise.profiles.late import late_words
 from shardwise.profiles.picture import picture
 from shardwise.profiles.ranks import read_ranks
 from shardwise.profiles.run import profile_run
@@ -180,6 +181,16 @@ def test_the_verdict_splits_waiting_from_transfer_and_names_the_late_rank(tmp_pa
     )
     assert both.second.collectives[0].waiting_ns == 445_000
     assert "exposed waiting" in both.verdict[1]
+
+
+def test_a_profiled_step_says_which_rank_was_late_and_in_what(tmp_path: Path) -> None:
+    assert late_words(waiting_run(tmp_path / "late", "late", late_us=890)) == (
+        "1 ms: 55% compute, 44% waiting, 1% transfer",
+        "Rank 1 was late: 100% of all waiting was for it, most while it was in gemm. Its compute took "
+        "0.99 ms, the others' 0.1 ms.",
+    )
+    even = waiting_run(tmp_path / "even", "even", late_us=0)
+    assert late_words(even)[1] == "No rank was late: none waited long for another."
 
 
 def test_one_rank_s_words_say_why_there_is_no_split(tmp_path: Path) -> None:

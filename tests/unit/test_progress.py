@@ -1,6 +1,7 @@
 """How far a command is, on stderr: a bar on a terminal, elsewhere a few lines; and what it has found."""
 
 import io
+import re
 import sys
 
 import pytest
@@ -40,3 +41,37 @@ def test_on_a_terminal_the_best_so_far_stands_on_a_line_of_its_own(monkeypatch: 
     assert lines
     assert all("tracing" not in line and "\u2026" in line for line in lines)
     assert "3/40" in shown.getvalue()
+
+
+def test_without_a_terminal_a_long_run_says_a_line_now_and_then_and_the_last(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with ProgressLine(every_s=3600) as progress:
+        progress("reading text")
+        for done in range(1, 5001):
+            progress(f"loss {done / 1000:.4f}\nnorm 1", done, 5000)
+    assert capsys.readouterr().err.splitlines() == [
+        "shardwise: reading text",
+        "shardwise: 1 of 5,000: loss 0.0010, norm 1",
+        "shardwise: 5,000 of 5,000: loss 5.0000, norm 1",
+    ]
+
+
+def test_a_line_that_stays_stands_above_the_bar_and_not_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Terminal()
+    said: list[str] = []
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    with ProgressLine() as progress:
+        progress("loss 5.0\nnorm 1", 3, 40)
+        progress.above("steps take [2] s", said.append)
+    assert not said
+    assert any(
+        re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).strip("\r") == "steps take [2] s"
+        for line in shown.getvalue().splitlines()
+    )
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with ProgressLine() as progress:
+        progress.above("steps take [2] s", said.append)
+    assert said == ["steps take [2] s"]

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
@@ -36,9 +36,11 @@ class _Bar(Progress):
 
 
 class ProgressLine:
-    """`total` units of work, unknown until the first event."""
+    """`total` units of work, unknown until the first event. every_s: without a terminal no more lines than
+    one in so many seconds, and the last; by default so many as there is work."""
 
-    def __init__(self) -> None:
+    def __init__(self, every_s: float | None = None) -> None:
+        self._every_s = every_s
         self._bar: _Bar | None = None
         self._last = ""
         self._found = ""
@@ -64,6 +66,8 @@ class ProgressLine:
             self._bar.update(self._task, description=now)
             if total:
                 self._bar.update(self._task, completed=done, total=total)
+        elif self._every_s is not None and total:
+            self._print_at_times(", ".join(filter(None, (now, found))), done, total)
         elif found:
             self._print_found(now, found)
         elif total <= _LINES * _LINES and left_s is None:
@@ -71,6 +75,20 @@ class ProgressLine:
         elif done % max(1, total // _LINES) == 0:
             left = f", {left_s:.0f} s left" if left_s is not None else ""
             self._print(f"{text} ({done} of {total}{left})")
+
+    def above(self, text: str, say: Callable[[str], None]) -> None:
+        """A line that stays: over the bar, or by `say` where there is none."""
+        if self._bar is not None:
+            self._bar.console.print(Text(text))
+        else:
+            say(text)
+
+    def _print_at_times(self, text: str, done: int, total: int) -> None:
+        assert self._every_s is not None
+        if done < total and time.monotonic() - self._said_s < self._every_s:
+            return
+        self._said_s = time.monotonic()
+        self._print(f"{done:,} of {total:,}: {text}")
 
     def _print_found(self, now: str, found: str) -> None:
         """What is found when it changes, and else now and then what is tried."""

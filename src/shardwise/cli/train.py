@@ -12,6 +12,8 @@ from shardwise.verbs.checks import DEFAULT_PLAN
 from shardwise.verbs.train import BATCH, SEQ, Live
 from shardwise.verbs.train import train as train_it
 
+_EVERY_S = 10.0
+"""Between two lines of a run that has no terminal."""
 STOPPED = 4
 """The exit code of a run that was asked to stop and has saved: go on with --resume."""
 
@@ -65,13 +67,18 @@ def train(call: Call[TrainOptions]) -> int:
             folder = RunFolder(out, "train", started, has_events=False)
         return folder
 
-    with ProgressLine() as progress:
+    with ProgressLine(_EVERY_S) as progress:
 
         def on_step(live: Live) -> None:
             progress(_line(live), live.record.step, live.steps)
 
         done = train_it(
-            call.case, call.own, progress, open_folder=open_folder, on_step=on_step, tell=call.output.say
+            call.case,
+            call.own,
+            progress,
+            open_folder=open_folder,
+            on_step=on_step,
+            tell=lambda line: progress.above(line, call.output.say),
         )
     if done is None:
         return 0
@@ -82,13 +89,9 @@ def train(call: Call[TrainOptions]) -> int:
 
 
 def _line(live: Live) -> str:
-    """Of a step that is done."""
+    """Of a step that is done: its loss, and under it the rest."""
     record = live.record
-    said = [
-        f"loss {record.loss:.4f}",
-        f"norm {record.gradient_norm:.3g}",
-        f"{record.tokens / record.seconds:,.0f} tokens/s",
-    ]
+    said = [f"norm {record.gradient_norm:.3g}", f"{record.tokens / record.seconds:,.0f} tokens/s"]
     if live.mfu is not None:
         said.append(f"MFU {live.mfu:.1%}")
     if live.predicted_s is not None:
@@ -97,4 +100,4 @@ def _line(live: Live) -> str:
         said.append(f"{record.held_bytes / 2**30:.2f} GiB")
     if record.data_s > 0.01 * record.seconds:
         said.append(f"waited {record.data_s / record.seconds:.0%} for text")
-    return ", ".join(said)
+    return f"loss {record.loss:.4f}\n{', '.join(said)}"

@@ -2,7 +2,7 @@
 log, and the answer."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Annotated
@@ -11,6 +11,10 @@ from shardwise.core.errors import OptionError
 from shardwise.core.option import Option, check_options
 
 LENGTH, OPTIMIZER, KEPT, WATCHED = "Length and data", "Optimizer", "Checkpoints", "Proof and watching"
+
+
+BY_SAVE, BY_PROFILER = "a save", "the profiler"
+"""What may run beside a step: StepRecord.beside."""
 
 
 class Decay(StrEnum):
@@ -104,6 +108,27 @@ class TrainOptions:
             0,
         ),
     ] = 100
+    slower: Annotated[
+        float,
+        Option(
+            "Tell when steps take this share longer than they did, or than was predicted; 0 for never.",
+            WATCHED,
+            0,
+        ),
+    ] = 0.3
+    profile_every: Annotated[
+        int,
+        Option(
+            "Record one step of so many on all ranks, and say which rank was late in it, and in what; 0 for "
+            "none.",
+            WATCHED,
+            0,
+        ),
+    ] = 0
+    keep_profiles: Annotated[int, Option("Profiles that are kept, the newest ones.", WATCHED, 1)] = 3
+    tensorboard: Annotated[
+        bool, Option("Write the loss and all that is measured for TensorBoard too.", WATCHED)
+    ] = False
     timeout: Annotated[
         float, Option("Seconds without a step after which the ranks are ended as hung.", WATCHED, 5)
     ] = 300.0
@@ -117,6 +142,11 @@ class TrainOptions:
             raise OptionError(
                 f"--warmup {self.warmup} and --decay-steps {self.decay_steps or 0} are more than the run's "
                 f"--steps {self.steps}. Use fewer, or more steps."
+            )
+        if self.profile_every == 1:
+            raise OptionError(
+                "--profile-every 1: the step before each recorded one warms the profiler up. Use 2 or more, "
+                "or 0 for none."
             )
         if self.decay == Decay.CONSTANT and self.decay_steps:
             raise OptionError(
@@ -178,6 +208,9 @@ class StepRecord:
     step: from 1. position: sequences read after it. loss: the global batch's mean, in nats; gradient_norm:
     before clipping. seconds: of the whole step on the slowest rank; data_s: of it, waiting for the batch.
     held_bytes: the most that a rank held since the run began. validation_loss: over all that is held out.
+    data_rank: the rank that waited longest for the batch. phases_s: how long the step was in each phase on
+    the rank on which that took longest, where the host computes. beside: what ran beside the step and may
+    have slowed it: "a save" or "the profiler".
     """
 
     step: int
@@ -190,6 +223,9 @@ class StepRecord:
     tokens: int
     held_bytes: int | None = None
     validation_loss: float | None = None
+    data_rank: int | None = None
+    phases_s: Mapping[str, float] | None = None
+    beside: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,8 +259,8 @@ class Training:
     """A run and how it ended.
 
     first_step: done before this call, by the checkpoint that it went on from. predicted_s: a step's, by the
-    machine file; None where nothing was predicted. step_s: the median of this call's steps. told: what the
-    user must know, in lines. checkpoints: the folder.
+    machine file; None where nothing was predicted. step_s: the median of this call's steps but for those
+    beside the profiler. told: what the user must know, in lines. checkpoints: the folder.
     """
 
     model: str

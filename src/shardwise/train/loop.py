@@ -20,7 +20,7 @@ from shardwise.core.case import StepSettings
 from shardwise.core.errors import NotFiniteError, OptionError
 from shardwise.core.mesh import STAGES_AXIS, Mesh
 from shardwise.core.program import Phase
-from shardwise.core.training import Ended, Saved, StepRecord, TrainOptions, differences
+from shardwise.core.training import BY_PROFILER, BY_SAVE, Ended, Saved, StepRecord, TrainOptions, differences
 from shardwise.launch import RankContext
 from shardwise.measure.memory import PeakMemory
 from shardwise.models.source import find_model
@@ -30,27 +30,19 @@ from shardwise.step.portion import Portion
 from shardwise.step.train import StepResult, TrainStep, adamw, mixed_precision
 from shardwise.text.samples import Samples
 from shardwise.train.checkpoints import Checkpoints
+from shardwise.train.clock import PHASES, Clock
 from shardwise.train.feed import Feed
 from shardwise.train.finite import check, guarded
 from shardwise.train.pulse import Beat, Pulse
+from shardwise.train.recorded import Recorded
 from shardwise.train.whereabouts import Whereabouts
 from shardwise.watch.sentinel import Sentinel, watch
-
-_PHASES = {
-    Phase.FORWARD: "forward",
-    Phase.LOSS: "loss",
-    Phase.BACKWARD: "backward",
-    Phase.REDUCE: "reducing gradients",
-    Phase.CLIP: "clipping",
-    Phase.OPTIMIZER: "optimizer",
-}
 
 
 @dataclass(frozen=True, slots=True)
 class TrainJob:
     """All that a rank needs to know, beside the tokens. plan: TOML text. saved: what a checkpoint of step 0
-    would say. checkpoints: the folder. documents: how
-    they meet in a sequence."""
+    would say. checkpoints, profiles: folders. documents: how they meet in a sequence."""
 
     model: str
     mesh: str
@@ -59,16 +51,18 @@ class TrainJob:
     options: TrainOptions
     saved: Saved
     checkpoints: str
+    profiles: str
     documents: str
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What rank 0 reports, one thing at a time. resumed: the step of the checkpoint that it goes on from."""
+    """What rank 0 reports, one thing at a time. resumed: the step of the checkpoint that it goes on from.
+    profiled: a step whose profile all ranks have written."""
 
     record: StepRecord | None = None
     told: str | None = None
     resumed: int | None = None
-    position: int = 0
+    profiled: int | None = None
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -120,9 +114,13 @@ class Loop:
             check=check,
         )
         self._checkpoints = Checkpoints(Path(job.checkpoints), keep=options.keep, mesh=mesh)
+        self._recorded = Recorded(Path(job.profiles), options.profile_every, self._model)
         self._pulse, self._peak = Pulse(), PeakMemory(context.device)
+        self._clock = Clock(host_computes=context.device.type == "cpu")
         self._done = 0
         self._record: StepRecord | None = None
+        self._phases_s: tuple[float, ...] = ()
+        self._was_saving = False
         self._where: Whereabouts | None = None
         self._stop = threading.Event()
         torch.manual_seed(own_seed(settings.seed, mesh, context.rank))
@@ -155,6 +153,7 @@ class Loop:
                 self._model, self._context.note, names_host=self._context.under_torchrun
             )
             open_now.enter_context(self._where)
+            open_now.enter_context(self._recorded)
             if options.alike_every and self._context.world_size > 1:
                 open_now.enter_context(self._watched(options.alike_every))
             yield feed
@@ -185,13 +184,16 @@ class Loop:
         for group in self._step.optimizer.param_groups:
             group["lr"] = rate
         self._phase("waiting for text")
+        self._was_saving = self._checkpoints.is_saving
         began = time.perf_counter()
         batch = feed.take()
         data_s = time.perf_counter() - began
-        result: StepResult = guarded(
-            partial(self._step, batch), partial(self._step.gradients, batch), self._model, number
-        )
-        seconds = time.perf_counter() - began
+        self._clock.begin()
+        with self._recorded.step(number):
+            result: StepResult = guarded(
+                partial(self._step, batch), partial(self._step.gradients, batch), self._model, number
+            )
+            seconds, self._phases_s = time.perf_counter() - began, self._clock.end()
         self._done = number
         return StepRecord(
             step=number,
@@ -202,6 +204,7 @@ class Loop:
             seconds=seconds,
             data_s=data_s,
             tokens=job.settings.tokens,
+            beside=BY_PROFILER if self._recorded.is_beside(number) else None,
         )
 
     def _begin_close(self, record: StepRecord) -> None:
@@ -209,7 +212,8 @@ class Loop:
         memory = self._peak.use((0, 0, 0))
         held = memory.reserved_bytes if memory.reserved_bytes is not None else memory.resident_bytes
         self._record = record
-        self._pulse.begin(Beat(record.seconds, record.data_s, held or 0, self._stop.is_set()))
+        said = (record.seconds, record.data_s, held or 0, self._stop.is_set(), self._was_saving)
+        self._pulse.begin(Beat(*said, self._phases_s))
 
     def _close_step(self) -> bool:
         """Reports the line of the last step that was begun to be closed; whether anybody was asked to
@@ -218,8 +222,18 @@ class Loop:
         record, self._record = self._record, None
         if beat is None or record is None:
             return False
-        whole = replace(record, seconds=beat.seconds, data_s=beat.data_s, held_bytes=beat.held_bytes or None)
-        self._report(Event(record=whole))
+        whole = replace(
+            record,
+            seconds=beat.seconds,
+            data_s=beat.data_s,
+            held_bytes=beat.held_bytes or None,
+            data_rank=beat.data_rank,
+            phases_s=dict(zip(PHASES.values(), beat.phases_s, strict=True)) if beat.phases_s else None,
+            beside=record.beside or (BY_SAVE if beat.saving else None),
+        )
+        profiled = record.step if self._recorded.was_recorded(record.step) else None
+        self._report(Event(record=whole, profiled=profiled, told=self._recorded.problem))
+        self._recorded.problem = None
         return beat.stop
 
     def _validate(self, feed: Feed) -> None:
@@ -308,8 +322,9 @@ class Loop:
             self._context.report(msgspec.json.encode(event))
 
     def _on_phase(self, phase: Phase) -> None:
-        if phase in _PHASES:
-            self._phase(_PHASES[phase])
+        if phase in PHASES:
+            self._clock.enter(phase)
+            self._phase(PHASES[phase])
 
     def _phase(self, text: str) -> None:
         if self._where is not None:

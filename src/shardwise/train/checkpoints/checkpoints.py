@@ -114,6 +114,11 @@ class Checkpoints:
         if wait:
             self.finish()
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is being written on this rank."""
+        return self._thread is not None and self._thread.is_alive()
+
     def finish(self) -> Outcome | None:
         """Waits for the save that is being written, if one is; how the last one ended."""
         if self._thread is not None:

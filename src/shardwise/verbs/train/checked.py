@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from shardwise.core.case import Case
 from shardwise.core.errors import OptionError
 from shardwise.core.mesh import RUN, Mesh, check_carried
+from shardwise.core.pace import Pace
 from shardwise.core.program import OpKind, Phase
 from shardwise.core.training import Ended, Saved, StepRecord, TrainOptions, Value
 from shardwise.core.verification import Verdict
@@ -25,6 +26,9 @@ from shardwise.verbs.compare_checks import check_fit
 from shardwise.verbs.dealing import with_dealt_layers
 from shardwise.verbs.predict import MACHINE, predict
 from shardwise.verbs.progress import Progress, silent
+from shardwise.verbs.train.live import Live
+from shardwise.verbs.train.profiles import PROFILES
+from shardwise.verbs.train.scalars import check_installed
 from shardwise.verbs.verify import VerifyOptions, verify
 
 if TYPE_CHECKING:
@@ -37,20 +41,23 @@ if TYPE_CHECKING:
 BATCH, SEQ = 8, 256
 CHECKPOINTS = "checkpoints"
 _BESIDE = frozenset(
-    ("resume", "restarts", "timeout", "verify", "predict", "machine", "device", "weights", "write_weights")
+    (
+        "resume",
+        "restarts",
+        "timeout",
+        "slower",
+        "profile_every",
+        "keep_profiles",
+        "tensorboard",
+        "verify",
+        "predict",
+        "machine",
+        "device",
+        "weights",
+        "write_weights",
+    )
 )
 """Keys that change nothing of what is trained from a checkpoint on."""
-
-
-@dataclass(frozen=True, slots=True)
-class Live:
-    """A step as it is told while the run goes on. predicted_s: a step's; mfu: the share of the machine's peak
-    that the model's work was (see Forecast); None where they aren't known."""
-
-    record: StepRecord
-    steps: int
-    predicted_s: float | None = None
-    mfu: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +119,8 @@ class Run:
         device = device_type(case.device, mesh.world_size)
         check_fit(source, model, [plan], case, device, repeat=False)
         _check_weights(source, options)
+        if options.tensorboard:
+            check_installed()
         progress("reading text")
         tokens = tokens_of(case.text, vocab_size_of(model), step.seed, progress)
         samples = Samples.of(tokens, step.seq, step.seed, options.held_out, case.text.documents)
@@ -176,6 +185,13 @@ class Run:
         mfu = forecast.peak_s / record.seconds if forecast.peak_s is not None else None
         return Live(record, self.options.steps, forecast.step_s, mfu)
 
+    def pace(self) -> Pace | None:
+        """That watches the steps of one start of the ranks; None where nobody wants it."""
+        share, forecast = self.options.slower, self.forecast
+        if not share:
+            return None
+        return Pace(share) if forecast is None else Pace(share, forecast.step_s, forecast.machine)
+
     def launch(self, folder: Path, resume: bool, on_event: Callable[[bytes], None]) -> "Result":
         """Runs the ranks once; rank 0's answer. Raises what run_ranks does."""
         import msgspec
@@ -195,6 +211,7 @@ class Run:
             options=replace(self.options, resume=resume),
             saved=self.saved(),
             checkpoints=str(folder / CHECKPOINTS),
+            profiles=str(folder / PROFILES),
             documents=case.text.documents,
         )
         results = run_ranks(

@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING
 
 from shardwise.core.case import Case
 from shardwise.core.errors import DriftError, NotFiniteError, RunError
-from shardwise.core.training import Ended, Restart, StepRecord, Training, TrainOptions, Validated
+from shardwise.core.pace import Pace
+from shardwise.core.training import BY_PROFILER, Ended, Restart, StepRecord, Training, TrainOptions, Validated
 from shardwise.files.document import settings_document
 from shardwise.files.run_folder import RunFolder
 from shardwise.files.step_log import StepLog, read_steps
 from shardwise.verbs.progress import Progress, silent
-from shardwise.verbs.train.checked import BATCH, CHECKPOINTS, SEQ, Live, Run
+from shardwise.verbs.train.checked import BATCH, CHECKPOINTS, SEQ, Run
+from shardwise.verbs.train.live import Live
+from shardwise.verbs.train.profiles import PROFILES, Profiles
+from shardwise.verbs.train.scalars import TENSORBOARD, Scalars
 
 if TYPE_CHECKING:
     from shardwise.train.loop import Result
@@ -103,6 +107,13 @@ class _Watched:
     restarts: list[Restart] = field(default_factory=list)
     steps: list[StepRecord] = field(default_factory=list)
     _log: StepLog | None = None
+    _pace: Pace | None = None
+    _scalars: Scalars | None = None
+    _profiles: Profiles = field(init=False)
+
+    def __post_init__(self) -> None:
+        keep, ranks = self.run.options.keep_profiles, self.run.case.mesh.world_size
+        self._profiles = Profiles(self.folder.path.resolve() / PROFILES, keep, ranks)
 
     def through_failures(self, progress: Progress) -> "Result":
         """Runs the ranks, and again from the last checkpoint where they fail."""
@@ -114,7 +125,7 @@ class _Watched:
             before = self.resumed
             progress(f"starting {self.run.case.mesh.world_size} ranks")
             try:
-                return self.run.launch(self.folder.path.resolve(), resume, self._take)
+                result = self.run.launch(self.folder.path.resolve(), resume, self._take)
             except (DriftError, NotFiniteError, Interrupted):
                 raise  # the same would come again
             except RunError as error:
@@ -124,6 +135,9 @@ class _Watched:
                 resume = True
                 self.restarts.append(Restart(str(error), self._last_step()))
                 self.say(f"{error} Starting again from the last checkpoint.")
+            else:
+                self._tell_profiles(wait=True)
+                return result
 
     def _last_step(self) -> int:
         return self.steps[-1].step if self.steps else 0
@@ -144,7 +158,19 @@ class _Watched:
             assert self._log is not None
             self._log.append(event.record)
             self.steps.append(event.record)
-            self.on_step(self.run.live(event.record))
+            live = self.run.live(event.record)
+            self.on_step(live)
+            if self._scalars is not None:
+                self._scalars.write(live)
+            if self._pace is not None and (slower := self._pace.take(event.record)) is not None:
+                self.say(slower)
+        if event.profiled is not None:
+            self._profiles.read(event.profiled)
+        self._tell_profiles()
+
+    def _tell_profiles(self, *, wait: bool = False) -> None:
+        for line in self._profiles.lines(wait=wait):
+            self.say(line)
 
     def _begin(self, step: int) -> None:
         """Ranks go on after a step."""
@@ -154,17 +180,24 @@ class _Watched:
         if self.first_step is None:
             self.first_step = step
         self._log = StepLog(self.folder.path, step)
+        self._pace = self.run.pace()
+        if self.run.options.tensorboard:
+            self._scalars = Scalars(self.folder.path / TENSORBOARD, step)
 
     def _close(self) -> None:
         if self._log is not None:
             self._log.close()
             self._log = None
+        if self._scalars is not None:
+            self._scalars.close()
+            self._scalars = None
 
     def __enter__(self) -> "_Watched":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._close()
+        self._profiles.__exit__(None, None, None)
 
 
 def _answer(
@@ -172,7 +205,9 @@ def _answer(
 ) -> Training:
     steps = watched.steps if watched is not None else []
     every = read_steps(watched.folder.path) if watched is not None else []
-    step_s = median(record.seconds for record in steps) if steps else None
+    counted = [record.seconds for record in steps if record.beside != BY_PROFILER]
+    counted = counted or [record.seconds for record in steps]
+    step_s = median(counted) if counted else None
     validated = [
         Validated(each.step, each.validation_loss) for each in every if each.validation_loss is not None
     ]

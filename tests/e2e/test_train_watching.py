@@ -1,0 +1,43 @@
+"""What `shardwise train` tells of a run while it goes on: profiles, scalars, and where its time went."""
+
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from shardwise.files.step_log import read_steps
+from tests.e2e.command import shardwise
+from tests.e2e.test_train import TINY
+
+PHASES = ["backward", "clipping", "forward", "loss", "optimizer", "reducing gradients"]
+
+
+def test_a_run_profiles_some_steps_and_writes_scalars(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    asked = ("--mesh", "fsdp=2", "--steps", "8", "--validate-every", "4", "--save-every", "0")
+    watched = ("--profile-every", "3", "--keep-profiles", "1", "--tensorboard", "--slower", "0")
+    ended = shardwise("train", *TINY, *asked, *watched, "--out", str(out))
+    assert ended.returncode == 0, ended.stderr
+    for step in (3, 6):
+        (line,) = {each for each in ended.stdout.splitlines() if each.startswith(f"step {step}: ")}
+        assert "% compute" in line
+        assert "was late" in line
+        assert f"shardwise diff {out}/profiles/step-{step}" in line
+    (kept,) = (out / "profiles").iterdir()
+    assert kept.name == "step-6"
+    assert sorted(each.name for each in kept.iterdir()) == ["rank0.json.gz", "rank1.json.gz"]
+    assert shardwise("diff", str(kept)).returncode == 0
+    records = read_steps(out)
+    assert [each.step for each in records if each.beside == "the profiler"] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert all(sorted(each.phases_s or ()) == PHASES for each in records)
+    assert all(sum((each.phases_s or {}).values()) <= 2 * each.seconds for each in records)
+    assert {each.data_rank for each in records} <= {0, 1}
+    scalars = EventAccumulator(str(out / "tensorboard"))
+    scalars.Reload()
+    assert [each.step for each in scalars.Scalars("loss/train")] == list(range(1, 9))
+    assert [each.step for each in scalars.Scalars("loss/held_out")] == [4, 8]
+
+
+def test_what_cannot_be_recorded_is_refused_in_a_line(tmp_path: Path) -> None:
+    ended = shardwise("train", *TINY, "--profile-every", "1", "--out", str(tmp_path / "run"))
+    assert ended.returncode == 2
+    assert "--profile-every 1: the step before each recorded one warms the profiler up." in ended.stderr
