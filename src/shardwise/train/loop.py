@@ -42,7 +42,8 @@ from shardwise.watch.sentinel import Sentinel, watch
 @dataclass(frozen=True, slots=True)
 class TrainJob:
     """All that a rank needs to know, beside the tokens. plan: TOML text. saved: what a checkpoint of step 0
-    would say. checkpoints, profiles: folders. documents: how they meet in a sequence."""
+    would say. checkpoints, profiles: folders, the latter for options.profile_every.
+    documents: how they meet in a sequence."""
 
     model: str
     mesh: str
@@ -51,8 +52,8 @@ class TrainJob:
     options: TrainOptions
     saved: Saved
     checkpoints: str
-    profiles: str
     documents: str
+    profiles: str = ""
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
