@@ -258,6 +258,16 @@ def test_under_torchrun_a_killed_rank_changes_no_bit_either(undisturbed: Path, t
     assert running.returncode == 0, stderr
     assert what_it_learnt(read_steps(out)) == what_it_learnt(read_steps(undisturbed))
     assert weights(out) == weights(undisturbed)
+    again = subprocess.run(
+        [*command, *meeting, "-m", "shardwise", *asked(out, steps=STEPS + 1)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
+    assert f"from step {STEPS} on" in again.stdout  # a job that is submitted again
 
 
 REFUSED = [

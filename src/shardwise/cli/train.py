@@ -1,13 +1,14 @@
 """`shardwise train`: runs a plan's training step on text, from a proof before it to a checkpoint after it,
 through failures."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from shardwise.cli.asked import RUN, Call, Command, Shown, command
 from shardwise.cli.progress import ProgressLine
 from shardwise.core.errors import OptionError
 from shardwise.core.training import Ended, TrainOptions
-from shardwise.files.run_folder import RunFolder
+from shardwise.files.run_folder import RunFolder, holds_run
 from shardwise.verbs.checks import DEFAULT_PLAN
 from shardwise.verbs.train import BATCH, SEQ, Live
 from shardwise.verbs.train import train as train_it
@@ -51,10 +52,12 @@ def train(call: Call[TrainOptions]) -> int:
     from shardwise.launch import joined
     from shardwise.report.common.deliver import write_all
 
-    out, started = call.output.out, datetime.now(UTC)
-    if out is None and (call.own.resume or joined()):
-        why = "--resume goes on with a run" if call.own.resume else "torchrun may start the ranks again"
+    out, started, options = call.output.out, datetime.now(UTC), call.own
+    if out is None and (options.resume or joined()):
+        why = "--resume goes on with a run" if options.resume else "torchrun may start the ranks again"
         raise OptionError(f"--out is missing: {why}, so its folder must be named.")
+    if out is not None and joined() and holds_run(out):
+        options = replace(options, resume=True)  # torchrun, or who runs it, has started the job again
 
     folder: RunFolder | None = None
 
@@ -74,7 +77,7 @@ def train(call: Call[TrainOptions]) -> int:
 
         done = train_it(
             call.case,
-            call.own,
+            options,
             progress,
             open_folder=open_folder,
             on_step=on_step,

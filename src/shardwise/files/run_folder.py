@@ -20,7 +20,7 @@ class RunFolder:
 
     def __init__(self, out: Path | None, command: str, started: datetime, *, has_events: bool = True) -> None:
         self.path = out if out is not None else _fresh(Path("runs") / f"{command}-{started:%Y%m%d-%H%M%S}")
-        if out is not None and (out / _SETTINGS).exists():
+        if out is not None and holds_run(out):
             raise OptionError(f"--out {out}: holds a run already. Choose another folder, or remove it.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ class RunFolder:
     @classmethod
     def again(cls, out: Path) -> Self:
         """The folder of a run that goes on. Raises OptionError where there is none."""
-        if not (out / _SETTINGS).is_file():
+        if not holds_run(out):
             raise OptionError(
                 f"--out {out}: holds no run to go on with: it has no {_SETTINGS}. Name the folder of one, or "
                 "leave --resume out."
@@ -74,6 +74,11 @@ class RunFolder:
             f"can't write {path}: {error.strerror}. {stopped}Free space there, or choose another folder with "
             "--out."
         )
+
+
+def holds_run(out: Path) -> bool:
+    """Whether a folder is that of a run."""
+    return (out / _SETTINGS).exists()
 
 
 def _fresh(path: Path) -> Path:

@@ -1,10 +1,9 @@
 """train: a case and options -> Training: the step that is proved and predicted, run on text until it is done,
 with checkpoints, through the failures of its ranks."""
 
-import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -46,11 +45,9 @@ def train(
     open_folder: called once all is checked, with whether the run goes on; the folder gets steps.jsonl and
     checkpoints/. on_step: called with each step. tell: with lines that the user must see at once. Raises
     RunError where ranks failed more often than options.restarts since the last checkpoint."""
-    from shardwise.launch import from_main, is_main, joined
+    from shardwise.launch import from_main, is_main
 
     options = options or TrainOptions()
-    if joined() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
-        options = replace(options, resume=True)  # torchrun has started the ranks anew
     began_s = time.monotonic()
     run = Run.checked(case, options, progress)
     told: list[str] = []
