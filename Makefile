@@ -14,7 +14,7 @@ ON_NEWEST := tests/distributed/test_styles.py tests/distributed/test_meshes.py t
 TESTS := tests/distributed tests/e2e tests/programs tests/cuda tests/golden tests/unit
 
 .DEFAULT_GOAL := help
-.PHONY: help compare plan explain verify diff predict test test-all test-newest test-frameworks check lint wheel golden bench docs format clean
+.PHONY: help compare plan explain verify train diff predict test test-all test-newest test-frameworks check lint wheel golden bench docs format clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ explain: $(READY) ## say what a plan does to a model and why, without a GPU (sec
 
 verify: $(READY) ## prove that a plan trains the unsharded model, or say which gradient is wrong and why (seconds)
 	$(BIN)/shardwise verify $(ARGS)
+
+train: $(READY) ## train a model under a plan, on text: make train ARGS="--mesh tp=2 --steps 200 --out run"
+	$(BIN)/shardwise train $(ARGS)
 
 diff: $(READY) ## say where the time of profiled steps went: make diff ARGS="run/traces/rowwise run/traces/colwise"
 	$(BIN)/shardwise diff $(ARGS)
@@ -97,6 +100,7 @@ bench: $(READY) ## the benchmarks; writes benchmarks/results and the tables in t
 	$(BIN)/python -m benchmarks.pipeline
 	$(BIN)/python -m benchmarks.watch
 	$(BIN)/python -m benchmarks.checkpoints
+	$(BIN)/python -m benchmarks.train_loop
 	$(BIN)/python -m benchmarks.museum
 	$(BIN)/python -m benchmarks.traces
 	$(BIN)/python -m benchmarks.calibrated

@@ -105,7 +105,7 @@ def test_ranks_that_are_killed_at_any_moment_change_no_bit(
         for number, moment in enumerate(moments):
             wait_until(lambda moment=moment: steps_done(out) >= moment)  # type: ignore[misc]
             if number % 2:
-                wait_until(lambda: any(out.glob("checkpoints/*.partial")))  # in a save
+                wait_for_a_save(running, out, moment)
             wait_until(lambda: len(ranks_of(running)) == 4)
             time.sleep(chance.random() * 0.1)
             ranks = ranks_of(running)
@@ -268,6 +268,17 @@ def test_under_torchrun_a_killed_rank_changes_no_bit_either(undisturbed: Path, t
     )
     assert again.returncode == 0, again.stderr
     assert f"from step {STEPS} on" in again.stdout  # a job that is submitted again
+
+
+def test_a_run_ends_at_the_loss_that_was_asked_or_says_that_it_was_not_reached(tmp_path: Path) -> None:
+    ends = shardwise(*asked(tmp_path / "ends", "--until", "6.1", "--validate-every", "5"))
+    assert ends.returncode == 0, ends.stderr
+    losses = [each.validation_loss for each in read_steps(tmp_path / "ends") if each.validation_loss]
+    assert losses[-1] <= 6.1 < losses[0]
+    assert answer(tmp_path / "ends").steps > read_steps(tmp_path / "ends")[-1].step
+    never = shardwise(*asked(tmp_path / "never", "--until", "1", "--validate-every", "5", steps=10))
+    assert never.returncode == 1
+    assert "and 1 was asked." in never.stdout
 
 
 REFUSED = [

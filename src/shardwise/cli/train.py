@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from shardwise.cli.asked import RUN, Call, Command, Shown, command
 from shardwise.cli.progress import ProgressLine
 from shardwise.core.errors import OptionError
-from shardwise.core.training import Ended, TrainOptions
+from shardwise.core.training import Ended, TrainOptions, is_reached
 from shardwise.files.run_folder import RunFolder, holds_run
 from shardwise.verbs.checks import DEFAULT_PLAN
 from shardwise.verbs.train import BATCH, SEQ, Live
@@ -88,6 +88,8 @@ def train(call: Call[TrainOptions]) -> int:
     call.output.show(done)
     if folder is not None:
         call.output.say(f"\nPage: {write_all(done, folder)}")
+    if done.ended is Ended.DONE and not is_reached(done):
+        return 1
     return {Ended.DONE: 0, Ended.REFUSED: 1, Ended.STOPPED: STOPPED}[done.ended]
 
 

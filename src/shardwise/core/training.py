@@ -36,6 +36,14 @@ class TrainOptions:
     held_out: Annotated[
         int, Option("Sequences at the text's end that are never trained on, for validation.", LENGTH, 0)
     ] = 64
+    until: Annotated[
+        float | None,
+        Option(
+            "End once the loss on the held-out text is no more than this; exit code 1 where it never is.",
+            LENGTH,
+            0,
+        ),
+    ] = None
     decay: Annotated[
         str,
         Option(
@@ -135,6 +143,11 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.until is not None and not (self.validate_every and self.held_out):
+            raise OptionError(
+                f"--until {self.until:g}: needs the loss on held-out text. Use --validate-every and "
+                "--held-out of 1 or more."
+            )
         for name in ("beta1", "beta2"):
             if getattr(self, name) >= 1:
                 raise OptionError(f"--{name} is {getattr(self, name):g}. Use 0 or more, and less than 1.")
@@ -260,7 +273,8 @@ class Training:
 
     first_step: done before this call, by the checkpoint that it went on from. predicted_s: a step's, by the
     machine file; None where nothing was predicted. step_s: the median of this call's steps but for those
-    beside the profiler. told: what the user must know, in lines. checkpoints: the folder.
+    beside the profiler. told: what the user must know, in lines. checkpoints: the folder. until: the loss on
+    held-out text that was to be reached.
     """
 
     model: str
@@ -282,7 +296,13 @@ class Training:
     told: tuple[str, ...]
     checkpoints: str
     seconds: float
+    until: float | None = None
     schema_version: int = 1
+
+
+def is_reached(run: Training) -> bool:
+    """Whether the loss on held-out text came down to what was asked; true where nothing was."""
+    return run.until is None or any(each.loss <= run.until for each in run.validated)
 
 
 def differences(before: Saved, now: Saved) -> Iterator[tuple[str, str]]:

@@ -123,7 +123,7 @@ class Loop:
         self._phases_s: tuple[float, ...] = ()
         self._was_saving = False
         self._where: Whereabouts | None = None
-        self._stop = threading.Event()
+        self._stop, self._reached = threading.Event(), False
         torch.manual_seed(own_seed(settings.seed, mesh, context.rank))
 
     def run(self) -> Result:
@@ -134,7 +134,7 @@ class Loop:
                 pass
             self._close_step()
             self._save(feed.position, wait=True)
-            is_done = self._done == options.steps
+            is_done = self._reached or self._done == options.steps
             if is_done and options.write_weights is not None:
                 self._write_weights(Path(options.write_weights))
         return Result(Ended.DONE if is_done else Ended.STOPPED, self._done)
@@ -247,6 +247,10 @@ class Loop:
             loss, count = self._step.loss(feed.held_out(first))
             total, valid = total + float(loss), valid + int(count)
         self._record = replace(self._record, validation_loss=total / valid)
+        until = self._job.options.until
+        if until is not None and total / valid <= until:
+            self._reached = True
+            self._stop.set()  # as if a signal had asked: all ranks end after the same step
 
     def _save(self, position: int, wait: bool = False) -> None:
         self._phase("saving")

@@ -3,7 +3,7 @@ way."""
 
 from collections.abc import Iterator
 
-from shardwise.core.training import Ended, Restart, Training, Validated
+from shardwise.core.training import Ended, Restart, Training, Validated, is_reached
 from shardwise.report.common.plain import name, sentence
 from shardwise.report.common.table import Block, Column, Columns, Line, Report, Table, Tone, Words, tabled
 from shardwise.report.common.units import NUMBER, Format, format_bytes, format_seconds
@@ -38,6 +38,8 @@ def headline(run: Training) -> Iterator[Line]:
             f"Stopped as asked after step {done:,} of {run.steps:,}{began}, and saved. --resume goes on.",
             Tone.CAUTION,
         )
+    if run.until is not None and run.validated and run.ended is Ended.DONE:
+        yield _reached(run, run.until)
     if last is not None:
         held = f", {format_bytes(last.held_bytes)} held by a rank" if last.held_bytes else ""
         yield Line(f"Last step: loss {last.loss:.4f}, gradient norm {last.gradient_norm:.3g}{held}.")
@@ -49,6 +51,13 @@ def headline(run: Training) -> Iterator[Line]:
             f"{run.step_s / run.predicted_s:.2f} times that."
         )
     yield Line(f"Checkpoints: {name(run.checkpoints)}")
+
+
+def _reached(run: Training, until: float) -> Line:
+    lowest = min(each.loss for each in run.validated)
+    if is_reached(run):
+        return Line(f"The loss on held-out text is {lowest:.4f}, as asked ({until:g} or less).", Tone.GOOD)
+    return Line(f"The loss on held-out text is {lowest:.4f}, and {until:g} was asked.", Tone.BAD)
 
 
 def validated_table(run: Training) -> Table:

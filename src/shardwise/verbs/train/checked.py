@@ -44,6 +44,7 @@ _BESIDE = frozenset(
     (
         "resume",
         "restarts",
+        "until",
         "timeout",
         "slower",
         "profile_every",

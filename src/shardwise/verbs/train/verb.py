@@ -229,4 +229,5 @@ def _answer(
         told=told,
         checkpoints=str(watched.folder.path / CHECKPOINTS) if watched is not None else "",
         seconds=time.monotonic() - began_s,
+        until=run.options.until,
     )
