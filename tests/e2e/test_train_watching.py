@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shardwise.files.step_log import read_steps
@@ -41,3 +42,23 @@ def test_what_cannot_be_recorded_is_refused_in_a_line(tmp_path: Path) -> None:
     ended = shardwise("train", *TINY, "--profile-every", "1", "--out", str(tmp_path / "run"))
     assert ended.returncode == 2
     assert "--profile-every 1: the step before each recorded one warms the profiler up." in ended.stderr
+
+
+def test_compiled_layers_learn_what_layers_learn_as_they_are_written(tmp_path: Path) -> None:
+    runs = []
+    for name, more in (("written", ()), ("compiled", ("--compile", "aot_eager"))):
+        out = tmp_path / name
+        asked = ("--mesh", "tp=2", "--steps", "4", "--dtype", "float64", "--validate-every", "2")
+        ended = shardwise("train", *TINY, *asked, *more, "--out", str(out))
+        assert ended.returncode == 0, ended.stderr
+        runs.append(read_steps(out))
+    assert [len(each) for each in runs] == [4, 4]
+    for what in ("loss", "gradient_norm", "validation_loss"):
+        ours, theirs = ([getattr(each, what) or 0.0 for each in run] for run in runs)
+        assert theirs == pytest.approx(ours, rel=1e-12, abs=0), what
+
+
+def test_a_compiler_that_is_not_there_is_refused_in_a_line(tmp_path: Path) -> None:
+    ended = shardwise("train", *TINY, "--compile", "gcc", "--out", str(tmp_path / "run"))
+    assert ended.returncode == 2
+    assert "--compile gcc: torch.compile has no such backend. Use " in ended.stderr

@@ -101,6 +101,12 @@ class TrainOptions:
         str | None,
         Option("A new folder for the last weights, as transformers' from_pretrained() takes it.", KEPT),
     ] = None
+    compile: Annotated[
+        str | None,
+        Option(
+            "Compile each layer by this backend of torch.compile, such as inductor; none by default.", LENGTH
+        ),
+    ] = None
     verify: Annotated[
         bool, Option("Before step 1, prove the plan on a small twin of the model, on real ranks.", WATCHED)
     ] = True

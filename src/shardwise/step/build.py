@@ -63,6 +63,7 @@ def build_model(
     recompute: str = "none",
     recompute_layers: int | None = None,
     compiled: bool = False,
+    compiler: str = "inductor",
     depth: int | None = None,
     pipeline: Pipeline | None = None,
     on_parameter: Callable[[str, Tensor], None] | None = None,
@@ -71,7 +72,8 @@ def build_model(
     which are the same for every plan.
 
     policy: FSDP's mixed precision; reshard: see shard_with_fsdp. recompute: see recompute_in;
-    recompute_layers: of so many of the model's layers. depth: only the first so many of its repeated layers.
+    recompute_layers: of so many of the model's layers. compiled: each layer, by that compiler of
+    torch.compile's. depth: only the first so many of its repeated layers.
     pipeline: of the mesh's stages, of which this rank's is left.
     on_parameter: shown each whole initial parameter, which it may change in place. Raises ModelError, what
     apply_any() raises, and OptionError for layers that can't be dealt to the stages."""
@@ -108,7 +110,7 @@ def build_model(
         fill(model, whole, applied_to(model).row_order)
     if compiled:
         for layer in _layers(model):
-            layer.compile()
+            layer.compile(backend=compiler)
     return trainable(
         model, mesh, policy=policy, reshard=reshard, recompute=recompute, recompute_layers=recompute_layers
     )

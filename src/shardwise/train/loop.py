@@ -80,6 +80,7 @@ class Loop:
         self._context, self._job, self._samples = context, job, samples
         settings = job.settings
         mesh = Mesh.parse(job.mesh)
+        options = job.options
         context.note("building the model")
         self._mesh = device_mesh(mesh, context.device.type)
         self._portion = Portion.on(self._mesh, settings.accumulation, reduce_once=settings.reduce_once)
@@ -96,8 +97,9 @@ class Loop:
             recompute=settings.recompute,
             recompute_layers=settings.recompute_layers,
             pipeline=settings.pipeline(mesh),
+            compiled=options.compile is not None,
+            compiler=options.compile or "",
         )
-        options = job.options
         optimizer = adamw(
             self._model,
             learning_rate=settings.learning_rate,

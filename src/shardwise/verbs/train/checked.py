@@ -122,6 +122,8 @@ class Run:
         _check_weights(source, options)
         if options.tensorboard:
             check_installed()
+        if options.compile is not None:
+            _check_compiler(options.compile)
         progress("reading text")
         tokens = tokens_of(case.text, vocab_size_of(model), step.seed, progress)
         samples = Samples.of(tokens, step.seq, step.seed, options.held_out, case.text.documents)
@@ -245,6 +247,14 @@ def _check_weights(source: "ModelSource", options: TrainOptions) -> None:
         files_of(Path(options.weights))
     if options.write_weights is not None and Path(options.write_weights).exists():
         raise OptionError(f"--write-weights {options.write_weights}: is there already. Name another folder.")
+
+
+def _check_compiler(backend: str) -> None:
+    import torch
+
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise OptionError(f"--compile {backend}: torch.compile has no such backend. Use {', '.join(known)}.")
 
 
 def _plain(value: object) -> Value:
