@@ -74,6 +74,7 @@ from shardwise.report.explain.html import explanation_html
 from shardwise.report.plan.html import plan_html
 from shardwise.report.predict.html import prediction_html
 from shardwise.report.search.html import search_html
+from shardwise.report.train.html import train_html
 from shardwise.report.verify.html import verification_html
 from shardwise.report.walkthrough.html import walkthrough_html
 from shardwise.verbs.compare import TRACES
@@ -90,6 +91,7 @@ PREDICTED = DOCS / "example" / "prediction.json"
 EXPORTED = DOCS / "example" / "export.json"
 PLANNED = DOCS / "example" / "plan.json"
 SEARCHED = DOCS / "example" / "search.json"
+TRAINED = DOCS / "example" / "training.json"
 WIDTH = 100
 # the pictures' window in pixels: a height that just holds the step
 WALKTHROUGH_WIDTH = 1160
@@ -415,6 +417,18 @@ def search_output() -> str:
     return _shown(searched())
 
 
+def trained() -> Training:
+    """The example of docs/tutorial.md: `shardwise train rowwise --mesh tp=2 --batch 8 --seq 128 --steps 400
+    --learning-rate 0.001 --warmup 20 --validate-every 20 --held-out 32 --until 6.3 --out trained`; the file
+    is trained/train.json."""
+    return read_document(TRAINED.read_bytes(), Training, str(TRAINED))
+
+
+def train_output() -> str:
+    """What `shardwise train` printed for the example."""
+    return _shown(trained())
+
+
 def verify_output() -> str:
     """docs/verify.md's example, as the terminal shows its file."""
     run = read_document(VERIFIED.read_bytes(), VerificationRun, str(VERIFIED))
@@ -613,6 +627,7 @@ OUTPUTS = {
     "predict-output": predict_output,
     "search-output": search_output,
     "toml-output": toml_output,
+    "train-output": train_output,
     "verify-output": verify_output,
 }
 """What a command printed, by the name of the block in a document that it fills."""
@@ -673,6 +688,7 @@ def main() -> int:
         predicted = read_document(PREDICTED.read_bytes(), PredictionRun, str(PREDICTED))
         take_picture(prediction_html(predicted), DOCS / "example" / "predict.png", 1200, 1450)
         take_picture(search_html(searched()), DOCS / "example" / "search.png", 1200, 2000)
+        take_picture(train_html(trained()), DOCS / "example" / "train.png", 1200, 1150)
         take_picture(plan_html(planned()), DOCS / "example" / "plan.png", 1200, 1330)
     if arguments.walkthrough:
         take_walkthrough_pictures()
