@@ -270,6 +270,14 @@ def test_under_torchrun_a_killed_rank_changes_no_bit_either(undisturbed: Path, t
     assert f"from step {STEPS} on" in again.stdout  # a job that is submitted again
 
 
+def test_a_machine_of_another_kind_says_nothing_of_the_run_and_that_is_told(tmp_path: Path) -> None:
+    ended = shardwise(*asked(tmp_path / "run", "--machine", "h100-sxm-80gb", steps=2, mesh="tp=2"))
+    assert ended.returncode == 0, ended.stderr
+    told = " ".join(ended.stdout.split())
+    assert "h100-sxm-80gb is a machine for cuda, and this runs on cpu." in told
+    assert answer(tmp_path / "run").predicted_s is None
+
+
 def test_a_run_ends_at_the_loss_that_was_asked_or_says_that_it_was_not_reached(tmp_path: Path) -> None:
     ends = shardwise(*asked(tmp_path / "ends", "--until", "6.1", "--validate-every", "5"))
     assert ends.returncode == 0, ends.stderr

@@ -140,6 +140,19 @@ class Run:
             for finding in answer.findings
         )
 
+    def machine_of_another_kind(self) -> str | None:
+        """Why the case's machine says nothing of this run, in a line; None where it does."""
+        from shardwise.predict.machines import load_machine
+
+        assert self.case.machine is not None
+        machine = load_machine(self.case.machine)
+        if machine.device == self.device_type:
+            return None
+        return (
+            f"The step isn't predicted: {machine.name} is a machine for {machine.device}, and this runs on "
+            f"{self.device_type}."
+        )
+
     def predicted(self, progress: Progress) -> "Run":
         """With the forecast of a step on the case's machine."""
         found = predict(self.case, progress=progress)

@@ -58,7 +58,7 @@ def train(
 
     if not options.verify:
         say(_UNPROVED)
-    run, wrong = _looked_at(run, progress)
+    run, wrong = _looked_at(run, progress, say)
     if from_main(bool(wrong)):
         return _answer(run, None, Ended.REFUSED, wrong, began_s) if is_main() else None
     if not is_main():
@@ -71,7 +71,7 @@ def train(
     return _answer(run, watched, result.ended, tuple(told), began_s)
 
 
-def _looked_at(run: Run, progress: Progress) -> tuple[Run, tuple[str, ...]]:
+def _looked_at(run: Run, progress: Progress, say: Callable[[str], None]) -> tuple[Run, tuple[str, ...]]:
     """The run with its forecast, and why it must not begin. Of torchrun's ranks only the main one knows."""
     from shardwise.launch import is_main
 
@@ -79,6 +79,9 @@ def _looked_at(run: Run, progress: Progress) -> tuple[Run, tuple[str, ...]]:
     wrong = run.proved(progress) if options.verify and run.case.mesh.world_size > 1 else ()
     if wrong or run.case.machine is None or not options.predict or not is_main():
         return run, wrong
+    if (why := run.machine_of_another_kind()) is not None:
+        say(why)
+        return run, ()
     run = run.predicted(progress)
     assert run.forecast is not None
     if run.forecast.fits:
