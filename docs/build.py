@@ -688,7 +688,7 @@ def main() -> int:
         predicted = read_document(PREDICTED.read_bytes(), PredictionRun, str(PREDICTED))
         take_picture(prediction_html(predicted), DOCS / "example" / "predict.png", 1200, 1450)
         take_picture(search_html(searched()), DOCS / "example" / "search.png", 1200, 2000)
-        take_picture(train_html(trained()), DOCS / "example" / "train.png", 1200, 1150)
+        take_picture(train_html(trained()), DOCS / "example" / "train.png", 1200, 1500)
         take_picture(plan_html(planned()), DOCS / "example" / "plan.png", 1200, 1330)
     if arguments.walkthrough:
         take_walkthrough_pictures()
