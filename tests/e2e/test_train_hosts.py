@@ -13,7 +13,7 @@ from tests.e2e.two_hosts import Host, TwoHosts, two_hosts, why_not
 from tests.matrix import FULL
 
 MODEL = "llama3-debug?n_layers=2,hidden=32,n_heads=4,n_kv_heads=2,ffn_hidden=64,vocab_size=512"
-STEPS, DOWN_AT, STARTS = 60, 25, 4
+STEPS, DOWN_AT, STARTS = 60, 25, 6
 ASKED = (
     *("train", "--model", MODEL, "--mesh", "fsdp=2,tp=2", "--device", "cpu", "--random-ids", "--no-verify"),
     *("--learning-rate", "0.003", "--batch", "8", "--seq", "16", "--held-out", "8"),
@@ -59,18 +59,30 @@ def last_words(host: Host) -> list[str]:
     return [line for line in lines if ", in " in line]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbs."""
+    out = tmp_path_factory.mktemp("train") / "undisturbed"
+    assert shardwise(*ASKED, "--out", str(out)).returncode == 0
+    return out
+
+
+def begin(made: TwoHosts, out: Path) -> None:
+    """Starts the run on both, and returns in its middle."""
+    for host in made.hosts:
+        host.start((*ASKED, "--out", str(out)), made.hosts[0].address, 2)
+    wait_until(lambda: steps_done(out) >= DOWN_AT or any(host.returncode for host in made.hosts))
+    assert not any(host.returncode for host in made.hosts), [host.said() for host in made.hosts]
+
+
 @FULL
 @pytest.mark.skipif(bool(why_not()), reason=why_not() or "runs")
 def test_hosts_that_lose_each_other_say_where_they_were_and_go_on_as_if_nothing_had_been(
-    tmp_path: Path,
+    whole: Path, tmp_path: Path
 ) -> None:
-    whole, out = tmp_path / "undisturbed", tmp_path / "run"
-    assert shardwise(*ASKED, "--out", str(whole)).returncode == 0
+    out = tmp_path / "run"
     with two_hosts(tmp_path) as made:
-        for host in made.hosts:
-            host.start((*ASKED, "--out", str(out)), made.hosts[0].address, 2)
-        wait_until(lambda: steps_done(out) >= DOWN_AT or any(host.returncode for host in made.hosts))
-        assert not any(host.returncode for host in made.hosts), [host.said() for host in made.hosts]
+        begin(made, out)
         ranks = [rank for host in made.hosts for rank in host.ranks()]
         assert len(ranks) == 4
         made.set_link("down")
@@ -81,4 +93,17 @@ def test_hosts_that_lose_each_other_say_where_they_were_and_go_on_as_if_nothing_
         made.set_link("up")
         started_again_until_done(made, out)
     assert DOWN_AT <= stopped_at < STEPS
+    assert learnt(out) == learnt(whole)
+
+
+@FULL
+@pytest.mark.skipif(bool(why_not()), reason=why_not() or "runs")
+def test_a_host_that_is_lost_and_replaced_costs_no_bit(whole: Path, tmp_path: Path) -> None:
+    """torchrun on the other host goes on or, where it met the dead one once more, gives up after 60 s."""
+    out = tmp_path / "run"
+    with two_hosts(tmp_path) as made:
+        begin(made, out)
+        made.hosts[1].kill()
+        started_again_until_done(made, out)
+        assert made.hosts[1].starts >= 2
     assert learnt(out) == learnt(whole)

@@ -79,8 +79,8 @@ class Host:
     def said(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def end(self) -> None:
-        """All that runs on it, and the host itself."""
+    def kill(self) -> None:
+        """All that runs on it."""
         for pid in _ip("netns", "pids", self.name, check=False).stdout.split():
             try:
                 os.kill(int(pid), signal.SIGKILL)
@@ -89,6 +89,10 @@ class Host:
         if self.torchrun is not None:
             self.torchrun.kill()
             self.torchrun.wait()
+
+    def end(self) -> None:
+        """All that runs on it, and the host itself."""
+        self.kill()
         _ip("netns", "del", self.name, check=False)
 
 
@@ -105,7 +109,8 @@ class TwoHosts:
 
 @contextmanager
 def two_hosts(logs: Path) -> Iterator[TwoHosts]:
-    """Joined by a link that is up. Nothing of them is left afterwards."""
+    """Joined by a link that is up. torchrun gives the first one rank 0, whose address is sorted first.
+    Nothing of them is left afterwards."""
     names = [f"sw{os.getpid()}{letter}" for letter in "ab"]
     made = TwoHosts()
     try:
