@@ -69,6 +69,25 @@ def say_pid_and_wait(context: RankContext, payload: bytes) -> bytes:
         time.sleep(60)
 
 
+def say_a_last_word_when_asked_to_end(context: RankContext, payload: bytes) -> bytes:
+    """Rank 0 does; rank 1 dies."""
+    asked = False
+
+    def note(number: int, frame: object) -> None:
+        nonlocal asked
+        asked = True
+
+    signal.signal(signal.SIGTERM, note)
+    _sum_of_ranks(context)
+    if context.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    while not asked:
+        time.sleep(0.05)
+    context.report(b"what was done until the end")
+    time.sleep(60)
+    return b""
+
+
 def say_pid_and_keep_noting(context: RankContext, payload: bytes) -> bytes:
     context.report(f"{context.rank} {os.getpid()}".encode())
     if context.rank == 0:

@@ -163,6 +163,13 @@ def test_a_rank_killed_by_sigkill_is_named_and_the_others_are_stopped(
     assert caught.value.exit_code == 3
 
 
+def test_what_a_rank_tells_while_it_is_ended_is_heard(temporary_folder: Path) -> None:
+    events: list[bytes] = []
+    with pytest.raises(RunError, match=r"^rank 1 was killed by SIGKILL"):
+        launch("say_a_last_word_when_asked_to_end", on_event=events.append)
+    assert events == [b"what was done until the end"]
+
+
 @MOSTLY_FORKED
 @pytest.mark.parametrize(
     ("how", "error", "message"),

@@ -102,6 +102,8 @@ def run_ranks(
                     ranks.raise_for_failure()
                 except RunError:
                     _raise_for(signals)  # a rank that couldn't stop in its own way yet
+                    ranks.stop()
+                    ranks.look(handle)  # others went on for a moment, and told what they did
                     raise
                 time.sleep(_POLL_S)
             ranks.await_exit(_EXIT_S)
