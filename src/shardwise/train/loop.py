@@ -174,11 +174,13 @@ class Loop:
         self._begin_close(record)
         if options.validate_every and self._done % options.validate_every == 0:
             self._validate(feed)
-        if stops:
-            return False
-        if options.save_every and self._done % options.save_every == 0 and self._done < options.steps:
+        saves = options.save_every and self._done % options.save_every == 0 and self._done < options.steps
+        if saves and not stops:
+            # told before the checkpoint counts: who goes on from that doesn't do the step again
+            stops = self._close_step()
+        if saves and not stops:
             self._save(feed.position)
-        return True
+        return not stops
 
     def _one_step(self, feed: Feed) -> StepRecord:
         """The next step, and its line as this rank saw it."""
