@@ -280,7 +280,8 @@ class Training:
     first_step: done before this call, by the checkpoint that it went on from. predicted_s: a step's, by the
     machine file; None where nothing was predicted. step_s: the median of this call's steps but for those
     beside the profiler. told: what the user must know, in lines. checkpoints: the folder. until: the loss on
-    held-out text that was to be reached.
+    held-out text that was to be reached. first_step_s: from the begin of this call to the end of its first
+    step, proof and start of ranks included.
     """
 
     model: str
@@ -303,6 +304,7 @@ class Training:
     checkpoints: str
     seconds: float
     until: float | None = None
+    first_step_s: float | None = None
     schema_version: int = 1
 
 

@@ -44,7 +44,13 @@ def headline(run: Training) -> Iterator[Line]:
         held = f", {format_bytes(last.held_bytes)} held by a rank" if last.held_bytes else ""
         yield Line(f"Last step: loss {last.loss:.4f}, gradient norm {last.gradient_norm:.3g}{held}.")
     if run.step_s is not None and run.tokens_per_s is not None:
-        yield Line(f"A step took {format_seconds(run.step_s)} (median): {run.tokens_per_s:,.0f} tokens/s.")
+        began = (
+            ""
+            if run.first_step_s is None
+            else f" The first was done after {format_seconds(run.first_step_s)}."
+        )
+        speed = f"{run.tokens_per_s:,.0f} tokens/s"
+        yield Line(f"A step took {format_seconds(run.step_s)} (median): {speed}.{began}")
     if run.step_s is not None and run.predicted_s is not None:
         yield Line(
             f"Predicted for {name(run.machine or '')}: {format_seconds(run.predicted_s)}; it took "

@@ -96,7 +96,8 @@ def _looked_at(run: Run, progress: Progress, say: Callable[[str], None]) -> tupl
 @dataclass(slots=True)
 class _Watched:
     """A run under way, and what its rank 0 reports. restarts: since its begin; first_step: that this call
-    went on from; resumed: the last one."""
+    went on from; first_line_s: when the first line of a step came, by time.monotonic(); resumed: the last
+    step that ranks went on from."""
 
     run: Run
     folder: RunFolder
@@ -104,6 +105,7 @@ class _Watched:
     on_step: Callable[[Live], None]
     resumed: int = 0
     first_step: int | None = None
+    first_line_s: float | None = None
     restarts: list[Restart] = field(default_factory=list)
     steps: list[StepRecord] = field(default_factory=list)
     _log: StepLog | None = None
@@ -157,6 +159,7 @@ class _Watched:
                 self._begin(0)
             assert self._log is not None
             self._log.append(event.record)
+            self.first_line_s = self.first_line_s or time.monotonic()
             self.steps.append(event.record)
             live = self.run.live(event.record)
             self.on_step(live)
@@ -233,4 +236,12 @@ def _answer(
         checkpoints=str(watched.folder.path / CHECKPOINTS) if watched is not None else "",
         seconds=time.monotonic() - began_s,
         until=run.options.until,
+        first_step_s=_first_step_s(watched, began_s) if watched is not None else None,
     )
+
+
+def _first_step_s(watched: _Watched, began_s: float) -> float | None:
+    """A step's line comes at the end of the next one; None for fewer than two of them."""
+    if watched.first_line_s is None or len(watched.steps) < 2:
+        return None
+    return watched.first_line_s - began_s - watched.steps[1].seconds
