@@ -194,9 +194,12 @@ def test_another_mesh_goes_on_with_the_same_sequences_and_losses(
     assert after[-1].validation_loss == pytest.approx(before[-1].validation_loss, rel=1e-12)
 
 
-def test_a_number_that_is_not_finite_stops_before_the_update_and_says_where_it_began(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mesh", [MESH, "pp=2,dp=2"])
+def test_a_number_that_is_not_finite_stops_before_the_update_and_says_where_it_began(
+    mesh: str, tmp_path: Path
+) -> None:
     out = tmp_path / "explodes"
-    ended = shardwise(*asked(out, "--learning-rate", "1e25", "--save-every", "1"))
+    ended = shardwise(*asked(out, "--learning-rate", "1e25", "--save-every", "1", mesh=mesh))
     assert ended.returncode == 3
     said = ended.stderr.splitlines()[-1]
     assert re.match(r"shardwise: step 2: the (loss|gradient norm) is (nan|inf)\. ", said), said
@@ -210,11 +213,15 @@ def test_a_rank_that_hangs_is_named_with_where_the_others_wait_and_the_run_goes_
     undisturbed: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "hangs"
-    running = start(*asked(out, "--timeout", "10"), cwd=tmp_path)
+    # one restart since the last checkpoint, and two all together
+    running = start(*asked(out, "--timeout", "10", "--restarts", "1"), cwd=tmp_path)
     try:
         wait_until(lambda: steps_done(out) >= 12 and len(ranks_of(running)) == 4)
         hanging = ranks_of(running)[2]
         hanging.suspend()
+        wait_until(lambda: not hanging.is_running())
+        wait_until(lambda: steps_done(out) >= 35 and len(ranks_of(running)) == 4)
+        ranks_of(running)[1].kill()
         stdout, stderr = running.communicate(timeout=PATIENCE_S)
     finally:
         running.kill()
@@ -304,6 +311,9 @@ def test_a_run_that_goes_on_keeps_what_its_position_and_weights_mean(
         ended = shardwise(*asked(undisturbed, "--resume", *more, steps=80))
         assert ended.returncode == 2
         assert ended.stderr.splitlines()[-1].startswith(f"shardwise: {said}")
+    fewer = shardwise(*asked(undisturbed, "--resume", steps=30))
+    assert fewer.returncode == 2
+    assert "--steps 30: the checkpoint is of step 60 already." in fewer.stderr
     missing = shardwise(*asked(tmp_path / "none", "--resume"))
     assert missing.returncode == 2
     assert "holds no run to go on with" in missing.stderr

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from shardwise.cli.asked import RUN, Call, Command, Shown, command
 from shardwise.cli.progress import ProgressLine
-from shardwise.core.errors import OptionError
+from shardwise.core.errors import OptionError, RunError
 from shardwise.core.training import Ended, TrainOptions, is_reached
 from shardwise.files.run_folder import RunFolder, holds_run
 from shardwise.verbs.checks import DEFAULT_PLAN
@@ -46,7 +46,7 @@ def train(call: Call[TrainOptions]) -> int:
 
     [dim]shardwise train --mesh fsdp=2,tp=2 --steps 200[/]
     [dim]shardwise train rowwise --text corpus/ --batch 32 --seq 1024 --out run[/]
-    [dim]shardwise train --config run/case.toml --out run --resume --mesh tp=4[/]
+    [dim]shardwise train --config case.toml --out run --resume --mesh tp=4[/]
     [dim]torchrun --nproc-per-node 8 --max-restarts 3 -m shardwise train --config case.toml --out run[/]
     """
     from shardwise.launch import joined
@@ -88,6 +88,8 @@ def train(call: Call[TrainOptions]) -> int:
     call.output.show(done)
     if folder is not None:
         call.output.say(f"\nPage: {write_all(done, folder)}")
+    if done.unsaved is not None:
+        return RunError.exit_code
     if done.ended is Ended.DONE and not is_reached(done):
         return 1
     return {Ended.DONE: 0, Ended.REFUSED: 1, Ended.STOPPED: STOPPED}[done.ended]

@@ -144,7 +144,7 @@ class TrainOptions:
         bool, Option("Write the loss and all that is measured for TensorBoard too.", WATCHED)
     ] = False
     timeout: Annotated[
-        float, Option("Seconds without a step after which the ranks are ended as hung.", WATCHED, 5)
+        float, Option("Seconds without any sign of life after which the ranks are ended as hung.", WATCHED, 5)
     ] = 300.0
 
     def __post_init__(self) -> None:
@@ -266,8 +266,8 @@ class Ended(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """Ranks that were started anew. why: the line that ended them; step: done by the checkpoint that they
-    went on from, 0 for none."""
+    """Ranks that were started anew. why: the line that ended them; step: the last one that they had told, 0
+    for none."""
 
     why: str
     step: int
@@ -281,7 +281,7 @@ class Training:
     machine file; None where nothing was predicted. step_s: the median of this call's steps but for those
     beside the profiler. told: what the user must know, in lines. checkpoints: the folder. until: the loss on
     held-out text that was to be reached. first_step_s: from the begin of this call to the end of its first
-    step, proof and start of ranks included.
+    step, proof and start of ranks included. unsaved: why the last step has no checkpoint, where it has none.
     """
 
     model: str
@@ -305,6 +305,7 @@ class Training:
     seconds: float
     until: float | None = None
     first_step_s: float | None = None
+    unsaved: str | None = None
     schema_version: int = 1
 
 

@@ -32,8 +32,10 @@ class StepLog:
 
     def append(self, record: StepRecord) -> None:
         """On disk at once."""
+        line = memoryview(msgspec.json.encode(record) + b"\n")
         try:
-            self._file.write(msgspec.json.encode(record) + b"\n")
+            while line:  # a disk that has just become full takes a part first
+                line = line[self._file.write(line) :]
         except OSError as error:
             raise self._lost(error) from None
 

@@ -74,6 +74,14 @@ class PeakMemory:
         return MemoryUse(*kept, resident_bytes=grown)
 
 
+def most_held_bytes(device: torch.device) -> int | None:
+    """The most that this process has held so far: reserved on a GPU, resident on a CPU; None where the system
+    doesn't tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_stats(device)["reserved_bytes.all.peak"])
+    return _status_bytes("VmHWM")
+
+
 def _status_bytes(field: str) -> int | None:
     try:
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -59,6 +59,11 @@ class Stage:
         return self.index == self.pipeline.stages - 1
 
     @property
+    def running(self) -> int:
+        """The part that runs now, or ran last."""
+        return self._call.part or 0
+
+    @property
     def gives_logits(self) -> bool:
         """Whether the part that runs now is the model's last one."""
         return self._call.part == self.pipeline.parts - 1

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shardwise.core.errors import NotFiniteError
+from shardwise.parallel.stages import stage_of
 from shardwise.step.train import StepResult
 from shardwise.torch_private import tree_flatten
 
@@ -52,8 +53,10 @@ def guarded(
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """order: of calls in the forward; -1 where a rank saw nothing."""
+    """part: of a pipeline, counted in the order of the pass; order: of calls in it, -1 where a rank saw
+    nothing."""
 
+    part: int
     order: int
     rank: int
     module: str
@@ -61,15 +64,15 @@ class _Place:
 
 def _source(model: nn.Module, again: Callable[[], Tensor]) -> str:
     """In a sentence, alike on all ranks."""
-    seen: list[tuple[int, str]] = []
-    calls = 0
+    seen: list[tuple[int, int, str]] = []
+    calls, stage = 0, stage_of(model)
 
     def look(name: str) -> Callable[..., None]:
         def after(_: nn.Module, __: Any, output: Any) -> None:
             nonlocal calls
             calls += 1
             if not seen and not all(map(_all_finite, tree_flatten(output)[0])):
-                seen.append((calls, name))
+                seen.append((stage.running if stage is not None else 0, calls, name))
 
         return after
 
@@ -81,7 +84,8 @@ def _source(model: nn.Module, again: Callable[[], Tensor]) -> str:
     try:
         for parameter in model.parameters():
             parameter.grad = None
-        again()
+        with torch.compiler.set_stance("force_eager"):  # what was compiled before calls no hooks
+            again()
     finally:
         for hook in hooks:
             hook.remove()
@@ -94,7 +98,7 @@ def _source(model: nn.Module, again: Callable[[], Tensor]) -> str:
     # the backward goes from the model's end to its beginning, and spreads what isn't finite
     names = [name for name, each in model.named_parameters() if each.grad is not None]
     bad = [
-        (len(names) - at, name.rpartition(".")[0] or name)
+        (-stage.index if stage is not None else 0, len(names) - at, name.rpartition(".")[0] or name)
         for at, name in enumerate(names)
         if not _all_finite(model.get_parameter(name).grad)
     ]
@@ -107,8 +111,11 @@ def _source(model: nn.Module, again: Callable[[], Tensor]) -> str:
     return "Computed once more it is finite, so it doesn't come from the weights and the batch alone."
 
 
-def _place(seen: Sequence[tuple[int, str]], rank: int) -> _Place:
-    return _Place(seen[0][0], rank, seen[0][1]) if seen else _Place(-1, rank, "")
+def _place(seen: Sequence[tuple[int, int, str]], rank: int) -> _Place:
+    if not seen:
+        return _Place(0, -1, rank, "")
+    part, order, module = seen[0]
+    return _Place(part, order, rank, module)
 
 
 def _first(own: _Place) -> _Place | None:
@@ -116,10 +123,12 @@ def _first(own: _Place) -> _Place | None:
     places = [own]
     if dist.is_initialized() and dist.get_world_size() > 1:
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (own.order, own.rank, own.module))
+        dist.all_gather_object(everyone, (own.part, own.order, own.rank, own.module))
         places = [_Place(*each) for each in everyone]
     return min(
-        (each for each in places if each.order >= 0), key=lambda each: (each.order, each.rank), default=None
+        (each for each in places if each.order >= 0),
+        key=lambda each: (each.part, each.order, each.rank),
+        default=None,
     )
 
 

@@ -17,12 +17,12 @@ import torch
 
 from shardwise.core.batch_part import coordinate, part_of_batch
 from shardwise.core.case import StepSettings
-from shardwise.core.errors import NotFiniteError, OptionError
+from shardwise.core.errors import DriftError, NotFiniteError, OptionError
 from shardwise.core.mesh import STAGES_AXIS, Mesh
 from shardwise.core.program import Phase
 from shardwise.core.training import BY_PROFILER, BY_SAVE, Ended, Saved, StepRecord, TrainOptions, differences
 from shardwise.launch import RankContext
-from shardwise.measure.memory import PeakMemory
+from shardwise.measure.memory import most_held_bytes
 from shardwise.models.source import find_model
 from shardwise.parallel.any_plan import plan_from
 from shardwise.step.build import build_model, device_mesh
@@ -58,19 +58,21 @@ class TrainJob:
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     """What rank 0 reports, one thing at a time. resumed: the step of the checkpoint that it goes on from.
-    profiled: a step whose profile all ranks have written."""
+    began: the first step of these ranks is done. profiled: a step whose profile all ranks have written."""
 
     record: StepRecord | None = None
+    began: bool = False
     told: str | None = None
     resumed: int | None = None
     profiled: int | None = None
 
 
 class Result(msgspec.Struct, frozen=True):
-    """A rank's answer."""
+    """A rank's answer. unsaved: why the last step has no checkpoint, where it has none."""
 
     ended: Ended
     step: int
+    unsaved: str | None = None
 
 
 class Loop:
@@ -118,12 +120,12 @@ class Loop:
         )
         self._checkpoints = Checkpoints(Path(job.checkpoints), keep=options.keep, mesh=mesh)
         self._recorded = Recorded(Path(job.profiles), options.profile_every, self._model)
-        self._pulse, self._peak = Pulse(), PeakMemory(context.device)
+        self._pulse = Pulse()
         self._clock = Clock(host_computes=context.device.type == "cpu")
         self._done = 0
         self._record: StepRecord | None = None
         self._phases_s: tuple[float, ...] = ()
-        self._was_saving = False
+        self._was_saving, self._has_begun = False, False
         self._where: Whereabouts | None = None
         self._stop, self._reached = threading.Event(), False
         torch.manual_seed(own_seed(settings.seed, mesh, context.rank))
@@ -136,26 +138,28 @@ class Loop:
                 pass
             self._close_step()
             self._save(feed.position, wait=True)
+            outcome = self._checkpoints.finish()
             is_done = self._reached or self._done == options.steps
             if is_done and options.write_weights is not None:
                 self._write_weights(Path(options.write_weights))
-        return Result(Ended.DONE if is_done else Ended.STOPPED, self._done)
+        unsaved = outcome.why if outcome is not None else None
+        return Result(Ended.DONE if is_done else Ended.STOPPED, self._done, unsaved)
 
     @contextmanager
     def opened(self) -> Iterator[Feed]:
         """All that runs beside the steps, from the checkpoint on that it resumes; ends with the `with`."""
         options = self._job.options
-        position = self._resumed() if options.resume else 0
-        if not self._done and options.weights is not None:
-            self._read_weights(Path(options.weights))
         with ExitStack() as open_now:
-            feed = Feed(self._samples, self._portion, self._job.settings.batch, position)
-            open_now.enter_context(feed)
-            open_now.enter_context(self._signals())
             self._where = Whereabouts(
                 self._model, self._context.note, names_host=self._context.under_torchrun
             )
             open_now.enter_context(self._where)
+            position = self._resumed() if options.resume else 0
+            if not self._done and options.weights is not None:
+                self._read_weights(Path(options.weights))
+            feed = Feed(self._samples, self._portion, self._job.settings.batch, position)
+            open_now.enter_context(feed)
+            open_now.enter_context(self._signals())
             open_now.enter_context(self._recorded)
             if options.alike_every and self._context.world_size > 1:
                 open_now.enter_context(self._watched(options.alike_every))
@@ -167,12 +171,16 @@ class Loop:
         options = self._job.options
         try:
             record = self._one_step(feed)
-        except NotFiniteError:
+        except (NotFiniteError, DriftError):
             self._close_step()  # the step before it was all right
             raise
+        if not self._has_begun:
+            self._has_begun = True
+            self._report(Event(began=True))
         stops = self._close_step()
         self._begin_close(record)
-        if options.validate_every and self._done % options.validate_every == 0:
+        is_last = self._done == options.steps
+        if options.validate_every and (is_last or self._done % options.validate_every == 0):
             self._validate(feed)
         saves = options.save_every and self._done % options.save_every == 0 and self._done < options.steps
         if saves and not stops:
@@ -214,8 +222,7 @@ class Loop:
 
     def _begin_close(self, record: StepRecord) -> None:
         """What a step's line still lacks is asked of all ranks, and read once the next step is done."""
-        memory = self._peak.use((0, 0, 0))
-        held = memory.reserved_bytes if memory.reserved_bytes is not None else memory.resident_bytes
+        held = most_held_bytes(self._context.device)
         self._record = record
         said = (record.seconds, record.data_s, held or 0, self._stop.is_set(), self._was_saving)
         self._pulse.begin(Beat(*said, self._phases_s))
@@ -257,14 +264,14 @@ class Loop:
             self._stop.set()  # as if a signal had asked: all ranks end after the same step
 
     def _save(self, position: int, wait: bool = False) -> None:
-        self._phase("saving")
+        self._phase("saving", is_long=True)
         saved = replace(self._job.saved, step=self._done, position=position)
         self._checkpoints.save(self._done, self._model, self._step.optimizer, saved, wait=wait)
         self._tell_lines()
 
     def _resumed(self) -> int:
         """Takes up the newest whole checkpoint, where there is one; the position to go on from."""
-        self._context.note("looking for a checkpoint")
+        self._phase("looking for a checkpoint", is_long=True)
         found = self._checkpoints.newest()
         for line in found.passed_over:
             self._report(Event(told=f"passed over {line}"))
@@ -272,7 +279,12 @@ class Loop:
             self._report(Event(resumed=0))
             return 0
         check_same_run(found.manifest.saved, self._job.saved)
-        self._context.note(f"restoring {found.path}")
+        if found.manifest.saved.step > self._job.options.steps:
+            raise OptionError(
+                f"--steps {self._job.options.steps}: the checkpoint is of step {found.manifest.saved.step} "
+                "already. Use more, or begin a new run with another --out."
+            )
+        self._phase(f"restoring {found.path}", is_long=True)
         saved = self._checkpoints.restore(found, self._model, self._step.optimizer)
         for key, change in differences(saved, self._job.saved):
             self._report(Event(told=f"{key} {change}"))
@@ -286,7 +298,7 @@ class Loop:
         from shardwise.train.weights import read_weights
 
         assert isinstance(self._source, HuggingFaceModel)
-        self._context.note(f"reading weights of {folder}")
+        self._phase(f"reading weights of {folder}", is_long=True)
         unused = read_weights(folder, self._model, self._source)
         if unused:
             more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
@@ -298,7 +310,7 @@ class Loop:
         from shardwise.train.weights import write_weights
 
         assert isinstance(self._source, HuggingFaceModel)
-        self._phase(f"writing weights to {folder}")
+        self._phase(f"writing weights to {folder}", is_long=True)
         found = self._checkpoints.newest()
         if found.manifest is None or found.manifest.saved.step != self._done:
             self._report(Event(told=f"no weights were written: step {self._done} couldn't be saved"))
@@ -311,16 +323,18 @@ class Loop:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM asks this rank to stop once it can."""
+        """SIGTERM asks this rank to stop once it can; under torchrun, which passes it on, Ctrl-C too."""
 
         def stop(number: int, frame: FrameType | None) -> None:
             self._stop.set()
 
-        before = signal.signal(signal.SIGTERM, stop)
+        asks = [signal.SIGTERM, *([signal.SIGINT] if self._context.under_torchrun else [])]
+        before = [(number, signal.signal(number, stop)) for number in asks]
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before:
+                signal.signal(number, handler)
 
     def _tell_lines(self) -> None:
         for line in self._checkpoints.lines():
@@ -335,9 +349,9 @@ class Loop:
             self._clock.enter(phase)
             self._phase(PHASES[phase])
 
-    def _phase(self, text: str) -> None:
+    def _phase(self, text: str, *, is_long: bool = False) -> None:
         if self._where is not None:
-            self._where.phase(f"step {self._done + 1}: {text}")
+            self._where.phase(f"step {self._done + 1}: {text}", is_long=is_long)
 
 
 def own_seed(seed: int, mesh: Mesh, rank: int) -> int:

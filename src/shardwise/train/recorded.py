@@ -34,7 +34,7 @@ class Recorded:
     def is_beside(self, number: int) -> bool:
         """Whether a profile may have slowed a step: recorded, the one before it, and the one after it, which
         waits for the slowest rank to write."""
-        return bool(self._every) and (number + 1) % self._every <= 2
+        return bool(self._last) and self._last - 1 <= number <= self._last + 1
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:

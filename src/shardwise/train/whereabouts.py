@@ -18,6 +18,9 @@ from shardwise.torch_private import name_of_unit
 STILL_S = 2.0
 """How long a phase lasts before it is said where in it the rank is."""
 _LOOK_S = 0.5
+_BEAT_S = 2.0
+_LONGEST_S = 1800.0
+"""How long work on disks, in which nothing else is told, is taken for alive: as long as a save may take."""
 _COLLECTIVES = c10d.__file__
 
 
@@ -30,12 +33,13 @@ class Whereabouts:
         self._names: dict[int, str] = {id(module): name for name, module in model.named_modules() if name}
         self._note, self._host = note, f" on {socket.gethostname()}" if names_host else ""
         self._phase, self._since_s, self._told = "", time.monotonic(), ""
+        self._is_long = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="whereabouts", daemon=True)
 
-    def phase(self, text: str) -> None:
-        """A phase begins."""
-        self._phase, self._since_s = text, time.monotonic()
+    def phase(self, text: str, *, is_long: bool = False) -> None:
+        """A phase begins. is_long: work on disks, which may take long: that it goes on is told by itself."""
+        self._phase, self._since_s, self._is_long = text, time.monotonic(), is_long
         self._tell(text)
 
     def failed(self, trace: TracebackType | None) -> None:
@@ -48,7 +52,11 @@ class Whereabouts:
 
     def _watch(self) -> None:
         while not self._over.wait(_LOOK_S):
-            if time.monotonic() - self._since_s < STILL_S:
+            still_s = time.monotonic() - self._since_s
+            if still_s < STILL_S:
+                continue
+            if self._is_long and still_s < _LONGEST_S:
+                self._tell(f"{self._phase}, for {still_s // _BEAT_S * _BEAT_S:.0f} s")
                 continue
             own = threading.get_ident()
             threads = [

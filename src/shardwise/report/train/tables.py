@@ -31,7 +31,13 @@ def headline(run: Training) -> Iterator[Line]:
         return
     done = last.step if last is not None else run.first_step
     began = f", from step {run.first_step} on" if run.first_step else ""
-    if run.ended is Ended.DONE:
+    if run.unsaved is not None:
+        yield Line(
+            f"Step {done:,} was done and couldn't be saved: {sentence(run.unsaved)} --resume goes on from an "
+            "earlier checkpoint, where there is one.",
+            Tone.BAD,
+        )
+    elif run.ended is Ended.DONE:
         yield Line(f"Done: {done:,} steps{began}, in {format_seconds(run.seconds)}.", Tone.GOOD)
     else:
         yield Line(

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from shardwise.core.errors import TraceError
+from shardwise.core.errors import ShardwiseError, TraceError
 
 PROFILES = "profiles"
 
@@ -33,7 +33,7 @@ class Profiles:
         folder = self._folder / f"step-{step}"
         try:
             line = " ".join(_words(folder, self._world_size))
-        except TraceError as error:
+        except ShardwiseError as error:  # whatever it was, the run goes on
             line = f"its profile can't be read: {error}"
         except OSError as error:
             line = f"its profile can't be read: {folder}: {error.strerror or error}."
@@ -70,7 +70,8 @@ def _words(folder: Path, world_size: int) -> tuple[str, ...]:
     files = trace_files(folder)
     if len(files) != world_size:
         raise TraceError(
-            f"{folder}: {len(files)} of {world_size} ranks' files are there. All hosts must share the folder."
+            f"{folder}: {len(files)} of {world_size} ranks' files are there. All hosts must share the "
+            "folder, and have room in it."
         )
     timelines, sharing = share(read_ranks(files))
     made_of, late = late_words(profile_run(folder.name, timelines, sharing)) or ("no time was recorded", "")

@@ -64,11 +64,11 @@ def train(
     if not is_main():
         run.launch(Path(), options.resume, lambda _: None)  # rank 0's job counts
         return None
-    with open_folder(options.resume) as folder, _Watched(run, folder, say, on_step) as watched:
+    with open_folder(options.resume) as folder, _Watched(run, folder, say, on_step, began_s) as watched:
         if not options.resume:
             folder.write("settings.json", settings_document(run.saved()))
         result = watched.through_failures(progress)
-    return _answer(run, watched, result.ended, tuple(told), began_s)
+    return _answer(run, watched, result.ended, tuple(told), began_s, result.unsaved)
 
 
 def _looked_at(run: Run, progress: Progress, say: Callable[[str], None]) -> tuple[Run, tuple[str, ...]]:
@@ -95,17 +95,19 @@ def _looked_at(run: Run, progress: Progress, say: Callable[[str], None]) -> tupl
 
 @dataclass(slots=True)
 class _Watched:
-    """A run under way, and what its rank 0 reports. restarts: since its begin; first_step: that this call
-    went on from; first_line_s: when the first line of a step came, by time.monotonic(); resumed: the last
-    step that ranks went on from."""
+    """A run under way, and what its rank 0 reports. began_s: when the call began, by time.monotonic();
+    first_step_s: from there to the first step's end. restarts: since its begin; first_step: that this call
+    went on from; resumed: the last step that ranks went on from."""
 
     run: Run
     folder: RunFolder
     say: Callable[[str], None]
     on_step: Callable[[Live], None]
+    began_s: float
     resumed: int = 0
     first_step: int | None = None
-    first_line_s: float | None = None
+    first_step_s: float | None = None
+    _broken: RunError | None = None
     restarts: list[Restart] = field(default_factory=list)
     steps: list[StepRecord] = field(default_factory=list)
     _log: StepLog | None = None
@@ -121,18 +123,18 @@ class _Watched:
         """Runs the ranks, and again from the last checkpoint where they fail."""
         from shardwise.launch import Interrupted, joined
 
-        options, tries = self.run.options, 0
+        options, tries, published = self.run.options, 0, self._published()
         resume = options.resume
         while True:
-            before = self.resumed
             progress(f"starting {self.run.case.mesh.world_size} ranks")
             try:
                 result = self.run.launch(self.folder.path.resolve(), resume, self._take)
             except (DriftError, NotFiniteError, Interrupted):
                 raise  # the same would come again
             except RunError as error:
-                tries = 0 if self.resumed > before else tries + 1
-                if joined() or tries > options.restarts:
+                before, published = published, self._published()
+                tries = tries + 1 if published == before else 1
+                if error is self._broken or joined() or tries > options.restarts:
                     raise
                 resume = True
                 self.restarts.append(Restart(str(error), self._last_step()))
@@ -140,6 +142,13 @@ class _Watched:
             else:
                 self._tell_profiles(wait=True)
                 return result
+
+    def _published(self) -> int:
+        """The step of the newest checkpoint; 0 where there is none."""
+        from shardwise.train.checkpoints import find
+
+        found = find(self.folder.path / CHECKPOINTS, full=False)
+        return found.manifest.saved.step if found.manifest is not None else 0
 
     def _last_step(self) -> int:
         return self.steps[-1].step if self.steps else 0
@@ -152,24 +161,37 @@ class _Watched:
         event = msgspec.json.decode(content, type=Event)
         if event.told is not None:
             self.say(event.told)
+        if event.began and self.first_step_s is None:
+            self.first_step_s = time.monotonic() - self.began_s
         if event.resumed is not None:
             self._begin(event.resumed)
         if event.record is not None:
             if self._log is None:
                 self._begin(0)
             assert self._log is not None
-            self._log.append(event.record)
-            self.first_line_s = self.first_line_s or time.monotonic()
+            try:
+                self._log.append(event.record)
+            except RunError as error:
+                self._broken = error  # ranks that are started again would meet it again
+                raise
             self.steps.append(event.record)
             live = self.run.live(event.record)
             self.on_step(live)
-            if self._scalars is not None:
-                self._scalars.write(live)
+            self._write_scalars(live)
             if self._pace is not None and (slower := self._pace.take(event.record)) is not None:
                 self.say(slower)
         if event.profiled is not None:
             self._profiles.read(event.profiled)
         self._tell_profiles()
+
+    def _write_scalars(self, live: Live) -> None:
+        if self._scalars is None:
+            return
+        try:
+            self._scalars.write(live)
+        except OSError as error:
+            self._scalars = None
+            self.say(f"TensorBoard gets no more scalars: {error.strerror or error}. The run goes on.")
 
     def _tell_profiles(self, *, wait: bool = False) -> None:
         for line in self._profiles.lines(wait=wait):
@@ -204,7 +226,12 @@ class _Watched:
 
 
 def _answer(
-    run: Run, watched: _Watched | None, ended: Ended, told: tuple[str, ...], began_s: float
+    run: Run,
+    watched: _Watched | None,
+    ended: Ended,
+    told: tuple[str, ...],
+    began_s: float,
+    unsaved: str | None = None,
 ) -> Training:
     steps = watched.steps if watched is not None else []
     every = read_steps(watched.folder.path) if watched is not None else []
@@ -236,12 +263,6 @@ def _answer(
         checkpoints=str(watched.folder.path / CHECKPOINTS) if watched is not None else "",
         seconds=time.monotonic() - began_s,
         until=run.options.until,
-        first_step_s=_first_step_s(watched, began_s) if watched is not None else None,
+        first_step_s=watched.first_step_s if watched is not None else None,
+        unsaved=unsaved,
     )
-
-
-def _first_step_s(watched: _Watched, began_s: float) -> float | None:
-    """A step's line comes at the end of the next one; None for fewer than two of them."""
-    if watched.first_line_s is None or len(watched.steps) < 2:
-        return None
-    return watched.first_line_s - began_s - watched.steps[1].seconds
