@@ -315,6 +315,7 @@ def _copied() -> list[Example]:
         Example(lambda x: F.dropout(x, 0.0), ((4, 6),), "ff"),
         Example(lambda x: x.clone().bernoulli_(1.0), ((4, 6),), "ff"),
         Example(lambda x: torch.native_dropout(x, 0.0, True), ((4, 6),), "ff"),
+        Example(lambda x: torch.ops.aten.rrelu_with_noise(x.abs(), torch.ones_like(x)), ((4, 6),), "ff"),
         Example(torch.polar, ((4, 6), (4, 6)), "ff ff"),
         Example(lambda x, y: torch.complex(x, y).conj().imag, ((4, 6), (4, 6)), "ff ff"),
         Example(lambda x: torch.div(x, 0.3, rounding_mode="floor"), ((4, 6),), "ff"),

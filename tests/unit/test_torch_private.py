@@ -13,7 +13,7 @@ from shardwise.core.errors import InputError, TorchError
 
 SOURCE = Path(torch_private.__file__).parent
 # os, and a Hugging Face model
-NOT_TORCH_S = {"_exit", "_can_set_experts_implementation", "_expand_parallel_plan"}
+NOT_TORCH_S = {"_exit", "_current_frames", "_can_set_experts_implementation", "_expand_parallel_plan"}
 
 
 def trees() -> dict[Path, ast.Module]:

@@ -107,7 +107,7 @@ _LINEAR_IN_FIRST = frozenset({"mul", "div", "neg", "_to_copy", "clone", "detach"
 @rule(
     *("_to_copy", "detach", "alias", "lift_fresh", "copy_", "fill_", "zero_", "floor_divide", "zeros_like"),
     *("ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_empty_strided", "isin"),
-    *("native_dropout", "bernoulli_", "_conj", "_neg_view", "complex", "polar"),
+    *("native_dropout", "rrelu_with_noise", "bernoulli_", "_conj", "_neg_view", "complex", "polar"),
 )
 def pointwise(call: Call) -> None:
     """Entry by entry, with broadcasting."""
