@@ -30,7 +30,11 @@ STOPPED = 4
             "batch": BATCH,
             "seq": SEQ,
         },
-        about={"machine": "A machine of `shardwise machines`, to predict the step and watch it."},
+        about={
+            "plans": "A built-in plan, a .toml file, hf or hf-ep (a Hugging Face model's own), own (the "
+            "factory shards itself) or unsharded.",
+            "machine": "A machine of `shardwise machines`, to predict the step and watch it.",
+        },
         out="Folder of the run: settings, steps.jsonl, checkpoints, the page.",
         out_shown="runs/train-TIME",
         one_plan=True,

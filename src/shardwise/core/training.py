@@ -3,7 +3,7 @@ log, and the answer."""
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
 
@@ -326,8 +326,3 @@ def _shown(value: Value) -> str:
     if value is None:
         return "not given"
     return " ".join(value) if isinstance(value, list) else str(value)
-
-
-def record_fields() -> tuple[str, ...]:
-    """Of a line of steps.jsonl, in order."""
-    return tuple(field.name for field in fields(StepRecord))
