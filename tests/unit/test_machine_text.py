@@ -55,6 +55,9 @@ forward = { value = 7.7, unit = "us", source = "x" }
 backward = { value = 8, unit = "us", source = "x" }
 collective = { value = 30, unit = "us", source = "x" }
 dtensor_backward = { value = 100, unit = "us", source = "x" }
+[spread]
+work = { value = 12.5, unit = "ms", source = "x" }
+collective = { value = 40, unit = "us", source = "x" }
 [links.within]
 bandwidth = { value = 450, unit = "GB/s", per = "device", source = "sheet" }
 [[links.within.any]]

@@ -10,6 +10,7 @@ TOML, where each constant has its unit and its source.
     kernel     start + bytes / rate, or a measured curve, log-log between its points
     attention  FLOPs / rate, where the rate grows with the sequence: rate x S / (S + half_sequence)
     collective start + wire bytes / rate for a group of n ranks on one link, or a measured curve
+    spread     standard deviations of when ranks arrive at a collective (predict/waiting.py)
 
 What this file does not know: what runs when. predict/ does.
 """
@@ -193,6 +194,21 @@ class Launch:
 
 
 @dataclass(frozen=True, slots=True)
+class Spread:
+    """How far apart equal ranks arrive at a collective, as standard deviations. work_s: of one second's work;
+    deviations of parts that follow one another add up as variances do, so that of w seconds is work_s x
+    sqrt(w). collective_s: whatever the work before it was. A device that is always slower than the others is
+    not in them."""
+
+    work_s: float = 0.0
+    collective_s: float = 0.0
+
+    def variance(self, seconds: float, collectives: int = 1) -> float:
+        """In seconds squared, after so many seconds of work, and so many collectives issued."""
+        return self.work_s**2 * seconds + self.collective_s**2 * collectives
+
+
+@dataclass(frozen=True, slots=True)
 class Constant:
     """One line of a machine file: its path, value and unit as written, and where it comes from. fitted: to
     what, where it was fitted."""
@@ -208,7 +224,7 @@ class Constant:
 class Machine:
     """Equal devices, `devices_per_node` of them joined by `within`, nodes joined by `between` (None: one node
     only). error: of predictions on it, as a share: of how two plans compare, predicted against measured;
-    None where nobody measured that."""
+    spread: of its ranks. None where nobody measured that."""
 
     name: str
     device: str
@@ -226,6 +242,7 @@ class Machine:
     between: Link | None
     constants: tuple[Constant, ...] = ()
     error: float | None = None
+    spread: Spread | None = None
 
     def matmul(self, dtype: str) -> MatmulRate | None:
         return dict(self.matmuls).get(dtype)

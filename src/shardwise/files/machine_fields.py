@@ -46,6 +46,7 @@ ELEMENTS = Quantity((("Gelement/s", 1e9),), 1e7, 1e14)
 UNITS = Quantity(_ONE, 1, 100_000)
 SHARE = Quantity(_ONE, 0.0, 1.0)
 EXTRA_K = Quantity(_ONE, 0.0, 100_000.0)
+DEVIATION = Quantity(_SECONDS, 0.0, 10.0)
 TOKENS = Quantity((("tokens", 1.0),), 0.0, 1e6)
 
 
@@ -94,6 +95,7 @@ LAUNCH = (
     Field("dtensor_forward", "dtensor_forward_s", START, False),
     Field("dtensor_backward", "dtensor_backward_s", START, False),
 )
+SPREAD = (Field("work", "work_s", DEVIATION), Field("collective", "collective_s", DEVIATION))
 LINK = (
     Field("bandwidth", "bytes_per_s", LINK_BANDWIDTH),
     Field("start", "start_s", START, False, 0.0),

@@ -11,6 +11,8 @@ was fitted; no file is opened here.
     [kernels.NAME]         start, rate, elements; or points (bytes, seconds). NAME: an op, a kind of
                            ops, default
     [launch]               forward, backward, collective; dtensor_forward, dtensor_backward (all optional)
+    [spread]               work (of one second's), collective: standard deviations of when ranks arrive
+                           (optional)
     [links.within]         (optional where devices_per_node is 1) bandwidth; [[links.within.KIND]] ranks,
                            start, rate or points. KIND: a collective, or any
     [links.between]        the same, and reach (message bytes, share of bandwidth), start, start_per_hop
@@ -41,6 +43,7 @@ from shardwise.core.machine import (
     Machine,
     MatmulRate,
     Points,
+    Spread,
     Tile,
 )
 from shardwise.core.plan import suggest
@@ -56,6 +59,7 @@ from shardwise.files.machine_fields import (
     MATMUL,
     MEMORY,
     PREDICTIONS,
+    SPREAD,
     TIME,
     Field,
     Quantity,
@@ -78,6 +82,7 @@ _ROOT = (
     "attention",
     "kernels",
     "launch",
+    "spread",
     "links",
 )
 
@@ -126,6 +131,7 @@ class _Reader:
             **told,
             kernels=kernels,
             launch=Launch(**root.section("launch").numbers(LAUNCH)),
+            spread=Spread(**root.section("spread").numbers(SPREAD)) if "spread" in self.table else None,
             matmuls=tuple((dtype, _matmul(part)) for dtype, part in root.sections("matmul")),
             attentions=tuple(
                 (dtype, AttentionRate(**part.numbers(ATTENTION)))

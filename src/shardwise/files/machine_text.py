@@ -58,6 +58,8 @@ class _Writer:
         for name, kernel in machine.kernels:
             yield from self.section(f"kernels.{_key(name)}", f"kernels.{name}", kernel, fields.KERNEL)
         yield from self.section("launch", "launch", machine.launch, fields.LAUNCH)
+        if machine.spread is not None:
+            yield from self.section("spread", "spread", machine.spread, fields.SPREAD)
         if machine.within.is_known:
             yield from self.link("links.within", machine.within)
         if machine.between is not None:
