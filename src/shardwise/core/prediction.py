@@ -26,6 +26,7 @@ class Term(StrEnum):
     DATA = "data-parallel communication"
     SLOWED = "compute slowed by communication beside it"
     LAUNCH = "waiting for launches"
+    WAITING = "waiting for late ranks"
     BUBBLE = "pipeline bubble"
 
 
@@ -69,7 +70,8 @@ class Setup:
     the matmul that makes or takes them. optimizer_shards: ranks that share the optimizer's state and work
     (ZeRO-1); of experts that each rank along ep holds for itself, so many times fewer. waits_for_device:
     whether the host waits at the end of each forward and backward until the device is done, as Megatron's
-    timers made it (torch.cuda.synchronize) until 2022. without: terms that are switched off.
+    timers made it (torch.cuda.synchronize) until 2022. spread_s: the standard deviation over ranks of one
+    second's work, whatever the machine says; None: as it says. without: terms that are switched off.
     """
 
     mesh: Mesh | None = None
@@ -87,6 +89,7 @@ class Setup:
     optimizer_shards: int = 1
     precision: Precision = Precision.TRACED
     waits_for_device: bool = False
+    spread_s: float | None = None
     without: tuple[Term, ...] = ()
 
     def pipeline(self) -> Pipeline:

@@ -4,7 +4,7 @@ are held against. Standard library."""
 from dataclasses import dataclass
 
 from shardwise.core.case import StepSettings
-from shardwise.core.machine import Constant
+from shardwise.core.machine import Constant, Spread
 from shardwise.core.prediction import Prediction, Term
 
 LAUNCH_BOUND = 0.05
@@ -15,7 +15,7 @@ win."""
 @dataclass(frozen=True, slots=True)
 class MachineFacts:
     """What a reader of a prediction needs to know of its machine. constants: all of its numbers as written,
-    with their sources."""
+    with their sources. spread: of its ranks; None where it doesn't say."""
 
     name: str
     about: str
@@ -23,6 +23,7 @@ class MachineFacts:
     devices_per_node: int
     memory_bytes: float
     constants: tuple[Constant, ...]
+    spread: Spread | None = None
 
     @property
     def sources(self) -> tuple[tuple[str, int], ...]:

@@ -32,4 +32,5 @@ def facts_of(machine: Machine) -> MachineFacts:
         machine.devices_per_node,
         machine.memory_bytes,
         machine.constants,
+        machine.spread,
     )

@@ -18,9 +18,10 @@ from shardwise.core.mesh import Mesh, Role, role_of
 from shardwise.core.pipeline import Span, even_counts
 from shardwise.core.prediction import Setup, Term
 from shardwise.core.program import BACKWARDS, FORWARDS, ONCE, Collective, Program
-from shardwise.predict.groups import further_shards, mesh_of, optimizer_shards
+from shardwise.predict.groups import further_shards, groups_of, mesh_of, optimizer_shards
 from shardwise.predict.pipeline import PartTimes
 from shardwise.predict.streams import run
+from shardwise.predict.waiting import Apart, Waiting, waiting_of
 from shardwise.predict.work import AFTER, BEFORE, Work, boundary_bytes, joined, layers_of, work_of
 
 SLOWED_BESIDE = 0.189
@@ -34,12 +35,14 @@ _WAYS = ("forward_s", "backward_s")
 @dataclass(frozen=True, slots=True)
 class Stage:
     """The work of a stage, or of one of its parts, on a micro-batch, what it takes, and how that adds up:
-    seconds by term, of the device alone."""
+    seconds by term, of the device alone. apart: how far its ranks have come apart after the step's last
+    micro-batch (predict/waiting.py)."""
 
     forward: Work
     backward: Work
     times: PartTimes
     terms: dict[Term, float]
+    apart: Apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +68,28 @@ class Layout:
     def busiest(self) -> Stage:
         return max(self.stages, key=lambda stage: stage.times.total_s)
 
+    @property
+    def punctual(self) -> bool:
+        """Whether all ranks come to their collectives at once."""
+        works = (self.busiest.forward, self.busiest.backward, self.end)
+        return not any(work.waits_s.any() for work in works)
+
 
 def lay_out(program: Program, machine: Machine, setup: Setup) -> Layout:
     """Of a setup that check_setup lets pass."""
     work = work_of(program, machine, setup).without(setup.without)
     transfer_s = _transfer_s(program, machine, setup)
+    sizes = {axis: group.size for axis, group in groups_of(program, setup).items()}
+    waiting = waiting_of(machine, setup, sizes)
     end = _end(work, setup, optimizer_shards(program, setup) * further_shards(program, setup))
-    parts = _parts(work, program, setup)
+    parts = _parts(work, program, setup, end, waiting)
     pipeline = setup.pipeline()
     stages = tuple(
         _together([parts[part] for part in pipeline.parts_of(stage)]) for stage in range(setup.stages)
     )
     times = tuple(part.times for part in parts)
+    if waiting is not None:
+        (end,), _ = waiting.of([end], max(stages, key=lambda stage: stage.times.total_s).apart)
     return Layout(program, machine, setup, work, stages, times, end, transfer_s)
 
 
@@ -123,7 +136,7 @@ def balanced_counts(
     )
 
 
-def _parts(work: Work, program: Program, setup: Setup) -> list[Stage]:
+def _parts(work: Work, program: Program, setup: Setup, end: Work, waiting: Waiting | None) -> list[Stage]:
     once = program.settings.reduce_once and setup.micro_batches > 1
     alike: dict[tuple[int, bool, bool], Stage] = {}
     parts: list[Stage] = []
@@ -132,7 +145,7 @@ def _parts(work: Work, program: Program, setup: Setup) -> list[Stage]:
         # parts of equal layers that hold neither end are equal
         key = (span.count if span is not None else 0, index == 0, index == len(spans) - 1)
         if key not in alike or not program.compressed:
-            alike[key] = _part(work, span, setup, ends=key[1:], once=once)
+            alike[key] = _part(work, span, setup, ends=key[1:], once=once, late=(end, waiting))
         parts.append(alike[key])
     return parts
 
@@ -145,12 +158,22 @@ def _together(parts: Sequence[Stage]) -> Stage:
     forward_s, backward_s = (sum(getattr(part.times, way) for part in parts) for way in _WAYS)
     forward = joined([part.forward for part in parts])
     backward = joined([part.backward for part in reversed(parts)])
-    return Stage(forward, backward, PartTimes(forward_s, backward_s), terms)
+    apart = {name: sum(part.apart[name] for part in parts) for name in parts[0].apart}
+    return Stage(forward, backward, PartTimes(forward_s, backward_s), terms, apart)
 
 
-def _part(work: Work, span: Span | None, setup: Setup, ends: tuple[bool, bool], *, once: bool) -> Stage:
+def _part(
+    work: Work,
+    span: Span | None,
+    setup: Setup,
+    ends: tuple[bool, bool],
+    *,
+    once: bool,
+    late: tuple[Work, Waiting | None] | None = None,
+) -> Stage:
     """span: of layers; None: of all of them. ends: whether it has what comes before them, and after them.
-    once: FSDP sums gradients in the last micro-batch's backward only."""
+    once: FSDP sums gradients in the last micro-batch's backward only. late: the step's end, and how ranks
+    wait."""
     layers = work.layer >= 0
     if span is not None:
         layers &= (work.layer >= span.first) & (work.layer < span.stop)
@@ -158,6 +181,9 @@ def _part(work: Work, span: Span | None, setup: Setup, ends: tuple[bool, bool], 
         if holds:
             layers |= work.layer == place
     forward, backward = (work.where(layers & work.in_phases(*phases)) for phases in (FORWARDS, BACKWARDS))
+    apart: Apart = {}
+    if late is not None and (waiting := late[1]) is not None:
+        (forward, backward), apart = waiting.in_step((forward, backward), late[0], setup.micro_batches)
     terms = dict.fromkeys(Term, 0.0)
     times = [_add_pass(terms, part, setup) for part in (forward, backward)]
     if once:
@@ -166,7 +192,7 @@ def _part(work: Work, span: Span | None, setup: Setup, ends: tuple[bool, bool], 
         share = 1 / setup.micro_batches  # of the last one, which reduces; what stands for all is their mean
         terms = {term: share * terms[term] + (1 - share) * kept[term] for term in Term}
         times = [share * last + (1 - share) * other for last, other in zip(times, early, strict=True)]
-    return Stage(forward, backward, PartTimes(*times), terms)
+    return Stage(forward, backward, PartTimes(*times), terms, apart)
 
 
 def _reduces_shards(work: Work) -> NDArray[np.bool_]:
@@ -184,9 +210,11 @@ def _reduces_shards(work: Work) -> NDArray[np.bool_]:
 
 
 def _add_pass(terms: dict[Term, float], part: Work, setup: Setup) -> float:
-    """Adds the items' own seconds by term; the difference to the pass's length is waiting for launches.
-    Returns its length, with what communication beside it adds."""
-    length_s = _pass_s(part, setup)
+    """Adds the items' own seconds by term; the difference to the pass's length is waiting for launches, and
+    what late ranks add to that waiting for them. Returns its length, with what communication beside it
+    adds."""
+    length_s = _pass_s(part.punctual, setup)
+    late_s = _pass_s(part, setup) - length_s if part.waits_s.any() else 0.0
     sums = part.by_term()
     spare = length_s - sum(seconds for term, seconds in sums.items() if term is not Term.DATA)
     data = min(sums[Term.DATA], max(spare, 0.0))
@@ -195,7 +223,8 @@ def _add_pass(terms: dict[Term, float], part: Work, setup: Setup) -> float:
         terms[term] += seconds
     terms[Term.LAUNCH] += spare - data
     terms[Term.SLOWED] += slowed
-    return length_s + slowed
+    terms[Term.WAITING] += late_s
+    return length_s + slowed + late_s
 
 
 def _pass_s(part: Work, setup: Setup) -> float:

@@ -67,7 +67,9 @@ def _terms(layout: Layout) -> dict[Term, float]:
     """Of the whole step: the busiest stage's for each micro-batch, the end's, and the bubble."""
     setup, busiest = layout.setup, layout.busiest
     once_s = layout.end.by_term()
-    once_s[Term.LAUNCH] += run(layout.end).length_s - sum(once_s.values())
+    punctual_s = run(layout.end.punctual).length_s
+    once_s[Term.LAUNCH] += punctual_s - sum(once_s.values())
+    once_s[Term.WAITING] = run(layout.end).length_s - punctual_s
     terms = {term: busiest.terms[term] * setup.micro_batches + once_s[term] for term in Term}
     passes_s = pipeline_s(setup.pipeline(), layout.parts, setup.micro_batches, layout.transfer_s)
     terms[Term.BUBBLE] += passes_s - setup.micro_batches * busiest.times.total_s

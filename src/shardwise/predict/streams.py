@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.mesh import Role, role_of
 from shardwise.core.program import BACKWARDS, IN_LAYERS, Collective, Phase
-from shardwise.predict.work import Seconds, Work
+from shardwise.predict.work import PHASES, Seconds, Work
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Starts and ends of each item, seconds from the moment at which the host begins. issued_s: when the host
-    had issued it."""
+    """Starts and ends of each item, seconds from the moment at which the host begins; in a collective the
+    waiting for other ranks comes first. issued_s: when the host had issued it."""
 
     start_s: Seconds
     end_s: Seconds
@@ -41,11 +41,12 @@ class Run:
 def run(work: Work) -> Run:
     """Runs the work once."""
     if work.together:
-        ends = np.cumsum(work.device_s + work.host_s)
-        return Run(ends - work.device_s, ends, ends - work.device_s)
-    issued = np.cumsum(work.host_s)
+        ends = np.cumsum(work.waits_s + work.device_s + work.host_s)
+        starts = ends - work.device_s - work.waits_s
+        return Run(starts, ends, starts)
+    issued, takes_s = np.cumsum(work.host_s), work.waits_s + work.device_s
     start, end = np.zeros(len(work)), np.zeros(len(work))
-    beside = np.flatnonzero(_beside(work))
+    beside = np.flatnonzero(beside_layers(work))
     in_backward = work.in_phases(*BACKWARDS)
     free = comm_free = layer_start = 0.0
     first = 0
@@ -54,16 +55,16 @@ def run(work: Work) -> Run:
         if at > first:
             part = slice(first, at)
             waits_for = arrives.pop(int(work.layer[first]), 0.0)
-            begun, ended = _in_order(work.device_s[part], issued[part], max(free, waits_for))
+            begun, ended = _in_order(takes_s[part], issued[part], max(free, waits_for))
             start[part], end[part] = begun, ended
             layer_start, free = float(begun[0]), float(ended[-1])
         if at < len(work):
-            gathers = _gathers(work, at)
+            gathers = is_gather(work, at)
             ready = layer_start if gathers and not in_backward[at] else free
             start[at] = max(comm_free, float(issued[at]), ready)
-            end[at] = comm_free = start[at] + float(work.device_s[at])
+            end[at] = comm_free = start[at] + float(takes_s[at])
             if gathers:
-                arrives[_needed_by(work, at) if in_backward[at] else int(work.layer[at])] = comm_free
+                arrives[needed_by(work, at)] = comm_free
         first = at + 1
     final = work.in_phases(Phase.CLIP, Phase.OPTIMIZER)
     if final.any() and comm_free > 0:  # the optimizer needs all gradients
@@ -80,20 +81,22 @@ def _in_order(durations: Seconds, issued: NDArray[np.float64], free_s: float) ->
     return ends - durations, ends
 
 
-def _beside(work: Work) -> NDArray[np.bool_]:
+def beside_layers(work: Work) -> NDArray[np.bool_]:
     """Collectives over data-parallel axes that belong to layers (FSDP's): in forward and backward."""
     data = np.array([role_of(name) is Role.SHARDS_PARAMETERS for name in ("", *work.axes)])[work.axis]
     inside = work.in_phases(*IN_LAYERS)
     return data & inside & (work.device_s > 0)
 
 
-def _needed_by(work: Work, at: int) -> int:
-    """The layer whose parameters a backward's all-gather brings: a layer fetches those of the layer that
+def needed_by(work: Work, at: int) -> int:
+    """The layer whose parameters an all-gather brings: in a backward a layer fetches those of the layer that
     comes after it."""
+    if PHASES[int(work.phase[at])] not in BACKWARDS:
+        return int(work.layer[at])
     others = np.flatnonzero(work.layer[at:] != work.layer[at])
     return int(work.layer[at + others[0]]) if len(others) else int(work.layer[at])
 
 
-def _gathers(work: Work, at: int) -> bool:
+def is_gather(work: Work, at: int) -> bool:
     item = work.item(at)
     return isinstance(item, Collective) and item.call.kind is CollectiveKind.ALL_GATHER

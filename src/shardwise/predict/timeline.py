@@ -3,8 +3,8 @@ stage and the step's end, op by op.
 
     host thread            when the host issues each op and collective
     compute                the device's ops
-    communication AXIS     collectives over one axis; the last rank arrives when they start, since waiting
-                           isn't modelled
+    communication AXIS     collectives over one axis; the last rank arrives when a rank has waited for it
+                           (predict/waiting.py), or when they start where nobody says how far apart ranks come
 
 Of a pipeline, each stage has a Timeline of its own besides, with a span for each micro-batch's forward and
 backward on each chunk, and for the bubble (pipeline_timelines).
@@ -170,7 +170,7 @@ class _Writer:
         window = Window(0, None, 0, int(spans.end_ns.max(initial=0)))
         facts = (
             ("predicted", f"{self.layout.machine.name}: one micro-batch and the step's end"),
-            ("waiting", "not modelled"),
+            ("waiting", "not modelled" if self.layout.punctual else "until the last rank has come"),
         )
         groups = tuple(map(self._group, axes))
         return Timeline(lanes, tuple(self.names), spans, _collectives(rows), groups, (window,), 0, facts)
@@ -237,7 +237,8 @@ class _Writer:
                 module, op = self._told(part.work, int(row))
                 words = (self.name(op), self.name(call.dtype), self.name(module))
                 elements = call.payload_bytes // DTYPE_BYTES.get(call.dtype, 1)
-                sizes = (elements, call.payload_bytes, int(spans.start_ns[span]))
+                arrival_ns = int(spans.start_ns[span]) + round(float(part.work.waits_s[row]) * 1e9)
+                sizes = (elements, call.payload_bytes, min(arrival_ns, int(spans.end_ns[span])))
                 rows.append((span, *words, group, sequences[group], *sizes))
                 sequences[group] += 1
             at += len(part.work)

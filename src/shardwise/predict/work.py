@@ -28,7 +28,7 @@ PHASES = tuple(Phase)
 BEFORE, AFTER = -1, -2
 
 Seconds = NDArray[np.float64]
-# of Work, in the order in which _Costing makes them
+# of Work, in the order in which _Costing makes them; what ranks wait for one another isn't an item's
 COLUMNS = {
     "device_s": np.float64,
     "host_s": np.float64,
@@ -37,15 +37,17 @@ COLUMNS = {
     "axis": np.int8,
     "layer": np.int32,
     "template": np.int32,
+    "waits_s": np.float64,
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
     """Columns, one row an item. axis: 0 for the device's compute stream, else 1 + the index in `axes` of the
-    collective's axis. template: into `items`, whose names the row has, apart from its layer. together: host
-    and device are one (a CPU), so issuing is part of the item. unknown: ops and collectives whose cost nobody
-    knows."""
+    collective's axis. template: into `items`, whose names the row has, apart from its layer. waits_s: how
+    long a rank, on average, waits in a collective for the last one (predict/waiting.py), before the device_s
+    of its transfer. together: host and device are one (a CPU), so issuing is part of the item. unknown: ops
+    and collectives whose cost nobody knows."""
 
     device_s: Seconds
     host_s: Seconds
@@ -54,6 +56,7 @@ class Work:
     axis: NDArray[np.int8]
     layer: NDArray[np.int32]
     template: NDArray[np.int32]
+    waits_s: Seconds
     items: tuple[Op | Collective, ...]
     axes: tuple[str, ...]
     unknown: tuple[str, ...]
@@ -86,6 +89,11 @@ class Work:
         off = np.isin(self.term, [TERMS.index(term) for term in terms])
         host_s = np.zeros_like(self.host_s) if Term.LAUNCH in terms else self.host_s
         return replace(self, device_s=np.where(off, 0.0, self.device_s), host_s=host_s)
+
+    @property
+    def punctual(self) -> "Work":
+        """The same where no rank is late."""
+        return replace(self, waits_s=np.zeros_like(self.waits_s))
 
     def by_term(self) -> dict[Term, float]:
         """The items' own seconds."""
@@ -124,6 +132,7 @@ def work_of(program: Program, machine: Machine, setup: Setup) -> Work:
     costing = _Costing(machine, program, setup)
     blocks = [costing.block(block) for block in program.blocks]
     columns = [np.concatenate(column) for column in zip(*blocks, strict=True)]
+    columns.append(np.zeros(len(columns[0])))
     made = {name: column.astype(kind) for (name, kind), column in zip(COLUMNS.items(), columns, strict=True)}
     made["layer"] = _placed(made["layer"], made["phase"])
     return Work(

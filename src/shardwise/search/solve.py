@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from shardwise.core.errors import InputError
 from shardwise.core.pipeline import recomputed_spans
-from shardwise.core.prediction import Prediction
+from shardwise.core.prediction import Prediction, Term
 from shardwise.core.program import Program
 from shardwise.core.search import SEQUENCE, Candidate, Known
 from shardwise.predict.check import check_setup
@@ -262,6 +262,7 @@ class Solver:
         if found is not None:
             saved_s = self._savings_of(self.problem.piece_of(candidate), candidate).at_most_s(candidate)
             if saved_s > 0:
+                saved_s += dict(found.terms).get(Term.WAITING, 0.0)
                 self.queue.push(found.step_s - saved_s, Node(candidate, Stage.STYLES))
 
     def _restyle(self, base: Candidate) -> None:

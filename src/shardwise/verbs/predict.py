@@ -70,6 +70,17 @@ class PredictOptions:
     optimizer_shards: Annotated[
         int, Option("Ranks that share the optimizer's state and work (ZeRO-1).", HOW, 1)
     ] = 1
+    spread_s: Annotated[
+        float | None,
+        Option(
+            "How far apart ranks come to a collective: the standard deviation, in seconds, of one second's "
+            "work. 0: all at once.",
+            HOW,
+            0,
+            key="spread",
+            shown="as the machine says",
+        ),
+    ] = None
     without: Annotated[
         tuple[str, ...], Option(f"Terms to switch off: {', '.join(TERM_NAMES)}.", HOW, shown="none")
     ] = ()

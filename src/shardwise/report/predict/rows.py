@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from shardwise.core.case import StepSettings
+from shardwise.core.machine import Spread
 from shardwise.core.mesh import REPLICAS_AXIS, Mesh
 from shardwise.core.pipeline import Schedule
 from shardwise.core.prediction import AttentionKernel, MemoryForecast, Precision, Prediction, Setup, Term
@@ -39,6 +40,8 @@ MEANINGS = {
     Term.DATA: "collectives over dp and fsdp as far as no work hides them",
     Term.SLOWED: "what collectives that run beside it cost compute: they share memory and multiprocessors",
     Term.LAUNCH: "the device has nothing to run, since the host hasn't issued it yet",
+    Term.WAITING: "in collectives a rank waits until the last of its group has come: equal ranks don't come "
+    "at once",
     Term.BUBBLE: "a pipeline's stages wait for one another and for activations, at the step's beginning and "
     "end",
 }
@@ -146,9 +149,11 @@ def machine_text(machine: MachineFacts) -> str:
     )
 
 
-def assumptions(settings: StepSettings, setup: Setup, mesh: Mesh) -> tuple[str, ...]:
-    """What is taken for granted, a sentence each."""
-    lines = _of_ranks(setup, mesh)
+def assumptions(
+    settings: StepSettings, setup: Setup, mesh: Mesh, spread: Spread | None = None
+) -> tuple[str, ...]:
+    """What is taken for granted, a sentence each. spread: the machine's."""
+    lines = [_arrival(setup, spread), *_of_ranks(setup, mesh)]
     match setup.attention:
         case AttentionKernel.FUSED:
             lines.append("Attention is one fused kernel each way.")
@@ -193,9 +198,27 @@ def assumptions(settings: StepSettings, setup: Setup, mesh: Mesh) -> tuple[str, 
     return tuple(lines)
 
 
+def _arrival(setup: Setup, spread: Spread | None) -> str:
+    """How far apart ranks come to their collectives."""
+    told = spread if setup.spread_s is None else Spread(setup.spread_s)
+    if told is None:
+        return (
+            "Every rank arrives at its collectives at once: waiting for late ranks is not modelled, for the "
+            "machine doesn't say how far apart they come (--spread does)."
+        )
+    if told == Spread():
+        return "Every rank arrives at its collectives at once."
+    beside = f", and {format_seconds(told.collective_s)} at each collective" if told.collective_s else ""
+    return (
+        f"Ranks come to their collectives apart, by a standard deviation of {format_seconds(told.work_s)} "
+        f"after a second of work (variances add up){beside}; each waits for the last of its group. Slower "
+        "devices, and late passes of a pipeline, are not modelled."
+    )
+
+
 def _of_ranks(setup: Setup, mesh: Mesh) -> list[str]:
     """How stages, micro-batches and context ranks work together."""
-    lines = ["Every rank arrives at its collectives at once: waiting for late ranks is not modelled."]
+    lines = []
     if mesh.stages > 1:
         pipeline = setup.pipeline()
         kind = {

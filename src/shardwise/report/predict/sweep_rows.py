@@ -21,6 +21,7 @@ SHORT_TERMS = {
     Term.DATA: "data sends",
     Term.SLOWED: "slowed",
     Term.LAUNCH: "launches",
+    Term.WAITING: "late ranks",
     Term.BUBBLE: "bubble",
 }
 
@@ -32,7 +33,7 @@ def mesh_text(point: SweepPoint) -> str:
 def assumptions(sweep: Sweep) -> tuple[str, ...]:
     """What all points take for granted; some have replicas."""
     mesh = Mesh.of({Role.REPLICATES: 2, Role.CUTS_SEQUENCE: sweep.setup.context})
-    return rows.assumptions(sweep.settings, sweep.setup, mesh)
+    return rows.assumptions(sweep.settings, sweep.setup, mesh, sweep.machine.spread)
 
 
 def micro_text(point: SweepPoint) -> str:
