@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.alike import MachineError, machine_errors
+from benchmarks.attention_rates import Generation, generations
 from benchmarks.published import read_rows
 from benchmarks.published_results import newest_run
 from shardwise.core.machine import MatmulRate, Tile
@@ -288,6 +289,7 @@ class Recipe:
     between: tuple[float, str] | None
     reach: tuple[tuple[tuple[float, float], ...], str] | None = None
     look_ups: tuple[float, str] | None = None  # elements per second, where they bound look-ups
+    generations: tuple[Generation, ...] = ()  # of attention kernels that PyTorch doesn't choose today
     groups: str | None = None  # to what a grouped matmul's cost per group was fitted
 
 
@@ -352,6 +354,13 @@ def text_of(recipe: Recipe, shares: dict[str, float], measured: dict[str, tuple[
     out.constant("backward", f"{backward:.4g}", "TFLOP/s", source, fitted=fit)
     out.constant("half_sequence", f"{half:g}", "tokens", source, fitted=fit)
     out.constant("start", 5, "us", "two kernel launches")
+    for generation in recipe.generations:
+        out.add()
+        out.add(f"[attention.{json.dumps(f'bfloat16 {generation.name}')}]")
+        out.constant("forward", f"{generation.forward:.4g}", "TFLOP/s", generation.source)
+        out.constant("backward", f"{generation.backward:.4g}", "TFLOP/s", generation.source)
+        out.constant("half_sequence", f"{generation.half_sequence:g}", "tokens", generation.source)
+        out.constant("start", 5, "us", "two kernel launches")
     factor = recipe.reached[0] / shares["aten::cat"]
     for key, timed in (("default", "aten::add"), *KERNELS.items()):
         share = min(1.0, shares[timed] * factor)
@@ -505,6 +514,7 @@ def recipes() -> list[Recipe]:
             "NCCL all-reduce tables of vTrain's A100 nodes (hardware.csv); other kinds by what they send",
         ),
     )
+    figures = rows("attention", gpu="H100-SXM-80GB")
     power = 500 / 700
     capped = f"scaled from the H100 of 700 W by its power, times {power:.3f}"
     h100 = Recipe(
@@ -526,6 +536,7 @@ def recipes() -> list[Recipe]:
         nvlink4,
         (50, "DGX H100: one 400 Gb/s NIC a GPU"),
         infiniband,
+        generations=generations(figures, "H100"),
     )
     before_gather = replace(
         h100,
@@ -596,6 +607,7 @@ def recipes() -> list[Recipe]:
         a100_links,
         (25, "DGX A100: one 200 Gb/s NIC a GPU"),
         a100_reach,
+        generations=generations(figures, "A100"),
     )
     a100_80 = replace(
         a100_80,
@@ -704,6 +716,7 @@ def recipes() -> list[Recipe]:
     mi300x = replace(
         h100,
         name="mi300x",
+        generations=(),
         about="AMD Instinct MI300X 192 GB, 750 W, Infinity Fabric among 8, 400 Gb/s a GPU between nodes: "
         "little is published, take it as a sketch",
         capacity_gb=192,

@@ -34,7 +34,7 @@ from shardwise.core.case import StepSettings
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import ContextAttention, Engine, Plan
-from shardwise.core.prediction import AttentionKernel, Precision, Prediction, Setup
+from shardwise.core.prediction import AttentionKernel, Precision, Prediction, Scaling, Setup
 from shardwise.core.program import Program
 from shardwise.predict.machines import load_machine
 from shardwise.predict.predict import predict
@@ -77,6 +77,20 @@ UNFUSED = (
 TIMED_PASSES = tuple(name for name in UNFUSED if "Megatron" in name)
 """Trainers whose timers stand around each forward and backward and wait for the device. Source: Megatron-LM
 up to 2022, megatron/timers.py (torch.cuda.synchronize in start and stop) and schedules.py."""
+
+GENERATIONS = {"llm-foundry": AttentionKernel.FLASH_1, "torchtitan": AttentionKernel.FLASH_2}
+"""Trainers whose fused attention was an older one. Sources: llm-foundry's scripts/train/benchmarking/
+submit_benchmarks.py (attn_impl "triton": FlashAttention 1 in Triton); torchtitan called
+scaled_dot_product_attention, which on Hopper ran FlashAttention 2 in the PyTorch of its tables."""
+
+FUSED = ("NeMo/Megatron-Core (DGX Cloud benchmarking)",)
+"""Trainers that fuse what stands between matmuls: NeMo 2's Llama 3 has bias_activation_fusion,
+bias_dropout_fusion and apply_rope_fusion (nemo/collections/llm/gpt/model/llama.py). The same step of
+Llama 3 8B in fp8 on 8 H100 took 10.68 s with NeMo 24.07 and 9.33 s with this one."""
+
+SELECTIVE_LAYER, EVERY_SECOND = "selective layer", 2
+"""torchtitan's selective recompute by layers ran every second layer again (selective_ac_option = "2" in its
+train_configs of 2024)."""
 
 FP8 = ("fp8", "float8")
 COMPILED_LOSS = "2025-04"
@@ -143,6 +157,7 @@ class Traced:
     plan: str
     fused_swiglu: bool
     context: int = 1
+    recompute_layers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +191,7 @@ def mixture_job(row: Row) -> Job:
         chunks=number(row, "vp", 1) or 1,
         compiled=row["compile"] == "1",
         matmul_dtype="float8" if any(name in row["precision"] for name in FP8) else None,
+        scaling=scaling_of(row),
         overlap_data=distributed,
         optimizer_shards=dp if distributed else 1,
         precision=Precision.MASTER,
@@ -218,24 +234,26 @@ def dense_job(row: Row) -> Job:
         row["sp"] == "1" and tp > 1,
         "fsdp" if sharded else "dp",
         min(dp, 2),
-        {"full": "full", "selective-op": "selective-ops"}.get(row["ac"], "none"),
+        recompute_of(row),
         sharded and dp * context > 1,
         _plan(tp, torchs_own="DTensor" in row["framework"], sharded=sharded),
         llama and not sharded,
         context,
+        number(row, "layers") // EVERY_SECOND if row["ac"].startswith(SELECTIVE_LAYER) else None,
     )
     axes = (("pp", number(row, "pp")), (traced.data_axis, dp), ("cp", context), ("tp", tp))
     setup = Setup(
         Mesh(axes),
         micro_batches=number(row, "grad_accum") or number(row, "global_batch") // (dp * micro_batch),
         chunks=number(row, "vp", 1) or 1,
-        attention=AttentionKernel.UNFUSED if row["framework"] in UNFUSED else None,
+        attention=attention_of(row),
         recompute_attention=row["ac"] == "selective (attn core)",
-        compiled=row["compile"] == "1",
+        compiled=row["compile"] == "1" or row["framework"].startswith(FUSED),
         compiled_loss=row["compile"] == "1"
         and "torchtitan" in row["framework"]
         and row["date"] >= COMPILED_LOSS,
         matmul_dtype="float8" if any(name in row["precision"] for name in FP8) else None,
+        scaling=scaling_of(row),
         overlap_data=distributed,
         overlap_tensor=row["tp_overlap"] not in ("", "none"),
         optimizer_shards=dp * context if distributed else 1,
@@ -243,6 +261,25 @@ def dense_job(row: Row) -> Job:
         waits_for_device=row["framework"] in TIMED_PASSES,
     )
     return Job(traced, setup, machine_of(row["source_group"], row["gpu"]))
+
+
+def recompute_of(row: Row) -> str:
+    if row["ac"].startswith(SELECTIVE_LAYER):
+        return "full"
+    return {"full": "full", "selective-op": "selective-ops"}.get(row["ac"], "none")
+
+
+def attention_of(row: Row) -> AttentionKernel | None:
+    """The kernel that the row's trainer ran, where it isn't PyTorch's or cuDNN's of today."""
+    if row["framework"] in UNFUSED:
+        return AttentionKernel.UNFUSED
+    return next((kernel for name, kernel in GENERATIONS.items() if name in row["framework"]), None)
+
+
+def scaling_of(row: Row) -> Scaling:
+    """torchao's rows name theirs; all others run Transformer Engine, by scales of steps before."""
+    named = [scaling for scaling in Scaling if scaling in row["precision"]]
+    return named[0] if named else Scaling.DELAYED
 
 
 def _plan(tp: int, *, torchs_own: bool, sharded: bool) -> str:
@@ -277,7 +314,11 @@ def program_of(traced: Traced | TracedMixture) -> Program:
     if isinstance(plan, Plan) and plan.engine is Engine.NATIVE and traced.context > 1:
         plan = replace(plan, context_attention=ContextAttention.RING)
     settings = StepSettings(
-        traced.micro_batch * traced.data_size, traced.seq, "bfloat16", recompute=traced.recompute
+        traced.micro_batch * traced.data_size,
+        traced.seq,
+        "bfloat16",
+        recompute=traced.recompute,
+        recompute_layers=traced.recompute_layers,
     )
     if traced.mixed:
         settings = replace(settings, dtype="float32", param_dtype="bfloat16", reduce_dtype="float32")

@@ -156,6 +156,15 @@ def test_fused_attention_goes_by_its_flops_and_grows_with_the_ranks_that_share_a
     assert shared.device_s == pytest.approx(4 * 4e8 / 50e12)
 
 
+def test_an_older_kernel_goes_by_its_own_rate_where_the_machine_has_one() -> None:
+    slow = AttentionRate(25e12, 10e12, 0.0, 0.0)
+    older = replace(MACHINE, attentions=(*MACHINE.attentions, ("float32 flash-2", slow)))
+    forward = attention(backward=False)
+    second, first = (Setup(attention=kernel) for kernel in (AttentionKernel.FLASH_2, AttentionKernel.FLASH_1))
+    assert op_cost(forward, older, second).device_s == pytest.approx(4e8 / 25e12)
+    assert op_cost(forward, older, first) == op_cost(forward, older, Setup())
+
+
 def test_unfused_attention_reads_and_writes_its_scores_and_a_selective_recompute_runs_it_again() -> None:
     unfused = Setup(attention=AttentionKernel.UNFUSED)
     matmul = MACHINE.matmuls[0][1]

@@ -39,7 +39,7 @@ from benchmarks.published_results import (
 from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.mesh import Mesh
-from shardwise.core.prediction import AttentionKernel, Precision
+from shardwise.core.prediction import AttentionKernel, Precision, Scaling
 from shardwise.core.program import Op, OpKind, Phase
 from shardwise.files.machine_file import machine_from_toml
 from shardwise.models.factory import FactoryModel
@@ -111,6 +111,12 @@ def test_the_rules_by_which_rows_are_taken() -> None:
         True,
         True,
     )
+    assert (nemo.setup.scaling, nemo.setup.compiled) == (Scaling.DELAYED, True)
+    rowwise = dense_job(row_of("torchtitan-benchmarks", tp="8", precision="float8 rowwise"))
+    assert (rowwise.setup.scaling, rowwise.setup.attention) == (Scaling.ROWWISE, AttentionKernel.FLASH_2)
+    assert dense_job(row_of("mpt-foundry")).setup.attention is AttentionKernel.FLASH_1
+    half = of(dense_job(row_of("torchtitan-benchmarks", ac="selective layer", layers="40")))
+    assert (half.recompute, half.recompute_layers) == ("full", 20)
     assert (of(nemo).plan, of(nemo).fused_swiglu, nemo.setup.precision) == ("rowwise", True, Precision.MASTER)
     context = dense_job(row_of("dgxc-25.04", tp="4", cp="2"))
     assert (context.setup.context, of(context).context, of(context).seq) == (2, 2, 8192)

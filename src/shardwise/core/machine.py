@@ -247,8 +247,10 @@ class Machine:
     def matmul(self, dtype: str) -> MatmulRate | None:
         return dict(self.matmuls).get(dtype)
 
-    def attention(self, dtype: str) -> AttentionRate | None:
-        return dict(self.attentions).get(dtype)
+    def attention(self, dtype: str, kernel: str | None = None) -> AttentionRate | None:
+        """Of this kernel ("bfloat16 flash-2" in a file), or of the one that PyTorch chooses."""
+        known = dict(self.attentions)
+        return known.get(f"{dtype} {kernel}", known.get(dtype))
 
     def kernel(self, *names: str) -> KernelRate:
         """The first of these names that the machine has a rate for, else its default."""

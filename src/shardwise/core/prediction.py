@@ -38,10 +38,22 @@ COMPUTE_TERMS = (Term.MATMUL, Term.ATTENTION, Term.KERNELS, Term.EMBEDDING, Term
 class AttentionKernel(StrEnum):
     """fused: flash, memory-efficient or cuDNN attention, as PyTorch chooses. unfused: matmuls and softmax
     over whole score matrices, as trainers ran it before 2022 (and PyTorch does where no fused kernel takes
-    the shapes)."""
+    the shapes). flash-1, flash-2: that generation of FlashAttention, where the machine has a rate of it (else
+    as fused)."""
 
     FUSED = "fused"
     UNFUSED = "unfused"
+    FLASH_1 = "flash-1"
+    FLASH_2 = "flash-2"
+
+
+class Scaling(StrEnum):
+    """By what float8 numbers are scaled. delayed: a tensor's largest of steps before (Transformer Engine);
+    tensorwise: its largest of now; rowwise: that of each row (torchao)."""
+
+    DELAYED = "delayed"
+    TENSORWISE = "tensorwise"
+    ROWWISE = "rowwise"
 
 
 class Precision(StrEnum):
@@ -65,7 +77,8 @@ class Setup:
     Program's own op says. recompute_attention: the unfused attention between its projections runs again in
     the backward (Korthikanti et al. 2022); a layer's recompute is the Program's. compiled: kernels bound by
     memory fused between matmuls. compiled_loss: the loss is one such kernel each way, and keeps the logits
-    alone. matmul_dtype: "float8" where linear layers multiply in it. overlap_data: whether gradients of whole
+    alone. matmul_dtype: "float8" where the layers' linears multiply in it, scaled as `scaling` says.
+    overlap_data: whether gradients of whole
     replicas are reduced beside the backward. overlap_tensor: whether tensor-parallel collectives run beside
     the matmul that makes or takes them. optimizer_shards: ranks that share the optimizer's state and work
     (ZeRO-1); of experts that each rank along ep holds for itself, so many times fewer. waits_for_device:
@@ -84,6 +97,7 @@ class Setup:
     compiled: bool = False
     compiled_loss: bool = False
     matmul_dtype: str | None = None
+    scaling: Scaling = Scaling.TENSORWISE
     overlap_data: bool = False
     overlap_tensor: bool = False
     optimizer_shards: int = 1

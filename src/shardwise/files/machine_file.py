@@ -7,7 +7,8 @@ was fitted; no file is opened here.
     [predictions]          error (optional; a share: how far off predicted ratios between plans were)
     [matmul.DTYPE]         peak, units, tiles (rows, columns, share of peak), start, extra_k; group,
                            unaligned (optional)
-    [attention.DTYPE]      forward, backward, half_sequence, start
+    [attention.DTYPE]      forward, backward, half_sequence, start; [attention."DTYPE KERNEL"]: of one kernel,
+                           flash-1 or flash-2
     [kernels.NAME]         start, rate, elements; or points (bytes, seconds). NAME: an op, a kind of
                            ops, default
     [launch]               forward, backward, collective; dtensor_forward, dtensor_backward (all optional)

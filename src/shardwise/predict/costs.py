@@ -25,8 +25,9 @@ from shardwise.core.errors import MachineError
 from shardwise.core.grouped import GROUPED, grouped_product
 from shardwise.core.machine import FRESH, Link, Machine, MatmulRate
 from shardwise.core.mesh import Role, role_of
-from shardwise.core.prediction import AttentionKernel, Precision, Setup, Term
+from shardwise.core.prediction import AttentionKernel, Precision, Scaling, Setup, Term
 from shardwise.core.program import IN_LAYERS, LOSS_MODULE, ONCE, Collective, Op, OpKind, Phase, TensorSpec
+from shardwise.predict.float8 import CAST, ROWWISE_SHARE
 from shardwise.predict.groups import RankGroup
 
 SCORE_PASSES = {False: 4, True: 5}  # forward, backward
@@ -73,9 +74,9 @@ class Cost:
     known: bool = True
 
 
-def op_cost(op: Op, machine: Machine, setup: Setup, context: int = 1) -> Cost:
+def op_cost(op: Op, machine: Machine, setup: Setup, context: int = 1, dtype: str | None = None) -> Cost:
     """Of one op on its stream. context: ranks that share each sequence, where the op was traced without
-    them."""
+    them. dtype: that a matmul runs in, where it isn't its matrices'."""
     backward = op.phase is Phase.BACKWARD
     issue_s = (machine.launch.backward_s if backward else machine.launch.forward_s) or 0.0
     if op.on_host:
@@ -84,9 +85,12 @@ def op_cost(op: Op, machine: Machine, setup: Setup, context: int = 1) -> Cost:
         if op.kind is OpKind.COPY and setup.precision is Precision.MASTER:
             return Cost(0.0, 0.0, Term.OPTIMIZER)  # gradients lie in one buffer, in float32, from the start
         return Cost(_kernel_s(op, machine), issue_s, Term.OPTIMIZER)
+    if op.name == CAST:  # the bytes are a fused kernel's
+        return Cost(_kernel_s(op, machine), 0.0 if setup.compiled else issue_s, Term.KERNELS)
     match op.kind:
         case OpKind.MATMUL:
-            return Cost(_matmul_s(op, machine, setup), issue_s, Term.MATMUL)
+            share = ROWWISE_SHARE if dtype is not None and setup.scaling is Scaling.ROWWISE else 1.0
+            return Cost(_matmul_s(op, machine, dtype) / share, issue_s, Term.MATMUL)
         case OpKind.ATTENTION:
             return _attention(op, machine, setup, issue_s, context)
         case OpKind.EMBEDDING:
@@ -111,16 +115,17 @@ def _kernel_s(op: Op, machine: Machine) -> float:
     return seconds + fresh_memory_s(op, machine)
 
 
-def _matmul_s(op: Op, machine: Machine, setup: Setup) -> float:
+def _matmul_s(op: Op, machine: Machine, run_in: str | None) -> float:
     dims = matmul_dims(op)
-    dtype = op.inputs[0 if op.name == GROUPED else -1].dtype  # a grouped one's last are its groups' ends
+    dtype = (
+        run_in or op.inputs[0 if op.name == GROUPED else -1].dtype
+    )  # a grouped one's last are its groups' ends
     if dims is None:  # a convolution, a dot product: by its FLOPs at the best tile
         rate = machine.matmul(dtype)
         share = max(tile.share for tile in rate.tiles) if rate is not None else 1.0
         seconds = op.flops / (rate.peak_flops * share) if rate is not None else 0.0
     else:
-        is_linear = dims[0] == 1 or op.name == GROUPED
-        seconds = _product_s(machine, (is_linear and setup.matmul_dtype) or dtype, *dims)
+        seconds = _product_s(machine, dtype, *dims)
         if not is_aligned(op, dims, dtype):
             seconds /= _rate(machine, dtype).unaligned
     seconds = max(seconds, machine.kernel("matmul bytes", "copy").time_s(op.read_bytes + op.write_bytes))
@@ -175,7 +180,10 @@ def _attention(op: Op, machine: Machine, setup: Setup, issue_s: float, context: 
     backward = "backward" in op.name
     q = op.inputs[1 if backward else 0]
     k = op.inputs[2 if backward else 1]
-    rate = machine.attention(q.dtype) or (machine.attention("bfloat16") if q.dtype == "float16" else None)
+    kernel = setup.attention
+    rate = machine.attention(q.dtype, kernel)
+    if rate is None and q.dtype == "float16":
+        rate = machine.attention("bfloat16", kernel)
     unfused = setup.attention is AttentionKernel.UNFUSED or op.kind is OpKind.UNKNOWN or rate is None
     if not unfused:
         assert rate is not None
@@ -211,8 +219,11 @@ def _unfused_s(machine: Machine, q: TensorSpec, k: TensorSpec, *, backward: bool
     return matmuls + passes * machine.kernel("scores", "softmax").time_s(matrix_bytes)
 
 
-def collective_cost(item: Collective, machine: Machine, setup: Setup, group: RankGroup) -> Cost:
-    """Of one collective over a group of the whole mesh."""
+def collective_cost(
+    item: Collective, machine: Machine, setup: Setup, group: RankGroup, packed: float = 1.0
+) -> Cost:
+    """Of one collective over a group of the whole mesh. packed: the share of its bytes that is sent, where
+    what it sends was cast to less."""
     call, size = item.call, group.size
     term = _term_of(item)
     sent = call.wire_bytes if size == call.axis_size else wire_bytes(call.kind, call.payload_bytes, size)
@@ -220,7 +231,7 @@ def collective_cost(item: Collective, machine: Machine, setup: Setup, group: Ran
         sent = float(call.payload_bytes)
     if item.by_data is not None:
         sent = max(sent, item.by_data.max_bytes)  # the hottest rank sets the time
-    seconds = collective_s(machine, call.kind, sent, call.payload_bytes, group)
+    seconds = collective_s(machine, call.kind, sent * packed, call.payload_bytes * packed, group)
     if setup.overlap_tensor and term is Term.TENSOR and call.kind in _CHUNKED:
         seconds *= 1 - TENSOR_HIDDEN
     issue_s = machine.launch.collective_s or 0.0

@@ -21,6 +21,7 @@ from shardwise.core.mesh import Role, role_of
 from shardwise.core.prediction import Setup, Term
 from shardwise.core.program import BACKWARDS, Block, Collective, Op, OpKind, Phase, Program
 from shardwise.predict.costs import Cost, collective_cost, op_cost
+from shardwise.predict.float8 import gathers_float8, is_float8, with_casts
 from shardwise.predict.groups import groups_of, joining_context
 
 TERMS = tuple(Term)
@@ -160,7 +161,7 @@ class _Costing:
     def block(self, block: Block) -> tuple[NDArray[np.float64], ...]:
         first, rows = len(self.items), []
         shifts = _Shifts(self.machine.device != "cpu")
-        for item in block.items:
+        for item in with_casts(block.items, self.setup, self.prefix):
             if isinstance(item, Op | Collective):
                 cost, axis = self._cost(item)
                 index = layer_index(item.module, self.prefix)
@@ -180,10 +181,13 @@ class _Costing:
     def _cost(self, item: Op | Collective) -> tuple[Cost, int]:
         """With the stream on which it runs."""
         if isinstance(item, Op):
-            cost, stream, name = op_cost(item, self.machine, self.setup, self.context), 0, item.name
+            dtype = self.setup.matmul_dtype if is_float8(item, self.setup, self.prefix) else None
+            cost = op_cost(item, self.machine, self.setup, self.context, dtype)
+            stream, name = 0, item.name
         else:
             axis = item.call.axis
-            cost = collective_cost(item, self.machine, self.setup, self.groups[axis])
+            packed = 0.5 if gathers_float8(item, self.setup, self.prefix) else 1.0
+            cost = collective_cost(item, self.machine, self.setup, self.groups[axis], packed)
             stream, name = self._streams[axis], item.call.op
         if not cost.known:
             self.unknown.add(name)

@@ -12,7 +12,7 @@ from shardwise.core.mesh import PREDICTED, Mesh, check_carried
 from shardwise.core.option import Option, check_options
 from shardwise.core.pipeline import Schedule, counts_of
 from shardwise.core.plan import suggest
-from shardwise.core.prediction import AttentionKernel, Precision, Setup, Term
+from shardwise.core.prediction import AttentionKernel, Precision, Scaling, Setup, Term
 from shardwise.core.prediction_run import PredictionRun
 from shardwise.core.program import Program
 from shardwise.core.shown import shown
@@ -37,7 +37,12 @@ class PredictOptions:
 
     attention: Annotated[
         str | None,
-        Option("fused or unfused.", HOW, choices=tuple(AttentionKernel), shown="as the traced op says"),
+        Option(
+            f"{', '.join(AttentionKernel)}.",
+            HOW,
+            choices=tuple(AttentionKernel),
+            shown="as the traced op says",
+        ),
     ] = None
     recompute_attention: bool = False
     compiled: Annotated[
@@ -53,8 +58,16 @@ class PredictOptions:
     ] = False
     matmul_dtype: Annotated[
         str | None,
-        Option("What linear layers multiply in: float8.", HOW, choices=("float8",), shown="the --dtype"),
+        Option("What the layers' linears multiply in.", HOW, choices=("float8",), shown="the --dtype"),
     ] = None
+    scaling: Annotated[
+        str,
+        Option(
+            "By what float8 numbers are scaled: delayed (Transformer Engine), tensorwise, rowwise (torchao).",
+            HOW,
+            choices=tuple(Scaling),
+        ),
+    ] = "tensorwise"
     overlap_data: Annotated[bool, Option("Gradients over dp are reduced beside the backward.", HOW)] = False
     overlap_tensor: Annotated[
         bool, Option("Collectives over tp run beside the matmul that needs them.", HOW)
@@ -92,7 +105,8 @@ class PredictOptions:
     def setup(self, mesh: Mesh | None, step: StepSettings) -> Setup:
         """step: its micro-batches and its pipeline's schedule count."""
         own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(PredictOptions)}
-        own |= {"precision": Precision(self.precision), "without": _terms(self.without)}
+        own |= {"precision": Precision(self.precision), "scaling": Scaling(self.scaling)}
+        own |= {"without": _terms(self.without)}
         if self.attention is not None:
             own["attention"] = AttentionKernel(self.attention)
         schedule = Schedule(step.schedule) if step.schedule is not None else None

@@ -157,6 +157,9 @@ def assumptions(
     match setup.attention:
         case AttentionKernel.FUSED:
             lines.append("Attention is one fused kernel each way.")
+        case AttentionKernel.FLASH_1 | AttentionKernel.FLASH_2:
+            generation = setup.attention.value.removeprefix("flash-")
+            lines.append(f"Attention is FlashAttention {generation}, one fused kernel each way.")
         case AttentionKernel.UNFUSED:
             lines.append("Attention is unfused: matmuls, softmax and dropout over whole score matrices.")
         case None:
@@ -172,7 +175,8 @@ def assumptions(
     lines.append(_recomputed(settings, setup))
     if setup.matmul_dtype is not None:
         lines.append(
-            f"Linear layers multiply in {name(setup.matmul_dtype)}; what casting to it costs is not modelled."
+            f"The layers' linears multiply in {name(setup.matmul_dtype)}, scaled {setup.scaling}: both "
+            "matrices are cast first. The head doesn't."
         )
     match setup.precision:
         case Precision.TRACED:
