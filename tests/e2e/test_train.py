@@ -77,6 +77,9 @@ def test_a_run_learns_and_says_how_it_went(undisturbed: Path) -> None:
     records = read_steps(undisturbed)
     assert [each.step for each in records] == list(range(1, STEPS + 1))
     assert [each.position for each in records] == [8 * step for step in range(1, STEPS + 1)]
+    ends = [each.ended_at or 0.0 for each in records]
+    assert ends == sorted(ends)
+    assert 0 < time.time() - ends[-1] < 600
     assert [each.step for each in records if each.validation_loss is not None] == [20, 40, 60]
     assert records[-1].validation_loss is not None
     assert records[-1].validation_loss < records[0].loss - 0.1

@@ -229,7 +229,8 @@ class StepRecord:
     held_bytes: the most that a rank held since the run began. validation_loss: over all that is held out.
     data_rank: the rank that waited longest for the batch. phases_s: how long the step was in each phase on
     the rank on which that took longest, where the host computes. beside: what ran beside the step and may
-    have slowed it: "a save" or "the profiler".
+    have slowed it: "a save" or "the profiler". ended_at: when, by the first rank's clock, in seconds since
+    1970 (UTC).
     """
 
     step: int
@@ -245,6 +246,7 @@ class StepRecord:
     data_rank: int | None = None
     phases_s: Mapping[str, float] | None = None
     beside: str | None = None
+    ended_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

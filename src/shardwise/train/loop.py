@@ -218,6 +218,7 @@ class Loop:
             data_s=data_s,
             tokens=job.settings.tokens,
             beside=BY_PROFILER if self._recorded.is_beside(number) else None,
+            ended_at=time.time(),
         )
 
     def _begin_close(self, record: StepRecord) -> None:

@@ -32,7 +32,7 @@ class Scalars:
     def write(self, live: "Live") -> None:
         """All that is known of a step."""
         for tag, value in scalars_of(live).items():
-            self._writer.add_scalar(tag, value, live.record.step)
+            self._writer.add_scalar(tag, value, live.record.step, walltime=live.record.ended_at)
 
     def close(self) -> None:
         self._writer.close()
