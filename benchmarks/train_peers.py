@@ -9,8 +9,9 @@ time is that of a step, from one step's end to the last one's: the loop, its tex
 sides: a Llama of the same sizes on the same tokens, two ranks on gloo, a thread each, fp32, fused AdamW with
 the same constants, clipping at the same norm. torchtitan runs its own model under its TP plan (with sequence
 and loss parallelism); Trainer a model of transformers under transformers' TP plan; `shardwise train` its own
-Llama under the plan rowwise, and that model of transformers under a plan that it made. Checkpoints,
-validation and the proof before step 1 are off.
+Llama under the plan rowwise, and that model of transformers under a plan that it made; with --compiled, its
+own once more under --compile inductor (a warm-up compiles). Checkpoints, validation and the proof before step 1
+are off.
 
 torchtitan 0.2.2 and transformers with accelerate need environments of their own: benchmarks/README.md.
 """
@@ -40,6 +41,7 @@ from shardwise.text.stream import load_tokens
 
 WHAT, RANKS = "train-peers", 2
 OURS, THEIR_MODEL = "shardwise train", "shardwise train, transformers' model"
+COMPILED = "shardwise train --compile inductor"
 TITAN, TRAINER = "torchtitan", "transformers' Trainer"
 TIMEOUT_S = 600
 ANSWER = '{"ends_s"'
@@ -124,8 +126,8 @@ def _as_transformers(config: LlamaConfig, seq: int) -> dict[str, object]:
 
 
 def ran(command: Iterable[str], said: str = "") -> str:
-    """What a command prints. RunError with its last lines where it fails; not where it had printed a line that
-    begins with `said`: other trainers' ranks may die while they take their groups down."""
+    """What a command prints. RunError with its last lines where it fails; not where it had printed a line
+    that begins with `said`: other trainers' ranks may die while they take their groups down."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command], capture_output=True, text=True, env=environment, timeout=TIMEOUT_S, check=False
@@ -170,7 +172,7 @@ def ours(settings: Settings, model: tuple[str, ...]) -> Run:
 
 
 def sides(
-    settings: Settings, asked: dict[str, object], titan: str, trainer: str
+    settings: Settings, asked: dict[str, object], titan: str, trainer: str, compiles: bool
 ) -> dict[str, Callable[[], Run]]:
     """By name, what runs each side once."""
     found: dict[str, Callable[[], Run]] = {
@@ -189,14 +191,14 @@ def sides(
     return found
 
 
-def measure(settings: Settings, titan: str, trainer: str) -> Result:
+def measure(settings: Settings, titan: str, trainer: str, compiles: bool) -> Result:
     started, load_before = results.now(), results.load_average()
     spec = get_spec(settings.model)
     times: dict[str, list[float]] = {}
     losses: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         asked = shared(settings, Path(folder))
-        runs = sides(settings, asked, titan, trainer)
+        runs = sides(settings, asked, titan, trainer, compiles)
         names = [*runs]
         for round_ in range(settings.rounds):
             for place in range(len(names)):
@@ -208,14 +210,14 @@ def measure(settings: Settings, titan: str, trainer: str) -> Result:
                 times.setdefault(name, []).append((measured[-1] - measured[0]) / (len(measured) - 1))
                 losses.setdefault(name, []).extend((run.losses[0], run.losses[-1]))
     tokens = settings.batch * settings.seq
-    about = {OURS: "rowwise", THEIR_MODEL: "a made plan"}
+    about = {OURS: "rowwise", THEIR_MODEL: "a made plan", COMPILED: "rowwise"}
     about |= {TITAN: versions(titan, "torchtitan", "torch")} if titan else {}
     about |= {TRAINER: versions(trainer, "transformers", "accelerate", "torch")} if trainer else {}
     found = []
     for name, seconds in times.items():
         side = Side(name, about[name], (tuple(seconds),), {}, tuple(losses[name]))
         found.append(replace(side, facts={"tokens_per_s": tokens / side.median_s}))
-    bars = [(OURS, TITAN, 1.25), (OURS, TRAINER, 1.3), (THEIR_MODEL, TRAINER, None)]
+    bars = [(OURS, TITAN, 1.25), (OURS, TRAINER, 1.3), (THEIR_MODEL, TRAINER, None), (COMPILED, OURS, None)]
     return Result(
         what=WHAT,
         settings={
@@ -274,6 +276,9 @@ def main() -> None:
     parser.add_argument(
         "--trainer", default="", metavar="PYTHON", help="one that has transformers and accelerate"
     )
+    parser.add_argument(
+        "--compiled", action="store_true", help="a side more: compiled layers (needs a C++ compiler)"
+    )
     defaults = Settings()
     for name in ("batch", "seq", "steps", "rounds"):
         parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name))
@@ -282,7 +287,7 @@ def main() -> None:
     if not given.titan and not given.trainer:
         raise OptionError("name at least one peer's interpreter: --titan PYTHON, --trainer PYTHON.")
     settings = Settings(batch=given.batch, seq=given.seq, steps=given.steps, rounds=given.rounds)
-    result = measure(settings, given.titan, given.trainer)
+    result = measure(settings, given.titan, given.trainer, given.compiled)
     results.show(result)
     print(*result.checks, sep="\n")
     if not given.dry:
