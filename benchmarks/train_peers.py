@@ -10,8 +10,8 @@ sides: a Llama of the same sizes on the same tokens, two ranks on gloo, a thread
 the same constants, clipping at the same norm. torchtitan runs its own model under its TP plan (with sequence
 and loss parallelism); Trainer a model of transformers under transformers' TP plan; `shardwise train` its own
 Llama under the plan rowwise, and that model of transformers under a plan that it made; with --compiled, its
-own once more under --compile inductor (a warm-up compiles). Checkpoints, validation and the proof before step 1
-are off.
+own once more under --compile inductor (a warm-up compiles). Checkpoints, validation and the proof before step
+1 are off.
 
 torchtitan 0.2.2 and transformers with accelerate need environments of their own: benchmarks/README.md.
 """
