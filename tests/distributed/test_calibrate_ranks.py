@@ -6,6 +6,7 @@ import pytest
 
 from shardwise.calibrate.ranks import CalibrateReport, merged
 from shardwise.core.collective import TIMED, CollectiveKind
+from shardwise.core.sample import ARRIVAL
 from shardwise.launch import run_ranks
 from tests.matrix import thinned
 
@@ -45,6 +46,9 @@ def test_a_kernel_that_fails_is_left_out_and_said_on_every_rank_and_the_others_a
         "dtensor backward",
         "collective",
     }
+    arrivals = [each for each in samples if each.what == ARRIVAL]
+    assert [each.ranks for each in arrivals] == [2, 2, 2]
+    assert sorted(each.shape for each in arrivals) == [each.shape for each in arrivals]  # longer and longer
     # a launch is what is left of a difference, which a busy machine can make 0
     assert all(each.seconds > 0 or (each.what == "launch" and each.seconds == 0) for each in samples)
 

@@ -11,10 +11,11 @@ import pytest
 from shardwise.core.case import StepSettings
 from shardwise.core.collective import TIMED, CollectiveKind, wire_bytes
 from shardwise.core.errors import MachineError
-from shardwise.core.machine import FRESH, AttentionRate, Launch, Machine, MatmulRate, Tile, on_curve
+from shardwise.core.machine import FRESH, AttentionRate, Launch, Machine, MatmulRate, Spread, Tile, on_curve
+from shardwise.core.order_statistics import expected_maximum
 from shardwise.core.prediction import Setup
 from shardwise.core.program import Block, Op, OpKind, Phase, Program, TensorSpec
-from shardwise.core.sample import Sample
+from shardwise.core.sample import ARRIVAL, Sample
 from shardwise.files.machine_file import machine_from_toml
 from shardwise.files.machine_text import to_toml
 from shardwise.predict.costs import collective_s, fresh_memory_s
@@ -212,6 +213,43 @@ def test_without_collectives_the_links_are_those_of_the_base_or_there_are_none(m
     assert not bare.within.is_known
     with pytest.raises(MachineError, match="has no link: none was measured"):
         collective_s(bare, CollectiveKind.ALL_GATHER, 1e6, 2e6, RankGroup(((1, 2),)))
+
+
+def arrivals(spread: Spread, ranks: int) -> list[Sample]:
+    last_after_mean = expected_maximum(ranks)
+    return [
+        sample(
+            ARRIVAL, "last", last_after_mean * spread.variance(ms / 1e3) ** 0.5, (ms * 10**6,), ranks=ranks
+        )
+        for ms in (0, 10, 40)
+    ]
+
+
+def test_how_far_apart_ranks_come_is_one_spread_whatever_the_ranks_and_the_work() -> None:
+    true = Spread(0.02, 3e-4)
+    found = fit([*synthetic(), *arrivals(true, 2), *arrivals(true, 8)], GPU)
+    assert found.spread is not None
+    assert (found.spread.work_s, found.spread.collective_s) == pytest.approx((0.02, 3e-4), rel=1e-3)
+    source = {each.path: each.source for each in found.constants}["spread.work"]
+    assert source.startswith("measured: arrivals of 2, 8 ranks after up to 40 ms of work, 6 samples")
+
+
+def test_neither_part_of_a_spread_is_below_nothing() -> None:
+    falling = [sample(ARRIVAL, "last", 1e-3 / (1 + at), (at * 10**7,), ranks=2) for at in range(3)]
+    found = fit([*synthetic(), *falling], GPU).spread
+    assert found is not None
+    assert found.work_s == 0 < found.collective_s
+
+
+def test_a_spread_that_was_not_measured_is_the_base_s_or_unknown(machine: Machine) -> None:
+    assert machine.spread is None
+    based = fit([*synthetic(), *arrivals(Spread(0.02), 2)], GPU)
+    kernels_only = [each for each in synthetic() if each.what not in TIMED]
+    taken = fit(kernels_only, GPU, base=based)
+    assert taken.spread == based.spread
+    assert {each.path: each.source for each in taken.constants}["spread.work"].startswith(
+        f"not measured, taken from {based.name}: measured: arrivals"
+    )
 
 
 def program(engine: str, ops: int) -> Program:

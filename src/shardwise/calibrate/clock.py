@@ -12,7 +12,7 @@ CPU   with inputs where a step finds them, in the caches that cores share but no
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median, quantiles
+from statistics import fmean, median, quantiles
 
 import torch
 
@@ -44,6 +44,12 @@ def timing_of(times_s: list[float], wall_s: float = 0.0) -> Timing:
     """Of at least one time."""
     low, _, high = quantiles(times_s, n=4) if len(times_s) > 1 else (times_s[0],) * 3
     return Timing(median(times_s), low, high, len(times_s), sum(times_s), wall_s)
+
+
+def trimmed_mean(times: list[float]) -> float:
+    """Without the largest and the smallest tenth."""
+    cut = len(times) // 10
+    return fmean(sorted(times)[cut : len(times) - cut])
 
 
 def time_kernel(call: Callable[[], object], device: torch.device, *, graph: bool = True) -> Timing:

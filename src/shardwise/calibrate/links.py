@@ -1,21 +1,22 @@
 """Collectives by kind, size and group, through the functions that the native engine uses.
 
-On a CPU a rank works for a moment before each one, as a step does, and the wall clock counts: so waiting for
-ranks that come later, and for the system to wake a rank up, are in the times. On GPUs: between events,
-several in a row.
+On a CPU a rank works for a moment before each one, as a step does, and the wall clock counts from the moment
+at which the last rank comes (arrivals.py: what ranks wait until then is fitted apart): so what the system
+takes to wake a rank up is in the times. Where no clock is common, and of a broadcast, whose root waits for
+nobody, it counts from the rank's own call, and waiting is in them. On GPUs: between events, several in a row.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from statistics import fmean
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardwise.calibrate.clock import CALLS, Timing, between_events, timing_of
+from shardwise.calibrate.arrivals import last_arrivals, one_clock
+from shardwise.calibrate.clock import CALLS, Timing, between_events, timing_of, trimmed_mean
 from shardwise.core.collective import TIMED, CollectiveKind, Origin, wire_bytes
 from shardwise.core.mesh import TENSOR_AXIS
 from shardwise.core.placement import Replicate
@@ -37,6 +38,7 @@ class Group:
 
     size: int
     axis: Axis | None  # None: this rank is none of them
+    one_clock: bool = False  # whether all ranks read the same
 
 
 def groups(world_size: int, device_type: str) -> list[Group]:
@@ -46,7 +48,8 @@ def groups(world_size: int, device_type: str) -> list[Group]:
     for size in sorted({size for size in sizes if size < world_size} | {world_size} - {1}):
         mesh = DeviceMesh(device_type, list(range(size)), mesh_dim_names=(AXIS,))
         axis = Axis.of(mesh, AXIS) if dist.get_rank() < size else None
-        made.append(Group(size, axis and replace(axis, pairwise_reduce_scatter=False)))
+        of_backend = axis and replace(axis, pairwise_reduce_scatter=False)
+        made.append(Group(size, of_backend, one_clock(world_size)))
     return made
 
 
@@ -59,12 +62,21 @@ def sizes_for(device_type: str, *, quick: bool) -> list[int]:
 
 
 def time_collective(
-    kind: CollectiveKind, full_bytes: int, axis: Axis, device: torch.device, *, quick: bool = False
+    kind: CollectiveKind,
+    full_bytes: int,
+    axis: Axis,
+    device: torch.device,
+    *,
+    one_clock: bool = False,
+    quick: bool = False,
 ) -> Sample:
-    """This rank's time. All ranks of the axis must call it. quick: as few calls as make a time."""
+    """This rank's time. All ranks of the axis must call it. one_clock: they read the same. quick: as few
+    calls as make a time."""
     call, payload, sent = _prepared(kind, full_bytes // 4, axis, device)
     most = FEWEST_REPEATS if quick else MOST_REPEATS
-    timing = _on_cuda(call, axis, most) if device.type == "cuda" else _on_cpu(call, axis, most)
+    after_last = one_clock and kind is not CollectiveKind.BROADCAST
+    on_cuda = device.type == "cuda"
+    timing = _on_cuda(call, axis, most) if on_cuda else _on_cpu(call, axis, most, after_last=after_last)
     return Sample(
         what=str(kind),
         name=str(kind),
@@ -112,14 +124,19 @@ def _broadcast(whole: Tensor, axis: Axis) -> Tensor:
     return whole
 
 
-def _on_cpu(call: Callable[[], Tensor], axis: Axis, most: int) -> Timing:
-    """The mean counts, not the median: a step meets the slow ones too."""
+def _on_cpu(call: Callable[[], Tensor], axis: Axis, most: int, *, after_last: bool) -> Timing:
+    """The mean counts, not the median: a step meets the slow ones too. after_last: from when the last rank
+    came."""
     work = torch.zeros(WORK, WORK)
     call()
-    times = []
+    starts_s, ends_s = [], []
     for _ in range(_repeats(_wall(call), axis, most)):
         torch.mm(work, work)
-        times.append(_wall(call))
+        starts_s.append(time.perf_counter())
+        call()
+        ends_s.append(time.perf_counter())
+    begins_s = last_arrivals(starts_s, axis) if after_last else starts_s
+    times = [end - begin for begin, end in zip(begins_s, ends_s, strict=True)]
     return replace(timing_of(times), seconds=trimmed_mean(times))
 
 
@@ -139,12 +156,6 @@ def _repeats(once_s: float, axis: Axis, most: int) -> int:
     slowest = torch.tensor(once_s, device=axis.device_type)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=axis.group)
     return min(most, max(FEWEST_REPEATS, round(ENOUGH_S / max(slowest.item(), 1e-6))))
-
-
-def trimmed_mean(times: list[float]) -> float:
-    """Without the largest and the smallest tenth."""
-    cut = len(times) // 10
-    return fmean(sorted(times)[cut : len(times) - cut])
 
 
 def _wall(call: Callable[[], object]) -> float:

@@ -18,7 +18,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from shardwise.calibrate import issuing, links
+from shardwise.calibrate import arrivals, issuing, links
 from shardwise.calibrate.case import Case, timed_case
 from shardwise.calibrate.cases import cases_for
 from shardwise.calibrate.clock import host_clock
@@ -99,12 +99,13 @@ class _Calibration:
         cases = self._fitting(cases)
         world = links.groups(self.context.world_size, self.device.type)
         collectives = list(links.plan(world, self.device.type, quick=self.job.quick))
-        self.total = len(cases) + len(collectives) + 3
+        self.total = len(cases) + len(collectives) + 4
         if self.device.type == "cpu":
             _settle_allocator()
         left_out = self._kernels(cases)
         self._issuing(len(cases))
         self._collectives(collectives, len(cases) + 3)
+        self._arrivals(world, self.total - 1)
         share = min(1.0, self.own_s / self.wall_s) if self.wall_s and torch.get_num_threads() == 1 else 1.0
         memory_bytes, units = self._device()
         return CalibrateReport(
@@ -197,8 +198,23 @@ class _Calibration:
             dist.barrier()
             if group.axis is not None:
                 self.samples.append(
-                    links.time_collective(kind, full_bytes, group.axis, self.device, quick=self.job.quick)
+                    links.time_collective(
+                        kind,
+                        full_bytes,
+                        group.axis,
+                        self.device,
+                        one_clock=group.one_clock,
+                        quick=self.job.quick,
+                    )
                 )
+        dist.barrier()
+
+    def _arrivals(self, world: Sequence[links.Group], done: int) -> None:
+        for group in world:
+            self._report(done, f"when {group.size} ranks come to a collective", None)
+            dist.barrier()
+            if group.axis is not None and group.one_clock:
+                self.samples += arrivals.time_arrivals(group.axis, self.device, quick=self.job.quick)
         dist.barrier()
 
     def _all_agree(self, over: bool) -> bool:

@@ -5,15 +5,18 @@ from dataclasses import dataclass
 
 from shardwise.core.machine import Machine
 
+ARRIVAL = "arrival"
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """`seconds`: the median of `repeats` timings, between the quartiles `low_s` and `high_s`.
 
-    what: an OpKind, a CollectiveKind or "launch". name: the op ("aten::mm"), with what sets it apart ("tn",
-    "causal"). shape: a matmul's (batch, m, n, k), an attention's (batch, heads, KV heads, sequence, head
-    dim), else what the op's docstring says. read_bytes, write_bytes, flops: as core/program.py counts them.
-    ranks: that took part, or that ran the same beside it.
+    what: an OpKind, a CollectiveKind, "launch", or ARRIVAL: how long after the mean rank the last one comes
+    to a collective. name: the op ("aten::mm"), with what sets it apart ("tn", "causal"). shape: a matmul's
+    (batch, m, n, k), an attention's (batch, heads, KV heads, sequence, head dim), an arrival's nanoseconds
+    of the work before it, else what the op's docstring says. read_bytes, write_bytes, flops: as
+    core/program.py counts them. ranks: that took part, or that ran the same beside it.
     """
 
     what: str

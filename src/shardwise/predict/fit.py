@@ -5,6 +5,8 @@
                  |log(fitted / measured)|
     attention    rates forward and backward, the sequence at which half is reached, a start; the same way
     collectives  by kind and number of ranks a curve over what a rank sends
+    spread       variances of when ranks come to a collective, a straight line over the work before it; what
+                 the last rank comes after the mean one is the expected maximum of so many deviations
     launch       a phase of small steps, without what its kernels take, over the ops of its traced Program
 
 On a CPU, kernels and launches were timed in the thread's own seconds while all ranks ran; they are divided by
@@ -27,11 +29,13 @@ from shardwise.core.machine import (
     Link,
     Machine,
     MatmulRate,
+    Spread,
     Tile,
 )
+from shardwise.core.order_statistics import expected_maximum
 from shardwise.core.prediction import Setup
 from shardwise.core.program import Op, OpKind, Phase, Program
-from shardwise.core.sample import Sample
+from shardwise.core.sample import ARRIVAL, Sample
 from shardwise.files.machine_file import machine_from_toml
 from shardwise.files.machine_text import to_toml
 from shardwise.predict.costs import op_cost
@@ -76,6 +80,7 @@ def fit(
         launch=Launch(),
         within=_within(draft, scaled, base),
         between=base.between if base is not None else None,
+        spread=_spread(draft, scaled, base),
     )
     held = "measured: what a rank holds before its first tensor"
     draft.note("memory.capacity", hardware.memory_bytes / 2**30, "GiB per device", ASKED)
@@ -89,7 +94,7 @@ def fit(
 
 def _scaled(sample: Sample, hardware: Hardware) -> Sample:
     """Kernels and launches in seconds of the wall, as a rank meets them."""
-    if sample.what in TIMED or hardware.share >= 1:
+    if sample.what in (*TIMED, ARRIVAL) or hardware.share >= 1:
         return sample
     times = {name: getattr(sample, name) / hardware.share for name in ("seconds", "low_s", "high_s")}
     return replace(sample, **times)
@@ -213,6 +218,42 @@ def _within(draft: Draft, samples: Sequence[Sample], base: Machine | None) -> Li
     source = f"measured: the fastest collective, {what}"
     draft.note("links.within.bandwidth", bandwidth, "GB/s per device", source)
     return Link(bandwidth * 1e9, tuple(rates))
+
+
+def _spread(draft: Draft, samples: Sequence[Sample], base: Machine | None) -> Spread | None:
+    """By least squares of the relative error, neither part below zero; None where ranks' clocks weren't
+    one."""
+    mine = [sample for sample in samples if sample.what == ARRIVAL and sample.seconds > 0]
+    if not mine:
+        if base is None or base.spread is None:
+            return None
+        draft.constants += [
+            replace(each, source=f"not measured, taken from {base.name}: {each.source}")
+            for each in base.constants
+            if each.path.startswith("spread")
+        ]
+        return base.spread
+    deviations = np.array([sample.seconds / expected_maximum(sample.ranks) for sample in mine])
+    work_s = np.array([sample.shape[0] / 1e9 for sample in mine])
+    lines = np.stack([work_s, np.ones(len(mine))], 1) / deviations[:, None] ** 2
+    found = []
+    for columns_kept in ([0, 1], [0], [1]):
+        part, *_ = np.linalg.lstsq(lines[:, columns_kept], np.ones(len(mine)), rcond=None)
+        line = np.zeros(2)
+        line[columns_kept] = part
+        if (line >= 0).all():
+            found.append((float(((lines @ line - 1) ** 2).sum()), line))
+    per_second, each = np.sqrt(min(found, key=lambda one: one[0])[1])
+    fitted_s = np.sqrt(per_second**2 * work_s + each**2)
+    error = float(np.median(np.abs(np.log(fitted_s / deviations))))
+    ranks = ", ".join(str(number) for number in sorted({sample.ranks for sample in mine}))
+    what = f"arrivals of {ranks} ranks after up to {1e3 * work_s.max():.0f} ms of work"
+    values: dict[str, tuple[Value, str]] = {
+        "work": (per_second * 1e6, "us"),
+        "collective": (each * 1e6, "us"),
+    }
+    draft.note_fit("spread", what, len(mine), error, values)
+    return Spread(float(per_second), float(each))
 
 
 def _launch(

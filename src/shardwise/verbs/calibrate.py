@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from shardwise.core.errors import OptionError, RunError
 from shardwise.core.machine import Machine
 from shardwise.core.option import Option, check_options
-from shardwise.core.sample import Calibration
+from shardwise.core.sample import ARRIVAL, Calibration
 from shardwise.verbs.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -194,6 +194,11 @@ class _Run:
             yield (
                 "Collectives were not measured, one rank having nobody to talk to; the links are "
                 f"{links}.{advice}"
+            )
+        elif not any(sample.what == ARRIVAL for sample in reports[0].samples):
+            yield (
+                "How far apart ranks come to a collective was not measured, for ranks of several hosts have "
+                "no clock in common: what they wait is in the collectives' times alone."
             )
         share = min(report.share for report in reports)
         if share < BUSY:
