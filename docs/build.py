@@ -41,6 +41,7 @@ from shardwise.core.difference import Difference, RunProfile
 from shardwise.core.dims import Dims
 from shardwise.core.explanation import Contrast, Explanation
 from shardwise.core.export import Export
+from shardwise.core.look_up import LookUps
 from shardwise.core.made_plan import MadePlan
 from shardwise.core.measurement import Comparison
 from shardwise.core.mesh import AXES
@@ -292,7 +293,7 @@ def predict_json_reference() -> str:
         "predict",
         [
             "`shardwise predict --json` prints one PredictionRun, with a Prediction for each plan; "
-            "`--sweep` one Sweep. Times are seconds, sizes bytes. A",
+            "`--sweep` one Sweep, `--look-up` one LookUps. Times are seconds, sizes bytes. A",
             "prediction's timeline isn't in it: `--out` writes that as a trace. Fields marked *worked out* "
             "follow from the others; fields that a",
             "reader doesn't know are to be ignored. Exit code 1: `fits` is false, or nothing that a sweep "
@@ -300,7 +301,7 @@ def predict_json_reference() -> str:
         ],
         "shardwise predict rowwise colwise --json | jq -r '.predictions[] | [.plan, .step_s, "
         ".memory.device_bytes] | @tsv'",
-        [PredictionRun, Sweep],
+        [PredictionRun, Sweep, LookUps],
     )
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from shardwise.api import dims as dims
     from shardwise.api import explain as explain
     from shardwise.api import export as export
+    from shardwise.api import look_up as look_up
     from shardwise.api import plan as plan
     from shardwise.api import predict as predict
     from shardwise.api import search as search
@@ -41,6 +42,7 @@ _API = (
     "dims",
     "explain",
     "export",
+    "look_up",
     "plan",
     "predict",
     "search",
@@ -74,6 +76,7 @@ __all__ = [
     "dims",
     "explain",
     "export",
+    "look_up",
     "loss_of",
     "parallelize",
     "plan",

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from shardwise.core.dims import Dims
     from shardwise.core.explanation import Contrast, Explanation
     from shardwise.core.export import Export
+    from shardwise.core.look_up import LookUps
     from shardwise.core.made_plan import MadePlan
     from shardwise.core.measurement import Comparison
     from shardwise.core.prediction_run import PredictionRun
@@ -192,6 +193,24 @@ def sweep(
     case = replace(case, mesh=Mesh.of({Role.CUTS_SEQUENCE: case.mesh.context}))
     with _no_script():
         return Result(run(case, asked, _made(PredictOptions, options), progress))
+
+
+def look_up(
+    case: Case,
+    *,
+    degrees: Sequence[int] = (),
+    batches: Sequence[int] = (),
+    progress: Progress = silent,
+    **options: Any,
+) -> "Result[LookUps]":
+    """The table of token ids alone, under each of the case's plans (by default the five styles), on `degrees`
+    tensor-parallel ranks (by default the case's tp) and batches of so many sequences: which is best where."""
+    from shardwise.verbs.look_up import LookUpOptions
+    from shardwise.verbs.look_up import look_up as run
+    from shardwise.verbs.predict import PredictOptions
+
+    asked = LookUpOptions(tuple(degrees), tuple(batches))
+    return Result(run(case, asked, _made(PredictOptions, options), progress))
 
 
 def export(case: Case, *, progress: Progress = silent, **options: Any) -> "Result[Export]":

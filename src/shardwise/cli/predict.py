@@ -19,6 +19,7 @@ from shardwise.verbs.predict import predict as predict_case
 # what a Setup adds to a trace without recompute; the others of RECOMPUTE are traced
 SELECTIVE = "selective"
 SWEEP = "Sweep"
+LOOK_UP = "Rowwise or colwise"
 # what a saved program has decided already, what a sweep has no use for, and what is a sweep's alone
 _OF_PROGRAM = (
     "plans",
@@ -34,6 +35,7 @@ _OF_PROGRAM = (
 )
 _NOT_SWEPT = ("program", "save_program")
 _OF_SWEEP = ("devices", "micro_batches")
+_NOT_LOOKED_UP = ("sweep", "devices", *_NOT_SWEPT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +45,24 @@ class _Asked(PredictOptions):
     ] = False
     devices: Annotated[int | None, Option("Of a sweep.", SWEEP, 1, shown="one node's")] = None
     micro_batches: Annotated[
-        str | None, Option("Of a sweep: sequences per data-parallel rank at a time.", SWEEP, shown="1,2,4,8")
+        str | None,
+        Option(
+            "Of a sweep or --look-up: sequences per data-parallel rank at a time.", SWEEP, shown="1,2,4,8"
+        ),
     ] = None
     top: Annotated[int, Option("Rows of a sweep's table; all are in the JSON and on the page.", SWEEP, 1)] = (
         20
     )
+    look_up: Annotated[
+        bool,
+        Option(
+            "The table of token ids alone, under each style: which is best from how many ranks on.", LOOK_UP
+        ),
+    ] = False
+    degrees: Annotated[
+        str | None,
+        Option("Of --look-up: tensor-parallel ranks.", LOOK_UP, shown="2,4,8 ... up to one node's"),
+    ] = None
     program: Annotated[
         Path | None,
         Option("Predict from a saved program instead of tracing; torch isn't needed.", OUTPUT, shown="none"),
@@ -66,7 +81,7 @@ def _prepare(values: dict[str, Any]) -> None:
     check_choice("--recompute", values["recompute"], (RECOMPUTE[0], SELECTIVE, *RECOMPUTE[1:]))
     if values["recompute"] == SELECTIVE:
         values |= {"recompute": "none", "recompute_attention": True}
-    if values["mesh"] is None and not values["sweep"] and values["program"] is None:
+    if values["mesh"] is None and not (values["sweep"] or values["look_up"] or values["program"]):
         values["mesh"] = "tp=8"
 
 
@@ -128,8 +143,13 @@ def predict(call: Call[_Asked]) -> int:
     [dim]shardwise predict rowwise colwise routed --model llama3-70b --mesh fsdp=8,tp=8 --dtype bfloat16[/]
     [dim]shardwise predict --model gpt3-175b --mesh pp=8,dp=8,tp=8 --accumulation 16 --seq 2048 --out page[/]
     [dim]shardwise predict --sweep --devices 64 --model llama3-70b --batch 512 --dtype bfloat16[/]
+    [dim]shardwise predict --look-up --model hf:qwen3 --degrees 2,4,8,16 --text notes/[/]
     [dim]shardwise predict --save-program 8b.json; shardwise predict --program 8b.json --machine mine.toml[/]
     """
+    if call.own.look_up:
+        refuse(call.given, _NOT_LOOKED_UP, "--look-up has no use for it. Leave it out")
+        return _look_up(call)
+    refuse(call.given, ("degrees",), "it is --look-up's. Add that, or leave it out")
     if call.own.sweep:
         refuse(
             call.given, _NOT_SWEPT, "a sweep goes over it, or has no use for it. Leave it out beside --sweep"
@@ -196,7 +216,9 @@ def _deliver(call: Call[_Asked], done: Predicted) -> int:
 def _sweep(call: Call[_Asked]) -> int:
     from shardwise.verbs.sweep import MICRO_BATCHES, SweepOptions, sweep
 
-    sizes = MICRO_BATCHES if call.own.micro_batches is None else _sizes(call.own.micro_batches)
+    sizes = (
+        MICRO_BATCHES if call.own.micro_batches is None else _sizes("--micro-batches", call.own.micro_batches)
+    )
     with ProgressLine() as progress:
         found = sweep(call.case, SweepOptions(call.own.devices, sizes), call.own, progress)
     labels = [each.plan for each in found.points] + [each.plan for each in found.refused]
@@ -211,11 +233,28 @@ def _sweep(call: Call[_Asked]) -> int:
     return 0 if any(point.fits for point in found.points) else 1
 
 
-def _sizes(given: str) -> tuple[int, ...]:
+def _look_up(call: Call[_Asked]) -> int:
+    from shardwise.verbs.look_up import LookUpOptions, look_up
+
+    degrees, batches = (
+        _sizes(option, given) if given is not None else ()
+        for option, given in (("--degrees", call.own.degrees), ("--micro-batches", call.own.micro_batches))
+    )
+    with ProgressLine() as progress:
+        found = look_up(call.case, LookUpOptions(degrees, batches), call.own, progress)
+    asked = {
+        "model": found.model,
+        "plans": found.plans,
+        "machine": found.machine.name,
+        "settings": found.settings,
+    }
+    call.output.deliver(found, asked)
+    return 0 if found.points else 1
+
+
+def _sizes(option: str, given: str) -> tuple[int, ...]:
     """`1,2,4` -> (1, 2, 4)."""
     parts = [part.strip() for part in given.split(",")]
     if not all(part.isdecimal() and len(part) < 7 and int(part) for part in parts):
-        raise OptionError(
-            f'--micro-batches is "{shown(given)}". Write sizes with commas between, such as 1,2,4.'
-        )
+        raise OptionError(f'{option} is "{shown(given)}". Write sizes with commas between, such as 1,2,4.')
     return tuple(sorted({int(part) for part in parts}))

@@ -26,6 +26,7 @@ from shardwise.core.dims import Dims
 from shardwise.core.errors import InputError, PlanError
 from shardwise.core.explanation import Contrast, Explanation
 from shardwise.core.export import Export
+from shardwise.core.look_up import LookUps
 from shardwise.core.made_plan import MadePlan
 from shardwise.core.measurement import Comparison
 from shardwise.core.mesh import Mesh
@@ -49,6 +50,7 @@ SAVED = {
     Difference: ("diff", "difference"),
     PredictionRun: ("predict", "prediction"),
     Sweep: ("predict", "sweep"),
+    LookUps: ("predict", "look-ups"),
     Search: ("search", "search"),
     Training: ("train", "training"),
     MadePlan: ("plan", "made plan"),

@@ -322,7 +322,7 @@ class Formula:
 
 
 def formula_bytes(walkthrough: Walkthrough) -> tuple[Formula, Formula]:
-    """(forward, backward) by the formulas of docs/embedding.md and core/collective.py."""
+    """(forward, backward) by the formulas of docs/rowwise-or-colwise.md and core/collective.py."""
     subject = subject_named(walkthrough.subject)
     forward, backward = (_formula(subject.wires(phase), walkthrough.sizes) for phase in Phase)
     return forward, backward
