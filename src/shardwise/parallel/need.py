@@ -78,10 +78,11 @@ def refuse_too_large(
         return
     needed = mesh.world_size * (copies * state + _PROCESS_BYTES)
     if available is not None and needed > available:
+        held = f"{copies} plan{'s' * (copies > 1)} held at once"
         raise OptionError(
-            f"{what} {parts}, {_gib(needed)} for {mesh.world_size} ranks with {copies} plans held at once; "
-            f"this machine has {_gib(available)} available and no GPU in use. Use a smaller model, fewer "
-            "plans, or a machine that holds it."
+            f"{what} {parts}, {_gib(needed)} for {mesh.world_size} ranks with {held}; this machine has "
+            f"{_gib(available)} available and no GPU in use. Use a smaller model, fewer plans, or a machine "
+            "that holds it."
         )
 
 
