@@ -263,6 +263,9 @@ _propagator = _find("torch.distributed.tensor._sharding_prop", "ShardingPropagat
 _fsdp_buffers = _find("torch.distributed.fsdp._fully_shard._fsdp_collectives", "DefaultAllocMixin")
 _placements = _find("torch.distributed.tensor", "placement_types")
 _param_group = _find("torch.distributed.fsdp._fully_shard._fsdp_param_group", "FSDPParamGroup")
+_flight_record = _find("torch._C._distributed_c10d", "_dump_fr_trace_json")
+# only PyTorch with CUDA has it
+_nccl_flight_record = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
 _find("torch.distributed.device_mesh", "DeviceMesh._flatten")
 ALL_TO_ALL = (_placements, "shard_dim_alltoall")
 """Where DTensor swaps the dim that is cut: a gather of everything on a CPU."""
@@ -342,6 +345,12 @@ def name_of_unit(thing: object) -> str:
     """The name of the module whose parameters FSDP gathers and reduces by this group of its; empty for
     anything else, and before the first forward."""
     return (thing._module_fqn or "") if isinstance(thing, _param_group) else ""
+
+
+def flight_records() -> list[bytes]:
+    """What PyTorch's flight recorders noted of this rank's collectives, as JSON: gloo's, and NCCL's where
+    PyTorch is built with it."""
+    return [dump(True, True) for dump in (_flight_record, _nccl_flight_record) if dump is not None]
 
 
 # ------------------------------------------------------------------------------------------------ pipelines

@@ -234,7 +234,9 @@ def test_a_rank_that_hangs_is_named_with_where_the_others_wait_and_the_run_goes_
     assert "nothing was heard from any rank for 10 s" in stdout.replace("\n  ", " ")
     told = " ".join(stdout.split())
     assert re.search(r"rank 2: stopped by SIGSTOP, last at \"step \d+: [a-z ]+\"", told), told
-    assert re.search(r"in \w+(, module [\w.]+)?\"", told), told
+    assert re.search(
+        r"in \w+(, module [\w.]+)?, not done: \w+ of float\[[\d,]+\], number \d+ of group", told
+    ), told
     assert what_it_learnt(read_steps(out)) == what_it_learnt(read_steps(undisturbed))
 
 

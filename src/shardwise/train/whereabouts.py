@@ -1,4 +1,5 @@
-"""Where a rank is when nothing moves: the module and the collective that its threads' Python frames are in.
+"""Where a rank is when nothing moves: the module and the collective that its threads' Python frames are in,
+and the oldest collective that isn't done.
 
 It costs a step nothing: frames are only looked at once a phase lasts long, and when an error passes.
 """
@@ -14,6 +15,7 @@ import torch.distributed.distributed_c10d as c10d
 from torch import nn
 
 from shardwise.torch_private import name_of_unit
+from shardwise.train.flight import unfinished
 
 STILL_S = 2.0
 """How long a phase lasts before it is said where in it the rank is."""
@@ -62,7 +64,8 @@ class Whereabouts:
             threads = [
                 list(_outwards(frame)) for ident, frame in sys._current_frames().items() if ident != own
             ]
-            text = self._phase + self._place(threads)
+            undone = unfinished()
+            text = self._phase + self._place(threads) + (f", not done: {undone}" if undone else "")
             if text != self._told:
                 self._tell(text)
 
