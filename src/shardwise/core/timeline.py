@@ -30,6 +30,15 @@ class SpanKind(IntEnum):
     RANGE = 5
 
 
+class Pass(IntEnum):
+    """Which part of a step a span belongs to. END: what comes after the last backward: sums over replicas,
+    clipping, the optimizer."""
+
+    FORWARD = 0
+    BACKWARD = 1
+    END = 2
+
+
 @dataclass(frozen=True, slots=True)
 class Lane:
     """A CPU thread or a device's stream of one rank. count: how many ranks a predicted lane stands for."""
@@ -44,7 +53,8 @@ class Lane:
 @dataclass(frozen=True, slots=True)
 class Spans:
     """Columns, one row a span. name, shapes: into Timeline.names. launched_ns: when the CPU called for it.
-    parent: the span of the CPU op in which it was called for. n_bytes: of a copy."""
+    parent: the span of the CPU op in which it was called for. n_bytes: of a copy. module: into
+    Timeline.names, whose forward or backward it belongs to; step_pass: a Pass."""
 
     lane: NDArray[np.int32]
     kind: NDArray[np.int8]
@@ -55,6 +65,8 @@ class Spans:
     launched_ns: NDArray[np.int64]
     parent: NDArray[np.int32]
     n_bytes: NDArray[np.int64]
+    module: NDArray[np.int32]
+    step_pass: NDArray[np.int8]
 
     def __len__(self) -> int:
         return len(self.start_ns)

@@ -59,8 +59,15 @@ def timeline_of(layout: Layout) -> Timeline:
 def launch_bound(layout: Layout) -> tuple[LaunchBound, ...]:
     """Kinds of modules before whose work the device waits for the host, those that it waits for longest
     first."""
+    longest = sorted(launch_waits(layout).items(), key=lambda pair: -pair[1])[:MOST_WAITS]
+    return tuple(LaunchBound(module, phase, seconds) for (module, phase), seconds in longest)
+
+
+def launch_waits(layout: Layout) -> dict[tuple[str, str], float]:
+    """Seconds that the device waits for the host before work of each kind of module in each phase, in a
+    micro-batch and the step's end."""
     if layout.work.together:
-        return ()
+        return {}
     prefix, _ = layers_of(layout.program)
     waits: dict[tuple[str, str], float] = defaultdict(float)
     for part in _parts(layout):
@@ -72,8 +79,7 @@ def launch_bound(layout: Layout) -> tuple[LaunchBound, ...]:
             module = part.work.item(own[row]).module
             kind = any_layer(module) if layer_index(module, prefix) is not None else module
             waits[kind, PHASES[int(part.work.phase[own[row]])].value] += float(gap[row])
-    longest = sorted(waits.items(), key=lambda pair: -pair[1])[:MOST_WAITS]
-    return tuple(LaunchBound(module, phase, seconds) for (module, phase), seconds in longest)
+    return dict(waits)
 
 
 def pipeline_timelines(layout: Layout) -> tuple[Timeline, ...]:
@@ -263,7 +269,9 @@ def _joined(parts: Sequence[Columns]) -> Columns:
 def _spans(columns: Mapping[str, NDArray[np.int64]]) -> Spans:
     """NONE in the columns that aren't given."""
     nothing = np.full(len(columns["start_ns"]), NONE)
-    kinds = {"kind": np.int8} | dict.fromkeys(("lane", "name", "shapes", "parent"), np.int32)
+    kinds = dict.fromkeys(("kind", "step_pass"), np.int8) | dict.fromkeys(
+        ("lane", "name", "shapes", "parent", "module"), np.int32
+    )
     made: dict[str, Any] = {
         name: columns.get(name, nothing).astype(kinds.get(name, np.int64)) for name in Spans.__slots__
     }

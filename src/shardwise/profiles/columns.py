@@ -121,6 +121,8 @@ class Columns:
                 [a.old_external_id if a.external_id is None else a.external_id for a in args]
             ),
             "bytes": _integers([a.n_bytes for a in args]),
+            "node": _integers([a.node for a in args]),
+            "forward_thread": _integers([a.forward_thread for a in args]),
         }
         for key, column in columns.items():
             self._parts[key].append(column)

@@ -22,7 +22,9 @@ def with_cpu_work(timeline: Timeline) -> Timeline:
     nothing = np.full(n, NONE, np.int64)
     kind = np.full(n, SpanKind.COMPUTE, np.int8)
     lane, name, shapes = spans.lane[ops], spans.name[ops], spans.shapes[ops]
-    added = Spans(lane, kind, name, shapes, begins, ends, nothing, ops.astype(np.int32), nothing)
+    module, step_pass = spans.module[ops], spans.step_pass[ops]
+    parent = ops.astype(np.int32)
+    added = Spans(lane, kind, name, shapes, begins, ends, nothing, parent, nothing, module, step_pass)
     columns = [field.name for field in fields(Spans)]
     joined = [np.concatenate((getattr(spans, key), getattr(added, key))) for key in columns]
     return replace(timeline, spans=Spans(*joined))

@@ -44,6 +44,8 @@ class Args(msgspec.Struct, gc=False):
     group_size: Scalar = msgspec.field(name="Group size", default=None)
     group_ranks: msgspec.Raw | UnsetType = msgspec.field(name="Process Group Ranks", default=UNSET)
     sequence: Scalar = msgspec.field(name="Seq", default=None)
+    node: Scalar = msgspec.field(name="Sequence number", default=None)
+    forward_thread: Scalar = msgspec.field(name="Fwd thread id", default=None)
 
 
 class Event(msgspec.Struct, gc=False):

@@ -21,10 +21,11 @@ from shardwise.profiles.container import Damage, text_pieces
 from shardwise.profiles.cpu_work import with_cpu_work
 from shardwise.profiles.events import CUT_OFF, EventStream, Header
 from shardwise.profiles.nesting import parents
+from shardwise.profiles.places import Nodes, with_places
 
 _STEP = re.compile(r"ProfilerStep#(\d{1,9})$")
 _RANK_IN_NAME = re.compile(r"(?:rank|worker|device)[-_ ]?(\d{1,6})", re.IGNORECASE)
-# A file may unpack to far more than it weighs; what a Timeline may take is bounded: 60 bytes a span, and its
+# A file may unpack to far more than it weighs; what a Timeline may take is bounded: 65 bytes a span, and its
 # names.
 MOST_SPANS = 100_000_000
 MOST_NAMES_LENGTH = 512 << 20
@@ -79,11 +80,15 @@ def _assemble(columns: Columns, header: Header, rank: int, losses: tuple[Loss, .
     lanes = [Lane(rank, not on_cpu, str(process), str(thread)) for on_cpu, process, thread in columns.lanes]
     launched_ns = np.where(launch == NONE, NONE, start_ns[launch])
     shapes, n_bytes = columns.column("shapes"), columns.column("bytes")
-    spans = Spans(lane, kind, name, shapes, start_ns, end_ns, launched_ns, parent, n_bytes)
+    module, step_pass = np.full(len(lane), NONE, np.int32), np.full(len(lane), NONE, np.int8)
+    times = (start_ns, end_ns, launched_ns)
+    spans = Spans(lane, kind, name, shapes, *times, parent, n_bytes, module, step_pass)
     unused = (kind == SpanKind.LAUNCH) & np.array([_calls_for_work(text) for text in names], np.bool_)[name]
     n_launches = int(unused.sum())
     unused[launch[launch != NONE]] = False
     collectives, groups, names = collectives_of(columns.collectives, spans, names, header)
+    nodes = Nodes(columns.column("node"), columns.column("forward_thread"))
+    spans, names = with_places(spans, names, nodes)
     timeline = Timeline(
         lanes=tuple(lanes),
         names=names,
