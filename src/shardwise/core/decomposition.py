@@ -101,7 +101,7 @@ def _of_rank(
         lo, hi = window.start_ns, window.end_ns
         by_priority = (sets.compute, sets.transfer, sets.unsplit, sets.waiting, sets.copy)
         *busy, idle = layers(by_priority, lo, hi)
-        cpu_bound_ns = _not_yet_launched_ns(idle, start_ns, launched_ns)
+        cpu_bound_ns = int(not_yet_launched(idle, start_ns, launched_ns)[1].sum())
         compute, transfer, unsplit, waiting, copy = map(total_ns, busy)
         parts = Parts(compute, transfer, unsplit, waiting, copy, cpu_bound_ns, total_ns(idle) - cpu_bound_ns)
         inside = total_ns(clip(communication, lo, hi))
@@ -110,11 +110,15 @@ def _of_rank(
     return decompositions
 
 
-def _not_yet_launched_ns(idle: Intervals, start_ns: NDArray[np.int64], launched_ns: NDArray[np.int64]) -> int:
-    """Idle time before the launch of the work that starts next, where a launch is known."""
+def not_yet_launched(
+    idle: Intervals, start_ns: NDArray[np.int64], launched_ns: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of each idle gap the work that starts next (its number; len(start_ns): none), and how much of the gap
+    lies before that work's launch, 0 where no launch is known. start_ns: sorted."""
     following = np.searchsorted(start_ns, idle[:, 1])
-    exists = following < len(start_ns)
-    gaps, following = idle[exists], following[exists]
-    launch = launched_ns[following]
-    blamed = np.where(launch == NONE, gaps[:, 0], np.clip(launch, gaps[:, 0], gaps[:, 1]))
-    return int((blamed - gaps[:, 0]).sum())
+    if not len(start_ns):
+        return following, np.zeros(len(idle), np.int64)
+    launch = launched_ns[np.minimum(following, len(start_ns) - 1)]
+    unknown = (following == len(start_ns)) | (launch == NONE)
+    blamed = np.where(unknown, idle[:, 0], np.clip(launch, idle[:, 0], idle[:, 1]))
+    return following, blamed - idle[:, 0]

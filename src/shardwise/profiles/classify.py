@@ -121,6 +121,12 @@ def issues_collective(name: str) -> bool:
     return name.startswith(_ISSUES)
 
 
+def is_handed_to_python(name: str) -> bool:
+    """Whether a CPU op of this name hands the op around it to a subclass of Tensor, such as DTensor: what is
+    inside are ops on what that holds."""
+    return name == "PythonSubclass"
+
+
 def waits(name: str) -> bool:
     """Whether a CPU op of this name only issues a collective or waits for one: no work of its own."""
     return name.startswith(_WAITS)

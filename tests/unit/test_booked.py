@@ -1,0 +1,68 @@
+"""A step's window booked on its spans: whatever runs at once, each instant is booked once, and a part's spans
+have what the decomposition says of it."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from shardwise.core.decomposition import decompose, work_sets
+from shardwise.core.intervals import EMPTY
+from shardwise.profiles.booked import booked
+from shardwise.profiles.collectives import share
+from shardwise.profiles.ranks import read_ranks
+from tests.unit.chrome_trace import all_reduce, kernel, launch, write
+
+SPANS = st.lists(
+    st.tuples(
+        st.sampled_from(["gemm", "Memcpy DtoD", "all-reduce"]),
+        st.integers(10, 300),
+        st.integers(1, 90),
+        st.integers(1, 3),
+        st.booleans(),
+    ),
+    min_size=1,
+    max_size=10,
+)
+
+
+@given(SPANS, SPANS)
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_each_instant_of_a_step_is_booked_once(
+    tmp_path: Path,
+    first: list[tuple[str, int, int, int, bool]],
+    second: list[tuple[str, int, int, int, bool]],
+) -> None:
+    files = []
+    for rank, made in enumerate((first, second)):
+        events = []
+        for number, (name, at, length, stream, is_launched) in enumerate(made, 1):
+            if name == "all-reduce":
+                events.append(all_reduce(at, length))
+                continue
+            events.append(kernel(name, at, length, stream=stream, correlation=number))
+            if is_launched:
+                events.append(launch(at - 9, number))
+        files.append(write(tmp_path / f"rank{rank}.json", events, rank=rank))
+    timelines, _ = share(read_ranks(files, workers=1))
+    for timeline in timelines:
+        for each in decompose(timeline):
+            found = booked(timeline, work_sets(timeline, each.window.rank), EMPTY, each.window)
+            assert found.total_ns == each.window.length_ns
+            assert found.compute.sum() == each.parts.compute_ns
+            assert found.transfer.sum() == each.parts.exposed_transfer_ns
+            assert found.unsplit.sum() == each.parts.exposed_communication_ns
+            assert found.waiting.sum() == each.parts.exposed_waiting_ns
+            assert found.copy.sum() == each.parts.exposed_copy_ns
+            assert found.cpu_bound.sum() == each.parts.cpu_bound_idle_ns
+            assert found.idle.sum() + found.after_ns == each.parts.other_idle_ns
+
+
+def test_of_two_kernels_at_once_the_first_has_the_instant(tmp_path: Path) -> None:
+    events = [kernel("gemm", 0, 10), kernel("other", 4, 16, stream=8)]
+    (timeline,) = read_ranks([write(tmp_path / "rank0.json", events)], workers=1)
+    (window,) = timeline.windows
+    found = booked(timeline, work_sets(timeline, window.rank), EMPTY, window)
+    by_name = dict(zip((timeline.name(span) for span in range(2)), found.compute.tolist(), strict=True))
+    assert by_name == {"gemm": 10_000, "other": pytest.approx(10_000)}
