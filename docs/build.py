@@ -37,6 +37,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from shardwise.cli.main import app
+from shardwise.core.beside import Beside
 from shardwise.core.difference import Difference, RunProfile
 from shardwise.core.dims import Dims
 from shardwise.core.explanation import Contrast, Explanation
@@ -258,14 +259,14 @@ def diff_json_reference() -> str:
         "diff",
         [
             "`shardwise diff RUN --json` prints one RunProfile; `shardwise diff RUN OTHER --json` one "
-            "Difference, which holds both. Times are",
+            "Difference, which holds both; of a prediction and a run one Beside. Times are",
             "nanoseconds; those of parts, lines and uses are per step of one rank, means over all steps of "
             "all ranks. Fields marked *worked out*",
             "follow from the others; fields that a reader doesn't know are to be ignored.",
         ],
         "shardwise diff traces-a traces-b --json | jq -r '.verdict[], (.lines[:5][] | [.what, .delta_ns / "
         "1e6] | @tsv)'",
-        [RunProfile, Difference],
+        [RunProfile, Difference, Beside],
     )
 
 

@@ -27,6 +27,7 @@ from shardwise.core.plan import suggest
 from shardwise.verbs.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from shardwise.core.beside import Beside
     from shardwise.core.difference import Difference, RunProfile
     from shardwise.core.dims import Dims
     from shardwise.core.explanation import Contrast, Explanation
@@ -156,14 +157,20 @@ def compare(
 
 
 def diff(
-    first: str | Path, second: str | Path | None = None, *, progress: Progress = silent, **options: Any
-) -> "Result[Difference | RunProfile]":
-    """Where the time of a profiled run's steps went, and of a second one's beside it."""
+    first: str | Path,
+    second: str | Path | None = None,
+    *,
+    case: Case | None = None,
+    progress: Progress = silent,
+    **options: Any,
+) -> "Result[Difference | RunProfile | Beside]":
+    """Where the time of a profiled run's steps went, and of a second one's beside it. Of the two, one may be
+    a saved prediction; case: it is predicted, and laid beside the first."""
     from shardwise.verbs.diff import DiffOptions
     from shardwise.verbs.diff import diff as run
 
     with _no_script():
-        done = run(first, second, _made(DiffOptions, options), progress)
+        done = run(first, second, _made(DiffOptions, options), progress, case=case)
     return Result(done.answer, lambda: {"pictures": done.pictures()})
 
 

@@ -27,7 +27,9 @@ def case(call: Call[NoOptions]) -> int:
 
     keys: dict[str, tuple[Asked, ...]] = {name: options_of(what.options) for name, what in verbs().items()}
     tables = {
-        name: tuple(each for each in own if not (each.option.is_argument or each.option.is_hidden))
+        name: tuple(
+            each for each in own if not (each.option.is_argument or each.option.is_hidden or each.key in ALL)
+        )
         for name, own in keys.items()
     }
     sys.stdout.write(case_text(call.case, call.given, {name: own for name, own in tables.items() if own}))

@@ -78,11 +78,16 @@ def _prepare(values: dict[str, Any]) -> None:
         raise OptionError(
             "context ranks are an axis of the mesh. Instead of --context 2 write --mesh cp=2,tp=8."
         )
+    selective_recompute(values)
+    if values["mesh"] is None and not (values["sweep"] or values["look_up"] or values["program"]):
+        values["mesh"] = "tp=8"
+
+
+def selective_recompute(values: dict[str, Any]) -> None:
+    """--recompute selective is what a Setup adds."""
     check_choice("--recompute", values["recompute"], (RECOMPUTE[0], SELECTIVE, *RECOMPUTE[1:]))
     if values["recompute"] == SELECTIVE:
         values |= {"recompute": "none", "recompute_attention": True}
-    if values["mesh"] is None and not (values["sweep"] or values["look_up"] or values["program"]):
-        values["mesh"] = "tp=8"
 
 
 @command(
@@ -186,6 +191,7 @@ def _saved(call: Call[_Asked]) -> Predicted:
 
 
 def _deliver(call: Call[_Asked], done: Predicted) -> int:
+    from shardwise.files.document import write_document
     from shardwise.files.perfetto import perfetto_trace
 
     run = done.answer
@@ -201,7 +207,7 @@ def _deliver(call: Call[_Asked], done: Predicted) -> int:
     traces: dict[str, str] = {}
 
     def beside() -> dict[str, bytes]:
-        made = {}
+        made = {f"{name}.json": write_document(step) for name, step in done.line_by_line()}
         for name, label, timelines in done.timelines():
             made[f"{name}.json.gz"] = perfetto_trace(timelines)
             traces[f"{name}.json.gz"] = label

@@ -21,6 +21,7 @@ from functools import cache
 
 import msgspec
 
+from shardwise.core.beside import Beside, PredictedStep
 from shardwise.core.difference import Difference, RunProfile
 from shardwise.core.dims import Dims
 from shardwise.core.errors import InputError, PlanError
@@ -48,6 +49,8 @@ SAVED = {
     VerificationRun: ("verify", "verification"),
     RunProfile: ("diff", "run"),
     Difference: ("diff", "difference"),
+    Beside: ("diff", "prediction beside a measurement"),
+    PredictedStep: ("predict", "predicted step"),
     PredictionRun: ("predict", "prediction"),
     Sweep: ("predict", "sweep"),
     LookUps: ("predict", "look-ups"),

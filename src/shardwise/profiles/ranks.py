@@ -16,6 +16,7 @@ _TRACES = re.compile(r"\.json(\.gz)?$|\.tmp$|\.pftrace$", re.IGNORECASE)
 # a run's folder has these settings, and data beside its traces: predict's are one file for each plan's step
 _SETTINGS = "settings.json"
 _STEP = re.compile(r"timeline-\w+\.json\.gz$")
+_PREDICTED = re.compile(r"(?:step|timeline)-(\w+)\.json(?:\.gz)?$")
 TRACE_FOLDER = "traces"
 MOST_FILES = 4096
 
@@ -26,6 +27,19 @@ def sides(path: Path) -> tuple[Path, ...]:
     if path.is_dir() and not plans:
         plans = [each for each in _files(path, _STEP) if (path / _SETTINGS).exists()]
     return tuple(plans) if len(plans) == 2 else (path,)
+
+
+def predicted_steps(path: Path) -> tuple[Path, ...]:
+    """The files of predicted steps that a path means: of a folder of predict --out all of its plans'; of one
+    of its files, that plan's. None: it is no prediction."""
+    folder = path if path.is_dir() else path.parent
+    if not (folder / _SETTINGS).exists():
+        return ()
+    found = tuple(sorted(folder.glob("step-*.json")))
+    if path.is_dir() or path.name == "prediction.json":
+        return found
+    named = _PREDICTED.match(path.name)
+    return tuple(each for each in found if named is not None and each.name == f"step-{named[1]}.json")
 
 
 def _plans(path: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
+from shardwise.core.beside import PredictedStep
 from shardwise.core.case import Case, StepSettings
 from shardwise.core.errors import OptionError
 from shardwise.core.machine import Machine
@@ -131,12 +132,19 @@ class Predicted:
     machine: Machine
     steps: tuple[Step, ...]
 
+    def line_by_line(self) -> Iterable[tuple[str, PredictedStep]]:
+        """(name, the step) of each plan: what diff lays beside a profile."""
+        from shardwise.predict.step import step_of
+
+        for number, (step, made) in enumerate(zip(self.steps, self.answer.predictions, strict=True)):
+            yield f"step-{_letter(number)}", step_of(step.layout, made, step.settings)
+
     def timelines(self) -> Iterable[tuple[str, str, Sequence[Timeline]]]:
         """(name, what it is, ranks) of each plan's step, and of its pipeline's stages."""
         from shardwise.predict.timeline import pipeline_timelines, timeline_of
 
         for number, step in enumerate(self.steps):
-            letter = f"{number // 26 or ''}{chr(ord('a') + number % 26)}"
+            letter = _letter(number)
             yield f"timeline-{letter}", step.label, [timeline_of(step.layout)]
             passes = pipeline_timelines(step.layout)
             if passes:
@@ -244,6 +252,10 @@ def _terms(given: Sequence[str]) -> tuple[Term, ...]:
                 f"Allowed: {', '.join(TERM_NAMES)}."
             )
     return tuple(term for name, term in TERM_NAMES.items() if name in names)
+
+
+def _letter(number: int) -> str:
+    return f"{number // 26 or ''}{chr(ord('a') + number % 26)}"
 
 
 def _label(plan: str, before: Sequence[Step]) -> str:

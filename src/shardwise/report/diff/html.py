@@ -67,7 +67,6 @@ def _page(
     difference: Difference | None,
     pictures: Sequence[StepPicture],
 ) -> str:
-    longest = max((picture.length_ns for picture in pictures), default=1)
     return draw(
         "diff/diff.html.j2",
         ("explain/explain.css", "diff/diff.css"),
@@ -77,10 +76,16 @@ def _page(
         rows=rows,
         tables=tables,
         stacks=part_chart([(run.label, run.parts) for run in runs]),
-        drawings=[_drawing(picture, longest) for picture in pictures],
+        drawings=drawings_of(pictures),
         parts=parts_of(run.parts for run in runs),
         all_parts=PARTS,
     )
+
+
+def drawings_of(pictures: Sequence[StepPicture]) -> list[Drawing]:
+    """All on the scale of the longest."""
+    longest = max((picture.length_ns for picture in pictures), default=1)
+    return [_drawing(picture, longest) for picture in pictures]
 
 
 def part_chart(runs: Sequence[tuple[str, Parts]]) -> Chart:
