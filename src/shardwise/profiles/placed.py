@@ -152,9 +152,9 @@ class _Rows:
         """Calls: of an op that has several kernels, or stretches of its own time, one."""
         op = self.op[self.works]
         called = np.where(op == NONE, self.works, op)
-        within = np.flatnonzero(inside[called])
-        _, first = np.unique(called[within], return_index=True)
-        counts: list[int] = np.bincount(self.group[within[first]], minlength=len(self.places)).tolist()
+        _, first = np.unique(called, return_index=True)
+        first = first[inside[self.works[first]]]
+        counts: list[int] = np.bincount(self.group[first], minlength=len(self.places)).tolist()
         return counts
 
 
