@@ -289,6 +289,7 @@ class Recipe:
     between: tuple[float, str] | None
     reach: tuple[tuple[tuple[float, float], ...], str] | None = None
     look_ups: tuple[float, str] | None = None  # elements per second, where they bound look-ups
+    is_board: bool = False  # a node's devices are joined pair by pair
     generations: tuple[Generation, ...] = ()  # of attention kernels that PyTorch doesn't choose today
     groups: str | None = None  # to what a grouped matmul's cost per group was fitted
 
@@ -381,6 +382,8 @@ def text_of(recipe: Recipe, shares: dict[str, float], measured: dict[str, tuple[
     out.add()
     out.add("[links.within]")
     out.constant("bandwidth", f"{recipe.within[0]:g}", "GB/s", recipe.within[1], per="device")
+    if recipe.is_board:
+        out.constant("direct", recipe.devices_per_node, "1", BOARD_SOURCE)
     for each in recipe.collectives:
         for ranks, start_us, rate_gb in each.rates:
             out.add(f"[[links.within.{each.kind}]]")
@@ -581,6 +584,14 @@ def recipes() -> list[Recipe]:
             ),
         ),
     )
+    h200_board = replace(
+        h200,
+        name="h200-sxm-141gb-x4",
+        about="NVIDIA H200 SXM 141 GB (HBM3e), 700 W, four on a board, joined pair by pair, 400 Gb/s a GPU "
+        "between nodes",
+        devices_per_node=4,
+        is_board=True,
+    )
     a100_attention = float(rows("attention", gpu="A100-SXM-80GB", op="Flash Attention 2.0")[0]["value"])
     bwd_share = attention[1] / attention[0]
     a100_80 = Recipe(
@@ -748,7 +759,19 @@ def recipes() -> list[Recipe]:
             ),
         ),
     )
-    made = (h100, before_gather, capped_h100, h200, a100_80, a100_40, vtrain, b200_machine, gb200, mi300x)
+    made = (
+        h100,
+        before_gather,
+        capped_h100,
+        h200,
+        h200_board,
+        a100_80,
+        a100_40,
+        vtrain,
+        b200_machine,
+        gb200,
+        mi300x,
+    )
     groups = grouped(b200.rate, default_b200 * b200_machine.bandwidth[0] * 1e9, START_US * 1e-6)
     return [with_groups(recipe, groups) for recipe in made]
 
@@ -766,6 +789,10 @@ def with_groups(recipe: Recipe, groups: Fit) -> Recipe:
     return replace(recipe, matmuls=matmuls, groups=f"{groups}".replace("matmuls", "grouped matmuls"))
 
 
+BOARD_SOURCE = (
+    "HGX boards of four have no NVSwitch: each pair is joined by a third of the links (NVIDIA, "
+    "Introducing NVIDIA HGX H100)"
+)
 LAUNCH = ("forward", "backward", "collective", "dtensor_forward", "dtensor_backward")
 VTRAIN_HOST_US = (67.0, 24.0)
 """Forward, backward. One sequence a micro-batch tells their sum, two tell them apart: then the backward waits

@@ -502,3 +502,16 @@ def test_states_are_counted_in_the_precision_that_a_trainer_keeps() -> None:
     kept = dict(forecast(PROGRAM, MACHINE, Setup(precision=Precision.MASTER, optimizer_shards=2)).by_kind)
     states = (MemoryKind.PARAMETER, MemoryKind.GRADIENT, MemoryKind.OPTIMIZER)
     assert [kept[kind] / held for kind in states] == [1.0, 2.0, 3.0]
+
+
+def test_devices_joined_pair_by_pair_have_the_links_to_their_group_alone() -> None:
+    """Four of them: two share a third of a device's links, all four use all."""
+    paired = replace(MACHINE, devices_per_node=4, within=replace(MACHINE.within, direct=4))
+    switched = replace(MACHINE, devices_per_node=4)
+
+    def moving_s(machine: Machine, ranks: int) -> float:
+        group, kind = RankGroup(((1, ranks),)), CollectiveKind.ALL_GATHER
+        return collective_s(machine, kind, 2e9, 2e9, group) - collective_s(machine, kind, 1e9, 1e9, group)
+
+    assert moving_s(paired, 2) == pytest.approx(3 * moving_s(switched, 2))
+    assert moving_s(paired, 4) == pytest.approx(moving_s(switched, 4))

@@ -131,13 +131,20 @@ class CollectiveRate:
 class Link:
     """What joins devices. bytes_per_s: of one device, one way, by the data sheet. rates: by kind of
     collective, growing in ranks; those of `None` serve every kind that has none of its own. reach: (message
-    bytes, share of bytes_per_s), where it depends on the size."""
+    bytes, share of bytes_per_s), where it depends on the size. direct: so many devices are joined pair by
+    pair, without a switch between them, and rates are of a switch."""
 
     bytes_per_s: float
     rates: tuple[tuple[CollectiveKind | None, tuple[CollectiveRate, ...]], ...] = ()
     reach: Points = ()
     start_s: float = 0.0
     start_per_hop_s: float = 0.0
+    direct: float = 0.0
+
+    def usable(self, ranks: int) -> float:
+        """The share of a device's links that lead to a group's ranks: all of them through a switch; joined
+        pair by pair, those to the others of the group (a ring of all devices runs over all links)."""
+        return 1.0 if ranks >= self.direct else max(ranks - 1, 1) / (self.direct - 1)
 
     @property
     def is_known(self) -> bool:

@@ -100,5 +100,6 @@ LINK = (
     Field("bandwidth", "bytes_per_s", LINK_BANDWIDTH),
     Field("start", "start_s", START, False, 0.0),
     Field("start_per_hop", "start_per_hop_s", START, False, 0.0),
+    Field("direct", "direct", UNITS, False, 0.0),
 )
 COLLECTIVE = (Field("start", "start_s", START), Field("rate", "bytes_per_s", COLLECTIVE_RATE))

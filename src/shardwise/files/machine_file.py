@@ -15,7 +15,8 @@ was fitted; no file is opened here.
     [spread]               work (of one second's), collective: standard deviations of when ranks arrive
                            (optional)
     [links.within]         (optional where devices_per_node is 1) bandwidth; [[links.within.KIND]] ranks,
-                           start, rate or points. KIND: a collective, or any
+                           start, rate or points. KIND: a collective, or any. direct (optional): so many
+                           devices are joined pair by pair, without a switch, of which the rates are
     [links.between]        the same, and reach (message bytes, share of bandwidth), start, start_per_hop
 
 Bandwidths, capacities and power say per = "device" or per = "node". Every value must lie in its field's

@@ -284,5 +284,6 @@ def _within_s(link: Link, kind: CollectiveKind, sent: float, ranks: int) -> floa
             "the machine's file has no link: none was measured. "
             "Calibrate with --base MACHINE, whose links are then taken."
         )
+    sent /= link.usable(ranks)
     rate = link.rate(CollectiveKind.BROADCAST if kind is CollectiveKind.REDUCE else kind, ranks)
     return rate.time_s(sent) if rate is not None else link.start_s + sent / link.bytes_per_s

@@ -257,4 +257,4 @@ def _transfer_s(program: Program, machine: Machine, setup: Setup) -> float:
     stride = mesh.world_size // mesh.stages  # stages are the outermost axis
     inside = local_ranks(stride, setup.stages, machine.devices_per_node) > 1
     link = machine.within if inside else machine.between or machine.within
-    return link.start_s + n_bytes / (link.bytes_per_s * link.share_at(n_bytes))
+    return link.start_s + n_bytes / (link.bytes_per_s * link.share_at(n_bytes) * link.usable(2))
