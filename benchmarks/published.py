@@ -88,6 +88,10 @@ FUSED = ("NeMo/Megatron-Core (DGX Cloud benchmarking)",)
 bias_dropout_fusion and apply_rope_fusion (nemo/collections/llm/gpt/model/llama.py). The same step of
 Llama 3 8B in fp8 on 8 H100 took 10.68 s with NeMo 24.07 and 9.33 s with this one."""
 
+BOARD, SWITCHED = 4, 8
+"""Nodes of four SXM GPUs have no NVSwitch: each pair is joined by a third of the links, where a node of eight
+has switches. Source: NVIDIA, "Introducing NVIDIA HGX H100" (HGX H100 4-GPU, point to point)."""
+
 SELECTIVE_LAYER, EVERY_SECOND = "selective layer", 2
 """torchtitan's selective recompute by layers ran every second layer again (selective_ac_option = "2" in its
 train_configs of 2024)."""
@@ -158,15 +162,17 @@ class Traced:
     fused_swiglu: bool
     context: int = 1
     recompute_layers: int | None = None
+    gathers_once: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A row as predict takes it."""
+    """A row as predict takes it. per_node: GPUs of a node; None: as the machine file says."""
 
     traced: Traced | TracedMixture
     setup: Setup
     machine: str
+    per_node: int | None = None
     is_fitted: bool = True  # by a machine with what is fitted to whole runs
 
 
@@ -218,7 +224,9 @@ def dense_job(row: Row) -> Job:
         padded = vocab // tp * tp
     else:
         padded = math.ceil(vocab / multiple) * multiple
-    heads, seq, micro_batch = number(row, "heads"), number(row, "seq_len"), number(row, "micro_batch")
+    heads, seq = number(row, "heads"), number(row, "seq_len")
+    micro_batch, count = micro_batches_of(row)
+    machine = machine_of(row["source_group"], row["gpu"])
     traced = Traced(
         llama,
         padded,
@@ -240,11 +248,12 @@ def dense_job(row: Row) -> Job:
         llama and not sharded,
         context,
         number(row, "layers") // EVERY_SECOND if row["ac"].startswith(SELECTIVE_LAYER) else None,
+        sharded and number(row, "pp") > 1,
     )
     axes = (("pp", number(row, "pp")), (traced.data_axis, dp), ("cp", context), ("tp", tp))
     setup = Setup(
         Mesh(axes),
-        micro_batches=number(row, "grad_accum") or number(row, "global_batch") // (dp * micro_batch),
+        micro_batches=count,
         chunks=number(row, "vp", 1) or 1,
         attention=attention_of(row),
         recompute_attention=row["ac"] == "selective (attn core)",
@@ -260,7 +269,7 @@ def dense_job(row: Row) -> Job:
         precision=Precision.TRACED if traced.mixed else Precision.MASTER,
         waits_for_device=row["framework"] in TIMED_PASSES,
     )
-    return Job(traced, setup, machine_of(row["source_group"], row["gpu"]))
+    return Job(traced, setup, machine, per_node_of(row, machine))
 
 
 def recompute_of(row: Row) -> str:
@@ -280,6 +289,23 @@ def scaling_of(row: Row) -> Scaling:
     """torchao's rows name theirs; all others run Transformer Engine, by scales of steps before."""
     named = [scaling for scaling in Scaling if scaling in row["precision"]]
     return named[0] if named else Scaling.DELAYED
+
+
+def per_node_of(row: Row, machine: str) -> int | None:
+    """Where its nodes have fewer GPUs than those of the machine file, whose switches join one node."""
+    stated, known = number(row, "gpus_per_node", SWITCHED), _machine(machine).devices_per_node
+    return stated if known == SWITCHED and stated < known else None
+
+
+def micro_batches_of(row: Row) -> tuple[int, int]:
+    """(sequences of one, how many a rank's pipeline or accumulation has). torch's schedules take no fewer
+    than there are stages: what torchtitan then cuts up is the local batch, into single sequences
+    (pipeline_parallel_microbatch_size = 1)."""
+    size, dp, stages = number(row, "micro_batch"), number(row, "dp"), number(row, "pp")
+    count = number(row, "global_batch") // (dp * size) or number(row, "grad_accum", 1)
+    if "DTensor" in row["framework"] and stages > 1 and count < stages:
+        return 1, count * size
+    return size, count
 
 
 def _plan(tp: int, *, torchs_own: bool, sharded: bool) -> str:
@@ -322,6 +348,8 @@ def program_of(traced: Traced | TracedMixture) -> Program:
     )
     if traced.mixed:
         settings = replace(settings, dtype="float32", param_dtype="bfloat16", reduce_dtype="float32")
+    if traced.gathers_once:  # torchtitan's default for pipelines: parameters stay, gradients are summed once
+        settings = replace(settings, reshard_after_forward=False, reduce_once=True)
     # PyTorch's checkpoint stops where the last tensor is there that the backward needs; Megatron's own runs
     # the whole forward again (megatron/core/tensor_parallel/random.py)
     with set_checkpoint_early_stop(traced.data_axis == "fsdp"):
@@ -336,6 +364,9 @@ def _machine(name: str) -> Machine:
 def predicted(job: Job, program: Program) -> Prediction:
     """What the row's run would take."""
     machine = _machine(job.machine)
+    if job.per_node is not None:
+        within = replace(machine.within, direct=job.per_node if job.per_node <= BOARD else 0)
+        machine = replace(machine, devices_per_node=job.per_node, within=within)
     if not job.is_fitted:
         rates = tuple((dtype, replace(rate, unaligned=1.0)) for dtype, rate in machine.matmuls)
         machine = replace(machine, matmuls=rates)

@@ -309,3 +309,14 @@ def test_tables_and_plot_show_every_group_and_the_misses() -> None:
     )
     assert why(run.rows[1]) == "unexplained"
     assert plot(run).count("<circle") == 4
+
+
+def test_a_row_s_nodes_and_micro_batches_are_those_that_it_states() -> None:
+    eight = row_of("torchtitan-benchmarks", gpu="H200-SXM-141GB")
+    assert (dense_job(eight).per_node, dense_job(eight | {"gpus_per_node": "4"}).per_node) == (None, 4)
+    assert dense_job(row_of("dgxc-25.05-gb200", gpus_per_node="4")).per_node is None  # one NVLink of 72
+    stages = {"pp": "4", "dp": "2", "micro_batch": "8", "grad_accum": "1", "global_batch": "16", "vp": ""}
+    cut = dense_job(eight | stages)
+    assert (of(cut).micro_batch, cut.setup.micro_batches, of(cut).gathers_once) == (1, 8, True)
+    more = dense_job(eight | stages | {"global_batch": "64"})
+    assert (of(more).micro_batch, more.setup.micro_batches) == (8, 4)
