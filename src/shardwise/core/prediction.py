@@ -79,7 +79,8 @@ class Setup:
     memory fused between matmuls. compiled_loss: the loss is one such kernel each way, and keeps the logits
     alone. matmul_dtype: "float8" where the layers' linears multiply in it, scaled as `scaling` says.
     overlap_data: whether gradients of whole
-    replicas are reduced beside the backward. overlap_tensor: whether tensor-parallel collectives run beside
+    replicas are reduced beside the backward, in buckets of bucket_mib (None: as DDP's, or Megatron's: see
+    predict/buckets.py). overlap_tensor: whether tensor-parallel collectives run beside
     the matmul that makes or takes them. optimizer_shards: ranks that share the optimizer's state and work
     (ZeRO-1); of experts that each rank along ep holds for itself, so many times fewer. waits_for_device:
     whether the host waits at the end of each forward and backward until the device is done, as Megatron's
@@ -99,6 +100,7 @@ class Setup:
     matmul_dtype: str | None = None
     scaling: Scaling = Scaling.TENSORWISE
     overlap_data: bool = False
+    bucket_mib: float | None = None
     overlap_tensor: bool = False
     optimizer_shards: int = 1
     precision: Precision = Precision.TRACED

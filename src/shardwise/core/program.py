@@ -22,6 +22,7 @@ from enum import StrEnum
 
 from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveCall
+from shardwise.core.dtype import DTYPE_BYTES
 from shardwise.core.layer_name import moved_name
 from shardwise.core.placement import Placement
 from shardwise.core.rule import ModuleKind, RuleRef
@@ -153,6 +154,11 @@ class Collective:
     @property
     def phase(self) -> Phase:
         return Phase(self.call.phase)
+
+    @property
+    def is_many(self) -> bool:
+        """Whether it is about more than one number, as a loss or a norm is."""
+        return self.call.payload_bytes > DTYPE_BYTES.get(self.call.dtype, 8)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from shardwise.core.collective import is_off_mesh
 from shardwise.core.mesh import Mesh, Role, axes_in, role_of
 from shardwise.core.placement import Replicate
 from shardwise.core.prediction import Setup
-from shardwise.core.program import Collective, Holding, Program
+from shardwise.core.program import ONCE, Collective, Holding, Program
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,15 @@ def further_shards(program: Program, setup: Setup) -> float:
     joins = traced.reducing_axis is not None and role_of(traced.reducing_axis) is Role.SHARDS_PARAMETERS
     joining = joining_context(program, setup) if joins and traced.fsdp > 1 else 1
     return mesh.fsdp * joining / traced.fsdp
+
+
+def end_share(item: Collective, program: Program, setup: Setup) -> float:
+    """What a rank of the whole mesh sends of a collective of the step's end, as a share of what the traced
+    one does: the gradients of its stage, and, over other axes than FSDP's, of its own shard of them."""
+    if item.phase not in ONCE or not item.is_many:
+        return 1.0
+    shards = 1.0 if role_of(item.call.axis) is Role.SHARDS_PARAMETERS else further_shards(program, setup)
+    return 1 / (mesh_of(program, setup).stages * shards)
 
 
 def optimizer_shards(program: Program, setup: Setup) -> float:

@@ -18,6 +18,7 @@ from shardwise.core.mesh import Mesh, Role, role_of
 from shardwise.core.pipeline import Span, even_counts
 from shardwise.core.prediction import Setup, Term
 from shardwise.core.program import BACKWARDS, FORWARDS, ONCE, Collective, Program
+from shardwise.predict.buckets import beside_backward
 from shardwise.predict.groups import further_shards, groups_of, mesh_of, optimizer_shards
 from shardwise.predict.pipeline import PartTimes
 from shardwise.predict.streams import run
@@ -48,8 +49,9 @@ class Stage:
 @dataclass(frozen=True, slots=True)
 class Layout:
     """work: all of the Program's. stages: of the pipeline; one where there is none. parts: what each part
-    takes. end: what runs once a step, of a stage's share of the parameters. transfer_s: one activation to the
-    next stage."""
+    takes. last: the busiest stage's backward of the last micro-batch, where gradients are summed beside it
+    (buckets.py); else as all others. end: what runs once a step, of a stage's share of the parameters.
+    transfer_s: one activation to the next stage."""
 
     program: Program
     machine: Machine
@@ -57,6 +59,7 @@ class Layout:
     work: Work
     stages: tuple[Stage, ...]
     parts: tuple[PartTimes, ...]
+    last: Work
     end: Work
     transfer_s: float
 
@@ -66,12 +69,12 @@ class Layout:
 
     @property
     def busiest(self) -> Stage:
-        return max(self.stages, key=lambda stage: stage.times.total_s)
+        return _busiest(self.stages)
 
     @property
     def punctual(self) -> bool:
         """Whether all ranks come to their collectives at once."""
-        works = (self.busiest.forward, self.busiest.backward, self.end)
+        works = (self.busiest.forward, self.last, self.end)
         return not any(work.waits_s.any() for work in works)
 
 
@@ -88,9 +91,17 @@ def lay_out(program: Program, machine: Machine, setup: Setup) -> Layout:
         _together([parts[part] for part in pipeline.parts_of(stage)]) for stage in range(setup.stages)
     )
     times = tuple(part.times for part in parts)
+    busiest = _busiest(stages)
+    last = busiest.backward
+    if setup.overlap_data:
+        last, end = beside_backward(last, end, program, machine, setup)
     if waiting is not None:
-        (end,), _ = waiting.of([end], max(stages, key=lambda stage: stage.times.total_s).apart)
-    return Layout(program, machine, setup, work, stages, times, end, transfer_s)
+        last, end = waiting.at_end(last, end, busiest.apart)
+    return Layout(program, machine, setup, work, stages, times, last, end, transfer_s)
+
+
+def _busiest(stages: Sequence[Stage]) -> Stage:
+    return max(stages, key=lambda stage: stage.times.total_s)
 
 
 def balanced_counts(
@@ -244,7 +255,7 @@ def _end(work: Work, setup: Setup, shards: float) -> Work:
     """shards: into how many parts a traced rank's parameters are cut there."""
     once = work.where(work.in_phases(*ONCE))
     share = 1.0 / (setup.stages * shards)
-    device_s = np.where(once.axis == 0, once.device_s * share, once.device_s / setup.stages)
+    device_s = np.where(once.axis == 0, once.device_s * share, once.device_s)  # collectives: end_share()
     return replace(once, device_s=device_s)
 
 

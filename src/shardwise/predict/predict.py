@@ -8,7 +8,7 @@ from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import Prediction, Setup, Term
 from shardwise.core.program import Program
 from shardwise.predict.groups import joining_context, mesh_of
-from shardwise.predict.layout import Layout, lay_out
+from shardwise.predict.layout import SLOWED_BESIDE, Layout, lay_out
 from shardwise.predict.memory import forecast
 from shardwise.predict.pipeline import pipeline_s
 from shardwise.predict.streams import run
@@ -63,6 +63,19 @@ def _not_exchanged(program: Program, setup: Setup) -> Iterator[str]:
         yield f"{traced}: exchanging keys isn't modelled{reduced}"
 
 
+def _last_s(layout: Layout) -> dict[Term, float]:
+    """What buckets of gradients, summed beside the last backward, add to it: what outlasts it, and what the
+    rest takes from compute."""
+    plain, last = layout.busiest.backward, layout.last
+    if len(plain) == len(last):
+        return {}
+    plain_s, last_s = run(plain.punctual).length_s, run(last.punctual).length_s
+    late_s = (run(last).length_s - last_s) - (run(plain).length_s - plain_s)
+    outlasts_s = last_s - plain_s
+    hidden_s = last.by_term()[Term.DATA] - plain.by_term()[Term.DATA] - outlasts_s
+    return {Term.DATA: outlasts_s, Term.SLOWED: SLOWED_BESIDE * max(0.0, hidden_s), Term.WAITING: late_s}
+
+
 def _terms(layout: Layout) -> dict[Term, float]:
     """Of the whole step: the busiest stage's for each micro-batch, the end's, and the bubble."""
     setup, busiest = layout.setup, layout.busiest
@@ -73,6 +86,6 @@ def _terms(layout: Layout) -> dict[Term, float]:
     terms = {term: busiest.terms[term] * setup.micro_batches + once_s[term] for term in Term}
     passes_s = pipeline_s(setup.pipeline(), layout.parts, setup.micro_batches, layout.transfer_s)
     terms[Term.BUBBLE] += passes_s - setup.micro_batches * busiest.times.total_s
-    if setup.overlap_data:  # of the gradients' reduction, what the last micro-batch's backward hides
-        terms[Term.DATA] -= min(once_s[Term.DATA], busiest.times.backward_s)
+    for term, seconds in _last_s(layout).items():
+        terms[term] += seconds
     return terms | dict.fromkeys(setup.without, 0.0)

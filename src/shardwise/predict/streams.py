@@ -4,10 +4,11 @@ communication streams follow.
     compute stream   starts an item when the one before it ended, the host has issued it, and what it needs
                      has arrived
     tp collectives   take part in the compute stream's order: what follows needs their result
-    FSDP's own       run beside it on a stream of their own. An all-gather of a layer's parameters begins with
-                     the compute of the layer that runs before it, and the layer's compute waits for its end;
-                     a reduce-scatter or all-reduce (of gradients) begins when what comes before it has been
-                     computed, and nothing waits for it but the optimizer (PyTorch FSDP2's prefetching)
+    data axes' own   run beside it on a stream of their own: FSDP's, and buckets of replicas' gradients
+                     (buckets.py). An all-gather of a layer's parameters begins with the compute of the layer
+                     that runs before it, and the layer's compute waits for its end; a reduce-scatter or
+                     all-reduce (of gradients) begins when what comes before it has been computed, and nothing
+                     waits for it but the optimizer (PyTorch FSDP2's prefetching)
 
 Between data collectives, ends follow from a running maximum: end[i] = S[i] + max over j <= i of (issued[j] -
 S[j-1]), S being the sum of durations. No loop over items.
@@ -81,11 +82,19 @@ def _in_order(durations: Seconds, issued: NDArray[np.float64], free_s: float) ->
     return ends - durations, ends
 
 
+def sums_of_replicas(work: Work) -> NDArray[np.int64]:
+    """Rows in which replicas sum gradients beside the backward."""
+    replicas = np.array([role_of(name) is Role.REPLICATES for name in ("", *work.axes)])[work.axis]
+    return np.flatnonzero(replicas & work.in_phases(*BACKWARDS) & (work.device_s > 0))
+
+
 def beside_layers(work: Work) -> NDArray[np.bool_]:
-    """Collectives over data-parallel axes that belong to layers (FSDP's): in forward and backward."""
-    data = np.array([role_of(name) is Role.SHARDS_PARAMETERS for name in ("", *work.axes)])[work.axis]
-    inside = work.in_phases(*IN_LAYERS)
-    return data & inside & (work.device_s > 0)
+    """Collectives over data-parallel axes that belong to layers: FSDP's in forward and backward, and buckets
+    of whole replicas' gradients in the backward."""
+    shards = np.array([role_of(name) is Role.SHARDS_PARAMETERS for name in ("", *work.axes)])[work.axis]
+    beside: NDArray[np.bool_] = shards & work.in_phases(*IN_LAYERS) & (work.device_s > 0)
+    beside[sums_of_replicas(work)] = True
+    return beside
 
 
 def needed_by(work: Work, at: int) -> int:

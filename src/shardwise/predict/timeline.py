@@ -9,9 +9,10 @@ stage and the step's end, op by op.
 Of a pipeline, each stage has a Timeline of its own besides, with a span for each micro-batch's forward and
 backward on each chunk, and for the bubble (pipeline_timelines).
 
-What it leaves out: that compute slows down beside communication (Term.SLOWED) and that gradients over dp may
-be reduced beside the backward are numbers without a place; the micro-batch begins with nothing in flight, as
-the step's first does.
+Where gradients of replicas are summed beside the backward, it is the last micro-batch's, with its buckets.
+
+What it leaves out: that compute slows down beside communication (Term.SLOWED) is a number without a place;
+the micro-batch begins with nothing in flight, as the step's first does.
 """
 
 from collections import Counter, defaultdict
@@ -139,7 +140,7 @@ def _stage_timeline(
 
 def _parts(layout: Layout) -> list[_Part]:
     parts, at_s = [], 0.0
-    for work in (layout.busiest.forward, layout.busiest.backward, layout.end):
+    for work in (layout.busiest.forward, layout.last, layout.end):
         if len(work):
             placed = run(work)
             parts.append(_Part(work, placed, at_s))

@@ -35,7 +35,7 @@ from shardwise.core.mesh import axes_in
 from shardwise.core.order_statistics import expected_maximum, variance_of_maximum
 from shardwise.core.prediction import Setup, Term
 from shardwise.core.program import BACKWARDS, Collective
-from shardwise.predict.streams import beside_layers, is_gather, needed_by, run
+from shardwise.predict.streams import beside_layers, is_gather, needed_by, run, sums_of_replicas
 from shardwise.predict.work import Seconds, Work
 
 Apart = dict[str, float]
@@ -86,6 +86,19 @@ class Waiting:
             for name, variance in after_first.items()
         }
         return mean, apart
+
+    def at_end(self, last: Work, end: Work, apart: Apart) -> tuple[Work, Work]:
+        """The last backward and the step's end, ranks being so far apart after it: what is summed beside it
+        over replicas waits at its last bucket."""
+        apart, waits, slack = dict(apart), last.waits_s.copy(), _slack_of(last, tail=True)
+        for row in sums_of_replicas(last):
+            group, own = last.axes[int(last.axis[row]) - 1], slack.get(int(row), _NONE)
+            if own.before_s < np.inf and self.sizes[group] > 1:
+                latest = expected_maximum(self.sizes[group]) * apart[group] ** 0.5
+                waits[row] = max(0.0, latest - own.before_s)
+                _meet(apart, group, self.sizes[group], own.after_s)
+        (end,), _ = self.of([end], apart)
+        return replace(last, waits_s=waits), end
 
     def of(
         self, passes: Sequence[Work], apart: Apart, *, tail: bool = False

@@ -5,7 +5,7 @@ A block of equal layers is costed once and repeated. Where an item stands in the
 pipeline runs it: its layer, or before the first one, or after the last.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -22,7 +22,7 @@ from shardwise.core.prediction import Setup, Term
 from shardwise.core.program import BACKWARDS, Block, Collective, Op, OpKind, Phase, Program
 from shardwise.predict.costs import Cost, collective_cost, op_cost
 from shardwise.predict.float8 import gathers_float8, is_float8, with_casts
-from shardwise.predict.groups import groups_of, joining_context
+from shardwise.predict.groups import end_share, groups_of, joining_context
 
 TERMS = tuple(Term)
 PHASES = tuple(Phase)
@@ -91,6 +91,17 @@ class Work:
         host_s = np.zeros_like(self.host_s) if Term.LAUNCH in terms else self.host_s
         return replace(self, device_s=np.where(off, 0.0, self.device_s), host_s=host_s)
 
+    def reordered(self, order: NDArray[np.int64]) -> "Work":
+        """The rows in another order."""
+        return self._mapped(lambda column: column[order])
+
+    def with_values(self, values: Mapping[str, float]) -> "Work":
+        """The same with these in whole columns."""
+        changed: dict[str, Any] = {
+            name: np.full_like(getattr(self, name), value) for name, value in values.items()
+        }
+        return replace(self, **changed)
+
     @property
     def punctual(self) -> "Work":
         """The same where no rank is late."""
@@ -150,6 +161,7 @@ class _Costing:
 
     def __init__(self, machine: Machine, program: Program, setup: Setup) -> None:
         self.machine = machine
+        self.program = program
         self.setup = setup
         self.prefix, _ = layers_of(program)
         self.context = joining_context(program, setup)
@@ -187,7 +199,8 @@ class _Costing:
         else:
             axis = item.call.axis
             packed = 0.5 if gathers_float8(item, self.setup, self.prefix) else 1.0
-            cost = collective_cost(item, self.machine, self.setup, self.groups[axis], packed)
+            share = packed * end_share(item, self.program, self.setup)
+            cost = collective_cost(item, self.machine, self.setup, self.groups[axis], share)
             stream, name = self._streams[axis], item.call.op
         if not cost.known:
             self.unknown.add(name)

@@ -38,7 +38,7 @@ from shardwise.core.program import (
     Program,
 )
 from shardwise.predict.costs import collective_cost, collective_s
-from shardwise.predict.groups import RankGroup, group_of
+from shardwise.predict.groups import RankGroup, end_share, group_of
 from shardwise.predict.memory import OF_MASTER, RESERVED_OVER_ACTIVE
 from shardwise.predict.work import AFTER, BEFORE, TERMS, boundary_bytes, layers_of, work_of
 
@@ -198,7 +198,7 @@ class Bounds:
     def _end_s(self, mesh: Mesh) -> float:
         reduced_s = 0.0 if self.setup.overlap_data else self._collectives_s("end", self._reduced_items, mesh)
         own_s = self.end_s / (self.shards(mesh) * self.setup.optimizer_shards)
-        return (own_s + reduced_s) / mesh.stages
+        return own_s / mesh.stages + reduced_s
 
     def _collectives_s(self, what: str, items: dict[str, list[tuple[Collective, int]]], mesh: Mesh) -> float:
         """what: they are, for what is known already."""
@@ -206,16 +206,20 @@ class Bounds:
         total = 0.0
         for axis, own in items.items():
             group = group_of(axis, self.program, setup)
-            key = (what, axis, group)
+            key = (what, axis, group, mesh)
             if key not in self._known_s:
                 self._known_s[key] = sum(
-                    times * collective_cost(item, self.machine, setup, group).device_s for item, times in own
+                    times
+                    * collective_cost(
+                        item, self.machine, setup, group, end_share(item, self.program, setup)
+                    ).device_s
+                    for item, times in own
                 )
             total += self._known_s[key]
         return total
 
     @cached_property
-    def _known_s(self) -> dict[tuple[str, str, RankGroup], float]:
+    def _known_s(self) -> dict[tuple[str, str, RankGroup, Mesh], float]:
         return {}
 
     @cached_property

@@ -70,6 +70,15 @@ class PredictOptions:
         ),
     ] = "tensorwise"
     overlap_data: Annotated[bool, Option("Gradients over dp are reduced beside the backward.", HOW)] = False
+    bucket_mib: Annotated[
+        float | None,
+        Option(
+            "Size of the buckets in which --overlap-data reduces gradients, in MiB.",
+            HOW,
+            0.001,
+            shown="DDP's 1, then 25; with --precision master Megatron's",
+        ),
+    ] = None
     overlap_tensor: Annotated[
         bool, Option("Collectives over tp run beside the matmul that needs them.", HOW)
     ] = False

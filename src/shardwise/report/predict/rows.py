@@ -191,7 +191,11 @@ def assumptions(
     if setup.optimizer_shards > 1:
         lines.append(f"{setup.optimizer_shards} ranks share the optimizer's state and work (ZeRO-1).")
     if mesh.size(REPLICAS_AXIS) > 1:
-        beside = "beside the last backward" if setup.overlap_data else "after the backward, hidden by nothing"
+        beside = (
+            f"beside the last backward, in {_buckets(setup)}"
+            if setup.overlap_data
+            else "after the backward, hidden by nothing"
+        )
         lines.append(f"Gradients of whole replicas (dp) are reduced {beside}.")
     if setup.overlap_tensor:
         lines.append("Collectives over tp run beside the matmuls that make or take them.")
@@ -200,6 +204,12 @@ def assumptions(
     if setup.without:
         lines.append(f"Switched off: {', '.join(setup.without)}.")
     return tuple(lines)
+
+
+def _buckets(setup: Setup) -> str:
+    if setup.bucket_mib is not None:
+        return f"buckets of {format_bytes(setup.bucket_mib * 2.0**20)}"
+    return "Megatron's buckets" if setup.precision is Precision.MASTER else "DDP's buckets of 25 MiB"
 
 
 def _arrival(setup: Setup, spread: Spread | None) -> str:
