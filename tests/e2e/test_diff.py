@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from shardwise.core.beside import Beside
 from shardwise.core.measurement import Comparison
+from shardwise.core.prediction import Term
 from shardwise.files.document import read_document
+from shardwise.predict.machines import machine_text
 from tests.e2e.browser import Browser, Elements, driven, seen_by
-from tests.e2e.command import PATIENCE_S, SMALL, children_of, gone, shardwise, start, wait_until
+from tests.e2e.command import MODEL, PATIENCE_S, SMALL, children_of, gone, shardwise, start, wait_until
 from tests.unit.chrome_trace import all_reduce, kernel, write
 from tests.unit.test_profile_diff import HOSTILE, hostile
 
@@ -141,7 +144,17 @@ def test_ctrl_c_while_reading_leaves_no_process(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cpu_machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A machine file for this one's devices, with constants that are none of its own."""
+    path = tmp_path_factory.mktemp("machine") / "here.toml"
+    text = machine_text("h100-sxm-80gb").replace('device = "cuda"', 'device = "cpu"')
+    assert 'device = "cpu"' in text
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory, cpu_machine: Path) -> Path:
     out = tmp_path_factory.mktemp("profiled") / "run"
     ended = shardwise(
         "compare",
@@ -152,11 +165,14 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--profile",
         "--profile-steps",
         "2",
+        "--machine",
+        str(cpu_machine),
         "--out",
         str(out),
     )
     assert ended.returncode == 0, ended.stderr
     assert "Where a step's time goes" in ended.stdout
+    assert "rowwise@dtensor: predicted and profiled" in ended.stdout
     return out
 
 
@@ -192,6 +208,49 @@ def test_what_compare_recorded_can_be_given_to_diff_and_has_each_collective_by_i
         use["use"]["count"] for use in found["second"]["collectives"] if use["op"] == "reduce_scatter"
     )
     assert reduced == 10  # 5 either way, as the plan's Program has them
+
+
+def test_what_compare_predicted_of_its_plans_stands_beside_their_profiles(recorded: Path) -> None:
+    comparison = read_document((recorded / "comparison.json").read_bytes(), Comparison)
+    for profile in comparison.profiles:
+        both = read_document((recorded / f"beside-{profile.label}.json").read_bytes(), Beside)
+        assert both.terms == profile.terms
+        assert sum(line.measured.ns for line in both.lines) == pytest.approx(both.measured.step_ns)
+        assert sum(line.predicted.ns for line in both.lines) == pytest.approx(both.predicted.step_ns)
+        assert both.measured.step_ns == pytest.approx(profile.parts.total_ns)
+        assert both.matched > 0.8
+        by_term = {each.term: each.measured_ns for each in both.terms}
+        assert min(by_term[term] or 0 for term in (Term.MATMUL, Term.TENSOR, Term.LAUNCH)) > 0
+
+
+def test_a_saved_prediction_and_one_that_is_made_now_say_the_same_of_a_run(
+    browser: Browser, recorded: Path, cpu_machine: Path, tmp_path: Path
+) -> None:
+    traces = str(recorded / "traces" / "rowwise")
+    case = ("--model", MODEL, "--batch", "2", "--mesh", "tp=2", "--machine", str(cpu_machine))
+    saved, out = tmp_path / "predicted", tmp_path / "page"
+    made = shardwise("predict", "rowwise", *case, "--seq", "32", "--out", str(saved))
+    assert made.returncode == 0, made.stderr
+    asked = ("--predict", "--plan", "rowwise", *case)
+    now = shardwise("diff", traces, *asked, "--seq", "32", "--out", str(out), "--json")
+    assert now.returncode == 0, now.stderr
+    then = shardwise("diff", str(saved), traces, "--json")
+    assert then.returncode == 0, then.stderr
+    assert json.loads(now.stdout)["terms"] == json.loads(then.stdout)["terms"]
+    script = """
+    const lanes = [...document.querySelectorAll("svg.lanes")];
+    const drawn = (each) => each.querySelectorAll("rect").length > 2;
+    seen.push([String(lanes.length), String(lanes.every(drawn))]);
+    """
+    seen = browser.visit(driven((out / "diff.html").read_text(), script), tmp_path)
+    assert seen_by(seen.dom) == [["2", "true"]]
+    assert seen.console == ()
+    longer = shardwise("diff", traces, *asked, "--seq", "64")
+    assert longer.returncode == 2
+    assert "ran another step than was predicted" in longer.stderr
+    alone = shardwise("diff", traces, "--machine", "h100-sxm-80gb")
+    assert alone.returncode == 2
+    assert "--machine: it is a prediction's. Add --predict, or leave it out." in alone.stderr
 
 
 def test_the_report_of_a_profiled_run_is_drawn_with_its_parts(

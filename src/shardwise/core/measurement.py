@@ -5,6 +5,7 @@ A number that was not measured is None and its absence is said; it is never 0.
 
 from dataclasses import dataclass
 
+from shardwise.core.beside import TermLine
 from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.expert_load import ExpertLoad
@@ -161,7 +162,8 @@ class StepProfile:
     `steps` of all ranks.
 
     overlap_ns: how much of communication_ns compute hides. words: what can be said of its collectives.
-    traces: their folder.
+    traces: their folder. terms, terms_words: the step as it was predicted beside this one, and what that
+    says; empty where no machine was given.
     """
 
     label: str
@@ -171,6 +173,8 @@ class StepProfile:
     overlap_ns: float
     words: tuple[str, ...]
     traces: str
+    terms: tuple[TermLine, ...] = ()
+    terms_words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,8 +56,8 @@ def verdict(both: Beside) -> Iterator[str]:
             way = "too slow" if each.alike > 1 else "too fast"
             factor = each.alike if each.alike > 1 else 1 / each.alike
             yield (
-                f"Nearly all lines of {each.term} are predicted {factor:.2f} times {way}: one constant that "
-                "they share is off."
+                f"Nearly all lines of {each.term} are predicted {factor:.2f} times {way}: one thing that "
+                "they share is off, a constant or how busy the machine was."
             )
     lines = [line for line in both.lines if abs(line.delta_ns) >= _WORTH_SAYING * measured.step_ns]
     apart = (*MEASURED_ALONE, *([] if Term.WAITING in dict(predicted.terms) else [Term.WAITING]))

@@ -20,6 +20,7 @@ from shardwise.core.option import Option, check_options
 from shardwise.core.verification import Agreement
 from shardwise.files.run_folder import RunFolder
 from shardwise.verbs.checks import check_fsdp, check_recompute, check_router_decides, check_seq, check_stages
+from shardwise.verbs.compare_beside import Laid, Side, laid, predicted_sides
 from shardwise.verbs.compare_checks import check_depth, check_fit, check_module, default_plans
 from shardwise.verbs.dealing import with_dealt_layers
 from shardwise.verbs.predict import MACHINE
@@ -68,12 +69,13 @@ class CompareOptions:
 @dataclass(frozen=True, slots=True)
 class Compared:
     """answer: None on torchrun's other ranks. folder: where the events went. runs, pictures: of the
-    profiles."""
+    profiles. laid: predictions beside them, where a machine was given."""
 
     answer: Comparison | None
     folder: RunFolder | None = None
     runs: tuple[RunProfile, ...] = ()
     pictures: tuple[tuple[StepPicture, ...], ...] = ()
+    laid: tuple[Laid, ...] = ()
 
 
 def compare(
@@ -97,6 +99,7 @@ def compare(
         return Compared(None)
     if options.profile and open_folder is None:
         raise OptionError("--profile writes traces. Give a folder for them.")
+    sides = run.predicted(progress) if options.profile and case.machine is not None else ()
     started = datetime.now(UTC)
     progress("reading text")
     stream = run.tokens(progress)
@@ -108,9 +111,10 @@ def compare(
         comparison = run.comparison(reports, stream, started)
         if not options.profile or not comparison.measurements:
             return Compared(comparison, folder)
-        runs, pictures = run.profiled(progress)
-    profiles = tuple(run.step_profile(each) for each in runs)
-    return Compared(replace(comparison, profiles=profiles), folder, runs, pictures)
+        runs, pictures, laid_beside = run.profiled(sides, progress)
+    both = laid_beside or (None,) * len(runs)
+    profiles = tuple(run.step_profile(*each) for each in zip(runs, both, strict=True))
+    return Compared(replace(comparison, profiles=profiles), folder, runs, pictures, laid_beside)
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,25 +293,37 @@ class _Run:
         else:
             yield from _text_notes(stream)
 
+    def predicted(self, progress: Progress) -> tuple[Side, ...]:
+        """Each plan's step, before any rank starts."""
+        if self.options.module is not None:
+            raise OptionError("--machine predicts whole steps, and --module is one alone. Leave one out.")
+        plans = self.case.plans or default_plans(self.source)
+        return predicted_sides(self.case, plans, self.job.labels, self.device_type, progress)
+
     def profiled(
-        self, progress: Progress
-    ) -> tuple[tuple[RunProfile, ...], tuple[tuple[StepPicture, ...], ...]]:
-        """Where each plan's step went. Raises TraceError where a trace can't be read."""
+        self, sides: tuple[Side, ...], progress: Progress
+    ) -> tuple[tuple[RunProfile, ...], tuple[tuple[StepPicture, ...], ...], tuple[Laid, ...]]:
+        """Where each plan's step went; beside its prediction, where there is one. Raises TraceError where a
+        trace can't be read."""
         from shardwise.profiles.collectives import share
         from shardwise.profiles.picture import picture
         from shardwise.profiles.ranks import read_ranks, trace_files
         from shardwise.profiles.run import profile_run
 
-        runs, pictures = [], []
-        for label in self.job.labels:
+        runs: list[RunProfile] = []
+        pictures: list[tuple[StepPicture, ...]] = []
+        beside: list[Laid] = []
+        for number, label in enumerate(self.job.labels):
             progress(f"reading the profiles of {label}")
             timelines, sharing = share(read_ranks(trace_files(self._traces_of(label))))
             runs.append(profile_run(label, timelines, sharing))
             drawn = picture(label, timelines)
             pictures.append((drawn,) if drawn is not None else ())
-        return tuple(runs), tuple(pictures)
+            if sides:
+                beside.append(laid(sides[number], runs[-1], timelines, pictures[-1]))
+        return tuple(runs), tuple(pictures), tuple(beside)
 
-    def step_profile(self, run: RunProfile) -> StepProfile:
+    def step_profile(self, run: RunProfile, beside: Laid | None) -> StepProfile:
         from shardwise.profiles.diff import run_words
 
         return StepProfile(
@@ -318,6 +334,8 @@ class _Run:
             overlap_ns=run.overlap_ns,
             words=run_words(run),
             traces=str(self._traces_of(run.label)),
+            terms=beside.both.terms if beside is not None else (),
+            terms_words=beside.both.verdict if beside is not None else (),
         )
 
     def _traces_of(self, label: str) -> Path:

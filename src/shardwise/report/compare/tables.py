@@ -36,6 +36,7 @@ from shardwise.report.common.units import (
 )
 from shardwise.report.compare.rows import Row as PlanRow
 from shardwise.report.compare.rows import comparison_rows, measured_module, not_measured
+from shardwise.report.diff.beside_tables import terms_of
 from shardwise.report.diff.tables import cut_steps
 
 # Colours of plans in page.css; further plans start again from the first.
@@ -227,7 +228,21 @@ def profile_blocks(comparison: Comparison) -> list[Block]:
     parts = [(profile.label, profile.parts) for profile in profiles]
     title = "Where a step's time goes, by its profiles (mean of all ranks)"
     lines = tuple(Line(line, lead=f"{profile.label}:") for profile in profiles for line in profile.words)
-    return [cut_steps("profiles", title, parts), *([Words(lines, items=True)] if lines else [])]
+    blocks: list[Block] = [cut_steps("profiles", title, parts)]
+    if lines:
+        blocks.append(Words(lines, items=True))
+    return [*blocks, *beside_blocks(comparison)]
+
+
+def beside_blocks(comparison: Comparison) -> list[Block]:
+    """Each plan's prediction beside its profile, by term."""
+    blocks: list[Block] = []
+    for number, profile in enumerate(comparison.profiles):
+        if not profile.terms:
+            continue
+        blocks.append(Words(tuple(map(Line, profile.terms_words)), f"{profile.label}, predicted"))
+        blocks.append(terms_of(profile.terms, f"terms-{number}", f"{profile.label}: predicted and profiled"))
+    return blocks
 
 
 def has_agreement(comparison: Comparison) -> bool:

@@ -25,6 +25,7 @@ from shardwise.report.diff import rows
 from shardwise.report.diff.tables import CALLS, NS, SIGNED_NS, collectives_tables, cut_steps
 
 RATIO = Format("{:.2f}".format)
+_SIDES = ("predicted_ns", "measured_ns")
 NOT_MODELLED, NOT_TOLD = "not modelled", "not told apart"
 _TABLES = ((LineKind.WORK, "work", "Kernels"), (LineKind.EXCHANGE, "exchanges", "Exchanges with other ranks"))
 _ISSUING = (LineKind.ISSUING, "issuing", "Issuing (launches, and the host between them)")
@@ -60,15 +61,21 @@ def _about(both: Beside) -> Words:
 
 def terms_table(both: Beside) -> Table:
     """Every term that a side has; they add up to both steps."""
+    return terms_of(both.terms, "terms", "By term")
+
+
+def terms_of(terms: Sequence[TermLine], key: str, title: str) -> Table:
+    """The terms of a step, predicted beside measured."""
+    off_ns = sum(abs(each.delta_ns) for each in terms)
     columns: Columns[TermLine] = (
         (Column("Term", wraps=True), lambda each: each.term),
         (Column("predicted", NS, sums=True), _predicted),
         (Column("measured", NS, sums=True), _measured),
         (Column("off", SIGNED_NS, sums=True), lambda each: off(each.delta_ns)),
         (Column("ratio", RATIO), lambda each: _ratio(each.predicted_ns, each.measured_ns)),
-        (Column("of all", PERCENT), lambda each: abs(each.delta_ns) / both.off_ns if both.off_ns else 0.0),
+        (Column("of all", PERCENT), lambda each: abs(each.delta_ns) / off_ns if off_ns else 0.0),
     )
-    step = (both.predicted.step_ns, both.measured.step_ns)
+    step = tuple(sum(getattr(each, side) or 0.0 for each in terms) for side in _SIDES)
     total = row("step", *step, off(step[0] - step[1]), _ratio(*step), None, kind=RowKind.TOTAL)
     notes = [
         Line(
@@ -77,7 +84,7 @@ def terms_table(both: Beside) -> Table:
             Tone.QUIET,
         )
     ]
-    return tabled(both.terms, columns, total, key="terms", title="By term", notes=notes)
+    return tabled(terms, columns, total, key=key, title=title, notes=notes)
 
 
 def _predicted(each: TermLine) -> Cell:
