@@ -158,10 +158,17 @@ class Beside:
     @property
     def matched(self) -> float:
         """Of what the measured step works and exchanges, the share that has a predicted line."""
-        works = [each for each in self.lines if each.kind is not LineKind.ISSUING]
-        whole = sum(each.measured.ns for each in works if each.term not in MEASURED_ALONE)
-        known = sum(each.measured.ns for each in works if each.found is not Found.MEASURED)
-        return known / whole if whole else 0.0
+        by = self.by_found()
+        whole = sum(by.values())
+        return 1 - by[Found.MEASURED] / whole if whole else 0.0
+
+    def by_found(self) -> dict[Found, float]:
+        """Nanoseconds of what the measured step works and exchanges, by what its line was found by."""
+        by = dict.fromkeys(Found, 0.0)
+        for line in self.lines:
+            if line.kind is not LineKind.ISSUING and line.term not in (Term.WAITING, IDLE):
+                by[line.found] += line.measured.ns
+        return by
 
     @property
     def off_ns(self) -> float:

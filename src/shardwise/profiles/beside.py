@@ -51,8 +51,9 @@ _LEVELS: dict[LineKind, tuple[tuple[Found, Callable[["_Work"], _Key]], ...]] = {
         (Found.MODULE, lambda work: (work.step_pass, work.module, work.op)),
         (Found.OP_SHAPES, lambda work: (work.step_pass, work.op, work.shapes)),
         (Found.OP_SHAPES, lambda work: (work.op, work.shapes)),
-        (Found.OP, lambda work: (work.step_pass, work.op)),
-        (Found.OP, lambda work: (work.op,)),
+        (Found.OP, lambda work: (work.step_pass, work.module, _out_of_place(work.op))),
+        (Found.OP, lambda work: (work.step_pass, _out_of_place(work.op))),
+        (Found.OP, lambda work: (_out_of_place(work.op),)),
     ),
     LineKind.EXCHANGE: (
         (Found.MODULE, lambda work: (work.step_pass, work.module, work.op)),
@@ -83,6 +84,7 @@ def beside(predicted: PredictedStep, measured: RunProfile, timelines: Sequence[T
     mesh than the prediction."""
     _check_ranks(predicted, measured, timelines)
     known = {line.op for line in predicted.lines if line.kind is LineKind.WORK}
+    known |= {f"{_out_of_place(op)}{end}" for op in known for end in ("", "_")}
     sums, windows = placed(timelines, known)
     own, alone, unsplit_ns = _measured(sums, windows)
     expected = [_expected(line) for line in predicted.lines]
@@ -133,16 +135,39 @@ def _matched(expected: list[_Work], own: list[_Work]) -> Iterator[BesideLine]:
             [work for work in side if work.kind is kind and (work.term == Term.WAITING) is waits]
             for side in (expected, own)
         )
+        groups: list[tuple[Found, list[_Work], list[_Work]]] = []
         for found, key in levels:
             known, given = _grouped(left, key), _grouped(right, key)
             for common in known.keys() & given.keys():
                 chosen = _of_one_term(known[common])
-                yield _line(found, chosen, given[common])
+                groups.append((found, chosen, given[common]))
                 taken = {id(work) for work in (*chosen, *given[common])}
                 left = [work for work in left if id(work) not in taken]
                 right = [work for work in right if id(work) not in taken]
+        right = _joining(right, groups, [key for _, key in levels[1:]])
+        yield from (_line(*group) for group in groups)
         yield from (_line(Found.PREDICTED, [work], []) for work in left)
         yield from (_line(Found.MEASURED, [], [work]) for work in right)
+
+
+def _joining(
+    rest: list[_Work],
+    groups: Sequence[tuple[Found, list[_Work], list[_Work]]],
+    keys: Sequence[Callable[[_Work], _Key]],
+) -> list[_Work]:
+    """What is left joins the work that it is most like: ranks needn't run the same shapes (of parameters that
+    all hold, one counts the norm), and a prediction is one rank's. Returns what is like none."""
+    for key in keys:
+        like = {key(work): own for _, expected, own in reversed(groups) for work in expected}
+        for work in rest:
+            like.get(key(work), []).append(work)
+        rest = [work for work in rest if key(work) not in like]
+    return rest
+
+
+def _out_of_place(op: str) -> str:
+    """A backward adds gradients up in place where it may, which a trace doesn't see."""
+    return op.removesuffix("_")
 
 
 def _grouped(works: list[_Work], key: Callable[[_Work], _Key]) -> dict[_Key, list[_Work]]:

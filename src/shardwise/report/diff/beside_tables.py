@@ -3,7 +3,7 @@ each instant is booked on."""
 
 from collections.abc import Iterator, Sequence
 
-from shardwise.core.beside import Beside, BesideLine, Found, LineKind, TermLine
+from shardwise.core.beside import Beside, BesideLine, LineKind, TermLine
 from shardwise.core.difference import Use
 from shardwise.profiles.beside_words import line_name
 from shardwise.report.common.table import (
@@ -156,10 +156,7 @@ def parts_table(both: Beside) -> Table:
 
 def found_words(both: Beside) -> str:
     """How much of the measured work is in a line with the prediction's, by what."""
-    by: dict[Found, float] = dict.fromkeys(Found, 0.0)
-    for line in both.lines:
-        if line.kind is not LineKind.ISSUING:
-            by[line.found] += line.measured.ns
+    by = both.by_found()
     whole = sum(by.values())
     shares = [f"{100 * ns / whole:.0f} % {found.value}" for found, ns in by.items() if whole and ns]
     return f"Of the measured work: {', '.join(shares)}."
