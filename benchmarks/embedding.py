@@ -17,6 +17,7 @@ nn.Embedding's. Shapes: B batch, S sequence, H hidden, T ranks, V vocabulary.
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 import torch
@@ -27,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from benchmarks import results
-from benchmarks.results import Bar, BarKind, Comparison, Result, Side, compare
+from benchmarks.results import RESULTS, Bar, BarKind, Comparison, Result, Side, compare
 from benchmarks.rounds import Timed, interleave
 from shardwise.core.errors import RunError
 from shardwise.core.plan import Engine, Ownership, Plan, ReduceScatter, Rule, Style, StyleName
@@ -428,12 +429,13 @@ def main() -> None:
     for name in ("tp", "rounds", "batch", "seq", "hidden", "vocab"):
         parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name))
     parser.add_argument("--dry", action="store_true", help="print, and write no results file")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the results file")
     arguments = vars(parser.parse_args())
-    is_dry = arguments.pop("dry")
+    is_dry, folder = arguments.pop("dry"), arguments.pop("out")
     result = measure(Settings(**arguments))
     results.show(result)
     if not is_dry:
-        print(result.write())
+        print(result.write(folder))
 
 
 if __name__ == "__main__":
