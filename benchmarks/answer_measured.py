@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from benchmarks.results import Result, Saved, Side, command_line, latest, now, read_result
+from benchmarks.results import Result, Saved, Side, latest, now, read_result
 from shardwise.core.measurement import Environment, Ratio
 from shardwise.measure.statistics import paired_ratio
 
@@ -122,12 +122,14 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--dry", action="store_true", help="print, and write no results file")
     given = parser.parse_args()
-    started, found = now(), ([], [])  # type: tuple[list[Result], list[Result]]
+    started = now()
+    found: tuple[list[Result], list[Result]] = ([], [])
     for _ in range(given.turns):
         for turns, python in zip(found, (given.oldest, given.newest), strict=True):
             turns.append(turn(python, given.rounds, given.tp))
     run = MeasuredRun(
-        command_line("benchmarks.answer_measured"),
+        # where the interpreters lie is this machine's
+        "python -m benchmarks.answer_measured --oldest PYTHON --newest PYTHON",
         started.isoformat(timespec="seconds"),
         tuple(map(version_of, found)),
     )

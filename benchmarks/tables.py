@@ -11,7 +11,7 @@ benchmark-plan-speed (benchmarks/explain_results.py);
 benchmark-calibrated (benchmarks/calibrated_results.py); benchmark-trace-read (benchmarks/trace_results.py);
 benchmark-hf-verify and its parts (benchmarks/verify_results.py); benchmark-verify-mutants
 (benchmarks/mutant_results.py); benchmark-static-suspicions (benchmarks/static_results.py);
-benchmark-titan (benchmarks/titan_results.py);
+benchmark-titan (benchmarks/titan_results.py); benchmark-answer-... (benchmarks/answer_results.py);
 benchmark-search-examples (benchmarks/search_examples_results.py); benchmark-search-speed
 (benchmarks/search_results.py);
 benchmark-published-best (benchmarks/published_best_results.py);
@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import (
+    answer_results,
     calibrated_results,
     explain_results,
     hf_results,
@@ -85,6 +86,7 @@ def newest_results(folder: Path = RESULTS) -> list[Result]:
     """The newest file of every benchmark with sides and times, in order of name."""
     others = {module.WHAT for module in _OTHERS} | {
         explain_results.PLAN,
+        *answer_results.WHATS,
         *made_plan_results.WHATS,
         *verify_results.whats(folder),
     }
@@ -275,7 +277,7 @@ def main() -> int:
             made |= explain_results.blocks(explain_results.newest_run(what=what))
         made |= regret.blocks(regret.newest_run())
         made |= trace_results.blocks(trace_results.newest_run())
-        made |= titan_results.newest_blocks()
+        made |= titan_results.newest_blocks() | answer_results.newest_blocks()
         made |= search_examples_results.newest_blocks() | published_best_results.newest_blocks()
         texts = {path: path.read_text(encoding="utf-8") for path in documents()}
         texts[published_results.PLOT] = (

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+import ways
 from rich.console import Console, RenderableType
 
 from shardwise.cli.main import app
@@ -659,6 +660,7 @@ def main() -> int:
         DOCS / "train-json.md": train_json_reference(),
         DOCS / "plan-json.md": plan_json_reference(),
         DOCS / "export-json.md": export_json_reference(),
+        ways.PICTURE: ways.picture(),
     }
     for path in sorted([README, *DOCS.glob("*.md")]):
         text = path.read_text(encoding="utf-8") if path not in wanted else wanted[path]

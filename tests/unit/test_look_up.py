@@ -67,8 +67,8 @@ def test_a_table_s_share_of_the_optimizer_isn_t_the_head_s_too(four: dict[str, L
     assert rowwise == pytest.approx(colwise, rel=1e-6)
 
 
-def test_a_head_that_is_the_same_matrix_sends_its_logits_where_the_table_is_cut_by_hidden() -> None:
-    """Under rowwise the head has its part of the vocabulary anyway; under colwise logits must be swapped."""
+def test_a_table_that_is_cut_by_hidden_is_cut_anew_for_a_head_that_is_the_same_matrix() -> None:
+    """Under rowwise the head has its part of the vocabulary anyway; else its weights travel."""
     sent = {}
     for tied in ("true", "false"):
         model = f"llama3-debug?vocab_size={V},hidden={H},n_heads=2,n_kv_heads=2,ffn_hidden=64,tied={tied}"
