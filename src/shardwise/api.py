@@ -97,8 +97,8 @@ def case(**keys: Any) -> Case:
 
     The keys are those of a case file and of the commands' options: model, mesh, plans, machine, device,
     sequence_parallel, context_attention, batch, seq, dtype, param_dtype, reduce_dtype, accumulation,
-    reshard_after_forward, reduce_once, recompute, recompute_layers, learning_rate, max_norm, seed, text,
-    tokenizer, random_ids. Raises OptionError for an unknown one."""
+    reshard_after_forward, reduce_once, recompute, recompute_layers, optimizer_kernel, learning_rate,
+    max_norm, seed, text, tokenizer, random_ids. Raises OptionError for an unknown one."""
     return Case.of(**{"model": "llama3-debug", "mesh": "tp=2", **keys})
 
 

@@ -37,6 +37,7 @@ _CASE = (
     "schedule",
     "chunks",
     "stages",
+    "optimizer_kernel",
     "expert_load",
     "random_ids",
 )

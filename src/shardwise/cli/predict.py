@@ -113,6 +113,7 @@ def selective_recompute(values: dict[str, Any]) -> None:
             "schedule",
             "chunks",
             "stages",
+            "optimizer_kernel",
             "expert_load",
             "random_ids",
         ),

@@ -23,6 +23,8 @@ RECOMPUTE = ("none", "selective-ops", "full")
 PACKED, MASKED = "packed", "masked"
 DOCUMENTS = (PACKED, MASKED)
 DEVICES = ("auto", "cpu", "cuda")
+FUSED, FOREACH, FOR_LOOP = "fused", "foreach", "for-loop"
+OPTIMIZER_KERNELS = (FUSED, FOREACH, FOR_LOOP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +37,9 @@ class StepSettings:
     gradients are reduced in (None: as computed); shards, their gradients and the optimizer's state stay in
     dtype. reshard_after_forward: whether FSDP gathers a layer's parameters for its forward and its backward
     each. reduce_once: whether it keeps whole gradients until the last micro-batch's backward.
-    recompute_layers: how many layers recompute is for (None: all); which ones core/pipeline.py says.
-    expert_load: of a mixture whose router's choice nobody knows, tokens of the busiest rank's experts over
-    the mean rank's."""
+    optimizer_kernel: of OPTIMIZER_KERNELS. recompute_layers: how many layers recompute is for (None: all);
+    which ones core/pipeline.py says. expert_load: of a mixture whose router's choice nobody knows, tokens of
+    the busiest rank's experts over the mean rank's."""
 
     batch: Annotated[int, Option("Sequences per optimizer step over all ranks.", STEP, 1)] = 0
     seq: Annotated[int, Option("Tokens per sequence.", STEP, 1)] = 0
@@ -118,6 +120,15 @@ class StepSettings:
         ),
     ] = EVEN
     learning_rate: Annotated[float, Option("AdamW's.", STEP)] = 3e-4
+    optimizer_kernel: Annotated[
+        str,
+        Option(
+            "How AdamW runs, as torch.optim.AdamW has it: fused (one kernel for a list of parameters), "
+            "foreach (one for each operation on a list), or for-loop (parameter by parameter).",
+            STEP,
+            choices=OPTIMIZER_KERNELS,
+        ),
+    ] = FUSED
     max_norm: Annotated[float, Option("Gradients are clipped to this global norm.", STEP)] = 1.0
     seed: Annotated[int, Option("Of the initial weights and of random ids.", STEP, 0)] = 0
     expert_load: Annotated[

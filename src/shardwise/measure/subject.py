@@ -102,6 +102,7 @@ class Subject:
             max_norm=settings.max_norm,
             reduce_once=settings.reduce_once,
             on_phase=self._note_phase,
+            optimizer_kernel=settings.optimizer_kernel,
         )
 
     def _note_phase(self, phase: Phase) -> None:

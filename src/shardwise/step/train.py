@@ -30,7 +30,7 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
-from shardwise.core.case import StepSettings
+from shardwise.core.case import FOREACH, FUSED, StepSettings
 from shardwise.core.errors import OptionError
 from shardwise.core.plan import Engine
 from shardwise.core.program import Phase
@@ -130,8 +130,9 @@ class TrainStep:
 
     mesh: the device mesh with the model's axes, or None for one process. loss: in place of the one that goes
     with the model's logits. reduce_once: FSDP keeps whole gradients until the last micro-batch. on_phase:
-    told each phase as it begins. optimizer: in place of AdamW with PyTorch's defaults; see adamw(). check:
-    given the loss and the norm before anything is updated; what it raises leaves the weights as they were.
+    told each phase as it begins. optimizer_kernel: one of OPTIMIZER_KERNELS. optimizer: in place of AdamW
+    with PyTorch's defaults; see adamw(). check: given the loss and the norm before anything is updated; what
+    it raises leaves the weights as they were.
     """
 
     def __init__(
@@ -144,12 +145,18 @@ class TrainStep:
         loss: Loss | None = None,
         reduce_once: bool = False,
         on_phase: Callable[[Phase], None] | None = None,
+        optimizer_kernel: str = FUSED,
         optimizer: torch.optim.Optimizer | None = None,
         check: Callable[[StepResult], None] | None = None,
     ) -> None:
         applied = applied_to(model)
         self.model = model
-        self.optimizer = optimizer or torch.optim.AdamW(_groups(model), lr=learning_rate, fused=True)
+        self.optimizer = optimizer or torch.optim.AdamW(
+            _groups(model),
+            lr=learning_rate,
+            fused=optimizer_kernel == FUSED,
+            foreach=optimizer_kernel == FOREACH,
+        )
         self._check = check
         self._loss = loss or applied.loss
         self._after_backward, self._own_clip = applied.after_backward, applied.clip
@@ -279,10 +286,17 @@ class TrainStep:
 
 
 def adamw(
-    model: nn.Module, *, learning_rate: float, betas: tuple[float, float], eps: float, weight_decay: float
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    kernel: str = FUSED,
 ) -> torch.optim.Optimizer:
-    """Fused AdamW over a model that is sharded already. Parameters of fewer than two dims (biases, norms)
-    don't decay: they scale or shift what others hold, and have no size to keep small."""
+    """AdamW over a model that is sharded already. kernel: one of OPTIMIZER_KERNELS. Parameters of fewer than
+    two dims (biases, norms) don't decay: they scale or shift what others hold, and have no size to keep
+    small."""
     decaying = [
         {
             "params": [each for each in group["params"] if (each.dim() > 1) == decays],
@@ -292,7 +306,9 @@ def adamw(
         for decays in (True, False)
     ]
     groups = [group for group in decaying if group["params"]]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
+    return torch.optim.AdamW(
+        groups, lr=learning_rate, betas=betas, eps=eps, fused=kernel == FUSED, foreach=kernel == FOREACH
+    )
 
 
 def _whole(norm: Tensor) -> Tensor:

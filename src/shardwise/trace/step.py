@@ -62,7 +62,11 @@ def run(
     model.register_forward_hook(_check_logits(job, recorder))
     with recorder.watching(), _fake_buffers_of_fsdp(), _without_advice():
         step = TrainStep(
-            model, mesh=device_mesh, reduce_once=job.settings.reduce_once, on_phase=recorder.place.enter_phase
+            model,
+            mesh=device_mesh,
+            reduce_once=job.settings.reduce_once,
+            on_phase=recorder.place.enter_phase,
+            optimizer_kernel=job.settings.optimizer_kernel,
         )
         _start_optimizer(step)
         kinds = resident_kinds(storages, step)

@@ -108,6 +108,7 @@ class Loop:
             betas=(options.beta1, options.beta2),
             eps=options.eps,
             weight_decay=options.weight_decay,
+            kernel=settings.optimizer_kernel,
         )
         self._step = TrainStep(
             self._model,

@@ -2,7 +2,7 @@
 
 import unicodedata
 
-from shardwise.core.case import StepSettings
+from shardwise.core.case import FUSED, StepSettings
 from shardwise.core.shown import shown
 
 NAME_CHARACTERS = 96
@@ -48,11 +48,13 @@ def recompute_text(settings: StepSettings) -> str:
 
 
 def repeats(settings: StepSettings) -> list[str]:
-    """Micro-batches, recompute, and what FSDP does in another way than by default, where there are any."""
+    """Micro-batches, recompute, and what FSDP and AdamW do in another way than by default, where there are
+    any."""
     said = {
         f"{settings.accumulation} micro-batches": settings.accumulation > 1,
         "gradients reduced once": settings.reduce_once,
         "parameters kept after the forward": not settings.reshard_after_forward,
         f"recompute {recompute_text(settings)}": settings.recompute != "none",
+        f"AdamW {name(settings.optimizer_kernel)}": settings.optimizer_kernel != FUSED,
     }
     return [text for text, holds in said.items() if holds]
