@@ -1,6 +1,7 @@
 """Attention and dropout in a trace for CUDA: the kernels that CUDA has, where a CPU takes them apart; a CPU's
 trace keeps what a CPU runs."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 from shardwise.core.case import StepSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.plan import TheirPlan
+from shardwise.core.prediction import Setup, Term
 from shardwise.core.program import OpKind, Program, memory_peak
 from shardwise.models.factory import FactoryModel
 from shardwise.models.source import find_model
+from shardwise.predict.machines import load_machine
+from shardwise.predict.predict import predict
 from shardwise.trace.trace import trace
 
 VOCAB, HIDDEN, HEADS, SEQ = 32, 48, 4, 256
@@ -119,3 +123,22 @@ def test_transformers_models_ask_for_causal_attention_without_a_mask_as_they_do_
     assert attention(program) == [FLASH, f"{FLASH}_backward"]
     (flash, _) = (op for op in program.ops() if op.kind is OpKind.ATTENTION)
     assert flash.flops == 2 * (2 * 2 * 4 * 16 * 16 * 8) // 2
+
+
+def test_narrower_values_are_predicted_by_the_kernel_that_takes_them_or_its_rate_is_said_to_be_unknown() -> (
+    None
+):
+    machine = load_machine("h100-sxm-80gb")
+    equal, narrow, masked = (
+        program_of("bfloat16", **sizes) for sizes in ({}, {"values": 8}, {"masked": True})
+    )
+    said = "memory-efficient kernel, on Hopper from cuDNN 9.10 on cuDNN's: counted at the rate"
+    found = {program: predict(program, machine, Setup()) for program in (equal, narrow, masked)}
+    assert [any(said in note for note in each.notes) for each in found.values()] == [False, True, True]
+    half = replace(dict(machine.attentions)["bfloat16"], forward_flops=1e11, backward_flops=1e11)
+    slower = replace(machine, attentions=(*machine.attentions, ("bfloat16 efficient", half)))
+    for program, other in ((equal, False), (narrow, True), (masked, True)):
+        own = predict(program, slower, Setup())
+        assert not any(said in note for note in own.notes)
+        longer = dict(own.terms)[Term.ATTENTION] > 1.5 * dict(found[program].terms)[Term.ATTENTION]
+        assert longer is other

@@ -8,7 +8,7 @@ was fitted; no file is opened here.
     [matmul.DTYPE]         peak, units, tiles (rows, columns, share of peak), start, extra_k; group,
                            unaligned (optional)
     [attention.DTYPE]      forward, backward, half_sequence, start; [attention."DTYPE KERNEL"]: of one kernel,
-                           flash-1 or flash-2
+                           flash-1, flash-2 or efficient (PyTorch's memory-efficient one)
     [kernels.NAME]         start, rate, elements; or points (bytes, seconds). NAME: an op, a kind of
                            ops, default
     [launch]               forward, backward, collective; dtensor_forward, dtensor_backward (all optional)

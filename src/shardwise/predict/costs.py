@@ -59,6 +59,9 @@ TENSOR_HIDDEN = 0.26
 share that is hidden. Fitted to the six pairs of rows with and without async TP that torchtitan published:
 median of what it saved over what is predicted for them (hidden_share in benchmarks/published_results.py)."""
 
+EFFICIENT = "efficient"
+"""PyTorch's memory-efficient attention in half precision, as a machine file calls it."""
+
 _CHUNKED = (CollectiveKind.ALL_GATHER, CollectiveKind.REDUCE_SCATTER)
 _FUSIBLE = (OpKind.ELEMENTWISE, OpKind.NORM, OpKind.SOFTMAX, OpKind.REDUCTION, OpKind.COPY, OpKind.FILL)
 _OTHER_HALF = {"float16": "bfloat16", "bfloat16": "float16"}
@@ -180,7 +183,7 @@ def _attention(op: Op, machine: Machine, setup: Setup, issue_s: float, context: 
     backward = "backward" in op.name
     q = op.inputs[1 if backward else 0]
     k = op.inputs[2 if backward else 1]
-    kernel = setup.attention
+    kernel = setup.attention or (EFFICIENT if runs_efficient(op) else None)
     rate = machine.attention(q.dtype, kernel)
     if rate is None and q.dtype == "float16":
         rate = machine.attention("bfloat16", kernel)
@@ -197,6 +200,14 @@ def _attention(op: Op, machine: Machine, setup: Setup, issue_s: float, context: 
         seconds += _unfused_s(machine, q, k, backward=False)
         launches += _unfused_launches(q, backward=False)
     return Cost(seconds, launches * issue_s, Term.ATTENTION)
+
+
+def runs_efficient(op: Op) -> bool:
+    """Whether FlashAttention takes no such attention in half precision (values of another width than keys, a
+    mask), so that PyTorch runs its memory-efficient kernel, or cuDNN's: before FlashAttention's where it
+    prefers it, on Hopper with heads of 256 at most from cuDNN 9.10 on, else of 128 (PyTorch's sdp_utils.cpp,
+    check_cudnn_tensor_shapes)."""
+    return "efficient_attention" in op.name and op.inputs[-1].dtype != "float32" and bool(op.flops)
 
 
 def _fuses_softmax(q: TensorSpec) -> bool:

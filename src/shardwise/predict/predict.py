@@ -7,6 +7,7 @@ from shardwise.core.machine import Machine
 from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import Prediction, Setup, Term
 from shardwise.core.program import Program
+from shardwise.predict.costs import EFFICIENT, runs_efficient
 from shardwise.predict.groups import joining_context, mesh_of
 from shardwise.predict.layout import SLOWED_BESIDE, Layout, lay_out
 from shardwise.predict.memory import forecast
@@ -41,7 +42,13 @@ def prediction_of(layout: Layout) -> Prediction:
         sum(terms.values()),
         tuple(terms.items()),
         forecast(program, machine, setup),
-        (*program.notes, *_not_exchanged(program, setup), *unknown, *_not_measured(machine)),
+        (
+            *program.notes,
+            *_not_exchanged(program, setup),
+            *unknown,
+            *_by_another_rate(program, machine, setup),
+            *_not_measured(machine),
+        ),
     )
 
 
@@ -49,6 +56,19 @@ def _not_measured(machine: Machine) -> Iterator[str]:
     """What the host takes, where the machine doesn't say."""
     if unknown := machine.launch.unknown:
         yield f"{machine.name} doesn't say {', '.join(unknown)}: issuing counts as nothing there"
+
+
+def _by_another_rate(program: Program, machine: Machine, setup: Setup) -> Iterator[str]:
+    """Attention that runs a kernel whose rate the machine doesn't have."""
+    if setup.attention is not None or not any(map(runs_efficient, program.ops())):
+        return
+    dtype = program.settings.computed_dtype
+    if machine.attention(dtype, EFFICIENT) is machine.attention(dtype):
+        yield (
+            "attention that FlashAttention doesn't take (values of another width than keys, or a mask) runs "
+            "PyTorch's memory-efficient kernel, on Hopper from cuDNN 9.10 on cuDNN's: counted at the rate of "
+            f"the fused kernel that {machine.name} has, for it has none of the memory-efficient one"
+        )
 
 
 def _not_exchanged(program: Program, setup: Setup) -> Iterator[str]:
