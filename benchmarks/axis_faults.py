@@ -4,7 +4,7 @@ Each is a function that gives a context: while it lasts, what runs is another. A
 has nothing to sum, is left alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 from unittest.mock import patch
@@ -101,7 +101,11 @@ def unsummed(axes: tuple[str, ...], name: str = "") -> Plant:
 
 def sums_reversed() -> Plant:
     right = GradientSums.sum
-    return planted(GradientSums, "sum", lambda sums, parameters: right(sums, list(parameters)[::-1]))
+
+    def turned(sums: GradientSums, parameters: Iterable[nn.Parameter], *more: Any) -> None:
+        right(sums, list(parameters)[::-1], *more)
+
+    return planted(GradientSums, "sum", turned)
 
 
 def summed_by_a_gather() -> Plant:

@@ -263,6 +263,8 @@ _propagator = _find("torch.distributed.tensor._sharding_prop", "ShardingPropagat
 _fsdp_buffers = _find("torch.distributed.fsdp._fully_shard._fsdp_collectives", "DefaultAllocMixin")
 _placements = _find("torch.distributed.tensor", "placement_types")
 _param_group = _find("torch.distributed.fsdp._fully_shard._fsdp_param_group", "FSDPParamGroup")
+_fsdp_module = _find("torch.distributed.fsdp", "FSDPModule")
+_find("torch.distributed.fsdp", "FSDPModule._get_fsdp_state")
 _flight_record = _find("torch._C._distributed_c10d", "_dump_fr_trace_json")
 # only PyTorch with CUDA has it
 _nccl_flight_record = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
@@ -345,6 +347,17 @@ def name_of_unit(thing: object) -> str:
     """The name of the module whose parameters FSDP gathers and reduces by this group of its; empty for
     anything else, and before the first forward."""
     return (thing._module_fqn or "") if isinstance(thing, _param_group) else ""
+
+
+def replicas_of_fsdp(model: nn.Module) -> Iterator[tuple[Tensor, torch.distributed.ProcessGroup]]:
+    """Parameters that FSDP2 holds on several meshes alike (hybrid sharding, replicate()), each with the group
+    over which it adds their gradients itself."""
+    for module in model.modules():
+        state = module._get_fsdp_state() if isinstance(module, _fsdp_module) else None
+        for group in state._fsdp_param_groups if state is not None else ():
+            replicas = getattr(group.mesh_info, "replicate_process_group", None)
+            if replicas is not None:
+                yield from ((each.sharded_param, replicas) for each in group.fsdp_params)
 
 
 def flight_records() -> list[bytes]:

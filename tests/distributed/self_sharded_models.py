@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.utils.checkpoint import checkpoint
 
@@ -308,4 +309,15 @@ def two_meshes(mesh: DeviceMesh | None = None) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             plainly(module)
+    return model
+
+
+def with_replicas(mesh: DeviceMesh | None = None) -> nn.Module:
+    """FSDP2 over two axes, as hybrid sharding is: it adds the replicas' gradients itself, but for those of
+    the module `down`, which it has on one axis alone."""
+    model = Plain()
+    if mesh is None:
+        return model
+    for name, module in model.named_children():
+        fully_shard(module, mesh=mesh["fsdp"] if name == "down" else mesh["dp", "fsdp"])
     return model

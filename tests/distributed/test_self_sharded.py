@@ -57,6 +57,17 @@ def test_what_a_framework_does_beside_its_dtensors_is_done_in_its_place(
     assert each.proof.parameters_compared == (4 if name == "two_meshes" else 12)
 
 
+def test_gradients_that_fsdp_adds_over_its_replicas_are_added_once() -> None:
+    (only,) = verify(
+        [Claim(MODELS + "with_replicas", "own", "replicas")],
+        mesh=Mesh.parse("dp=2,fsdp=2"),
+        settings=replace(SETTINGS, batch=4),
+    )
+    assert only.verdict is Verdict.RIGHT, only
+    assert only.proof is not None
+    assert only.proof.worst_gradient_error < 1e-7
+
+
 def test_what_nobody_sums_is_found_in_plain_parameters(found: dict[str, Verification]) -> None:
     each = found["summed_by_nobody"]
     assert {finding.subject for finding in each.wrong} == {"layers.0.norm.gain", "layers.1.norm.gain"}

@@ -1,9 +1,9 @@
 """Sums of gradients after the backward, over axes whose ranks see other tokens and hold a parameter alike.
 
-FSDP has summed over its own axes by then, and a plan's styles over those whose ranks see the same tokens.
-What a parameter's DTensor says decides: over an axis along which it is cut its ranks hold parts of their own
-(experts, which the tokens of all ranks have come to), and nothing is to be summed. One flattened all-reduce
-for each set of axes and dtype.
+FSDP has summed over its own axes by then, those of its replicas too, and a plan's styles over those whose
+ranks see the same tokens. What a parameter's DTensor says decides: over an axis along which it is cut its
+ranks hold parts of their own (experts, which the tokens of all ranks have come to), and nothing is to be
+summed. One flattened all-reduce for each set of axes and dtype.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,11 +25,16 @@ class GradientSums:
     axes: tuple[str, ...]
     groups: Mapping[tuple[str, ...], dist.ProcessGroup]
 
-    def sum(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sums the gradients, in place. All ranks that hold these parameters call it."""
+    def sum(
+        self, parameters: Iterable[nn.Parameter], summed_over: Iterable[tuple[Tensor, dist.ProcessGroup]] = ()
+    ) -> None:
+        """Sums the gradients, in place. All ranks that hold these parameters call it. summed_over: groups
+        over which FSDP has summed some of them, beside those of their shards."""
         parts: dict[tuple[tuple[str, ...], torch.dtype], list[Tensor]] = {}
+        groups = {id(parameter): group for parameter, group in summed_over}
         for parameter in parameters:
-            axes = self.axes_of(parameter)
+            summed = groups.get(id(parameter))
+            axes = tuple(each for each in self.axes_of(parameter) if not self._is_among(each, summed))
             if axes and parameter.grad is not None:
                 local = _local(parameter.grad)
                 parts.setdefault((axes, local.dtype), []).append(local)
@@ -39,6 +44,11 @@ class GradientSums:
     def axes_of(self, parameter: Tensor) -> tuple[str, ...]:
         """Those over which its gradient is to be summed: its ranks hold it alike along them."""
         return tuple(name for name in self.axes if not is_cut_over(parameter, name, self.groups.get((name,))))
+
+    def _is_among(self, axis: str, summed: dist.ProcessGroup | None) -> bool:
+        """Whether the ranks along an axis are among those over which FSDP has summed."""
+        own = self.groups.get((axis,))
+        return summed is not None and own is not None and _share_ranks(own, summed)
 
 
 def is_cut_over(parameter: Tensor, axis: str, group: dist.ProcessGroup | None) -> bool:
@@ -52,11 +62,15 @@ def is_cut_over(parameter: Tensor, axis: str, group: dist.ProcessGroup | None) -
             continue
         if axis in axes_in((mesh.mesh_dim_names or ("",) * mesh.ndim)[dim]):
             return True
-        if group is not None:
-            ranks = set(dist.get_process_group_ranks(group))
-            if len(ranks.intersection(dist.get_process_group_ranks(mesh.get_group(dim)))) > 1:
-                return True
+        if group is not None and _share_ranks(group, mesh.get_group(dim)):
+            return True
     return False
+
+
+def _share_ranks(one: dist.ProcessGroup, other: dist.ProcessGroup) -> bool:
+    """Whether more than this rank is in both."""
+    ranks = set(dist.get_process_group_ranks(one))
+    return len(ranks.intersection(dist.get_process_group_ranks(other))) > 1
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ from shardwise.step.clipping import clip_gradients
 from shardwise.step.gradient_sums import GradientSums
 from shardwise.step.groups import make_groups, mesh_of
 from shardwise.step.pipeline import Passes
+from shardwise.torch_private import replicas_of_fsdp
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +200,7 @@ class TrainStep:
             self._passes.sum_tied()
             dist.all_reduce(total, group=self._passes.group)
         if self._sums is not None:
-            self._sums.sum(self.model.parameters())
+            self._sums.sum(self.model.parameters(), replicas_of_fsdp(self.model))
         if self._after_backward is not None:
             self._after_backward()
         if self._tokens is not None:
