@@ -14,7 +14,7 @@ ON_NEWEST := tests/distributed/test_styles.py tests/distributed/test_meshes.py t
 TESTS := tests/distributed tests/e2e tests/programs tests/cuda tests/golden tests/unit
 
 .DEFAULT_GOAL := help
-.PHONY: help compare plan explain verify train diff predict test test-all test-newest test-frameworks check lint wheel golden bench docs format clean
+.PHONY: help compare plan explain verify train diff predict test test-all test-newest test-frameworks check lint wheel cuda golden bench docs format clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,6 +77,9 @@ wheel: $(READY) ## build the wheel and try it in an empty venv, away from the re
 	$(BIN)/python -m build --outdir dist . >/dev/null
 	PYTHON=$(PYTHON) .ci/wheel dist/*.whl
 
+cuda: $(READY) ## on a machine with a GPU: tests/cuda, steps, and predictions beside them; under ten minutes
+	$(BIN)/python -m benchmarks.cuda $(ARGS)
+
 golden: $(READY) ## accept what small programs are now; read the diff
 	$(BIN)/python -m tests.golden.programs
 
@@ -106,6 +109,7 @@ bench: $(READY) ## the benchmarks; writes benchmarks/results and the tables in t
 	$(BIN)/python -m benchmarks.calibrated
 	$(BIN)/python -m benchmarks.hf_verify
 	$(BIN)/python -m benchmarks.published
+	$(BIN)/python -m benchmarks.answer
 	$(BIN)/python -m benchmarks.measured_steps
 	$(BIN)/python -m benchmarks.verify_mutants
 	$(BIN)/python -m benchmarks.tables

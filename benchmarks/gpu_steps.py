@@ -15,7 +15,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -188,6 +188,25 @@ def run_case(case: Case) -> dict[str, object]:
     }
 
 
+def run_apart(number: int, *, large: bool = False, timeout_s: float = TIMEOUT_S) -> dict[str, Any] | str:
+    """One of the cases in a process of its own: what it gave, or why it gave nothing."""
+    command = [sys.executable, "-m", "benchmarks.gpu_steps", "--out", "unused", "--case", str(number)]
+    try:
+        ran = subprocess.run(
+            [*command, "--large"] if large else command,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=True,
+        )
+    except subprocess.TimeoutExpired:
+        return f"took more than {timeout_s:.0f} s"
+    except subprocess.CalledProcessError as error:
+        return str(error.stderr)[-2000:]
+    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_steps", description=(__doc__ or "").splitlines()[0]
@@ -207,35 +226,15 @@ def main() -> int:
     found, failed = [], 0
     for number, case in enumerate(cases):
         print(f"{number + 1}/{len(cases)} {case.tag}", file=sys.stderr, flush=True)
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.gpu_steps",
-            "--out",
-            str(given.out),
-            "--case",
-            str(number),
-        ]
-        try:
-            ran = subprocess.run(
-                [*command, "--large"] if given.large else command,
-                capture_output=True,
-                text=True,
-                timeout=TIMEOUT_S,
-                check=True,
-            )
-        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            print(
-                f"failed, what the file had of it stays: {str(error.stderr or error)[-2000:]}",
-                file=sys.stderr,
-                flush=True,
-            )
+        ran = run_apart(number, large=given.large)
+        if isinstance(ran, str):
+            print(f"failed, what the file had of it stays: {ran}", file=sys.stderr, flush=True)
             found += [before[case.tag]] if case.tag in before else []
             failed += 1
             continue
-        found.append(json.loads(ran.stdout.splitlines()[-1]))
+        found.append(ran)
         print(
-            f"   {min(found[-1]['steps']) * 1e3:.0f} ms, active {found[-1]['active'] / 2**30:.2f} GiB",
+            f"   {min(ran['steps']) * 1e3:.0f} ms, active {ran['active'] / 2**30:.2f} GiB",
             file=sys.stderr,
             flush=True,
         )

@@ -12,6 +12,7 @@ benchmark-calibrated (benchmarks/calibrated_results.py); benchmark-trace-read (b
 benchmark-hf-verify and its parts (benchmarks/verify_results.py); benchmark-verify-mutants
 (benchmarks/mutant_results.py); benchmark-static-suspicions (benchmarks/static_results.py);
 benchmark-titan (benchmarks/titan_results.py); benchmark-answer-... (benchmarks/answer_results.py);
+benchmark-run-on (benchmarks/run_on.py);
 benchmark-search-examples (benchmarks/search_examples_results.py); benchmark-search-speed
 (benchmarks/search_results.py);
 benchmark-published-best (benchmarks/published_best_results.py);
@@ -31,6 +32,7 @@ from pathlib import Path
 from benchmarks import (
     answer_results,
     calibrated_results,
+    cuda,
     explain_results,
     hf_results,
     made_plan_results,
@@ -40,6 +42,7 @@ from benchmarks import (
     published_best_results,
     published_results,
     regret,
+    run_on,
     search_examples_results,
     search_results,
     static_results,
@@ -87,6 +90,7 @@ def newest_results(folder: Path = RESULTS) -> list[Result]:
     others = {module.WHAT for module in _OTHERS} | {
         explain_results.PLAN,
         *answer_results.WHATS,
+        cuda.WHAT,
         *made_plan_results.WHATS,
         *verify_results.whats(folder),
     }
@@ -277,7 +281,7 @@ def main() -> int:
             made |= explain_results.blocks(explain_results.newest_run(what=what))
         made |= regret.blocks(regret.newest_run())
         made |= trace_results.blocks(trace_results.newest_run())
-        made |= titan_results.newest_blocks() | answer_results.newest_blocks()
+        made |= titan_results.newest_blocks() | answer_results.newest_blocks() | run_on.blocks()
         made |= search_examples_results.newest_blocks() | published_best_results.newest_blocks()
         texts = {path: path.read_text(encoding="utf-8") for path in documents()}
         texts[published_results.PLOT] = (
