@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from dataclasses import replace
+from typing import Any
 
 import psutil
 import pytest
@@ -22,7 +23,7 @@ from shardwise.predict.machines import load_machine
 from shardwise.predict.sweep import best_first, meshes, shares_programs
 from shardwise.report.common.deliver import show
 from shardwise.report.predict.sweep_html import sweep_html
-from shardwise.verbs.sweep import SweepTask, _wanted
+from shardwise.verbs.sweep import SweepTask, _wanted, _with_chunks
 from shardwise.workers import on_processes
 from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME
 from tests.unit.prediction_example import MACHINE, MEMORY, TERMS, TOO_MUCH
@@ -100,6 +101,28 @@ def test_a_sweep_leaves_out_what_a_pipeline_s_schedule_does_not_run() -> None:
     unasked, none = _wanted(replace(task, case=Case.of(model="m", mesh="tp=1", plans="p", seq=8)))
     assert not none
     assert [count for mesh, _, count in unasked] == [mesh.stages for mesh, _, _ in unasked]
+
+
+def test_with_chunks_pipelines_are_interleaved_and_1f1b_and_what_has_no_stages_is_there() -> None:
+    alike = meshes(4, 8)
+    staged = tuple(mesh for mesh in alike if mesh.stages > 1)
+    others = tuple(mesh for mesh in alike if mesh.stages == 1)
+
+    def swept(**changes: Any) -> list[tuple[tuple[Mesh, ...], int]]:
+        step = StepSettings(8, 8, **changes)
+        return [(some, each.chunks) for some, each in _with_chunks([alike], step)]
+
+    assert swept() == [(alike, 1)]
+    assert swept(schedule="gpipe") == [(alike, 1)]
+    assert swept(chunks=2) == [(alike, 1), (staged, 2)]
+    assert swept(chunks=2, schedule="interleaved") == [(others, 1), (staged, 2)]
+
+
+def test_a_sweep_says_which_pipelines_run() -> None:
+    two = replace(point(20), chunks=2)
+    shown = " ".join(printed(sweep_of(point(10), two), width=200).split())
+    assert "pp=2,fsdp=2,tp=4, 2 chunks" in shown
+    assert "Pipelines run 1f1b or interleaved with 2 chunks a stage; layers are dealt evenly." in shown
 
 
 def test_what_fits_comes_first_and_then_what_is_faster() -> None:

@@ -41,7 +41,12 @@ _NOT_LOOKED_UP = ("sweep", "devices", *_NOT_SWEPT)
 @dataclass(frozen=True, slots=True)
 class _Asked(PredictOptions):
     sweep: Annotated[
-        bool, Option("Over all pp x dp or fsdp x tp of --devices, and micro-batch sizes.", SWEEP)
+        bool,
+        Option(
+            "Over all pp x dp x fsdp x tp of --devices, and micro-batch sizes; with --chunks interleaved "
+            "pipelines too.",
+            SWEEP,
+        ),
     ] = False
     devices: Annotated[int | None, Option("Of a sweep.", SWEEP, 1, shown="one node's")] = None
     micro_batches: Annotated[

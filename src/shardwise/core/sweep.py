@@ -12,7 +12,7 @@ from shardwise.core.prediction_run import MachineFacts
 @dataclass(frozen=True, slots=True)
 class SweepPoint:
     """One way to use the devices. micro_batch: sequences of a data-parallel rank at a time; micro_batches: of
-    them, in a step. terms: seconds, adding up to step_s."""
+    them, in a step. terms: seconds, adding up to step_s. chunks: of layers that each stage holds."""
 
     plan: str
     axes: tuple[tuple[str, int], ...]
@@ -22,6 +22,7 @@ class SweepPoint:
     step_s: float
     terms: tuple[tuple[Term, float], ...]
     memory: MemoryForecast
+    chunks: int = 1
 
     @property
     def stages(self) -> int:

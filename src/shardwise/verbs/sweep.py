@@ -3,13 +3,15 @@ others derived."""
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
-from shardwise.core.case import Case
+from shardwise.core.case import Case, StepSettings
 from shardwise.core.errors import InputError, OptionError
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import PREDICTED, SHARDS_AXIS, Mesh, Role, check_carried
+from shardwise.core.pipeline import Schedule
 from shardwise.core.prediction import Setup
 from shardwise.core.program import Program
 from shardwise.core.shown import shown
@@ -93,16 +95,23 @@ def sweep(
     check_recompute(case, source)
     check_seq(settings.seq, source)
     case = replace(case, step=settings, plans=case.plans or (default_plan(source),))
-    count = sum(map(len, found)) * len(case.plans) * len(options.micro_batches)
+    count = sum(len(alike) for alike, _ in _with_chunks(found, case.step))
+    count *= len(case.plans) * len(options.micro_batches)
     if count > MOST_POINTS:
         raise OptionError(
             f"--sweep: is over {count:,} points; at most {MOST_POINTS:,}. Give fewer plans or "
             "--micro-batches."
         )
     tasks = [
-        SweepTask(replace(case, plans=(plan,)), options.micro_batches, alike, setup, machine)
+        SweepTask(
+            replace(case, plans=(plan,), step=step),
+            options.micro_batches,
+            alike,
+            replace(setup, chunks=step.chunks, schedule=Schedule(step.schedule) if step.schedule else None),
+            machine,
+        )
         for plan in case.plans
-        for alike in found
+        for alike, step in _with_chunks(found, case.step)
     ]
     # those that take longest first, so that no process ends long before the other
     tasks.sort(key=lambda task: -len(task.meshes))
@@ -143,6 +152,24 @@ def _meshes(devices: int, machine: Machine, given: Mesh, *, by_stages: bool) -> 
     return [tuple(alike) for alike in kinds.values()]
 
 
+def _with_chunks(
+    found: list[tuple[Mesh, ...]], step: StepSettings
+) -> Iterator[tuple[tuple[Mesh, ...], StepSettings]]:
+    """The meshes with the settings that they are predicted with. Of several chunks: stages hold so many, and,
+    where no schedule is asked for, one each as well; what has no stages holds one."""
+    one = replace(step, chunks=1, schedule=None if step.schedule == Schedule.INTERLEAVED else step.schedule)
+    for alike in found:
+        staged = tuple(mesh for mesh in alike if mesh.stages > 1)
+        if step.chunks == 1:
+            yield alike, step
+            continue
+        plain = alike if step.schedule is None else tuple(mesh for mesh in alike if mesh.stages == 1)
+        if plain:
+            yield plain, one
+        if staged:
+            yield staged, step
+
+
 def run_task(task: SweepTask) -> SweepResult:
     """In a process of its own: traces what it must, and predicts every point."""
     wanted, refused = _wanted(task)
@@ -160,7 +187,15 @@ def run_task(task: SweepTask) -> SweepResult:
         found = predict(program, task.machine, setup)
         points.append(
             SweepPoint(
-                programs.label, mesh.axes, size, count, found.tokens, found.step_s, found.terms, found.memory
+                programs.label,
+                mesh.axes,
+                size,
+                count,
+                found.tokens,
+                found.step_s,
+                found.terms,
+                found.memory,
+                setup.chunks,
             )
         )
     return SweepResult(programs.label, tuple(points), tuple(refused.items()), programs.traces)

@@ -1,6 +1,7 @@
 """What of a Sweep stands together in a report. Adds up and looks up, no more."""
 
 from shardwise.core.mesh import Mesh, Role
+from shardwise.core.pipeline import Schedule
 from shardwise.core.prediction import COMPUTE_TERMS, Term
 from shardwise.core.sweep import Sweep, SweepPoint
 from shardwise.report.common.plain import name
@@ -27,13 +28,21 @@ SHORT_TERMS = {
 
 
 def mesh_text(point: SweepPoint) -> str:
-    return str(Mesh(point.axes))
+    """`pp=2,fsdp=2,tp=4`, and of several chunks how many."""
+    chunks = f", {point.chunks} chunks" if point.chunks > 1 else ""
+    return f"{Mesh(point.axes)}{chunks}"
 
 
 def assumptions(sweep: Sweep) -> tuple[str, ...]:
     """What all points take for granted; some have replicas."""
     mesh = Mesh.of({Role.REPLICATES: 2, Role.CUTS_SEQUENCE: sweep.setup.context})
-    return rows.assumptions(sweep.settings, sweep.setup, mesh, sweep.machine.spread)
+    chunks = sorted({point.chunks for point in sweep.points if point.stages > 1})
+    if not chunks:
+        return rows.assumptions(sweep.settings, sweep.setup, mesh, sweep.machine.spread)
+    first = Schedule.GPIPE if sweep.setup.schedule is Schedule.GPIPE else Schedule.ONE_F_ONE_B
+    schedules = [first if each == 1 else f"interleaved with {each} chunks a stage" for each in chunks]
+    said = f"Pipelines run {' or '.join(schedules)}; layers are dealt evenly."
+    return (*rows.assumptions(sweep.settings, sweep.setup, mesh, sweep.machine.spread), said)
 
 
 def micro_text(point: SweepPoint) -> str:
