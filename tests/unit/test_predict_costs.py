@@ -484,11 +484,33 @@ def test_a_ring_s_shift_is_hidden_by_the_attention_behind_it_and_sending_takes_n
     items = (shift(CollectiveKind.SEND), shift(CollectiveKind.RECV), flash, shift(CollectiveKind.RECV))
     ring = replace(PROGRAM, axes=(("cp", 2), ("tp", 2)), blocks=(Block(items),))
     alone_s = collective_cost(items[1], MACHINE, Setup(), RankGroup(((2, 2),))).device_s
-    sent, taken, kernel, last = work_of(ring, MACHINE, Setup()).device_s
+    work = work_of(ring, MACHINE, Setup())
+    sent, taken, kernel, last = work.device_s
+    assert list(work.hidden_s) == [0.0, kernel, 0.0, 0.0]
     assert sent == 0.0
     assert alone_s > kernel > 0.0
     assert taken == pytest.approx(alone_s - kernel)
     assert last == pytest.approx(alone_s)
+
+
+def test_what_comes_home_at_the_end_of_a_ring_isn_t_hidden_by_another_layer_s_attention() -> None:
+    last = collective(CollectiveKind.RECV, "cp", 2, 10**6)
+    others = replace(attention(backward=False), module="layers.1.attention")
+    ring = replace(PROGRAM, axes=(("cp", 2), ("tp", 2)), blocks=(Block((last, others)),))
+    alone_s = collective_cost(last, MACHINE, Setup(), RankGroup(((2, 2),))).device_s
+    assert work_of(ring, MACHINE, Setup()).device_s[0] == pytest.approx(alone_s)
+
+
+def test_attention_beside_which_keys_come_is_slowed_down() -> None:
+    def step(n_bytes: int) -> dict[Term, float]:
+        items = (collective(CollectiveKind.RECV, "cp", 2, n_bytes), attention(backward=False))
+        ring = replace(PROGRAM, axes=(("cp", 2), ("tp", 2)), blocks=(Block(items),))
+        return dict(predict(ring, MACHINE, Setup()).terms)
+
+    shift_s = collective_s(MACHINE, CollectiveKind.RECV, 1e4, 1e4, RankGroup(((2, 2),)))
+    hidden = step(10**4)
+    assert hidden[Term.CONTEXT] == 0
+    assert hidden[Term.SLOWED] == pytest.approx(0.189 * shift_s)
 
 
 def test_the_peak_by_blocks_is_the_peak_item_by_item() -> None:

@@ -229,7 +229,7 @@ def _add_pass(terms: dict[Term, float], part: Work, setup: Setup) -> float:
     sums = part.by_term()
     spare = length_s - sum(seconds for term, seconds in sums.items() if term is not Term.DATA)
     data = min(sums[Term.DATA], max(spare, 0.0))
-    slowed = SLOWED_BESIDE * (sums[Term.DATA] - data)
+    slowed = SLOWED_BESIDE * (sums[Term.DATA] - data + float(part.hidden_s.sum()))
     for term, seconds in (sums | {Term.DATA: data}).items():
         terms[term] += seconds
     terms[Term.LAUNCH] += spare - data

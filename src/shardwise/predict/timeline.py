@@ -11,8 +11,9 @@ backward on each chunk, and for the bubble (pipeline_timelines).
 
 Where gradients of replicas are summed beside the backward, it is the last micro-batch's, with its buckets.
 
-What it leaves out: that compute slows down beside communication (Term.SLOWED) is a number without a place;
-the micro-batch begins with nothing in flight, as the step's first does.
+What it leaves out: that compute slows down beside communication (Term.SLOWED) is a number without a place,
+and so is what a ring's shifts take beside attention; the micro-batch begins with nothing in flight, as the
+step's first does.
 """
 
 from collections import Counter, defaultdict

@@ -37,6 +37,7 @@ COLUMNS = {
     "phase": np.int8,
     "axis": np.int8,
     "layer": np.int32,
+    "hidden_s": np.float64,
     "template": np.int32,
     "waits_s": np.float64,
 }
@@ -45,7 +46,8 @@ COLUMNS = {
 @dataclass(frozen=True, slots=True)
 class Work:
     """Columns, one row an item. axis: 0 for the device's compute stream, else 1 + the index in `axes` of the
-    collective's axis. template: into `items`, whose names the row has, apart from its layer. waits_s: how
+    collective's axis. hidden_s: of a ring's shift what the attention beside it hides, which is not in its
+    device_s. template: into `items`, whose names the row has, apart from its layer. waits_s: how
     long a rank, on average, waits in a collective for the last one (predict/waiting.py), before the device_s
     of its transfer. together: host and device are one (a CPU), so issuing is part of the item. unknown: ops
     and collectives whose cost nobody knows."""
@@ -56,6 +58,7 @@ class Work:
     phase: NDArray[np.int8]
     axis: NDArray[np.int8]
     layer: NDArray[np.int32]
+    hidden_s: Seconds
     template: NDArray[np.int32]
     waits_s: Seconds
     items: tuple[Op | Collective, ...]
@@ -89,7 +92,8 @@ class Work:
         """The same with the items of some terms costing nothing."""
         off = np.isin(self.term, [TERMS.index(term) for term in terms])
         host_s = np.zeros_like(self.host_s) if Term.LAUNCH in terms else self.host_s
-        return replace(self, device_s=np.where(off, 0.0, self.device_s), host_s=host_s)
+        device_s, hidden_s = (np.where(off, 0.0, each) for each in (self.device_s, self.hidden_s))
+        return replace(self, device_s=device_s, hidden_s=hidden_s, host_s=host_s)
 
     def reordered(self, order: NDArray[np.int64]) -> "Work":
         """The rows in another order."""
@@ -179,10 +183,10 @@ class _Costing:
                 index = layer_index(item.module, self.prefix)
                 term, phase = TERMS.index(cost.term), PHASES.index(item.phase)
                 layer = BEFORE if index is None else index
-                rows.append([cost.device_s, cost.host_s, term, phase, axis, layer])
+                rows.append([cost.device_s, cost.host_s, term, phase, axis, layer, 0.0])
                 shifts.see(item, rows)
                 self.items.append(item)
-        table = np.array(rows, np.float64).reshape(-1, 6)
+        table = np.array(rows, np.float64).reshape(-1, 7)
         tiled = np.tile(table, (block.times, 1))
         if block.times > 1:
             shift = np.repeat(np.arange(block.times) * block.stride, len(table))
@@ -208,13 +212,14 @@ class _Costing:
 
 
 class _Shifts:
-    """What goes round a ring of ranks while they compute: of a shift what the attention behind it hides. A
-    link carries both ways at once, so the sending beside the receiving takes nothing more. hides: whether the
-    device does both at once."""
+    """What goes round a ring of ranks while they compute: of a shift what the attention behind it hides,
+    where that is the ring's own (the last gradients come home with nothing behind them). A link carries both
+    ways at once, so the sending beside the receiving takes nothing more. hides: whether the device does both
+    at once."""
 
     def __init__(self, hides: bool) -> None:
         self._hides = hides
-        self._going: list[int] = []
+        self._going: list[tuple[int, str, Phase]] = []
 
     def see(self, item: Op | Collective, rows: list[list[float]]) -> None:
         """An item, whose row is the last one."""
@@ -224,12 +229,15 @@ class _Shifts:
             if item.call.kind is CollectiveKind.SEND:
                 rows[-1][0] = 0.0
             elif item.call.kind is CollectiveKind.RECV:
-                self._going.append(len(rows) - 1)
+                self._going.append((len(rows) - 1, item.module, item.phase))
         elif item.kind is OpKind.ATTENTION and self._hides:
             hides_s = rows[-1][0]
-            for row in self._going:
+            for row, module, phase in self._going:
+                if (module, phase) != (item.module, item.phase):
+                    continue
                 hidden_s = min(rows[row][0], hides_s)
                 rows[row][0] -= hidden_s
+                rows[row][6] += hidden_s
                 hides_s -= hidden_s
             self._going = []
 
