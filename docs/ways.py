@@ -13,6 +13,7 @@ PICTURE = Path(__file__).parent / "rowwise-or-colwise.svg"
 WORDS = {"the": 0, "and": 1, "cat": 4, "dog": 5}
 TEXT = (("the", "cat", "and", "the"), ("dog", "and", "the", "cat"))
 """Each rank's part of the sequence."""
+LOOKS_UP = ("rank 0 looks up", "rank 1 looks up")
 HEIGHT = 4  # numbers in a row of the table
 ROWS = 8
 OWNERS = "Ids 0 to 3: blue, of rank 0. Ids 4 to 7: orange, of rank 1."
@@ -47,11 +48,11 @@ ALL = (*ids_of(0), *ids_of(1))
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A style on the toy: what each rank looks up (and for whom), what it sends, and what it ends with. sent:
+    """A style on the toy: what each rank looks up (does says so), what it sends, and what it ends with. sent:
     numbers."""
 
     title: str
-    whom: str
+    does: tuple[str, str]
     looked_up: tuple[tuple[Bar, ...], ...]
     said: tuple[str, ...]
     sent: tuple[int, ...]
@@ -73,7 +74,7 @@ def ways() -> tuple[Way, ...]:
     return (
         Way(
             "Rowwise: a rank has whole rows of some ids",
-            "",
+            LOOKS_UP,
             rowwise,
             tuple(f"sends {part} rows, {each} are zeros" for each in zeros),
             (part * HEIGHT,) * 2,
@@ -81,7 +82,7 @@ def ways() -> tuple[Way, ...]:
         ),
         Way(
             "Colwise: a rank has a slice of every row",
-            "",
+            LOOKS_UP,
             colwise,
             (f"sends {part} half rows",) * 2,
             (part * half,) * 2,
@@ -89,7 +90,7 @@ def ways() -> tuple[Way, ...]:
         ),
         Way(
             "Routed: rowwise, but only what is needed",
-            ", for the other,",
+            ("rank 0, for rank 1", "rank 1, for rank 0"),
             routed,
             tuple(f"sends {len(each)} row{'s' * (len(each) > 1)}, each once" for each in needed),
             tuple(len(each) * HEIGHT for each in needed),
@@ -115,7 +116,7 @@ def panel(way: Way, how: str, top: int) -> Iterator[str]:
     yield f'<text class="t" x="{MARGIN}" y="{top}">{escape(way.title)}</text>'
     for rank in (0, 1):
         x = MARGIN + rank * (WIDTH - MARGIN) // 2
-        yield f'<text x="{x}" y="{top + 24}">rank {rank}{escape(way.whom)} looks up</text>'
+        yield f'<text x="{x}" y="{top + 24}">{escape(way.does[rank])}</text>'
         yield from bars(way.looked_up[rank], x, top + 42)
         yield f'<text x="{x}" y="{top + 102}">{escape(way.said[rank])}</text>'
         yield f'<text class="q" x="{x}" y="{top + 119}">{way.sent[rank]} numbers · {escape(how)}:</text>'

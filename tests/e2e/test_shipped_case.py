@@ -37,6 +37,15 @@ def test_what_needs_no_gpu_runs_here(verb: str, args: tuple[str, ...], told: str
     assert told in ended.stdout
 
 
+def test_diff_predicts_the_case_beside_a_step(tmp_path: Path) -> None:
+    """The step is a prediction's own, for want of eight GPUs: so both sides take equally long."""
+    small = (*SMALL, "--model", "llama3-8b?n_layers=1")
+    asked("predict", *small, "rowwise@dtensor", "--out", "run", cwd=tmp_path)
+    ended = asked("diff", "run", "--predict", *small, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "rowwise@dtensor: a step was predicted at" in ended.stdout
+
+
 @pytest.mark.parametrize("verb", ["compare", "train"])
 def test_what_needs_the_gpus_says_before_step_1_how_much_memory_it_takes(verb: str, tmp_path: Path) -> None:
     if psutil.virtual_memory().available > 900 * 2**30:
