@@ -413,6 +413,9 @@ def answers(rows: Sequence[tuple[Row, Job]]) -> list[Predicted]:
                 reserved_gib=made.memory.reserved_bytes / 2**30,
                 cp=number(row, "cp", 1) or 1,
                 ep=number(row, "ep", 1) or 1,
+                seq=number(row, "seq_len"),
+                compiled=row["compile"] == "1",
+                overlap=row["tp_overlap"],
             )
         )
     return found

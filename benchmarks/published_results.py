@@ -28,7 +28,7 @@ PLOT = Path(__file__).parent.parent / "docs" / "example" / "published.svg"
 @dataclass(frozen=True, slots=True)
 class Predicted:
     """One published row and what predict says of it. left_out_s: without the constants that were fitted to
-    its group. terms: name, seconds."""
+    its group. terms: name, seconds. overlap: of collectives over tp, as published."""
 
     group: str
     model: str
@@ -53,6 +53,9 @@ class Predicted:
     reserved_gib: float
     cp: int = 1
     ep: int = 1
+    seq: int = 0
+    compiled: bool = False
+    overlap: str = ""
 
     @property
     def error(self) -> float:
