@@ -54,7 +54,7 @@ FUSED_LOSS_TRAFFIC = 0.2
 kernels move for a logit in half precision (to float32 6, log-softmax 8, its gradient 4 + 12, to half 6, fill
 4). Of logits in float32 it would be 16 of 28, and is counted too low."""
 
-TENSOR_HIDDEN = 0.26
+TENSOR_HIDDEN = 0.33
 """Of all-gathers and reduce-scatters that are cut up to run beside the matmul that takes or makes them, the
 share that is hidden. Fitted to the six pairs of rows with and without async TP that torchtitan published:
 median of what it saved over what is predicted for them (hidden_share in benchmarks/published_results.py)."""
