@@ -83,6 +83,11 @@ GENERATIONS = {"llm-foundry": AttentionKernel.FLASH_1, "torchtitan": AttentionKe
 submit_benchmarks.py (attn_impl "triton": FlashAttention 1 in Triton); torchtitan called
 scaled_dot_product_attention, which on Hopper ran FlashAttention 2 in the PyTorch of its tables."""
 
+NOT_OVERLAPPED = ("Megatron-LM 0.14 + TE 2.11 (measured by SimuMax authors)",)
+"""Trainers with a distributed optimizer that sums gradients and gathers parameters beside nothing. Source:
+SimuMax, simu_tools/megatron_scripts/scripts/run_pretrain_llama3.sh (--use-distributed-optimizer, and neither
+--overlap-grad-reduce nor --overlap-param-gather)."""
+
 FUSED = ("NeMo/Megatron-Core (DGX Cloud benchmarking)",)
 """Trainers that fuse what stands between matmuls: NeMo 2's Llama 3 has bias_activation_fusion,
 bias_dropout_fusion and apply_rope_fusion (nemo/collections/llm/gpt/model/llama.py). The same step of
@@ -198,7 +203,7 @@ def mixture_job(row: Row) -> Job:
         compiled=row["compile"] == "1",
         matmul_dtype="float8" if any(name in row["precision"] for name in FP8) else None,
         scaling=scaling_of(row),
-        overlap_data=distributed,
+        overlap_data=distributed and row["framework"] not in NOT_OVERLAPPED,
         optimizer_shards=dp if distributed else 1,
         precision=Precision.MASTER,
     )
@@ -263,7 +268,7 @@ def dense_job(row: Row) -> Job:
         and row["date"] >= COMPILED_LOSS,
         matmul_dtype="float8" if any(name in row["precision"] for name in FP8) else None,
         scaling=scaling_of(row),
-        overlap_data=distributed,
+        overlap_data=distributed and row["framework"] not in NOT_OVERLAPPED,
         overlap_tensor=row["tp_overlap"] not in ("", "none"),
         optimizer_shards=dp * context if distributed else 1,
         precision=Precision.TRACED if traced.mixed else Precision.MASTER,

@@ -330,8 +330,8 @@ def why(row: Predicted) -> str:
     launch = terms.get("waiting for launches", 0.0) / row.predicted_s
     if row.precision == "float8 rowwise":
         return (
-            "what CUTLASS' kernel with a scale per row lost at long summed dims (PyTorch's issue 153809) isn't "
-            "published as numbers"
+            "what CUTLASS' kernel with a scale per row lost at long summed dims (PyTorch's issue 153809) "
+            "isn't published as numbers"
         )
     if row.group.startswith("vtrain") and row.tp == 8 and launch > 0.3:
         return "the hosts of 8 ranks wait for each other at every all-reduce; waiting isn't modelled"
