@@ -1,5 +1,7 @@
 """What float8 costs: which matmuls run in it, their casts, and what is gathered in it."""
 
+from dataclasses import replace
+
 import pytest
 
 from shardwise.core.collective import CollectiveCall, CollectiveKind
@@ -70,6 +72,13 @@ def test_a_gathered_matrix_is_cast_by_each_rank_before_it_is_sent() -> None:
     assert not gathers_float8(item, rows, "layers")
     assert not gathers_float8(item, Setup(), "layers")
     assert not gathers_float8(gather(64, 4, "output"), PLAIN, "layers")
+    weights = replace(item, call=replace(item.call, axis="fsdp"))
+    delayed = Setup(matmul_dtype="float8", scaling=Scaling.DELAYED)
+    assert [gathers_float8(weights, setup, "layers") for setup in (PLAIN, rows, delayed)] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_the_head_and_products_of_batches_stay_in_the_step_s_dtype() -> None:

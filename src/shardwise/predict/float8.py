@@ -14,8 +14,9 @@ the fused kernels of casts move for an element (of 2 bytes, cast to 1):
 
 A matrix that several matmuls in a row take is cast once (torch.compile finds it). One that was gathered over
 tp right before is cast by each rank before it is sent, if one scale holds for all of it: so the gather sends
-half the bytes. Sources: torchao/float8 (config.py, float8_ops.py, float8_tensor_parallel.py);
-Transformer Engine, module/layernorm_linear.py and linear.py.
+half the bytes. torchao's FSDP gathers weights so too (enable_fsdp_float8_all_gather, which needs tensorwise
+scaling; torchtitan's tables have it on). Sources: torchao/float8 (config.py, float8_ops.py,
+float8_tensor_parallel.py, fsdp_utils.py); Transformer Engine, module/layernorm_linear.py and linear.py.
 """
 
 from collections.abc import Iterable, Iterator
@@ -75,11 +76,15 @@ def is_float8(op: Op, setup: Setup, prefix: str | None) -> bool:
 
 
 def gathers_float8(item: Collective, setup: Setup, prefix: str | None) -> bool:
-    """Whether an all-gather over tp sends what was cast already."""
+    """Whether an all-gather sends what was cast already: over tp of a layer's inputs, with torchao over fsdp
+    of its weights too."""
+    scaling, role = setup.scaling, role_of(item.call.axis)
+    of_weights = role is Role.SHARDS_PARAMETERS and scaling is Scaling.TENSORWISE
     return (
         setup.matmul_dtype == "float8"
-        and setup.scaling is not Scaling.ROWWISE
-        and _is_gather(item)
+        and scaling is not Scaling.ROWWISE
+        and item.call.kind is CollectiveKind.ALL_GATHER
+        and (of_weights or role is Role.CUTS_TENSORS)
         and item.phase in IN_LAYERS
         and (prefix is None or layer_index(item.module, prefix) is not None)
     )
