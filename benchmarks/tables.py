@@ -17,6 +17,8 @@ benchmark-search-examples (benchmarks/search_examples_results.py); benchmark-sea
 (benchmarks/search_results.py);
 benchmark-published-best (benchmarks/published_best_results.py);
 benchmark-regret and benchmark-regret-misses (benchmarks/regret.py);
+benchmark-published-terms and benchmark-published-pairs (benchmarks/published_terms.py);
+benchmark-published-causes (benchmarks/published_causes.py);
 benchmark-published and its parts, and the plot docs/example/published.svg
 (benchmarks/published_results.py); benchmark-h100-steps and benchmark-issue-785
 (benchmarks/measured_steps.py). The newest file of each WHAT counts. Ranges are of the rounds; an interval is
@@ -40,7 +42,9 @@ from benchmarks import (
     museum_results,
     mutant_results,
     published_best_results,
+    published_causes,
     published_results,
+    published_terms,
     regret,
     run_on,
     search_examples_results,
@@ -274,12 +278,12 @@ def main() -> int:
         for tp in made_plan_results.SIZES:
             made |= made_plan_results.blocks(made_plan_results.newest_run(tp))
         made |= calibrated_results.blocks(calibrated_results.newest_run())
-        made |= published_results.blocks(published_results.newest_run()) | measured_steps.blocks(
-            measured_steps.newest_run()
-        )
+        published = published_results.newest_run()
+        made |= published_results.blocks(published) | published_terms.blocks(published)
+        made |= measured_steps.blocks(measured_steps.newest_run())
         for what in (explain_results.WHAT, explain_results.PLAN):
             made |= explain_results.blocks(explain_results.newest_run(what=what))
-        made |= regret.blocks(regret.newest_run())
+        made |= regret.blocks(regret.newest_run()) | published_causes.blocks()
         made |= trace_results.blocks(trace_results.newest_run())
         made |= titan_results.newest_blocks() | answer_results.newest_blocks() | run_on.blocks()
         made |= search_examples_results.newest_blocks() | published_best_results.newest_blocks()
