@@ -83,6 +83,28 @@ GENERATIONS = {"llm-foundry": AttentionKernel.FLASH_1, "torchtitan": AttentionKe
 submit_benchmarks.py (attn_impl "triton": FlashAttention 1 in Triton); torchtitan called
 scaled_dot_product_attention, which on Hopper ran FlashAttention 2 in the PyTorch of its tables."""
 
+SIMUMAX = "Megatron-LM 0.14 + TE 2.11 (measured by SimuMax authors)"
+"""A trainer with a distributed optimizer that sums gradients, in float32, and gathers parameters beside
+nothing. Source: SimuMax, simu_tools/megatron_scripts/scripts/run_pretrain_llama3.sh
+(--use-distributed-optimizer, --accumulate-allreduce-grads-in-fp32, and neither --overlap-grad-reduce nor
+--overlap-param-gather)."""
+
+FUSED = (
+    "Megatron-LM 2021",
+    "Megatron-LM PTD-P",
+    "Megatron-LM 2022",
+    "DeepSpeed ZeRO-3",
+    "Megatron-DeepSpeed/Megatron-LM (see paper), measured by vTrain authors",
+)
+TIMED_PASSES = tuple(name for name in UNFUSED if "Megatron" in name)
+"""Trainers whose timers stand around each forward and backward and wait for the device. Source: Megatron-LM
+up to 2022, megatron/timers.py (torch.cuda.synchronize in start and stop) and schedules.py."""
+
+GENERATIONS = {"llm-foundry": AttentionKernel.FLASH_1, "torchtitan": AttentionKernel.FLASH_2}
+"""Trainers whose fused attention was an older one. Sources: llm-foundry's scripts/train/benchmarking/
+submit_benchmarks.py (attn_impl "triton": FlashAttention 1 in Triton); torchtitan called
+scaled_dot_product_attention, which on Hopper ran FlashAttention 2 in the PyTorch of its tables."""
+
 NOT_OVERLAPPED = ("Megatron-LM 0.14 + TE 2.11 (measured by SimuMax authors)",)
 """Trainers with a distributed optimizer that sums gradients and gathers parameters beside nothing. Source:
 SimuMax, simu_tools/megatron_scripts/scripts/run_pretrain_llama3.sh (--use-distributed-optimizer, and neither
@@ -203,7 +225,8 @@ def mixture_job(row: Row) -> Job:
         compiled=row["compile"] == "1",
         matmul_dtype="float8" if any(name in row["precision"] for name in FP8) else None,
         scaling=scaling_of(row),
-        overlap_data=distributed and row["framework"] not in NOT_OVERLAPPED,
+        overlap_data=distributed and row["framework"] != SIMUMAX,
+        sums_float32=row["framework"] == SIMUMAX,
         optimizer_shards=dp if distributed else 1,
         precision=Precision.MASTER,
     )
@@ -268,7 +291,8 @@ def dense_job(row: Row) -> Job:
         and row["date"] >= COMPILED_LOSS,
         matmul_dtype="float8" if any(name in row["precision"] for name in FP8) else None,
         scaling=scaling_of(row),
-        overlap_data=distributed and row["framework"] not in NOT_OVERLAPPED,
+        overlap_data=distributed and row["framework"] != SIMUMAX,
+        sums_float32=row["framework"] == SIMUMAX,
         overlap_tensor=row["tp_overlap"] not in ("", "none"),
         optimizer_shards=dp * context if distributed else 1,
         precision=Precision.TRACED if traced.mixed else Precision.MASTER,

@@ -537,3 +537,15 @@ def test_devices_joined_pair_by_pair_have_the_links_to_their_group_alone() -> No
 
     assert moving_s(paired, 2) == pytest.approx(3 * moving_s(switched, 2))
     assert moving_s(paired, 4) == pytest.approx(moving_s(switched, 4))
+
+
+def test_gradients_summed_in_float32_send_twice_as_much_and_shards_half_of_it_back() -> None:
+    def summing_s(setup: Setup, phase: Phase = Phase.REDUCE, dtype: str = "bfloat16") -> float:
+        call = CollectiveCall(CollectiveKind.ALL_REDUCE, "dp", 8, dtype, 10**9, 1.75e9, phase)
+        return collective_cost(Collective(call, "m"), MACHINE, setup, NODE).device_s
+
+    half_s = summing_s(Setup())
+    assert summing_s(Setup(sums_float32=True)) == pytest.approx(2 * half_s)
+    assert summing_s(Setup(sums_float32=True, optimizer_shards=8)) == pytest.approx(1.5 * half_s)
+    assert summing_s(Setup(sums_float32=True), dtype="float32") == half_s
+    assert summing_s(Setup(sums_float32=True), Phase.BACKWARD) == half_s

@@ -89,6 +89,7 @@ def test_every_choice_of_a_setup_is_said() -> None:
         "overlap_tensor": True,
         "optimizer_shards": 4,
         "precision": Precision.MASTER,
+        "sums_float32": True,
         "waits_for_device": True,
         "without": (Term.LAUNCH,),
     }

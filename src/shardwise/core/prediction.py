@@ -78,13 +78,14 @@ class Setup:
     the backward (Korthikanti et al. 2022); a layer's recompute is the Program's. compiled: kernels bound by
     memory fused between matmuls. compiled_loss: the loss is one such kernel each way, and keeps the logits
     alone. matmul_dtype: "float8" where the layers' linears multiply in it, scaled as `scaling` says.
-    overlap_data: whether gradients of whole
-    replicas are reduced beside the backward, in buckets of bucket_mib (None: as DDP's, or Megatron's: see
-    predict/buckets.py). overlap_tensor: whether tensor-parallel collectives run beside
-    the matmul that makes or takes them. optimizer_shards: ranks that share the optimizer's state and work
-    (ZeRO-1); of experts that each rank along ep holds for itself, so many times fewer. waits_for_device:
-    whether the host waits at the end of each forward and backward until the device is done, as Megatron's
-    timers made it (torch.cuda.synchronize) until 2022. spread_s: the standard deviation over ranks of one
+    overlap_data: whether gradients of whole replicas are reduced beside the backward, in buckets of
+    bucket_mib (None: as DDP's, or Megatron's: see predict/buckets.py). overlap_tensor: whether
+    tensor-parallel collectives run beside the matmul that makes or takes them. sums_float32: gradients of
+    half precision are summed over replicas in float32; shards of an optimizer's then send parameters back in
+    half. optimizer_shards: ranks that share the optimizer's state and work (ZeRO-1); of experts that each
+    rank along ep holds for itself, so many times fewer. waits_for_device: whether the host waits at the end
+    of each forward and backward until the device is done, as Megatron's timers made it
+    (torch.cuda.synchronize) until 2022. spread_s: the standard deviation over ranks of one
     second's work, whatever the machine says; None: as it says. without: terms that are switched off.
     """
 
@@ -104,6 +105,7 @@ class Setup:
     overlap_tensor: bool = False
     optimizer_shards: int = 1
     precision: Precision = Precision.TRACED
+    sums_float32: bool = False
     waits_for_device: bool = False
     spread_s: float | None = None
     without: tuple[Term, ...] = ()

@@ -54,6 +54,10 @@ FUSED_LOSS_TRAFFIC = 0.2
 kernels move for a logit in half precision (to float32 6, log-softmax 8, its gradient 4 + 12, to half 6, fill
 4). Of logits in float32 it would be 16 of 28, and is counted too low."""
 
+SUMMED_WIDE = {False: 2.0, True: 1.5}
+"""What a sum in float32 sends for one in half precision; where ranks share the optimizer (True), a
+reduce-scatter in float32 and an all-gather in half for an all-reduce in half."""
+
 TENSOR_HIDDEN = 0.33
 """Of all-gathers and reduce-scatters that are cut up to run beside the matmul that takes or makes them, the
 share that is hidden. Fitted to the six pairs of rows with and without async TP that torchtitan published:
@@ -245,6 +249,8 @@ def collective_cost(
     seconds = collective_s(machine, call.kind, sent * packed, call.payload_bytes * packed, group)
     if setup.overlap_tensor and term is Term.TENSOR and call.kind in _CHUNKED:
         seconds *= 1 - TENSOR_HIDDEN
+    if setup.sums_float32 and item.phase is Phase.REDUCE:
+        seconds *= SUMMED_WIDE[setup.optimizer_shards > 1] if DTYPE_BYTES.get(call.dtype) == 2 else 1.0
     issue_s = machine.launch.collective_s or 0.0
     return Cost(seconds, issue_s, term, known=call.kind is not CollectiveKind.UNKNOWN)
 

@@ -90,6 +90,9 @@ class PredictOptions:
             choices=tuple(Precision),
         ),
     ] = "traced"
+    sums_float32: Annotated[
+        bool, Option("Gradients in half precision are summed over replicas in float32.", HOW)
+    ] = False
     optimizer_shards: Annotated[
         int, Option("Ranks that share the optimizer's state and work (ZeRO-1).", HOW, 1)
     ] = 1

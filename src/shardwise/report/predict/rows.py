@@ -197,6 +197,8 @@ def assumptions(
             else "after the backward, hidden by nothing"
         )
         lines.append(f"Gradients of whole replicas (dp) are reduced {beside}.")
+    if setup.sums_float32:
+        lines.append("Gradients of whole replicas are summed in float32.")
     if setup.overlap_tensor:
         lines.append("Collectives over tp run beside the matmuls that make or take them.")
     if setup.waits_for_device:
