@@ -89,27 +89,6 @@ nothing. Source: SimuMax, simu_tools/megatron_scripts/scripts/run_pretrain_llama
 (--use-distributed-optimizer, --accumulate-allreduce-grads-in-fp32, and neither --overlap-grad-reduce nor
 --overlap-param-gather)."""
 
-FUSED = (
-    "Megatron-LM 2021",
-    "Megatron-LM PTD-P",
-    "Megatron-LM 2022",
-    "DeepSpeed ZeRO-3",
-    "Megatron-DeepSpeed/Megatron-LM (see paper), measured by vTrain authors",
-)
-TIMED_PASSES = tuple(name for name in UNFUSED if "Megatron" in name)
-"""Trainers whose timers stand around each forward and backward and wait for the device. Source: Megatron-LM
-up to 2022, megatron/timers.py (torch.cuda.synchronize in start and stop) and schedules.py."""
-
-GENERATIONS = {"llm-foundry": AttentionKernel.FLASH_1, "torchtitan": AttentionKernel.FLASH_2}
-"""Trainers whose fused attention was an older one. Sources: llm-foundry's scripts/train/benchmarking/
-submit_benchmarks.py (attn_impl "triton": FlashAttention 1 in Triton); torchtitan called
-scaled_dot_product_attention, which on Hopper ran FlashAttention 2 in the PyTorch of its tables."""
-
-NOT_OVERLAPPED = ("Megatron-LM 0.14 + TE 2.11 (measured by SimuMax authors)",)
-"""Trainers with a distributed optimizer that sums gradients and gathers parameters beside nothing. Source:
-SimuMax, simu_tools/megatron_scripts/scripts/run_pretrain_llama3.sh (--use-distributed-optimizer, and neither
---overlap-grad-reduce nor --overlap-param-gather)."""
-
 FUSED = ("NeMo/Megatron-Core (DGX Cloud benchmarking)",)
 """Trainers that fuse what stands between matmuls: NeMo 2's Llama 3 has bias_activation_fusion,
 bias_dropout_fusion and apply_rope_fusion (nemo/collections/llm/gpt/model/llama.py). The same step of

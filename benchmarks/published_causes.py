@@ -48,7 +48,7 @@ class Cause:
 
 def _is(row: Predicted, key: str, wanted: str) -> bool:
     if key in COUNTS:
-        return (getattr(row, key) > 1) == (wanted == "> 1")
+        return (int(getattr(row, key)) > 1) == (wanted == "> 1")
     if key in BEGIN:
         return str(getattr(row, key)).startswith(wanted)
     return bool(getattr(row, key) == wanted)
