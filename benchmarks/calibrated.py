@@ -37,7 +37,7 @@ from shardwise.trace.trace import trace
 
 EMBEDDING = "tok_embeddings"
 REPLICATED = "replicated parameters"  # the module that a Program books their gradients' all-reduce on
-COMMUNICATION = (Term.TENSOR, Term.DATA)
+COMMUNICATION = (Term.TENSOR, Term.DATA, Term.WAITING)  # their seconds are the wall's
 SETTINGS = StepSettings(batch=4, seq=256)  # compare's defaults
 
 

@@ -229,7 +229,7 @@ def test_how_far_apart_ranks_come_is_one_spread_whatever_the_ranks_and_the_work(
     true = Spread(0.02, 3e-4)
     found = fit([*synthetic(), *arrivals(true, 2), *arrivals(true, 8)], GPU)
     assert found.spread is not None
-    assert (found.spread.work_s, found.spread.collective_s) == pytest.approx((0.02, 3e-4), rel=1e-3)
+    assert (found.spread.work_s, found.spread.collective_s) == pytest.approx((0.02, 3e-4), rel=1e-2)
     source = {each.path: each.source for each in found.constants}["spread.work"]
     assert source.startswith("measured: arrivals of 2, 8 ranks after up to 40 ms of work, 6 samples")
 

@@ -5,8 +5,9 @@
                  |log(fitted / measured)|
     attention    rates forward and backward, the sequence at which half is reached, a start; the same way
     collectives  by kind and number of ranks a curve over what a rank sends
-    spread       variances of when ranks come to a collective, a straight line over the work before it; what
-                 the last rank comes after the mean one is the expected maximum of so many deviations
+    spread       variances of when ranks come to a collective, a straight line over the work before it, by
+                 the least squares of the logarithm; what the last rank comes after the mean one is the
+                 expected maximum of so many deviations
     launch       a phase of small steps, without what its kernels take, over the ops of its traced Program
 
 On a CPU, kernels and launches were timed in the thread's own seconds while all ranks ran; they are divided by
@@ -221,8 +222,7 @@ def _within(draft: Draft, samples: Sequence[Sample], base: Machine | None) -> Li
 
 
 def _spread(draft: Draft, samples: Sequence[Sample], base: Machine | None) -> Spread | None:
-    """By least squares of the relative error, neither part below zero; None where ranks' clocks weren't
-    one."""
+    """By least squares of the logarithm; None where ranks' clocks weren't one."""
     mine = [sample for sample in samples if sample.what == ARRIVAL and sample.seconds > 0]
     if not mine:
         if base is None or base.spread is None:
@@ -235,16 +235,8 @@ def _spread(draft: Draft, samples: Sequence[Sample], base: Machine | None) -> Sp
         return base.spread
     deviations = np.array([sample.seconds / expected_maximum(sample.ranks) for sample in mine])
     work_s = np.array([sample.shape[0] / 1e9 for sample in mine])
-    lines = np.stack([work_s, np.ones(len(mine))], 1) / deviations[:, None] ** 2
-    found = []
-    for columns_kept in ([0, 1], [0], [1]):
-        part, *_ = np.linalg.lstsq(lines[:, columns_kept], np.ones(len(mine)), rcond=None)
-        line = np.zeros(2)
-        line[columns_kept] = part
-        if (line >= 0).all():
-            found.append((float(((lines @ line - 1) ** 2).sum()), line))
-    per_second, each = np.sqrt(min(found, key=lambda one: one[0])[1])
-    fitted_s = np.sqrt(per_second**2 * work_s + each**2)
+    per_second, each = np.sqrt(_variance_line(work_s, deviations**2))
+    fitted_s = np.sqrt(np.maximum(per_second**2 * work_s + each**2, 1e-24))
     error = float(np.median(np.abs(np.log(fitted_s / deviations))))
     ranks = ", ".join(str(number) for number in sorted({sample.ranks for sample in mine}))
     what = f"arrivals of {ranks} ranks after up to {1e3 * work_s.max():.0f} ms of work"
@@ -254,6 +246,20 @@ def _spread(draft: Draft, samples: Sequence[Sample], base: Machine | None) -> Sp
     }
     draft.note_fit("spread", what, len(mine), error, values)
     return Spread(float(per_second), float(each))
+
+
+def _variance_line(work_s: Vector, variances: Vector) -> tuple[float, float]:
+    """(a second's variance, a collective's), by least squares of the logarithm. Tried are lines that a
+    collective's own variance lifts by that of so many seconds of work, and one that is flat."""
+    lines = [(1.0, lift_s) for lift_s in (0.0, *np.geomspace(1e-9, 1e2, 1101))]
+    found = []
+    for slope, level in (*lines, (0.0, 1.0)):
+        shape = np.maximum(slope * work_s + level, 1e-12)
+        scale = float(np.exp(np.mean(np.log(variances / shape))))
+        error = float(np.sum(np.log(scale * shape / variances) ** 2))
+        found.append((error, scale * slope, scale * level))
+    _, per_second, each = min(found)
+    return per_second, each
 
 
 def _launch(
