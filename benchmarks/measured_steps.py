@@ -23,7 +23,7 @@ from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import Mesh
-from shardwise.core.prediction import Setup, Term
+from shardwise.core.prediction import Prediction, Setup, Term
 from shardwise.core.program import Collective, OpKind, Phase, Program
 from shardwise.predict.costs import collective_cost, collective_s, op_cost
 from shardwise.predict.groups import RankGroup
@@ -111,30 +111,31 @@ def program_of(model: str, layers: int | None, plan: str, mesh: Mesh, settings: 
     )
 
 
+def prediction_of(ran: "Ran", machine: Machine) -> Prediction:
+    """The step that ran, predicted without communication."""
+    whole = Mesh((("fsdp", ran.fsdp), ("tp", ran.tp)))
+    mesh = traced_mesh(whole)
+    settings = StepSettings(
+        ran.batch * mesh.data_parallel,
+        ran.seq,
+        ran.dtype,
+        ran.param_dtype,
+        ran.reduce_dtype,
+        recompute=ran.recompute,
+    )
+    return predict(
+        program_of(ran.model, ran.layers, ran.plan, mesh, settings),
+        machine,
+        Setup(
+            whole, compiled=ran.compiled, compiled_loss=ran.compiled_loss, without=(Term.TENSOR, Term.DATA)
+        ),
+    )
+
+
 def step_of(ran: dict[str, object], machine: Machine) -> Step:
     """The same step, predicted without communication."""
     values = msgspec.convert(ran, Ran)
-    whole = Mesh((("fsdp", values.fsdp), ("tp", values.tp)))
-    mesh = traced_mesh(whole)
-    settings = StepSettings(
-        values.batch * mesh.data_parallel,
-        values.seq,
-        values.dtype,
-        values.param_dtype,
-        values.reduce_dtype,
-        recompute=values.recompute,
-    )
-    program = program_of(values.model, values.layers, values.plan, mesh, settings)
-    made = predict(
-        program,
-        machine,
-        Setup(
-            whole,
-            compiled=values.compiled,
-            compiled_loss=values.compiled_loss,
-            without=(Term.TENSOR, Term.DATA),
-        ),
-    )
+    made = prediction_of(values, machine)
     return Step(
         values.device,
         values.tag,

@@ -36,6 +36,7 @@ from benchmarks import (
     calibrated_results,
     cuda,
     explain_results,
+    gpu_terms,
     hf_results,
     made_plan_results,
     measured_steps,
@@ -281,6 +282,7 @@ def main() -> int:
         published = published_results.newest_run()
         made |= published_results.blocks(published) | published_terms.blocks(published)
         made |= measured_steps.blocks(measured_steps.newest_run())
+        made |= gpu_terms.blocks(gpu_terms.newest_run())
         for what in (explain_results.WHAT, explain_results.PLAN):
             made |= explain_results.blocks(explain_results.newest_run(what=what))
         made |= regret.blocks(regret.newest_run()) | published_causes.blocks()
