@@ -1,11 +1,13 @@
 """What `shardwise train` tells of a run while it goes on: profiles, scalars, and where its time went."""
 
+import json
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shardwise.files.step_log import read_steps
+from shardwise.predict.machines import machine_text
 from tests.e2e.command import shardwise
 from tests.e2e.test_train import TINY
 
@@ -13,10 +15,12 @@ PHASES = ["backward", "clipping", "forward", "loss", "optimizer", "reducing grad
 
 
 def test_a_run_profiles_some_steps_and_writes_scalars(tmp_path: Path) -> None:
-    out = tmp_path / "run"
+    out, here = tmp_path / "run", tmp_path / "here.toml"
+    here.write_text(machine_text("h100-sxm-80gb").replace('device = "cuda"', 'device = "cpu"'))
     asked = ("--mesh", "fsdp=2", "--steps", "8", "--validate-every", "4", "--save-every", "0")
     watched = ("--profile-every", "3", "--keep-profiles", "1", "--tensorboard", "--slower", "0")
-    ended = shardwise("train", *TINY, *asked, *watched, "--out", str(out))
+    machine = ("--machine", str(here))
+    ended = shardwise("train", *TINY, *asked, *watched, *machine, "--out", str(out))
     assert ended.returncode == 0, ended.stderr
     for step in (3, 6):
         (line,) = {each for each in ended.stdout.splitlines() if each.startswith(f"step {step}: ")}
@@ -26,7 +30,11 @@ def test_a_run_profiles_some_steps_and_writes_scalars(tmp_path: Path) -> None:
     (kept,) = (out / "profiles").iterdir()
     assert kept.name == "step-6"
     assert sorted(each.name for each in kept.iterdir()) == ["rank0.json.gz", "rank1.json.gz"]
-    assert shardwise("diff", str(kept)).returncode == 0
+    beside = f"Beside the prediction: shardwise diff {out}/predicted {kept}"
+    assert beside in ended.stdout
+    laid = shardwise(*beside.partition("shardwise ")[2].split(), "--json")
+    assert laid.returncode == 0, laid.stderr
+    assert {each["term"] for each in json.loads(laid.stdout)["terms"]} >= {"matmul", "waiting for launches"}
     records = read_steps(out)
     assert [each.step for each in records if each.beside == "the profiler"] == [2, 3, 4, 5, 6, 7, 8]
     assert all(sorted(each.phases_s or ()) == PHASES for each in records)

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shardwise.core.beside import PredictedStep
 from shardwise.core.case import Case
 from shardwise.core.errors import OptionError
 from shardwise.core.mesh import RUN, Mesh, check_carried
@@ -65,12 +66,14 @@ _BESIDE = frozenset(
 class Forecast:
     """A step by the machine file. fits: in its memory. peak_s: what the model's matmuls and attention would
     take at the machine's peak; None where stages share them out. A backward counts as two forwards, and what
-    is recomputed not at all (Chowdhery et al. 2022, PaLM, appendix B)."""
+    is recomputed not at all (Chowdhery et al. 2022, PaLM, appendix B). step: line by line, for what is
+    recorded."""
 
     machine: str
     step_s: float
     fits: bool
     peak_s: float | None
+    step: PredictedStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +168,8 @@ class Run:
                 if op.phase is Phase.FORWARD and op.kind in (OpKind.MATMUL, OpKind.ATTENTION)
             )
             peak_s = 3 * forward * self.case.step.accumulation / rate.peak_flops
-        forecast = Forecast(prediction.machine, prediction.step_s, prediction.memory.fits, peak_s)
+        ((_, step),) = found.line_by_line()
+        forecast = Forecast(prediction.machine, prediction.step_s, prediction.memory.fits, peak_s, step)
         return replace(self, forecast=forecast)
 
     def saved(self) -> Saved:

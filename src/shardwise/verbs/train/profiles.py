@@ -9,12 +9,15 @@ from typing import Self
 from shardwise.core.errors import ShardwiseError, TraceError
 
 PROFILES = "profiles"
+PREDICTED = "predicted"
 
 
 class Profiles:
-    """read() what ranks have written; lines() once they are read. keep: profiles that stay, the newest."""
+    """read() what ranks have written; lines() once they are read. keep: profiles that stay, the newest.
+    predicted: a folder with the step as it was predicted, as predict --out writes it."""
 
-    def __init__(self, folder: Path, keep: int, world_size: int) -> None:
+    def __init__(self, folder: Path, keep: int, world_size: int, predicted: Path | None = None) -> None:
+        self._predicted = predicted
         self._folder, self._keep, self._world_size = folder, keep, world_size
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="profiles")
         self._asked: list[Future[str]] = []
@@ -33,6 +36,8 @@ class Profiles:
         folder = self._folder / f"step-{step}"
         try:
             line = " ".join(_words(folder, self._world_size))
+            if self._predicted is not None:
+                line += f". Beside the prediction: shardwise diff {self._predicted} {folder}"
         except ShardwiseError as error:  # whatever it was, the run goes on
             line = f"its profile can't be read: {error}"
         except OSError as error:

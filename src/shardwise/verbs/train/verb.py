@@ -12,13 +12,13 @@ from shardwise.core.case import Case
 from shardwise.core.errors import DriftError, NotFiniteError, RunError
 from shardwise.core.pace import Pace
 from shardwise.core.training import BY_PROFILER, Ended, Restart, StepRecord, Training, TrainOptions, Validated
-from shardwise.files.document import settings_document
+from shardwise.files.document import settings_document, write_document
 from shardwise.files.run_folder import RunFolder
 from shardwise.files.step_log import StepLog, read_steps
 from shardwise.verbs.progress import Progress, silent
 from shardwise.verbs.train.checked import BATCH, CHECKPOINTS, SEQ, Run
 from shardwise.verbs.train.live import Live
-from shardwise.verbs.train.profiles import PROFILES, Profiles
+from shardwise.verbs.train.profiles import PREDICTED, PROFILES, Profiles
 from shardwise.verbs.train.scalars import TENSORBOARD, Scalars
 
 if TYPE_CHECKING:
@@ -117,7 +117,12 @@ class _Watched:
 
     def __post_init__(self) -> None:
         keep, ranks = self.run.options.keep_profiles, self.run.case.mesh.world_size
-        self._profiles = Profiles(self.folder.path.resolve() / PROFILES, keep, ranks)
+        forecast, predicted = self.run.forecast, None
+        if forecast is not None and self.run.options.profile_every:
+            predicted = self.folder.write(f"{PREDICTED}/step-a.json", write_document(forecast.step)).parent
+            self.folder.write(f"{PREDICTED}/settings.json", settings_document({"plans": [self.run.label]}))
+        beside = predicted.resolve() if predicted is not None else None
+        self._profiles = Profiles(self.folder.path.resolve() / PROFILES, keep, ranks, beside)
 
     def through_failures(self, progress: Progress) -> "Result":
         """Runs the ranks, and again from the last checkpoint where they fail."""
