@@ -2,7 +2,10 @@
 
 from datetime import UTC, datetime
 
+import pytest
+
 from benchmarks.calibrated_results import Predicted, Run, Runs, blocks
+from shardwise.calibrate.clock import Timing, usual_share
 from shardwise.core.measurement import Environment
 
 TERMS = (("matmul", 0.9, 0.8), ("waiting for late ranks", None, 0.3), ("memory-bound kernels", 0.1, 0.15))
@@ -52,3 +55,11 @@ def test_the_table_has_every_run_and_says_whether_enough_of_them_met_it() -> Non
     terms = blocks(Runs((good, bad)))["benchmark-calibrated-terms"]
     assert "| 1 | rowwise | 900 / 800 | – / 300 | 100 / 150 |" in terms
     assert "1 of 2, **MISSED**" in blocks(Runs((good, bad)))["benchmark-calibrated"]
+
+
+def test_a_program_that_ran_beside_a_few_kernels_is_not_the_machine_s_pace() -> None:
+    alone = [Timing(0.01, 0.01, 0.01, 5, own_s=1.0, wall_s=1.0 / 0.95)] * 8
+    beside = [Timing(0.01, 0.01, 0.01, 5, own_s=1.0, wall_s=4.0)] * 2
+    assert usual_share([*beside, *alone]) == pytest.approx(0.95)
+    assert usual_share(beside) == pytest.approx(0.25)
+    assert usual_share([]) == 1.0

@@ -10,7 +10,7 @@ CPU   with inputs where a step finds them, in the caches that cores share but no
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import fmean, median, quantiles
 
@@ -38,6 +38,19 @@ class Timing:
     repeats: int
     own_s: float = 0.0
     wall_s: float = 0.0
+
+
+def usual_share(timings: Iterable[Timing]) -> float:
+    """Of a core that the thread got: the median over what it worked. Another program that ran for a while
+    beside a few kernels is not the machine's pace, and the mean would count that while the more, the slower
+    it made them. 1 where nothing was timed."""
+    shares = sorted((min(1.0, each.own_s / each.wall_s), each.own_s) for each in timings if each.wall_s > 0)
+    half_s = sum(own_s for _, own_s in shares) / 2
+    for share, own_s in shares:
+        half_s -= own_s
+        if half_s <= 0:
+            return share
+    return 1.0
 
 
 def timing_of(times_s: list[float], wall_s: float = 0.0) -> Timing:

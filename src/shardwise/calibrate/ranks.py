@@ -21,7 +21,7 @@ import torch.distributed as dist
 from shardwise.calibrate import arrivals, issuing, links
 from shardwise.calibrate.case import Case, timed_case
 from shardwise.calibrate.cases import cases_for
-from shardwise.calibrate.clock import host_clock
+from shardwise.calibrate.clock import Timing, host_clock, usual_share
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.errors import PlanError
 from shardwise.core.machine import FRESH
@@ -59,7 +59,7 @@ class Progress(msgspec.Struct, frozen=True):
 
 
 class CalibrateReport(msgspec.Struct, frozen=True):
-    """One rank's samples. share: of a core that the rank got while kernels ran. left_out: cases that there
+    """One rank's samples. share: of a core that the rank usually got while kernels ran. left_out: cases that there
     was no time for. memory_bytes: of its device; context_bytes: held beside tensors; units: multiprocessors,
     1 on a CPU."""
 
@@ -90,7 +90,7 @@ class _Calibration:
         self.device = context.device
         self.samples: list[Sample] = []
         self.failed: list[Failed] = []
-        self.own_s, self.wall_s = 0.0, 0.0
+        self.timings: list[Timing] = []
         self.total = self.context_bytes = 0
         self.began_s = time.monotonic()
 
@@ -106,7 +106,7 @@ class _Calibration:
         self._issuing(len(cases))
         self._collectives(collectives, len(cases) + 3)
         self._arrivals(world, self.total - 1)
-        share = min(1.0, self.own_s / self.wall_s) if self.wall_s and torch.get_num_threads() == 1 else 1.0
+        share = usual_share(self.timings) if torch.get_num_threads() == 1 else 1.0
         memory_bytes, units = self._device()
         return CalibrateReport(
             tuple(self.samples), tuple(self.failed), share, left_out, memory_bytes, self.context_bytes, units
@@ -167,8 +167,7 @@ class _Calibration:
             self._note_failure(what, error)
             return
         self.samples.append(replace(sample, ranks=self.context.world_size))
-        self.own_s += timing.own_s
-        self.wall_s += timing.wall_s
+        self.timings.append(timing)
 
     def _issuing(self, done: int) -> None:
         """Of a tiny model's steps, under each engine."""
