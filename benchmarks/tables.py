@@ -60,6 +60,7 @@ from benchmarks.results import RESULTS, Bar, BarKind, Comparison, Result, Verdic
 ROOT = Path(__file__).parent.parent
 _OTHERS = (
     calibrated_results,
+    gpu_terms,
     hf_results,
     explain_results,
     trace_results,

@@ -59,9 +59,9 @@ class Progress(msgspec.Struct, frozen=True):
 
 
 class CalibrateReport(msgspec.Struct, frozen=True):
-    """One rank's samples. share: of a core that the rank usually got while kernels ran. left_out: cases that there
-    was no time for. memory_bytes: of its device; context_bytes: held beside tensors; units: multiprocessors,
-    1 on a CPU."""
+    """One rank's samples. share: of a core that the rank usually got while kernels ran. left_out: cases that
+    there was no time for. memory_bytes: of its device; context_bytes: held beside tensors; units:
+    multiprocessors, 1 on a CPU."""
 
     samples: tuple[Sample, ...]
     failed: tuple[Failed, ...]
