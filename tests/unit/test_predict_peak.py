@@ -16,9 +16,10 @@ from shardwise.core.program import Block, MemoryChange, MemoryKind, Phase, Progr
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_plan
+from shardwise.predict.changes import fused_loss
 from shardwise.predict.groups import groups_of
 from shardwise.predict.machines import load_machine
-from shardwise.predict.memory import RESERVED_OVER_ACTIVE, _fused_loss, forecast, of_stage, peak_by_kind
+from shardwise.predict.memory import RESERVED_OVER_ACTIVE, forecast, of_stage, peak_by_kind
 from shardwise.predict.stage_memory import stage_parts
 from shardwise.predict.traced import micro_batch
 from shardwise.trace.trace import trace
@@ -160,7 +161,7 @@ def test_what_comes_with_a_compiled_loss_goes_again(dtype: str) -> None:
             settings,
             device="cuda",
         )
-        changes = _fused_loss(program).values()
+        changes = fused_loss(program).values()
         assert sum(changes) == 0
         logits = 4 * 64 * 8192 // 2 * (2 if dtype == "bfloat16" else 4)
         assert sum(n_bytes for n_bytes in changes if n_bytes > 0) == 2 * logits

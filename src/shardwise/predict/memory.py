@@ -4,7 +4,6 @@ pipeline, and scaled to other sizes of the mesh.
     traced     the peak of everything, as tensors came and went
     otherwise  states live all the time, in the bytes per parameter below, reduced in the buffers that they
                live in; and the peak of everything else in forward and backward
-    loss       where a compiler fuses it, without its storages in float32: logits, and their gradient
     reserved   active x RESERVED_OVER_ACTIVE: what the caching allocator rounds and can't reuse
     device     reserved and what the process holds beside tensors (context, libraries, communicators)
 
@@ -24,18 +23,15 @@ from shardwise.core.dtype import DTYPE_BYTES
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import SHARDS_AXIS
 from shardwise.core.prediction import MemoryForecast, Precision, Setup
-from shardwise.core.program import LOSS_MODULE, ONCE, MemoryChange, MemoryKind, Op, Phase, Program
-from shardwise.predict.groups import further_shards, group_of, optimizer_shards
+from shardwise.core.program import MemoryChange, MemoryKind, Program
+from shardwise.predict.changes import counts, fused_loss, scales_of
+from shardwise.predict.groups import group_of
 from shardwise.predict.stage_memory import STATES, StagePart, stage_parts
 
 RESERVED_OVER_ACTIVE = 1.16
 """Median of 24 steps on an H100 and an H200 that hold more than 5 GiB (from 1.04 to 1.56), with the
 allocator's defaults. Source: benchmarks/data/h100-steps.json and h200-steps.json (reserved_over_active in
 benchmarks/measured_steps.py)."""
-
-MADE_AGAIN = ("aten::silu",)
-"""What a compiler makes again in the backward instead of keeping it: of the ops between a SwiGLU's matmuls.
-Source: the compiled step in benchmarks/data/h100-steps.json, whose active memory is met so."""
 
 KINDS = tuple(MemoryKind)
 OF_MASTER = (1.0, 2.0, 6.0)  # of the traced bytes of the parameters: parameter, gradient, optimizer
@@ -58,7 +54,7 @@ def forecast(program: Program, machine: Machine, setup: Setup) -> MemoryForecast
 
 def of_stage(program: Program, setup: Setup, part: StagePart | None) -> ByKind:
     """At its peak. part: of a pipeline; None: of the whole step."""
-    scales, is_traced = _scales(program, setup), setup.precision is Precision.TRACED
+    scales, is_traced = scales_of(program, setup), setup.precision is Precision.TRACED
     walked = scales if is_traced else scales | dict.fromkeys(STATES, 0.0)
     by_kind = peak_by_kind(program, setup, walked, part)
     if is_traced and setup.micro_batches > 1:
@@ -88,13 +84,6 @@ def _accumulating(program: Program, setup: Setup, scales: ByKind, part: StagePar
 
 def _scaled(by_kind: ByKind, scales: ByKind) -> float:
     return sum(n_bytes * scales.get(kind, 1.0) for kind, n_bytes in by_kind.items())
-
-
-def _scales(program: Program, setup: Setup) -> ByKind:
-    """What becomes of a traced byte of each kind in this setup; of those that aren't named, itself."""
-    scales = dict.fromkeys(STATES, 1 / further_shards(program, setup))
-    scales[MemoryKind.OPTIMIZER] /= optimizer_shards(program, setup)
-    return scales
 
 
 def peak_by_kind(
@@ -159,12 +148,12 @@ def _changes(
     program: Program, setup: Setup, part: StagePart | None, *, adds: bool
 ) -> Iterator[tuple[Bytes, NDArray[np.int8], int]]:
     """The bytes and kind of each stretch's changes, in order, and how often it repeats."""
-    fused = _fused_loss(program) if setup.compiled_loss else {}
+    fused = fused_loss(program) if setup.compiled_loss else {}
     for place, block in enumerate(program.blocks):
         chosen: list[int] = []
         changes: list[tuple[float, MemoryKind]] = []
         for at, item in enumerate(block.items):
-            if not isinstance(item, MemoryChange) or not _counts(item, setup):
+            if not isinstance(item, MemoryChange) or not counts(item, setup):
                 continue
             n_bytes, kind = float(fused.get((place, at), item.n_bytes)), item.kind
             if part is not None and kind is MemoryKind.ACTIVATION and part.is_gathered(item):
@@ -182,46 +171,3 @@ def _changes(
             continue
         for shares, times in part.stretches(block):
             yield n_bytes_ * shares[chosen], kinds, times
-
-
-def _counts(change: MemoryChange, setup: Setup) -> bool:
-    if setup.compiled and change.maker in MADE_AGAIN:
-        return False
-    return setup.precision is Precision.TRACED or change.phase not in ONCE
-
-
-def _fused_loss(program: Program) -> dict[tuple[int, int], int]:
-    """(block, item) -> bytes of the loss's storages where a compiler fuses it: the logits are kept as they
-    are for the backward, which makes their gradient at once. Without the copies in float32, the probabilities
-    and what lies between them, which no kernel writes out then.
-    """
-    logits_bytes = 0
-    large: list[tuple[tuple[int, int], MemoryChange]] = []
-    for place, block in enumerate(program.blocks):
-        for at, item in enumerate(block.items):
-            match item:
-                case Op(phase=Phase.FORWARD):
-                    logits_bytes = item.write_bytes
-                case MemoryChange() if item.module == LOSS_MODULE and abs(item.n_bytes) >= logits_bytes:
-                    large.append(((place, at), item))
-                case _:
-                    pass
-    gradients = [change for _, change in large if change.phase is Phase.BACKWARD and change.n_bytes > 0]
-    last = gradients[-1] if gradients else None
-    # where the gradient takes the place of what was kept (the native loss in float32), both are counted there
-    kept = logits_bytes if last is not None else 2 * logits_bytes
-    fused = {}
-    for where, change in large:
-        gradient = logits_bytes if _is_of(change, last) else 0
-        n_bytes = kept if change.kind is MemoryKind.ACTIVATION else gradient
-        fused[where] = n_bytes if change.n_bytes > 0 else -n_bytes
-    return fused
-
-
-def _is_of(change: MemoryChange, made: MemoryChange | None) -> bool:
-    """Whether this is `made`, or its end."""
-    return made is not None and (abs(change.n_bytes), change.phase, change.maker) == (
-        made.n_bytes,
-        made.phase,
-        made.maker,
-    )
