@@ -10,8 +10,8 @@ one after the first.
                   counts 0, being bound by memory
     read, write   bytes of the tensors that an op takes and makes, each once; a look-up reads the rows that it
                   takes, not the table
-    memory        bytes of storages as tensors hold them; what a kernel needs for itself while it runs is not
-                  seen
+    memory        bytes of storages as tensors hold them, and of what an op that is several kernels makes in
+                  between (trace/inner.py); what else a kernel needs for itself while it runs is not seen
 
 What this file does not know: time, and what an allocator adds (rounding, fragmentation).
 """
@@ -164,13 +164,19 @@ class Collective:
 @dataclass(frozen=True, slots=True)
 class MemoryChange:
     """A storage that comes (n_bytes > 0) or goes (n_bytes < 0). maker: the op, collective or call that made
-    it, in `module`."""
+    it, in `module`. stream: that it was made on, numbered as they were first used; 0 is the one that
+    computes. nth: of one that goes, which of those alike that live: counted from the eldest (0), or from the
+    youngest (-1), where that is nearer. is_shard: as large as what this rank has of FSDP's shards, and so
+    smaller where more ranks share them."""
 
     n_bytes: int
     kind: MemoryKind
     phase: Phase
     module: str
     maker: str
+    stream: int = 0
+    nth: int = 0
+    is_shard: bool = False
 
 
 Item = Op | Collective | MemoryChange

@@ -44,7 +44,7 @@ def kernels_of_cuda(making_on_device: Callable[[], AbstractContextManager[None]]
             with making_on_device():
                 return asked.efficient()
         with sdpa_kernel(SDPBackend.MATH), making_on_device():
-            return attention(*args, **kwargs)
+            return asked.unfused() if asked.is_plain else attention(*args, **kwargs)
 
     def drop(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or inplace or not 0 < p < 1 or not isinstance(input, Tensor):
@@ -120,6 +120,34 @@ class _Asked:
             self.query, self.key, self.value, self._bias(), needs_gradient, self.dropout_p, self.is_causal,
             scale=self.scale,
         )[0]  # fmt: skip
+        return out
+
+    @property
+    def is_plain(self) -> bool:
+        """Of what no fused kernel takes, what unfused() can do: nothing is rounded, dropped or masked by a
+        tensor."""
+        plain = self.query.dtype is torch.float32 and self.attn_mask is None and not self.dropout_p
+        return plain and (self.scale is None or self.scale > 0)
+
+    def unfused(self) -> Tensor:
+        """What _scaled_dot_product_attention_math does there, step by step: given fakes, which it takes for
+        tensors of another kind, it adds its mask to a copy of the scores, and real ones in place."""
+        half = (self.query.shape[-1] ** -0.5 if self.scale is None else self.scale) ** 0.5
+        query, key, value = self.query * half, self.key, self.value
+        mask = None
+        if self.is_causal:
+            allowed = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+            mask = torch.where(allowed, 0.0, float("-inf"))
+            del allowed
+        if self._is_grouped:
+            key, value = (
+                each.repeat_interleave(query.shape[-3] // each.shape[-3], -3) for each in (key, value)
+            )
+        scores = torch.matmul(query, key.transpose(-2, -1) * half)
+        if mask is not None:
+            scores.add_(mask)
+        scores = torch.ops.aten._safe_softmax(scores, -1)
+        out: Tensor = torch.matmul(scores, value)
         return out
 
     def _bias(self) -> Tensor | None:

@@ -1,6 +1,8 @@
 """What each storage of a traced step is for, and its coming and going as items of the Program."""
 
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -10,6 +12,7 @@ from shardwise.torch_private import local_part
 from shardwise.trace.routes import Routes
 from shardwise.trace.storages import Came, Event, Routed, Storage, Storages, Went
 
+STATES = (MemoryKind.PARAMETER, MemoryKind.GRADIENT, MemoryKind.OPTIMIZER)  # shards by their kind
 Kinds = dict[int, MemoryKind]
 """Storage number -> kind."""
 
@@ -48,21 +51,40 @@ def items_of(events: list[Event], storages: list[Storage], known: Kinds, routes:
     kinds = _kinds_by_life(events, storages) | known
     made = {event.storage for event in events if isinstance(event, Came)}
     stays = known.keys() - made
+    living: defaultdict[MemoryChange, list[int]] = defaultdict(list)
     for event in events:
         match event:
             case Came(number):
-                yield _change(storages[number], kinds.get(number, MemoryKind.TEMPORARY), +1)
+                came = _change(storages[number], kinds.get(number, MemoryKind.TEMPORARY))
+                living[came].append(number)
+                yield came
             case Went(number):
                 if number in kinds and number not in stays:
-                    yield _change(storages[number], kinds[number], -1)
+                    came = _change(storages[number], kinds[number])
+                    yield replace(came, n_bytes=-came.n_bytes, nth=_taken(living[came], number))
             case Routed(collective, sends):
                 yield routes.with_all_ranks(collective, sends)
             case _:
                 yield event
 
 
-def _change(storage: Storage, kind: MemoryKind, sign: int) -> MemoryChange:
-    return MemoryChange(sign * storage.n_bytes, kind, storage.phase, storage.module, storage.maker)
+def _change(storage: Storage, kind: MemoryKind) -> MemoryChange:
+    return MemoryChange(
+        storage.n_bytes,
+        kind,
+        storage.phase,
+        storage.module,
+        storage.maker,
+        storage.stream,
+        is_shard=storage.is_shard and kind not in STATES,
+    )
+
+
+def _taken(alike: list[int], number: int) -> int:
+    """Where it stood among them, from the nearer end: so it is the same at any depth of the model."""
+    at, count = alike.index(number), len(alike)
+    del alike[at]
+    return at if at <= count - 1 - at else at - count
 
 
 def _kinds_by_life(events: list[Event], storages: list[Storage]) -> Kinds:

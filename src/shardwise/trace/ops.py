@@ -15,7 +15,7 @@ from shardwise.torch_private import FakeTensor, schema_of, storage_key
 from shardwise.trace.catalogue import flops_of, kind_of, name_on, traffic_of
 from shardwise.trace.place import Place
 
-_FSDP_COPY_IN = "fsdp::all_gather_copy_in"
+FSDP_COPY_IN = "fsdp::all_gather_copy_in"
 # neither kernels nor memory: bookkeeping of the dispatcher, the profiler and the functional collectives
 SILENT = frozenset(
     {
@@ -82,7 +82,7 @@ def work_of(
     """None for a view."""
     inputs = tensors_in(args) + tensors_in(kwargs)
     # into its place in the gathered tensor, which is its last input; what it gives are views of that
-    if signature.name == _FSDP_COPY_IN:
+    if signature.name == FSDP_COPY_IN:
         return Work(inputs[:-1], outputs[:1])
     written = [t for index in signature.writes if index < len(args) for t in tensors_in(args[index])]
     written += [t for keyword in signature.writes_keywords for t in tensors_in(kwargs.get(keyword))]

@@ -6,7 +6,7 @@ issues a collective (parallel/issuing.py); for others placements.py watches.
 """
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
-from shardwise.core.collective import CollectiveCall
-from shardwise.core.mesh import TENSOR_AXIS
+from shardwise.core.collective import CollectiveCall, CollectiveKind
+from shardwise.core.mesh import TENSOR_AXIS, Role, role_of
 from shardwise.core.program import LOSS_MODULE, Collective, Op, OpKind, Phase
 from shardwise.core.rule import RuleRef
 from shardwise.models.self_sharded import told_of as told_by_factory
@@ -41,8 +41,9 @@ from shardwise.torch_private import (
 )
 from shardwise.trace.fakes import is_made_on_device, making_on_device
 from shardwise.trace.higher_order import higher_order_work, is_masked, signature_of_higher_order
+from shardwise.trace.inner import inner_of
 from shardwise.trace.kinship import Kinship
-from shardwise.trace.ops import ALLOCATIONS, SILENT, Ops, Signature, Work, signature_of, work_of
+from shardwise.trace.ops import ALLOCATIONS, FSDP_COPY_IN, SILENT, Ops, Signature, Work, signature_of, work_of
 from shardwise.trace.place import Place, raised_in
 from shardwise.trace.placements import Redistributions
 from shardwise.trace.storages import Log, Routed, Storages
@@ -174,15 +175,22 @@ class Recorder(TorchDispatchMode):
                 self.log.add(self._collective(call, told))
             self.storages.note_all(outputs, name)
             for call in calls:
+                self.storages.mark_shards(_shards(call, (*tensors_in(args), *outputs)))
                 self.kinship.exchanges(call, tensors_in(args), outputs)
             if name.partition("::")[2] in FUSED:
                 work = Work(tensors_in(args), outputs)
         else:
             work = work_of(signature, args, kwargs, outputs)
+        if name == FSDP_COPY_IN:
+            self.storages.mark_shards(tensors_in(args[0]))
         if work is not None:
             op = self._ops.op(signature, args, work)
-            self.storages.note_all(work.made, name if op.kind is OpKind.UNKNOWN else op.name)
-            self.log.add(op)
+            maker = name if op.kind is OpKind.UNKNOWN else op.name
+            inner = inner_of(name, self._device, work.inputs, work.made)
+            with self.storages.passing(inner.before, maker):
+                self.storages.note_all(work.made, maker)
+                with self.storages.passing(inner.behind, maker):
+                    self.log.add(op)
             self.kinship.computes(name, op.kind, work)
 
     def _collective(self, call: CollectiveCall, told: Told | None = None) -> Collective | Routed:
@@ -236,6 +244,13 @@ class _OntoDevice(TorchFunctionMode):
             with making_on_device():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _shards(call: CollectiveCall, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Of a reduce-scatter over FSDP's ranks, the part that this rank gets."""
+    if call.kind is not CollectiveKind.REDUCE_SCATTER or role_of(call.axis) is not Role.SHARDS_PARAMETERS:
+        return []
+    return [each for each in tensors if each.nbytes * call.axis_size == call.payload_bytes]
 
 
 @lru_cache(maxsize=1)

@@ -16,14 +16,17 @@ from shardwise.torch_private import storage_key
 from shardwise.trace.place import Place
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Storage:
-    """One storage that was seen: its size, and who made it."""
+    """One storage that was seen: its size, who made it, and on which stream (0: the one that computes).
+    is_shard: see MemoryChange."""
 
     n_bytes: int
     phase: Phase
     module: str
     maker: str
+    stream: int = 0
+    is_shard: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,7 @@ class Storages:
         self._log = log
         self._place = place
         self._live: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
+        self._streams: list[object] = [torch.cpu.current_stream()]
 
     def number_of(self, tensor: Tensor) -> int | None:
         """Of a plain tensor's storage, if it was seen."""
@@ -87,13 +91,41 @@ class Storages:
         for tensor in tensors:
             self.note(tensor, maker)
 
+    def mark_shards(self, tensors: Sequence[Tensor]) -> None:
+        """That these are as large as this rank's shards."""
+        for number in map(self.number_of, tensors):
+            if number is not None and number >= 0:
+                self.seen[number].is_shard = True
+
     def _add(self, storage: torch.UntypedStorage, n_bytes: int, maker: str) -> int:
-        key, number = storage_key(storage), len(self.seen)
-        module = self._place.module if self._log.is_on else ""
-        self.seen.append(Storage(n_bytes, self._place.phase, module, maker))
+        key, number = storage_key(storage), self._came(n_bytes, maker)
         self._live[key] = (number, weakref.ref(storage, lambda _: self._gone(key, number)))
+        return number
+
+    def _came(self, n_bytes: int, maker: str) -> int:
+        number = len(self.seen)
+        module = self._place.module if self._log.is_on else ""
+        self.seen.append(Storage(n_bytes, self._place.phase, module, maker, self._stream()))
         self._log.add(Came(number))
         return number
+
+    @contextmanager
+    def passing(self, sizes: Sequence[int], maker: str) -> Iterator[None]:
+        """Storages of these bytes that nobody outside an op sees, while it runs."""
+        numbers = [self._came(n_bytes, maker) for n_bytes in sizes]
+        yield
+        for number in reversed(numbers):
+            self._log.add(Went(number))
+
+    def _stream(self) -> int:
+        """The number of the stream that is current. A trace's streams are the host's, which are names alone;
+        who uses them (FSDP2) does so as on a device."""
+        current = torch.cpu.current_stream()
+        found = next((at for at, each in enumerate(self._streams) if each is current), None)
+        if found is None:
+            self._streams.append(current)
+            return len(self._streams) - 1
+        return found
 
     def _gone(self, key: int, number: int) -> None:
         if self._live.get(key, (None,))[0] == number:
