@@ -270,6 +270,18 @@ class Collectives:
     source: str = ""
 
 
+# MiB that the library of matmuls keeps for each handle, by GPU
+_EARLIER, _LATER = (8.125, "4096 KiB twice and 16 KiB eight times"), (32, "32 MiB from Hopper on")
+WORKSPACES = {
+    "a100": _EARLIER,
+    "h100": _LATER,
+    "h200": _LATER,
+    "b200": _LATER,
+    "gb200": _LATER,
+    "mi300x": (128, "128 MiB on gfx94"),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """What goes into one machine file. matmuls: dtype -> (rate, source, fitted)."""
@@ -322,6 +334,9 @@ def text_of(recipe: Recipe, shares: dict[str, float], measured: dict[str, tuple[
         "middle of what is seen: CUDA context 0.5 to 2 GiB, NCCL 1 to 2 GiB",
         per="device",
     )
+    workspace, said = WORKSPACES[recipe.name.partition("-")[0]]
+    source = "PyTorch's aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize"
+    out.constant("workspace", f"{workspace:g}", "MiB", f"{source}: {said}", per="device")
     out.add("[power]")
     out.constant("cap", f"{recipe.power[0]:g}", "W", recipe.power[1], per="device")
     if recipe.name in measured:

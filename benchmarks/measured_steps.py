@@ -23,8 +23,8 @@ from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import Mesh
-from shardwise.core.prediction import Prediction, Setup, Term
-from shardwise.core.program import Collective, OpKind, Phase, Program
+from shardwise.core.prediction import Filling, Prediction, Setup, Term
+from shardwise.core.program import Collective, MemoryKind, OpKind, Phase, Program
 from shardwise.predict.costs import collective_cost, collective_s, op_cost
 from shardwise.predict.groups import RankGroup
 from shardwise.predict.machines import load_machine
@@ -36,7 +36,6 @@ STEPS = {
     "h100-sxm-80gb": Path(__file__).parent / "data" / "h100-steps.json",
     "h200-sxm-141gb": Path(__file__).parent / "data" / "h200-steps.json",
 }
-LARGE_BYTES = 5 * 2**30  # below, an allocator's smallest segments tell more than the step
 # what the issue's figures are, in ms
 ISSUE = (
     ("look-up, colwise", 0.104),
@@ -61,6 +60,16 @@ class Step:
     measured_active_gib: float
     predicted_active_gib: float
     measured_reserved_gib: float
+    predicted_reserved_gib: float = 0.0
+    kinds: tuple[tuple[str, float], ...] = ()  # GiB of the predicted active memory, by kind
+
+    @property
+    def active_error(self) -> float:
+        return self.predicted_active_gib / self.measured_active_gib - 1
+
+    @property
+    def reserved_error(self) -> float:
+        return self.predicted_reserved_gib / self.measured_reserved_gib - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +136,11 @@ def prediction_of(ran: "Ran", machine: Machine) -> Prediction:
         program_of(ran.model, ran.layers, ran.plan, mesh, settings),
         machine,
         Setup(
-            whole, compiled=ran.compiled, compiled_loss=ran.compiled_loss, without=(Term.TENSOR, Term.DATA)
+            whole,
+            compiled=ran.compiled,
+            compiled_loss=ran.compiled_loss,
+            filled=Filling.WHOLE,
+            without=(Term.TENSOR, Term.DATA),
         ),
     )
 
@@ -145,14 +158,9 @@ def step_of(ran: dict[str, object], machine: Machine) -> Step:
         values.active / 2**30,
         made.memory.active_bytes / 2**30,
         values.reserved / 2**30,
+        made.memory.reserved_bytes / 2**30,
+        tuple((str(kind), n_bytes / 2**30) for kind, n_bytes in made.memory.by_kind),
     )
-
-
-def reserved_over_active() -> float:
-    """What RESERVED_OVER_ACTIVE in predict/memory.py is: the median over all steps that hold more than
-    LARGE_BYTES."""
-    ran = [step for path in STEPS.values() for step in json.loads(path.read_text(encoding="utf-8"))["steps"]]
-    return float(median(step["reserved"] / step["active"] for step in ran if step["active"] > LARGE_BYTES))
 
 
 class Ran(msgspec.Struct):
@@ -246,11 +254,9 @@ def blocks(run: Steps) -> dict[str, str]:
     """Name of a block of the documents -> its text."""
     source = f"\nSource: `benchmarks/results/{run.day}-{run.what}.json`, made by `{run.command}`.\n"
     errors = [abs(step.predicted_s / step.measured_s - 1) for step in run.steps]
-    memory = [abs(step.predicted_active_gib / step.measured_active_gib - 1) for step in run.steps]
     bound = [step for step in run.steps if step.launch_share > 0.1]
     told = (
-        f"{len(run.steps)} steps; median absolute error of the step {median(errors):.1%}, {len(bound)} of "
-        f"them launch-bound; of active memory {median(memory):.1%}, at most {max(memory):.1%}.\n\n"
+        f"{len(run.steps)} steps; median absolute error {median(errors):.1%}, {len(bound)} launch-bound.\n\n"
     )
     steps = [
         [
@@ -260,9 +266,6 @@ def blocks(run: Steps) -> dict[str, str]:
             f"{step.predicted_s * 1e3:.1f} ms",
             f"{step.predicted_s / step.measured_s - 1:+.1%}",
             f"{step.launch_share:.0%}",
-            f"{step.measured_active_gib:.2f} GiB",
-            f"{step.predicted_active_gib / step.measured_active_gib - 1:+.1%}",
-            f"{step.measured_reserved_gib / step.measured_active_gib:.2f}",
         ]
         for step in run.steps
     ]
@@ -275,24 +278,61 @@ def blocks(run: Steps) -> dict[str, str]:
         ]
         for line in run.issue
     ]
-    head = [
-        "GPU",
-        "step",
-        "measured",
-        "predicted",
-        "error",
-        "launch-bound",
-        "active, measured",
-        "error",
-        "reserved over active",
-    ]
+    head = ["GPU", "step", "measured", "predicted", "error", "launch-bound"]
     return {
-        "benchmark-h100-steps": told + table(head, steps, numbers=(2, 3, 4, 5, 6, 7, 8)) + source,
+        "benchmark-h100-steps": told + table(head, steps, numbers=(2, 3, 4, 5)) + source,
+        "benchmark-steps-memory": _memory(run) + source,
+        "benchmark-steps-kinds": _kinds(run) + source,
         "benchmark-issue-785": table(
             ["what", "measured there", "predicted", "error"], issue, numbers=(1, 2, 3)
         )
         + source,
     }
+
+
+def _memory(run: Steps) -> str:
+    """Active and reserved, measured and predicted."""
+    errors = {
+        what: [abs(error) for error in found]
+        for what, found in (
+            ("active", [step.active_error for step in run.steps]),
+            ("reserved", [step.reserved_error for step in run.steps]),
+        )
+    }
+    words = [
+        f"{what}: median absolute error {median(found):.1%}, at most {max(found):.1%}, within 8 % "
+        f"{sum(error <= 0.08 for error in found)} of {len(found)}"
+        for what, found in errors.items()
+    ]
+    rows = [
+        [
+            step.device.split()[1],
+            step.tag,
+            f"{step.measured_active_gib:.2f} GiB",
+            f"{step.active_error:+.1%}",
+            f"{step.measured_reserved_gib:.2f} GiB",
+            f"{step.predicted_reserved_gib:.2f} GiB",
+            f"{step.reserved_error:+.1%}",
+            f"{step.measured_reserved_gib / step.measured_active_gib:.2f}",
+        ]
+        for step in run.steps
+    ]
+    head = ["GPU", "step", "active, measured", "error", "reserved, measured", "predicted", "error"]
+    made = table([*head, "reserved over active"], rows, numbers=(2, 3, 4, 5, 6, 7))
+    return f"{'; '.join(words)}.\n\n{made}"
+
+
+def _kinds(run: Steps) -> str:
+    """What the predicted memory is made of."""
+    names = list(dict.fromkeys(str(kind) for kind in MemoryKind))
+    found = [name for name in names if any(name in dict(step.kinds) for step in run.steps)]
+    rows = []
+    for step in run.steps:
+        kinds = dict(step.kinds)
+        cells = [f"{kinds[name]:.2f}" if name in kinds else "–" for name in found]
+        slack = step.predicted_reserved_gib - step.predicted_active_gib
+        rows.append([step.device.split()[1], step.tag, *cells, f"{slack:.2f}"])
+    return table(["GPU", "step, in GiB", *found, "slack"], rows, numbers=tuple(range(2, len(found) + 3)))
 
 
 def main() -> int:

@@ -30,6 +30,7 @@ from benchmarks import published_mixtures
 from benchmarks.published_mixtures import TracedMixture, is_mixture
 from benchmarks.published_results import NotTaken, Predicted, Published, newest_run, summary, with_others
 from benchmarks.results import command_line, now
+from shardwise.core.allocator import PYTORCHS, AllocatorSettings
 from shardwise.core.case import StepSettings
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import Mesh
@@ -101,6 +102,10 @@ has switches. Source: NVIDIA, "Introducing NVIDIA HGX H100" (HGX H100 4-GPU, poi
 SELECTIVE_LAYER, EVERY_SECOND = "selective layer", 2
 """torchtitan's selective recompute by layers ran every second layer again (selective_ac_option = "2" in its
 train_configs of 2024)."""
+
+EXPANDABLE = AllocatorSettings(expandable_segments=True)
+"""torchtitan's allocator. Source: PYTORCH_CUDA_ALLOC_CONF in its run_llama_train.sh of December 2024 and
+run_train.sh since. Its parameters are filled shard by shard (init_weights of DTensors)."""
 
 FP8 = ("fp8", "float8")
 COMPILED_LOSS = "2025-04"
@@ -276,6 +281,7 @@ def dense_job(row: Row) -> Job:
         optimizer_shards=dp * context if distributed else 1,
         precision=Precision.TRACED if traced.mixed else Precision.MASTER,
         waits_for_device=row["framework"] in TIMED_PASSES,
+        allocator=EXPANDABLE if "torchtitan" in row["framework"] else PYTORCHS,
     )
     return Job(traced, setup, machine, per_node_of(row, machine))
 
@@ -369,8 +375,8 @@ def _machine(name: str) -> Machine:
     return load_machine(name)
 
 
-def predicted(job: Job, program: Program) -> Prediction:
-    """What the row's run would take."""
+def predicted(job: Job, program: Program, *, replays: bool = True) -> Prediction:
+    """What the row's run would take. replays: see forecast()."""
     machine = _machine(job.machine)
     if job.per_node is not None:
         within = replace(machine.within, direct=job.per_node if job.per_node <= BOARD else 0)
@@ -378,7 +384,7 @@ def predicted(job: Job, program: Program) -> Prediction:
     if not job.is_fitted:
         rates = tuple((dtype, replace(rate, unaligned=1.0)) for dtype, rate in machine.matmuls)
         machine = replace(machine, matmuls=rates)
-    return predict(program, machine, job.setup)
+    return predict(program, machine, job.setup, replays=replays)
 
 
 def left_out(row: Row, job: Job) -> Job:
@@ -395,7 +401,8 @@ def answers(rows: Sequence[tuple[Row, Job]]) -> list[Predicted]:
     program = program_of(rows[0][1].traced)
     found = []
     for row, job in rows:
-        made, alone = predicted(job, program), predicted(left_out(row, job), program)
+        made = predicted(job, program, replays=bool(row["peak_mem_gib"]))
+        alone = predicted(left_out(row, job), program, replays=False)
         found.append(
             Predicted(
                 group=row["source_group"],

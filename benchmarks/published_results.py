@@ -393,7 +393,7 @@ def _memory_table(rows: Sequence[Predicted]) -> str:
                 if row.memory_kind.startswith(kind) and row.memory_error is not None
             ]
             if errors:
-                within = sum(abs(error) <= 0.1 for error in errors)
+                within = [sum(abs(error) <= share for error in errors) for share in (0.05, 0.1)]
                 lines.append(
                     [
                         name,
@@ -401,13 +401,13 @@ def _memory_table(rows: Sequence[Predicted]) -> str:
                         str(len(errors)),
                         _signed(median(errors)),
                         _share(median(map(abs, errors))),
-                        f"{within} of {len(errors)}",
+                        *(f"{count} of {len(errors)}" for count in within),
                     ]
                 )
     return table(
-        ["group", "memory", "rows", "median, signed", "median, absolute", "within 10 %"],
+        ["group", "memory", "rows", "median, signed", "median, absolute", "within 5 %", "within 10 %"],
         lines,
-        numbers=(2, 3, 4, 5),
+        numbers=(2, 3, 4, 5, 6),
     )
 
 

@@ -230,7 +230,8 @@ class Constant:
 @dataclass(frozen=True, slots=True)
 class Machine:
     """Equal devices, `devices_per_node` of them joined by `within`, nodes joined by `between` (None: one node
-    only). error: of predictions on it, as a share: of how two plans compare, predicted against measured;
+    only). workspace_bytes: that its matmul library keeps for each handle, beside tensors and in the
+    allocator. error: of predictions on it, as a share: of how two plans compare, predicted against measured;
     spread: of its ranks. None where nobody measured that."""
 
     name: str
@@ -250,6 +251,7 @@ class Machine:
     constants: tuple[Constant, ...] = ()
     error: float | None = None
     spread: Spread | None = None
+    workspace_bytes: float = 0.0
 
     def matmul(self, dtype: str) -> MatmulRate | None:
         return dict(self.matmuls).get(dtype)

@@ -104,6 +104,12 @@ class Pipeline:
         return tuple(Span(first, count) for first, count in zip(firsts, counts, strict=True))
 
     @property
+    def is_steady(self) -> bool:
+        """Whether forwards and backwards take turns once a stage has begun, so that more micro-batches hold
+        no more."""
+        return self.schedule is not Schedule.GPIPE
+
+    @property
     def wants(self) -> str:
         """Which numbers of micro-batches the schedule runs, in words."""
         match self.schedule:

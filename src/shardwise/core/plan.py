@@ -38,6 +38,10 @@ class Engine(StrEnum):
     DTENSOR = "dtensor"
 
 
+NO_ENGINE = "none"
+"""Of a model that nobody cuts but FSDP."""
+
+
 class TheirPlan(StrEnum):
     """What can stand in a plan's place where the rules aren't ours. unsharded: one rank holds the whole
     model. hf: a Hugging Face model's own tp_plan, carried out by transformers. hf-ep: its ep_plan above that:

@@ -6,6 +6,7 @@ The terms add up to the step. What isn't modelled is named, and never 0.
 from dataclasses import dataclass
 from enum import StrEnum
 
+from shardwise.core.allocator import PYTORCHS, AllocatorSettings
 from shardwise.core.mesh import Mesh
 from shardwise.core.pipeline import Pipeline, Schedule
 from shardwise.core.program import MemoryKind
@@ -65,6 +66,15 @@ class Precision(StrEnum):
     MASTER = "master"
 
 
+class Filling(StrEnum):
+    """How parameters get their first values, which leaves an allocator with memory to reuse. shards: each
+    rank's own shards, in place (torchtitan; FSDP2 from the meta device). whole: one whole parameter after the
+    other on the device, and with FSDP then the model's shards (Shardwise's own ranks)."""
+
+    SHARDS = "shards"
+    WHOLE = "whole"
+
+
 @dataclass(frozen=True, slots=True)
 class Setup:
     """How a traced micro-batch's Program becomes a whole step, and what is assumed of the run. A choice per
@@ -85,8 +95,9 @@ class Setup:
     half. optimizer_shards: ranks that share the optimizer's state and work (ZeRO-1); of experts that each
     rank along ep holds for itself, so many times fewer. waits_for_device: whether the host waits at the end
     of each forward and backward until the device is done, as Megatron's timers made it
-    (torch.cuda.synchronize) until 2022. spread_s: the standard deviation over ranks of one
-    second's work, whatever the machine says; None: as it says. without: terms that are switched off.
+    (torch.cuda.synchronize) until 2022. spread_s: the standard deviation over ranks of one second's work,
+    whatever the machine says; None: as it says. allocator: how the run's is set up. filled: how parameters
+    got their first values. without: terms that are switched off.
     """
 
     mesh: Mesh | None = None
@@ -108,6 +119,8 @@ class Setup:
     sums_float32: bool = False
     waits_for_device: bool = False
     spread_s: float | None = None
+    allocator: AllocatorSettings = PYTORCHS
+    filled: Filling = Filling.SHARDS
     without: tuple[Term, ...] = ()
 
     def pipeline(self) -> Pipeline:
@@ -130,8 +143,10 @@ class Setup:
 class MemoryForecast:
     """One rank's memory, of the fullest stage of a pipeline: `stage`. by_kind: at the peak, adding up to
     active_bytes.
-    reserved_bytes: what the allocator would hold; device_bytes: with what the process holds beside. fits: in
-    the machine's memory."""
+    reserved_bytes: what the allocator holds where the device is never full; device_bytes: with what the
+    process holds beside. fits: in the machine's memory. given_back: where that doesn't fit, but runs all the
+    same, how often a step finds the device full and gives back what is free; None where it fits, and where it
+    doesn't run."""
 
     active_bytes: float
     by_kind: tuple[tuple[MemoryKind, float], ...]
@@ -139,6 +154,12 @@ class MemoryForecast:
     device_bytes: float
     capacity_bytes: float
     stage: int = 0
+    given_back: int | None = None
+
+    @property
+    def slack_bytes(self) -> float:
+        """What the allocator rounds and can't reuse."""
+        return self.reserved_bytes - self.active_bytes
 
     @property
     def fits(self) -> bool:

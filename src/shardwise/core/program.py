@@ -76,7 +76,8 @@ class OpKind(StrEnum):
 
 class MemoryKind(StrEnum):
     """What a storage is for. activation: made in forward or loss and needed by the backward; temporary:
-    everything else that comes and goes."""
+    everything else that comes and goes; workspace: what a library keeps for itself, which a forecast knows
+    and no trace sees."""
 
     PARAMETER = "parameter"
     GRADIENT = "gradient"
@@ -85,6 +86,7 @@ class MemoryKind(StrEnum):
     INPUT = "input"
     ACTIVATION = "activation"
     TEMPORARY = "temporary"
+    WORKSPACE = "workspace"
 
 
 @dataclass(frozen=True, slots=True)

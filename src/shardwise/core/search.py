@@ -5,7 +5,7 @@ A Space says which decisions are open; a Candidate is one way to decide all of t
 is predict's to say; which are looked at, and when the best is proved, is search/'s."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from shardwise.core.case import Case, StepSettings
@@ -84,6 +84,10 @@ class Candidate:
     @property
     def mesh(self) -> Mesh:
         return Mesh(self.axes)
+
+    @property
+    def without_recompute(self) -> "Candidate":
+        return replace(self, recompute="none", recomputed=0)
 
     def style(self, group: str) -> str | None:
         """Of a group; None where nothing is cut."""

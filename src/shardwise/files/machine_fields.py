@@ -66,6 +66,7 @@ MEMORY = (
     Field("capacity", "memory_bytes", CAPACITY),
     Field("bandwidth", "memory_bytes_per_s", BANDWIDTH),
     Field("context", "context_bytes", HELD),
+    Field("workspace", "workspace_bytes", HELD, is_needed=False, default=0.0),
 )
 CAP = (Field("cap", "power_w", POWER),)
 PREDICTIONS = (Field("error", "error", SHARE),)

@@ -2,7 +2,8 @@
 was fitted; no file is opened here.
 
     name, device ("cuda" or "cpu"), about, devices_per_node
-    [memory]               capacity, bandwidth, context (held by the process beside tensors)
+    [memory]               capacity, bandwidth, context (held by the process beside tensors), workspace
+                           (of each handle of the library that multiplies; may be left out: none)
     [power]                cap (optional; for the reader: rates hold under it)
     [predictions]          error (optional; a share: how far off predicted ratios between plans were)
     [matmul.DTYPE]         peak, units, tiles (rows, columns, share of peak), start, extra_k; group,

@@ -63,6 +63,7 @@ FORM = Form(
         (CollectiveCall, "wire_bytes"): _Bytes,
         (CollectiveCall, "phase"): Phase,
         (MemoryChange, "n_bytes"): Annotated[int, Meta(ge=-LARGEST, le=LARGEST)],
+        (MemoryChange, "nth"): Annotated[int, Meta(ge=-MOST_ITEMS, le=MOST_ITEMS)],
         (Block, "times"): _Layers,
         (Block, "stride"): Annotated[int, Meta(ge=-1, le=1)],
         (StepSettings, "batch"): _Count,

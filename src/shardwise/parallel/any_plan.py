@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.core.errors import OptionError
 from shardwise.core.mesh import Mesh
-from shardwise.core.plan import AnyPlan, Plan, TheirPlan
+from shardwise.core.plan import NO_ENGINE, AnyPlan, Plan, TheirPlan
 from shardwise.models.model_source import ModelSource
 from shardwise.models.self_sharded import sharding_source
 from shardwise.parallel.apply import parallelize
@@ -91,4 +91,4 @@ def engine_of(plan: AnyPlan) -> str:
         case TheirPlan.OWN:
             return "dtensor"
         case TheirPlan.UNSHARDED:
-            return "none"
+            return NO_ENGINE

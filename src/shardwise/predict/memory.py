@@ -4,7 +4,8 @@ pipeline, and scaled to other sizes of the mesh.
     traced     the peak of everything, as tensors came and went
     otherwise  states live all the time, in the bytes per parameter below, reduced in the buffers that they
                live in; and the peak of everything else in forward and backward
-    reserved   active x RESERVED_OVER_ACTIVE: what the caching allocator rounds and can't reuse
+    workspace  what the library that multiplies keeps for each of its handles
+    reserved   what the caching allocator takes for all of that, step after step (replay.py)
     device     reserved and what the process holds beside tensors (context, libraries, communicators)
 
 Bytes per parameter in half precision: master 2 + 4 + 12 (parameter, gradient, master weight and two moments;
@@ -23,15 +24,11 @@ from shardwise.core.dtype import DTYPE_BYTES
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import SHARDS_AXIS
 from shardwise.core.prediction import MemoryForecast, Precision, Setup
-from shardwise.core.program import MemoryChange, MemoryKind, Program
+from shardwise.core.program import BACKWARDS, ONCE, MemoryChange, MemoryKind, Op, OpKind, Program
 from shardwise.predict.changes import counts, fused_loss, scales_of
 from shardwise.predict.groups import group_of
+from shardwise.predict.replay import replayed
 from shardwise.predict.stage_memory import STATES, StagePart, stage_parts
-
-RESERVED_OVER_ACTIVE = 1.16
-"""Median of 24 steps on an H100 and an H200 that hold more than 5 GiB (from 1.04 to 1.56), with the
-allocator's defaults. Source: benchmarks/data/h100-steps.json and h200-steps.json (reserved_over_active in
-benchmarks/measured_steps.py)."""
 
 KINDS = tuple(MemoryKind)
 OF_MASTER = (1.0, 2.0, 6.0)  # of the traced bytes of the parameters: parameter, gradient, optimizer
@@ -40,16 +37,39 @@ ByKind = dict[MemoryKind, float]
 Bytes = NDArray[np.float64]
 
 
-def forecast(program: Program, machine: Machine, setup: Setup) -> MemoryForecast:
-    """Of the fullest stage."""
+def forecast(program: Program, machine: Machine, setup: Setup, *, replays: bool = True) -> MemoryForecast:
+    """Of the fullest stage. replays: whether the allocator is simulated; else it is taken to reserve what is
+    active, which it does at least."""
     parts = stage_parts(program, setup) or (None,)
-    stages = [(part.stage if part is not None else 0, of_stage(program, setup, part)) for part in parts]
-    stage, by_kind = max(stages, key=lambda each: sum(each[1].values()))
-    active = sum(by_kind.values())
-    reserved = active * (RESERVED_OVER_ACTIVE if machine.device == "cuda" else 1.0)
+    stages = [(part, of_stage(program, setup, part)) for part in parts]
+    part, by_kind = max(stages, key=lambda each: sum(each[1].values()))
+    by_kind |= _workspaces(program, machine)
+    active = reserved = sum(by_kind.values())
+    given_back = None
+    if machine.device == "cuda" and replays:
+        room = machine.memory_bytes - machine.context_bytes
+        found = replayed(program, setup, part, workspace_bytes=machine.workspace_bytes)
+        reserved = max(active, float(found.reserved_bytes))
+        if active <= room < reserved:
+            tight = replayed(
+                program, setup, part, workspace_bytes=machine.workspace_bytes, capacity_bytes=room
+            )
+            given_back = None if tight.is_short else tight.given_back
     kinds = tuple((kind, by_kind[kind]) for kind in MemoryKind if by_kind.get(kind))
     device = reserved + machine.context_bytes
-    return MemoryForecast(active, kinds, reserved, device, machine.memory_bytes, stage)
+    stage = part.stage if part is not None else 0
+    return MemoryForecast(active, kinds, reserved, device, machine.memory_bytes, stage, given_back)
+
+
+def _workspaces(program: Program, machine: Machine) -> ByKind:
+    """The forward's thread and the backward's each have a handle of the library, once it multiplies."""
+    multiplies = {
+        item.phase in BACKWARDS
+        for block in program.blocks
+        for item in block.items
+        if isinstance(item, Op) and item.kind is OpKind.MATMUL and item.phase not in ONCE
+    }
+    return {MemoryKind.WORKSPACE: len(multiplies) * machine.workspace_bytes}
 
 
 def of_stage(program: Program, setup: Setup, part: StagePart | None) -> ByKind:

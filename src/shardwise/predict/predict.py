@@ -15,9 +15,9 @@ from shardwise.predict.pipeline import pipeline_s
 from shardwise.predict.streams import run
 
 
-def predict(program: Program, machine: Machine, setup: Setup) -> Prediction:
-    """Of a setup that check_setup lets pass."""
-    return prediction_of(lay_out(program, machine, setup))
+def predict(program: Program, machine: Machine, setup: Setup, *, replays: bool = True) -> Prediction:
+    """Of a setup that check_setup lets pass. replays: see forecast()."""
+    return prediction_of(lay_out(program, machine, setup), replays=replays)
 
 
 def step_s(program: Program, machine: Machine, setup: Setup) -> float:
@@ -25,7 +25,7 @@ def step_s(program: Program, machine: Machine, setup: Setup) -> float:
     return sum(_terms(lay_out(program, machine, setup)).values())
 
 
-def prediction_of(layout: Layout) -> Prediction:
+def prediction_of(layout: Layout, *, replays: bool = True) -> Prediction:
     program, machine, setup, mesh = layout.program, layout.machine, layout.setup, layout.mesh
     terms = _terms(layout)
     sequences = program.settings.batch // Mesh(program.axes).data_parallel * mesh.data_parallel
@@ -41,7 +41,7 @@ def prediction_of(layout: Layout) -> Prediction:
         sequences * setup.micro_batches * program.settings.seq * joining_context(program, setup),
         sum(terms.values()),
         tuple(terms.items()),
-        forecast(program, machine, setup),
+        forecast(program, machine, setup, replays=replays),
         (
             *program.notes,
             *_not_exchanged(program, setup),

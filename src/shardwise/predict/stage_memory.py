@@ -72,6 +72,15 @@ class StagePart:
             return _side(module, self.sides) in self.ends
         return any(index in span for span in self.spans)
 
+    def holds(self, holding: Holding) -> bool:
+        """Whether it has this parameter, or a tied one's other place."""
+        return any(self.has(name.rpartition(".")[0]) for name in (holding.name, *holding.shared))
+
+    def of_chunk(self, chunk: int, part: int, parts: int) -> "StagePart":
+        """With the layers of one of its chunks alone, which is this part of so many of the model's."""
+        ends = [end for end, at in ((BEFORE, 0), (AFTER, parts - 1)) if at == part]
+        return replace(self, spans=(self.spans[chunk],), ends=frozenset(ends))
+
     def stretches(self, block: Block) -> Iterator[tuple[NDArray[np.float64], int]]:
         """Of a block's stretches, those in a row of which it has the same: how much of each item, and how
         many. What a stretch does for the next layer, such as gathering its parameters, is that layer's."""

@@ -39,11 +39,13 @@ from shardwise.core.program import (
 )
 from shardwise.predict.costs import collective_cost, collective_s
 from shardwise.predict.groups import RankGroup, end_share, group_of
-from shardwise.predict.memory import OF_MASTER, RESERVED_OVER_ACTIVE
+from shardwise.predict.memory import OF_MASTER
 from shardwise.predict.work import AFTER, BEFORE, TERMS, boundary_bytes, layers_of, work_of
 
 SURELY = 0.9
 """Of a layer's forward, what a recompute surely runs again: it ends with what the backward needs."""
+MOST_FREED = 2.0
+"""An allocator gives back at most so many times what tensors free: what lay between them too."""
 _BESIDE = Role.SHARDS_PARAMETERS
 
 
@@ -126,17 +128,13 @@ class Bounds:
         in_flight = min(stages, micro_batches)
         layers = self.layers // stages if stages > 1 else self.layers
         active = held / stages + in_flight * layers * kept
-        return active * self._reserve + self.machine.context_bytes
+        return active + self.machine.context_bytes
 
     @property
     def freed_bytes(self) -> float:
         """By which a device holds less, at most, for each layer that is recomputed."""
         kept, between = self._kept_bytes
-        return (kept - between) * self._reserve
-
-    @property
-    def _reserve(self) -> float:
-        return RESERVED_OVER_ACTIVE if self.machine.device == "cuda" else 1.0
+        return (kept - between) * MOST_FREED
 
     def shards(self, mesh: Mesh) -> float:
         """Into how many parts the states of this Program's rank are cut on the mesh."""

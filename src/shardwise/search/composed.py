@@ -1,11 +1,17 @@
-"""What is put together of pieces: how few layers must be recomputed, and which styles differ in what."""
+"""What is put together of pieces: how few layers must be recomputed, which styles differ in what, and which
+answers are alike."""
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 
 from shardwise.core.search import SEQUENCE, Group, can_be
+from shardwise.search.problem import Answer
 
+ALIKE = 0.01
+"""Plans that differ in styles, recompute or resharding alone, by less than this share of the step, are
+alike: only the best of them is given out."""
 Styles = tuple[tuple[str, str], ...]
 
 
@@ -34,3 +40,11 @@ def styles_of_all(base: Styles, changes: Sequence[tuple[str, str]]) -> Iterator[
     for chosen in product(*options):
         if sum(pair not in base for pair in chosen) > 1 and can_be(dict(chosen)):
             yield chosen
+
+
+def are_alike(one: Answer, other: Answer) -> bool:
+    a, b = (
+        replace(each.candidate, styles=(), recompute="none", recomputed=0, reshard=True)
+        for each in (one, other)
+    )
+    return a == b and abs(one.prediction.step_s / other.prediction.step_s - 1) < ALIKE

@@ -20,17 +20,15 @@ from shardwise.core.prediction import Prediction, Term
 from shardwise.core.program import Program
 from shardwise.core.search import SEQUENCE, Candidate, Known
 from shardwise.predict.check import check_setup
+from shardwise.predict.memory import forecast
 from shardwise.predict.predict import predict
 from shardwise.search.bounds import Bounds
-from shardwise.search.composed import fewest_layers, singles, styles_of_all
+from shardwise.search.composed import ALIKE, are_alike, fewest_layers, singles, styles_of_all
 from shardwise.search.piece import Piece, Traced, Unfit
 from shardwise.search.problem import Answer, Outcome, Problem
 from shardwise.search.queue import Node, Queue, Stage
 from shardwise.search.savings import Savings
 
-ALIKE = 0.01
-"""Plans that differ in styles, recompute or resharding alone, by less than this share of the step, are
-alike: only the best of them is given out."""
 FAR = 1.5
 """What takes so many times the best one's step isn't given out."""
 SLACK = 0.005
@@ -55,6 +53,7 @@ class Solver:
         self._bounds: dict[Piece, Bounds] = {}
         self._savings: dict[Piece, Savings] = {}
         self._predictions: dict[Candidate, Prediction | None] = {}
+        self._reserved: dict[Candidate, Prediction] = {}
         self.queue = Queue()
         self._seen: set[Candidate] = set()
         self._known_ones: list[Answer] = []
@@ -99,7 +98,7 @@ class Solver:
         """All that are known and fit, best first, without those that are like a better one."""
         found: list[Answer] = []
         for answer in sorted(self._known_ones, key=lambda each: each.prediction.step_s):
-            if not any(_are_alike(answer, other) for other in found):
+            if not any(are_alike(answer, other) for other in found):
                 found.append(answer)
         return found
 
@@ -144,7 +143,7 @@ class Solver:
                 if self._least_bytes(node.candidate, default) > self.problem.memory_bytes:
                     return []
             if self.problem.partly:
-                needed.append(_without_recompute(node.candidate))
+                needed.append(node.candidate.without_recompute)
         if node.stage is Stage.STYLES:
             needed += self._singles(node.candidate)
         pieces = dict.fromkeys(map(self.problem.piece_of, needed))
@@ -199,6 +198,7 @@ class Solver:
         found = self._predicted(candidate)
         if found is None:
             return
+        found = self._reserving(candidate, found)
         if self._fits(found):
             self._known(Answer(candidate, found))
         elif self._push_recomputed(candidate, found.step_s, found.memory.device_bytes):
@@ -230,12 +230,13 @@ class Solver:
         whole = self._predicted(candidate)
         if whole is None:
             return
+        whole = self._reserving(candidate, whole)
         if not self._fits(whole):
             self.outcome.refuse_large(candidate, whole.step_s, whole.memory.device_bytes, Known.PREDICTED)
             return
         self._known(Answer(candidate, whole))
-        none = self._predicted(_without_recompute(candidate)) if self.problem.partly else None
-        if none is not None and not self._fits(none):
+        none = self._predicted(candidate.without_recompute) if self.problem.partly else None
+        if none and not self._fits(none := self._reserving(candidate.without_recompute, none)):
             self._push_partly(candidate, 0, none)
 
     def _push_partly(self, candidate: Candidate, fewer: int, found: Prediction) -> None:
@@ -243,11 +244,11 @@ class Solver:
         it takes lies between what none and all of them take."""
         layers = self.problem.layers
         over_bytes = found.memory.device_bytes - self.problem.memory_bytes
-        freed_bytes = self._bounds_of(self.problem.piece_of(_without_recompute(candidate))).freed_bytes
+        freed_bytes = self._bounds_of(self.problem.piece_of(candidate.without_recompute)).freed_bytes
         recomputed = min(layers, fewer + fewest_layers(over_bytes, freed_bytes, layers))
         none, whole = (
             self._predicted(each)
-            for each in (_without_recompute(candidate), replace(candidate, recomputed=layers))
+            for each in (candidate.without_recompute, replace(candidate, recomputed=layers))
         )
         assert none is not None
         assert whole is not None
@@ -297,6 +298,7 @@ class Solver:
         candidate, found = node.candidate, self._predicted(node.candidate)
         if found is None:
             return
+        found = self._reserving(candidate, found)
         if self._fits(found):
             self._known(Answer(candidate, found, node.composed_s))
         elif candidate.recomputed in range(1, self.problem.layers):
@@ -330,8 +332,18 @@ class Solver:
     def _fits(self, found: Prediction) -> bool:
         return found.memory.device_bytes <= self.problem.memory_bytes
 
+    def _reserving(self, candidate: Candidate, found: Prediction) -> Prediction:
+        """With what the allocator reserves, where that decides whether it fits: where tensors alone do."""
+        if self._fits(found) and candidate not in self._reserved:
+            traced = self._pieces[self.problem.piece_of(candidate)]
+            assert not isinstance(traced, Unfit)
+            memory = forecast(traced, self.problem.machine, self.problem.setup_of(candidate))
+            self._reserved[candidate] = replace(found, memory=memory)
+        return self._reserved.get(candidate, found)
+
     def _predicted(self, candidate: Candidate) -> Prediction | None:
-        """Of its own piece, which is traced. None, and refused, where it can't be."""
+        """Of its own piece, which is traced, with the memory that tensors take. None, and refused, where it
+        can't be."""
         if candidate in self._predictions:
             return self._predictions[candidate]
         found, traced = None, self._pieces[self.problem.piece_of(candidate)]
@@ -341,7 +353,7 @@ class Solver:
             setup = self.problem.setup_of(candidate)
             try:
                 check_setup(traced, self.problem.machine, setup)
-                found = predict(traced, self.problem.machine, setup)
+                found = predict(traced, self.problem.machine, setup, replays=False)
                 self.outcome.predicted += 1
             except InputError as error:
                 self.outcome.refused[str(error)] += 1
@@ -376,7 +388,7 @@ class Solver:
     def _least_bytes(self, candidate: Candidate, default: Candidate) -> float:
         """That it holds: what the default styles hold with the same recompute, and what its styles change
         without any, where that is known, else what they leave whole."""
-        found, none = self._predicted(default), _without_recompute(default)
+        found, none = self._predicted(default), default.without_recompute
         if found is None:
             return 0.0
         changed, known = set(candidate.styles) - set(default.styles), self._changes.get(none, {})
@@ -386,15 +398,3 @@ class Solver:
         root = self.problem.piece_of(none).root
         shards = self._bounds_of(root).shards(candidate.mesh) * candidate.mesh.stages
         return found.memory.device_bytes + self._savings_of(root, none).more_bytes(candidate.styles) / shards
-
-
-def _without_recompute(candidate: Candidate) -> Candidate:
-    return replace(candidate, recompute="none", recomputed=0)
-
-
-def _are_alike(one: Answer, other: Answer) -> bool:
-    a, b = (
-        replace(each.candidate, styles=(), recompute="none", recomputed=0, reshard=True)
-        for each in (one, other)
-    )
-    return a == b and abs(one.prediction.step_s / other.prediction.step_s - 1) < ALIKE

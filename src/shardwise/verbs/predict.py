@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
+from shardwise.core.allocator import allocator_settings
 from shardwise.core.beside import PredictedStep
 from shardwise.core.case import Case, StepSettings
 from shardwise.core.errors import OptionError
@@ -13,7 +14,7 @@ from shardwise.core.mesh import PREDICTED, Mesh, check_carried
 from shardwise.core.option import Option, check_options
 from shardwise.core.pipeline import Schedule, counts_of
 from shardwise.core.plan import suggest
-from shardwise.core.prediction import AttentionKernel, Precision, Scaling, Setup, Term
+from shardwise.core.prediction import AttentionKernel, Filling, Precision, Scaling, Setup, Term
 from shardwise.core.prediction_run import PredictionRun
 from shardwise.core.program import Program
 from shardwise.core.shown import shown
@@ -107,12 +108,28 @@ class PredictOptions:
             shown="as the machine says",
         ),
     ] = None
+    allocator: Annotated[
+        str,
+        Option(
+            "PYTORCH_ALLOC_CONF of the run, such as expandable_segments:True.", HOW, shown="PyTorch's own"
+        ),
+    ] = ""
+    filled: Annotated[
+        str,
+        Option(
+            "How parameters get their first values: shards (each rank its own), or whole (one whole "
+            "parameter after the other, as Shardwise's ranks do it).",
+            HOW,
+            choices=tuple(Filling),
+        ),
+    ] = "shards"
     without: Annotated[
         tuple[str, ...], Option(f"Terms to switch off: {', '.join(TERM_NAMES)}.", HOW, shown="none")
     ] = ()
 
     def __post_init__(self) -> None:
         check_options(self)
+        allocator_settings(self.allocator)
         _terms(self.without)
 
     def setup(self, mesh: Mesh | None, step: StepSettings) -> Setup:
@@ -120,6 +137,7 @@ class PredictOptions:
         own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(PredictOptions)}
         own |= {"precision": Precision(self.precision), "scaling": Scaling(self.scaling)}
         own |= {"without": _terms(self.without)}
+        own |= {"allocator": allocator_settings(self.allocator), "filled": Filling(self.filled)}
         if self.attention is not None:
             own["attention"] = AttentionKernel(self.attention)
         schedule = Schedule(step.schedule) if step.schedule is not None else None

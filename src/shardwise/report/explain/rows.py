@@ -30,6 +30,7 @@ KIND_PLURALS = {
     MemoryKind.INPUT: "inputs",
     MemoryKind.ACTIVATION: "activations",
     MemoryKind.TEMPORARY: "temporary",
+    MemoryKind.WORKSPACE: "libraries' workspaces",
 }
 
 

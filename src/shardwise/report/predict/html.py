@@ -65,7 +65,7 @@ def _memory_parts(memory: MemoryForecast) -> list[Part]:
     """Kinds at the peak, then what the allocator and the process hold beside them."""
     kinds = [Part(f"m-{key}", label, n_bytes) for key, label, n_bytes in rows.memory_rows(memory)]
     beside = [
-        Part("m-allocator", "allocator", memory.reserved_bytes - memory.active_bytes),
+        Part("m-allocator", "allocator", memory.slack_bytes),
         Part("m-process", "process", memory.device_bytes - memory.reserved_bytes),
     ]
     return [*kinds, *(part for part in beside if part.value > 0)]

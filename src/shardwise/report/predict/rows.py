@@ -12,7 +12,15 @@ from shardwise.core.case import StepSettings
 from shardwise.core.machine import Spread
 from shardwise.core.mesh import REPLICAS_AXIS, Mesh
 from shardwise.core.pipeline import Schedule
-from shardwise.core.prediction import AttentionKernel, MemoryForecast, Precision, Prediction, Setup, Term
+from shardwise.core.prediction import (
+    AttentionKernel,
+    Filling,
+    MemoryForecast,
+    Precision,
+    Prediction,
+    Setup,
+    Term,
+)
 from shardwise.core.prediction_run import (
     LAUNCH_BOUND,
     LaunchBound,
@@ -98,6 +106,7 @@ def memory_levels(memory: MemoryForecast) -> tuple[tuple[str, float], ...]:
     has."""
     return (
         ("active: tensors at the peak", memory.active_bytes),
+        ("the allocator's slack: rounding, and what it can't reuse", memory.slack_bytes),
         ("reserved by the allocator", memory.reserved_bytes),
         ("with the process's own", memory.device_bytes),
         ("the device has", memory.capacity_bytes),
@@ -110,9 +119,15 @@ def fit_text(memory: MemoryForecast) -> str:
 
 
 def spare_text(memory: MemoryForecast) -> str:
-    """`12.3 GiB left`, or `4.50 GiB too much`."""
+    """`12.3 GiB left`, or `4.50 GiB too much`, and whether it runs all the same."""
     spare = memory.capacity_bytes - memory.device_bytes
-    return f"{format_bytes(spare)} left" if memory.fits else f"{format_bytes(-spare)} too much"
+    if memory.fits:
+        return f"{format_bytes(spare)} left"
+    over = f"{format_bytes(-spare)} too much"
+    if memory.given_back is None:
+        return over
+    times = f"{memory.given_back:,} times a step" if memory.given_back else "once, at the beginning"
+    return f"{over}, but tensors fit: the allocator gives back what is free {times}"
 
 
 def rate_text(prediction: Prediction) -> str:
@@ -203,6 +218,7 @@ def assumptions(
         lines.append("Collectives over tp run beside the matmuls that make or take them.")
     if setup.waits_for_device:
         lines.append("The host waits for the device at the end of each forward and backward.")
+    lines += _of_allocator(setup)
     if setup.without:
         lines.append(f"Switched off: {', '.join(setup.without)}.")
     return tuple(lines)
@@ -230,6 +246,19 @@ def _arrival(setup: Setup, spread: Spread | None) -> str:
         f"after a second of work (variances add up){beside}; each waits for the last of its group. Slower "
         "devices, and late passes of a pipeline, are not modelled."
     )
+
+
+def _of_allocator(setup: Setup) -> list[str]:
+    said = str(setup.allocator)
+    lines = [f"PYTORCH_ALLOC_CONF is {said}."] if said else []
+    match setup.filled:
+        case Filling.SHARDS:
+            pass
+        case Filling.WHOLE:
+            lines.append("Parameters are filled whole, one after the other, as Shardwise's ranks do it.")
+        case _:
+            assert_never(setup.filled)
+    return lines
 
 
 def _of_ranks(setup: Setup, mesh: Mesh) -> list[str]:

@@ -1,0 +1,172 @@
+"""A traced step's storages as a script for an allocator: what comes, what goes, which is which, in the sizes
+of a setup. Equal layers are unfolded, for what an allocator has free differs from layer to layer.
+
+A storage that goes is found by what it is (bytes, kind, maker, module) and which of those alike it was
+(MemoryChange.nth). One of which only the end is here, such as what another stage made, is passed over.
+"""
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from shardwise.core.layer_name import layer_index, moved_name
+from shardwise.core.prediction import Precision, Setup
+from shardwise.core.program import (
+    BACKWARDS,
+    ONCE,
+    Block,
+    Item,
+    MemoryChange,
+    MemoryKind,
+    Op,
+    OpKind,
+    Phase,
+    Program,
+)
+from shardwise.predict.changes import Place, counts, fused_loss, scales_of
+from shardwise.predict.groups import further_shards
+from shardwise.predict.stage_memory import STATES, StagePart
+
+
+class Section(IntEnum):
+    """Of a traced step: a micro-batch's forward and backward, and what runs once."""
+
+    FORWARD = 0
+    BACKWARD = 1
+    END = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Comes:
+    """A storage, by its number in the script. is_shared: one serves all micro-batches that are in flight,
+    such as parameters that FSDP has gathered."""
+
+    number: int
+    n_bytes: int
+    stream: int
+    is_gradient: bool = False
+    is_shared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Goes:
+    number: int
+
+
+class Mark(IntEnum):
+    """A section's first matmul; the optimizer's first op."""
+
+    MATMUL = 0
+    OPTIMIZER = 1
+
+
+Event = Comes | Goes | Mark
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """Events by section."""
+
+    sections: tuple[list[Event], ...] = field(default_factory=lambda: tuple([] for _ in Section))
+
+
+def script_of(program: Program, setup: Setup, part: StagePart | None = None) -> Script:
+    """part: only what this stage has."""
+    return _Writer(program, setup, part).written()
+
+
+class _Writer:
+    def __init__(self, program: Program, setup: Setup, part: StagePart | None) -> None:
+        self._program, self._setup, self._part = program, setup, part
+        self._prefix = program.layers[0] if program.layers is not None else None
+        self._scales = scales_of(program, setup)
+        if setup.precision is Precision.MASTER:  # states are kept elsewhere, and all the time
+            self._scales |= dict.fromkeys(STATES, 0.0)
+        self._shards = 1 / further_shards(program, setup)
+        self._fused = fused_loss(program) if setup.compiled_loss else {}
+        self._script = Script()
+        self._section = Section.FORWARD
+        self._marks: set[tuple[Section, Mark]] = set()
+        self._living: defaultdict[Hashable, list[int]] = defaultdict(list)
+        self._count = 0
+
+    def written(self) -> Script:
+        for place, block in enumerate(self._program.blocks):
+            rows = [
+                (at, item, self._layer(item), self._what(item))
+                for at, item in enumerate(block.items)
+                if not isinstance(item, MemoryChange) or counts(item, self._setup)
+            ]
+            for repeat, shares in enumerate(self._shares_of(block)):
+                for at, item, layer, what in rows:
+                    share = 1.0 if shares is None else shares[at]
+                    by = 0 if layer is None else layer + repeat * block.stride
+                    self._add((place, at), item, (by, what), share)
+        return self._script
+
+    def _shares_of(self, block: Block) -> Iterator[list[float] | None]:
+        """For each repeat, how much of each item is here; None: all."""
+        if self._part is None:
+            yield from [None] * block.times
+            return
+        for shares, times in self._part.stretches(block):
+            yield from [shares.tolist()] * times
+
+    def _layer(self, item: Item) -> int | None:
+        return layer_index(item.module, self._prefix)
+
+    def _what(self, item: Item) -> Hashable:
+        """Of a change, whatever its layer: its storage's maker and size."""
+        if not isinstance(item, MemoryChange):
+            return None
+        index = self._layer(item)
+        module = item.module if index is None else moved_name(item.module, self._prefix, -index)
+        return abs(item.n_bytes), item.kind, item.phase, module, item.maker, item.stream
+
+    def _add(self, place: Place, item: Item, key: Hashable, share: float) -> None:
+        if not isinstance(item, MemoryChange):
+            self._note(item)
+            return
+        if item.n_bytes < 0:
+            alike = self._living[key]
+            if alike:
+                at = item.nth if -len(alike) <= item.nth < len(alike) else 0
+                self._events.append(Goes(alike.pop(at)))
+            return
+        self._enter(item.phase)
+        n_bytes = int(self._fused.get(place, item.n_bytes) * self._scale(item) * share)
+        if n_bytes > 0:
+            is_gradient = item.kind is MemoryKind.GRADIENT
+            is_shared = self._part is not None and self._part.is_gathered(item)
+            self._events.append(Comes(self._count, n_bytes, item.stream, is_gradient, is_shared))
+            self._living[key].append(self._count)
+            self._count += 1
+
+    def _scale(self, change: MemoryChange) -> float:
+        return self._scales.get(change.kind, self._shards if change.is_shard else 1.0)
+
+    @property
+    def _events(self) -> list[Event]:
+        return self._script.sections[self._section]
+
+    def _note(self, item: Item) -> None:
+        self._enter(item.phase)
+        if not isinstance(item, Op):
+            return
+        if item.phase is Phase.OPTIMIZER:
+            self._mark(Mark.OPTIMIZER)
+        elif item.kind is OpKind.MATMUL:
+            self._mark(Mark.MATMUL)
+
+    def _mark(self, mark: Mark) -> None:
+        if (self._section, mark) not in self._marks:
+            self._marks.add((self._section, mark))
+            self._events.append(mark)
+
+    def _enter(self, phase: Phase) -> None:
+        """Sections follow one another: a module's forward that runs again is in the backward."""
+        section = (
+            Section.END if phase in ONCE else Section.BACKWARD if phase in BACKWARDS else Section.FORWARD
+        )
+        self._section = max(self._section, section)
