@@ -214,7 +214,8 @@ def test_as_few_layers_as_make_it_fit_run_again(model: str, devices: int, fix: t
         best = min(tried(case, problem).values(), key=lambda each: each.step_s)
         answer = solved(case, problem).answers[0]
         assert answer.prediction.step_s == pytest.approx(best.step_s, rel=1e-9)
-        assert 0 < answer.candidate.recomputed <= layers
+        stages = answer.candidate.mesh.stages  # as many of each run again: what is left over is rounded up
+        assert 0 < answer.candidate.recomputed <= -(-layers // stages) * stages
         assert answer.composed_s == pytest.approx(
             best.step_s, rel=0.01
         )  # what its pieces gave, beside predict
