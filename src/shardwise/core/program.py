@@ -167,9 +167,9 @@ class Collective:
 class MemoryChange:
     """A storage that comes (n_bytes > 0) or goes (n_bytes < 0). maker: the op, collective or call that made
     it, in `module`. stream: that it was made on, numbered as they were first used; 0 is the one that
-    computes. nth: of one that goes, which of those alike that live: counted from the eldest (0), or from the
-    youngest (-1), where that is nearer. is_shard: as large as what this rank has of FSDP's shards, and so
-    smaller where more ranks share them."""
+    computes. nth: of one that goes, which of those that live and are alike but for their sizes: counted from
+    the eldest (0), or from the youngest (-1), where that is nearer. is_shard: as large as what this rank has
+    of FSDP's shards, and so smaller where more ranks share them."""
 
     n_bytes: int
     kind: MemoryKind

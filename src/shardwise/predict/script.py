@@ -1,7 +1,7 @@
 """A traced step's storages as a script for an allocator: what comes, what goes, which is which, in the sizes
 of a setup. Equal layers are unfolded, for what an allocator has free differs from layer to layer.
 
-A storage that goes is found by what it is (bytes, kind, maker, module) and which of those alike it was
+A storage that goes is found by what it is (kind, maker, module) and which of those alike it was
 (MemoryChange.nth). One of which only the end is here, such as what another stage made, is passed over.
 """
 
@@ -27,6 +27,8 @@ from shardwise.core.program import (
 from shardwise.predict.changes import Place, counts, fused_loss, scales_of
 from shardwise.predict.groups import further_shards
 from shardwise.predict.stage_memory import STATES, StagePart
+
+NOWHERE = -1  # the number of what this setup or stage doesn't have
 
 
 class Section(IntEnum):
@@ -117,12 +119,12 @@ class _Writer:
         return layer_index(item.module, self._prefix)
 
     def _what(self, item: Item) -> Hashable:
-        """Of a change, whatever its layer: its storage's maker and size."""
+        """Of a change, whatever its layer and size: its storage's maker."""
         if not isinstance(item, MemoryChange):
             return None
         index = self._layer(item)
         module = item.module if index is None else moved_name(item.module, self._prefix, -index)
-        return abs(item.n_bytes), item.kind, item.phase, module, item.maker, item.stream
+        return item.kind, item.phase, module, item.maker, item.stream
 
     def _add(self, place: Place, item: Item, key: Hashable, share: float) -> None:
         if not isinstance(item, MemoryChange):
@@ -132,16 +134,20 @@ class _Writer:
             alike = self._living[key]
             if alike:
                 at = item.nth if -len(alike) <= item.nth < len(alike) else 0
-                self._events.append(Goes(alike.pop(at)))
+                number = alike.pop(at)
+                if number >= 0:
+                    self._events.append(Goes(number))
             return
         self._enter(item.phase)
         n_bytes = int(self._fused.get(place, item.n_bytes) * self._scale(item) * share)
-        if n_bytes > 0:
-            is_gradient = item.kind is MemoryKind.GRADIENT
-            is_shared = self._part is not None and self._part.is_gathered(item)
-            self._events.append(Comes(self._count, n_bytes, item.stream, is_gradient, is_shared))
-            self._living[key].append(self._count)
-            self._count += 1
+        if n_bytes <= 0:  # not here, but counted among those alike
+            self._living[key].append(NOWHERE)
+            return
+        is_gradient = item.kind is MemoryKind.GRADIENT
+        is_shared = self._part is not None and self._part.is_gathered(item)
+        self._events.append(Comes(self._count, n_bytes, item.stream, is_gradient, is_shared))
+        self._living[key].append(self._count)
+        self._count += 1
 
     def _scale(self, change: MemoryChange) -> float:
         return self._scales.get(change.kind, self._shards if change.is_shard else 1.0)

@@ -56,12 +56,14 @@ def items_of(events: list[Event], storages: list[Storage], known: Kinds, routes:
         match event:
             case Came(number):
                 came = _change(storages[number], kinds.get(number, MemoryKind.TEMPORARY))
-                living[came].append(number)
+                living[_but_for_size(came)].append(number)
                 yield came
             case Went(number):
                 if number in kinds and number not in stays:
                     came = _change(storages[number], kinds[number])
-                    yield replace(came, n_bytes=-came.n_bytes, nth=_taken(living[came], number))
+                    yield replace(
+                        came, n_bytes=-came.n_bytes, nth=_taken(living[_but_for_size(came)], number)
+                    )
             case Routed(collective, sends):
                 yield routes.with_all_ranks(collective, sends)
             case _:
@@ -78,6 +80,11 @@ def _change(storage: Storage, kind: MemoryKind) -> MemoryChange:
         storage.stream,
         is_shard=storage.is_shard and kind not in STATES,
     )
+
+
+def _but_for_size(change: MemoryChange) -> MemoryChange:
+    """Sizes that happen to be equal are others in a larger batch."""
+    return replace(change, n_bytes=0, is_shard=False)
 
 
 def _taken(alike: list[int], number: int) -> int:
