@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from shardwise.core.look_up import TIE, LookUpPoint, LookUps, Place
+from shardwise.core.mesh import TENSOR_AXIS
 from shardwise.report.common.page import draw
 from shardwise.report.common.plain import name, sentence
 from shardwise.report.common.table import ABSENT, Block, Cell, Column, Line, Report, Table, Tone, Words, row
@@ -78,7 +79,7 @@ def _range(degrees: list[int]) -> str:
 def times_table(found: LookUps) -> Table:
     """A row for ranks and tokens, a column for each plan."""
     columns = [
-        Column("tp", NUMBER),
+        Column(TENSOR_AXIS, NUMBER),
         Column("Tokens", COUNT),
         *(Column(name(plan), SECONDS) for plan in found.plans),
         Column("Fastest", wraps=True, spills=True),
@@ -104,7 +105,7 @@ def points_table(found: LookUps) -> Table:
     """All of them, with bytes."""
     columns = (
         Column("Plan", wraps=True),
-        Column("tp", NUMBER),
+        Column(TENSOR_AXIS, NUMBER),
         Column("Tokens", COUNT),
         Column("Time", SECONDS),
         Column("Waiting for the host", SECONDS),
