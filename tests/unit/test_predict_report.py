@@ -44,6 +44,11 @@ def test_one_plan_is_shown_with_its_terms_its_memory_and_what_was_assumed(width:
     assert "3 constants: 2 from its data sheet; 1 from a measurement" in shown
 
 
+def test_what_rounding_leaves_of_a_term_is_no_row() -> None:
+    left = prediction(terms=TERMS | {Term.LAUNCH: -1e-18})
+    assert "waiting for launches" not in printed(run_of(left))
+
+
 def test_what_waits_for_launches_is_flagged_from_the_threshold_on() -> None:
     above = prediction(terms={Term.MATMUL: 0.09, Term.LAUNCH: 0.01})
     said = (

@@ -33,6 +33,7 @@ from shardwise.report.common.units import format_bytes, format_count, format_sec
 from shardwise.report.explain.rows import KIND_PLURALS
 
 SOURCES_SHOWN = 4
+NOTHING = 1e-12  # of a step: what rounding leaves of a term that is a difference
 # stretches that wait for launches, named one by one
 STRETCHES_SHOWN = 4
 
@@ -72,7 +73,11 @@ def term_rows(predictions: Sequence[Prediction]) -> tuple[TermRow, ...]:
     for term in Term:
         seconds = tuple(dict(prediction.terms).get(term, 0.0) for prediction in predictions)
         is_off = any(term in prediction.setup.without for prediction in predictions)
-        if any(seconds) or is_off:
+        felt = any(
+            abs(value) > NOTHING * prediction.step_s
+            for value, prediction in zip(seconds, predictions, strict=True)
+        )
+        if felt or is_off:
             shares = tuple(
                 value / prediction.step_s if prediction.step_s else 0.0
                 for value, prediction in zip(seconds, predictions, strict=True)
