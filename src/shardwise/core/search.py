@@ -85,7 +85,6 @@ class Candidate:
     def mesh(self) -> Mesh:
         return Mesh(self.axes)
 
-    @property
     def without_recompute(self) -> "Candidate":
         return replace(self, recompute="none", recomputed=0)
 

@@ -143,7 +143,7 @@ class Solver:
                 if self._least_bytes(node.candidate, default) > self.problem.memory_bytes:
                     return []
             if self.problem.partly:
-                needed.append(node.candidate.without_recompute)
+                needed.append(node.candidate.without_recompute())
         if node.stage is Stage.STYLES:
             needed += self._singles(node.candidate)
         pieces = dict.fromkeys(map(self.problem.piece_of, needed))
@@ -235,8 +235,8 @@ class Solver:
             self.outcome.refuse_large(candidate, whole.step_s, whole.memory.device_bytes, Known.PREDICTED)
             return
         self._known(Answer(candidate, whole))
-        none = self._predicted(candidate.without_recompute) if self.problem.partly else None
-        if none and not self._fits(none := self._reserving(candidate.without_recompute, none)):
+        none = self._predicted(candidate.without_recompute()) if self.problem.partly else None
+        if none and not self._fits(none := self._reserving(candidate.without_recompute(), none)):
             self._push_partly(candidate, 0, none)
 
     def _push_partly(self, candidate: Candidate, fewer: int, found: Prediction) -> None:
@@ -244,11 +244,11 @@ class Solver:
         it takes lies between what none and all of them take."""
         layers = self.problem.layers
         over_bytes = found.memory.device_bytes - self.problem.memory_bytes
-        freed_bytes = self._bounds_of(self.problem.piece_of(candidate.without_recompute)).freed_bytes
+        freed_bytes = self._bounds_of(self.problem.piece_of(candidate.without_recompute())).freed_bytes
         recomputed = min(layers, fewer + fewest_layers(over_bytes, freed_bytes, layers))
         none, whole = (
             self._predicted(each)
-            for each in (candidate.without_recompute, replace(candidate, recomputed=layers))
+            for each in (candidate.without_recompute(), replace(candidate, recomputed=layers))
         )
         assert none is not None
         assert whole is not None
@@ -388,7 +388,7 @@ class Solver:
     def _least_bytes(self, candidate: Candidate, default: Candidate) -> float:
         """That it holds: what the default styles hold with the same recompute, and what its styles change
         without any, where that is known, else what they leave whole."""
-        found, none = self._predicted(default), default.without_recompute
+        found, none = self._predicted(default), default.without_recompute()
         if found is None:
             return 0.0
         changed, known = set(candidate.styles) - set(default.styles), self._changes.get(none, {})
