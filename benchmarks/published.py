@@ -3,6 +3,8 @@ machine file.
 
     python -m benchmarks.published                 all rows; writes results/DATE-published.json (10 minutes)
     python -m benchmarks.published --group dgxc    groups whose names hold "dgxc"; writes nothing
+    python -m benchmarks.published --again titan   groups whose names hold "titan"; the others stay as the
+                                                   newest run has them
     python -m benchmarks.published --over cp,ep    rows over these axes; the others stay as the newest run has
                                                    them
 
@@ -472,6 +474,9 @@ def main() -> int:
     parser.add_argument(
         "--over", default="", help="only rows over these axes (cp,ep,pp); others as the newest run has them"
     )
+    parser.add_argument(
+        "--again", default="", help="only groups whose names hold this; others as the newest run has them"
+    )
     parser.add_argument("--processes", type=int, default=2, help="that trace at once")
     given = parser.parse_args()
     axes = tuple(given.over.split(",")) if given.over else ()
@@ -480,6 +485,7 @@ def main() -> int:
         for row in read_rows()
         if usable(row)
         and given.group in row["source_group"]
+        and given.again in row["source_group"]
         and (not axes or any(number(row, axis, 1) > 1 for axis in axes))
     ]
     if not rows:
@@ -496,12 +502,15 @@ def main() -> int:
                     file=sys.stderr,
                     flush=True,
                 )
-    if axes:
-        found = with_others(found, newest_run().rows)
+    command, before_s = command_line("benchmarks.published"), 0.0
+    if axes or given.again:
+        before = newest_run()
+        found = with_others(found, before.rows)
+        command, before_s = f"{before.command}; {command}", before.seconds
     run = Published(
-        command_line("benchmarks.published"),
+        command,
         started.isoformat(timespec="seconds"),
-        round(time.perf_counter() - began, 1),
+        round(before_s + time.perf_counter() - began, 1),
         tuple(found),
         tuple(not_taken(read_rows())),
     )
