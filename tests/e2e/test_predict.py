@@ -54,8 +54,8 @@ def test_plans_are_put_side_by_side(run: tuple[Path, str]) -> None:
 def test_the_folder_holds_the_page_the_data_and_the_steps_for_perfetto(run: tuple[Path, str]) -> None:
     out, printed = run
     files = ["predict.html", "predict.md", "prediction.json", "settings.json", "tables"]
-    files += ["timeline-a.json.gz", "timeline-b.json.gz"]
-    assert sorted(path.name for path in out.iterdir()) == files
+    files += ["step-a.json", "step-b.json", "timeline-a.json.gz", "timeline-b.json.gz"]
+    assert sorted(path.name for path in out.iterdir()) == sorted(files)
     document = json.loads((out / "prediction.json").read_bytes())
     assert [prediction["plan"] for prediction in document["predictions"]] == ["rowwise", "colwise"]
     for prediction in document["predictions"]:
@@ -228,7 +228,7 @@ REFUSED = [
     (("--stages", "2,x"), '--stages is "2,x". Use even, balanced, or a count of layers for each stage'),
     (("--context", "2"), "context ranks are an axis of the mesh."),
     (("--chunks", "2"), "--chunks 2: chunks of layers are of a pipeline's stages."),
-    (("--attention", "flash"), '--attention is "flash". Allowed: fused, unfused.'),
+    (("--attention", "x"), '--attention is "x". Allowed: fused, unfused, flash-1, flash-2.'),
     (("--matmul-dtype", "float4"), '--matmul-dtype is "float4". Did you mean "float8"?'),
     (("--recompute", "ful"), '--recompute is "ful". Did you mean "full"?'),
     (("--precision", "mixed"), '--precision is "mixed".'),

@@ -12,8 +12,10 @@ from shardwise import torch_private
 from shardwise.core.errors import InputError, TorchError
 
 SOURCE = Path(torch_private.__file__).parent
-# os, and a Hugging Face model
-NOT_TORCH_S = {"_exit", "_current_frames", "_can_set_experts_implementation", "_expand_parallel_plan"}
+# os, a NamedTuple, and a Hugging Face model
+NOT_TORCH_S = {
+    "_exit", "_current_frames", "_replace", "_can_set_experts_implementation", "_expand_parallel_plan",
+}  # fmt: skip
 
 
 def trees() -> dict[Path, ast.Module]:

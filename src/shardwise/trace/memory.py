@@ -51,19 +51,18 @@ def items_of(events: list[Event], storages: list[Storage], known: Kinds, routes:
     kinds = _kinds_by_life(events, storages) | known
     made = {event.storage for event in events if isinstance(event, Came)}
     stays = known.keys() - made
-    living: defaultdict[MemoryChange, list[int]] = defaultdict(list)
+    living: defaultdict[MemoryChange, _Alike] = defaultdict(_Alike)
     for event in events:
         match event:
             case Came(number):
                 came = _change(storages[number], kinds.get(number, MemoryKind.TEMPORARY))
-                living[_but_for_size(came)].append(number)
+                living[_but_for_size(came)].numbers.append(number)
                 yield came
             case Went(number):
                 if number in kinds and number not in stays:
                     came = _change(storages[number], kinds[number])
-                    yield replace(
-                        came, n_bytes=-came.n_bytes, nth=_taken(living[_but_for_size(came)], number)
-                    )
+                    nth = living[_but_for_size(came)].take(number)
+                    yield replace(came, n_bytes=-came.n_bytes, nth=nth)
             case Routed(collective, sends):
                 yield routes.with_all_ranks(collective, sends)
             case _:
@@ -87,11 +86,21 @@ def _but_for_size(change: MemoryChange) -> MemoryChange:
     return replace(change, n_bytes=0, is_shard=False)
 
 
-def _taken(alike: list[int], number: int) -> int:
-    """Where it stood among them, from the nearer end: so it is the same at any depth of the model."""
-    at, count = alike.index(number), len(alike)
-    del alike[at]
-    return at if at <= count - 1 - at else at - count
+class _Alike:
+    """Storages that live and are alike but for their sizes, the eldest first."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self._from_youngest = False
+
+    def take(self, number: int) -> int:
+        """Where it stood among them, from the nearer end: so it is the same at any depth of the model. The
+        one in the middle, such as the last, is counted as the one before it was."""
+        at, count = self.numbers.index(number), len(self.numbers)
+        del self.numbers[at]
+        if 2 * at != count - 1:
+            self._from_youngest = 2 * at > count - 1
+        return at - count if self._from_youngest else at
 
 
 def _kinds_by_life(events: list[Event], storages: list[Storage]) -> Kinds:
