@@ -175,9 +175,10 @@ def sides(
     settings: Settings, asked: dict[str, object], titan: str, trainer: str, compiles: bool
 ) -> dict[str, Callable[[], Run]]:
     """By name, what runs each side once."""
-    found: dict[str, Callable[[], Run]] = {
-        OURS: partial(ours, settings, ("rowwise", "--model", settings.model))
-    }
+    own = ("rowwise", "--model", settings.model)
+    found: dict[str, Callable[[], Run]] = {OURS: partial(ours, settings, own)}
+    if compiles:
+        found[COMPILED] = partial(ours, settings, (*own, "--compile", "inductor"))
     if titan:
         found[TITAN] = partial(peer, titan, "titan_rank.py", asked)
     if trainer:
@@ -226,7 +227,7 @@ def measure(settings: Settings, titan: str, trainer: str, compiles: bool) -> Res
             "dtype": "float32",
         },
         environment=results.describe_machine(
-            results.command_line("benchmarks.train_peers"), RANKS, 1, (("OMP_NUM_THREADS", "1"),), started
+            command(titan, trainer), RANKS, 1, (("OMP_NUM_THREADS", "1"),), started
         ),
         load_average=(load_before, results.load_average()),
         text=load_tokens(vocab_size=spec.vocab_size, seed=settings.seed).summary,
@@ -260,6 +261,14 @@ def check(settings: Settings, name: str, run: Run, n_parameters: int) -> None:
         raise RunError(
             f"{name}'s loss went from {run.losses[0]:.3f} to {run.losses[-1]:.3f}: it didn't learn."
         )
+
+
+def command(*interpreters: str) -> str:
+    """As it was typed, but for where this machine has its interpreters."""
+    line = results.command_line("benchmarks.train_peers")
+    for path in filter(None, interpreters):
+        line = line.replace(path, "PYTHON")
+    return line
 
 
 def versions(python: str, *packages: str) -> str:
