@@ -104,6 +104,24 @@ def test_a_prediction_adds_up_whatever_runs_beside_the_compute(mesh: str) -> Non
     assert step.step_ns / 1e9 == pytest.approx(prediction_of(laid).step_s)
 
 
+def of_kind(step: PredictedStep, op: str, term: Term = Term.DATA) -> dict[tuple[str, str], PredictedLine]:
+    """Exchanges of a kind, by pass and module."""
+    return {(each.step_pass, each.module): each for each in step.lines if (each.op, each.term) == (op, term)}
+
+
+def test_waits_for_launches_of_the_step_s_end_aren_t_those_of_its_micro_batches() -> None:
+    """A step waits for the host in each micro-batch's passes, and once in its end."""
+    on = load_machine("h100-sxm-80gb")
+    of_end = []
+    for micro_batches in (1, 16):
+        step = predicted(on, setup=Setup(micro_batches=micro_batches))
+        assert sum(line.use.ns for line in step.lines) == pytest.approx(step.step_ns, abs=1e-3)
+        waits = [line for line in step.lines if line.kind is LineKind.ISSUING]
+        of_end.append(sum(line.use.ns for line in waits if line.step_pass == "end"))
+    assert of_end[0] > 1e6
+    assert of_end[1] == pytest.approx(of_end[0], rel=0.01)
+
+
 def test_a_link_at_half_rate_is_named_with_its_share(run: Path) -> None:
     right = machine()
     rates = tuple(

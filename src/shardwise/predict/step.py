@@ -4,7 +4,9 @@ equal layers together, and what the step waits for.
     times      as often as it runs: micro-batches x once for a pass, once for the step's end
     booked     a term's seconds as predict() adds them up, dealt out over the term's items by what each takes:
                of what runs hidden (FSDP's collectives) the part that isn't
-    issuing    waiting for launches, by the module whose work came too late; where host and device are one
+    in full    of a term what a step waits for in any case is booked as it is, and the rest is dealt out
+    issuing    waiting for launches, by the module whose work came too late, in each micro-batch's passes and
+               once in the step's end, which begins with nothing in flight; where host and device are one
                (a CPU), what the host takes for each op, which predict() counts to the op's term
 
 A term that has seconds and no item (a bubble, what communication slows) is one line without a module.
@@ -43,7 +45,7 @@ def step_of(layout: Layout, prediction: Prediction, settings: StepSettings) -> P
         if together:
             issuing.add_host(work, times)
     if not together:
-        issuing.add_waits(launch_waits(layout))
+        issuing.add_waits(launch_waits(layout), micro_batches)
     known = {term: s for term, s in prediction.terms if term is not Term.WAITING or not layout.punctual}
     terms = _apart(known, items, issuing if together else _Items())
     lines = [*items.lines(terms, but=Term.LAUNCH), *issuing.lines(terms, only=Term.LAUNCH)]
@@ -68,6 +70,7 @@ class _Items:
     def __init__(self) -> None:
         self.count: dict[_Key, float] = defaultdict(float)
         self.own_s: dict[_Key, float] = defaultdict(float)
+        self.in_full_s: dict[_Key, float] = defaultdict(float)  # of own_s
         self.host_s: dict[Term, float] = defaultdict(float)
 
     def add(self, work: Work, times: int) -> None:
@@ -97,31 +100,52 @@ class _Items:
             item = work.items[template]
             self._issues(item.module, item.phase, 1.0 * times, host_s * times)
 
-    def add_waits(self, waits: dict[tuple[str, str], float]) -> None:
-        for (module, phase), seconds in waits.items():
-            self._issues(module, Phase(phase), 0.0, seconds)
+    def add_waits(self, waits: dict[tuple[str, str], float], micro_batches: int) -> None:
+        """waits: of one micro-batch and the step's end."""
+        for (module, name), seconds in waits.items():
+            phase = Phase(name)
+            if phase in ONCE:
+                self.in_full_s[self._issues(module, phase, 0.0, seconds)] += seconds
+            else:
+                self._issues(module, phase, 0.0, seconds * micro_batches)
 
-    def _issues(self, module: str, phase: Phase, count: float, seconds: float) -> None:
+    def _issues(self, module: str, phase: Phase, count: float, seconds: float) -> _Key:
         key = (LineKind.ISSUING, Term.LAUNCH, _pass_of(phase), _module(module), "", "")
         self.count[key] += count
         self.own_s[key] += seconds
+        return key
 
     def lines(
         self, terms: dict[Term, float], but: Term | None = None, only: Term | None = None
     ) -> list[PredictedLine]:
-        """Each term's seconds dealt out over its items."""
-        sums: dict[Term, float] = defaultdict(float)
-        for key, seconds in self.own_s.items():
-            sums[key[1]] += seconds
+        """Each term's seconds: what counts in full, and the rest dealt out over its items."""
+        sums, in_full = (_by_term(each) for each in (self.own_s, self.in_full_s))
+        shares = {term: _shares(s, in_full[term], sums[term] - in_full[term]) for term, s in terms.items()}
         made = []
         for key, own_s in self.own_s.items():
             kind, term, step_pass, module, op, shapes = key
             if term not in terms or term is but or (only is not None and term is not only):
                 continue
-            share = terms[term] / sums[term] if sums[term] > 0 else 0.0
-            use = Use(self.count.get(key, 0.0), own_s * share * _NS)
+            of_full, of_rest = shares[term]
+            full_s = self.in_full_s.get(key, 0.0)
+            use = Use(self.count.get(key, 0.0), (full_s * of_full + (own_s - full_s) * of_rest) * _NS)
             made.append(PredictedLine(kind, term.value, step_pass, module, op, shapes, use, own_s * _NS))
         return made
+
+
+def _by_term(seconds: dict[_Key, float]) -> dict[Term, float]:
+    sums: dict[Term, float] = defaultdict(float)
+    for key, each_s in seconds.items():
+        sums[key[1]] += each_s
+    return sums
+
+
+def _shares(term_s: float, in_full_s: float, rest_s: float) -> tuple[float, float]:
+    """What of its items' own seconds a term has: of those that count in full, and of the rest."""
+    if rest_s <= 1e-12 * in_full_s:  # floating point leaves something of nothing
+        return (term_s / in_full_s if in_full_s > 0 else 0.0), 0.0
+    kept_s = min(in_full_s, max(term_s, 0.0))
+    return (kept_s / in_full_s if in_full_s > 0 else 0.0), (term_s - kept_s) / rest_s
 
 
 def _apart(terms: dict[Term, float], items: _Items, issuing: _Items) -> dict[Term, float]:
