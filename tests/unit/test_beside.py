@@ -27,6 +27,7 @@ from shardwise.predict.layout import lay_out
 from shardwise.predict.machines import load_machine
 from shardwise.predict.predict import prediction_of
 from shardwise.predict.step import step_of
+from shardwise.predict.streams import sums_of_replicas
 from shardwise.profiles.beside import beside
 from shardwise.profiles.collectives import share
 from shardwise.profiles.ranks import read_ranks, trace_files
@@ -120,6 +121,27 @@ def test_waits_for_launches_of_the_step_s_end_aren_t_those_of_its_micro_batches(
         of_end.append(sum(line.use.ns for line in waits if line.step_pass == "end"))
     assert of_end[0] > 1e6
     assert of_end[1] == pytest.approx(of_end[0], rel=0.01)
+
+
+@pytest.mark.parametrize("spread_s", [None, 2e-3])
+def test_gradients_that_are_summed_beside_the_backward_have_a_line(spread_s: float | None) -> None:
+    """What the step waits for them is theirs: collectives that compute waits for take what they take."""
+    setup = Setup(Mesh.parse("dp=8,tp=2"), 4, overlap_data=True, spread_s=spread_s)
+    laid = lay_out(program("dp=2,tp=2", 4), machine(), setup)
+    step = step_of(laid, prediction_of(laid), SETTINGS)
+    assert sum(line.use.ns for line in step.lines) == pytest.approx(step.step_ns, abs=1e-3)
+    assert step.step_ns / 1e9 == pytest.approx(prediction_of(laid).step_s)
+    buckets = sums_of_replicas(laid.last)
+    sums = of_kind(step, "all_reduce")
+    (of_gradients,) = (line for (step_pass, _), line in sums.items() if step_pass == "backward")
+    assert of_gradients.use.count == len(buckets) > 0
+    assert of_gradients.own_ns / 1e9 == pytest.approx(float(laid.last.device_s[buckets].sum()))
+    for line in sums.values():
+        if line.step_pass != "backward":
+            assert line.use.ns == pytest.approx(line.own_ns)
+    if spread_s is not None:
+        waits = of_kind(step, "all_reduce", Term.WAITING)["backward", of_gradients.module]
+        assert waits.own_ns / 1e9 == pytest.approx(float(laid.last.waits_s[buckets].sum()))
 
 
 def test_a_link_at_half_rate_is_named_with_its_share(run: Path) -> None:

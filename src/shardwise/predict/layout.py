@@ -72,6 +72,13 @@ class Layout:
         return _busiest(self.stages)
 
     @property
+    def runs(self) -> tuple[tuple[Work, int], ...]:
+        """All that the busiest stage runs in a step, each with how often."""
+        further = self.setup.micro_batches - 1
+        forward, backward = self.busiest.forward, self.busiest.backward
+        return (forward, 1 + further), (backward, further), (self.last, 1), (self.end, 1)
+
+    @property
     def punctual(self) -> bool:
         """Whether all ranks come to their collectives at once."""
         works = (self.busiest.forward, self.last, self.end)

@@ -1,10 +1,11 @@
 """A predicted step, line by line: what each op and collective of the busiest stage takes in a whole step,
 equal layers together, and what the step waits for.
 
-    times      as often as it runs: micro-batches x once for a pass, once for the step's end
-    booked     a term's seconds as predict() adds them up, dealt out over the term's items by what each takes:
-               of what runs hidden (FSDP's collectives) the part that isn't
-    in full    of a term what a step waits for in any case is booked as it is, and the rest is dealt out
+    times      as often as it runs: micro-batches x once for a pass, once for the last backward's own
+               (gradients that are summed beside it) and the step's end
+    booked     a term's seconds as predict() adds them up: what the compute waits for in any case in full, the
+               rest dealt out over what runs beside it (FSDP's collectives, sums of gradients) by what each
+               takes, of which it is the part that isn't hidden
     issuing    waiting for launches, by the module whose work came too late, in each micro-batch's passes and
                once in the step's end, which begins with nothing in flight; where host and device are one
                (a CPU), what the host takes for each op, which predict() counts to the op's term
@@ -24,8 +25,9 @@ from shardwise.core.prediction import Prediction, Term
 from shardwise.core.program import BACKWARDS, LOSS_MODULE, ONCE, Collective, Op, Phase
 from shardwise.core.timeline import Pass
 from shardwise.predict.layout import Layout
+from shardwise.predict.streams import beside_layers
 from shardwise.predict.timeline import launch_waits
-from shardwise.predict.work import TERMS, Work
+from shardwise.predict.work import PHASES, TERMS, Work
 
 _NS = 1e9
 _Key = tuple[LineKind, Term, str, str, str, str]
@@ -36,11 +38,7 @@ def step_of(layout: Layout, prediction: Prediction, settings: StepSettings) -> P
     together = layout.work.together
     items, issuing = _Items(), _Items()
     micro_batches = layout.setup.micro_batches
-    for work, times in (
-        (layout.busiest.forward, micro_batches),
-        (layout.busiest.backward, micro_batches),
-        (layout.end, 1),
-    ):
+    for work, times in layout.runs:
         items.add(work, times)
         if together:
             issuing.add_host(work, times)
@@ -77,9 +75,10 @@ class _Items:
         """A pass's items; also what the host takes for them, by term."""
         many = len(work.items)
         counts = np.bincount(work.template, minlength=many)
-        own_s, host_s, waits_s = (
+        in_order_s = np.where(beside_layers(work), 0.0, work.device_s)
+        own_s, in_full_s, host_s, waits_s = (
             np.bincount(work.template, weights=column, minlength=many)
-            for column in (work.device_s, work.host_s, work.waits_s)
+            for column in (work.device_s, in_order_s, work.host_s, work.waits_s)
         )
         first = {int(template): row for row, template in reversed(list(enumerate(work.template.tolist())))}
         for template, row in first.items():
@@ -88,11 +87,15 @@ class _Items:
             item = work.items[template]
             if isinstance(item, Op) and item.on_host:
                 continue
-            key = _key(item, term)
+            phase = PHASES[
+                int(work.phase[row])
+            ]  # of a bucket another one than of the sum that it is cut from
+            key = _key(item, term, phase)
             self.count[key] += float(counts[template]) * times
             self.own_s[key] += float(own_s[template]) * times
+            self.in_full_s[key] += float(in_full_s[template]) * times
             if isinstance(item, Collective) and waits_s[template] > 0:
-                self.own_s[_key(item, Term.WAITING)] += float(waits_s[template]) * times
+                self.own_s[_key(item, Term.WAITING, phase)] += float(waits_s[template]) * times
 
     def add_host(self, work: Work, times: int) -> None:
         """What the host takes to issue a pass's items, by module."""
@@ -172,8 +175,8 @@ def _rest(terms: dict[Term, float], lines: list[PredictedLine]) -> list[Predicte
     return made
 
 
-def _key(item: Op | Collective, term: Term) -> _Key:
-    where = _pass_of(item.phase), _module(item.module)
+def _key(item: Op | Collective, term: Term, phase: Phase) -> _Key:
+    where = _pass_of(phase), _module(item.module)
     if isinstance(item, Collective):
         return LineKind.EXCHANGE, term, *where, item.call.kind.value, ""
     shapes = " ".join(f"[{','.join(map(str, spec.shape))}]" for spec in item.inputs if spec.shape)[
