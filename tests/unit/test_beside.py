@@ -43,10 +43,11 @@ SETTINGS = StepSettings(2, 256, dtype="bfloat16")
 
 
 @functools.cache
-def program(mesh: str = "tp=2", batch: int = 2, spec: ModelSpec = SPEC) -> Program:
-    return trace(
-        spec, builtin_plan("rowwise"), Mesh.parse(mesh), replace(SETTINGS, batch=batch), device="cuda"
-    )
+def program(
+    mesh: str = "tp=2", batch: int = 2, spec: ModelSpec = SPEC, *, reduce_once: bool = False
+) -> Program:
+    asked = replace(SETTINGS, batch=batch, reduce_once=reduce_once)
+    return trace(spec, builtin_plan("rowwise"), Mesh.parse(mesh), asked, device="cuda")
 
 
 def machine() -> Machine:
@@ -142,6 +143,22 @@ def test_gradients_that_are_summed_beside_the_backward_have_a_line(spread_s: flo
     if spread_s is not None:
         waits = of_kind(step, "all_reduce", Term.WAITING)["backward", of_gradients.module]
         assert waits.own_ns / 1e9 == pytest.approx(float(laid.last.waits_s[buckets].sum()))
+
+
+def test_gradients_that_are_reduced_once_count_in_the_last_backward_alone() -> None:
+    counts = {}
+    for reduce_once in (True, False):
+        traced = program("fsdp=2,tp=1", reduce_once=reduce_once)
+        laid = lay_out(traced, machine(), Setup(micro_batches=4))
+        step = step_of(laid, prediction_of(laid), SETTINGS)
+        assert sum(line.use.ns for line in step.lines) == pytest.approx(step.step_ns, abs=1e-3)
+        counts[reduce_once] = {
+            module: each.use.count
+            for (step_pass, module), each in of_kind(step, "reduce_scatter").items()
+            if step_pass == "backward"
+        }
+    assert counts[True] == {"layers.*": 6, "": 1}
+    assert counts[False] == {"layers.*": 24, "": 4}
 
 
 def test_a_link_at_half_rate_is_named_with_its_share(run: Path) -> None:

@@ -76,6 +76,8 @@ class Layout:
         """All that the busiest stage runs in a step, each with how often."""
         further = self.setup.micro_batches - 1
         forward, backward = self.busiest.forward, self.busiest.backward
+        if _reduces_once(self.program, self.setup):
+            backward = backward.where(~_reduces_shards(backward))
         return (forward, 1 + further), (backward, further), (self.last, 1), (self.end, 1)
 
     @property
@@ -155,7 +157,7 @@ def balanced_counts(
 
 
 def _parts(work: Work, program: Program, setup: Setup, end: Work, waiting: Waiting | None) -> list[Stage]:
-    once = program.settings.reduce_once and setup.micro_batches > 1
+    once = _reduces_once(program, setup)
     alike: dict[tuple[int, bool, bool], Stage] = {}
     parts: list[Stage] = []
     spans = setup.pipeline().spans(layers_of(program)[1]) if setup.stages > 1 else (None,)
@@ -211,6 +213,11 @@ def _part(
         terms = {term: share * terms[term] + (1 - share) * kept[term] for term in Term}
         times = [share * last + (1 - share) * other for last, other in zip(times, early, strict=True)]
     return Stage(forward, backward, PartTimes(*times), terms, apart)
+
+
+def _reduces_once(program: Program, setup: Setup) -> bool:
+    """Whether FSDP sums gradients in the last of several micro-batches alone."""
+    return program.settings.reduce_once and setup.micro_batches > 1
 
 
 def _reduces_shards(work: Work) -> NDArray[np.bool_]:
