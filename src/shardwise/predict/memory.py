@@ -80,10 +80,19 @@ def of_stage(program: Program, setup: Setup, part: StagePart | None) -> ByKind:
     if is_traced and setup.micro_batches > 1:
         accumulating = _accumulating(program, setup, scales, part)
         by_kind = max(by_kind, accumulating, key=lambda each: _scaled(each, scales))
-    if not is_traced:
-        for kind, share in zip(STATES, OF_MASTER, strict=True):
-            by_kind[kind] = program.held(MemoryKind.PARAMETER) * share * _share(part, MemoryKind.PARAMETER)
-    return {kind: n_bytes * scales.get(kind, 1.0) for kind, n_bytes in by_kind.items()}
+    scaled = {kind: n_bytes * scales.get(kind, 1.0) for kind, n_bytes in by_kind.items()}
+    return scaled if is_traced else scaled | kept(program, setup, part)
+
+
+def kept(program: Program, setup: Setup, part: StagePart | None = None) -> ByKind:
+    """Parameters, gradients and the optimizer's state of a rank between steps, in the setup's precision and
+    shards."""
+    scales, is_traced = scales_of(program, setup), setup.precision is Precision.TRACED
+    found = {}
+    for kind, of_parameters in zip(STATES, OF_MASTER, strict=True):
+        source, times = (kind, 1.0) if is_traced else (MemoryKind.PARAMETER, of_parameters)
+        found[kind] = program.held(source) * times * _share(part, source) * scales[kind]
+    return found
 
 
 def _share(part: StagePart | None, kind: MemoryKind) -> float:
@@ -93,13 +102,13 @@ def _share(part: StagePart | None, kind: MemoryKind) -> float:
 def _accumulating(program: Program, setup: Setup, scales: ByKind, part: StagePart | None) -> ByKind:
     """At the peak of a micro-batch that isn't the first: gradients are there already, and what is added to
     them comes and goes. Where FSDP reduces once they are whole, and in the dtype that it reduces in."""
-    kept = peak_by_kind(program, setup, scales, part, adds=True)
+    peak = peak_by_kind(program, setup, scales, part, adds=True)
     gradients = program.held(MemoryKind.GRADIENT) * _share(part, MemoryKind.GRADIENT)
     if program.settings.reduce_once:
         settings = program.settings
         widths = [DTYPE_BYTES[name] for name in (settings.reduced_dtype, settings.dtype)]
         gradients *= group_of(SHARDS_AXIS, program, setup).size * widths[0] / widths[1]
-    return kept | {MemoryKind.GRADIENT: gradients}
+    return peak | {MemoryKind.GRADIENT: gradients}
 
 
 def _scaled(by_kind: ByKind, scales: ByKind) -> float:
