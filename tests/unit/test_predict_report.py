@@ -103,6 +103,17 @@ def test_every_choice_of_a_setup_is_said() -> None:
         assert rows.assumptions(StepSettings(1, 8), setup, MESH) != plain, field
 
 
+def test_on_a_cpu_gradients_of_replicas_are_said_to_be_hidden_by_nothing() -> None:
+    """As predict/buckets.py has it."""
+    setup, gpu = Setup(overlap_data=True), run_of().machine
+    for device, said in (
+        ("cuda", "beside the last backward"),
+        ("cpu", "after the backward, hidden by nothing"),
+    ):
+        lines = rows.assumptions(StepSettings(1, 8), setup, MESH, replace(gpu, device=device))
+        assert any(f"are reduced {said}" in line for line in lines), device
+
+
 def test_stages_and_context_ranks_are_said() -> None:
     settings, piped = StepSettings(1, 8), Mesh.parse("pp=2,dp=2,tp=2")
     plain = rows.assumptions(settings, Setup(), MESH)

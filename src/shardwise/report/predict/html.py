@@ -27,7 +27,7 @@ def prediction_html(run: PredictionRun) -> str:
         term_rows=rows.term_rows(run.predictions),
         memory=memory,
         limit=limit,
-        assumed=rows.assumptions(run.settings, first.setup, Mesh(first.axes), run.machine.spread),
+        assumed=rows.assumptions(run.settings, first.setup, Mesh(first.axes), run.machine),
     )
 
 

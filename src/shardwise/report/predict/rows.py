@@ -170,10 +170,11 @@ def machine_text(machine: MachineFacts) -> str:
 
 
 def assumptions(
-    settings: StepSettings, setup: Setup, mesh: Mesh, spread: Spread | None = None
+    settings: StepSettings, setup: Setup, mesh: Mesh, machine: MachineFacts | None = None
 ) -> tuple[str, ...]:
-    """What is taken for granted, a sentence each. spread: the machine's."""
-    lines = [_arrival(setup, spread), *_of_ranks(setup, mesh)]
+    """What is taken for granted, a sentence each. machine: None for GPUs that don't say how far apart they
+    come."""
+    lines = [arrival(setup, machine.spread if machine is not None else None), *_of_ranks(setup, mesh)]
     match setup.attention:
         case AttentionKernel.FUSED:
             lines.append("Attention is one fused kernel each way.")
@@ -211,12 +212,8 @@ def assumptions(
     if setup.optimizer_shards > 1:
         lines.append(f"{setup.optimizer_shards} ranks share the optimizer's state and work (ZeRO-1).")
     if mesh.size(REPLICAS_AXIS) > 1:
-        beside = (
-            f"beside the last backward, in {_buckets(setup)}"
-            if setup.overlap_data
-            else "after the backward, hidden by nothing"
-        )
-        lines.append(f"Gradients of whole replicas (dp) are reduced {beside}.")
+        on_cpu = machine is not None and machine.device == "cpu"
+        lines.append(f"Gradients of whole replicas (dp) are reduced {_reduced(setup, on_cpu=on_cpu)}.")
     if setup.sums_float32:
         lines.append("Gradients of whole replicas are summed in float32.")
     if setup.overlap_tensor:
@@ -229,14 +226,22 @@ def assumptions(
     return tuple(lines)
 
 
+def _reduced(setup: Setup, *, on_cpu: bool) -> str:
+    """When, of whole replicas' gradients."""
+    if setup.overlap_data and not on_cpu:
+        return f"beside the last backward, in {_buckets(setup)}"
+    why = ", for on a CPU nothing runs beside" if setup.overlap_data else ""
+    return f"after the backward, hidden by nothing{why}"
+
+
 def _buckets(setup: Setup) -> str:
     if setup.bucket_mib is not None:
         return f"buckets of {format_bytes(setup.bucket_mib * 2.0**20)}"
     return "Megatron's buckets" if setup.precision is Precision.MASTER else "DDP's buckets of 25 MiB"
 
 
-def _arrival(setup: Setup, spread: Spread | None) -> str:
-    """How far apart ranks come to their collectives."""
+def arrival(setup: Setup, spread: Spread | None) -> str:
+    """How far apart ranks come to their collectives. spread: the machine's."""
     told = spread if setup.spread_s is None else Spread(setup.spread_s)
     if told is None:
         return (

@@ -38,11 +38,11 @@ def assumptions(sweep: Sweep) -> tuple[str, ...]:
     mesh = Mesh.of({Role.REPLICATES: 2, Role.CUTS_SEQUENCE: sweep.setup.context})
     chunks = sorted({point.chunks for point in sweep.points if point.stages > 1})
     if not chunks:
-        return rows.assumptions(sweep.settings, sweep.setup, mesh, sweep.machine.spread)
+        return rows.assumptions(sweep.settings, sweep.setup, mesh, sweep.machine)
     first = Schedule.GPIPE if sweep.setup.schedule is Schedule.GPIPE else Schedule.ONE_F_ONE_B
     schedules = [first if each == 1 else f"interleaved with {each} chunks a stage" for each in chunks]
     said = f"Pipelines run {' or '.join(schedules)}; layers are dealt evenly."
-    return (*rows.assumptions(sweep.settings, sweep.setup, mesh, sweep.machine.spread), said)
+    return (*rows.assumptions(sweep.settings, sweep.setup, mesh, sweep.machine), said)
 
 
 def micro_text(point: SweepPoint) -> str:

@@ -35,7 +35,7 @@ def prediction_report(run: PredictionRun) -> Report:
         blocks.append(Words(flagged))
     first = run.predictions[0]
     assumed = (
-        *rows.assumptions(run.settings, first.setup, Mesh(first.axes), run.machine.spread),
+        *rows.assumptions(run.settings, first.setup, Mesh(first.axes), run.machine),
         *(note if note.endswith(".") else f"{note}." for note in rows.notes(run)),
     )
     blocks.append(assumed_words(assumed, run.machine))

@@ -243,4 +243,4 @@ def next_words(search: Search, index: int) -> Words:
 def assumed(search: Search) -> tuple[str, ...]:
     """What the best one's prediction takes for granted."""
     best = search.found[0]
-    return assumptions(best.settings, best.setup, best.candidate.mesh, search.machine.spread)
+    return assumptions(best.settings, best.setup, best.candidate.mesh, search.machine)
