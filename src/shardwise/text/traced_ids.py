@@ -4,12 +4,25 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from shardwise.core.case import StepSettings, TextSource
+from shardwise.core.errors import OptionError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from shardwise.models.source import ModelSource
     from shardwise.text.stream import TokenStream
+
+MOST_TRACED = 2**25
+"""Ids that a traced step meets at most. They are real: tracing a step of 2**26 took 3 GB."""
+
+
+def check_traced(batch: int, seq: int) -> None:
+    """Raises OptionError for more tokens than a trace meets."""
+    if batch * seq > MOST_TRACED:
+        raise OptionError(
+            f"{batch:,} sequences of {seq:,} tokens at a time: a traced step meets at most {MOST_TRACED:,} "
+            "ids. Use a smaller --batch, --micro-batches or --seq, or more --accumulation."
+        )
 
 
 def token_ids(
@@ -20,7 +33,8 @@ def token_ids(
     progress: Callable[[str], None],
 ) -> "Tensor | None":
     """Ids [B, S] of real text where it is needed (the plan decides by them) or the user gave some; None:
-    the tracer draws uniform ones."""
+    the tracer draws uniform ones. Raises OptionError for more ids than a trace meets."""
+    check_traced(settings.batch, settings.seq)
     if not text.files and (text.random_ids or not needs_text):
         return None
     import torch

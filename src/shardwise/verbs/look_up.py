@@ -61,14 +61,15 @@ def look_up(
     plan can't be at some degree is among `refused`."""
     from shardwise.models.source import find_model
     from shardwise.parallel.builtin import builtin_names, builtin_plan
+    from shardwise.predict.check import check_setup
     from shardwise.predict.contrast import facts_of
     from shardwise.predict.machines import load_machine
     from shardwise.text.batches import Batches
-    from shardwise.text.traced_ids import stream_of
+    from shardwise.text.traced_ids import check_traced, stream_of
 
     options, machine = options or LookUpOptions(), load_machine(case.machine or MACHINE)
     degrees, batches = _degrees(case.mesh, machine, options.degrees), _batches(case.step, options.batches)
-    names = case.plans or STYLES
+    names = tuple(dict.fromkeys(case.plans or STYLES))
     for name in names:
         if name not in builtin_names():
             raise OptionError(
@@ -84,6 +85,8 @@ def look_up(
         case.step, batch=batches[0], seq=case.step.seq or SEQ, accumulation=1, recompute="none",
         param_dtype=None, reduce_dtype=None, recompute_layers=None,
     )  # fmt: skip
+    for batch in batches:
+        check_traced(batch, settings.seq)
     table = table_of(find_model(case.model))
     stream = stream_of(case.text, table.vocab, settings.seed, progress)
     setup = replace((run or PredictOptions()).setup(None, StepSettings()), micro_batches=1)
@@ -99,6 +102,7 @@ def look_up(
         except InputError as error:
             refused[name, str(error)] += 1
             continue
+        check_setup(program, machine, setup)
         points.append(_point(name, tp, batch, program, machine, setup))
     return LookUps(
         case.model,
@@ -142,7 +146,12 @@ def _degrees(mesh: Mesh, machine: Machine, asked: tuple[int, ...]) -> tuple[int,
     if mesh.world_size > mesh.tp:
         raise OptionError(f"--mesh {mesh}: --look-up is over tp alone. Give --degrees 2,4,8, or a mesh tp=8.")
     doubled = tuple(2**power for power in range(1, 11) if 2**power <= machine.devices_per_node)
-    degrees = asked or ((mesh.tp,) if mesh.tp > 1 else doubled)
+    degrees = tuple(dict.fromkeys(asked)) or ((mesh.tp,) if mesh.tp > 1 else doubled)
+    if not degrees:
+        raise OptionError(
+            f"--look-up: machine {shown(machine.name)} has one device a node, so no degree is the node's. "
+            f"Give --degrees, of 2 to {MOST_DEGREE} ranks."
+        )
     for degree in degrees:
         if not 2 <= degree <= MOST_DEGREE:
             raise OptionError(f"--degrees: {degree} ranks. Use 2 to {MOST_DEGREE}.")
@@ -151,7 +160,7 @@ def _degrees(mesh: Mesh, machine: Machine, asked: tuple[int, ...]) -> tuple[int,
 
 
 def _batches(step: StepSettings, asked: tuple[int, ...]) -> tuple[int, ...]:
-    return asked or (max(1, step.batch // step.accumulation),)
+    return tuple(dict.fromkeys(asked)) or (max(1, step.batch // step.accumulation),)
 
 
 def _table_only(plan: "Plan") -> "Plan":
@@ -182,10 +191,10 @@ def _program(
 
 
 def _point(name: str, tp: int, batch: int, program: Program, machine: Machine, setup: Setup) -> LookUpPoint:
+    from shardwise.predict.memory import kept
     from shardwise.predict.predict import predict
 
     found = predict(program, machine, setup)
-    (held,) = program.holdings
     return LookUpPoint(
         name,
         tp,
@@ -193,7 +202,7 @@ def _point(name: str, tp: int, batch: int, program: Program, machine: Machine, s
         found.step_s,
         found.terms,
         sum(_sent(program)),
-        held.parameter_bytes + held.gradient_bytes + held.optimizer_bytes,
+        round(sum(kept(program, setup).values())),
         found.memory.active_bytes,
     )
 

@@ -8,16 +8,8 @@ from shardwise.report.common.page import draw
 from shardwise.report.common.plain import name, sentence
 from shardwise.report.common.table import ABSENT, Block, Cell, Column, Line, Report, Table, Tone, Words, row
 from shardwise.report.common.units import BYTES, COUNT, NUMBER, SECONDS, format_bytes
+from shardwise.report.predict.rows import arrival
 from shardwise.report.predict.tables import assumed_words, constants_table
-
-ASSUMED = (
-    "The table alone: its look-ups, what it sends, its gradient, and its share of clipping and AdamW. The "
-    "step's other work, which may hide some of it, isn't there.",
-    "Waiting for the host: as at a step's beginning, where the device has nothing else to do; where the host "
-    "runs ahead, add --without launch.",
-    "Every rank arrives at its collectives at once.",
-    "Data decide what routed sends (counted: the busiest rank's) and how many rows a mask leaves (rank 0's).",
-)
 
 TIED = ", tied to the head, whose collectives count too"
 
@@ -35,9 +27,22 @@ def look_ups_report(found: LookUps) -> Report:
         blocks += [times_table(found), points_table(found)]
     if found.refused:
         blocks.append(Words(tuple(Line(text, Tone.CAUTION) for text in left_out(found))))
-    blocks.append(assumed_words(ASSUMED, found.machine))
+    blocks.append(assumed_words(assumed(found), found.machine))
     title = f"Rowwise or colwise: the table of {name(found.model)}"
     return Report(title, tuple(blocks), (constants_table(found.machine),))
+
+
+def assumed(found: LookUps) -> tuple[str, ...]:
+    """What is taken for granted, a sentence each."""
+    return (
+        "The table alone: its look-ups, what it sends, its gradient, and its share of clipping and AdamW. "
+        "The step's other work, which may hide some of it, isn't there.",
+        "Waiting for the host: as at a step's beginning, where the device has nothing else to do; where the "
+        "host runs ahead, add --without launch.",
+        arrival(found.setup, found.machine.spread),
+        "Data decide what routed sends (counted: the busiest rank's) and how many rows a mask leaves (rank "
+        "0's).",
+    )
 
 
 def left_out(found: LookUps) -> Iterator[str]:
@@ -140,5 +145,5 @@ def look_ups_html(found: LookUps) -> str:
         verdict=tuple(verdict(found)),
         tables=tuple(block for block in report.blocks if isinstance(block, Table)),
         left_out=tuple(left_out(found)),
-        assumed=ASSUMED,
+        assumed=assumed(found),
     )
