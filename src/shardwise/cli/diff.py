@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from shardwise.cli.asked import Call, Command, Shown, command, refuse
-from shardwise.cli.predict import selective_recompute
+from shardwise.cli.predict import STEP_KEYS, selective_recompute
 from shardwise.cli.progress import ProgressLine
 from shardwise.core.errors import OptionError
 from shardwise.core.option import Option
@@ -16,31 +16,6 @@ from shardwise.verbs.diff import diff as diff_runs
 from shardwise.verbs.predict import HOW, MACHINE, SEQ
 
 PREDICTS = "Predict a side (--predict)"
-# what a predicted step is decided by
-_CASE = (
-    "plans",
-    "model",
-    "mesh",
-    "machine",
-    "sequence_parallel",
-    "context_attention",
-    "batch",
-    "seq",
-    "dtype",
-    "param_dtype",
-    "reduce_dtype",
-    "accumulation",
-    "reshard_after_forward",
-    "reduce_once",
-    "recompute",
-    "recompute_layers",
-    "schedule",
-    "chunks",
-    "stages",
-    "optimizer_kernel",
-    "expert_load",
-    "random_ids",
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +48,7 @@ class _Asked(DiffOptions):
 @command(
     Command(
         _Asked,
-        shared=_CASE,
+        shared=STEP_KEYS,
         defaults={
             "model": "llama3-debug",
             "mesh": Shown("tp=8"),
@@ -81,7 +56,7 @@ class _Asked(DiffOptions):
             "batch": Shown("one per data-parallel rank and micro-batch"),
             "seq": Shown(str(SEQ)),
         },
-        panels=dict.fromkeys(_CASE, PREDICTS),
+        panels=dict.fromkeys(STEP_KEYS, PREDICTS),
         prepare=selective_recompute,
         out="Folder for the page, the data, and a trace of all ranks on one clock for ui.perfetto.dev.",
     )
@@ -125,7 +100,7 @@ def diff(call: Call[_Asked]) -> int:
 def _predicted(call: Call[_Asked]) -> Any:
     """The case that is to be predicted. Raises OptionError for what only a prediction takes."""
     if not call.own.predict:
-        refuse(call.typed, (*_CASE, *_assumed()), "it is a prediction's. Add --predict, or leave it out")
+        refuse(call.typed, (*STEP_KEYS, *_assumed()), "it is a prediction's. Add --predict, or leave it out")
         return None
     if len(call.own.plans) > 1 and "plans" in call.typed:
         raise OptionError("--plan is given more than once. A run has one plan: name that one.")

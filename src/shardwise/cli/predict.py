@@ -88,6 +88,33 @@ def _prepare(values: dict[str, Any]) -> None:
         values["mesh"] = "tp=8"
 
 
+STEP_KEYS = (
+    "plans",
+    "model",
+    "mesh",
+    "machine",
+    "sequence_parallel",
+    "context_attention",
+    "batch",
+    "seq",
+    "dtype",
+    "param_dtype",
+    "reduce_dtype",
+    "accumulation",
+    "reshard_after_forward",
+    "reduce_once",
+    "recompute",
+    "recompute_layers",
+    "schedule",
+    "chunks",
+    "stages",
+    "optimizer_kernel",
+    "expert_load",
+    "random_ids",
+)
+"""What of a case a predicted step is decided by."""
+
+
 def selective_recompute(values: dict[str, Any]) -> None:
     """--recompute selective is what a Setup adds."""
     check_choice("--recompute", values["recompute"], (RECOMPUTE[0], SELECTIVE, *RECOMPUTE[1:]))
@@ -98,30 +125,7 @@ def selective_recompute(values: dict[str, Any]) -> None:
 @command(
     Command(
         _Asked,
-        shared=(
-            "plans",
-            "model",
-            "mesh",
-            "machine",
-            "sequence_parallel",
-            "context_attention",
-            "batch",
-            "seq",
-            "dtype",
-            "param_dtype",
-            "reduce_dtype",
-            "accumulation",
-            "reshard_after_forward",
-            "reduce_once",
-            "recompute",
-            "recompute_layers",
-            "schedule",
-            "chunks",
-            "stages",
-            "optimizer_kernel",
-            "expert_load",
-            "random_ids",
-        ),
+        shared=STEP_KEYS,
         prepare=_prepare,
         defaults={
             "plans": Shown(DEFAULT_PLAN),
