@@ -90,21 +90,18 @@ def causes_table(known: Sequence[Cause], newest: Published, folder: Path = RESUL
     for cause in known:
         count = sum(cause.holds(row) for row in newest.rows)
         rows = ", ".join(f"{key} {value}" for key, value in cause.rows)
-        mend = cause.mend or "**open**"
+        mend = f"*Mended:* {cause.mend}." if cause.mend else "**Open.**"
         after = errors(cause, _run(cause.after, folder)) if cause.after else "–"
         lines.append(
             [
-                f"**{cause.title}.** {cause.cause}.",
+                f"**{cause.title}.** {cause.cause}. {mend}",
                 f"{rows}: {count}",
-                cause.before[:10],
-                errors(cause, _run(cause.before, folder)),
-                mend,
-                cause.after[:10] if cause.after else "–",
-                after,
+                f"{errors(cause, _run(cause.before, folder))} ({cause.before[:10]})",
+                f"{after} ({cause.after[:10]})" if cause.after else after,
                 errors(cause, newest),
             ]
         )
-    head = ["what and why", "rows", "run", "error before", "mend", "since", "error after", "error now"]
+    head = ["what, why, and the mend", "rows", "before", "after", "now"]
     return table(head, lines)
 
 

@@ -84,7 +84,8 @@ def test_a_cause_s_errors_are_those_of_the_files_that_it_names(tmp_path: Path) -
     path = tmp_path / "causes.json"
     path.write_text(json.dumps([entry]), encoding="utf-8")
     shown = causes_table(causes(path), run_of(right), tmp_path)
-    assert "+100.0 %, 100.0 %, 100.0 % | m | 2026-01-02 | +10.0 %" in shown
+    assert "*Mended:* m." in shown
+    assert "| +100.0 %, 100.0 %, 100.0 % (2026-01-01) | +10.0 %, 10.0 %, 10.0 % (2026-01-02) |" in shown
     assert errors(causes(path)[0], run_of(replace(PLAIN, tp=1))) == "no such row"
     (tmp_path / "2026-01-01-published.json").unlink()
     with pytest.raises(CauseError, match=r"names 2026-01-01-published.json, which isn't in"):
