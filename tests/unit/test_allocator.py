@@ -209,3 +209,14 @@ def test_what_is_not_simulated_is_refused_in_one_line(said: str) -> None:
     with pytest.raises(OptionError, match="Use what PYTORCH_ALLOC_CONF takes, such as expandable") as refused:
         allocator_settings(said)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("first", [0, 1000])
+def test_whole_pages_go_back_wherever_a_segment_begins(first: int) -> None:
+    allocator = CachingAllocator(EXPANDABLE, 222 * MIB)
+    if first:
+        allocator.allocate(first)
+    allocator.free(allocator.allocate(100 * MIB, 0))
+    allocator.allocate(190 * MIB, 1)
+    assert allocator.overdrawn == 0
+    assert allocator.reserved_bytes == 200 * MIB + (20 * MIB if first else 0) - (18 * MIB if first else 0)

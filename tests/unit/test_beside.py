@@ -3,6 +3,7 @@ found on both sides, and a constant that is wrong is named."""
 
 import functools
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -265,7 +266,8 @@ def made_up(*lines: PredictedLine) -> PredictedStep:
 
 WORK = st.sampled_from(["aten::mm", "aten::add", "aten::clone", "aten::topk"])
 LINES = st.lists(
-    st.tuples(st.sampled_from([Term.MATMUL, Term.KERNELS, Term.TENSOR]), WORK, st.integers(0, 9**6)),
+    st.tuples(st.sampled_from([Term.MATMUL, Term.KERNELS, Term.TENSOR]), WORK, st.integers(1, 9**6)),
+    min_size=1,
     max_size=6,
     unique_by=lambda made: made[:2],
 )
@@ -349,3 +351,18 @@ def test_names_that_strangers_wrote_stay_text(tmp_path: Path) -> None:
     write(tmp_path / "rank0.json", events, world_size=1)
     both = laid_beside(made_up(line(Term.MATMUL, "aten::mm", 9)), tmp_path / "rank0.json")
     assert "<script>alert" not in beside_html(both)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"terms": []}, "its times aren't those of a step"),
+        ({"terms": [["matmul", 1e308]]}, "its times aren't those of a step"),
+        ({"terms": [["matmul", -5.0]]}, "its times aren't those of a step"),
+        ({"axes": [["tp", 0]]}, "its mesh has an axis of less than one rank"),
+    ],
+)
+def test_a_saved_step_that_none_can_be_is_refused_in_a_line(change: dict[str, object], what: str) -> None:
+    saved = json.loads(write_document(made_up(line(Term.MATMUL, "aten::mm", 9))))
+    with pytest.raises(InputError, match=what):
+        read_document(json.dumps(saved | change).encode(), PredictedStep, "step-a.json")

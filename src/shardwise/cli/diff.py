@@ -10,6 +10,7 @@ from shardwise.cli.predict import STEP_KEYS, selective_recompute
 from shardwise.cli.progress import ProgressLine
 from shardwise.core.errors import OptionError
 from shardwise.core.option import Option
+from shardwise.core.shown import shown
 from shardwise.verbs.checks import DEFAULT_PLAN
 from shardwise.verbs.diff import DiffOptions
 from shardwise.verbs.diff import diff as diff_runs
@@ -93,7 +94,7 @@ def diff(call: Call[_Asked]) -> int:
         page=lambda: {"pictures": done.pictures()},
     )
     for label, name in zip(labels, names, strict=True):
-        call.output.say_file(f"All ranks of {label} on one clock, for ui.perfetto.dev", name)
+        call.output.say_file(f"All ranks of {shown(label)} on one clock, for ui.perfetto.dev", name)
     return 0
 
 

@@ -21,6 +21,8 @@ IDLE = "idle, the next work launched"
 FURTHER = "communication that wasn't predicted"
 MEASURED_ALONE = (IDLE, FURTHER)
 """What a measured step has that no Term stands for."""
+_LONGEST_NS = 1e18
+"""Thirty years: no step takes longer."""
 MOST_SHAPES = 160
 """Characters of shapes by which work is told apart: an optimizer's op takes all parameters."""
 
@@ -68,6 +70,15 @@ class PredictedStep:
     lines: tuple[PredictedLine, ...]
     notes: tuple[str, ...] = ()
     schema_version: int = 1
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where no step can be so."""
+        times = [*(ns for _, ns in self.terms), *(line.own_ns for line in self.lines)]
+        is_real = all(-1 < ns <= _LONGEST_NS for ns in times)  # rounding leaves less than nothing
+        if not is_real or not self.step_ns > 0:
+            raise ValueError("its times aren't those of a step: 0 or more, and above 0 together")
+        if not all(size >= 1 for _, size in self.axes):
+            raise ValueError("its mesh has an axis of less than one rank")
 
     @property
     def step_ns(self) -> float:

@@ -116,7 +116,7 @@ def read_document(
         )
     try:
         return read(table, kind)
-    except Mismatch as error:
+    except (Mismatch, ValueError) as error:  # a ValueError: of a noun whose fields don't go together
         raise InputError(f"{source}: not a saved {what}: {error}. {advice}") from None
 
 

@@ -30,7 +30,7 @@ SMALL_SEGMENT = 2 * MIB
 LARGE_SEGMENT = 20 * MIB
 OWN_SEGMENT = 10 * MIB  # from here on a request gets a segment of its own size
 SEGMENT_STEP = 2 * MIB
-ENDLESS = 2**60  # of addresses that an expandable segment may still grow by
+ENDLESS = 5 * 2**58  # of addresses that an expandable segment may still grow by; whole pages of 20 MiB
 LARGEST_SPLIT = 2**62
 
 

@@ -138,7 +138,7 @@ def _matched(expected: list[_Work], own: list[_Work]) -> Iterator[BesideLine]:
         groups: list[tuple[Found, list[_Work], list[_Work]]] = []
         for found, key in levels:
             known, given = _grouped(left, key), _grouped(right, key)
-            for common in known.keys() & given.keys():
+            for common in [each for each in known if each in given]:
                 chosen = _of_one_term(known[common])
                 groups.append((found, chosen, given[common]))
                 taken = {id(work) for work in (*chosen, *given[common])}

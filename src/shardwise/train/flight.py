@@ -3,6 +3,9 @@
 A host issues GPU work ahead: when nothing moves, its frames may stand far behind the collective that hangs.
 """
 
+from collections.abc import Iterator
+from contextlib import suppress
+
 import msgspec
 
 from shardwise.torch_private import flight_records
@@ -12,7 +15,8 @@ _DONE = "completed"
 
 class Entry(msgspec.Struct, frozen=True):
     """A collective in the recorder's file format (version 2.10), what is read of it. input_sizes: of each
-    tensor. seq_id: the how-manieth collective of its process group, from 1."""
+    tensor. seq_id: the how-manieth collective of its process group, from 1; p2p_seq_id: of those that send
+    or receive."""
 
     record_id: int
     profiling_name: str
@@ -20,12 +24,14 @@ class Entry(msgspec.Struct, frozen=True):
     retired: bool
     process_group: tuple[str, str]
     seq_id: int = msgspec.field(name="collective_seq_id", default=0)
+    p2p_seq_id: int = 0
+    is_p2p: bool = False
     input_sizes: tuple[tuple[int, ...], ...] = ()
     input_dtypes: tuple[str, ...] = ()
 
 
 class Record(msgspec.Struct, frozen=True):
-    entries: tuple[Entry, ...] = ()
+    entries: tuple[msgspec.Raw, ...] = ()
 
 
 def unfinished() -> str:
@@ -35,12 +41,17 @@ def unfinished() -> str:
 
 def oldest_unfinished(record: bytes) -> str:
     """record: a flight recorder's JSON. What can't be read is unknown, and so empty."""
-    try:
-        entries = msgspec.json.decode(record, type=Record).entries
-    except msgspec.MsgspecError:
-        return ""
-    open_ones = [each for each in entries if not each.retired and each.state != _DONE]
+    open_ones = [each for each in _entries(record) if not each.retired and each.state != _DONE]
     return _in_words(min(open_ones, key=lambda each: each.record_id)) if open_ones else ""
+
+
+def _entries(record: bytes) -> Iterator[Entry]:
+    try:
+        for raw in msgspec.json.decode(record, type=Record).entries:
+            with suppress(msgspec.MsgspecError):
+                yield msgspec.json.decode(raw, type=Entry)
+    except msgspec.MsgspecError:
+        return
 
 
 def _in_words(entry: Entry) -> str:
