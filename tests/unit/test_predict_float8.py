@@ -63,6 +63,24 @@ def test_what_several_matmuls_in_a_row_take_is_cast_once() -> None:
     assert once - again == 5 * TOKENS * WIDE
 
 
+def elementwise(*shape: int) -> Op:
+    spec = TensorSpec("bfloat16", shape)
+    return Op("aten::silu", OpKind.ELEMENTWISE, Phase.FORWARD, "layers.0", (spec,), (spec,), 0, 0, 0)
+
+
+def test_a_swiglu_s_input_is_cast_once_though_its_silu_lies_between() -> None:
+    once, again = cast_bytes([FORWARD, elementwise(TOKENS, OUT), FORWARD])
+    assert once - again == 5 * TOKENS * WIDE
+
+
+def test_what_has_the_shape_of_a_matrix_that_was_gathered_and_cast_is_another() -> None:
+    inner = matmul((TOKENS, WIDE), (WIDE, WIDE))
+    items = [gather(2 * TOKENS * WIDE, 4), inner, elementwise(TOKENS, WIDE), inner]
+    first, second = cast_bytes(items)
+    assert first == 5 * (TOKENS * WIDE // 4 + WIDE * WIDE)
+    assert second == 5 * (TOKENS * WIDE + WIDE * WIDE)
+
+
 def test_a_gathered_matrix_is_cast_by_each_rank_before_it_is_sent() -> None:
     whole, part = cast_bytes([FORWARD])[0], cast_bytes([gather(2 * TOKENS * WIDE, 4), FORWARD])[0]
     assert whole - part == 5 * TOKENS * WIDE * 3 // 4

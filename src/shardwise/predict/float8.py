@@ -51,20 +51,70 @@ def with_casts(items: Iterable[Item], setup: Setup, prefix: str | None) -> Itera
     if setup.matmul_dtype != "float8":
         yield from items
         return
-    gathered, last = (0, 1), None
+    seen = _Seen()
     for item in items:
         match item:
-            case Collective() if _is_gather(item):
-                gathered = (item.call.payload_bytes // 2, item.call.axis_size)
-            case Op() if is_float8(item, setup, prefix):
-                first = item.inputs[0]
-                yield _cast(item, setup.scaling, gathered, repeats=last == first)
-                last = first if item.phase is not Phase.BACKWARD else None
-            case Op(kind=kind) if kind is not OpKind.COPY:
-                last = None
+            case Collective():
+                seen.enter(item.phase)
+                if _is_gather(item):
+                    seen.gathers(item.call.payload_bytes // 2, item.call.axis_size)
+            case Op():
+                seen.enter(item.phase)
+                if is_float8(item, setup, prefix):
+                    yield _cast(item, setup.scaling, seen)
+                seen.runs(item, is_cast=is_float8(item, setup, prefix))
             case _:
                 pass
         yield item
+
+
+class _Seen:
+    """What is there of matrices in float8 at a place of a pass. Matrices are known by their shapes, so one is
+    forgotten as soon as anything else of its shape is made.
+
+    elements, ranks: of what was last gathered over tp, and by how many ranks."""
+
+    def __init__(self) -> None:
+        self._phase: Phase | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.elements, self.ranks = 0, 1
+        self._cast: set[TensorSpec] = set()
+        self._last: TensorSpec | None = None
+
+    def enter(self, phase: Phase) -> None:
+        """What a recompute takes is cast again."""
+        if phase is not self._phase:
+            self._phase = phase
+            self._forget()
+
+    def gathers(self, elements: int, ranks: int) -> None:
+        self.elements, self.ranks = elements, ranks
+        self._cast = {spec for spec in self._cast if prod(spec.shape) != elements}
+
+    def has(self, matrix: TensorSpec) -> bool:
+        """Whether a matmul before took the same matrix."""
+        return matrix == self._last or matrix in self._cast
+
+    def runs(self, op: Op, *, is_cast: bool) -> None:
+        if op.kind is OpKind.COPY:  # it makes nothing that wasn't there
+            return
+        taken = matrices_of(op)[0] if is_cast and op.phase is not Phase.BACKWARD else None
+        if taken is not None:
+            self._cast.add(taken)
+        self._last = taken
+        for made in op.outputs:
+            self._cast.discard(made)
+            if prod(made.shape) == self.elements:
+                self.elements, self.ranks = 0, 1
+
+
+def matrices_of(op: Op) -> tuple[TensorSpec, TensorSpec]:
+    """The two that it multiplies; a bias comes before them."""
+    start = 1 if op.name.endswith("addmm") else 0
+    first, second = op.inputs[start : start + 2]
+    return first, second
 
 
 def is_float8(op: Op, setup: Setup, prefix: str | None) -> bool:
@@ -94,15 +144,12 @@ def _is_gather(item: Collective) -> bool:
     return item.call.kind is CollectiveKind.ALL_GATHER and role_of(item.call.axis) is Role.CUTS_TENSORS
 
 
-def _cast(op: Op, scaling: Scaling, gathered: tuple[int, int], *, repeats: bool) -> Op:
-    """repeats: the matmul before took the same first matrix. gathered: elements that were last gathered over
-    tp, and by how many ranks."""
-    start = 1 if op.name.endswith("addmm") else 0
-    first, second = (prod(spec.shape) for spec in op.inputs[start : start + 2])
-    sizes = [0.0 if repeats else float(first), float(second)]
-    elements, ranks = gathered
-    if elements == first and scaling is not Scaling.ROWWISE:
-        sizes[0] /= ranks
+def _cast(op: Op, scaling: Scaling, seen: _Seen) -> Op:
+    matrices = matrices_of(op)
+    first, second = (prod(spec.shape) for spec in matrices)
+    sizes = [0.0 if seen.has(matrices[0]) else float(first), float(second)]
+    if seen.elements == first and scaling is not Scaling.ROWWISE:
+        sizes[0] /= seen.ranks
     each = BACKWARD_BYTES[scaling] if op.phase is Phase.BACKWARD else (FORWARD_BYTES[scaling],) * 2
     n_bytes = round(sum(size * own for size, own in zip(sizes, each, strict=True)))
     spec = TensorSpec("float8", (round(sum(sizes)),))
