@@ -73,9 +73,9 @@ class PredictedStep:
 
     def __post_init__(self) -> None:
         """Raises ValueError where no step can be so."""
-        times = [*(ns for _, ns in self.terms), *(line.own_ns for line in self.lines)]
-        is_real = all(-1 < ns <= _LONGEST_NS for ns in times)  # rounding leaves less than nothing
-        if not is_real or not self.step_ns > 0:
+        is_known = all(abs(line.own_ns) <= _LONGEST_NS for line in self.lines)
+        is_real = all(-1 < ns <= _LONGEST_NS for _, ns in self.terms)  # rounding leaves less than nothing
+        if not is_known or not is_real or not self.step_ns > 0:
             raise ValueError("its times aren't those of a step: 0 or more, and above 0 together")
         if not all(size >= 1 for _, size in self.axes):
             raise ValueError("its mesh has an axis of less than one rank")
