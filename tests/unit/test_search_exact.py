@@ -100,17 +100,25 @@ def every(problem: Problem) -> Iterator[Candidate]:
                         yield replace(base, styles=styles, recompute=kind, recomputed=layers)
 
 
+@cache
+def predicted(case: Case, candidate: Candidate, layers: int) -> Prediction | None:
+    """None where it can't be. Memory is simulated, which takes longer than anything else here."""
+    program = traced(case, piece_of(candidate, layers))
+    if not isinstance(program, Program):
+        return None
+    return predict(program, MACHINE, Setup(candidate.mesh, candidate.micro_batches))
+
+
 def tried(case: Case, problem: Problem) -> dict[Candidate, Prediction]:
     """All that fit, by predict."""
-    found = {}
-    for candidate in every(problem):
-        program = traced(case, piece_of(candidate, problem.layers))
-        if isinstance(program, Program):
-            setup = Setup(candidate.mesh, candidate.micro_batches)
-            prediction = predict(program, problem.machine, setup)
-            if prediction.memory.device_bytes <= problem.memory_bytes:
-                found[candidate] = prediction
-    return found
+    assert problem.machine == MACHINE
+    every_one = {each: predicted(case, each, problem.layers) for each in every(problem)}
+    limit = problem.memory_bytes
+    return {
+        each: found
+        for each, found in every_one.items()
+        if found is not None and found.memory.device_bytes <= limit
+    }
 
 
 BLOCKS_CUT = ("output=cut", "layers.*.attention=cut", "layers.*.feed_forward=cut")
