@@ -254,7 +254,10 @@ REFUSED = [
         "or hf:TYPE, hf:PATH of a config.json, automodel:..., titan:..., or "
         "package.module:factory.",
     ),
-    (("--bacth", "3"), "No such option: --bacth (Possible options: --batch). Try: shardwise compare --help."),
+    (
+        ("--bacth", "3"),
+        "No such option: --bacth (Possible options: --batch, --machine). Try: shardwise compare --help.",
+    ),
     (("--mesh", "tp2"), 'mesh: can\'t read "tp2" in "tp2". Write NAME=SIZE, such as dp=2,tp=4.'),
     (("--mesh", "tp=2,xp=2"), 'mesh: unknown axis "xp". Allowed axes: pp, dp, fsdp, cp, ep, tp.'),
     (
@@ -331,7 +334,7 @@ REFUSED = [
         ("--config", "bad.toml"),
         '--config bad.toml: unknown key "batsh". Did you mean "batch"? Allowed: accumulation, batch, '
         "check, chunks, context_attention, device, documents, dtype, end_token, expert_load, "
-        "format, json, learning_rate, machine, max_norm, mesh, model, module, out, param_dtype, plans, "
+        "format, json, learning_rate, machine, max_norm, mesh, model, module, optimizer_kernel, out, param_dtype, plans, "
         "profile, profile_steps, random_ids, recompute, recompute_layers, reduce_dtype, reduce_once, "
         "repeat, reshard_after_forward, rounds, schedule, seed, seq, "
         "sequence_parallel, stages, text, text_key, timeout, tokenizer, warmup.",

@@ -32,7 +32,7 @@ from shardwise.trace.higher_order import FLEX, MASKED
 from shardwise.trace.holdings import longer_holdings
 from shardwise.trace.job import Job, Kept, nearest_rule, rules_of
 from shardwise.trace.step import Traced, run
-from shardwise.trace.two_kinds import blocks_of_two_kinds
+from shardwise.trace.two_kinds import blocks_of_two_kinds, but_for_which
 
 
 def trace(
@@ -191,7 +191,7 @@ def _from_two_kinds(equal: _Equal) -> Program:
     few = [first + at for first in equal.firsts for at in range(LONG // 2)]
     expected = equal.traced(LONG, few).items
     made = blocks_of_two_kinds(equal.blocks(False, LONG), equal.blocks(True, LONG), prefix, few)
-    if tuple(item for block in made for item in block) != expected:
+    if [but_for_which(item) for block in made for item in block] != [*map(but_for_which, expected)]:
         raise NotPeriodicError("what a layer runs depends on whether the one beside it runs again")
     plain, again = equal.program(False), equal.program(True)
     return replace(again, blocks=blocks_of_two_kinds(plain.blocks, again.blocks, prefix, equal.subject.again))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from shardwise.core.pipeline import Pipeline, Span, recomputed_spans
-from shardwise.core.program import Block, Collective, Item, Program, moved
+from shardwise.core.program import Block, Collective, Item, MemoryChange, Program, moved
 from shardwise.trace.extend import NotPeriodicError, stretches_of_layers
 
 
@@ -88,6 +88,11 @@ def blocks_of_two_kinds(
         before = a.met[-1]
     blocks.append(Block(_gap(end_plain, end_again, before in recomputed, share)))
     return tuple(block for block in blocks if block.items)
+
+
+def but_for_which(item: Item) -> Item:
+    """Without which of those alike goes: of the only one left, counted from either end, both are right."""
+    return replace(item, nth=0) if isinstance(item, MemoryChange) else item
 
 
 def _rows(blocks: Sequence[Block], prefix: str) -> tuple[list[_Row], tuple[Item, ...]]:
