@@ -334,7 +334,8 @@ REFUSED = [
         ("--config", "bad.toml"),
         '--config bad.toml: unknown key "batsh". Did you mean "batch"? Allowed: accumulation, batch, '
         "check, chunks, context_attention, device, documents, dtype, end_token, expert_load, "
-        "format, json, learning_rate, machine, max_norm, mesh, model, module, optimizer_kernel, out, param_dtype, plans, "
+        "format, json, learning_rate, machine, max_norm, mesh, model, module, optimizer_kernel, out, "
+        "param_dtype, plans, "
         "profile, profile_steps, random_ids, recompute, recompute_layers, reduce_dtype, reduce_once, "
         "repeat, reshard_after_forward, rounds, schedule, seed, seq, "
         "sequence_parallel, stages, text, text_key, timeout, tokenizer, warmup.",

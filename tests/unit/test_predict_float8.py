@@ -75,7 +75,7 @@ def test_a_swiglu_s_input_is_cast_once_though_its_silu_lies_between() -> None:
 
 def test_what_has_the_shape_of_a_matrix_that_was_gathered_and_cast_is_another() -> None:
     inner = matmul((TOKENS, WIDE), (WIDE, WIDE))
-    items = [gather(2 * TOKENS * WIDE, 4), inner, elementwise(TOKENS, WIDE), inner]
+    items: list[Item] = [gather(2 * TOKENS * WIDE, 4), inner, elementwise(TOKENS, WIDE), inner]
     first, second = cast_bytes(items)
     assert first == 5 * (TOKENS * WIDE // 4 + WIDE * WIDE)
     assert second == 5 * (TOKENS * WIDE + WIDE * WIDE)
