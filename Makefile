@@ -9,8 +9,8 @@ READY := $(VENV)/.ready
 ARGS ?=
 # A file at a time on each core, for its tests share launches and Programs; the long ones first.
 FILES_AT_ONCE := --numprocesses auto --dist loadfile --no-loadscope-reorder
-ON_NEWEST := tests/distributed/test_styles.py tests/distributed/test_meshes.py tests/distributed/test_context.py \
-	tests/distributed/test_experts.py tests/distributed/test_pipeline.py tests/programs tests/golden tests/unit
+ON_NEWEST := tests/distributed/test_styles.py tests/distributed/test_context.py tests/distributed/test_experts.py \
+	tests/distributed/test_pipeline.py tests/golden tests/unit
 TESTS := tests/distributed tests/e2e tests/programs tests/cuda tests/golden tests/unit
 
 .DEFAULT_GOAL := help
@@ -56,7 +56,7 @@ test: $(READY) ## the tests that show every behaviour, on all cores (about nine 
 test-all: $(READY) ## all tests: the full matrices too, as CI runs them
 	$(BIN)/python -m pytest $(TESTS) $(FILES_AT_ONCE) $(ARGS)
 
-test-newest: ## what a step runs, traces and golden files, and the unit tests, on the newest torch that shardwise is for
+test-newest: ## what a step runs, golden files and the unit tests, on the newest torch that shardwise is for
 	$(MAKE) test TORCH=$(NEWEST_TORCH) VENV=.venv-newest TESTS="$(ON_NEWEST)"
 
 FRAMEWORKS := .venv-frameworks
