@@ -119,8 +119,7 @@ def test_ranks_that_are_killed_at_any_moment_change_no_bit(
         running.kill()
         running.communicate()
     assert running.returncode == 0, stderr
-    # on a busy machine two kills in a row may be one death of the ranks
-    assert kills * 3 // 4 <= len(answer(out).restarts) <= kills
+    assert len(answer(out).restarts) == kills
     assert what_it_learnt(read_steps(out)) == what_it_learnt(read_steps(whole))
     assert weights(out, steps) == weights(whole, steps)
 
