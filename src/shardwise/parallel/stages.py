@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.core.errors import RunError
-from shardwise.core.layer_name import layer_index
+from shardwise.core.layer_name import is_inside, layer_index
 from shardwise.core.pipeline import Pipeline, Span
 from shardwise.core.plan import Plan
 from shardwise.parallel.apply import applied_to
@@ -70,6 +70,25 @@ class Stage:
 
     def last_layer(self, part: int) -> str:
         return f"{self.ends.layers.prefix}.{self.spans[part].stop - 1}"
+
+    def part_of(self, name: str) -> int:
+        """The part that holds a parameter of the module, by the whole model's names. What both ends hold
+        counts with the first."""
+        part = self._part_with(name)
+        if part is not None:
+            return part
+        is_last = is_inside(name, self.ends.after) and not is_inside(name, self.ends.before)
+        return self.pipeline.parts - 1 if is_last else 0
+
+    def part_at(self, name: str) -> int:
+        """The part that is calling a module now: of a layer its own, where it runs again in the backward
+        too."""
+        part = self._part_with(name)
+        return part if part is not None else self.running
+
+    def _part_with(self, name: str) -> int | None:
+        index = layer_index(name, self.ends.layers.prefix)
+        return next((part for part, span in enumerate(self.spans) if index in span), None)
 
     def units(self, model: nn.Module, part: int) -> Iterator[tuple[nn.Module, bool]]:
         """All modules that are the part's layers or lie in them (True), or that hold the layers (False)."""

@@ -64,15 +64,16 @@ class _Place:
 
 def _source(model: nn.Module, again: Callable[[], Tensor]) -> str:
     """In a sentence, alike on all ranks."""
-    seen: list[tuple[int, int, str]] = []
+    seen: dict[int, tuple[int, int, str]] = {}  # the first of each part: parts take turns over micro-batches
     calls, stage = 0, stage_of(model)
 
     def look(name: str) -> Callable[..., None]:
         def after(_: nn.Module, __: Any, output: Any) -> None:
             nonlocal calls
             calls += 1
-            if not seen and not all(map(_all_finite, tree_flatten(output)[0])):
-                seen.append((stage.running if stage is not None else 0, calls, name))
+            part = stage.part_at(name) if stage is not None else 0
+            if part not in seen and not all(map(_all_finite, tree_flatten(output)[0])):
+                seen[part] = part, calls, name
 
         return after
 
@@ -90,25 +91,31 @@ def _source(model: nn.Module, again: Callable[[], Tensor]) -> str:
         for hook in hooks:
             hook.remove()
     rank = dist.get_rank() if dist.is_initialized() else 0
-    forward = _first(_place(seen, rank))
+    forward = _first(_place(sorted(seen.values()), rank))
     if forward is not None:
         return (
             f"In the forward {forward.module} on rank {forward.rank} is the first whose output isn't finite."
         )
-    # the backward goes from the model's end to its beginning, and spreads what isn't finite
-    names = [name for name, each in model.named_parameters() if each.grad is not None]
-    bad = [
-        (-stage.index if stage is not None else 0, len(names) - at, name.rpartition(".")[0] or name)
-        for at, name in enumerate(names)
-        if not _all_finite(model.get_parameter(name).grad)
-    ]
-    backward = _first(_place(sorted(bad), rank))
+    backward = _first(_place(not_finite(model), rank))
     if backward is not None:
         return (
             f"The forward is finite; in the backward {backward.module} on rank {backward.rank} is the first "
             "whose gradient isn't."
         )
     return "Computed once more it is finite, so it doesn't come from the weights and the batch alone."
+
+
+def not_finite(model: nn.Module) -> list[tuple[int, int, str]]:
+    """(part, order, module) of the parameters that this rank holds whose gradient isn't finite, in the order
+    of the backward: from the model's end to its beginning, for what isn't finite spreads."""
+    stage = stage_of(model)
+    names = [name for name, each in model.named_parameters() if each.grad is not None]
+    modules = [name.rpartition(".")[0] or name for name in names]
+    return sorted(
+        (-stage.part_of(module) if stage is not None else 0, len(names) - at, module)
+        for at, (name, module) in enumerate(zip(names, modules, strict=True))
+        if not _all_finite(model.get_parameter(name).grad)
+    )
 
 
 def _place(seen: Sequence[tuple[int, int, str]], rank: int) -> _Place:
