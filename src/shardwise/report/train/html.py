@@ -7,7 +7,7 @@ from shardwise.core.training import Training
 from shardwise.report.common.page import draw
 from shardwise.report.common.scale import Scale, Tick, ticks
 from shardwise.report.common.units import Unit
-from shardwise.report.train.tables import headline, restarts_table, train_report, validated_table
+from shardwise.report.train.tables import headline, restarts_table, told_lines, train_report, validated_table
 
 _UNIT = (Unit("", 1.0), Unit("k", 1e3), Unit("M", 1e6))
 Point = tuple[float, float]
@@ -35,6 +35,7 @@ def train_html(run: Training) -> str:
         curve=curve_of(run),
         validated=validated_table(run) if run.validated else None,
         restarts=restarts_table(run) if run.restarts else None,
+        told=tuple(told_lines(run.told)),
     )
 
 

@@ -1,7 +1,9 @@
 """Training -> tables and words: how a run ended, how fast it was, what its loss did, what went wrong on its
 way."""
 
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 from shardwise.core.training import Ended, Restart, Training, Validated, is_reached
 from shardwise.report.common.plain import name, sentence
@@ -9,6 +11,8 @@ from shardwise.report.common.table import Block, Column, Columns, Line, Report, 
 from shardwise.report.common.units import NUMBER, Format, format_bytes, format_seconds
 
 _ROWS = 12
+_LAST_TOLD = 3
+_NUMBER = re.compile(r"\d[\d.,]*(e[+-]?\d+)?( (ms|s)\b)?")
 LOSS = Format(lambda value: f"{value:.4f}", "nats")
 
 
@@ -20,7 +24,7 @@ def train_report(run: Training) -> Report:
     if run.restarts:
         blocks.append(restarts_table(run))
     if run.told:
-        blocks.append(Words(tuple(Line(sentence(line)) for line in run.told), items=True))
+        blocks.append(Words(tuple(told_lines(run.told)), items=True))
     return Report(title, tuple(blocks))
 
 
@@ -70,6 +74,24 @@ def _reached(run: Training, until: float) -> Line:
     if is_reached(run):
         return Line(f"The loss on held-out text is {lowest:.4f}, as asked ({until:g} or less).", Tone.GOOD)
     return Line(f"The loss on held-out text is {lowest:.4f}, and {until:g} was asked.", Tone.BAD)
+
+
+def told_lines(told: Sequence[str]) -> Iterator[Line]:
+    """In their order; of those that differ in numbers alone the last few, and before them how many there
+    were."""
+    kinds = [_NUMBER.sub("#", line) for line in told]
+    counts, met = Counter(kinds), Counter[str]()
+    for line, kind in zip(told, kinds, strict=True):
+        met[kind] += 1
+        left_out = counts[kind] - _LAST_TOLD
+        if met[kind] <= left_out:
+            continue
+        if left_out > 0 and met[kind] == left_out + 1:
+            yield Line(
+                f"The next was told {counts[kind]:,} times; here are the last {_LAST_TOLD}, and train.json "
+                "has all."
+            )
+        yield Line(sentence(line))
 
 
 def validated_table(run: Training) -> Table:

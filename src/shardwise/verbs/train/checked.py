@@ -12,6 +12,7 @@ from shardwise.core.case import Case
 from shardwise.core.errors import OptionError
 from shardwise.core.mesh import RUN, Mesh, check_carried
 from shardwise.core.pace import Pace
+from shardwise.core.prediction import Filling
 from shardwise.core.program import OpKind, Phase
 from shardwise.core.training import Ended, Saved, StepRecord, TrainOptions, Value
 from shardwise.core.verification import Verdict
@@ -25,7 +26,7 @@ from shardwise.verbs.checks import (
 )
 from shardwise.verbs.compare_checks import check_fit
 from shardwise.verbs.dealing import with_dealt_layers
-from shardwise.verbs.predict import MACHINE, predict
+from shardwise.verbs.predict import MACHINE, PredictOptions, predict
 from shardwise.verbs.progress import Progress, silent
 from shardwise.verbs.train.live import Live
 from shardwise.verbs.train.profiles import PROFILES
@@ -158,7 +159,8 @@ class Run:
 
     def predicted(self, progress: Progress) -> "Run":
         """With the forecast of a step on the case's machine."""
-        found = predict(self.case, progress=progress)
+        filled = PredictOptions(filled=Filling.WHOLE.value)  # as step/build.py does it
+        found = predict(self.case, filled, progress)
         (prediction,), program = found.answer.predictions, found.steps[0].layout.program
         peak_s, rate = None, found.machine.matmul(self.case.step.computed_dtype)
         if rate is not None and self.case.mesh.stages == 1:
