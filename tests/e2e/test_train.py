@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
 
-from shardwise.core.training import StepRecord, Training
+from shardwise.cli.main import _run
+from shardwise.core.training import Ended, StepRecord, Training
 from shardwise.files.document import read_document
 from shardwise.files.step_log import read_steps
 from tests.e2e.command import PATIENCE_S, children_of, ranks_of, shardwise, start, wait_until
@@ -340,3 +342,16 @@ def test_a_plan_whose_gradients_are_wrong_is_not_trained(tmp_path: Path) -> None
     assert "Nothing was trained" in ended.stdout
     assert "attention_norm.weight" in ended.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_reader_is_gone_trains_on_and_writes_all_of_it(tmp_path: Path) -> None:
+    out = tmp_path / "unread"
+    steps = ("--steps", "3", "--validate-every", "0")
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as nobody, redirect_stdout(nobody), redirect_stderr(nobody):
+        assert _run(["train", *TINY, *steps, "--mesh", "tp=1", "--out", str(out)]) == 0
+    assert [each.step for each in read_steps(out)] == [1, 2, 3]
+    assert answer(out).ended is Ended.DONE
+    assert (out / "train.html").is_file()
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-3"]

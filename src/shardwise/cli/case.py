@@ -1,9 +1,8 @@
 """`shardwise case`: writes a case file."""
 
-import sys
-
 from shardwise.cli.asked import ALL, Call, Command, NoOptions, Shown, command
 from shardwise.core.option import Asked, options_of
+from shardwise.report.common.streams import write_out
 
 
 @command(
@@ -32,5 +31,6 @@ def case(call: Call[NoOptions]) -> int:
         )
         for name, own in keys.items()
     }
-    sys.stdout.write(case_text(call.case, call.given, {name: own for name, own in tables.items() if own}))
+    own = {name: asked for name, asked in tables.items() if asked}
+    write_out(case_text(call.case, call.given, own).encode())
     return 0

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardwise.cli.asked import Call, Command, command
-from shardwise.cli.output import TERMINAL, write
+from shardwise.cli.output import TERMINAL
 from shardwise.cli.progress import ProgressLine
 from shardwise.core.errors import OptionError
 from shardwise.core.export import Export, File
 from shardwise.core.shown import shown
+from shardwise.report.common.streams import write_out
 from shardwise.verbs.export import ExportOptions
 from shardwise.verbs.export import export as make
 from shardwise.verbs.predict import MACHINE
@@ -69,7 +70,7 @@ def export(call: Call[_Asked]) -> int:
         call.output.show(made)
         return 0
     for file in made.files:
-        write(file.text.encode())
+        write_out(file.text.encode())
     return 0
 
 

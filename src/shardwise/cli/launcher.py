@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from shardwise.cli.asked import ALL, Call, Command, Shown, command, refuse
-from shardwise.cli.output import write
 from shardwise.core.errors import OptionError
 from shardwise.core.export import File
 from shardwise.core.launcher import Launcher, LauncherOptions
 from shardwise.core.shown import shown
 from shardwise.files.launchers import MARK
+from shardwise.report.common.streams import write_out
 from shardwise.verbs.launcher import launcher as make
 
 
@@ -43,7 +43,7 @@ def launcher(call: Call[LauncherOptions]) -> int:
     folder = call.output.out
     if folder is None:
         for file in made.files:
-            write(file.text.encode())
+            write_out(file.text.encode())
         return 0
     for file in made.files:
         _write(folder, file)

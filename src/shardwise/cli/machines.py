@@ -3,10 +3,10 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from shardwise.cli.models import Json
 from shardwise.cli.output import write_json
+from shardwise.report.common.streams import Console, write_out
 
 
 def machines(
@@ -25,7 +25,7 @@ def machines(
     from shardwise.report.lists.tables import machines_table
 
     if show is not None:
-        typer.echo(machine_text(show), nl=False)
+        write_out(machine_text(show).encode())
         return
     found = [load_machine(name) for name in machine_names()]
     peaks = [

@@ -19,6 +19,7 @@ import shardwise.cli
 from shardwise import __version__
 from shardwise.cli.output import speaks
 from shardwise.core.errors import InputError, ShardwiseError
+from shardwise.report.common.streams import write_error
 
 if TYPE_CHECKING:
     from shardwise.cli.asked import Command
@@ -110,4 +111,4 @@ def _run(args: list[str] | None) -> int:
 
 
 def _say(message: str) -> None:
-    typer.echo(f"shardwise: {message}", err=True)
+    write_error(f"shardwise: {message}")

@@ -3,9 +3,9 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from shardwise.cli.output import write_json
+from shardwise.report.common.streams import Console
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 

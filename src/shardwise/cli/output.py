@@ -1,7 +1,6 @@
 """Where a command's answer goes: stdout in one format, and a folder where one is asked for."""
 
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -9,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from rich.console import Console
 
 from shardwise.core.errors import OptionError
+from shardwise.report.common.streams import Console, write_out
 
 if TYPE_CHECKING:
     from shardwise.files.run_folder import RunFolder
@@ -40,7 +39,7 @@ class Output:
         if self.form == TERMINAL:
             draw(self.console)
             return
-        write(document)
+        write_out(document)
 
     def show(self, result: object) -> None:
         """The answer as data: see report/common/deliver.py."""
@@ -89,12 +88,7 @@ class Output:
 
 def write_json(value: Any) -> None:
     """One document on stdout."""
-    write(pretty(value))
-
-
-def write(document: bytes) -> None:
-    sys.stdout.buffer.write(document)
-    sys.stdout.buffer.flush()
+    write_out(pretty(value))
 
 
 def pretty(value: Any) -> bytes:

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from shardwise.cli.asked import Call, Command, Shown, command
-from shardwise.cli.output import JSON, OUTPUT, TERMINAL, write
+from shardwise.cli.output import JSON, OUTPUT, TERMINAL
 from shardwise.cli.progress import ProgressLine
 from shardwise.core.errors import OptionError
 from shardwise.core.option import Option
+from shardwise.report.common.streams import write_out
 from shardwise.verbs.plan import SEQ, PlanOptions
 from shardwise.verbs.plan import plan as make
 
@@ -57,7 +58,7 @@ def plan(call: Call[_Asked]) -> int:
     with ProgressLine() as progress:
         made = make(call.case, own, progress)
     if own.toml:
-        write(made.to_toml().encode())
+        write_out(made.to_toml().encode())
         return 0
     asked = {"model": made.model, "mesh": made.mesh, "embedding": own.embedding}
     output.deliver(made, asked, beside=lambda: {PLAN_FILE: made.to_toml()})

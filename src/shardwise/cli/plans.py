@@ -3,7 +3,6 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from shardwise.cli.models import Json
 from shardwise.cli.output import write_json
@@ -11,6 +10,7 @@ from shardwise.core.errors import ModelError
 from shardwise.core.plan import Family
 from shardwise.core.shown import shown
 from shardwise.parallel.builtin import ABOUT, builtin_plan
+from shardwise.report.common.streams import Console, write_out
 
 
 def plans(
@@ -37,9 +37,8 @@ def plans(
     [dim]shardwise plans colwise --model gpt3-175b > mine.toml[/]
     """
     if name is not None:
-        typer.echo(
-            builtin_plan(name, sequence_parallel=sequence_parallel, family=_family(model)).to_toml(), nl=False
-        )
+        plan = builtin_plan(name, sequence_parallel=sequence_parallel, family=_family(model))
+        write_out(plan.to_toml().encode())
     elif json:
         write_json(
             {"schema_version": 1, "plans": [{"name": plan, "about": about} for plan, about in ABOUT.items()]}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.text import Text
 
 from shardwise.cli.output import speaks
+from shardwise.report.common.streams import Console, write_error
 
 _LINES = 20
 # what is tried changes often: without a terminal it is said no more often than that
@@ -101,7 +102,7 @@ class ProgressLine:
 
     def _print(self, text: str) -> None:
         if self._speaks and text != self._last:
-            print(f"shardwise: {text}", file=sys.stderr, flush=True)
+            write_error(f"shardwise: {text}")
             self._last = text
 
     def __enter__(self) -> Self:

@@ -1,6 +1,5 @@
 """A verb's result, delivered: on stdout in one format, and in a run folder in all of them."""
 
-import sys
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +12,7 @@ from shardwise.files.document import settings_document
 from shardwise.files.run_folder import RunFolder
 from shardwise.report.common.formats import format_named, formats
 from shardwise.report.common.room import room_of
+from shardwise.report.common.streams import write_out
 
 TERMINAL = "terminal"
 Files = Mapping[str, bytes | str]
@@ -60,8 +60,7 @@ def show(result: object, form: str, console: Console, most: int | None = None) -
     if form == TERMINAL:
         module.show(room_of(result), result, console, most)
         return
-    sys.stdout.buffer.write(b"\n".join(module.files(room_of(result), result).values()))
-    sys.stdout.buffer.flush()
+    write_out(b"\n".join(module.files(room_of(result), result).values()))
 
 
 def write_all(result: object, folder: RunFolder, **page: object) -> Path:
