@@ -1,5 +1,6 @@
 """Progress on stderr: a bar on a terminal, with what is found so far under it; elsewhere a few lines."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -45,7 +46,7 @@ class ProgressLine:
         self._bar: _Bar | None = None
         self._last = ""
         self._found = ""
-        self._said_s = 0.0
+        self._said_s = -math.inf
         self._speaks = speaks()
         if self._speaks and sys.stderr.isatty():
             self._bar = _Bar(
