@@ -64,9 +64,9 @@ test-frameworks: ## the tests of models and trainers of other frameworks, which 
 	test -x $(FRAMEWORKS)/bin/pytest || { $(PYTHON) -m venv $(FRAMEWORKS) && \
 		sed 's/^torch==.*/torch==$(TORCH)/; s/^transformers==.*/transformers==5.24.0/' constraints.txt >$(FRAMEWORKS)/constraints.txt && \
 		$(FRAMEWORKS)/bin/python -m pip install --quiet --constraint $(FRAMEWORKS)/constraints.txt --editable '.[hf]' \
-			hypothesis pytest pytest-timeout pyyaml torchdata tiktoken datasets accelerate==1.15.0 && \
+			hypothesis pytest pytest-timeout pyyaml torchdata tiktoken datasets tensorboard accelerate==1.15.0 && \
 		$(FRAMEWORKS)/bin/python -m pip install --quiet --no-deps nemo-automodel==0.7.0 lightning==2.6.6 \
-			pytorch-lightning==2.6.6 lightning-utilities torchmetrics aiohttp torchtitan==0.3.0 triton spmd_types==0.2.3 tyro tensorboard pillow einops docstring_parser typeguard; }
+			pytorch-lightning==2.6.6 lightning-utilities torchmetrics aiohttp torchtitan==0.3.0 triton spmd_types==0.2.3 tyro pillow einops docstring_parser typeguard; }
 	$(FRAMEWORKS)/bin/python -m pytest tests/frameworks -p no:xdist $(ARGS)
 
 check: lint ## lint, the unit tests and the golden files: about two minutes
