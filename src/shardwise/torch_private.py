@@ -95,6 +95,10 @@ HigherOrderOperator = _find("torch._ops", "HigherOrderOperator")
 """What a dispatcher op that takes functions is; it has no schema."""
 
 
+without_modes: Callable[[], Any] = _find("torch.utils._python_dispatch", "_disable_current_modes")
+"""A context in which no mode stands at the dispatcher."""
+
+
 def is_higher_order(func: Any) -> bool:
     return isinstance(func, HigherOrderOperator)
 
@@ -237,6 +241,15 @@ FLEX_UNCOMPILED = _place("torch.nn.attention.flex_attention", "_FLEX_ATTENTION_D
 """Whether it runs by its formula, not compiled."""
 FLEX_GRAPH = _place("torch._higher_order_ops.flex_attention", "create_fw_bw_graph")
 """(function on scores, examples, what it captures): where its backward is worked out."""
+
+
+FLEX_MASK = _find("torch.nn.attention.flex_attention", "BlockMask")
+_no_change = _find("torch.nn.attention.flex_attention", "_identity")
+
+
+def changes_nothing(function: Any) -> bool:
+    """Whether flex attention's function on scores is the one that it takes where none is given."""
+    return function is _no_change
 
 
 def masks_nothing(mask: Any) -> bool:

@@ -9,10 +9,11 @@ import torch
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import ModelError
 from shardwise.core.mesh import Mesh
-from shardwise.core.plan import TheirPlan
+from shardwise.core.plan import StyleName, TheirPlan
 from shardwise.core.program import Collective, Op, OpKind
 from shardwise.core.verification import Verdict, Verification
 from shardwise.models.source import find_model
+from shardwise.planner.make import Wish, make_plan
 from shardwise.trace.trace import trace
 from shardwise.verify.claim import Claim
 from shardwise.verify.run import verify
@@ -79,6 +80,18 @@ def test_a_backend_s_step_is_traced_with_flex_attention_as_one_kernel(backend: s
 
 
 @NEEDS_IT
+@pytest.mark.parametrize(
+    ("model", "attention"), [(LLAMA, "qkv_linear.wqkv"), (QWEN, "qkv_linear.wqkv"), (DEEPSEEK, "wq")]
+)
+def test_a_plan_is_made_of_a_model_with_flex_attention(model: str, attention: str) -> None:
+    made = make_plan(find_model(model), Wish(Mesh.parse("tp=2")))
+    inward, outward = (made.plan.rule_for(f"layers.0.attention.{name}") for name in (attention, "wo"))
+    assert inward is not None
+    assert outward is not None
+    assert (inward.style.name, outward.style.name) == (StyleName.COLWISE, StyleName.ROWWISE)
+
+
+@NEEDS_IT
 def test_what_is_not_known_is_said_in_a_line() -> None:
     assert refusal("titan:lama3/debugmodel").endswith(
         'torchtitan has no model "lama3". Did you mean "llama3"? Known: deepseek_v3, flux, gpt_oss, '
@@ -93,6 +106,7 @@ def test_what_is_not_known_is_said_in_a_line() -> None:
         "full_dtensor."
     )
     assert 'no key "layer". Did you mean "layers"?' in refusal("titan:llama3/debugmodel?layer=2")
+    assert refusal("titan:llama3/debugmodel?attention=sdpa").endswith("so use flex, flex_flash, or varlen.")
     assert refusal("titan:llama3/debugmodel?layers=two").endswith('layers is "two". Write a number.')
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
-from shardwise.parallel.flex_attention import by_formula
+from shardwise.models.flex_attention import by_formula
 from shardwise.verify.noise import SplitMatmuls
 from shardwise.verify.unrounded import Unrounded
 

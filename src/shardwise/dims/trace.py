@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +22,23 @@ from shardwise.dims.record import Apart, Entered, Left, Op, Record, Source, Valu
 from shardwise.dims.rules import Call, rule_for
 from shardwise.dims.sizes import tagged
 from shardwise.dims.written import WrittenSizes
-from shardwise.torch_private import TorchDispatchMode, overload_of, schema_of, tree_flatten, tree_map
+from shardwise.models.flex_attention import Attended, without_data
+from shardwise.torch_private import (
+    TorchDispatchMode,
+    has_kernel,
+    is_higher_order,
+    overload_of,
+    schema_of,
+    tree_flatten,
+    tree_map,
+)
 
 _RULES_OF = (views, by_data)  # their rules are known once they are imported
 BATCH, SEQ = 2, 24
 # real tensors beyond this are taken for unknown: a trace computes positions and masks, no activations
 _MOST_KNOWN = 2**21
 _GUESS = 1
+FLEX = "flex_attention"
 
 
 def seq_within(longest: int | None) -> int:
@@ -47,6 +58,8 @@ def record_of(
     ids = torch.randint(min(8, vocab_size - 1), vocab_size, (batch, seq), generator=generator)
     recorder = _Recorder(model, ids, apart)
     with ExitStack() as stack:
+        stack.enter_context(without_data())
+        stack.enter_context(_autocast_off_meta())
         stack.enter_context(tagged(model))
         stack.enter_context(recorder.watching_modules())
         stack.enter_context(torch.no_grad())
@@ -67,6 +80,8 @@ def record_of(
 
 class _Recorder(TorchDispatchMode):
     """Stands at the dispatcher: runs each op, on meta tensors or for real, and books it."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, model: nn.Module, ids: Tensor, apart: Collection[Apart] = ()) -> None:
         super().__init__()
@@ -154,7 +169,12 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if is_higher_order(func):
+            return self._higher_order(func, args)
         name = schema_of(func).name.split("::")[1]
+        if has_kernel(func.name(), "CompositeImplicitAutograd"):
+            with self:  # others run inside it; it comes here where autograd hasn't taken it apart
+                return func.decompose(*args, **kwargs)
         inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         out = self._run(func, name, inputs, args, kwargs)
         outputs = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)]
@@ -162,6 +182,18 @@ class _Recorder(TorchDispatchMode):
         if outputs or (name == "_local_scalar_dense" and not self._is_known(inputs[0])):
             self._book(func, name, inputs, outputs, args, kwargs)
         return out
+
+    def _higher_order(self, func: Any, args: Any) -> Any:
+        """An op that takes functions beside tensors: flex attention, as the plain ops of its formula."""
+        if func.name() != FLEX:
+            raise RuntimeError(f"nobody described what {func.name()} does with its functions")
+        attended = Attended.of(tree_map(_on_meta, args))
+        if attended.by_heads:
+            call = Call(FLEX, "", {}, [attended.query], [attended.query], self.value_of, self.record.sequence)
+            call.block(call.dims(attended.query)[1], f"{FLEX}'s functions may tell the heads apart")
+            self._note(call)
+        with self:
+            return attended.run()
 
     def _is_known(self, tensor: Tensor) -> bool:
         return not tensor.is_meta and id(tensor) not in self._unknown
@@ -271,6 +303,22 @@ class _Recorder(TorchDispatchMode):
                 call.is_linear, added,
             )
         )  # fmt: skip
+
+
+@contextmanager
+def _autocast_off_meta() -> Iterator[None]:
+    """torch.autocast for the device of tensors that hold nothing does nothing; PyTorch's own refuses that
+    device."""
+    begin = torch.autocast.__init__
+
+    def on_meta(self: torch.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
+        if device_type == "meta":
+            begin(self, "cpu", enabled=False)
+        else:
+            begin(self, device_type, *args, **kwargs)
+
+    with patch.object(torch.autocast, "__init__", on_meta):
+        yield
 
 
 def _arguments_of(module: nn.Module) -> tuple[str, ...]:

@@ -31,8 +31,8 @@ from torch.distributed.tensor import DTensor
 
 from shardwise.core.errors import RunError
 from shardwise.core.mesh import Mesh
+from shardwise.models.flex_attention import by_formula
 from shardwise.parallel.axis import Target, as_if_on
-from shardwise.parallel.flex_attention import by_formula
 from shardwise.parallel.parameters import fill
 from shardwise.torch_private import (
     ALL_TO_ALL,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shardwise.parallel.flex_attention import by_formula
+from shardwise.models.flex_attention import by_formula
 from shardwise.verify.unrounded import Unrounded
 
 BY_FORMULA = "flex attention by its formula in plain ops, and what is compiled as it is written"
@@ -16,7 +16,7 @@ UNROUNDED = "without the model's own casts to shorter dtypes"
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """dtype: of the parameters. by_formula: see parallel/flex_attention.py. unrounded: see unrounded.py."""
+    """dtype: of the parameters. by_formula: see models/flex_attention.py. unrounded: see unrounded.py."""
 
     dtype: str
     by_formula: bool = False

@@ -29,10 +29,10 @@ from shardwise.core.sharded import Sharded
 from shardwise.core.shown import shown
 from shardwise.core.verification import Verification
 from shardwise.launch import RankContext
+from shardwise.models.flex_attention import calls_flex_attention
 from shardwise.models.layers import find_layers
 from shardwise.models.source import HUGGING_FACE, ModelSource, find_model, vocab_size_of
 from shardwise.parallel.any_plan import apply_any
-from shardwise.parallel.flex_attention import calls_flex_attention
 from shardwise.parallel.loss import IGNORED
 from shardwise.parallel.resolve import tied_parameters
 from shardwise.parallel.self_sharded import build_sharded

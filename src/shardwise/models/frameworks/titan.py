@@ -86,7 +86,10 @@ def find(framework: Framework, asked: str) -> ShardsItself:
             f'{where}: {framework.name}\'s {family} has no flavor "{flavor}".{suggest(flavor, flavors)} '
             f"Known: {', '.join(flavors)}."
         )
-    config = _config(source, flavor, wanted, 1)
+    try:
+        config = _config(source, flavor, wanted, 1)
+    except ValueError as error:
+        raise framework.failed(asked, "can't make its configuration", error) from error
     return FrameworkModel(
         framework,
         asked,
