@@ -17,7 +17,8 @@ settings.load_profile("shardwise")
 
 @pytest.fixture(scope="session", autouse=True)
 def ranks_that_start_at_once() -> Iterator[None]:
-    """Ranks that tests start from their own process are forked from one that has imported PyTorch: else that
-    is most of their time. test_launch.py and commands in processes of their own have ranks as users do."""
-    with warm_ranks():
+    """Ranks that tests start from their own process are forked from one that has imported PyTorch and
+    transformers: else that is most of their time. test_launch.py and commands in processes of their own have
+    ranks as users do."""
+    with warm_ranks("transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"):
         yield

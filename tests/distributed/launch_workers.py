@@ -59,6 +59,12 @@ def random_numbers(context: RankContext, payload: bytes) -> bytes:
     return json.dumps([random.random(), float(numpy.random.rand())]).encode()
 
 
+def imported(context: RankContext, payload: bytes) -> bytes:
+    """Whether the module of this name is, without anything having asked for it."""
+    _sum_of_ranks(context)
+    return b"yes" if payload.decode() in sys.modules else b"no"
+
+
 def say_pid_and_wait(context: RankContext, payload: bytes) -> bytes:
     context.note("round 3 of 12: colwise")
     context.report(f"{context.rank} {os.getpid()}".encode())

@@ -317,6 +317,13 @@ def test_warm_ranks_leave_nothing_behind_and_are_unlike_one_another() -> None:
     assert len({*first, *second}) == 4
 
 
+def test_warm_ranks_begin_with_what_they_would_import_and_do_without_what_is_not_there() -> None:
+    with warm_ranks("wave", "no_such_module"):
+        assert launch("imported", payload=b"wave") == [b"yes", b"yes"]
+    with warm_ranks():
+        assert launch("imported", payload=b"wave") == [b"no", b"no"]
+
+
 def test_an_unknown_device_is_refused() -> None:
     with pytest.raises(OptionError, match=r'^device: "tpu" is not offered\. Use cpu or cuda\.$'):
         run_ranks("launch_workers:tour", b"", world_size=1, device_type="tpu", timeout_s=60)

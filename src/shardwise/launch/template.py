@@ -21,13 +21,15 @@ from typing import Self
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A rank to fork, and what it would have had as an interpreter of its own."""
+    """A rank to fork, and what it would have had as an interpreter of its own. imports: what it has imported
+    besides when it begins."""
 
     entry: str
     environment: Mapping[str, str]
     path: tuple[str, ...]
     folder: str
     log: str
+    imports: tuple[str, ...] = ()
 
     def line(self) -> bytes:
         return json.dumps(asdict(self)).encode() + b"\n"
@@ -35,7 +37,7 @@ class Order:
     @classmethod
     def of_line(cls, line: bytes) -> Self:
         told = json.loads(line)
-        return cls(**{**told, "path": tuple(told["path"])})
+        return cls(**{**told, "path": tuple(told["path"]), "imports": tuple(told["imports"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,7 @@ def _fork(order: Order, sockets: tuple[socket.socket, ...]) -> int:
 def _import(order: Order) -> None:
     """What fails here fails again in the rank, which tells it."""
     sys.path[:] = order.path
-    for name in ("torch.distributed", order.entry.partition(":")[0]):
+    for name in ("torch.distributed", order.entry.partition(":")[0], *order.imports):
         with suppress(Exception):
             importlib.import_module(name)
     gc.collect()

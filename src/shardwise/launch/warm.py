@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 
 from shardwise.launch.assignment import START_S
@@ -30,8 +31,9 @@ _END_S = 5.0
 class Template:
     """The process, and what it tells of the ranks that were forked from it."""
 
-    def __init__(self, environment: dict[str, str]) -> None:
+    def __init__(self, environment: dict[str, str], imports: tuple[str, ...] = ()) -> None:
         """Raises OSError where the system can't start a process."""
+        self._imports = imports
         self._socket, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -56,7 +58,7 @@ class Template:
 
     def fork(self, entry: str, environment: dict[str, str], log: Path) -> "Forked":
         """Raises OSError where no process can be forked."""
-        order = Order(entry, environment, tuple(sys.path), os.getcwd(), str(log.absolute()))
+        order = Order(entry, environment, tuple(sys.path), os.getcwd(), str(log.absolute()), self._imports)
         self._socket.sendall(order.line())
         deadline_s = time.monotonic() + START_S
         while True:
@@ -126,33 +128,42 @@ class Forked:
         return news.number if news.what == "stopped" else None
 
 
-_templates: ContextVar[dict[int, Template] | None] = ContextVar("templates", default=None)
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """templates: by the number of threads that their ranks have."""
+
+    imports: tuple[str, ...]
+    templates: dict[int, Template]
+
+
+_kept: ContextVar[_Kept | None] = ContextVar("kept", default=None)
 
 
 @contextmanager
-def warm_ranks(*, warm: bool = True) -> Iterator[None]:
-    """Ranks of runs within it are forked from a warm process, which ends with it. Not warm: each is an
+def warm_ranks(*imports: str, warm: bool = True) -> Iterator[None]:
+    """Ranks of runs within it are forked from a warm process, which ends with it. imports: modules that it
+    imports besides, for ranks that would; what isn't installed is left to them. Not warm: each is an
     interpreter of its own again, within another one."""
-    kept: dict[int, Template] = {}
-    before = _templates.set(kept if warm and hasattr(os, "fork") else None)
+    kept = _Kept(imports, {})
+    before = _kept.set(kept if warm and hasattr(os, "fork") else None)
     try:
         yield
     finally:
-        _templates.reset(before)
-        for template in kept.values():
+        _kept.reset(before)
+        for template in kept.templates.values():
             template.close()
 
 
 def warm_template(device_type: str, threads_per_rank: int, environment: dict[str, str]) -> Template | None:
     """What ranks with so many threads are forked from; None where they are to be interpreters of their own.
     Raises OSError where the system can't start a process."""
-    kept = _templates.get()
+    kept = _kept.get()
     if kept is None or device_type != "cpu":
         return None
-    known = kept.get(threads_per_rank)
+    known = kept.templates.get(threads_per_rank)
     if known is not None and not known.is_alive:
         known.close()
         known = None
     if known is None:
-        known = kept[threads_per_rank] = Template(environment)
+        known = kept.templates[threads_per_rank] = Template(environment, kept.imports)
     return known
