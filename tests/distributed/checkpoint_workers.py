@@ -57,17 +57,17 @@ def run(context: RankContext, payload: bytes) -> bytes:
     """payload: a folder. Every case is saved, and then taken up by the next one of its model: names of what
     isn't as it was, by case; the lines that ranks
     were told then; and of a save that fails on one rank."""
-    folder = Path(payload.decode())
+    folder, made = Path(payload.decode()), {}
     for case in CASES:
         context.note(f"saves {case.name}")
-        model, optimizer = built(case)
+        made[case] = model, optimizer = built(case)
         checkpoints = Checkpoints(folder_of(folder, case), mesh=Mesh.parse(case.mesh))
         checkpoints.save(STEP, model, optimizer, saved(STEP), wait=True)
         assert not checkpoints.lines()
     answer, lines = {}, {}
     for case in CASES:
         context.note(f"takes up {case.name}")
-        model, optimizer = built(case)
+        model, optimizer = made.pop(case)
         expected = {name: local.clone() for name, local in locals_of(model, optimizer)}
         for _, local in locals_of(model, optimizer):
             local.zero_()

@@ -31,7 +31,7 @@ MODELS = {
     # each stage reads its own layers
     "mixtral in stages": (MIXTRAL, "unsharded", "pp=2,fsdp=2"),
 }
-STEPS, BATCH, SEQ = 10, 4, 8
+STEPS, BATCH, SEQ = 3, 4, 8
 # of a file: so that there are several
 FILE_BYTES = 60_000
 
