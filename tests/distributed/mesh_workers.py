@@ -32,7 +32,7 @@ _NOT_RUN = 1e9  # of steps that a wrong gradient spares; JSON has no word for in
 
 class Proved(msgspec.Struct, frozen=True):
     """How far a case is off one process: outputs, loss, worst gradient, gradient norms and weights after two
-    steps; relative. findings: what verify says. issued: by this rank, in a step after the first. sent_bytes:
+    steps; relative. findings: what verify says. issued: by this rank, in the step after these. sent_bytes:
     what its sockets sent in that step, if the system tells."""
 
     output: float
@@ -41,7 +41,7 @@ class Proved(msgspec.Struct, frozen=True):
     norm: float
     weights: float
     findings: tuple[str, ...]
-    issued: list[Issued]
+    issued: list[Issued] = []
     sent_bytes: int | None = None
     refused: str = ""
 
@@ -82,9 +82,12 @@ def run(context: RankContext, payload: bytes) -> bytes:
         context.note(case.name)
         try:
             mesh = device_mesh(Mesh.parse(case.mesh), "cpu")
-            found[case.name] = _proved(case, mesh, built(case, mesh))
+            model, portion = built(case, mesh), _portion(case, mesh)
+            proved = _proved(case, model, portion)
+            issued, sent = _issued(case, model, mesh, portion)
+            found[case.name] = msgspec.structs.replace(proved, issued=issued, sent_bytes=sent)
         except ShardwiseError as error:
-            found[case.name] = Proved(0, 0, 0, 0, 0, (), [], refused=str(error))
+            found[case.name] = Proved(0, 0, 0, 0, 0, (), refused=str(error))
     return msgspec.json.encode(found)
 
 
@@ -98,12 +101,16 @@ def _with_fault(fault: Fault) -> Proved:
         is_meant = parameter is model.get_parameter(fault.parameter)
         return tuple(name for name in axes if not (is_meant and name in fault.unsummed))
 
+    portion = _portion(fault.case, mesh)
     with patch.object(GradientSums, "axes_of", axes_of):
-        return _proved(fault.case, mesh, model)
+        return _proved(fault.case, model, portion)
 
 
-def _proved(case: MeshCase, mesh: DeviceMesh, model: nn.Module) -> Proved:
-    portion = Portion.on(mesh, case.settings.accumulation, reduce_once=case.reduce_once)
+def _portion(case: MeshCase, mesh: DeviceMesh) -> Portion:
+    return Portion.on(mesh, case.settings.accumulation, reduce_once=case.reduce_once)
+
+
+def _proved(case: MeshCase, model: nn.Module, portion: Portion) -> Proved:
     expected = expected_of(case.model, case.stages, portion.of_one_process)
     whole = partial(built, case, None)
     policy = mixed_precision(case.settings)
@@ -117,17 +124,17 @@ def _proved(case: MeshCase, mesh: DeviceMesh, model: nn.Module) -> Proved:
         _NOT_RUN if proof.norm_error is None else proof.norm_error,
         _NOT_RUN if proof.weights_error is None else proof.weights_error,
         tuple(f"{each.subject}: {each.reason}" for each in findings),
-        *_issued(case, mesh, portion),
     )
 
 
-def _issued(case: MeshCase, mesh: DeviceMesh, portion: Portion) -> tuple[list[Issued], int | None]:
+def _issued(
+    case: MeshCase, model: nn.Module, mesh: DeviceMesh, portion: Portion
+) -> tuple[list[Issued], int | None]:
+    """model: that has taken a step, and so made what it makes once."""
     phases = [Phase.FORWARD]
-    step = TrainStep(built(case, mesh), mesh=mesh, reduce_once=case.reduce_once, on_phase=phases.append)
+    step = TrainStep(model, mesh=mesh, reduce_once=case.reduce_once, on_phase=phases.append)
     batch = portion.cut(*batches()[0])
-    step(batch)
     issued: list[Issued] = []
-    phases.append(Phase.FORWARD)
     distributed.barrier()
     before = sent_bytes()
     with writing_down(issued, lambda: str(phases[-1])):
