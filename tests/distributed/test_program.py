@@ -49,12 +49,15 @@ def issued(case: Case) -> list[list[Issued]]:
 
 @cache
 def programs(case: Case) -> tuple[Program, ...]:
-    """Of the first rank and the last, for the ids that the real ranks get."""
+    """Of the first rank and the last where two axes meet, else of one of them in turn; for the ids that the
+    real ranks get."""
     mesh = Mesh.parse(case.mesh)
+    first_and_last = (0, mesh.world_size - 1)
+    in_turn = first_and_last[ALL_CASES.index(case) % 2]
     ids_BS = case.ids()
     return tuple(
         trace(case.spec, case.make_plan(), mesh, case.settings, rank=rank, ids=ids_BS)
-        for rank in (0, mesh.world_size - 1)
+        for rank in (first_and_last if "," in case.mesh else (in_turn,))
     )
 
 
