@@ -21,7 +21,7 @@ from shardwise.text.samples import Samples
 from shardwise.text.stream import TokenStream
 from shardwise.train.loop import Event, Loop, TrainJob
 
-RANKS, STEPS, BATCH, SEQ, HELD_OUT, VOCAB = 4, 20, 8, 16, 13, 64
+RANKS, STEPS, BATCH, SEQ, HELD_OUT, VOCAB = 4, 12, 8, 16, 13, 64
 SHAPE = f"hidden=32,n_heads=8,n_kv_heads=4,vocab_size={VOCAB}"
 MODELS = {
     "llama": f"llama3-debug?{SHAPE},ffn_hidden=48",
@@ -30,7 +30,7 @@ MODELS = {
     "balanced moe": f"moe-debug?{SHAPE},ffn_hidden=16,n_experts=8,aux_loss=0.1",
 }
 OPTIONS = TrainOptions(
-    steps=STEPS, validate_every=10, held_out=HELD_OUT, warmup=4, save_every=0, alike_every=5
+    steps=STEPS, validate_every=6, held_out=HELD_OUT, warmup=4, save_every=0, alike_every=4
 )
 
 
@@ -143,8 +143,8 @@ def samples() -> Samples:
     have unequal numbers of labels."""
     draw = np.random.default_rng(7)
     # skewed, so that there is something to learn
-    ids = np.minimum(draw.geometric(0.1, 120 * SEQ + 1), VOCAB).astype(np.int32) - 1
-    ends = np.unique(np.append(draw.integers(1, ids.size, 300), ids.size)).astype(np.int64)
+    ids = np.minimum(draw.geometric(0.1, 80 * SEQ + 1), VOCAB).astype(np.int32) - 1
+    ends = np.unique(np.append(draw.integers(1, ids.size, 200), ids.size)).astype(np.int64)
     stream = TokenStream.of(ids, vocab_size=VOCAB, source="drawn", tokenizer="none", ends=ends)
     return Samples.of(stream, SEQ, 3, HELD_OUT, MASKED)
 
