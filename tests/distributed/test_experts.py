@@ -10,7 +10,7 @@ from shardwise.core.mesh import Mesh
 from shardwise.launch import run_ranks
 from tests.distributed.expert_cases import CASES, Case
 from tests.distributed.expert_workers import Proved
-from tests.matrix import thinned
+from tests.matrix import FULL, thinned
 
 FAULTY = [case for case in CASES if case.has_fault]
 
@@ -49,7 +49,7 @@ def test_a_fault_in_a_plan_for_experts_is_found(case: Case) -> None:
     assert any(case.found_in in finding.partition(":")[0] for finding in found), found
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=FULL)])  # on 4 test_checkpoints.py has them
 def test_a_checkpoint_of_experts_is_of_whole_tensors_on_any_mesh(world_size: int) -> None:
     results = run_ranks(
         "tests.distributed.expert_workers:checkpoints",

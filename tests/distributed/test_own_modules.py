@@ -1,9 +1,11 @@
 """The native engine on modules of a user's own, whatever their classes: right plans are right to the last
 gradient on 2 and 4 ranks, over two steps, and each planted fault is found; one launch per number of ranks.
-And their checkpoints, FSDP2 above them, recomputed layers and dropout, in one launch of four."""
+And their checkpoints, FSDP2 above them, recomputed layers and dropout, in a launch of four for the telling
+cases and one for the rest."""
 
 import json
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from shardwise.verify.claim import Claim
 from shardwise.verify.run import verify
 from tests.distributed.own_modules_cases import CASES, TELLING, Case
 from tests.distributed.own_modules_workers import KEPT_IN_PIECES, OVER_OTHERS
+from tests.distributed.own_modules_workers import TELLING as TELLING_ON_FOUR
 from tests.matrix import thinned
 
 MODELS = "tests.distributed.own_modules_cases:case_"
@@ -93,31 +96,41 @@ def test_a_hugging_face_model_has_sequence_parallelism_behind_its_glue(
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder: Path = tmp_path_factory.mktemp("checkpoints")
-    entry = "tests.distributed.own_modules_workers:run"
-    results = run_ranks(entry, str(folder).encode(), world_size=4, device_type="cpu", timeout_s=200)
-    return [json.loads(result) for result in results]
+def four(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], list[dict[str, Any]]]:
+    """What four ranks answer of the telling cases, or of the rest."""
+
+    @cache
+    def answers(telling: bool) -> list[dict[str, Any]]:
+        folder = str(tmp_path_factory.mktemp("checkpoints"))
+        entry, payload = "tests.distributed.own_modules_workers:run", json.dumps([telling, folder])
+        results = run_ranks(entry, payload.encode(), world_size=4, device_type="cpu", timeout_s=200)
+        return [json.loads(result) for result in results]
+
+    return answers
 
 
-@pytest.mark.parametrize("name", KEPT_IN_PIECES)
+def tells(name: str) -> bool:
+    return name in TELLING_ON_FOUR
+
+
+@pytest.mark.parametrize("name", thinned(KEPT_IN_PIECES, tells))
 def test_a_checkpoint_of_weights_in_pieces_is_the_models_own_at_any_tp_size(
-    four: list[dict[str, Any]], name: str
+    four: Callable[[bool], list[dict[str, Any]]], name: str
 ) -> None:
-    for outcome in four:
+    for outcome in four(tells(name)):
         assert len(outcome[f"checkpoint {name}"]) == 10
         assert [what for what, holds in outcome[f"checkpoint {name}"].items() if not holds] == []
         assert outcome[f"filled {name}"]
 
 
-@pytest.mark.parametrize("name", OVER_OTHERS)
+@pytest.mark.parametrize("name", thinned(OVER_OTHERS, tells))
 @pytest.mark.parametrize("what", ["fsdp", "recompute"])
 def test_modules_of_ones_own_train_right_under_fsdp_and_with_recomputed_layers(
-    four: list[dict[str, Any]], name: str, what: str
+    four: Callable[[bool], list[dict[str, Any]]], name: str, what: str
 ) -> None:
-    assert max(outcome[f"{what} {name}"] for outcome in four) < 1e-9
+    assert max(outcome[f"{what} {name}"] for outcome in four(tells(name))) < 1e-9
 
 
-def test_ranks_that_are_seeded_differently_drop_alike(four: list[dict[str, Any]]) -> None:
-    for outcome in four:
+def test_ranks_that_are_seeded_differently_drop_alike(four: Callable[[bool], list[dict[str, Any]]]) -> None:
+    for outcome in four(True):
         assert outcome["dropout"] == dict.fromkeys(("alike", "anew", "alone", "none in evaluation"), True)
