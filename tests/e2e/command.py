@@ -100,6 +100,16 @@ def ranks_of(parent: subprocess.Popen[str]) -> list[psutil.Process]:
     return sorted(ranks, key=lambda child: child.create_time())
 
 
+def forked_ranks() -> list[psutil.Process]:
+    """The ranks that a command in this process has left."""
+    warm = [each for each in psutil.Process().children() if _is_warm(each)]
+    return [rank for each in warm for rank in each.children()]
+
+
+def _is_warm(process: psutil.Process) -> bool:
+    return "shardwise.launch.template" in _command_line(process)
+
+
 def _command_line(process: psutil.Process) -> Sequence[str]:
     try:
         return list(process.cmdline())

@@ -94,7 +94,7 @@ def test_bad_input_ends_with_2_and_one_line_before_anything_is_measured(
     assert not list(tmp_path.iterdir())
 
 
-@FULL  # compare and verify show it of the same launch
+@FULL  # compare shows it of the same launch
 def test_ctrl_c_ends_with_130_and_leaves_no_rank_and_no_file(tmp_path: Path) -> None:
     running = start("calibrate", "--ranks", "2", "--device", "cpu", cwd=tmp_path)
     wait_for_line(running, "(0 of ")

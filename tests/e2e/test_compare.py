@@ -5,17 +5,25 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 
-import psutil
 import pytest
 
 from shardwise.core.measurement import Comparison
 from shardwise.files.document import read_document
 from tests.e2e.browser import Browser, Elements
-from tests.e2e.command import MODEL, PATIENCE_S, SMALL, gone, ranks_of, shardwise, start, wait_for_rounds
+from tests.e2e.command import (
+    MODEL,
+    PATIENCE_S,
+    SMALL,
+    forked_ranks,
+    gone,
+    ranks_of,
+    shardwise,
+    start,
+    wait_for_rounds,
+)
 from tests.e2e.test_report_html import WHOLE_STEP_CHARTS
 from tests.matrix import FULL
 
@@ -408,18 +416,13 @@ def test_a_full_disk_for_the_run_folder_ends_the_run_at_once(tmp_path: Path) -> 
     out = tmp_path / "run"
     out.mkdir()
     (out / "events.jsonl").symlink_to("/dev/full")
-    parent = start("compare", *LONG, "--mesh", "tp=1", "--out", "run", cwd=tmp_path)
-    ranks: set[psutil.Process] = set()
-    while parent.poll() is None:
-        ranks.update(ranks_of(parent))
-        time.sleep(0.05)
-    _, stderr = parent.communicate(timeout=PATIENCE_S)
-    assert parent.returncode == 3
-    assert stderr.splitlines()[-1] == (
+    ended = shardwise("compare", *LONG, "--mesh", "tp=1", "--out", "run", cwd=tmp_path)
+    assert ended.returncode == 3
+    assert ended.stderr.splitlines()[-1] == (
         "shardwise: can't write run/events.jsonl: No space left on device. All ranks were stopped. "
         "Free space there, or choose another folder with --out."
     )
-    assert gone(list(ranks))
+    assert forked_ranks() == []
 
 
 def test_two_compares_at_once_leave_each_other_alone(both: tuple[Path, list[Comparison]]) -> None:

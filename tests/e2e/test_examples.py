@@ -3,6 +3,7 @@ checkpoints on other ranks."""
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -62,22 +63,37 @@ def test_two_ranks_print_what_one_process_prints(one_process: Steps) -> None:
     assert_same(run(ranks=2), one_process)
 
 
-def test_fsdp_prints_what_one_process_prints_and_fewer_ranks_go_on_from_its_checkpoint(
-    one_process: Steps, tmp_path: Path
+@pytest.mark.parametrize(
+    ("first", "ranks", "then", "fewer"),
+    [
+        (("--embedding", "routed"), 2, ("--fsdp", "2"), 2),
+        pytest.param(("--fsdp", "2"), 4, ("--embedding", "routed"), 2, marks=FULL),
+    ],
+    ids=["tp=2, then fsdp=2", "fsdp=2,tp=2, then tp=2"],
+)
+def test_ranks_print_what_one_process_prints_and_others_go_on_from_their_checkpoint(
+    one_process: Steps, tmp_path: Path, first: tuple[str, ...], ranks: int, then: tuple[str, ...], fewer: int
 ) -> None:
     saved = str(tmp_path / "saved")
-    steps = run("--steps", "3", "--save", saved, "--fsdp", "2", ranks=4)
-    steps |= run("--steps", "3", "--resume", saved, "--embedding", "routed", ranks=2)
+    steps = run("--steps", "3", "--save", saved, *first, ranks=ranks)
+    steps |= run("--steps", "3", "--resume", saved, *then, ranks=fewer)
     assert_same(steps, one_process)
 
 
-def test_fsdp_that_does_not_divide_the_ranks_is_one_line() -> None:
-    ended = start("--fsdp", "2")
-    assert ended.returncode == 2
-    assert ended.stderr.splitlines()[-1].endswith(
-        "error: --fsdp needs ranks: torchrun --nproc-per-node N examples/train_your_model.py --fsdp M"
+def test_fsdp_that_does_not_divide_the_ranks_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--fsdp", "2"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert ended.value.code == 2
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith(
+            "error: --fsdp needs ranks: torchrun --nproc-per-node N examples/train_your_model.py --fsdp M"
+        )
     )
-    assert "Traceback" not in ended.stderr
 
 
 @FULL

@@ -143,6 +143,7 @@ def test_bad_input_is_told_in_a_line(given: tuple[str, ...], said: str) -> None:
     assert "Traceback" not in ended.stderr
 
 
+@FULL  # compare shows it of the same launch
 def test_ctrl_c_leaves_no_rank_behind(tmp_path: Path) -> None:
     process = start("verify", cwd=tmp_path)
     wait_until(lambda: len(ranks_of(process)) == 2 or process.poll() is not None)
