@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import ModelError, OptionError, PlanError
 from shardwise.core.mesh import Mesh
+from shardwise.core.placement import Replicate, Shard
 from shardwise.core.plan import ContextAttention
 from shardwise.core.program import Collective, OpKind, Program
 from shardwise.explain.explain import explain
@@ -180,3 +181,10 @@ def test_models_that_cannot_be_shared_say_why(name: str, why: str) -> None:
     with pytest.raises(ModelError) as caught:
         attending(find_model(name).build(dtype=torch.float32), 2, 8192)
     assert why in str(caught.value)
+
+
+def test_a_parameter_that_fsdp_cuts_over_joined_axes_is_cut_on_each_of_them() -> None:
+    holdings = {each.name: each for each in program("fsdp=2,cp=2,tp=2").holdings}
+    norm, inward = holdings["norm.weight"], holdings["layers.0.feed_forward.w1.weight"]
+    assert norm.placement == norm.grad_placement == (Shard(0), Shard(0), Replicate())
+    assert inward.placement == inward.grad_placement == (Shard(0), Shard(0), Shard(0))

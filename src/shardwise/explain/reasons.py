@@ -155,7 +155,8 @@ def _by_placement(collective: Collective) -> str:
     multiplied = (
         f"Each rank multiplied its slice of the features by its slice of {name}: the products are summands"
     )
-    part_found = f"Each rank found a part of the gradient of what {name} took in: the parts are summed"
+    taken = f"what {name or 'the model'} took in"
+    part_found = f"Each rank found a part of the gradient of {taken}: the parts are summed"
     match before, after:
         case Shard(1), Replicate() if collective.phase is Phase.RECOMPUTE:
             return f"{_subject(name)} runs again in the backward, and gathers its input again."

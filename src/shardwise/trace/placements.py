@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shardwise.core.collective import CollectiveCall, CollectiveKind
-from shardwise.core.mesh import Mesh, Role, role_of
+from shardwise.core.mesh import Mesh, Role, axes_in, role_of
 from shardwise.core.placement import Partial, Placement, Replicate, Shard
 from shardwise.torch_private import REDISTRIBUTIONS
 
@@ -70,11 +70,12 @@ class Redistributions:
 
 
 def placements_on(mesh: Mesh, tensor: Tensor) -> tuple[Placement, ...]:
-    """By axis of the mesh; what is no DTensor is Replicate on all of them."""
+    """By axis of the mesh, of joined ones the same; what is no DTensor is Replicate on all of them."""
     if not isinstance(tensor, DTensor):
         return (Replicate(),) * len(mesh.axes)
     names = tensor.device_mesh.mesh_dim_names or ()
-    by_axis = dict(zip(names, map(from_torch, tensor.placements), strict=True))
+    placements = zip(names, map(from_torch, tensor.placements), strict=True)
+    by_axis = {axis: placement for name, placement in placements for axis in axes_in(name)}
     return tuple(by_axis.get(name, Replicate()) for name, _ in mesh.axes)
 
 
