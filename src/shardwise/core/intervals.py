@@ -71,6 +71,15 @@ def without(first: Intervals, second: Intervals) -> Intervals:
     return layers((second, first), int(first[0, 0]), int(first[-1, 1]))[1]
 
 
+def common(first: Intervals, second: Intervals) -> Intervals:
+    """What both sets cover; where intervals of either touch, they stay apart."""
+    edges = np.unique(np.concatenate((first.ravel(), second.ravel())))
+    start_ns, end_ns = edges[:-1], edges[1:]
+    whole = end_ns - start_ns
+    inside = (covered_ns(first, start_ns, end_ns) == whole) & (covered_ns(second, start_ns, end_ns) == whole)
+    return np.stack((start_ns[inside], end_ns[inside]), axis=1)
+
+
 def layers(sets: Sequence[Intervals], start_ns: int, end_ns: int) -> list[Intervals]:
     """The window cut by priority: of each set what no earlier set covers; last, what none covers. Together
     they are the window, exactly."""

@@ -1,5 +1,5 @@
-"""A step's window booked on its spans: each instant on one of them, so that what they have adds up to the
-window's parts (core/decomposition.py), to the nanosecond.
+"""Steps' windows booked on their spans: each instant on one of them, so that what they have adds up to the
+windows' parts (core/decomposition.py), to the nanosecond.
 
 Of several spans of one part at once, the one that began first has the instant until it ends; which part has
 it, the parts' order says. Idle time is booked on the work that starts next: the host was late with it, or the
@@ -7,13 +7,14 @@ device. Without a device, idle time inside the call of a collective is the colle
 has it, or hands it back.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardwise.core.decomposition import WorkSets, not_yet_launched
-from shardwise.core.intervals import EMPTY, Intervals, clip, covered_ns, layers, union
+from shardwise.core.intervals import EMPTY, Intervals, common, complement, covered_ns, union
 from shardwise.core.timeline import NONE, SpanKind, Timeline, Window
 from shardwise.profiles.classify import issues_collective
 
@@ -22,8 +23,8 @@ Nanoseconds = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Booked:
-    """Nanoseconds of a window by span of the Timeline. cpu_bound, idle: of gaps, by the span that starts
-    next; handed: of gaps inside a collective's call on the CPU, by the collective; after_ns: of the gap that
+    """Nanoseconds of windows by span of the Timeline. cpu_bound, idle: of gaps, by the span that starts
+    next; handed: of gaps inside a collective's call on the CPU, by the collective; after_ns: of the gaps that
     nothing follows."""
 
     compute: Nanoseconds
@@ -53,10 +54,14 @@ def calls_on_cpu(timeline: Timeline, rank: int) -> Intervals:
     return union(spans.start_ns[chosen], spans.end_ns[chosen])
 
 
-def booked(timeline: Timeline, sets: WorkSets, calls: Intervals, window: Window) -> Booked:
-    """sets: work_sets() of the window's rank; calls: its calls_on_cpu()."""
+def booked(
+    timeline: Timeline, sets: WorkSets, calls: Intervals, rank: int, windows: Sequence[Window]
+) -> Booked:
+    """windows: of the rank, none of them beginning before the one before it has ended (see apart()). sets:
+    its work_sets(); calls: its calls_on_cpu()."""
     spans, found = timeline.spans, timeline.collectives
-    own = timeline.of_rank(window.rank)
+    own = timeline.of_rank(rank)
+    times = np.array([(each.start_ns, each.end_ns) for each in windows], np.int64).reshape(-1, 2)
     arrival_ns = np.full(len(spans), NONE, np.int64)
     arrival_ns[found.span] = found.arrival_ns
     is_collective = own & (spans.kind == SpanKind.COLLECTIVE)
@@ -73,10 +78,10 @@ def booked(timeline: Timeline, sets: WorkSets, calls: Intervals, window: Window)
     above: Intervals = EMPTY
     columns: list[Nanoseconds] = []
     for chosen, start_ns, end_ns, covered in parts:
-        columns.append(_exclusive(np.flatnonzero(chosen), start_ns, end_ns, above, window))
+        columns.append(_exclusive(np.flatnonzero(chosen), start_ns, end_ns, above, times))
         above = union(*np.concatenate((above, covered)).T)
     compute, transfer, unsplit, waiting, copy = columns
-    gaps = layers((clip(above, window.start_ns, window.end_ns),), window.start_ns, window.end_ns)[-1]
+    gaps = common(times, complement(above, times.min(initial=0), times.max(initial=0)))
     works = np.flatnonzero(own & (spans.kind <= SpanKind.COPY))
     works = works[np.argsort(spans.start_ns[works], kind="stable")]
     following, late_ns = not_yet_launched(gaps, spans.start_ns[works], spans.launched_ns[works])
@@ -95,10 +100,22 @@ def booked(timeline: Timeline, sets: WorkSets, calls: Intervals, window: Window)
     return Booked(compute, transfer, unsplit, waiting, copy, cpu_bound, idle, handed, after_ns)
 
 
+def apart(windows: Iterable[Window]) -> Iterator[tuple[Window, ...]]:
+    """A rank's windows in as few rows as it takes for none to begin before the one before it has ended: one,
+    where steps don't overlap."""
+    rows: list[list[Window]] = []
+    for window in sorted(windows, key=lambda each: (each.start_ns, each.end_ns)):
+        row = next((each for each in rows if each[-1].end_ns <= window.start_ns), None)
+        if row is None:
+            rows.append(row := [])
+        row.append(window)
+    yield from map(tuple, rows)
+
+
 def _exclusive(
-    chosen: NDArray[np.int64], start_ns: Nanoseconds, end_ns: Nanoseconds, above: Intervals, window: Window
+    chosen: NDArray[np.int64], start_ns: Nanoseconds, end_ns: Nanoseconds, above: Intervals, times: Intervals
 ) -> Nanoseconds:
-    """Of each chosen span what of the window neither those before it nor what is above it cover."""
+    """Of each chosen span what of the windows' times neither those before it nor what is above it cover."""
     made = np.zeros(len(start_ns), np.int64)
     chosen = chosen[end_ns[chosen] > start_ns[chosen]]
     if not len(chosen):
@@ -106,7 +123,8 @@ def _exclusive(
     chosen = chosen[np.argsort(start_ns[chosen], kind="stable")]
     until_ns = np.maximum.accumulate(end_ns[chosen])
     reached_ns = np.concatenate((start_ns[chosen][:1], until_ns[:-1]))
-    begin_ns = np.clip(np.maximum(start_ns[chosen], reached_ns), window.start_ns, window.end_ns)
-    stop_ns = np.maximum(begin_ns, np.clip(end_ns[chosen], window.start_ns, window.end_ns))
-    made[chosen] = stop_ns - begin_ns - covered_ns(above, begin_ns, stop_ns)
+    begin_ns = np.maximum(start_ns[chosen], reached_ns)
+    stop_ns = np.maximum(begin_ns, end_ns[chosen])
+    hidden_ns = covered_ns(common(times, above), begin_ns, stop_ns)
+    made[chosen] = covered_ns(times, begin_ns, stop_ns) - hidden_ns
     return made

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from shardwise.core.beside import MOST_SHAPES, LineKind
 from shardwise.core.decomposition import work_sets
 from shardwise.core.layer_name import any_layer
-from shardwise.core.timeline import NONE, Pass, SpanKind, Timeline
-from shardwise.profiles.booked import Booked, booked, calls_on_cpu
+from shardwise.core.timeline import NONE, Pass, SpanKind, Timeline, Window
+from shardwise.profiles.booked import Booked, apart, booked, calls_on_cpu
 from shardwise.profiles.classify import is_handed_to_python, plain_name
 
 _MOST_DEEP = 64
@@ -61,12 +61,9 @@ def placed(timelines: Sequence[Timeline], known: Collection[str]) -> tuple[dict[
         rows = _Rows(timeline, frozenset(known), has_device)
         for rank in timeline.ranks:
             sets, calls = work_sets(timeline, rank), calls_on_cpu(timeline, rank)
-            for window in timeline.windows_of(rank):
-                inside = (timeline.spans.start_ns >= window.start_ns) & (
-                    timeline.spans.start_ns < window.end_ns
-                )
-                rows.book(sums, booked(timeline, sets, calls, window), inside)
-                windows += 1
+            for row in apart(timeline.windows_of(rank)):
+                rows.book(sums, booked(timeline, sets, calls, rank, row), _begin_in(row, timeline))
+                windows += len(row)
     return dict(sums), windows
 
 
@@ -112,7 +109,7 @@ class _Rows:
         shown = "" if shapes == NONE else " ".join(_TENSOR.findall(names[shapes]))[:MOST_SHAPES]
         return Place(LineKind.WORK, *where, op_name, shown, plain_name(names[name]))
 
-    def book(self, sums: dict[Place, Sums], of_window: Booked, inside: NDArray[np.bool_]) -> None:
+    def book(self, sums: dict[Place, Sums], of_windows: Booked, inside: NDArray[np.bool_]) -> None:
         def by_row(column: NDArray[np.int64]) -> list[int]:
             added = np.zeros(len(self.places), np.int64)
             np.add.at(added, self.group, column[self.works])
@@ -120,11 +117,11 @@ class _Rows:
 
         counts = self._counts(inside)
         columns = (
-            of_window.compute + of_window.copy + of_window.transfer + of_window.handed,
-            of_window.unsplit,
-            of_window.waiting,
-            of_window.cpu_bound,
-            of_window.idle,
+            of_windows.compute + of_windows.copy + of_windows.transfer + of_windows.handed,
+            of_windows.unsplit,
+            of_windows.waiting,
+            of_windows.cpu_bound,
+            of_windows.idle,
         )
         for row, (ns, unsplit, waiting, late, idle) in enumerate(zip(*map(by_row, columns), strict=True)):
             if counts[row] or ns or unsplit or waiting:
@@ -135,9 +132,9 @@ class _Rows:
                 of_work.waiting_ns += waiting
             if late or idle:
                 self._issue(sums[self._between(row)], late, idle)
-        if of_window.after_ns:
+        if of_windows.after_ns:
             nowhere = Place(LineKind.ISSUING, "", "", "", "", "after the last work")
-            self._issue(sums[nowhere], 0, of_window.after_ns)
+            self._issue(sums[nowhere], 0, of_windows.after_ns)
 
     def _between(self, row: int) -> Place:
         before = "a collective" if self.places[row].kind is LineKind.EXCHANGE else "work"
@@ -156,6 +153,13 @@ class _Rows:
         first = first[inside[self.works[first]]]
         counts: list[int] = np.bincount(self.group[first], minlength=len(self.places)).tolist()
         return counts
+
+
+def _begin_in(windows: Sequence[Window], timeline: Timeline) -> NDArray[np.bool_]:
+    """Which spans begin in one of the windows, which are in their order."""
+    begins, ends = (np.array(each) for each in zip(*((w.start_ns, w.end_ns) for w in windows), strict=True))
+    at = np.searchsorted(begins, timeline.spans.start_ns, side="right") - 1
+    return (at >= 0) & (timeline.spans.start_ns < ends[at])
 
 
 def _op_of(timeline: Timeline, known: frozenset[str]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
