@@ -236,6 +236,6 @@ def test_the_other_comparisons_see_planted_faults(name: str) -> None:
     if part_name == "ranks":
         assert "permuted on one rank" not in spoilt["tensors"]
         return
-    assert list(spoilt) == list(healthy)
+    assert list(spoilt) == list(healthy)[: 1 if part_name.startswith("steps") else None]
     assert max(healthy.values()) <= TOLERANCE
     assert max(spoilt.values()) > 1e-3
