@@ -24,6 +24,7 @@ from tests.e2e.command import PATIENCE_S, children_of, ranks_of, shardwise, star
 
 MODEL = "llama3-debug?n_layers=2,hidden=32,n_heads=4,n_kv_heads=2,ffn_hidden=64,vocab_size=512"
 MESH = "fsdp=2,tp=2"
+ON_TWO = "fsdp=2"  # a rank that is an interpreter of its own takes three seconds of a core to begin
 STEPS = 60
 TINY = (
     "--model",
@@ -69,8 +70,17 @@ def weights(out: Path, steps: int = STEPS) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("train") / "undisturbed"
-    ended = shardwise(*asked(out))
+    return undisturbed_on(MESH, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_on_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return undisturbed_on(ON_TWO, tmp_path_factory)
+
+
+def undisturbed_on(mesh: str, folders: pytest.TempPathFactory) -> Path:
+    out = folders.mktemp("train") / "undisturbed"
+    ended = shardwise(*asked(out, mesh=mesh))
     assert ended.returncode == 0, ended.stderr
     return out
 
@@ -140,12 +150,20 @@ def steps_done(out: Path) -> int:
     return records[-1].step if records else 0
 
 
-@pytest.mark.parametrize("asks", [signal.SIGTERM, signal.SIGINT], ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    ("asks", "mesh"),
+    [
+        pytest.param(signal.SIGTERM, ON_TWO, id="SIGTERM"),
+        pytest.param(signal.SIGINT, ON_TWO, id="SIGINT"),
+        pytest.param(signal.SIGTERM, MESH, id="SIGTERM on four", marks=pytest.mark.full),
+    ],
+)
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_never_had(
-    asks: signal.Signals, undisturbed: Path, tmp_path: Path
+    asks: signal.Signals, mesh: str, undisturbed: Path, undisturbed_on_two: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "stopped"
-    running = start(*asked(out), cwd=tmp_path)
+    whole = undisturbed if mesh == MESH else undisturbed_on_two
+    running = start(*asked(out, mesh=mesh), cwd=tmp_path)
     wait_until(lambda: len(read_steps(out)) > 4 or running.poll() is not None)
     everyone = children_of(running)
     running.send_signal(asks)
@@ -156,11 +174,11 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_never_had(
     stopped_at = read_steps(out)[-1].step
     assert stopped_at < STEPS
     assert (out / "checkpoints" / f"step-{stopped_at}").is_dir()
-    again = shardwise(*asked(out, "--resume"))
+    again = shardwise(*asked(out, "--resume", mesh=mesh))
     assert again.returncode == 0, again.stderr
     assert f"from step {stopped_at} on" in again.stdout
-    assert what_it_learnt(read_steps(out)) == what_it_learnt(read_steps(undisturbed))
-    assert weights(out) == weights(undisturbed)
+    assert what_it_learnt(read_steps(out)) == what_it_learnt(read_steps(whole))
+    assert weights(out) == weights(whole)
 
 
 ELSEWHERE = [
