@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from statistics import median
 
-from benchmarks.published import Row, machine_of, number
+from benchmarks.published_jobs import Row, machine_of, number
 from benchmarks.published_results import Predicted, Published
 
 SHARDED = ("tp", "sp", "pp", "vp", "dp", "dp_kind", "cp", "ep", "micro_batch", "grad_accum")

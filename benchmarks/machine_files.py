@@ -24,7 +24,7 @@ from statistics import median
 
 from benchmarks.alike import MachineError, machine_errors
 from benchmarks.attention_rates import Generation, generations
-from benchmarks.published import read_rows
+from benchmarks.published_jobs import read_rows
 from benchmarks.published_results import newest_run
 from shardwise.core.machine import MatmulRate, Tile
 from shardwise.files.machine_file import machine_from_toml

@@ -21,7 +21,7 @@ from statistics import fmean
 from benchmarks import published_results
 from benchmarks.alike import Alike, alike
 from benchmarks.hf_results import table
-from benchmarks.published import read_rows
+from benchmarks.published_jobs import read_rows
 from benchmarks.published_results import Predicted, quantile
 from benchmarks.results import RESULTS, Saved, command_line, newest, now
 

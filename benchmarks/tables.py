@@ -20,7 +20,7 @@ benchmark-regret and benchmark-regret-misses (benchmarks/regret.py);
 benchmark-published-terms and benchmark-published-pairs (benchmarks/published_terms.py);
 benchmark-published-causes (benchmarks/published_causes.py);
 benchmark-published and its parts, and the plot docs/example/published.svg
-(benchmarks/published_results.py); benchmark-h100-steps and benchmark-issue-785
+(benchmarks/published_tables.py); benchmark-h100-steps and benchmark-issue-785
 (benchmarks/measured_steps.py). The newest file of each WHAT counts. Ranges are of the rounds; an interval is
 of the median of paired ratios.
 """
@@ -45,6 +45,7 @@ from benchmarks import (
     published_best_results,
     published_causes,
     published_results,
+    published_tables,
     published_terms,
     regret,
     run_on,
@@ -69,6 +70,7 @@ _OTHERS = (
     mutant_results,
     published_best_results,
     published_results,
+    published_tables,
     regret,
     measured_steps,
     search_examples_results,
@@ -281,7 +283,7 @@ def main() -> int:
             made |= made_plan_results.blocks(made_plan_results.newest_run(tp))
         made |= calibrated_results.blocks(calibrated_results.newest_run())
         published = published_results.newest_run()
-        made |= published_results.blocks(published) | published_terms.blocks(published)
+        made |= published_tables.blocks(published) | published_terms.blocks(published)
         made |= measured_steps.blocks(measured_steps.newest_run())
         made |= gpu_terms.blocks(gpu_terms.newest_run())
         for what in (explain_results.WHAT, explain_results.PLAN):
@@ -291,11 +293,11 @@ def main() -> int:
         made |= titan_results.newest_blocks() | answer_results.newest_blocks() | run_on.blocks()
         made |= search_examples_results.newest_blocks() | published_best_results.newest_blocks()
         texts = {path: path.read_text(encoding="utf-8") for path in documents()}
-        texts[published_results.PLOT] = (
-            published_results.PLOT.read_text(encoding="utf-8") if published_results.PLOT.exists() else ""
+        texts[published_tables.PLOT] = (
+            published_tables.PLOT.read_text(encoding="utf-8") if published_tables.PLOT.exists() else ""
         )
         new = {path: filled(text, made, str(path.relative_to(ROOT))) for path, text in texts.items()}
-        new[published_results.PLOT] = published_results.plot(published_results.newest_run())
+        new[published_tables.PLOT] = published_tables.plot(published_results.newest_run())
     except (TableError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 1

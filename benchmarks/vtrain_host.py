@@ -14,7 +14,8 @@ from dataclasses import replace
 from itertools import product
 from statistics import fmean
 
-from benchmarks.published import Row, by_program, program_of, read_rows, usable
+from benchmarks.published import program_of
+from benchmarks.published_jobs import Row, by_program, read_rows, usable
 from shardwise.core.machine import Machine
 from shardwise.predict.machines import load_machine
 from shardwise.predict.predict import predict

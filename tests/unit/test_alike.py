@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.alike import ENOUGH, SHARDED, Alike, alike, machine_errors, ratio_errors
-from benchmarks.published import read_rows
+from benchmarks.published_jobs import read_rows
 from benchmarks.published_results import newest_run
 from shardwise.predict.machines import load_machine
 

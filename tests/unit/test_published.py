@@ -7,7 +7,8 @@ import torch
 
 from benchmarks import machine_files
 from benchmarks.mixtures import SHAPES, Latent, Mixture, Shape, plan_of
-from benchmarks.published import (
+from benchmarks.published import program_of
+from benchmarks.published_jobs import (
     Job,
     Traced,
     dense_job,
@@ -15,7 +16,6 @@ from benchmarks.published import (
     left_out,
     not_taken,
     number,
-    program_of,
     read_rows,
     usable,
 )
@@ -23,19 +23,16 @@ from benchmarks.published_mixtures import TracedMixture, is_mixture
 from benchmarks.published_results import (
     Predicted,
     Published,
-    blocks,
     group_median,
     head_error,
     hidden_share,
     host_error,
     kendall,
     newest_run,
-    plot,
     quantile,
-    summary,
-    why,
     with_others,
 )
+from benchmarks.published_tables import blocks, plot, summary, why
 from shardwise.core.case import StepSettings
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.mesh import Mesh

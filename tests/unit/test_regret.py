@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import published_results, regret
 from benchmarks.alike import Alike, alike
-from benchmarks.published import read_rows
+from benchmarks.published_jobs import read_rows
 from benchmarks.regret import Regret, Regrets, Run, blocks, misses_table, newest_run, regret_of, summary
 
 
