@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from shardwise.cli.main import _run
+from shardwise.core.mesh import Mesh
 from shardwise.core.training import Ended, StepRecord, Training
 from shardwise.files.document import read_document
 from shardwise.files.step_log import read_steps
@@ -100,32 +101,32 @@ def test_a_run_learns_and_says_how_it_went(undisturbed: Path) -> None:
 
 
 KILLS = [
-    pytest.param(3, STEPS, id="3 in 60 steps"),
-    pytest.param(20, 200, id="20 in 200", marks=[pytest.mark.full, pytest.mark.timeout(1800)]),
+    pytest.param(3, STEPS, ON_TWO, id="3 in 60 steps"),
+    pytest.param(20, 200, MESH, id="20 in 200", marks=[pytest.mark.full, pytest.mark.timeout(1800)]),
 ]
 
 
-@pytest.mark.parametrize(("kills", "steps"), KILLS)
+@pytest.mark.parametrize(("kills", "steps", "mesh"), KILLS)
 def test_ranks_that_are_killed_at_any_moment_change_no_bit(
-    kills: int, steps: int, undisturbed: Path, tmp_path: Path
+    kills: int, steps: int, mesh: str, undisturbed_on_two: Path, tmp_path: Path
 ) -> None:
-    whole = undisturbed
+    whole, n_ranks = undisturbed_on_two, Mesh.parse(mesh).world_size
     if steps != STEPS:
         whole = tmp_path / "undisturbed"
-        assert shardwise(*asked(whole, steps=steps)).returncode == 0
+        assert shardwise(*asked(whole, mesh=mesh, steps=steps)).returncode == 0
     out, chance = tmp_path / "killed", random.Random(kills)
     # the last one may wait 20 steps for a save, and must not meet ranks that have reported already
     moments = sorted(chance.sample(range(2, steps - 30), kills))
-    running = start(*asked(out, "--restarts", str(kills), steps=steps), cwd=tmp_path)
+    running = start(*asked(out, "--restarts", str(kills), mesh=mesh, steps=steps), cwd=tmp_path)
     try:
         for number, moment in enumerate(moments):
             wait_until(lambda moment=moment: steps_done(out) >= moment)  # type: ignore[misc]
             if number % 2:
                 wait_for_a_save(running, out, moment)
-            wait_until(lambda: len(ranks_of(running)) == 4)
+            wait_until(lambda: len(ranks_of(running)) == n_ranks)
             time.sleep(chance.random() * 0.1)
             ranks = ranks_of(running)
-            ranks[number % 4].kill()
+            ranks[number % n_ranks].kill()
             wait_until(lambda ranks=ranks: not {*ranks}.intersection(ranks_of(running)))  # type: ignore[misc]
         _, stderr = running.communicate(timeout=PATIENCE_S * 3)
     finally:
