@@ -53,7 +53,7 @@ def test_plans_are_put_side_by_side(run: tuple[Path, str]) -> None:
 
 def test_the_folder_holds_the_page_the_data_and_the_steps_for_perfetto(run: tuple[Path, str]) -> None:
     out, printed = run
-    files = ["predict.html", "predict.md", "prediction.json", "settings.json", "tables"]
+    files = ["case.toml", "predict.html", "predict.md", "prediction.json", "settings.json", "tables"]
     files += ["step-a.json", "step-b.json", "timeline-a.json.gz", "timeline-b.json.gz"]
     assert sorted(path.name for path in out.iterdir()) == sorted(files)
     document = json.loads((out / "prediction.json").read_bytes())
@@ -62,6 +62,28 @@ def test_the_folder_holds_the_page_the_data_and_the_steps_for_perfetto(run: tupl
         assert sum(seconds for _, seconds in prediction["terms"]) == pytest.approx(prediction["step_s"])
     assert json.loads(gzip.decompress((out / "timeline-a.json.gz").read_bytes()))["traceEvents"]
     assert f"Page: {out}/predict.html" in printed
+
+
+def test_the_case_that_predict_wrote_gives_the_same_numbers(tmp_path: Path) -> None:
+    asked = (
+        "--model",
+        "llama3-debug?n_layers=2",
+        "--mesh",
+        "tp=2",
+        "--seq",
+        "32",
+        "--recompute",
+        "selective",
+    )
+    own = ("--compiled", "--overlap-tensor", "--spread", "0.02", "--without", "launch", "--filled", "whole")
+    found: list[object] = []
+    for more in ((*asked, *own, "--attention", "unfused"), ("--config", str(tmp_path / "one" / "case.toml"))):
+        out = tmp_path / ("two" if found else "one")
+        ended = shardwise("predict", *more, "--out", str(out), "--json")
+        assert ended.returncode == 0, ended.stderr
+        found.append(json.loads(ended.stdout)["predictions"])
+    assert found[0] == found[1]
+    assert (tmp_path / "one" / "case.toml").read_text() == (tmp_path / "two" / "case.toml").read_text()
 
 
 def test_mixed_precision_and_context_ranks_are_one_step(tmp_path: Path) -> None:

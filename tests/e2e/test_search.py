@@ -1,9 +1,12 @@
 """`shardwise search` as a user types it, from the model to files for a framework."""
 
 import ast
+import json
 import signal
 import tomllib
 from pathlib import Path
+
+import pytest
 
 from shardwise.core.search import Search
 from shardwise.files.document import read_document
@@ -21,7 +24,8 @@ FIXED = tuple(word for each in (*TWO, *BLOCKS) for word in ("--fix", each))
 def test_the_best_and_its_runner_up_are_verified_and_written_for_a_framework(tmp_path: Path) -> None:
     """And what the search wrote is a case that export takes, from its folder and from another."""
     asked = ("search", *SMALL, *FIXED, "--export", "pytorch", "--top", "2", "--out", "found")
-    ended = shardwise(*asked, "--json", cwd=tmp_path)
+    own = ("--compiled", "--overlap-tensor", "--without", "launch")
+    ended = shardwise(*asked, *own, "--json", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     found = read_document(ended.stdout.encode(), Search).found
     assert [each.proof is not None and each.proof.verdict.value for each in found] == ["right", "right"]
@@ -33,6 +37,9 @@ def test_the_best_and_its_runner_up_are_verified_and_written_for_a_framework(tmp
         assert file.read_text().startswith(f"# Made by: shardwise export plan-{index}.toml --as pytorch ")
         assert (tmp_path / "found" / f"plan-{index}.toml").read_text() == each.plan
     config = ("--config", str(tmp_path / "found" / "case-1.toml"))
+    ended = shardwise("predict", *config, "--json", cwd=tmp_path)
+    (again,) = json.loads(ended.stdout)["predictions"]
+    assert again["step_s"] == pytest.approx(found[0].step_s, rel=1e-12)
     for where, here in ((tmp_path, config), (tmp_path / "found", ("--config", "case-1.toml"))):
         ended = shardwise("export", *here, "--as", "toml", "--out", "mine", cwd=where)
         assert ended.returncode == 0, ended.stderr

@@ -1,23 +1,25 @@
 """`shardwise predict`: time and memory of plans on a machine that needn't be there, term by term."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from shardwise.cli.asked import Call, Command, Shown, command, refuse
 from shardwise.cli.output import OUTPUT
 from shardwise.cli.progress import ProgressLine
-from shardwise.core.case import RECOMPUTE
+from shardwise.core.case import RECOMPUTE, SHARED, TextSource
 from shardwise.core.errors import OptionError
 from shardwise.core.mesh import Mesh
-from shardwise.core.option import Option, check_choice
+from shardwise.core.option import Asked, Option, check_choice, options_of
 from shardwise.core.shown import shown
+from shardwise.files.case import anywhere, case_text, said_by
 from shardwise.verbs.checks import DEFAULT_PLAN
 from shardwise.verbs.predict import MACHINE, SEQ, Predicted, PredictOptions, predict_program
 from shardwise.verbs.predict import predict as predict_case
 
 # what a Setup adds to a trace without recompute; the others of RECOMPUTE are traced
 SELECTIVE = "selective"
+CASE = "case.toml"
 SWEEP = "Sweep"
 LOOK_UP = "Rowwise or colwise"
 # what a saved program has decided already, what a sweep has no use for, and what is a sweep's alone
@@ -145,7 +147,8 @@ def selective_recompute(values: dict[str, Any]) -> None:
             "but fused attention and every second matmul) or full.",
             "random_ids": "Uniform random ids instead of text, for routed plans.",
         },
-        out="Folder for the page, the data, and the predicted step as a trace for ui.perfetto.dev.",
+        out="Folder for the page, the data, the case as a file, and the predicted step as a trace for "
+        "ui.perfetto.dev.",
     )
 )
 def predict(call: Call[_Asked]) -> int:
@@ -218,6 +221,8 @@ def _deliver(call: Call[_Asked], done: Predicted) -> int:
 
     def beside() -> dict[str, bytes]:
         made = {f"{name}.json": write_document(step) for name, step in done.line_by_line()}
+        if call.own.program is None:  # a saved program has a case of its own
+            made[CASE] = _case(call).encode()
         for name, label, timelines in done.timelines():
             made[f"{name}.json.gz"] = perfetto_trace(timelines)
             traces[f"{name}.json.gz"] = label
@@ -227,6 +232,28 @@ def _deliver(call: Call[_Asked], done: Predicted) -> int:
     for name, label in traces.items():
         call.output.say_file(f"{shown(label)}, for ui.perfetto.dev", name)
     return 0 if run.fits else 1
+
+
+def _case(call: Call[_Asked]) -> str:
+    """What was asked, as a file that any folder's command takes."""
+    case = call.case
+    plans, machine = tuple(map(anywhere, case.plans)), anywhere(case.machine or MACHINE)
+    case = replace(case, plans=plans, machine=machine, text=text_anywhere(case.text))
+    return case_text(case, said_by(case), {}, {"predict": said_of(call.own)})
+
+
+def text_anywhere(text: TextSource) -> TextSource:
+    tokenizer = anywhere(text.tokenizer) if text.tokenizer is not None else None
+    return replace(text, files=tuple(map(anywhere, text.files)), tokenizer=tokenizer)
+
+
+def said_of(own: PredictOptions) -> tuple[tuple[Asked, Any], ...]:
+    """What of predict's own is otherwise than by default, for its table in a case file."""
+    values = [(asked, getattr(own, asked.field)) for asked in options_of(PredictOptions)]
+    said = [(asked, value) for asked, value in values if value != asked.default]
+    if own.recompute_attention:
+        said += [(asked, SELECTIVE) for asked in SHARED if asked.key == "recompute"]
+    return tuple(said)
 
 
 def _sweep(call: Call[_Asked]) -> int:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from shardwise.cli.asked import Call, Command, Shown, command
+from shardwise.cli.predict import said_of, text_anywhere
 from shardwise.cli.progress import ProgressLine
 from shardwise.core.errors import OptionError
 from shardwise.predict.machines import SUFFIX
@@ -67,8 +68,10 @@ def search(call: Call[SearchOptions]) -> int:
         "fix": found.space.fixed,
         "forbid": found.space.forbidden,
     }
-    machine = _as_file(call.case.machine)
-    call.output.deliver(found, asked, lambda: plan_files(found, machine), most=call.own.given_out)
+    machine, text, own = _as_file(call.case.machine), text_anywhere(call.case.text), said_of(call.own)
+    call.output.deliver(
+        found, asked, lambda: plan_files(found, machine, text, {"predict": own}), most=call.own.given_out
+    )
     return 1 if any(each.is_wrong for each in found.found) else 0
 
 

@@ -12,6 +12,8 @@ A verb reads the top and its own table; of other verbs' tables it needs to know 
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 
 from shardwise.core.case import SHARED, Case
@@ -61,15 +63,35 @@ def _unknown(key: str, verb: str, own: frozenset[str], verbs: Mapping[str, Itera
     return f'unknown key "{key}".{suggest(key, (*allowed, *verbs))} Allowed: {", ".join(allowed)}.'
 
 
-def case_text(case: Case, given: Iterable[str], verbs: Mapping[str, Iterable[Asked]]) -> str:
+def said_by(case: Case) -> frozenset[str]:
+    """Keys with something that isn't the default; the model and the mesh have none."""
+    values = _flat(case)
+    said = (asked.key for asked in SHARED if values[asked.key] not in (asked.default, None, ()))
+    return frozenset(("model", "mesh", *said))
+
+
+def anywhere(path: str) -> str:
+    """A file's or folder's path as any folder can use it; all else as it is."""
+    return str(Path(path).resolve()) if Path(path).exists() else path
+
+
+def case_text(
+    case: Case,
+    given: Iterable[str],
+    verbs: Mapping[str, Iterable[Asked]],
+    own: Mapping[str, Iterable[tuple[Asked, Any]]] = MappingProxyType({}),
+) -> str:
     """A case as a file: each key with what it is. given: keys with a value; the others are commented out, as
-    are those of each verb's table."""
+    are those of each verb's table. own: what stands in a verb's table, with its values."""
     values = _flat(case)
     lines = [WHAT]
     for asked in SHARED:
         lines.append(_line(asked, values[asked.key], is_given=asked.key in given))
     for verb, keys in verbs.items():
         lines += ["", f"# [{verb}]", *(_line(asked, asked.default, is_given=False) for asked in keys)]
+    for verb, pairs in own.items():
+        said = [_line(asked, value, is_given=True) for asked, value in pairs]
+        lines += ["", f"[{verb}]", *said] if said else []
     return "\n".join(lines) + "\n"
 
 

@@ -2,13 +2,12 @@
 
 import tomllib
 
-from shardwise.core.case import SHARED
 from shardwise.core.export import File
 from shardwise.core.plan import TheirPlan
 from shardwise.export.code import comment
 from shardwise.export.heads import MARK
 from shardwise.export.job import Job, Written
-from shardwise.files.case import case_text
+from shardwise.files.case import case_text, said_by
 
 ABOUT = "the plan and the case as files, which every verb takes"
 PLAN, CASE = "plan.toml", "case.toml"
@@ -20,21 +19,10 @@ def write(job: Job) -> Written:
 
     plan = job.plan
     case = replace(job.case, plans=(PLAN,) if plan is not None else (str(TheirPlan.UNSHARDED),))
-    given = {asked.key for asked in SHARED if _is_said(job, asked.key)}
     first = f"# {MARK}{comment(job.command)}\n"
-    files = [File(CASE, first + case_text(case, given, {}))]
+    files = [File(CASE, first + case_text(case, said_by(case), {}))]
     if plan is not None:
         made = first + plan.to_toml()
         assert tomllib.loads(made)
         files.insert(0, File(PLAN, made))
     return Written(tuple(files))
-
-
-def _is_said(job: Job, key: str) -> bool:
-    """Whether a key says something that isn't the default."""
-    nouns = (job.case, job.case.step, job.case.text)
-    for asked in SHARED:
-        if asked.key == key:
-            value = next(getattr(noun, asked.field) for noun in nouns if hasattr(noun, asked.field))
-            return key in ("plans", "model", "mesh") or (value != asked.default and value not in (None, ()))
-    return False

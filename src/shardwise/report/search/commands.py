@@ -1,22 +1,31 @@
 """A search's plans as files, and what to type next: commands that take them."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
 
-from shardwise.core.case import Case, StepSettings
+from shardwise.core.case import TextSource
 from shardwise.core.errors import OptionError
 from shardwise.core.mesh import EXPERTS_AXIS, TENSOR_AXIS, Mesh
-from shardwise.core.option import options_of
+from shardwise.core.option import Asked
 from shardwise.core.search import Found, Search, plan_name
-from shardwise.files.case import case_text
+from shardwise.files.case import case_text, said_by
 
 # which formats there are, export's own help says
 FORMAT = "pytorch"
 
 
-def plan_files(search: Search, machine: str = "") -> dict[str, str]:
+def plan_files(
+    search: Search,
+    machine: str = "",
+    text: TextSource | None = None,
+    own: Mapping[str, Sequence[tuple[Asked, Any]]] = MappingProxyType({}),
+) -> dict[str, str]:
     """Each found plan that has rules, and the case of each, by the names of their files; and what was written
-    for a framework, in a folder for each. machine: as it was asked for, where that isn't its name."""
+    for a framework, in a folder for each. machine: as it was asked for, where that isn't its name. text: as
+    it was asked for; own: what stands in a verb's table."""
     files = {}
     for index, each in enumerate(search.found):
         if each.plan is not None:
@@ -25,7 +34,8 @@ def plan_files(search: Search, machine: str = "") -> dict[str, str]:
             case = search.case(index, machine)
         except OptionError:  # of a file that somebody changed
             continue
-        files[case_name(index)] = case_text(case, set(_given(case)), {})
+        case = replace(case, text=text if text is not None else case.text)
+        files[case_name(index)] = case_text(case, said_by(case), {}, own)
         for file in each.export.files if each.export is not None else ():
             files[f"{export_folder(index)}/{file.name}"] = file.text
     return files
@@ -57,12 +67,3 @@ def _proof_mesh(found: Found) -> str:
     mesh = found.candidate.mesh
     cutting = ((EXPERTS_AXIS, mesh.experts), (TENSOR_AXIS, mesh.tp))
     return found.proof_mesh or str(Mesh(tuple(pair for pair in cutting if pair[1] > 1)))
-
-
-def _given(case: Case) -> Iterator[str]:
-    """Keys that say something that isn't the default."""
-    yield from ("model", "mesh", "plans", "machine")
-    for asked in options_of(StepSettings):
-        value = getattr(case.step, asked.field)
-        if value not in (asked.default, None):
-            yield asked.key
