@@ -50,6 +50,7 @@ def test_a_quick_calibration_of_two_ranks_writes_a_file_that_is_read_again(tmp_p
     assert sorted(each.name for each in tmp_path.iterdir()) == ["here.json", "here.toml"]
 
 
+@FULL  # what it says: test_calibrate_notes.py; what it takes of a base: test_fit.py
 def test_one_rank_says_that_it_has_measured_no_link_and_takes_a_bases(tmp_path: Path) -> None:
     ended = shardwise(
         "calibrate", "--quick", "--ranks", "1", "--device", "cpu", "--base", "h100-sxm-80gb", cwd=tmp_path
