@@ -103,6 +103,13 @@ def test_every_choice_of_a_setup_is_said() -> None:
         assert rows.assumptions(StepSettings(1, 8), setup, MESH) != plain, field
 
 
+def test_on_a_cpu_collectives_over_tp_are_said_to_be_hidden_by_nothing() -> None:
+    setup, gpu = Setup(overlap_tensor=True), run_of().machine
+    for device, said in (("cuda", "run beside the matmuls"), ("cpu", "are hidden by nothing")):
+        lines = rows.assumptions(StepSettings(1, 8), setup, MESH, replace(gpu, device=device))
+        assert any(f"Collectives over tp {said}" in line for line in lines), device
+
+
 def test_on_a_cpu_gradients_of_replicas_are_said_to_be_hidden_by_nothing() -> None:
     """As predict/buckets.py has it."""
     setup, gpu = Setup(overlap_data=True), run_of().machine

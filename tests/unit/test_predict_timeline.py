@@ -14,7 +14,7 @@ from shardwise.core.decomposition import decompose
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import COMPUTE_TERMS, Setup, Term
-from shardwise.core.program import Program
+from shardwise.core.program import IN_LAYERS, Collective, Program
 from shardwise.core.timeline import NONE, SpanKind
 from shardwise.files.perfetto import perfetto_trace
 from shardwise.models.llama import LlamaConfig
@@ -23,7 +23,9 @@ from shardwise.parallel.builtin import builtin_plan
 from shardwise.predict.layout import balanced_counts, lay_out
 from shardwise.predict.machines import load_machine
 from shardwise.predict.predict import predict, prediction_of
-from shardwise.predict.timeline import launch_bound, pipeline_timelines, timeline_of
+from shardwise.predict.step import step_of
+from shardwise.predict.streams import beside_layers
+from shardwise.predict.timeline import launch_bound, launch_waits, pipeline_timelines, timeline_of
 from shardwise.trace.trace import trace
 from tests.matrix import thinned
 
@@ -118,6 +120,40 @@ def test_what_the_device_waits_for_is_found_by_module() -> None:
         <= dict(quick.terms)[Term.LAUNCH] + 1e-9
     )
     assert launch_bound(lay_out(program("tp=2", "cpu"), machine(device="cpu"), Setup())) == ()
+
+
+def test_waits_for_launches_are_those_of_the_step_though_collectives_lie_between() -> None:
+    waits = launch_waits(lay_out(program("tp=2"), machine("slow"), Setup()))
+    terms = dict(predict(program("tp=2"), machine("slow"), Setup()).terms)
+    assert sum(waits.values()) == pytest.approx(terms[Term.LAUNCH], rel=1e-9)
+
+
+def test_what_a_step_adds_up_over_fsdp_s_ranks_runs_in_order_with_its_compute() -> None:
+    work = lay_out(program("fsdp=2,tp=2"), machine(), Setup()).work
+    beside = [work.item(row) for row in np.flatnonzero(beside_layers(work)).tolist()]
+    assert {each.phase for each in beside} <= set(IN_LAYERS)
+    assert {each.call.kind.value for each in beside if isinstance(each, Collective)} == {
+        "all_gather",
+        "reduce_scatter",
+    }
+
+
+@pytest.mark.parametrize("term", [Term.MATMUL, Term.TENSOR, Term.LAUNCH])
+def test_on_a_cpu_a_term_that_is_switched_off_leaves_nothing_below_nothing(term: Term) -> None:
+    layout = lay_out(program("tp=2", "cpu"), machine(device="cpu"), Setup(without=(term,)))
+    found = prediction_of(layout, replays=False)
+    step = step_of(layout, found, layout.program.settings)
+    assert min(line.use.ns for line in step.lines) >= 0
+    assert min(ns for _, ns in step.terms) >= 0
+    assert sum(line.use.ns for line in step.lines) == pytest.approx(1e9 * found.step_s)
+    (parts,) = (one.parts for one in decompose(timeline_of(layout)))
+    assert parts.total_ns / 1e9 == pytest.approx(found.step_s, rel=1e-3)
+
+
+def test_on_a_cpu_no_collective_is_hidden_by_a_matmul() -> None:
+    here, traced = machine(device="cpu"), program("tp=2", "cpu")
+    plain, beside = (predict(traced, here, Setup(overlap_tensor=each)) for each in (False, True))
+    assert beside.terms == plain.terms
 
 
 def test_stages_play_the_schedule() -> None:

@@ -247,12 +247,17 @@ def collective_cost(
     if item.by_data is not None:
         sent = max(sent, item.by_data.max_bytes)  # the hottest rank sets the time
     seconds = collective_s(machine, call.kind, sent * packed, call.payload_bytes * packed, group)
-    if setup.overlap_tensor and term is Term.TENSOR and call.kind in _CHUNKED:
+    if _hides_tensor(machine, setup) and term is Term.TENSOR and call.kind in _CHUNKED:
         seconds *= 1 - TENSOR_HIDDEN
     if setup.sums_float32 and item.phase is Phase.REDUCE:
         seconds *= SUMMED_WIDE[setup.optimizer_shards > 1] if DTYPE_BYTES.get(call.dtype) == 2 else 1.0
     issue_s = machine.launch.collective_s or 0.0
     return Cost(seconds, issue_s, term, known=call.kind is not CollectiveKind.UNKNOWN)
+
+
+def _hides_tensor(machine: Machine, setup: Setup) -> bool:
+    """On a CPU, host and device in one, nothing runs beside."""
+    return setup.overlap_tensor and machine.device != "cpu"
 
 
 def _term_of(item: Collective) -> Term:

@@ -24,6 +24,8 @@ from shardwise.core.mesh import Role, role_of
 from shardwise.core.program import BACKWARDS, IN_LAYERS, Collective, Phase
 from shardwise.predict.work import PHASES, Seconds, Work
 
+_OF_SHARDS = (CollectiveKind.ALL_GATHER, CollectiveKind.REDUCE_SCATTER)
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -89,10 +91,15 @@ def sums_of_replicas(work: Work) -> NDArray[np.int64]:
 
 
 def beside_layers(work: Work) -> NDArray[np.bool_]:
-    """Collectives over data-parallel axes that belong to layers: FSDP's in forward and backward, and buckets
-    of whole replicas' gradients in the backward."""
+    """Collectives over data-parallel axes that belong to layers: FSDP's gathers and sums in forward and
+    backward, and buckets of whole replicas' gradients in the backward. What the step itself adds up over
+    those ranks, such as its labels, is in the compute stream's order."""
     shards = np.array([role_of(name) is Role.SHARDS_PARAMETERS for name in ("", *work.axes)])[work.axis]
+    of_shards = np.array(
+        [isinstance(each, Collective) and each.call.kind in _OF_SHARDS for each in work.items]
+    )
     beside: NDArray[np.bool_] = shards & work.in_phases(*IN_LAYERS) & (work.device_s > 0)
+    beside &= of_shards[work.template] if len(work) else beside
     beside[sums_of_replicas(work)] = True
     return beside
 

@@ -33,7 +33,7 @@ from shardwise.core.timeline import NONE, Collectives, Group, Lane, SpanKind, Sp
 from shardwise.predict.groups import groups_of
 from shardwise.predict.layout import Layout
 from shardwise.predict.pipeline import Pass, gaps, play
-from shardwise.predict.streams import Run, run
+from shardwise.predict.streams import Run, beside_layers, run
 from shardwise.predict.work import PHASES, Work, layers_of
 
 MOST_PASSES = 20_000
@@ -66,14 +66,14 @@ def launch_bound(layout: Layout) -> tuple[LaunchBound, ...]:
 
 
 def launch_waits(layout: Layout) -> dict[tuple[str, str], float]:
-    """Seconds that the device waits for the host before work of each kind of module in each phase, in a
-    micro-batch and the step's end."""
+    """Seconds that the device's compute stream waits for the host before work and collectives of each kind of
+    module in each phase, in a micro-batch and the step's end."""
     if layout.work.together:
         return {}
     prefix, _ = layers_of(layout.program)
     waits: dict[tuple[str, str], float] = defaultdict(float)
     for part in _parts(layout):
-        own = np.flatnonzero(part.work.axis == 0)
+        own = np.flatnonzero(~beside_layers(part.work))  # what waits for its turn on the compute stream
         start, end, issued = part.run.start_s[own], part.run.end_s[own], part.run.issued_s[own]
         before = np.concatenate([[0.0], np.maximum.accumulate(end)[:-1]]) if len(own) else end
         gap = np.where(np.isclose(start, issued, rtol=0, atol=1e-12), start - before, 0.0)

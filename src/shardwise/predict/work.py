@@ -89,9 +89,11 @@ class Work:
         return np.isin(self.phase, [PHASES.index(phase) for phase in phases])
 
     def without(self, terms: tuple[Term, ...]) -> "Work":
-        """The same with the items of some terms costing nothing."""
+        """The same with the items of some terms costing nothing: where host and device are one, their issuing
+        neither, which is part of them."""
         off = np.isin(self.term, [TERMS.index(term) for term in terms])
-        host_s = np.zeros_like(self.host_s) if Term.LAUNCH in terms else self.host_s
+        unissued = (off & self.together) | (Term.LAUNCH in terms)
+        host_s = np.where(unissued, 0.0, self.host_s)
         device_s, hidden_s = (np.where(off, 0.0, each) for each in (self.device_s, self.hidden_s))
         return replace(self, device_s=device_s, hidden_s=hidden_s, host_s=host_s)
 

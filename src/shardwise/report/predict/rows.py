@@ -211,13 +211,14 @@ def assumptions(
             assert_never(setup.precision)
     if setup.optimizer_shards > 1:
         lines.append(f"{setup.optimizer_shards} ranks share the optimizer's state and work (ZeRO-1).")
+    on_cpu = machine is not None and machine.device == "cpu"
     if mesh.size(REPLICAS_AXIS) > 1:
-        on_cpu = machine is not None and machine.device == "cpu"
         lines.append(f"Gradients of whole replicas (dp) are reduced {_reduced(setup, on_cpu=on_cpu)}.")
     if setup.sums_float32:
         lines.append("Gradients of whole replicas are summed in float32.")
     if setup.overlap_tensor:
-        lines.append("Collectives over tp run beside the matmuls that make or take them.")
+        runs = "are hidden by nothing, for on a CPU nothing runs" if on_cpu else "run"
+        lines.append(f"Collectives over tp {runs} beside the matmuls that make or take them.")
     if setup.waits_for_device:
         lines.append("The host waits for the device at the end of each forward and backward.")
     lines += _of_allocator(setup)
