@@ -24,6 +24,23 @@ FORMAT = f"How the answer is written to stdout: {', '.join(formats())}."
 ALL = tuple(asked.key for asked in SHARED)
 RUN = tuple(key for key in ALL if key not in ("machine", "expert_load", "documents"))
 TRACED = tuple(key for key in ALL if key not in ("machine", "learning_rate", "max_norm", "documents"))
+STEP = (
+    "plans",
+    "model",
+    "mesh",
+    "machine",
+    "sequence_parallel",
+    "batch",
+    "seq",
+    "dtype",
+    "param_dtype",
+    "reduce_dtype",
+    "accumulation",
+    "reshard_after_forward",
+    "reduce_once",
+    "recompute",
+)
+"""What a step is decided by, whether it is predicted or written for a framework."""
 
 
 @dataclass(frozen=True, slots=True)

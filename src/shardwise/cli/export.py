@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardwise.cli.asked import Call, Command, command
+from shardwise.cli.asked import STEP, Call, Command, command
 from shardwise.cli.output import TERMINAL
 from shardwise.cli.progress import ProgressLine
 from shardwise.core.errors import OptionError
@@ -23,24 +23,7 @@ class _Asked(ExportOptions):
 @command(
     Command(
         _Asked,
-        shared=(
-            "plans",
-            "model",
-            "mesh",
-            "machine",
-            "sequence_parallel",
-            "batch",
-            "seq",
-            "dtype",
-            "param_dtype",
-            "reduce_dtype",
-            "accumulation",
-            "reshard_after_forward",
-            "reduce_once",
-            "recompute",
-            "learning_rate",
-            "max_norm",
-        ),
+        shared=(*STEP, "learning_rate", "max_norm"),
         defaults={"model": "llama3-debug", "mesh": "tp=2", "machine": MACHINE},
         about={
             "plans": "The plan: a built-in one, a .toml file, or unsharded for FSDP alone.",

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from shardwise.cli.asked import Call, Command, Shown, command, refuse
+from shardwise.cli.asked import STEP, Call, Command, Shown, command, refuse
 from shardwise.cli.output import OUTPUT
 from shardwise.cli.progress import ProgressLine
 from shardwise.core.case import RECOMPUTE, SHARED, TextSource
@@ -91,21 +91,8 @@ def _prepare(values: dict[str, Any]) -> None:
 
 
 STEP_KEYS = (
-    "plans",
-    "model",
-    "mesh",
-    "machine",
-    "sequence_parallel",
+    *STEP,
     "context_attention",
-    "batch",
-    "seq",
-    "dtype",
-    "param_dtype",
-    "reduce_dtype",
-    "accumulation",
-    "reshard_after_forward",
-    "reduce_once",
-    "recompute",
     "recompute_layers",
     "schedule",
     "chunks",

@@ -27,10 +27,10 @@ from shardwise.models.model_source import ModelSource
 from shardwise.parallel.any_plan import engine_of, name_of
 from shardwise.parallel.apply import applied_to
 from shardwise.parallel.recorder import CollectiveRecorder
-from shardwise.step.build import build_model
-from shardwise.step.groups import axis_names, mesh_of
+from shardwise.step.build import model_of_step
+from shardwise.step.groups import axis_names
 from shardwise.step.portion import MicroBatches
-from shardwise.step.train import StepResult, TrainStep, mixed_precision
+from shardwise.step.train import StepResult, TrainStep
 
 MODULE_RUNS = 3
 
@@ -79,20 +79,7 @@ class Subject:
         self.sent_bytes: int | None = None
         self._peak = PeakMemory(device)
         self._parked: list[tuple[Tensor, Tensor]] | None = None
-        self.model = build_model(
-            source,
-            plan,
-            mesh,
-            dtype=getattr(torch, settings.dtype),
-            device=device,
-            seed=settings.seed,
-            policy=mixed_precision(settings),
-            reshard=settings.reshard_after_forward,
-            recompute=settings.recompute,
-            recompute_layers=settings.recompute_layers,
-            pipeline=settings.pipeline(mesh_of(mesh)),
-            on_parameter=on_parameter,
-        )
+        self.model = model_of_step(source, plan, mesh, settings, device=device, on_parameter=on_parameter)
         self._loads = ExpertLoads(settings.batch * settings.seq)
         self._recorder = CollectiveRecorder(axis_names(mesh))
         self._step = TrainStep(

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
+from shardwise.core.case import StepSettings
 from shardwise.core.errors import ModelError
 from shardwise.core.mesh import STAGES_AXIS, Mesh
 from shardwise.core.pipeline import Pipeline, Span, recomputed_of_fewer, recomputed_spans
@@ -31,7 +32,7 @@ from shardwise.parallel.parameters import fill, part_of_dtensor
 from shardwise.parallel.self_sharded import build_sharded
 from shardwise.parallel.stages import cut_to_stage, stage_of
 from shardwise.step.groups import along, mesh_of
-from shardwise.step.train import recompute_in, shard_with_fsdp, sum_gradients
+from shardwise.step.train import mixed_precision, recompute_in, shard_with_fsdp, sum_gradients
 
 Weights = Callable[[str, torch.Size], Tensor]
 """(name, shape) -> a whole initial parameter."""
@@ -48,6 +49,35 @@ def _device_mesh(mesh: Mesh, device_type: str, world: object) -> DeviceMesh:
     """world: the process group that it is made of; another one has other meshes."""
     names, sizes = zip(*mesh.axes, strict=True)
     return init_device_mesh(device_type, sizes, mesh_dim_names=names)
+
+
+def model_of_step(
+    source: ModelSource,
+    plan: AnyPlan,
+    mesh: DeviceMesh,
+    settings: StepSettings,
+    *,
+    device: torch.device,
+    compiler: str | None = None,
+    on_parameter: Callable[[str, Tensor], None] | None = None,
+) -> nn.Module:
+    """build_model() as the settings of a step have it. compiler: of each layer; None: none is compiled."""
+    return build_model(
+        source,
+        plan,
+        mesh,
+        dtype=getattr(torch, settings.dtype),
+        device=device,
+        seed=settings.seed,
+        policy=mixed_precision(settings),
+        reshard=settings.reshard_after_forward,
+        recompute=settings.recompute,
+        recompute_layers=settings.recompute_layers,
+        compiled=compiler is not None,
+        compiler=compiler or "",
+        pipeline=settings.pipeline(mesh_of(mesh)),
+        on_parameter=on_parameter,
+    )
 
 
 def build_model(

@@ -25,9 +25,9 @@ from shardwise.launch import RankContext
 from shardwise.measure.memory import most_held_bytes
 from shardwise.models.source import find_model
 from shardwise.parallel.any_plan import plan_from
-from shardwise.step.build import build_model, device_mesh
+from shardwise.step.build import device_mesh, model_of_step
 from shardwise.step.portion import Portion
-from shardwise.step.train import StepResult, TrainStep, adamw, mixed_precision
+from shardwise.step.train import StepResult, TrainStep, adamw
 from shardwise.text.samples import Samples
 from shardwise.train.checkpoints import Checkpoints
 from shardwise.train.clock import PHASES, Clock
@@ -87,20 +87,13 @@ class Loop:
         self._mesh = device_mesh(mesh, context.device.type)
         self._portion = Portion.on(self._mesh, settings.accumulation, reduce_once=settings.reduce_once)
         self._source = find_model(job.model)
-        self._model = build_model(
+        self._model = model_of_step(
             self._source,
             plan_from(job.plan),
             self._mesh,
-            dtype=getattr(torch, settings.dtype),
+            settings,
             device=context.device,
-            seed=settings.seed,
-            policy=mixed_precision(settings),
-            reshard=settings.reshard_after_forward,
-            recompute=settings.recompute,
-            recompute_layers=settings.recompute_layers,
-            pipeline=settings.pipeline(mesh),
-            compiled=options.compile is not None,
-            compiler=options.compile or "",
+            compiler=options.compile,
         )
         optimizer = adamw(
             self._model,
