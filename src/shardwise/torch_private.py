@@ -8,7 +8,7 @@ name here.
 import importlib
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -79,6 +79,10 @@ device_factories: Callable[[], Any] = _find("torch.utils._device", "_device_cons
 _dispatch_modes = _find("torch._C", "_len_torch_dispatch_stack")
 _disable_torch_function = _find("torch._C", "DisableTorchFunction")
 _cpu_key = _find("torch._C", "DispatchKey.CPU")
+in_meta_kernels: Callable[[FakeTensorMode], AbstractContextManager[None]] = _find(
+    "torch._subclasses.fake_tensor", "in_kernel_invocation_manager"
+)
+"""Inside, ops on a mode's fakes run on their meta tensors, and give meta tensors."""
 
 
 def is_dispatching() -> bool:
@@ -318,8 +322,10 @@ REDISTRIBUTIONS = _places(
     "redistribute_local_tensor",
 )
 """Where DTensor changes a placement: (local tensor, spec before, spec after, ...)."""
-PROPAGATIONS = _places([_propagator], "_propagate_tensor_meta_non_cached", "propagate_op_sharding_non_cached")
-"""Where DTensor runs an op at its global shape to learn the shape of its result."""
+[PROPAGATION] = _places([_propagator], "propagate_op_sharding_non_cached")
+"""Where DTensor works out what becomes of an op's placements."""
+[SHAPE_PROPAGATION] = _places([_propagator], "_propagate_tensor_meta_non_cached")
+"""Where it runs an op at its global shape to learn the shape of its result: (propagator, what runs)."""
 
 
 @contextmanager

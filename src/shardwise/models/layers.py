@@ -7,6 +7,7 @@ here; trace/extend.py compares what really ran.
 """
 
 from collections.abc import Callable, Collection, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 
 from torch import nn
@@ -86,6 +87,19 @@ def find_layers(model: nn.Module, among: Collection[str] | None = None) -> Layer
     _, name, layers = best
     first, *others = map(_signature, layers.children())
     return Layers(name, len(layers), all(other == first for other in others))
+
+
+def copied(model: nn.Module) -> nn.Module | None:
+    """The same model once more. None where it can't be copied, or something in it may speak of its own
+    modules: a hook, a parameter that was worked out of others, a function that has them in its closure."""
+    for module in model.modules():
+        closures = (getattr(value, "__closure__", None) for value in vars(module).values())
+        if any(hook_counts(module)) or any(closures):
+            return None
+    try:
+        return deepcopy(model)
+    except Exception:  # whatever its own __deepcopy__ raises
+        return None
 
 
 def _signature(layer: nn.Module) -> tuple[object, ...]:

@@ -28,7 +28,8 @@ from shardwise.parallel.peers import Told, told_of
 from shardwise.parallel.recorder import FUSED, read_calls, tensors_in
 from shardwise.torch_private import (
     FLEX_GRAPH,
-    PROPAGATIONS,
+    PROPAGATION,
+    SHAPE_PROPAGATION,
     AsyncCollectiveTensor,
     FakeTensor,
     FakeTensorMode,
@@ -46,6 +47,7 @@ from shardwise.trace.kinship import Kinship
 from shardwise.trace.ops import ALLOCATIONS, FSDP_COPY_IN, SILENT, Ops, Signature, Work, signature_of, work_of
 from shardwise.trace.place import Place, raised_in
 from shardwise.trace.placements import Redistributions
+from shardwise.trace.quick_fakes import ELSEWHERE, is_void, quick_fake
 from shardwise.trace.storages import Log, Routed, Storages
 from shardwise.trace.values import Values
 
@@ -87,8 +89,10 @@ class Recorder(TorchDispatchMode):
         with ExitStack() as stack:
             for watcher in (self.place, self.storages, self._redistributions):
                 stack.enter_context(watcher.watching())
-            for owner, name in (*PROPAGATIONS, FLEX_GRAPH):
+            for owner, name in (PROPAGATION, FLEX_GRAPH):
                 stack.enter_context(patch.object(owner, name, self._unseen(getattr(owner, name))))
+            shape_of = self._unseen(getattr(*SHAPE_PROPAGATION))
+            stack.enter_context(patch.object(*SHAPE_PROPAGATION, _of_results(shape_of)))
             if self._told is not None and self._told.changes is not None:
                 stack.enter_context(self._told.changes(self._redistributions.changing))
             stack.enter_context(_OntoDevice(self))
@@ -130,7 +134,7 @@ class Recorder(TorchDispatchMode):
                 out = func(*args, **kwargs)
         elif _has_no_fake(func):  # the fake process group takes the tensors and leaves them as they are
             out = call_cpu_kernel(func, *args, **kwargs)
-        else:
+        elif (out := quick_fake(self._fake_mode, func, args, kwargs)) is ELSEWHERE:
             out = func(*args, **kwargs)
         signature = signature_of(func)
         self._values.follow(func, signature, args, kwargs, out)
@@ -251,6 +255,11 @@ def _shards(call: CollectiveCall, tensors: Sequence[Tensor]) -> list[Tensor]:
     if call.kind is not CollectiveKind.REDUCE_SCATTER or role_of(call.axis) is not Role.SHARDS_PARAMETERS:
         return []
     return [each for each in tensors if each.nbytes * call.axis_size == call.payload_bytes]
+
+
+def _of_results(shape_of: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """What writes into what it takes, and gives nothing, needn't run to learn that."""
+    return lambda propagator, schema: None if is_void(schema.op) else shape_of(propagator, schema)
 
 
 @lru_cache(maxsize=1)

@@ -19,7 +19,7 @@ from shardwise.core.mesh import Mesh
 from shardwise.core.pipeline import Pipeline, Span, recomputed_of_fewer, recomputed_spans
 from shardwise.core.plan import AnyPlan, TheirPlan
 from shardwise.core.program import Block, MemoryKind, Op, Program, RuleUse
-from shardwise.models.layers import Layers, find_layers
+from shardwise.models.layers import Layers, copied, find_layers
 from shardwise.models.source import ModelSource
 from shardwise.parallel.any_plan import check_any, engine_of, name_of
 from shardwise.parallel.ends import Ends, check_spans, ends_of
@@ -77,6 +77,7 @@ def trace(
                 return _Equal(job, subject, layers, progress).program(bool(subject.again))
             except NotPeriodicError as reason:
                 progress(f"layers don't repeat: {reason}")
+                subject = replace(subject, model=job.build())
         own = sum(span.count for span in subject.spans)
         progress(f"tracing {own} layers" if layers is not None else "tracing")
         traced = run(job, subject.model, layers, nearest_rule(subject.rules), Kept(again=subject.again))
@@ -138,7 +139,8 @@ def _is_long(spans: Sequence[Span]) -> bool:
 
 
 class _Equal:
-    """Programs of all of a model's equal layers, from traces of SHORT and LONG ones."""
+    """Programs of all of a model's equal layers, from traces of SHORT and LONG ones. The subject's model is
+    cut short."""
 
     def __init__(self, job: Job, subject: _Subject, layers: Layers, progress: Callable[[str], None]) -> None:
         self.job, self.subject, self.layers, self._progress = job, subject, layers, progress
@@ -179,10 +181,22 @@ class _Equal:
     def traced(self, depth: int, again: Collection[int]) -> Traced:
         """`depth` layers of each row. again: numbers of those that run again in the backward."""
         self._progress(f"tracing {depth} of {self.subject.spans[0].count} equal layers")
-        model = self.job.build()
-        if self.job.ends is None:
-            self.layers.shorten(model, depth)
+        model = self._model(depth)
         return run(self.job, model, self.layers, nearest_rule(self.subject.rules), Kept(depth, again))
+
+    def _model(self, depth: int) -> nn.Module:
+        """As it was made, with so many layers; over stages with all of them, which each stage leaves out by
+        itself."""
+        if self.job.ends is not None:
+            return self.job.build()
+        model = None
+        if self.job.plan is not TheirPlan.OWN:
+            if len(list(self.layers.modules(self.subject.model))) > LONG:
+                self.layers.shorten(self.subject.model, LONG)
+            model = copied(self.subject.model)
+        model = model or self.job.build()
+        self.layers.shorten(model, depth)
+        return model
 
 
 def _from_two_kinds(equal: _Equal) -> Program:
