@@ -20,6 +20,11 @@ def any_layer(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
+def repeats(pattern: str) -> bool:
+    """Whether it stands for a module of every layer."""
+    return "*" in pattern.split(".")
+
+
 def layer_index(name: str, prefix: str | None) -> int | None:
     """7 for `layers.7.attention` and prefix "layers"; None outside the layers."""
     if prefix is None or not name.startswith(f"{prefix}."):

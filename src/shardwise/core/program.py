@@ -299,6 +299,11 @@ class Program:
         for block in self.blocks:
             yield from block
 
+    def kinds_of_items(self) -> Iterator[Item]:
+        """Every item of the step but those of further layers, which are like the first's."""
+        for block in self.blocks:
+            yield from block.items
+
     def ops(self) -> Iterator[Op]:
         return (item for item in self.items() if isinstance(item, Op))
 

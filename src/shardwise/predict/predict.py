@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import Prediction, Setup, Term
-from shardwise.core.program import Program
+from shardwise.core.program import Op, Program
 from shardwise.predict.costs import EFFICIENT, runs_efficient
 from shardwise.predict.groups import joining_context, mesh_of
 from shardwise.predict.layout import SLOWED_BESIDE, Layout, lay_out
@@ -60,7 +60,8 @@ def _not_measured(machine: Machine) -> Iterator[str]:
 
 def _by_another_rate(program: Program, machine: Machine, setup: Setup) -> Iterator[str]:
     """Attention that runs a kernel whose rate the machine doesn't have."""
-    if setup.attention is not None or not any(map(runs_efficient, program.ops())):
+    ops = (item for item in program.kinds_of_items() if isinstance(item, Op))
+    if setup.attention is not None or not any(map(runs_efficient, ops)):
         return
     dtype = program.settings.computed_dtype
     if machine.attention(dtype, EFFICIENT) is machine.attention(dtype):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardwise.core.collective import CollectiveKind, wire_bytes
-from shardwise.core.layer_name import any_layer, is_inside
+from shardwise.core.layer_name import any_layer, is_inside, repeats
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import TENSOR_AXIS, Mesh
 from shardwise.core.plan import StyleName
@@ -62,7 +62,7 @@ class Savings:
         tokens = Mesh(self._program.axes).context / candidate.mesh.context  # of those that were traced
         device_s = host_s = 0.0
         for name, saved in self._by_group.items():
-            share = 1 / stages if "*" in name else 1.0
+            share = 1 / stages if repeats(name) else 1.0
             device_s += max(0.0, saved.device_s * tokens - saved.summed_s) * share
             host_s += max(0.0, saved.host_s) * share
         all_s = self._all.device_s * tokens / stages

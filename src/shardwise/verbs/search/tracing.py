@@ -68,7 +68,12 @@ class Tracing:
 
     def _asked_for(self, piece: Piece) -> list[Piece]:
         """What is traced for it: of a root with four sequences or more those with two and three, from
-        which all larger ones follow."""
+        which all larger ones follow; where a part of the layers is recomputed, that with none and all of
+        them."""
+        if piece.recomputed is not None:
+            whole = replace(piece, recomputed=None, dealt=(1, 1))
+            pair = [each for each in (replace(whole, recompute="none"), whole) if not self._is_there(each)]
+            return [other for each in pair for other in self._asked_for(each)] or [piece]
         if piece.micro_batch > LONG and piece == piece.root:
             pair = [replace(piece, micro_batch=size) for size in (SHORT, LONG)]
             return [each for each in pair if each not in self.programs]

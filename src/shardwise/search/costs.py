@@ -1,0 +1,125 @@
+"""What is known of candidates by the pieces that were traced so far: predictions, bounds, and what other
+styles change."""
+
+from dataclasses import replace
+
+from shardwise.core.errors import InputError
+from shardwise.core.prediction import Prediction
+from shardwise.core.program import Program
+from shardwise.core.search import SEQUENCE, Candidate
+from shardwise.predict.check import check_setup
+from shardwise.predict.memory import forecast
+from shardwise.predict.predict import predict
+from shardwise.search.bounds import Bounds
+from shardwise.search.composed import singles
+from shardwise.search.ends import Change, Pair, is_end
+from shardwise.search.piece import Piece, Traced, Unfit
+from shardwise.search.problem import Outcome, Problem
+from shardwise.search.savings import Savings
+
+SURE = 1.05
+"""What is put together of pieces, and so many times a device's memory, doesn't fit; its own plan isn't
+traced."""
+
+
+class Costs:
+    """pieces: as they were traced. changes: by a candidate with the default styles and without recompute,
+    what each other style of one group changes (seconds, bytes). ends: those of what lies outside the
+    layers."""
+
+    def __init__(self, problem: Problem, outcome: Outcome) -> None:
+        self.problem, self.outcome = problem, outcome
+        self.pieces: dict[Piece, Traced] = {}
+        self.changes: dict[Candidate, dict[Pair, tuple[float, float]]] = {}
+        self.ends: dict[Candidate, tuple[Change, ...]] = {}
+        self._bounds: dict[Piece, Bounds] = {}
+        self._savings: dict[Piece, Savings] = {}
+        self._predictions: dict[Candidate, Prediction | None] = {}
+        self._reserved: dict[Candidate, Prediction] = {}
+
+    def program(self, piece: Piece) -> Program | None:
+        """None where it can't be traced."""
+        found = self.pieces[piece]
+        return None if isinstance(found, Unfit) else found
+
+    def reserving(self, candidate: Candidate, found: Prediction) -> Prediction:
+        """With what the allocator reserves, where that decides whether it fits: where tensors alone do."""
+        if self.fits(found) and candidate not in self._reserved:
+            traced = self.pieces[self.problem.piece_of(candidate)]
+            assert not isinstance(traced, Unfit)
+            memory = forecast(traced, self.problem.machine, self.problem.setup_of(candidate))
+            self._reserved[candidate] = replace(found, memory=memory)
+        return self._reserved.get(candidate, found)
+
+    def predicted(self, candidate: Candidate) -> Prediction | None:
+        """Of its own piece, which is traced, with the memory that tensors take. None, and refused, where it
+        can't be."""
+        if candidate in self._predictions:
+            return self._predictions[candidate]
+        found, traced = None, self.pieces[self.problem.piece_of(candidate)]
+        if isinstance(traced, Unfit):
+            self.outcome.refused[traced.reason] += 1
+        else:
+            setup = self.problem.setup_of(candidate)
+            try:
+                check_setup(traced, self.problem.machine, setup)
+                found = predict(traced, self.problem.machine, setup, replays=False)
+                self.outcome.predicted += 1
+            except InputError as error:
+                self.outcome.refused[str(error)] += 1
+        self._predictions[candidate] = found
+        return found
+
+    def bounds_of(self, piece: Piece) -> Bounds:
+        if piece not in self._bounds:
+            program, problem = self.program(piece), self.problem
+            assert program is not None
+            self._bounds[piece] = Bounds(
+                program, problem.machine, problem.setup, gathers=problem.gathers_keys
+            )
+        return self._bounds[piece]
+
+    def savings_of(self, piece: Piece, candidate: Candidate) -> Savings:
+        if piece not in self._savings:
+            program, groups = self.program(piece), self.problem.groups(candidate)
+            assert program is not None
+            setup = replace(self.problem.setup, mesh=None)
+            is_cut = dict(candidate.styles).get(SEQUENCE) == "cut"
+            self._savings[piece] = Savings(program, self.problem.machine, setup, groups, is_cut=is_cut)
+        return self._savings[piece]
+
+    def singles(self, candidate: Candidate) -> list[Candidate]:
+        """With another style of one group each, of those that could save anything."""
+        savings = self.savings_of(self.problem.piece_of(candidate), candidate)
+        groups = [group for group in self.problem.groups(candidate) if savings.is_worth(group)]
+        found = singles(candidate.styles, groups)
+        return [replace(candidate, styles=styles) for styles in found]
+
+    def least_bytes(self, candidate: Candidate, default: Candidate) -> float:
+        """That it holds: what the default styles hold with the same recompute, and what its styles change
+        without any, where that is known, else what they leave whole."""
+        found, none = self.predicted(default), default.without_recompute()
+        if found is None:
+            return 0.0
+        changed, known = set(candidate.styles) - set(default.styles), self.changes.get(none, {})
+        if all(pair in known for pair in changed):
+            more = sum(known[pair][1] for pair in changed)
+            return (found.memory.device_bytes + more) / SURE
+        root = self.problem.piece_of(none).root
+        shards = self.bounds_of(root).shards(candidate.mesh) * candidate.mesh.stages
+        return found.memory.device_bytes + self.savings_of(root, none).more_bytes(candidate.styles) / shards
+
+    def ends_of(self, candidate: Candidate) -> tuple[Change, ...]:
+        """What may be changed outside its layers, as far as is known; nothing where that is not as by
+        default."""
+        default = self.problem.with_defaults(candidate)
+        if any(map(is_end, set(candidate.styles) - set(default.styles))):
+            return ()
+        return self.ends.get(default.without_recompute(), ())
+
+    def ends_save_s(self, candidate: Candidate) -> float:
+        """Of a step, by the best of them."""
+        return max((-change.seconds for change in self.ends_of(candidate)), default=0.0)
+
+    def fits(self, found: Prediction) -> bool:
+        return found.memory.device_bytes <= self.problem.memory_bytes
