@@ -6,18 +6,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import product
-from typing import Any
 
 import pytest
 
 from shardwise.core.case import Case
 from shardwise.core.mesh import Mesh
-from shardwise.core.prediction import MemoryForecast, Prediction, Setup
+from shardwise.core.prediction import Prediction, Setup
 from shardwise.core.program import Program
 from shardwise.core.search import SEQUENCE, Candidate, Group, can_be
 from shardwise.predict.machines import load_machine
 from shardwise.predict.predict import predict
 from shardwise.search.bounds import Bounds
+from shardwise.search.ends import LIGHTER
 from shardwise.search.piece import Piece, Traced, Unfit, piece_of
 from shardwise.search.problem import Outcome, Problem
 from shardwise.search.solve import Solver
@@ -209,12 +209,13 @@ def test_keys_that_go_round_a_ring_are_waited_for_by_no_bound() -> None:
 
 @pytest.mark.full
 def test_other_ends_beside_a_part_of_the_layers_run_again_are_not_lost() -> None:
-    """Look-ups are tried with answers alone: the best of all is found all the same, whatever fits."""
+    """Look-ups are tried with answers alone: the best of all is found all the same, whatever fits. Limits lie
+    as far from what plans need as a search tells memory apart."""
     case = case_of("llama3-debug?n_layers=4")
     fix = ("tp=2", "output=cut", "layers.*.attention=cut", "micro-batch=2", "sequence=cut")
     everything = problem_of(case, 2, fix, partly=True)
     known = tried(case, everything)
-    needed = sorted(each.memory.device_bytes for each in known.values())
+    needed = sorted(each.memory.device_bytes * (1 + LIGHTER) for each in known.values())
     for limit in (needed[0], needed[len(needed) // 4], needed[len(needed) // 2], math.inf):
         problem = problem_of(case, 2, fix, limit, partly=True)
         best = min(tried(case, problem).values(), key=lambda each: each.step_s)
@@ -223,20 +224,6 @@ def test_other_ends_beside_a_part_of_the_layers_run_again_are_not_lost() -> None
         assert outcome.answers[0].prediction.step_s == pytest.approx(best.step_s, rel=1e-9), limit
         assert outcome.answers[0].prediction.memory.device_bytes <= limit
         assert outcome.traces < len({piece_of(each, problem.layers) for each in known})
-
-
-def test_what_the_allocator_reserves_is_simulated_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, (_, devices, fix) = case_of("llama3-debug"), SMALL
-    simulated: list[Program] = []
-    from shardwise.predict.memory import forecast as right
-
-    def counted(program: Program, *args: Any) -> MemoryForecast:
-        simulated.append(program)
-        return right(program, *args)
-
-    monkeypatch.setattr("shardwise.search.costs.forecast", counted)
-    outcome = solved(case, problem_of(case, devices, fix), top=1)
-    assert 0 < len(simulated) < outcome.predicted
 
 
 PARTLY = [

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import product
 
 from shardwise.core.search import SEQUENCE, Group, can_be
+from shardwise.predict.allocator import LARGE_SEGMENT
 from shardwise.search.problem import Answer
 
 ALIKE = 0.01
@@ -17,10 +18,11 @@ Styles = tuple[tuple[str, str], ...]
 
 def fewest_layers(over_bytes: float, freed_bytes: float, layers: int) -> int:
     """So many of `layers` must be recomputed at least, where a device holds over_bytes too much, and each
-    frees freed_bytes at most."""
+    frees freed_bytes at most; and all together a segment of the allocator's more, which is then never asked
+    for."""
     if freed_bytes <= 0:
         return layers
-    return min(layers, max(1, math.ceil(over_bytes / freed_bytes - 1e-9)))
+    return min(layers, max(1, math.ceil((over_bytes - LARGE_SEGMENT) / freed_bytes - 1e-9)))
 
 
 def singles(base: Styles, groups: Sequence[Group]) -> list[Styles]:
