@@ -389,6 +389,3 @@ class Solver:
             self.outcome.composed += 1
             bound = step_s * (1 - SLACK) - self.costs.ends_save_s(candidate)
             self.queue.push(bound, Node(candidate, Stage.COMPOSED, composed_s=step_s))
-
-    def _fits(self, found: Prediction) -> bool:
-        return found.memory.device_bytes <= self.problem.memory_bytes
