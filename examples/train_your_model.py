@@ -13,6 +13,7 @@ Shapes: B batch, S sequence, H hidden, N heads, D head dim, V vocabulary.
 
 import argparse
 import os
+import sys
 import warnings
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -266,6 +267,11 @@ def main() -> None:
         train(options, mesh, device)
     finally:
         dist.destroy_process_group()
+    if device.type == "cpu":
+        # DTensor keeps gloo's threads alive; one that lets go of a tensor while Python ends aborts the rank:
+        # github.com/pytorch/pytorch/pull/179291
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

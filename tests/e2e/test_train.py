@@ -257,7 +257,7 @@ def test_a_rank_that_hangs_is_named_with_where_the_others_wait_and_the_run_goes_
     told = " ".join(stdout.split())
     assert re.search(r"rank 2: stopped by SIGSTOP, last at \"step \d+: [a-z ]+\"", told), told
     assert re.search(
-        r"in \w+(, module [\w.]+)?, not done: \w+ of float\[[\d,]+\], number \d+ of group", told
+        r"in \w+(, module [\w.]+)?, not done: \w+ of \w+\[[\d,]*\], number \d+ of group", told
     ), told
     assert what_it_learnt(read_steps(out)) == what_it_learnt(read_steps(undisturbed))
 

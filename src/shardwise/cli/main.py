@@ -19,6 +19,7 @@ import shardwise.cli
 from shardwise import __version__
 from shardwise.cli.output import speaks
 from shardwise.core.errors import InputError, ShardwiseError
+from shardwise.launch import leave
 from shardwise.report.common.streams import write_error
 
 if TYPE_CHECKING:
@@ -79,12 +80,7 @@ def run(args: list[str] | None = None) -> NoReturn:
     gc.set_threshold(_FEW_COLLECTIONS)
     code = _run(args)
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        # of torchrun's ranks each ends at once: PyTorch's threads, still running while an interpreter is
-        # taken down, can abort it ("terminate called without an active exception"), and torchrun would call
-        # that a failure
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        leave.at_once(code)
     sys.exit(code)
 
 

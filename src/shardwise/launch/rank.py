@@ -10,6 +10,7 @@ import traceback
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from shardwise.launch import leave
 from shardwise.launch.assignment import START_S, Assignment
 
 if TYPE_CHECKING:
@@ -94,4 +95,4 @@ def _die_with(parent_pid: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    leave.at_once(main(sys.argv[1]))

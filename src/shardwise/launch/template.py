@@ -18,6 +18,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Self
 
+from shardwise.launch import leave
+
 
 @dataclass(frozen=True, slots=True)
 class Order:
@@ -122,10 +124,7 @@ def _fork(order: Order, sockets: tuple[socket.socket, ...]) -> int:
             each.close()
         code = _be(order)
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(code)  # an interpreter's own end would touch, and so copy, all that is shared
+        leave.at_once(code)  # an interpreter's own end would also touch, and so copy, all that is shared
 
 
 def _import(order: Order) -> None:
