@@ -47,7 +47,7 @@ from shardwise.trace.kinship import Kinship
 from shardwise.trace.ops import ALLOCATIONS, FSDP_COPY_IN, SILENT, Ops, Signature, Work, signature_of, work_of
 from shardwise.trace.place import Place, raised_in
 from shardwise.trace.placements import Redistributions
-from shardwise.trace.quick_fakes import ELSEWHERE, is_void, quick_fake
+from shardwise.trace.quick_fakes import fake_of, is_void
 from shardwise.trace.storages import Log, Routed, Storages
 from shardwise.trace.values import Values
 
@@ -134,8 +134,8 @@ class Recorder(TorchDispatchMode):
                 out = func(*args, **kwargs)
         elif _has_no_fake(func):  # the fake process group takes the tensors and leaves them as they are
             out = call_cpu_kernel(func, *args, **kwargs)
-        elif (out := quick_fake(self._fake_mode, func, args, kwargs)) is ELSEWHERE:
-            out = func(*args, **kwargs)
+        else:
+            out = fake_of(self._fake_mode, func, args, kwargs)
         signature = signature_of(func)
         self._values.follow(func, signature, args, kwargs, out)
         if not self._paused:
