@@ -15,7 +15,8 @@ from shardwise.core.plan import Plan, Style, StyleName
 from shardwise.dims.sizes import Size
 from shardwise.models.source import find_model
 from shardwise.parallel.builtin import builtin_plan
-from shardwise.planner.make import Wish, make_dims, make_plan
+from shardwise.planner.groups import groups_of
+from shardwise.planner.make import Wish, forward_of, make_dims, make_plan
 from tests.distributed.own_modules_cases import CASES
 
 LATER = {
@@ -274,3 +275,20 @@ def test_ranks_share_key_heads_where_there_are_fewer_and_have_their_part_of_the_
         assert (rule.style.pieces, rule.style.parts) == (sizes if len(sizes) > 1 else (), ())
     else:
         assert (rule.style.pieces, rule.style.parts) == (sizes, parts)
+
+
+def test_one_forward_does_for_any_number_of_plans() -> None:
+    source, mesh = find_model("moe-debug"), Mesh.parse("tp=2")
+    whole = frozenset({"layers.*.attention"})
+    wishes = [
+        Wish(mesh, whole=whole),
+        Wish(Mesh.parse("tp=4"), sequence=False),
+        Wish(Mesh.parse("ep=2,tp=2")),
+        Wish(mesh),
+    ]
+    forward = forward_of(source)
+    for wish in wishes * 2:
+        assert make_plan(source, wish, forward=forward) == make_plan(source, wish)
+    of_one = groups_of(source, mesh, 4096, forward)
+    assert of_one == groups_of(source, mesh, 4096)
+    assert of_one

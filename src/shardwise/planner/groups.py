@@ -10,16 +10,17 @@ from shardwise.core.mesh import Mesh
 from shardwise.core.plan import StyleName
 from shardwise.core.search import CUT, LOOK_UPS, SEQUENCE, WHOLE, Group, gives_parts_alone
 from shardwise.models.source import ModelSource
-from shardwise.planner.make import Wish, traced_model
+from shardwise.planner.make import Forward, Wish, traced_model
 from shardwise.planner.regions import place_of
 
 
-def groups_of(source: ModelSource, mesh: Mesh, seq: int) -> tuple[Group, ...]:
+def groups_of(source: ModelSource, mesh: Mesh, seq: int, forward: Forward | None = None) -> tuple[Group, ...]:
     """Of a model over a mesh's tp ranks; the first option of each is the default. Empty where there is one
-    rank, or nothing can be cut. Raises ModelError where its forward can't be traced."""
+    rank, or nothing can be cut. forward: as make_plan takes it. Raises ModelError where it can't be
+    traced."""
     if mesh.tp == 1:
         return ()
-    making = traced_model(source, Wish(mesh, seq=seq), lambda _: None).making
+    making = traced_model(source, Wish(mesh, seq=seq), lambda _: None, forward).making
     try:
         cuts, _ = making.cuts()
     except PlanError:

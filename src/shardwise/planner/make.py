@@ -56,11 +56,15 @@ class Wish:
 
 
 def make_plan(
-    source: ModelSource, wish: Wish, *, progress: Callable[[str], None] = lambda _: None
+    source: ModelSource,
+    wish: Wish,
+    *,
+    forward: "Forward | None" = None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> MadePlan:
-    """The plan for a model. Raises ModelError where its forward can't be traced; PlanError where nothing can
-    be cut."""
-    traced = traced_model(source, wish, progress)
+    """The plan for a model. forward: the model's, for who makes several plans of it. Raises ModelError where
+    its forward can't be traced; PlanError where nothing can be cut."""
+    traced = traced_model(source, wish, progress, forward)
     progress("choosing what to cut")
     cuts, reasons = traced.making.cuts()
     return _made(source, traced, cuts, reasons, wish)
@@ -105,7 +109,18 @@ class TracedModel:
         )  # fmt: skip
 
 
-def traced_model(source: ModelSource, wish: Wish, progress: Callable[[str], None]) -> TracedModel:
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """A model with all its layers, and with one of each kind; the forward of this one. Nothing changes it."""
+
+    whole: nn.Module
+    model: nn.Module
+    record: Record
+    seq: int
+
+
+def forward_of(source: ModelSource, progress: Callable[[str], None] = lambda _: None) -> Forward:
+    """Raises ModelError where it can't be traced."""
     progress(f"building {source.name}")
     whole, model = _built(source, torch.bfloat16)
     progress("tracing its forward")
@@ -120,6 +135,14 @@ def traced_model(source: ModelSource, wish: Wish, progress: Callable[[str], None
             raise ModelError(
                 f"{source.name}: {error} So no plan can be made of it; write one by hand."
             ) from error
+    return Forward(whole, model, record, seq)
+
+
+def traced_model(
+    source: ModelSource, wish: Wish, progress: Callable[[str], None], forward: Forward | None = None
+) -> TracedModel:
+    forward = forward or forward_of(source, progress)
+    whole, model, record, seq = forward.whole, forward.model, forward.record, forward.seq
     called = {event.module for event in record.events if isinstance(event, Entered)}
     layers = find_layers(whole, among=called)
     making = Making(record, model, whole, layers, wish)

@@ -59,6 +59,7 @@ class _Line:
     def __init__(self, sequences: int) -> None:
         self.more = sequences - LONG
         self.made: dict[tuple[Any, Any], Any] = {}
+        self.names: dict[type, tuple[str, ...]] = {}
 
     def item(self, short: Item, long: Item) -> Item:
         try:
@@ -90,10 +91,11 @@ class _Line:
                 raise _Differs
 
     def _fields(self, short: Any, long: Any) -> Any:
-        names = [each.name for each in dataclasses.fields(long)]
-        return replace(
-            long, **{name: self.value(getattr(short, name), getattr(long, name)) for name in names}
-        )
+        kind = type(long)
+        if kind not in self.names:
+            self.names[kind] = tuple(each.name for each in dataclasses.fields(long))
+        names = self.names[kind]
+        return kind(**{name: self.value(getattr(short, name), getattr(long, name)) for name in names})
 
 
 class _Differs(Exception):  # noqa: N818

@@ -214,12 +214,13 @@ class _Looking:
         if facts.why_no_stages is not None:
             free[STAGES_AXIS] = (1,)
             refused[f"no stages: {facts.why_no_stages}"] += 1
-        groups = self.tracing.groups(free[TENSOR_AXIS])
-        self.wanted.check_names([group.name for each in groups.values() for group in each])
         degrees = {
             axis: self.wanted.degrees(axis, free.get(axis, ()) or _divisors(self.devices), self.devices)
             for axis in NAMES
         }
+        cutting = [tp for tp in degrees[TENSOR_AXIS] if tp > 1]
+        groups = self.tracing.groups(cutting or free[TENSOR_AXIS])
+        self.wanted.check_names([group.name for each in groups.values() for group in each])
         self.wanted.check_ranks(self.devices)
         groups = {
             tp: restricted(each, self.wanted) for tp, each in groups.items() if tp in degrees[TENSOR_AXIS]

@@ -17,6 +17,7 @@ from shardwise.verbs.progress import silent
 
 if TYPE_CHECKING:
     from shardwise.models.source import ModelSource
+    from shardwise.planner.make import Forward
 
 PRELOAD = ("shardwise.verbs.search.preload",)
 
@@ -75,7 +76,8 @@ def answer(asked: Ask) -> Told:
         case AskGroups():
             from shardwise.planner.groups import groups_of
 
-            return groups_of(_source(asked.case.model), asked.mesh, asked.case.step.seq)
+            model, mesh, seq = asked.case.model, asked.mesh, asked.case.step.seq
+            return groups_of(_source(model), mesh, seq, _forward(model)) if mesh.tp > 1 else ()
         case AskPlan():
             made = _made(asked.case, _cutting_mesh(asked.piece), asked.piece.styles)
             return made.to_toml() if made is not None else None
@@ -88,6 +90,13 @@ def _source(model: str) -> "ModelSource":
     from shardwise.models.source import find_model
 
     return find_model(model)
+
+
+@cache
+def _forward(model: str) -> "Forward":
+    from shardwise.planner.make import forward_of
+
+    return forward_of(_source(model))
 
 
 def _facts(case: Case) -> Facts:
@@ -126,7 +135,8 @@ def _made(case: Case, mesh: Mesh, styles: tuple[tuple[str, str], ...]) -> MadePl
 
     if mesh.world_size == 1:
         return None
-    made = make_plan(_source(case.model), wish_of(mesh, case.step.seq, dict(styles)))
+    wish = wish_of(mesh, case.step.seq, dict(styles))
+    made = make_plan(_source(case.model), wish, forward=_forward(case.model))
     way = ContextAttention(case.context_attention)
     return replace(made, plan=replace(made.plan, context_attention=way), model=case.model)
 

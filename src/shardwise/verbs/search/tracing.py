@@ -20,6 +20,7 @@ class Tracing:
     def __init__(self, case: Case, device: str, processes: Processes[Ask, Told]) -> None:
         self.case, self.device, self.processes = case, device, processes
         self.programs: dict[Piece, Traced] = {}
+        self._families: dict[Piece, Family | None] = {}
 
     def facts(self) -> Facts:
         facts = self._one(AskFacts(self.case))
@@ -113,8 +114,15 @@ class Tracing:
         if unfit:
             return unfit[0]
         short, long = (each for each in pair if isinstance(each, Program))
+        smallest = replace(piece, micro_batch=SHORT)
+        if smallest not in self._families:
+            try:
+                self._families[smallest] = Family(short, long)
+            except NotAFamilyError:
+                self._families[smallest] = None
+        family = self._families[smallest]
         try:
-            return Family(short, long).at(piece.micro_batch)
+            return family.at(piece.micro_batch) if family is not None else None
         except NotAFamilyError:
             return None
 
