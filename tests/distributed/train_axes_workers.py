@@ -20,8 +20,9 @@ from shardwise.parallel.builtin import builtin_plan
 from shardwise.text.samples import Samples
 from shardwise.text.stream import TokenStream
 from shardwise.train.loop import Event, Loop, TrainJob
+from tests.distributed.shared_groups import shared_groups
 
-RANKS, STEPS, BATCH, SEQ, HELD_OUT, VOCAB = 4, 12, 8, 16, 13, 64
+RANKS, STEPS, BATCH, SEQ, HELD_OUT, VOCAB = 4, 8, 8, 16, 13, 64
 SHAPE = f"hidden=32,n_heads=8,n_kv_heads=4,vocab_size={VOCAB}"
 MODELS = {
     "llama": f"llama3-debug?{SHAPE},ffn_hidden=48",
@@ -30,7 +31,7 @@ MODELS = {
     "balanced moe": f"moe-debug?{SHAPE},ffn_hidden=16,n_experts=8,aux_loss=0.1",
 }
 OPTIONS = TrainOptions(
-    steps=STEPS, validate_every=6, held_out=HELD_OUT, warmup=4, save_every=0, alike_every=4
+    steps=STEPS, validate_every=4, held_out=HELD_OUT, warmup=3, save_every=0, alike_every=4
 )
 
 
@@ -143,12 +144,13 @@ def samples() -> Samples:
     have unequal numbers of labels."""
     draw = np.random.default_rng(7)
     # skewed, so that there is something to learn
-    ids = np.minimum(draw.geometric(0.1, 80 * SEQ + 1), VOCAB).astype(np.int32) - 1
+    ids = np.minimum(draw.geometric(0.1, 70 * SEQ + 1), VOCAB).astype(np.int32) - 1
     ends = np.unique(np.append(draw.integers(1, ids.size, 200), ids.size)).astype(np.int64)
     stream = TokenStream.of(ids, vocab_size=VOCAB, source="drawn", tokenizer="none", ends=ends)
     return Samples.of(stream, SEQ, 3, HELD_OUT, MASKED)
 
 
+@shared_groups()
 def run(context: RankContext, payload: bytes) -> bytes:
     """payload: a folder, and the names of cases. Returns each case's lines, as rank 0 reports them."""
     folder, names = msgspec.json.decode(payload, type=tuple[str, list[str]])
