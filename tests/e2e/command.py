@@ -19,6 +19,13 @@ SHARDWISE = str(Path(sys.executable).with_name("shardwise"))
 # Small, for its layers are checked in float64 on every rank; its name is longer than messages show.
 MODEL = "llama3-debug?n_layers=2,hidden=96,n_heads=12,n_kv_heads=4,ffn_hidden=256,vocab_size=512"
 SMALL = ("--model", MODEL, "--seq", "32", "--batch", "2", "--rounds", "2", "--warmup", "0")
+_WARM = """
+import sys
+from shardwise.cli.main import run
+from shardwise.launch import warm_ranks
+with warm_ranks():
+    run(sys.argv[1:])
+"""
 # Nothing here is timed: how long a test waits for what must come, on a machine that may be busy.
 PATIENCE_S = 200.0
 
@@ -65,11 +72,12 @@ def shardwise_process(*args: str, cwd: Path | None = None) -> subprocess.Complet
     return subprocess.run([SHARDWISE, *args], capture_output=True, text=True, cwd=cwd, check=False)
 
 
-def start(*args: str, cwd: Path) -> subprocess.Popen[str]:
+def start(*args: str, cwd: Path, warm: bool = False) -> subprocess.Popen[str]:
     """Starts the command, as from a terminal: with the signals that a test run in the background may
-    ignore."""
+    ignore. warm: with ranks that are forked from a process that has imported PyTorch, for those that start
+    many; an interpreter of its own takes each three seconds of a core to begin."""
     return subprocess.Popen(
-        [SHARDWISE, *args],
+        [sys.executable, "-c", _WARM, *args] if warm else [SHARDWISE, *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -94,16 +102,28 @@ def children_of(parent: subprocess.Popen[str]) -> list[psutil.Process]:
 
 def ranks_of(parent: subprocess.Popen[str]) -> list[psutil.Process]:
     """The ranks that a started command has now, by rank."""
+    children = children_of(parent)
+    warm = {child.pid for child in children if _is_warm(child)}
     ranks = [
-        child for child in children_of(parent) if "shardwise.launch.rank" in " ".join(_command_line(child))
+        child
+        for child in children
+        if "shardwise.launch.rank" in _command_line(child)
+        or (child.pid in warm and _parent_of(child) in warm)
     ]
-    return sorted(ranks, key=lambda child: child.create_time())
+    return sorted(ranks, key=lambda child: (child.create_time(), child.pid))
 
 
 def forked_ranks() -> list[psutil.Process]:
     """The ranks that a command in this process has left."""
     warm = [each for each in psutil.Process().children() if _is_warm(each)]
     return [rank for each in warm for rank in each.children()]
+
+
+def _parent_of(process: psutil.Process) -> int | None:
+    try:
+        return int(process.ppid())
+    except psutil.Error:
+        return None
 
 
 def _is_warm(process: psutil.Process) -> bool:
