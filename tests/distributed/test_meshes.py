@@ -13,8 +13,20 @@ from shardwise.core.program import Collective, Phase, Program
 from shardwise.launch import run_ranks
 from shardwise.trace.trace import trace
 from tests.distributed.c10d_log import Issued
-from tests.distributed.mesh_cases import BATCH, FAULTS, SEQ, Fault, MeshCase, batches, mesh_cases
+from tests.distributed.mesh_cases import (
+    BATCH,
+    FAULTS,
+    MODELS,
+    SEQ,
+    TELLING,
+    Fault,
+    MeshCase,
+    batches,
+    mesh_cases,
+    meshes,
+)
 from tests.distributed.mesh_workers import Proved
+from tests.distributed.train_axes_workers import cases
 from tests.matrix import thinned
 
 CLOSE = 1e-10
@@ -95,9 +107,11 @@ def test_a_sum_that_is_left_out_is_named_with_its_axis(fault: Fault) -> None:
 
 
 def told_of(case: MeshCase) -> tuple[int, ...]:
-    """The first rank and the last; of 8 ranks that are of one stage the last, which has the smaller parts."""
+    """The first rank and the last; of more than 2 that are of one stage the last, which has the smaller
+    parts, but for the telling cases."""
     last = case.world_size - 1
-    return (last,) if case.world_size == 8 and case.stages == 1 else (0, last)
+    is_enough = case.world_size > 2 and case.stages == 1 and not (case.world_size == 4 and case.is_telling)
+    return (last,) if is_enough else (0, last)
 
 
 @cache
@@ -135,6 +149,13 @@ def _timed(issued: Issued) -> Issued:
     """Between stages torch's schedule sends what a pass gave when the next one may run already."""
     is_between = issued.kind in TO_ONE_RANK
     return replace(issued, phase="") if is_between else issued
+
+
+def test_each_model_is_on_each_mesh_of_four_here_or_in_a_whole_run() -> None:
+    here = {(case.mesh, case.model) for case in mesh_cases(4)}
+    runs = {(case.mesh, case.model.removeprefix("balanced ")) for case in cases()}
+    assert here | runs >= {(mesh, model) for mesh in meshes(4) for model in MODELS}
+    assert {case.name for case in mesh_cases(4)} >= TELLING
 
 
 def test_no_mesh_is_left_out() -> None:
