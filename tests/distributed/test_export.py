@@ -106,13 +106,8 @@ def test_an_exported_plan_is_right_where_its_framework_carries_it_out(
 
 
 @FULL
-def test_every_other_export_is_right_over_tp(tmp_path: Path) -> None:
-    for each in proved(tmp_path, MORE, "tp=2").values():
-        check(each)
-
-
-@FULL
 def test_every_export_is_right_with_fsdp_of_its_own(tmp_path: Path) -> None:
+    """Over tp as well, so that those beside the first few need no ranks for that alone."""
     for each in proved(tmp_path, CASES | MORE, "fsdp=2,tp=2").values():
         check(each)
 

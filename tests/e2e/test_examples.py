@@ -58,11 +58,6 @@ def test_one_process_learns(one_process: Steps) -> None:
     assert losses == sorted(losses, reverse=True)
 
 
-@FULL  # so do those that go on below
-def test_two_ranks_print_what_one_process_prints(one_process: Steps) -> None:
-    assert_same(run(ranks=2), one_process)
-
-
 @pytest.mark.parametrize(
     ("first", "ranks", "then", "fewer"),
     [
