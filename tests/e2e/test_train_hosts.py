@@ -99,7 +99,7 @@ def test_hosts_that_lose_each_other_say_where_they_were_and_go_on_as_if_nothing_
 @FULL
 @pytest.mark.skipif(bool(why_not()), reason=why_not() or "runs")
 def test_a_host_that_is_lost_and_replaced_costs_no_bit(whole: Path, tmp_path: Path) -> None:
-    """torchrun on the other host goes on or, where it met the dead one once more, gives up after 60 s."""
+    """torchrun on the other host goes on or, where it met the dead one once more, gives up after a while."""
     out = tmp_path / "run"
     with two_hosts(tmp_path) as made:
         begin(made, out)

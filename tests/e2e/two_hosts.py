@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 
 LINK = "link0"
+# after which torchrun gives up a store that doesn't answer; its own is 60 s
+SILENT_S = 30
 
 
 def why_not() -> str:
@@ -48,7 +50,8 @@ class Host:
         run = (
             *("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", str(per_host)),
             *("--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", "one"),
-            *("--rdzv-endpoint", f"{store}:29400", "--rdzv-conf", f"is_host={store == self.address}"),
+            *("--rdzv-endpoint", f"{store}:29400"),
+            *("--rdzv-conf", f"is_host={store == self.address},read_timeout={SILENT_S}"),
             *("--local-addr", self.address, "-m", "shardwise"),
         )
         with self.log.open("ab") as log:
