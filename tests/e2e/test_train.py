@@ -101,7 +101,7 @@ def test_a_run_learns_and_says_how_it_went(undisturbed: Path) -> None:
 
 
 KILLS = [
-    pytest.param(3, STEPS, ON_TWO, False, id="3 in 60 steps"),
+    pytest.param(2, STEPS, ON_TWO, False, id="2 in 60 steps"),
     pytest.param(20, 200, MESH, True, id="20 in 200", marks=[pytest.mark.full, pytest.mark.timeout(1800)]),
 ]
 
