@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import product
+from typing import Any
 
 import pytest
 
 from shardwise.core.case import Case
+from shardwise.core.machine import Machine
 from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import Prediction, Setup
 from shardwise.core.program import Program
@@ -17,10 +19,12 @@ from shardwise.core.search import SEQUENCE, Candidate, Group, can_be
 from shardwise.predict.machines import load_machine
 from shardwise.predict.predict import predict
 from shardwise.search.bounds import Bounds
+from shardwise.search.costs import waits_s
 from shardwise.search.ends import LIGHTER
 from shardwise.search.piece import Piece, Traced, Unfit, piece_of
 from shardwise.search.problem import Outcome, Problem
 from shardwise.search.solve import Solver
+from shardwise.search.tipping import CONSTANTS
 from shardwise.verbs.search.pieces import AskFacts, AskGroups, AskProgram, Facts, answer
 from shardwise.verbs.search.space import Choices, Wanted, candidates, restricted
 
@@ -61,6 +65,7 @@ def problem_of(
     recompute: tuple[str, ...] = ("none", "full"),
     *,
     partly: bool = False,
+    machine: Machine = MACHINE,
 ) -> Problem:
     wanted, layers = Wanted.of(fix, ()), facts(case).layers
     free = [each for each in range(1, devices + 1) if devices % each == 0]
@@ -70,7 +75,7 @@ def problem_of(
     sizes = tuple(map(int, wanted.allowed("micro-batch", ("1", "2"))))
     choices = Choices(devices, 8, degrees, sizes, (1,), (True,), case.step.batch, layers, False)
     return Problem(
-        MACHINE,
+        machine,
         Setup(),
         tuple(candidates(choices, by_tp, Counter())),
         lambda candidate: by_tp[candidate.mesh.tp],
@@ -102,18 +107,18 @@ def every(problem: Problem) -> Iterator[Candidate]:
 
 
 @cache
-def predicted(case: Case, candidate: Candidate, layers: int) -> Prediction | None:
+def predicted(case: Case, candidate: Candidate, layers: int, machine: Machine) -> Prediction | None:
     """None where it can't be. Memory is simulated, which takes longer than anything else here."""
     program = traced(case, piece_of(candidate, layers))
     if not isinstance(program, Program):
         return None
-    return predict(program, MACHINE, Setup(candidate.mesh, candidate.micro_batches))
+    return predict(program, machine, Setup(candidate.mesh, candidate.micro_batches))
 
 
 def tried(case: Case, problem: Problem) -> dict[Candidate, Prediction]:
     """All that fit, by predict."""
-    assert problem.machine == MACHINE
-    every_one = {each: predicted(case, each, problem.layers) for each in every(problem)}
+    machine = problem.machine
+    every_one = {each: predicted(case, each, problem.layers, machine) for each in every(problem)}
     limit = problem.memory_bytes
     return {
         each: found
@@ -168,9 +173,9 @@ def test_a_bound_that_is_too_high_loses_the_best_plan(monkeypatch: pytest.Monkey
     best = min(tried(case, problem).values(), key=lambda each: each.step_s)
     right = Bounds.step_s
 
-    def too_high(self: Bounds, mesh: Mesh, micro_batches: int, chunks: int) -> float:
+    def too_high(self: Bounds, mesh: Mesh, *args: Any, **kwargs: Any) -> float:
         factor = 10.0 if mesh.axes == best.axes else 1.0
-        return factor * right(self, mesh, micro_batches, chunks)
+        return factor * right(self, mesh, *args, **kwargs)
 
     monkeypatch.setattr(Bounds, "step_s", too_high)
     assert solved(case, problem).answers[0].prediction.step_s > best.step_s * (1 + 1e-9)
@@ -247,3 +252,26 @@ def test_as_few_layers_as_make_it_fit_run_again(model: str, devices: int, fix: t
         assert answer.composed_s == pytest.approx(
             best.step_s, rel=0.01
         )  # what its pieces gave, beside predict
+
+
+@pytest.mark.parametrize("fix", [("fsdp=2",), pytest.param(("tp=1", "pp=1"), marks=pytest.mark.full)])
+def test_recomputing_that_hides_behind_fsdp_s_exchange_costs_no_bound(fix: tuple[str, ...]) -> None:
+    """On links so slow that a step waits for them: what layers run again hides all of that, or a part."""
+    machine = CONSTANTS["rate of the link within a node"](MACHINE, 0.01)
+    case = Case.of(
+        model="llama3-debug?n_layers=4", mesh="tp=1", dtype="bfloat16", seq=4096, batch=8, random_ids=True
+    )
+
+    def problem(limit: float = math.inf) -> Problem:
+        kinds = ("none", "selective-ops", "full")
+        return problem_of(case, 2, fix, limit, kinds, partly=True, machine=machine)
+
+    known = tried(case, problem())
+    needed = sorted({each.memory.device_bytes * (1 + LIGHTER) for each in known.values()})
+    most = max(known.values(), key=lambda each: each.memory.device_bytes)
+    assert waits_s(most) > most.step_s / 2
+    for limit in [*needed[:: max(1, len(needed) // 8)], math.inf]:
+        best = min(tried(case, problem(limit)).values(), key=lambda each: each.step_s)
+        outcome = solved(case, problem(limit), top=1)
+        assert outcome.gap == 0
+        assert outcome.answers[0].prediction.step_s == pytest.approx(best.step_s, rel=1e-9), limit

@@ -60,6 +60,9 @@ class _Part:
     def least_s(self) -> float:
         return max(self.device_s, self.host_s)
 
+    def __add__(self, other: "_Part") -> "_Part":
+        return _Part(self.device_s + other.device_s, self.host_s + other.host_s)
+
     def and_half(self, other: "_Part") -> "_Part":
         return _Part(self.device_s + other.device_s / 2, self.host_s + other.host_s / 2)
 
@@ -93,32 +96,38 @@ class Bounds:
         forward = work.in_phases(Phase.FORWARD) & (work.layer >= 0) & np.isin(work.term, own)
         kernels = forward & (work.term == TERMS.index(Term.KERNELS))
         matmuls = forward & (work.term == TERMS.index(Term.MATMUL))
-        self._again = {"full": part(forward), "selective-ops": part(kernels).and_half(part(matmuls))}
+        self._forward = {"full": part(forward), "selective-ops": part(kernels).and_half(part(matmuls))}
         once = work.in_phases(*ONCE) & (work.axis == 0)
         self.end_s = float(together_s[once].sum())
 
-    def step_s(self, mesh: Mesh, micro_batches: int, chunks: int) -> float:
-        """At least, of the whole step over `mesh`."""
+    def step_s(
+        self,
+        mesh: Mesh,
+        micro_batches: int,
+        chunks: int,
+        *,
+        recompute: str = "none",
+        recomputed: int = 0,
+        beside_s: float = 0.0,
+    ) -> float:
+        """At least, of the whole step over `mesh`, with so many of the layers recomputed. beside_s: FSDP's
+        collectives of a micro-batch, where another piece tells them (beside_s())."""
         stages, share = mesh.stages, Mesh(self.program.axes).context / mesh.context
         layers = self.all_layers.of(share, self._gathered_s(mesh))
         per_layer_s = layers.least_s / self.layers
-        ends = self.ends.of(share)
-        whole = _Part(layers.device_s + ends.device_s, layers.host_s + ends.host_s)
-        mean_s = max(whole.least_s, self._beside_s(mesh)) / stages
+        whole = layers + self.ends.of(share) + self._again(recompute, recomputed, share)
+        mean_s = max(whole.least_s, self.beside_s(mesh), beside_s) / stages
         busiest_s = max(mean_s, per_layer_s * -(-self.layers // stages))
         way_s = (stages - 1) * per_layer_s * (self.layers // (stages * chunks))
         return micro_batches * busiest_s + way_s + self._end_s(mesh)
 
-    def again_s(self, mesh: Mesh, micro_batches: int, recompute: str, layers: int) -> float:
-        """What recomputing so many of the layers adds at least: their own work once more, without
-        exchanges."""
-        share = Mesh(self.program.axes).context / mesh.context
-        again = self._again[recompute].of(share * SURELY * layers / self.layers)
-        device_s = (self.all_layers.device_s + self.ends.device_s) * share
-        host_s = self.all_layers.host_s + self.ends.host_s
-        more_host_s = again.host_s * SURELY * layers / self.layers
-        longer_s = max(device_s + again.device_s, host_s + more_host_s) - max(device_s, host_s)
-        return micro_batches * longer_s / mesh.stages
+    def _again(self, recompute: str, layers: int, share: float) -> _Part:
+        """What recomputing so many of the layers adds at least: their own work once more, without exchanges.
+        share: of a sequence's tokens."""
+        if not layers:
+            return _Part()
+        again, surely = self._forward[recompute], SURELY * layers / self.layers
+        return _Part(again.device_s * share * surely, again.host_s * surely)
 
     def device_bytes(self, mesh: Mesh, micro_batches: int, *, recomputes: bool) -> float:
         """At least, of the fullest stage's device. recomputes: with any recompute there is."""
@@ -132,7 +141,8 @@ class Bounds:
 
     @property
     def freed_bytes(self) -> float:
-        """By which a device holds less, at most, for each layer that is recomputed."""
+        """By which a device holds less, at most, for each layer that is recomputed. 0: it isn't known, of a
+        Program that isn't compressed, or compiled."""
         kept, between = self._kept_bytes
         return (kept - between) * MOST_FREED
 
@@ -189,8 +199,9 @@ class Bounds:
                 kept = max(kept, sum(map(_forward_activation, block.items)) / abs(block.stride))
         return max(kept, between), between
 
-    def _beside_s(self, mesh: Mesh) -> float:
-        """FSDP's collectives of a micro-batch over all layers, where the piece has them."""
+    def beside_s(self, mesh: Mesh) -> float:
+        """FSDP's collectives of a micro-batch over all layers, where the piece has them: the same however
+        many tokens there are."""
         return self._collectives_s("beside", self._beside_items, mesh)
 
     def _end_s(self, mesh: Mesh) -> float:

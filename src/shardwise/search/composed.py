@@ -18,10 +18,10 @@ Styles = tuple[tuple[str, str], ...]
 
 def fewest_layers(over_bytes: float, freed_bytes: float, layers: int) -> int:
     """So many of `layers` must be recomputed at least, where a device holds over_bytes too much, and each
-    frees freed_bytes at most; and all together a segment of the allocator's more, which is then never asked
-    for."""
+    frees freed_bytes at most (0: nobody knows); and all together a segment of the allocator's more, which is
+    then never asked for."""
     if freed_bytes <= 0:
-        return layers
+        return 1
     return min(layers, max(1, math.ceil((over_bytes - LARGE_SEGMENT) / freed_bytes - 1e-9)))
 
 

@@ -4,13 +4,13 @@ styles change."""
 from dataclasses import replace
 
 from shardwise.core.errors import InputError
-from shardwise.core.prediction import Prediction
+from shardwise.core.prediction import Prediction, Term
 from shardwise.core.program import Program
 from shardwise.core.search import SEQUENCE, Candidate
 from shardwise.predict.check import check_setup
 from shardwise.predict.memory import forecast
 from shardwise.predict.predict import predict
-from shardwise.search.bounds import Bounds
+from shardwise.search.bounds import MOST_FREED, Bounds
 from shardwise.search.composed import singles
 from shardwise.search.ends import Change, Pair, is_end
 from shardwise.search.piece import Piece, Traced, Unfit
@@ -79,6 +79,38 @@ class Costs:
             )
         return self._bounds[piece]
 
+    def beside_s(self, candidate: Candidate) -> float:
+        """FSDP's collectives of a micro-batch at least, by the default styles, which cut most; 0 where they
+        aren't known."""
+        piece = self.problem.sharding_piece_of(candidate)
+        if piece is None or isinstance(self.pieces.get(piece, Unfit("")), Unfit):
+            return 0.0
+        return self.bounds_of(piece).beside_s(candidate.mesh)
+
+    def default_root(self, candidate: Candidate) -> Piece:
+        return self.problem.piece_of(self.problem.with_defaults(candidate)).root
+
+    def again_s(self, candidate: Candidate, layers: int, waits: Prediction | None) -> float:
+        """What its recompute of so many layers adds at least. waits: tells what of FSDP's collectives it
+        waits for without, which what runs again may hide; None where that is as by the bounds."""
+        bounds = self.bounds_of(self.default_root(candidate))
+        beside_s = self.beside_s(candidate) if waits is None else 0.0
+        none_s, again_s = (
+            bounds.step_s(
+                candidate.mesh, candidate.micro_batches, candidate.chunks,
+                recompute=candidate.recompute, recomputed=count, beside_s=beside_s,
+            )
+            for count in (0, layers)
+        )  # fmt: skip
+        return max(0.0, again_s - none_s - (waits_s(waits) if waits is not None else 0.0))
+
+    def freed_bytes(self, candidate: Candidate, none: Prediction, every: Prediction) -> float:
+        """By which a device holds less, at most, for each of its layers that is recomputed. none, every: with
+        none and all of them."""
+        bounds = self.bounds_of(self.problem.piece_of(candidate.without_recompute()))
+        by_all = (none.memory.device_bytes - every.memory.device_bytes) / self.problem.layers
+        return bounds.freed_bytes or MOST_FREED * by_all
+
     def savings_of(self, piece: Piece, candidate: Candidate) -> Savings:
         if piece not in self._savings:
             program, groups = self.program(piece), self.problem.groups(candidate)
@@ -123,3 +155,16 @@ class Costs:
 
     def fits(self, found: Prediction) -> bool:
         return found.memory.device_bytes <= self.problem.memory_bytes
+
+
+def waits_s(found: Prediction) -> float:
+    """For FSDP's collectives, which work may hide."""
+    return dict(found.terms).get(Term.DATA, 0.0)
+
+
+def added_s(none: Prediction, every: Prediction, share: float, saved_s: float = 0.0) -> float:
+    """That recomputing a share of the layers adds at least, if all of them make `every` of `none`. What all
+    of them hide of FSDP's collectives, fewer may hide as well. saved_s: what it is more, a negative one."""
+    hidden_s = max(0.0, waits_s(none) - waits_s(every))
+    whole_s = max(0.0, every.step_s - none.step_s + saved_s + hidden_s)
+    return max(0.0, share * whole_s - hidden_s)

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from shardwise.core.machine import Machine
+from shardwise.core.mesh import AXES, Mesh, Role
 from shardwise.core.prediction import Prediction, Setup
 from shardwise.core.search import SEQUENCE, Candidate, Considered, Group, Known
-from shardwise.search.piece import Piece, piece_of
+from shardwise.predict.traced import TRACED_DATA_RANKS, traced_mesh
+from shardwise.search.piece import INNER, Piece, piece_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,18 @@ class Problem:
 
     def piece_of(self, candidate: Candidate) -> Piece:
         return piece_of(candidate, self.layers)
+
+    def sharding_piece_of(self, candidate: Candidate) -> Piece | None:
+        """The piece that tells FSDP's collectives of all candidates over the same inner axes; None where it
+        has none."""
+        if not candidate.mesh.shard_axes:
+            return None
+        root = self.piece_of(candidate).root
+        sizes = {axis.role: Mesh(root.axes).size(axis.name) for axis in AXES if axis.role in INNER}
+        mesh = traced_mesh(Mesh.of({**sizes, Role.SHARDS_PARAMETERS: TRACED_DATA_RANKS}))
+        styles = tuple((group.name, group.options[0]) for group in self.groups(candidate))
+        smallest = min(each.micro_batch for each in self.candidates)
+        return Piece(mesh.axes, styles, smallest, reshard=candidate.reshard)
 
     def with_defaults(self, candidate: Candidate) -> Candidate:
         """With the default styles, and the same choice of the sequence."""

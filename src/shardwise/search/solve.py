@@ -18,7 +18,7 @@ from shardwise.core.pipeline import recomputed_spans
 from shardwise.core.prediction import Prediction, Term
 from shardwise.core.search import Candidate, Known
 from shardwise.search.composed import are_alike, fewest_layers, styles_of_all
-from shardwise.search.costs import SURE, Costs
+from shardwise.search.costs import SURE, Costs, added_s
 from shardwise.search.ends import LIGHTER, Styles, changes_of_ends, own_ends
 from shardwise.search.piece import Piece, Traced, Unfit
 from shardwise.search.problem import Answer, Outcome, Problem
@@ -97,7 +97,10 @@ class Solver:
         return found
 
     def _start(self) -> None:
-        self._get(dict.fromkeys(self.problem.piece_of(each).root for each in self.problem.candidates))
+        candidates, problem = self.problem.candidates, self.problem
+        roots = dict.fromkeys(problem.piece_of(each).root for each in candidates)
+        sharding = dict.fromkeys(map(problem.sharding_piece_of, candidates))
+        self._get([*roots, *(each for each in sharding if each is not None and each not in roots)])
         for candidate in self.problem.candidates:
             self._by_bounds(candidate, self.problem.piece_of(candidate).root, Stage.ROOT)
 
@@ -175,7 +178,8 @@ class Solver:
             self.outcome.refused[found.reason] += 1
             return
         bounds, mesh, limit = self.costs.bounds_of(piece), candidate.mesh, self.problem.memory_bytes
-        step_s = bounds.step_s(mesh, candidate.micro_batches, candidate.chunks)
+        beside_s = self.costs.beside_s(candidate)
+        step_s = bounds.step_s(mesh, candidate.micro_batches, candidate.chunks, beside_s=beside_s)
         needs, least = (
             bounds.device_bytes(mesh, candidate.micro_batches, recomputes=recomputes)
             for recomputes in (False, True)
@@ -183,7 +187,9 @@ class Solver:
         if stage is Stage.ROOT and self.problem.is_default(candidate):
             saved_s = self.costs.savings_of(piece, candidate).at_most_s(candidate)
             if saved_s > 0:
-                self.queue.push(step_s - saved_s, Node(candidate, Stage.RESTYLED))
+                without_s = bounds.step_s(mesh, candidate.micro_batches, candidate.chunks)
+                sharding_s = candidate.micro_batches * beside_s / mesh.stages
+                self.queue.push(max(without_s - saved_s, sharding_s), Node(candidate, Stage.RESTYLED))
         if needs <= limit:
             self.queue.push(step_s, Node(candidate, stage))
         elif least <= limit and self._push_recomputed(candidate, step_s, needs):
@@ -209,22 +215,23 @@ class Solver:
         needs = found.memory.device_bytes
         if candidate.recomputed in range(1, self.problem.layers):
             self._push_partly(candidate, candidate.recomputed, found)
-        elif not candidate.recomputed and self._push_recomputed(candidate, found.step_s, needs):
+        elif not candidate.recomputed and self._push_recomputed(candidate, found.step_s, needs, found):
             self.outcome.note(candidate, found.step_s, needs, Known.PREDICTED, fits=False)
         else:
             self.outcome.refuse_large(candidate, found.step_s, needs, Known.PREDICTED)
 
-    def _push_recomputed(self, candidate: Candidate, least_s: float, needs: float) -> bool:
-        """With all layers under each recompute. least_s, needs: seconds and bytes that it takes without,
-        at least. False where there is none."""
+    def _push_recomputed(
+        self, candidate: Candidate, least_s: float, needs: float, waits: Prediction | None = None
+    ) -> bool:
+        """With all layers under each recompute. least_s, needs: seconds and bytes that it takes without, at
+        least. waits: as Costs.again_s() takes it. False where there is none."""
         problem, layers = self.problem, self.problem.layers
         kinds = [kind for kind in problem.recompute if kind != "none"] if layers else []
-        bounds = self.costs.bounds_of(problem.piece_of(problem.with_defaults(candidate)).root)
-        few = fewest_layers(needs - problem.memory_bytes, bounds.freed_bytes, layers)
-        few = few if problem.partly else layers
+        freed_bytes = self.costs.bounds_of(self.costs.default_root(candidate)).freed_bytes
+        few = fewest_layers(needs - problem.memory_bytes, freed_bytes, layers) if problem.partly else layers
         for kind in kinds:
             whole = replace(candidate, recompute=kind, recomputed=layers)
-            more_s = bounds.again_s(candidate.mesh, candidate.micro_batches, kind, few)
+            more_s = self.costs.again_s(whole, few, waits)
             bound = least_s + more_s - self.costs.ends_save_s(whole)
             self.queue.push(bound, Node(whole, Stage.RECOMPUTED, without=(least_s, needs)))
         return bool(kinds)
@@ -246,8 +253,8 @@ class Solver:
         few = fewest_layers(needs - self.problem.memory_bytes, freed_bytes, layers)
         share = few / layers if self.problem.partly else 1.0
         saved_s = sum(min(0.0, changes[pair][0]) for pair in changed)
-        more_s = max(0.0, again.step_s - none.step_s + saved_s)
-        return (without_s + share * more_s) * (1 - SLACK) - self.costs.ends_save_s(candidate)
+        more_s = added_s(none, again, share, saved_s)
+        return (without_s + more_s) * (1 - SLACK) - self.costs.ends_save_s(candidate)
 
     def _recompute(self, candidate: Candidate, bound: float) -> None:
         """candidate: with all of its layers recomputed. Of fewer, as few as fit."""
@@ -272,19 +279,20 @@ class Solver:
         """With so many layers recomputed as may make it fit, where `fewer` don't, which is `found`. What
         it takes lies between what none and all of them take."""
         layers = self.problem.layers
-        over_bytes = found.memory.device_bytes - self.problem.memory_bytes
-        freed_bytes = self.costs.bounds_of(self.problem.piece_of(candidate.without_recompute())).freed_bytes
-        recomputed = min(layers, fewer + fewest_layers(over_bytes, freed_bytes, layers))
         none, whole = (
             self.costs.predicted(each)
             for each in (candidate.without_recompute(), replace(candidate, recomputed=layers))
         )
         assert none is not None
         assert whole is not None
+        over_bytes = found.memory.device_bytes - self.problem.memory_bytes
+        freed_bytes = self.costs.freed_bytes(candidate, none, whole)
+        recomputed = min(layers, fewer + fewest_layers(over_bytes, freed_bytes, layers))
         spans = self.problem.setup_of(candidate).pipeline().spans(layers)
         share = sum(span.count for span in recomputed_spans(spans, recomputed)) / layers
         step_s = none.step_s + share * (whole.step_s - none.step_s)
-        self._push_composed(replace(candidate, recomputed=recomputed), step_s)
+        least_s = none.step_s + added_s(none, whole, share)
+        self._push_composed(replace(candidate, recomputed=recomputed), step_s, min(step_s, least_s))
 
     def _push_restyled(self, candidate: Candidate) -> None:
         """Other styles, if they could save anything of what it is predicted to take."""
@@ -322,7 +330,7 @@ class Solver:
             if self.problem.with_defaults(answer.candidate).without_recompute() == base:
                 self._push_known(answer)
         if not self.costs.fits(first) and self.costs.ends_save_s(base):
-            self._push_recomputed(base, first.step_s, first.memory.device_bytes)
+            self._push_recomputed(base, first.step_s, first.memory.device_bytes, first)
 
     def _push_restyled_by(self, base: Candidate, first: Prediction, styles: Styles) -> None:
         """Styles of several groups, by the sums of what each changes. first: what the base takes."""
@@ -331,7 +339,7 @@ class Solver:
         step_s = first.step_s + sum(seconds for seconds, _ in more)
         needs = first.memory.device_bytes + sum(n_bytes for _, n_bytes in more)
         if needs > self.problem.memory_bytes * SURE and self._push_recomputed(
-            candidate, step_s, needs / SURE
+            candidate, step_s, needs / SURE, first
         ):
             self.outcome.note(candidate, step_s, needs, Known.COMPOSED, fits=False)
         else:
@@ -384,8 +392,9 @@ class Solver:
 
     # small things
 
-    def _push_composed(self, candidate: Candidate, step_s: float) -> None:
+    def _push_composed(self, candidate: Candidate, step_s: float, least_s: float | None = None) -> None:
+        """least_s: that it may take; by default, step_s."""
         if candidate not in self._seen:
             self.outcome.composed += 1
-            bound = step_s * (1 - SLACK) - self.costs.ends_save_s(candidate)
+            bound = (step_s if least_s is None else least_s) * (1 - SLACK) - self.costs.ends_save_s(candidate)
             self.queue.push(bound, Node(candidate, Stage.COMPOSED, composed_s=step_s))
