@@ -15,6 +15,15 @@ settings.register_profile("shardwise", deadline=None)
 settings.load_profile("shardwise")
 
 
+# of those without processes, which come last: else one core would be at it when the other has nothing left
+_LONG = "tests/unit/test_search_exact.py"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files go to cores in this order."""
+    items.sort(key=lambda item: item.nodeid.startswith("tests/unit/") and not item.nodeid.startswith(_LONG))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def ranks_that_start_at_once() -> Iterator[None]:
     """Ranks that tests start from their own process are forked from one that has imported PyTorch and
