@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from shardwise.parallel.recorder import tensors_in
-from shardwise.torch_private import FakeTensor, FakeTensorMode, has_kernel, in_meta_kernels, schema_of
+from shardwise.torch_private import (
+    FakeTensor,
+    FakeTensorMode,
+    has_kernel,
+    in_meta_kernels,
+    schema_of,
+    storage_key,
+)
 
 ELSEWHERE = object()
 
@@ -88,7 +95,7 @@ def _is_seen(tensor: Any, first: Any) -> bool:
     """Whether it is another shape of an argument."""
     return (
         type(tensor) is type(first) is FakeTensor
-        and tensor.untyped_storage()._cdata == first.untyped_storage()._cdata
+        and storage_key(tensor.untyped_storage()) == storage_key(first.untyped_storage())
         and (tensor.dtype, tensor.fake_device) == (first.dtype, first.fake_device)
         and first.storage_offset() == tensor.storage_offset()
     )
@@ -101,10 +108,11 @@ def _is_new(tensor: Any, args: Sequence[Any]) -> bool:
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     whole = (last + 1) * tensor.element_size() if tensor.numel() else 0
     storage = tensor.untyped_storage()
+    key = storage_key(storage)
     return (
         tensor.storage_offset() == 0
         and storage.nbytes() == whole
-        and all(each.untyped_storage()._cdata != storage._cdata for each in tensors_in(args))
+        and all(storage_key(each.untyped_storage()) != key for each in tensors_in(args))
     )
 
 
