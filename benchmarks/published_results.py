@@ -5,7 +5,7 @@ second), within rows of equal model and GPU count.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import sqrt
@@ -129,6 +129,17 @@ def groups_of(rows: Iterable[Predicted]) -> dict[str, list[Predicted]]:
     for row in rows:
         found[row.group].append(row)
     return dict(sorted(found.items()))
+
+
+def parts_of_groups(rows: Iterable[Predicted]) -> Iterator[tuple[str, str, list[Predicted]]]:
+    """(group, part, rows) of those that there are: with tensor parallelism, without, and mixtures."""
+    for name, group in groups_of(rows).items():
+        parts = {
+            "TP > 1": [row for row in group if row.tp > 1 and row.ep == 1],
+            "TP 1": [row for row in group if row.tp == 1 and row.ep == 1],
+            "experts": [row for row in group if row.ep > 1],
+        }
+        yield from ((name, part, own) for part, own in parts.items() if own)
 
 
 def group_median(rows: Sequence[Predicted]) -> float:

@@ -13,6 +13,7 @@ from benchmarks.published_results import (
     Published,
     group_median,
     groups_of,
+    parts_of_groups,
     quantile,
     taus,
     with_tensor_parallel,
@@ -71,29 +72,21 @@ def blocks(run: Published) -> dict[str, str]:
 
 def _groups_table(rows: Sequence[Predicted]) -> str:
     lines = []
-    for name, group in groups_of(rows).items():
-        for title, chosen in (
-            ("TP > 1", [row for row in group if row.tp > 1 and row.ep == 1]),
-            ("TP 1", [row for row in group if row.tp == 1 and row.ep == 1]),
-            ("experts", [row for row in group if row.ep > 1]),
-        ):
-            if chosen:
-                errors = [row.error for row in chosen]
-                gpus = ", ".join(sorted({row.gpu for row in chosen}))
-                absolute = [abs(error) for error in errors]
-                without = median(abs(row.left_out_error) for row in chosen)
-                lines.append(
-                    [
-                        name,
-                        title,
-                        gpus,
-                        str(len(chosen)),
-                        _signed(median(errors)),
-                        _share(median(absolute)),
-                        _share(quantile(absolute, 0.9)),
-                        _share(without),
-                    ]
-                )
+    for name, part, chosen in parts_of_groups(rows):
+        errors = [row.error for row in chosen]
+        absolute = [abs(error) for error in errors]
+        lines.append(
+            [
+                name,
+                part,
+                ", ".join(sorted({row.gpu for row in chosen})),
+                str(len(chosen)),
+                _signed(median(errors)),
+                _share(median(absolute)),
+                _share(quantile(absolute, 0.9)),
+                _share(median(abs(row.left_out_error) for row in chosen)),
+            ]
+        )
     head = [
         "group",
         "rows",

@@ -18,7 +18,7 @@ from itertools import pairwise
 from statistics import StatisticsError, correlation, median
 
 from benchmarks.hf_results import table
-from benchmarks.published_results import Predicted, Published, groups_of
+from benchmarks.published_results import Predicted, Published, parts_of_groups
 
 COMPUTE = ("matmul", "attention", "memory-bound kernels", "embedding", "clipping and optimizer")
 PARTS = {
@@ -118,17 +118,9 @@ def share(row: Predicted, part: str) -> float:
 def terms_table(rows: Sequence[Predicted]) -> str:
     """Each group's shares, and beside them how the error goes with each."""
     lines = []
-    for name, group in groups_of(rows).items():
-        for title, chosen in (
-            ("TP > 1", [row for row in group if row.tp > 1 and row.ep == 1]),
-            ("TP 1", [row for row in group if row.tp == 1 and row.ep == 1]),
-            ("experts", [row for row in group if row.ep > 1]),
-        ):
-            if chosen:
-                error = median(row.error for row in chosen)
-                lines.append(
-                    [name, title, str(len(chosen)), _signed(error), *(_cell(chosen, part) for part in PARTS)]
-                )
+    for name, part, chosen in parts_of_groups(rows):
+        error = median(row.error for row in chosen)
+        lines.append([name, part, str(len(chosen)), _signed(error), *(_cell(chosen, each) for each in PARTS)])
     return table(["group", "rows", "number", "error", *PARTS], lines, numbers=tuple(range(2, 4 + len(PARTS))))
 
 
