@@ -17,6 +17,7 @@ from shardwise.core.export import Export
 from shardwise.core.plan import Plan
 from shardwise.export.code import Raw, Row, Table, call, checked_name, comment, text, written
 from shardwise.export.formats import formats
+from tests.e2e.command import shardwise as command
 from tests.matrix import FULL
 
 SMALL = (
@@ -249,12 +250,12 @@ def test_code_is_opened_where_a_line_is_too_short_for_it() -> None:
 
 
 def test_files_are_written_over_only_where_export_made_them(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "shardwise", "export", "rowwise", "--as", "toml", "--out", str(tmp_path)]
+    asked = ("export", "rowwise", "--as", "toml", "--out", str(tmp_path))
     for count in (1, 2):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        done = command(*asked)
         assert done.returncode == 0, (count, done.stderr)
     (tmp_path / "plan.toml").write_text("mine")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = command(*asked)
     assert done.returncode == 2
     assert "plan.toml is there, and shardwise export hasn't made it" in done.stderr
     assert (tmp_path / "plan.toml").read_text() == "mine"
