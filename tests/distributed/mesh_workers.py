@@ -25,7 +25,6 @@ from shardwise.verify.proof import prove
 from shardwise.verify.rounded import is_mixed, loosened
 from tests.distributed.c10d_log import Issued, ranks_of, writing_down
 from tests.distributed.mesh_cases import FAULTS, Fault, MeshCase, batches, mesh_cases
-from tests.distributed.shared_groups import shared_groups
 
 CPU = torch.device("cpu")
 _NOT_RUN = 1e9  # of steps that a wrong gradient spares; JSON has no word for infinite
@@ -70,7 +69,6 @@ def expected_of(model: str, stages: int, portion: Portion) -> Unsharded:
     return unsharded(built(MeshCase(model, f"pp={stages}"), None), batches(), parts=2, portion=portion)
 
 
-@shared_groups()
 def run(context: RankContext, payload: bytes) -> bytes:
     """Per case, of the telling ones or the rest, by its name; and per fault, with the telling ones."""
     found = {}
