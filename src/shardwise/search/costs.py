@@ -4,6 +4,7 @@ styles change."""
 from dataclasses import replace
 
 from shardwise.core.errors import InputError
+from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import Prediction, Term
 from shardwise.core.program import Program
 from shardwise.core.search import SEQUENCE, Candidate
@@ -33,6 +34,8 @@ class Costs:
         self.changes: dict[Candidate, dict[Pair, tuple[float, float]]] = {}
         self.ends: dict[Candidate, tuple[Change, ...]] = {}
         self._bounds: dict[Piece, Bounds] = {}
+        self._sharding: dict[tuple[tuple[tuple[str, int], ...], bool], Piece] = {}
+        self._smallest = min((each.micro_batch for each in problem.candidates), default=1)
         self._savings: dict[Piece, Savings] = {}
         self._predictions: dict[Candidate, Prediction | None] = {}
         self._reserved: dict[Candidate, Prediction] = {}
@@ -79,10 +82,20 @@ class Costs:
             )
         return self._bounds[piece]
 
+    def sharding_piece_of(self, candidate: Candidate) -> Piece | None:
+        """The piece that tells FSDP's collectives; None where it has none."""
+        if not candidate.mesh.shard_axes:
+            return None
+        inner = self.problem.piece_of(candidate).root.axes
+        key = inner, candidate.reshard
+        if key not in self._sharding:
+            self._sharding[key] = self.problem.sharding_piece(Mesh(inner), candidate, self._smallest)
+        return self._sharding[key]
+
     def beside_s(self, candidate: Candidate) -> float:
         """FSDP's collectives of a micro-batch at least, by the default styles, which cut most; 0 where they
         aren't known."""
-        piece = self.problem.sharding_piece_of(candidate)
+        piece = self.sharding_piece_of(candidate)
         if piece is None or isinstance(self.pieces.get(piece, Unfit("")), Unfit):
             return 0.0
         return self.bounds_of(piece).beside_s(candidate.mesh)

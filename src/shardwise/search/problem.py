@@ -33,17 +33,13 @@ class Problem:
     def piece_of(self, candidate: Candidate) -> Piece:
         return piece_of(candidate, self.layers)
 
-    def sharding_piece_of(self, candidate: Candidate) -> Piece | None:
-        """The piece that tells FSDP's collectives of all candidates over the same inner axes; None where it
-        has none."""
-        if not candidate.mesh.shard_axes:
-            return None
-        root = self.piece_of(candidate).root
-        sizes = {axis.role: Mesh(root.axes).size(axis.name) for axis in AXES if axis.role in INNER}
+    def sharding_piece(self, inner: Mesh, candidate: Candidate, micro_batch: int) -> Piece:
+        """The piece that tells FSDP's collectives of all candidates over the same inner axes, any number of
+        tokens, that reshard alike."""
+        sizes = {axis.role: inner.size(axis.name) for axis in AXES if axis.role in INNER}
         mesh = traced_mesh(Mesh.of({**sizes, Role.SHARDS_PARAMETERS: TRACED_DATA_RANKS}))
         styles = tuple((group.name, group.options[0]) for group in self.groups(candidate))
-        smallest = min(each.micro_batch for each in self.candidates)
-        return Piece(mesh.axes, styles, smallest, reshard=candidate.reshard)
+        return Piece(mesh.axes, styles, micro_batch, reshard=candidate.reshard)
 
     def with_defaults(self, candidate: Candidate) -> Candidate:
         """With the default styles, and the same choice of the sequence."""

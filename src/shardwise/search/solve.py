@@ -99,7 +99,7 @@ class Solver:
     def _start(self) -> None:
         candidates, problem = self.problem.candidates, self.problem
         roots = dict.fromkeys(problem.piece_of(each).root for each in candidates)
-        sharding = dict.fromkeys(map(problem.sharding_piece_of, candidates))
+        sharding = dict.fromkeys(map(self.costs.sharding_piece_of, candidates))
         self._get([*roots, *(each for each in sharding if each is not None and each not in roots)])
         for candidate in self.problem.candidates:
             self._by_bounds(candidate, self.problem.piece_of(candidate).root, Stage.ROOT)

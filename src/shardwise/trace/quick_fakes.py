@@ -74,7 +74,7 @@ def _kept(key: tuple[Hashable, ...], args: Sequence[Any], out: Any) -> Any:
     """`out`, after it was noted, where it can be told in few words."""
     if len(_given) >= _MOST:
         _given.clear()
-    if gives(key[0]) is _Gives.FIRST:
+    if _kind_given(key[0]) is _Gives.FIRST:
         if out is args[0]:
             _given[key] = None
     elif isinstance(out, Tensor):
@@ -125,7 +125,7 @@ def _key(
     mode: FakeTensorMode, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[Hashable, ...] | None:
     """All that decides what an op gives; None where that can't be told in few words."""
-    if gives(func) is None or mode.shape_env is not None:
+    if _kind_given(func) is None or mode.shape_env is not None:
         return None
     key: list[Hashable] = [func, torch.get_default_dtype(), torch.is_inference_mode_enabled()]
     if not _tell(args, mode, key):
@@ -156,7 +156,7 @@ def _tell(values: Iterable[Any], mode: FakeTensorMode, key: list[Hashable]) -> b
 
 
 @lru_cache(maxsize=4096)
-def gives(func: Any) -> _Gives | None:
+def _kind_given(func: Any) -> _Gives | None:
     """What it gives by its schema: new tensors, or its first argument, into which it writes. None: neither,
     or it depends on data."""
     schema, tags = schema_of(func), set(func.tags)
