@@ -13,6 +13,8 @@ FILES_AT_ONCE := --numprocesses auto --dist loadfile --no-loadscope-reorder
 # what test_experts.py and test_pipeline.py meet of PyTorch. The search is of numbers, which tests of the trace hold.
 ON_NEWEST := tests/distributed/test_styles.py tests/distributed/test_context.py tests/distributed/test_train_axes.py \
 	tests/golden tests/unit --ignore=tests/unit/test_search_exact.py
+# images often set it; each of the many interpreters that tests start would then compile shardwise anew
+unexport PYTHONDONTWRITEBYTECODE
 TESTS := tests/distributed tests/e2e tests/programs tests/cuda tests/golden tests/unit
 
 .DEFAULT_GOAL := help
