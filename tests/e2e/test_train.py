@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -69,25 +70,28 @@ def weights(out: Path, steps: int = STEPS) -> dict[str, bytes]:
     }
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return undisturbed_on(MESH, tmp_path_factory)
+Run = Callable[[str], Path]
+on_two_or_four = pytest.mark.parametrize("mesh", [ON_TWO, pytest.param(MESH, marks=pytest.mark.full)])
 
 
 @pytest.fixture(scope="module")
-def undisturbed_on_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return undisturbed_on(ON_TWO, tmp_path_factory)
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """What nothing disturbs, on a mesh."""
+
+    @cache
+    def run_on(mesh: str) -> Path:
+        out = tmp_path_factory.mktemp("train") / "undisturbed"
+        ended = shardwise(*asked(out, mesh=mesh))
+        assert ended.returncode == 0, ended.stderr
+        return out
+
+    return run_on
 
 
-def undisturbed_on(mesh: str, folders: pytest.TempPathFactory) -> Path:
-    out = folders.mktemp("train") / "undisturbed"
-    ended = shardwise(*asked(out, mesh=mesh))
-    assert ended.returncode == 0, ended.stderr
-    return out
-
-
-def test_a_run_learns_and_says_how_it_went(undisturbed: Path) -> None:
-    records = read_steps(undisturbed)
+@on_two_or_four
+def test_a_run_learns_and_says_how_it_went(undisturbed: Run, mesh: str) -> None:
+    out = undisturbed(mesh)
+    records = read_steps(out)
     assert [each.step for each in records] == list(range(1, STEPS + 1))
     assert [each.position for each in records] == [8 * step for step in range(1, STEPS + 1)]
     ends = [each.ended_at or 0.0 for each in records]
@@ -96,22 +100,25 @@ def test_a_run_learns_and_says_how_it_went(undisturbed: Path) -> None:
     assert [each.step for each in records if each.validation_loss is not None] == [20, 40, 60]
     assert records[-1].validation_loss is not None
     assert records[-1].validation_loss < records[0].loss - 0.1
-    kept = sorted(path.name for path in (undisturbed / "checkpoints").iterdir())
+    kept = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert kept == ["step-50", "step-60"]
 
 
 KILLS = [
-    pytest.param(2, STEPS, ON_TWO, False, id="2 in 60 steps"),
+    pytest.param(2, STEPS, ON_TWO, True, id="2 in 60 steps"),
+    pytest.param(2, STEPS, ON_TWO, False, id="2 in 60 steps, interpreters", marks=pytest.mark.full),
     pytest.param(20, 200, MESH, True, id="20 in 200", marks=[pytest.mark.full, pytest.mark.timeout(1800)]),
 ]
 
 
 @pytest.mark.parametrize(("kills", "steps", "mesh", "warm"), KILLS)
 def test_ranks_that_are_killed_at_any_moment_change_no_bit(
-    kills: int, steps: int, mesh: str, warm: bool, undisturbed_on_two: Path, tmp_path: Path
+    kills: int, steps: int, mesh: str, warm: bool, undisturbed: Run, tmp_path: Path
 ) -> None:
-    whole, n_ranks = undisturbed_on_two, Mesh.parse(mesh).world_size
-    if steps != STEPS:
+    n_ranks = Mesh.parse(mesh).world_size
+    if steps == STEPS:
+        whole = undisturbed(mesh)
+    else:
         whole = tmp_path / "undisturbed"
         assert shardwise(*asked(whole, mesh=mesh, steps=steps)).returncode == 0
     out, chance = tmp_path / "killed", random.Random(kills)
@@ -155,15 +162,14 @@ def steps_done(out: Path) -> int:
     ("asks", "mesh", "warm"),
     [
         pytest.param(signal.SIGTERM, ON_TWO, False, id="SIGTERM"),
-        pytest.param(signal.SIGINT, ON_TWO, True, id="SIGINT"),
+        pytest.param(signal.SIGINT, ON_TWO, True, id="SIGINT", marks=pytest.mark.full),
         pytest.param(signal.SIGTERM, MESH, True, id="SIGTERM on four", marks=pytest.mark.full),
     ],
 )
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_never_had(
-    asks: signal.Signals, mesh: str, warm: bool, undisturbed: Path, undisturbed_on_two: Path, tmp_path: Path
+    asks: signal.Signals, mesh: str, warm: bool, undisturbed: Run, tmp_path: Path
 ) -> None:
-    out = tmp_path / "stopped"
-    whole = undisturbed if mesh == MESH else undisturbed_on_two
+    out, whole = tmp_path / "stopped", undisturbed(mesh)
     running = start(*asked(out, mesh=mesh), cwd=tmp_path, warm=warm)
     wait_until(lambda: len(read_steps(out)) > 4 or running.poll() is not None)
     everyone = children_of(running)
@@ -183,35 +189,37 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_never_had(
 
 
 ELSEWHERE = [
-    pytest.param("tp=4", id="tp=4"),
-    pytest.param("fsdp=4", id="fsdp=4", marks=pytest.mark.full),
-    pytest.param("tp=1", id="tp=1"),
-    pytest.param("pp=2,cp=2", id="pp=2,cp=2", marks=pytest.mark.full),
+    (ON_TWO, "tp=2"),
+    *(pytest.param(MESH, to, marks=pytest.mark.full) for to in ("tp=4", "fsdp=4", "tp=1", "pp=2,cp=2")),
 ]
 
 
 @pytest.fixture(scope="module")
-def in_float64(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("train") / "float64"
-    ended = shardwise(*asked(out, *MOVABLE, steps=20))
-    assert ended.returncode == 0, ended.stderr
-    return out
+def in_float64(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    @cache
+    def run_on(mesh: str) -> Path:
+        out = tmp_path_factory.mktemp("train") / "float64"
+        ended = shardwise(*asked(out, *MOVABLE, mesh=mesh, steps=20))
+        assert ended.returncode == 0, ended.stderr
+        return out
+
+    return run_on
 
 
 MOVABLE = ("--model", MODEL.replace("n_kv_heads=2", "n_kv_heads=4"), "--dtype", "float64", "--keep", "9")
 
 
-@pytest.mark.parametrize("mesh", ELSEWHERE)
+@pytest.mark.parametrize(("first", "mesh"), ELSEWHERE)
 def test_another_mesh_goes_on_with_the_same_sequences_and_losses(
-    mesh: str, in_float64: Path, tmp_path: Path
+    first: str, mesh: str, in_float64: Run, tmp_path: Path
 ) -> None:
-    out = tmp_path / "moved"
-    shutil.copytree(in_float64, out)
+    out, whole = tmp_path / "moved", in_float64(first)
+    shutil.copytree(whole, out)
     shutil.rmtree(out / "checkpoints" / "step-20")
     moved = shardwise(*asked(out, *MOVABLE, "--resume", mesh=mesh, steps=20))
     assert moved.returncode == 0, moved.stderr
-    assert f"mesh was {MESH}, is {mesh}" in moved.stdout
-    before, after = read_steps(in_float64), read_steps(out)
+    assert f"mesh was {Mesh.parse(first)}, is {mesh}" in moved.stdout
+    before, after = read_steps(whole), read_steps(out)
     assert [each.position for each in after] == [each.position for each in before]
     for one, other in zip(before, after, strict=True):
         assert other.loss == pytest.approx(one.loss, rel=1e-12)
@@ -234,19 +242,22 @@ def test_a_number_that_is_not_finite_stops_before_the_update_and_says_where_it_b
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-1"]
 
 
+@on_two_or_four
 def test_a_rank_that_hangs_is_named_with_where_the_others_wait_and_the_run_goes_on(
-    undisturbed: Path, tmp_path: Path
+    undisturbed: Run, mesh: str, tmp_path: Path
 ) -> None:
-    out = tmp_path / "hangs"
+    out, n_ranks = tmp_path / "hangs", Mesh.parse(mesh).world_size
+    hung = n_ranks // 2
     # one restart since the last checkpoint, and two all together
-    running = start(*asked(out, "--timeout", "10", "--restarts", "1"), cwd=tmp_path, warm=True)
+    options = ("--timeout", "10", "--restarts", "1")
+    running = start(*asked(out, *options, mesh=mesh), cwd=tmp_path, warm=True)
     try:
-        wait_until(lambda: steps_done(out) >= 12 and len(ranks_of(running)) == 4)
-        hanging = ranks_of(running)[2]
+        wait_until(lambda: steps_done(out) >= 12 and len(ranks_of(running)) == n_ranks)
+        hanging = ranks_of(running)[hung]
         hanging.suspend()
         wait_until(lambda: not hanging.is_running())
-        wait_until(lambda: steps_done(out) >= 35 and len(ranks_of(running)) == 4)
-        ranks_of(running)[1].kill()
+        wait_until(lambda: steps_done(out) >= 35 and len(ranks_of(running)) == n_ranks)
+        ranks_of(running)[hung - 1].kill()
         stdout, stderr = running.communicate(timeout=PATIENCE_S)
     finally:
         running.kill()
@@ -255,15 +266,15 @@ def test_a_rank_that_hangs_is_named_with_where_the_others_wait_and_the_run_goes_
     assert not hanging.is_running()
     assert "nothing was heard from any rank for 10 s" in stdout.replace("\n  ", " ")
     told = " ".join(stdout.split())
-    assert re.search(r"rank 2: stopped by SIGSTOP, last at \"step \d+: [a-z ]+\"", told), told
+    assert re.search(rf"rank {hung}: stopped by SIGSTOP, last at \"step \d+: [a-z ]+\"", told), told
     assert re.search(
         r"in \w+(, module [\w.]+)?, not done: \w+ of \w+\[[\d,]*\], number \d+ of group", told
     ), told
-    assert what_it_learnt(read_steps(out)) == what_it_learnt(read_steps(undisturbed))
+    assert what_it_learnt(read_steps(out)) == what_it_learnt(read_steps(undisturbed(mesh)))
 
 
 @pytest.mark.full
-def test_under_torchrun_a_killed_rank_changes_no_bit_either(undisturbed_on_two: Path, tmp_path: Path) -> None:
+def test_under_torchrun_a_killed_rank_changes_no_bit_either(undisturbed: Run, tmp_path: Path) -> None:
     """On four, with tp, test_train_hosts.py has it."""
     out = tmp_path / "torchrun"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3"]
@@ -291,8 +302,9 @@ def test_under_torchrun_a_killed_rank_changes_no_bit_either(undisturbed_on_two: 
         for each in left:  # torchrun leaves them behind where it is killed itself
             each.kill()
     assert running.returncode == 0, stderr
-    assert what_it_learnt(read_steps(out)) == what_it_learnt(read_steps(undisturbed_on_two))
-    assert weights(out) == weights(undisturbed_on_two)
+    whole = undisturbed(ON_TWO)
+    assert what_it_learnt(read_steps(out)) == what_it_learnt(read_steps(whole))
+    assert weights(out) == weights(whole)
     again = subprocess.run(
         [*command, *meeting, "-m", "shardwise", *asked(out, mesh=ON_TWO, steps=STEPS + 1)],
         capture_output=True,
@@ -314,12 +326,13 @@ def test_a_machine_of_another_kind_says_nothing_of_the_run_and_that_is_told(tmp_
 
 
 def test_a_run_ends_at_the_loss_that_was_asked_or_says_that_it_was_not_reached(tmp_path: Path) -> None:
-    ends = shardwise(*asked(tmp_path / "ends", "--until", "6.1", "--validate-every", "5"))
+    until = ("--validate-every", "5", "--until")
+    ends = shardwise(*asked(tmp_path / "ends", *until, "6.1", mesh=ON_TWO))
     assert ends.returncode == 0, ends.stderr
     losses = [each.validation_loss for each in read_steps(tmp_path / "ends") if each.validation_loss]
     assert losses[-1] <= 6.1 < losses[0]
     assert answer(tmp_path / "ends").steps > read_steps(tmp_path / "ends")[-1].step
-    never = shardwise(*asked(tmp_path / "never", "--until", "1", "--validate-every", "5", steps=10))
+    never = shardwise(*asked(tmp_path / "never", *until, "1", mesh=ON_TWO, steps=10))
     assert never.returncode == 1
     assert "and 1 was asked." in never.stdout
 
@@ -333,19 +346,20 @@ REFUSED = [
 
 
 def test_a_run_that_goes_on_keeps_what_its_position_and_weights_mean(
-    undisturbed: Path, tmp_path: Path
+    undisturbed: Run, tmp_path: Path
 ) -> None:
+    whole = undisturbed(ON_TWO)
     for more, said in REFUSED:
-        ended = shardwise(*asked(undisturbed, "--resume", *more, steps=80))
+        ended = shardwise(*asked(whole, "--resume", *more, mesh=ON_TWO, steps=80))
         assert ended.returncode == 2
         assert ended.stderr.splitlines()[-1].startswith(f"shardwise: {said}")
-    fewer = shardwise(*asked(undisturbed, "--resume", steps=30))
+    fewer = shardwise(*asked(whole, "--resume", mesh=ON_TWO, steps=30))
     assert fewer.returncode == 2
     assert "--steps 30: the checkpoint is of step 60 already." in fewer.stderr
     missing = shardwise(*asked(tmp_path / "none", "--resume"))
     assert missing.returncode == 2
     assert "holds no run to go on with" in missing.stderr
-    taken = shardwise(*asked(undisturbed))
+    taken = shardwise(*asked(whole, mesh=ON_TWO))
     assert taken.returncode == 2
     assert "holds a run already" in taken.stderr
 

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from shardwise.launch.mail import Outbox
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# On a hang the parent's own timeout should come first, since it can name what every rank was at.
-_GROUP_TIMEOUT_MARGIN_S = 2.0
+# On a hang the parent's own timeout should come first, since it can name what every rank was at. The last
+# that it hears is where a rank waits, which train/whereabouts.py tells up to 2.5 s after the wait began.
+_GROUP_TIMEOUT_MARGIN_S = 5.0
 
 
 def main(entry: str) -> int:
