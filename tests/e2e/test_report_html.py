@@ -8,7 +8,8 @@ import pytest
 
 from shardwise.core.measurement import Comparison
 from shardwise.report.compare.html import comparison_html
-from tests.e2e.browser import Browser, Elements
+from tests.e2e.browser import Browser, Elements, Visit
+from tests.matrix import FULL
 from tests.unit.comparison_example import (
     HOSTILE_MARKUP,
     HOSTILE_NAME,
@@ -35,9 +36,8 @@ MODULE_CHARTS = {"chart-step", "chart-ratio", "chart-memory", "chart-wire"}
 @pytest.mark.parametrize(
     ("comparison", "charts"),
     [
-        pytest.param(example(), WHOLE_STEP_CHARTS, id="three plans"),
-        pytest.param(example(("rowwise",), noise=False), WHOLE_STEP_CHARTS, id="one plan"),
-        pytest.param(example(EIGHT_PLANS), WHOLE_STEP_CHARTS, id="eight plans"),
+        pytest.param(example(("rowwise",), noise=False), WHOLE_STEP_CHARTS, id="one plan", marks=FULL),
+        pytest.param(example(EIGHT_PLANS), WHOLE_STEP_CHARTS, id="eight plans", marks=FULL),
         pytest.param(module_only_example(), MODULE_CHARTS, id="one module"),
         pytest.param(cuda_example(), WHOLE_STEP_CHARTS, id="device memory and a lost loss"),
         pytest.param(
@@ -48,7 +48,19 @@ MODULE_CHARTS = {"chart-step", "chart-ratio", "chart-memory", "chart-wire"}
 def test_every_chart_is_drawn_offline_and_without_complaint(
     browser: Browser, tmp_path: Path, comparison: Comparison, charts: set[str]
 ) -> None:
-    seen = browser.visit(comparison_html(comparison), tmp_path)
+    assert_drawn(browser.visit(comparison_html(comparison), tmp_path), charts)
+
+
+@pytest.fixture(scope="module")
+def three_plans(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Visit:
+    return browser.visit(comparison_html(example()), tmp_path_factory.mktemp("page"))
+
+
+def test_every_chart_of_three_plans_is_drawn_offline_and_without_complaint(three_plans: Visit) -> None:
+    assert_drawn(three_plans, WHOLE_STEP_CHARTS)
+
+
+def assert_drawn(seen: Visit, charts: set[str]) -> None:
     elements = Elements(seen.dom)
     assert seen.console == ()
     assert seen.requests == ()
@@ -80,13 +92,11 @@ def test_a_script_that_slips_into_the_page_does_not_run(browser: Browser, tmp_pa
     assert any("Content Security Policy" in line for line in seen.console)
 
 
-def test_charts_follow_the_dark_colour_scheme(browser: Browser, tmp_path: Path) -> None:
-    light, dark = (tmp_path / "light", tmp_path / "dark")
-    light.mkdir()
-    dark.mkdir()
-    page = comparison_html(example())
-    assert "rgb(0, 114, 178)" in browser.visit(page, light).dom
-    assert "rgb(74, 168, 232)" in browser.visit(page, dark, is_dark=True).dom
+def test_charts_follow_the_dark_colour_scheme(browser: Browser, tmp_path: Path, three_plans: Visit) -> None:
+    light, dark = "rgb(0, 114, 178)", "rgb(74, 168, 232)"
+    seen = browser.visit(comparison_html(example()), tmp_path, is_dark=True)
+    assert [light in each.dom for each in (three_plans, seen)] == [True, False]
+    assert [dark in each.dom for each in (three_plans, seen)] == [False, True]
 
 
 def test_what_a_page_asks_the_network_for_and_what_goes_wrong_in_it_is_seen(
