@@ -19,12 +19,16 @@ _Result = TypeVar("_Result")
 
 
 def on_processes(
-    function: Callable[[_Task], _Result], tasks: Iterable[_Task], workers: int, killed: str
+    function: Callable[[_Task], _Result],
+    tasks: Iterable[_Task],
+    workers: int,
+    killed: str,
+    preload: Collection[str] = (),
 ) -> Iterator[_Result]:
     """Results as they come. Raises what `function` raises; RunError, with the words `killed`, where a process
-    was killed."""
+    was killed. preload: see Processes."""
     waiting = list(tasks)
-    with Processes(function, min(workers, len(waiting)), killed) as processes:
+    with Processes(function, min(workers, len(waiting)), killed, preload) as processes:
         for _, result in processes.results(waiting):
             yield result
 

@@ -1,6 +1,7 @@
 """What a sweep goes over, in which order it comes out, how it is shown; and processes that end with the
 command."""
 
+import importlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from shardwise.core.case import Case, StepSettings
-from shardwise.core.errors import OptionError, RunError
+from shardwise.core.errors import OptionError, PlanError, RunError
 from shardwise.core.mesh import Mesh
 from shardwise.core.prediction import MemoryForecast, Setup, Term
 from shardwise.core.sweep import Refusal, Sweep, SweepPoint
@@ -23,7 +24,7 @@ from shardwise.predict.machines import load_machine
 from shardwise.predict.sweep import best_first, meshes, shares_programs
 from shardwise.report.common.deliver import show
 from shardwise.report.predict.sweep_html import sweep_html
-from shardwise.verbs.sweep import SweepTask, _wanted, _with_chunks
+from shardwise.verbs.sweep import _PRELOAD, SweepOptions, SweepTask, _wanted, _with_chunks, sweep
 from shardwise.workers import on_processes
 from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME
 from tests.unit.prediction_example import MACHINE, MEMORY, TERMS, TOO_MUCH
@@ -167,6 +168,20 @@ def test_hostile_names_stay_text(text: str) -> None:
     page = sweep_html(hostile_sweep(text))
     assert page.count("<script") == 1
     assert "<img" not in page
+
+
+def test_a_plan_that_nobody_knows_is_refused_before_a_process_starts() -> None:
+    told: list[object] = []
+    case = Case("llama3-debug", Mesh.parse("tp=1"), plans=("rowwise", "rowise"), step=StepSettings(0, 32))
+    with pytest.raises(PlanError, match='Did you mean "rowwise"'):
+        sweep(case, SweepOptions(2), progress=lambda *said: told.append(said))
+    assert told == []
+
+
+def test_what_a_sweep_s_processes_import_beforehand_is_there() -> None:
+    """multiprocessing would pass over what isn't, and each process import it anew."""
+    for name in _PRELOAD:
+        importlib.import_module(name)
 
 
 KILLED = "a process was killed. Try fewer."

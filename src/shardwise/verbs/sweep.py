@@ -32,6 +32,7 @@ MOST_DEVICES = 1_000_000
 MOST_POINTS = 20_000
 MICRO_BATCHES = (1, 2, 4, 8)
 DOING = "tracing and predicting"
+_PRELOAD = ("shardwise.verbs.preload",)
 _KILLED = "a process of the sweep was killed: out of memory? Sweep over fewer plans at once."
 
 
@@ -77,6 +78,7 @@ def sweep(
     point has the case's accumulation, or as many micro-batches as stages where that is 1. run: what predict
     assumes. Raises InputErrors of the model or a plan that hold for every mesh, OptionError, RunError."""
     from shardwise.models.source import find_model
+    from shardwise.parallel.plans import load_plans
     from shardwise.predict.machines import load_machine
 
     options, machine = options or SweepOptions(), load_machine(case.machine or MACHINE)
@@ -95,6 +97,12 @@ def sweep(
     check_recompute(case, source)
     check_seq(settings.seq, source)
     case = replace(case, step=settings, plans=case.plans or (default_plan(source),))
+    load_plans(  # raises here what no process need be started for
+        case.plans,
+        sequence_parallel=case.sequence_parallel,
+        family=source.family,
+        context_attention=case.context_attention,
+    )
     count = sum(len(alike) for alike, _ in _with_chunks(found, case.step))
     count *= len(case.plans) * len(options.micro_batches)
     if count > MOST_POINTS:
@@ -117,7 +125,8 @@ def sweep(
     tasks.sort(key=lambda task: -len(task.meshes))
     results = []
     progress(DOING, 0, len(tasks))
-    for result in on_processes(run_task, tasks, workers or min(len(tasks), os.cpu_count() or 1), _KILLED):
+    workers = workers or min(len(tasks), os.cpu_count() or 1)
+    for result in on_processes(run_task, tasks, workers, _KILLED, _PRELOAD):
         results.append(result)
         progress(DOING, len(results), len(tasks))
     refused: Counter[tuple[str, str]] = Counter()
