@@ -71,7 +71,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Compariso
     """Two whole runs that were started at once in one folder: that, and what each gave by --json."""
     folder = tmp_path_factory.mktemp("both")
     asked = [FOUR_PLANS, (*WHOLE_SEQUENCES, *BFLOAT16)]
-    parents = [start("compare", *SMALL, *options, "--json", cwd=folder) for options in asked]
+    parents = [start("compare", *SMALL, *options, "--json", cwd=folder, warm=True) for options in asked]
     written = [parent.communicate(timeout=2 * PATIENCE_S) for parent in parents]
     assert [parent.returncode for parent in parents] == [0, 0], written
     return folder, [read_document(stdout.encode(), Comparison) for stdout, _ in written]
@@ -234,6 +234,7 @@ def test_a_config_file_gives_the_options_and_the_command_line_wins(tmp_path: Pat
     assert [m.label for m in comparison.measurements] == ["colwise"]
 
 
+@FULL  # that torchrun's ranks are joined, and that one of them has the answer: test_launch.py
 def test_torchrun_ranks_are_used_as_they_are_and_one_of_them_speaks(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "shardwise"]
     ended = subprocess.run(
@@ -395,7 +396,7 @@ def test_a_killed_rank_is_named_and_nothing_is_left_behind(tmp_path: Path) -> No
 
 
 def test_ctrl_c_ends_all_ranks(tmp_path: Path) -> None:
-    parent = start("compare", *LONG, "--out", "run", cwd=tmp_path)
+    parent = start("compare", *LONG, "--out", "run", cwd=tmp_path, warm=True)
     wait_for_rounds(tmp_path / "run", parent)
     ranks = ranks_of(parent)
     parent.send_signal(signal.SIGINT)

@@ -61,7 +61,7 @@ def test_one_process_learns(one_process: Steps) -> None:
 @pytest.mark.parametrize(
     ("first", "ranks", "then", "fewer"),
     [
-        (("--embedding", "routed"), 2, ("--fsdp", "2"), 2),
+        pytest.param(("--embedding", "routed"), 2, ("--fsdp", "2"), 2, marks=FULL),
         pytest.param(("--fsdp", "2"), 4, ("--embedding", "routed"), 2, marks=FULL),
     ],
     ids=["tp=2, then fsdp=2", "fsdp=2,tp=2, then tp=2"],

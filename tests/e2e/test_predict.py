@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.command import PATIENCE_S, children_of, gone, shardwise, start, wait_until
+from tests.matrix import FULL
 
 SMALL = ("--model", "llama3-debug", "--mesh", "tp=2", "--seq", "32")
 
@@ -196,8 +197,8 @@ def test_a_sweep_finds_every_mesh_and_says_what_it_left_out(tmp_path: Path) -> N
     assert (out / "sweep.html").exists()
 
 
+@FULL  # of as many processes diff shows it
 def test_ctrl_c_leaves_no_process_of_a_sweep(tmp_path: Path) -> None:
-
     running = start(
         "predict", "--sweep", "--devices", "8", "--model", "llama3-debug", "--seq", "32", cwd=tmp_path
     )
