@@ -327,6 +327,16 @@ def test_the_page_says_what_was_not_measured_and_warns_of_gloo_only_on_gloo() ->
     assert "Caution: gloo" not in own_markup(comparison_html(cuda_example()))
 
 
+def test_a_template_is_compiled_once_for_all_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = comparison_html(module_only_example())
+
+    def compiled_again(*_: object, **__: object) -> None:
+        raise AssertionError("a template is compiled again")
+
+    monkeypatch.setattr("jinja2.Environment.compile", compiled_again)
+    assert comparison_html(module_only_example()) == first
+
+
 def test_report_imports_no_torch() -> None:
     code = (
         "import sys, shardwise.report.compare.html, shardwise.files.document, "

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Sequence
+from functools import cache
 
 import jinja2
 import msgspec
@@ -27,6 +28,32 @@ def draw(
     context: what the template needs, besides names, units and tables, which all know.
     """
     environment = page_environment()
+    sources = [
+        template_source(environment, each) if each.endswith(".js") and "\n" not in each else each
+        for each in scripts
+    ]
+    css = "".join(
+        template_source(environment, each) for each in ("common/page.css", "common/bars.css", *sheets)
+    )
+    return environment.get_template(template).render(
+        css=Markup(css),
+        scripts=[Markup(source) for source in sources],
+        script_hash=Markup(" ".join(map(csp_hash, sources))),
+        **context,
+    )
+
+
+@cache
+def page_environment() -> jinja2.Environment:
+    """Reads the templates; escapes whatever they print; fails on a name that they don't have. One for all
+    pages, for it keeps what it compiled."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("shardwise.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.globals.update(
         {
             "name": name,
@@ -46,30 +73,7 @@ def draw(
             "confidence": units.format_confidence,
         }
     )
-    sources = [
-        template_source(environment, each) if each.endswith(".js") and "\n" not in each else each
-        for each in scripts
-    ]
-    css = "".join(
-        template_source(environment, each) for each in ("common/page.css", "common/bars.css", *sheets)
-    )
-    return environment.get_template(template).render(
-        css=Markup(css),
-        scripts=[Markup(source) for source in sources],
-        script_hash=Markup(" ".join(map(csp_hash, sources))),
-        **context,
-    )
-
-
-def page_environment() -> jinja2.Environment:
-    """Reads the templates; escapes whatever they print; fails on a name that they don't have."""
-    return jinja2.Environment(
-        loader=jinja2.PackageLoader("shardwise.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    return environment
 
 
 def template_source(environment: jinja2.Environment, name: str) -> str:

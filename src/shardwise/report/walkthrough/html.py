@@ -32,20 +32,20 @@ class Key:
 def walkthrough_html(walkthroughs: Sequence[Explained]) -> str:
     """The page, with a tab for each walk-through; `#embedding/rowwise/5` opens step 5 of that one."""
     environment = page_environment()
-    environment.globals.update(
-        value=format_value,
-        row_class=_row_class,
-        cell_class=_cell_class,
-        keys=_keys,
-        peer=_peer,
-        is_roomy=_is_roomy,
-        is_wide=_is_wide,
-    )
+    own = {
+        "value": format_value,
+        "row_class": _row_class,
+        "cell_class": _cell_class,
+        "keys": _keys,
+        "peer": _peer,
+        "is_roomy": _is_roomy,
+        "is_wide": _is_wide,
+    }
     script = template_source(environment, "walkthrough/walkthrough.js")
     groups: dict[str, list[Explained]] = {}
     for explained in walkthroughs:
         groups.setdefault(explained.group, []).append(explained)
-    return environment.get_template("walkthrough/walkthrough.html.j2").render(
+    return environment.get_template("walkthrough/walkthrough.html.j2", globals=own).render(
         groups=groups,
         walkthroughs=walkthroughs,
         css=Markup(template_source(environment, "walkthrough/walkthrough.css")),
