@@ -26,7 +26,8 @@ from shardwise.step.portion import Portion
 from shardwise.step.train import TrainStep
 from tests.allocated import begin_and_peak
 
-MODEL = "llama3-debug?n_layers=2,vocab_size=8000"
+SIZE = "hidden=192,ffn_hidden=512,vocab_size=4000"
+MODEL = f"llama3-debug?n_layers=2,{SIZE}"
 _SECOND_STEP = "the second step"
 # for gloo's threads, which on a busy machine wait for a core
 _A_MOMENT_S = 0.02
@@ -108,7 +109,7 @@ CASES = (
 )
 
 
-DEEPER = "llama3-debug?n_layers=5,vocab_size=8000"
+DEEPER = f"llama3-debug?n_layers=5,{SIZE}"
 CASES += (
     Case("unsharded", mesh="pp=2", model=DEEPER, batch=6),
     Case("unsharded", mesh="pp=2", model=DEEPER, chunks=2, recompute="full"),

@@ -140,8 +140,6 @@ def meshes(world_size: int) -> list[str]:
 
 
 TELLING = {
-    "llama on dp=2,fsdp=2",
-    "gpt on fsdp=2,tp=2",
     "llama tied on dp=2,ep=2",
     "moe on ep=2,tp=2",
     "moe on fsdp=2,ep=2",
@@ -162,7 +160,7 @@ AS_WELL = (
     MeshCase("gpt", "fsdp=2,tp=2"),
     MeshCase("gpt", "fsdp=2,cp=2"),
 )
-"""On 4 ranks, beside those in turn: telling ones."""
+"""On 4 ranks, beside those in turn."""
 
 
 def models_on(mesh: str, number: int) -> tuple[str, ...]:

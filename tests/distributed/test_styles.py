@@ -34,11 +34,11 @@ def test_a_sharded_model_equals_the_unsharded_one(world_size: int, case: Case) -
     thinned(
         [
             (1, True, 8),
-            (2, True, 87),
-            (3, True, 46),
+            (2, True, 77),
+            (3, True, 35),
             (1, False, 129),
-            (2, False, 75),
-            (3, False, 91),
+            (2, False, 85),
+            (3, False, 102),
             (4, False, 142),
         ],
         lambda _, telling, __: telling,

@@ -250,7 +250,9 @@ def test_help_shows_examples() -> None:
 def test_only_our_own_lines_are_on_the_terminal(tmp_path: Path) -> None:
     """DTensor would warn of the two all-reduces that clipping takes on two axes."""
     ended = shardwise_process(
-        "explain", "rowwise@dtensor", *SMALL, "--mesh", "fsdp=2,tp=2", "--batch", "2", cwd=tmp_path
+        *("explain", "rowwise@dtensor", "--model", "llama3-debug?n_layers=1", "--seq", "32"),
+        *("--mesh", "fsdp=2,tp=2", "--batch", "2"),
+        cwd=tmp_path,
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr

@@ -8,6 +8,7 @@ import pytest
 from shardwise.core.explanation import Contrast
 from shardwise.report.explain.html import contrast_html, explanation_html
 from tests.e2e.browser import Browser, Elements, driven, seen_by
+from tests.matrix import FULL
 from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME
 from tests.unit.explanation_example import (
     alone_example,
@@ -94,7 +95,7 @@ def test_a_click_sorts_a_table_and_each_reason_stays_under_its_row(browser: Brow
     ]
 
 
-@pytest.mark.parametrize("width", [420, 700, 1200])
+@pytest.mark.parametrize("width", [420, pytest.param(700, marks=FULL), 1200])
 @each_page
 def test_nothing_is_wider_than_the_screen(browser: Browser, tmp_path: Path, page: str, width: int) -> None:
     script = """

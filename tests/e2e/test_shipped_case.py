@@ -7,6 +7,7 @@ import psutil
 import pytest
 
 from tests.e2e.command import Ended, shardwise
+from tests.matrix import FULL
 
 CASE = ("--config", "llama3_8b_tp8")
 SMALL = ("--seq", "64", "--random-ids")
@@ -61,6 +62,7 @@ def test_what_needs_the_gpus_says_before_step_1_how_much_memory_it_takes(verb: s
     assert not list(tmp_path.iterdir())
 
 
+@FULL  # search as such: test_search.py
 def test_a_search_takes_the_case_s_step(tmp_path: Path) -> None:
     model = "llama3-debug?n_layers=2"
     small = ("--model", model, "--devices", "2", "--seq", "64", "--no-verify")

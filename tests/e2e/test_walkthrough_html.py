@@ -12,6 +12,7 @@ from shardwise.walkthrough.record import record_walkthrough
 from shardwise.walkthrough.subject import subjects
 from shardwise.walkthrough.words import Explained, explain_walkthrough
 from tests.e2e.browser import Browser, Elements, driven, seen_by
+from tests.matrix import FULL
 from tests.unit.comparison_example import HOSTILE_MARKUP
 
 
@@ -104,7 +105,7 @@ def test_arrows_join_the_block_that_leaves_to_the_block_that_comes(
     assert sorted(found) == [["r0", "false"], ["r0", "true"], ["r1", "false"], ["r1", "true"]]
 
 
-@pytest.mark.parametrize("width", [420, 1200])
+@pytest.mark.parametrize("width", [420, pytest.param(1200, marks=FULL)])
 def test_nothing_is_wider_than_the_screen(
     browser: Browser, tmp_path: Path, walkthroughs: list[Explained], width: int
 ) -> None:

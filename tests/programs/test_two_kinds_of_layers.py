@@ -39,7 +39,7 @@ CASES: list[Case] = [
     ("rowwise", "dp=2,tp=2", GPT, "full", 5, {}),
     ("routed", "tp=2", LLAMA, "full", 2, {}),
 ]
-TELLING = {("tp=2", 4), ("fsdp=2,tp=2", 6), ("fsdp=2,tp=2", 3), ("dp=2,tp=2", 5)}
+TELLING = {("fsdp=2,tp=2", 6), ("fsdp=2,tp=2", 3), ("dp=2,tp=2", 5)}
 
 
 def spec_of(family: Family, layers: int) -> ModelSpec:
@@ -115,7 +115,7 @@ def test_a_stage_s_chunks_run_their_first_layers_again(
     assert_same(short, whole)
 
 
-@pytest.mark.parametrize("recomputed", thinned((1, 2, 9), lambda recomputed: recomputed != 2))
+@pytest.mark.parametrize("recomputed", thinned((1, 2, 9), lambda recomputed: recomputed == 1))
 def test_the_programs_of_none_and_of_all_give_that_of_any_number_of_layers(recomputed: int) -> None:
     plain = traced("rowwise", "fsdp=2,tp=2")
     again = traced("rowwise", "fsdp=2,tp=2", recompute="full")

@@ -19,6 +19,7 @@ from shardwise.predict.predict import predict
 from shardwise.report.common.plain import repeats
 from shardwise.step.train import adamw
 from shardwise.trace.trace import trace
+from tests.matrix import FULL
 
 SPEC = ModelSpec("small", LlamaConfig(1024, 512, 6, 8, 4, 1024), "")
 
@@ -55,7 +56,7 @@ def test_all_kernels_update_alike() -> None:
         torch.testing.assert_close(other, updated[0])
 
 
-@pytest.mark.parametrize("plan", ["rowwise", "rowwise@dtensor"])
+@pytest.mark.parametrize("plan", ["rowwise", pytest.param("rowwise@dtensor", marks=FULL)])
 def test_a_list_is_one_op_of_a_kernel_or_nine_and_a_loop_has_as_many_for_each_parameter(plan: str) -> None:
     names = {kernel: [op.name for op in updates(program(kernel, plan))] for kernel in OPTIMIZER_KERNELS}
     parameters = len(program(FUSED, plan).holdings)

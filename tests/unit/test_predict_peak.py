@@ -25,6 +25,7 @@ from shardwise.predict.traced import micro_batch
 from shardwise.trace.trace import trace
 from shardwise.verbs.programs import trace_program
 from shardwise.verbs.progress import silent
+from tests.matrix import FULL
 
 GIB = 2**30
 PEAKS = (
@@ -79,9 +80,9 @@ STAGED = ModelSpec("staged", LlamaConfig(8192, 256, 6, 8, 4, 512), "")
 @pytest.mark.parametrize(
     ("mesh", "micro_batches", "layers", "recomputed", "within"),
     [
-        ("pp=2,tp=2", 4, "even", 0, 0.01),
+        pytest.param("pp=2,tp=2", 4, "even", 0, 0.01, marks=FULL),
         ("pp=3,tp=1", 6, "1,3,2", 0, 0.02),
-        ("pp=2,fsdp=2,tp=1", 2, "even", 0, 0.02),
+        pytest.param("pp=2,fsdp=2,tp=1", 2, "even", 0, 0.02, marks=FULL),
         ("pp=2,fsdp=2,tp=1", 2, "even", 3, 0.03),
         ("pp=2,tp=2", 4, "2,4", 2, 0.02),
     ],

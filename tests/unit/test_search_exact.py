@@ -254,7 +254,8 @@ def test_as_few_layers_as_make_it_fit_run_again(model: str, devices: int, fix: t
         )  # what its pieces gave, beside predict
 
 
-@pytest.mark.parametrize("fix", [("fsdp=2",), pytest.param(("tp=1", "pp=1"), marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("fix", [("fsdp=2",), ("tp=1", "pp=1")])
 def test_recomputing_that_hides_behind_fsdp_s_exchange_costs_no_bound(fix: tuple[str, ...]) -> None:
     """On links so slow that a step waits for them: what layers run again hides all of that, or a part."""
     machine = CONSTANTS["rate of the link within a node"](MACHINE, 0.01)

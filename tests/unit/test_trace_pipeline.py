@@ -16,6 +16,7 @@ from shardwise.parallel.plans import load_any_plan
 from shardwise.trace.trace import trace
 from shardwise.verbs.explain import ExplainOptions
 from shardwise.verbs.explain import explain as explain_case
+from tests.matrix import FULL
 
 LLAMA = "llama3-debug?vocab_size=96,hidden=32,n_layers={},n_heads=4,n_kv_heads=2,ffn_hidden=48"
 TIED = f"{LLAMA},tied=true"
@@ -36,11 +37,11 @@ def traced(
 @pytest.mark.parametrize(
     ("model", "mesh", "rank", "plan", "settings"),
     [
-        (LLAMA.format(12), "pp=2", 0, "unsharded", {}),
+        pytest.param(LLAMA.format(12), "pp=2", 0, "unsharded", {}, marks=FULL),
         (TIED.format(12), "pp=2", 1, "unsharded", {"recompute": "full"}),
         (LLAMA.format(20), "pp=2", 1, "unsharded", {"chunks": 2}),
         (LLAMA.format(15), "pp=3,fsdp=2,tp=2", 5, "rowwise", {}),
-        (LLAMA.format(12), "pp=2,dp=2", 3, "unsharded", {"schedule": "gpipe"}),
+        pytest.param(LLAMA.format(12), "pp=2,dp=2", 3, "unsharded", {"schedule": "gpipe"}, marks=FULL),
     ],
 )
 def test_equal_layers_of_a_stage_are_traced_once_and_give_the_whole_stage(
