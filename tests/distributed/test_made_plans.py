@@ -55,8 +55,9 @@ def planted(name: str) -> tuple[tuple[Fault, str], ...]:
 
 
 def is_telling(tp: int, name: str) -> bool:
-    """What a hand-written plan of test_own_modules.py proves in `make test` needs no made one there."""
-    return tp == 2 and name not in TELLING
+    """What a hand-written plan of test_own_modules.py proves in `make test` needs no made one there; of those
+    that mix ingredients, every second one does."""
+    return tp == 2 and name not in TELLING and name not in tuple(MIXES.values())[1::2]
 
 
 def taken(name: str) -> list[Fault]:
@@ -117,9 +118,9 @@ def test_nearly_all_of_it_is_cut_and_the_sequence_too(name: str) -> None:
     assert one.sequence is not None
 
 
-@pytest.mark.parametrize("name", MIXES.values())
+@pytest.mark.parametrize("name", thinned(MIXES.values(), lambda name: is_telling(2, name)))
 def test_a_fault_in_a_made_plan_is_found_and_named(name: str) -> None:
-    is_named(taken(name)[0], found(2, telling=True))
+    is_named(taken(name)[0], found(2, telling=is_telling(2, name)))
 
 
 @pytest.mark.full

@@ -286,9 +286,9 @@ def test_one_forward_does_for_any_number_of_plans() -> None:
         Wish(Mesh.parse("ep=2,tp=2")),
         Wish(mesh),
     ]
-    forward = forward_of(source)
-    for wish in wishes * 2:
-        assert make_plan(source, wish, forward=forward) == make_plan(source, wish)
+    forward, alone = forward_of(source), [make_plan(source, wish) for wish in wishes]
+    for wish, expected in zip(wishes * 2, alone * 2, strict=True):
+        assert make_plan(source, wish, forward=forward) == expected
     of_one = groups_of(source, mesh, 4096, forward)
     assert of_one == groups_of(source, mesh, 4096)
     assert of_one
