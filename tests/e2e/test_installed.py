@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.command import shardwise, shardwise_process
+from tests.matrix import FULL
 
 COMMANDS = (
     "compare",
@@ -35,6 +36,7 @@ def test_every_command_has_help_with_examples(command: str) -> None:
     assert f"shardwise {command}" in ended.stdout
 
 
+@FULL  # in the test's process: test_explain.py
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2() -> None:
     ended = shardwise_process("explain", "rowise")
     assert (ended.returncode, ended.stdout) == (2, "")

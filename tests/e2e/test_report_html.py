@@ -41,7 +41,10 @@ MODULE_CHARTS = {"chart-step", "chart-ratio", "chart-memory", "chart-wire"}
         pytest.param(module_only_example(), MODULE_CHARTS, id="one module"),
         pytest.param(cuda_example(), WHOLE_STEP_CHARTS, id="device memory and a lost loss"),
         pytest.param(
-            example((HOSTILE_NAME, HOSTILE_MARKUP, "x" * 300)), WHOLE_STEP_CHARTS, id="hostile names"
+            example((HOSTILE_NAME, HOSTILE_MARKUP, "x" * 300)),
+            WHOLE_STEP_CHARTS,
+            id="hostile names",
+            marks=FULL,
         ),
     ],
 )
@@ -71,6 +74,7 @@ def assert_drawn(seen: Visit, charts: set[str]) -> None:
 def test_a_hostile_name_is_text_and_nothing_else(browser: Browser, tmp_path: Path) -> None:
     seen = browser.visit(comparison_html(example((HOSTILE_NAME, HOSTILE_MARKUP, "<b>&amp;</b>"))), tmp_path)
     elements = Elements(seen.dom)
+    assert (seen.console, seen.requests) == ((), ())
     assert "img" not in elements.names
     assert elements.names.count("script") == 3
     assert elements.handlers == []

@@ -161,7 +161,8 @@ def steps_done(out: Path) -> int:
 @pytest.mark.parametrize(
     ("asks", "mesh", "warm"),
     [
-        pytest.param(signal.SIGTERM, ON_TWO, False, id="SIGTERM"),
+        pytest.param(signal.SIGTERM, ON_TWO, True, id="SIGTERM"),
+        pytest.param(signal.SIGTERM, ON_TWO, False, id="SIGTERM, interpreters", marks=pytest.mark.full),
         pytest.param(signal.SIGINT, ON_TWO, True, id="SIGINT", marks=pytest.mark.full),
         pytest.param(signal.SIGTERM, MESH, True, id="SIGTERM on four", marks=pytest.mark.full),
     ],

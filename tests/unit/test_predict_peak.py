@@ -84,7 +84,7 @@ STAGED = ModelSpec("staged", LlamaConfig(8192, 256, 6, 8, 4, 512), "")
         ("pp=3,tp=1", 6, "1,3,2", 0, 0.02),
         pytest.param("pp=2,fsdp=2,tp=1", 2, "even", 0, 0.02, marks=FULL),
         ("pp=2,fsdp=2,tp=1", 2, "even", 3, 0.03),
-        ("pp=2,tp=2", 4, "2,4", 2, 0.02),
+        pytest.param("pp=2,tp=2", 4, "2,4", 2, 0.02, marks=FULL),
     ],
 )
 def test_each_stage_holds_what_its_own_trace_does(

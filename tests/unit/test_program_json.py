@@ -4,6 +4,7 @@ import functools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -82,49 +83,66 @@ def place(kind: str) -> tuple[str | int, ...]:
     raise AssertionError(kind)
 
 
-REPEATED = next(
-    number for number, block in enumerate(program("rowwise", "cuda", "tp=2", DEEP).blocks) if block.times > 1
-)
+def repeated() -> int:
+    """The number of the block that equal layers share."""
+    blocks = program("rowwise", "cuda", "tp=2", DEEP).blocks
+    return next(number for number, block in enumerate(blocks) if block.times > 1)
 
-REFUSED = [
+
+# each worker of a test run would make them, were they made before a test asks
+
+REFUSED: list[tuple[Callable[[], bytes] | bytes, str]] = [
     (b"", "not valid JSON: Input data was truncated"),
     (b"[" * 200_000, "not a saved program"),
     (b"{}", "schema_version is None; this Shardwise reads 1."),
     (b'{"schema_version": true}', "schema_version is True; this Shardwise reads 1."),
     (b'{"schema_version": 1}', "not a saved program: Object missing required field `model`"),
-    (changed("model", value=3), "not a saved program: Expected `str`, got `int` - at `$.model`"),
-    (changed("parameters", value=-1), "not a saved program: Expected `int` >= 0 - at `$.parameters`"),
-    (changed("parameters", value=2**70), "not a saved program"),
+    (lambda: changed("model", value=3), "not a saved program: Expected `str`, got `int` - at `$.model`"),
+    (lambda: changed("parameters", value=-1), "not a saved program: Expected `int` >= 0 - at `$.parameters`"),
+    (lambda: changed("parameters", value=2**70), "not a saved program"),
     (
-        changed("model", value="x" * 5000),
+        lambda: changed("model", value="x" * 5000),
         "not a saved program: Expected `str` of length <= 1000 - at `$.model`",
     ),
-    (changed("axes", value=[["tp", 2], ["tp", 2]]), "not a saved program: mesh: an axis is named twice"),
-    (changed(*place("collective"), "call", "axis", value="pp"), "over axis pp, which the mesh hasn't"),
-    (changed("blocks", value=[]), "not a saved program: it has no op"),
-    (changed("blocks", REPEATED, "times", value=9999), "is no part of 6 layers, repeated 9999 times"),
     (
-        changed("blocks", REPEATED, "prefix", value="strata"),
+        lambda: changed("axes", value=[["tp", 2], ["tp", 2]]),
+        "not a saved program: mesh: an axis is named twice",
+    ),
+    (
+        lambda: changed(*place("collective"), "call", "axis", value="pp"),
+        "over axis pp, which the mesh hasn't",
+    ),
+    (lambda: changed("blocks", value=[]), "not a saved program: it has no op"),
+    (
+        lambda: changed("blocks", repeated(), "times", value=9999),
+        "is no part of 6 layers, repeated 9999 times",
+    ),
+    (
+        lambda: changed("blocks", repeated(), "prefix", value="strata"),
         "a block repeats layers of strata, and the program's layers are layers",
     ),
-    (changed(*place("matmul"), "inputs", value=[]), "is matmul, and its inputs are none"),
+    (lambda: changed(*place("matmul"), "inputs", value=[]), "is matmul, and its inputs are none"),
     (
-        changed(*place("matmul"), "inputs", 0, value=["float32", [-1, 2]]),
+        lambda: changed(*place("matmul"), "inputs", 0, value=["float32", [-1, 2]]),
         "not a saved program: Expected `int` >= 0",
     ),
-    (changed(*place("memory"), "n_bytes", value="many"), "not a saved program: Expected `int`, got `str`"),
     (
-        changed(*place("collective"), "before", value="shard(everything)"),
+        lambda: changed(*place("memory"), "n_bytes", value="many"),
+        "not a saved program: Expected `int`, got `str`",
+    ),
+    (
+        lambda: changed(*place("collective"), "before", value="shard(everything)"),
         '"shard(everything)" is no placement',
     ),
-    (changed("holdings", 0, "placement", value=["__import__('os')"]), "is no placement"),
+    (lambda: changed("holdings", 0, "placement", value=["__import__('os')"]), "is no placement"),
 ]
 
 
 @pytest.mark.parametrize(("document", "message"), REFUSED, ids=[message for _, message in REFUSED])
-def test_what_is_no_program_is_refused_in_a_line(document: bytes, message: str) -> None:
+def test_what_is_no_program_is_refused_in_a_line(document: Callable[[], bytes] | bytes, message: str) -> None:
+    data = document if isinstance(document, bytes) else document()
     with pytest.raises(InputError) as caught:
-        program_from_json(document, "p.json")
+        program_from_json(data, "p.json")
     assert str(caught.value).startswith("p.json: ")
     assert message in str(caught.value)
     assert len(str(caught.value)) < 500

@@ -10,6 +10,7 @@ import torch
 
 from shardwise import torch_private
 from shardwise.core.errors import InputError, TorchError
+from tests.matrix import FULL
 
 SOURCE = Path(torch_private.__file__).parent
 # os, a NamedTuple, and a Hugging Face model
@@ -92,9 +93,10 @@ def test_what_a_torch_lacks_is_said_in_one_line_with_its_version() -> None:
             "    each.__dict__.pop('redistribute_local_tensor', None)",
             "torch._C._current_graph_task_id, redistribute_local_tensor",
         ),
-        (
+        pytest.param(
             "del torch.utils._python_dispatch.TorchDispatchMode",
             "torch.utils._python_dispatch.TorchDispatchMode",
+            marks=FULL,
         ),
     ],
 )
