@@ -54,18 +54,20 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def run(context: RankContext, payload: bytes) -> bytes:
-    """payload: a folder. Every case is saved, and then taken up by the next one of its model: names of what
-    isn't as it was, by case; the lines that ranks
-    were told then; and of a save that fails on one rank."""
-    folder, made = Path(payload.decode()), {}
-    for case in CASES:
+    """payload: whether of the telling cases or the rest, and a folder. Every case is saved, and then taken up
+    by the next one of its model: names of what isn't as it was, by case; the lines that ranks were told then;
+    and, with the telling ones, of a save that fails on one rank."""
+    telling, text = json.loads(payload)
+    folder, made = Path(text), {}
+    cases = [case for case in CASES if case.is_telling is telling]
+    for case in cases:
         context.note(f"saves {case.name}")
         made[case] = model, optimizer = built(case)
         checkpoints = Checkpoints(folder_of(folder, case), mesh=Mesh.parse(case.mesh))
         checkpoints.save(STEP, model, optimizer, saved(STEP), wait=True)
         assert not checkpoints.lines()
     answer, lines = {}, {}
-    for case in CASES:
+    for case in cases:
         context.note(f"takes up {case.name}")
         model, optimizer = made.pop(case)
         expected = {name: local.clone() for name, local in locals_of(model, optimizer)}
@@ -80,6 +82,8 @@ def run(context: RankContext, payload: bytes) -> bytes:
         ]
         answer[case.name] += list(expected)
         lines[case.name] = list(checkpoints.lines())
+    if not telling:
+        return json.dumps([answer, lines]).encode()
     context.note("saves where one rank can't")
     full = _where_one_rank_can_t(folder / "full", context.rank)
     context.note("saves where one rank has another folder")

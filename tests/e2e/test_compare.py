@@ -153,6 +153,7 @@ def test_the_verdict_names_each_plan_and_warns_that_gloo_is_not_nccl(run: tuple[
     assert "need not hold on NCCL" in text
 
 
+@FULL  # test_diff.py has that of a run with profiles
 def test_the_written_report_draws_in_a_browser_and_asks_the_network_for_nothing(
     run: tuple[Path, Comparison], browser: Browser, tmp_path: Path
 ) -> None:
@@ -187,7 +188,10 @@ def assert_every_plan_agrees(comparison: Comparison) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ("rowwise", "rowwise@dtensor", "--mesh", "fsdp=2,tp=2", *MIXED, "--recompute", "selective-ops"),
+        pytest.param(  # on fsdp and tp too; mixed precision: test_meshes.py
+            ("rowwise", "rowwise@dtensor", "--mesh", "fsdp=2,tp=2", *MIXED, "--recompute", "selective-ops"),
+            marks=FULL,
+        ),
         pytest.param(  # also in test_one_proof.py
             ("routed", "rowwise@dtensor", "--mesh", "dp=2,tp=2", "--batch", "4", "--accumulation", "2"),
             marks=FULL,
