@@ -167,6 +167,8 @@ class Loop:
             record = self._one_step(feed)
         except (NotFiniteError, DriftError):
             self._close_step()  # the step before it was all right
+            self._phase("saving", is_long=True)
+            self._checkpoints.finish()  # and so is what is still being written of it
             raise
         if not self._has_begun:
             self._has_begun = True
