@@ -10,6 +10,7 @@ from shardwise.core.plan import Plan
 from shardwise.report.plan.html import dims_html, plan_html
 from tests.e2e.browser import Browser, Elements, driven, seen_by
 from tests.e2e.command import shardwise, shardwise_process
+from tests.matrix import FULL
 from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME
 from tests.unit.plan_example import FUSED, LLAMA, NORMED, found, made
 
@@ -71,6 +72,7 @@ def test_a_users_own_model_gets_a_plan_that_reads_back_and_says_why(tmp_path: Pa
     }
 
 
+@FULL  # in the test's process: test_shipped_case.py; an installed command's stdout: test_installed.py
 def test_stdout_is_the_file_alone_and_the_installed_command_writes_it() -> None:
     ended = shardwise_process("plan", "--model", LLAMA, "--mesh", "tp=2", "--toml")
     assert ended.returncode == 0, ended.stderr
