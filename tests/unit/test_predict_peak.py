@@ -78,21 +78,26 @@ STAGED = ModelSpec("staged", LlamaConfig(8192, 256, 6, 8, 4, 512), "")
 
 
 @pytest.mark.parametrize(
-    ("mesh", "micro_batches", "layers", "recomputed", "within"),
+    ("mesh", "micro_batches", "layers", "recomputed", "reshard", "within"),
     [
-        pytest.param("pp=2,tp=2", 4, "even", 0, 0.01, marks=FULL),
-        ("pp=3,tp=1", 6, "1,3,2", 0, 0.02),
-        pytest.param("pp=2,fsdp=2,tp=1", 2, "even", 0, 0.02, marks=FULL),
-        ("pp=2,fsdp=2,tp=1", 2, "even", 3, 0.03),
-        pytest.param("pp=2,tp=2", 4, "2,4", 2, 0.02, marks=FULL),
+pytest.param("pp=2,tp=2", 4, "even", 0, True, 0.01, marks=FULL),
+        ("pp=3,tp=1", 6, "1,3,2", 0, True, 0.02),
+        pytest.param("pp=2,fsdp=2,tp=1", 2, "even", 0, True, 0.02, marks=FULL),
+        ("pp=2,fsdp=2,tp=1", 2, "even", 3, True, 0.03),
+        ("pp=3,fsdp=2,tp=1", 4, "even", 6, True, 0.02),
+        ("pp=3,fsdp=2,tp=1", 4, "even", 0, False, 0.01),
+        pytest.param("pp=3,fsdp=2,tp=1", 4, "even", 6, False, 0.04, marks=FULL),
+        pytest.param("pp=2,tp=2", 4, "2,4", 2, True, 0.02, marks=FULL),
     ],
 )
 def test_each_stage_holds_what_its_own_trace_does(
-    mesh: str, micro_batches: int, layers: str, recomputed: int, within: float
+    mesh: str, micro_batches: int, layers: str, recomputed: int, reshard: bool, within: float
 ) -> None:
     axes = Mesh.parse(mesh)
     batch = axes.data_parallel * micro_batches * 4
-    settings = StepSettings(batch, 128, accumulation=micro_batches, stages=layers)
+    settings = StepSettings(
+        batch, 128, accumulation=micro_batches, stages=layers, reshard_after_forward=reshard
+    )
     if recomputed:
         settings = replace(settings, recompute="full", recompute_layers=recomputed)
     plan = builtin_plan("rowwise")

@@ -169,7 +169,8 @@ class MemoryChange:
     it, in `module`. stream: that it was made on, numbered as they were first used; 0 is the one that
     computes. nth: of one that goes, which of those that live and are alike but for their sizes: counted from
     the eldest (0), or from the youngest (-1), where that is nearer. is_shard: as large as what this rank has
-    of FSDP's shards, and so smaller where more ranks share them."""
+    of FSDP's shards, and so smaller where more ranks share them. is_gathered: parameters that FSDP gathered,
+    which all micro-batches that are in flight use."""
 
     n_bytes: int
     kind: MemoryKind
@@ -179,6 +180,7 @@ class MemoryChange:
     stream: int = 0
     nth: int = 0
     is_shard: bool = False
+    is_gathered: bool = False
 
 
 Item = Op | Collective | MemoryChange

@@ -185,7 +185,7 @@ def _changes(
             if not isinstance(item, MemoryChange) or not counts(item, setup):
                 continue
             n_bytes, kind = float(fused.get((place, at), item.n_bytes)), item.kind
-            if part is not None and kind is MemoryKind.ACTIVATION and part.is_gathered(item):
+            if part is not None and kind is MemoryKind.ACTIVATION and not part.waits(item):
                 kind = MemoryKind.TEMPORARY
             if adds and kind is MemoryKind.GRADIENT:
                 changes += [(n_bytes, MemoryKind.TEMPORARY), (-n_bytes, MemoryKind.TEMPORARY)]

@@ -57,12 +57,22 @@ class StagePart:
         """How much of what comes or goes there does so on this stage."""
         if change.phase in ONCE:
             return self.shares[MemoryKind.PARAMETER]
-        if self.is_gathered(change):
+        if self._is_of_all(change):
             return self.gathers_for_all or 0.0
         return float(self.has(change.module))
 
     def is_gathered(self, change: MemoryChange) -> bool:
-        """Whether it is a buffer of parameters that FSDP gathers for the whole model, not an activation."""
+        """Whether it is a buffer of parameters that FSDP gathers, not an activation: one for all that are in
+        flight."""
+        return change.is_gathered or self._is_of_all(change)
+
+    def waits(self, activation: MemoryChange) -> bool:
+        """Whether every micro-batch that is in flight holds one of its own, until its backward: of its
+        forward, and not what running that again makes."""
+        return activation.phase is not Phase.RECOMPUTE and not self.is_gathered(activation)
+
+    def _is_of_all(self, change: MemoryChange) -> bool:
+        """Whether FSDP gathers it for the whole model."""
         return self.gathers_for_all is not None and not change.module
 
     def has(self, module: str) -> bool:

@@ -78,12 +78,13 @@ def _change(storage: Storage, kind: MemoryKind) -> MemoryChange:
         storage.maker,
         storage.stream,
         is_shard=storage.is_shard and kind not in STATES,
+        is_gathered=storage.is_gathered,
     )
 
 
 def _but_for_size(change: MemoryChange) -> MemoryChange:
     """Sizes that happen to be equal are others in a larger batch."""
-    return replace(change, n_bytes=0, is_shard=False)
+    return replace(change, n_bytes=0, is_shard=False, is_gathered=False)
 
 
 class _Alike:

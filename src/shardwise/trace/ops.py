@@ -16,6 +16,7 @@ from shardwise.trace.catalogue import flops_of, kind_of, name_on, traffic_of
 from shardwise.trace.place import Place
 
 FSDP_COPY_IN = "fsdp::all_gather_copy_in"
+FSDP_COPY_OUT = "fsdp::split_with_sizes_copy"
 # neither kernels nor memory: bookkeeping of the dispatcher, the profiler and the functional collectives
 SILENT = frozenset(
     {

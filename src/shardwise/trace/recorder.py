@@ -44,7 +44,17 @@ from shardwise.trace.fakes import is_made_on_device, making_on_device
 from shardwise.trace.higher_order import higher_order_work, is_masked, signature_of_higher_order
 from shardwise.trace.inner import inner_of
 from shardwise.trace.kinship import Kinship
-from shardwise.trace.ops import ALLOCATIONS, FSDP_COPY_IN, SILENT, Ops, Signature, Work, signature_of, work_of
+from shardwise.trace.ops import (
+    ALLOCATIONS,
+    FSDP_COPY_IN,
+    FSDP_COPY_OUT,
+    SILENT,
+    Ops,
+    Signature,
+    Work,
+    signature_of,
+    work_of,
+)
 from shardwise.trace.place import Place, raised_in
 from shardwise.trace.placements import Redistributions
 from shardwise.trace.quick_fakes import fake_of, is_void
@@ -187,6 +197,8 @@ class Recorder(TorchDispatchMode):
             work = work_of(signature, args, kwargs, outputs)
         if name == FSDP_COPY_IN:
             self.storages.mark_shards(tensors_in(args[0]))
+        if name == FSDP_COPY_OUT:
+            self.storages.mark_gathered(tensors_in(kwargs["out"]))
         if work is not None:
             op = self._ops.op(signature, args, work)
             maker = name if op.kind is OpKind.UNKNOWN else op.name

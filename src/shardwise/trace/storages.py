@@ -19,7 +19,7 @@ from shardwise.trace.place import Place
 @dataclass(slots=True)
 class Storage:
     """One storage that was seen: its size, who made it, and on which stream (0: the one that computes).
-    is_shard: see MemoryChange."""
+    is_shard, is_gathered: see MemoryChange."""
 
     n_bytes: int
     phase: Phase
@@ -27,6 +27,7 @@ class Storage:
     maker: str
     stream: int = 0
     is_shard: bool = False
+    is_gathered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +94,18 @@ class Storages:
 
     def mark_shards(self, tensors: Sequence[Tensor]) -> None:
         """That these are as large as this rank's shards."""
+        for storage in self._seen_of(tensors):
+            storage.is_shard = True
+
+    def mark_gathered(self, tensors: Sequence[Tensor]) -> None:
+        """That FSDP gathered parameters into these."""
+        for storage in self._seen_of(tensors):
+            storage.is_gathered = True
+
+    def _seen_of(self, tensors: Sequence[Tensor]) -> Iterator[Storage]:
         for number in map(self.number_of, tensors):
             if number is not None and number >= 0:
-                self.seen[number].is_shard = True
+                yield self.seen[number]
 
     def _add(self, storage: torch.UntypedStorage, n_bytes: int, maker: str) -> int:
         key, number = storage_key(storage), self._came(n_bytes, maker)
