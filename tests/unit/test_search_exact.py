@@ -13,13 +13,14 @@ import pytest
 from shardwise.core.case import Case
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import Mesh
+from shardwise.core.pipeline import recomputed_spans
 from shardwise.core.prediction import Prediction, Setup
 from shardwise.core.program import Program
 from shardwise.core.search import SEQUENCE, Candidate, Group, can_be
 from shardwise.predict.machines import load_machine
 from shardwise.predict.predict import predict
 from shardwise.search.bounds import Bounds
-from shardwise.search.costs import waits_s
+from shardwise.search.costs import Costs, waits_s
 from shardwise.search.ends import LIGHTER
 from shardwise.search.piece import Piece, Traced, Unfit, piece_of
 from shardwise.search.problem import Outcome, Problem
@@ -173,9 +174,9 @@ def test_a_bound_that_is_too_high_loses_the_best_plan(monkeypatch: pytest.Monkey
     best = min(tried(case, problem).values(), key=lambda each: each.step_s)
     right = Bounds.step_s
 
-    def too_high(self: Bounds, mesh: Mesh, *args: Any, **kwargs: Any) -> float:
-        factor = 10.0 if mesh.axes == best.axes else 1.0
-        return factor * right(self, mesh, *args, **kwargs)
+    def too_high(self: Bounds, candidate: Candidate, **kwargs: Any) -> float:
+        factor = 10.0 if candidate.axes == best.axes else 1.0
+        return factor * right(self, candidate, **kwargs)
 
     monkeypatch.setattr(Bounds, "step_s", too_high)
     assert solved(case, problem).answers[0].prediction.step_s > best.step_s * (1 + 1e-9)
@@ -191,14 +192,69 @@ def test_no_candidate_takes_less_than_its_bound_or_holds_less(
         first = {group.name: group.options[0] for group in problem.groups(candidate)}
         if any(option != first[name] for name, option in candidate.styles if name != SEQUENCE):
             continue
-        for piece in (piece_of(candidate, problem.layers).root, piece_of(candidate, problem.layers)):
+        own = piece_of(candidate, problem.layers)
+        for piece, bounded in ((own.root, candidate), (own, candidate.without_recompute())):
             program = traced(case, piece)
             assert isinstance(program, Program)
             bounds = Bounds(program, MACHINE, Setup())
-            mesh, count = candidate.mesh, candidate.micro_batches
-            assert bounds.step_s(mesh, count, 1) <= found.step_s * (1 + 1e-9), candidate
-            least = bounds.device_bytes(mesh, count, recomputes=candidate.recomputed > 0)
+            assert bounds.step_s(bounded) <= found.step_s * (1 + 1e-9), candidate
+            least = bounds.held.device_bytes(candidate, candidate.recompute)
             assert least <= found.memory.device_bytes * (1 + 1e-9), candidate
+
+
+def costs_of(case: Case, problem: Problem) -> Costs:
+    """Who knows the roots and what tells FSDP's collectives, as a search does at its start."""
+    costs = Costs(problem, Outcome())
+    for candidate in problem.candidates:
+        for piece in (problem.piece_of(candidate).root, costs.sharding_piece_of(candidate)):
+            if piece is not None:
+                costs.pieces[piece] = traced(case, piece)
+    return costs
+
+
+OTHER = ("output=cut", "tok_embeddings=rowwise", "micro-batch=2")
+OTHERS = [
+    ("llama3-debug?n_layers=4,vocab_size=512", 2, (*OTHER, "tp=2")),
+    pytest.param(
+        "llama3-debug?n_layers=4,vocab_size=512",
+        4,
+        (*OTHER, "tp=1,2", "pp=2", "dp=1,2"),
+        marks=pytest.mark.full,
+    ),
+]
+
+
+@pytest.mark.parametrize(("model", "devices", "fix"), OTHERS)
+def test_no_other_styles_or_recompute_fit_with_less_than_they_are_said_to_need(
+    model: str, devices: int, fix: tuple[str, ...]
+) -> None:
+    """Layers that must run again, and seconds, at the limit in which a candidate's tensors just fit."""
+    case = Case.of(model=model, mesh="tp=1", dtype="bfloat16", seq=8192, batch=8, random_ids=True)
+    kinds = ("none", "selective-ops", "full")
+    everything = problem_of(case, devices, fix, math.inf, kinds, partly=True)
+    costs = costs_of(case, everything)
+    seen = Counter[str]()
+    for candidate in every(everything):
+        program = traced(case, piece_of(candidate, everything.layers))
+        assert isinstance(program, Program)
+        found = predict(program, MACHINE, everything.setup_of(candidate), replays=False)
+        problem = replace(everything, memory_bytes=found.memory.device_bytes)
+        costs.problem = problem
+        plain = candidate.without_recompute()
+        held = costs.held(plain)
+        assert held.device_bytes(candidate, candidate.recompute) <= found.memory.device_bytes, candidate
+        if candidate.recomputed:
+            few = held.fewest_layers(plain, candidate.recompute, problem.memory_bytes)
+            spans = problem.setup_of(candidate).pipeline().spans(problem.layers)
+            again = sum(span.count for span in recomputed_spans(spans, candidate.recomputed))
+            assert few is not None, candidate
+            assert few <= again, candidate
+            seen["some layers are needed"] += few > 1
+        least_s = None if problem.is_default(candidate) else costs.restyled_s(problem.with_defaults(plain))
+        if least_s is not None:
+            assert least_s <= found.step_s * (1 + 1e-9), candidate
+            seen["with recompute"] += candidate.recomputed > 0
+    assert min(seen.values()) > 0
 
 
 def test_keys_that_go_round_a_ring_are_waited_for_by_no_bound() -> None:
@@ -206,7 +262,9 @@ def test_keys_that_go_round_a_ring_are_waited_for_by_no_bound() -> None:
     program = traced(case, Piece((("tp", 1),), (), 1))
     assert isinstance(program, Program)
     gathered_s, ring_s = (
-        Bounds(program, MACHINE, Setup(), gathers=gathers).step_s(Mesh.parse("cp=8"), 4, 1)
+        Bounds(program, MACHINE, Setup(), gathers=gathers).step_s(
+            Candidate(Mesh.parse("cp=8").axes, (), 1, 4)
+        )
         for gathers in (True, False)
     )
     assert ring_s < gathered_s

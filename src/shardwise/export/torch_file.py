@@ -1,8 +1,11 @@
 """The parts of a Python file that trains a model under a plan in plain PyTorch: how it is sharded, the
 training step, how the model is built, a short run. Each is text that `ruff format` leaves as it is."""
 
+from collections.abc import Iterable, Iterator
+
 from shardwise.core.case import StepSettings
 from shardwise.core.mesh import REPLICAS_AXIS, SHARDS_AXIS, TENSOR_AXIS
+from shardwise.core.op_names import ALTERNATE_MATMULS, KEPT_OPS
 from shardwise.export.code import Raw, attribute, call, statement, text
 from shardwise.export.job import Job
 from shardwise.export.torch_styles import TorchStyles
@@ -36,16 +39,18 @@ class Whole(ParallelStyle):
             each = DTensor.from_local(each, mesh, [self.given], run_check=False)
         return each.redistribute(placements=[self.used])
 '''
-SELECTIVE = '''
-KEPT = (
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops._c10d_functional.reduce_scatter_tensor.default,
-)
-MATMULS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
+
+def _overloads(names: Iterable[str]) -> Iterator[str]:
+    """`aten::mm` as code."""
+    return (f"torch.ops.{name.replace('::', '.')}.default" for name in names)
+
+
+SELECTIVE = (
+    "\nKEPT = (\n"
+    + "".join(f"    {each},\n" for each in _overloads(KEPT_OPS))
+    + f")\nMATMULS = ({', '.join(_overloads(ALTERNATE_MATMULS))})\n"
+    + '''
 
 def selective_ops():
     """Keeps attention, what was reduce-scattered, and every second matmul."""
@@ -58,6 +63,7 @@ def selective_ops():
 
     return create_selective_checkpoint_contexts(policy)
 '''
+)
 
 
 def parallelize(job: Job, styles: TorchStyles | None) -> str:

@@ -1,18 +1,17 @@
-"""Bounds: what a step takes, and what a device holds, at least. From one traced piece, for any mesh that
-it can be rescaled to, in microseconds: so that most candidates need no prediction.
+"""Bounds: what a step takes at least. From one traced piece, for any mesh that it can be rescaled to, in
+microseconds: so that most candidates need no prediction.
 
-step      the busiest stage's micro-batches, in each the longer of the device's work in order, the host's
-issuing, and FSDP's collectives beside it; the way of the first micro-batch to the last stage and back; the
-step's end memory    a mean stage's states, and the activations of as many micro-batches as its schedule
-holds at least
+It is the busiest stage's micro-batches, in each the longer of the device's work in order, the host's issuing,
+and FSDP's collectives beside it; the way of the first micro-batch to the last stage and back; the step's end.
 
 Each is what predict counts, less what it adds: waiting that doesn't add up layer by layer, what
-collectives beside the work slow down, what comes and goes. A piece bounds those that only add work to it:
+collectives beside the work slow down. A piece bounds those that only add work to it:
 of a root also every recompute and data axis (Piece.root)."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 
 import numpy as np
@@ -22,35 +21,31 @@ from shardwise.core.collective import CollectiveKind, wire_bytes
 from shardwise.core.dtype import DTYPE_BYTES
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import REPLICAS_AXIS, Mesh, Role, role_of
-from shardwise.core.prediction import Precision, Setup, Term
+from shardwise.core.op_names import ALTERNATE_MATMULS, FSDP_COPY_OUT, FSDP_REDUCE_IN, KEPT_OPS
+from shardwise.core.pipeline import Pipeline
+from shardwise.core.prediction import Setup, Term
 from shardwise.core.program import (
     BACKWARDS,
     FORWARDS,
     IN_LAYERS,
     ONCE,
     Collective,
-    Item,
-    MemoryChange,
-    MemoryKind,
     Op,
     OpKind,
     Phase,
     Program,
 )
+from shardwise.core.search import Candidate
 from shardwise.predict.costs import collective_cost, collective_s
 from shardwise.predict.groups import RankGroup, end_share, group_of
-from shardwise.predict.memory import OF_MASTER
-from shardwise.predict.work import AFTER, BEFORE, TERMS, boundary_bytes, layers_of, work_of
+from shardwise.predict.work import AFTER, BEFORE, TERMS, Work, work_of
+from shardwise.search.held import Held
 
-SURELY = 0.9
-"""Of a layer's forward, what a recompute surely runs again: it ends with what the backward needs."""
-MOST_FREED = 2.0
-"""An allocator gives back at most so many times what tensors free: what lay between them too."""
 _BESIDE = Role.SHARDS_PARAMETERS
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class Part:
     """Seconds of a micro-batch: of the device in order, and of the host."""
 
     device_s: float = 0.0
@@ -60,15 +55,85 @@ class _Part:
     def least_s(self) -> float:
         return max(self.device_s, self.host_s)
 
-    def __add__(self, other: "_Part") -> "_Part":
-        return _Part(self.device_s + other.device_s, self.host_s + other.host_s)
+    def __add__(self, other: "Part") -> "Part":
+        return Part(self.device_s + other.device_s, self.host_s + other.host_s)
 
-    def and_half(self, other: "_Part") -> "_Part":
-        return _Part(self.device_s + other.device_s / 2, self.host_s + other.host_s / 2)
+    def __sub__(self, other: "Part") -> "Part":
+        """Never less than nothing."""
+        return Part(max(0.0, self.device_s - other.device_s), max(0.0, self.host_s - other.host_s))
 
-    def of(self, share: float, more_s: float = 0.0) -> "_Part":
+    def __mul__(self, factor: float) -> "Part":
+        return Part(self.device_s * factor, self.host_s * factor)
+
+    def of(self, share: float, more_s: float = 0.0) -> "Part":
         """Of a share of the tokens, and what the device does beside: launches are as many."""
-        return _Part(self.device_s * share + more_s, self.host_s)
+        return Part(self.device_s * share + more_s, self.host_s)
+
+
+def _runs_again(work: Work) -> NDArray[np.bool_]:
+    """What a full recompute surely runs again: a layer's own work up to its last matmul. It ends with what
+    the backward needs, and that may be what this one takes."""
+    own = [TERMS.index(term) for term in (Term.MATMUL, Term.ATTENTION, Term.KERNELS)]
+    forward = work.in_phases(Phase.FORWARD) & (work.layer >= 0) & np.isin(work.term, own)
+    rows = np.flatnonzero(forward & (work.term == TERMS.index(Term.MATMUL)))
+    last = np.zeros(int(work.layer.max(initial=0)) + 1, np.int64)
+    np.maximum.at(last, work.layer[rows], rows)
+    return forward & (np.arange(len(work)) < last[np.maximum(work.layer, 0)])
+
+
+def _copies_all(work: Work, program: Program) -> NDArray[np.bool_]:
+    """FSDP's copies of what isn't cut, which are as long over any number of ranks."""
+    names = {FSDP_COPY_OUT} if program.settings.reduce_once else {FSDP_COPY_OUT, FSDP_REDUCE_IN}
+    return np.array([isinstance(item, Op) and item.name in names for item in work.items], np.bool_)[
+        work.template
+    ]
+
+
+def _is_kept(work: Work, again: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """What a selective recompute keeps of that, and doesn't run again."""
+    names = [item.name if isinstance(item, Op) else "" for item in work.items]
+    kept = np.array([name in KEPT_OPS for name in names], np.bool_)[work.template]
+    alternate = np.array([name in ALTERNATE_MATMULS for name in names], np.bool_)[work.template] & again
+    seen: Counter[int] = Counter()
+    for row in np.flatnonzero(alternate):
+        layer = int(work.layer[row])
+        kept[row] = seen[layer] % 2 == 0
+        seen[layer] += 1
+    return kept
+
+
+NO_WORK = Part()
+
+
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """What FSDP adds to a micro-batch over all layers, however many tokens there are. beside_s: seconds of
+    its collectives, beside the work. copies_s: of the device's copies between them and the parameters."""
+
+    beside_s: float = 0.0
+    copies_s: float = 0.0
+
+
+NO_SHARDING = Sharding()
+
+
+@dataclass(frozen=True, slots=True)
+class Less:
+    """What of a micro-batch falls away at most: of all layers, of what lies before and after them, and of
+    all layers' forward where it runs again."""
+
+    layers: Part = NO_WORK
+    ends: Part = NO_WORK
+    again: Part = NO_WORK
+
+
+NOTHING_LESS = Less()
+
+
+@lru_cache(65536)
+def _counts(pipeline: Pipeline, layers: int) -> tuple[int, ...]:
+    """Layers of each part."""
+    return tuple(span.count for span in pipeline.spans(layers))
 
 
 class Bounds:
@@ -77,79 +142,54 @@ class Bounds:
 
     def __init__(self, program: Program, machine: Machine, setup: Setup, *, gathers: bool = True) -> None:
         self.program, self.machine, self.setup, self.gathers = program, machine, setup, gathers
-        self.layers = max(1, layers_of(program)[1])
+        self.held = Held(program, machine, setup)
+        self.layers = self.held.layers
         work = work_of(program, machine, replace(setup, mesh=Mesh(program.axes))).without(setup.without)
         beside = [role_of(name) is _BESIDE for name in ("", *work.axes)]
         in_order = ~np.array(beside)[work.axis]
         device_s = np.where(in_order, work.device_s, 0.0)
         together_s = device_s + (work.host_s if work.together else 0.0)
 
-        def part(rows: NDArray[np.bool_]) -> _Part:
+        def part(rows: NDArray[np.bool_]) -> Part:
             host_s = 0.0 if work.together else float(work.host_s[rows].sum())
-            return _Part(float(together_s[rows].sum()), host_s)
+            return Part(float(together_s[rows].sum()), host_s)
 
         passes = work.in_phases(*FORWARDS, *BACKWARDS)
         inside = passes & (work.layer >= 0)
         self.all_layers = part(inside)
-        self.ends = part(passes & ((work.layer == BEFORE) | (work.layer == AFTER)))
-        own = [TERMS.index(term) for term in (Term.MATMUL, Term.ATTENTION, Term.KERNELS)]
-        forward = work.in_phases(Phase.FORWARD) & (work.layer >= 0) & np.isin(work.term, own)
-        kernels = forward & (work.term == TERMS.index(Term.KERNELS))
-        matmuls = forward & (work.term == TERMS.index(Term.MATMUL))
-        self._forward = {"full": part(forward), "selective-ops": part(kernels).and_half(part(matmuls))}
+        self.before, self.after = (part(passes & (work.layer == side)) for side in (BEFORE, AFTER))
+        again = _runs_again(work)
+        self._forward = {"none": NO_WORK, "full": part(again)}
+        self._forward["selective-ops"] = part(again & ~_is_kept(work, again))
+        self.copies_s = part(inside & _copies_all(work, program)).device_s
         once = work.in_phases(*ONCE) & (work.axis == 0)
         self.end_s = float(together_s[once].sum())
 
     def step_s(
-        self,
-        mesh: Mesh,
-        micro_batches: int,
-        chunks: int,
-        *,
-        recompute: str = "none",
-        recomputed: int = 0,
-        beside_s: float = 0.0,
+        self, candidate: Candidate, *, sharding: Sharding = NO_SHARDING, less: Less = NOTHING_LESS
     ) -> float:
-        """At least, of the whole step over `mesh`, with so many of the layers recomputed. beside_s: FSDP's
-        collectives of a micro-batch, where another piece tells them (beside_s())."""
+        """At least, of the whole step, whose styles are as they were traced but for what falls away (less),
+        with as many layers recomputed as the candidate says. sharding: as another piece tells it, of one that
+        was traced without."""
+        mesh, micro_batches, chunks = candidate.mesh, candidate.micro_batches, candidate.chunks
+        recompute, recomputed = candidate.recompute, candidate.recomputed
         stages, share = mesh.stages, Mesh(self.program.axes).context / mesh.context
-        layers = self.all_layers.of(share, self._gathered_s(mesh))
-        per_layer_s = layers.least_s / self.layers
-        whole = layers + self.ends.of(share) + self._again(recompute, recomputed, share)
-        mean_s = max(whole.least_s, self.beside_s(mesh), beside_s) / stages
-        busiest_s = max(mean_s, per_layer_s * -(-self.layers // stages))
-        way_s = (stages - 1) * per_layer_s * (self.layers // (stages * chunks))
+        pipeline = replace(self.setup, mesh=mesh, chunks=chunks, schedule=None).pipeline()
+        counts = _counts(pipeline, self.layers)
+        is_even = len(set(counts)) == 1  # else each part's recomputed layers are rounded up
+        surely = recomputed if is_even else max(0, recomputed - len(counts))
+        if Mesh(self.program.axes).shard_axes:  # its copies are among its work
+            sharding = replace(self.sharding(mesh), copies_s=0.0)
+        again = self._forward[recompute].of(share) - less.again
+        layers = self.all_layers.of(share, self._gathered_s(mesh) + sharding.copies_s) - less.layers
+        each = (layers + again * (surely / self.layers)) * (1 / self.layers)
+        before, after = self.before.of(share), self.after.of(share)
+        whole = layers + (before + after - less.ends) + again * (recomputed / self.layers)
+        mean_s = max(whole.least_s, sharding.beside_s) / stages
+        last = each * sum(counts[part] for part in pipeline.parts_of(stages - 1)) + (after - less.ends)
+        busiest_s = max(mean_s, each.least_s * -(-self.layers // stages), last.least_s)
+        way_s = (stages - 1) * each.least_s * (self.layers // (stages * chunks))
         return micro_batches * busiest_s + way_s + self._end_s(mesh)
-
-    def _again(self, recompute: str, layers: int, share: float) -> _Part:
-        """What recomputing so many of the layers adds at least: their own work once more, without exchanges.
-        share: of a sequence's tokens."""
-        if not layers:
-            return _Part()
-        again, surely = self._forward[recompute], SURELY * layers / self.layers
-        return _Part(again.device_s * share * surely, again.host_s * surely)
-
-    def device_bytes(self, mesh: Mesh, micro_batches: int, *, recomputes: bool) -> float:
-        """At least, of the fullest stage's device. recomputes: with any recompute there is."""
-        stages, shards = mesh.stages, self.shards(mesh)
-        kept = self._kept_bytes[recomputes] * Mesh(self.program.axes).context / mesh.context
-        held = self._states[0] / shards + self._states[1] / (shards * self.setup.optimizer_shards)
-        in_flight = min(stages, micro_batches)
-        layers = self.layers // stages if stages > 1 else self.layers
-        active = held / stages + in_flight * layers * kept
-        return active + self.machine.context_bytes
-
-    @property
-    def freed_bytes(self) -> float:
-        """By which a device holds less, at most, for each layer that is recomputed. 0: it isn't known, of a
-        Program that isn't compressed, or compiled."""
-        kept, between = self._kept_bytes
-        return (kept - between) * MOST_FREED
-
-    def shards(self, mesh: Mesh) -> float:
-        """Into how many parts the states of this Program's rank are cut on the mesh."""
-        traced = Mesh(self.program.axes)
-        return max(1.0, prod(map(mesh.size, mesh.shard_axes)) / prod(map(traced.size, traced.shard_axes)))
 
     def _gathered_s(self, mesh: Mesh) -> float:
         """An all-gather of keys and values and a reduce-scatter of their gradients, for each attention,
@@ -177,36 +217,13 @@ class Bounds:
                     found.append((n_bytes, block.times))
         return found
 
-    @cached_property
-    def _states(self) -> tuple[float, float]:
-        """Bytes of (parameters and gradients, the optimizer's state) of a rank."""
-        parameter, gradient, optimizer = (
-            float(self.program.held(kind))
-            for kind in (MemoryKind.PARAMETER, MemoryKind.GRADIENT, MemoryKind.OPTIMIZER)
-        )
-        if self.setup.precision is Precision.MASTER:
-            parameter, gradient, optimizer = (parameter * share for share in OF_MASTER)
-        return parameter + gradient, optimizer
-
-    @cached_property
-    def _kept_bytes(self) -> tuple[float, float]:
-        """Bytes of activations that a layer leaves for its backward: as it was traced, and with any
-        recompute (what lies between two layers)."""
-        between = float(boundary_bytes(self.program))
-        kept = 0.0
-        for block in self.program.blocks:
-            if block.times > 1 and not self.setup.compiled:  # a compiler makes some of it again
-                kept = max(kept, sum(map(_forward_activation, block.items)) / abs(block.stride))
-        return max(kept, between), between
-
-    def beside_s(self, mesh: Mesh) -> float:
-        """FSDP's collectives of a micro-batch over all layers, where the piece has them: the same however
-        many tokens there are."""
-        return self._collectives_s("beside", self._beside_items, mesh)
+    def sharding(self, mesh: Mesh) -> Sharding:
+        """Of a piece that has FSDP's ranks."""
+        return Sharding(self._collectives_s("beside", self._beside_items, mesh), self.copies_s)
 
     def _end_s(self, mesh: Mesh) -> float:
         reduced_s = 0.0 if self.setup.overlap_data else self._collectives_s("end", self._reduced_items, mesh)
-        own_s = self.end_s / (self.shards(mesh) * self.setup.optimizer_shards)
+        own_s = self.end_s / (self.held.shards(mesh) * self.setup.optimizer_shards)
         return own_s / mesh.stages + reduced_s
 
     def _collectives_s(self, what: str, items: dict[str, list[tuple[Collective, int]]], mesh: Mesh) -> float:
@@ -246,12 +263,3 @@ class Bounds:
                 if isinstance(item, Collective) and chosen(item):
                     found.setdefault(item.call.axis, []).append((item, block.times))
         return found
-
-
-def _forward_activation(item: Item) -> int:
-    """What it adds to the activations that are kept."""
-    match item:
-        case MemoryChange(kind=MemoryKind.ACTIVATION, phase=Phase.FORWARD):
-            return max(0, item.n_bytes)
-        case _:
-            return 0

@@ -4,16 +4,17 @@ styles change."""
 from dataclasses import replace
 
 from shardwise.core.errors import InputError
-from shardwise.core.mesh import Mesh
+from shardwise.core.mesh import Mesh, Role, role_of
 from shardwise.core.prediction import Prediction, Term
 from shardwise.core.program import Program
 from shardwise.core.search import SEQUENCE, Candidate
 from shardwise.predict.check import check_setup
 from shardwise.predict.memory import forecast
 from shardwise.predict.predict import predict
-from shardwise.search.bounds import MOST_FREED, Bounds
-from shardwise.search.composed import singles
+from shardwise.search.bounds import NO_SHARDING, NOTHING_LESS, Bounds, Sharding
+from shardwise.search.composed import fewest_layers, singles
 from shardwise.search.ends import Change, Pair, is_end
+from shardwise.search.held import Held
 from shardwise.search.piece import Piece, Traced, Unfit
 from shardwise.search.problem import Outcome, Problem
 from shardwise.search.savings import Savings
@@ -21,6 +22,8 @@ from shardwise.search.savings import Savings
 SURE = 1.05
 """What is put together of pieces, and so many times a device's memory, doesn't fit; its own plan isn't
 traced."""
+MOST_FREED = 2.0
+"""An allocator gives back at most so many times what tensors free: what lay between them too."""
 
 
 class Costs:
@@ -92,13 +95,13 @@ class Costs:
             self._sharding[key] = self.problem.sharding_piece(Mesh(inner), candidate, self._smallest)
         return self._sharding[key]
 
-    def beside_s(self, candidate: Candidate) -> float:
+    def sharding(self, candidate: Candidate) -> Sharding:
         """FSDP's collectives of a micro-batch at least, by the default styles, which cut most; 0 where they
         aren't known."""
         piece = self.sharding_piece_of(candidate)
         if piece is None or isinstance(self.pieces.get(piece, Unfit("")), Unfit):
-            return 0.0
-        return self.bounds_of(piece).beside_s(candidate.mesh)
+            return NO_SHARDING
+        return self.bounds_of(piece).sharding(candidate.mesh)
 
     def default_root(self, candidate: Candidate) -> Piece:
         return self.problem.piece_of(self.problem.with_defaults(candidate)).root
@@ -107,22 +110,75 @@ class Costs:
         """What its recompute of so many layers adds at least. waits: tells what of FSDP's collectives it
         waits for without, which what runs again may hide; None where that is as by the bounds."""
         bounds = self.bounds_of(self.default_root(candidate))
-        beside_s = self.beside_s(candidate) if waits is None else 0.0
+        sharding = self.sharding(candidate)
+        if waits is not None:
+            sharding = replace(sharding, beside_s=0.0)
         none_s, again_s = (
-            bounds.step_s(
-                candidate.mesh, candidate.micro_batches, candidate.chunks,
-                recompute=candidate.recompute, recomputed=count, beside_s=beside_s,
-            )
-            for count in (0, layers)
-        )  # fmt: skip
+            bounds.step_s(replace(candidate, recomputed=count), sharding=sharding) for count in (0, layers)
+        )
         return max(0.0, again_s - none_s - (waits_s(waits) if waits is not None else 0.0))
+
+    def held(self, candidate: Candidate) -> Held:
+        """What it holds at least, by its root and, with other styles than the default ones, by that of one
+        tp rank, which has all."""
+        root = self.default_root(candidate)
+        found = self.bounds_of(root).held
+        return found if self.problem.is_default(candidate) else found.in_other_styles(self._whole(root))
+
+    def _whole(self, root: Piece) -> Held | None:
+        """None where it isn't known."""
+        axes = tuple(pair for pair in root.axes if role_of(pair[0]) is not Role.CUTS_TENSORS)
+        whole = replace(root, axes=axes, styles=()).root
+        known = not isinstance(self.pieces.get(whole, Unfit("")), Unfit)
+        return self.bounds_of(whole).held if known else None
+
+    def recomputes(self, candidate: Candidate, held: Held) -> list[Candidate]:
+        """With each recompute that could make it fit, by what tensors take, of as few layers as could."""
+        found = []
+        for kind in self.problem.recompute:
+            few = held.fewest_layers(candidate, kind, self.problem.memory_bytes)
+            if kind != "none" and few is not None and self.problem.layers:
+                layers = few if self.problem.partly else self.problem.layers
+                found.append(replace(candidate, recompute=kind, recomputed=layers))
+        return found
 
     def freed_bytes(self, candidate: Candidate, none: Prediction, every: Prediction) -> float:
         """By which a device holds less, at most, for each of its layers that is recomputed. none, every: with
         none and all of them."""
-        bounds = self.bounds_of(self.problem.piece_of(candidate.without_recompute()))
+        held = self.bounds_of(self.problem.piece_of(candidate.without_recompute())).held
         by_all = (none.memory.device_bytes - every.memory.device_bytes) / self.problem.layers
-        return bounds.freed_bytes or MOST_FREED * by_all
+        return MOST_FREED * (held.freed_bytes(candidate.recompute) or by_all)
+
+    def fewest_by(self, found: Prediction, way: Candidate, more_bytes: float) -> int:
+        """So many layers that must be recomputed, the recompute being way's. found: without, of the default
+        styles, than which its own ones hold so many bytes more, in other layers or in each."""
+        needs = found.memory.device_bytes + more_bytes
+        if more_bytes:
+            needs /= SURE
+        mesh, layers = way.mesh, self.problem.layers
+        more = max(0.0, more_bytes) * mesh.stages / (layers * min(mesh.stages, way.micro_batches))
+        freed = MOST_FREED * (self.bounds_of(self.default_root(way)).held.freed_bytes(way.recompute) + more)
+        return fewest_layers(needs - self.problem.memory_bytes, freed, layers)
+
+    def restyled_s(self, candidate: Candidate) -> float | None:
+        """That it takes at least with other styles than the default ones, which it has, and as much recompute
+        as would make it fit; None where none could save anything, or none fits."""
+        root, mesh = self.problem.piece_of(candidate).root, candidate.mesh
+        less = self.savings_of(root, candidate).less(mesh.context)
+        if less == NOTHING_LESS:
+            return None
+        bounds, sharding = self.bounds_of(root), self.sharding(candidate)
+        held = bounds.held.in_other_styles(self._whole(root))
+        fits = held.device_bytes(candidate) <= self.problem.memory_bytes
+        ways = [candidate] if fits else self.recomputes(candidate, held)
+        return min((bounds.step_s(way, sharding=sharding, less=less) for way in ways), default=None)
+
+    def saved_s(self, candidate: Candidate) -> float:
+        """That other styles save at most, by its own piece."""
+        piece = self.problem.piece_of(candidate)
+        less = self.savings_of(piece, candidate).less(candidate.mesh.context)
+        bounds = self.bounds_of(piece)
+        return bounds.step_s(candidate) - bounds.step_s(candidate, less=less)
 
     def savings_of(self, piece: Piece, candidate: Candidate) -> Savings:
         if piece not in self._savings:
@@ -151,7 +207,7 @@ class Costs:
             more = sum(known[pair][1] for pair in changed)
             return (found.memory.device_bytes + more) / SURE
         root = self.problem.piece_of(none).root
-        shards = self.bounds_of(root).shards(candidate.mesh) * candidate.mesh.stages
+        shards = self.bounds_of(root).held.shards(candidate.mesh) * candidate.mesh.stages
         return found.memory.device_bytes + self.savings_of(root, none).more_bytes(candidate.styles) / shards
 
     def ends_of(self, candidate: Candidate) -> tuple[Change, ...]:

@@ -27,13 +27,14 @@ SIMPLE = 1.1
 
 @dataclass(slots=True)
 class Node:
-    """without: (seconds, bytes) that a recomputed candidate takes without its recompute, at least."""
+    """without: (seconds that a recomputed candidate takes without its recompute, how many of its layers must
+    be), both at least."""
 
     candidate: Candidate
     stage: Stage
     prediction: Prediction | None = None
     composed_s: float | None = None
-    without: tuple[float, float] = (0.0, 0.0)
+    without: tuple[float, int] = (0.0, 0)
     is_done: bool = False
     bound: float = 0.0
 

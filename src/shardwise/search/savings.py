@@ -4,7 +4,7 @@ a look-up     all that it takes, both ways a whole block its exchanges and copie
 take over the device's best rate; less what it adds: with whole sequences every rank multiplies all of it
 (tp times the FLOPs), with cut ones the gradients of whole weights are summed over tp in each micro-batch"""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -18,21 +18,23 @@ from shardwise.core.machine import Machine
 from shardwise.core.mesh import TENSOR_AXIS, Mesh
 from shardwise.core.plan import StyleName
 from shardwise.core.prediction import Setup, Term
-from shardwise.core.program import BACKWARDS, FORWARDS, Collective, Op, OpKind, Program
-from shardwise.core.search import CUT, SEQUENCE, WHOLE, Candidate, Group
+from shardwise.core.program import BACKWARDS, FORWARDS, Collective, Op, OpKind, Phase, Program
+from shardwise.core.search import CUT, SEQUENCE, WHOLE, Group
 from shardwise.predict.costs import collective_s
 from shardwise.predict.groups import group_of
 from shardwise.predict.work import TERMS, Work, work_of
+from shardwise.search.bounds import NO_WORK, Less, Part
 
 
 @dataclass(frozen=True, slots=True)
 class _Saved:
-    """Seconds of a micro-batch: of the device in order, and of the host, at most; and what summing
-    gradients of whole weights adds, however few the tokens."""
+    """Seconds of a micro-batch: of the device in order, and of the host, at most; what summing gradients of
+    whole weights adds, however few the tokens; and of a forward that runs again."""
 
     device_s: float
     host_s: float
     summed_s: float = 0.0
+    again: Part = NO_WORK
 
 
 class Savings:
@@ -56,19 +58,21 @@ class Savings:
             if group.name != SEQUENCE and len(group.options) > 1:
                 self._by_group[group.name] = self._of(group, work.where(rows))
 
-    def at_most_s(self, candidate: Candidate) -> float:
-        """Of a step, if all groups took the best other style that they may have."""
-        stages = candidate.mesh.stages
-        tokens = Mesh(self._program.axes).context / candidate.mesh.context  # of those that were traced
-        device_s = host_s = 0.0
+    def less(self, context: int) -> Less:
+        """If all groups took the best other style that they may have, with so many context ranks."""
+        tokens = Mesh(self._program.axes).context / context  # of those that were traced
+        layers = ends = again = NO_WORK
         for name, saved in self._by_group.items():
-            share = 1 / stages if repeats(name) else 1.0
-            device_s += max(0.0, saved.device_s * tokens - saved.summed_s) * share
-            host_s += max(0.0, saved.host_s) * share
-        all_s = self._all.device_s * tokens / stages
-        before = self._longer(all_s, self._all.host_s / stages)
-        after = self._longer(all_s - device_s, self._all.host_s / stages - host_s)
-        return candidate.micro_batches * max(0.0, before - after)
+            device_s, host_s = max(0.0, saved.device_s * tokens - saved.summed_s), max(0.0, saved.host_s)
+            if repeats(name):
+                layers += self._part(device_s, host_s)
+                again += self._part(saved.again.device_s * tokens, saved.again.host_s)
+            else:
+                ends += self._part(device_s, host_s)
+        return Less(layers, ends, again)
+
+    def _part(self, device_s: float, host_s: float) -> Part:
+        return Part(device_s + host_s) if self._together else Part(device_s, host_s)
 
     def is_worth(self, group: Group) -> bool:
         """Whether another style of the group could save anything, whatever the others take."""
@@ -98,30 +102,31 @@ class Savings:
         traced = Mesh(self._program.axes)
         return prod(map(traced.size, traced.shard_axes))
 
-    def _longer(self, device_s: float, host_s: float) -> float:
-        return device_s + host_s if self._together else max(device_s, host_s)
-
     def _of(self, group: Group, rows: Work) -> _Saved:
+        forward = rows.where(rows.in_phases(Phase.FORWARD))
         if WHOLE not in group.options and CUT not in group.options:
-            return _Saved(float(rows.device_s.sum()), float(rows.host_s.sum()))
-        tp = Mesh(self._program.axes).tp
-        matmuls = rows.term == TERMS.index(Term.MATMUL)
-        attention = rows.term == TERMS.index(Term.ATTENTION)
-        matmul_s = float(rows.device_s[matmuls].sum())
-        times = 1 if self._is_cut else tp
-        least_s = times * self._flops(rows, matmuls) / self._best_flops()
-        saved_s = self._exchanged_s(rows) + matmul_s - least_s
+            device_s, host_s = float(rows.device_s.sum()), float(rows.host_s.sum())
+            return _Saved(
+                device_s, host_s, again=Part(float(forward.device_s.sum()), float(forward.host_s.sum()))
+            )
         summed_s = self._summed_s(group) if self._is_cut else 0.0
-        return _Saved(saved_s, float(rows.host_s[~matmuls & ~attention].sum()), summed_s)
+        again = Part(max(0.0, self._of_device(forward, _only_moves)), self._of_host(forward))
+        return _Saved(self._of_device(rows, _is_exchange), self._of_host(rows), summed_s, again)
 
-    def _exchanged_s(self, rows: Work) -> float:
-        """Exchanges over tp, and what only moves or adds."""
-        chosen = np.array([_is_exchange(rows.item(at)) for at in range(len(rows))], np.bool_)
-        return float(rows.device_s[chosen].sum()) if len(rows) else 0.0
+    def _of_device(self, rows: Work, falls_away: Callable[[Op | Collective], bool]) -> float:
+        """What falls away of a block, and what its matmuls take over the best rate."""
+        away = _chosen(rows, falls_away)
+        matmuls = rows.term == TERMS.index(Term.MATMUL)
+        attends = bool((rows.term == TERMS.index(Term.ATTENTION)).any())
+        times = 1 if self._is_cut and not attends else Mesh(self._program.axes).tp
+        flops = np.array([item.flops if isinstance(item, Op) else 0 for item in rows.items], np.float64)
+        least_s = times * float(flops[rows.template[matmuls]].sum()) / self._best_flops()
+        return float(rows.device_s[away].sum()) + float(rows.device_s[matmuls].sum()) - least_s
 
-    def _flops(self, rows: Work, matmuls: NDArray[np.bool_]) -> float:
-        items = (rows.item(int(at)) for at in np.flatnonzero(matmuls))
-        return float(sum(item.flops for item in items if isinstance(item, Op)))
+    def _of_host(self, rows: Work) -> float:
+        """Issuing all but matmuls and attention."""
+        own = [TERMS.index(term) for term in (Term.MATMUL, Term.ATTENTION)]
+        return float(rows.host_s[~np.isin(rows.term, own)].sum())
 
     def _best_flops(self) -> float:
         """FLOP/s of its best tile, in the dtype that it multiplies in."""
@@ -142,7 +147,17 @@ class Savings:
 
 
 def _is_exchange(item: Op | Collective) -> bool:
-    return isinstance(item, Collective) or item.kind in (OpKind.COPY, OpKind.FILL)
+    """Exchanges over tp, and what only moves or adds."""
+    return isinstance(item, Collective) or _only_moves(item)
+
+
+def _only_moves(item: Op | Collective) -> bool:
+    return isinstance(item, Op) and item.kind in (OpKind.COPY, OpKind.FILL)
+
+
+def _chosen(rows: Work, chosen: Callable[[Op | Collective], bool]) -> NDArray[np.bool_]:
+    """Which rows are of such items."""
+    return np.array([chosen(item) for item in rows.items], np.bool_)[rows.template]
 
 
 def _whole_bytes(shape: Sequence[int], local: Sequence[int], local_bytes: int) -> int:

@@ -122,7 +122,7 @@ class Solver:
                 else:
                     self._recompute(node.candidate, bound)
             case Stage.RESTYLED:
-                self._push_restyled(node.candidate)
+                self._push_restyled(node.candidate, bound)
             case Stage.STYLES:
                 self._restyle(node.candidate)
             case Stage.COMPOSED:
@@ -177,25 +177,22 @@ class Solver:
         if isinstance(found, Unfit):
             self.outcome.refused[found.reason] += 1
             return
-        bounds, mesh, limit = self.costs.bounds_of(piece), candidate.mesh, self.problem.memory_bytes
-        beside_s = self.costs.beside_s(candidate)
-        step_s = bounds.step_s(mesh, candidate.micro_batches, candidate.chunks, beside_s=beside_s)
-        needs, least = (
-            bounds.device_bytes(mesh, candidate.micro_batches, recomputes=recomputes)
-            for recomputes in (False, True)
-        )
+        bounds = self.costs.bounds_of(piece)
+        sharding = self.costs.sharding(candidate)
+        step_s = bounds.step_s(candidate, sharding=sharding)
+        needs = bounds.held.device_bytes(candidate)
         if stage is Stage.ROOT and self.problem.is_default(candidate):
-            saved_s = self.costs.savings_of(piece, candidate).at_most_s(candidate)
-            if saved_s > 0:
-                without_s = bounds.step_s(mesh, candidate.micro_batches, candidate.chunks)
-                sharding_s = candidate.micro_batches * beside_s / mesh.stages
-                self.queue.push(max(without_s - saved_s, sharding_s), Node(candidate, Stage.RESTYLED))
-        if needs <= limit:
+            restyled_s = self.costs.restyled_s(candidate)
+            if restyled_s is not None:
+                self.queue.push(restyled_s, Node(candidate, Stage.RESTYLED))
+        if needs <= self.problem.memory_bytes:
             self.queue.push(step_s, Node(candidate, stage))
-        elif least <= limit and self._push_recomputed(candidate, step_s, needs):
+        elif self._push_recomputed(candidate, step_s):
             self.outcome.note(candidate, step_s, needs, Known.BOUND, fits=False)
         else:
-            self.outcome.refuse_large(candidate, step_s, needs if needs <= least else least, Known.BOUND)
+            kinds = self.problem.recompute if self.problem.layers else ("none",)
+            least = min(bounds.held.device_bytes(candidate, kind) for kind in kinds)
+            self.outcome.refuse_large(candidate, step_s, least, Known.BOUND)
 
     def _by_prediction(self, candidate: Candidate, composed_s: float | None = None) -> None:
         """By its own plan. What the allocator reserves takes long to simulate: of what would be the best now,
@@ -215,26 +212,27 @@ class Solver:
         needs = found.memory.device_bytes
         if candidate.recomputed in range(1, self.problem.layers):
             self._push_partly(candidate, candidate.recomputed, found)
-        elif not candidate.recomputed and self._push_recomputed(candidate, found.step_s, needs, found):
+        elif not candidate.recomputed and self._push_recomputed(candidate, found.step_s, found):
             self.outcome.note(candidate, found.step_s, needs, Known.PREDICTED, fits=False)
         else:
             self.outcome.refuse_large(candidate, found.step_s, needs, Known.PREDICTED)
 
     def _push_recomputed(
-        self, candidate: Candidate, least_s: float, needs: float, waits: Prediction | None = None
+        self, candidate: Candidate, least_s: float, found: Prediction | None = None, more_bytes: float = 0.0
     ) -> bool:
-        """With all layers under each recompute. least_s, needs: seconds and bytes that it takes without, at
-        least. waits: as Costs.again_s() takes it. False where there is none."""
-        problem, layers = self.problem, self.problem.layers
-        kinds = [kind for kind in problem.recompute if kind != "none"] if layers else []
-        freed_bytes = self.costs.bounds_of(self.costs.default_root(candidate)).freed_bytes
-        few = fewest_layers(needs - problem.memory_bytes, freed_bytes, layers) if problem.partly else layers
-        for kind in kinds:
-            whole = replace(candidate, recompute=kind, recomputed=layers)
-            more_s = self.costs.again_s(whole, few, waits)
+        """With all layers under each recompute. least_s: seconds that it takes without, at least. found: of
+        it without, or of the default styles, than which its own ones hold so many bytes more; None where it
+        is known by bounds alone. False where there is none."""
+        ways = self.costs.recomputes(candidate, self.costs.held(candidate))
+        for way in ways:
+            few = way.recomputed
+            if found is not None and self.problem.partly:
+                few = max(few, self.costs.fewest_by(found, way, more_bytes))
+            more_s = self.costs.again_s(way, few, found)
+            whole = replace(way, recomputed=self.problem.layers)
             bound = least_s + more_s - self.costs.ends_save_s(whole)
-            self.queue.push(bound, Node(whole, Stage.RECOMPUTED, without=(least_s, needs)))
-        return bool(kinds)
+            self.queue.push(bound, Node(whole, Stage.RECOMPUTED, without=(least_s, few)))
+        return bool(ways)
 
     def _recomputed_s(self, node: Node) -> float:
         """At least, of other styles than the default ones, by what the same recompute adds to these; 0 where
@@ -248,10 +246,8 @@ class Solver:
         again, none = costs.predicted(default), costs.predicted(plain)
         if again is None or none is None:
             return 0.0
-        without_s, needs = node.without
-        freed_bytes = costs.bounds_of(self.problem.piece_of(plain)).freed_bytes
-        few = fewest_layers(needs - self.problem.memory_bytes, freed_bytes, layers)
-        share = few / layers if self.problem.partly else 1.0
+        without_s, few = node.without
+        share = few / layers
         saved_s = sum(min(0.0, changes[pair][0]) for pair in changed)
         more_s = added_s(none, again, share, saved_s)
         return (without_s + more_s) * (1 - SLACK) - self.costs.ends_save_s(candidate)
@@ -294,14 +290,14 @@ class Solver:
         least_s = none.step_s + added_s(none, whole, share)
         self._push_composed(replace(candidate, recomputed=recomputed), step_s, min(step_s, least_s))
 
-    def _push_restyled(self, candidate: Candidate) -> None:
+    def _push_restyled(self, candidate: Candidate, bound: float) -> None:
         """Other styles, if they could save anything of what it is predicted to take."""
         found = self.costs.predicted(candidate)
         if found is not None:
-            saved_s = self.costs.savings_of(self.problem.piece_of(candidate), candidate).at_most_s(candidate)
+            saved_s = self.costs.saved_s(candidate)
             if saved_s > 0:
                 saved_s += dict(found.terms).get(Term.WAITING, 0.0)
-                self.queue.push(found.step_s - saved_s, Node(candidate, Stage.STYLES))
+                self.queue.push(max(bound, found.step_s - saved_s), Node(candidate, Stage.STYLES))
 
     def _restyle(self, base: Candidate) -> None:
         """All other styles of a candidate: those that change one group by their own pieces, others by the
@@ -330,16 +326,17 @@ class Solver:
             if self.problem.with_defaults(answer.candidate).without_recompute() == base:
                 self._push_known(answer)
         if not self.costs.fits(first) and self.costs.ends_save_s(base):
-            self._push_recomputed(base, first.step_s, first.memory.device_bytes, first)
+            self._push_recomputed(base, first.step_s, first)
 
     def _push_restyled_by(self, base: Candidate, first: Prediction, styles: Styles) -> None:
         """Styles of several groups, by the sums of what each changes. first: what the base takes."""
         candidate, changes = replace(base, styles=styles), self.costs.changes[base]
         more = [changes[pair] for pair in set(styles) - set(base.styles)]
         step_s = first.step_s + sum(seconds for seconds, _ in more)
-        needs = first.memory.device_bytes + sum(n_bytes for _, n_bytes in more)
+        more_bytes = sum(n_bytes for _, n_bytes in more)
+        needs = first.memory.device_bytes + more_bytes
         if needs > self.problem.memory_bytes * SURE and self._push_recomputed(
-            candidate, step_s, needs / SURE, first
+            candidate, step_s, first, more_bytes
         ):
             self.outcome.note(candidate, step_s, needs, Known.COMPOSED, fits=False)
         else:

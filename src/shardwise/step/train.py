@@ -32,6 +32,7 @@ from torch.utils.checkpoint import (
 
 from shardwise.core.case import FOREACH, FUSED, StepSettings
 from shardwise.core.errors import OptionError
+from shardwise.core.op_names import ALTERNATE_MATMULS, KEPT_OPS
 from shardwise.core.plan import Engine
 from shardwise.core.program import Phase
 from shardwise.parallel.apply import applied_to
@@ -54,22 +55,18 @@ class StepResult:
     gradient_norm: Tensor
 
 
-_MATMULS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default})
-_KEPT = frozenset(
-    {
-        torch.ops.aten._scaled_dot_product_flash_attention.default,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-        torch.ops.aten._scaled_dot_product_efficient_attention.default,
-        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-        torch.ops._c10d_functional.reduce_scatter_tensor.default,
-    }
-)
+def _overload(name: str) -> object:
+    """Of an op by its name: `aten::mm`."""
+    space, _, op = name.partition("::")
+    return getattr(getattr(torch.ops, space), op).default
+
+
+_MATMULS, _KEPT = (frozenset(map(_overload, names)) for names in (ALTERNATE_MATMULS, KEPT_OPS))
 
 
 def recompute_in(layers: Collection[nn.Module] | nn.ModuleList, what: str = "full") -> None:
     """Activation checkpointing of each of these modules, which keeps its input. full: runs all of it again in
-    the backward. selective-ops: all but fused attention, reduce-scatters of functional collectives and every
-    second matmul, the rule of torchtitan's "selective" by "op" of 2024. Raises OptionError for no layers.
+    the backward. selective-ops: all but what core/op_names.py says. Raises OptionError for no layers.
     """
     if not len(layers):
         raise OptionError(

@@ -15,6 +15,7 @@ from collections.abc import Collection, Sequence
 from math import prod
 
 from shardwise.core.grouped import grouped_product
+from shardwise.core.op_names import FSDP_COPY_IN, FSDP_COPY_OUT, FSDP_REDUCE_IN
 from shardwise.core.program import OpKind, TensorSpec
 
 _NAMES: dict[OpKind, str] = {
@@ -72,9 +73,9 @@ _NAMES: dict[OpKind, str] = {
 KINDS: dict[str, OpKind] = {
     f"aten::{name}": kind for kind, names in _NAMES.items() for name in names.split()
 } | {
-    "fsdp::all_gather_copy_in": OpKind.COPY,
-    "fsdp::split_with_sizes_copy": OpKind.COPY,
-    "fsdp::chunk_cat": OpKind.COPY,
+    FSDP_COPY_IN: OpKind.COPY,
+    FSDP_COPY_OUT: OpKind.COPY,
+    FSDP_REDUCE_IN: OpKind.COPY,
     "higher_order::flex_attention": OpKind.ATTENTION,
     "higher_order::flex_attention_backward": OpKind.ATTENTION,
 }

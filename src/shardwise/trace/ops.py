@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardwise.core.op_names import FSDP_COPY_IN
 from shardwise.core.program import Op, OpKind, TensorSpec
 from shardwise.parallel.recorder import is_collective, tensors_in
 from shardwise.torch_private import FakeTensor, schema_of, storage_key
 from shardwise.trace.catalogue import flops_of, kind_of, name_on, traffic_of
 from shardwise.trace.place import Place
 
-FSDP_COPY_IN = "fsdp::all_gather_copy_in"
-FSDP_COPY_OUT = "fsdp::split_with_sizes_copy"
 # neither kernels nor memory: bookkeeping of the dispatcher, the profiler and the functional collectives
 SILENT = frozenset(
     {

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from shardwise.core.collective import CollectiveCall, CollectiveKind
 from shardwise.core.mesh import TENSOR_AXIS, Role, role_of
+from shardwise.core.op_names import FSDP_COPY_IN, FSDP_COPY_OUT
 from shardwise.core.program import LOSS_MODULE, Collective, Op, OpKind, Phase
 from shardwise.core.rule import RuleRef
 from shardwise.models.self_sharded import told_of as told_by_factory
@@ -44,17 +45,7 @@ from shardwise.trace.fakes import is_made_on_device, making_on_device
 from shardwise.trace.higher_order import higher_order_work, is_masked, signature_of_higher_order
 from shardwise.trace.inner import inner_of
 from shardwise.trace.kinship import Kinship
-from shardwise.trace.ops import (
-    ALLOCATIONS,
-    FSDP_COPY_IN,
-    FSDP_COPY_OUT,
-    SILENT,
-    Ops,
-    Signature,
-    Work,
-    signature_of,
-    work_of,
-)
+from shardwise.trace.ops import ALLOCATIONS, SILENT, Ops, Signature, Work, signature_of, work_of
 from shardwise.trace.place import Place, raised_in
 from shardwise.trace.placements import Redistributions
 from shardwise.trace.quick_fakes import fake_of, is_void
