@@ -7,6 +7,7 @@ is predict's to say; which are looked at, and when the best is proved, is search
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import lru_cache
 
 from shardwise.core.case import Case, StepSettings
 from shardwise.core.export import Export
@@ -65,6 +66,10 @@ class Space:
     forbidden: tuple[str, ...] = ()
 
 
+_mesh = lru_cache(65536)(Mesh)
+"""Checked once, however many candidates lie on it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One way to decide everything. styles: (group, option); empty where tp is 1. recompute: of how many
@@ -83,7 +88,7 @@ class Candidate:
 
     @property
     def mesh(self) -> Mesh:
-        return Mesh(self.axes)
+        return _mesh(self.axes)
 
     def without_recompute(self) -> "Candidate":
         return replace(self, recompute="none", recomputed=0)

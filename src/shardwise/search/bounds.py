@@ -142,7 +142,7 @@ class Bounds:
 
     def __init__(self, program: Program, machine: Machine, setup: Setup, *, gathers: bool = True) -> None:
         self.program, self.machine, self.setup, self.gathers = program, machine, setup, gathers
-        self.held = Held(program, machine, setup)
+        self.held, self.traced = Held(program, machine, setup), Mesh(program.axes)
         self.layers = self.held.layers
         work = work_of(program, machine, replace(setup, mesh=Mesh(program.axes))).without(setup.without)
         beside = [role_of(name) is _BESIDE for name in ("", *work.axes)]
@@ -173,12 +173,12 @@ class Bounds:
         was traced without."""
         mesh, micro_batches, chunks = candidate.mesh, candidate.micro_batches, candidate.chunks
         recompute, recomputed = candidate.recompute, candidate.recomputed
-        stages, share = mesh.stages, Mesh(self.program.axes).context / mesh.context
+        stages, share = mesh.stages, self.traced.context / mesh.context
         pipeline = replace(self.setup, mesh=mesh, chunks=chunks, schedule=None).pipeline()
         counts = _counts(pipeline, self.layers)
         is_even = len(set(counts)) == 1  # else each part's recomputed layers are rounded up
         surely = recomputed if is_even else max(0, recomputed - len(counts))
-        if Mesh(self.program.axes).shard_axes:  # its copies are among its work
+        if self.traced.shard_axes:  # its copies are among its work
             sharding = replace(self.sharding(mesh), copies_s=0.0)
         again = self._forward[recompute].of(share) - less.again
         layers = self.all_layers.of(share, self._gathered_s(mesh) + sharding.copies_s) - less.layers
@@ -194,7 +194,7 @@ class Bounds:
     def _gathered_s(self, mesh: Mesh) -> float:
         """An all-gather of keys and values and a reduce-scatter of their gradients, for each attention,
         over context ranks that it was traced without."""
-        if mesh.context == Mesh(self.program.axes).context or not self.gathers:
+        if mesh.context == self.traced.context or not self.gathers:
             return 0.0
         stride = mesh.world_size // (mesh.stages * mesh.size(REPLICAS_AXIS) * mesh.fsdp * mesh.context)
         ranks, total = RankGroup(((stride, mesh.context),)), 0.0

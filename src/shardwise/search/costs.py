@@ -125,10 +125,21 @@ class Costs:
         found = self.bounds_of(root).held
         return found if self.problem.is_default(candidate) else found.in_other_styles(self._whole(root))
 
+    def at_first(self) -> dict[tuple[Piece, ...], list[Candidate]]:
+        """All candidates, by what bounds them at first: what tells FSDP's collectives, the root of one tp
+        rank, where that is some candidate's, and their own root."""
+        roots = {candidate: self.problem.piece_of(candidate).root for candidate in self.problem.candidates}
+        known, found = set(roots.values()), dict[tuple[Piece, ...], list[Candidate]]()
+        for candidate, root in roots.items():
+            sharding, whole = self.sharding_piece_of(candidate), _whole_of(root)
+            pieces = [sharding] if sharding is not None else []
+            pieces += [whole, root] if whole in known else [root]
+            found.setdefault(tuple(pieces), []).append(candidate)
+        return found
+
     def _whole(self, root: Piece) -> Held | None:
         """None where it isn't known."""
-        axes = tuple(pair for pair in root.axes if role_of(pair[0]) is not Role.CUTS_TENSORS)
-        whole = replace(root, axes=axes, styles=()).root
+        whole = _whole_of(root)
         known = not isinstance(self.pieces.get(whole, Unfit("")), Unfit)
         return self.bounds_of(whole).held if known else None
 
@@ -224,6 +235,12 @@ class Costs:
 
     def fits(self, found: Prediction) -> bool:
         return found.memory.device_bytes <= self.problem.memory_bytes
+
+
+def _whole_of(root: Piece) -> Piece:
+    """The root of one tp rank, which has all of what this one's ranks have."""
+    axes = tuple(pair for pair in root.axes if role_of(pair[0]) is not Role.CUTS_TENSORS)
+    return replace(root, axes=axes, styles=()).root
 
 
 def waits_s(found: Prediction) -> float:

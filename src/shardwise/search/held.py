@@ -32,7 +32,9 @@ class Held:
 
     def __init__(self, program: Program, machine: Machine, setup: Setup) -> None:
         self.layers = max(1, layers_of(program)[1])
-        self._program, self._setup, self._context_bytes = program, setup, machine.context_bytes
+        self._setup, self._context_bytes = setup, machine.context_bytes
+        self._traced = Mesh(program.axes)
+        self._shards: dict[Mesh, float] = {}
         self._between = float(boundary_bytes(program))
         nothing = [0.0] * self.layers  # is known of what a compiler makes again
         plain, chosen = (nothing, nothing) if setup.compiled else _kept_by_layer(program, self.layers)
@@ -51,7 +53,7 @@ class Held:
     def in_other_styles(self, whole: "Held | None") -> "Held":
         """What a rank holds at least whatever the styles of its groups: together, the ranks of tp keep all
         that one rank keeps of the whole model. whole: of that, where it is known."""
-        tp, found = Mesh(self._program.axes).tp, copy(self)
+        tp, found = self._traced.tp, copy(self)
         found._kept = {
             kind: [max(self._between, each / tp) for each in kept]
             for kind, kept in (whole or self)._kept.items()
@@ -60,8 +62,10 @@ class Held:
 
     def shards(self, mesh: Mesh) -> float:
         """Into how many parts the states of this Program's rank are cut on the mesh."""
-        traced = Mesh(self._program.axes)
-        return max(1.0, prod(map(mesh.size, mesh.shard_axes)) / prod(map(traced.size, traced.shard_axes)))
+        if mesh not in self._shards:
+            parts = (prod(map(each.size, each.shard_axes)) for each in (mesh, self._traced))
+            self._shards[mesh] = max(1.0, next(parts) / next(parts))
+        return self._shards[mesh]
 
     def device_bytes(self, candidate: Candidate, recompute: str = "none") -> float:
         """At least, of the first stage's device, with all layers under that recompute."""
@@ -106,7 +110,7 @@ class Held:
 
     def _tokens(self, mesh: Mesh) -> float:
         """Of those that were traced."""
-        return Mesh(self._program.axes).context / mesh.context
+        return self._traced.context / mesh.context
 
 
 @lru_cache(65536)

@@ -11,6 +11,7 @@ answers alone. Whatever was put together so is predicted by a Program of its own
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -97,18 +98,18 @@ class Solver:
         return found
 
     def _start(self) -> None:
-        candidates, problem = self.problem.candidates, self.problem
-        roots = dict.fromkeys(problem.piece_of(each).root for each in candidates)
-        sharding = dict.fromkeys(map(self.costs.sharding_piece_of, candidates))
-        self._get([*roots, *(each for each in sharding if each is not None and each not in roots)])
-        for candidate in self.problem.candidates:
-            self._by_bounds(candidate, self.problem.piece_of(candidate).root, Stage.ROOT)
+        """All by the bounds of their roots: each as soon as what bounds it is traced, while others are."""
+        waiting = self.costs.at_first()
+        for _ in self._traced(dict.fromkeys(piece for pieces in waiting for piece in pieces)):
+            for pieces in [each for each in waiting if self.costs.pieces.keys() >= set(each)]:
+                for candidate in waiting.pop(pieces):
+                    self._by_bounds(candidate, self.problem.piece_of(candidate).root, Stage.ROOT)
 
     def _look(self, bound: float, node: Node) -> None:
         missing = self._missing(node)
         if missing:
             self.queue.push(bound, node)
-            self._get(self._with_others(missing, bound))
+            deque(self._traced(self._with_others(missing, bound)), maxlen=0)
             return
         match node.stage:
             case Stage.ROOT:
@@ -163,11 +164,13 @@ class Solver:
             wanted |= dict.fromkeys(self._missing(node))
         return list(wanted)
 
-    def _get(self, pieces: Iterable[Piece]) -> None:
+    def _traced(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        """Each as it is known."""
         for piece, traced in self._trace(list(pieces)):
             self.costs.pieces[piece] = traced
             self.outcome.traces += 1
             self._says(self._best, len(self.queue), self.outcome.traces)
+            yield piece
 
     # what is found out about a candidate
 
