@@ -18,10 +18,12 @@ Where r of a model's l layers run again in the backward, they are the first ones
 k layers ceil(k r / l), so that parts of equal length do equal work. Without stages the model is one part.
 """
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import assert_never
 
 from shardwise.core.errors import OptionError
@@ -214,6 +216,20 @@ def recomputed_spans(
             "it out for all of them."
         )
     return tuple(Span(span.first, -(-span.count * recomputed // n_layers)) for span in spans)
+
+
+@lru_cache(65536)
+def fewest_recomputed(pipeline: Pipeline, n_layers: int, at_least: int, stage: int | None = None) -> int:
+    """The fewest of a model's layers that can be asked for (recomputed_spans()), so that at least so many run
+    again: of the model's, or of a stage's. All of them, where no fewer do."""
+    spans = pipeline.spans(n_layers)
+    parts = range(len(spans)) if stage is None else pipeline.parts_of(stage)
+
+    def again(recomputed: int) -> int:
+        found = recomputed_spans(spans, recomputed)
+        return sum(found[part].count for part in parts)
+
+    return 1 + bisect_left(range(1, n_layers), at_least, key=again)
 
 
 def recomputed_of_fewer(recomputed: int | None, n_layers: int, fewer: int) -> int | None:

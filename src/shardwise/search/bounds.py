@@ -22,7 +22,7 @@ from shardwise.core.dtype import DTYPE_BYTES
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import REPLICAS_AXIS, Mesh, Role, role_of
 from shardwise.core.op_names import ALTERNATE_MATMULS, FSDP_COPY_OUT, FSDP_REDUCE_IN, KEPT_OPS
-from shardwise.core.pipeline import Pipeline
+from shardwise.core.pipeline import recomputed_spans
 from shardwise.core.prediction import Setup, Term
 from shardwise.core.program import (
     BACKWARDS,
@@ -39,7 +39,7 @@ from shardwise.core.search import Candidate
 from shardwise.predict.costs import collective_cost, collective_s
 from shardwise.predict.groups import RankGroup, end_share, group_of
 from shardwise.predict.work import AFTER, BEFORE, TERMS, Work, work_of
-from shardwise.search.held import Held
+from shardwise.search.held import Held, pipeline_of
 
 _BESIDE = Role.SHARDS_PARAMETERS
 
@@ -130,10 +130,31 @@ class Less:
 NOTHING_LESS = Less()
 
 
+@dataclass(frozen=True, slots=True)
+class _Dealt:
+    """(layers, of these run again): of the model, of the last stage, of those of all stages that are unlike,
+    and of a part at least."""
+
+    all: tuple[int, int]
+    last: tuple[int, int]
+    stages: tuple[tuple[int, int], ...]
+    least_part: tuple[int, int]
+
+
 @lru_cache(65536)
-def _counts(pipeline: Pipeline, layers: int) -> tuple[int, ...]:
-    """Layers of each part."""
-    return tuple(span.count for span in pipeline.spans(layers))
+def _dealt(stages: int, chunks: int, layers: int, recomputed: int) -> _Dealt:
+    pipeline = pipeline_of(stages, chunks)
+    spans = pipeline.spans(layers)
+    again = recomputed_spans(spans, recomputed) if recomputed else ()
+    counts = [span.count for span in spans]
+    run_again = [span.count for span in again] or [0] * len(counts)
+    by_stage = [
+        (sum(counts[part] for part in parts), sum(run_again[part] for part in parts))
+        for parts in map(pipeline.parts_of, range(stages))
+    ]
+    return _Dealt(
+        (layers, sum(run_again)), by_stage[-1], tuple(dict.fromkeys(by_stage)), (min(counts), min(run_again))
+    )
 
 
 class Bounds:
@@ -171,25 +192,25 @@ class Bounds:
         """At least, of the whole step, whose styles are as they were traced but for what falls away (less),
         with as many layers recomputed as the candidate says. sharding: as another piece tells it, of one that
         was traced without."""
-        mesh, micro_batches, chunks = candidate.mesh, candidate.micro_batches, candidate.chunks
-        recompute, recomputed = candidate.recompute, candidate.recomputed
+        mesh = candidate.mesh
         stages, share = mesh.stages, self.traced.context / mesh.context
-        pipeline = replace(self.setup, mesh=mesh, chunks=chunks, schedule=None).pipeline()
-        counts = _counts(pipeline, self.layers)
-        is_even = len(set(counts)) == 1  # else each part's recomputed layers are rounded up
-        surely = recomputed if is_even else max(0, recomputed - len(counts))
         if self.traced.shard_axes:  # its copies are among its work
             sharding = replace(self.sharding(mesh), copies_s=0.0)
-        again = self._forward[recompute].of(share) - less.again
+        again = (self._forward[candidate.recompute].of(share) - less.again) * (1 / self.layers)
         layers = self.all_layers.of(share, self._gathered_s(mesh) + sharding.copies_s) - less.layers
-        each = (layers + again * (surely / self.layers)) * (1 / self.layers)
+        own = layers * (1 / self.layers)
+        dealt = _dealt(stages, candidate.chunks, self.layers, candidate.recomputed)
         before, after = self.before.of(share), self.after.of(share)
-        whole = layers + (before + after - less.ends) + again * (recomputed / self.layers)
+
+        def of(counts: tuple[int, int]) -> Part:
+            return own * counts[0] + again * counts[1]
+
+        whole = of(dealt.all) + (before + after - less.ends)
+        last = of(dealt.last) + (after - less.ends)
         mean_s = max(whole.least_s, sharding.beside_s) / stages
-        last = each * sum(counts[part] for part in pipeline.parts_of(stages - 1)) + (after - less.ends)
-        busiest_s = max(mean_s, each.least_s * -(-self.layers // stages), last.least_s)
-        way_s = (stages - 1) * each.least_s * (self.layers // (stages * chunks))
-        return micro_batches * busiest_s + way_s + self._end_s(mesh)
+        busiest_s = max(mean_s, last.least_s, *(of(counts).least_s for counts in dealt.stages))
+        way_s = (stages - 1) * of(dealt.least_part).least_s
+        return candidate.micro_batches * busiest_s + way_s + self._end_s(mesh)
 
     def _gathered_s(self, mesh: Mesh) -> float:
         """An all-gather of keys and values and a reduce-scatter of their gradients, for each attention,

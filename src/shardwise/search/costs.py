@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from shardwise.core.errors import InputError
 from shardwise.core.mesh import Mesh, Role, role_of
+from shardwise.core.pipeline import fewest_recomputed, recomputed_spans
 from shardwise.core.prediction import Prediction, Term
 from shardwise.core.program import Program
 from shardwise.core.search import SEQUENCE, Candidate
@@ -169,7 +170,17 @@ class Costs:
         mesh, layers = way.mesh, self.problem.layers
         more = max(0.0, more_bytes) * mesh.stages / (layers * min(mesh.stages, way.micro_batches))
         freed = MOST_FREED * (self.bounds_of(self.default_root(way)).held.freed_bytes(way.recompute) + more)
-        return fewest_layers(needs - self.problem.memory_bytes, freed, layers)
+        return self.asked_for(way, fewest_layers(needs - self.problem.memory_bytes, freed, layers))
+
+    def run_again(self, candidate: Candidate, recomputed: int) -> int:
+        """How many layers, where so many are asked for: each part's are rounded up."""
+        spans = self.problem.setup_of(candidate).pipeline().spans(self.problem.layers)
+        return sum(span.count for span in recomputed_spans(spans, recomputed)) if recomputed else 0
+
+    def asked_for(self, candidate: Candidate, at_least: int) -> int:
+        """How few layers to ask for, so that at least so many run again."""
+        pipeline = self.problem.setup_of(candidate).pipeline()
+        return fewest_recomputed(pipeline, self.problem.layers, at_least)
 
     def restyled_s(self, candidate: Candidate) -> float | None:
         """That it takes at least with other styles than the default ones, which it has, and as much recompute

@@ -16,7 +16,7 @@ from shardwise.core.layer_name import layer_index
 from shardwise.core.machine import Machine
 from shardwise.core.mesh import Mesh, Role
 from shardwise.core.op_names import ALTERNATE_MATMULS, KEPT_OPS
-from shardwise.core.pipeline import most_in_flight
+from shardwise.core.pipeline import Pipeline, fewest_recomputed, most_in_flight
 from shardwise.core.prediction import Precision, Setup
 from shardwise.core.program import Block, MemoryChange, MemoryKind, Op, Phase, Program
 from shardwise.core.search import Candidate
@@ -95,22 +95,24 @@ class Held:
         where all of them are too few."""
         if self.device_bytes(candidate, recompute) > limit:
             return None
-        mesh, chunks = candidate.mesh, candidate.chunks
-        layers, in_flight, _ = _of_first_stage(mesh.stages, chunks, self.layers, candidate.micro_batches)
+        mesh = candidate.mesh
+        _, in_flight, _ = _of_first_stage(mesh.stages, candidate.chunks, self.layers, candidate.micro_batches)
         over_bytes = self.device_bytes(candidate) - limit - LARGE_SEGMENT
         freed_bytes = in_flight * self.freed_bytes(recompute) * self._tokens(mesh)
         if over_bytes <= 0 or freed_bytes <= 0:
             return 1
         of_stage = math.ceil(over_bytes / freed_bytes - 1e-9)
-        if self.layers % (mesh.stages * chunks) == 0:
-            found = of_stage * mesh.stages
-        else:  # each part's are rounded up
-            found = (of_stage - chunks) * self.layers // layers
-        return min(self.layers, max(1, found))
+        return fewest_recomputed(pipeline_of(mesh.stages, candidate.chunks), self.layers, of_stage, 0)
 
     def _tokens(self, mesh: Mesh) -> float:
         """Of those that were traced."""
         return self._traced.context / mesh.context
+
+
+@lru_cache(4096)
+def pipeline_of(stages: int, chunks: int) -> Pipeline:
+    """As a candidate's layers are dealt."""
+    return Setup(Mesh.of({Role.CUTS_DEPTH: stages}), chunks=chunks).pipeline()
 
 
 @lru_cache(65536)
@@ -119,7 +121,7 @@ def _of_first_stage(stages: int, chunks: int, layers: int, micro_batches: int) -
     the next one)."""
     if stages == 1:
         return layers, 1.0, 0
-    pipeline = Setup(Mesh.of({Role.CUTS_DEPTH: stages}), chunks=chunks).pipeline()
+    pipeline = pipeline_of(stages, chunks)
     spans, parts = pipeline.spans(layers), pipeline.parts_of(0)
     played = micro_batches if micro_batches % stages else min(micro_batches, 4 * stages)  # more hold no more
     most = most_in_flight(pipeline.turns(0, played))

@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from shardwise.core.pipeline import recomputed_spans
 from shardwise.core.prediction import Prediction, Term
 from shardwise.core.search import Candidate, Known
 from shardwise.search.composed import are_alike, fewest_layers, styles_of_all
@@ -286,9 +285,9 @@ class Solver:
         assert whole is not None
         over_bytes = found.memory.device_bytes - self.problem.memory_bytes
         freed_bytes = self.costs.freed_bytes(candidate, none, whole)
-        recomputed = min(layers, fewer + fewest_layers(over_bytes, freed_bytes, layers))
-        spans = self.problem.setup_of(candidate).pipeline().spans(layers)
-        share = sum(span.count for span in recomputed_spans(spans, recomputed)) / layers
+        again = self.costs.run_again(candidate, fewer) + fewest_layers(over_bytes, freed_bytes, layers)
+        recomputed = self.costs.asked_for(candidate, again)
+        share = self.costs.run_again(candidate, recomputed) / layers
         step_s = none.step_s + share * (whole.step_s - none.step_s)
         least_s = none.step_s + added_s(none, whole, share)
         self._push_composed(replace(candidate, recomputed=recomputed), step_s, min(step_s, least_s))
