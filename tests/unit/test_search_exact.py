@@ -213,14 +213,11 @@ def costs_of(case: Case, problem: Problem) -> Costs:
 
 
 OTHER = ("output=cut", "tok_embeddings=rowwise", "micro-batch=2")
+FEW_WORDS = "llama3-debug?n_layers=4,vocab_size=512"
 OTHERS = [
-    ("llama3-debug?n_layers=4,vocab_size=512", 2, (*OTHER, "tp=2")),
-    pytest.param(
-        "llama3-debug?n_layers=4,vocab_size=512",
-        4,
-        (*OTHER, "tp=1,2", "pp=2", "dp=1,2"),
-        marks=pytest.mark.full,
-    ),
+    (FEW_WORDS, 2, (*OTHER, "tp=2")),
+    pytest.param(FEW_WORDS, 4, ("tp=1", "pp=1", "micro-batch=2"), marks=pytest.mark.full),
+    pytest.param(FEW_WORDS, 4, (*OTHER, "tp=1,2", "pp=2", "dp=1,2"), marks=pytest.mark.full),
 ]
 
 

@@ -21,7 +21,8 @@ from shardwise.core.prediction import Precision, Setup
 from shardwise.core.program import Block, MemoryChange, MemoryKind, Op, Phase, Program
 from shardwise.core.search import Candidate
 from shardwise.predict.allocator import LARGE_SEGMENT
-from shardwise.predict.memory import OF_MASTER
+from shardwise.predict.memory import OF_MASTER, peak_by_kind
+from shardwise.predict.stage_memory import STATES
 from shardwise.predict.work import boundary_bytes, layers_of
 
 CHOSEN_OPS = frozenset((*KEPT_OPS, *ALTERNATE_MATMULS))
@@ -47,7 +48,8 @@ class Held:
         )
         if setup.precision is Precision.MASTER:
             parameter, gradient, optimizer = (parameter * share for share in OF_MASTER)
-        self._states = parameter + gradient, optimizer
+        self._parameter, self._gradient, self._optimizer = parameter, gradient, optimizer
+        self._passing = 0.0 if setup.compiled else max(0.0, _most_in_passes(program, setup) - sum(plain))
         self._gathered_bytes = _gathered_bytes(program)
 
     def in_other_styles(self, whole: "Held | None") -> "Held":
@@ -58,6 +60,7 @@ class Held:
             kind: [max(self._between, each / tp) for each in kept]
             for kind, kept in (whole or self)._kept.items()
         }
+        found._passing = 0.0
         return found
 
     def shards(self, mesh: Mesh) -> float:
@@ -68,16 +71,20 @@ class Held:
         return self._shards[mesh]
 
     def device_bytes(self, candidate: Candidate, recompute: str = "none") -> float:
-        """At least, of the first stage's device, with all layers under that recompute."""
+        """At least, of the first stage's device, with all layers under that recompute. What comes and goes
+        at the peak is known of a whole step alone."""
         mesh, tokens = candidate.mesh, self._tokens(candidate.mesh)
         layers, in_flight, received = _of_first_stage(
             mesh.stages, candidate.chunks, self.layers, candidate.micro_batches
         )
         shards = self.shards(mesh)
-        held = self._states[0] / shards + self._states[1] / (shards * self._setup.optimizer_shards)
+        held = self._parameter / shards + self._optimizer / (shards * self._setup.optimizer_shards)
+        if candidate.micro_batches > mesh.stages or self._setup.precision is Precision.MASTER:
+            held += self._gradient / shards  # it is there while others are in flight
         if not candidate.reshard and mesh.fsdp > 1:
             held += self._gathered_bytes
         kept = in_flight * self._kept_bytes(recompute, layers) + received * self._between
+        kept += self._passing if mesh.stages == 1 else 0.0
         return held * layers / self.layers + kept * tokens + self._context_bytes
 
     def _kept_bytes(self, recompute: str, layers: int) -> float:
@@ -147,6 +154,12 @@ def _kept_by_layer(program: Program, layers: int) -> tuple[list[float], list[flo
                     selective[layer] += n_bytes * (matmuls[layer] % 2 == 0)
                     matmuls[layer] += 1
     return plain, selective
+
+
+def _most_in_passes(program: Program, setup: Setup) -> float:
+    """Bytes of activations and of what comes and goes in a forward and backward, at the most."""
+    by_kind = peak_by_kind(program, setup, dict.fromkeys(STATES, 0.0))
+    return sum(by_kind.get(kind, 0.0) for kind in (MemoryKind.ACTIVATION, MemoryKind.TEMPORARY))
 
 
 def _gathered_bytes(program: Program) -> float:
