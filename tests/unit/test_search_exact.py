@@ -198,7 +198,7 @@ def test_no_candidate_takes_less_than_its_bound_or_holds_less(
             assert isinstance(program, Program)
             bounds = Bounds(program, MACHINE, Setup())
             assert bounds.step_s(bounded) <= found.step_s * (1 + 1e-9), candidate
-            least = bounds.held.device_bytes(candidate, candidate.recompute)
+            least = bounds.needs.device_bytes(candidate, candidate.recompute)
             assert least <= found.memory.device_bytes * (1 + 1e-9), candidate
 
 
@@ -238,10 +238,10 @@ def test_no_other_styles_or_recompute_fit_with_less_than_they_are_said_to_need(
         problem = replace(everything, memory_bytes=found.memory.device_bytes)
         costs.problem = problem
         plain = candidate.without_recompute()
-        held = costs.held(plain)
-        assert held.device_bytes(candidate, candidate.recompute) <= found.memory.device_bytes, candidate
+        needs = costs.needs(plain)
+        assert needs.device_bytes(candidate, candidate.recompute) <= found.memory.device_bytes, candidate
         if candidate.recomputed:
-            few = held.fewest_layers(plain, candidate.recompute, problem.memory_bytes)
+            few = needs.fewest_layers(plain, candidate.recompute, problem.memory_bytes)
             spans = problem.setup_of(candidate).pipeline().spans(problem.layers)
             again = sum(span.count for span in recomputed_spans(spans, candidate.recomputed))
             assert few is not None, candidate

@@ -39,7 +39,7 @@ from shardwise.core.search import Candidate
 from shardwise.predict.costs import collective_cost, collective_s
 from shardwise.predict.groups import RankGroup, end_share, group_of
 from shardwise.predict.work import AFTER, BEFORE, TERMS, Work, work_of
-from shardwise.search.held import Held, pipeline_of
+from shardwise.search.needs import Needs, pipeline_of
 
 _BESIDE = Role.SHARDS_PARAMETERS
 
@@ -163,8 +163,8 @@ class Bounds:
 
     def __init__(self, program: Program, machine: Machine, setup: Setup, *, gathers: bool = True) -> None:
         self.program, self.machine, self.setup, self.gathers = program, machine, setup, gathers
-        self.held, self.traced = Held(program, machine, setup), Mesh(program.axes)
-        self.layers = self.held.layers
+        self.needs, self.traced = Needs(program, machine, setup), Mesh(program.axes)
+        self.layers = self.needs.layers
         work = work_of(program, machine, replace(setup, mesh=Mesh(program.axes))).without(setup.without)
         beside = [role_of(name) is _BESIDE for name in ("", *work.axes)]
         in_order = ~np.array(beside)[work.axis]
@@ -244,7 +244,7 @@ class Bounds:
 
     def _end_s(self, mesh: Mesh) -> float:
         reduced_s = 0.0 if self.setup.overlap_data else self._collectives_s("end", self._reduced_items, mesh)
-        own_s = self.end_s / (self.held.shards(mesh) * self.setup.optimizer_shards)
+        own_s = self.end_s / (self.needs.shards(mesh) * self.setup.optimizer_shards)
         return own_s / mesh.stages + reduced_s
 
     def _collectives_s(self, what: str, items: dict[str, list[tuple[Collective, int]]], mesh: Mesh) -> float:

@@ -15,7 +15,7 @@ from shardwise.predict.predict import predict
 from shardwise.search.bounds import NO_SHARDING, NOTHING_LESS, Bounds, Sharding
 from shardwise.search.composed import fewest_layers, singles
 from shardwise.search.ends import Change, Pair, is_end
-from shardwise.search.held import Held
+from shardwise.search.needs import Needs
 from shardwise.search.piece import Piece, Traced, Unfit
 from shardwise.search.problem import Outcome, Problem
 from shardwise.search.savings import Savings
@@ -119,11 +119,11 @@ class Costs:
         )
         return max(0.0, again_s - none_s - (waits_s(waits) if waits is not None else 0.0))
 
-    def held(self, candidate: Candidate) -> Held:
+    def needs(self, candidate: Candidate) -> Needs:
         """What it holds at least, by its root and, with other styles than the default ones, by that of one
         tp rank, which has all."""
         root = self.default_root(candidate)
-        found = self.bounds_of(root).held
+        found = self.bounds_of(root).needs
         return found if self.problem.is_default(candidate) else found.in_other_styles(self._whole(root))
 
     def at_first(self) -> dict[tuple[Piece, ...], list[Candidate]]:
@@ -138,17 +138,17 @@ class Costs:
             found.setdefault(tuple(pieces), []).append(candidate)
         return found
 
-    def _whole(self, root: Piece) -> Held | None:
+    def _whole(self, root: Piece) -> Needs | None:
         """None where it isn't known."""
         whole = _whole_of(root)
         known = not isinstance(self.pieces.get(whole, Unfit("")), Unfit)
-        return self.bounds_of(whole).held if known else None
+        return self.bounds_of(whole).needs if known else None
 
-    def recomputes(self, candidate: Candidate, held: Held) -> list[Candidate]:
+    def recomputes(self, candidate: Candidate, needs: Needs) -> list[Candidate]:
         """With each recompute that could make it fit, by what tensors take, of as few layers as could."""
         found = []
         for kind in self.problem.recompute:
-            few = held.fewest_layers(candidate, kind, self.problem.memory_bytes)
+            few = needs.fewest_layers(candidate, kind, self.problem.memory_bytes)
             if kind != "none" and few is not None and self.problem.layers:
                 layers = few if self.problem.partly else self.problem.layers
                 found.append(replace(candidate, recompute=kind, recomputed=layers))
@@ -157,9 +157,9 @@ class Costs:
     def freed_bytes(self, candidate: Candidate, none: Prediction, every: Prediction) -> float:
         """By which a device holds less, at most, for each of its layers that is recomputed. none, every: with
         none and all of them."""
-        held = self.bounds_of(self.problem.piece_of(candidate.without_recompute())).held
+        needs = self.bounds_of(self.problem.piece_of(candidate.without_recompute())).needs
         by_all = (none.memory.device_bytes - every.memory.device_bytes) / self.problem.layers
-        return MOST_FREED * (held.freed_bytes(candidate.recompute) or by_all)
+        return MOST_FREED * (needs.freed_bytes(candidate.recompute) or by_all)
 
     def fewest_by(self, found: Prediction, way: Candidate, more_bytes: float) -> int:
         """So many layers that must be recomputed, the recompute being way's. found: without, of the default
@@ -169,7 +169,7 @@ class Costs:
             needs /= SURE
         mesh, layers = way.mesh, self.problem.layers
         more = max(0.0, more_bytes) * mesh.stages / (layers * min(mesh.stages, way.micro_batches))
-        freed = MOST_FREED * (self.bounds_of(self.default_root(way)).held.freed_bytes(way.recompute) + more)
+        freed = MOST_FREED * (self.bounds_of(self.default_root(way)).needs.freed_bytes(way.recompute) + more)
         return self.asked_for(way, fewest_layers(needs - self.problem.memory_bytes, freed, layers))
 
     def run_again(self, candidate: Candidate, recomputed: int) -> int:
@@ -190,9 +190,9 @@ class Costs:
         if less == NOTHING_LESS:
             return None
         bounds, sharding = self.bounds_of(root), self.sharding(candidate)
-        held = bounds.held.in_other_styles(self._whole(root))
-        fits = held.device_bytes(candidate) <= self.problem.memory_bytes
-        ways = [candidate] if fits else self.recomputes(candidate, held)
+        needs = bounds.needs.in_other_styles(self._whole(root))
+        fits = needs.device_bytes(candidate) <= self.problem.memory_bytes
+        ways = [candidate] if fits else self.recomputes(candidate, needs)
         return min((bounds.step_s(way, sharding=sharding, less=less) for way in ways), default=None)
 
     def saved_s(self, candidate: Candidate) -> float:
@@ -229,7 +229,7 @@ class Costs:
             more = sum(known[pair][1] for pair in changed)
             return (found.memory.device_bytes + more) / SURE
         root = self.problem.piece_of(none).root
-        shards = self.bounds_of(root).held.shards(candidate.mesh) * candidate.mesh.stages
+        shards = self.bounds_of(root).needs.shards(candidate.mesh) * candidate.mesh.stages
         return found.memory.device_bytes + self.savings_of(root, none).more_bytes(candidate.styles) / shards
 
     def ends_of(self, candidate: Candidate) -> tuple[Change, ...]:

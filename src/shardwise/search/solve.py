@@ -28,6 +28,9 @@ FAR = 1.5
 """What takes so many times the best one's step isn't given out."""
 AHEAD = 1.2
 """Where a process would wait, what takes so many times the least bound is traced ahead: it may be needed."""
+LOOKING, RANKING = 0.86, 0.92
+"""Of the seconds that a search may take, by when it ends to look, and to see what fits by what the allocator
+reserves, which is simulated. What is left is for what decides."""
 SLACK = 0.005
 """A candidate that was put together may take so much less than its pieces give; tests hold it."""
 
@@ -49,12 +52,14 @@ class Solver:
         self._given_out: set[Candidate] = set()
         self._known_ones: list[Answer] = []
         self._best: Answer | None = None
+        self._until = math.inf
 
-    def run(self, top: int, seconds: float = math.inf) -> Outcome:
+    def run(self, top: int, seconds: float = math.inf, spent_s: float = 0.0) -> Outcome:
         """The best, proved, and the best others of those that need no further trace; where there is none,
-        the next one. On KeyboardInterrupt, and after so many seconds, what was found by then. Raises what
-        the tracer raises."""
-        outcome, until = self.outcome, time.monotonic() + seconds
+        the next one. On KeyboardInterrupt, and after so many seconds, of which some are spent, what was found
+        by then. Raises what the tracer raises."""
+        outcome, began = self.outcome, time.monotonic() - spent_s
+        self._until = began + RANKING * seconds
         try:
             self._start()
             while self.queue.is_left() and not (outcome.answers and len(self._ranked(top)) >= top):
@@ -65,18 +70,14 @@ class Solver:
                     if len(self._ranked(2)) > 1 and self._missing(node):
                         continue
                 self._look(bound, node)
-                if time.monotonic() > until and not outcome.answers:
+                if time.monotonic() > began + LOOKING * seconds and not outcome.answers:
                     outcome.stopped = f"{seconds:g} seconds were over"
                     self.queue.push(bound, node)  # it may not be through
                     break
         except KeyboardInterrupt:
             outcome.stopped = BY_HAND
-        best = self._best
-        if outcome.answers:
-            outcome.gap = 0.0
-        elif best is not None:
-            least = self.queue.least()
-            outcome.gap = max(0.0, 1 - least / best.prediction.step_s)
+        if outcome.answers or self._best is not None:
+            outcome.gap = 0.0 if outcome.answers else max(0.0, 1 - self.queue.least() / self._best_s)
         outcome.answers = self._ranked(top)
         return outcome
 
@@ -88,7 +89,7 @@ class Solver:
         """The best of those that are known and fit, without those that are like a better one."""
         found: list[Answer] = []
         for answer in sorted(self._known_ones, key=lambda each: each.prediction.step_s):
-            if len(found) == top:
+            if len(found) == top or (found and time.monotonic() > self._until):
                 break
             if not any(are_alike(answer, other) for other in found):
                 reserving = self.costs.reserving(answer.candidate, answer.prediction)
@@ -182,7 +183,7 @@ class Solver:
         bounds = self.costs.bounds_of(piece)
         sharding = self.costs.sharding(candidate)
         step_s = bounds.step_s(candidate, sharding=sharding)
-        needs = bounds.held.device_bytes(candidate)
+        needs = bounds.needs.device_bytes(candidate)
         if stage is Stage.ROOT and self.problem.is_default(candidate):
             restyled_s = self.costs.restyled_s(candidate)
             if restyled_s is not None:
@@ -193,7 +194,7 @@ class Solver:
             self.outcome.note(candidate, step_s, needs, Known.BOUND, fits=False)
         else:
             kinds = self.problem.recompute if self.problem.layers else ("none",)
-            least = min(bounds.held.device_bytes(candidate, kind) for kind in kinds)
+            least = min(bounds.needs.device_bytes(candidate, kind) for kind in kinds)
             self.outcome.refuse_large(candidate, step_s, least, Known.BOUND)
 
     def _by_prediction(self, candidate: Candidate, composed_s: float | None = None) -> None:
@@ -225,7 +226,7 @@ class Solver:
         """With all layers under each recompute. least_s: seconds that it takes without, at least. found: of
         it without, or of the default styles, than which its own ones hold so many bytes more; None where it
         is known by bounds alone. False where there is none."""
-        ways = self.costs.recomputes(candidate, self.costs.held(candidate))
+        ways = self.costs.recomputes(candidate, self.costs.needs(candidate))
         for way in ways:
             few = way.recomputed
             if found is not None and self.problem.partly:

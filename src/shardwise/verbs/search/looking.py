@@ -142,7 +142,7 @@ class _Looking:
         self.seconds["reading the model"] = time.perf_counter() - started
         solver = Solver(problem, self.tracing.traced, self.workers, self._says)
         began = time.perf_counter()
-        outcome = solver.run(self.options.given_out, self.options.seconds)
+        outcome = solver.run(self.options.given_out, self.options.seconds, began - started)
         self.seconds["tracing and predicting"] = time.perf_counter() - began
         outcome.refused.update(refused)
         self._check_found(outcome)

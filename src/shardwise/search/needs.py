@@ -1,4 +1,4 @@
-"""Held: what a device holds at least. From one traced piece, for any mesh that it can be rescaled to: a mean
+"""Needs: what a device holds at least. From one traced piece, for any mesh that it can be rescaled to: a mean
 stage's states, and the activations of as many micro-batches as its schedule holds at least. So also how many
 layers must be recomputed at least.
 
@@ -28,7 +28,7 @@ from shardwise.predict.work import boundary_bytes, layers_of
 CHOSEN_OPS = frozenset((*KEPT_OPS, *ALTERNATE_MATMULS))
 
 
-class Held:
+class Needs:
     """Of a piece's Program on a machine. setup: what all candidates share."""
 
     def __init__(self, program: Program, machine: Machine, setup: Setup) -> None:
@@ -52,7 +52,7 @@ class Held:
         self._passing = 0.0 if setup.compiled else max(0.0, _most_in_passes(program, setup) - sum(plain))
         self._gathered_bytes = _gathered_bytes(program)
 
-    def in_other_styles(self, whole: "Held | None") -> "Held":
+    def in_other_styles(self, whole: "Needs | None") -> "Needs":
         """What a rank holds at least whatever the styles of its groups: together, the ranks of tp keep all
         that one rank keeps of the whole model. whole: of that, where it is known."""
         tp, found = self._traced.tp, copy(self)
