@@ -2,8 +2,8 @@
 stage's states, and the activations of as many micro-batches as its schedule holds at least. So also how many
 layers must be recomputed at least.
 
-Each is what predict counts, less what comes and goes and what an allocator adds. A piece bounds those that
-only add to it: of a root also every recompute and data axis (Piece.root)."""
+Each is what predict counts, less what an allocator adds and, over stages, what comes and goes. A piece bounds
+those that only add to it: of a root also every recompute and data axis (Piece.root)."""
 
 import math
 from collections.abc import Iterator
