@@ -254,6 +254,24 @@ def test_no_other_styles_or_recompute_fit_with_less_than_they_are_said_to_need(
     assert min(seen.values()) > 0
 
 
+@pytest.mark.parametrize("words", [64, 64_000])
+def test_no_stage_of_a_pipeline_takes_less_than_its_bound_whichever_is_the_busiest(words: int) -> None:
+    """Of 1, 2, 2 and 1 layers: those in the middle are, or the last, with its head."""
+    case = case_of(f"llama3-debug?n_layers=6,vocab_size={words}")
+    for stages, chunks, micro_batches in ((4, 1, 4), (4, 1, 16), (2, 2, 8)):
+        for recomputed in (0, 1, 4, 6):
+            kind = "full" if recomputed else "none"
+            axes = Mesh.parse(f"pp={stages}").axes
+            candidate = Candidate(axes, (), 2, micro_batches, kind, recomputed, chunks=chunks)
+            own = piece_of(candidate, 6)
+            root, program = (traced(case, piece) for piece in (own.root, own))
+            assert isinstance(root, Program)
+            assert isinstance(program, Program)
+            found = predict(program, MACHINE, Setup(candidate.mesh, micro_batches, chunks), replays=False)
+            least_s = Bounds(root, MACHINE, Setup()).step_s(candidate)
+            assert found.step_s / 2 < least_s <= found.step_s * (1 + 1e-9), candidate
+
+
 def test_keys_that_go_round_a_ring_are_waited_for_by_no_bound() -> None:
     case = Case.of(model="llama3-8b", mesh="tp=1", dtype="bfloat16", seq=8192, random_ids=True)
     program = traced(case, Piece((("tp", 1),), (), 1))

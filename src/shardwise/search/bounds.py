@@ -2,7 +2,7 @@
 microseconds: so that most candidates need no prediction.
 
 It is the busiest stage's micro-batches, in each the longer of the device's work in order, the host's issuing,
-and FSDP's collectives beside it; the way of the first micro-batch to the last stage and back; the step's end.
+and FSDP's collectives beside it; the way of the first micro-batch to that stage and back; the step's end.
 
 Each is what predict counts, less what it adds: waiting that doesn't add up layer by layer, what
 collectives beside the work slow down. A piece bounds those that only add work to it:
@@ -132,12 +132,11 @@ NOTHING_LESS = Less()
 
 @dataclass(frozen=True, slots=True)
 class _Dealt:
-    """(layers, of these run again): of the model, of the last stage, of those of all stages that are unlike,
-    and of a part at least."""
+    """(layers, of these run again): of the model, of the stages that are unlike, each with the last one that
+    is so, and of a part at least."""
 
     all: tuple[int, int]
-    last: tuple[int, int]
-    stages: tuple[tuple[int, int], ...]
+    stages: tuple[tuple[tuple[int, int], int], ...]
     least_part: tuple[int, int]
 
 
@@ -148,13 +147,12 @@ def _dealt(stages: int, chunks: int, layers: int, recomputed: int) -> _Dealt:
     again = recomputed_spans(spans, recomputed) if recomputed else ()
     counts = [span.count for span in spans]
     run_again = [span.count for span in again] or [0] * len(counts)
-    by_stage = [
-        (sum(counts[part] for part in parts), sum(run_again[part] for part in parts))
-        for parts in map(pipeline.parts_of, range(stages))
-    ]
-    return _Dealt(
-        (layers, sum(run_again)), by_stage[-1], tuple(dict.fromkeys(by_stage)), (min(counts), min(run_again))
-    )
+    by_stage = {
+        (sum(counts[part] for part in parts), sum(run_again[part] for part in parts)): stage
+        for stage, parts in enumerate(map(pipeline.parts_of, range(stages)))
+    }
+    least_part = min(counts), min(run_again)
+    return _Dealt((layers, sum(run_again)), tuple(by_stage.items()), least_part)
 
 
 class Bounds:
@@ -202,15 +200,16 @@ class Bounds:
         dealt = _dealt(stages, candidate.chunks, self.layers, candidate.recomputed)
         before, after = self.before.of(share), self.after.of(share)
 
-        def of(counts: tuple[int, int]) -> Part:
-            return own * counts[0] + again * counts[1]
+        def least_s(counts: tuple[int, int], ends: Part = NO_WORK) -> float:
+            work = own * counts[0] + again * counts[1] + ends
+            return max(work.least_s, sharding.beside_s * counts[0] / self.layers)
 
-        whole = of(dealt.all) + (before + after - less.ends)
-        last = of(dealt.last) + (after - less.ends)
-        mean_s = max(whole.least_s, sharding.beside_s) / stages
-        busiest_s = max(mean_s, last.least_s, *(of(counts).least_s for counts in dealt.stages))
-        way_s = (stages - 1) * of(dealt.least_part).least_s
-        return candidate.micro_batches * busiest_s + way_s + self._end_s(mesh)
+        part_s, count = least_s(dealt.least_part), candidate.micro_batches
+        passes_s = count * least_s(dealt.all, before + after - less.ends) / stages
+        for counts, stage in dealt.stages:
+            ends = after - less.ends if stage == stages - 1 else NO_WORK
+            passes_s = max(passes_s, count * least_s(counts, ends) + stage * part_s)
+        return passes_s + self._end_s(mesh)
 
     def _gathered_s(self, mesh: Mesh) -> float:
         """An all-gather of keys and values and a reduce-scatter of their gradients, for each attention,

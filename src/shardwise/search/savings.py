@@ -1,8 +1,9 @@
 """What other styles of a candidate could save at most: so that they are traced only where they could win.
 
 a look-up     all that it takes, both ways a whole block its exchanges and copies, and what its matmuls
-take over the device's best rate; less what it adds: with whole sequences every rank multiplies all of it
-(tp times the FLOPs), with cut ones the gradients of whole weights are summed over tp in each micro-batch"""
+take over the device's best rate; less what it adds: with whole sequences, and where it attends, every rank
+multiplies all of it (tp times the FLOPs), with cut ones else the gradients of whole weights are summed over
+tp in each micro-batch"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ class Savings:
             return _Saved(
                 device_s, host_s, again=Part(float(forward.device_s.sum()), float(forward.host_s.sum()))
             )
-        summed_s = self._summed_s(group) if self._is_cut else 0.0
+        summed_s = self._summed_s(group) if self._is_alone(rows) else 0.0
         again = Part(max(0.0, self._of_device(forward, _only_moves)), self._of_host(forward))
         return _Saved(self._of_device(rows, _is_exchange), self._of_host(rows), summed_s, again)
 
@@ -117,11 +118,14 @@ class Savings:
         """What falls away of a block, and what its matmuls take over the best rate."""
         away = _chosen(rows, falls_away)
         matmuls = rows.term == TERMS.index(Term.MATMUL)
-        attends = bool((rows.term == TERMS.index(Term.ATTENTION)).any())
-        times = 1 if self._is_cut and not attends else Mesh(self._program.axes).tp
+        times = 1 if self._is_alone(rows) else Mesh(self._program.axes).tp
         flops = np.array([item.flops if isinstance(item, Op) else 0 for item in rows.items], np.float64)
         least_s = times * float(flops[rows.template[matmuls]].sum()) / self._best_flops()
         return float(rows.device_s[away].sum()) + float(rows.device_s[matmuls].sum()) - least_s
+
+    def _is_alone(self, rows: Work) -> bool:
+        """Whether a rank that has all of a block runs it on its own part of the sequence."""
+        return self._is_cut and not (rows.term == TERMS.index(Term.ATTENTION)).any()
 
     def _of_host(self, rows: Work) -> float:
         """Issuing all but matmuls and attention."""
