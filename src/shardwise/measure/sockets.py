@@ -1,48 +1,86 @@
 """Bytes that this process's own TCP sockets have sent: what gloo really puts on the wire, undisturbed by
 other processes.
 
-Linux tells it per socket: struct tcp_info, fields tcpi_bytes_sent and tcpi_bytes_retrans (8 bytes each from
-offset 200, Linux 4.19 and later; include/uapi/linux/tcp.h). What was sent once more, which a busy machine
-does on its loopback too, isn't counted. The rendezvous store's few bytes are in it too.
+Linux tells it per socket: what the other side has acknowledged (struct tcp_info, tcpi_bytes_acked, 8 bytes
+from offset 120, Linux 4.1 and later; include/uapi/linux/tcp.h), and what is on its way (TIOCOUTQ; tcp(7)). So
+what a busy machine sends once more, on its loopback too, counts once. The rendezvous store's few bytes are
+in it too.
 """
 
+import errno
 import os
 import socket
 import struct
+import sys
 from collections.abc import Mapping
-from pathlib import Path
 
-_BYTES_SENT_OFFSET = 200
-_SENT_AND_AGAIN = struct.Struct("=QQ")
+if sys.platform == "linux":
+    from fcntl import ioctl
+    from termios import TIOCOUTQ
+
+_ACKED_OFFSET, _ACKED = 120, struct.Struct("=Q")
+_ON_ITS_WAY = struct.Struct("=i")
 _INFO_BYTES = 256
+_DESCRIPTORS = "/proc/self/fd"
+_GONE = (errno.ENOENT, errno.EBADF)
 
 
 def sent_bytes() -> Mapping[str, int] | None:
     """Of each open TCP socket, by the name that the system gives it ("socket:[inode]"); None where the system
-    doesn't tell.
+    doesn't tell, of all of them.
     """
-    descriptors = Path("/proc/self/fd")
-    if not descriptors.is_dir() or not hasattr(socket, "TCP_INFO"):
+    if sys.platform != "linux":
         return None
-    sent_by_socket: dict[str, int] = {}
-    for entry in list(descriptors.iterdir()):
+    try:
+        return _sent_by_socket()
+    except OSError:
+        return None  # such as where no descriptor is left to look with
+
+
+def _sent_by_socket() -> Mapping[str, int] | None:
+    found: dict[str, int] = {}
+    for descriptor in os.listdir(_DESCRIPTORS):
         try:
-            name = os.readlink(entry)
+            name = os.readlink(f"{_DESCRIPTORS}/{descriptor}")
             if not name.startswith("socket:"):
                 continue
-            duplicate = socket.socket(fileno=os.dup(int(entry.name)))
-        except OSError:
-            continue  # closed since it was listed
+            duplicate = socket.socket(fileno=os.dup(int(descriptor)))
+        except OSError as error:
+            if error.errno in _GONE:
+                continue  # closed since it was listed
+            raise
         with duplicate:
-            try:
-                info = duplicate.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
-            except OSError:
-                continue  # no TCP socket
-            if len(info) < _BYTES_SENT_OFFSET + _SENT_AND_AGAIN.size:
-                return None
-            sent, again = _SENT_AND_AGAIN.unpack_from(info, _BYTES_SENT_OFFSET)
-            sent_by_socket[name] = sent - again
-    return sent_by_socket
+            sent = _sent(duplicate) if _is_connection(duplicate) else 0
+        if sent is None:
+            return None
+        found[name] = sent
+    return found
+
+
+def _is_connection(each: socket.socket) -> bool:
+    """Of TCP, and not one that listens."""
+    is_tcp = each.family in (socket.AF_INET, socket.AF_INET6) and each.type == socket.SOCK_STREAM
+    return is_tcp and not each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+
+
+def _sent(tcp: socket.socket) -> int | None:
+    """None where the system doesn't tell."""
+    acked = _acked(tcp)
+    while acked is not None:
+        (on_its_way,) = _ON_ITS_WAY.unpack(ioctl(tcp, TIOCOUTQ, bytes(_ON_ITS_WAY.size)))
+        now = _acked(tcp)
+        if now == acked:
+            return acked + int(on_its_way)
+        acked = now  # some of it arrived meanwhile
+    return None
+
+
+def _acked(tcp: socket.socket) -> int | None:
+    info = tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
+    if len(info) < _ACKED_OFFSET + _ACKED.size:
+        return None
+    (acked,) = _ACKED.unpack_from(info, _ACKED_OFFSET)
+    return int(acked)
 
 
 def sent_since(before: Mapping[str, int] | None) -> int | None:
