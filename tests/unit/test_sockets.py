@@ -39,6 +39,12 @@ def test_all_that_was_sent_counts_and_counts_once(count: int) -> None:
         assert sent_since(before) == count
 
 
+def test_connecting_sends_nothing() -> None:
+    before = sent_bytes()
+    with connection():
+        assert sent_since(before) == 0
+
+
 def test_what_nobody_has_read_yet_counts() -> None:
     with connection() as (ours, _):
         before = sent_bytes()

@@ -2,9 +2,9 @@
 other processes.
 
 Linux tells it per socket: what the other side has acknowledged (struct tcp_info, tcpi_bytes_acked, 8 bytes
-from offset 120, Linux 4.1 and later; include/uapi/linux/tcp.h), and what is on its way (TIOCOUTQ; tcp(7)). So
-what a busy machine sends once more, on its loopback too, counts once. The rendezvous store's few bytes are
-in it too.
+from offset 120; include/uapi/linux/tcp.h), and what is on its way (TIOCOUTQ; tcp(7)). So what a busy machine
+sends once more, on its loopback too, counts once. tcpi_bytes_sent and tcpi_bytes_retrans (from offset 200,
+Linux 4.19 and later) tell whether a SYN is among it. The rendezvous store's few bytes are in it too.
 """
 
 import errno
@@ -19,6 +19,7 @@ if sys.platform == "linux":
     from termios import TIOCOUTQ
 
 _ACKED_OFFSET, _ACKED = 120, struct.Struct("=Q")
+_SENT_OFFSET, _SENT_AND_AGAIN = 200, struct.Struct("=QQ")
 _ON_ITS_WAY = struct.Struct("=i")
 _INFO_BYTES = 256
 _DESCRIPTORS = "/proc/self/fd"
@@ -65,22 +66,28 @@ def _is_connection(each: socket.socket) -> bool:
 
 def _sent(tcp: socket.socket) -> int | None:
     """None where the system doesn't tell."""
-    acked = _acked(tcp)
-    while acked is not None:
+    books = _books(tcp)
+    while books is not None:
         (on_its_way,) = _ON_ITS_WAY.unpack(ioctl(tcp, TIOCOUTQ, bytes(_ON_ITS_WAY.size)))
-        now = _acked(tcp)
-        if now == acked:
-            return acked + int(on_its_way)
-        acked = now  # some of it arrived meanwhile
+        now = _books(tcp)
+        if now == books:
+            acked, sent = books
+            found = acked + int(on_its_way)
+            return found - (found == sent + 1)  # who connects is acknowledged its SYN as a byte
+        books = now  # some of it arrived meanwhile
     return None
 
 
-def _acked(tcp: socket.socket) -> int | None:
+def _books(tcp: socket.socket) -> tuple[int, int] | None:
+    """(acknowledged, sent but for what was sent once more)."""
     info = tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
-    if len(info) < _ACKED_OFFSET + _ACKED.size:
+    if len(info) < _SENT_OFFSET + _SENT_AND_AGAIN.size:
         return None
-    (acked,) = _ACKED.unpack_from(info, _ACKED_OFFSET)
-    return int(acked)
+    (acked,), (sent, again) = (
+        _ACKED.unpack_from(info, _ACKED_OFFSET),
+        _SENT_AND_AGAIN.unpack_from(info, _SENT_OFFSET),
+    )
+    return acked, sent - again
 
 
 def sent_since(before: Mapping[str, int] | None) -> int | None:
