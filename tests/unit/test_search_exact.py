@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -157,6 +157,24 @@ def test_the_best_is_the_best_of_all_whatever_memory_there_is(
         assert outcome.answers[0].prediction.memory.device_bytes <= limit
 
 
+def test_once_the_best_is_proved_no_runner_up_is_traced_when_time_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = case_of("llama3-debug")
+    _, devices, fix = SMALL
+
+    def trace(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Traced]]:
+        assert not solver.outcome.answers
+        yield from ((piece, traced(case, piece)) for piece in pieces)
+
+    solver = Solver(problem_of(case, devices, fix), trace, 1)
+    monkeypatch.setattr("time.monotonic", lambda: 1e9 if solver.outcome.answers else 0.0)
+    outcome = solver.run(50, seconds=60)
+    assert outcome.gap == 0
+    assert len(outcome.answers) == 1
+    assert outcome.stopped is None
+
+
 def test_less_memory_than_any_plan_needs_is_answered_with_the_least_that_would_do() -> None:
     case = case_of("llama3-debug")
     _, devices, fix = SMALL
@@ -213,6 +231,13 @@ def costs_of(case: Case, problem: Problem) -> Costs:
 
 
 OTHER = ("output=cut", "tok_embeddings=rowwise", "micro-batch=2")
+
+
+def kept_whole(candidates: Iterable[Candidate]) -> Iterator[Candidate]:
+    """Those over FSDP's ranks, with parameters kept after the forward."""
+    return (replace(each, reshard=False) for each in candidates if each.mesh.fsdp > 1)
+
+
 FEW_WORDS = "llama3-debug?n_layers=4,vocab_size=512"
 OTHERS = [
     (FEW_WORDS, 2, (*OTHER, "tp=2")),
@@ -231,7 +256,7 @@ def test_no_other_styles_or_recompute_fit_with_less_than_they_are_said_to_need(
     everything = problem_of(case, devices, fix, math.inf, kinds, partly=True)
     costs = costs_of(case, everything)
     seen = Counter[str]()
-    for candidate in every(everything):
+    for candidate in (*every(everything), *kept_whole(every(everything))):
         program = traced(case, piece_of(candidate, everything.layers))
         assert isinstance(program, Program)
         found = predict(program, MACHINE, everything.setup_of(candidate), replays=False)

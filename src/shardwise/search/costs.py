@@ -15,7 +15,7 @@ from shardwise.predict.predict import predict
 from shardwise.search.bounds import NO_SHARDING, NOTHING_LESS, Bounds, Sharding
 from shardwise.search.composed import fewest_layers, singles
 from shardwise.search.ends import Change, Pair, is_end
-from shardwise.search.needs import Needs
+from shardwise.search.needs import Needs, pipeline_of
 from shardwise.search.piece import Piece, Traced, Unfit
 from shardwise.search.problem import Outcome, Problem
 from shardwise.search.savings import Savings
@@ -97,8 +97,8 @@ class Costs:
         return self._sharding[key]
 
     def sharding(self, candidate: Candidate) -> Sharding:
-        """FSDP's collectives of a micro-batch at least, by the default styles, which cut most; 0 where they
-        aren't known."""
+        """What FSDP adds to a micro-batch at least, by the default styles, which cut most; nothing where it
+        isn't known."""
         piece = self.sharding_piece_of(candidate)
         if piece is None or isinstance(self.pieces.get(piece, Unfit("")), Unfit):
             return NO_SHARDING
@@ -174,12 +174,12 @@ class Costs:
 
     def run_again(self, candidate: Candidate, recomputed: int) -> int:
         """How many layers, where so many are asked for: each part's are rounded up."""
-        spans = self.problem.setup_of(candidate).pipeline().spans(self.problem.layers)
+        spans = pipeline_of(candidate.mesh.stages, candidate.chunks).spans(self.problem.layers)
         return sum(span.count for span in recomputed_spans(spans, recomputed)) if recomputed else 0
 
     def asked_for(self, candidate: Candidate, at_least: int) -> int:
         """How few layers to ask for, so that at least so many run again."""
-        pipeline = self.problem.setup_of(candidate).pipeline()
+        pipeline = pipeline_of(candidate.mesh.stages, candidate.chunks)
         return fewest_recomputed(pipeline, self.problem.layers, at_least)
 
     def restyled_s(self, candidate: Candidate) -> float | None:

@@ -55,9 +55,8 @@ class Solver:
         self._until = math.inf
 
     def run(self, top: int, seconds: float = math.inf, spent_s: float = 0.0) -> Outcome:
-        """The best, proved, and the best others of those that need no further trace; where there is none,
-        the next one. On KeyboardInterrupt, and after so many seconds, of which some are spent, what was found
-        by then. Raises what the tracer raises."""
+        """The best, proved, and the best others of those that need no further trace; where there is none, the
+        next one. On KeyboardInterrupt, and after so many seconds, of which some are spent, what there is."""
         outcome, began = self.outcome, time.monotonic() - spent_s
         self._until = began + RANKING * seconds
         try:
@@ -70,9 +69,10 @@ class Solver:
                     if len(self._ranked(2)) > 1 and self._missing(node):
                         continue
                 self._look(bound, node)
-                if time.monotonic() > began + LOOKING * seconds and not outcome.answers:
-                    outcome.stopped = f"{seconds:g} seconds were over"
-                    self.queue.push(bound, node)  # it may not be through
+                if time.monotonic() > began + LOOKING * seconds:
+                    if not outcome.answers:  # else only runners-up are left
+                        outcome.stopped = f"{seconds:g} seconds were over"
+                        self.queue.push(bound, node)  # it may not be through
                     break
         except KeyboardInterrupt:
             outcome.stopped = BY_HAND
