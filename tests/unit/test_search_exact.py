@@ -24,6 +24,7 @@ from shardwise.search.costs import Costs, waits_s
 from shardwise.search.ends import LIGHTER
 from shardwise.search.piece import Piece, Traced, Unfit, piece_of
 from shardwise.search.problem import Outcome, Problem
+from shardwise.search.queue import Node
 from shardwise.search.solve import Solver
 from shardwise.search.tipping import CONSTANTS
 from shardwise.verbs.search.pieces import AskFacts, AskGroups, AskProgram, Facts, answer
@@ -157,17 +158,23 @@ def test_the_best_is_the_best_of_all_whatever_memory_there_is(
         assert outcome.answers[0].prediction.memory.device_bytes <= limit
 
 
-def test_once_the_best_is_proved_no_runner_up_is_traced_when_time_is_over(
+def test_once_the_best_is_proved_no_runner_up_is_looked_at_when_time_is_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case = case_of("llama3-debug")
     _, devices, fix = SMALL
 
     def trace(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Traced]]:
-        assert not solver.outcome.answers
         yield from ((piece, traced(case, piece)) for piece in pieces)
 
     solver = Solver(problem_of(case, devices, fix), trace, 1)
+    look = solver._look
+
+    def look_before_the_proof(bound: float, node: Node) -> None:
+        assert not solver.outcome.answers
+        look(bound, node)
+
+    monkeypatch.setattr(solver, "_look", look_before_the_proof)
     monkeypatch.setattr("time.monotonic", lambda: 1e9 if solver.outcome.answers else 0.0)
     outcome = solver.run(50, seconds=60)
     assert outcome.gap == 0
