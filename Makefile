@@ -7,7 +7,8 @@ NEWEST_TORCH := 2.14.1
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
-# A file at a time on each core, for its tests share launches and Programs; the long ones first.
+# A file at a time in each of a few processes (tests/conftest.py: how many), for its tests share launches and
+# Programs; the long ones first.
 FILES_AT_ONCE := --numprocesses auto --dist loadfile --no-loadscope-reorder
 # Every style and shared sequences; whole runs over experts, stages, context and FSDP, recomputed too, which meet
 # what test_experts.py and test_pipeline.py meet of PyTorch. The search is of numbers, which tests of the trace hold.

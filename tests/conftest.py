@@ -7,12 +7,19 @@ import pytest
 from hypothesis import settings
 
 from shardwise.launch import warm_ranks
+from shardwise.launch.environment import cores
 
 # as in the command: what a trace makes is many objects, and hardly any of them in cycles
 gc.set_threshold(200_000)
 # times differ tenfold on a busy machine
 settings.register_profile("shardwise", deadline=None)
 settings.load_profile("shardwise")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than cores: tests that wait, for a timeout or for other ranks, leave theirs to the next."""
+    return cores() + 1
 
 
 # of those without processes, which come last: else one core would be at it when the other has nothing left

@@ -53,6 +53,10 @@ def tour(context: RankContext, payload: bytes) -> bytes:
     return json.dumps(facts).encode().ljust(MANY_BYTES)
 
 
+def threads(context: RankContext, payload: bytes) -> bytes:
+    return str(torch.get_num_threads()).encode()
+
+
 def random_numbers(context: RankContext, payload: bytes) -> bytes:
     """What nobody seeded."""
     _sum_of_ranks(context)

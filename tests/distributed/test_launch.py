@@ -69,6 +69,7 @@ def launch(
     timeout_s: float = PATIENCE_S,
     on_event: Callable[[bytes], None] | None = None,
     log_dir: Path | None = None,
+    threads_per_rank: int = 1,
 ) -> list[bytes]:
     return run_ranks(
         f"launch_workers:{worker}",
@@ -78,6 +79,7 @@ def launch(
         timeout_s=timeout_s,
         on_event=on_event,
         log_dir=log_dir,
+        threads_per_rank=threads_per_rank,
     )
 
 
@@ -306,11 +308,12 @@ def test_after_the_warm_process_was_killed_there_is_another() -> None:
         assert [json.loads(result)["sum"] for result in launch("tour")] == [1, 1]
 
 
-def test_warm_ranks_leave_nothing_behind_and_are_unlike_one_another() -> None:
+def test_warm_ranks_leave_nothing_behind_have_threads_of_their_own_and_are_unlike_one_another() -> None:
     me = psutil.Process()
     before = me.children(recursive=True)
     with warm_ranks():
         first, second = (launch("random_numbers") for _ in range(2))
+        assert [launch("threads", threads_per_rank=number) for number in (2, 1)] == [[b"2"] * 2, [b"1"] * 2]
         (warm,) = set(me.children(recursive=True)) - set(before)
         assert warm.num_threads() == 1
     assert me.children(recursive=True) == before

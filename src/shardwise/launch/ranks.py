@@ -229,7 +229,7 @@ class _Ranks:
 
 def _process(entry: str, assignment: Assignment, threads_per_rank: int, log: Path) -> RankProcess:
     environment = _environment(assignment.device_type, threads_per_rank)
-    template = warm_template(assignment.device_type, threads_per_rank, environment)
+    template = warm_template(assignment.device_type, environment)
     if template is None:
         with log.open("wb") as output:
             return Started(entry, environment | assignment.environment(), output)

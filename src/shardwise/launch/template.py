@@ -148,6 +148,7 @@ def _be(order: Order) -> int:
     os.environ.clear()
     os.environ.update(order.environment)
     _part_from_the_others()
+    _take_threads()
 
     from shardwise.launch import rank
 
@@ -159,6 +160,12 @@ def _part_from_the_others() -> None:
     own does that by itself.)"""
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
+
+
+def _take_threads() -> None:
+    """As many as its own environment says: PyTorch has read that of the first run."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 A rank in an interpreter of its own takes seconds of a core, nearly all of it to import. Within warm_ranks()
 one process does so once, and each rank of each run is a fork of it: with the parent's environment, folder
 and import path, in a session of its own, with its own log, and gone with the parent, as the others are. Two
-things differ. What libraries read while they are loaded (but for the number of threads) they have from the
-first run's environment. And all ranks hash strings alike, so that a set's order, which may differ on real
-ranks, does not.
+things differ. What libraries read while they are loaded they have from the first run's environment; the
+number of threads alone is each run's own. And all ranks hash strings alike, so that a set's order, which may
+differ on real ranks, does not.
 
 On the CPU only: a rank on cuda is always an interpreter of its own.
 """
@@ -128,12 +128,17 @@ class Forked:
         return news.number if news.what == "stopped" else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Kept:
-    """templates: by the number of threads that their ranks have."""
+    """template: once a run has asked for it."""
 
     imports: tuple[str, ...]
-    templates: dict[int, Template]
+    template: Template | None = None
+
+    def close(self) -> None:
+        if self.template is not None:
+            self.template.close()
+            self.template = None
 
 
 _kept: ContextVar[_Kept | None] = ContextVar("kept", default=None)
@@ -144,26 +149,23 @@ def warm_ranks(*imports: str, warm: bool = True) -> Iterator[None]:
     """Ranks of runs within it are forked from a warm process, which ends with it. imports: modules that it
     imports besides, for ranks that would; what isn't installed is left to them. Not warm: each is an
     interpreter of its own again, within another one."""
-    kept = _Kept(imports, {})
+    kept = _Kept(imports)
     before = _kept.set(kept if warm and hasattr(os, "fork") else None)
     try:
         yield
     finally:
         _kept.reset(before)
-        for template in kept.templates.values():
-            template.close()
+        kept.close()
 
 
-def warm_template(device_type: str, threads_per_rank: int, environment: dict[str, str]) -> Template | None:
-    """What ranks with so many threads are forked from; None where they are to be interpreters of their own.
-    Raises OSError where the system can't start a process."""
+def warm_template(device_type: str, environment: dict[str, str]) -> Template | None:
+    """What ranks are forked from; None where they are to be interpreters of their own. Raises OSError where
+    the system can't start a process."""
     kept = _kept.get()
     if kept is None or device_type != "cpu":
         return None
-    known = kept.templates.get(threads_per_rank)
-    if known is not None and not known.is_alive:
-        known.close()
-        known = None
-    if known is None:
-        known = kept.templates[threads_per_rank] = Template(environment, kept.imports)
-    return known
+    if kept.template is not None and not kept.template.is_alive:
+        kept.close()
+    if kept.template is None:
+        kept.template = Template(environment, kept.imports)
+    return kept.template
