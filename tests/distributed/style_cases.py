@@ -30,16 +30,18 @@ MESHES = {
 TELLING = {
     1: ("llama V=257 untied padding=None",),
     2: (
-        "llama V=257 untied padding=None",
+        # with sequence parallelism: as a backward that runs twice
+        *(f"llama V=257 untied padding=None: {name} (no" for name in WITHOUT),
         "llama V=5 tied padding=3",
-        "llama hot ids",
-        "llama few ids",
-        "llama reduce_scatter",
+        *(f"llama {ids} ids: {name}" for ids in ("hot", "few") for name in ("rowwise", "routed")),
+        "llama reduce_scatter=backend: rowwise",  # pairwise is what gloo has
         "llama backward twice untied",
-        "llama V=32000 tied",
+        "llama V=32000 tied: routed-interleaved",
         "llama V=257 4 KV heads padding=None",
-        "llama V=257 12 KV heads padding=3",
-        "mlp",
+        "llama V=257 12 KV heads padding=3: rowwise",
+        "mlp:",
+        "mlp backward twice",
+        *(f"mlp tied: {plan}" for plan in ("colwise takes", "colwise gives", "replicate", "head gives")),
         "gpt tied: rowwise",
         "gpt untied: rowwise@dtensor",
     ),

@@ -132,9 +132,11 @@ def _run_cases(context: RankContext, mesh: DeviceMesh, *, telling: bool) -> dict
     return outcomes
 
 
-def _run_faults(context: RankContext, mesh: DeviceMesh) -> dict[str, dict[str, Any]]:
+def _run_faults(context: RankContext, mesh: DeviceMesh, *, telling: bool) -> dict[str, dict[str, Any]]:
     outcomes: dict[str, dict[str, Any]] = {}
     for fault in FAULTS:
+        if fault.is_telling != telling:
+            continue
         context.note(fault.name)
         unsharded(fault.config, Ids.RANDOM, context.device)  # before the fault is planted
         with fault.plant():
@@ -413,8 +415,9 @@ def run(context: RankContext, payload: bytes) -> bytes:
         if is_telling(name, context.world_size) == telling:
             context.note(name)
             answer[name] = part()
+    if context.world_size == 2:
+        answer["faults"] = _run_faults(context, mesh, telling=telling)
     if context.world_size == 2 and telling:
-        answer["faults"] = _run_faults(context, mesh)
         for name, (part_name, plant) in PART_FAULTS.items():
             context.note(name)
             with plant():
