@@ -247,7 +247,8 @@ def kept_whole(candidates: Iterable[Candidate]) -> Iterator[Candidate]:
 
 FEW_WORDS = "llama3-debug?n_layers=4,vocab_size=512"
 OTHERS = [
-    (FEW_WORDS, 2, (*OTHER, "tp=2")),
+    (FEW_WORDS, 2, (*OTHER, "layers.*.attention=cut", "tp=2")),
+    pytest.param(FEW_WORDS, 2, (*OTHER, "tp=2"), marks=pytest.mark.full),
     pytest.param(FEW_WORDS, 4, ("tp=1", "pp=1", "micro-batch=2"), marks=pytest.mark.full),
     pytest.param(FEW_WORDS, 4, (*OTHER, "tp=1,2", "pp=2", "dp=1,2"), marks=pytest.mark.full),
 ]
@@ -337,7 +338,8 @@ def test_other_ends_beside_a_part_of_the_layers_run_again_are_not_lost() -> None
 
 
 PARTLY = [
-    ("llama3-debug", 2, (*BLOCKS_CUT, "micro-batch=2", "fsdp=2")),
+    ("llama3-debug?n_layers=4", 2, (*BLOCKS_CUT, "micro-batch=2", "fsdp=2")),
+    pytest.param("llama3-debug", 2, (*BLOCKS_CUT, "micro-batch=2", "fsdp=2"), marks=pytest.mark.full),
     pytest.param("llama3-debug", 4, (*BLOCKS_CUT, "micro-batch=1", "pp=2", "fsdp=2"), marks=pytest.mark.full),
 ]
 
