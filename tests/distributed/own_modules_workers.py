@@ -40,8 +40,8 @@ OVER_OTHERS = (
     KEPT_IN_PIECES[4],
 )
 
-# in `make test`: rows in pieces of sizes and of parts, a transposed weight, heads that ranks share
-TELLING = {KEPT_IN_PIECES[0], *KEPT_IN_PIECES[3:], *OVER_OTHERS[3:6]}
+# in `make test`: a transposed weight in pieces, pieces of which ranks have parts, heads that ranks share
+TELLING = {*KEPT_IN_PIECES[3:], *OVER_OTHERS[3:6]}
 
 AT_TP_2 = ("dp=2,tp=2", "fsdp=2,tp=2")
 

@@ -65,16 +65,20 @@ class Case(msgspec.Struct, frozen=True):
             if self.plan == "rowwise@dtensor":  # what accumulates does so on four
                 is_twin = self.accumulation == 2 or self.dtype == "bfloat16" or self.vocab_size == 96
                 return not is_twin
+            if self.plan in ("routed", "replicated", "rowwise") and self.sequence_parallel:
+                return self.family is Family.GPT or self.dtype != "float32" or self._repeats
             return self.sequence_parallel or not self.plan.startswith("colwise")
         if self.mesh == "tp=3":
             return False  # what three ranks can't divide evenly, two can't either
         if self.mesh == "tp=4":
             return self.plan == "routed-interleaved"
         if self.plan == "rowwise@dtensor":
-            return self.accumulation == 2
-        if self.plan == "routed":
-            return self.mesh == "fsdp=2,tp=2" and self.accumulation == 1
+            return self.mesh == "fsdp=2,tp=2" and self.accumulation == 2
         return self.plan == "routed-interleaved" or self.recompute == "full"
+
+    @property
+    def _repeats(self) -> bool:
+        return self.recompute != "none" or self.accumulation > 1
 
     @property
     def world_size(self) -> int:

@@ -20,8 +20,8 @@ HF_LLAMA = (
 )
 HF_GPT2 = "hf:gpt2?vocab_size=96,n_embd=32,n_layer=5,n_head=4,n_positions=64"
 MOE = "moe-debug?vocab_size=96,hidden=32,n_layers=5,n_heads=4,n_kv_heads=2,ffn_hidden=48"
-# in `make test`: each kind of model, schedule and axis once; stages beside dp: test_train_axes.py, experts':
-# test_meshes.py
+# in `make test`: each kind of model, schedule and axis once; stages beside dp: test_train_axes.py, experts'
+# and tp: test_meshes.py
 ON_TWO = (
     Trial(LLAMA, "pp=2", stages="1,4", recompute="full", recompute_layers=2, micro_batches=3),
     Trial(TIED, "pp=2", chunks=2),
@@ -37,12 +37,12 @@ OTHERS_ON_TWO = (
 )
 ON_FOUR = (
     Trial(TIED, "pp=4"),
-    Trial(LLAMA, "pp=2,tp=2", "rowwise", chunks=2),
-    Trial(LLAMA, "pp=2,fsdp=2", schedule="gpipe", recompute="full"),
     Trial(TIED, "pp=2,fsdp=2", chunks=2, reduce_once=True),
     Trial(HF_LLAMA, "pp=2,cp=2", chunks=2, recompute="full"),
 )
 OTHERS_ON_FOUR = (
+    Trial(LLAMA, "pp=2,tp=2", "rowwise", chunks=2),
+    Trial(LLAMA, "pp=2,fsdp=2", schedule="gpipe", recompute="full"),
     Trial(TIED, "pp=2,dp=2"),
     Trial(MOE, "pp=2,ep=2", "rowwise"),
     Trial(TIED, "pp=2,tp=2", "rowwise"),

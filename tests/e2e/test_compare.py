@@ -68,13 +68,17 @@ BFLOAT16 = ("--dtype", "bfloat16", "--random-ids", "--no-repeat")
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Comparison]]:
-    """Two whole runs that were started at once in one folder: that, and what each gave by --json."""
+    """Two whole runs at once in one folder: that, and what each gave by --json."""
     folder = tmp_path_factory.mktemp("both")
-    asked = [FOUR_PLANS, (*WHOLE_SEQUENCES, *BFLOAT16)]
-    parents = [start("compare", *SMALL, *options, "--json", cwd=folder, warm=True) for options in asked]
-    written = [parent.communicate(timeout=2 * PATIENCE_S) for parent in parents]
-    assert [parent.returncode for parent in parents] == [0, 0], written
-    return folder, [read_document(stdout.encode(), Comparison) for stdout, _ in written]
+    other = start("compare", *SMALL, *WHOLE_SEQUENCES, *BFLOAT16, "--json", cwd=folder, warm=True)
+    try:
+        ended = shardwise("compare", *SMALL, *FOUR_PLANS, "--json", cwd=folder)
+        written, said = other.communicate(timeout=2 * PATIENCE_S)
+    finally:
+        other.kill()
+        other.wait()
+    assert (ended.returncode, other.returncode) == (0, 0), (ended.stderr, said)
+    return folder, [read_document(each.encode(), Comparison) for each in (ended.stdout, written)]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from tests.e2e.browser import Browser
 from tests.e2e.command import shardwise, shardwise_process
 
-SMALL = ("--model", "llama3-debug", "--mesh", "tp=2", "--seq", "32")
+SMALL = ("--model", "llama3-debug?n_layers=2", "--mesh", "tp=2", "--seq", "32")
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +64,10 @@ def test_the_page_opens_in_a_browser_and_loads_nothing(
 
 
 def test_a_gpt_is_explained_at_another_size_and_at_the_sequence_that_it_has_positions_for() -> None:
-    ended = shardwise("explain", "--model", "gpt3-175b?n_layers=5,hidden=1024", "--json")
+    ended = shardwise("explain", "--model", "gpt3-175b?n_layers=2,hidden=1024", "--json")
     assert ended.returncode == 0, ended.stderr
     document = json.loads(ended.stdout)
-    assert (document["model"], document["settings"]["seq"]) == ("gpt3-175b?n_layers=5,hidden=1024", 2048)
+    assert (document["model"], document["settings"]["seq"]) == ("gpt3-175b?n_layers=2,hidden=1024", 2048)
     assert {rule["pattern"] for rule in document["rules"]} >= {"pos_embeddings", "layers.*.attention.wqkv"}
 
 

@@ -13,7 +13,7 @@ import pytest
 from tests.e2e.command import PATIENCE_S, children_of, gone, shardwise, start, wait_until
 from tests.matrix import FULL
 
-SMALL = ("--model", "llama3-debug", "--mesh", "tp=2", "--seq", "32")
+SMALL = ("--model", "llama3-debug?n_layers=2", "--mesh", "tp=2", "--seq", "32")
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from shardwise.parallel.builtin import builtin_names, builtin_plan
 from shardwise.trace.trace import trace
 from tests.matrix import thinned
 
-LAYERS = 4  # all of them are traced
+LAYERS = 2  # all of them are traced
 SPEC = ModelSpec("small", LlamaConfig(96, 48, LAYERS, 4, 2, 64), "")
 SETTINGS = StepSettings(2, 16)
 

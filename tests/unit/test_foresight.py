@@ -261,8 +261,12 @@ def test_what_is_right_by_hand_is_not_suspected(name: str) -> None:
     assert seen(MODELS + name, TheirPlan.OWN) == Foresight(())
 
 
+# each engine and each way to share rows out; of the others test_styles.py proves all
+BUILT_IN = {("rowwise", 3), ("routed", 2), ("replicated", 2), ("colwise@dtensor", 2)}
+
+
 @pytest.mark.parametrize(
-    ("name", "tp"), thinned(product(builtin_names(), (2, 3)), lambda name, tp: tp == 2 or name == "rowwise")
+    ("name", "tp"), thinned(product(builtin_names(), (2, 3)), lambda name, tp: (name, tp) in BUILT_IN)
 )
 def test_no_built_in_plan_is_suspected(name: str, tp: int) -> None:
     for parallel in (True, False):
@@ -310,7 +314,12 @@ def test_a_fault_in_a_plan_of_transformers_is_named_without_a_rank(
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "phi3", "gpt_neox", "mixtral", "deepseek_v3", "qwen3_next", "glm4"]
+    "name",
+    thinned(
+        ["llama", "phi3", "gpt_neox", "mixtral", "deepseek_v3", "qwen3_next", "glm4"],
+        # whose faults are looked for beside the others', above; glm4's is phi3's way with gate and up
+        lambda name: name in ("phi3", "gpt_neox", "deepseek_v3", "qwen3_next"),
+    ),
 )
 def test_no_right_plan_of_transformers_is_suspected(name: str) -> None:
     pytest.importorskip(

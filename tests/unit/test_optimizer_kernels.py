@@ -21,7 +21,7 @@ from shardwise.step.train import adamw
 from shardwise.trace.trace import trace
 from tests.matrix import FULL
 
-SPEC = ModelSpec("small", LlamaConfig(1024, 512, 6, 8, 4, 1024), "")
+SPEC = ModelSpec("small", LlamaConfig(1024, 512, 2, 8, 4, 1024), "")
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """What items cost, how they run beside each other, how stages play together, and what lives: on a machine
 made of round numbers."""
 
+import functools
 from dataclasses import replace
 from itertools import pairwise
 
@@ -34,6 +35,7 @@ from shardwise.core.program import (
     Op,
     OpKind,
     Phase,
+    Program,
     TensorSpec,
     memory_peak,
 )
@@ -297,7 +299,7 @@ def test_a_ring_over_nodes_runs_at_the_nics_of_its_local_ranks() -> None:
 
 def test_a_group_lies_where_its_axes_do_on_the_whole_mesh() -> None:
     mesh = "pp=2,dp=4,fsdp=2,cp=2,ep=2,tp=2"
-    traced = replace(PROGRAM, axes=(("dp", 2), ("fsdp", 2), ("ep", 2), ("tp", 2)))
+    traced = replace(of_rowwise(), axes=(("dp", 2), ("fsdp", 2), ("ep", 2), ("tp", 2)))
 
     def ranks(axis: str) -> list[int]:
         return list(group_of(axis, traced, Setup(Mesh.parse(mesh))).ranks())
@@ -413,12 +415,14 @@ def test_no_stage_does_two_things_at_once_and_nothing_starts_before_what_it_need
             assert each.start_s >= ends[each.part + 1, True, each.micro_batch] + 0.25
 
 
-PROGRAM = Small(SPEC, "rowwise", "cuda").program()
+@functools.cache
+def of_rowwise() -> Program:
+    return Small(SPEC, "rowwise", "cuda").program()
 
 
 def test_every_item_has_its_place_in_the_model() -> None:
-    work = work_of(PROGRAM, MACHINE, Setup())
-    assert len(work) == sum(1 for item in PROGRAM.items() if isinstance(item, Op | Collective))
+    work = work_of(of_rowwise(), MACHINE, Setup())
+    assert len(work) == sum(1 for item in of_rowwise().items() if isinstance(item, Op | Collective))
     forward = work.where(work.in_phases(Phase.FORWARD))
     assert forward.layer[0] == BEFORE
     assert forward.layer[-1] == AFTER
@@ -428,7 +432,7 @@ def test_every_item_has_its_place_in_the_model() -> None:
 
 
 def test_a_host_that_issues_at_once_leaves_the_device_no_gap() -> None:
-    work = work_of(PROGRAM, MACHINE, Setup())
+    work = work_of(of_rowwise(), MACHINE, Setup())
     quick = replace(work, host_s=np.zeros_like(work.host_s))
     assert run(quick).length_s == pytest.approx(float(work.device_s.sum()))
     slow = replace(work, device_s=np.zeros_like(work.device_s))
@@ -444,22 +448,22 @@ def test_a_host_that_issues_at_once_leaves_the_device_no_gap() -> None:
 
 def test_a_host_that_waits_for_the_device_begins_every_pass_with_nothing_in_flight() -> None:
     ahead, waiting = (
-        lay_out(PROGRAM, MACHINE, Setup(micro_batches=3, waits_for_device=waits)).busiest
+        lay_out(of_rowwise(), MACHINE, Setup(micro_batches=3, waits_for_device=waits)).busiest
         for waits in (False, True)
     )
     for way in ("forward", "backward"):
         alone_s = run(getattr(waiting, way)).length_s
         assert getattr(waiting.times, f"{way}_s") == alone_s
         assert getattr(ahead.times, f"{way}_s") < alone_s
-    made = predict(PROGRAM, MACHINE, Setup(micro_batches=3, waits_for_device=True))
+    made = predict(of_rowwise(), MACHINE, Setup(micro_batches=3, waits_for_device=True))
     assert sum(seconds for _, seconds in made.terms) == pytest.approx(made.step_s)
 
 
 def test_terms_add_up_and_one_that_is_off_is_0() -> None:
     machine = replace(MACHINE, launch=Launch())
-    made = predict(PROGRAM, machine, Setup(micro_batches=3))
+    made = predict(of_rowwise(), machine, Setup(micro_batches=3))
     assert sum(seconds for _, seconds in made.terms) == pytest.approx(made.step_s)
-    off = predict(PROGRAM, machine, Setup(micro_batches=3, without=(Term.TENSOR,)))
+    off = predict(of_rowwise(), machine, Setup(micro_batches=3, without=(Term.TENSOR,)))
     assert dict(off.terms)[Term.TENSOR] == 0.0
     assert off.step_s < made.step_s
     (note,) = (each for each in made.notes if machine.name in each)
@@ -470,7 +474,7 @@ def test_terms_add_up_and_one_that_is_off_is_0() -> None:
 
 def test_stages_send_over_the_link_that_joins_them_on_the_whole_mesh() -> None:
     """Traced with two data-parallel ranks, whose stages would share a node."""
-    traced = replace(PROGRAM, axes=(("fsdp", 2), ("tp", 2)), layers=("layers", 2))
+    traced = replace(of_rowwise(), axes=(("fsdp", 2), ("tp", 2)), layers=("layers", 2))
     meshes = Mesh.parse("pp=2,fsdp=2,tp=2"), Mesh.parse("pp=2,fsdp=4,tp=2")
     on_a_node, on_two = (lay_out(traced, MACHINE, Setup(mesh, 4)).transfer_s for mesh in meshes)
     assert on_two == pytest.approx(10 * on_a_node)
@@ -482,7 +486,7 @@ def test_a_ring_s_shift_is_hidden_by_the_attention_behind_it_and_sending_takes_n
 
     flash = attention(backward=False)
     items = (shift(CollectiveKind.SEND), shift(CollectiveKind.RECV), flash, shift(CollectiveKind.RECV))
-    ring = replace(PROGRAM, axes=(("cp", 2), ("tp", 2)), blocks=(Block(items),))
+    ring = replace(of_rowwise(), axes=(("cp", 2), ("tp", 2)), blocks=(Block(items),))
     alone_s = collective_cost(items[1], MACHINE, Setup(), RankGroup(((2, 2),))).device_s
     work = work_of(ring, MACHINE, Setup())
     sent, taken, kernel, last = work.device_s
@@ -496,7 +500,7 @@ def test_a_ring_s_shift_is_hidden_by_the_attention_behind_it_and_sending_takes_n
 def test_what_comes_home_at_the_end_of_a_ring_isn_t_hidden_by_another_layer_s_attention() -> None:
     last = collective(CollectiveKind.RECV, "cp", 2, 10**6)
     others = replace(attention(backward=False), module="layers.1.attention")
-    ring = replace(PROGRAM, axes=(("cp", 2), ("tp", 2)), blocks=(Block((last, others)),))
+    ring = replace(of_rowwise(), axes=(("cp", 2), ("tp", 2)), blocks=(Block((last, others)),))
     alone_s = collective_cost(last, MACHINE, Setup(), RankGroup(((2, 2),))).device_s
     assert work_of(ring, MACHINE, Setup()).device_s[0] == pytest.approx(alone_s)
 
@@ -504,7 +508,7 @@ def test_what_comes_home_at_the_end_of_a_ring_isn_t_hidden_by_another_layer_s_at
 def test_attention_beside_which_keys_come_is_slowed_down() -> None:
     def step(n_bytes: int) -> dict[Term, float]:
         items = (collective(CollectiveKind.RECV, "cp", 2, n_bytes), attention(backward=False))
-        ring = replace(PROGRAM, axes=(("cp", 2), ("tp", 2)), blocks=(Block(items),))
+        ring = replace(of_rowwise(), axes=(("cp", 2), ("tp", 2)), blocks=(Block(items),))
         return dict(predict(ring, MACHINE, Setup()).terms)
 
     shift_s = collective_s(MACHINE, CollectiveKind.RECV, 1e4, 1e4, RankGroup(((2, 2),)))
@@ -514,14 +518,16 @@ def test_attention_beside_which_keys_come_is_slowed_down() -> None:
 
 
 def test_the_peak_by_blocks_is_the_peak_item_by_item() -> None:
-    peak = memory_peak(PROGRAM)
-    found = peak_by_kind(PROGRAM, Setup())
+    peak = memory_peak(of_rowwise())
+    found = peak_by_kind(of_rowwise(), Setup())
     assert {kind: int(n_bytes) for kind, n_bytes in found.items()} == dict(peak.by_kind)
 
 
 def test_states_are_counted_in_the_precision_that_a_trainer_keeps() -> None:
-    held = PROGRAM.held(MemoryKind.PARAMETER)
-    kept = dict(forecast(PROGRAM, MACHINE, Setup(precision=Precision.MASTER, optimizer_shards=2)).by_kind)
+    held = of_rowwise().held(MemoryKind.PARAMETER)
+    kept = dict(
+        forecast(of_rowwise(), MACHINE, Setup(precision=Precision.MASTER, optimizer_shards=2)).by_kind
+    )
     states = (MemoryKind.PARAMETER, MemoryKind.GRADIENT, MemoryKind.OPTIMIZER)
     assert [kept[kind] / held for kind in states] == [1.0, 2.0, 3.0]
 

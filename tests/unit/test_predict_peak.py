@@ -84,7 +84,7 @@ STAGED = ModelSpec("staged", LlamaConfig(8192, 256, 6, 8, 4, 512), "")
         ("pp=3,tp=1", 6, "1,3,2", 0, True, 0.02),
         pytest.param("pp=2,fsdp=2,tp=1", 2, "even", 0, True, 0.02, marks=FULL),
         ("pp=2,fsdp=2,tp=1", 2, "even", 3, True, 0.03),
-        ("pp=3,fsdp=2,tp=1", 4, "even", 6, True, 0.02),
+        pytest.param("pp=3,fsdp=2,tp=1", 4, "even", 6, True, 0.02, marks=FULL),
         ("pp=3,fsdp=2,tp=1", 4, "even", 0, False, 0.01),
         pytest.param("pp=3,fsdp=2,tp=1", 4, "even", 6, False, 0.04, marks=FULL),
         pytest.param("pp=2,tp=2", 4, "2,4", 2, True, 0.02, marks=FULL),
