@@ -85,6 +85,7 @@ def test_a_hostile_name_is_text_and_nothing_else(browser: Browser, tmp_path: Pat
     assert any("&lt;b&gt;&amp;amp;&lt;/b&gt;" in "".join(label) for label in labels), labels
 
 
+@FULL  # what forbids it is every page's: test_walkthrough_html.py
 def test_a_script_that_slips_into_the_page_does_not_run(browser: Browser, tmp_path: Path) -> None:
     slipped = (
         '<img src=x onerror="document.body.dataset.slipped = 1"><script>document.body.dataset.slipped = '

@@ -23,7 +23,7 @@ def asked(verb: str, *args: str, cwd: Path) -> Ended:
     ("verb", "args", "told"),
     [
         ("explain", (*SMALL, "--json"), '"plan": "rowwise@dtensor"'),
-        ("predict", (*SMALL, "rowwise@dtensor", "colwise@dtensor"), "colwise@dtensor"),
+        ("predict", (*SMALL, "colwise@dtensor"), "colwise@dtensor"),
         ("predict", (*SMALL, "--look-up", "rowwise", "colwise"), "Fastest for 256 tokens: tp 8: "),
         ("plan", ("--toml",), '"tok_embeddings" = '),
         ("export", ("--as", "pytorch", "rowwise@dtensor"), "torch.randint(vocabulary, (4, 8192)"),

@@ -61,19 +61,22 @@ def test_a_step_is_read_out_and_the_address_follows_it(
         )
 
 
-def test_every_step_of_every_walk_through_can_be_reached_by_its_address(
+def test_every_step_of_every_walk_through_can_be_reached_by_its_address_and_fits_a_phone(
     browser: Browser, tmp_path: Path, walkthroughs: list[Explained]
 ) -> None:
     addresses = [
         f"{walk.subject}/{number}" for walk in walkthroughs for number in range(1, len(walk.steps) + 2)
     ]
-    visits = "{ location.hash = address; await wait(); look(address); }"
-    script = f"for (const address of {json.dumps(addresses)}) {visits}"
-    visited = browser.visit(driven(walkthrough_html(walkthroughs), script), tmp_path)
+    visits = """{
+      location.hash = address; await wait(); look(address);
+      seen.at(-1).push(String(page.scrollWidth <= page.clientWidth));
+    }"""
+    script = f"const page = document.documentElement; for (const address of {json.dumps(addresses)}) {visits}"
+    visited = browser.visit(driven(walkthrough_html(walkthroughs), script), tmp_path, width=420)
     assert visited.console == ()
     assert visited.requests == ()
-    assert [(asked, shown) for asked, shown, *_ in seen_by(visited.dom)] == [
-        (address, address) for address in addresses
+    assert [(asked, shown, fits) for asked, shown, _, _, fits in seen_by(visited.dom)] == [
+        (address, address, "true") for address in addresses
     ]
 
 
@@ -105,9 +108,9 @@ def test_arrows_join_the_block_that_leaves_to_the_block_that_comes(
     assert sorted(found) == [["r0", "false"], ["r0", "true"], ["r1", "false"], ["r1", "true"]]
 
 
-@pytest.mark.parametrize("width", [420, pytest.param(1200, marks=FULL)])
+@FULL  # on a phone: above
 def test_nothing_is_wider_than_the_screen(
-    browser: Browser, tmp_path: Path, walkthroughs: list[Explained], width: int
+    browser: Browser, tmp_path: Path, walkthroughs: list[Explained]
 ) -> None:
     script = """
     const page = document.documentElement, steps = [...document.querySelectorAll(".step")];
@@ -117,7 +120,7 @@ def test_nothing_is_wider_than_the_screen(
     }
     seen.push(["all", String(steps.length)]);
     """
-    visited = browser.visit(driven(walkthrough_html(walkthroughs), script), tmp_path, width=width)
+    visited = browser.visit(driven(walkthrough_html(walkthroughs), script), tmp_path)
     assert seen_by(visited.dom) == [["all", str(sum(len(walk.steps) + 1 for walk in walkthroughs))]]
 
 

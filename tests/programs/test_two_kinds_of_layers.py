@@ -166,10 +166,10 @@ def test_what_the_small_trace_doesn_t_bear_out_is_traced_whole(monkeypatch: pyte
     monkeypatch.setattr("shardwise.trace.trace.blocks_of_two_kinds", without_an_op)
     messages: list[str] = []
     program = trace(
-        spec_of(LLAMA, 10),
+        spec_of(LLAMA, 6),
         builtin_plan("rowwise"),
         Mesh.parse("tp=2"),
-        StepSettings(4, 16, recompute="full", recompute_layers=4),
+        StepSettings(4, 16, recompute="full", recompute_layers=3),
         progress=messages.append,
     )
     assert not program.compressed
