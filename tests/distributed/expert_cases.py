@@ -123,9 +123,10 @@ TIES_OVER_TP = "over tp, ties: a rank gets no token"
 TIES_WHOLE = "over ep, whole over tp, ties"
 _REST = {
     "over ep, every expert of every token", "over ep, micro-batches", "inside over tp", TIES_OVER_TP,
-    TIES_WHOLE, "over tp, tokens whole, ties", "over ep and inside over tp, ties", "over four",
+    TIES_WHOLE, "over tp, tokens whole, ties", "over ep and inside over tp, ties",
+    "over ep and inside over tp, summed by themselves", "over four",
     "over four, ties", "an auxiliary loss over tp, tokens whole",
-    "an auxiliary loss inside over tp",
+    "an auxiliary loss inside over tp", "an auxiliary loss over ep, recomputed",
     "an auxiliary loss over both, summed by themselves", "an auxiliary loss under FSDP", "mixtral, as made",
     "gpt_oss, biases beside weights, as made for both axes",
 }  # fmt: skip

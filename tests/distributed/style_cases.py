@@ -37,7 +37,7 @@ TELLING = {
         "llama reduce_scatter=backend: rowwise",  # pairwise is what gloo has
         "llama backward twice untied",
         "llama V=32000 tied: routed-interleaved",
-        "llama V=257 4 KV heads padding=None",
+        "llama V=257 4 KV heads padding=None: rowwise",
         "llama V=257 12 KV heads padding=3: rowwise",
         "mlp:",
         "mlp backward twice",
@@ -45,7 +45,13 @@ TELLING = {
         "gpt tied: rowwise",
         "gpt untied: rowwise@dtensor",
     ),
-    3: ("llama V=257 untied padding=3", "llama V=4 tied padding=None", "llama 4 KV heads", "mlp:"),
+    3: (
+        "llama V=257 untied padding=3: rowwise",
+        "llama V=257 untied padding=3: routed",
+        "llama V=4 tied padding=None",
+        "llama 4 KV heads",
+        "mlp:",
+    ),
     4: (),
 }
 

@@ -405,9 +405,11 @@ OF_SIGNALS = {
     signal.SIGHUP: (3, "stopped by SIGHUP; all ranks were ended.\n"),
     signal.SIGKILL: (-signal.SIGKILL, ""),
 }
-# a signal that is heard is heard alike (Ctrl-C: e2e/test_compare.py); a parent that dies unheard is noticed
-# by each kind of rank itself
-TELLING = {("started", signal.SIGKILL), ("forked", signal.SIGTERM), ("forked", signal.SIGKILL)}
+# a signal that is heard is heard alike; a parent that dies unheard is noticed by each kind of rank itself
+TELLING = {
+    ("started", signal.SIGKILL),
+    *(("forked", number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)),
+}
 
 
 @pytest.mark.parametrize(

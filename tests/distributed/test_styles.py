@@ -34,11 +34,11 @@ def test_a_sharded_model_equals_the_unsharded_one(world_size: int, case: Case) -
     thinned(
         [
             (1, True, 8),
-            (2, True, 54),
-            (3, True, 35),
+            (2, True, 52),
+            (3, True, 31),
             (1, False, 129),
-            (2, False, 108),
-            (3, False, 102),
+            (2, False, 110),
+            (3, False, 106),
             (4, False, 142),
         ],
         lambda _, telling, __: telling,

@@ -403,6 +403,7 @@ def test_a_killed_rank_is_named_and_nothing_is_left_behind(tmp_path: Path) -> No
     assert gone(ranks)
 
 
+@FULL  # what the command says: test_diff.py; that no rank is left: test_launch.py
 def test_ctrl_c_ends_all_ranks(tmp_path: Path) -> None:
     parent = start("compare", *LONG, "--out", "run", cwd=tmp_path, warm=True)
     wait_for_rounds(tmp_path / "run", parent)

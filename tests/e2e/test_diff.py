@@ -139,6 +139,7 @@ def test_ctrl_c_while_reading_leaves_no_process(tmp_path: Path) -> None:
     os.kill(running.pid, signal.SIGINT)
     _, stderr = running.communicate(timeout=PATIENCE_S)
     assert running.returncode == 130
+    assert stderr.splitlines()[-1] == "shardwise: stopped by Ctrl-C; no rank was left behind."
     assert "Traceback" not in stderr
     assert gone(children)
 

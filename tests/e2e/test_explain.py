@@ -9,6 +9,7 @@ import pytest
 
 from tests.e2e.browser import Browser
 from tests.e2e.command import shardwise, shardwise_process
+from tests.matrix import FULL
 
 SMALL = ("--model", "llama3-debug?n_layers=2", "--mesh", "tp=2", "--seq", "32")
 
@@ -247,6 +248,7 @@ def test_help_shows_examples() -> None:
     assert "shardwise explain rowwise@dtensor --against rowwise" in ended.stdout
 
 
+@FULL  # with --json: test_installed.py
 def test_only_our_own_lines_are_on_the_terminal(tmp_path: Path) -> None:
     """DTensor would warn of the two all-reduces that clipping takes on two axes."""
     ended = shardwise_process(

@@ -47,15 +47,20 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2() -> None:
 def test_stdout_is_the_document_and_nothing_else(tmp_path: Path) -> None:
     options = (
         "explain",
-        "rowwise",
+        "rowwise@dtensor",
         "--model",
         "llama3-debug?n_layers=1",
         "--mesh",
-        "tp=2",
+        "fsdp=2,tp=2",
+        "--batch",
+        "2",
         "--seq",
         "32",
         "--json",
     )
     ended = shardwise_process(*options, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
+    # DTensor would warn of the two all-reduces that clipping takes on two axes
+    assert ended.stderr
+    assert all(line.startswith("shardwise: ") for line in ended.stderr.splitlines())
     assert json.loads(ended.stdout) == json.loads(shardwise(*options, cwd=tmp_path).stdout)

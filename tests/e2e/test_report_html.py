@@ -38,7 +38,7 @@ MODULE_CHARTS = {"chart-step", "chart-ratio", "chart-memory", "chart-wire"}
     [
         pytest.param(example(("rowwise",), noise=False), WHOLE_STEP_CHARTS, id="one plan", marks=FULL),
         pytest.param(example(EIGHT_PLANS), WHOLE_STEP_CHARTS, id="eight plans", marks=FULL),
-        pytest.param(module_only_example(), MODULE_CHARTS, id="one module"),
+        pytest.param(module_only_example(), MODULE_CHARTS, id="one module", marks=FULL),
         pytest.param(cuda_example(), WHOLE_STEP_CHARTS, id="device memory and a lost loss", marks=FULL),
         pytest.param(
             example((HOSTILE_NAME, HOSTILE_MARKUP, "x" * 300)),

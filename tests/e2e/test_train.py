@@ -229,7 +229,7 @@ def test_another_mesh_goes_on_with_the_same_sequences_and_losses(
     assert after[-1].validation_loss == pytest.approx(before[-1].validation_loss, rel=1e-12)
 
 
-@pytest.mark.parametrize("mesh", [MESH, "pp=2,dp=2"])
+@pytest.mark.parametrize("mesh", [MESH, pytest.param("pp=2,dp=2", marks=pytest.mark.full)])
 def test_a_number_that_is_not_finite_stops_before_the_update_and_says_where_it_began(
     mesh: str, tmp_path: Path
 ) -> None:

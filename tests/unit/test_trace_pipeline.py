@@ -38,7 +38,7 @@ def traced(
     ("model", "mesh", "rank", "plan", "settings"),
     [
         pytest.param(LLAMA.format(12), "pp=2", 0, "unsharded", {}, marks=FULL),
-        (TIED.format(12), "pp=2", 1, "unsharded", {"recompute": "full"}),
+        pytest.param(TIED.format(12), "pp=2", 1, "unsharded", {"recompute": "full"}, marks=FULL),
         (LLAMA.format(20), "pp=2", 1, "unsharded", {"chunks": 2}),
         (LLAMA.format(15), "pp=3,fsdp=2,tp=2", 5, "rowwise", {}),
         pytest.param(LLAMA.format(12), "pp=2,dp=2", 3, "unsharded", {"schedule": "gpipe"}, marks=FULL),
@@ -99,7 +99,7 @@ def test_the_ends_of_a_tied_head_add_up_their_gradients() -> None:
     assert sum("hold one parameter" in str(reason) for reason in reasons) == 2
 
 
-@pytest.mark.parametrize("mesh", ["pp=3", "pp=3,fsdp=2,tp=2"])
+@pytest.mark.parametrize("mesh", [pytest.param("pp=3", marks=FULL), "pp=3,fsdp=2,tp=2"])
 def test_what_every_stage_holds_is_what_its_own_trace_holds(mesh: str) -> None:
     plan = "rowwise" if "tp" in mesh else "unsharded"
     ranks = Mesh.parse(mesh).world_size // 3
