@@ -40,7 +40,7 @@ from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec, get_spec
 from shardwise.parallel.apply import parallelize
 from shardwise.parallel.builtin import builtin_names, builtin_plan
-from shardwise.trace.fakes import fake_world, fill_with_fakes
+from shardwise.trace.fakes import fake_world, fill_with_fakes, keep_worlds
 from shardwise.trace.trace import trace
 
 VOCAB, HIDDEN, FFN = 96, 48, 64
@@ -161,6 +161,39 @@ def test_counts_agree_with_pytorch_s_commdebugmode() -> None:
     for operation, count in counted.items():
         theirs[names.get(operation._qualified_op_name.rpartition("::")[2], CollectiveKind.BROADCAST)] += count
     assert ours == theirs
+
+
+def test_worlds_that_are_kept_change_no_program() -> None:
+    """Of another rank, mesh, device or engine before, and after an error inside."""
+    cases = [
+        ("rowwise@dtensor", "tp=2", "cuda", 0),
+        ("rowwise@dtensor", "tp=2", "cuda", 0),
+        ("colwise", "tp=2", "cuda", 0),
+        ("rowwise@dtensor", "tp=2", "cuda", 1),
+        ("rowwise", "fsdp=2,tp=2", "cpu", 1),
+        ("rowwise@dtensor", "tp=2", "cpu", 0),
+        ("rowwise@dtensor", "tp=2", "cpu", 0),
+    ]
+
+    def traced(plan: str, mesh: str, device: str, rank: int) -> Program:
+        settings = StepSettings(batch=BATCH, seq=SEQ)
+        return trace(llama(5), builtin_plan(plan), Mesh.parse(mesh), settings, device=device, rank=rank)
+
+    expected = [traced(*case) for case in cases]
+    keep_worlds()
+    try:
+        assert [traced(*case) for case in cases] == expected
+        assert dist.is_initialized()
+        with (
+            pytest.raises(RunError, match="joined a process group"),
+            fake_world(Mesh.parse("tp=2"), rank=0, device="cpu"),
+        ):
+            traced(*cases[0])
+        assert not dist.is_initialized()
+        assert [traced(*case) for case in cases] == expected
+    finally:
+        keep_worlds(False)
+    assert not dist.is_initialized()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -3,7 +3,6 @@
 0 fine; 1 the answer is "no"; 2 the user's input is wrong; 3 a rank died or the run could not go on; 4 train
 was asked to stop, and has saved; 130 Ctrl-C."""
 
-import gc
 import importlib
 import os
 import pkgutil
@@ -21,14 +20,13 @@ from shardwise.cli.output import speaks
 from shardwise.core.errors import InputError, ShardwiseError
 from shardwise.launch import leave
 from shardwise.report.common.streams import write_error
+from shardwise.workers.garbage import collect_rarely
 
 if TYPE_CHECKING:
     from shardwise.cli.asked import Command
 
 VERBS = ("search", "plan", "compare", "explain", "verify", "diff", "predict", "train", "export", "calibrate")
 _CTRL_C = 128 + signal.SIGINT
-# new objects between two looks for garbage; with Python's 700, a tenth of importing PyTorch's time goes there
-_FEW_COLLECTIONS = 200_000
 
 app = typer.Typer(
     name="shardwise",
@@ -77,7 +75,7 @@ def _main(
 
 def run(args: list[str] | None = None) -> NoReturn:
     """The installed command."""
-    gc.set_threshold(_FEW_COLLECTIONS)
+    collect_rarely()
     code = _run(args)
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         leave.at_once(code)

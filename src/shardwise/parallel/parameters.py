@@ -122,16 +122,21 @@ def fill(
     Meta parameters become real on the device of what `whole_of` returns, and keep the hooks that a factory
     has put on them. row_order: of parameters that aren't kept in their own.
     """
+    replace_values(
+        model,
+        lambda name, parameter: _part_for(parameter, whole_of(name, parameter.shape), row_order.get(name)),
+    )
+
+
+def replace_values(model: nn.Module, value_of: Callable[[str, nn.Parameter], Tensor]) -> None:
+    """Puts new parameters in the place of all, tied ones tied, with their hooks. value_of: by the first name
+    and the parameter, what the new one holds; where that is a DTensor, one."""
     replaced: dict[int, nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if id(parameter) not in replaced:
-            whole = whole_of(name, parameter.shape)
-            filled = nn.Parameter(
-                _part_for(parameter, whole, row_order.get(name)), requires_grad=parameter.requires_grad
-            )
+            filled = nn.Parameter(value_of(name, parameter), requires_grad=parameter.requires_grad)
             _move_hooks(parameter, filled)
             replaced[id(parameter)] = filled
-            del whole
         module_name, _, own_name = name.rpartition(".")
         setattr(model.get_submodule(module_name), own_name, replaced[id(parameter)])
 

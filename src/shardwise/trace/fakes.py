@@ -33,7 +33,7 @@ from shardwise.core.errors import RunError
 from shardwise.core.mesh import Mesh
 from shardwise.models.flex_attention import by_formula
 from shardwise.parallel.axis import Target, as_if_on
-from shardwise.parallel.parameters import fill
+from shardwise.parallel.parameters import replace_values
 from shardwise.torch_private import (
     ALL_TO_ALL,
     GROUPED_MM_SHAPES,
@@ -41,18 +41,78 @@ from shardwise.torch_private import (
     FakeTensorMode,
     forget_library,
     forget_meshes,
+    local_part,
 )
 from shardwise.trace.cuda_kernels import kernels_of_cuda
 
 TARGETS = {"cpu": Target("cpu", "gloo"), "cuda": Target("cuda", "nccl")}
 
 
+class _Worlds:
+    """The fake process group that this process has joined, and the mesh that DTensor's caches are of."""
+
+    def __init__(self) -> None:
+        self.are_kept = False
+        self._joined: tuple[Mesh, int, str] | None = None
+        self._device_mesh: DeviceMesh | None = None
+
+    @contextmanager
+    def joined(self, mesh: Mesh, rank: int, device: str) -> Iterator[DeviceMesh]:
+        """Raises RunError in a process that has joined a group already."""
+        if self._joined != (mesh, rank, device):
+            self.leave()
+        device_mesh, self._device_mesh = self._device_mesh, None  # taken: it can't be joined twice
+        if device_mesh is None:
+            device_mesh = _join(mesh, rank)
+        try:
+            yield device_mesh
+        except BaseException:
+            _leave()
+            raise
+        if self.are_kept:
+            self._joined, self._device_mesh = (mesh, rank, device), device_mesh
+        else:
+            _leave()
+
+    def leave(self) -> None:
+        """That which was kept."""
+        if self._device_mesh is not None:
+            self._device_mesh = None
+            _leave()
+
+
+_worlds = _Worlds()
+
+
+def keep_worlds(are_kept: bool = True) -> None:
+    """From now on this process leaves a fake world only for another one: it does nothing but trace. What
+    DTensor works out on a mesh is then worked out once, which is a sixth of a short trace's time. False: each
+    ends with its context again."""
+    _worlds.are_kept = are_kept
+    if not are_kept:
+        _worlds.leave()
+
+
 @contextmanager
 def fake_world(mesh: Mesh, *, rank: int, device: str) -> Iterator[DeviceMesh]:
-    """The device mesh of `mesh` as `rank` sees it, over a fake process group that ends with the context.
+    """The device mesh of `mesh` as `rank` sees it, over a fake process group that ends with the context
+    (but see keep_worlds).
 
     Raises RunError in a process that has joined a process group already.
     """
+    with _worlds.joined(mesh, rank, device) as device_mesh, ExitStack() as stack:
+        stack.enter_context(_without_dtensor_s_advice())
+        stack.enter_context(as_if_on(TARGETS[device]))
+        stack.enter_context(_grouped_matmuls())
+        stack.enter_context(by_formula())
+        if device == "cuda":
+            stack.enter_context(_fused_rms_norm())
+            stack.enter_context(_real_all_to_all())
+            stack.enter_context(kernels_of_cuda(making_on_device))
+        yield device_mesh
+
+
+def _join(mesh: Mesh, rank: int) -> DeviceMesh:
     if dist.is_initialized():
         raise RunError(
             "trace: this process has joined a process group already. Trace in a process of its own, before "
@@ -61,31 +121,21 @@ def fake_world(mesh: Mesh, *, rank: int, device: str) -> Iterator[DeviceMesh]:
     forget_meshes()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=mesh.world_size)
     try:
-        with ExitStack() as stack:
-            stack.enter_context(_without_dtensor_s_advice())
-            stack.enter_context(as_if_on(TARGETS[device]))
-            stack.enter_context(_grouped_matmuls())
-            stack.enter_context(by_formula())
-            if device == "cuda":
-                stack.enter_context(_fused_rms_norm())
-                stack.enter_context(_real_all_to_all())
-                stack.enter_context(kernels_of_cuda(making_on_device))
-            names = tuple(name for name, _ in mesh.axes)
-            yield init_device_mesh("cpu", tuple(size for _, size in mesh.axes), mesh_dim_names=names)
-    finally:
-        dist.destroy_process_group()
-        forget_meshes()
+        names, sizes = zip(*mesh.axes, strict=True)
+        return init_device_mesh("cpu", sizes, mesh_dim_names=names)
+    except BaseException:
+        _leave()
+        raise
+
+
+def _leave() -> None:
+    dist.destroy_process_group()
+    forget_meshes()
 
 
 def fill_with_fakes(model: nn.Module, fake_mode: FakeTensorMode) -> None:
     """Gives every parameter and buffer a fake tensor of its shape on "cpu"."""
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters(remove_duplicate=False)}
-
-    def whole(name: str, shape: torch.Size) -> torch.Tensor:
-        with fake_mode:
-            return torch.empty(shape, dtype=dtypes[name])
-
-    fill(model, whole, {})
+    replace_values(model, lambda _, parameter: _fake_like(parameter, fake_mode))
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             setattr(module, name, _fake_like(buffer, fake_mode))
@@ -93,7 +143,7 @@ def fill_with_fakes(model: nn.Module, fake_mode: FakeTensorMode) -> None:
 
 def _fake_like(buffer: torch.Tensor, fake_mode: FakeTensorMode) -> torch.Tensor:
     """A fake on "cpu"; of a DTensor one on its mesh, cut as it is."""
-    local = buffer.to_local() if isinstance(buffer, DTensor) else buffer
+    local = local_part(buffer)
     with fake_mode:
         fake = torch.empty(local.shape, dtype=local.dtype)
     if not isinstance(buffer, DTensor):

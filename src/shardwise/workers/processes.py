@@ -1,7 +1,6 @@
 """Tasks on a few processes, which end with the command: by a signal, an error, or when they are done. Public
 parts of multiprocessing only."""
 
-import gc
 import signal
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -11,8 +10,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Generic, Self, TypeVar
 
 from shardwise.core.errors import RunError
-
-_FEW_COLLECTIONS = 200_000  # as in cli/main.py
+from shardwise.workers.garbage import collect_rarely
 
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
@@ -43,7 +41,7 @@ class Processes(Generic[_Task, _Result]):
     ) -> None:
         self._killed = killed
         context = get_context("forkserver") if preload else get_context("spawn")
-        context.set_forkserver_preload(list(preload))
+        context.set_forkserver_preload(["shardwise.workers.forked", *preload])
         pairs = [context.Pipe() for _ in range(workers)]
         self._theirs = [theirs for _, theirs in pairs]
         self._free = [ours for ours, _ in pairs]
@@ -123,7 +121,7 @@ def _undisturbed() -> Iterator[None]:
 
 def _serve(function: Callable[[_Task], _Result], pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the command's to answer
-    gc.set_threshold(_FEW_COLLECTIONS)
+    collect_rarely()
     while True:
         try:
             task = pipe.recv()
