@@ -179,8 +179,9 @@ def _rows(block: Block, prefix: str | None) -> Iterator[tuple[int, int, str | No
             case MemoryChange(kind=MemoryKind.ACTIVATION, phase=Phase.FORWARD) if layer is not None:
                 yield layer, max(0, item.n_bytes), None
             case Op(phase=Phase.FORWARD) if layer is not None and item.name in CHOSEN_OPS:
-                yield layer, _output_bytes(item), item.name
+                yield layer, made_bytes(item), item.name
 
 
-def _output_bytes(op: Op) -> int:
+def made_bytes(op: Op) -> int:
+    """Of its outputs."""
     return sum(prod(spec.shape) * DTYPE_BYTES.get(spec.dtype, 2) for spec in op.outputs)

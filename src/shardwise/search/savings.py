@@ -3,7 +3,7 @@
 a look-up     all that it takes, both ways a whole block its exchanges and copies, and what its matmuls
 take over the device's best rate; less what it adds: with whole sequences, and where it attends, every rank
 multiplies all of it (tp times the FLOPs), with cut ones else the gradients of whole weights are summed over
-tp in each micro-batch"""
+tp in each micro-batch, and what a head makes is gathered, for the model gives logits of whole sequences"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from shardwise.predict.costs import collective_s
 from shardwise.predict.groups import group_of
 from shardwise.predict.work import TERMS, Work, work_of
 from shardwise.search.bounds import NO_WORK, Less, Part
+from shardwise.search.needs import made_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +111,12 @@ class Savings:
             return _Saved(
                 device_s, host_s, again=Part(float(forward.device_s.sum()), float(forward.host_s.sum()))
             )
-        summed_s = self._summed_s(group) if self._is_alone(rows) else 0.0
+        is_alone = self._is_alone(rows)
+        summed_s = self._summed_s(group) if is_alone else 0.0
+        gathered_s = self._gathered_s(forward) if is_alone and not repeats(group.name) else 0.0
         again = Part(max(0.0, self._of_device(forward, _only_moves)), self._of_host(forward))
-        return _Saved(self._of_device(rows, _is_exchange), self._of_host(rows), summed_s, again)
+        device_s = self._of_device(rows, _is_exchange) - gathered_s
+        return _Saved(device_s, self._of_host(rows), summed_s, again)
 
     def _of_device(self, rows: Work, falls_away: Callable[[Op | Collective], bool]) -> float:
         """What falls away of a block, and what its matmuls take over the best rate."""
@@ -141,10 +145,23 @@ class Savings:
 
     def _summed_s(self, group: Group) -> float:
         """All-reducing the gradients of the group's whole weights over tp."""
-        ranks = group_of(TENSOR_AXIS, self._program, self._setup)
         held = [each for each in self._program.holdings if is_inside(any_layer(each.module), (group.name,))]
         n_bytes = sum(_whole_bytes(each.shape, each.local_shape, each.parameter_bytes) for each in held)
-        kind = CollectiveKind.ALL_REDUCE
+        return self._exchange_s(CollectiveKind.ALL_REDUCE, n_bytes)
+
+    def _gathered_s(self, forward: Work) -> float:
+        """All-gathering what the last matmul of a head makes, of which each rank would have its part of the
+        sequence."""
+        matmuls = np.flatnonzero(forward.term == TERMS.index(Term.MATMUL))
+        if not len(matmuls):
+            return 0.0
+        last = forward.items[forward.template[matmuls[-1]]]
+        assert isinstance(last, Op)
+        return self._exchange_s(CollectiveKind.ALL_GATHER, made_bytes(last) * Mesh(self._program.axes).tp)
+
+    def _exchange_s(self, kind: CollectiveKind, n_bytes: int) -> float:
+        """Over tp."""
+        ranks = group_of(TENSOR_AXIS, self._program, self._setup)
         if ranks.size == 1:
             return 0.0
         return collective_s(self._machine, kind, wire_bytes(kind, n_bytes, ranks.size), n_bytes, ranks)
