@@ -181,9 +181,6 @@ def _with_chunks(
 
 def run_task(task: SweepTask) -> SweepResult:
     """In a process of its own: traces what it must, and predicts every point."""
-    from shardwise.trace.fakes import keep_worlds
-
-    keep_worlds()
     wanted, refused = _wanted(task)
     programs = _Programs(task, tuple(sorted({size for _, size, _ in wanted})))
     points = []

@@ -142,10 +142,8 @@ def _made(case: Case, mesh: Mesh, styles: tuple[tuple[str, str], ...]) -> MadePl
 
 
 def _program(asked: AskProgram) -> Traced:
-    from shardwise.trace.fakes import keep_worlds
     from shardwise.verbs.programs import trace_program
 
-    keep_worlds()
     piece, case = asked.piece, asked.case
     mesh, (stages, chunks) = Mesh(piece.axes), piece.dealt
     if stages > 1:
