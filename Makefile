@@ -55,7 +55,7 @@ diff: $(READY) ## say where the time of profiled steps went: make diff ARGS="run
 predict: $(READY) ## say what a step would take on a machine that you needn't have (seconds)
 	$(BIN)/shardwise predict $(ARGS)
 
-test: $(READY) ## the tests that show every behaviour, on all cores (about nine minutes on 2)
+test: $(READY) ## the tests that show every behaviour, on all cores (about eight minutes on 2)
 	$(BIN)/python -m pytest $(TESTS) -m "not full" $(FILES_AT_ONCE) $(ARGS)
 
 test-all: $(READY) ## all tests: the full matrices too, as CI runs them
