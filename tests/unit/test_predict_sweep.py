@@ -25,7 +25,7 @@ from shardwise.predict.sweep import best_first, meshes, shares_programs
 from shardwise.report.common.deliver import show
 from shardwise.report.predict.sweep_html import sweep_html
 from shardwise.verbs.sweep import _PRELOAD, SweepOptions, SweepTask, _wanted, _with_chunks, sweep
-from shardwise.workers import on_processes
+from shardwise.workers.processes import on_processes
 from tests.unit.comparison_example import HOSTILE_MARKUP, HOSTILE_NAME
 from tests.unit.prediction_example import MACHINE, MEMORY, TERMS, TOO_MUCH
 

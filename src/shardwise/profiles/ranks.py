@@ -10,7 +10,7 @@ from pathlib import Path
 from shardwise.core.errors import TraceError
 from shardwise.core.timeline import Timeline
 from shardwise.profiles.read import read_timeline
-from shardwise.workers import on_processes
+from shardwise.workers.processes import on_processes
 
 _TRACES = re.compile(r"\.json(\.gz)?$|\.tmp$|\.pftrace$", re.IGNORECASE)
 # a run's folder has these settings, and data beside its traces: predict's are one file for each plan's step

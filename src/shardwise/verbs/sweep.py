@@ -26,7 +26,7 @@ from shardwise.verbs.checks import check_recompute, check_seq, default_plan
 from shardwise.verbs.predict import MACHINE, SEQ, PredictOptions
 from shardwise.verbs.programs import trace_program
 from shardwise.verbs.progress import Progress, silent
-from shardwise.workers import on_processes
+from shardwise.workers.processes import on_processes
 
 MOST_DEVICES = 1_000_000
 MOST_POINTS = 20_000

@@ -38,7 +38,7 @@ from shardwise.verbs.search.space import (
     restricted,
 )
 from shardwise.verbs.search.tracing import Tracing
-from shardwise.workers import Processes
+from shardwise.workers.processes import Processes
 
 MICRO_BATCHES = (1, 2, 4, 8)
 TOKENS = 2**20

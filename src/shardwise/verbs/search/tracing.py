@@ -11,7 +11,7 @@ from shardwise.core.search import Group
 from shardwise.predict.family import LONG, SHORT, Family, NotAFamilyError
 from shardwise.search.piece import Piece, Traced, Unfit
 from shardwise.verbs.search.pieces import Ask, AskFacts, AskGroups, AskPlan, AskProgram, Facts, Told
-from shardwise.workers import Processes
+from shardwise.workers.processes import Processes
 
 
 class Tracing:
