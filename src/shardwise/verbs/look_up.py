@@ -3,7 +3,7 @@ on. What is traced is the table between nothing but a norm and a head, so a poin
 second."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -70,17 +70,7 @@ def look_up(
     options, machine = options or LookUpOptions(), load_machine(case.machine or MACHINE)
     degrees, batches = _degrees(case.mesh, machine, options.degrees), _batches(case.step, options.batches)
     names = tuple(dict.fromkeys(case.plans or STYLES))
-    for name in names:
-        if name not in builtin_names():
-            raise OptionError(
-                f'--look-up: "{shown(name)}" is no built-in plan, and their styles are compared. '
-                f"Use {', '.join(builtin_names())}."
-            )
-    if len(names) * len(degrees) * len(batches) > MOST_POINTS:
-        raise OptionError(
-            f"--look-up: {len(names) * len(degrees) * len(batches):,} points; at most {MOST_POINTS}. Give "
-            "fewer plans, --degrees or --micro-batches."
-        )
+    _check(names, builtin_names(), len(names) * len(degrees) * len(batches))
     settings = replace(
         case.step, batch=batches[0], seq=case.step.seq or SEQ, accumulation=1, recompute="none",
         param_dtype=None, reduce_dtype=None, recompute_layers=None,
@@ -116,6 +106,21 @@ def look_up(
         tuple(points),
         tuple(Refusal(name, reason, count) for (name, reason), count in refused.items()),
     )
+
+
+def _check(names: Sequence[str], known: Collection[str], points: int) -> None:
+    """Raises OptionError for a plan that isn't built in, and for too many points."""
+    for name in names:
+        if name not in known:
+            raise OptionError(
+                f'--look-up: "{shown(name)}" is no built-in plan, and their styles are compared. '
+                f"Use {', '.join(known)}."
+            )
+    if points > MOST_POINTS:
+        raise OptionError(
+            f"--look-up: {points:,} points; at most {MOST_POINTS}. Give fewer plans, --degrees or "
+            "--micro-batches."
+        )
 
 
 def table_of(source: "ModelSource") -> Table:

@@ -103,6 +103,27 @@ def sweep(
         family=source.family,
         context_attention=case.context_attention,
     )
+    results = _run(_tasks(case, options, setup, machine, found), workers, progress)
+    refused: Counter[tuple[str, str]] = Counter()
+    for result in results:
+        refused.update({(result.plan, reason): number for reason, number in result.refused})
+    return Sweep(
+        case.model,
+        facts_of(machine),
+        devices,
+        replace(settings, accumulation=1),
+        setup,
+        best_first([point for result in results for point in result.points]),
+        tuple(Refusal(plan, reason, number) for (plan, reason), number in refused.items()),
+        sum(result.traces for result in results),
+    )
+
+
+def _tasks(
+    case: Case, options: SweepOptions, setup: Setup, machine: Machine, found: list[tuple[Mesh, ...]]
+) -> list[SweepTask]:
+    """Those that take longest first, so that no process ends long before the other. Raises OptionError for
+    too many points."""
     count = sum(len(alike) for alike, _ in _with_chunks(found, case.step))
     count *= len(case.plans) * len(options.micro_batches)
     if count > MOST_POINTS:
@@ -121,27 +142,18 @@ def sweep(
         for plan in case.plans
         for alike, step in _with_chunks(found, case.step)
     ]
-    # those that take longest first, so that no process ends long before the other
-    tasks.sort(key=lambda task: -len(task.meshes))
-    results = []
+    return sorted(tasks, key=lambda task: -len(task.meshes))
+
+
+def _run(tasks: list[SweepTask], workers: int | None, progress: Progress) -> list[SweepResult]:
+    """As they come."""
+    results: list[SweepResult] = []
     progress(DOING, 0, len(tasks))
     workers = workers or min(len(tasks), os.cpu_count() or 1)
     for result in on_processes(run_task, tasks, workers, _KILLED, _PRELOAD):
         results.append(result)
         progress(DOING, len(results), len(tasks))
-    refused: Counter[tuple[str, str]] = Counter()
-    for result in results:
-        refused.update({(result.plan, reason): number for reason, number in result.refused})
-    return Sweep(
-        case.model,
-        facts_of(machine),
-        devices,
-        replace(settings, accumulation=1),
-        setup,
-        best_first([point for result in results for point in result.points]),
-        tuple(Refusal(plan, reason, number) for (plan, reason), number in refused.items()),
-        sum(result.traces for result in results),
-    )
+    return results
 
 
 def _meshes(devices: int, machine: Machine, given: Mesh, *, by_stages: bool) -> list[tuple[Mesh, ...]]:
