@@ -5,6 +5,7 @@ Against real ranks: tests/distributed/test_program.py and test_program_memory.py
 and whole programs as text: tests/programs. Models that aren't ours: test_trace_any_model.py.
 """
 
+import importlib
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -161,6 +162,14 @@ def test_counts_agree_with_pytorch_s_commdebugmode() -> None:
     for operation, count in counted.items():
         theirs[names.get(operation._qualified_op_name.rpartition("::")[2], CollectiveKind.BROADCAST)] += count
     assert ours == theirs
+
+
+def test_what_processes_preload_keeps_no_world_of_who_imports_it() -> None:
+    for name in ("shardwise.verbs.preload", "shardwise.verbs.search.preload", "shardwise.workers.forked"):
+        importlib.import_module(name)
+    with fake_world(Mesh.parse("tp=2"), rank=0, device="cpu"):
+        pass
+    assert not dist.is_initialized()
 
 
 def test_worlds_that_are_kept_change_no_program() -> None:

@@ -24,7 +24,7 @@ from shardwise.predict.sweep import GIVEN, best_first, meshes, shares_programs
 from shardwise.predict.traced import micro_batch
 from shardwise.verbs.checks import check_recompute, check_seq, default_plan
 from shardwise.verbs.predict import MACHINE, SEQ, PredictOptions
-from shardwise.verbs.programs import trace_program
+from shardwise.verbs.programs import set_up, trace_program
 from shardwise.verbs.progress import Progress, silent
 from shardwise.workers.processes import on_processes
 
@@ -150,7 +150,7 @@ def _run(tasks: list[SweepTask], workers: int | None, progress: Progress) -> lis
     results: list[SweepResult] = []
     progress(DOING, 0, len(tasks))
     workers = workers or min(len(tasks), os.cpu_count() or 1)
-    for result in on_processes(run_task, tasks, workers, _KILLED, _PRELOAD):
+    for result in on_processes(run_task, tasks, workers, _KILLED, _PRELOAD, set_up):
         results.append(result)
         progress(DOING, len(results), len(tasks))
     return results

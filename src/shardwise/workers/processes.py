@@ -22,11 +22,12 @@ def on_processes(
     workers: int,
     killed: str,
     preload: Collection[str] = (),
+    set_up: Callable[[], None] | None = None,
 ) -> Iterator[_Result]:
     """Results as they come. Raises what `function` raises; RunError, with the words `killed`, where a process
-    was killed. preload: see Processes."""
+    was killed. preload, set_up: see Processes."""
     waiting = list(tasks)
-    with Processes(function, min(workers, len(waiting)), killed, preload) as processes:
+    with Processes(function, min(workers, len(waiting)), killed, preload, set_up) as processes:
         for _, result in processes.results(waiting):
             yield result
 
@@ -34,10 +35,15 @@ def on_processes(
 class Processes(Generic[_Task, _Result]):
     """Processes that stay for several rounds of tasks, and end with the `with` block. preload: modules
     that are imported once for all of them, before they are forked (by a process of its own, which has no
-    threads)."""
+    threads). set_up: what each does first."""
 
     def __init__(
-        self, function: Callable[[_Task], _Result], workers: int, killed: str, preload: Collection[str] = ()
+        self,
+        function: Callable[[_Task], _Result],
+        workers: int,
+        killed: str,
+        preload: Collection[str] = (),
+        set_up: Callable[[], None] | None = None,
     ) -> None:
         self._killed = killed
         context = get_context("forkserver") if preload else get_context("spawn")
@@ -48,7 +54,8 @@ class Processes(Generic[_Task, _Result]):
         self._all = tuple(self._free)
         self._busy: dict[Connection, _Task] = {}
         self._processes = [
-            context.Process(target=_serve, args=(function, theirs), daemon=True) for theirs in self._theirs
+            context.Process(target=_serve, args=(function, set_up, theirs), daemon=True)
+            for theirs in self._theirs
         ]
 
     def __enter__(self) -> Self:
@@ -119,9 +126,11 @@ def _undisturbed() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _serve(function: Callable[[_Task], _Result], pipe: Connection) -> None:
+def _serve(function: Callable[[_Task], _Result], set_up: Callable[[], None] | None, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the command's to answer
     collect_rarely()
+    if set_up is not None:
+        set_up()
     while True:
         try:
             task = pipe.recv()

@@ -22,6 +22,7 @@ from shardwise.search.problem import Answer, Outcome, Problem
 from shardwise.search.solve import BY_HAND, Solver
 from shardwise.search.tipping import tippings
 from shardwise.verbs.predict import MACHINE, SEQ
+from shardwise.verbs.programs import set_up
 from shardwise.verbs.progress import Progress, silent, so_far
 from shardwise.verbs.search.exported import exported
 from shardwise.verbs.search.options import SearchOptions
@@ -73,7 +74,7 @@ def search(
     options = replace(options, devices=devices)
     progress("starting")
     count = workers or os.cpu_count() or 1
-    with Processes[Ask, Told](answer, count, _KILLED, PRELOAD) as processes:
+    with Processes[Ask, Told](answer, count, _KILLED, PRELOAD, set_up) as processes:
         tracing = Tracing(case, machine.device, processes)
         looking = _Looking(case, options, machine, devices, tracing, progress, count)
         found = looking.search(started)
