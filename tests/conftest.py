@@ -8,9 +8,9 @@ from hypothesis import settings
 
 from shardwise.launch import warm_ranks
 from shardwise.launch.environment import cores
+from shardwise.workers.garbage import collect_rarely
 
-# as in the command: what a trace makes is many objects, and hardly any of them in cycles
-gc.set_threshold(200_000)
+collect_rarely()  # as in the command: what a trace makes is many objects, and hardly any of them in cycles
 # times differ tenfold on a busy machine
 settings.register_profile("shardwise", deadline=None)
 settings.load_profile("shardwise")

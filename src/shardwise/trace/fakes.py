@@ -141,20 +141,20 @@ def fill_with_fakes(model: nn.Module, fake_mode: FakeTensorMode) -> None:
             setattr(module, name, _fake_like(buffer, fake_mode))
 
 
-def _fake_like(buffer: torch.Tensor, fake_mode: FakeTensorMode) -> torch.Tensor:
+def _fake_like(tensor: torch.Tensor, fake_mode: FakeTensorMode) -> torch.Tensor:
     """A fake on "cpu"; of a DTensor one on its mesh, cut as it is."""
-    local = local_part(buffer)
+    local = local_part(tensor)
     with fake_mode:
         fake = torch.empty(local.shape, dtype=local.dtype)
-    if not isinstance(buffer, DTensor):
+    if not isinstance(tensor, DTensor):
         return fake
     return DTensor.from_local(
         fake,
-        buffer.device_mesh,
-        buffer.placements,
+        tensor.device_mesh,
+        tensor.placements,
         run_check=False,
-        shape=buffer.shape,
-        stride=buffer.stride(),
+        shape=tensor.shape,
+        stride=tensor.stride(),
     )
 
 
