@@ -54,6 +54,18 @@ class _Shapes(dict[bytes, int]):
         return number
 
 
+class _Kinds(dict[tuple[str, str], int | None]):
+    """(category, name) -> a SpanKind's number; None for what is no span."""
+
+    def __missing__(self, key: tuple[str, str]) -> int | None:
+        category, name = key
+        if len(name) > MOST_NAME:
+            return self[category, name[:MOST_NAME]]
+        kind = classify.kind_of(category, name)
+        self[key] = number = None if kind is None else int(kind)
+        return number
+
+
 class Columns:
     """Batches of events as columns. collectives: (span, args). lanes: (is a CPU's, process, thread)."""
 
@@ -64,7 +76,7 @@ class Columns:
         self.lanes = Numbers()
         self.collectives: list[tuple[int, Args]] = []
         self._parts: dict[str, list[NDArray[Any]]] = defaultdict(list)
-        self._kinds: dict[tuple[str, str], int | None] = {}
+        self._kinds = _Kinds()
         self._shapes = _Shapes(self.names)
 
     def column(self, key: str) -> NDArray[Any]:
@@ -73,23 +85,15 @@ class Columns:
 
     def add(self, batch: Sequence[Any]) -> None:
         known = self._kinds
-        events, kinds = [], []
-        unfinished = 0
-        for event in batch:
-            if event.ph != "X":
-                unfinished += event.ph == "B"
-                continue
-            key = (event.cat, event.name[:MOST_NAME])
-            try:
-                kind = known[key]
-            except KeyError:
-                kind_of_key = classify.kind_of(*key)
-                kind = known[key] = None if kind_of_key is None else int(kind_of_key)
-            if kind is not None:
-                events.append(event)
-                kinds.append(kind)
+        phases = [event.ph for event in batch]
+        events = [event for event, phase in zip(batch, phases, strict=True) if phase == "X"]
+        unfinished = phases.count("B")
         if unfinished:
             self.lost["events of the B/E form, which PyTorch doesn't write"] += unfinished
+        kinds = [known[event.cat, event.name] for event in events]
+        if None in kinds:
+            events = [event for event, kind in zip(events, kinds, strict=True) if kind is not None]
+            kinds = [kind for kind in kinds if kind is not None]
         if events:
             self._append(events, np.array(kinds, np.int8))
 
@@ -118,7 +122,7 @@ class Columns:
             "end": start + length,
             "correlation": _integers([a.correlation for a in args]),
             "external": _integers(
-                [a.old_external_id if a.external_id is None else a.external_id for a in args]
+                [a.old_external_id if a.external_id == NONE else a.external_id for a in args]
             ),
             "bytes": _integers([a.n_bytes for a in args]),
             "node": _integers([a.node for a in args]),
@@ -168,7 +172,7 @@ def _one_time(time: Any) -> int | None:
 
 def _integers(values: list[Any]) -> NDArray[np.int64]:
     try:
-        return np.array([NONE if value is None else value for value in values], np.int64)
+        return np.array(values, np.int64)
     except (TypeError, ValueError, OverflowError):
         return np.array([integer(value) for value in values], np.int64)
 

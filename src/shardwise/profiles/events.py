@@ -18,6 +18,8 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from shardwise.core.timeline import NONE
+
 MOST_HEADER_BYTES = 64 << 20
 MOST_EVENT_BYTES = 16 << 20
 CUT_OFF = "cut off at the end of the file"
@@ -28,14 +30,15 @@ Scalar = int | str | float | bool | None
 
 
 class Args(msgspec.Struct, gc=False):
-    """What is read of an event's args. Sizes are elements, as the profiler writes them, but for copies."""
+    """What is read of an event's args. Sizes are elements, as the profiler writes them, but for copies. NONE:
+    of what becomes a column of numbers, what isn't there."""
 
-    external_id: Scalar = msgspec.field(name="External id", default=None)
-    old_external_id: Scalar = msgspec.field(name="external id", default=None)
-    correlation: Scalar = None
+    external_id: Scalar = msgspec.field(name="External id", default=NONE)
+    old_external_id: Scalar = msgspec.field(name="external id", default=NONE)
+    correlation: Scalar = NONE
     dims: msgspec.Raw | UnsetType = msgspec.field(name="Input Dims", default=UNSET)
     types: msgspec.Raw | UnsetType = msgspec.field(name="Input type", default=UNSET)
-    n_bytes: Scalar = msgspec.field(name="bytes", default=None)
+    n_bytes: Scalar = msgspec.field(name="bytes", default=NONE)
     collective: Scalar = msgspec.field(name="Collective name", default=None)
     elements_in: Scalar = msgspec.field(name="In msg nelems", default=None)
     elements_out: Scalar = msgspec.field(name="Out msg nelems", default=None)
@@ -44,8 +47,8 @@ class Args(msgspec.Struct, gc=False):
     group_size: Scalar = msgspec.field(name="Group size", default=None)
     group_ranks: msgspec.Raw | UnsetType = msgspec.field(name="Process Group Ranks", default=UNSET)
     sequence: Scalar = msgspec.field(name="Seq", default=None)
-    node: Scalar = msgspec.field(name="Sequence number", default=None)
-    forward_thread: Scalar = msgspec.field(name="Fwd thread id", default=None)
+    node: Scalar = msgspec.field(name="Sequence number", default=NONE)
+    forward_thread: Scalar = msgspec.field(name="Fwd thread id", default=NONE)
 
 
 class Event(msgspec.Struct, gc=False):

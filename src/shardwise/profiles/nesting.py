@@ -47,23 +47,34 @@ def own_segments(spans: Spans, chosen: NDArray[np.int64]) -> Iterator[tuple[int,
     order = chosen[np.lexsort((-spans.end_ns[chosen], spans.start_ns[chosen], spans.lane[chosen]))]
     stack: list[tuple[int, int, int]] = []  # (end, op, from when on it has the time for itself)
 
-    def leave() -> Iterator[tuple[int, int, int]]:
+    def leave() -> tuple[int, int, int]:
         end, op, since = stack.pop()
-        if end > since:
-            yield op, since, end
-        if stack:
+        if stack and stack[-1][2] < end:
             outer_end, outer, _ = stack[-1]
-            stack[-1] = (outer_end, outer, max(end, stack[-1][2]))
+            stack[-1] = (outer_end, outer, end)
+        return op, since, end
 
     previous = NONE
-    for op in order.tolist():
-        begin, end, lane = int(spans.start_ns[op]), int(spans.end_ns[op]), int(spans.lane[op])
-        while stack and (lane != previous or stack[-1][0] <= begin):
-            yield from leave()
-        previous = lane
-        if stack and begin > stack[-1][2]:
-            yield stack[-1][1], stack[-1][2], begin
-            stack[-1] = (stack[-1][0], stack[-1][1], begin)
-        stack.append((end, op, begin))
+    for at in range(0, len(order), _AT_ONCE):
+        part = order[at : at + _AT_ONCE]
+        for op, begin, end, lane in zip(
+            part.tolist(),
+            spans.start_ns[part].tolist(),
+            spans.end_ns[part].tolist(),
+            spans.lane[part].tolist(),
+            strict=True,
+        ):
+            while stack and (lane != previous or stack[-1][0] <= begin):
+                left = leave()
+                if left[2] > left[1]:
+                    yield left
+            previous = lane
+            if stack and begin > stack[-1][2]:
+                outer_end, outer, since = stack[-1]
+                yield outer, since, begin
+                stack[-1] = (outer_end, outer, begin)
+            stack.append((end, op, begin))
     while stack:
-        yield from leave()
+        left = leave()
+        if left[2] > left[1]:
+            yield left

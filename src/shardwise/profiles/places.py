@@ -52,8 +52,10 @@ def with_places(spans: Spans, names: tuple[str, ...], nodes: Nodes) -> tuple[Spa
 
 def _inherited(own: NDArray[np.int64], parent: NDArray[np.int64]) -> NDArray[np.int64]:
     """Each span's own value, else that of the nearest span around it that has one."""
+    open_ = np.flatnonzero(own == _UNSET)
+    if len(open_) == len(own):
+        return own
     found = own.copy()
-    open_ = np.flatnonzero(found == _UNSET)
     up = parent[open_]
     for _ in range(_MOST_DEEP):
         inside = up != NONE
