@@ -40,7 +40,7 @@ class NotPeriodicError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class Run:
     """Items of all layers in one direction: cuts[i] is where the (i+1)-th layer met begins."""
 
     items: tuple[Item, ...]
@@ -48,12 +48,12 @@ class _Run:
     backward: bool
 
 
-_Part = _Run | tuple[Item, ...]
+Part = Run | tuple[Item, ...]
 
 
 def extended(short: Sequence[Item], long: Sequence[Item], prefix: str, count: int) -> tuple[Block, ...]:
     """The blocks of `count` layers (at least LONG) from items of SHORT and LONG. Raises NotPeriodicError."""
-    parts_short, parts_long = _parts(short, prefix, SHORT), _parts(long, prefix, LONG)
+    parts_short, parts_long = parts_of(short, prefix, SHORT), parts_of(long, prefix, LONG)
     if len(parts_short) != len(parts_long):
         raise NotPeriodicError(
             f"{len(parts_short)} stretches with {SHORT} layers, {len(parts_long)} with {LONG}"
@@ -62,7 +62,7 @@ def extended(short: Sequence[Item], long: Sequence[Item], prefix: str, count: in
     blocks: list[Block] = []
     for part_short, part_long in zip(parts_short, parts_long, strict=True):
         match part_short, part_long:
-            case _Run(), _Run():
+            case Run(), Run():
                 whole = [item for block in _longer_run(part_short, prefix, 1) for item in block]
                 if tuple(whole) != part_long.items:
                     raise NotPeriodicError(_first_difference(whole, part_long.items))
@@ -74,10 +74,10 @@ def extended(short: Sequence[Item], long: Sequence[Item], prefix: str, count: in
     return tuple(block for block in blocks if block.items)
 
 
-def _parts(items: Sequence[Item], prefix: str, count: int) -> list[_Part]:
+def parts_of(items: Sequence[Item], prefix: str, count: int) -> list[Part]:
     """Gaps and runs in turn, beginning and ending with a gap."""
     stretches = list(stretches_of_layers(items, prefix))
-    parts: list[_Part] = []
+    parts: list[Part] = []
     done = 0
     while stretches:
         run, stretches = stretches[:count], stretches[count:]
@@ -89,7 +89,7 @@ def _parts(items: Sequence[Item], prefix: str, count: int) -> list[_Part]:
                 raise NotPeriodicError(f"layer {layer} isn't where it was expected")
         start, stop = run[0].start, run[-1].stop
         parts.append(tuple(items[done:start]))
-        parts.append(_Run(tuple(items[start:stop]), tuple(each.start - start for each in run), backward))
+        parts.append(Run(tuple(items[start:stop]), tuple(each.start - start for each in run), backward))
         done = stop
     parts.append(tuple(items[done:]))
     return parts
@@ -132,7 +132,7 @@ def _is_passed_on(item: Op | Collective) -> bool:
     return isinstance(item, Collective) and item.call.kind in TO_ONE_RANK
 
 
-def _longer_run(run: _Run, prefix: str, more: int) -> list[Block]:
+def _longer_run(run: Run, prefix: str, more: int) -> list[Block]:
     """The run with `more` layers more, as at most three blocks."""
     count = len(run.cuts)
     template = count - 2 if run.backward else 1  # the layer met last but one, or second: layer 1 both times
@@ -149,7 +149,7 @@ def _longer_run(run: _Run, prefix: str, more: int) -> list[Block]:
     return [Block(run.items[:start]), Block(run.items[start:stop], 1 + more, prefix, 1), Block(after)]
 
 
-def _key(item: Item, prefix: str) -> tuple[Hashable, ...]:
+def key_of(item: Item, prefix: str) -> tuple[Hashable, ...]:
     """What an item is, whatever its sizes."""
     module = _any_layer(item.module, prefix)
     match item:
@@ -166,8 +166,10 @@ def _any_layer(name: str, prefix: str) -> str:
     return name if index is None else moved_name(name, prefix, -index)
 
 
-def _longer_gap(short: Sequence[Item], long: Sequence[Item], more: int, prefix: str) -> list[Item]:
-    keys_short, keys_long = [_key(item, prefix) for item in short], [_key(item, prefix) for item in long]
+def partners(short: Sequence[Item], long: Sequence[Item], prefix: str) -> list[Item | None]:
+    """Of each of a gap's items with LONG layers what it is with SHORT ones; None: it isn't there. Raises
+    NotPeriodicError."""
+    keys_short, keys_long = [key_of(item, prefix) for item in short], [key_of(item, prefix) for item in long]
     counts_short, counts_long = Counter(keys_short), Counter(keys_long)
     once = {key for key, count in counts_long.items() if counts_short[key] == count}
 
@@ -177,40 +179,42 @@ def _longer_gap(short: Sequence[Item], long: Sequence[Item], more: int, prefix: 
             for item, key in zip(items, keys, strict=True)
         ]
 
-    result: list[Item] = []
-
-    def repeat(start: int, stop: int) -> None:
-        """The items that SHORT hasn't, and as many again for each further layer, in the order in which layers
-        come there."""
-        for first, last in _stretches(long, keys_long, start, stop):
-            order = range(more + 1)
-            for by in reversed(order) if _is_descending(long, keys_long, first, last, prefix) else order:
-                result.extend(moved(item, prefix, by) for item in long[first:last])
-
-    def grow(a0: int, b0: int, count: int) -> None:
-        pairs = zip(short[a0 : a0 + count], long[b0 : b0 + count], strict=True)
-        result.extend(_longer_item(a, b, more, prefix) for a, b in pairs)
-
+    found: list[Item | None] = []
     matcher = SequenceMatcher(None, tokens(short, keys_short), tokens(long, keys_long), autojunk=False)
     for tag, a0, a1, b0, b1 in matcher.get_opcodes():
         kept, inserted = a1 - a0, (b1 - b0) - (a1 - a0)
+        new: list[Item | None] = [None] * inserted
         match tag:
-            case "equal":
-                grow(a0, b0, kept)
-            case "insert":
-                repeat(b0, b1)
+            case "equal" | "insert":
+                found += [*short[a0:a1], *new]
             case "replace" if (
                 inserted >= 0 and keys_short[a0:a1] == keys_long[b1 - kept : b1]
             ):  # grown items behind new ones
-                repeat(b0, b0 + inserted)
-                grow(a0, b0 + inserted, kept)
+                found += [*new, *short[a0:a1]]
             case "replace" if inserted >= 0 and keys_short[a0:a1] == keys_long[b0 : b0 + kept]:
-                grow(a0, b0, kept)
-                repeat(b0 + kept, b1)
+                found += [*short[a0:a1], *new]
             case _:
                 raise NotPeriodicError(
                     f"{long[b0] if b0 < len(long) else short[a0]} is in one gap and not in the other"
                 )
+    return found
+
+
+def _longer_gap(short: Sequence[Item], long: Sequence[Item], more: int, prefix: str) -> list[Item]:
+    """What SHORT hasn't is there as many times again as there are further layers, in the order in which
+    layers come there."""
+    result: list[Item] = []
+    keys = [key_of(item, prefix) for item in long]
+    pairs = enumerate(partners(short, long, prefix))
+    for is_new, group in groupby(pairs, key=lambda pair: pair[1] is None):
+        own = list(group)
+        if not is_new:
+            result += [_longer_item(a, long[at], more, prefix) for at, a in own if a is not None]
+            continue
+        for first, last in _stretches(long, keys, own[0][0], own[-1][0] + 1):
+            order = range(more + 1)
+            for by in reversed(order) if _is_descending(long, keys, first, last, prefix) else order:
+                result.extend(moved(item, prefix, by) for item in long[first:last])
     return result
 
 
@@ -299,7 +303,7 @@ def _longer_specs(
 ) -> tuple[TensorSpec, ...]:
     if len(short) == len(long):
         return tuple(_longer_spec(a, b, more) for a, b in zip(short, long, strict=True))
-    added = _added(short, long)
+    added = added_in(short, long)
     if added is None:
         raise NotPeriodicError(f"lists of {len(short)} and {len(long)} tensors that don't repeat")
     result: list[TensorSpec] = []
@@ -310,7 +314,7 @@ def _longer_specs(
     return (*result, *long[done:])
 
 
-def _added(short: tuple[TensorSpec, ...], long: tuple[TensorSpec, ...]) -> list[tuple[int, int]] | None:
+def added_in(short: tuple[TensorSpec, ...], long: tuple[TensorSpec, ...]) -> list[tuple[int, int]] | None:
     """Where `long` has what `short` lacks: a fused op's lists stand side by side in both, each with a layer's
     tensors once per layer. What is added must be what stands SHORT times before it; where it ends, nothing
     tells but that the rest fits."""

@@ -28,6 +28,7 @@ from shardwise.parallel.mixed import mixed_for_clipping
 from shardwise.torch_private import check
 from shardwise.trace.extend import LONG, SHORT, NotPeriodicError, extended
 from shardwise.trace.fakes import TARGETS, fake_world
+from shardwise.trace.growth import growths
 from shardwise.trace.higher_order import FLEX, MASKED
 from shardwise.trace.holdings import longer_holdings
 from shardwise.trace.job import Job, Kept, nearest_rule, rules_of
@@ -171,12 +172,18 @@ class _Equal:
 
     def _both(self, runs_again: bool) -> tuple[Traced, Traced]:
         if runs_again not in self._traced:
-            kinds = [
-                self.traced(depth, [first + at for first in self.firsts for at in range(depth * runs_again)])
-                for depth in (SHORT, LONG)
-            ]
-            self._traced[runs_again] = kinds[0], kinds[1]
+            long = self._of_one_kind(LONG, runs_again)
+            prefix, is_one_row = self.layers.prefix, self.firsts == [0]
+            short = growths.short_of(long, prefix) if is_one_row else None
+            if short is None:
+                short = self._of_one_kind(SHORT, runs_again)
+                if is_one_row:
+                    growths.note(short, long, prefix)
+            self._traced[runs_again] = short, long
         return self._traced[runs_again]
+
+    def _of_one_kind(self, depth: int, runs_again: bool) -> Traced:
+        return self.traced(depth, [first + at for first in self.firsts for at in range(depth * runs_again)])
 
     def traced(self, depth: int, again: Collection[int]) -> Traced:
         """`depth` layers of each row. again: numbers of those that run again in the backward."""

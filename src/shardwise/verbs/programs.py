@@ -43,5 +43,7 @@ def trace_program(
 def set_up() -> None:
     """What a process that does nothing but trace does first."""
     from shardwise.trace.fakes import keep_worlds
+    from shardwise.trace.growth import growths
 
     keep_worlds()
+    growths.keep()
