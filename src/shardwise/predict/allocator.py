@@ -91,13 +91,14 @@ class CachingAllocator:
         self._settings = settings
         self._capacity = float("inf") if capacity_bytes is None else capacity_bytes
         self._pools: dict[tuple[int, bool], _Pool] = {}
+        self._sizes: dict[int, int] = {}  # rounded
         self._next_address = 0
         self._expandable = settings.expandable_segments
         self._largest_split = settings.max_split_bytes or LARGEST_SPLIT
 
     def allocate(self, n_bytes: int, stream: int = 0) -> Piece:
         """A piece for so many bytes, more than none."""
-        size = self._rounded(n_bytes)
+        size = self._sizes.get(n_bytes) or self._rounded(n_bytes)
         is_small = size <= SMALL
         pool = self._pools.get((stream, is_small))
         if pool is None:
@@ -115,7 +116,8 @@ class CachingAllocator:
             pool.add(rest)
         piece.is_free = False
         self.active_bytes += piece.n_bytes
-        self.peak_active_bytes = max(self.peak_active_bytes, self.active_bytes)
+        if self.active_bytes > self.peak_active_bytes:  # max() takes twice as long
+            self.peak_active_bytes = self.active_bytes
         return piece
 
     def free(self, piece: Piece) -> None:
@@ -129,8 +131,11 @@ class CachingAllocator:
         divisions = self._settings.roundup_divisions
         if divisions > 1 and n_bytes > SMALLEST * divisions:
             step = (1 << (n_bytes.bit_length() - 1)) // divisions
-            return -(-n_bytes // step) * step
-        return max(SMALLEST, -(-n_bytes // SMALLEST) * SMALLEST)
+            size = -(-n_bytes // step) * step
+        else:
+            size = max(SMALLEST, -(-n_bytes // SMALLEST) * SMALLEST)
+        self._sizes[n_bytes] = size
+        return size
 
     def _is_split(self, pool: _Pool, size: int, left: int) -> bool:
         if pool.is_small or self._expandable:
@@ -197,19 +202,20 @@ class CachingAllocator:
     def _give_back(self, piece: Piece) -> None:
         """Joins it with free neighbours, and adds it to the pool."""
         pool = piece.pool
-        for other in (piece.before, piece.after):
-            if other is None or not other.is_free or other.is_mapped is not piece.is_mapped:
-                continue
+        other = piece.before
+        if other is not None and other.is_free and other.is_mapped is piece.is_mapped:
             pool.remove(other)
-            if other is piece.before:
-                piece.address, piece.before = other.address, other.before
-                if other.before is not None:
-                    other.before.after = piece
-            else:
-                piece.after = other.after
-                if other.after is not None:
-                    other.after.before = piece
+            piece.address, piece.before = other.address, other.before
             piece.n_bytes += other.n_bytes
+            if other.before is not None:
+                other.before.after = piece
+        other = piece.after
+        if other is not None and other.is_free and other.is_mapped is piece.is_mapped:
+            pool.remove(other)
+            piece.after = other.after
+            piece.n_bytes += other.n_bytes
+            if other.after is not None:
+                other.after.before = piece
         pool.add(piece)
 
     def _grown(self, pool: _Pool, size: int) -> Piece:

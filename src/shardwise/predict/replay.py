@@ -13,6 +13,7 @@ a handle and stream); torch.distributed.fsdp's FSDPParam (a shard is a copy, and
 is through). What it doesn't know: what allocator.py doesn't.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -29,16 +30,15 @@ from shardwise.core.program import Holding, MemoryKind, Program
 from shardwise.predict.allocator import CachingAllocator, Piece
 from shardwise.predict.changes import scales_of
 from shardwise.predict.groups import group_of
-from shardwise.predict.script import Comes, Event, Goes, Mark, Script, Section, script_of
+from shardwise.predict.script import Act, Event, Script, Section, script_of
 from shardwise.predict.stage_memory import StagePart
 
 MOST_STEPS = 8
-ALL = -1  # micro-batches: whose a storage is that serves all that are in flight
 OUTSIDE = 10**9  # of the layers: FSDP's last unit
 DRAWN = 4  # bytes of an entry of what is drawn in float32
 MASTER = 2  # bytes in float32 for each traced one of half precision
 
-_Number = tuple[int, int, int]  # of a storage: (chunk, micro-batch, its number in the chunk's script)
+_Shared = tuple[Piece, set[int]]  # a storage, and the micro-batches that use it
 _Pass = tuple[int, int, Section]
 
 
@@ -102,9 +102,9 @@ class _Run:
         self._has_state = False
         self._with_workspace: set[Section] = set()
         self._gradients: list[Piece] = []
-        self._live: dict[_Number, Piece] = {}
+        self._live: defaultdict[tuple[int, int], dict[int, Piece]] = defaultdict(dict)
+        self._shared: defaultdict[int, dict[int, _Shared]] = defaultdict(dict)
         self._held: set[tuple[int, int]] = set()
-        self._shared: dict[tuple[int, int], set[int]] = {}
 
     def start(self) -> None:
         """What lives from step to step, and what is made on the way to it."""
@@ -135,8 +135,12 @@ class _Run:
             self._gradients.append(self.allocator.allocate(n_bytes))
         for chunk, micro_batch, section in self._passes:
             self._play(self._scripts[chunk].sections[section], section, chunk, micro_batch)
-        for piece in self._live.values():
-            self.allocator.free(piece)
+        for live in self._live.values():
+            for piece in live.values():
+                self.allocator.free(piece)
+        for shared in self._shared.values():
+            for piece, _ in shared.values():
+                self.allocator.free(piece)
         self._live.clear()
         self._shared.clear()
 
@@ -152,36 +156,40 @@ class _Run:
                 yield max(1, int(self._size(holding.gradient_bytes, MemoryKind.GRADIENT) * ranks * width))
 
     def _play(self, events: Sequence[Event], section: Section, chunk: int, micro_batch: int) -> None:
-        allocator, live = self.allocator, self._live
-        for event in events:
-            match event:
-                case Comes(number, n_bytes, stream, is_shared=True):
-                    users = self._shared.setdefault((chunk, number), set())
-                    if not users:
-                        live[chunk, ALL, number] = allocator.allocate(n_bytes, stream)
-                    users.add(micro_batch)
-                case Comes(number, n_bytes, stream, is_gradient):
-                    piece = allocator.allocate(n_bytes, stream)
-                    if not is_gradient:
-                        live[chunk, micro_batch, number] = piece
-                    elif (chunk, number) in self._held:  # it is added to what is there
-                        allocator.free(piece)
-                    else:
-                        self._held.add((chunk, number))
-                        self._gradients.append(piece)
-                case Goes(number):
-                    users = self._shared.get((chunk, number), set())
-                    users.discard(micro_batch)
-                    whose = ALL if (chunk, ALL, number) in live and not users else micro_batch
-                    gone = live.pop((chunk, whose, number), None)
-                    if gone is not None:
-                        allocator.free(gone)
-                case Mark.MATMUL:
-                    if section not in self._with_workspace:
-                        self._with_workspace.add(section)
-                        self._keep(self._workspace_bytes)
-                case Mark.OPTIMIZER:
-                    self._make_state()
+        allocate, free = self.allocator.allocate, self.allocator.free
+        live, shared = self._live[chunk, micro_batch], self._shared[chunk]
+        for act, number, n_bytes, stream in events:
+            if act is Act.COMES:
+                live[number] = allocate(n_bytes, stream)
+            elif act is Act.GOES:
+                if number in shared:
+                    self._let_go(shared, number, micro_batch)
+                elif number in live:
+                    free(live.pop(number))
+            elif act is Act.GRADIENT:
+                piece = allocate(n_bytes, stream)
+                if (chunk, number) in self._held:  # it is added to what is there
+                    free(piece)
+                else:
+                    self._held.add((chunk, number))
+                    self._gradients.append(piece)
+            elif act is Act.SHARED:
+                if number not in shared:
+                    shared[number] = allocate(n_bytes, stream), set()
+                shared[number][1].add(micro_batch)
+            elif act is Act.MATMUL:
+                if section not in self._with_workspace:
+                    self._with_workspace.add(section)
+                    self._keep(self._workspace_bytes)
+            else:
+                self._make_state()
+
+    def _let_go(self, shared: dict[int, _Shared], number: int, micro_batch: int) -> None:
+        piece, users = shared[number]
+        users.discard(micro_batch)
+        if not users:
+            del shared[number]
+            self.allocator.free(piece)
 
     def _make_state(self) -> None:
         if self._has_state:

@@ -39,31 +39,22 @@ class Section(IntEnum):
     END = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Comes:
-    """A storage, by its number in the script. is_shared: one serves all micro-batches that are in flight,
-    such as parameters that FSDP has gathered."""
+class Act(IntEnum):
+    """What happens. COMES: a storage; GRADIENT: a parameter's; SHARED: one that serves all micro-batches that
+    are in flight, such as parameters that FSDP has gathered. MATMUL: the section's first one; OPTIMIZER: its
+    first op."""
 
-    number: int
-    n_bytes: int
-    stream: int
-    is_gradient: bool = False
-    is_shared: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Goes:
-    number: int
+    COMES = 0
+    GRADIENT = 1
+    SHARED = 2
+    GOES = 3
+    MATMUL = 4
+    OPTIMIZER = 5
 
 
-class Mark(IntEnum):
-    """A section's first matmul; the optimizer's first op."""
-
-    MATMUL = 0
-    OPTIMIZER = 1
-
-
-Event = Comes | Goes | Mark
+Event = tuple[Act, int, int, int]
+"""(what happens, a storage's number in the script, its bytes, the stream that it is made on); 0 where it has
+none. Plain tuples: a replay goes through hundreds of thousands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +80,7 @@ class _Writer:
         self._fused = fused_loss(program) if setup.compiled_loss else {}
         self._script = Script()
         self._section = Section.FORWARD
-        self._marks: set[tuple[Section, Mark]] = set()
+        self._marks: set[tuple[Section, Act]] = set()
         self._living: defaultdict[Hashable, list[int]] = defaultdict(list)
         self._count = 0
 
@@ -136,16 +127,18 @@ class _Writer:
                 at = item.nth if -len(alike) <= item.nth < len(alike) else 0
                 number = alike.pop(at)
                 if number >= 0:
-                    self._events.append(Goes(number))
+                    self._events.append((Act.GOES, number, 0, 0))
             return
         self._enter(item.phase)
         n_bytes = int(self._fused.get(place, item.n_bytes) * self._scale(item) * share)
         if n_bytes <= 0:  # not here, but counted among those alike
             self._living[key].append(NOWHERE)
             return
-        is_gradient = item.kind is MemoryKind.GRADIENT
-        is_shared = self._part is not None and self._part.is_gathered(item)
-        self._events.append(Comes(self._count, n_bytes, item.stream, is_gradient, is_shared))
+        if self._part is not None and self._part.is_gathered(item):
+            act = Act.SHARED
+        else:
+            act = Act.GRADIENT if item.kind is MemoryKind.GRADIENT else Act.COMES
+        self._events.append((act, self._count, n_bytes, item.stream))
         self._living[key].append(self._count)
         self._count += 1
 
@@ -161,14 +154,15 @@ class _Writer:
         if not isinstance(item, Op):
             return
         if item.phase is Phase.OPTIMIZER:
-            self._mark(Mark.OPTIMIZER)
+            self._mark(Act.OPTIMIZER)
         elif item.kind is OpKind.MATMUL:
-            self._mark(Mark.MATMUL)
+            self._mark(Act.MATMUL)
 
-    def _mark(self, mark: Mark) -> None:
-        if (self._section, mark) not in self._marks:
-            self._marks.add((self._section, mark))
-            self._events.append(mark)
+    def _mark(self, act: Act) -> None:
+        """Once a section."""
+        if (self._section, act) not in self._marks:
+            self._marks.add((self._section, act))
+            self._events.append((act, 0, 0, 0))
 
     def _enter(self, phase: Phase) -> None:
         """Sections follow one another: a module's forward that runs again is in the backward."""

@@ -3,9 +3,10 @@ traced before in its batch, its recompute or its ends alone, LONG layers are tra
 
 The items of SHORT layers are made from those of LONG by leaving a layer out, and go through extend.py as
 traced ones do: what a layer runs is held to what the layer beside it runs. What lies between rows of layers
-is laid beside what LONG layers ran there before. What grew then must be the same now, down to its sizes; what
-didn't grow then doesn't now; and what wasn't there then must be a forward's or a backward's and, if it
-belongs to a layer, to the first or the last one. What doesn't pass raises NotPeriodicError, and SHORT layers
+is laid beside what LONG layers ran there before. What was there once per layer still is; what grew must be
+the same, down to its sizes, or grow with a layer's parameters alone; what didn't grow doesn't now; and what
+wasn't there must be a forward's or a backward's and, if it belongs to a layer, to the first or the last
+one. What doesn't pass raises NotPeriodicError, and SHORT layers
 are traced as well.
 """
 
@@ -16,6 +17,7 @@ from difflib import SequenceMatcher
 from shardwise.core.layer_name import layer_index
 from shardwise.core.program import (
     ONCE,
+    REPLICATED_PARAMETERS,
     Collective,
     Holding,
     Item,
@@ -32,7 +34,10 @@ KEPT = 16
 """So many growths are remembered, the newest first."""
 
 Grown = tuple[Item | None, Item]
-"""An item of LONG layers, and what it is with SHORT ones; None: it isn't there."""
+"""What an item is with SHORT layers (None: it isn't there), and the item with LONG ones."""
+_Kept = tuple[Item | None, bool]
+"""What an item of LONG layers is with SHORT ones, and whether it is of the layer that runs right after the
+one that is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +71,7 @@ class Growth:
         items = list(_with_distances(long.items, list(self._kept(long.items))))
         return Traced(tuple(items), (), resident)
 
-    def _kept(self, long: Sequence[Item]) -> Iterator[Item | None]:
-        """Of each item with LONG layers what it is with SHORT ones."""
+    def _kept(self, long: Sequence[Item]) -> Iterator[_Kept]:
         parts = parts_of(long, self.prefix, LONG)
         if len(parts) != 2 * len(self.gaps) - 1:
             raise NotPeriodicError(f"{len(parts)} stretches, {2 * len(self.gaps) - 1} before")
@@ -77,7 +81,8 @@ class Growth:
                 case Run():
                     yield from _kept_of_run(part, self.prefix)
                 case _:
-                    yield from _kept_of_gap(part, next(gaps), self.prefix)
+                    for item in _kept_of_gap(part, next(gaps), self.prefix):
+                        yield item, False
 
 
 class Growths:
@@ -119,16 +124,16 @@ def _of_layers(traced: Traced, prefix: str) -> Iterator[Holding]:
     return (each for each in traced.holdings if layer_index(each.module, prefix) is not None)
 
 
-def _kept_of_run(run: Run, prefix: str) -> Iterator[Item | None]:
+def _kept_of_run(run: Run, prefix: str) -> Iterator[_Kept]:
     """Without the last layer but one."""
     left_out = 1 if run.backward else LONG - 2
-    start, stop = run.cuts[left_out], run.cuts[left_out + 1]
+    start, stop, *further = (*run.cuts[left_out:], len(run.items))
     for at, item in enumerate(run.items):
         if start <= at < stop:
-            yield None
+            yield None, False
         else:
             is_last = at < start if run.backward else at >= stop
-            yield moved(item, prefix, -1) if is_last else item
+            yield moved(item, prefix, -1) if is_last else item, stop <= at < further[0]
 
 
 def _kept_of_gap(gap: Sequence[Item], known: Sequence[Grown], prefix: str) -> Iterator[Item | None]:
@@ -153,8 +158,6 @@ def _token(item: Item, prefix: str) -> Hashable:
 def _shorter(short: Item | None, long: Item, item: Item, prefix: str) -> Item | None:
     """What `item` is with SHORT layers, where `long` was `short`."""
     if short is None:
-        if not _is_alike(long, item):
-            raise NotPeriodicError(f"{item} is there once per layer, and was {long}")
         return None
     by = _by(short, long, prefix)
     item, same = moved(item, prefix, -by), moved(long, prefix, -by)
@@ -162,29 +165,65 @@ def _shorter(short: Item | None, long: Item, item: Item, prefix: str) -> Item | 
         return item
     if _is_alike(item, same):
         return _with_own_places(short, item)
-    if isinstance(short, Op) and isinstance(same, Op) and isinstance(item, Op):
-        return replace(
-            item,
-            inputs=_fewer_specs(short.inputs, same.inputs, item.inputs),
-            outputs=_fewer_specs(short.outputs, same.outputs, item.outputs),
-            flops=item.flops - (same.flops - short.flops),
-            read_bytes=item.read_bytes - (same.read_bytes - short.read_bytes),
-            write_bytes=item.write_bytes - (same.write_bytes - short.write_bytes),
-        )
+    match short, same, item:
+        case Op(), Op(), Op():
+            return replace(
+                item,
+                inputs=_fewer_specs(short.inputs, same.inputs, item.inputs),
+                outputs=_fewer_specs(short.outputs, same.outputs, item.outputs),
+                flops=item.flops - (same.flops - short.flops),
+                read_bytes=item.read_bytes - (same.read_bytes - short.read_bytes),
+                write_bytes=item.write_bytes - (same.write_bytes - short.write_bytes),
+            )
+        case Collective(), Collective(), Collective() if _is_of_parameters(item):
+            call = replace(
+                item.call,
+                payload_bytes=item.call.payload_bytes - (same.call.payload_bytes - short.call.payload_bytes),
+                wire_bytes=item.call.wire_bytes - (same.call.wire_bytes - short.call.wire_bytes),
+            )
+            return replace(item, call=call)
+        case MemoryChange(), MemoryChange(), MemoryChange() if _is_of_parameters(item):
+            return replace(item, n_bytes=item.n_bytes - (same.n_bytes - short.n_bytes))
     raise NotPeriodicError(f"{item} grows, and was {long}")
+
+
+def _is_of_parameters(item: Collective | MemoryChange) -> bool:
+    """Whether what a layer adds to its size is of the layer's parameters, whatever the batch."""
+    if item.phase in ONCE:
+        return True
+    if isinstance(item, Collective):
+        return item.module == REPLICATED_PARAMETERS
+    return item.kind in (MemoryKind.PARAMETER, MemoryKind.GRADIENT, MemoryKind.OPTIMIZER)
 
 
 def _fewer_specs(
     short: tuple[TensorSpec, ...], long: tuple[TensorSpec, ...], specs: tuple[TensorSpec, ...]
 ) -> tuple[TensorSpec, ...]:
-    """A list without what a layer adds to it."""
+    """Without what a layer adds: tensors of a list, or some of a tensor's sizes, where the others are the
+    same."""
     if short == long:
         return specs
-    added = added_in(short, long) if len(long) == len(specs) else None
+    if len(long) != len(specs):
+        raise NotPeriodicError("a list of another length grows")
+    if len(short) == len(long):
+        return tuple(map(_smaller_spec, short, long, specs))
+    added = added_in(short, long)
     if added is None or any(long[start:stop] != specs[start:stop] for start, stop in added):
         raise NotPeriodicError("a list grows in another way")
     left_out = {at for start, stop in added for at in range(start, stop)}
     return tuple(spec for at, spec in enumerate(specs) if at not in left_out)
+
+
+def _smaller_spec(short: TensorSpec, long: TensorSpec, spec: TensorSpec) -> TensorSpec:
+    if short == long:
+        return spec
+    alike = [len(short.shape), short.dtype] == [len(long.shape), long.dtype]
+    if not alike or len(long.shape) != len(spec.shape):
+        raise NotPeriodicError("a tensor grows in another way")
+    sizes = list(zip(short.shape, long.shape, spec.shape, strict=True))
+    if any(before == after != now for before, after, now in sizes):
+        raise NotPeriodicError("a tensor with other sizes grows")
+    return TensorSpec(spec.dtype, tuple(now - (after - before) for before, after, now in sizes))
 
 
 def _by(short: Item, long: Item, prefix: str) -> int:
@@ -215,18 +254,18 @@ def _with_own_places(item: Item, own: Item) -> Item:
     return item
 
 
-def _with_distances(long: Sequence[Item], kept: Sequence[Item | None]) -> Iterator[Item]:
+def _with_distances(long: Sequence[Item], kept: Sequence[_Kept]) -> Iterator[Item]:
     """Those that are kept, with their distances from the collectives that they are kin to."""
     places: list[int | None] = []  # of each collective, among those that are kept
     n_kept = 0
-    for item, own in zip(long, kept, strict=True):
+    for item, (own, is_after) in zip(long, kept, strict=True):
         if not isinstance(item, Collective):
             if own is not None:
                 yield own
             continue
         if isinstance(own, Collective):
             again, added_to = (
-                None if distance is None else n_kept - _place(places, len(places) - distance)
+                None if distance is None else _distance(places, n_kept, distance, is_after)
                 for distance in (item.again, item.added_to)
             )
             yield replace(own, again=again, added_to=added_to)
@@ -234,8 +273,11 @@ def _with_distances(long: Sequence[Item], kept: Sequence[Item | None]) -> Iterat
         n_kept += own is not None
 
 
-def _place(places: Sequence[int | None], at: int) -> int:
-    place = places[at] if at >= 0 else None
-    if place is None:
-        raise NotPeriodicError("a collective is kin to one of a layer in between")
-    return place
+def _distance(places: Sequence[int | None], place: int, before: int, is_after: bool) -> int:
+    """Among those that are kept, of one at `place` from that which was so many before it."""
+    kin = places[-before] if before <= len(places) else None
+    if kin is not None:
+        return place - kin
+    if is_after:  # to the one in the layer before its own, whichever that is
+        return before
+    raise NotPeriodicError("a collective is kin to one of the layer that is left out")

@@ -8,7 +8,7 @@ part of them runs again in the backward, of each kind (two_kinds.py).
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -16,13 +16,13 @@ from shardwise.core.case import StepSettings
 from shardwise.core.errors import OptionError
 from shardwise.core.grouped import GROUPED, load_words
 from shardwise.core.mesh import Mesh
-from shardwise.core.pipeline import Pipeline, Span, recomputed_of_fewer, recomputed_spans
+from shardwise.core.pipeline import Pipeline, Span
 from shardwise.core.plan import AnyPlan, TheirPlan
-from shardwise.core.program import Block, MemoryKind, Op, Program, RuleUse
-from shardwise.models.layers import Layers, copied, find_layers
+from shardwise.core.program import Block, MemoryKind, Op, Program
+from shardwise.models.layers import Layers, copied
 from shardwise.models.source import ModelSource
-from shardwise.parallel.any_plan import check_any, engine_of, name_of
-from shardwise.parallel.ends import Ends, check_spans, ends_of
+from shardwise.parallel.any_plan import engine_of, name_of
+from shardwise.parallel.ends import ends_of
 from shardwise.parallel.experts import takes_tokens_of_experts
 from shardwise.parallel.mixed import mixed_for_clipping
 from shardwise.torch_private import check
@@ -31,8 +31,9 @@ from shardwise.trace.fakes import TARGETS, fake_world
 from shardwise.trace.growth import growths
 from shardwise.trace.higher_order import FLEX, MASKED
 from shardwise.trace.holdings import longer_holdings
-from shardwise.trace.job import Job, Kept, nearest_rule, rules_of
+from shardwise.trace.job import Job, Kept, nearest_rule
 from shardwise.trace.step import Traced, run
+from shardwise.trace.subject import Subject, subject_of, subjects
 from shardwise.trace.two_kinds import blocks_of_two_kinds, but_for_which
 
 
@@ -68,14 +69,18 @@ def trace(
         raise OptionError(f"rank {rank} is not on mesh {mesh}. Use 0 to {mesh.world_size - 1}.")
     with fake_world(mesh, rank=rank, device=device) as device_mesh:
         progress(f"building {source.name}")
-        job = Job(source, plan, mesh, settings, device, rank, ids, device_mesh, on_model, _ends(source, mesh))
-        subject = _subject(job, depth, dealt)
+        ends = ends_of(source) if mesh.stages > 1 else None
+        job = Job(source, plan, mesh, settings, device, rank, ids, device_mesh, on_model, ends)
+        subject = subject_of(job, depth, dealt)
         layers = subject.layers
         if compress and layers is not None and layers.are_equal and _is_long(subject.spans):
             try:
                 if 0 < len(subject.again) < sum(span.count for span in subject.spans):
                     return _from_two_kinds(_Equal(job, subject, layers, progress))
-                return _Equal(job, subject, layers, progress).program(bool(subject.again))
+                program = _Equal(job, subject, layers, progress).program(bool(subject.again))
+                if depth is None:
+                    subjects.note(job, subject)
+                return program
             except NotPeriodicError as reason:
                 progress(f"layers don't repeat: {reason}")
                 subject = replace(subject, model=job.build())
@@ -83,55 +88,6 @@ def trace(
         progress(f"tracing {own} layers" if layers is not None else "tracing")
         traced = run(job, subject.model, layers, nearest_rule(subject.rules), Kept(again=subject.again))
         return _program(job, subject, traced, None)
-
-
-@dataclass(frozen=True, slots=True)
-class _Subject:
-    """The model as it was made, whole and unsharded until it runs. spans: of layers that this rank runs.
-    again: numbers of those that run again in the backward."""
-
-    model: nn.Module
-    layers: Layers | None
-    spans: tuple[Span, ...]
-    again: frozenset[int]
-    rules: tuple[RuleUse, ...]
-    parameters: int
-
-
-def _subject(job: Job, depth: int | None, dealt: Pipeline | None) -> _Subject:
-    model = job.build()
-    layers, recomputed = find_layers(model), job.settings.recompute_layers
-    if depth is not None and layers is not None and depth < layers.count:
-        recomputed = recomputed_of_fewer(recomputed, layers.count, depth)
-        layers.shorten(model, depth)
-        layers = find_layers(model)
-    check_any(job.source, model, job.plan, job.mesh, job.settings.seq)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    spans = _spans(job, model, layers)
-    again: frozenset[int] = frozenset()
-    if layers is not None and job.settings.recompute != "none":
-        parts = (dealt or job.settings.pipeline(job.mesh)).spans(layers.count, job.source.name)
-        chosen = recomputed_spans(parts, recomputed, job.source.name)
-        own = {number for span in spans for number in span.indices}
-        again = frozenset(number for span in chosen for number in span.indices) & own
-    return _Subject(model, layers, spans, again, rules_of(job.plan, model), parameters)
-
-
-def _ends(source: ModelSource, mesh: Mesh) -> Ends | None:
-    return ends_of(source) if mesh.stages > 1 else None
-
-
-def _spans(job: Job, model: nn.Module, layers: Layers | None) -> tuple[Span, ...]:
-    """Raises OptionError and ModelError for stages that can't be."""
-    pipeline = job.settings.pipeline(job.mesh)
-    pipeline.check(job.settings.accumulation)
-    if layers is None:
-        return ()
-    if job.ends is None:
-        return (Span(0, layers.count),)
-    spans = pipeline.spans(layers.count, job.source.name)
-    check_spans(model, job.ends, spans)
-    return tuple(spans[part] for part in pipeline.parts_of(job.stage))
 
 
 def _is_long(spans: Sequence[Span]) -> bool:
@@ -143,7 +99,7 @@ class _Equal:
     """Programs of all of a model's equal layers, from traces of SHORT and LONG ones. The subject's model is
     cut short."""
 
-    def __init__(self, job: Job, subject: _Subject, layers: Layers, progress: Callable[[str], None]) -> None:
+    def __init__(self, job: Job, subject: Subject, layers: Layers, progress: Callable[[str], None]) -> None:
         self.job, self.subject, self.layers, self._progress = job, subject, layers, progress
         self._traced: dict[bool, tuple[Traced, Traced]] = {}
 
@@ -218,7 +174,7 @@ def _from_two_kinds(equal: _Equal) -> Program:
     return replace(again, blocks=blocks_of_two_kinds(plain.blocks, again.blocks, prefix, equal.subject.again))
 
 
-def _program(job: Job, subject: _Subject, traced: Traced, blocks: tuple[Block, ...] | None) -> Program:
+def _program(job: Job, subject: Subject, traced: Traced, blocks: tuple[Block, ...] | None) -> Program:
     layers = subject.layers
     blocks, compressed = blocks or (Block(traced.items),), blocks is not None
     return Program(
@@ -241,7 +197,7 @@ def _program(job: Job, subject: _Subject, traced: Traced, blocks: tuple[Block, .
     )
 
 
-def _of_its_own(job: Job, subject: _Subject) -> Iterator[str]:
+def _of_its_own(job: Job, subject: Subject) -> Iterator[str]:
     """What meets who trains a model that shards itself."""
     mixed = mixed_for_clipping(subject.model) if job.plan is TheirPlan.OWN else None
     if mixed is not None:

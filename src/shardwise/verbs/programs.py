@@ -44,6 +44,8 @@ def set_up() -> None:
     """What a process that does nothing but trace does first."""
     from shardwise.trace.fakes import keep_worlds
     from shardwise.trace.growth import growths
+    from shardwise.trace.subject import subjects
 
     keep_worlds()
     growths.keep()
+    subjects.keep()
