@@ -22,7 +22,7 @@ from shardwise.predict.predict import predict
 from shardwise.search.bounds import Bounds
 from shardwise.search.costs import Costs, waits_s
 from shardwise.search.ends import LIGHTER
-from shardwise.search.piece import Piece, Traced, Tracer, Unfit, piece_of
+from shardwise.search.piece import Piece, Traced, Unfit, piece_of
 from shardwise.search.problem import Outcome, Problem
 from shardwise.search.queue import Node
 from shardwise.search.solve import Solver
@@ -92,7 +92,7 @@ def solved(case: Case, problem: Problem, top: int = 3) -> Outcome:
     def trace(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Traced]]:
         yield from ((piece, traced(case, piece)) for piece in pieces)
 
-    return Solver(problem, Tracer(trace)).run(top)
+    return Solver(problem, trace, 1).run(top)
 
 
 def every(problem: Problem) -> Iterator[Candidate]:
@@ -167,7 +167,7 @@ def test_once_the_best_is_proved_no_runner_up_is_looked_at_when_time_is_over(
     def trace(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Traced]]:
         yield from ((piece, traced(case, piece)) for piece in pieces)
 
-    solver = Solver(problem_of(case, devices, fix), Tracer(trace))
+    solver = Solver(problem_of(case, devices, fix), trace, 1)
     look = solver._look
 
     def look_before_the_proof(bound: float, node: Node) -> None:

@@ -1,7 +1,6 @@
 """Piece: what of a candidate a trace depends on. Candidates that share one share its Program: they differ in
 stages, in the sizes of the data axes, and in how many micro-batches a step has."""
 
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from shardwise.core.mesh import AXES, Mesh, Role
@@ -47,16 +46,6 @@ class Unfit:
 
 
 Traced = Program | Unfit
-
-
-@dataclass(frozen=True, slots=True)
-class Tracer:
-    """Who traces. traced: pieces, each told as it is known. needs: of a piece, which ones are run for it:
-    none, where it follows from those that are known. workers: how many run at once."""
-
-    traced: Callable[[Sequence[Piece]], Iterator[tuple[Piece, Traced]]]
-    needs: Callable[[Piece], Sequence[Piece]] = lambda piece: [piece]
-    workers: int = 1
 
 
 def piece_of(candidate: Candidate, layers: int) -> Piece:

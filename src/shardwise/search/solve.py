@@ -12,7 +12,7 @@ answers alone. Whatever was put together so is predicted by a Program of its own
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from shardwise.core.prediction import Prediction, Term
@@ -20,7 +20,7 @@ from shardwise.core.search import Candidate, Known
 from shardwise.search.composed import are_alike, fewest_layers, styles_of_all
 from shardwise.search.costs import SURE, Costs, added_s
 from shardwise.search.ends import LIGHTER, Styles, changes_of_ends, own_ends
-from shardwise.search.piece import Piece, Tracer, Unfit
+from shardwise.search.piece import Piece, Traced, Unfit
 from shardwise.search.problem import Answer, Outcome, Problem
 from shardwise.search.queue import Node, Queue, Stage
 
@@ -35,15 +35,16 @@ SLACK = 0.005
 """A candidate that was put together may take so much less than its pieces give; tests hold it."""
 
 BY_HAND = "it was stopped by Ctrl-C"
+Tracer = Callable[[Sequence[Piece]], Iterator[tuple[Piece, Traced]]]
 Says = Callable[["Answer | None", int, int], None]
 
 
 class Solver:
     """One search. says: told the best so far, how many candidates are left, and how many traces were made."""
 
-    def __init__(self, problem: Problem, tracer: Tracer, says: Says = lambda *_: None) -> None:
+    def __init__(self, problem: Problem, trace: Tracer, workers: int, says: Says = lambda *_: None) -> None:
         self.problem, self.outcome = problem, Outcome()
-        self._tracer, self._says = tracer, says
+        self._trace, self._workers, self._says = trace, workers, says
         self.costs = Costs(problem, self.outcome)
         self.queue = Queue()
         self._seen: set[Candidate] = set()
@@ -156,17 +157,16 @@ class Solver:
 
     def _with_others(self, missing: list[Piece], bound: float) -> list[Piece]:
         """With those that will be needed next, so that no process waits."""
-        tracer, wanted = self._tracer, dict.fromkeys(missing)
-        for near, node in self.queue.nearest(8 * tracer.workers):
-            runs = {run for piece in wanted for run in tracer.needs(piece)}
-            if len(runs) >= tracer.workers or near > bound * AHEAD:
+        wanted = dict.fromkeys(missing)
+        for near, node in self.queue.nearest(8 * self._workers):
+            if len(wanted) >= self._workers or near > bound * AHEAD:
                 break
             wanted |= dict.fromkeys(self._missing(node))
         return list(wanted)
 
     def _traced(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
         """Each as it is known."""
-        for piece, traced in self._tracer.traced(list(pieces)):
+        for piece, traced in self._trace(list(pieces)):
             self.costs.pieces[piece] = traced
             self.outcome.traces += 1
             self._says(self._best, len(self.queue), self.outcome.traces)

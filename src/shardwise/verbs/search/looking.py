@@ -17,7 +17,7 @@ from shardwise.core.prediction import Setup
 from shardwise.core.program import Program
 from shardwise.core.search import Candidate, Considered, Found, Group, Known, Refused, Search, Space, Tipping
 from shardwise.predict.contrast import facts_of
-from shardwise.search.piece import Tracer, piece_of
+from shardwise.search.piece import piece_of
 from shardwise.search.problem import Answer, Outcome, Problem
 from shardwise.search.solve import BY_HAND, Solver
 from shardwise.search.tipping import tippings
@@ -141,8 +141,7 @@ class _Looking:
         found = list(candidates(choices, groups, refused))
         problem = problem_of(self.case, self.machine, self.setup, space, found, groups, facts.layers)
         self.seconds["reading the model"] = time.perf_counter() - started
-        tracer = Tracer(self.tracing.traced, self.tracing.needs, self.workers)
-        solver = Solver(problem, tracer, self._says)
+        solver = Solver(problem, self.tracing.traced, self.workers, self._says)
         began = time.perf_counter()
         outcome = solver.run(self.options.given_out, self.options.seconds, began - started)
         self.seconds["tracing and predicting"] = time.perf_counter() - began

@@ -56,7 +56,7 @@ class Tracing:
         for piece in pieces:
             if piece not in waiting:
                 yield piece, self.programs[piece]
-        direct = dict.fromkeys(each for piece in waiting for each in self.needs(piece))
+        direct = dict.fromkeys(each for piece in waiting for each in self._asked_for(piece))
         for piece, traced in self._direct(list(direct)):
             if piece in waiting:
                 yield piece, traced
@@ -67,16 +67,14 @@ class Tracing:
                 else:
                     yield from self._direct([piece])
 
-    def needs(self, piece: Piece) -> list[Piece]:
-        """What is traced for it, where that isn't there: of a root with four sequences or more those with two
-        and three, from which all larger ones follow; where a part of the layers is recomputed, that with none
-        and all of them."""
-        if self._is_there(piece):
-            return []
+    def _asked_for(self, piece: Piece) -> list[Piece]:
+        """What is traced for it: of a root with four sequences or more those with two and three, from
+        which all larger ones follow; where a part of the layers is recomputed, that with none and all of
+        them."""
         if piece.recomputed is not None:
             whole = replace(piece, recomputed=None, dealt=(1, 1))
-            both = replace(whole, recompute="none"), whole
-            return [other for each in both for other in self.needs(each)] or [piece]
+            pair = [each for each in (replace(whole, recompute="none"), whole) if not self._is_there(each)]
+            return [other for each in pair for other in self._asked_for(each)] or [piece]
         if piece.micro_batch > LONG and piece == piece.root:
             pair = [replace(piece, micro_batch=size) for size in (SHORT, LONG)]
             return [each for each in pair if each not in self.programs]
