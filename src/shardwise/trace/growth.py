@@ -167,10 +167,13 @@ def _shorter(short: Item | None, long: Item, item: Item, prefix: str) -> Item | 
         return _with_own_places(short, item)
     match short, same, item:
         case Op(), Op(), Op():
+            # what a list's tensors are put together to grows as the list does
+            has_list = (len(short.inputs), len(short.outputs)) != (len(same.inputs), len(same.outputs))
+            is_free = has_list or item.phase in ONCE
             return replace(
                 item,
-                inputs=_fewer_specs(short.inputs, same.inputs, item.inputs),
-                outputs=_fewer_specs(short.outputs, same.outputs, item.outputs),
+                inputs=_fewer_specs(short.inputs, same.inputs, item.inputs, is_free),
+                outputs=_fewer_specs(short.outputs, same.outputs, item.outputs, is_free),
                 flops=item.flops - (same.flops - short.flops),
                 read_bytes=item.read_bytes - (same.read_bytes - short.read_bytes),
                 write_bytes=item.write_bytes - (same.write_bytes - short.write_bytes),
@@ -197,15 +200,17 @@ def _is_of_parameters(item: Collective | MemoryChange) -> bool:
 
 
 def _fewer_specs(
-    short: tuple[TensorSpec, ...], long: tuple[TensorSpec, ...], specs: tuple[TensorSpec, ...]
+    short: tuple[TensorSpec, ...], long: tuple[TensorSpec, ...], specs: tuple[TensorSpec, ...], is_free: bool
 ) -> tuple[TensorSpec, ...]:
-    """Without what a layer adds: tensors of a list, or some of a tensor's sizes, where the others are the
-    same."""
+    """Without what a layer adds: tensors of a list, which must be the same, or some of a tensor's sizes,
+    where the others are the same; unless is_free, all of them."""
     if short == long:
         return specs
     if len(long) != len(specs):
         raise NotPeriodicError("a list of another length grows")
     if len(short) == len(long):
+        if not is_free and specs != long:
+            raise NotPeriodicError("a tensor of another size grows")
         return tuple(map(_smaller_spec, short, long, specs))
     added = added_in(short, long)
     if added is None or any(long[start:stop] != specs[start:stop] for start, stop in added):
@@ -217,11 +222,9 @@ def _fewer_specs(
 def _smaller_spec(short: TensorSpec, long: TensorSpec, spec: TensorSpec) -> TensorSpec:
     if short == long:
         return spec
-    alike = [len(short.shape), short.dtype] == [len(long.shape), long.dtype]
-    if not alike or len(long.shape) != len(spec.shape):
-        raise NotPeriodicError("a tensor grows in another way")
-    sizes = list(zip(short.shape, long.shape, spec.shape, strict=True))
-    if any(before == after != now for before, after, now in sizes):
+    ranks = {len(each.shape) for each in (short, long, spec)}
+    sizes = list(zip(short.shape, long.shape, spec.shape, strict=False))
+    if len(ranks) > 1 or any(before == after != now for before, after, now in sizes):
         raise NotPeriodicError("a tensor with other sizes grows")
     return TensorSpec(spec.dtype, tuple(now - (after - before) for before, after, now in sizes))
 
