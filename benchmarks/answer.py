@@ -168,7 +168,7 @@ def tables() -> Iterator[TableRun]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.answer", description=(__doc__ or "").splitlines()[0]
+        prog="python -m benchmarks.answer", description=(__doc__ or "").partition("\n\n")[0]
     )
     parser.add_argument("--dry", action="store_true", help="write no results file")
     given, started = parser.parse_args(), now()

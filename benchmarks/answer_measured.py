@@ -113,7 +113,7 @@ def _measured(side: Side, times: tuple[float, ...]) -> Measured:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.answer_measured", description=(__doc__ or "").splitlines()[0]
+        prog="python -m benchmarks.answer_measured", description=(__doc__ or "").partition("\n\n")[0]
     )
     parser.add_argument("--oldest", type=Path, default=Path(sys.executable), help="an interpreter")
     parser.add_argument("--newest", type=Path, required=True, help="an interpreter")

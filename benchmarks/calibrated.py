@@ -257,7 +257,7 @@ def show(plans: Sequence[Predicted]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.calibrated", description=(__doc__ or "").splitlines()[0]
+        prog="python -m benchmarks.calibrated", description=(__doc__ or "").partition("\n\n")[0]
     )
     parser.add_argument("--model", default="llama3-debug")
     parser.add_argument("--ranks", type=int, default=2)

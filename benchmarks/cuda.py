@@ -203,7 +203,7 @@ def told(found: CudaRun) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cuda", description=(__doc__ or "").splitlines()[0]
+        prog="python -m benchmarks.cuda", description=(__doc__ or "").partition("\n\n")[0]
     )
     parser.add_argument("--budget", type=float, default=BUDGET_S, metavar="SECONDS")
     parser.add_argument("--machine", help="whose constants predict; by default the one of this GPU")

@@ -424,7 +424,7 @@ def _join(ranks: list[RankSide]) -> Side:
 def main() -> None:
     defaults = Settings()
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.embedding", description=(__doc__ or "").splitlines()[0]
+        prog="python -m benchmarks.embedding", description=(__doc__ or "").partition("\n\n")[0]
     )
     for name in ("tp", "rounds", "batch", "seq", "hidden", "vocab"):
         parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name))

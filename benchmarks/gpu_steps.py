@@ -209,7 +209,7 @@ def run_apart(number: int, *, large: bool = False, timeout_s: float = TIMEOUT_S)
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_steps", description=(__doc__ or "").splitlines()[0]
+        prog="python -m benchmarks.gpu_steps", description=(__doc__ or "").partition("\n\n")[0]
     )
     parser.add_argument("--large", action="store_true", help="torchtitan's settings instead")
     parser.add_argument(

@@ -157,7 +157,7 @@ def _sides(measured_s: float | None, predicted_s: float) -> tuple[str, str, str]
 
 def main() -> int:
     argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_terms", description=(__doc__ or "").splitlines()[0]
+        prog="python -m benchmarks.gpu_terms", description=(__doc__ or "").partition("\n\n")[0]
     ).parse_args()
     started = now()
     run = Terms(command_line("benchmarks.gpu_terms"), started.isoformat(timespec="seconds"), steps())

@@ -290,7 +290,7 @@ def sweep_types(types: Sequence[str], dtype_name: str, timeout_s: float) -> Iter
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.hf_sweep", description=(__doc__ or "").splitlines()[0]
+        prog="python -m benchmarks.hf_sweep", description=(__doc__ or "").partition("\n\n")[0]
     )
     parser.add_argument("types", nargs="*", help="these types only; nothing is written then")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))

@@ -107,7 +107,7 @@ def _between(made: int, own: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{Path(__file__).stem}", description=(__doc__ or "").splitlines()[0]
+        prog=f"python -m benchmarks.{Path(__file__).stem}", description=(__doc__ or "").partition("\n\n")[0]
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--dry", action="store_true", help="print, and write no results file")

@@ -337,7 +337,7 @@ def _kinds(run: Steps) -> str:
 
 def main() -> int:
     argparse.ArgumentParser(
-        prog="python -m benchmarks.measured_steps", description=(__doc__ or "").splitlines()[0]
+        prog="python -m benchmarks.measured_steps", description=(__doc__ or "").partition("\n\n")[0]
     ).parse_args()
     started = now()
     steps = tuple(

@@ -161,7 +161,7 @@ def _show(row: Row) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.museum", description=(__doc__ or "").splitlines()[0]
+        prog="python -m benchmarks.museum", description=(__doc__ or "").partition("\n\n")[0]
     )
     parser.add_argument("numbers", nargs="*", type=int, help="these exhibits; nothing is written then")
     parser.add_argument("--judged", nargs="+", metavar="FILE", help="answers of museum/judge.py, as JSON")

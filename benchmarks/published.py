@@ -144,7 +144,7 @@ def answers(rows: Sequence[tuple[Row, Job]]) -> list[Predicted]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.published", description=(__doc__ or "").splitlines()[0]
+        prog="python -m benchmarks.published", description=(__doc__ or "").partition("\n\n")[0]
     )
     parser.add_argument(
         "--group", default="", help="only groups whose names hold this; nothing is written then"

@@ -69,7 +69,7 @@ def command(
     """`python -m benchmarks.MODULE`: options are fields of the settings; it prints, and writes a results
     file."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{module}", description=(doc or "").splitlines()[0]
+        prog=f"python -m benchmarks.{module}", description=(doc or "").partition("\n\n")[0]
     )
     for name in options:
         default = getattr(defaults, name)

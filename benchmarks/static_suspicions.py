@@ -94,7 +94,7 @@ def judged(group: str, wanted: frozenset[str]) -> Iterator[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.static_suspicions", description=(__doc__ or "").splitlines()[0]
+        prog="python -m benchmarks.static_suspicions", description=(__doc__ or "").partition("\n\n")[0]
     )
     parser.add_argument("names", nargs="*", help="groups, or GROUP:NAME; nothing is written then")
     given = parser.parse_args()

@@ -264,7 +264,7 @@ def _ms(seconds: float) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tables", description=(__doc__ or "").splitlines()[0]
+        prog="python -m benchmarks.tables", description=(__doc__ or "").partition("\n\n")[0]
     )
     parser.add_argument(
         "--check",

@@ -114,7 +114,7 @@ def read_all(folder: Path, workers: int) -> tuple[int, int, float, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.traces", description=(__doc__ or "").splitlines()[0]
+        prog="python -m benchmarks.traces", description=(__doc__ or "").partition("\n\n")[0]
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")

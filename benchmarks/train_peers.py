@@ -277,7 +277,7 @@ def versions(python: str, *packages: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.train_peers", description=(__doc__ or "").splitlines()[0]
+        prog="python -m benchmarks.train_peers", description=(__doc__ or "").partition("\n\n")[0]
     )
     parser.add_argument(
         "--titan", default="", metavar="PYTHON", help="an interpreter that has torchtitan 0.2.2"

@@ -13,7 +13,7 @@ from shardwise.report.verify import rows
 def parser(command: str, doc: str | None) -> argparse.ArgumentParser:
     """Of a sweep's command line. doc: the script's own."""
     made = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{command}", description=(doc or "").splitlines()[0]
+        prog=f"python -m benchmarks.{command}", description=(doc or "").partition("\n\n")[0]
     )
     made.add_argument("types", nargs="*", help="these types only; nothing is written then")
     return made

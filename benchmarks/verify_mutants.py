@@ -90,7 +90,7 @@ def of_steps(names: Sequence[str], show: Callable[[Row], None]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.verify_mutants", description=(__doc__ or "").splitlines()[0]
+        prog="python -m benchmarks.verify_mutants", description=(__doc__ or "").partition("\n\n")[0]
     )
     parser.add_argument("names", nargs="*", help="mutants whose names begin so; nothing is written then")
     given = parser.parse_args()

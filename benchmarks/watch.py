@@ -165,7 +165,7 @@ def _sides(name: str, reports: list[Report], settings: Settings) -> list[Side]:
 def main() -> None:
     defaults = Settings()
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.watch", description=(__doc__ or "").splitlines()[0]
+        prog="python -m benchmarks.watch", description=(__doc__ or "").partition("\n\n")[0]
     )
     parser.add_argument("--model", default=defaults.model)
     for name in ("batch", "seq", "rounds"):
