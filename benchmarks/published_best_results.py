@@ -70,7 +70,7 @@ def newest_blocks(folder: Path = RESULTS) -> dict[str, str]:
         return {}
     source = (
         f"\nSource: `benchmarks/results/{run.day}-{run.what}.json`, made by `{run.command}`: each search was "
-        f"given {run.seconds_each:g} s, on a busy machine."
+        f"given {run.seconds_each:g} s."
     )
     published = published_results.newest_run()
     source += f" As run: `benchmarks/results/{published.day}-{published.what}.json`."
