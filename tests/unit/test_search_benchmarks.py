@@ -59,7 +59,7 @@ def test_theirs_stands_beside_ours_with_the_terms_that_differ(tmp_path: Path) ->
     text = told(replace(run, rows=(as_run,)), [known, replace(known, gpus=64)])
     assert f"| 13.10 s | {format_seconds(known.predicted_s)} | 12.0 s |" in text
     run.write(tmp_path)
-    assert "busy machine" in newest_blocks(tmp_path)["benchmark-published-best"]
+    assert "each search was given 120 s" in newest_blocks(tmp_path)["benchmark-published-best"]
     assert newest_blocks(tmp_path / "none") == {}
 
 
