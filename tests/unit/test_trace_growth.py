@@ -137,3 +137,14 @@ def test_other_layers_are_traced_again(request: pytest.FixtureRequest) -> None:
     plan = builtin_plan("rowwise")
     asked: list[Asked] = [(source, plan, "tp=2", 2, "none") for source in (LLAMA, wider, LLAMA)]
     assert took_short(asked, request) == [True, True, False]
+
+
+def test_a_kept_model_is_not_taken_for_one_whose_layers_are_all_traced(
+    request: pytest.FixtureRequest,
+) -> None:
+    mesh, settings = Mesh.parse("tp=1"), StepSettings(2, 16)
+    whole = trace(LLAMA, TheirPlan.UNSHARDED, mesh, settings, compress=False)
+    request.getfixturevalue("keeping")
+    short = trace(LLAMA, TheirPlan.UNSHARDED, mesh, settings)
+    assert trace(LLAMA, TheirPlan.UNSHARDED, mesh, settings, compress=False) == whole
+    assert trace(LLAMA, TheirPlan.UNSHARDED, mesh, settings) == short

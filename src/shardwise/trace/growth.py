@@ -6,8 +6,7 @@ traced ones do: what a layer runs is held to what the layer beside it runs. What
 is laid beside what LONG layers ran there before. What was there once per layer still is; what grew must be
 the same, down to its sizes, or grow with a layer's parameters alone; what didn't grow doesn't now; and what
 wasn't there must be a forward's or a backward's and, if it belongs to a layer, to the first or the last
-one. What doesn't pass raises NotPeriodicError, and SHORT layers
-are traced as well.
+one. What doesn't pass raises NotPeriodicError, and SHORT layers are traced as well.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -27,6 +26,7 @@ from shardwise.core.program import (
     TensorSpec,
     moved,
 )
+from shardwise.models.source import ModelSource
 from shardwise.trace.extend import LONG, SHORT, NotPeriodicError, Run, added_in, key_of, partners, parts_of
 from shardwise.trace.step import Traced
 
@@ -53,10 +53,12 @@ class Growth:
     @classmethod
     def between(cls, short: Traced, long: Traced, prefix: str) -> "Growth":
         """Raises NotPeriodicError."""
-        pairs = zip(parts_of(short.items, prefix, SHORT), parts_of(long.items, prefix, LONG), strict=True)
+        fewer, more_parts = parts_of(short.items, prefix, SHORT), parts_of(long.items, prefix, LONG)
+        if len(fewer) != len(more_parts):
+            raise NotPeriodicError("other stretches with a layer more")
         gaps = tuple(
             tuple(zip(partners(a, b, prefix), b, strict=True))
-            for a, b in pairs
+            for a, b in zip(fewer, more_parts, strict=True)
             if isinstance(a, tuple) and isinstance(b, tuple)
         )
         more = {kind: n_bytes - short.resident.get(kind, 0) for kind, n_bytes in long.resident.items()}
@@ -90,7 +92,7 @@ class Growths:
 
     def __init__(self) -> None:
         self._are_kept = False
-        self._known: list[Growth] = []
+        self._known: list[tuple[ModelSource, Growth]] = []
 
     def keep(self, are_kept: bool = True) -> None:
         """From now on; False: what is known is forgotten, and nothing is kept any more."""
@@ -98,18 +100,18 @@ class Growths:
         if not are_kept:
             self._known.clear()
 
-    def note(self, short: Traced, long: Traced, prefix: str) -> None:
+    def note(self, source: ModelSource, short: Traced, long: Traced, prefix: str) -> None:
         """Two traces of one model."""
         if self._are_kept:
             try:
-                self._known.insert(0, Growth.between(short, long, prefix))
-            except (NotPeriodicError, ValueError):
+                self._known.insert(0, (source, Growth.between(short, long, prefix)))
+            except NotPeriodicError:
                 return
             del self._known[KEPT:]
 
-    def short_of(self, long: Traced, prefix: str) -> Traced | None:
-        """The step of SHORT layers, where one of the growths tells it."""
-        for growth in [each for each in self._known if each.prefix == prefix]:
+    def short_of(self, source: ModelSource, long: Traced, prefix: str) -> Traced | None:
+        """The step of SHORT layers, where one of the model's growths tells it."""
+        for growth in [each for own, each in self._known if own is source and each.prefix == prefix]:
             try:
                 return growth.short_of(long)
             except NotPeriodicError:

@@ -61,10 +61,11 @@ def _all_but_the_batch(job: Job) -> Hashable:
     return job.plan, job.mesh, replace(job.settings, batch=1, recompute="none", recompute_layers=None)
 
 
-def subject_of(job: Job, depth: int | None, dealt: Pipeline | None) -> Subject:
-    """depth, dealt: as trace() takes them. Raises the InputErrors of a plan, mesh and step that can't be."""
+def subject_of(job: Job, depth: int | None, dealt: Pipeline | None, *, may_be_short: bool) -> Subject:
+    """depth, dealt: as trace() takes them. may_be_short: whether equal layers may be left out of its model.
+    Raises the InputErrors of a plan, mesh and step that can't be."""
     recomputed = job.settings.recompute_layers
-    kept = subjects.find(job) if depth is None else None
+    kept = subjects.find(job) if depth is None and may_be_short else None
     if kept is not None:
         return replace(kept, again=_again(job, kept.layers, kept.spans, recomputed, dealt))
     model = job.build()

@@ -71,7 +71,7 @@ def trace(
         progress(f"building {source.name}")
         ends = ends_of(source) if mesh.stages > 1 else None
         job = Job(source, plan, mesh, settings, device, rank, ids, device_mesh, on_model, ends)
-        subject = subject_of(job, depth, dealt)
+        subject = subject_of(job, depth, dealt, may_be_short=compress)
         layers = subject.layers
         if compress and layers is not None and layers.are_equal and _is_long(subject.spans):
             try:
@@ -130,11 +130,11 @@ class _Equal:
         if runs_again not in self._traced:
             long = self._of_one_kind(LONG, runs_again)
             prefix, is_one_row = self.layers.prefix, self.firsts == [0]
-            short = growths.short_of(long, prefix) if is_one_row else None
+            short = growths.short_of(self.job.source, long, prefix) if is_one_row else None
             if short is None:
                 short = self._of_one_kind(SHORT, runs_again)
                 if is_one_row:
-                    growths.note(short, long, prefix)
+                    growths.note(self.job.source, short, long, prefix)
             self._traced[runs_again] = short, long
         return self._traced[runs_again]
 
