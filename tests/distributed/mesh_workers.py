@@ -141,6 +141,6 @@ def _issued(
         step(batch)
     distributed.barrier()  # what gloo's threads have still to send is sent
     sent = sent_since(before)
-    distributed.barrier()  # a rank that ends closes the other's sockets, and the system forgets what they sent
+    distributed.barrier()  # where a rank ends, the other's sockets close, and what they sent is forgotten
     axes = {ranks_of(group): joined(names) for names, group in make_groups(mesh).items()}
     return [replace(call, group=axes[call.group]) for call in issued], sent
