@@ -26,6 +26,11 @@ SMALL = (
 OURS = "llama3-debug?n_layers=2,hidden=192,vocab_size=256"
 QWEN3, LLAMA = f"hf:qwen3?{SMALL},head_dim=16", f"hf:llama?{SMALL}"
 TIED = f"{LLAMA},tie_word_embeddings=true"
+# its table of positions is asked by keyword
+OPT = (
+    "hf:opt?num_hidden_layers=2,hidden_size=64,word_embed_proj_dim=64,ffn_dim=96,vocab_size=256,"
+    "num_attention_heads=4"
+)
 CASES = {
     "pytorch_ours": ("pytorch", OURS, "rowwise"),
     "pytorch_qwen3": ("pytorch", QWEN3, "made"),
@@ -36,6 +41,7 @@ CASES = {
 MORE = {
     "pytorch_debug": ("pytorch", "llama3-debug", "rowwise"),
     "pytorch_llama": ("pytorch", LLAMA, "made"),
+    "pytorch_opt": ("pytorch", OPT, "made"),
     "hf_llama": ("hf", LLAMA, "made"),
     "pytorch_replicated": ("pytorch", OURS, "replicated"),
     "pytorch_colwise": ("pytorch", OURS, "colwise"),

@@ -22,15 +22,18 @@ class Whole(ParallelStyle):
         self.given, self.used, self.gives = given, used or given, gives
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        def take(_, inputs, mesh):
-            return tuple(self._placed(each, mesh) for each in inputs)
+        def take(_, args, kwargs):
+            taken = {name: self._placed(each, mesh) for name, each in kwargs.items()}
+            return tuple(self._placed(each, mesh) for each in args), taken
 
-        def give(_, output, mesh):
+        def give(_, inputs, output):
             if self.gives is not None:
                 output = output.redistribute(placements=[self.gives])
             return output.to_local()
 
-        return distribute_module(module, mesh, None, take, give)
+        module.register_forward_pre_hook(take, with_kwargs=True)
+        module.register_forward_hook(give)
+        return distribute_module(module, mesh)
 
     def _placed(self, each, mesh):
         if not isinstance(each, Tensor):

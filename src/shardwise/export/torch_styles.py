@@ -225,13 +225,14 @@ def _but(placement: Placement, default: Placement) -> Raw | None:
 
 def _counts(job: Job) -> tuple[tuple[str, str], ...]:
     """Each integer that counts what is cut, once: (its module, its own name), by pattern."""
-    found: dict[str, str] = {}
+    found: dict[str, dict[str, None]] = {}
     for each in job.assignments:
         for entry in each.style.divide:
             holder, _, own = count_of(entry)[0].rpartition(".")
             path = ".".join(part for part in (each.name, holder) if part)
-            found[f"{checked_name(path)}.{checked_name(own)}"] = path
-    return tuple((path, full[len(path) + 1 :]) for full, path in found.items())
+            found.setdefault(checked_name(path), {})[checked_name(own)] = None
+    by_pattern = job.patterns({path: tuple(names) for path, names in found.items()})
+    return tuple((pattern, own) for pattern, names in by_pattern.items() for own in names)
 
 
 def _comments(job: Job, by_pattern: Iterable[str]) -> Iterator[tuple[str, str]]:
