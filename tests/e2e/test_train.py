@@ -369,6 +369,40 @@ def test_a_run_that_goes_on_keeps_what_its_position_and_weights_mean(
     assert "holds a run already" in taken.stderr
 
 
+def test_a_run_without_a_whole_checkpoint_is_not_begun_again_over_its_steps(
+    undisturbed: Run, tmp_path: Path
+) -> None:
+    out = tmp_path / "damaged"
+    shutil.copytree(undisturbed(ON_TWO), out)
+    (out / "checkpoints" / "step-50" / "manifest.json").unlink()
+    shutil.rmtree(out / "checkpoints" / "step-60")
+    before = files_of(out)
+    ended = shardwise(*asked(out, "--resume", mesh=ON_TWO, steps=30))
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1] == (
+        f"shardwise: --resume: {out.resolve() / 'checkpoints'} has no whole checkpoint (step-50: has no "
+        "manifest.json: nothing that Shardwise published), and steps.jsonl beside it has lines to step 60, "
+        "which a run from step 1 on would overwrite. Put a checkpoint back, or begin a new run with another "
+        "--out and without --resume. No file was changed."
+    )
+    assert files_of(out) == before
+
+
+@pytest.mark.full
+def test_a_run_that_recorded_nothing_begins_and_says_so(undisturbed: Run, tmp_path: Path) -> None:
+    out = tmp_path / "nothing"
+    out.mkdir()
+    shutil.copy(undisturbed(ON_TWO) / "settings.json", out)
+    ended = shardwise(*asked(out, "--resume", mesh=ON_TWO, steps=4))
+    assert ended.returncode == 0, ended.stderr
+    assert f"{out.resolve() / 'checkpoints'} has no whole checkpoint: begins at step 1" in ended.stdout
+    assert [each.step for each in read_steps(out)] == [1, 2, 3, 4]
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_plan_whose_gradients_are_wrong_is_not_trained(tmp_path: Path) -> None:
     plan = tmp_path / "wrong.toml"
     right = shardwise("plans", "rowwise").stdout

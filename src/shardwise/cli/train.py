@@ -53,14 +53,15 @@ def train(call: Call[TrainOptions]) -> int:
     [dim]shardwise train --config case.toml --out run --resume --mesh tp=4[/]
     [dim]torchrun --nproc-per-node 8 --max-restarts 3 -m shardwise train --config case.toml --out run[/]
     """
-    from shardwise.launch import joined
+    from shardwise.launch import is_restart, joined
     from shardwise.report.common.deliver import write_all
 
     out, started, options = call.output.out, datetime.now(UTC), call.own
     if out is None and (options.resume or joined()):
         why = "--resume goes on with a run" if options.resume else "torchrun may start the ranks again"
         raise OptionError(f"--out is missing: {why}, so its folder must be named.")
-    if out is not None and joined() and holds_run(out):
+    again = out is not None and joined() and holds_run(out)
+    if again:
         options = replace(options, resume=True)  # torchrun, or who runs it, has started the job again
 
     folder: RunFolder | None = None
@@ -86,6 +87,7 @@ def train(call: Call[TrainOptions]) -> int:
             open_folder=open_folder,
             on_step=on_step,
             tell=lambda line: progress.above(line, call.output.say),
+            is_restart=again and (is_restart() or not call.own.resume),
         )
     if done is None:
         return 0

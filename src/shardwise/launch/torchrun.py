@@ -31,6 +31,11 @@ def joined() -> bool:
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
+def is_restart() -> bool:
+    """Whether torchrun has started these ranks again after a failure."""
+    return joined() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def is_main() -> bool:
     """Whether this is the process that prints and writes: the only one, or torchrun's rank 0."""
     return not joined() or int(os.environ["RANK"]) == 0

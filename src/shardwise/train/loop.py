@@ -43,7 +43,8 @@ from shardwise.watch.sentinel import Sentinel, watch
 class TrainJob:
     """All that a rank needs to know, beside the tokens. plan: TOML text. saved: what a checkpoint of step 0
     would say. checkpoints, profiles: folders, the latter for options.profile_every.
-    documents: how they meet in a sequence."""
+    documents: how they meet in a sequence. recorded: the last step of which a line is lost where a run that
+    goes on has no checkpoint, and begins again: refused; 0 where it may."""
 
     model: str
     mesh: str
@@ -54,6 +55,7 @@ class TrainJob:
     checkpoints: str
     documents: str
     profiles: str = ""
+    recorded: int = 0
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -270,9 +272,12 @@ class Loop:
         """Takes up the newest whole checkpoint, where there is one; the position to go on from."""
         self._phase("looking for a checkpoint", is_long=True)
         found = self._checkpoints.newest()
+        if found.manifest is None and self._job.recorded:
+            raise OptionError(_nothing_to_resume(self._job, found.passed_over))
         for line in found.passed_over:
             self._report(Event(told=f"passed over {line}"))
         if found.manifest is None:
+            self._report(Event(told=f"{self._job.checkpoints} has no whole checkpoint: begins at step 1"))
             self._report(Event(resumed=0))
             return 0
         check_same_run(found.manifest.saved, self._job.saved)
@@ -372,6 +377,15 @@ def check_same_run(saved: Saved, now: Saved) -> None:
                 f"--resume: --{key.replace('_', '-')} {change}. A run that goes on keeps it: "
                 f"{FIXED[key]}. Give it as it was, or begin a new run with another --out."
             )
+
+
+def _nothing_to_resume(job: TrainJob, passed_over: tuple[str, ...]) -> str:
+    found = f" ({' '.join(passed_over).rstrip('.')})" if passed_over else ""
+    return (
+        f"--resume: {job.checkpoints} has no whole checkpoint{found}, and steps.jsonl beside it has lines to "
+        f"step {job.recorded}, which a run from step 1 on would overwrite. Put a checkpoint back, or begin a "
+        "new run with another --out and without --resume. No file was changed."
+    )
 
 
 FIXED = {

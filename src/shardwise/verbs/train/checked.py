@@ -214,8 +214,10 @@ class Run:
             return None
         return Pace(share) if forecast is None else Pace(share, forecast.step_s, forecast.machine)
 
-    def launch(self, folder: Path, resume: bool, on_event: Callable[[bytes], None]) -> "Result":
-        """Runs the ranks once; rank 0's answer. Raises what run_ranks does."""
+    def launch(
+        self, folder: Path, resume: bool, on_event: Callable[[bytes], None], recorded: int = 0
+    ) -> "Result":
+        """Runs the ranks once; rank 0's answer. recorded: see TrainJob. Raises what run_ranks does."""
         import msgspec
 
         from shardwise.launch import is_main, run_ranks
@@ -235,6 +237,7 @@ class Run:
             checkpoints=str(folder / CHECKPOINTS),
             profiles=str(folder / PROFILES),
             documents=case.text.documents,
+            recorded=recorded,
         )
         results = run_ranks(
             "shardwise.verbs.train.ranks:run",

@@ -37,14 +37,16 @@ def train(
     open_folder: Callable[[bool], RunFolder],
     on_step: Callable[[Live], None] = lambda _: None,
     tell: Callable[[str], None] = lambda _: None,
+    is_restart: bool = False,
 ) -> Training | None:
     """Starts the mesh's ranks on this machine, again after a failure, or uses torchrun's: its other ranks get
     None. What needs no ranks is checked first, as InputError; then the plan is proved on a small twin, and
     predicted.
 
     open_folder: called once all is checked, with whether the run goes on; the folder gets steps.jsonl and
-    checkpoints/. on_step: called with each step. tell: with lines that the user must see at once. Raises
-    RunError where ranks failed more often than options.restarts since the last checkpoint."""
+    checkpoints/. on_step: called with each step. tell: with lines that the user must see at once.
+    is_restart: the job goes on after a failure: from step 1 where that came before the first checkpoint.
+    Raises RunError where ranks failed more often than options.restarts since the last checkpoint."""
     from shardwise.launch import from_main, is_main
 
     options = options or TrainOptions()
@@ -67,7 +69,8 @@ def train(
     with open_folder(options.resume) as folder, _Watched(run, folder, say, on_step, began_s) as watched:
         if not options.resume:
             folder.write("settings.json", settings_document(run.saved()))
-        result = watched.through_failures(progress)
+        recorded = read_steps(folder.path) if options.resume and not is_restart else []
+        result = watched.through_failures(progress, recorded[-1].step if recorded else 0)
     return _answer(run, watched, result.ended, tuple(told), began_s, result.unsaved)
 
 
@@ -117,15 +120,21 @@ class _Watched:
 
     def __post_init__(self) -> None:
         keep, ranks = self.run.options.keep_profiles, self.run.case.mesh.world_size
-        forecast, predicted = self.run.forecast, None
-        if forecast is not None and self.run.options.profile_every:
-            predicted = self.folder.write(f"{PREDICTED}/step-a.json", write_document(forecast.step)).parent
-            self.folder.write(f"{PREDICTED}/settings.json", settings_document({"plans": [self.run.label]}))
-        beside = predicted.resolve() if predicted is not None else None
-        self._profiles = Profiles(self.folder.path.resolve() / PROFILES, keep, ranks, beside)
+        folder = self.folder.path.resolve()
+        is_beside = self.run.forecast is not None and self.run.options.profile_every
+        beside = folder / PREDICTED if is_beside else None
+        self._profiles = Profiles(folder / PROFILES, keep, ranks, beside)
 
-    def through_failures(self, progress: Progress) -> "Result":
-        """Runs the ranks, and again from the last checkpoint where they fail."""
+    def _write_forecast(self) -> None:
+        """What profiles are laid beside."""
+        forecast = self.run.forecast
+        if forecast is not None and self.run.options.profile_every:
+            self.folder.write(f"{PREDICTED}/step-a.json", write_document(forecast.step))
+            self.folder.write(f"{PREDICTED}/settings.json", settings_document({"plans": [self.run.label]}))
+
+    def through_failures(self, progress: Progress, recorded: int) -> "Result":
+        """Runs the ranks, and again from the last checkpoint where they fail. recorded: see TrainJob; ranks
+        that are started again may begin again."""
         from shardwise.launch import Interrupted, joined
 
         options, tries, published = self.run.options, 0, self._published()
@@ -133,7 +142,7 @@ class _Watched:
         while True:
             progress(f"starting {self.run.case.mesh.world_size} ranks")
             try:
-                result = self.run.launch(self.folder.path.resolve(), resume, self._take)
+                result = self.run.launch(self.folder.path.resolve(), resume, self._take, recorded)
             except (DriftError, NotFiniteError, Interrupted):
                 raise  # the same would come again
             except RunError as error:
@@ -141,7 +150,7 @@ class _Watched:
                 tries = tries + 1 if published == before else 1
                 if error is self._broken or joined() or tries > options.restarts:
                     raise
-                resume = True
+                resume, recorded = True, 0
                 self.restarts.append(Restart(str(error), self._last_step()))
                 self.say(f"{error} Starting again from the last checkpoint.")
             else:
@@ -205,6 +214,8 @@ class _Watched:
     def _begin(self, step: int) -> None:
         """Ranks go on after a step."""
         self._close()
+        if self.first_step is None:
+            self._write_forecast()  # not before ranks go on: one that is refused changes no file
         self.resumed = step
         self.steps = [record for record in self.steps if record.step <= step]
         if self.first_step is None:
