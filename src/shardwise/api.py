@@ -144,11 +144,13 @@ def compare(
     """Which of the case's plans is better, and by how much: each proved, then timed on ranks of this machine.
     An answer without measurements says what is wrong. out: a folder for events as they come, and for the
     traces of profile=True."""
-    from shardwise.files.run_folder import RunFolder
+    from shardwise.files.run_folder import RunFolder, check_free
     from shardwise.verbs.compare import CompareOptions
     from shardwise.verbs.compare import compare as run
 
     started = datetime.now(UTC)
+    if out is not None:
+        check_free(Path(out))
     folder = None if out is None else (lambda: RunFolder(Path(out), "compare", started))
     with _no_script():
         done = run(case, _made(CompareOptions, options), progress, open_folder=folder)
@@ -243,7 +245,7 @@ def train(case: Case, out: str | Path, *, progress: Progress = silent, **options
     """Trains the case's model under its first plan, with the folder `out`; with resume=True goes on from its
     newest checkpoint. answer.ended says how it went; steps.jsonl has every step."""
     from shardwise.core.training import TrainOptions
-    from shardwise.files.run_folder import RunFolder
+    from shardwise.files.run_folder import RunFolder, check_free
     from shardwise.verbs.train import train as run
 
     def open_folder(goes_on: bool) -> RunFolder:
@@ -251,8 +253,11 @@ def train(case: Case, out: str | Path, *, progress: Progress = silent, **options
             return RunFolder.again(Path(out))
         return RunFolder(Path(out), "train", datetime.now(UTC), has_events=False)
 
+    asked = _made(TrainOptions, options)
+    if not asked.resume:
+        check_free(Path(out))
     with _no_script():
-        done = run(case, _made(TrainOptions, options), progress, open_folder=open_folder)
+        done = run(case, asked, progress, open_folder=open_folder)
     if done is None:
         raise OptionError("train: of torchrun's ranks the first one has the answer. Use the command there.")
     return Result(done)

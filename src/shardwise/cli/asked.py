@@ -10,11 +10,12 @@ from typing import Annotated, Any, Generic, TypeVar
 import typer
 
 from shardwise.cli.config import read_config
-from shardwise.cli.output import JSON, OUTPUT, TERMINAL, Output
+from shardwise.cli.output import JSON, OUTPUT, TERMINAL, Output, speaks
 from shardwise.core.case import SHARED, Case
 from shardwise.core.errors import OptionError
 from shardwise.core.mesh import Mesh
 from shardwise.core.option import Asked, options_of
+from shardwise.files.run_folder import check_free
 from shardwise.report.common.formats import formats
 
 Own = TypeVar("Own")
@@ -74,7 +75,9 @@ class Command:
     panels: where they
     differ from the nouns'. out: what --out is for; "": there is none. one_plan: of
     several, such as a case file has, the first is taken. prepare: changes the values before nouns are
-    made of them."""
+    made of them.
+    check_out: raises OptionError for a folder that can't be --out, before anything runs; it gets the other
+    options' values too."""
 
     options: type = NoOptions
     shared: tuple[str, ...] = ()
@@ -86,6 +89,7 @@ class Command:
     has_json: bool = True
     one_plan: bool = False
     prepare: Callable[[dict[str, Any]], None] = lambda values: None
+    check_out: Callable[[Path, Mapping[str, Any]], None] = lambda out, values: check_free(out)
 
     def asked(self) -> list[Asked]:
         """All that it asks for: arguments, then what is shared, then its own."""
@@ -145,6 +149,8 @@ class Command:
     def call(self, context: typer.Context, values: dict[str, Any]) -> Call[Any]:
         form = values.pop("form", TERMINAL)
         output = Output(_form(form, values.pop("as_json", False)), values.pop("out") if self.out else None)
+        if output.out is not None and speaks():  # of torchrun's ranks one makes the folder
+            self.check_out(output.out, values)
         config = values.pop("config")
         given = frozenset(key for key in values if _is_given(context, key))
         typed = frozenset(key for key in given if _is_typed(context, key))

@@ -9,6 +9,7 @@ from shardwise.cli.progress import ProgressLine
 from shardwise.core.errors import OptionError
 from shardwise.core.export import Export, File
 from shardwise.core.shown import shown
+from shardwise.files.run_folder import check_makeable
 from shardwise.report.common.streams import write_out
 from shardwise.verbs.export import ExportOptions
 from shardwise.verbs.export import export as make
@@ -31,6 +32,7 @@ class _Asked(ExportOptions):
         },
         one_plan=True,
         out="Folder for the files; without it they go to stdout.",
+        check_out=lambda out, values: check_makeable(out),
     )
 )
 def export(call: Call[_Asked]) -> int:

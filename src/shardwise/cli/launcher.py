@@ -8,6 +8,7 @@ from shardwise.core.export import File
 from shardwise.core.launcher import Launcher, LauncherOptions
 from shardwise.core.shown import shown
 from shardwise.files.launchers import MARK
+from shardwise.files.run_folder import check_makeable
 from shardwise.report.common.streams import write_out
 from shardwise.verbs.launcher import launcher as make
 
@@ -20,6 +21,7 @@ from shardwise.verbs.launcher import launcher as make
         about={"device": "auto and cuda ask for GPUs; cpu for none."},
         has_json=False,
         out="Folder for the file; without it it goes to stdout.",
+        check_out=lambda out, values: check_makeable(out),
     )
 )
 def launcher(call: Call[LauncherOptions]) -> int:

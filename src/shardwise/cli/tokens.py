@@ -21,6 +21,7 @@ class _Asked(TokensOptions):
         about={"tokenizer": "Your tokenizer.json; or give --vocab-size, and one is trained on the text."},
         panels=dict.fromkeys(("tokenizer", "text_key", "end_token"), WHAT),
         out="The folder to write; it must not be there yet.",
+        check_out=lambda out, values: None,  # the verb looks, before it reads
     )
 )
 def tokens(call: Call[_Asked]) -> int:

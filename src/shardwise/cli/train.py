@@ -1,14 +1,18 @@
 """`shardwise train`: runs a plan's training step on text, from a proof before it to a checkpoint after it,
 through failures."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 from shardwise.cli.asked import RUN, Call, Command, Shown, command
 from shardwise.cli.progress import ProgressLine
 from shardwise.core.errors import OptionError, RunError
 from shardwise.core.training import Ended, TrainOptions, is_reached
-from shardwise.files.run_folder import RunFolder, holds_run
+from shardwise.files.run_folder import RunFolder, check_free, holds_run
+from shardwise.launch import is_restart, joined
 from shardwise.verbs.checks import DEFAULT_PLAN
 from shardwise.verbs.train import BATCH, SEQ, Live
 from shardwise.verbs.train import train as train_it
@@ -17,6 +21,14 @@ _EVERY_S = 10.0
 """Between two lines of a run that has no terminal."""
 STOPPED = 4
 """The exit code of a run that was asked to stop and has saved: go on with --resume."""
+
+
+def _check_out(out: Path, values: Mapping[str, Any]) -> None:
+    """A run that goes on has its folder already."""
+    if values["resume"]:
+        RunFolder.again(out)
+    elif not (joined() and holds_run(out)):
+        check_free(out)
 
 
 @command(
@@ -37,6 +49,7 @@ STOPPED = 4
         },
         out="Folder of the run: settings, steps.jsonl, checkpoints, the page.",
         out_shown="runs/train-TIME",
+        check_out=_check_out,
         one_plan=True,
     )
 )
@@ -53,7 +66,6 @@ def train(call: Call[TrainOptions]) -> int:
     [dim]shardwise train --config case.toml --out run --resume --mesh tp=4[/]
     [dim]torchrun --nproc-per-node 8 --max-restarts 3 -m shardwise train --config case.toml --out run[/]
     """
-    from shardwise.launch import is_restart, joined
     from shardwise.report.common.deliver import write_all
 
     out, started, options = call.output.out, datetime.now(UTC), call.own

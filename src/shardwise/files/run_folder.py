@@ -1,6 +1,7 @@
 """The run folder: settings first, events as they come, results at the end. A disk that is full or read-only
 ends the run at once."""
 
+import os
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -20,8 +21,8 @@ class RunFolder:
 
     def __init__(self, out: Path | None, command: str, started: datetime, *, has_events: bool = True) -> None:
         self.path = out if out is not None else _fresh(Path("runs") / f"{command}-{started:%Y%m%d-%H%M%S}")
-        if out is not None and holds_run(out):
-            raise OptionError(f"--out {out}: holds a run already. Choose another folder, or remove it.")
+        if out is not None:
+            check_free(out)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._events = (self.path / "events.jsonl").open("ab", buffering=0) if has_events else None
@@ -74,6 +75,22 @@ class RunFolder:
             f"can't write {path}: {error.strerror}. {stopped}Free space there, or choose another folder with "
             "--out."
         )
+
+
+def check_free(out: Path) -> None:
+    """Raises OptionError for a folder that can't be a new run's: asked before the work, and after it."""
+    if holds_run(out):
+        raise OptionError(f"--out {out}: holds a run already. Choose another folder, or remove it.")
+    check_makeable(out)
+
+
+def check_makeable(out: Path) -> None:
+    """Raises OptionError for a folder that can't be made or written."""
+    there = next(path for path in (out, *out.absolute().parents) if path.exists() or path.is_symlink())
+    if not there.is_dir():
+        raise OptionError(f"--out {out}: {there} is no folder. Choose a folder that can be written.")
+    if not os.access(there, os.W_OK):
+        raise OptionError(f"--out {out}: {there} can't be written. Choose a folder that can be written.")
 
 
 def holds_run(out: Path) -> bool:
