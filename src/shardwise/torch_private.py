@@ -66,9 +66,8 @@ try:  # classes, which others inherit from and ask for
     from torch.nn.modules.dropout import _DropoutNd
     from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 except ImportError as error:
-    quoted = str(error).split("'")[
-        1::2
-    ]  # cannot import name 'x' from 'torch.y', or No module named 'torch.y'
+    # cannot import name 'x' from 'torch.y', or No module named 'torch.y'
+    quoted = str(error).split("'")[1::2]
     raise TorchError(complaint(torch.__version__, [".".join(quoted[1::-1])])) from None
 StridedShard, AnyDropout = _StridedShard, _DropoutNd
 
@@ -97,8 +96,6 @@ def schema_of(func: Any) -> Any:
 
 HigherOrderOperator = _find("torch._ops", "HigherOrderOperator")
 """What a dispatcher op that takes functions is; it has no schema."""
-
-
 without_modes: Callable[[], Any] = _find("torch.utils._python_dispatch", "_disable_current_modes")
 """A context in which no mode stands at the dispatcher."""
 
@@ -115,8 +112,7 @@ def is_sum(reduction: Any) -> bool:
 
 def overload_of(func: Any) -> str:
     """The name of a dispatcher op's overload."""
-    name: str = func._overloadname
-    return name
+    return str(func._overloadname)
 
 
 def call_cpu_kernel(func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -147,8 +143,7 @@ def in_backward() -> bool:
 
 def sequence_of(node: Any) -> int:
     """When an autograd node was made, as next_sequence() counted then."""
-    number: int = node._sequence_nr()
-    return number
+    return int(node._sequence_nr())
 
 
 def after_backward(call: Callable[[], None]) -> None:
@@ -170,8 +165,6 @@ fused_adamw_: Callable[..., None] = _find("torch", "_fused_adamw_")
 softmax_backward: Callable[..., Tensor] = _find("torch", "_softmax_backward_data")
 cuda_sleep: Callable[[int], None] = _find("torch.cuda", "_sleep")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-
-
 tree_flatten: Callable[[Any], tuple[list[Any], Any]] = _find("torch.utils._pytree", "tree_flatten")
 """(leaves of nested containers, their structure)."""
 tree_map: Callable[[Callable[[Any], Any], Any], Any] = _find("torch.utils._pytree", "tree_map")
@@ -214,8 +207,7 @@ def put_modules(module: nn.Module, modules: dict[str, Any]) -> None:
 
 def storage_key(storage: torch.UntypedStorage) -> int:
     """A storage's identity: equal for all tensors that share it."""
-    key: int = storage._cdata
-    return key
+    return int(storage._cdata)
 
 
 def hooks_of(parameter: Tensor) -> tuple[list[Any], list[Any]]:
@@ -245,8 +237,6 @@ FLEX_UNCOMPILED = _place("torch.nn.attention.flex_attention", "_FLEX_ATTENTION_D
 """Whether it runs by its formula, not compiled."""
 FLEX_GRAPH = _place("torch._higher_order_ops.flex_attention", "create_fw_bw_graph")
 """(function on scores, examples, what it captures): where its backward is worked out."""
-
-
 FLEX_MASK = _find("torch.nn.attention.flex_attention", "BlockMask")
 _no_change = _find("torch.nn.attention.flex_attention", "_identity")
 
@@ -371,12 +361,20 @@ def name_of_unit(thing: object) -> str:
 def replicas_of_fsdp(model: nn.Module) -> Iterator[tuple[Tensor, torch.distributed.ProcessGroup]]:
     """Parameters that FSDP2 holds on several meshes alike (hybrid sharding, replicate()), each with the group
     over which it adds their gradients itself."""
-    for module in model.modules():
-        state = module._get_fsdp_state() if isinstance(module, _fsdp_module) else None
-        for group in state._fsdp_param_groups if state is not None else ():
-            replicas = getattr(group.mesh_info, "replicate_process_group", None)
-            if replicas is not None:
-                yield from ((each.sharded_param, replicas) for each in group.fsdp_params)
+    for group in (group for module in model.modules() for group in _fsdp_groups(module)):
+        replicas = getattr(group.mesh_info, "replicate_process_group", None)
+        if replicas is not None:
+            yield from ((each.sharded_param, replicas) for each in group.fsdp_params)
+
+
+def keeps_parameters(module: object) -> bool:
+    """Whether FSDP2 leaves a unit's parameters whole after its forward."""
+    return any(group.post_forward_mesh_info is None for group in _fsdp_groups(module))
+
+
+def _fsdp_groups(module: object) -> Any:
+    state = module._get_fsdp_state() if isinstance(module, _fsdp_module) else None
+    return state._fsdp_param_groups if state is not None else ()
 
 
 def flight_records() -> list[bytes]:

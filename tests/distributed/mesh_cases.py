@@ -188,6 +188,10 @@ def mesh_cases(world_size: int) -> list[MeshCase]:
             for mesh in ("dp=2,fsdp=2", "fsdp=2,tp=2")
             for reshard, once in ((True, False), (True, True), (False, True))
         ]
+        found += [
+            MeshCase("llama", "pp=2,fsdp=2", accumulation=2, reshard=False, reduce_once=once)
+            for once in (False, True)
+        ]
         mixed = ("dp=2,fsdp=2", "fsdp=2,tp=2", "fsdp=4")
         found += [MeshCase("llama", mesh, param_dtype="bfloat16") for mesh in mixed]
     return [msgspec.structs.replace(case, is_telling=case.name in TELLING) for case in found]

@@ -10,9 +10,10 @@ import pytest
 from shardwise.core.case import Case, StepSettings
 from shardwise.core.errors import OptionError
 from shardwise.core.mesh import Mesh
+from shardwise.core.op_names import FSDP_COPY_IN, FSDP_COPY_OUT
 from shardwise.core.plan import TheirPlan
 from shardwise.core.prediction import Setup, Term
-from shardwise.core.program import Phase, Program, memory_peak
+from shardwise.core.program import Collective, Phase, Program, memory_peak
 from shardwise.models.llama import LlamaConfig
 from shardwise.models.specs import ModelSpec
 from shardwise.parallel.builtin import builtin_plan
@@ -22,7 +23,7 @@ from shardwise.predict.memory import forecast
 from shardwise.predict.predict import predict
 from shardwise.trace.trace import trace
 from shardwise.verbs.checks import check_fsdp
-from tests.matrix import thinned
+from tests.matrix import FULL, thinned
 
 LAYERS, TIMES = 3, 3
 SMALL = ModelSpec("small", LlamaConfig(300, 64, LAYERS, 4, 2, 160), "")
@@ -59,6 +60,34 @@ def test_layers_are_gathered_again_for_the_backward_only_where_they_were_freed(
     assert found["all_gather", str(Phase.FORWARD)] == TIMES * units
     assert found["all_gather", str(Phase.BACKWARD)] == (TIMES * LAYERS if reshard else 0)
     assert found["reduce_scatter", str(Phase.BACKWARD)] == (1 if once else TIMES) * units
+
+
+@pytest.mark.parametrize("schedule", [pytest.param("gpipe", marks=FULL), "1f1b"])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_over_a_pipeline_parameters_that_are_kept_are_gathered_once_a_step(stage: int, schedule: str) -> None:
+    mesh, units = Mesh.parse("pp=2,fsdp=2"), (3, 2)[stage]  # layers, and what lies outside
+    for reshard in (True, False):
+        settings = StepSettings(
+            4 * TIMES, 64, accumulation=TIMES, reshard_after_forward=reshard, schedule=schedule, stages="2,1"
+        )
+        found = counts(trace(SMALL, TheirPlan.UNSHARDED, mesh, settings, device="cuda", rank=2 * stage))
+        gathers = found["all_gather", str(Phase.FORWARD)] + found["all_gather", str(Phase.BACKWARD)]
+        assert gathers > TIMES * units if reshard else gathers == units
+        assert found["reduce_scatter", str(Phase.BACKWARD)] == TIMES * units
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_predict_counts_them_once_too(reshard: bool) -> None:
+    one = traced(1, reshard, False, Mesh.parse("fsdp=2"))
+    laid = lay_out(one, load_machine("h100-sxm-80gb"), Setup(Mesh.parse("pp=3,fsdp=2"), 8))
+    found: Counter[str] = Counter()
+    for work, times in laid.runs:
+        for item in map(work.item, range(len(work))):
+            found[str(item.call.kind) if isinstance(item, Collective) else item.name] += times
+    # of the first stage, which is the busiest: its layer's and the table's, a layer's again where it was freed
+    expected = 8 * (2 + 1) if reshard else 2
+    assert found["all_gather"] == found[FSDP_COPY_IN] == found[FSDP_COPY_OUT] == expected
+    assert found["reduce_scatter"] == 8 * 2
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from shardwise.core.collective import CollectiveKind
 from shardwise.core.machine import Machine, local_ranks
 from shardwise.core.mesh import Mesh, Role, role_of
+from shardwise.core.op_names import FSDP_COPY_IN, FSDP_COPY_OUT
 from shardwise.core.pipeline import Span, even_counts
 from shardwise.core.prediction import Setup, Term
-from shardwise.core.program import BACKWARDS, FORWARDS, ONCE, Collective, Program
+from shardwise.core.program import BACKWARDS, FORWARDS, ONCE, Collective, Op, Program
 from shardwise.predict.buckets import beside_backward
 from shardwise.predict.groups import further_shards, groups_of, mesh_of, optimizer_shards
 from shardwise.predict.pipeline import PartTimes
@@ -36,11 +37,13 @@ _WAYS = ("forward_s", "backward_s")
 @dataclass(frozen=True, slots=True)
 class Stage:
     """The work of a stage, or of one of its parts, on a micro-batch, what it takes, and how that adds up:
-    seconds by term, of the device alone. apart: how far its ranks have come apart after the step's last
-    micro-batch (predict/waiting.py)."""
+    seconds by term, of the device alone, the mean over micro-batches. forward: the first one's. backward: the
+    last one's. rest: a forward and a backward of each of the others. apart: how far its ranks have come apart
+    after the step's last micro-batch (predict/waiting.py)."""
 
     forward: Work
     backward: Work
+    rest: tuple[Work, Work]
     times: PartTimes
     terms: dict[Term, float]
     apart: Apart
@@ -75,10 +78,8 @@ class Layout:
     def runs(self) -> tuple[tuple[Work, int], ...]:
         """All that the busiest stage runs in a step, each with how often."""
         further = self.setup.micro_batches - 1
-        forward, backward = self.busiest.forward, self.busiest.backward
-        if _reduces_once(self.program, self.setup):
-            backward = backward.where(~_reduces_shards(backward))
-        return (forward, 1 + further), (backward, further), (self.last, 1), (self.end, 1)
+        rest = self.busiest.rest
+        return (self.busiest.forward, 1), *((each, further) for each in rest), (self.last, 1), (self.end, 1)
 
     @property
     def punctual(self) -> bool:
@@ -126,9 +127,9 @@ def balanced_counts(
     work = work_of(program, machine, setup).without(setup.without)
     n_layers = layers_of(program)[1]
     pipeline.spans(n_layers, program.model)
-    layer_s = _part(work, Span(0, n_layers), setup, ends=(False, False), once=False).times.total_s / n_layers
+    layer_s = _part(work, Span(0, n_layers), program, setup, ends=(False, False)).times.total_s / n_layers
     ends_s = [
-        _part(work, Span(0, 0), setup, ends=ends, once=False).times.total_s
+        _part(work, Span(0, 0), program, setup, ends=ends).times.total_s
         for ends in ((True, False), (False, True))
     ]
     counts = [1] * pipeline.parts
@@ -157,7 +158,6 @@ def balanced_counts(
 
 
 def _parts(work: Work, program: Program, setup: Setup, end: Work, waiting: Waiting | None) -> list[Stage]:
-    once = _reduces_once(program, setup)
     alike: dict[tuple[int, bool, bool], Stage] = {}
     parts: list[Stage] = []
     spans = setup.pipeline().spans(layers_of(program)[1]) if setup.stages > 1 else (None,)
@@ -165,7 +165,7 @@ def _parts(work: Work, program: Program, setup: Setup, end: Work, waiting: Waiti
         # parts of equal layers that hold neither end are equal
         key = (span.count if span is not None else 0, index == 0, index == len(spans) - 1)
         if key not in alike or not program.compressed:
-            alike[key] = _part(work, span, setup, ends=key[1:], once=once, late=(end, waiting))
+            alike[key] = _part(work, span, program, setup, ends=key[1:], late=(end, waiting))
         parts.append(alike[key])
     return parts
 
@@ -178,60 +178,74 @@ def _together(parts: Sequence[Stage]) -> Stage:
     forward_s, backward_s = (sum(getattr(part.times, way) for part in parts) for way in _WAYS)
     forward = joined([part.forward for part in parts])
     backward = joined([part.backward for part in reversed(parts)])
+    rest = joined([part.rest[0] for part in parts]), joined([part.rest[1] for part in reversed(parts)])
     apart = {name: sum(part.apart[name] for part in parts) for name in parts[0].apart}
-    return Stage(forward, backward, PartTimes(forward_s, backward_s), terms, apart)
+    return Stage(forward, backward, rest, PartTimes(forward_s, backward_s), terms, apart)
 
 
 def _part(
     work: Work,
     span: Span | None,
+    program: Program,
     setup: Setup,
     ends: tuple[bool, bool],
-    *,
-    once: bool,
     late: tuple[Work, Waiting | None] | None = None,
 ) -> Stage:
     """span: of layers; None: of all of them. ends: whether it has what comes before them, and after them.
-    once: FSDP sums gradients in the last micro-batch's backward only. late: the step's end, and how ranks
-    wait."""
+    late: the step's end, and how ranks wait."""
     layers = work.layer >= 0
     if span is not None:
         layers &= (work.layer >= span.first) & (work.layer < span.stop)
     for holds, place in zip(ends, (BEFORE, AFTER), strict=True):
         if holds:
             layers |= work.layer == place
-    forward, backward = (work.where(layers & work.in_phases(*phases)) for phases in (FORWARDS, BACKWARDS))
+    passes = tuple(work.where(layers & work.in_phases(*phases)) for phases in (FORWARDS, BACKWARDS))
     apart: Apart = {}
     if late is not None and (waiting := late[1]) is not None:
-        (forward, backward), apart = waiting.in_step((forward, backward), late[0], setup.micro_batches)
-    terms = dict.fromkeys(Term, 0.0)
-    times = [_add_pass(terms, part, setup) for part in (forward, backward)]
-    if once:
-        before, kept = backward.where(~_reduces_shards(backward)), dict.fromkeys(Term, 0.0)
-        early = [_add_pass(kept, part, setup) for part in (forward, before)]
-        share = 1 / setup.micro_batches  # of the last one, which reduces; what stands for all is their mean
-        terms = {term: share * terms[term] + (1 - share) * kept[term] for term in Term}
-        times = [share * last + (1 - share) * other for last, other in zip(times, early, strict=True)]
-    return Stage(forward, backward, PartTimes(*times), terms, apart)
+        passes, apart = waiting.in_step(passes, late[0], setup.micro_batches)
+    terms, times, rest = dict.fromkeys(Term, 0.0), [], []
+    for each, of_one in zip(passes, _of_one_micro_batch(passes, program, setup), strict=True):
+        share = 1 / setup.micro_batches if of_one.any() else 1.0
+        rest.append(each.where(~of_one) if of_one.any() else each)
+        own, others = dict.fromkeys(Term, 0.0), dict.fromkeys(Term, 0.0)
+        length_s = share * _add_pass(own, each, setup)
+        if share < 1:  # what stands for all is their mean
+            length_s += (1 - share) * _add_pass(others, rest[-1], setup)
+        times.append(length_s)
+        terms = {term: terms[term] + share * own[term] + (1 - share) * others[term] for term in Term}
+    forward, backward = passes
+    return Stage(forward, backward, (rest[0], rest[1]), PartTimes(*times), terms, apart)
 
 
-def _reduces_once(program: Program, setup: Setup) -> bool:
-    """Whether FSDP sums gradients in the last of several micro-batches alone."""
-    return program.settings.reduce_once and setup.micro_batches > 1
+def _of_one_micro_batch(passes: Sequence[Work], program: Program, setup: Setup) -> list[NDArray[np.bool_]]:
+    """The rows of a forward and of a backward that one micro-batch alone runs, the first and the last: over a
+    pipeline FSDP gathers once what it keeps after the forward (step/pipeline.py), and it may sum gradients
+    once."""
+    settings, several = program.settings, setup.micro_batches > 1
+    forward, backward = passes
+    gathered, summed = np.zeros(len(forward), np.bool_), np.zeros(len(backward), np.bool_)
+    if several and setup.stages > 1 and not settings.reshard_after_forward:
+        gathered = _gathers_shards(forward)
+    if several and settings.reduce_once:
+        summed = _exchanges_shards(backward, CollectiveKind.REDUCE_SCATTER)
+    return [gathered, summed]
 
 
-def _reduces_shards(work: Work) -> NDArray[np.bool_]:
-    """FSDP's sums of gradients."""
-    items = [work.item(at) for at in range(len(work))]
-    return np.array(
-        [
-            isinstance(item, Collective)
-            and item.call.kind is CollectiveKind.REDUCE_SCATTER
-            and role_of(item.call.axis) is Role.SHARDS_PARAMETERS
-            for item in items
-        ],
-        np.bool_,
-    )
+def _gathers_shards(work: Work) -> NDArray[np.bool_]:
+    """FSDP's gathers of parameters, and the copies before them and after."""
+    copies = [isinstance(each, Op) and each.name in (FSDP_COPY_IN, FSDP_COPY_OUT) for each in work.items]
+    return _exchanges_shards(work, CollectiveKind.ALL_GATHER) | np.array(copies, np.bool_)[work.template]
+
+
+def _exchanges_shards(work: Work, kind: CollectiveKind) -> NDArray[np.bool_]:
+    """FSDP's collectives of this kind."""
+    chosen = [
+        isinstance(item, Collective)
+        and item.call.kind is kind
+        and role_of(item.call.axis) is Role.SHARDS_PARAMETERS
+        for item in work.items
+    ]
+    return np.array(chosen, np.bool_)[work.template]
 
 
 def _add_pass(terms: dict[Term, float], part: Work, setup: Setup) -> float:

@@ -178,11 +178,17 @@ def _changes(
 ) -> Iterator[tuple[Bytes, NDArray[np.int8], int]]:
     """The bytes and kind of each stretch's changes, in order, and how often it repeats."""
     fused = fused_loss(program) if setup.compiled_loss else {}
+    is_behind = False
     for place, block in enumerate(program.blocks):
         chosen: list[int] = []
         changes: list[tuple[float, MemoryKind]] = []
-        for at, item in enumerate(block.items):
+        order = part.in_order(block) if part is not None else range(len(block.items))
+        for at in order:
+            item = block.items[at]
+            is_behind |= item.phase in BACKWARDS
             if not isinstance(item, MemoryChange) or not counts(item, setup):
+                continue
+            if part is not None and ((is_behind and part.stays(item)) or (adds and part.is_there(item))):
                 continue
             n_bytes, kind = float(fused.get((place, at), item.n_bytes)), item.kind
             if part is not None and kind is MemoryKind.ACTIVATION and not part.waits(item):

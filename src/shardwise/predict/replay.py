@@ -99,6 +99,7 @@ class _Run:
         self._workspace_bytes = workspace_bytes
         self._holdings = [each for each in program.holdings if part is None or part.holds(each)]
         self._scripts, self._passes = _passes(program, setup, part)
+        self._last = max(micro_batch for _, micro_batch, _ in self._passes)
         self._has_state = False
         self._with_workspace: set[Section] = set()
         self._gradients: list[Piece] = []
@@ -177,6 +178,9 @@ class _Run:
                 if number not in shared:
                     shared[number] = allocate(n_bytes, stream), set()
                 shared[number][1].add(micro_batch)
+            elif act is Act.STAYS:
+                if micro_batch == self._last:
+                    free(shared.pop(number)[0])
             elif act is Act.MATMUL:
                 if section not in self._with_workspace:
                     self._with_workspace.add(section)

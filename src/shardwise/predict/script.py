@@ -41,15 +41,16 @@ class Section(IntEnum):
 
 class Act(IntEnum):
     """What happens. COMES: a storage; GRADIENT: a parameter's; SHARED: one that serves all micro-batches that
-    are in flight, such as parameters that FSDP has gathered. MATMUL: the section's first one; OPTIMIZER: its
-    first op."""
+    are in flight, such as parameters that FSDP has gathered. STAYS: one of these goes, but with the last
+    micro-batch. MATMUL: the section's first one; OPTIMIZER: its first op."""
 
     COMES = 0
     GRADIENT = 1
     SHARED = 2
     GOES = 3
-    MATMUL = 4
-    OPTIMIZER = 5
+    STAYS = 4
+    MATMUL = 5
+    OPTIMIZER = 6
 
 
 Event = tuple[Act, int, int, int]
@@ -86,9 +87,10 @@ class _Writer:
 
     def written(self) -> Script:
         for place, block in enumerate(self._program.blocks):
+            order = self._part.in_order(block) if self._part is not None else range(len(block.items))
             rows = [
                 (at, item, self._layer(item), self._what(item))
-                for at, item in enumerate(block.items)
+                for at, item in ((at, block.items[at]) for at in order)
                 if not isinstance(item, MemoryChange) or counts(item, self._setup)
             ]
             for repeat, shares in enumerate(self._shares_of(block)):
@@ -127,7 +129,9 @@ class _Writer:
                 at = item.nth if -len(alike) <= item.nth < len(alike) else 0
                 number = alike.pop(at)
                 if number >= 0:
-                    self._events.append((Act.GOES, number, 0, 0))
+                    stays = self._part is not None and self._part.stays(item)
+                    is_kept = stays and self._section is not Section.FORWARD
+                    self._events.append((Act.STAYS if is_kept else Act.GOES, number, 0, 0))
             return
         self._enter(item.phase)
         n_bytes = int(self._fused.get(place, item.n_bytes) * self._scale(item) * share)

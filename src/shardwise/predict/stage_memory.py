@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from shardwise.core.layer_name import layer_index
 from shardwise.core.mesh import Mesh
+from shardwise.core.op_names import FSDP_REDUCE_IN
 from shardwise.core.pipeline import Span, most_in_flight
 from shardwise.core.prediction import Setup
 from shardwise.core.program import (
@@ -21,6 +22,7 @@ from shardwise.core.program import (
     ONCE,
     Block,
     Holding,
+    Item,
     MemoryChange,
     MemoryKind,
     Op,
@@ -39,7 +41,8 @@ class StagePart:
     holds, by kind. gathers_for_all: what of the parameters outside the layers is its own, where FSDP gathers
     them at once; None where nothing is gathered. tied_bytes: gradients of its own of parameters that the
     other end finds first. received_bytes: buffers for what comes from other stages, which PyTorch's pipelines
-    keep for every micro-batch (torch.distributed.pipelining's stage)."""
+    keep for every micro-batch (torch.distributed.pipelining's stage). keeps_parameters: FSDP gathers them but
+    once, for all micro-batches (step/pipeline.py)."""
 
     stage: int
     spans: tuple[Span, ...]
@@ -52,6 +55,7 @@ class StagePart:
     gathers_for_all: float | None = None
     tied_bytes: int = 0
     received_bytes: int = 0
+    keeps_parameters: bool = False
 
     def share_of(self, change: MemoryChange) -> float:
         """How much of what comes or goes there does so on this stage."""
@@ -65,6 +69,17 @@ class StagePart:
         """Whether it is a buffer of parameters that FSDP gathers, not an activation: one for all that are in
         flight."""
         return change.is_gathered or self._is_of_all(change)
+
+    def stays(self, change: MemoryChange) -> bool:
+        """Whether what goes in the backward of a micro-batch that isn't the last does not: parameters that
+        FSDP kept after the forward, which other micro-batches still need."""
+        is_kept = self.keeps_parameters and change.phase is Phase.FORWARD
+        return is_kept and change.n_bytes < 0 and self.is_gathered(change)
+
+    def is_there(self, change: MemoryChange) -> bool:
+        """Whether a micro-batch that isn't the first doesn't make it: what FSDP gathers parameters into,
+        beside the computation, where it has kept them."""
+        return self.keeps_parameters and change.phase is Phase.FORWARD and change.stream > 0
 
     def waits(self, activation: MemoryChange) -> bool:
         """Whether every micro-batch that is in flight holds one of its own, until its backward: of its
@@ -90,6 +105,31 @@ class StagePart:
         """With the layers of one of its chunks alone, which is this part of so many of the model's."""
         ends = [end for end, at in ((BEFORE, 0), (AFTER, parts - 1)) if at == part]
         return replace(self, spans=(self.spans[chunk],), ends=frozenset(ends))
+
+    def in_order(self, block: Block) -> Sequence[int]:
+        """Indexes of a block's items in the order in which they come here. FSDP2's foreach_reduce still holds
+        the gradient of a unit's last parameter when what it was reduced to comes: of what it reduces for the
+        whole model, the last is another where a stage hasn't all of it."""
+        items = block.items
+        order = list(range(len(items)))
+        if self.gathers_for_all is None:
+            return order
+        for start, item in enumerate(items):
+            is_reduced = isinstance(item, Op) and item.name == FSDP_REDUCE_IN
+            if not is_reduced or layer_index(item.module, self.prefix) is not None:
+                continue
+            came = next(at for at, each in enumerate(items[start:], start) if _is_gradient(each))
+            freed = [at for at in range(start, came) if self._frees_here(items[at])]
+            held = [at for at in range(came, len(items)) if self._frees_here(items[at])]
+            if freed and not held:
+                order.remove(freed[-1])
+                order.insert(order.index(came) + 1, freed[-1])
+        return order
+
+    def _frees_here(self, item: Item) -> bool:
+        """Whether it is the end of a storage that the backward of one of its modules made."""
+        is_end = isinstance(item, MemoryChange) and item.n_bytes < 0 and item.phase is Phase.BACKWARD
+        return is_end and item.module != "" and self.has(item.module)
 
     def stretches(self, block: Block) -> Iterator[tuple[NDArray[np.float64], int]]:
         """Of a block's stretches, those in a row of which it has the same: how much of each item, and how
@@ -140,7 +180,9 @@ def stage_parts(program: Program, setup: Setup) -> tuple[StagePart, ...]:
         then = (first - 1 + most_in_flight(turns[first + 1 :])) / pipeline.chunks
         part = StagePart(stage, own, ends, sides, prefix, in_flight, then)
         comes = 2 * pipeline.chunks - len(ends)
-        part = replace(part, received_bytes=comes * setup.micro_batches * boundary_bytes(program))
+        keeps = setup.micro_batches > 1 and not program.settings.reshard_after_forward
+        received_bytes = comes * setup.micro_batches * boundary_bytes(program)
+        part = replace(part, received_bytes=received_bytes, keeps_parameters=keeps)
         found[key if program.compressed else stage] = _with_states(part, program)
     return tuple(found.values())
 
@@ -185,6 +227,10 @@ def _forward(blocks: Sequence[Block]) -> Iterator[Op]:
         for item in block.items:
             if isinstance(item, Op) and item.phase is Phase.FORWARD:
                 yield item
+
+
+def _is_gradient(item: Item) -> bool:
+    return isinstance(item, MemoryChange) and item.kind is MemoryKind.GRADIENT and item.n_bytes > 0
 
 
 def _index(module: str, prefix: str | None) -> int:

@@ -23,7 +23,7 @@ from shardwise.core.program import Phase
 from shardwise.parallel.loss import Loss
 from shardwise.parallel.peers import add_peers
 from shardwise.parallel.stages import Stage
-from shardwise.torch_private import run_micro_batches
+from shardwise.torch_private import keeps_parameters, run_micro_batches
 
 
 class Passes:
@@ -43,6 +43,11 @@ class Passes:
         self._reduce_once = reduce_once
         self._model, self._stage, self._loss, self._on_phase = model, stage, loss, on_phase
         self.group = mesh.get_group(STAGES_AXIS)
+        self._units = {part: self._units_of(part) for part in stage.parts}
+        # of a layer's: what lies outside is kept after the forward in any case
+        self._keeps = any(
+            keeps_parameters(unit) for part in stage.parts for unit, runs in self._units[part] if runs
+        )
         self._schedules: dict[tuple[int, torch.Size], Any] = {}
         self._valid: Tensor | None = None
 
@@ -145,18 +150,25 @@ class Passes:
     @contextmanager
     def _around_backward(self, part: int, is_last: bool) -> Iterator[None]:
         self._on_phase(Phase.BACKWARD)
-        if self._reduce_once:
-            self._sync(part, is_last)
+        self._tell_units(part, is_last)
         with self._loss.backward_context():
             yield
 
-    def _sync(self, part: int, is_last: bool) -> None:
-        """Whether FSDP reduces a part's gradients in the backward that comes. What lies outside the layers
-        belongs to the parts at the ends."""
+    def _tell_units(self, part: int, is_last: bool) -> None:
+        """What FSDP does in the backward that comes: whether it reduces a part's gradients, and whether it
+        frees the parameters that it kept after the forward, which other micro-batches still need. What lies
+        outside the layers belongs to the parts at the ends."""
+        for unit, _ in self._units[part]:
+            if self._reduce_once:
+                unit.set_requires_gradient_sync(is_last, recurse=False)
+            if self._keeps:
+                unit.set_reshard_after_backward(is_last, recurse=False)
+
+    def _units_of(self, part: int) -> list[tuple[FSDPModule, bool]]:
+        """FSDP's, and whether they are the part's layers or lie in them."""
         is_end = part in (0, self._stage.pipeline.parts - 1)
-        for module, runs in self._stage.units(self._model, part):
-            if isinstance(module, FSDPModule) and (runs or is_end):
-                module.set_requires_gradient_sync(is_last, recurse=False)
+        found = self._stage.units(self._model, part)
+        return [(each, runs) for each, runs in found if isinstance(each, FSDPModule) and (runs or is_end)]
 
 
 _TIED = (
