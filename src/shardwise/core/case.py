@@ -36,7 +36,7 @@ class StepSettings:
     MixedPrecisionPolicy has it: what parameters are gathered and layers computed in (None: dtype), and what
     gradients are reduced in (None: as computed); shards, their gradients and the optimizer's state stay in
     dtype. reshard_after_forward: whether FSDP gathers a layer's parameters for its forward and its backward
-    each. reduce_once: whether it keeps whole gradients until the last micro-batch's backward.
+    each; else once, in a pipeline's stage once a step. reduce_once: whether it keeps whole gradients until the last micro-batch's backward.
     optimizer_kernel: of OPTIMIZER_KERNELS. recompute_layers: how many layers recompute is for (None: all);
     which ones core/pipeline.py says. expert_load: of a mixture whose router's choice nobody knows, tokens of
     the busiest rank's experts over the mean rank's."""
@@ -68,7 +68,7 @@ class StepSettings:
         bool,
         Option(
             "FSDP frees a layer's gathered parameters after its forward, and gathers them again for its "
-            "backward; else it keeps them until then.",
+            "backward; else it keeps them until then, and in a pipeline's stage until its last one.",
             STEP,
         ),
     ] = True
