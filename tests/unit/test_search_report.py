@@ -11,6 +11,7 @@ from rich.console import Console
 from shardwise.core.case import Case
 from shardwise.core.prediction import Term
 from shardwise.core.program import MemoryKind
+from shardwise.cli.search import exit_code
 from shardwise.core.search import Considered, Known, Search, Tipping
 from shardwise.files.case import read_case
 from shardwise.files.document import read_document, write_document
@@ -146,6 +147,21 @@ def test_where_nothing_fits_the_smallest_is_named() -> None:
     stopped = words(printed(replace(example.nothing_fits(), stopped="by Ctrl-C")))
     assert "No plan is known yet to fit" in stopped
     assert "None of" not in stopped
+    early = words(printed(replace(example.nothing_at_all(), candidates=104, stopped="by Ctrl-C")))
+    assert "No plan is known yet: none was predicted." in early
+    assert "GiB a device" not in early
+
+
+def test_the_exit_code_is_1_where_no_plan_was_found_or_one_is_wrong() -> None:
+    assert exit_code(example.search()) == exit_code(example.stopped()) == 0
+    assert exit_code(replace(example.nothing_at_all(), stopped="by Ctrl-C")) == 1
+    assert exit_code(example.wrong()) == 1
+
+
+def test_what_bounds_ruled_out_and_what_was_not_looked_at_are_counted_apart() -> None:
+    told = rows.effort_text(replace(example.search(), ruled_out=12_000, unlooked=314))
+    assert told.endswith("from 96 traced pieces, 12,000 ruled out by bounds, 314 not looked at.")
+    assert rows.effort_text(example.search()).endswith("from 96 traced pieces.")
 
 
 def test_what_decides_is_told_by_how_much_a_constant_must_change() -> None:

@@ -6,6 +6,7 @@ from shardwise.cli.asked import Call, Command, Shown, command
 from shardwise.cli.predict import said_of, text_anywhere
 from shardwise.cli.progress import ProgressLine
 from shardwise.core.errors import OptionError
+from shardwise.core.search import Search
 from shardwise.predict.machines import SUFFIX
 from shardwise.report.search.commands import plan_files
 from shardwise.verbs.predict import MACHINE, SEQ
@@ -47,8 +48,8 @@ def search(call: Call[SearchOptions]) -> int:
     Few pieces are traced; what a plan costs is predict's. Best first, with a bound on all that isn't
     looked at: so the first is proved to be the best in this space by this machine file. It is then
     verified on its small twin, on ranks of this machine. Ctrl-C gives the best so far. --export writes it
-    for a framework, and with --top as many runners-up, each of which is verified first. Exit code 1 where a
-    plan that was found trains the model wrong.
+    for a framework, and with --top as many runners-up, each of which is verified first. Exit code 1 where
+    no plan was found, or one trains the model wrong.
 
     [dim]shardwise search --model llama3-8b --dtype bfloat16[/]
     [dim]shardwise search --model llama3-70b --devices 64 --dtype bfloat16 --batch 512 --out found[/]
@@ -72,7 +73,11 @@ def search(call: Call[SearchOptions]) -> int:
     call.output.deliver(
         found, asked, lambda: plan_files(found, machine, text, {"predict": own}), most=call.own.given_out
     )
-    return 1 if any(each.is_wrong for each in found.found) else 0
+    return exit_code(found)
+
+
+def exit_code(found: Search) -> int:
+    return 1 if not found.found or any(each.is_wrong for each in found.found) else 0
 
 
 def _as_file(machine: str | None) -> str:

@@ -197,8 +197,9 @@ class Tipping:
 class Search:
     """found: best first. gap: how much faster than the best, at most, something that wasn't looked at
     could still be, as a share of its step; 0: the best is proved to be. stopped: why the search ended
-    early, if it did. candidates: of the space; predicted, composed: how many were costed so; all others by
-    bounds. error: what the machine file says of its own predictions; None where it says nothing. seconds:
+    early, if it did. candidates: of the space; predicted, composed: how many were costed so. Of those that
+    weren't, ruled_out: how many can't be the best, or can't fit, by their bounds; unlooked: how many could
+    be. error: what the machine file says of its own predictions; None where it says nothing. seconds:
     by what was done."""
 
     model: str
@@ -218,6 +219,8 @@ class Search:
     seconds: tuple[tuple[str, float], ...]
     stopped: str | None = None
     notes: tuple[str, ...] = field(default=())
+    ruled_out: int = 0
+    unlooked: int = 0
     schema_version: int = 1
 
     @property

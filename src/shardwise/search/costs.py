@@ -18,11 +18,14 @@ from shardwise.search.ends import Change, Pair, is_end
 from shardwise.search.needs import Needs, pipeline_of
 from shardwise.search.piece import Piece, Traced, Unfit
 from shardwise.search.problem import Outcome, Problem
+from shardwise.search.queue import Node, Stage
 from shardwise.search.savings import Savings
 
 SURE = 1.05
 """What is put together of pieces, and so many times a device's memory, doesn't fit; its own plan isn't
 traced."""
+SLACK = 0.005
+"""A candidate that was put together may take so much less than its pieces give; tests hold it."""
 MOST_FREED = 2.0
 """An allocator gives back at most so many times what tensors free: what lay between them too."""
 
@@ -41,6 +44,7 @@ class Costs:
         self._sharding: dict[tuple[tuple[tuple[str, int], ...], bool], Piece] = {}
         self._smallest = min((each.micro_batch for each in problem.candidates), default=1)
         self._savings: dict[Piece, Savings] = {}
+        self._foreseen: dict[Candidate, Prediction | Unfit] = {}
         self._predictions: dict[Candidate, Prediction | None] = {}
         self._reserved: dict[Candidate, Prediction] = {}
 
@@ -61,21 +65,57 @@ class Costs:
     def predicted(self, candidate: Candidate) -> Prediction | None:
         """Of its own piece, which is traced, with the memory that tensors take. None, and refused, where it
         can't be."""
-        if candidate in self._predictions:
-            return self._predictions[candidate]
-        found, traced = None, self.pieces[self.problem.piece_of(candidate)]
-        if isinstance(traced, Unfit):
-            self.outcome.refused[traced.reason] += 1
-        else:
-            setup = self.problem.setup_of(candidate)
-            try:
-                check_setup(traced, self.problem.machine, setup)
-                found = predict(traced, self.problem.machine, setup, replays=False)
+        if candidate not in self._predictions:
+            found = self.foreseen(candidate)
+            if isinstance(found, Unfit):
+                self.outcome.refused[found.reason] += 1
+            else:
                 self.outcome.predicted += 1
-            except InputError as error:
-                self.outcome.refused[str(error)] += 1
-        self._predictions[candidate] = found
-        return found
+            self._predictions[candidate] = None if isinstance(found, Unfit) else found
+        return self._predictions[candidate]
+
+    def foreseen(self, candidate: Candidate) -> Prediction | Unfit:
+        """The same, and nothing is counted."""
+        if candidate not in self._foreseen:
+            traced = self.pieces[self.problem.piece_of(candidate)]
+            found: Prediction | Unfit
+            if isinstance(traced, Unfit):
+                found = traced
+            else:
+                setup = self.problem.setup_of(candidate)
+                try:
+                    check_setup(traced, self.problem.machine, setup)
+                    found = predict(traced, self.problem.machine, setup, replays=False)
+                except InputError as error:
+                    found = Unfit(str(error))
+            self._foreseen[candidate] = found
+        return self._foreseen[candidate]
+
+    def missing(self, node: Node) -> list[Piece]:
+        """What must be traced before the node can be looked at."""
+        needed = [] if node.stage is Stage.KNOWN else [node.candidate]
+        if node.stage is Stage.RECOMPUTED:
+            if not self.problem.is_default(node.candidate):  # it tells what the others take at least
+                default = self.problem.with_defaults(node.candidate)
+                if self.problem.piece_of(default) not in self.pieces:
+                    return [self.problem.piece_of(default)]
+                if self.least_bytes(node.candidate, default) > self.problem.memory_bytes:
+                    return []
+                if self.recomputed_s(node.candidate, node.without) > node.bound:
+                    return []
+            if self.problem.partly:
+                needed.append(node.candidate.without_recompute())
+        if node.stage is Stage.STYLES:
+            needed += self.singles(node.candidate)
+        if node.stage is Stage.COMPOSED and 0 < node.candidate.recomputed < self.problem.layers:
+            whole = replace(node.candidate, recomputed=self.problem.layers)
+            needed = [whole.without_recompute(), whole, node.candidate]
+        pieces = dict.fromkeys(map(self.problem.piece_of, needed))
+        return [piece for piece in pieces if piece not in self.pieces]
+
+    def looked_at(self) -> set[Candidate]:
+        """Those with the default styles and without recompute of which something was predicted."""
+        return {self.problem.with_defaults(each).without_recompute() for each in self._predictions}
 
     def bounds_of(self, piece: Piece) -> Bounds:
         if piece not in self._bounds:
@@ -194,6 +234,22 @@ class Costs:
         fits = needs.device_bytes(candidate) <= self.problem.memory_bytes
         ways = [candidate] if fits else self.recomputes(candidate, needs)
         return min((bounds.step_s(way, sharding=sharding, less=less) for way in ways), default=None)
+
+    def recomputed_s(self, candidate: Candidate, without: tuple[float, int]) -> float:
+        """At least, of other styles than the default ones, by what the same recompute adds to these; 0 where
+        that isn't known. What a style saves, its recompute saves once more at most. without: see Node."""
+        default = self.problem.with_defaults(candidate)
+        plain = default.without_recompute()
+        changed, changes = set(candidate.styles) - set(default.styles), self.changes.get(plain, {})
+        if not changed or not all(pair in changes for pair in changed):
+            return 0.0
+        again, none = self.predicted(default), self.predicted(plain)
+        if again is None or none is None:
+            return 0.0
+        without_s, few = without
+        saved_s = sum(min(0.0, changes[pair][0]) for pair in changed)
+        more_s = added_s(none, again, few / self.problem.layers, saved_s)
+        return (without_s + more_s) * (1 - SLACK) - self.ends_save_s(candidate)
 
     def saved_s(self, candidate: Candidate) -> float:
         """That other styles save at most, by its own piece."""

@@ -35,8 +35,9 @@ class Problem:
 
     def sharding_piece(self, inner: Mesh, candidate: Candidate, micro_batch: int) -> Piece:
         """The piece that tells FSDP's collectives of all candidates over the same inner axes, any number of
-        tokens, that reshard alike."""
+        tokens, that reshard alike: that of one of them, which it tells all of."""
         sizes = {axis.role: inner.size(axis.name) for axis in AXES if axis.role in INNER}
+        sizes = {role: size for role, size in sizes.items() if size > 1 or role is Role.CUTS_TENSORS}
         mesh = traced_mesh(Mesh.of({**sizes, Role.SHARDS_PARAMETERS: TRACED_DATA_RANKS}))
         styles = tuple((group.name, group.options[0]) for group in self.groups(candidate))
         return Piece(mesh.axes, styles, micro_batch, reshard=candidate.reshard)
@@ -74,8 +75,8 @@ class Answer:
 
 @dataclass(slots=True)
 class Outcome:
-    """answers: best first. gap: see core/search.py. needed_bytes: the least that any candidate needs, of
-    those that don't fit."""
+    """answers: best first. gap, ruled_out, unlooked: see core/search.py. needed_bytes: the least that any
+    candidate needs, of those that don't fit."""
 
     answers: list[Answer] = field(default_factory=list)
     considered: list[Considered] = field(default_factory=list)
@@ -84,6 +85,8 @@ class Outcome:
     predicted: int = 0
     composed: int = 0
     traces: int = 0
+    ruled_out: int = 0
+    unlooked: int = 0
     needed_bytes: float = math.inf
     stopped: str | None = None
 

@@ -104,6 +104,11 @@ class Queue:
             if not node.is_done:
                 yield bound, node
 
+    def left_below(self, limit: float) -> set[Candidate]:
+        """Those that may take less."""
+        nodes = (node for heap in (self._all, self._styles) for _, _, node in heap)
+        return {node.candidate for node in nodes if not node.is_done and node.bound < limit}
+
     def unlooked(self) -> Iterator[tuple[Candidate, float]]:
         """Candidates of which nothing but bounds is known, with these."""
         for bound, _, node in self._all:

@@ -18,7 +18,8 @@ from dataclasses import replace
 from shardwise.core.prediction import Prediction, Term
 from shardwise.core.search import Candidate, Known
 from shardwise.search.composed import are_alike, fewest_layers, styles_of_all
-from shardwise.search.costs import SURE, Costs, added_s
+from shardwise.search.costs import SLACK, SURE, Costs, added_s
+from shardwise.search.early import Early, left_over
 from shardwise.search.ends import LIGHTER, Styles, changes_of_ends, own_ends
 from shardwise.search.piece import Piece, Traced, Unfit
 from shardwise.search.problem import Answer, Outcome, Problem
@@ -31,8 +32,6 @@ AHEAD = 1.2
 LOOKING, RANKING = 0.86, 0.92
 """Of the seconds that a search may take, by when it ends to look, and to see what fits by what the allocator
 reserves, which is simulated. What is left is for what decides."""
-SLACK = 0.005
-"""A candidate that was put together may take so much less than its pieces give; tests hold it."""
 
 BY_HAND = "it was stopped by Ctrl-C"
 Tracer = Callable[[Sequence[Piece]], Iterator[tuple[Piece, Traced]]]
@@ -46,40 +45,65 @@ class Solver:
         self.problem, self.outcome = problem, Outcome()
         self._trace, self._workers, self._says = trace, workers, says
         self.costs = Costs(problem, self.outcome)
+        self.early = Early(self.costs)
         self.queue = Queue()
         self._seen: set[Candidate] = set()
         self._recomputed: set[Candidate] = set()
         self._given_out: set[Candidate] = set()
         self._known_ones: list[Answer] = []
         self._best: Answer | None = None
-        self._until = math.inf
+        self._end_of_look = self._until = math.inf
+        self._bounded = 0
 
     def run(self, top: int, seconds: float = math.inf, spent_s: float = 0.0) -> Outcome:
         """The best, proved, and the best others of those that need no further trace; where there is none, the
         next one. On KeyboardInterrupt, and after so many seconds, of which some are spent, what there is."""
         outcome, began = self.outcome, time.monotonic() - spent_s
-        self._until = began + RANKING * seconds
+        self._end_of_look, self._until = began + LOOKING * seconds, began + RANKING * seconds
+        over = f"{seconds:g} seconds were over"
         try:
-            self._start()
-            while self.queue.is_left() and not (outcome.answers and len(self._ranked(top)) >= top):
+            if not self._start():
+                outcome.stopped = over
+            while not outcome.stopped and self._is_more(top):
                 bound, node = self.queue.pop(self._best_s, in_order=bool(outcome.answers))
                 if outcome.answers:
                     if bound > FAR * outcome.answers[0].prediction.step_s:
                         break
-                    if len(self._ranked(2)) > 1 and self._missing(node):
+                    if len(self._ranked(2)) > 1 and self.costs.missing(node):
                         continue
                 self._look(bound, node)
-                if time.monotonic() > began + LOOKING * seconds:
+                if self._is_over():
                     if not outcome.answers:  # else only runners-up are left
-                        outcome.stopped = f"{seconds:g} seconds were over"
+                        outcome.stopped = over
                         self.queue.push(bound, node)  # it may not be through
                     break
         except KeyboardInterrupt:
             outcome.stopped = BY_HAND
-        if outcome.answers or self._best is not None:
-            outcome.gap = 0.0 if outcome.answers else max(0.0, 1 - self.queue.least() / self._best_s)
+        if not outcome.answers:
+            self._end_early()
+        else:
+            outcome.gap = 0.0
+        may = self.queue.left_below(self._best_s)
+        unbounded = len(self.problem.candidates) - self._bounded
+        outcome.unlooked, outcome.ruled_out = left_over(self.costs, unbounded, may)
         outcome.answers = self._ranked(top)
         return outcome
+
+    def _is_more(self, top: int) -> bool:
+        return self.queue.is_left() and not (self.outcome.answers and len(self._ranked(top)) >= top)
+
+    def _is_over(self) -> bool:
+        return time.monotonic() > self._end_of_look
+
+    def _end_early(self) -> None:
+        """With what was foreseen, where nothing better is known; and how much better another may be, where
+        each has a bound."""
+        answer = self.early.answer
+        if self.outcome.stopped and answer is not None and answer.prediction.step_s < self._best_s:
+            self.costs.predicted(answer.candidate)  # which counts it
+            self._known(answer)
+        if self._best is not None and self._bounded == len(self.problem.candidates):
+            self.outcome.gap = max(0.0, 1 - self.queue.least() / self._best_s)
 
     @property
     def _best_s(self) -> float:
@@ -97,16 +121,29 @@ class Solver:
                     found.append(replace(answer, prediction=reserving))
         return found
 
-    def _start(self) -> None:
-        """All by the bounds of their roots: each as soon as what bounds it is traced, while others are."""
+    def _start(self) -> bool:
+        """All by the bounds of their roots: each as soon as what bounds it is traced, while others are.
+        False where time is over before that, and there is a plan."""
         waiting = self.costs.at_first()
-        for _ in self._traced(dict.fromkeys(piece for pieces in waiting for piece in pieces)):
-            for pieces in [each for each in waiting if self.costs.pieces.keys() >= set(each)]:
-                for candidate in waiting.pop(pieces):
-                    self._by_bounds(candidate, self.problem.piece_of(candidate).root, Stage.ROOT)
+        wanted = dict.fromkeys(piece for pieces in waiting for piece in pieces)
+        while True:
+            left = [each for each in (*self.early.wanted, *wanted) if each not in self.costs.pieces]
+            for piece in self._traced(left):
+                for pieces in [each for each in waiting if self.costs.pieces.keys() >= set(each)]:
+                    for candidate in waiting.pop(pieces):
+                        self._by_bounds(candidate, self.problem.piece_of(candidate).root, Stage.ROOT)
+                        self._bounded += 1
+                wants_more = self.early.wants_more(piece)
+                if self._is_over() and self.early.answer is not None:
+                    return not waiting
+                if wants_more:
+                    break
+            else:
+                if not self.early.wants_one():
+                    return True
 
     def _look(self, bound: float, node: Node) -> None:
-        missing = self._missing(node)
+        missing = self.costs.missing(node)
         if missing:
             self.queue.push(bound, node)
             deque(self._traced(self._with_others(missing, bound)), maxlen=0)
@@ -117,7 +154,7 @@ class Solver:
             case Stage.PIECE:
                 self._by_prediction(node.candidate)
             case Stage.RECOMPUTED:
-                least_s = self._recomputed_s(node)
+                least_s = self.costs.recomputed_s(node.candidate, node.without)
                 if least_s > bound:
                     self.queue.push(least_s, node)
                 else:
@@ -133,35 +170,13 @@ class Solver:
 
     # traces
 
-    def _missing(self, node: Node) -> list[Piece]:
-        """What must be traced before the node can be looked at."""
-        needed = [] if node.stage is Stage.KNOWN else [node.candidate]
-        if node.stage is Stage.RECOMPUTED:
-            if not self.problem.is_default(node.candidate):  # it tells what the others take at least
-                default = self.problem.with_defaults(node.candidate)
-                if self.problem.piece_of(default) not in self.costs.pieces:
-                    return [self.problem.piece_of(default)]
-                if self.costs.least_bytes(node.candidate, default) > self.problem.memory_bytes:
-                    return []
-                if self._recomputed_s(node) > node.bound:
-                    return []
-            if self.problem.partly:
-                needed.append(node.candidate.without_recompute())
-        if node.stage is Stage.STYLES:
-            needed += self.costs.singles(node.candidate)
-        if node.stage is Stage.COMPOSED and 0 < node.candidate.recomputed < self.problem.layers:
-            whole = replace(node.candidate, recomputed=self.problem.layers)
-            needed = [whole.without_recompute(), whole, node.candidate]
-        pieces = dict.fromkeys(map(self.problem.piece_of, needed))
-        return [piece for piece in pieces if piece not in self.costs.pieces]
-
     def _with_others(self, missing: list[Piece], bound: float) -> list[Piece]:
         """With those that will be needed next, so that no process waits."""
         wanted = dict.fromkeys(missing)
         for near, node in self.queue.nearest(8 * self._workers):
             if len(wanted) >= self._workers or near > bound * AHEAD:
                 break
-            wanted |= dict.fromkeys(self._missing(node))
+            wanted |= dict.fromkeys(self.costs.missing(node))
         return list(wanted)
 
     def _traced(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
@@ -169,7 +184,7 @@ class Solver:
         for piece, traced in self._trace(list(pieces)):
             self.costs.pieces[piece] = traced
             self.outcome.traces += 1
-            self._says(self._best, len(self.queue), self.outcome.traces)
+            self._says(self._best or self.early.answer, len(self.queue), self.outcome.traces)
             yield piece
 
     # what is found out about a candidate
@@ -236,24 +251,6 @@ class Solver:
             bound = least_s + more_s - self.costs.ends_save_s(whole)
             self.queue.push(bound, Node(whole, Stage.RECOMPUTED, without=(least_s, few)))
         return bool(ways)
-
-    def _recomputed_s(self, node: Node) -> float:
-        """At least, of other styles than the default ones, by what the same recompute adds to these; 0 where
-        that isn't known. What a style saves, its recompute saves once more at most."""
-        candidate, layers, costs = node.candidate, self.problem.layers, self.costs
-        default = self.problem.with_defaults(candidate)
-        plain = default.without_recompute()
-        changed, changes = set(candidate.styles) - set(default.styles), costs.changes.get(plain, {})
-        if not changed or not all(pair in changes for pair in changed):
-            return 0.0
-        again, none = costs.predicted(default), costs.predicted(plain)
-        if again is None or none is None:
-            return 0.0
-        without_s, few = node.without
-        share = few / layers
-        saved_s = sum(min(0.0, changes[pair][0]) for pair in changed)
-        more_s = added_s(none, again, share, saved_s)
-        return (without_s + more_s) * (1 - SLACK) - self.costs.ends_save_s(candidate)
 
     def _recompute(self, candidate: Candidate, bound: float) -> None:
         """candidate: with all of its layers recomputed. Of fewer, as few as fit."""

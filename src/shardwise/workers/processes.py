@@ -79,6 +79,11 @@ class Processes(Generic[_Task, _Result]):
         for ours in self._all:
             ours.close()
 
+    @property
+    def under_way(self) -> list[_Task]:
+        """Of a round that was broken off: the next one gives their results too."""
+        return list(self._busy.values())
+
     def results(self, tasks: Iterable[_Task]) -> Iterator[tuple[_Task, _Result]]:
         """Each task with its result, as they come; those first that were given first."""
         waiting = list(tasks)[::-1]

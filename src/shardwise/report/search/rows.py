@@ -163,11 +163,12 @@ def _gap_text(search: Search) -> str:
 
 def effort_text(search: Search) -> str:
     """How the candidates were costed."""
-    rest = search.candidates - search.predicted - search.composed
-    bounds = f", {rest:,} ruled out by bounds" if rest > 0 else ""
+    bounds = f", {search.ruled_out:,} ruled out by bounds" if search.ruled_out else ""
+    left = f", {search.unlooked:,} not looked at" if search.unlooked else ""
     return (
         f"{counted(search.candidates, 'candidate')}, each in its styles and recompute: {search.predicted:,} "
-        f"predicted, {search.composed:,} put together from {counted(search.traces, 'traced piece')}{bounds}."
+        f"predicted, {search.composed:,} put together from {counted(search.traces, 'traced piece')}"
+        f"{bounds}{left}."
     )
 
 
@@ -262,6 +263,8 @@ def nothing_lines(search: Search) -> Iterator[Line]:
     limit = format_bytes(search.space.memory_bytes)
     if not search.candidates:
         yield Line("Nothing in this space can run: each candidate was refused.", Tone.BAD)
+    elif search.stopped and not search.predicted:
+        yield Line("No plan is known yet: none was predicted.", Tone.BAD)
     elif search.stopped:
         yield Line(f"No plan is known yet to fit in {limit} a device.", Tone.BAD)
     else:
@@ -312,7 +315,12 @@ def drawn_text(search: Search, drawn: Picture) -> str:
         said += f". {drawn.left_out:,} more have no time, and aren't drawn"
     rest = search.candidates - len(search.considered)
     if rest > 0:
-        said += f". The other {rest:,} were ruled out together with others, without a number of their own"
+        why = (
+            "were ruled out together with others"
+            if not search.unlooked
+            else "were ruled out or not looked at"
+        )
+        said += f". The other {rest:,} {why}, without a number of their own"
     return f"{said}."
 
 

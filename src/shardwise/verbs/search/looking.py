@@ -172,6 +172,8 @@ class _Looking:
             outcome.traces,
             tuple(self.seconds.items()),
             outcome.stopped,
+            ruled_out=outcome.ruled_out,
+            unlooked=outcome.unlooked,
         )
 
     def _with_programs(self, outcome: Outcome, layers: int) -> list[tuple[Answer, Program]]:

@@ -128,7 +128,8 @@ class Tracing:
 
     def _direct(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Traced]]:
         asked = [AskProgram(self.case, piece, self.device) for piece in pieces]
-        for ask, told in self.processes.results(asked):
+        under_way = self.processes.under_way
+        for ask, told in self.processes.results(ask for ask in asked if ask not in under_way):
             assert isinstance(ask, AskProgram)
             assert isinstance(told, Program | Unfit)
             self.programs[ask.piece] = told
