@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from shardwise.cli.search import exit_code
 from shardwise.core.case import Case
 from shardwise.core.prediction import Term
 from shardwise.core.program import MemoryKind
-from shardwise.cli.search import exit_code
 from shardwise.core.search import Considered, Known, Search, Tipping
 from shardwise.files.case import read_case
 from shardwise.files.document import read_document, write_document
