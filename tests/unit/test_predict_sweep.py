@@ -21,7 +21,14 @@ from shardwise.core.prediction import MemoryForecast, Setup, Term
 from shardwise.core.sweep import Refusal, Sweep, SweepPoint
 from shardwise.files.document import read_document, write_document
 from shardwise.predict.machines import load_machine
-from shardwise.predict.sweep import best_first, meshes, shares_programs
+from shardwise.predict.sweep import (
+    all_meshes,
+    best_first,
+    meshes,
+    over_nodes,
+    shares_programs,
+    why_no_tensor_ranks,
+)
 from shardwise.report.common.deliver import show
 from shardwise.report.predict.sweep_html import sweep_html
 from shardwise.verbs.sweep import _PRELOAD, SweepOptions, SweepTask, _wanted, _with_chunks, sweep
@@ -72,6 +79,22 @@ def test_meshes_use_every_device_and_keep_tp_inside_a_node() -> None:
         (("dp", 2), ("fsdp", 2), ("tp", 2)), (("dp", 2), ("fsdp", 4), ("tp", 1)),
         (("dp", 4), ("fsdp", 2), ("tp", 1)),
     }  # fmt: skip
+
+
+def test_any_tp_goes_inside_one_node_and_those_that_would_lie_on_two_are_counted_with_their_reason() -> None:
+    assert {mesh.tp for mesh in meshes(6, 8)} == {1, 2, 3, 6}
+    assert over_nodes(6, 8) == {}
+    assert {mesh.tp for mesh in meshes(24, 8)} == {1, 2, 4, 8}
+    larger = [mesh for mesh in all_meshes(24) if mesh.tp > 8]
+    assert over_nodes(24, 8) == {
+        "tp is more than the 8 devices of a node": len(larger),
+        "tp doesn't divide the 8 devices of a node: a group would lie on two": len(all_meshes(24))
+        - len(meshes(24, 8))
+        - len(larger),
+    }
+    assert {mesh.tp for mesh in larger} == {12, 24}
+    assert why_no_tensor_ranks(5, 5, 8) is None
+    assert why_no_tensor_ranks(5, 10, 8) is not None
 
 
 def test_a_sweep_in_mixed_precision_leaves_out_meshes_without_fsdp() -> None:

@@ -2,19 +2,20 @@
 what is given out, and what of it reaches the solver."""
 
 import re
+from collections import Counter
 
 import pytest
 
 from shardwise.core.case import Case
 from shardwise.core.errors import OptionError
-from shardwise.core.mesh import Mesh
+from shardwise.core.mesh import NAMES, Mesh
 from shardwise.core.plan import ContextAttention
 from shardwise.core.prediction import Setup
-from shardwise.core.search import Candidate
+from shardwise.core.search import Candidate, Group
 from shardwise.predict.machines import load_machine
 from shardwise.verbs.search import SearchOptions
 from shardwise.verbs.search.looking import problem_of
-from shardwise.verbs.search.space import Wanted
+from shardwise.verbs.search.space import Choices, Wanted, candidates, within_node
 from tests.unit.search_example import SPACE
 
 
@@ -75,3 +76,21 @@ def test_only_what_is_exported_is_verified_beside_the_best() -> None:
 def test_an_unknown_format_of_exports_is_one_line() -> None:
     with pytest.raises(OptionError, match=r'--export is "torchtitn"\. Did you mean "torchtitan"'):
         SearchOptions(export="torchtitn")
+
+
+def test_a_tp_that_would_lie_on_two_nodes_is_no_candidate_and_says_why() -> None:
+    assert within_node((1, 2, 3, 6), 6, 8) == (1, 2, 3, 6)
+    assert within_node((1, 2, 5, 10), 10, 8) == (1, 2)
+    said = "tp=5 on 10 devices: tp doesn't divide the 8 devices of a node: a group would lie on two."
+    with pytest.raises(OptionError, match=re.escape(said)):
+        within_node((5,), 10, 8)
+    degrees = {axis: (1, 2, 5, 10) if axis in ("dp", "tp") else (1,) for axis in NAMES}
+    choices = Choices(10, 8, degrees, (1,), (1,), (True,), 10, 4, False)
+    refused: Counter[str] = Counter()
+    cut = {tp: (Group("a", ("a",), ("cut",)),) for tp in (1, 2)}
+    found = list(candidates(choices, cut, refused))
+    assert {each.mesh.tp for each in found} == {1, 2}
+    assert refused == {
+        "tp doesn't divide the 8 devices of a node: a group would lie on two": 1,
+        "tp is more than the 8 devices of a node": 1,
+    }

@@ -1,5 +1,6 @@
 """What a sweep goes over, and the order of what came out."""
 
+from collections import Counter
 from collections.abc import Iterable
 from math import prod
 
@@ -10,14 +11,37 @@ GIVEN = (Role.CUTS_SEQUENCE, Role.CUTS_EXPERTS)
 """Axes that a sweep takes as they are given."""
 
 
+def why_no_tensor_ranks(tp: int, devices: int, devices_per_node: int) -> str | None:
+    """Why some group of tp ranks wouldn't lie within one node, nodes being filled in order and tp being the
+    innermost axis; None where all do."""
+    if devices <= devices_per_node or devices_per_node % tp == 0:
+        return None
+    if tp > devices_per_node:
+        return f"tp is more than the {devices_per_node} devices of a node"
+    return f"tp doesn't divide the {devices_per_node} devices of a node: a group would lie on two"
+
+
 def meshes(devices: int, devices_per_node: int, given: Mesh | None = None) -> tuple[Mesh, ...]:
-    """All pp x dp x fsdp x tp of `devices`: tp inside a node and dividing it, the rest any divisors. given:
-    the sizes of axes cp and ep, whose product divides the devices."""
+    """All pp x dp x fsdp x tp of `devices` whose tp lies within a node. given: see all_meshes."""
+    return tuple(
+        mesh
+        for mesh in all_meshes(devices, given)
+        if why_no_tensor_ranks(mesh.tp, devices, devices_per_node) is None
+    )
+
+
+def over_nodes(devices: int, devices_per_node: int, given: Mesh | None = None) -> Counter[str]:
+    """All others, by why they aren't among them."""
+    reasons = (why_no_tensor_ranks(mesh.tp, devices, devices_per_node) for mesh in all_meshes(devices, given))
+    return Counter(reason for reason in reasons if reason is not None)
+
+
+def all_meshes(devices: int, given: Mesh | None = None) -> tuple[Mesh, ...]:
+    """All pp x dp x fsdp x tp of `devices`. given: the sizes of axes cp and ep, whose product divides the
+    devices."""
     kept = {role: given.size_of(role) for role in GIVEN if given is not None and given.size_of(role) > 1}
     left, every = devices // prod(kept.values()), []
     for tp in _divisors(left):
-        if tp > devices_per_node or devices_per_node % tp:
-            continue
         for stages in _divisors(left // tp):
             sizes = kept | {Role.CUTS_TENSORS: tp} | ({Role.CUTS_DEPTH: stages} if stages > 1 else {})
             every += [Mesh.of(sizes | data) for data in _data_axes(left // tp // stages, bool(kept))]

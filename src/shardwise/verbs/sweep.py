@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from math import prod
 
 from shardwise.core.case import Case, StepSettings
@@ -20,7 +21,7 @@ from shardwise.predict.check import check_devices, check_setup
 from shardwise.predict.contrast import facts_of
 from shardwise.predict.family import LONG, SHORT, Family, NotAFamilyError
 from shardwise.predict.predict import predict
-from shardwise.predict.sweep import GIVEN, best_first, meshes, shares_programs
+from shardwise.predict.sweep import GIVEN, best_first, meshes, over_nodes, shares_programs
 from shardwise.predict.traced import micro_batch
 from shardwise.verbs.checks import check_recompute, check_seq, default_plan
 from shardwise.verbs.predict import MACHINE, SEQ, PredictOptions
@@ -107,6 +108,9 @@ def sweep(
     refused: Counter[tuple[str, str]] = Counter()
     for result in results:
         refused.update({(result.plan, reason): number for reason, number in result.refused})
+    apart = over_nodes(devices, machine.devices_per_node, case.mesh)
+    for plan, (reason, number) in product(dict.fromkeys(result.plan for result in results), apart.items()):
+        refused[plan, reason] += number * len(options.micro_batches)
     return Sweep(
         case.model,
         facts_of(machine),

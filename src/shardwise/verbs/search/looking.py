@@ -37,6 +37,7 @@ from shardwise.verbs.search.space import (
     free_degrees,
     of_recompute,
     restricted,
+    within_node,
 )
 from shardwise.verbs.search.tracing import Tracing
 from shardwise.workers.processes import Processes
@@ -213,7 +214,7 @@ class _Looking:
     def _space(self, facts: Facts) -> tuple[Space, Choices, dict[int, tuple[Group, ...]], Counter[str]]:
         refused: Counter[str] = Counter()
         per_node, step = self.machine.devices_per_node, self.case.step
-        free = free_degrees(self.devices, per_node, facts.layers, facts.experts, step.seq)
+        free = free_degrees(self.devices, facts.layers, facts.experts, step.seq)
         if facts.why_no_stages is not None:
             free[STAGES_AXIS] = (1,)
             refused[f"no stages: {facts.why_no_stages}"] += 1
@@ -221,8 +222,10 @@ class _Looking:
             axis: self.wanted.degrees(axis, free.get(axis, ()) or _divisors(self.devices), self.devices)
             for axis in NAMES
         }
+        wanted_tp = degrees[TENSOR_AXIS]
+        degrees[TENSOR_AXIS] = within_node(wanted_tp, self.devices, per_node)
         cutting = [tp for tp in degrees[TENSOR_AXIS] if tp > 1]
-        groups = self.tracing.groups(cutting or free[TENSOR_AXIS])
+        groups = self.tracing.groups(cutting or within_node(free[TENSOR_AXIS], self.devices, per_node))
         self.wanted.check_names([group.name for each in groups.values() for group in each])
         self.wanted.check_ranks(self.devices)
         groups = {
@@ -236,7 +239,7 @@ class _Looking:
         choices = Choices(
             self.devices,
             per_node,
-            degrees,
+            degrees | {TENSOR_AXIS: wanted_tp},
             tuple(map(int, sizes)),
             tuple(map(int, chunks)),
             tuple(RESHARD[each] for each in reshard),

@@ -14,7 +14,7 @@ from shardwise.core.mesh import CONTEXT_AXIS, EXPERTS_AXIS, NAMES, STAGES_AXIS, 
 from shardwise.core.plan import suggest
 from shardwise.core.search import SEQUENCE, Candidate, Group
 from shardwise.core.shown import shown
-from shardwise.predict.sweep import meshes
+from shardwise.predict.sweep import all_meshes, why_no_tensor_ranks
 
 CHUNKS = (1, 2, 4)
 RESHARD = {"yes": True, "no": False}
@@ -127,24 +127,35 @@ def _read(option: str, given: str) -> tuple[str, tuple[str, ...]]:
     return name.strip(), found
 
 
-def free_degrees(
-    devices: int, per_node: int, layers: int, experts: int, seq: int
-) -> dict[str, tuple[int, ...]]:
-    """Of the axes whose degrees decide what is traced: divisors of the devices; tp within a node, stages
-    at most as many as layers, context ranks that can have two equal parts of the sequence each, experts
-    that can be shared out."""
+def free_degrees(devices: int, layers: int, experts: int, seq: int) -> dict[str, tuple[int, ...]]:
+    """Of the axes whose degrees decide what is traced: divisors of the devices; stages at most as many as
+    layers, context ranks that can have two equal parts of the sequence each, experts that can be shared
+    out."""
     divisors = [each for each in range(1, min(devices, 4096) + 1) if devices % each == 0]
     return {
         STAGES_AXIS: tuple(each for each in divisors if each <= max(1, layers)),
-        TENSOR_AXIS: tuple(each for each in divisors if each <= per_node and per_node % each == 0),
+        TENSOR_AXIS: tuple(divisors),
         CONTEXT_AXIS: tuple(each for each in divisors if each <= 8 and seq % (2 * each) == 0),
         EXPERTS_AXIS: tuple(each for each in divisors if experts and experts % each == 0) or (1,),
     }
 
 
+def within_node(tensor_ranks: Sequence[int], devices: int, per_node: int) -> tuple[int, ...]:
+    """Those whose groups lie within a node each. Raises OptionError where there are none."""
+    why = {tp: why_no_tensor_ranks(tp, devices, per_node) for tp in tensor_ranks}
+    found = tuple(tp for tp in tensor_ranks if why[tp] is None)
+    if not found:
+        raise OptionError(
+            f"tp={','.join(map(str, tensor_ranks))} on {devices} devices: {why[tensor_ranks[0]]}. Use a "
+            f"divisor of {per_node}."
+        )
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What is open, beside styles. batch: sequences of a step."""
+    """What is open, beside styles. degrees: tp's may lie over nodes: those that do are refused. batch:
+    sequences of a step."""
 
     devices: int
     per_node: int
@@ -162,7 +173,7 @@ def candidates(
 ) -> Iterator[Candidate]:
     """With each choice of the sequence and the default style of everything else. groups: by tp, without
     what isn't allowed. refused: counts why others can't be."""
-    for mesh in _meshes(choices):
+    for mesh in _meshes(choices, refused):
         if mesh.tp > 1 and not groups[mesh.tp]:
             refused[f"nothing of the model can be cut over tp={mesh.tp}"] += 1
             continue
@@ -180,7 +191,7 @@ def candidates(
                     yield Candidate(mesh.axes, styles, size, count, chunks=chunks, reshard=reshard)
 
 
-def _meshes(choices: Choices) -> Iterator[Mesh]:
+def _meshes(choices: Choices, refused: Counter[str]) -> Iterator[Mesh]:
     seen = set()
     degrees = choices.degrees
     for context, experts in product(degrees[CONTEXT_AXIS], degrees[EXPERTS_AXIS]):
@@ -188,11 +199,15 @@ def _meshes(choices: Choices) -> Iterator[Mesh]:
             continue
         kept = {Role.CUTS_SEQUENCE: context, Role.CUTS_EXPERTS: experts}
         given = Mesh.of({role: size for role, size in kept.items() if size > 1})
-        for mesh in meshes(choices.devices, choices.per_node, given):
-            sizes = {name: mesh.size(name) for name in NAMES}
-            if all(sizes[name] in allowed for name, allowed in degrees.items()) and mesh not in seen:
-                seen.add(mesh)
+        for mesh in all_meshes(choices.devices, given):
+            if mesh in seen or any(mesh.size(name) not in allowed for name, allowed in degrees.items()):
+                continue
+            seen.add(mesh)
+            why = why_no_tensor_ranks(mesh.tp, choices.devices, choices.per_node)
+            if why is None:
                 yield mesh
+            else:
+                refused[why] += 1
 
 
 def _why_not(choices: Choices, mesh: Mesh, size: int, chunks: int) -> str | None:
