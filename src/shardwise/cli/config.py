@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from shardwise.core.errors import OptionError
+from shardwise.core.named_path import from_file
 from shardwise.files.case import read_case
 
 
@@ -23,12 +24,14 @@ def read_config(context: typer.Context, value: str | None) -> str | None:
     parameters = {each.name: each for each in asked} | {_key(each.opts[0]): each for each in asked}
     name, text = _read(value)
     own = {"format", "json", "out", *known.get(verb, parameters)} & set(parameters)
+    paths = {each.key: each for each in verbs()[verb].asked()} if verb in known else {}
     defaults = {}
     for key, given in read_case(text, f"--config {name}", verb, own, known).items():
         if key in parameters:
             is_many = parameters[key].multiple or parameters[key].nargs == -1
             items = [str(item) for item in given] if isinstance(given, list) else [given]
-            items = [_beside(value, item) for item in items] if key == "plans" else items
+            if key in paths:
+                items = [from_file(paths[key], str(item), Path(value).parent) for item in items]
             defaults[parameters[key].name] = items if is_many else items[0]
     context.default_map = {**(context.default_map or {}), **defaults}
     return value
@@ -37,12 +40,6 @@ def read_config(context: typer.Context, value: str | None) -> str | None:
 def _key(option: str) -> str:
     """`--random-ids` -> random_ids; an argument by its name."""
     return option.removeprefix("--").replace("-", "_")
-
-
-def _beside(config: str, plan: object) -> object:
-    """A plan's file that lies beside the case file, and not in the working folder; all else as it is."""
-    there = Path(config).parent / str(plan)
-    return str(there) if not Path(str(plan)).exists() and there.is_file() else plan
 
 
 def shipped_configs() -> list[str]:

@@ -47,7 +47,7 @@ def export(call: Call[_Asked]) -> int:
     [dim]shardwise verify own --model sharded:build --mesh tp=2[/]
     """
     with ProgressLine() as progress:
-        made = make(call.case, call.own, progress)
+        made = make(call.case, call.own, progress, folder=call.output.out)
     folder = call.output.out
     if folder is not None:
         _write(folder, made)

@@ -7,12 +7,13 @@ from typing import Annotated, Any
 from shardwise.cli.asked import STEP, Call, Command, Shown, command, refuse
 from shardwise.cli.output import OUTPUT
 from shardwise.cli.progress import ProgressLine
-from shardwise.core.case import RECOMPUTE, SHARED, TextSource
+from shardwise.core.case import RECOMPUTE, SHARED
 from shardwise.core.errors import OptionError
 from shardwise.core.mesh import Mesh
+from shardwise.core.named_path import case_for_file
 from shardwise.core.option import Asked, Option, check_choice, options_of
 from shardwise.core.shown import shown
-from shardwise.files.case import anywhere, case_text, said_by
+from shardwise.files.case import case_text, said_by
 from shardwise.verbs.checks import DEFAULT_PLAN
 from shardwise.verbs.predict import MACHINE, SEQ, Predicted, PredictOptions, predict_program
 from shardwise.verbs.predict import predict as predict_case
@@ -222,16 +223,10 @@ def _deliver(call: Call[_Asked], done: Predicted) -> int:
 
 
 def _case(call: Call[_Asked]) -> str:
-    """What was asked, as a file that any folder's command takes."""
-    case = call.case
-    plans, machine = tuple(map(anywhere, case.plans)), anywhere(case.machine or MACHINE)
-    case = replace(case, plans=plans, machine=machine, text=text_anywhere(case.text))
+    """What was asked, as a file in the folder."""
+    case = replace(call.case, machine=call.case.machine or MACHINE)
+    case = case_for_file(case, call.output.out)
     return case_text(case, said_by(case), {}, {"predict": said_of(call.own)})
-
-
-def text_anywhere(text: TextSource) -> TextSource:
-    tokenizer = anywhere(text.tokenizer) if text.tokenizer is not None else None
-    return replace(text, files=tuple(map(anywhere, text.files)), tokenizer=tokenizer)
 
 
 def said_of(own: PredictOptions) -> tuple[tuple[Asked, Any], ...]:

@@ -1,11 +1,12 @@
 """`shardwise search`: the best plan for a model on a machine, its runners-up, and the proof."""
 
-from pathlib import Path
+from dataclasses import replace
 
 from shardwise.cli.asked import Call, Command, Shown, command
-from shardwise.cli.predict import said_of, text_anywhere
+from shardwise.cli.predict import said_of
 from shardwise.cli.progress import ProgressLine
 from shardwise.core.errors import OptionError
+from shardwise.core.named_path import case_for_file
 from shardwise.core.search import Search
 from shardwise.predict.machines import SUFFIX
 from shardwise.report.search.commands import plan_files
@@ -69,17 +70,16 @@ def search(call: Call[SearchOptions]) -> int:
         "fix": found.space.fixed,
         "forbid": found.space.forbidden,
     }
-    machine, text, own = _as_file(call.case.machine), text_anywhere(call.case.text), said_of(call.own)
+    there = case_for_file(call.case, call.output.out)
+    if there.model != call.case.model:
+        found = replace(found, model_there=there.model)
+    machine = there.machine if there.machine is not None and there.machine.endswith(SUFFIX) else ""
+    own = {"predict": said_of(call.own)}
     call.output.deliver(
-        found, asked, lambda: plan_files(found, machine, text, {"predict": own}), most=call.own.given_out
+        found, asked, lambda: plan_files(found, machine, there.text, own), most=call.own.given_out
     )
     return exit_code(found)
 
 
 def exit_code(found: Search) -> int:
     return 1 if not found.found or any(each.is_wrong for each in found.found) else 0
-
-
-def _as_file(machine: str | None) -> str:
-    """A machine file by a path that any folder can use; "" for one that is known by its name."""
-    return str(Path(machine).resolve()) if machine is not None and machine.endswith(SUFFIX) else ""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from shardwise.cli.asked import Call, Command, Shown, command
 from shardwise.cli.progress import ProgressLine
-from shardwise.core.option import Option
+from shardwise.core.option import Option, Paths
 from shardwise.verbs.checks import DEFAULT_PLAN
 from shardwise.verbs.verify import VerifyOptions
 from shardwise.verbs.verify import verify as prove
@@ -18,7 +18,12 @@ DEFAULT_MODEL = "llama3-debug"
 class _Asked(VerifyOptions):
     models: Annotated[
         tuple[str, ...],
-        Option("As shardwise models says; give it again for more models.", key="model", shown=DEFAULT_MODEL),
+        Option(
+            "As shardwise models says; give it again for more models.",
+            key="model",
+            shown=DEFAULT_MODEL,
+            paths=Paths.CONFIG,
+        ),
     ] = ()
 
 

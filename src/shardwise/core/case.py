@@ -13,7 +13,7 @@ from typing import Annotated, Any, Self
 from shardwise.core.batch_part import check_batch
 from shardwise.core.errors import OptionError
 from shardwise.core.mesh import Mesh
-from shardwise.core.option import Asked, Option, check_options, options_of
+from shardwise.core.option import Asked, Option, Paths, check_options, options_of
 from shardwise.core.pipeline import EVEN, Pipeline, Schedule, counts_of
 from shardwise.core.plan import ContextAttention, suggest
 
@@ -36,7 +36,8 @@ class StepSettings:
     MixedPrecisionPolicy has it: what parameters are gathered and layers computed in (None: dtype), and what
     gradients are reduced in (None: as computed); shards, their gradients and the optimizer's state stay in
     dtype. reshard_after_forward: whether FSDP gathers a layer's parameters for its forward and its backward
-    each; else once, in a pipeline's stage once a step. reduce_once: whether it keeps whole gradients until the last micro-batch's backward.
+    each; else once, in a pipeline's stage once a step. reduce_once: whether it keeps whole gradients until
+    the last micro-batch's backward.
     optimizer_kernel: of OPTIMIZER_KERNELS. recompute_layers: how many layers recompute is for (None: all);
     which ones core/pipeline.py says. expert_load: of a mixture whose router's choice nobody knows, tokens of
     the busiest rank's experts over the mean rank's."""
@@ -199,10 +200,12 @@ class TextSource:
             "Your text, .jsonl or .parquet files, or folders; by default Python's own documentation.",
             STEP,
             key="text",
+            paths=Paths.ALL,
         ),
     ] = ()
     tokenizer: Annotated[
-        str | None, Option("Your tokenizer.json; by default one is trained on the text.", STEP)
+        str | None,
+        Option("Your tokenizer.json; by default one is trained on the text.", STEP, paths=Paths.ALL),
     ] = None
     text_key: Annotated[
         str, Option("Which key or column of .jsonl and .parquet records is their text.", STEP)
@@ -239,7 +242,12 @@ class Case:
     suits the model. machine: None where a verb is to choose."""
 
     model: Annotated[
-        str, Option("A model of `shardwise models`, hf:TYPE, hf:PATH or package.module:factory.", MODEL)
+        str,
+        Option(
+            "A model of `shardwise models`, hf:TYPE, hf:PATH or package.module:factory.",
+            MODEL,
+            paths=Paths.CONFIG,
+        ),
     ]
     mesh: Annotated[Mesh, Option("Axes of ranks: tp, with dp or fsdp before it, such as fsdp=2,tp=2.", MODEL)]
     plans: Annotated[
@@ -248,12 +256,14 @@ class Case:
             "Built-in plans, .toml files, hf or hf-ep (a Hugging Face model's own), own (the factory shards "
             "itself) or unsharded; the first is what the others are held against.",
             is_argument=True,
+            paths=Paths.TOML,
         ),
     ] = ()
     step: StepSettings = StepSettings()
     text: TextSource = TextSource()
     machine: Annotated[
-        str | None, Option("A machine of `shardwise machines`, or a .toml file of yours.", MODEL)
+        str | None,
+        Option("A machine of `shardwise machines`, or a .toml file of yours.", MODEL, paths=Paths.TOML),
     ] = None
     device: Annotated[
         str, Option("auto, cpu or cuda; auto takes GPUs where there are enough.", MODEL, choices=DEVICES)

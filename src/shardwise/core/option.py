@@ -7,6 +7,7 @@ A field that a user may choose is `name: Annotated[type, Option("what it is")] =
 import dataclasses
 import types
 from dataclasses import dataclass
+from enum import Enum
 from functools import cache
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -14,12 +15,21 @@ from shardwise.core.errors import OptionError
 from shardwise.core.plan import suggest
 
 
+class Paths(Enum):
+    """Values that are paths: all; those that end in .toml; of a model's, those of a configuration."""
+
+    ALL = "all"
+    TOML = "toml"
+    CONFIG = "config"
+
+
 @dataclass(frozen=True, slots=True)
 class Option:
     """about: what it is, in a sentence. panel: where a command's help shows it. least, most: bounds, both
     allowed; a default may lie outside. flag: as a command takes it, where it isn't --name. shown: the default
     in words, where the value doesn't say it. key: in case files, where it isn't the field's name.
-    is_argument: given by its place. is_hidden: only to be refused by name."""
+    is_argument: given by its place. is_hidden: only to be refused by name. paths: which of its values are
+    paths (core/named_path.py)."""
 
     about: str
     panel: str | None = None
@@ -31,6 +41,7 @@ class Option:
     key: str = ""
     is_argument: bool = False
     is_hidden: bool = False
+    paths: Paths | None = None
 
 
 @dataclass(frozen=True, slots=True)

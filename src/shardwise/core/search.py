@@ -200,7 +200,8 @@ class Search:
     early, if it did. candidates: of the space; predicted, composed: how many were costed so. Of those that
     weren't, ruled_out: how many can't be the best, or can't fit, by their bounds; unlooked: how many could
     be. error: what the machine file says of its own predictions; None where it says nothing. seconds:
-    by what was done."""
+    by what was done. model_there: the model as commands in the run's folder name it, where that is another
+    path."""
 
     model: str
     machine: MachineFacts
@@ -222,6 +223,7 @@ class Search:
     ruled_out: int = 0
     unlooked: int = 0
     schema_version: int = 1
+    model_there: str = ""
 
     @property
     def is_proved(self) -> bool:
@@ -235,7 +237,8 @@ class Search:
         found = self.found[index]
         plan = plan_name(index) if found.plan is not None else str(TheirPlan.UNSHARDED)
         mesh = Mesh(tuple((axis, size) for axis, size in found.candidate.axes if size > 1))
-        return Case(self.model, mesh, (plan,), found.settings, machine=machine or self.machine.name)
+        model = self.model_there or self.model
+        return Case(model, mesh, (plan,), found.settings, machine=machine or self.machine.name)
 
 
 def plan_name(index: int) -> str:

@@ -3,6 +3,7 @@ called. Written: what a format makes of it."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -34,7 +35,8 @@ class Called:
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
     """model: unsharded, on the meta device. plan: None for a mesh without tp ranks, over which nothing is cut
-    by rules. assignments: its rules by module, in the model's order. command: that makes the files again."""
+    by rules. assignments: its rules by module, in the model's order. command: that makes the files again.
+    folder: where they will lie, if that is known."""
 
     source: ModelSource
     model: nn.Module
@@ -42,6 +44,7 @@ class Job:
     case: Case
     command: str
     assignments: tuple[Assignment, ...] = ()
+    folder: Path | None = None
 
     @property
     def mesh(self) -> Mesh:

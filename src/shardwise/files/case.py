@@ -12,7 +12,6 @@ A verb reads the top and its own table; of other verbs' tables it needs to know 
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
 
@@ -68,11 +67,6 @@ def said_by(case: Case) -> frozenset[str]:
     values = _flat(case)
     said = (asked.key for asked in SHARED if values[asked.key] not in (asked.default, None, ()))
     return frozenset(("model", "mesh", *said))
-
-
-def anywhere(path: str) -> str:
-    """A file's or folder's path as any folder can use it; all else as it is."""
-    return str(Path(path).resolve()) if Path(path).exists() else path
 
 
 def case_text(

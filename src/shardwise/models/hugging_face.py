@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.core.errors import ModelError
+from shardwise.core.named_path import is_config
 from shardwise.core.plan import Family, TheirPlan, suggest
 from shardwise.core.shown import shown, told
 from shardwise.models.changes import parse_changes
@@ -30,6 +31,7 @@ from shardwise.models.hugging_face_config import (
     configured,
     drop,
     dropout_of,
+    holds_config,
     language_part,
     parts,
     read_config,
@@ -234,14 +236,14 @@ def find_hugging_face(text: str) -> HuggingFaceModel:
             f'model "{name}": hf: wants a model type, such as hf:qwen3, or the path of a config.json.'
         )
     changes = parse_changes(query, name) if has_query else {}
-    is_path = "/" in target or "\\" in target or target.endswith(".json") or target in (".", "..")
+    is_path = is_config(target)
     values = read_config(target, name) if is_path else {}
     model_type = values.pop("model_type", None) if is_path else target
     if not isinstance(model_type, str):
         raise ModelError(
             f'model "{name}": the file has no "model_type". Give the config.json of a Hugging Face model.'
         )
-    config_class = _config_class(model_type, name)
+    config_class = _config_class(model_type, name, is_type=not is_path)
     dropped = drop(values)
     check_counts(values, name)
     config = _tried(
@@ -258,7 +260,8 @@ def causal_types() -> tuple[str, ...]:
     return tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def _config_class(model_type: str, name: str) -> Any:
+def _config_class(model_type: str, name: str, is_type: bool) -> Any:
+    """is_type: the user gave the type itself, which may have been meant as a path."""
     _need_transformers(name)
     from transformers import __version__
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -267,6 +270,8 @@ def _config_class(model_type: str, name: str) -> Any:
     if model_type not in known:
         what = "is no causal language model" if model_type in CONFIG_MAPPING else "isn't known"
         hint = suggest(model_type[:80], known)
+        if is_type and holds_config(model_type):
+            hint = f" For the folder of that name write hf:./{shown(model_type)}."
         raise ModelError(
             f'model "{name}": type "{shown(model_type)}" {what} in transformers {__version__}.{hint}'
         )

@@ -66,6 +66,13 @@ def read_config(target: str, name: str) -> dict[str, Any]:
     return values
 
 
+def holds_config(folder: str) -> bool:
+    try:
+        return (Path(folder) / "config.json").is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def drop(values: dict[str, Any]) -> set[str]:
     """Removes, at every depth, the keys that ask for code, kernels, weights or another dtype. Returns those
     that were there."""

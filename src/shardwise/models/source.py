@@ -4,13 +4,13 @@ framework's (models/frameworks/) or `package.module:factory` (models/factory.py)
 from torch import nn
 
 from shardwise.core.errors import ModelError
+from shardwise.core.named_path import HUGGING_FACE
 from shardwise.core.plan import suggest
 from shardwise.core.shown import shown
 from shardwise.models.frameworks import find_in_framework, frameworks
 from shardwise.models.model_source import ModelSource as ModelSource
 from shardwise.models.specs import SPECS, get_spec
 
-HUGGING_FACE = "hf:"
 # how a model is named beside the specs' names, and what it then is; each is for every command. Lists and
 # help texts show these
 NAMINGS = (

@@ -3,6 +3,7 @@ predict's cost of leaving that out."""
 
 import shlex
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from shardwise.core.case import SHARED, Case, words_of
@@ -46,11 +47,12 @@ def export(
     progress: Progress = silent,
     *,
     plan: AnyPlan | None = None,
+    folder: Path | None = None,
 ) -> Export:
     """The case's first plan, for its model on its mesh, as files of a framework. seq and batch: of the cost,
-    as predict has them. plan: what the case's plan says, where it only has a name as yet. No ranks, no GPU,
-    no weights. Raises InputError for names that aren't known, a plan whose rules aren't ours, and what the
-    format can neither say nor come near to."""
+    as predict has them. plan: what the case's plan says, where it only has a name as yet. folder: for which
+    the files are. No ranks, no GPU, no weights. Raises InputError for names that aren't known, a plan whose
+    rules aren't ours, and what the format can neither say nor come near to."""
     import torch
 
     from shardwise.export.job import Job, resolved
@@ -79,7 +81,7 @@ def export(
     model = source.build(dtype=torch.float32)
     rules = plan if isinstance(plan, Plan) else None
     assignments = resolved(model, rules, case) if rules is not None else ()
-    job = Job(source, model, rules, case, command_of(case, options), assignments)
+    job = Job(source, model, rules, case, command_of(case, options), assignments, folder)
     progress(f"writing it for {options.framework}")
     made = form.write(job)
     cost, why = _cost(job, made, options, progress)

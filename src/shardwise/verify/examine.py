@@ -23,6 +23,7 @@ from shardwise.core.case import StepSettings
 from shardwise.core.errors import ModelError, RunError, ShardwiseError
 from shardwise.core.finding import Cause, Finding, FindingKind
 from shardwise.core.mesh import Mesh
+from shardwise.core.named_path import HUGGING_FACE
 from shardwise.core.pipeline import recomputed_of_fewer
 from shardwise.core.plan import TheirPlan
 from shardwise.core.sharded import Sharded
@@ -31,7 +32,7 @@ from shardwise.core.verification import Verification
 from shardwise.launch import RankContext
 from shardwise.models.flex_attention import calls_flex_attention
 from shardwise.models.layers import find_layers
-from shardwise.models.source import HUGGING_FACE, ModelSource, find_model, vocab_size_of
+from shardwise.models.source import ModelSource, find_model, vocab_size_of
 from shardwise.parallel.any_plan import apply_any
 from shardwise.parallel.loss import IGNORED
 from shardwise.parallel.resolve import tied_parameters

@@ -3,6 +3,7 @@
 import tomllib
 
 from shardwise.core.export import File
+from shardwise.core.named_path import case_for_file
 from shardwise.core.plan import TheirPlan
 from shardwise.export.code import comment
 from shardwise.export.heads import MARK
@@ -18,7 +19,10 @@ def write(job: Job) -> Written:
     from dataclasses import replace
 
     plan = job.plan
-    case = replace(job.case, plans=(PLAN,) if plan is not None else (str(TheirPlan.UNSHARDED),))
+    case = replace(
+        case_for_file(job.case, job.folder),
+        plans=(PLAN,) if plan is not None else (str(TheirPlan.UNSHARDED),),
+    )
     first = f"# {MARK}{comment(job.command)}\n"
     files = [File(CASE, first + case_text(case, said_by(case), {}))]
     if plan is not None:

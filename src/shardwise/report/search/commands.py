@@ -24,8 +24,8 @@ def plan_files(
     own: Mapping[str, Sequence[tuple[Asked, Any]]] = MappingProxyType({}),
 ) -> dict[str, str]:
     """Each found plan that has rules, and the case of each, by the names of their files; and what was written
-    for a framework, in a folder for each. machine: as it was asked for, where that isn't its name. text: as
-    it was asked for; own: what stands in a verb's table."""
+    for a framework, in a folder for each. machine: its file, as the folder sees it, where it has one; text:
+    so too; own: what stands in a verb's table."""
     files = {}
     for index, each in enumerate(search.found):
         if each.plan is not None:
@@ -55,7 +55,7 @@ def next_commands(search: Search, index: int) -> tuple[tuple[str, str], ...]:
     config = ("--config", case_name(index))
     told = [("predict it", ["predict", *config])]
     if found.plan is not None:
-        proof = ["--model", search.model, "--mesh", _proof_mesh(found)]
+        proof = ["--model", search.model_there or search.model, "--mesh", _proof_mesh(found)]
         told.insert(0, ("prove it", ["verify", plan_name(index), *proof]))
         if found.export is None:
             told.append(("export it", ["export", *config, "--as", FORMAT, "--out", "mine"]))
