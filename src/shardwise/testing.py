@@ -30,7 +30,7 @@ def assert_plan_trains_right(
     *plans: str,
     tp: int = 2,
     batch: int = 2,
-    seq: int = 16,
+    seq: int = 0,
     small: bool | None = None,
     allow_little_sharded: bool = False,
     device: str = "cpu",

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from math import lcm
 from typing import TYPE_CHECKING, Annotated
 
 from shardwise.core.batch_part import check_batch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from shardwise.verify.claim import Claim
 
 PANEL = "Proof"
+SEQ = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,15 @@ class VerifyOptions:
             shown="two for each data-parallel rank and micro-batch, and once more one",
         ),
     ] = 0
-    seq: Annotated[int, Option("Tokens of each; a multiple of tp, and of 2 cp.", PANEL, 2)] = 16
+    seq: Annotated[
+        int,
+        Option(
+            "Tokens of each; a multiple of tp, and of 2 cp.",
+            PANEL,
+            2,
+            shown=f"{SEQ}, or the next number that the mesh cuts into equal parts",
+        ),
+    ] = 0
     dtype: Annotated[
         str,
         Option(
@@ -87,7 +97,9 @@ def verify(
     options = options or VerifyOptions()
     started = datetime.now(UTC).isoformat(timespec="seconds")
     settings = _settings(case, options)
-    claims = [claim for model in models or (case.model,) for claim in _claims(case, model, options)]
+    claims = [
+        claim for model in models or (case.model,) for claim in _claims(case, model, options, settings.seq)
+    ]
     done = 0
 
     def on_answer(answer: Verification) -> None:
@@ -134,9 +146,15 @@ def _settings(case: Case, options: VerifyOptions) -> StepSettings:
             "leave --static out."
         )
     parts = mesh.data_parallel * step.accumulation
-    batch = options.batch or 2 * parts
-    check_batch(mesh, batch, options.seq, step.accumulation)
-    return replace(step, batch=batch, seq=options.seq)
+    batch, seq = options.batch or 2 * parts, options.seq or _seq(mesh)
+    check_batch(mesh, batch, seq, step.accumulation)
+    return replace(step, batch=batch, seq=seq)
+
+
+def _seq(mesh: Mesh) -> int:
+    """Tokens that tp ranks, and context ranks with a chunk from each end, have equal parts of."""
+    parts = lcm(mesh.tp * mesh.context, 2 * mesh.context)
+    return -(-SEQ // parts) * parts
 
 
 def _check_sequence(seq: int, mesh: Mesh, source: "ModelSource", plan: AnyPlan) -> None:
@@ -150,14 +168,14 @@ def _check_sequence(seq: int, mesh: Mesh, source: "ModelSource", plan: AnyPlan) 
         check_any(source, source.build(dtype=torch.float32), plan, mesh, seq)
 
 
-def _claims(case: Case, model: str, options: VerifyOptions) -> "Iterator[Claim]":
+def _claims(case: Case, model: str, options: VerifyOptions, seq: int) -> "Iterator[Claim]":
     """One model under each plan, looked at here, so that a typo costs no ranks."""
     from shardwise.models.source import find_model
     from shardwise.parallel.plans import load_any_plan, told_apart
     from shardwise.verify.claim import Claim
 
     source = find_model(model)
-    check_seq(options.seq, source)
+    check_seq(seq, source)
     check_recompute(case, source)
     small = None if options.size == "auto" else options.size == "small"
     dtype = None if options.dtype == "auto" else options.dtype
@@ -175,7 +193,7 @@ def _claims(case: Case, model: str, options: VerifyOptions) -> "Iterator[Claim]"
                 "Name a plan that shards, or a mesh without tp."
             )
         claim = Claim.of(model, plan, twin=small, dtype=dtype)
-        _check_sequence(options.seq, case.mesh, source, plan)
+        _check_sequence(seq, case.mesh, source, plan)
         if isinstance(plan, Plan) and small is not False:
             of_twin = plan_for_twin(plan, source, case.mesh)
             claim = replace(claim, twin_plan=of_twin.to_toml() if of_twin is not None else "")
