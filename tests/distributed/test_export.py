@@ -31,6 +31,17 @@ OPT = (
     "hf:opt?num_hidden_layers=2,hidden_size=64,word_embed_proj_dim=64,ffn_dim=96,vocab_size=256,"
     "num_attention_heads=4"
 )
+# what no style of PyTorch's cuts, and DTensor may not carry through: experts, their router, a Conv1D
+MIXTURE = (
+    f"hf:qwen3_moe?{SMALL},num_experts=4,num_experts_per_tok=2,moe_intermediate_size=32,decoder_sparse_step=1"
+)
+GPT2 = "hf:gpt2?n_layer=2,n_embd=64,n_head=4,n_positions=64,vocab_size=256"
+# what is gathered of a colwise module has a gradient in parts
+LATENT = (
+    f"hf:deepseek_v3?{SMALL},n_routed_experts=4,num_experts_per_tok=2,moe_intermediate_size=32,n_group=2,"
+    "topk_group=1,first_k_dense_replace=1,q_lora_rank=32,kv_lora_rank=16,qk_nope_head_dim=8,"
+    "qk_rope_head_dim=8,v_head_dim=16"
+)
 CASES = {
     "pytorch_ours": ("pytorch", OURS, "rowwise"),
     "pytorch_qwen3": ("pytorch", QWEN3, "made"),
@@ -42,6 +53,9 @@ MORE = {
     "pytorch_debug": ("pytorch", "llama3-debug", "rowwise"),
     "pytorch_llama": ("pytorch", LLAMA, "made"),
     "pytorch_opt": ("pytorch", OPT, "made"),
+    "pytorch_mixture": ("pytorch", MIXTURE, "made"),
+    "pytorch_gpt2": ("pytorch", GPT2, "made"),
+    "pytorch_latent": ("pytorch", LATENT, "made"),
     "hf_llama": ("hf", LLAMA, "made"),
     "pytorch_replicated": ("pytorch", OURS, "replicated"),
     "pytorch_colwise": ("pytorch", OURS, "colwise"),
@@ -49,6 +63,8 @@ MORE = {
     "pytorch_whole_block": ("pytorch", OURS, "pieces"),
     "pytorch_without_sequence": ("pytorch", OURS, "rowwise"),
 }
+ROUTING = ("pytorch_mixture", "pytorch_latent")
+"""Their routers compute in float32 themselves."""
 STEPS: dict[str, dict[str, Any]] = {
     "fsdp=2,tp=2": {},
     "dp=2,tp=2": {"accumulation": 2},
@@ -98,8 +114,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verification]:
 def check(each: Verification) -> None:
     assert each.verdict is Verdict.RIGHT, (each.note, each.findings)
     assert each.proof is not None
-    assert each.proof.dtype == "float64"
-    assert each.proof.worst_gradient_error < 1e-10
+    routes = each.plan in ROUTING
+    assert each.proof.dtype == ("float32" if routes else "float64")
+    assert each.proof.worst_gradient_error < (1e-5 if routes else 1e-10)
     assert each.sharded is not None
     assert each.sharded.inner_sharded > 0.2 * each.sharded.inner_total
 

@@ -15,6 +15,7 @@ WIDTH = 88
 _INDENT = "    "
 _FROM = {
     "torch": ("Tensor", "nn"),
+    "torch.func": ("functional_call",),
     "torch.distributed.device_mesh": ("DeviceMesh", "init_device_mesh"),
     "torch.distributed.fsdp": ("FSDPModule", "MixedPrecisionPolicy", "fully_shard"),
     "torch.distributed.tensor": ("DTensor", "Partial", "Replicate", "Shard", "distribute_module"),

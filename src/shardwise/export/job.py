@@ -69,21 +69,24 @@ class Job:
                 yield names[0], other
 
     def called(self, names: set[str]) -> dict[str, Called]:
-        """How one forward calls these modules; empty where the model's forward can't run without data."""
+        """How one forward calls these modules; those that it doesn't come to, for it can't run on without
+        data, as it calls one in another layer."""
         found: dict[str, Called] = {}
-        handles = [
-            module.register_forward_hook(_noting(found, name), with_kwargs=True)
-            for name, module in self.model.named_modules()
-            if name in names
-        ]
+        handles = []
+        for name, module in self.model.named_modules():
+            if name in names:
+                before, after = _noting(found, name)
+                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+                handles.append(module.register_forward_hook(after))
         try:
             record_of(self.model, vocab_size_of(self.model))
-        except ModelError:  # a forward that needs data: its signature must do
-            return found
+        except ModelError:
+            pass
         finally:
             for handle in handles:
                 handle.remove()
-        return found
+        alike = {any_layer(name): each for name, each in found.items()}
+        return {name: alike[any_layer(name)] for name in names if any_layer(name) in alike} | found
 
     def patterns(self, names: Mapping[str, Any]) -> dict[str, Any]:
         """Values by module -> by pattern, layers' numbers as `*`, where all modules that the pattern matches
@@ -162,11 +165,16 @@ def refuse(job: Job, form: str, asked: str, why: str) -> PlanError:
     )
 
 
-def _noting(found: dict[str, Called], name: str) -> Any:
-    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        gives = len(output) if isinstance(output, tuple | list) else 0
+def _noting(found: dict[str, Called], name: str) -> tuple[Any, Any]:
+    """Hooks before a module's forward and after it."""
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         is_by_place = bool(args) and isinstance(args[0], Tensor)
         keys = () if is_by_place else (key for key, value in kwargs.items() if isinstance(value, Tensor))
-        found.setdefault(name, Called(len(args), next(iter(keys), None), gives))
+        found.setdefault(name, Called(len(args), next(iter(keys), None)))
 
-    return note
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, tuple | list):
+            found[name] = replace(found[name], gives=len(output))
+
+    return before, after

@@ -43,6 +43,52 @@ class Whole(ParallelStyle):
         return each.redistribute(placements=[self.used])
 '''
 
+PLAIN = '''
+
+class Plain(ParallelStyle):
+    """A module that all ranks run whole, on plain tensors, whatever it does with its parameters.
+
+    given: how the first tensor lies that it takes; gives: how the first lies that it gives.
+    """
+
+    def __init__(self, given=Replicate(), gives=Replicate()):
+        self.given, self.gives = given, gives
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        forward = module.forward
+
+        def run(*args, **kwargs):
+            own = (*module.named_parameters(), *module.named_buffers())
+            plain = {name: each.to_local() for name, each in own if isinstance(each, DTensor)}
+            values = dict(enumerate(args)) | kwargs
+            first = next(name for name, each in values.items() if isinstance(each, Tensor))
+            values[first] = moved(values[first], self.given, Replicate())
+            args = [values.pop(place) for place in range(len(args))]
+            module.forward = forward  # for functional_call, which calls the module
+            try:
+                given = functional_call(module, plain, tuple(args), values)
+            finally:
+                module.forward = run
+            if isinstance(given, Tensor):
+                return moved(given, Replicate(), self.gives)
+            return moved(given[0], Replicate(), self.gives), *given[1:]
+
+        def moved(tensor, before, after):
+            placed = DTensor.from_local(tensor, mesh, [before], run_check=False)
+            return placed.redistribute(placements=[after]).to_local()
+
+        module.forward = run
+        return distribute_module(module, mesh)
+'''
+
+_OWN = {"Whole": WHOLE, "Plain": PLAIN}
+
+
+def own_styles(styles: TorchStyles) -> str:
+    """The classes that PyTorch has no style for, those that the table names."""
+    names = {code.name for _, code in styles.table.items if hasattr(code, "name")}
+    return "".join(text for name, text in _OWN.items() if name in names)
+
 
 def _overloads(names: Iterable[str]) -> Iterator[str]:
     """`aten::mm` as code."""
@@ -72,18 +118,13 @@ def selective_ops():
 def parallelize(job: Job, styles: TorchStyles | None) -> str:
     """The function that shards a model in place: tensors over tp, layers recomputed, FSDP2 over the rest."""
     body = _tensors(job, styles) + _recompute(job) + _fsdp(job)
-    wraps = "Whole" in _names(styles) if styles is not None else False
-    before = WHOLE if wraps else ""
+    before = own_styles(styles) if styles is not None else ""
     before += SELECTIVE if job.step.recompute == "selective-ops" else ""
     doc = '    """Shards the model in place, over the axes of `mesh`: ' + f'{_axes(job)}."""\n'
     return (
         f"{before}\n\ndef parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:\n"
         f"{doc}{body}    return model\n"
     )
-
-
-def _names(styles: TorchStyles) -> set[str]:
-    return {code.name for _, code in styles.table.items if hasattr(code, "name")}
 
 
 def _axes(job: Job) -> str:

@@ -56,7 +56,8 @@ def torch_styles(job: Job, form: str, *, can_count: bool = True) -> TorchStyles:
             by_module[checked_name(each.name)] = said
         if each.style.name is StyleName.WHOLE:
             for below in each.below:
-                by_module[checked_name(f"{each.name}.{below}")] = call("Whole")
+                inside = call(_on_all(each.module.get_submodule(below)))
+                by_module[checked_name(f"{each.name}.{below}")] = inside
     by_pattern = job.patterns(by_module)
     counts = _counts(job)
     return TorchStyles(
@@ -90,9 +91,15 @@ def _unsaid(assignment: Assignment, tp: int, *, is_head: bool, can_count: bool) 
         return Unsaid("PyTorch's own styles sum no gradient of what a rowwise module gives")
     if name is StyleName.GATHER_INPUT and style.output is not None:
         return Unsaid("PyTorch's own styles sum nothing that a module with others inside gives")
+    gathers = name is StyleName.COLWISE and assignment.sharder.output_of(style) == Replicate()
+    if gathers and assignment.is_input_whole:
+        return Unsaid("PyTorch's own styles don't sum the gradient of what a colwise module gathers")
     if name in _CUT:
         return _uncut(assignment, tp, is_head=is_head)
-    return _unlike_dtensor(module, assignment)
+    same = name is StyleName.WHOLE or (name is StyleName.REPLICATE and style.gradient is None)
+    if not same and _is_leaf(assignment) and _is_unlike(module):
+        return Unsaid(f"its forward may do with its weights what DTensors can't: it is {_a(module)}")
+    return None
 
 
 def _uncut(assignment: Assignment, tp: int, *, is_head: bool) -> Unsaid | None:
@@ -106,16 +113,16 @@ def _uncut(assignment: Assignment, tp: int, *, is_head: bool) -> Unsaid | None:
     return None
 
 
-def _unlike_dtensor(module: nn.Module, assignment: Assignment) -> Unsaid | None:
-    """Of what stays whole: a forward that DTensor carries through, as it does those of norms."""
-    inside = [module] if _is_leaf(assignment) else []
-    inside += [module.get_submodule(below) for below in assignment.below]
-    for each in inside:
-        if not isinstance(each, nn.Linear | nn.Embedding) and any(
-            parameter.dim() > 1 for parameter in each.parameters(recurse=False)
-        ):
-            return Unsaid(f"its forward may do with its weights what DTensors can't: it is {_a(each)}")
-    return None
+def _is_unlike(module: nn.Module) -> bool:
+    """Whether a module's forward may do with its weights what DTensor doesn't carry through, as it does what
+    norms do."""
+    has_matrix = any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+    return has_matrix and not isinstance(module, nn.Linear | nn.Embedding)
+
+
+def _on_all(module: nn.Module) -> str:
+    """The class that has all ranks run the same with it."""
+    return "Plain" if _is_unlike(module) else "Whole"
 
 
 def _a(module: nn.Module) -> str:
@@ -159,7 +166,7 @@ def _said(assignment: Assignment, called: Called, *, is_head: bool) -> Code | No
         case StyleName.REPLICATE if style.gradient == Partial():
             return call("SequenceParallel", sequence_dim=Raw(str(HEADS_DIM)), use_local_output=Raw("True"))
         case StyleName.REPLICATE:
-            return call("Whole")
+            return call(_on_all(assignment.module))
         case StyleName.REPLICATED:
             after = sharder.output_of(style)
             return call("Whole", used=_placement(after) if after == Shard(1) else None)
@@ -176,8 +183,9 @@ def _whole(assignment: Assignment, called: Called) -> Code | None:
     style, sharder = assignment.style, assignment.sharder
     before, after = sharder.input_of(style), sharder.output_of(style)
     if _is_leaf(assignment):
-        given = None if before == Replicate() else _placement(before)
-        gives = None if after == Replicate() else _placement(after)
+        given, gives = _but(before, Replicate()), _but(after, Replicate())
+        if _is_unlike(assignment.module):
+            return call("Plain", given=given, gives=gives)
         return call("Whole", given=given, used=_placement(Replicate()) if given else None, gives=gives)
     if before == after == Replicate():
         return None

@@ -14,7 +14,7 @@ from shardwise.export.building import building, configuration, is_hugging_face
 from shardwise.export.code import attribute, comment, file, statement, text
 from shardwise.export.heads import MARK, doc, head
 from shardwise.export.job import Job, Written, check_axes
-from shardwise.export.torch_file import WHOLE
+from shardwise.export.torch_file import own_styles
 from shardwise.export.torch_styles import TorchStyles, torch_styles
 
 ABOUT = "NeMo Automodel's tp_shard_plan, and the distributed section of its YAML"
@@ -45,10 +45,8 @@ def write(job: Job) -> Written:
 
 
 def _plan(styles: TorchStyles) -> str:
-    uses_whole = any(getattr(code, "name", "") == "Whole" for _, code in styles.table.items)
-    before = WHOLE if uses_whole else ""
     return (
-        f"{before}\n\ndef tp_shard_plan() -> dict[str, ParallelStyle]:\n"
+        f"{own_styles(styles)}\n\ndef tp_shard_plan() -> dict[str, ParallelStyle]:\n"
         '    """What Automodel calls: distributed.tp_plan names it by its path."""\n'
         + statement("return ", styles.table, 1)
     )
