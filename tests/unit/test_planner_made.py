@@ -135,6 +135,26 @@ def test_query_heads_are_cut_in_each_group_where_key_value_heads_do_not_divide()
     assert all(style is not None and style.pieces == (16, 16, 16) for style in found.values())
 
 
+PHI = (
+    "hf:phi3?num_hidden_layers=2,hidden_size=96,num_attention_heads=6,num_key_value_heads=2,vocab_size=300,"
+    "pad_token_id=0"
+)
+FALCON = (
+    "hf:falcon?num_hidden_layers=2,hidden_size=96,num_attention_heads=6,num_kv_heads=2,vocab_size=300,"
+    "new_decoder_architecture=true"
+)
+
+
+@pytest.mark.parametrize("model", [PHI, FALCON])
+def test_a_weight_of_query_key_and_value_counts_the_query_heads_that_are_cut_and_says_why_it_is_whole(
+    model: str,
+) -> None:
+    cut = next(each for each in named(model, 3, "heads") if each.is_cut)
+    assert (cut.units, cut.width) == (3, 32)  # one of 16 in each KV head's group
+    (whole,) = [each for each in made(model, 3).whole if "self_att" in each.pattern]
+    assert whole.reason == "the heads (2): 3 ranks don't divide its 2"
+
+
 def test_a_table_that_the_model_makes_for_all_heads_is_cut_where_attention_takes_it() -> None:
     """An entry for each head of each sequence; each sequence's heads are a run of 4."""
     one = made("tests.distributed.own_modules:Sloped", 2)

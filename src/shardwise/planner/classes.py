@@ -13,7 +13,7 @@ from shardwise.core.layer_name import any_layer
 from shardwise.core.mesh import Mesh
 from shardwise.core.placement import Shard
 from shardwise.core.plan import Plan, StyleName
-from shardwise.dims.factors import Factor, leaves
+from shardwise.dims.factors import Factor, find, leaves
 from shardwise.dims.record import Op, Record
 from shardwise.dims.spans import Spans
 from shardwise.models.layers import Layers
@@ -196,8 +196,9 @@ class _Classes:
         return str(how) if how.placement == Shard(dim) else ""
 
     def _width(self, candidate: Candidate) -> int:
-        sizes = [self._record.parameters[name].dims[dim].size for name, dim in candidate.members]
-        return max(1, max(sizes) // candidate.leaf.size)
+        """Of one unit, in the largest weight; its other pieces aren't the unit's."""
+        dims = [self._record.parameters[name].dims[dim] for name, dim in candidate.members]
+        return max(1, max(_size_with(dim, candidate.leaf) for dim in dims) // candidate.leaf.size)
 
     def _count(self, candidate: Candidate) -> int:
         name, _ = candidate.members[0]
@@ -223,6 +224,18 @@ class _Classes:
         """Of all its members in all layers, each whole."""
         shapes = {any_layer(name): value.shape for name, value in self._record.parameters.items()}
         return made.times * sum(math.prod(shapes[each.parameter]) for each in made.members)
+
+
+def _size_with(factor: Factor, leaf: Factor) -> int:
+    """The entries of a dim but for those pieces that lack a leaf."""
+    factor = find(factor)
+    has = [leaf in leaves(part) for part in factor.parts]
+    if factor.is_leaf or not any(has):
+        return factor.size
+    own = [
+        _size_with(part, leaf) for part, it in zip(factor.parts, has, strict=True) if it or not factor.is_sum
+    ]
+    return sum(own) if factor.is_sum else math.prod(own)
 
 
 def _where(members: Sequence[Member]) -> str:

@@ -208,7 +208,7 @@ class Making:
         for _ in range(_TRIES):
             regions = self._regions()
             try:
-                cuts, reasons = self._cuts(regions), self._reasons(regions)
+                cuts, reasons = self._cuts(regions), self._reasons()
                 cuts.alone = cut_alone(cuts, self.spans, self.whole, reasons, self.wish.whole)
                 return cuts, reasons
             except UnfitError as error:
@@ -308,8 +308,8 @@ class Making:
             return True
         return False
 
-    def _reasons(self, regions: list[Region]) -> dict[str, str]:
-        """Parameter -> why nothing of it is cut: what stood in the way of its largest candidate."""
+    def _reasons(self) -> dict[str, str]:
+        """Parameter -> why a rank has all of it: what stood in the way of its largest candidate."""
         found: dict[str, str] = {}
 
         def says_most(candidate: Candidate) -> tuple[bool, bool, bool, int]:
@@ -323,8 +323,7 @@ class Making:
                     why = "its module needs all of it" if needs_all else any_layer(candidate.obstacles[0])
                     what = f"the {self.names.of(candidate.leaf)} ({candidate.leaf.size:,})"
                     found[name] = f"{what}: {why}"
-        cut = {name for region in regions for name in region.candidate.parameters}
-        return {name: why for name, why in found.items() if name not in cut}
+        return found
 
 
 def _made(
