@@ -22,7 +22,7 @@ from shardwise.models.llama import Llama, LlamaConfig
 from shardwise.models.specs import get_spec
 from shardwise.parallel.apply import applied_to, parallelize
 from shardwise.parallel.builtin import builtin_plan
-from shardwise.parallel.resolve import below_gather_input, resolve, tied_parameters
+from shardwise.parallel.resolve import below_gather_input, head_of, resolve, tied_parameters
 
 ROWWISE, COLWISE, ROUTED = Style(StyleName.ROWWISE), Style(StyleName.COLWISE), Style(StyleName.ROUTED)
 REPLICATE, GATHER_INPUT = Style(StyleName.REPLICATE), Style(StyleName.GATHER_INPUT)
@@ -703,3 +703,23 @@ def test_a_mesh_without_a_tp_axis_is_refused(two_ranks: DeviceMesh) -> None:
         MeshError, match=r'^parallelize: the mesh has axes \(\'dp\',\)\. Name one of them "tp"\.$'
     ):
         parallelize(llama(), "rowwise", mesh)
+
+
+@pytest.mark.parametrize(
+    "after",
+    [nn.Linear(8, 8), nn.Conv1d(8, 8, 3), nn.Linear(8, 24, bias=False)],
+    ids=["a linear layer", "a convolution", "a layer that widens"],
+)
+def test_the_head_makes_logits_whatever_is_registered_after_it(after: nn.Module) -> None:
+    model = nn.ModuleDict({"table": nn.Embedding(32, 8), "first": nn.Linear(8, 8)})
+    model["head"] = nn.Linear(8, 32)
+    model["after"] = after
+    assert head_of(model) is model["head"]
+
+
+def test_of_several_that_are_as_wide_as_the_ids_the_last_is_the_head() -> None:
+    model = nn.ModuleDict({"table": nn.Embedding(32, 8), "up": nn.Linear(8, 32), "down": nn.Linear(32, 8)})
+    model["head"] = nn.Linear(8, 32)
+    assert head_of(model) is model["head"]
+    no_table = nn.ModuleDict({"first": nn.Linear(8, 8), "last": nn.Linear(8, 4)})
+    assert head_of(no_table) is no_table["last"]

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from shardwise.core.batch_part import sequence_step
-from shardwise.core.errors import PlanError
+from shardwise.core.errors import ModelError, PlanError
 from shardwise.core.placement import Partial, Replicate
 from shardwise.core.plan import Engine, Plan, Rule, suggest_pattern
+from shardwise.models.source import vocab_size_of
 from shardwise.parallel.chunks import chunk_sizes
 from shardwise.parallel.claims import check_held, check_none_forgotten, check_ties, claims
 from shardwise.parallel.counts import check_counts
@@ -66,20 +67,26 @@ def tied_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def head_of(model: nn.Module) -> nn.Module | None:
-    """The head: what a Hugging Face model calls so, else the module that owns a matrix, is no embedding, and
-    was registered last."""
+    """The head: what a Hugging Face model calls so. Else, of the modules that own a matrix and are no
+    embedding, the last registered of those whose matrix is as wide as there are ids; of all, where none is."""
     named: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
     if named is not None:
         return named
-    return next(
-        (
-            module
-            for module in reversed(list(model.modules()))
-            if not isinstance(module, nn.Embedding)
-            and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
-        ),
-        None,
-    )
+    owners = [
+        (module, matrices)
+        for module in model.modules()
+        if not isinstance(module, nn.Embedding) and (matrices := _own_matrices(module))
+    ]
+    try:
+        ids = vocab_size_of(model)
+    except ModelError:
+        ids = 0
+    as_wide = [module for module, matrices in owners if any(ids in each.shape for each in matrices)]
+    return next(reversed(as_wide or [module for module, _ in owners]), None)
+
+
+def _own_matrices(module: nn.Module) -> list[nn.Parameter]:
+    return [each for each in module.parameters(recurse=False) if each.dim() > 1]
 
 
 def below_gather_input(name: str, plan: Plan) -> bool:
