@@ -198,10 +198,11 @@ def _attention(op: Op, machine: Machine, setup: Setup, issue_s: float, context: 
         # is masked either way
         seconds = rate.time_s(op.flops * context, q.shape[-2] * context, backward=backward)
         return Cost(seconds, issue_s, Term.ATTENTION)
-    seconds = _unfused_s(machine, q, k, backward=backward)
+    keys = k.shape[-2] * context
+    seconds = _unfused_s(machine, q, keys, backward=backward)
     launches = _unfused_launches(q, backward=backward)
     if backward and setup.recompute_attention:
-        seconds += _unfused_s(machine, q, k, backward=False)
+        seconds += _unfused_s(machine, q, keys, backward=False)
         launches += _unfused_launches(q, backward=False)
     return Cost(seconds, launches * issue_s, Term.ATTENTION)
 
@@ -223,9 +224,9 @@ def _unfused_launches(q: TensorSpec, *, backward: bool) -> int:
     return UNFUSED_LAUNCHES[backward] + (0 if _fuses_softmax(q) else APART_LAUNCHES)
 
 
-def _unfused_s(machine: Machine, q: TensorSpec, k: TensorSpec, *, backward: bool) -> float:
+def _unfused_s(machine: Machine, q: TensorSpec, keys: int, *, backward: bool) -> float:
     batch, heads, sequence, head_dim = q.shape
-    keys, dtype = k.shape[-2], q.dtype
+    dtype = q.dtype
     scores = _product_s(machine, dtype, batch * heads, sequence, keys, head_dim)
     values = _product_s(machine, dtype, batch * heads, sequence, head_dim, keys)
     matmuls = (2 * scores + 2 * values) if backward else (scores + values)

@@ -28,6 +28,7 @@ from shardwise.core.program import BACKWARDS, ONCE, MemoryChange, MemoryKind, Op
 from shardwise.predict.changes import counts, fused_loss, scales_of
 from shardwise.predict.groups import group_of
 from shardwise.predict.replay import replayed
+from shardwise.predict.scores import with_scores
 from shardwise.predict.stage_memory import STATES, StagePart, stage_parts
 
 KINDS = tuple(MemoryKind)
@@ -40,6 +41,7 @@ Bytes = NDArray[np.float64]
 def forecast(program: Program, machine: Machine, setup: Setup, *, replays: bool = True) -> MemoryForecast:
     """Of the fullest stage. replays: whether the allocator is simulated; else it is taken to reserve what is
     active, which it does at least."""
+    program = with_scores(program, setup)
     parts = stage_parts(program, setup) or (None,)
     stages = [(part, of_stage(program, setup, part)) for part in parts]
     part, by_kind = max(stages, key=lambda each: sum(each[1].values()))

@@ -22,6 +22,7 @@ from shardwise.core.program import Block, MemoryChange, MemoryKind, Op, Phase, P
 from shardwise.core.search import Candidate
 from shardwise.predict.allocator import LARGE_SEGMENT
 from shardwise.predict.memory import OF_MASTER, peak_by_kind
+from shardwise.predict.scores import with_scores
 from shardwise.predict.stage_memory import STATES
 from shardwise.predict.work import boundary_bytes, layers_of
 
@@ -32,6 +33,7 @@ class Needs:
     """Of a piece's Program on a machine. setup: what all candidates share."""
 
     def __init__(self, program: Program, machine: Machine, setup: Setup) -> None:
+        program = with_scores(program, setup)
         self.layers = max(1, layers_of(program)[1])
         self._setup, self._context_bytes = setup, machine.context_bytes
         self._traced = Mesh(program.axes)

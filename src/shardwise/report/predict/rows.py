@@ -182,7 +182,11 @@ def assumptions(
             generation = setup.attention.value.removeprefix("flash-")
             lines.append(f"Attention is FlashAttention {generation}, one fused kernel each way.")
         case AttentionKernel.UNFUSED:
-            lines.append("Attention is unfused: matmuls, softmax and dropout over whole score matrices.")
+            kept = "none is kept" if setup.recompute_attention else "softmax and dropout keep theirs"
+            lines.append(
+                "Attention is unfused: matmuls, softmax and dropout over whole score matrices, of which "
+                f"{kept} for the backward."
+            )
         case None:
             lines.append("Attention is the kernel that the traced op names.")
     lines.append(
