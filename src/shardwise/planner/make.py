@@ -333,7 +333,7 @@ def _made(
     shared = shared_out(rules_of(cuts), making.model, wish.mesh)
     rules, comments = everywhere(shared, dict(making.model.named_modules()), whole, layers)
     over = f"ep={wish.mesh.experts},tp={wish.mesh.tp}" if wish.mesh.experts > 1 else f"tp={wish.mesh.tp}"
-    name = f"made for {source.name} at {over}"
+    name = f"made for {source.name.partition('?')[0]} at {over}"
     sharded, total, left = _shares(whole, layers, cuts, reasons, wish.mesh)
     sequence, like = None, layers.representative(whole) if layers is not None else (lambda name: name)
     if cuts.sequence is not None:
