@@ -1,6 +1,7 @@
 """Experts in a Program: one grouped matmul over what the router sends, in every dtype that CUDA multiplies
 so, under FSDP's mixed precision too; its FLOPs, its bytes, and the memory of a real step."""
 
+import logging
 from functools import cache
 
 import pytest
@@ -103,7 +104,7 @@ def test_float64_has_no_grouped_kernel_and_copies_the_weights_that_each_token_me
 def test_a_width_that_the_kernel_refuses_is_refused() -> None:
     odd = QWEN.replace("moe_intermediate_size=32", "moe_intermediate_size=33")
     for dtype in ("bfloat16", "float32"):
-        with pytest.raises(ModelError, match=r"mlp\.experts raised .*stride"):
+        with pytest.raises(ModelError, match=r"mlp\.experts raised .*multiple of 16 bytes"):
             program_of(odd, dtype)
 
 
@@ -160,3 +161,24 @@ def test_the_peak_of_a_real_step_with_grouped_matmuls_is_that_of_its_program(mod
             step(batch)
     _, peak = begin_and_peak(profiler, "the second step")
     assert memory_peak(program).n_bytes == pytest.approx(peak, rel=0.03)
+
+
+@pytest.mark.parametrize(("dtype", "size", "unit"), [("float32", 360, 4), ("bfloat16", 180, 8)])
+def test_a_width_that_grouped_kernels_do_not_take_is_told_in_one_sentence_and_pytorch_logs_nothing(
+    dtype: str, size: int, unit: int
+) -> None:
+    logged: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = logged.append  # type: ignore[method-assign]
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(ModelError) as refused:
+            program_of(MIXTRAL.replace("intermediate_size=96", "intermediate_size=90"), dtype)
+    finally:
+        logger.removeHandler(handler)
+    assert not logged
+    assert (
+        f"a grouped matmul takes rows of a multiple of 16 bytes, and 90 numbers of {dtype} are {size}: a "
+        f"rank's part of its width must be a multiple of {unit}. See whether"
+    ) in str(refused.value)

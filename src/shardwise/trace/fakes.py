@@ -101,7 +101,8 @@ def fake_world(mesh: Mesh, *, rank: int, device: str) -> Iterator[DeviceMesh]:
     Raises RunError in a process that has joined a process group already.
     """
     with _worlds.joined(mesh, rank, device) as device_mesh, ExitStack() as stack:
-        stack.enter_context(_without_dtensor_s_advice())
+        for name, level in _LOGS.items():
+            stack.enter_context(_at_least(name, level))
         stack.enter_context(as_if_on(TARGETS[device]))
         stack.enter_context(_grouped_matmuls())
         stack.enter_context(by_formula())
@@ -158,17 +159,20 @@ def _fake_like(tensor: torch.Tensor, fake_mode: FakeTensorMode) -> torch.Tensor:
     )
 
 
+_LOGS = {"torch.distributed.tensor": logging.ERROR, "torch._subclasses.fake_tensor": logging.CRITICAL}
+"""What PyTorch logs in between, from which level on it is let through: DTensor warns of how a redistribution
+could be faster, and the program shows what it issues; what an op's fake raises is ours to say."""
+
+
 @contextmanager
-def _without_dtensor_s_advice() -> Iterator[None]:
-    """DTensor logs warnings on how a redistribution could be faster. The program shows what it issues; the
-    log would say it in between."""
-    logger = logging.getLogger("torch.distributed.tensor")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _at_least(name: str, level: int) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.setLevel(before)
 
 
 @contextmanager
@@ -197,10 +201,10 @@ def _grouped_matmuls() -> Iterator[None]:
     original = getattr(*GROUPED_MM_SHAPES)
 
     def shapes(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        _check_aligned(a, b)
         if a.dtype != b.dtype or a.dtype not in (torch.float16, torch.float32):
             made: torch.Tensor = original(a, b, *args, **kwargs)
             return made
-        _check_aligned(a, b)
         ends = kwargs.get("offs")
         rows, columns = a.shape[-2], b.shape[-1]
         groups = () if a.dim() != b.dim() else (a.shape[0],) if ends is None else ends.shape
@@ -218,9 +222,13 @@ def _check_aligned(*operands: torch.Tensor) -> None:
         *_, rows, columns = operand.stride()
         step, dense = max(rows, columns), min(rows, columns)
         if dense != 1 or step * operand.element_size() % 16:
+            dtype, size = str(operand.dtype).removeprefix("torch."), operand.element_size()
             raise RuntimeError(
-                "grouped_mm takes operands whose rows or columns are dense and begin at multiples of 16 "
-                f"bytes; strides are {operand.stride()} of {operand.dtype}"
+                f"a grouped matmul takes rows of a multiple of 16 bytes, and {step:,} numbers of {dtype} are "
+                f"{step * size:,}: a rank's part of its width must be a multiple of {16 // size}"
+                if dense == 1
+                else "a grouped matmul takes operands whose rows or columns lie close together, and strides "
+                f"are {operand.stride()} of {dtype}"
             )
 
 
