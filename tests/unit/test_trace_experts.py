@@ -169,7 +169,7 @@ def test_a_width_that_grouped_kernels_do_not_take_is_told_in_one_sentence_and_py
 ) -> None:
     logged: list[logging.LogRecord] = []
     handler = logging.Handler()
-    handler.emit = logged.append  # type: ignore[method-assign]
+    handler.emit = logged.append  # type: ignore[assignment, method-assign]
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     logger.addHandler(handler)
     try:
