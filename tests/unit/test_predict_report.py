@@ -103,6 +103,29 @@ def test_every_choice_of_a_setup_is_said() -> None:
         assert rows.assumptions(StepSettings(1, 8), setup, MESH) != plain, field
 
 
+def test_what_megatron_s_precision_leaves_out_of_a_step_s_end_is_said() -> None:
+    """It is faster than the same run without, though its states are larger."""
+    traced, master = (
+        " ".join(rows.assumptions(StepSettings(1, 8), Setup(precision=precision), MESH))
+        for precision in (Precision.TRACED, Precision.MASTER)
+    )
+    for said in (
+        "no copy of them, or of each one's norm, is launched",
+        "that of states in the parameters' dtype",
+    ):
+        assert said in master
+        assert said not in traced
+
+
+def test_how_much_unfused_attention_keeps_of_its_scores_is_said() -> None:
+    kept, again = (
+        " ".join(rows.assumptions(StepSettings(1, 8), Setup(attention=AttentionKernel.UNFUSED, **more), MESH))
+        for more in ({}, {"recompute_attention": True})
+    )
+    assert "of which softmax and dropout keep theirs for the backward" in kept
+    assert "of which none is kept for the backward" in again
+
+
 def test_on_a_cpu_collectives_over_tp_are_said_to_be_hidden_by_nothing() -> None:
     setup, gpu = Setup(overlap_tensor=True), run_of().machine
     for device, said in (("cuda", "run beside the matmuls"), ("cpu", "are hidden by nothing")):

@@ -211,6 +211,11 @@ def assumptions(
                 "Gradients, master weights and AdamW's moments are kept in float32 beside the parameters "
                 "(Megatron's mixed precision)."
             )
+            lines.append(
+                "Gradients lie in one buffer, as Megatron's: no copy of them, or of each one's norm, is "
+                "launched to sum and clip them. The time of clipping and the optimizer is that of states in the "
+                "parameters' dtype: in float32 they move about twice the bytes."
+            )
         case _:
             assert_never(setup.precision)
     if setup.optimizer_shards > 1:
