@@ -118,9 +118,10 @@ def test_what_megatron_s_precision_leaves_out_of_a_step_s_end_is_said() -> None:
 
 
 def test_how_much_unfused_attention_keeps_of_its_scores_is_said() -> None:
+    unfused = Setup(attention=AttentionKernel.UNFUSED)
     kept, again = (
-        " ".join(rows.assumptions(StepSettings(1, 8), Setup(attention=AttentionKernel.UNFUSED, **more), MESH))
-        for more in ({}, {"recompute_attention": True})
+        " ".join(rows.assumptions(StepSettings(1, 8), setup, MESH))
+        for setup in (unfused, replace(unfused, recompute_attention=True))
     )
     assert "of which softmax and dropout keep theirs for the backward" in kept
     assert "of which none is kept for the backward" in again

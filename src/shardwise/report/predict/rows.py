@@ -213,8 +213,8 @@ def assumptions(
             )
             lines.append(
                 "Gradients lie in one buffer, as Megatron's: no copy of them, or of each one's norm, is "
-                "launched to sum and clip them. The time of clipping and the optimizer is that of states in the "
-                "parameters' dtype: in float32 they move about twice the bytes."
+                "launched to sum and clip them. The time of clipping and the optimizer is that of states in "
+                "the parameters' dtype: in float32 they move about twice the bytes."
             )
         case _:
             assert_never(setup.precision)
