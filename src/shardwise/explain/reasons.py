@@ -75,8 +75,8 @@ def reason_of(collective: Collective) -> str:
     role = role_of(call.axis)
     if role is Role.CUTS_DEPTH and phase is Phase.REDUCE:
         return _STAGES
-    if role is Role.SHARDS_PARAMETERS:
-        return _FSDP.get(call.kind, _DATA_PARALLEL)
+    if role is Role.SHARDS_PARAMETERS and call.kind in _FSDP:
+        return _FSDP[call.kind]
     if role is Role.REPLICATES and phase in _REPLICAS:
         return _REPLICAS[phase]
     if _counts_labels(collective):
@@ -155,8 +155,10 @@ def _by_placement(collective: Collective) -> str:
     multiplied = (
         f"Each rank multiplied its slice of the features by its slice of {name}: the products are summands"
     )
-    taken = f"what {name or 'the model'} took in"
-    part_found = f"Each rank found a part of the gradient of {taken}: the parts are summed"
+    taken = f"the gradient of what {name or 'the model'} took in"
+    if collective.rule is None:  # FSDP sums them where it finds them
+        taken = f"a gradient of {name or 'the model'} (of what it took in, or of weights that all have whole)"
+    part_found = f"Each rank found a part of {taken}: the parts are summed"
     match before, after:
         case Shard(1), Replicate() if collective.phase is Phase.RECOMPUTE:
             return f"{_subject(name)} runs again in the backward, and gathers its input again."

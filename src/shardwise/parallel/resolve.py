@@ -68,7 +68,7 @@ def tied_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def head_of(model: nn.Module) -> nn.Module | None:
     """The head: what a Hugging Face model calls so. Else, of the modules that own a matrix and are no
-    embedding, the last registered of those whose matrix is as wide as there are ids; of all, where none is."""
+    embedding, the last registered of those whose matrix is as wide as there are ids; of all if none is."""
     named: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
     if named is not None:
         return named
