@@ -33,7 +33,8 @@ class Proof:
     worst_gradient_error: of a gradient that is right, the rounding in it counts by its share of what is
     allowed, so it is within the tolerance. weights_error: the largest over all parameters after `steps`
     optimizer steps with clipping; None where the gradients differ already. otherwise: what of the model ran
-    otherwise than it is written.
+    otherwise than it is written. without_gradient: of the parameters compared those that have no gradient
+    unsharded or sharded, of which the proof says nothing else.
     """
 
     dtype: str
@@ -48,6 +49,7 @@ class Proof:
     norm_error: float | None
     weights_error: float | None
     otherwise: tuple[str, ...] = ()
+    without_gradient: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

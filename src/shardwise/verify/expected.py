@@ -63,6 +63,12 @@ class Unsharded:
     portion: Portion = ALONE
     weights_allowed: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def without_gradient(self) -> tuple[str, ...]:
+        """Parameters that the batch trains nothing of: a branch that it doesn't take, a module not used."""
+        gradients = self.observed.gradients.items()
+        return tuple(name for name, each in gradients if each is None or not bool(each.any()))
+
     def is_told(self, name: str) -> bool:
         """Whether a parameter's gradient is well above its noise. AdamW divides by its size, so that noise
         would become a whole step."""

@@ -28,6 +28,7 @@ from shardwise.verify.held import distances, relative, size
 from shardwise.verify.observe import Observed, observe
 from shardwise.verify.ranks import disagreements, held_alike
 from shardwise.verify.reasons import explain_differences
+from shardwise.verify.words import listed
 
 WEIGHTS_TOLERANCE = 1e-4
 """After the steps, relative: an element of a gradient may be noise where the whole isn't. A wrong norm or a
@@ -47,10 +48,11 @@ def prove(
     remake: makes the unsharded model again, with the same weights, where it has to be looked at more closely.
     smallest: what it gave for a smaller batch, on which the sharded one is compared too.
     """
-    differences = _compared(model, expected, portion)
+    observed = _observed(model, expected, portion)
+    differences = _differences(model, observed, expected, portion)
     compared = expected
     if smallest is not None and not differences.are_wrong:
-        of_smallest = _compared(model, smallest, portion)
+        of_smallest = _differences(model, _observed(model, smallest, portion), smallest, portion)
         if of_smallest.are_wrong:
             differences, compared = of_smallest, smallest
     norm_error = weights_error = None
@@ -59,9 +61,9 @@ def prove(
         if compared is not expected:
             findings = [_at_one_batch(each, compared, expected) for each in findings]
     elif expected.norms:
-        weights, norm_error = _after_steps(model, expected, portion)
-        weights_error = max(weights.values(), default=0.0)
-        findings = _weight_findings(weights, norm_error, expected)
+        weights, norm_errors = _after_steps(model, expected, portion)
+        weights_error, norm_error = max(weights.values(), default=0.0), max(norm_errors)
+        findings = _weight_findings(weights, norm_errors, _alone(model, observed, expected), expected)
         findings += _drifts(model, portion)
     else:
         findings = []
@@ -79,6 +81,9 @@ def prove(
         steps=len(expected.norms),
         norm_error=norm_error,
         weights_error=weights_error,
+        without_gradient=tuple(
+            name for name in expected.without_gradient if not differences.gradients[name].is_wrong
+        ),
     )
     return proof, tuple(findings)
 
@@ -88,9 +93,8 @@ def _at_one_batch(finding: Finding, compared: Unsharded, expected: Unsharded) ->
     return replace(finding, reason=f"{finding.reason} (at batch {at}; at batch {right} it is right)")
 
 
-def _compared(model: nn.Module, expected: Unsharded, portion: Portion) -> Differences:
-    observed = observe(model, expected.batches[0], portion, width=expected.observed.own_logits.shape[-1])
-    return _differences(model, observed, expected, portion)
+def _observed(model: nn.Module, expected: Unsharded, portion: Portion) -> Observed:
+    return observe(model, expected.batches[0], portion, width=expected.observed.own_logits.shape[-1])
 
 
 def _of_all_stages(findings: list[Finding], model: nn.Module, portion: Portion) -> list[Finding]:
@@ -152,15 +156,24 @@ def _output_error(logits: Tensor | None, whole: Tensor, loss: Loss, portion: Por
     return largest(relative(logits, whole))
 
 
-def _after_steps(model: nn.Module, expected: Unsharded, portion: Portion) -> tuple[dict[str, float], float]:
-    """How far each parameter that can be told, and the gradient norms, are off the unsharded ones after the
-    optimizer's steps; relative."""
+def _after_steps(
+    model: nn.Module, expected: Unsharded, portion: Portion
+) -> tuple[dict[str, float], list[float]]:
+    """How far each parameter that can be told, and the gradient norm of each step, are off the unsharded ones
+    after the optimizer's steps; relative."""
     after, norms = trained(model, expected.batches, portion, expected.max_norm)
     pairs = zip(norms, expected.norms, strict=True)
-    norm_error = largest(max(abs(norm - whole) / whole for norm, whole in pairs))
+    norm_errors = [largest(abs(norm - whole) / whole) for norm, whole in pairs]
     whole = {name: weights for name, weights in expected.after.items() if expected.is_told(name)}
     weights = {name: off / (size(whole[name]) or 1.0) for name, off in distances(model, after, whole).items()}
-    return weights, norm_error
+    return weights, norm_errors
+
+
+def _alone(model: nn.Module, observed: Observed, expected: Unsharded) -> list[str]:
+    """Parameters that are trained under the plan alone: unsharded they are frozen."""
+    names = [name for name in expected.after if name not in expected.observed.gradients]
+    offs = distances(model, observed.gradients, dict.fromkeys(names))
+    return [name for name in names if offs[name]]
 
 
 def _drifts(model: nn.Module, portion: Portion) -> list[Finding]:
@@ -177,21 +190,25 @@ def _drifts(model: nn.Module, portion: Portion) -> list[Finding]:
     return findings
 
 
-def _weight_findings(weights: dict[str, float], norm_error: float, expected: Unsharded) -> list[Finding]:
-    if not norm_error <= expected.tolerance:
-        reason = (
-            "every gradient is right, and their norm isn't: "
-            "clipping counts a replicated or sharded parameter in another way"
-        )
-        return [Finding(FindingKind.WEIGHTS_DIFFER, "gradient norm", reason, norm_error)]
+def _weight_findings(
+    weights: dict[str, float], norm_errors: list[float], alone: list[str], expected: Unsharded
+) -> list[Finding]:
+    """alone: see _alone(). The gradients that were compared are right."""
+    reason = "it has a gradient under the plan, and none unsharded"
+    found = [Finding(FindingKind.WEIGHTS_DIFFER, name, reason, weights.get(name)) for name in alone]
     least = max(expected.tolerance, WEIGHTS_TOLERANCE)
-    over = {
-        name: off
+    over = [
+        name
         for name, off in weights.items()
-        if not off <= max(least, expected.weights_allowed.get(name, 0.0))
-    }
-    worst = max(over, key=lambda name: over[name], default="")
-    if worst:
+        if not off <= max(least, expected.weights_allowed.get(name, 0.0)) and name not in alone
+    ]
+    over.sort(key=lambda name: -weights[name])
+    first = next((at for at, off in enumerate(norm_errors, 1) if not off <= expected.tolerance), None)
+    if first is None:
         reason = f"after {STEPS} optimizer steps it isn't the unsharded model's"
-        return [Finding(FindingKind.WEIGHTS_DIFFER, worst, reason, weights[worst])]
-    return []
+        return found + [Finding(FindingKind.WEIGHTS_DIFFER, name, reason, weights[name]) for name in over]
+    norm = f"the gradients compared are right, and in optimizer step {first} their norm isn't"
+    if over:
+        norm += f"; after {STEPS} steps the weights differ most in {listed(over)}"
+    follows, worst = alone[0] if alone else None, max(norm_errors)
+    return [*found, Finding(FindingKind.WEIGHTS_DIFFER, "gradient norm", norm, worst, follows=follows)]

@@ -42,6 +42,8 @@ def own_fault(related: Related, n_ranks: int) -> tuple[Cause, str]:
         case Relation.PARTS:
             reason = f"the ranks' gradients differ, nothing sums them, and their sum is {times}"
             return Cause.PARTS_NOT_SUMMED, reason
+        case Relation.MULTIPLE if related.factor is not None and not _is_of_ranks(related.factor):
+            return Cause.UNKNOWN, f"its gradient is {times}"
         case Relation.MULTIPLE if related.factor is not None and abs(related.factor) > 1:
             return Cause.SUMMED_TOO_OFTEN, f"its gradient is {times}: summed where every rank had the whole"
         case Relation.MULTIPLE:
@@ -138,4 +140,16 @@ def times_of(factor: float | None) -> str:
             return f"{n} times"
         if abs(factor - 1 / n) < 1e-6:
             return f"1/{n} of"
+    if f"{factor:.3g}" == "1":
+        return f"(1 {'+' if factor > 1 else '-'} {abs(factor - 1):.1e}) times"
     return f"{factor:.3g} times"
+
+
+_NEAR = 1e-3
+
+
+def _is_of_ranks(factor: float) -> bool:
+    """Whether ranks can have made it, which sum or divide: it is a whole number of times, or divided by
+    one."""
+    often = max(abs(factor), 1 / abs(factor)) if factor else 0.0
+    return round(often) > 1 and abs(often - round(often)) <= _NEAR * often

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from shardwise.core.finding import Cause, Finding, FindingKind
 from shardwise.core.layer_name import any_layer
-from shardwise.core.verification import Verdict, Verification, VerificationRun
+from shardwise.core.verification import Proof, Verdict, Verification, VerificationRun
 
 # what only says that something else is wrong
 PASSED_ON = frozenset({Cause.FOLLOWS, Cause.FORWARD})
@@ -18,7 +18,9 @@ def headline(each: Verification) -> str:
             return each.note
         case Verdict.RIGHT | Verdict.NOT_PROVED:
             notes = len(each.findings)
-            return f"{notes} note{'s' * (notes > 1)}" if notes else ""
+            told = [f"{notes} note{'s' * (notes > 1)}"] if notes else []
+            without = _without_gradient(each)
+            return "; ".join([*told, *([f"nothing is proved of {without}"] if without else [])])
         case Verdict.SKIPPED | Verdict.CRASHES | Verdict.TIMED_OUT:
             return each.note
         case Verdict.NEARLY_NOTHING:
@@ -45,34 +47,48 @@ def verdict_text(each: Verification) -> str:
         case Verdict.RIGHT | Verdict.NEARLY_NOTHING:
             assert proof is not None
             start = "Right" if each.verdict is Verdict.RIGHT else "Right, but it shards nearly nothing"
+            without = _without_gradient(each)
+            many = how_many(proof) if without else f"all {how_many(proof)}"
+            rest = f" Nothing is proved of {without}." if without else ""
             return (
-                f"{start}: outputs, loss, all {proof.parameters_compared} gradients, and the weights after "
-                f"{proof.steps} clipped optimizer steps are "
-                "the unsharded model's."
+                f"{start}: outputs, loss, {many} gradients, and the weights after {proof.steps} clipped "
+                f"optimizer steps are the unsharded model's.{rest}"
             )
         case Verdict.WRONG:
-            n = len(
-                {
-                    finding.subject
-                    for finding in each.wrong
-                    if finding.relative_error is not None and finding.subject not in ("output", "loss")
-                }
-            )
-            forward = (
-                "the outputs differ"
-                if any(finding.subject == "output" for finding in each.wrong)
-                else "the outputs are exact"
-            )
-            compared = proof.parameters_compared if proof is not None else 0
-            if not n and forward == "the outputs are exact":
+            n = len({finding.subject for finding in each.wrong if finding.kind in _OF_GRADIENTS})
+            are_exact = all(finding.subject != "output" for finding in each.wrong)
+            if proof is None or (are_exact and not n):
                 return f"Wrong: {headline(each)}"
-            return f"Wrong: {forward}, and {n} of {compared} gradients are not the unsharded model's."
+            forward = "the outputs are exact" if are_exact else "the outputs differ"
+            gradients = f"{n} of {proof.parameters_compared} gradients are not the unsharded model's"
+            return f"Wrong: {forward}, and {gradients}."
         case Verdict.CRASHES:
             return f"Crashes: unsharded it runs, and under the plan it doesn't. {each.note}"
         case Verdict.TIMED_OUT:
             return f"Timed out, so nothing is proved: {each.note}"
         case Verdict.SKIPPED:
             return f"Skipped, so nothing is proved: {each.note}"
+
+
+_OF_GRADIENTS = frozenset({FindingKind.GRADIENT_DIFFERS, FindingKind.GRADIENT_MISSING})
+_MOST_NAMES = 3
+
+
+def how_many(proof: Proof) -> str:
+    """Gradients compared; where some have none on either side, without those, of all."""
+    n = proof.parameters_compared
+    return f"{n - len(proof.without_gradient)} of {n}" if proof.without_gradient else str(n)
+
+
+def _without_gradient(each: Verification) -> str:
+    """Which parameters a proof says nothing of; empty where there are none."""
+    names = each.proof.without_gradient if each.proof is not None else ()
+    if not names:
+        return ""
+    groups = list(dict.fromkeys(any_layer(name) for name in names))
+    more = f" and {len(groups) - _MOST_NAMES} more" if len(groups) > _MOST_NAMES else ""
+    has = "parameters that have" if len(names) > 1 else "parameter that has"
+    return f"{len(names)} {has} no gradient on either side: {', '.join(groups[:_MOST_NAMES])}{more}"
 
 
 def facts(each: Verification, mesh: str) -> list[tuple[str, str]]:

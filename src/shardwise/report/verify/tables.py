@@ -53,7 +53,7 @@ def cases_table(verifications: Sequence[Verification]) -> Table:
 def _case_row(number: int, each: Verification) -> Row:
     proof = each.proof
     verdict = Cell(each.verdict, tone=TONES[each.verdict], badge=badge(each.verdict))
-    compared = f"{proof.parameters_compared} in {proof.dtype}" if proof is not None else ""
+    compared = f"{rows.how_many(proof)} in {proof.dtype}" if proof is not None else ""
     worst = (
         max(proof.worst_gradient_error, proof.output_error, proof.loss_error) if proof is not None else None
     )
