@@ -11,11 +11,13 @@ from shardwise.core.mesh import Mesh
 from shardwise.core.plan import TheirPlan
 from shardwise.core.prediction import AttentionKernel, Setup
 from shardwise.core.program import MemoryChange, MemoryKind, Program
+from shardwise.core.search import Candidate
 from shardwise.models.source import find_model
 from shardwise.predict.machines import load_machine
 from shardwise.predict.memory import forecast, of_stage
 from shardwise.predict.scores import with_scores
 from shardwise.predict.stage_memory import stage_parts
+from shardwise.search.needs import Needs
 from shardwise.verbs.programs import trace_program
 from shardwise.verbs.progress import silent
 
@@ -103,3 +105,14 @@ def test_what_the_allocator_reserves_has_room_for_them() -> None:
     fused, unfused = (forecast(program(), MACHINE, setup) for setup in (Setup(), UNFUSED))
     assert unfused.reserved_bytes - fused.reserved_bytes > 0.8 * LAYERS * OF_A_LAYER
     assert unfused.device_bytes - fused.device_bytes > 0.8 * LAYERS * OF_A_LAYER
+
+
+def test_what_a_search_says_is_needed_at_least_counts_them_and_is_never_more_than_is_forecast() -> None:
+    fused, unfused = (Needs(program(), MACHINE, setup) for setup in (Setup(), UNFUSED))
+    for axes, micro_batches in (((("tp", 1),), 1), ((("pp", 2), ("tp", 1)), 4)):
+        candidate = Candidate(axes, (), BATCH, micro_batches)
+        least = unfused.device_bytes(candidate)
+        assert least - fused.device_bytes(candidate) == pytest.approx(LAYERS * OF_A_LAYER, rel=0.1)
+        setup = replace(UNFUSED, mesh=candidate.mesh, micro_batches=micro_batches)
+        assert least <= forecast(program(), MACHINE, setup, replays=False).device_bytes
+    assert unfused.freed_bytes("full") - fused.freed_bytes("full") == OF_A_LAYER

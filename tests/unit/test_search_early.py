@@ -10,6 +10,7 @@ from shardwise.core.prediction import Prediction
 from shardwise.search.costs import Costs
 from shardwise.search.piece import Piece, Traced
 from shardwise.search.problem import Outcome, Problem
+from shardwise.search.queue import Node
 from shardwise.search.solve import BY_HAND, Solver
 from tests.unit.test_search_exact import FEW_WORDS, SMALL, case_of, problem_of, solved, traced
 
@@ -74,6 +75,29 @@ def test_a_search_whose_seconds_are_over_before_all_have_a_bound_has_a_plan(
     outcome = Solver(problem_of(CASE, DEVICES, FIX), trace, 1).run(3, seconds=2)
     assert outcome.stopped == "2 seconds were over"
     assert outcome.answers
+    assert outcome.unlooked > 0
+
+
+def test_what_was_being_looked_at_when_a_search_was_stopped_is_not_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the gap would not count it."""
+
+    def trace(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Traced]]:
+        yield from ((piece, traced(CASE, piece)) for piece in pieces)
+
+    solver = Solver(problem_of(CASE, DEVICES, FIX), trace, 1)
+    bounds = []
+
+    def stopped(bound: float, node: Node) -> None:
+        bounds.append(bound)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(solver, "_look", stopped)
+    outcome = solver.run(3)
+    assert solver.queue.least() <= bounds[0]
+    best_s = outcome.answers[0].prediction.step_s
+    assert outcome.gap == pytest.approx(max(0.0, 1 - solver.queue.least() / best_s))
     assert outcome.unlooked > 0
 
 

@@ -60,12 +60,12 @@ class Solver:
         next one. On KeyboardInterrupt, and after so many seconds, of which some are spent, what there is."""
         outcome, began = self.outcome, time.monotonic() - spent_s
         self._end_of_look, self._until = began + LOOKING * seconds, began + RANKING * seconds
-        over = f"{seconds:g} seconds were over"
+        over, at = f"{seconds:g} seconds were over", None
         try:
             if not self._start():
                 outcome.stopped = over
             while not outcome.stopped and self._is_more(top):
-                bound, node = self.queue.pop(self._best_s, in_order=bool(outcome.answers))
+                bound, node = at = self.queue.pop(self._best_s, in_order=bool(outcome.answers))
                 if outcome.answers:
                     if bound > FAR * outcome.answers[0].prediction.step_s:
                         break
@@ -75,10 +75,11 @@ class Solver:
                 if self._is_over():
                     if not outcome.answers:  # else only runners-up are left
                         outcome.stopped = over
-                        self.queue.push(bound, node)  # it may not be through
                     break
         except KeyboardInterrupt:
             outcome.stopped = BY_HAND
+        if outcome.stopped and at is not None:
+            self.queue.push(*at)  # it may not be through
         if not outcome.answers:
             self._end_early()
         else:
