@@ -348,6 +348,17 @@ def test_the_header_may_stand_before_or_after_the_events(tmp_path: Path, header_
     assert not timeline.losses
 
 
+def test_entries_that_are_no_events_are_called_so_and_the_file_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    path.write_text('{"traceEvents": ["a", 5, null]}')
+    with pytest.raises(TraceError, match=r"3 not an object \{\.\.\.\}, as an event is\."):
+        read_timeline(path)
+    made = json.dumps([kernel("one", 0, 5), 5, kernel("two", 9, 5), None])
+    path.write_text(f'{{"traceEvents": {made}}}')
+    timeline = read_timeline(path)
+    assert {loss.what: loss.count for loss in timeline.losses} == {"not an object {...}, as an event is": 2}
+
+
 def test_a_bare_array_is_a_trace_too(tmp_path: Path) -> None:
     path = tmp_path / "rank3.json"
     path.write_text(json.dumps(some(3)))

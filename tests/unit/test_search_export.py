@@ -42,6 +42,13 @@ def test_the_best_is_written_and_a_runner_up_that_could_not_be_verified_is_not()
     assert second.why_not_exported == "it could not be verified: the ranks were killed"
 
 
+def test_where_fewer_were_found_than_were_asked_for_that_is_said() -> None:
+    said = "--top 2: 1 of the space could be given out, so no more is written"
+    assert asked(search(PLAIN)).notes[-1:] == (said,)
+    assert said in words(printed(asked(search(PLAIN))))
+    assert said not in asked(search(PLAIN, PLAIN)).notes
+
+
 def test_without_verify_runners_up_are_written_too_and_each_says_that_it_was_not_verified() -> None:
     made = asked(search(PLAIN, PLAIN), verify=False)
     assert all(each.export is not None for each in made.found)

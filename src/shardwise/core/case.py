@@ -46,7 +46,12 @@ class StepSettings:
     seq: Annotated[int, Option("Tokens per sequence.", STEP, 1)] = 0
     dtype: Annotated[
         str,
-        Option(f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.", STEP, choices=DTYPES),
+        Option(
+            f"Of parameters, gradients and optimizer state: {', '.join(DTYPES)}.",
+            STEP,
+            choices=DTYPES,
+            elsewhere=(("float8", "Linears that multiply in it are predict's --matmul-dtype float8."),),
+        ),
     ] = "float32"
     param_dtype: Annotated[
         str | None,

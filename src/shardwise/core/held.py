@@ -76,6 +76,12 @@ def parse_pieces(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     found = [piece.split("/") for piece in text.split("+")]
     pieces = tuple(int(piece[0]) for piece in found)
     parts = tuple(int(piece[1]) if len(piece) > 1 else 0 for piece in found)
+    for piece in found:
+        if len(piece) > 1 and not int(piece[1]):
+            raise ValueError(
+                f'"{"/".join(piece).strip()}": a piece has 1 part or more. Write a count that divides '
+                f"{int(piece[0])} behind the slash, or no slash for a part for each rank."
+            )
     parts = parts if any(len(piece) > 1 for piece in found) else ()
     check_pieces(pieces, parts)
     return pieces, parts

@@ -6,9 +6,12 @@ A field that a user may choose is `name: Annotated[type, Option("what it is")] =
 
 import dataclasses
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
+from math import isfinite
+from types import MappingProxyType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from shardwise.core.errors import OptionError
@@ -29,7 +32,8 @@ class Option:
     allowed; a default may lie outside. flag: as a command takes it, where it isn't --name. shown: the default
     in words, where the value doesn't say it. key: in case files, where it isn't the field's name.
     is_argument: given by its place. is_hidden: only to be refused by name. paths: which of its values are
-    paths (core/named_path.py)."""
+    paths (core/named_path.py). elsewhere: values that another option takes, each with a sentence that names
+    it."""
 
     about: str
     panel: str | None = None
@@ -42,6 +46,7 @@ class Option:
     is_argument: bool = False
     is_hidden: bool = False
     paths: Paths | None = None
+    elsewhere: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +95,22 @@ def check_options(noun: Any) -> None:
         option, value = asked.option, getattr(noun, asked.field)
         name = asked.flag.partition("/")[0]
         if option.choices and value is not None:
-            check_choice(name, value, option.choices)
+            check_choice(name, value, option.choices, dict(option.elsewhere))
+        if isinstance(value, float) and not isfinite(value):
+            raise OptionError(f"{name} is {value}. Use a finite number.")
         if option.least is None or value is None or value == asked.default:
             continue
         if value < option.least:
             raise OptionError(f"{name} is {value}. Use {option.least:g} or more.")
 
 
-def check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
+def check_choice(
+    option: str, value: str, allowed: tuple[str, ...], elsewhere: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Raises OptionError for a value that isn't offered."""
     if value not in allowed:
-        raise OptionError(f'{option} is "{value}".{suggest(value, allowed)} Allowed: {", ".join(allowed)}.')
+        hint = f" {elsewhere[value]}" if value in elsewhere else suggest(value, allowed)
+        raise OptionError(f'{option} is "{value}".{hint} Allowed: {", ".join(allowed)}.')
 
 
 def _default(field: "dataclasses.Field[Any]") -> Any:

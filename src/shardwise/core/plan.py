@@ -146,7 +146,12 @@ class Plan:
                 if key not in known:
                     raise PlanError(f'unknown key "{key}". Allowed: {", ".join(known)}.')
             rules, name = table.get("rules"), table.get("name", source)
-            if not isinstance(rules, dict):
+            if rules is not None and not isinstance(rules, dict):
+                raise PlanError(
+                    f"rules is {rules!r:.40}, and not a table. Write [rules] and then "
+                    '"MODULE.PATTERN" = "STYLE" lines.'
+                )
+            if rules is None:
                 raise PlanError('no [rules] table. Write [rules] and then "MODULE.PATTERN" = "STYLE" lines.')
             if not isinstance(name, str):
                 raise PlanError(f"name is {name!r:.40}. Write it in quotes.")

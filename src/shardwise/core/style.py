@@ -2,6 +2,7 @@
 has it. What a style does to tensors is in parallel/; this file knows only which arguments it takes."""
 
 import difflib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -168,7 +169,7 @@ class Style:
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """` Did you mean "x"?` for the nearest known name, or an empty string."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f' Did you mean "{near[0]}"?' if near else ""
 
 
@@ -177,8 +178,9 @@ def choice(kind: type[E], value: object, what: str) -> E:
         return kind(str(value)) if value is not None else kind("")
     except ValueError:
         allowed = [str(member) for member in kind]
-        shown = f'"{value}"' if value is not None else "missing"
-        hint = suggest(str(value), allowed)
+        shown, hint = "missing" if value is None else json.dumps(value, default=str)[:80], ""
+        if isinstance(value, str):
+            shown, hint = f'"{value}"', suggest(value, allowed)
         raise PlanError(f"{what} is {shown}.{hint} Allowed: {', '.join(allowed)}.") from None
 
 

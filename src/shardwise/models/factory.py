@@ -6,7 +6,6 @@ SelfSharded, which tells more of it) and nothing more. It is called where new te
 device.
 """
 
-import difflib
 import importlib
 import inspect
 import os
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 
 from shardwise.core.errors import ModelError
-from shardwise.core.plan import Family, TheirPlan
+from shardwise.core.plan import Family, TheirPlan, suggest
 from shardwise.core.shown import shown, told
 from shardwise.models.dtype import default_dtype
 from shardwise.models.self_sharded import gives_logits, module_of
@@ -126,10 +125,7 @@ def find_factory(text: str) -> FactoryModel:
     found: object = _import(module_name, name)
     for part in path.split("."):
         if not hasattr(found, part):
-            near = difflib.get_close_matches(
-                part, [own for own in dir(found) if not own.startswith("_")], n=1, cutoff=0.5
-            )
-            hint = f' Did you mean "{near[0]}"?' if near else ""
+            hint = suggest(part, [own for own in dir(found) if not own.startswith("_")])
             raise ModelError(
                 f'model "{name}": {module_name} has no "{part}".{hint} Name a function that returns an '
                 "nn.Module."

@@ -56,7 +56,9 @@ def read_config(target: str, name: str) -> dict[str, Any]:
             f'model "{name}": larger than {MAX_CONFIG_BYTES >> 20} MiB, which no config.json is.'
         )
     try:
-        values = json.loads(data)
+        values = json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ModelError(f'model "{name}": not UTF-8 text.') from None
     except RecursionError:
         raise ModelError(f'model "{name}": not a config.json: nested too deep.') from None
     except ValueError as error:

@@ -19,11 +19,13 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from shardwise.core.timeline import NONE
+from shardwise.profiles.array_end import is_end_of_file, objects_among_others
 
 MOST_HEADER_BYTES = 64 << 20
 MOST_EVENT_BYTES = 16 << 20
 CUT_OFF = "cut off at the end of the file"
 """Of what is lost: the file ends in the middle of an event."""
+_NO_OBJECT = "not an object {...}, as an event is"
 _BAD, _MENDED = "not JSON", "mended: control characters, invalid UTF-8 or bare quotes"
 
 Scalar = int | str | float | bool | None
@@ -282,7 +284,9 @@ class EventStream:
                 readable += events
             elif piece := text[start : cuts[at][0]].strip():
                 if is_last and at == len(cuts) - 1:
-                    self.lost[CUT_OFF] += 1
+                    objects, others = objects_among_others(text[start:]) or (b"", 0)
+                    self.lost[_NO_OBJECT if others else CUT_OFF] += others or 1
+                    readable += self._decoded(objects) or []
                 elif b'"ph"' in piece:  # else it is the rest of one that is counted
                     self.lost[_BAD] += 1
             start = cuts[at + max(1, taken) - 1][1]
@@ -326,7 +330,7 @@ class EventStream:
             event = single[: end.start() + 1]
             events = self._decoded(event)
             if events is None and not _BETWEEN.search(event):  # it is one event
-                ends_file = is_last and _is_end_of_file(single[end.end() :])
+                ends_file = is_last and is_end_of_file(single[end.end() :])
                 events = self._mended(event) or ([] if ends_file else None)
                 if events is not None:
                     self.lost[_MENDED if events else _BAD] += 1
@@ -370,15 +374,6 @@ class EventStream:
         base = re.search(rb'"baseTimeNanoseconds"\s*:\s*(\d{1,19})\b', self._head + tail)
         rank = re.search(rb'"distributedInfo"\s*:\s*\{[^{}]*?"rank"\s*:\s*(\d{1,7})\b', self._head + tail)
         self.header = Header(Distributed(int(rank[1])) if rank else None, int(base[1]) if base else None)
-
-
-def _is_end_of_file(tail: bytes) -> bool:
-    """Whether this, behind the events' bracket, is the rest of the header, or nothing more."""
-    rest = tail.strip().removeprefix(b",")
-    try:
-        return not rest or isinstance(msgspec.json.decode(b"{" + rest), dict)
-    except _BROKEN:
-        return False
 
 
 def _is_late(event: Event) -> bool:

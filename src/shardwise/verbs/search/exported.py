@@ -16,7 +16,9 @@ def exported(search: Search, case: Case, options: SearchOptions, progress: Progr
     asked, for how its machine was named."""
     count = options.recommended
     made = [_exported(search, index, case, options, progress) for index in range(len(search.found[:count]))]
-    return replace(search, found=(*made, *search.found[count:]))
+    fewer = f"--top {count}: {len(made)} of the space could be given out, so no more is written"
+    notes = (*search.notes, fewer) if 0 < len(made) < count else search.notes
+    return replace(search, found=(*made, *search.found[count:]), notes=notes)
 
 
 def _exported(search: Search, index: int, case: Case, options: SearchOptions, progress: Progress) -> Found:
