@@ -169,7 +169,8 @@ class Style:
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """` Did you mean "x"?` for the nearest known name, or an empty string."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    cutoff = 0.6 if len(name) > 3 else 0.5  # of two letters one is half
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f' Did you mean "{near[0]}"?' if near else ""
 
 
