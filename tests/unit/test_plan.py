@@ -334,7 +334,8 @@ HOW = 'Allowed: "shard(DIM)", "shard(DIM: SIZE+SIZE)" in pieces, "replicate", "r
         ("", 'mine.toml: no [rules] table. Write [rules] and then "MODULE.PATTERN" = "STYLE" lines.'),
         (
             "rules = 3",
-            'mine.toml: rules is 3, and not a table. Write [rules] and then "MODULE.PATTERN" = "STYLE" lines.',
+            "mine.toml: rules is 3, and not a table. "
+            'Write [rules] and then "MODULE.PATTERN" = "STYLE" lines.',
         ),
         ('name = 3\n[rules]\n"a" = "rowwise"', "mine.toml: name is 3. Write it in quotes."),
         ('name = ""\n[rules]\n"a" = "rowwise"', "mine.toml: a plan needs a name."),
