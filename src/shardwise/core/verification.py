@@ -13,7 +13,7 @@ class Verdict(StrEnum):
     )
     WRONG = "wrong"  # something of these isn't
     NEARLY_NOTHING = "shards nearly nothing"  # right, because there is little that could be wrong
-    CRASHES = "crashes"  # unsharded it runs, under the plan it doesn't
+    CRASHES = "crashes"  # under the plan it doesn't run, on some rank at least
     TIMED_OUT = "timed out"  # nothing was heard of it for the time that it was given
     SUSPECTED = "suspected"  # nothing ran, and a static check says that it would be wrong or crash
     NOT_PROVED = "not proved"  # nothing ran, and the static checks found nothing
@@ -90,7 +90,8 @@ class Verification:
     """One model under one plan. model: as named. twin: what was run instead, if it isn't the model itself.
     note: why it was skipped or crashed.
 
-    is_static: nothing was run, and the findings are those of the static checks.
+    is_static: nothing was run, and the findings are those of the static checks. ran_unsharded: of a crash,
+    whether the rank that it was on is known to have come through the unsharded run.
     """
 
     model: str
@@ -104,6 +105,7 @@ class Verification:
     note: str = ""
     seconds: float = 0.0
     is_static: bool = False
+    ran_unsharded: bool = True
 
     @property
     def wrong(self) -> tuple[Finding, ...]:

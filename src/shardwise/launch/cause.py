@@ -22,6 +22,11 @@ _LOST_CONNECTION = (
 )
 
 
+def is_of_lost_connection(message: str) -> bool:
+    """Whether an error's text only says that another rank is gone."""
+    return any(text in message for text in _LOST_CONNECTION)
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """An exception in a rank: its class names from the most special to the most general, and its text."""
@@ -35,7 +40,7 @@ class Failure:
 
     @property
     def lost_connection(self) -> bool:
-        return any(text in self.message for text in _LOST_CONNECTION)
+        return is_of_lost_connection(self.message)
 
     def as_shardwise_error(self) -> errors.ShardwiseError | None:
         """The same error again, if it was one that Shardwise raised on purpose."""

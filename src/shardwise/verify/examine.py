@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.core.case import StepSettings
 from shardwise.core.errors import ModelError, RunError, ShardwiseError
-from shardwise.core.finding import Cause, Finding, FindingKind
+from shardwise.core.finding import Cause, Finding
 from shardwise.core.mesh import Mesh
 from shardwise.core.named_path import HUGGING_FACE
 from shardwise.core.pipeline import recomputed_of_fewer
@@ -44,6 +44,7 @@ from shardwise.torch_private import AnyDropout, default_store
 from shardwise.verify.attempts import Attempt, attempts
 from shardwise.verify.claim import TWIN, Claim, no_plan
 from shardwise.verify.expected import TooNoisyError, Unsharded, shake, unsharded
+from shardwise.verify.failed import Failed, of_failed_ranks
 from shardwise.verify.observe import Batch, LogitsError, ModuleError
 from shardwise.verify.proof import prove
 from shardwise.verify.reasons import ungathered, with_ties
@@ -115,9 +116,9 @@ def run(context: RankContext, payload: bytes) -> bytes:
         began = time.perf_counter()
         verification = _Examination(claim, job, mesh, context, last).verification()
         verification = replace(verification, seconds=round(time.perf_counter() - began, 2))
-        is_alone = not _all_came(context, number)
-        has_failed = any(finding.kind is FindingKind.CRASHES for finding in verification.findings)
-        if context.rank == 0 or (is_alone and has_failed):
+        is_alone, failures = _met(context, number, Failed.of(verification))
+        verification = of_failed_ranks(verification, failures, context.world_size)
+        if context.rank == 0 or (is_alone and failures[context.rank].note):
             # an error may be infinite, which JSON has no word for
             context.report(msgspec.msgpack.encode(Answer(number, verification, is_alone)))
         if is_alone:
@@ -126,17 +127,19 @@ def run(context: RankContext, payload: bytes) -> bytes:
     return b""
 
 
-def _all_came(context: RankContext, number: int) -> bool:
-    """Whether all ranks are done with the claim. A rank that stays in a collective which another has left
-    doesn't come."""
+def _met(context: RankContext, number: int, own: Failed) -> tuple[bool, dict[int, Failed]]:
+    """Whether some ranks aren't done with the claim, and how those that are have failed. A rank that stays in
+    a collective which another has left doesn't come."""
     store = default_store()
     keys = [f"verified/{number}/{rank}" for rank in range(context.world_size)]
-    store.set(keys[context.rank], "")
+    store.set(keys[context.rank], msgspec.json.encode(own))
     try:
         store.wait(keys, timedelta(seconds=_ALONE_S))
+        is_alone = False
     except RuntimeError:
-        return False
-    return True
+        is_alone = True
+    came = {rank: key for rank, key in enumerate(keys) if not is_alone or store.check([key])}
+    return is_alone, {rank: msgspec.json.decode(store.get(key), type=Failed) for rank, key in came.items()}
 
 
 class _Examination:
@@ -275,7 +278,7 @@ class _Examination:
 
     def _tried(self, source: ModelSource, attempt: Attempt) -> _Whole:
         def make() -> nn.Module:
-            return seeded(source, attempt.torch_dtype, self._device)
+            return seeded(source, attempt.torch_dtype, self._device, cast=attempt.unrounded)
 
         model = make()
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -345,6 +348,7 @@ class _Examination:
         first = next(whole.parameters())
         device = first.device if first.is_meta else self._device
         model = build_sharded(source, dtype=first.dtype, device=device, mesh=self._mesh)
+        model = model.to(first.dtype) if self._attempt.unrounded else model
         if first.is_meta:
             return model
         values = dict(whole.named_parameters(remove_duplicate=False))
@@ -353,11 +357,12 @@ class _Examination:
         return model
 
 
-def seeded(source: ModelSource, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def seeded(source: ModelSource, dtype: torch.dtype, device: torch.device, *, cast: bool = False) -> nn.Module:
     """The model with weights that no two parameters share by accident, the same on every rank: its own
-    initialisation, shaken."""
+    initialisation, shaken. cast: to dtype, whatever it is made in."""
     torch.manual_seed(SEED)
     model = source.build(dtype=dtype, device="cpu")
+    model = model.to(dtype) if cast else model
     for name, parameter in model.named_parameters():
         shake(name, parameter)
     return model.to(device).train()

@@ -61,7 +61,7 @@ def verify(
                 raise
             if len(answers) == first:  # nobody could say what it was
                 claim = claims[first]
-                answer = Verification(claim.model, claim.label, mesh.tp)
+                answer = Verification(claim.model, claim.label, mesh.tp, ran_unsharded=False)
                 if isinstance(error, StalledError):
                     answers[first] = claim.timed_out(answer, error)
                 else:

@@ -63,7 +63,8 @@ def verdict_text(each: Verification) -> str:
             gradients = f"{n} of {proof.parameters_compared} gradients are not the unsharded model's"
             return f"Wrong: {forward}, and {gradients}."
         case Verdict.CRASHES:
-            return f"Crashes: unsharded it runs, and under the plan it doesn't. {each.note}"
+            seen = "unsharded it runs, and under the plan it doesn't. " if each.ran_unsharded else ""
+            return f"Crashes: {seen}{each.note}"
         case Verdict.TIMED_OUT:
             return f"Timed out, so nothing is proved: {each.note}"
         case Verdict.SKIPPED:
