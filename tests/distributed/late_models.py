@@ -33,6 +33,23 @@ def not_taken(mesh: DeviceMesh | None = None) -> nn.Module:
     return model
 
 
+def shorter(mesh: DeviceMesh | None = None) -> nn.Module:
+    """Whatever dtype is asked for."""
+    return Plain().to(torch.bfloat16)
+
+
+def raises_alone(mesh: DeviceMesh | None = None) -> nn.Module:
+    """On the second rank, sharded or not."""
+    model = Plain()
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() == 1:
+        model.up.register_forward_pre_hook(_fail)
+    return model
+
+
+def _fail(*_: object) -> None:
+    raise ValueError("only on this rank")
+
+
 def trained_when_sharded(mesh: DeviceMesh | None = None) -> nn.Module:
     model = Plain()
     if mesh is None:

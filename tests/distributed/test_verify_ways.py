@@ -14,7 +14,7 @@ from tests.matrix import FULL
 
 MODELS = "tests.distributed.flex_models:"
 LATE = "tests.distributed.late_models:"
-BESIDE = ("not_taken", "trained_when_sharded", "wrong_in_the_last_step", "slightly_off")
+BESIDE = ("not_taken", "shorter", "trained_when_sharded", "wrong_in_the_last_step", "slightly_off")
 NAMES = ("flex_by_heads", "flex_not_summed", "rounded_experts", "wrong_at_one_sequence")
 
 
@@ -51,6 +51,13 @@ def test_what_is_wrong_with_one_sequence_only_is_found_and_said_to_be(found: dic
     (finding,) = [finding for finding in each.wrong if finding.cause is not Cause.FOLLOWS]
     assert finding.subject == "embed.weight"
     assert finding.reason.endswith("(at batch 1; at batch 2 it is right)")
+
+
+def test_parameters_that_a_factory_makes_shorter_are_cast(found: dict[str, Verification]) -> None:
+    each = found["shorter"]
+    assert each.proof is not None
+    assert (each.proof.dtype, each.proof.otherwise) == ("float64", (UNROUNDED,))
+    assert each.proof.worst_gradient_error < 1e-10
 
 
 def test_parameters_that_no_side_trains_are_named_and_nothing_is_said_of_them(
@@ -91,6 +98,16 @@ def test_a_factor_that_no_ranks_can_have_made_is_given_no_reason_of_ranks(
     (finding,) = found["slightly_off"].wrong
     assert (finding.subject, finding.cause, finding.advice) == ("up.weight", Cause.UNKNOWN, None)
     assert finding.reason.startswith("its gradient is (1 + 1.0e-06) times the unsharded one")
+
+
+@FULL
+def test_a_rank_s_own_error_stands_before_those_of_ranks_that_lost_it() -> None:
+    claim = Claim(f"{LATE}raises_alone", "own", "own")
+    (each,) = verify([claim], mesh=Mesh.parse("tp=2"), timeout_s=60)
+    assert each.verdict is Verdict.CRASHES
+    assert each.note.startswith("on rank 1: unsharded, however it is run, ")
+    assert "ValueError: only on this rank" in each.note
+    assert verdict_text(each) == f"Crashes: {each.note}"  # and not that it runs unsharded
 
 
 @FULL

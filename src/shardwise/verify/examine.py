@@ -263,7 +263,8 @@ class _Examination:
 
     def _unsharded(self, source: ModelSource) -> _Whole:
         """Run as `self._attempt` then says."""
-        failures, is_noisy = [], False
+        failures: dict[str, str] = {}
+        is_noisy = False
         for attempt in attempts(self._claim.dtype):
             if is_noisy and not attempt.unrounded:
                 continue  # what rounds too much in float64 does so in float32
@@ -273,8 +274,10 @@ class _Examination:
                 raise
             except (ModuleError, RunError) as error:
                 is_noisy = isinstance(error, TooNoisyError)
-                failures.append(f"{self._attempt}, {shown(error, 300)}")
-        raise NothingToProveError(f"unsharded {' '.join(failures)}")
+                failures[str(self._attempt)] = shown(error, 300)
+        if len(set(failures.values())) == 1 < len(failures):
+            raise NothingToProveError(f"unsharded, however it is run, {next(iter(failures.values()))}")
+        raise NothingToProveError(f"unsharded {' '.join(f'{how}, {why}' for how, why in failures.items())}")
 
     def _tried(self, source: ModelSource, attempt: Attempt) -> _Whole:
         def make() -> nn.Module:
