@@ -175,20 +175,7 @@ def assumptions(
     """What is taken for granted, a sentence each. machine: None for GPUs that don't say how far apart they
     come."""
     lines = [arrival(setup, machine.spread if machine is not None else None), *_of_ranks(setup, mesh)]
-    match setup.attention:
-        case AttentionKernel.FUSED:
-            lines.append("Attention is one fused kernel each way.")
-        case AttentionKernel.FLASH_1 | AttentionKernel.FLASH_2:
-            generation = setup.attention.value.removeprefix("flash-")
-            lines.append(f"Attention is FlashAttention {generation}, one fused kernel each way.")
-        case AttentionKernel.UNFUSED:
-            kept = "none is kept" if setup.recompute_attention else "softmax and dropout keep theirs"
-            lines.append(
-                "Attention is unfused: matmuls, softmax and dropout over whole score matrices, of which "
-                f"{kept} for the backward."
-            )
-        case None:
-            lines.append("Attention is the kernel that the traced op names.")
+    lines.append(_attended(setup))
     lines.append(
         "Kernels between a layer's matmuls are fused by a compiler, which makes a SwiGLU's silu again "
         "instead of keeping it."
@@ -234,6 +221,23 @@ def assumptions(
     if setup.without:
         lines.append(f"Switched off: {', '.join(setup.without)}.")
     return tuple(lines)
+
+
+def _attended(setup: Setup) -> str:
+    match setup.attention:
+        case AttentionKernel.FUSED:
+            return "Attention is one fused kernel each way."
+        case AttentionKernel.FLASH_1 | AttentionKernel.FLASH_2:
+            generation = setup.attention.value.removeprefix("flash-")
+            return f"Attention is FlashAttention {generation}, one fused kernel each way."
+        case AttentionKernel.UNFUSED:
+            kept = "none is kept" if setup.recompute_attention else "softmax and dropout keep theirs"
+            return (
+                "Attention is unfused: matmuls, softmax and dropout over whole score matrices, of which "
+                f"{kept} for the backward."
+            )
+        case None:
+            return "Attention is the kernel that the traced op names."
 
 
 def _reduced(setup: Setup, *, on_cpu: bool) -> str:
