@@ -311,7 +311,7 @@ REFUSED = [
     ),
     (
         ("--recompute", "some"),
-        '--recompute is "some". Did you mean "none"? Allowed: none, selective-ops, full.',
+        '--recompute is "some". Allowed: none, selective-ops, full.',
     ),
     (
         ("--batch", "3", "--mesh", "dp=2,tp=1"),
