@@ -18,6 +18,7 @@ from shardwise.parallel.builtin import builtin_plan
 from shardwise.planner.groups import groups_of
 from shardwise.planner.make import Wish, forward_of, make_dims, make_plan
 from tests.distributed.own_modules_cases import CASES
+from tests.matrix import FULL
 
 LATER = {
     # GPT's positions are as long as the embedding's output: the sequence is cut behind it, at the first layer
@@ -297,6 +298,7 @@ def test_ranks_share_key_heads_where_there_are_fewer_and_have_their_part_of_the_
         assert (rule.style.pieces, rule.style.parts) == (sizes, parts)
 
 
+@FULL
 def test_one_forward_does_for_any_number_of_plans() -> None:
     source, mesh = find_model("moe-debug"), Mesh.parse("tp=2")
     whole = frozenset({"layers.*.attention"})

@@ -12,6 +12,7 @@ from shardwise.search.piece import Piece, Traced
 from shardwise.search.problem import Outcome, Problem
 from shardwise.search.queue import Node
 from shardwise.search.solve import BY_HAND, Solver
+from tests.matrix import FULL
 from tests.unit.test_search_exact import FEW_WORDS, SMALL, case_of, problem_of, solved, traced
 
 CASE = case_of("llama3-debug")
@@ -44,6 +45,7 @@ def test_a_search_that_is_stopped_after_its_first_trace_has_a_plan_and_says_what
     assert outcome.unlooked + outcome.ruled_out + 1 == len(problem.candidates)
 
 
+@FULL
 def test_where_nothing_fits_as_it_is_one_with_all_layers_run_again_is_traced_early() -> None:
     case = Case.of(model=FEW_WORDS, mesh="tp=1", dtype="bfloat16", seq=8192, batch=8, random_ids=True)
     unlimited = problem_of(case, DEVICES, ("fsdp=2", "micro-batch=2"))
@@ -101,6 +103,7 @@ def test_what_was_being_looked_at_when_a_search_was_stopped_is_not_looked_at(
     assert outcome.unlooked > 0
 
 
+@FULL
 def test_nothing_is_left_of_a_search_that_is_proved() -> None:
     problem = problem_of(CASE, DEVICES, FIX)
     outcome = solved(CASE, problem)
