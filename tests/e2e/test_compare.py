@@ -309,10 +309,7 @@ REFUSED = [
         ("--dtype", "float16"),
         '--dtype is "float16". Did you mean "bfloat16"? Allowed: float32, bfloat16, float64.',
     ),
-    (
-        ("--recompute", "some"),
-        '--recompute is "some". Allowed: none, selective-ops, full.',
-    ),
+    (("--recompute", "some"), '--recompute is "some". Allowed: none, selective-ops, full.'),
     (
         ("--batch", "3", "--mesh", "dp=2,tp=1"),
         "--batch 3 can't be cut into 2 data-parallel parts of 1 micro-batches. Use a multiple of 2.",
